@@ -71,6 +71,18 @@ def test_an_8b_model_has_the_sizes_that_are_published() -> None:
     assert costs.spec.kv_bytes_per_token(2) == 131_072
 
 
+def test_a_mixture_reads_the_experts_that_its_tokens_choose() -> None:
+    costs = load_costs("olmoe-1b-7b-h100")
+    spec, expert = costs.spec, 3 * 2048 * 1024 * 16
+    assert spec.num_parameters() == pytest.approx(6.92e9, rel=2e-3)
+    assert load_costs("gemma3-4b-h100").spec.num_parameters() == pytest.approx(3.88e9, rel=2e-3)
+    others = spec.num_parameters() - 64 * expert - spec.vocab_size * spec.hidden_size
+    curve = dict(costs.steps.linears)
+    for rows, share in ((1, 8 / 64), (8, 1 - (7 / 8) ** 8), (128, 1.0)):
+        read = 2 * (others + share * 64 * expert) / (0.8 * H100_SXM.bandwidth)
+        assert curve[rows] == pytest.approx(read, rel=1e-2)
+
+
 @pytest.mark.parametrize("costs", estimates(), ids=lambda costs: costs.name)
 def test_estimated_presets_are_what_the_figures_give(costs: CostModel) -> None:
     assert load_costs(costs.name) == costs

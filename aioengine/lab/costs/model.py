@@ -16,7 +16,8 @@ from aioengine.config import EngineConfig
 from aioengine.errors import ConfigError
 from aioengine.lab.costs.steps import StepCosts, StepShape, StepTimes
 from aioengine.memory_plan import MemoryPlan, plan_memory
-from aioengine.model.spec import DTYPE_BYTES, LORA_MODULES, ModelSpec, RopeSpec
+from aioengine.model.experts.spec import MixtureSpec
+from aioengine.model.spec import DTYPE_BYTES, ModelSpec, RopeSpec
 
 FORMAT = 2
 """The version of the JSON."""
@@ -44,10 +45,22 @@ class Stage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return self.latency + nbytes / self.bandwidth
 
 
+class ExpertShape(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The experts of each layer, in the place of an MLP."""
+
+    count: int
+    per_token: int
+    size: int
+
+    def __post_init__(self) -> None:
+        for field in self.__struct_fields__:
+            check_integer(f"model.experts.{field}", getattr(self, field), low=1)
+
+
 class ModelShape(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The sizes of the model that was timed."""
 
-    family: Literal["llama", "mistral", "qwen2", "qwen3"] = "llama"
+    family: Literal["llama", "mistral", "qwen2", "qwen3", "gemma3_text", "olmoe"] = "llama"
     vocab_size: int
     hidden_size: int
     num_layers: int
@@ -60,6 +73,7 @@ class ModelShape(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     qkv_bias: bool = False
     qk_norm: bool = False
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    experts: ExpertShape | None = None
 
     def __post_init__(self) -> None:
         for field in self.__struct_fields__:
@@ -70,13 +84,28 @@ class ModelShape(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     @classmethod
     def of(cls, spec: ModelSpec, dtype: str) -> Self:
         """Return the shape of a model that runs in ``dtype``."""
-        values = {field: getattr(spec, field) for field in cls.__struct_fields__}
+        values = {field: getattr(spec, field) for field in cls.__struct_fields__ if field != "experts"}
+        if isinstance(spec, MixtureSpec):
+            values["experts"] = {
+                "count": spec.experts,
+                "per_token": spec.experts_per_token,
+                "size": spec.expert_size,
+            }
         return msgspec.convert({**values, "dtype": dtype}, cls)
 
     def spec(self) -> ModelSpec:
         """Returns the engine's model specification, without an end-of-sequence token."""
-        values = msgspec.structs.asdict(self)
-        return ModelSpec(rms_norm_eps=1e-5, rope=RopeSpec(), **values)
+        values = msgspec.structs.asdict(self) | {"rms_norm_eps": 1e-5, "rope": RopeSpec()}
+        experts: ExpertShape | None = values.pop("experts")
+        if experts is None:
+            return ModelSpec(**values)
+        return MixtureSpec(
+            experts=experts.count,
+            experts_per_token=experts.per_token,
+            expert_size=experts.size,
+            normalized=False,
+            **values,
+        )
 
 
 class FitQuality(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -127,7 +156,7 @@ class CostModel(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     def adapter_nbytes(self, rank: int) -> int:
         """Return the bytes of an adapter on the CPU: A and B of all layers' linears, in the model's dtype."""
         spec = self.spec
-        per_rank = sum(sum(spec.linear(module)) for module in LORA_MODULES) * spec.num_layers
+        per_rank = sum(spec.layers_with(module) * sum(spec.linear(module)) for module in spec.targets(None))
         return rank * per_rank * DTYPE_BYTES[spec.dtype]
 
     @property

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import msgspec
 
-from aioengine.lab.costs.model import CostModel, ModelShape, Stage
+from aioengine.lab.costs.model import CostModel, ExpertShape, ModelShape, Stage
 from aioengine.lab.costs.steps import Curve, StepCosts, significant
 from aioengine.lab.workload.distributions import MAX_RANK
-from aioengine.model.spec import DTYPE_BYTES, LORA_MODULES, ModelSpec
+from aioengine.model.experts.spec import MixtureSpec
+from aioengine.model.spec import DTYPE_BYTES, ModelSpec
 
 
 class DeviceFigures(msgspec.Struct, frozen=True, kw_only=True):
@@ -62,13 +63,16 @@ def estimate(name: str, device_name: str, model: ModelShape, device: DeviceFigur
     head = spec.vocab_size * spec.hidden_size
     layers = spec.num_parameters() - head * (1 if spec.tie_embeddings else 2)
     read_lora = device.bandwidth * device.lora_bandwidth_achieved
-    rank_elements = sum(sum(spec.linear(module)) for module in LORA_MODULES) * spec.num_layers
+    rank_elements = sum(spec.layers_with(module) * sum(spec.linear(module)) for module in _of_a_token(spec))
     linear_flops = device.flops * device.linear_achieved
     steps = StepCosts(
         step=device.step,
-        linears=_roofline(
-            least=(layers + head) * nbytes / (device.bandwidth * device.weights_achieved),
-            token=2 * layers / linear_flops,
+        linears=_linears(
+            spec,
+            number=nbytes / (device.bandwidth * device.weights_achieved),
+            flop=1 / linear_flops,
+            numbers=layers,
+            head=head,
         ),
         sequence=device.sequence + 2 * head / linear_flops,
         decode_kv=spec.kv_bytes_per_token(nbytes) / (device.bandwidth * device.kv_achieved),
@@ -99,6 +103,33 @@ def estimate(name: str, device_name: str, model: ModelShape, device: DeviceFigur
     )
 
 
+def _of_a_token(spec: ModelSpec) -> tuple[str, ...]:
+    """The modules of a layer that one token goes through: of experts as many as it has."""
+    if not isinstance(spec, MixtureSpec):
+        return spec.targets(None)
+    chosen = {f"experts.{expert}" for expert in range(spec.experts_per_token)}
+    parents = {module: module.rpartition(".")[0] for module in spec.targets(None)}
+    return tuple(m for m, parent in parents.items() if not parent.startswith("experts.") or parent in chosen)
+
+
+def _linears(spec: ModelSpec, *, number: float, flop: float, numbers: int, head: int) -> Curve:
+    """Seconds of the linears by tokens, for ``numbers`` weights in the layers and ``head`` in the head, each
+    of which takes ``number`` seconds to be read.
+
+    Tokens that choose their experts evenly read ``experts * (1 - (1 - chosen / experts) ** tokens)`` of them.
+    """
+    if not isinstance(spec, MixtureSpec):
+        return _roofline(least=(numbers + head) * number, token=2 * numbers * flop)
+    expert = 3 * spec.hidden_size * spec.expert_size * (spec.num_layers - len(spec.dense_layers))
+    others = numbers - spec.experts * expert
+    absent = 1 - spec.experts_per_token / spec.experts
+    token = 2 * (others + spec.experts_per_token * expert) * flop
+    ends = _roofline(least=(numbers + head) * number, token=token)
+    counts = [2.0**i for i in range(10) if 2**i < ends[0][0] / 2]
+    read = [(n, (others + head + spec.experts * (1 - absent**n) * expert) * number) for n in counts]
+    return (*((n, max(seconds, n * token)) for n, seconds in read), *ends)
+
+
 def _roofline(*, least: float, token: float) -> Curve:
     """Bound by memory up to so many tokens, by arithmetic beyond."""
     knee = significant(least / token)
@@ -112,8 +143,11 @@ def _by_rank(base: float, each: float) -> Curve:
 def _lora_activations(spec: ModelSpec) -> int:
     """Elements that the adapters' kernels move for one token: each fused linear's input is read, and its
     output read and written."""
-    outputs = sum(spec.linear(module).out_features for module in LORA_MODULES)
-    inputs = 2 * spec.hidden_size + spec.q_size + spec.intermediate_size  # qkv, gate and up; o; down
+    outputs = sum(spec.linear(module).out_features for module in _of_a_token(spec))
+    inner = spec.intermediate_size
+    if isinstance(spec, MixtureSpec):
+        inner = spec.experts_per_token * spec.expert_size
+    inputs = 2 * spec.hidden_size + spec.q_size + inner  # qkv, gate and up; o; down
     return (inputs + 2 * outputs) * spec.num_layers
 
 
@@ -128,6 +162,35 @@ LLAMA3_8B = ModelShape(
     max_position=131072,
 )
 """Llama 3.1 8B (arXiv 2407.21783, table 3): 8.03e9 parameters, 16.06 GB in bfloat16."""
+
+OLMOE_1B_7B = ModelShape(
+    family="olmoe",
+    vocab_size=50304,
+    hidden_size=2048,
+    num_layers=16,
+    num_heads=16,
+    num_kv_heads=16,
+    head_dim=128,
+    intermediate_size=1024,
+    max_position=4096,
+    experts=ExpertShape(count=64, per_token=8, size=1024),
+)
+"""OLMoE 1B-7B (arXiv 2409.02060, table 1): 6.9e9 parameters, of which a token goes through 1.3e9."""
+
+GEMMA3_4B = ModelShape(
+    family="gemma3_text",
+    vocab_size=262208,
+    hidden_size=2560,
+    num_layers=34,
+    num_heads=8,
+    num_kv_heads=4,
+    head_dim=256,
+    intermediate_size=10240,
+    max_position=131072,
+    tie_embeddings=True,
+    qk_norm=True,
+)
+"""Gemma 3 4B without its vision tower (arXiv 2503.19786, table 1): 3.9e9 parameters."""
 
 _ASSUMED = {
     "achieved shares": "assumed: 80% of the bandwidth for weights (vLLM with this model on an A100 comes to "
@@ -176,9 +239,34 @@ A10G = DeviceFigures(
 )
 
 
+def _of_model(device: DeviceFigures, source: str) -> DeviceFigures:
+    """The figures of a device beside the source of another model's sizes."""
+    return msgspec.structs.replace(device, sources={**device.sources, "model": source})
+
+
 def estimates() -> list[CostModel]:
     """Computes the cost models that aioengine ships as presets."""
     return [
         estimate("llama3-8b-h100", "one H100 SXM 80 GB", LLAMA3_8B, H100_SXM),
         estimate("llama3-8b-a10g", "one A10G 24 GB", LLAMA3_8B, A10G),
+        estimate(
+            "olmoe-1b-7b-h100",
+            "one H100 SXM 80 GB",
+            OLMOE_1B_7B,
+            _of_model(
+                H100_SXM,
+                "OLMoE 1B-7B: arXiv 2409.02060, table 1; assumed: tokens choose experts evenly, and adapters "
+                "are on all linears, experts included",
+            ),
+        ),
+        estimate(
+            "gemma3-4b-h100",
+            "one H100 SXM 80 GB",
+            GEMMA3_4B,
+            _of_model(
+                H100_SXM,
+                "Gemma 3 4B: its config.json; as if all layers attended to everything, though five of six "
+                "have a window of 1024 tokens, so long contexts are dearer here",
+            ),
+        ),
     ]
