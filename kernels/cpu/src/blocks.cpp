@@ -2,6 +2,8 @@
 // multiplies them as any others, so the outputs are the same bits as those of the expanded weight.
 #include "blocks.h"
 
+#include "tiles.h"
+
 namespace aio {
 namespace {
 
@@ -24,13 +26,11 @@ void linear(const Work& w) {
   const long panel = w.l.k / T::PER_LANE * LANES;
   together(w.threads, [&](const Member& me) {
     std::vector<uint32_t> wide(PANELS * panel);
-    const Share mine(me, w.l.rows, w.l.n);
-    Blocks<T, T> compute(me, w.l, w.beside, mine.count());
-    for (long i = 0; i < mine.count(); i++) {
-      const Block block = mine[i];
-      for (long p = 0; p < block.panels; p++) expand_any<T>(w.part, block.first + p, w.l.k, wide.data() + p * panel);
-      compute(wide.data(), block, {});  // what follows may be stored in another way
-    }
+    const auto weights = [&](long first, long panels) {
+      for (long p = 0; p < panels; p++) expand_any<T>(w.part, first + p, w.l.k, wide.data() + p * panel);
+      return (const uint32_t*)wide.data();
+    };
+    compute_share<T>(me, w.l, w.beside, multiply<T>(), {}, weights);  // what follows may be stored in another way
   });
 }
 
@@ -87,7 +87,7 @@ AIO_EXPORT void aio_expand_rows(int bf16, const aio::Part* part, const int64_t* 
 // other. `beside`: see aio_linear_beside; may be null.
 AIO_EXPORT void aio_linear_blocks(int bf16, const void* x, long x_stride, const aio::Part* part, const void* bias, void* y,
                                   long y_stride, long rows, long n, long k, const aio::Beside* beside, int threads) {
-  const aio::Work w{{x, x_stride, bias, y, y_stride, rows, n, k, nullptr, nullptr, nullptr},
+  const aio::Work w{{bf16 != 0, x, x_stride, bias, y, y_stride, rows, n, k, nullptr, nullptr, nullptr},
                     part, beside == nullptr ? aio::Beside{} : *beside, threads};
   bf16 ? aio::linear<aio::Bf16>(w) : aio::linear<aio::F32>(w);
 }

@@ -6,9 +6,7 @@
 // values are computed in float32 as that project's package `gguf` does, with the same bits.
 #pragma once
 
-#include <vector>
-
-#include "tiles.h"
+#include "common.h"
 
 namespace aio {
 

@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "int8_rows.h"
+#include "products.h"
 
 namespace aio {
 namespace {
@@ -96,17 +97,20 @@ struct Int4 : Int8 {};
 
 #if defined(__AVX512VNNI__)
 template <>
-struct Stored<Int4> {
+struct Panel<Int4> {
   static constexpr long STEP = GROUP / Int8::PER_LANE;
 
   static long words(long k) { return Form{k, GROUP}.panel_bytes() / long(sizeof(uint32_t)); }
 
-  template <int R, int P, int FETCH>
+  template <int R, int P>
   static inline void multiply(const uint32_t* x, long x_stride, const uint32_t* w, long panel, long begin, long end,
-                              const char* fetch, vi (&acc)[R][P]) {
+                              FetchSteps fetch, vi (&acc)[R][P]) {
     const Form form{panel * long(sizeof(uint32_t)) / (LANES * (GROUP / 2 + 2)) * GROUP, GROUP};  // by a group's bytes
     for (long k = begin; k < end; k += STEP) {
-      for (int f = 0; f < FETCH * STEP; f++) __builtin_prefetch(fetch + ((k - begin) * FETCH + f) * 64, 0, 2);
+      for (int f = 0; f < STEP; f++, fetch.from += fetch.step) {
+        __builtin_prefetch(fetch.from, 0, 2);
+        __builtin_prefetch(fetch.from + fetch.second, 0, 2);
+      }
       vu lanes[STEP][P];
       for (int p = 0; p < P; p++) {
         const uint32_t* words = w + p * panel;
@@ -246,6 +250,8 @@ struct Work {
   long rotation;
   Beside beside;
   int threads;
+
+  Stored stored() const { return {packed, form.panel_bytes()}; }
 };
 
 // Computes a thread's blocks, whose panels are expanded first: into int8, and those into T if that is another type.
@@ -253,20 +259,18 @@ template <class T, class Out>
 void multiply_expanded(const Member& me, const Work& w, const Linear& l) {
   const long lanes = l.k / Int8::PER_LANE;
   uint32_t* const expanded = room<EXPANDED>(PANELS * lanes * long(sizeof(vu)));
-  const Share mine(me, l.rows, l.n);
-  Blocks<T, Out> compute(me, l, w.beside, mine.count());
-  for (long i = 0; i < mine.count(); i++) {
-    const Block block = mine[i];
-    for (long p = 0; p < block.panels; p++)
-      expand(w.form, w.form.panel(w.packed, block.first + p), expanded + p * lanes * LANES);
-    const uint32_t* panels = expanded;
-    if constexpr (T::PER_LANE != Int8::PER_LANE) {
+  const auto weights = [&](long first, long panels) -> const uint32_t* {
+    for (long p = 0; p < panels; p++)
+      expand(w.form, w.form.panel(w.packed, first + p), expanded + p * lanes * LANES);
+    if constexpr (T::PER_LANE == Int8::PER_LANE) {
+      return expanded;
+    } else {
       uint32_t* const wide = room<WIDENED>(PANELS * l.k / T::PER_LANE * long(sizeof(vu)));
-      widen<T>(expanded, block.panels * lanes, wide);
-      panels = wide;
+      widen<T>(expanded, panels * lanes, wide);
+      return wide;
     }
-    compute(panels, block, block.following(w.packed, w.form.panel_bytes()));
-  }
+  };
+  compute_share<Out>(me, l, w.beside, multiply<T>(), w.stored(), weights);
 }
 
 template <class T>
@@ -276,13 +280,8 @@ void linear(const Work& w) {
     const Linear l = with_int8_rows<T>(me, w.l, w.rotation);
 #if defined(__AVX512VNNI__)
     if (l.rows <= FEW_ROWS && w.form.group == GROUP) {  // expanded in registers, for each tile anew
-      const Share mine(me, l.rows, l.n);
-      Blocks<Int4, T> compute(me, l, w.beside, mine.count());
-      for (long i = 0; i < mine.count(); i++) {
-        const Block block = mine[i];
-        compute(w.form.panel(w.packed, block.first), block, block.following(w.packed, w.form.panel_bytes()));
-      }
-      return;
+      const auto weights = [&](long first, long) { return w.form.panel(w.packed, first); };
+      return compute_share<T>(me, l, w.beside, MULTIPLY<Int4>, w.stored(), weights);
     }
 #endif
     multiply_expanded<Int8, T>(me, w, l);
@@ -313,7 +312,7 @@ AIO_EXPORT void aio_dequantize_int4(int bf16, const void* packed, const float* s
 AIO_EXPORT void aio_linear_int4(int bf16, const void* x, long x_stride, const void* packed, const float* scale,
                                 const int32_t* start, long group, long rotation, const void* bias, void* y,
                                 long y_stride, long rows, long n, long k, const aio::Beside* beside, int threads) {
-  const aio::Work w{{x, x_stride, bias, y, y_stride, rows, n, k, nullptr, scale, start}, {k, group}, packed, rotation,
-                    beside == nullptr ? aio::Beside{} : *beside, threads};
+  const aio::Work w{{bf16 != 0, x, x_stride, bias, y, y_stride, rows, n, k, nullptr, scale, start},
+                    {k, group}, packed, rotation, beside == nullptr ? aio::Beside{} : *beside, threads};
   bf16 ? aio::linear<aio::Bf16>(w) : aio::linear<aio::F32>(w);
 }

@@ -1,12 +1,17 @@
 // The packed linear: y = x W^T (+ bias), for weights rearranged once; tiles.h describes how.
 #include <vector>
 
-#include "tiles.h"
+#include "products.h"
+#include "transpose.h"
 
 namespace aio {
 
-template class Blocks<Bf16, Bf16>;
-template class Blocks<F32, F32>;
+template <class T>
+const Multiply& multiply() {
+  return MULTIPLY<T>;
+}
+template const Multiply& multiply<Bf16>();
+template const Multiply& multiply<F32>();
 
 namespace {
 
@@ -14,12 +19,8 @@ template <class T>
 void linear(const Linear& l, const void* packed, const Beside& beside, int threads) {
   const long panel = l.k / T::PER_LANE * LANES;
   together(threads, [&](const Member& me) {
-    const Share mine(me, l.rows, l.n);
-    Blocks<T, T> compute(me, l, beside, mine.count());
-    for (long i = 0; i < mine.count(); i++) {
-      const Block block = mine[i];
-      compute((const uint32_t*)packed + block.first * panel, block, block.following(packed, panel * sizeof(uint32_t)));
-    }
+    const auto weights = [&](long first, long) { return (const uint32_t*)packed + first * panel; };
+    compute_share<T>(me, l, beside, multiply<T>(), {packed, panel * long(sizeof(uint32_t))}, weights);
   });
 }
 
@@ -122,6 +123,6 @@ AIO_EXPORT void aio_linear(int bf16, const void* x, long x_stride, const void* p
 // the memory idle; and adapters are added while the results are in registers.
 AIO_EXPORT void aio_linear_beside(int bf16, const void* x, long x_stride, const void* packed, const void* bias, void* y,
                                   long y_stride, long rows, long n, long k, const aio::Beside* beside, int threads) {
-  const aio::Linear l{x, x_stride, bias, y, y_stride, rows, n, k, nullptr, nullptr, nullptr};
+  const aio::Linear l{bf16 != 0, x, x_stride, bias, y, y_stride, rows, n, k, nullptr, nullptr, nullptr};
   bf16 ? aio::linear<aio::Bf16>(l, packed, *beside, threads) : aio::linear<aio::F32>(l, packed, *beside, threads);
 }

@@ -7,12 +7,99 @@
 #include <cmath>
 #include <vector>
 
+#include "hadamard.h"
 #include "int8_rows.h"
+#include "products.h"
 
 namespace aio {
 
-AIO_INT8_ROWS(, Bf16)
-AIO_INT8_ROWS(, F32)
+template <>
+const Multiply& multiply<Int8>() {
+  return MULTIPLY<Int8>;
+}
+
+// VECTORS is the size of a block, 0: none.
+template <class T, int VECTORS>
+float rotated(const typename T::elem* x, long k, float* out) {
+  constexpr int N = VECTORS > 0 ? VECTORS : 1;
+  vf top = {}, poison = {};
+  for (long i = 0; i < k; i += N * LANES) {
+    vf v[N];
+    for (int j = 0; j < N; j++) v[j] = T::load16(x + i + j * LANES);
+    if (VECTORS > 0) hadamard<N>(v);
+    for (int j = 0; j < N; j++) {
+      const vf magnitude = v[j] < 0.0f ? -v[j] : v[j];
+      top = magnitude > top ? magnitude : top;
+      poison += v[j] * 0.0f;
+      storef(out + i + j * LANES, v[j]);
+    }
+  }
+  return max(top) + sum(poison);
+}
+
+template <class T>
+float rotated(const typename T::elem* x, long k, long rotation, float* out) {
+  switch (rotation / LANES) {
+    case 0: return rotated<T, 0>(x, k, out);
+    case 1: return rotated<T, 1>(x, k, out);
+    case 2: return rotated<T, 2>(x, k, out);
+    case 4: return rotated<T, 4>(x, k, out);
+    default: return rotated<T, 8>(x, k, out);
+  }
+}
+
+template <class T, int VECTORS>
+void rotate_back(const float* in, long k, float scale, typename T::elem* out) {
+  constexpr int N = VECTORS > 0 ? VECTORS : 1;
+  const float factor = VECTORS > 0 ? scale / (N * LANES) : scale;
+  for (long i = 0; i < k; i += N * LANES) {
+    vf v[N];
+    for (int j = 0; j < N; j++) v[j] = loadf(in + i + j * LANES);
+    if (VECTORS > 0) hadamard<N>(v);
+    for (int j = 0; j < N; j++) T::store16(out + i + j * LANES, v[j] * factor);
+  }
+}
+
+template <class T>
+void rotate_back(const float* in, long k, long rotation, float scale, typename T::elem* out) {
+  switch (rotation / LANES) {
+    case 0: return rotate_back<T, 0>(in, k, scale, out);
+    case 1: return rotate_back<T, 1>(in, k, scale, out);
+    case 2: return rotate_back<T, 2>(in, k, scale, out);
+    case 4: return rotate_back<T, 4>(in, k, scale, out);
+    default: return rotate_back<T, 8>(in, k, scale, out);
+  }
+}
+
+template <class T>
+Linear with_int8_rows(const Member& me, const Linear& given, long rotation) {
+  auto* const row_scale = (float*)me.from_first([&] { return room<ROWS_OF_INT8>(given.rows * (given.k + long(sizeof(float)))); });
+  auto* const bytes = (uint8_t*)(row_scale + given.rows);
+  Linear l = given;
+  l.x = bytes, l.x_stride = given.k, l.row_scale = row_scale;
+  std::vector<float> floats(given.k);
+  const Range rows = me.share(given.rows);
+  for (long r = rows.begin; r < rows.end; r++) {
+    const auto* x = (const typename T::elem*)given.x + r * given.x_stride;
+    const float largest = rotated<T>(x, given.k, rotation, floats.data()), up = inverse(largest);
+    typedef uint8_t vb __attribute__((vector_size(16)));
+    for (long i = 0; i < given.k; i += LANES) {
+      const vb b = __builtin_convertvector(nearest(loadf(floats.data() + i) * up) + ZERO, vb);
+      std::memcpy(bytes + r * given.k + i, &b, sizeof b);
+    }
+    row_scale[r] = largest / LARGEST / (rotation > 0 ? rotation : 1);
+  }
+  me.wait();
+  return l;
+}
+
+#define FOR(T)                                                                          \
+  template float rotated<T>(const typename T::elem*, long, long, float*);               \
+  template void rotate_back<T>(const float*, long, long, float, typename T::elem*);     \
+  template Linear with_int8_rows<T>(const Member&, const Linear&, long);
+FOR(Bf16)
+FOR(F32)
+#undef FOR
 
 namespace {
 
@@ -69,34 +156,30 @@ struct Work {
   long rotation;
   Beside beside;
   int threads;
+
+  long panel() const { return l.k / Int8::PER_LANE * LANES; }
+  Stored stored() const { return {packed, panel() * long(sizeof(uint32_t))}; }
 };
 
 template <class T>
 void with_activations_as_they_are(const Work& w) {
-  const long panel = w.l.k / Int8::PER_LANE * LANES;
+  const long panel = w.panel();
   together(w.threads, [&](const Member& me) {
     uint32_t* const wide = room<WIDENED>(PANELS * w.l.k / T::PER_LANE * long(sizeof(vu)));
-    const Share mine(me, w.l.rows, w.l.n);
-    Blocks<T, T> compute(me, w.l, w.beside, mine.count());
-    for (long i = 0; i < mine.count(); i++) {
-      const Block block = mine[i];
-      widen<T>(w.packed + block.first * panel, block.panels * panel / LANES, wide);
-      compute(wide, block, block.following(w.packed, panel * sizeof(uint32_t)));
-    }
+    const auto weights = [&](long first, long panels) {
+      widen<T>(w.packed + first * panel, panels * panel / LANES, wide);
+      return (const uint32_t*)wide;
+    };
+    compute_share<T>(me, w.l, w.beside, multiply<T>(), w.stored(), weights);
   });
 }
 
 template <class T>
 void with_int8_activations(const Work& w) {
-  const long panel = w.l.k / Int8::PER_LANE * LANES;
   together(w.threads, [&](const Member& me) {
     const Linear l = with_int8_rows<T>(me, w.l, w.rotation);
-    const Share mine(me, l.rows, l.n);
-    Blocks<Int8, T> compute(me, l, w.beside, mine.count());
-    for (long i = 0; i < mine.count(); i++) {
-      const Block block = mine[i];
-      compute(w.packed + block.first * panel, block, block.following(w.packed, panel * sizeof(uint32_t)));
-    }
+    const auto weights = [&](long first, long) { return w.packed + first * w.panel(); };
+    compute_share<T>(me, l, w.beside, multiply<Int8>(), w.stored(), weights);
   });
 }
 
@@ -123,7 +206,7 @@ AIO_EXPORT void aio_dequantize(int bf16, const void* packed, const float* scale,
 AIO_EXPORT void aio_linear_int8(int bf16, const void* x, long x_stride, const void* packed, const float* scale,
                                 const int32_t* start, long rotation, const void* bias, void* y, long y_stride,
                                 long rows, long n, long k, const aio::Beside* beside, int threads) {
-  const aio::Work w{{x, x_stride, bias, y, y_stride, rows, n, k, nullptr, scale, start},
+  const aio::Work w{{bf16 != 0, x, x_stride, bias, y, y_stride, rows, n, k, nullptr, scale, start},
                     (const uint32_t*)packed, rotation, beside == nullptr ? aio::Beside{} : *beside, threads};
   if (start == nullptr)
     bf16 ? aio::with_activations_as_they_are<aio::Bf16>(w) : aio::with_activations_as_they_are<aio::F32>(w);

@@ -1,0 +1,285 @@
+// What becomes of a tile's products: scales, a bias and what the adapters add; and which thread computes what.
+#include "tiles.h"
+
+#include <vector>
+
+#include "expand.h"
+
+namespace aio {
+namespace {
+
+constexpr long FEW_ROWS = 4;     // of a tile of fewer panels
+constexpr long ROW_BLOCK = 128;  // rows of x, at most, that stay in the L2 cache while the panels pass by
+
+// What an adapter adds to a tile: its B as lanes [panels][lanes][16], and of each panel where its slice begins in a row
+// of h, in lanes; below zero if nothing is added to the panel.
+struct Delta {
+  const uint32_t *b, *h;
+  long panel, h_stride;
+  long slice[PANELS], lanes[PANELS];
+};
+
+// Rows of a tile's sums to y. `delta` may be null.
+template <class Out, int R>
+void finish(const Linear& l, const vf (&sums)[PANELS][ROWS], const Delta* delta, long row, long column, long panels) {
+  using elem = typename Out::elem;
+  for (long p = 0; p < panels; p++) {
+    const long first = column + p * LANES, count = l.n - first < LANES ? l.n - first : LANES;
+    // Loops over rows are unrolled, or y would have to leave the registers.
+    vf y[R];
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++) y[r] = sums[p][r];
+    if (l.column_scale != nullptr) {
+      const vf scale = loadf(l.column_scale + first);
+#pragma GCC unroll 8
+      for (int r = 0; r < R; r++) y[r] *= scale * (l.row_scale != nullptr ? l.row_scale[row + r] : 1.0f);
+    }
+    if (l.bias != nullptr) {
+      elem b[LANES] = {};
+      std::memcpy(b, (const elem*)l.bias + first, count * sizeof(elem));
+      const vf bias = Out::load16(b);
+#pragma GCC unroll 8
+      for (int r = 0; r < R; r++) y[r] += bias;
+    }
+    if (delta != nullptr && delta->slice[p] >= 0) {
+      const uint32_t* h = delta->h + row * delta->h_stride + delta->slice[p];
+      // As where it is added to stored results, because which of the two it is depends on a row's neighbours.
+#pragma GCC unroll 8
+      for (int r = 0; r < R; r++) y[r] = Out::round16(y[r]);
+      for (long k = 0; k < delta->lanes[p]; k++) {
+        const vu b = load(delta->b + p * delta->panel + k * LANES);
+#pragma GCC unroll 8
+        for (int r = 0; r < R; r++) y[r] = Out::dot(y[r], splat(h[r * delta->h_stride + k]), b);
+      }
+    }
+    const long stride = l.y_stride;
+    elem* out = (elem*)l.y + row * stride + first;
+    if (count == LANES) {
+#pragma GCC unroll 8
+      for (int r = 0; r < R; r++) Out::store16(out + r * stride, y[r]);
+    } else {
+      for (int r = 0; r < R; r++) {
+        elem last[LANES];
+        Out::store16(last, y[r]);
+        std::memcpy(out + r * stride, last, count * sizeof(elem));
+      }
+    }
+  }
+}
+
+// Rows begin..end-1 by up to 3 adjoining panels from `first` on; the thread's next block has the `next` panels after
+// these (0: others).
+struct Block {
+  long begin, end, first, panels, next;
+
+  // Where those lie.
+  Fetch following(const Stored& weights) const {
+    if (weights.begin == nullptr) return {};
+    return {(const char*)weights.begin + (first + panels) * weights.panel_bytes, next * weights.panel_bytes};
+  }
+};
+
+// A thread's blocks: blocks of rows outside, panels inside. It has the same panels of all rows where these can be shared
+// out evenly, else a contiguous part of all blocks. Blocks of rows are as even as tiles allow: a last one of a few rows
+// would have all weights read for these, and those whose blocks it has would wait for the others.
+class Share {
+ public:
+  Share(const Member& me, long rows, long n) : rows_(rows), panels_(whole(n, LANES)), wide_(whole(panels_, PANELS)) {
+    const long blocks = whole(rows, ROW_BLOCK);
+    height_ = whole(whole(rows, ROWS), blocks) * ROWS;
+    if (wide_ % me.count == 0) {
+      wide_ /= me.count;
+      left_ = me.index * wide_;
+      mine_ = {0, blocks * wide_};
+    } else {
+      mine_ = me.share(blocks * wide_);
+    }
+  }
+
+  long count() const { return mine_.end - mine_.begin; }
+
+  Block operator[](long i) const {
+    const long at = mine_.begin + i, begin = at / wide_ * height_, first = (left_ + at % wide_) * PANELS;
+    const long end = begin + height_ < rows_ ? begin + height_ : rows_;
+    const bool adjoins = i + 1 < count() && (at + 1) % wide_ != 0;
+    return {begin, end, first, panels(first), adjoins ? panels(first + PANELS) : 0};
+  }
+
+ private:
+  // From `first` on, at most a block's.
+  long panels(long first) const { return panels_ - first < PANELS ? panels_ - first : PANELS; }
+
+  static long whole(long n, long of) { return (n + of - 1) / of; }
+
+  long rows_, panels_, wide_, left_ = 0, height_;
+  Range mine_;
+};
+
+// Computes blocks, with what the adapters add, for one thread.
+template <class Out>
+class Blocks {
+ public:
+  // `blocks` is how many there will be.
+  Blocks(const Member& me, const Linear& l, const Beside& beside, const Multiply& multiply, long blocks)
+      : me_(me), l_(l), multiply_(multiply), adapters_(beside.adapters), next_(beside.next), left_(blocks),
+        fetcher_(beside, me.index, me.count, blocks) {
+    if (adapters_ != nullptr) b_.resize(PANELS * adapters_->width / Out::PER_LANE * LANES);
+  }
+
+  // `w` are the block's weights; `next` is where those of the next block lie, if it is known.
+  void operator()(const uint32_t* w, const Block& block, const Fetch& next) {
+    const auto [begin, end, first, panels, adjoining] = block;
+    const bool afterwards = adapters_ != nullptr && !adapters_->long_segments;
+    const long lanes = l_.k / multiply_.per_lane, column = first * LANES;
+    fetcher_.begin();
+    if (afterwards) want_adapters(begin, end, column, panels);
+    fetcher_.want(next.begin, next.bytes);
+    if (--left_ == 0) want_next_linear();
+    fetcher_.ready((end - begin + ROWS - 1) / ROWS * lanes);
+    if (adapters_ != nullptr && !afterwards) return adapted_in_registers(w, begin, end, column, panels);
+    rows(w, nullptr, begin, end, column, panels);
+    if (afterwards) add_adapters(begin, end, column, panels);
+  }
+
+ private:
+  using elem = typename Out::elem;
+
+  void rows(const uint32_t* w, const Delta* delta, long begin, long end, long column, long panels) {
+    const Products* const tile = multiply_.tile[panels - 1];
+    const long most = panels == PANELS ? ROWS : FEW_ROWS;
+    const bool finished = l_.bias == nullptr && delta == nullptr && column + panels * LANES <= l_.n;
+    for (long row = begin; row < end; row += most) {
+      const long count = end - row < most ? end - row : most;
+      vf sums[PANELS][ROWS];
+      tile[count - 1](l_, w, fetcher_, row, column, finished ? nullptr : sums);
+      if (finished) continue;
+#define CALL(R) finish<Out, R>(l_, sums, delta, row, column, panels)
+      AIO_SWITCH_ROWS(count, CALL)
+#undef CALL
+    }
+  }
+
+  // Rows are cut where segments begin and end, so that what is in registers is one adapter's.
+  void adapted_in_registers(const uint32_t* w, long begin, long end, long column, long panels) {
+    long row = begin;
+    for (const Segment* g = first(begin); g < last() && g->begin < end; g++) {
+      if (row < g->begin) rows(w, nullptr, row, g->begin, column, panels);
+      const Delta delta = turned(*g, column, panels);
+      const long from = row < g->begin ? g->begin : row;
+      row = g->end < end ? g->end : end;
+      rows(w, &delta, from, row, column, panels);
+    }
+    if (row < end) rows(w, nullptr, row, end, column, panels);
+  }
+
+  // What this thread needs first of the linear that follows.
+  void want_next_linear() {
+    if (next_.begin == nullptr) return;
+    const Share share(me_, l_.rows, next_.outputs);
+    if (share.count() > 0)
+      fetcher_.want((const char*)next_.begin + share[0].first * next_.panel_bytes, share[0].panels * next_.panel_bytes);
+  }
+
+  // Short segments would make tiles too small: they are added when the block is computed, and their matrices come out
+  // of memory meanwhile.
+  void want_adapters(long begin, long end, long column, long panels) {
+    const Adapters& a = *adapters_;
+    for (const Segment* g = first(begin); g < last() && g->begin < end; g++)
+      for (long j = 0; j < a.slices; j++) {
+        const long low = column > a.slice[j].offset ? column - a.slice[j].offset : 0;
+        const long top = column + panels * LANES - a.slice[j].offset;
+        const long high = top < a.slice[j].out ? top : a.slice[j].out;
+        const B<Out> b = matrix(j, g->slot, low);
+        if (low < high && b.rank > 0) fetcher_.want(b.at, (high - low) * b.row_bytes());
+      }
+  }
+
+  void add_adapters(long begin, long end, long column, long panels) {
+    const Adapters& a = *adapters_;
+    const Segment* const from = first(begin);
+    const long width = a.width / Out::PER_LANE, h_stride = a.slices * width;
+    for (long p = 0, count; p < panels; p += count) {
+      const long j = slice_at(column + p * LANES);
+      count = 1;
+      while (p + count < panels && slice_at(column + (p + count) * LANES) == j) count++;
+      if (j < 0) continue;
+      const long within = column + p * LANES - a.slice[j].offset;
+      for (const Segment* g = from; g < last() && g->begin < end; g++) {
+        const long low = g->begin > begin ? g->begin : begin, high = g->end < end ? g->end : end;
+        const B<Out> b = matrix(j, g->slot, within);
+        if (b.rank == 0) continue;
+        expand_panels<Out>((const uint32_t*)a.h + low * h_stride + j * width, h_stride, b, high - low, count,
+                           (elem*)l_.y + low * l_.y_stride + column + p * LANES, l_.y_stride, b_.data());
+      }
+    }
+  }
+
+  // The slice that a column belongs to; below zero if it is none's.
+  long slice_at(long column) const {
+    for (long j = 0; j < adapters_->slices; j++) {
+      const long within = column - adapters_->slice[j].offset;
+      if (within >= 0 && within < adapters_->slice[j].out) return j;
+    }
+    return -1;
+  }
+
+  const Segment* last() const { return adapters_->segments + adapters_->count; }
+
+  const Segment* first(long row) const {
+    const Segment* g = adapters_->segments;
+    while (g < last() && g->end <= row) g++;
+    return g;
+  }
+
+  // B of a slice, from one of its rows on.
+  B<Out> matrix(long slice, long slot, long row) const {
+    const Where& where = adapters_->slots->where(slot, adapters_->first + slice);
+    return B<Out>(adapters_->slots->at(where.b, sizeof(elem)), where.b_rank, adapters_->slots->int8).from(row);
+  }
+
+  Delta turned(const Segment& g, long column, long panels) {
+    const Adapters& a = *adapters_;
+    const long width = a.width / Out::PER_LANE, panel = width * LANES;
+    Delta delta{b_.data(), (const uint32_t*)a.h, panel, a.slices * width, {}, {}};
+    for (long p = 0; p < panels; p++) {
+      const long j = slice_at(column + p * LANES);
+      delta.slice[p] = -1;
+      if (j < 0) continue;
+      const B<Out> b = matrix(j, g.slot, column + p * LANES - a.slice[j].offset);
+      if (b.rank == 0) continue;
+      delta.slice[p] = j * width;
+      delta.lanes[p] = b.lanes;
+      turn(b, LANES, b_.data() + p * panel);
+    }
+    return delta;
+  }
+
+  const Member& me_;
+  const Linear& l_;
+  const Multiply& multiply_;
+  const Adapters* adapters_;
+  Panels next_;
+  long left_;  // blocks
+  Fetcher fetcher_;
+  std::vector<uint32_t> b_;
+};
+
+}  // namespace
+
+template <class Out>
+void compute_share(const Member& me, const Linear& l, const Beside& beside, const Multiply& multiply,
+                   const Stored& stored, Unpack unpack, const void* of) {
+  const Share mine(me, l.rows, l.n);
+  Blocks<Out> compute(me, l, beside, multiply, mine.count());
+  for (long i = 0; i < mine.count(); i++) {
+    const Block block = mine[i];
+    compute(unpack(of, block.first, block.panels), block, block.following(stored));
+  }
+}
+
+template void compute_share<Bf16>(const Member&, const Linear&, const Beside&, const Multiply&, const Stored&, Unpack,
+                                  const void*);
+template void compute_share<F32>(const Member&, const Linear&, const Beside&, const Multiply&, const Stored&, Unpack,
+                                 const void*);
+
+}  // namespace aio
