@@ -85,10 +85,12 @@ def check_address(where: str) -> None:
     if where == "auto" or "://" in where:
         return
     host, _, port = where.rpartition(":")
+    if not host or not port.isdecimal() or int(port) > 65535:
+        raise ConfigError(f"RAY_ADDRESS={where}: must be HOST:PORT, as `ray start --head` prints it, or auto")
     try:
         with socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_SECONDS):
             pass
-    except (OSError, ValueError) as error:
+    except OSError as error:
         raise ConfigError(
             f"RAY_ADDRESS={where}: nothing answers there ({error}); start Ray with `ray start --head`, or "
             "unset RAY_ADDRESS to start Ray on this machine"

@@ -53,7 +53,7 @@ class FleetConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     no replay, and never do one."""
     heartbeat_seconds: float = 0.5
     """Longest time between two reports of a replica."""
-    silent_seconds: float = 3.0
+    silent_seconds: float = 2.75
     """A replica without a report for longer gets no requests, and its requests continue on others."""
     step_seconds: float = 120.0
     """A replica whose model takes longer for one step counts as hung."""

@@ -5,8 +5,10 @@
 One engine's own server and a fleet of one replica, each with one thread, in turns: tokens a second and the
 processor time of a token (the door's process alone; with one engine, engine and server are one process). What
 the door adds to the time to first token is the median difference between the two for requests of one token,
-one after the other. Then a fleet of two: the time until it serves, the first new token after `kill -9` of a
-replica in the middle of streams, after SIGSTOP of one, and the time from SIGTERM until no process is left.
+one after the other. Then a fleet of two: the time until it serves, and what happens when a replica gets
+SIGKILL, or SIGSTOP (a hang), in the middle of streams: when the door notices, when the streams go on, and, to
+compare with, how long a new request waits for its first token beside as many streams. At last the time from
+SIGTERM until no process is left.
 The client runs on the same machine. Prints; asserts nothing.
 """
 
@@ -22,6 +24,7 @@ import signal
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from itertools import pairwise
@@ -47,7 +50,10 @@ class Server:
             text=True,
             env={**environment, "OMP_NUM_THREADS": "1"},
         )
+        self.losses: list[float] = []
+        """Times at which the door has said that it lost a replica."""
         self.url = self._url(began)
+        threading.Thread(target=self._watch, daemon=True).start()
         self.start_seconds = time.monotonic() - began
         self.own = psutil.Process(self.process.pid)
 
@@ -59,6 +65,12 @@ class Server:
             if time.monotonic() - began > START_SECONDS:
                 break
         raise SystemExit("the server did not start")
+
+    def _watch(self) -> None:
+        assert self.process.stderr is not None
+        for line in self.process.stderr:
+            if re.search(r"replica \S+ is (lost|silent|hung|dead) ", line):
+                self.losses.append(time.monotonic())
 
     def tree(self) -> list[psutil.Process]:
         return [self.own, *self.own.children(recursive=True)]
@@ -135,14 +147,17 @@ def added_by_the_door(plain: Server, fleet: Server, pairs: int = 100) -> float:
 
 
 async def loss(server: Server, streams: int, number: signal.Signals) -> str:
-    """What happens to the streams when one of two replicas gets a signal. Which of them were on it is seen by
-    their pauses: the longer half."""
+    """Describe what happens to the streams when one of two replicas gets a signal. Those that were on it are
+    known by their pauses: the longer half."""
     async with httpx.AsyncClient(base_url=server.url, timeout=600, trust_env=False) as client:
         times: list[list[float]] = [[] for _ in range(streams)]
         tasks = [asyncio.create_task(stream(client, i, 160, times[i])) for i in range(streams)]
         while min(map(len, times)) < 20:  # noqa: ASYNC110 - the streams append
             await asyncio.sleep(0.01)
-        at = time.monotonic()
+        new: list[float] = []
+        began = time.monotonic()
+        await stream(client, streams, 1, new)
+        at, known = time.monotonic(), len(server.losses)
         os.kill(server.replicas()[0].pid, number)
         await asyncio.gather(*tasks)
     pauses = []
@@ -152,9 +167,11 @@ async def loss(server: Server, streams: int, number: signal.Signals) -> str:
     moved = sorted(pauses)[streams // 2 :]
     first, last = min(back for _, back in moved), max(back for _, back in moved)
     whole = sum(len(each) == 160 for each in times)
+    noticed = min((lost - at for lost in server.losses[known:]), default=float("nan"))
+    usual = new[0] - began
     return (
-        f"{whole} of {streams} streams complete; the first that moved goes on after {first:.2f} s, the last "
-        f"after {last:.2f} s"
+        f"{whole} of {streams} streams complete; noticed after {noticed:.2f} s; the first that moved goes on "
+        f"after {first:.2f} s, the last after {last:.2f} s (a new request's first token: {usual:.2f} s)"
     )
 
 

@@ -80,6 +80,12 @@ def test_an_address_that_does_not_answer() -> None:
             check_address(where)
 
 
+@pytest.mark.parametrize("where", ["head", ":6379", "head:", "head:ray", "head:70000"])
+def test_an_address_that_is_none(where: str) -> None:
+    with pytest.raises(ConfigError, match=f"RAY_ADDRESS={where}: must be HOST:PORT"):
+        check_address(where)
+
+
 @pytest.mark.parametrize("tls", [False, True])
 def test_an_address_of_something_else(tls: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Ray would try for a minute, and end the process."""
