@@ -12,8 +12,8 @@ import threading
 import time
 import weakref
 from array import array
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Collection, Sequence
 
 from aioengine.grammars.places import Places
 from aioengine.grammars.wire import AFRESH, ASK, FORGET, GO_ON, MASK
@@ -307,3 +307,16 @@ class GrammarConstraint:
             if time.monotonic() > until:
                 raise ValueError("the grammar's masks are late")
         return mask
+
+
+def largest_of_most(grammars: Collection[Grammar]) -> Grammar:
+    """Return the largest grammar of the tenant whose grammars take the most memory. A grammar's is divided
+    among the tenants that use it."""
+    taken: Counter[str | None] = Counter()
+    for grammar in grammars:
+        users = set(grammar.rows.values())
+        for tenant in users:
+            taken[tenant] += grammar.memory // len(users)
+    most = max(taken, key=lambda tenant: taken[tenant], default=None)
+    of_most = [grammar for grammar in grammars if most in grammar.rows.values()]
+    return max(of_most or grammars, key=lambda grammar: grammar.memory)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections import Counter, OrderedDict
-from collections.abc import Callable, Collection
+from collections import OrderedDict
+from collections.abc import Callable
 
 from aioengine.errors import AioEngineError, EngineOverloaded, EngineStopped, RequestInvalid
 from aioengine.grammars.endings import (
@@ -22,7 +22,7 @@ from aioengine.grammars.fair_queue import FairQueue
 from aioengine.grammars.fair_thread import in_own_thread
 from aioengine.grammars.jobs import Job, Outcome
 from aioengine.grammars.limits import GrammarLimits, MiB
-from aioengine.grammars.matching import Grammar, GrammarConstraint
+from aioengine.grammars.matching import Grammar, GrammarConstraint, largest_of_most
 from aioengine.grammars.wire import COMPILED, text_frame
 from aioengine.grammars.zygote_process import ChildProcess, Tokens, ZygoteProcess, read_struct, read_text
 
@@ -396,16 +396,3 @@ class Grammars:
         self._room.set()
         if self._replacing:
             await asyncio.wait(self._replacing)
-
-
-def largest_of_most(grammars: Collection[Grammar]) -> Grammar:
-    """Return the largest grammar of the tenant whose grammars take the most memory. A grammar's is divided
-    among the tenants that use it."""
-    taken: Counter[str | None] = Counter()
-    for grammar in grammars:
-        users = set(grammar.rows.values())
-        for tenant in users:
-            taken[tenant] += grammar.memory // len(users)
-    most = max(taken, key=lambda tenant: taken[tenant], default=None)
-    of_most = [grammar for grammar in grammars if most in grammar.rows.values()]
-    return max(of_most or grammars, key=lambda grammar: grammar.memory)

@@ -8,8 +8,8 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
+from aioengine.grammars.matching import largest_of_most
 from aioengine.grammars.places import Places
-from aioengine.grammars.service import largest_of_most
 
 ROWS = 6
 
