@@ -37,26 +37,26 @@ class Floors(NamedTuple):
 
 
 def measure_floors() -> Floors:
-    """Medians of short runs."""
+    """The best of short runs: other work on the machine only takes away."""
     library = load()
     out = torch.zeros(1)
     memory = torch.ones(READ_BYTES // 4)
-    read = _median(lambda: library.aio_probe_read(memory.data_ptr(), READ_BYTES, threads(), out.data_ptr()))
+    read = _least(lambda: library.aio_probe_read(memory.data_ptr(), READ_BYTES, threads(), out.data_ptr()))
     count = 16_000_000
     products = {}
     for kind, (name, per_lane) in enumerate((("float32", 1), ("bfloat16", 2), ("int8", 4))):
-        seconds = _median(lambda: library.aio_probe_dot(kind, count, threads(), out.data_ptr()))  # noqa: B023
+        seconds = _least(lambda: library.aio_probe_dot(kind, count, threads(), out.data_ptr()))  # noqa: B023
         products[name] = count * LANES * per_lane * threads() / seconds
     return Floors(READ_BYTES / read, products)
 
 
-def _median(work: Callable[[], object]) -> float:
+def _least(work: Callable[[], object]) -> float:
     seconds = []
-    for _ in range(7):
+    for _ in range(10):
         start = time.perf_counter()
         work()
         seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds[1:])
+    return min(seconds)
 
 
 def profile_table(model: str, quantization: str, floors: Floors, repeats: int) -> Table:
@@ -104,14 +104,19 @@ def floor_seconds(
     spec: ModelSpec, floors: Floors, element: str, weight_bytes: int
 ) -> dict[str, tuple[float, str]]:
     """By phase, the least time that it takes, and what of: reading its data once, or its products."""
-
-    def least(read: float, products: float, of: str) -> tuple[float, str]:
+    least = {}
+    for phase, (read, products, of) in phase_work(spec, element, weight_bytes).items():
         reading, computing = read / floors.read_bytes, products / floors.products[of]
-        return (reading, "memory") if reading > computing else (computing, "arithmetic")
+        least[phase] = (reading, "memory") if reading > computing else (computing, "arithmetic")
+    return least
 
-    def linear(n_in: int, n_out: int, times: int) -> tuple[float, str]:
+
+def phase_work(spec: ModelSpec, element: str, weight_bytes: int) -> dict[str, tuple[float, float, str]]:
+    """By phase of the step: bytes read, products, and the type of what is multiplied."""
+
+    def linear(n_in: int, n_out: int, times: int) -> tuple[float, float, str]:
         size = n_in * n_out * times
-        return least(size * weight_bytes, size * ROWS, element)
+        return size * weight_bytes, size * ROWS, element
 
     layers, hidden, inner = spec.num_layers, spec.hidden_size, spec.intermediate_size
     lora = [spec.linear(module) for module in LORA_MODULES]
@@ -120,11 +125,11 @@ def floor_seconds(
     group = spec.num_heads // spec.num_kv_heads
     return {
         "qkv": linear(hidden, spec.q_size + 2 * spec.kv_size, layers),
-        "attention": least(2 * cells * 2, 2 * cells * group, "bfloat16"),
+        "attention": (2 * cells * 2, 2 * cells * group, "bfloat16"),
         "o": linear(spec.q_size, hidden, layers),
         "gate_up": linear(hidden, 2 * inner, layers),
         "down": linear(inner, hidden, layers),
         "head": linear(hidden, spec.vocab_size, 1),
-        "shrink": least(a * ADAPTERS * 2, a * ROWS, "bfloat16"),
-        "expand": least(b * ADAPTERS * 2, b * ROWS, "bfloat16"),
+        "shrink": (a * ADAPTERS * 2, a * ROWS, "bfloat16"),
+        "expand": (b * ADAPTERS * 2, b * ROWS, "bfloat16"),
     }
