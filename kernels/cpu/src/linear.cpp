@@ -34,16 +34,13 @@ void experts(const void* x, const void* packed, void* y, const int32_t* begin, l
       for (next = e + 1; next < count && begin[next] == begin[next + 1];) next++;
       const long first = begin[e], rows = begin[e + 1] - first;
       if (rows == 0) continue;
-      const Linear l{(const elem*)x + first * k, k, nullptr, (elem*)y + first * n, n, rows, n, k, nullptr, nullptr, nullptr};
-      const uint32_t* const weights = (const uint32_t*)packed + e * expert;
-      const Panels after{next < count ? (const uint32_t*)packed + next * expert : nullptr, n, panel * long(sizeof(uint32_t))};
-      const Beside beside{nullptr, 0, nullptr, after};
-      const Share mine(me, rows, n);
-      Blocks<T, T> compute(me, l, beside, mine.count());
-      for (long i = 0; i < mine.count(); i++) {
-        const Block block = mine[i];
-        compute(weights + block.first * panel, block, block.following(weights, panel * sizeof(uint32_t)));
-      }
+      const Linear l{T::PER_LANE == Bf16::PER_LANE, (const elem*)x + first * k, k, nullptr, (elem*)y + first * n, n, rows, n, k,
+                     nullptr, nullptr, nullptr};
+      const uint32_t* const own = (const uint32_t*)packed + e * expert;
+      const long bytes = panel * long(sizeof(uint32_t));
+      const Panels after{next < count ? (const uint32_t*)packed + next * expert : nullptr, n, bytes};
+      const auto weights = [&](long from, long) { return own + from * panel; };
+      compute_share<T>(me, l, {nullptr, 0, nullptr, after}, multiply<T>(), {own, bytes}, weights);
     }
   });
 }
