@@ -1,6 +1,7 @@
 """Slots of one size, by bytes, and in one memory with the KV cache, in simulation: mixed ranks on a trace.
 
     python -m benchmarks.policies.slot_memory AzureLLMInferenceTrace_code.csv
+    python -m benchmarks.policies.slot_memory AzureLLMInferenceTrace_code.csv --figure slots.svg
 
 All have the same memory: that of ``--slots`` slots of rank 64, and of ``--kv`` for the KV cache. Where slots
 share theirs, ``--most`` adapters may be in it.
@@ -13,7 +14,8 @@ from __future__ import annotations
 import argparse
 import statistics
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -24,6 +26,7 @@ from scipy.stats import t as student
 from aioengine.checks import parse_bytes
 from aioengine.lab import Experiment, WorkloadSpec, run
 from aioengine.lab.costs.presets import load_costs
+from aioengine.lab.report.style import LIGHT, draw, footnote, legend_above, new_figure, vectors
 
 MEASURES = {
     "copies a request": lambda summary: summary["swaps"]["slot_copies_per_request"],
@@ -38,12 +41,36 @@ def measure(experiment: Experiment) -> list[float]:
     return [measure(summary) for measure in MEASURES.values()]
 
 
-def text(values: Sequence[float]) -> str:
+Interval = tuple[float, float]
+"""Mean, and half the width of its 95% interval."""
+
+
+def interval(values: Sequence[float]) -> Interval:
     mean = statistics.fmean(values)
     if len(values) < 2:
-        return f"{mean:.3f}"
-    half = student.ppf(0.975, len(values) - 1) * statistics.stdev(values) / len(values) ** 0.5
-    return f"{mean:.3f} ± {half:.3f}"
+        return mean, 0.0
+    return mean, student.ppf(0.975, len(values) - 1) * statistics.stdev(values) / len(values) ** 0.5
+
+
+def figure(found: Mapping[str, Mapping[str, Sequence[Interval]]], title: str, note: str) -> bytes:
+    """Draw bars for each measure: groups by policy, of each a bar for each kind of slots. Returns an SVG."""
+
+    def make() -> Any:
+        drawn, panels = new_figure(title, height=3.4, columns=len(MEASURES))
+        for index, (panel, measure) in enumerate(zip(panels, MEASURES, strict=True)):
+            for place, mode in enumerate(next(iter(found.values()))):
+                means, halves = zip(*(rows[mode][index] for rows in found.values()), strict=True)
+                at = [group + (place - 1) * 0.27 for group in range(len(found))]
+                panel.bar(
+                    at, means, 0.25, yerr=halves, color=LIGHT.palette[place], ecolor=LIGHT.text, label=mode
+                )
+            panel.set_xticks(range(len(found)), list(found), rotation=25)
+            panel.set_title(measure)
+        legend_above(panels[0], bbox_to_anchor=(0.0, 1.12))
+        footnote(drawn, note, LIGHT)
+        return drawn
+
+    return vectors(draw("slot-memory", note, LIGHT, make))["svg"]
 
 
 def main() -> None:
@@ -59,6 +86,7 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=4000)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--preset", default="llama3-8b-h100")
+    parser.add_argument("--figure", type=Path, help="SVG to draw")
     args = parser.parse_args()
 
     kv = parse_bytes(args.kv, field="kv")
@@ -90,17 +118,24 @@ def main() -> None:
         "by bytes": (args.most, memory),
         "shared": (args.most, "shared"),
     }
+    found: dict[str, dict[str, list[Interval]]] = {}
     for policy in track(args.policies, console=console, disable=not console.is_terminal):
         means: list[list[float]] = []
         for mode, (slots, shared) in modes.items():
             rows = [measure(experiment(policy, seed, slots, shared)) for seed in range(args.seeds)]
             columns = list(zip(*rows, strict=True))
             means.append([statistics.fmean(column) for column in columns])
-            table.add_row(policy, mode, *map(text, columns))
+            intervals = found.setdefault(policy, {})[mode] = [interval(column) for column in columns]
+            table.add_row(policy, mode, *(f"{mean:.3f} ± {half:.3f}" for mean, half in intervals))
         for mode, after in zip(list(modes)[1:], means[1:], strict=True):
             ratios = [f"{b / a:.2f}" if a else "" for a, b in zip(means[0], after, strict=True)]
             table.add_row("", f"ratio, {mode}", *ratios, style="bold", end_section=mode == "shared")
     Console().print(table)
+    if args.figure is not None:
+        note = f"{args.limit:,} requests of {Path(args.trace).stem}, {args.scale:g} times as fast; "
+        note += f"{table.title}; means over {args.seeds} seeds, with their 95% intervals."
+        title = "What slots of other kinds save in copies, and in time to first token"
+        args.figure.write_bytes(figure(found, title, note))
 
 
 if __name__ == "__main__":

@@ -273,7 +273,8 @@ def _plainly(model: GenericModel) -> Iterator[None]:
     """All rows get the adapter in slot 0, as two products."""
 
     def add(pool: LoRAPool, place: int, x: Tensor, y: Tensor) -> Tensor:
-        a, b = pool.a(0, place), pool.b(0, place)
+        a = pool.a(0, place)
+        b = pool.b(0, place).to(a.dtype)  # it may be whole numbers
         return y + ((x.to(a.dtype) @ a.T) @ b.T).to(y.dtype)
 
     for one in model.hooks:
