@@ -29,10 +29,8 @@ AUTO_TOKENS_ON_CPU = 512
 
 
 class MemoryPlan(msgspec.Struct, frozen=True, kw_only=True):
-    """Sizes in bytes, for each rank of ``tensor_parallel_size``.
-
-    On a CPU everything is in one memory, so all of it counts, and the ranks share the available bytes.
-    """
+    """Sizes in bytes, for each rank of ``tensor_parallel_size``. On a CPU everything is in one memory, so
+    all of it counts, and the ranks share the available bytes."""
 
     device: str
     dtype: str
@@ -46,8 +44,7 @@ class MemoryPlan(msgspec.Struct, frozen=True, kw_only=True):
     weights_bytes: int
     num_slots: int
     slot_bytes_by_module: dict[str, int]
-    """One slot's share by targeted module, over all layers: rank x (in + out) x dtype size each, and the
-    scales if that is int8."""
+    """One slot's share by targeted module, over all layers: A and B, and with int8 their scales."""
     slot_affine_bytes: int
     """One slot's share for DoRA and ``lora_bias``: a gain and a shift for every output of the modules."""
     num_blocks: int
@@ -66,8 +63,7 @@ class MemoryPlan(msgspec.Struct, frozen=True, kw_only=True):
     slot_memory: int | None = None
     """Bytes that the slots share; None: each has a fixed place of ``slot_bytes``."""
     shared: bool = False
-    """Whether adapters take their memory from that of the KV blocks, as much as they need and these can
-    spare."""
+    """Whether adapters take what they need from the memory of the KV blocks."""
 
     @property
     def slot_bytes(self) -> int:

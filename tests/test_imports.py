@@ -28,6 +28,7 @@ NEUTRAL = {
     "aioengine.errors",
     "aioengine.events",
     "aioengine.info",
+    "aioengine.model.experts.spec",
     "aioengine.model.spec",
     "aioengine.request",
     "aioengine.step",

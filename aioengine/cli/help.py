@@ -18,7 +18,8 @@ HELP_ALL = "--help-all"
 
 EXIT_CODES = """\
 Exit codes: 0 done; 1 some of it failed; 2 wrong usage or configuration, nothing was run;
-3 a run of the lab is not valid; 130 interrupted; 141 the reader of the output has gone."""
+3 a run of the lab is not valid, or a policy failed its check; 130 interrupted;
+141 the reader of the output has gone."""
 
 
 class CompactFormatter:

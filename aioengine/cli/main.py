@@ -4,7 +4,8 @@ Exit codes:
     0    everything asked for was done
     1    the command ran, but some of it failed (requests, or output that cannot be written)
     2    nothing was run: wrong usage, wrong configuration, or it does not fit the machine
-    3    a run of the lab is not valid: its policy failed, and another one decided in its place
+    3    a run of the lab is not valid (its policy failed, and another one decided in its place), or a checked
+         policy breaks a rule
     130  interrupted
     141  whoever read the output has gone (128 + SIGPIPE, as with other tools)
 """

@@ -61,8 +61,7 @@ def check_int8_adapters(dtype: str, shard: Shard) -> None:
     if dtype == "float16":
         raise ConfigError(
             "lora.lora_dtype='int8' with dtype='float16': A's outputs would be too small for float16, "
-            "because "
-            "B is whole numbers; set dtype='bfloat16', or lora_dtype='auto'"
+            "because B is whole numbers; set dtype='bfloat16', or lora_dtype='auto'"
         )
     if shard.size > 1 and shard.fully_sharded:
         raise ConfigError(

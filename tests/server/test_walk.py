@@ -45,7 +45,7 @@ def asked(title: str) -> list[str]:
 
 
 REQUEST, ADAPTER = steps("One request"), steps("One adapter")
-BESIDE_REQUEST, BESIDE_ADAPTER = asked("Asked on a request's way"), asked("Asked on an adapter's way")
+BESIDE_REQUEST, BESIDE_ADAPTER = asked("Also used by a request"), asked("Also used by an adapter")
 ON_THE_CLOCK = set(asked("On the clock"))
 """They run beside requests, now and then."""
 

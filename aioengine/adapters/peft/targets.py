@@ -231,8 +231,7 @@ class Layout:
         if not fits:
             self._folder.invalid(
                 f"{file}: {key!r}: expected a head of 1 to {MAX_LABELS} labels over {hidden} hidden units, "
-                "found "
-                f"{list(shape[:8])}"
+                f"found {list(shape[:8])}"
             )
         return Part((NO_LAYER, match[1]), HEAD_KINDS[match[2] == "bias"])
 

@@ -82,8 +82,7 @@ class BoundedBody:
         except TimeoutError:
             text = (
                 f"the body came too slowly: nothing for {self._timeout} seconds, or less than {MIN_RATE} "
-                "bytes "
-                "a second"
+                "bytes a second"
             )
             raise ApiError(408, text, code="request_timeout", close=True) from None
         if message["type"] == "http.disconnect":
