@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import re
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -17,10 +18,14 @@ from aioengine.lab.report.run_figures import PLOTS
 from aioengine.lab.report.run_page import write_report
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    folder = write_files(tmp_path / "run")
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run's folder with its report, which takes seconds to draw."""
+    folder = write_files(tmp_path_factory.mktemp("report") / "run")
     (folder / "summary.json").write_text(json.dumps(summarize(folder)))
+    drawn: list[None] = []
+    write_report(folder, lambda: drawn.append(None))
+    assert len(drawn) == len(PLOTS)
     return folder
 
 
@@ -37,31 +42,23 @@ class Links(HTMLParser):
         self.sources += [value or "" for name, value in attrs if name in ("src", "srcset", "href")]
 
 
-def test_the_page_is_whole_and_escaped(folder: Path) -> None:
-    drawn: list[None] = []
-    page = write_report(folder, lambda: drawn.append(None))
-    text = page.read_text()
+def test_the_page_is_whole_and_escaped(written: Path) -> None:
+    text = (written / "report.html").read_text()
     links = Links()
     links.feed(text)
-    assert len(drawn) == len(PLOTS)
     assert "script" not in links.tags and "b" in links.tags  # the tiles' own, and not the policy's
     assert "&lt;script&gt;" in text and "&lt;b&gt;fcfs" in text and "<b>fcfs" not in text
     assert len(links.sources) == 2 * len(PLOTS)
     assert all(source.startswith("data:image/png;base64,") for source in links.sources)
     for plot, source in zip(PLOTS, links.sources[1::2], strict=True):  # the second of each is the light one
-        png = (folder / "figures" / f"{plot.name}.png").read_bytes()
+        png = (written / "figures" / f"{plot.name}.png").read_bytes()
         assert base64.b64decode(source.partition(",")[2]) == png
     assert "aioengine lab run --experiment FOLDER/experiment.json" in text
-    assert str(folder) not in text and not re.search(r"\b20\d\d-\d\d-\d\d\b", text)
+    assert str(written) not in text and not re.search(r"\b20\d\d-\d\d-\d\d\b", text)
 
 
-def test_the_page_depends_on_the_files_alone(folder: Path) -> None:
-    first = write_report(folder).read_bytes()
-    assert write_report(folder).read_bytes() == first
-
-
-def test_what_is_not_there_is_named(folder: Path) -> None:
-    (folder / "summary.json").unlink()
+def test_what_is_not_there_is_named(tmp_path: Path) -> None:
+    folder = write_files(tmp_path / "run")
     with pytest.raises(ConfigError, match=r"cannot read .*summary\.json"):
         write_report(folder)
     (folder / "summary.json").write_text("{")
@@ -69,8 +66,13 @@ def test_what_is_not_there_is_named(folder: Path) -> None:
         write_report(folder)
 
 
-def test_figures_for_a_paper(folder: Path) -> None:
+def test_figures_for_a_paper(written: Path, tmp_path: Path) -> None:
+    """With them the page and its figures are the same bytes as without: all depends on the files alone."""
+    before = {path: path.read_bytes() for path in (written / "report.html", *written.glob("figures/*.png"))}
+    unwritten = shutil.ignore_patterns("report.html", "figures")
+    folder = shutil.copytree(written, tmp_path / "run", ignore=unwritten)
     write_report(folder, vector=True)
+    assert {path: (folder / path.relative_to(written)).read_bytes() for path in before} == before
     figures = folder / "figures"
     assert {path.stem for path in figures.glob("*.pdf")} == {plot.name for plot in PLOTS}
     first = {path.name: path.read_bytes() for path in figures.iterdir()}
