@@ -11,8 +11,7 @@ from aioengine.checks import format_bytes
 from aioengine.config import EngineConfig, LoRAConfig
 from aioengine.errors import ConfigError
 from aioengine.info import LoadProgress
-from aioengine.model.coverage import check_int8_adapters
-from aioengine.model.experts.spec import MixtureSpec
+from aioengine.model.coverage import check_int8_adapters, check_quantization
 from aioengine.model.files.resolve import read_spec, resolve_model
 from aioengine.model.parallel.group import Shard
 from aioengine.model.parallel.partition import Partition
@@ -165,11 +164,7 @@ def plan_memory(
     """
     if spec.impl == "transformers":
         config.refuse_for_transformers()
-    if config.quantization != "none" and isinstance(spec, MixtureSpec):
-        raise ConfigError(
-            f"quantization={config.quantization!r}: {spec.family} has experts, which are not quantized; set "
-            "quantization='none'"
-        )
+    check_quantization(spec, config.quantization)
     if available_bytes is None:
         available_bytes = available_memory(device)
     size = config.tensor_parallel_size

@@ -70,6 +70,15 @@ def check_int8_adapters(dtype: str, shard: Shard) -> None:
         )
 
 
+def check_quantization(spec: ModelSpec, quantization: Quantization) -> None:
+    """Raise ConfigError for a quantization that the model's weights cannot have."""
+    if quantization != "none" and isinstance(spec, MixtureSpec):
+        raise ConfigError(
+            f"quantization={quantization!r}: {spec.family} has experts, which are not quantized; set "
+            "quantization='none'"
+        )
+
+
 def variance(reason: str | None, ranks: int) -> str | None:
     """Why a token's bits depend on its batch; None: they do not (docs/determinism.md). ``reason``: why
     there is no compiled step, if there is none."""
