@@ -173,8 +173,10 @@ def test_memory_for_scores_is_bounded_and_shared_fairly() -> None:
             hold_of_b(half // 2 - MAX_SCORES)
             with pytest.raises(ApiError):
                 hold_of_b(1)
-            with scores.claimed("c", half // 4):  # half of what those two leave
-                pass
+            with scores.claimed("c", MAX_SCORES) as hold_of_c:
+                hold_of_c(half // 4 - MAX_SCORES)  # half of what those two leave
+                with pytest.raises(ApiError):
+                    hold_of_c(1)
     with scores.claimed("a", 0) as hold:
         hold(MAX_SCORES)
 
@@ -334,4 +336,4 @@ async def test_unknown_fields_can_be_ignored(serve: Serve, caplog: pytest.LogCap
     lines = [record.getMessage() for record in caplog.records if "is ignored" in record.getMessage()]
     assert len(lines) == MAX_LOGGED_NAMES == len(set(lines))
     for name in ("num_ctx", "stream_options.weird", "tools.cache_control", "tools.function.x"):
-        assert sum(line.endswith(f": {name}") for line in lines) == 1
+        assert sum(f"field {name} is ignored" in line for line in lines) == 1
