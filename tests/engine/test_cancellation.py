@@ -120,8 +120,8 @@ async def drain(scene: Scene) -> None:
 
 
 CASES: dict[str, Case] = {
-    "generate, cold": Case(registered, generate, 3),
-    "generate, warm": Case(loaded, generate, 3),
+    "generate, cold": Case(registered, generate, 1),
+    "generate, warm": Case(loaded, generate, 1),
     "complete": Case(nothing, complete, 1),
     "load": Case(nothing, load, 1),
     "load, registered": Case(registered, load, 1),
