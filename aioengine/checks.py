@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import re
+import tomllib
 from collections.abc import Collection, Mapping
+from pathlib import Path
 from typing import Any, TypeVar
 
 import msgspec
@@ -109,6 +111,16 @@ def nearest(value: object, allowed: Collection[Any]) -> str:
         around.append(min((a for a in allowed if a > value), default=None))
         return f" (did you mean {' or '.join(str(a) for a in around if a is not None)}?)"
     return _nearest_name(str(value), [str(a) for a in allowed])
+
+
+def read_toml(path: str | Path) -> dict[str, Any]:
+    """Read a configuration file. Raises ConfigError if it cannot be read or is not TOML."""
+    try:
+        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read configuration file {path}: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"configuration file {path} is not valid TOML: {error}") from error
 
 
 S = TypeVar("S", bound=msgspec.Struct)

@@ -9,14 +9,21 @@ The file is long because it has every setting of an engine, with its documentati
 from __future__ import annotations
 
 import os
-import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
 import msgspec
 
-from aioengine.checks import check_integer, check_seconds, from_plain, nearest, parse_bytes, refuse_unknown
+from aioengine.checks import (
+    check_integer,
+    check_seconds,
+    from_plain,
+    nearest,
+    parse_bytes,
+    read_toml,
+    refuse_unknown,
+)
 from aioengine.errors import ConfigError
 from aioengine.model.spec import KNOWN_MODULES, LORA_MODULES, TARGETABLE_MODULES, ModelImpl, Quantization
 
@@ -386,13 +393,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     @classmethod
     def from_toml(cls, path: str | Path, **overrides: Any) -> Self:
         """Read a TOML file whose keys are the fields of this struct, and a table ``[lora]``."""
-        try:
-            values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-        except OSError as error:
-            raise ConfigError(f"cannot read configuration file {path}: {error.strerror}") from error
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise ConfigError(f"configuration file {path} is not valid TOML: {error}") from error
-        return cls.from_dict({**values, **overrides}, source=str(path))
+        return cls.from_dict({**read_toml(path), **overrides}, source=str(path))
 
 
 def _integer(config: msgspec.Struct, field: str, *, low: int, high: int | None = None) -> None:

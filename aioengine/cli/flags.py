@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Annotated, Any
 
 from cyclopts import Group, Parameter
 
+from aioengine.checks import read_toml
 from aioengine.cli.config.file import adapters_table
 from aioengine.cli.help import FOLDED
 from aioengine.config import (
@@ -219,10 +219,5 @@ def _read(path: Path | None) -> tuple[dict[str, Any], str]:
     """
     if path is None:
         return {}, "flags"
-    try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"cannot read configuration file {path}: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"configuration file {path} is not valid TOML: {error}") from error
+    values = read_toml(path)
     return {name: value for name, value in values.items() if name not in OTHER_TABLES}, f"{path} and flags"

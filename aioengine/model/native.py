@@ -199,7 +199,7 @@ class NativeForward:
 
     def _matrix(self, linear: Linear, name: str) -> structs.Matrix:
         weight, bias = linear.weight, linear.bias
-        assert isinstance(weight, (PackedWeight, QuantizedWeight, Int4Weight, PackedBlocks))
+        assert isinstance(weight, (PackedWeight, QuantizedWeight, PackedBlocks))
         if name in ("o", "down") and self._decoder.partition.shard.rank > 0:
             bias = None  # the ranks' outputs are added up, and one of them has it
         matrix = structs.Matrix(bias=pointer(bias), n=weight.n, k=weight.k, kind=structs.Kind.PACKED)
@@ -274,7 +274,7 @@ def _packing(decoder: Decoder, quantization: Quantization) -> Callable[[Weight],
     """Packs the decoder's linears: in place, or quantized one after the other into memory of their own."""
     if quantization == "none":
         return _pack
-    form: type[QuantizedWeight | Int4Weight] = QuantizedWeight if quantization == "int8" else Int4Weight
+    form = QuantizedWeight if quantization == "int8" else Int4Weight
     sizes = [form.packed_bytes(*weight.shape) for weight in decoder.linear_weights()]
     arena = Arena(sum(sizes), len(sizes))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -15,6 +16,14 @@ BLOCK = 64
 their number."""
 
 
+class Functions(NamedTuple):
+    """Names of the library's functions for a form of weights."""
+
+    pack: str
+    unpack: str
+    linear: str
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class QuantizedWeight:
     """A weight [n, k] as int8 panels of 16 rows; see ``src/quantized.cpp``.
@@ -22,8 +31,10 @@ class QuantizedWeight:
     With ``int8_activations`` activations become int8 as well, with a scale for each token.
     """
 
+    FUNCTIONS: ClassVar[Functions] = Functions("aio_quantize", "aio_dequantize", "aio_linear_int8")
+
     data: Tensor
-    """[n * k] int8"""
+    """[packed_bytes(n, k)] uint8"""
     scale: Tensor
     """[n] float32"""
     start: Tensor
@@ -47,21 +58,25 @@ class QuantizedWeight:
         return n * k
 
     @classmethod
-    def pack(cls, weight: Tensor, memory: Tensor, *, int8_activations: bool) -> QuantizedWeight:
-        """Round ``weight`` [n, k], contiguous, to int8 in ``memory`` [n * k] (uint8)."""
+    def pack(cls, weight: Tensor, memory: Tensor, *, int8_activations: bool) -> Self:
+        """Quantize ``weight`` [n, k], contiguous, into ``memory`` [packed_bytes(n, k)] (uint8)."""
         n, k = weight.shape
         assert cls.fits(n, k, weight.dtype) and weight.is_contiguous()
+        assert memory.nbytes == cls.packed_bytes(n, k)
         packed = cls(
-            memory.view(torch.int8),
-            torch.empty(n),
-            torch.zeros(n, dtype=torch.int32),
-            *(int8_activations, n, k, rotation(k) if int8_activations else 0, weight.dtype),
+            *(memory, torch.empty(n), torch.zeros(n, dtype=torch.int32), int8_activations, n, k),
+            *(rotation(k) if int8_activations else 0, weight.dtype),
         )
-        load().aio_quantize(
-            *(is_bf16(weight), weight.data_ptr(), packed.data.data_ptr(), packed.scale.data_ptr()),
-            *(packed.start_pointer, n, k, packed.rotation, threads()),
+        getattr(load(), cls.FUNCTIONS.pack)(
+            *(is_bf16(weight), weight.data_ptr(), memory.data_ptr(), packed.scale.data_ptr()),
+            *(packed.start_pointer, n, k, *packed.blocks, threads()),
         )
         return packed
+
+    @property
+    def blocks(self) -> tuple[int, ...]:
+        """Sizes of the blocks into which a row is cut, as the library's functions take them."""
+        return (self.rotation,)
 
     @property
     def nbytes(self) -> int:
@@ -79,9 +94,9 @@ class QuantizedWeight:
     def gather(self, indices: Tensor) -> Tensor:
         """Return the rows ``indices`` [T] (int64): [T, k]."""
         out = torch.empty(len(indices), self.k, dtype=self.dtype)
-        load().aio_dequantize(
+        getattr(load(), self.FUNCTIONS.unpack)(
             *(is_bf16(out), self.data.data_ptr(), self.scale.data_ptr(), indices.data_ptr(), out.data_ptr()),
-            *(len(indices), self.k, self.rotation, threads()),
+            *(len(indices), self.k, *self.blocks, threads()),
         )
         return out
 
@@ -89,9 +104,9 @@ class QuantizedWeight:
         """``x W^T + bias`` for ``x`` [T, k]: [T, n]."""
         x = x.contiguous()
         y = torch.empty(len(x), self.n, dtype=x.dtype)
-        load().aio_linear_int8(
+        getattr(load(), self.FUNCTIONS.linear)(
             *(is_bf16(x), x.data_ptr(), self.k, self.data.data_ptr(), self.scale.data_ptr()),
-            *(self.start_pointer, self.rotation, pointer(bias), y.data_ptr(), self.n),
+            *(self.start_pointer, *self.blocks, pointer(bias), y.data_ptr(), self.n),
             *(len(x), self.n, self.k, None, threads()),
         )
         return y
