@@ -474,6 +474,7 @@ class Core:
     def take_back(self) -> None:
         """Give up the batch of ``schedule_next``, which no device has begun."""
         self._following = []
+        self.step -= 1
 
     def _reject(self, request: Request, reason: str, now: float) -> None:
         """End a request by the policy's decision, if it has never run."""

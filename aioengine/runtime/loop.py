@@ -181,7 +181,9 @@ class Stepper:
             finally:
                 self._step_began = None
             self._finished(batch, result, schedule_seconds, policy_seconds)
-            if self._next is None:
+            if self._next is not None:
+                await asyncio.sleep(0)  # it may be done already, and readers get each token before the next
+            if self._next is None:  # or taken back meanwhile
                 return
             (batch, running, schedule_seconds), self._next = self._next, None
             policy_seconds = 0.0

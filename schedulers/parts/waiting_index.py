@@ -74,10 +74,12 @@ class WaitingIndex:
 
     def add(self, request: RequestView) -> None:
         self.remove(request.request_id)
-        adapter = request.adapter
         entry = Entry(self._key(request), request.arrival, self._count, request)
         self._count += 1
-        self._where[request.request_id] = (adapter, entry)
+        self._insert(entry, request.adapter)
+
+    def _insert(self, entry: Entry, adapter: str | None) -> None:
+        self._where[entry.request.request_id] = (adapter, entry)
         queue = self._queues.get(adapter)
         if queue is None:
             queue = self._queues[adapter] = SortedList()
@@ -108,14 +110,9 @@ class WaitingIndex:
 
     def rename(self, was: str | None, adapter: str | None) -> None:
         """Follow an adapter that is called otherwise from now on."""
-        queue = self._queues.pop(was, None)
-        if queue is None:
-            return
-        self._queues[adapter] = queue
-        self._heads.remove((queue[0], was))
-        self._heads.add((queue[0], adapter))
-        for entry in queue:
-            self._where[entry.request.request_id] = adapter, entry
+        for entry in list(self._queues.get(was, ())):
+            self.remove(entry.request.request_id)
+            self._insert(entry, adapter)
 
 
 def _place(entry: Entry) -> tuple[Any, float, int]:

@@ -133,7 +133,7 @@ def test_a_model_that_only_the_hub_has(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert done.stderr == (
         "aioengine: model='nobody/nothing': no such folder, and it is not in the Hub's local cache, and "
-        "HF_HUB_OFFLINE forbids to fetch it: unset that\n"
+        "HF_HUB_OFFLINE forbids downloads: unset it\n"
     )
 
 

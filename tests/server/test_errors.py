@@ -17,6 +17,8 @@ from aioengine.schedulers import Decision, SchedulerView
 from aioengine.schedulers.policies.fcfs import FCFS
 
 OK = {"model": MODEL, "prompt": "Hello", "max_tokens": 2}
+LONG = {"max_model_len": 512}
+"""For an engine that is to be busy for a while."""
 
 
 @pytest.mark.parametrize(
@@ -145,8 +147,8 @@ async def test_a_body_must_be_json(serve: Serve) -> None:
 
 
 async def test_overload_says_when_to_come_back(serve: Serve) -> None:
-    async with serve(max_num_seqs=1, max_waiting=1, settings={"retry_after": 7}) as served:
-        running = served.engine.generate("busy", greedy(100))
+    async with serve(max_num_seqs=1, max_waiting=1, **LONG, settings={"retry_after": 7}) as served:
+        running = served.engine.generate("busy", greedy(500))
         await anext(running)
         waiting = asyncio.create_task(served.engine.complete("busy too", greedy(100)))
         await until(lambda: served.engine.stats().waiting == 1)
@@ -180,10 +182,10 @@ async def test_a_request_that_the_policy_rejects_is_told_when_to_come_back(
 
 
 async def test_overload_says_whose_it_is(serve: Serve) -> None:
-    bounds = {"max_waiting": 2, "max_waiting_per_tenant": 2, "max_waiting_per_adapter": 1}
+    bounds = {"max_waiting": 2, "max_waiting_per_tenant": 2, "max_waiting_per_adapter": 1, **LONG}
     keys = {"ka": "a", "kb": "b"}
     async with serve(max_num_seqs=1, **bounds, settings={"api_keys": keys, "retry_after": 3}) as served:
-        running = served.engine.generate("busy", greedy(200))
+        running = served.engine.generate("busy", greedy(500))
         await anext(running)
 
         def ask(key: str, model: str = MODEL) -> asyncio.Task[httpx.Response]:
@@ -213,8 +215,8 @@ async def test_overload_says_whose_it_is(serve: Serve) -> None:
 async def test_long_prompts_are_refused_to_whom_they_concern(serve: Serve) -> None:
     keys = {"ka": "a", "kb": "b"}
     prompt = [5, 6, 7, 8] * 10
-    async with serve(max_num_seqs=1, max_waiting_tokens=100, settings={"api_keys": keys}) as served:
-        running = served.engine.generate("busy", greedy(200))
+    async with serve(max_num_seqs=1, max_waiting_tokens=100, **LONG, settings={"api_keys": keys}) as served:
+        running = served.engine.generate("busy", greedy(500))
         await anext(running)
 
         def ask(key: str, **fields: Any) -> asyncio.Task[httpx.Response]:
@@ -222,7 +224,9 @@ async def test_long_prompts_are_refused_to_whom_they_concern(serve: Serve) -> No
             headers = {"authorization": f"Bearer {key}"}
             return asyncio.create_task(served.http.post("/v1/completions", json=body, headers=headers))
 
-        asked = [ask("ka"), ask("ka")]
+        asked = [ask("ka")]
+        await until(lambda: served.engine.stats().waiting_tokens == 40)
+        asked.append(ask("ka"))
         await until(lambda: served.engine.stats().waiting_tokens == 80)
         refused = await ask("ka")
         assert (refused.status_code, int(refused.headers["retry-after"]) > 0) == (429, True)

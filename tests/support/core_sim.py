@@ -56,6 +56,8 @@ class CoreSim:
         self.batch: StepBatch | None = None
         self.following: StepBatch | None = None
         """The step after ``batch``, if it was formed beforehand."""
+        self._last: dict[str, int] = {}
+        """Token that the last step sampled for each of its requests."""
         self._read: list[AdapterEntry | None] = []
         """What the slots held when the batch was made."""
         self.events: list[events.Event] = []
@@ -126,6 +128,8 @@ class CoreSim:
     def finish_step(self, seconds: float = 0.01) -> None:
         batch, self.batch, self.following = self.batch, self.following, None
         assert batch is not None
+        if batch.follows:
+            batch = batch.after(self._last)
         if self.memory is not None:
             self.memory.execute(batch, self._read)
         sampled: list[Sampled | None] = []
@@ -140,6 +144,8 @@ class CoreSim:
                 history.append(token)
                 token = self.next_token(history)
                 followed.setdefault(index, []).append(Sampled(token))
+        rows = zip(batch.sequences, sampled, strict=True)
+        self._last = {work.request_id: token.token for work, token in rows if token is not None}
         result = StepResult(sampled, seconds, followed=followed)
         self.intervals = self.core.step_finished(batch, result, self.now)
         self.take_events()
