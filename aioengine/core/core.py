@@ -473,6 +473,7 @@ class Core:
 
     def take_back(self) -> None:
         """Give up the batch of ``schedule_next``, which no device has begun."""
+        assert self._following
         self._following = []
         self.step -= 1
 

@@ -180,13 +180,13 @@ class Stepper:
                 return
             finally:
                 self._step_began = None
+            following, self._next = self._next, None  # it cannot be taken back any more
             self._finished(batch, result, schedule_seconds, policy_seconds)
-            if self._next is not None:
-                await asyncio.sleep(0)  # it may be done already, and readers get each token before the next
-            if self._next is None:  # or taken back meanwhile
+            if following is None:
                 return
-            (batch, running, schedule_seconds), self._next = self._next, None
+            batch, running, schedule_seconds = following
             policy_seconds = 0.0
+            await asyncio.sleep(0)  # it may be done already, and readers get each token before the next
 
     def _queue_next(self, batch: StepBatch) -> None:
         """Give the device the step after ``batch`` as well, if it is certain already."""

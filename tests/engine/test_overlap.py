@@ -192,3 +192,14 @@ async def test_a_stop_string_ends_it_where_it_is(tiny_text: Tiny, make_engine: M
 def test_where_it_cannot_be_had(fields: dict[str, Any], says: str) -> None:
     with pytest.raises(ConfigError, match=says):
         EngineConfig(model="m", **fields)
+
+
+def test_what_happens_while_a_step_is_taken_in_does_not_take_its_follower_back() -> None:
+    async def main(stepper: Stepper, device: Overlapping) -> None:
+        stepper.listeners.append(lambda event: stepper.wake())
+        add(stepper, "r", 20)
+        await asyncio.sleep(1)
+        assert not stepper.core.requests and stepper.dead is None
+        stepper.core.check()
+
+    assert len(run(main).begun) == 20
