@@ -180,8 +180,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     "ngram": from the request's own text; "suffix": also from earlier outputs of the same adapter and tenant.
     Only where the engine is batch-invariant."""
     overlap: Literal["auto"] | bool = "auto"
-    """Whether the next step is formed, and given to the device, while a step computes (docs/overlap.md).
-    "auto": wherever it can be done. True: the engine does not start where it cannot. It changes no token."""
+    """Whether the next step is formed, and given to the device, while a step computes (docs/overlap.md). It
+    changes no token. "auto": where it is faster, which has been seen nowhere yet, so it is off. True: the
+    engine does not start where it cannot be had."""
     device: Device = "auto"
     max_model_len: int | None = None
     """Longest prompt plus output, in tokens; None means the model's own limit (at most 8192)."""

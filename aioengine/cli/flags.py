@@ -87,7 +87,7 @@ class EngineFlags:
     batch_invariant: Annotated[bool | None, _IN_MORE] = None
     """Refuse to start if a request's tokens would depend on its batch."""
     overlap: Annotated[bool | None, _IN_MORE] = None
-    """Form the next step while a step computes (wherever possible)."""
+    """Form the next step while a step computes."""
     speculation: Annotated[SpeculationName | None, _IN_MORE] = None
     """Check several proposed tokens in one step, from ngrams or suffixes."""
     chat_template: Annotated[str | None, _IN_MORE] = None
