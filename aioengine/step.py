@@ -74,11 +74,15 @@ class StepBatch(NamedTuple):
     """Whether each sequence has one token, and that is the token that the step before samples for it.
     ``tokens`` then has ``UNKNOWN`` in its place, and ``history`` may end before it."""
 
-    def after(self, tokens: Mapping[str, int]) -> StepBatch:
-        """Fill in the tokens that the step before has sampled, by request id, where this one follows it.
+    def after(self, before: Sequence[SequenceWork], sampled: Sequence[Sampled | None]) -> StepBatch:
+        """Fill in the tokens, where this step follows one of the sequences ``before``, for which these were
+        ``sampled``.
 
         Histories are copied up to there, since their owner may add to them at any time.
         """
+        found = zip(before, sampled, strict=True)
+        # A sequence without a token has ended, so that any token will do.
+        tokens = {row.request_id: max(token.token, 0) for row, token in found if token is not None}
         work = []
         for row in self.sequences:
             token = tokens[row.request_id]

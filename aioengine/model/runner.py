@@ -159,8 +159,8 @@ class ModelRunner:
         self.pooling: Kind = model_pooling(weights)
         """Pooling of requests for which neither the request nor its adapter chooses one."""
         self._sample = sample
-        self._last: dict[str, int] = {}
-        """Token that the last step sampled for each of its requests."""
+        self._last: tuple[Sequence[SequenceWork], Sequence[Sampled | None]] = ((), ())
+        """The sequences of the last step, and what was sampled for each."""
         self.decode_steps: DecodeSteps | None = None
         """Decode steps that are played back, if there are any."""
         if fixed_decode is not None and self._can_record:
@@ -247,7 +247,7 @@ class ModelRunner:
         ask for that, on rank 0."""
         began = time.perf_counter()
         if batch.follows:
-            batch = batch.after(self._last)
+            batch = batch.after(*self._last)
         sampled: list[Sampled | None] = [None] * len(batch.sequences)
         followed: dict[int, list[Sampled]] = {}
         scored: dict[int, list[TokenLogprob]] = {}
@@ -280,11 +280,7 @@ class ModelRunner:
                 error = pooled[i].error if i in pooled else None
                 sampled[i] = Sampled(-1, error=error, fault="request")
         values = {i: part.values for i, part in pooled.items()}
-        self._last = {
-            work.request_id: max(token.token, 0)  # one without a token has ended: any will do
-            for work, token in zip(batch.sequences, sampled, strict=True)
-            if token is not None
-        }
+        self._last = batch.sequences, sampled
         return StepResult(sampled, time.perf_counter() - began, scored, followed, values)
 
     def _move(self, batch: StepBatch) -> None:

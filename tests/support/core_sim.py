@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from support.shared_memory import DeviceMemory
@@ -14,7 +14,7 @@ from aioengine.errors import AdapterLoadError, EngineDead
 from aioengine.request import RequestOptions, SamplingParams
 from aioengine.schedulers import SchedulerPolicy
 from aioengine.schedulers.policies.fcfs import FCFS
-from aioengine.step import Sampled, StepBatch, StepResult
+from aioengine.step import Sampled, SequenceWork, StepBatch, StepResult
 
 LIMITS = CoreLimits(
     num_slots=2,
@@ -56,8 +56,8 @@ class CoreSim:
         self.batch: StepBatch | None = None
         self.following: StepBatch | None = None
         """The step after ``batch``, if it was formed beforehand."""
-        self._last: dict[str, int] = {}
-        """Token that the last step sampled for each of its requests."""
+        self._last: tuple[Sequence[SequenceWork], Sequence[Sampled | None]] = ((), ())
+        """The sequences of the last step, and what was sampled for each."""
         self._read: list[AdapterEntry | None] = []
         """What the slots held when the batch was made."""
         self.events: list[events.Event] = []
@@ -129,7 +129,7 @@ class CoreSim:
         batch, self.batch, self.following = self.batch, self.following, None
         assert batch is not None
         if batch.follows:
-            batch = batch.after(self._last)
+            batch = batch.after(*self._last)
         if self.memory is not None:
             self.memory.execute(batch, self._read)
         sampled: list[Sampled | None] = []
@@ -144,8 +144,7 @@ class CoreSim:
                 history.append(token)
                 token = self.next_token(history)
                 followed.setdefault(index, []).append(Sampled(token))
-        rows = zip(batch.sequences, sampled, strict=True)
-        self._last = {work.request_id: token.token for work, token in rows if token is not None}
+        self._last = batch.sequences, sampled
         result = StepResult(sampled, seconds, followed=followed)
         self.intervals = self.core.step_finished(batch, result, self.now)
         self.take_events()

@@ -91,11 +91,11 @@ def _read_spec(path: Path, impl: ModelImpl) -> ModelSpec:
 def _generic(path: Path, error: ConfigError) -> ModelSpec:
     """Return the spec for transformers, of a model that the native decoder does not run because of
     ``error``."""
-    from aioengine.model.generic import library
+    from aioengine.model.generic import classes
 
-    if not library.available():
+    if not classes.available():
         raise ConfigError(
-            f"{error}; model_impl='transformers' may run it, which {library.MISSING}"
+            f"{error}; model_impl='transformers' may run it, which {classes.MISSING}"
         ) from error
     from aioengine.model.generic import describe
 

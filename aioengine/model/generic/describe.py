@@ -9,7 +9,7 @@ from typing import Any, Literal, cast
 
 from aioengine.errors import ConfigError
 from aioengine.model.files.hf_config import special_tokens
-from aioengine.model.generic.library import Found
+from aioengine.model.generic.classes import Found
 from aioengine.model.generic.spec import Adaptable, GenericSpec
 from aioengine.model.spec import DTYPE_BYTES, NO_LAYER, LinearShape, RopeSpec
 
