@@ -56,6 +56,10 @@ class LoRAConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     max_lora_rank: int = 16
     """The largest rank of an adapter; one of 1, 2, 4, 8, 16, 32, 64, 128, 256, 320, 512. Without
     ``slot_memory`` every slot is sized for it."""
+    max_trained_tokens: int = 0
+    """Rows of trained tokens (PEFT's ``trainable_token_indices``) that every slot has room for, of embeddings
+    and head together, beside all else. An adapter with more is loaded if it leaves other room in its slot, or
+    with ``slot_memory``, where it takes what it needs."""
     slot_memory: int | str | None = None
     """Bytes that all slots share on each device, or text such as "256MiB": an adapter takes only as much as
     its own ranks, modules and layers need. "shared": slots and the KV cache share one memory, whose size is
@@ -93,6 +97,7 @@ class LoRAConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     def __post_init__(self) -> None:
         set_ = msgspec.structs.force_setattr
         _integer(self, "max_loras", low=1)
+        _integer(self, "max_trained_tokens", low=0, high=8192)
         _integer(self, "max_concurrent_loads", low=1, high=64)
         _integer(self, "load_retries", low=0, high=20)
         root = self.adapter_root

@@ -51,7 +51,7 @@ class AdapterInvalid(AdapterError):
 
 
 class AdapterTooLarge(AdapterInvalid):
-    """The adapter's rank exceeds ``max_lora_rank``."""
+    """The adapter's rank exceeds ``max_lora_rank``, or its trained tokens do not fit into a slot."""
 
 
 class AdapterLoadError(AdapterError):

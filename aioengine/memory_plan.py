@@ -46,6 +46,8 @@ class MemoryPlan(msgspec.Struct, frozen=True, kw_only=True):
     """One slot's share by targeted module, over all layers: A and B, and with int8 their scales."""
     slot_affine_bytes: int
     """One slot's share for DoRA and ``lora_bias``: a gain and a shift for every output of the modules."""
+    slot_token_bytes: int = 0
+    """One slot's share for the rows of ``max_trained_tokens``."""
     num_blocks: int
     block_size: int
     block_bytes: int
@@ -67,7 +69,7 @@ class MemoryPlan(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def slot_bytes(self) -> int:
         """Bytes of one slot."""
-        return sum(self.slot_bytes_by_module.values()) + self.slot_affine_bytes
+        return sum(self.slot_bytes_by_module.values()) + self.slot_affine_bytes + self.slot_token_bytes
 
     @property
     def slot_pool_bytes(self) -> int:
@@ -126,6 +128,7 @@ class MemoryPlan(msgspec.Struct, frozen=True, kw_only=True):
         parts = dict(self.slot_bytes_by_module) if fixed else {}
         if self.num_slots and fixed:
             parts["DoRA and biases"] = self.slot_affine_bytes
+            parts |= {"trained tokens": self.slot_token_bytes} if self.slot_token_bytes else {}
         for module, size in parts.items():
             detail = f"{self.num_slots} slots x {format_bytes(size)}"
             rows.append((f"slot pool: {module}", detail, self.num_slots * size))
@@ -180,13 +183,12 @@ def plan_memory(
     holds = Elements(lora_dtype == "int8", DTYPE_BYTES[dtype] if lora_dtype == "int8" else 1)
     if holds.int8:
         check_int8_adapters(dtype, shard)
-    slot = (
-        None
-        if lora is None
-        else SlotLayout(spec, lora.max_lora_rank, spec.targets(lora.target_modules), shard, holds)
-    )
-    by_module, affine_bytes = _slot_bytes(slot, 1 if holds.int8 else DTYPE_BYTES[lora_dtype])
-    adapter_bytes = sum(by_module.values()) + affine_bytes
+    slot = None
+    if lora is not None:
+        room = lora.max_lora_rank, spec.targets(lora.target_modules), shard, holds, lora.max_trained_tokens
+        slot = SlotLayout(spec, *room)
+    by_module, affine_bytes, token_bytes = _slot_bytes(slot, 1 if holds.int8 else DTYPE_BYTES[lora_dtype])
+    adapter_bytes = sum(by_module.values()) + affine_bytes + token_bytes
     block_bytes = config.block_size * local.kv_bytes_per_token(
         DTYPE_BYTES[dtype], int8=config.kv_cache_dtype == "int8"
     )
@@ -205,6 +207,7 @@ def plan_memory(
         num_slots=0 if lora is None else lora.max_loras,
         slot_bytes_by_module=by_module,
         slot_affine_bytes=affine_bytes,
+        slot_token_bytes=token_bytes,
         num_blocks=0,
         block_size=config.block_size,
         block_bytes=block_bytes,
@@ -355,12 +358,12 @@ def _weights_bytes(spec: ModelSpec, dtype_bytes: int, quantization: Quantization
     return total
 
 
-def _slot_bytes(slot: SlotLayout | None, dtype_bytes: int) -> tuple[dict[str, int], int]:
-    """Return one slot's bytes by module, and those for DoRA and biases."""
+def _slot_bytes(slot: SlotLayout | None, dtype_bytes: int) -> tuple[dict[str, int], int, int]:
+    """Return one slot's bytes by module, those for DoRA and biases, and those for trained tokens."""
     if slot is None:
-        return {}, 0
+        return {}, 0, 0
     by_module = {m: n * dtype_bytes for m, n in slot.matrix_elements_by_module.items()}
-    return by_module, slot.affine_elements * dtype_bytes
+    return by_module, slot.affine_elements * dtype_bytes, slot.token_elements * dtype_bytes
 
 
 def resolve_dtype(dtype: str, spec: ModelSpec, device: str) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from aioengine.errors import AdapterInvalid
+from aioengine.errors import AdapterInvalid, AdapterTooLarge
 from aioengine.model.parallel.group import SOLO, Shard
 from aioengine.model.slots.layout import SlotLayout
 from aioengine.model.spec import NO_LAYER, ModelSpec
@@ -29,6 +29,8 @@ class AdapterStore:
     and checked in it, and quantized once.
 
     With a ``shard`` of several ranks, it reads and keeps only its rank's share of each adapter.
+    ``max_tokens`` is the number of trained tokens that every slot has room for; ``elastic`` says that slots
+    have no fixed size.
     """
 
     def __init__(
@@ -43,6 +45,8 @@ class AdapterStore:
         allow_nonfinite: bool = False,
         shard: Shard = SOLO,
         affine_dtype: torch.dtype | None = None,
+        max_tokens: int = 0,
+        elastic: bool = False,
     ) -> None:
         from aioengine.adapters.peft.fast_pack import KnownContents  # these import torch
         from aioengine.adapters.peft.pack import SlotOrder
@@ -51,9 +55,11 @@ class AdapterStore:
         self._known = KnownContents()
         holds = elements_of(dtype, affine_dtype)
         self._order = SlotOrder(
-            SlotLayout(spec, max_rank, target_modules, shard), pin_memory and not holds.int8
+            SlotLayout(spec, max_rank, target_modules, shard, max_tokens=max_tokens),
+            pin_memory and not holds.int8,
         )
-        self._layout = SlotLayout(spec, max_rank, target_modules, shard, holds)
+        self._layout = SlotLayout(spec, max_rank, target_modules, shard, holds, max_tokens)
+        self._elastic = elastic
         self._slot_dtype = dtype
         self._dtype = affine_dtype if holds.int8 and affine_dtype is not None else dtype
         self._pin_memory = pin_memory
@@ -105,7 +111,22 @@ class AdapterStore:
             packed = add_up(name, path, self._order, parts)
         else:
             packed = read(name, path, files)
-        return Draft(packed, self._layout, self._weights, self._slot_dtype)
+        draft = Draft(packed, self._layout, self._weights, self._slot_dtype)
+        self._check_tokens(draft)
+        return draft
+
+    def _check_tokens(self, draft: Draft) -> None:
+        """Raise AdapterTooLarge if a slot has no room for the trained tokens."""
+        tokens, room = draft.packed.tokens, self._layout.elements * self._slot_dtype.itemsize
+        if tokens is None or self._elastic or draft.slot_nbytes <= room:
+            return
+        raise AdapterTooLarge(
+            f"with its {tokens.tables.num_rows} rows of trained tokens ({tokens.rows.nbytes:,} bytes) it "
+            f"takes {draft.slot_nbytes:,} bytes, and a slot has {room:,}; set "
+            f"LoRAConfig.max_trained_tokens to {tokens.tables.num_rows}",
+            name=draft.packed.name,
+            path=draft.packed.path,
+        )
 
     def finish(self, draft: Draft) -> AdapterImage:
         """Finish an adapter after all ranks have added their parts. Blocks. Raises AdapterInvalid."""
@@ -115,7 +136,8 @@ class AdapterStore:
 
         affine = output_affine(draft.packed, self._weights, self._dtype, draft.rows())
         layout, pin_memory = self._order
-        image = build_image(layout, draft.packed, affine, self._dtype, pin_memory=pin_memory)
+        tokens = draft.packed.tokens
+        image = build_image(layout, draft.packed, affine, self._dtype, tokens=tokens, pin_memory=pin_memory)
         if self._layout.holds.int8:
             image = quantize_image(image, self._layout, pin_memory=self._pin_memory)
         packed = draft.packed

@@ -133,6 +133,8 @@ class EngineFlags:
     """Folder whose subfolders are adapters, by name."""
     slot_memory: Annotated[str | None, _IN_MORE_LORA] = None
     """Bytes that all slots share, such as 256MiB; an adapter takes only what its ranks need."""
+    max_trained_tokens: Annotated[int | None, _IN_MORE_LORA] = None
+    """Rows of trained tokens that each slot has room for."""
     lora_dtype: Annotated[LoRADType | None, _IN_MORE_LORA] = None
     """dtype of adapters in slots and cache; int8 halves them."""
     target_modules: Annotated[list[str] | None, _TARGETS] = None

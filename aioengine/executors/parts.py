@@ -82,6 +82,7 @@ def build_parts(
     lora_dtype = getattr(torch, plan.lora_dtype)
     modules: tuple[str, ...] = () if lora is None else planned.spec.targets(lora.target_modules)
     max_rank = 1 if lora is None else lora.max_lora_rank
+    max_tokens = 0 if lora is None else lora.max_trained_tokens
     runner = ModelRunner(
         planned.spec,
         planned.path,
@@ -91,6 +92,7 @@ def build_parts(
         block_size=plan.block_size,
         max_loras=plan.num_slots,
         max_lora_rank=max_rank,
+        max_trained_tokens=max_tokens,
         slot_memory=plan.slot_memory,
         shared_block_bytes=plan.block_bytes if plan.shared else None,
         lora_dtype=lora_dtype,
@@ -113,5 +115,7 @@ def build_parts(
         allow_nonfinite=lora is not None and lora.allow_nonfinite,
         shard=group.shard,
         affine_dtype=getattr(torch, plan.dtype),
+        max_tokens=max_tokens,
+        elastic=plan.slot_memory is not None or plan.shared,
     )
     return Parts(runner, store)

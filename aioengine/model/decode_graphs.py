@@ -90,11 +90,14 @@ class DecodeSteps:
 
     def run(self, sequences: Sequence[SequenceWork], slot_ranks: Sequence[int]) -> Tensor | None:
         """Return the logits [N, vocab] of these sequences, valid until the next call; None if they are no
-        decode step of the recorded sizes."""
+        decode step of the recorded sizes, or an adapter has trained tokens."""
         if any(len(work.tokens) != 1 or not work.sample for work in sequences):
             return None
         step = next((step for size, step in self._steps.items() if size >= len(sequences)), None)
         if step is None or any(len(work.block_table) > step.table_width for work in sequences):
+            return None
+        tokens = [] if self._slots is None else self._slots.tokens
+        if any(work.slot >= 0 and tokens[work.slot] is not None for work in sequences if tokens):
             return None
         affine = () if self._slots is None else self._slots.has_affine
         ranks = () if self._slots is None else slot_ranks

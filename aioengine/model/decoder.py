@@ -296,6 +296,9 @@ class Decoder:
         pool = slots.outer.get("embed_tokens") if slots else None
         first = self.partition.inputs("embed_tokens").start
         hidden = self.adapted.embed(inputs.token_ids, self.embed_tokens, first, pool, inputs.lora)
+        for part, tokens in slots.trained(inputs.lora) if slots else ():
+            if tokens.embeds:
+                tokens.embed(inputs.token_ids[part], hidden[part])
         return hidden if self._embedding_scale == 1 else hidden.mul_(self._embedding_scale)
 
     def forward(self, inputs: StepInputs, cache: KVCache, slots: LoRASlots | None) -> Tensor:
@@ -359,7 +362,11 @@ class Decoder:
         compute dtype, on every rank."""
         x = self.normed(last, rows)
         head = slots.outer.get("lm_head") if slots else None
-        return self.finish_logits(self.adapted.split_outputs(self.head, x, head, lora))
+        logits = self.adapted.split_outputs(self.head, x, head, lora)
+        for part, tokens in slots.trained(lora) if slots else ():
+            if tokens.has_logits:
+                tokens.logits(x[part], logits[part], self.kernels)
+        return self.finish_logits(logits)
 
     def normed(self, last: LastLayer, rows: Tensor) -> Tensor:
         """Return the hidden states of the tokens ``rows`` [n] after the last norm: [n, hidden]."""

@@ -56,7 +56,8 @@ class ModelRunner:
     """One model on one device. Blocking; :meth:`execute` is to be called from one thread.
 
     ``weights`` is a model folder or a GGUF file. ``max_loras=0`` leaves LoRA out; then ``lora_slots`` is
-    None. ``slot_memory`` is how many bytes the slots share (None: each has a place for ``max_lora_rank``);
+    None. ``slot_memory`` is how many bytes the slots share (None: each has a place for ``max_lora_rank`` and
+    ``max_trained_tokens``);
     with ``shared_block_bytes`` they share those of the KV cache, where every block takes so many.
     ``sample`` and ``kernels`` (a backend's name) replace the defaults; ``quantization`` is how the linears'
     weights are kept, and ``int8_cache`` keeps keys and values as int8; ``max_model_len`` is the longest
@@ -79,6 +80,7 @@ class ModelRunner:
         block_size: int,
         max_loras: int = 0,
         max_lora_rank: int = 16,
+        max_trained_tokens: int = 0,
         slot_memory: int | None = None,
         shared_block_bytes: int | None = None,
         lora_dtype: torch.dtype | None = None,
@@ -132,6 +134,7 @@ class ModelRunner:
                 nbytes=slot_memory,
                 shared=shared,
                 affine_dtype=dtype,
+                max_tokens=max_trained_tokens,
             )
             if max_loras > 0
             else None
@@ -309,7 +312,9 @@ class ModelRunner:
             if logits is not None:
                 return logits, list(range(len(batch.sequences)))
         inputs, asking = self._prepare(batch)
-        if not pools and not any(work.score for work in batch.sequences):
+        slots = self.lora_slots
+        replaced = slots is not None and slots.replaces_logits(inputs.sample_lora)
+        if not pools and not replaced and not any(work.score for work in batch.sequences):
             return self._forward(inputs), asking
         last = self._layers_forward(inputs)
         self._score(batch, last, scored)

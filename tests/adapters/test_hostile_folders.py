@@ -384,6 +384,7 @@ FIELDS = [
     *("peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "target_modules"),
     *("exclude_modules", "layers_to_transform", "layers_pattern", "bias", "lora_bias", "use_dora"),
     *("init_lora_weights", "modules_to_save", "ensure_weight_tying", "loftq_config", "new_field"),
+    *("trainable_token_indices", "alora_invocation_tokens"),
 ]
 
 

@@ -184,8 +184,6 @@ def test_resized_embeddings(tmp_path: Path) -> None:
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "modules_to_save": ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
-    "token embeddings": ({"trainable_token_indices": [1, 2]}, "trainable_token_indices"),
     "bias": ({"bias": "lora_only"}, "bias"),
     "layer replication": ({"layer_replication": [[0, 2], [1, 2]]}, "layer_replication"),
     "PiSSA": ({"init_lora_weights": "pissa"}, "pissa"),

@@ -27,6 +27,8 @@ from aioengine.model.files.resolve import read_spec
         {"max_loras": 2, "max_lora_rank": 16, "lora_dtype": "bfloat16"},
         {"max_loras": 2, "max_lora_rank": 4, "target_modules": ["v_proj", "embed_tokens", "lm_head"]},
         {"max_loras": 2, "max_lora_rank": 1, "lora_dtype": "int8"},
+        {"max_loras": 2, "max_lora_rank": 4, "max_trained_tokens": 7},
+        {"max_loras": 3, "max_lora_rank": 2, "max_trained_tokens": 5, "lora_dtype": "int8"},
         {"max_loras": 3, "max_lora_rank": 16, "lora_dtype": "int8", "target_modules": ["o_proj", "lm_head"]},
     ],
 )
@@ -53,6 +55,8 @@ def test_the_plan_is_what_is_allocated(
     assert parts.runner.weight_bytes == plan.weights_bytes
     assert parts.runner.kv_cache.nbytes == plan.kv_bytes <= 2**20
 
+    tokens = config.lora.max_trained_tokens * planned.spec.hidden_size  # type: ignore[union-attr]
+    assert plan.slot_token_bytes == tokens * 4
     if plan.lora_dtype == "int8":
         return  # sizes: tests/model/test_int8_adapters.py
     spec = planned.spec

@@ -241,7 +241,7 @@ def _both(tensors: dict[str, torch.Tensor]) -> None:
         (lambda folder: edit_weights(folder, _both), "must have the weight of one of them"),
         (
             lambda folder: edit_config(folder, modules_to_save=["score", "lm_head"]),
-            "only a classification head",
+            "lm_head in modules_to_save, but the file has no weights",
         ),
         (lambda folder: edit_config(folder, modules_to_save=None), "unknown key"),
     ],

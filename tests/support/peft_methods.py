@@ -49,6 +49,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     'LORA, `bias="all"`': {"bias": "all"},
 }
 """What is called in the table -> settings of a LoRA adapter."""
+PLACES = {"embed_tokens": "model.embed_tokens.weight", "lm_head": "lm_head.weight"}
 HEADING = "| method | served | how, or what to do |\n|---|---|---|\n"
 
 
@@ -97,8 +98,9 @@ def _outcome(method: str, options: dict[str, Any] | None) -> tuple[str, str]:
         warnings.simplefilter("ignore")
         folder = Path(name)
         _write(folder, method, options)
+        base = base_model()
         try:
-            packed = read(folder)
+            packed = read(folder, base_weight=lambda module: base.get_parameter(PLACES[module]).detach())
         except AdapterError as error:
             return "no", _advice(str(error))
     if method == "LORA":

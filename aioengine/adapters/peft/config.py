@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NoReturn, TypeVar
 
@@ -19,6 +19,7 @@ from aioengine.adapters.peft.folder import CONFIG_FILE
 from aioengine.adapters.peft.patterns import Pattern, PatternError
 from aioengine.adapters.peft.unsupported import MERGE, Invalid, refuse_unsupported, short
 from aioengine.errors import AdapterInvalid
+from aioengine.model.spec import EMBEDDING_MODULES
 
 ALL_LINEAR = "all-linear"
 MAX_PATTERNS = 2048
@@ -26,6 +27,8 @@ MAX_PATTERNS = 2048
 HEAD_MODULES = ("score", "classifier")
 """Names that transformers gives the head of a model for sequence classification; PEFT names both for every
 model."""
+MAX_TRAINED_TOKENS = 4096
+"""Maximum number of trained tokens of the embeddings, and of the head."""
 MAX_INVOCATION = 256
 """Maximum number of invocation tokens of an activated LoRA adapter."""
 MAX_EXPRESSIONS = 64
@@ -51,11 +54,14 @@ _USED = frozenset(
         "modules_to_save",
         "task_type",
         "alora_invocation_tokens",
+        "trainable_token_indices",
     )
 )
 
 _Scalar = str | int | float | bool | None
-_VALUE: msgspec.json.Decoder[object] = msgspec.json.Decoder(_Scalar | list[_Scalar] | dict[str, _Scalar])
+_VALUE: msgspec.json.Decoder[object] = msgspec.json.Decoder(
+    _Scalar | list[_Scalar] | dict[str, _Scalar | list[_Scalar]]
+)
 _LAYER_INDEX = re.compile(r".*?\.[^.]*\.(?P<idx>[0-9]+)\.")
 
 
@@ -87,6 +93,19 @@ class PeftLoraConfig:
     """Whether it was trained on the model without its head. Modules' names then have no "model." in front."""
     invocation: tuple[int, ...]
     """Activated LoRA (arXiv:2504.12397): the adapter applies from these tokens on; none: to all tokens."""
+    tokens: tuple[tuple[str, tuple[int, ...]], ...]
+    """Trained tokens: the name or the ending of the name of an embedding or a head, and the tokens whose rows
+    the file has, in its order."""
+    saved: frozenset[str]
+    """Names or endings of the names of embeddings and heads that the file has as a whole."""
+
+    def tokens_of(self, module: str) -> tuple[int, ...]:
+        """Return the trained tokens of a module."""
+        return next((ids for name, ids in self.tokens if named_by(module, (name,))), ())
+
+    def saves(self, module: str) -> bool:
+        """Whether the configuration says that the file has the whole module."""
+        return named_by(module, self.saved)
 
     def targets(self, module: str, *, linear: bool = True) -> bool:
         """Whether the configuration puts an adapter on ``module``. It is a ``linear``, or else an embedding
@@ -95,7 +114,7 @@ class PeftLoraConfig:
         if isinstance(excluded, Pattern):
             if excluded.matches(module):
                 return False
-        elif _named_by(module, excluded):
+        elif named_by(module, excluded):
             return False
         if self.target_modules is None:
             return linear
@@ -103,7 +122,7 @@ class PeftLoraConfig:
             return self.target_modules.matches(module)
         if module in self.target_modules:
             return True  # a full name is not subject to layers_to_transform
-        return _named_by(module, self.target_modules) and self._in_layers(module)
+        return named_by(module, self.target_modules) and self._in_layers(module)
 
     @property
     def max_rank(self) -> int:
@@ -129,7 +148,7 @@ class PeftLoraConfig:
         return not self.layer_patterns or any(pattern.matches(module) for pattern in self.layer_patterns)
 
 
-def _named_by(module: str, names: frozenset[str]) -> bool:
+def named_by(module: str, names: Container[str]) -> bool:
     """Whether one of ``names`` is the module's name or a dotted ending of it."""
     while module not in names:
         _, dot, module = module.partition(".")
@@ -174,6 +193,14 @@ def parse_config(data: bytes, *, name: str, path: str) -> PeftLoraConfig:
     lora_bias = _bool("lora_bias", raw.get("lora_bias"), invalid)
     if use_dora and lora_bias:
         invalid("use_dora and lora_bias together have no meaning in PEFT")
+    heads, saved = _saved(raw.get("modules_to_save"), invalid)
+    tokens = _tokens(raw.get("trainable_token_indices"), invalid)
+    for field in ("trainable_token_indices",) * bool(tokens) + ("modules_to_save",) * bool(saved):
+        if raw.get("alora_invocation_tokens"):
+            invalid(
+                f"alora_invocation_tokens with {field}={short(raw[field])}: PEFT applies trained embeddings "
+                "to all tokens, before the invocation, too; train it without them"
+            )
     return PeftLoraConfig(
         r=_rank("r", raw.get("r"), invalid),
         lora_alpha=_number("lora_alpha", raw.get("lora_alpha"), invalid),
@@ -194,9 +221,11 @@ def parse_config(data: bytes, *, name: str, path: str) -> PeftLoraConfig:
         use_dora=use_dora,
         lora_bias=lora_bias,
         ensure_weight_tying=_bool("ensure_weight_tying", raw.get("ensure_weight_tying"), invalid),
-        heads=_heads(raw.get("modules_to_save"), invalid),
+        heads=heads,
         feature_extraction=raw.get("task_type") == "FEATURE_EXTRACTION",
         invocation=_invocation(raw, invalid),
+        tokens=tokens,
+        saved=saved,
     )
 
 
@@ -223,15 +252,42 @@ def _decoded(field: str, text: msgspec.Raw, invalid: Invalid) -> object:
         invalid(f"{field}={short(text)}: {error}")
 
 
-def _heads(value: object, invalid: Invalid) -> frozenset[str]:
-    names = _strings("modules_to_save", value or [], invalid)
-    if not set(names) <= set(HEAD_MODULES):
+def _saved(value: object, invalid: Invalid) -> tuple[frozenset[str], frozenset[str]]:
+    """Return the names of a classification head, and those of embeddings and the model's head."""
+    names = frozenset(_strings("modules_to_save", value or [], invalid))
+    embeddings = frozenset(name for name in names if name.rpartition(".")[2] in EMBEDDING_MODULES)
+    heads = names - embeddings
+    if not heads <= set(HEAD_MODULES):
         invalid(
-            f"modules_to_save={short(value)}: only a classification head ({' or '.join(HEAD_MODULES)}) "
-            "can be swapped: "
-            "train without other modules (target_modules may name lm_head and embed_tokens), or " + MERGE
+            f"modules_to_save={short(value)}: only a classification head ({' or '.join(HEAD_MODULES)}), "
+            f"{' and '.join(EMBEDDING_MODULES)} can be swapped: train without other modules, or " + MERGE
         )
-    return frozenset(names)
+    return heads, embeddings
+
+
+def _tokens(value: object, invalid: Invalid) -> tuple[tuple[str, tuple[int, ...]], ...]:
+    field = "trainable_token_indices"
+    if isinstance(value, list):
+        value = {EMBEDDING_MODULES[0]: value}
+    if not isinstance(value, dict) and value is not None:
+        invalid(
+            f"{field}={short(value)}: expected a list of token ids, or an object of module -> such a list"
+        )
+    found = []
+    for name, ids in (value or {}).items():
+        where = f"{field}[{name[:80]!r}]"
+        if name.rpartition(".")[2] not in EMBEDDING_MODULES:
+            invalid(f"{where}: only rows of {' and '.join(EMBEDDING_MODULES)} can be swapped: {MERGE}")
+        if not isinstance(ids, list) or not all(type(item) is int and 0 <= item < 2**31 for item in ids):
+            invalid(f"{where}={short(ids)}: expected a list of token ids")
+        if len(ids) > MAX_TRAINED_TOKENS:
+            invalid(f"{where}: {len(ids)} tokens, more than {MAX_TRAINED_TOKENS}: {MERGE}")
+        if len(set(ids)) != len(ids):
+            twice = next(item for at, item in enumerate(ids) if item in ids[:at])
+            invalid(f"{where}: token {twice} is there twice; save the adapter again with PEFT")
+        if ids:
+            found.append((name, tuple(ids)))
+    return tuple(found)
 
 
 def _rank(field: str, value: object, invalid: Invalid) -> int:

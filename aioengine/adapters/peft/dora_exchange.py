@@ -48,7 +48,8 @@ class Draft:
         packed = self.packed
         affine = packed.magnitudes.keys() | packed.biases.keys()
         ranks = {key: (len(a), b.shape[1]) for key, (a, b) in packed.tensors.items()}
-        return image_shape(self._layout, ranks, affine, self._dtype).nbytes
+        tokens = None if packed.tokens is None else packed.tokens.tables
+        return image_shape(self._layout, ranks, affine, self._dtype, tokens).nbytes
 
     @property
     def squares(self) -> bytes:

@@ -73,6 +73,7 @@ def _check(name: str, path: str, part: MixPart, packed: PackedAdapter) -> None:
             ("biases", packed.biases),
             ("invocation tokens", packed.invocation),
             ("a classification head", packed.head is not None),
+            ("trained tokens", packed.tokens is not None),
         )
         if has
     ]

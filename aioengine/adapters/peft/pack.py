@@ -15,12 +15,14 @@ import torch
 from torch import Tensor
 
 from aioengine.adapters.peft.folder import AdapterFolder
+from aioengine.adapters.peft.folding.embeddings import TOKEN_KINDS
 from aioengine.adapters.peft.shard_reads import Cut
 from aioengine.adapters.peft.targets import HEAD_KINDS, Layout, Part, Place
 from aioengine.adapters.peft.weights_file import Weights
 from aioengine.model.pooling import Head
 from aioengine.model.slots.image import ImageShape, image_memory, serial_copies
 from aioengine.model.slots.layout import SlotLayout
+from aioengine.model.slots.tokens import TrainedTokens
 from aioengine.model.spec import NO_LAYER
 
 _SERIAL_ELEMENTS = 32768 - 64  # torch goes parallel from 32768 elements
@@ -45,6 +47,7 @@ class Packed(NamedTuple):
     shape: ImageShape | None = None
     computed: Mapping[Place, tuple[Tensor, Tensor]] = {}
     head: Head | None = None
+    tokens: TrainedTokens | None = None
 
 
 def largest_magnitude(tensors: Sequence[Tensor]) -> float:
@@ -108,6 +111,7 @@ class Packer:
                 self._check_base(key, part.place[1], base_weight)
         if self._layout.tied:
             self._check_tied()
+        self._find_tokens(base_weight)
 
     def pack(self) -> Packed:
         """Scale and convert. Raises AdapterInvalid on overflow of the dtype."""
@@ -137,6 +141,19 @@ class Packer:
                 f"{where} that differ from the base model's: if {module} was trained or resized this adapter "
                 f"cannot be served over this base model; if not, {without}"
             )
+
+    def _find_tokens(self, base_weight: Callable[[str], Tensor]) -> None:
+        found = {
+            (part.place[1], part.kind): self._weights.tensors[key]
+            for part, key in self._keys.items()
+            if part.kind in TOKEN_KINDS
+        }
+        tokens = self._layout.embeddings.trained(
+            self._file, found, base_weight, self._dtype, finite=not self._allow_nonfinite
+        )
+        if tokens is not None:
+            nbytes = self._packed.nbytes + tokens.rows.nbytes
+            self._packed = self._packed._replace(tokens=tokens, nbytes=nbytes)
 
     def _check_tied(self) -> None:
         """Check that both copies of lm_head's adapter, which ``ensure_weight_tying`` saves, are equal."""

@@ -39,6 +39,7 @@ from aioengine.errors import AdapterInvalid
 from aioengine.model.buffer import Buffer
 from aioengine.model.pooling import MAX_POOLING_BYTES, POOLING_FILE, Head, Kind, parse_pooling
 from aioengine.model.slots.image import ImageShape
+from aioengine.model.slots.tokens import TrainedTokens
 from aioengine.step import HeldFiles
 
 _BIN_BYTES_BESIDE = 8 << 20
@@ -77,6 +78,8 @@ class PackedAdapter:
     share."""
     head: Head | None = None
     """A trained classification head."""
+    tokens: TrainedTokens | None = None
+    """Rows of the embeddings and of the model's head that it replaces."""
     pooling: Kind | None = None
     """Pooling that sentence-transformers' configuration names, if there is one."""
     invocation: tuple[int, ...] = ()
@@ -139,6 +142,7 @@ def read_adapter(
         shape=packed.shape,
         computed=packed.computed,
         head=packed.head,
+        tokens=packed.tokens,
         pooling=pooling,
         invocation=invocation,
         version=folder.version,

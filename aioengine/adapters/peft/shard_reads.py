@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from aioengine.adapters.peft.folding.embeddings import TOKEN_KINDS
 from aioengine.adapters.peft.targets import HEAD_KINDS, Part
 from aioengine.adapters.peft.weights_file import Entry
 from aioengine.model.parallel.partition import SPLIT_INPUTS
@@ -49,7 +50,7 @@ def cut_of(slot: SlotLayout, part: Part, *, dora: bool, tied: bool) -> Cut:
     DoRA's norms need whole rows of B A for the outputs that the rank computes or, where a linear is split
     over its inputs, all rows for the inputs that the rank has.
     """
-    if part.kind in HEAD_KINDS:
+    if part.kind in (*HEAD_KINDS, *TOKEN_KINDS):
         return Cut(_ALL)
     module = part.place[1]
     share, partition = slot.share(module), slot.partition

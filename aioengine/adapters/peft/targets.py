@@ -14,6 +14,7 @@ from typing import NamedTuple, NoReturn
 
 from aioengine.adapters.peft.config import PeftLoraConfig
 from aioengine.adapters.peft.folder import CONFIG_FILE, AdapterFolder
+from aioengine.adapters.peft.folding.embeddings import TOKEN_KINDS, EmbeddingParts
 from aioengine.adapters.peft.unsupported import MERGE
 from aioengine.errors import AdapterTooLarge
 from aioengine.model.spec import EMBEDDING_MODULES, NO_LAYER, LinearShape, ModelSpec
@@ -70,12 +71,17 @@ _BASE_WEIGHT = "base_layer.weight"
 # Why a key that is no part of LoRA on a known module is refused: (part of the key, reason).
 _FOREIGN_KEYS = (
     ("modules_to_save", f"fully trained modules are not supported: {MERGE}"),
-    ("token_adapter", f"trained token embeddings are not supported: {MERGE}"),
+    ("token_adapter", f"{CONFIG_FILE} has no such tokens in trainable_token_indices"),
     (
         "embed_tokens",
-        f"the adapter replaces the embeddings (resized or fully trained), which is not supported: {MERGE}",
+        f"the adapter replaces the embeddings (perhaps resized), but {CONFIG_FILE} does not name them in "
+        f"modules_to_save: save it with save_embedding_layers=False, or {MERGE}",
     ),
-    ("lm_head", f"the adapter replaces lm_head (resized or fully trained), which is not supported: {MERGE}"),
+    (
+        "lm_head",
+        f"the adapter replaces lm_head (perhaps resized), but {CONFIG_FILE} does not name it in "
+        f"modules_to_save: save it with save_embedding_layers=False, or {MERGE}",
+    ),
     (".bias", f"trained biases of the base model are not supported: {MERGE}"),
     (".base_layer.", "the file carries base-model weights; only LoRA weights can be swapped"),
 )
@@ -92,7 +98,8 @@ def max_data_bytes(spec: ModelSpec, max_rank: int, target_modules: Sequence[str]
 
 
 class Part(NamedTuple):
-    """One tensor's role: ``A``, ``B``, ``bias``, ``magnitude``, or ``base`` (the unadapted weight)."""
+    """One tensor's role: ``A``, ``B``, ``bias``, ``magnitude``, ``base`` (the unadapted weight), or one of
+    ``HEAD_KINDS`` and ``TOKEN_KINDS``."""
 
     place: Place
     kind: str
@@ -148,6 +155,7 @@ class Layout:
         )
         """Whether PEFT adapts lm_head by the transposed adapter of the embeddings that it is tied to."""
         self.dora = config.use_dora
+        self.embeddings = EmbeddingParts(folder, config, spec)
         self.targets: dict[Place, Target] = {}
         """The targets, in the order of a packed adapter's tensors."""
         began = time.thread_time()
@@ -167,6 +175,7 @@ class Layout:
                 f"{CONFIG_FILE}: alora_invocation_tokens with embed_tokens as a target: PEFT applies such an "
                 "adapter to all tokens of the embeddings; train it without embed_tokens"
             )
+        self.embeddings.check_targets({module for layer, module in self.targets if layer == NO_LAYER})
         for target in self.targets.values():
             if target.rank > max_rank:
                 raise AdapterTooLarge(
@@ -200,10 +209,13 @@ class Layout:
         parts: dict[str, Part] = {}
         taken: dict[Part, str] = {}
         for key, shape in shapes.items():
-            part = usual.get(key) or self._head(file, key, shape) or self._part(file, key)
+            part = usual.get(key) or self._head(file, key, shape)
+            if part is None and (found := self.embeddings.find(file, WRAPPERS.sub("", key), key, shape)):
+                part = Part((NO_LAYER, found[0]), found[1])
+            part = part or self._part(file, key)
             if part in taken:
                 self._folder.invalid(f"{file}: {key!r} and {taken[part]!r} are the same weight")
-            if part.kind in HEAD_KINDS:
+            if part.kind in (*HEAD_KINDS, *TOKEN_KINDS):
                 parts[key], taken[part] = part, key
                 continue
             target = self.targets[part.place]
@@ -216,6 +228,9 @@ class Layout:
                 )
             parts[key], taken[part] = part, key
         self._check_complete(file, taken)
+        self.embeddings.check_complete(
+            file, {(part.place[1], part.kind) for part in taken if part.kind in TOKEN_KINDS}
+        )
         self._check_head(file, shapes, taken)
         return parts
 
@@ -310,7 +325,9 @@ class Layout:
 
     def _check_complete(self, file: str, taken: Mapping[Part, str]) -> None:
         needed = ["A", "B"] + ["bias"] * self._config.lora_bias + ["magnitude"] * self._config.use_dora
-        if sum(part.kind not in ("base", *HEAD_KINDS) for part in taken) == len(needed) * len(self.targets):
+        if sum(part.kind not in ("base", *HEAD_KINDS, *TOKEN_KINDS) for part in taken) == len(needed) * len(
+            self.targets
+        ):
             return
         for place, target in self.targets.items():
             missing = [kind for kind in needed if Part(place, kind) not in taken]

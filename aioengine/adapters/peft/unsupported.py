@@ -53,7 +53,6 @@ _PROMPTS = frozenset(
 
 _UNSUPPORTED = {
     "layer_replication": f"layer replication changes the base model's depth: {MERGE}",
-    "trainable_token_indices": f"trained token embeddings are not supported: {MERGE}",
     "target_parameters": (
         "LoRA on bare parameters is supported only in models whose experts the native decoder runs: " + MERGE
     ),

@@ -14,6 +14,7 @@ from aioengine.kernels.slots import Column
 from aioengine.model.buffer import Buffer
 from aioengine.model.pooling import Head, Kind
 from aioengine.model.slots.layout import Elements, SlotLayout
+from aioengine.model.slots.tokens import TokenTables, TrainedTokens
 
 SERIAL_ELEMENTS = 32_000
 """Number of elements up to which torch works in the calling thread (it uses several threads from 32768
@@ -59,6 +60,10 @@ class AdapterImage:
     """[places, columns] where each place is in ``data``: see :class:`aioengine.kernels.slots.Column`."""
     has_affine: bool
     """Whether an output is scaled or shifted (DoRA, ``lora_bias``)."""
+    tokens: TokenTables | None = None
+    """Trained tokens, if there are any."""
+    tokens_begin: int = 0
+    """Where their rows begin in ``data``."""
     head: Head | None = None
     """A trained head beside the slot's memory."""
     pooling: Kind | None = None
@@ -82,6 +87,8 @@ class ImageShape:
     dtype: torch.dtype
     elements: int
     table: Tensor
+    tokens: TokenTables | None = None
+    tokens_begin: int = 0
 
     @property
     def nbytes(self) -> int:
@@ -89,7 +96,8 @@ class ImageShape:
 
     def image(self, data: Tensor, *, rank: int, digest: str, has_affine: bool = False) -> AdapterImage:
         """``data`` [elements] is kept, not copied."""
-        return AdapterImage(rank, digest, self.layout, data, self.table, has_affine)
+        tokens = self.tokens, self.tokens_begin
+        return AdapterImage(rank, digest, self.layout, data, self.table, has_affine, *tokens)
 
     def begin(self, key: Key, column: Column) -> int:
         """Return the offset of a place's A, B, or gain and shift."""
@@ -101,9 +109,10 @@ def image_shape(
     ranks: Mapping[Key, tuple[int, int]],
     affine: Collection[Key],
     dtype: torch.dtype,
+    tokens: TokenTables | None = None,
 ) -> ImageShape:
-    """Return the shape of the image of an adapter with these rows of A and columns of B, and with gain and
-    shift for the places ``affine``."""
+    """Return the shape of the image of an adapter with these rows of A and columns of B, with gain and shift
+    for the places ``affine``, and with trained ``tokens``."""
     rows = [[0, 0, 0, 0, -1, -1] for _ in layout.places]
     end, holds = 0, layout.holds
     for fused in layout.fused:
@@ -123,7 +132,9 @@ def image_shape(
         if key in affine:
             rows[layout.index[key]][Column.AFFINE] = end
             end += holds.gain_and_shift(place.num_outputs)
-    return ImageShape(layout, dtype, end, torch.tensor(rows, dtype=torch.int64))
+    begin, count = end, 0 if tokens is None else tokens.num_rows
+    end += holds.values(count * layout.spec.hidden_size)
+    return ImageShape(layout, dtype, end, torch.tensor(rows, dtype=torch.int64), tokens, begin)
 
 
 def elements_of(dtype: torch.dtype, affine_dtype: torch.dtype | None) -> Elements:
@@ -140,21 +151,27 @@ def build_image(
     affine: Mapping[Key, Tensor],
     dtype: torch.dtype,
     *,
+    tokens: TrainedTokens | None = None,
     pin_memory: bool = False,
 ) -> AdapterImage:
     """Puts an adapter into an image of ``dtype``, in the calling thread alone.
 
-    ``affine`` gives gain and shift [2, out] of the modules that have them. Raises :class:`ConfigError`
+    ``affine`` gives gain and shift [2, out] of the modules that have them, and ``tokens`` the trained tokens,
+    if there are any. Raises :class:`ConfigError`
     if the adapter does not fit the layout.
     """
     if adapter.shape is not None and adapter.in_order is not None and not affine:
         return adapter.shape.image(adapter.in_order, rank=adapter.rank, digest=adapter.digest)
     _check(layout, adapter, affine)
     shape = image_shape(
-        layout, {key: (len(a), b.shape[1]) for key, (a, b) in adapter.tensors.items()}, affine, dtype
+        layout,
+        {key: (len(a), b.shape[1]) for key, (a, b) in adapter.tensors.items()},
+        affine,
+        dtype,
+        None if tokens is None else tokens.tables,
     )
     exact = _exact(layout, adapter)
-    ready = exact and adapter.in_order is not None
+    ready = exact and adapter.in_order is not None and tokens is None
     if ready and adapter.in_order is not None:
         data = adapter.in_order[: shape.elements]
     else:
@@ -174,6 +191,8 @@ def build_image(
         put(key, Column.B, b, linear.out_features, b.shape[1])
     for key, values in affine.items():
         put(key, Column.AFFINE, values, 2, layout.places[key].num_outputs)
+    if tokens is not None:
+        copies.extend(serial_copies(tokens.rows, data[shape.tokens_begin :]))
     if copies:
         torch._foreach_copy_([to for to, _ in copies], [values for _, values in copies])
     return shape.image(data, rank=adapter.rank, digest=adapter.digest, has_affine=bool(affine))

@@ -2,8 +2,9 @@
 
 An adapter in a slot is one row of elements, without gaps: first the LoRA matrices of the modules that it
 targets, each as large as its own rank; the As of a fused linear adjoin. Then comes what DoRA and
-``lora_bias`` need, for every output of the modules that have it. Offsets here are those of an adapter that
-has ``max_rank`` in every module; :func:`aioengine.model.slots.image.image_shape` has those of any other.
+``lora_bias`` need, for every output of the modules that have it, and then the rows of trained tokens. Offsets
+here are those of an adapter that has ``max_rank`` in every module;
+:func:`aioengine.model.slots.image.image_shape` has those of any other.
 
 Where a slot holds int8, its elements are bytes, and the scales follow the As; everything begins at a multiple
 of ``INT8_UNIT`` bytes, so there may be gaps.
@@ -48,7 +49,11 @@ class Elements(NamedTuple):
 
     def gain_and_shift(self, outputs: int) -> int:
         """Elements that gain and shift take."""
-        return self._whole(2 * outputs * self.affine)
+        return self.values(2 * outputs)
+
+    def values(self, numbers: int) -> int:
+        """Elements that numbers take which are never int8."""
+        return self._whole(numbers * self.affine)
 
     def _whole(self, elements: int) -> int:
         return -(-elements // INT8_UNIT) * INT8_UNIT if self.int8 else elements
@@ -106,7 +111,8 @@ class FusedPlace(NamedTuple):
 
 
 class SlotLayout:
-    """The layout of a slot for ``modules`` (by :meth:`ModelSpec.targets`), each with room for ``max_rank``.
+    """The layout of a slot for ``modules`` (by :meth:`ModelSpec.targets`), each with room for ``max_rank``,
+    and with room for ``max_tokens`` trained tokens.
 
     Raises :class:`ConfigError` for a module that cannot be targeted, and as :class:`Partition`.
     """
@@ -118,8 +124,10 @@ class SlotLayout:
         modules: Iterable[str],
         shard: Shard = SOLO,
         holds: Elements = FLOATS,
+        max_tokens: int = 0,
     ) -> None:
         self.spec = spec
+        self.max_tokens = max_tokens
         self.holds = holds
         self.max_rank = max_rank
         self.modules = spec.targets(tuple(modules))
@@ -144,7 +152,9 @@ class SlotLayout:
             matrices = b
         self.affine_elements = sum(holds.gain_and_shift(place.num_outputs) for place in self.places.values())
         """One slot's elements for DoRA and biases: two for every output of every module."""
-        self.elements = self.matrix_elements + self.affine_elements
+        self.token_elements = holds.values(max_tokens * spec.hidden_size)
+        """One slot's elements for ``max_tokens`` rows."""
+        self.elements = self.matrix_elements + self.affine_elements + self.token_elements
         """Elements of a slot that has room for ``max_rank`` everywhere."""
         self.index = {key: index for index, key in enumerate(self.places)}
         """Number of each place; those of a fused linear follow each other."""
@@ -214,8 +224,8 @@ class SlotLayout:
         if not isinstance(other, SlotLayout):
             return NotImplemented
         return self is other or (
-            (self.max_rank, self.modules, self.spec, self.shard, self.holds)
-            == (other.max_rank, other.modules, other.spec, other.shard, other.holds)
+            (self.max_rank, self.modules, self.spec, self.shard, self.holds, self.max_tokens)
+            == (other.max_rank, other.modules, other.spec, other.shard, other.holds, other.max_tokens)
         )
 
     __hash__ = None  # type: ignore[assignment]

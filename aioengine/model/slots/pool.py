@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 
 from aioengine.errors import ConfigError
+from aioengine.kernels import LoRABatch
 from aioengine.kernels.slots import ALIGNMENT, LoRAPool, SlotMemory
 from aioengine.model.buffer import Buffer
 from aioengine.model.parallel.group import SOLO, Shard
@@ -14,6 +15,7 @@ from aioengine.model.pooling import Head, Kind
 from aioengine.model.slots.copy import Copy, SerialCopier, SlotCopier, StreamCopier
 from aioengine.model.slots.image import AdapterImage, elements_of
 from aioengine.model.slots.layout import FusedPlace, SlotLayout
+from aioengine.model.slots.tokens import SlotTokens
 from aioengine.model.spec import NO_LAYER, ModelSpec
 
 
@@ -23,7 +25,8 @@ class LoRASlots:
 
     ``layers[i]`` maps the fused linear's name ("qkv", "o", "gate_up", "down") to its pool, and ``outer``
     does the same for "embed_tokens" and "lm_head". All slots share one memory. It has ``nbytes``, and each
-    write of an adapter gives its offset; or (None) it has room for ``max_rank`` in every module of each slot.
+    write of an adapter gives its offset; or (None) it has room for ``max_rank`` in every module of each slot,
+    and for ``max_tokens`` trained tokens.
     ``shared`` is memory (uint8) to use for that, which others use, too.
 
     ``dtype`` may be int8: the matrices are, and gains and shifts are of ``affine_dtype`` (else that is
@@ -43,9 +46,10 @@ class LoRASlots:
         nbytes: int | None = None,
         shared: torch.Tensor | None = None,
         affine_dtype: torch.dtype | None = None,
+        max_tokens: int = 0,
     ) -> None:
         holds = elements_of(dtype, affine_dtype)
-        self.layout = layout = SlotLayout(spec, max_rank, target_modules, shard, holds)
+        self.layout = layout = SlotLayout(spec, max_rank, target_modules, shard, holds, max_tokens)
         self.max_loras = max_loras
         nbytes = nbytes if shared is None else shared.nbytes
         self.elastic = nbytes is not None
@@ -68,6 +72,8 @@ class LoRASlots:
         """The trained head of each slot's adapter, if it has one, on the device."""
         self.poolings: list[Kind | None] = [None] * max_loras
         """Pooling of each slot's adapter; None if it chooses none."""
+        self.tokens: list[SlotTokens | None] = [None] * max_loras
+        """The trained tokens of each slot's adapter, if it has some."""
 
         self.outer: dict[str, LoRAPool] = {}
         self.layers: list[dict[str, LoRAPool]] = [{} for _ in range(spec.num_layers)]
@@ -112,6 +118,16 @@ class LoRASlots:
         """Whether each slot's adapter scales or shifts outputs (DoRA, ``lora_bias``)."""
         return self._has_affine
 
+    def replaces_logits(self, batch: LoRABatch) -> bool:
+        """Whether an adapter in the batch has trained tokens in the head."""
+        return any(tokens.has_logits for _, tokens in self.trained(batch))
+
+    def trained(self, batch: LoRABatch) -> Iterator[tuple[slice, SlotTokens]]:
+        """Yield the batch's tokens whose adapters have trained tokens."""
+        for segment in batch.segments:
+            if (tokens := self.tokens[segment.slot]) is not None:
+                yield slice(segment.start, segment.stop), tokens
+
     def before_step(self) -> None:
         """Wait for the copies that a step needs. The thread that is about to enqueue the step calls this."""
         self._copier.before_step()
@@ -138,7 +154,8 @@ class LoRASlots:
         memory = self.memory
         begin = slot * self.layout.elements if offset is None else offset // self.dtype.itemsize
         end = begin + len(image.data)
-        if self.elastic == (offset is None) or begin < 0 or end > len(memory.memory):
+        room = len(memory.memory) - begin if self.elastic else self.layout.elements
+        if self.elastic == (offset is None) or begin < 0 or len(image.data) > room:
             raise ConfigError(
                 f"slot {slot}: an adapter of {image.nbytes} bytes cannot begin at offset {offset} of a "
                 f"memory of {self.nbytes} bytes"
@@ -151,12 +168,21 @@ class LoRASlots:
         self._has_affine[slot] = image.has_affine
         self.heads[slot] = None if image.head is None else image.head.to(memory.memory.device)
         self.poolings[slot] = image.pooling
+        self.tokens[slot] = None
+        if image.tokens is not None:
+            columns = self.layout.partition.outputs("lm_head")
+            rows_begin = begin + image.tokens_begin
+            self.tokens[slot] = SlotTokens(
+                image.tokens, memory, self.layout.spec.hidden_size, columns, rows_begin
+            )
 
     def relocate(self, slot: int, offset: int) -> None:
         """Note that the slot's adapter, which whoever calls has moved, begins at ``offset`` now, in bytes.
 
         Called on the step's thread and stream, between steps."""
         memory, begin = self.memory, offset // self.dtype.itemsize
+        if (tokens := self.tokens[slot]) is not None:
+            tokens.begin += begin - self._begins[slot]
         rows, counted = memory.moved(slot, begin - self._begins[slot])
         memory.table[slot] = rows
         if memory.device_table is not memory.table:

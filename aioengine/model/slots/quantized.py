@@ -35,7 +35,7 @@ def quantize_image(image: AdapterImage, layout: SlotLayout, *, pin_memory: bool 
     held = {key: row for key, row in places.items() if row[Column.A_RANK] or row[Column.B_RANK]}
     ranks = {key: (row[Column.A_RANK], row[Column.B_RANK]) for key, row in held.items()}
     affine = {key: row for key, row in places.items() if row[Column.AFFINE] >= 0}
-    shape = image_shape(layout, ranks, affine.keys(), torch.int8)
+    shape = image_shape(layout, ranks, affine.keys(), torch.int8, image.tokens)
     data = image_memory(shape.elements, torch.int8, pin_memory=pin_memory)
 
     def matrix(memory: Tensor, begin: int, rows: int, width: int) -> Tensor:
@@ -52,12 +52,17 @@ def quantize_image(image: AdapterImage, layout: SlotLayout, *, pin_memory: bool 
         of_b = _quantize(b, matrix(data, shape.begin(key, Column.B), n_out, columns), over=0)
         begin = shape.begin(key, Column.SCALE)
         torch.mul(of_a, of_b, out=data[begin : begin + 4 * rank].view(torch.float32))
-    for key, row in affine.items():
-        size, begin = 2 * layout.places[key].num_outputs, shape.begin(key, Column.AFFINE)
-        values = image.data[row[Column.AFFINE] : row[Column.AFFINE] + size]
+
+    def keep(source: int, begin: int, size: int) -> None:
+        """Copy ``size`` numbers as they are."""
         target = data[begin : begin + size * dtype.itemsize].view(dtype)
-        for to, piece in serial_copies(values, target):
+        for to, piece in serial_copies(image.data[source : source + size], target):
             to.copy_(piece)
+
+    for key, row in affine.items():
+        keep(row[Column.AFFINE], shape.begin(key, Column.AFFINE), 2 * layout.places[key].num_outputs)
+    if image.tokens is not None:
+        keep(image.tokens_begin, shape.tokens_begin, image.tokens.num_rows * layout.spec.hidden_size)
     return shape.image(data, rank=image.rank, digest=image.digest, has_affine=image.has_affine)
 
 

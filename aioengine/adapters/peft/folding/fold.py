@@ -83,10 +83,11 @@ class Fold:
         if "lora_alpha" not in as_lora and "r" in as_lora:
             as_lora["lora_alpha"] = as_lora["r"]
         parsed = parse_config(msgspec.json.encode(as_lora), name=folder.name, path=folder.path)
-        if parsed.use_dora or parsed.lora_bias or parsed.use_rslora or parsed.heads:
+        trained = parsed.heads or parsed.saved or parsed.tokens
+        if parsed.use_dora or parsed.lora_bias or parsed.use_rslora or trained:
             folder.invalid(
-                f"{CONFIG_FILE}: peft_type={method!r} cannot be folded with use_dora, lora_bias, use_rslora "
-                "or modules_to_save; train it without them, or train a LoRA adapter"
+                f"{CONFIG_FILE}: peft_type={method!r} cannot be folded with use_dora, lora_bias, use_rslora, "
+                "modules_to_save or trainable_token_indices; train it without them, or train a LoRA adapter"
             )
         return cls(method, parsed, folder)
 

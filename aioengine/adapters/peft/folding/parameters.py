@@ -92,10 +92,11 @@ class ParameterFold:
         if bytes(raw.get("target_modules", b"null")) == b"null":
             raw["target_modules"] = msgspec.Raw(b"[]")
         parsed = parse_config(msgspec.json.encode(raw), name=folder.name, path=folder.path)
-        if parsed.use_dora or parsed.lora_bias or parsed.heads or parsed.invocation:
+        trained = parsed.heads or parsed.saved or parsed.tokens
+        if parsed.use_dora or parsed.lora_bias or trained or parsed.invocation:
             folder.invalid(
-                f"{CONFIG_FILE}: {_FIELD} with use_dora, lora_bias, modules_to_save or "
-                "alora_invocation_tokens is not supported; train it without them"
+                f"{CONFIG_FILE}: {_FIELD} with use_dora, lora_bias, modules_to_save, trainable_token_indices "
+                "or alora_invocation_tokens is not supported; train it without them"
             )
         return cls(parsed, wanted, folder)
 

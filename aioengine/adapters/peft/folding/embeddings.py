@@ -1,0 +1,193 @@
+"""What a file replaces of the embeddings and of the model's head: single rows, or all of them.
+
+PEFT's rules: ``trainable_token_indices`` has the rows of some tokens. If the model's head is tied to its
+embeddings, these rows are the head's as well, unless the head has a list of its own. ``modules_to_save`` has
+a whole matrix, which is only the head's if it is named, or ``ensure_weight_tying`` is set. A whole matrix is
+served as the rows that differ from the base model's.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence, Set
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from aioengine.adapters.peft.config import MAX_TRAINED_TOKENS, PeftLoraConfig
+from aioengine.adapters.peft.folder import CONFIG_FILE, AdapterFolder
+from aioengine.adapters.peft.unsupported import MERGE
+from aioengine.model.slots.image import SERIAL_ELEMENTS
+from aioengine.model.slots.tokens import TokenTable, TokenTables, TrainedTokens
+from aioengine.model.spec import EMBEDDING_MODULES, NO_LAYER, ModelSpec
+
+TOKEN_KINDS = ("tokens", "saved")
+"""Kinds of tensors: rows of ``trainable_token_indices``, and whole matrices."""
+_ROWS = ("token_adapter.trainable_tokens_delta", "token_adapter.trainable_tokens_delta.default")
+_WHOLE = ("weight", "modules_to_save.weight", "modules_to_save.default.weight")
+
+
+class _Rows(NamedTuple):
+    ids: tuple[int, ...]
+    """In ascending order."""
+    rows: Tensor
+    """[ids, hidden]"""
+
+
+class EmbeddingParts:
+    """The rows and matrices that ``config`` says a file has. Raises AdapterInvalid if they cannot be served
+    over this model."""
+
+    def __init__(self, folder: AdapterFolder, config: PeftLoraConfig, spec: ModelSpec) -> None:
+        self._folder, self._spec = folder, spec
+        trained = EMBEDDING_MODULES if config.tokens or config.saved else ()
+        names = {module: spec.module_name(NO_LAYER, module) for module in trained}
+        if names and spec.impl != "native":
+            folder.invalid(
+                f"{CONFIG_FILE}: trained embeddings are supported only in models that the native decoder "
+                f"runs: {MERGE}"
+            )
+        self._ids = {module: ids for module, name in names.items() if (ids := config.tokens_of(name))}
+        embedded, headed = (self._ids.get(module, ()) for module in EMBEDDING_MODULES)
+        tied = spec.tie_embeddings and bool(embedded)
+        self.tied = tied and (headed in ((), embedded) or config.ensure_weight_tying)
+        """Whether the rows of the embeddings are the head's as well."""
+        if self.tied:
+            self._ids.pop("lm_head", None)
+        self._saved = {module for module, name in names.items() if config.saves(name)}
+        if self._saved and config.ensure_weight_tying and spec.tie_embeddings:
+            self._saved = set(EMBEDDING_MODULES)
+        self._keys: dict[str, tuple[str, str]] = {}
+        for module, name in names.items():
+            short = name.removeprefix("model.") if config.feature_extraction else name
+            for full in {name, short}:
+                if module in self._ids:
+                    self._keys |= {f"{full}.{end}": (module, "tokens") for end in _ROWS}
+                if module in self._saved:
+                    self._keys |= {f"{full}.{end}": (module, "saved") for end in _WHOLE}
+        for module, ids in self._ids.items():
+            if max(ids) >= spec.vocab_size:
+                folder.invalid(
+                    f"{CONFIG_FILE}: trainable_token_indices has token {max(ids)} of {module}, and the "
+                    f"base model has {spec.vocab_size}; resized embeddings cannot be served: {MERGE}"
+                )
+        for module in self._saved & self._ids.keys():
+            folder.invalid(f"{CONFIG_FILE}: {module} in trainable_token_indices and in modules_to_save")
+
+    def check_targets(self, targets: Set[str]) -> None:
+        """Raise AdapterInvalid if one of the ``targets`` of LoRA is replaced as well."""
+        replaced = self._ids.keys() | self._saved | ({"lm_head"} if self.tied else set())
+        for module in sorted(targets & replaced):
+            self._folder.invalid(
+                f"{CONFIG_FILE}: LoRA on {module}, whose rows are trained as well (trainable_token_indices "
+                "or modules_to_save), which PEFT cannot compute either: train it with one of the two"
+            )
+
+    def find(self, file: str, name: str, key: str, shape: Sequence[int]) -> tuple[str, str] | None:
+        """Return the module and the kind of a tensor; None if it is none of these. ``name`` is its ``key``
+        without wrappers' names."""
+        found = self._keys.get(name.removeprefix("base_model.model."))
+        if found is None:
+            return None
+        module, kind = found
+        rows = len(self._ids[module]) if kind == "tokens" else self._spec.vocab_size
+        expected = [rows, self._spec.hidden_size]
+        if list(shape) != expected:
+            of = f" ({rows} trainable_token_indices of {CONFIG_FILE})" if kind == "tokens" else ""
+            self._folder.invalid(
+                f"{file}: {key!r}: expected shape {expected}{of}, found {list(shape)[:8]}; were the "
+                "embeddings resized, or was the adapter trained on another model?"
+            )
+        return found
+
+    def check_complete(self, file: str, found: Set[tuple[str, str]]) -> None:
+        """Raise AdapterInvalid unless everything that the configuration names was ``found``."""
+        wanted = {(module, "tokens") for module in self._ids} | {(module, "saved") for module in self._saved}
+        for module, kind in sorted(wanted - found):
+            field = "trainable_token_indices" if kind == "tokens" else "modules_to_save"
+            self._folder.invalid(
+                f"{file}: {CONFIG_FILE} has {module} in {field}, but the file has no weights for it; save "
+                f"the adapter again with PEFT, or {MERGE}"
+            )
+
+    def trained(
+        self,
+        file: str,
+        tensors: Mapping[tuple[str, str], Tensor],
+        base_weight: Callable[[str], Tensor],
+        dtype: torch.dtype,
+        *,
+        finite: bool,
+    ) -> TrainedTokens | None:
+        """Return the rows that differ from the base model's, in ``dtype``.
+
+        Args:
+            tensors: The file's, by module and kind.
+            base_weight: The base model's weight [vocabulary, hidden] of a module.
+            finite: Whether all values must be finite in ``dtype``.
+
+        Raises AdapterInvalid if there are too many, or values are not finite.
+        """
+        found: dict[str, _Rows] = {}
+        for (module, kind), tensor in tensors.items():
+            if kind == "tokens":
+                order = sorted(range(len(tensor)), key=self._ids[module].__getitem__)
+                found[module] = _Rows(tuple(sorted(self._ids[module])), _taken(tensor, order, dtype))
+            elif ids := self._differing(file, module, tensor, base_weight(module)):
+                found[module] = _Rows(tuple(ids), _taken(tensor, ids, dtype))
+        if not found:
+            return None
+        for module, (_, rows) in found.items() if finite else ():
+            if any(not math.isfinite(extreme) for row in rows for extreme in _extremes(row)):
+                self._folder.invalid(
+                    f"{file}: rows of {module} overflow {dtype} or are not finite; set lora_dtype to "
+                    "bfloat16 or float32"
+                )
+        embedded = found.get("embed_tokens")
+        embedding = TokenTable() if embedded is None else TokenTable(embedded.ids)
+        headed = found.get("lm_head")
+        head = embedding if self.tied else TokenTable()
+        if headed is not None:
+            head = TokenTable(headed.ids, len(embedding.ids))
+        parts = [part.rows for part in (embedded, headed) if part is not None]
+        whole = parts[0] if len(parts) == 1 else torch.cat(parts)
+        return TrainedTokens(TokenTables(embedding, head, len(whole)), whole)
+
+    def _differing(self, file: str, module: str, saved: Tensor, base: Tensor) -> list[int]:
+        """Return the tokens whose rows are not the base model's, in the less exact of both dtypes."""
+        if base.shape != saved.shape:
+            self._folder.invalid(
+                f"{file}: whole {module} in modules_to_save need tensor_parallel_size=1; train the tokens "
+                "with trainable_token_indices instead"
+            )
+        ids: list[int] = []
+        step = max(1, SERIAL_ELEMENTS // saved.shape[1])
+        for begin in range(0, len(saved), step):
+            theirs, ours = saved[begin : begin + step], base[begin : begin + step].to("cpu")
+            differs = (theirs.to(ours.dtype) != ours).logical_and_(ours.to(theirs.dtype) != theirs)
+            ids += [begin + row for row in differs.any(1).nonzero().flatten().tolist()]
+        if len(ids) > MAX_TRAINED_TOKENS:
+            self._folder.invalid(
+                f"{file}: {len(ids)} of {len(saved)} rows of {module} differ from the base model's, and at "
+                f"most {MAX_TRAINED_TOKENS} can be swapped: train single tokens with "
+                f"trainable_token_indices, or {MERGE}"
+            )
+        return ids
+
+
+def _taken(tensor: Tensor, ids: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Copy some rows, in pieces so small that torch stays in the calling thread."""
+    out = torch.empty(len(ids), tensor.shape[1], dtype=dtype)
+    for at, row in enumerate(ids):
+        for to, piece in zip(_pieces(out[at]), _pieces(tensor[row]), strict=True):
+            to.copy_(piece)
+    return out
+
+
+def _extremes(row: Tensor) -> list[float]:
+    return [extreme.item() for piece in _pieces(row) for extreme in piece.aminmax()]
+
+
+def _pieces(row: Tensor) -> Sequence[Tensor]:
+    return torch.split(row, SERIAL_ELEMENTS)

@@ -1,0 +1,113 @@
+"""Trained tokens: rows of the embeddings, and of the head, that an adapter replaces by its own.
+
+PEFT trains them by ``trainable_token_indices`` (for example for new special tokens), or as a part of whole
+embeddings in ``modules_to_save``. The rows lie behind everything else of the adapter in its slot.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from aioengine.kernels import Backend, LoRABatch, LoRAPool
+from aioengine.kernels.plan.lora import Segment
+from aioengine.kernels.slots import Column, SlotMemory
+
+
+class TokenTable(NamedTuple):
+    """Tokens of one matrix, in ascending order; the row of ``ids[i]`` is ``first + i``."""
+
+    ids: tuple[int, ...] = ()
+    first: int = 0
+
+
+class TokenTables(NamedTuple):
+    """The tokens that an adapter replaces. Where the head is tied to the embeddings, both have the same
+    rows."""
+
+    embedding: TokenTable
+    head: TokenTable
+    num_rows: int
+
+
+class TrainedTokens(NamedTuple):
+    """Trained tokens of an adapter that has been read."""
+
+    tables: TokenTables
+    rows: Tensor
+    """[num_rows, hidden]"""
+
+
+class SlotTokens:
+    """The trained tokens of a slot's adapter.
+
+    Args:
+        memory: The memory of all slots.
+        hidden: Size of a row.
+        columns: The tokens whose logits this rank computes.
+        begin: Where the rows begin in the memory, in its elements.
+    """
+
+    def __init__(
+        self, tables: TokenTables, memory: SlotMemory, hidden: int, columns: slice, begin: int
+    ) -> None:
+        self.begin = begin
+        self._memory, self._hidden = memory, hidden
+        device, (embedded, headed) = memory.memory.device, tables[:2]
+        self._first = embedded.first
+        self._ids = torch.tensor(embedded.ids, dtype=torch.long, device=device)
+        low, high = (bisect_left(headed.ids, end) for end in (columns.start, columns.stop))
+        self._head_first = headed.first + low
+        self._columns = torch.tensor(headed.ids[low:high], dtype=torch.long, device=device) - columns.start
+
+    @property
+    def embeds(self) -> bool:
+        """Whether embeddings are replaced."""
+        return len(self._ids) > 0
+
+    @property
+    def has_logits(self) -> bool:
+        """Whether logits of this rank are replaced."""
+        return len(self._columns) > 0
+
+    def embed(self, token_ids: Tensor, hidden: Tensor) -> None:
+        """Replace the embeddings ``hidden`` [n, hidden] of the trained ones among ``token_ids`` [n]."""
+        at = torch.searchsorted(self._ids, token_ids).clamp_(max=len(self._ids) - 1)
+        rows = self._rows(self._first, len(self._ids))
+        trained = (self._ids[at] == token_ids)[:, None]
+        hidden.copy_(torch.where(trained, rows[at].to(hidden.dtype), hidden))
+
+    def logits(self, x: Tensor, logits: Tensor, kernels: Backend) -> None:
+        """Replace the trained tokens' columns of ``logits`` [n, this rank's tokens]; ``x`` [n, hidden] is
+        what the head gets."""
+        logits.index_copy_(1, self._columns, self._products(x, kernels).to(logits.dtype))
+
+    def _products(self, x: Tensor, kernels: Backend) -> Tensor:
+        """Return the products of ``x`` [n, hidden] and the head's rows: [n, rows]. As an adapter's A, where
+        that makes them independent of n."""
+        count = len(self._columns)
+        if kernels.name != "cpu":
+            return linear(x, self._rows(self._head_first, count).to(x.dtype))
+        memory = SlotMemory(self._floats, 1, 1, count)
+        memory.table[0, 0, Column.A] = self._offset + self._head_first * self._hidden
+        memory.table[0, 0, Column.A_RANK] = count
+        pool = LoRAPool(memory, ("lm_head",), 0, self._hidden, (0,), (0,), (0,), (0,))
+        batch = LoRABatch.of([Segment(0, 0, len(x), count)], (), len(x), x.device)
+        return kernels.lora_shrink(x, pool, batch)[:, 0, :count]
+
+    def _rows(self, first: int, count: int) -> Tensor:
+        """[count, hidden], a view."""
+        begin = self._offset + first * self._hidden
+        return self._floats[begin : begin + count * self._hidden].view(count, self._hidden)
+
+    @property
+    def _floats(self) -> Tensor:
+        return self._memory.floats(self._memory.dtype)
+
+    @property
+    def _offset(self) -> int:
+        return self.begin // (self._memory.dtype.itemsize if self._memory.int8 else 1)

@@ -1,0 +1,213 @@
+"""Adapters with trained tokens against transformers + peft in float32, in mixed batches and under swaps."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from support.engine_fixtures import MakeEngine, Tiny, greedy, prompt_of
+from support.peft_files import edit_weights
+from support.tiny_models import build_model, reference_logits
+from support.trained_tokens import build_trained
+
+from aioengine import SamplingParams
+from aioengine.errors import AdapterInvalid, AdapterTooLarge
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
+ROWS = [5, 9, 40, 41, 100, 250]
+BOTH: dict[str, dict[str, Any]] = {
+    "listed": {"trainable_token_indices": [200, 7, 33, 120], "target_modules": ["q_proj"]},
+    "both": {"trainable_token_indices": {"embed_tokens": [9, 4], "lm_head": [31, 4, 77]}},
+    "head": {"trainable_token_indices": {"lm_head": [3, 60, 61, 62, 63, 64]}, "use_dora": True},
+    "saved": {"modules_to_save": ["embed_tokens"], "rows": ROWS},
+    "saved-head": {"modules_to_save": ["lm_head"], "rows": ROWS, "lora_bias": True},
+    "saved-both": {"modules_to_save": ["embed_tokens", "lm_head"], "rows": ROWS, "r": 7},
+    "saved-alike": {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True, "rows": ROWS},
+    "plain": {},
+}
+PATHS: dict[str, dict[str, Any]] = {
+    "torch": {"max_trained_tokens": 12},
+    "compiled": {"block_size": 16, "max_trained_tokens": 12},
+    "chunks": {"max_num_batched_tokens": 16, "max_num_seqs": 8, "max_trained_tokens": 12},
+    "slots-by-bytes": {"slot_memory": "256KiB", "max_loras": 6, "max_cpu_loras": 8},
+    "shared-memory": {
+        "slot_memory": "shared",
+        "max_loras": 6,
+        "max_cpu_loras": 12,
+        "max_model_len": 64,
+        "kv_cache_memory": 500 * 768,
+        "block_size": 16,
+    },
+    "ranks": {"executor": "process", "tensor_parallel_size": 2, "max_trained_tokens": 12},
+}
+
+
+def build(root: Path, tied: bool) -> Tiny:
+    model = build_model(root / "model", "llama", tie_word_embeddings=tied)
+    adapters = {
+        name: build_trained(model, root / name, seed=seed, **BOTH[name]) for seed, name in enumerate(BOTH)
+    }
+    return Tiny(model, adapters)
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["untied", "tied"])
+def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Tiny:
+    return build(tmp_path_factory.mktemp("trained"), request.param)
+
+
+@pytest.mark.parametrize("path", [path for path in PATHS if path != "ranks"])
+async def test_tokens_are_those_of_peft(path: str, trained: Tiny, make_engine: MakeEngine) -> None:
+    await check(path, trained, make_engine)
+
+
+async def test_ranks_share_them(tmp_path: Path, make_engine: MakeEngine) -> None:
+    """Whole matrices are refused there, and everything else is the same."""
+    trained = build(tmp_path, True)
+    await check("ranks", trained, make_engine)
+
+
+async def check(path: str, trained: Tiny, make_engine: MakeEngine) -> None:
+    names = [name for name in BOTH if path != "ranks" or not name.startswith("saved")]
+    asked: list[str | None] = [None, *names, None]
+    # Every trained token is in some prompt.
+    ids = [200, 7, 33, 120, 9, 4, 31, 77, 3, 60, 64, *ROWS]
+    prompts = [[*prompt_of(i, 3 + 3 * i), *ids[i:], *ids[:i]] for i in range(len(asked))]
+    async with make_engine(trained, **PATHS[path]) as engine:
+        for name in names:
+            engine.register_adapter(name, trained.adapters[name])
+        for _ in range(2):  # then in other slots, and with the prefix cache
+            outputs = await asyncio.gather(
+                *(
+                    engine.complete(prompt, greedy(12), adapter=name)
+                    for name, prompt in zip(asked, prompts, strict=True)
+                )
+            )
+            for name, prompt, output in zip(asked, prompts, outputs, strict=True):
+                assert output.token_ids == trained.expected(prompt, 12, name), name
+        for name in set(BOTH) - set(names):
+            with pytest.raises(AdapterInvalid, match="trainable_token_indices instead"):
+                await engine.load_adapter(name, trained.adapters[name])
+        stats = engine.stats()
+        engine.check_invariants()
+    assert stats.slot_loads > len(names) > len(stats.slots) or path in ("shared-memory", "slots-by-bytes")
+
+
+async def test_the_rows_matter_and_so_do_their_logits(trained: Tiny, make_engine: MakeEngine) -> None:
+    prompt = [*ROWS, 200, 7, 33, 120, 9, 4, 31, 77, 3, 60, 64]
+    wanted = SamplingParams(max_tokens=1, logprobs=20, prompt_logprobs=20)
+    async with make_engine(trained, block_size=16, max_trained_tokens=12) as engine:
+        for name, folder in trained.adapters.items():
+            await engine.load_adapter(name, folder)
+            output = await engine.complete(prompt, wanted, adapter=name)
+            table = reference_logits(trained.model, prompt, folder).log_softmax(-1)
+            assert output.prompt_logprobs is not None and output.logprobs is not None
+            entries = [*output.prompt_logprobs[1:], output.logprobs[0]]
+            for row, entry in zip(table, entries, strict=True):
+                assert entry is not None
+                for token, value in entry.top:
+                    assert value == pytest.approx(row[token].item(), abs=1e-4), name
+    without = reference_logits(trained.model, prompt)
+    assert (table - without.log_softmax(-1)).abs().max() > 0.1
+
+
+async def test_company_changes_no_bit(trained: Tiny, make_engine: MakeEngine) -> None:
+    """In float32 and with the compiled step: alone, beside others, sampled and scored later."""
+    wanted = SamplingParams(max_tokens=10, logprobs=0, ignore_eos=True, temperature=1.0, seed=3)
+    scoring = SamplingParams(max_tokens=0, prompt_logprobs=0)
+    names = ["both", "head", None, "plain"]
+    async with make_engine(
+        trained, block_size=16, max_loras=4, max_cpu_loras=4, max_trained_tokens=12
+    ) as engine:
+        for name in names:
+            if name is not None:
+                await engine.load_adapter(name, trained.adapters[name])
+        found = {}
+        for company in (1, 9):
+            runs = [
+                engine.complete(prompt_of(i // 4, 9 + i), wanted, adapter=names[i % 4])
+                for i in range(4 * company)
+            ]
+            outputs = await asyncio.gather(*runs)
+            for name, prompt_index, output in zip(names, range(4), outputs, strict=False):
+                assert output.logprobs is not None
+                values = [entry.logprob for entry in output.logprobs]
+                assert found.setdefault(name, (output.token_ids, values)) == (output.token_ids, values)
+                whole = [*prompt_of(0, 9 + prompt_index), *output.token_ids]
+                scored = await engine.complete(whole, scoring, adapter=name)
+                assert scored.prompt_logprobs is not None
+                assert [e.logprob for e in scored.prompt_logprobs[-10:] if e is not None] == values
+
+
+async def test_int8_slots_keep_the_rows_exact(trained: Tiny, make_engine: MakeEngine) -> None:
+    """A and B are rounded; the rows are not: with A and B of zero only they are left."""
+    folder = trained.adapters["both"].parent / "rows-only"
+    build_trained(trained.model, folder, trainable_token_indices={"lm_head": [31, 4], "embed_tokens": [9]})
+    edit_weights(folder, lambda t: [tensor.zero_() for key, tensor in t.items() if "lora_B" in key])
+    prompt = [9, 31, 4, *prompt_of(0, 8)]
+    async with make_engine(trained, block_size=16, lora_dtype="int8", max_trained_tokens=4) as engine:
+        await engine.load_adapter("rows", folder)
+        output = await engine.complete(prompt, SamplingParams(max_tokens=1, logprobs=20), adapter="rows")
+    table = reference_logits(trained.model, prompt, folder)[-1].log_softmax(-1)
+    assert output.logprobs is not None
+    for token, value in output.logprobs[0].top:
+        assert value == pytest.approx(table[token].item(), abs=1e-4)
+
+
+@settings(max_examples=6, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    tied=st.booleans(),
+    embedded=st.lists(st.integers(0, 255), max_size=5, unique=True),
+    headed=st.lists(st.integers(0, 255), max_size=5, unique=True),
+    listed=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+async def test_any_tokens(
+    tmp_path_factory: pytest.TempPathFactory,
+    make_engine: MakeEngine,
+    *,
+    tied: bool,
+    embedded: list[int],
+    headed: list[int],
+    listed: bool,
+    seed: int,
+) -> None:
+    indices: Any = {"embed_tokens": embedded, "lm_head": headed}
+    indices = embedded if listed else {name: ids for name, ids in indices.items() if ids}
+    if not indices:
+        return
+    root = tmp_path_factory.mktemp("any")
+    model = build_model(root / "model", "llama", tie_word_embeddings=tied, num_hidden_layers=1)
+    options = {"trainable_token_indices": indices, "target_modules": ["v_proj"]}
+    tiny = Tiny(model, {"x": build_trained(model, root / "x", seed=seed, **options)})
+    prompt = [*embedded, *headed, *prompt_of(seed, 5)]
+    async with make_engine(tiny, block_size=16) as engine:
+        await engine.load_adapter("x", tiny.adapters["x"])
+        output = await engine.complete(prompt, greedy(6), adapter="x")
+    assert output.token_ids == tiny.expected(prompt, 6, "x")
+
+
+async def test_a_slot_without_room_says_what_to_set(trained: Tiny, make_engine: MakeEngine) -> None:
+    """r=16 in all modules with DoRA leaves no room in a slot."""
+    folder = trained.adapters["both"].parent / "full"
+    build_trained(trained.model, folder, r=16, use_dora=True, trainable_token_indices={"lm_head": [1, 2, 3]})
+    async with make_engine(trained) as engine:
+        with pytest.raises(AdapterTooLarge, match=r"3 rows .*768 bytes.*max_trained_tokens to 3"):
+            await engine.load_adapter("full", folder)
+    async with make_engine(trained, max_trained_tokens=3) as engine:
+        await engine.load_adapter("full", folder)
+        output = await engine.complete([1, 2, 3], greedy(8), adapter="full")
+    assert output.token_ids == Tiny(trained.model, {"x": folder}).expected([1, 2, 3], 8, "x")
+    async with make_engine(trained, slot_memory="64KiB", max_loras=1) as engine:
+        with pytest.raises(AdapterTooLarge, match=r"slot_memory"):
+            await engine.load_adapter("full", folder)
+
+
+async def test_mixes_refuse_them(trained: Tiny, make_engine: MakeEngine) -> None:
+    async with make_engine(trained, max_trained_tokens=12) as engine:
+        engine.register_adapter("both", trained.adapters["both"])
+        with pytest.raises(AdapterInvalid, match=r"trained tokens"):
+            await engine.complete([1, 2], greedy(2), adapter={"both": 0.5})
