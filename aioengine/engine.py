@@ -73,6 +73,7 @@ from aioengine.runtime.vectors import (
 )
 from aioengine.runtime.warm_up import warm_up
 from aioengine.schedulers import SchedulerPolicy
+from aioengine.tasks import run_to_completion
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -235,11 +236,7 @@ class AsyncEngine:
             self._shutdown_task = asyncio.get_running_loop().create_task(
                 self._shutdown(), name="aioengine-shutdown"
             )
-        try:
-            await asyncio.shield(self._shutdown_task)
-        except asyncio.CancelledError:
-            await asyncio.wait([self._shutdown_task])  # no thread or process may be left behind
-            raise
+        await run_to_completion(self._shutdown_task)  # no thread or process may be left behind
 
     async def _shutdown(self) -> None:
         self._adapters.close(EngineStopped("the engine was stopped while the adapter was looked for"))

@@ -203,17 +203,3 @@ def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
     ``x``."""
     scale = x.abs().amax(dim=-1, keepdim=True) / 127
     return (x / scale.where(scale > 0, 1)).round().to(torch.int8), scale
-
-
-def int8_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, *, block: int, int8_activations: bool
-) -> Tensor:
-    """``x W^T + bias`` with W in int8, and x too if ``int8_activations``: [T, k], [n, k], [n] -> [T, n]."""
-    q, scale = quantize(rotate(weight, block))
-    rows = rotate(x, block)
-    if int8_activations:
-        q_rows, row_scale = quantize(rows)
-        y = (q_rows.double() @ q.double().T).float() * row_scale * scale.T
-    else:
-        y = rows @ (q.float() * scale).T
-    return (y if bias is None else y + bias.float()).to(x.dtype)

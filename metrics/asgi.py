@@ -28,10 +28,10 @@ from aioengine.metrics.page.plumbing import (
     answer_no_http,
     below_mount,
     disconnected,
-    end_tasks,
     respond,
 )
 from aioengine.metrics.page.targets import PARAMETER, ManySources, scrape_targets
+from aioengine.tasks import end_tasks
 
 UPDATE_SECONDS = 0.2
 """The shortest time between two updates of one page."""

@@ -21,9 +21,7 @@ class Traceable(Protocol):
     def stats(self) -> EngineStats: ...
 
 
-def trace_requests(
-    engine: Traceable, tracer_provider: TracerProvider, *, clock: Callable[[], float] | None = None
-) -> Callable[[], None]:
+def trace_requests(engine: Traceable, tracer_provider: TracerProvider) -> Callable[[], None]:
     """Make a span of each request, with children. Returns a function that ends this. Call it on the event
     loop.
 
@@ -33,11 +31,8 @@ def trace_requests(
     token) and ``decode`` (first token to the end). The last two name the steps that they took, from
     ``aioengine.first_step`` to ``aioengine.last_step``: events and logs have the same numbers. Requests that
     are already under way are left out.
-
-    ``clock`` is the engine's; None means the running loop's.
     """
-    if clock is None:
-        clock = asyncio.get_running_loop().time
+    clock = asyncio.get_running_loop().time
     versions = {info.name: info.version for info in engine.adapters()}
     tracer = RequestTracer(
         tracer_provider.get_tracer("aioengine"),

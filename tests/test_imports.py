@@ -32,8 +32,9 @@ NEUTRAL = {
     "aioengine.model.spec",
     "aioengine.request",
     "aioengine.step",
+    "aioengine.tasks",
 }
-"""Plain data that every room but ``schedulers`` and ``kernels`` may import."""
+"""Plain data and small helpers that every room but ``schedulers`` and ``kernels`` may import."""
 
 ROOMS: dict[str, set[str]] = {
     "schedulers": set(),

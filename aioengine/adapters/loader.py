@@ -9,12 +9,13 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Generic, NamedTuple, Protocol, TypeVar
 
 import psutil
 
 from aioengine.adapters.read_threads import Progress, ReadThreads
 from aioengine.adapters.store import AdapterStore
+from aioengine.config import LoRAConfig
 from aioengine.errors import AdapterError, AdapterLoadError
 from aioengine.step import LoadedAdapter, ReadOrder, Retrying, Stalled
 
@@ -103,31 +104,37 @@ class Backoff:
             await asyncio.sleep(seconds)
 
 
+class Patience(NamedTuple):
+    """How long a loader tries to read an adapter."""
+
+    retries: int = 0
+    """How often a read that failed for a passing reason is tried again, after ``backoff`` seconds, then twice
+    as long, and so on. No thread is held meanwhile."""
+    backoff: float = 0.1
+    timeout: float | None = None
+    """Seconds that a load may take, retries and all; None for ever. A read that does not return is abandoned:
+    it is not counted any more, and its result is dropped."""
+    seed: int = 0
+    """For the random part of the pauses between retries."""
+    grace: float = GRACE_SECONDS
+    """Seconds that the next read waits for abandoned reads that are in its way. Those that do not hang end
+    within this time."""
+
+    @classmethod
+    def of(cls, lora: LoRAConfig | None, seed: int) -> Patience:
+        """Return what an engine's configuration says."""
+        lora = LoRAConfig() if lora is None else lora
+        return cls(retries=lora.load_retries, timeout=lora.load_timeout, seed=seed)
+
+
 class BaseLoader(ABC, Generic[R]):
     """Loads with retries and a time limit, wherever the reads are done. The caller bounds how many adapters
-    are loaded at once.
+    are loaded at once."""
 
-    Args:
-        retries: How often a read that failed for a passing reason is tried again, after ``backoff``
-            seconds, then twice as long, and so on. No thread is held meanwhile.
-        timeout: Seconds that a load may take, retries and all; None for ever. A read that does not return is
-            abandoned: it is not counted any more, and its result is dropped.
-        grace: Seconds that the next read waits for abandoned reads that are in its way. Those that do not
-            hang end within this time.
-    """
-
-    def __init__(
-        self,
-        *,
-        retries: int = 0,
-        backoff: float = 0.1,
-        timeout: float | None = None,
-        seed: int = 0,
-        grace: float = GRACE_SECONDS,
-    ) -> None:
-        self._backoff = Backoff(retries, backoff, seed=seed)
-        self._timeout = timeout
-        self._grace = grace
+    def __init__(self, patience: Patience) -> None:
+        self._backoff = Backoff(patience.retries, patience.backoff, seed=patience.seed)
+        self._timeout = patience.timeout
+        self._grace = patience.grace
         self._open: dict[Progress, str] = {}
         """Reads that may still run, with the folder that each reads."""
         self._stuck: set[Progress] = set()
@@ -264,19 +271,10 @@ class BaseLoader(ABC, Generic[R]):
 
 class AdapterLoader(BaseLoader["AdapterImage"]):
     """Reads run in threads of their own, so that a slow disk holds up neither the event loop nor a model
-    step. The arguments are those of :class:`BaseLoader`."""
+    step."""
 
-    def __init__(
-        self,
-        store: AdapterStore,
-        *,
-        retries: int = 0,
-        backoff: float = 0.1,
-        timeout: float | None = None,
-        seed: int = 0,
-        grace: float = GRACE_SECONDS,
-    ) -> None:
-        super().__init__(retries=retries, backoff=backoff, timeout=timeout, seed=seed, grace=grace)
+    def __init__(self, store: AdapterStore, patience: Patience) -> None:
+        super().__init__(patience)
         self.store = store
         self._threads = ReadThreads("aioengine-load")
 

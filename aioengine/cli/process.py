@@ -102,18 +102,18 @@ class Process:
             interactive = os.isatty(2)
             # A live view may have hidden the cursor, and the line may contain "^C".
             before = _SHOW_CURSOR + b"\n" if interactive else b""
-            _write_at_once(2, before + f"aioengine: {ending.line}\n".encode())
+            _write_at_once(before + f"aioengine: {ending.line}\n".encode())
         os._exit(ending.code)
 
 
-def _write_at_once(fd: int, line: bytes) -> None:
-    """Write a short line, unless it would block: on a stopped terminal, or a pipe that nobody reads. A stream
-    with any room has room for a line."""
+def _write_at_once(line: bytes) -> None:
+    """Write a short line to standard error, unless it would block: on a stopped terminal, or a pipe that
+    nobody reads. A stream with any room has room for a line."""
     with suppress(OSError):
         writable = select.poll()
-        writable.register(fd, select.POLLOUT)
+        writable.register(2, select.POLLOUT)
         if writable.poll(0):
-            os.write(fd, line)
+            os.write(2, line)
 
 
 class _GuardedFile(io.FileIO):

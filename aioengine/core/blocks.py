@@ -184,10 +184,6 @@ class BlockManager:
         self._hash_of = [None] * self.num_blocks
         self._block_of.clear()
 
-    def referenced(self, blocks: Sequence[int]) -> bool:
-        """Whether every one of ``blocks`` is referenced."""
-        return all(self._refs[block] > 0 for block in blocks)
-
     def check(self, held: Sequence[Sequence[int]]) -> None:
         """Assert that the reference counts are exactly those of ``held`` (one list for each holder)."""
         counts = [0] * self.num_blocks

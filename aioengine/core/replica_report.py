@@ -117,5 +117,5 @@ class ReplicaReporter:
         self._waiting[request_id] = tokens
 
 
-def _average(before: float | None, value: float, share: float = MEMORY) -> float:
-    return value if before is None else before + share * (value - before)
+def _average(before: float | None, value: float) -> float:
+    return value if before is None else before + MEMORY * (value - before)

@@ -7,6 +7,7 @@ from collections.abc import Coroutine
 from contextlib import suppress
 
 from aioengine.fleet.wire import Delta
+from aioengine.tasks import end_tasks
 
 
 class Outbox:
@@ -51,11 +52,7 @@ class Outbox:
 
     async def close(self) -> None:
         """Abort all of the door's requests, and wait until they have ended."""
-        tasks = list(self._tasks.values())
-        for task in tasks:
-            task.cancel()
-        if tasks:
-            await asyncio.wait(tasks)
+        await end_tasks(self._tasks.values())
 
     def _end(self, key: int) -> None:
         del self._tasks[key]

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 from aioengine.errors import EngineOverloaded, EngineStopped
 from aioengine.grammars.fair_queue import FairQueue
+from aioengine.tasks import end_tasks
 
 T = TypeVar("T")
 _Item = tuple[Callable[[], Any], "asyncio.Future[Any]"]
@@ -63,8 +64,7 @@ class FairThread:
         """Stop; waiting callers get EngineStopped."""
         self._is_closed = True
         if self._pump is not None:
-            self._pump.cancel()
-            await asyncio.wait([self._pump])
+            await end_tasks([self._pump])
         while self._queue:
             _, done = await self._queue.get()
             if not done.done():

@@ -25,6 +25,7 @@ from aioengine.grammars.limits import GrammarLimits, MiB
 from aioengine.grammars.matching import Grammar, GrammarConstraint, largest_of_most
 from aioengine.grammars.wire import COMPILED, text_frame
 from aioengine.grammars.zygote_process import ChildProcess, Tokens, ZygoteProcess, read_struct, read_text
+from aioengine.tasks import end_tasks
 
 QUICK_NICE = 5
 LONG_NICE = 10
@@ -375,10 +376,7 @@ class Grammars:
         """End all processes and wait for their end. Callers that wait for a compile get EngineStopped."""
         self._is_closed = True
         attempts = [job.attempt for job in self._jobs.values() if job.attempt is not None]
-        for task in (*self._lanes, *attempts):
-            task.cancel()
-        if self._lanes or attempts:
-            await asyncio.wait([*self._lanes, *attempts])
+        await end_tasks([*self._lanes, *attempts])
         for job in self._jobs.values():
             if not job.done.done():
                 job.done.set_result(EngineStopped(_STOPPED))

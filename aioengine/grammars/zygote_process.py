@@ -16,6 +16,7 @@ from aioengine.errors import ConfigError
 from aioengine.grammars.limits import GrammarLimits
 from aioengine.grammars.places import Places
 from aioengine.grammars.wire import EXITED, HELLO, KILL, LENGTH, ORDER, START, text_frame
+from aioengine.tasks import end_tasks
 
 START_SECONDS = 60.0
 """Time limit for Python to start and read the tokenizer, even on a very busy machine."""
@@ -156,8 +157,7 @@ class ZygoteProcess:
         if self._control.fileno() < 0:
             return
         if self._listener is not None:
-            self._listener.cancel()
-            await asyncio.wait([self._listener])
+            await end_tasks([self._listener])
         self._lose_all()
         self._control.close()  # that ends it
         try:

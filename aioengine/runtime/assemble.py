@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 
-from aioengine.adapters.loader import AdapterLoader
+from aioengine.adapters.loader import AdapterLoader, Patience
 from aioengine.adapters.resolvers.base import AdapterResolver
 from aioengine.adapters.resolvers.filesystem import FilesystemResolver
 from aioengine.adapters.resolvers.fsspec import FsspecResolver
 from aioengine.checks import format_bytes
-from aioengine.config import EngineConfig, LoRAConfig
+from aioengine.config import EngineConfig
 from aioengine.core import CoreLimits
 from aioengine.errors import PolicyError
 from aioengine.executors.base import Device
@@ -70,12 +70,11 @@ def build(
 ) -> Built:
     """Do everything that takes time when an engine starts. Raises ConfigError as :func:`plan_parts` does, and
     if ``adapter_root`` is no folder."""
-    lora = LoRAConfig() if config.lora is None else config.lora
     chosen = _choose_resolver(config, resolver)
     path, spec, plan = planned = plan_parts(config, progress=progress)
     runner, store = build_parts(config, planned, progress=progress)
     tokenizer = load_tokenizer(path, config.chat_template)
-    loader = AdapterLoader(store, retries=lora.load_retries, timeout=lora.load_timeout, seed=config.seed)
+    loader = AdapterLoader(store, Patience.of(config.lora, config.seed))
     return Built(spec, plan, tokenizer, ThreadDevice(runner, loader), chosen, path)
 
 

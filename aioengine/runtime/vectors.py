@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import math
 from collections.abc import Awaitable, Callable, Sequence
@@ -21,6 +20,7 @@ from aioengine.request import (
     check_text,
 )
 from aioengine.runtime.output import RequestOutput
+from aioengine.tasks import together
 
 if TYPE_CHECKING:
     from aioengine.model.text.tokenizer import Tokenizer
@@ -163,18 +163,6 @@ async def _pair(
     if isinstance(query, str) or isinstance(document, str):
         raise RequestInvalid("query and documents: give only texts, or only lists of token ids")
     return [*query, *document]
-
-
-async def together(works: Sequence[Awaitable[T]]) -> list[T]:
-    """Return all results. When one fails, the others are cancelled before its error is raised."""
-    tasks = [asyncio.ensure_future(work) for work in works]
-    try:
-        return await asyncio.gather(*tasks)
-    finally:
-        for task in tasks:
-            task.cancel()
-        if tasks:
-            await asyncio.wait(tasks)
 
 
 def tokenize_pair(tokenizer: Tokenizer | None, first: str, second: str, limit: int) -> list[int]:

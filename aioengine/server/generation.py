@@ -22,13 +22,14 @@ import msgspec
 from aioengine.client import EngineClient
 from aioengine.config import EngineConfig
 from aioengine.errors import DeadlineExceeded
-from aioengine.metrics.page.plumbing import Receive, disconnected, end_tasks
+from aioengine.metrics.page.plumbing import Receive, disconnected
 from aioengine.request import RequestOptions, SamplingParams, TokenConstraint
 from aioengine.runtime.output import RequestOutput
 from aioengine.runtime.text_work import SHORT
 from aioengine.server.access_log import RequestRecord
 from aioengine.server.errors import ApiError, ClientDisconnected
 from aioengine.server.openai.api import PromptTokensDetails, Usage
+from aioengine.tasks import end_tasks, together
 
 T = TypeVar("T")
 
@@ -282,18 +283,6 @@ class Generation:
         record.output_tokens = self._output_tokens()
         record.ttft = min((o.ttft for o in outputs if o.ttft is not None), default=None)
         record.finish_reason = ",".join(sorted({o.finish_reason for o in outputs if o.finish_reason})) or None
-
-
-async def together(coroutines: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
-    """Run all and return their results. When one fails, or the call is cancelled, the others are cancelled
-    and awaited."""
-    if len(coroutines) == 1:
-        return [await coroutines[0]]
-    tasks = [asyncio.ensure_future(coroutine) for coroutine in coroutines]
-    try:
-        return await asyncio.gather(*tasks)
-    finally:
-        await end_tasks(tasks)
 
 
 async def while_connected(

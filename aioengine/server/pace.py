@@ -10,11 +10,11 @@ LONGEST_SECONDS = 120
 
 
 class Pace:
-    """Times of the answers in the last minute, at most ``most`` of them."""
+    """Times of the answers in the last minute, at most 1,000 of them."""
 
-    def __init__(self, least: int, most: int = 1000) -> None:
+    def __init__(self, least: int) -> None:
         self._least = least
-        self._times: deque[float] = deque(maxlen=most)
+        self._times: deque[float] = deque(maxlen=1000)
 
     def answered(self, now: float) -> None:
         self._times.append(now)

@@ -22,6 +22,7 @@ from aioengine.server.app import ServerApp
 from aioengine.server.entrance import Entrance
 from aioengine.server.transport.protocol import bounded_protocol
 from aioengine.server.transport.tls import Certificate
+from aioengine.tasks import end_tasks
 
 logger = logging.getLogger("aioengine.server")
 
@@ -201,10 +202,7 @@ async def serve_until_told(
         await asyncio.sleep(0)
         return await _drained(app, draining, aborted, grace_seconds)
     finally:
-        tasks: list[asyncio.Future[Any]] = [aborted] if draining is None else [aborted, draining]
-        for task in tasks:
-            task.cancel()
-        await asyncio.wait(tasks)
+        await end_tasks([aborted] if draining is None else [aborted, draining])
 
 
 async def _drained(

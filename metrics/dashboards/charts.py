@@ -51,9 +51,9 @@ def quantiles(histogram: str, by: str, where: str = "", suffix: str = "") -> lis
     ]
 
 
-def hit_ratio(by: str) -> str:
+def hit_ratio() -> str:
     lookups = "aioengine_lora_cache_requests_total"
-    hits, all_ = rate(lookups, by, ',result="hit"'), rate(lookups, by)
+    hits, all_ = rate(lookups, "level", ',result="hit"'), rate(lookups, "level")
     return f"({hits} or 0 * {all_}) / {all_}"
 
 
@@ -74,7 +74,7 @@ SUMMARY = [
         "Share of the arriving requests whose adapter was in a slot already. Low with busy slots means "
         "that the working set of adapters is larger than max_loras.",
         units.PercentUnit,
-        [Query(hit_ratio("level").replace(HERE, f'{HERE},level="slot"'), "slot")],
+        [Query(hit_ratio().replace(HERE, f'{HERE},level="slot"'), "slot")],
     ),
     Chart(
         "Requests waiting",
@@ -122,7 +122,7 @@ ADAPTERS = [
         "Arriving requests that found their adapter in a slot and, of those that did not, on the CPU. "
         "A miss on the CPU is a read from disk.",
         units.PercentUnit,
-        [Query(hit_ratio("level"), "{{level}}")],
+        [Query(hit_ratio(), "{{level}}")],
         top=1,
     ),
     Chart(

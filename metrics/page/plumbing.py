@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from typing import Any
 
@@ -50,14 +49,3 @@ async def disconnected(receive: Receive) -> None:
     """Wait until the client is gone. ``receive`` is ASGI's, after the body was read."""
     while (await receive())["type"] != "http.disconnect":
         pass
-
-
-async def end_tasks(tasks: Sequence[asyncio.Future[Any]]) -> None:
-    """Cancels the tasks that still run, waits for all, and retrieves their errors."""
-    for task in tasks:
-        task.cancel()
-    if any(not task.done() for task in tasks):
-        await asyncio.wait(tasks)
-    for task in tasks:
-        if task.done() and not task.cancelled():
-            task.exception()

@@ -23,6 +23,10 @@ MAX_REASON = 200
 """Characters of a reason that are kept."""
 FORGIVEN_AFTER = 1000
 """After this many decisions in time in a row, earlier overruns are forgotten."""
+PLAN_SECONDS = 5.0
+"""A plan that takes longer is dropped, because the fleet has changed since."""
+MAX_MOVES = 1000
+"""Maximum number of moves of one plan that are carried out; the rest is left to the next plan."""
 NO_REPLICA = "no replica accepts requests now"
 
 Failed = Callable[[str, str], None]
@@ -32,9 +36,9 @@ Failed = Callable[[str, str], None]
 class RouterGuard:
     """Stands between a door and a router.
 
-    If a router raises or returns an invalid answer, ``safe`` decides for that request. If it takes longer
-    than ``budget`` seconds ``max_overruns`` times, ``safe`` replaces it for good. No error of a router is
-    raised here.
+    If a router raises or returns an invalid answer, ``LeastLoaded`` decides for that request. If it takes
+    longer than ``budget`` seconds ``max_overruns`` times, ``LeastLoaded`` replaces it for good. No error of a
+    router is raised here.
 
     Args:
         timer: Seconds, for measuring decisions. None: they are not measured.
@@ -45,7 +49,6 @@ class RouterGuard:
         self,
         router: RouterPolicy,
         *,
-        safe: RouterPolicy | None = None,
         timer: Callable[[], float] | None = None,
         budget: float = 1e-3,
         max_overruns: int = 100,
@@ -59,7 +62,7 @@ class RouterGuard:
         """Decisions by the reason that the router gave; rejected ones as "rejected"."""
         self.seconds = 0.0
         """Seconds of the last decision."""
-        self._safe = safe if safe is not None else LeastLoaded()
+        self._safe = LeastLoaded()
         self._timer = timer
         self._budget = budget
         self._max_overruns = max_overruns
@@ -130,9 +133,8 @@ class PlacementGuard:
     """Stands between a fleet and a placement policy. No error of the policy is raised here.
 
     Args:
-        budget: Seconds for a plan; a slower plan is dropped, because the fleet has changed since.
-        max_moves: Maximum number of moves of one plan that are carried out; the rest is left to the next
-            plan.
+        timer: Seconds, for measuring plans. None: they are not measured.
+        failed: Called for every failure; failures are counted in any case.
     """
 
     def __init__(
@@ -140,16 +142,12 @@ class PlacementGuard:
         placement: PlacementPolicy,
         *,
         timer: Callable[[], float] | None = None,
-        budget: float = 5.0,
-        max_moves: int = 1000,
         failed: Failed = lambda kind, text: None,
     ) -> None:
         self.placement = placement
         self.name = type(placement).__name__
         self.failures: Counter[str] = Counter()
         self._timer = timer
-        self._budget = budget
-        self._max_moves = max_moves
         self._report = failed
 
     def plan(self, view: FleetView) -> Sequence[Move] | None:
@@ -163,10 +161,10 @@ class PlacementGuard:
             kind = "nonsense" if isinstance(error, _Nonsense) else "raised"
             self._fail(kind, f"{self.name}: {type(error).__name__.lstrip('_')}: {error}")
             return None
-        if self._timer is not None and (seconds := self._timer() - start) > self._budget:
-            self._fail("slow", f"{self.name} took {seconds:.3g} s, more than {self._budget:g} s")
+        if self._timer is not None and (seconds := self._timer() - start) > PLAN_SECONDS:
+            self._fail("slow", f"{self.name} took {seconds:.3g} s, more than {PLAN_SECONDS:g} s")
             return None
-        return moves[: self._max_moves]
+        return moves[:MAX_MOVES]
 
     def _fail(self, kind: str, text: str) -> None:
         self.failures[kind] += 1

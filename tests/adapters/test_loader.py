@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from aioengine.adapters import loader as loaders
-from aioengine.adapters.loader import MAX_HANGING, AdapterLoader, Backoff
+from aioengine.adapters.loader import MAX_HANGING, AdapterLoader, Backoff, Patience
 from aioengine.adapters.read_threads import ReadThreads
 from aioengine.errors import AdapterInvalid, AdapterLoadError, AioEngineError
 from aioengine.lab.simulation.clock import VirtualTimeLoop
@@ -106,7 +106,7 @@ class FakeStore:
 
 
 def loader_of(store: FakeStore, **options: Any) -> AdapterLoader:
-    return AdapterLoader(store, **options)  # type: ignore[arg-type]
+    return AdapterLoader(store, Patience(**options))  # type: ignore[arg-type]
 
 
 async def load(loader: AdapterLoader, uid: int, name: str) -> Any:

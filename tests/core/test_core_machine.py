@@ -292,7 +292,7 @@ class CoreMachine(RuleBasedStateMachine):
             if batch is None:
                 continue
             for work in batch.sequences:  # what it reads and writes is not given to anybody else
-                assert core.blocks.referenced(work.block_table)
+                assert all(core.blocks._refs[block] > 0 for block in work.block_table)
                 if work.slot >= 0:
                     slot = core.slots.slots[work.slot]
                     assert (slot.entry, slot.offset) == self.in_flight[work.slot], "it was moved"

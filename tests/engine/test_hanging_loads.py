@@ -10,7 +10,7 @@ import pytest
 from support.core_sim import LIMITS
 
 from aioengine.adapters import loader as loaders
-from aioengine.adapters.loader import MAX_HANGING_ON_MOUNT, STALL_SECONDS, BaseLoader
+from aioengine.adapters.loader import MAX_HANGING_ON_MOUNT, STALL_SECONDS, BaseLoader, Patience
 from aioengine.adapters.read_threads import Progress
 from aioengine.core import Core
 from aioengine.core.adapters.failures import LONGEST_SECONDS, Failures
@@ -39,7 +39,7 @@ class Loader(BaseLoader[Found]):
     in a single call, by the name's first letters; others take 0.05 seconds."""
 
     def __init__(self, seconds: dict[str, float], *, pieces: int = 1, **options: Any) -> None:
-        super().__init__(**options)
+        super().__init__(Patience(**options))
         self.reads: list[str] = []
         self._seconds = seconds
         self._pieces = pieces

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import threading
-import time
 from pathlib import Path
 
 import msgspec
@@ -20,7 +18,6 @@ from aioengine.errors import ConfigError
 from aioengine.lab.calibration.calibrate import calibrate, calibrate_async
 from aioengine.lab.calibration.design import Design
 from aioengine.lab.calibration.probe import Probe, ProbedMove, ProbedStep
-from aioengine.lab.calibration.threads import in_thread
 from aioengine.lab.calibration.timings import Intervals, fit_overhead, move_points, slowdown
 from aioengine.lab.calibration.validate import METRICS, validate, validation_experiment
 from aioengine.lab.costs.model import CostModel
@@ -176,21 +173,6 @@ async def test_a_calibration_that_is_cancelled_leaves_nothing(
     with pytest.raises(asyncio.CancelledError):
         await running
     assert not os.listdir(tmp_path)
-
-
-async def test_work_in_a_thread_is_waited_for() -> None:
-    ended = threading.Event()
-
-    def work() -> None:
-        time.sleep(0.05)
-        ended.set()
-
-    running = asyncio.create_task(in_thread(work))
-    await asyncio.sleep(0.01)
-    running.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await running
-    assert ended.is_set()
 
 
 @pytest.mark.parametrize(

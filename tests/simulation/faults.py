@@ -7,7 +7,7 @@ import random
 from collections.abc import Callable
 from typing import NamedTuple
 
-from aioengine.adapters.loader import BaseLoader
+from aioengine.adapters.loader import BaseLoader, Patience
 from aioengine.adapters.read_threads import Progress
 from aioengine.config import LoRAConfig
 from aioengine.errors import AdapterInvalid, AdapterLoadError, AdapterTooLarge, EngineDead
@@ -302,7 +302,7 @@ class FaultyLoader(BaseLoader[Found]):
         lora: LoRAConfig,
         seed: int,
     ) -> None:
-        super().__init__(retries=lora.load_retries, timeout=lora.load_timeout, seed=seed)
+        super().__init__(Patience.of(lora, seed))
         self._costs = costs
         self._memory = memory
         self._rates = rates

@@ -18,6 +18,7 @@ from aioengine.config import EngineConfig, LoRAConfig
 from aioengine.errors import AioEngineError, ConfigError
 from aioengine.fleet.config import FleetConfig
 from aioengine.request import SamplingParams
+from aioengine.tasks import end_tasks
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -156,6 +157,5 @@ async def _shown(console: Console, board: Board, engine: AsyncEngine) -> AsyncIt
         try:
             yield
         finally:
-            task.cancel()
-            await asyncio.wait([task])
+            await end_tasks([task])
             live.update(live_board(board, engine.stats()), refresh=True)

@@ -12,6 +12,7 @@ from aioengine.cli.demo.board import Board, Row
 from aioengine.errors import AioEngineError
 from aioengine.fleet.config import FleetConfig
 from aioengine.request import SamplingParams
+from aioengine.tasks import end_tasks
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -98,8 +99,7 @@ async def _watched(client: FleetClient, board: Board, console: Console) -> Async
     try:
         yield
     finally:
-        task.cancel()
-        await asyncio.wait([task])
+        await end_tasks([task])
         look(live)
         if live is not None:
             live.stop()

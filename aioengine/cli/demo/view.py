@@ -71,13 +71,13 @@ def live_board(board: Board, stats: EngineStats, slots_each: int | None = None) 
     )
 
 
-def _tail(row: Row, width: int = 60) -> str:
+def _tail(row: Row) -> str:
     if row.error is not None:
         return row.error
     text = " ".join((row.text or row.job.question).split())
     if row.state in ("soon", "waiting"):
         return f"? {text}"
-    return text if len(text) <= width else f"…{text[1 - width :]}"
+    return text if len(text) <= 60 else f"…{text[-59:]}"
 
 
 def result_line(row: Row) -> str:

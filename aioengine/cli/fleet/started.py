@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import signal
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Self, TypeVar
 
 from aioengine.errors import ConfigError
 from aioengine.fleet.config import FleetConfig
 from aioengine.info import LoadProgress
+from aioengine.tasks import run_to_completion
 
 if TYPE_CHECKING:
     from opentelemetry.trace import TracerProvider
@@ -69,7 +70,7 @@ async def started_fleet(
 
 
 async def _end(client: FleetClient | None, joined: object, ray: object) -> None:
-    """Run ``work`` to completion, even if it is cancelled several times."""
+    """Stop the client, then the replicas and Ray, even if it is cancelled several times."""
     from aioengine.fleet.cluster import Cluster, Door
 
     async def end() -> None:
@@ -80,31 +81,20 @@ async def _end(client: FleetClient | None, joined: object, ray: object) -> None:
                 await asyncio.to_thread(joined.close)
             await asyncio.to_thread(ray.close)
 
-    task = asyncio.ensure_future(end())
-    while not task.done():
-        with suppress(asyncio.CancelledError):
-            await asyncio.shield(task)
-    task.result()
+    await run_to_completion(end())
 
 
 async def _to_its_end(work: Callable[[], T]) -> T:
-    """Run ``work()`` in a thread. If the call is cancelled, ``work`` still runs to its end, because the
-    caller undoes it afterwards. The result of a cancelled call is lost only if ``work`` failed."""
-    task: Awaitable[T] = asyncio.ensure_future(asyncio.to_thread(work))
-    cancelled = False
-    while True:
-        try:
-            found = await asyncio.shield(task)
-        except asyncio.CancelledError:
-            cancelled = True
-            continue
-        break
-    if cancelled:
-        close = getattr(found, "close", None)
+    """Run ``work()`` in a thread. If the call is cancelled, ``work`` still runs to its end, and its result is
+    closed."""
+    task = asyncio.ensure_future(asyncio.to_thread(work))
+    try:
+        return await run_to_completion(task)
+    except asyncio.CancelledError:
+        close = getattr(None if task.exception() else task.result(), "close", None)
         if close is not None:
             await asyncio.to_thread(close)
-        raise asyncio.CancelledError
-    return found
+        raise
 
 
 class _EndedBySigterm:

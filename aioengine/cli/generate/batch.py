@@ -19,6 +19,7 @@ from aioengine.config import EngineConfig
 from aioengine.engine import AsyncEngine
 from aioengine.errors import AioEngineError
 from aioengine.request import SamplingParams
+from aioengine.tasks import together
 
 if TYPE_CHECKING:
     from aioengine.runtime.output import RequestOutput
@@ -84,12 +85,7 @@ async def _choices(engine: AsyncEngine, request: Request) -> list[RequestOutput]
         params = _for_choice(request.params, index)
         return await engine.complete(request.prompt, params, adapter=request.adapter, **request.scheduling)
 
-    tasks = [asyncio.ensure_future(one(index)) for index in range(request.n)]
-    try:
-        return list(await asyncio.gather(*tasks))
-    finally:
-        for task in tasks:
-            task.cancel()
+    return await together([one(index) for index in range(request.n)])
 
 
 def _for_choice(params: SamplingParams, index: int) -> SamplingParams:

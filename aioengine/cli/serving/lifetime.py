@@ -14,6 +14,7 @@ from aioengine.errors import EngineDead
 from aioengine.info import EngineState
 from aioengine.server.app import ServerApp
 from aioengine.server.run import Signals, serve_until_told
+from aioengine.tasks import end_tasks
 
 logger = logging.getLogger("aioengine.server")
 
@@ -64,9 +65,7 @@ async def serve_to_the_end(
         return told.done() and told.result()
     finally:
         systemd.tell("STOPPING=1")
-        for task in (feeding, told, died, reloading):
-            task.cancel()
-        await asyncio.wait({feeding, told, died, reloading})
+        await end_tasks((feeding, told, died, reloading))
 
 
 async def _told(systemd: Systemd, app: ServerApp, signals: Signals, ends: Ends) -> bool:

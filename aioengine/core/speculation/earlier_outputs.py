@@ -79,8 +79,9 @@ class EarlierOutputs:
             self._pending.append((key, list(reversed(output))))
             self._pending_tokens += len(output)
 
-    def take_in(self, most: int = _TAKEN_IN_AT_ONCE) -> None:
-        """Take in up to ``most`` tokens of ended requests. Call it in each step."""
+    def take_in(self) -> None:
+        """Take in some tokens of ended requests. Call it in each step."""
+        most = _TAKEN_IN_AT_ONCE
         while self._pending and most > 0:
             key, left = self._pending[0]
             newer = self._newer(key)

@@ -13,7 +13,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import msgspec
 
-from aioengine.config import EngineConfig, LoRAConfig
+from aioengine.adapters.loader import Patience
+from aioengine.config import EngineConfig
 from aioengine.errors import AioEngineError, EngineDead
 from aioengine.executors.base import Device
 from aioengine.executors.process.restarts import RestartLimit
@@ -45,8 +46,7 @@ class ProcessDevice(Device):
         self.workers: Workers
         """The workers that run now; set from the first start on."""
         self._config = config
-        lora = LoRAConfig() if config.lora is None else config.lora
-        self._loader = WorkerLoader(retries=lora.load_retries, timeout=lora.load_timeout, seed=config.seed)
+        self._loader = WorkerLoader(Patience.of(config.lora, config.seed))
         self._limit = RestartLimit()
         self._lost: Callable[[EngineDead], None] | None = None
         self._steps = StepEncoder()

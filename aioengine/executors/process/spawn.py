@@ -6,8 +6,7 @@ import asyncio
 import os
 import socket
 import sys
-from collections.abc import Coroutine
-from typing import Any, Protocol
+from typing import Protocol
 
 from aioengine.executors.process.worker_output import WorkerOutput
 
@@ -93,19 +92,3 @@ def _environment() -> dict[str, str]:
     # NCCL's monitoring reads the rendezvous file, which is deleted by then.
     environment.setdefault("TORCH_NCCL_ENABLE_MONITORING", "0")
     return environment
-
-
-async def run_to_completion(work: Coroutine[Any, Any, None]) -> None:
-    """Run ``work`` to completion despite repeated cancellation, then raise the cancellation. If it stopped
-    halfway, it would leave processes behind."""
-    task = asyncio.ensure_future(work)
-    cancelled: asyncio.CancelledError | None = None
-    while not task.done():
-        try:
-            await asyncio.wait([task])
-        except asyncio.CancelledError as error:
-            cancelled = error
-    if cancelled is not None:
-        task.exception()  # nobody else will ask
-        raise cancelled
-    task.result()

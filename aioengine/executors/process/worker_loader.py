@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from threading import Event
 from typing import TYPE_CHECKING, NamedTuple
 
-from aioengine.adapters.loader import STOP_SECONDS, BaseLoader
+from aioengine.adapters.loader import STOP_SECONDS, BaseLoader, Patience
 from aioengine.adapters.peft.digest import ContentDigest, content_digest
 from aioengine.adapters.read_threads import Progress, ReadThreads
 from aioengine.errors import AdapterLoadError
@@ -37,19 +37,11 @@ class _Found(NamedTuple):
 class WorkerLoader(BaseLoader[_Found]):
     """Loads adapters through the workers, which read them beside the steps. Call ``use`` first.
 
-    With several ranks, no rank reads the whole file, so the digest is computed here, in a thread. The
-    arguments are those of :class:`~aioengine.adapters.loader.BaseLoader`.
+    With several ranks, no rank reads the whole file, so the digest is computed here, in a thread.
     """
 
-    def __init__(
-        self,
-        *,
-        retries: int = 0,
-        backoff: float = 0.1,
-        timeout: float | None = None,
-        seed: int = 0,
-    ) -> None:
-        super().__init__(retries=retries, backoff=backoff, timeout=timeout, seed=seed)
+    def __init__(self, patience: Patience) -> None:
+        super().__init__(patience)
         self._workers: Workers
         self._digests = ReadThreads("aioengine-digest")
         self._given_up: dict[Call, Progress] = {}

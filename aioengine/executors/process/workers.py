@@ -17,7 +17,7 @@ import msgspec
 
 from aioengine.config import EngineConfig
 from aioengine.errors import AioEngineError, ConfigError, EngineDead
-from aioengine.executors.process.spawn import WorkerConnection, run_to_completion, spawn
+from aioengine.executors.process.spawn import WorkerConnection, spawn
 from aioengine.executors.process.wire import (
     Answer,
     Broken,
@@ -34,6 +34,7 @@ from aioengine.executors.process.wire import (
     read_report,
 )
 from aioengine.info import LoadProgress
+from aioengine.tasks import run_to_completion
 
 CLOSE_SECONDS = 5.0
 """Time after which workers that have not ended are killed."""

@@ -26,6 +26,7 @@ from aioengine.fleet.registry import Entry, registry_actor
 from aioengine.info import AdapterInfo
 from aioengine.model.files.hub import is_source
 from aioengine.schedulers.routing import Move, PlacementGuard, load_placement
+from aioengine.tasks import end_tasks
 
 logger = logging.getLogger("aioengine.fleet")
 
@@ -49,7 +50,11 @@ class FleetAdapters:
         self._mended: dict[str, float] = {}
         """When replicas were last made to agree on an adapter that one of them had found changed."""
         self._tasks: set[asyncio.Task[None]] = set()
-        self._placement = PlacementGuard(load_placement(config.placement), timer=time.perf_counter)
+        self._placement = PlacementGuard(
+            load_placement(config.placement),
+            timer=time.perf_counter,
+            failed=lambda kind, text: logger.warning("placement: %s", text),
+        )
 
     async def start(self) -> None:
         self.registry = registry_actor(self._config.name, self._config.registry)
@@ -65,10 +70,7 @@ class FleetAdapters:
             self._spawn(self._plan())
 
     async def stop(self) -> None:
-        for task in self._tasks:
-            task.cancel()
-        if self._tasks:
-            await asyncio.wait(self._tasks)
+        await end_tasks(self._tasks)
 
     def all(self) -> list[AdapterInfo]:
         """Return each adapter once, with the fastest place that holds it."""

@@ -8,6 +8,7 @@ from contextlib import suppress
 from typing import Any
 
 from aioengine.client import UsageLedger
+from aioengine.tasks import end_tasks
 
 logger = logging.getLogger("aioengine.fleet")
 
@@ -42,8 +43,7 @@ class SharedLimits:
 
     async def stop(self) -> None:
         if self._task is not None:
-            self._task.cancel()
-            await asyncio.wait([self._task])
+            await end_tasks([self._task])
 
     async def _run(self, registry: Any) -> None:
         kept: dict[str, Any] = {}

@@ -6,7 +6,6 @@ import asyncio
 import platform
 import tempfile
 from collections.abc import Callable, Sequence
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -21,13 +20,13 @@ from aioengine.lab.calibration.probe import ProbedEngine, ProbedMove
 from aioengine.lab.calibration.random_adapters import write_random_adapter
 from aioengine.lab.calibration.rounds import Rounds
 from aioengine.lab.calibration.serving import Serving
-from aioengine.lab.calibration.threads import in_thread
 from aioengine.lab.calibration.timings import fit_overhead, move_points, slowdown
 from aioengine.lab.costs.model import CostModel, FitQuality, ModelShape, Stage
 from aioengine.lab.costs.steps import significant
 from aioengine.lab.workload.extra import needs_extra
 from aioengine.memory_plan import MemoryPlan
 from aioengine.model.spec import ModelSpec
+from aioengine.tasks import run_to_completion
 
 Progress = Callable[[int, int, str], None]
 """Callback with the number of timings done, their total, and the next one."""
@@ -138,7 +137,9 @@ class _Calibration:
     async def _write_adapters(self, spec: ModelSpec) -> None:
         for rank in self._design.ranks:
             for i in range(max(*self._design.adapters, self._design.loads)):
-                await in_thread(partial(write_random_adapter, self._path(rank, i), spec, rank, seed=i))
+                await run_to_completion(
+                    asyncio.to_thread(write_random_adapter, self._path(rank, i), spec, rank, seed=i)
+                )
 
     def _path(self, rank: int, i: int) -> Path:
         return self._folder / f"{rank}-{i}"

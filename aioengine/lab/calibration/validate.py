@@ -19,7 +19,6 @@ from aioengine.errors import ConfigError
 from aioengine.lab.calibration.probe import ProbedEngine
 from aioengine.lab.calibration.processor_waits import Waits
 from aioengine.lab.calibration.random_adapters import write_random_adapter
-from aioengine.lab.calibration.threads import in_thread
 from aioengine.lab.costs.model import CostModel, ModelShape
 from aioengine.lab.costs.presets import load_costs
 from aioengine.lab.costs.steps import StepTimes
@@ -31,6 +30,7 @@ from aioengine.lab.simulation.clock import run_in_virtual_time
 from aioengine.lab.workload.requests import Workload
 from aioengine.lab.workload.spec import WorkloadSpec
 from aioengine.request import SamplingParams
+from aioengine.tasks import run_to_completion
 
 Progress = Callable[[int, int, str], None]
 """Callback with the number of runs done, their total, and the next one."""
@@ -176,7 +176,9 @@ async def validate_async(
     seeds = [msgspec.structs.replace(experiment, seed=experiment.seed + i) for i in range(repeats)]
     offered: list[tuple[str, float | None]] = [("as given", None)]
     if loads:
-        capacity = statistics.fmean([await in_thread(partial(_capacity, one, costs)) for one in seeds])
+        capacity = statistics.fmean(
+            [await run_to_completion(asyncio.to_thread(_capacity, one, costs)) for one in seeds]
+        )
         offered = [(f"{share:.0%}", share * capacity) for share in loads]
     config = msgspec.structs.replace(experiment.engine_config(), model=model, dtype=dtype, device=device)
     found = []
@@ -188,7 +190,7 @@ async def validate_async(
                 progress(i * repeats + repeat, len(offered) * repeats, f"load {load}, live run {repeat + 1}")
             chosen = one if rate is None else _with_arrivals(one, f"poisson:rate={rate:.6g}")
             workload = chosen.open_workload()
-            simulated.append(await in_thread(partial(_simulated, chosen, costs, workload)))
+            simulated.append(await run_to_completion(asyncio.to_thread(_simulated, chosen, costs, workload)))
             run = await _live(config, costs, workload, chosen.seed)
             if run.waited > DISTURBED:  # once more; the calmer one counts
                 again = await _live(config, costs, workload, chosen.seed)
@@ -266,7 +268,7 @@ async def _write_adapters(engine: AsyncEngine, workload: Workload, folder: Path)
     paths = {}
     for i, shape in enumerate(workload.adapters):
         write = partial(write_random_adapter, folder / str(i), engine.model_spec, shape.rank, seed=i)
-        paths[shape.name] = await in_thread(write)
+        paths[shape.name] = await run_to_completion(asyncio.to_thread(write))
     return paths
 
 

@@ -26,6 +26,7 @@ from aioengine.schedulers.routing import (
     ScalingPolicy,
     prefix_hashes,
 )
+from aioengine.tasks import end_tasks
 
 
 class SimulatedFleet:
@@ -101,9 +102,7 @@ class SimulatedFleet:
         return self
 
     async def __aexit__(self, *exc: object) -> None:
-        for task in list(self._tasks):
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await end_tasks(self._tasks)
         for replica in list(self._current.values()):
             await self._stop(replica, replica.close())
 

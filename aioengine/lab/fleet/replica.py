@@ -15,6 +15,7 @@ from aioengine.lab.simulation.engine import TOKEN, SimulatedEngine
 from aioengine.request import SamplingParams
 from aioengine.runtime.output import RequestOutput
 from aioengine.schedulers.routing import Move, ReplicaLimits, Report
+from aioengine.tasks import end_tasks
 
 IDLE_REPORTS = 20
 """A replica that does nothing reports every so many times only, and so often that it is not given up."""
@@ -135,10 +136,7 @@ class SimulatedReplica:
     async def close(self) -> None:
         self._reporting.cancel()
         await self.engine.stop()
-        tasks = list(self._tasks)
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await end_tasks(self._tasks)
 
     # Inside
 

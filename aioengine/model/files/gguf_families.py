@@ -24,8 +24,6 @@ class Architecture(NamedTuple):
     family: Family
     permuted: bool = False
     """Whether the rows of q and k are in another order: neighbours are rotated, not halves."""
-    plus_one: bool = False
-    """Whether the weights of norms have what norms add to them."""
     partial: bool = False
     """Whether heads may be rotated in part."""
 
@@ -38,9 +36,9 @@ ARCHITECTURES = {
     "smollm3": Architecture("smollm3", permuted=True),
     "olmo2": Architecture("olmo2"),
     "phi3": Architecture("phi3", partial=True),
-    "gemma": Architecture("gemma", plus_one=True),
-    "gemma2": Architecture("gemma2", plus_one=True),
-    "gemma3": Architecture("gemma3_text", plus_one=True),
+    "gemma": Architecture("gemma"),
+    "gemma2": Architecture("gemma2"),
+    "gemma3": Architecture("gemma3_text"),
     "glm4": Architecture("glm4", partial=True),
 }
 """Mistral models are stored as ``llama``, and OLMo 3 as ``olmo2``."""

@@ -108,12 +108,6 @@ class LoRASlots:
         return self.memory.memory.nbytes
 
     @property
-    def nbytes_by_module(self) -> dict[str, int]:
-        """Bytes of ``max_rank`` LoRA matrices of each targeted module, all layers and slots together."""
-        size = self.max_loras * self.dtype.itemsize
-        return {m: n * size for m, n in self.layout.matrix_elements_by_module.items()}
-
-    @property
     def has_affine(self) -> list[bool]:
         """Whether each slot's adapter scales or shifts outputs (DoRA, ``lora_bias``)."""
         return self._has_affine

@@ -10,7 +10,6 @@ from typing import Any
 from aioengine.server.formats.source import Marks, Source, Steps, decoded, tool_call
 
 OPEN, CLOSE = "<start_function_call>", "<end_function_call>"
-_ESCAPE = "<escape>"
 _MARKS, _END = Marks(OPEN), Marks(CLOSE)
 _CALL = re.compile(r"\s*call:\s*(?P<name>[A-Za-z0-9_.-]{1,64})\s*(?P<arguments>\{.*\})\s*", re.DOTALL)
 _TOKEN = re.compile(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 import uuid
 from collections.abc import Callable, Generator, Sequence
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import msgspec
 
@@ -34,17 +34,6 @@ class Parsed(NamedTuple):
     text: str
     calls: Sequence[ToolCall] = ()
     reasoning: str = ""
-
-
-class ToolParser(Protocol):
-    """Takes an answer apart as it comes."""
-
-    def push(self, text: str) -> Parsed:
-        """Take in text, and return the parts that have become certain."""
-
-    def finish(self, stopped_by: str | int | None = None) -> Parsed:
-        """Return the rest. ``stopped_by`` is the stop string or token that ended the answer and is not in the
-        text."""
 
 
 class Marks:
@@ -144,7 +133,7 @@ class Source:
         """Take a JSON object, if one begins here. Returns its text, and whether it is complete. The text ends
         early where the answer ends, and at a character that JSON cannot have there: "<" outside of strings, a
         line end within them."""
-        if not (yield from self._comes("{")):
+        if not (yield from self._opens()):
             return "", False
         parts: list[str] = []
         depth, in_text, escaped = 0, False, False
@@ -181,10 +170,10 @@ class Source:
                 return "".join(parts), False
             yield None
 
-    def _comes(self, char: str) -> Steps[bool]:
+    def _opens(self) -> Steps[bool]:
         while self._at == len(self._text) and not self.ended:
             yield None
-        return self._text.startswith(char, self._at)
+        return self._text.startswith("{", self._at)
 
 
 _BLANK = re.compile(r"\s*")

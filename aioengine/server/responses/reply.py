@@ -105,7 +105,7 @@ class ResponsesReply:
             self._items.append(_REASONING.item(reasoning, self._status))
         if text or not (calls or reasoning):
             self._items.append(_MESSAGE.item(text, self._status))
-        self._items += [_call_item(call, "completed") for call in calls]
+        self._items += [_call_item(call) for call in calls]
         self._finish(usage)
         return _encode(self._response)
 
@@ -163,7 +163,7 @@ class ResponsesReply:
         )
 
     def _call(self, call: ToolCall) -> bytes:
-        item = _call_item(call, "completed")
+        item = _call_item(call)
         where = {"item_id": item["id"], "output_index": len(self._items)}
         begun = {**item, "arguments": "", "status": "in_progress"}
         arguments = item["arguments"]
@@ -216,11 +216,11 @@ _MESSAGE = _Kind(
 _REASONING = _Kind("reasoning", "rs", "reasoning_text", "response.reasoning_text", {"summary": []}, {}, {})
 
 
-def _call_item(call: ToolCall, status: str) -> dict[str, Any]:
+def _call_item(call: ToolCall) -> dict[str, Any]:
     return {
         "id": f"fc_{uuid.uuid4().hex}",
         "type": "function_call",
-        "status": status,
+        "status": "completed",
         "call_id": call.id,
         "name": call.function.name,
         "arguments": call.function.arguments,

@@ -1,0 +1,53 @@
+"""Functions that wait for asyncio tasks which nobody may leave behind."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Iterable, Sequence
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+async def run_to_completion(work: Awaitable[T]) -> T:
+    """Run ``work`` to completion despite repeated cancellation, then raise the cancellation.
+
+    For work that would leave threads or processes behind if it stopped halfway. After a cancellation its
+    result or error is dropped.
+    """
+    task = asyncio.ensure_future(work)
+    cancelled: asyncio.CancelledError | None = None
+    while not task.done():
+        try:
+            await asyncio.wait([task])
+        except asyncio.CancelledError as error:
+            cancelled = error
+    if cancelled is not None:
+        if not task.cancelled():
+            task.exception()  # nobody else will ask
+        raise cancelled
+    return task.result()
+
+
+async def together(works: Sequence[Awaitable[T]]) -> list[T]:
+    """Run all and return their results, in order. When one fails, or the call is cancelled, the others are
+    cancelled and awaited."""
+    if len(works) == 1:
+        return [await works[0]]
+    tasks = [asyncio.ensure_future(work) for work in works]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        await end_tasks(tasks)
+
+
+async def end_tasks(tasks: Iterable[asyncio.Future[Any]]) -> None:
+    """Cancel the tasks that still run, wait for all, and drop their errors."""
+    tasks = list(tasks)
+    for task in tasks:
+        task.cancel()
+    if any(not task.done() for task in tasks):
+        await asyncio.wait(tasks)
+    for task in tasks:
+        if task.done() and not task.cancelled():
+            task.exception()

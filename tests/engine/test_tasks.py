@@ -1,0 +1,88 @@
+"""Waiting for tasks: nothing is left behind, whenever and however often the caller is cancelled."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from aioengine.tasks import end_tasks, run_to_completion, together
+
+
+class Failed(Exception):
+    pass
+
+
+async def work(turns: int, log: list[str], *, fails: bool = False) -> int:
+    """Take some turns of the loop."""
+    try:
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        if fails:
+            raise Failed
+        return turns
+    finally:
+        log.append("ended")
+
+
+@given(turns=st.integers(0, 9), cancels=st.lists(st.integers(0, 9), max_size=4), fails=st.booleans())
+def test_work_runs_to_completion(turns: int, cancels: list[int], fails: bool) -> None:
+    async def run() -> None:
+        log: list[str] = []
+        task = asyncio.create_task(run_to_completion(work(turns, log, fails=fails)))
+        await asyncio.sleep(0)
+        cancelled = False
+        for wait in cancels:
+            for _ in range(wait):
+                await asyncio.sleep(0)
+            cancelled |= task.cancel()
+        await asyncio.wait([task])
+        assert log == ["ended"]
+        if cancelled:
+            assert task.cancelled()
+        elif fails:
+            assert isinstance(task.exception(), Failed)
+        else:
+            assert task.result() == turns
+
+    asyncio.run(run())
+
+
+@given(
+    turns=st.lists(st.integers(0, 5), max_size=5),
+    failing=st.none() | st.integers(0, 4),
+    cancel_after=st.none() | st.integers(1, 5),
+)
+def test_together_leaves_none_behind(turns: list[int], failing: int | None, cancel_after: int | None) -> None:
+    async def run() -> None:
+        log: list[str] = []
+        works = [work(count, log, fails=index == failing) for index, count in enumerate(turns)]
+        task = asyncio.create_task(together(works))
+        if cancel_after is not None:
+            for _ in range(cancel_after):
+                await asyncio.sleep(0)
+            task.cancel()
+        await asyncio.wait([task])
+        assert asyncio.all_tasks() == {asyncio.current_task()}
+        assert len(log) <= len(turns)
+        if not task.cancelled() and task.exception() is None:
+            assert task.result() == turns and len(log) == len(turns)
+        elif not task.cancelled():
+            assert isinstance(task.exception(), Failed) and failing is not None and failing < len(turns)
+        else:
+            assert cancel_after is not None
+
+    asyncio.run(run())
+
+
+async def test_the_end_of_tasks_is_awaited_and_their_errors_are_dropped(
+    recwarn: pytest.WarningsRecorder,
+) -> None:
+    log: list[str] = []
+    tasks = [asyncio.create_task(work(turns, log, fails=True)) for turns in (1, 100)]
+    await asyncio.wait(tasks[:1])
+    await end_tasks(tasks)
+    await end_tasks([])
+    assert log == ["ended", "ended"] and tasks[1].cancelled()
