@@ -1,4 +1,4 @@
-"""Claims of three papers, run again in simulation: what comes out is printed, and nothing is asserted.
+"""The main experiments of three papers in simulation. Results are printed, and nothing is asserted.
 
     python -m benchmarks.policies.papers slora        # throughput from 5 to 1,000 adapters
     python -m benchmarks.policies.papers chameleon    # p99 time to first token at high load, against S-LoRA
@@ -29,8 +29,8 @@ Run = Callable[[Sequence[Experiment]], list[dict[str, Any]]]
 def slora(run_all: Run, quick: bool) -> Table:
     """S-LoRA, arXiv 2311.03285: throughput hardly falls from 5 to 1,000 adapters and more.
 
-    Arrivals and lengths are its synthetic ones (Gamma with CV 1; 8 to 512 tokens, uniform), at a rate
-    above what the engine can do, so that the throughput is what it can.
+    Arrivals and lengths are the paper's synthetic ones (Gamma with CV 1; 8 to 512 tokens, uniform), at a rate
+    above what the engine can serve, so that the result is its highest throughput.
     """
     counts = [5, 100] if quick else [5, 20, 100, 200, 1000, 2000]
     requests = 40 if quick else 600
