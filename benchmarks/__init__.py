@@ -1,9 +1,9 @@
-"""Measurements, which print tables and assert nothing. Run from the repository's root, by module name:
+"""Measurements that print tables and assert nothing. Run them from the repository's root, by module name:
 
     python -m benchmarks.engine.workload
 
 ``engine`` measures whole engines, ``kernels`` steps and operations, ``adapters`` reads and slot writes,
 ``server`` the HTTP server and metrics, ``policies`` scheduling decisions and published results in simulation,
-``attacks`` what harmful requests do to a client beside them, ``endurance`` leaks and bad days;
-``beside_peers`` runs other engines on the same work, with what ``peers`` has of each.
+``attacks`` how harmful requests affect another client, ``endurance`` leaks and failures of the machine;
+``beside_peers`` runs the same work on other engines, with the scripts in ``peers``.
 """

@@ -5,15 +5,16 @@
     python -m benchmarks.beside_peers --peers aioengine llama_cpp openvino --rounds 1
 
 Each peer is installed from the package index into an environment of its own in --home, at the first run
-(benchmarks/peers/environments.py lists them; llama.cpp is compiled, which needs a C++ compiler). The model:
-SmolLM2-135M. Prompts are random, the same for all; greedy, end of sequence ignored. With adapters, request i
-has adapter i % 8 of 8 random ones of rank 16 on all seven linears. Engines that cannot have several adapters
-in a batch serve one adapter's requests after the other's.
+(benchmarks/peers/environments.py lists them; llama.cpp is compiled, which needs a C++ compiler). The model is
+SmolLM2-135M. Prompts are random and the same for all; decoding is greedy and ignores the end of sequence.
+With adapters, request i uses adapter i % 8 of 8 random adapters of rank 16 on all seven linears. Engines that
+cannot mix adapters in a batch serve the requests of one adapter after those of another.
 
-A round starts every engine in turn, alone, warms it up with the same prompts, and times each work once; every
-other round goes through them backwards. Prints a Markdown table: medians of the rounds, and half the distance
-between the fastest and the slowest, in percent. Below it: how often an engine's first token is that of
-transformers, of which random prompts leave some near a tie.
+A round starts the engines one after the other, warms each up with the same prompts, and times each work once.
+Every other round has the reverse order. Prints a Markdown table with medians of the rounds, and half the
+distance between the fastest and the slowest, in percent. Below the table it prints how often an engine's
+first token is that of transformers. (With random prompts, the two most likely tokens are sometimes almost
+equal.)
 """
 
 from __future__ import annotations
@@ -51,11 +52,11 @@ class Work(NamedTuple):
     adapters: int = 0
 
     def value(self, seconds: float) -> float:
-        """Output tokens per second; milliseconds to the first token if there is but one."""
+        """Output tokens per second; or milliseconds to the first token, if only one is generated."""
         return 1000 * seconds if self.output == 1 else self.requests * self.output / seconds
 
     def case(self, vocabulary: int) -> dict[str, Any]:
-        """What a worker is told: prompts that depend on nothing but the work."""
+        """Return a worker's job. Its prompts depend on the work only."""
         rng = random.Random(f"{self.requests} {self.prompt}")
         prompts = [
             [rng.randrange(100, vocabulary - 100) for _ in range(self.prompt)] for _ in range(self.requests)
@@ -82,7 +83,7 @@ class Found(NamedTuple):
 def visit(
     peer: Peer, variant: Variant, places: Places, adapters: Sequence[Path], cases: Sequence[dict[str, Any]]
 ) -> dict[str, Any]:
-    """Starts the engine, has it do each work once, and ends it. Raises PeerFailed."""
+    """Start the engine, let it do each work once, and end it. Raises PeerFailed."""
     python = environment(peer, places)
     job = {
         "model": str(places.model),
@@ -106,7 +107,7 @@ def visit(
 
 
 def table(found: dict[str, Found], columns: Sequence[Work], how: dict[str, str]) -> str:
-    """The results as Markdown. ``how`` says how each engine serves adapters."""
+    """Return the results as Markdown. ``how`` says how each engine serves adapters."""
     titles = [work.title for work in columns]
     lines = ["| | " + " | ".join(titles) + " |", "|---" * (len(titles) + 1) + "|"]
     for name, one in found.items():
@@ -125,7 +126,7 @@ def table(found: dict[str, Found], columns: Sequence[Work], how: dict[str, str])
 
 
 def agreement(found: dict[str, Found], oracle: str) -> str:
-    """How often each engine's first tokens are the oracle's, without adapters and with them."""
+    """Return how often each engine's first tokens are the oracle's, without and with adapters."""
     said = []
     for name, one in found.items():
         shares = []
@@ -143,7 +144,7 @@ def agreement(found: dict[str, Found], oracle: str) -> str:
 
 
 def put_between(text: str, content: str) -> str:
-    """``text`` with what is between the marks replaced. Raises ValueError if it has no marks."""
+    """Return ``text`` with the part between the marks replaced. Raises ValueError if it has no marks."""
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:
@@ -154,7 +155,7 @@ def put_between(text: str, content: str) -> str:
 def measure(
     columns: Sequence[Work], rounds: int, places: Places, peers: Sequence[Peer]
 ) -> tuple[dict[str, Found], set[str]]:
-    """All rounds; and the names of the engines that failed, which later rounds leave out."""
+    """Run all rounds. Also returns the names of the engines that failed; later rounds leave these out."""
     found: dict[str, Found] = {}
     failed: set[str] = set()
     spec = read_spec(places.model)

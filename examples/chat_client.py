@@ -1,4 +1,4 @@
-"""Talk to a server in the terminal, with OpenAI's client: ``aioengine serve`` in one, this in another.
+"""Chat with a server in the terminal, with OpenAI's client. Run ``aioengine serve`` in another terminal.
 
 pip install openai
 python examples/chat_client.py --model pirate --system "Rewrite the sentence in pirate speech."

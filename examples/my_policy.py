@@ -1,4 +1,4 @@
-"""A scheduler policy of one's own: the shortest answers first."""
+"""Your own scheduler policy: the shortest answers first."""
 
 from aioengine.schedulers import Decision, Place, SchedulerPolicy, SchedulerView, SlotView
 

@@ -1,11 +1,11 @@
-"""How far logits are from float32 with an adapter in bfloat16, and with the same one in int8.
+"""Error of logits with an adapter in bfloat16, and with the same adapter in int8, against float32.
 
     python -m benchmarks.adapters.int8_error
     python -m benchmarks.adapters.int8_error --rank 64 --passages 12
 
-Prefixes of passages of this repository's documentation, with one random adapter on all linears. Prints the
-error of the logits (their norm of the difference, relative to the norm), how often the most likely next token
-is the same, and the Kullback-Leibler divergence of the next token's distribution, in nats.
+The texts are prefixes of passages of this repository's documentation; one random adapter is on all linears.
+Prints the error of the logits (the norm of the difference, relative to their norm), how often the most likely
+next token is the same, and the Kullback-Leibler divergence of the next token's distribution, in nats.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ VARIANTS: dict[str, tuple[torch.dtype, Quantization, torch.dtype]] = {
     "int8 weights, adapter bfloat16": (torch.bfloat16, "int8", torch.bfloat16),
     "int8 weights, adapter int8": (torch.bfloat16, "int8", torch.int8),
 }
-"""Of the model: dtype and quantization; and the adapter's dtype. All others are compared with the first."""
+"""The model's dtype and quantization, and the adapter's dtype. All are compared with the first."""
 EVERY = 4
-"""One prefix of so many."""
+"""Every n-th prefix is used."""
 
 
 def logits_of(model: str, variant: str, adapter: Path, rank: int, texts: list[list[int]]) -> Tensor:

@@ -1,10 +1,10 @@
-"""How fast adapters get from disk to the CPU cache, against safetensors' own `load_file` on the same files.
+"""Time of adapters from disk to the CPU cache, against safetensors' own `load_file` on the same files.
 
     python -m benchmarks.adapters.reads [--adapters 64] [--rank 16] [--rounds 5]
 
-Reading an adapter means all of it: the file's bytes, their SHA-256, the check for NaN, the scaling into B and
-the order of a slot. The files are in the page cache; each is read both ways in turn, and the medians of
-the times and of their ratios are printed. `--rest` rests between reads, as an engine does.
+Reading an adapter includes the file's bytes, their SHA-256, the check for NaN, the multiplication of B by the
+scale, and the layout of a slot. The files are in the page cache. Each is read both ways in turn, and the
+medians of the times and of their ratios are printed. `--rest` pauses between reads, as an engine does.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from aioengine.model.spec import LORA_MODULES
 
 
 def measure(paths: list[Path], max_rank: int, rounds: int, rest: float) -> list[tuple[float, float]]:
-    """Seconds of ``load_file`` and of reading, for each file and round."""
+    """Return the seconds of ``load_file`` and of reading, for each file and round."""
     spec = read_spec(resolve_model("smollm2-135m"))
 
     def no_weights(layer: int, module: str) -> tuple[torch.Tensor, None]:

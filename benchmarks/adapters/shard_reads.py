@@ -1,10 +1,10 @@
-"""What each rank reads of an adapter's file, and how long that takes, by the number of ranks and the mode.
+"""Bytes that each rank reads of an adapter's file, and how long that takes, by number of ranks and mode.
 
     python -m benchmarks.adapters.shard_reads [--rank 16] [--rounds 5]
 
-A random adapter on all seven linears of Llama-3.1-8B, in bfloat16; no model is needed. Bytes are what the
-reading thread was given by the system (Linux counts them). The ranks read one after the other, from the page
-cache; the slowest one's median is printed. The engine's digest is a read of its own, beside theirs.
+A random adapter on all seven linears of Llama-3.1-8B, in bfloat16; no model is needed. Bytes are those
+that the reading thread got from the system (Linux counts them). The ranks read one after the other, from the
+page cache; the median of the slowest rank is printed. The engine's digest is another read.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ def no_weights(layer: int, module: str) -> tuple[torch.Tensor, None]:
 
 
 def bytes_read() -> int:
-    """By this thread, so far."""
+    """Return the bytes that this thread has read so far."""
     with open("/proc/thread-self/io", "rb") as file:
         return int(file.readline().split()[1])
 
 
 def measure(path: Path, shard: Shard, max_rank: int, rounds: int) -> tuple[int, float]:
-    """Bytes and seconds."""
+    """Return bytes and seconds."""
     store = AdapterStore(
         LLAMA_8B,
         max_rank=max_rank,

@@ -1,9 +1,9 @@
-"""How fast adapters get into a slot, against a plain copy of as many bytes by one thread.
+"""Time to write an adapter into a slot, against a plain copy of as many bytes by one thread.
 
     python -m benchmarks.adapters.slot_writes
 
-Every write is timed beside its copy, and medians are compared. Nothing of the model is loaded: a write's
-cost depends on shapes alone.
+Each write and its copy are timed in turn, and their medians are compared. No model is loaded, because the
+time of a write depends only on shapes.
 """
 
 from __future__ import annotations
@@ -45,7 +45,8 @@ def make_image(layout: SlotLayout, rank: int, modules: tuple[str, ...]) -> Adapt
 
 
 def measure(spec: ModelSpec, rank: int, modules: tuple[str, ...], repeats: int) -> tuple[int, float, float]:
-    """Bytes of an adapter, and the median seconds of copying them and of writing it into a slot."""
+    """Return the bytes of an adapter, and the median seconds of copying them and of writing it into a
+    slot."""
     slots = LoRASlots(spec, SLOTS, 16, LORA_MODULES, torch.bfloat16, torch.device("cpu"))
     images = [make_image(slots.layout, rank, modules) for _ in range(ADAPTERS)]
     sources = [image.data.clone() for image in images]

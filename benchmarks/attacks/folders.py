@@ -1,4 +1,4 @@
-"""Attacks by what is in an adapter's folder."""
+"""Attacks by the content of an adapter's folder."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ async def large_config(target: Target) -> str:
 
 
 async def pipe(target: Target) -> str:
-    """Swapped with a pipe, again and again, while it is loaded."""
+    """Swap the file with a pipe, again and again, while it is loaded."""
     folder = target.adapter("pipe")
     os.mkfifo(folder / "pipe")
     shutil.copy(folder / WEIGHTS, folder / "file")

@@ -1,4 +1,4 @@
-"""Attacks by what a request says or how it is sent."""
+"""Attacks by the content of a request, or by how it is sent."""
 
 from __future__ import annotations
 
@@ -32,7 +32,8 @@ async def deep_rules(target: Target) -> str:
 
 
 async def slow_compiles(target: Target) -> str:
-    """Eight whose clients leave after a second; then others ask for what shared a pool with them."""
+    """Send eight requests whose clients leave after a second, then others whose work shared a pool with
+    them."""
     schemas = [{"json": json.loads(hostile.multiples(7919 + 2 * i, 7907))} for i in range(8)]
     leaving = [asyncio.create_task(guided(target, schema)) for schema in schemas]
     await asyncio.wait(leaving, timeout=1)
@@ -108,14 +109,14 @@ async def lists_in_arguments(target: Target) -> str:
 
 
 async def many_logprobs(target: Target) -> str:
-    """Of 32 choices with 300 tokens each, all in one answer."""
+    """Ask for 32 choices with 300 tokens each in one answer."""
     ask = {"n": 32, "max_tokens": 300, "ignore_eos": True, "logprobs": True, "top_logprobs": 20}
     messages = [{"role": "user", "content": "Hi"}]
     return statuses([await target.post("/v1/chat/completions", {"messages": messages, **ask})])
 
 
 async def unique_salts(target: Target) -> str:
-    """300 requests of one prompt, none of which may use what was computed for another."""
+    """Send 300 requests with one prompt; none may use what was computed for another."""
     asks = (target.ask(prompt="word " * 30, cache_salt=str(i)) for i in range(300))
     return statuses(await asyncio.gather(*asks, return_exceptions=True))
 
@@ -164,7 +165,7 @@ async def long_prompt(target: Target) -> str:
 
 
 async def tenant_flood(target: Target) -> str:
-    """1,500 requests of tenant a; who streams is tenant b."""
+    """Send 1,500 requests of tenant a; the client that streams is tenant b."""
     body = {"max_tokens": 200, "ignore_eos": True}
     asks = [target.post("/v1/completions", {**body, "prompt": f"Number {i}"}) for i in range(1_500)]
     flood = [asyncio.create_task(ask) for ask in asks]
@@ -203,7 +204,7 @@ async def wrong_keys(target: Target) -> str:
 
 
 async def address_flood(target: Target) -> str:
-    """1,500 requests of whoever has one address; who streams has another."""
+    """Send 1,500 requests from one address; the client that streams has another."""
     body = {"max_tokens": 200, "ignore_eos": True}
     asks = [target.post("/v1/completions", {**body, "prompt": f"Number {i}"}) for i in range(1_500)]
     flood = [asyncio.create_task(ask) for ask in asks]
@@ -216,7 +217,7 @@ async def address_flood(target: Target) -> str:
 
 
 async def streams_cut_off(target: Target) -> str:
-    """For five seconds: connect, ask for a stream, and go away within a tenth of a second."""
+    """For five seconds, connect, ask for a stream, and leave within a tenth of a second."""
     body = json.dumps({"model": MODEL, "prompt": "Hi", "max_tokens": 200, "stream": True}).encode()
     draw = random.Random(0)
     end = time.monotonic() + 5
@@ -237,7 +238,7 @@ async def streams_cut_off(target: Target) -> str:
 
 
 async def refused_requests(target: Target) -> str:
-    """For four seconds: requests with a field that does not exist, one after the other."""
+    """For four seconds, send requests with a field that does not exist, one after the other."""
     request = message(b'{"model": "x", "promt": ' + b"[" * 60 + b"]" * 60 + b"}")
     seen: list[str] = []
 
@@ -282,6 +283,6 @@ async def quadratic_chat(target: Target) -> str:
 
 
 def message(body: bytes) -> bytes:
-    """A request for a completion, as it is sent."""
+    """Return the bytes of a request for a completion."""
     head = b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
     return head + b"content-length: %d\r\n\r\n" % len(body) + body

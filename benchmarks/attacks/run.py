@@ -1,15 +1,15 @@
-"""What a request, or an adapter's folder, that is meant to do harm does to a client that streams beside it.
+"""How harmful requests and adapter folders affect another client, the bystander.
 
-A real server is started (SmolLM2-135M) and attacked; a bystander streams greedy completions of one prompt all
-the while. Printed is a Markdown table: the bystander's largest and 99th percentile gap between two events,
-what the attacker was answered, and how much memory the server and its children took; "before" are the
-values at commit e05b9fa, before any of this was looked after.
+A real server (SmolLM2-135M) is started and attacked, while the bystander streams greedy completions of one
+prompt. Prints a Markdown table: the largest gap and the 99th percentile of gaps between two events of the
+bystander, the server's answers to the attacker, and the memory that the server and its children took.
+"before" are the values at commit e05b9fa, which had no protection.
 
     make attack
     make attack ARGS="--only grammar prompt"
 
-The exit status is 1 if the bystander waited for more than a second, or got another text; or if the server
-took more memory than the attack is allowed, or ended. Needs tests/ on the path, for the bystander.
+The exit status is 1 if the bystander waited for more than a second or got another text, or if the server
+ended or took more memory than this attack may take. Needs tests/ on the path, for the bystander.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ from benchmarks.attacks.target import MODEL, Target, attacked
 LARGEST_GAP = 1.0
 """Seconds."""
 STRANGER = "127.0.0.2"
-"""The bystander's address, which makes it another client than the attacker where there are no keys."""
+"""The bystander's address. Without keys, clients are told apart by their addresses."""
 AFTERWARDS = 1.0
-"""Seconds that are looked at after the attack."""
+"""Seconds after the attack that still count."""
 
 
 class Attack(NamedTuple):
@@ -42,11 +42,11 @@ class Attack(NamedTuple):
     run: Callable[[Target], Awaitable[str]]
     before: str
     memory: int = 400
-    """MiB that it may take."""
+    """MiB that the server may take."""
     keys: bool = False
     """Whether the server has keys, of tenants a and b."""
     template: str | None = None
-    """The chat template that the server is given, if it is not the model's."""
+    """A chat template to use in place of the model's."""
 
 
 ATTACKS = [
@@ -106,7 +106,7 @@ ATTACKS = [
 
 
 class Peak:
-    """The most that the server and its children held, beyond what they did before."""
+    """Largest memory of the server and its children, minus their memory before."""
 
     def __init__(self, pid: int) -> None:
         self._pid = pid
@@ -131,7 +131,7 @@ class Peak:
 
 
 async def row(attack: Attack, target: Target) -> tuple[str, str]:
-    """Its row of the table, and what is wrong with it."""
+    """Return its row of the table, and what is wrong."""
     peak = Peak(target.served.process.pid)
     watching = asyncio.create_task(peak.watch())
     wrong = ""

@@ -1,4 +1,4 @@
-"""A real server under attack, and what attackers do with it."""
+"""A real server under attack, and what attackers can do with it."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Target:
     def __init__(self, served: Serving, root: Path, http: httpx.AsyncClient) -> None:
         self.served = served
         self.root = root
-        """Its adapters' folders."""
+        """Folder of its adapters."""
         self.http = http
 
     async def post(self, path: str, body: Any, **options: Any) -> httpx.Response:
@@ -48,7 +48,7 @@ class Target:
         return await self.post("/v1/completions", {"prompt": "Hi", "max_tokens": 2, **fields})
 
     async def load(self, name: str) -> str:
-        """Uses the adapter of that folder; returns the status."""
+        """Use the adapter of that folder; returns the status."""
         answer = await self.ask(model=name)
         return f"{answer.status_code}, {len(answer.content):,} bytes"
 
@@ -61,7 +61,7 @@ class Target:
 
 @contextlib.asynccontextmanager
 async def attacked(*flags: str, template: str | None = None) -> AsyncIterator[Target]:
-    """Serves the model with ``flags`` added, a folder for adapters, and perhaps another chat template."""
+    """Serve the model with ``flags`` added, a folder for adapters, and possibly another chat template."""
     words = [word for pair in FLAGS.items() for word in pair]
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
@@ -83,11 +83,11 @@ async def attacked(*flags: str, template: str | None = None) -> AsyncIterator[Ta
 
 
 def filled(before: str, part: str, after: str, size: int = 8_000_000) -> bytes:
-    """JSON: many ``part``, with commas between, so that they make ``size`` bytes."""
+    """Return JSON of ``size`` bytes: many times ``part``, with commas between."""
     return f"{before}{','.join([part] * (size // (len(part) + 1)))}{after}".encode()
 
 
 def statuses(answers: list[Any]) -> str:
-    """Statuses, and how often each."""
+    """Return how often each status was answered."""
     seen = [a.status_code if isinstance(a, httpx.Response) else type(a).__name__ for a in answers]
     return ", ".join(f"{s} ({seen.count(s)}x)" if len(seen) > 1 else str(s) for s in dict.fromkeys(seen))

@@ -1,13 +1,14 @@
-"""What becomes of requests when the machine goes wrong.
+"""What happens to requests when the machine fails.
 
-A server with a tiny model is hurt in several ways, one after the other, while a client streams. Printed is a
-Markdown table: what was done, the longest time that the client waited for its next token, and what happened.
+While a client streams from a server with a tiny model, the machine fails in several ways, one after the
+other. Prints a Markdown table: the failure, the longest time that the client waited for its next token, and
+what happened.
 
     make chaos
     make chaos ARGS="--only clock disk"
 
-The exit status is 1 if anything happened that should not. What needs a tool that is missing (libfaketime, a C
-compiler) is left out, and the table says so. Needs tests/ on the path.
+The exit status is 1 if anything happened that should not. Failures that need a missing tool (libfaketime, a C
+compiler) are left out, and the table says so. Needs tests/ on the path.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from support.process_harness import worker_pids
 from benchmarks.endurance.target import Target, served
 
 GAP = 1.0
-"""Seconds that the client may wait for a token at most, where the model's process lives."""
+"""Maximum seconds that the client may wait for a token, if the model's process lives."""
 LINES = 2400
 SLOW = "adapter-5"
 SLOW_SECONDS = 2
@@ -41,12 +42,12 @@ FAKETIME = Path("/usr/lib/x86_64-linux-gnu/faketime/libfaketimeMT.so.1")
 
 
 class Client:
-    """Streams one completion after the other; ``gaps`` are the seconds between its tokens."""
+    """A client that streams one completion after the other; ``gaps`` are the seconds between its tokens."""
 
     def __init__(self) -> None:
         self.gaps: list[float] = []
         self.was_cut = asyncio.Event()
-        """A stream has ended with an error."""
+        """Whether a stream has ended with an error."""
 
 
 @contextlib.asynccontextmanager
@@ -86,7 +87,7 @@ def expect(condition: bool, what: str) -> None:
 
 
 async def kill_the_worker(target: Target, client: Client) -> str:
-    """The model's process is killed: what ran fails, what waits goes on, and it is started again."""
+    """Kill the model's process: running requests fail, waiting ones go on, and it is started again."""
     for pid in worker_pids(target.served.process.pid):
         os.kill(pid, signal.SIGKILL)
     answer = await target.complete()
@@ -100,7 +101,7 @@ async def kill_the_worker(target: Target, client: Client) -> str:
 
 
 async def full_disk(target: Target, client: Client) -> str:
-    """Its recording goes to /dev/full from the start: every write fails for want of room."""
+    """Record to /dev/full from the start, so that every write fails."""
     statuses = [(await target.complete()).status_code for _ in range(40)]
     expect(set(statuses) == {200}, f"requests got {set(statuses)}")
     said = [line for line in target.served.lines if "recording to /dev/full has ended" in line["message"]]
@@ -123,7 +124,7 @@ async def adapter_root_gone(target: Target, client: Client) -> str:
 
 
 async def slow_disk(target: Target, client: Client) -> str:
-    """Opening one adapter's files takes seconds; others are not to wait for it."""
+    """Make opening one adapter's files take seconds; other adapters must not wait for it."""
     began = time.monotonic()
     slow = asyncio.create_task(target.complete(SLOW))
     await asyncio.sleep(0.1)
@@ -138,7 +139,7 @@ async def slow_disk(target: Target, client: Client) -> str:
 
 
 async def clock_jumps(target: Target, client: Client) -> str:
-    """An hour ahead, then three back, while requests run. Durations must not notice."""
+    """Set the clock an hour ahead, then three back, while requests run. Durations must not change."""
     for jump in ("+3600", "-7200", "+0"):
         set_clock(target.root.parent, jump)
         await asyncio.sleep(0.3)
@@ -152,7 +153,7 @@ async def clock_jumps(target: Target, client: Client) -> str:
 
 
 async def unread_log(target: Target, client: Client) -> str:
-    """Nobody reads standard error for a while: the pipe is soon full, and then what is kept in memory."""
+    """Stop reading standard error for a while: first the pipe is full, then the lines kept in memory."""
     name, headers = "n" * 150, {"x-request-id": "i" * 128}  # a line of the log has a kilobyte
 
     async def refused() -> int:
@@ -179,7 +180,7 @@ class Fault(NamedTuple):
 
 
 def set_clock(folder: Path, offset: str) -> Path:
-    """Whole or not at all: libfaketime ends the process if it reads half of it."""
+    """Write it atomically: libfaketime ends the process if it reads half of the file."""
     new = folder / "clock.new"
     new.write_text(offset)
     return new.rename(folder / "clock")
@@ -227,11 +228,11 @@ int open64(const char *p, int flags, ...) { MODE return slowly("openat64", AT_FD
 int openat(int d, const char *p, int flags, ...) { MODE return slowly("openat", d, p, flags, mode); }
 int openat64(int d, const char *p, int flags, ...) { MODE return slowly("openat64", d, p, flags, mode); }
 """
-"""A library to preload: it delays the opening of one adapter's weights, as a disk does that is slow."""
+"""Source of a library to preload, which delays the opening of one adapter's weights as a slow disk does."""
 
 
 def preloads(folder: Path) -> dict[str, str]:
-    """The environment in which the disk can be slow, and the clock can jump."""
+    """Return the environment in which the disk can be slow, and the clock can jump."""
     libraries = []
     environment: dict[str, str] = {}
     if no_compiler() is None:
@@ -254,7 +255,7 @@ def preloads(folder: Path) -> dict[str, str]:
 
 
 async def chaos(only: list[str]) -> list[str]:
-    """What is wrong."""
+    """Return what is wrong."""
     wrong = []
     print("| fault | longest gap, s | what happened |\n|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:

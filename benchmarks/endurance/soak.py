@@ -1,7 +1,7 @@
 """Mixed load for a long time: swaps, streams, guided decoding, adapters loaded over HTTP, and bad clients.
 
-A server with a tiny model is loaded for ``--minutes``, in rounds. After each round it is left alone until it
-is idle, and what it holds is counted. Printed is a Markdown table with a line for each round.
+A server with a tiny model is loaded for ``--minutes``, in rounds. After each round it has time to become
+idle, and the resources that it holds are counted. Prints a Markdown table with a row for each round.
 
     make soak
     make soak ARGS="--minutes 0.25"
@@ -33,13 +33,13 @@ from benchmarks.endurance.target import ADAPTERS, Target, served
 CLIENTS = 16
 ROUNDS = 6
 MEMORY = 24 * 2**20
-"""Bytes by which the last round may be above the second; the allocator alone makes about 10 MiB."""
+"""Bytes that the last round may take more than the second; the allocator alone causes about 10 MiB."""
 SPARE = {"descriptors": 4, "threads": 2, "tasks": 2, "processes": 0}
-"""What may come and go: a connection that is being closed, a pool's thread that was not needed before."""
+"""Allowed differences: a connection that is being closed, a pool's thread that was not needed before."""
 
 
 class Held(NamedTuple):
-    """What the server holds while nobody asks anything of it."""
+    """Resources that an idle server holds."""
 
     descriptors: int
     threads: int
@@ -51,7 +51,7 @@ class Held(NamedTuple):
 
 
 class Client:
-    """One of many that ask for this and that; ``seen`` counts the kinds of requests with their answers."""
+    """One of many clients with mixed requests; ``seen`` counts kinds of requests with their answers."""
 
     def __init__(self, target: Target, seed: int, seen: Counter[tuple[str, object]]) -> None:
         self._target = target
@@ -142,11 +142,11 @@ EXPECTED = {
     "no_json": {400},
     "replaces_an_adapter": {200, 409},
 }
-"""By kind, where it is not 200; 409: two replace it at the same time."""
+"""Expected statuses by kind of request, if not 200. 409: two clients replace an adapter at the same time."""
 
 
 async def held(target: Target) -> Held:
-    """Waits until it is idle, half a minute at most, and looks."""
+    """Wait until the server is idle, at most half a minute, and count."""
     end = time.monotonic() + 30
     while time.monotonic() < end:
         if not await target.metric("aioengine_requests_waiting") + await target.metric(
@@ -172,7 +172,7 @@ def _memory(process: psutil.Process) -> int:
 
 
 def leaks(rounds: list[Held]) -> list[str]:
-    """Of the rounds after the first, in which pools and caches fill."""
+    """Return what leaks after the first round, in which pools and caches fill."""
     if len(rounds) < 3:
         return []
     first, last = rounds[1], rounds[-1]
@@ -193,7 +193,7 @@ def leaks(rounds: list[Held]) -> list[str]:
 
 
 async def soak(seconds: float, seed: int) -> list[str]:
-    """What is wrong."""
+    """Return what is wrong."""
     wrong: list[str] = []
     seen: Counter[tuple[str, object]] = Counter()
     rounds: list[Held] = []

@@ -1,4 +1,4 @@
-"""A real server with a tiny model and adapters that are made for it."""
+"""A real server with a tiny model, and adapters made for it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ FLAGS = ("--max-loras", "2", "--max-cpu-loras", "3", "--max-lora-rank", "8", "--
 
 
 class Target:
-    """``http`` speaks to it; ``root`` has its adapters' folders."""
+    """A running server. ``http`` is a client of it; ``root`` has its adapters' folders."""
 
     def __init__(self, served: Serving, root: Path, http: httpx.AsyncClient) -> None:
         self.served = served
@@ -34,7 +34,7 @@ class Target:
         return await self.http.post("/v1/completions", json=body)
 
     async def metric(self, name: str, **labels: str) -> float:
-        """The sum of the samples that have these labels."""
+        """Return the sum of the samples that have these labels."""
         total = 0.0
         for line in (await self.http.get("/metrics")).text.splitlines():
             found = re.match(rf"{name}(?:\{{([^}}]*)\}})? (\S+)$", line)
@@ -47,12 +47,12 @@ class Target:
         return [own, *own.children(recursive=True)]
 
     def errors(self) -> list[str]:
-        """What its log says at level "error"."""
+        """Lines of its log at level "error"."""
         return [line["message"] for line in self.served.lines if line.get("level") == "error"]
 
 
 def build(folder: Path) -> tuple[Path, Path]:
-    """The model, and a folder of adapters and one that is broken."""
+    """Write the model, and a folder of adapters, one of which is broken."""
     transformers.utils.logging.disable_progress_bar()
     warnings.simplefilter("ignore", FutureWarning)
     model, root = build_chat_model(folder / "tiny"), folder / "adapters"
@@ -65,7 +65,7 @@ def build(folder: Path) -> tuple[Path, Path]:
 
 @contextlib.asynccontextmanager
 async def served(folder: Path, *flags: str, **environment: str) -> AsyncIterator[Target]:
-    """A server whose model and adapters are made in ``folder``."""
+    """Run a server whose model and adapters are made in ``folder``."""
     model, root = build(folder)
     own = {"XDG_CACHE_HOME": os.environ.get("XDG_CACHE_HOME", str(Path.home() / ".cache")), **environment}
     async with (

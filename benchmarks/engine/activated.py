@@ -1,10 +1,10 @@
-"""Time to first token of a check in a conversation: an activated LoRA adapter beside a plain one.
+"""Time to first token of an adapter that is asked about a conversation: activated LoRA against plain LoRA.
 
     python -m benchmarks.engine.activated --tokens 4096 --rounds 5
 
 The base model computes a conversation of random tokens. Then each adapter is asked about it, with its
-invocation at the end, and at last the base model goes on. The activated adapter finds the conversation in the
-prefix cache; the plain one has to compute it again.
+invocation at the end, and finally the base model continues. The activated adapter finds the conversation in
+the prefix cache; the plain one has to compute it again.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ NAMES = ("plain", "activated")
 
 
 async def first_token(engine: AsyncEngine, prompt: list[int], adapter: str | None) -> tuple[float, int]:
-    """Seconds to the first token, and the prompt's tokens that the prefix cache had."""
+    """Return the seconds to the first token, and how many prompt tokens the prefix cache had."""
     start, seconds, cached = time.perf_counter(), 0.0, 0
     async for output in engine.generate(
         prompt, SamplingParams(max_tokens=2, ignore_eos=True), adapter=adapter

@@ -1,4 +1,4 @@
-"""The executors side by side: throughput, and how late the application's event loop is.
+"""Throughput of the executors, and how late the application's event loop is.
 
     python -m benchmarks.engine.executors                 # some three minutes on two idle cores
     python -m benchmarks.engine.executors --repeats 1     # one
@@ -44,7 +44,7 @@ class Run(NamedTuple):
 
 @contextmanager
 def burning() -> Iterator[None]:
-    """A thread that computes in pure Python."""
+    """Run a thread that computes in pure Python."""
     stop = threading.Event()
 
     def burn() -> None:
@@ -62,7 +62,7 @@ def burning() -> Iterator[None]:
 
 @asynccontextmanager
 async def ticking() -> AsyncIterator[list[float]]:
-    """How late each tick was, in seconds."""
+    """Collect how late each tick was, in seconds."""
     late: list[float] = []
 
     async def tick() -> None:

@@ -1,15 +1,15 @@
-"""Native families beside Llama: steps that read the same bytes of weights.
+"""Steps of native model families that read as many bytes of weights as Llama's.
 
-Random models with matrices of SmolLM2-135M's sizes (no download): Llama, Gemma 3 and Phi-3, the last of which
-differ in norms, windows and activation. And a mixture of 16 experts, of which each token goes through 4 as
-large as a quarter of Llama's MLP: one sequence's steps read as many bytes as Llama's. One request decodes, so
-that almost all time is in steps of one token.
+Random models with matrices of SmolLM2-135M's sizes (no download): Llama, Gemma 3 and Phi-3, which differ in
+norms, windows and activation; and a mixture of 16 experts. There each token uses 4 experts, each as large as
+a quarter of Llama's MLP, so that the steps of one sequence read as many bytes as Llama's. One request
+decodes, so that almost all time is in steps of one token.
 
     python -m benchmarks.engine.families
     python -m benchmarks.engine.families --adapters 1 --layers 8
 
-The models take turns, so that a drift of the machine's speed falls on all. Seconds of the processor are those
-of all threads, and stay as they are on a busy machine.
+The models take turns, so that a drift of the machine's speed falls on all. Processor seconds are those of
+all threads, and do not change much on a busy machine.
 """
 
 from __future__ import annotations

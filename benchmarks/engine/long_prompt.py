@@ -1,8 +1,8 @@
-"""What a long prompt does to a stream beside it, by max_step_seconds.
+"""How a long prompt slows down another stream, by max_step_seconds.
 
-A bystander streams 100 tokens at a time, back to back; meanwhile one request comes with a prompt of 8,000
-random tokens. Printed are the gaps between two tokens of the bystander before that and beside it, its
-time to the first token of a new stream beside it, and what the prompt took.
+A bystander streams 100 tokens at a time, back to back. Then one request with a prompt of 8,000 random tokens
+arrives. Prints the gaps between the bystander's tokens before and during the prompt, the time to the first
+token of a stream that it starts meanwhile, and the time of the prompt.
 
     python -m benchmarks.engine.long_prompt
     python -m benchmarks.engine.long_prompt --targets 0.1 0.2 3600 --prompt-tokens 4000

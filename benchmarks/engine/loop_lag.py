@@ -1,9 +1,9 @@
-"""How late the event loop is while the engine generates on the CPU: a 10 ms ticker beside a busy batch.
+"""Lateness of the event loop while the engine generates on the CPU, by a ticker of 10 ms.
 
     python -m benchmarks.engine.loop_lag
 
 32 requests at once over 8 random rank-16 adapters in 4 slots, so that adapters are read and swapped all
-the time. Printed is by how much the ticks come too late, and the same for a loop with nothing to do.
+the time. Prints how late the ticks are, and the same for an idle loop.
 """
 
 from __future__ import annotations

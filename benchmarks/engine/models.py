@@ -1,4 +1,4 @@
-"""One model run natively, by transformers on the engine, and by transformers alone.
+"""Speed of one model run natively, by transformers on the engine, and by transformers alone.
 
 A random model of SmolLM2-135M's shape (no download): 32 requests at once, 128 prompt tokens and 64 output
 tokens each, of the base model and with 8 adapters of rank 16; the same batch by transformers' ``generate``,
@@ -39,7 +39,7 @@ Run = Callable[[], Awaitable[float]]
 
 
 def save_model(folder: Path, layers: int, dtype: torch.dtype) -> Path:
-    """A random llama of SmolLM2-135M's shape."""
+    """Write a random llama of SmolLM2-135M's shape."""
     config = transformers.LlamaConfig(
         vocab_size=49152,
         hidden_size=576,
@@ -57,7 +57,7 @@ def save_model(folder: Path, layers: int, dtype: torch.dtype) -> Path:
 def alone(
     folder: Path, adapters: list[Path], dtype: torch.dtype, prompts: list[list[int]], new: int
 ) -> dict[str, Run]:
-    """transformers' ``generate`` and peft's mixed batches."""
+    """Time transformers' ``generate`` and peft's mixed batches."""
     model: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
     ids = torch.tensor(prompts)
     mixed: Any = PeftModel.from_pretrained(model, str(adapters[0]), adapter_name="0").eval()

@@ -1,4 +1,4 @@
-"""An open-loop load: requests that arrive at a fixed rate, whatever the engine makes of them."""
+"""An open-loop load: requests arrive at a fixed rate, however fast the engine answers."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ TICK = 0.005
 
 class Arrival(NamedTuple):
     seconds: float
-    """After the start."""
+    """Seconds after the start."""
     prompt: list[int]
     adapter: str | None
 
 
 @dataclass
 class Measured:
-    """Of requests that arrived after the warm-up; all in seconds."""
+    """Times of the requests that arrived after the warm-up, in seconds."""
 
     ttft: list[float] = field(default_factory=list)
     gaps: list[float] = field(default_factory=list)
-    """Between one output of a stream and its next."""
+    """Times between two outputs of a stream."""
     late: list[float] = field(default_factory=list)
-    """A 5 ms ticker's lateness on the event loop."""
+    """Lateness of a 5 ms ticker on the event loop."""
     tokens: int = 0
     seconds: float = 0.0
     loads: int = 0
@@ -50,7 +50,7 @@ def poisson(
     zipf: float = 0.0,
     seed: int = 0,
 ) -> list[Arrival]:
-    """Arrivals at ``rate`` a second; adapter k of ``names`` has weight 1 / k^zipf (0: uniform)."""
+    """Draw arrivals at ``rate`` per second; adapter k of ``names`` has weight 1 / k^zipf (0: uniform)."""
     rng = random.Random(seed)
     weights = [1 / (k + 1) ** zipf for k in range(len(names))]
     now, found = 0.0, []
@@ -104,7 +104,7 @@ async def _tick(late: list[float]) -> None:
 
 
 def write_adapters(folder: Path, spec: ModelSpec, count: int, rank: int = 16) -> dict[str, Path]:
-    """Random adapters on all seven linears, by name."""
+    """Write random adapters on all seven linears; returns their folders by name."""
     return {f"random-{i}": write_random_adapter(folder / str(i), spec, rank, seed=i) for i in range(count)}
 
 

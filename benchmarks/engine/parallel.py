@@ -1,12 +1,12 @@
-"""Time and bytes of a step on one and two ranks, half and fully sharded; and by counting, on more.
+"""Time and bytes of a step on one and two ranks, half and fully sharded, and computed bytes for more ranks.
 
     python -m benchmarks.engine.parallel                    # about a minute on two idle cores
     python -m benchmarks.engine.parallel --kernels torch    # plain torch, instead of the compiled step
     python -m benchmarks.engine.parallel --count            # only the counting
 
-A random model of eight layers in bfloat16; as many threads in all, whatever the number of ranks. Medians.
+A random model of eight layers in bfloat16. The number of threads in all is the same for any number of ranks.
 The ranks are processes on this machine, over gloo. The two ways of sharding take turns, step by step, in the
-same processes.
+same processes. Prints medians.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ LLAMA_8B = ModelSpec(
 
 
 class Load(NamedTuple):
-    """The step that is timed: so many sequences, each with so many new tokens after a context."""
+    """A step to time: a number of sequences, each with a number of new tokens after a context."""
 
     name: str
     sequences: int
@@ -141,7 +141,7 @@ def write_model(folder: Path) -> None:
 
 
 def measured(folder: str, size: int, kernels: str) -> list[list[Point]]:
-    """What the first of ``size`` processes finds: half, and if there are several, fully sharded."""
+    """Return the times of the first of ``size`` processes: half, and fully sharded if there are several."""
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as the engine's workers have it
     with tempfile.TemporaryDirectory() as meeting:
         results = multiprocessing.get_context("spawn").SimpleQueue()
@@ -229,7 +229,7 @@ def share_of(adapter: PackedAdapter, layout: SlotLayout) -> PackedAdapter:
 
 
 def timed(runners: Sequence[ModelRunner], load: Load, lora_rank: int) -> list[Point]:
-    """The same step by each, in turns."""
+    """Time the same step in each mode, in turns."""
     blocks = -(-(load.context + load.tokens) // BLOCK)
     works = [
         SequenceWork(
@@ -267,7 +267,7 @@ def timed(runners: Sequence[ModelRunner], load: Load, lora_rank: int) -> list[Po
 
 
 def count() -> None:
-    """The formulas of docs/parallel.md, for bfloat16 and adapters on all seven linears."""
+    """Compute the formulas of docs/parallel.md, for bfloat16 and adapters on all seven linears."""
     spec, bf16 = LLAMA_8B, 2
     print("Llama-3.1-8B, bfloat16. Sent by each rank for a token; its LoRA work; its bytes of a slot:")
     header = (
@@ -316,12 +316,14 @@ def count() -> None:
 
 
 def base_elements(spec: ModelSpec, size: int) -> float:
-    """Per token: the embedding's all-reduce, and two in each layer. (Logits come to it for sampled rows.)"""
+    """Return the elements for each token: the embedding's all-reduce, two in each layer. (Sampled rows also
+    send logits.)"""
     return 2 * (size - 1) / size * spec.hidden_size * (1 + 2 * spec.num_layers)
 
 
 def gathered_elements(spec: ModelSpec, size: int, rank: int) -> float:
-    """Per token, fully sharded: gathers for q, k, v, gate, up; all-reduces for o, down."""
+    """Return the elements for each token, fully sharded: gathers for q, k, v, gate, up; all-reduces for o,
+    down."""
     share = -(-rank // size)
     return spec.num_layers * (5 * (size - 1) * share + 2 * 2 * (size - 1) / size * rank)
 

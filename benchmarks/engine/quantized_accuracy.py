@@ -3,11 +3,11 @@
     python -m benchmarks.engine.quantized_accuracy
     python -m benchmarks.engine.quantized_accuracy --against bfloat16
 
-Every prefix of passages of this repository's documentation, as far as 64 tokens, is given to the model in
-float32, in bfloat16, and in bfloat16 with quantized weights, an int8 KV cache, and both. Prints how often the
-most likely next token is the same, and the Kullback-Leibler divergence of the next token's distribution, in
-nats. For comparison with int4, all matrices are also rounded to Q4_0 of GGUF files, which takes as many bits,
-and computed with in bfloat16 (needs the package gguf).
+The model computes every prefix of passages of this repository's documentation, up to 64 tokens, in float32,
+in bfloat16, and in bfloat16 with quantized weights, with an int8 KV cache, and with both. Prints how often
+the most likely next token is the same, and the Kullback-Leibler divergence of the next token's distribution,
+in nats. For comparison with int4, all matrices are also rounded to GGUF's Q4_0, which takes as many bits, and
+used in bfloat16 (needs the package gguf).
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ VARIANTS = (
 
 
 def passages(tokenizer: Tokenizer, count: int) -> list[list[int]]:
-    """Paragraphs of the documentation that are long enough, cut to ``LENGTH`` tokens."""
+    """Return paragraphs of the documentation that are long enough, cut to ``LENGTH`` tokens."""
     found = []
     for file in sorted((Path(__file__).parents[2] / "docs").glob("*.md")):
         for paragraph in file.read_text(encoding="utf-8").split("\n\n"):
@@ -64,7 +64,7 @@ class Logits:
 
 
 def prefixes(passage: list[int]) -> StepBatch:
-    """A sequence for every prefix, all in one step."""
+    """Build a step with a sequence for every prefix."""
     width = LENGTH // BLOCK
     work = []
     for i in range(LENGTH):
@@ -75,7 +75,7 @@ def prefixes(passage: list[int]) -> StepBatch:
 
 
 def write_as_q4_0(model: Path, folder: Path) -> None:
-    """The model again, with matrices rounded to Q4_0: 32 weights share a scale of 16 bits."""
+    """Load the model with matrices rounded to Q4_0: 32 weights share a scale of 16 bits."""
     from gguf import GGMLQuantizationType, quants
     from safetensors.torch import load_file, save_file
 

@@ -1,13 +1,13 @@
-"""What it costs that slots could hold larger adapters: small adapters in slots of their size, of the largest
-size, and in a memory where each takes its own.
+"""Cost of slots that could hold larger adapters: small adapters in slots of their size, in slots of the
+largest size, and in a memory where each takes its own size.
 
     OMP_NUM_THREADS=1 python -m benchmarks.engine.slot_sizes
     OMP_NUM_THREADS=1 python -m benchmarks.engine.slot_sizes --rank 8 --largest 64 --requests 8 --repeats 9
 
-One engine for each, all in this process, which take turns. Printed is the processor time of a run (all its
-threads, so one thread is best: others spin while they wait), and the median over the rounds of its ratio to
-slots of the adapters' own rank in the same round. What a round has in common, such as other programs, is in
-neither.
+There is one engine for each, all in this process, and they take turns. Prints the processor time of a run (of
+all threads, so use one thread: others spin while they wait), and the median over the rounds of its ratio to
+slots of the adapters' own rank in the same round. So the effect of other programs, which all of a round
+share, cancels.
 """
 
 from __future__ import annotations

@@ -1,13 +1,13 @@
-"""What speculation gains on tasks that copy, and what it costs on text that does not repeat itself.
+"""Gain of speculation on tasks that copy, and its cost on text that does not repeat itself.
 
     python -m benchmarks.engine.speculation
     python -m benchmarks.engine.speculation --requests 1 8 32 --quantization int8
 
-Tasks that copy: fields out of a record as JSON, a paragraph with its last sentence left out, and an answer
-that quotes a message, each after two examples, with paragraphs of this repository's documentation. Text that
-does not repeat itself: random prompts, sampled at temperature 1. Every round has prompts of its own, the same
-for each mode; the modes take turns, and medians are printed, with the share of proposed tokens that were
-right. Says so if a mode gave other tokens than another.
+Tasks that copy: fields of a record as JSON, a paragraph without its last sentence, and an answer that quotes
+a message; each after two examples, with paragraphs of this repository's documentation. Text that does not
+repeat itself: random prompts, sampled at temperature 1. Each round has new prompts, the same for every mode,
+and the modes take turns. Prints medians and the share of proposed tokens that were right, and a warning if
+two modes generated different tokens.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ CITIES = ("Lisbon", "Osaka", "Tromso", "Quito", "Dakar", "Bergen", "Pune", "Leed
 
 
 def paragraphs() -> list[str]:
-    """Of the documentation, of two sentences and more."""
+    """Return paragraphs of the documentation with two sentences or more."""
     found = []
     for file in sorted((Path(__file__).parents[2] / "docs").glob("*.md")):
         for text in file.read_text(encoding="utf-8").split("\n\n"):
@@ -100,11 +100,11 @@ TASKS: dict[str, tuple[Callable[[random.Random], Any], float]] = {
     "a quotation": (quote, 0.0),
     "random text": (noise, 1.0),
 }
-"""What makes a prompt, and the temperature."""
+"""Function that makes a prompt, and the temperature."""
 
 
 class Mode:
-    """An engine, and what was proposed in it."""
+    """An engine, and the number of tokens that were proposed in it."""
 
     def __init__(self, engine: AsyncEngine) -> None:
         self.engine = engine
@@ -117,7 +117,7 @@ class Mode:
             self.accepted += event.accepted
 
     async def run(self, prompts: Sequence[Any], temperature: float) -> tuple[float, list[list[int]]]:
-        """(output tokens a second after the first, the tokens)"""
+        """Return (output tokens per second after the first, the tokens)."""
         kinds = [
             SamplingParams(max_tokens=OUTPUT, ignore_eos=True, temperature=temperature, seed=i)
             for i in range(len(prompts))

@@ -1,4 +1,4 @@
-"""What it costs when there are more adapters than slots, on a live engine under a steady load.
+"""Cost of more adapters than slots, on a live engine under a steady load.
 
     python -m benchmarks.engine.swapping cliff     TTFT and throughput with 4 .. 64 adapters over 8 slots
     python -m benchmarks.engine.swapping gaps      token gaps: 64 adapters over 8 slots, and all 64 in slots
@@ -46,7 +46,7 @@ def configuration(slots: int, cpu: int, *, rank: int = 16) -> EngineConfig:
 
 
 async def capacity(engine: AsyncEngine, names: list[str | None], requests: int = 64) -> float:
-    """Requests a second when they all come at once."""
+    """Measure requests per second when all come at once."""
     arrivals = poisson(1e6, 1, names, prompt_tokens=PROMPT_TOKENS)[:requests]
     await replay(engine, arrivals[:8], output_tokens=2)
     start = time.perf_counter()
@@ -95,7 +95,7 @@ async def cliff(args: argparse.Namespace, adapters: dict[str, Path]) -> Table:
 
 
 async def gaps(args: argparse.Namespace, adapters: dict[str, Path]) -> Table:
-    """The two configurations take turns on the same arrivals, so that a drift falls on both."""
+    """Compare two configurations in turns on the same arrivals, so that a drift of speed affects both."""
     few, all_resident = configuration(args.slots, args.cpu), configuration(64, 64)
     rate = await rate_for(few, first(adapters, args.slots), args.load)
     table = new_table("64 adapters, uniform", ("slots", "round"))
@@ -116,7 +116,7 @@ async def gaps(args: argparse.Namespace, adapters: dict[str, Path]) -> Table:
 
 
 async def cold(args: argparse.Namespace, folder: Path) -> Table:
-    """Eight streams of the base model, with and without big adapters being read under them."""
+    """Measure eight streams of the base model, with and without large adapters being read meanwhile."""
     spec = read_spec(resolve_model(MODEL))
     paths = []
     for i in range(args.rounds):

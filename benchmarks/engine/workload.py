@@ -34,7 +34,7 @@ from aioengine.model.files.resolve import read_spec, resolve_model
 async def run_once(
     engine: AsyncEngine, prompts: list[list[int]], output_tokens: int, adapters: list[str | None]
 ) -> tuple[float, float]:
-    """(output tokens per second, median TTFT in seconds) of all prompts at once."""
+    """Return (output tokens per second, median TTFT in seconds) of all prompts at once."""
     params = SamplingParams(max_tokens=output_tokens, ignore_eos=True)
     start = time.perf_counter()
     outputs = await asyncio.gather(
@@ -117,7 +117,7 @@ async def main() -> None:
 
 
 def cpu_name() -> str:
-    """As the system calls it."""
+    """Return the processor's name in the system."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))

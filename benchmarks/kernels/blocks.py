@@ -22,7 +22,7 @@ GROUP = 128
 
 
 def weight_of(format: str, n: int, k: int) -> Weight:
-    """Any codes: what they are makes no difference to the time."""
+    """Make a weight with arbitrary codes, which do not change the time."""
     if format == "bfloat16":
         return PackedWeight.pack(torch.randn(n, k).bfloat16())
     packing = Packing(format=format, group=GROUP)

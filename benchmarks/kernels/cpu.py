@@ -1,4 +1,4 @@
-"""Where the time of a step goes, and how it grows: tables of medians, on the CPU.
+"""Time of a step on the CPU by phase, and how it grows, as tables of medians.
 
     python -m benchmarks.kernels.cpu                      # everything, some minutes
     python -m benchmarks.kernels.cpu profile adapters     # these tables only
@@ -11,8 +11,8 @@
 ``cache``     ... the same with an int8 KV cache
 ``batch``     ... of 1 to 64 sequences
 ``prefill``   prompts of 2,048 tokens
-``engine``    the whole engine: how much of the time is not the model step's
-``start``     from nothing to the first token, and the first request against later ones
+``engine``    the whole engine: the share of time outside of model steps
+``start``     from the start of a process to the first token, and the first request against later ones
 
 The cases of a table take turns, so that a drift of the machine's speed falls on all of them.
 """
@@ -43,7 +43,7 @@ def growth_table(
     tokens: dict[str, int],
     args: argparse.Namespace,
 ) -> Table:
-    """Tokens per second of each case, and its time against that of the first."""
+    """Make a table of tokens per second of each case, and its time relative to the first."""
     table = Table(title=title)
     for column in (what, "ms (median)", "tok/s", "time, of the first"):
         table.add_column(column, justify="right")

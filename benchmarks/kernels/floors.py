@@ -1,4 +1,4 @@
-"""What the machine can do at most, and a decode step's phases beside it."""
+"""The machine's highest speeds, and the phases of a decode step compared with them."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Floors(NamedTuple):
 
 
 def measure_floors() -> Floors:
-    """The best of short runs: other work on the machine only takes away."""
+    """Return the best of short runs, because other work on the machine only slows them down."""
     library = load()
     out = torch.zeros(1)
     memory = torch.ones(READ_BYTES // 4)
@@ -60,7 +60,8 @@ def _least(work: Callable[[], object]) -> float:
 
 
 def profile_table(model: str, quantization: str, floors: Floors, repeats: int) -> Table:
-    """A decode step by phase, without and with adapters, and for each the larger of its two floors."""
+    """Make a table of a decode step by phase, without and with adapters, with the larger of two floors for
+    each."""
     steps = Steps(model, kv_tokens=ROWS * 256, slots=ADAPTERS, rank=RANK, quantization=quantization)
     native = steps.runner.native
     assert native is not None, "the compiled step does not cover this model"
@@ -103,7 +104,8 @@ def profile_table(model: str, quantization: str, floors: Floors, repeats: int) -
 def floor_seconds(
     spec: ModelSpec, floors: Floors, element: str, weight_bytes: int
 ) -> dict[str, tuple[float, str]]:
-    """By phase, the least time that it takes, and what of: reading its data once, or its products."""
+    """Return for each phase the least time that it can take, and why: reading its data once, or its
+    products."""
     least = {}
     for phase, (read, products, of) in phase_work(spec, element, weight_bytes).items():
         reading, computing = read / floors.read_bytes, products / floors.products[of]
@@ -112,7 +114,7 @@ def floor_seconds(
 
 
 def phase_work(spec: ModelSpec, element: str, weight_bytes: int) -> dict[str, tuple[float, float, str]]:
-    """By phase of the step: bytes read, products, and the type of what is multiplied."""
+    """Return for each phase: bytes read, number of products, and the type that is multiplied."""
 
     def linear(n_in: int, n_out: int, times: int) -> tuple[float, float, str]:
         size = n_in * n_out * times

@@ -1,13 +1,15 @@
-"""A decode step on more cores: measured on the cores of this machine, and beyond them by a model.
+"""Time of a decode step on more cores: measured on this machine's cores, and predicted beyond them by a
+model.
 
     python -m benchmarks.kernels.scaling
     python -m benchmarks.kernels.scaling --quantization int8 --cores 8 32 --memory 100 400
 
 The model: a phase that takes t on one core takes max(t / p, bytes / B) on p cores. bytes is what it reads
-once (weights, keys and values, adapters); B is what memory gives to p cores: p times what one core reads, at
-most what the socket has. What is outside of the library (tables, sampling) is not divided. After a step's
-operations the cores wait for each other, in all W on two of them and W log2(p) on p; W is what the model
-lacks on the cores of this machine. All times are the least of many steps: other work only ever adds to them.
+(weights, keys and values, adapters). B is the memory bandwidth of p cores: p times that of one core, at most
+the socket's. Time outside of the library (tables, sampling) is not divided. After a step's operations the
+cores wait for each other: for W in all on two cores, and W log2(p) on p. W is fitted to the measured time
+that the rest of the model does not explain. All times are the least of many steps, because other work can
+only add to them.
 """
 
 from __future__ import annotations
@@ -27,15 +29,15 @@ from benchmarks.kernels.floors import ADAPTERS, CONTEXT, ROWS, Floors, measure_f
 from benchmarks.kernels.steps import Steps
 
 OPERATIONS_OF_A_LAYER = 13
-"""After which the threads of a step wait for each other, about."""
+"""Approximate number of operations after which the threads of a step wait for each other."""
 
 
 class Measured(NamedTuple):
-    """Seconds of a step with a number of threads."""
+    """Seconds of a step with some number of threads."""
 
     phases: list[float]
     rest: float
-    """Outside of the library."""
+    """Seconds outside of the library."""
 
     @property
     def step(self) -> float:
@@ -43,7 +45,7 @@ class Measured(NamedTuple):
 
 
 def measure(steps: Steps, adapters: int, threads: int, repeats: int) -> Measured:
-    """The least seconds of each phase, and of the rest."""
+    """Measure the least seconds of each phase, and of the rest."""
     native = steps.runner.native
     assert native is not None, "the compiled step does not cover this model"
     case = steps.decode(ROWS, CONTEXT, adapters)
@@ -62,7 +64,8 @@ def measure(steps: Steps, adapters: int, threads: int, repeats: int) -> Measured
 
 
 def predict(one: Measured, read: dict[str, float], memory: float, cores: int, wait: float) -> float:
-    """Seconds of a step on so many cores, to which memory gives ``memory`` bytes a second in all."""
+    """Predict the seconds of a step on ``cores`` cores with ``memory`` bytes per second of bandwidth in
+    all."""
     phases = (
         max(seconds / cores, read.get(phase, 0.0) / memory)
         for phase, seconds in zip(PHASES, one.phases, strict=True)
@@ -71,7 +74,7 @@ def predict(one: Measured, read: dict[str, float], memory: float, cores: int, wa
 
 
 def table(args: argparse.Namespace, floors: dict[int, Floors], quantization: str, adapters: int) -> Table:
-    """Tokens per second by cores: measured, then predicted for each bandwidth."""
+    """Make a table of tokens per second by cores: measured, then predicted for each bandwidth."""
     steps = Steps(args.model, kv_tokens=ROWS * 256, slots=ADAPTERS, quantization=quantization)
     found = {threads: measure(steps, adapters, threads, args.repeats) for threads in floors}
     one = found[1]

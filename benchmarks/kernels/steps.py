@@ -76,8 +76,8 @@ class Steps:
                 slots.write(slot, image)
 
     def batch(self, sequences: int, tokens: int, start: int, adapters: int = 0) -> StepBatch:
-        """``sequences`` that compute ``tokens`` each from position ``start`` on; sequence i uses slot
-        i % ``adapters``, or no adapter if there are none. Their blocks lie in random order."""
+        """Build a step of ``sequences`` that compute ``tokens`` each from position ``start`` on; sequence i
+        uses slot i % ``adapters``, or no adapter if there are none. Their blocks lie in random order."""
         width = -(-(start + tokens) // BLOCK)
         blocks = list(range(sequences * width))
         random.Random(0).shuffle(blocks)
@@ -91,18 +91,18 @@ class Steps:
         return StepBatch(0, work, [self.rank] * slots)
 
     def decode(self, sequences: int, context: int, adapters: int = 0) -> Callable[[], object]:
-        """A decode step of ``sequences`` after ``context`` tokens each."""
+        """Build a decode step of ``sequences`` after ``context`` tokens each."""
         batch = self.batch(sequences, 1, context, adapters)
         return lambda: self.runner.execute(batch)
 
     def prefill(self, sequences: int, tokens: int, adapters: int = 0) -> Callable[[], object]:
-        """A step that computes whole prompts of ``tokens``."""
+        """Build a step that computes whole prompts of ``tokens``."""
         batch = self.batch(sequences, tokens, 0, adapters)
         return lambda: self.runner.execute(batch)
 
 
 def median_seconds(cases: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-    """The median time of each. They take turns, so that a drift of the machine's speed falls on all."""
+    """Return the median time of each. They take turns, so that a drift of the machine's speed affects all."""
     seconds: dict[str, list[float]] = {name: [] for name in cases}
     for run in range(repeats + 1):  # the first one warms up
         for name, case in cases.items():

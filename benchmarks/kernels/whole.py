@@ -1,4 +1,4 @@
-"""The whole engine: what it costs around the model's steps, and how long it takes to start."""
+"""The whole engine: its time around the model's steps, and its time to start."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ RUNS = 3
 
 
 class Stopwatch:
-    """Adds up the time that a function of the package takes, from now on."""
+    """Sum of the times that a function of the package takes, from now on."""
 
     def __init__(self, owner: Any, name: str) -> None:
         self.seconds = 0.0
@@ -46,7 +46,7 @@ class Stopwatch:
 
 
 async def engine_table(model: str, quantization: str) -> Table:
-    """How much of the time of whole runs the model's forward pass takes, and what the rest is."""
+    """Make a table of the share of whole runs in the model's forward pass, and of the rest."""
     forward = Stopwatch(native.NativeForward, "forward")
     spec = read_spec(resolve_model(model))
     rng = random.Random(0)
@@ -82,7 +82,8 @@ async def engine_table(model: str, quantization: str) -> Table:
 async def _run(
     engine: AsyncEngine, prompts: list[list[int]], adapters: int, forward: Stopwatch
 ) -> tuple[float, float, float, float, float]:
-    """Tokens per second, and the shares of the forward pass, the rest of the executor, the core, the rest."""
+    """Return tokens per second, and the shares of the forward pass, the rest of the executor, the core, the
+    rest."""
     executor = core = 0.0
 
     def listen(event: Event) -> None:
@@ -104,7 +105,7 @@ async def _run(
 
 
 async def _read(engine: AsyncEngine, prompt: list[int], adapter: int | None, tokens: int = OUTPUT) -> float:
-    """Streams a request to its end; returns when its first token came, by perf_counter()."""
+    """Stream a request to its end; returns when its first token came, by perf_counter()."""
     first = 0.0
     params = SamplingParams(max_tokens=tokens, ignore_eos=True)
     async for _ in engine.generate(prompt, params, adapter=None if adapter is None else str(adapter)):
@@ -125,7 +126,7 @@ def _config(model: str, quantization: str, running: int) -> EngineConfig:
 
 
 async def start_table(model: str, quantization: str) -> Table:
-    """From nothing to the first token, in processes of their own."""
+    """Measure the start of new processes up to the first token."""
     command = [sys.executable, "-m", "benchmarks.kernels.whole", model, quantization]
     runs: list[dict[str, float]] = []
     for _ in range(RUNS):
@@ -140,7 +141,7 @@ async def start_table(model: str, quantization: str) -> Table:
 
 
 async def _start(model: str, quantization: str) -> dict[str, float]:
-    """Seconds, by what they are of. Imports are not among them."""
+    """Return the seconds of each stage, without imports."""
     path = resolve_model(model)
     found: dict[str, float] = {}
     file = path if path.is_file() else path / SINGLE

@@ -1,4 +1,4 @@
-"""The other engines: what each is installed from, the forms that it runs in, and what it needs prepared.
+"""The other engines: their packages, the variants that run, and what must be prepared.
 
 Every peer gets a virtual environment of its own in one folder, which is kept: a second run installs nothing.
 """
@@ -24,7 +24,7 @@ class PeerFailed(Exception):
 
 
 class Places(NamedTuple):
-    """Where things are."""
+    """Folders of a run."""
 
     home: Path
     """Environments, converted models and logs."""

@@ -1,4 +1,4 @@
-"""What all workers share: they read a job, run its cases, and write what each took.
+"""Functions of all workers: they read a job, run its cases, and write the time of each.
 
 A worker is a script (`run_*.py`) that runs in a peer's own environment, which has none of this package. This
 folder is its `sys.path[0]`, so no file in it may be called like a module that a peer imports.
@@ -25,7 +25,7 @@ class Case:
         return Case(self.name, self.prompts, min(output, self.output), self.adapters)
 
     def by_adapter(self):
-        """The indices of the prompts by adapter, for peers that have one adapter in a batch."""
+        """Return the indices of the prompts by adapter, for peers that have one adapter in a batch."""
         groups = {}
         for i, adapter in enumerate(self.adapters):
             groups.setdefault(adapter, []).append(i)
@@ -33,17 +33,17 @@ class Case:
 
 
 def read_job():
-    """Returns the job; its cases become `Case` objects."""
+    """Return the job; its cases become `Case` objects."""
     job = json.load(sys.stdin)
     job["cases"] = [Case(**case) for case in job["cases"]]
     return job
 
 
 def run(job, version, generate):
-    """Times each case, after a warm-up with its prompts and four output tokens, and writes the result.
+    """Time each case, after a warm-up with its prompts and four output tokens, and write the result.
 
-    `generate(case)` returns the list of output token ids for each prompt. Raises ValueError if it is not as
-    long as was asked for: the peer then did other work than is compared.
+    `generate(case)` returns the list of output token ids for each prompt. Raises ValueError if one has
+    another length than requested, because then the peer did other work.
     """
     seconds, first = {}, {}
     for case in job["cases"]:

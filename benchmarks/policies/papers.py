@@ -75,11 +75,11 @@ def slora(run_all: Run, quick: bool) -> Table:
 def chameleon(run_all: Run, quick: bool) -> Table:
     """Chameleon, arXiv 2411.17741: at high load the p99 time to first token is far below S-LoRA's.
 
-    Adapters of ranks 8 to 128, heavy-tailed lengths. ``max_wait`` and ``age`` bound how long anybody is
-    put off; under an overload that is longer than they are, everybody is served by age and all policies
-    look alike. So both are put beyond the waits that occur (the papers' systems have no such bound),
-    and the defaults are run beside. First come, first served is there because S-LoRA as Chameleon's
-    authors ran it serves in that order; ``slora`` prefers the adapters of the batch.
+    Adapters have ranks 8 to 128, and lengths are heavy-tailed. ``max_wait`` and ``age`` bound how long a
+    request can be passed over. In an overload with longer waits, every policy serves the oldest first, and
+    all look alike. So both are set to more than any wait (the papers' systems have no such bound), and the
+    defaults are run as well. First come, first served is included because Chameleon's authors ran S-LoRA in
+    that order; ``slora`` prefers the adapters of the batch.
     """
     rates = [12] if quick else [8, 10, 12, 14]
     seeds = [0] if quick else [0, 1, 2]
@@ -132,7 +132,7 @@ def chameleon(run_all: Run, quick: bool) -> Table:
 
 
 class Clients(NamedTuple):
-    """Two tenants that ask for more than there is; one asks for twice as much as the other."""
+    """Two tenants that ask for more than the engine can serve, one for twice as much."""
 
     adapters: int
     slots: int
@@ -145,11 +145,12 @@ LONGEST_PROMPT, LONGEST_OUTPUT, SEQUENCES = 256, 128, 16
 
 
 def vtc(run_all: Run, quick: bool) -> Table:
-    """VTC, OSDI 2024, arXiv 2401.00588: between two backlogged clients the service differs by no more than
+    """VTC, OSDI 2024, arXiv 2401.00588: the service of two backlogged clients differs by no more than
     2 max(input_weight x longest prompt, output_weight x M), however long they are backlogged.
 
-    M is what fits in a batch: here sequences x their most tokens. Prompt and output tokens count alike,
-    as in the lab's figure, so both weights are 1. ``fcfs`` without its shares is first come, first served.
+    M is the number of tokens that fit in a batch: here sequences times their maximum. Prompt and output
+    tokens have the same weight, 1, as in the lab's figure. ``fcfs`` without its shares is first come, first
+    served.
     """
     requests = [100, 200] if quick else [250, 500, 1000, 2000]
     policies = {"fcfs:fair=false": "fcfs:fair=false", "vtc": "vtc:input_weight=1,output_weight=1"}
@@ -200,7 +201,7 @@ def summary_of(experiment: Experiment) -> dict[str, Any]:
 
 
 def in_processes(jobs: int) -> Run:
-    """Runs ``jobs`` experiments at a time."""
+    """Return a function that runs ``jobs`` experiments at a time."""
 
     def run_all(experiments: Sequence[Experiment]) -> list[dict[str, Any]]:
         if jobs == 1:

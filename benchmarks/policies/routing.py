@@ -1,20 +1,20 @@
-"""Routers: what a decision costs, what they do on traces, and how one hot adapter is spread.
+"""Routers: the cost of a decision, results on traces, and how the requests of one hot adapter are spread.
 
     python -m benchmarks.policies.routing decisions
     python -m benchmarks.policies.routing traces --azure CSV --mooncake JSONL
     python -m benchmarks.policies.routing hot
 
-``decisions``: 64 replicas, 10,000 adapters by Zipf, with what is known of each replica drawn at random.
-Printed is the processor time of a guarded decision, in microseconds.
+``decisions``: 64 replicas and 10,000 adapters by Zipf, with a random state of each replica. Prints the
+processor time of a guarded decision, in microseconds.
 
 ``traces``: fleets of simulated engines (preset llama3-8b-h100, 8 slots, 32 adapters in the CPU cache) on two
 public traces, to whose requests 150 adapters are assigned by Zipf. The Azure trace is sped up. In the
 Mooncake trace requests that begin alike keep their adapter, and prefixes are cached; prompts are cut to
-64,000 tokens. Printed are means over the seeds with their 95% intervals; loads are reads of adapters from
+64,000 tokens. Prints means over the seeds with their 95% intervals; loads are reads of adapters from
 disk. ``ratio`` is to the first router, by seed.
 
 ``hot``: 50 users of one adapter on two replicas, each of whom sends a request when the last is answered.
-Printed is the largest share of a replica, in fair shares (1 is even, 2 is all on one).
+Prints the largest share of a replica, in fair shares (1 is even, 2 is all on one).
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def decisions(args: argparse.Namespace) -> Table:
 
 
 def _decide(router: str, replicas: int, adapters: int, count: int) -> list[float]:
-    """Sorted seconds of processor time."""
+    """Return sorted seconds of processor time."""
     rng = random.Random(0)
     now = 100.0
     fleet = FleetState(lambda: now)
@@ -190,7 +190,7 @@ def hot(args: argparse.Namespace) -> Table:
 
 
 async def _closed_loop(router: str, users: int, each: int) -> tuple[list[int], float]:
-    """Requests on each replica, and how long all took."""
+    """Return the requests of each replica, and how long all took."""
     costs = load_costs(PRESET)
     config = EngineConfig(model=PRESET, lora=LoRAConfig(max_loras=4, max_cpu_loras=16))
     rng = random.Random(0)

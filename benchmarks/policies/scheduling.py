@@ -1,4 +1,4 @@
-"""What a scheduling decision costs: view, policy and the core's validation, without a model.
+"""Cost of a scheduling decision: view, policy and the core's validation, without a model.
 
     python -m benchmarks.policies.scheduling               # all policies, 100 .. 100,000 waiting
     python -m benchmarks.policies.scheduling --policies fcfs vtc --waiting 10000
@@ -7,11 +7,11 @@
 
 A core with 1,000 registered adapters, 8 slots, 20 tenants and 256 running requests, all in steady decode.
 Every step a few requests end, as many are admitted, and as many arrive, so that the queue keeps its length.
-Printed are medians over the steps, in microseconds of processor time: ``policy`` is the policy's call alone,
-``decide`` adds the view and the core's validation of the decision, and ``schedule`` the forming of the
-batch as well, which grows with the number of running requests and not with that of waiting ones. ``finish``
-is what it takes to take in a step's tokens. With ``--by-bytes`` the slots share a memory, which has room for
-half as many adapters as there are slots: ranks are 8, 16 and 64, for 70%, 20% and 10% of them.
+Prints medians over the steps, in microseconds of processor time: ``policy`` is the policy's call, ``decide``
+adds the view and the core's validation of the decision, and ``schedule`` adds the forming of the batch, which
+grows with the number of running requests but not of waiting ones. ``finish`` processes a step's tokens. With
+``--by-bytes`` the slots share a memory, which has room for half as many adapters as there are slots: ranks
+are 8, 16 and 64, for 70%, 20% and 10% of them.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ RANKS, WEIGHTS = (8, 16, 64), (0.7, 0.2, 0.1)
 
 
 class Timed(SchedulerPolicy):
-    """Passes everything on to another policy, and measures it."""
+    """Policy that measures another one, to which it passes everything on."""
 
     def __init__(self, inner: SchedulerPolicy) -> None:
         self.inner = inner
@@ -73,7 +73,8 @@ def measure(
     tenants: int = 20,
     by_bytes: bool = False,
 ) -> tuple[float, float, float, float]:
-    """Medians in seconds of (policy, policy + view + validation, all of ``schedule``, ``step_finished``)."""
+    """Return medians in seconds of (policy, policy + view + validation, all of ``schedule``,
+    ``step_finished``)."""
     limits = CoreLimits(
         num_slots=slots,
         cpu_capacity=slots + 56,

@@ -3,10 +3,10 @@
     python -m benchmarks.policies.slot_memory AzureLLMInferenceTrace_code.csv
     python -m benchmarks.policies.slot_memory AzureLLMInferenceTrace_code.csv --figure slots.svg
 
-All have the same memory: that of ``--slots`` slots of rank 64, and of ``--kv`` for the KV cache. Where slots
-share theirs, ``--most`` adapters may be in it.
-Printed for each policy: copies into slots for each request (moves of adapters counted), and times to first
-token; means over the seeds, with half the width of their 95% intervals (Student's t), and the ratio of means.
+All have the same memory: that of ``--slots`` slots of rank 64, and ``--kv`` for the KV cache. Slots that
+share a memory hold at most ``--most`` adapters. Prints for each policy the copies into slots for each request
+(moves of adapters included) and the times to first token: means over the seeds, half the width of their 95%
+intervals (Student's t), and the ratio of means.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def measure(experiment: Experiment) -> list[float]:
 
 
 Interval = tuple[float, float]
-"""Mean, and half the width of its 95% interval."""
+"""Return the mean, and half the width of its 95% interval."""
 
 
 def interval(values: Sequence[float]) -> Interval:
@@ -53,7 +53,7 @@ def interval(values: Sequence[float]) -> Interval:
 
 
 def figure(found: Mapping[str, Mapping[str, Sequence[Interval]]], title: str, note: str) -> bytes:
-    """Draw bars for each measure: groups by policy, of each a bar for each kind of slots. Returns an SVG."""
+    """Draw a bar for each kind of slots, in groups by policy, for each measure. Returns an SVG."""
 
     def make() -> Any:
         drawn, panels = new_figure(title, height=3.4, columns=len(MEASURES))

@@ -40,13 +40,13 @@ GOODPUT = "goodput"
 class Case(NamedTuple):
     name: str
     figure: str
-    """Of a summary, with dots; or "goodput"."""
+    """Path of a measure in a summary, with dots; or "goodput"."""
     workload: dict[str, Any]
     system: dict[str, Any]
 
 
 def cases(requests: int) -> list[Case]:
-    """The workloads. What is not named is the same in all."""
+    """Return the workloads. Fields that are not named are the same in all."""
     base = {
         "limit": requests,
         "adapters": 100,

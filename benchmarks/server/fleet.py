@@ -1,15 +1,15 @@
-"""What a fleet costs, and how it gets over a loss: `aioengine serve --replicas` beside `aioengine serve`.
+"""Cost of a fleet, and its recovery from a loss: `aioengine serve --replicas` against `aioengine serve`.
 
     python -m benchmarks.server.fleet [--model smollm2-135m] [--rounds 3] [--streams 8 32] [--kill-streams 64]
 
-One engine's own server and a fleet of one replica, each with one thread, in turns: tokens a second and the
-processor time of a token (the door's process alone; with one engine, engine and server are one process). What
-the door adds to the time to first token is the median difference between the two for requests of one token,
-one after the other. Then a fleet of two: the time until it serves, and what happens when a replica gets
-SIGKILL, or SIGSTOP (a hang), in the middle of streams: when the door notices, when the streams go on, and, to
-compare with, how long a new request waits for its first token beside as many streams. At last the time from
-SIGTERM until no process is left.
-The client runs on the same machine. Prints; asserts nothing.
+First one engine's server and a fleet of one replica, each with one thread, take turns: tokens per second and
+the processor time of a token (of the door's process only; with one engine, engine and server are one
+process). The time that the door adds to the first token is the median difference between the two for requests
+of one token, one after the other. Then, with a fleet of two replicas: the time until it serves, and what
+happens when a replica gets SIGKILL, or SIGSTOP (a hang), while it streams: when the door notices, when the
+streams continue, and, for comparison, how long a new request waits for its first token beside as many
+streams. Last, the time from SIGTERM until no process is left. The client runs on the same machine. Prints;
+asserts nothing.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Server:
             env={**environment, "OMP_NUM_THREADS": "1"},
         )
         self.losses: list[float] = []
-        """Times at which the door has said that it lost a replica."""
+        """Times at which the door reported the loss of a replica."""
         self.url = self._url(began)
         threading.Thread(target=self._watch, daemon=True).start()
         self.start_seconds = time.monotonic() - began
@@ -79,7 +79,7 @@ class Server:
         return [p for p in self.tree() if any("EngineReplica" in word for word in p.cmdline())]
 
     def stop(self) -> float:
-        """Seconds until no process of it is left."""
+        """Return the seconds until none of its processes is left."""
         tree = self.tree()
         began = time.monotonic()
         self.process.send_signal(signal.SIGTERM)
@@ -103,7 +103,7 @@ def served(model: str, *flags: str) -> Iterator[Server]:
 
 
 async def stream(client: httpx.AsyncClient, index: int, tokens: int, at: list[float]) -> None:
-    """Times of the tokens are appended to ``at``."""
+    """Stream a completion, and append the times of its tokens to ``at``."""
     prompt = [1000 + (index * 131 + i * 7) % 20000 for i in range(PROMPT_TOKENS)]
     body = {"model": "m", "prompt": prompt, "max_tokens": tokens, "ignore_eos": True, "temperature": 0}
     body["return_token_ids"] = True  # a part may have no text yet
@@ -122,7 +122,7 @@ async def load(url: str, streams: int, tokens: int) -> list[list[float]]:
 
 
 def throughput(server: Server, streams: int) -> tuple[float, float]:
-    """(tokens a second, microseconds of the server's own process for a token)."""
+    """Return (tokens per second, microseconds of the server's own process for a token)."""
     before, began = sum(server.own.cpu_times()[:2]), time.monotonic()
     asyncio.run(load(server.url, streams, OUTPUT_TOKENS))
     seconds = time.monotonic() - began
@@ -132,7 +132,7 @@ def throughput(server: Server, streams: int) -> tuple[float, float]:
 
 
 def added_by_the_door(plain: Server, fleet: Server, pairs: int = 100) -> float:
-    """Seconds, of a request for one token that nothing else disturbs."""
+    """Return the seconds of a request for one token on an idle server."""
     body = {"model": "m", "prompt": [1000, 1001], "max_tokens": 1, "temperature": 0}
     differences = []
     with httpx.Client(trust_env=False) as client:
@@ -147,8 +147,8 @@ def added_by_the_door(plain: Server, fleet: Server, pairs: int = 100) -> float:
 
 
 async def loss(server: Server, streams: int, number: signal.Signals) -> str:
-    """Describe what happens to the streams when one of two replicas gets a signal. Those that were on it are
-    known by their pauses: the longer half."""
+    """Describe what happens to the streams when one of two replicas gets a signal. The streams on that
+    replica are recognized by their pauses: they are the half with the longer ones."""
     async with httpx.AsyncClient(base_url=server.url, timeout=600, trust_env=False) as client:
         times: list[list[float]] = [[] for _ in range(streams)]
         tasks = [asyncio.create_task(stream(client, i, 160, times[i])) for i in range(streams)]

@@ -1,7 +1,7 @@
-"""What metrics cost: in each step, beside it, and at each scrape, by number of adapters and requests.
+"""Cost of metrics in each step, beside it, and at each scrape, by number of adapters and requests.
 
-"In the step" is what the step loop waits for; "beside it" is done on the event loop while the model
-computes.
+The step loop waits for the time "in the step"; the time "beside it" is spent on the event loop while the
+model computes.
 
     python -m benchmarks.server.metrics_cost [--adapters 1000] [--running 256] [--slots 32] [--labels 100]
 
@@ -48,7 +48,7 @@ async def main() -> None:
 
 
 def prepared(names: list[str], slots: int, running: int, labels: int) -> EngineMetrics:
-    """Metrics with a history for every adapter; the snapshot is built anew at each scrape."""
+    """Make metrics with a history for every adapter; the snapshot is rebuilt at each scrape."""
 
     def snapshot() -> EngineStats:
         fields = {name: 1 for name in EngineStats.__struct_fields__ if name != "slots"}
@@ -149,8 +149,8 @@ def step(
 async def step_cost(
     metrics: EngineMetrics, names: list[str], running: int, turnover: int
 ) -> tuple[list[float], list[float]]:
-    """Seconds in ``handle`` for all events of a step in which every running request gets a token, and
-    seconds until they are counted."""
+    """Return the seconds in ``handle`` for all events of a step in which every running request gets a token,
+    and the seconds until they are counted."""
     share = running // len(names)
     intervals = [events.TokenInterval(name, 0.02, share) for name in names]
     happened: list[events.Event] = []

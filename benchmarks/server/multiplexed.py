@@ -1,10 +1,10 @@
-"""Fifty users of one adapter on two replicas: this project's fleet beside Ray Serve's multiplexing.
+"""Fifty users of one adapter on two replicas: this project's fleet against Ray Serve's multiplexing.
 
     python -m benchmarks.server.multiplexed [--model smollm2-135m] [--users 50] [--each 4] [--rounds 2]
 
-The run of https://github.com/ray-project/ray/issues/48741. Each way has the same engine in two replicas of
-one CPU each. With Serve the adapter is a model of ``@serve.multiplexed``, as in Ray Serve LLM: requests name
-it in ``multiplexed_model_id``, and Serve's own router chooses the replica. Each user sends a request when the
+The setup of https://github.com/ray-project/ray/issues/48741. Both have the same engine in two replicas of one
+CPU each. With Serve the adapter is a model of ``@serve.multiplexed``, as in Ray Serve LLM: requests name it
+in ``multiplexed_model_id``, and Serve's own router chooses the replica. Each user sends a request when the
 last one is answered. "most": the requests of the busier replica, in fair shares (1 is even, 2 is all on one).
 Prints; asserts nothing.
 """
@@ -44,7 +44,7 @@ class Shares(NamedTuple):
     by_replica: Counter[str]
     seconds: float
     answer: float
-    """The median of the time that a user waited for a whole answer, in seconds."""
+    """Median of the time that a user waited for a whole answer, in seconds."""
 
 
 def prompt_of(user: int, turn: int) -> list[int]:

@@ -1,16 +1,15 @@
-"""What the server costs: the same load through `aioengine serve` and on the embedded engine, in turns.
+"""Cost of the server: the same load through `aioengine serve` and on the embedded engine, in turns.
 
 The client is aiperf (https://github.com/ai-dynamo/aiperf), in an environment of its own:
 
     python -m venv aiperf && aiperf/bin/pip install aiperf
     python -m benchmarks.server.serving --client aiperf/bin/aiperf [--rounds 3]
 
-64 requests at once, 128 prompt tokens and 64 greedy output tokens each, streamed; request i uses adapter
-i % 8 of 8 random rank-16 adapters. Each round starts a server, then a process that embeds the engine. Prefix
-caching is off. The client runs on the same machine; so that it does not take processor time from the model,
-the engine has a half of the cores, served and embedded, and the client has the others (--engine-cores; with
-0 they share all). CPU seconds are those between the first request and the last answer. Prints; asserts
-nothing.
+64 requests at once, 128 prompt tokens and 64 greedy output tokens each, streamed; request i uses adapter i %
+8 of 8 random rank-16 adapters. Each round starts a server, then a process that embeds the engine. Prefix
+caching is off. The client runs on the same machine. So that it does not take processor time from the model,
+the engine has half of the cores, and the client has the others (--engine-cores; with 0 they share all). CPU
+seconds are those between the first request and the last answer. Prints; asserts nothing.
 """
 
 from __future__ import annotations
@@ -67,15 +66,15 @@ class Load:
 
 @dataclass(frozen=True)
 class Result:
-    """Of one round; CPU seconds are those spent during the load."""
+    """Results of one round; CPU seconds are those spent during the load."""
 
     rate: float
     """Output tokens per second."""
     seconds: float
     engine_cpu: float
-    """Of the server, or of the process that embeds the engine."""
+    """CPU seconds of the server, or of the process that embeds the engine."""
     loop_cpu: float
-    """Of that process's event loop, where the model never runs."""
+    """CPU seconds of that process's event loop, where the model never runs."""
     client_cpu: float = 0.0
 
 
@@ -103,7 +102,7 @@ def make_load(args: argparse.Namespace, folder: Path) -> Load:
 
 @contextlib.contextmanager
 def on(cores: set[int]) -> Iterator[None]:
-    """What is started meanwhile runs on these cores alone. Only on Linux; elsewhere on all."""
+    """Run processes that are started meanwhile on these cores only (on Linux; elsewhere on all)."""
     if not hasattr(os, "sched_setaffinity"):
         yield
         return
@@ -119,7 +118,7 @@ def on(cores: set[int]) -> Iterator[None]:
 
 
 def embedded(load: Load) -> Result:
-    """The load on an engine of this process."""
+    """Run the load on an engine of this process."""
     return asyncio.run(_embedded(load))
 
 
@@ -159,7 +158,7 @@ async def _embedded(load: Load) -> Result:
 
 @contextlib.contextmanager
 def server(load: Load, folder: Path, cores: set[int]) -> Iterator[tuple[str, int]]:
-    """A server with the load's adapters in its slots: its URL and its process's id."""
+    """Run a server with the load's adapters in its slots; yields its URL and process id."""
     command = [sys.executable, "-m", "aioengine", "serve", "--port", "0", "--model", load.model]
     command += ["--max-model-len", str(load.prompt_tokens + load.output_tokens)]
     command += ["--max-num-seqs", str(load.concurrency), "--no-enable-prefix-caching"]
@@ -183,7 +182,7 @@ def server(load: Load, folder: Path, cores: set[int]) -> Iterator[tuple[str, int
 
 
 def _url(process: subprocess.Popen[bytes], log: Path) -> str:
-    """Where it listens, once it says so. Raises SystemExit with its log if it does not."""
+    """Return where the server listens, once it says so. Raises SystemExit with its log if it does not."""
     end = time.monotonic() + START_SECONDS
     while process.poll() is None and time.monotonic() < end:
         if found := re.search(r"serving at (http://[\w.:]+)", log.read_text()):
@@ -193,7 +192,7 @@ def _url(process: subprocess.Popen[bytes], log: Path) -> str:
 
 
 class CpuSampler:
-    """CPU seconds of a process, of its first thread, and of it with its children, over time."""
+    """CPU seconds over time of a process, of its first thread, and of the process with its children."""
 
     def __init__(self, pid: int) -> None:
         self._root = psutil.Process(pid)
@@ -210,7 +209,8 @@ class CpuSampler:
         self._thread.join()
 
     def between(self, start: float, end: float) -> tuple[float, float]:
-        """CPU seconds between two times of ``time.time()``, to a sample's distance: all, first thread."""
+        """Return the CPU seconds between two times of ``time.time()``, as precise as the samples: all, first
+        thread."""
         inside = [sample for sample in self._samples if start - SAMPLE_SECONDS <= sample[0] <= end]
         return (inside[-1][1] - inside[0][1], inside[-1][2] - inside[0][2]) if inside else (0.0, 0.0)
 
@@ -226,7 +226,7 @@ class CpuSampler:
 
 
 def served(load: Load, client: str, folder: Path, engine_cores: set[int], client_cores: set[int]) -> Result:
-    """The load through a server, from a client process."""
+    """Run the load through a server, from a client process."""
     prompts = folder / "prompts.jsonl"
     prompts.write_text(
         "".join(
@@ -277,7 +277,7 @@ def print_summary(results: Sequence[tuple[Result, Result]], *, shared: bool) -> 
             f"The client took {share:.1%} of {cores} cores. Had the server had them too, it would be at "
             f"{rate / embedded_rate / (1 - share):.1%} (an estimate)."
         )
-    # The model's threads spin while they wait for each other, so the whole process's CPU time tells little.
+    # The model's threads spin while they wait for each other, so the whole process's CPU time says little.
     for what, results_of in (("server", [r for r, _ in results]), ("embedded", [r for _, r in results])):
         loop = median(result.loop_cpu / (result.rate * result.seconds) for result in results_of)
         share = median(result.loop_cpu / result.seconds for result in results_of)

@@ -1,4 +1,4 @@
-"""Two additions to aioengine's policies: an ordering and a replacement, found by their entry points.
+"""Two parts for aioengine's policies, an order and an eviction, which are found by their entry points.
 
 pip install examples/policy_package
 aioengine generate --policy take_turns+longest_idle ...
@@ -20,7 +20,8 @@ from aioengine.schedulers import (
 
 
 class TakeTurns(Ordering):
-    """One request of each adapter in turn, first of those that run least; within each by arrival."""
+    """Order that takes one request of each adapter in turn, first of the adapters with the fewest running
+    requests."""
 
     source = "the tutorial in docs/policies.md, as a part"
     starvation_bound = "as many turns as requests of its own adapter came before it"
@@ -45,10 +46,10 @@ class TakeTurns(Ordering):
 
 
 class LongestIdle(Replacement):
-    """The adapter whose slot has been idle longest goes, small ones before large ones of equal age.
+    """Eviction of the adapter whose slot has been idle longest; of equally old ones, the smaller first.
 
     Args:
-        per_megabyte: Seconds of age that a megabyte of size makes up for.
+        per_megabyte: Seconds of age that one megabyte of size counts as.
     """
 
     source = "an example"
