@@ -20,7 +20,7 @@ BASE = "(base)"
 NO_TENANT = "(none)"
 
 MAX_PAIRED_CLIENTS = 64
-"""Differences of service are taken between the so many clients with the most service: all pairs of them."""
+"""Differences of service are computed for all pairs of this many clients, those with the most service."""
 
 
 class ServiceGap(NamedTuple):
@@ -28,9 +28,9 @@ class ServiceGap(NamedTuple):
 
     tokens: int
     clients: tuple[str, str] | None
-    """The one that got more first; None: no two ever waited at once."""
+    """The two clients, first the one that got more; None: no two clients ever waited at the same time."""
     series: list[tuple[float, int]]
-    """Over time: the largest difference that had built up until then, among those that wait right then."""
+    """By time: the largest difference so far among the clients that wait at that time."""
 
 
 def jain(values: Iterable[float]) -> float | None:
@@ -56,7 +56,7 @@ def by_client(requests: pl.DataFrame, client: Client) -> pl.DataFrame:
     Columns: ``client``; ``offered``, ``finished``; ``tokens`` computed (prompt and output); means over the
     finished of ``ttft_seconds`` and ``latency_seconds``; ``tokens_per_second``: tokens over the seconds that
     its requests spent in the engine, which is the speed that it sees; ``worst_wait_seconds`` for a first
-    token (or for an end without one). Refused requests count as offered only.
+    token (or for the end, if there was none). Refused requests count as offered only.
     """
     with needs_extra():
         import polars as pl

@@ -12,12 +12,12 @@ from typing import Any, NamedTuple
 from aioengine.lab.workload.requests import PREFIX_BLOCK, Workload
 
 MOST = 200_000
-"""Requests that are looked at."""
+"""Maximum number of requests that are read."""
 PEAK_SECONDS = 10.0
 
 
 class Offered(NamedTuple):
-    """The requests of a workload, by column; those of sessions are where their sessions begin."""
+    """The requests of a workload, by column. Those of a session have the time at which the session begins."""
 
     times: list[float]
     prompts: list[int]
@@ -25,9 +25,9 @@ class Offered(NamedTuple):
     adapters: list[str | None]
     tenants: list[str | None]
     known_tokens: int
-    """Prompt tokens in blocks that an earlier prompt began with as well."""
+    """Prompt tokens in leading blocks that an earlier prompt has, too."""
     sessions: int
-    """How many there are; requests that belong to none count as one each."""
+    """Number of sessions; a request without a session counts as one."""
     adapters_of: int
     """Adapters that may be asked for."""
     concurrency: int | None
@@ -89,7 +89,7 @@ def _peak(times: Sequence[float]) -> float | None:
 
 
 def _variation(gaps: Sequence[float]) -> float | None:
-    """Standard deviation over mean; 1 for a Poisson process."""
+    """Return the standard deviation divided by the mean; 1 for a Poisson process."""
     if len(gaps) < 2 or not (mean := math.fsum(gaps) / len(gaps)):
         return None
     return math.sqrt(math.fsum((gap - mean) ** 2 for gap in gaps) / (len(gaps) - 1)) / mean
@@ -105,7 +105,7 @@ def _spread(values: Sequence[int]) -> dict[str, float | None]:
 
 
 def _for_half(counts: Sequence[int]) -> int | None:
-    """Return how many of the most popular have half of the requests for adapters."""
+    """Return how many of the most popular adapters get half of the requests for adapters."""
     total = 0
     for index, count in enumerate(counts, 1):
         total += count

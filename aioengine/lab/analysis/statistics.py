@@ -42,9 +42,10 @@ def paired(values: Sequence[float | None], others: Sequence[float | None]) -> Es
     """Estimate the differences ``values - others``, seed by seed. The arrivals of a seed are the same on both
     sides and cancel out, so that fewer seeds are needed. None if no seed has both.
 
-    From :data:`BOOTSTRAP_FROM` seeds on the interval is that of the bootstrap (BCa: Efron, "Better Bootstrap
-    Confidence Intervals", 1987), which does not take differences for normal; it resamples with a fixed seed,
-    so the same values give the same interval. From fewer it would be too narrow, and Student's t is taken.
+    With at least :data:`BOOTSTRAP_FROM` seeds the interval is a bootstrap interval (BCa: Efron, "Better
+    Bootstrap Confidence Intervals", 1987), which does not assume a normal distribution. It resamples with a
+    fixed seed, so the same values give the same interval. With fewer seeds it would be too narrow, and
+    Student's t is used.
     """
     both = [a - b for a, b in zip(values, others, strict=True) if a is not None and b is not None]
     if len(both) < BOOTSTRAP_FROM or max(both) - min(both) <= 1e-9 * max(map(abs, both)):
@@ -59,7 +60,7 @@ def paired(values: Sequence[float | None], others: Sequence[float | None]) -> Es
 
 
 def regret(values: Sequence[float | None], best: Sequence[float | None]) -> Estimate | None:
-    """Return how much more than the oracle's, as a share of it, seed by seed: 0.2 is 20% more. Below 0: it is
-    better in this figure, which the oracle (it knows when adapters are asked for) need not be best in."""
+    """Return the difference to the oracle's value as a share of it, seed by seed: 0.2 is 20% more. It can be
+    negative, because the oracle, which knows when adapters are requested, is not the best in every figure."""
     both = [a / b - 1 for a, b in zip(values, best, strict=True) if a is not None and b]
     return estimate(both) if both else None

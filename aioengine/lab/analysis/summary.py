@@ -1,4 +1,4 @@
-"""The figures of a run, out of its files: plain numbers, the same for the same files."""
+"""The figures of a run, computed from its files: plain numbers, the same for the same files."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ MOST_STARVED = 10
 def summarize(folder: str | Path) -> dict[str, Any]:
     """Return the figures of the run whose files are in ``folder``, by groups; docs/lab.md lists them.
 
-    Units are in the names; a ``_share`` is between 0 and 1. What nothing was measured for is None.
-    Raises ConfigError if a file is missing, or is none of a run's.
+    Units are in the names; a ``_share`` is between 0 and 1. A figure without measurements is None. Raises
+    ConfigError if a file is missing or was not written by a run.
     """
     slots, replicas = slots_of(Path(folder)), replicas_of(Path(folder))
     found: dict[str, Any] = _rounded(summarize_frames(load_frames(folder), slots=slots, replicas=replicas))
@@ -39,8 +39,8 @@ def summarize_frames(frames: Frames, slots: int | None = None, replicas: int = 1
     """Computes the same figures from data frames, without rounding them.
 
     Args:
-        slots: How many there were, on all replicas; by default, as many as were used.
-        replicas: How many engines took steps.
+        slots: Number of slots on all replicas; by default, those that were used.
+        replicas: Number of engines that took steps.
     """
     import polars as pl
 
@@ -80,7 +80,7 @@ def summarize_frames(frames: Frames, slots: int | None = None, replicas: int = 1
 
 
 def times_of(requests: pl.DataFrame) -> dict[str, pl.Series]:
-    """The times that a summary has figures of: by group, a value for each request that has one."""
+    """Return the times that a summary describes: for each group, a value for each request that has one."""
     import polars as pl
 
     done = requests.filter(pl.col("reason").is_in(["stop", "length"]))
@@ -109,7 +109,7 @@ def _ratio(part: float, whole: float) -> float | None:
 
 
 def _duration(requests: pl.DataFrame) -> float:
-    """From the first arrival to the last end."""
+    """Return the seconds from the first arrival to the last end."""
     if requests.is_empty():
         return 0.0
     return float(requests["ended"].max()) - float(requests["arrival"].min())  # type: ignore[arg-type]
@@ -129,7 +129,7 @@ def _deadlines(requests: pl.DataFrame) -> dict[str, Any]:
 
 
 def _hits(requests: pl.DataFrame) -> dict[str, Any]:
-    """Count where requests found their adapter when they arrived."""
+    """Count where requests' adapters were when the requests arrived."""
     found = requests["found"].drop_nulls()
     counts = {level: int((found == level).sum()) for level in ("slot", "cpu", "loading", "disk")}
     shares = {f"{level}_share": _ratio(count, len(found)) for level, count in counts.items()}
@@ -157,7 +157,7 @@ def _swaps(frames: Frames) -> dict[str, Any]:
 
 
 def _ahead(requests: pl.DataFrame, loads: pl.DataFrame) -> int:
-    """Loads that began while no request waited for the adapter: they were on speculation."""
+    """Count the loads that began while no request waited for the adapter."""
     arrivals: dict[str, list[float]] = {}
     leaves: dict[str, list[float]] = {}
     columns = ("adapter", "arrival", "admitted", "ended")
@@ -241,7 +241,7 @@ def _fairness(frames: Frames) -> dict[str, Any]:
 
 
 def _starvation(requests: pl.DataFrame) -> dict[str, Any]:
-    """Waits for a first token, or for an end without one, of accepted requests."""
+    """Return accepted requests' waits for a first token, or for the end if there was none."""
     import polars as pl
 
     accepted = requests.filter(pl.col("reason") != "refused")

@@ -1,4 +1,4 @@
-"""Timing the live engine, and the cost model that fits what was timed."""
+"""Times the live engine, and fits a cost model to the times."""
 
 from __future__ import annotations
 
@@ -44,17 +44,17 @@ def calibrate(
 ) -> CostModel:
     """Time the live engine with ``model`` for some minutes, and write the cost model to ``out``.
 
-    Nothing else should run on the machine. What the cost model reproduces is the time from the beginning
-    of a step to that of the next: ``step_seconds + step_overhead``. Adapters are read from a temporary
-    folder that has just been written, so their files are in the system's cache.
+    Nothing else should run on the machine. The cost model predicts the time from the beginning of a step to
+    the beginning of the next: ``step_seconds + step_overhead``. Adapters are read from a temporary folder
+    that has just been written, so their files are in the system's cache.
 
     Args:
         model: As in :class:`~aioengine.config.EngineConfig`.
-        name: The cost model's; by default that of the file.
-        design: What is timed; the default is for a model that decodes in about 10 ms a step.
-        progress: Told of: parts done, of how many, and what comes next.
+        name: Name of the cost model; by default that of the file.
+        design: Steps and loads to time; the default suits a model with decode steps of about 10 ms.
+        progress: Called with the number of timings done, their total, and the next one.
 
-    Raises ConfigError if the model cannot be had or does not fit, or ``out`` cannot be written.
+    Raises ConfigError if the model is not available or does not fit, or ``out`` cannot be written.
     """
     return asyncio.run(
         calibrate_async(model, out, name=name, dtype=dtype, device=device, design=design, progress=progress)
@@ -71,7 +71,7 @@ async def calibrate_async(
     design: Design | None = None,
     progress: Progress | None = None,
 ) -> CostModel:
-    """:func:`calibrate` where a loop is running; it can be cancelled."""
+    """:func:`calibrate` for use on a running event loop; it can be cancelled."""
     if out is not None and not out.parent.is_dir():
         raise ConfigError(f"{out}: there is no folder {out.parent}")
     with needs_extra():  # rather now than after minutes
@@ -87,7 +87,7 @@ async def calibrate_async(
 
 
 class _Calibration:
-    """Carries a design out."""
+    """Runs a design."""
 
     def __init__(self, design: Design, folder: Path, progress: Progress | None) -> None:
         self._design = design
@@ -193,7 +193,7 @@ def _stage(moves: Sequence[ProbedMove], stage: str) -> Stage:
 
 
 def machine() -> str:
-    """Return the GPU's name; where there is none the processor's, and how many threads compute."""
+    """Return the GPU's name; without a GPU, the processor's name and the number of threads that compute."""
     import torch
 
     if torch.cuda.is_available():

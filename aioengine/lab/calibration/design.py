@@ -22,12 +22,12 @@ class Part(NamedTuple):
 
 
 class Design(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The numbers of all that is timed; those of several fields are combined with one another."""
+    """Everything that is timed. Values of related fields are combined with each other."""
 
     rows: tuple[int, ...] = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
-    """Sequences that decode together..."""
+    """Numbers of sequences that decode together, combined with ``contexts``."""
     contexts: tuple[int, ...] = (64, 384, 1536)
-    """...after so many tokens; with the second and further ones only some numbers of rows."""
+    """Tokens before the decoded one. Only the first is combined with all numbers of rows."""
     tokens: int = 12_288
     """Maximum positions of all rows together."""
     prompts: tuple[int, ...] = (
@@ -50,30 +50,30 @@ class Design(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         1024,
         2048,
     )
-    """Tokens of a prompt that is computed alone..."""
+    """Tokens of a prompt that is computed alone."""
     chunks: tuple[int, ...] = (64, 512)
-    """...or after one of the longer ``contexts``."""
+    """Tokens of a part of a prompt after one of the longer ``contexts``."""
     ranks: tuple[int, ...] = (8, 16, 64)
     """Ranks of adapters. Slots are sized for the largest."""
     adapters: tuple[int, ...] = (1, 2, 4, 8)
-    """Distinct ones, of one rank, in a batch of..."""
+    """Numbers of distinct adapters of one rank in a batch."""
     adapter_rows: tuple[int, ...] = (1, 4, 8, 32)
-    """...rows that decode..."""
+    """Numbers of rows that decode with adapters."""
     adapter_prompts: tuple[int, ...] = (32, 128, 512)
-    """...or one of them in a prompt."""
+    """Tokens of a prompt with one adapter."""
     mixtures: int = 96
-    """Batches as there are in serving, with prompts beside decodes, that are drawn at random."""
+    """Number of random batches as in serving, with prompts beside decodes."""
     mixed_rows: tuple[int, ...] = (0, 1, 2, 3, 4, 6, 8, 12, 16, 24)
     mixed_prompts: tuple[int, int] = (8, 512)
-    """The shortest and the longest."""
+    """Tokens of the shortest and of the longest prompt in them."""
     repeats: int = 5
-    """How often each step is timed."""
+    """Number of timings of each step."""
     seconds: float = 100.0
-    """After which what was timed once is enough."""
+    """Seconds after which one timing of each step is enough."""
     live_rows: tuple[int, ...] = (1, 4, 16, 64)
     """Numbers of sequences that decode as in serving, to time the gap between steps."""
     live_steps: int = 20
-    """...so many steps."""
+    """Number of steps for each of them."""
     loads: int = 6
     """Adapters of each rank that are read and copied while others decode."""
     max_num_batched_tokens: int = 2048
@@ -102,8 +102,8 @@ class Design(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         return [f"rank-{rank}-{i}" for i in range(max(self.adapters))]
 
     def parts(self, longest: int) -> list[Part]:
-        """Return all steps that are timed, but those that have more than ``longest`` positions, which the
-        model does not have, or more than the design's own bounds."""
+        """Return all steps to time, without those that have more than ``longest`` positions, the model's
+        maximum, or exceed the design's own bounds."""
         found = (*self._decodes(), *self._prompts(), *self._with_adapters(), *self._mixtures())
         return [part for part in found if self._fits(part, longest)]
 
@@ -139,8 +139,8 @@ class Design(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
                 yield Part(f"a prompt of {tokens}, an adapter of rank {rank}", (Row(tokens, 0, names[0]),))
 
     def _mixtures(self) -> Iterator[Part]:
-        """Decodes and one to three prompts, lengths even on a logarithmic scale, with adapters of one rank
-        three times out of four."""
+        """Draw batches of decodes and one to three prompts. Lengths are uniform on a logarithmic scale. Three
+        of four batches have adapters, all of one rank."""
         rng = random.Random(self.seed)
         low, high = self.mixed_prompts
         for _ in range(self.mixtures):

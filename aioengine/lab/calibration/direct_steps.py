@@ -1,4 +1,4 @@
-"""Steps of any shape, made up and given to a live engine's device past its core."""
+"""Steps of any shape, which bypass a live engine's core and go directly to its device."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ class Row(NamedTuple):
     """A sequence's share of a step."""
 
     tokens: int
-    """1 after a ``start`` is a decode, everything else a part of a prompt."""
+    """Tokens to compute: 1 with ``start`` > 0 is a decode, anything else is a part of a prompt."""
     start: int
-    """Positions before them, whose keys and values are read."""
+    """Earlier positions, whose keys and values are read."""
     adapter: str | None = None
 
 
 class Timing(NamedTuple):
     shape: StepShape
     seconds: float
-    """The device's."""
+    """Seconds on the device."""
     waited: float
-    """How long the threads of this process had to wait for a processor meanwhile, together."""
+    """Seconds that this process's threads waited for a processor meanwhile, in sum."""
 
 
 class DirectSteps:
-    """Steps that are run directly on an engine without requests: its KV blocks and its adapter slots are used
-    as if all of them were free. Adapters must be placed before they are used.
+    """Runs steps directly on an engine without requests. Its KV blocks and adapter slots are used as if all
+    were free. Adapters must be placed before they are used.
 
-    Prompts are random tokens. So is what a row finds in the KV blocks before it (``fill``), because memory
-    that was never written is read faster.
+    Prompts are random tokens. The KV blocks before a row are filled with random content, too (``fill``),
+    because memory that was never written is read faster.
     """
 
     def __init__(self, engine: ProbedEngine, *, seed: int) -> None:

@@ -1,4 +1,4 @@
-"""Fitting a cost model's coefficients to what was timed: least squares on relative errors, none negative."""
+"""Fits the coefficients of a cost model to times: non-negative least squares on relative errors."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ KNOTS = (1, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
 """Tokens at which the linears' curve may bend."""
 TILES = (1, 8, 16, 32, 64, 128, 256)
 WORTH = 0.95
-"""A tile of more than one token must bring the errors down to so much."""
+"""A tile of more than one token must reduce the errors to this share."""
 OUTLIER = 5.0
-"""Errors that are larger than so many times the median do not say which tile is better."""
+"""Errors larger than this multiple of the median are ignored when tiles are compared."""
 ROUNDS = 8
-"""Rounds of reweighting: enough for the weights to settle."""
+"""Rounds of reweighting, enough for the weights to converge."""
 
 
 class Timed(NamedTuple):
-    """A step that was timed."""
+    """A step and its time."""
 
     shape: StepShape
     seconds: float
@@ -43,11 +43,11 @@ def fit_steps(points: Sequence[Timed]) -> StepFit:
     """Finds the coefficients with the smallest relative errors.
 
     Solved by non-negative least squares (Lawson and Hanson, 1974), reweighted so that outliers count
-    linearly (Huber, 1964). A curve is a sum of terms too: the linears' is one that rises by so much between
-    two of :data:`KNOTS`, those by rank have a value for each rank that was timed. The tile is not linear:
-    every one of :data:`TILES` is tried.
+    linearly (Huber, 1964). A curve is also a sum of terms: the linears' curve has a rise between each two
+    neighbours of :data:`KNOTS`, and curves by rank have a value for each timed rank. The tile is not a linear
+    term, so all :data:`TILES` are tried.
 
-    Raises ValueError for no points, or for one that took no time.
+    Raises ValueError for no points, or for a time of 0.
     """
     import numpy as np
 
@@ -122,7 +122,7 @@ class _Terms:
 
 
 def _knots(tokens: Sequence[int]) -> list[int]:
-    """Return those of :data:`KNOTS` that have timings between them, and beyond."""
+    """Return the :data:`KNOTS` with timings between them and beyond."""
     knots = [KNOTS[0]]
     for knot in KNOTS[1:]:
         if any(knots[-1] < n <= knot for n in tokens) and max(tokens) > knot:
@@ -131,7 +131,8 @@ def _knots(tokens: Sequence[int]) -> list[int]:
 
 
 def fit_line(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
-    """(a, b) of y = a + b x, neither negative, for points (x, y) with y > 0; errors as in fit_steps."""
+    """Fit y = a + b x, with a and b >= 0, to points (x, y) with y > 0; errors as in fit_steps. Returns (a,
+    b)."""
     import numpy as np
 
     x, y = np.array(points, dtype=float).T
@@ -144,13 +145,13 @@ def fit_stage(points: Sequence[tuple[float, float]]) -> Stage:
     if not points:
         raise ValueError("a stage needs moves that were timed")
     latency, per_byte = fit_line(points)
-    # Moves so small that their size does not show: as fast as the fastest was, all in all.
+    # The moves are so small that their size has no effect: use the fastest move's bytes per second.
     fastest = max(nbytes / seconds for nbytes, seconds in points)
     return Stage(latency, 1 / per_byte if per_byte > 0 else 100 * fastest)
 
 
 def _solve(matrix: Array, taken: Array) -> Array:
-    """x >= 0 with the smallest Huber loss of (matrix x - taken) / taken."""
+    """Return the x >= 0 with the smallest Huber loss of (matrix x - taken) / taken."""
     import numpy as np
 
     with needs_extra():

@@ -11,8 +11,8 @@ from aioengine.request import SamplingParams
 
 
 class LiveRequests:
-    """The prompt and the parameters of the request with the number ``index`` depend on it and ``seed``
-    alone. The tokens are random, so that no two prompts share a prefix."""
+    """Makes prompts and parameters, which depend only on a request's number ``index`` and on ``seed``. Tokens
+    are random, so that no two prompts share a prefix."""
 
     def __init__(self, spec: ModelSpec, seed: int) -> None:
         self._seed = seed
@@ -25,8 +25,9 @@ class LiveRequests:
         return random.Random(f"{self._seed} {index}").choices(self._tokens, k=arrival.prompt_tokens)
 
     def params(self, arrival: Arrival) -> SamplingParams:
-        """The output has ``arrival.output_tokens`` tokens. Where it may have more, as far as the policy
-        knows, the last of them is made to be the end of the sequence."""
+        """Return parameters with which the output has ``arrival.output_tokens`` tokens. If ``max_tokens`` is
+        larger, because the policy must not know the length, the last token is forced to be the end of the
+        sequence."""
         allowed = arrival.output_tokens if arrival.max_tokens is None else arrival.max_tokens
         if allowed <= arrival.output_tokens or not self._end:
             return SamplingParams(max_tokens=min(allowed, arrival.output_tokens), ignore_eos=True)
@@ -35,7 +36,7 @@ class LiveRequests:
 
 
 class _EndsAfter:
-    """A token constraint: any tokens, then the end of the sequence as the ``length``-th."""
+    """Token constraint that allows any tokens, and then the end of the sequence as the ``length``-th."""
 
     def __init__(self, length: int, all_but_end: bytes, only_end: bytes) -> None:
         self._length = length

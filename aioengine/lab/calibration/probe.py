@@ -1,4 +1,4 @@
-"""An engine that writes down what every step and every adapter move took."""
+"""An engine that records the time of every step and every adapter move."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from aioengine.step import LoadedAdapter, ReadOrder, StepBatch, StepResult
 
 
 class ProbedStep(NamedTuple):
-    """Times are the event loop's. The next step began at ``until``."""
+    """A step, with times of the event loop. The next step began at ``until``."""
 
     shape: StepShape
     start: float
     until: float
     seconds: float
-    """The device's time; the rest until ``until`` is the engine's own."""
+    """Seconds on the device; the rest until ``until`` is the engine's."""
 
     @property
     def wall(self) -> float:
@@ -40,7 +40,8 @@ class ProbedMove(NamedTuple):
 
 
 class Probe:
-    """``steps`` are those that another followed at once, ``moves`` those that succeeded."""
+    """Recorder of steps and moves. ``steps`` are those that another followed at once, ``moves`` those that
+    succeeded."""
 
     def __init__(self) -> None:
         self.steps: list[ProbedStep] = []
@@ -48,10 +49,10 @@ class Probe:
         self._grown = asyncio.Event()
         self._last: tuple[StepShape, float, float] | None = None
         self._open: dict[tuple[str, str, int], float] = {}
-        """Moves under way: when they began, by stage, adapter and version."""
+        """Begin of each move under way, by stage, adapter and version."""
 
     def begins(self, now: float) -> None:
-        """Notes that a step begins."""
+        """Note that a step begins."""
         if self._last is not None:
             shape, start, seconds = self._last
             self.steps.append(ProbedStep(shape, start, now, seconds))
@@ -62,18 +63,18 @@ class Probe:
         self._last = (step_shape(batch), start, seconds)
 
     def pause(self) -> None:
-        """Notes a pause: the next step does not follow the last one at once."""
+        """Note a pause: the next step does not follow the last one at once."""
         self._last = None
 
     async def grow(self, count: int) -> None:
-        """Waits until this many more steps have been recorded."""
+        """Wait until this many more steps have been recorded."""
         until = len(self.steps) + count
         while len(self.steps) < until:
             self._grown.clear()
             await self._grown.wait()
 
     def handle(self, event: events.Event) -> None:
-        """A listener for the engine's events."""
+        """Listen to the engine's events."""
         match event:
             case events.AdapterLoading():
                 self._open["disk", event.adapter, event.version] = event.time

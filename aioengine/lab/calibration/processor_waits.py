@@ -1,4 +1,4 @@
-"""How long this process has to wait for processors while something is timed."""
+"""The time that this process waits for processors while something is timed."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ _TASKS = Path("/proc/self/task")
 
 
 class Waits:
-    """Counts from when it is made how long this process's threads were ready to run and did not get a
-    processor, which Linux counts in nanoseconds; where it is not known it is 0."""
+    """Counts the time that this process's threads were ready to run but had no processor, from its
+    construction on. Linux measures it; elsewhere it is 0."""
 
     def __init__(self) -> None:
         self._start = _waited()

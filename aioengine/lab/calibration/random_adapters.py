@@ -1,4 +1,4 @@
-"""PEFT folders with random weights, for runs on a live engine that are about time and not about answers."""
+"""PEFT folders with random weights, for runs on a live engine that measure time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Timing steps in rounds, until each has been timed often enough while nothing else ran."""
+"""Times steps in rounds, until each has been timed often enough while nothing else ran."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from aioengine.lab.calibration.direct_steps import DirectSteps, Timing
 from aioengine.lab.calibration.fit import Timed
 
 CALM = 0.02
-"""A timing counts if the threads had to wait for no more than this share of it."""
+"""A timing counts if the threads waited for a processor for at most this share of it."""
 TRIES = 3
-"""Rounds in which others may disturb, for each that is needed."""
+"""Maximum rounds, as a multiple of the needed ones, because other programs may disturb some."""
 
 
 class Rounds:
-    """Every round times each part once that needs it, in another order: a drift of the machine's speed shall
-    not look like an effect, nor one step's traces in the caches."""
+    """Rounds of timings. Each round times every part that still needs it once, in another order, so that
+    neither a drift of the machine's speed nor cache contents of another step look like an effect."""
 
     def __init__(self, parts: Sequence[Part], *, repeats: int, seconds: float, seed: int) -> None:
         self.disturbed = 0
-        """Timings that do not count."""
+        """Number of timings that do not count."""
         self._parts = parts
         self._repeats = repeats
         self._seconds = seconds

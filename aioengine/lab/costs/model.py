@@ -22,18 +22,18 @@ from aioengine.model.spec import DTYPE_BYTES, ModelSpec, RopeSpec
 FORMAT = 2
 """The version of the JSON."""
 _PAIR = re.compile(r"\[\s+([^\s,\[\]{}]+),\s+([^\s,\[\]{}]+)\s+\]")
-"""A list of two numbers, which JSON for people has on one line."""
+"""A list of two numbers, which readable JSON has on one line."""
 
 
 class Stage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One stage of an adapter's way, disk to CPU or CPU to slot; moves at once share its bandwidth."""
+    """A stage of an adapter's move, disk to CPU or CPU to slot. Simultaneous moves share its bandwidth."""
 
     latency: float
-    """Seconds that a move takes whatever its size."""
+    """Seconds of a move that do not depend on its size."""
     bandwidth: float
     """Bytes a second."""
     slowdown: float = 1.0
-    """How many times as long steps take meanwhile."""
+    """Factor on the time of steps meanwhile."""
 
     def __post_init__(self) -> None:
         check_number("latency", self.latency, low=0.0)
@@ -41,7 +41,7 @@ class Stage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         check_number("slowdown", self.slowdown, low=1.0)
 
     def seconds(self, nbytes: float) -> float:
-        """Returns the duration of a move that has the stage to itself."""
+        """Return the duration of a move without simultaneous moves."""
         return self.latency + nbytes / self.bandwidth
 
 
@@ -112,15 +112,15 @@ class FitQuality(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     """Errors of the fitted steps, as shares of the timed ones."""
 
     steps: int
-    """Timed."""
+    """Number of timed steps."""
     median_error: float
     p90_error: float
 
 
 class CostModel(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How long a simulated device takes for each operation, and how much memory it has.
+    """Times of a simulated device's operations, and its memory.
 
-    In steady state a step begins ``step_seconds + step_overhead`` after the one before.
+    In steady state a step begins ``step_seconds + step_overhead`` after the previous one.
     """
 
     format: int = FORMAT
@@ -128,9 +128,9 @@ class CostModel(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     source: str
     """Origin of the numbers: the machine and the versions, or a publication."""
     estimate: bool
-    """From published figures instead of measurements."""
+    """Whether it is from published figures, not from measurements."""
     sources: dict[str, str] = msgspec.field(default_factory=dict)
-    """Origin of single numbers, by their name."""
+    """Origin of individual numbers, by name."""
     model: ModelShape
     steps: StepCosts
     step_overhead: float = 0.0
@@ -149,7 +149,7 @@ class CostModel(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         check_integer("device_memory", self.device_memory, low=1)
 
     def step_seconds(self, shape: StepShape) -> float:
-        """Return the device's time for a step, without :attr:`step_overhead`; to ask often, make a
+        """Return the device's time for a step, without :attr:`step_overhead`. For many steps, make a
         StepTimes."""
         return StepTimes(self.steps)(shape)
 
@@ -176,7 +176,7 @@ class CostModel(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
     @classmethod
     def from_json(cls, data: bytes, *, source: str = "cost model") -> Self:
-        """Raises ConfigError, naming ``source`` and the field, for anything but a sound cost model."""
+        """Raises ConfigError, naming ``source`` and the field, if it is not a valid cost model."""
         try:
             values = msgspec.json.decode(data)
             if isinstance(values, dict):
@@ -200,7 +200,7 @@ class CostModel(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
 
 def _refuse_other_formats(values: dict[str, Any], source: str) -> None:
-    """Before anything else is checked: a later format has fields that are not known here."""
+    """Check the version before anything else, because a later format has unknown fields."""
     found = values.get("format", FORMAT)
     if found != FORMAT:
         raise ConfigError(f"{source}: {_other_format(found)}")

@@ -19,7 +19,7 @@ def available_presets() -> tuple[str, ...]:
 def load_costs(preset: str | Path) -> CostModel:
     """Return the preset of this name, or the cost model in a JSON file (a path that ends in ``.json``).
 
-    Raises ConfigError if there is none, or it is not sound.
+    Raises ConfigError if there is none, or if it is not valid.
     """
     if str(preset).endswith(".json"):
         return CostModel.read(Path(preset))

@@ -1,7 +1,8 @@
-"""A cost model out of published figures: a roofline for the base model, traffic and launches for adapters.
+"""Makes a cost model from published figures: a roofline for the base model, traffic and launches for
+adapters.
 
-Every result is an estimate. After the roofline of Williams, Waterman and Patterson (2009), as applied to
-decoding by Pope et al., "Efficiently Scaling Transformer Inference" (arXiv 2211.05102).
+Every result is an estimate. The method is the roofline of Williams, Waterman and Patterson (2009), as applied
+to decoding by Pope et al., "Efficiently Scaling Transformer Inference" (arXiv 2211.05102).
 """
 
 from __future__ import annotations
@@ -16,18 +17,18 @@ from aioengine.model.spec import DTYPE_BYTES, ModelSpec
 
 
 class DeviceFigures(msgspec.Struct, frozen=True, kw_only=True):
-    """A GPU and its host. Bandwidths are bytes a second; what is ``achieved`` is a share of the peak."""
+    """A GPU and its host. Bandwidths are in bytes per second."""
 
     memory: int
     """Bytes that an engine can use."""
     bandwidth: float
-    """Peak, of the device's memory."""
+    """Peak bandwidth of the device's memory."""
     flops: float
-    """Peak, dense, in the model's dtype."""
+    """Peak of dense matrix products in the model's dtype."""
     host_to_device: float
-    """Achieved."""
+    """Achieved bandwidth."""
     disk: float
-    """Achieved, checks and conversion of an adapter included."""
+    """Achieved bandwidth, including checks and conversion of an adapter."""
     sources: dict[str, str]
     """Origin of each figure."""
     weights_achieved: float = 0.8
@@ -41,9 +42,9 @@ class DeviceFigures(msgspec.Struct, frozen=True, kw_only=True):
     lora_bandwidth_achieved: float = 0.5
     lora_flops_achieved: float = 0.1
     lora_launch: float = 3e-6
-    """Seconds for each shrink or expand kernel of a layer, however small."""
+    """Minimum seconds of each shrink or expand kernel of a layer."""
     step: float = 3e-4
-    """Seconds of every step that no other term has."""
+    """Seconds of every step that are in no other term."""
     sequence: float = 1e-5
     """Host seconds for each sequence of a step."""
     step_overhead: float = 1e-3
@@ -104,7 +105,7 @@ def estimate(name: str, device_name: str, model: ModelShape, device: DeviceFigur
 
 
 def _of_a_token(spec: ModelSpec) -> tuple[str, ...]:
-    """The modules of a layer that one token goes through: of experts as many as it has."""
+    """Return the modules of a layer that one token uses, with as many experts as a token has."""
     if not isinstance(spec, MixtureSpec):
         return spec.targets(None)
     chosen = {f"experts.{expert}" for expert in range(spec.experts_per_token)}
@@ -113,8 +114,8 @@ def _of_a_token(spec: ModelSpec) -> tuple[str, ...]:
 
 
 def _linears(spec: ModelSpec, *, number: float, flop: float, numbers: int, head: int) -> Curve:
-    """Seconds of the linears by tokens, for ``numbers`` weights in the layers and ``head`` in the head, each
-    of which takes ``number`` seconds to be read.
+    """Return the seconds of the linears by number of tokens, for ``numbers`` weights in the layers and
+    ``head`` in the head. Reading a weight takes ``number`` seconds.
 
     Tokens that choose their experts evenly read ``experts * (1 - (1 - chosen / experts) ** tokens)`` of them.
     """
@@ -131,7 +132,7 @@ def _linears(spec: ModelSpec, *, number: float, flop: float, numbers: int, head:
 
 
 def _roofline(*, least: float, token: float) -> Curve:
-    """Bound by memory up to so many tokens, by arithmetic beyond."""
+    """Return a curve that memory bounds for few tokens, and arithmetic for more."""
     knee = significant(least / token)
     return ((knee, least), (10 * knee, 10 * least))
 
@@ -141,8 +142,8 @@ def _by_rank(base: float, each: float) -> Curve:
 
 
 def _lora_activations(spec: ModelSpec) -> int:
-    """Elements that the adapters' kernels move for one token: each fused linear's input is read, and its
-    output read and written."""
+    """Return the elements that the adapters' kernels move for one token: they read each fused linear's input,
+    and read and write its output."""
     outputs = sum(spec.linear(module).out_features for module in _of_a_token(spec))
     inner = spec.intermediate_size
     if isinstance(spec, MixtureSpec):
@@ -240,12 +241,12 @@ A10G = DeviceFigures(
 
 
 def _of_model(device: DeviceFigures, source: str) -> DeviceFigures:
-    """The figures of a device beside the source of another model's sizes."""
+    """Return a device's figures together with the source of another model's sizes."""
     return msgspec.structs.replace(device, sources={**device.sources, "model": source})
 
 
 def estimates() -> list[CostModel]:
-    """Computes the cost models that aioengine ships as presets."""
+    """Compute the cost models that aioengine ships as presets."""
     return [
         estimate("llama3-8b-h100", "one H100 SXM 80 GB", LLAMA3_8B, H100_SXM),
         estimate("llama3-8b-a10g", "one A10G 24 GB", LLAMA3_8B, A10G),

@@ -1,4 +1,4 @@
-"""Cost model of steps: what a step's time depends on, and the seconds that it takes.
+"""Cost model of steps: a step's properties, and the seconds that it takes.
 
 No torch here. What the coefficients mean and where they come from is in docs/lab-costs.md.
 """
@@ -16,7 +16,7 @@ from aioengine.errors import ConfigError
 from aioengine.step import StepBatch
 
 Curve = tuple[tuple[float, float], ...]
-"""Points (x, seconds), by x: level before the first, straight between two, straight on after the last."""
+"""Points (x, seconds), by x. Constant before the first, linear between two, and linear after the last."""
 NONE: Curve = ((0.0, 0.0),)
 
 
@@ -24,9 +24,9 @@ class StepShape(NamedTuple):
     """Properties of a step that its time depends on."""
 
     decode_rows: int
-    """Sequences that compute one token, after their prompt."""
+    """Number of sequences that decode."""
     decode_kv: int
-    """Positions that these rows read keys and values of, summed."""
+    """Sum of the positions whose keys and values these rows read."""
     prefill_tokens: int
     prefill_pairs: int
     """Query-key pairs of the prefill chunks: the sum of tokens * (start + tokens / 2), rounded."""
@@ -67,14 +67,15 @@ def step_shape(batch: StepBatch) -> StepShape:
 
 
 class StepCosts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Seconds for what is in a :class:`StepShape`; none is negative."""
+    """Seconds of each property in a :class:`StepShape`; none is negative."""
 
     step: float = 0.0
-    """Every step."""
+    """For every step."""
     linears: Curve = NONE
-    """The base model's linears, by tokens. It never falls."""
+    """For the base model's linears, by tokens. It never falls."""
     tile: int = 1
-    """Tokens that are computed as one: beyond the first tile, whole ones are paid for."""
+    """Tokens that are computed together: beyond the first tile, a part of a tile costs as much as a whole
+    one."""
     sequence: float = 0.0
     """Each sequence in the batch: the output layer, sampling, bookkeeping."""
     decode_kv: float = 0.0
@@ -111,7 +112,7 @@ class StepCosts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
 
 class StepTimes:
-    """The seconds of a :class:`StepShape`, for being asked often: what a curve gives is worked out once."""
+    """Computes the seconds of many :class:`StepShape` values, and remembers the values of curves."""
 
     def __init__(self, costs: StepCosts) -> None:
         self._costs = costs
@@ -137,7 +138,7 @@ class StepTimes:
 
 
 def in_tiles(tokens: int, tile: int) -> int:
-    """Rounds a number of tokens up to whole tiles, which is what a step pays for."""
+    """Round a number of tokens up to whole tiles, which determine a step's time."""
     return tokens if tokens <= tile else -(-tokens // tile) * tile
 
 

@@ -1,4 +1,4 @@
-"""Conditions of a simulated fleet: how old a door's knowledge is, and what fails when."""
+"""Conditions of a simulated fleet: the age of a door's knowledge, and failures with their times."""
 
 from __future__ import annotations
 
@@ -20,26 +20,27 @@ class Fault(NamedTuple):
 
 
 class Conditions(NamedTuple):
-    """The defaults are those of replicas on one network that are well."""
+    """Conditions; the defaults are those of healthy replicas on one network."""
 
     report_seconds: float = 0.05
-    """Between two reports of a replica."""
+    """Seconds between two reports of a replica."""
     delay: float = 0.001
     """Seconds that a message takes, each way."""
     report_delay: float = 0.0
-    """Seconds that reports take beyond ``delay``: knowledge that is old when it comes."""
+    """Additional seconds that reports take, so that knowledge is old when it arrives."""
     detect_seconds: float = 0.05
-    """From a replica's death until the door knows of it."""
+    """Seconds from a replica's death until the door knows of it."""
     silent_after: float = 3.0
     """Seconds without a report after which the door gives a replica up."""
     skew: Mapping[int, float] = {}
-    """Seconds by which a replica's clock differs from the door's, by index."""
+    """Seconds by which each replica's clock differs from the door's, by index."""
     migration_limit: int = 3
-    """How often a request is sent to another replica, at most."""
+    """Maximum number of times that a request is sent to another replica."""
     plan_seconds: float = 10.0
-    """Between two plans of the placement policy."""
+    """Seconds between two plans of the placement policy."""
     scale_seconds: float = 1.0
-    """Between two questions to the scaling policy."""
+    """Seconds between two decisions of the scaling policy."""
     start_seconds: float = 30.0
-    """From the decision to add a replica until it takes requests: its model has to be read first."""
+    """Seconds from the decision to add a replica until it takes requests, because its model must be read
+    first."""
     faults: Sequence[Fault] = ()

@@ -37,8 +37,8 @@ class SimulatedFleet:
 
     Args:
         make_engine: Makes a replica's engine; it is called again when a replica that died is started.
-        watch: Told of each engine that has been started, with its replica's index, before it gets any
-            request; returns what is to be called when that engine has stopped.
+        watch: Called with each started engine and its replica's index, before it gets any request. Returns a
+            function to call when that engine has stopped.
     """
 
     def __init__(
@@ -56,11 +56,11 @@ class SimulatedFleet:
         self.migrations = 0
         """Requests sent to another replica after the one that had them was lost."""
         self.rejected = 0
-        """Requests that the router rejected, or for which no replica was there."""
+        """Requests that the router rejected, or for which there was no replica."""
         self.by_replica = [0] * replicas
         """Requests sent to each, by index."""
         self.replicas: dict[str, SimulatedReplica] = {}
-        """Live replicas by id; one that is started again gets a new id."""
+        """Live replicas by id; a restarted one gets a new id."""
         self.guard = RouterGuard(router)
         self.plan_guard = PlacementGuard(placement)
         self.moves: Counter[str] = Counter()
@@ -122,7 +122,7 @@ class SimulatedFleet:
         self._lengths[request_id] = tokens
 
     def forget_length(self, request_id: str) -> None:
-        """The request has ended."""
+        """Forget the length of a request that has ended."""
         self._lengths.pop(request_id, None)
         for replica in self._current.values():
             replica.engine.forget_length(request_id)
@@ -139,7 +139,7 @@ class SimulatedFleet:
         tenant: str | None = None,
         expected_tokens: int | None = None,
     ) -> RequestOutput:
-        """Route the request, and route it again if its replica is lost, with what was delivered.
+        """Route the request. If its replica is lost, route it again, with the tokens that were delivered.
 
         Raises EngineOverloaded if it is rejected, EngineDead if its replicas were lost more often than
         ``migration_limit``, and what engines raise.
@@ -202,7 +202,7 @@ class SimulatedFleet:
     # Replicas
 
     async def add_replica(self) -> None:
-        """Start one more, in place of one that was removed if there is such a place."""
+        """Start one more replica, at the index of a removed one if there is one."""
         taken = self._current.keys() | self._starting
         index = next((i for i in range(len(self.by_replica)) if i not in taken), len(self.by_replica))
         if index == len(self.by_replica):
@@ -233,7 +233,7 @@ class SimulatedFleet:
             await self._stop(replica, replica.close())
 
     async def _until_there(self) -> None:
-        """Wait for a replica, if there is none because nothing was asked of the fleet."""
+        """Wait for a replica, if there is none because the fleet had no requests."""
         if self.scaler is None:
             return
         self.scaler.waiting += 1
@@ -281,7 +281,7 @@ class SimulatedFleet:
         self.state.report(replica_id, report)
 
     def _lost(self, replica: SimulatedReplica) -> None:
-        """The door gives it up, and sends its requests elsewhere."""
+        """Give the replica up, and send its requests to others."""
         self.state.leave(replica.replica_id)
         replica.close_channel()
         if replica.alive:
@@ -335,7 +335,7 @@ class SimulatedFleet:
             self._draining.add(replica.replica_id)
 
     def check_invariants(self) -> None:
-        """Assert those of every engine that lives, and that the door's knowledge is sound."""
+        """Assert the invariants of every live engine and of the door's knowledge."""
         for replica in self._current.values():
             replica.engine.check_invariants()
         known: Sequence[str] = tuple(self.state.view.replicas)

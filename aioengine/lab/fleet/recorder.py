@@ -1,4 +1,5 @@
-"""Turns the events of a fleet's engines into one run's records: a row a request, whoever served it."""
+"""Turns the events of a fleet's engines into the records of one run: a row for each request, whichever
+replica served it."""
 
 from __future__ import annotations
 
@@ -45,7 +46,7 @@ class FleetRecorder:
         self._samples: list[Sample] = []
 
     def watch(self, engine: SimulatedEngine, index: int) -> Callable[[], None]:
-        """Record this engine's events, as those of replica ``index``; returns what ends it."""
+        """Record this engine's events as those of replica ``index``; returns a function that ends it."""
         sink = _ReplicaSink(self, self._slots * index)
         recorder = Recorder(engine, sink, start=self._start, ranks=self._ranks, objective=self._objective)
         self._recorders[index] = recorder
@@ -77,7 +78,7 @@ class FleetRecorder:
 
     @property
     def since_token(self) -> int:
-        """Return the seconds since the last token, of the replica where that is longest."""
+        """Steps and moves since the last token, on the replica with the most of them."""
         return max((r.since_token for r in self._recorders.values()), default=0)
 
     def expect(self, request_id: str, arrival: Arrival) -> None:
@@ -87,9 +88,11 @@ class FleetRecorder:
     def settled(
         self, request_id: str, now: float, error: Exception | None, tokens: int | None = None
     ) -> bool:
-        """The request has ended for its caller: write its row. False if no replica had accepted it.
+        """Write the row of a request that has ended for its caller. Returns False if no replica had accepted
+        it.
 
-        ``tokens`` is how many its caller has; a replica that was cut off may have made more."""
+        ``tokens`` is the number that its caller has; a replica that was cut off may have generated more.
+        """
         arrival = self._arrivals.pop(request_id)
         attempts = self._attempts.pop(request_id)
         self.ended += 1
@@ -124,12 +127,12 @@ class FleetRecorder:
         self._write_samples(now)
 
     def close(self, now: float) -> None:
-        """The run is over; to be called when all engines have stopped."""
+        """End the recording, when all engines have stopped."""
         self._progress = now
         self._write_samples(now)
 
     def attempt(self, record: RequestRecord) -> None:
-        """A request has ended on a replica; one that the door has settled already is let alone."""
+        """Note that a request has ended on a replica, unless the door has settled it already."""
         attempts = self._attempts.get(record.request_id)
         if attempts is not None:
             attempts.append(record)
@@ -147,7 +150,7 @@ class FleetRecorder:
         )
 
     def _write_samples(self, now: float) -> None:
-        """One row of those that the replicas gave."""
+        """Combine the rows of the replicas."""
         rows, self._samples = self._samples, []
         service: Counter[str] = Counter()
         for row in rows:
@@ -171,7 +174,7 @@ class FleetRecorder:
         )
 
     def keep(self, sample: Sample) -> None:
-        """A replica's sample, to be added to those of the others."""
+        """Add a replica's sample to those of the others."""
         self._samples.append(sample)
 
     def span(self, record: SlotSpan) -> None:

@@ -1,4 +1,4 @@
-"""Plays a workload on a simulated fleet."""
+"""Runs a workload on a simulated fleet."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class FleetReplayed(NamedTuple):
 
     replayed: Replayed
     requests_by_replica: list[int]
-    """Sent to each: one that was sent again counts again."""
+    """Requests sent to each replica; a request that is sent again counts again."""
     migrations: int
     """Requests sent to another replica after theirs was lost."""
     rejected: int
@@ -58,8 +58,8 @@ async def replay_on_fleet(
 
     Args:
         make_engine: Makes the engine of one replica.
-        look: Is shown the fleet when it has started, and again before it is stopped.
-        listener: Hears the events of all replicas' engines.
+        look: Called with the fleet when it has started, and again before it is stopped.
+        listener: Called with the events of all replicas' engines.
 
     Raises what :func:`aioengine.lab.runs.replay.replay` raises.
     """

@@ -18,11 +18,11 @@ from aioengine.schedulers.routing import Move, ReplicaLimits, Report
 from aioengine.tasks import end_tasks
 
 IDLE_REPORTS = 20
-"""A replica that does nothing reports every so many times only, and so often that it is not given up."""
+"""An idle replica sends only every n-th report, often enough not to be given up."""
 
 
 class ReplicaLost(Exception):
-    """The replica died, or is not heard of any more."""
+    """Error for a replica that died or cannot be reached."""
 
     def __init__(self, delivered: int) -> None:
         super().__init__("the replica is lost")
@@ -31,7 +31,7 @@ class ReplicaLost(Exception):
 
 
 class Attempt:
-    """A request on one replica. ``outcome`` is what the door hears."""
+    """A request on one replica. ``outcome`` is the result that reaches the door."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.outcome: asyncio.Future[RequestOutput] = loop.create_future()
@@ -41,7 +41,7 @@ class Attempt:
 
 
 class SimulatedReplica:
-    """``started`` and ``reported`` are what the door is told, after the link's delay."""
+    """A replica. The door calls ``started`` and ``reported`` after the link's delay."""
 
     def __init__(
         self,
@@ -68,7 +68,7 @@ class SimulatedReplica:
         self._open.set()
         self._received = self._ended = 0
         self._channel = 0
-        """Number of the channel: what went through an earlier one no longer counts."""
+        """Number of the channel; messages of an earlier channel do not count."""
         self._told_version = -1
         self._last: tuple[Any, ...] = ()
         self._quiet = 0
@@ -86,7 +86,7 @@ class SimulatedReplica:
     # The door's side
 
     def submit(self, prompt: list[int], params: SamplingParams, output: int, **options: Any) -> Attempt:
-        """Send a request over the link, of whose output so many tokens have been delivered."""
+        """Send a request over the link. ``output`` tokens of it have been delivered before."""
         attempt = Attempt(self._loop)
         attempt.delivered = output
         self.attempts[options["request_id"]] = attempt
@@ -96,7 +96,7 @@ class SimulatedReplica:
         return attempt
 
     def close_channel(self) -> None:
-        """The door has given the replica up: what it had sent is aborted there, and fails here."""
+        """Note that the door has given the replica up: its requests are aborted there, and fail here."""
         self._channel += 1
         self._received = self._ended = 0
         self._told_version = -1
@@ -115,7 +115,7 @@ class SimulatedReplica:
     # What happens to it
 
     def cut(self) -> None:
-        """Cut the link: no message passes any more."""
+        """Cut the link, so that no message passes."""
         self._keep_delivered()
         self._open.clear()
 
@@ -128,7 +128,7 @@ class SimulatedReplica:
         return self.alive and self._open.is_set()
 
     async def kill(self) -> None:
-        """End its process, with all that it held."""
+        """End its process."""
         self._keep_delivered()
         self.alive = False
         await self.close()
@@ -170,7 +170,7 @@ class SimulatedReplica:
             attempt.outcome.set_result(found)
 
     async def _cross(self) -> None:
-        """A message's way over the link."""
+        """Deliver a message over the link."""
         if self._conditions.delay:
             await asyncio.sleep(self._conditions.delay)
         await self._open.wait()
@@ -185,7 +185,7 @@ class SimulatedReplica:
                     await self.engine.pin_adapter(move.adapter)
                 case "unpin":
                     await self.engine.unpin_adapter(move.adapter)
-                # "unload": the cache drops what is not used first, and it is not wanted here any more
+                # "unload": nothing to do, because the cache first drops adapters that are not used
 
     def _on_event(self, event: events.Event) -> None:
         if isinstance(event, events.FirstToken) and event.request_id in self.attempts:
@@ -200,7 +200,7 @@ class SimulatedReplica:
             await asyncio.sleep(every)
 
     def _report(self) -> Report | None:
-        """None if there is nothing to say, and it is not time for a sign of life."""
+        """Return a report; None if there is nothing new and no sign of life is due."""
         core = self.engine._core
         state = (self._reporter.version, len(core.requests), self._received, self._ended, self._channel)
         self._quiet += 1
@@ -214,7 +214,8 @@ class SimulatedReplica:
         )
 
     def _later(self, delay: float, call: Callable[..., None], *args: Any) -> None:
-        """A message to the door: lost if the link is cut when it is sent or when it would arrive."""
+        """Send a message to the door. It is lost if the link is cut when it is sent or when it would
+        arrive."""
         if not self._open.is_set():
             return
         channel = self._channel

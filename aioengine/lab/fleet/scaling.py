@@ -1,4 +1,4 @@
-"""The number of replicas of a simulated fleet, by a scaling policy of the same class as in a real one."""
+"""Scales a simulated fleet by the same scaling policies as a real one."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ class Scaled(NamedTuple):
     """Replicas added after the start."""
     stopped: int
     fewest: int
-    """Replicas that took requests, at the least busy moment."""
+    """Smallest number of replicas that took requests at a time."""
     most: int
     replica_seconds: float
-    """Sum over the replicas of the seconds for which each was there, its start included: what is paid for."""
+    """Sum of the seconds for which each replica existed, its start included."""
 
 
 class ScalableFleet(Protocol):
@@ -37,7 +37,7 @@ class ScalableFleet(Protocol):
 
 
 class Scaler:
-    """Asks ``policy`` every ``every`` seconds; a replica that is added takes ``start_seconds`` to come."""
+    """Asks ``policy`` every ``every`` seconds; an added replica takes ``start_seconds`` to start."""
 
     def __init__(
         self,
@@ -60,7 +60,7 @@ class Scaler:
         self._paid = 0.0
         self._started = self._stopped = self._starting = 0
         self.waiting = 0
-        """Requests for which no replica is there."""
+        """Requests for which there is no replica."""
 
     async def run(self) -> None:
         while True:

@@ -1,1 +1,1 @@
-"""Holding a scheduling policy to its contract: random events, and what comes of them."""
+"""Checks scheduling policies against their contract, with random events."""

@@ -1,4 +1,4 @@
-"""Runs a policy through random scenarios, and says what it breaks."""
+"""Runs a policy through random scenarios, and reports its faults."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Where(NamedTuple):
 
 
 class Finding(NamedTuple):
-    """Something that the policy did, and where it did so first."""
+    """A fault of the policy, and where it first occurred."""
 
     what: str
     first: Where
@@ -51,8 +51,7 @@ class Checked(NamedTuple):
     broken: tuple[Finding, ...]
     """Faults that no policy should have."""
     refused: tuple[Finding, ...]
-    """Items of decisions that the core did not carry out, by reason. It is no fault to name more than
-    fits."""
+    """Items of decisions that the core did not carry out, by reason. A policy may propose more than fits."""
 
     @property
     def sound(self) -> bool:
@@ -69,13 +68,13 @@ def check_policy_contract(
 ) -> Checked:
     """Run a policy through every scenario, ``runs`` times each, and the first of them twice over.
 
-    Nothing is waited for: a run takes what its decisions take. The same policy meets the same events on every
+    Time is simulated, so a run takes only the time of its decisions. A policy gets the same events on every
     machine.
 
     Args:
-        make: Called for each run: policies keep state.
-        turns: Of a run, in which things happen; then everything has to end.
-        progress: Told how many of how many runs are done.
+        make: Makes a policy for each run, because policies have state.
+        turns: Number of turns in which events happen in a run; afterwards everything must end.
+        progress: Called with the number of runs done, and their total.
     """
     found = _Findings()
     total = len(scenarios) * runs
@@ -140,7 +139,7 @@ class _Findings:
 
 
 class _Watched(SchedulerPolicy):
-    """Passes everything on to the policy, and keeps what it does."""
+    """Policy that passes everything on to another one, and records its answers."""
 
     def __init__(self, inner: SchedulerPolicy, report: Callable[[str, str], None]) -> None:
         self.decisions: list[Any] = []
@@ -180,8 +179,8 @@ class _Watched(SchedulerPolicy):
 
 @contextmanager
 def _time_limit(seconds: float) -> Iterator[None]:
-    """Raises TimeoutError inside; on the main thread of a platform with interval timers, else does
-    nothing."""
+    """Raise TimeoutError inside after some seconds, on the main thread of a platform with interval timers.
+    Elsewhere, do nothing."""
     if not hasattr(signal, "setitimer") or threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -1,4 +1,4 @@
-"""A core around which random things happen: requests, reads, copies, failures, at no time at all."""
+"""A core with random events around it: requests, reads, copies and failures, which take no time."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from aioengine.step import Sampled, StepBatch, StepResult
 
 STEP_SECONDS = 0.05
 MOST_TURNS_TO_END = 4000
-"""Turns after the last arrival in which everything must have ended; most runs need a few dozens."""
+"""Number of turns after the last arrival in which everything must end; most runs need a few dozen."""
 
 CHECK_EVERY = 8
-"""Turns between two looks at all invariants, which take longer than a turn."""
+"""Number of turns between two checks of all invariants, because a check takes longer than a turn."""
 
 SMALL = CoreLimits(
     num_slots=2,
@@ -36,7 +36,7 @@ SMALL = CoreLimits(
 
 
 class Scenario(NamedTuple):
-    """Probabilities of what can happen in a turn."""
+    """Probabilities of events in a turn."""
 
     name: str
     limits: CoreLimits = SMALL
@@ -51,13 +51,13 @@ class Scenario(NamedTuple):
     """An adapter gets a new version, is unloaded, or comes back."""
     pin: float = 0.0
     lose: float = 0.0
-    """The device is lost with all that was on it."""
+    """The device is lost with its contents."""
     tenants: int = 0
     priorities: int = 1
     deadlines: float = 0.0
     """Share of requests with a deadline."""
     prefixes: int = 6
-    """Beginnings that prompts share."""
+    """Number of prefixes that prompts share."""
 
 
 SCENARIOS = (
@@ -79,11 +79,11 @@ SCENARIOS = (
 
 
 class NeverEnds(Exception):
-    """Requests wait although nothing is in their way."""
+    """Error for requests that wait although nothing prevents them from running."""
 
 
 class World:
-    """Drives a core through a scenario by a seed: the same policy meets the same on every run.
+    """Drives a core through a scenario by a seed; a policy gets the same events in every run.
 
     Args:
         policy: The core's.
@@ -105,7 +105,8 @@ class World:
             self._register(name)
 
     def run(self, turns: int) -> None:
-        """Raises NeverEnds, and AssertionError if an invariant of the core's does not hold."""
+        """Run the scenario. Raises NeverEnds, and AssertionError if an invariant of the core does not
+        hold."""
         for _ in range(turns):
             self._disturb()
             self._turn(calm=False)
@@ -117,7 +118,8 @@ class World:
         raise NeverEnds(self._state())
 
     def _turn(self, *, calm: bool) -> None:
-        """One step, and some of the moves under way; all of them, and whole, where it is calm."""
+        """Take one step, and finish some of the moves under way; all of them, without failures, if
+        ``calm``."""
         for entry in list(self._loads):
             if calm or self._rng.random() < 0.5:
                 self._loads.remove(entry)

@@ -12,10 +12,10 @@ from aioengine.errors import AioEngineError, ConfigError
 from aioengine.lab.workload.requests import Arrival, Workload
 
 STALL_SECONDS = 600.0
-"""After so long without a step or a move while requests wait, a run is given up."""
+"""A run is given up after this time without a step or a move while requests wait."""
 
 MOST_WITHOUT_TOKEN = 10_000
-"""And after so many steps and moves in which no request had a token."""
+"""A run is given up after this many steps and moves in which no request got a token."""
 
 Progress = Callable[[int, int | None, float], None]
 """Callback with the number of requests that have ended, their total (None: not known), and the seconds into
@@ -23,7 +23,7 @@ the run."""
 
 
 class RunStalled(AioEngineError):
-    """The policy, or what the requests ask for, has brought the run to a standstill."""
+    """Error for a run in which nothing moves, because of the policy or of the requests."""
 
 
 class Replayed(NamedTuple):
@@ -35,7 +35,7 @@ class Replayed(NamedTuple):
     refused: int
     """Never accepted."""
     failed: int
-    """Accepted, and ended with an error: a deadline passed, say."""
+    """Accepted, and ended with an error, for example because a deadline passed."""
     seconds: float
     """From the start to the end of the last request."""
 
@@ -102,8 +102,9 @@ class OpenLoop(ABC):
         """Describe the state, for the message that nothing moves."""
 
     async def send_all(self) -> None:
-        """Raises RunStalled if nothing has moved for :data:`STALL_SECONDS` while requests wait, or
-        nothing came of :data:`MOST_WITHOUT_TOKEN` steps and moves."""
+        """Send all requests and wait for them. Raises RunStalled if nothing has moved for
+        :data:`STALL_SECONDS` while requests wait, or if no request got a token in :data:`MOST_WITHOUT_TOKEN`
+        steps and moves."""
         try:
             async with asyncio.TaskGroup() as around:
                 watch = around.create_task(self._watch(), name="aioengine-lab-watch")
@@ -156,7 +157,7 @@ class OpenLoop(ABC):
             self._callers.release()
 
     async def _watch(self) -> None:
-        """Sample at regular times, and see that something moves."""
+        """Sample at regular times, and check that something moves."""
         loop, recorder, tick = self._loop, self._watched, 0
         while True:
             tick += 1
@@ -178,6 +179,6 @@ class OpenLoop(ABC):
 
 
 def _first(errors: BaseExceptionGroup[AioEngineError]) -> AioEngineError:
-    """Return the first of the errors that came at once, which are much the same."""
+    """Return the first of several simultaneous errors, which are usually alike."""
     error = errors.exceptions[0]
     return _first(error) if isinstance(error, BaseExceptionGroup) else error

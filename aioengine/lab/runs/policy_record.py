@@ -1,4 +1,4 @@
-"""Whether the policy that a run is named after really decided in it."""
+"""Records whether the policy under test made all decisions of a run."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ class PolicyRecord(NamedTuple):
     fallback_steps: int
     """Decisions that the built-in safe policy made in its place."""
     failures: int
-    """Calls of the policy that raised, or whose answer was none."""
+    """Calls of the policy that raised, or whose answer was not valid."""
     reason: str | None = None
-    """The first of what went wrong."""
+    """The first failure."""
     traceback: str | None = None
 
     @property
@@ -28,7 +28,7 @@ class PolicyRecord(NamedTuple):
 
 
 class PolicyWatch:
-    """A listener that counts where the policy was passed over."""
+    """Listener that counts where another policy decided."""
 
     def __init__(self) -> None:
         self._steps = self._fallback = self._failures = 0

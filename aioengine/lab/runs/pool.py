@@ -1,7 +1,7 @@
-"""Runs in processes of their own, as many at a time as there are jobs.
+"""Runs in separate processes, several at a time.
 
-One that is killed (out of memory, say) fails its own run and no other, which neither
-``concurrent.futures`` nor ``joblib`` gives: there, one lost worker breaks the pool.
+If a process is killed, for example for lack of memory, only its run fails. With ``concurrent.futures`` and
+``joblib`` a lost worker breaks the whole pool.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from multiprocessing.context import SpawnProcess
 
 _POLL_SECONDS = 0.2
-"""Seconds after which a request to stop is noticed."""
+"""Seconds between two checks of whether to stop."""
 
 
 class Task(NamedTuple):

@@ -1,4 +1,4 @@
-"""Plays a workload on an engine, live or simulated, and records what comes of it."""
+"""Runs a workload on an engine, live or simulated, and records the results."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ async def replay(
     progress: Progress | None = None,
     total: int | None = None,
 ) -> Replayed:
-    """Send every request at its time, whatever became of those before it (an open loop), and wait for all
-    of them. No more of the workload is held than the requests that have not ended.
+    """Send every request at its time, whether or not earlier ones have ended (an open loop), and wait for all
+    of them. Only requests that have not ended are in memory.
 
     Args:
         engine: It must be running; the workload's adapters are registered first.
@@ -40,7 +40,7 @@ async def replay(
         total: How many requests there are, for ``progress``.
 
     Raises:
-        RunStalled: Nothing has moved for ``STALL_SECONDS`` while requests wait, or nothing came of
+        RunStalled: Nothing has moved for ``STALL_SECONDS`` while requests wait, or no request got a token in
             ``MOST_WITHOUT_TOKEN`` steps and moves.
         ConfigError: ``sample_seconds`` is not more than 0.
     """

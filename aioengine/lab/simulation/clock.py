@@ -1,8 +1,8 @@
 """Virtual time: an event loop on which waiting takes no time, because its clock jumps to the next timer.
 
-Own code, and short: what the libraries for this add (`looptime` rounds times and guards against idle
-loops for tests, `async-solipsism` simulates sockets too) costs time on every turn of the loop, of which a
-run takes hundreds of thousands, and is not needed.
+This is a small file of our own. The libraries for this purpose do more (`looptime` rounds times and guards
+against idle loops in tests, `async-solipsism` also simulates sockets), which is not needed here and costs
+time in each of the hundreds of thousands of loop iterations of a run.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ class VirtualTimeLoop(asyncio.SelectorEventLoop):
     """Event loop in virtual time, for coroutines that wait for timers and for each other, not for threads or
     sockets. Starts at 0.
 
-    The same coroutines do the same in the same order on every run. When everything waits and no timer is
-    set, the loop's ``run_...`` raises :class:`NothingToWaitFor`.
+    Coroutines run in the same order in every run. When everything waits and no timer is set, the loop's
+    ``run_...`` raises :class:`NothingToWaitFor`.
     """
 
     _clock_resolution: float
@@ -64,9 +64,9 @@ class VirtualTimeLoop(asyncio.SelectorEventLoop):
 
 
 def run_in_virtual_time(main: Coroutine[Any, Any, T]) -> T:
-    """``asyncio.run`` on a loop of its own in virtual time.
+    """Run like ``asyncio.run``, on a new loop in virtual time.
 
-    Where a loop is running already, as in a notebook, it blocks that while a thread does the work.
+    If a loop is running already, as in a notebook, it is blocked while a thread does the work.
     """
     try:
         asyncio.get_running_loop()

@@ -11,12 +11,11 @@ from aioengine.lab.costs.model import Stage
 
 
 class SharedStage:
-    """Transfers of one stage at once share its bandwidth equally, from moment to moment (processor
-    sharing); the latency of each passes before that.
+    """Simultaneous transfers of one stage. After its latency, each gets an equal share of the bandwidth at
+    any time (processor sharing).
 
-    All under way are given the same number of bytes in any interval. So one count is kept, of the bytes
-    that each has been given since the stage was idle last, and a transfer is done when the count has
-    risen by its size.
+    In any interval all transfers get the same number of bytes. So one count is enough: the bytes that each
+    has got since the stage was last idle. A transfer is done when the count has risen by its size.
     """
 
     def __init__(self, stage: Stage) -> None:
@@ -57,7 +56,7 @@ class SharedStage:
         self._as_of = now
 
     def _plan(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Set the timer for the one that ends next."""
+        """Set the timer for the transfer that ends next."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
@@ -67,7 +66,7 @@ class SharedStage:
 
     def _finish(self, loop: asyncio.AbstractEventLoop) -> None:
         self._advance(loop.time())
-        self._given = max(self._given, self._ends[0][0])  # a float's last bit must not leave a byte over
+        self._given = max(self._given, self._ends[0][0])  # rounding of floats must not leave a byte
         while self._ends and self._ends[0][0] <= self._given:
             done = heappop(self._ends)[2]
             if not done.done():
@@ -76,11 +75,11 @@ class SharedStage:
 
 
 class Processor:
-    """Processor that does one piece of work at a time, more slowly while it is disturbed."""
+    """Processor that does one piece of work at a time, and is slower while it is disturbed."""
 
     def __init__(self) -> None:
         self._paces: list[float] = [1.0]
-        """Seconds for a second's work, of all that disturb; the largest counts."""
+        """Factors of all disturbances on the time of work; the largest counts."""
         self._left = 0.0
         self._as_of = 0.0
         self._done: asyncio.Future[None] | None = None
@@ -103,7 +102,7 @@ class Processor:
 
     @contextmanager
     def disturbed(self, slowdown: float) -> Iterator[None]:
-        """Work takes ``slowdown`` times as long, at least, while anybody is inside."""
+        """Make work take at least ``slowdown`` times as long while the context lasts."""
         before = max(self._paces)
         self._paces.append(slowdown)
         self._paced(before)
@@ -115,7 +114,7 @@ class Processor:
             self._paced(before)
 
     def _paced(self, before: float) -> None:
-        """The pace may have changed from ``before``."""
+        """Adjust to a pace that may differ from ``before``."""
         if self._done is None or before == max(self._paces):
             return
         loop = asyncio.get_running_loop()

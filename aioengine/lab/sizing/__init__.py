@@ -1,1 +1,1 @@
-"""How much of everything a workload needs to be served within its objectives."""
+"""Finds the replicas, slots and memory that a workload needs for its objectives."""

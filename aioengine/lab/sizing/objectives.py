@@ -24,12 +24,12 @@ TIMES = {
 OF = ("mean", "p50", "p90", "p95", "p99", "max")
 SHARES = ("goodput", "served")
 SERVED = 0.99
-"""How many of the requests must be served, out of 1, where nothing else is said: or a policy that turns most
-of them away would be the fastest."""
+"""Default share of requests that must be served. Otherwise a policy that rejects most requests would be the
+fastest."""
 
 
 def with_p95(summary: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """Return a run's summary with the 95th percentiles, which only its files have."""
+    """Return a run's summary with 95th percentiles, which are computed from its files."""
     times = times_of(load_frames(folder).requests)
     groups = {
         group: {**summary[group], "p95": times[group].drop_nulls().quantile(0.95, "linear")}
@@ -46,11 +46,11 @@ class Objective(NamedTuple):
 
     @property
     def is_share(self) -> bool:
-        """Whether the bound is a least share, and not a most number of seconds."""
+        """Whether the bound is a minimum share, not a maximum number of seconds."""
         return self.name in SHARES
 
     def of(self, summary: Mapping[str, Any]) -> float:
-        """Return the figure of a run, by its summary; infinite (a share: 0) where nothing was served."""
+        """Return the figure in a run's summary; infinite (a share: 0) if nothing was served."""
         if self.name == "goodput":
             slo = summary["slo"]
             asked = slo["requests_with_deadline"]
@@ -69,7 +69,8 @@ class Objective(NamedTuple):
         return value >= self.bound if self.is_share else value <= self.bound
 
     def verdict(self, found: Estimate) -> bool | None:
-        """Whether the bound holds, by the whole interval over the seeds; None: the interval includes it."""
+        """Whether the bound holds for the whole interval over the seeds; None: the bound is in the
+        interval."""
         low = found.mean if found.low is None else found.low
         high = found.mean if found.high is None else found.high
         if self.holds(low) == self.holds(high):
@@ -87,9 +88,10 @@ class Objective(NamedTuple):
 
 
 def parse_objectives(texts: Iterable[str]) -> list[Objective]:
-    """Objectives out of texts such as "ttft_p99=2.0" or "ttft_p99=2.0,itl_p95=0.05", with ``served`` added.
+    """Parse objectives from texts such as "ttft_p99=2.0" or "ttft_p99=2.0,itl_p95=0.05", with ``served``
+    added.
 
-    Raises ConfigError for a name that there is not, or a bound out of range.
+    Raises ConfigError for an unknown name, or a bound out of range.
     """
     known = [*SHARES, *(f"{name}_{of}" for name in TIMES for of in OF)]
     found: dict[str, Objective] = {}

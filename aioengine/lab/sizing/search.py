@@ -42,31 +42,32 @@ class Trial(NamedTuple):
     figures: dict[str, Estimate]
     """Figures by objective; empty if the size cannot be run."""
     holds: bool | None
-    """None: the intervals over all seeds include a bound, and it counts as not holding."""
+    """Whether the objectives hold. None: a bound is within an interval over all seeds, which counts as not
+    holding."""
     seeds: int
     use: dict[str, float]
     """Use of the device: shares between 0 and 1, means over the seeds."""
     error: str = ""
-    """Why it cannot be run: it does not fit into memory, say."""
+    """Why it cannot be run, for example because it does not fit into memory."""
 
 
 class Sized(NamedTuple):
     """The answer."""
 
     size: Size | None
-    """None: nothing that was tried holds the objectives."""
+    """Smallest size that holds the objectives; None: none does."""
     trials: list[Trial]
-    """All that were run, in their order."""
+    """All trials, in order."""
     neighbours: dict[str, Trial | None]
-    """Next smaller size for each of "replicas", "slots" and "cpu_loras", which was tried and does not meet
-    the objectives; None where there is none, or it was fixed."""
+    """For each of "replicas", "slots" and "cpu_loras" the next smaller size, which was tried and does not
+    hold the objectives; None if there is none, or if it was fixed."""
 
     def trial(self, size: Size) -> Trial:
         return next(trial for trial in self.trials if trial.size == size)
 
 
 class Bounds(NamedTuple):
-    """Between what is searched; equal ones fix a dimension."""
+    """Bounds of the search; equal bounds fix a dimension."""
 
     replicas: tuple[int, int] = (1, 16)
     slots: tuple[int, int] | None = None
@@ -89,14 +90,14 @@ def find_size(
 ) -> Sized:
     """Search the smallest size: first replicas, then slots, then places in the CPU cache.
 
-    A size holds if every objective's 95% interval over the seeds does; if an interval includes its bound,
-    seeds are added up to ``most_seeds``, and what is then not told apart counts as not holding. All sizes
-    meet the same arrivals. More of each is taken to be no worse, except for slots, of which several numbers
-    are tried with each number of replicas; the size with one less of each dimension was run, and does not
-    hold.
+    A size holds if the 95% interval over the seeds of every objective keeps its bound. If a bound is within
+    the interval, seeds are added up to ``most_seeds``; if it still is, the size counts as not holding. All
+    sizes get the same arrivals. The search assumes that more replicas or CPU cache places are never worse.
+    For slots it does not, and tries several numbers with each number of replicas. The sizes with one less in
+    a dimension were run, and do not hold.
 
     Args:
-        experiment: The workload and all that is not searched.
+        experiment: The workload, and all settings that are not searched.
         out: A folder for the runs, below ``runs``.
         jobs: Runs at a time, each in a process of its own; one is done in this process.
         tried: Told of each trial.
@@ -170,7 +171,7 @@ class _Search:
         return best
 
     def _any_slots(self, replicas: int, slots: tuple[int, int], bounds: Bounds, adapters: int) -> Size | None:
-        """Return a size with so many replicas that holds; None if there is none."""
+        """Return a size with this number of replicas that holds; None if there is none."""
         low, count = slots
         for _ in range(SLOT_LADDER):
             cpu_loras = max(count, bounds.cpu_loras[1] if bounds.cpu_loras else adapters)
@@ -214,7 +215,7 @@ class _Search:
         return max(fits, 1)
 
     def _error(self, costs: CostModel, slots: int, adapters: int) -> ConfigError | None:
-        """Why so many slots do not fit into memory; None if they do."""
+        """Return why this number of slots does not fit into memory; None if it does."""
         try:
             costs.plan(self._of(Size(1, slots, max(adapters, slots)), 0).engine_config())
         except ConfigError as error:
@@ -286,7 +287,7 @@ class _Search:
 
 
 def _use(experiment: Experiment, replicas: int, summaries: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """Return how much of what there is was in use."""
+    """Return the shares of the resources that were in use."""
     engines = [summary["engine"] for summary in summaries]
     hits = [summary["hits"] for summary in summaries]
 

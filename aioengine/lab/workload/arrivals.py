@@ -1,7 +1,7 @@
 """Arrival processes: when requests come.
 
-Times are whole microseconds: gaps are rounded one by one, so that what differs in the last bit between
-mathematical libraries does not add up.
+Times are whole microseconds. Each gap is rounded, so that differences in the last bit between mathematical
+libraries do not add up.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ class Poisson(ArrivalProcess):
 
 
 class GammaArrivals(ArrivalProcess):
-    """Gaps out of a Gamma distribution with the coefficient of variation ``cv``: 1 is Poisson, more comes
-    in bunches. As in S-LoRA (arXiv 2311.03285): shape 1/cv^2, scale cv^2/rate."""
+    """Gaps with a Gamma distribution and the coefficient of variation ``cv``: 1 is Poisson, more is burstier.
+    As in S-LoRA (arXiv 2311.03285): shape 1/cv^2, scale cv^2/rate."""
 
     def __init__(self, rate: float, cv: float) -> None:
         self.rate = rate
@@ -78,7 +78,7 @@ class OnOff(ArrivalProcess):
         now = 0
         until = _microseconds(exponential(rng) * self.on)
         while True:
-            # A gap that reaches beyond the burst is dropped: the next one has no memory of it.
+            # A gap that reaches beyond the burst is dropped; exponential gaps have no memory.
             then = now + _microseconds(exponential(rng) / self.rate)
             if then < until:
                 now = then
@@ -89,8 +89,8 @@ class OnOff(ArrivalProcess):
 
 
 class Diurnal(ArrivalProcess):
-    """A rate that swings as a sine around ``rate`` by the share ``depth`` of it, once in ``period`` seconds;
-    it begins at the mean and rises. By thinning (Lewis and Shedler, 1979)."""
+    """Arrivals with a rate that follows a sine around ``rate`` with amplitude ``depth * rate`` and ``period``
+    seconds; it begins at the mean and rises. Drawn by thinning (Lewis and Shedler, 1979)."""
 
     def __init__(self, rate: float, period: float, depth: float) -> None:
         self.rate = rate

@@ -1,4 +1,4 @@
-"""Requests that are longer than the model's context: counted before a run, and cut if that is asked for."""
+"""Requests longer than the model's context: counts them before a run, and cuts them if requested."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from aioengine.lab.workload.requests import AdapterShape, Arrival, Objective, Wo
 
 
 class TooLong(NamedTuple):
-    """How many of a workload's requests do not fit into the context."""
+    """Number of a workload's requests that do not fit into the context."""
 
     requests: int
     of: int
@@ -28,7 +28,7 @@ class TooLong(NamedTuple):
 
 
 COUNTED = 100_000
-"""Requests that are looked at before a run, so that a workload of millions begins soon."""
+"""Maximum number of requests that are counted before a run, so that a run of millions begins soon."""
 
 
 def count_too_long(workload: Workload, limit: int, first: int | None = COUNTED) -> TooLong:

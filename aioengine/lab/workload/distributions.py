@@ -42,7 +42,7 @@ class Constant(Distribution):
 
 
 class Uniform(Distribution):
-    """Each of ``low..high``, both included, as often as the others."""
+    """Uniform over ``low..high``, both included."""
 
     def __init__(self, low: int, high: int) -> None:
         self.low = low
@@ -53,7 +53,7 @@ class Uniform(Distribution):
 
 
 class LogNormal(Distribution):
-    """``sigma`` is the deviation of the logarithm; what is beyond ``low..high`` is taken to the nearer."""
+    """``sigma`` is the deviation of the logarithm; values outside ``low..high`` are clipped."""
 
     def __init__(self, median: float, sigma: float, low: int, high: int) -> None:
         self.median = median
@@ -95,7 +95,7 @@ def parse_ranks(field: str, value: int | str) -> Shares:
 
 
 def draw_shape(name: str, ranks: Shares, sizes: Distribution | None, seed: int) -> AdapterShape:
-    """Return the adapter's shape depends on its name and on nothing else that is drawn."""
+    """Return the adapter's shape, which depends on its name and not on other draws."""
     rank = ranks.draw(stream(seed, f"rank of {name}"))
     nbytes = None if sizes is None else sizes.draw(stream(seed, f"size of {name}"))
     return AdapterShape(name, rank, nbytes)

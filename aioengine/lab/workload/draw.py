@@ -41,7 +41,7 @@ CONVERSATIONS = 2**16
 
 
 class _Draft(NamedTuple):
-    """A request before what it lacks is drawn."""
+    """A request whose missing fields are not drawn yet."""
 
     time: float
     row: TraceRow
@@ -50,8 +50,7 @@ class _Draft(NamedTuple):
 class OfferedWorkload(Workload):
     """The workload of ``spec`` for ``seed``: the same on every machine.
 
-    A trace is read through once before, so that what is wrong with it is known at once. Raises
-    ConfigError, with file and line.
+    A trace is read once before, so that errors in it are found first. Raises ConfigError, with file and line.
     """
 
     def __init__(self, spec: WorkloadSpec, seed: int) -> None:
@@ -136,7 +135,7 @@ class OfferedWorkload(Workload):
             )
 
     def _requests(self) -> Iterator[tuple[float, TraceRow, Turn | None]]:
-        """Yield the drafts, each as one request (None), or as those of a session."""
+        """Yield the drafts, each with None or with its session."""
         spec = self.spec
         if spec.sessions is None and spec.shared_prefix is None:
             for time, row in self._drafts():
@@ -199,7 +198,7 @@ class OfferedWorkload(Workload):
     def _timed(self) -> Iterator[_Draft]:
         """Yield requests at the times of the arrival process, with lengths from the trace if there is a
         sample of it."""
-        times: Iterator[int] = repeat(0)  # in a closed loop they do not count
+        times: Iterator[int] = repeat(0)  # a closed loop does not use times
         if self.spec.arrivals is not None:
             process = parse_arrivals("arrivals", self.spec.arrivals, scale=self.spec.scale)
             times = process.times(stream(self.seed, "arrivals"))
@@ -221,8 +220,8 @@ class OfferedWorkload(Workload):
 
 
 class _Choices:
-    """Draws adapter, tenant and priority. What the row says is drawn all the same, and dropped, so that it
-    does not move the draws for others."""
+    """Draws adapter, tenant and priority. Fields that a row has are drawn, too, and dropped, so that they do
+    not change the draws of other rows."""
 
     def __init__(
         self, spec: WorkloadSpec, seed: int, adapters: Sequence[str], tenants: Sequence[str]
@@ -256,7 +255,7 @@ class _Choices:
             adapter = self._adapters[self._popularity.draw(time, index)]
             if self._base_rng.random() < self._base_share:
                 adapter = None
-            if row.prefix:  # prompts that begin alike are one conversation, and that stays with its adapter
+            if row.prefix:  # prompts with the same beginning are one conversation, which keeps its adapter
                 adapter = self._conversation(row.prefix[0], adapter)
         if row.adapter is not UNSET:
             adapter = row.adapter
@@ -264,7 +263,7 @@ class _Choices:
         return adapter, tenant, priority if row.priority is None else row.priority
 
     def _conversation(self, number: int, adapter: str | None) -> str | None:
-        """Return the adapter that its first request was given."""
+        """Return the adapter of its first request."""
         known = self._conversations
         adapter = known.pop(number, adapter)
         known[number] = adapter

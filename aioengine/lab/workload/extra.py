@@ -10,7 +10,7 @@ from aioengine.errors import ConfigError
 
 @contextmanager
 def needs_extra() -> Iterator[None]:
-    """Around imports of what the extra installs: ConfigError says how to get it."""
+    """Turn an ImportError of the extra's packages into a ConfigError that says how to install them."""
     try:
         yield
     except ImportError as error:
@@ -18,7 +18,7 @@ def needs_extra() -> Iterator[None]:
 
 
 def check_extra() -> None:
-    """Raises ConfigError if one of the packages is missing, before anything long begins."""
+    """Raise ConfigError if one of the packages is missing, before anything long begins."""
     with needs_extra():
         import matplotlib
         import polars

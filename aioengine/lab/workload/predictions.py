@@ -1,4 +1,4 @@
-"""Predictions that a policy is given: how long a request's output will be, and by when it must have ended."""
+"""Information for policies: how long a request's output will be, and by when it must have ended."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ FORMS = {
 
 
 class Told(NamedTuple):
-    """An output's length, and what is said of it."""
+    """An output's length, and what policies know of it."""
 
     output_tokens: int
     max_tokens: int | None
@@ -27,7 +27,7 @@ class Told(NamedTuple):
 
 
 class LengthView(ABC):
-    """How much of an output's length is told."""
+    """What policies know of an output's length."""
 
     @abstractmethod
     def tell(self, output_tokens: int, rng: Random) -> Told:
@@ -35,7 +35,7 @@ class LengthView(ABC):
 
 
 class Known(LengthView):
-    """All: ``max_tokens`` is the length."""
+    """Everything: ``max_tokens`` is the length."""
 
     def tell(self, output_tokens: int, rng: Random) -> Told:
         return Told(output_tokens, None, None)
@@ -52,8 +52,8 @@ class Hidden(LengthView):
 
 
 class Predicted(LengthView):
-    """A guess, off by a factor whose logarithm is normal with the deviation ``error``: 0.5 is within a
-    factor of 1.65 two times out of three."""
+    """A prediction, wrong by a factor whose logarithm is normal with the deviation ``error``. With 0.5 it is
+    within a factor of 1.65 two times out of three."""
 
     def __init__(self, error: float, max_tokens: int) -> None:
         self.error = error

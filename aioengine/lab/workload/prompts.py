@@ -1,4 +1,4 @@
-"""Prompts of simulated requests: as long as they should be, and alike where a trace says that they are."""
+"""Prompts of simulated requests, with the length and the shared beginnings that the workload gives."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from aioengine.lab.workload.requests import PREFIX_BLOCK, Arrival
 from aioengine.request import SamplingParams
 
 EMPTY = 0
-"""The token that says nothing."""
+"""Token without meaning, which fills prompts."""
 
 
 class SimulatedRequests:
-    """Prompts that share what their ``prefix`` shares, and nothing else.
+    """Makes prompts that share the tokens which their ``prefix`` shares, and no others.
 
     The engine knows how long outputs are.
 
@@ -24,7 +24,7 @@ class SimulatedRequests:
         self._params: dict[int, SamplingParams] = {}
 
     def prompt(self, index: int, arrival: Arrival) -> list[int]:
-        """``prompt_tokens`` token ids, for the workload's request number ``index``."""
+        """Return ``prompt_tokens`` token ids for the workload's request number ``index``."""
         length = arrival.prompt_tokens
         if len(self._tokens) < length:
             self._tokens = [EMPTY] * length
@@ -34,17 +34,17 @@ class SimulatedRequests:
         own = len(arrival.prefix) * PREFIX_BLOCK
         self._write(tokens, own, index)
         if own + 4 < length:
-            tokens[own + 4] = EMPTY + 1  # so that a request's number is no block's
+            tokens[own + 4] = EMPTY + 1  # so that no request's number equals a block's
         return tokens
 
     def _write(self, tokens: list[int], start: int, number: int) -> None:
-        """A number from ``start`` on, in four digits that are no EMPTY."""
+        """Encode a number in four tokens from ``start`` on, none of which is EMPTY."""
         for place in range(start, min(start + 4, len(tokens))):
             number, digit = divmod(number, self._base)
             tokens[place] = digit + 1
 
     def params(self, arrival: Arrival) -> SamplingParams:
-        """Return parameters that allow what the arrival does."""
+        """Return parameters with the arrival's bound on output tokens."""
         allowed = arrival.output_tokens if arrival.max_tokens is None else arrival.max_tokens
         known = self._params.get(allowed)
         if known is None:

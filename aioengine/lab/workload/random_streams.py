@@ -1,4 +1,4 @@
-"""Random draws that come out the same everywhere: each aspect of a workload has a stream of its own.
+"""Random draws that are the same on every machine: each aspect of a workload has a separate stream.
 
 Of :class:`random.Random` only ``random()`` is used: it is the one method whose sequence Python promises to
 keep between versions.
@@ -15,13 +15,12 @@ from random import Random
 
 
 def stream(seed: int, aspect: str) -> Random:
-    """Return the stream of ``aspect``: what is drawn from it does not depend on what others draw from
-    theirs."""
+    """Return the stream of ``aspect``, which does not depend on draws from other streams."""
     return Random(stable_number(f"{seed}/{aspect}"))
 
 
 def stable_number(text: str) -> int:
-    """Return a number out of 2**128 for a text, the same in every process."""
+    """Return a number below 2**128 for a text, the same in every process."""
     return int.from_bytes(blake2b(text.encode(), digest_size=16).digest(), "big")
 
 
@@ -40,7 +39,7 @@ def normal(rng: Random) -> float:
 def gamma(rng: Random, shape: float) -> float:
     """Draw from the Gamma distribution of scale 1, whose mean is ``shape`` (Marsaglia and Tsang, 2000)."""
     if shape < 1.0:
-        # Theirs is for shapes from 1 on; this takes it below.
+        # Their method is for shapes >= 1; this extends it to smaller ones.
         return gamma(rng, shape + 1.0) * exp(log(1.0 - rng.random()) / shape)
     d = shape - 1.0 / 3.0
     c = 1.0 / sqrt(9.0 * d)
@@ -59,17 +58,17 @@ def shuffle(rng: Random, items: list[int]) -> None:
 
 
 def log_normal(rng: Random, median: float, sigma: float) -> float:
-    """``sigma`` is the deviation of its logarithm."""
+    """Draw from a lognormal distribution; ``sigma`` is the deviation of the logarithm."""
     return median * exp(sigma * normal(rng))
 
 
 class Weighted:
-    """Draws an index, each as often as its weight says. Weights are >= 0, and not all are 0."""
+    """Draws an index with a probability proportional to its weight. Weights are >= 0, and not all are 0."""
 
     def __init__(self, weights: Sequence[float]) -> None:
         self._bounds = list(accumulate(weights))
 
     def draw(self, rng: Random) -> int:
-        """One draw; logarithmic time."""
+        """Draw an index, in logarithmic time."""
         found = bisect_right(self._bounds, rng.random() * self._bounds[-1])
         return min(found, len(self._bounds) - 1)

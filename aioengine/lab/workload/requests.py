@@ -29,19 +29,20 @@ class Arrival(NamedTuple):
     adapter: str | None
     prompt_tokens: int
     output_tokens: int
-    """How many it will generate, the end-of-sequence token included, whatever is allowed."""
+    """Number of tokens that it will generate, including the end of the sequence, if ``max_tokens`` allows
+    it."""
     max_tokens: int | None = None
     """Bound that the request sets, which policies see; None: exactly ``output_tokens``, so that policies know
     the length."""
     expected_tokens: int | None = None
-    """A prediction that policies see beside it; None: no prediction."""
+    """Prediction of the length that policies see; None: no prediction."""
     tenant: str | None = None
     priority: int = 0
     deadline: float | None = None
-    """Seconds from arrival, after which the engine gives it up; policies see it."""
+    """Seconds from arrival after which the engine ends it with an error; policies see it."""
     prefix: tuple[int, ...] = ()
-    """Beginning of the prompt, a number for each :data:`PREFIX_BLOCK` tokens: prompts share as many tokens as
-    these agree. (): it shares none."""
+    """Beginning of the prompt, as a number for each :data:`PREFIX_BLOCK` tokens. Prompts whose first numbers
+    are equal share these tokens. (): it shares none."""
     after: int = 0
     """Distance back, in the workload, to the request of its session that has to end first; 0: there is none.
     This one is sent ``think`` seconds after that end, and ``time`` is when its session began."""
@@ -49,9 +50,9 @@ class Arrival(NamedTuple):
     more: bool = False
     """Whether requests that wait for this one follow."""
     first: bool = True
-    """Whether a session, or a request of its own, begins with it."""
+    """Whether it is the first request of its session (or without one)."""
     last: bool = True
-    """Whether that ends with it."""
+    """Whether it is the last request of its session (or without one)."""
 
     @property
     def is_alone(self) -> bool:
@@ -60,28 +61,28 @@ class Arrival(NamedTuple):
 
 
 class Workload(ABC):
-    """Deterministic: every iteration gives the same arrivals, one at a time, sorted by time."""
+    """Requests of a run. Every iteration gives the same arrivals, one at a time, sorted by time."""
 
     @property
     @abstractmethod
     def adapters(self) -> Sequence[AdapterShape]:
-        """All that may be asked for, asked for or not."""
+        """All adapters that may be requested, whether or not they are."""
 
     @property
     def objective(self) -> Objective | None:
-        """Seconds from its arrival in which a request should end, by its output tokens; they are measured and
-        not enforced. None: requests are measured by their deadlines."""
+        """Seconds from its arrival within which a request should end, by its output tokens. This is measured
+        but not enforced. None: requests are measured by their deadlines."""
         return None
 
     @property
     def concurrency(self) -> int | None:
-        """Number of callers, each of which sends its next request when the one before has ended (a closed
-        loop), whatever the arrivals' times are. None: requests are sent at their times (an open loop)."""
+        """Number of callers, each of which sends its next request when its previous one has ended (a closed
+        loop), without regard to arrival times. None: requests are sent at their times (an open loop)."""
         return None
 
     @property
     def think(self) -> float:
-        """Seconds, in a closed loop, between the end of a caller's request, or session, and its next one."""
+        """Seconds between the end of a caller's request or session and its next one, in a closed loop."""
         return 0.0
 
     @abstractmethod
