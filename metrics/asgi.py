@@ -31,7 +31,7 @@ from aioengine.metrics.page.plumbing import (
     respond,
 )
 from aioengine.metrics.page.targets import PARAMETER, ManySources, scrape_targets
-from aioengine.tasks import end_tasks
+from aioengine.runtime.tasks import end_tasks
 
 UPDATE_SECONDS = 0.2
 """The shortest time between two updates of one page."""

@@ -32,7 +32,7 @@ NEUTRAL = {
     "aioengine.model.spec",
     "aioengine.request",
     "aioengine.step",
-    "aioengine.tasks",
+    "aioengine.runtime.tasks",
 }
 """Plain data and small helpers that every room but ``schedulers`` and ``kernels`` may import."""
 

@@ -7,7 +7,7 @@ from collections.abc import Coroutine
 from contextlib import suppress
 
 from aioengine.fleet.wire import Delta
-from aioengine.tasks import end_tasks
+from aioengine.runtime.tasks import end_tasks
 
 
 class Outbox:

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from aioengine.errors import EngineOverloaded, EngineStopped
 from aioengine.grammars.fair_queue import FairQueue
-from aioengine.tasks import end_tasks
+from aioengine.runtime.tasks import end_tasks
 
 T = TypeVar("T")
 _Item = tuple[Callable[[], Any], "asyncio.Future[Any]"]

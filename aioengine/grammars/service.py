@@ -25,7 +25,7 @@ from aioengine.grammars.limits import GrammarLimits, MiB
 from aioengine.grammars.matching import Grammar, GrammarConstraint, largest_of_most
 from aioengine.grammars.wire import COMPILED, text_frame
 from aioengine.grammars.zygote_process import ChildProcess, Tokens, ZygoteProcess, read_struct, read_text
-from aioengine.tasks import end_tasks
+from aioengine.runtime.tasks import end_tasks
 
 QUICK_NICE = 5
 LONG_NICE = 10

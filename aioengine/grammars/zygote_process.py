@@ -16,7 +16,7 @@ from aioengine.errors import ConfigError
 from aioengine.grammars.limits import GrammarLimits
 from aioengine.grammars.places import Places
 from aioengine.grammars.wire import EXITED, HELLO, KILL, LENGTH, ORDER, START, text_frame
-from aioengine.tasks import end_tasks
+from aioengine.runtime.tasks import end_tasks
 
 START_SECONDS = 60.0
 """Time limit for Python to start and read the tokenizer, even on a very busy machine."""

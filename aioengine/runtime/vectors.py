@@ -20,7 +20,7 @@ from aioengine.request import (
     check_text,
 )
 from aioengine.runtime.output import RequestOutput
-from aioengine.tasks import together
+from aioengine.runtime.tasks import together
 
 if TYPE_CHECKING:
     from aioengine.model.text.tokenizer import Tokenizer

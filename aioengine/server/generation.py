@@ -25,11 +25,11 @@ from aioengine.errors import DeadlineExceeded
 from aioengine.metrics.page.plumbing import Receive, disconnected
 from aioengine.request import RequestOptions, SamplingParams, TokenConstraint
 from aioengine.runtime.output import RequestOutput
+from aioengine.runtime.tasks import end_tasks, together
 from aioengine.runtime.text_work import SHORT
 from aioengine.server.access_log import RequestRecord
 from aioengine.server.errors import ApiError, ClientDisconnected
 from aioengine.server.openai.api import PromptTokensDetails, Usage
-from aioengine.tasks import end_tasks, together
 
 T = TypeVar("T")
 

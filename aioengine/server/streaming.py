@@ -10,12 +10,12 @@ from typing import Any, NamedTuple, ParamSpec, Protocol, TypeVar
 from aioengine.metrics.page.plumbing import Receive, Send, respond
 from aioengine.request import TokenLogprob
 from aioengine.runtime.output import RequestOutput
+from aioengine.runtime.tasks import together
 from aioengine.server.access_log import RequestRecord
 from aioengine.server.errors import ApiError, ClientDisconnected, to_api_error
 from aioengine.server.generation import Generation, while_connected
 from aioengine.server.openai.api import GenerationFields, PromptTokensDetails, StreamOptions, Usage
 from aioengine.server.settings import ServerSettings
-from aioengine.tasks import together
 
 P = ParamSpec("P")
 T = TypeVar("T")

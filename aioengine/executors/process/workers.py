@@ -34,7 +34,7 @@ from aioengine.executors.process.wire import (
     read_report,
 )
 from aioengine.info import LoadProgress
-from aioengine.tasks import run_to_completion
+from aioengine.runtime.tasks import run_to_completion
 
 CLOSE_SECONDS = 5.0
 """Time after which workers that have not ended are killed."""

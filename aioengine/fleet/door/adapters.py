@@ -25,8 +25,8 @@ from aioengine.fleet.door.members import Member, Members
 from aioengine.fleet.registry import Entry, registry_actor
 from aioengine.info import AdapterInfo
 from aioengine.model.files.hub import is_source
+from aioengine.runtime.tasks import end_tasks
 from aioengine.schedulers.routing import Move, PlacementGuard, load_placement
-from aioengine.tasks import end_tasks
 
 logger = logging.getLogger("aioengine.fleet")
 

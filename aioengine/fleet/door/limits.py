@@ -8,7 +8,7 @@ from contextlib import suppress
 from typing import Any
 
 from aioengine.client import UsageLedger
-from aioengine.tasks import end_tasks
+from aioengine.runtime.tasks import end_tasks
 
 logger = logging.getLogger("aioengine.fleet")
 

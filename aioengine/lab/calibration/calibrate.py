@@ -26,7 +26,7 @@ from aioengine.lab.costs.steps import significant
 from aioengine.lab.workload.extra import needs_extra
 from aioengine.memory_plan import MemoryPlan
 from aioengine.model.spec import ModelSpec
-from aioengine.tasks import run_to_completion
+from aioengine.runtime.tasks import run_to_completion
 
 Progress = Callable[[int, int, str], None]
 """Callback with the number of timings done, their total, and the next one."""

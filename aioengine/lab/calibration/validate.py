@@ -30,7 +30,7 @@ from aioengine.lab.simulation.clock import run_in_virtual_time
 from aioengine.lab.workload.requests import Workload
 from aioengine.lab.workload.spec import WorkloadSpec
 from aioengine.request import SamplingParams
-from aioengine.tasks import run_to_completion
+from aioengine.runtime.tasks import run_to_completion
 
 Progress = Callable[[int, int, str], None]
 """Callback with the number of runs done, their total, and the next one."""

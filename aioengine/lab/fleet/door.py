@@ -15,6 +15,7 @@ from aioengine.lab.simulation.engine import SimulatedEngine
 from aioengine.lab.workload.requests import AdapterShape
 from aioengine.request import SamplingParams
 from aioengine.runtime.output import RequestOutput
+from aioengine.runtime.tasks import end_tasks
 from aioengine.schedulers.routing import (
     FleetState,
     PlacementGuard,
@@ -26,7 +27,6 @@ from aioengine.schedulers.routing import (
     ScalingPolicy,
     prefix_hashes,
 )
-from aioengine.tasks import end_tasks
 
 
 class SimulatedFleet:
