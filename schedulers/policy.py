@@ -338,6 +338,9 @@ class Decision(NamedTuple):
     Where adapters and the KV cache share one memory, these leave before any cached prefix, for ``place`` as
     well as for the blocks of a sequence. The adapters that the core itself chooses leave only after cached
     prefixes."""
+    discard: Sequence[str] = ()
+    """Adapters that leave their slots now, although nothing needs the room. They stay in the CPU cache. None
+    leaves that is running, pinned, being copied, or named by a request in ``admit``."""
 
 
 class PolicyEvent(NamedTuple):

@@ -66,6 +66,7 @@ _PARTS: dict[str, dict[str, str]] = {
         "gdsf": f"{_PART}.gdsf:GDSF",
         "chameleon": f"{_POLICY}.chameleon:ChameleonCache",
         "belady": f"{_POLICY}.oracle:Belady",
+        "discard": f"{_PART}.none:Discard",
     },
     "prefetch": {
         "lookahead": f"{_PART}.lookahead:Lookahead",

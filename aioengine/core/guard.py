@@ -49,9 +49,10 @@ class Resolved(NamedTuple):
     preempt: list[Request]
     reject: list[tuple[Request, str]]
     evict: list[AdapterEntry]
+    discard: list[AdapterEntry]
 
 
-_NOTHING = Resolved([], [], [], [], [], [])
+_NOTHING = Resolved([], [], [], [], [], [], [])
 
 
 class PolicyGuard:
@@ -157,6 +158,7 @@ class PolicyGuard:
             self._known(decision.preempt, self._requests, "preempt_not_running"),
             reject,
             self._known(decision.evict, self._adapters, "evict_unknown_adapter"),
+            self._known(decision.discard, self._adapters, "discard_unknown_adapter"),
         )
 
     def _known(self, names: Sequence[str], known: Mapping[str, T], otherwise: str) -> list[T]:
@@ -233,6 +235,7 @@ def _well_formed(answer: Any) -> Decision:
         reject=[_rejection(item) for item in _items("reject", answer.reject)],
         merge=_strings("merge", answer.merge),
         evict=_strings("evict", answer.evict),
+        discard=_strings("discard", answer.discard),
     )
 
 

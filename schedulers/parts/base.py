@@ -106,6 +106,11 @@ class Replacement(Part):
         """Value of keeping ``adapter`` in the CPU cache; by default, the time of its last use."""
         return adapter.last_used
 
+    def discard(self, view: SchedulerView) -> Sequence[str]:
+        """Return the idle adapters that leave their slots although nothing needs the room; by default,
+        none."""
+        return ()
+
 
 class Prefetch(Part):
     """Which adapters to bring from disk to the CPU. A cold adapter is read in any case as soon as there

@@ -114,6 +114,7 @@ class Composed(SchedulerPolicy):
             prefetch=list(dict.fromkeys(read)),
             preempt=self.preempt.choose(view),
             evict=evict,
+            discard=self.replace.discard(view),
         )
 
     def _schedule_shared(self, view: SchedulerView, shares: Shares) -> Decision:
@@ -134,6 +135,7 @@ class Composed(SchedulerPolicy):
             prefetch=list(dict.fromkeys(read)),
             preempt=list(dict.fromkeys([*preempt, *victims, *self.preempt.choose(view)])),
             evict=evict,
+            discard=self.replace.discard(view),
         )
 
     def quiet_until(self, view: SchedulerView) -> float:

@@ -28,7 +28,9 @@ class With(SchedulerPolicy):
 
     def schedule(self, view: SchedulerView) -> Decision:
         extra = self.extra(view)
-        return self.inner.schedule(view)._replace(reject=extra.reject, merge=extra.merge)
+        return self.inner.schedule(view)._replace(
+            reject=extra.reject, merge=extra.merge, discard=extra.discard
+        )
 
 
 def refusals(sim: CoreSim) -> list[tuple[str, str]]:
@@ -82,6 +84,23 @@ def test_merging_is_refused_by_name() -> None:
     sim.run()
     assert set(refusals(sim)) == {("merge_not_supported", "a")}
     assert sim.ended == {"r1": "length"}
+
+
+def test_only_what_nothing_uses_is_discarded() -> None:
+    sim = CoreSim(policy=With(lambda view: Decision(discard=["a", "pinned", "ghost"])))
+    for name in ("a", "pinned"):
+        sim.register(name)
+    sim.core.residency.pins.pin(sim.core.residency.current["pinned"], sim.now)
+    sim.core.residency.want(sim.core.residency.current["pinned"], sim.now)
+    request = sim.add("a", max_tokens=3)
+    sim.run()
+    assert sim.ended == {request.id: "length"}
+    told = set(refusals(sim))
+    assert ("discard_unknown_adapter", "ghost") in told
+    assert {("discard_busy", "a"), ("discard_pinned", "pinned")} <= told
+    sim.settle()
+    held = [slot.entry.name for slot in sim.core.slots.slots if slot.entry is not None]
+    assert held == ["pinned"]
 
 
 def test_cached_tokens_are_those_that_admission_finds() -> None:

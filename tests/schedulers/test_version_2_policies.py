@@ -1,4 +1,4 @@
-"""lpm, session, toppings, drainer and admission: what each does that others do not, and its bound."""
+"""lpm, session, toppings, drainer, admission and discard: what each does that others do not, and its bound."""
 
 from __future__ import annotations
 
@@ -177,8 +177,38 @@ def test_nobody_without_a_deadline_is_rejected() -> None:
     assert set(sim.ended.values()) == {"length"}
 
 
+def copies_of(policy: str, *, overlapping: bool) -> int:
+    """How often an adapter is copied into a slot for ten requests, one after the other or all at once."""
+    sim = sim_of(policy, ONE._replace(num_slots=2, max_num_seqs=4))
+    sim.register("a")
+    for _ in range(10):
+        sim.add("a", max_tokens=3)
+        if not overlapping:
+            sim.run()
+            sim.settle()  # as the engine does, the core asks the policy after the last step
+    sim.run()
+    assert set(sim.ended.values()) == {"length"}
+    return len(sim.of(events.AdapterPlacing))
+
+
+def test_discard_copies_an_adapter_again_for_each_burst_of_requests() -> None:
+    assert copies_of("fcfs", overlapping=False) == 1
+    assert copies_of("discard", overlapping=False) == 10
+    assert copies_of("discard", overlapping=True) == 1, "requests wait for it until the last one runs"
+
+
+def test_discard_empties_the_slot_as_soon_as_the_last_request_has_ended() -> None:
+    sim = sim_of("discard")
+    entry = sim.register("a")
+    sim.add("a", max_tokens=2)
+    sim.run()
+    sim.settle()
+    assert entry.slot is None
+    assert entry.location.name == "CPU", "it stays in the CPU cache"
+
+
 @pytest.mark.parametrize(
-    "name", ["lpm", "session", "toppings:max_step=0.03", "drainer", "admission", "joint"]
+    "name", ["lpm", "session", "toppings:max_step=0.03", "drainer", "admission", "joint", "discard"]
 )
 def test_they_keep_the_contract(name: str) -> None:
     found = check_policy_contract(lambda: load_policy(name), runs=1, turns=30)

@@ -34,6 +34,7 @@ class Hostile(SchedulerPolicy):
             reject=[(rng.choice(ids), "hostile") for _ in range(rng.choice([0, 0, 0, 0, 1]))],
             evict=rng.choices(names, k=rng.choice([0, 0, 1, 5])),
             merge=rng.choices(names, k=rng.choice([0, 0, 0, 1])),
+            discard=rng.choices(names, k=rng.choice([0, 0, 0, 1, 2])),
         )
 
     def cpu_victims(self, view: SchedulerView, candidates: Sequence[str]) -> Sequence[str]:

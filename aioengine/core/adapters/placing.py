@@ -100,6 +100,22 @@ class Placing:
             if entry.location is Location.DISK:
                 self._residency.start_load(entry, now, admitting)
         self._residency.start_wanted(now, admitting)
+        refused += self._discard(decision.discard, now, admitting)
+        return refused
+
+    def _discard(self, entries: Sequence[AdapterEntry], now: float, admitting: set[int]) -> list[Refusal]:
+        """Empty the slots of these adapters. Returns those that may not leave; those in no slot are
+        skipped."""
+        refused: list[Refusal] = []
+        for entry in entries:
+            if entry.slot is None:
+                continue
+            slot = self._slots.slots[entry.slot]
+            reason = _not_takable(slot, admitting)
+            if reason is None:
+                self._residency.evict_slot(slot, now)
+            else:
+                refused.append((f"discard{reason.removeprefix('place_slot')}", entry.name))
         return refused
 
     def _note_short(self, entry: AdapterEntry, now: float) -> None:
