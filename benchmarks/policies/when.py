@@ -33,6 +33,7 @@ POLICIES = (
     "sjf",
     "edf",
     "vllm+lru",
+    "discard",
 )
 GOODPUT = "goodput"
 

@@ -1,4 +1,4 @@
-"""lpm, session, toppings, drainer, admission and discard: what each does that others do not, and its bound."""
+"""lpm, session, toppings, drainer, admission, discard: what each does that others do not, and its bound."""
 
 from __future__ import annotations
 
