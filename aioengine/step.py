@@ -60,6 +60,18 @@ class MemoryMove(NamedTuple):
     """Slot of the adapter that is moved; None for a KV block."""
 
 
+class StepContents(NamedTuple):
+    """Numbers that describe a step."""
+
+    sequences: int
+    adapters: int
+    """Distinct adapters in the batch."""
+    prefill_tokens: int
+    decode_tokens: int
+    slots: tuple[int, ...]
+    """The slots that it uses."""
+
+
 class StepBatch(NamedTuple):
     """One model step. ``sequences`` are sorted by slot, base rows (-1) first; there may be none if there are
     ``moves``."""
@@ -73,6 +85,19 @@ class StepBatch(NamedTuple):
     follows: bool = False
     """Whether each sequence has one token, and that is the token that the step before samples for it.
     ``tokens`` then has ``UNKNOWN`` in its place, and ``history`` may end before it."""
+
+    def contents(self) -> StepContents:
+        """Count what is in the step."""
+        slots: set[int] = set()
+        tokens = decode = 0
+        for work in self.sequences:
+            slots.add(work.slot)
+            count = len(work.tokens)
+            tokens += count
+            if count == 1 + len(work.draft) and work.start >= work.prompt_len:
+                decode += count
+        used = tuple(sorted(slots - {-1}))
+        return StepContents(len(self.sequences), len(used), tokens - decode, decode, used)
 
     def after(self, before: Sequence[SequenceWork], sampled: Sequence[Sampled | None]) -> StepBatch:
         """Fill in the tokens, where this step follows one of the sequences ``before``, for which these were

@@ -34,7 +34,7 @@ from aioengine.core.pacing import Pacer, StepWork
 from aioengine.core.queues import RequestQueues
 from aioengine.core.speculation.drafts import Speculation
 from aioengine.core.state import AdapterEntry, Request, Status, label_of, location_name
-from aioengine.core.step_results import StepResults
+from aioengine.core.step_results import Steady, StepResults
 from aioengine.core.view import CoreView
 from aioengine.core.waiting_room import Ticket, WaitingRoom
 from aioengine.errors import (
@@ -46,7 +46,7 @@ from aioengine.errors import (
 from aioengine.request import RequestOptions, SamplingParams
 from aioengine.schedulers.policies.fcfs import FCFS
 from aioengine.schedulers.policy import CostsView, Location, PolicyEvent, SchedulerPolicy
-from aioengine.step import SequenceWork, StepBatch, StepResult
+from aioengine.step import Sampled, SequenceWork, StepBatch, StepResult
 
 
 class Step(NamedTuple):
@@ -563,6 +563,40 @@ class Core:
             else:
                 self.batcher.release(request)
         return self._results.take(requests, batch, result, now)
+
+    def steady(self, batch: StepBatch) -> Steady | None:
+        """Return how often ``batch``, which is in flight, is certain to be repeated: all running requests
+        decode in it, and neither the policy nor the core has anything to decide meanwhile."""
+        until = self._guard.quiet_until(self._changes)
+        if (
+            until <= self.now
+            or batch.moves
+            or self._speculation is not None
+            or self.border is not None
+            or self._zombies
+            or self._following
+            or self._costs.learner is not None
+            or self.placing.pinned_wait
+            or self.residency.any_wanted
+            or len(self._in_flight) != len(self.running)
+        ):
+            return None
+        due = self.next_due()
+        steps = self._results.steady_steps(self._in_flight, batch, self.blocks)
+        return Steady(steps, until if due is None else min(due, until)) if steps > 1 else None
+
+    def steps_finished(
+        self, batch: StepBatch, token: Sampled, ends: Sequence[float]
+    ) -> list[tuple[events.TokenInterval, ...]]:
+        """Take in ``batch`` and its repetitions, of which ``steady`` has said that they are certain. Every
+        sequence got ``token`` in each step. Returns the intervals of each, as ``step_finished`` does."""
+        requests, self._in_flight = self._in_flight, []
+        found = self._results.take_many(requests, batch, token, ends, self.running.values(), self.blocks)
+        if len(ends) > 1:
+            self.now = ends[-2]
+            self._begin(batch.sequences)
+            self.step += len(ends) - 2
+        return found
 
     def learn(self, batch: StepBatch, seconds: float) -> None:
         """Learn from a step's time; ``step_finished`` does it too."""

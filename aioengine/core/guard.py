@@ -132,7 +132,11 @@ class PolicyGuard:
 
     def is_quiet(self, now: float, changes: int) -> bool:
         """Whether ``decide`` would answer that there is nothing to do, without asking the policy."""
-        return changes == self._quiet_since and now < self._quiet_until
+        return now < self.quiet_until(changes)
+
+    def quiet_until(self, changes: int) -> float:
+        """Return the time until which ``decide`` would answer so."""
+        return self._quiet_until if changes == self._quiet_since else -math.inf
 
     def _resolve(self, decision: Decision) -> Resolved:
         for name in decision.merge:

@@ -168,6 +168,13 @@ class Sink(Protocol):
         """Take one token. ``is_stop``: it is a stop token, so it is the last one. Returns True if the text
         has reached a stop string, which ends the request."""
 
+    @property
+    def takes_many(self) -> bool:
+        """Whether it has ``push_many``."""
+
+    def push_many(self, now: float) -> None:
+        """Take several tokens at once, none of which is a stop token, the last of them at ``now``."""
+
     def end(self, reason: EndReason, error: Exception | None) -> None:
         """Note that the request has ended. Called once."""
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import pairwise
 from math import isfinite, isnan
-from typing import Protocol
+from operator import itemgetter
+from typing import NamedTuple, Protocol
 
 from aioengine import events
+from aioengine.core.blocks import BlockManager
 from aioengine.core.speculation.drafts import Speculation
 from aioengine.core.state import AdapterEntry, Request, Status, label_of
 from aioengine.errors import AdapterInvalid, AioEngineError, RequestInvalid
@@ -21,6 +25,15 @@ class End(Protocol):
     def __call__(
         self, request: Request, reason: events.EndReason, now: float, error: Exception | None = None
     ) -> None: ...
+
+
+class Steady(NamedTuple):
+    """Steps that are certain to come, unless something happens."""
+
+    steps: int
+    """Number of steps at most, with the one in flight."""
+    until: float
+    """Time before which each of them must begin."""
 
 
 class StepResults:
@@ -78,10 +91,85 @@ class StepResults:
                     self._end(request, finish, now)
             else:
                 self._take_row(index, request, work, result, now, before)
-        return tuple(
-            events.TokenInterval(None if entry is None else entry.label, now - last, tokens)
-            for (entry, last), tokens in Counter(before).items()
-        )
+        return _intervals(Counter(before), now)
+
+    def steady_steps(self, requests: Sequence[Request], batch: StepBatch, blocks: BlockManager) -> int:
+        """Return how many steps like ``batch``, it included, these requests are certain to decode in: none
+        ends in them, and there are blocks for all. 0 if one of them does more than decode plainly."""
+        most, size = sys.maxsize, blocks.block_size
+        until_block = sys.maxsize
+        for request, work in zip(requests, batch.sequences, strict=True):
+            sink = request.sink
+            if (
+                len(request.tokens) - request.computed != 1
+                or request.last_token is None
+                or work.score
+                or request.status is not Status.RUNNING
+                or request.params.pooling is not None
+                or (sink is not None and not sink.takes_many)
+            ):
+                return 0
+            most = min(most, request.most_tokens - len(request.tokens) - 1)
+            until_block = min(until_block, len(request.blocks) * size - request.computed)
+        if most > until_block and most > 0:
+            ends = (blocks.blocks_for(r.computed + most) - len(r.blocks) for r in requests)
+            if sum(ends) > blocks.num_free:
+                most = until_block
+        return most
+
+    def take_many(
+        self,
+        requests: Sequence[Request],
+        batch: StepBatch,
+        token: Sampled,
+        ends: Sequence[float],
+        running: Iterable[Request],
+        blocks: BlockManager,
+    ) -> list[tuple[events.TokenInterval, ...]]:
+        """Take in ``batch`` and its repetitions, which end at ``ends``, as ``take`` would one by one.
+
+        Args:
+            running: The same requests in order of admission, in which they get blocks.
+        """
+        count, size = len(ends), blocks.block_size
+        first = Counter((request.adapter, request.last_token or 0.0) for request in requests)
+        intervals = [_intervals(first, ends[0])]
+        tokens = Counter(request.adapter for request in requests)
+        todo: list[tuple[int, int, int, Request]] = []
+        """(step, 0: needs a block, or 1: has filled one, place, request)"""
+        for place, request in enumerate(running):
+            needs = len(request.blocks) * size - request.computed
+            todo += [(step, 0, place, request) for step in range(needs, count, size)]
+        longest = max((after - before for before, after in pairwise(ends)), default=0.0)
+        for place, request in enumerate(requests):
+            if blocks.prefix_caching:
+                fills = size - 1 - request.computed % size
+                todo += [(step, 1, place, request) for step in range(fills, count, size)]
+            gap = max(ends[0] - (request.last_token or 0.0), longest)
+            if request.worst_gap is None or gap > request.worst_gap:
+                request.worst_gap = gap
+            request.tokens += [token.token] * count
+            request.last_token = ends[-1]
+            if request.sink is not None:
+                request.sink.push_many(ends[-1])
+        advanced: dict[int, int] = {}
+        for step, filled, _, request in sorted(todo, key=itemgetter(0, 1, 2)):
+            if not filled:
+                request.blocks += blocks.allocate(1)
+            else:
+                self._advance(request, step + 1 - advanced.get(request.seq, 0))
+                advanced[request.seq] = step + 1
+        for request in requests:
+            self._advance(request, count - advanced.get(request.seq, 0))
+        for before, after in pairwise(ends):
+            seconds = after - before
+            intervals.append(
+                tuple(
+                    events.TokenInterval(None if entry is None else entry.label, seconds, number)
+                    for entry, number in tokens.items()
+                )
+            )
+        return intervals
 
     def _take_row(
         self,
@@ -166,6 +254,16 @@ class StepResults:
         if finish is not None:
             self._end(request, finish, now)
         return finish is None
+
+
+def _intervals(
+    before: Mapping[tuple[AdapterEntry | None, float], int], now: float
+) -> tuple[events.TokenInterval, ...]:
+    """Return the intervals of tokens that came at ``now``, by adapter and time of the token before."""
+    return tuple(
+        events.TokenInterval(None if entry is None else entry.label, now - last, tokens)
+        for (entry, last), tokens in before.items()
+    )
 
 
 def finish_reason(request: Request, token: int) -> FinishReason | None:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Generator
-from typing import Any, Protocol
+from collections.abc import Callable, Generator, Sequence
+from typing import Any, NamedTuple, Protocol
 
 from aioengine.errors import EngineDead
-from aioengine.step import LoadedAdapter, ReadOrder, StepBatch, StepResult
+from aioengine.step import LoadedAdapter, ReadOrder, Sampled, StepBatch, StepResult
 
 
 class QueuedStep(Protocol):
@@ -17,6 +17,17 @@ class QueuedStep(Protocol):
 
     def take_back(self) -> bool:
         """Give it up if it has not begun; returns whether it was given up."""
+
+
+class Ahead(NamedTuple):
+    """Steps that were run at once, one after the other."""
+
+    token: Sampled
+    """Token that every sequence got in every step."""
+    ends: Sequence[float]
+    """Time at the end of each step."""
+    seconds: Sequence[float]
+    """Duration of each step, as in ``StepResult``."""
 
 
 class Device(ABC):
@@ -35,6 +46,8 @@ class Device(ABC):
     """Reason why a token's bits depend on its batch; None if they do not."""
     overlaps: bool = False
     """Whether it has ``queue``, by which a step may be given to it while one is in flight."""
+    goes_ahead: bool = False
+    """Whether it has ``go_ahead``: only simulated devices have it."""
     can_restart: bool = False
     """Whether ``restart`` may bring it back."""
 
@@ -44,6 +57,17 @@ class Device(ABC):
 
     def queue(self, batch: StepBatch) -> QueuedStep:
         """Run one step after the one in flight, if there is one; ``batch`` may follow that one."""
+        raise NotImplementedError
+
+    def go_ahead(self, batch: StepBatch, most: int, until: float) -> Ahead | None:
+        """Run ``batch`` and further steps like it at once, as long as nothing else can happen meanwhile.
+
+        Each sequence gets the same token in all of these steps, and does not end with it.
+
+        Args:
+            most: Number of steps at most, with ``batch``.
+            until: Time before which each step begins.
+        """
         raise NotImplementedError
 
     @abstractmethod

@@ -10,7 +10,6 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable
-from typing import Any
 
 from aioengine import events
 from aioengine.core import Core, DropMove, StopMove
@@ -21,7 +20,7 @@ from aioengine.runtime.lag import LoopLagMeter
 from aioengine.runtime.transfers import AdapterMoves
 from aioengine.runtime.waits import Waits
 from aioengine.schedulers.policy import Location
-from aioengine.step import StepBatch, StepResult
+from aioengine.step import StepBatch, StepContents, StepResult
 
 logger = logging.getLogger("aioengine")
 
@@ -30,6 +29,8 @@ POLICY_RETRY_SECONDS = 0.05
 """Pause before a policy is asked again, if it admitted nothing although nothing runs or loads."""
 
 Listener = Callable[[events.Event], None]
+Took = tuple[float, float, tuple[events.TokenInterval, ...]]
+"""End of a step, its duration, and the intervals of its tokens."""
 
 
 class Stepper:
@@ -166,6 +167,8 @@ class Stepper:
         if batch is None:
             await self._sleep(loop)
             return
+        if self._device.goes_ahead and self._go_ahead(batch, schedule_seconds, policy_seconds):
+            return
         running = self._device.queue(batch) if self._overlap else self._device.execute(batch)
         while True:
             self._step_began = loop.time()
@@ -188,6 +191,20 @@ class Stepper:
             policy_seconds = 0.0
             await asyncio.sleep(0)  # it may be done already, and readers get each token before the next
 
+    def _go_ahead(self, batch: StepBatch, schedule_seconds: float, policy_seconds: float) -> bool:
+        """Have the device run ``batch`` at once, with its repetitions, where nothing can happen before their
+        end. Returns whether it did."""
+        steady = self.core.steady(batch)
+        ahead = None if steady is None else self._device.go_ahead(batch, *steady)
+        if ahead is None:
+            return False
+        found = self.core.steps_finished(batch, ahead.token, ahead.ends)
+        contents, decided = batch.contents(), (schedule_seconds, policy_seconds)
+        for index, took in enumerate(zip(ahead.ends, ahead.seconds, found, strict=True)):
+            self._note_step(batch.step + index, contents, took, decided if index == 0 else (0.0, 0.0))
+        self.publish()
+        return True
+
     def _queue_next(self, batch: StepBatch) -> None:
         """Give the device the step after ``batch`` as well, if it is certain already."""
         start = self._timer()
@@ -206,18 +223,22 @@ class Stepper:
     ) -> None:
         now = asyncio.get_running_loop().time()
         intervals = self.core.step_finished(batch, result, now)
+        took, decided = (now, result.seconds, intervals), (schedule_seconds, policy_seconds)
+        self._note_step(batch.step, batch.contents(), took, decided)
+        self.publish()
+
+    def _note_step(self, step: int, contents: StepContents, took: Took, decided: tuple[float, float]) -> None:
         self.core.outbox.append(
             events.StepFinished(
-                time=now,
-                step=batch.step,
-                seconds=result.seconds,
-                schedule_seconds=schedule_seconds,
-                policy_seconds=policy_seconds,
-                intervals=intervals,
-                **_contents(batch),
+                time=took[0],
+                step=step,
+                seconds=took[1],
+                schedule_seconds=decided[0],
+                policy_seconds=decided[1],
+                intervals=took[2],
+                **contents._asdict(),
             )
         )
-        self.publish()
 
     async def _sleep(self, loop: asyncio.AbstractEventLoop) -> None:
         """Sleep until something happens or is due."""
@@ -375,23 +396,3 @@ class IdleWatch:
             waiting - cold,
             cold,
         )
-
-
-def _contents(batch: StepBatch) -> dict[str, Any]:
-    """Build the fields of StepFinished that describe the step's contents."""
-    slots: set[int] = set()
-    tokens = decode = 0
-    for work in batch.sequences:
-        slots.add(work.slot)
-        count = len(work.tokens)
-        tokens += count
-        if count == 1 + len(work.draft) and work.start >= work.prompt_len:
-            decode += count
-    used = tuple(sorted(slots - {-1}))
-    return {
-        "sequences": len(batch.sequences),
-        "adapters": len(used),
-        "prefill_tokens": tokens - decode,
-        "decode_tokens": decode,
-        "slots": used,
-    }

@@ -85,6 +85,8 @@ class OutputStream:
         self._finish: FinishReason | None = None
         self._error: Exception | None = None
         self._last_token: float | None = None
+        self._read_at_end = False
+        """Whether its reader waits for the end."""
         self._ready = asyncio.Event()
         self._ended = asyncio.Event()
 
@@ -103,6 +105,16 @@ class OutputStream:
             self._ready.set()
         return stopped
 
+    @property
+    def takes_many(self) -> bool:
+        """Whether nobody looks at it before its end, and tokens change nothing but ``request.tokens``."""
+        return self._read_at_end and self._text.is_empty and self._logprobs is None and not self._replayed
+
+    def push_many(self, now: float) -> None:
+        """Take several tokens, the last of them at ``now``; only where ``takes_many``."""
+        self._last_token = now
+        self._ready.set()
+
     def end(self, reason: EndReason, error: Exception | None) -> None:
         """End the stream, with the fields of :class:`~aioengine.events.RequestEnded`."""
         if reason == "error":
@@ -116,6 +128,7 @@ class OutputStream:
 
     async def last(self) -> RequestOutput:
         """Wait for the end without waking up for each token. Raises as :meth:`next` does."""
+        self._read_at_end = True
         await self._ended.wait()
         return await self.next()
 

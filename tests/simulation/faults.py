@@ -102,6 +102,8 @@ class FaultyDevice(SimulatedDevice):
     run: its slots hold the versions that its requests were accepted for, and are not being written; the
     KV that it reads was computed from the same tokens with the same adapter."""
 
+    goes_ahead = False
+
     def __init__(
         self,
         costs: CostModel,

@@ -171,6 +171,11 @@ class Residency:
         elif pin:
             self._pin(entry, now)
 
+    @property
+    def any_wanted(self) -> bool:
+        """Whether a caller waits for an adapter to be read."""
+        return bool(self._wanted)
+
     def forget_want(self, entry: AdapterEntry) -> None:
         entry.wanted_since = None
         entry.pin_when_read = False

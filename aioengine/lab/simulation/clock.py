@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import selectors
+from collections import deque
 from collections.abc import Coroutine
 from concurrent.futures import ThreadPoolExecutor
-from math import ulp
+from math import inf, ulp
 from typing import Any, TypeVar
 
 from aioengine.errors import AioEngineError
@@ -37,10 +38,18 @@ class _Jumping(selectors.SelectSelector):
                 f"{', '.join(waiting[:10]) or 'none'}. Threads and sockets cannot be waited for here"
             )
         if timeout > 0.0:
-            self.now += timeout
-            # A timer is due before now plus the resolution, which must not be lost in now's last bit.
-            self.loop._clock_resolution = max(1e-9, ulp(self.now))
+            self.go_to(self.now + timeout)
         return []
+
+    def go_to(self, now: float) -> None:
+        self.now = now
+        self.loop._clock_resolution = resolution(now)
+
+
+def resolution(now: float) -> float:
+    """Return the clock's resolution: timers go off that are due before ``now`` plus this, which must not be
+    lost in the last bit of ``now``."""
+    return max(1e-9, ulp(now))
 
 
 class VirtualTimeLoop(asyncio.SelectorEventLoop):
@@ -52,7 +61,9 @@ class VirtualTimeLoop(asyncio.SelectorEventLoop):
     """
 
     _clock_resolution: float
-    """asyncio's own, which is not in the type stubs."""
+    _ready: deque[asyncio.Handle]
+    _scheduled: list[asyncio.TimerHandle]
+    """asyncio's own, which are not in the type stubs."""
 
     def __init__(self) -> None:
         self._jumping = _Jumping()
@@ -61,6 +72,20 @@ class VirtualTimeLoop(asyncio.SelectorEventLoop):
 
     def time(self) -> float:
         return self._jumping.now
+
+    def next_timer(self) -> float | None:
+        """Return the time of the next timer (infinity: none is set), or None if something is to be done
+        before time goes on."""
+        if self._ready:
+            return None
+        timers = self._scheduled
+        if timers and not timers[0].cancelled():
+            return timers[0].when()
+        return min((timer.when() for timer in timers if not timer.cancelled()), default=inf)
+
+    def go_to(self, now: float) -> None:
+        """Move the clock. No timer may go off before."""
+        self._jumping.go_to(now)
 
 
 def run_in_virtual_time(main: Coroutine[Any, Any, T]) -> T:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 
 from aioengine.errors import AdapterLoadError, AdapterTooLarge
-from aioengine.executors.base import Device
+from aioengine.executors.base import Ahead, Device
 from aioengine.lab.costs.model import CostModel
 from aioengine.lab.costs.steps import StepTimes, step_shape
+from aioengine.lab.simulation.clock import VirtualTimeLoop, resolution
 from aioengine.lab.simulation.transfers import Processor, SharedStage
 from aioengine.lab.workload.requests import AdapterShape
 from aioengine.model.spec import DTYPE_BYTES
@@ -26,6 +27,8 @@ class SimulatedDevice(Device):
 
     The adapters that it reads have a size and no contents (``shapes``, by name).
     """
+
+    goes_ahead = True
 
     def __init__(self, costs: CostModel, *, token: int, end_token: int, max_rank: int) -> None:
         self.lengths: dict[str, int] = {}
@@ -60,6 +63,33 @@ class SimulatedDevice(Device):
             made = work.start + len(work.tokens) - work.prompt_len + 1
             sampled.append(end if made == lengths.get(work.request_id) else token)
         return StepResult(sampled, took - overhead)
+
+    def go_ahead(self, batch: StepBatch, most: int, until: float) -> Ahead | None:
+        """Run steps without a turn of the event loop: none if anything else is due before the end of the
+        first one. Times are those that ``execute`` gives, to the last bit."""
+        loop = asyncio.get_running_loop()
+        if not isinstance(loop, VirtualTimeLoop) or (timer := loop.next_timer()) is None:
+            return None
+        shape, overhead, pace = step_shape(batch), self._costs.step_overhead, self._processor.pace
+        begin, kv, ends, seconds = loop.time(), shape.decode_kv, [], []
+        lengths = self.lengths
+        for work in batch.sequences:
+            length = lengths.get(work.request_id)
+            if length is not None:
+                most = min(most, length - (work.start + len(work.tokens) - work.prompt_len + 1))
+        while len(ends) < most and begin < until:
+            took = self._step_seconds(shape._replace(decode_kv=kv)) + overhead
+            end = begin + (begin + took * pace - begin)  # as the loop rounds it
+            if end + resolution(end) > timer:
+                break
+            ends.append(end)
+            seconds.append(end - begin - overhead)
+            begin = end
+            kv += shape.decode_rows
+        if not ends:
+            return None
+        loop.go_to(begin)
+        return Ahead(self._token, ends, seconds)
 
     async def load(self, order: ReadOrder) -> LoadedAdapter:
         """Raises AdapterLoadError for an adapter without a shape, AdapterTooLarge for one that no slot

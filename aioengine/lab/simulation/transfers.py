@@ -100,6 +100,11 @@ class Processor:
                 self._timer.cancel()
         return loop.time() - start
 
+    @property
+    def pace(self) -> float:
+        """Seconds for a second's work."""
+        return max(self._paces)
+
     @contextmanager
     def disturbed(self, slowdown: float) -> Iterator[None]:
         """Make work take at least ``slowdown`` times as long while the context lasts."""

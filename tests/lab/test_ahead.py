@@ -1,0 +1,170 @@
+"""Simulations that jump over steps in which nothing can happen give the same bytes as others."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support.core_sim import LIMITS, CoreSim
+
+from aioengine import events
+from aioengine.lab import Experiment, WorkloadSpec, run
+from aioengine.lab.simulation.clock import VirtualTimeLoop, run_in_virtual_time
+from aioengine.lab.simulation.device import SimulatedDevice
+from aioengine.step import Sampled, StepBatch, StepResult
+
+POLICIES = [
+    "fcfs",
+    "fcfs:max_wait=0.2",
+    "vllm+lru",
+    "drainer:patience=0.3",
+    "discard",
+    "lpm",
+    "sjf",
+    "chameleon",
+    "vtc",
+    "admission",
+]
+workloads = st.fixed_dictionaries(
+    {
+        "arrivals": st.sampled_from(["gamma:rate=30,cv=3", "poisson:rate=4", "onoff:rate=20,on=1,off=2"]),
+        "limit": st.integers(1, 40),
+        "adapters": st.sampled_from([0, 3, 12]),
+        "popularity": st.sampled_from(["uniform", "zipf:1.0"]),
+        "ranks": st.sampled_from([16, "8:.7,16:.2,64:.1"]),
+        "tenants": st.sampled_from([0, 0, 2]),
+        "prompt_tokens": st.sampled_from(["uniform:1..40", "uniform:20..900"]),
+        "output_tokens": st.sampled_from([1, 2, 17, "uniform:1..120"]),
+        "lengths": st.sampled_from(["known", "hidden:max=200"]),
+        "timeout": st.sampled_from([None, None, 1.5]),
+        "sessions": st.sampled_from([None, None, "chat:turns=3,think=0.2"]),
+    }
+)
+systems = st.fixed_dictionaries(
+    {
+        "policy": st.sampled_from(POLICIES),
+        "slots": st.integers(1, 4),
+        "max_num_seqs": st.integers(1, 12),
+        "max_num_batched_tokens": st.sampled_from([64, 512]),
+        "block_size": st.sampled_from([4, 16]),
+        "kv_cache_memory": st.sampled_from([None, "300MiB"]),
+        "enable_prefix_caching": st.booleans(),
+        "slot_memory": st.sampled_from([None, None, "600MiB", "shared"]),
+        "replicas": st.sampled_from([None, None, None, 2]),
+        "seed": st.integers(0, 3),
+    }
+)
+
+
+def outcome(experiment: Experiment, *, ahead: bool, executed: list[int] | None = None) -> dict[str, bytes]:
+    """The files of a run."""
+    execute = SimulatedDevice.execute
+
+    async def counted(device: SimulatedDevice, batch: StepBatch) -> StepResult:
+        if executed is not None:
+            executed[0] += 1
+        return await execute(device, batch)
+
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SimulatedDevice, "goes_ahead", ahead)
+        patch.setattr(SimulatedDevice, "execute", counted)
+        run(experiment, folder)
+        return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+
+
+@settings(max_examples=40, deadline=None)
+@given(workloads, systems)
+def test_the_same_bytes_come_out(workload: dict[str, Any], system: dict[str, Any]) -> None:
+    kv = system["kv_cache_memory"]
+    if system["slot_memory"] == "shared":
+        kv = "1500MiB"
+    experiment = Experiment(
+        workload=WorkloadSpec(**workload),
+        cpu_loras=6,
+        max_lora_rank=64,
+        max_model_len=1200,
+        on_too_long="truncate",
+        **{**system, "kv_cache_memory": kv},
+    )
+    assert outcome(experiment, ahead=True) == outcome(experiment, ahead=False)
+
+
+def test_most_steps_are_not_taken_one_by_one() -> None:
+    workload = WorkloadSpec(
+        arrivals="poisson:rate=1", limit=30, adapters=5, prompt_tokens="uniform:20..200", output_tokens=200
+    )
+    experiment = Experiment(workload=workload, slots=4, cpu_loras=5)
+    taken, jumped = [0], [0]
+    assert outcome(experiment, ahead=False, executed=taken) == outcome(
+        experiment, ahead=True, executed=jumped
+    )
+    assert jumped[0] < taken[0] / 5
+
+
+def test_repeated_steps_do_what_steps_one_by_one_do() -> None:
+    """In the core: tokens, blocks in the same order, times."""
+
+    def running(count: int) -> CoreSim:
+        sim = CoreSim(LIMITS._replace(num_blocks=64, max_num_batched_tokens=64), next_token=lambda _: 7)
+        for index in range(3):
+            sim.add(prompt=[5] * (3 + index), max_tokens=40)
+        for _ in range(count):
+            sim.settle(step_seconds=0.25)
+        return sim
+
+    one_by_one = running(15)
+    sim = running(3)
+    for request in sim.core.requests.values():
+        assert request.sink is None, "nobody looks at the tokens"
+    batch = sim.schedule()
+    assert batch is not None
+    steady = sim.core.steady(batch)
+    assert steady is not None and steady.steps >= 12
+    found = sim.core.steps_finished(batch, Sampled(7), [sim.now + 0.25 * step for step in range(1, 13)])
+    assert [[interval.seconds for interval in step] for step in found] == [[0.25]] * 12
+    sim.core.check()
+    for ours, theirs in zip(sim.core.requests.values(), one_by_one.core.requests.values(), strict=True):
+        for field in ("tokens", "computed", "blocks", "committed", "last_token", "worst_gap"):
+            assert getattr(ours, field) == getattr(theirs, field), field
+    assert (sim.core.step, sim.core.now) == (one_by_one.core.step, one_by_one.core.now)
+    assert not sim.of(events.PolicyFailed)
+
+
+def test_no_step_is_certain_that_a_request_ends_in_or_that_may_change_a_decision() -> None:
+    sim = CoreSim(LIMITS._replace(num_blocks=64))
+    request = sim.add(max_tokens=8)
+    sim.settle()
+    batch = sim.schedule()
+    assert batch is not None
+    steady = sim.core.steady(batch)
+    assert steady is not None and steady.steps == 6, "of 8 tokens, one is there, and the last ends it"
+    late = sim.add(deadline=0.5)
+    assert sim.core.steady(batch) is None, "the policy has not seen the new request"
+    sim.core.end(late, "abort", sim.now)
+    sim.core.end(request, "abort", sim.now)
+    assert sim.core.steady(batch) is None
+
+
+async def the_clock() -> None:
+    import asyncio
+
+    loop = asyncio.get_running_loop()
+    assert isinstance(loop, VirtualTimeLoop)
+    assert loop.next_timer() == float("inf")
+    timers = [loop.call_later(seconds, lambda: None) for seconds in (1.0, 2.0, 3.0)]
+    assert loop.next_timer() == 1.0
+    timers[0].cancel()
+    assert loop.next_timer() == 2.0
+    loop.call_soon(lambda: None)
+    assert loop.next_timer() is None, "something is to be done first"
+    await asyncio.sleep(0)
+    loop.go_to(1.5)
+    assert loop.time() == 1.5
+
+
+def test_the_clock_tells_when_something_else_is_due() -> None:
+    run_in_virtual_time(the_clock())
