@@ -10,12 +10,16 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from support.lab_files import write_files
 
 from aioengine.errors import ConfigError
 from aioengine.lab.analysis.summary import summarize
 from aioengine.lab.report.run_figures import PLOTS
 from aioengine.lab.report.run_page import write_report
+from aioengine.lab.report.timeline_page import in_script
+from aioengine.lab.runs.rows import load_frames
 
 
 @pytest.fixture(scope="module")
@@ -48,13 +52,40 @@ def test_the_page_is_whole_and_escaped(written: Path) -> None:
     links.feed(text)
     assert "script" not in links.tags and "b" in links.tags  # the tiles' own, and not the policy's
     assert "&lt;script&gt;" in text and "&lt;b&gt;fcfs" in text and "<b>fcfs" not in text
-    assert len(links.sources) == 2 * len(PLOTS)
-    assert all(source.startswith("data:image/png;base64,") for source in links.sources)
-    for plot, source in zip(PLOTS, links.sources[1::2], strict=True):  # the second of each is the light one
+    assert links.sources[-1] == "timeline.html"
+    pictures = links.sources[:-1]
+    assert len(pictures) == 2 * len(PLOTS)
+    assert all(source.startswith("data:image/png;base64,") for source in pictures)
+    for plot, source in zip(PLOTS, pictures[1::2], strict=True):  # the second of each is the light one
         png = (written / "figures" / f"{plot.name}.png").read_bytes()
         assert base64.b64decode(source.partition(",")[2]) == png
     assert "aioengine lab run --experiment FOLDER/experiment.json" in text
     assert str(written) not in text and not re.search(r"\b20\d\d-\d\d-\d\d\b", text)
+
+
+def test_the_timeline_has_every_stay_and_fetches_nothing(written: Path) -> None:
+    text = (written / "timeline.html").read_text()
+    links = Links()
+    links.feed(text)
+    assert links.sources == []
+    [data] = re.findall(r'<script type="application/json" id="data">(.*?)</script>', text, flags=re.DOTALL)
+    found = json.loads(data)
+    stays = [
+        (slot, found["adapters"][adapter], start, end, steps)
+        for slot, row in enumerate(found["slots"])
+        for adapter, start, _, end, steps in row
+    ]
+    spans = load_frames(written).slots.sort("slot", "start")
+    assert stays == spans.select("slot", "adapter", "start", "end", "busy_steps").rows()
+    for row in found["slots"]:  # the page looks for stays by bisection
+        assert [stay[3] for stay in row] == sorted(stay[3] for stay in row)
+
+
+@given(st.recursive(st.text(), lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner)))
+def test_no_text_leaves_the_script_that_it_stands_in(data: object) -> None:
+    text = in_script(data)
+    assert not set("<>&") & set(text)
+    assert json.loads(text) == data
 
 
 def test_what_is_not_there_is_named(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from aioengine.lab.analysis.measures import MEASURES
 from aioengine.lab.analysis.summary import flatten
 from aioengine.lab.report.run_figures import draw_run, load_run
 from aioengine.lab.report.style import DARK, LIGHT, Drawn, Theme, seconds_text, share_text, vectors
+from aioengine.lab.report.timeline_page import timeline_page
 
 if TYPE_CHECKING:
     from jinja2 import Template
@@ -36,9 +37,10 @@ _SPREADS = (
 def write_report(
     folder: str | Path, progress: Callable[[], None] | None = None, *, vector: bool = False
 ) -> Path:
-    """Draw the figures of the run in ``folder`` and write ``figures/*.png`` and ``report.html`` there.
+    """Draw the figures of the run in ``folder`` and write ``figures/*.png``, ``report.html`` and
+    ``timeline.html`` there.
 
-    Both depend on the run's files alone. Returns the page's path.
+    They depend on the run's files alone. Returns the page's path.
 
     Args:
         progress: Called for each figure that is drawn.
@@ -66,6 +68,10 @@ def write_report(
         versions=versions_text(experiment),
     )
     settings = parameters if vector else None
+    title = f"Slots: {parameters.get('policy')} on {parameters.get('preset')}"
+    slots = summary["slots"]["slots"]
+    timeline = timeline_page(template("timeline"), run.frames.slots, slots, run.end, title=title)
+    _write_text(folder / "timeline.html", timeline)
     return write_files(folder, page, [light for light, _ in drawn], settings)
 
 
@@ -96,10 +102,17 @@ def write_files(
         if settings is not None:
             text = "\n".join(_captions(drawn, settings))
             (folder / "figures" / "captions.md").write_text(text, encoding="utf-8")
-        path.write_text(page, encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"cannot write the report into {folder}: {error.strerror}") from error
+    _write_text(path, page)
     return path
+
+
+def _write_text(path: Path, text: str) -> None:
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"cannot write the report into {path.parent}: {error.strerror}") from error
 
 
 def _captions(drawn: Sequence[Drawn], settings: Mapping[str, Any]) -> Iterator[str]:
