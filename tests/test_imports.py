@@ -99,6 +99,7 @@ BENCHMARKS: dict[str, set[str]] = {
     "adapters": {"engine"},
     "server": set(),
     "policies": set(),
+    "papers": {"policies"},
     "attacks": set(),
     "endurance": set(),
     "peers": set(),

@@ -5,11 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-import runpy
 import shlex
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 from support.engine_fixtures import MakeEngine, Tiny, greedy, make_engine, tiny, tiny_of
@@ -17,6 +14,7 @@ from support.engine_fixtures import MakeEngine, Tiny, greedy, make_engine, tiny,
 from aioengine.cli.flags import EngineFlags
 from aioengine.cli.main import main
 from aioengine.schedulers import load_policy
+from benchmarks.policies.papers.__main__ import main as papers
 
 __all__ = ["make_engine", "tiny", "tiny_of"]
 
@@ -81,28 +79,25 @@ async def test_the_same_file_in_the_lab_and_live(
     assert ended == ["short", "middle", "long"]  # they waited together for the adapter
 
 
-@pytest.fixture(scope="module")
-def papers() -> Callable[..., Any]:
-    found = runpy.run_path(str(ROOT / "benchmarks" / "policies" / "papers.py"))["main"]
-    assert callable(found)
-    return found
-
-
 @pytest.mark.parametrize(
     ("paper", "rows"),
     [
         ("slora", ["slora, 32 slots", "on demand, 32 slots", "on demand, 8 slots"]),
-        ("chameleon", ["slora", "chameleon", "fcfs"]),
+        ("chameleon", ["s-lora: arrival, discard", "chameleon's cache alone", "order alone", "chameleon "]),
+        ("toppings", ["loads stall the batch", "loads beside the batch", "adapters stay", "rank-aware"]),
+        ("loraserve", ["least_loaded", "affinity", "by rank"]),
+        ("dlora", ["llama3-8b-h100", "llama3-8b-a10g"]),
+        ("ray", ["holder ", "holder:spill=4", "affinity"]),
+        ("llmd", ["round_robin", "prefix", "affinity"]),
     ],
 )
 def test_papers_print_a_table(
-    papers: Callable[..., Any],
     paper: str,
     rows: list[str],
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setenv("COLUMNS", "120")
+    monkeypatch.setenv("COLUMNS", "160")
     papers([paper, "--quick", "--jobs", "1"])
     table = capsys.readouterr().out
     for row in rows:
@@ -111,7 +106,7 @@ def test_papers_print_a_table(
 
 
 def test_service_of_backlogged_clients_in_the_quick_run(
-    papers: Callable[..., Any], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With all adapters in slots, VTC's difference is a small part of that of first come, first served."""
     monkeypatch.setenv("COLUMNS", "120")

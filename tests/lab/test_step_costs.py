@@ -6,6 +6,7 @@ import math
 import timeit
 from itertools import accumulate
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -74,6 +75,16 @@ def test_each_coefficient_counts_what_it_says(field: str, value: object, seconds
 def test_a_step_without_adapters_costs_nothing_for_them() -> None:
     costs = StepCosts(lora_step=1.0, adapter=((8.0, 1.0),), lora_token=((8.0, 1.0),))
     assert StepTimes(costs)(SHAPE._replace(adapters=())) == 0
+
+
+@given(step_costs, shapes)
+def test_kernels_that_pad_cost_what_the_largest_rank_of_the_step_does(
+    steps: StepCosts, shape: StepShape
+) -> None:
+    largest = max((rank for rank, _ in shape.adapters), default=0)
+    same = shape._replace(adapters=tuple((largest, tokens) for _, tokens in shape.adapters))
+    padded = msgspec.structs.replace(steps, padded=True)
+    assert StepTimes(padded)(shape) == StepTimes(steps)(same)
 
 
 def test_a_curve_is_level_then_straight() -> None:

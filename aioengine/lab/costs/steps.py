@@ -88,13 +88,16 @@ class StepCosts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     """Each distinct adapter, by its rank."""
     lora_token: Curve = NONE
     """Each token that has an adapter, by its adapter's rank."""
+    padded: bool = False
+    """Whether each adapter costs as much as the largest one in the batch, as with kernels that pad ranks
+    (Punica's BGMV, arXiv 2310.18547)."""
 
     def __post_init__(self) -> None:
         for field in self.__struct_fields__:
             value = getattr(self, field)
             if isinstance(value, tuple):
                 _check_curve(f"steps.{field}", value)
-            else:
+            elif not isinstance(value, bool):
                 check_number(f"steps.{field}", value, low=1 if field == "tile" else 0.0)
         if any(after < before for (_, before), (_, after) in pairwise(self.linears)):
             raise ConfigError("steps.linears: falls; more tokens cannot take less time")
@@ -106,7 +109,7 @@ class StepCosts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
             value = getattr(self, field)
             if isinstance(value, tuple):
                 rounded[field] = tuple((x, significant(y)) for x, y in value)
-            elif field != "tile":
+            elif field not in ("tile", "padded"):
                 rounded[field] = significant(value)
         return msgspec.structs.replace(self, **rounded)
 
@@ -129,7 +132,9 @@ class StepTimes:
         seconds = c.step + linears + c.sequence * sequences + c.decode_kv * kv + c.prefill_pair * pairs
         if adapters:
             seconds += c.lora_step
-            for rank, count in adapters:
+            largest = max(rank for rank, _ in adapters) if c.padded else 0
+            for own, count in adapters:
+                rank = largest or own
                 each = self._ranks.get(rank)
                 if each is None:
                     each = self._ranks[rank] = curve_at(c.adapter, rank), curve_at(c.lora_token, rank)

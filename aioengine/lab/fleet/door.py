@@ -112,8 +112,10 @@ class SimulatedFleet:
         """Register adapters that have a size and no contents, with every replica."""
         shapes = list(shapes)
         self._shapes += shapes
+        costs = next(iter(self._current.values())).engine.costs
         for shape in shapes:
-            self.state.add_adapter(shape.name, shape.nbytes or 0)
+            nbytes = costs.adapter_nbytes(shape.rank) if shape.nbytes is None else shape.nbytes
+            self.state.add_adapter(shape.name, nbytes)
         for replica in self._current.values():
             replica.engine.add_adapters(shapes)
 
