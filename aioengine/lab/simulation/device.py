@@ -71,7 +71,9 @@ class SimulatedDevice(Device):
         if not isinstance(loop, VirtualTimeLoop) or (timer := loop.next_timer()) is None:
             return None
         shape, overhead, pace = step_shape(batch), self._costs.step_overhead, self._processor.pace
-        begin, kv, ends, seconds = loop.time(), shape.decode_kv, [], []
+        begin, kv = loop.time(), shape.decode_kv
+        ends: list[float] = []
+        seconds: list[float] = []
         lengths = self.lengths
         for work in batch.sequences:
             length = lengths.get(work.request_id)
