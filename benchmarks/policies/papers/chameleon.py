@@ -51,8 +51,8 @@ def chameleon(lab: Lab) -> Table:
     without bound (``max_wait``, ``age``), as in the paper's systems.
     """
     seeds = [0] if lab.quick else [0, 1, 2]
-    requests = 40 if lab.quick else 800
-    rates = [6.0] if lab.quick else [5.0, 6.0, 7.0]
+    requests = 40 if lab.quick else 500
+    rates = [2.0] if lab.quick else [1.8, 2.2]
     links = [6e9] if lab.quick else [24.8e9, 6e9]
     systems = {
         "S-LoRA: arrival, discard": "vllm:max_wait=600+discard+lookahead",
