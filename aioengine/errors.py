@@ -85,12 +85,14 @@ class EngineOverloaded(AioEngineError):
 
     ``bound`` names the bound: "server" (``max_waiting``), or that of the request's "tenant" or "adapter". A
     waiting request can get this error when another tenant's request displaces it; then ``bound`` is "tenant".
-    None: another bound, which the message names.
+    None: another bound, which the message names. ``waiting`` is the number of requests that wait under that
+    bound (in a fleet: on that replica), if it is known.
     """
 
-    def __init__(self, message: str, *, bound: Bound | None = None) -> None:
+    def __init__(self, message: str, *, bound: Bound | None = None, waiting: int | None = None) -> None:
         super().__init__(message)
         self.bound = bound
+        self.waiting = waiting
 
 
 class RequestRejected(AioEngineError):

@@ -89,24 +89,22 @@ class WaitingRoom:
         own = self.max_per_tenant
         if tenant is not None:
             own = self.max_of_tenant.get(tenant, own)
-        if own is not None and self._all.count(tenant) >= own:
-            named = (
-                f"{self._all.count(tenant)} requests of tenant {tenant!r} are waiting, and it may have {own}"
-            )
-            raise EngineOverloaded(f"{named}; retry later, or raise max_waiting_per_tenant", bound="tenant")
+        has = self._all.count(tenant)
+        if own is not None and has >= own:
+            text = f"{has} requests of tenant {tenant!r} are waiting, and it may have {own}; retry later, or "
+            raise EngineOverloaded(f"{text}raise max_waiting_per_tenant", bound="tenant", waiting=has)
         victim: Ticket | None = None
         named = ""
         places = self._of_adapter.get(adapter) if adapter is not None else None
         if places is not None and self.max_per_adapter is not None and len(places) >= self.max_per_adapter:
             named = f"max_waiting_per_adapter={self.max_per_adapter} requests wait for {adapter!r}"
-            victim = _displaced_by(tenant, places, named, "adapter")
+            victim = _displaced_by(tenant, places, named, "adapter", len(places))
         if self.max_waiting is not None and len(self) - (victim is not None) >= self.max_waiting:
             named = f"{len(self)} requests are waiting and max_waiting={self.max_waiting}"
-            victim = _displaced_by(tenant, _Places() if victim else self._all, named, "server")
+            victim = _displaced_by(tenant, _Places() if victim else self._all, named, "server", len(self))
         if victim is not None:
-            victim.leave()
             text = f"{named}; tenant {victim.tenant!r} has most, so another tenant's took this one's place"
-            victim.displaced(EngineOverloaded(f"{text}; retry later", bound="tenant"), now)
+            self._displace(victim, text, now)
         ticket = Ticket(tenant, adapter, self)
         self._all.add(ticket)
         if adapter is not None and self.max_per_adapter is not None:
@@ -136,12 +134,14 @@ class WaitingRoom:
         own = self.max_tokens_per_tenant
         if own is not None and has + tokens > own:
             text = f"{named}, and {tokens} more exceed max_waiting_tokens_per_tenant={own}"
-            raise EngineOverloaded(f"{text}; retry later, or raise it", bound="tenant")
+            count = self._all.count(tenant)
+            raise EngineOverloaded(f"{text}; retry later, or raise it", bound="tenant", waiting=count)
         most = self.max_tokens
         if most is not None and self.tokens + tokens > most and has + tokens > most / len(self._tokens):
             text = f"{named}, and {tokens} more exceed its part of max_waiting_tokens={most}"
-            alone = len(self._tokens) == 1
-            raise EngineOverloaded(f"{text}; retry later, or raise it", bound="server" if alone else "tenant")
+            bound: Bound = "server" if len(self._tokens) == 1 else "tenant"
+            count = len(self) if bound == "server" else self._all.count(tenant)
+            raise EngineOverloaded(f"{text}; retry later, or raise it", bound=bound, waiting=count)
 
     def _share_tokens(self, newcomer: Ticket, now: float) -> None:
         """Displace what makes the prompts too long, except the newcomer."""
@@ -150,10 +150,14 @@ class WaitingRoom:
             return
         part = most / len(self._tokens)
         while self.tokens > most and (victim := self._tokens.to_displace(part, newcomer)) is not None:
-            victim.leave()
             text = f"prompts of more than max_waiting_tokens={most} tokens are waiting; tenant "
             text += f"{victim.tenant!r} has more than its part, and another's took this one's place"
-            victim.displaced(EngineOverloaded(f"{text}; retry later", bound="tenant"), now)
+            self._displace(victim, text, now)
+
+    def _displace(self, victim: Ticket, text: str, now: float) -> None:
+        victim.leave()
+        count = self._all.count(victim.tenant)
+        victim.displaced(EngineOverloaded(f"{text}; retry later", bound="tenant", waiting=count), now)
 
     def leave(self, ticket: Ticket) -> None:
         """Give the ticket's place back, if it has one."""
@@ -295,9 +299,10 @@ class _Tokens:
         assert list(self._several) == sorted(several)
 
 
-def _displaced_by(newcomer: Tenant, places: _Places, named: str, bound: Bound) -> Ticket:
+def _displaced_by(newcomer: Tenant, places: _Places, named: str, bound: Bound, waiting: int) -> Ticket:
     """Choose the ticket that the new request displaces. Raises EngineOverloaded if there is none."""
     ticket = places.to_displace(newcomer)
     if ticket is None:
-        raise EngineOverloaded(f"{named}; retry later, or raise this bound", bound=bound)
+        text = f"{named}; retry later, or raise this bound"
+        raise EngineOverloaded(text, bound=bound, waiting=waiting)
     return ticket

@@ -12,7 +12,7 @@ import msgspec
 
 from aioengine.server.access.auth import Identity
 from aioengine.server.access.limits import Admission
-from aioengine.server.errors import ApiError, ErrorDetail
+from aioengine.server.errors import ApiError, FullQueue
 
 logger = logging.getLogger("aioengine.server.access")
 
@@ -57,10 +57,14 @@ class RequestRecord(msgspec.Struct, kw_only=True, eq=False):
     """Done when its key becomes invalid; None without a key."""
     so_far: Callable[[], int] = int
     """Returns the number of the answer's tokens so far."""
+    queue: FullQueue | None = None
+    """The queue of its own tenant or adapter that had no place for it."""
     counted: bool = False
     """Whether it was refused for its key: such requests are counted and logged together."""
 
-    def refused(self, detail: ErrorDetail) -> None:
+    def refused(self, error: ApiError) -> None:
+        detail = error.detail
+        self.queue = error.queue
         self.error = detail.code or detail.type
         self.param = None if detail.param is None else detail.param[:100]
         self.reason = detail.message[:200]
@@ -74,7 +78,9 @@ class RequestRecord(msgspec.Struct, kw_only=True, eq=False):
         }
 
 
-_NOT_LOGGED = frozenset({"started", "owner", "identity", "admission", "ended", "counted", "route", "so_far"})
+_NOT_LOGGED = frozenset(
+    {"started", "owner", "identity", "admission", "ended", "queue", "counted", "route", "so_far"}
+)
 _LOGGED = tuple(name for name in RequestRecord.__struct_fields__ if name not in _NOT_LOGGED)
 
 

@@ -178,7 +178,7 @@ class ServerApp:
                 tags = [(b"x-request-id", record.request_id.encode())]
                 headers = message["headers"]
                 if record.error == "engine_overloaded":
-                    headers = [*(h for h in headers if h[0] != b"retry-after"), self._come_back()]
+                    headers = [*(h for h in headers if h[0] != b"retry-after"), self._come_back(record)]
                 if record.not_enforced is not None:
                     tags.append((b"x-not-enforced", record.not_enforced.encode("ascii", "replace")))
                 if record.status >= 400 and _asks_first(scope):
@@ -195,7 +195,7 @@ class ServerApp:
             if started:
                 raise
             api_error = to_api_error(error, self._settings)
-            record.refused(api_error.detail)
+            record.refused(api_error)
             await send_error(tagged_send, api_error, path)
         finally:
             self._gate.leave(record, time.monotonic())
@@ -260,13 +260,18 @@ class ServerApp:
         [route] = (r for r in self._routes.routes if isinstance(r, HTTPRoute) and r.path == path)
         return route.route_handler_map["POST"][0]
 
-    def _come_back(self) -> tuple[bytes, bytes]:
-        waiting = self.context.engine.stats().waiting
-        return b"retry-after", str(self._pace.retry_after(waiting, time.monotonic())).encode()
+    def _come_back(self, record: RequestRecord) -> tuple[bytes, bytes]:
+        now, queue = time.monotonic(), record.queue
+        if queue is None:
+            seconds = self._pace.retry_after(self.context.engine.stats().waiting, now)
+        else:
+            name = record.owner if queue.bound == "tenant" else record.adapter
+            seconds = self._pace.retry_after(queue.waiting, now, (queue.bound, name))
+        return b"retry-after", str(seconds).encode()
 
     def _count(self, record: RequestRecord) -> None:
         if record.output_tokens is not None and record.status == 200:
-            self._pace.answered(time.monotonic())
+            self._pace.answered(time.monotonic(), ("tenant", record.owner), ("adapter", record.adapter))
         with contextlib.suppress(EngineStopped):  # not started yet
             http = self.context.engine.metrics.http
             http.responded(record.route, record.status, record.error, record.tenant)

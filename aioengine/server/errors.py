@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+from typing import Literal, NamedTuple
 
 import msgspec
 
@@ -59,6 +60,14 @@ _MESSAGES_TYPES = {
 }
 
 
+class FullQueue(NamedTuple):
+    """A queue that has no place for another request: one tenant's or one adapter's."""
+
+    bound: Literal["tenant", "adapter"]
+    waiting: int
+    """Requests that wait in it."""
+
+
 class ApiError(Exception):
     """A request that is refused.
 
@@ -67,6 +76,7 @@ class ApiError(Exception):
         retry: False tells OpenAI's client not to retry by itself, as it does on 5xx.
         close: The connection is closed, too.
         challenge: Value of ``WWW-Authenticate``.
+        queue: The queue that was too long, if it was the tenant's or the adapter's own.
     """
 
     def __init__(
@@ -81,6 +91,7 @@ class ApiError(Exception):
         retry: bool = True,
         close: bool = False,
         challenge: str | None = None,
+        queue: FullQueue | None = None,
     ) -> None:
         message = _shortened(message)
         super().__init__(message)
@@ -90,6 +101,7 @@ class ApiError(Exception):
         self.retry = retry
         self.close = close
         self.challenge = challenge
+        self.queue = queue
 
     @property
     def body(self) -> bytes:
@@ -234,6 +246,7 @@ def _api_error(error: BaseException, retry_after: int) -> ApiError:
                 type="rate_limit_error",
                 code="engine_overloaded",
                 retry_after=retry_after,
+                queue=_full_queue(error),
             )
         case RequestRejected():
             return ApiError(
@@ -249,6 +262,12 @@ def _api_error(error: BaseException, retry_after: int) -> ApiError:
         case _:
             logger.error("a request failed unexpectedly", exc_info=error)
             return ApiError(500, "internal error; the server's log says more", type="server_error")
+
+
+def _full_queue(error: EngineOverloaded) -> FullQueue | None:
+    if error.waiting is None or (error.bound != "tenant" and error.bound != "adapter"):
+        return None
+    return FullQueue(error.bound, error.waiting)
 
 
 def _reason(error: AdapterError) -> str:

@@ -230,7 +230,7 @@ def exception_handler(settings: ServerSettings) -> Any:
             found = ApiError(error.status_code, error.detail)
         else:
             found = to_api_error(error, settings)
-        record_of(request).refused(found.detail)
+        record_of(request).refused(found)
         return ErrorResponse(found)
 
     return handle

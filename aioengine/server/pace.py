@@ -1,31 +1,56 @@
-"""Estimates ``Retry-After``: the time that the queue takes at the recent rate."""
+"""Estimates ``Retry-After``: the time that a queue takes at the recent rate of its answers."""
 
 from __future__ import annotations
 
 import math
-from collections import deque
+from collections import OrderedDict, deque
 
 WINDOW_SECONDS = 60.0
 LONGEST_SECONDS = 120
+MAX_QUEUES = 1000
+
+QueueName = tuple[str, str | None]
+"""One tenant's or one adapter's own queue: ("tenant", NAME) or ("adapter", NAME)."""
 
 
 class Pace:
-    """Times of the answers in the last minute, at most 1,000 of them."""
+    """Times of the answers in the last minute, at most 1,000 of them: of all requests together, and 100
+    each of the queues that had the latest answers."""
 
     def __init__(self, least: int) -> None:
         self._least = least
-        self._times: deque[float] = deque(maxlen=1000)
+        self._all: deque[float] = deque(maxlen=1000)
+        self._of: OrderedDict[QueueName, deque[float]] = OrderedDict()
 
-    def answered(self, now: float) -> None:
-        self._times.append(now)
+    def answered(self, now: float, *queues: QueueName) -> None:
+        """Count an answer to a request that waited in these queues."""
+        self._all.append(now)
+        for name in queues:
+            times = self._of.pop(name, None)
+            if times is None:
+                times = deque(maxlen=100)
+            times.append(now)
+            self._of[name] = times
+        while len(self._of) > MAX_QUEUES:
+            self._of.popitem(last=False)
 
-    def retry_after(self, waiting: int, now: float) -> int:
+    def retry_after(self, waiting: int, now: float, queue: QueueName | None = None) -> int:
         """Estimate the seconds until ``waiting`` requests are answered, between ``least`` and
-        ``LONGEST_SECONDS``."""
-        times = self._times
-        while times and times[0] < now - WINDOW_SECONDS:
-            times.popleft()
-        if not times:  # nothing is known: most likely a server that has just begun
+        ``LONGEST_SECONDS``.
+
+        They wait in ``queue``, or if that is None among all. A queue without an answer in the last minute is
+        taken to be as fast as all together.
+        """
+        rate = None if queue is None else _rate(self._of.get(queue), now)
+        if rate is None:
+            rate = _rate(self._all, now)
+        if rate is None:  # nothing is known: most likely a server that has just begun
             return self._least
-        rate = len(times) / max(now - times[0], 1.0)
         return max(self._least, min(math.ceil(waiting / rate), LONGEST_SECONDS))
+
+
+def _rate(times: deque[float] | None, now: float) -> float | None:
+    """Return answers per second, or None if there were none in the last minute."""
+    while times and times[0] < now - WINDOW_SECONDS:
+        times.popleft()
+    return len(times) / max(now - times[0], 1.0) if times else None

@@ -150,7 +150,7 @@ class GenerationResponse:
                 await while_connected(receive, self._answer(send), self._record.ended, self._limit.exceeded)
         except Exception as error:
             api_error = to_api_error(error, self._settings)
-            self._record.refused(api_error.detail)
+            self._record.refused(api_error)
             self._record.status = api_error.status
             if not self._started:
                 await send_error(send, api_error, self._record.path)

@@ -16,7 +16,7 @@ from support.process_harness import worker_pids
 from support.server_process import serving
 
 from aioengine.cli.serving.systemd import Systemd
-from aioengine.server.pace import Pace
+from aioengine.server.pace import MAX_QUEUES, Pace
 
 __all__ = ["tiny_text"]
 
@@ -118,3 +118,27 @@ def test_a_refused_request_is_told_when_the_queue_will_be_empty() -> None:
     assert pace.retry_after(20, now=10.0) == 20
     assert pace.retry_after(10_000, now=10.0) == 120
     assert pace.retry_after(20, now=1000.0) == 1  # what was long ago says nothing
+
+
+def test_a_queue_is_answered_at_its_own_pace() -> None:
+    pace = Pace(1)
+    for tenth in range(100):
+        pace.answered(tenth / 10, ("tenant", "a"), ("adapter", "x"))
+        if tenth % 20 == 0:
+            pace.answered(tenth / 10, ("tenant", "b"), ("adapter", None))
+    assert pace.retry_after(20, 10.0) == 2
+    assert pace.retry_after(20, 10.0, ("tenant", "a")) == 2
+    assert pace.retry_after(20, 10.0, ("tenant", "b")) == 40
+    assert pace.retry_after(20, 10.0, ("adapter", None)) == 40
+    assert pace.retry_after(20, 10.0, ("tenant", "c")) == 2, "nothing is known of it"
+    assert pace.retry_after(20, 1000.0, ("tenant", "b")) == 1
+
+
+def test_a_pace_forgets_whose_answers_are_oldest() -> None:
+    pace = Pace(1)
+    pace.answered(0.0, ("tenant", "slow"))
+    for i in range(MAX_QUEUES - 1):
+        pace.answered(9.0, ("tenant", str(i)))
+    assert pace.retry_after(11, 10.0, ("tenant", "slow")) == 110
+    pace.answered(9.0, ("tenant", "one more"))
+    assert pace.retry_after(11, 10.0, ("tenant", "slow")) == 1

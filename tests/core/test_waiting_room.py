@@ -27,9 +27,10 @@ def test_who_fills_the_queue_shuts_nobody_out() -> None:
     for event in ended.values():
         assert isinstance(event.error, EngineOverloaded) and event.error.bound == "tenant"
         assert "'hog'" in str(event.error) and "max_waiting=8" in str(event.error)
+    assert [event.error.waiting for event in ended.values()] == [7, 6, 5], "what it still has"  # type: ignore[union-attr]
     with pytest.raises(EngineOverloaded, match="max_waiting=8") as caught:
         sim.add(tenant="hog")
-    assert caught.value.bound == "server"
+    assert (caught.value.bound, caught.value.waiting) == ("server", 8)
     sim.run()
     assert all(sim.ended[request.id] == "length" for request in (*hog[:5], *others))
 
@@ -80,7 +81,7 @@ def test_bounds_of_tenants_and_adapters_concern_nobody_else() -> None:
         sim.add(adapter, tenant="a")
     with pytest.raises(EngineOverloaded, match=r"'a'.*max_waiting_per_tenant") as caught:
         sim.add(tenant="a")
-    assert caught.value.bound == "tenant"
+    assert (caught.value.bound, caught.value.waiting) == ("tenant", 4)
     sim.add(tenant="b")
     with pytest.raises(EngineOverloaded, match="may have 1"):
         sim.add(tenant="b")
@@ -93,7 +94,7 @@ def test_bounds_of_tenants_and_adapters_concern_nobody_else() -> None:
     ]
     with pytest.raises(EngineOverloaded, match=r"max_waiting_per_adapter=2 .*'x'") as caught:
         sim.add("x", tenant="d")
-    assert caught.value.bound == "adapter"
+    assert (caught.value.bound, caught.value.waiting) == ("adapter", 2)
     sim.core.end(shared, "abort", sim.now)
     sim.add("x", tenant="d")
     sim.take_events()
@@ -112,7 +113,7 @@ def test_nobody_makes_way_in_vain() -> None:
         sim.core.batcher.preempt(request, sim.now)
     with pytest.raises(EngineOverloaded) as caught:
         sim.add("x", tenant="b")
-    assert caught.value.bound == "server"
+    assert (caught.value.bound, caught.value.waiting) == ("server", 5)
     assert [r for r in sim.core.queues.all if r.adapter is not None] == waiting
 
 

@@ -181,6 +181,33 @@ async def test_a_request_that_the_policy_rejects_is_told_when_to_come_back(
         assert caught.value.code == "request_rejected"
 
 
+async def test_who_has_a_short_queue_may_soon_come_back(serve: Serve) -> None:
+    keys = {"ka": "a", "kb": "b"}
+    bounds = {"max_waiting_per_tenant": 60, **LONG}
+    async with serve(max_num_seqs=1, **bounds, settings={"api_keys": keys}) as served:
+        served.engine.limit_waiting({"a": 1})
+
+        def ask(key: str, max_tokens: int) -> asyncio.Task[httpx.Response]:
+            body = {"model": MODEL, "prompt": "x", "max_tokens": max_tokens}
+            headers = {"authorization": f"Bearer {key}"}
+            return asyncio.create_task(served.http.post("/v1/completions", json=body, headers=headers))
+
+        for key in ("ka", "kb") * 10:
+            assert (await ask(key, 1)).status_code == 200
+        running = served.engine.generate("busy", greedy(500))
+        await anext(running)
+        asked = [ask("ka", 200), *(ask("kb", 200) for _ in range(60))]
+        await until(lambda: served.engine.stats().waiting == 61)
+        own, whole = await ask("ka", 1), await ask("kb", 1)
+        for answer in (own, whole):
+            assert answer.status_code == 429 and "of your tenant" in answer.text
+        # About 10 a second are answered to each of them.
+        assert int(own.headers["retry-after"]) * 2 < int(whole.headers["retry-after"])
+        for task in asked:
+            task.cancel()
+        await running.aclose()
+
+
 async def test_overload_says_whose_it_is(serve: Serve) -> None:
     bounds = {"max_waiting": 2, "max_waiting_per_tenant": 2, "max_waiting_per_adapter": 1, **LONG}
     keys = {"ka": "a", "kb": "b"}
