@@ -32,6 +32,9 @@ class TokenConstraint(Protocol):
     def allowed(self, output: Sequence[int]) -> bytes:
         """Return the tokens that may follow ``output`` (all tokens generated so far), one bit for each.
 
+        ``output`` is an :class:`~aioengine.step.OutputView`, which takes constant time to make. A
+        constraint that remembers how many tokens it has seen reads only ``output[seen:]``.
+
         Token ``t`` is allowed if bit ``t % 8`` (the lowest is 0) of byte ``t // 8`` is set; tokens beyond the
         end are not allowed. The answer must depend on ``output`` alone. To let the output end, allow an
         end-of-sequence token. The request fails if no token is allowed, or if this method raises.

@@ -6,8 +6,9 @@ Nothing here refers to live objects, so that a step can cross a process boundary
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Literal, NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from operator import index as to_index
+from typing import Literal, NamedTuple, overload
 
 import msgspec
 
@@ -21,6 +22,74 @@ vectors."""
 
 UNKNOWN = -1
 """In the place of a token that the step before has not sampled yet."""
+
+
+class OutputView(Sequence[int]):
+    """Read-only view of a request's output up to now. Tokens that are generated later do not appear in it.
+
+    Its length and single tokens take constant time. A slice is a new list, so ``output[known:]`` costs only
+    what is new to a reader who has seen ``known`` tokens before. It equals any list or tuple of the same
+    tokens.
+
+    Args:
+        history: Tokens to which a request's new ones are appended, and of which none ever changes.
+        begin: Number of them that are the prompt.
+        draft: Tokens after the history, proposed but not chosen yet.
+    """
+
+    __slots__ = ("_begin", "_draft", "_history", "_known")
+
+    def __init__(self, history: Sequence[int], begin: int = 0, draft: Sequence[int] = ()) -> None:
+        self._history = history
+        self._begin = begin
+        self._known = len(history) - begin
+        self._draft = draft
+
+    def __len__(self) -> int:
+        return self._known + len(self._draft)
+
+    @overload
+    def __getitem__(self, index: int) -> int: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[int]: ...
+    def __getitem__(self, index: int | slice) -> int | list[int]:
+        known, draft = self._known, self._draft
+        if isinstance(index, slice):
+            first, end, step = index.indices(len(self))
+            if step != 1:
+                return [self[i] for i in range(first, end, step)]
+            begin = self._begin
+            shown = self._history[begin + first : begin + min(end, known)]
+            return [*shown, *draft[max(first - known, 0) : max(end - known, 0)]]
+        place = to_index(index)
+        if place < 0:
+            place += len(self)
+        if not 0 <= place < len(self):
+            raise IndexError(f"the output has {len(self)} tokens, none at {index}")
+        return self._history[self._begin + place] if place < known else draft[place - known]
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self[:])
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, (OutputView, list, tuple)):
+            return NotImplemented
+        return len(self) == len(other) and self.common(other) == len(self)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        return f"OutputView({self[:]})"
+
+    def common(self, other: Sequence[int]) -> int:
+        """Return the number of tokens that both begin with. For another view of the same request this takes
+        constant time, or time in the drafts' length."""
+        same = 0
+        if isinstance(other, OutputView) and self._history is other._history and self._begin == other._begin:
+            same = min(self._known, other._known)
+        pairs = zip(self[same:], other[same:], strict=False)
+        differs = (place for place, (mine, theirs) in enumerate(pairs, same) if mine != theirs)
+        return next(differs, min(len(self), len(other)))
 
 
 class SequenceWork(NamedTuple):
@@ -47,6 +116,11 @@ class SequenceWork(NamedTuple):
     draft: Sequence[int] = ()
     """Proposed tokens after ``history``. ``tokens`` end with them, so they are computed, too. A token is
     sampled after each of them, as long as all proposed tokens before it equal the sampled ones."""
+
+    @property
+    def output(self) -> OutputView:
+        """The output in ``history``."""
+        return OutputView(self.history, self.prompt_len)
 
 
 class MemoryMove(NamedTuple):

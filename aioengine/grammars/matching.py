@@ -17,6 +17,7 @@ from collections.abc import Callable, Collection, Sequence
 
 from aioengine.grammars.places import Places
 from aioengine.grammars.wire import AFRESH, ASK, FORGET, GO_ON, MASK
+from aioengine.step import OutputView
 
 MAX_LOSSES = 2
 """A row fails after its grammar's process was lost this often without a known fault of the grammar."""
@@ -232,7 +233,7 @@ class GrammarConstraint:
         with self._lock:
             self._grammar = grammar
             self._row = row
-            self._known: list[int] | None = []
+            self._known: OutputView | None = OutputView(())
             """The output that the parser has seen; None: the parser must begin again."""
             self._ask: _Ask | None = None
             self._seconds = 0.0
@@ -270,14 +271,14 @@ class GrammarConstraint:
 
     def _begin(self, output: Sequence[int]) -> None:
         known = self._known
-        if self._ask is not None and known == output:
+        seen = output if isinstance(output, OutputView) else OutputView(list(output))
+        same = -1 if known is None else seen.common(known)
+        if self._ask is not None and known is not None and same == len(known) == len(seen):
             return
-        tokens = list(output)
-        afresh = known is None or tokens[: len(known)] != known
-        new = tokens if afresh or known is None else tokens[len(known) :]
-        self._ask = self._grammar.ask(self._row, new, afresh=afresh)
+        afresh = known is None or same < len(known)
+        self._ask = self._grammar.ask(self._row, seen[:] if afresh else seen[same:], afresh=afresh)
         if self._ask is not None:
-            self._known = tokens
+            self._known = seen
 
     def poll(self, output: Sequence[int], seconds: float) -> bytes | None:
         """Return the mask if it arrives within ``seconds``. Raises ValueError if ``output`` does not conform,

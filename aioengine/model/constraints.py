@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple, cast
 
 from aioengine.request import StartedConstraint, TokenConstraint
-from aioengine.step import SequenceWork
+from aioengine.step import OutputView, SequenceWork
 
 PATIENCE_SECONDS = 0.02
 """Seconds that a step waits for all rows together, except rows with slow constraints."""
@@ -31,7 +31,7 @@ def begin(rows: Iterable[SequenceWork]) -> None:
     for row in rows:
         if row.sample and (constraint := _started(row)) is not None:
             with contextlib.suppress(Exception):
-                constraint.begin(row.history[row.prompt_len :])
+                constraint.begin(row.output)
 
 
 def collect(rows: Sequence[SequenceWork], *, alone: bool) -> Masks:
@@ -53,12 +53,12 @@ def collect(rows: Sequence[SequenceWork], *, alone: bool) -> Masks:
                 masks.found[index] = mask
     if alone and rows and len(masks.late) == len(rows) and (first := _started(rows[0])) is not None:
         with contextlib.suppress(Exception):  # it is asked again in the next step
-            first.poll(rows[0].history[rows[0].prompt_len :], ALONE_SECONDS)
+            first.poll(rows[0].output, ALONE_SECONDS)
     return masks
 
 
 def _ask(row: SequenceWork, constraint: TokenConstraint, until: float) -> bytes | None:
-    output = [*row.history[row.prompt_len :], *row.draft]
+    output = OutputView(row.history, row.prompt_len, row.draft)
     started = _started(row)
     if started is None:
         return bytes(constraint.allowed(output))

@@ -30,6 +30,7 @@ from aioengine.grammars.fair_thread import FairThread
 from aioengine.grammars.limits import GrammarLimits, MiB
 from aioengine.grammars.service import Grammars
 from aioengine.grammars.zygote_process import Tokens
+from aioengine.step import OutputView
 
 EOS = 255
 FAST = GrammarLimits(quick_seconds=0.2, compile_seconds=0.5)
@@ -287,6 +288,37 @@ async def _fails(constraint: Any) -> bool:
     return False
 
 
+def is_set(mask: bytes, token: int) -> bool:
+    return bool(mask[token // 8] >> token % 8 & 1)
+
+
+class Counted(list[int]):
+    """Tokens that count how many of them are read."""
+
+    read = 0
+
+    def __getitem__(self, index: Any) -> Any:
+        found = super().__getitem__(index)
+        self.read += len(found) if isinstance(index, slice) else 1
+        return found
+
+
+async def test_a_token_costs_the_same_after_any_number_of_them() -> None:
+    async with grammars() as service:
+        constraint = await service.constraint(from_regex("(ab)*"), None)
+        a, b = TOKENIZER.tokenize_str("a") + TOKENIZER.tokenize_str("b")
+        history = Counted(b"a prompt")
+        for count in range(300):
+            output = OutputView(history, len(b"a prompt"))
+            before = history.read
+            constraint.begin(output)
+            assert is_set(await mask(constraint, output), (a, b)[count % 2])
+            assert history.read - before <= 4
+            history.append((a, b)[count % 2])
+        # Another output is read as a whole.
+        assert is_set(await mask(constraint, OutputView([a, b, a])), b)
+
+
 async def _poll_for_ever(constraint: Any) -> None:
     while True:
         constraint.poll([], 0.01)
@@ -296,7 +328,7 @@ async def _poll_for_ever(constraint: Any) -> None:
 async def mask(constraint: Any, output: Sequence[int] = ()) -> bytes:
     """What is allowed, while the loop goes on."""
     async with asyncio.timeout(20):
-        while (found := constraint.poll(list(output), 0.01)) is None:
+        while (found := constraint.poll(output, 0.01)) is None:
             await asyncio.sleep(0.01)
     return bytes(found)
 

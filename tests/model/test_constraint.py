@@ -7,12 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from aioengine.errors import RequestInvalid
 from aioengine.model import constraints
 from aioengine.model.sampler import sample
 from aioengine.request import SamplingParams
-from aioengine.step import Sampled, SequenceWork
+from aioengine.step import OutputView, Sampled, SequenceWork
 
 
 class Allow:
@@ -168,3 +170,83 @@ def test_bias_keys_may_be_text_as_in_json() -> None:
 def test_a_constraint_has_a_method() -> None:
     with pytest.raises(RequestInvalid, match="constraint"):
         SamplingParams(constraint={"regex": "a"})  # type: ignore[arg-type]
+
+
+PLACES = st.none() | st.integers(-12, 12)
+TOKENS = st.lists(st.integers(0, 3), max_size=6)
+
+
+@given(TOKENS, TOKENS, TOKENS, TOKENS, st.builds(slice, PLACES, PLACES, st.sampled_from([None, 1, 2, -1])))
+def test_a_view_reads_like_a_copy(
+    prompt: list[int], output: list[int], draft: list[int], other: list[int], part: slice
+) -> None:
+    history = [*prompt, *output]
+    copy = [*output, *draft]
+    view = OutputView(history, len(prompt), draft)
+    for _ in range(2):
+        assert (len(view), list(view), view[part]) == (len(copy), copy, copy[part])
+        assert view == copy == view and view == tuple(copy) and (view == other) == (copy == other)
+        for place in range(-len(copy), len(copy)):
+            assert view[place] == copy[place]
+        for place in (len(copy), -len(copy) - 1):
+            with pytest.raises(IndexError):
+                _ = view[place]
+        same = next((i for i, (a, b) in enumerate(zip(copy, other, strict=False)) if a != b), None)
+        same = min(len(copy), len(other)) if same is None else same
+        assert view.common(other) == view.common(OutputView(other)) == same
+        history += [9, 9]  # what comes later
+    later = OutputView(history, len(prompt), draft)
+    expected = [*history[len(prompt) :], *draft]
+    assert later.common(view) == OutputView(expected).common(copy)
+
+
+class Counted(list[int]):
+    """Tokens that count how many of them are read."""
+
+    read = 0
+
+    def __getitem__(self, index: Any) -> Any:
+        found = super().__getitem__(index)
+        self.read += len(found) if isinstance(index, slice) else 1
+        return found
+
+    def __iter__(self) -> Any:
+        self.read += len(self)
+        return super().__iter__()
+
+
+class Incremental:
+    """Follows the output by what is new, and ends it after the sum of its tokens."""
+
+    def __init__(self) -> None:
+        self.seen = self.sum = 0
+
+    def allowed(self, output: Sequence[int]) -> bytes:
+        self.sum += sum(output[self.seen :])
+        self.seen = len(output)
+        return b"\xff" * 40
+
+
+class IncrementalLater(Incremental):
+    slow = False
+
+    def begin(self, output: Sequence[int]) -> None:
+        self.allowed(output)
+
+    def poll(self, output: Sequence[int], seconds: float) -> bytes | None:
+        return self.allowed(output)
+
+
+@pytest.mark.parametrize("constraint", [Incremental(), IncrementalLater()])
+def test_a_token_costs_the_same_after_any_number_of_them(constraint: Incremental) -> None:
+    history = Counted(range(20))
+    work = row(SamplingParams(constraint=constraint))._replace(history=history)
+    reads = []
+    for token in range(1000):
+        before = history.read
+        constraints.begin([work])
+        assert constraints.collect([work], alone=True).found
+        reads.append(history.read - before)
+        history.append(token)
+    assert reads[0] == 19 and set(reads[1:]) == {1}
+    assert constraint.sum == sum(range(1, 20)) + sum(range(999))
