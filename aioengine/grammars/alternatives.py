@@ -1,36 +1,60 @@
-"""Decides whether two schemas are clearly disjoint."""
+"""Decides whether schemas are clearly disjoint."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterable
+from itertools import combinations
+from typing import Any, NamedTuple
 
 _MAX_CONSTANTS = 64
 """Bound on the values of an ``enum`` that is compared."""
+_MAX_REQUIRED = 64
+"""Bound on the required properties of a schema that are looked at."""
 _MAX_NAMES = 4
 """Bound on the properties that are compared in two schemas."""
 
+_Constants = set[tuple[bool, Any]]
 
-def are_disjoint(one: Any, other: Any) -> bool:
-    """Whether it is clear that no value satisfies both schemas."""
-    if not isinstance(one, dict) or not isinstance(other, dict):
-        return one is False or other is False
-    values, others = _constants(one), _constants(other)
-    if values is not None and others is not None:
-        return not values & others
-    common = types(one) & types(other)
+
+class _Told(NamedTuple):
+    """What tells the values of a schema from those of another."""
+
+    types: frozenset[str]
+    constants: _Constants | None
+    """The only values; None if unknown."""
+    tags: dict[str, _Constants]
+    """Required property -> its only values, where these are known."""
+
+
+def are_disjoint(schemas: Iterable[Any]) -> bool:
+    """Whether it is clear that no value satisfies two of the schemas."""
+    return all(_exclude(one, other) for one, other in combinations(map(_told_by, schemas), 2))
+
+
+def _told_by(schema: Any) -> _Told:
+    if not isinstance(schema, dict):
+        return _Told(frozenset() if schema is False else _TYPES, None, {})
+    properties = _properties(schema)
+    tags = {}
+    for name in _required(schema):
+        constants = _constants(properties.get(name))
+        if constants is not None:
+            tags[name] = constants
+    return _Told(types(schema), _constants(schema), tags)
+
+
+def _exclude(one: _Told, other: _Told) -> bool:
+    if one.constants is not None and other.constants is not None:
+        return not one.constants & other.constants
+    common = one.types & other.types
     if common != {"object"}:
         return not common
-    mine, theirs = _properties(one), _properties(other)
-    demanded = frozenset(_required(other)) & mine.keys() & theirs.keys()
     compared = 0
-    for name in _required(one):
-        if name not in demanded:
-            continue
-        values, others = _constants(mine[name]), _constants(theirs[name])
-        if values is not None and others is not None:
-            compared += 1
-            if not values & others:
+    for name, values in one.tags.items():
+        if name in other.tags:
+            if not values & other.tags[name]:
                 return True
+            compared += 1
             if compared == _MAX_NAMES:
                 break
     return False
@@ -38,10 +62,12 @@ def are_disjoint(one: Any, other: Any) -> bool:
 
 def _required(schema: dict[str, Any]) -> list[str]:
     required = schema.get("required")
-    return [n for n in required if isinstance(n, str)] if isinstance(required, list) else []
+    if not isinstance(required, list):
+        return []
+    return [name for name in required[:_MAX_REQUIRED] if isinstance(name, str)]
 
 
-def _constants(schema: Any) -> set[Any] | None:
+def _constants(schema: Any) -> _Constants | None:
     """Return the only values that satisfy the schema; None if unknown."""
     if not isinstance(schema, dict):
         return None

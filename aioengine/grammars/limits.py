@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import json
+from collections.abc import Collection, Iterable
+from typing import Any
 
 import msgspec
 
@@ -15,6 +17,8 @@ MAX_DEPTH = 64
 top."""
 MAX_SCHEMAS = 20_000
 """Bound on the schemas within a schema, those behind references included."""
+MAX_CHARACTERS = 2**21
+"""Bound on the characters that are written for the schemas of one request, references included."""
 MAX_PROPERTIES = 2_000
 """Bound on the properties of one object. The compiler's time grows with the square of their number, because
 any other property may follow an optional one: 2,000 take 0.3 s, 5,000 take two to seven."""
@@ -60,3 +64,42 @@ def check_properties(names: Collection[str]) -> None:
             f"the schema has an object with {len(names)} properties, and at most {MAX_PROPERTIES} are "
             "compiled"
         )
+
+
+class SchemaBudget:
+    """Counts the work of reading the JSON schemas of one request, and what is written for the compiler. A
+    short schema can become a long one, because what is behind references may be written once for each."""
+
+    def __init__(self) -> None:
+        self._schemas = self._characters = self._pairs = 0
+
+    def take_schema(self) -> None:
+        """Count one schema. Raises RequestInvalid if there are too many."""
+        self._schemas += 1
+        if self._schemas > MAX_SCHEMAS:
+            raise RequestInvalid(f"the schema has more than {MAX_SCHEMAS} schemas within it")
+
+    def take_names(self, names: Iterable[str]) -> None:
+        """Count names of properties. Raises RequestInvalid if all that is written is too long."""
+        self._take(sum(len(name) + 1 for name in names))
+
+    def take_value(self, value: Any) -> None:
+        """Count a value that is written unchanged. Raises RequestInvalid if all that is written is too long,
+        or if it is not JSON."""
+        try:
+            size = len(json.dumps(value))
+        except (ValueError, TypeError, RecursionError) as error:
+            raise RequestInvalid(f"the schema cannot be written as JSON: {error}") from error
+        self._take(size)
+
+    def take_pairs(self, count: int) -> bool:
+        """Count pairs of alternatives that are to be compared; returns whether they may be."""
+        self._pairs += count
+        return self._pairs <= MAX_COMPARED
+
+    def _take(self, characters: int) -> None:
+        self._characters += characters
+        if self._characters > MAX_CHARACTERS:
+            raise RequestInvalid(
+                f"the schema has more than {MAX_CHARACTERS} characters once references are followed"
+            )

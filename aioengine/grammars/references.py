@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Set as AbstractSet
 from typing import Any
 from urllib.parse import unquote
 
 from aioengine.errors import RequestInvalid
+from aioengine.grammars.limits import MAX_DEPTH
 
 
 class References:
@@ -16,11 +18,18 @@ class References:
         own = root.get("$id") if isinstance(root, dict) else None
         self._id = own if isinstance(own, str) else ""
         self._anchors: dict[str, Any] | None = None
+        self._targets: dict[str, Any] = {}
+        """The targets that were looked for: a long pointer takes long."""
 
     def target(self, reference: Any) -> Any:
         """Return the target schema. Raises RequestInvalid if there is none."""
         if not isinstance(reference, str):
             raise RequestInvalid("the schema has a $ref that is no text")
+        if reference not in self._targets:
+            self._targets[reference] = self._find(reference)
+        return self._targets[reference]
+
+    def _find(self, reference: str) -> Any:
         pointer = reference.removeprefix(self._id)
         if pointer in ("", "#") or pointer.startswith("#/"):
             found = self._at(pointer)
@@ -32,6 +41,14 @@ class References:
                 "references look like '#/$defs/Name'"
             )
         return found
+
+    def behind(self, schema: Any, beside: AbstractSet[str]) -> Any:
+        """Follow a schema that is only a reference, with keywords ``beside`` it."""
+        for _ in range(MAX_DEPTH):
+            if not isinstance(schema, dict) or schema.keys() - beside != {"$ref"}:
+                break
+            schema = self.target(schema["$ref"])
+        return schema
 
     def _at(self, pointer: str) -> Any:
         found = self._root

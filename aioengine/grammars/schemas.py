@@ -17,14 +17,14 @@ from __future__ import annotations
 import itertools
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, ItemsView, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import msgspec
 
 from aioengine.errors import RequestInvalid
 from aioengine.grammars.alternatives import are_disjoint, types
-from aioengine.grammars.limits import MAX_COMPARED, MAX_DEPTH, MAX_SCHEMAS, check_properties
+from aioengine.grammars.limits import MAX_DEPTH, SchemaBudget, check_properties
 from aioengine.grammars.references import References
 
 FORMATS = frozenset(
@@ -85,10 +85,13 @@ class PreparedSchema(NamedTuple):
     """Keywords that were left out, such as ``uniqueItems``, each once."""
 
 
-def prepare_schema(schema: Mapping[str, Any] | bool | str, options: SchemaOptions) -> PreparedSchema:
-    """Prepare a schema for the compiler. ``schema`` may be JSON text.
+def prepare_schema(
+    schema: Mapping[str, Any] | bool | str, options: SchemaOptions, budget: SchemaBudget | None = None
+) -> PreparedSchema:
+    """Prepare a schema for the compiler. ``schema`` may be JSON text. Schemas of one request share a
+    ``budget``.
 
-    Takes time in proportion to the schema's size, within MAX_SCHEMAS. Raises RequestInvalid for an invalid
+    Takes time in proportion to the schema's size, within the budget. Raises RequestInvalid for an invalid
     schema, one that is too large or nested too deeply, a reference without a target, or requirements that
     cannot be enforced.
     """
@@ -97,7 +100,7 @@ def prepare_schema(schema: Mapping[str, Any] | bool | str, options: SchemaOption
             schema = msgspec.json.decode(schema)
         except (msgspec.DecodeError, RecursionError) as error:
             raise RequestInvalid(f"the schema is not JSON: {error}") from error
-    writer = _Writer(schema, options)
+    writer = _Writer(schema, options, budget or SchemaBudget())
     written = {**writer.write(), "x-guidance": options.guidance}
     try:
         text = json.dumps(written)
@@ -123,14 +126,14 @@ def arguments_schema(parameters: Mapping[str, Any] | None) -> Mapping[str, Any]:
 class _Writer:
     """Rewrites one schema. Its references become references to definitions in the result."""
 
-    def __init__(self, root: Any, options: SchemaOptions) -> None:
+    def __init__(self, root: Any, options: SchemaOptions, budget: SchemaBudget) -> None:
         self._root = root
+        self._budget = budget
         self._options = options
         self._definitions: dict[tuple[str, bool], str] = {}
         """(Reference, closed?) -> its name in the result."""
         self._pending: list[tuple[str, bool]] = []
         """Definitions that are still to be written."""
-        self._written = self._compared = 0
         self._references = References(root)
         self.not_enforced: dict[str, None] = {}
 
@@ -171,6 +174,7 @@ class _Writer:
         written = self._copy(schema, depth, nested)
         if "properties" in schema and "additionalProperties" not in schema and _may_close(schema):
             names = [name for name in _names(schema) if name not in written["properties"]]
+            self._budget.take_names(names)
             written["properties"].update(dict.fromkeys(names, True))
             written["additionalProperties"] = False
         return written
@@ -195,6 +199,7 @@ class _Writer:
         ):
             closing: Schema = {"properties": names, "additionalProperties": False}
             patterns = itertools.chain.from_iterable(_dict(m, "patternProperties") for m in members)
+            self._budget.take_names(names)
             if allowed := dict.fromkeys(patterns, True):
                 closing["patternProperties"] = allowed
             written["allOf"] = [*written.get("allOf", ()), closing]
@@ -218,7 +223,7 @@ class _Writer:
         if "properties" in schema:
             written["properties"] = {
                 name: (self._value if name in once else self._open)(inner, depth + 1)
-                for name, inner in _dict(schema, "properties").items()
+                for name, inner in self._named(schema, "properties")
             }
         if "$ref" in schema:
             target = member(self._references.target(schema["$ref"]), depth + 1)
@@ -250,8 +255,7 @@ class _Writer:
             elif key == "$ref":
                 written[key] = self._definition(value, closed_reference)
             elif key in ("properties", "patternProperties"):
-                inner_of = _dict(schema, key)
-                written[key] = {name: nested(inner, depth + 1) for name, inner in inner_of.items()}
+                written[key] = {n: nested(inner, depth + 1) for n, inner in self._named(schema, key)}
             elif key == "prefixItems" or (key == "items" and isinstance(value, list)):  # until 2019-09
                 written["prefixItems"] = [nested(inner, depth + 1) for inner in _list(schema, key)]
             elif key == "additionalItems":
@@ -271,6 +275,7 @@ class _Writer:
                 if schema.get("type", "string") == "string":  # for numbers, a format only names their size
                     self._leave_out(f"format {value[:40]!r}")
             else:
+                self._budget.take_value({key: value})
                 written[key] = value
         return written
 
@@ -283,6 +288,11 @@ class _Writer:
         else:
             written[key] = inners
 
+    def _named(self, schema: Schema, key: str) -> ItemsView[str, Any]:
+        inner_of = _dict(schema, key)
+        self._budget.take_names(inner_of)
+        return inner_of.items()
+
     # What is behind a schema
 
     def _members(self, schema: Any, depth: int, path: tuple[str, ...]) -> Iterator[Schema]:
@@ -291,6 +301,7 @@ class _Writer:
         if not self._begin(schema, depth):
             return
         yield schema
+        self._budget.take_names((*_names(schema), *_dict(schema, "patternProperties")))
         for key in ("allOf", *_ALTERNATIVES):
             if key in schema:
                 for inner in _list(schema, key):
@@ -334,26 +345,15 @@ class _Writer:
             )
 
     def _told_apart(self, alternatives: Sequence[Any]) -> bool:
-        self._compared += len(alternatives) * (len(alternatives) - 1) // 2
-        if self._compared > MAX_COMPARED:
+        if not self._budget.take_pairs(len(alternatives) * (len(alternatives) - 1) // 2):
             return False
-        behind = [self._behind(alternative) for alternative in alternatives]
-        return all(are_disjoint(one, other) for one, other in itertools.combinations(behind, 2))
-
-    def _behind(self, schema: Any) -> Any:
-        for _ in range(MAX_DEPTH):
-            if not isinstance(schema, dict) or schema.keys() - _ANNOTATIONS != {"$ref"}:
-                break
-            schema = self._references.target(schema["$ref"])
-        return schema
+        return are_disjoint(self._references.behind(schema, _ANNOTATIONS) for schema in alternatives)
 
     def _begin(self, schema: Any, depth: int) -> bool:
         """Count a schema; returns whether it has content. Raises RequestInvalid."""
-        self._written += 1
+        self._budget.take_schema()
         if depth > MAX_DEPTH:
             raise RequestInvalid(f"the schema is nested more than {MAX_DEPTH} levels deep")
-        if self._written > MAX_SCHEMAS:
-            raise RequestInvalid(f"the schema has more than {MAX_SCHEMAS} schemas within it")
         if not isinstance(schema, (dict, bool)):
             raise RequestInvalid(
                 f"the schema has {json.dumps(schema, default=str)[:100]} where a schema must be"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from collections.abc import Iterator
@@ -15,14 +16,8 @@ from hypothesis import strategies as st
 from support.byte_tokens import TOKENS, llguidance
 
 from aioengine.errors import RequestInvalid
-from aioengine.grammars.schemas import (
-    FORMATS,
-    MAX_DEPTH,
-    MAX_SCHEMAS,
-    SchemaOptions,
-    arguments_schema,
-    prepare_schema,
-)
+from aioengine.grammars.limits import MAX_CHARACTERS, MAX_DEPTH, MAX_SCHEMAS
+from aioengine.grammars.schemas import FORMATS, SchemaOptions, arguments_schema, prepare_schema
 
 STRICT = SchemaOptions(lenient=False)
 NAMES = ("a", "b")
@@ -393,20 +388,66 @@ def overlapping(alternatives: int, names: int) -> Any:
     return {"oneOf": [dict(one) for _ in range(alternatives)]}
 
 
+def told_by_the_last(alternatives: int, names: int) -> Any:
+    """Disjoint, but only the last of many required properties shows it."""
+    required = [f"p{i}" for i in range(names)]
+    return {
+        "oneOf": [
+            {"type": "object", "properties": {required[-1]: {"const": i}}, "required": required}
+            for i in range(alternatives)
+        ]
+    }
+
+
 @pytest.mark.parametrize(
     "schema",
     [
         reference_chain(9_000),
-        overlapping(90, 200),
+        overlapping(90, 60),
         {"anyOf": [{"properties": {f"p{i}": INTEGER for i in range(1_900)}} for _ in range(10)]},
         {"oneOf": [{"const": i} for i in range(15_000)]},
+        told_by_the_last(60, 1_000),
     ],
-    ids=["references", "alternatives", "properties", "constants"],
+    ids=["references", "alternatives", "properties", "constants", "required"],
 )
 def test_the_work_is_bounded(schema: Any) -> None:
     """The time grows with the schema and not with its square, which would be four seconds and more."""
     begin = time.thread_time()
     prepare_schema(schema, SchemaOptions())
+    assert time.thread_time() - begin < 2
+
+
+WORD = "w" * 40_000
+LARGE: dict[str, Any] = {
+    "enum": {"enum": [f"{i:08d}" for i in range(10_000)]},
+    "const": {"const": "x" * 100_000},
+    "pattern": {"pattern": "x" * 100_000},
+    "names": {"properties": {f"{i:0100d}": True for i in range(1_000)}},
+    "one name": {"properties": {"x" * 100_000: True}},
+    "patterns": {"patternProperties": {"x" * 100_000: True}},
+    "required": {"required": [f"{i:0100d}" for i in range(1_000)], "properties": {"a": True}},
+    "not": {"not": {"enum": [[i] for i in range(20_000)]}},
+    "unknown": {"x" * 100_000: 1},
+    "a long pointer": {"$ref": "#/$defs/" + "".join(f"%{ord(char):x}" for char in WORD)},
+}
+
+
+@pytest.mark.parametrize("how", ["allOf", "anyOf", "oneOf", "chain"])
+@pytest.mark.parametrize("what", LARGE)
+def test_what_many_references_lead_to_is_not_written_without_bound(what: str, how: str) -> None:
+    """A hundred kilobytes, and 9,000 references to it: a gigabyte, if it were written for each."""
+    reference = {"$ref": "#/$defs/large"}
+    defs: dict[str, Any] = {"large": LARGE[what], WORD: PAIR}
+    if how == "chain":
+        defs |= {f"{i}": {"allOf": [{"$ref": f"#/$defs/{i + 1}"}, reference]} for i in range(60)}
+        schema: Any = {"allOf": [{"$ref": "#/$defs/0"}, True], "$defs": {**defs, "60": True}}
+    else:
+        schema = {how: [reference] * 9_000, "properties": {"a": {how: [reference] * 99}}, "$defs": defs}
+    begin = time.thread_time()
+    written = ""
+    with contextlib.suppress(RequestInvalid):
+        written = prepare_schema(schema, SchemaOptions()).text
+    assert len(written) <= 1.2 * MAX_CHARACTERS + 100 * MAX_SCHEMAS
     assert time.thread_time() - begin < 2
 
 

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import msgspec
 
 from aioengine.errors import RequestInvalid
+from aioengine.grammars.limits import SchemaBudget
 from aioengine.grammars.schemas import PreparedSchema, SchemaOptions, arguments_schema, prepare_schema
 from aioengine.request import SamplingParams
 from aioengine.server.errors import ApiError
@@ -59,7 +60,7 @@ class ToolPlan(NamedTuple):
     def forced_schema(self, options: SchemaOptions) -> tuple[PreparedSchema, Sequence[str]]:
         """Schema of the answer if ``forced``, and what is not enforced. Raises RequestInvalid."""
         tool = next(tool for tool in self.tools if tool.function.name == self.forced)
-        prepared = _arguments(tool, options)
+        prepared = _arguments(tool, options, SchemaBudget())
         return prepared, prepared.not_enforced
 
     def grammar(
@@ -72,9 +73,10 @@ class ToolPlan(NamedTuple):
         """
         schemas = []
         not_enforced: dict[str, None] = {}
+        budget = SchemaBudget()
         for place, tool in zip(self.places, self.tools, strict=True):
             try:
-                prepared = _arguments(tool, options)
+                prepared = _arguments(tool, options, budget)
             except RequestInvalid as error:
                 param = f"tools[{place}].function.parameters"
                 raise ApiError(400, f"{param}: {error}", param=param, code="invalid_value") from error
@@ -168,6 +170,6 @@ def _choice_error(reason: str) -> ApiError:
     return ApiError(400, f"tool_choice: {reason}", param="tool_choice", code="invalid_value")
 
 
-def _arguments(tool: Tool, options: SchemaOptions) -> PreparedSchema:
+def _arguments(tool: Tool, options: SchemaOptions, budget: SchemaBudget) -> PreparedSchema:
     function = tool.function
-    return prepare_schema(arguments_schema(function.parameters), options.for_strict(function.strict))
+    return prepare_schema(arguments_schema(function.parameters), options.for_strict(function.strict), budget)
