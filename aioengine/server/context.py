@@ -38,6 +38,10 @@ if TYPE_CHECKING:
 _VERSION = re.compile(r"@[0-9]{1,18}$")
 """End of an adapter's name in requests for one of its versions."""
 
+PAIRS_PER_BODY = 2
+"""Characters of all pairs of texts in one request, in bodies of the largest size: a long text may be paired
+with thousands."""
+
 logger = logging.getLogger("aioengine.server")
 
 
@@ -174,6 +178,15 @@ class Context:
                 raise self.too_long(error.tokens, field="documents", at_least=error.at_least) from None
 
         size = sum(len(first) + len(second) for first, second in pairs)
+        most = PAIRS_PER_BODY * self.max_body_bytes
+        if size > most:
+            raise ApiError(
+                400,
+                f"documents: they and the query, which is read with each of them, have {size} characters "
+                f"together, and one request may have {most}; send fewer documents at a time",
+                param="documents",
+                code="invalid_value",
+            )
         return await self.engine.text_work.run(size, lambda: [encode(*pair) for pair in pairs], owner)
 
     async def label_names(self) -> list[str]:

@@ -32,6 +32,21 @@ def occurrences(texts: Sequence[Text], piece: Text) -> Counter[int]:
     )
 
 
+def test_what_too_many_tokens_have_followed_is_not_continued() -> None:
+    """Comparing them would take long, in each step and for each request."""
+    automaton = SuffixAutomaton()
+    automaton.begin_text()
+    for i in range(256):
+        automaton.add(7)
+        automaton.add(1000 + i)
+    state, _ = automaton.step(0, 0, 7)
+    assert automaton.likely(state)[0] >= 1000
+    automaton.add(7)
+    automaton.add(999)
+    state, _ = automaton.step(0, 0, 7)
+    assert automaton.likely(state) == (-1, 0, 0.0)
+
+
 @given(texts=texts, reader=st.lists(st.integers(0, 3), max_size=20), begun=st.integers(0, 20))
 @settings(deadline=None, max_examples=150)
 def test_the_automaton_knows_the_longest_common_end_and_what_followed(

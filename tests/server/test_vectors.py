@@ -98,7 +98,9 @@ async def test_classify_score_and_rerank(serve: Serve, heads: dict[int, Path]) -
 
 async def test_refused(serve: Serve, heads: dict[int, Path]) -> None:
     async with serve() as served:
+        served.engine.register_adapter("one", heads[1])
         served.engine.register_adapter("two", heads[2])
+        many = {"query": "q" * 1100, "documents": ["d"] * 2048, "model": "one"}
         for path, fields, status, words in [
             ("/v1/embeddings", {"input": []}, 400, "input: must be a text"),
             ("/v1/embeddings", {"input": [1, "a"]}, 400, "input: must be a text"),
@@ -114,6 +116,7 @@ async def test_refused(serve: Serve, heads: dict[int, Path]) -> None:
             ("/score", {"text_1": ["a", "b"], "text_2": ["a", "b", "c"]}, 400, "text_1"),
             ("/score", {"text_1": "a", "text_2": "b", "model": "two"}, 400, "its head has 2 labels"),
             ("/rerank", {"query": "a", "documents": []}, 400, "documents"),
+            ("/rerank", many, 400, "send fewer documents"),
             ("/rerank", {"query": "a", "documents": ["b"], "model": "nobody"}, 404, "nobody"),
         ]:
             found, body = await answer(served, path, **fields)

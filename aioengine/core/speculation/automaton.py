@@ -12,6 +12,10 @@ _COUNTED = 64
 """Number of suffixes, the longest first, that a new token is counted for. Without a bound, a text that
 repeats one token would have one suffix for each of its tokens."""
 
+_MOST_SUCCESSORS = 256
+"""After a text that so many tokens have followed, none is likely; comparing them would take long in each
+step."""
+
 
 class SuffixAutomaton:
     """The automaton. States are numbers; 0 is the empty text. Most states have one successor, and no
@@ -60,9 +64,9 @@ class SuffixAutomaton:
 
     def likely(self, state: int) -> tuple[int, int, float]:
         """Return the token that followed most often, the state after it, and the share of occurrences that it
-        followed. The token is -1 if none followed."""
+        followed. The token is -1 if none followed, or too many different ones."""
         token = self._token[state]
-        if token == -1:
+        if token == -1 or (token == -2 and len(self._several[state]) > _MOST_SUCCESSORS):
             return -1, 0, 0.0
         if token == -2:
             found = self._several[state]

@@ -196,7 +196,7 @@ class AnswerParser:
         self._steps = steps(self._source)
         self._single = single
         self._closing = closing
-        self._space = ""
+        self._space: list[str] = []
         """Text since the last call, as long as it is white space alone."""
         self._in_text = False
         self._called = False
@@ -213,7 +213,7 @@ class AnswerParser:
                 continue
             if isinstance(piece, ToolCall):
                 calls.append(piece)
-                self._space, self._in_text, self._called = "", False, True
+                self._space, self._in_text, self._called = [], False, True
             elif isinstance(piece, Reasoning):
                 reasoning.append(piece)
             else:
@@ -225,17 +225,21 @@ class AnswerParser:
             self._source.add(self._closing)
         self._source.ended = True
         last = self.push("")
-        return last if self._called else last._replace(text=last.text + self._space)
+        return last if self._called else last._replace(text=last.text + self._take_space())
 
     def _told(self, text: str) -> str:
         """Return the part of the text that can be sent now."""
         if self._in_text:
             return text
-        self._space += text
-        if not self._space.strip():
+        if not text or text.isspace():  # not the whole space again: it may be long
+            self._space.append(text)
             return ""
-        told, self._space, self._in_text = self._space, "", True
-        return told
+        self._in_text = True
+        return self._take_space() + text
+
+    def _take_space(self) -> str:
+        space, self._space = "".join(self._space), []
+        return space
 
 
 def plain(source: Source) -> Steps[None]:

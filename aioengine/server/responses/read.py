@@ -101,7 +101,8 @@ def _turns(items: Sequence[Item], start: int) -> Iterator[Message]:
                 if turn is not None:
                     yield turn
                 turn = Message(role="assistant")
-            turn.tool_calls = [*(turn.tool_calls or ()), _call(item, where)]
+            turn.tool_calls = turn.tool_calls or []
+            turn.tool_calls.append(_call(item, where))
             continue
         if turn is not None:
             yield turn
