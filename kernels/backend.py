@@ -51,10 +51,11 @@ class Backend(Protocol):
     def linear(self, x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
         """``x W^T + bias``: ``x`` [T, in], ``weight`` [out, in], ``bias`` [out]; returns [T, out]."""
 
-    def expert_linear(self, x: Tensor, weight: Weight, plan: ExpertPlan) -> Tensor:
-        """``y[s] = W[expert(s)] x[s]`` for the rows of ``plan``.
+    def expert_linear(self, x: Tensor, weight: Weight, bias: Tensor | None, plan: ExpertPlan) -> Tensor:
+        """``y[s] = W[expert(s)] x[s] + bias[expert(s)]`` for the rows of ``plan``.
 
-        ``x`` [S, in], ``weight`` [experts * out, in], one expert's below the other's; returns [S, out].
+        ``x`` [S, in], ``weight`` [experts * out, in], one expert's below the other's, ``bias``
+        [experts * out]; returns [S, out].
         """
 
     def add_rms_norm(
@@ -83,6 +84,14 @@ class Backend(Protocol):
     def gelu_and_mul(self, gate_up: Tensor) -> Tensor:
         """Return the same with GELU in its approximation by tanh: Hendrycks & Gimpel, 2016,
         arXiv:1606.08415."""
+
+    def clamped_swiglu(self, gate_up: Tensor, *, alpha: float, limit: float) -> Tensor:
+        """``g * sigmoid(alpha * g) * (u + 1)``, with ``g`` the gate up to ``limit``, and ``u`` up to between
+        ``-limit`` and ``limit``.
+
+        ``gate_up`` [T, 2 * size], contiguous; returns [T, size], rounded once. GPT-OSS: OpenAI, 2025,
+        arXiv:2508.10925.
+        """
 
     def soft_cap_(self, x: Tensor, cap: float) -> None:
         """``cap * tanh(x / cap)`` in place; ``x`` [N, size], contiguous."""
@@ -117,13 +126,15 @@ class Backend(Protocol):
         *,
         scale: float | None = None,
         soft_cap: float | None = None,
+        sinks: Tensor | None = None,
     ) -> Tensor:
         """Each token attends to its sequence up to itself, or to the last ``window`` positions of that.
 
         ``qkv`` as :meth:`rope_store` left it, which must come first. Returns [T, H * d]. Scores are scaled
         by ``scale`` (None: ``d ** -0.5``), and then capped: ``soft_cap * tanh(score / soft_cap)``. Query
-        head h reads key head ``h // (H / K)``. Cells of other sequences, and beyond a sequence's end, may
-        hold anything.
+        head h reads key head ``h // (H / K)``. ``sinks`` [H], contiguous, are scores of one more key for
+        each head, whose value is zero; they are neither scaled nor capped (Xiao et al., 2023,
+        arXiv:2309.17453). Cells of other sequences, and beyond a sequence's end, may hold anything.
         """
 
     def lora_shrink(self, x: Tensor, pool: LoRAPool, batch: LoRABatch) -> Tensor:

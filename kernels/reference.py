@@ -26,13 +26,14 @@ def linear(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
     return (y if bias is None else y + bias.float()).to(x.dtype)
 
 
-def expert_linear(x: Tensor, weight: Weight, plan: ExpertPlan) -> Tensor:
+def expert_linear(x: Tensor, weight: Weight, bias: Tensor | None, plan: ExpertPlan) -> Tensor:
     """``y[s] = W[expert(s)] x[s]``; see :class:`Backend`."""
     out = weight.n // plan.experts
     y = x.new_empty(len(x), out)
     for expert, start, stop in plan.groups:
-        w = weight.rows(expert * out, (expert + 1) * out)
-        y[start:stop] = (x[start:stop].float() @ w.float().T).to(x.dtype)
+        own = slice(expert * out, (expert + 1) * out)
+        rows = x[start:stop].float() @ weight.rows(own.start, own.stop).float().T
+        y[start:stop] = (rows if bias is None else rows + bias[own].float()).to(x.dtype)
     return y
 
 
@@ -71,6 +72,13 @@ def gelu_and_mul(gate_up: Tensor) -> Tensor:
     gate, up = gate_up.float().chunk(2, dim=-1)
     gelu = 0.5 * gate * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (gate + 0.044715 * gate**3)))
     return (gelu.to(gate_up.dtype).float() * up).to(gate_up.dtype)
+
+
+def clamped_swiglu(gate_up: Tensor, *, alpha: float, limit: float) -> Tensor:
+    """``g * sigmoid(alpha * g) * (u + 1)``; see :class:`Backend`."""
+    gate, up = gate_up.float().chunk(2, dim=-1)
+    gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+    return (gate * (alpha * gate).sigmoid() * (up + 1)).to(gate_up.dtype)
 
 
 def soft_cap_(x: Tensor, cap: float) -> None:
@@ -119,6 +127,7 @@ def paged_attention(
     *,
     scale: float | None = None,
     soft_cap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Attends token by token; see :class:`Backend`."""
     kv_heads, d = keys.shape[2], keys.shape[3]
@@ -136,7 +145,9 @@ def paged_attention(
                 scores = k[:, kv_head] @ qkv[row + i, head].float() * (d**-0.5 if scale is None else scale)
                 if soft_cap is not None:
                     scores = soft_cap * torch.tanh(scores / soft_cap)
-                out[row + i, head] = scores.softmax(0) @ v[:, kv_head]
+                if sinks is not None:
+                    scores = torch.cat([scores, sinks[head : head + 1].float()])
+                out[row + i, head] = scores.softmax(0)[: len(seen)] @ v[:, kv_head]
     return out.flatten(1)
 
 

@@ -17,7 +17,7 @@ from aioengine.model.experts.layer import PLAIN, Mixing, Mixture
 from aioengine.model.experts.spec import MixtureSpec
 from aioengine.model.files.packing import Packing
 from aioengine.model.kv_cache import KVCache
-from aioengine.model.linear import Linear, Mlp
+from aioengine.model.linear import Linear, Mlp, activation
 from aioengine.model.parallel.group import Group, SoloGroup
 from aioengine.model.parallel.partition import Partition
 from aioengine.model.rope import Ropes
@@ -32,6 +32,8 @@ class Layer:
     attention_input: Tensor | None
     qkv: Linear
     head_norms: HeadNorms | None
+    sinks: Tensor | None
+    """[heads] in the compute dtype; see :meth:`Backend.paged_attention`."""
     o: Linear
     attention_output: Tensor | None
     mlp_input: Tensor | None
@@ -146,9 +148,9 @@ class Decoder:
 
         memory = _Memory(spec, dtype, device)
 
-        def linear(layer: int, fused: str, has_bias: bool) -> Linear:
+        def linear(layer: int, fused: str) -> Linear:
             weight = memory.matrix(*((layer, module) for module in spec.fused(layer)[fused]))
-            return Linear(weight, empty(weight.n) if has_bias else None)
+            return Linear(weight, empty(weight.n) if spec.has_bias(fused) else None)
 
         self.spec = spec
         """Sizes of the rank's share of the model."""
@@ -159,7 +161,7 @@ class Decoder:
         self.kernels = kernels
         self.ropes = Ropes(spec, device)
         self._embedding_scale = torch.tensor(spec.embedding_scale, dtype=dtype).item()
-        self._activate = kernels.silu_and_mul if spec.activation == "silu" else kernels.gelu_and_mul
+        self._activate = activation(spec, kernels)
         self.embed_tokens = memory.matrix((NO_LAYER, "embed_tokens"))
 
         def norm(name: str | None) -> Tensor | None:
@@ -175,7 +177,7 @@ class Decoder:
 
         def mlp(layer: int) -> Mlp | Mixture:
             names = [name for name in spec.fused(layer) if name not in ("qkv", "o")]
-            linears = {name: linear(layer, name, spec.mlp_bias) for name in names}
+            linears = {name: linear(layer, name) for name in names}
             if mixing is None or "gate_up" in linears:
                 return Mlp(**linears)
             return Mixture.of(linears, mixing)
@@ -183,9 +185,10 @@ class Decoder:
         self.layers = [
             Layer(
                 attention_input=norm(spec.norms.attention_input),
-                qkv=linear(i, "qkv", spec.qkv_bias),
+                qkv=linear(i, "qkv"),
                 head_norms=head_norms(),
-                o=linear(i, "o", spec.o_bias),
+                sinks=empty(spec.num_heads) if spec.sinks else None,
+                o=linear(i, "o"),
                 attention_output=norm(spec.norms.attention_output),
                 mlp_input=norm(spec.norms.mlp_input),
                 mlp=mlp(i),
@@ -221,6 +224,8 @@ class Decoder:
             if layer.head_norms is not None:
                 out[f"{prefix}.self_attn.q_norm.weight"] = layer.head_norms.q
                 out[f"{prefix}.self_attn.k_norm.weight"] = layer.head_norms.k
+            if layer.sinks is not None:
+                out[f"{prefix}.self_attn.sinks"] = layer.sinks
             for fused, linear in layer.linears.items():
                 if linear.bias is not None:
                     modules = self.spec.fused(i)[fused]
@@ -327,6 +332,7 @@ class Decoder:
                 *(qkv, keys, values, plan, spec.window(i)),
                 scale=spec.attention_scale,
                 soft_cap=spec.attention_cap,
+                sinks=layer.sinks,
             )
             delta = end(layer.o, attended, pools.get("o"), lora)
             delta = self._norm_outputs(delta, layer.attention_output)

@@ -1,13 +1,15 @@
-"""Linear layers: a weight in any form, and a bias; and an MLP of two of them."""
+"""Linear layers: a weight in any form, and a bias; an MLP of two of them, and what is between these."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from aioengine.kernels import Weight
+from aioengine.kernels import Backend, Weight
+from aioengine.model.spec import ModelSpec
 
 
 @dataclass(slots=True)
@@ -36,3 +38,13 @@ class Mlp:
     @property
     def linears(self) -> dict[str, Linear]:
         return {"gate_up": self.gate_up, "down": self.down}
+
+
+def activation(spec: ModelSpec, kernels: Backend) -> Callable[[Tensor], Tensor]:
+    """Return what makes [T, size] of the outputs of gate and up [T, 2 * size]."""
+    match spec.activation:
+        case "silu":
+            return kernels.silu_and_mul
+        case "gelu_tanh":
+            return kernels.gelu_and_mul
+    return functools.partial(kernels.clamped_swiglu, alpha=spec.swiglu_alpha, limit=spec.swiglu_limit)

@@ -70,6 +70,7 @@ SUPPORTED_ARCHITECTURES = {
     "Qwen2MoeForCausalLM": "qwen2_moe",
     "Qwen3MoeForCausalLM": "qwen3_moe",
     "OlmoeForCausalLM": "olmoe",
+    "GptOssForCausalLM": "gpt_oss",
 }
 """Hugging Face ``architectures`` entry -> family."""
 
@@ -155,7 +156,10 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
     """Whether there is a ``qkv_proj`` instead of ``q_proj``, ``k_proj`` and ``v_proj``."""
     fused_gate_up: bool = False
     """Whether there is a ``gate_up_proj`` instead of ``gate_proj`` and ``up_proj``."""
-    activation: Literal["silu", "gelu_tanh"] = "silu"
+    activation: Literal["silu", "gelu_tanh", "clamped_swiglu"] = "silu"
+    swiglu_alpha: float = 1.0
+    swiglu_limit: float = 1.0
+    """Numbers of :meth:`aioengine.kernels.Backend.clamped_swiglu`."""
     embedding_scale: float = 1.0
     """Factor of the embeddings, rounded to the compute dtype."""
     residual_scale: float = 1.0
@@ -164,6 +168,8 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
     """Factor of the scores; None: ``head_dim ** -0.5``."""
     attention_cap: float | None = None
     """Soft cap of the scores: ``cap * tanh(score / cap)``."""
+    sinks: bool = False
+    """Whether each head has a sink, as in :meth:`aioengine.kernels.Backend.paged_attention`."""
     logit_divisor: float = 1.0
     logit_cap: float | None = None
     """Soft cap of the logits, as ``attention_cap``."""
@@ -253,6 +259,10 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
         ``NO_LAYER``."""
         return {name: (name,) for name in EMBEDDING_MODULES} if layer == NO_LAYER else self.layer_linears
 
+    def has_bias(self, linear: str) -> bool:
+        """Return whether one of :meth:`fused` has a bias."""
+        return {"qkv": self.qkv_bias, "o": self.o_bias}.get(linear, self.mlp_bias)
+
     @property
     def layer_linears(self) -> Mapping[str, tuple[str, ...]]:
         """:data:`FUSED_MODULES`, or what this family has in its place."""
@@ -318,13 +328,26 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
     def window(self, layer: int) -> int | None:
         return self.sliding_windows[layer] if self.sliding_windows else None
 
+    @property
+    def longest_window(self) -> int | None:
+        """The tokens that every layer looks back at most; None: some layer sees all."""
+        windows = [window for window in self.sliding_windows if window is not None]
+        return max(windows) if windows and len(windows) == self.num_layers else None
+
+    @property
+    def kept(self) -> str:
+        """What the cache keeps of a sequence, for people; empty without windows."""
+        if self.longest_window is not None:
+            return f"windows of {self.longest_window} tokens"
+        return "all positions, since only some layers have windows" if self.sliding_windows else ""
+
     def num_parameters(self) -> int:
         """Exactly the parameters that the decoder allocates (tied embeddings counted once)."""
         linears = sum(n_in * n_out for n_in, n_out in map(self.linear, LORA_MODULES))
         bias = self.qkv_bias * (self.q_size + 2 * self.kv_size) + self.o_bias * self.hidden_size
         bias += self.mlp_bias * (2 * self.intermediate_size + self.hidden_size)
         norms = self.hidden_size * sum(name is not None for name in msgspec.structs.astuple(self.norms))
-        norms += sum(self.qk_norm_sizes) * self.qk_norm
+        norms += sum(self.qk_norm_sizes) * self.qk_norm + self.num_heads * self.sinks
         embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_embeddings else 2)
         return embeddings + self.num_layers * (linears + bias + norms) + self.hidden_size
 

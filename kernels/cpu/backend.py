@@ -9,6 +9,7 @@ from __future__ import annotations
 from aioengine.kernels.cpu.experts import expert_linear
 from aioengine.kernels.cpu.layer import (
     add_rms_norm,
+    clamped_swiglu,
     gelu_and_mul,
     paged_attention,
     rope_store,
@@ -24,6 +25,7 @@ capturable = False
 __all__ = [
     "add_rms_norm",
     "capturable",
+    "clamped_swiglu",
     "expert_linear",
     "gelu_and_mul",
     "linear",

@@ -52,11 +52,18 @@ def gelu_and_mul(gate_up: Tensor) -> Tensor:
     return _activate(gate_up, load().aio_gelu_and_mul)
 
 
-def _activate(gate_up: Tensor, function: Callable[..., None]) -> Tensor:
+def clamped_swiglu(gate_up: Tensor, *, alpha: float, limit: float) -> Tensor:
+    """``g * sigmoid(alpha * g) * (u + 1)``; see :class:`Backend`."""
+    if gate_up.dtype not in DTYPES:
+        return plain.clamped_swiglu(gate_up, alpha=alpha, limit=limit)
+    return _activate(gate_up, load().aio_clamped_swiglu, alpha, limit)
+
+
+def _activate(gate_up: Tensor, function: Callable[..., None], *numbers: float) -> Tensor:
     assert gate_up.is_contiguous()
     rows, size = len(gate_up), gate_up.shape[1] // 2
     out = gate_up.new_empty(rows, size)
-    function(is_bf16(out), gate_up.data_ptr(), out.data_ptr(), rows, size, threads())
+    function(is_bf16(out), gate_up.data_ptr(), out.data_ptr(), rows, size, *numbers, threads())
     return out
 
 
@@ -109,18 +116,22 @@ def paged_attention(
     *,
     scale: float | None = None,
     soft_cap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Attends to what is stored, all sequences in one call; see :class:`Backend`."""
     if not _ours(keys):
-        return plain.paged_attention(qkv, keys, values, plan, window, scale=scale, soft_cap=soft_cap)
+        return plain.paged_attention(
+            *(qkv, keys, values, plan, window), scale=scale, soft_cap=soft_cap, sinks=sinks
+        )
     _, block_size, kv_heads, d = keys.shape
     heads = qkv.shape[1] - 2 * kv_heads
+    assert sinks is None or (sinks.dtype == qkv.dtype and sinks.is_contiguous())
     out = qkv.new_empty(len(qkv), heads * d)
     load().aio_attention(
         *(is_bf16(qkv), qkv.data_ptr(), qkv.stride(0), keys.data_ptr(), values.data_ptr()),
         *(plan.tables.data_ptr(), plan.tables.shape[1], plan.span_table.data_ptr(), len(plan.spans)),
         *(out.data_ptr(), heads, kv_heads, d, block_size, _block_bytes(keys), window or 0),
-        *(d**-0.5 if scale is None else scale, soft_cap or 0.0, 0, threads()),
+        *(d**-0.5 if scale is None else scale, soft_cap or 0.0, pointer(sinks), 0, threads()),
     )
     return out
 

@@ -48,7 +48,8 @@ _SIGNATURES = {
     ),
     "aio_attention": (
         *(c_int, c_void_p, c_long, c_void_p, c_void_p, c_void_p, c_long, c_void_p, c_long, c_void_p),
-        *(c_long, c_long, c_long, c_long, c_long, c_long, c_float, c_float, c_int, c_int),
+        *(c_long, c_long, c_long, c_long, c_long, c_long, c_float, c_float, c_void_p, c_int),
+        c_int,
     ),
     "aio_rope_store": (
         *(c_int, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p),
@@ -60,6 +61,7 @@ _SIGNATURES = {
     ),
     "aio_silu_and_mul": (c_int, c_void_p, c_void_p, c_long, c_long, c_int),
     "aio_gelu_and_mul": (c_int, c_void_p, c_void_p, c_long, c_long, c_int),
+    "aio_clamped_swiglu": (c_int, c_void_p, c_void_p, c_long, c_long, c_float, c_float, c_int),
     "aio_soft_cap": (c_int, c_void_p, c_long, c_float, c_int),
     "aio_lora_shrink": (
         *(c_int, c_void_p, c_long, c_void_p, c_long, c_void_p, c_long, c_long, c_long),
@@ -75,7 +77,9 @@ _SIGNATURES = {
     "aio_head_norm": (
         *(c_int, c_void_p, c_void_p, c_long, c_long, c_long, c_long, c_float, c_int, c_float, c_int),
     ),
-    "aio_linear_experts": (*(c_int, c_void_p, c_void_p, c_void_p, c_void_p, c_long, c_long, c_long, c_int),),
+    "aio_linear_experts": (
+        *(c_int, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_long, c_long, c_long, c_int),
+    ),
     "aio_step": (c_void_p, c_void_p),
     "aio_probe_dot": (c_int, c_long, c_int, c_void_p),
     "aio_probe_read": (c_void_p, c_long, c_int, c_void_p),

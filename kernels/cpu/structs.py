@@ -14,6 +14,10 @@ PHASES = (
 """Phases that a profile distinguishes, in the library's order."""
 
 
+ACTIVATIONS = ("silu", "gelu_tanh", "clamped_swiglu")
+"""Activations, in the library's order."""
+
+
 class Exchange(IntEnum):
     """Exchange in the middle of a step between the ranks that hold a model together."""
 
@@ -93,6 +97,7 @@ class Mixture(Structure):
     _fields_ = [
         *((name, c_int64) for name in ("experts", "per_token", "size", "normalized", "shared_size")),
         ("router", c_void_p),
+        ("router_bias", c_void_p),
         ("shared_gate", c_void_p),
         *((name, Matrix) for name in ("gate_up", "down", "shared_gate_up", "shared_down")),
         *((f"lora_{name}", LoraPool) for name in ("router", "gate_up", "down")),
@@ -103,7 +108,7 @@ class Mixture(Structure):
 class Layer(Structure):
     _fields_ = [
         *((name, c_void_p) for name in ("input_norm", "attention_norm", "q_norm", "k_norm")),
-        *((name, c_void_p) for name in ("mlp_input_norm", "mlp_norm")),
+        *((name, c_void_p) for name in ("mlp_input_norm", "mlp_norm", "sinks")),
         *((name, Matrix) for name in ("qkv", "o", "gate_up", "down")),
         *((name, LoraPool) for name in ("lora_qkv", "lora_o", "lora_gate_up", "lora_down")),
         ("keys", c_void_p),
@@ -119,9 +124,10 @@ class Model(Structure):
         *((name, c_int64) for name in ("bf16", "layers", "hidden", "heads", "kv_heads", "head_dim")),
         *((name, c_int64) for name in ("intermediate", "block_size", "block_bytes", "int8_cache")),
         *((name, c_int64) for name in ("rope_half", "rope_neighbours", "q_norm_size", "k_norm_size")),
-        *((name, c_int64) for name in ("gelu", "norm_rounded")),
+        *((name, c_int64) for name in ("activation", "norm_rounded")),
         *((name, c_double) for name in ("eps", "norm_offset", "residual_scale")),
         *((name, c_double) for name in ("attention_scale", "attention_cap")),
+        *((name, c_double) for name in ("swiglu_alpha", "swiglu_limit")),
         ("norm", c_void_p),
         ("head", Matrix),
         ("lora_head", LoraPool),

@@ -20,6 +20,7 @@ capturable = False
 __all__ = [
     "add_rms_norm",
     "capturable",
+    "clamped_swiglu",
     "expert_linear",
     "gelu_and_mul",
     "linear",
@@ -40,12 +41,14 @@ def linear(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
     return weight.linear(x, bias)
 
 
-def expert_linear(x: Tensor, weight: Weight, plan: ExpertPlan) -> Tensor:
+def expert_linear(x: Tensor, weight: Weight, bias: Tensor | None, plan: ExpertPlan) -> Tensor:
     """``y[s] = W[expert(s)] x[s]``, an expert after the other; see :class:`Backend`."""
     out = weight.n // plan.experts
     y = x.new_empty(len(x), out)
     for expert, start, stop in plan.groups:
-        y[start:stop] = F.linear(x[start:stop], weight.rows(expert * out, (expert + 1) * out))
+        begin, end = expert * out, (expert + 1) * out
+        own = None if bias is None else bias[begin:end]
+        y[start:stop] = F.linear(x[start:stop], weight.rows(begin, end), own)
     return y
 
 
@@ -74,6 +77,14 @@ def gelu_and_mul(gate_up: Tensor) -> Tensor:
     """``gelu(gate) * up``; see :class:`Backend`."""
     gate, up = gate_up.chunk(2, dim=-1)
     return F.gelu(gate, approximate="tanh").mul_(up)
+
+
+def clamped_swiglu(gate_up: Tensor, *, alpha: float, limit: float) -> Tensor:
+    """``g * sigmoid(alpha * g) * (u + 1)``; see :class:`Backend`."""
+    gate, up = gate_up.float().chunk(2, dim=-1)
+    gate = gate.clamp(max=limit)
+    active = (alpha * gate).sigmoid_().mul_(gate)
+    return up.clamp(-limit, limit).add_(1).mul_(active).to(gate_up.dtype)
 
 
 def soft_cap_(x: Tensor, cap: float) -> None:

@@ -12,13 +12,13 @@ from aioengine.kernels.slots import LoRAPool
 from aioengine.kernels.weight import Weight
 
 
-def logits(x: Tensor, weight: Weight, pool: LoRAPool | None, batch: LoRABatch) -> Tensor:
+def logits(x: Tensor, weight: Weight, bias: Tensor | None, pool: LoRAPool | None, batch: LoRABatch) -> Tensor:
     """Return the outputs of a small linear with its adapters, all in float32: [T, in] -> [T, out].
 
     Rounding would change which experts a token goes to.
     """
     x = x.float()
-    y = F.linear(x, weight.rows(0, weight.n).float())
+    y = F.linear(x, weight.rows(0, weight.n).float(), None if bias is None else bias.float())
     if pool is not None and batch.segments:
         lora_expand(lora_shrink(x, pool, batch), pool, y, batch)
         lora_affine(y, pool, batch)

@@ -119,6 +119,7 @@ def paged_attention(
     *,
     scale: float | None = None,
     soft_cap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Attends to what is stored; see :class:`aioengine.kernels.backend.Backend`."""
     tokens, kv_heads, d = len(qkv), keys.shape[2], keys.shape[3]
@@ -127,6 +128,7 @@ def paged_attention(
     q = q.view(tokens, kv_heads, -1, d)
     out = q.new_empty(q.shape)
     made = plan.derive(Windows).of(window, q.dtype)
+    own = None if sinks is None else sinks.view(kv_heads, -1, 1)
 
     for rows, cells, mask in made.decode:
         batch = len(rows)
@@ -134,7 +136,7 @@ def paged_attention(
         v_b = take(values, cells).view(batch, -1, kv_heads, d).transpose(1, 2)
         everything = batch == tokens
         q_b = q if everything else q.index_select(0, rows)
-        out_b = _attend(q_b, k_b, v_b, mask, scale, soft_cap)
+        out_b = _attend(q_b, k_b, v_b, mask, scale, soft_cap, own)
         if everything:
             return out_b.reshape(tokens, -1)
         out.index_copy_(0, rows, out_b)
@@ -147,20 +149,34 @@ def paged_attention(
             k_s, v_s = take(keys, chunk_cells), take(values, chunk_cells)
         q_s = q[row:stop].permute(1, 2, 0, 3)  # [kv_heads, group, length, d]
         k_s, v_s = (t.transpose(0, 1)[:, None].expand(-1, q_s.shape[1], -1, -1) for t in (k_s, v_s))
-        out_s = _attend(q_s, k_s, v_s, chunk_mask, scale, soft_cap)
+        out_s = _attend(
+            *(q_s, k_s, v_s, chunk_mask, scale, soft_cap),
+            None if own is None else own[..., None],
+        )
         out[row:stop] = out_s.permute(2, 0, 1, 3)
     return out.flatten(1)
 
 
 def _attend(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None, soft_cap: float | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    scale: float | None,
+    soft_cap: float | None,
+    sinks: Tensor | None,
 ) -> Tensor:
     """Compute the attention of queries [..., Q, d] to keys and values [..., L, d]; returns [..., Q, d].
-    ``mask`` [..., Q, L] is added to the scores; None: causal, Q = L."""
-    if soft_cap is None:
+    ``mask`` [..., Q, L] is added to the scores; None: causal, Q = L. ``sinks`` are of the scores' shape
+    with L = 1, or broadcast to it."""
+    if soft_cap is None and sinks is None:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale)
     scores = (q @ k.transpose(-1, -2)).float() * (q.shape[-1] ** -0.5 if scale is None else scale)
-    scores = soft_cap * torch.tanh(scores / soft_cap)
+    if soft_cap is not None:
+        scores = soft_cap * torch.tanh(scores / soft_cap)
     if mask is None:
         mask = torch.full_like(scores[0, 0], float("-inf")).triu(1)
-    return (scores + mask).softmax(dim=-1).to(v.dtype) @ v
+    scores = scores + mask
+    if sinks is not None:
+        scores = torch.cat([scores, sinks.float().expand(*scores.shape[:-1], 1)], dim=-1)
+    return scores.softmax(dim=-1)[..., : k.shape[-2]].to(v.dtype) @ v

@@ -24,6 +24,7 @@ from aioengine.kernels.triton.jit.elementwise import affine_kernel, embed_kernel
 from aioengine.kernels.triton.jit.expand import expand_kernel
 from aioengine.kernels.triton.jit.experts import expert_kernel
 from aioengine.kernels.triton.jit.layer import (
+    KINDS,
     activate_kernel,
     add_rms_norm_kernel,
     rope_store_kernel,
@@ -63,8 +64,11 @@ HIDDEN = 16384
 HEAD_DIMS = (64, 80, 96, 128, 256)
 CAPPED_HEAD_DIMS = (256,)
 """Head sizes of models that cap their scores."""
+SINK_HEAD_DIMS = (64,)
+"""Head sizes of models that have sinks."""
 GROUPS = (1, 3, 4, 7, 8)
 """Query heads of a key head."""
+_EXPERT_BLOCKS = (("BLOCK_N", BLOCK_N), ("BLOCK_K", BLOCK_K))
 _DTYPES = {"bf16": 16, "fp16": 16, "fp32": 32}
 
 
@@ -141,12 +145,18 @@ def of_attention(dtype: str, bits: int, head_dim: int, group: int) -> Iterator[V
     for rows, splits in dict.fromkeys([(FEW_ROWS, 1), (FEW_ROWS, 8), (rows_of_prompts(bits), 1)]):
         block_n, _, num_warps, num_stages = default_config(head_dim, bits, splits)
         constants = {"GROUP": group, "D": head_dim, "BLOCK_SIZE": 16, "SPLITS": splits, "BLOCK_M": rows}
-        constants |= {"BLOCK_N": block_n, "BLOCK_D": power_of_two(head_dim), "PART": PART, "CAPPED": 0}
+        constants |= {
+            "BLOCK_N": block_n,
+            "BLOCK_D": power_of_two(head_dim),
+            "PART": PART,
+            "CAPPED": 0,
+            "SINKS": 0,
+        }
         yield Variant("attention", dtype, tuple(constants.items()), num_warps, num_stages)
-        if head_dim in CAPPED_HEAD_DIMS:
-            yield Variant(
-                "attention", dtype, tuple((constants | {"CAPPED": 1}).items()), num_warps, num_stages
-            )
+        for option, head_dims in (("CAPPED", CAPPED_HEAD_DIMS), ("SINKS", SINK_HEAD_DIMS)):
+            if head_dim in head_dims:
+                constants |= {"CAPPED": 0, "SINKS": 0, option: 1}
+                yield Variant("attention", dtype, tuple(constants.items()), num_warps, num_stages)
 
 
 def of_norm(dtype: str, size: int) -> Variant:
@@ -165,11 +175,15 @@ def of_rope(dtype: str, head_dim: int) -> Iterator[Variant]:
 def of_elementwise(dtype: str) -> tuple[Variant, ...]:
     """Activation, affine, embedding, and the experts' linears."""
     return (
-        *(Variant("activate", dtype, (("GELU", gelu), ("BLOCK", SILU_COLUMNS)), 4, 3) for gelu in (0, 1)),
+        *(
+            Variant("activate", dtype, (("KIND", kind), ("BLOCK", SILU_COLUMNS)), 4, 3)
+            for kind in range(len(KINDS))
+        ),
         Variant("affine", dtype, (("BLOCK_M", SHORT), ("BLOCK_N", AFFINE_COLUMNS)), 4, 3),
         *(
-            Variant("expert", dtype, (("BLOCK_M", rows), ("BLOCK_N", BLOCK_N), ("BLOCK_K", BLOCK_K)), 4, 3)
+            Variant("expert", dtype, (("BIAS", bias), ("BLOCK_M", rows), *_EXPERT_BLOCKS), 4, 3)
             for rows in ROWS
+            for bias in (0, 1)
         ),
         Variant("embed", dtype, (("BLOCK_M", SHORT), ("BLOCK_R", EMBED_RANKS), ("INT8", 0)), 4, 3),
     )
@@ -218,7 +232,7 @@ _POINTERS = {
     **dict.fromkeys(("ids_ptr", "cells_ptr", "table_ptr"), "*i64"),
     **dict.fromkeys(("scales_ptr", "partials_ptr", "stats_ptr", "cos_ptr", "sin_ptr"), "*fp32"),
 }
-_FLOATS = ("eps", "scale", "soft_cap", "offset", "factor")
+_FLOATS = ("eps", "scale", "soft_cap", "offset", "factor", "alpha", "limit")
 _ANY_NUMBER = (*_FLOATS, "heads", "kv_heads", "window", "table_stride", "most_parts", "place")
 
 

@@ -66,6 +66,7 @@ def paged_attention(
     *,
     scale: float | None = None,
     soft_cap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Attends to what is stored; see :class:`Backend`."""
     kv_heads, d = keys.shape[2], keys.shape[3]
@@ -74,7 +75,12 @@ def paged_attention(
     bits = 8 * qkv.element_size()
     for tiles in work.of(qkv.shape[1] // kv_heads - 2, rows_of_prompts(bits)):
         config = attention_config(tiles, kv_heads, d, bits)
-        attend(qkv, keys, values, plan, window, tiles, config, out, scale=scale, soft_cap=soft_cap)
+        attend(
+            *(qkv, keys, values, plan, window, tiles, config, out),
+            scale=scale,
+            soft_cap=soft_cap,
+            sinks=sinks,
+        )
     return out
 
 
@@ -90,6 +96,7 @@ def attend(
     *,
     scale: float | None = None,
     soft_cap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> None:
     """:func:`paged_attention` of some tiles, with a configuration of the caller's choice."""
     _, block_size, kv_heads, d = keys.shape
@@ -101,7 +108,8 @@ def attend(
     partials, stats = scratch[: parts * tiles.block_m * block_d], scratch[parts * tiles.block_m * block_d :]
     with on(qkv.device):
         attention_kernel[len(tiles.table), kv_heads, splits](
-            *(qkv, keys, values, keys.stride(0), plan.tables, tiles.table, out, partials, stats),
+            *(qkv, keys, values, keys.stride(0), plan.tables, tiles.table, out),
+            *(partials, stats, qkv if sinks is None else sinks),
             plan.derive(QueryTiles).arrivals(len(tiles.table) * kv_heads),
             *(most_parts, qkv.stride(0), plan.tables.stride(0), window or 0),
             *(
@@ -117,6 +125,7 @@ def attend(
             BLOCK_D=block_d,
             PART=PART,
             CAPPED=soft_cap is not None,
+            SINKS=sinks is not None,
             num_warps=num_warps,
             num_stages=num_stages,
         )

@@ -6,7 +6,13 @@ The linears are cuBLAS's, through torch.
 from aioengine.kernels.portable.plain import linear, soft_cap_
 from aioengine.kernels.triton.attention import paged_attention
 from aioengine.kernels.triton.experts import expert_linear
-from aioengine.kernels.triton.layer import add_rms_norm, gelu_and_mul, rope_store, silu_and_mul
+from aioengine.kernels.triton.layer import (
+    add_rms_norm,
+    clamped_swiglu,
+    gelu_and_mul,
+    rope_store,
+    silu_and_mul,
+)
 from aioengine.kernels.triton.lora import lora_affine, lora_embed, lora_expand, lora_shrink
 
 name = "triton"
@@ -15,6 +21,7 @@ capturable = True
 __all__ = [
     "add_rms_norm",
     "capturable",
+    "clamped_swiglu",
     "expert_linear",
     "gelu_and_mul",
     "linear",

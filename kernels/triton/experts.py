@@ -20,10 +20,10 @@ ROWS = (16, 64)
 """Rows of a tile, if the expert that has most has no more, and otherwise."""
 
 
-def expert_linear(x: Tensor, weight: Weight, plan: ExpertPlan) -> Tensor:
+def expert_linear(x: Tensor, weight: Weight, bias: Tensor | None, plan: ExpertPlan) -> Tensor:
     """``y[s] = W[expert(s)] x[s]``; see :class:`Backend`."""
     if not isinstance(weight, PlainWeight):
-        return plain.expert_linear(x, weight, plan)
+        return plain.expert_linear(x, weight, bias, plan)
     out = weight.n // plan.experts
     y = x.new_empty(len(x), out)
     if not plan.groups:
@@ -41,7 +41,9 @@ def expert_linear(x: Tensor, weight: Weight, plan: ExpertPlan) -> Tensor:
     )
     with on(x.device):
         expert_kernel[-(-out // BLOCK_N), len(tiles)](
-            *(x.contiguous(), weight.data, y, tiles.to(x.device, non_blocking=True), weight.k, out),
+            *(x.contiguous(), weight.data, weight.data if bias is None else bias, y),
+            *(tiles.to(x.device, non_blocking=True), weight.k, out),
+            BIAS=bias is not None,
             BLOCK_M=block_m,
             BLOCK_N=BLOCK_N,
             BLOCK_K=BLOCK_K,

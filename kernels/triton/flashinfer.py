@@ -19,6 +19,7 @@ from aioengine.kernels.plan.attention import AttentionPlan
 from aioengine.kernels.triton import attention
 from aioengine.kernels.triton.backend import (
     add_rms_norm,
+    clamped_swiglu,
     expert_linear,
     gelu_and_mul,
     linear,
@@ -37,6 +38,7 @@ capturable = True
 __all__ = [
     "add_rms_norm",
     "capturable",
+    "clamped_swiglu",
     "expert_linear",
     "gelu_and_mul",
     "linear",
@@ -53,7 +55,7 @@ __all__ = [
 
 HEAD_DIMS = (64, 128, 256)
 """Head sizes that FlashInfer has kernels for; others, and float32, use the Triton kernels, and so do scores
-that a model scales or caps in its own way."""
+that a model scales or caps in its own way, or that have sinks."""
 _WORKSPACE = 128 * 2**20
 """Bytes for partial results; FlashInfer's documentation recommends this number."""
 
@@ -70,12 +72,15 @@ def paged_attention(
     *,
     scale: float | None = None,
     soft_cap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Attends to what is stored; see :class:`aioengine.kernels.backend.Backend`."""
     kv_heads, d = keys.shape[2], keys.shape[3]
-    usual = scale is None and soft_cap is None
+    usual = scale is None and soft_cap is None and sinks is None
     if not (plan.spans and usual and d in HEAD_DIMS) or qkv.dtype == torch.float32:
-        return attention.paged_attention(qkv, keys, values, plan, window, scale=scale, soft_cap=soft_cap)
+        return attention.paged_attention(
+            *(qkv, keys, values, plan, window), scale=scale, soft_cap=soft_cap, sinks=sinks
+        )
     heads = qkv.shape[1] - 2 * kv_heads
     planned = plan.derive(_Planned)
     found: Tensor = planned.of(window, heads, keys).run(qkv[:, :heads].contiguous(), (keys, values))

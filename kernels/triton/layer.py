@@ -8,6 +8,7 @@ from torch import Tensor
 from aioengine.kernels.backend import HeadNorms
 from aioengine.kernels.plan.attention import AttentionPlan
 from aioengine.kernels.triton.jit.layer import (
+    KINDS,
     activate_kernel,
     add_rms_norm_kernel,
     rope_store_kernel,
@@ -67,22 +68,29 @@ def add_rms_norm(
 
 def silu_and_mul(gate_up: Tensor) -> Tensor:
     """``silu(gate) * up``; see :class:`Backend`."""
-    return _activate(gate_up, gelu=False)
+    return _activate(gate_up, "silu")
 
 
 def gelu_and_mul(gate_up: Tensor) -> Tensor:
     """``gelu(gate) * up``; see :class:`Backend`."""
-    return _activate(gate_up, gelu=True)
+    return _activate(gate_up, "gelu")
 
 
-def _activate(gate_up: Tensor, *, gelu: bool) -> Tensor:
+def clamped_swiglu(gate_up: Tensor, *, alpha: float, limit: float) -> Tensor:
+    """``g * sigmoid(alpha * g) * (u + 1)``; see :class:`Backend`."""
+    return _activate(gate_up, "clamped", alpha, limit)
+
+
+def _activate(gate_up: Tensor, kind: str, alpha: float = 1.0, limit: float = 0.0) -> Tensor:
     assert gate_up.is_contiguous()
     rows, size = len(gate_up), gate_up.shape[1] // 2
     out = gate_up.new_empty(rows, size)
     if rows == 0:
         return out
     with on(out.device):
-        activate_kernel[rows, -(-size // SILU_COLUMNS)](gate_up, out, size, GELU=gelu, BLOCK=SILU_COLUMNS)
+        activate_kernel[rows, -(-size // SILU_COLUMNS)](
+            *(gate_up, out, size, alpha, limit), KIND=KINDS.index(kind), BLOCK=SILU_COLUMNS
+        )
     return out
 
 

@@ -45,8 +45,8 @@ void aio_rope_store(int bf16, void* qkv, const float* cos, const float* sin, con
                     long block_bytes, long half, int neighbours, int int8, int threads);
 void aio_attention(int bf16, const void* q, long q_stride, const void* keys, const void* values, const int32_t* tables,
                    long table_width, const int32_t* spans, long sequences, void* out, long heads, long kv_heads,
-                   long head_dim, long block_size, long block_bytes, long window, float scale, float soft_cap, int int8,
-                   int threads);
+                   long head_dim, long block_size, long block_bytes, long window, float scale, float soft_cap,
+                   const void* sinks, int int8, int threads);
 void aio_lora_shrink(int bf16, const void* x, long x_stride, const Slots* slots, long first, void* h, long k, long slices,
                      long width, const int32_t* segments, long count, int threads);
 }
@@ -163,7 +163,7 @@ static void attention(bool bf16, bool int8) {
   aio_rope_store(bf16, qkv.data(), cos.data(), sin.data(), cells.data(), last.data(), keys.data(), values.data(), tokens,
                  heads, kv_heads, d, block, block_bytes, d / 2, 0, int8, 2);
   aio_attention(bf16, qkv.data(), width, keys.data(), values.data(), tables, 2, span, 1, out.data(), heads, kv_heads, d,
-                block, block_bytes, 0, 1.0f, 0.0f, int8, 2);
+                block, block_bytes, 0, 1.0f, 0.0f, nullptr, int8, 2);
   for (long t = 0; t < tokens; t++)
     for (long h = 0; h < heads; h++) {
       const long kv = h / (heads / kv_heads);

@@ -148,7 +148,8 @@ def attend(
     lib.aio_attention(
         *(bf16(q), qkv.data_ptr(), (heads + 2 * kv) * d, cache.keys.data_ptr(), cache.values.data_ptr()),
         *(plan.tables.data_ptr(), plan.tables.shape[1], plan.span_table.data_ptr(), len(present)),
-        *(out.data_ptr(), heads, kv, d, cache.block, block_bytes, window or 0, d**-0.5, 0.0, 0, THREADS),
+        *(out.data_ptr(), heads, kv, d, cache.block, block_bytes, window or 0, d**-0.5, 0.0, None, 0),
+        THREADS,
     )
     return out
 

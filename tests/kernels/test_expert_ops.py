@@ -41,6 +41,7 @@ REFERENCE = get_backend("cpu", "reference")
     experts=st.integers(1, 9),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
     sizes=st.sampled_from([(32, 48), (80, 16), (17, 7)]),
+    biased=st.booleans(),
     seed=st.integers(0, 1000),
 )
 def test_linears_equal_the_reference(
@@ -50,6 +51,7 @@ def test_linears_equal_the_reference(
     experts: int,
     dtype: torch.dtype,
     sizes: tuple[int, int],
+    biased: bool,
     seed: int,
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
@@ -57,20 +59,24 @@ def test_linears_equal_the_reference(
     chosen = torch.stack([torch.randperm(experts, generator=generator)[:per_token] for _ in range(tokens)])
     k, n = sizes
     weight = torch.randn(experts * n, k, generator=generator).to(dtype)
+    bias = torch.randn(experts * n, generator=generator).to(dtype) if biased else None
+    there_bias = None if bias is None else bias.to(device)
     x = torch.randn(tokens, k, generator=generator).to(dtype)
     plan = ExpertPlan(chosen, experts)
-    expected = REFERENCE.expert_linear(x[plan.tokens], PlainWeight(weight), plan)
+    expected = REFERENCE.expert_linear(x[plan.tokens], PlainWeight(weight), bias, plan)
     there = ExpertPlan(chosen.to(device), experts)
     found = get_backend(device, name).expert_linear(
-        x[plan.tokens].to(device), PlainWeight(weight.to(device)), there
+        x[plan.tokens].to(device), PlainWeight(weight.to(device)), there_bias, there
     )
     if name == "cpu" and PackedWeight.fits(n, k, dtype):
         packed = PackedWeight.pack(weight.clone())
-        whole = get_backend(device, name).expert_linear(x[plan.tokens], packed, plan)
+        whole = get_backend(device, name).expert_linear(x[plan.tokens], packed, bias, plan)
         torch.testing.assert_close(whole, found, rtol=1e-2, atol=1e-2 * k**0.5)
     tolerance = 1e-5 if dtype == torch.float32 else 2e-2
     torch.testing.assert_close(found.cpu(), expected, rtol=tolerance, atol=tolerance * k**0.5)
     by_token = torch.einsum("ti,tkoi->tko", x.float(), weight.float().view(experts, n, k)[chosen])
+    if bias is not None:
+        by_token += bias.float().view(experts, n)[chosen]
     weights = torch.rand(tokens, per_token, generator=generator)
     total = there.total(found, weights.to(device)).cpu().float()
     torch.testing.assert_close(

@@ -15,6 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.layer_cases import Layer, LayerCase, close, run
 from torch.nn import functional as F
+from transformers.models.gpt_oss.configuration_gpt_oss import GptOssConfig
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts, eager_attention_forward
 
 from aioengine.kernels import AttentionPlan, PlainWeight, Span, available_backends, get_backend
 
@@ -23,6 +25,7 @@ BACKENDS = ["triton"] if INTERPRETED else [n for n in available_backends("cpu") 
 EXAMPLES = 10 if INTERPRETED else 60
 REFERENCE = get_backend("cpu", "reference")
 DTYPES = [torch.float32, torch.bfloat16]
+TINY = {"hidden_size": 8, "intermediate_size": 8, "num_local_experts": 1}
 DEVICES = [("cpu", name) for name in BACKENDS]
 if torch.cuda.is_available() and not INTERPRETED:
     DEVICES += [("cuda", name) for name in available_backends("cuda") if name != "reference"]
@@ -58,6 +61,7 @@ def cases(draw: st.DrawFn, longest: int) -> LayerCase:
         neighbours=draw(st.booleans()),
         scale=draw(st.sampled_from([None, 0.1])),
         soft_cap=draw(st.sampled_from([None, 3.0])),
+        sinks=draw(st.booleans()),
         dtype=draw(st.sampled_from(DTYPES)),
         seed=draw(st.integers(0, 1000)),
     )
@@ -72,12 +76,16 @@ def test_attention_equals_the_reference(device: str, name: str, case: LayerCase)
 
 
 @every_backend
-@pytest.mark.parametrize("window", [None, 100])
-def test_long_contexts_beside_short_ones(device: str, name: str, window: int | None) -> None:
+@pytest.mark.parametrize(
+    ("window", "soft_cap", "sinks"), [(None, 3.0, False), (None, None, True), (100, None, False)]
+)
+def test_long_contexts_beside_short_ones(
+    device: str, name: str, window: int | None, soft_cap: float | None, sinks: bool
+) -> None:
     spans = (
         [(150, 1), (0, 1), (300, 40), (0, 70)] if INTERPRETED else [(2100, 1), (0, 1), (600, 40), (0, 900)]
     )
-    case = LayerCase(spans=spans, heads=2, kv_heads=1, window=window)
+    case = LayerCase(spans=spans, heads=2, kv_heads=1, window=window, soft_cap=soft_cap, sinks=sinks)
     close(run(get_backend(device, name), case, device), run(REFERENCE, case))
 
 
@@ -100,6 +108,11 @@ def test_norm_and_activation(device: str, name: str, dtype: torch.dtype, rows: i
     gate_up[0, :2] = torch.tensor([-300.0, 300.0]).to(dtype)  # where e^x overflows
     close([backend.silu_and_mul(gate_up.to(device)).cpu()], [REFERENCE.silu_and_mul(gate_up)])
     close([backend.gelu_and_mul(gate_up.to(device)).cpu()], [REFERENCE.gelu_and_mul(gate_up)])
+    numbers = {"alpha": 1.7, "limit": 7.0}
+    close(
+        [backend.clamped_swiglu(gate_up.to(device), **numbers).cpu()],
+        [REFERENCE.clamped_swiglu(gate_up, **numbers)],
+    )
     true, found = gate_up.clone(), gate_up.clone().to(device)
     backend.soft_cap_(found, 5.0)
     REFERENCE.soft_cap_(true, 5.0)
@@ -135,6 +148,10 @@ def test_the_reference_is_the_definition(dtype: torch.dtype) -> None:
     close([REFERENCE.silu_and_mul(both)], [F.silu(gate.float()).mul(up.float()).to(dtype)])
     gelu = F.gelu(gate.float(), approximate="tanh")
     close([REFERENCE.gelu_and_mul(both)], [gelu.mul(up.float()).to(dtype)])
+    wide, config = (4 * both).float(), GptOssConfig(swiglu_alpha=1.7, swiglu_limit=2.5, **TINY)
+    alternating = torch.stack(wide.chunk(2, 1), dim=-1).flatten(1)
+    clamped = GptOssExperts(config)._apply_gate(alternating)
+    close([REFERENCE.clamped_swiglu((4 * both), alpha=1.7, limit=2.5)], [clamped.to(dtype)])
 
 
 def test_reference_attention_is_the_definition() -> None:
@@ -147,3 +164,18 @@ def test_reference_attention_is_the_definition() -> None:
     expected = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
     found = REFERENCE.paged_attention(qkv, layer.keys, layer.values, plan, None)
     close([found], [expected.transpose(0, 1).flatten(1)])
+
+
+def test_reference_sinks_are_the_definition() -> None:
+    """One sequence, with the attention of GPT-OSS in transformers."""
+    layer = Layer(LayerCase([(0, 9)], heads=4, kv_heads=2, block_size=4))
+    plan = AttentionPlan([Span(0, 9, 0)], layer.tables, 4)
+    qkv, sinks = torch.randn(9, 8, 16), torch.randn(4)
+    q, k, v = (t.transpose(0, 1)[None] for t in qkv.clone().split([4, 2, 2], dim=1))
+    REFERENCE.rope_store(qkv, None, torch.ones(9, 1, 8), torch.zeros(9, 1, 8), layer.keys, layer.values, plan)
+    module = torch.nn.Module()
+    module.num_key_value_groups, module.sinks = 2, sinks
+    mask = torch.full((9, 9), float("-inf")).triu(1)
+    expected, _ = eager_attention_forward(module, q, k, v, mask, scaling=16**-0.5)
+    found = REFERENCE.paged_attention(qkv, layer.keys, layer.values, plan, None, sinks=sinks)
+    close([found], [expected[0].flatten(1)])

@@ -22,6 +22,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2_moe": ("qwen2_moe", {"mlp_only_layers": [0], "num_hidden_layers": 3}),
     "qwen3_moe": ("qwen3_moe", {"decoder_sparse_step": 2, "norm_topk_prob": True, "num_experts": 20}),
     "olmoe": ("olmoe", {"num_experts_per_tok": 3}),
+    "gpt_oss": ("gpt_oss", {"sliding_window": 9, "swiglu_limit": 1.5}),
 }
 NEW = 5
 
@@ -34,7 +35,9 @@ def build(root: Path, case: str) -> MoeModel:
     model.add_by_peft("all-linear", 2, target_modules="all-linear")
     model.add_by_peft("parameters", 3, target_modules=["v_proj"], target_parameters=PARAMETERS)
     model.add_by_peft("one-parameter", 4, target_modules=[], target_parameters=PARAMETERS[1:])
-    model.add_by_peft("router", 5, target_modules=["k_proj"], target_parameters=["mlp.gate.weight"])
+    model.add_by_peft(
+        "router", 5, target_modules=["k_proj"], target_parameters=[f"mlp.{model.router}.weight"]
+    )
     model.add_by_module("modules", 6, (0, 1, 2))
     model.add_by_module("up-alone", 7, (1,))
     model.add_by_module("dora", 8, (0, 2), dora=True)

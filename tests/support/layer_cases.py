@@ -33,6 +33,7 @@ class LayerCase(NamedTuple):
     neighbours: bool = False
     scale: float | None = None
     soft_cap: float | None = None
+    sinks: bool = False
     dtype: torch.dtype = torch.float32
     seed: int = 0
 
@@ -55,6 +56,7 @@ class Layer:
             counts = (case.heads, case.kv_heads) if case.whole_norms else (1, 1)
             q, k = (1 + 0.2 * self._randn(count * case.head_dim) for count in counts)
             self.norms = HeadNorms(q.to(device), k.to(device), 1e-5, case.offset)
+        self.sinks = 2 * self._randn(case.heads).to(device) if case.sinks else None
 
     def step(self, backend: Backend, spans: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor]:
         """Queries [T, heads, d] and what attention makes of them [T, heads * d], for these sequences."""
@@ -77,7 +79,10 @@ class Layer:
             neighbours=case.neighbours,
         )
         out = backend.paged_attention(
-            *(qkv, self.keys, self.values, plan, case.window), scale=case.scale, soft_cap=case.soft_cap
+            *(qkv, self.keys, self.values, plan, case.window),
+            scale=case.scale,
+            soft_cap=case.soft_cap,
+            sinks=self.sinks,
         )
         return qkv[:, : case.heads].cpu(), out.cpu()
 

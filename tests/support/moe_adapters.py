@@ -33,6 +33,8 @@ class MoeModel:
         self.base: Any = randomize(transformers.AutoModelForCausalLM.from_config(config))
         self.folder, self.adapters = root / "model", dict[str, Path]()
         self.base.save_pretrained(self.folder)
+        self.router = "router" if family == "gpt_oss" else "gate"
+        """Name of a layer's router."""
         self._references: dict[str | None, Any] = {None: self.base}
 
     def logits(self, tokens: Sequence[int], adapter: str | None) -> Tensor:
@@ -76,11 +78,14 @@ class MoeModel:
             for i, layer in enumerate(model.model.layers):
                 if not hasattr(layer.mlp, "experts"):
                     continue
-                pair(f"model.layers.{i}.{block}.gate", layer.mlp.gate.weight)
+                router = layer.mlp.get_submodule(self.router)
+                pair(f"model.layers.{i}.{block}.{self.router}", router.weight)
                 for e, (gate_up, down) in enumerate(
                     zip(layer.mlp.experts.gate_up_proj, layer.mlp.experts.down_proj, strict=True)
                 ):
                     weights = (*gate_up.chunk(2), down)
+                    if self.family == "gpt_oss":  # [in, out], outputs of gate and up alternate
+                        weights = (gate_up.T[::2], gate_up.T[1::2], down.T)
                     for kind in kinds:
                         pair(f"model.layers.{i}.{block}.experts.{e}.{linears[kind]}", weights[kind])
         folder = self._root / name

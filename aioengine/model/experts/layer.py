@@ -75,7 +75,8 @@ class Mixture:
     def forward(self, x: Tensor, pools: Mapping[str, LoRAPool], lora: LoRABatch) -> Tensor:
         """Return what the experts make of ``x`` [T, hidden]: [T, hidden]."""
         by, spec = self.mixing, self.mixing.spec
-        scores = routing.logits(x, self.router.weight, pools.get(ROUTER), lora)
+        router = self.router
+        scores = routing.logits(x, router.weight, router.bias, pools.get(ROUTER), lora)
         weights, chosen = routing.choose(scores, spec.experts_per_token, normalized=spec.normalized)
         plan = ExpertPlan(chosen, spec.experts)
         y = _linear(by.kernels, x[plan.tokens], self.gate_up, plan, pools.get(GATE_UP), lora)
@@ -89,7 +90,7 @@ class Mixture:
         by = self.mixing
         y = by.adapted.split_outputs(shared.gate_up, x, pools.get(SHARED_GATE_UP), lora)
         y = by.adapted.split_inputs(shared.down, by.activate(y), pools.get(SHARED_DOWN), lora)
-        gate = routing.logits(x, shared.gate.weight, pools.get(SHARED_GATE), lora)
+        gate = routing.logits(x, shared.gate.weight, None, pools.get(SHARED_GATE), lora)
         return (gate.sigmoid() * y).to(y.dtype)
 
 
@@ -98,7 +99,7 @@ def _linear(
 ) -> Tensor:
     """Return the outputs of the experts' linears for their rows, with the adapters on them: [S, in] -> [S,
     out]."""
-    y = kernels.expert_linear(x, linear.weight, plan)
+    y = kernels.expert_linear(x, linear.weight, linear.bias, plan)
     if pool is not None and lora.segments:
         per_expert = len(pool.modules)
         rows = plan.lora(lora, pool.slots.per_slot, per_expert)

@@ -50,6 +50,11 @@ class MixtureSpec(ModelSpec, frozen=True, kw_only=True):
     dense_layers: tuple[int, ...] = ()
     """The layers that have an MLP of ``intermediate_size``."""
     names: ExpertNames = ExpertNames()
+    biased: bool = False
+    """Whether the router and the experts' linears have biases."""
+    interleaved: bool = False
+    """Whether transformers has all experts of a layer in parameters [experts, in, out], in checkpoints, too;
+    outputs of gate and up alternate there."""
 
     def is_dense(self, layer: int) -> bool:
         return layer in self.dense_layers
@@ -110,6 +115,9 @@ class MixtureSpec(ModelSpec, frozen=True, kw_only=True):
 
     def copies(self, linear: str) -> int:
         return self.experts if linear in (GATE_UP, DOWN) else 1
+
+    def has_bias(self, linear: str) -> bool:
+        return self.biased if linear in (ROUTER, GATE_UP, DOWN) else super().has_bias(linear)
 
     @property
     def _mixture(self) -> dict[str, tuple[str, ...]]:
@@ -178,7 +186,8 @@ class MixtureSpec(ModelSpec, frozen=True, kw_only=True):
             for n_in, n_out in map(self.linear, modules)
         )
         dense = sum(n_in * n_out for n_in, n_out in map(super().linear, self._dense_modules))
-        return super().num_parameters() + linears - self.num_layers * dense
+        biases = self.experts * (1 + 2 * self.expert_size + self.hidden_size) * self.biased
+        return super().num_parameters() + linears - self.num_layers * dense + self._sparse_layers * biases
 
     @property
     def _dense_modules(self) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ from typing import Any, Literal, cast
 from aioengine.errors import ConfigError
 from aioengine.model.experts.spec import MixtureSpec
 from aioengine.model.files.hf.config_file import ConfigFile, NotNative
-from aioengine.model.files.hf.experts import read_experts
+from aioengine.model.files.hf.experts import is_mxfp4, read_experts
 from aioengine.model.files.hf.families import BIASES, DEFAULTS, MLP_BIAS, TRAITS, Family
 from aioengine.model.files.hf.rope import read_ropes
 from aioengine.model.files.packing import Packing
@@ -22,6 +22,8 @@ __all__ = ["NotNative", "read_spec", "special_tokens"]
 
 _NO_WINDOWS: tuple[Family, ...] = ("llama", "granite", "olmo2", "gemma", "glm4", "olmoe")
 """Families that always attend to everything."""
+_PATTERN: tuple[Family, ...] = ("gemma2", "gemma3_text", "olmo3", "gpt_oss")
+"""Families in which every ``sliding_window_pattern``-th layer attends to everything."""
 
 
 def read_spec(model_dir: Path) -> ModelSpec:
@@ -77,17 +79,17 @@ def read_spec(model_dir: Path) -> ModelSpec:
         dtype=_dtype(config),
         bos_token_id=bos,
         eos_token_ids=eos,
-        packed=_packed(model_dir, config),
+        packed=_packed(model_dir, config, experts),
         **fields,
         **experts,
     )
 
 
-def _packed(model_dir: Path, config: ConfigFile) -> dict[str, Packing]:
+def _packed(model_dir: Path, config: ConfigFile, experts: dict[str, Any]) -> dict[str, Packing]:
     """Return the quantized linears, by name."""
     quantization = config.get("quantization_config")
-    if quantization is None:
-        return {}
+    if quantization is None or (is_mxfp4(quantization) and "experts" in experts):
+        return {}  # MXFP4 is expanded when it is loaded
     return {name: layout.packing for name, layout in QuantizedFolder(model_dir, quantization).layouts.items()}
 
 
@@ -160,7 +162,7 @@ def _sliding_windows(config: ConfigFile, family: Family, num_layers: int) -> tup
 
     layer_types = config.get("layer_types") if family not in _NO_WINDOWS else None
     pattern = config.get("sliding_window_pattern")
-    if layer_types is None and pattern is not None and family in ("gemma2", "gemma3_text", "olmo3"):
+    if layer_types is None and pattern is not None and family in _PATTERN:
         pattern = config.positive("sliding_window_pattern")
         windows = [window if (layer + 1) % pattern else None for layer in range(num_layers)]
     elif layer_types is None:

@@ -14,9 +14,11 @@ from aioengine.errors import ConfigError
 from aioengine.info import LoadProgress
 from aioengine.kernels.blocks import BlockWeight
 from aioengine.model.decoder import Decoder
+from aioengine.model.experts.spec import MixtureSpec
 from aioengine.model.files.folder import INDEX, check_exists, shards, unreadable
 from aioengine.model.files.packing import Packing
 from aioengine.model.files.quantized import QuantizedFolder, quantized_folder
+from aioengine.model.files.stacked_experts import StackedExperts
 from aioengine.model.spec import ModelSpec
 
 
@@ -55,6 +57,9 @@ def iter_checkpoint(path: Path, spec: ModelSpec) -> Iterator[tuple[str, Stored |
                 yield name, Stored(tuple(tensor.shape), functools.partial(_part, tensor))
         return
     every = (pair for shard, keys in shards(path).items() for pair in _iter_safetensors(shard, keys))
+    if isinstance(spec, MixtureSpec) and spec.interleaved:
+        yield from _unstacked(every, StackedExperts(spec, str(path)))
+        return
     quantized = quantized_folder(path)
     yield from every if quantized is None else _joined(every, quantized)
 
@@ -185,6 +190,17 @@ def _joined(
             del waiting[module]
             read = functools.partial(quantized.scheme.fields, module, layout, tensors)
             yield f"{module}.weight", StoredBlocks((layout.n, layout.k), layout.packing, read)
+
+
+def _unstacked(every: Iterator[tuple[str, Stored]], stacked: StackedExperts) -> Iterator[tuple[str, Stored]]:
+    """Gives each expert's linears the names that they have in the decoder."""
+    for name, stored in every:
+        pieces = stacked.pieces(name, stored.shape, stored.read)
+        if pieces is None:
+            yield name, stored
+            continue
+        for own, tensor in pieces:
+            yield own, Stored(tuple(tensor.shape), functools.partial(_part, tensor))
 
 
 def _iter_safetensors(path: Path, expected: set[str] | None) -> Iterator[tuple[str, Stored]]:

@@ -38,6 +38,7 @@ struct Attention {
   long heads, kv_heads, head_dim, block_size, block_bytes, window;  // from block to block; window 0: all keys
   float scale;
   float soft_cap;  // of the scores: cap * tanh(score / cap); 0: none
+  const void* sinks;  // [heads] scores of keys without values; may be null
   bool int8;
 };
 
@@ -227,7 +228,12 @@ __attribute__((noinline)) void attend(const Attention& a, const Task& task, cons
   std::memset(out, 0, rows * a.head_dim * sizeof(float));
   float highest[MAX_ROWS], decay[MAX_ROWS];
   vf total[MAX_ROWS];
-  for (long r = 0; r < rows; r++) highest[r] = NONE, total[r] = vf{};
+  for (long r = 0; r < rows; r++) {
+    highest[r] = NONE, total[r] = vf{};
+    if (a.sinks == nullptr) continue;
+    highest[r] = T::widen(((const elem*)a.sinks)[head_begin + r % group]);
+    total[r] = vf{1.0f};  // in one lane
+  }
 
   const long begin = first_key(a, task);
   Chunk now_at = locate<T>(a, task, begin, keys_from(a, task, begin));
@@ -344,14 +350,14 @@ void attention(const Attention& a, int threads) {
 }  // namespace aio
 
 // out [tokens, heads * head_dim]: each token attends to its sequence's keys up to its own position (and,
-// with a window, the last `window` of them); soft_cap 0: none. head_dim must be a multiple of 16; int8: of the cache. A
-// layer's blocks are block_bytes apart: other layers may lie between them.
+// with a window, the last `window` of them); soft_cap 0: none. head_dim must be a multiple of 16; sinks [heads]: may be null;
+// int8: of the cache. A layer's blocks are block_bytes apart: other layers may lie between them.
 AIO_EXPORT void aio_attention(int bf16, const void* q, long q_stride, const void* keys, const void* values,
                               const int32_t* tables, long table_width, const int32_t* spans, long sequences,
                               void* out, long heads, long kv_heads, long head_dim, long block_size, long block_bytes,
-                              long window, float scale, float soft_cap, int int8, int threads) {
+                              long window, float scale, float soft_cap, const void* sinks, int int8, int threads) {
   const aio::Attention a{q,        q_stride, keys,       values,      tables, table_width, spans,    sequences, out, heads,
-                         kv_heads, head_dim, block_size, block_bytes, window, scale,       soft_cap, int8 != 0};
+                         kv_heads, head_dim, block_size, block_bytes, window, scale,       soft_cap, sinks,       int8 != 0};
   if (soft_cap > 0)
     bf16 ? aio::attention<aio::Bf16, true>(a, threads) : aio::attention<aio::F32, true>(a, threads);
   else

@@ -41,7 +41,8 @@ struct LoraPool {
 // the shared expert are as they were loaded.
 struct Mixture {
   int64_t experts, per_token, size, normalized, shared_size;
-  const void *router, *shared_gate;  // [experts, hidden], [1, hidden]; without a shared expert its parts are null
+  // [experts, hidden], [experts], [1, hidden]; the bias may be null, and without a shared expert its parts are
+  const void *router, *router_bias, *shared_gate;
   Matrix gate_up, down, shared_gate_up, shared_down;
   LoraPool lora_router, lora_gate_up, lora_down, lora_shared_gate_up, lora_shared_down, lora_shared_gate;
 };
@@ -50,6 +51,7 @@ struct Layer {
   // Before attention and of its outputs, of queries and keys, before the MLP and of its outputs; those that a layer does
   // not have are null.
   const void *input_norm, *attention_norm, *q_norm, *k_norm, *mlp_input_norm, *mlp_norm;
+  const void* sinks;  // [heads], of attention; may be null
   Matrix qkv, o, gate_up, down;
   LoraPool lora_qkv, lora_o, lora_gate_up, lora_down;
   void *keys, *values;
@@ -62,8 +64,8 @@ struct Model {
   int64_t bf16, layers, hidden, heads, kv_heads, head_dim, intermediate, block_size, block_bytes, int8_cache;
   int64_t rope_half, rope_neighbours;  // see Rope in elementwise.cpp
   int64_t q_norm_size, k_norm_size;    // a head's, or of all heads together
-  int64_t gelu, norm_rounded;
-  double eps, norm_offset, residual_scale, attention_scale, attention_cap;
+  int64_t activation, norm_rounded;  // an Activation
+  double eps, norm_offset, residual_scale, attention_scale, attention_cap, swiglu_alpha, swiglu_limit;
   const void* norm;
   Matrix head;
   LoraPool lora_head;
@@ -103,6 +105,7 @@ struct Step {
 };
 
 // structs.py names these.
+enum Activation { SILU, GELU, CLAMPED_SWIGLU };
 enum Phase { NORM, QKV, ROPE, ATTENTION, O, GATE_UP, ACTIVATION, DOWN, HEAD, SHRINK, AFFINE, EXCHANGE, ROUTE, PHASES };
 // GATHER makes h [rows, slices, width] of what every process has of it, SUM adds them up. TOTAL adds up x, the
 // outputs of a linear that is split over its inputs, and scales and shifts the sum.
@@ -237,6 +240,20 @@ struct Run {
                   size, m.eps, int(m.norm_rounded), m.norm_offset, threads);
   }
 
+  // gate_up [rows, 2 * size] -> out [rows, size].
+  void activate(const void* gate_up, void* out, long rows, long size) const {
+    timed(ACTIVATION, [&] {
+      switch (m.activation) {
+        case SILU:
+          return aio_silu_and_mul(m.bf16, gate_up, out, rows, size, threads);
+        case GELU:
+          return aio_gelu_and_mul(m.bf16, gate_up, out, rows, size, threads);
+        case CLAMPED_SWIGLU:
+          return aio_clamped_swiglu(m.bf16, gate_up, out, rows, size, m.swiglu_alpha, m.swiglu_limit, threads);
+      }
+    });
+  }
+
   // `delta` is what the layer before left to be added to the hidden state; this layer's is in x. `next` is what the
   // adapters do next.
   void layer(const Layer& l, const void* delta, const Adapted& next) const {
@@ -258,7 +275,7 @@ struct Run {
     timed(ATTENTION, [&] {
       aio_attention(m.bf16, s.wide, qkv_width, l.keys, l.values, s.tables, s.table_width, s.spans, s.sequences,
                     s.narrow, m.heads, m.kv_heads, m.head_dim, m.block_size, m.block_bytes, l.window,
-                    m.attention_scale, m.attention_cap, int(m.int8_cache), threads);
+                    m.attention_scale, m.attention_cap, l.sinks, int(m.int8_cache), threads);
     });
     linear(O, o, s.lora, s.narrow, s.x, s.tokens, gate_up);
     norm_outputs(l.attention_norm);
@@ -268,17 +285,16 @@ struct Run {
       return norm_outputs(l.mlp_norm);
     }
     linear(GATE_UP, gate_up, s.lora, x, s.wide, s.tokens, down);
-    const auto activate = m.gelu ? aio_gelu_and_mul : aio_silu_and_mul;
-    timed(ACTIVATION, [&] { activate(m.bf16, s.wide, s.narrow, s.tokens, m.intermediate, threads); });
+    activate(s.wide, s.narrow, s.tokens, m.intermediate);
     linear(DOWN, down, s.lora, s.narrow, s.x, s.tokens, next);
     norm_outputs(l.mlp_norm);
   }
 
   // The scores of a small linear, in float32.
-  void scores(const void* weight, long n, const LoraPool& pool, const void* x, float* y) const {
+  void scores(const void* weight, const void* bias, long n, const LoraPool& pool, const void* x, float* y) const {
     timed(ROUTE, [&] {
       const bool adapted = pool.slices > 0 && s.lora.count > 0;
-      aio::small_linear(m.bf16, x, m.hidden, weight, n, adapted ? &m.slots : nullptr, pool.first,
+      aio::small_linear(m.bf16, x, m.hidden, weight, bias, n, adapted ? &m.slots : nullptr, pool.first,
                         (const aio::Segment*)s.lora.segments, s.lora.count, y, s.tokens, threads);
     });
   }
@@ -287,7 +303,7 @@ struct Run {
   void experts(Phase phase, const Matrix& w, const LoraPool& pool, const aio::Routes& r, aio::Segment* segments,
                const void* x, void* y) const {
     const long n = w.n / r.experts;
-    timed(phase, [&] { aio_linear_experts(m.bf16, x, w.packed, y, r.begin, r.experts, n, w.k, threads); });
+    timed(phase, [&] { aio_linear_experts(m.bf16, x, w.packed, w.bias, y, r.begin, r.experts, n, w.k, threads); });
     if (pool.slices == 0 || s.lora.count == 0) return;
     const aio::Slots places{m.slots.memory, m.slots.table, 1, m.slots.int8};
     const auto run = [&](const int32_t* of, long count, const auto& work) {
@@ -317,13 +333,12 @@ struct Run {
   // What experts make of x [tokens, hidden], to s.x, which x may be.
   void mixture(const Mixture& e, const void* x) const {
     const long rows = s.tokens * e.per_token;
-    const auto activate = m.gelu ? aio_gelu_and_mul : aio_silu_and_mul;
     const Matrix no_matrix{};
     const LoraPool no_pool{};
     const Adapted nothing{&no_matrix, &no_pool};
     const aio::Routes r{s.tokens,       e.experts,           e.per_token,         s.weights, s.routes,
                         s.routes + rows, s.routes + 2 * rows, s.routes + 7 * rows};
-    scores(e.router, e.experts, e.lora_router, x, s.scores);
+    scores(e.router, e.router_bias, e.experts, e.lora_router, x, s.scores);
     timed(ROUTE, [&] {
       r.choose(s.scores, e.normalized, threads);
       me.once([&] { r.sort(); });
@@ -331,14 +346,14 @@ struct Run {
     });
     if (e.shared_size > 0) {
       const Adapted down{&e.shared_down, &e.lora_shared_down};
-      scores(e.shared_gate, 1, e.lora_shared_gate, x, s.gates);
+      scores(e.shared_gate, nullptr, 1, e.lora_shared_gate, x, s.gates);
       linear(GATE_UP, {&e.shared_gate_up, &e.lora_shared_gate_up}, s.lora, x, s.wide, s.tokens, down);
-      timed(ACTIVATION, [&] { activate(m.bf16, s.wide, s.narrow, s.tokens, e.shared_size, threads); });
+      activate(s.wide, s.narrow, s.tokens, e.shared_size);
       linear(DOWN, down, s.lora, s.narrow, s.x, s.tokens, nothing);
     }
     aio::Segment* segments = (aio::Segment*)(s.routes + 3 * rows);
     experts(GATE_UP, e.gate_up, e.lora_gate_up, r, segments, s.rows, s.rows_wide);
-    timed(ACTIVATION, [&] { activate(m.bf16, s.rows_wide, s.rows_narrow, rows, e.size, threads); });
+    activate(s.rows_wide, s.rows_narrow, rows, e.size);
     experts(DOWN, e.down, e.lora_down, r, segments, s.rows_narrow, s.rows);
     timed(ROUTE, [&] {
       r.total(m.bf16, s.rows, e.shared_size > 0 ? s.x : nullptr, s.gates, s.x, m.hidden, threads);

@@ -80,23 +80,34 @@ void head_norm(void* heads, const void* weight, long rows, long stride, long cou
   });
 }
 
-enum Activation { SILU, GELU };
+enum Activation { SILU, GELU, CLAMPED };
+
+// Of CLAMPED alone.
+struct Clamp {
+  float alpha, limit;
+};
 
 // act(gate) * up, where act is z -> z * sigmoid(z), or GELU by its tanh (Hendrycks and Gimpel, 2016, arXiv:1606.08415),
-// which is a sigmoid, too. The sigmoid comes from e^-|z|, which cannot overflow.
+// which is a sigmoid, too; or what Backend.clamped_swiglu says. The sigmoid comes from e^-|z|, which cannot overflow.
 template <class T, Activation A>
-inline void activate16(const typename T::elem* gate, const typename T::elem* up, typename T::elem* out) {
-  const vf g = T::load16(gate);
-  const vf z = A == SILU ? g : (g + g * g * g * 0.044715f) * 1.5957691216f;
+inline void activate16(const typename T::elem* gate, const typename T::elem* up, typename T::elem* out, const Clamp& c) {
+  vf g = T::load16(gate);
+  if (A == CLAMPED) g = g > c.limit ? splatf(c.limit) : g;
+  const vf z = A == SILU ? g : A == GELU ? (g + g * g * g * 0.044715f) * 1.5957691216f : g * c.alpha;
   const vf e = exp_negative(z < 0.0f ? z : -z);
   const vf sigmoid = (z < 0.0f ? e : splatf(1.0f)) / (1.0f + e);
+  if (A == CLAMPED) {
+    vf u = T::load16(up);
+    u = u > c.limit ? splatf(c.limit) : u < -c.limit ? splatf(-c.limit) : u;
+    return T::store16(out, g * sigmoid * (u + 1.0f));
+  }
   T::store16(out, g * sigmoid);
   T::store16(out, T::load16(out) * T::load16(up));
 }
 
 // out[t, i] = act(gate) * up for gate_up [rows, 2 * size]. Shazeer, 2020, arXiv:2002.05202.
 template <class T, Activation A>
-void activate(const void* gate_up_, void* out_, long rows, long size, int threads) {
+void activate(const void* gate_up_, void* out_, long rows, long size, int threads, const Clamp& clamp = {}) {
   using elem = typename T::elem;
   together(worth(rows * size, threads), [&](const Member& me) {
     const Range mine = me.share(rows);
@@ -104,12 +115,12 @@ void activate(const void* gate_up_, void* out_, long rows, long size, int thread
       const elem *gate = (const elem*)gate_up_ + row * 2 * size, *up = gate + size;
       elem* out = (elem*)out_ + row * size;
       long i = 0;
-      for (; i + LANES <= size; i += LANES) activate16<T, A>(gate + i, up + i, out + i);
+      for (; i + LANES <= size; i += LANES) activate16<T, A>(gate + i, up + i, out + i, clamp);
       if (i < size) {
         elem g[LANES] = {}, u[LANES] = {}, o[LANES];
         std::memcpy(g, gate + i, (size - i) * sizeof(elem));
         std::memcpy(u, up + i, (size - i) * sizeof(elem));
-        activate16<T, A>(g, u, o);
+        activate16<T, A>(g, u, o, clamp);
         std::memcpy(out + i, o, (size - i) * sizeof(elem));
       }
     }
@@ -234,6 +245,12 @@ AIO_EXPORT void aio_silu_and_mul(int bf16, const void* gate_up, void* out, long 
 AIO_EXPORT void aio_gelu_and_mul(int bf16, const void* gate_up, void* out, long rows, long size, int threads) {
   bf16 ? aio::activate<aio::Bf16, aio::GELU>(gate_up, out, rows, size, threads)
        : aio::activate<aio::F32, aio::GELU>(gate_up, out, rows, size, threads);
+}
+
+AIO_EXPORT void aio_clamped_swiglu(int bf16, const void* gate_up, void* out, long rows, long size, float alpha,
+                                   float limit, int threads) {
+  bf16 ? aio::activate<aio::Bf16, aio::CLAMPED>(gate_up, out, rows, size, threads, {alpha, limit})
+       : aio::activate<aio::F32, aio::CLAMPED>(gate_up, out, rows, size, threads, {alpha, limit});
 }
 
 // x [count] in place, count a multiple of 16.

@@ -52,13 +52,14 @@ void adapt(const typename T::elem* x, long k, const Slots& slots, const Where& w
 }
 
 template <class T>
-void scores(const void* x_, long k, const void* weight, long n, const Slots* slots, long place, const Segment* segments,
-            long count, float* y, long rows, int threads) {
+void scores(const void* x_, long k, const void* weight, const void* bias_, long n, const Slots* slots, long place,
+            const Segment* segments, long count, float* y, long rows, int threads) {
   using elem = typename T::elem;
-  const elem* x = (const elem*)x_;
+  const elem *x = (const elem*)x_, *bias = (const elem*)bias_;
   together(threads, [&](const Member& me) {
     const Range mine = me.share(rows * n);
-    for (long i = mine.begin; i < mine.end; i++) y[i] = dot<T>(x + i / n * k, (const elem*)weight + i % n * k, k);
+    for (long i = mine.begin; i < mine.end; i++)
+      y[i] = dot<T>(x + i / n * k, (const elem*)weight + i % n * k, k) + (bias == nullptr ? 0.0f : T::widen(bias[i % n]));
   });
   if (slots == nullptr || count == 0) return;
   together(threads, [&](const Member& me) {
@@ -157,10 +158,10 @@ void Routes::spread(const void* x, void* out, long bytes, int threads) const {
   });
 }
 
-void small_linear(bool bf16, const void* x, long k, const void* weight, long n, const Slots* slots, long place,
-                  const Segment* segments, long count, float* y, long rows, int threads) {
-  bf16 ? scores<Bf16>(x, k, weight, n, slots, place, segments, count, y, rows, threads)
-       : scores<F32>(x, k, weight, n, slots, place, segments, count, y, rows, threads);
+void small_linear(bool bf16, const void* x, long k, const void* weight, const void* bias, long n, const Slots* slots,
+                  long place, const Segment* segments, long count, float* y, long rows, int threads) {
+  bf16 ? scores<Bf16>(x, k, weight, bias, n, slots, place, segments, count, y, rows, threads)
+       : scores<F32>(x, k, weight, bias, n, slots, place, segments, count, y, rows, threads);
 }
 
 void Routes::total(bool bf16, const void* y, const void* shared, const float* gate, void* out, long size,

@@ -26,7 +26,8 @@ void linear(const Linear& l, const void* packed, const Beside& beside, int threa
 
 // The experts' rows lie in y apart from each other, so nobody has to wait between them.
 template <class T>
-void experts(const void* x, const void* packed, void* y, const int32_t* begin, long count, long n, long k, int threads) {
+void experts(const void* x, const void* packed, const void* bias, void* y, const int32_t* begin, long count, long n, long k,
+             int threads) {
   using elem = typename T::elem;
   const long panel = k / T::PER_LANE * LANES, expert = n / LANES * panel;
   together(threads, [&](const Member& me) {
@@ -34,7 +35,8 @@ void experts(const void* x, const void* packed, void* y, const int32_t* begin, l
       for (next = e + 1; next < count && begin[next] == begin[next + 1];) next++;
       const long first = begin[e], rows = begin[e + 1] - first;
       if (rows == 0) continue;
-      const Linear l{T::PER_LANE == Bf16::PER_LANE, (const elem*)x + first * k, k, nullptr, (elem*)y + first * n, n, rows, n, k,
+      const void* const shift = bias == nullptr ? nullptr : (const elem*)bias + e * n;
+      const Linear l{T::PER_LANE == Bf16::PER_LANE, (const elem*)x + first * k, k, shift, (elem*)y + first * n, n, rows, n, k,
                      nullptr, nullptr, nullptr};
       const uint32_t* const own = (const uint32_t*)packed + e * expert;
       const long bytes = panel * long(sizeof(uint32_t));
@@ -101,12 +103,12 @@ AIO_EXPORT void aio_gather(int bf16, const void* packed, const int64_t* rows, vo
        : aio::gather<aio::F32>(packed, rows, out, count, k, threads);
 }
 
-// y [rows, n] = x [rows, k] W[expert]^T for rows that are sorted by expert, with begin [experts + 1] the first row of each, and
-// packed weights [experts * n, k]; n is a multiple of 16.
-AIO_EXPORT void aio_linear_experts(int bf16, const void* x, const void* packed, void* y, const int32_t* begin, long experts,
-                                   long n, long k, int threads) {
-  bf16 ? aio::experts<aio::Bf16>(x, packed, y, begin, experts, n, k, threads)
-       : aio::experts<aio::F32>(x, packed, y, begin, experts, n, k, threads);
+// y [rows, n] = x [rows, k] W[expert]^T + bias[expert] for rows that are sorted by expert, with begin [experts + 1] the first
+// row of each, packed weights [experts * n, k] and bias [experts * n] (may be null); n is a multiple of 16.
+AIO_EXPORT void aio_linear_experts(int bf16, const void* x, const void* packed, const void* bias, void* y, const int32_t* begin,
+                                   long experts, long n, long k, int threads) {
+  bf16 ? aio::experts<aio::Bf16>(x, packed, bias, y, begin, experts, n, k, threads)
+       : aio::experts<aio::F32>(x, packed, bias, y, begin, experts, n, k, threads);
 }
 
 // y [rows, n] = x [rows, k] W^T + bias (may be null). Strides in elements, whole numbers of lanes.

@@ -79,8 +79,8 @@ AIO_EXPORT void aio_linear(int bf16, const void* x, long x_stride, const void* p
                            long y_stride, long rows, long n, long k, int threads);
 AIO_EXPORT void aio_linear_beside(int bf16, const void* x, long x_stride, const void* packed, const void* bias, void* y,
                                   long y_stride, long rows, long n, long k, const aio::Beside* beside, int threads);
-AIO_EXPORT void aio_linear_experts(int bf16, const void* x, const void* packed, void* y, const int32_t* begin, long experts,
-                                   long n, long k, int threads);
+AIO_EXPORT void aio_linear_experts(int bf16, const void* x, const void* packed, const void* bias, void* y, const int32_t* begin,
+                                   long experts, long n, long k, int threads);
 AIO_EXPORT void aio_quantize(int bf16, const void* weight, void* packed, float* scale, int32_t* start, long n, long k,
                              long rotation, int threads);
 AIO_EXPORT void aio_dequantize(int bf16, const void* packed, const float* scale, const int64_t* rows, void* out,
@@ -103,7 +103,7 @@ AIO_EXPORT void aio_linear_int4(int bf16, const void* x, long x_stride, const vo
 AIO_EXPORT void aio_attention(int bf16, const void* q, long q_stride, const void* keys, const void* values,
                               const int32_t* tables, long table_width, const int32_t* spans, long sequences,
                               void* out, long heads, long kv_heads, long head_dim, long block_size, long block_bytes,
-                              long window, float scale, float soft_cap, int int8, int threads);
+                              long window, float scale, float soft_cap, const void* sinks, int int8, int threads);
 AIO_EXPORT void aio_rope_store(int bf16, void* qkv, const float* cos, const float* sin, const int64_t* cells,
                                const uint8_t* last, void* keys, void* values, long tokens, long heads, long kv_heads,
                                long head_dim, long block_size, long block_bytes, long half, int neighbours, int int8,
@@ -114,6 +114,8 @@ AIO_EXPORT void aio_head_norm(int bf16, void* heads, const void* weight, long ro
                               long size, float eps, int rounded, float offset, int threads);
 AIO_EXPORT void aio_silu_and_mul(int bf16, const void* gate_up, void* out, long rows, long size, int threads);
 AIO_EXPORT void aio_gelu_and_mul(int bf16, const void* gate_up, void* out, long rows, long size, int threads);
+AIO_EXPORT void aio_clamped_swiglu(int bf16, const void* gate_up, void* out, long rows, long size, float alpha,
+                                   float limit, int threads);
 AIO_EXPORT void aio_soft_cap(int bf16, void* x, long count, float cap, int threads);
 AIO_EXPORT void aio_lora_shrink(int bf16, const void* x, long x_stride, const aio::Slots* slots, long first, void* h,
                                 long k, long slices, long width, const int32_t* segments, long count, int threads);

@@ -7,6 +7,8 @@ import triton.language as tl
 
 from aioengine.kernels.triton.jit.product import add_dot
 
+LOG2_E = tl.constexpr(1.4426950408889634)
+
 
 @triton.jit
 def join(highest, total, acc, part_highest, part_total, part_acc):
@@ -30,6 +32,7 @@ def attention_kernel(
     out_ptr,  # [T, heads, D], contiguous
     partials_ptr,  # [tiles, kv_heads, most_parts, BLOCK_M, BLOCK_D] float32; nothing if SPLITS is 1
     stats_ptr,  # [tiles, kv_heads, most_parts, 2, BLOCK_M] float32: the largest score, the sum of weights
+    sinks_ptr,  # [heads] scores of keys without values, not read unless SINKS
     arrivals_ptr,  # [tiles, kv_heads] zeros, before and after
     most_parts,  # that any tile has
     q_stride,
@@ -46,6 +49,7 @@ def attention_kernel(
     BLOCK_D: tl.constexpr,  # at least D
     PART: tl.constexpr,  # keys of a part, a multiple of BLOCK_N
     CAPPED: tl.constexpr,
+    SINKS: tl.constexpr,
 ):
     """A program: one tile with all query heads of one key head, and its share of the parts of the keys.
 
@@ -96,6 +100,10 @@ def attention_kernel(
     part_highest = highest
     part_total = total
     part_acc = acc
+    if SINKS:  # as if these keys came first
+        head = tl.minimum(kv_head * GROUP + m % GROUP, kv_heads * GROUP - 1)
+        highest = tl.load(sinks_ptr + head).to(tl.float32) * LOG2_E
+        total += 1.0
     for at in range(begin, end, BLOCK_N):
         key = at + n
         # What lies beyond the sequence's end may be anything, NaN too: it is not read.
@@ -108,8 +116,8 @@ def attention_kernel(
         scores = add_dot(tl.zeros((BLOCK_M, BLOCK_N), tl.float32), q, tl.trans(k)) * scale
         if CAPPED:
             e = tl.exp(-2.0 * tl.abs(scores / soft_cap))  # of tanh; it cannot overflow
-            size = soft_cap * (1.0 - e) / (1.0 + e)
-            scores = tl.where(scores < 0.0, -size, size)
+            capped = soft_cap * (1.0 - e) / (1.0 + e)
+            scores = tl.where(scores < 0.0, -capped, capped)
         seen = (key[None, :] <= last[:, None]) & (key[None, :] >= first[:, None])
         scores = tl.where(seen, scores, float("-inf"))
         higher = tl.maximum(part_highest, tl.max(scores, axis=1))

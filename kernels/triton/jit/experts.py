@@ -1,4 +1,4 @@
-"""The experts' linears: ``y[s] = W[expert(s)] x[s]`` over tiles of rows of one expert."""
+"""The experts' linears: ``y[s] = W[expert(s)] x[s] + bias[expert(s)]`` over tiles of rows of one expert."""
 
 from __future__ import annotations
 
@@ -12,10 +12,12 @@ from aioengine.kernels.triton.jit.product import add_product
 def expert_kernel(
     x_ptr,  # [S, in], contiguous
     weight_ptr,  # [experts * out, in], contiguous
+    bias_ptr,  # [experts * out], not read unless BIAS
     y_ptr,  # [S, out], contiguous
     tiles_ptr,  # [tiles, 3] expert, first row, rows
     n_in,
     n_out,
+    BIAS: tl.constexpr,
     BLOCK_M: tl.constexpr,  # at least the rows of a tile
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -37,5 +39,8 @@ def expert_kernel(
         x = tl.load(x_at + start, mask=inside & (m < rows)[:, None], other=0.0)
         w = tl.load(w_at + start, mask=inside & (n < n_out)[:, None], other=0.0)
         acc = add_product(acc, x, w)
+    if BIAS:
+        bias = tl.load(bias_ptr + expert * n_out + n, mask=n < n_out, other=0.0)
+        acc += bias.to(tl.float32)[None, :]
     stored = (m < rows)[:, None] & (n < n_out)[None, :]
     tl.store(y_ptr + row[:, None] * n_out + n[None, :], acc.to(y_ptr.dtype.element_ty), mask=stored)

@@ -39,15 +39,21 @@ def add_rms_norm_kernel(
     tl.store(out_ptr + at, normed.to(dtype), mask=inside)
 
 
+KINDS = ("silu", "gelu", "clamped")
+"""Activations, by the numbers that :func:`activate_kernel` has for them."""
+
+
 @triton.jit
 def activate_kernel(
     gate_up_ptr,  # [T, 2 * size], contiguous
     out_ptr,  # [T, size], contiguous
     size,
-    GELU: tl.constexpr,  # by its tanh; else silu
+    alpha,  # of clamped_swiglu, as limit; else nothing
+    limit,
+    KIND: tl.constexpr,  # an index of KINDS
     BLOCK: tl.constexpr,
 ):
-    """The activation of the gate, times up. Grid: (T, blocks of columns)."""
+    """The activation of the gate, times up; see ``Backend``. Grid: (T, blocks of columns)."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < size
@@ -55,11 +61,16 @@ def activate_kernel(
     up = tl.load(gate_up_ptr + row * 2 * size + size + column, mask=inside, other=0.0).to(tl.float32)
     dtype: tl.constexpr = gate.dtype
     wide = gate.to(tl.float32)
-    z = wide
-    if GELU:
+    if KIND == 2:
+        wide = tl.where(wide > limit, limit, wide)
+        up = tl.where(up > limit, limit, tl.where(up < -limit, -limit, up)) + 1.0
+    z = wide * alpha if KIND == 2 else wide
+    if KIND == 1:
         z = (wide + 0.044715 * wide * wide * wide) * 1.5957691216  # 2 sqrt(2 / pi)
     e = tl.exp(-tl.abs(z))  # which cannot overflow
-    active = (wide * tl.where(z < 0, e, 1.0) / (1.0 + e)).to(dtype).to(tl.float32)
+    active = wide * tl.where(z < 0, e, 1.0) / (1.0 + e)
+    if KIND != 2:
+        active = active.to(dtype).to(tl.float32)
     tl.store(out_ptr + row * size + column, (active * up).to(dtype), mask=inside)
 
 

@@ -2,7 +2,8 @@
 one on the linears that are in them.
 
 PEFT has one A [experts * r, in] and one B [out, r * experts] for all experts of a layer; each expert's rank
-is r. Gate and up are one parameter there and two linears here, so both get a copy of its A.
+is r. Gate and up are one parameter there and two linears here, so both get a copy of its A; their rows of B
+follow each other, or alternate.
 """
 
 from __future__ import annotations
@@ -57,9 +58,10 @@ class _Parameter(NamedTuple):
     key: str
     """Beginning of its keys in the file."""
     experts: Sequence[Sequence[str]]
-    """For each expert the names of its linears, one below the other in B."""
+    """For each expert the names of its linears, one below the other in B, or with alternating rows."""
     rank: int
     scaling: float
+    alternating: bool
 
 
 class ParameterFold:
@@ -155,7 +157,9 @@ class ParameterFold:
                         for expert in range(spec.experts)
                     ]
                     wrapped = ".base_layer" * (len(wanted) - 1 - inside)
-                    yield self._parameter(f"{base}{wrapped}", f"{base}.{name}", experts)
+                    yield self._parameter(
+                        f"{base}{wrapped}", f"{base}.{name}", experts, alternating=spec.interleaved
+                    )
         for layer, module in spec.adaptable():
             if layer == NO_LAYER or module.startswith("experts.") or module in EMBEDDING_MODULES:
                 continue
@@ -167,9 +171,11 @@ class ParameterFold:
     def _targets(self, name: str) -> bool:
         return any(name == wanted or name.endswith(f".{wanted}") for wanted in self._wanted)
 
-    def _parameter(self, key: str, name: str, experts: Sequence[Sequence[str]]) -> _Parameter:
+    def _parameter(
+        self, key: str, name: str, experts: Sequence[Sequence[str]], *, alternating: bool = False
+    ) -> _Parameter:
         rank = self.config.rank(name)
-        return _Parameter(key, experts, rank, self.config.scaling(name, rank))
+        return _Parameter(key, experts, rank, self.config.scaling(name, rank), alternating)
 
     def _check_room(self, parameter: _Parameter, slot: SlotLayout) -> None:
         for name in parameter.experts[0]:
@@ -222,8 +228,9 @@ def _tensors(
             if part == "A":
                 pieces: Sequence[Tensor] = [tensor.view(count, parameter.rank, -1)[expert]] * len(names)
             else:
-                pieces = contiguous(tensor.view(len(tensor), parameter.rank, count)[:, :, expert]).chunk(
-                    len(names)
-                )
+                whole = contiguous(tensor.view(len(tensor), parameter.rank, count)[:, :, expert])
+                pieces = whole.chunk(len(names))
+                if parameter.alternating:
+                    pieces = [contiguous(whole[i :: len(names)]) for i in range(len(names))]
             for name, piece in zip(names, pieces, strict=True):
                 yield f"{_PREFIX}{name}.lora_{part}.weight", piece

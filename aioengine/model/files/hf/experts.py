@@ -19,28 +19,36 @@ def read_experts(config: ConfigFile, family: Family, num_layers: int) -> dict[st
 
     Raises ConfigError for odd values, and NotNative for what is not known.
     """
-    if family not in ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe"):
+    if family not in ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "gpt_oss"):
         return {}
-    if config.get("quantization_config") is not None:
-        method = config.get("quantization_config")
+    method = config.get("quantization_config")
+    if method is not None and not (family == "gpt_oss" and is_mxfp4(method)):
         raise config.error("quantization_config", method, "not supported for experts", NotNative)
     if config.get("clip_qkv") is not None:
         raise config.error("clip_qkv", config.get("clip_qkv"), "only null is supported", NotNative)
-    key = next((key for key in _COUNTS if key in config.raw), _COUNTS[family == "mixtral"])
+    key = next((key for key in _COUNTS if key in config.raw), _COUNTS[family in ("mixtral", "gpt_oss")])
     experts, chosen = config.positive(key), config.positive("num_experts_per_tok")
     if chosen > experts:
         raise config.error("num_experts_per_tok", chosen, f"must be <= {key}={experts}")
     fields: dict[str, Any] = {"experts": experts, "experts_per_token": chosen}
     qwen = family.startswith("qwen")
     fields["expert_size"] = config.positive("moe_intermediate_size" if qwen else "intermediate_size")
-    fields["normalized"] = family == "mixtral" or config.flag("norm_topk_prob")
+    fields["normalized"] = family in ("mixtral", "gpt_oss") or config.flag("norm_topk_prob")
     if family == "mixtral":
         fields["names"] = _MIXTRAL
+    if family == "gpt_oss":
+        fields |= {"biased": True, "interleaved": True, "names": ExpertNames(router="router")}
+        fields |= {key: config.number(key) for key in ("swiglu_alpha", "swiglu_limit")}
     if family == "qwen2_moe":
         fields["shared_size"] = config.positive("shared_expert_intermediate_size")
     if qwen:
         fields["dense_layers"] = _dense_layers(config, num_layers)
     return fields
+
+
+def is_mxfp4(quantization: Any) -> bool:
+    """Return whether a ``quantization_config`` says that experts are in MXFP4, and nothing else is."""
+    return isinstance(quantization, dict) and quantization.get("quant_method") == "mxfp4"
 
 
 def _dense_layers(config: ConfigFile, num_layers: int) -> tuple[int, ...]:

@@ -25,6 +25,7 @@ Family = Literal[
     "qwen2_moe",
     "qwen3_moe",
     "olmoe",
+    "gpt_oss",
 ]
 
 _OUTPUT_NORMS = NormNames(
@@ -61,6 +62,7 @@ TRAITS: dict[Family, dict[str, Any]] = {
     "qwen2_moe": {},
     "qwen3_moe": {"qk_norm": True},
     "olmoe": {"qk_norm": True, "qk_norm_whole": True},  # arXiv:2409.02060
+    "gpt_oss": {"norm_offset": 0.0, "activation": "clamped_swiglu", "sinks": True},  # arXiv:2508.10925
 }
 """Fields of ModelSpec."""
 
@@ -70,7 +72,7 @@ BIASES: dict[Family, tuple[str, ...]] = {
     **dict.fromkeys(
         (
             *("llama", "qwen3", "granite", "smollm3", "olmo2", "olmo3"),
-            *("qwen3_moe", "olmoe"),
+            *("qwen3_moe", "olmoe", "gpt_oss"),
         ),
         _BOTH,
     ),
@@ -199,6 +201,27 @@ DEFAULTS: dict[Family, dict[str, Any]] = {
         "num_experts": 64,
         "num_experts_per_tok": 8,
         "eos_token_id": 50279,
+    },
+    "gpt_oss": {
+        "max_position_embeddings": 131072,
+        "num_key_value_heads": 8,
+        "head_dim": 64,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 150000.0,
+        "rope_scaling": {
+            "rope_type": "yarn",
+            "factor": 32.0,
+            "truncate": False,
+            "original_max_position_embeddings": 4096,
+        },
+        "sliding_window": 128,
+        "sliding_window_pattern": 2,
+        "attention_bias": True,
+        "num_local_experts": 128,
+        "num_experts_per_tok": 4,
+        "swiglu_alpha": 1.702,
+        "swiglu_limit": 7.0,
+        "torch_dtype": "bfloat16",
     },
 }
 """Values of keys that are absent from ``config.json``, as in the family's configuration class of

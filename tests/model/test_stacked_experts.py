@@ -1,0 +1,136 @@
+"""GPT-OSS checkpoints, with experts in MXFP4 too: against transformers' own reading of them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from support.moe_adapters import MoeModel
+from support.served_models import engine_of, prompt
+from torch import Tensor
+from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+from aioengine import SamplingParams
+from aioengine.errors import ConfigError
+from aioengine.model.files.resolve import read_spec
+from aioengine.model.files.stacked_experts import expand_mxfp4
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
+STACKED = ("gate_up_proj", "down_proj")
+
+
+def random_mxfp4(n: int, groups: int, seed: int, experts: int = 1) -> tuple[Tensor, Tensor]:
+    """Blocks and scales, of values up to about one."""
+    generator = torch.Generator().manual_seed(seed)
+    blocks = torch.randint(0, 256, (experts, n, groups, 16), generator=generator, dtype=torch.uint8)
+    scales = torch.randint(122, 126, (experts, n, groups), generator=generator, dtype=torch.uint8)
+    return blocks, scales
+
+
+def checkpoint(root: Path, edit: Callable[[dict[str, Tensor]], None] | None = None) -> MoeModel:
+    """A model whose folder has the experts in MXFP4; the one in memory has their values."""
+    model = MoeModel(root, "gpt_oss", intermediate_size=64, sliding_window=9)
+    path = model.folder / "model.safetensors"
+    tensors = load_file(path)
+    for i, layer in enumerate(model.base.model.layers):
+        for seed, name in enumerate(STACKED):
+            parameter = getattr(layer.mlp.experts, name)
+            experts, k, n = parameter.shape
+            blocks, scales = random_mxfp4(n, k // 32, 2 * i + seed, experts)
+            with torch.no_grad():
+                parameter.copy_(convert_moe_packed_tensors(blocks, scales, dtype=torch.float32))
+            key = f"model.layers.{i}.mlp.experts.{name}"
+            del tensors[key]
+            tensors |= {f"{key}_blocks": blocks, f"{key}_scales": scales}
+    if edit is not None:
+        edit(tensors)
+    save_file(tensors, path)
+    config = json.loads((model.folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}
+    (model.folder / "config.json").write_text(json.dumps(config))
+    return model
+
+
+@settings(max_examples=40, deadline=None)
+@given(n=st.integers(1, 9), groups=st.integers(1, 4), data=st.data())
+def test_values_are_those_of_transformers(n: int, groups: int, data: st.DataObject) -> None:
+    exponents = st.lists(st.integers(1, 254), min_size=n * groups, max_size=n * groups)
+    blocks, _ = random_mxfp4(n, groups, data.draw(st.integers(0, 1000)))
+    scales = torch.tensor(data.draw(exponents), dtype=torch.uint8).view(1, n, groups)
+    expected = convert_moe_packed_tensors(blocks, scales, dtype=torch.float32)[0].T
+    assert torch.equal(expand_mxfp4(blocks[0], scales[0]), expected)
+
+
+async def test_tokens_are_those_of_the_expanded_model(tmp_path: Path) -> None:
+    model = checkpoint(tmp_path)
+    params = SamplingParams(max_tokens=6, ignore_eos=True)
+    async with engine_of(model.folder, model_impl="auto", block_size=16) as engine:
+        assert engine.info.model_impl == "native"
+        for seed in range(3):
+            tokens = prompt(seed, 20)
+            output = await engine.complete(tokens, params)
+            logits = model.logits([*tokens, *output.token_ids[:-1]], None)[len(tokens) - 1 :]
+            assert output.token_ids == logits.argmax(-1).tolist()
+
+
+FIRST = "model.layers.0.mlp.experts.gate_up_proj"
+
+
+def _without_scales(tensors: dict[str, Tensor]) -> None:
+    del tensors[f"{FIRST}_scales"]
+
+
+def _cut(tensors: dict[str, Tensor]) -> None:
+    tensors[f"{FIRST}_blocks"] = tensors[f"{FIRST}_blocks"][:, 2:].clone()
+
+
+def _not_finite(tensors: dict[str, Tensor]) -> None:
+    tensors[f"{FIRST}_scales"][1, 2, 0] = 255
+
+
+def _other_type(tensors: dict[str, Tensor]) -> None:
+    tensors[f"{FIRST}_scales"] = tensors[f"{FIRST}_scales"].float()
+
+
+@pytest.mark.parametrize(
+    ("edit", "words"),
+    [
+        (_without_scales, r"are missing: model\.layers\.0\.mlp\.experts\.0\.gate_proj\.weight"),
+        (_cut, r"gate_up_proj_blocks: expected shape \(4, 128, 2, 16\).*found \(4, 126, 2, 16\)"),
+        (_not_finite, "gate_up_proj_scales: a scale is not finite"),
+        (_other_type, "gate_up_proj_scales: expected torch.uint8, found torch.float32"),
+    ],
+)
+async def test_a_damaged_checkpoint_is_refused_by_name(
+    edit: Callable[[dict[str, Tensor]], None], words: str, tmp_path: Path
+) -> None:
+    model = checkpoint(tmp_path, edit)
+    with pytest.raises(ConfigError, match=words):
+        async with engine_of(model.folder, model_impl="native"):
+            pass
+
+
+def test_a_short_configuration_means_the_published_model(tmp_path: Path) -> None:
+    """The keys of openai/gpt-oss-20b's ``config.json``; what is left out is as in transformers."""
+    config = {"architectures": ["GptOssForCausalLM"], "hidden_size": 2880, "num_hidden_layers": 24}
+    config |= {"num_attention_heads": 64, "intermediate_size": 2880, "vocab_size": 201088}
+    config |= {"num_local_experts": 32, "eos_token_id": 200002}
+    config["quantization_config"] = {"quant_method": "mxfp4"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    spec = read_spec(tmp_path, "native")
+    assert (spec.rope.type, spec.rope.factor, spec.rope.truncate, spec.rope.theta) == (
+        "yarn",
+        32,
+        False,
+        15e4,
+    )
+    assert spec.rope.original_max_position == 4096
+    assert spec.sliding_windows[:2] == (128, None) and len(spec.sliding_windows) == 24
+    assert (spec.num_kv_heads, spec.head_dim, spec.dtype, spec.qkv_bias) == (8, 64, "bfloat16", True)
+    assert 20.9e9 < spec.num_parameters() < 21e9
