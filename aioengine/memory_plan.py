@@ -16,8 +16,8 @@ from aioengine.model.files.resolve import read_spec, resolve_model
 from aioengine.model.parallel.group import Shard
 from aioengine.model.parallel.partition import Partition
 from aioengine.model.slots.layout import Elements, SlotLayout
-from aioengine.model.spec import DTYPE_BYTES, LORA_MODULES, ModelSpec, Quantization
-from aioengine.step import SLOT_GRANULE
+from aioengine.model.spec import DTYPE_BYTES, ModelSpec, Quantization
+from aioengine.step import SLOT_GRANULE, most_blocks
 
 MAX_AUTO_MODEL_LEN = 8192
 MAX_AUTO_KV_ON_CPU = 4 * 2**30
@@ -52,6 +52,10 @@ class MemoryPlan(msgspec.Struct, frozen=True, kw_only=True):
     block_size: int
     block_bytes: int
     """One KV block over all layers."""
+    request_blocks: int
+    """The most KV blocks that a request holds at a time."""
+    kept: str = ""
+    """See :attr:`ModelSpec.kept`."""
     cpu_capacity: int
     cpu_adapter_bytes: int
     """One adapter in the CPU cache, at the largest rank and in every module; most are smaller."""
@@ -83,7 +87,7 @@ class MemoryPlan(msgspec.Struct, frozen=True, kw_only=True):
         except the room for one request of the largest length."""
         if not self.shared:
             return self.slot_pool_bytes
-        return (self.num_blocks - -(-self.max_model_len // self.block_size)) * self.block_bytes
+        return (self.num_blocks - self.request_blocks) * self.block_bytes
 
     def adapters_that_fit(self) -> list[tuple[int, int, int]]:
         """Return (rank, adapters in slots of one size, adapters in a memory that slots share) for some ranks.
@@ -144,6 +148,8 @@ class MemoryPlan(msgspec.Struct, frozen=True, kw_only=True):
             detail += f", {self.kv_cache_dtype}"
         if self.shared:
             detail += f"; up to {format_bytes(self.adapter_bytes)} of it for adapters"
+        if self.kept:
+            detail += f"; a request holds at most {self.request_blocks}: {self.kept}"
         rows.append(("KV blocks", detail, self.kv_bytes))
         detail = f"{self.cpu_capacity} adapters x {format_bytes(self.cpu_adapter_bytes)} at most"
         if self.cpu_max_bytes is not None:
@@ -203,7 +209,7 @@ def plan_memory(
         stored=tuple(sorted({packing.format for packing in local.packed.values()})),
         kv_cache_dtype=config.kv_cache_dtype,
         max_model_len=max_model_len,
-        weights_bytes=_weights_bytes(local, DTYPE_BYTES[dtype], config.quantization),
+        weights_bytes=local.weights_bytes(DTYPE_BYTES[dtype], config.quantization),
         num_slots=0 if lora is None else lora.max_loras,
         slot_bytes_by_module=by_module,
         slot_affine_bytes=affine_bytes,
@@ -211,6 +217,10 @@ def plan_memory(
         num_blocks=0,
         block_size=config.block_size,
         block_bytes=block_bytes,
+        kept=spec.kept,
+        request_blocks=most_blocks(
+            max_model_len, config.block_size, config.max_num_batched_tokens, spec.longest_window
+        ),
         cpu_capacity=0 if lora is None else lora.cpu_capacity,
         cpu_adapter_bytes=adapter_bytes,
         cpu_max_bytes=None if lora is None else _cpu_max_bytes(lora, adapter_bytes, size),
@@ -251,9 +261,8 @@ def resolve_device(device: str) -> str:
 
 def _num_blocks(plan: MemoryPlan, config: EngineConfig) -> int:
     """Return the number of KV blocks. Raises ConfigError without room for one request of the full length."""
-    needed = -(-plan.max_model_len // plan.block_size)
     adapter = -(-plan.slot_bytes // plan.block_bytes) if plan.shared else 0
-    smallest = (needed + adapter) * plan.block_bytes
+    smallest = (plan.request_blocks + adapter) * plan.block_bytes
     left = plan.available_bytes - plan.total_bytes
     if isinstance(config.kv_cache_memory, int):
         if config.kv_cache_memory < smallest:
@@ -271,7 +280,9 @@ def _num_blocks(plan: MemoryPlan, config: EngineConfig) -> int:
         return config.kv_cache_memory // plan.block_bytes
     if smallest > left:
         raise _does_not_fit(plan, smallest, left, "lower max_model_len")
-    each = needed if plan.device != "cpu" else min(needed, -(-AUTO_TOKENS_ON_CPU // plan.block_size))
+    each = plan.request_blocks
+    if plan.device == "cpu":
+        each = min(each, -(-AUTO_TOKENS_ON_CPU // plan.block_size))
     wanted = config.max_num_seqs * each * plan.block_bytes
     if plan.shared:
         wanted += plan.num_slots * plan.slot_bytes
@@ -339,23 +350,6 @@ def _does_not_fit(plan: MemoryPlan, kv_bytes: int, left: int, first: str) -> Con
 
 def _each(plan: MemoryPlan) -> str:
     return f" for each of {plan.num_ranks} ranks" if plan.num_ranks > 1 else ""
-
-
-def _weights_bytes(spec: ModelSpec, dtype_bytes: int, quantization: Quantization) -> int:
-    """Return the bytes of the weights. With int8, the linears' weights take a byte each, and 8 more for each
-    output. With int4 they take half a byte each, and two more for each group of 32 inputs (of 16, if their
-    number is no multiple of 32). (Until they have been loaded and quantized, they are in the dtype.)"""
-    total = spec.num_parameters() * dtype_bytes
-    for (n_in, n_out), packing in spec.packed_weights():
-        total += packing.nbytes(n_out, n_in) - n_in * n_out * dtype_bytes
-    if quantization == "none":
-        return total
-    linears = [(spec.num_layers, *spec.linear(module)) for module in LORA_MODULES]
-    linears.append((1, *spec.linear("lm_head")))
-    for count, n_in, n_out in linears:
-        row = n_in if quantization == "int8" else n_in // 2 + 2 * n_in // (16 if n_in % 32 else 32)
-        total += count * n_out * (row + 8 - n_in * dtype_bytes)
-    return total
 
 
 def _slot_bytes(slot: SlotLayout | None, dtype_bytes: int) -> tuple[dict[str, int], int, int]:

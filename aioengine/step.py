@@ -20,6 +20,16 @@ SLOT_GRANULE = 256
 vectors."""
 
 
+def most_blocks(tokens: int, block_size: int, chunk: int, window: int | None) -> int:
+    """Return the most KV blocks that a sequence of up to ``tokens`` holds at a time, if a step computes up to
+    ``chunk`` of them, and no layer looks back further than ``window`` tokens (None: some layer does)."""
+    whole = -(-tokens // block_size)
+    if window is None:
+        return whole
+    # The first block, and those that are partly behind the window or partly beyond the chunk.
+    return min(whole, 2 + -(-(window + chunk - 1) // block_size))
+
+
 UNKNOWN = -1
 """In the place of a token that the step before has not sampled yet."""
 
@@ -101,7 +111,8 @@ class SequenceWork(NamedTuple):
     tokens: Sequence[int]
     start: int
     block_table: Sequence[int]
-    """KV block ids that cover positions ``0..start+len(tokens)-1``."""
+    """KV block ids that cover positions ``0..start+len(tokens)-1``. The first stands for those that no layer
+    sees any more; what is read there has no effect, but is finite."""
     sample: bool
     """Whether the last of ``tokens`` is the sequence's last known one, so that a token is to be sampled."""
     params: SamplingParams

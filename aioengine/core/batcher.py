@@ -80,6 +80,9 @@ class Batcher:
         tokens left, so that a short prompt does not wait for long ones. The oldest, the shortest and the
         first newcomer get a chunk, however little time there is.
         """
+        if self.blocks.window is not None:  # no step is in flight that has these blocks
+            for request in self.running.values():
+                request.freed = self.blocks.give_back(request.blocks, request.freed, request.computed)
         work: list[_Part] = []
         preemptions = self.preemptions
         decodes: list[Request] = []
@@ -241,17 +244,23 @@ class Batcher:
 
     def _start(self, request: Request, now: float) -> bool:
         """Move a request from WAITING to RUNNING with blocks for all its known tokens, as many as possible
-        from the prefix cache."""
+        from the prefix cache. Where every layer has a window, there are blocks for what it holds at a time.
+        """
         blocks = self.blocks
-        shared = request.find_cached(blocks)
-        new = blocks.blocks_for(len(request.tokens)) - len(shared)
+        cached = request.find_cached(blocks)
+        computed, until = len(cached) * blocks.block_size, len(request.tokens)
+        if blocks.window is not None:
+            until = min(until, max(computed, blocks.window) + self.max_num_batched_tokens)
+        freed = blocks.unseen(computed)
+        shared = cached[:1] + cached[1 + freed :]
+        new = blocks.blocks_for(until) - len(cached)
         if self.border is not None and new > 0:
             self.border.before_allocation(new, now)
         if not blocks.can_allocate(new, shared) and not self._more_blocks(request, new, shared, now):
             return False
-        request.blocks = blocks.allocate(new, shared)
-        request.committed = len(shared)
-        request.computed = len(shared) * blocks.block_size
+        table = blocks.allocate(new, shared)
+        request.blocks, request.freed = table[:1] * (1 + freed) + table[1:], freed
+        request.committed, request.computed = len(cached), computed
         self.queues.remove(request)
         request.status = Status.RUNNING
         self.running[request.seq] = request
@@ -308,7 +317,7 @@ class Batcher:
         by_tenant: dict[str | None, list[Request]] = {}
         for request in self.running.values():
             by_tenant.setdefault(request.options.tenant, []).append(request)
-        return max(by_tenant.values(), key=lambda requests: sum(len(r.blocks) for r in requests))
+        return max(by_tenant.values(), key=lambda requests: sum(len(r.blocks) - r.freed for r in requests))
 
     def preempt(self, request: Request, now: float) -> None:
         """Move a request from RUNNING to WAITING. Its KV blocks are freed (full blocks stay in the prefix
@@ -338,8 +347,8 @@ class Batcher:
 
     def release(self, request: Request) -> None:
         """Give back the request's blocks and its claim on the slot."""
-        self.blocks.release(request.blocks)
-        request.blocks = []
+        self.blocks.release(request.held)
+        request.blocks, request.freed = [], 0
         request.committed = request.computed = 0
         if request.adapter is not None:
             request.adapter.running -= 1

@@ -19,10 +19,14 @@ from hashlib import blake2b
 class BlockManager:
     """Hands out block ids ``0..num_blocks-1``. ``can_allocate`` and ``allocate`` come in pairs."""
 
-    def __init__(self, num_blocks: int, block_size: int, *, prefix_caching: bool = True) -> None:
+    def __init__(
+        self, num_blocks: int, block_size: int, *, prefix_caching: bool = True, window: int | None = None
+    ) -> None:
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.prefix_caching = prefix_caching
+        self.window = window
+        """Tokens that every layer looks back at most; None: some layer sees all."""
         self._refs = [0] * num_blocks
         self._hash_of: list[bytes | None] = [None] * num_blocks
         self._block_of: dict[bytes, int] = {}
@@ -176,6 +180,23 @@ class BlockManager:
                     free.move_to_end(block, last=False)
                 else:
                     self.num_cached += 1
+
+    def unseen(self, computed: int) -> int:
+        """Count a sequence's blocks after the first that no layer sees any more, once so many tokens are
+        computed."""
+        if self.window is None:
+            return 0
+        return max(0, (computed + 1 - self.window) // self.block_size - 1)
+
+    def give_back(self, table: list[int], known: int, computed: int) -> int:
+        """Give back the blocks of ``table`` that are :meth:`unseen`, of which ``known`` are already, and
+        return how many they are now. The first block takes their places: kernels read it there, to no
+        effect, and what it holds is finite."""
+        unseen = self.unseen(computed)
+        if unseen > known:
+            self.release(table[1 + known : 1 + unseen])
+            table[1 + known : 1 + unseen] = table[:1] * (unseen - known)
+        return max(unseen, known)
 
     def forget(self) -> None:
         """Forget all contents; no block may be referenced."""

@@ -87,7 +87,12 @@ class Core:
             slot_memory=limits.slot_memory,
             arena=_shared_arena(limits),
         )
-        self.blocks = BlockManager(limits.num_blocks, limits.block_size, prefix_caching=limits.prefix_caching)
+        self.blocks = BlockManager(
+            limits.num_blocks,
+            limits.block_size,
+            prefix_caching=limits.prefix_caching,
+            window=limits.window,
+        )
         self.running: dict[int, Request] = {}
         """The running requests by ``seq``, in order of admission."""
         self.border: Border | None = None
@@ -98,7 +103,7 @@ class Core:
                 self.blocks,
                 self.running,
                 limits.shared_block_bytes,
-                self.blocks.blocks_for(limits.max_model_len),
+                limits.most_blocks,
                 self._emit,
             )
         self.placing = Placing(self.residency, self.border)
@@ -644,7 +649,7 @@ class Core:
         """Assert every invariant; for tests, and cheap enough to run whenever the engine is idle."""
         self.residency.check()
         holders = [*self.running.values(), *self._zombies]
-        self.blocks.check([r.blocks for r in holders])
+        self.blocks.check([r.held for r in holders])
         if self.border is not None:
             self.border.check()
         using: dict[int, int] = {}
@@ -672,7 +677,7 @@ def _shared_arena(limits: CoreLimits) -> Arena | None:
     leaves room for one request of the largest length."""
     if limits.shared_block_bytes is None:
         return None
-    most = limits.num_blocks - -(-limits.max_model_len // limits.block_size)
+    most = limits.num_blocks - limits.most_blocks
     return Arena(0, max(0, most) * limits.shared_block_bytes)
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple
 
+from aioengine.step import most_blocks
+
 
 class CoreLimits(NamedTuple):
     """The sizes that a core is built with."""
@@ -33,6 +35,8 @@ class CoreLimits(NamedTuple):
     """Bytes of a KV block, if adapters and KV blocks share one memory; None: they do not."""
     slot_bytes: int = 0
     """Bytes of a slot with a fixed place; for policies."""
+    window: int | None = None
+    """Tokens that every layer looks back at most; None: some layer sees all."""
     max_step_seconds: float | None = None
     """None: steps may take any time."""
     pair_tokens: float = 1e-4
@@ -40,3 +44,8 @@ class CoreLimits(NamedTuple):
     speculation: Literal["none", "ngram", "suffix"] = "none"
     draft_constrained: bool = True
     """Whether tokens are proposed to requests with a constraint, too."""
+
+    @property
+    def most_blocks(self) -> int:
+        """The most blocks that a request holds at a time."""
+        return most_blocks(self.max_model_len, self.block_size, self.max_num_batched_tokens, self.window)

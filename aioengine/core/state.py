@@ -194,6 +194,7 @@ class Request:
         "deadline",
         "drafting",
         "first_token",
+        "freed",
         "given",
         "hashed_for",
         "hashes",
@@ -259,6 +260,10 @@ class Request:
         self.computed = 0
         """Tokens whose KV is in ``blocks``."""
         self.blocks: list[int] = []
+        """Its block table, one entry for every ``block_size`` positions."""
+        self.freed = 0
+        """Blocks after the first that no layer sees any more. They are given back, and the first has their
+        places in ``blocks``."""
         self.cache = cache
         """Owner of ``blocks``."""
         self.hashes: list[bytes] = []
@@ -283,6 +288,11 @@ class Request:
         self.worst_gap: float | None = None
         """The longest time between two of its tokens; None before the second."""
         self.view = CoreRequestView(self)
+
+    @property
+    def held(self) -> list[int]:
+        """The blocks that it holds, each once."""
+        return self.blocks[:1] + self.blocks[1 + self.freed :]
 
     @property
     def output_tokens(self) -> int:

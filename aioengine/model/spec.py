@@ -351,6 +351,23 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
         embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_embeddings else 2)
         return embeddings + self.num_layers * (linears + bias + norms) + self.hidden_size
 
+    def weights_bytes(self, dtype_bytes: int, quantization: Quantization) -> int:
+        """Return the bytes of the weights. With int8, the linears' weights take a byte each, and 8 more for
+        each output. With int4 they take half a byte each, and two more for each group of 32 inputs (of 16,
+        if their number is no multiple of 32). (Until they have been loaded and quantized, they are in the
+        dtype.)"""
+        total = self.num_parameters() * dtype_bytes
+        for (n_in, n_out), packing in self.packed_weights():
+            total += packing.nbytes(n_out, n_in) - n_in * n_out * dtype_bytes
+        if quantization == "none":
+            return total
+        linears = [(self.num_layers, *self.linear(module)) for module in LORA_MODULES]
+        linears.append((1, *self.linear("lm_head")))
+        for count, n_in, n_out in linears:
+            row = n_in if quantization == "int8" else n_in // 2 + 2 * n_in // (16 if n_in % 32 else 32)
+            total += count * n_out * (row + 8 - n_in * dtype_bytes)
+        return total
+
     @property
     def pair_tokens(self) -> float:
         """A pair of a query and a key in all layers, in tokens through the linears, by multiplications."""

@@ -211,6 +211,7 @@ def core_limits(config: EngineConfig, parts: Built) -> CoreLimits:
         slot_memory=parts.plan.slot_memory,
         shared_block_bytes=parts.plan.block_bytes if parts.plan.shared else None,
         slot_bytes=parts.plan.slot_bytes,
+        window=parts.spec.longest_window,
         policy_time_budget=config.policy_time_budget,
         policy_max_overruns=config.policy_max_overruns,
         max_step_seconds=_max_step_seconds(config, parts.plan),

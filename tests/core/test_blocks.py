@@ -5,7 +5,9 @@ import random
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support.core_sim import LIMITS, CoreSim
 
+from aioengine import events
 from aioengine.core.blocks import BlockManager
 
 
@@ -77,3 +79,38 @@ def test_random_use_keeps_the_counts_right(seed: int) -> None:
                 blocks.commit(block, digest)
             held.append(mine)
         blocks.check(held)
+
+
+def test_blocks_behind_a_window_are_given_back_once() -> None:
+    """A sequence of any length holds a bounded number of blocks, and the prefix cache keeps the others."""
+    limits = LIMITS._replace(window=6, num_blocks=14)
+    sim = CoreSim(limits)
+    request = sim.add(prompt=list(range(2, 42)), max_tokens=20)
+    most = 0
+    while sim.core.requests:
+        sim.settle()
+        most = max(most, len(request.held))
+    assert 6 <= most <= limits.most_blocks == 8
+    assert sim.core.blocks.num_free == 14 and sim.core.blocks.num_cached > 8
+
+
+def test_a_prompt_behind_whose_window_all_is_cached_takes_only_what_it_sees() -> None:
+    sim = CoreSim(LIMITS._replace(window=6, num_blocks=40))
+    prompt = list(range(2, 42))
+    sim.add(prompt=prompt, max_tokens=1)
+    sim.run()
+    again = sim.add(prompt=prompt, max_tokens=9)
+    sim.schedule()
+    assert again.computed == 36 and len(again.held) == 4, "the first, two of the window, and a new one"
+    sim.finish_step()
+    sim.run()
+
+
+def test_a_request_that_is_preempted_behind_its_window_starts_again() -> None:
+    """Two requests that hold up to 7 blocks each, in a pool of 11."""
+    sim = CoreSim(LIMITS._replace(window=20, num_blocks=11))
+    for first in (2, 3):
+        sim.add(prompt=list(range(first, first + 6)), max_tokens=50)
+    sim.run()
+    assert set(sim.ended.values()) == {"length"}
+    assert sim.of(events.RequestPreempted), "or the pool is too large for the test"

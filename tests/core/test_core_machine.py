@@ -33,6 +33,7 @@ class CoreMachine(RuleBasedStateMachine):
         slot_memory=st.sampled_from([None, 3000, 4200, "shared"]),
         bounded=st.sampled_from([None, "requests", "tokens"]),
         speculation=st.sampled_from(["none", "none", "ngram", "suffix"]),
+        window=st.sampled_from([None, None, 1, 5, 8, 13]),
     )
     def start(
         self,
@@ -43,16 +44,20 @@ class CoreMachine(RuleBasedStateMachine):
         slot_memory: int | Literal["shared"] | None,
         bounded: Literal["requests", "tokens"] | None,
         speculation: Literal["none", "ngram", "suffix"],
+        window: int | None,
     ) -> None:
         self.hostile = hostile
         self.versions: list[AdapterEntry] = []
         """Declared, and not published by hand."""
         policy = Hostile(seed) if hostile else FCFS(max_wait=0.5)
         limits = LIMITS._replace(num_blocks=blocks, cpu_max_bytes=max_bytes, speculation=speculation)
+        limits = limits._replace(window=window, num_blocks=max(blocks if window is None else blocks // 2, 9))
         if slot_memory == "shared":
-            blocks += 4
             limits = limits._replace(
-                num_blocks=blocks, shared_block_bytes=GRANULE * limits.block_size, num_slots=4, cpu_capacity=6
+                num_blocks=limits.num_blocks + 4,
+                shared_block_bytes=GRANULE * limits.block_size,
+                num_slots=4,
+                cpu_capacity=6,
             )
         elif slot_memory is not None:
             limits = limits._replace(slot_memory=slot_memory, num_slots=3)

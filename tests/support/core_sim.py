@@ -49,9 +49,11 @@ class CoreSim:
         self.now = 0.0
         self.loads: list[AdapterEntry] = []
         self.copies: list[tuple[AdapterEntry, int]] = []
-        self.memory = None if limits.shared_block_bytes is None else DeviceMemory(limits)
+        self.memory: DeviceMemory | None = None
+        if limits.shared_block_bytes is not None or limits.window is not None:
+            self.memory = DeviceMemory(limits)
         self._copy_moves: dict[int, CopyMove] = {}
-        """Those under way, by uid, of a shared memory."""
+        """Those under way, by uid."""
         self.on_cpu: set[int] = set()
         self.batch: StepBatch | None = None
         self.following: StepBatch | None = None
@@ -107,9 +109,9 @@ class CoreSim:
                 case CopyMove(entry, slot):
                     assert entry.uid in self.on_cpu, "a copy of what is not in CPU memory"
                     self.copies.append((entry, slot))
+                    self._copy_moves[entry.uid] = move
                     if self.memory is not None:
                         self.memory.begin(move)
-                        self._copy_moves[entry.uid] = move
                 case DropMove(entry):
                     self.on_cpu.remove(entry.uid)
         self.take_events()
@@ -168,8 +170,9 @@ class CoreSim:
 
     def finish_copy(self, index: int = 0, *, fail: bool = False) -> None:
         entry, _slot = self.copies.pop(index)
+        move = self._copy_moves.pop(entry.uid)
         if self.memory is not None:
-            self.memory.finish(self._copy_moves.pop(entry.uid))
+            self.memory.finish(move)
         if fail:
             error = AdapterLoadError("out of memory", name=entry.label, path=entry.path)
             self.core.adapter_place_failed(entry, self.now, error)
@@ -182,8 +185,9 @@ class CoreSim:
         self.batch = self.following = None
         self.loads.clear()
         self.copies.clear()
+        self._copy_moves = {}
         if self.memory is not None:
-            self.memory, self._copy_moves = DeviceMemory(self.core.limits), {}
+            self.memory = DeviceMemory(self.core.limits)
         self.on_cpu.clear()
         self.core.device_lost(self.now, EngineDead("the device is gone"))
         self.take_events()
