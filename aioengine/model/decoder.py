@@ -27,13 +27,12 @@ from aioengine.model.spec import NO_LAYER, ModelSpec
 
 @dataclass(slots=True)
 class Layer:
-    """A layer's weights. The norms are those of :class:`aioengine.model.spec.NormNames`."""
+    """A layer's weights. The norms are those of :class:`aioengine.model.spec.NormNames`; sinks: [heads]."""
 
     attention_input: Tensor | None
     qkv: Linear
     head_norms: HeadNorms | None
     sinks: Tensor | None
-    """[heads] in the compute dtype; see :meth:`Backend.paged_attention`."""
     o: Linear
     attention_output: Tensor | None
     mlp_input: Tensor | None
@@ -197,9 +196,7 @@ class Decoder:
             for i in range(spec.num_layers)
         ]
         self.norm = empty(spec.hidden_size)
-        head = self.embed_tokens
-        if not spec.tie_embeddings:
-            head = memory.matrix((NO_LAYER, "lm_head"))
+        head = self.embed_tokens if spec.tie_embeddings else memory.matrix((NO_LAYER, "lm_head"))
         self.head = Linear(head, None)
         self.nbytes = sum(parameter.nbytes for parameter in self.parameters().values())
         self.nbytes += sum(weight.nbytes for weight in self.block_weights().values())
