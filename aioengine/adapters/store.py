@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from aioengine.adapters.peft.dora_exchange import Draft
     from aioengine.adapters.peft.read import PackedAdapter
     from aioengine.adapters.read_threads import Progress
+    from aioengine.model.buffer import Allocate
     from aioengine.model.slots.image import AdapterImage
     from aioengine.step import AdapterSource, HeldFiles
 
@@ -26,7 +27,8 @@ if TYPE_CHECKING:
 class AdapterStore:
     """The adapters in the CPU cache. ``weights`` gives the base model's linears, which DoRA needs; ``dtype``
     is the slots' dtype. If it is int8, ``affine_dtype`` is the dtype of gains and shifts; adapters are read
-    and checked in it, and quantized once.
+    and checked in it, and quantized once. ``allocate`` gives the memory of adapters; on ``stream`` a GPU
+    computes what DoRA needs of the weights.
 
     With a ``shard`` of several ranks, it reads and keeps only its rank's share of each adapter.
     ``max_tokens`` is the number of trained tokens that every slot has room for; ``elastic`` says that slots
@@ -41,7 +43,8 @@ class AdapterStore:
         target_modules: Sequence[str],
         dtype: torch.dtype,
         weights: BaseWeights,
-        pin_memory: bool = False,
+        allocate: Allocate | None = None,
+        stream: torch.cuda.Stream | None = None,
         allow_nonfinite: bool = False,
         shard: Shard = SOLO,
         affine_dtype: torch.dtype | None = None,
@@ -50,19 +53,21 @@ class AdapterStore:
     ) -> None:
         from aioengine.adapters.peft.fast_pack import KnownContents  # these import torch
         from aioengine.adapters.peft.pack import SlotOrder
+        from aioengine.model.buffer import pageable
         from aioengine.model.slots.image import elements_of
 
         self._known = KnownContents()
         holds = elements_of(dtype, affine_dtype)
+        self._allocate = allocate = allocate or pageable
         self._order = SlotOrder(
             SlotLayout(spec, max_rank, target_modules, shard, max_tokens=max_tokens),
-            pin_memory and not holds.int8,
+            pageable if holds.int8 else allocate,
         )
         self._layout = SlotLayout(spec, max_rank, target_modules, shard, holds, max_tokens)
         self._elastic = elastic
         self._slot_dtype = dtype
         self._dtype = affine_dtype if holds.int8 and affine_dtype is not None else dtype
-        self._pin_memory = pin_memory
+        self._stream = stream
         self._weights = weights
         self._allow_nonfinite = allow_nonfinite
         self._images: dict[int, AdapterImage] = {}
@@ -111,7 +116,7 @@ class AdapterStore:
             packed = add_up(name, path, self._order, parts)
         else:
             packed = read(name, path, files)
-        draft = Draft(packed, self._layout, self._weights, self._slot_dtype)
+        draft = Draft(packed, self._layout, self._weights, self._slot_dtype, self._stream)
         self._check_tokens(draft)
         return draft
 
@@ -134,12 +139,12 @@ class AdapterStore:
         from aioengine.model.slots.image import build_image
         from aioengine.model.slots.quantized import quantize_image
 
-        affine = output_affine(draft.packed, self._weights, self._dtype, draft.rows())
-        layout, pin_memory = self._order
+        affine = output_affine(draft.packed, self._weights, self._dtype, draft.rows(), stream=self._stream)
+        layout, allocate = self._order
         tokens = draft.packed.tokens
-        image = build_image(layout, draft.packed, affine, self._dtype, tokens=tokens, pin_memory=pin_memory)
+        image = build_image(layout, draft.packed, affine, self._dtype, allocate, tokens=tokens)
         if self._layout.holds.int8:
-            image = quantize_image(image, self._layout, pin_memory=self._pin_memory)
+            image = quantize_image(image, self._layout, self._allocate)
         packed = draft.packed
         return replace(image, head=packed.head, pooling=packed.pooling, invocation=packed.invocation)
 

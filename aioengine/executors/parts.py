@@ -70,8 +70,10 @@ def build_parts(
     import torch
 
     from aioengine.adapters.store import AdapterStore
+    from aioengine.model.buffer import Allocate, pageable
     from aioengine.model.decode_graphs import DecodeLimits
     from aioengine.model.runner import ModelRunner
+    from aioengine.model.slots.pinned import FIRST_SLAB_BYTES, PinnedSlabs
 
     plan = planned.memory
     group = SoloGroup() if group is None else group
@@ -105,13 +107,19 @@ def build_parts(
         fixed_decode=DecodeLimits(config.max_num_seqs, plan.max_model_len) if graphs else None,
     )
     check_invariant(config, runner.variance)
+    allocate: Allocate = pageable
+    stream: torch.cuda.Stream | None = None
+    if plan.device == "cuda":
+        allocate = PinnedSlabs(runner.device, min(plan.cpu_cache_bytes, FIRST_SLAB_BYTES))
+        stream = torch.cuda.Stream(runner.device)  # type: ignore[no-untyped-call]
     store = AdapterStore(
         planned.spec,
         max_rank=max_rank,
         target_modules=modules,
         dtype=lora_dtype,
         weights=runner.decoder.base_weight,
-        pin_memory=plan.device == "cuda",
+        allocate=allocate,
+        stream=stream,
         allow_nonfinite=lora is not None and lora.allow_nonfinite,
         shard=group.shard,
         affine_dtype=getattr(torch, plan.dtype),

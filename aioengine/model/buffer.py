@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import mmap
 import sys
+from collections.abc import Callable
 from contextlib import suppress
 
 import torch
 
 _HUGE_PAGE = 2 << 20
 _LINE = 64
+
+Allocate = Callable[[int], torch.Tensor]
+"""Memory for so many bytes (> 0), as a uint8 tensor, which is free when no tensor refers to it any more."""
 
 
 class Buffer:
@@ -37,6 +41,11 @@ class Buffer:
             mapping = _anonymous(nbytes)
         self.tensor = torch.frombuffer(mapping, dtype=torch.uint8, offset=offset, count=nbytes)
         self.view = memoryview(mapping)[offset : offset + nbytes]
+
+
+def pageable(nbytes: int) -> torch.Tensor:
+    """Return memory for ``nbytes`` > 0 bytes: an :data:`Allocate`."""
+    return Buffer(nbytes).tensor
 
 
 def _anonymous(nbytes: int, **options: int) -> mmap.mmap:

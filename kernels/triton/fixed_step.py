@@ -62,7 +62,7 @@ class FixedStep:
         self.size = size
         self._buffer = HostBuffer(fields, device)
         self._host = _Fields(*self._buffer.host)
-        self._known: list[Sequence[int]] = [()] * size
+        self._known: list[list[int]] = [[]] * size
         """Contents of the host's block tables."""
         there = _Fields(*self._buffer.device)
         self.token_ids = there.token_ids
@@ -108,6 +108,8 @@ class FixedStep:
         _write(host.tiles, cut(lora.segments, SHORT))
         _write(host.affine_tiles, cut(lora.affine, SHORT))
         for i, table in enumerate(tables):
+            if not isinstance(table, list):  # no other sequence equals a list
+                table = list(table)
             if self._known[i] != table:
                 host.tables[i, : len(table)] = torch.tensor(table, dtype=torch.int32)
                 self._known[i] = list(table)

@@ -89,3 +89,14 @@ def test_a_table_is_written_when_it_has_changed() -> None:
     assert step.attention.tables[0].tolist() == [1, 2, 3, 0]
     with pytest.raises(ValueError, match="holds no adapter"):
         step.fill([1], [5], [[4]], LoRABatch([1], [1], [4, 0]))
+
+
+def test_a_table_that_is_no_list_is_written_once_as_well() -> None:
+    step = make(2)
+    empty = LoRABatch([-1], [1], [])
+    for table in (range(1, 4), (1, 2, 3)):
+        step.fill([1], [32], [table], empty)
+        step.attention.tables[0, :3] = 7  # on a CPU the host's memory is the device's
+        step.fill([1], [33], [type(table)(table) if table == (1, 2, 3) else range(1, 4)], empty)
+        assert step.attention.tables[0].tolist() == [7, 7, 7, 0]
+        step.fill([1], [5], [[4]], empty)

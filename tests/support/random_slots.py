@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
+from aioengine.model.buffer import Allocate, pageable
 from aioengine.model.slots.image import AdapterImage, build_image
 from aioengine.model.slots.layout import SlotLayout
 from aioengine.model.slots.pool import LoRASlots
@@ -14,7 +15,13 @@ from aioengine.model.slots.quantized import quantize_image
 
 
 def random_image(
-    layout: SlotLayout, rank: int, generator: torch.Generator, dtype: torch.dtype, *, affine: bool = False
+    layout: SlotLayout,
+    rank: int,
+    generator: torch.Generator,
+    dtype: torch.dtype,
+    *,
+    affine: bool = False,
+    allocate: Allocate = pageable,
 ) -> AdapterImage:
     """Of ``rank`` in every module of the slots; with ``affine``, all outputs are scaled and shifted."""
 
@@ -29,7 +36,7 @@ def random_image(
         if affine:
             gains[key] = randn(2, place.num_outputs)
     adapter = SimpleNamespace(rank=rank, digest="", tensors=tensors, in_order=None, shape=None)
-    return build_image(layout, adapter, gains, dtype)
+    return build_image(layout, adapter, gains, dtype, allocate)
 
 
 def fill_slot(

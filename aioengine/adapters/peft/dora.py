@@ -15,8 +15,9 @@ squares, and gain and shift apply once, after the outputs' parts have been added
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import NamedTuple, Protocol
 
 import torch
@@ -28,6 +29,9 @@ from aioengine.model.slots.image import SERIAL_ELEMENTS
 BaseWeights = Callable[[int, str], tuple[Tensor, Tensor | None]]
 """``weights(layer, module)``: the base model's weight [out, in] and bias [out], or the rank's shares of
 these."""
+
+Key = tuple[int, str]
+"""Layer and module."""
 
 _CUDA_ELEMENTS = 1 << 24
 
@@ -61,38 +65,61 @@ class Rows(NamedTuple):
     squares: Tensor
     """Sum of squares of each row [out], in float32."""
     bias: Tensor | None
-    """The base model's bias [out]."""
+    """The base model's bias [out], in float32."""
 
 
-def rows_of(adapter: OutputAdapter, weights: BaseWeights, key: tuple[int, str]) -> Rows:
-    """Compute the rows of a (layer, module), or the part of them that ``weights`` has."""
-    weight, bias = weights(*key)
-    total = squares(weight, *(adapter.computed.get(key) or adapter.tensors[key]))
-    return Rows(total.cpu(), None if bias is None else bias.cpu())
+def rows_of(
+    adapter: OutputAdapter,
+    weights: BaseWeights,
+    keys: Iterable[Key],
+    stream: torch.cuda.Stream | None = None,
+) -> dict[Key, Rows]:
+    """Compute the rows of each (layer, module), or the part of them that ``weights`` has.
+
+    Where the weights are on a GPU, it computes on ``stream``, beside the model's steps, and the host waits
+    once, for all results together.
+    """
+    found = {key: weights(*key) for key in keys}
+    with contextlib.nullcontext() if stream is None else torch.cuda.stream(stream):
+        parts = [
+            squares(weight, *(adapter.computed.get(key) or adapter.tensors[key]))
+            for key, (weight, _) in found.items()
+        ]
+        parts += [bias.float() for _, bias in found.values() if bias is not None]
+        if any(part.is_cuda for part in parts):
+            parts = list(torch.cat(parts).cpu().split_with_sizes([len(part) for part in parts]))
+    pieces = iter(parts)
+    totals = dict(zip(found, pieces, strict=False))
+    biases = {key: next(pieces) for key, (_, bias) in found.items() if bias is not None}
+    return {key: Rows(total, biases.get(key)) for key, total in totals.items()}
 
 
 def output_affine(
     adapter: OutputAdapter,
     weights: BaseWeights,
     dtype: torch.dtype,
-    known: Mapping[tuple[int, str], Rows] | None = None,
+    known: Mapping[Key, Rows] | None = None,
+    *,
+    stream: torch.cuda.Stream | None = None,
 ) -> dict[tuple[int, str], Tensor]:
     """Compute gain and shift [2, out] in ``dtype`` on the CPU, for each (layer, module) with DoRA or a bias.
 
-    ``known`` gives the rows that ``weights`` has only partly.
+    ``known`` gives the rows that ``weights`` has only partly; ``stream`` is that of :func:`rows_of`.
     Raises :class:`AdapterInvalid` if one is not finite in ``dtype``.
     """
     known = known or {}
+    rest = [key for key in sorted(adapter.magnitudes) if key not in known]
+    known = {**known, **rows_of(adapter, weights, rest, stream)}
     result = {}
     for key in sorted({*adapter.magnitudes, *adapter.biases}):
         magnitude, bias = adapter.magnitudes.get(key), adapter.biases.get(key)
         gain, shift = torch.zeros(2, *next(x.shape for x in (magnitude, bias) if x is not None))
         if magnitude is not None:
-            rows = known.get(key) or rows_of(adapter, weights, key)
+            rows = known[key]
             # Not sqrt: MKL does that with a team of threads.
             gain = magnitude.float() * rows.squares.rsqrt() - 1
             if rows.bias is not None:
-                shift -= gain * rows.bias.float()
+                shift -= gain * rows.bias
         if bias is not None:
             shift += bias.float()
         result[key] = torch.stack([gain, shift]).to(dtype)
@@ -115,7 +142,7 @@ def squares(weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
     ``w.w + 2 b.(A w) + b.(A A^T) b``, so no temporary of the weight's size is needed: the weight is read in
     tiles.
     """
-    a, b = a.to(weight.device, torch.float32), b.to(weight.device, torch.float32)
+    a, b = (x.to(weight.device, non_blocking=True).float() for x in (a, b))
     total = (_products(b, _products(a, a)) * b).sum(1)
     for rows, columns in _tiles(weight):
         tile = weight[rows, columns].float()

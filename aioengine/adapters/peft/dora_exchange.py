@@ -24,13 +24,18 @@ class Draft:
     """
 
     def __init__(
-        self, packed: PackedAdapter, layout: SlotLayout, weights: BaseWeights, dtype: torch.dtype
+        self,
+        packed: PackedAdapter,
+        layout: SlotLayout,
+        weights: BaseWeights,
+        dtype: torch.dtype,
+        stream: torch.cuda.Stream | None = None,
     ) -> None:
-        """``layout`` and ``dtype`` are the slots'."""
+        """``layout`` and ``dtype`` are the slots'; ``stream`` is that of :func:`rows_of`."""
         self.packed = packed
         split = layout.shard.size > 1
         keys = sorted(key for key in packed.magnitudes if split and key[1] in SPLIT_INPUTS)
-        self._parts = {key: rows_of(packed, weights, key) for key in keys}
+        self._parts = rows_of(packed, weights, keys, stream)
         self._sizes = [len(part.squares) for part in self._parts.values()]
         self._total = torch.zeros(sum(self._sizes))
         self._layout = layout

@@ -19,6 +19,7 @@ from aioengine.adapters.peft.pack import Packed, SlotOrder, largest_magnitude
 from aioengine.adapters.peft.shard_reads import Cut, cut_of, select
 from aioengine.adapters.peft.targets import Layout, Part, Place
 from aioengine.adapters.peft.weights_file import Entry
+from aioengine.model.buffer import Allocate
 from aioengine.model.slots.image import SERIAL_ELEMENTS, ImageShape, image_memory, image_shape
 from aioengine.model.slots.layout import SlotLayout
 from aioengine.model.spec import NO_LAYER
@@ -135,7 +136,7 @@ class Shortcut:
         )
         return cls(order.layout, dtype, entries, parts, layout) if usual else None
 
-    def pack(self, data: Tensor, *, allow_nonfinite: bool, pin_memory: bool) -> Packed | None:
+    def pack(self, data: Tensor, *, allow_nonfinite: bool, allocate: Allocate) -> Packed | None:
         """Pack ``data`` [bytes that were read] in the order of a slot, with B scaled. None if the values need
         the full checks."""
         dtype = self._shape.dtype
@@ -144,7 +145,7 @@ class Shortcut:
             largest = largest_magnitude([flat])
             if not largest * max(1.0, self._largest_factor) <= torch.finfo(dtype).max:
                 return None
-        image = image_memory(self._shape.elements, dtype, pin_memory=pin_memory)
+        image = image_memory(self._shape.elements, dtype, allocate)
         pieces = image.split_with_sizes(self._image_sizes)
         torch._foreach_copy_([pieces[place] for place in self._places], flat.split_with_sizes(self._sizes))
         for factor, places in self._scaled.items():

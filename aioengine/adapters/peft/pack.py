@@ -19,6 +19,7 @@ from aioengine.adapters.peft.folding.embeddings import TOKEN_KINDS
 from aioengine.adapters.peft.shard_reads import Cut
 from aioengine.adapters.peft.targets import HEAD_KINDS, Layout, Part, Place
 from aioengine.adapters.peft.weights_file import Weights
+from aioengine.model.buffer import Allocate, pageable
 from aioengine.model.pooling import Head
 from aioengine.model.slots.image import ImageShape, image_memory, serial_copies
 from aioengine.model.slots.layout import SlotLayout
@@ -32,7 +33,7 @@ class SlotOrder(NamedTuple):
     """Pack in the order of this slot."""
 
     layout: SlotLayout
-    pin_memory: bool = False
+    allocate: Allocate = pageable
 
 
 class Packed(NamedTuple):
@@ -200,7 +201,7 @@ class Packer:
         sizes = [self._sources[index].numel() for index in matrices]
         affine = {part.place for part in self._keys if part.kind in ("bias", "magnitude")}
         room = sum(2 * places[place].num_outputs for place in affine)
-        data = image_memory(sum(sizes) + room, self._dtype, pin_memory=order.pin_memory)
+        data = image_memory(sum(sizes) + room, self._dtype, order.allocate)
         for index, share in zip(matrices, data.split_with_sizes([*sizes, room]), strict=False):
             results[index] = share.view(self._sources[index].shape)
         return [results[index] for index in range(len(self._kept))], data

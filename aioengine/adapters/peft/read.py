@@ -244,7 +244,7 @@ class _Reader:
         if contents.shortcut is None:
             return None
         return contents.shortcut.pack(
-            buffer.tensor, allow_nonfinite=self.allow_nonfinite, pin_memory=self.order.pin_memory
+            buffer.tensor, allow_nonfinite=self.allow_nonfinite, allocate=self.order.allocate
         )
 
     def _pickled(self, file: OpenFile, config: PeftLoraConfig, digest: hashlib._Hash) -> Packed:

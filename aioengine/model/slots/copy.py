@@ -86,13 +86,16 @@ class StreamCopier:
         """Recorded after each step; before the first one, waiting for it is waiting for nothing."""
 
     def write(self, copies: Sequence[Copy]) -> None:
-        done = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
-        self._stream.wait_event(self._stepped)
-        with torch.cuda.stream(self._stream):
-            for to, source in copies:
-                to.copy_(source, non_blocking=True)
-            done.record()
-        done.synchronize()
+        # A new thread's device is the first one, where this process may have no business.
+        with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
+            done = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+            self._stream.wait_event(self._stepped)
+            try:
+                for to, source in copies:
+                    to.copy_(source, non_blocking=True)
+            finally:  # the sources may be freed and reused after a failure, too
+                done.record()
+                done.synchronize()
         self._written = done
 
     def before_step(self) -> None:

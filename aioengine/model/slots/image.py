@@ -11,7 +11,7 @@ from torch import Tensor
 
 from aioengine.errors import ConfigError
 from aioengine.kernels.slots import Column
-from aioengine.model.buffer import Buffer
+from aioengine.model.buffer import Allocate, pageable
 from aioengine.model.pooling import Head, Kind
 from aioengine.model.slots.layout import Elements, SlotLayout
 from aioengine.model.slots.tokens import TokenTables, TrainedTokens
@@ -49,7 +49,7 @@ class Adapter(Protocol):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class AdapterImage:
-    """The elements that an adapter puts into a slot, in one buffer (page-locked if asked for)."""
+    """The elements that an adapter puts into a slot, in one buffer."""
 
     rank: int
     digest: str
@@ -150,9 +150,9 @@ def build_image(
     adapter: Adapter,
     affine: Mapping[Key, Tensor],
     dtype: torch.dtype,
+    allocate: Allocate = pageable,
     *,
     tokens: TrainedTokens | None = None,
-    pin_memory: bool = False,
 ) -> AdapterImage:
     """Puts an adapter into an image of ``dtype``, in the calling thread alone.
 
@@ -175,7 +175,7 @@ def build_image(
     if ready and adapter.in_order is not None:
         data = adapter.in_order[: shape.elements]
     else:
-        data = image_memory(shape.elements, dtype, pin_memory=pin_memory)
+        data = image_memory(shape.elements, dtype, allocate)
     if not exact:
         torch._foreach_zero_(serial_pieces(data))
     copies: list[tuple[Tensor, Tensor]] = []
@@ -198,12 +198,9 @@ def build_image(
     return shape.image(data, rank=adapter.rank, digest=adapter.digest, has_affine=bool(affine))
 
 
-def image_memory(elements: int, dtype: torch.dtype, *, pin_memory: bool) -> Tensor:
-    """Uninitialised memory for an image: [elements]. Page-locked, so that a GPU copies it by itself, if
-    asked."""
-    if pin_memory:
-        return torch.empty(elements, dtype=dtype, pin_memory=True)
-    return Buffer(elements * dtype.itemsize).tensor.view(dtype)
+def image_memory(elements: int, dtype: torch.dtype, allocate: Allocate) -> Tensor:
+    """Return memory for an image, with any content: [elements]."""
+    return allocate(elements * dtype.itemsize).view(dtype)
 
 
 def serial_pieces(flat: Tensor) -> tuple[Tensor, ...]:

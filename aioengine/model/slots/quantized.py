@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from aioengine.kernels.slots import Column
+from aioengine.model.buffer import Allocate, pageable
 from aioengine.model.slots.image import (
     SERIAL_ELEMENTS,
     AdapterImage,
@@ -25,7 +26,7 @@ from aioengine.model.slots.layout import SlotLayout
 _LARGEST = 127
 
 
-def quantize_image(image: AdapterImage, layout: SlotLayout, *, pin_memory: bool = False) -> AdapterImage:
+def quantize_image(image: AdapterImage, layout: SlotLayout, allocate: Allocate = pageable) -> AdapterImage:
     """Turns an image into one for int8 slots of ``layout``, in the calling thread alone.
 
     A row or a column that is not finite gets a scale of NaN, so that it is not served as something else.
@@ -36,7 +37,7 @@ def quantize_image(image: AdapterImage, layout: SlotLayout, *, pin_memory: bool 
     ranks = {key: (row[Column.A_RANK], row[Column.B_RANK]) for key, row in held.items()}
     affine = {key: row for key, row in places.items() if row[Column.AFFINE] >= 0}
     shape = image_shape(layout, ranks, affine.keys(), torch.int8, image.tokens)
-    data = image_memory(shape.elements, torch.int8, pin_memory=pin_memory)
+    data = image_memory(shape.elements, torch.int8, allocate)
 
     def matrix(memory: Tensor, begin: int, rows: int, width: int) -> Tensor:
         return memory[begin : begin + rows * width].view(rows, width)

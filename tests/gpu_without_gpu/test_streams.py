@@ -1,0 +1,139 @@
+"""Streams, threads and page-locked memory: which of them the driver is asked for, and where."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support.fake_cuda import FakeCuda
+
+from aioengine.adapters.peft.dora import rows_of, squares
+from aioengine.model.decode_graphs import CudaGraphs
+from aioengine.model.slots import pinned
+from aioengine.model.slots.copy import Copy, StreamCopier
+from aioengine.model.slots.pinned import PinnedSlabs
+
+SECOND = torch.device("cuda", 1)
+
+
+def test_writes_are_ordered_and_in_any_thread_of_the_right_device() -> None:
+    """A new thread's current device is the first one; a process that uses it there takes memory of that."""
+    with FakeCuda(index=1) as world:
+        copier = StreamCopier(SECOND)
+        slot, x = (torch.zeros(16, device=SECOND) for _ in range(2))
+        world.watch("slot", slot)
+        slabs, images = PinnedSlabs(SECOND), []
+        for number in range(3):
+            copier.before_step()
+            x += slot  # a step
+            copier.after_step()
+            told = {"main": 1}  # this thread is not known to have come this far
+            with world.in_thread("load", told):
+                images.append(slabs(64).view(torch.float32).fill_(number))
+                told = world.now()
+            with world.in_thread("copy", told):
+                copier.write([Copy(slot, images[-1])])
+                told = world.now()
+            world.hear(told)
+        assert (slot == 2).all() and not world.races and not world.wrong_device
+        del images, slabs
+        assert not world.registered
+
+
+def test_a_failed_write_is_waited_for() -> None:
+    """What it reads may be freed afterwards."""
+    with FakeCuda() as world:
+        copier = StreamCopier(torch.device("cuda"))
+        good = Copy(torch.zeros(4, device="cuda"), torch.ones(4))
+        with pytest.raises(RuntimeError):
+            copier.write([good, Copy(torch.zeros(4, device="cuda"), torch.ones(5))])
+        assert world.waits and world.thread.clock["stream 1"] >= world.streams[1].clock["stream 1"] - 1
+
+
+def test_all_recordings_share_a_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    """cuBLAS keeps a workspace of 32 MiB for each stream that it has seen."""
+
+    @contextlib.contextmanager
+    def graph(graph: object, pool: object, stream: object, **_: object) -> Iterator[None]:
+        with torch.cuda.stream(stream):  # type: ignore[arg-type]
+            yield
+
+    class Graph:
+        def replay(self) -> None: ...
+
+    with FakeCuda() as world:
+        monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+        monkeypatch.setattr(torch.cuda, "graph", graph)
+        monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+        record, seen = CudaGraphs(torch.device("cuda")), set()
+        for _ in range(5):
+            record(lambda: seen.add(world.stream.name))
+        assert seen == {"stream 1"} and len(world.streams) == 2
+
+
+def test_dora_computes_beside_the_steps_and_waits_once() -> None:
+    keys = [(layer, module) for layer in range(3) for module in ("q_proj", "o_proj")]
+    tensors = {key: (torch.randn(2, 6), torch.randn(8, 2)) for key in keys}
+    adapter = SimpleNamespace(name="a", path="/a", tensors=tensors, computed={}, magnitudes={}, biases={})
+    weights = {key: torch.randn(8, 6) for key in keys}
+    expected = {key: squares(weights[key], *tensors[key]) for key in keys}
+    with FakeCuda() as world:
+        there = {key: (weight.to("cuda"), torch.ones(8).to("cuda")) for key, weight in weights.items()}
+        world.waits, before = 0, world.streams[0].clock["steps"]
+        stream = torch.cuda.Stream()
+        rows = rows_of(adapter, lambda *key: there[key], keys, stream)
+        assert world.waits == 1 and world.streams[0].clock["steps"] == before
+    for key, row in rows.items():
+        torch.testing.assert_close(row.squares, expected[key])
+        assert row.bias is not None and (row.bias == 1).all()
+
+
+SIZES = st.lists(st.tuples(st.integers(1, 5000), st.integers(0, 4)), min_size=1, max_size=30)
+
+
+@settings(max_examples=25, deadline=None)
+@given(SIZES, st.sampled_from([0, 3000]))
+def test_slabs_give_each_its_memory_and_take_it_back(steps: list[tuple[int, int]], first: int) -> None:
+    """``steps`` are sizes, and how many of the oldest pieces are freed before each."""
+    with FakeCuda() as world, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pinned, "SLAB_BYTES", 8192)
+        slabs = PinnedSlabs(torch.device("cuda"), first)
+        live: list[torch.Tensor] = []
+        for number, (size, freed) in enumerate(steps):
+            del live[:freed]
+            piece = slabs(size)
+            assert piece.numel() == size and world.is_pinned(piece) and piece.data_ptr() % 64 == 0
+            live.append(piece.view(1, -1)[0].fill_(number % 256))  # a view of it, which is enough
+            del piece
+            assert sum(world.registered.values()) == slabs.nbytes
+        numbers = [number % 256 for number in range(len(steps))][len(steps) - len(live) :]
+        assert all((piece == number).all() for piece, number in zip(live, numbers, strict=True))
+        live.clear()
+        slabs(1)
+        assert slabs.nbytes <= first + 8192
+        del slabs
+        assert not world.registered
+
+
+def test_a_large_adapter_takes_no_more_than_its_size() -> None:
+    with FakeCuda() as world, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pinned, "SLAB_BYTES", 1 << 16)
+        slabs = PinnedSlabs(torch.device("cuda"))
+        kept = [slabs(size) for size in (66_000, 20_000, 20_000, 20_000)]
+        assert slabs.nbytes < 66_000 + 60_000 + 4 * 256 and len(kept) == 4
+        del kept, slabs
+        assert not world.registered
+
+
+def test_memory_that_cannot_be_locked_is_used_all_the_same(caplog: pytest.LogCaptureFixture) -> None:
+    with FakeCuda() as world, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(world, "_register", lambda *_: 2)
+        with world:
+            slabs = PinnedSlabs(torch.device("cuda"))
+            assert slabs(100).numel() == 100 and slabs(1 << 29).numel() == 1 << 29
+    assert caplog.text.count("ulimit -l") == 1
