@@ -87,7 +87,6 @@ def test_a_field_of_the_request_wins_whatever_both_are(
         max_tokens=3,
         logprobs=None,
         prompt_logprobs=None,
-        constraint=None,
     )
     neutral = SamplingParams(temperature=1.0)
     for name in bounds:

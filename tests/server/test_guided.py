@@ -144,7 +144,7 @@ async def test_structured_outputs(wanted: dict[str, Any], pattern: str, serve: S
         ({"tools": TOOLS, "tool_choice": {"type": "custom", "custom": {"name": "x"}}}, "tool_choice"),
         ({"tools": TOOLS, "tool_choice": named("f")}, "tool_choice"),
         ({"tools": TOOLS, "tool_choice": allowed("auto", "f")}, "tool_choice"),
-        ({"structured_outputs": {"regex": "a"}, "ignore_eos": True}, None),
+        ({"structured_outputs": {"regex": "a"}, "ignore_eos": True}, "ignore_eos"),
         (
             {"structured_outputs": {"regex": "a"}, "response_format": {"type": "json_object"}},
             "structured_outputs",

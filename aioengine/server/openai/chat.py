@@ -79,7 +79,6 @@ async def start_chat(context: Context, data: ChatRequest, record: RequestRecord,
         max_tokens=wanted if asked is not None else defaults.bounded(wanted),
         logprobs=(data.top_logprobs or 0) if data.logprobs else None,
         prompt_logprobs=data.prompt_logprobs,
-        constraint=None,
     )
     params = tools.sampling(params, formats)
     generation = context.generation(data, [prompt], params, form, record, prefix=prefix)

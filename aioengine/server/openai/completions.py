@@ -59,7 +59,6 @@ def completion_routes(context: Context) -> list[HTTPRouteHandler]:
             max_tokens=max_tokens,
             logprobs=_count(data.logprobs),
             prompt_logprobs=_of_prompt(data, max_tokens),
-            constraint=None,
         )
         generation = context.generation(
             data,

@@ -80,7 +80,7 @@ def wanted_form(
     formats: AnswerFormats = NO_FORMATS,
 ) -> Form | None:
     """Return the form of a request's answers; None if they are unconstrained. Raises ApiError if the request
-    asks for two forms."""
+    asks for two forms, or for one that ``ignore_eos`` contradicts."""
     found: dict[str, Form] = {}
     if response_format is not None and response_format.type != "text":
         found["response_format"] = _of_format(response_format, options)
@@ -99,6 +99,13 @@ def wanted_form(
     if len(found) > 1:
         first, second, *_ = found
         raise ApiError(400, f"{first} and {second} cannot both hold", param=second, code="invalid_value")
+    if found and fields.ignore_eos:
+        raise ApiError(
+            400,
+            f"ignore_eos: not with {next(iter(found))}, which decides where the answer ends; leave it out",
+            param="ignore_eos",
+            code="invalid_value",
+        )
     return next(iter(found.values()), None)
 
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import msgspec
 
-from aioengine.request import SamplingParams, TokenConstraint
-from aioengine.server.errors import ApiError, unsupported
+from aioengine.request import SamplingParams
+from aioengine.server.errors import unsupported
 from aioengine.server.openai.api import GenerationFields
 from aioengine.server.openai.generation_config import SamplingDefaults
 
@@ -36,7 +36,6 @@ def sampling_params(
     max_tokens: int,
     logprobs: int | None,
     prompt_logprobs: int | None,
-    constraint: TokenConstraint | None,
 ) -> SamplingParams:
     """Return the parameters of the first choice; ``defaults`` stand in for what ``fields`` do not name.
 
@@ -46,10 +45,6 @@ def sampling_params(
         raise unsupported("best_of", "must be n: every choice is sent back")
     if fields.prompt_logprobs is not None and fields.stream:
         raise unsupported("prompt_logprobs", "not with stream")
-    if constraint is not None and fields.ignore_eos:
-        raise ApiError(
-            400, "ignore_eos: not with a format, which decides where the answer ends", param="ignore_eos"
-        )
     values: dict[str, Any] = {"temperature": 1.0, **defaults.given()}
     values.pop("max_new_tokens", None)
     values |= {name: value for name in _SAME_NAME if (value := getattr(fields, name)) is not None}
@@ -59,7 +54,6 @@ def sampling_params(
         seed=fields.seed,
         logprobs=logprobs,
         prompt_logprobs=prompt_logprobs,
-        constraint=constraint,
         **values,
     )
 
