@@ -9,14 +9,15 @@ Top-k, top-p and min-p each keep the n most likely tokens for some n, so togethe
 smallest n. Tokens are ranked by descending probability, equals by ascending id, and drawn in rank order:
 so a draw lands near the top, where few edges between tokens lie that a rounding could move it across.
 
-On a GPU the host waits for nothing but tokens that were chosen: once for all rows, and once more for those
-that are not a plain argmax, unless a draw has to look at more tokens than usual or is constrained.
+On a GPU the host waits once, for the tokens of all rows together; and once more for log-probabilities, for
+each time that draws have to look at more tokens than before, and for constraints.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 import msgspec
 import torch
@@ -55,22 +56,23 @@ def sample(logits: Tensor, rows: Sequence[SequenceWork], penalties: Penalties | 
         return []
     best = _argmax(logits)
     top = logits.gather(1, best[:, None])[:, 0]
-    tokens: list[int] = best.masked_fill_(~torch.isfinite(top), -1).tolist()
-    finite = [token >= 0 for token in tokens]
-
-    results: dict[int, Sampled] = {
+    best.masked_fill_(~torch.isfinite(top), -1)
+    changed = [i for i, row in enumerate(rows) if row.params.changes_logits or not row.params.greedy]
+    results: dict[int, Sampled] = {}
+    if changed:
+        tokens, chosen, masks = _choose(logits, best, rows, changed, penalties or Penalties())
+        finite = [token >= 0 for token in tokens]
+        _assign(tokens, changed, chosen)
+        results |= {changed[i]: Sampled(-1, error=why, fault="request") for i, why in masks.failed.items()}
+        results |= {changed[i]: Sampled(-1, late=True) for i in masks.late}
+    else:
+        tokens = best.tolist()
+        finite = [token >= 0 for token in tokens]
+    results |= {
         i: Sampled(-1, error=f"the model's output is not finite: largest logit {top[i].item()}")
         for i in range(len(rows))
         if not finite[i]
     }
-    changed = [
-        i for i, row in enumerate(rows) if finite[i] and (row.params.changes_logits or not row.params.greedy)
-    ]
-    if changed:
-        chosen, masks = _choose(logits, rows, changed, penalties or Penalties())
-        _assign(tokens, changed, chosen)
-        results |= {changed[i]: Sampled(-1, error=why, fault="request") for i, why in masks.failed.items()}
-        results |= {changed[i]: Sampled(-1, late=True) for i in masks.late}
     scored = [i for i, row in enumerate(rows) if i not in results and row.params.logprobs is not None]
     logprobs: dict[int, TokenLogprob] = {}
     if scored:
@@ -84,16 +86,17 @@ def token_logprobs(logits: Tensor, tokens: Sequence[int], most: int) -> list[Tok
     """Return the log-probability, in float32, of each of ``tokens`` (N of them) under its row of ``logits``
     [N, vocab], beside the ``most`` most likely tokens of the row."""
     table = logits.float().log_softmax(dim=-1)
-    own = table.gather(1, _sent(torch.tensor(tokens), table)[:, None])[:, 0].tolist()
+    own = table.gather(1, _sent(torch.tensor(tokens), table)[:, None])
     if not most:
-        return [TokenLogprob(token, logprob) for token, logprob in zip(tokens, own, strict=True)]
+        return [TokenLogprob(token, row[0]) for token, row in zip(tokens, own.tolist(), strict=True)]
     values, ids = _largest(table, min(_MAX_LOGPROBS, table.shape[1]))
-    tied = (values[:, 1:] == values[:, :-1]).any(dim=-1)  # topk leaves the order of equals open
-    rows = zip(tokens, own, values.tolist(), ids.tolist(), tied.tolist(), strict=True)
-    entries = []
-    for token, logprob, row_values, row_ids, is_tied in rows:
-        pairs = list(zip(row_ids, row_values, strict=True))
-        if is_tied:
+    # Read together; float64 holds all of them as they are.
+    together = torch.cat([own.double(), values.double(), ids.double()], dim=1).tolist()
+    width, entries = values.shape[1], []
+    for token, (logprob, *rest) in zip(tokens, together, strict=True):
+        pairs = [(int(i), value) for value, i in zip(rest[:width], rest[width:], strict=True)]
+        # topk leaves the order of equals open
+        if any(a == b for (_, a), (_, b) in pairwise(pairs)):
             pairs.sort(key=lambda pair: (-pair[1], pair[0]))
         entries.append(TokenLogprob(token, logprob, tuple(pairs[:most])))
     return entries
@@ -128,10 +131,10 @@ def _mix(z: int) -> int:
 
 
 def _choose(
-    logits: Tensor, rows: Sequence[SequenceWork], changed: list[int], penalties: Penalties
-) -> tuple[list[int], Masks]:
-    """Tokens of the rows that are not a plain argmax, and what became of their constraints, by index in
-    ``changed``."""
+    logits: Tensor, best: Tensor, rows: Sequence[SequenceWork], changed: list[int], penalties: Penalties
+) -> tuple[list[int], list[int], Masks]:
+    """Return ``best`` [N], the plain argmax of each row (-1: not finite), and the tokens of the rows that are
+    something else with what became of their constraints, by index in ``changed``."""
     work = [rows[i] for i in changed]
     # The only copy of the logits. Later operations work in place: new pages cost more than arithmetic.
     scores = _rows(logits, changed).to(torch.float32, copy=True)
@@ -142,20 +145,22 @@ def _choose(
     tokens = [0] * len(work)
     greedy = [i for i, row in enumerate(work) if row.params.greedy]
     random = [i for i, row in enumerate(work) if not row.params.greedy]
+    found = [best]
     if greedy:
-        best = _rows(scores, greedy).argmax(dim=-1)
-        _assign(tokens, greedy, best.tolist())
-    if not random:
-        return tokens, masks
-
-    params = [work[i].params for i in random]
-    draws = [uniform(work[i].seed, _output_length(work[i])) for i in random]
-    x = _rows(scores, random)
-    temperature = torch.tensor([max(p.temperature, torch.finfo(x.dtype).tiny) for p in params], dtype=x.dtype)
-    # The maximum comes off first, so that a tiny temperature cannot overflow it.
-    x.sub_(x.amax(dim=-1, keepdim=True)).div_(_sent(temperature, x)[:, None])
-    _assign(tokens, random, _draw_by_rank(x, params, draws))
-    return tokens, masks
+        found.append(_rows(scores, greedy).argmax(dim=-1))
+    draw = None
+    if random:
+        broken = _rows(best, [changed[i] for i in random]) < 0  # any token will do
+        draw = _Draw(_rows(scores, random), [work[i] for i in random])
+        token, known = draw.look(draw.everyone, draw.width)
+        found += [token, known | broken]
+    read: list[int] = torch.cat(found).tolist()
+    plain, read = read[: len(rows)], read[len(rows) :]
+    _assign(tokens, greedy, read[: len(greedy)])
+    if draw is not None:
+        values = read[len(greedy) :]
+        _assign(tokens, random, draw.finish(values[: len(random)], values[len(random) :]))
+    return plain, tokens, masks
 
 
 def _output_length(row: SequenceWork) -> int:
@@ -273,38 +278,54 @@ def _by_id(values: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
     return values, ids.gather(1, places)
 
 
-def _draw_by_rank(x: Tensor, params: Sequence[SamplingParams], draws: Sequence[float]) -> list[int]:
-    """Filter each row of ``x`` [N, vocab] (logits <= 0) and draw by inverse CDF in rank order.
+class _Draw:
+    """Filters each row of ``x`` [N, vocab] (scores; overwritten) and draws by inverse CDF in rank order.
 
     Looks at the most likely few tokens first and widens only for the rows that need more, which
     changes no result: the cumulative sums start at the most likely token.
     """
-    vocab = x.shape[1]
-    tokens = [0] * len(params)
-    pending, width = list(range(len(params))), min(_FIRST_CANDIDATES, vocab)
-    while pending:
-        sub = _rows(x, pending)
-        values, ids = _by_id(*_largest(sub, width))
+
+    def __init__(self, x: Tensor, rows: Sequence[SequenceWork]) -> None:
+        self._params = [row.params for row in rows]
+        self._draws = [uniform(row.seed, _output_length(row)) for row in rows]
+        tiny = torch.finfo(x.dtype).tiny
+        temperature = torch.tensor([max(p.temperature, tiny) for p in self._params], dtype=x.dtype)
+        # The maximum comes off first, so that a tiny temperature cannot overflow it.
+        self._x = x.sub_(x.amax(dim=-1, keepdim=True)).div_(_sent(temperature, x)[:, None])
+        self.everyone = list(range(len(rows)))
+        self.width = min(_FIRST_CANDIDATES, x.shape[1])
+
+    def look(self, pending: list[int], width: int) -> tuple[Tensor, Tensor]:
+        """Return the tokens of the rows ``pending`` by their ``width`` most likely ones, and which are
+        certain; on the device."""
+        x, params = _rows(self._x, pending), [self._params[i] for i in pending]
+        vocab = x.shape[1]
+        values, ids = _by_id(*_largest(x, width))
         ends = values.double().exp_().cumsum(dim=-1)
-        keep, known = _kept(sub, values, ends, [params[i] for i in pending])
-        target = _sent(torch.tensor([draws[i] for i in pending], dtype=torch.float64), x)
+        keep, known = _kept(x, values, ends, params)
+        target = _sent(torch.tensor([self._draws[i] for i in pending], dtype=torch.float64), x)
         row = torch.arange(len(pending), device=x.device)
         mass = ends[row, keep - 1]
-        plain = [not _is_filtered(params[i], vocab) for i in pending]
+        plain = [not _is_filtered(p, vocab) for p in params]
         if width < vocab and any(plain):  # no filter: the mass is known, and most draws are near the top
             unfiltered = _sent(torch.tensor(plain), x)
-            mass = torch.where(unfiltered, _mass(sub), mass)
+            mass = torch.where(unfiltered, _mass(x), mass)
             known |= unfiltered & (target * mass < ends[:, -1])
         target *= mass
         rank = torch.minimum((ends <= target[:, None]).sum(dim=-1), keep - 1)
         if width < vocab:  # of equals at the end there may be more, with smaller ids
             known &= values.gather(1, rank[:, None])[:, 0] > values[:, -1]
-        found = torch.stack([ids.gather(1, rank[:, None])[:, 0], known]).tolist()
-        chosen = [token if is_known else None for token, is_known in zip(*found, strict=True)]
-        _assign(tokens, pending, [0 if token is None else token for token in chosen])
-        pending = [i for i, token in zip(pending, chosen, strict=True) if token is None]
-        width = min(width * 8, vocab)
-    return tokens
+        return ids.gather(1, rank[:, None])[:, 0], known
+
+    def finish(self, tokens: list[int], known: Sequence[int]) -> list[int]:
+        """Return the tokens of all rows, where those of the first look are certain only as ``known`` says."""
+        pending, width = [i for i in self.everyone if not known[i]], self.width
+        while pending:
+            width = min(width * 8, self._x.shape[1])
+            found = torch.stack(self.look(pending, width)).tolist()
+            _assign(tokens, pending, found[0])
+            pending = [i for i, is_known in zip(pending, found[1], strict=True) if not is_known]
+        return tokens
 
 
 def _kept(x: Tensor, values: Tensor, ends: Tensor, params: Sequence[SamplingParams]) -> tuple[Tensor, Tensor]:
