@@ -21,6 +21,7 @@ namespace {
 
 constexpr int PANELS = 4;             // panels of 16 keys between two updates of the softmax
 constexpr int KEYS = PANELS * LANES;   // keys in a chunk
+constexpr int REGISTERS_OF_KEYS = PANELS * PER_VECTOR;
 constexpr int MAX_ROWS = 32;          // query rows (token, head) of a task
 constexpr float NONE = -INFINITY;
 constexpr vi COUNT = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
@@ -48,107 +49,115 @@ struct Chunk {
   const uint16_t *key_scales[PANELS], *value_scales[PANELS];  // of int8
 };
 
-// Scores of R query rows against the keys. Blocks lie anywhere in memory, which hardware cannot foresee: so the keys of
-// the chunk that comes next are fetched meanwhile, into the L2 cache, because both chunks together are too large for L1.
+// Scores of R query rows, laid out, against the keys. Blocks lie anywhere in memory, which hardware cannot foresee: so the
+// keys of the chunk that comes next are fetched meanwhile, into the L2 cache, because both chunks together are too large
+// for L1.
 template <class T, int R>
 void scores(const uint32_t* q, const Chunk& at, long lanes, const Chunk* next, float* out) {
-  vf acc[R][PANELS];
-  for (int r = 0; r < R; r++)
-    for (int p = 0; p < PANELS; p++) acc[r][p] = vf{};
-  for (long k = 0; k < lanes; k++) {
-    vu b[PANELS];
-    for (int p = 0; p < PANELS; p++) b[p] = load(at.keys[p] + k * LANES);
-    if (next != nullptr)
-      for (int p = 0; p < PANELS; p++) __builtin_prefetch(next->keys[p] + k * LANES, 0, 2);
-    for (int r = 0; r < R; r++) {
-      const vu a = splat(q[r * lanes + k]);
-      for (int p = 0; p < PANELS; p++) acc[r][p] = T::dot(acc[r][p], a, b[p]);
+  constexpr int COLUMNS = PANELS * PER_VECTOR, SOME = at_once(R, COLUMNS);
+  for (int first = 0; first < COLUMNS; first += SOME) {
+    rf acc[R][SOME];
+    for (int r = 0; r < R; r++)
+      for (int c = 0; c < SOME; c++) acc[r][c] = rf{};
+    for (long k = 0; k < lanes; k++) {
+      if (next != nullptr && first % PER_VECTOR == 0)
+        for (int c = 0; c < SOME; c += PER_VECTOR) __builtin_prefetch(next->keys[(first + c) / PER_VECTOR] + k * LANES, 0, 2);
+      const auto row = [&](int r) { return q + (r * lanes + k) * Steps<T>::COUNT; };
+      const auto column = [&](int c) {
+        return load_register<ru>(at.keys[(first + c) / PER_VECTOR] + k * LANES + (first + c) % PER_VECTOR * WIDTH);
+      };
+      add_products<T, R, SOME>(row, column, acc);
     }
+    for (int r = 0; r < R; r++)
+      for (int c = 0; c < SOME; c++) store_register(out + r * KEYS + (first + c) * WIDTH, acc[r][c]);
   }
-  for (int r = 0; r < R; r++)
-    for (int p = 0; p < PANELS; p++) storef(out + r * KEYS + p * LANES, acc[r][p]);
 }
 
-// out[R][head_dim] = out * decay + weights x values, over the first `count` keys of the chunk. Meanwhile the values of
-// the chunk that comes next are fetched.
+// out[R][head_dim] = out * decay + weights x values, over the first `count` keys of the chunk. The weights are laid out.
+// Meanwhile the values of the chunk that comes next are fetched.
 template <class T, int R>
 void accumulate(const uint32_t* weights, const Chunk& at, long count, long head_dim, const Chunk* next,
                 const float* decay, float* out) {
-  constexpr int W = 4;  // vectors of the output at a time
-  for (long d = 0; d < head_dim; d += W * LANES) {
-    const int width = head_dim - d < W * LANES ? int((head_dim - d) / LANES) : W;
-    vf acc[R][W];
+  constexpr int W = at_once(R, 4 * PER_VECTOR);  // registers of the output at a time
+  constexpr int EACH = Steps<T>::COUNT;
+  for (long d = 0; d < head_dim; d += W * WIDTH) {
+    const int width = head_dim - d < W * WIDTH ? int((head_dim - d) / WIDTH) : W;
+    rf acc[R][W];
     for (int r = 0; r < R; r++)
       for (int w = 0; w < W; w++)
-        acc[r][w] = w < width ? loadf(out + r * head_dim + d + w * LANES) * decay[r] : vf{};
+        acc[r][w] = w < width ? load_register<rf>(out + r * head_dim + d + w * WIDTH) * decay[r] : rf{};
     for (int p = 0; p < PANELS && p * LANES < count; p++) {
       const long keys = count - p * LANES < LANES ? count - p * LANES : LANES;
       const long lanes = (keys + T::PER_LANE - 1) / T::PER_LANE;
       for (long k = 0; k < lanes; k++) {
-        vu v[W];
-        for (int w = 0; w < W; w++) v[w] = load(at.values[p] + k * head_dim + d + (w < width ? w : 0) * LANES);
-        if (next != nullptr)
-          for (int w = 0; w < width; w++) __builtin_prefetch(next->values[p] + k * head_dim + d + w * LANES, 0, 2);
-        for (int r = 0; r < R; r++) {
-          const vu a = splat(weights[r * (KEYS / T::PER_LANE) + p * (LANES / T::PER_LANE) + k]);
-          for (int w = 0; w < W; w++) acc[r][w] = T::dot(acc[r][w], a, v[w]);
-        }
+        const uint32_t* const values = at.values[p] + k * head_dim + d;
+        if (next != nullptr && d % LANES == 0)
+          for (int w = 0; w < width; w += PER_VECTOR) __builtin_prefetch(next->values[p] + k * head_dim + d + w * WIDTH, 0, 2);
+        const auto row = [&](int r) {
+          return weights + (r * (KEYS / T::PER_LANE) + p * (LANES / T::PER_LANE) + k) * EACH;
+        };
+        const auto column = [&](int w) { return load_register<ru>(values + (w < width ? w : 0) * WIDTH); };
+        add_products<T, R, W>(row, column, acc);
       }
     }
     for (int r = 0; r < R; r++)
-      for (int w = 0; w < width; w++) storef(out + r * head_dim + d + w * LANES, acc[r][w]);
+      for (int w = 0; w < width; w++) store_register(out + r * head_dim + d + w * WIDTH, acc[r][w]);
   }
 }
 
 // The same for keys in int8 and queries in int16.
 template <int R>
 void scores_int8(const uint32_t* q, const Chunk& at, long lanes, const Chunk* next, float* out) {
-  vi acc[R][PANELS];
-  for (int r = 0; r < R; r++)
-    for (int p = 0; p < PANELS; p++) acc[r][p] = vi{};
-  for (long k = 0; k < lanes; k++) {
-    vu b[PANELS];
-    for (int p = 0; p < PANELS; p++) b[p] = Int8Head::load((const int8_t*)at.keys[p] + k * 2 * LANES);
-    if (next != nullptr && k % 2 == 0)
-      for (int p = 0; p < PANELS; p++) __builtin_prefetch((const int8_t*)next->keys[p] + k * 2 * LANES, 0, 2);
-    for (int r = 0; r < R; r++) {
-      const vu a = splat(q[r * lanes + k]);
-      for (int p = 0; p < PANELS; p++) acc[r][p] = dot_int16(acc[r][p], a, b[p]);
+  constexpr int COLUMNS = PANELS * PER_VECTOR, SOME = at_once(R, COLUMNS);
+  for (int first = 0; first < COLUMNS; first += SOME) {
+    ri acc[R][SOME];
+    for (int r = 0; r < R; r++)
+      for (int c = 0; c < SOME; c++) acc[r][c] = ri{};
+    const auto keys = [&](const Chunk& of, int c, long k) {
+      return (const int8_t*)of.keys[(first + c) / PER_VECTOR] + k * 2 * LANES + (first + c) % PER_VECTOR * 2 * WIDTH;
+    };
+    for (long k = 0; k < lanes; k++) {
+      if (next != nullptr && k % 2 == 0 && first % PER_VECTOR == 0)
+        for (int c = 0; c < SOME; c += PER_VECTOR) __builtin_prefetch(keys(*next, c, k), 0, 2);
+      const auto row = [&](int r) { return q + (r * lanes + k) * Steps<Int16>::COUNT; };
+      const auto column = [&](int c) { return Int8Head::load(keys(at, c, k)); };
+      add_products<Int16, R, SOME>(row, column, acc);
     }
+    for (int r = 0; r < R; r++)
+      for (int c = 0; c < SOME; c++)
+        store_register(out + r * KEYS + (first + c) * WIDTH, __builtin_convertvector(acc[r][c], rf));
   }
-  for (int r = 0; r < R; r++)
-    for (int p = 0; p < PANELS; p++) storef(out + r * KEYS + p * LANES, __builtin_convertvector(acc[r][p], vf));
 }
 
 // The same for values in int8 and weights in int16, each of which stands for `factor`.
 template <int R>
 void accumulate_int8(const uint32_t* weights, const Chunk& at, long count, long head_dim, const Chunk* next,
                      const float* decay, const float* factor, float* out) {
-  constexpr int W = 4;
-  for (long d = 0; d < head_dim; d += W * LANES) {
-    const int width = head_dim - d < W * LANES ? int((head_dim - d) / LANES) : W;
-    vi acc[R][W];
+  constexpr int W = at_once(R, 4 * PER_VECTOR), EACH = Steps<Int16>::COUNT;
+  for (long d = 0; d < head_dim; d += W * WIDTH) {
+    const int width = head_dim - d < W * WIDTH ? int((head_dim - d) / WIDTH) : W;
+    ri acc[R][W];
     for (int r = 0; r < R; r++)
-      for (int w = 0; w < W; w++) acc[r][w] = vi{};
+      for (int w = 0; w < W; w++) acc[r][w] = ri{};
     for (int p = 0; p < PANELS && p * LANES < count; p++) {
       const long keys = count - p * LANES < LANES ? count - p * LANES : LANES;
       for (long k = 0; k < (keys + 1) / 2; k++) {
         const long begin = (k * head_dim + d) * 2;
-        vu v[W];
-        for (int w = 0; w < W; w++)
-          v[w] = Int8Head::load((const int8_t*)at.values[p] + begin + (w < width ? w : 0) * 2 * LANES);
-        if (next != nullptr)
-          for (int w = 0; w < width; w += 2) __builtin_prefetch((const int8_t*)next->values[p] + begin + w * 2 * LANES, 0, 2);
-        for (int r = 0; r < R; r++) {
-          const vu a = splat(weights[r * (KEYS / 2) + p * (LANES / 2) + k]);
-          for (int w = 0; w < W; w++) acc[r][w] = dot_int16(acc[r][w], a, v[w]);
-        }
+        if (next != nullptr && d % (2 * LANES) == 0)
+          for (int w = 0; w < width; w += 2 * PER_VECTOR)
+            __builtin_prefetch((const int8_t*)next->values[p] + begin + w * 2 * WIDTH, 0, 2);
+        const auto row = [&](int r) { return weights + (r * (KEYS / 2) + p * (LANES / 2) + k) * EACH; };
+        const auto column = [&](int w) {
+          return Int8Head::load((const int8_t*)at.values[p] + begin + (w < width ? w : 0) * 2 * WIDTH);
+        };
+        add_products<Int16, R, W>(row, column, acc);
       }
     }
     for (int r = 0; r < R; r++)
       for (int w = 0; w < width; w++) {
-        float* to = out + r * head_dim + d + w * LANES;
-        storef(to, multiply_add(__builtin_convertvector(acc[r][w], vf), splatf(factor[r]), loadf(to) * decay[r]));
+        float* to = out + r * head_dim + d + w * WIDTH;
+        const rf before = load_register<rf>(to) * decay[r];
+        store_register(to, multiply_add(__builtin_convertvector(acc[r][w], rf), rf{} + factor[r], before));
       }
   }
 }
@@ -214,25 +223,29 @@ __attribute__((noinline)) void attend(const Attention& a, const Task& task, cons
   const long first_position = span[2] + task.token, last_position = first_position + task.tokens - 1;
 
   uint32_t* q = scratch.q.data();
+  const int each = a.int8 ? Steps<Int16>::COUNT : Steps<T>::COUNT;  // words of a lane
   float scale[MAX_ROWS], factor[MAX_ROWS];
   for (long r = 0; r < rows; r++) {
     const long token = span[0] + task.token + r / group, head = head_begin + r % group;
     const elem* from = (const elem*)a.q + token * a.q_stride + head * a.head_dim;
     scale[r] = a.scale;
+    uint32_t* const to = q + r * lanes * each;
     if (a.int8)
-      scale[r] *= quantize_query<T>(from, a.head_dim, (int16_t*)(q + r * lanes));
+      write_laid_out<Int16>(to, lanes, [&](uint32_t* p) { scale[r] *= quantize_query<T>(from, a.head_dim, (int16_t*)p); });
     else
-      std::memcpy(q + r * lanes, from, lanes * 4);
+      lay_out<T>((const uint32_t*)from, lanes, to);
   }
+  const auto weights_of = [&](long r) { return scratch.weights.data() + r * (KEYS / (a.int8 ? 2 : T::PER_LANE)) * each; };
   float* out = scratch.out.data();
   std::memset(out, 0, rows * a.head_dim * sizeof(float));
   float highest[MAX_ROWS], decay[MAX_ROWS];
-  vf total[MAX_ROWS];
+  rf total[MAX_ROWS][PER_VECTOR];
+  std::memset(total, 0, sizeof total);
   for (long r = 0; r < rows; r++) {
-    highest[r] = NONE, total[r] = vf{};
+    highest[r] = NONE;
     if (a.sinks == nullptr) continue;
     highest[r] = T::widen(((const elem*)a.sinks)[head_begin + r % group]);
-    total[r] = vf{1.0f};  // in one lane
+    total[r][0][0] = 1.0f;
   }
 
   const long begin = first_key(a, task);
@@ -249,11 +262,11 @@ __attribute__((noinline)) void attend(const Attention& a, const Task& task, cons
     for (long r = 0; r < rows; r += 4) {
       const Chunk* meanwhile = r == 0 ? fetch : nullptr;
       if (a.int8) {
-#define CALL(R) scores_int8<R>(q + r * lanes, here, lanes, meanwhile, scratch.scores + r * KEYS)
+#define CALL(R) scores_int8<R>(q + r * lanes * each, here, lanes, meanwhile, scratch.scores + r * KEYS)
         AIO_SWITCH_FEW(rows - r, CALL)
 #undef CALL
       } else {
-#define CALL(R) scores<T, R>(q + r * lanes, here, lanes, meanwhile, scratch.scores + r * KEYS)
+#define CALL(R) scores<T, R>(q + r * lanes * each, here, lanes, meanwhile, scratch.scores + r * KEYS)
         AIO_SWITCH_FEW(rows - r, CALL)
 #undef CALL
       }
@@ -262,45 +275,48 @@ __attribute__((noinline)) void attend(const Attention& a, const Task& task, cons
       float* s = scratch.scores + r * KEYS;
       const long position = first_position + r / group;
       const long from = a.window > 0 ? position - a.window + 1 : 0;
-      vf score[PANELS], top = splatf(NONE);
+      rf score[REGISTERS_OF_KEYS], top = rf{} + NONE;
       const bool masked = at + KEYS - 1 > position || at < from;
-      for (int p = 0; p < PANELS; p++) {
-        score[p] = loadf(s + p * LANES) * scale[r];
-        if (a.int8) score[p] *= Bf16::load16(here.key_scales[p]);
-        if (CAPPED) score[p] = tanh(score[p] / a.soft_cap) * a.soft_cap;
+      for (int i = 0; i < REGISTERS_OF_KEYS; i++) {
+        score[i] = load_register<rf>(s + i * WIDTH) * scale[r];
+        if (a.int8) score[i] *= Bf16::load_register(here.key_scales[i / PER_VECTOR] + i % PER_VECTOR * WIDTH);
+        if (CAPPED) score[i] = tanh_as<ri>(score[i] / a.soft_cap) * a.soft_cap;
         if (masked) {
-          const vi key = COUNT + int32_t(at + p * LANES);
-          score[p] = (key > int32_t(position)) | (key < int32_t(from)) ? splatf(NONE) : score[p];
+          const ri key = load_register<ri>(&COUNT) + int32_t(at + i * WIDTH);
+          score[i] = (key > int32_t(position)) | (key < int32_t(from)) ? rf{} + NONE : score[i];
         }
-        top = score[p] > top ? score[p] : top;
+        top = score[i] > top ? score[i] : top;
       }
       const float before = highest[r], now = std::fmax(before, max(top));
       highest[r] = now;
       decay[r] = before == NONE ? 0.0f : std::exp(before - now);
-      total[r] *= decay[r];
-      vf weight[PANELS];
-      for (int p = 0; p < PANELS; p++) {
+      for (int i = 0; i < PER_VECTOR; i++) total[r][i] *= decay[r];
+      for (int i = 0; i < REGISTERS_OF_KEYS; i++) {
         // A row that may see no key of this chunk, as the first ones under a window, adds nothing.
-        weight[p] = now == NONE ? vf{} : exp_negative(score[p] - now);
-        total[r] += weight[p];
+        const rf weight = now == NONE ? rf{} : exp_negative_as<ri>(score[i] - now);
+        total[r][i % PER_VECTOR] += weight;
+        store_register(s + i * WIDTH, weight);
       }
-      elem* stored = (elem*)scratch.weights.data() + r * KEYS;
+      vf weight[PANELS];
+      for (int p = 0; p < PANELS; p++) weight[p] = loadf(s + p * LANES);
       if (a.int8)
-        factor[r] = quantize_weights<PANELS>(weight, here.value_scales, (int16_t*)scratch.weights.data() + r * KEYS);
+        write_laid_out<Int16>(weights_of(r), KEYS / 2, [&](uint32_t* p) {
+          factor[r] = quantize_weights<PANELS>(weight, here.value_scales, (int16_t*)p);
+        });
       else
-        for (int p = 0; p < PANELS; p++) T::store16(stored + p * LANES, weight[p]);
+        write_laid_out<T>(weights_of(r), KEYS / T::PER_LANE, [&](uint32_t* p) {
+          for (int i = 0; i < PANELS; i++) T::store16((elem*)p + i * LANES, weight[i]);
+        });
     }
     for (long r = 0; r < rows; r += 4) {
       const Chunk* meanwhile = r == 0 ? fetch : nullptr;
       float* to = out + r * a.head_dim;
       if (a.int8) {
-        const uint32_t* weights = scratch.weights.data() + r * (KEYS / 2);
-#define CALL(R) accumulate_int8<R>(weights, here, count, a.head_dim, meanwhile, decay + r, factor + r, to)
+#define CALL(R) accumulate_int8<R>(weights_of(r), here, count, a.head_dim, meanwhile, decay + r, factor + r, to)
         AIO_SWITCH_FEW(rows - r, CALL)
 #undef CALL
       } else {
-        const uint32_t* weights = scratch.weights.data() + r * (KEYS / T::PER_LANE);
-#define CALL(R) accumulate<T, R>(weights, here, count, a.head_dim, meanwhile, decay + r, to)
+#define CALL(R) accumulate<T, R>(weights_of(r), here, count, a.head_dim, meanwhile, decay + r, to)
         AIO_SWITCH_FEW(rows - r, CALL)
 #undef CALL
       }
@@ -309,7 +325,7 @@ __attribute__((noinline)) void attend(const Attention& a, const Task& task, cons
   for (long r = 0; r < rows; r++) {
     const long token = span[0] + task.token + r / group, head = head_begin + r % group;
     elem* to = (elem*)a.out + (token * a.heads + head) * a.head_dim;
-    const float inverse = 1.0f / sum(total[r]);
+    const float inverse = 1.0f / sum(loadf((const float*)total[r]));
     for (long d = 0; d < a.head_dim; d += LANES) T::store16(to + d, loadf(out + r * a.head_dim + d) * inverse);
   }
 }
@@ -329,8 +345,9 @@ void attention(const Attention& a, int threads) {
       }
   together(threads, [&](const Member& me) {
     Scratch scratch;
-    scratch.q.resize(MAX_ROWS * a.head_dim / T::PER_LANE);
-    scratch.weights.resize(MAX_ROWS * KEYS / T::PER_LANE);
+    constexpr int EACH = Steps<T>::COUNT > Steps<Int16>::COUNT ? Steps<T>::COUNT : Steps<Int16>::COUNT;
+    scratch.q.resize(MAX_ROWS * a.head_dim / T::PER_LANE * EACH);
+    scratch.weights.resize(MAX_ROWS * KEYS / T::PER_LANE * EACH);
     scratch.out.resize(MAX_ROWS * a.head_dim);
     // Tasks that a thread takes together: many, because what comes next is known only among them.
     const long at_once = 1 + long(tasks.size()) / (8 * me.count);

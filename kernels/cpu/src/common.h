@@ -26,6 +26,22 @@ typedef float vf __attribute__((vector_size(64)));
 typedef int32_t vi __attribute__((vector_size(64)));
 typedef uint32_t vu __attribute__((vector_size(64)));
 
+// The same in one register: where inner loops are written over these, sums stay in registers (registers.h).
+#if defined(__AVX512F__)
+constexpr int WIDTH = 16, REGISTERS = 32;
+#elif defined(__AVX2__)
+constexpr int WIDTH = 8, REGISTERS = 16;
+#elif defined(__aarch64__)
+constexpr int WIDTH = 4, REGISTERS = 32;
+#else
+constexpr int WIDTH = 4, REGISTERS = 16;
+#endif
+constexpr int PER_VECTOR = LANES / WIDTH;  // registers
+
+typedef float rf __attribute__((vector_size(4 * WIDTH)));
+typedef int32_t ri __attribute__((vector_size(4 * WIDTH)));
+typedef uint32_t ru __attribute__((vector_size(4 * WIDTH)));
+
 // Unaligned loads and stores: memcpy of a known size becomes one instruction.
 static inline vu load(const uint32_t* p) {
   vu v;
@@ -39,6 +55,18 @@ static inline vf loadf(const float* p) {
 }
 static inline void storef(float* p, vf v) { std::memcpy(p, &v, sizeof v); }
 static inline void store(uint32_t* p, vu v) { std::memcpy(p, &v, sizeof v); }
+
+template <class R>
+static inline R load_register(const void* p) {
+  R v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+
+template <class R>
+static inline void store_register(void* p, R v) {
+  std::memcpy(p, &v, sizeof v);
+}
 
 static inline vu splat(uint32_t x) { return vu{} + x; }
 static inline vf splatf(float x) { return vf{} + x; }
@@ -65,6 +93,18 @@ static inline vf multiply_add(vf a, vf b, vf c) {
 #endif
 }
 
+#if !defined(__AVX512F__)
+static inline rf multiply_add(rf a, rf b, rf c) {
+#if defined(__FMA__)
+  return (rf)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#elif defined(__aarch64__)
+  return (rf)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+#else
+  return a * b + c;
+#endif
+}
+#endif
+
 static inline float bits_to_float(uint32_t u) {
   float f;
   std::memcpy(&f, &u, 4);
@@ -88,6 +128,11 @@ static inline float sum(vf v) {
 static inline float max(vf v) {
   float m = v[0];
   for (int i = 1; i < LANES; i++) m = v[i] > m ? v[i] : m;
+  return m;
+}
+static inline float max(rf v) {
+  float m = v[0];
+  for (int i = 1; i < WIDTH; i++) m = v[i] > m ? v[i] : m;
   return m;
 }
 #endif
@@ -122,6 +167,12 @@ struct Bf16 {
     vh h;
     std::memcpy(&h, p, sizeof h);
     return (vf)(__builtin_convertvector(h, vu) << 16);
+  }
+  static inline rf load_register(const elem* p) {
+    typedef uint16_t halves __attribute__((vector_size(2 * WIDTH)));
+    halves h;
+    std::memcpy(&h, p, sizeof h);
+    return (rf)(__builtin_convertvector(h, ru) << 16);
   }
   // As if stored and loaded.
   static inline vf round16(vf v) {
@@ -175,30 +226,37 @@ struct Int8 {
   }
 };
 
-// e^x for x <= 0: 2^n times a polynomial on [-ln2/2, ln2/2] (relative error below 2e-7); 0 below -87.
-static inline vf exp_negative(vf x) {
-  const vf low = splatf(-87.0f);
-  const vi tiny = (vi)(x < low);
-  x = (vf)(((vi)x & ~tiny) | ((vi)low & tiny));
-  const vf magic = splatf(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
-  const vf shifted = multiply_add(x, splatf(1.44269504f), magic);
-  const vf n = shifted - magic;
-  vf r = multiply_add(n, splatf(-0.693359375f), x);
-  r = multiply_add(n, splatf(2.12194440e-4f), r);
+// e^x for x <= 0, a vector of any length V, with whole numbers in W: 2^n times a polynomial on [-ln2/2, ln2/2] (relative
+// error below 2e-7); 0 below -87.
+template <class W, class V>
+static inline V exp_negative_as(V x) {
+  const auto all = [](float f) { return V{} + f; };
+  const V low = all(-87.0f);
+  const W tiny = (W)(x < low);
+  x = (V)(((W)x & ~tiny) | ((W)low & tiny));
+  const V magic = all(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
+  const V shifted = multiply_add(x, all(1.44269504f), magic);
+  const V n = shifted - magic;
+  V r = multiply_add(n, all(-0.693359375f), x);
+  r = multiply_add(n, all(2.12194440e-4f), r);
   constexpr float FACTORS[] = {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f};
-  vf p = splatf(1.9875691500e-4f);
-  for (const float factor : FACTORS) p = multiply_add(p, r, splatf(factor));
+  V p = all(1.9875691500e-4f);
+#pragma GCC unroll 5
+  for (const float factor : FACTORS) p = multiply_add(p, r, all(factor));
   p = multiply_add(p * r, r, r) + 1.0f;
-  const vi exponent = ((vi)shifted - (vi)magic) << 23;
-  return (vf)(((vi)p + exponent) & ~tiny);
+  const W exponent = ((W)shifted - (W)magic) << 23;
+  return (V)(((W)p + exponent) & ~tiny);
 }
+static inline vf exp_negative(vf x) { return exp_negative_as<vi>(x); }
 
 // From e^-2|x|, which cannot overflow.
-static inline vf tanh(vf x) {
-  const vf e = exp_negative((x < 0.0f ? x : -x) * 2.0f);
-  const vf size = (1.0f - e) / (1.0f + e);
+template <class W, class V>
+static inline V tanh_as(V x) {
+  const V e = exp_negative_as<W>((x < 0.0f ? x : -x) * 2.0f);
+  const V size = (1.0f - e) / (1.0f + e);
   return x < 0.0f ? -size : size;
 }
+static inline vf tanh(vf x) { return tanh_as<vi>(x); }
 
 // CALL(n) with n as a constant, 8 at most.
 #define AIO_SWITCH_ROWS(n, CALL) \

@@ -21,7 +21,8 @@ void turn(const B<T>& b, long rows, uint32_t* out) {
 
 namespace {
 
-#if defined(AIO_SHUFFLE)
+#if defined(AIO_SHUFFLE) && defined(__AVX512F__)
+#define AIO_TURN_IN_REGISTERS 1
 // y += B h for R rows and so many panels: B, of elements of type E and of whole lanes of these, is turned in registers.
 template <class T, class E, int R>
 inline void expand_rows(const uint32_t* h, long h_stride, const B<T>& b, long panels, typename T::elem* y,
@@ -75,7 +76,7 @@ inline void expand_rows(const uint32_t* h, long h_stride, const B<T>& b, long pa
 }
 #endif
 
-// For any rank, and compilers that cannot turn vectors in registers.
+// For any rank, and machines whose registers cannot hold what is turned.
 template <class T, int R>
 void expand_turned(const uint32_t* h, long h_stride, const B<T>& b, long panels, typename T::elem* y, long y_stride,
                    uint32_t* turned) {
@@ -83,8 +84,7 @@ void expand_turned(const uint32_t* h, long h_stride, const B<T>& b, long panels,
     turn(b.from(p * LANES), LANES, turned);
     vf acc[R];
     for (int r = 0; r < R; r++) acc[r] = T::load16(y + r * y_stride);
-    for (long k = 0; k < b.lanes; k++)
-      for (int r = 0; r < R; r++) acc[r] = T::dot(acc[r], splat(h[r * h_stride + k]), load(turned + k * LANES));
+    add_lanes<T, R>(h, h_stride, turned, b.lanes, acc);
     for (int r = 0; r < R; r++) T::store16(y + r * y_stride, acc[r]);
   }
 }
@@ -95,12 +95,13 @@ template <class T, class E>
 void expand_panels_of(const uint32_t* h, long h_stride, const B<T>& b, long rows, long panels, typename T::elem* y,
                    long y_stride, uint32_t* turned) {
   // Lanes are taken 8 at a time; where rows of B have not so many, 4 at the end, or all if they are one or two.
-  const long lanes = b.rank / E::PER_LANE;
-  const bool as_it_lies = b.rank % E::PER_LANE == 0 && (lanes % 4 == 0 || lanes <= 2);
-  constexpr long MOST = E::PER_LANE / T::PER_LANE == 4 ? 4 : 8;  // rows: for more of float32 and int8 it is too much code
+  [[maybe_unused]] const long lanes = b.rank / E::PER_LANE;
+  [[maybe_unused]] const bool as_it_lies = b.rank % E::PER_LANE == 0 && (lanes % 4 == 0 || lanes <= 2);
+  // Rows, as many as have room; for more of float32 and int8 it is too much code.
+  constexpr long MOST = E::PER_LANE / T::PER_LANE == 4 && most_rows() > 4 ? 4 : most_rows();
   for (long r = 0; r < rows; r += MOST, h += MOST * h_stride, y += MOST * y_stride) {
     const long count = rows - r < MOST ? rows - r : MOST;
-#if defined(AIO_SHUFFLE)
+#if defined(AIO_TURN_IN_REGISTERS)
     if (as_it_lies) {
 #define CALL(R) expand_rows<T, E, R <= MOST ? R : 1>(h, h_stride, b, panels, y, y_stride)
       AIO_SWITCH_ROWS(count, CALL)
@@ -108,7 +109,7 @@ void expand_panels_of(const uint32_t* h, long h_stride, const B<T>& b, long rows
       continue;
     }
 #endif
-#define CALL(R) expand_turned<T, R>(h, h_stride, b, panels, y, y_stride, turned)
+#define CALL(R) expand_turned<T, R <= MOST ? R : 1>(h, h_stride, b, panels, y, y_stride, turned)
     AIO_SWITCH_ROWS(count, CALL)
 #undef CALL
   }

@@ -4,7 +4,7 @@
 // one after the other, by rank: so a row's bits do not depend on how many rows there are. Defined in expand.cpp.
 #pragma once
 
-#include "common.h"
+#include "registers.h"
 
 namespace aio {
 
@@ -31,6 +31,31 @@ inline __attribute__((always_inline)) void widen(vu bytes, vu (&out)[Int8::PER_L
 #pragma GCC unroll 4
   for (int j = 0; j < Int8::PER_LANE / T::PER_LANE; j++)
     out[j] = T::PER_LANE == 1 ? (vu)f[j] : ((vu)f[2 * j] >> 16) | ((vu)f[2 * j + 1] & 0xffff0000u);
+}
+
+// y += B h for R rows of so many lanes, h_stride apart, and a panel of B, turned.
+template <class T, int R>
+inline void add_lanes(const uint32_t* h, long h_stride, const uint32_t* turned, long lanes, vf (&y)[R]) {
+  constexpr long EACH = Steps<T>::COUNT;
+  if constexpr (EACH > 1) {
+    uint32_t* const laid_out = room<LAID_OUT_H>(R * lanes * EACH * long(sizeof(uint32_t)));
+    for (int r = 0; r < R; r++) lay_out<T>(h + r * h_stride, lanes, laid_out + r * lanes * EACH);
+    h = laid_out, h_stride = lanes * EACH;
+  }
+  rf acc[R][PER_VECTOR];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; r++)
+#pragma GCC unroll 4
+    for (int c = 0; c < PER_VECTOR; c++) acc[r][c] = load_register<rf>((const float*)&y[r] + c * WIDTH);
+  for (long k = 0; k < lanes; k++) {
+    const auto row = [&](int r) { return h + r * h_stride + k * EACH; };
+    const auto column = [&](int c) { return load_register<ru>(turned + k * LANES + c * WIDTH); };
+    add_products<T, R, PER_VECTOR>(row, column, acc);
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < R; r++)
+#pragma GCC unroll 4
+    for (int c = 0; c < PER_VECTOR; c++) store_register((float*)&y[r] + c * WIDTH, acc[r][c]);
 }
 
 // `rows` <= 16 rows of B as lanes [rank][16 rows]. `out` has room for whole lanes of int8.

@@ -21,7 +21,7 @@ constexpr int LEVELS = 15;                // the largest q
 constexpr int STEPS = 16, MOST_STEPS = 17;  // about the widest group's step, and the largest there can be: 17 * 15 = 255
 
 constexpr long GROUP = 32;     // inputs of a group, if their number is a multiple
-constexpr long FEW_ROWS = 16;  // whose tiles expand the weights for themselves
+constexpr long ROWS_TO_EXPAND = 16;  // whose tiles expand the weights for themselves
 
 struct Form {
   long k, group;
@@ -97,13 +97,17 @@ struct Int4 : Int8 {};
 
 #if defined(__AVX512VNNI__)
 template <>
+struct Steps<Int4> : Steps<Int8> {};
+
+template <>
 struct Panel<Int4> {
+  using Sums = vi;
   static constexpr long STEP = GROUP / Int8::PER_LANE;
 
   static long words(long k) { return Form{k, GROUP}.panel_bytes() / long(sizeof(uint32_t)); }
 
   template <int R, int P>
-  static inline void multiply(const uint32_t* x, long x_stride, const uint32_t* w, long panel, long begin, long end,
+  static inline void multiply(const uint32_t* x, long x_stride, const uint32_t* w, long panel, int, long begin, long end,
                               FetchSteps fetch, vi (&acc)[R][P]) {
     const Form form{panel * long(sizeof(uint32_t)) / (LANES * (GROUP / 2 + 2)) * GROUP, GROUP};  // by a group's bytes
     for (long k = begin; k < end; k += STEP) {
@@ -279,7 +283,7 @@ void linear(const Work& w) {
     if (w.l.start == nullptr) return multiply_expanded<T, T>(me, w, w.l);
     const Linear l = with_int8_rows<T>(me, w.l, w.rotation);
 #if defined(__AVX512VNNI__)
-    if (l.rows <= FEW_ROWS && w.form.group == GROUP) {  // expanded in registers, for each tile anew
+    if (l.rows <= ROWS_TO_EXPAND && w.form.group == GROUP) {  // expanded in registers, for each tile anew
       const auto weights = [&](long first, long) { return w.form.panel(w.packed, first); };
       return compute_share<T>(me, l, w.beside, MULTIPLY<Int4>, w.stored(), weights);
     }

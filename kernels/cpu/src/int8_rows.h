@@ -24,16 +24,6 @@ inline vi nearest(vf v) {
   return (vi)(v + magic) - (vi)magic;
 }
 
-// A thread's memory, kept from call to call: a step has some hundred of them.
-enum Room { ROWS_OF_INT8, EXPANDED, WIDENED };
-template <Room>
-inline uint32_t* room(long bytes) {
-  static thread_local std::vector<uint32_t> kept;
-  const size_t lanes = (bytes + sizeof(uint32_t) - 1) / sizeof(uint32_t);
-  if (kept.size() < lanes) kept.resize(lanes);
-  return kept.data();
-}
-
 // Elements as floats, in rotated blocks of so many (0: as they are). Returns the largest magnitude; NaN if anything is not
 // finite.
 template <class T>

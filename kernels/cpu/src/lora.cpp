@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "expand.h"
+#include "registers.h"
 #include "team.h"
 #include "transpose.h"
 
@@ -97,6 +98,38 @@ inline void fetch(const void* p, long bytes) {
   for (long i = 0; i < bytes; i += 64) __builtin_prefetch((const char*)p + i);
 }
 
+// The products of TOKENS tokens with 4 rows of A, from position `i` on as long as there are whole vectors, in a part of each
+// of these; acc[t * 4 + r]. Returns where it ended.
+template <class T, int TOKENS>
+inline long add_part(const typename T::elem* x, long x_stride, const typename T::elem* const (&a)[4], long k, int part,
+                     const typename T::elem* later, vf* acc) {
+  constexpr long STEP = LANES * T::PER_LANE;
+  rf sums[TOKENS][4] = {};
+  long i = 0;
+  for (; i + STEP <= k; i += STEP) {
+    if (part == 0)
+      for (int r = 0; r < 4; r++) __builtin_prefetch(later + r * k + i, 0, 2);
+    const auto lanes = [&](const typename T::elem* p) { return load_register<ru>(p + i + part * WIDTH * T::PER_LANE); };
+#pragma GCC unroll 4
+    for (int step = 0; step < Steps<T>::COUNT; step++) {
+      ru row[4];
+#pragma GCC unroll 4
+      for (int r = 0; r < 4; r++) row[r] = Steps<T>::right(lanes(a[r]), step);
+#pragma GCC unroll 4
+      for (int t = 0; t < TOKENS; t++) {
+        const ru token = Steps<T>::right(lanes(x + t * x_stride), step);
+#pragma GCC unroll 4
+        for (int r = 0; r < 4; r++) sums[t][r] = Steps<T>::add(sums[t][r], token, row[r]);
+      }
+    }
+  }
+#pragma GCC unroll 4
+  for (int t = 0; t < TOKENS; t++)
+#pragma GCC unroll 4
+    for (int r = 0; r < 4; r++) store_register((float*)&acc[t * 4 + r] + part * WIDTH, sums[t][r]);
+  return i;
+}
+
 // Products of up to 4 tokens with up to 4 rows of A, of elements of type E: sums[t * 4 + r]. Meanwhile the 4 rows at `later`
 // are fetched.
 template <class T, class E, int TOKENS>
@@ -105,6 +138,17 @@ inline vf products(const typename T::elem* x, long x_stride, const E* const (&a)
   vf acc[16];
   for (int i = 0; i < 16; i++) acc[i] = vf{};
   long i = 0;
+  if constexpr (std::is_same_v<E, typename T::elem> && PER_VECTOR > 1) {
+    constexpr int MOST = TOKENS * 4 + 4 + 3 <= REGISTERS ? TOKENS : 2;  // tokens whose sums have room
+    for (int part = 0; part < PER_VECTOR; part++)
+      for (int t = 0; t < TOKENS; t += MOST) {
+        const auto* from = x + t * x_stride;
+        if (TOKENS - t >= MOST)
+          i = add_part<T, MOST>(from, x_stride, a, k, part, later, acc + t * 4);
+        else
+          i = add_part<T, 1>(from, x_stride, a, k, part, later, acc + t * 4);
+      }
+  }
   for (; i + STEP <= k; i += STEP) {
     vu row[4];
     for (int r = 0; r < 4; r++) {
@@ -240,24 +284,14 @@ inline void store_some(typename T::elem* p, vf v, long count) {
   std::memcpy(p, some, count * sizeof *p);
 }
 
-// R tokens by P panels of 16 columns, of which `columns` exist: two panels, so that the dot products of a few tokens
-// do not wait for one another.
-template <class T, int R, int P>
-inline void expand_tile(const uint32_t* h, long h_stride, const uint32_t* b, long panel, long lanes,
-                        typename T::elem* y, long y_stride, long columns) {
-  vf acc[R][P];
-  for (int r = 0; r < R; r++)
-    for (int p = 0; p < P; p++) acc[r][p] = load_some<T>(y + r * y_stride + p * LANES, columns - p * LANES);
-  for (long i = 0; i < lanes; i++) {
-    vu w[P];
-    for (int p = 0; p < P; p++) w[p] = load(b + p * panel + i * LANES);
-    for (int r = 0; r < R; r++) {
-      const vu a = splat(h[r * h_stride + i]);
-      for (int p = 0; p < P; p++) acc[r][p] = T::dot(acc[r][p], a, w[p]);
-    }
-  }
-  for (int r = 0; r < R; r++)
-    for (int p = 0; p < P; p++) store_some<T>(y + r * y_stride + p * LANES, acc[r][p], columns - p * LANES);
+// R tokens by a panel of 16 columns, of which `columns` exist.
+template <class T, int R>
+inline void expand_tile(const uint32_t* h, long h_stride, const uint32_t* b, long lanes, typename T::elem* y, long y_stride,
+                        long columns) {
+  vf acc[R];
+  for (int r = 0; r < R; r++) acc[r] = load_some<T>(y + r * y_stride, columns);
+  add_lanes<T, R>(h, h_stride, b, lanes, acc);
+  for (int r = 0; r < R; r++) store_some<T>(y + r * y_stride, acc[r], columns);
 }
 
 constexpr long AHEAD = 4 * LANES;  // rows of B between those in use and those that are fetched
@@ -300,19 +334,15 @@ void expand(const Expand& e, const Segment* segments, long count, int threads) {
           const long rows = columns - p * LANES < LANES ? columns - p * LANES : LANES;
           turn(from.from(p * LANES), rows, b.data() + p * panel);
         }
-        for (long t = g->begin; t < g->end; t += 8) {
-          const uint32_t* h = (const uint32_t*)e.h + t * h_stride + tasks[i].slice * width;
-          elem* y = (elem*)e.y + t * e.y_stride + slice.offset + column;
-          if (columns > LANES) {
-#define CALL(R) expand_tile<T, R, 2>(h, h_stride, b.data(), panel, lanes, y, e.y_stride, columns)
-            AIO_SWITCH_ROWS(g->end - t, CALL)
-#undef CALL
-          } else {
-#define CALL(R) expand_tile<T, R, 1>(h, h_stride, b.data(), panel, lanes, y, e.y_stride, columns)
-            AIO_SWITCH_ROWS(g->end - t, CALL)
+        constexpr int MOST = most_rows();
+        for (long t = g->begin; t < g->end; t += MOST)
+          for (int p = 0; p < 2 && p * LANES < columns; p++) {
+            const uint32_t* h = (const uint32_t*)e.h + t * h_stride + tasks[i].slice * width;
+            elem* y = (elem*)e.y + t * e.y_stride + slice.offset + column + p * LANES;
+#define CALL(R) expand_tile<T, R <= MOST ? R : 1>(h, h_stride, b.data() + p * panel, lanes, y, e.y_stride, columns - p * LANES)
+            AIO_SWITCH_ROWS(g->end - t < MOST ? g->end - t : MOST, CALL)
 #undef CALL
           }
-        }
       }
   });
 }

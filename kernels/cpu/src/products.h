@@ -1,6 +1,8 @@
 // The products of the tiles of tiles.h, for each type of weights.
 #pragma once
 
+#include <utility>
+
 #include "tiles.h"
 
 namespace aio {
@@ -16,23 +18,25 @@ struct FetchSteps {
 // How a panel of T's lanes is stored: as it is. (int4.cpp has one that is not.)
 template <class T>
 struct Panel {
+  using Sums = typename Steps<T>::Sums;
   static constexpr long STEP = 1;  // lanes that are read together
 
   static long words(long k) { return k / T::PER_LANE * LANES; }
 
-  // acc += x W over lanes begin..end-1; panels are so many words apart.
-  template <int R, int P>
-  static inline void multiply(const uint32_t* x, long x_stride, const uint32_t* w, long panel, long begin, long end,
-                              FetchSteps fetch, typename T::acc (&acc)[R][P]) {
+  // Adds the products of lanes begin..end-1 of R rows, laid out, and of C registers of columns, from `first` on; panels are
+  // so many words apart.
+  template <int R, int C>
+  static inline void multiply(const uint32_t* x, long x_stride, const uint32_t* w, long panel, int first, long begin,
+                              long end, FetchSteps fetch, Sums (&sums)[R][C]) {
+    w += first / PER_VECTOR * panel + first % PER_VECTOR * WIDTH;
     for (long k = begin; k < end; k++, fetch.from += fetch.step) {
-      vu b[P];
-      for (int p = 0; p < P; p++) b[p] = load(w + p * panel + k * LANES);
       __builtin_prefetch(fetch.from, 0, 2);
       __builtin_prefetch(fetch.from + fetch.second, 0, 2);
-      for (int r = 0; r < R; r++) {
-        const vu a = splat(x[r * x_stride + k]);
-        for (int p = 0; p < P; p++) acc[r][p] = T::dot(acc[r][p], a, b[p]);
-      }
+      const auto row = [&](int r) { return x + r * x_stride + k * Steps<T>::COUNT; };
+      const auto column = [&](int c) {
+        return load_register<ru>(w + c / PER_VECTOR * panel + k * LANES + c % PER_VECTOR * WIDTH);
+      };
+      add_products<T, R, C>(row, column, sums);
     }
   }
 };
@@ -56,38 +60,65 @@ inline void store_scaled(const Linear& l, const V (&sums)[R][P], long row, long 
 // Products for R rows and P panels.
 template <class T, int R, int P>
 void products(const Linear& l, const uint32_t* w, Fetcher& fetcher, long row, long column, vf (*sums)[ROWS]) {
-  const long lanes = l.k / T::PER_LANE, panel = Panel<T>::words(l.k), stride = l.x_stride / T::PER_LANE;
+  constexpr int COLUMNS = P * PER_VECTOR, SOME = at_once(R, COLUMNS);
+  using Register = typename Panel<T>::Sums;
+  const long lanes = l.k / T::PER_LANE, panel = Panel<T>::words(l.k);
+  long stride = l.x_stride / T::PER_LANE;
   const uint32_t* x = (const uint32_t*)l.x + row * stride;
-  typename T::acc acc[R][P];
-#pragma GCC unroll 3
-  for (int p = 0; p < P; p++) {
-    typename T::acc start = {};
-    if (l.start != nullptr) std::memcpy(&start, l.start + column + p * LANES, sizeof start);
+  if constexpr (Steps<T>::COUNT > 1) {
+    const long words = lanes * Steps<T>::COUNT;
+    uint32_t* const wide = room<LAID_OUT>(ROWS * words * long(sizeof(uint32_t)));
+    for (int r = 0; r < R; r++) lay_out<T>(x + r * stride, lanes, wide + r * words);
+    x = wide, stride = words;
+  }
+  typename T::acc all[R][P];
+  for (int first = 0; first < COLUMNS; first += SOME) {
+    Register acc[R][SOME];
+#pragma GCC unroll 16
+    for (int c = 0; c < SOME; c++) {
+      Register start = {};
+      if (l.start != nullptr) std::memcpy(&start, l.start + column + (first + c) * WIDTH, sizeof start);
 #pragma GCC unroll 8
-    for (int r = 0; r < R; r++) acc[r][p] = start;  // unrolled, or it becomes a call that clears memory
+      for (int r = 0; r < R; r++) acc[r][c] = start;  // unrolled, or it becomes a call that clears memory
+    }
+    const long rate = fetcher.twice() ? 2 : 1;
+    for (long k = 0, until; k < lanes; k = until) {
+      long count;
+      const char* from = fetcher.take((lanes - k) * rate, count);
+      const FetchSteps fetch =
+          count > 0 ? FetchSteps{from, rate * 64, (rate - 1) * 64} : FetchSteps{(const char*)x, 0, 0};
+      // Lines that are too few for a step ask for their neighbours as well.
+      until = count > 0 ? k + (count + rate * Panel<T>::STEP - 1) / (rate * Panel<T>::STEP) * Panel<T>::STEP : lanes;
+      Panel<T>::template multiply<R, SOME>(x, stride, w, panel, first, k, until, fetch, acc);
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++)
+#pragma GCC unroll 16
+      for (int c = 0; c < SOME; c++)
+        std::memcpy((char*)&all[r] + (first + c) * sizeof(Register), &acc[r][c], sizeof(Register));
   }
-  const long rate = fetcher.twice() ? 2 : 1;
-  for (long k = 0, until; k < lanes; k = until) {
-    long count;
-    const char* from = fetcher.take((lanes - k) * rate, count);
-    const FetchSteps fetch =
-        count > 0 ? FetchSteps{from, rate * 64, (rate - 1) * 64} : FetchSteps{(const char*)x, 0, 0};
-    // Lines that are too few for a step ask for their neighbours as well.
-    until = count > 0 ? k + (count + rate * Panel<T>::STEP - 1) / (rate * Panel<T>::STEP) * Panel<T>::STEP : lanes;
-    Panel<T>::template multiply<R, P>(x, stride, w, panel, k, until, fetch, acc);
-  }
-  if (sums == nullptr) return store_scaled(l, acc, row, column);
+  if (sums == nullptr) return store_scaled(l, all, row, column);
   for (int p = 0; p < P; p++)
-    for (int r = 0; r < R; r++) sums[p][r] = to_float(acc[r][p]);
+    for (int r = 0; r < R; r++) sums[p][r] = to_float(all[r][p]);
+}
+
+// The tiles of 1 to as many rows.
+template <class T, int P, int... R>
+constexpr void fill(Products (&tiles)[ROWS], std::integer_sequence<int, R...>) {
+  ((tiles[R] = products<T, R + 1, P>), ...);
 }
 
 // Fewer panels than usual are rare: not worth as many kinds of tiles.
 template <class T>
-constexpr Multiply MULTIPLY = {
-    T::PER_LANE,
-    {{products<T, 1, 1>, products<T, 2, 1>, products<T, 3, 1>, products<T, 4, 1>},
-     {products<T, 1, 2>, products<T, 2, 2>, products<T, 3, 2>, products<T, 4, 2>},
-     {products<T, 1, 3>, products<T, 2, 3>, products<T, 3, 3>, products<T, 4, 3>, products<T, 5, 3>, products<T, 6, 3>,
-      products<T, 7, 3>, products<T, 8, 3>}}};
+constexpr Multiply all_tiles() {
+  Multiply all{T::PER_LANE, {}};
+  fill<T, 1>(all.tile[0], std::make_integer_sequence<int, FEW_ROWS>{});
+  fill<T, 2>(all.tile[1], std::make_integer_sequence<int, FEW_ROWS>{});
+  fill<T, 3>(all.tile[2], std::make_integer_sequence<int, ROWS>{});
+  return all;
+}
+
+template <class T>
+constexpr Multiply MULTIPLY = all_tiles<T>();
 
 }  // namespace aio

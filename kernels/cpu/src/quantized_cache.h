@@ -6,7 +6,7 @@
 #include <cfloat>
 #include <cmath>
 
-#include "common.h"
+#include "registers.h"
 
 namespace aio {
 
@@ -21,33 +21,40 @@ struct Int8Head {
   int8_t* elements;
   uint16_t* scales;
 
-  // 16 lanes, as pairs of int16.
-  static inline vu load(const int8_t* p) {
-    typedef int8_t bytes __attribute__((vector_size(32)));
-    typedef int16_t words __attribute__((vector_size(64)));
-    bytes b;
-    std::memcpy(&b, p, sizeof b);
-    return (vu)__builtin_convertvector(b, words);
+  // A register of lanes, as pairs of int16.
+  static inline ru load(const int8_t* p) {
+    typedef int8_t bytes __attribute__((vector_size(2 * WIDTH)));
+    typedef int16_t words __attribute__((vector_size(4 * WIDTH)));
+    return (ru)__builtin_convertvector(load_register<bytes>(p), words);
   }
 };
 
-// Two int16 of each lane times two others, added to an int32: whole numbers, so nothing is rounded.
-static inline vi dot_int16(vi acc, vu a, vu b) {
+// Lanes of two int16, whose products are whole numbers, so that nothing is rounded.
+struct Int16 {};
+
+template <>
+struct Steps<Int16> {
+  using Sums = ri;
+#if defined(__AVX2__)
+  static constexpr int COUNT = 1;
+  static inline uint32_t left(uint32_t lane, int) { return lane; }
+  static inline ru right(ru lanes, int) { return lanes; }
+  static inline ri add(ri sums, ru a, ru b) {
 #if defined(__AVX512VNNI__)
-  return (vi)_mm512_dpwssd_epi32((__m512i)acc, (__m512i)a, (__m512i)b);
+    return (ri)_mm512_dpwssd_epi32((__m512i)sums, (__m512i)a, (__m512i)b);
 #elif defined(__AVX512BW__)
-  return acc + (vi)_mm512_madd_epi16((__m512i)a, (__m512i)b);
-#elif defined(__AVX2__)
-  __m256i x[2], y[2];
-  std::memcpy(x, &a, sizeof a), std::memcpy(y, &b, sizeof b);
-  for (int i = 0; i < 2; i++) x[i] = _mm256_madd_epi16(x[i], y[i]);
-  vi products;
-  std::memcpy(&products, x, sizeof products);
-  return acc + products;
+    return sums + (ri)_mm512_madd_epi16((__m512i)a, (__m512i)b);
 #else
-  return acc + (((vi)a << 16) >> 16) * (((vi)b << 16) >> 16) + ((vi)a >> 16) * ((vi)b >> 16);
+    return sums + (ri)_mm256_madd_epi16((__m256i)a, (__m256i)b);
 #endif
-}
+  }
+#else
+  static constexpr int COUNT = 2;
+  static inline uint32_t left(uint32_t lane, int step) { return uint32_t(int32_t(step == 0 ? lane << 16 : lane) >> 16); }
+  static inline ru right(ru lanes, int step) { return (ru)((ri)(step == 0 ? lanes << 16 : lanes) >> 16); }
+  static inline ri add(ri sums, ru a, ru b) { return sums + (ri)a * (ri)b; }
+#endif
+};
 
 // The largest of what is not negative, NaN being more than all: by their bits, which are in the same order.
 static inline float largest_of(vi bits) {

@@ -8,7 +8,6 @@
 namespace aio {
 namespace {
 
-constexpr long FEW_ROWS = 4;     // of a tile of fewer panels
 constexpr long ROW_BLOCK = 128;  // rows of x, at most, that stay in the L2 cache while the panels pass by
 
 // What an adapter adds to a tile: its B as lanes [panels][lanes][16], and of each panel where its slice begins in a row
@@ -46,11 +45,7 @@ void finish(const Linear& l, const vf (&sums)[PANELS][ROWS], const Delta* delta,
       // As where it is added to stored results, because which of the two it is depends on a row's neighbours.
 #pragma GCC unroll 8
       for (int r = 0; r < R; r++) y[r] = Out::round16(y[r]);
-      for (long k = 0; k < delta->lanes[p]; k++) {
-        const vu b = load(delta->b + p * delta->panel + k * LANES);
-#pragma GCC unroll 8
-        for (int r = 0; r < R; r++) y[r] = Out::dot(y[r], splat(h[r * delta->h_stride + k]), b);
-      }
+      add_lanes<Out, R>(h, delta->h_stride, delta->b + p * delta->panel, delta->lanes[p], y);
     }
     const long stride = l.y_stride;
     elem* out = (elem*)l.y + row * stride + first;
@@ -153,7 +148,7 @@ class Blocks {
       vf sums[PANELS][ROWS];
       tile[count - 1](l_, w, fetcher_, row, column, finished ? nullptr : sums);
       if (finished) continue;
-#define CALL(R) finish<Out, R>(l_, sums, delta, row, column, panels)
+#define CALL(R) finish<Out, R <= ROWS ? R : 1>(l_, sums, delta, row, column, panels)
       AIO_SWITCH_ROWS(count, CALL)
 #undef CALL
     }

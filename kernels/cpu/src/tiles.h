@@ -1,20 +1,22 @@
 // The packed linear, which all kinds of weights share.
 //
 // Packed weights are panels of 16 output columns: [ceil(N / 16)][K lanes][16 lanes], zero where N ends. A
-// tile of up to 8 rows by 3 panels is kept in registers: 24 accumulators, and each weight that is
+// tile of up to 8 rows by 3 panels is kept in registers of AVX-512: 24 accumulators, and each weight that is
 // loaded is used for every row. (Tiling as in Goto and van de Geijn, "Anatomy of High-Performance Matrix
-// Multiplication", 2008.)
+// Multiplication", 2008.) Other machines have room for fewer rows, and for a part of the panels at a time (registers.h).
 //
 // A tile's products, which depend on the type of the weights, are in products.h. What becomes of them, which depends on
 // the type of the outputs, is in tiles.cpp: so neither is compiled for each pair of types.
 #pragma once
 
 #include "fetcher.h"
+#include "registers.h"
 #include "team.h"
 
 namespace aio {
 
-constexpr int ROWS = 8, PANELS = 3;
+constexpr int ROWS = most_rows(), PANELS = 3;
+constexpr int FEW_ROWS = ROWS < 4 ? ROWS : 4;  // of a tile of fewer panels
 
 // What there is to compute: y = x W^T, times a scale of each row and column if there are such, plus a bias if there
 // is one. x [rows, k] has elements of the tile's type, y [rows, n] of the output's.

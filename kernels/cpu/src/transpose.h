@@ -102,11 +102,43 @@ inline __attribute__((always_inline)) void transpose_all(const uint32_t* b, vu (
 }
 #endif
 
+#if defined(__AVX2__) && !defined(__AVX512F__)
+// Lanes 0..7 of 8 rows (`stride` lanes apart) as rows of a panel: an 8 x 8 transposition.
+inline void transpose_eighth(const uint32_t* b, long stride, uint32_t* out) {
+  __m256i v[8], t[8];
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; i++) v[i] = _mm256_loadu_si256((const __m256i*)(b + i * stride));
+#pragma GCC unroll 4
+  for (int i = 0; i < 8; i += 2) {
+    t[i] = _mm256_unpacklo_epi32(v[i], v[i + 1]);
+    t[i + 1] = _mm256_unpackhi_epi32(v[i], v[i + 1]);
+  }
+#pragma GCC unroll 2
+  for (int i = 0; i < 8; i += 4) {
+    v[i] = _mm256_unpacklo_epi64(t[i], t[i + 2]), v[i + 1] = _mm256_unpackhi_epi64(t[i], t[i + 2]);
+    v[i + 2] = _mm256_unpacklo_epi64(t[i + 1], t[i + 3]), v[i + 3] = _mm256_unpackhi_epi64(t[i + 1], t[i + 3]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; i++) {
+    _mm256_storeu_si256((__m256i*)(out + i * LANES), _mm256_permute2x128_si256(v[i], v[i + 4], 0x20));
+    _mm256_storeu_si256((__m256i*)(out + (i + 4) * LANES), _mm256_permute2x128_si256(v[i], v[i + 4], 0x31));
+  }
+}
+#endif
+
 // `rows` <= 16 rows of B, `stride` elements apart and `rank` long, as lanes [rank lanes][16 rows].
 template <class T>
 void transpose(const typename T::elem* b, long stride, long rank, long rows, uint32_t* out) {
   const long lanes = (rank + T::PER_LANE - 1) / T::PER_LANE;
   long i = 0;
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  if (rows == LANES && stride % T::PER_LANE == 0)
+    for (; (i + 8) * T::PER_LANE <= rank; i += 8)
+      for (int half = 0; half < 2; half++) {
+        const long apart = stride / T::PER_LANE;
+        transpose_eighth((const uint32_t*)b + i + half * 8 * apart, apart, out + i * LANES + half * 8);
+      }
+#endif
 #if defined(AIO_SHUFFLE)
   if (rows == LANES && stride % T::PER_LANE == 0) {
     for (; (i + 8) * T::PER_LANE <= rank; i += 8) {
