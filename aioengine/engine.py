@@ -508,7 +508,7 @@ class AsyncEngine:
         name."""
         self._check_started()
         config = msgspec.structs.replace(self.config, policy=policy)
-        self._core.change_policy(choose_policy(config, None))
+        self._core.guard.change(choose_policy(config, None))
         self.config = config
         self._stepper.wake()
 

@@ -138,7 +138,7 @@ class Core:
         """Requests that are accepted and have not ended."""
         self.now = 0.0
         self.step = 0
-        self._guard = PolicyGuard(
+        self.guard = PolicyGuard(
             policy,
             FCFS,
             requests=self.requests,
@@ -174,23 +174,6 @@ class Core:
         self._zombies: list[Request] = []
         """Requests that ended while in flight. Their blocks and slots are released when the step comes
         back."""
-
-    @property
-    def preemptions(self) -> int:
-        return self.batcher.preemptions
-
-    @property
-    def policy_name(self) -> str:
-        return self._guard.name
-
-    def change_policy(self, policy: SchedulerPolicy) -> None:
-        """Use another policy from the next step on."""
-        self._guard.change(policy)
-
-    @property
-    def policy_seconds(self) -> float:
-        """Seconds that the policy took in the last ``schedule``; 0 without a ``timer``."""
-        return self._guard.seconds
 
     # Events in: requests
 
@@ -432,7 +415,7 @@ class Core:
             self.placing.place_pinned(now)
             self._arranged_at = self._changes
         self._view.advance(now, self.step)
-        decision = self._guard.decide(self._view, self._changes)
+        decision = self.guard.decide(self._view, self._changes)
         for request, why in decision.reject:
             self._reject(request, why, now)
         for request in decision.preempt:
@@ -462,7 +445,7 @@ class Core:
             or self._zombies
             or self.placing.pinned_wait
             or len(self._in_flight) != len(self.running)
-            or not self._guard.is_quiet(now, self._changes)
+            or not self.guard.is_quiet(now, self._changes)
         ):
             return None
         due = self.next_due()
@@ -572,7 +555,7 @@ class Core:
     def steady(self, batch: StepBatch) -> Steady | None:
         """Return how often ``batch``, which is in flight, is certain to be repeated: all running requests
         decode in it, and neither the policy nor the core has anything to decide meanwhile."""
-        until = self._guard.quiet_until(self._changes)
+        until = self.guard.quiet_until(self._changes)
         if (
             until <= self.now
             or batch.moves
@@ -625,7 +608,7 @@ class Core:
         unknown = [entry for entry in in_order if not self.residency.is_known(entry)]
         rest = {entry.name: entry for entry in in_order if self.residency.is_known(entry)}
         self._view.advance(self.now, self.step)
-        named = self._guard.cpu_victims(self._view, list(rest)) if len(rest) > 1 else []
+        named = self.guard.cpu_victims(self._view, list(rest)) if len(rest) > 1 else []
         first = [rest.pop(name) for name in dict.fromkeys(named) if name in rest]
         return [*unknown, *first, *rest.values()]
 
@@ -643,7 +626,7 @@ class Core:
         if request is not None:
             view = request.view
             adapter = None if request.adapter is None else request.adapter.name
-        self._guard.tell(PolicyEvent(kind, now, view, adapter, was))
+        self.guard.tell(PolicyEvent(kind, now, view, adapter, was))
 
     def check(self) -> None:
         """Assert every invariant; for tests, and cheap enough to run whenever the engine is idle."""

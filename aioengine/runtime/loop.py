@@ -159,7 +159,7 @@ class Stepper:
         start = self._timer()
         batch, moves = self.core.schedule(loop.time())
         schedule_seconds = self._timer() - start
-        policy_seconds = self.core.policy_seconds
+        policy_seconds = self.core.guard.seconds
         for move in moves:
             self._moves.start(move)
         self.publish()
@@ -390,7 +390,7 @@ class IdleWatch:
         logger.warning(
             "policy %s has started nothing for %.0f s: %d requests wait (%d that could run, %d whose "
             "adapters are in no slot), nothing runs and no adapter is moving",
-            self._core.policy_name,
+            self._core.guard.name,
             seconds,
             waiting,
             waiting - cold,

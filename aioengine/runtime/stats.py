@@ -73,7 +73,7 @@ class Counters:
             kv_blocks_free=core.blocks.num_free,
             block_size=core.blocks.block_size,
             steps=core.step,
-            preemptions=core.preemptions,
+            preemptions=core.batcher.preemptions,
             requests_finished=n["requests_finished"],
             requests_aborted=n["requests_aborted"],
             requests_failed=n["requests_failed"],

@@ -110,7 +110,7 @@ def test_preemption_recomputes_and_changes_nothing() -> None:
     requests = [sim.add(max_tokens=30) for _ in range(4)]
     prompts = [r.tokens[:] for r in requests]
     sim.run()
-    assert sim.core.preemptions > 0
+    assert sim.core.batcher.preemptions > 0
     for request, prompt in zip(requests, prompts, strict=True):
         assert request.tokens[3:] == expected_output(prompt, 30)
     assert sim.core.blocks.num_free == 16
@@ -337,7 +337,7 @@ def test_slots_that_must_not_be_taken_are_refused() -> None:
     while sim.loads:
         sim.finish_load()
     # Slot 0 runs a; slot 1 is being written with b.
-    sim.core._guard.policy = Scripted(
+    sim.core.guard.policy = Scripted(
         Decision(place=[Place("c", 0), Place("b", 1), Place("c", 1), Place("b"), Place("c")]),
     )
     sim.schedule()

@@ -58,7 +58,7 @@ def test_a_preempted_request_finds_its_own_blocks_again(salt: str, other: str) -
     sim.run()
     [first, resumed] = [e for e in sim.events if isinstance(e, events.RequestAdmitted)]
     assert (first.cached_tokens, resumed.cached_tokens) == (0, 8)
-    assert sim.core.preemptions == 1
+    assert sim.core.batcher.preemptions == 1
     late = sim.add(prompt=[5] * 9, cache_salt=other)
     sim.run()
     assert late.cached_tokens == (8 if salt == other else 0)

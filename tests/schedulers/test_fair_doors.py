@@ -221,7 +221,7 @@ def test_a_policy_that_came_late_knows_who_waits() -> None:
     first = [sim.add(tenant="a", max_tokens=100) for _ in range(30)]
     for _ in range(3):
         sim.settle()
-    sim.core._guard.policy = load_policy("fcfs")
+    sim.core.guard.policy = load_policy("fcfs")
     late = sim.add(tenant="b")
     for _ in range(3):
         sim.settle()
