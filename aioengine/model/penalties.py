@@ -1,7 +1,8 @@
 """Repetition, presence and frequency penalties.
 
 The tokens of each request are kept from step to step, so the cost of a step depends on its new tokens and not
-on the length of the history.
+on the length of the history: on a CPU as lists, because only the scores of tokens that were seen need to be
+touched; on a GPU as tables over the whole vocabulary, because a list would have to be sent in every step.
 """
 
 from __future__ import annotations
@@ -56,15 +57,98 @@ class SeenTokens:
             self.counts[place] += 1.0
 
 
+class _Row:
+    """The row of a request in the tables on a GPU, and how much of its history that has."""
+
+    def __init__(self, place: int, history: Sequence[int]) -> None:
+        self.place, self.history, self.known = place, history, 0
+
+
+class CountTables:
+    """The tokens of requests on a GPU: a row of ``vocab`` numbers for each, two of them."""
+
+    def __init__(self, vocab: int, device: torch.device) -> None:
+        self._vocab = vocab
+        self._rows: dict[str, _Row] = {}
+        """Rows of the last step's requests, by request id."""
+        self._seen = torch.empty(0, vocab, dtype=torch.bool, device=device)
+        """Whether a token is in the prompt or the output."""
+        self._counts = torch.empty(0, vocab, dtype=torch.int32, device=device)
+        """Number of occurrences in the output."""
+
+    def apply(self, scores: Tensor, active: Sequence[tuple[int, SequenceWork]]) -> None:
+        """Penalise ``active``, rows of ``scores`` [N, vocab] by number, in place. Sends what is new."""
+        before, self._rows, fresh = self._rows, {}, []
+        for _, work in active:
+            row = before.get(work.request_id)
+            if row is not None and row.history is work.history:
+                self._rows[work.request_id] = row
+            else:  # also another request of that id
+                fresh.append(work)
+        used = {row.place for row in self._rows.values()}
+        free = [place for place in range(len(active)) if place not in used]
+        for work, place in zip(fresh, free, strict=False):
+            self._rows[work.request_id] = _Row(place, work.history)
+        self._grow(1 + max(row.place for row in self._rows.values()))
+        seen: list[int] = []
+        outputs: list[int] = []
+        for _, work in active:
+            row = self._rows[work.request_id]
+            begin, middle = row.place * self._vocab, max(row.known, work.prompt_len)
+            seen += [begin + token for token in work.history[row.known :]]
+            outputs += [begin + token for token in work.history[middle:]]
+            row.known = len(work.history)
+        params = [work.params for _, work in active]
+        names = ("repetition_penalty", "frequency_penalty", "presence_penalty")
+        values = torch.tensor([[getattr(p, name) for p in params] for name in names], dtype=torch.float32)
+        lists = [
+            free[: len(fresh)],
+            seen,
+            outputs,
+            [self._rows[work.request_id].place for _, work in active],
+            [i for i, _ in active],
+        ]
+        sent = send([*(torch.tensor(each, dtype=torch.int64) for each in lists), values], scores.device)
+        empty, new, new_outputs, places, numbers, values = sent
+        self._seen.index_fill_(0, empty, False)
+        self._counts.index_fill_(0, empty, 0)
+        self._seen.view(-1).index_fill_(0, new, True)
+        self._counts.view(-1).index_add_(0, new_outputs, torch.ones_like(new_outputs, dtype=torch.int32))
+        repetition, frequency, presence = values[:, :, None]
+        counts = self._counts.index_select(0, places)
+        x = scores.index_select(0, numbers)
+        penalised = torch.where(x > 0, x / repetition, x * repetition)
+        x = torch.where(self._seen.index_select(0, places), penalised, x)
+        x -= torch.where(counts > 0, frequency * counts + presence, 0.0)
+        scores.index_copy_(0, numbers, x)
+
+    def _grow(self, rows: int) -> None:
+        """Have at least so many rows; each takes 5 bytes for a token of the vocabulary."""
+        missing = rows - len(self._seen)
+        if missing > 0:
+            missing = max(missing, len(self._seen))
+            self._seen = torch.cat([self._seen, self._seen.new_zeros(missing, self._vocab)])
+            self._counts = torch.cat([self._counts, self._counts.new_zeros(missing, self._vocab)])
+
+
 class Penalties:
     """Applies the penalties of the rows of successive steps."""
 
     def __init__(self) -> None:
+        self._tables: CountTables | None = None
+        """Tables on a GPU, made when they are needed."""
         self._seen: dict[str, SeenTokens] = {}
         """Counts of the last step's requests, by request id."""
 
     def apply(self, scores: Tensor, rows: Sequence[SequenceWork]) -> None:
         """Penalise ``scores`` [N, vocab], float32, in place, touching only the tokens that were seen."""
+        if scores.device.type != "cpu" and not any(row.draft for row in rows):
+            wanted = [(i, row) for i, row in enumerate(rows) if row.params.has_penalties]
+            if wanted:
+                self._tables = self._tables or CountTables(scores.shape[1], scores.device)
+                self._tables.apply(scores, wanted)
+                scores.clamp_(max=torch.finfo(scores.dtype).max)
+            return
         before, self._seen = self._seen, {}
         active: list[tuple[int, SequenceWork, SeenTokens]] = []
         for i, row in enumerate(rows):

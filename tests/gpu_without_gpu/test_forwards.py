@@ -15,3 +15,17 @@ def test_nothing_is_compiled_after_the_start() -> None:
     """A kernel that is compiled while requests wait holds all of them up for up to a second."""
     at_start, later = run_on_fake_gpu("jit_keys", "2000")
     assert later == [] and at_start >= 10
+
+
+def test_a_step_takes_few_launches() -> None:
+    """A layer: two norms, rotation, attention (once more beside decodes for a prompt), activation; and with
+    adapters a shrink and an expand for each of four linears, whatever their number."""
+    found = run_on_fake_gpu("launches")
+    assert found == {
+        "decode, base": [5, 1],
+        "prompt, base": [5, 1],
+        "mixed, base": [6, 1],
+        "decode, 8 adapters": [13, 1],
+        "prompt, 8 adapters": [13, 1],
+        "mixed, 8 adapters": [14, 1],
+    }
