@@ -3,6 +3,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from support.any_models import config_of
 
 from aioengine.config import EngineConfig, LoRAConfig
 from aioengine.errors import ConfigError
@@ -10,6 +11,9 @@ from aioengine.lab.costs.model import CostModel
 from aioengine.lab.costs.presets import available_presets, load_costs
 from aioengine.lab.costs.roofline import A10G, H100_SXM, DeviceFigures, estimates
 from aioengine.lab.costs.steps import StepShape
+from aioengine.memory_plan import plan_memory
+from aioengine.model.files.resolve import read_spec
+from aioengine.model.spec import SUPPORTED_ARCHITECTURES
 
 DEVICES = {"llama3-8b-h100": H100_SXM, "llama3-8b-a10g": A10G}
 
@@ -87,6 +91,31 @@ def test_a_mixture_reads_the_experts_that_its_tokens_choose() -> None:
 def test_estimated_presets_are_what_the_figures_give(costs: CostModel) -> None:
     assert load_costs(costs.name) == costs
     assert costs.sources
+
+
+@pytest.mark.parametrize("family", SUPPORTED_ARCHITECTURES.values())
+def test_any_native_model_has_an_estimate(family: str, tmp_path: Path) -> None:
+    """With the sizes of its configuration, also after a cost model has been written and read."""
+    config_of(family, torch_dtype="bfloat16").save_pretrained(tmp_path)
+    costs = load_costs(f"{tmp_path}@h100")
+    assert costs.estimate and costs.name == f"{tmp_path}@h100"
+    assert CostModel.from_json(costs.to_json()) == costs
+    spec = read_spec(tmp_path, "native")
+    assert costs.spec.num_parameters() == spec.num_parameters()
+    config = EngineConfig(model="any", dtype="bfloat16", lora=LoRAConfig(max_loras=2, max_lora_rank=8))
+    plan = plan_memory(spec, config, device="cuda", available_bytes=costs.device_memory)
+    assert costs.plan(config) == plan
+    assert 0 < costs.step_seconds(decode(1, 20)) < costs.step_seconds(decode(4, 20, 2))
+
+
+def test_estimates_that_there_are_not(tmp_path: Path) -> None:
+    config_of("llama").save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="no published figures of 'h1'; there are those of h100, a10g"):
+        load_costs(f"{tmp_path}@h1")
+    costs = load_costs(f"{tmp_path}@a10g").to_json().decode()
+    for field, words in (('{"sink": 1}', "unknown field 'sink'"), ('{"sinks": 1}', "model.details: .*bool")):
+        with pytest.raises(ConfigError, match=words):
+            CostModel.from_json(costs.replace('"details": {}', f'"details": {field}').encode())
 
 
 def test_a_file_is_a_preset_too(tmp_path: Path) -> None:

@@ -17,12 +17,18 @@ from aioengine.errors import ConfigError
 from aioengine.lab.costs.steps import StepCosts, StepShape, StepTimes
 from aioengine.memory_plan import MemoryPlan, plan_memory
 from aioengine.model.experts.spec import MixtureSpec
-from aioengine.model.spec import DTYPE_BYTES, ModelSpec, RopeSpec
+from aioengine.model.spec import DTYPE_BYTES, ModelSpec
 
 FORMAT = 2
 """The version of the JSON."""
 _PAIR = re.compile(r"\[\s+([^\s,\[\]{}]+),\s+([^\s,\[\]{}]+)\s+\]")
 """A list of two numbers, which readable JSON has on one line."""
+
+
+_DETAILS = (
+    *("o_bias", "mlp_bias", "qk_norm_whole", "norms", "fused_qkv", "fused_gate_up", "sinks"),
+    *("sliding_windows", "packed", "shared_size", "dense_layers", "names", "biased"),
+)
 
 
 class Stage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -60,7 +66,7 @@ class ExpertShape(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 class ModelShape(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The sizes of the model that was timed."""
 
-    family: Literal["llama", "mistral", "qwen2", "qwen3", "gemma3_text", "olmoe"] = "llama"
+    family: str = "llama"
     vocab_size: int
     hidden_size: int
     num_layers: int
@@ -74,38 +80,57 @@ class ModelShape(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     qk_norm: bool = False
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     experts: ExpertShape | None = None
+    details: dict[str, Any] = {}
+    """Other fields of the engine's specification that sizes depend on, where they are not as in Llama."""
 
     def __post_init__(self) -> None:
         for field in self.__struct_fields__:
             value = getattr(self, field)
             if type(value) is int:
                 check_integer(f"model.{field}", value, low=1)
+        if unknown := sorted(self.details.keys() - set(_DETAILS)):
+            raise ConfigError(f"model.details: unknown field {unknown[0]!r}; known: {', '.join(_DETAILS)}")
+        try:
+            self.spec()
+        except msgspec.ValidationError as error:
+            raise ConfigError(f"model.details: {error}") from error
 
     @classmethod
     def of(cls, spec: ModelSpec, dtype: str) -> Self:
-        """Return the shape of a model that runs in ``dtype``."""
-        values = {field: getattr(spec, field) for field in cls.__struct_fields__ if field != "experts"}
+        """Return the shape of a model that runs in ``dtype``.
+
+        Raises ConfigError for a model that transformers runs, unless its sizes are those of a Llama.
+        """
+        own = set(cls.__struct_fields__) - {"experts", "details"}
+        values = {field: getattr(spec, field) for field in own}
+        plain = {field.name: field.default for field in msgspec.structs.fields(type(spec))}
+        values["details"] = {
+            field: msgspec.json.decode(msgspec.json.encode(getattr(spec, field)))
+            for field in _DETAILS
+            if field in plain and getattr(spec, field) not in (plain[field], {})
+        }
         if isinstance(spec, MixtureSpec):
             values["experts"] = {
                 "count": spec.experts,
                 "per_token": spec.experts_per_token,
                 "size": spec.expert_size,
             }
-        return msgspec.convert({**values, "dtype": dtype}, cls)
+        found = msgspec.convert({**values, "dtype": dtype}, cls)
+        if found.spec().num_parameters() != spec.num_parameters():
+            raise ConfigError(
+                f"{spec.ran_by}: a cost model describes models that the native decoder runs (docs/models.md)"
+            )
+        return found
 
     def spec(self) -> ModelSpec:
         """Returns the engine's model specification, without an end-of-sequence token."""
-        values = msgspec.structs.asdict(self) | {"rms_norm_eps": 1e-5, "rope": RopeSpec()}
+        values = msgspec.structs.asdict(self) | {"rms_norm_eps": 1e-5, "rope": {}}
         experts: ExpertShape | None = values.pop("experts")
+        values |= values.pop("details")
         if experts is None:
-            return ModelSpec(**values)
-        return MixtureSpec(
-            experts=experts.count,
-            experts_per_token=experts.per_token,
-            expert_size=experts.size,
-            normalized=False,
-            **values,
-        )
+            return msgspec.convert(values, ModelSpec)
+        chosen = {"experts": experts.count, "experts_per_token": experts.per_token, "normalized": False}
+        return msgspec.convert({**values, **chosen, "expert_size": experts.size}, MixtureSpec)
 
 
 class FitQuality(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

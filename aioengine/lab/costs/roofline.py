@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import msgspec
 
+from aioengine.errors import ConfigError
 from aioengine.lab.costs.model import CostModel, ExpertShape, ModelShape, Stage
 from aioengine.lab.costs.steps import Curve, StepCosts, significant
 from aioengine.lab.workload.distributions import MAX_RANK
 from aioengine.model.experts.spec import MixtureSpec
+from aioengine.model.files.resolve import read_spec, resolve_model
 from aioengine.model.spec import DTYPE_BYTES, ModelSpec
 
 
@@ -101,6 +103,21 @@ def estimate(name: str, device_name: str, model: ModelShape, device: DeviceFigur
         ),
         device="cuda",
         device_memory=device.memory,
+    )
+
+
+def estimate_of(model: str, device: str) -> CostModel:
+    """Return the estimate of a model folder, or of a name that ``EngineConfig.model`` takes, on one of
+    :data:`DEVICES`. Reads the model's description, not its weights.
+
+    Raises ConfigError if there is no such model or device, or if no cost model describes the model.
+    """
+    if device not in DEVICES:
+        raise ConfigError(f"no published figures of {device!r}; there are those of {', '.join(DEVICES)}")
+    spec = read_spec(resolve_model(model))
+    what, figures = DEVICES[device]
+    return estimate(
+        f"{model}@{device}", what, ModelShape.of(spec, spec.dtype), _of_model(figures, "its configuration")
     )
 
 
@@ -238,6 +255,10 @@ A10G = DeviceFigures(
         **_ASSUMED,
     },
 )
+
+
+DEVICES = {"h100": ("one H100 SXM 80 GB", H100_SXM), "a10g": ("one A10G 24 GB", A10G)}
+"""Devices with published figures: what each is, and the figures."""
 
 
 def _of_model(device: DeviceFigures, source: str) -> DeviceFigures:
