@@ -233,6 +233,11 @@ def plan_memory(
     return msgspec.structs.replace(plan, num_blocks=_num_blocks(plan, config))
 
 
+def spec_from_config(config: EngineConfig, progress: LoadProgress | None = None) -> ModelSpec:
+    """Read the model's description, not its weights; see :func:`plan_from_config`."""
+    return read_spec(resolve_model(config.model, progress), config.model_impl, config.quantization)
+
+
 def plan_from_config(
     config: EngineConfig, *, available_bytes: int | None = None, progress: LoadProgress | None = None
 ) -> MemoryPlan:
@@ -241,7 +246,7 @@ def plan_from_config(
 
     Raises ConfigError if the model is not available, is not supported, or does not fit.
     """
-    spec = read_spec(resolve_model(config.model, progress), config.model_impl, config.quantization)
+    spec = spec_from_config(config, progress)
     device = resolve_device(config.device)
     return plan_memory(spec, config, device=device, available_bytes=available_bytes)
 

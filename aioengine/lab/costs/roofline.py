@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import msgspec
 
+from aioengine.config import EngineConfig
 from aioengine.errors import ConfigError
 from aioengine.lab.costs.model import CostModel, ExpertShape, ModelShape, Stage
 from aioengine.lab.costs.steps import Curve, StepCosts, significant
 from aioengine.lab.workload.distributions import MAX_RANK
+from aioengine.memory_plan import spec_from_config
 from aioengine.model.experts.spec import MixtureSpec
-from aioengine.model.files.resolve import read_spec, resolve_model
 from aioengine.model.spec import DTYPE_BYTES, ModelSpec
 
 
@@ -114,7 +115,7 @@ def estimate_of(model: str, device: str) -> CostModel:
     """
     if device not in DEVICES:
         raise ConfigError(f"no published figures of {device!r}; there are those of {', '.join(DEVICES)}")
-    spec = read_spec(resolve_model(model))
+    spec = spec_from_config(EngineConfig(model=model))
     what, figures = DEVICES[device]
     return estimate(
         f"{model}@{device}", what, ModelShape.of(spec, spec.dtype), _of_model(figures, "its configuration")

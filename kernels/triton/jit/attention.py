@@ -100,10 +100,6 @@ def attention_kernel(
     part_highest = highest
     part_total = total
     part_acc = acc
-    if SINKS:  # as if these keys came first
-        head = tl.minimum(kv_head * GROUP + m % GROUP, kv_heads * GROUP - 1)
-        highest = tl.load(sinks_ptr + head).to(tl.float32) * LOG2_E
-        total += 1.0
     for at in range(begin, end, BLOCK_N):
         key = at + n
         # What lies beyond the sequence's end may be anything, NaN too: it is not read.
@@ -152,6 +148,12 @@ def attention_kernel(
             highest, total, acc = join(highest, total, acc, part_highest, part_total, part_acc)
         tl.store(arrivals_ptr + output, 0)
 
+    if SINKS:  # as if these keys came last
+        sink = tl.load(sinks_ptr + kv_head * GROUP + m % GROUP).to(tl.float32) * LOG2_E
+        higher = tl.maximum(highest, sink)
+        decay = tl.exp2(highest - higher)
+        total = total * decay + tl.exp2(sink - higher)
+        acc = acc * decay[:, None]
     acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
     heads = kv_heads * GROUP
     out_at = ((row + token).to(tl.int64)[:, None] * heads + (kv_head * GROUP + m % GROUP)[:, None]) * D + d[
