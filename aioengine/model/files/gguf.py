@@ -18,8 +18,12 @@ import torch
 
 from aioengine.errors import ConfigError
 from aioengine.kernels.portable import dequantize as blocks
+from aioengine.model.experts.spec import MixtureSpec
 from aioengine.model.files.gguf_families import (
     ARCHITECTURES,
+    EXPERTS,
+    ROUTER,
+    expert_fields,
     family_of,
     fields,
     module_names,
@@ -115,8 +119,6 @@ def read_spec(source: str | PathLike[str] | GGUFFile) -> ModelSpec:
             f"{file.path}: architecture {arch!r} is not supported; "
             f"supported in GGUF: {', '.join(ARCHITECTURES)}"
         )
-    if file.get(f"{arch}.expert_count", 0):
-        raise ConfigError(f"{file.path}: mixture-of-experts models are not supported")
 
     def get(key: str, default: Any) -> Any:
         value = file.get(f"{arch}.{key}", default)
@@ -142,8 +144,10 @@ def read_spec(source: str | PathLike[str] | GGUFFile) -> ModelSpec:
     other, other_layers = other_rope(family, get, rope, own, layers)
     context = _uniform(file, f"{arch}.context_length")
     qkv = "attn_qkv" if TRAITS[family].get("fused_qkv") else "attn_q"
-    return ModelSpec(
+    experts = expert_fields(family, get, file.path)
+    return (MixtureSpec if experts else ModelSpec)(
         **{
+            **experts,
             **fields(family, get, hidden=hidden, heads=num_heads, head_dim=head_dim, layers=layers),
             "qkv_bias": f"blk.0.{qkv}.bias" in file.tensors,
             "o_bias": "blk.0.attn_output.bias" in file.tensors,
@@ -176,8 +180,8 @@ def read_spec(source: str | PathLike[str] | GGUFFile) -> ModelSpec:
 class StoredTensor:
     """A parameter of a file, under its Hugging Face name."""
 
-    def __init__(self, file: GGUFFile, name: str, spec: ModelSpec) -> None:
-        self._file, self._name = file, name
+    def __init__(self, file: GGUFFile, name: str, spec: ModelSpec, expert: int | None = None) -> None:
+        self._file, self._name, self._expert = file, name, expert
         self._tensor = file.tensors[name]
         self._heads: int | None = None
         """Number of heads of q or k, whose rows are in another order than in Hugging Face's files; None for
@@ -191,7 +195,8 @@ class StoredTensor:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return tuple(int(n) for n in reversed(self._tensor.shape))
+        whole = tuple(int(n) for n in reversed(self._tensor.shape))
+        return whole if self._expert is None else whole[1:]
 
     @property
     def packing(self) -> Packing | None:
@@ -200,7 +205,7 @@ class StoredTensor:
 
     def tensor(self) -> torch.Tensor:
         """Return its values in their dtype; quantized ones are converted to float32."""
-        return self._ordered(_to_torch(self._file, self._tensor))
+        return self._ordered(_to_torch(self._file, self._tensor, self._expert))
 
     def blocks(self) -> dict[str, torch.Tensor]:
         """Return the tensors of a quantized weight, under the names that ``BlockWeight`` has for them."""
@@ -222,7 +227,11 @@ def iter_stored(
     """
     file = open_gguf(source)
     for name in file.tensors:
-        if name not in (_ROPE_FACTORS, _SHORT_FACTORS, _LONG_FACTORS):
+        if isinstance(spec, MixtureSpec) and (found := EXPERTS.fullmatch(name)):
+            for expert in range(int(file.tensors[name].shape[-1])):
+                module = spec.module_name(int(found[1]), f"experts.{expert}.{getattr(spec.names, found[2])}")
+                yield f"{module}.weight", StoredTensor(file, name, spec, expert)
+        elif name not in (_ROPE_FACTORS, _SHORT_FACTORS, _LONG_FACTORS):
             yield _hf_name(file, name), StoredTensor(file, name, spec)
 
 
@@ -239,7 +248,7 @@ def _packed(file: GGUFFile) -> dict[str, Packing]:
     found = {}
     for name, stored in file.tensors.items():
         packing = _packing(stored)
-        if packing is not None:
+        if packing is not None and f".{ROUTER}." not in name:
             found[_hf_name(file, name).removesuffix(".weight")] = packing
     return found
 
@@ -258,20 +267,21 @@ def _hf_name(file: GGUFFile, name: str) -> str:
     raise ConfigError(f"{file.path}: tensor {name!r} is not part of a supported architecture")
 
 
-def _to_torch(file: GGUFFile, stored: ReaderTensor) -> torch.Tensor:
+def _to_torch(file: GGUFFile, stored: ReaderTensor, expert: int | None = None) -> torch.Tensor:
     import numpy as np
     from gguf import GGMLQuantizationType as Type
     from gguf.quants import dequantize
 
+    data = stored.data if expert is None else stored.data[expert]
     if stored.tensor_type in (Type.F32, Type.F16):
-        return torch.from_numpy(np.array(stored.data))  # a copy: the file is mapped read-only
+        return torch.from_numpy(np.array(data))  # a copy: the file is mapped read-only
     if stored.tensor_type == Type.BF16:
-        return torch.from_numpy(np.array(stored.data).view(np.int16)).view(torch.bfloat16)
+        return torch.from_numpy(np.array(data).view(np.int16)).view(torch.bfloat16)
     packing = _packing(stored)
     if packing is not None:
         return blocks.dequantize(packing.format, torch.from_numpy(stored.data))
     try:
-        return torch.from_numpy(np.ascontiguousarray(dequantize(stored.data, stored.tensor_type)))
+        return torch.from_numpy(np.ascontiguousarray(dequantize(data, stored.tensor_type)))
     except NotImplementedError as e:
         raise ConfigError(
             f"{file.path}: tensor {stored.name!r} is stored as {stored.tensor_type.name}, which the "

@@ -6,11 +6,14 @@ What a file does not say is what llama.cpp has for the architecture in its code
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from aioengine.errors import ConfigError
+from aioengine.model.experts.spec import ExpertNames
+from aioengine.model.files.hf.experts import MIXTRAL
 from aioengine.model.files.hf.families import TRAITS, Family
 from aioengine.model.spec import RopeSpec
 
@@ -40,9 +43,20 @@ ARCHITECTURES = {
     "gemma2": Architecture("gemma2"),
     "gemma3": Architecture("gemma3_text"),
     "glm4": Architecture("glm4", partial=True),
+    "qwen3moe": Architecture("qwen3_moe"),
+    "olmoe": Architecture("olmoe"),
 }
-"""Mistral models are stored as ``llama``, and OLMo 3 as ``olmo2``."""
+"""Mistral and Mixtral models are stored as ``llama``, and OLMo 3 as ``olmo2``."""
 
+EXPERTS = re.compile(r"blk\.(\d{1,6})\.ffn_(gate|up|down)_exps\.weight", re.ASCII)
+"""Names of the tensors [experts, out, in] of a layer's experts."""
+_MIXTURES: dict[Family, dict[str, Any]] = {
+    "mixtral": {"normalized": True, "names": MIXTRAL},
+    "qwen3_moe": {"normalized": True},
+    "olmoe": {"normalized": False},
+}
+
+ROUTER = "ffn_gate_inp"
 _IN_LAYER = {
     "attn_q": "self_attn.q_proj",
     "attn_k": "self_attn.k_proj",
@@ -62,6 +76,9 @@ def module_names(family: Family) -> dict[str, str]:
     """Return the modules of a layer: their GGUF names, and those that Hugging Face has."""
     traits = TRAITS[family]
     names = {**_IN_LAYER, "ffn_up": "mlp.gate_up_proj" if traits.get("fused_gate_up") else "mlp.up_proj"}
+    if family in _MIXTURES:
+        experts = _MIXTURES[family].get("names", ExpertNames())
+        names[ROUTER] = f"{experts.block}.{experts.router}"
     norms = traits.get("norms")
     if norms is None:
         return names | {"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
@@ -77,6 +94,8 @@ def module_names(family: Family) -> dict[str, str]:
 def family_of(arch: str, get: Get) -> Family:
     """Return the family of an architecture, of which some depend on whether there are windows."""
     found = ARCHITECTURES[arch].family
+    if found == "llama" and get("expert_count", 0):
+        return "mixtral"
     if get("attention.sliding_window", 0):
         return {"llama": "mistral", "olmo2": "olmo3"}.get(found, found)  # type: ignore[return-value]
     return found
@@ -121,6 +140,25 @@ def fields(
     if family == "gemma2":
         found["attention_cap"] = get("attn_logit_softcapping", None)
     return found
+
+
+def expert_fields(family: Family, get: Get, path: Path) -> dict[str, Any]:
+    """Return the fields that :class:`MixtureSpec` has beside those of ModelSpec; none for a model without
+    experts. Raises ConfigError, naming ``path``, for what is not supported."""
+    count, chosen = int(get("expert_count", 0) or 0), int(get("expert_used_count", 0) or 0)
+    if family not in _MIXTURES:
+        if count:
+            raise ConfigError(f"{path}: expert_count={count}: {family} models with experts are not supported")
+        return {}
+    if not 1 <= chosen <= count:
+        raise ConfigError(f"{path}: expert_used_count={chosen}: must be from 1 to expert_count={count}")
+    size = int(get("expert_feed_forward_length", get("feed_forward_length", 0)))
+    return {
+        **_MIXTURES[family],
+        "experts": count,
+        "experts_per_token": chosen,
+        "expert_size": size,
+    }
 
 
 def other_rope(

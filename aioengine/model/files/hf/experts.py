@@ -8,7 +8,7 @@ from aioengine.model.experts.spec import ExpertNames
 from aioengine.model.files.hf.config_file import ConfigFile, NotNative
 from aioengine.model.files.hf.families import Family
 
-_MIXTRAL = ExpertNames(block="block_sparse_moe", gate="w1", up="w3", down="w2")
+MIXTRAL = ExpertNames(block="block_sparse_moe", gate="w1", up="w3", down="w2")
 _COUNTS = ("num_experts", "num_local_experts")
 """Keys for the number of experts; transformers takes either for the other."""
 
@@ -35,7 +35,7 @@ def read_experts(config: ConfigFile, family: Family, num_layers: int) -> dict[st
     fields["expert_size"] = config.positive("moe_intermediate_size" if qwen else "intermediate_size")
     fields["normalized"] = family in ("mixtral", "gpt_oss") or config.flag("norm_topk_prob")
     if family == "mixtral":
-        fields["names"] = _MIXTRAL
+        fields["names"] = MIXTRAL
     if family == "gpt_oss":
         fields |= {"biased": True, "interleaved": True, "names": ExpertNames(router="router")}
         fields |= {key: config.number(key) for key in ("swiglu_alpha", "swiglu_limit")}

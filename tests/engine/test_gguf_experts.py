@@ -1,0 +1,130 @@
+"""GGUF files of models with experts: token for token what transformers makes of the original."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import gguf
+import msgspec
+import numpy as np
+import pytest
+import torch
+from gguf.tensor_mapping import get_tensor_name_map
+from safetensors.torch import load_file
+from support.moe_adapters import NAMES, USUAL, MoeModel
+from support.served_models import engine_of, prompt
+from support.tiny_gguf import interleaved
+
+from aioengine import SamplingParams
+from aioengine.errors import ConfigError
+from aioengine.model.files.resolve import read_spec
+
+ARCHITECTURES = {
+    "mixtral": gguf.MODEL_ARCH.LLAMA,
+    "qwen3_moe": gguf.MODEL_ARCH.QWEN3MOE,
+    "olmoe": gguf.MODEL_ARCH.OLMOE,
+}
+OVERRIDES: dict[str, dict[str, Any]] = {
+    "mixtral": {"sliding_window": None},
+    "qwen3_moe": {"norm_topk_prob": True},
+    "olmoe": {},
+}
+
+
+def write(model: MoeModel, kind: str, **metadata: int) -> Path:
+    """The model as llama.cpp's converter writes it; the one in memory gets the values that are stored."""
+    config, arch = json.loads((model.folder / "config.json").read_text()), ARCHITECTURES[model.family]
+    path = model.folder.parent / f"{kind}.gguf"
+    writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[arch])
+    head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_head_count(config["num_attention_heads"])
+    writer.add_head_count_kv(config["num_key_value_heads"])
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    writer.add_rope_freq_base(config["rope_parameters"]["rope_theta"])
+    writer.add_key_length(head_dim)
+    writer.add_value_length(head_dim)
+    writer.add_eos_token_id(1)
+    writer.add_bos_token_id(0)
+    writer.add_expert_count(config.get("num_local_experts") or config["num_experts"])
+    writer.add_expert_used_count(metadata.get("used", config["num_experts_per_tok"]))
+    if "moe_intermediate_size" in config and model.family == "qwen3_moe":
+        writer.add_expert_feed_forward_length(config["moe_intermediate_size"])
+    names = get_tensor_name_map(arch, config["num_hidden_layers"])
+    for name, tensor in _stacked(model, load_file(model.folder / "model.safetensors")).items():
+        quant = gguf.GGMLQuantizationType[kind if tensor.ndim > 1 else "F32"]
+        raw = gguf.quants.quantize(tensor.numpy(), quant)
+        tensor.copy_(torch.from_numpy(gguf.quants.dequantize(raw, quant).copy()))
+        if model.family == "mixtral":
+            for module, heads in (("q_proj", "num_attention_heads"), ("k_proj", "num_key_value_heads")):
+                raw = interleaved(raw, config[heads]) if module in name else raw
+        stored = name if name.startswith("blk.") else names.get_name(name, try_suffixes=(".weight",))
+        writer.add_tensor(stored, np.ascontiguousarray(raw), raw_dtype=quant)
+        _put(model, name, tensor)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+PARTS = ("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps")
+
+
+def _stacked(model: MoeModel, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    block, *linears = NAMES.get(model.family, USUAL)
+    found = {name: tensor for name, tensor in state.items() if ".experts." not in name}
+    for i in range(len(model.base.model.layers)):
+        for part, linear in zip(PARTS, linears, strict=True):
+            prefix = f"model.layers.{i}.{block}.experts"
+            count = sum(name.startswith(prefix) and name.endswith(f"{linear}.weight") for name in state)
+            own = [state[f"{prefix}.{expert}.{linear}.weight"] for expert in range(count)]
+            found[f"blk.{i}.{part}.weight"] = torch.stack(own)
+    return found
+
+
+def _put(model: MoeModel, name: str, tensor: torch.Tensor) -> None:
+    """Give the model in memory the values of a tensor of the file."""
+    with torch.no_grad():
+        if not name.startswith("blk."):
+            block = NAMES.get(model.family, USUAL)[0]
+            model.base.get_parameter(name.replace(f".{block}.", ".mlp.")).copy_(tensor)
+            return
+        _, layer, part, _ = name.split(".")
+        experts = model.base.model.layers[int(layer)].mlp.experts
+        size = experts.gate_up_proj.shape[1] // 2
+        rows = {PARTS[0]: slice(0, size), PARTS[1]: slice(size, 2 * size)}.get(part)
+        (experts.down_proj if rows is None else experts.gate_up_proj[:, rows]).copy_(tensor)
+
+
+@pytest.mark.parametrize("kind", ["F32", "Q8_0"])
+@pytest.mark.parametrize("family", ARCHITECTURES)
+async def test_a_gguf_file_is_the_model_that_it_was_made_of(family: str, kind: str, tmp_path: Path) -> None:
+    model = MoeModel(tmp_path, family, moe_intermediate_size=32, intermediate_size=64, **OVERRIDES[family])
+    original = read_spec(model.folder, "native")
+    path = write(model, kind)
+    ours = read_spec(path)
+    same = {name: getattr(original, name) for name in ("packed", "dtype", "eos_token_ids")}
+    assert msgspec.structs.replace(ours, **same) == original
+    if kind == "F32":
+        return
+    assert {packing.format for packing in ours.packed.values()} == {"q8_0"}
+    params = SamplingParams(max_tokens=8, ignore_eos=True)
+    async with engine_of(path, model_impl="native", block_size=16) as engine:
+        assert engine.info.batch_invariant, "the compiled step runs it"
+        for seed in range(2):
+            tokens = prompt(seed, 20)
+            output = await engine.complete(tokens, params)
+            logits = model.logits([*tokens, *output.token_ids[:-1]], None)[len(tokens) - 1 :]
+            assert output.token_ids == logits.argmax(-1).tolist()
+
+
+def test_a_number_of_experts_that_cannot_be_is_refused(tmp_path: Path) -> None:
+    path = write(MoeModel(tmp_path, "olmoe"), "F32", used=9)
+    with pytest.raises(ConfigError, match="expert_used_count=9: must be from 1 to expert_count=4"):
+        read_spec(path)
