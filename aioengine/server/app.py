@@ -16,6 +16,7 @@ from litestar.routes import HTTPRoute
 from aioengine import __version__
 from aioengine.client import EngineClient, SharesLimits
 from aioengine.errors import EngineStopped
+from aioengine.grammars.fair_thread import in_own_thread
 from aioengine.metrics.asgi import metrics_app
 from aioengine.metrics.page.plumbing import Message, Receive, Scope, Send, answer_no_http, below_mount
 from aioengine.server.access.gate import Gate
@@ -45,7 +46,7 @@ from aioengine.server.openai.completions import completion_routes
 from aioengine.server.openai.models import model_routes
 from aioengine.server.openai.tokens import token_routes
 from aioengine.server.openai.uploads import upload_routes
-from aioengine.server.openapi import openapi_config
+from aioengine.server.openapi import make_documents, openapi_config
 from aioengine.server.pace import Pace
 from aioengine.server.responses.routes import responses_routes
 from aioengine.server.settings import ServerSettings
@@ -89,6 +90,8 @@ class ServerApp:
         self._active = 0
         self._idle = asyncio.Event()
         self._idle.set()
+        self._documents: asyncio.Future[None] | None = None
+        """The making of the API's description, on first use."""
         self._unknown_fields = UnknownFields(ignore=settings.ignore_unknown_fields)
         self._routes = Litestar(
             route_handlers=[
@@ -212,6 +215,8 @@ class ServerApp:
             self._gate.admit(PAGE_ROUTE, scope, record)
             await until_ended(self._metrics(scope, receive, send), record.ended)
             return
+        if path.startswith("/docs"):
+            await self._described()
         # Without the mount point, because routes are matched below it.
         inner = {**scope, "path": path, "root_path": "", "state": {RECORD: record}}
         if scope["method"] == "HEAD":
@@ -255,6 +260,14 @@ class ServerApp:
             self._active -= 1
             if self._active == 0:
                 self._idle.set()
+
+    async def _described(self) -> None:
+        """Wait until the API's description is made, in a thread."""
+        made = self._documents
+        if made is None or (made.done() and (made.cancelled() or made.exception() is not None)):
+            made = asyncio.ensure_future(in_own_thread(lambda: make_documents(self._routes)))
+            self._documents = made
+        await asyncio.shield(made)
 
     def _post_route(self, path: str) -> HTTPRouteHandler:
         [route] = (r for r in self._routes.routes if isinstance(r, HTTPRoute) and r.path == path)

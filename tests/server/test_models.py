@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import shutil
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -188,3 +190,13 @@ async def test_probes_and_pages(serve: Serve) -> None:
         post = schema["paths"]["/v1/chat/completions"]["post"]
         assert set(post["responses"]["200"]["content"]) == {"application/json", "text/event-stream"}
         assert schema["components"]["schemas"]["ChatRequest"]["additionalProperties"] is False
+
+
+async def test_the_description_is_not_made_on_the_event_loop(serve: Serve) -> None:
+    """It takes a third of a second of processor time, and the loop runs in this thread."""
+    async with serve() as served:
+        await served.http.get("/version")
+        began = time.thread_time()
+        answers = await asyncio.gather(*(served.http.get("/docs/openapi.json") for _ in range(3)))
+        assert time.thread_time() - began < 0.15
+        assert len({answer.content for answer in answers}) == 1 and "paths" in answers[0].json()
