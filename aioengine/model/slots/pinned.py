@@ -7,6 +7,7 @@ import logging
 import threading
 import weakref
 from collections import deque
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -113,6 +114,9 @@ class _Slab:
             address = self._buffer.tensor.data_ptr()
             runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
             if int(runtime.cudaHostRegister(address, self.nbytes, _PORTABLE)) != 0:
+                # The thread's next launch would report the error once more.
+                with suppress(RuntimeError):
+                    torch.zeros(1, device=device)
                 return False
         # At the end of the process the driver may be gone already.
         weakref.finalize(self, _unlock, self._buffer, device).atexit = False
