@@ -16,6 +16,7 @@ from support.trained_tokens import build_trained
 
 from aioengine import SamplingParams
 from aioengine.errors import AdapterInvalid, AdapterTooLarge
+from aioengine.kernels.dispatch import ENV
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 ROWS = [5, 9, 40, 41, 100, 250]
@@ -31,6 +32,7 @@ BOTH: dict[str, dict[str, Any]] = {
 }
 PATHS: dict[str, dict[str, Any]] = {
     "torch": {"max_trained_tokens": 12},
+    "portable": {"max_trained_tokens": 12, "max_num_batched_tokens": 64},
     "compiled": {"block_size": 16, "max_trained_tokens": 12},
     "chunks": {"max_num_batched_tokens": 16, "max_num_seqs": 8, "max_trained_tokens": 12},
     "slots-by-bytes": {"slot_memory": "256KiB", "max_loras": 6, "max_cpu_loras": 8},
@@ -60,7 +62,11 @@ def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 
 @pytest.mark.parametrize("path", [path for path in PATHS if path != "ranks"])
-async def test_tokens_are_those_of_peft(path: str, trained: Tiny, make_engine: MakeEngine) -> None:
+async def test_tokens_are_those_of_peft(
+    path: str, trained: Tiny, make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if path == "portable":
+        monkeypatch.setenv(ENV, "torch")
     await check(path, trained, make_engine)
 
 

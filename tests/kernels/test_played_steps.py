@@ -13,13 +13,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.random_slots import fill_slot
+from support.random_slots import fill_slot, random_image
 from support.tiny_models import build_model
 from torch import Tensor
 
 from aioengine.model.decode_graphs import CudaGraphs, DecodeLimits, Step
 from aioengine.model.files.resolve import read_spec
 from aioengine.model.runner import ModelRunner
+from aioengine.model.slots.tokens import TokenTable, TokenTables, TrainedTokens
 from aioengine.request import SamplingParams
 from aioengine.step import Sampled, SequenceWork, StepBatch
 
@@ -55,12 +56,12 @@ class Run:
             record=self._record,
         )  # fmt: skip
         if self.runner.lora_slots is not None:
-            self._fill_slots()
+            self.fill_slots()
         for cache in (*self.runner.kv_cache.k, *self.runner.kv_cache.v):
             cache.fill_(float("nan"))
         self.played.clear()
 
-    def _fill_slots(self) -> None:
+    def fill_slots(self) -> None:
         slots = self.runner.lora_slots
         assert slots is not None
         generator = torch.Generator().manual_seed(1)
@@ -137,6 +138,30 @@ def test_what_a_step_left_behind_does_not_reach_a_smaller_one(runs: tuple[Run, R
         close(played.step(fewer), eager.step(fewer))
     for found, expected in zip(played.caches(), eager.caches(), strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_steps_with_trained_tokens_are_not_played(runs: tuple[Run, Run]) -> None:
+    """They are computed, with the rows of the adapter: token 5 is the first of the first sequence."""
+    tables = TokenTables(TokenTable((5, 9)), TokenTable((3, 7, 100), 2), 5)
+    tokens = TrainedTokens(tables, torch.randn(5, 64, generator=torch.Generator().manual_seed(3)))
+    for run in runs:
+        slots = run.runner.lora_slots
+        assert slots is not None
+        generator = torch.Generator().manual_seed(1)
+        slots.write(0, random_image(slots.layout, 4, generator, torch.float32, tokens=tokens))
+    decode = [(-1, 0, 1), (0, 0, 1), (1, 0, 1)]
+    played, eager = runs
+    played.played.clear()
+    found = played.step(decode)
+    close(found, eager.step(decode))
+    assert not played.played
+    for run in runs:
+        run.fill_slots()
+    without = eager.step(decode)
+    assert (found[1] - without[1])[[3, 7, 100]].abs().min() > 1e-3
+    close(found[[0, 2]], without[[0, 2]])
+    assert played.step(decode).shape == without.shape and played.played, "the slot has another adapter"
+    played.played.clear()
 
 
 def test_what_is_no_decode_step_is_not_played() -> None:

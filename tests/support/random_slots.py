@@ -12,6 +12,7 @@ from aioengine.model.slots.image import AdapterImage, build_image
 from aioengine.model.slots.layout import SlotLayout
 from aioengine.model.slots.pool import LoRASlots
 from aioengine.model.slots.quantized import quantize_image
+from aioengine.model.slots.tokens import TrainedTokens
 
 
 def random_image(
@@ -22,6 +23,7 @@ def random_image(
     *,
     affine: bool = False,
     allocate: Allocate = pageable,
+    tokens: TrainedTokens | None = None,
 ) -> AdapterImage:
     """Of ``rank`` in every module of the slots; with ``affine``, all outputs are scaled and shifted."""
 
@@ -36,7 +38,7 @@ def random_image(
         if affine:
             gains[key] = randn(2, place.num_outputs)
     adapter = SimpleNamespace(rank=rank, digest="", tensors=tensors, in_order=None, shape=None)
-    return build_image(layout, adapter, gains, dtype, allocate)
+    return build_image(layout, adapter, gains, dtype, allocate, tokens=tokens)
 
 
 def fill_slot(
