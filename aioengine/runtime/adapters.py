@@ -109,7 +109,7 @@ class AdapterOps:
 
     def _is_in_slot(self, name: str) -> bool:
         """Whether the adapter is in a slot, or no longer pinned. Raises AdapterNotFound if it is unloaded, or
-        the error of its copy."""
+        the reason why it gets no slot."""
         entry = self._residency.current.get(name)
         if entry is None:
             raise AdapterNotFound("it was unloaded while it waited for a slot", name=name)

@@ -10,6 +10,7 @@ from typing import NamedTuple
 from aioengine.adapters.loader import BaseLoader, Patience
 from aioengine.adapters.read_threads import Progress
 from aioengine.config import LoRAConfig
+from aioengine.core.adapters.arena import rounded
 from aioengine.errors import AdapterInvalid, AdapterLoadError, AdapterTooLarge, EngineDead
 from aioengine.lab.costs.model import CostModel
 from aioengine.lab.simulation.device import SimulatedDevice
@@ -17,6 +18,7 @@ from aioengine.lab.simulation.transfers import SharedStage
 from aioengine.step import (
     AdapterSource,
     LoadedAdapter,
+    MemoryMove,
     ReadOrder,
     Sampled,
     SequenceWork,
@@ -53,9 +55,23 @@ class Memory:
     ``problem`` is told of whatever must never happen.
     """
 
-    def __init__(self, slots: int, block_size: int, problem: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        slots: int,
+        block_size: int,
+        problem: Callable[[str], None],
+        block_bytes: int | None = None,
+    ) -> None:
         self.problem = problem
         self.block_size = block_size
+        self.block_bytes = block_bytes
+        """Of a memory that adapters and KV blocks share; None if they do not."""
+        self.regions: dict[int, tuple[int, int]] = {}
+        """Where slots share a memory: beginning and end, in bytes, of what each slot holds."""
+        self.read_blocks: set[int] = set()
+        """The KV blocks that the step in flight uses."""
+        self.sizes: dict[int, int] = {}
+        """Bytes in a slot of what was read, by uid."""
         self.slots: list[int | None] = [None] * slots
         """The uid of the adapter in each slot; None if there is none, or half of one."""
         self.writing: set[int] = set()
@@ -73,6 +89,7 @@ class Memory:
         self.losses += 1
         self.slots = [None] * len(self.slots)
         self.writing.clear()
+        self.regions.clear()
         self.cpu.clear()
         self.blocks.clear()
 
@@ -81,6 +98,37 @@ class Memory:
         if self.lost:
             raise EngineDead("planned: the device was lost")
         return self.losses
+
+    def write(self, begin: int, end: int, slot: int | None = None) -> None:
+        """Bytes are written, for ``slot`` or (None) for a KV block: what was there is gone."""
+        for other, (first, last) in list(self.regions.items()):
+            if other != slot and first < end and begin < last:
+                if other in self.reading or other in self.writing:
+                    self.problem(f"slot {other} is overwritten while it is read or written")
+                self.slots[other] = None
+                del self.regions[other]
+        if slot is not None and self.block_bytes is not None:
+            for block in range(begin // self.block_bytes, -(-end // self.block_bytes)):
+                self.blocks.pop(block, None)
+                if block in self.read_blocks:
+                    self.problem(f"KV block {block} is overwritten by an adapter while a step uses it")
+
+    def write_block(self, block: int, content: tuple[str, tuple[int, ...]]) -> None:
+        if self.block_bytes is not None:
+            self.write(block * self.block_bytes, (block + 1) * self.block_bytes)
+        self.blocks[block] = content
+
+    def move(self, move: MemoryMove) -> None:
+        """Carry out a move of the memory that adapters and KV blocks share."""
+        if move.slot is None:
+            assert self.block_bytes is not None
+            content = self.blocks.get(move.source // self.block_bytes, ("nothing", ()))
+            self.write_block(move.to // self.block_bytes, content)
+            return
+        if self.regions.get(move.slot, (None,))[0] != move.source or move.slot in self.writing:
+            self.problem(f"slot {move.slot} is moved from where it is not")
+        self.regions[move.slot] = move.to, move.to + move.nbytes
+        self.write(move.to, move.to + move.nbytes, move.slot)
 
     def digest(self, row: SequenceWork) -> str:
         uid = self.slots[row.slot] if row.slot >= 0 else None
@@ -152,7 +200,10 @@ class FaultyDevice(SimulatedDevice):
         memory, rng = self.memory, self._rng
         if memory.lost:
             raise self._lost()
+        for move in batch.moves:
+            memory.move(move)
         rows = [self._begin_row(work) for work in batch.sequences]
+        memory.read_blocks = {block for row in rows for block in row.blocks}
         self._check_whole(batch)
         memory.reading = {row.work.slot for row in rows if row.work.slot >= 0}
         try:
@@ -160,7 +211,7 @@ class FaultyDevice(SimulatedDevice):
                 await asyncio.sleep(rng.uniform(0.1, 3.0))
             result = await super().execute(batch)
         finally:
-            memory.reading = set()
+            memory.reading, memory.read_blocks = set(), set()
         if memory.lost:
             raise self._lost()
         if rng.random() < self._rates.lethal_step:
@@ -221,7 +272,8 @@ class FaultyDevice(SimulatedDevice):
             memory.problem(f"slot {work.slot} was changed while a step read it")
         size, until = memory.block_size, work.start + len(work.tokens)
         for index in range(work.start // size, -(-until // size)):
-            memory.blocks[row.blocks[index]] = row.digest, row.known[: min((index + 1) * size, until)]
+            content = row.digest, row.known[: min((index + 1) * size, until)]
+            memory.write_block(row.blocks[index], content)
         if sampled is None:
             return None
         if self._rng.random() < self._rates.failed_row:
@@ -235,7 +287,7 @@ class FaultyDevice(SimulatedDevice):
     async def load(self, order: ReadOrder) -> LoadedAdapter:
         return await self.loader.load(order)
 
-    async def place(self, uid: int, slot: int) -> float:
+    async def place(self, uid: int, slot: int, offset: int | None = None) -> float:
         memory, rng = self.memory, self._rng
         losses = memory.generation()
         if uid not in memory.cpu:
@@ -243,6 +295,9 @@ class FaultyDevice(SimulatedDevice):
         if slot in memory.writing:
             memory.problem(f"slot {slot} is written twice at once")
         self._check_unread(slot)
+        if offset is not None:
+            memory.regions[slot] = offset, offset + rounded(memory.sizes[uid])
+            memory.write(*memory.regions[slot], slot)
         memory.writing.add(slot)
         memory.slots[slot] = None
         start = asyncio.get_running_loop().time()
@@ -371,6 +426,7 @@ class FaultyLoader(BaseLoader[Found]):
         if uid in self._memory.cpu:
             self._memory.problem(f"version {uid} was read twice")
         self._memory.cpu[uid] = found.digest
+        self._memory.sizes[uid] = found.nbytes
 
     async def close(self) -> None:
         left = list(self._left_behind)

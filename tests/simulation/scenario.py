@@ -101,13 +101,29 @@ class Scenario:
         blocks = -(-max_len // block_size) + spare
         seqs = rng.choice([1, 3, 6])
         largest = MODEL.adapter_nbytes(MAX_RANK)
+        block_bytes = block_size * MODEL.spec.kv_bytes_per_token(2)
+        kv_cache_memory = blocks * block_bytes
+        # Drawn apart, so that it leaves what else a seed means as it is.
+        own = random.Random(f"memory {seed}")
+        slot_memory: int | str | None = own.choice([None, None, None, None, "bytes", "bytes", "shared"])
+        if slot_memory == "bytes":
+            slot_memory = own.choice([largest, int(1.6 * largest), 3 * largest])
+        elif slot_memory == "shared":
+            kv_cache_memory += -(-(own.choice([1, 2, 4]) * largest + 4096) // block_bytes) * block_bytes
+        if slot_memory is not None:  # more adapters than would fit if all were large
+            more = own.choice([1, 3])
+            slots, cpu = slots + more, cpu + more
+        cpu_bytes = rng.choice([None, None, int(1.1 * largest), int(2.2 * largest)])
+        if cpu_bytes is not None and isinstance(slot_memory, int):
+            cpu_bytes = max(cpu_bytes, slot_memory)
+        self.block_bytes = block_bytes if slot_memory == "shared" else None
         self.config = EngineConfig(
             model="simulated",
             max_model_len=max_len,
             max_num_seqs=seqs,
             max_num_batched_tokens=seqs + rng.choice([0, 5, 20, 100]),
             block_size=block_size,
-            kv_cache_memory=blocks * block_size * MODEL.spec.kv_bytes_per_token(2),
+            kv_cache_memory=kv_cache_memory,
             enable_prefix_caching=rng.random() < 0.7,
             max_waiting=rng.choice([None, None, 2, 8]),
             seed=seed,
@@ -115,8 +131,9 @@ class Scenario:
             lora=LoRAConfig(
                 max_loras=slots,
                 max_lora_rank=MAX_RANK,
+                slot_memory=slot_memory,
                 max_cpu_loras=cpu,
-                max_cpu_lora_bytes=rng.choice([None, None, int(1.1 * largest), int(2.2 * largest)]),
+                max_cpu_lora_bytes=cpu_bytes,
                 max_concurrent_loads=rng.choice([1, 2, 4]),
                 load_retries=rng.choice([0, 2, 3]),
                 load_timeout=rng.choice([None, 0.3, 2.0, 60.0]),
@@ -277,7 +294,9 @@ class Scenario:
         )
 
     async def _live(self) -> None:
-        memory = Memory(self.config.lora.max_loras, self.config.block_size, self.problem)  # type: ignore[union-attr]
+        lora = self.config.lora
+        assert lora is not None
+        memory = Memory(lora.max_loras, self.config.block_size, self.problem, self.block_bytes)
         self.engine = engine = FaultyEngine(
             self.config,
             self.policy,
@@ -289,6 +308,7 @@ class Scenario:
         )
         await engine.start()
         self.checker = Checker(engine, self.problem)
+        self.checker.forced_pins = lora.slot_memory is not None  # pins are bounded by number, not by bytes
         self.log = self.checker.log
         engine.add_listener(self.checker)
         for name in NAMES[: self.registered]:

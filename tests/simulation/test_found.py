@@ -11,7 +11,14 @@ from support.lab_sim import DISK, MB, SLOT, config, costs
 
 from aioengine import SamplingParams
 from aioengine.core.adapters.placing import PIN_RETRY_SECONDS
-from aioengine.errors import AdapterLoadError, AdapterNotFound, EngineDead, EngineOverloaded, EngineStopped
+from aioengine.errors import (
+    AdapterLoadError,
+    AdapterNotFound,
+    AdapterTooLarge,
+    EngineDead,
+    EngineOverloaded,
+    EngineStopped,
+)
 from aioengine.lab.simulation.clock import run_in_virtual_time
 from aioengine.lab.simulation.engine import SimulatedEngine
 from aioengine.lab.workload.requests import AdapterShape
@@ -227,6 +234,29 @@ def test_a_load_that_is_given_up_leaves_a_pinned_adapter_to_be_read_again() -> N
                 return (await pin).location
 
     assert run_in_virtual_time(main()) == "slot"
+
+
+@pytest.mark.parametrize("order", ["one by one", "at once"])
+def test_a_pin_that_has_no_room_beside_the_others_fails(order: str) -> None:
+    """It was waited for for ever: pins were counted by their number, and slots share their memory."""
+
+    async def main() -> tuple[list[Any], list[bool]]:
+        settings = config(max_loras=3, max_cpu_loras=3, slot_memory=100_000, max_cpu_lora_bytes=300_000)
+        async with SimulatedEngine(settings, costs()) as engine:
+            engine.add_adapters([AdapterShape(name, 8, 60_000) for name in "ab"])
+            async with asyncio.timeout(60):
+                if order == "one by one":
+                    await engine.pin_adapter("a")
+                pins = [engine.pin_adapter(name) for name in "ab"]
+                ends = await asyncio.gather(*pins, return_exceptions=True)
+                await engine.unpin_adapter("a")
+                await engine.pin_adapter("b")
+            return ends, [info.pinned for info in engine.adapters()]
+
+    ends, pinned = run_in_virtual_time(main())
+    assert isinstance(ends[1], AdapterTooLarge) and "40,000 bytes" not in str(ends[0])
+    assert "60,000 bytes" in str(ends[1]) and "slot_memory" in str(ends[1])
+    assert pinned == [False, True], "and it can be pinned as soon as there is room"
 
 
 def test_an_unload_ends_with_the_last_request_that_is_shut_out() -> None:

@@ -70,13 +70,23 @@ def write_two_slots(patch: pytest.MonkeyPatch) -> None:
     """The device writes an adapter to its slot, and over the next one."""
     place = FaultyDevice.place
 
-    async def twice(device: FaultyDevice, uid: int, slot: int) -> float:
-        seconds = await place(device, uid, slot)
+    async def twice(device: FaultyDevice, uid: int, slot: int, offset: int | None = None) -> float:
+        seconds = await place(device, uid, slot, offset)
         slots = device.memory.slots
         slots[(slot + 1) % len(slots)] = uid
         return seconds
 
     patch.setattr(FaultyDevice, "place", twice)
+
+
+def write_over_another(patch: pytest.MonkeyPatch) -> None:
+    """Where slots share a memory, every adapter is written to its beginning."""
+    place = FaultyDevice.place
+
+    async def at_the_beginning(device: FaultyDevice, uid: int, slot: int, offset: int | None = None) -> float:
+        return await place(device, uid, slot, None if offset is None else 0)
+
+    patch.setattr(FaultyDevice, "place", at_the_beginning)
 
 
 def share_prefixes_between_adapters(patch: pytest.MonkeyPatch) -> None:
@@ -112,6 +122,7 @@ def ignore_deadlines(patch: pytest.MonkeyPatch) -> None:
 BUGS = [
     forget_blocks,
     write_two_slots,
+    write_over_another,
     share_prefixes_between_adapters,
     trust_failed_copies,
     lose_drops,

@@ -54,14 +54,18 @@ class Placing:
     def place_pinned(self, now: float) -> None:
         """Place each pinned adapter as soon as a slot can be had, whether or not the policy asks for it. If
         no slot is idle, one is closed: it admits no requests until it is idle. Otherwise steady traffic would
-        keep the adapter out for ever."""
+        keep the adapter out for ever. One that other pinned adapters leave no room for fails."""
         self._closed.clear()
         self._pinned_wait = False
         for entry in self._residency.cpu.entries.values():
             if not _waits_for_slot(entry):
                 continue
             self._pinned_wait = True
-            if now >= _retry_at(entry):
+            room = self._slots.room_beside_pinned()
+            if self._slots.arena is not None and rounded(entry.slot_nbytes) > room:
+                if entry.error is None:
+                    self._residency.pin_refused(entry, now, int(room))
+            elif now >= _retry_at(entry):
                 keep = self._slots.superseded()
                 if self._start(entry, None, (), self._slots.victims(keep), (), keep, now) is not None:
                     self._close_for(entry, keep)

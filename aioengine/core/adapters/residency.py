@@ -331,6 +331,14 @@ class Residency:
             path=entry.path,
         )
 
+    def pin_refused(self, entry: AdapterEntry, now: float, room: int) -> None:
+        """Fail a pinned adapter that gets no slot, because other pinned ones leave only ``room`` bytes."""
+        text = (
+            f"it takes {entry.slot_nbytes:,} bytes in a slot, and the pinned adapters leave {room:,} bytes; "
+        )
+        text += "unpin one, or raise LoRAConfig.slot_memory"
+        self._failed(entry, now, AdapterTooLarge(text, name=entry.label, path=entry.path), "too_large")
+
     def load_refused(self, entry: AdapterEntry, now: float, error: AdapterError) -> None:
         """Fail an adapter that was read and is not kept."""
         self.load_failed(entry, now, error, "too_large" if isinstance(error, AdapterTooLarge) else "io")
