@@ -52,7 +52,7 @@ def chameleon(lab: Lab) -> Table:
     """
     seeds = [0] if lab.quick else [0, 1, 2]
     requests = 40 if lab.quick else 500
-    rates = [2.0] if lab.quick else [1.8, 2.2]
+    rates = [2.0] if lab.quick else [2.2, 3.0]
     links = [6e9] if lab.quick else [24.8e9, 6e9]
     systems = {
         "S-LoRA: arrival, discard": "vllm:max_wait=600+discard+lookahead",

@@ -67,8 +67,8 @@ def loraserve(lab: Lab) -> Table:
     with kernels that do not.
     """
     seeds: Sequence[int] = [0] if lab.quick else [0, 1, 2]
-    requests = 80 if lab.quick else 1500
-    rates = [60] if lab.quick else [50, 60]
+    requests = 80 if lab.quick else 600
+    rates = [60]
     base_costs = load_costs("llama3-8b-h100")
     presets = {
         kernel: lab.preset(
