@@ -561,6 +561,7 @@ class Core:
             or batch.moves
             or self._speculation is not None
             or self.border is not None
+            or self.blocks.window is not None  # blocks are given back from step to step
             or self._zombies
             or self._following
             or self._costs.learner is not None

@@ -144,6 +144,11 @@ def test_no_step_is_certain_that_a_request_ends_in_or_that_may_change_a_decision
     assert steady is not None and steady.steps == 6, "of 8 tokens, one is there, and the last ends it"
     late = sim.add(deadline=0.5)
     assert sim.core.steady(batch) is None, "the policy has not seen the new request"
+    windowed = CoreSim(LIMITS._replace(num_blocks=64, window=8))
+    windowed.add(max_tokens=8)
+    windowed.settle()
+    after = windowed.schedule()
+    assert after is not None and windowed.core.steady(after) is None, "blocks are given back meanwhile"
     sim.core.end(late, "abort", sim.now)
     sim.core.end(request, "abort", sim.now)
     assert sim.core.steady(batch) is None
