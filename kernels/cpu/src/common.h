@@ -161,39 +161,40 @@ struct Bf16 {
 #endif
   }
 
-  // 16 elements as floats, and back.
-  static inline vf load16(const elem* p) {
-    typedef uint16_t vh __attribute__((vector_size(32)));
-    vh h;
-    std::memcpy(&h, p, sizeof h);
-    return (vf)(__builtin_convertvector(h, vu) << 16);
-  }
+  // A register of elements as floats, and back.
   static inline rf load_register(const elem* p) {
     typedef uint16_t halves __attribute__((vector_size(2 * WIDTH)));
-    halves h;
-    std::memcpy(&h, p, sizeof h);
-    return (rf)(__builtin_convertvector(h, ru) << 16);
+    return (rf)(__builtin_convertvector(aio::load_register<halves>(p), ru) << 16);
+  }
+  static inline void store_register(elem* p, rf v) {
+#if defined(__AVX512BF16__)
+    const __m256bh h = _mm512_cvtneps_pbh((__m512)v);
+    std::memcpy(p, &h, sizeof h);
+#else
+    typedef uint16_t halves __attribute__((vector_size(2 * WIDTH)));
+    const ru u = (ru)v;
+    const ru rounded = (u + 0x7fffu + ((u >> 16) & 1)) >> 16;
+    const ru nan = (u >> 16) | 64;
+    const ru is_nan = (ru)((ri)(u & 0x7fffffffu) > 0x7f800000);
+    aio::store_register(p, __builtin_convertvector((is_nan & nan) | (~is_nan & rounded), halves));
+#endif
+  }
+  // 16 of them.
+  static inline vf load16(const elem* p) {
+    vf v;
+#pragma GCC unroll 4
+    for (int i = 0; i < LANES; i += WIDTH) aio::store_register((float*)&v + i, load_register(p + i));
+    return v;
+  }
+  static inline void store16(elem* p, vf v) {
+#pragma GCC unroll 4
+    for (int i = 0; i < LANES; i += WIDTH) store_register(p + i, aio::load_register<rf>((const float*)&v + i));
   }
   // As if stored and loaded.
   static inline vf round16(vf v) {
     elem stored[LANES];
     store16(stored, v);
     return load16(stored);
-  }
-  static inline void store16(elem* p, vf v) {
-#if defined(__AVX512BF16__)
-    const __m256bh h = _mm512_cvtneps_pbh((__m512)v);
-    std::memcpy(p, &h, sizeof h);
-#else
-    typedef uint16_t vh __attribute__((vector_size(32)));
-    const vu u = (vu)v;
-    const vu rounded = (u + 0x7fffu + ((u >> 16) & 1)) >> 16;
-    const vu nan = (u >> 16) | 64;
-    const vi is_nan = (vi)((u & 0x7fffffffu) > 0x7f800000u);
-    const vu chosen = ((vu)is_nan & nan) | (~(vu)is_nan & rounded);
-    const vh h = __builtin_convertvector(chosen, vh);
-    std::memcpy(p, &h, sizeof h);
-#endif
   }
 };
 
@@ -205,9 +206,11 @@ struct F32 {
   static inline float widen(elem e) { return e; }
   static inline elem narrow(float f) { return f; }
   static inline vf dot(vf acc, vu a, vu b) { return multiply_add((vf)a, (vf)b, acc); }
+  static inline rf load_register(const elem* p) { return aio::load_register<rf>(p); }
+  static inline void store_register(elem* p, rf v) { aio::store_register(p, v); }
   static inline vf load16(const elem* p) { return loadf(p); }
-  static inline vf round16(vf v) { return v; }
   static inline void store16(elem* p, vf v) { storef(p, v); }
+  static inline vf round16(vf v) { return v; }
 };
 
 // Four unsigned bytes (of the first operand) times four signed ones; whole numbers are added, so nothing is rounded.

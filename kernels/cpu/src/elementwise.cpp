@@ -91,18 +91,21 @@ struct Clamp {
 // which is a sigmoid, too; or what Backend.clamped_swiglu says. The sigmoid comes from e^-|z|, which cannot overflow.
 template <class T, Activation A>
 inline void activate16(const typename T::elem* gate, const typename T::elem* up, typename T::elem* out, const Clamp& c) {
-  vf g = T::load16(gate);
-  if (A == CLAMPED) g = g > c.limit ? splatf(c.limit) : g;
-  const vf z = A == SILU ? g : A == GELU ? (g + g * g * g * 0.044715f) * 1.5957691216f : g * c.alpha;
-  const vf e = exp_negative(z < 0.0f ? z : -z);
-  const vf sigmoid = (z < 0.0f ? e : splatf(1.0f)) / (1.0f + e);
-  if (A == CLAMPED) {
-    vf u = T::load16(up);
-    u = u > c.limit ? splatf(c.limit) : u < -c.limit ? splatf(-c.limit) : u;
-    return T::store16(out, g * sigmoid * (u + 1.0f));
+  const auto all = [](float f) { return rf{} + f; };
+  for (int at = 0; at < LANES; at += WIDTH) {
+    rf g = T::load_register(gate + at), u = T::load_register(up + at);
+    if (A == CLAMPED) g = g > c.limit ? all(c.limit) : g;
+    const rf z = A == SILU ? g : A == GELU ? (g + g * g * g * 0.044715f) * 1.5957691216f : g * c.alpha;
+    const rf e = exp_negative_as<ri>(z < 0.0f ? z : -z);
+    const rf sigmoid = (z < 0.0f ? e : all(1.0f)) / (1.0f + e);
+    if (A == CLAMPED) {
+      u = u > c.limit ? all(c.limit) : u < -c.limit ? all(-c.limit) : u;
+      T::store_register(out + at, g * sigmoid * (u + 1.0f));
+      continue;
+    }
+    T::store_register(out + at, g * sigmoid);
+    T::store_register(out + at, T::load_register(out + at) * u);
   }
-  T::store16(out, g * sigmoid);
-  T::store16(out, T::load16(out) * T::load16(up));
 }
 
 // out[t, i] = act(gate) * up for gate_up [rows, 2 * size]. Shazeer, 2020, arXiv:2002.05202.
