@@ -277,6 +277,7 @@ def _first_steps(slots: int, rank: int) -> list[list[Row]]:
         num_blocks=512,
         block_size=BLOCK,
         block_bytes=0,
+        request_blocks=MAX_MODEL_LEN // BLOCK,
         cpu_capacity=slots,
         cpu_adapter_bytes=0,
         available_bytes=0,

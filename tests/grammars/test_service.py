@@ -369,6 +369,7 @@ async def test_a_compile_for_which_nobody_waits_is_given_up() -> None:
         text = from_json(hostile.multiples(7919, 7907))
         waiters = [asyncio.create_task(service.constraint(text, f"t{i}")) for i in range(3)]
         await until(lambda: len(descendants()) == 2)
+        await asyncio.sleep(0.1)  # all three wait for it
         waiters[0].cancel()
         await asyncio.sleep(0.1)
         assert zygote().children(), "two still wait"

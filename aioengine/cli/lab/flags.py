@@ -91,7 +91,7 @@ class SystemFlags:
     """Fields of Experiment that describe the simulated engine."""
 
     preset: str | None = None
-    """Cost model: a preset's name (llama3-8b-h100), a file of lab calibrate, or MODEL@h100: an estimate."""
+    """Cost model: a preset, a calibrated file, or MODEL@h100."""
     cpu_loras: int | None = None
     """Adapters in the CPU cache, those in slots included (64)."""
     max_lora_rank: int | None = None
