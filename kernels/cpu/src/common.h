@@ -250,7 +250,6 @@ static inline V exp_negative_as(V x) {
   const W exponent = ((W)shifted - (W)magic) << 23;
   return (V)(((W)p + exponent) & ~tiny);
 }
-static inline vf exp_negative(vf x) { return exp_negative_as<vi>(x); }
 
 // From e^-2|x|, which cannot overflow.
 template <class W, class V>

@@ -32,13 +32,10 @@ struct Int8Head {
 // Lanes of two int16, whose products are whole numbers, so that nothing is rounded.
 struct Int16 {};
 
-template <>
-struct Steps<Int16> {
-  using Sums = ri;
 #if defined(__AVX2__)
-  static constexpr int COUNT = 1;
-  static inline uint32_t left(uint32_t lane, int) { return lane; }
-  static inline ru right(ru lanes, int) { return lanes; }
+template <>
+struct Steps<Int16> : OneStep {
+  using Sums = ri;
   static inline ri add(ri sums, ru a, ru b) {
 #if defined(__AVX512VNNI__)
     return (ri)_mm512_dpwssd_epi32((__m512i)sums, (__m512i)a, (__m512i)b);
@@ -48,13 +45,17 @@ struct Steps<Int16> {
     return sums + (ri)_mm256_madd_epi16((__m256i)a, (__m256i)b);
 #endif
   }
+};
 #else
+template <>
+struct Steps<Int16> {
+  using Sums = ri;
   static constexpr int COUNT = 2;
   static inline uint32_t left(uint32_t lane, int step) { return uint32_t(int32_t(step == 0 ? lane << 16 : lane) >> 16); }
   static inline ru right(ru lanes, int step) { return (ru)((ri)(step == 0 ? lanes << 16 : lanes) >> 16); }
   static inline ri add(ri sums, ru a, ru b) { return sums + (ri)a * (ri)b; }
-#endif
 };
+#endif
 
 // The largest of what is not negative, NaN being more than all: by their bits, which are in the same order.
 static inline float largest_of(vi bits) {

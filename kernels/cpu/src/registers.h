@@ -43,40 +43,47 @@ inline uint32_t* room(long bytes) {
 template <class T>
 struct Steps;
 
-template <>
-struct Steps<F32> {
-  using Sums = rf;
+// Lanes that one step takes as they are.
+struct OneStep {
   static constexpr int COUNT = 1;
   static inline uint32_t left(uint32_t lane, int) { return lane; }
   static inline ru right(ru lanes, int) { return lanes; }
-  static inline rf add(rf sums, ru a, ru b) { return multiply_add((rf)a, (rf)b, sums); }
 };
 
 template <>
+struct Steps<F32> : OneStep {
+  using Sums = rf;
+  static inline rf add(rf sums, ru a, ru b) { return multiply_add((rf)a, (rf)b, sums); }
+};
+
+#if defined(__AVX512BF16__)
+template <>
+struct Steps<Bf16> : OneStep {
+  using Sums = rf;
+  static inline rf add(rf sums, ru a, ru b) { return Bf16::dot(sums, a, b); }
+};
+#else
+template <>
 struct Steps<Bf16> {
   using Sums = rf;
-#if defined(__AVX512BF16__)
-  static constexpr int COUNT = 1;
-  static inline uint32_t left(uint32_t lane, int) { return lane; }
-  static inline ru right(ru lanes, int) { return lanes; }
-  static inline rf add(rf sums, ru a, ru b) { return Bf16::dot(sums, a, b); }
-#else
   static constexpr int COUNT = 2;
   static inline uint32_t left(uint32_t lane, int step) { return step == 0 ? lane << 16 : lane & 0xffff0000u; }
   static inline ru right(ru lanes, int step) { return step == 0 ? lanes << 16 : lanes & 0xffff0000u; }
   static inline rf add(rf sums, ru a, ru b) { return multiply_add((rf)a, (rf)b, sums); }
-#endif
 };
+#endif
 
+#if defined(__AVX512VNNI__)
+template <>
+struct Steps<Int8> : OneStep {
+  using Sums = ri;
+  static inline ri add(ri sums, ru a, ru b) { return Int8::dot(sums, a, b); }
+};
+#else
 template <>
 struct Steps<Int8> {
   using Sums = ri;
-#if defined(__AVX512VNNI__)
-  static constexpr int COUNT = 1;
-  static inline uint32_t left(uint32_t lane, int) { return lane; }
-  static inline ru right(ru lanes, int) { return lanes; }
-  static inline ri add(ri sums, ru a, ru b) { return Int8::dot(sums, a, b); }
-#elif defined(__AVX2__) && !defined(__AVX512F__)
+#if defined(__AVX2__) && !defined(__AVX512F__)
   // Pairs of bytes as pairs of 16 bits.
   static constexpr int COUNT = 2;
   static inline uint32_t left(uint32_t lane, int step) { return (lane >> (8 * step)) & 0x00ff00ffu; }
@@ -91,6 +98,7 @@ struct Steps<Int8> {
   static inline ri add(ri sums, ru a, ru b) { return sums + (ri)a * (ri)b; }
 #endif
 };
+#endif
 
 // Lays out what the steps take of `count` lanes, COUNT words for each.
 template <class T>
