@@ -43,12 +43,13 @@ SANITIZED := tests/kernels/test_cpu_library.py tests/kernels/test_quantized.py t
 demo: $(VENV)/.demo
 	$(BIN)/aioengine demo $(ARGS)
 
-# First most tests, on two processes, where only a time limit that was met is tried once more; then those that look at
-# the clock, one by one. Pytest's status is 5 if there are none of a kind.
+# First most tests, on two processes; then those that look at the clock, one by one. A test that fails is tried once more,
+# since other processes' turns are not ours to decide; the summary names it ("RERUN"), and its cause has to be found.
+# Pytest's status is 5 if there are none of a kind.
 test: $(VENV)/.dev
-	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --timed without --reruns 1 --only-rerun Timeout \
-	  --durations 10 $(ARGS); many=$$?; \
-	$(BIN)/python -m pytest --timed only --durations 10 $(ARGS); alone=$$?; \
+	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --timed without --reruns 1 -rfER --durations 10 \
+	  $(ARGS); many=$$?; \
+	$(BIN)/python -m pytest --timed only -rfER --durations 10 $(ARGS); alone=$$?; \
 	case "$$many $$alone" in "0 0" | "0 5" | "5 0") ;; *) exit 1 ;; esac
 
 # What is kept to find uses after return is not aligned for 64 byte vectors by some compilers (GCC bug 110027).

@@ -73,6 +73,12 @@ def zygote() -> psutil.Process:
     return next(p for p in psutil.Process().children() if "aioengine.grammars.zygote" in p.cmdline())
 
 
+def compiling() -> list[psutil.Process]:
+    """The processes in which grammars are compiled or kept. There may be no zygote yet."""
+    parents = [p for p in psutil.Process().children() if "aioengine.grammars.zygote" in p.cmdline()]
+    return [child for parent in parents for child in parent.children()]
+
+
 async def until(condition: Callable[[], bool]) -> None:
     async with asyncio.timeout(20):
         while not condition():
@@ -368,14 +374,15 @@ async def test_a_compile_for_which_nobody_waits_is_given_up() -> None:
     async with grammars(GrammarLimits(compile_seconds=60.0, quick_seconds=60.0)) as service:
         text = from_json(hostile.multiples(7919, 7907))
         waiters = [asyncio.create_task(service.constraint(text, f"t{i}")) for i in range(3)]
-        await until(lambda: len(descendants()) == 2)
-        await asyncio.sleep(0.1)  # all three wait for it
+        await until(lambda: compiling() != [])
+        [process] = compiling()
         waiters[0].cancel()
-        await asyncio.sleep(0.1)
-        assert zygote().children(), "two still wait"
+        await asyncio.wait(waiters[:1])
+        assert service.waiting, "two still wait"
+        assert process.is_running(), "two still wait"
         for waiter in waiters:
             waiter.cancel()
-        await until(lambda: not zygote().children())
+        await until(lambda: not compiling())
         assert (await service.constraint(from_regex("ab"), None)).allowed([])
 
 
