@@ -52,6 +52,7 @@ from aioengine.runtime.assemble import (
     choose_policy,
     core_limits,
     engine_info,
+    memory_unplanned,
 )
 from aioengine.runtime.event_stream import BUFFER, EventStream, EventStreams
 from aioengine.runtime.loop import Stepper
@@ -173,6 +174,7 @@ class AsyncEngine:
         self._built: Built = built
         self._plan = built.plan
         self._info = engine_info(__version__, built)
+        self._counters.memory_unplanned = memory_unplanned(built)
         self._core = Core(core_limits(self.config, built), self._policy, timer=built.timer, costs=built.costs)
         for batch, seconds in built.first_steps:
             self._core.learn(batch, seconds)
@@ -221,10 +223,11 @@ class AsyncEngine:
             built = await loop.run_in_executor(work, build, self.config, self._resolver, progress)
         try:
             first_steps = await warm_up(built.device, built.plan, self.config)
+            taken = await built.device.memory_taken(built.plan)
         except BaseException:
             await built.device.close()
             raise
-        return built._replace(first_steps=first_steps)
+        return built._replace(first_steps=first_steps, memory_taken=taken)
 
     async def stop(self) -> None:
         """End all requests (with EngineStopped) and free everything; ``async with`` does it for you."""

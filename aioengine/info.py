@@ -149,6 +149,9 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     """Bytes that adapters take; without ``LoRAConfig.slot_memory``, those of the slots that are not free."""
     slot_memory_fragmented: int = 0
     """Free bytes outside of the largest hole. Idle adapters must be moved before they can be used."""
+    memory_unplanned: int | None = None
+    """Bytes of device memory that the start took beyond the memory plan, on the rank where they are most;
+    negative: less than planned. None on a CPU, where that is not measured."""
     slot_hits: int
     """Requests whose adapter was in a slot when they arrived."""
     slot_misses: int

@@ -8,13 +8,15 @@ import msgspec
 import psutil
 
 from aioengine.checks import format_bytes
-from aioengine.config import EngineConfig, LoRAConfig
+from aioengine.config import EngineConfig
 from aioengine.errors import ConfigError
 from aioengine.info import LoadProgress
 from aioengine.model.coverage import check_int8_adapters, check_quantization
+from aioengine.model.cuda.working_memory import WorkingMemory, working_memory
 from aioengine.model.files.resolve import read_spec, resolve_model
 from aioengine.model.parallel.group import Shard
 from aioengine.model.parallel.partition import Partition
+from aioengine.model.slots.cpu_bound import cpu_bound
 from aioengine.model.slots.layout import Elements, SlotLayout
 from aioengine.model.spec import DTYPE_BYTES, ModelSpec, Quantization
 from aioengine.step import SLOT_GRANULE, most_blocks
@@ -22,6 +24,9 @@ from aioengine.step import SLOT_GRANULE, most_blocks
 MAX_AUTO_MODEL_LEN = 8192
 MAX_AUTO_KV_ON_CPU = 4 * 2**30
 SHOWN_RANKS = (8, 16, 32, 64, 128)
+AUTO_KV_ON_CUDA = 0.97
+"""Share of what is left on a GPU that the KV cache takes. The rest is for what a plan cannot know: pieces of
+memory between others, and estimates that are too low."""
 AUTO_TOKENS_ON_CPU = 512
 """Usual length of a request, prompt and output together. The cache has room for this many tokens for each of
 ``max_num_seqs`` requests. On a CPU, memory that is not needed is left to other programs."""
@@ -69,6 +74,8 @@ class MemoryPlan(msgspec.Struct, frozen=True, kw_only=True):
     """Bytes that the slots share; None: each has a fixed place of ``slot_bytes``."""
     shared: bool = False
     """Whether adapters take what they need from the memory of the KV blocks."""
+    working: WorkingMemory | None = None
+    """What steps take beside all that; None on a CPU, where the system has it."""
 
     @property
     def slot_bytes(self) -> int:
@@ -120,7 +127,11 @@ class MemoryPlan(msgspec.Struct, frozen=True, kw_only=True):
     def total_bytes(self) -> int:
         """Bytes that are taken from the device's memory (on a CPU the adapter cache included)."""
         cache = self.cpu_cache_bytes if self.device == "cpu" else 0
-        return self.weights_bytes + self.slot_pool_bytes + self.kv_bytes + cache
+        return self.weights_bytes + self.slot_pool_bytes + self.kv_bytes + cache + self.working_bytes
+
+    @property
+    def working_bytes(self) -> int:
+        return 0 if self.working is None else self.working.nbytes
 
     def rows(self) -> list[tuple[str, str, int]]:
         """Return (part, how it is computed, bytes), for a table; the last row is the total."""
@@ -157,6 +168,7 @@ class MemoryPlan(msgspec.Struct, frozen=True, kw_only=True):
         if self.device != "cpu":
             detail += " (host memory, not in the total)"
         rows.append(("CPU adapter cache", detail, self.cpu_cache_bytes))
+        rows += [] if self.working is None else self.working.rows()
         detail = f"of {format_bytes(self.available_bytes)} available{_each(self)}"
         rows.append(("total", detail, self.total_bytes))
         return rows
@@ -223,12 +235,15 @@ def plan_memory(
         ),
         cpu_capacity=0 if lora is None else lora.cpu_capacity,
         cpu_adapter_bytes=adapter_bytes,
-        cpu_max_bytes=None if lora is None else _cpu_max_bytes(lora, adapter_bytes, size),
+        cpu_max_bytes=None if lora is None else cpu_bound(lora, adapter_bytes, size),
         available_bytes=available_bytes,
         num_ranks=size,
         max_rank=1 if lora is None else lora.max_lora_rank,
         slot_memory=None if lora is None or not isinstance(lora.slot_memory, int) else lora.slot_memory,
         shared=shared,
+        working=None
+        if device == "cpu"
+        else working_memory(spec, local, config, dtype_bytes=DTYPE_BYTES[dtype], max_model_len=max_model_len),
     )
     return msgspec.structs.replace(plan, num_blocks=_num_blocks(plan, config))
 
@@ -292,43 +307,13 @@ def _num_blocks(plan: MemoryPlan, config: EngineConfig) -> int:
     if plan.shared:
         wanted += plan.num_slots * plan.slot_bytes
     share = MAX_AUTO_KV_ON_CPU if plan.device == "cpu" else left
-    bound = min(int(left * (0.5 if plan.device == "cpu" else 0.9)), share)
+    bound = min(int(left * (0.5 if plan.device == "cpu" else AUTO_KV_ON_CUDA)), share)
     return max(min(wanted, bound), smallest) // plan.block_bytes
 
 
 def _rounded(nbytes: int) -> int:
     """Round up to a whole granule, where adapters may begin."""
     return -(-nbytes // SLOT_GRANULE) * SLOT_GRANULE
-
-
-def _cpu_max_bytes(lora: LoRAConfig, largest: int, size: int) -> int | None:
-    """Return a rank's part of the CPU cache's bound, which counts all ranks' shares of the adapters. Raises
-    ConfigError if the largest adapter that the slots allow could never be served, or if there is no room for
-    the adapters in the slots.
-
-    Where slots share a memory, the cache is bounded in bytes, too: at ``max_cpu_loras / max_loras`` (rounded
-    up) times that memory.
-    """
-    bound = lora.max_cpu_lora_bytes
-    if isinstance(lora.slot_memory, int):
-        if not isinstance(bound, int):
-            return lora.slot_memory * -(-lora.cpu_capacity // lora.max_loras)
-        if bound < size * lora.slot_memory:
-            raise ConfigError(
-                f"max_cpu_lora_bytes={bound}: must be at least {size * lora.slot_memory}, the slot_memory of "
-                "all ranks, because an adapter in a slot also stays in the CPU cache; raise "
-                "max_cpu_lora_bytes or lower slot_memory"
-            )
-        return bound // size
-    if not isinstance(bound, int):
-        return None
-    if bound < size * largest:
-        raise ConfigError(
-            f"max_cpu_lora_bytes={bound}: must be at least {size * largest}, so that an adapter of "
-            f"max_lora_rank={lora.max_lora_rank} in every module can be served; raise it, or lower "
-            "max_lora_rank"
-        )
-    return bound // size
 
 
 def _does_not_fit(plan: MemoryPlan, kv_bytes: int, left: int, first: str) -> ConfigError:
@@ -342,13 +327,17 @@ def _does_not_fit(plan: MemoryPlan, kv_bytes: int, left: int, first: str) -> Con
     if plan.device == "cpu" and plan.cpu_cache_bytes:
         each = format_bytes(plan.cpu_adapter_bytes)
         knobs.append((plan.cpu_cache_bytes, f"lower lora.max_cpu_loras ({each} each)"))
+    steps = ""
+    if plan.working is not None:
+        steps = f", steps {format_bytes(plan.working_bytes)}"
+        knobs.append((plan.working_bytes, "lower max_num_batched_tokens or max_num_seqs"))
     knobs.sort(key=lambda knob: -knob[0])  # what takes most, first
     total = plan.total_bytes + kv_bytes
     return ConfigError(
         f"the plan needs {format_bytes(total)} on {plan.device}{_each(plan)} but "
         f"{format_bytes(plan.available_bytes)} are available, {format_bytes(kv_bytes - left)} too little: "
         f"base weights {format_bytes(plan.weights_bytes)}, slot pool {format_bytes(plan.slot_pool_bytes)}, "
-        f"KV blocks {format_bytes(kv_bytes)}, CPU adapter cache {format_bytes(plan.cpu_cache_bytes)}; "
+        f"KV blocks {format_bytes(kv_bytes)}, CPU adapter cache {format_bytes(plan.cpu_cache_bytes)}{steps}; "
         + ", or ".join(text for _, text in knobs)
     )
 
@@ -380,6 +369,11 @@ def resolve_max_model_len(config: EngineConfig, spec: ModelSpec) -> int:
             "lower max_model_len, or scale the model's RoPE in its config.json"
         )
     return config.max_model_len
+
+
+def memory_taken(plan: MemoryPlan) -> int | None:
+    """Return the bytes that were taken since ``plan`` was made, on the current GPU; None on a CPU."""
+    return None if plan.device == "cpu" else plan.available_bytes - available_memory(plan.device)
 
 
 def available_memory(device: str) -> int:

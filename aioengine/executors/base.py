@@ -7,6 +7,7 @@ from collections.abc import Callable, Generator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from aioengine.errors import EngineDead
+from aioengine.memory_plan import MemoryPlan
 from aioengine.step import LoadedAdapter, ReadOrder, Sampled, StepBatch, StepResult
 
 
@@ -87,6 +88,11 @@ class Device(ABC):
 
     def forget(self, request_id: str) -> None:  # noqa: B027 # a device without a memory of requests
         """Note that a request has ended. It is in no further batch, and its id may be used again."""
+
+    async def memory_taken(self, plan: MemoryPlan) -> int | None:
+        """Return the bytes of device memory that were taken since ``plan`` was made, on the rank where they
+        are most; None if the device is not a GPU. Other programs' memory counts, too."""
+        return None
 
     def watch(self, lost: Callable[[EngineDead], None]) -> None:  # noqa: B027 # a device that cannot be lost
         """Call ``lost`` on the loop when the device is lost, whether a step is in flight or not."""

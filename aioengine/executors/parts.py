@@ -104,6 +104,7 @@ def build_parts(
         int8_cache=config.kv_cache_dtype == "int8",
         progress=progress,
         group=group,
+        max_num_seqs=config.max_num_seqs,
         fixed_decode=DecodeLimits(config.max_num_seqs, plan.max_model_len) if graphs else None,
     )
     check_invariant(config, runner.variance)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from aioengine.adapters.loader import AdapterLoader
 from aioengine.executors.base import Device
+from aioengine.memory_plan import MemoryPlan, memory_taken
 from aioengine.step import LoadedAdapter, ReadOrder, StepBatch, StepResult
 
 if TYPE_CHECKING:
@@ -72,6 +73,9 @@ class ThreadDevice(Device):
         start = time.perf_counter()
         slots.write(slot, adapter, offset)
         return time.perf_counter() - start
+
+    async def memory_taken(self, plan: MemoryPlan) -> int | None:
+        return await asyncio.wrap_future(self._step_thread.submit(memory_taken, plan))
 
     def drop(self, uid: int) -> None:
         self.store.drop(uid)

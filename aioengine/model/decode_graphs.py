@@ -18,6 +18,7 @@ from torch import Tensor
 
 from aioengine.kernels import LoRABatch
 from aioengine.kernels.triton.fixed_step import FixedStep
+from aioengine.model.cuda.working_memory import sizes
 from aioengine.model.decoder import StepInputs
 from aioengine.model.slots.pool import LoRASlots
 from aioengine.step import SequenceWork
@@ -32,17 +33,6 @@ class DecodeLimits(NamedTuple):
 
     max_num_seqs: int
     max_model_len: int
-
-
-def sizes(most: int) -> list[int]:
-    """List the batch sizes that steps of up to ``most`` sequences are padded to: 1, 2, 4, then every 8, and
-    beyond 64 eight for each doubling."""
-    found = [size for size in (1, 2, 4) if size < most]
-    size = 8
-    while size < most:
-        found.append(size)
-        size += max(8, (1 << size.bit_length()) // 16)
-    return [*found, most]
 
 
 class DecodeSteps:

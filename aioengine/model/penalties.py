@@ -65,15 +65,16 @@ class _Row:
 
 
 class CountTables:
-    """The tokens of requests on a GPU: a row of ``vocab`` numbers for each, two of them."""
+    """The tokens of requests on a GPU: a row of ``vocab`` numbers for each, two of them. There is room for
+    ``rows`` requests, and later for more, if there are more at a time."""
 
-    def __init__(self, vocab: int, device: torch.device) -> None:
+    def __init__(self, vocab: int, device: torch.device, rows: int) -> None:
         self._vocab = vocab
         self._rows: dict[str, _Row] = {}
         """Rows of the last step's requests, by request id."""
-        self._seen = torch.empty(0, vocab, dtype=torch.bool, device=device)
+        self._seen = torch.empty(rows, vocab, dtype=torch.bool, device=device)
         """Whether a token is in the prompt or the output."""
-        self._counts = torch.empty(0, vocab, dtype=torch.int32, device=device)
+        self._counts = torch.empty(rows, vocab, dtype=torch.int32, device=device)
         """Number of occurrences in the output."""
 
     def apply(self, scores: Tensor, active: Sequence[tuple[int, SequenceWork]]) -> None:
@@ -132,9 +133,10 @@ class CountTables:
 
 
 class Penalties:
-    """Applies the penalties of the rows of successive steps."""
+    """Applies the penalties of the rows of successive steps, which have mostly up to ``rows`` rows."""
 
-    def __init__(self) -> None:
+    def __init__(self, rows: int = 8) -> None:
+        self._rows = rows
         self._tables: CountTables | None = None
         """Tables on a GPU, made when they are needed."""
         self._seen: dict[str, SeenTokens] = {}
@@ -145,7 +147,7 @@ class Penalties:
         if scores.device.type != "cpu" and not any(row.draft for row in rows):
             wanted = [(i, row) for i, row in enumerate(rows) if row.params.has_penalties]
             if wanted:
-                self._tables = self._tables or CountTables(scores.shape[1], scores.device)
+                self._tables = self._tables or CountTables(scores.shape[1], scores.device, self._rows)
                 self._tables.apply(scores, wanted)
                 scores.clamp_(max=torch.finfo(scores.dtype).max)
             return

@@ -61,7 +61,8 @@ class ModelRunner:
     with ``shared_block_bytes`` they share those of the KV cache, where every block takes so many.
     ``sample`` and ``kernels`` (a backend's name) replace the defaults; ``quantization`` is how the linears'
     weights are kept, and ``int8_cache`` keeps keys and values as int8; ``max_model_len`` is the longest
-    sequence (it matters to models that transformers runs); ``progress`` is told how far the weights are read.
+    sequence (it matters to models that transformers runs); ``progress`` is told how far the weights are read;
+    ``max_num_seqs`` is how many sequences a step has at most, as far as memory is prepared for them.
     With ``fixed_decode``, decode steps within these limits are recorded and played back if the kernels allow
     for it, by ``record`` (None: as CUDA graphs). With a ``group`` of several ranks, this is one rank's share
     of the model, and all ranks must be built and execute the same steps; only rank 0 samples.
@@ -92,11 +93,12 @@ class ModelRunner:
         int8_cache: bool = False,
         progress: LoadProgress | None = None,
         group: Group | None = None,
+        max_num_seqs: int = 8,
         fixed_decode: DecodeLimits | None = None,
         record: Record | None = None,
     ) -> None:
         if sample is None:
-            sample = functools.partial(default_sample, penalties=Penalties())
+            sample = functools.partial(default_sample, penalties=Penalties(max_num_seqs))
         self.spec = spec
         self.dtype = dtype
         self.device = torch.device(device)

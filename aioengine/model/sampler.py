@@ -33,6 +33,9 @@ _MASK = (1 << 64) - 1
 _GAMMA = 0x9E3779B97F4A7C15
 _MAX_LOGPROBS = 20  # SamplingParams' bound; always this many, so that ties cannot depend on the batch
 _FIRST_CANDIDATES = 64
+_WIDE_CELLS = 1 << 21
+"""Candidates, of all rows together, that are looked at in one piece after the first look: each takes up to 50
+bytes."""
 _BLOCK = 64
 _ARGMAX_BLOCK = 1024
 
@@ -322,7 +325,9 @@ class _Draw:
         pending, width = [i for i in self.everyone if not known[i]], self.width
         while pending:
             width = min(width * 8, self._x.shape[1])
-            found = torch.stack(self.look(pending, width)).tolist()
+            size = max(1, _WIDE_CELLS // width)
+            pieces = [pending[at : at + size] for at in range(0, len(pending), size)]
+            found = torch.cat([torch.stack(self.look(piece, width)) for piece in pieces], dim=1).tolist()
             _assign(tokens, pending, found[0])
             pending = [i for i, is_known in zip(pending, found[1], strict=True) if not is_known]
         return tokens

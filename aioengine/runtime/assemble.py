@@ -59,6 +59,8 @@ class Built(NamedTuple):
     """Clock that measures decisions and the event loop's lag."""
     first_steps: Sequence[tuple[StepBatch, float]] = ()
     """Warm-up steps taken at start, and their seconds."""
+    memory_taken: int | None = None
+    """See :meth:`Device.memory_taken`; measured after the warm-up."""
     metrics: bool = True
     """Whether events are counted in the engine's metrics."""
     costs: CostsView | None = None
@@ -166,6 +168,26 @@ def engine_info(version_: str, built: Built) -> EngineInfo:
         quantization=built.plan.quantization,
         batch_invariant=variance is None,
     )
+
+
+def memory_unplanned(built: Built) -> int | None:
+    """Return the bytes that the start took beyond the plan (negative: less than it), and log them; None if
+    that was not measured."""
+    plan, taken = built.plan, built.memory_taken
+    if taken is None:
+        return None
+    more = taken - plan.total_bytes
+    spare = plan.available_bytes - taken
+    logger.log(
+        logging.WARNING if more > 0 else logging.INFO,
+        "device memory: %s taken after the warm-up, %s planned (%s %s), %s left",
+        format_bytes(taken),
+        format_bytes(plan.total_bytes),
+        format_bytes(abs(more)),
+        "more than planned" if more > 0 else "less",
+        format_bytes(max(spare, 0)),
+    )
+    return more
 
 
 def _slots_text(plan: MemoryPlan) -> str:

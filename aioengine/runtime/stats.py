@@ -19,6 +19,8 @@ class Counters:
         self._n: Counter[str] = Counter()
         self.residency = 0
         """Number of changes to the contents of slots and CPU cache."""
+        self.memory_unplanned: int | None = None
+        """As in :class:`EngineStats`."""
 
     def __call__(self, event: events.Event) -> None:
         n = self._n
@@ -87,6 +89,7 @@ class Counters:
             load_failures=n["load_failures"],
             slot_hits=n["slot_hits"],
             **_slot_memory(core),
+            memory_unplanned=self.memory_unplanned,
             slot_misses=n["slot_misses"],
         )
 

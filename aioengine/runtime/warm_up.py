@@ -12,6 +12,8 @@ from aioengine.step import SequenceWork, StepBatch
 
 _PROMPT = 32
 _PARAMS = (SamplingParams(), SamplingParams(temperature=1.0))
+_DEAREST = SamplingParams(temperature=1.0, min_p=0.01, repetition_penalty=1.1, frequency_penalty=0.1)
+"""Parameters whose sampling takes the most memory."""
 _FIRST_CONTEXT, _CONTEXTS = 512, 6
 """Contexts of decodes on a GPU, in tokens: half of the first, the first, and then each twice the one
 before."""
@@ -24,10 +26,12 @@ async def warm_up(device: Device, plan: MemoryPlan, config: EngineConfig) -> lis
     compute real sequences, and their seconds. Raises what the device raises.
     """
     steps = [(batch, (await device.execute(batch)).seconds) for batch in first_requests(plan)]
+    more: list[StepBatch] = []
     if plan.device == "cuda":
-        for batch in kernel_shapes(plan, config):
+        more = [*kernel_shapes(plan, config), largest_step(plan, config)]
+        for batch in more:
             await device.execute(batch)
-    for name in {work.request_id for batch, _ in steps for work in batch.sequences} | {"warm-up"}:
+    for name in {work.request_id for batch in (*more, *(b for b, _ in steps)) for work in batch.sequences}:
         device.forget(name)
     return steps
 
@@ -74,6 +78,23 @@ def kernel_shapes(plan: MemoryPlan, config: EngineConfig) -> Iterator[StepBatch]
         for context in contexts:
             if context < plan.max_model_len:
                 yield StepBatch(0, [_work(plan, slot, context, 1)], ranks)
+
+
+def largest_step(plan: MemoryPlan, config: EngineConfig) -> StepBatch:
+    """Return a step with as many tokens and sequences as a step can have, all of which are sampled with
+    penalties: it takes the most memory. Its results have no meaning, as above."""
+    tokens, longest = config.max_num_batched_tokens, plan.max_model_len - 1
+    rows = min(config.max_num_seqs, tokens)
+    slot = -1 if config.lora is None else 0
+    rank = 0 if config.lora is None else config.lora.max_lora_rank
+    counts = [min(longest, tokens // rows + (i < tokens % rows)) for i in range(rows)]
+    work = [
+        _work(plan, slot, 0, count)._replace(
+            request_id=f"warm-up-{i}", sample=True, params=_DEAREST, history=[0] * count
+        )
+        for i, count in enumerate(counts)
+    ]
+    return StepBatch(0, work, [rank, *[0] * (plan.num_slots - 1)][: plan.num_slots])
 
 
 def _work(plan: MemoryPlan, slot: int, start: int, count: int) -> SequenceWork:

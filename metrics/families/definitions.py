@@ -343,6 +343,12 @@ KV_CACHE_USAGE = Definition(
     "KV blocks that running requests hold, as a share of all (0 to 1).",
 )
 KV_CACHE_BLOCKS = Definition("aioengine_kv_cache_blocks", "gauge", "KV blocks that there are.")
+MEMORY_UNPLANNED = Definition(
+    "aioengine_device_memory_unplanned_bytes",
+    "gauge",
+    "Device memory that the start took beyond the memory plan (negative: less than it), on the rank where "
+    "that is most; only on GPUs.",
+)
 ENGINE_STATE = Definition(
     "aioengine_engine_state",
     "gauge",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import msgspec
@@ -262,7 +263,7 @@ def _first_steps(slots: int, rank: int) -> list[list[Row]]:
     """Steps that an engine with these slots takes when it starts."""
     from aioengine import EngineConfig, LoRAConfig
     from aioengine.memory_plan import MemoryPlan
-    from aioengine.runtime.warm_up import first_requests, kernel_shapes
+    from aioengine.runtime.warm_up import first_requests, kernel_shapes, largest_step
 
     config = EngineConfig(model="none", lora=LoRAConfig(max_loras=slots, max_lora_rank=rank))
     plan = MemoryPlan(
@@ -282,8 +283,42 @@ def _first_steps(slots: int, rank: int) -> list[list[Row]]:
         cpu_adapter_bytes=0,
         available_bytes=0,
     )
-    batches = [*first_requests(plan), *kernel_shapes(plan, config)]
+    batches = [*first_requests(plan), *kernel_shapes(plan, config), largest_step(plan, config)]
     return [
         [Row(work.slot, work.start, len(work.tokens), work.sample) for work in batch.sequences]
         for batch in batches
     ]
+
+
+def working_memory() -> list[tuple[str, int, int]]:
+    """(model and step, planned bytes of the layers, the most that were alive) for the largest steps."""
+    from support.live_bytes import peak_of
+
+    from aioengine import EngineConfig, LoRAConfig
+    from aioengine.model.cuda.working_memory import working_memory as plan
+
+    found = []
+    for name in MODELS:
+        model = _models(name)
+        rank = model.ranks[0]
+        for most, rows in (
+            (2048, [Row(0, 0, 1024), Row(1, 0, 1024)]),
+            (300, [*(Row(i % 8, MAX_MODEL_LEN - 100, 1) for i in range(63)), Row(1, 0, 237)]),
+        ):
+            config = EngineConfig(
+                model="none",
+                max_num_seqs=64,
+                max_num_batched_tokens=most,
+                tensor_parallel_size=model.decoder.partition.shard.size,
+                executor="process",
+                lora=LoRAConfig(max_loras=8, max_lora_rank=rank),
+            )
+            planned = plan(
+                *(model.decoder.partition.whole, model.decoder.spec, config),
+                dtype_bytes=DTYPE.itemsize,
+                max_model_len=MAX_MODEL_LEN,
+            )
+            model.step(rows)  # what is made at the first step stays
+            kind = "mixed" if len(rows) > 2 else "prompts"
+            found.append((f"{name}, {kind}", planned.activations, peak_of("meta", partial(model.step, rows))))
+    return found

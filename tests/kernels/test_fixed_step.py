@@ -11,7 +11,7 @@ from aioengine.kernels import LoRABatch
 from aioengine.kernels.triton.fixed_step import FixedStep, most_tiles
 from aioengine.kernels.triton.plan import TilePlan, cut
 from aioengine.kernels.triton.query_tiles import QueryTiles
-from aioengine.model.decode_graphs import sizes
+from aioengine.model.cuda.working_memory import sizes
 
 
 def make(size: int, slots: int = 3) -> FixedStep:

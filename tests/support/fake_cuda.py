@@ -22,6 +22,7 @@ from unittest import mock
 
 import numpy as np
 import torch
+from support.live_bytes import LiveBytes, tensors
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -83,11 +84,14 @@ class Watched:
 
 
 class FakeCuda(contextlib.ExitStack):
-    """The device. Use as a context; ``index`` is the number of the device that everything has to use."""
+    """The device. Use as a context; ``index`` is the number of the device that everything has to use, and
+    ``total`` its memory in bytes, which is only counted."""
 
-    def __init__(self, index: int = 0) -> None:
+    def __init__(self, index: int = 0, total: int = 2**40) -> None:
         super().__init__()
-        self.index = index
+        self.index, self.total = index, total
+        self.live = LiveBytes()
+        """Bytes of the tensors on the device."""
         self.threads: dict[str, Thread] = {}
         self.thread = self._thread("main")
         self.thread.device = index
@@ -119,6 +123,7 @@ class FakeCuda(contextlib.ExitStack):
             "current_stream": lambda device=None: self.stream,
             "stream": self._within,
             "device": self._on,
+            "mem_get_info": lambda device=None: (self.total - self.live.peak, self.total),
             "cudart": lambda: SimpleNamespace(
                 cudaHostRegister=self._register, cudaHostUnregister=self._unregister
             ),
@@ -233,7 +238,7 @@ class FakeCuda(contextlib.ExitStack):
         indexed = _indexed(function, arguments)
         for argument, schema in zip(arguments, function._schema.arguments, strict=False):
             alias = schema.alias_info
-            for tensor in _tensors(argument):
+            for tensor in tensors(argument):
                 watched = self._at(tensor.data_ptr()) if tensor.numel() else None
                 if watched is None:
                     continue
@@ -332,15 +337,6 @@ class Event:
         return False
 
 
-def _tensors(value: object) -> list[Tensor]:
-    """The tensors of an argument, or in it."""
-    if isinstance(value, Tensor):
-        return [value]
-    if isinstance(value, (list, tuple)):
-        return [tensor for each in value for tensor in _tensors(each)]
-    return []
-
-
 def is_there(value: object) -> bool:
     """Whether it is a tensor on the device."""
     return isinstance(value, Tensor) and getattr(value, "_there", False)
@@ -398,6 +394,7 @@ class _Functions(TorchFunctionMode):
             if function is torch.tensor:
                 self._world.uploads += 1
             out._there = True
+            self._world.live.note([out])
         if pinned:
             out._pinned = True
         return out
@@ -430,6 +427,8 @@ class _Functions(TorchFunctionMode):
         out = torch.empty_like(tensor, dtype=dtypes[0] if dtypes else tensor.dtype)
         # ``empty_like`` is on the side of its argument.
         out._there = _named(target)
+        if out._there:
+            self._world.live.note([out])
         return self._copy(out, tensor, bool(kwargs.get("non_blocking", False)))
 
 
@@ -446,11 +445,11 @@ class _Operations(TorchDispatchMode):
         kwargs, world = kwargs or {}, self._world
         if world._busy:
             return function(*args, **kwargs)
-        tensors = [*_tensors(args), *_tensors(tuple(kwargs.values()))]
-        there = any(is_there(tensor) for tensor in tensors)
+        inputs = tensors((args, kwargs))
+        there = any(is_there(tensor) for tensor in inputs)
         name = function._schema.name
         if there and name != "aten::copy_":
-            stray = [t for t in tensors if not is_there(t) and t.dim() > 0]
+            stray = [t for t in inputs if not is_there(t) and t.dim() > 0]
             assert not stray, f"{function}: a tensor of the host among those of the device"
         world._busy = True
         try:
@@ -463,8 +462,9 @@ class _Operations(TorchDispatchMode):
         finally:
             world._busy = False
         if there:
-            inputs = {id(tensor) for tensor in tensors}
-            for leaf in _tensors(out):
-                if id(leaf) not in inputs:
-                    leaf._there = True
+            known = {id(tensor) for tensor in inputs}
+            made = [leaf for leaf in tensors(out) if id(leaf) not in known]
+            for leaf in made:
+                leaf._there = True
+            world.live.note(made, inputs)
         return out

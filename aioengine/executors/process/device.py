@@ -19,10 +19,11 @@ from aioengine.errors import AioEngineError, EngineDead
 from aioengine.executors.base import Device
 from aioengine.executors.process.restarts import RestartLimit
 from aioengine.executors.process.step_delta import StepEncoder
-from aioengine.executors.process.wire import Done, Drop, Masks, Place, Stepped
+from aioengine.executors.process.wire import Done, Drop, Masks, Measure, Measured, Place, Stepped
 from aioengine.executors.process.worker_loader import WorkerLoader
 from aioengine.executors.process.workers import Workers
 from aioengine.info import LoadProgress
+from aioengine.memory_plan import MemoryPlan
 from aioengine.model import constraints
 from aioengine.step import (
     LoadedAdapter,
@@ -114,6 +115,10 @@ class ProcessDevice(Device):
         """Copy an adapter into a slot of every rank; returns the seconds that the slowest copy took."""
         call = self.workers.ask(lambda number: Place(number, uid, slot, offset), patient=True)
         return max(done.seconds for done in await call.of(Done))
+
+    async def memory_taken(self, plan: MemoryPlan) -> int | None:
+        answers = await self.workers.ask(Measure).of(Measured)
+        return max((answer.taken for answer in answers if answer.taken is not None), default=None)
 
     def drop(self, uid: int) -> None:
         self.workers.tell(Drop(uid))

@@ -162,7 +162,19 @@ class Place(_Message, frozen=True):
     """Offset in the slots' memory, in bytes."""
 
 
+class Measure(_Message, frozen=True):
+    """Asks what was taken of the device's memory since the plan; answered with Measured."""
+
+    number: int
+
+
 # From the workers
+
+
+class Measured(_Message, frozen=True):
+    number: int
+    taken: int | None
+    """As :meth:`aioengine.executors.base.Device.memory_taken` returns it, on this rank."""
 
 
 class Planned(_Message, frozen=True):
@@ -279,8 +291,8 @@ class WorkerError(Exception):
     """A worker raised an exception that is not one of the package's own."""
 
 
-Request = Start | Build | Step | Masks | Read | Add | Finish | Keep | Discard | Drop | Place
-Answer = Planned | Stepped | ReadDone | Done | Failed
+Request = Start | Build | Step | Masks | Read | Add | Finish | Keep | Discard | Drop | Place | Measure
+Answer = Planned | Stepped | ReadDone | Done | Failed | Measured
 Report = Answer | Progress | Reading | Broken
 
 _encoder = msgspec.msgpack.Encoder()

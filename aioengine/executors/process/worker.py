@@ -35,6 +35,8 @@ from aioengine.executors.process.wire import (
     Finish,
     Keep,
     Masks,
+    Measure,
+    Measured,
     Place,
     Planned,
     Progress,
@@ -51,6 +53,7 @@ from aioengine.executors.process.wire import (
 )
 from aioengine.executors.process.worker_reads import WorkerReads
 from aioengine.info import LoadProgress
+from aioengine.memory_plan import memory_taken
 from aioengine.model.parallel.group import DistributedGroup, Group, Shard, SoloGroup
 
 if TYPE_CHECKING:
@@ -103,6 +106,8 @@ class Worker:
                     request.uid
                 )  # before the copy's turn: it may be dropped until then
                 self._copies.submit(self._place, request, image)
+            case Measure():
+                self._steps.submit(self._or_break, lambda: self._model.measure(request))
             case Start():
                 self._steps.submit(self._or_break, lambda: self._model.start(request))
             case Build():
@@ -179,6 +184,9 @@ class _Model:
         self.runner, self.store = built
         runner = self.runner
         return Done(request.number, time.perf_counter() - began, runner.kernels, runner.variance)
+
+    def measure(self, request: Measure) -> Measured:
+        return Measured(request.number, memory_taken(self._plan.memory))
 
     def step(self, request: Step) -> Stepped:
         result = self.runner.execute(self._batches.decode(request))

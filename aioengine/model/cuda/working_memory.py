@@ -1,0 +1,146 @@
+"""WorkingMemory: what steps take on a CUDA device beside weights, slots and KV blocks. No torch here.
+
+Activations and sampling are upper bounds, computed from the shapes of the largest step. What the driver, NCCL
+and cuBLAS take are estimates, which the engine compares with what was taken once it has started.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from aioengine.checks import format_bytes
+from aioengine.config import EngineConfig
+from aioengine.model.experts.spec import MixtureSpec
+from aioengine.model.spec import ModelSpec
+
+WORKSPACE_BYTES = 32 * 2**20
+"""cuBLAS's workspace for each stream, on Hopper; PyTorch takes a quarter of that before it
+(docs.pytorch.org, ``CUBLAS_WORKSPACE_CONFIG``)."""
+
+EXCHANGE_BYTES = 32 * 2 * (4 * 2**20 + 4800 * 2**10 + 512 * 2**10)
+"""NCCL's buffers: those of its three protocols (NCCL_BUFFSIZE 4 MiB, LL128, LL) for a ring and a tree on 32
+channels. Estimate by NCCL's defaults; machines with fewer links use fewer channels."""
+
+GRAPH_NODE_BYTES = 16 * 2**10
+"""The driver's memory for a launch in a recorded graph. Estimate; not measured yet."""
+
+LAYER_LAUNCHES = 25
+"""Launches of a layer in a recorded step, rounded up: 14 of the kernels, 4 products with up to 2 each."""
+
+PIECE_BYTES = 2**21 * 52
+"""What is sampled, or scored, a piece at a time; see ``sampler._WIDE_CELLS`` and ``runner.PIECE_BYTES``."""
+
+SAMPLED_BYTES = 32
+"""Bytes for each number of the logits, beside them, while a step is sampled: copies in float32."""
+
+PENALTY_BYTES = 5
+"""Bytes for each token of the vocabulary and each request in the tables of penalties."""
+
+_SPLIT_PROGRAMS, _PART, _SPLIT_ROWS = 256, 512, 16
+"""Of :mod:`aioengine.kernels.triton.attention`: below so many programs, keys are split into such parts, for
+tiles of so many rows or of the query heads of a key head."""
+
+_SCRATCH_BYTES = 16 * 2**20
+"""Everything else that a layer computes in: tiles, parts of a shrink."""
+
+
+class WorkingMemory(msgspec.Struct, frozen=True, kw_only=True):
+    """Sizes in bytes, on each device."""
+
+    activations: int
+    """Of the layers at the largest step."""
+    sampling: int
+    """Logits and what is computed of them, at most sequences."""
+    penalties: int
+    """Tables of the tokens that requests have seen."""
+    graphs: int
+    """Recorded decode steps: what they compute in, and the driver's own memory."""
+    workspaces: int
+    """cuBLAS's, one for each stream that multiplies."""
+    exchange: int
+    """NCCL's buffers."""
+
+    @property
+    def nbytes(self) -> int:
+        """The sum."""
+        return sum(msgspec.structs.astuple(self))
+
+    def rows(self) -> list[tuple[str, str, int]]:
+        """Return (part, what it is, bytes) for a table."""
+        details = {
+            "activations": "the layers at the largest step",
+            "sampling": "logits of all sequences",
+            "penalties": "tables of tokens that were seen",
+            "graphs": "recorded decode steps (estimate)",
+            "workspaces": f"{self.workspaces // WORKSPACE_BYTES} x {format_bytes(WORKSPACE_BYTES)} of cuBLAS",
+            "exchange": "NCCL's buffers (estimate)",
+        }
+        return [(name, details[name], size) for name, size in msgspec.structs.asdict(self).items() if size]
+
+
+def sizes(most: int) -> list[int]:
+    """List the batch sizes that recorded steps of up to ``most`` sequences are padded to: 1, 2, 4, then every
+    8, and beyond 64 eight for each doubling."""
+    found = [size for size in (1, 2, 4) if size < most]
+    size = 8
+    while size < most:
+        found.append(size)
+        size += max(8, (1 << size.bit_length()) // 16)
+    return [*found, most]
+
+
+def working_memory(
+    spec: ModelSpec, local: ModelSpec, config: EngineConfig, *, dtype_bytes: int, max_model_len: int
+) -> WorkingMemory:
+    """Plan for an engine with this configuration. ``local`` is a rank's share of ``spec``."""
+    lora, size, rows = config.lora, config.tensor_parallel_size, config.max_num_seqs
+    logits = rows * spec.vocab_size
+    scratch = _SCRATCH_BYTES + _split_bytes(local, max_model_len)
+    each = token_bytes(local, dtype_bytes, 0 if lora is None else lora.max_lora_rank)
+    tokens = min(config.max_num_batched_tokens, rows * max_model_len)
+    plain = spec.impl == "native" and not isinstance(spec, MixtureSpec)
+    recorded = config.cuda_graphs and size == 1 and plain
+    graphs = 0
+    if recorded:
+        kinds, launches = (1 if lora is None else 3), LAYER_LAUNCHES * spec.num_layers
+        inputs = sum(sizes(rows)) * (-(-max_model_len // config.block_size) + 32) * 4
+        driver = len(sizes(rows)) * kinds * launches * GRAPH_NODE_BYTES
+        graphs = rows * each + scratch + 2 * logits * dtype_bytes + inputs + driver
+    return WorkingMemory(
+        activations=tokens * each + scratch,
+        sampling=logits * (SAMPLED_BYTES + dtype_bytes) + PIECE_BYTES,
+        penalties=PENALTY_BYTES * logits,
+        graphs=graphs,
+        workspaces=(1 + recorded + (lora is not None)) * WORKSPACE_BYTES,
+        exchange=EXCHANGE_BYTES if size > 1 else 0,
+    )
+
+
+def token_bytes(local: ModelSpec, dtype_bytes: int, max_rank: int) -> int:
+    """Return the most bytes that are live for each token of a step, in the layers of the native decoder.
+
+    The hidden state, what is yet to be added to it, and the last layer's queries, keys, values and attention
+    stay; beside them there are either those of the present layer, or those of its MLP.
+    """
+    hidden, q = local.hidden_size, local.q_size
+    qkv = q + 2 * local.kv_size
+    mlp = 3 * local.intermediate_size
+    wide = 0
+    if isinstance(local, MixtureSpec):
+        # Rows of the experts: inputs, gate and up, outputs twice; and once each in float32.
+        expert = max(hidden + 2 * local.expert_size, 3 * local.expert_size, 3 * hidden)
+        mlp = max(mlp if local.dense_layers else 0, 3 * local.shared_size)
+        mlp += local.experts_per_token * (expert + hidden)
+        wide = 4 * (2 * hidden + 4 * local.experts) + 32 * local.experts_per_token
+    width = -(-max_rank // 16) * 16 * 3
+    numbers = 3 * hidden + qkv + q + max(qkv + q, mlp, hidden + local.intermediate_size) + 2 * width
+    rotations = 2 * len(local.ropes) * local.head_dim * 4
+    return numbers * dtype_bytes + wide + rotations + 128
+
+
+def _split_bytes(local: ModelSpec, max_model_len: int) -> int:
+    """Return what decodes with split keys take for sums of parts, in float32."""
+    group = -(-local.num_heads // local.num_kv_heads)
+    rows = max(_SPLIT_ROWS, 1 << (group - 1).bit_length())
+    columns = max(16, 1 << (local.head_dim - 1).bit_length()) + 2
+    return _SPLIT_PROGRAMS * -(-max_model_len // _PART) * rows * columns * 4
