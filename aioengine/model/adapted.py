@@ -20,7 +20,7 @@ class AdaptedLinears:
 
     def __init__(self, kernels: Backend, group: Group) -> None:
         self._kernels = kernels
-        self._group = group
+        self.group = group
         self._parallel = group.shard.size > 1
         self.exchanges = self._parallel and group.shard.fully_sharded
         """Whether the ranks exchange A's outputs."""
@@ -79,7 +79,7 @@ class AdaptedLinears:
     def total(self, y: Tensor, bias: Tensor | None, pool: LoRAPool | None, batch: LoRABatch) -> Tensor:
         """Adds up the ranks' ``y`` [T, out], in place, and does what is done to whole outputs."""
         if self._parallel:
-            self._group.all_reduce(y)
+            self.group.all_reduce(y)
         if bias is not None:
             y += bias
         if pool is not None:
@@ -89,7 +89,7 @@ class AdaptedLinears:
     def sum(self, h: Tensor, batch: LoRABatch) -> None:
         """Adds up A's outputs [T, n, width], in place, as long as the largest rank in the batch."""
         first, rank = batch.segments[0].start, max(segment.rank for segment in batch.segments)
-        h[first:, :, :rank] = self._group.all_reduce(h[first:, :, :rank].contiguous())
+        h[first:, :, :rank] = self.group.all_reduce(h[first:, :, :rank].contiguous())
 
     def _affine(self, y: Tensor, pool: LoRAPool, batch: LoRABatch) -> None:
         if batch.affine:
@@ -98,10 +98,10 @@ class AdaptedLinears:
     def gather(self, h: Tensor, batch: LoRABatch) -> Tensor:
         """Return all of A's outputs [T, n, width] from what this rank has of them: its rows of A come
         first."""
-        first, size = batch.segments[0].start, self._group.shard.size
+        first, size = batch.segments[0].start, self.group.shard.size
         held = -(-max(segment.rank for segment in batch.segments) // size)
         # Row i of A is row i // size on rank i % size, so that the last axis becomes the rows' order.
-        dealt = self._group.all_gather(h[first:, :, :held, None].contiguous(), dim=-1).flatten(2)
+        dealt = self.group.all_gather(h[first:, :, :held, None].contiguous(), dim=-1).flatten(2)
         whole = h.new_zeros(h.shape)
         columns = min(dealt.shape[2], h.shape[2])  # beyond the largest rank there are only zeros
         whole[first:, :, :columns] = dealt[:, :, :columns]

@@ -19,6 +19,7 @@ from aioengine.model.files.packing import Packing
 from aioengine.model.kv_cache import KVCache
 from aioengine.model.linear import Linear, Mlp, activation
 from aioengine.model.parallel.group import Group, SoloGroup
+from aioengine.model.parallel.head_norms import norm_heads
 from aioengine.model.parallel.partition import Partition
 from aioengine.model.rope import Ropes
 from aioengine.model.slots.pool import LoRASlots
@@ -153,7 +154,6 @@ class Decoder:
 
         self.spec = spec
         """Sizes of the rank's share of the model."""
-        self._group = group
         self.adapted = AdaptedLinears(kernels, group)
         self.dtype = dtype
         self.device = device
@@ -259,9 +259,8 @@ class Decoder:
         """
         if module in ("embed_tokens", "lm_head"):
             whole = _whole(self.embed_tokens if module == "embed_tokens" else self.head.weight)
-            if module == "lm_head":
-                return whole[: _length(self.partition.outputs(module))], None
-            return whole[: _length(self.partition.inputs(module))].T, None
+            held = whole[: len(range(self.partition.whole.vocab_size)[self.partition.vocabulary])]
+            return (held if module == "lm_head" else held.T), None
         for fused, linear in self.layers[layer].linears.items():
             row = 0
             for member in self.spec.fused(layer)[fused]:
@@ -296,7 +295,7 @@ class Decoder:
     def embed(self, inputs: StepInputs, slots: LoRASlots | None) -> Tensor:
         """Return the hidden state [T, hidden] that the first layer gets."""
         pool = slots.outer.get("embed_tokens") if slots else None
-        first = self.partition.inputs("embed_tokens").start
+        first = self.partition.vocabulary.start
         hidden = self.adapted.embed(inputs.token_ids, self.embed_tokens, first, pool, inputs.lora)
         for part, tokens in slots.trained(inputs.lora) if slots else ():
             if tokens.embeds:
@@ -321,8 +320,12 @@ class Decoder:
 
             x = self._sum(hidden, delta, layer.attention_input)
             qkv = begin(layer.qkv, x, pools.get("qkv"), lora).view(len(x), -1, spec.head_dim)
+            norms = layer.head_norms
+            if norms is not None and self.partition.norm_parts > 1:
+                norm_heads(qkv, norms, self.adapted.group)
+                norms = None
             kernels.rope_store(
-                *(qkv, layer.head_norms, *rotations[spec.rope_of(i)], keys, values, plan),
+                *(qkv, norms, *rotations[spec.rope_of(i)], keys, values, plan),
                 neighbours=spec.rotary_neighbours,
             )
             attended = kernels.paged_attention(
@@ -389,12 +392,8 @@ class Decoder:
         vocabulary = self.partition.whole.vocab_size
         if not len(logits):
             return logits.new_empty(0, vocabulary)
-        return self._group.all_gather(logits, dim=-1)[:, :vocabulary]
+        return self.adapted.group.all_gather(logits, dim=-1)[:, :vocabulary]
 
 
 def _whole(weight: Weight) -> Tensor:
     return weight.rows(0, weight.n)
-
-
-def _length(part: slice) -> int:
-    return int(part.stop - part.start)

@@ -124,6 +124,7 @@ class NativeForward:
             rope_neighbours=int(spec.rotary_neighbours),
             q_norm_size=spec.qk_norm_sizes[0],
             k_norm_size=spec.qk_norm_sizes[1],
+            norm_parts=decoder.partition.norm_parts,
             activation=structs.ACTIVATIONS.index(spec.activation),
             norm_rounded=int(spec.norm_offset is None),
             eps=spec.rms_norm_eps,
@@ -168,7 +169,8 @@ class NativeForward:
         batches = [_Segments(batch) for batch in (inputs.lora, inputs.sample_lora)]
         head = self._slots.outer.get("lm_head") if self._slots else None
         mixed = _mixture_scratch(spec, tokens, inputs.lora.width, decoder.dtype)
-        exchange = StepExchange(decoder.adapted, self._pools, head, inputs, x, h.view(-1))
+        squares = torch.empty(tokens, 2)
+        exchange = StepExchange(decoder.adapted, self._pools, head, inputs, x, h.view(-1), squares)
         step = structs.Step(
             tokens=tokens,
             sequences=len(plan.spans),
@@ -191,6 +193,7 @@ class NativeForward:
                 wide=wide,
                 narrow=narrow,
                 h=h,
+                squares=squares,
                 **mixed,
             ),
             seconds=pointer(self.seconds),

@@ -32,6 +32,7 @@ from aioengine.adapters.peft.read import PackedAdapter
 from aioengine.kernels import get_backend
 from aioengine.model.files.resolve import read_spec
 from aioengine.model.parallel.group import DistributedGroup, Group, Shard, SoloGroup
+from aioengine.model.parallel.ranges import take
 from aioengine.model.runner import ModelRunner
 from aioengine.model.slots.image import build_image
 from aioengine.model.slots.layout import SlotLayout
@@ -224,7 +225,7 @@ def share_of(adapter: PackedAdapter, layout: SlotLayout) -> PackedAdapter:
     tensors = {}
     for key, (a, b) in adapter.tensors.items():
         share = layout.share(key[1])
-        tensors[key] = a[share.a], b[share.b]
+        tensors[key] = a[share.a], take(b, share.b)
     return dataclasses.replace(adapter, tensors=tensors)
 
 

@@ -26,6 +26,7 @@ from aioengine.adapters.peft.read import PackedAdapter
 from aioengine.errors import AdapterError, AdapterInvalid, AdapterLoadError
 from aioengine.model.parallel.group import Shard
 from aioengine.model.parallel.partition import SPLIT_INPUTS
+from aioengine.model.parallel.ranges import take
 from aioengine.model.slots.image import build_image
 from aioengine.model.slots.layout import SlotLayout
 from aioengine.model.spec import LORA_MODULES, TARGETABLE_MODULES
@@ -91,15 +92,15 @@ def check_share(packed: PackedAdapter, whole: PackedAdapter, layout: SlotLayout)
     assert packed.tensors.keys() == whole.tensors.keys()
     for key, (a, b) in whole.tensors.items():
         share = layout.share(key[1])
-        equal(packed.tensors[key], (a[share.a], b[share.b]))
+        equal(packed.tensors[key], (a[share.a], take(b, share.b)))
     for ours, theirs in ((packed.magnitudes, whole.magnitudes), (packed.biases, whole.biases)):
         assert ours.keys() == theirs.keys()
         for key, values in theirs.items():
-            equal(ours[key], values[layout.share(key[1]).outputs])
+            equal(ours[key], take(values, layout.share(key[1]).outputs))
     for key in whole.magnitudes:  # its norms are of what the rank computes, or of all of it for its inputs
         a, b = whole.tensors[key]
         outputs, inputs = layout.partition.outputs(key[1]), layout.partition.inputs(key[1])
-        equal(packed.computed[key], (a[:, inputs], b[outputs]))
+        equal(packed.computed[key], (a[:, inputs], take(b, outputs)))
 
 
 def equal(ours: object, theirs: object) -> None:
@@ -216,7 +217,7 @@ def test_unaligned_tensors_in_parts(tmp_path: Path) -> None:
             order = order_of(rank, size, fully_sharded)
             share = order.layout.share("o_proj")
             packed = read_share(tmp_path, order)
-            equal(packed.tensors[0, "o_proj"], (a[share.a], b[share.b].float()))
+            equal(packed.tensors[0, "o_proj"], (a[share.a], take(b, share.b).float()))
 
 
 def test_the_digest_is_that_of_a_rank_that_reads_everything(tmp_path: Path) -> None:

@@ -15,8 +15,6 @@ from support.served_models import check, engine_of
 
 from aioengine.errors import ConfigError
 from aioengine.model.files.resolve import read_spec
-from aioengine.model.parallel.group import Shard
-from aioengine.model.parallel.partition import Partition
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -50,15 +48,6 @@ async def test_a_family(case: str, backend: str, tmp_path: Path, monkeypatch: py
         assert engine.info.model_impl == "native"
         assert engine.info.batch_invariant == (backend == "cpu")
         await check(model, engine)
-
-
-@pytest.mark.parametrize("family", ["phi3", "glm4", "olmo2", "olmo3"])
-def test_what_is_not_split_between_ranks_is_refused(family: str, tmp_path: Path) -> None:
-    config_of(family).save_pretrained(tmp_path)
-    spec = read_spec(tmp_path, "native")
-    Partition(spec, Shard(0, 1, False))
-    with pytest.raises(ConfigError, match=rf"tensor_parallel_size=2: {family} .*work for this model: 1$"):
-        Partition(spec, Shard(0, 2, False))
 
 
 def test_an_adapter_is_on_the_matrix_that_the_family_has(tmp_path: Path) -> None:

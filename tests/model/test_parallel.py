@@ -36,8 +36,9 @@ from aioengine.memory_plan import plan_from_config
 from aioengine.model.files.resolve import read_spec
 from aioengine.model.parallel.group import Shard, SoloGroup
 from aioengine.model.parallel.partition import Partition
+from aioengine.model.parallel.ranges import count
 from aioengine.model.slots.layout import SlotLayout
-from aioengine.model.spec import LORA_MODULES, TARGETABLE_MODULES, ModelSpec
+from aioengine.model.spec import EMBEDDING_MODULES, LORA_MODULES, ModelSpec
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # peft's, of biases and tied heads
 
@@ -50,6 +51,11 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "granite": ("granite", {}),
     "gemma2": ("gemma2", {"attention_bias": True}),
     "gemma3": ("gemma3_text", {}),
+    "phi3": ("phi3", {"attention_bias": True}),
+    "glm4": ("glm4", {"attention_bias": True}),
+    "olmo2": ("olmo2", {}),
+    "olmo3": ("olmo3", {"num_key_value_heads": 1}),
+    "phi3-by-three": ("phi3", {"num_attention_heads": 6, "num_key_value_heads": 3, "hidden_size": 96}),
     "by-three": ("llama", {"num_attention_heads": 6, "num_key_value_heads": 3, "hidden_size": 96}),
 }
 ADAPTERS: dict[str, dict[str, Any]] = {
@@ -61,6 +67,11 @@ ADAPTERS: dict[str, dict[str, Any]] = {
     "bias": {"r": 8, "lora_bias": True, "target_modules": ["q_proj", "o_proj", "down_proj", "lm_head"]},
     "outer": {"r": 6, "target_modules": ["embed_tokens", "lm_head", "gate_proj"]},
 }
+IN_ONE = {
+    **dict.fromkeys(("q_proj", "k_proj", "v_proj"), "qkv_proj"),
+    **dict.fromkeys(("gate_proj", "up_proj"), "gate_up_proj"),
+}
+"""What some families have in the place of several linears."""
 
 
 @pytest.fixture(scope="module")
@@ -98,8 +109,17 @@ def model_of(root: Path, name: str) -> Path:
 
 @functools.cache
 def adapter_of(root: Path, model: str, name: str) -> Path:
-    folder = root / f"{model}-{name}"
-    return build_adapter(model_of(root, model), folder, seed=list(ADAPTERS).index(name), **ADAPTERS[name])
+    folder, options = root / f"{model}-{name}", dict(ADAPTERS[name])
+    known = read_spec(model_of(root, model)).layer_modules
+    asked = [
+        IN_ONE.get(m, m) if IN_ONE.get(m) in known else m for m in options.get("target_modules", ALL_MODULES)
+    ]
+    options["target_modules"] = list(dict.fromkeys(asked))
+    return build_adapter(model_of(root, model), folder, seed=list(ADAPTERS).index(name), **options)
+
+
+def targetable(spec: ModelSpec) -> tuple[str, ...]:
+    return spec.layer_modules + EMBEDDING_MODULES
 
 
 def prompt(seed: int, length: int) -> list[int]:
@@ -121,6 +141,7 @@ def script_of(root: Path, model: str, kernels: str) -> Script:
         ],
         max_loras=4,
         kernels=kernels,
+        target_modules=targetable(read_spec(model_of(root, model))),
     )
 
 
@@ -142,7 +163,9 @@ def check(ranks: Ranks, root: Path, model: str, fully_sharded: bool, kernels: st
 
 
 @pytest.mark.parametrize("fully_sharded", [False, True])
-@pytest.mark.parametrize("model", ["llama", "mistral", "qwen2", "qwen3", "one-kv-head", "granite"])
+@pytest.mark.parametrize(
+    "model", ["llama", "mistral", "qwen2", "qwen3", "one-kv-head", "granite", "phi3", "olmo3"]
+)
 def test_two_ranks_give_the_tokens_and_logits_of_one(
     two: Ranks, root: Path, model: str, fully_sharded: bool
 ) -> None:
@@ -150,9 +173,12 @@ def test_two_ranks_give_the_tokens_and_logits_of_one(
 
 
 @pytest.mark.parametrize("fully_sharded", [False, True])
-def test_three_ranks_give_the_tokens_and_logits_of_one(three: Ranks, root: Path, fully_sharded: bool) -> None:
+@pytest.mark.parametrize("model", ["by-three", "phi3-by-three"])
+def test_three_ranks_give_the_tokens_and_logits_of_one(
+    three: Ranks, root: Path, model: str, fully_sharded: bool
+) -> None:
     """Neither the vocabulary nor most of the ranks divide."""
-    check(three, root, "by-three", fully_sharded)
+    check(three, root, model, fully_sharded)
 
 
 @pytest.mark.parametrize("fully_sharded", [False, True])
@@ -160,8 +186,11 @@ def test_so_they_do_with_the_reference_kernels(two: Ranks, root: Path, fully_sha
     check(two, root, "qwen2", fully_sharded, "reference")
 
 
+COMPILED = ["qwen2", "qwen3", "one-kv-head", "gemma2", "gemma3", "phi3", "glm4", "olmo2", "olmo3"]
+
+
 @pytest.mark.parametrize("fully_sharded", [False, True])
-@pytest.mark.parametrize("model", ["qwen2", "qwen3", "one-kv-head", "gemma2", "gemma3"])
+@pytest.mark.parametrize("model", COMPILED)
 @pytest.mark.usefixtures("cpu_library")
 def test_so_they_do_in_compiled_steps(two: Ranks, root: Path, model: str, fully_sharded: bool) -> None:
     """The library comes back for what the ranks exchange in the middle of a step."""
@@ -274,12 +303,13 @@ def test_bytes_sent_are_those_of_the_formulas(two: Ranks, root: Path) -> None:
 
 
 @pytest.mark.parametrize("fully_sharded", [False, True])
-@pytest.mark.parametrize("model", ["qwen3", "mistral", "one-kv-head"])
+@pytest.mark.parametrize("model", ["qwen3", "mistral", "one-kv-head", "glm4", "olmo2"])
 def test_the_plan_is_what_each_rank_allocates(
     two: Ranks, root: Path, model: str, fully_sharded: bool
 ) -> None:
+    modules = targetable(read_spec(model_of(root, model)))
     lora = LoRAConfig(
-        max_loras=3, max_lora_rank=16, target_modules=TARGETABLE_MODULES, fully_sharded_loras=fully_sharded
+        max_loras=3, max_lora_rank=16, target_modules=modules, fully_sharded_loras=fully_sharded
     )
     config = EngineConfig(
         model=str(model_of(root, model)), executor="process", tensor_parallel_size=2, lora=lora,
@@ -288,7 +318,7 @@ def test_the_plan_is_what_each_rank_allocates(
     plan = plan_from_config(config, available_bytes=10**9)
     assert plan.available_bytes == 10**9 // 2
     assert any("each of 2 ranks" in detail for _, detail, _ in plan.rows())
-    script = Script(model_of(root, model), [], max_loras=3, max_rank=16)
+    script = Script(model_of(root, model), [], max_loras=3, max_rank=16, target_modules=modules)
     adapter = adapter_of(root, model, "rank-16")
     for share in two.run(hold, script, adapter, fully_sharded=fully_sharded):
         assert share.weight_bytes == plan.weights_bytes
@@ -308,27 +338,30 @@ def test_a_gguf_model_is_split_the_same_way(two: Ranks, tmp_path: Path) -> None:
     assert two.run(play, script)[0].outputs == play(SoloGroup(), script).outputs
 
 
-QUANTIZED: dict[str, tuple[Quantize, dict[str, Any]]] = {
-    "act-order": (
-        gptq(ordered=True),
-        {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": True},
-    ),
-    "float8-blocks": (float8((24, 16)), {"quant_method": "fp8", "weight_block_size": [24, 16]}),
+GPTQ = gptq(ordered=True), {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": True}
+FLOAT8 = float8((24, 16)), {"quant_method": "fp8", "weight_block_size": [24, 16]}
+QUANTIZED: dict[str, tuple[tuple[Quantize, dict[str, Any]], str]] = {
+    "act-order": (GPTQ, "llama"),
+    "float8-blocks": (FLOAT8, "llama"),
+    "act-order in one matrix": (GPTQ, "phi3"),
+    "float8-blocks in one matrix": (FLOAT8, "phi3"),
 }
 
 
-@pytest.mark.parametrize("scheme", QUANTIZED)
-def test_a_quantized_model_is_split_the_same_way(two: Ranks, tmp_path: Path, scheme: str) -> None:
+@pytest.mark.parametrize("case", QUANTIZED)
+def test_a_quantized_model_is_split_the_same_way(two: Ranks, tmp_path: Path, case: str) -> None:
     """Weights stay as stored where a rank's inputs are whole groups; they are expanded where it has parts."""
-    quantize, config = QUANTIZED[scheme]
-    pair = write_quantized(tmp_path, quantize, config)
-    adapter = build_adapter(pair.expanded, tmp_path / "dora", use_dora=True)
+    (quantize, config), family = QUANTIZED[case]
+    pair = write_quantized(tmp_path, quantize, config, family=family)
+    modules = read_spec(pair.packed).layer_modules
+    adapter = build_adapter(pair.expanded, tmp_path / "dora", use_dora=True, target_modules=list(modules))
     tokens = random.Random(1).choices(range(3, 96), k=12)
-    script = Script(pair.packed, [Phase({0: adapter}, [(tokens, -1), (tokens, 0)])], max_loras=1)
+    phase = Phase({0: adapter}, [(tokens, -1), (tokens, 0)])
+    script = Script(pair.packed, [phase], max_loras=1, target_modules=modules)
     assert two.run(play, script)[0].outputs == play(SoloGroup(), script).outputs
     kept = set(Partition(read_spec(pair.packed), Shard(1, 2)).local.packed)
-    assert ("model.layers.0.self_attn.o_proj" in kept) == (scheme == "float8-blocks")
-    assert "model.layers.0.self_attn.q_proj" in kept
+    assert ("model.layers.0.self_attn.o_proj" in kept) == ("float8" in case)
+    assert f"model.layers.0.self_attn.{modules[0]}" in kept
 
 
 def test_a_model_that_does_not_divide_is_refused_with_the_sizes_that_do(root: Path) -> None:
@@ -347,23 +380,28 @@ def test_a_model_that_does_not_divide_is_refused_with_the_sizes_that_do(root: Pa
     Partition(eight, Shard(15, 16))  # two ranks for each KV head
 
 
-@pytest.mark.parametrize("model", ["qwen3", "one-kv-head", "by-three", "mistral"])
+@pytest.mark.parametrize(
+    "model", ["qwen3", "one-kv-head", "by-three", "mistral", "phi3", "glm4", "phi3-by-three"]
+)
 @pytest.mark.parametrize("fully_sharded", [False, True])
 def test_shares_cover_every_matrix_once(root: Path, model: str, fully_sharded: bool) -> None:
     """What all ranks hold, put together, is the model, and each adapter's A and B: heads that are repeated
     and the matrices that are not split, more than once."""
     spec = read_spec(model_of(root, model))
-    size = 3 if model == "by-three" else 2
-    layouts = [SlotLayout(spec, 16, TARGETABLE_MODULES, Shard(r, size, fully_sharded)) for r in range(size)]
-    for module in TARGETABLE_MODULES:
+    size, modules = 3 if "by-three" in model else 2, targetable(spec)
+    layouts = [SlotLayout(spec, 16, modules, Shard(r, size, fully_sharded)) for r in range(size)]
+    for module in modules:
         n_in, n_out = spec.linear(module)
         weight, a, b = np.zeros((n_out, n_in), int), np.zeros((5, n_in), int), np.zeros((n_out, 5), int)
         for layout in layouts:
             share, partition = layout.share(module), layout.partition
-            weight[partition.outputs(module), partition.inputs(module)] += 1
+            for rows in partition.outputs(module):
+                weight[rows, partition.inputs(module)] += 1
             a[share.a] += 1
-            b[share.b] += 1
-            assert layout.held(module, 5) == (np.zeros((5, n_in))[share.a].shape, b[share.b].shape)
+            for rows in share.b:
+                b[rows] += 1
+            held = np.zeros((5, n_in))[share.a].shape, (count(share.b, n_out), 5)
+            assert layout.held(module, 5) == held
         repeated = size if model == "one-kv-head" and module in ("k_proj", "v_proj") else 1
         splits_inputs = module in ("o_proj", "down_proj", "embed_tokens")
         assert (weight == repeated).all()

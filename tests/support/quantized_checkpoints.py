@@ -41,10 +41,16 @@ Quantize = Callable[[torch.Tensor, torch.Generator], Quantized]
 
 
 def write_quantized(
-    root: Path, quantize: Quantize, config: Mapping[str, Any], *, skip: str = "lm_head", **overrides: Any
+    root: Path,
+    quantize: Quantize,
+    config: Mapping[str, Any],
+    *,
+    skip: str = "lm_head",
+    family: str = "llama",
+    **overrides: Any,
 ) -> Pair:
-    """A tiny llama whose linears are quantized, but for names with ``skip`` in them."""
-    expanded, packed = build_model(root / "expanded", "llama", **overrides), root / "packed"
+    """A tiny model whose linears are quantized, but for names with ``skip`` in them."""
+    expanded, packed = build_model(root / "expanded", family, **overrides), root / "packed"
     generator = torch.Generator().manual_seed(5)
     plain, stored = load_file(expanded / "model.safetensors"), {}
     for name, weight in plain.items():

@@ -20,6 +20,7 @@ from aioengine.adapters.peft.shard_reads import Cut
 from aioengine.adapters.peft.targets import HEAD_KINDS, Layout, Part, Place
 from aioengine.adapters.peft.weights_file import Weights
 from aioengine.model.buffer import Allocate, pageable
+from aioengine.model.parallel.ranges import take
 from aioengine.model.pooling import Head
 from aioengine.model.slots.image import ImageShape, image_memory, serial_copies
 from aioengine.model.slots.layout import SlotLayout
@@ -225,7 +226,7 @@ class Packer:
     def _held(self, key: str) -> Tensor:
         """Return the part of what was read that the slot holds."""
         tensor, cut = self._weights.tensors[key], self._cuts.get(key)
-        return tensor if cut is None else contiguous(tensor[cut.held])
+        return tensor if cut is None else contiguous(take(tensor, cut.held))
 
     def _computed(self) -> dict[Place, tuple[Tensor, Tensor]]:
         """Return DoRA's A and B as they were read, where the slot holds only a part of them, in the slots'

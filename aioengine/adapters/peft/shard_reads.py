@@ -8,6 +8,7 @@ reads.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
 from typing import NamedTuple
 
 from torch import Tensor
@@ -16,23 +17,22 @@ from aioengine.adapters.peft.folding.embeddings import TOKEN_KINDS
 from aioengine.adapters.peft.targets import HEAD_KINDS, Part
 from aioengine.adapters.peft.weights_file import Entry
 from aioengine.model.parallel.partition import SPLIT_INPUTS
+from aioengine.model.parallel.ranges import EVERYTHING, Ranges, take
 from aioengine.model.slots.layout import SlotLayout
-
-_ALL = slice(None)
 
 
 class Cut(NamedTuple):
     """Part of a tensor [rows, columns] or [rows]."""
 
-    rows: slice
+    rows: Ranges
     """The rows that are read."""
-    columns: slice = _ALL
-    held: slice = _ALL
+    columns: slice = slice(None)
+    held: Ranges = EVERYTHING
     """Which of the rows that are read the slot holds."""
 
     def of(self, tensor: Tensor) -> Tensor:
-        """Return the part that is read, as a view."""
-        return tensor[self.rows] if tensor.dim() == 1 else tensor[self.rows, self.columns]
+        """Return the part that is read, as a view if it is one."""
+        return take(tensor if tensor.dim() == 1 else tensor[:, self.columns], self.rows)
 
 
 class Selection(NamedTuple):
@@ -51,18 +51,18 @@ def cut_of(slot: SlotLayout, part: Part, *, dora: bool, tied: bool) -> Cut:
     over its inputs, all rows for the inputs that the rank has.
     """
     if part.kind in (*HEAD_KINDS, *TOKEN_KINDS):
-        return Cut(_ALL)
+        return Cut(EVERYTHING)
     module = part.place[1]
     share, partition = slot.share(module), slot.partition
     more, splits_inputs = dora or tied, module in SPLIT_INPUTS
     match part.kind:
         case "A":
-            rows, columns = share.a
-            return Cut(_ALL, columns, rows) if more and not splits_inputs else Cut(rows, columns)
+            rows, columns = (share.a[0],), share.a[1]
+            return Cut(EVERYTHING, columns, rows) if more and not splits_inputs else Cut(rows, columns)
         case "B":
-            return Cut(_ALL, held=share.b) if more and splits_inputs else Cut(share.b)
+            return Cut(EVERYTHING, held=share.b) if more and splits_inputs else Cut(share.b)
         case "base":
-            return Cut(partition.inputs(module) if splits_inputs else partition.outputs(module))
+            return Cut((partition.vocabulary,))
     return Cut(share.outputs)
 
 
@@ -72,13 +72,14 @@ def select(entries: Sequence[Entry], cuts: Mapping[str, Cut]) -> Selection:
     pieces: list[tuple[int, int]] = []
     end = 0
     for entry in entries:
-        rows = range(entry.shape[0])[cuts[entry.key].rows]
-        width = range(entry.shape[1])[cuts[entry.key].columns] if len(entry.shape) > 1 else range(1)
-        shape = (len(rows), len(width))[: len(entry.shape)]
-        nbytes = len(rows) * len(width) * entry.dtype.itemsize
-        found.append(entry._replace(shape=shape, begin=end, nbytes=nbytes))
+        cut = cuts[entry.key]
+        rows = [range(entry.shape[0])[part] for part in cut.rows]
+        width = range(entry.shape[1])[cut.columns] if len(entry.shape) > 1 else range(1)
+        height = sum(map(len, rows))
+        nbytes = height * len(width) * entry.dtype.itemsize
+        found.append(entry._replace(shape=(height, len(width))[: len(entry.shape)], begin=end, nbytes=nbytes))
         end += nbytes
-        for begin, length in _runs(entry, rows, width):
+        for begin, length in chain.from_iterable(_runs(entry, part, width) for part in rows):
             if pieces and sum(pieces[-1]) == begin:
                 pieces[-1] = pieces[-1][0], pieces[-1][1] + length
             else:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -19,6 +21,7 @@ from aioengine.model.files.folder import INDEX, check_exists, shards, unreadable
 from aioengine.model.files.packing import Packing
 from aioengine.model.files.quantized import QuantizedFolder, quantized_folder
 from aioengine.model.files.stacked_experts import StackedExperts
+from aioengine.model.parallel.ranges import Ranges, take
 from aioengine.model.spec import ModelSpec
 
 
@@ -112,7 +115,7 @@ def load_weights(decoder: Decoder, path: Path, progress: LoadProgress | None = N
         )
 
 
-def _fill(parameter: Tensor, stored: Stored | StoredBlocks, part: Sequence[slice], where: str) -> None:
+def _fill(parameter: Tensor, stored: Stored | StoredBlocks, part: Sequence[Ranges], where: str) -> None:
     if isinstance(stored, StoredBlocks):
         k = stored.shape[1]
         group = stored.packing.group or k
@@ -124,15 +127,16 @@ def _fill(parameter: Tensor, stored: Stored | StoredBlocks, part: Sequence[slice
             middle=stored.packing.middle,
             **_read_blocks(stored, where),
         )
-        rows, columns = part
-        size = max(1, (1 << 22) // k)
-        for begin in range(rows.start, rows.stop, size):
-            end = min(begin + size, rows.stop)
-            values = weight.rows(begin, end)[:, columns]
-            parameter[begin - rows.start : end - rows.start, : values.shape[1]].copy_(values)
-        parameter[rows.stop - rows.start :].zero_()
+        (columns,), size, filled = part[1], max(1, (1 << 22) // k), 0
+        for rows in part[0]:
+            for begin in range(rows.start, rows.stop, size):
+                values = weight.rows(begin, min(begin + size, rows.stop))[:, columns]
+                parameter[filled : filled + len(values), : values.shape[1]].copy_(values)
+                filled += len(values)
+        parameter[filled:].zero_()
         return
-    tensor = stored.read(part)
+    pieces = [stored.read(piece) for piece in itertools.product(*part)]
+    tensor = pieces[0] if len(pieces) == 1 else torch.cat(pieces)  # only rows are of several ranges
     if not tensor.is_floating_point() or tensor.itemsize == 1:
         raise ConfigError(f"{where}: expected floating point, found {tensor.dtype}")
     if tensor.shape != parameter.shape:  # the end of a vocabulary that is padded
@@ -140,16 +144,16 @@ def _fill(parameter: Tensor, stored: Stored | StoredBlocks, part: Sequence[slice
     parameter[tuple(slice(0, n) for n in tensor.shape)].copy_(tensor)
 
 
-def _fill_blocks(weight: BlockWeight, stored: StoredBlocks, part: Sequence[slice], where: str) -> None:
+def _fill_blocks(weight: BlockWeight, stored: StoredBlocks, part: Sequence[Ranges], where: str) -> None:
     """Copies a part, whose inputs are whole blocks and groups."""
-    packing, (rows, columns), k = stored.packing, part, stored.shape[1]
+    packing, (rows, (columns,)), k = stored.packing, part, stored.shape[1]
     data = slice(packing.row_bytes(columns.start), packing.row_bytes(columns.stop))
     size = packing.group or k
     groups = slice(columns.start // size, -(-columns.stop // size))
-    parts = {"data": (rows, data), "scale": (rows, groups), "zero": (rows, groups)}
+    parts = {"data": data, "scale": groups, "zero": groups}
     read = _read_blocks(stored, where)
     for name, to in weight.tensors().items():
-        tensor = read[name][parts[name]] if name in parts else read[name]
+        tensor = take(read[name], rows)[:, parts[name]] if name in parts else read[name]
         if len(tensor) < len(to):  # the end of a vocabulary that is padded
             to[len(tensor) :].zero_()
         to[: len(tensor)].copy_(tensor)

@@ -20,8 +20,8 @@ def between(name: str, adapted: AdaptedLinears) -> Exchange:
 
 
 class StepExchange:
-    """Exchanges of one step, whose scratch memory is ``x`` [T, hidden] and ``h`` [elements]; ``pools`` by
-    their ids in the library, of which ``head`` is for the sampled rows.
+    """Exchanges of one step, whose scratch memory is ``x`` [T, hidden], ``h`` [elements] and ``squares``
+    [T, 2]; ``pools`` by their ids in the library, of which ``head`` is for the sampled rows.
 
     To be given to the library as ``structs.ExchangeFunction``. An error ends the step, and is kept.
     """
@@ -34,6 +34,7 @@ class StepExchange:
         inputs: StepInputs,
         x: Tensor,
         h: Tensor,
+        squares: Tensor,
     ) -> None:
         self.error: BaseException | None = None
         self._adapted = adapted
@@ -42,6 +43,7 @@ class StepExchange:
         self._inputs = inputs
         self._x = x
         self._h = h
+        self._squares = squares
 
     def __call__(self, what: int, pool: int) -> int:
         try:
@@ -54,6 +56,9 @@ class StepExchange:
     def _exchange(self, what: Exchange, pool: LoRAPool | None) -> None:
         if what == Exchange.TOTAL:
             self._adapted.total(self._x, None, pool, self._inputs.lora)
+            return
+        if what == Exchange.SQUARES:
+            self._adapted.group.all_reduce(self._squares)
             return
         assert pool is not None
         batch = self._inputs.sample_lora if pool is self._head else self._inputs.lora

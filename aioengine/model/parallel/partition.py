@@ -14,10 +14,17 @@ from aioengine.errors import ConfigError
 from aioengine.model.experts.spec import MixtureSpec
 from aioengine.model.files.packing import Packing
 from aioengine.model.parallel.group import Shard
-from aioengine.model.spec import ModelSpec
+from aioengine.model.parallel.ranges import Ranges
+from aioengine.model.spec import GATE_UP, QKV, ModelSpec
 
 SPLIT_INPUTS = frozenset({"o_proj", "down_proj", "embed_tokens"})
 """The modules of which every rank has all outputs, as a summand, for a part of the inputs."""
+
+_LINEARS_OF = {QKV: ("q_proj", "k_proj", "v_proj"), GATE_UP: ("gate_proj", "up_proj")}
+"""The linears that are below each other in one matrix."""
+
+_NORMED = {"self_attn.q_norm": "q_proj", "self_attn.k_norm": "k_proj"}
+"""Norms that may be over all heads, and what they norm."""
 
 _MAX_SIZE = 64
 
@@ -58,11 +65,19 @@ class Partition:
         part = self.inputs(module)
         return packing.divides(part.start, part.stop, self.whole.linear(module).in_features)
 
-    def outputs(self, module: str) -> slice:
-        """Return the outputs of which the rank has the whole rows; all of those of ``SPLIT_INPUTS``."""
+    def outputs(self, module: str) -> Ranges:
+        """Return the outputs of which the rank has the whole rows; all of those of ``SPLIT_INPUTS``.
+
+        Of a matrix with several linears, it has its heads, or its part, of each.
+        """
         if module in SPLIT_INPUTS:
-            return slice(0, self.whole.linear(module).out_features)
-        return self._range(module, self.local.linear(module).out_features)
+            return (slice(0, self.whole.linear(module).out_features),)
+        found, begin = [], 0
+        for member in _LINEARS_OF.get(module, (module,)):
+            part = self._range(member, self.local.linear(member).out_features)
+            found.append(slice(begin + part.start, begin + part.stop))
+            begin += self.whole.linear(member).out_features
+        return tuple(found)
 
     def inputs(self, module: str) -> slice:
         """The inputs that the rank has."""
@@ -70,23 +85,37 @@ class Partition:
             return slice(0, self.whole.linear(module).in_features)
         return self._range(module, self.local.linear(module).in_features)
 
-    def parameter(self, name: str, shape: Sequence[int]) -> tuple[tuple[int, ...], tuple[slice, ...]]:
-        """Return the shape of a checkpoint's parameter and the part that the rank takes, by its Hugging Face
-        name.
+    @property
+    def norm_parts(self) -> int:
+        """The ranks over whose heads together queries, and keys, are normed."""
+        return self.shard.size if self.whole.qk_norm and self.whole.qk_norm_whole else 1
+
+    @property
+    def vocabulary(self) -> slice:
+        """The tokens whose embeddings and logits the rank has."""
+        return self.inputs("embed_tokens")
+
+    def parameter(self, name: str, shape: Sequence[int]) -> tuple[tuple[int, ...], tuple[Ranges, ...]]:
+        """Return the shape of a checkpoint's parameter and the part that the rank takes, for each dimension,
+        by its Hugging Face name.
 
         ``shape`` is what the rank allocates for it.
         """
         path, _, kind = name.rpartition(".")
         place = self.whole.find_module(path)
         if place is None or kind not in ("weight", "bias"):
-            return tuple(shape), tuple(slice(0, n) for n in shape)
+            normed = _NORMED.get(".".join(path.rsplit(".", 2)[1:])) if self.whole.qk_norm_whole else None
+            if normed is not None:
+                return (self.whole.linear(normed).out_features,), (self.outputs(normed),)
+            return tuple(shape), tuple((slice(0, n),) for n in shape)
         module = place[1]
         n_in, n_out = self.whole.linear(module)
+        outputs, inputs = self.outputs(module), (self.inputs(module),)
         if kind == "bias":
-            return (n_out,), (self.outputs(module),)
+            return (n_out,), (outputs,)
         if module == "embed_tokens":  # [vocabulary, hidden]: a linear over one-hot tokens, transposed
-            return (n_in, n_out), (self.inputs(module), self.outputs(module))
-        return (n_out, n_in), (self.outputs(module), self.inputs(module))
+            return (n_in, n_out), (inputs, outputs)
+        return (n_out, n_in), (outputs, inputs)
 
     def _range(self, module: str, width: int) -> slice:
         rank, whole = self.shard.rank, self.whole
@@ -106,10 +135,6 @@ def _obstacle(spec: ModelSpec, shard: Shard) -> str | None:
             return f"{count} {what} cannot be split evenly"
     if size > 1 and isinstance(spec, MixtureSpec):
         return f"{spec.family} has experts, which are not split yet"
-    if size > 1 and (spec.fused_qkv or spec.fused_gate_up):
-        return f"{spec.family} has several linears in one matrix, and adapters on that are not split yet"
-    if size > 1 and spec.qk_norm and spec.qk_norm_whole:
-        return f"{spec.family} norms queries and keys over all heads, which are not split yet"
     kv_heads = spec.num_kv_heads
     if kv_heads % size and size % kv_heads:
         return f"{kv_heads} KV heads can neither be split nor repeated evenly"

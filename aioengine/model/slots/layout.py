@@ -23,6 +23,7 @@ from typing import NamedTuple
 
 from aioengine.model.parallel.group import SOLO, Shard
 from aioengine.model.parallel.partition import SPLIT_INPUTS, Partition
+from aioengine.model.parallel.ranges import Ranges, count
 from aioengine.model.spec import NO_LAYER, LinearShape, ModelSpec
 
 __all__ = ["Elements", "FusedPlace", "Place", "Share", "SlotLayout"]
@@ -91,9 +92,9 @@ class Share(NamedTuple):
 
     a: tuple[slice, slice]
     """Part of A [r, in] that the rank holds."""
-    b: slice
-    """Part of B's rows that the rank holds."""
-    outputs: slice
+    b: Ranges
+    """Rows of B that the rank holds."""
+    outputs: Ranges
     """Part of the values with one entry for each output (magnitudes, biases, gain, shift) that the rank
     holds."""
 
@@ -173,11 +174,11 @@ class SlotLayout:
         """Return the shapes of what the slot holds of A and B, for an adapter of ``rank``."""
         n_in, n_out = self.spec.linear(module)
         (rows, inputs), outputs, _ = self._shares[module]
-        return (len(range(rank)[rows]), len(range(n_in)[inputs])), (len(range(n_out)[outputs]), rank)
+        return (len(range(rank)[rows]), len(range(n_in)[inputs])), (count(outputs, n_out), rank)
 
     def num_held_outputs(self, module: str) -> int:
         """Return the outputs whose gain and shift the slot holds."""
-        return len(range(self.spec.linear(module).out_features)[self._shares[module].outputs])
+        return count(self._shares[module].outputs, self.spec.linear(module).out_features)
 
     def share(self, module: str) -> Share:
         """Return the part of an adapter's matrices for ``module`` that the slot holds."""
@@ -187,7 +188,7 @@ class SlotLayout:
             return Share((slice(None), inputs), outputs, outputs)
         if module in SPLIT_INPUTS:
             width = self._shapes[module].shape.out_features
-            return Share((slice(None), inputs), slice(rank * width, (rank + 1) * width), outputs)
+            return Share((slice(None), inputs), (slice(rank * width, (rank + 1) * width),), outputs)
         return Share((slice(rank, None, size), inputs), outputs, outputs)
 
     def _fused_places(self) -> Iterable[FusedPlace]:
@@ -207,7 +208,7 @@ class SlotLayout:
     def _first_of_b(self, module: str) -> int:
         """B's first output, counted from the first that the rank has."""
         share = self.share(module)
-        return int(share.b.start - share.outputs.start)
+        return int(share.b[0].start - share.outputs[0].start)
 
     @property
     def matrix_elements_by_module(self) -> dict[str, int]:

@@ -164,7 +164,7 @@ class LoRASlots:
         self.poolings[slot] = image.pooling
         self.tokens[slot] = None
         if image.tokens is not None:
-            columns = self.layout.partition.outputs("lm_head")
+            columns = self.layout.partition.vocabulary
             rows_begin = begin + image.tokens_begin
             self.tokens[slot] = SlotTokens(
                 image.tokens, memory, self.layout.spec.hidden_size, columns, rows_begin

@@ -64,6 +64,7 @@ struct Model {
   int64_t bf16, layers, hidden, heads, kv_heads, head_dim, intermediate, block_size, block_bytes, int8_cache;
   int64_t rope_half, rope_neighbours;  // see Rope in elementwise.cpp
   int64_t q_norm_size, k_norm_size;    // a head's, or of all heads together
+  int64_t norm_parts;                  // the processes over whose heads such a norm is
   int64_t activation, norm_rounded;  // an Activation
   double eps, norm_offset, residual_scale, attention_scale, attention_cap, swiglu_alpha, swiglu_limit;
   const void* norm;
@@ -98,9 +99,10 @@ struct Step {
   void *rows, *rows_wide, *rows_narrow, *rows_h;
   float *scores, *weights, *gates;
   int32_t* routes;
+  float* squares;   // [tokens, 2] of queries and keys, if these are normed over the heads of several processes
   double* seconds;  // [PHASES] to which the time of each is added; may be null
-  // Of a model that several processes hold: does what the first argument says (an Exchange) for the pool with this id,
-  // or returns other than 0 to have the step end. Null: there are no others.
+  // Of a model that several processes hold: does what the first argument says (an Exchange) for the pool with this id
+  // (below 0: none), or returns other than 0 to have the step end. Null: there are no others.
   int (*exchange)(int64_t what, int64_t id);
 };
 
@@ -108,8 +110,8 @@ struct Step {
 enum Activation { SILU, GELU, CLAMPED_SWIGLU };
 enum Phase { NORM, QKV, ROPE, ATTENTION, O, GATE_UP, ACTIVATION, DOWN, HEAD, SHRINK, AFFINE, EXCHANGE, ROUTE, PHASES };
 // GATHER makes h [rows, slices, width] of what every process has of it, SUM adds them up. TOTAL adds up x, the
-// outputs of a linear that is split over its inputs, and scales and shifts the sum.
-enum Exchange { NOTHING, GATHER, SUM, TOTAL };
+// outputs of a linear that is split over its inputs, and scales and shifts the sum. SQUARES adds up the squares.
+enum Exchange { NOTHING, GATHER, SUM, TOTAL, SQUARES };
 
 }  // extern "C"
 
@@ -166,8 +168,8 @@ struct Run {
     s.seconds[phase] += omp_get_wtime() - began;
   }
 
-  void exchange(int64_t what, const LoraPool& pool) const {
-    timed(EXCHANGE, [&] { me.once([&] { stopped = s.exchange(what, pool.id) != 0; }); });
+  void exchange(int64_t what, int64_t pool) const {
+    timed(EXCHANGE, [&] { me.once([&] { stopped = s.exchange(what, pool) != 0; }); });
     if (stopped) throw Stopped{};
   }
 
@@ -202,14 +204,14 @@ struct Run {
         aio_lora_shrink(m.bf16, x, w.k, &m.slots, pool.first, s.h, w.k, pool.slices, batch.width, batch.segments,
                         batch.count, threads);
       });
-    if (adapted && pool.exchange != NOTHING) exchange(pool.exchange, pool);
+    if (adapted && pool.exchange != NOTHING) exchange(pool.exchange, pool.id);
     timed(phase, [&] {
       base(w, x, y, rows,
            {fetch.data(), long(fetch.size()), adapted ? &adapters : nullptr,
             {next.matrix->packed, next.matrix->n, next.matrix->panel_bytes}});
     });
     if (total)
-      exchange(TOTAL, pool);
+      exchange(TOTAL, pool.id);
     else if (adapted && batch.affine_count > 0)
       timed(AFFINE, [&] {
         aio_lora_affine(m.bf16, y, w.n, &m.slots, pool.first, pool.slice, pool.slices, batch.affine, batch.affine_count,
@@ -235,9 +237,31 @@ struct Run {
     });
   }
 
-  void norm_heads(void* begin, const void* weight, long heads, long size) const {
-    aio_head_norm(m.bf16, begin, weight, s.tokens, (m.heads + 2 * m.kv_heads) * m.head_dim, heads * m.head_dim / size,
-                  size, m.eps, int(m.norm_rounded), m.norm_offset, threads);
+  // Queries and keys, in place.
+  void norm_heads(const Layer& l) const {
+    struct {
+      char* begin;
+      const void* weight;
+      long width, size;
+    } const parts[] = {{(char*)s.wide, l.q_norm, m.heads * m.head_dim, m.q_norm_size},
+                       {(char*)s.wide + m.heads * m.head_dim * element(), l.k_norm, m.kv_heads * m.head_dim, m.k_norm_size}};
+    const long stride = (m.heads + 2 * m.kv_heads) * m.head_dim;
+    if (m.norm_parts == 1)
+      return timed(ROPE, [&] {
+        for (const auto& p : parts)
+          aio_head_norm(m.bf16, p.begin, p.weight, s.tokens, stride, p.width / p.size, p.size, m.eps, int(m.norm_rounded),
+                        m.norm_offset, threads);
+      });
+    timed(ROPE, [&] {
+      for (int i = 0; i < 2; i++)
+        aio_head_squares(m.bf16, parts[i].begin, s.squares + i, s.tokens, stride, parts[i].size, threads);
+    });
+    exchange(SQUARES, -1);
+    timed(ROPE, [&] {
+      for (int i = 0; i < 2; i++)
+        aio_norm_part(m.bf16, parts[i].begin, parts[i].weight, s.squares + i, s.tokens, stride, parts[i].size,
+                      parts[i].size * m.norm_parts, m.eps, int(m.norm_rounded), m.norm_offset, threads);
+    });
   }
 
   // gate_up [rows, 2 * size] -> out [rows, size].
@@ -257,16 +281,12 @@ struct Run {
   // `delta` is what the layer before left to be added to the hidden state; this layer's is in x. `next` is what the
   // adapters do next.
   void layer(const Layer& l, const void* delta, const Adapted& next) const {
-    const long q_width = m.heads * m.head_dim, qkv_width = l.qkv.n;
+    const long qkv_width = l.qkv.n;
     const void* x = norm(delta, l.input_norm, s.tokens);
     const Adapted o{&l.o, &l.lora_o}, gate_up{&l.gate_up, &l.lora_gate_up}, down{&l.down, &l.lora_down};
     linear(QKV, {&l.qkv, &l.lora_qkv}, s.lora, x, s.wide, s.tokens, o);
+    if (l.q_norm != nullptr) norm_heads(l);
     timed(ROPE, [&] {
-      if (l.q_norm != nullptr) {
-        char* keys = (char*)s.wide + q_width * element();
-        norm_heads(s.wide, l.q_norm, m.heads, m.q_norm_size);
-        norm_heads(keys, l.k_norm, m.kv_heads, m.k_norm_size);
-      }
       const long rotation = l.rope * s.tokens * m.rope_half;
       aio_rope_store(m.bf16, s.wide, s.cos + rotation, s.sin + rotation, s.cells, s.last, l.keys, l.values, s.tokens,
                      m.heads, m.kv_heads, m.head_dim, m.block_size, m.block_bytes, m.rope_half, int(m.rope_neighbours),

@@ -19,30 +19,42 @@ struct NormRule {
   float offset;
 };
 
-// out = norm(x) * weight. `out` may be `x`.
 template <class T>
-void norm_row(const typename T::elem* x, const typename T::elem* weight, typename T::elem* out, long size,
-              const NormRule& rule) {
-  vf squares = vf{};
+float squares(const typename T::elem* x, long size) {
+  vf found = vf{};
   float rest = 0.0f;
   long i = 0;
   for (; i + LANES <= size; i += LANES) {
     const vf v = T::load16(x + i);
-    squares = multiply_add(v, v, squares);
+    found = multiply_add(v, v, found);
   }
   for (; i < size; i++) rest += T::widen(x[i]) * T::widen(x[i]);
-  const float scale = 1.0f / std::sqrt((sum(squares) + rest) / float(size) + rule.eps);
+  return sum(found) + rest;
+}
+
+// out = norm(x) * weight, for the mean of the squares; `out` may be `x`.
+template <class T>
+void norm_row(const typename T::elem* x, const typename T::elem* weight, typename T::elem* out, long size,
+              float mean, const NormRule& rule) {
+  const float scale = 1.0f / std::sqrt(mean + rule.eps);
+  long i = 0;
   if (!rule.rounded) {
-    for (i = 0; i + LANES <= size; i += LANES)
+    for (; i + LANES <= size; i += LANES)
       T::store16(out + i, T::load16(x + i) * scale * (T::load16(weight + i) + rule.offset));
     for (; i < size; i++) out[i] = T::narrow(T::widen(x[i]) * scale * (T::widen(weight[i]) + rule.offset));
     return;
   }
-  for (i = 0; i + LANES <= size; i += LANES) {
+  for (; i + LANES <= size; i += LANES) {
     T::store16(out + i, T::load16(x + i) * scale);
     T::store16(out + i, T::load16(out + i) * T::load16(weight + i));
   }
   for (; i < size; i++) out[i] = T::narrow(T::widen(T::narrow(T::widen(x[i]) * scale)) * T::widen(weight[i]));
+}
+
+template <class T>
+void norm_row(const typename T::elem* x, const typename T::elem* weight, typename T::elem* out, long size,
+              const NormRule& rule) {
+  norm_row<T>(x, weight, out, size, squares<T>(x, size) / float(size), rule);
 }
 
 // hidden += factor * delta (if there is one), rounded to the element type, and its norm (if there is a weight).
@@ -77,6 +89,30 @@ void head_norm(void* heads, const void* weight, long rows, long stride, long cou
         elem* x = (elem*)heads + row * stride + h * size;
         norm_row<T>(x, (const elem*)weight, x, size, rule);
       }
+  });
+}
+
+// Of every row of x, to squares[2 * row].
+template <class T>
+void head_squares(const void* x, float* found, long rows, long stride, long size, int threads) {
+  together(worth(rows * size, threads), [&](const Member& me) {
+    const Range mine = me.share(rows);
+    for (long row = mine.begin; row < mine.end; row++)
+      found[2 * row] = squares<T>((const typename T::elem*)x + row * stride, size);
+  });
+}
+
+// The norm of a part of every row, for the squares of the whole row, in which there are `total` elements.
+template <class T>
+void norm_part(void* x_, const void* weight, const float* squares, long rows, long stride, long size, long total,
+               const NormRule& rule, int threads) {
+  using elem = typename T::elem;
+  together(worth(rows * size, threads), [&](const Member& me) {
+    const Range mine = me.share(rows);
+    for (long row = mine.begin; row < mine.end; row++) {
+      elem* x = (elem*)x_ + row * stride;
+      norm_row<T>(x, (const elem*)weight, x, size, squares[2 * row] / float(total), rule);
+    }
   });
 }
 
@@ -238,6 +274,22 @@ AIO_EXPORT void aio_head_norm(int bf16, void* heads, const void* weight, long ro
   const aio::NormRule rule{eps, rounded != 0, offset};
   bf16 ? aio::head_norm<aio::Bf16>(heads, weight, rows, stride, count, size, rule, threads)
        : aio::head_norm<aio::F32>(heads, weight, rows, stride, count, size, rule, threads);
+}
+
+// The norm of rows of which this process has a part, x [rows, size], in two parts: the sum of its squares, to
+// squares [rows] with a stride of 2; and with the sum over all processes there, and `total` elements in all of them, the
+// norm in place.
+AIO_EXPORT void aio_head_squares(int bf16, const void* x, float* squares, long rows, long stride, long size,
+                                 int threads) {
+  bf16 ? aio::head_squares<aio::Bf16>(x, squares, rows, stride, size, threads)
+       : aio::head_squares<aio::F32>(x, squares, rows, stride, size, threads);
+}
+
+AIO_EXPORT void aio_norm_part(int bf16, void* x, const void* weight, const float* squares, long rows, long stride,
+                              long size, long total, float eps, int rounded, float offset, int threads) {
+  const aio::NormRule rule{eps, rounded != 0, offset};
+  bf16 ? aio::norm_part<aio::Bf16>(x, weight, squares, rows, stride, size, total, rule, threads)
+       : aio::norm_part<aio::F32>(x, weight, squares, rows, stride, size, total, rule, threads);
 }
 
 AIO_EXPORT void aio_silu_and_mul(int bf16, const void* gate_up, void* out, long rows, long size, int threads) {

@@ -112,6 +112,10 @@ AIO_EXPORT void aio_add_rms_norm(int bf16, void* hidden, const void* delta, cons
                                  long size, float factor, float eps, int rounded, float offset, int threads);
 AIO_EXPORT void aio_head_norm(int bf16, void* heads, const void* weight, long rows, long stride, long count,
                               long size, float eps, int rounded, float offset, int threads);
+AIO_EXPORT void aio_head_squares(int bf16, const void* x, float* squares, long rows, long stride, long size,
+                                 int threads);
+AIO_EXPORT void aio_norm_part(int bf16, void* x, const void* weight, const float* squares, long rows, long stride,
+                              long size, long total, float eps, int rounded, float offset, int threads);
 AIO_EXPORT void aio_silu_and_mul(int bf16, const void* gate_up, void* out, long rows, long size, int threads);
 AIO_EXPORT void aio_gelu_and_mul(int bf16, const void* gate_up, void* out, long rows, long size, int threads);
 AIO_EXPORT void aio_clamped_swiglu(int bf16, const void* gate_up, void* out, long rows, long size, float alpha,
