@@ -11,7 +11,7 @@ from aioengine.checks import format_bytes
 from aioengine.config import EngineConfig
 from aioengine.errors import ConfigError
 from aioengine.info import LoadProgress
-from aioengine.model.coverage import check_int8_adapters, check_quantization
+from aioengine.model.coverage import check_int8_adapters
 from aioengine.model.cuda.working_memory import WorkingMemory, working_memory
 from aioengine.model.files.resolve import read_spec, resolve_model
 from aioengine.model.parallel.group import Shard
@@ -185,7 +185,6 @@ def plan_memory(
     """
     if spec.impl == "transformers":
         config.refuse_for_transformers()
-    check_quantization(spec, config.quantization)
     if available_bytes is None:
         available_bytes = available_memory(device)
     size = config.tensor_parallel_size

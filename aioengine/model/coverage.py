@@ -30,12 +30,9 @@ def not_covered(
     it can. ``lora_dtype`` is None without adapters."""
     if spec.impl != "native":
         return "models that transformers runs"
-    if isinstance(spec, MixtureSpec):
-        if quantization != "none":
-            return "quantized experts"
-        if spec.expert_size % PANEL or spec.shared_size % PANEL:
-            sizes = spec.expert_size, spec.shared_size
-            return f"intermediate sizes of experts of {sizes}, not all multiples of {PANEL}"
+    if isinstance(spec, MixtureSpec) and (spec.expert_size % PANEL or spec.shared_size % PANEL):
+        sizes = spec.expert_size, spec.shared_size
+        return f"intermediate sizes of experts of {sizes}, not all multiples of {PANEL}"
     if dtype not in DTYPES:
         return f"dtype {dtype}"
     if lora_dtype not in (None, dtype, "int8"):
@@ -67,15 +64,6 @@ def check_int8_adapters(dtype: str, shard: Shard) -> None:
         raise ConfigError(
             "lora.lora_dtype='int8' with fully_sharded_loras: the scale of a row of A is also that of B's "
             "column, which other ranks have; set fully_sharded_loras=False, or lora_dtype='auto'"
-        )
-
-
-def check_quantization(spec: ModelSpec, quantization: Quantization) -> None:
-    """Raise ConfigError for a quantization that the model's weights cannot have."""
-    if quantization != "none" and isinstance(spec, MixtureSpec):
-        raise ConfigError(
-            f"quantization={quantization!r}: {spec.family} has experts, which are not quantized; set "
-            "quantization='none'"
         )
 
 

@@ -13,8 +13,8 @@ from aioengine.kernels import AttentionPlan, Backend, HeadNorms, LoRABatch, Plai
 from aioengine.kernels.blocks import BlockWeight, StackedWeight
 from aioengine.model.adapted import AdaptedLinears
 from aioengine.model.buffer import Arena
-from aioengine.model.experts.layer import PLAIN, Mixing, Mixture
-from aioengine.model.experts.spec import MixtureSpec
+from aioengine.model.experts.layer import Mixing, Mixture
+from aioengine.model.experts.spec import PLAIN, MixtureSpec
 from aioengine.model.files.packing import Packing
 from aioengine.model.kv_cache import KVCache
 from aioengine.model.linear import Linear, Mlp, activation
@@ -272,9 +272,9 @@ class Decoder:
         raise KeyError(module)
 
     def linear_weights(self) -> list[Tensor]:
-        """Return the plain weights, which :meth:`pack` rearranges; the head's may be the embedding's too."""
-        linears = [linear for layer in self.layers for linear in layer.linears.values()]
-        weights = [linear.weight for linear in (*linears, self.head)]
+        """Return the plain weights that :meth:`pack` rearranges; the head's may be the embedding's too."""
+        every = [(name, linear) for layer in self.layers for name, linear in layer.linears.items()]
+        weights = [linear.weight for name, linear in every if name not in PLAIN] + [self.head.weight]
         return [weight.data for weight in weights if isinstance(weight, PlainWeight)]
 
     def pack(self, pack: Callable[[Weight], Weight]) -> None:

@@ -23,8 +23,8 @@ from aioengine.kernels.cpu.quantized import QuantizedWeight
 from aioengine.kernels.cpu.shared_library import has_int8_products, load, threads
 from aioengine.model.buffer import Arena
 from aioengine.model.decoder import Decoder, LastLayer, StepInputs
-from aioengine.model.experts.layer import PLAIN, Mixture
-from aioengine.model.experts.spec import MixtureSpec
+from aioengine.model.experts.layer import Mixture
+from aioengine.model.experts.spec import PLAIN, MixtureSpec
 from aioengine.model.kv_cache import KVCache
 from aioengine.model.linear import Linear
 from aioengine.model.parallel.exchange import StepExchange, between

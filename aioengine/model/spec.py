@@ -361,12 +361,15 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
             total += packing.nbytes(n_out, n_in) - n_in * n_out * dtype_bytes
         if quantization == "none":
             return total
-        linears = [(self.num_layers, *self.linear(module)) for module in LORA_MODULES]
-        linears.append((1, *self.linear("lm_head")))
-        for count, n_in, n_out in linears:
+        for n_in, n_out in (*self.quantized_linears(), self.linear("lm_head")):
             row = n_in if quantization == "int8" else n_in // 2 + 2 * n_in // (16 if n_in % 32 else 32)
-            total += count * n_out * (row + 8 - n_in * dtype_bytes)
+            total += n_out * (row + 8 - n_in * dtype_bytes)
         return total
+
+    def quantized_linears(self) -> Iterator[LinearShape]:
+        """Yield the linears of all layers whose weights ``quantization`` is for."""
+        for _ in range(self.num_layers):
+            yield from map(self.linear, LORA_MODULES)
 
     @property
     def pair_tokens(self) -> float:

@@ -17,7 +17,9 @@ class Int4Weight(QuantizedWeight):
     those with the smallest squared error.
     """
 
-    FUNCTIONS: ClassVar[Functions] = Functions("aio_quantize_int4", "aio_dequantize_int4", "aio_linear_int4")
+    FUNCTIONS: ClassVar[Functions] = Functions(
+        "aio_quantize_int4", "aio_dequantize_int4", "aio_linear_int4", "aio_linear_experts_int4"
+    )
 
     @staticmethod
     def packed_bytes(n: int, k: int) -> int:

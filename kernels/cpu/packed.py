@@ -64,6 +64,20 @@ class PackedWeight:
         )
         return y
 
+    def experts(self, x: Tensor, bias: Tensor | None, begins: Tensor) -> Tensor:
+        """``x W^T + bias`` for ``x`` [T, k] that is sorted by expert, of which each row takes an expert's
+        outputs: [T, n / experts].
+
+        ``begins`` [experts + 1] (int32) are the first rows of the experts.
+        """
+        count = len(begins) - 1
+        y = torch.empty(len(x), self.n // count, dtype=x.dtype)
+        load().aio_linear_experts(
+            *(is_bf16(x), x.data_ptr(), self.data.data_ptr(), pointer(bias), y.data_ptr()),
+            *(begins.data_ptr(), count, self.n // count, self.k, threads()),
+        )
+        return y
+
 
 def is_bf16(tensor: Tensor) -> int:
     return int(tensor.dtype == torch.bfloat16)

@@ -22,6 +22,7 @@ class Functions(NamedTuple):
     pack: str
     unpack: str
     linear: str
+    experts: str
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -31,7 +32,9 @@ class QuantizedWeight:
     With ``int8_activations`` activations become int8 as well, with a scale for each token.
     """
 
-    FUNCTIONS: ClassVar[Functions] = Functions("aio_quantize", "aio_dequantize", "aio_linear_int8")
+    FUNCTIONS: ClassVar[Functions] = Functions(
+        "aio_quantize", "aio_dequantize", "aio_linear_int8", "aio_linear_experts_int8"
+    )
 
     data: Tensor
     """[packed_bytes(n, k)] uint8"""
@@ -108,6 +111,21 @@ class QuantizedWeight:
             *(is_bf16(x), x.data_ptr(), self.k, self.data.data_ptr(), self.scale.data_ptr()),
             *(self.start_pointer, *self.blocks, pointer(bias), y.data_ptr(), self.n),
             *(len(x), self.n, self.k, None, threads()),
+        )
+        return y
+
+    def experts(self, x: Tensor, bias: Tensor | None, begins: Tensor) -> Tensor:
+        """``x W^T + bias`` for ``x`` [T, k] that is sorted by expert, of which each row takes an expert's
+        outputs: [T, n / experts].
+
+        ``begins`` [experts + 1] (int32) are the first rows of the experts.
+        """
+        count = len(begins) - 1
+        y = torch.empty(len(x), self.n // count, dtype=x.dtype)
+        getattr(load(), self.FUNCTIONS.experts)(
+            *(is_bf16(x), x.data_ptr(), self.data.data_ptr(), self.scale.data_ptr(), self.start_pointer),
+            *(*self.blocks, pointer(bias), y.data_ptr(), begins.data_ptr()),
+            *(count, self.n // count, self.k, threads()),
         )
         return y
 

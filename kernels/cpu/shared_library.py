@@ -80,6 +80,14 @@ _SIGNATURES = {
     "aio_linear_experts": (
         *(c_int, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_long, c_long, c_long, c_int),
     ),
+    "aio_linear_experts_int8": (
+        *(c_int, c_void_p, c_void_p, c_void_p, c_void_p, c_long, c_void_p, c_void_p, c_void_p),
+        *(c_long, c_long, c_long, c_int),
+    ),
+    "aio_linear_experts_int4": (
+        *(c_int, c_void_p, c_void_p, c_void_p, c_void_p, c_long, c_long, c_void_p, c_void_p, c_void_p),
+        *(c_long, c_long, c_long, c_int),
+    ),
     "aio_step": (c_void_p, c_void_p),
     "aio_probe_dot": (c_int, c_long, c_int, c_void_p),
     "aio_probe_read": (c_void_p, c_long, c_int, c_void_p),

@@ -21,7 +21,9 @@ from aioengine.kernels import (
     available_backends,
     get_backend,
 )
+from aioengine.kernels.cpu.int4 import Int4Weight
 from aioengine.kernels.cpu.packed import PackedWeight
+from aioengine.kernels.cpu.quantized import QuantizedWeight
 from aioengine.kernels.slots import Column
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -82,6 +84,54 @@ def test_linears_equal_the_reference(
     torch.testing.assert_close(
         total, (by_token * weights[..., None]).sum(1), rtol=5e-2, atol=10 * tolerance * k**0.5
     )
+
+
+@pytest.mark.skipif("cpu" not in BACKENDS, reason="needs the compiled library")
+@settings(max_examples=EXAMPLES, deadline=None)
+@given(
+    counts=st.lists(st.integers(0, 30), min_size=1, max_size=6).filter(any),
+    form=st.sampled_from([QuantizedWeight, Int4Weight]),
+    int8_activations=st.booleans(),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    sizes=st.sampled_from([(32, 48), (80, 16), (64, 112)]),
+    biased=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+def test_quantized_linears_are_those_of_each_expert(
+    counts: list[int],
+    form: type[QuantizedWeight],
+    int8_activations: bool,
+    dtype: torch.dtype,
+    sizes: tuple[int, int],
+    biased: bool,
+    seed: int,
+) -> None:
+    """The same bits as each expert by itself has; with activations as they are, the product of the weight
+    that is in effect."""
+    generator = torch.Generator().manual_seed(seed)
+    (k, n), experts = sizes, len(counts)
+    weight = torch.randn(experts * n, k, generator=generator).to(dtype)
+    bias = torch.randn(experts * n, generator=generator).to(dtype) if biased else None
+    x = torch.randn(sum(counts), k, generator=generator).to(dtype)
+    plan = ExpertPlan(torch.repeat_interleave(torch.tensor(counts))[:, None], experts)
+
+    def pack(part: torch.Tensor) -> QuantizedWeight:
+        memory = torch.empty(form.packed_bytes(len(part), k), dtype=torch.uint8)
+        return form.pack(part.contiguous(), memory, int8_activations=int8_activations)
+
+    packed = pack(weight)
+    found = get_backend("cpu", "cpu").expert_linear(x, packed, bias, plan)
+    for e, rows in enumerate(x.split(counts)):
+        own = slice(e * n, (e + 1) * n)
+        alone = pack(weight[own]).linear(rows, None if bias is None else bias[own])
+        assert torch.equal(found[sum(counts[:e]) :][: len(rows)], alone)
+    if not int8_activations:
+        effective = packed.rows(0, packed.n).float()
+        expected = REFERENCE.expert_linear(x.float(), PlainWeight(effective), None, plan)
+        if bias is not None:
+            expected += torch.repeat_interleave(bias.float().view(experts, n), torch.tensor(counts), dim=0)
+        tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+        torch.testing.assert_close(found.float(), expected, rtol=tolerance, atol=tolerance * k**0.5)
 
 
 @every_backend

@@ -106,7 +106,6 @@ def test_names_of_modules(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"quantization": "int8"}, "olmoe has experts, which are not quantized"),
         ({"tensor_parallel_size": 2, "executor": "process"}, "olmoe has experts, which are not split yet"),
         ({"lora": LoRAConfig(target_modules=["expert"])}, "'expert' cannot be targeted"),
     ],

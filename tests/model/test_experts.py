@@ -11,7 +11,11 @@ import torch
 from support.moe_adapters import PARAMETERS, MoeModel
 from support.served_models import engine_of, prompt
 
-from aioengine import SamplingParams
+from aioengine import EngineConfig, SamplingParams
+from aioengine.executors.parts import build_parts, plan_parts
+from aioengine.kernels import available_backends
+from aioengine.kernels.cpu.int4 import Int4Weight
+from aioengine.kernels.cpu.quantized import QuantizedWeight
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning"),
@@ -25,6 +29,12 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt_oss": ("gpt_oss", {"sliding_window": 9, "swiglu_limit": 1.5}),
 }
 NEW = 5
+
+
+@pytest.fixture(scope="module")
+def cpu_library() -> None:
+    if "cpu" not in available_backends("cpu"):
+        pytest.skip("the CPU library cannot be built here")
 
 
 def build(root: Path, case: str) -> MoeModel:
@@ -76,6 +86,74 @@ async def test_a_family(case: str, backend: str, tmp_path: Path, monkeypatch: py
                 alone = await engine.complete(tokens, params, adapter=name)
                 assert alone.logprobs == output.logprobs, "bits that depend on the batch"
         engine.check_invariants()
+
+
+FORMS: dict[str, type[QuantizedWeight]] = {"int8": QuantizedWeight, "int4": Int4Weight}
+
+
+def round_weights(model: Any, quantization: str) -> None:
+    """Gives what ``quantization`` covers the values that it has in effect."""
+    form = FORMS[quantization]
+    for name, parameter in model.named_parameters():
+        stacked = parameter.dim() == 3  # [experts, out, in], and in GPT-OSS [experts, in, out]
+        if not stacked and not name.endswith(("proj.weight", "lm_head.weight")):
+            continue
+        turned = stacked and model.config.model_type == "gpt_oss"
+        weight = parameter.detach().transpose(-1, -2) if turned else parameter.detach()
+        flat = weight.reshape(-1, weight.shape[-1]).contiguous()
+        memory = torch.empty(form.packed_bytes(*flat.shape), dtype=torch.uint8)
+        rounded = form.pack(flat.clone(), memory, int8_activations=False).rows(0, len(flat))
+        weight.copy_(rounded.view(weight.shape))
+
+
+@pytest.mark.parametrize("quantization", FORMS)
+@pytest.mark.parametrize("case", ["mixtral", "qwen2_moe", "gpt_oss"])
+@pytest.mark.usefixtures("cpu_library")
+async def test_quantized_experts(
+    case: str, quantization: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against the same model with the weights that are in effect, adapters included: they are of these."""
+    # With int8 products activations are rounded, too (tests/kernels/test_expert_ops.py).
+    monkeypatch.setattr("aioengine.model.native.has_int8_products", lambda: False)
+    family, fields = CASES[case]
+    model = MoeModel(tmp_path, family, **fields)
+    round_weights(model.base, quantization)
+    model.add_by_peft("parameters", 3, target_modules=["v_proj"], target_parameters=PARAMETERS)
+    model.add_by_module("dora", 8, (0, 1, 2), dora=True)
+    work = [
+        (name, prompt(seed, 9 + 5 * seed)) for seed, name in enumerate((None, "parameters", "dora", None))
+    ]
+    params = SamplingParams(max_tokens=NEW, ignore_eos=True, logprobs=1)
+    lora = {"max_loras": 2, "max_cpu_loras": 2, "max_lora_rank": 8}
+    settings: dict[str, Any] = {"block_size": 16, "lora": lora, "quantization": quantization}
+    async with engine_of(model.folder, model_impl="native", **settings) as engine:
+        assert engine.info.batch_invariant
+        for name, folder in model.adapters.items():
+            engine.register_adapter(name, folder)
+        outputs = await asyncio.gather(*(engine.complete(p, params, adapter=name) for name, p in work))
+        for (name, tokens), output in zip(work, outputs, strict=True):
+            logits = model.logits([*tokens, *output.token_ids[:-1]], name)[len(tokens) - 1 :]
+            assert output.token_ids == logits.argmax(-1).tolist(), name
+            assert output.logprobs is not None
+            found = torch.tensor([entry.logprob for entry in output.logprobs])
+            expected = logits.log_softmax(-1).amax(-1)
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * float(logits.abs().max()))
+            alone = await engine.complete(tokens, params, adapter=name)
+            assert alone.logprobs == output.logprobs, "bits that depend on the batch"
+
+
+@pytest.mark.parametrize("quantization", ["none", *FORMS])
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.usefixtures("cpu_library")
+def test_the_plan_is_to_the_byte(case: str, quantization: Any, tmp_path: Path) -> None:
+    family, fields = CASES[case]
+    folder = MoeModel(tmp_path, family, **fields).folder
+    config = EngineConfig(
+        model=str(folder), model_impl="native", max_model_len=64, device="cpu", dtype="float32",
+        kv_cache_memory="1MiB", quantization=quantization,
+    )  # fmt: skip
+    planned = plan_parts(config)
+    assert build_parts(config, planned).runner.weight_bytes == planned.memory.weights_bytes
 
 
 async def test_adapters_in_int8(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,9 +21,6 @@ from aioengine.model.experts.spec import (
 )
 from aioengine.model.linear import Linear
 
-PLAIN = (ROUTER, SHARED_GATE)
-"""Linears that stay as they are: small, and computed in float32."""
-
 
 @dataclass(slots=True)
 class Shared:

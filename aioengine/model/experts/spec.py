@@ -18,6 +18,9 @@ ROUTER, GATE_UP, DOWN = "router", "experts_gate_up", "experts_down"
 SHARED_GATE_UP, SHARED_DOWN, SHARED_GATE = "shared_gate_up", "shared_down", "shared_gate"
 """The expert that all tokens go through, and the gate of what it adds."""
 
+PLAIN = (ROUTER, SHARED_GATE)
+"""Linears that stay as they are: small, and computed in float32."""
+
 _EXPERT = re.compile(r"experts\.(0|[1-9][0-9]{0,5})\.(\w+)", re.ASCII)
 _DENSE = ("gate_proj", "up_proj", "down_proj")
 _SHARED = "shared_expert"
@@ -188,6 +191,12 @@ class MixtureSpec(ModelSpec, frozen=True, kw_only=True):
         dense = sum(n_in * n_out for n_in, n_out in map(super().linear, self._dense_modules))
         biases = self.experts * (1 + 2 * self.expert_size + self.hidden_size) * self.biased
         return super().num_parameters() + linears - self.num_layers * dense + self._sparse_layers * biases
+
+    def quantized_linears(self) -> Iterator[LinearShape]:
+        for layer in range(self.num_layers):
+            for name, modules in self.fused(layer).items():
+                if name not in PLAIN:
+                    yield from map(self.linear, modules)
 
     @property
     def _dense_modules(self) -> tuple[str, ...]:

@@ -188,6 +188,20 @@ struct Run {
     }
   }
 
+  // Of which each of the sorted rows takes one expert's part; experts are never stored in parts.
+  void base(const Matrix& w, const void* x, void* y, const aio::Routes& r) const {
+    const long n = w.n / r.experts;
+    switch (w.kind) {
+      case PACKED: return aio_linear_experts(m.bf16, x, w.packed, w.bias, y, r.begin, r.experts, n, w.k, threads);
+      case INT8:
+        return aio_linear_experts_int8(m.bf16, x, w.packed, w.scale, w.start, w.rotation, w.bias, y, r.begin, r.experts, n,
+                                       w.k, threads);
+      case INT4:
+        return aio_linear_experts_int4(m.bf16, x, w.packed, w.scale, w.start, w.group, w.rotation, w.bias, y, r.begin,
+                                       r.experts, n, w.k, threads);
+    }
+  }
+
   // `next` is the linear that follows: with few rows the arithmetic leaves the memory idle.
   void linear(Phase phase, const Adapted& a, const LoraBatch& batch, const void* x, void* y, long rows,
               const Adapted& next) const {
@@ -323,7 +337,7 @@ struct Run {
   void experts(Phase phase, const Matrix& w, const LoraPool& pool, const aio::Routes& r, aio::Segment* segments,
                const void* x, void* y) const {
     const long n = w.n / r.experts;
-    timed(phase, [&] { aio_linear_experts(m.bf16, x, w.packed, w.bias, y, r.begin, r.experts, n, w.k, threads); });
+    timed(phase, [&] { base(w, x, y, r); });
     if (pool.slices == 0 || s.lora.count == 0) return;
     const aio::Slots places{m.slots.memory, m.slots.table, 1, m.slots.int8};
     const auto run = [&](const int32_t* of, long count, const auto& work) {

@@ -253,6 +253,7 @@ struct Work {
   const void* packed;
   long rotation;
   Beside beside;
+  Experts experts;
   int threads;
 
   Stored stored() const { return {packed, form.panel_bytes()}; }
@@ -274,7 +275,7 @@ void multiply_expanded(const Member& me, const Work& w, const Linear& l) {
       return wide;
     }
   };
-  compute_share<Out>(me, l, w.beside, multiply<T>(), w.stored(), weights);
+  compute_experts<Out>(me, l, w.beside, w.experts, multiply<T>(), w.stored(), weights);
 }
 
 template <class T>
@@ -285,7 +286,7 @@ void linear(const Work& w) {
 #if defined(__AVX512VNNI__)
     if (l.rows <= ROWS_TO_EXPAND && w.form.group == GROUP) {  // expanded in registers, for each tile anew
       const auto weights = [&](long first, long) { return w.form.panel(w.packed, first); };
-      return compute_share<T>(me, l, w.beside, MULTIPLY<Int4>, w.stored(), weights);
+      return compute_experts<T>(me, l, w.beside, w.experts, MULTIPLY<Int4>, w.stored(), weights);
     }
 #endif
     multiply_expanded<Int8, T>(me, w, l);
@@ -317,6 +318,15 @@ AIO_EXPORT void aio_linear_int4(int bf16, const void* x, long x_stride, const vo
                                 const int32_t* start, long group, long rotation, const void* bias, void* y,
                                 long y_stride, long rows, long n, long k, const aio::Beside* beside, int threads) {
   const aio::Work w{{bf16 != 0, x, x_stride, bias, y, y_stride, rows, n, k, nullptr, scale, start},
-                    {k, group}, packed, rotation, beside == nullptr ? aio::Beside{} : *beside, threads};
+                    {k, group}, packed, rotation, beside == nullptr ? aio::Beside{} : *beside, {}, threads};
+  bf16 ? aio::linear<aio::Bf16>(w) : aio::linear<aio::F32>(w);
+}
+
+// The same for rows that are sorted by expert: see aio_linear_experts.
+AIO_EXPORT void aio_linear_experts_int4(int bf16, const void* x, const void* packed, const float* scale,
+                                        const int32_t* start, long group, long rotation, const void* bias, void* y,
+                                        const int32_t* begin, long experts, long n, long k, int threads) {
+  const aio::Work w{{bf16 != 0, x, k, bias, y, n, begin[experts], n, k, nullptr, scale, start},
+                    {k, group}, packed, rotation, {}, {begin, experts}, threads};
   bf16 ? aio::linear<aio::Bf16>(w) : aio::linear<aio::F32>(w);
 }

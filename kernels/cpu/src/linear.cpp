@@ -16,34 +16,11 @@ template const Multiply& multiply<F32>();
 namespace {
 
 template <class T>
-void linear(const Linear& l, const void* packed, const Beside& beside, int threads) {
+void linear(const Linear& l, const void* packed, const Beside& beside, const Experts& experts, int threads) {
   const long panel = l.k / T::PER_LANE * LANES;
   together(threads, [&](const Member& me) {
     const auto weights = [&](long first, long) { return (const uint32_t*)packed + first * panel; };
-    compute_share<T>(me, l, beside, multiply<T>(), {packed, panel * long(sizeof(uint32_t))}, weights);
-  });
-}
-
-// The experts' rows lie in y apart from each other, so nobody has to wait between them.
-template <class T>
-void experts(const void* x, const void* packed, const void* bias, void* y, const int32_t* begin, long count, long n, long k,
-             int threads) {
-  using elem = typename T::elem;
-  const long panel = k / T::PER_LANE * LANES, expert = n / LANES * panel;
-  together(threads, [&](const Member& me) {
-    for (long e = 0, next; e < count; e = next) {
-      for (next = e + 1; next < count && begin[next] == begin[next + 1];) next++;
-      const long first = begin[e], rows = begin[e + 1] - first;
-      if (rows == 0) continue;
-      const void* const shift = bias == nullptr ? nullptr : (const elem*)bias + e * n;
-      const Linear l{T::PER_LANE == Bf16::PER_LANE, (const elem*)x + first * k, k, shift, (elem*)y + first * n, n, rows, n, k,
-                     nullptr, nullptr, nullptr};
-      const uint32_t* const own = (const uint32_t*)packed + e * expert;
-      const long bytes = panel * long(sizeof(uint32_t));
-      const Panels after{next < count ? (const uint32_t*)packed + next * expert : nullptr, n, bytes};
-      const auto weights = [&](long from, long) { return own + from * panel; };
-      compute_share<T>(me, l, {nullptr, 0, nullptr, after}, multiply<T>(), {own, bytes}, weights);
-    }
+    compute_experts<T>(me, l, beside, experts, multiply<T>(), {packed, panel * long(sizeof(uint32_t))}, weights);
   });
 }
 
@@ -107,8 +84,9 @@ AIO_EXPORT void aio_gather(int bf16, const void* packed, const int64_t* rows, vo
 // row of each, packed weights [experts * n, k] and bias [experts * n] (may be null); n is a multiple of 16.
 AIO_EXPORT void aio_linear_experts(int bf16, const void* x, const void* packed, const void* bias, void* y, const int32_t* begin,
                                    long experts, long n, long k, int threads) {
-  bf16 ? aio::experts<aio::Bf16>(x, packed, bias, y, begin, experts, n, k, threads)
-       : aio::experts<aio::F32>(x, packed, bias, y, begin, experts, n, k, threads);
+  const aio::Linear l{bf16 != 0, x, k, bias, y, n, begin[experts], n, k, nullptr, nullptr, nullptr};
+  bf16 ? aio::linear<aio::Bf16>(l, packed, {}, {begin, experts}, threads)
+       : aio::linear<aio::F32>(l, packed, {}, {begin, experts}, threads);
 }
 
 // y [rows, n] = x [rows, k] W^T + bias (may be null). Strides in elements, whole numbers of lanes.
@@ -123,5 +101,5 @@ AIO_EXPORT void aio_linear(int bf16, const void* x, long x_stride, const void* p
 AIO_EXPORT void aio_linear_beside(int bf16, const void* x, long x_stride, const void* packed, const void* bias, void* y,
                                   long y_stride, long rows, long n, long k, const aio::Beside* beside, int threads) {
   const aio::Linear l{bf16 != 0, x, x_stride, bias, y, y_stride, rows, n, k, nullptr, nullptr, nullptr};
-  bf16 ? aio::linear<aio::Bf16>(l, packed, *beside, threads) : aio::linear<aio::F32>(l, packed, *beside, threads);
+  bf16 ? aio::linear<aio::Bf16>(l, packed, *beside, {}, threads) : aio::linear<aio::F32>(l, packed, *beside, {}, threads);
 }

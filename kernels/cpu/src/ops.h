@@ -100,6 +100,12 @@ AIO_EXPORT void aio_dequantize_int4(int bf16, const void* packed, const float* s
 AIO_EXPORT void aio_linear_int4(int bf16, const void* x, long x_stride, const void* packed, const float* scale,
                                 const int32_t* start, long group, long rotation, const void* bias, void* y,
                                 long y_stride, long rows, long n, long k, const aio::Beside* beside, int threads);
+AIO_EXPORT void aio_linear_experts_int8(int bf16, const void* x, const void* packed, const float* scale,
+                                        const int32_t* start, long rotation, const void* bias, void* y,
+                                        const int32_t* begin, long experts, long n, long k, int threads);
+AIO_EXPORT void aio_linear_experts_int4(int bf16, const void* x, const void* packed, const float* scale,
+                                        const int32_t* start, long group, long rotation, const void* bias, void* y,
+                                        const int32_t* begin, long experts, long n, long k, int threads);
 AIO_EXPORT void aio_attention(int bf16, const void* q, long q_stride, const void* keys, const void* values,
                               const int32_t* tables, long table_width, const int32_t* spans, long sequences,
                               void* out, long heads, long kv_heads, long head_dim, long block_size, long block_bytes,

@@ -155,6 +155,7 @@ struct Work {
   const uint32_t* packed;
   long rotation;
   Beside beside;
+  Experts experts;
   int threads;
 
   long panel() const { return l.k / Int8::PER_LANE * LANES; }
@@ -170,7 +171,7 @@ void with_activations_as_they_are(const Work& w) {
       widen<T>(w.packed + first * panel, panels * panel / LANES, wide);
       return (const uint32_t*)wide;
     };
-    compute_share<T>(me, w.l, w.beside, multiply<T>(), w.stored(), weights);
+    compute_experts<T>(me, w.l, w.beside, w.experts, multiply<T>(), w.stored(), weights);
   });
 }
 
@@ -179,8 +180,15 @@ void with_int8_activations(const Work& w) {
   together(w.threads, [&](const Member& me) {
     const Linear l = with_int8_rows<T>(me, w.l, w.rotation);
     const auto weights = [&](long first, long) { return w.packed + first * w.panel(); };
-    compute_share<T>(me, l, w.beside, multiply<Int8>(), w.stored(), weights);
+    compute_experts<T>(me, l, w.beside, w.experts, multiply<Int8>(), w.stored(), weights);
   });
+}
+
+void linear(const Work& w) {
+  if (w.l.start == nullptr)
+    w.l.bf16 ? with_activations_as_they_are<Bf16>(w) : with_activations_as_they_are<F32>(w);
+  else
+    w.l.bf16 ? with_int8_activations<Bf16>(w) : with_int8_activations<F32>(w);
 }
 
 }  // namespace
@@ -206,10 +214,14 @@ AIO_EXPORT void aio_dequantize(int bf16, const void* packed, const float* scale,
 AIO_EXPORT void aio_linear_int8(int bf16, const void* x, long x_stride, const void* packed, const float* scale,
                                 const int32_t* start, long rotation, const void* bias, void* y, long y_stride,
                                 long rows, long n, long k, const aio::Beside* beside, int threads) {
-  const aio::Work w{{bf16 != 0, x, x_stride, bias, y, y_stride, rows, n, k, nullptr, scale, start},
-                    (const uint32_t*)packed, rotation, beside == nullptr ? aio::Beside{} : *beside, threads};
-  if (start == nullptr)
-    bf16 ? aio::with_activations_as_they_are<aio::Bf16>(w) : aio::with_activations_as_they_are<aio::F32>(w);
-  else
-    bf16 ? aio::with_int8_activations<aio::Bf16>(w) : aio::with_int8_activations<aio::F32>(w);
+  aio::linear({{bf16 != 0, x, x_stride, bias, y, y_stride, rows, n, k, nullptr, scale, start},
+               (const uint32_t*)packed, rotation, beside == nullptr ? aio::Beside{} : *beside, {}, threads});
+}
+
+// The same for rows that are sorted by expert: see aio_linear_experts.
+AIO_EXPORT void aio_linear_experts_int8(int bf16, const void* x, const void* packed, const float* scale,
+                                        const int32_t* start, long rotation, const void* bias, void* y,
+                                        const int32_t* begin, long experts, long n, long k, int threads) {
+  aio::linear({{bf16 != 0, x, k, bias, y, n, begin[experts], n, k, nullptr, scale, start},
+               (const uint32_t*)packed, rotation, {}, {begin, experts}, threads});
 }

@@ -69,4 +69,34 @@ void compute_share(const Member& me, const Linear& l, const Beside& beside, cons
   compute_share<Out>(me, l, beside, multiply, stored, unpack, &weights);
 }
 
+// Rows of x and y that are sorted by expert, whose weights are one below the other. Without `begin` there are none.
+struct Experts {
+  const int32_t* begin;  // [count + 1] the first row of each
+  long count;
+};
+
+// The same for linears of which each row takes one expert's; `l` is that of all rows, with an expert's outputs. The
+// experts' rows lie in y apart from each other, so nobody has to wait between them.
+template <class Out, class Weights>
+void compute_experts(const Member& me, const Linear& l, const Beside& beside, const Experts& experts,
+                     const Multiply& multiply, const Stored& stored, const Weights& weights) {
+  if (experts.begin == nullptr) return compute_share<Out>(me, l, beside, multiply, stored, weights);
+  const auto at = [](const auto* p, long i) { return p == nullptr ? nullptr : p + i; };
+  const long panels = l.n / LANES, x_bytes = l.x_stride * long(sizeof(uint32_t)) / multiply.per_lane;
+  const long y_bytes = l.y_stride * long(sizeof(typename Out::elem));
+  for (long e = 0, next; e < experts.count; e = next) {
+    for (next = e + 1; next < experts.count && experts.begin[next] == experts.begin[next + 1];) next++;
+    const long row = experts.begin[e], rows = experts.begin[e + 1] - row, first = e * panels;
+    if (rows == 0) continue;
+    const auto place = [&](long expert) { return at((const char*)stored.begin, expert * panels * stored.panel_bytes); };
+    Linear own = l;
+    own.x = (const char*)l.x + row * x_bytes, own.y = (char*)l.y + row * y_bytes, own.rows = rows;
+    own.bias = at((const typename Out::elem*)l.bias, e * l.n);
+    own.row_scale = at(l.row_scale, row), own.column_scale = at(l.column_scale, e * l.n), own.start = at(l.start, e * l.n);
+    const Panels after{next < experts.count ? place(next) : nullptr, l.n, stored.panel_bytes};
+    const auto mine = [&](long from, long many) { return weights(first + from, many); };
+    compute_share<Out>(me, own, {nullptr, 0, nullptr, after}, multiply, {place(e), stored.panel_bytes}, mine);
+  }
+}
+
 }  // namespace aio
