@@ -76,16 +76,24 @@ class BlockManager:
         return hashes
 
     def match(self, hashes: Sequence[bytes], max_tokens: int) -> list[int]:
-        """Find cached blocks for the longest known prefix, covering at most ``max_tokens`` tokens."""
+        """Find cached blocks for the longest known prefix, covering at most ``max_tokens`` tokens.
+
+        Of those that are :meth:`unseen` behind it, any may be missing: the first block is in their places.
+        """
         if not self.prefix_caching:
             return []
         found: list[int] = []
-        for digest in hashes[: max_tokens // self.block_size]:
+        matched, missing = 0, 0
+        for index, digest in enumerate(hashes[: max_tokens // self.block_size]):
             block = self._block_of.get(digest)
             if block is None:
-                break
+                if self.window is None or not found:
+                    break
+                block, missing = found[0], index
             found.append(block)
-        return found
+            if missing <= self.unseen(len(found) * self.block_size):
+                matched = len(found)
+        return found[:matched]
 
     def can_allocate(self, new: int, shared: Sequence[int] = ()) -> bool:
         """Whether ``new`` blocks are free beside the ``shared`` ones from the cache."""

@@ -106,6 +106,49 @@ def test_a_prompt_behind_whose_window_all_is_cached_takes_only_what_it_sees() ->
     sim.run()
 
 
+def test_a_prompt_is_found_though_blocks_behind_its_window_are_gone() -> None:
+    """They are the first to be reused, since they were given back first."""
+    sim = CoreSim(LIMITS._replace(window=6, num_blocks=14))
+    prompt = list(range(2, 42))
+    sim.add(prompt=prompt, max_tokens=1)
+    sim.run()
+    sim.add(prompt=list(range(50, 78)), max_tokens=1)
+    sim.run()
+    blocks = sim.core.blocks
+    hashes = blocks.hash_blocks(b"0:", prompt, [])
+    assert len(blocks.match(hashes[:2], 8)) < 2, "the second block is gone, or the test shows nothing"
+    again = sim.add(prompt=prompt, max_tokens=9)
+    sim.schedule()
+    assert again.computed == 36
+    sim.finish_step()
+    sim.run()
+
+
+@given(
+    known=st.sets(st.integers(0, 11)),
+    window=st.one_of(st.none(), st.integers(1, 30)),
+    tokens=st.integers(0, 40),
+)
+def test_what_is_found_is_the_longest_prefix_of_which_all_is_there_that_is_seen(
+    known: set[int], window: int | None, tokens: int
+) -> None:
+    blocks = BlockManager(12, 3, window=window)
+    hashes = blocks.hash_blocks(b"", range(36), [])
+    held = blocks.allocate(12)
+    for index in known:
+        blocks.commit(held[index], hashes[index])
+    longest = max(
+        length
+        for length in range(min(tokens // 3, 12) + 1)
+        if all(i in known for i in range(length) if i == 0 or window is None or i > blocks.unseen(3 * length))
+    )
+    found = blocks.match(hashes, tokens)
+    assert found == [held[i] if i in known else held[0] for i in range(longest)]
+    if window is not None and longest:  # the next token sees its own position and those before it
+        first = max(0, 3 * longest + 1 - window) // 3
+        assert all(i in known for i in range(first, longest))
+
+
 def test_a_request_that_is_preempted_behind_its_window_starts_again() -> None:
     """Two requests that hold up to 7 blocks each, in a pool of 11."""
     sim = CoreSim(LIMITS._replace(window=20, num_blocks=11))

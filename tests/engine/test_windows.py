@@ -14,6 +14,7 @@ from aioengine import EngineConfig, SamplingParams
 from aioengine.errors import ConfigError
 from aioengine.memory_plan import plan_memory
 from aioengine.model.files.resolve import read_spec
+from aioengine.model.spec import INT8_SCALE_BYTES, ModelSpec
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 SIZES: dict[str, Any] = {"hidden_size": 64, "head_dim": 16, "sliding_window": 9}
@@ -28,6 +29,8 @@ NEW = 40
         ("cpu", 16, {"overlap": True}),
         ("torch", 4, {}),
         ("cpu", 16, {"speculation": "ngram"}),
+        ("cpu", 16, {"executor": "process"}),
+        ("cpu", 16, {"executor": "process", "tensor_parallel_size": 2}),
     ],
 )
 async def test_tokens_are_those_of_the_whole_cache(
@@ -37,7 +40,8 @@ async def test_tokens_are_those_of_the_whole_cache(
     slots are used again."""
     monkeypatch.setenv("AIOENGINE_KERNELS", backend)
     model = build_any(tmp_path, "mistral", **SIZES)
-    options |= {"block_size": block_size, "max_model_len": 128, "kv_cache_memory": 96 * TOKEN_BYTES}
+    memory = 96 * TOKEN_BYTES // options.get("tensor_parallel_size", 1)
+    options = {**options, "block_size": block_size, "max_model_len": 128, "kv_cache_memory": memory}
     work = [(None, 60), ("plain", 33), ("all-linear", 17), (None, 3), ("plain", 50), (None, 45)]
     prompts = [prompt(seed, length) for seed, (_, length) in enumerate(work)]
     params = SamplingParams(max_tokens=NEW, ignore_eos=True)
@@ -59,6 +63,29 @@ async def test_tokens_are_those_of_the_whole_cache(
         assert again.token_ids == first.token_ids and again.cached_tokens == 32
         engine.check_invariants()
         assert engine.stats().kv_blocks_free == engine.stats().kv_blocks
+
+
+@pytest.mark.parametrize("executor", ["thread", "process"])
+async def test_in_int8_it_is_the_whole_cache_too(
+    executor: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same bits as where no block is given back."""
+    model = build_any(tmp_path, "mistral", **SIZES)
+    prompts = [prompt(seed, length) for seed, length in enumerate((60, 33, 3, 45))]
+    params = SamplingParams(max_tokens=NEW, ignore_eos=True, logprobs=1)
+    options = {"kv_cache_dtype": "int8", "block_size": 16, "max_model_len": 128, "executor": executor}
+
+    async def found(tokens: int) -> list[Any]:
+        memory = tokens * 2 * 2 * 2 * (16 + INT8_SCALE_BYTES)
+        async with engine_of(model.folder, model_impl="native", kv_cache_memory=memory, **options) as engine:
+            assert engine.stats().kv_blocks == tokens // 16
+            outputs = await asyncio.gather(*(engine.complete(tokens, params) for tokens in prompts))
+            assert engine.stats().kv_blocks_free == engine.stats().kv_blocks
+        return [(output.token_ids, output.logprobs) for output in outputs]
+
+    windows = await found(96)
+    monkeypatch.setattr(ModelSpec, "longest_window", None)
+    assert windows == await found(4 * 128)
 
 
 def test_the_plan_says_what_a_request_holds(tmp_path: Path) -> None:
