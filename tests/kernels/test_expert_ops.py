@@ -122,6 +122,8 @@ def test_quantized_linears_are_those_of_each_expert(
     packed = pack(weight)
     found = get_backend("cpu", "cpu").expert_linear(x, packed, bias, plan)
     for e, rows in enumerate(x.split(counts)):
+        if not len(rows):
+            continue
         own = slice(e * n, (e + 1) * n)
         alone = pack(weight[own]).linear(rows, None if bias is None else bias[own])
         assert torch.equal(found[sum(counts[:e]) :][: len(rows)], alone)
