@@ -140,13 +140,22 @@ async def slow_disk(target: Target, client: Client) -> str:
 
 async def clock_jumps(target: Target, client: Client) -> str:
     """Set the clock an hour ahead, then three back, while requests run. Durations must not change."""
+
+    def hours() -> set[str]:
+        return {str(line["time"])[:13] for line in target.served.lines if "time" in line}
+
     for jump in ("+3600", "-7200", "+0"):
+        before = hours()
         set_clock(target.root.parent, jump)
-        await asyncio.sleep(0.3)
-        answer = await target.complete()
-        expect(answer.status_code == 200, f"a request got {answer.status_code} after {jump} s")
-    stamps = [line["time"] for line in target.served.lines if "time" in line]
-    expect(len({str(stamp)[:13] for stamp in stamps}) >= 3, f"the log's clock did not jump: {stamps[-5:]}")
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(20):
+                while True:  # the log is written and read beside the requests
+                    answer = await target.complete()
+                    expect(answer.status_code == 200, f"a request got {answer.status_code} after {jump} s")
+                    await asyncio.sleep(0.1)
+                    if jump == "+0" or hours() > before:
+                        break
+    expect(len(hours()) >= 3, f"the log's clock did not jump: {sorted(hours())}")
     longest = await target.metric("aioengine_request_e2e_seconds_sum")
     expect(0 < longest < 600, f"requests are said to have taken {longest:.0f} s in all")
     return "requests ran on, and their durations are right; the log's times jump"
