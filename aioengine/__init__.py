@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from aioengine.engine import AsyncEngine
     from aioengine.info import AdapterInfo, EngineInfo, EngineStats, SlotInfo
     from aioengine.runtime.output import RequestOutput
-from aioengine.request import SamplingParams, TokenLogprob
+from aioengine.request import CachePin, SamplingParams, TokenLogprob
 
 __version__ = "0.1.0"
 
@@ -25,6 +25,7 @@ __all__ = [
     "AdapterInfo",
     "AdapterResolver",
     "AsyncEngine",
+    "CachePin",
     "ChainResolver",
     "EngineConfig",
     "EngineInfo",
@@ -43,6 +44,7 @@ _HOMES = {
     "AdapterInfo": ".info",
     "AdapterResolver": ".adapters.resolvers.base",
     "AsyncEngine": ".engine",
+    "CachePin": ".request",
     "ChainResolver": ".adapters.resolvers.base",
     "EngineConfig": ".config",
     "EngineInfo": ".info",

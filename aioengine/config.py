@@ -17,6 +17,7 @@ import msgspec
 
 from aioengine.checks import (
     check_integer,
+    check_number,
     check_seconds,
     from_plain,
     nearest,
@@ -206,6 +207,12 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """"int8" keeps keys and values as int8, with a scale for each token and head, in about half the memory;
     only in the compiled CPU step. "auto" is the compute dtype."""
     enable_prefix_caching: bool = True
+    max_prefix_pins: float = 0.25
+    """Share of the KV blocks (0 to 1) that pinned prefixes may have: contents of the prefix cache that stay
+    for the time that a request's ``cache_pins`` ask for. When tenants want more, the one with the most loses
+    those that it has used least recently."""
+    max_prefix_pins_per_tenant: float | None = None
+    """Share of the KV blocks that the pinned prefixes of each tenant may have; None: ``max_prefix_pins``."""
     cuda_graphs: bool = True
     """On CUDA, record decode steps of some sizes when the engine starts, and play them back: the GPU does not
     wait for the host. Takes a while at the start, and some memory."""
@@ -332,6 +339,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         if self.max_step_seconds is not None:
             check_seconds("max_step_seconds", self.max_step_seconds, ", or None", finite=True)
         _boolean(self, "enable_prefix_caching")
+        check_number("max_prefix_pins", self.max_prefix_pins, low=0.0, high=1.0)
+        if self.max_prefix_pins_per_tenant is not None:
+            check_number("max_prefix_pins_per_tenant", self.max_prefix_pins_per_tenant, low=0.0, high=1.0)
         _boolean(self, "cuda_graphs")
         if self.executor == "thread" and self.tensor_parallel_size > 1:
             raise ConfigError(

@@ -31,6 +31,7 @@ from aioengine.info import (
 )
 from aioengine.memory_plan import MemoryPlan
 from aioengine.request import (
+    CachePin,
     CallKeywords,
     Classification,
     Embedding,
@@ -285,6 +286,7 @@ class AsyncEngine:
         tenant: str | None = None,
         expected_tokens: int | None = None,
         cache_salt: str | None = None,
+        cache_pins: Sequence[CachePin] = (),
         output: Sequence[int] = (),
         replay: bool = False,
     ) -> AsyncGenerator[RequestOutput, None]:
@@ -306,6 +308,8 @@ class AsyncEngine:
             expected_tokens: Expected length of the output, for policies that use it; None: ``max_tokens``.
             cache_salt: Requests share blocks of the prefix cache only with those of the same salt. Give
                 different salts to requests of people who must not learn about each other's prompts.
+            cache_pins: Parts of the prompt that should stay in the prefix cache for a time, for later
+                requests that begin alike; at most 4. Give different tenants, which share the room for pins.
             output: Tokens that another engine has generated for this request and delivered. This engine
                 continues after them as if it had made them, and yields only new output. If tokens are drawn,
                 it needs the other engine's seed.
@@ -332,6 +336,7 @@ class AsyncEngine:
             tenant=tenant,
             expected_tokens=expected_tokens,
             cache_salt=cache_salt,
+            cache_pins=cache_pins,
             output=output,
             replay=replay,
         )

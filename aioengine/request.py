@@ -165,6 +165,25 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         )
 
 
+class CachePin(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Part of a prompt that should stay in the prefix cache after the request.
+
+    Its whole KV blocks are kept until ``seconds`` after the last request that began with them, within the
+    bounds of ``EngineConfig.max_prefix_pins``. They give way where a running request would otherwise be
+    preempted, or a waiting one could not be admitted.
+
+    Raises :class:`~aioengine.errors.RequestInvalid` on construction if a value is out of range.
+    """
+
+    tokens: int
+    """The first tokens of the prompt, as many as this; beyond its end: all of it."""
+    seconds: float = 300.0
+
+    def __post_init__(self) -> None:
+        _check_int("cache_pins.tokens", self.tokens, low=1)
+        check_seconds("cache_pins.seconds", self.seconds, error=RequestInvalid, finite=True)
+
+
 class RequestOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Adapter and scheduling arguments of a request: the keyword arguments of ``AsyncEngine.generate``, which
     describes them.
@@ -180,10 +199,14 @@ class RequestOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     tenant: str | None = None
     expected_tokens: int | None = None
     cache_salt: str | None = None
+    cache_pins: Sequence[CachePin] = ()
     output: Sequence[int] = ()
     replay: bool = False
 
     def __post_init__(self) -> None:
+        msgspec.structs.force_setattr(self, "cache_pins", _tuple("cache_pins", self.cache_pins))
+        if len(self.cache_pins) > MAX_PINS or not all(isinstance(pin, CachePin) for pin in self.cache_pins):
+            raise RequestInvalid(f"cache_pins={self.cache_pins!r}: must be at most {MAX_PINS} CachePin")
         msgspec.structs.force_setattr(self, "output", _tuple("output", self.output))
         for token in self.output:
             _check_int("output", token, low=0)
@@ -201,6 +224,8 @@ class RequestOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
             check_seconds("deadline", self.deadline, " from now", error=RequestInvalid)
 
 
+MAX_PINS = 4
+"""Maximum number of ``cache_pins`` of a request."""
 MAX_MIXED = 8
 """Maximum number of adapters in one mix."""
 
@@ -235,6 +260,7 @@ class RequestKeywords(CallKeywords, total=False):
     adapter: Wanted
     expected_tokens: int | None
     cache_salt: str | None
+    cache_pins: Sequence[CachePin]
     output: Sequence[int]
     replay: bool
 

@@ -104,6 +104,10 @@ class EngineFlags:
     """Tokens in a KV block (16)."""
     enable_prefix_caching: Annotated[bool | None, _IN_MORE] = None
     """Share the KV blocks of equal prefixes."""
+    max_prefix_pins: Annotated[float | None, _IN_MORE] = None
+    """Share of the KV blocks that pinned prefixes may have (0.25)."""
+    max_prefix_pins_per_tenant: Annotated[float | None, _IN_MORE] = None
+    """The same of each tenant."""
     cuda_graphs: Annotated[bool | None, _IN_MORE] = None
     """Record decode steps as CUDA graphs at start."""
     max_waiting: Annotated[int | None, _IN_MORE] = None

@@ -1,4 +1,8 @@
-"""Forms batches: which requests run, over how many tokens, in which KV blocks."""
+"""Forms batches: which requests run, over how many tokens, in which KV blocks.
+
+The file is long because the three depend on each other: a request runs only where it finds blocks, and gets
+as many tokens as these hold.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +15,7 @@ from aioengine.core.blocks import BlockManager
 from aioengine.core.border import Border
 from aioengine.core.guard import Tell
 from aioengine.core.pacing import GRAIN, Allowance, Pacer, StepWork
+from aioengine.core.prefixes.reached import pin_reached
 from aioengine.core.queues import RequestQueues
 from aioengine.core.speculation.drafts import Speculation
 from aioengine.core.state import Request, Status, label_of
@@ -58,6 +63,8 @@ class Batcher:
         self.running = running
         """The running requests by ``seq``, in order of admission."""
         self.preemptions = 0
+        self._now = 0.0
+        """Time of the step that is formed, or in flight."""
         self._emit = emit
         self._tell = tell
         self._refuse = refuse
@@ -80,6 +87,7 @@ class Batcher:
         tokens left, so that a short prompt does not wait for long ones. The oldest, the shortest and the
         first newcomer get a chunk, however little time there is.
         """
+        self._now = now
         if self.blocks.window is not None:  # no step is in flight that has these blocks
             for request in self.running.values():
                 request.freed = self.blocks.give_back(request.blocks, request.freed, request.computed)
@@ -207,7 +215,7 @@ class Batcher:
         """Give a request blocks for this many more tokens, if they are free."""
         new = self.blocks.blocks_for(request.computed + tokens) - len(request.blocks)
         if new > 0:
-            if not self.blocks.can_allocate(new):
+            if not self.blocks.can_allocate(new + self.blocks.kept_beside(())):
                 return False
             request.blocks += self.blocks.allocate(new)
         return True
@@ -256,8 +264,13 @@ class Batcher:
         new = blocks.blocks_for(until) - len(cached)
         if self.border is not None and new > 0:
             self.border.before_allocation(new, now)
-        if not blocks.can_allocate(new, shared) and not self._more_blocks(request, new, shared, now):
-            return False
+        kept = blocks.kept_beside(shared)
+        if not self._has_room(request, new + kept, shared, now):
+            # Pins give way if it would otherwise wait for them, and not for requests that end.
+            if not kept or (self.running and len(shared) + new + kept <= blocks.size):
+                return False
+            if not self._has_room(request, new, shared, now):
+                return False
         table = blocks.allocate(new, shared)
         request.blocks, request.freed = table[:1] * (1 + freed) + table[1:], freed
         request.committed, request.computed = len(cached), computed
@@ -271,6 +284,9 @@ class Batcher:
         if not resumed:
             request.admitted = now
             request.cached_tokens = min(request.computed, request.prompt_len)
+        blocks.use(request.hashes[: len(cached)], now)
+        if request.pins:
+            pin_reached(request, blocks, now)
         self._emit(
             events.RequestAdmitted(
                 time=now,
@@ -285,11 +301,11 @@ class Batcher:
         self._tell("request_admitted", now, request=request)
         return True
 
-    def _more_blocks(self, request: Request, new: int, shared: Sequence[int], now: float) -> bool:
-        """Evict idle adapters for a request that is to start; adapters that requests wait for only if nothing
-        runs."""
-        if self.border is None:
-            return False
+    def _has_room(self, request: Request, new: int, shared: Sequence[int], now: float) -> bool:
+        """Whether a request that is to start has ``new`` blocks beside the ``shared`` ones. Idle adapters are
+        evicted for it; those that requests wait for only if nothing runs."""
+        if self.blocks.can_allocate(new, shared) or self.border is None:
+            return self.blocks.can_allocate(new, shared)
         count = new + self.blocks.revived(shared)
         return self.border.make_blocks(count, now, request.adapter, urgent=not self.running)
 
@@ -344,6 +360,8 @@ class Batcher:
         for index in range(request.committed, full):
             self.blocks.commit(request.blocks[index], request.hashes[index])
         request.committed = full
+        if request.pins:
+            pin_reached(request, blocks, self._now)
 
     def release(self, request: Request) -> None:
         """Give back the request's blocks and its claim on the slot."""

@@ -5,22 +5,31 @@ A block holds the keys and values of ``block_size`` tokens in every layer (pagin
 its identity is the hash of everything that it depends on (the adapter's content, all earlier tokens and its
 own tokens) and of its request's salt. So blocks of different adapters, or of different contents of one
 adapter, can never be confused, and a request learns nothing about prompts that were sent with another salt.
-Freed blocks keep their contents until they are reused, the least recently freed first.
+Freed blocks keep their contents until they are reused, the least recently freed first. Those with pinned
+contents (:mod:`aioengine.core.prefixes.pins`) are reused only when no others are free.
 """
 
 from __future__ import annotations
 
 from array import array
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from hashlib import blake2b
+
+from aioengine.core.prefixes.pins import PrefixPins
 
 
 class BlockManager:
     """Hands out block ids ``0..num_blocks-1``. ``can_allocate`` and ``allocate`` come in pairs."""
 
     def __init__(
-        self, num_blocks: int, block_size: int, *, prefix_caching: bool = True, window: int | None = None
+        self,
+        num_blocks: int,
+        block_size: int,
+        *,
+        prefix_caching: bool = True,
+        window: int | None = None,
+        pins: PrefixPins | None = None,
     ) -> None:
         self.num_blocks = num_blocks
         self.block_size = block_size
@@ -31,6 +40,13 @@ class BlockManager:
         self._hash_of: list[bytes | None] = [None] * num_blocks
         self._block_of: dict[bytes, int] = {}
         self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks - 1, -1, -1))
+        """Free blocks whose contents are not pinned, in the order in which they are reused."""
+        self._kept: OrderedDict[int, None] = OrderedDict()
+        """Free blocks with pinned contents; they are reused after the others."""
+        self.pins = PrefixPins(0) if pins is None else pins
+        """Pins on cached contents."""
+        self.pins_lost = 0
+        """Number of pinned blocks that were reused, because requests needed them."""
         self.lent = 0
         """Blocks ``0..lent-1`` are lent to adapters: see :mod:`aioengine.core.border`."""
         self.num_cached = 0
@@ -39,7 +55,7 @@ class BlockManager:
     @property
     def num_free(self) -> int:
         """Number of blocks that no sequence references; their contents may still be cached."""
-        return len(self._free)
+        return len(self._free) + len(self._kept)
 
     @property
     def size(self) -> int:
@@ -97,18 +113,23 @@ class BlockManager:
 
     def can_allocate(self, new: int, shared: Sequence[int] = ()) -> bool:
         """Whether ``new`` blocks are free beside the ``shared`` ones from the cache."""
-        return len(self._free) - self.revived(shared) >= new
+        return self.num_free - self.revived(shared) >= new
 
     def revived(self, shared: Sequence[int]) -> int:
         """Count those of ``blocks`` that are free now."""
         return sum(1 for block in shared if self._refs[block] == 0)
+
+    def kept_beside(self, shared: Sequence[int]) -> int:
+        """Count the free blocks with pinned contents that are not among ``shared``."""
+        kept = self._kept
+        return len(kept) - sum(block in kept for block in shared) if kept else 0
 
     def allocate(self, new: int, shared: Sequence[int] = ()) -> list[int]:
         """Take a reference on each of ``shared`` and on ``new`` fresh blocks; returns their ids."""
         assert self.can_allocate(new, shared)
         for block in shared:
             if self._refs[block] == 0:
-                del self._free[block]
+                del self._list_of(block)[block]
                 self.num_cached -= 1
             self._refs[block] += 1
         fresh = []
@@ -120,9 +141,13 @@ class BlockManager:
 
     def _take_free(self) -> int:
         """Take the free block that is reused next, and forget its contents."""
-        block, _ = self._free.popitem(last=False)
+        pinned = not self._free
+        block, _ = (self._kept if pinned else self._free).popitem(last=False)
         digest = self._hash_of[block]
         if digest is not None:
+            if pinned:
+                self.pins.remove(digest)
+                self.pins_lost += 1
             self._hash_of[block] = None
             del self._block_of[digest]
             self.num_cached -= 1
@@ -156,8 +181,9 @@ class BlockManager:
             if digest is not None:
                 self._block_of[digest] = to
             if self._refs[to] == 0:
-                del self._free[block]
-                self._free[to] = None
+                freed = self._list_of(to)
+                del freed[block]
+                freed[to] = None
         self.lent = end
         return moves
 
@@ -177,17 +203,56 @@ class BlockManager:
     def release(self, blocks: Sequence[int]) -> None:
         """Give back one reference on each block. The last blocks of a sequence are reused before its first,
         because a short prefix is worth more than a long one."""
-        refs, free, hash_of = self._refs, self._free, self._hash_of
+        refs, free, hash_of, pins = self._refs, self._free, self._hash_of, self.pins
         for block in reversed(blocks):
             left = refs[block] - 1
             assert left >= 0, f"block {block} released twice"
             refs[block] = left
             if left == 0:
-                free[block] = None
-                if hash_of[block] is None:  # it has no cached contents: reuse it first
+                digest = hash_of[block]
+                if digest is None:  # it has no cached contents: reuse it first
+                    free[block] = None
                     free.move_to_end(block, last=False)
                 else:
+                    (self._kept if digest in pins else free)[block] = None
                     self.num_cached += 1
+
+    # Pins
+
+    def _list_of(self, block: int) -> OrderedDict[int, None]:
+        """Return the list that a block is in when it is free."""
+        digest = self._hash_of[block]
+        return self._kept if digest is not None and digest in self.pins else self._free
+
+    def pin(self, tenant: str | None, hashes: Sequence[bytes], seconds: float, now: float) -> int:
+        """Keep the contents of a prefix until ``seconds`` after its last use, as far as they are cached and
+        the bounds on pins allow. Returns how many of its blocks, from the first on, are pinned then."""
+        prefix = hashes[: _leading(hashes, self._block_of)]
+        self._unpinned(self.pins.pin(tenant, prefix, seconds, now))
+        count = _leading(prefix, self.pins)
+        for digest in reversed(prefix[:count]):
+            block = self._block_of[digest]
+            if block in self._free:
+                del self._free[block]
+                self._kept[block] = None
+        return count
+
+    def use(self, hashes: Sequence[bytes], now: float) -> None:
+        """Note a use of pinned contents, which are kept longer then."""
+        self.pins.use(hashes, now)
+
+    def expire(self, now: float) -> None:
+        """End the pins whose time is over."""
+        end = self.pins.next_end
+        if end is not None and end <= now:
+            self._unpinned(self.pins.expire(now))
+
+    def _unpinned(self, lost: Sequence[bytes]) -> None:
+        for digest in lost:
+            block = self._block_of[digest]
+            if block in self._kept:
+                del self._kept[block]
+                self._free[block] = None
 
     def unseen(self, computed: int) -> int:
         """Count a sequence's blocks after the first that no layer sees any more, once so many tokens are
@@ -208,7 +273,10 @@ class BlockManager:
 
     def forget(self) -> None:
         """Forget all contents; no block may be referenced."""
-        assert len(self._free) == self.size
+        assert self.num_free == self.size
+        self.pins.clear()
+        self._free.update(self._kept)
+        self._kept.clear()
         self.num_cached = 0
         self._hash_of = [None] * self.num_blocks
         self._block_of.clear()
@@ -221,7 +289,17 @@ class BlockManager:
                 counts[block] += 1
         assert counts == self._refs, "block reference counts do not match their holders"
         assert not any(counts[: self.lent]), "a sequence holds a block that is lent"
-        assert {b for b, n in enumerate(counts) if n == 0 and b >= self.lent} == set(self._free)
-        assert self.num_cached == sum(self._hash_of[b] is not None for b in self._free)
+        free = {b for b, n in enumerate(counts) if n == 0 and b >= self.lent}
+        assert len(free) == self.num_free and free == self._free.keys() | self._kept.keys()
+        assert self.num_cached == sum(self._hash_of[b] is not None for b in free)
         assert not any(self._hash_of[: self.lent])
         assert all(self._hash_of[b] == digest for digest, b in self._block_of.items())
+        self.pins.check()
+        pinned = {b for digest, b in self._block_of.items() if digest in self.pins}
+        assert len(pinned) == len(self.pins), "what is pinned is not cached"
+        assert self._kept.keys() == pinned & free
+
+
+def _leading(prefix: Sequence[bytes], known: Container[bytes]) -> int:
+    """Count the hashes from the first on that are known."""
+    return next((i for i, digest in enumerate(prefix) if digest not in known), len(prefix))

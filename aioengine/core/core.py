@@ -31,6 +31,7 @@ from aioengine.core.costs import MeasuredCosts
 from aioengine.core.guard import PolicyGuard
 from aioengine.core.limits import CoreLimits
 from aioengine.core.pacing import Pacer, StepWork
+from aioengine.core.prefixes.pins import PrefixPins
 from aioengine.core.queues import RequestQueues
 from aioengine.core.speculation.drafts import Speculation
 from aioengine.core.state import AdapterEntry, Request, Status, label_of, location_name
@@ -92,6 +93,7 @@ class Core:
             limits.block_size,
             prefix_caching=limits.prefix_caching,
             window=limits.window,
+            pins=PrefixPins(limits.max_pinned_blocks, limits.max_pinned_blocks_per_tenant),
         )
         self.running: dict[int, Request] = {}
         """The running requests by ``seq``, in order of admission."""
@@ -404,6 +406,7 @@ class Core:
         assert not self._in_flight
         self.now = now
         self.expire(now)
+        self.blocks.expire(now)
         self.residency.step_is_over()
         changed = self._changes != self._arranged_at
         if changed:
@@ -496,8 +499,8 @@ class Core:
 
     def next_due(self) -> float | None:
         """The time when ``schedule`` must be called even if nothing else happens."""
-        due = [at for at in (self.next_deadline(), self.placing.next_retry(self.now)) if at is not None]
-        return min(due, default=None)
+        times = self.next_deadline(), self.placing.next_retry(self.now), self.blocks.pins.next_end
+        return min((at for at in times if at is not None), default=None)
 
     def next_deadline(self) -> float | None:
         """The earliest deadline of a request."""

@@ -16,7 +16,7 @@ from aioengine.core.invocation import NOWHERE, last_occurrence
 from aioengine.core.speculation.drafting import Drafting
 from aioengine.core.waiting_room import Ticket
 from aioengine.events import EndReason
-from aioengine.request import RequestOptions, SamplingParams, TokenLogprob
+from aioengine.request import CachePin, RequestOptions, SamplingParams, TokenLogprob
 from aioengine.schedulers.policy import Location
 from aioengine.step import AdapterSource, Sampled
 
@@ -204,6 +204,8 @@ class Request:
         "most_tokens",
         "options",
         "params",
+        "pinned_tokens",
+        "pins",
         "pooled",
         "prompt_len",
         "prompt_logprobs",
@@ -276,6 +278,16 @@ class Request:
         """Number of ``blocks``, from the first on, that the prefix cache knows."""
         self.cached_tokens = 0
         """Prompt tokens found in the prefix cache when it was first admitted."""
+        self.pins = sorted(
+            (
+                CachePin(tokens=min(pin.tokens, self.prompt_len), seconds=pin.seconds)
+                for pin in options.cache_pins
+            ),
+            key=lambda pin: -pin.tokens,
+        )
+        """The pins that it asks for and that are not reached yet, the longest prefix first."""
+        self.pinned_tokens = 0
+        """Prompt tokens whose blocks it has pinned in the prefix cache."""
         self.admitted: float | None = None
         self.prompt_logprobs: list[TokenLogprob] | None = None if params.prompt_logprobs is None else []
         """Log-probabilities of the second prompt token, the third, ..., as far as they have been computed."""

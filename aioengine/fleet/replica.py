@@ -144,13 +144,14 @@ class EngineReplica:
                 tenant=options.tenant,
                 expected_tokens=options.expected_tokens,
                 cache_salt=options.cache_salt,
+                cache_pins=options.cache_pins,
                 output=options.output,
                 # With batch invariance, computing all tokens at once gives the same bits.
                 replay=options.replay and not self.engine.info.batch_invariant,
             ):
                 delta = Delta(order.key, output.token_ids_delta, output.text_delta)
                 delta.finish, delta.stop = output.finish_reason, output.stop_reason
-                delta.cached_tokens = output.cached_tokens
+                delta.cached_tokens, delta.pinned_tokens = output.cached_tokens, output.pinned_tokens
                 delta.logprobs = list(output.logprobs_delta[known:])
                 known = max(0, known - len(output.logprobs_delta))
                 if output.prompt_logprobs is not None and not scored:

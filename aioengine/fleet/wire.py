@@ -62,6 +62,7 @@ class Delta(msgspec.Struct, array_like=True, omit_defaults=True):
     misrouted: bool = False
     """Whether the replica lacks the adapter that the door believed it to have."""
     pooled: list[float] | None = None
+    pinned_tokens: int = 0
 
 
 class Residency(msgspec.Struct, array_like=True):

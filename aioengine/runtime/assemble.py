@@ -239,8 +239,14 @@ def core_limits(config: EngineConfig, parts: Built) -> CoreLimits:
         max_step_seconds=_max_step_seconds(config, parts.plan),
         pair_tokens=parts.spec.pair_tokens,
         speculation=config.speculation,
+        max_pinned_blocks=int(parts.plan.num_blocks * config.max_prefix_pins),
+        max_pinned_blocks_per_tenant=_share(parts.plan.num_blocks, config.max_prefix_pins_per_tenant),
         draft_constrained=config.executor == "thread",
     )
+
+
+def _share(blocks: int, share: float | None) -> int | None:
+    return None if share is None else int(blocks * share)
 
 
 def _max_step_seconds(config: EngineConfig, plan: MemoryPlan) -> float | None:

@@ -84,6 +84,9 @@ class RequestOutput:
     """The vector that ``pooling`` asks for, at the end: [hidden], or [labels] of a head."""
     cached_tokens: int = 0
     """Prompt tokens whose KV was taken from the prefix cache."""
+    pinned_tokens: int = 0
+    """Prompt tokens whose KV the request has pinned in the prefix cache (``cache_pins``), those that were
+    there already included."""
     arrival: float = 0.0
     """Times are seconds on the engine's clock (the event loop's ``time()``)."""
     first_token: float | None = None

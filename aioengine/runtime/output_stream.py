@@ -154,6 +154,7 @@ class OutputStream:
             prompt_logprobs=self._prompt(),
             pooled=request.pooled if self._finish == "length" else None,
             cached_tokens=request.cached_tokens,
+            pinned_tokens=request.pinned_tokens,
             arrival=request.arrival,
             first_token=request.first_token,
             last_token=self._last_token,

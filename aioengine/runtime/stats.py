@@ -73,6 +73,8 @@ class Counters:
             max_running=core.limits.max_num_seqs,
             kv_blocks=core.blocks.size,
             kv_blocks_free=core.blocks.num_free,
+            kv_blocks_pinned=len(core.blocks.pins),
+            kv_pins_lost=core.blocks.pins_lost,
             block_size=core.blocks.block_size,
             steps=core.step,
             preemptions=core.batcher.preemptions,

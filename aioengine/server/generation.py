@@ -23,7 +23,7 @@ from aioengine.client import EngineClient
 from aioengine.config import EngineConfig
 from aioengine.errors import DeadlineExceeded
 from aioengine.metrics.page.plumbing import Receive, disconnected
-from aioengine.request import RequestOptions, SamplingParams, TokenConstraint
+from aioengine.request import CachePin, RequestOptions, SamplingParams, TokenConstraint
 from aioengine.runtime.output import RequestOutput
 from aioengine.runtime.tasks import end_tasks, together
 from aioengine.runtime.text_work import SHORT
@@ -150,7 +150,7 @@ class Generation:
         assert prompts and len(params) % len(prompts) == 0
         self.request_id = request_id
         self._engine = engine
-        self._prompts = prompts
+        self.prompts = prompts
         self._params = params
         self._options = options
         self._record = record
@@ -174,7 +174,11 @@ class Generation:
         return len(self._params)
 
     def _prompt(self, index: int) -> list[int]:
-        return self._prompts[index * len(self._prompts) // len(self._params)]
+        return self.prompts[index * len(self.prompts) // len(self._params)]
+
+    def pin(self, pins: Sequence[CachePin]) -> None:
+        """Have the requests, which have not begun, pin parts of their prompts."""
+        self._options = msgspec.structs.replace(self._options, cache_pins=pins)
 
     @contextmanager
     def claimed(self) -> Iterator[None]:
@@ -262,9 +266,9 @@ class Generation:
     def usage(self) -> Usage:
         """Sum the usage. A prompt counts once, however many choices it has."""
         outputs = [output for output in self._last if output is not None]
-        prompt = sum(map(len, self._prompts))
+        prompt = sum(map(len, self.prompts))
         completion = sum(output.output_tokens for output in outputs)
-        per_prompt = len(self._params) // len(self._prompts)
+        per_prompt = len(self._params) // len(self.prompts)
         firsts = self._last[::per_prompt]
         cached = sum(output.cached_tokens for output in firsts if output is not None)
         return Usage(

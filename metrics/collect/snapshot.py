@@ -59,6 +59,7 @@ def gauges(
     yield gauge(engine, d.KV_CACHE_BLOCKS, ((), stats.kv_blocks))
     unplanned = stats.memory_unplanned
     yield gauge(engine, d.MEMORY_UNPLANNED, *([] if unplanned is None else [((), unplanned)]))
+    yield gauge(engine, d.KV_BLOCKS_PINNED, ((), stats.kv_blocks_pinned))
     yield gauge(engine, d.REQUESTS_RUNNING_LIMIT, ((), stats.max_running))
     yield gauge(engine, d.REQUESTS_WAITING_LIMIT, ((), _bound(stats.max_waiting)))
     yield gauge(engine, d.WAITING_TOKENS, ((), stats.waiting_tokens))

@@ -349,6 +349,11 @@ MEMORY_UNPLANNED = Definition(
     "Device memory that the start took beyond the memory plan (negative: less than it), on the rank where "
     "that is most; only on GPUs.",
 )
+KV_BLOCKS_PINNED = Definition(
+    "aioengine_kv_blocks_pinned",
+    "gauge",
+    "KV blocks whose contents requests have pinned in the prefix cache.",
+)
 ENGINE_STATE = Definition(
     "aioengine_engine_state",
     "gauge",

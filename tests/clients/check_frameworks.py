@@ -211,7 +211,7 @@ def agents_with(kind: str) -> None:
 # anthropic
 
 
-@check("anthropic", "messages: text, streaming, tools")
+@check("anthropic", "messages: text, streaming, tools, cache_control")
 def anthropic_messages() -> None:
     import anthropic
 
@@ -230,6 +230,10 @@ def anthropic_messages() -> None:
     called = client.messages.create(messages=USER, tools=[tool], tool_choice={"type": "any"}, **fields)
     [use] = [block for block in called.content if block.type == "tool_use"]
     assert use.name == "get_weather" and set(use.input) == {"city"}
+    kept = {"type": "text", "text": "Be very brief. " * 20, "cache_control": {"type": "ephemeral"}}
+    first, again = (client.messages.create(messages=USER, system=[kept], **fields).usage for _ in range(2))
+    assert first.cache_creation_input_tokens or first.cache_read_input_tokens, "a run before may have kept it"
+    assert again.cache_read_input_tokens and not again.cache_creation_input_tokens
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from aioengine.core.adapters.arena import GRANULE
 from aioengine.core.state import AdapterEntry, Status
 from aioengine.core.waiting_room import Ticket
 from aioengine.errors import EngineOverloaded
+from aioengine.request import CachePin
 from aioengine.schedulers import Location, SlotState
 from aioengine.schedulers.policies.fcfs import FCFS
 
@@ -34,6 +35,7 @@ class CoreMachine(RuleBasedStateMachine):
         bounded=st.sampled_from([None, "requests", "tokens"]),
         speculation=st.sampled_from(["none", "none", "ngram", "suffix"]),
         window=st.sampled_from([None, None, 1, 5, 8, 13]),
+        pinned=st.sampled_from([0, 3, 3, 9]),
     )
     def start(
         self,
@@ -45,12 +47,14 @@ class CoreMachine(RuleBasedStateMachine):
         bounded: Literal["requests", "tokens"] | None,
         speculation: Literal["none", "ngram", "suffix"],
         window: int | None,
+        pinned: int,
     ) -> None:
         self.hostile = hostile
         self.versions: list[AdapterEntry] = []
         """Declared, and not published by hand."""
         policy = Hostile(seed) if hostile else FCFS(max_wait=0.5)
         limits = LIMITS._replace(num_blocks=blocks, cpu_max_bytes=max_bytes, speculation=speculation)
+        limits = limits._replace(max_pinned_blocks=pinned, max_pinned_blocks_per_tenant=5)
         limits = limits._replace(window=window, num_blocks=max(blocks if window is None else blocks // 2, 9))
         if slot_memory == "shared":
             limits = limits._replace(
@@ -78,6 +82,7 @@ class CoreMachine(RuleBasedStateMachine):
         max_tokens=st.sampled_from([1, 2, 5, 12, 20]),
         deadline=st.sampled_from([None, None, 0.3, 2.0]),
         tenant=st.sampled_from([None, "x", "x", "x", "y"]),
+        pins=st.sampled_from([(), ((8, 0.5),), ((4, 3.0), (13, 0.2)), ((99, 9.0), (1, 1.0))]),
     )
     def add(
         self,
@@ -86,13 +91,22 @@ class CoreMachine(RuleBasedStateMachine):
         max_tokens: int,
         deadline: float | None,
         tenant: str | None,
+        pins: tuple[tuple[int, float], ...],
     ) -> None:
         sim = self.sim
+        cache_pins = [CachePin(tokens=tokens, seconds=seconds) for tokens, seconds in pins]
         if adapter is not None and adapter not in sim.core.residency.current:
             sim.register(adapter)
         due = None if deadline is None else sim.now + deadline
         try:
-            sim.add(adapter, prompt=prompt, max_tokens=max_tokens, deadline=due, tenant=tenant)
+            sim.add(
+                adapter,
+                prompt=prompt,
+                max_tokens=max_tokens,
+                deadline=due,
+                tenant=tenant,
+                cache_pins=cache_pins,
+            )
         except EngineOverloaded as error:
             sim.count -= 1  # never accepted
             if sim.core.room.max_tokens is not None:

@@ -11,9 +11,17 @@ from aioengine.server.openai.api import Ignored, Positive, StopString
 from aioengine.server.openai.chat_api import MAX_MESSAGES, MAX_PARTS, MAX_TOOLS, FunctionText
 
 
+class CacheControl(msgspec.Struct, kw_only=True):
+    """A breakpoint: the prompt up to here is kept in the prefix cache for later requests."""
+
+    type: Literal["ephemeral"]
+    ttl: Literal["5m", "1h"] | None = None
+    """For how long after its last use; by default 5 minutes."""
+
+
 class Block(msgspec.Struct, kw_only=True):
     """A part of a content: "text", a call ("tool_use") or its result ("tool_result"). "thinking" and
-    "redacted_thinking" are skipped. Fields beyond these, such as ``cache_control``, are ignored."""
+    "redacted_thinking" are skipped. Fields beyond these are ignored."""
 
     type: str
     text: str | None = None
@@ -22,6 +30,7 @@ class Block(msgspec.Struct, kw_only=True):
     input: dict[str, Any] | None = None
     tool_use_id: str | None = None
     content: str | Annotated[list[Block], Meta(max_length=MAX_PARTS)] | None = None
+    cache_control: CacheControl | None = None
 
 
 Content = str | Annotated[list[Block], Meta(max_length=MAX_PARTS)]
@@ -41,6 +50,7 @@ class MessagesTool(msgspec.Struct, kw_only=True):
     input_schema: dict[str, Any] | None = None
     """A JSON schema."""
     strict: bool | None = None
+    cache_control: CacheControl | None = None
 
 
 class MessagesToolChoice(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
@@ -87,6 +97,8 @@ class MessagesRequest(CountRequest, kw_only=True, forbid_unknown_fields=True):
     output_config: OutputConfig | None = None
     """A JSON schema that the answer must conform to."""
     thinking: Thinking | None = None
+    cache_control: CacheControl | None = None
+    """A breakpoint after the last message."""
 
     # vLLM's
     priority: Annotated[int, Meta(ge=-(2**31), lt=2**31)] | None = None
@@ -95,4 +107,3 @@ class MessagesRequest(CountRequest, kw_only=True, forbid_unknown_fields=True):
     # Accepted, and without effect on the answer
     metadata: Ignored = msgspec.field(default_factory=msgspec.Raw)
     service_tier: Ignored = msgspec.field(default_factory=msgspec.Raw)
-    cache_control: Ignored = msgspec.field(default_factory=msgspec.Raw)

@@ -11,6 +11,7 @@ from aioengine.server.messages.api import (
     Block,
     Content,
     CountRequest,
+    MessageParam,
     MessagesRequest,
     MessagesTool,
     MessagesToolChoice,
@@ -58,8 +59,13 @@ def prompt_of(data: CountRequest) -> ChatRequest:
         tool_choice=None if choice is None else _choice(choice),
         parallel_tool_calls=parallel,
         chat_template_kwargs=data.chat_template_kwargs,
-        continue_final_message=data.messages[-1].role == "assistant" or None,  # begun by the client
+        continue_final_message=_is_begun(data.messages) or None,
     )
+
+
+def _is_begun(messages: list[MessageParam]) -> bool:
+    """Whether the client has begun the answer."""
+    return bool(messages) and messages[-1].role == "assistant"
 
 
 def _messages(data: CountRequest) -> Iterator[Message]:

@@ -41,7 +41,7 @@ class MessagesReply:
         told = b""
         if not self._begun:
             self._begun = True
-            usage = _usage(output.prompt_tokens, output.cached_tokens, 0)
+            usage = _usage(output, 0)
             told = _event("message_start", message=self._message([], usage))
         for kind, part in (("thinking", reasoning), ("text", text)):
             if part:
@@ -58,7 +58,7 @@ class MessagesReply:
     def last_events(self, usage: Usage) -> bytes:
         assert self._last is not None
         delta = self._ending(self._last, self._called)
-        told = _event("message_delta", delta=delta, usage=_usage_of(usage))
+        told = _event("message_delta", delta=delta, usage=_usage(self._last, usage.completion_tokens))
         return told + _event("message_stop")
 
     def failure(self, error: ApiError) -> bytes:
@@ -70,7 +70,8 @@ class MessagesReply:
         content: list[dict[str, Any]] = [{**_THINKING, "thinking": reasoning}] if reasoning else []
         content += [{"type": "text", "text": text}] if text or not (calls or reasoning) else []
         content += [_tool_use(call, call.function.arguments.encode()) for call in calls]
-        return _encode({**self._message(content, _usage_of(usage)), **self._ending(output, bool(calls))})
+        message = self._message(content, _usage(output, usage.completion_tokens))
+        return _encode({**message, **self._ending(output, bool(calls))})
 
     def _message(self, content: list[dict[str, Any]], usage: dict[str, int]) -> dict[str, Any]:
         return {
@@ -130,16 +131,14 @@ def _tool_use(call: ToolCall, arguments: bytes) -> dict[str, Any]:
     return {"type": "tool_use", "id": call.id, "name": call.function.name, "input": msgspec.Raw(arguments)}
 
 
-def _usage(prompt: int, cached: int, output: int) -> dict[str, int]:
-    """Build the usage. ``input_tokens`` counts those that were not in the cache."""
+def _usage(output: RequestOutput, output_tokens: int) -> dict[str, int]:
+    """Build the usage. ``input_tokens`` counts the tokens of the prompt that were neither in the cache nor
+    are now kept there for a breakpoint."""
+    cached = output.cached_tokens
+    created = max(0, output.pinned_tokens - cached)
     return {
-        "input_tokens": prompt - cached,
+        "input_tokens": output.prompt_tokens - cached - created,
         "cache_read_input_tokens": cached,
-        "cache_creation_input_tokens": 0,
-        "output_tokens": output,
+        "cache_creation_input_tokens": created,
+        "output_tokens": output_tokens,
     }
-
-
-def _usage_of(usage: Usage) -> dict[str, int]:
-    cached = usage.prompt_tokens_details.cached_tokens
-    return _usage(usage.prompt_tokens, cached, usage.completion_tokens)

@@ -13,6 +13,7 @@ from litestar.response import Response
 from aioengine.server.context import Context
 from aioengine.server.framework import RESPONSES, Handled, record_of
 from aioengine.server.messages.api import CountRequest, MessagesRequest
+from aioengine.server.messages.cache_control import breakpoints, find_pins
 from aioengine.server.messages.read import prompt_of, to_chat
 from aioengine.server.messages.reply import MessagesReply
 from aioengine.server.openai.chat import encode_messages, start_chat
@@ -29,7 +30,11 @@ def messages_routes(context: Context) -> list[HTTPRouteHandler]:
         data: JSONBody[MessagesRequest], request: Request[Any, Any, Any]
     ) -> Response[dict[str, Any]]:
         record = record_of(request)
+        wanted = breakpoints(data)
         chat = await start_chat(context, to_chat(data), record, prefix="msg_")
+        if wanted:
+            [prompt] = chat.generation.prompts
+            chat.generation.pin(await find_pins(context, prompt, wanted, record.owner))
         reply = MessagesReply(
             chat.generation.reply_id, data.model, chat.parsers[0], data.stop_sequences or ()
         )

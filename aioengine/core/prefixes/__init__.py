@@ -1,0 +1,1 @@
+"""Prefixes that stay in the prefix cache after their request has ended."""
