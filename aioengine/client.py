@@ -7,6 +7,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Protocol, Unpack, runtime_checkable
 
+from aioengine.errors import EngineDead
 from aioengine.info import AdapterInfo, EngineState
 from aioengine.metrics.page.feed import ScrapedMetrics, WatchedEngine
 from aioengine.request import Prompt, RequestKeywords, SamplingParams, TokenConstraint
@@ -77,6 +78,8 @@ class EngineClient(WatchedEngine, Protocol):
 
     @property
     def degraded(self) -> bool: ...
+    @property
+    def failure(self) -> EngineDead | None: ...
     @property
     def metrics(self) -> ServerMetrics: ...
     @property

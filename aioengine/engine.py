@@ -725,6 +725,11 @@ class AsyncEngine:
         """Whether the model's processes were lost and are being restarted. Requests are accepted and wait."""
         return self.state == "running" and self._stepper.recovering
 
+    @property
+    def failure(self) -> EngineDead | None:
+        """Why it is dead or degraded; None if it is neither."""
+        return self._stepper.dead or (self._stepper.failure if self.degraded else None)
+
     def step_age(self) -> float:
         """Seconds since the step that runs now began; 0 if none does."""
         self._check_started()

@@ -6,7 +6,7 @@ A message says what was wrong, where, and what to do about it. Adapter errors ca
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 Bound = Literal["server", "tenant", "adapter"]
 MAX_MESSAGE_BYTES = 2000
@@ -116,6 +116,39 @@ class EngineStopped(AioEngineError):
 
 class EngineDead(AioEngineError):
     """The engine hit an internal error and cannot go on; the cause is chained."""
+
+
+class DeviceError(EngineDead):
+    """A GPU has failed, so that what ran on it is lost; what torch raised is chained. Where the model has
+    processes of its own (``executor``), ``restart="on-failure"`` starts them again."""
+
+    what: ClassVar[str] = "the device failed"
+    """The failure, for messages."""
+
+
+class DeviceOutOfMemory(DeviceError):
+    """A step, or the start, needed more memory than the device has left."""
+
+    what = "the device is out of memory"
+
+
+class DeviceFault(DeviceError):
+    """A kernel failed: an illegal address, an assertion, an uncorrectable memory error, ... The process in
+    which it happened cannot use the device any more."""
+
+    what = "the device cannot go on"
+
+
+class DeviceLost(DeviceError):
+    """The device is gone: the driver does not find it any more, or does not let this process use it."""
+
+    what = "the device is lost"
+
+
+class ExchangeFailed(DeviceError):
+    """The ranks could not exchange data: a time-out or an error of NCCL, or of another backend."""
+
+    what = "the exchange between the ranks failed"
 
 
 class PolicyError(AioEngineError):

@@ -8,13 +8,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 from aioengine.adapters.loader import AdapterLoader
+from aioengine.errors import DeviceError, EngineDead
 from aioengine.executors.base import Device
 from aioengine.memory_plan import MemoryPlan, memory_taken
+from aioengine.model.cuda.failures import typed_failures
 from aioengine.step import LoadedAdapter, ReadOrder, StepBatch, StepResult
 
 if TYPE_CHECKING:
@@ -49,6 +51,7 @@ class ThreadDevice(Device):
         """The CPU cache."""
         self._loader = loader
         self.kernels, self.variance = runner.kernels, runner.variance
+        self._lost: Callable[[EngineDead], None] | None = None
         self._step_thread = ThreadPoolExecutor(1, thread_name_prefix="aioengine-step")
         self._copy_thread = ThreadPoolExecutor(1, thread_name_prefix="aioengine-copy")
 
@@ -56,22 +59,35 @@ class ThreadDevice(Device):
         return await self.queue(batch)
 
     def queue(self, batch: StepBatch) -> ThreadStep:
-        return ThreadStep(self._step_thread.submit(self.runner.execute, batch))
+        return ThreadStep(self._step_thread.submit(self._step, batch))
+
+    def _step(self, batch: StepBatch) -> StepResult:
+        with typed_failures():
+            return self.runner.execute(batch)
+
+    def watch(self, lost: Callable[[EngineDead], None]) -> None:
+        self._lost = lost
 
     async def load(self, order: ReadOrder) -> LoadedAdapter:
         return await self._loader.load(order)
 
     async def place(self, uid: int, slot: int, offset: int | None = None) -> float:
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(
-            self._copy_thread, self._write_slot, slot, self.store.get(uid), offset
-        )
+        try:
+            return await loop.run_in_executor(
+                self._copy_thread, self._write_slot, slot, self.store.get(uid), offset
+            )
+        except DeviceError as error:  # no step need be in flight that would tell
+            if self._lost is not None:
+                self._lost(error)
+            raise
 
     def _write_slot(self, slot: int, adapter: AdapterImage, offset: int | None) -> float:
         slots = self.runner.lora_slots
         assert slots is not None, "a slot was written while LoRA is off"
         start = time.perf_counter()
-        slots.write(slot, adapter, offset)
+        with typed_failures():
+            slots.write(slot, adapter, offset)
         return time.perf_counter() - start
 
     async def memory_taken(self, plan: MemoryPlan) -> int | None:

@@ -29,6 +29,7 @@ from aioengine.executors.ray.workers import RayWorkers
 from aioengine.executors.thread import ThreadDevice
 from aioengine.info import EngineInfo, LoadProgress
 from aioengine.memory_plan import MemoryPlan
+from aioengine.model.cuda.failures import typed_failures
 from aioengine.model.files.hub import is_source
 from aioengine.model.files.resolve import read_spec, resolve_model
 from aioengine.model.spec import ModelSpec
@@ -74,7 +75,8 @@ def build(
     if ``adapter_root`` is no folder."""
     chosen = _choose_resolver(config, resolver)
     path, spec, plan = planned = plan_parts(config, progress=progress)
-    runner, store = build_parts(config, planned, progress=progress)
+    with typed_failures():
+        runner, store = build_parts(config, planned, progress=progress)
     tokenizer = load_tokenizer(path, config.chat_template)
     loader = AdapterLoader(store, Patience.of(config.lora, config.seed))
     return Built(spec, plan, tokenizer, ThreadDevice(runner, loader), chosen, path)

@@ -69,6 +69,8 @@ class Stepper:
         self._task: asyncio.Task[None] | None = None
         self.recovering = False
         """Whether the device is being restarted."""
+        self.failure: EngineDead | None = None
+        """Why the device was restarted last, or is being restarted."""
         self._lost: EngineDead | None = None
         """The loss of the device, until it is restarted."""
         device.watch(self._device_lost)
@@ -265,7 +267,7 @@ class Stepper:
         be aborted, or reach their deadlines. Raises EngineDead if the device cannot be started."""
         loop = asyncio.get_running_loop()
         began = loop.time()
-        self._lost = None
+        self._lost, self.failure = None, error
         self.core.device_lost(began, error)
         self._moves.device_lost()
         if not self._device.can_restart:

@@ -11,14 +11,21 @@ from aioengine import __version__
 from aioengine.server.context import Context
 
 
-class Health(msgspec.Struct):
+class Health(msgspec.Struct, omit_defaults=True):
     status: str
     """The engine's state; "degraded" while lost processes are started again; "stuck" if a step has run for
     longer than ``stuck_step_seconds``."""
+    cause: str | None = None
+    """Name of the error that made it dead or degraded: DeviceOutOfMemory, EngineDead, ..."""
 
 
 class Version(msgspec.Struct):
     version: str
+
+
+def _cause(context: Context) -> str | None:
+    failure = context.engine.failure
+    return None if failure is None else type(failure).__name__
 
 
 def health_routes(context: Context) -> list[HTTPRouteHandler]:
@@ -28,13 +35,13 @@ def health_routes(context: Context) -> list[HTTPRouteHandler]:
         if context.stuck:
             return Response(Health("stuck"), status_code=503)
         alive = state not in ("dead", "stopping", "stopped")
-        return Response(Health(state), status_code=200 if alive else 503)
+        return Response(Health(state, _cause(context)), status_code=200 if alive else 503)
 
     @get("/ready", summary="200 while requests are accepted, 503 otherwise", sync_to_thread=False)
     def ready() -> Response[Health]:
         state = context.engine.state
         shown = "degraded" if context.engine.degraded else state
-        return Response(Health(shown), status_code=200 if state == "running" else 503)
+        return Response(Health(shown, _cause(context)), status_code=200 if state == "running" else 503)
 
     @get("/version", summary="The server's version", sync_to_thread=False)
     def version() -> Version:

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import msgspec
 
+from aioengine.errors import DeviceError
 from aioengine.executors.parts import build_parts, plan_parts
 from aioengine.executors.process.step_delta import StepDecoder
 from aioengine.executors.process.wire import (
@@ -54,6 +55,7 @@ from aioengine.executors.process.wire import (
 from aioengine.executors.process.worker_reads import WorkerReads
 from aioengine.info import LoadProgress
 from aioengine.memory_plan import memory_taken
+from aioengine.model.cuda.failures import device_error
 from aioengine.model.parallel.group import DistributedGroup, Group, Shard, SoloGroup
 
 if TYPE_CHECKING:
@@ -117,7 +119,7 @@ class Worker:
         try:
             report = work()
         except BaseException as error:
-            report = Broken(WireError.of(error))
+            report = _broken(device_error(error), error)
         self._send(report)
 
     def _place(self, request: Place, image: AdapterImage) -> None:
@@ -127,7 +129,9 @@ class Worker:
             assert slots is not None, "a slot was written while LoRA is off"
             slots.write(request.slot, image, request.offset)
         except BaseException as error:
-            self._send(Failed(request.number, WireError.of(error)))
+            found = device_error(error)
+            failed = Failed(request.number, WireError.of(error))
+            self._send(failed if found is None else _broken(found, error))
         else:
             self._send(Done(request.number, time.perf_counter() - start))
 
@@ -149,6 +153,14 @@ class Worker:
                 self._connection.sendall(data)
         except OSError:  # the engine is gone
             _exit()
+
+
+def _broken(found: DeviceError | None, error: BaseException) -> Broken:
+    """Report ``found``, which stands for ``error``, or ``error`` itself. Errors of the package cross without
+    their traceback, so it goes to the log."""
+    if found is not None:
+        traceback.print_exception(error)
+    return Broken(WireError.of(error if found is None else found))
 
 
 class _Model:

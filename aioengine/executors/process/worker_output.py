@@ -8,9 +8,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+from collections import deque
 
 MAX_LINE = 2000
 """Maximum bytes of a line; a longer one is split."""
+
+KEPT_LINES = 40
+"""Number of lines that are kept to tell why a worker has ended."""
 
 logger = logging.getLogger("aioengine.workers")
 
@@ -20,6 +24,8 @@ class WorkerOutput:
 
     def __init__(self, rank: int) -> None:
         self._rank = rank
+        self.last: deque[str] = deque(maxlen=KEPT_LINES)
+        """The last lines."""
         self._outlet, self.inlet = os.pipe()
         self._task: asyncio.Task[None] | None = None
 
@@ -61,4 +67,5 @@ class WorkerOutput:
     def _tell(self, line: bytes) -> None:
         text = line.decode(errors="replace").rstrip()
         if text:
+            self.last.append(text)
             logger.warning("worker %d: %s", self._rank, text)

@@ -16,7 +16,7 @@ from typing import TypeVar
 import msgspec
 
 from aioengine.config import EngineConfig
-from aioengine.errors import AioEngineError, ConfigError, EngineDead
+from aioengine.errors import AioEngineError, ConfigError, DeviceError, EngineDead
 from aioengine.executors.process.spawn import WorkerConnection, spawn
 from aioengine.executors.process.wire import (
     Answer,
@@ -34,6 +34,7 @@ from aioengine.executors.process.wire import (
     read_report,
 )
 from aioengine.info import LoadProgress
+from aioengine.model.cuda.failures import device_error_in
 from aioengine.runtime.tasks import run_to_completion
 
 CLOSE_SECONDS = 5.0
@@ -256,6 +257,9 @@ class Workers:
                 return
             if self.size > 1:
                 await asyncio.sleep(BLAME_SECONDS)
+            if isinstance(error, DeviceError):
+                self._fail(error if self.size == 1 else type(error)(f"{_who(worker)}: {error}"))
+                return
             self._fail(_dead(str(error) if self.size == 1 else f"{_who(worker)}: {error}", error))
         elif isinstance(report, Reading):
             self._calls[report.number].moved()
@@ -270,7 +274,12 @@ class Workers:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(EXIT_SECONDS):
                 code = await worker.process.wait()
-        self._fail(_dead(f"{_who(worker)} {_how_it_ended(code)}"))
+        dead = f"{_who(worker)} {_how_it_ended(code)}"
+        said = None
+        if code != -signal.SIGKILL and worker.output is not None:  # NCCL and the driver abort the process
+            await worker.output.ended()
+            said = device_error_in("\n".join(worker.output.last))
+        self._fail(_dead(dead) if said is None else type(said)(f"{dead}: {said}"))
 
     def _fail(self, error: AioEngineError) -> None:
         if self.dead is not None or self._closing:

@@ -143,6 +143,11 @@ class FleetClient:
         """Whether a replica is lost and has not come back yet. Requests go to the others."""
         return self.state == "running" and self.members.missing > 0
 
+    @property
+    def failure(self) -> EngineDead | None:
+        """None, because the door outlives every loss."""
+        return None
+
     def step_age(self) -> float:
         """Smallest step age of the replicas, because the fleet makes progress as long as one replica does."""
         statuses = [member.status for member in self.members.members.values()]

@@ -1,0 +1,136 @@
+"""Maps what torch, Triton and NCCL raise when a GPU fails to the package's errors, in one place.
+
+Newer versions of torch have types and error codes; older ones, and libraries, only messages.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import sys
+from collections.abc import Iterator
+
+from aioengine.errors import (
+    AioEngineError,
+    DeviceError,
+    DeviceFault,
+    DeviceLost,
+    DeviceOutOfMemory,
+    ExchangeFailed,
+)
+
+_ADVICE: dict[type[DeviceError], str] = {
+    DeviceOutOfMemory: "lower kv_cache_memory, max_num_batched_tokens or max_num_seqs, or end other "
+    "programs that use the device",
+    ExchangeFailed: "a rank or a link between the ranks did not respond; look at the logs of all ranks",
+    DeviceFault: "only a new process can use the device again: executor='process' with restart='on-failure' "
+    "starts one; if it comes again, look at nvidia-smi and at the kernel's log for Xid errors",
+    DeviceLost: "look at nvidia-smi and at the kernel's log for Xid errors; perhaps restart the machine",
+}
+_MESSAGES: tuple[tuple[type[DeviceError], re.Pattern[str]], ...] = (
+    (
+        DeviceOutOfMemory,
+        re.compile(
+            r"CUDA out of memory|(CUDA|NCCL|Triton).{0,80}out of memory|CUBLAS_STATUS_ALLOC_FAILED"
+            r"|cudaErrorMemoryAllocation",
+            re.IGNORECASE | re.DOTALL,
+        ),
+    ),
+    (
+        DeviceLost,
+        re.compile(
+            r"no CUDA-capable device|CUDA-capable device(s|\(s\))? (is/)?are busy or unavailable"
+            r"|fallen off the bus|CUDA.{0,80}invalid device ordinal|Found no NVIDIA driver",
+            re.IGNORECASE | re.DOTALL,
+        ),
+    ),
+    (
+        ExchangeFailed,
+        re.compile(
+            r"NCCL (error|operation|communicator)|nccl(System|Internal|Remote|UnhandledCuda)Error"
+            r"|Watchdog caught collective operation timeout|ProcessGroupNCCL.{0,200}(timed? ?out|abort)",
+            re.IGNORECASE | re.DOTALL,
+        ),
+    ),
+    (
+        DeviceFault,
+        re.compile(
+            r"CUDA (driver )?error|Triton Error \[CUDA\]|CUBLAS_STATUS_(EXECUTION_FAILED|INTERNAL_ERROR"
+            r"|NOT_INITIALIZED)|an illegal memory access was encountered|device-side assert triggered",
+            re.IGNORECASE,
+        ),
+    ),
+)
+"""In the order in which they are tried: NCCL's messages may quote CUDA's."""
+_CODES: dict[int, type[DeviceError]] = {
+    2: DeviceOutOfMemory,
+    **dict.fromkeys((46, 100, 101, 802, 803), DeviceLost),
+}
+"""Of cudaError_t (CUDA Runtime API, "Data types used by CUDA Runtime"); all others are faults."""
+
+
+@contextlib.contextmanager
+def typed_failures() -> Iterator[None]:
+    """Raise a :class:`DeviceError` in the place of an exception that says that the device has failed."""
+    try:
+        yield
+    except Exception as error:
+        found = device_error(error)
+        if found is None or found is error:
+            raise
+        raise found from error
+
+
+def device_error(error: BaseException) -> DeviceError | None:
+    """Return the error of the package for ``error``, or for what it was raised from; None if that is no
+    failure of a GPU."""
+    seen: set[int] = set()
+    at: BaseException | None = error
+    while at is not None and id(at) not in seen:
+        seen.add(id(at))
+        if isinstance(at, AioEngineError):
+            return at if isinstance(at, DeviceError) else None
+        kind = _by_type(at) or (_by_message(str(at)) if isinstance(at, RuntimeError) else None)
+        if kind is not None:
+            found = _made(kind, str(at))
+            found.__cause__ = error
+            return found
+        at = at.__cause__ or at.__context__
+    return None
+
+
+def device_error_in(text: str) -> DeviceError | None:
+    """Return the error that the last lines of a process say, which the driver or NCCL has ended; None if they
+    name none."""
+    kind = _by_message(text)
+    if kind is None:
+        return None
+    pattern = next(pattern for each, pattern in _MESSAGES if each is kind)
+    return _made(kind, next((line for line in text.splitlines() if pattern.search(line)), text.strip()))
+
+
+def _by_type(error: BaseException) -> type[DeviceError] | None:
+    torch = sys.modules.get("torch")
+    if torch is None:
+        return None
+    if isinstance(error, torch.OutOfMemoryError):
+        return DeviceOutOfMemory
+    accelerator = getattr(torch, "AcceleratorError", None)  # torch 2.8 and later
+    if accelerator is not None and isinstance(error, accelerator):
+        code = getattr(error, "error_code", None)
+        known = _CODES.get(code) if isinstance(code, int) else None
+        return known or _by_message(str(error)) or DeviceFault
+    distributed = sys.modules.get("torch.distributed")
+    lost = getattr(distributed, "DistBackendError", None)
+    if lost is not None and isinstance(error, lost):
+        return _by_message(str(error)) or ExchangeFailed
+    return None
+
+
+def _by_message(text: str) -> type[DeviceError] | None:
+    return next((kind for kind, pattern in _MESSAGES if pattern.search(text)), None)
+
+
+def _made(kind: type[DeviceError], text: str) -> DeviceError:
+    lines = text.strip().splitlines()
+    return kind(f"{kind.what}: {(lines[0] if lines else kind.__name__)[:500]}; {_ADVICE[kind]}")

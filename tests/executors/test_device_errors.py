@@ -1,0 +1,138 @@
+"""What torch, Triton and NCCL raise when a GPU fails, as the package's errors."""
+
+from __future__ import annotations
+
+import pickle
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from aioengine.errors import (
+    AdapterLoadError,
+    DeviceError,
+    DeviceFault,
+    DeviceLost,
+    DeviceOutOfMemory,
+    EngineDead,
+    ExchangeFailed,
+)
+from aioengine.executors.process.wire import WireError
+from aioengine.model.cuda.failures import device_error, device_error_in, typed_failures
+
+TYPED = [
+    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB."), DeviceOutOfMemory),
+    (torch.OutOfMemoryError(""), DeviceOutOfMemory),
+    (torch.AcceleratorError("CUDA error: an illegal memory access was encountered"), DeviceFault),
+    (torch.AcceleratorError("something that is new"), DeviceFault),
+    (
+        torch.distributed.DistBackendError("NCCL error in: NCCLUtils.cpp:94, unhandled"),
+        ExchangeFailed,
+    ),
+    (torch.distributed.DistBackendError("something that is new"), ExchangeFailed),
+]
+MESSAGES = {
+    DeviceOutOfMemory: [
+        "CUDA out of memory. Tried to allocate 2.00 GiB (GPU 0; 79.11 GiB total capacity)",
+        "CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "Triton Error [CUDA]: out of memory",
+        "NCCL error: unhandled cuda error, Cuda failure 2 'out of memory'",
+    ],
+    DeviceFault: [
+        "CUDA error: an illegal memory access was encountered",
+        "CUDA error: device-side assert triggered",
+        "CUDA error: misaligned address",
+        "CUDA error: unspecified launch failure",
+        "CUDA error: uncorrectable ECC error encountered",
+        "CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasGemmEx`",
+        "Triton Error [CUDA]: an illegal memory access was encountered",
+    ],
+    DeviceLost: [
+        "CUDA error: no CUDA-capable device is detected",
+        "No CUDA-capable device is detected",
+        "CUDA error: all CUDA-capable devices are busy or unavailable",
+        "CUDA error: CUDA-capable device(s) is/are busy or unavailable",
+        "CUDA error: invalid device ordinal",
+        "Found no NVIDIA driver on your system.",
+    ],
+    ExchangeFailed: [
+        "NCCL error in: ProcessGroupNCCL.cpp:1333, unhandled system error",
+        "NCCL communicator was aborted on rank 1.",
+        "[Rank 1] Watchdog caught collective operation timeout: WorkNCCL(SeqNum=12, OpType=ALLREDUCE)",
+    ],
+}  # fmt: skip
+OTHERS = [
+    ValueError("CUDA out of memory is what this text is about"),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory"),
+    RuntimeError("shapes cannot be multiplied (2x3 and 4x5)"),
+    MemoryError(),
+    KeyError("cuda"),
+]
+
+
+def _cases() -> list[tuple[BaseException, type[DeviceError]]]:
+    return [*TYPED, *((RuntimeError(text), kind) for kind, texts in MESSAGES.items() for text in texts)]
+
+
+@pytest.mark.parametrize(("error", "kind"), _cases(), ids=lambda value: str(value)[:40])
+def test_each_has_its_type(error: BaseException, kind: type[DeviceError]) -> None:
+    found = device_error(error)
+    assert type(found) is kind and isinstance(found, EngineDead) and found.__cause__ is error
+    first = str(error).splitlines()[:1]
+    assert kind.what in str(found) and all(line in str(found) for line in first) and "; " in str(found)
+    assert type(WireError.of(found).error()) is kind  # it crosses to the engine's process
+    assert type(pickle.loads(pickle.dumps(found))) is kind
+
+
+@pytest.mark.parametrize("error", OTHERS, ids=repr)
+def test_others_stay_what_they_are(error: Exception) -> None:
+    assert device_error(error) is None
+    with pytest.raises(type(error)), typed_failures():
+        raise error
+
+
+def test_codes_come_before_messages() -> None:
+    codes = {2: DeviceOutOfMemory, 100: DeviceLost, 46: DeviceLost, 700: DeviceFault, 719: DeviceFault}
+    for code, kind in codes.items():
+        error = torch.AcceleratorError("CUDA error: a text in another language")
+        error.error_code = code
+        assert type(device_error(error)) is kind
+
+
+@given(st.integers(0, 4), st.booleans(), st.sampled_from(_cases()))
+def test_the_cause_is_found_through_what_was_raised_from_it(
+    depth: int, said: bool, case: tuple[BaseException, type[DeviceError]]
+) -> None:
+    error, kind = case
+    for number in range(depth):
+        outer = KeyError(number)
+        if said:
+            outer.__cause__ = error
+        else:
+            outer.__context__ = error
+        error = outer
+    assert type(device_error(error)) is kind
+    error.__context__ = error.__context__ or error  # a circle is no reason to hang
+    assert type(device_error(error)) is kind
+
+
+def test_an_error_of_the_package_says_already_what_it_is() -> None:
+    adapter = AdapterLoadError("no memory", name="a")
+    adapter.__cause__ = torch.OutOfMemoryError("CUDA out of memory")
+    assert device_error(adapter) is None
+    lost = DeviceLost("gone")
+    assert device_error(lost) is lost
+    with pytest.raises(DeviceLost) as caught, typed_failures():
+        raise lost
+    assert caught.value is lost and lost.__cause__ is None
+
+
+@given(st.lists(st.text(alphabet="abc [].:", max_size=30), max_size=5), st.data())
+def test_the_last_words_of_a_process_are_read(noise: list[str], data: st.DataObject) -> None:
+    kind = data.draw(st.sampled_from(list(MESSAGES)))
+    line = data.draw(st.sampled_from(MESSAGES[kind])).splitlines()[0]
+    assert device_error_in("\n".join(noise)) is None
+    found = device_error_in("\n".join([*noise, f"[rank0]: {line}", *noise]))
+    assert type(found) is kind and line in str(found)
