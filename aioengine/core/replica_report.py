@@ -107,10 +107,13 @@ class ReplicaReporter:
     def _tiers(self) -> Tiers:
         """List where the current version of each adapter is."""
         found: dict[Location, list[str]] = {Location.SLOT: [], Location.CPU: [], Location.LOADING: []}
+        nbytes: dict[str, int] = {}
         for entry in self._core.cpu.entries.values():
             if not entry.retired:
                 found[entry.location].append(entry.label)
-        return Tiers(found[Location.SLOT], found[Location.CPU], found[Location.LOADING])
+                if entry.nbytes:
+                    nbytes[entry.label] = entry.nbytes
+        return Tiers(found[Location.SLOT], found[Location.CPU], found[Location.LOADING], nbytes)
 
     def _wait(self, request_id: str, tokens: int) -> None:
         self._waiting_tokens += tokens - self._waiting.get(request_id, 0)

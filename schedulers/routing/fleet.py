@@ -160,6 +160,9 @@ class FleetState:
             self._adapter(name)._hold(replica_id)
         for name in lost:
             self._adapter(name)._release(replica_id)
+        if report.tiers is not None:
+            for name, nbytes in report.tiers.nbytes.items():
+                self._adapter(name).nbytes = nbytes
         self._decide(replica)
 
     def check(self) -> list[str]:

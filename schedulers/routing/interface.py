@@ -169,7 +169,7 @@ class AdapterView(Protocol):
 
     @property
     def nbytes(self) -> int:
-        """Size in a CPU cache; 0: not known yet."""
+        """Size in a CPU cache, as the last replica reported that has read it; 0: not known yet."""
 
 
 class FleetView(Protocol):

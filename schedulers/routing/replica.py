@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Collection, Mapping
 from operator import attrgetter
+from types import MappingProxyType
 from typing import NamedTuple, Self
 
 from aioengine.schedulers.policy import Location
@@ -33,6 +34,8 @@ class Tiers(NamedTuple):
     """Adapters in the CPU cache and in no slot."""
     loading: Collection[str] = ()
     """Adapters on their way from disk."""
+    nbytes: Mapping[str, int] = MappingProxyType({})
+    """Sizes in the CPU cache, of those of them that have been read."""
 
 
 class Report(NamedTuple):

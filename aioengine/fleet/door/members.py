@@ -6,7 +6,7 @@ import asyncio
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
 import msgspec
@@ -18,7 +18,7 @@ from aioengine.fleet.door.channel import Channel
 from aioengine.fleet.door.conflicts import Conflicts
 from aioengine.fleet.door.hung import Hung
 from aioengine.fleet.wire import Delta, Frame, Hello, Residency, Status
-from aioengine.info import EngineStats, SlotInfo
+from aioengine.info import AdapterInfo, AdapterLocation, EngineStats, SlotInfo
 from aioengine.schedulers.routing import FleetState, ReplicaLimits, Report, Tiers
 
 logger = logging.getLogger("aioengine.fleet")
@@ -193,10 +193,7 @@ class Members:
         tiers = None
         if residency is not None:
             member.residency = residency
-            held: dict[str, list[str]] = {"slot": [], "cpu": [], "loading": [], "disk": []}
-            for info in residency.adapters:
-                held[info.location].append(info.name)
-            tiers = Tiers(held["slot"], held["cpu"], held["loading"])
+            tiers = _tiers(residency.adapters)
             for listener in self.on_residency:
                 listener(member)
         replica = member.channel.replica
@@ -331,3 +328,16 @@ class Members:
             "kv_blocks_free": sum(status.free_kv_tokens for status in statuses) // block,
         }
         return EngineStats(slots=tuple(slots), block_size=block, **values)
+
+
+def _tiers(adapters: Sequence[AdapterInfo]) -> Tiers:
+    """Return where a replica holds the newest version of each adapter; older ones only finish requests."""
+    newest: dict[str, AdapterInfo] = {}
+    for info in adapters:
+        if info.name not in newest or info.version > newest[info.name].version:
+            newest[info.name] = info
+    held: dict[AdapterLocation, list[str]] = {"slot": [], "cpu": [], "loading": [], "disk": []}
+    for info in newest.values():
+        held[info.location].append(info.name)
+    nbytes = {info.name: info.bytes for info in newest.values() if info.bytes and info.location != "disk"}
+    return Tiers(held["slot"], held["cpu"], held["loading"], nbytes)

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from support.fleet_cases import Fleet
 
 from aioengine.schedulers.routing import (
     FleetState,
@@ -34,6 +35,8 @@ from aioengine.schedulers.routing import (
 )
 
 ADAPTERS = [None, "a", "b", "c", "d"]
+SIZES = {"a": 100, "b": 200, "c": 300, "d": 400}
+"""Bytes of each adapter."""
 LIMITS = ReplicaLimits(slots=2, cpu_loras=3, max_running=4, kv_tokens=1000)
 SILENT = 3.0
 
@@ -146,7 +149,7 @@ class FleetMachine(RuleBasedStateMachine):
             free_kv_tokens=LIMITS.kv_tokens,
             waiting_for={},
             seconds_per_token=1e-4,
-            tiers=Tiers(held[:1], held[1:2], held[2:]),
+            tiers=Tiers(held[:1], held[1:2], held[2:], {name: SIZES[name] for name in held[:2]}),
         )
         if late:
             self.late.append((name, report))
@@ -196,6 +199,7 @@ class FleetMachine(RuleBasedStateMachine):
             assert set(adapter.holders) <= view.replicas.keys()
             assert set(adapter.target_holders) <= view.replicas.keys()
             assert adapter.demand >= 0
+            assert adapter.nbytes in (0, SIZES.get(adapter.name))
             mine = sum(self.requests[one].adapter == adapter.name for one in self.in_flight)
             assert adapter.in_flight == mine
         assert len(self.state._prefixes) <= 16 * len(self.truth)
@@ -348,3 +352,17 @@ def test_the_view_is_read_only_and_live_and_a_snapshot_is_not() -> None:
     assert view.replicas["r0"].waiting == 1 and "a" in view.adapters
     assert snapshot.replicas["r0"].waiting == 0 and "a" not in snapshot.adapters
     assert copy.copy(snapshot).changed == frozenset()
+
+
+def test_sizes_are_those_that_replicas_reported_last() -> None:
+    fleet = Fleet(2)
+    fleet.state.add_adapter("a", 10)
+    fleet.report("r0", Tiers(["a"], ["b"], ["c"], {"a": 100, "b": 200}))
+    adapters = fleet.state.view.adapters
+    assert {name: found.nbytes for name, found in adapters.items()} == {"a": 100, "b": 200, "c": 0}
+    fleet.report("r1", Tiers(["a"], nbytes={"a": 150}))
+    fleet.report("r0")
+    assert adapters["a"].nbytes == fleet.state.snapshot().adapters["a"].nbytes == 150
+    for replica in ("r0", "r1"):
+        fleet.report(replica, Tiers())
+    assert adapters["a"].nbytes == 150, "it is registered, and so it is remembered"
