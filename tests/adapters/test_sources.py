@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -85,9 +87,10 @@ async def test_an_engine_serves_an_adapter_from_s3(s3: Any, tiny: Tiny) -> None:
 
 async def test_gone_denied_and_unknown(s3: Any, s3_server: str) -> None:
     sources = AdapterSources()
-    with pytest.raises(AdapterNotFound, match=r"s3://lora/none.*adapter_config\.json"):
+    put(s3, "b", FILES)
+    with pytest.raises(AdapterNotFound, match=r"s3://lora/none.*there is no adapter_config\.json$"):
         await sources.resolve_path("a", "s3://lora/none")
-    with pytest.raises(AdapterNotFound, match="s3://elsewhere/a"):
+    with pytest.raises(AdapterNotFound, match=r"s3://elsewhere/a.*nothing else at s3://elsewhere: check the"):
         await sources.resolve_path("a", "s3://elsewhere/a")
     put(s3, "a", FILES)
     assert (await sources.resolve_path("a", "s3://lora/a")).is_dir()
@@ -100,6 +103,90 @@ async def test_gone_denied_and_unknown(s3: Any, s3_server: str) -> None:
         assert not caught.value.transient
     finally:
         check_keys_after(s3_server, "inf")
+
+
+async def test_nothing_of_a_refused_source_is_left(s3: Any, s3_server: str, tmp_path: Path) -> None:
+    """Refused in the middle of the fetch: no copy, and no part of one."""
+    put(s3, "a", FILES)
+    check_keys_after(s3_server, "2")
+    try:
+        with pytest.raises(AdapterLoadError, match=r"access is denied"):
+            await AdapterSources().resolve_path("a", "s3://lora/a")
+    finally:
+        check_keys_after(s3_server, "inf")
+    left = [path for path in tmp_path.rglob("*") if path.name in FILES]
+    assert left == []
+    assert (await AdapterSources().resolve_path("a", "s3://lora/a")).is_dir()
+
+
+async def test_without_credentials(s3: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    put(s3, "a", FILES)
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    for name in ("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"):
+        monkeypatch.setenv(name, str(tmp_path / "none"))
+    with pytest.raises(AdapterLoadError, match=r"s3://lora/a.*no valid credentials.*environment") as caught:
+        await AdapterSources().resolve_path("a", "s3://lora/a")
+    assert not caught.value.transient
+
+
+class OfTheCloud(Exception):
+    """Google's errors say it in a field."""
+
+    def __init__(self, code: object) -> None:
+        super().__init__(f"code {code}")
+        self.code = code
+
+
+@pytest.mark.parametrize(
+    ("error", "refused"),
+    [
+        (PermissionError("no"), True),
+        (OSError("Forbidden: bucket/a\nno access"), True),
+        (OfTheCloud(401), True),
+        (OfTheCloud("403"), True),
+        (OfTheCloud(503), False),
+        (OSError("connection reset"), False),
+        (TimeoutError("late"), False),
+    ],
+)
+async def test_whether_it_helps_to_try_again(
+    error: Exception, refused: bool, store: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*arguments: Any, **options: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(type(store), "info", fails)
+    with pytest.raises(AdapterLoadError, match=r"memory://bucket/a") as caught:
+        FsspecResolver("memory://bucket", cache_dir=tmp_path).find("a")
+    assert caught.value.transient is not refused
+    assert ("check the credentials" in str(caught.value)) is refused
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("missing", "source", "extra"),
+    [
+        ("s3fs", "s3://lora/a", "s3"),
+        ("gcsfs", "gs://lora/a", "gcs"),
+        ("gcsfs", "gcs://lora/a", "gcs"),
+        ("fsspec", "memory://lora/a", "fsspec"),
+        ("huggingface_hub", "hf://owner/a", "hub"),
+    ],
+)
+def test_a_missing_package_is_one_command(
+    missing: str, source: str, extra: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setitem(sys.modules, missing, None)
+    monkeypatch.setattr(
+        "importlib.util.find_spec", lambda name, *more: None if name == missing else find(name, *more)
+    )
+    loaded = importlib.import_module("fsspec.registry")._registry
+    monkeypatch.delitem(loaded, source.split(":")[0], raising=False)
+    with pytest.raises(ConfigError, match=rf"{source.split(':')[0]}.* pip install 'aioengine\[{extra}\]'$"):
+        checked_path("a", source)
 
 
 @pytest.fixture

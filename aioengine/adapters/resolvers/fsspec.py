@@ -100,6 +100,8 @@ class RemoteFolders:
         except (ImportError, ValueError) as error:
             raise ConfigError(f"url={_public(url)!r}: {error}") from error
         self._url = _public(url).rstrip("/")
+        self._seen = False
+        """Whether anything has been seen below the URL."""
         self._max_bytes = parse_bytes(max_bytes, field="max_bytes")
         bound = None if max_cache_bytes is None else parse_bytes(max_cache_bytes, field="max_cache_bytes")
         root = cache_root() / "adapters" if cache_dir is None else Path(cache_dir).expanduser()
@@ -122,15 +124,13 @@ class RemoteFolders:
                 self._copies.prune(keep=copy)
         except AdapterError:
             raise
-        except PermissionError as error:
+        except Exception as error:  # each filesystem raises its own types
+            reason, refused = why_failed(error)
             raise AdapterLoadError(
-                f"access is denied ({error}); check the credentials of this server and what they may read",
+                reason if refused else f"cannot be fetched: {reason}",
                 name=name,
                 path=where,
-            ) from error
-        except Exception as error:  # each filesystem raises its own types
-            raise AdapterLoadError(
-                f"cannot be fetched: {type(error).__name__}: {error}", name=name, path=where, transient=True
+                transient=not refused,
             ) from error
         return copy
 
@@ -140,7 +140,8 @@ class RemoteFolders:
         where = f"{self._url}/{folder}"
         config = self._info(folder, CONFIG_FILE)
         if config is None:
-            raise AdapterNotFound(f"there is no {CONFIG_FILE}", name=name, path=where)
+            raise AdapterNotFound(f"there is no {CONFIG_FILE}{self._nothing_at_all()}", name=name, path=where)
+        self._seen = True
         weights = next((found for file in WEIGHTS_FILES if (found := self._info(folder, file))), None)
         if weights is None:
             raise AdapterInvalid(f"there is none of {', '.join(WEIGHTS_FILES)}", name=name, path=where)
@@ -148,6 +149,13 @@ class RemoteFolders:
             if (reason := too_large(found.file, found.size, self._max_bytes)) is not None:
                 raise AdapterInvalid(reason, name=name, path=where)
         return [config, weights]
+
+    def _nothing_at_all(self) -> str:
+        """Return what is to be checked if the URL itself, or its bucket, does not exist; "" if it does."""
+        self._seen = self._seen or bool(self._fs.exists(self._base))
+        if self._seen:
+            return ""
+        return f", and nothing else at {self._url}: check the bucket's name, and the endpoint that is asked"
 
     def _info(self, folder: str, file: str) -> _Remote | None:
         path = f"{self._base.rstrip('/')}/{folder}/{file}"
@@ -198,6 +206,27 @@ def check_protocol(url: str) -> None:
         extra = _EXTRAS.get(protocol)
         todo = f"pip install 'aioengine[{extra}]'" if extra else str(error)
         raise ConfigError(f"adapters from {_public(url)} need: {todo}") from error
+
+
+def why_failed(error: Exception) -> tuple[str, bool]:
+    """Say why a filesystem failed, and what to do. Returns the text, and whether it was refused: then it is
+    in vain to try again before something is changed.
+
+    Each filesystem raises its own types, of packages that need not be installed: gcsfs an OSError of this
+    text, or a type with a ``code``, and the packages for credentials have them in their types' names.
+    """
+    kind = type(error).__name__
+    code = str(getattr(error, "code", getattr(error, "status", None)))
+    if (
+        isinstance(error, PermissionError)
+        or code in ("401", "403")
+        or (isinstance(error, OSError) and str(error).startswith("Forbidden"))
+    ):
+        text = " ".join(str(error).split())
+        return f"access is denied ({text}); check the credentials of this server and what they may do", True
+    if "Credential" in kind:
+        return f"there are no valid credentials ({error}); set them in this server's environment", True
+    return f"{kind}: {error}", False
 
 
 def _content(remote: list[_Remote]) -> str:
