@@ -18,7 +18,7 @@ import msgspec
 
 from aioengine.errors import ConfigError
 from aioengine.fleet.config import FleetConfig
-from aioengine.fleet.registry import NAMESPACE, registry_actor
+from aioengine.fleet.registry import NAMESPACE, config_error_in, registry_actor
 
 logger = logging.getLogger("aioengine.fleet")
 
@@ -225,7 +225,12 @@ def open_door(config: FleetConfig, application: Callable[[], Any]) -> Door:
     # Serve's controller starts while the registry does. Had the fleet another door, Serve would run already.
     quiet = {"log_level": "WARNING", "enable_access_log": False}
     serve.start(proxy_location="Disabled", logging_config=quiet)
-    found = ray.get(told)
+    try:
+        found = ray.get(told)
+    except Exception as error:
+        _remove(config.name)
+        ray.kill(registry)
+        raise config_error_in(error) or error from None
     if found != wanted:
         differs = _differences(msgspec.json.decode(found), msgspec.json.decode(wanted))
         raise ConfigError(

@@ -9,6 +9,7 @@ from typing import Any, Self
 
 import msgspec
 
+from aioengine.adapters.resolvers.fsspec import check_protocol
 from aioengine.checks import check_integer, check_seconds, read_toml, refuse_unknown
 from aioengine.config import EngineConfig
 from aioengine.errors import ConfigError
@@ -81,6 +82,8 @@ class FleetConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         if self.otlp_endpoint is not None:
             check_endpoint(self.otlp_endpoint)
         check_policies(self.router, self.placement, self.autoscale)
+        if self.registry is not None and "://" in self.registry:
+            check_protocol(self.registry)
         if not max(self.bounds[0], 1) <= self.replicas <= self.bounds[1]:
             least, most = self.bounds
             raise ConfigError(

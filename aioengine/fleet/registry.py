@@ -5,19 +5,26 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from typing import Any
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeVar
 
 import msgspec
 
+from aioengine.adapters.resolvers.fsspec import why_failed, without_credentials
 from aioengine.client import Usage
+from aioengine.errors import ConfigError
 from aioengine.fleet.usage import SharedUsage
 
 logger = logging.getLogger("aioengine.fleet")
+
+T = TypeVar("T")
 
 NAMESPACE = "aioengine"
 LEASE_SECONDS = 600.0
 """Maximum seconds that a lost door, which was changing an adapter, blocks other doors."""
 _FILE = "adapters.json"
+_BUCKETS = {"s3", "gs", "abfs", "oss", "oci"}
+"""Protocols without folders: a new folder in a bucket that does not exist would make the bucket."""
 _SUFFIX = "-registry"
 """End of the actor's name, after the fleet's."""
 
@@ -36,26 +43,36 @@ class Entry(msgspec.Struct, frozen=True):
 
 
 class AdapterRegistry:
-    """The actor's class. ``checkpoint`` is a folder, as any fsspec URL; None: nothing is kept."""
+    """The actor's class. ``checkpoint`` is a folder, as any fsspec URL; None: nothing is kept.
+
+    The checkpoint is read at the first call that needs it. As long as that fails, such calls raise
+    ConfigError, and the checkpoint is left alone.
+    """
 
     def __init__(self, checkpoint: str | None) -> None:
+        self._url = checkpoint
         self._file = None if checkpoint is None else f"{checkpoint.rstrip('/')}/{_FILE}"
+        self._restored = self._file is None
+        """Whether ``_entries`` has what is in the checkpoint."""
+        self._io = asyncio.Lock()
+        """Held while the checkpoint is read or written, so that the last write has the newest entries."""
         self._entries: dict[str, Entry] = {}
         self._leases: dict[str, tuple[str, float]] = {}
         self._usage = SharedUsage(time.monotonic)
         self._config: bytes | None = None
-        if self._file is not None:
-            self._entries = {entry.name: entry for entry in _read(self._file)}
 
     async def configure(self, config: bytes) -> bytes:
-        """Return the fleet's configuration: the one of the first call."""
+        """Return the fleet's configuration: the one of the first call, which also reads and writes the
+        checkpoint. Raises ConfigError if that fails."""
         if self._config is None:
-            self._config = config
+            await self._restore()
+            await self._save()
+            self._config = self._config or config
         return self._config
 
     async def join(self, door: str, config: bytes) -> None:
         """Note that a door exists. It calls this again if this actor was restarted and does not know it."""
-        await self.configure(config)
+        self._config = self._config or config
         self._usage.join(door)
 
     async def leave(self, door: str) -> int:
@@ -67,6 +84,7 @@ class AdapterRegistry:
         return self._usage.exchange(door, usage)
 
     async def entries(self) -> list[Entry]:
+        await self._restore()
         return list(self._entries.values())
 
     async def begin(self, name: str, owner: str) -> None:
@@ -84,17 +102,39 @@ class AdapterRegistry:
             del self._leases[name]
 
     async def put(self, entry: Entry) -> None:
-        """Store an entry, also in the checkpoint if there is one."""
+        """Store an entry, also in the checkpoint if there is one. Raises ConfigError if only the checkpoint
+        fails; the next change writes this one, too."""
+        await self._restore()
         self._entries[entry.name] = entry
-        await self._write()
+        await self._save()
 
     async def remove(self, name: str) -> None:
+        """Remove an entry, as :meth:`put` stores one."""
+        await self._restore()
         self._entries.pop(name, None)
-        await self._write()
+        await self._save()
 
-    async def _write(self) -> None:
-        if self._file is not None:
-            await asyncio.to_thread(_write, self._file, msgspec.json.encode(list(self._entries.values())))
+    async def _restore(self) -> None:
+        async with self._io:
+            if not self._restored and self._file is not None:
+                found = await self._checkpoint("read", _read, self._file)
+                self._entries = {entry.name: entry for entry in found}
+                self._restored = True
+
+    async def _save(self) -> None:
+        async with self._io:
+            if self._file is not None:
+                data = msgspec.json.encode(list(self._entries.values()))
+                await self._checkpoint("written", _write, self._file, data)
+
+    async def _checkpoint(self, done: str, work: Callable[..., T], *arguments: Any) -> T:
+        """Run ``work`` in a thread. Raises ConfigError with the reason if it fails."""
+        try:
+            return await asyncio.to_thread(work, *arguments)
+        except Exception as error:  # each filesystem raises its own types
+            raise ConfigError(
+                f"registry={without_credentials(str(self._url))!r}: cannot be {done}: {why_failed(error)[0]}"
+            ) from None  # its cause may not survive the way to the door
 
 
 def _read(url: str) -> list[Entry]:
@@ -112,7 +152,8 @@ def _write(url: str, data: bytes) -> None:
     import fsspec
 
     system, path = fsspec.core.url_to_fs(url)
-    system.makedirs(path.rpartition("/")[0], exist_ok=True)
+    if not _BUCKETS.intersection((system.protocol,) if isinstance(system.protocol, str) else system.protocol):
+        system.makedirs(path.rpartition("/")[0], exist_ok=True)
     system.pipe_file(f"{path}.new", data)
     system.mv(f"{path}.new", path)
 
@@ -134,6 +175,21 @@ def registry_actor(application: str, checkpoint: str | None) -> Any:
         resources={"node:__internal_head__": 0.001},
         max_concurrency=1000,
     ).remote(checkpoint)
+
+
+async def answer_of(call: Awaitable[T]) -> T:
+    """Await a call to the actor. Raises ConfigError as the actor raised it; Ray's own has a traceback in its
+    text."""
+    try:
+        return await call
+    except Exception as error:
+        raise config_error_in(error) or error from None
+
+
+def config_error_in(error: Exception) -> ConfigError | None:
+    """Return the actor's ConfigError that one of Ray's errors carries, if it does."""
+    cause = getattr(error, "cause", None)
+    return cause if isinstance(cause, ConfigError) else None
 
 
 def fleets_of_cluster() -> list[str]:

@@ -98,8 +98,8 @@ class RemoteFolders:
         try:
             self._fs, self._base = url_to_fs(url, **(storage_options or {}))
         except (ImportError, ValueError) as error:
-            raise ConfigError(f"url={_public(url)!r}: {error}") from error
-        self._url = _public(url).rstrip("/")
+            raise ConfigError(f"url={without_credentials(url)!r}: {error}") from error
+        self._url = without_credentials(url).rstrip("/")
         self._seen = False
         """Whether anything has been seen below the URL."""
         self._max_bytes = parse_bytes(max_bytes, field="max_bytes")
@@ -196,16 +196,18 @@ def check_protocol(url: str) -> None:
     try:
         from fsspec import get_filesystem_class  # optional
     except ImportError:
-        raise ConfigError(f"adapters from {_public(url)} need: pip install 'aioengine[fsspec]'") from None
+        raise ConfigError(
+            f"adapters from {without_credentials(url)} need: pip install 'aioengine[fsspec]'"
+        ) from None
     protocol = url.partition("://")[0].lower()
     try:
         get_filesystem_class(protocol)
     except ValueError as error:
-        raise ConfigError(f"url={_public(url)!r}: {error}") from error
+        raise ConfigError(f"url={without_credentials(url)!r}: {error}") from error
     except ImportError as error:
         extra = _EXTRAS.get(protocol)
         todo = f"pip install 'aioengine[{extra}]'" if extra else str(error)
-        raise ConfigError(f"adapters from {_public(url)} need: {todo}") from error
+        raise ConfigError(f"adapters from {without_credentials(url)} need: {todo}") from error
 
 
 def why_failed(error: Exception) -> tuple[str, bool]:
@@ -248,6 +250,6 @@ def _key(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
-def _public(url: str) -> str:
-    """Return the URL without credentials, for messages."""
+def without_credentials(url: str) -> str:
+    """Return the URL without a user's name and password, for messages."""
     return re.sub(r"//[^/@]*@", "//", url)

@@ -6,15 +6,16 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Sequence
 from contextlib import asynccontextmanager, suppress
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
 from aioengine.errors import (
     AdapterError,
     AdapterInvalid,
+    AdapterLoadError,
     AdapterNotFound,
     AioEngineError,
     ConfigError,
@@ -22,7 +23,7 @@ from aioengine.errors import (
 )
 from aioengine.fleet.config import FleetConfig
 from aioengine.fleet.door.members import Member, Members
-from aioengine.fleet.registry import Entry, registry_actor
+from aioengine.fleet.registry import Entry, answer_of, registry_actor
 from aioengine.info import AdapterInfo
 from aioengine.model.files.hub import is_source
 from aioengine.runtime.tasks import end_tasks
@@ -30,6 +31,12 @@ from aioengine.schedulers.routing import Move, PlacementGuard, load_placement
 
 logger = logging.getLogger("aioengine.fleet")
 
+T = TypeVar("T")
+
+_UNKNOWN = "nothing is changed while the fleet's adapters are not known"
+_UNSAVED = (
+    "the replicas have made the change, but it would be lost with Ray's head; repair this, and repeat it"
+)
 _SPEED = {"slot": 3, "cpu": 2, "loading": 1, "disk": 0}
 SYNC_SECONDS = 60.0
 MEND_SECONDS = 10.0
@@ -58,7 +65,7 @@ class FleetAdapters:
 
     async def start(self) -> None:
         self.registry = registry_actor(self._config.name, self._config.registry)
-        await self._look()
+        self._entries |= {entry.name: entry for entry in await answer_of(self.registry.entries.remote())}
         for name in self._entries:
             self._members.state.add_adapter(name)
         self._members.on_join.append(self._joined)
@@ -139,8 +146,8 @@ class FleetAdapters:
             answers = await self._ask_all(members, "unload", name=name, force=force)
             errors = [answer for answer in answers if isinstance(answer, AioEngineError)]
             was_known = self._entries.pop(name, None) is not None
-            await self.registry.remove.remote(name)
             self._members.state.remove_adapter(name)
+            await self._registry(name, self.registry.remove.remote(name), _UNSAVED)
             others = [error for error in errors if not isinstance(error, AdapterNotFound)]
             if others:
                 raise others[0]
@@ -234,13 +241,19 @@ class FleetAdapters:
     async def _put(self, entry: Entry) -> None:
         self._entries[entry.name] = entry
         self._members.state.add_adapter(entry.name)
-        await self.registry.put.remote(entry)
-        for member in list(self._members.members.values()):  # one may have come meanwhile
-            await self._ask(member, "sync", entries=[entry])
+        try:
+            await self._registry(entry.name, self.registry.put.remote(entry), _UNSAVED)
+        finally:
+            for member in list(self._members.members.values()):  # one may have come meanwhile
+                await self._ask(member, "sync", entries=[entry])
 
-    async def _look(self) -> None:
-        for entry in await self.registry.entries.remote():
-            self._entries[entry.name] = entry
+    async def _registry(self, name: str, call: Awaitable[T], otherwise: str) -> T:
+        """Await the registry's answer. Raises AdapterLoadError, which begins with ``otherwise``, if its
+        checkpoint fails."""
+        try:
+            return await answer_of(call)
+        except ConfigError as error:
+            raise AdapterLoadError(f"{otherwise}: {error}", name=name, transient=True) from error
 
     @asynccontextmanager
     async def _changing(self, name: str) -> AsyncIterator[list[Member]]:
@@ -248,7 +261,8 @@ class FleetAdapters:
         owner = f"{self._members.door}-{id(asyncio.current_task())}"
         await self.registry.begin.remote(name, owner)
         try:
-            await self._look()
+            known: list[Entry] = await self._registry(name, self.registry.entries.remote(), _UNKNOWN)
+            self._entries |= {entry.name: entry for entry in known}
             members = list(self._members.members.values())
             if not members:
                 raise EngineStopped("the fleet has no replica now; try again later")
@@ -328,7 +342,7 @@ class FleetAdapters:
     async def _agree(self, name: str, refused: str | None = None) -> None:
         """Have all holders read the adapter again, so that they have what is there now: all, or none.
         ``refused``: a replica that has no version of it, because what it read was not what it should be."""
-        with suppress(EngineStopped):
+        try:
             async with self._changing(name) as members:
                 if refused is None:
                     await asyncio.sleep(SETTLE_SECONDS)  # it may have been the middle of a replacement
@@ -347,6 +361,10 @@ class FleetAdapters:
                 if known is not None and known.version > 0:
                     entry = msgspec.structs.replace(known, version=known.version + 1, digest=info.digest)
                     await self._put(entry)
+        except EngineStopped:
+            pass  # no replica is left
+        except AdapterLoadError as error:
+            logger.error("%s", error)
 
     def _spawn(self, work: Any) -> None:
         task = asyncio.get_running_loop().create_task(work)
