@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import msgspec
@@ -267,8 +268,8 @@ def plan_from_config(
 
 def resolve_device(device: str) -> str:
     """Return "cpu" or "cuda". Asks torch only if necessary. Raises ConfigError if there is no CUDA device."""
-    if device == "cpu":
-        return device
+    if device == "cpu" or (device == "auto" and "torch" not in sys.modules and not _may_have_gpu()):
+        return "cpu"
     import torch  # only now, so that a plan for the CPU does not need it
 
     if torch.cuda.is_available():
@@ -276,6 +277,13 @@ def resolve_device(device: str) -> str:
     if device == "cuda":
         raise ConfigError("device='cuda': torch finds no CUDA device; use device='cpu' or 'auto'")
     return "cpu"
+
+
+def _may_have_gpu() -> bool:
+    """Whether torch must be asked for a GPU, which takes two seconds of imports. On Linux there is none
+    without the device of a driver: of CUDA (also on Jetson and in WSL), or of ROCm."""
+    devices = ("nvidiactl", "nvmap", "nvhost-ctrl-gpu", "dxg", "kfd")
+    return sys.platform != "linux" or any(Path("/dev", name).exists() for name in devices)
 
 
 def _num_blocks(plan: MemoryPlan, config: EngineConfig) -> int:

