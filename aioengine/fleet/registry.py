@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+import uuid
 from collections.abc import Awaitable, Callable
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import msgspec
 
@@ -22,6 +23,8 @@ T = TypeVar("T")
 NAMESPACE = "aioengine"
 LEASE_SECONDS = 600.0
 """Maximum seconds that a lost door, which was changing an adapter, blocks other doors."""
+MAX_CHANGES = 10_000
+"""Number of adapters whose last changes are remembered for doors that were not told yet."""
 _FILE = "adapters.json"
 _BUCKETS = {"s3", "gs", "abfs", "oss", "oci"}
 """Protocols without folders: a new folder in a bucket that does not exist would make the bucket."""
@@ -42,6 +45,26 @@ class Entry(msgspec.Struct, frozen=True):
     pinned: bool = False
 
 
+class Mark(NamedTuple):
+    """A moment in the life of a registry's actor."""
+
+    life: str
+    """Different each time the actor is started."""
+    number: int
+    """Number of changes so far."""
+
+
+class Changes(NamedTuple):
+    """What has changed since a :class:`Mark`."""
+
+    mark: Mark
+    """To ask for what changes from now on."""
+    entries: list[Entry]
+    """Adapters as they are now: those that have changed or, if ``whole``, all of them."""
+    removed: list[str]
+    whole: bool
+
+
 class AdapterRegistry:
     """The actor's class. ``checkpoint`` is a folder, as any fsspec URL; None: nothing is kept.
 
@@ -57,6 +80,9 @@ class AdapterRegistry:
         self._io = asyncio.Lock()
         """Held while the checkpoint is read or written, so that the last write has the newest entries."""
         self._entries: dict[str, Entry] = {}
+        self._mark = Mark(uuid.uuid4().hex, 0)
+        self._changed: dict[str, int] = {}
+        """Number of the last change of an adapter, in order; only of the last ``MAX_CHANGES`` adapters."""
         self._leases: dict[str, tuple[str, float]] = {}
         self._usage = SharedUsage(time.monotonic)
         self._config: bytes | None = None
@@ -87,6 +113,22 @@ class AdapterRegistry:
         await self._restore()
         return list(self._entries.values())
 
+    async def changes(self, since: Mark | None) -> Changes:
+        """Return what has changed since a mark, so that a door need not read all adapters each time; all
+        adapters for None, for a mark of another life, and if too much has changed. Raises ConfigError as
+        :meth:`entries` does."""
+        entries = await self.entries()
+        first = next(iter(self._changed.values()), 0) if len(self._changed) == MAX_CHANGES else 0
+        if since is None or since.life != self._mark.life or since.number + 1 < first:
+            return Changes(self._mark, entries, [], True)
+        names: list[str] = []
+        for name, number in reversed(self._changed.items()):
+            if number <= since.number:
+                break
+            names.append(name)
+        found = [self._entries[name] for name in names if name in self._entries]
+        return Changes(self._mark, found, [name for name in names if name not in self._entries], False)
+
     async def begin(self, name: str, owner: str) -> None:
         """Wait until no other door changes the adapter. Then ``owner`` may change it, until :meth:`end`."""
         loop = asyncio.get_running_loop()
@@ -106,13 +148,23 @@ class AdapterRegistry:
         fails; the next change writes this one, too."""
         await self._restore()
         self._entries[entry.name] = entry
+        self._note(entry.name)
         await self._save()
 
     async def remove(self, name: str) -> None:
         """Remove an entry, as :meth:`put` stores one."""
         await self._restore()
-        self._entries.pop(name, None)
+        if self._entries.pop(name, None) is not None:
+            self._note(name)
         await self._save()
+
+    def _note(self, name: str) -> None:
+        """Note that an adapter has changed."""
+        self._mark = self._mark._replace(number=self._mark.number + 1)
+        self._changed.pop(name, None)
+        self._changed[name] = self._mark.number
+        if len(self._changed) > MAX_CHANGES:
+            del self._changed[next(iter(self._changed))]
 
     async def _restore(self) -> None:
         async with self._io:

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from support.registry_actor import RegistryActor
 
 from aioengine import EngineConfig
 from aioengine.errors import AdapterInvalid, AdapterNotFound
@@ -78,16 +79,6 @@ class Replica:
         return committed
 
 
-class Actor:
-    """A registry that knows nothing, and holds up nobody."""
-
-    def __getattr__(self, name: str) -> Any:
-        async def remote(*arguments: Any) -> list[Any]:
-            return []
-
-        return SimpleNamespace(remote=remote)
-
-
 Change = Callable[[FleetAdapters, Members], Awaitable[None]]
 
 
@@ -100,7 +91,7 @@ def contents(
 ) -> tuple[list[str], int]:
     """What replicas hold in the end that held other content at first ("": nothing), and the conflicts that
     were counted. ``change`` is done when the disks have what they have."""
-    monkeypatch.setattr(door_adapters, "registry_actor", lambda *_: Actor())
+    monkeypatch.setattr(door_adapters, "registry_actor", lambda *_: RegistryActor())
 
     async def main() -> tuple[list[str], int]:
         replicas: dict[str, Replica] = {}

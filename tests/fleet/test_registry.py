@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
+import asyncio
 import sys
 from types import SimpleNamespace
 from typing import Any
 
 import fsspec
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from support.registry_actor import RegistryActor
 from support.s3_server import check_keys_after, s3, s3_server
 
 from aioengine import EngineConfig
 from aioengine.errors import AdapterLoadError, ConfigError
+from aioengine.fleet import registry
 from aioengine.fleet.config import FleetConfig
 from aioengine.fleet.door import adapters as door_adapters
 from aioengine.fleet.door.adapters import FleetAdapters
+from aioengine.fleet.door.entries import KnownEntries
 from aioengine.fleet.door.members import Member, Members
 from aioengine.fleet.registry import AdapterRegistry, Entry
 from aioengine.info import AdapterInfo
+from aioengine.schedulers.routing import FleetState
 
 __all__ = ["s3", "s3_server"]
 
-ray_errors = pytest.importorskip("ray.exceptions", reason="Ray has no wheel for this system or Python")
+pytest.importorskip("ray.exceptions", reason="Ray has no wheel for this system or Python")
 
 FILE = "adapters.json"
 
@@ -32,18 +39,18 @@ async def restored(url: str) -> list[str]:
 
 
 async def test_a_bucket_that_is_denied(s3: Any, s3_server: str) -> None:
-    registry = AdapterRegistry("s3://lora/fleet")
+    actor = AdapterRegistry("s3://lora/fleet")
     check_keys_after(s3_server, "0")
     try:
         with pytest.raises(
             ConfigError, match=r"registry='s3://lora/fleet': cannot be read: access is denied"
         ):
-            await registry.configure(b"one")
+            await actor.configure(b"one")
     finally:
         check_keys_after(s3_server, "inf")
-    assert await registry.configure(b"one") == b"one"
-    assert await registry.configure(b"two") == b"one"
-    await registry.put(Entry("sql", "s3://lora/sql", 1))
+    assert await actor.configure(b"one") == b"one"
+    assert await actor.configure(b"two") == b"one"
+    await actor.put(Entry("sql", "s3://lora/sql", 1))
     assert await restored("s3://lora/fleet") == ["sql"]
 
 
@@ -62,79 +69,148 @@ def store() -> Any:
 
 async def test_what_cannot_be_read_is_not_written_over(store: Any) -> None:
     store.pipe(f"/fleet/{FILE}", b"{broken")
-    registry = AdapterRegistry("memory://fleet")
+    actor = AdapterRegistry("memory://fleet")
     for call in (
-        registry.configure(b""),
-        registry.entries(),
-        registry.put(Entry("sql", "sql", 1)),
-        registry.remove("sql"),
+        actor.configure(b""),
+        actor.entries(),
+        actor.changes(None),
+        actor.put(Entry("sql", "sql", 1)),
+        actor.remove("sql"),
     ):
         with pytest.raises(ConfigError, match="registry='memory://fleet': cannot be read"):
             await call
     assert store.cat(f"/fleet/{FILE}") == b"{broken"
     store.rm(f"/fleet/{FILE}")
-    await registry.put(Entry("sql", "sql", 1))
+    await actor.put(Entry("sql", "sql", 1))
     assert await restored("memory://fleet") == ["sql"]
 
 
-class Actor:
-    """A registry as Ray's handle of it: what it raises comes as Ray's error."""
+class Door:
+    """A door to one replica, which can do whatever it is asked to."""
 
-    def __init__(self, registry: AdapterRegistry) -> None:
-        self._registry = registry
+    def __init__(self, actor: RegistryActor, registry: str | None = None) -> None:
+        self.asked: list[tuple[str, dict[str, Any]]] = []
+        config = FleetConfig(
+            engine=EngineConfig(model="tiny"), registry=registry, adapters={"fixed": "fixed"}
+        )
+        handle = SimpleNamespace(options=lambda **_: SimpleNamespace(remote=self._answer))
+        self.members = Members(config, handle, door="door")
+        self.members.members["r0"] = Member(SimpleNamespace(replica="r0"), None)  # type: ignore[arg-type]
+        self.adapters = FleetAdapters(config, self.members)
 
-    def __getattr__(self, name: str) -> Any:
-        async def remote(*arguments: Any) -> Any:
-            try:
-                return await getattr(self._registry, name)(*arguments)
-            except Exception as error:
-                raise ray_errors.RayTaskError(
-                    name, "a traceback of many lines", error
-                ).as_instanceof_cause() from None
+    async def _answer(self, action: str, arguments: dict[str, Any], to: str) -> AdapterInfo | None:
+        self.asked.append((action, arguments))
+        return info(arguments["name"]) if action in ("load", "commit", "unload", "prepare") else None
 
-        return SimpleNamespace(remote=remote)
+    async def load(self, name: str, **flags: Any) -> None:
+        await self.adapters.load(name, name, **{"pin": False, "force_pin": False, "replace": False, **flags})
+
+    @property
+    def names(self) -> list[str]:
+        assert {*self.members.state.snapshot().adapters} == {info.name for info in self.adapters.all()}
+        return sorted(info.name for info in self.adapters.all())
+
+    async def joins(self) -> list[Entry]:
+        """A replica joins; returns what it is told of."""
+        self.asked.clear()
+        for listener in self.members.on_join:
+            listener(member := Member(SimpleNamespace(replica="r1"), None))  # type: ignore[arg-type]
+        while not member.ready:
+            await asyncio.sleep(0)
+        return [entry for action, given in self.asked if action == "sync" for entry in given["entries"]]
 
 
-async def test_a_change_that_cannot_be_saved(store: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def actor(monkeypatch: pytest.MonkeyPatch) -> RegistryActor:
+    found = RegistryActor(lambda: AdapterRegistry("memory://fleet"))
+    monkeypatch.setattr(door_adapters, "registry_actor", lambda *_: found)
+    return found
+
+
+async def test_a_change_that_cannot_be_saved(
+    store: Any, actor: RegistryActor, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Whoever asks for it is told; the replicas have it, and the next change saves both."""
-    registry = AdapterRegistry("memory://fleet")
-    monkeypatch.setattr(door_adapters, "registry_actor", lambda *_: Actor(registry))
-
-    async def remote(action: str, arguments: dict[str, Any], to: str) -> AdapterInfo | None:
-        return info(arguments["name"]) if action in ("load", "unload") else None
-
-    handle = SimpleNamespace(options=lambda **_: SimpleNamespace(remote=remote))
-    config = FleetConfig(engine=EngineConfig(model="tiny"), registry="memory://fleet")
-    members = Members(config, handle, door="door")
-    members.members["r0"] = Member(SimpleNamespace(replica="r0"), None)  # type: ignore[arg-type]
-    adapters = FleetAdapters(config, members)
-    await adapters.start()
+    door = Door(actor)
+    await door.adapters.start()
 
     def denied(*arguments: Any, **options: Any) -> None:
         raise PermissionError("not yours")
-
-    async def load(name: str) -> None:
-        await adapters.load(name, name, pin=False, force_pin=False, replace=False)
 
     with monkeypatch.context() as patch:
         patch.setattr(type(store), "pipe_file", denied)
         with pytest.raises(
             AdapterLoadError, match=r"have made the change.*repeat it.*access is denied"
         ) as told:
-            await load("a")
+            await door.load("a")
         assert told.value.transient
         assert "traceback" not in str(told.value)
-        assert [info.name for info in adapters.all()] == ["a"]
+        assert door.names == ["a", "fixed"]
     assert await restored("memory://fleet") == []
-    await load("b")
+    await door.load("b")
     assert await restored("memory://fleet") == ["a", "b"]
     with monkeypatch.context() as patch:
         patch.setattr(type(store), "pipe_file", denied)
         with pytest.raises(AdapterLoadError, match="have made the change"):
-            await adapters.unload("a", force=False)
-    await adapters.unload("b", force=False)
+            await door.adapters.unload("a", force=False)
+    await door.adapters.unload("b", force=False)
     assert await restored("memory://fleet") == []
-    await adapters.stop()
+    await door.adapters.stop()
+
+
+async def test_a_door_hears_of_what_others_have_changed_and_of_nothing_else(
+    store: Any, actor: RegistryActor
+) -> None:
+    one, other = Door(actor), Door(actor)
+    await one.adapters.start()
+    await other.adapters.start()
+    for name in "abc":
+        await one.load(name)
+    await one.adapters.unload("b", force=False)
+    assert other.names == ["fixed"]
+    assert [entry.name for entry in await other.joins()] == ["c", "a"]
+    assert other.names == one.names == ["a", "c", "fixed"]
+    await one.load("a", replace=True)
+    actor.answers.clear()
+    assert {(entry.name, entry.version) for entry in await other.joins()} == {("a", 2), ("c", 1)}
+    (changes,) = actor.answers
+    assert [entry.name for entry in changes.entries] == ["a"], "not what it knows already"
+    await one.adapters.unload("c", force=False)
+    actor.restart()
+    assert [entry.name for entry in await other.joins()] == ["a"], "all of it, from the checkpoint"
+    assert other.names == ["a", "fixed"]
+
+
+@given(
+    changes=st.lists(st.tuples(st.sampled_from(["put", "remove", "look", "restart"]), st.integers(0, 5))),
+    kept=st.integers(1, 4),
+)
+def test_a_door_that_looks_knows_what_there_is(changes: list[tuple[str, int]], kept: int) -> None:
+    """Whatever was changed since it looked last, and however little of that is remembered."""
+
+    async def main() -> None:
+        files = fsspec.filesystem("memory")
+        files.store.clear()
+        actor = RegistryActor(lambda: AdapterRegistry("memory://fleet"))
+        known = KnownEntries({}, FleetState(lambda: 0.0))
+        there: dict[str, int] = {}
+        for number, (what, index) in enumerate([*changes, ("look", 0)]):
+            name = f"adapter-{index}"
+            if what == "put":
+                there[name] = number
+                await actor.put.remote(Entry(name, name, number))
+            elif what == "remove":
+                there.pop(name, None)
+                await actor.remove.remote(name)
+            elif what == "restart":
+                actor.restart()
+            else:
+                await known.refresh(actor)
+                assert {name: entry.version for name, entry in known.by_name.items()} == there
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(registry, "MAX_CHANGES", kept)
+        asyncio.run(main())
 
 
 def info(name: str) -> AdapterInfo:

@@ -63,10 +63,11 @@ async def started_fleet(
         except BaseException:
             await _end(client, joined, ray)
             raise
-    try:
-        yield client
-    finally:
-        await _end(client, joined, ray)
+        try:
+            yield client
+        finally:
+            sigterm.ignore()
+            await _end(client, joined, ray)
 
 
 async def _end(client: FleetClient | None, joined: object, ray: object) -> None:
@@ -98,7 +99,8 @@ async def _to_its_end(work: Callable[[], T]) -> T:
 
 
 class _EndedBySigterm:
-    """Cancels the task at SIGTERM until the server handles signals itself, so that the task can clean up."""
+    """Cancels the task at SIGTERM, so that the task can clean up. The server replaces this as soon as it
+    handles signals itself."""
 
     def __init__(self) -> None:
         task = asyncio.current_task()
@@ -112,6 +114,10 @@ class _EndedBySigterm:
         self._loop.remove_signal_handler(signal.SIGTERM)
         self._loop.add_signal_handler(signal.SIGTERM, self._stop)
 
+    def ignore(self) -> None:
+        """Let nothing interrupt the end, which takes some seconds."""
+        self._loop.add_signal_handler(signal.SIGTERM, lambda: None)
+
     def __enter__(self) -> Self:
         self.listen()
         return self
@@ -119,7 +125,7 @@ class _EndedBySigterm:
     def __exit__(self, kind: object, error: object, trace: object) -> None:
         self._loop.remove_signal_handler(signal.SIGTERM)
         if self._told and isinstance(error, asyncio.CancelledError):
-            raise ConfigError("stopped by SIGTERM before the fleet had started")
+            raise ConfigError("stopped by SIGTERM before the fleet served")
 
     def _stop(self) -> None:
         self._told = True

@@ -22,6 +22,7 @@ from aioengine.errors import (
     EngineStopped,
 )
 from aioengine.fleet.config import FleetConfig
+from aioengine.fleet.door.entries import KnownEntries
 from aioengine.fleet.door.members import Member, Members
 from aioengine.fleet.registry import Entry, answer_of, registry_actor
 from aioengine.info import AdapterInfo
@@ -49,10 +50,7 @@ class FleetAdapters:
     def __init__(self, config: FleetConfig, members: Members) -> None:
         self._config = config
         self._members = members
-        self._entries: dict[str, Entry] = {
-            name: Entry(name, path, 0) for name, path in config.adapters.items()
-        }
-        """Adapters as the registry had them when this door last read or changed it."""
+        self._known = KnownEntries(config.adapters, members.state)
         self.registry: Any = None
         self._mended: dict[str, float] = {}
         """When replicas were last made to agree on an adapter that one of them had found changed."""
@@ -65,9 +63,7 @@ class FleetAdapters:
 
     async def start(self) -> None:
         self.registry = registry_actor(self._config.name, self._config.registry)
-        self._entries |= {entry.name: entry for entry in await answer_of(self.registry.entries.remote())}
-        for name in self._entries:
-            self._members.state.add_adapter(name)
+        await self._known.refresh(self.registry)
         self._members.on_join.append(self._joined)
         self._members.on_residency.append(self._compare)
         self._members.on_changed = self._changed
@@ -87,7 +83,7 @@ class FleetAdapters:
                 best = found.get(info.name)
                 if best is None or _SPEED[info.location] > _SPEED[best.location]:
                     found[info.name] = info
-        for entry in self._entries.values():
+        for entry in self._known.by_name.values():
             if entry.name not in found:
                 found[entry.name] = AdapterInfo(
                     name=entry.name,
@@ -121,7 +117,7 @@ class FleetAdapters:
         raised. A replica that reads it later accepts no other content."""
         where = None if path is None else os.fspath(path)
         async with self._changing(name) as members:
-            known = self._entries.get(name)
+            known = self._known.by_name.get(name)
             if replace and (known is not None or where is not None):
                 info = await self._replace(name, where, members)
             else:
@@ -145,8 +141,7 @@ class FleetAdapters:
         async with self._changing(name) as members:
             answers = await self._ask_all(members, "unload", name=name, force=force)
             errors = [answer for answer in answers if isinstance(answer, AioEngineError)]
-            was_known = self._entries.pop(name, None) is not None
-            self._members.state.remove_adapter(name)
+            was_known = self._known.remove(name)
             await self._registry(name, self.registry.remove.remote(name), _UNSAVED)
             others = [error for error in errors if not isinstance(error, AdapterNotFound)]
             if others:
@@ -176,7 +171,7 @@ class FleetAdapters:
         others = [member for member in members if member is not first[0]]
         if self._members.conflicts.contents(name) - {info.digest}:
             return await self._replace(name, where, members)
-        path = _source(where, self._entries.get(name), info)
+        path = _source(where, self._known.by_name.get(name), info)
         await self._ask_all(others, "register", name=name, path=path, version=version, digest=info.digest)
         return info
 
@@ -229,18 +224,17 @@ class FleetAdapters:
         return _first(answers)
 
     def _next_version(self, name: str) -> int:
-        known = self._entries.get(name)
+        known = self._known.by_name.get(name)
         return 1 if known is None else known.version + 1
 
     async def _note(self, name: str, info: AdapterInfo, *, pinned: bool) -> None:
-        known = self._entries.get(name)
+        known = self._known.by_name.get(name)
         version = 1 if known is None else max(known.version, 1)
         digest = info.digest or ("" if known is None else known.digest)
         await self._put(Entry(name, _source(None, known, info), version, digest, pinned))
 
     async def _put(self, entry: Entry) -> None:
-        self._entries[entry.name] = entry
-        self._members.state.add_adapter(entry.name)
+        self._known.put(entry)
         try:
             await self._registry(entry.name, self.registry.put.remote(entry), _UNSAVED)
         finally:
@@ -261,8 +255,7 @@ class FleetAdapters:
         owner = f"{self._members.door}-{id(asyncio.current_task())}"
         await self.registry.begin.remote(name, owner)
         try:
-            known: list[Entry] = await self._registry(name, self.registry.entries.remote(), _UNKNOWN)
-            self._entries |= {entry.name: entry for entry in known}
+            await self._registry(name, self._known.refresh(self.registry), _UNKNOWN)
             members = list(self._members.members.values())
             if not members:
                 raise EngineStopped("the fleet has no replica now; try again later")
@@ -290,14 +283,19 @@ class FleetAdapters:
     # Replicas that come, and plans
 
     def _joined(self, member: Member) -> None:
+        member.ready = False
         self._spawn(self._sync(member))
 
     async def _sync(self, member: Member) -> None:
-        entries = [entry for entry in self._entries.values() if entry.version > 0]
-        if entries:
-            member.ready = False
-            with suppress(TimeoutError):
-                async with asyncio.timeout(SYNC_SECONDS):
+        member.ready = False
+        with suppress(TimeoutError):
+            async with asyncio.timeout(SYNC_SECONDS):
+                try:
+                    await self._known.refresh(self.registry)
+                except Exception as error:  # it is being restarted, or cannot read its checkpoint
+                    logger.warning("replica %s gets what this door knows: %s", member.channel.replica, error)
+                entries = [entry for entry in self._known.by_name.values() if entry.version > 0]
+                if entries:
                     answer = await self._ask(member, "sync", entries=entries)
                     if isinstance(answer, AioEngineError):
                         logger.warning("replica %s: %s", member.channel.replica, answer)
@@ -349,7 +347,7 @@ class FleetAdapters:
                     if len(self._members.conflicts.contents(name)) < 2:
                         return
                 self._members.conflicts.count += 1
-                known = self._entries.get(name)
+                known = self._known.by_name.get(name)
                 if known is None:  # found by its name; nobody else has to know it
                     members = [m for m in members if _holds(name, m) or m.channel.replica == refused]
                 logger.warning("adapter %r does not have the same content everywhere; it is read again", name)

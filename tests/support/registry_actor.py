@@ -1,0 +1,36 @@
+"""The fleet's registry in this process, with the interface of Ray's handle of its actor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+from aioengine.fleet.registry import AdapterRegistry
+
+
+class RegistryActor:
+    """``made``: makes the actor's object, again after :meth:`restart`."""
+
+    def __init__(self, made: Callable[[], AdapterRegistry] = lambda: AdapterRegistry(None)) -> None:
+        self._made = made
+        self._registry = made()
+        self.answers: list[Any] = []
+        """What it has answered, in order."""
+
+    def restart(self) -> None:
+        """As after the loss of its process."""
+        self._registry = self._made()
+
+    def __getattr__(self, name: str) -> Any:
+        async def remote(*arguments: Any) -> Any:
+            try:
+                answer = await getattr(self._registry, name)(*arguments)
+            except Exception as error:
+                from ray.exceptions import RayTaskError
+
+                raise RayTaskError(name, "a traceback of many lines", error).as_instanceof_cause() from None
+            self.answers.append(answer)
+            return answer
+
+        return SimpleNamespace(remote=remote)
