@@ -9,11 +9,11 @@ from typing import Any, Self
 
 import msgspec
 
-from aioengine.adapters.resolvers.fsspec import check_protocol
 from aioengine.checks import check_integer, check_seconds, read_toml, refuse_unknown
 from aioengine.config import EngineConfig
 from aioengine.errors import ConfigError
 from aioengine.metrics.otlp import check_endpoint
+from aioengine.model.files.remote import check_protocol
 from aioengine.schedulers.routing import load_autoscaler, load_placement, load_router
 
 CONFIG_VARIABLE = "AIOENGINE_CONFIG"

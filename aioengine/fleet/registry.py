@@ -11,10 +11,10 @@ from typing import Any, NamedTuple, TypeVar
 
 import msgspec
 
-from aioengine.adapters.resolvers.fsspec import why_failed, without_credentials
 from aioengine.client import Usage
 from aioengine.errors import ConfigError
 from aioengine.fleet.usage import SharedUsage
+from aioengine.model.files.remote import why_failed, without_credentials
 
 logger = logging.getLogger("aioengine.fleet")
 

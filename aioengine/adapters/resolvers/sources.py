@@ -6,10 +6,11 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from aioengine.adapters.resolvers.base import SharedLookups, is_plain_name
-from aioengine.adapters.resolvers.fsspec import RemoteFolders, check_protocol
+from aioengine.adapters.resolvers.fsspec import RemoteFolders
 from aioengine.adapters.resolvers.hub import HubResolver, parse_hub_path
 from aioengine.errors import AdapterInvalid, AdapterNotFound, ConfigError
 from aioengine.model.files.hub import PREFIX, has_hub, is_source
+from aioengine.model.files.remote import check_protocol
 
 
 def checked_source(name: str, path: str) -> str:
