@@ -102,6 +102,39 @@ class OutputView(Sequence[int]):
         return next(differs, min(len(self), len(other)))
 
 
+class FollowedHistory(Sequence[int]):
+    """The first ``length`` tokens of ``base``, to which its owner may add at any time, and ``token``; no
+    copy."""
+
+    __slots__ = ("base", "length", "token")
+
+    def __init__(self, base: Sequence[int], length: int, token: int) -> None:
+        self.base, self.length, self.token = base, length, token
+
+    def __len__(self) -> int:
+        return self.length + 1
+
+    @overload
+    def __getitem__(self, index: int) -> int: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[int]: ...
+    def __getitem__(self, index: int | slice) -> int | list[int]:
+        if isinstance(index, slice):
+            first, end, step = index.indices(len(self))
+            if step != 1:
+                return [self[i] for i in range(first, end, step)]
+            last = [self.token] if first <= self.length < end else []
+            return [*self.base[first : min(end, self.length)], *last]
+        place = range(len(self))[index]
+        return self.token if place == self.length else self.base[place]
+
+
+def same_history(one: Sequence[int], other: Sequence[int]) -> bool:
+    """Whether both are of one request: then the longer one begins with the shorter one."""
+    bases = (each.base if isinstance(each, FollowedHistory) else each for each in (one, other))
+    return next(bases) is next(bases)
+
+
 class SequenceWork(NamedTuple):
     """One sequence's share of a step: compute ``tokens`` at positions ``start..start+len(tokens)-1``."""
 
@@ -186,10 +219,7 @@ class StepBatch(NamedTuple):
 
     def after(self, before: Sequence[SequenceWork], sampled: Sequence[Sampled | None]) -> StepBatch:
         """Fill in the tokens, where this step follows one of the sequences ``before``, for which these were
-        ``sampled``.
-
-        Histories are copied up to there, since their owner may add to them at any time.
-        """
+        ``sampled``. Histories end with them, whatever their owner adds meanwhile."""
         found = zip(before, sampled, strict=True)
         # A sequence without a token has ended, so that any token will do.
         tokens = {row.request_id: max(token.token, 0) for row, token in found if token is not None}
@@ -198,7 +228,7 @@ class StepBatch(NamedTuple):
             token = tokens[row.request_id]
             history = row.history
             if row.params.changes_logits or not row.params.greedy:
-                history = [*history[: row.start], token]
+                history = FollowedHistory(history, row.start, token)
             work.append(row._replace(tokens=(token,), history=history))
         return self._replace(sequences=work, follows=False)
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from aioengine.kernels.transfer import send
-from aioengine.step import SequenceWork
+from aioengine.step import SequenceWork, same_history
 
 
 class SeenTokens:
@@ -30,11 +30,12 @@ class SeenTokens:
         self._places: dict[int, int] = {}
         self._known = 0
 
-    def update(self, prompt_len: int) -> None:
-        """Take in what has been added to the history."""
-        for position in range(self._known, len(self.history)):
-            self._see(self.history[position], is_output=position >= prompt_len)
-        self._known = len(self.history)
+    def update(self, history: Sequence[int], prompt_len: int) -> None:
+        """Take in what has been added to the history, which is ``history`` now."""
+        self.history = history
+        for position, token in enumerate(history[self._known :], self._known):
+            self._see(token, is_output=position >= prompt_len)
+        self._known = len(history)
 
     def followed_by(self, draft: Sequence[int]) -> SeenTokens:
         """A copy that has seen these in the output as well."""
@@ -82,7 +83,7 @@ class CountTables:
         before, self._rows, fresh = self._rows, {}, []
         for _, work in active:
             row = before.get(work.request_id)
-            if row is not None and row.history is work.history:
+            if row is not None and same_history(row.history, work.history):
                 self._rows[work.request_id] = row
             else:  # also another request of that id
                 fresh.append(work)
@@ -156,9 +157,9 @@ class Penalties:
         for i, row in enumerate(rows):
             if row.params.has_penalties:
                 seen = self._seen.get(row.request_id) or before.get(row.request_id)
-                if seen is None or seen.history is not row.history:  # another request of that id
+                if seen is None or not same_history(seen.history, row.history):  # another request of that id
                     seen = SeenTokens(row.history)
-                seen.update(row.prompt_len)
+                seen.update(row.history, row.prompt_len)
                 self._seen[row.request_id] = seen
                 active.append((i, row, seen.followed_by(row.draft) if row.draft else seen))
         if not active:

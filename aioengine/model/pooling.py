@@ -15,7 +15,6 @@ from aioengine.errors import ConfigError
 from aioengine.step import SequenceWork
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
 Kind = Literal["mean", "last", "cls"]
@@ -37,9 +36,6 @@ class Head(NamedTuple):
     """[labels, hidden], float32."""
     bias: Tensor | None
     """[labels], float32."""
-
-    def to(self, device: torch.device) -> Head:
-        return Head(self.weight.to(device), None if self.bias is None else self.bias.to(device))
 
     @property
     def nbytes(self) -> int:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -11,12 +13,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.fake_cuda import FakeCuda
+from support.random_slots import random_image
+from support.tiny_models import build_model
 
 from aioengine.adapters.peft.dora import rows_of, squares
 from aioengine.model.decode_graphs import CudaGraphs
+from aioengine.model.files.hf_config import read_spec
+from aioengine.model.pooling import Head
 from aioengine.model.slots import pinned
 from aioengine.model.slots.copy import Copy, StreamCopier
 from aioengine.model.slots.pinned import PinnedSlabs
+from aioengine.model.slots.pool import LoRASlots
+from aioengine.model.spec import LORA_MODULES
 
 SECOND = torch.device("cuda", 1)
 
@@ -43,6 +51,31 @@ def test_writes_are_ordered_and_in_any_thread_of_the_right_device() -> None:
         assert (slot == 2).all() and not world.races and not world.wrong_device
         del images, slabs
         assert not world.registered
+
+
+def test_a_trained_head_is_copied_like_the_slots(tmp_path: Path) -> None:
+    """On the copies' stream, so that no step waits for it, and ordered before the steps that read it."""
+    device = torch.device("cuda")
+    spec = read_spec(build_model(tmp_path, "llama", num_hidden_layers=1))
+    with FakeCuda() as world:
+        slots = LoRASlots(spec, 1, 4, LORA_MODULES, torch.float32, device)
+        image = random_image(slots.layout, 4, torch.Generator().manual_seed(0), torch.float32)
+        before = world.streams[0].clock["steps"]
+        weight, bias = torch.randn(3, spec.hidden_size), torch.ones(3)
+        with world.in_thread("copy", world.now()):
+            slots.write(0, dataclasses.replace(image, head=Head(weight, bias)))
+            told = world.now()
+        assert world.streams[0].clock["steps"] == before
+        world.hear(told)
+        (head,) = slots.heads
+        assert head is not None and head.bias is not None and head.weight.is_cuda
+        world.watch("head", head.weight)
+        slots.before_step()
+        assert (head.weight.tolist(), head.bias.tolist()) == (weight.tolist(), bias.tolist())
+        slots.after_step()
+        with world.in_thread("copy", {"main": 1}):
+            slots.write(0, image)
+        assert slots.heads == [None] and not world.races
 
 
 def test_a_failed_write_is_waited_for() -> None:

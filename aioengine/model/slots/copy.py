@@ -24,8 +24,9 @@ class Copy(NamedTuple):
 class SlotCopier(Protocol):
     """Carries out the writes of :class:`aioengine.model.slots.pool.LoRASlots`, one at a time."""
 
-    def write(self, copies: Sequence[Copy]) -> None:
-        """Copies from CPU memory to the slots'. All is done when it returns."""
+    def write(self, copies: Sequence[Copy], new: Sequence[Tensor] = ()) -> list[Tensor]:
+        """Copies from CPU memory to the slots', and returns copies of ``new`` there, in memory of their own.
+        All is done when it returns."""
 
     def before_step(self) -> None:
         """Orders a step that is about to be enqueued after all writes that have returned."""
@@ -42,7 +43,7 @@ class SerialCopier:
     GIL is released throughout.
     """
 
-    def write(self, copies: Sequence[Copy]) -> None:
+    def write(self, copies: Sequence[Copy], new: Sequence[Tensor] = ()) -> list[Tensor]:
         targets: list[Tensor] = []
         sources: list[Tensor] = []
         for to, source in copies:
@@ -58,6 +59,7 @@ class SerialCopier:
             targets += serial_pieces(to)
             sources += serial_pieces(source)
         torch._foreach_copy_(targets, sources)
+        return list(new)
 
     def before_step(self) -> None:
         return
@@ -85,7 +87,7 @@ class StreamCopier:
         self._stepped = torch.cuda.Event()  # type: ignore[no-untyped-call]
         """Recorded after each step; before the first one, waiting for it is waiting for nothing."""
 
-    def write(self, copies: Sequence[Copy]) -> None:
+    def write(self, copies: Sequence[Copy], new: Sequence[Tensor] = ()) -> list[Tensor]:
         # A new thread's device is the first one, where this process may have no business.
         with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
             done = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
@@ -93,10 +95,13 @@ class StreamCopier:
             try:
                 for to, source in copies:
                     to.copy_(source, non_blocking=True)
+                # Their memory is this stream's: it is written again only after the steps that read it.
+                there = [tensor.to(self._device, non_blocking=True) for tensor in new]
             finally:  # the sources may be freed and reused after a failure, too
                 done.record()
                 done.synchronize()
         self._written = done
+        return there
 
     def before_step(self) -> None:
         if self._written is not None:

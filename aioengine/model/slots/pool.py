@@ -156,11 +156,13 @@ class LoRASlots:
             )
         rows, counted = memory.rows(image.table, begin)
         copies = [Copy(memory.memory[begin:end], image.data), Copy(memory.device_table[slot], counted)]
-        self._copier.write(copies)
+        head = image.head
+        parts = [] if head is None else [part for part in head if part is not None]
+        there = self._copier.write(copies, parts)
         memory.table[slot] = rows
         self._begins[slot] = begin
         self._has_affine[slot] = image.has_affine
-        self.heads[slot] = None if image.head is None else image.head.to(memory.memory.device)
+        self.heads[slot] = None if head is None else Head(there[0], there[1] if len(there) > 1 else None)
         self.poolings[slot] = image.pooling
         self.tokens[slot] = None
         if image.tokens is not None:
