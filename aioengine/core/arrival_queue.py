@@ -13,6 +13,9 @@ class Numbered(Protocol):
     def seq(self) -> int:
         """Order of arrival."""
 
+    @property
+    def arrival(self) -> float: ...
+
 
 T = TypeVar("T", bound=Numbered)
 
@@ -25,29 +28,34 @@ class ArrivalQueue(Generic[T]):
     first key at once; a dict whose front was emptied has to look for it.)
     """
 
-    __slots__ = ("_fresh", "_returned", "head")
+    __slots__ = ("_fresh", "_returned", "head", "oldest")
 
     def __init__(self) -> None:
         self._fresh: OrderedDict[int, T] = OrderedDict()
         self._returned: dict[int, T] = {}
         self.head: T | None = None
         """The first request; None if the queue is empty."""
+        self.oldest: float | None = None
+        """Its arrival."""
 
     def add(self, request: T) -> None:
         self._fresh[request.seq] = request
         if self.head is None:
-            self.head = request
+            self._begin_with(request)
 
     def put_back(self, request: T) -> None:
         self._returned[request.seq] = request
         self._returned = dict(sorted(self._returned.items()))
-        self.head = next(iter(self))
+        self._begin_with(next(iter(self)))
 
     def remove(self, request: T) -> None:
         if self._fresh.pop(request.seq, None) is None:
             del self._returned[request.seq]
         if request is self.head:
-            self.head = next(iter(self), None)
+            self._begin_with(next(iter(self), None))
+
+    def _begin_with(self, head: T | None) -> None:
+        self.head, self.oldest = head, None if head is None else head.arrival
 
     def __len__(self) -> int:
         return len(self._fresh) + len(self._returned)

@@ -93,19 +93,20 @@ class Batcher:
                 request.freed = self.blocks.give_back(request.blocks, request.freed, request.computed)
         work: list[_Part] = []
         preemptions = self.preemptions
-        decodes: list[Request] = []
-        prefills: deque[Request] = deque()
-        for request in self.running.values():
-            (prefills if len(request.tokens) - request.computed > 1 else decodes).append(request)
-        room = self.max_num_batched_tokens
-        # Growing one request may preempt another one of them.
+        decodes, growing, prefills = list[Request](), list[Request](), deque[Request]()
         size = self.blocks.block_size
-        decodes = [
-            r
-            for r in decodes
-            if r.status is Status.RUNNING
-            and (r.computed < len(r.blocks) * size or self._has_blocks(r, 1, now))
-        ]
+        for request in self.running.values():
+            if len(request.tokens) - request.computed > 1:
+                prefills.append(request)
+                continue
+            decodes.append(request)
+            if request.computed >= len(request.blocks) * size:
+                growing.append(request)
+        room = self.max_num_batched_tokens
+        # Growing one request may preempt another one of them, or itself.
+        for request in growing:
+            if request.status is Status.RUNNING:
+                self._has_blocks(request, 1, now)
         if self.preemptions > preemptions:
             decodes = [request for request in decodes if request.status is Status.RUNNING]
         if self.speculation is None:
@@ -376,8 +377,9 @@ def _decode_part(request: Request) -> _Part:
     """Make the work of a plain decode step, the most frequent case of ``_part``."""
     if request.prompt_logprobs is not None:
         return _part(request, 1)
-    start, tokens = request.computed, request.tokens
-    slot = request.slot_at(start)
+    start, tokens, entry = request.computed, request.tokens, request.adapter
+    slot = -1 if entry is None else request.slot_at(start) if entry.invocation else entry.slot
+    assert slot is not None
     work = SequenceWork(
         request.id,
         slot,

@@ -383,7 +383,7 @@ class Core:
     def _fail_shut_out(self, now: float) -> None:
         """Fail the requests for adapters that can never run, because pinned ones leave no slot, or no room in
         the slots' memory."""
-        room = self.slots.room_beside_pinned()
+        room = self.slots.room_beside_pinned() if self.residency.pins.count else inf
         if room == inf:
             return
         pinned = [s.entry.label for s in self.slots.slots if s.entry is not None and s.entry.pinned]

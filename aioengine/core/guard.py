@@ -51,6 +51,11 @@ class Resolved(NamedTuple):
     evict: list[AdapterEntry]
     discard: list[AdapterEntry]
 
+    @property
+    def moves(self) -> bool:
+        """Whether it says anything about where adapters are to be."""
+        return bool(self.place or self.prefetch or self.evict or self.discard)
+
 
 _NOTHING = Resolved([], [], [], [], [], [], [])
 
@@ -277,8 +282,9 @@ def _keeps_its_word(policy: SchedulerPolicy) -> bool:
 
 def _items(field: str, items: Any) -> Collection[Any]:
     """Refuse a field without a length, which might never end, and a field longer than ``MAX_ITEMS``."""
-    if isinstance(items, str) or not isinstance(items, Collection):
+    if type(items) not in (list, tuple) and (isinstance(items, str) or not isinstance(items, Collection)):
         raise TypeError(f"{field} is {items!r}, not a sequence")
     if len(items) > MAX_ITEMS:
         raise TypeError(f"{field} has {len(items)} items; at most {MAX_ITEMS} are looked at")
-    return items
+    found: Collection[Any] = items
+    return found

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from enum import Enum, auto
-from typing import Any, Literal, Protocol
+from operator import attrgetter
+from typing import Literal, Protocol
 
 from aioengine.core.arrival_queue import ArrivalQueue
 from aioengine.core.blocks import BlockManager
@@ -73,7 +74,6 @@ class AdapterEntry:
         "stalled",
         "uid",
         "version",
-        "view",
         "waiting",
         "wanted_since",
     )
@@ -120,8 +120,6 @@ class AdapterEntry:
         self.retired = False
         """Whether it is unloaded or replaced: it accepts no new requests, and is freed when the accepted ones
         have ended."""
-        self.view: Any = None
-        """View for policies, made at first use."""
         self.waiting: ArrivalQueue[Request] = ArrivalQueue()
         self.running = 0
         self.last_tenant: str | None = None
@@ -143,8 +141,7 @@ class AdapterEntry:
 
     @property
     def oldest_arrival(self) -> float | None:
-        head = self.waiting.head
-        return None if head is None else head.arrival
+        return self.waiting.oldest
 
     @property
     def wanted_by(self) -> str | None:
@@ -408,15 +405,16 @@ class CoreRequestView:
     def __init__(self, request: Request) -> None:
         self._r = request
 
-    request_id = property(lambda self: self._r.id)
-    arrival = property(lambda self: self._r.arrival)
-    priority = property(lambda self: self._r.options.priority)
-    deadline = property(lambda self: self._r.deadline)
-    tenant = property(lambda self: self._r.options.tenant)
-    prompt_tokens = property(lambda self: self._r.prompt_len)
-    max_tokens = property(lambda self: self._r.params.max_tokens)
-    output_tokens = property(lambda self: self._r.output_tokens)
-    computed_tokens = property(lambda self: self._r.computed)
+    # An attrgetter takes half as long as a function in Python, and a decision reads these very often.
+    request_id = property(attrgetter("_r.id"))
+    arrival = property(attrgetter("_r.arrival"))
+    priority = property(attrgetter("_r.options.priority"))
+    deadline = property(attrgetter("_r.deadline"))
+    tenant = property(attrgetter("_r.options.tenant"))
+    prompt_tokens = property(attrgetter("_r.prompt_len"))
+    max_tokens = property(attrgetter("_r.params.max_tokens"))
+    output_tokens = property(attrgetter("_r.output_tokens"))
+    computed_tokens = property(attrgetter("_r.computed"))
 
     @property
     def adapter(self) -> str | None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from itertools import pairwise
+from functools import partial
+from itertools import pairwise, repeat
 from math import isfinite, isnan
 from operator import itemgetter
 from typing import NamedTuple, Protocol
@@ -17,6 +18,11 @@ from aioengine.core.state import AdapterEntry, Request, Status, label_of
 from aioengine.errors import AdapterInvalid, AioEngineError, RequestInvalid
 from aioengine.request import FinishReason
 from aioengine.step import Sampled, SequenceWork, StepBatch, StepResult
+
+_interval: Callable[[tuple[str | None, float, int]], events.TokenInterval] = partial(
+    tuple.__new__, events.TokenInterval
+)
+"""Makes one of its fields; there are very many."""
 
 
 class End(Protocol):
@@ -75,22 +81,23 @@ class StepResults:
             if request.status is not Status.RUNNING:
                 continue
             last = request.last_token
-            if last is not None and sampled is not None and _is_plain(work, sampled):
+            if last is None or sampled is None or sampled.late or sampled.error or work.draft or work.score:
+                self._take_row(index, request, work, result, now, before)
+            else:
                 # Fast path for nearly all tokens: does the same as _take_row and _take.
                 advance(request, len(work.tokens))
-                request.tokens.append(sampled.token)
+                token, gap = sampled.token, now - last
+                request.tokens.append(token)
                 request.last_token = now
                 before.append((request.adapter, last))
-                if request.worst_gap is None or now - last > request.worst_gap:
-                    request.worst_gap = now - last
-                finish = finish_reason(request, sampled.token)
+                if request.worst_gap is None or gap > request.worst_gap:
+                    request.worst_gap = gap
+                finish = finish_reason(request, token)
                 sink = request.sink
                 if sink is not None and sink.push(sampled, now, is_stop=finish == "stop"):
                     finish = "stop"
                 if finish is not None:
                     self._end(request, finish, now)
-            else:
-                self._take_row(index, request, work, result, now, before)
         return _intervals(Counter(before), now)
 
     def steady_steps(self, requests: Sequence[Request], batch: StepBatch, blocks: BlockManager) -> int:
@@ -161,14 +168,10 @@ class StepResults:
                 advanced[request.seq] = step + 1
         for request in requests:
             self._advance(request, count - advanced.get(request.seq, 0))
+        labels = [None if entry is None else entry.label for entry in tokens]
         for before, after in pairwise(ends):
-            seconds = after - before
-            intervals.append(
-                tuple(
-                    events.TokenInterval(None if entry is None else entry.label, seconds, number)
-                    for entry, number in tokens.items()
-                )
-            )
+            rows = zip(labels, repeat(after - before), tokens.values(), strict=False)
+            intervals.append(tuple(map(_interval, rows)))
         return intervals
 
     def _take_row(
@@ -260,10 +263,11 @@ def _intervals(
     before: Mapping[tuple[AdapterEntry | None, float], int], now: float
 ) -> tuple[events.TokenInterval, ...]:
     """Return the intervals of tokens that came at ``now``, by adapter and time of the token before."""
-    return tuple(
-        events.TokenInterval(None if entry is None else entry.label, now - last, tokens)
+    rows = [
+        (None if entry is None else entry.label, now - last, tokens)
         for (entry, last), tokens in before.items()
-    )
+    ]
+    return tuple(map(_interval, rows))
 
 
 def finish_reason(request: Request, token: int) -> FinishReason | None:
@@ -271,11 +275,6 @@ def finish_reason(request: Request, token: int) -> FinishReason | None:
     if request.stops and token in request.stops:
         return "stop"
     return "length" if len(request.tokens) >= request.most_tokens else None
-
-
-def _is_plain(work: SequenceWork, sampled: Sampled) -> bool:
-    """Whether there is one token, and nothing else."""
-    return not (sampled.late or sampled.error or work.draft or work.score)
 
 
 def _pool(request: Request, work: SequenceWork, values: Sequence[float]) -> bool:

@@ -48,7 +48,8 @@ class Device(ABC):
     overlaps: bool = False
     """Whether it has ``queue``, by which a step may be given to it while one is in flight."""
     goes_ahead: bool = False
-    """Whether it has ``go_ahead``: only simulated devices have it."""
+    """Whether steps take no time but on its clock, and it has ``settle``, ``execute_at_once`` and
+    ``go_ahead``: only simulated devices do."""
     can_restart: bool = False
     """Whether ``restart`` may bring it back."""
 
@@ -69,6 +70,14 @@ class Device(ABC):
             most: Number of steps at most, with ``batch``.
             until: Time before which each step begins.
         """
+        raise NotImplementedError
+
+    async def settle(self) -> None:  # noqa: B027 - real devices need none
+        """Let everything run that is due before time goes on, so that a step can be executed at once."""
+
+    def execute_at_once(self, batch: StepBatch) -> StepResult | None:
+        """Run one step, as ``execute`` would, without a turn of the event loop. None: something else may
+        happen before its end, and nothing was done."""
         raise NotImplementedError
 
     @abstractmethod

@@ -10,27 +10,28 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable
+from typing import Any
 
 from aioengine import events
 from aioengine.core import Core, DropMove, StopMove
 from aioengine.core.state import Request, Status
 from aioengine.errors import EngineDead, EngineStopped
 from aioengine.executors.base import Device, QueuedStep
-from aioengine.runtime.lag import LoopLagMeter
 from aioengine.runtime.transfers import AdapterMoves
 from aioengine.runtime.waits import Waits
-from aioengine.schedulers.policy import Location
-from aioengine.step import StepBatch, StepContents, StepResult
+from aioengine.runtime.watches import IdleWatch, LoopLagMeter
+from aioengine.step import StepBatch, StepResult
 
 logger = logging.getLogger("aioengine")
 
-IDLE_WARNING_SECONDS = 5.0
 POLICY_RETRY_SECONDS = 0.05
 """Pause before a policy is asked again, if it admitted nothing although nothing runs or loads."""
 
 Listener = Callable[[events.Event], None]
 Took = tuple[float, float, tuple[events.TokenInterval, ...]]
 """End of a step, its duration, and the intervals of its tokens."""
+Decided = tuple[float, float]
+"""Seconds that core and policy took, and those of the policy alone."""
 
 
 class Stepper:
@@ -77,7 +78,8 @@ class Stepper:
 
     def start(self) -> None:
         self._task = asyncio.get_running_loop().create_task(self._run(), name="aioengine-stepper")
-        self._lag.start()
+        if not self._device.goes_ahead:  # else time does not go on while the loop is busy
+            self._lag.start()
 
     def wake(self) -> None:
         """Make the loop ask the core again; call after every change to it."""
@@ -160,8 +162,7 @@ class Stepper:
             return
         start = self._timer()
         batch, moves = self.core.schedule(loop.time())
-        schedule_seconds = self._timer() - start
-        policy_seconds = self.core.guard.seconds
+        decided = self._timer() - start, self.core.guard.seconds
         for move in moves:
             self._moves.start(move)
         self.publish()
@@ -169,8 +170,10 @@ class Stepper:
         if batch is None:
             await self._sleep(loop)
             return
-        if self._device.goes_ahead and self._go_ahead(batch, schedule_seconds, policy_seconds):
-            return
+        if self._device.goes_ahead:
+            await self._device.settle()
+            if self._run_at_once(batch, decided):
+                return
         running = self._device.queue(batch) if self._overlap else self._device.execute(batch)
         while True:
             self._step_began = loop.time()
@@ -186,24 +189,30 @@ class Stepper:
             finally:
                 self._step_began = None
             following, self._next = self._next, None  # it cannot be taken back any more
-            self._finished(batch, result, schedule_seconds, policy_seconds)
+            self._finished(batch, result, decided)
             if following is None:
                 return
-            batch, running, schedule_seconds = following
-            policy_seconds = 0.0
+            batch, running, seconds = following
+            decided = seconds, 0.0
             await asyncio.sleep(0)  # it may be done already, and readers get each token before the next
 
-    def _go_ahead(self, batch: StepBatch, schedule_seconds: float, policy_seconds: float) -> bool:
-        """Have the device run ``batch`` at once, with its repetitions, where nothing can happen before their
-        end. Returns whether it did."""
+    def _run_at_once(self, batch: StepBatch, decided: Decided) -> bool:
+        """Have the device run ``batch`` at once, with its repetitions if they are certain, where nothing can
+        happen before their end. Returns whether it did."""
         steady = self.core.steady(batch)
-        ahead = None if steady is None else self._device.go_ahead(batch, *steady)
+        if steady is None:
+            result = self._device.execute_at_once(batch)
+            if result is not None:
+                self._finished(batch, result, decided)
+            return result is not None
+        ahead = self._device.go_ahead(batch, *steady)
         if ahead is None:
             return False
         found = self.core.steps_finished(batch, ahead.token, ahead.ends)
-        contents, decided = batch.contents(), (schedule_seconds, policy_seconds)
+        contents = batch.contents()._asdict()
         for index, took in enumerate(zip(ahead.ends, ahead.seconds, found, strict=True)):
-            self._note_step(batch.step + index, contents, took, decided if index == 0 else (0.0, 0.0))
+            self._note_step(batch.step + index, contents, took, decided)
+            decided = 0.0, 0.0
         self.publish()
         return True
 
@@ -220,16 +229,14 @@ class Stepper:
             self._next = None
             self.core.take_back()
 
-    def _finished(
-        self, batch: StepBatch, result: StepResult, schedule_seconds: float, policy_seconds: float
-    ) -> None:
+    def _finished(self, batch: StepBatch, result: StepResult, decided: Decided) -> None:
         now = asyncio.get_running_loop().time()
-        intervals = self.core.step_finished(batch, result, now)
-        took, decided = (now, result.seconds, intervals), (schedule_seconds, policy_seconds)
-        self._note_step(batch.step, batch.contents(), took, decided)
+        took = now, result.seconds, self.core.step_finished(batch, result, now)
+        self._note_step(batch.step, batch.contents()._asdict(), took, decided)
         self.publish()
 
-    def _note_step(self, step: int, contents: StepContents, took: Took, decided: tuple[float, float]) -> None:
+    def _note_step(self, step: int, contents: dict[str, Any], took: Took, decided: Decided) -> None:
+        """Report a step with these :class:`~aioengine.step.StepContents`."""
         self.core.outbox.append(
             events.StepFinished(
                 time=took[0],
@@ -238,7 +245,7 @@ class Stepper:
                 schedule_seconds=decided[0],
                 policy_seconds=decided[1],
                 intervals=took[2],
-                **contents._asdict(),
+                **contents,
             )
         )
 
@@ -336,6 +343,16 @@ class Stepper:
                 self._deliver(event)
 
     def _deliver(self, event: events.Event) -> None:
+        if type(event) is not events.StepFinished:  # by far the most
+            self._look_at(event)
+            self._waits.heard(event)
+        for listener in tuple(self.listeners):
+            try:
+                listener(event)
+            except Exception:
+                logger.exception("an event listener failed on %s", type(event).__name__)
+
+    def _look_at(self, event: events.Event) -> None:
         if isinstance(event, events.RequestEnded):
             self._device.forget(event.request_id)
         elif isinstance(event, events.PolicyRefused):
@@ -344,12 +361,6 @@ class Stepper:
             self._log_once("the policy failed; fcfs decides in its place", event.error)
         elif isinstance(event, events.PolicyReplaced):
             logger.warning("%s; fcfs decides from now on", event.reason)
-        self._waits.heard(event)
-        for listener in list(self.listeners):
-            try:
-                listener(event)
-            except Exception:
-                logger.exception("an event listener failed on %s", type(event).__name__)
 
     def report(self, event: events.Event) -> None:
         """Deliver ``event``, which comes from outside the core, after those in the core's outbox."""
@@ -363,38 +374,3 @@ class Stepper:
         if what not in self._logged:
             self._logged.add(what)
             logger.warning("%s (first: %s; logged once, counted each time)", what, item)
-
-
-class IdleWatch:
-    """Detects a policy that leaves requests waiting although nothing prevents them from running.
-
-    It logs each such period once and does nothing else, because the policy may intend it."""
-
-    def __init__(self, core: Core) -> None:
-        self._core = core
-        self._since: float | None = None
-        self._said = False
-
-    def look(self, now: float, *, idle: bool) -> None:
-        """Check after a decision. ``idle`` means that no batch was formed and no adapter is moving."""
-        if not idle or not self._core.queues:
-            self._since, self._said = None, False
-            return
-        if self._since is None:
-            self._since = now
-        seconds = now - self._since
-        if self._said or seconds < IDLE_WARNING_SECONDS:
-            return
-        self._said = True
-        heads = self._core.queues.heads.values()
-        cold = sum(len(e.waiting) for e in heads if e is not None and e.location is not Location.SLOT)
-        waiting = len(self._core.queues)
-        logger.warning(
-            "policy %s has started nothing for %.0f s: %d requests wait (%d that could run, %d whose "
-            "adapters are in no slot), nothing runs and no adapter is moving",
-            self._core.guard.name,
-            seconds,
-            waiting,
-            waiting - cold,
-            cold,
-        )

@@ -23,6 +23,8 @@ class Counters:
         """As in :class:`EngineStats`."""
 
     def __call__(self, event: events.Event) -> None:
+        if type(event) is events.StepFinished:  # by far the most
+            return
         n = self._n
         match event:
             case events.RequestAdded(adapter=str()):

@@ -6,7 +6,9 @@
 All have the same memory: that of ``--slots`` slots of rank 64, and ``--kv`` for the KV cache. Slots that
 share a memory hold at most ``--most`` adapters. Prints for each policy the copies into slots for each request
 (moves of adapters included) and the times to first token: means over the seeds, half the width of their 95%
-intervals (Student's t), and the ratio of means.
+intervals (Student's t), and the ratio of means. The last rows have the fewest copies that any choice of
+victims could make if requests were served strictly in order of arrival (``fewest_copies``), with slots of one
+size and by bytes. A policy may make fewer, since it serves requests that wait for an adapter together.
 """
 
 from __future__ import annotations
@@ -24,9 +26,11 @@ from rich.table import Table
 from scipy.stats import t as student
 
 from aioengine.checks import parse_bytes
+from aioengine.core.adapters.arena import rounded
 from aioengine.lab import Experiment, WorkloadSpec, run
 from aioengine.lab.costs.presets import load_costs
 from aioengine.lab.report.style import LIGHT, draw, footnote, legend_above, new_figure, vectors
+from benchmarks.policies.fewest_copies import fewest_copies
 
 MEASURES = {
     "copies a request": lambda summary: summary["swaps"]["slot_copies_per_request"],
@@ -39,6 +43,17 @@ def measure(experiment: Experiment) -> list[float]:
     with tempfile.TemporaryDirectory() as folder:
         summary: dict[str, Any] = run(experiment, folder).summary
     return [measure(summary) for measure in MEASURES.values()]
+
+
+def bounds(experiment: Experiment, slots: int, memory: int) -> list[float]:
+    """Return the fewest copies a request, in order of arrival, into ``slots`` and into ``memory`` bytes."""
+    workload, costs = experiment.open_workload(), load_costs(experiment.preset)
+    sizes = {shape.name: rounded(costs.adapter_nbytes(shape.rank)) for shape in workload.adapters}
+    number = {name: index for index, name in enumerate(sizes)}
+    wanted = [number[arrival.adapter] for arrival in workload if arrival.adapter is not None]
+    ones = fewest_copies([1] * len(sizes), wanted, slots)
+    by_bytes = fewest_copies(list(sizes.values()), wanted, memory)
+    return [ones / len(wanted), by_bytes / len(wanted)]
 
 
 Interval = tuple[float, float]
@@ -130,6 +145,14 @@ def main() -> None:
         for mode, after in zip(list(modes)[1:], means[1:], strict=True):
             ratios = [f"{b / a:.2f}" if a else "" for a, b in zip(means[0], after, strict=True)]
             table.add_row("", f"ratio, {mode}", *ratios, style="bold", end_section=mode == "shared")
+    least = [
+        bounds(experiment("fcfs", seed, args.slots, None), args.slots, memory) for seed in range(args.seeds)
+    ]
+    for mode, column in zip(modes, zip(*least, strict=True), strict=False):
+        mean, half = interval(column)
+        table.add_row("fewest, in order of arrival", mode, f"{mean:.3f} ± {half:.3f}")
+    one, other = (statistics.fmean(column) for column in zip(*least, strict=True))
+    table.add_row("", "ratio, by bytes", f"{other / one:.2f}" if one else "", style="bold")
     Console().print(table)
     if args.figure is not None:
         note = f"{args.limit:,} requests of {Path(args.trace).stem}, {args.scale:g} times as fast; "

@@ -6,13 +6,17 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from heapq import merge
 from itertools import islice
+from operator import itemgetter
 from typing import NamedTuple
 
 from sortedcontainers import SortedList
 
+from aioengine.schedulers.parts.lazy_merge import lazy_merge
 from aioengine.schedulers.policy import PolicyEvent, RequestView, SchedulerView
 
 Adapter = str | None
+LISTED = 4
+"""Up to this many queues are merged by listing them all."""
 
 
 class Waiting(NamedTuple):
@@ -21,6 +25,9 @@ class Waiting(NamedTuple):
     arrival: float
     number: int
     request: RequestView
+
+
+_place = itemgetter(0, 1)
 
 
 class Client:
@@ -58,10 +65,12 @@ class Client:
     def waiting_for(self, names: AbstractSet[Adapter]) -> Iterator[Waiting]:
         """Yield its waiting requests for these adapters, in order of arrival."""
         queues = self.queues
-        if len(queues) <= len(names):
+        if len(queues) <= LISTED:
             found = [queue for name, queue in queues.items() if name in names]
-        else:
+        elif len(names) <= LISTED:
             found = [queues[name] for name in names if name in queues]
+        else:
+            return lazy_merge((queues[name] for _, name in self.heads if name in names), _place)
         return iter(found[0]) if len(found) == 1 else merge(*found)
 
     def cold(self, in_slots: AbstractSet[Adapter]) -> Iterator[tuple[Waiting, str]]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from itertools import islice, takewhile
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 from math import inf
 
 from aioengine.schedulers.parts.base import Ordering, Part, Preemption, Prefetch, Replacement
 from aioengine.schedulers.parts.shares import Shares
-from aioengine.schedulers.parts.slot_pool import SlotPool, lacking, tokens_left
+from aioengine.schedulers.parts.slot_pool import SlotPool, tokens_left
 from aioengine.schedulers.policy import (
     AdapterView,
     Decision,
@@ -187,8 +187,12 @@ class Composed(SchedulerPolicy):
         if self._stay == 0:
             return set()
         since = view.now - self._stay
-        latest = takewhile(lambda item: item[1] > since, reversed(self._placed.items()))
-        return {name for name, _ in latest}
+        names: set[str | None] = set()
+        for name, placed in reversed(self._placed.items()):
+            if placed <= since:
+                break
+            names.add(name)
+        return names
 
     def _assign_slots(
         self, view: SchedulerView
@@ -203,6 +207,7 @@ class Composed(SchedulerPolicy):
         closed: set[str | None] = set()
         pool: SlotPool | None = None  # made only if there is a cold adapter
         now, load_room = view.now, view.load_room
+        lacks: Callable[[AdapterView], bool] | None = None
         soon = _soon(view) if view.memory.elastic else inf
         for name, adapter, oldest in islice(self._by_urgency(view), SCAN_LIMIT):
             pool = pool or SlotPool(view, self.replace, self._settling(view))
@@ -215,13 +220,15 @@ class Composed(SchedulerPolicy):
                     break  # later ones have waited less, so they get no slot either
                 continue
             location = adapter.location
+            if lacks is None and location is Location.DISK:
+                lacks = _lacking_room(view)
             # The last decision placed these adapters; they are still cold, because there was no room.
             refused = self._refused.get(name, 0) if location is Location.CPU and may_close else 0
             if location is Location.CPU and not refused and (way := pool.take_unwanted(name)) is not None:
                 assert way.place is not None
                 place.append(way.place)
                 evict += way.evict
-            elif location is Location.DISK and view.cpu_room > 0 and lacking(view, adapter) <= 0:
+            elif lacks is not None and location is Location.DISK and not lacks(adapter):
                 # There is room in the CPU cache: read it if there will be a slot for it.
                 if len(read) < load_room and pool.has_idle(oldest if may_take else None):
                     read.append(name)
@@ -242,13 +249,21 @@ class Composed(SchedulerPolicy):
         return place, evict, read, closed, pool
 
 
+def _lacking_room(view: SchedulerView) -> Callable[[AdapterView], bool]:
+    """Return whether adapters have no room in the CPU cache without an eviction."""
+    places, most = view.cpu_room, view.cpu_bytes_room
+    if places <= 0:
+        return lambda adapter: True
+    return lambda adapter: most is not None and adapter.bytes > most
+
+
 def _open_queues(view: SchedulerView, place: list[Place], closed: set[str | None]) -> list[str | None]:
     """Return the adapters whose requests may be admitted: the base model, and those that keep their slots."""
     slots = view.slots
     leaving = closed | {slots[p.slot].adapter for p in place if p.slot is not None}
-    usable = (SlotState.READY, SlotState.DRAINING)
-    held = [slot.adapter for slot in slots if slot.state in usable]
-    return [None, *(name for name in held if name not in leaving)]
+    ready, draining = SlotState.READY, SlotState.DRAINING
+    held = [slot.adapter for slot in slots if (state := slot.state) is ready or state is draining]
+    return [None, *(name for name in held if name not in leaving)] if leaving else [None, *held]
 
 
 def _fill(

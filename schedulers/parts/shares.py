@@ -80,6 +80,8 @@ class Shares:
         """Number of consecutive decisions that placed each adapter, where slots share a memory by bytes."""
         self._asked: set[str] = set()
         """Adapters whose reads the last decision asked for."""
+        self._computed: dict[str | None, int] = {}
+        """Computed tokens of the running requests by adapter, once a decision has asked for them."""
 
     # Sequences and KV blocks
 
@@ -198,6 +200,7 @@ class Shares:
     ) -> SlotChanges:
         """Assign slots to cold adapters in turns: first those of the tenant with the fewest slots."""
         changes = SlotChanges([], [], set(), [], [], [])
+        self._computed = {}
         names = [slot.adapter for slot in view.slots]
         self.clients.set_slots(names)
         spare = SpareSlots(view, replace, names, self.clients)
@@ -287,7 +290,8 @@ class Shares:
         users = max(self.clients.using_adapters, 1)
         if len(view.slots) < 2 * users:
             return 1
-        return max(1, sum(not slot.pinned for slot in view.slots) // users)
+        pinned = sum([slot.pinned for slot in view.slots])
+        return max(1, (len(view.slots) - pinned) // users)
 
     def _cold(self, view: SchedulerView) -> Iterator[tuple[Client, Waiting, str]]:
         """Yield (tenant, its oldest request, adapter) of the adapters in no slot, each once:
@@ -342,7 +346,7 @@ class Shares:
 
         def can_be_had(name: str) -> HeldSlot | None:
             users = tuple(clients.users(name))
-            least = min([held[user] for user in users], default=share + 1)
+            least = held[users[0]] if len(users) == 1 else min((held[u] for u in users), default=share + 1)
             settled = name not in settling
             if not under:  # as among the requests of one tenant: by age
                 if not (least > share or users == (client,)):
@@ -372,9 +376,7 @@ class Shares:
         if not able and under and aged and may_preempt:
             able = among(name for name in clients.in_slots if name not in settling)
         if len(able) > 1 and any(other.slot.running for other in able):
-            computed: dict[str | None, int] = {}
-            for request in view.running:
-                computed[request.adapter] = computed.get(request.adapter, 0) + request.computed_tokens
+            computed = self._computed = self._computed or _computed_tokens(view)
             return min(able, key=lambda o: (computed.get(o.name, 0), o.slot.last_used))
         return min(able, key=lambda o: o.slot.last_used, default=None)
 
@@ -383,6 +385,14 @@ class Shares:
         if found.slot.running == 0:
             return []
         return self._preempt(view, [r for r in view.running if r.adapter == found.name])
+
+
+def _computed_tokens(view: SchedulerView) -> dict[str | None, int]:
+    computed: dict[str | None, int] = {}
+    for request in view.running:
+        name = request.adapter
+        computed[name] = computed.get(name, 0) + request.computed_tokens
+    return computed
 
 
 def _can_be_read(view: SchedulerView, adapter: AdapterView) -> bool:

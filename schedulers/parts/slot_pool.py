@@ -29,6 +29,10 @@ class _Wanted(NamedTuple):
     """Arrival of the first request that waits for its adapter; inf if none does."""
 
 
+_Row = tuple[SlotView, str, AdapterView, float]
+"""The fields of a ``_Wanted``; there are as many as slots, and few decisions need more of them."""
+
+
 class Way(NamedTuple):
     """A way for an adapter to get a slot."""
 
@@ -52,22 +56,24 @@ class SlotPool:
     def __init__(self, view: SchedulerView, replace: Replacement, settling: set[str | None]) -> None:
         self._view = view
         self._replace = replace
-        adapters = view.adapters
+        adapters, ready = view.adapters, SlotState.READY
         free: list[SlotView] = []
         unwanted: list[tuple[SlotView, AdapterView]] = []
-        idle: list[_Wanted] = []
-        closable: list[_Wanted] = []
+        idle: list[_Row] = []
+        closable: list[_Row] = []
         for slot in view.slots:
             name = slot.adapter
             if name is None:
                 free.append(slot)
-            elif slot.state is SlotState.READY and not slot.pinned:
-                adapter, running = adapters[name], slot.running
-                oldest = adapter.oldest_arrival
+            elif slot.state is ready:
+                adapter = adapters[name]
+                if adapter.pinned:
+                    continue
+                oldest, running = adapter.oldest_arrival, adapter.running
                 if oldest is None and running == 0:
                     unwanted.append((slot, adapter))
                     continue
-                wanted = _Wanted(slot, name, adapter, inf if oldest is None else oldest)
+                wanted = (slot, name, adapter, inf if oldest is None else oldest)
                 if running == 0:
                     idle.append(wanted)
                 if name not in settling:
@@ -186,31 +192,29 @@ class SlotPool:
         view, score = self._view, self._replace.score
         yield from (s for s, _ in sorted(slots, key=lambda pair: (score(view, *pair), pair[0].index)))
 
-    def _sort_idle(self, slots: list[_Wanted]) -> None:
+    def _sort_idle(self, rows: list[_Row]) -> None:
         view, score = self._view, self._replace.score
-        slots.sort(key=lambda wanted: (score(view, wanted.slot, wanted.adapter), wanted.slot.index))
+        rows.sort(key=lambda row: (score(view, row[0], row[2]), row[0].index))
 
-    def _sort_by_end(self, slots: list[_Wanted]) -> None:
+    def _sort_by_end(self, rows: list[_Row]) -> None:
         left = self.tokens_left
-        slots.sort(key=lambda wanted: (left.get(wanted.name, 0), wanted.slot.last_used))
+        rows.sort(key=lambda row: (left.get(row[1], 0), row[0].last_used))
 
 
 class _Candidates:
     """Slots in the order to take them, sorted when the first is asked for."""
 
-    def __init__(self, slots: list[_Wanted], sort: Callable[[list[_Wanted]], None]) -> None:
-        self._slots = slots
-        self._sort: Callable[[list[_Wanted]], None] | None = sort
+    def __init__(self, rows: list[_Row], sort: Callable[[list[_Row]], None]) -> None:
+        self._rows = rows
+        self._sort: Callable[[list[_Row]], None] | None = sort
         self._latest: float | None = None
 
     def has(self, before: float | None) -> bool:
         """Whether only requests after ``before`` wait for one of them."""
-        if before is None or not self._slots:
+        if before is None:
             return False
-        if self._slots[0].oldest > before:
-            return True
         if self._latest is None:
-            self._latest = max(wanted.oldest for wanted in self._slots)
+            self._latest = max((row[3] for row in self._rows), default=-inf)
         return self._latest > before
 
     def first(self, before: float | None) -> _Wanted | None:
@@ -218,19 +222,14 @@ class _Candidates:
         if before is None or not self.has(before):
             return None
         if self._sort is not None:
-            self._sort(self._slots)
+            self._sort(self._rows)
             self._sort = None
-        for wanted in self._slots:
-            if wanted.oldest > before:
-                return wanted
-        return None
+        return next((_Wanted._make(row) for row in self._rows if row[3] > before), None)
 
     def remove(self, wanted: _Wanted) -> None:
-        for index, other in enumerate(self._slots):
-            if other is wanted:
-                del self._slots[index]
-                self._latest = None
-                return
+        """Remove a slot, if it is among them."""
+        self._rows = [row for row in self._rows if row[0] is not wanted.slot]
+        self._latest = None
 
 
 def lacking(view: SchedulerView, adapter: AdapterView) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from itertools import islice
 
-from aioengine.schedulers.parts.base import Ordering, is_cold
+from aioengine.schedulers.parts.base import Ordering
 from aioengine.schedulers.parts.compose import SLOT_BOUND, Composed
 from aioengine.schedulers.parts.lazy_merge import by_arrival
 from aioengine.schedulers.parts.lookahead import Lookahead
@@ -32,7 +32,8 @@ class Arrival(Ordering):
         return float("inf") if oldest is None else oldest
 
     def cold(self, view: SchedulerView) -> Iterator[str]:
-        return (n for n in view.waiting_adapters if n is not None and is_cold(view, n))
+        adapters = view.adapters
+        return (n for n in view.waiting_adapters if n is not None and adapters[n].slot is None)
 
 
 class FairArrival(Arrival):

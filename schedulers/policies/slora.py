@@ -43,33 +43,33 @@ class SLoRA(Arrival):
         self.age = age
 
     def admit(self, view: SchedulerView, names: Sequence[str | None], limit: int) -> Sequence[RequestView]:
+        adapters, able = view.adapters, set(names)
         batch = {request.adapter for request in view.running} - {None}
         room = (self.clusters or len(view.slots)) - len(batch)
-        outside = self._by_age(view, [name for name in names if name not in batch])
-        able = set(names)
-        asked_for = any(name in able and name in batch for name in view.waiting_adapters)
+        inside = able & batch
+        asked_for = any(adapters[name].waiting for name in inside if name is not None)
+        outside = (n for n in view.waiting_adapters if n is not None and n in able and n not in batch)
         last_arrival = inf
-        while outside and (not asked_for or self._aged(view, outside[0])):
+        head = next(outside, None)
+        while head is not None and (not asked_for or self._aged(view, head)):
             if room <= 0:
-                if self._aged(view, outside[0]):
-                    last_arrival = outside[0][0]
+                if self._aged(view, head):
+                    last_arrival = adapters[head].oldest_arrival or 0.0
                 break
-            batch.add(outside.pop(0)[1])
+            inside.add(head)
+            head = next(outside, None)
             room -= 1
             asked_for = True
 
-        due = takewhile(lambda r: r.arrival <= last_arrival, by_arrival(view, able & batch))
+        due = takewhile(lambda r: r.arrival <= last_arrival, by_arrival(view, inside))
         base = view.waiting_for(None) if None in able else ()
         admit = list(islice(merge(base, due, key=arrival), limit))
-        for _, name in outside[: max(0, room)]:
-            admit += islice(view.waiting_for(name), limit - len(admit))
+        while head is not None and room > 0 and len(admit) < limit:
+            admit += islice(view.waiting_for(head), limit - len(admit))
+            head = next(outside, None)
+            room -= 1
         return admit
 
-    def _aged(self, view: SchedulerView, head: tuple[float, str]) -> bool:
-        return view.now - head[0] >= self.age
-
-    @staticmethod
-    def _by_age(view: SchedulerView, names: list[str | None]) -> list[tuple[float, str]]:
-        """Return (arrival of the oldest waiting request, adapter), the oldest first."""
-        heads = ((view.adapters[name].oldest_arrival, name) for name in names if name is not None)
-        return sorted((oldest, name) for oldest, name in heads if oldest is not None)
+    def _aged(self, view: SchedulerView, name: str) -> bool:
+        oldest = view.adapters[name].oldest_arrival
+        return oldest is not None and view.now - oldest >= self.age

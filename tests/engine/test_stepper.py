@@ -16,7 +16,8 @@ from aioengine.events import AdapterRetrying, Event, RequestEnded
 from aioengine.executors.base import Device
 from aioengine.lab.simulation.clock import VirtualTimeLoop
 from aioengine.request import RequestOptions, SamplingParams
-from aioengine.runtime.loop import IDLE_WARNING_SECONDS, Stepper
+from aioengine.runtime.loop import Stepper
+from aioengine.runtime.watches import IDLE_WARNING_SECONDS
 from aioengine.schedulers import Decision, SchedulerPolicy, SchedulerView
 from aioengine.schedulers.policies.fcfs import FCFS
 from aioengine.step import LoadedAdapter, ReadOrder

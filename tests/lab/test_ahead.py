@@ -102,7 +102,19 @@ def test_most_steps_are_not_taken_one_by_one() -> None:
     assert outcome(experiment, ahead=False, executed=taken) == outcome(
         experiment, ahead=True, executed=jumped
     )
-    assert jumped[0] < taken[0] / 5
+    assert jumped[0] < taken[0] / 10
+
+
+def test_a_step_takes_no_turn_of_the_loop_if_nothing_happens_before_its_end() -> None:
+    workload = WorkloadSpec(arrivals="poisson:rate=0.1", limit=20, prompt_tokens=3000, output_tokens=300)
+    experiment = Experiment(
+        workload=workload, max_num_batched_tokens=256, max_model_len=4000, sample_seconds=1000.0
+    )
+    taken, executed = [0], [0]
+    assert outcome(experiment, ahead=False, executed=taken) == outcome(
+        experiment, ahead=True, executed=executed
+    )
+    assert executed[0] <= workload.limit, "at most the step in which the next request comes"
 
 
 def test_repeated_steps_do_what_steps_one_by_one_do() -> None:

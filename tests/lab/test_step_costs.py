@@ -182,3 +182,13 @@ def test_chunks_have_the_pairs_of_the_whole_prompt(chunks: list[int]) -> None:
         pairs += step_shape(StepBatch(0, [work(chunk, start, prompt_len=total)], [])).prefill_pairs
         start += chunk
     assert pairs == pytest.approx(total * total / 2, abs=len(chunks))
+
+
+@given(step_costs, shapes, st.integers(1, 40))
+def test_repeated_steps_are_priced_to_the_last_bit_as_they_are_one_by_one(
+    steps: StepCosts, shape: StepShape, count: int
+) -> None:
+    times = StepTimes(steps)
+    kvs = [shape.decode_kv + step * shape.decode_rows for step in range(count)]
+    ahead = [seconds for _, seconds in zip(range(count), times.repeated(shape), strict=False)]
+    assert ahead == [times(shape._replace(decode_kv=kv)) for kv in kvs]

@@ -10,7 +10,7 @@ from collections import Counter
 from support.core_sim import LIMITS, CoreSim
 
 from aioengine.events import TokenInterval
-from aioengine.runtime.lag import LoopLagMeter
+from aioengine.runtime.watches import LoopLagMeter
 from aioengine.schedulers import Decision, SchedulerView
 from aioengine.schedulers.policies.fcfs import FCFS
 

@@ -8,7 +8,7 @@ from typing import Any
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aioengine.schedulers.parts.clients import Clients
+from aioengine.schedulers.parts.clients import Client, Clients, Waiting
 from aioengine.schedulers.policy import PolicyEvent
 
 NAMES = [None, "x", "y", "z"]
@@ -108,3 +108,19 @@ def test_what_events_kept_is_what_reading_anew_finds(ops: list[tuple[str, int, i
                 del found[of_first_waiter], expected[of_first_waiter]  # who began to wait first is not known
         assert found == expected
         assert sum(clients.running_counts.values()) == len(clients.by_name)
+
+
+@given(st.lists(st.tuples(st.integers(0, 14), st.integers(0, 9)), max_size=60), st.sets(st.integers(0, 16)))
+def test_requests_for_some_adapters_come_in_order_of_arrival(
+    added: list[tuple[int, int]], names: set[int]
+) -> None:
+    client = Client("a")
+    entries = [
+        Waiting(float(time), number, Asked(f"r{number}", "a", f"x{adapter}", time))  # type: ignore[arg-type]
+        for number, (adapter, time) in enumerate(added)
+    ]
+    for entry in entries:
+        client.add(entry.request.adapter, entry)
+    wanted = {f"x{name}" for name in names}
+    found = list(client.waiting_for(wanted))
+    assert found == sorted((e for e in entries if e.request.adapter in wanted), key=lambda e: e[:2])

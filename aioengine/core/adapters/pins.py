@@ -36,6 +36,8 @@ class Pins:
         self._current = current
         self._emit = emit
         self._claims: dict[str, _Claim] = {}
+        self.count = 0
+        """Number of pinned adapters."""
 
     def claim(self, name: str, *, force: bool) -> None:
         """Count ``name`` as pinned while it is on its way to a slot, until :meth:`release`.
@@ -87,5 +89,6 @@ class Pins:
     def _set(self, entry: AdapterEntry, pinned: bool, now: float) -> None:
         if entry.pinned != pinned:
             entry.pinned = pinned
+            self.count += 1 if pinned else -1
             kind = events.AdapterPinned if pinned else events.AdapterUnpinned
             self._emit(kind(time=now, adapter=entry.label, version=entry.version))

@@ -57,9 +57,7 @@ class Placing:
         keep the adapter out for ever. One that other pinned adapters leave no room for fails."""
         self._closed.clear()
         self._pinned_wait = False
-        for entry in self._residency.cpu.entries.values():
-            if not _waits_for_slot(entry):
-                continue
+        for entry in self._pinned_outside():
             self._pinned_wait = True
             room = self._slots.room_beside_pinned()
             if self._slots.arena is not None and rounded(entry.slot_nbytes) > room:
@@ -82,16 +80,24 @@ class Placing:
 
     def next_retry(self, now: float) -> float | None:
         """Return when a pinned adapter whose copy has failed may be copied again; None if there is none."""
-        due = [_retry_at(entry) for entry in self._residency.cpu.entries.values() if _waits_for_slot(entry)]
+        due = map(_retry_at, self._pinned_outside())
         return min((at for at in due if at > now), default=None)
+
+    def _pinned_outside(self) -> Sequence[AdapterEntry]:
+        """Return the pinned adapters that wait for a slot, in the order in which they were read."""
+        if not self._residency.pins.count:
+            return ()
+        return [entry for entry in self._residency.cpu.entries.values() if _waits_for_slot(entry)]
 
     def apply(self, decision: Resolved, now: float, admitting: set[int]) -> list[Refusal]:
         """Start what can be started of ``place`` and ``prefetch``, in order; ``admitting`` are the uids of
         adapters that the same decision admits requests to. Returns what was refused."""
-        self._residency.start_wanted(now, admitting, waited=WANT_PATIENCE_SECONDS)
         refused: list[Refusal] = []
-        given = _GivenUp(decision.evict, self._slots, admitting, refused)
         self.short = None
+        if self._border is None and not self._residency.any_wanted and not decision.moves:
+            return refused  # as in most steps
+        self._residency.start_wanted(now, admitting, waited=WANT_PATIENCE_SECONDS)
+        given = _GivenUp(decision.evict, self._slots, admitting, refused)
         if self._border is not None:
             self._border.offered = given.slots
         for entry, place in decision.place:

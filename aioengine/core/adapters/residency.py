@@ -15,6 +15,7 @@ from aioengine import events
 from aioengine.core.adapters.arena import Arena, Window, rounded
 from aioengine.core.adapters.cpu_cache import CpuCache, Order, least_recently_used
 from aioengine.core.adapters.failures import Failures
+from aioengine.core.adapters.known import KnownAdapters
 from aioengine.core.adapters.moves import CopyMove, DropMove, LoadMove, Move, ReleaseMove, StopMove
 from aioengine.core.adapters.pins import Pins
 from aioengine.core.adapters.slots import Slot, SlotTable
@@ -46,7 +47,7 @@ class Residency:
         self.current: dict[str, AdapterEntry] = {}
         """Published entries by name; new requests use these."""
         self.pins = Pins(num_slots, self.current, emit)
-        self.by_policy_name: dict[str, AdapterEntry] = {}
+        self.by_policy_name = KnownAdapters()
         """All entries that requests may wait for or run on, superseded ones included."""
         self.entries: dict[int, AdapterEntry] = {}
         self.expected: dict[str, str] = {}
@@ -124,11 +125,14 @@ class Residency:
             self.pins.unpin(entry, now)
         self.forget_want(entry)
         self._retired[entry.uid] = entry
-        if self.current.get(entry.name) is entry:
+        renamed = self.current.get(entry.name) is entry
+        if renamed:
             del self.current[entry.name]
             del self.by_policy_name[entry.name]
             entry.name = f"{entry.label}@{entry.version}"
             self.by_policy_name[entry.name] = entry
+        self.slots.retired(entry)
+        if renamed:
             self._tell("adapter_retired", now, adapter=entry.name, was=entry.label)
 
     def sweep(self, now: float) -> None:

@@ -21,25 +21,20 @@ from aioengine.schedulers.policy import Location, SlotState
 
 
 class Slot:
-    __slots__ = ("entry", "index", "last_used", "loading", "moving", "offset")
+    __slots__ = ("entry", "index", "last_used", "loading", "moving", "name", "offset", "state")
 
     def __init__(self, index: int) -> None:
         self.index = index
         self.entry: AdapterEntry | None = None
+        self.name: str | None = None
+        """Name that the policy has for it."""
         self.loading = False
         self.moving = False
         """Whether its adapter is being written again at another place."""
         self.offset: int | None = None
         """Offset of its region in the arena, in bytes; None if there is no arena, or it is free."""
         self.last_used = 0.0
-
-    @property
-    def state(self) -> SlotState:
-        if self.entry is None:
-            return SlotState.FREE
-        if self.loading:
-            return SlotState.LOADING
-        return SlotState.DRAINING if self.entry.retired else SlotState.READY
+        self.state = SlotState.FREE
 
     @property
     def idle(self) -> bool:
@@ -64,15 +59,25 @@ class SlotTable:
             else:
                 self.arena.allocate_at(offset, entry.slot_nbytes)
             slot.offset = offset
-        slot.entry = entry
+        slot.entry, slot.name = entry, entry.name
         slot.loading = True
+        slot.state = SlotState.LOADING
         entry.slot = slot.index
 
     def activate(self, slot: Slot, now: float) -> None:
         assert slot.loading and slot.entry is not None
         slot.loading = slot.moving = False
         slot.last_used = now
+        slot.state = SlotState.DRAINING if slot.entry.retired else SlotState.READY
         slot.entry.location = Location.SLOT
+
+    def retired(self, entry: AdapterEntry) -> None:
+        """Note that an adapter accepts no new requests, and has another name now."""
+        if entry.slot is not None:
+            slot = self.slots[entry.slot]
+            slot.name = entry.name
+            if not slot.loading:
+                slot.state = SlotState.DRAINING
 
     def cancel(self, slot: Slot) -> None:
         assert slot.loading and slot.entry is not None
@@ -92,6 +97,7 @@ class SlotTable:
         return entry
 
     def _give_back(self, slot: Slot) -> None:
+        slot.state, slot.name = SlotState.FREE, None
         if self.arena is not None and slot.offset is not None:
             self.arena.release(slot.offset)
             slot.offset = None
@@ -139,7 +145,12 @@ class SlotTable:
         held = [s.entry.uid for s in self.slots if s.entry is not None]
         assert len(held) == len(set(held)), "an adapter is in two slots"
         for slot in self.slots:
+            assert (slot.state is SlotState.FREE) == (slot.entry is None)
+            assert slot.name == (None if slot.entry is None else slot.entry.name)
+            assert (slot.state is SlotState.LOADING) == slot.loading
             if slot.entry is not None:
+                retired = slot.entry.retired and not slot.loading
+                assert (slot.state is SlotState.DRAINING) == retired
                 assert slot.entry.slot == slot.index
                 assert slot.entry.location is (Location.CPU if slot.loading else Location.SLOT)
                 assert not (slot.loading and slot.entry.running), "a slot is written while in use"

@@ -6,6 +6,7 @@ No torch here. What the coefficients mean and where they come from is in docs/la
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple, Self
 
@@ -125,21 +126,46 @@ class StepTimes:
 
     def __call__(self, shape: StepShape) -> float:
         rows, kv, prefill, pairs, sequences, adapters = shape
-        c, tokens = self._costs, rows + prefill
-        linears = self._linears.get(tokens)
-        if linears is None:
-            linears = self._linears[tokens] = curve_at(c.linears, in_tiles(tokens, c.tile))
+        c, linears = self._costs, self._of_linears(rows + prefill)
         seconds = c.step + linears + c.sequence * sequences + c.decode_kv * kv + c.prefill_pair * pairs
-        if adapters:
-            seconds += c.lora_step
-            largest = max(rank for rank, _ in adapters) if c.padded else 0
-            for own, count in adapters:
-                rank = largest or own
-                each = self._ranks.get(rank)
-                if each is None:
-                    each = self._ranks[rank] = curve_at(c.adapter, rank), curve_at(c.lora_token, rank)
-                seconds += each[0] + each[1] * count
+        for part in self._of_adapters(adapters):
+            seconds += part
         return seconds
+
+    def _of_linears(self, tokens: int) -> float:
+        seconds = self._linears.get(tokens)
+        if seconds is None:
+            c = self._costs
+            seconds = self._linears[tokens] = curve_at(c.linears, in_tiles(tokens, c.tile))
+        return seconds
+
+    def _of_adapters(self, adapters: Sequence[tuple[int, int]]) -> Iterator[float]:
+        if not adapters:
+            return
+        c = self._costs
+        yield c.lora_step
+        largest = max(rank for rank, _ in adapters) if c.padded else 0
+        for own, count in adapters:
+            rank = largest or own
+            each = self._ranks.get(rank)
+            if each is None:
+                each = self._ranks[rank] = curve_at(c.adapter, rank), curve_at(c.lora_token, rank)
+            yield each[0] + each[1] * count
+
+    def repeated(self, shape: StepShape) -> Iterator[float]:
+        """Yield the seconds of a step of decodes, then of the one after it, in which each row reads one more
+        position, and so on: what a call gives for each of them, to the last bit."""
+        rows, kv, prefill, pairs, sequences, adapters = shape
+        c, tokens = self._costs, rows + prefill
+        first = c.step + self._of_linears(tokens) + c.sequence * sequences
+        last = c.prefill_pair * pairs
+        more = list(self._of_adapters(adapters))
+        while True:
+            seconds = first + c.decode_kv * kv + last
+            for part in more:
+                seconds += part
+            yield seconds
+            kv += rows
 
 
 def in_tiles(tokens: int, tile: int) -> int:

@@ -10,14 +10,17 @@ from __future__ import annotations
 import asyncio
 import selectors
 from collections import deque
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import Context
+from heapq import heappush
 from math import inf, ulp
-from typing import Any, TypeVar
+from typing import Any, TypeVar, TypeVarTuple
 
 from aioengine.errors import AioEngineError
 
 T = TypeVar("T")
+Ts = TypeVarTuple("Ts")
 
 
 class NothingToWaitFor(AioEngineError):
@@ -52,6 +55,19 @@ def resolution(now: float) -> float:
     return max(1e-9, ulp(now))
 
 
+class _Timer(asyncio.TimerHandle):
+    """Timer that goes off after those that were set before it for the same time. asyncio's order among them
+    depends on all other timers."""
+
+    number: int
+    _scheduled: bool
+    _when: float
+
+    def __lt__(self, other: object) -> bool:
+        assert isinstance(other, _Timer)
+        return (self._when, self.number) < (other._when, other.number)
+
+
 class VirtualTimeLoop(asyncio.SelectorEventLoop):
     """Event loop in virtual time, for coroutines that wait for timers and for each other, not for threads or
     sockets. Starts at 0.
@@ -68,10 +84,25 @@ class VirtualTimeLoop(asyncio.SelectorEventLoop):
     def __init__(self) -> None:
         self._jumping = _Jumping()
         self._jumping.loop = self
+        self._timers = 0
         super().__init__(self._jumping)
 
     def time(self) -> float:
         return self._jumping.now
+
+    def call_at(
+        self,
+        when: float,
+        callback: Callable[[*Ts], object],
+        *args: *Ts,
+        context: Context | None = None,
+    ) -> asyncio.TimerHandle:
+        timer = _Timer(when, callback, args, self, context)
+        timer.number = self._timers
+        self._timers += 1
+        heappush(self._scheduled, timer)
+        timer._scheduled = True
+        return timer
 
     def next_timer(self) -> float | None:
         """Return the time of the next timer (infinity: none is set), or None if something is to be done

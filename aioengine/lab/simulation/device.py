@@ -20,6 +20,10 @@ from aioengine.step import (
     StepResult,
 )
 
+SETTLING = 4
+"""Turns of the loop in which callers that have their results go on, and moves of adapters begin. If these do
+not suffice, a step is executed as on a real device."""
+
 
 class SimulatedDevice(Device):
     """Gives every sequence ``token``, and ``end_token`` where its output has the length that is known of
@@ -50,10 +54,36 @@ class SimulatedDevice(Device):
         """A context manager: steps take so many times as long while anybody is inside."""
 
     async def execute(self, batch: StepBatch) -> StepResult:
-        overhead = self._costs.step_overhead
+        took = await self._processor.work(self._work(batch))
+        return self._result(batch, took)
+
+    async def settle(self) -> None:
+        loop = asyncio.get_running_loop()
+        if isinstance(loop, VirtualTimeLoop):
+            for _ in range(SETTLING):
+                if loop.next_timer() is not None:
+                    return
+                await asyncio.sleep(0)
+
+    def execute_at_once(self, batch: StepBatch) -> StepResult | None:
+        """Run a step without a turn of the event loop; None if anything else is due before its end."""
+        loop = asyncio.get_running_loop()
+        if not isinstance(loop, VirtualTimeLoop) or (timer := loop.next_timer()) is None:
+            return None
+        begin = loop.time()
+        end = _after(begin, self._work(batch) * self._processor.pace)
+        if end + resolution(end) > timer:
+            return None
+        loop.go_to(end)
+        return self._result(batch, end - begin)
+
+    def _work(self, batch: StepBatch) -> float:
+        """Return the seconds of a step, its overhead included."""
         seconds = self._step_seconds(step_shape(batch)) if batch.sequences else 0.0
         seconds += sum(move.nbytes for move in batch.moves) * self._byte_seconds
-        took = await self._processor.work(seconds + overhead)
+        return seconds + self._costs.step_overhead
+
+    def _result(self, batch: StepBatch, took: float) -> StepResult:
         token, end, lengths = self._token, self._end, self.lengths
         sampled: list[Sampled | None] = []
         for work in batch.sequences:
@@ -62,7 +92,7 @@ class SimulatedDevice(Device):
                 continue
             made = work.start + len(work.tokens) - work.prompt_len + 1
             sampled.append(end if made == lengths.get(work.request_id) else token)
-        return StepResult(sampled, took - overhead)
+        return StepResult(sampled, took - self._costs.step_overhead)
 
     def go_ahead(self, batch: StepBatch, most: int, until: float) -> Ahead | None:
         """Run steps without a turn of the event loop: none if anything else is due before the end of the
@@ -71,7 +101,7 @@ class SimulatedDevice(Device):
         if not isinstance(loop, VirtualTimeLoop) or (timer := loop.next_timer()) is None:
             return None
         shape, overhead, pace = step_shape(batch), self._costs.step_overhead, self._processor.pace
-        begin, kv = loop.time(), shape.decode_kv
+        begin, times = loop.time(), self._step_seconds.repeated(shape)
         ends: list[float] = []
         seconds: list[float] = []
         lengths = self.lengths
@@ -80,14 +110,12 @@ class SimulatedDevice(Device):
             if length is not None:
                 most = min(most, length - (work.start + len(work.tokens) - work.prompt_len + 1))
         while len(ends) < most and begin < until:
-            took = self._step_seconds(shape._replace(decode_kv=kv)) + overhead
-            end = begin + (begin + took * pace - begin)  # as the loop rounds it
+            end = _after(begin, (next(times) + overhead) * pace)
             if end + resolution(end) > timer:
                 break
             ends.append(end)
             seconds.append(end - begin - overhead)
             begin = end
-            kv += shape.decode_rows
         if not ends:
             return None
         loop.go_to(begin)
@@ -123,3 +151,8 @@ class SimulatedDevice(Device):
 
     async def close(self) -> None:
         await asyncio.sleep(0)
+
+
+def _after(begin: float, seconds: float) -> float:
+    """Return the time at which a timer goes off that was set at ``begin``, as the loop rounds it."""
+    return begin + (begin + seconds - begin)
