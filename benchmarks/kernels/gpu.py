@@ -4,6 +4,8 @@
     python -m benchmarks.kernels.gpu --ranks 16 64 --adapters 1 8 32 --tokens 32 2048
     python -m benchmarks.kernels.gpu --tune table.json      find block sizes for this GPU; serve with them by
                                                     AIOENGINE_TRITON_TABLE=table.json
+    python -m benchmarks.kernels.gpu --layers 32 --contexts 1000 4000 --step-ranks 16 64
+                                                    the steps of docs/gpu-predictions.md, and predictions
     python -m benchmarks.kernels.gpu --compile 80 90        registers and shared memory; needs no GPU
 
 Times are medians with a cold L2 cache, as in serving, where a layer's matrices were last read a step ago.
@@ -42,7 +44,14 @@ from aioengine.kernels.triton.table import (
     default_expand,
     default_shrink,
 )
-from benchmarks.kernels.gpu_steps import check_layer, check_steps, layer_table, step_table
+from benchmarks.kernels.gpu_steps import (
+    check_layer,
+    check_steps,
+    layer_table,
+    quantized_table,
+    step_table,
+    wall_seconds,
+)
 
 LINEARS = {
     "qkv": (4096, (4096, 1024, 1024)),
@@ -315,6 +324,8 @@ def main() -> int:
     parser.add_argument("--ranks", nargs="+", type=int, default=[8, 16, 64])
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
     parser.add_argument("--layers", type=int, default=8, help="of the model whose decode steps are timed")
+    parser.add_argument("--contexts", nargs="+", type=int, default=[1000], help="of the decode steps")
+    parser.add_argument("--step-ranks", nargs="+", type=int, default=[16], help="of the decode steps")
     parser.add_argument("--tune", type=Path, metavar="FILE")
     parser.add_argument("--compile", nargs="+", type=int, metavar="CAPABILITY", help="80 is 8.0, 90 is 9.0")
     args = parser.parse_args()
@@ -344,7 +355,12 @@ def main() -> int:
     bandwidth, dtype = copy_bandwidth("cuda", gpu_seconds), getattr(torch, args.dtype)
     output.print(compare(args, "cuda", gpu_seconds, bandwidth))
     output.print(layer_table(dtype, "cuda", gpu_seconds, bandwidth))
-    output.print(step_table(dtype, "cuda", layers=args.layers, rank=16))
+    name, wall = device_name("cuda"), partial(wall_seconds, device="cuda")
+    for context in args.contexts:
+        for rank in args.step_ranks:
+            sizes = {"layers": args.layers, "context": context, "rank": rank}
+            output.print(step_table(dtype, "cuda", wall, name=name, **sizes))
+    output.print(quantized_table("cuda", gpu_seconds, name=name))
     return 0
 
 

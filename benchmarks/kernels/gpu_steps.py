@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -20,15 +20,20 @@ from aioengine.model.decoder import Decoder
 from aioengine.model.kv_cache import KVCache
 from aioengine.model.slots.image import image_shape
 from aioengine.model.slots.pool import LoRASlots
-from aioengine.model.spec import LORA_MODULES, ModelSpec, RopeSpec
+from aioengine.model.spec import LORA_MODULES, ModelSpec
 from aioengine.request import SamplingParams
 from aioengine.step import SequenceWork
+from benchmarks.kernels.predictions import (
+    FORMATS,
+    LLAMA_8B,
+    Step,
+    block_weight,
+    gpu_of,
+    quantized_seconds,
+    step_seconds,
+    with_layers,
+)
 
-LLAMA_8B = ModelSpec(
-    family="llama", vocab_size=128256, hidden_size=4096, num_layers=32, num_heads=32, num_kv_heads=8,
-    head_dim=128, intermediate_size=14336, rms_norm_eps=1e-5, max_position=131072, rope=RopeSpec(),
-    tie_embeddings=False,
-)  # fmt: skip
 BLOCK = 16
 Timer = Callable[[Callable[[], object]], float]
 
@@ -188,25 +193,60 @@ class Steps:
         return logits
 
 
-def step_table(dtype: torch.dtype, device: str, *, layers: int, rank: int) -> Table:
-    """Wall time of decode steps, with and without graphs and adapters."""
+def step_table(
+    dtype: torch.dtype,
+    device: str,
+    timer: Timer,
+    *,
+    name: str,
+    layers: int,
+    context: int,
+    rank: int,
+    record: Record | None = None,
+    batches: Sequence[int] = (1, 8, 32, 64),
+) -> Table:
+    """Wall time of decode steps by ``timer``, with and without graphs and adapters, beside the prediction for
+    the GPU of this ``name``."""
     table = Table(
-        title=f"decode steps, {layers} layers and the head of Llama 3 8B, context 1,000, rank {rank}; ms"
+        title=f"decode steps, {layers} layers and head of Llama 3 8B, context {context:,}, rank {rank}; ms"
     )
-    for column in ("sequences", "adapters", "launched", "played back", "adapters cost"):
+    for column in ("sequences", "adapters", "launched", "played back", "adapters cost", "predicted"):
         table.add_column(column, justify="right")
-    steps = Steps(dtype, device, layers=layers, most=64, context=1000, adapters=32, rank=rank)
+    gpu, most = gpu_of(name), max(batches)
+    spec = with_layers(LLAMA_8B, layers)
+    steps = Steps(
+        *(dtype, device), layers=layers, most=most, context=context, adapters=min(32, most), rank=rank,
+        record=record,
+    )  # fmt: skip
     with torch.inference_mode():
-        for batch in (1, 8, 32, 64):
+        for batch in batches:
             base = 0.0
             for adapters in (0, 1, 8, 32):
                 if adapters > batch:
                     continue
-                eager = wall_seconds(partial(steps.run, steps.eager, batch, adapters), device)
-                played = wall_seconds(partial(steps.run, steps.played, batch, adapters), device)
+                eager = timer(partial(steps.run, steps.eager, batch, adapters))
+                played = timer(partial(steps.run, steps.played, batch, adapters))
                 base = base or played
                 cost = f"{played / base - 1:+.0%}" if adapters else ""
-                table.add_row(*(str(batch), str(adapters), f"{eager * 1e3:.2f}", f"{played * 1e3:.2f}", cost))
+                step = Step(batch, context, adapters, rank)
+                predicted = "" if gpu is None else f"{step_seconds(gpu, step, spec) * 1e3:.2f}"
+                times = (f"{eager * 1e3:.2f}", f"{played * 1e3:.2f}", cost, predicted)
+                table.add_row(str(batch), str(adapters), *times)
+    return table
+
+
+def quantized_table(device: str, timer: Timer, *, name: str, rows: int = 64) -> Table:
+    """Times of a product with the weights of quantized checkpoints, beside the prediction."""
+    n, k, gpu = 2 * LLAMA_8B.intermediate_size, LLAMA_8B.hidden_size, gpu_of(name)
+    table = Table(title=f"gate and up of Llama 3 8B from quantized checkpoints, {rows} rows; ms")
+    for column in ("weights", "measured", "predicted"):
+        table.add_column(column, justify="left" if column == "weights" else "right")
+    x = torch.ones(rows, k, dtype=torch.bfloat16, device=device)
+    for format in FORMATS:
+        weight = block_weight(format, n, k, device)
+        measured = timer(partial(weight.linear, x, None))
+        predicted = "" if gpu is None else f"{quantized_seconds(gpu, format, rows, n, k) * 1e3:.2f}"
+        table.add_row(format, f"{measured * 1e3:.2f}", predicted)
     return table
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -322,3 +322,24 @@ def working_memory() -> list[tuple[str, int, int]]:
             kind = "mixed" if len(rows) > 2 else "prompts"
             found.append((f"{name}, {kind}", planned.activations, peak_of("meta", partial(model.step, rows))))
     return found
+
+
+def predicted_tables(name: str) -> list[list[list[str]]]:
+    """The cells of the tables with predictions, for a GPU of this name."""
+    fake_gpu.install()
+    from aioengine.kernels.triton import backend
+    from benchmarks.kernels import gpu_steps
+
+    gpu_steps.get_backend = lambda device, name=None: backend  # type: ignore[assignment]
+
+    def timer(work: Callable[[], object]) -> float:
+        work()
+        return 1e-3
+
+    steps = gpu_steps.step_table(
+        *(DTYPE, "meta", timer), name=name, layers=1, context=100, rank=16, record=lambda step: step,
+        batches=(1, 8),
+    )  # fmt: skip
+    tables = (steps, gpu_steps.quantized_table("meta", timer, name=name, rows=8))
+    columns = ([list(map(str, column.cells)) for column in table.columns] for table in tables)
+    return [[list(row) for row in zip(*each, strict=True)] for each in columns]
