@@ -82,7 +82,7 @@ async def test_the_policy_as_shown(model: Path, adapter: Path, monkeypatch: pyte
             ended.append(max_tokens)
 
         lengths: dict[int, str | None] = {16: None, 30: "a", 20: "b", 8: None, 4: None}
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(60):
             await asyncio.gather(*(ask(n, name) for n, name in lengths.items()))
         policy_events = [e for e in events if type(e).__name__.startswith("Policy")]
     assert policy_events == []  # nothing refused, nothing failed

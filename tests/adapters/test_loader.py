@@ -135,19 +135,19 @@ def hanging() -> Any:
 async def test_a_read_that_hangs_is_given_up_and_others_go_on(hanging: Hanging) -> None:
     threads = set(threading.enumerate())
     store = FakeStore(dead=hanging)
-    loader = loader_of(store, timeout=0.05, retries=2)
-    with pytest.raises(AdapterLoadError, match=r"'dead' \(/adapters/dead\).*load_timeout=0.05 seconds"):
+    loader = loader_of(store, timeout=0.5, retries=2)
+    with pytest.raises(AdapterLoadError, match=r"'dead' \(/adapters/dead\).*load_timeout=0.5 seconds"):
         await load(loader, 0, "dead")
     assert (await load(loader, 1, "good")).digest == "good"
     assert store.kept.keys() == {1}
-    left = set(threading.enumerate()) - threads
-    assert len(left) == 1 and all(thread.daemon for thread in left)
+    (left,) = set(threading.enumerate()) - threads
+    assert left.daemon
     with pytest.raises(AdapterLoadError, match="an earlier read of this folder hangs"):
         await load(loader, 0, "dead")
-    assert set(threading.enumerate()) - threads == left
+    assert set(threading.enumerate()) - threads == {left}
     hanging.release.set()
     await loader.close()
-    assert set(threading.enumerate()) == threads
+    assert set(threading.enumerate()) <= threads
     assert not store.kept, "closing frees the cache, and what the late read had to say was dropped"
     assert (await load(loader, 0, "dead")).digest == "dead"
 
@@ -156,12 +156,12 @@ async def test_when_many_reads_hang_no_more_are_started(
     hanging: Hanging, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(loaders, "_mounts", lambda paths: paths)
-    loader = loader_of(FakeStore(dead=hanging), timeout=0.3, grace=0.0)
+    loader = loader_of(FakeStore(dead=hanging), timeout=0.5, grace=0.0)
     await asyncio.gather(*(load(loader, i, "dead") for i in range(MAX_HANGING)), return_exceptions=True)
-    threads = threading.active_count()
+    threads = set(threading.enumerate())
     with pytest.raises(AdapterLoadError, match=rf"{MAX_HANGING} earlier reads hang.*/adapters/dead"):
         await load(loader, 99, "good")
-    assert threading.active_count() == threads
+    assert set(threading.enumerate()) <= threads
     hanging.release.set()
     await loader.close()
     assert (await load(loader, 99, "good")).digest == "good"
@@ -193,7 +193,7 @@ async def test_no_thread_is_held_while_a_retry_is_waited_for() -> None:
     threads = set(threading.enumerate())
     task = asyncio.create_task(loader.load(ReadOrder(0, "x", "/x", lambda *_: told.set(), lambda: None)))
     await told.wait()
-    assert set(threading.enumerate()) == threads
+    assert set(threading.enumerate()) <= threads
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
@@ -263,4 +263,4 @@ def test_a_read_that_hangs_does_not_keep_the_process_from_ending() -> None:
 
         asyncio.run(main())
     """
-    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True, timeout=30)
+    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True, timeout=120)

@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 
 import fsspec
 import pytest
+from support.waiting import until
 
 from aioengine import AdapterResolver, ChainResolver, FilesystemResolver, FsspecResolver, HubResolver
 from aioengine.adapters.resolvers import base as resolver_module
@@ -110,6 +111,7 @@ async def test_lookups_that_hang_are_bounded(monkeypatch: pytest.MonkeyPatch) ->
     for name in ("first", "b", "first"):
         with pytest.raises(AdapterLoadError, match=r"load_timeout=0\.01"):
             await resolver_module.within(0.01, name, resolver.resolve(name))
+    await until(lambda: len(resolver.begun) == 2)
     with pytest.raises(AdapterLoadError, match=r"2 look-ups.*first") as caught:
         await resolver.resolve("c")
     assert caught.value.transient

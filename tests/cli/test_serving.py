@@ -15,6 +15,7 @@ from support.engine_fixtures import Tiny, tiny_text
 from support.process_harness import worker_pids
 from support.server_process import serving
 
+from aioengine.cli.serving.lifetime import LINGER_SECONDS
 from aioengine.cli.serving.systemd import Systemd
 from aioengine.server.pace import MAX_QUEUES, Pace
 
@@ -54,7 +55,7 @@ async def test_it_stays_if_it_is_to(tiny_text: Tiny, monkeypatch: pytest.MonkeyP
             while not any("the engine is dead" in line["message"] for line in server.lines):
                 await asyncio.sleep(0.01)
         with pytest.raises(TimeoutError):
-            await asyncio.wait_for(asyncio.shield(server.process.wait()), 3)
+            await asyncio.wait_for(asyncio.shield(server.process.wait()), LINGER_SECONDS + 1)
         server.process.send_signal(signal.SIGTERM)
         assert await server.end() == 1
 

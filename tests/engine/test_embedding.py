@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import uvloop
 from support.engine_fixtures import MakeEngine, Tiny, greedy, prompt_of
+from support.waiting import until
 
 from aioengine import AsyncEngine, SamplingParams
 from aioengine.errors import (
@@ -37,12 +38,6 @@ async def until_idle(engine: AsyncEngine) -> None:
     """What an ended request held goes with the step that it was in."""
     await until(lambda: engine.stats().kv_blocks_free == engine.stats().kv_blocks)
     assert_nothing_held(engine)
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(20):
-        while not condition():
-            await asyncio.sleep(0.001)
 
 
 async def test_streaming_adds_up(tiny_text: Tiny, make_engine: MakeEngine) -> None:
@@ -173,7 +168,7 @@ def test_runs_on_any_loop_and_leaves_nothing(
         with pytest.raises(EngineStopped):
             await left_running
         assert asyncio.all_tasks() == {asyncio.current_task()}
-        assert set(threading.enumerate()) == threads
+        assert set(threading.enumerate()) <= threads
         assert open_files() <= files
 
     tiny.expected([7, 7], 24, "rank-3")  # so that the reference opens its files before
@@ -192,7 +187,7 @@ async def test_cancelled_while_starting_and_stopping(tiny: Tiny, make_engine: Ma
         await starting
     with pytest.raises(EngineStopped):
         await engine.start()
-    await until(lambda: set(threading.enumerate()) == threads)
+    await until(lambda: set(threading.enumerate()) <= threads)
 
     engine = make_engine(tiny)
     await engine.start()
@@ -201,7 +196,7 @@ async def test_cancelled_while_starting_and_stopping(tiny: Tiny, make_engine: Ma
     stopping.cancel()
     with pytest.raises(asyncio.CancelledError):
         await stopping
-    assert set(threading.enumerate()) == threads
+    assert set(threading.enumerate()) <= threads
     await engine.stop()
 
 
@@ -213,7 +208,7 @@ async def test_stopped_while_starting(tiny: Tiny, make_engine: MakeEngine) -> No
     await engine.stop()
     with pytest.raises(EngineStopped, match="while it was starting"):
         await starting
-    assert set(threading.enumerate()) == threads
+    assert set(threading.enumerate()) <= threads
 
 
 async def test_a_stopped_engine_holds_no_memory(tiny: Tiny, make_engine: MakeEngine) -> None:
@@ -257,7 +252,7 @@ async def test_stopping_while_a_long_text_is_tokenized_leaves_the_loop_free(
             await asyncio.sleep(0)  # it would not come back from here
         assert not stopping.done()
         go_on.set()
-        await asyncio.wait_for(stopping, 20)
+        await asyncio.wait_for(stopping, 60)
         with pytest.raises(EngineStopped):
             await waiting
 

@@ -231,7 +231,7 @@ async def test_a_disk_that_always_errs(
 async def test_a_disk_that_hangs(tiny: Tiny, make_engine: MakeEngine, reads: Reads, folder: Path) -> None:
     """Its requests fail after the timeout, and the place for a read is free again. While it hangs others of
     this folder fail at once; when it has ended the folder is read again."""
-    fields = {"max_loras": 3, "max_cpu_loras": 6, "max_concurrent_loads": 1, "load_timeout": 0.3}
+    fields = {"max_loras": 3, "max_cpu_loras": 6, "max_concurrent_loads": 1, "load_timeout": 1.0}
     async with make_engine(tiny, **fields) as engine, under_load(engine, tiny):
         engine.register_adapter("slow", folder)
         engine.register_adapter("third", tiny.adapters["rank-4"])
@@ -242,11 +242,11 @@ async def test_a_disk_that_hangs(tiny: Tiny, make_engine: MakeEngine, reads: Rea
             assert third.token_ids == tiny.expected([4, 5], 8, "rank-4")
             error = await failing
             assert isinstance(error, AdapterLoadError)
-            for word in ("'slow'", str(folder), "load_timeout=0.3 seconds"):
+            for word in ("'slow'", str(folder), "load_timeout=1 seconds"):
                 assert word in str(error)
             again = await error_of(engine.complete([4], greedy(4), adapter="slow"))
             assert "an earlier read of this folder hangs" in str(again) and reads.count["slow"] == 1
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             while not isinstance(await load_or_error(engine, "slow"), AdapterInfo):
                 await asyncio.sleep(0.01)
         out = await engine.complete([4, 5], greedy(8), adapter="slow")
@@ -272,7 +272,7 @@ async def test_stopping_does_not_wait_for_a_disk_that_hangs(
                 asyncio.create_task(error_of(engine.load_adapter("new", tiny.adapters["rank-3"]))),
             ]
             await gate.reached()
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(60):
                 await engine.stop()
                 assert {type(error) for error in await asyncio.gather(*waiting)} == {EngineStopped}
             engine.check_invariants()
@@ -363,7 +363,7 @@ async def test_unloading_does_not_wait_for_a_disk_that_hangs(
         with reads.hang("x") as gate:
             loads = [asyncio.create_task(error_of(engine.load_adapter("x", folder))) for _ in range(2)]
             await gate.reached()
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(60):
                 await asyncio.gather(engine.unload_adapter("x", force=force), *loads)
             for load in loads:
                 assert isinstance(load.result(), AdapterLoadError)
@@ -389,7 +389,7 @@ async def test_unloading_gives_a_read_up_with_its_last_request(
             assert not unloading.done()
             await engine.abort("r")
             assert (await waiting).finish_reason == "abort"
-            await asyncio.wait_for(unloading, 10)
+            await asyncio.wait_for(unloading, 60)
 
 
 async def test_a_replacement_that_hangs_is_given_up_with_its_caller(
@@ -403,7 +403,7 @@ async def test_a_replacement_that_hangs_is_given_up_with_its_caller(
             await gate.reached()
             replacing.cancel()
             await asyncio.wait([replacing])
-            await asyncio.wait_for(engine.load_adapter("third", tiny.adapters["patterns"]), 10)
+            await asyncio.wait_for(engine.load_adapter("third", tiny.adapters["patterns"]), 60)
         assert [a.version for a in engine.adapters() if a.name == "x"] == [1]
 
 
@@ -553,7 +553,7 @@ async def test_who_waits_for_an_adapter_when_the_engine_dies_is_told(
                 raise MemoryError("out of device memory")
 
             monkeypatch.setattr(ModelRunner, "execute", broken)
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(60):
                 errors = await asyncio.gather(running, *loads)
                 await unloading
         assert {type(error) for error in errors} == {EngineDead}
@@ -582,7 +582,7 @@ async def test_many_requests_for_a_cold_adapter_wait_for_one_read(
 async def test_everything_at_once_leaves_nothing(
     tiny: Tiny, make_engine: MakeEngine, reads: Reads, tmp_path: Path
 ) -> None:
-    fields = {"max_loras": 3, "max_cpu_loras": 5, "load_timeout": 0.3, "load_retries": 1}
+    fields = {"max_loras": 3, "max_cpu_loras": 5, "load_timeout": 1.0, "load_retries": 1}
     async with make_engine(tiny, **fields) as engine, under_load(engine, tiny):
         for i, (case, (spoil, _, _)) in enumerate(FILES.items()):
             bad = shutil.copytree(tiny.adapters["rank-3"], tmp_path / f"bad-{i}")

@@ -73,7 +73,7 @@ async def test_a_new_version_and_an_unload(tiny: Tiny, make_engine: MakeEngine) 
         assert after.token_ids == expected(tiny, {"qv-only": 0.5}, 8)
         stream = engine.generate(PROMPT, greedy(30), adapter={"x": 0.5})
         await anext(stream)
-        await asyncio.wait_for(engine.unload_adapter("x"), 20)
+        await asyncio.wait_for(engine.unload_adapter("x"), 60)
         with pytest.raises(AdapterNotFound):
             await engine.complete(PROMPT, greedy(1), adapter={"x": 0.5})
         async for out in stream:

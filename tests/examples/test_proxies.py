@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import shutil
 import signal
-import socket
 from collections import Counter
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -14,6 +13,7 @@ from pathlib import Path
 import httpx
 import pytest
 from support.engine_fixtures import Tiny, tiny_text
+from support.ports import held_port
 from support.server_process import Serving, serving
 
 __all__ = ["tiny_text"]
@@ -24,12 +24,6 @@ PROXIES = {
     "nginx": ("nginx.conf", ["nginx", "-g", "daemon off; pid nginx.pid; error_log stderr;", "-c"]),
 }
 PER_SECOND = 50
-
-
-def free_ports(count: int) -> list[int]:
-    with contextlib.ExitStack() as held:
-        found = [held.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
-        return [one.getsockname()[1] for one in found]
 
 
 @contextlib.asynccontextmanager
@@ -60,7 +54,6 @@ async def end(server: Serving) -> None:
 async def test_a_rolling_restart_fails_no_request(name: str, tiny_text: Tiny, tmp_path: Path) -> None:
     if shutil.which(name) is None:
         pytest.skip(f"needs {name}")
-    ports = free_ports(3)
     answers: Counter[str] = Counter()
 
     async def send(http: httpx.AsyncClient) -> None:
@@ -86,6 +79,7 @@ async def test_a_rolling_restart_fails_no_request(name: str, tiny_text: Tiny, tm
 
     stop = asyncio.Event()
     async with contextlib.AsyncExitStack() as servers:
+        ports = [servers.enter_context(held_port()) for _ in range(3)]
         first = await servers.enter_async_context(started(ports[1]))
         second = await servers.enter_async_context(started(ports[2]))
         url = await servers.enter_async_context(proxy(name, ports, tmp_path))

@@ -8,11 +8,10 @@ import functools
 import json
 import os
 import random
-import signal
-import subprocess
 import sys
+import threading
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 import psutil
@@ -23,6 +22,7 @@ from hypothesis import strategies as st
 from llguidance import LLMatcher, LLTokenizer
 from support import hostile_grammars as hostile
 from support.cancel_at import Moment, cancel_everywhere
+from support.waiting import SECONDS, until
 
 from aioengine.errors import AioEngineError, EngineOverloaded, EngineStopped, RequestInvalid
 from aioengine.grammars.fair_queue import FairQueue
@@ -62,7 +62,7 @@ async def grammars(limits: GrammarLimits = FAST) -> AsyncIterator[Grammars]:
         yield service
     finally:
         await service.close()
-        assert descendants() == before, "processes are left"
+        assert descendants() <= before, "processes are left"
 
 
 def descendants() -> set[int]:
@@ -70,19 +70,28 @@ def descendants() -> set[int]:
 
 
 def zygote() -> psutil.Process:
-    return next(p for p in psutil.Process().children() if "aioengine.grammars.zygote" in p.cmdline())
+    [found] = zygotes()
+    return found
+
+
+def zygotes() -> list[psutil.Process]:
+    return running(psutil.Process(), "aioengine.grammars.zygote")
 
 
 def compiling() -> list[psutil.Process]:
     """The processes in which grammars are compiled or kept. There may be no zygote yet."""
-    parents = [p for p in psutil.Process().children() if "aioengine.grammars.zygote" in p.cmdline()]
-    return [child for parent in parents for child in parent.children()]
+    return [child for parent in zygotes() for child in running(parent)]
 
 
-async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(20):
-        while not condition():
-            await asyncio.sleep(0.005)
+def running(parent: psutil.Process, word: str = "") -> list[psutil.Process]:
+    """Its children with ``word`` in their command lines. Any of them may end at any moment."""
+    found = []
+    with contextlib.suppress(psutil.NoSuchProcess):
+        for child in parent.children():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if word in " ".join(child.cmdline()) and child.status() != psutil.STATUS_ZOMBIE:
+                    found.append(child)
+    return found
 
 
 def tokens(text: str) -> list[int]:
@@ -125,7 +134,7 @@ async def test_what_was_begun_is_there_later_and_nobody_waits() -> None:
     async with grammars() as service:
         constraint = await service.constraint(from_regex("ab|cd"), None)
         constraint.begin([])
-        await asyncio.sleep(0.2)  # a forward pass
+        await until(lambda: constraint.poll([], 0.0) is not None)
         assert constraint.poll([], 0.0) == constraint.allowed([])
         assert not constraint.slow
 
@@ -135,7 +144,7 @@ async def test_one_compile_for_all_who_want_the_same() -> None:
         text = from_json(hostile.properties(300))
         rows = await asyncio.gather(*[service.constraint(text, f"t{i}") for i in range(20)])
         assert len({row.allowed([]) for row in rows}) == 1
-        assert len(zygote().children()) == 1
+        assert len(compiling()) == 1
 
 
 # Hostile grammars
@@ -228,7 +237,7 @@ async def test_who_asks_for_too_many_is_told_so() -> None:
     async with grammars(limits) as service:
         texts = [from_json(hostile.multiples(7919 + i, 7907)) for i in range(6)]
         outcomes = [asyncio.create_task(_outcome(service, text, "a")) for text in texts]
-        await asyncio.sleep(0.05)
+        await until(lambda: service.waiting > 0)
         assert await _outcome(service, from_regex("x"), "b") is None
         assert EngineOverloaded in [await outcome for outcome in outcomes]
 
@@ -255,21 +264,20 @@ async def test_few_are_kept_and_those_in_use_are_not_dropped() -> None:
         assert await service.constraint(from_regex("other"), "b")
         for i in range(10):
             await service.constraint(from_regex(f"unused{i}"), "c")
-        assert len(zygote().children()) <= 6 + 1
+        await until(lambda: len(compiling()) <= 6)  # one that makes room ends a moment later
         assert all(constraint.allowed([]) for constraint in used)
         used.clear()
         assert await service.constraint(from_regex("one more"), None)
 
 
 async def test_a_tenant_with_its_share_in_use_is_refused_soon_and_others_are_not() -> None:
-    async with grammars(GrammarLimits(max_grammars=8)) as service:
+    async with grammars(GrammarLimits(max_grammars=8, room_seconds=0.1)) as service:
         used = [await service.constraint(from_regex(f"used{i}"), "a") for i in range(4)]
         refused = asyncio.create_task(_outcome(service, from_regex("one more"), "a"))
-        began = time.monotonic()
         assert await service.constraint(from_regex("other"), "b")
         assert await service.constraint(from_regex("used0"), "a"), "what is there can be used"
-        assert await refused is EngineOverloaded
-        assert time.monotonic() - began < 5
+        async with asyncio.timeout(SECONDS):
+            assert await refused is EngineOverloaded
         assert all(constraint.allowed([]) for constraint in used)
 
 
@@ -277,16 +285,11 @@ async def test_all_together_take_bounded_memory() -> None:
     async with grammars(GrammarLimits(total_memory=24 * MiB)) as service:
         small = await service.constraint(from_regex("small"), None)
         large = [await service.constraint(from_json(hostile.enumeration(9_000 + i)), "a") for i in range(4)]
-        for _ in range(200):
-            failed = [row for row in large if await _fails(row)]
-            if failed:
-                break
-            await asyncio.sleep(0.02)
-        assert failed
+        await until(lambda: any(_fails(row) for row in large))
         assert small.allowed([])
 
 
-async def _fails(constraint: Any) -> bool:
+def _fails(constraint: Any) -> bool:
     try:
         constraint.allowed([])
     except ValueError:
@@ -333,9 +336,9 @@ async def _poll_for_ever(constraint: Any) -> None:
 
 async def mask(constraint: Any, output: Sequence[int] = ()) -> bytes:
     """What is allowed, while the loop goes on."""
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(SECONDS):
         while (found := constraint.poll(output, 0.01)) is None:
-            await asyncio.sleep(0.01)
+            await asyncio.sleep(0.001)
     return bytes(found)
 
 
@@ -389,18 +392,21 @@ async def test_a_compile_for_which_nobody_waits_is_given_up() -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="how Linux shares out the processors")
 async def test_compiles_give_way_to_the_engine() -> None:
     async with grammars(GrammarLimits()) as service:
-        compiling = asyncio.create_task(service.constraint(from_json(hostile.multiples(7919, 7907)), None))
+        long = asyncio.create_task(service.constraint(from_json(hostile.multiples(7919, 7907)), None))
 
         def niceness() -> int:
-            threads = [t.id for child in zygote().children() for t in child.threads()]
-            return max((os.getpriority(os.PRIO_PROCESS, thread) for thread in threads), default=-20)
+            found = [-20]
+            for child in running(zygote()):
+                with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):  # it has ended
+                    found += [os.getpriority(os.PRIO_PROCESS, thread.id) for thread in child.threads()]
+            return max(found)
 
         assert (await service.constraint(from_regex("ab"), None)).allowed([])
         await until(lambda: niceness() > os.getpriority(os.PRIO_PROCESS, 0))
         # It counts within a session only, where the kernel's "autogroup" is on.
         assert os.getsid(zygote().pid) == os.getsid(0)
         assert os.getpgid(zygote().pid) == zygote().pid, "Ctrl-C is not for it"
-        compiling.cancel()
+        long.cancel()
 
 
 async def test_a_killed_child_is_replaced_and_its_rows_go_on() -> None:
@@ -410,12 +416,12 @@ async def test_a_killed_child_is_replaced_and_its_rows_go_on() -> None:
         second = await service.constraint(from_regex("cd"), None)
         for _ in range(2):
             expected = await mask(first, tokens("a"))
-            for process in zygote().children():
+            for process in compiling():
                 process.kill()
             await until(lambda: first._grammar.is_lost and second._grammar.is_lost)
             assert await mask(first, tokens("a")) == expected
             assert await mask(second)
-        for process in zygote().children():
+        for process in compiling():
             process.kill()
         await until(lambda: first._grammar.is_lost)
         with pytest.raises(ValueError, match="lost"):
@@ -426,18 +432,18 @@ async def test_a_killed_child_is_replaced_and_its_rows_go_on() -> None:
 async def test_a_killed_zygote_is_replaced() -> None:
     async with grammars() as service:
         first = await service.constraint(from_regex("ab"), None)
-        compiling = asyncio.create_task(service.constraint(from_json(hostile.properties(1000)), None))
-        await asyncio.sleep(0.02)
+        second = asyncio.create_task(service.constraint(from_json(hostile.properties(1000)), None))
+        await until(lambda: len(compiling()) == 2)
         zygote().kill()
         assert await mask(first)
-        await compiling
+        await second
         assert (await service.constraint(from_regex("ab"), None)).allowed([])
 
 
 async def test_a_grammar_that_cannot_be_had_again_fails_its_rows() -> None:
     async with grammars() as service:
         first = await service.constraint(from_regex("ab"), None)
-        [process] = zygote().children()
+        [process] = compiling()
         closing = asyncio.create_task(service.close())
         process.kill()
         with pytest.raises(ValueError, match=r"stopped|lost"):
@@ -464,31 +470,36 @@ sys.path[:0] = {path!r}
 from grammars.test_service import *
 
 async def main():
-    limits = GrammarLimits(compile_seconds=600)
+    limits = GrammarLimits(quick_seconds=600, compile_seconds=600)  # in one process, which stays the same
     service = Grammars(lambda: Tokens(JSON, 256, [EOS]), vocab=256, rows=8, limits=limits)
     kept = await service.constraint(from_regex("ab"), None)
-    compiling = asyncio.create_task(service.constraint(from_json(hostile.multiples(7919, 7907)), None))
-    await until(lambda: len(zygote().children()) == 2)
-    print(*descendants(), flush=True)
-    await compiling
+    long = asyncio.create_task(service.constraint(from_json(hostile.multiples(7919, 7907)), None))
+    await until(lambda: len(compiling()) == 2)
+    print(zygote().pid, *(process.pid for process in compiling()), flush=True)
+    await long
 
 asyncio.run(main())
 """
 
 
-def test_all_end_with_a_parent_that_is_killed() -> None:
+async def test_all_end_with_a_parent_that_is_killed() -> None:
     script = _ENGINE.format(path=sys.path)
-    engine = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+    engine = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-c", script), stdout=asyncio.subprocess.PIPE
+    )
     assert engine.stdout is not None
-    pids = list(map(int, engine.stdout.readline().split()))
+    pids = list(map(int, (await engine.stdout.readline()).split()))
     assert len(pids) == 3
-    os.kill(engine.pid, signal.SIGKILL)
-    engine.wait()
-    engine.stdout.close()
-    deadline = time.monotonic() + 10
-    while any(psutil.pid_exists(pid) for pid in pids):
-        assert time.monotonic() < deadline, "processes are left"
-        time.sleep(0.01)
+    engine.kill()
+    await engine.wait()
+    await until(lambda: all(_has_ended(pid) for pid in pids))
+
+
+def _has_ended(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE  # where nobody collects orphans
+    except psutil.NoSuchProcess:
+        return True
 
 
 # Turns
@@ -517,8 +528,14 @@ def test_tenants_take_turns(items: list[tuple[str, int]]) -> None:
 async def test_a_thread_takes_tenants_in_turn() -> None:
     done: list[str] = []
     thread = FairThread("test", most=3)
-    first = asyncio.create_task(thread.run("a", lambda: time.sleep(0.05)))
-    await asyncio.sleep(0.01)
+    begun, go_on = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        begun.set()
+        assert go_on.wait(SECONDS)
+
+    first = asyncio.create_task(thread.run("a", hold))
+    await until(begun.is_set)
     rest = [
         asyncio.create_task(thread.run(tenant, functools.partial(done.append, f"{tenant}{i}")))
         for tenant in "ab"
@@ -528,13 +545,19 @@ async def test_a_thread_takes_tenants_in_turn() -> None:
     with pytest.raises(EngineOverloaded):
         await thread.run("a", lambda: None)
     rest[1].cancel()
+    bad = asyncio.create_task(thread.run("c", lambda: 1 // 0))
+    await asyncio.sleep(0)
+    go_on.set()
     with pytest.raises(ZeroDivisionError):
-        await thread.run("c", lambda: 1 // 0)
+        await bad
     await asyncio.wait([first, *rest])
     assert done == ["a0", "b0", "a2", "b1", "b2"]
-    waiting = asyncio.create_task(thread.run("a", lambda: time.sleep(0.05)))
-    await asyncio.sleep(0.01)
+    begun.clear()
+    go_on.clear()
+    waiting = asyncio.create_task(thread.run("a", hold))
+    await until(begun.is_set)
     await thread.close()
+    go_on.set()
     with pytest.raises(EngineStopped):
         await waiting
     with pytest.raises(EngineStopped):

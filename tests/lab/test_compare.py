@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import multiprocessing
 import os
 import signal
 import statistics
@@ -264,12 +265,11 @@ def test_runs_of_an_earlier_comparison_are_removed_and_no_others(tmp_path: Path)
 
 
 def test_to_stop_ends_the_workers(tmp_path: Path) -> None:
+    before = set(multiprocessing.active_children())
     workers: set[int] = set()
 
     def stopping() -> bool:
-        import multiprocessing
-
-        workers.update(child.pid or 0 for child in multiprocessing.active_children())
+        workers.update(child.pid or 0 for child in set(multiprocessing.active_children()) - before)
         return True
 
     with pytest.raises(KeyboardInterrupt):

@@ -77,8 +77,9 @@ def test_waits_count_threads_that_have_no_processor() -> None:
         busy = [threading.Thread(target=_hash_until, args=(stop,)) for _ in range(2)]
         for thread in busy:
             thread.start()
-        time.sleep(0.3)
-        waited = waits.seconds()
+        until = time.monotonic() + 60
+        while (waited := waits.seconds()) <= 0.05 and time.monotonic() < until:
+            time.sleep(0.01)
         stop.set()
         for thread in busy:
             thread.join()

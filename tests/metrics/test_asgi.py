@@ -151,7 +151,7 @@ async def test_served_by_uvicorn(make_engine: MakeEngine, tiny: Tiny) -> None:  
         real.register_adapter("qv-only", tiny.adapters["qv-only"])
         before = asyncio.all_tasks()
         async with (
-            asyncio.timeout(30),
+            asyncio.timeout(60),
             serve_page(real, port=0) as url,
             httpx.AsyncClient(base_url=url) as http,
             http.stream("GET", "events") as stream,

@@ -72,7 +72,7 @@ async def test_swaps_requests_and_occupancy(model: Path, adapters: dict[str, Pat
         engine.register_adapter("broken", "/nowhere")
         with pytest.raises(AdapterLoadError):
             await engine.complete([3, 4, 5], params, adapter="broken")
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(60):
             while engine.stats().running:
                 await asyncio.sleep(0)
         found, stats = scrape(engine), engine.stats()

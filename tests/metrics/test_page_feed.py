@@ -138,7 +138,7 @@ async def test_client_that_goes_in_the_middle_of_a_message(app: MetricsApp, engi
         if message["type"] == "http.response.body":
             raise OSError("the connection is gone")
 
-    await asyncio.wait_for(app(scope("/events"), Client().receive, broken), 5)
+    await asyncio.wait_for(app(scope("/events"), Client().receive, broken), 60)
     assert not engine.listeners and asyncio.all_tasks() == before
 
 
@@ -146,7 +146,7 @@ async def test_cancelled_request_leaves_nothing(app: MetricsApp, engine: FakeEng
     before = asyncio.all_tasks()
     client = Client()
     task = asyncio.create_task(app(scope("/events"), client.receive, client.send))
-    await asyncio.wait_for(client.sent.get(), 5)
+    await asyncio.wait_for(client.sent.get(), 60)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
@@ -160,7 +160,7 @@ async def test_one_address_has_half_of_the_streams(app: MetricsApp, monkeypatch:
         client = Client()
         from_there = {**scope("/events"), "client": (address, 1)}
         tasks.append(asyncio.create_task(app(from_there, client.receive, client.send)))
-        statuses.append((await asyncio.wait_for(client.sent.get(), 5))["status"])
+        statuses.append((await asyncio.wait_for(client.sent.get(), 60))["status"])
     assert statuses == [200, 200, 503, 200, 503, 503]
     for task in tasks:
         task.cancel()
@@ -173,7 +173,7 @@ async def test_close_ends_the_streams(app: MetricsApp, engine: FakeEngine) -> No
     async with connected(app) as client:
         await client.next()
         app.close()
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(60):
             last = await client.sent.get()
         assert last == {"type": "http.response.body", "body": b"", "more_body": False}
     late = Client()

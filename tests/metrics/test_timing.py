@@ -99,7 +99,7 @@ async def test_loop_lag_is_what_a_blocked_loop_was_late_by() -> None:
     tasks = asyncio.all_tasks()
     meter.start()
     threading.Event().wait(0.4)  # on purpose: it blocks the loop past the time that is due, 0.25 s
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(60):
         await measured.wait()
     meter.stop()
     meter.stop()

@@ -193,7 +193,7 @@ async def test_an_engine(tiny: Tiny, make_engine: MakeEngine) -> None:
         loop.set_exception_handler(lambda _loop, context: errors.append(context))
         engine.add_listener(listen)
         await scripted_run(engine, tiny)
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             while engine.stats().running or not any(isinstance(event, e.LoopLag) for event in record):
                 await asyncio.sleep(0)
         found, stats = collected(engine.metrics), engine.stats()

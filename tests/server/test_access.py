@@ -261,7 +261,7 @@ async def test_a_body_that_does_not_come_times_out(serve: Serve) -> None:
     async with serve(settings={"read_timeout": 0.05}) as served:
         head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
         reader, writer = await _raw(served.url, head + b"content-length: 100\r\n\r\n{")
-        answer = await asyncio.wait_for(reader.read(), 20)
+        answer = await asyncio.wait_for(reader.read(), 60)
         assert answer.startswith(b"HTTP/1.1 408")
         writer.close()
 
@@ -270,7 +270,7 @@ async def test_headers_that_do_not_come_close_the_connection(serve: Serve) -> No
     async with serve(listen={"header_timeout": 0.05}) as served:
         for data in (b"", b"GET /health HTTP/1.1\r\nhost: x\r\nx-slow: "):
             reader, writer = await _raw(served.url, data)
-            assert await asyncio.wait_for(reader.read(), 20) == b""
+            assert await asyncio.wait_for(reader.read(), 60) == b""
             writer.close()
 
 
@@ -278,7 +278,7 @@ async def test_large_headers_are_refused(serve: Serve) -> None:
     async with serve() as served:
         data = b"GET /health HTTP/1.1\r\nhost: x\r\nx-large: " + b"a" * 100_000 + b"\r\n\r\n"
         reader, writer = await _raw(served.url, data)
-        assert (await asyncio.wait_for(reader.read(), 20)).startswith(b"HTTP/1.1 431")
+        assert (await asyncio.wait_for(reader.read(), 60)).startswith(b"HTTP/1.1 431")
         writer.close()
 
 
@@ -286,7 +286,7 @@ async def test_connections_are_bounded(serve: Serve) -> None:
     async with serve(listen={"max_connections": 2}) as served:
         held = [await _raw(served.url, b"") for _ in range(2)]
         reader, writer = await _raw(served.url, b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n")
-        assert (await asyncio.wait_for(reader.read(), 20)).startswith(b"HTTP/1.1 503")
+        assert (await asyncio.wait_for(reader.read(), 60)).startswith(b"HTTP/1.1 503")
         for _, other in [*held, (reader, writer)]:
             other.close()
             await other.wait_closed()

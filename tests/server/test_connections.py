@@ -95,7 +95,7 @@ async def test_a_slow_reader_holds_up_nobody_and_loses_nothing(serve: Serve) -> 
         await until(lambda: served.engine.stats().running == 0)
         text = ""
         while True:
-            line = await asyncio.wait_for(reader.readline(), 20)
+            line = await asyncio.wait_for(reader.readline(), 60)
             if line.strip() == b"data: [DONE]":
                 break
             if line.startswith(b"data: "):
@@ -165,7 +165,7 @@ async def test_a_client_that_takes_nothing_is_let_go(tiny_text: Tiny, make_engin
             "headers": [(b"content-type", b"application/json")],
             "query_string": b"",
         }
-        await asyncio.wait_for(app(scope, receive, send), 20)
+        await asyncio.wait_for(app(scope, receive, send), 60)
         assert app.active == 0
         assert engine.stats().requests_aborted + engine.stats().requests_finished == 1
 
@@ -206,7 +206,7 @@ async def test_draining_finishes_what_was_accepted(serve: Serve) -> None:
         rest = [chunk async for chunk in stream]
         assert rest[-1].choices[0].finish_reason == "length"
         assert first.choices[0].finish_reason is None
-        await asyncio.wait_for(draining, 20)
+        await asyncio.wait_for(draining, 60)
 
 
 async def test_mounted_in_another_application(tiny_text: Tiny, make_engine: MakeEngine) -> None:
@@ -239,7 +239,7 @@ async def test_a_port_that_another_takes_after_it_was_bound(serve: Serve) -> Non
             rival.bind(bound.getsockname())
             rival.listen()
             with rival, pytest.raises(ConfigError, match="cannot listen"):
-                async with asyncio.timeout(20), listening(served.app, settings, bound):
+                async with asyncio.timeout(60), listening(served.app, settings, bound):
                     pass
 
 
@@ -273,6 +273,6 @@ async def test_an_offer_of_another_protocol_is_declined(cut: int | None, serve: 
             writer.write(part)
             await writer.drain()
             await served.http.get("/health")  # so that they come apart
-        answer = await asyncio.wait_for(reader.read(), 20)
+        answer = await asyncio.wait_for(reader.read(), 60)
         assert answer.startswith(b"HTTP/1.1 200") and b'"completion_tokens":2' in answer
         writer.close()

@@ -102,11 +102,11 @@ async def test_a_search_for_a_folder_has_a_time_limit(
 ) -> None:
     go = threading.Event()
     monkeypatch.setattr(FilesystemResolver, "find", lambda self, name: go.wait(30) and self.root / name)
-    async with serve(adapter_root=str(root), load_timeout=0.2) as served:
+    async with serve(adapter_root=str(root), load_timeout=0.5) as served:
         load = {"lora_name": "new", "lora_path": "team/a"}
         hung = await served.http.post("/v1/load_lora_adapter", json=load)
         assert (hung.status_code, hung.headers["retry-after"]) == (503, "1")
-        assert "load_timeout=0.2" in hung.text
+        assert "load_timeout=0.5" in hung.text
         go.set()
         assert (await served.http.post("/v1/load_lora_adapter", json=load)).status_code == 200
 

@@ -50,7 +50,7 @@ async def test_each_is_answered_in_its_turn_however_they_are_cut(seed: int, serv
             await writer.drain()
             await asyncio.sleep(0)
         writer.write(b"GET /health HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n")
-        answers = await asyncio.wait_for(reader.read(), 30)
+        answers = await asyncio.wait_for(reader.read(), 60)
         writer.close()
         assert [int(status) for status in STATUS.findall(answers)] == [*(s for _, s in chosen), 200]
         assert served.app.active == 0
@@ -63,7 +63,7 @@ async def test_http_1_0_gets_no_chunks(stream: bool, serve: Serve) -> None:
     async with serve() as served:
         reader, writer = await connected(served.url)
         writer.write(head + b"content-length: %d\r\n\r\n" % len(body) + body)
-        answer = await asyncio.wait_for(reader.read(), 30)
+        answer = await asyncio.wait_for(reader.read(), 60)
         writer.close()
     headers, _, rest = answer.partition(b"\r\n\r\n")
     assert b" 200 " in headers and b"\r\nconnection: close" in headers
@@ -79,7 +79,7 @@ async def test_an_answer_in_one_piece_is_written_in_one(serve: Serve) -> None:
         reader, writer = await connected(served.url)
         for request in (b"GET", b"HEAD"):
             writer.write(request + b" /health HTTP/1.1\r\nhost: x\r\n\r\n")
-            answer = await asyncio.wait_for(reader.read(2**16), 20)
+            answer = await asyncio.wait_for(reader.read(2**16), 60)
             headers, _, rest = answer.partition(b"\r\n\r\n")
             assert headers.startswith(b"HTTP/1.1 200") and bool(rest) == (request == b"GET")
         writer.close()
@@ -94,15 +94,15 @@ async def test_413_reaches_who_sends_the_whole_body_first(close: bool, length: b
         for _ in range(90):
             part = b" " * 100_000
             writer.write(b"%x\r\n%b\r\n" % (len(part), part) if length.startswith(b"t") else part)
-            await asyncio.wait_for(writer.drain(), 20)
+            await asyncio.wait_for(writer.drain(), 60)
         if length.startswith(b"t"):
             writer.write(b"0\r\n\r\n")
-        head = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 20)
+        head = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 60)
         assert head.startswith(b"HTTP/1.1 413")
         assert (b"connection: close" in head) == close
         if not close:  # and the connection goes on
             writer.write(b"GET /health HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n")
-        rest = await asyncio.wait_for(reader.read(), 20)
+        rest = await asyncio.wait_for(reader.read(), 60)
         assert (b"HTTP/1.1 200" in rest) != close
         writer.close()
 
@@ -112,14 +112,14 @@ async def test_who_asks_before_sending_is_told(size: int, status: bytes, serve: 
     async with serve(settings={"max_body_bytes": 1000}) as served:
         reader, writer = await connected(served.url)
         writer.write(HEAD + b"expect: 100-continue\r\ncontent-length: %d\r\n\r\n" % size)
-        head = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 20)
+        head = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 60)
         assert head.startswith(b"HTTP/1.1 " + status)
         if status == b"413":  # the body does not come, so what follows could not be told from it
             assert b"connection: close" in head
-            assert await asyncio.wait_for(reader.read(), 20)
+            assert await asyncio.wait_for(reader.read(), 60)
         else:
             writer.write(BODY)
-            assert (await asyncio.wait_for(reader.readuntil(b"\r\n"), 20)).startswith(b"HTTP/1.1 200")
+            assert (await asyncio.wait_for(reader.readuntil(b"\r\n"), 60)).startswith(b"HTTP/1.1 200")
         writer.close()
 
 
@@ -136,7 +136,7 @@ async def test_refused_by_the_protocol(request_: bytes, status: bytes, serve: Se
     async with serve() as served:
         reader, writer = await connected(served.url)
         writer.write(request_ + b"GET / HTTP/1.1\r\n\r\n" * 1000)
-        answer = await asyncio.wait_for(reader.read(), 20)
+        answer = await asyncio.wait_for(reader.read(), 60)
         assert answer.startswith(b"HTTP/1.1 " + status)
         writer.close()
 
@@ -145,6 +145,6 @@ async def test_lines_that_end_in_another_way_get_one_answer_at_most(serve: Serve
     async with serve() as served:
         reader, writer = await connected(served.url)
         writer.write(b"GET /health HTTP/1.1\nhost: x\n\n" * 1000)
-        answer = await asyncio.wait_for(reader.read(), 20)
+        answer = await asyncio.wait_for(reader.read(), 60)
         assert len(STATUS.findall(answer)) <= 1
         writer.close()

@@ -8,12 +8,14 @@ import os
 import signal
 import socket
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
 import openai
 import pytest
 from support.engine_fixtures import Tiny
+from support.ports import held_port
 from support.process_harness import worker_pids
 from support.server_process import SMALL, serving
 
@@ -120,15 +122,20 @@ def test_what_is_refused_is_refused_before_the_model_is_loaded(
             assert what in capsys.readouterr().err
 
 
-async def test_probes_are_answered_while_the_engine_starts(tiny_text: Tiny, tmp_path: Path) -> None:
+@pytest.fixture
+def port() -> Iterator[int]:
+    with held_port() as found:
+        yield found
+
+
+async def test_probes_are_answered_while_the_engine_starts(
+    tiny_text: Tiny, tmp_path: Path, port: int
+) -> None:
     """The kernels' compiler waits for a file, so that the start lasts for as long as the test looks at it."""
     go_on, compiler = tmp_path / "go-on", tmp_path / "c++"
     wait = f"while [ ! -e {go_on} ]; do sleep 0.05; done"
     compiler.write_text(f'#!/bin/sh\n[ "$1" = --version ] || {wait}\nexit 1\n')
     compiler.chmod(0o755)
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = found.getsockname()[1]
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "aioengine", "serve", "--model", str(tiny_text.model), *SMALL),
         *("--port", str(port), "--served-model-name", "tiny"),

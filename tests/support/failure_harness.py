@@ -11,6 +11,7 @@ from contextlib import asynccontextmanager, contextmanager
 
 import pytest
 from support.engine_fixtures import Tiny, greedy, prompt_of
+from support.waiting import until
 
 from aioengine import AsyncEngine
 from aioengine.adapters.read_threads import Progress
@@ -92,12 +93,6 @@ def open_files() -> set[tuple[str, str]]:
         except OSError:
             continue  # the listing's own
     return found
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(20):
-        while not condition():
-            await asyncio.sleep(0.001)
 
 
 class Reads:

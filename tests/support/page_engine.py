@@ -118,7 +118,7 @@ class Client:
 
     async def next(self) -> dict[str, Any]:
         """The next update."""
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(60):
             message = await self.sent.get()
         body = message["body"]
         assert body.startswith(b"data: ") and body.endswith(b"\n\n") and body.count(b"\n") == 2
@@ -134,10 +134,10 @@ async def connected(app: MetricsApp) -> AsyncIterator[Client]:
     client = Client()
     task = asyncio.create_task(app(scope("/events"), client.receive, client.send))
     try:
-        start = await asyncio.wait_for(client.sent.get(), 5)
+        start = await asyncio.wait_for(client.sent.get(), 60)
         kind = dict(start["headers"])[b"content-type"]
         assert start["status"] == 200 and kind == b"text/event-stream; charset=utf-8"
         yield client
     finally:
         client.leave.set()
-        await asyncio.wait_for(task, 5)
+        await asyncio.wait_for(task, 60)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager
@@ -12,6 +11,7 @@ import httpx
 import openai
 import pytest
 from support.engine_fixtures import MakeEngine, Tiny
+from support.waiting import until as until
 
 from aioengine import AsyncEngine
 from aioengine.server import ServerApp, ServerSettings, create_app
@@ -29,7 +29,7 @@ class Served:
         self.url = url
         self.client = openai.AsyncOpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0)
         self.http = httpx.AsyncClient(
-            base_url=url, headers={"authorization": f"Bearer {key}"}, timeout=30.0, trust_env=False
+            base_url=url, headers={"authorization": f"Bearer {key}"}, timeout=60.0, trust_env=False
         )
 
     async def close(self) -> None:
@@ -77,10 +77,3 @@ def serve(tiny_text: Tiny, make_engine: MakeEngine) -> Serve:
                 yield served
 
     return serve_
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    """Wait for what another task or thread brings about."""
-    async with asyncio.timeout(20):
-        while not condition():
-            await asyncio.sleep(0.001)

@@ -1,0 +1,16 @@
+"""Waiting for what another task, thread or process brings about."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+SECONDS = 60.0
+"""A test fails after this long. What it waits for takes milliseconds, but not on a machine that is busy."""
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Return once ``condition()`` is true, and let the loop go on meanwhile."""
+    async with asyncio.timeout(SECONDS):
+        while not condition():
+            await asyncio.sleep(0.001)
