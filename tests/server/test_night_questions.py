@@ -160,11 +160,10 @@ async def test_what_is_pinned_how_full_it_is_and_what_caches_and_batches_bring(s
 
 async def test_its_state_its_restarts_and_how_long_until_the_drain_is_over(tiny_text: Tiny) -> None:
     flags = ["--executor", "process", "--restart", "on-failure", "--served-model-name", MODEL]
-    flags += ["--max-model-len", "8000", "--kv-cache-memory", "32MiB"]
     async with (
         serving(tiny_text.model, *flags) as server,
         httpx.AsyncClient(base_url=server.url, trust_env=False, timeout=60) as http,
-        asyncio.timeout(60),
+        asyncio.timeout(300),  # the workers start twice
     ):
 
         async def state() -> str:
@@ -183,7 +182,7 @@ async def test_its_state_its_restarts_and_how_long_until_the_drain_is_over(tiny_
             await asyncio.sleep(0.01)
         assert (await http.get("/ready")).json() == {"status": "running"}
         assert (await scraped(http))["aioengine_executor_restarts_total"][""] == 1
-        body = {"model": MODEL, "prompt": "x", "max_tokens": 7900, "ignore_eos": True, "stream": True}
+        body = {"model": MODEL, "prompt": "x", "max_tokens": 490, "n": 8, "ignore_eos": True, "stream": True}
         async with http.stream("POST", "/v1/completions", json=body) as stream:
             lines = stream.aiter_lines()
             await anext(lines)
