@@ -47,7 +47,7 @@ demo: $(VENV)/.demo
 # since other processes' turns are not ours to decide; the summary names it ("RERUN"), and its cause has to be found.
 # Pytest's status is 5 if there are none of a kind.
 test: $(VENV)/.dev
-	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --timed without --reruns 1 -rfER --durations 10 \
+	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --timed without --reruns 1 -rfER --durations 10 \
 	  $(ARGS); many=$$?; \
 	$(BIN)/python -m pytest --timed only -rfER --durations 10 $(ARGS); alone=$$?; \
 	case "$$many $$alone" in "0 0" | "0 5" | "5 0") ;; *) exit 1 ;; esac

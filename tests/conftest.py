@@ -1,12 +1,15 @@
-"""For all tests: one compute thread, no time limit on generated examples, and timed tests apart.
+"""For all tests: one compute thread, no time limit on generated examples, timed tests apart, long ones first.
 
 One thread, because tiny tensors only lose by sharing the work. No limit, because it would say more of the
 machine than of the code. ``--timed`` picks or leaves out the tests that look at the clock, so that they can
 run when nothing else does; they are tried up to three times, since noise only ever makes things slower.
+Where several processes share the files, the long ones are given out first, so that all processes end at about
+the same time.
 """
 
 import logging
 import os
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,8 +28,30 @@ torch.set_num_threads(1)
 settings.register_profile("untimed", deadline=None)
 settings.load_profile("untimed")
 
-TIMED = [Path(__file__).parent / part for part in ("attacks", "fleet", "examples/test_proxies.py")]
+TESTS = Path(__file__).parent
+TIMED = [TESTS / part for part in ("attacks", "fleet", "examples/test_proxies.py")]
 """Their tests watch clients that must not wait for long, or processes that must come up in time."""
+UNTIMED = [TESTS / "attacks" / "test_odd_values.py"] + [
+    TESTS / "fleet" / f"test_{name}.py"
+    for name in ("autoscaling", "conflicts", "limits", "misroutes", "refusals")
+]
+"""Those among them that do neither."""
+LONG = [
+    TESTS / part
+    for part in (
+        "kernels/test_triton.py",
+        "server/test_schemathesis.py",
+        "engine/test_option_pairs.py",
+        "engine/test_process_parallel.py",
+        "cli/test_lab.py",
+        "model/test_any_model.py",
+        "simulation/test_simulation.py",
+        "lab/test_report.py",
+        "kernels/test_prebuilt.py",
+        "kernels/test_other_cpus.py",
+    )
+]
+"""Files that take long for the number of their tests, the longest first."""
 
 
 @pytest.fixture(autouse=True)
@@ -44,13 +69,32 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--timed", choices=("with", "only", "without"), default="with", help="tests of time")
 
 
+def is_timed(path: Path) -> bool:
+    """Whether all tests of a file look at the clock."""
+    return path not in UNTIMED and any(part in (path, *path.parents) for part in TIMED)
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """A file in which ``--timed`` leaves no test is not even imported."""
+    wanted = config.getoption("timed")
+    if wanted == "with" or collection_path.is_dir():
+        return None
+    if is_timed(collection_path):
+        return True if wanted == "without" else None
+    return True if wanted == "only" and "mark.timed" not in collection_path.read_text() else None
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Marks the timed tests, and keeps those that ``--timed`` asks for."""
+    """Marks the timed tests, keeps those that ``--timed`` asks for, and has the long files first."""
     for item in items:
-        if any(part in (item.path, *item.path.parents) for part in TIMED):
+        if is_timed(item.path):
             item.add_marker("timed")
         if item.get_closest_marker("timed"):
             item.add_marker(pytest.mark.flaky(reruns=2))
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        tests = Counter(item.path for item in items)
+        places = {path: place for place, path in enumerate(LONG)}
+        items.sort(key=lambda item: (places.get(item.path, len(LONG)), -tests[item.path], item.path))
     wanted = config.getoption("timed")
     if wanted == "with":
         return

@@ -33,7 +33,14 @@ from aioengine.grammars.zygote_process import Tokens
 from aioengine.step import OutputView
 
 EOS = 255
-FAST = GrammarLimits(quick_seconds=0.2, compile_seconds=0.5)
+
+
+def bounds(**fields: Any) -> GrammarLimits:
+    """With more wall time than any machine needs."""
+    return GrammarLimits(**{"compile_wall_seconds": 600.0, "mask_wall_seconds": 600.0, **fields})
+
+
+FAST = bounds(quick_seconds=0.2, compile_seconds=0.5)
 from_json = LLMatcher.grammar_from_json_schema
 from_lark = LLMatcher.grammar_from_lark
 from_regex = LLMatcher.grammar_from_regex
@@ -208,7 +215,7 @@ async def _outcome(service: Grammars, text: str, tenant: str | None) -> type[Aio
 )
 async def test_a_refusal_says_what_was_exceeded(text: str, limits: dict[str, Any], what: str) -> None:
     fields = {"quick_seconds": 0.2, "compile_seconds": 0.5, **limits}
-    async with grammars(GrammarLimits(**fields)) as service:
+    async with grammars(bounds(**fields)) as service:
         with pytest.raises(RequestInvalid, match=what):
             await service.constraint(from_json(text), None)
 
@@ -233,7 +240,7 @@ async def test_long_compiles_hold_up_neither_short_ones_nor_each_others_tenants(
 
 
 async def test_who_asks_for_too_many_is_told_so() -> None:
-    limits = GrammarLimits(quick_seconds=0.2, compile_seconds=0.5, max_queued=2)
+    limits = bounds(quick_seconds=0.2, compile_seconds=0.5, max_queued=2)
     async with grammars(limits) as service:
         texts = [from_json(hostile.multiples(7919 + i, 7907)) for i in range(6)]
         outcomes = [asyncio.create_task(_outcome(service, text, "a")) for text in texts]
@@ -243,7 +250,7 @@ async def test_who_asks_for_too_many_is_told_so() -> None:
 
 
 async def test_what_is_slow_for_one_token_is_given_up() -> None:
-    limits = GrammarLimits(mask_seconds=0.01)
+    limits = bounds(mask_seconds=0.01)
     async with grammars(limits) as service:
         slow = await service.constraint(from_lark("start: e\ne: e e | e e e | e e e e | /[a-z]/"), None)
         honest = await service.constraint(from_regex("[ab]*"), None)
@@ -257,7 +264,7 @@ async def test_what_is_slow_for_one_token_is_given_up() -> None:
 
 
 async def test_few_are_kept_and_those_in_use_are_not_dropped() -> None:
-    async with grammars(GrammarLimits(max_grammars=6, room_seconds=0.05)) as service:
+    async with grammars(bounds(max_grammars=6, room_seconds=0.05)) as service:
         used = [await service.constraint(from_regex(f"used{i}"), None) for i in range(3)]
         with pytest.raises(EngineOverloaded, match="3 different grammars"):
             await service.constraint(from_regex("one more"), None)
@@ -271,7 +278,7 @@ async def test_few_are_kept_and_those_in_use_are_not_dropped() -> None:
 
 
 async def test_a_tenant_with_its_share_in_use_is_refused_soon_and_others_are_not() -> None:
-    async with grammars(GrammarLimits(max_grammars=8, room_seconds=0.1)) as service:
+    async with grammars(bounds(max_grammars=8, room_seconds=0.1)) as service:
         used = [await service.constraint(from_regex(f"used{i}"), "a") for i in range(4)]
         refused = asyncio.create_task(_outcome(service, from_regex("one more"), "a"))
         assert await service.constraint(from_regex("other"), "b")
@@ -282,7 +289,7 @@ async def test_a_tenant_with_its_share_in_use_is_refused_soon_and_others_are_not
 
 
 async def test_all_together_take_bounded_memory() -> None:
-    async with grammars(GrammarLimits(total_memory=24 * MiB)) as service:
+    async with grammars(bounds(total_memory=24 * MiB)) as service:
         small = await service.constraint(from_regex("small"), None)
         large = [await service.constraint(from_json(hostile.enumeration(9_000 + i)), "a") for i in range(4)]
         await until(lambda: any(_fails(row) for row in large))
@@ -374,7 +381,7 @@ async def test_its_compile_may_be_cancelled_at_any_time() -> None:
 
 
 async def test_a_compile_for_which_nobody_waits_is_given_up() -> None:
-    async with grammars(GrammarLimits(compile_seconds=60.0, quick_seconds=60.0)) as service:
+    async with grammars(bounds(compile_seconds=60.0, quick_seconds=60.0)) as service:
         text = from_json(hostile.multiples(7919, 7907))
         waiters = [asyncio.create_task(service.constraint(text, f"t{i}")) for i in range(3)]
         await until(lambda: compiling() != [])
@@ -391,7 +398,7 @@ async def test_a_compile_for_which_nobody_waits_is_given_up() -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="how Linux shares out the processors")
 async def test_compiles_give_way_to_the_engine() -> None:
-    async with grammars(GrammarLimits()) as service:
+    async with grammars(bounds()) as service:
         long = asyncio.create_task(service.constraint(from_json(hostile.multiples(7919, 7907)), None))
 
         def niceness() -> int:
@@ -452,7 +459,7 @@ async def test_a_grammar_that_cannot_be_had_again_fails_its_rows() -> None:
 
 
 async def test_those_who_wait_learn_that_it_is_closed() -> None:
-    async with grammars(GrammarLimits(compile_seconds=60.0)) as service:
+    async with grammars(bounds(compile_seconds=60.0)) as service:
         waiter = asyncio.create_task(service.constraint(from_json(hostile.multiples(7919, 7907)), None))
         kept = await service.constraint(from_regex("ab"), None)
         await service.close()
@@ -470,7 +477,7 @@ sys.path[:0] = {path!r}
 from grammars.test_service import *
 
 async def main():
-    limits = GrammarLimits(quick_seconds=600, compile_seconds=600)  # in one process, which stays the same
+    limits = bounds(quick_seconds=600, compile_seconds=600)  # in one process, which stays the same
     service = Grammars(lambda: Tokens(JSON, 256, [EOS]), vocab=256, rows=8, limits=limits)
     kept = await service.constraint(from_regex("ab"), None)
     long = asyncio.create_task(service.constraint(from_json(hostile.multiples(7919, 7907)), None))
