@@ -20,11 +20,14 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # the servers and workers that tests st
 
 import torch
 from hypothesis import settings
+from support.quick_interpreter import quicken
 from support.ray_nodes import nodes
 
 __all__ = ["nodes"]
 
 torch.set_num_threads(1)
+if os.environ.get("TRITON_INTERPRET") == "1":
+    quicken()
 settings.register_profile("untimed", deadline=None)
 settings.load_profile("untimed")
 

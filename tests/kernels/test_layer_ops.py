@@ -83,7 +83,7 @@ def test_long_contexts_beside_short_ones(
     device: str, name: str, window: int | None, soft_cap: float | None, sinks: bool
 ) -> None:
     spans = (
-        [(150, 1), (0, 1), (300, 40), (0, 70)] if INTERPRETED else [(2100, 1), (0, 1), (600, 40), (0, 900)]
+        [(130, 1), (0, 1), (140, 20), (0, 40)] if INTERPRETED else [(2100, 1), (0, 1), (600, 40), (0, 900)]
     )
     case = LayerCase(spans=spans, heads=2, kv_heads=1, window=window, soft_cap=soft_cap, sinks=sinks)
     close(run(get_backend(device, name), case, device), run(REFERENCE, case))

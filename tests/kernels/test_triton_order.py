@@ -49,7 +49,7 @@ def test_adapters_parts_of_inputs(dtype: torch.dtype, monkeypatch: pytest.Monkey
     assert all(
         torch.equal(a, b) for a, b in zip(adapted(case, case.batch, 0, len(case.x)), whole, strict=True)
     )
-    for token in (3, 5, 9, 30, 45):
+    for token in (3, 5, 45):
         alone = LoRABatch([case.slot_of_token[token]], [1], case.ranks, DEVICE)
         for programs in (SHARED, ALONE):
             monkeypatch.setattr(lora, "_PROGRAMS", programs)
