@@ -86,7 +86,7 @@ def test_linears_equal_the_reference(
     )
 
 
-@pytest.mark.skipif("cpu" not in BACKENDS, reason="needs the compiled library")
+@pytest.mark.skipif("cpu" not in available_backends("cpu"), reason="needs the compiled library")
 @settings(max_examples=EXAMPLES, deadline=None)
 @given(
     counts=st.lists(st.integers(0, 30), min_size=1, max_size=6).filter(any),
