@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from support.any_models import COMMON, FAMILIES, build_any, config_of, randomize
+from peft import LoraConfig, get_peft_model
+from support.any_models import COMMON, FAMILIES, AnyModel, build_any, config_of, randomize
 from support.served_models import NEW, check, engine_of, prompt
 
 from aioengine import EngineConfig, LoRAConfig, SamplingParams
@@ -30,6 +31,43 @@ async def test_a_family(family: str, tmp_path: Path) -> None:
     async with engine_of(model.folder) as engine:
         await check(model, engine)
         assert engine.info.model_impl == "transformers"
+
+
+async def test_a_linear_that_gets_the_whole_past_takes_no_adapter(tmp_path: Path) -> None:
+    """Doge makes a part of its mask of all values in the cache, by a linear. Nothing is keyed on its name."""
+    model: Any = randomize(transformers.AutoModelForCausalLM.from_config(config_of("doge", num_experts=4)))
+    model.save_pretrained(tmp_path / "model")
+    adapters = {"plain": ["q_proj", "o_proj"], "all-linear": ["k_proj", "v_proj", "down_proj"]}
+    adapters["past"] = ["dt_proj"]
+    peft: Any = None
+    for seed, (name, modules) in enumerate(adapters.items()):
+        settings = LoraConfig(r=3 + seed, lora_alpha=8, target_modules=modules)
+        if peft is None:
+            peft = get_peft_model(model, settings, adapter_name=name)
+        else:
+            peft.add_adapter(name, settings)
+    generator = torch.Generator().manual_seed(1)
+    for key, parameter in peft.named_parameters():
+        if "lora_" in key:
+            parameter.data = 0.2 * torch.randn(parameter.shape, generator=generator)
+    peft.save_pretrained(tmp_path)
+    served = {name: tmp_path / name for name in ("plain", "all-linear")}
+    async with engine_of(tmp_path / "model") as engine:
+        await check(AnyModel(tmp_path / "model", served, peft.eval()), engine)
+        with pytest.raises(AdapterInvalid, match="dt_proj"):
+            await engine.load_adapter("past", tmp_path / "past")
+
+
+def test_a_model_without_linears_for_adapters_says_so(tmp_path: Path) -> None:
+    """CPM-Ant puts tokens of its own before each sequence."""
+    sizes = {"hidden_size": 32, "num_attention_heads": 4, "dim_head": 8, "dim_ff": 48, "vocab_size": 128}
+    config = config_of(
+        "cpmant", **sizes, num_hidden_layers=2, prompt_length=4, prompt_types=4, segment_types=4
+    )
+    config.save_pretrained(tmp_path)
+    engine = EngineConfig(model=str(tmp_path), dtype="float32", device="cpu", kv_cache_memory="1MiB")
+    with pytest.raises(ConfigError, match=r"CpmAntForCausalLM has no linear that an adapter .* lora=None"):
+        plan_memory(read_spec(tmp_path, "transformers"), engine, device="cpu")
 
 
 class RenamedConfig(transformers.LlamaConfig):

@@ -5,13 +5,16 @@ from __future__ import annotations
 import re
 from collections import Counter
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from aioengine.errors import ConfigError
 from aioengine.model.files.hf_config import special_tokens
 from aioengine.model.generic.classes import Found
 from aioengine.model.generic.spec import Adaptable, GenericSpec
 from aioengine.model.spec import DTYPE_BYTES, NO_LAYER, LinearShape, RopeSpec
+
+if TYPE_CHECKING:
+    from aioengine.model.generic.trace import Trace
 
 _POSITIONS = (
     "max_position_embeddings",
@@ -75,12 +78,13 @@ def read_spec(path: Path, native_reason: str | None = None) -> GenericSpec:
     )
 
 
-def _trace(found: Found, model: Any) -> tuple[Any, bool]:
+def _trace(found: Found, model: Any) -> tuple[Trace, bool]:
     """Return the pass, and whether the model's attention can be the engine's."""
     from aioengine.model.generic.caches import KeepsMore
     from aioengine.model.generic.trace import trace_on_meta
 
     errors: list[str] = []
+    flat: Trace | None = None
     for own_attention in (False, True):
         try:
             trace = trace_on_meta(model, own_attention=own_attention)
@@ -89,24 +93,26 @@ def _trace(found: Found, model: Any) -> tuple[Any, bool]:
         except Exception as error:  # whatever a model does on tensors without data
             errors.append(f"{type(error).__name__}: {str(error)[:200]}")
             continue
-        if (
-            not own_attention
-            and trace.attended
-            and not trace.repeated
-            and set(trace.updated) <= set(trace.attended)
-        ):
-            return trace, True
         if own_attention and trace.updated:
             return trace, False
+        if trace.attended and not trace.repeated and set(trace.updated) <= set(trace.attended):
+            flat = trace
+            if not trace.makes_masks:
+                break
+    if flat is not None:
+        return flat, True
     if not errors:
-        raise found.no_keys_and_values("no layer puts keys and values into a cache")
+        raise ConfigError(
+            f"{found.path}: {type(model).__name__} puts no keys and values into a cache, so transformers can "
+            "only compute a sequence anew for each token; use a model that keeps them"
+        )
     raise ConfigError(
         f"{found.path}: {type(model).__name__} cannot be examined before it is loaded, but the memory plan "
         f"needs that:  {'; '.join(errors)}"
     )
 
 
-def _linears(model: Any, trace: Any) -> tuple[tuple[Adaptable, ...], dict[str, LinearShape]]:
+def _linears(model: Any, trace: Trace) -> tuple[tuple[Adaptable, ...], dict[str, LinearShape]]:
     from aioengine.model.generic.trace import is_linear
 
     modules = [(n, m) for n, m in model.named_modules() if is_linear(m) and trace.sees_all(n)]

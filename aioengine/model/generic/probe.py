@@ -220,12 +220,29 @@ def _adapter_differs(model: GenericModel) -> str | None:
         with _plainly(model):
             expected = [_alone(model, sequences[1])]
         expected.insert(0, _alone(model, sequences[0]))
-        work = [(sequences[0], 0, tables[0], -1), (sequences[1], 0, tables[1], 0)]
-        found = model.forward(inputs_of(model, work, [rank] + [0] * (model.slots.max_loras - 1)))
+        found = _in_two_steps(model, sequences, tables, [rank] + [0] * (model.slots.max_loras - 1))
     except Exception as error:
         return f"with an adapter: {_line(error)}"
-    off = _off(model, found, torch.cat(expected))
+    off = _off(model, torch.cat(found), torch.cat(expected))
     return None if off is None else f"with an adapter, logits {off}"
+
+
+def _in_two_steps(
+    model: GenericModel, sequences: list[list[int]], tables: list[list[int]], ranks: list[int]
+) -> list[Tensor]:
+    """Return the logits of two sequences, of which the second one has the adapter in slot 0."""
+    found: list[list[Tensor]] = [[], []]
+    cuts = [len(tokens) // 2 for tokens in sequences]
+    for parts in ([slice(0, cut) for cut in cuts], [slice(cut, None) for cut in cuts]):
+        work = [
+            (sequences[i][part], part.start, tables[i], slot)
+            for i, (part, slot) in enumerate(zip(parts, (-1, 0), strict=True))
+        ]
+        logits = model.forward(inputs_of(model, work, ranks))
+        lengths = [len(tokens) for tokens, *_ in work]
+        for rows, of in zip(found, torch.split(logits, lengths), strict=True):
+            rows.append(of)
+    return [torch.cat(rows) for rows in found]
 
 
 @dataclass

@@ -57,9 +57,16 @@ class GenericSpec(ModelSpec, frozen=True, kw_only=True):
 
     def targets(self, asked: Sequence[str] | None) -> tuple[str, ...]:
         """Return the modules whose path ends in one of the names in ``asked``. By default all linears but the
-        head, as PEFT's "all-linear" has it."""
+        head, as PEFT's "all-linear" has it. Raises ConfigError for an unknown name, and if there are no
+        linears."""
         if asked is None:
-            return tuple(module for module in self.shapes if module != "lm_head")
+            found = tuple(module for module in self.shapes if module != "lm_head")
+            if not found:
+                raise ConfigError(
+                    f"lora: {self.architecture} has no linear that an adapter may be on: one through which "
+                    "each token goes once, as a row; set lora=None to run it without adapters"
+                )
+            return found
         chosen = tuple(m for m in self.shapes if m in asked or m.rpartition(".")[2] in asked)
         missing = [
             name for name in asked if not any(m == name or m.rpartition(".")[2] == name for m in chosen)

@@ -15,6 +15,8 @@ from aioengine.model.spec import KVShape
 
 NAME = "aioengine-trace"
 _TOKENS = 7
+_PAST = 3
+"""Tokens in the cache of a model that attends by itself, before those of the pass."""
 
 
 @dataclass
@@ -25,6 +27,9 @@ class Trace:
     """Arguments of the attention, by layer."""
     repeated: bool = False
     """Whether a layer's attention was called more than once."""
+    makes_masks: bool = False
+    """Whether a layer gave its attention a mask that is not transformers', so that the engine's cannot
+    compute it."""
     updated: dict[int, KVShape] = field(default_factory=dict)
     """Keys and values that were put into the cache, by layer."""
     inputs: dict[str, list[Tensor]] = field(default_factory=dict)
@@ -76,26 +81,42 @@ def trace_on_meta(model: Any, *, own_attention: bool) -> Trace:
 
     trace = Trace()
 
+    past = _PAST if own_attention else 0
+
     class Layer(PassingLayer):  # type: ignore[no-untyped-call]
         def __init__(self, number: int) -> None:
             super().__init__()  # type: ignore[no-untyped-call]
             self._number = number
+            self._length = past
 
         def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> Any:
             trace.updated[self._number] = _shape(key_states, value_states)
-            return key_states, value_states
+            self._length = past + key_states.shape[-2]
+            return _behind(past, key_states), _behind(past, value_states)
 
-    def attend(module: Any, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Any:
+        def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+            return past + query_length, 0
+
+        def get_seq_length(self) -> int:
+            return self._length
+
+    masks: list[Tensor] = []
+
+    def mask(*_: Any, **__: Any) -> Tensor:
+        masks.append(torch.zeros(1, 1, 1, 1, device="meta"))
+        return masks[-1]
+
+    def attend(
+        module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, *_: Any, **__: Any
+    ) -> Any:
+        trace.makes_masks |= attention_mask is not None and not any(attention_mask is one for one in masks)
         trace.repeated |= module.layer_idx in trace.attended
         trace.attended[module.layer_idx] = _shape(key, value)
         shape = (query.shape[0], query.shape[2], query.shape[1], value.shape[-1])
         return query.new_zeros(shape), None
 
     transformers.AttentionInterface.register(NAME, attend)
-    transformers.AttentionMaskInterface.register(
-        NAME, lambda *_, **__: torch.zeros(1, 1, 1, 1, device="meta")
-    )
-    Attention(model).use(None if own_attention else NAME)
+    transformers.AttentionMaskInterface.register(NAME, mask)
     ids = torch.zeros(1, _TOKENS, dtype=torch.long, device="meta")
     layers = model.config.get_text_config(decoder=True).num_hidden_layers
     arguments: dict[str, Any] = {"input_ids": ids, "use_cache": True}
@@ -103,9 +124,14 @@ def trace_on_meta(model: Any, *, own_attention: bool) -> Trace:
     if (cache := cache_argument(model.forward)) is not None:
         arguments[cache] = EngineCache(layers=[Layer(i) for i in range(layers)])
     if "position_ids" in names:
-        arguments["position_ids"] = torch.arange(_TOKENS, device="meta")[None]
-    with torch.no_grad(), _watched(model, trace), _no_experts(model), torch.device("meta"):
-        model(**arguments)
+        arguments["position_ids"] = torch.arange(past, past + _TOKENS, device="meta")[None]
+    attention = Attention(model)
+    attention.use(None if own_attention else NAME)
+    try:
+        with torch.no_grad(), _watched(model, trace), _no_experts(model), torch.device("meta"):
+            model(**arguments)
+    finally:
+        attention.use(None)
     return trace
 
 
@@ -136,6 +162,11 @@ def _no_experts(model: Any) -> Iterator[None]:
         if hasattr(module, "_apply_gate") and hasattr(module, "has_gate"):
             module.forward = lambda hidden, *_, **__: torch.zeros_like(hidden)
     yield
+
+
+def _behind(past: int, x: Tensor) -> Tensor:
+    """Return ``x`` [..., tokens, size] with so many tokens before its own."""
+    return torch.cat([x.new_zeros(*x.shape[:-2], past, x.shape[-1]), x], dim=-2) if past else x
 
 
 def _shape(key: Tensor, value: Tensor) -> KVShape:
