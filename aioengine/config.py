@@ -213,6 +213,13 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     those that it has used least recently."""
     max_prefix_pins_per_tenant: float | None = None
     """Share of the KV blocks that the pinned prefixes of each tenant may have; None: ``max_prefix_pins``."""
+    kv_cache_dir: str | None = None
+    """Folder for prefixes that requests pin with ``CachePin(save=True)``, or ``cache_control`` with
+    ``"ttl": "1h"``: they are written there, and read when they are needed and not in the prefix cache, also
+    after a restart. Only with ``executor="thread"``, and where adapters and KV cache have separate memories.
+    None: no prefix is written."""
+    kv_cache_dir_bytes: int | str = "4GiB"
+    """Bound on the files of prefixes in that folder: bytes, or text."""
     cuda_graphs: bool = True
     """On CUDA, record decode steps of some sizes when the engine starts, and play them back: the GPU does not
     wait for the host. Takes a while at the start, and some memory."""
@@ -339,6 +346,10 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         if self.max_step_seconds is not None:
             check_seconds("max_step_seconds", self.max_step_seconds, ", or None", finite=True)
         _boolean(self, "enable_prefix_caching")
+        set_files = parse_bytes(self.kv_cache_dir_bytes, field="kv_cache_dir_bytes")
+        msgspec.structs.force_setattr(self, "kv_cache_dir_bytes", set_files)
+        if self.kv_cache_dir is not None:
+            self._check_kv_cache_dir(self.kv_cache_dir)
         check_number("max_prefix_pins", self.max_prefix_pins, low=0.0, high=1.0)
         if self.max_prefix_pins_per_tenant is not None:
             check_number("max_prefix_pins_per_tenant", self.max_prefix_pins_per_tenant, low=0.0, high=1.0)
@@ -368,6 +379,25 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             raise ConfigError(
                 f"policy={self.policy!r}: must be a name, 'package.module:Class' or a table; pass a "
                 "policy instance to AsyncEngine(config, policy=...)"
+            )
+
+    def _check_kv_cache_dir(self, folder: str) -> None:
+        if not isinstance(folder, str) or not folder or "\0" in folder:
+            raise ConfigError(f"kv_cache_dir={folder!r}: must be a folder's path, or None")
+        if self.executor != "thread":
+            raise ConfigError(
+                f"kv_cache_dir={folder!r}: executor={self.executor!r} keeps the KV cache in other processes; "
+                "set executor='thread', or kv_cache_dir=None"
+            )
+        if self.lora is not None and self.lora.shares_memory:
+            raise ConfigError(
+                f"kv_cache_dir={folder!r}: slot_memory='shared' moves KV blocks; set another slot_memory, or "
+                "kv_cache_dir=None"
+            )
+        if not self.enable_prefix_caching or not self.max_prefix_pins:
+            raise ConfigError(
+                f"kv_cache_dir={folder!r}: only pinned prefixes are written; set enable_prefix_caching=True "
+                "and max_prefix_pins to more than 0, or kv_cache_dir=None"
             )
 
     def refuse_for_transformers(self) -> None:

@@ -58,6 +58,8 @@ from aioengine.runtime.assemble import (
 from aioengine.runtime.event_stream import BUFFER, EventStream, EventStreams
 from aioengine.runtime.loop import Stepper
 from aioengine.runtime.output import RequestOutput
+from aioengine.runtime.prefixes.files import PrefixFiles, open_files
+from aioengine.runtime.prefixes.keeper import PrefixKeeper
 from aioengine.runtime.sources.held import HeldAdapters
 from aioengine.runtime.sources.names import AdapterNames
 from aioengine.runtime.stats import Counters, engine_load, slot_infos
@@ -136,6 +138,7 @@ class AsyncEngine:
         self._shutdown_task: asyncio.Task[None] | None = None
         self._counters = Counters()
         self._label_names: list[str] | None = None
+        self._prefix_files: PrefixFiles | None = None
         self._closers: list[Callable[[], Awaitable[None]]] = []
         self.text_work = TextWork()
         """Runs tokenization and detokenization; servers of this engine use it too."""
@@ -188,12 +191,20 @@ class AsyncEngine:
         self._held = HeldAdapters(
             self._adapters, work, 0 if self.config.lora is None else self.config.lora.held_bytes
         )
+        self._prefixes: PrefixKeeper | None = None
+        if self._prefix_files is not None and built.model_path is not None:
+            plan = built.plan
+            settings = f"{plan.quantization}, {built.spec.impl}, up to {plan.max_model_len} tokens"
+            self._prefixes = PrefixKeeper(
+                self._stepper, built.device, self._prefix_files, built.model_path, settings, work
+            )
         self._submitter = Submitter(
             self._stepper,
             names,
             built,
             text_work=self.text_work,
             check_running=self._check_running,
+            prefixes=self._prefixes,
         )
         self.build = build_labels(self._info)
         """Labels of the metric ``aioengine_build_info``, which say what runs here."""
@@ -210,6 +221,8 @@ class AsyncEngine:
             build=self.build,
         )
         self._stepper.listeners += [self._counters, self._event_streams]
+        if self._prefixes is not None:
+            self._stepper.listeners.append(self._prefixes.handle)
         if built.metrics:
             self._stepper.listeners.append(self._metrics.handle)
         self._stepper.start()
@@ -217,14 +230,15 @@ class AsyncEngine:
 
     async def _build(self, work: ThreadPoolExecutor, progress: LoadProgress | None) -> Built:
         """Build the engine's parts; the policy lab overrides it."""
+        loop = asyncio.get_running_loop()
         if self.config.executor != "thread":
             built = await build_with_workers(self.config, self._resolver, progress, work)
         else:
-            loop = asyncio.get_running_loop()
             built = await loop.run_in_executor(work, build, self.config, self._resolver, progress)
         try:
             first_steps = await warm_up(built.device, built.plan, self.config)
             taken = await built.device.memory_taken(built.plan)
+            self._prefix_files = await loop.run_in_executor(work, open_files, self.config, built.spec)
         except BaseException:
             await built.device.close()
             raise
@@ -245,6 +259,8 @@ class AsyncEngine:
     async def _shutdown(self) -> None:
         self._adapters.close(EngineStopped("the engine was stopped while the adapter was looked for"))
         await self._stepper.stop()
+        if self._prefixes is not None:
+            await self._prefixes.close()
         self._event_streams.end()
         for close in self._closers:
             await close()

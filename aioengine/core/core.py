@@ -31,6 +31,7 @@ from aioengine.core.costs import MeasuredCosts
 from aioengine.core.guard import PolicyGuard
 from aioengine.core.limits import CoreLimits
 from aioengine.core.pacing import Pacer, StepWork
+from aioengine.core.prefixes.held import HeldBlocks
 from aioengine.core.prefixes.pins import PrefixPins
 from aioengine.core.queues import RequestQueues
 from aioengine.core.speculation.drafts import Speculation
@@ -95,6 +96,8 @@ class Core:
             window=limits.window,
             pins=PrefixPins(limits.max_pinned_blocks, limits.max_pinned_blocks_per_tenant),
         )
+        self.held = HeldBlocks(self.blocks)
+        """Blocks that are copied to or from files."""
         self.running: dict[int, Request] = {}
         """The running requests by ``seq``, in order of admission."""
         self.border: Border | None = None
@@ -492,6 +495,7 @@ class Core:
         self.step_lost()
         for request in list(self.running.values()):
             self.end(request, "error", now, error)
+        self.held.clear()
         self.blocks.forget()
         self.residency.device_lost(now)
         if self.border is not None:
@@ -636,7 +640,7 @@ class Core:
         """Assert every invariant; for tests, and cheap enough to run whenever the engine is idle."""
         self.residency.check()
         holders = [*self.running.values(), *self._zombies]
-        self.blocks.check([r.held for r in holders])
+        self.blocks.check([*(r.held for r in holders), *self.held.tables])
         if self.border is not None:
             self.border.check()
         using: dict[int, int] = {}

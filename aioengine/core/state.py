@@ -277,7 +277,7 @@ class Request:
         """Prompt tokens found in the prefix cache when it was first admitted."""
         self.pins = sorted(
             (
-                CachePin(tokens=min(pin.tokens, self.prompt_len), seconds=pin.seconds)
+                CachePin(tokens=min(pin.tokens, self.prompt_len), seconds=pin.seconds, save=pin.save)
                 for pin in options.cache_pins
             ),
             key=lambda pin: -pin.tokens,

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Generator, Sequence
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable, Generator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from aioengine.errors import EngineDead
 from aioengine.memory_plan import MemoryPlan
 from aioengine.step import LoadedAdapter, ReadOrder, Sampled, StepBatch, StepResult
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class QueuedStep(Protocol):
@@ -52,6 +55,18 @@ class Device(ABC):
     ``go_ahead``: only simulated devices do."""
     can_restart: bool = False
     """Whether ``restart`` may bring it back."""
+
+    kv_layout: str | None = None
+    """Description of the contents of KV blocks, and of the kernels that compute them; None: ``read_kv`` and
+    ``write_kv`` are not there."""
+
+    async def read_kv(self, blocks: Sequence[int]) -> Mapping[str, Tensor]:
+        """Copy the contents of KV blocks to the CPU, between two steps: tensors by name, [blocks, ...]."""
+        raise NotImplementedError
+
+    async def write_kv(self, blocks: Sequence[int], contents: Mapping[str, Tensor]) -> None:
+        """Write contents of ``read_kv`` into blocks, between two steps."""
+        raise NotImplementedError
 
     @abstractmethod
     async def execute(self, batch: StepBatch) -> StepResult:

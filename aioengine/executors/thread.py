@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,8 @@ from aioengine.model.cuda.failures import typed_failures
 from aioengine.step import LoadedAdapter, ReadOrder, StepBatch, StepResult
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from aioengine.model.runner import ModelRunner
     from aioengine.model.slots.image import AdapterImage
 
@@ -52,6 +54,7 @@ class ThreadDevice(Device):
         self._loader = loader
         self.kernels, self.variance = runner.kernels, runner.variance
         self._lost: Callable[[EngineDead], None] | None = None
+        self.kv_layout = f"{runner.kernels}, {runner.kv_cache.layout}"
         self._step_thread = ThreadPoolExecutor(1, thread_name_prefix="aioengine-step")
         self._copy_thread = ThreadPoolExecutor(1, thread_name_prefix="aioengine-copy")
 
@@ -67,6 +70,14 @@ class ThreadDevice(Device):
 
     def watch(self, lost: Callable[[EngineDead], None]) -> None:
         self._lost = lost
+
+    async def read_kv(self, blocks: Sequence[int]) -> Mapping[str, Tensor]:
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._step_thread, self.runner.kv_cache.copy_out, blocks)
+
+    async def write_kv(self, blocks: Sequence[int], contents: Mapping[str, Tensor]) -> None:
+        loop = asyncio.get_running_loop()
+        await loop.run_in_executor(self._step_thread, self.runner.kv_cache.copy_in, blocks, contents)
 
     async def load(self, order: ReadOrder) -> LoadedAdapter:
         return await self._loader.load(order)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ from aioengine.runtime.assemble import Built
 from aioengine.runtime.continuation import check_output, replayed
 from aioengine.runtime.loop import Stepper
 from aioengine.runtime.output_stream import OutputStream, OutputText
+from aioengine.runtime.prefixes.keeper import PrefixKeeper
 from aioengine.runtime.sources.names import AdapterNames
 from aioengine.runtime.text_work import SHORT, TextWork
 
@@ -32,6 +34,7 @@ class Submitter:
         *,
         text_work: TextWork,
         check_running: Callable[[], None],
+        prefixes: PrefixKeeper | None = None,
     ) -> None:
         self._stepper = stepper
         self._core = stepper.core
@@ -39,6 +42,7 @@ class Submitter:
         self._parts = parts
         self._text_work = text_work
         self._check_running = check_running
+        self._prefixes = prefixes
         self._made_up = 0
 
     async def submit(
@@ -75,6 +79,10 @@ class Submitter:
                 if not replay:
                     given = options.output
                     await self._text_work.run(len(given), lambda: text.push_all(given, ends))
+            if self._prefixes is not None and any(pin.save for pin in options.cache_pins):
+                with contextlib.suppress(TimeoutError):  # then it ends at its deadline
+                    async with asyncio.timeout_at(due):
+                        await self._prefixes.bring(tokens, params, entry, options)
             self._check_running()  # it may have changed while a text was tokenized or an adapter resolved
             if entry is not None:
                 self._adapters.check_lives(entry)
@@ -102,6 +110,8 @@ class Submitter:
             ticket=ticket,
             given=given,
         )
+        if self._prefixes is not None:
+            self._prefixes.expect(request)
         stream = request.sink = OutputStream(request, text, replayed=len(options.output) - len(given))
         self._end_if_complete(request, text)
         self._stepper.wake()

@@ -13,6 +13,7 @@ from support.core_sim import LIMITS, CoreSim
 from support.hostile_policies import Hostile
 
 from aioengine.core.adapters.arena import GRANULE
+from aioengine.core.prefixes.held import Held
 from aioengine.core.state import AdapterEntry, Status
 from aioengine.core.waiting_room import Ticket
 from aioengine.errors import EngineOverloaded
@@ -71,6 +72,10 @@ class CoreMachine(RuleBasedStateMachine):
             limits = limits._replace(max_waiting=6, max_waiting_per_tenant=5, max_waiting_per_adapter=4)
         # Texts that repeat themselves, so that some of what is proposed is right.
         self.sim = CoreSim(limits, policy, lambda history: 2 + history[-1] % 5 + len(history) % 4 // 3)
+        self.copied: list[Held] = []
+        """Prefixes that are copied to or from files."""
+        self.seen: list[bytes] = []
+        """Hashes of a request that was added."""
         self.tickets: list[Ticket] = []
         self.lost: list[Ticket] = []
         for name in NAMES[:2]:
@@ -99,7 +104,7 @@ class CoreMachine(RuleBasedStateMachine):
             sim.register(adapter)
         due = None if deadline is None else sim.now + deadline
         try:
-            sim.add(
+            request = sim.add(
                 adapter,
                 prompt=prompt,
                 max_tokens=max_tokens,
@@ -107,6 +112,7 @@ class CoreMachine(RuleBasedStateMachine):
                 tenant=tenant,
                 cache_pins=cache_pins,
             )
+            self.seen = request.hash_blocks(sim.core.blocks)
         except EngineOverloaded as error:
             sim.count -= 1  # never accepted
             if sim.core.room.max_tokens is not None:
@@ -209,6 +215,29 @@ class CoreMachine(RuleBasedStateMachine):
     @rule()
     def take_the_next_step_back(self) -> None:
         self.sim.take_back()
+
+    @precondition(
+        lambda self: self.seen and self.sim.core.border is None and self.sim.core.blocks.window is None
+    )
+    @rule(count=st.integers(1, 7), take=st.booleans())
+    def begin_to_copy_a_prefix(self, count: int, take: bool) -> None:
+        core = self.sim.core
+        if take:
+            held = core.held.take(self.seen[:count], spare=len(core.running))
+            assert held is None or core.blocks.num_free >= len(core.running)
+        else:
+            held = core.held.hold(self.seen[:count])
+        if held is not None:
+            self.copied.append(held)
+
+    @precondition(lambda self: self.copied)
+    @rule(which=st.integers(0, 100), whole=st.booleans())
+    def end_a_copy(self, which: int, whole: bool) -> None:
+        held = self.copied.pop(which % len(self.copied))
+        if whole:
+            self.sim.core.held.written(held)
+        for _ in range(2):
+            self.sim.core.held.release(held)
 
     @rule(name=st.sampled_from(NAMES), nbytes=st.sampled_from(SIZES))
     def resize(self, name: str, nbytes: int) -> None:
@@ -337,6 +366,8 @@ class CoreMachine(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         sim = self.sim
+        for held in self.copied:
+            sim.core.held.release(held)
         while sim.batch is not None:
             sim.finish_step()
         if self.hostile:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import os
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.server_fixtures import MODEL, Serve, Served
 
+from aioengine.events import PrefixMoved
 from aioengine.server.messages.api import MessagesRequest
 from aioengine.server.messages.cache_control import breakpoints, common
 
@@ -149,6 +152,22 @@ async def test_tenants_keep_their_own_within_their_bounds(serve: Serve) -> None:
     async with serve(max_prefix_pins=0) as served, client_of(served) as client:
         answer = await client.messages.create(messages=ask, **FIELDS)
         assert counts(answer.usage)[:2] == (0, 0)
+
+
+async def test_what_is_kept_for_an_hour_is_back_after_a_restart(serve: Serve, tmp_path: Path) -> None:
+    system: Any = [text("You are kind.", {**KEEP, "ttl": "1h"}), text("Very.", KEEP)]
+    ask: Any = [user(text("Who are you?"))]
+    kept = len("<system>You are kind.") // 4 * 4
+    for found in (0, kept):
+        async with serve(kv_cache_dir=str(tmp_path)) as served, client_of(served) as client:
+            saved = asyncio.Event()
+            served.engine.add_listener(
+                lambda event, saved=saved: isinstance(event, PrefixMoved) and saved.set()
+            )
+            answer = await client.messages.create(system=system, messages=ask, **FIELDS)
+            assert answer.usage.cache_read_input_tokens == found
+            await saved.wait()  # it is written by the first, and read by the second
+    assert len(os.listdir(tmp_path)) == 1
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,9 @@ from aioengine.server.openai.tools import plan_tools
 T = TypeVar("T")
 
 SECONDS = {"5m": 300.0, "1h": 3600.0}
+SAVED = 3600.0
+"""Seconds from which on a prefix is also written to the folder of prefixes, where there is one. Those with
+less are often the growing beginning of one conversation, of which each turn would be written whole."""
 
 
 class Breakpoint(NamedTuple):
@@ -99,7 +102,7 @@ async def find_pins(
         return []
     lengths = [await _length(context, prompt, part, owner) for part, _ in wanted]
     return [
-        CachePin(tokens=tokens, seconds=seconds)
+        CachePin(tokens=tokens, seconds=seconds, save=seconds >= SAVED)
         for tokens, (_, seconds) in zip(lengths, wanted, strict=True)
         if tokens
     ]

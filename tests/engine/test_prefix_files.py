@@ -1,0 +1,304 @@
+"""Pinned prefixes in files: back after a restart with the same bits, and never of something else."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+from support.engine_fixtures import MakeEngine, Tiny, prompt_of
+
+from aioengine import AsyncEngine, CachePin, EngineConfig, LoRAConfig, SamplingParams
+from aioengine.errors import ConfigError, RequestInvalid
+from aioengine.events import Event, PrefixMoved
+from aioengine.kernels.cpu import build
+from aioengine.runtime.prefixes.files import PrefixFiles
+
+PREFIX = prompt_of(1, 41)
+PIN = CachePin(tokens=40, seconds=3600, save=True)
+SCORED = SamplingParams(max_tokens=6, ignore_eos=True, logprobs=3)
+
+
+class Moves:
+    """The moves of prefixes that an engine has reported."""
+
+    def __init__(self, engine: AsyncEngine) -> None:
+        self.engine = engine
+        self.all: list[PrefixMoved] = []
+        self._new = asyncio.Event()
+        engine.add_listener(self._handle)
+
+    def _handle(self, event: Event) -> None:
+        if isinstance(event, PrefixMoved):
+            self.all.append(event)
+            self._new.set()
+
+    def count(self, action: str) -> int:
+        return sum(move.action == action for move in self.all)
+
+    async def saved(self, count: int = 1) -> None:
+        """Wait until so many have been written."""
+        while self.count("saved") < count:
+            self._new.clear()
+            await self._new.wait()
+
+
+@contextlib.asynccontextmanager
+async def running(make: MakeEngine, tiny: Tiny, folder: Path, **fields: Any) -> AsyncIterator[Moves]:
+    async with make(tiny, kv_cache_dir=str(folder), **fields) as engine:
+        yield Moves(engine)
+
+
+def files(folder: Path) -> list[Path]:
+    return sorted(folder.glob("kv-*"))
+
+
+COMPILED = {"dtype": "bfloat16", "block_size": 16, "batch_invariant": True}
+needs_compiler = pytest.mark.skipif(build.shutil.which("c++") is None, reason="needs a C++ compiler")
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"dtype": "bfloat16"},
+        {"model_impl": "transformers"},
+        pytest.param(COMPILED, marks=needs_compiler),
+        pytest.param({**COMPILED, "kv_cache_dtype": "int8"}, marks=needs_compiler),
+    ],
+    ids=str,
+)
+async def test_a_prefix_is_back_after_a_restart_with_the_same_bits(
+    fields: dict[str, Any], tiny: Tiny, make_engine: MakeEngine, tmp_path: Path
+) -> None:
+    size = fields.get("block_size", 4)
+    whole = 40 // size * size
+    async with running(make_engine, tiny, tmp_path / "kv", **fields) as moves:
+        await moves.engine.complete([*PREFIX, 7], SCORED, cache_pins=[PIN])
+        await moves.saved()
+        expected = await moves.engine.complete([*PREFIX, 9], SCORED)
+        assert expected.cached_tokens == whole
+    [file] = files(tmp_path / "kv")
+    assert file.stat().st_mode & 0o077 == 0 and file.parent.stat().st_mode & 0o077 == 0
+    with safe_open(str(file), "pt") as opened:  # any reader of safetensors can
+        assert len(opened.keys()) > 0 and opened.get_slice("k.0").get_shape()[0] == 40 // size
+    async with running(make_engine, tiny, tmp_path / "kv", **fields) as moves:
+        output = await moves.engine.complete([*PREFIX, 9], SCORED, cache_pins=[PIN])
+        assert (output.cached_tokens, output.pinned_tokens) == (whole, whole)
+        assert output.token_ids == expected.token_ids
+        assert output.logprobs == expected.logprobs, "not only the tokens, but every bit"
+        assert moves.count("loaded") == 1
+        again = await moves.engine.complete([*PREFIX, 7], SCORED, cache_pins=[PIN])
+        assert again.cached_tokens == whole and moves.count("loaded") == 1, "it was there"
+        stats = moves.engine.stats()
+        assert stats.kv_blocks_free == stats.kv_blocks
+        labels = {"engine": "default", "action": "loaded"}
+        assert moves.engine.metrics.registry.get_sample_value("aioengine_prefix_files_total", labels) == 1
+
+
+async def test_an_adapter_and_a_salt_have_their_own(
+    tiny: Tiny, make_engine: MakeEngine, tmp_path: Path
+) -> None:
+    asks: list[dict[str, Any]] = [
+        {},
+        {"adapter": "a"},
+        {"cache_salt": "x"},
+        {"adapter": "a", "cache_salt": "x"},
+    ]
+    async with running(make_engine, tiny, tmp_path) as moves:
+        moves.engine.register_adapter("a", tiny.adapters["qv-only"])  # read when its request is there
+        for ask in asks[:3]:
+            await moves.engine.complete(PREFIX, SCORED, cache_pins=[PIN], **ask)
+        await moves.saved(3)
+    assert len(files(tmp_path)) == 3
+    async with running(make_engine, tiny, tmp_path) as moves:
+        await moves.engine.load_adapter("a", tiny.adapters["rank-3"])  # another content under this name
+        found = [await moves.engine.complete(PREFIX, SCORED, cache_pins=[PIN], **ask) for ask in asks]
+        assert [output.cached_tokens for output in found] == [40, 0, 40, 0]
+        await moves.engine.load_adapter("a", tiny.adapters["qv-only"], replace=True)
+        output = await moves.engine.complete(PREFIX, SCORED, cache_pins=[PIN], adapter="a")
+        assert output.cached_tokens == 40
+        assert output.token_ids == tiny.expected(PREFIX, 6, "qv-only")
+
+
+async def test_another_model_or_layout_finds_nothing(
+    tiny: Tiny, tiny_of: Callable[[str], Tiny], make_engine: MakeEngine, tmp_path: Path
+) -> None:
+    async with running(make_engine, tiny, tmp_path) as moves:
+        await moves.engine.complete(PREFIX, SCORED, cache_pins=[PIN])
+        await moves.saved()
+    for other, fields in (
+        (tiny_of("qwen2"), {}),
+        (tiny, {"dtype": "bfloat16"}),
+        (tiny, {"block_size": 8}),
+    ):
+        async with running(make_engine, other, tmp_path, **fields) as moves:
+            output = await moves.engine.complete(PREFIX, SCORED, cache_pins=[PIN])
+            assert (output.cached_tokens, moves.count("loaded")) == (0, 0)
+            await moves.saved()
+    assert len(files(tmp_path)) == 4, "each has its own file beside the others'"
+
+
+@pytest.mark.parametrize("harm", ["cut", "flip", "empty", "swap"])
+async def test_a_bad_file_is_said_and_deleted_and_the_prefix_computed(
+    harm: str, tiny: Tiny, make_engine: MakeEngine, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    other = prompt_of(2, 41)
+    async with running(make_engine, tiny, tmp_path) as moves:
+        for prompt in (PREFIX, other):
+            await moves.engine.complete(prompt, SCORED, cache_pins=[PIN])
+        await moves.saved(2)
+    for path in files(tmp_path):
+        data = bytearray(path.read_bytes())
+        if harm == "swap":
+            continue
+        if harm == "flip":
+            data[-1] ^= 1
+        path.write_bytes(data[: {"cut": len(data) // 2, "flip": len(data), "empty": 0}[harm]])
+    if harm == "swap":
+        one, two = files(tmp_path)
+        one.rename(tmp_path / "third")
+        two.rename(one)
+        (tmp_path / "third").rename(two)
+    async with running(make_engine, tiny, tmp_path) as moves:
+        output = await moves.engine.complete(PREFIX, SCORED, cache_pins=[PIN])
+        assert output.cached_tokens == 0 and output.token_ids == tiny.expected(PREFIX, 6)
+        assert sum("deleted" in record.message for record in caplog.records) == 1
+        await moves.saved()  # in its place
+        assert moves.count("loaded") == 0
+    async with running(make_engine, tiny, tmp_path) as moves:
+        output = await moves.engine.complete(PREFIX, SCORED, cache_pins=[PIN])
+        assert output.cached_tokens == 40 and output.token_ids == tiny.expected(PREFIX, 6)
+
+
+async def test_requests_that_come_together_share_one_read(
+    tiny: Tiny, make_engine: MakeEngine, tmp_path: Path
+) -> None:
+    async with running(make_engine, tiny, tmp_path) as moves:
+        await moves.engine.complete(PREFIX, SCORED, cache_pins=[PIN])
+        await moves.saved()
+    async with running(make_engine, tiny, tmp_path) as moves:
+        asks = [
+            asyncio.ensure_future(moves.engine.complete([*PREFIX, i], SCORED, cache_pins=[PIN]))
+            for i in range(8)
+        ]
+        await asyncio.sleep(0)
+        asks[0].cancel()
+        found = await asyncio.gather(*asks, return_exceptions=True)
+        assert isinstance(found[0], asyncio.CancelledError)
+        assert [f.cached_tokens for f in found[1:] if not isinstance(f, BaseException)] == [40] * 7
+        assert moves.count("loaded") == 1
+        stats = moves.engine.stats()
+        assert stats.kv_blocks_free == stats.kv_blocks
+
+
+async def test_without_room_in_the_cache_or_the_folder_requests_run(
+    tiny: Tiny, make_engine: MakeEngine, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with running(make_engine, tiny, tmp_path, kv_cache_dir_bytes=1000) as moves:
+        output = await moves.engine.complete(PREFIX, SCORED, cache_pins=[PIN])
+        assert output.pinned_tokens == 40
+    assert not files(tmp_path), "larger than the bound"
+    folder = tmp_path / "gone"
+    async with running(make_engine, tiny, folder) as moves:
+        folder.rmdir()
+        for seed in (1, 2):
+            output = await moves.engine.complete(prompt_of(seed, 41), SCORED, cache_pins=[PIN])
+            assert output.token_ids == tiny.expected(prompt_of(seed, 41), 6)
+    assert sum("kv_cache_dir" in record.message for record in caplog.records) <= 1
+
+
+async def test_only_pins_that_ask_for_it_are_written(
+    tiny: Tiny, make_engine: MakeEngine, tmp_path: Path
+) -> None:
+    async with running(make_engine, tiny, tmp_path) as moves:
+        pins = [CachePin(tokens=41), CachePin(tokens=9, save=True), CachePin(tokens=3, save=True)]
+        await moves.engine.complete(PREFIX, SCORED, cache_pins=pins)
+        await moves.saved()
+        assert [move.tokens for move in moves.all] == [8]
+    assert len(files(tmp_path)) == 1
+
+
+async def test_a_folder_that_cannot_be_used_is_refused(
+    tiny: Tiny, make_engine: MakeEngine, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("")
+    for folder in ("file", "file/below"):
+        with pytest.raises(ConfigError, match="kv_cache_dir"):
+            await make_engine(tiny, kv_cache_dir=str(tmp_path / folder)).start()
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"executor": "process"},
+        {"lora": LoRAConfig(slot_memory="shared")},
+        {"enable_prefix_caching": False},
+        {"max_prefix_pins": 0},
+        {"kv_cache_dir": ""},
+        {"kv_cache_dir": 3},
+        {"kv_cache_dir_bytes": "many"},
+    ],
+    ids=str,
+)
+def test_settings_that_do_not_fit_are_refused(fields: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="kv_cache_dir"):
+        EngineConfig(**{"model": "tiny", "kv_cache_dir": "kv", **fields})
+    with pytest.raises(RequestInvalid, match="save"):
+        CachePin(tokens=1, save=1)  # type: ignore[arg-type]
+
+
+ABOUT = {"format": "test", "prefix": "ab"}
+TENSORS = {
+    "k.0": torch.arange(24, dtype=torch.float32).view(2, 3, 4),
+    "v.0": torch.arange(6).to(torch.bfloat16).view(2, 3),
+    "v.1": torch.arange(-4, 4, dtype=torch.int8).view(2, 4),
+}
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(at=st.floats(0, 1, exclude_max=True), bits=st.integers(1, 255), cut=st.booleans())
+def test_a_harmed_file_is_never_believed(at: float, bits: int, cut: bool, tmp_path: Path) -> None:
+    made = PrefixFiles(tmp_path, 10**6)
+    made.open()
+    assert made.write("0" * 64, TENSORS, ABOUT) == files(tmp_path)[0].stat().st_size
+    found = made.read("0" * 64, ABOUT)
+    assert found is not None and all(torch.equal(found[key], TENSORS[key]) for key in TENSORS)
+    [path] = files(tmp_path)
+    data = bytearray(path.read_bytes())
+    place = int(at * len(data))
+    data[place] ^= bits
+    path.write_bytes(data[:place] if cut else data)
+    found = made.read("0" * 64, ABOUT)
+    if found is None:
+        assert not path.exists()
+    else:  # another kind of blank in the header
+        assert found.keys() == TENSORS.keys() and all(
+            torch.equal(found[key], TENSORS[key]) for key in TENSORS
+        )
+
+
+def test_what_was_used_least_recently_makes_room_and_other_files_stay(tmp_path: Path) -> None:
+    (tmp_path / "notes.safetensors").write_bytes(b"x" * 10**5)
+    one = PrefixFiles(tmp_path / "probe", 10**6)
+    one.open()
+    size = one.write("0" * 64, TENSORS, ABOUT)
+    made = PrefixFiles(tmp_path, 3 * size)
+    for index in range(3):
+        made.write(f"{index}" * 64, TENSORS, ABOUT)
+        os.utime(tmp_path / f"kv-{f'{index}' * 64}.safetensors", (index, index))
+    assert made.has("0" * 64) and not made.has("7" * 64)  # now the most recently used
+    assert made.write("3" * 64, TENSORS, ABOUT) == size
+    assert [path.name[3] for path in files(tmp_path)] == ["0", "2", "3"]
+    assert made.read("1" * 64, ABOUT) is None
+    assert made.read("0" * 64, {**ABOUT, "prefix": "cd"}) is None, "of something else"
+    assert [path.name[3] for path in files(tmp_path)] == ["2", "3"]
+    assert (tmp_path / "notes.safetensors").exists()
