@@ -8,7 +8,6 @@ import logging
 import os
 import socket
 import threading
-import time
 import uuid
 from collections.abc import Callable
 from pathlib import Path
@@ -36,7 +35,6 @@ _LOCAL = {"RAY_worker_niceness": "0", "RAY_DEDUP_LOGS": "0", "RAY_USAGE_STATS_EN
 busy machine."""
 CONNECT_SECONDS = 5.0
 _CERTIFICATES = ("CA_CERT", "SERVER_KEY", "SERVER_CERT")
-POLL_SECONDS = 0.25
 OBJECT_STORE_BYTES = 100 * 2**20
 """Memory of Ray's object store, which is hardly used."""
 
@@ -141,8 +139,9 @@ class Cluster:
         ray.shutdown()
 
 
-def connect(cpus: int | None = None) -> Cluster:
-    """Start Ray on this machine, with ``cpus`` CPUs for replicas, or join ``RAY_ADDRESS``. Blocks.
+def connect(cpus: int | None = None, threads: int = 1) -> Cluster:
+    """Start Ray on this machine, with ``cpus`` CPUs for replicas of ``threads`` threads each, or join
+    ``RAY_ADDRESS``. Sets Ray's variables in the environment. Blocks.
 
     Raises ConfigError if that fails; then nothing is left running.
     """
@@ -150,7 +149,7 @@ def connect(cpus: int | None = None) -> Cluster:
     where = address()
     os.environ.update(TRANSPORT)
     if where is None:
-        os.environ.update(_LOCAL)
+        os.environ.update({**_LOCAL, "OMP_NUM_THREADS": str(threads)})
     else:
         check_address(where)
     import ray
@@ -210,10 +209,10 @@ class Door:
 
 
 def open_door(config: FleetConfig, application: Callable[[], Any]) -> Door:
-    """Run ``application``, unless it runs already, and wait until its replicas are up. Blocks.
+    """Have Serve start ``application``, unless it runs already, and do not wait for its replicas. Blocks.
 
-    Raises ConfigError, with Serve's reason, if the replicas do not start; then nothing of the application is
-    left. Also raises it if replicas of another configuration have this name.
+    Raises ConfigError if Serve refuses it; then nothing of the application is left. Also raises it if the
+    registry's checkpoint fails, or if replicas of another configuration have this name.
     """
     import ray
     from ray import serve
@@ -242,24 +241,28 @@ def open_door(config: FleetConfig, application: Callable[[], Any]) -> Door:
     try:
         target = serve.RunTarget(application(), name=config.name, route_prefix=None)
         [handle] = serve.run_many([target], wait_for_applications_running=False)
-        _wait_until_it_runs(config.name)
     except Exception as error:
-        why = _why(config.name) or str(error)
         _remove(config.name)
         ray.kill(registry)
-        raise ConfigError(f"the fleet did not start: {why}") from error
+        raise ConfigError(f"the fleet did not start: {error}") from error
     return Door(config, handle, registry).open()
 
 
-def _wait_until_it_runs(name: str) -> None:
-    """Wait as ``serve.run`` does, which looks only once a second. Raises RuntimeError if it fails. Blocks."""
+def why_it_failed(name: str) -> str | None:
+    """Return Serve's reason if it has given up to start the replicas of an application: the last line of the
+    error of each; None if it has not. Blocks."""
     from ray import serve
     from ray.serve.schema import ApplicationStatus
 
-    while (found := serve.status().applications[name]).status is not ApplicationStatus.RUNNING:
-        if found.status is ApplicationStatus.DEPLOY_FAILED:
-            raise RuntimeError(found.message)
-        time.sleep(POLL_SECONDS)
+    application = serve.status().applications.get(name)
+    if application is None or application.status is not ApplicationStatus.DEPLOY_FAILED:
+        return None
+    found = []
+    for deployment, status in application.deployments.items():
+        lines = [line.strip() for line in status.message.splitlines() if line.strip()]
+        if lines:
+            found.append(f"{deployment}: {lines[-1][:500]}")
+    return "; ".join(found) or application.message
 
 
 def _remove(name: str) -> None:
@@ -303,18 +306,3 @@ def _differences(one: dict[str, Any], other: dict[str, Any], prefix: str = "") -
 
 def first_line(error: Exception) -> str:
     return str(error).splitlines()[0] if str(error) else type(error).__name__
-
-
-def _why(name: str) -> str:
-    """Return the last line of the errors that Serve has of replicas that fail."""
-    from ray import serve
-
-    application = serve.status().applications.get(name)
-    if application is None:
-        return ""
-    found = []
-    for deployment, status in application.deployments.items():
-        lines = [line.strip() for line in status.message.splitlines() if line.strip()]
-        if lines:
-            found.append(f"{deployment}: {lines[-1][:500]}")
-    return "; ".join(found)

@@ -36,9 +36,10 @@ def encode_config(config: FleetConfig) -> bytes:
     return msgspec.json.encode(config)
 
 
-def replica_application(config: FleetConfig) -> Application:
-    """Make an application of replicas alone, for a door in another process."""
-    return _replicas(config)
+def replica_application(config: FleetConfig, *, inherit: bool = False) -> Application:
+    """Make an application of replicas alone, for a door in another process. ``inherit``: Ray was started with
+    the replicas' variables, so that its worker processes have them already."""
+    return _replicas(config, inherit=inherit)
 
 
 def fleet_application(config: FleetConfig) -> Application:
@@ -57,18 +58,17 @@ def fleet_application(config: FleetConfig) -> Application:
     return door.bind(config, _replicas(config))
 
 
-def _replicas(config: FleetConfig) -> Any:
+def _replicas(config: FleetConfig, *, inherit: bool = False) -> Any:
     require_ray()
     from ray import serve
     from ray.serve.config import RequestRouterConfig
 
     from aioengine.fleet.door.obey import ROUTER_PATH
 
-    threads = str(config.cpus_per_replica)
-    options: dict[str, Any] = {
-        "num_cpus": config.cpus_per_replica,
-        "runtime_env": {"env_vars": {**TRANSPORT, "OMP_NUM_THREADS": threads}},
-    }
+    options: dict[str, Any] = {"num_cpus": config.cpus_per_replica}
+    if not inherit:
+        variables = {**TRANSPORT, "OMP_NUM_THREADS": str(config.cpus_per_replica)}
+        options["runtime_env"] = {"env_vars": variables}
     if config.engine.device == "cuda":
         options["num_gpus"] = 1
     number: dict[str, Any] = {"num_replicas": config.replicas}

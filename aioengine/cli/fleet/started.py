@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Self, TypeVar
 from aioengine.errors import ConfigError
 from aioengine.fleet.config import FleetConfig
 from aioengine.info import LoadProgress
-from aioengine.runtime.tasks import run_to_completion
+from aioengine.runtime.tasks import end_tasks, run_to_completion
 
 if TYPE_CHECKING:
     from opentelemetry.trace import TracerProvider
@@ -22,6 +22,10 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 logger = logging.getLogger("aioengine.fleet")
+
+STATUS_SECONDS = 1.0
+"""How often Serve is asked whether it has given up. Each time costs its controller 15 ms, beside replicas
+that start."""
 
 
 @asynccontextmanager
@@ -47,18 +51,18 @@ async def started_fleet(
     with _EndedBySigterm() as sigterm:
         progress("starting Ray", 0, 1)
         reading = asyncio.ensure_future(asyncio.to_thread(read_model, config, plan))  # while Ray starts
-        ray = await _to_its_end(lambda: cluster.connect(most * config.cpus_per_replica))
+        each = config.cpus_per_replica
+        ray = await _to_its_end(lambda: cluster.connect(most * each, each))
         sigterm.listen()
         client: FleetClient | None = None
         joined: cluster.Door | None = None
         try:
             progress("starting replicas", 0, config.replicas)
-            model = await reading
             joined = await _to_its_end(
-                lambda: cluster.open_door(config, lambda: replica_application(planned))
+                lambda: cluster.open_door(config, lambda: replica_application(planned, inherit=ray.own))
             )
-            client = make_client(config, joined.handle, model, tracer_provider, door=joined.name)
-            await client.start()
+            client = make_client(config, joined.handle, await reading, tracer_provider, door=joined.name)
+            await _all_there(client, config.name)
             logger.info("fleet %s runs on Ray at %s", config.name, cluster.current_address())
         except BaseException:
             await _end(client, joined, ray)
@@ -68,6 +72,24 @@ async def started_fleet(
         finally:
             sigterm.ignore()
             await _end(client, joined, ray)
+
+
+async def _all_there(client: FleetClient, name: str) -> None:
+    """Start the client, which waits for the replicas for as long as Serve tries to start them. Raises
+    ConfigError, with the reason, when Serve has given up."""
+    from aioengine.fleet.cluster import why_it_failed
+
+    starting = asyncio.ensure_future(client.start(within=None))
+    try:
+        while not starting.done():
+            await asyncio.wait([starting], timeout=STATUS_SECONDS)
+            failed = starting.done() and starting.exception() is not None
+            why = await asyncio.to_thread(why_it_failed, name) if failed or not starting.done() else None
+            if why is not None:
+                raise ConfigError(f"the fleet did not start: {why}")
+        starting.result()
+    finally:
+        await end_tasks([starting])
 
 
 async def _end(client: FleetClient | None, joined: object, ray: object) -> None:

@@ -104,8 +104,9 @@ class FleetClient:
 
     # Life cycle
 
-    async def start(self, within: float = 120.0) -> None:
-        """Wait until every replica has reported. Raises EngineStopped if one is too late."""
+    async def start(self, within: float | None = 120.0) -> None:
+        """Wait until every replica has reported. Raises EngineStopped if one has not ``within`` so many
+        seconds; None waits for ever."""
         self._state = "starting"
         self.members.start()
         self.metrics.start()

@@ -86,9 +86,9 @@ class Members:
         self._unwatch = watch_replicas(self.config.name, watch)
         self.spawn(self._watch())
 
-    async def complete(self, within: float) -> None:
+    async def complete(self, within: float | None) -> None:
         """Wait until all configured replicas have said hello or, where their number changes, until one has.
-        Raises EngineStopped if that takes too long."""
+        Raises EngineStopped if that takes longer than ``within`` seconds."""
         wanted = self.config.replicas if self.config.autoscale is None else 1
         try:
             async with asyncio.timeout(within):
