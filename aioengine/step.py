@@ -131,8 +131,8 @@ class FollowedHistory(Sequence[int]):
 
 def same_history(one: Sequence[int], other: Sequence[int]) -> bool:
     """Whether both are of one request: then the longer one begins with the shorter one."""
-    bases = (each.base if isinstance(each, FollowedHistory) else each for each in (one, other))
-    return next(bases) is next(bases)
+    one = one.base if isinstance(one, FollowedHistory) else one
+    return one is (other.base if isinstance(other, FollowedHistory) else other)
 
 
 class SequenceWork(NamedTuple):

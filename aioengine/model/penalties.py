@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from aioengine.kernels.transfer import send
+from aioengine.request import SamplingParams
 from aioengine.step import SequenceWork, same_history
 
 
@@ -65,6 +66,19 @@ class _Row:
         self.place, self.history, self.known = place, history, 0
 
 
+_Place = tuple[int, int, SamplingParams]
+"""A row of the scores, its row in the tables, and its penalties."""
+
+
+def _tensors(layout: Sequence[_Place]) -> list[Tensor]:
+    """Return rows of the scores [n], rows in the tables [n], and repetition, frequency and presence penalties
+    [3, n]."""
+    rows = [torch.tensor([place[i] for place in layout], dtype=torch.int64) for i in (0, 1)]
+    names = ("repetition_penalty", "frequency_penalty", "presence_penalty")
+    values = [[getattr(params, name) for _, _, params in layout] for name in names]
+    return [*rows, torch.tensor(values, dtype=torch.float32)]
+
+
 class CountTables:
     """The tokens of requests on a GPU: a row of ``vocab`` numbers for each, two of them. There is room for
     ``rows`` requests, and later for more, if there are more at a time."""
@@ -77,6 +91,10 @@ class CountTables:
         """Whether a token is in the prompt or the output."""
         self._counts = torch.empty(rows, vocab, dtype=torch.int32, device=device)
         """Number of occurrences in the output."""
+        self._layout: list[_Place] = []
+        """Rows of the last step."""
+        self._there: list[Tensor] = []
+        """The same on the device: see :func:`_tensors`."""
 
     def apply(self, scores: Tensor, active: Sequence[tuple[int, SequenceWork]]) -> None:
         """Penalise ``active``, rows of ``scores`` [N, vocab] by number, in place. Sends what is new."""
@@ -94,27 +112,25 @@ class CountTables:
         self._grow(1 + max(row.place for row in self._rows.values()))
         seen: list[int] = []
         outputs: list[int] = []
-        for _, work in active:
+        layout: list[_Place] = []
+        for number, work in active:
             row = self._rows[work.request_id]
-            begin, middle = row.place * self._vocab, max(row.known, work.prompt_len)
-            seen += [begin + token for token in work.history[row.known :]]
-            outputs += [begin + token for token in work.history[middle:]]
-            row.known = len(work.history)
-        params = [work.params for _, work in active]
-        names = ("repetition_penalty", "frequency_penalty", "presence_penalty")
-        values = torch.tensor([[getattr(p, name) for p in params] for name in names], dtype=torch.float32)
-        lists = [
-            free[: len(fresh)],
-            seen,
-            outputs,
-            [self._rows[work.request_id].place for _, work in active],
-            [i for i, _ in active],
-        ]
-        sent = send([*(torch.tensor(each, dtype=torch.int64) for each in lists), values], scores.device)
-        empty, new, new_outputs, places, numbers, values = sent
+            new = work.history[row.known :]
+            cells = [row.place * self._vocab + token for token in new]
+            seen += cells
+            outputs += cells[max(work.prompt_len - row.known, 0) :]
+            row.known += len(new)
+            layout.append((number, row.place, work.params))
+        sent = [torch.tensor(each, dtype=torch.int64) for each in (free[: len(fresh)], seen, outputs)]
+        if layout != self._layout:  # mostly it is that of the step before, and so are these on the device
+            sent += _tensors(layout)
+        empty, new_seen, new_outputs, *there = send(sent, scores.device)
+        self._there = there or self._there
+        self._layout = layout
+        numbers, places, values = self._there
         self._seen.index_fill_(0, empty, False)
         self._counts.index_fill_(0, empty, 0)
-        self._seen.view(-1).index_fill_(0, new, True)
+        self._seen.view(-1).index_fill_(0, new_seen, True)
         self._counts.view(-1).index_add_(0, new_outputs, torch.ones_like(new_outputs, dtype=torch.int32))
         repetition, frequency, presence = values[:, :, None]
         counts = self._counts.index_select(0, places)

@@ -74,7 +74,7 @@ def test_sampling_takes_what_is_planned(params: list[SamplingParams], dtype: tor
             ]
             sample(logits.to("cuda"), work, penalties)
         assert world.live.peak <= planned.sampling + planned.penalties
-        assert world.live.now <= planned.penalties
+        assert world.live.now <= planned.penalties + 2**16  # and places and numbers of the rows
 
 
 def _planned(spec: ModelSpec, config: EngineConfig, dtype_bytes: int = 2):  # type: ignore[no-untyped-def]

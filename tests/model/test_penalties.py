@@ -83,3 +83,31 @@ def test_it_is_the_list_that_it_stands_for(
             view[i]
     assert same_history(view, base) and same_history(base, FollowedHistory(base, 0, 1))
     assert not same_history(view, [*base])
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.sets(st.integers(0, 5), min_size=1), min_size=1, max_size=8), st.data())
+def test_requests_that_come_go_and_change_places(steps: list[set[int]], data: st.DataObject) -> None:
+    """What stays on the device from step to step is that of these requests and parameters, or sent anew."""
+    histories: dict[int, list[int]] = {}
+    choices = [PARAMS, SamplingParams(repetition_penalty=0.5), SamplingParams(presence_penalty=1.0)]
+    params: dict[int, SamplingParams] = {}
+    with FakeCuda():
+        penalties = Penalties(2)
+        for present in steps:
+            rows = []
+            for name in data.draw(st.permutations(sorted(present))):
+                known = histories.setdefault(name, [name, 3, name])
+                if name not in params or data.draw(st.booleans()):
+                    params[name] = data.draw(st.sampled_from(choices))
+                rows.append(SequenceWork(str(name), -1, [0], 0, [0], True, params[name], 0, known, 2))
+            scores = torch.linspace(-2, 2, len(rows) * VOCAB).view(-1, VOCAB)
+            there = scores.to("cuda")
+            penalties.apply(there, rows)
+            Penalties().apply(scores, [row._replace(history=list(row.history)) for row in rows])
+            for mine, plain in zip(there.tolist(), scores.tolist(), strict=True):
+                assert mine == pytest.approx(plain, rel=1e-6)
+            for name in present:
+                histories[name].append(data.draw(st.integers(0, VOCAB - 1)))
+            if data.draw(st.booleans()):  # another request of the same id
+                histories.pop(next(iter(present)))
