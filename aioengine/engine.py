@@ -462,7 +462,9 @@ class AsyncEngine:
                 size, lambda: tokenize_pair(tokenizer, first, second, limit), tenant
             )
 
-        return await score(complete, query, documents, labels=labels, pair=pair)
+        return await score(
+            complete, query, documents, labels=labels, pair=pair, work=self.text_work, tenant=tenant
+        )
 
     async def head_labels(self, adapter: str) -> int:
         """Return how many labels an adapter's head has; 0 without one. Loads the adapter if it has not been

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from array import array
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TypeVar
@@ -21,8 +22,11 @@ from aioengine.request import (
 )
 from aioengine.runtime.output import RequestOutput
 from aioengine.runtime.tasks import together
+from aioengine.runtime.text_work import SHORT, TextWork
 
 if TYPE_CHECKING:
+    import torch
+
     from aioengine.model.text.tokenizer import Tokenizer
 
 MAX_DOCUMENTS = 1024
@@ -51,8 +55,7 @@ def embedding_of(output: RequestOutput, *, normalize: bool, dimensions: int | No
         check_dimensions(dimensions, len(vector))
         vector = vector[:dimensions]
     if normalize:
-        length = math.sqrt(math.fsum(x * x for x in vector))
-        vector = [x / max(length, 1e-12) for x in vector]
+        vector = _unit(vector).tolist()
     return Embedding(vector=vector, prompt_tokens=output.prompt_tokens, adapter=output.adapter)
 
 
@@ -79,12 +82,23 @@ def probabilities_of(logits: Sequence[float]) -> list[float]:
         return [sigmoid(logits[0])]
     top = max(logits)
     weights = [math.exp(logit - top) for logit in logits]
-    return [weight / math.fsum(weights) for weight in weights]
+    total = math.fsum(weights)
+    return [weight / total for weight in weights]
 
 
-def cosine(a: Sequence[float], b: Sequence[float]) -> float:
-    lengths = math.sqrt(math.fsum(x * x for x in a) * math.fsum(x * x for x in b))
-    return math.fsum(x * y for x, y in zip(a, b, strict=True)) / max(lengths, 1e-12)
+def cosines(vectors: Sequence[Sequence[float]], pairs: Sequence[tuple[int, int]]) -> list[float]:
+    """Return the cosine of each pair of vectors, which are given by their indices. There may be thousands, so
+    nothing is done number by number in Python. Blocking."""
+    units = [_unit(vector) for vector in vectors]
+    return [units[first].dot(units[second]).item() for first, second in pairs]
+
+
+def _unit(vector: Sequence[float]) -> torch.Tensor:
+    """Return the vector with length 1: float64 [numbers]."""
+    import torch  # here, because importing the package does not load it
+
+    values = torch.frombuffer(array("d", vector), dtype=torch.float64)
+    return values.div_(values.norm().clamp_(min=1e-12))
 
 
 def sigmoid(x: float) -> float:
@@ -115,9 +129,12 @@ async def score(
     *,
     labels: int,
     pair: Callable[[str, str], Awaitable[list[int]]],
+    work: TextWork,
+    tenant: str | None,
 ) -> Scores:
     """Score documents against a query. With a head of one label, the head scores each pair (a cross-encoder).
-    Without a head, the score is the cosine of the two vectors. ``pair`` tokenizes two texts together."""
+    Without a head, the score is the cosine of the two vectors, computed in the threads of ``work``. ``pair``
+    tokenizes two texts together."""
     if labels > 1:
         raise RequestInvalid(
             f"the adapter's head has {labels} labels, but a score needs a head of one label, or none; use "
@@ -132,11 +149,13 @@ async def score(
             adapter=outputs[0].adapter if outputs else None,
         )
     outputs = await together([complete(text, pooling_params(None)) for text in (query, *documents)])
-    first, *others = outputs
+    vectors = [output.pooled or [] for output in outputs]
+    pairs = [(0, index) for index in range(1, len(outputs))]
+    size = SHORT + sum(map(len, vectors))
     return Scores(
-        scores=[cosine(first.pooled or [], other.pooled or []) for other in others],
+        scores=await work.run(size, lambda: cosines(vectors, pairs), tenant),
         prompt_tokens=sum(output.prompt_tokens for output in outputs),
-        adapter=first.adapter,
+        adapter=outputs[0].adapter,
     )
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import random
+import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +21,7 @@ from support.tiny_models import ALL_MODULES
 
 from aioengine import AsyncEngine, SamplingParams
 from aioengine.errors import AdapterInvalid, AdapterNotFound, AioEngineError, RequestInvalid
+from aioengine.runtime.vectors import cosines
 
 PROMPTS = [prompt_of(i, length) for i, length in enumerate((1, 5, 9, 30))]
 
@@ -271,3 +274,28 @@ async def test_bad_pooling_configuration(
         await engine.load_adapter("x", tmp_path)
         raw = await engine.embed(PROMPTS[2], "x", normalize=False)
         close(raw.vector, embedder.states(PROMPTS[2])[0])
+
+
+@pytest.mark.parametrize("numbers", [16, 4096])
+def test_long_vectors_take_no_more_python_calls_than_short_ones(numbers: int) -> None:
+    draw = random.Random(numbers)
+    vectors = [[draw.gauss(0, 1) for _ in range(numbers)] for _ in range(9)]
+    vectors += [[0.0] * numbers]
+    pairs = [(draw.randrange(10), draw.randrange(10)) for _ in range(40)]
+    cosines([[1.0, 2.0]], [(0, 0)])  # what is imported first does not count
+    calls = 0
+
+    def count(*_: object) -> None:
+        nonlocal calls
+        calls += 1
+
+    sys.setprofile(count)
+    try:
+        found = cosines(vectors, pairs)
+    finally:
+        sys.setprofile(None)
+    assert calls < 20 * (len(vectors) + len(pairs))
+    for (first, second), value in zip(pairs, found, strict=True):
+        a, b = (torch.tensor(vectors[index], dtype=torch.float64) for index in (first, second))
+        lengths = a.norm() * b.norm()
+        assert value == pytest.approx(0.0 if lengths == 0 else (a @ b / lengths).item(), abs=1e-12)

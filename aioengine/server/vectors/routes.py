@@ -16,7 +16,7 @@ from litestar.response import Response
 from aioengine.runtime.output import RequestOutput
 from aioengine.runtime.vectors import (
     classification_of,
-    cosine,
+    cosines,
     embedding_of,
     pooling_params,
     sigmoid,
@@ -61,7 +61,7 @@ def vector_routes(context: Context) -> list[HTTPRouteHandler]:
         record = record_of(request)
         prompts = await _prompts(context, data, data.input, record)
 
-        def vector(output: RequestOutput) -> list[float] | str:
+        def vector(output: RequestOutput) -> Any:
             found = embedding_of(output, normalize=data.normalize is not False, dimensions=data.dimensions)
             return _encoded(found.vector, data.encoding_format)
 
@@ -98,7 +98,7 @@ def vector_routes(context: Context) -> list[HTTPRouteHandler]:
             return ClassData(
                 index=index,
                 label=found.label,
-                probs=found.probabilities,
+                probs=_encoded(found.probabilities, "float"),
                 num_classes=len(found.probabilities),
             )
 
@@ -227,9 +227,9 @@ async def _scored(
     prompts = await _prompts(context, data, texts, record, most=2 * MAX_INPUTS)
 
     def by_cosine(outputs: Sequence[RequestOutput], id_: str, usage: VectorUsage) -> VectorList | Ranked:
-        vectors = {text: output.pooled or [] for text, output in zip(texts, outputs, strict=True)}
-        scores = [cosine(vectors[a], vectors[b]) for a, b in zip(firsts, seconds, strict=True)]
-        return form(scores, id_, usage)
+        place = {text: index for index, text in enumerate(texts)}
+        pairs = [(place[a], place[b]) for a, b in zip(firsts, seconds, strict=True)]
+        return form(cosines([output.pooled or [] for output in outputs], pairs), id_, usage)
 
     return _handled(context, data, prompts, "auto", by_cosine, record, prefix=prefix)
 
@@ -271,9 +271,11 @@ def _bounded(context: Context, data: VectorFields, prompts: list[list[int]]) -> 
     return prompts
 
 
-def _encoded(vector: Sequence[float], encoding: str | None) -> list[float] | str:
+def _encoded(vector: Sequence[float], encoding: str | None) -> Any:
+    """Encode each vector to JSON by itself, because there may be thousands, and a call for all of them would
+    occupy the interpreter."""
     if encoding != "base64":
-        return list(vector)
+        return msgspec.Raw(msgspec.json.encode(list(vector)))
     return base64.b64encode(struct.pack(f"<{len(vector)}f", *vector)).decode()
 
 
