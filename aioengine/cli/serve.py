@@ -116,7 +116,7 @@ class ServerFlags:
     request_timeout: Annotated[float, _IN_MORE] = 600.0
     """Maximum seconds of a whole request; 0 for no bound."""
     header_timeout: Annotated[float, _IN_MORE] = 10.0
-    """Maximum seconds for a request's headers to arrive."""
+    """Maximum seconds for a request's headers to arrive, and before them for a TLS handshake."""
     read_timeout: Annotated[float, _IN_MORE] = 30.0
     """Maximum seconds between two parts of a request's body, which must then arrive at 16 KiB a second."""
     send_timeout: Annotated[float, _IN_MORE] = 60.0

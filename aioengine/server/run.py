@@ -45,6 +45,7 @@ class ListenSettings(msgspec.Struct, frozen=True, kw_only=True):
     ``X-Forwarded-For`` names; from other senders that header is ignored."""
     max_connections: int = 4096
     header_timeout: float = 10.0
+    """For a TLS handshake, and again for a request's headers."""
     keep_alive: float = 75.0
     """How long a connection may be idle between two requests."""
     tls: Certificate | None = None
@@ -61,13 +62,29 @@ class ListenSettings(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class _Server(EmbeddedServer):
-    def __init__(self, config: uvicorn.Config) -> None:
+    def __init__(self, config: uvicorn.Config, settings: ListenSettings) -> None:
         super().__init__(config)
+        self._settings = settings
         self.listens = asyncio.Event()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
+        await super().startup([])
+        options: dict[str, Any] = {"backlog": _BACKLOG}
+        if self._settings.tls is not None:
+            options["ssl"] = self._settings.tls.context
+            # The protocol's own limit begins after the handshake, for which uvicorn would allow a minute.
+            options["ssl_handshake_timeout"] = self._settings.header_timeout
+        loop = asyncio.get_running_loop()
+        for bound in sockets or ():
+            self.servers.append(await loop.create_server(self._protocol, sock=bound, **options))
         self.listens.set()
+
+    def _protocol(self) -> asyncio.Protocol:
+        kind: Any = self.config.http_protocol_class
+        made: asyncio.Protocol = kind(
+            config=self.config, server_state=self.server_state, app_state=self.lifespan.state
+        )
+        return made
 
 
 def bind(settings: ListenSettings) -> socket.socket:
@@ -115,10 +132,8 @@ async def listening(
             proxy_headers=bool(settings.trusted_proxies),
             forwarded_allow_ips=list(settings.trusted_proxies),
             timeout_keep_alive=settings.keep_alive,  # type: ignore[arg-type] # any number of seconds will do
-            backlog=_BACKLOG,
-            ssl_context_factory=None if tls is None else lambda config, default: tls.context,
         )
-        server = _Server(config)
+        server = _Server(config, settings)
         task = asyncio.get_running_loop().create_task(
             server.serve(sockets=[bound, *same]), name="aioengine-http"
         )

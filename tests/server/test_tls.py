@@ -62,6 +62,16 @@ async def test_a_certificate_is_renewed_while_a_stream_goes_on(tiny_text: Tiny, 
         assert await server.end() == 0
 
 
+async def test_a_handshake_that_does_not_come_is_not_waited_for(tiny_text: Tiny, tmp_path: Path) -> None:
+    cert, key = self_signed(tmp_path, "one")
+    flags = ["--tls-cert", str(cert), "--tls-key", str(key), "--header-timeout", "0.5"]
+    async with serving(tiny_text.model, *flags) as server:
+        reader, writer = await asyncio.open_connection(*server.address)
+        async with asyncio.timeout(50):  # other libraries' own limit is 60 s
+            assert await reader.read() == b""
+        writer.close()
+
+
 def test_files_that_are_no_good_are_named(tmp_path: Path) -> None:
     cert, key = self_signed(tmp_path, "one")
     (tmp_path / "other").mkdir()

@@ -26,7 +26,7 @@ class Serving:
 
     @property
     def address(self) -> tuple[str, int]:
-        host, _, port = self.url.removeprefix("http://").rpartition(":")
+        host, _, port = self.url.partition("://")[2].rpartition(":")
         return host, int(port)
 
     @contextlib.contextmanager
@@ -52,9 +52,11 @@ class Serving:
 
 
 @contextlib.asynccontextmanager
-async def serving(model: Path | str, *flags: str, **environment: str) -> AsyncIterator[Serving]:
-    """Serves ``model`` with small caches; ``flags`` are added, or replace those. Killed at the end if
-    it still runs."""
+async def serving(
+    model: Path | str, *flags: str, module: str = "aioengine", **environment: str
+) -> AsyncIterator[Serving]:
+    """Serves ``model`` with small caches; ``flags`` are added, or replace those. ``module`` is run in place
+    of the program. Killed at the end if it still runs."""
     small = [
         part for pair in zip(SMALL[::2], SMALL[1::2], strict=True) if pair[0] not in flags for part in pair
     ]
@@ -63,7 +65,7 @@ async def serving(model: Path | str, *flags: str, **environment: str) -> AsyncIt
     process = await asyncio.create_subprocess_exec(
         sys.executable,
         "-m",
-        "aioengine",
+        module,
         *arguments,
         env={**os.environ, **environment},
         stderr=asyncio.subprocess.PIPE,
