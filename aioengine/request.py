@@ -351,7 +351,7 @@ def _check_pooling(params: SamplingParams) -> None:
 def _tuple(field: str, value: object) -> tuple[Any, ...]:
     if value is None:
         return ()
-    if not isinstance(value, Sequence) or isinstance(value, str):
+    if not isinstance(value, (tuple, list)) and (isinstance(value, str) or not isinstance(value, Sequence)):
         raise RequestInvalid(f"{field}={value!r}: must be a list")
     return tuple(value)
 
