@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import random
+import sys
 import time
 from typing import Any
 
@@ -203,6 +204,13 @@ async def wrong_keys(target: Target) -> str:
     return f"{statuses(answers)}; {lines} lines in the log"
 
 
+async def log_unread(target: Target) -> str:
+    """Send 600 requests, whose log lines are more than a pipe holds, while nobody reads the log."""
+    with target.served.unread():
+        found = [await target.http.get("/v1/models") for _ in range(600)]
+    return statuses(found)
+
+
 async def address_flood(target: Target) -> str:
     """Send 1,500 requests from one address; the client that streams has another."""
     body = {"max_tokens": 200, "ignore_eos": True}
@@ -274,6 +282,21 @@ async def many_connections(target: Target) -> str:
 
     seen = await asyncio.gather(*(one() for _ in range(1_500)))
     return ", ".join(f"{status} ({seen.count(status)}x)" for status in sorted(set(seen)))
+
+
+async def made_up(target: Target) -> str:
+    """Send requests of all kinds for 20 seconds, from a process of its own."""
+    words = ("-m", "benchmarks.attacks.made_up", target.served.url, MODEL, "--key", "key-of-a")
+    process = await asyncio.create_subprocess_exec(sys.executable, *words, stdout=asyncio.subprocess.PIPE)
+    report = json.loads((await process.communicate())[0])
+    if report["wrong"]:
+        raise ValueError("; ".join(report["wrong"][:3]))
+    return ", ".join(f"{status} ({count}x)" for status, count in sorted(report["statuses"].items()))
+
+
+async def many_vectors(target: Target) -> str:
+    inputs = [[100 + i % 1_000, 200] for i in range(2_048)]
+    return statuses([await target.post("/v1/embeddings", {"input": inputs, "encoding_format": "float"})])
 
 
 async def quadratic_chat(target: Target) -> str:

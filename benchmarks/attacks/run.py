@@ -9,7 +9,8 @@ bystander, the server's answers to the attacker, and the memory that the server 
     make attack ARGS="--only grammar prompt"
 
 The exit status is 1 if the bystander waited for more than a second or got another text, or if the server
-ended or took more memory than this attack may take. Needs tests/ on the path, for the bystander.
+ended, held its event loop for too long or took more memory than this attack may take. Needs tests/ on the
+path, for the bystander.
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ from benchmarks.attacks.target import MODEL, Target, attacked
 
 LARGEST_GAP = 1.0
 """Seconds."""
+LONGEST_HOLD = 0.5
+"""Seconds of processor time that the server's event loop may spend on one thing."""
 STRANGER = "127.0.0.2"
 """The bystander's address. Without keys, clients are told apart by their addresses."""
 AFTERWARDS = 1.0
@@ -70,6 +73,7 @@ ATTACKS = [
     Attack("A4 10 streams with 1 M ignored objects each", requests.ignored_fields, "+596 MB", memory=200),
     Attack("A4 2.6 M lists in the arguments of a call", requests.lists_in_arguments, "5,860 ms, when busy"),
     Attack("A4 200,000 log-probabilities", requests.many_logprobs, "1,324 ms, when busy"),
+    Attack("A4 2,048 vectors", requests.many_vectors, "not measured"),
     Attack("A5 30 x 13,900 pipelined requests", requests.pipelined, "5,501 ms; /health in 20.6 s"),
     Attack("A6 150 bodies that stop short of 8 MB", requests.bodies_in_flight, "+1,082 MB"),
     Attack(
@@ -84,6 +88,7 @@ ATTACKS = [
     Attack("A9 300 prompts with salts of their own", requests.unique_salts, "not measured", memory=1100),
     Attack("A10 where are the adapters?", requests.paths_of_models, "absolute paths"),
     Attack("A10 2,000 wrong keys", requests.wrong_keys, "401 and a log line each", keys=True),
+    Attack("A10b log that nobody reads", requests.log_unread, "no answers after request 178"),
     Attack("A11 streams begun and cut off, 60 at a time", requests.streams_cut_off, "not measured"),
     Attack("A11 30 connections whose requests are refused", requests.refused_requests, "not measured"),
     Attack("A11 1,500 connections at once, each asks", requests.many_connections, "not measured"),
@@ -93,6 +98,7 @@ ATTACKS = [
         "not measured",
         template=requests.QUADRATIC,
     ),
+    Attack("A13 made-up requests and uploads, sent badly", requests.made_up, "not measured"),
     Attack("B11 backtracking pattern in a config", folders.patterns, "for ever"),
     Attack("B12 tensor of 40,000 dimensions (0.8 MB)", folders.many_dimensions, "5,596 ms"),
     Attack("B13 `.bin` of 2 MB with 2 GB of zeros", folders.zip_bomb, "8,567 ms, +2 GB"),
@@ -133,6 +139,7 @@ class Peak:
 async def row(attack: Attack, target: Target) -> tuple[str, str]:
     """Return its row of the table, and what is wrong."""
     peak = Peak(target.served.process.pid)
+    target.held.take()
     watching = asyncio.create_task(peak.watch())
     wrong = ""
     try:
@@ -145,6 +152,7 @@ async def row(attack: Attack, target: Target) -> tuple[str, str]:
             except (httpx.HTTPError, OSError, TimeoutError) as error:
                 answer = wrong = f"no answer: {error!r}"
         seen.check(LARGEST_GAP)
+        assert target.held.take().busy < LONGEST_HOLD, "the event loop was held"
     except (AssertionError, OSError, ValueError) as error:
         wrong = str(error)
     watching.cancel()

@@ -13,12 +13,17 @@ from typing import Any
 import httpx
 from support.server_process import Serving, serving
 
+from benchmarks.attacks import watched
+from benchmarks.attacks.watched import Held
+
 MODEL = "smollm2-135m"
 EXAMPLE = Path(__file__).parents[2] / "examples" / "adapters" / "sql"
 FLAGS = {
     "--max-model-len": "8192",
     "--kv-cache-memory": "1GiB",
     "--max-body-bytes": "8388608",  # so that bodies of all sizes get past that bound
+    "--max-upload-bytes": "8388608",
+    "--default-max-tokens": "200",
     "--max-loras": "4",
     "--max-lora-rank": "64",
     "--dtype": "auto",
@@ -34,11 +39,12 @@ def key(who: str) -> dict[str, str]:
 class Target:
     """A server under attack."""
 
-    def __init__(self, served: Serving, root: Path, http: httpx.AsyncClient) -> None:
+    def __init__(self, served: Serving, root: Path, http: httpx.AsyncClient, held: Held) -> None:
         self.served = served
         self.root = root
         """Folder of its adapters."""
         self.http = http
+        self.held = held
 
     async def post(self, path: str, body: Any, **options: Any) -> httpx.Response:
         content = body if isinstance(body, bytes) else json.dumps({"model": MODEL, **body})
@@ -63,14 +69,15 @@ class Target:
 async def attacked(*flags: str, template: str | None = None) -> AsyncIterator[Target]:
     """Serve the model with ``flags`` added, a folder for adapters, and possibly another chat template."""
     words = [word for pair in FLAGS.items() for word in pair]
-    with tempfile.TemporaryDirectory() as folder:
-        root = Path(folder)
+    with tempfile.TemporaryDirectory() as folder, tempfile.NamedTemporaryFile() as file:
+        root, held = Path(folder), Held(Path(file.name))
         if template is not None:
-            file = root / "template.jinja"
-            file.write_text(template)
-            flags = (*flags, "--chat-template", str(file))
+            given = root / "template.jinja"
+            given.write_text(template)
+            flags = (*flags, "--chat-template", str(given))
+        words += ["--adapter-root", folder, *flags]
         async with (
-            serving(MODEL, *words, "--adapter-root", folder, *flags) as served,
+            serving(MODEL, *words, module=watched.__name__, **{watched.FILE: file.name}) as served,
             httpx.AsyncClient(
                 base_url=served.url,
                 headers=key("a"),
@@ -79,7 +86,7 @@ async def attacked(*flags: str, template: str | None = None) -> AsyncIterator[Ta
                 limits=httpx.Limits(max_connections=None),
             ) as http,
         ):
-            yield Target(served, root, http)
+            yield Target(served, root, http, held)
 
 
 def filled(before: str, part: str, after: str, size: int = 8_000_000) -> bytes:
