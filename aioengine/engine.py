@@ -344,11 +344,9 @@ class AsyncEngine:
             EngineStopped, EngineDead: The engine is not, or no longer, running.
         """
         self._check_running()
-        is_name = adapter is None or isinstance(adapter, str)  # first: it is so nearly always, and quicker
-        mix = adapter if not is_name and isinstance(adapter, Mapping) else None
         options = RequestOptions(
-            adapter=adapter if mix is None else None,
-            mix=mix,
+            adapter=None if isinstance(adapter, Mapping) else adapter,
+            mix=adapter if isinstance(adapter, Mapping) else None,
             priority=priority,
             deadline=deadline,
             tenant=tenant,

@@ -33,10 +33,12 @@ _place = itemgetter(0, 1)
 class Client:
     """The waiting and running requests of one client."""
 
-    __slots__ = ("first", "heads", "held", "in_slots", "name", "open", "queues", "running", "runs_on")
+    __slots__ = ("first", "heads", "held", "in_slots", "name", "open", "queues", "running", "runs_on", "turn")
 
-    def __init__(self, name: Hashable) -> None:
+    def __init__(self, name: Hashable, turn: int = 0) -> None:
         self.name = name
+        self.turn = turn
+        """Number of all clients' admissions up to its own last one, or up to its coming."""
         self.queues: dict[Adapter, SortedList[Waiting]] = {}
         """Queues by adapter, in order of arrival; none is empty."""
         self.heads: SortedList[tuple[Waiting, Adapter]] = SortedList(key=lambda head: head[0][:2])
@@ -121,17 +123,15 @@ class Clients:
     """All clients that have requests, by name, and the order of their turns.
 
     Fed by ``on_event``; a change costs O(log waiting), and a change of a slot O(log clients) for each client
-    that waits for its adapter. ``sync`` reads everything again if the policy has missed events.
-
-    Args:
-        client_of: Returns the client of a request; called once for each.
+    that waits for its adapter. ``sync`` reads everything again if the policy has missed events. ``client_of``
+    returns the client of a request; it is called once for each.
     """
 
     def __init__(self, client_of: Callable[[RequestView], Hashable]) -> None:
         self._client_of = client_of
         self._stale = True
         """Whether the state is incomplete, for example because this object was made late."""
-        self._count = 0
+        self._count = self._turns = 0
         self._clear()
 
     def _clear(self) -> None:
@@ -141,7 +141,8 @@ class Clients:
         self._waiting_for: dict[Adapter, dict[Client, None]] = {}
         self._running_on: dict[Adapter, dict[Client, None]] = {}
         self.ready: SortedList[Client] = SortedList(key=rank)
-        """Clients with a request that could be admitted, the one with the fewest running requests first."""
+        """Clients with a request that could be admitted: the one with the fewest running requests first, of
+        equal ones (requests may end within a step) the one whose turn is longest ago."""
         self.cold: SortedList[Client] = SortedList(key=_slot_rank)
         """Clients that wait for an adapter in no slot, the one with the fewest slots first."""
         self.using_adapters = 0
@@ -255,7 +256,7 @@ class Clients:
             name = self._client_of(request)
             client = self.by_name.get(name)
             if client is None:
-                client = self.by_name[name] = Client(name)
+                client = self.by_name[name] = Client(name, self._turns)
                 _count(self.running_counts, 0, 1)
                 self._hold_list(client, 0, 1)
             entry = Waiting(request.arrival, self._count, request)
@@ -319,6 +320,8 @@ class Clients:
             if adapter not in client.queues:
                 _forget(self._waiting_for, adapter, client)
         if kind == "request_admitted":
+            self._turns += 1
+            client.turn = self._turns
             client.running[request_id] = entry.request
             client.runs_on[adapter] = client.runs_on.get(adapter, 0) + 1
             self._running_on.setdefault(adapter, {})[client] = None
@@ -374,17 +377,15 @@ class Clients:
                 yield from (name for name in client.runs_on if name in self.in_slots)
 
 
-def rank(client: Client) -> tuple[int, float, int]:
-    """Return (running requests, arrival of the first waiting one, its number), the order of turns."""
-    first = client.first
-    assert first is not None
-    return len(client.running), first.arrival, first.number
+def rank(client: Client) -> tuple[int, int, float, int]:
+    """Return (running requests, last turn, arrival of the first waiting one, its number)."""
+    assert client.first is not None
+    return len(client.running), client.turn, *client.first[:2]
 
 
 def _slot_rank(client: Client) -> tuple[int, float, int]:
-    first = client.first
-    assert first is not None
-    return client.held, first.arrival, first.number
+    _, _, arrival, number = rank(client)
+    return client.held, arrival, number
 
 
 def _count(counts: dict[int, int], value: int, more: int) -> None:

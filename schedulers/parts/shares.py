@@ -9,7 +9,6 @@ one's tokens again, so that most steps make progress.
 
 from __future__ import annotations
 
-from bisect import insort
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from heapq import heapify, heappop, heappush, heapreplace
@@ -108,36 +107,32 @@ class Shares:
         requests count as running."""
         ranked = iter(self.clients.ready)
         following = next(ranked, None)
-        heap: list[tuple[int, float, int, Iterator[Waiting]]] = []
+        heap: list[tuple[int, int, float, int, Iterator[Waiting]]] = []
         chosen: list[RequestView] = []
         while len(chosen) < limit:
-            if following is not None and (not heap or rank(following) < heap[0][:3]):
+            if following is not None and (not heap or rank(following) < heap[0][:4]):
                 heappush(heap, (*rank(following), following.waiting_for(names)))
                 following = next(ranked, None)
             elif heap:
-                running, arrival, number, waiting = heap[0]
+                running, turn, arrival, number, waiting = heap[0]
                 entry = next(waiting, None)
                 if entry is None:
                     heappop(heap)
                 else:
                     chosen.append(entry.request)
-                    heapreplace(heap, (running + 1, arrival, number, waiting))
+                    heapreplace(heap, (running + 1, turn, arrival, number, waiting))
             else:
                 break
         return chosen
 
     def _of_who_has_none(self, names: AbstractSet[str | None], limit: int) -> list[RequestView]:
-        """Yield the oldest request of each tenant without a running request, if the ordering lets it go
-        first."""
-        found: list[Waiting] = []
-        for client in takewhile(lambda client: not client.running, self.clients.ready):
-            assert client.first is not None
-            if len(found) >= limit and client.first[:2] > found[limit - 1][:2]:
-                break  # later clients wait for even younger requests
-            entry = next(client.waiting_for(names))
-            if self._order.may_go_first(entry.request):
-                insort(found, entry, key=lambda entry: entry[:2])
-        return [entry.request for entry in found[:limit]]
+        """Return the oldest request of each tenant without a running request, in turn, if the ordering lets
+        it go first."""
+        firsts = (
+            next(client.waiting_for(names)).request
+            for client in takewhile(lambda client: not client.running, self.clients.ready)
+        )
+        return list(islice(filter(self._order.may_go_first, firsts), limit))
 
     def _make_room(
         self, view: SchedulerView, request: RequestView, seqs: int, gone: Sequence[str]

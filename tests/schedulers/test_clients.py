@@ -8,7 +8,7 @@ from typing import Any
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aioengine.schedulers.parts.clients import Client, Clients, Waiting
+from aioengine.schedulers.parts.clients import Client, Clients, Waiting, rank
 from aioengine.schedulers.policy import PolicyEvent
 
 NAMES = [None, "x", "y", "z"]
@@ -34,7 +34,7 @@ def shown(clients: Clients) -> dict[str, Any]:
 
     return {
         "clients": {of(client) for client in clients.by_name.values()},
-        "ready": [client.name for client in clients.ready],
+        "ready": {client.name for client in clients.ready},
         "cold": [client.name for client in clients.cold],
         "idle": set(clients.idle),
         "using": clients.using_adapters,
@@ -107,6 +107,8 @@ def test_what_events_kept_is_what_reading_anew_finds(ops: list[tuple[str, int, i
             if any(name not in {r.adapter for r in view.running} for name in slots):
                 del found[of_first_waiter], expected[of_first_waiter]  # who began to wait first is not known
         assert found == expected
+        ready = [rank(client) for client in clients.ready]
+        assert ready == sorted(ready)
         assert sum(clients.running_counts.values()) == len(clients.by_name)
 
 

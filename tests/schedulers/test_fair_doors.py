@@ -156,6 +156,25 @@ def test_one_request_is_served_soon_while_another_tenant_floods(
             assert all(b <= BOUND * a for a, b in zip(alone, beside, strict=True))
 
 
+@pytest.mark.parametrize("policy", ["fcfs", "vtc", "drr"])
+@pytest.mark.parametrize("others", [1, 5])
+def test_tenants_whose_requests_end_with_their_first_step_take_turns(policy: str, others: int) -> None:
+    """Nobody has more running requests then, so their number alone would let the longest queue go first."""
+    sim = StrictSim(LIMITS._replace(max_num_seqs=1), load_policy(policy))
+    for i in range(300):
+        sim.add(prompt=[5, 6, 7 + i], max_tokens=1, tenant=f"a{i % others}")
+    for i in range(10):
+        waiting = sim.add(prompt=[5, 6, 7], max_tokens=1, tenant="b")
+        for _ in range(others + 2):
+            sim.settle()
+        assert waiting.id in sim.ended, f"the {i}th has to wait"
+    late = sim.add(prompt=[5, 6, 7], max_tokens=1, tenant="c")
+    for i in range(2 * others + 4):  # tenants that come anew all the time do not shut it out
+        sim.add(prompt=[8 + i], max_tokens=1, tenant=f"n{i}")
+        sim.settle()
+    assert late.id in sim.ended
+
+
 def test_the_case_is_one() -> None:
     beside, _ = seconds_of("fcfs:fair=false", FLOODS["sequences"], None)
     assert beside[0] > 100 * 0.41
