@@ -226,8 +226,11 @@ class BlockManager:
 
     def pin(self, tenant: str | None, hashes: Sequence[bytes], seconds: float, now: float) -> int:
         """Keep the contents of a prefix until ``seconds`` after its last use, as far as they are cached and
-        the bounds on pins allow. Returns how many of its blocks, from the first on, are pinned then."""
-        prefix = hashes[: _leading(hashes, self._block_of)]
+        the bounds on pins allow. Returns how many of its blocks, from the first on, are pinned then. Those
+        that are :meth:`unseen` behind it count, although they need no pin."""
+        unseen = self.unseen(len(hashes) * self.block_size)
+        needed = [*hashes[:1], *hashes[1 + unseen :]]
+        prefix = needed[: _leading(needed, self._block_of)]
         self._unpinned(self.pins.pin(tenant, prefix, seconds, now))
         count = _leading(prefix, self.pins)
         for digest in reversed(prefix[:count]):
@@ -235,7 +238,7 @@ class BlockManager:
             if block in self._free:
                 del self._free[block]
                 self._kept[block] = None
-        return count
+        return count + unseen if count == len(needed) else min(count, 1) if unseen else count
 
     def use(self, hashes: Sequence[bytes], now: float) -> None:
         """Note a use of pinned contents, which are kept longer then."""

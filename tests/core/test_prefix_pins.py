@@ -150,6 +150,19 @@ def test_a_bound_of_each_tenant_holds_although_nobody_else_pins() -> None:
     assert first.pinned_tokens == 8 and sim.core.blocks.pins.count("a") == 2
 
 
+def test_behind_a_window_only_what_is_seen_is_pinned() -> None:
+    sim = CoreSim(PINNING._replace(window=6, num_blocks=20))
+    prompt = list(range(2, 43))
+    first = asks(sim, prompt, 36)
+    sim.run()
+    assert first.pinned_tokens == 36
+    assert len(sim.core.blocks.pins) == 3, "the first block, and two that the window reaches"
+    flood(sim)
+    again = asks(sim, prompt)
+    sim.run()
+    assert again.cached_tokens == 36
+
+
 def test_without_a_prefix_cache_nothing_is_pinned() -> None:
     for limits in (PINNING._replace(prefix_caching=False), LIMITS):
         sim = CoreSim(limits)
