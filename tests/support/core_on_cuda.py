@@ -29,6 +29,7 @@ from aioengine.model.files.hf_config import read_spec
 from aioengine.model.runner import ModelRunner
 from aioengine.model.slots.image import AdapterImage
 from aioengine.model.slots.pinned import PinnedSlabs
+from aioengine.schedulers import Decision, SchedulerView
 from aioengine.schedulers.policies.fcfs import FCFS
 from aioengine.step import StepBatch, StepResult
 
@@ -43,6 +44,21 @@ class Queued(NamedTuple):
 
     batch: StepBatch
     told: Clock
+
+
+class Preempting(FCFS):
+    """FCFS that takes a running request off the batch now and then."""
+
+    def __init__(self, rng: random.Random) -> None:
+        super().__init__(max_wait=0.05)
+        self._rng = rng
+
+    def schedule(self, view: SchedulerView) -> Decision:
+        decision = super().schedule(view)
+        running = sorted(request.request_id for request in view.running)
+        if not running or self._rng.random() > 0.4:
+            return decision
+        return decision._replace(preempt=[self._rng.choice(running)])
 
 
 class CudaSim(CoreSim):
@@ -69,7 +85,7 @@ class CudaSim(CoreSim):
             shared_block_bytes=block_bytes if shared else None,
             slot_memory=60_000 // 256 * 256 if slots == "shared by adapters" else None,
         )  # fmt: skip
-        super().__init__(limits, FCFS(max_wait=0.05))
+        super().__init__(limits, Preempting(rng))
         self.memory = None  # the runner has the memory
         self.images: dict[int, AdapterImage] = {}
         self.queued: deque[Queued] = deque()
