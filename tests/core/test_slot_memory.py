@@ -25,13 +25,14 @@ class Scripted(SchedulerPolicy):
 
     def __init__(self) -> None:
         self.next = Decision()
-        self.admit: list[str] = []
+        self.admits = True
         self.view: SchedulerView | None = None
 
     def schedule(self, view: SchedulerView) -> Decision:
         self.view = view
         decision, self.next = self.next, Decision()
-        return decision._replace(admit=[request.request_id for request in view.waiting])
+        admit = [request.request_id for request in view.waiting] if self.admits else []
+        return decision._replace(admit=admit)
 
 
 class Sim(CoreSim):
@@ -101,6 +102,24 @@ def test_victims_go_in_the_policys_order_and_only_as_many_as_it_takes() -> None:
     sim.read(y=2)
     assert sim.decide(["y"], evict=["b", "a"]) == []
     assert sim.layout == "aayyxxxx"
+
+
+@pytest.mark.parametrize("evict", [["a"], []])
+def test_who_gives_its_slot_to_one_on_disk_leaves_the_cpu_cache_too(evict: list[str]) -> None:
+    sim = Sim(ELASTIC._replace(cpu_max_bytes=6 * GRANULE))
+    sim.read(b=4)
+    sim.read(a=4)
+    sim.decide(["a"])
+    assert sim.core.residency.current["b"].location is Location.DISK, "there is no room for both"
+    sim.policy.admits = False
+    sim.add("a")
+    sim.now += 1
+    sim.add("b")
+    sim.decide(["b"], evict=evict)
+    assert [entry.name for entry in sim.loads] == (["b"] if evict else []), "else the first keeps it"
+    while sim.loads:
+        sim.finish_load()
+    sim.core.check()
 
 
 def test_what_is_busy_or_pinned_never_leaves() -> None:

@@ -13,7 +13,7 @@ reserves only a place, and room for its bytes is made when it arrives.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 from aioengine.core.state import AdapterEntry
 from aioengine.errors import AdapterTooLarge
@@ -101,7 +101,7 @@ class CpuCache:
         )
 
     def victims(
-        self, newcomer: AdapterEntry, now: float, keep: set[int], offered: AdapterEntry | None = None
+        self, newcomer: AdapterEntry, now: float, keep: set[int], offered: Collection[AdapterEntry] = ()
     ) -> list[AdapterEntry] | None:
         """Adapters to evict, in order, so that ``newcomer`` fits; None if it cannot fit now.
 
@@ -111,7 +111,7 @@ class CpuCache:
         each group, adapters that no request waits for come before those that only later requests wait for;
         ``Order`` decides among equals. Adapters in slots whose uid is in ``keep`` stay, because this step
         admits requests to them. Adapters that earlier requests wait for stay too, unless their tenant has
-        more than its share, or the adapter is ``offered``: the policy gives its slot to the newcomer.
+        more than its share, or they are ``offered``: the policy gives their slots to the newcomer.
         """
         here = newcomer.uid in self.entries
         size = 0 if here else self._reserved(newcomer)
@@ -126,7 +126,7 @@ class CpuCache:
                 continue
             needed = entry.needed_since
             earlier = needed is not None and needed <= limit
-            if earlier and entry is not offered:
+            if earlier and entry not in offered:
                 beyond = self._beyond_their_share(newcomer) if beyond is None else beyond
                 if entry.uid not in beyond:
                     continue

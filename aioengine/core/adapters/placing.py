@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from itertools import chain
 
 from aioengine.core.adapters.arena import rounded
@@ -140,7 +140,7 @@ class Placing:
             return "place_already_placed"
         if entry.location is not Location.CPU:
             if entry.location is Location.DISK:
-                self._residency.start_load(entry, now, admitting, self._offered(place))
+                self._residency.start_load(entry, now, admitting, self._offered(place, given))
             return None
         slot: Slot | None = None
         if place.slot is not None:
@@ -204,11 +204,14 @@ class Placing:
         self._residency.start_copy(entry, slot, now, window)
         return None
 
-    def _offered(self, place: Place) -> AdapterEntry | None:
-        """Return the adapter whose slot the policy gives to the newcomer. It may leave the CPU cache too.
-        Otherwise each could wait for the other for ever."""
-        known = place.slot is not None and 0 <= place.slot < len(self._slots.slots)
-        return self._slots.slots[place.slot].entry if known and place.slot is not None else None
+    def _offered(self, place: Place, given: _GivenUp) -> Collection[AdapterEntry]:
+        """Return the adapters whose slots the policy gives to the newcomer: they may leave the CPU cache,
+        too. Otherwise each could wait for the other for ever."""
+        if place.slot is None:
+            return [entry for entry in given.entries if entry.slot is not None]
+        known = 0 <= place.slot < len(self._slots.slots)
+        entry = self._slots.slots[place.slot].entry if known else None
+        return () if entry is None else (entry,)
 
 
 class _GivenUp:
@@ -217,7 +220,7 @@ class _GivenUp:
     def __init__(
         self, entries: Sequence[AdapterEntry], slots: SlotTable, admitting: set[int], refused: list[Refusal]
     ) -> None:
-        self._entries = entries
+        self.entries = entries
         self._slots = slots
         self._admitting = admitting
         self._refused = refused
@@ -233,7 +236,7 @@ class _GivenUp:
     def slots(self) -> Iterator[Slot]:
         """Yield the slots that may be emptied now. A request may have started in one since the policy
         decided."""
-        for entry in self._entries:
+        for entry in self.entries:
             if entry.slot is None:
                 continue
             slot = self._slots.slots[entry.slot]

@@ -9,7 +9,7 @@ the others leave.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 from aioengine import events
 from aioengine.core.adapters.arena import Arena, Window, rounded
@@ -214,10 +214,11 @@ class Residency:
                 self.start_load(entry, now, keep)
 
     def start_load(
-        self, entry: AdapterEntry, now: float, keep: set[int], offered: AdapterEntry | None = None
+        self, entry: AdapterEntry, now: float, keep: set[int], offered: Collection[AdapterEntry] = ()
     ) -> str | None:
         """Begin a read, evicting others if needed, but no adapter whose uid is in ``keep`` from its slot.
-        Returns the reason if it cannot begin. ``offered`` may be evicted even if requests wait for it."""
+        Returns the reason if it cannot begin. Those ``offered`` may be evicted even if requests wait for
+        them."""
         if entry.location is not Location.DISK:
             return "already_loaded"
         if entry.error is not None and entry.needed_since is None:
@@ -234,7 +235,7 @@ class Residency:
         return None
 
     def _make_room(
-        self, entry: AdapterEntry, now: float, keep: set[int], offered: AdapterEntry | None = None
+        self, entry: AdapterEntry, now: float, keep: set[int], offered: Collection[AdapterEntry] = ()
     ) -> bool:
         victims = self.cpu.victims(entry, now, keep, offered)
         for victim in victims or ():
