@@ -16,7 +16,7 @@ from aioengine.adapters.loader import AdapterLoader
 from aioengine.errors import DeviceError, EngineDead
 from aioengine.executors.base import Device
 from aioengine.memory_plan import MemoryPlan, memory_taken
-from aioengine.model.cuda.failures import typed_failures
+from aioengine.model.cuda.failures import copy_error, typed_failures
 from aioengine.step import LoadedAdapter, ReadOrder, StepBatch, StepResult
 
 if TYPE_CHECKING:
@@ -97,8 +97,13 @@ class ThreadDevice(Device):
         slots = self.runner.lora_slots
         assert slots is not None, "a slot was written while LoRA is off"
         start = time.perf_counter()
-        with typed_failures():
+        try:
             slots.write(slot, adapter, offset)
+        except Exception as error:
+            found = copy_error(error)
+            if found is None:
+                raise
+            raise found from error
         return time.perf_counter() - start
 
     async def memory_taken(self, plan: MemoryPlan) -> int | None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from array import array
 from collections.abc import Awaitable, Callable, Sequence
+from operator import mul
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
@@ -25,8 +25,6 @@ from aioengine.runtime.tasks import together
 from aioengine.runtime.text_work import SHORT, TextWork
 
 if TYPE_CHECKING:
-    import torch
-
     from aioengine.model.text.tokenizer import Tokenizer
 
 MAX_DOCUMENTS = 1024
@@ -55,7 +53,8 @@ def embedding_of(output: RequestOutput, *, normalize: bool, dimensions: int | No
         check_dimensions(dimensions, len(vector))
         vector = vector[:dimensions]
     if normalize:
-        vector = _unit(vector).tolist()
+        norm = _norm(vector)
+        vector = [number / norm for number in vector]
     return Embedding(vector=vector, prompt_tokens=output.prompt_tokens, adapter=output.adapter)
 
 
@@ -88,17 +87,17 @@ def probabilities_of(logits: Sequence[float]) -> list[float]:
 
 def cosines(vectors: Sequence[Sequence[float]], pairs: Sequence[tuple[int, int]]) -> list[float]:
     """Return the cosine of each pair of vectors, which are given by their indices. There may be thousands, so
-    nothing is done number by number in Python. Blocking."""
-    units = [_unit(vector) for vector in vectors]
-    return [units[first].dot(units[second]).item() for first, second in pairs]
+    nothing is done number by number in Python; and torch may not be in this process. Blocking."""
+    norms = [_norm(vector) for vector in vectors]
+    return [
+        sum(map(mul, vectors[first], vectors[second])) / (norms[first] * norms[second])
+        for first, second in pairs
+    ]
 
 
-def _unit(vector: Sequence[float]) -> torch.Tensor:
-    """Return the vector with length 1: float64 [numbers]."""
-    import torch  # here, because importing the package does not load it
-
-    values = torch.frombuffer(array("d", vector), dtype=torch.float64)
-    return values.div_(values.norm().clamp_(min=1e-12))
+def _norm(vector: Sequence[float]) -> float:
+    """Return the length, or a small number in place of zero."""
+    return max(math.hypot(*vector), 1e-12)
 
 
 def sigmoid(x: float) -> float:

@@ -74,8 +74,12 @@ class Step(NamedTuple):
 
 
 def gpu_of(name: str) -> Gpu | None:
-    """Return the GPU of a device's name, such as "NVIDIA H100 80GB HBM3"; None if nothing is predicted."""
-    return next((gpu for key, gpu in GPUS.items() if key in name), None)
+    """Return the GPU of a device's name, such as "NVIDIA H100 80GB HBM3"; None if nothing is predicted, as
+    for other boards of the same chip."""
+    words = name.replace("-", " ").split()
+    if not {"PCIe", "NVL", "40GB", "GH200", "MIG"}.isdisjoint(words):
+        return None
+    return next((gpu for key, gpu in GPUS.items() if key in words), None)
 
 
 def with_layers(spec: ModelSpec, layers: int) -> ModelSpec:

@@ -14,7 +14,14 @@ from support.faulty_worker import BAD, fail_as
 from support.process_harness import NothingLeft
 from support.server_fixtures import served_by
 
-from aioengine.errors import DeviceError, DeviceFault, DeviceLost, DeviceOutOfMemory, ExchangeFailed
+from aioengine.errors import (
+    AdapterLoadError,
+    DeviceError,
+    DeviceFault,
+    DeviceLost,
+    DeviceOutOfMemory,
+    ExchangeFailed,
+)
 from aioengine.events import EngineRestarted
 from aioengine.model.runner import ModelRunner
 from aioengine.model.slots.pool import LoRASlots
@@ -95,6 +102,20 @@ async def test_a_copy_into_a_slot_that_fails_so_is_no_fault_of_the_adapter(
     async with make_engine(tiny) as engine:
         error = await error_of(engine.load_adapter("a", tiny.adapters["rank-3"], pin=True))
         assert type(error) is DeviceFault and engine.state == "dead"
+
+
+async def test_too_little_memory_for_an_adapter_harms_nobody_else(
+    tiny: Tiny, make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(self: LoRASlots, *_: object) -> None:
+        fail_as("memory")
+
+    monkeypatch.setattr(LoRASlots, "write", failing)
+    async with make_engine(tiny) as engine:
+        await engine.load_adapter("a", tiny.adapters["rank-3"])
+        error = await error_of(engine.complete([5], adapter="a"))
+        assert type(error) is AdapterLoadError and "out of memory" in str(error)
+        assert engine.state == "running" and (await engine.complete([5])).token_ids
 
 
 async def test_a_start_that_needs_too_much_says_so(

@@ -19,7 +19,7 @@ from aioengine.errors import (
     ExchangeFailed,
 )
 from aioengine.executors.process.wire import WireError
-from aioengine.model.cuda.failures import device_error, device_error_in, typed_failures
+from aioengine.model.cuda.failures import copy_error, device_error, device_error_in, typed_failures
 
 TYPED = [
     (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB."), DeviceOutOfMemory),
@@ -133,6 +133,24 @@ def test_an_error_of_the_package_says_already_what_it_is() -> None:
 def test_the_last_words_of_a_process_are_read(noise: list[str], data: st.DataObject) -> None:
     kind = data.draw(st.sampled_from(list(MESSAGES)))
     line = data.draw(st.sampled_from(MESSAGES[kind])).splitlines()[0]
-    assert device_error_in("\n".join(noise)) is None
-    found = device_error_in("\n".join([*noise, f"[rank0]: {line}", *noise]))
+    assert device_error_in(noise) is None
+    found = device_error_in([*noise, f"[rank0]: {line}", *noise])
     assert type(found) is kind and line in str(found)
+
+
+def test_words_of_several_lines_are_not_put_together() -> None:
+    assert device_error_in(["NCCL is not used on this device", "std::bad_alloc: out of memory"]) is None
+    assert device_error_in(["Some CUDA errors are reported late"]) is None
+
+
+def test_what_was_raised_in_place_of_a_failure_that_is_over_is_no_failure() -> None:
+    later = RuntimeError("a size is wrong")
+    later.__context__ = torch.OutOfMemoryError("CUDA out of memory")
+    later.__suppress_context__ = True  # as "from None" does
+    assert device_error(later) is None
+
+
+def test_too_little_memory_for_an_adapter_is_the_adapters_failure() -> None:
+    assert copy_error(torch.OutOfMemoryError("CUDA out of memory")) is None
+    fault = torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+    assert type(copy_error(fault)) is DeviceFault

@@ -55,7 +55,7 @@ from aioengine.executors.process.wire import (
 from aioengine.executors.process.worker_reads import WorkerReads
 from aioengine.info import LoadProgress
 from aioengine.memory_plan import memory_taken
-from aioengine.model.cuda.failures import device_error
+from aioengine.model.cuda.failures import copy_error, device_error
 from aioengine.model.parallel.group import DistributedGroup, Group, Shard, SoloGroup
 
 if TYPE_CHECKING:
@@ -129,7 +129,7 @@ class Worker:
             assert slots is not None, "a slot was written while LoRA is off"
             slots.write(request.slot, image, request.offset)
         except BaseException as error:
-            found = device_error(error)
+            found = copy_error(error)
             failed = Failed(request.number, WireError.of(error))
             self._send(failed if found is None else _broken(found, error))
         else:

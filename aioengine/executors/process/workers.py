@@ -278,7 +278,7 @@ class Workers:
         said = None
         if code != -signal.SIGKILL and worker.output is not None:  # NCCL and the driver abort the process
             await worker.output.ended()
-            said = device_error_in("\n".join(worker.output.last))
+            said = device_error_in(list(worker.output.last))
         self._fail(_dead(dead) if said is None else type(said)(f"{dead}: {said}"))
 
     def _fail(self, error: AioEngineError) -> None:

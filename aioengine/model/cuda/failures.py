@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from aioengine.errors import (
     AioEngineError,
@@ -55,7 +55,7 @@ _MESSAGES: tuple[tuple[type[DeviceError], re.Pattern[str]], ...] = (
     (
         DeviceFault,
         re.compile(
-            r"CUDA (driver )?error|Triton Error \[CUDA\]|CUBLAS_STATUS_(EXECUTION_FAILED|INTERNAL_ERROR"
+            r"CUDA (driver )?error:|Triton Error \[CUDA\]|CUBLAS_STATUS_(EXECUTION_FAILED|INTERNAL_ERROR"
             r"|NOT_INITIALIZED)|an illegal memory access was encountered|device-side assert triggered",
             re.IGNORECASE,
         ),
@@ -95,18 +95,25 @@ def device_error(error: BaseException) -> DeviceError | None:
             found = _made(kind, str(at))
             found.__cause__ = error
             return found
-        at = at.__cause__ or at.__context__
+        at = at.__cause__ or (None if at.__suppress_context__ else at.__context__)
     return None
 
 
-def device_error_in(text: str) -> DeviceError | None:
-    """Return the error that the last lines of a process say, which the driver or NCCL has ended; None if they
-    name none."""
-    kind = _by_message(text)
-    if kind is None:
-        return None
-    pattern = next(pattern for each, pattern in _MESSAGES if each is kind)
-    return _made(kind, next((line for line in text.splitlines() if pattern.search(line)), text.strip()))
+def copy_error(error: BaseException) -> DeviceError | None:
+    """Return the failure of the device that ended a copy into a slot; None if only the adapter fails, for
+    example because there is too little memory for it."""
+    found = device_error(error)
+    return None if isinstance(found, DeviceOutOfMemory) else found
+
+
+def device_error_in(lines: Sequence[str]) -> DeviceError | None:
+    """Return the error that the last lines of a process say, which the driver or NCCL has ended: that of the
+    last line that names one, or None."""
+    for line in reversed(lines):
+        kind = _by_message(line)
+        if kind is not None:
+            return _made(kind, line)
+    return None
 
 
 def _by_type(error: BaseException) -> type[DeviceError] | None:
