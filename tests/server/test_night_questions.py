@@ -176,7 +176,7 @@ async def test_its_state_its_restarts_and_how_long_until_the_drain_is_over(tiny_
             os.kill(pid, signal.SIGKILL)
         while await state() != 'state="degraded"':
             await asyncio.sleep(0.005)
-        assert (await http.get("/ready")).json() == {"status": "degraded"}
+        assert (await http.get("/ready")).json() == {"status": "degraded", "cause": "EngineDead"}
         assert (await http.get("/health")).status_code == 200
         while await state() != 'state="ready"':
             await asyncio.sleep(0.01)

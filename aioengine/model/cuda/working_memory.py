@@ -134,7 +134,7 @@ def token_bytes(local: ModelSpec, dtype_bytes: int, max_rank: int) -> int:
         wide = 4 * (2 * hidden + 4 * local.experts) + 32 * local.experts_per_token
     width = -(-max_rank // 16) * 16 * 3
     numbers = 3 * hidden + qkv + q + max(qkv + q, mlp, hidden + local.intermediate_size) + 2 * width
-    rotations = 2 * len(local.ropes) * local.head_dim * 4
+    rotations = 2 * max(2, len(local.ropes)) * local.head_dim * 4  # one or two; the lab's shapes don't say
     return numbers * dtype_bytes + wide + rotations + 128
 
 

@@ -61,7 +61,7 @@ def toppings(lab: Lab) -> Table:
             workload=workload,
             policy=policy,
             preset=presets[preset],
-            slots=16,
+            slots=14,
             cpu_loras=200,
             max_lora_rank=64,
             max_num_seqs=32,
