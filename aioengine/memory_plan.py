@@ -283,10 +283,9 @@ def _may_have_gpu() -> bool:
     """Whether torch must be asked for a GPU, which takes two seconds of imports. On Linux there is none
     without a driver's module or device: of CUDA (also on Jetson and in WSL), or of ROCm. The devices of CUDA
     may be made only when the driver is asked for the first time."""
-    traces = ("/sys/module/nvidia", "/proc/driver/nvidia")
-    devices = ("nvidiactl", "nvmap", "nvhost-ctrl-gpu", "dxg", "kfd")
-    places = (*map(Path, traces), *(Path("/dev", name) for name in devices))
-    return sys.platform != "linux" or any(place.exists() for place in places)
+    devices = (f"/dev/{name}" for name in ("nvidiactl", "nvmap", "nvhost-ctrl-gpu", "dxg", "kfd"))
+    places = ("/sys/module/nvidia", "/proc/driver/nvidia", *devices)
+    return sys.platform != "linux" or any(Path(place).exists() for place in places)
 
 
 def _num_blocks(plan: MemoryPlan, config: EngineConfig) -> int:
