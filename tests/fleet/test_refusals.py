@@ -107,10 +107,11 @@ def test_an_address_of_something_else(tls: bool, monkeypatch: pytest.MonkeyPatch
 
 def test_clusters_of_this_machine_are_found() -> None:
     where = "127.0.0.1:1"
-    command = [sys.executable, "-c", "input()", f"--gcs-address={where}"]
-    with subprocess.Popen(command, stdin=subprocess.PIPE) as process:
+    command = [sys.executable, "-uc", "print(); input()", f"--gcs-address={where}"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdin is not None and process.stdout is not None
+        process.stdout.readline()  # before that, the kernel may not have its command line yet
         assert where in local_clusters()
-        assert process.stdin is not None
         process.stdin.close()
     assert where not in local_clusters()
 
