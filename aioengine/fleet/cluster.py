@@ -202,8 +202,13 @@ class Door:
     def close(self) -> None:
         """End the connection, and the replicas, too, if this was the last door. Blocks."""
         import ray
+        from ray.exceptions import ActorDiedError
 
-        if ray.get(self._registry.leave.remote(self.name)) == 0:
+        try:
+            left = ray.get(self._registry.leave.remote(self.name))
+        except ActorDiedError:  # another door has taken itself for the last one, and ended all
+            return
+        if left == 0:
             _remove(self._config.name)
             ray.kill(self._registry)
 
@@ -212,7 +217,8 @@ def open_door(config: FleetConfig, application: Callable[[], Any]) -> Door:
     """Have Serve start ``application``, unless it runs already, and do not wait for its replicas. Blocks.
 
     Raises ConfigError if Serve refuses it; then nothing of the application is left. Also raises it if the
-    registry's checkpoint fails, or if replicas of another configuration have this name.
+    registry's checkpoint fails, or if replicas of another configuration have this name; what other doors
+    have started goes on.
     """
     import ray
     from ray import serve
@@ -227,8 +233,9 @@ def open_door(config: FleetConfig, application: Callable[[], Any]) -> Door:
     try:
         found = ray.get(told)
     except Exception as error:
-        _remove(config.name)
-        ray.kill(registry)
+        if config.name not in serve.status().applications:  # else another door uses it and the registry
+            _remove(config.name)
+            ray.kill(registry)
         raise config_error_in(error) or error from None
     if found != wanted:
         differs = _differences(msgspec.json.decode(found), msgspec.json.decode(wanted))
@@ -249,13 +256,19 @@ def open_door(config: FleetConfig, application: Callable[[], Any]) -> Door:
 
 
 def why_it_failed(name: str) -> str | None:
-    """Return Serve's reason if it has given up to start the replicas of an application: the last line of the
-    error of each; None if it has not. Blocks."""
+    """Return why an application that a door has started or found will not start: Serve has given up, with the
+    last line of each deployment's error, or the application is gone. None: it may still start. Blocks."""
     from ray import serve
+    from ray.exceptions import ActorDiedError
     from ray.serve.schema import ApplicationStatus
 
-    application = serve.status().applications.get(name)
-    if application is None or application.status is not ApplicationStatus.DEPLOY_FAILED:
+    try:
+        application = serve.status().applications.get(name)
+    except ActorDiedError:  # Serve was ended, with all applications
+        application = None
+    if application is None:
+        return f"another door or `serve delete` has removed the application {name!r} meanwhile; try again"
+    if application.status is not ApplicationStatus.DEPLOY_FAILED:
         return None
     found = []
     for deployment, status in application.deployments.items():

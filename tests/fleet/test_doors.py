@@ -1,0 +1,91 @@
+"""Doors that come and go while others start or serve; without Ray's processes."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from support.fleet_process import needs_ray
+
+from aioengine import EngineConfig
+from aioengine.errors import ConfigError
+from aioengine.fleet import FleetConfig, cluster
+from aioengine.fleet.cluster import Door, open_door, why_it_failed
+
+needs_ray()
+
+CONFIG = FleetConfig(engine=EngineConfig(model="tiny"))
+
+
+class Ray:
+    """Stands for Ray and Serve in this process. ``answer``: what the registry's actor answers, or how it
+    fails; None instead of the applications: Serve was ended."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, applications: dict[str, Any] | None) -> None:
+        import ray
+        from ray import serve
+
+        self.ended: list[str] = []
+        self.answer: object = None
+        self._applications = applications
+        self.registry = SimpleNamespace(
+            configure=SimpleNamespace(remote=lambda config: None),
+            leave=SimpleNamespace(remote=lambda door: None),
+        )
+        monkeypatch.setattr(ray, "get", self._get)
+        monkeypatch.setattr(ray, "kill", lambda actor: self.ended.append("registry"))
+        monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 8.0})
+        monkeypatch.setattr(serve, "start", lambda **options: None)
+        monkeypatch.setattr(serve, "status", self._status)
+        monkeypatch.setattr(serve, "shutdown", lambda: self.ended.append("Serve"))
+        monkeypatch.setattr(serve, "delete", self.ended.append)
+        monkeypatch.setattr(cluster, "registry_actor", lambda *_: self.registry)
+
+    def _get(self, call: object) -> object:
+        if isinstance(self.answer, Exception):
+            raise self.answer
+        return self.answer
+
+    def _status(self) -> Any:
+        from ray.exceptions import ActorDiedError
+
+        if self._applications is None:
+            raise ActorDiedError
+        return SimpleNamespace(applications=self._applications, proxies={})
+
+
+@pytest.mark.parametrize(
+    ("applications", "ended"), [({}, ["Serve", "registry"]), ({CONFIG.name: "runs"}, [])]
+)
+def test_a_registry_that_fails(
+    applications: dict[str, str], ended: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A door that does not open leaves nothing behind, and ends nothing that another door uses."""
+    ray = Ray(monkeypatch, applications)
+    ray.answer = ConfigError("registry='s3://lora': cannot be read")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        open_door(CONFIG, lambda: pytest.fail("it must not be started"))
+    assert ray.ended == ended
+
+
+@pytest.mark.parametrize("applications", [{}, None])
+def test_a_fleet_that_another_door_has_ended(
+    applications: dict[str, Any] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ray.exceptions import ActorDiedError
+
+    ray = Ray(monkeypatch, applications)
+    why = why_it_failed(CONFIG.name)
+    assert why is not None and "has removed the application 'aioengine'" in why
+    ray.answer = ActorDiedError()
+    Door(CONFIG, None, ray.registry).close()
+    assert ray.ended == []
+
+
+def test_a_fleet_that_still_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ray.serve.schema import ApplicationStatus
+
+    status = SimpleNamespace(status=ApplicationStatus.DEPLOYING)
+    Ray(monkeypatch, {CONFIG.name: status})
+    assert why_it_failed(CONFIG.name) is None
