@@ -13,7 +13,6 @@ from aioengine.checks import check_integer, check_seconds, read_toml, refuse_unk
 from aioengine.config import EngineConfig
 from aioengine.errors import ConfigError
 from aioengine.metrics.otlp import check_endpoint
-from aioengine.model.files.remote import check_protocol
 from aioengine.schedulers.routing import load_autoscaler, load_placement, load_router
 
 CONFIG_VARIABLE = "AIOENGINE_CONFIG"
@@ -82,8 +81,6 @@ class FleetConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         if self.otlp_endpoint is not None:
             check_endpoint(self.otlp_endpoint)
         check_policies(self.router, self.placement, self.autoscale)
-        if self.registry is not None and "://" in self.registry:
-            check_protocol(self.registry)
         if not max(self.bounds[0], 1) <= self.replicas <= self.bounds[1]:
             least, most = self.bounds
             raise ConfigError(

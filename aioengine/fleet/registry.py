@@ -14,7 +14,7 @@ import msgspec
 from aioengine.client import Usage
 from aioengine.errors import ConfigError
 from aioengine.fleet.usage import SharedUsage
-from aioengine.model.files.remote import why_failed, without_credentials
+from aioengine.model.files.remote import check_protocol, why_failed, without_credentials
 
 logger = logging.getLogger("aioengine.fleet")
 
@@ -182,7 +182,10 @@ class AdapterRegistry:
     async def _checkpoint(self, done: str, work: Callable[..., T], *arguments: Any) -> T:
         """Run ``work`` in a thread. Raises ConfigError with the reason if it fails."""
         try:
+            await asyncio.to_thread(check_protocol, str(self._url), "registry")
             return await asyncio.to_thread(work, *arguments)
+        except ConfigError as error:
+            raise ConfigError(f"{error} (on the node of Ray's head, where the registry runs)") from None
         except Exception as error:  # each filesystem raises its own types
             raise ConfigError(
                 f"registry={without_credentials(str(self._url))!r}: cannot be {done}: {why_failed(error)[0]}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -228,7 +229,16 @@ def info(name: str) -> AdapterInfo:
     )
 
 
-def test_a_registry_whose_package_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_registry_whose_package_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is missed where the registry runs, and nowhere else."""
     monkeypatch.setitem(sys.modules, "gcsfs", None)
-    with pytest.raises(ConfigError, match=r"gs://fleet.*pip install 'aioengine\[gcs\]'"):
-        FleetConfig(engine=EngineConfig(model="tiny"), registry="gs://fleet")
+    url = FleetConfig(engine=EngineConfig(model="tiny"), registry="gs://fleet").registry
+    with pytest.raises(
+        ConfigError, match=r"registry='gs://fleet': needs pip install 'aioengine\[gcs\]'.*Ray's head"
+    ):
+        await AdapterRegistry(url).configure(b"")
+
+
+async def test_a_registry_in_a_folder(tmp_path: Path) -> None:
+    await AdapterRegistry(str(tmp_path / "kept")).put(Entry("sql", "sql", 1))
+    assert await restored(str(tmp_path / "kept")) == ["sql"]

@@ -10,23 +10,25 @@ _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
 """Protocol -> the extra that it needs."""
 
 
-def check_protocol(url: str) -> None:
-    """Raise ConfigError if fsspec, or the package that it needs for this kind of URL, is not installed."""
+def check_protocol(url: str, field: str = "url") -> None:
+    """Raise ConfigError if fsspec, or the package that it needs for this kind of URL, is not installed.
+
+    ``field``: what the URL, or the path of a local folder, was given as.
+    """
+    given = f"{field}={without_credentials(url)!r}"
     try:
         from fsspec import get_filesystem_class  # optional
     except ImportError:
-        raise ConfigError(
-            f"adapters from {without_credentials(url)} need: pip install 'aioengine[fsspec]'"
-        ) from None
-    protocol = url.partition("://")[0].lower()
+        raise ConfigError(f"{given}: needs pip install 'aioengine[fsspec]'") from None
+    protocol = url.partition("://")[0].lower() if "://" in url else "file"
     try:
         get_filesystem_class(protocol)
     except ValueError as error:
-        raise ConfigError(f"url={without_credentials(url)!r}: {error}") from error
+        raise ConfigError(f"{given}: {error}") from error
     except ImportError as error:
         extra = _EXTRAS.get(protocol)
-        todo = f"pip install 'aioengine[{extra}]'" if extra else str(error)
-        raise ConfigError(f"adapters from {without_credentials(url)} need: {todo}") from error
+        todo = f"needs pip install 'aioengine[{extra}]'" if extra else str(error)
+        raise ConfigError(f"{given}: {todo}") from error
 
 
 def why_failed(error: Exception) -> tuple[str, bool]:
