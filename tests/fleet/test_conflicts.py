@@ -14,7 +14,6 @@ from support.registry_actor import RegistryActor
 from aioengine import EngineConfig
 from aioengine.errors import AdapterInvalid, AdapterNotFound
 from aioengine.fleet.config import FleetConfig
-from aioengine.fleet.door import adapters as door_adapters
 from aioengine.fleet.door.adapters import FleetAdapters
 from aioengine.fleet.door.members import Member, Members
 from aioengine.fleet.wire import Residency
@@ -86,12 +85,9 @@ async def _nothing(adapters: FleetAdapters, members: Members) -> None:
     pass
 
 
-def contents(
-    *disks: str, held: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, change: Change = _nothing
-) -> tuple[list[str], int]:
+def contents(*disks: str, held: tuple[str, ...], change: Change = _nothing) -> tuple[list[str], int]:
     """What replicas hold in the end that held other content at first ("": nothing), and the conflicts that
     were counted. ``change`` is done when the disks have what they have."""
-    monkeypatch.setattr(door_adapters, "registry_actor", lambda *_: RegistryActor())
 
     async def main() -> tuple[list[str], int]:
         replicas: dict[str, Replica] = {}
@@ -102,7 +98,7 @@ def contents(
         handle = SimpleNamespace(options=lambda **_: SimpleNamespace(remote=remote))
         members = Members(FleetConfig(engine=EngineConfig(model="tiny"), replicas=2), handle, door="door")
         adapters = FleetAdapters(members.config, members)
-        await adapters.start()
+        await adapters.start(RegistryActor())
         for index, (disk, before) in enumerate(zip(disks, held, strict=True)):
             replica = replicas[f"r{index}"] = Replica(f"r{index}", members, before)
             if before:
@@ -117,23 +113,21 @@ def contents(
     return run_in_virtual_time(main())
 
 
-def test_all_take_what_is_there_now(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = contents("new", "new", "new", held=("old", "new", "old"), monkeypatch=monkeypatch)
+def test_all_take_what_is_there_now() -> None:
+    found = contents("new", "new", "new", held=("old", "new", "old"))
     assert found == (["new"] * 3, 1)
 
 
-def test_equal_content_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert contents("new", "new", held=("old", "old"), monkeypatch=monkeypatch) == (["old", "old"], 0)
+def test_equal_content_is_left_alone() -> None:
+    assert contents("new", "new", held=("old", "old")) == (["old", "old"], 0)
 
 
 @pytest.mark.parametrize(
     ("disks", "why"), [(("x", "y"), "not the same on all nodes"), (("x", ""), "is gone")]
 )
-def test_all_or_none(
-    disks: tuple[str, str], why: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_all_or_none(disks: tuple[str, str], why: str, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.ERROR, "aioengine.fleet"):
-        found = contents(*disks, held=("old", "other"), monkeypatch=monkeypatch)
+        found = contents(*disks, held=("old", "other"))
     assert found == (["old", "other"], 1), "it is not tried for ever"
     assert why in caplog.text
 
@@ -147,33 +141,33 @@ async def _replaced_in_vain(adapters: FleetAdapters, members: Members) -> None:
         await _replaced(adapters, members)
 
 
-def test_no_replica_takes_a_version_that_is_not_the_same_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = contents("x", "y", held=("old", "old"), monkeypatch=monkeypatch, change=_replaced_in_vain)
+def test_no_replica_takes_a_version_that_is_not_the_same_everywhere() -> None:
+    found = contents("x", "y", held=("old", "old"), change=_replaced_in_vain)
     assert found == (["old", "old"], 0), "it was found before, not after"
-    found = contents("x", "x", held=("old", "old"), monkeypatch=monkeypatch, change=_replaced)
+    found = contents("x", "x", held=("old", "old"), change=_replaced)
     assert found == (["x", "x"], 0)
 
 
-def test_a_first_load_has_those_agree_that_have_it_already(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_first_load_has_those_agree_that_have_it_already() -> None:
     """They found it by its name, before anybody loaded it."""
 
     async def loaded(adapters: FleetAdapters, members: Members) -> None:
         info = await adapters.load("sql", "sql", pin=False, force_pin=False, replace=False)
         assert info.digest == "new"
 
-    found, _ = contents("new", "new", held=("new", "old"), monkeypatch=monkeypatch, change=loaded)
+    found, _ = contents("new", "new", held=("new", "old"), change=loaded)
     assert found == ["new", "new"]
 
 
-def test_what_a_replica_refuses_is_taken_by_all(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_replica_refuses_is_taken_by_all() -> None:
     """One that held nothing has read other content than the others have."""
 
     async def refused(adapters: FleetAdapters, members: Members) -> None:
         for _ in range(3):
             members.on_changed("r1", "sql")
 
-    assert contents("new", "new", held=("old", ""), monkeypatch=monkeypatch, change=refused) == (
+    assert contents("new", "new", held=("old", ""), change=refused) == (
         ["new", "new"],
         1,
     )
-    assert contents("x", "y", held=("old", ""), monkeypatch=monkeypatch, change=refused) == (["old", ""], 1)
+    assert contents("x", "y", held=("old", ""), change=refused) == (["old", ""], 1)

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from support.fleet_process import needs_ray
+from support.registry_actor import RegistryActor
 
 from aioengine import EngineConfig
 from aioengine.errors import ConfigError
-from aioengine.fleet import FleetConfig, cluster
+from aioengine.fleet import FleetConfig, cluster, registry
 from aioengine.fleet.cluster import Door, open_door, why_it_failed
+from aioengine.fleet.door import client as door_client
+from aioengine.fleet.door.client import FleetClient
+from aioengine.fleet.usage import DOOR_SECONDS
+from aioengine.lab.simulation.clock import run_in_virtual_time
 
 needs_ray()
 
@@ -89,3 +95,30 @@ def test_a_fleet_that_still_starts(monkeypatch: pytest.MonkeyPatch) -> None:
     status = SimpleNamespace(status=ApplicationStatus.DEPLOYING)
     Ray(monkeypatch, {CONFIG.name: status})
     assert why_it_failed(CONFIG.name) is None
+
+
+def test_a_door_that_waits_for_its_replicas_is_alive(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The end of a second door must not end the fleet under it."""
+
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        monkeypatch.setattr(registry, "time", SimpleNamespace(monotonic=loop.time))
+        actor = RegistryActor()
+        monkeypatch.setattr(door_client, "registry_actor", lambda *_: actor)
+        for door in ("first", "second"):
+            await actor.join.remote(door, b"")
+        never = SimpleNamespace(remote=asyncio.Event().wait)
+        handle: Any = SimpleNamespace(options=lambda **_: never)
+        plan: Any = None
+        first = FleetClient(CONFIG, handle, plan, None, None, door="first")
+        starting = asyncio.ensure_future(first.start(within=None))
+        await asyncio.sleep(3 * DOOR_SECONDS)
+        assert not starting.done()
+        assert await actor.leave.remote("second") == 1
+        starting.cancel()
+        await asyncio.wait([starting])
+        await first.stop()
+        await asyncio.sleep(3 * DOOR_SECONDS)
+        assert await actor.leave.remote("second") == 0, "and it is not when it has stopped"
+
+    run_in_virtual_time(main())

@@ -1,4 +1,4 @@
-"""The registry's checkpoint: denied, broken, and not there; without Ray's actors."""
+"""The registry, and its checkpoint: denied, broken, and not there; without Ray's actors."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.registry_actor import RegistryActor
 from support.s3_server import check_keys_after, s3, s3_server
+from support.waiting import until
 
 from aioengine import EngineConfig
 from aioengine.errors import AdapterLoadError, ConfigError
 from aioengine.fleet import registry
 from aioengine.fleet.config import FleetConfig
-from aioengine.fleet.door import adapters as door_adapters
 from aioengine.fleet.door.adapters import FleetAdapters
 from aioengine.fleet.door.entries import KnownEntries
 from aioengine.fleet.door.members import Member, Members
@@ -89,11 +89,9 @@ async def test_what_cannot_be_read_is_not_written_over(store: Any) -> None:
 class Door:
     """A door to one replica, which can do whatever it is asked to."""
 
-    def __init__(self, actor: RegistryActor, registry: str | None = None) -> None:
+    def __init__(self) -> None:
         self.asked: list[tuple[str, dict[str, Any]]] = []
-        config = FleetConfig(
-            engine=EngineConfig(model="tiny"), registry=registry, adapters={"fixed": "fixed"}
-        )
+        config = FleetConfig(engine=EngineConfig(model="tiny"), adapters={"fixed": "fixed"})
         handle = SimpleNamespace(options=lambda **_: SimpleNamespace(remote=self._answer))
         self.members = Members(config, handle, door="door")
         self.members.members["r0"] = Member(SimpleNamespace(replica="r0"), None)  # type: ignore[arg-type]
@@ -116,24 +114,21 @@ class Door:
         self.asked.clear()
         for listener in self.members.on_join:
             listener(member := Member(SimpleNamespace(replica="r1"), None))  # type: ignore[arg-type]
-        while not member.ready:
-            await asyncio.sleep(0)
+        await until(lambda: member.ready)
         return [entry for action, given in self.asked if action == "sync" for entry in given["entries"]]
 
 
 @pytest.fixture
-def actor(monkeypatch: pytest.MonkeyPatch) -> RegistryActor:
-    found = RegistryActor(lambda: AdapterRegistry("memory://fleet"))
-    monkeypatch.setattr(door_adapters, "registry_actor", lambda *_: found)
-    return found
+def actor() -> RegistryActor:
+    return RegistryActor(lambda: AdapterRegistry("memory://fleet"))
 
 
 async def test_a_change_that_cannot_be_saved(
     store: Any, actor: RegistryActor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whoever asks for it is told; the replicas have it, and the next change saves both."""
-    door = Door(actor)
-    await door.adapters.start()
+    door = Door()
+    await door.adapters.start(actor)
 
     def denied(*arguments: Any, **options: Any) -> None:
         raise PermissionError("not yours")
@@ -162,9 +157,9 @@ async def test_a_change_that_cannot_be_saved(
 async def test_a_door_hears_of_what_others_have_changed_and_of_nothing_else(
     store: Any, actor: RegistryActor
 ) -> None:
-    one, other = Door(actor), Door(actor)
-    await one.adapters.start()
-    await other.adapters.start()
+    one, other = Door(), Door()
+    await one.adapters.start(actor)
+    await other.adapters.start(actor)
     for name in "abc":
         await one.load(name)
     await one.adapters.unload("b", force=False)

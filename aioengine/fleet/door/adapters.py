@@ -24,7 +24,7 @@ from aioengine.errors import (
 from aioengine.fleet.config import FleetConfig
 from aioengine.fleet.door.entries import KnownEntries
 from aioengine.fleet.door.members import Member, Members
-from aioengine.fleet.registry import Entry, answer_of, registry_actor
+from aioengine.fleet.registry import Entry, answer_of
 from aioengine.info import AdapterInfo
 from aioengine.model.files.hub import is_source
 from aioengine.runtime.tasks import end_tasks
@@ -61,8 +61,9 @@ class FleetAdapters:
             failed=lambda kind, text: logger.warning("placement: %s", text),
         )
 
-    async def start(self) -> None:
-        self.registry = registry_actor(self._config.name, self._config.registry)
+    async def start(self, registry: Any) -> None:
+        """``registry``: handle of its actor. Raises ConfigError if its checkpoint cannot be read."""
+        self.registry = registry
         await self._known.refresh(self.registry)
         self._members.on_join.append(self._joined)
         self._members.on_residency.append(self._compare)

@@ -33,6 +33,7 @@ from aioengine.fleet.door.grammars import FleetGrammars, SentGrammar
 from aioengine.fleet.door.limits import SharedLimits
 from aioengine.fleet.door.members import Members
 from aioengine.fleet.door.metrics import FleetMetrics
+from aioengine.fleet.registry import registry_actor
 from aioengine.info import AdapterInfo, EngineState, EngineStats
 from aioengine.memory_plan import MemoryPlan
 from aioengine.request import (
@@ -110,9 +111,10 @@ class FleetClient:
         self._state = "starting"
         self.members.start()
         self.metrics.start()
+        registry = registry_actor(self.fleet_config.name, self.fleet_config.registry)
+        self._limits.start(registry)  # so that this door does not count as gone while replicas start
         await self.members.complete(within)
-        await self._adapters.start()
-        self._limits.start(self._adapters.registry)
+        await self._adapters.start(registry)
         self._state = "running"
 
     async def stop(self) -> None:
