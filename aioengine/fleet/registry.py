@@ -167,6 +167,8 @@ class AdapterRegistry:
             del self._changed[next(iter(self._changed))]
 
     async def _restore(self) -> None:
+        if self._restored:
+            return  # who only reads does not wait for a write
         async with self._io:
             if not self._restored and self._file is not None:
                 found = await self._checkpoint("read", _read, self._file)

@@ -1,9 +1,10 @@
-"""The registry, and its checkpoint: denied, broken, and not there; without Ray's actors."""
+"""The registry, and its checkpoint: denied, broken, slow, and not there; without Ray's actors."""
 
 from __future__ import annotations
 
 import asyncio
 import sys
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,12 +15,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.registry_actor import RegistryActor
 from support.s3_server import check_keys_after, s3, s3_server
-from support.waiting import until
+from support.waiting import SECONDS, until
 
 from aioengine import EngineConfig
 from aioengine.errors import AdapterLoadError, ConfigError
 from aioengine.fleet import registry
 from aioengine.fleet.config import FleetConfig
+from aioengine.fleet.door import entries
 from aioengine.fleet.door.adapters import FleetAdapters
 from aioengine.fleet.door.entries import KnownEntries
 from aioengine.fleet.door.members import Member, Members
@@ -237,3 +239,55 @@ async def test_a_registry_whose_package_is_missing(monkeypatch: pytest.MonkeyPat
 async def test_a_registry_in_a_folder(tmp_path: Path) -> None:
     await AdapterRegistry(str(tmp_path / "kept")).put(Entry("sql", "sql", 1))
     assert await restored(str(tmp_path / "kept")) == ["sql"]
+
+
+# A checkpoint that hangs
+
+
+class Hanging:
+    """A store whose writes do not end until ``released`` is set."""
+
+    def __init__(self, store: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.begun = threading.Event()
+        self.released = threading.Event()
+        real = type(store).pipe_file
+
+        def slow(*arguments: Any, **options: Any) -> Any:
+            self.begun.set()
+            assert self.released.wait(SECONDS)
+            return real(*arguments, **options)
+
+        monkeypatch.setattr(type(store), "pipe_file", slow)
+
+
+async def test_who_reads_does_not_wait_for_a_write(
+    store: Any, actor: RegistryActor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    door = Door()
+    await door.adapters.start(actor)
+    hanging = Hanging(store, monkeypatch)
+    writing = asyncio.ensure_future(actor.put.remote(Entry("a", "a", 1)))
+    try:
+        await until(hanging.begun.is_set)
+        assert [entry.name for entry in await door.joins()] == ["a"]
+        assert not writing.done()
+    finally:
+        hanging.released.set()
+        await writing
+    assert await restored("memory://fleet") == ["a"]
+
+
+async def test_a_replica_gets_what_the_door_knows_if_the_registry_is_silent(
+    actor: RegistryActor, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Silent:
+        def __getattr__(self, name: str) -> Any:
+            return SimpleNamespace(remote=lambda *_: asyncio.Event().wait())
+
+    door = Door()
+    await door.adapters.start(actor)
+    await door.load("a")
+    monkeypatch.setattr(entries, "REFRESH_SECONDS", 0.01)
+    door.adapters.registry = Silent()
+    assert [entry.name for entry in await door.joins()] == ["a"]
+    assert "no answer within 0.01 s" in caplog.text

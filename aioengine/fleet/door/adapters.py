@@ -7,7 +7,7 @@ import logging
 import os
 import time
 from collections.abc import AsyncIterator, Awaitable, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
 import msgspec
@@ -40,6 +40,7 @@ _UNSAVED = (
 )
 _SPEED = {"slot": 3, "cpu": 2, "loading": 1, "disk": 0}
 SYNC_SECONDS = 60.0
+"""Longest time until a replica knows the fleet's adapters; after that it gets requests nevertheless."""
 MEND_SECONDS = 10.0
 """Between two attempts to have replicas agree on an adapter."""
 SETTLE_SECONDS = 1.0
@@ -288,18 +289,16 @@ class FleetAdapters:
         self._spawn(self._sync(member))
 
     async def _sync(self, member: Member) -> None:
-        member.ready = False
-        with suppress(TimeoutError):
+        member.ready, replica = False, member.channel.replica
+        await self._known.refresh_in_time(self.registry)
+        entries = [entry for entry in self._known.by_name.values() if entry.version > 0]
+        try:
             async with asyncio.timeout(SYNC_SECONDS):
-                try:
-                    await self._known.refresh(self.registry)
-                except Exception as error:  # it is being restarted, or cannot read its checkpoint
-                    logger.warning("replica %s gets what this door knows: %s", member.channel.replica, error)
-                entries = [entry for entry in self._known.by_name.values() if entry.version > 0]
-                if entries:
-                    answer = await self._ask(member, "sync", entries=entries)
-                    if isinstance(answer, AioEngineError):
-                        logger.warning("replica %s: %s", member.channel.replica, answer)
+                answer = await self._ask(member, "sync", entries=entries) if entries else None
+            if isinstance(answer, AioEngineError):
+                logger.warning("replica %s: %s", replica, answer)
+        except TimeoutError:
+            logger.warning("replica %s has not taken all adapters within %g s", replica, SYNC_SECONDS)
         member.ready = True
 
     async def _plan(self) -> None:

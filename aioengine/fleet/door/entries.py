@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Mapping
 from typing import Any
 
 from aioengine.fleet.registry import Entry, Mark, answer_of
 from aioengine.schedulers.routing import FleetState
+
+logger = logging.getLogger("aioengine.fleet")
+
+REFRESH_SECONDS = 10.0
+"""Longest time that a replica that has come waits for what the registry knows."""
 
 
 class KnownEntries:
@@ -47,3 +53,13 @@ class KnownEntries:
             for entry in changes.entries:
                 self.put(entry)
             self._mark = changes.mark
+
+    async def refresh_in_time(self, registry: Any) -> None:
+        """Refresh within ``REFRESH_SECONDS``; if that fails, all stays as this door knows it."""
+        try:
+            async with asyncio.timeout(REFRESH_SECONDS):
+                await self.refresh(registry)
+        except TimeoutError:
+            logger.warning("adapters are as this door knows them: no answer within %g s", REFRESH_SECONDS)
+        except Exception as error:  # it is being restarted, or cannot read its checkpoint
+            logger.warning("adapters are as this door knows them: %s", error)
