@@ -6,7 +6,7 @@ import asyncio
 import logging
 import time
 import uuid
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import msgspec
@@ -63,6 +63,9 @@ class Changes(NamedTuple):
     """Adapters as they are now: those that have changed or, if ``whole``, all of them."""
     removed: list[str]
     whole: bool
+    lost: bool = False
+    """Whether all that was known at the mark is lost, because no checkpoint keeps it. Then an adapter that is
+    missing was not removed, and who knows it puts it back (:meth:`AdapterRegistry.put_back`)."""
 
 
 class AdapterRegistry:
@@ -83,6 +86,8 @@ class AdapterRegistry:
         self._mark = Mark(uuid.uuid4().hex, 0)
         self._changed: dict[str, int] = {}
         """Number of the last change of an adapter, in order; only of the last ``MAX_CHANGES`` adapters."""
+        self._decided: set[str] = set()
+        """Adapters that were put or removed in this life: what a door knows from an earlier one is older."""
         self._leases: dict[str, tuple[str, float]] = {}
         self._usage = SharedUsage(time.monotonic)
         self._config: bytes | None = None
@@ -120,7 +125,8 @@ class AdapterRegistry:
         entries = await self.entries()
         first = next(iter(self._changed.values()), 0) if len(self._changed) == MAX_CHANGES else 0
         if since is None or since.life != self._mark.life or since.number + 1 < first:
-            return Changes(self._mark, entries, [], True)
+            lost = since is not None and since.life != self._mark.life and self._file is None
+            return Changes(self._mark, entries, [], True, lost)
         names: list[str] = []
         for name, number in reversed(self._changed.items()):
             if number <= since.number:
@@ -148,15 +154,37 @@ class AdapterRegistry:
         fails; the next change writes this one, too."""
         await self._restore()
         self._entries[entry.name] = entry
+        self._decided.add(entry.name)
         self._note(entry.name)
         await self._save()
 
     async def remove(self, name: str) -> None:
         """Remove an entry, as :meth:`put` stores one."""
         await self._restore()
+        self._decided.add(name)
         if self._entries.pop(name, None) is not None:
             self._note(name)
         await self._save()
+
+    async def put_back(self, entries: Sequence[Entry]) -> Changes:
+        """Take what a door knows from an earlier life. Returns all adapters as they are then.
+
+        Of several doors' entries the newest counts. What was put or removed in this life stays so, with a
+        version above the door's, so that no replica takes it for older than what it has.
+        """
+        await self._restore()
+        for entry in entries:
+            there = self._entries.get(entry.name)
+            if entry.name in self._decided:
+                if there is None or there.version > entry.version:
+                    continue
+                entry = msgspec.structs.replace(there, version=entry.version + 1)
+            elif there is not None and there.version >= entry.version:
+                continue
+            self._entries[entry.name] = entry
+            self._note(entry.name)
+        await self._save()
+        return Changes(self._mark, list(self._entries.values()), [], True)
 
     def _note(self, name: str) -> None:
         """Note that an adapter has changed."""

@@ -24,9 +24,11 @@ from aioengine.fleet.config import FleetConfig
 from aioengine.fleet.door import entries
 from aioengine.fleet.door.adapters import FleetAdapters
 from aioengine.fleet.door.entries import KnownEntries
+from aioengine.fleet.door.limits import ALIVE_SECONDS, SharedLimits
 from aioengine.fleet.door.members import Member, Members
 from aioengine.fleet.registry import AdapterRegistry, Entry
 from aioengine.info import AdapterInfo
+from aioengine.lab.simulation.clock import run_in_virtual_time
 from aioengine.schedulers.routing import FleetState
 
 __all__ = ["s3", "s3_server"]
@@ -239,6 +241,101 @@ async def test_a_registry_whose_package_is_missing(monkeypatch: pytest.MonkeyPat
 async def test_a_registry_in_a_folder(tmp_path: Path) -> None:
     await AdapterRegistry(str(tmp_path / "kept")).put(Entry("sql", "sql", 1))
     assert await restored(str(tmp_path / "kept")) == ["sql"]
+
+
+# Without a checkpoint
+
+
+async def test_what_a_lost_registry_knew_is_put_back() -> None:
+    actor = RegistryActor()
+    one, other, new = Door(), Door(), Door()
+    await one.adapters.start(actor)
+    await other.adapters.start(actor)
+    for name in "aab":
+        await one.load(name, replace=True)
+    actor.restart()
+    assert {(entry.name, entry.version) for entry in await one.joins()} == {("a", 2), ("b", 1)}
+    await one.adapters.unload("b", force=False)
+    await new.adapters.start(actor)
+    await new.load("a", replace=True)
+    assert [entry.version for entry in await other.joins()] == [3]
+    assert one.names == other.names == new.names == ["a", "fixed"]
+
+
+async def test_a_door_that_knew_nothing_comes_first_to_a_new_registry() -> None:
+    """What it does is newer than what others put back, and must look so to replicas."""
+    actor = RegistryActor()
+    old, new = Door(), Door()
+    await old.adapters.start(actor)
+    for name in "aaab":
+        await old.load(name, replace=True)
+    actor.restart()
+    await new.adapters.start(actor)
+    await new.adapters.load("a", "s3://lora/new", pin=False, force_pin=False, replace=True)
+    await new.load("b")
+    await new.adapters.unload("b", force=False)
+    [entry] = await old.joins()
+    assert (entry.path, entry.version) == ("s3://lora/new", 4)
+    old.adapters.refresh_soon()
+    assert await new.joins() == await old.joins() == [entry]
+
+
+def test_a_lost_registry_need_not_wait_for_a_change() -> None:
+    """A door that starts next hears of all adapters."""
+
+    async def main() -> None:
+        actor = RegistryActor()
+        door = Door()
+        limits = SharedLimits("door", b"", door.adapters.refresh_soon)
+        limits.start(actor)
+        await asyncio.sleep(1.0)
+        await door.adapters.start(actor)
+        await door.load("a")
+        actor.restart()
+        await asyncio.sleep(2 * ALIVE_SECONDS)
+        assert [entry.name for entry in await actor.entries.remote()] == ["a"]
+        await limits.stop()
+        await door.adapters.stop()
+
+    run_in_virtual_time(main())
+
+
+@given(
+    changes=st.lists(
+        st.tuples(st.sampled_from(["put", "remove", "look", "restart"]), st.integers(0, 2), st.integers(0, 3))
+    )
+)
+def test_no_put_is_forgotten_by_all_doors(changes: list[tuple[str, int, int]]) -> None:
+    """Doors change adapters in turn, and the registry loses all of it now and then. What was removed may come
+    back by a door that had not heard of it."""
+
+    async def main() -> None:
+        actor = RegistryActor()
+        doors = [KnownEntries({}, FleetState(lambda: 0.0)) for _ in range(3)]
+        there: dict[str, Entry] = {}
+        for door in doors:
+            await door.refresh(actor)
+        for number, (what, index, which) in enumerate(changes, start=1):
+            door, name = doors[index], f"adapter-{which}"
+            if what == "restart":
+                actor.restart()
+                continue
+            await door.refresh(actor)
+            if what == "put":
+                there[name] = Entry(name, f"{name}/{number}", number)
+                door.put(there[name])
+                await actor.put.remote(there[name])
+            elif what == "remove":
+                there.pop(name, None)
+                door.remove(name)
+                await actor.remove.remote(name)
+        for door in [*doors, *doors]:
+            await door.refresh(actor)
+        first = doors[0].by_name
+        assert all(door.by_name == first for door in doors)
+        assert there.items() <= first.items()
+
+    asyncio.run(main())
 
 
 # A checkpoint that hangs

@@ -301,6 +301,11 @@ class FleetAdapters:
             logger.warning("replica %s has not taken all adapters within %g s", replica, SYNC_SECONDS)
         member.ready = True
 
+    def refresh_soon(self) -> None:
+        """Put back what the registry has lost; to be called when it has forgotten this door."""
+        if self.registry is not None:  # else this door is only starting
+            self._spawn(self._known.refresh_in_time(self.registry))
+
     async def _plan(self) -> None:
         loop = asyncio.get_running_loop()
         state = self._members.state

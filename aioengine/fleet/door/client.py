@@ -93,9 +93,9 @@ class FleetClient:
         door = uuid.uuid4().hex if door is None else door
         self.members = Members(config, handle, door=door)
         self._dispatcher = Dispatcher(self.members)
-        self._limits = SharedLimits(door, msgspec.json.encode(config))
         self.metrics = FleetMetrics(self.members, self._dispatcher)
         self._adapters = FleetAdapters(config, self.members)
+        self._limits = SharedLimits(door, msgspec.json.encode(config), self._adapters.refresh_soon)
         self._tracer_provider = tracer_provider
         self._keys = count()
         self._seeds = random.Random(config.engine.seed)

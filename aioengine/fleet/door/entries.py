@@ -42,9 +42,13 @@ class KnownEntries:
         return self.by_name.pop(name, None) is not None
 
     async def refresh(self, registry: Any) -> None:
-        """Learn what has changed in the registry. Raises ConfigError if its checkpoint cannot be read."""
+        """Learn what has changed in the registry, and put back what it has lost. Raises ConfigError if its
+        checkpoint cannot be read."""
         async with self._refreshing:
             changes = await answer_of(registry.changes.remote(self._mark))
+            if changes.lost:
+                mine = [entry for entry in self.by_name.values() if entry.version > 0]
+                changes = await answer_of(registry.put_back.remote(mine))
             gone = set(changes.removed)
             if changes.whole:
                 gone = self.by_name.keys() - self._configured.keys() - {e.name for e in changes.entries}

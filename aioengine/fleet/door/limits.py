@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
@@ -24,12 +25,14 @@ ALIVE_SECONDS = 10.0
 class SharedLimits:
     """Reports this door's usage to the registry, and gets that of the other doors.
 
-    While the registry does not answer, each door counts for itself, and reports later.
+    While the registry does not answer, each door counts for itself, and reports later. ``forgotten()`` is
+    called when the registry does not know this door, as after the loss of its process.
     """
 
-    def __init__(self, door: str, config: bytes) -> None:
+    def __init__(self, door: str, config: bytes, forgotten: Callable[[], None]) -> None:
         self._door = door
         self._config = config
+        self._forgotten = forgotten
         self._ledgers: list[UsageLedger] = []
         self._has_limits = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
@@ -54,6 +57,7 @@ class SharedLimits:
                 found = await registry.exchange.remote(self._door, kept)
                 if found is None:
                     await registry.join.remote(self._door, self._config)
+                    self._forgotten()
                     continue
                 kept = {}
                 for ledger in self._ledgers:
