@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import tracemalloc
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from hypothesis import strategies as st
 from support.server_fixtures import MODEL, Serve, Served
 
 from aioengine.events import PrefixMoved
+from aioengine.server.errors import ApiError
 from aioengine.server.messages.api import MessagesRequest
 from aioengine.server.messages.cache_control import breakpoints, common
 
@@ -187,6 +189,18 @@ async def test_bad_breakpoints_are_refused(control: Any, reason: str, serve: Ser
         many: Any = [user(*(text("Hi", KEEP) for _ in range(5)))]
         with pytest.raises(anthropic.BadRequestError, match="at most 4"):
             await client.messages.create(messages=many, **FIELDS)
+
+
+def test_too_many_breakpoints_are_refused_before_they_are_all_looked_at() -> None:
+    many = [text("Hi", KEEP)] * 2000
+    data = msgspec.convert({"model": MODEL, "max_tokens": 1, "messages": [user(*many)]}, MessagesRequest)
+    tracemalloc.start()
+    try:
+        with pytest.raises(ApiError, match="at most 4"):
+            breakpoints(data)
+        assert tracemalloc.get_traced_memory()[1] < 10**6, "2000 copies of up to 2000 blocks take 16 MB"
+    finally:
+        tracemalloc.stop()
 
 
 def test_breakpoints_come_in_order_with_their_times() -> None:

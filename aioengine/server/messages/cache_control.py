@@ -9,6 +9,7 @@ user's turn, it is rendered with two that differ, so that only what precedes the
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from typing import NamedTuple, TypeVar
 
 import msgspec
@@ -41,12 +42,12 @@ class Breakpoint(NamedTuple):
 
 def breakpoints(data: MessagesRequest) -> list[Breakpoint]:
     """Return the request's breakpoints in their order. Raises ApiError if there are more than 4."""
-    found = list(_breakpoints(data))
+    found = list(islice(_breakpoints(data), MAX_PINS + 1))  # each holds a copy of what precedes it
     if len(found) > MAX_PINS:
         raise ApiError(
             400,
-            f"cache_control: at most {MAX_PINS} blocks may have it, and {len(found)} do; leave it on the "
-            "last block of each part that later requests repeat",
+            f"cache_control: at most {MAX_PINS} blocks may have it, and more do; leave it on the last block "
+            "of each part that later requests repeat",
             param="cache_control",
             code="invalid_value",
         )
