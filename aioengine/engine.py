@@ -53,6 +53,7 @@ from aioengine.runtime.assemble import (
     choose_policy,
     core_limits,
     engine_info,
+    kv_settings,
     memory_unplanned,
 )
 from aioengine.runtime.event_stream import BUFFER, EventStream, EventStreams
@@ -193,10 +194,13 @@ class AsyncEngine:
         )
         self._prefixes: PrefixKeeper | None = None
         if self._prefix_files is not None and built.model_path is not None:
-            plan = built.plan
-            settings = f"{plan.quantization}, {built.spec.impl}, up to {plan.max_model_len} tokens"
             self._prefixes = PrefixKeeper(
-                self._stepper, built.device, self._prefix_files, built.model_path, settings, work
+                self._stepper,
+                built.device,
+                self._prefix_files,
+                built.model_path,
+                kv_settings(self._info, built.plan),
+                work,
             )
         self._submitter = Submitter(
             self._stepper,

@@ -172,6 +172,15 @@ def engine_info(version_: str, built: Built) -> EngineInfo:
     )
 
 
+def kv_settings(info: EngineInfo, plan: MemoryPlan) -> str:
+    """Name what keys and values depend on beside the model, the adapter and the layout of the KV cache."""
+    return (
+        f"aioengine {info.version}, torch {info.torch}, {info.model_impl} in {plan.dtype}, "
+        f"weights {plan.quantization}, adapters {plan.lora_dtype}, up to {plan.max_model_len} tokens, "
+        f"batch invariance {info.batch_invariant}"
+    )
+
+
 def memory_unplanned(built: Built) -> int | None:
     """Return the bytes that the start took beyond the plan (negative: less than it), and log them; None if
     that was not measured."""

@@ -62,6 +62,7 @@ def files(folder: Path) -> list[Path]:
 
 
 COMPILED = {"dtype": "bfloat16", "block_size": 16, "batch_invariant": True}
+KV_INT8 = {**COMPILED, "kv_cache_dtype": "int8"}
 needs_compiler = pytest.mark.skipif(build.shutil.which("c++") is None, reason="needs a C++ compiler")
 
 
@@ -72,7 +73,7 @@ needs_compiler = pytest.mark.skipif(build.shutil.which("c++") is None, reason="n
         {"dtype": "bfloat16"},
         {"model_impl": "transformers"},
         pytest.param(COMPILED, marks=needs_compiler),
-        pytest.param({**COMPILED, "kv_cache_dtype": "int8"}, marks=needs_compiler),
+        pytest.param(KV_INT8, marks=needs_compiler),
     ],
     ids=str,
 )
@@ -145,6 +146,31 @@ async def test_another_model_or_layout_finds_nothing(
             assert (output.cached_tokens, moves.count("loaded")) == (0, 0)
             await moves.saved()
     assert len(files(tmp_path)) == 4, "each has its own file beside the others'"
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "adapter"),
+    [
+        ({}, {"lora_dtype": "int8"}, "a"),
+        pytest.param(KV_INT8, {**KV_INT8, "dtype": "float32"}, None, marks=needs_compiler),
+    ],
+    ids=["adapters in int8", "another dtype with a cache in int8"],
+)
+async def test_keys_and_values_of_other_weights_are_not_taken(
+    first: dict[str, Any],
+    second: dict[str, Any],
+    adapter: str | None,
+    tiny: Tiny,
+    make_engine: MakeEngine,
+    tmp_path: Path,
+) -> None:
+    for fields in (first, second):
+        async with running(make_engine, tiny, tmp_path, **fields) as moves:
+            await moves.engine.load_adapter("a", tiny.adapters["qv-only"])
+            output = await moves.engine.complete(PREFIX, SCORED, cache_pins=[PIN], adapter=adapter)
+            assert (output.cached_tokens, moves.count("loaded")) == (0, 0)
+            await moves.saved()
+    assert len(files(tmp_path)) == 2
 
 
 @pytest.mark.parametrize("harm", ["cut", "flip", "empty", "swap"])
