@@ -255,7 +255,7 @@ class SchedulerView(Protocol):
     def running(self) -> Sequence[RequestView]: ...
     @property
     def free_blocks(self) -> int:
-        """KV blocks that can be allocated now."""
+        """KV blocks that can be allocated now without those whose contents are pinned."""
 
     @property
     def block_size(self) -> int:

@@ -239,7 +239,8 @@ class CoreView:
 
     @property
     def free_blocks(self) -> int:
-        return self._batcher.blocks.num_free
+        blocks = self._batcher.blocks
+        return blocks.num_free - blocks.kept_beside(())
 
     @property
     def block_size(self) -> int:

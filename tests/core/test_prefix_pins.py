@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from support.core_sim import LIMITS, CoreSim
@@ -13,6 +14,7 @@ from aioengine.core.blocks import BlockManager
 from aioengine.core.prefixes.pins import PrefixPins
 from aioengine.core.state import Request
 from aioengine.request import CachePin
+from aioengine.schedulers import load_policy
 
 PINNING = LIMITS._replace(max_pinned_blocks=8)
 PROMPT = [7] * 17
@@ -110,6 +112,23 @@ def test_a_newcomer_waits_for_running_requests_and_not_for_pins() -> None:
     assert fits.admitted is None and len(sim.core.blocks.pins) == 4, "it fits when the first ends"
     sim.run()
     assert sim.ended[fits.id] == "length" and len(sim.core.blocks.pins) == 4
+
+
+@pytest.mark.parametrize("policy", ["fcfs", "vtc", "drr", {"order": "priority", "preempt": "priority"}])
+def test_policies_make_room_beside_pins(policy: Any) -> None:
+    sim = CoreSim(PINNING, load_policy(policy))  # 24 blocks
+    asks(sim, [7] * 33, 32, tenant="a")
+    sim.run()
+    for i in range(20):
+        asks(sim, [100 + i] * 17, max_tokens=40, tenant="a")
+    while len(sim.core.batcher.running) < 3:  # 5 blocks each, 8 are pinned, 1 is free
+        sim.settle()
+    other = asks(sim, [9] * 21, tenant="b", priority=1)
+    sim.settle()
+    sim.settle()
+    assert other.admitted is not None, "who has all blocks that are not pinned gives some"
+    assert len(sim.core.blocks.pins) > 4, "and the pins stay"
+    sim.run()
 
 
 def test_a_request_that_pins_leave_no_room_is_admitted_at_once() -> None:
