@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
 import msgspec
 
-from aioengine.core.state import AdapterEntry, Request
+from aioengine.core.state import Request
 from aioengine.core.step_results import finish_reason
 from aioengine.core.waiting_room import Ticket
 from aioengine.errors import DeadlineExceeded, EngineOverloaded, PromptTooLong, RequestInvalid
@@ -68,21 +68,28 @@ class Submitter:
         if tokens is not None:  # a request that can never run must get this error, and not "try again later"
             self._check_prompt(tokens, params)
         ticket = self._reserve(options.tenant, counted, arrival, None if tokens is None else len(tokens))
+        named = "" if adapter is None else f" for adapter {adapter!r}"
         try:
-            tokens, entry = await self._prepare(prompt, tokens, params, adapter, request_id, due, ticket)
-            text = self._output_text(params)
-            given: Sequence[int] = ()
-            replay = options.replay or params.logprobs is not None
-            if options.output:
-                ends = self._ends(params)
-                self._check_output(options.output, tokens, params, ends)
-                if not replay:
-                    given = options.output
-                    await self._text_work.run(len(given), lambda: text.push_all(given, ends))
-            if self._prefixes is not None and any(pin.save for pin in options.cache_pins):
-                with contextlib.suppress(TimeoutError):  # then it ends at its deadline
-                    async with asyncio.timeout_at(due):
-                        await self._prefixes.bring(tokens, params, entry, options)
+            async with _holding(ticket, due, f"request {request_id!r}{named}"):
+                if tokens is None:
+                    tokens = await self._tokenize(prompt, ticket.tenant)
+                    self._check_prompt(tokens, params)
+                    self._weigh(ticket, len(tokens))
+                entry = None
+                if adapter is not None:
+                    entry = await self._adapters.acquire_wanted(adapter, ticket.tenant)
+                text = self._output_text(params)
+                given: Sequence[int] = ()
+                replay = options.replay or params.logprobs is not None
+                if options.output:
+                    ends = self._ends(params)
+                    self._check_output(options.output, tokens, params, ends)
+                    if not replay:
+                        given = options.output
+                        await self._text_work.run(len(given), lambda: text.push_all(given, ends))
+                if self._prefixes is not None and any(pin.save for pin in options.cache_pins):
+                    self._check_running()
+                    await self._prefixes.bring(tokens, params, entry, options)
             self._check_running()  # it may have changed while a text was tokenized or an adapter resolved
             if entry is not None:
                 self._adapters.check_lives(entry)
@@ -172,49 +179,6 @@ class Submitter:
         finally:
             self._stepper.publish()  # as above
 
-    async def _prepare(
-        self,
-        prompt: Prompt,
-        tokens: list[int] | None,
-        params: SamplingParams,
-        adapter: Wanted,
-        request_id: str,
-        due: float | None,
-        ticket: Ticket,
-    ) -> tuple[list[int], AdapterEntry | None]:
-        """Return the prompt's tokens and the adapter's version, registered or found by the resolver.
-
-        Gives up at the request's deadline, or when another request displaces it.
-        """
-        if tokens is not None and adapter is None:  # nothing to wait for
-            return tokens, None
-        lost: list[EngineOverloaded] = []
-
-        def displaced(error: EngineOverloaded, now: float) -> None:
-            lost.append(error)
-            if not limit.expired():
-                limit.reschedule(now)
-
-        try:
-            async with asyncio.timeout_at(due) as limit:
-                ticket.displaced = displaced
-                if tokens is None:
-                    tokens = await self._tokenize(prompt, ticket.tenant)
-                    self._check_prompt(tokens, params)
-                    self._weigh(ticket, len(tokens))
-                entry = None
-                if adapter is not None:
-                    entry = await self._adapters.acquire_wanted(adapter, ticket.tenant)
-        except TimeoutError:
-            if not limit.expired():
-                raise
-            named = "" if adapter is None else f" for adapter {adapter!r}"
-            late = f"request {request_id!r}{named}: its deadline passed before it was accepted"
-            raise lost[0] if lost else DeadlineExceeded(late) from None
-        if lost:
-            raise lost[0]
-        return tokens, entry
-
     async def _tokenize(self, prompt: Prompt, owner: str | None) -> list[int]:
         if not isinstance(prompt, (str, list)):
             raise RequestInvalid(
@@ -256,6 +220,29 @@ class Submitter:
                     raise RequestInvalid(f"{field}: token {token} is outside the vocabulary 0..{vocab - 1}")
         if params.stop and self._parts.tokenizer is None:
             raise RequestInvalid(f"stop={params.stop!r}: needs a tokenizer, and the model has none")
+
+
+@contextlib.asynccontextmanager
+async def _holding(ticket: Ticket, due: float | None, who: str) -> AsyncIterator[None]:
+    """Give up what is awaited within at the request's deadline, or when another request displaces it."""
+    lost: list[EngineOverloaded] = []
+
+    def displaced(error: EngineOverloaded, now: float) -> None:
+        lost.append(error)
+        if not limit.expired():
+            limit.reschedule(now)
+
+    try:
+        async with asyncio.timeout_at(due) as limit:
+            ticket.displaced = displaced
+            yield
+    except TimeoutError:
+        if not limit.expired():
+            raise
+        late = f"{who}: its deadline passed before it was accepted"
+        raise lost[0] if lost else DeadlineExceeded(late) from None
+    if lost:
+        raise lost[0]
 
 
 def _token_ids(prompt: object, limit: int) -> list[int] | None:

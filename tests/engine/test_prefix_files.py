@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-from collections.abc import AsyncIterator, Callable
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from safetensors import safe_open
 from support.engine_fixtures import MakeEngine, Tiny, prompt_of
 
 from aioengine import AsyncEngine, CachePin, EngineConfig, LoRAConfig, SamplingParams
-from aioengine.errors import ConfigError, RequestInvalid
+from aioengine.errors import ConfigError, EngineOverloaded, RequestInvalid
 from aioengine.events import Event, PrefixMoved
 from aioengine.kernels.cpu import build
 from aioengine.runtime.prefixes.files import PrefixFiles
@@ -224,6 +225,50 @@ async def test_requests_that_come_together_share_one_read(
         assert moves.count("loaded") == 1
         stats = moves.engine.stats()
         assert stats.kv_blocks_free == stats.kv_blocks
+
+
+@contextlib.contextmanager
+def stuck_reads(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[asyncio.Event, threading.Event]]:
+    """Let reads of files wait: (set when one has begun, set it to let them go on)."""
+    loop, begun, go_on, read = (
+        asyncio.get_running_loop(),
+        asyncio.Event(),
+        threading.Event(),
+        PrefixFiles.read,
+    )
+
+    def stuck(self: PrefixFiles, name: str, about: Mapping[str, str]) -> dict[str, torch.Tensor] | None:
+        loop.call_soon_threadsafe(begun.set)
+        go_on.wait()
+        return read(self, name, about)
+
+    monkeypatch.setattr(PrefixFiles, "read", stuck)
+    try:
+        yield begun, go_on
+    finally:
+        go_on.set()
+
+
+@pytest.mark.parametrize("adapter", [None, "a"])
+async def test_a_request_that_waits_for_a_file_can_be_displaced(
+    adapter: str | None, tiny: Tiny, make_engine: MakeEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with running(make_engine, tiny, tmp_path, max_waiting=2) as moves:
+        await moves.engine.load_adapter("a", tiny.adapters["qv-only"])
+        with stuck_reads(monkeypatch) as (begun, go_on):
+            first, newest = (
+                asyncio.ensure_future(
+                    moves.engine.complete(PREFIX, SCORED, cache_pins=[PIN], adapter=adapter, tenant="a")
+                )
+                for _ in range(2)
+            )
+            await begun.wait()
+            other = await moves.engine.complete([5], SCORED, tenant="b")
+            assert other.token_ids == tiny.expected([5], 6)
+            go_on.set()
+            with pytest.raises(EngineOverloaded, match="tenant 'a' has most"):
+                await newest
+            await first
 
 
 async def test_without_room_in_the_cache_or_the_folder_requests_run(
