@@ -193,14 +193,13 @@ class AsyncEngine:
             self._adapters, work, 0 if self.config.lora is None else self.config.lora.held_bytes
         )
         self._prefixes: PrefixKeeper | None = None
-        if self._prefix_files is not None and built.model_path is not None:
+        if self._prefix_files is not None and built.model_files is not None:
             self._prefixes = PrefixKeeper(
                 self._stepper,
                 built.device,
                 self._prefix_files,
-                built.model_path,
+                built.model_files,
                 kv_settings(self._info, built.plan),
-                work,
             )
         self._submitter = Submitter(
             self._stepper,

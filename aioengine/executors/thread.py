@@ -10,7 +10,7 @@ import contextlib
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from aioengine.adapters.loader import AdapterLoader
 from aioengine.errors import DeviceError, EngineDead
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
     from aioengine.model.runner import ModelRunner
     from aioengine.model.slots.image import AdapterImage
+
+T = TypeVar("T")
 
 
 class ThreadStep:
@@ -72,39 +74,49 @@ class ThreadDevice(Device):
         self._lost = lost
 
     async def read_kv(self, blocks: Sequence[int]) -> Mapping[str, Tensor]:
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._step_thread, self.runner.kv_cache.copy_out, blocks)
+        cache = self.runner.kv_cache
+        return await self._copy(self._step_thread, lambda: cache.copy_out(blocks))
 
     async def write_kv(self, blocks: Sequence[int], contents: Mapping[str, Tensor]) -> None:
-        loop = asyncio.get_running_loop()
-        await loop.run_in_executor(self._step_thread, self.runner.kv_cache.copy_in, blocks, contents)
+        cache = self.runner.kv_cache
+        await self._copy(self._step_thread, lambda: cache.copy_in(blocks, contents))
 
     async def load(self, order: ReadOrder) -> LoadedAdapter:
         return await self._loader.load(order)
 
     async def place(self, uid: int, slot: int, offset: int | None = None) -> float:
-        loop = asyncio.get_running_loop()
-        try:
-            return await loop.run_in_executor(
-                self._copy_thread, self._write_slot, slot, self.store.get(uid), offset
-            )
-        except DeviceError as error:  # no step need be in flight that would tell
-            if self._lost is not None:
-                self._lost(error)
-            raise
+        adapter = self.store.get(uid)
+        return await self._copy(self._copy_thread, lambda: self._write_slot(slot, adapter, offset))
 
     def _write_slot(self, slot: int, adapter: AdapterImage, offset: int | None) -> float:
         slots = self.runner.lora_slots
         assert slots is not None, "a slot was written while LoRA is off"
         start = time.perf_counter()
-        try:
-            slots.write(slot, adapter, offset)
-        except Exception as error:
-            found = copy_error(error)
-            if found is None:
-                raise
-            raise found from error
+        slots.write(slot, adapter, offset)
         return time.perf_counter() - start
+
+    async def _copy(self, thread: ThreadPoolExecutor, work: Callable[[], T]) -> T:
+        """Copy to or from the device's memory in a thread.
+
+        Raises DeviceError. It also tells that the device is lost, because no step need be in flight that
+        would.
+        """
+
+        def typed() -> T:
+            try:
+                return work()
+            except Exception as error:
+                found = copy_error(error)
+                if found is None:
+                    raise
+                raise found from error
+
+        try:
+            return await asyncio.get_running_loop().run_in_executor(thread, typed)
+        except DeviceError as error:
+            if self._lost is not None:
+                self._lost(error)
+            raise
 
     async def memory_taken(self, plan: MemoryPlan) -> int | None:
         return await asyncio.wrap_future(self._step_thread.submit(memory_taken, plan))

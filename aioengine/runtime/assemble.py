@@ -33,6 +33,7 @@ from aioengine.model.cuda.failures import typed_failures
 from aioengine.model.files.hub import is_source
 from aioengine.model.files.resolve import read_spec, resolve_model
 from aioengine.model.spec import ModelSpec
+from aioengine.runtime.prefixes.files import ModelFiles
 from aioengine.schedulers import CostsView, SchedulerPolicy, load_policy
 from aioengine.step import StepBatch
 
@@ -56,6 +57,8 @@ class Built(NamedTuple):
     resolver: AdapterResolver | None
     model_path: Path | None = None
     """The model's folder or file; None if there is no model."""
+    model_files: ModelFiles | None = None
+    """What the model was loaded from, if prefixes are kept in files."""
     timer: Callable[[], float] = time.perf_counter
     """Clock that measures decisions and the event loop's lag."""
     first_steps: Sequence[tuple[StepBatch, float]] = ()
@@ -75,11 +78,12 @@ def build(
     if ``adapter_root`` is no folder."""
     chosen = _choose_resolver(config, resolver)
     path, spec, plan = planned = plan_parts(config, progress=progress)
+    files = None if config.kv_cache_dir is None else ModelFiles(path)
     with typed_failures():
         runner, store = build_parts(config, planned, progress=progress)
     tokenizer = load_tokenizer(path, config.chat_template)
     loader = AdapterLoader(store, Patience.of(config.lora, config.seed))
-    return Built(spec, plan, tokenizer, ThreadDevice(runner, loader), chosen, path)
+    return Built(spec, plan, tokenizer, ThreadDevice(runner, loader), chosen, path, files)
 
 
 async def build_with_workers(

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import os
+import shutil
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from pathlib import Path
@@ -18,9 +20,11 @@ from safetensors import safe_open
 from support.engine_fixtures import MakeEngine, Tiny, prompt_of
 
 from aioengine import AsyncEngine, CachePin, EngineConfig, LoRAConfig, SamplingParams
-from aioengine.errors import ConfigError, EngineOverloaded, RequestInvalid
+from aioengine.errors import ConfigError, DeviceFault, EngineOverloaded, EngineStopped, RequestInvalid
 from aioengine.events import Event, PrefixMoved
 from aioengine.kernels.cpu import build
+from aioengine.model.kv_cache import KVCache
+from aioengine.runtime.prefixes import keeper
 from aioengine.runtime.prefixes.files import PrefixFiles
 
 PREFIX = prompt_of(1, 41)
@@ -269,6 +273,137 @@ async def test_a_request_that_waits_for_a_file_can_be_displaced(
             with pytest.raises(EngineOverloaded, match="tenant 'a' has most"):
                 await newest
             await first
+
+
+async def test_who_waits_for_a_file_when_the_engine_stops_is_told_so(
+    tiny: Tiny, make_engine: MakeEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with running(make_engine, tiny, tmp_path) as moves:
+        with stuck_reads(monkeypatch) as (begun, go_on):
+            waits = asyncio.ensure_future(moves.engine.complete(PREFIX, SCORED, cache_pins=[PIN]))
+            await begun.wait()
+            stops = asyncio.ensure_future(moves.engine.stop())
+            with pytest.raises(EngineStopped):
+                await waits
+            go_on.set()
+            await stops
+
+
+async def test_a_folder_that_hangs_holds_up_neither_requests_nor_the_stop(
+    tiny: Tiny, make_engine: MakeEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(keeper, "PATIENCE", 0.01)
+    monkeypatch.setattr(keeper, "CLOSING", 0.01)
+    with stuck_reads(monkeypatch):
+        async with running(make_engine, tiny, tmp_path) as moves:
+            for seed in range(5):
+                prompt = prompt_of(seed, 41)
+                output = await moves.engine.complete(prompt, SCORED, cache_pins=[PIN])
+                assert output.token_ids == tiny.expected(prompt, 6)
+            await moves.saved(5)  # a write waits for no read
+
+
+async def test_the_models_files_are_read_once_for_requests_that_come_together(
+    tiny: Tiny, make_engine: MakeEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[str] = []
+    digest = hashlib.file_digest
+
+    def count(file: Any, name: str) -> Any:
+        read.append(file.name)
+        return digest(file, name)
+
+    monkeypatch.setattr(hashlib, "file_digest", count)
+    async with running(make_engine, tiny, tmp_path) as moves:
+        asks = (moves.engine.complete(prompt_of(i, 41), SCORED, cache_pins=[PIN]) for i in range(4))
+        await asyncio.gather(*asks)
+    assert read and len(read) == len(set(read))
+
+
+async def test_files_that_the_model_was_not_loaded_from_name_no_prefix(
+    tiny: Tiny, make_engine: MakeEngine, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(tiny.model, model)
+    async with running(make_engine, tiny._replace(model=model), tmp_path / "kv") as moves:
+        os.utime(next(model.glob("*.safetensors")), (1, 1))
+        for _ in range(2):
+            output = await moves.engine.complete(PREFIX, SCORED, cache_pins=[PIN])
+            assert output.token_ids == tiny.expected(PREFIX, 6)
+        assert sum("have changed" in record.message for record in caplog.records) == 1
+    assert not files(tmp_path / "kv")
+
+
+@pytest.mark.parametrize(
+    ("where", "error"),
+    [
+        ((PrefixFiles, "read"), MemoryError()),
+        ((PrefixFiles, "write"), RuntimeError("no")),
+        ((KVCache, "copy_in"), KeyError("k.0")),
+        ((KVCache, "copy_out"), torch.OutOfMemoryError("CUDA out of memory")),
+    ],
+    ids=["read", "write", "copy in", "copy out"],
+)
+async def test_no_error_of_a_copy_fails_a_request(
+    where: tuple[Any, str],
+    error: Exception,
+    tiny: Tiny,
+    make_engine: MakeEngine,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async with running(make_engine, tiny, tmp_path) as moves:
+        await moves.engine.complete(PREFIX, SCORED, cache_pins=[PIN])
+        await moves.saved()
+    failed = asyncio.Event()
+    loop = asyncio.get_running_loop()
+
+    def fail(*_: object) -> None:
+        loop.call_soon_threadsafe(failed.set)
+        raise error
+
+    monkeypatch.setattr(*where, fail)
+    async with running(make_engine, tiny, tmp_path) as moves:
+        for prompt in (PREFIX, prompt_of(2, 41), prompt_of(3, 41)):
+            output = await moves.engine.complete(prompt, SCORED, cache_pins=[PIN])
+            assert output.token_ids == tiny.expected(prompt, 6)
+        await failed.wait()
+        assert moves.engine.state == "running"
+    assert sum("kv_cache_dir" in record.message for record in caplog.records) <= 1
+
+
+async def test_a_device_that_fails_in_a_copy_is_lost(
+    tiny: Tiny, make_engine: MakeEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with running(make_engine, tiny, tmp_path) as moves:
+        await moves.engine.complete(PREFIX, SCORED, cache_pins=[PIN])
+        await moves.saved()
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(KVCache, "copy_in", fail)
+    async with running(make_engine, tiny, tmp_path) as moves:
+        with pytest.raises(DeviceFault):
+            await moves.engine.complete(PREFIX, SCORED, cache_pins=[PIN])
+
+
+async def test_a_file_is_read_only_if_there_is_room_for_it(
+    tiny: Tiny, make_engine: MakeEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with running(make_engine, tiny, tmp_path) as moves:
+        await moves.engine.complete(PREFIX, SCORED, cache_pins=[PIN])
+        await moves.saved()
+    read: list[str] = []
+    monkeypatch.setattr(PrefixFiles, "read", lambda self, name, about: read.append(name))
+    small = {"kv_cache_memory": "96KiB", "max_prefix_pins": 1.0, "max_model_len": 112}
+    async with running(make_engine, tiny, tmp_path, **small) as moves:
+        output = await moves.engine.complete(prompt_of(2, 101), SCORED, cache_pins=[CachePin(tokens=100)])
+        assert output.pinned_tokens == 100 and moves.engine.stats().kv_blocks < 35
+        output = await moves.engine.complete(PREFIX, SCORED, cache_pins=[PIN])
+        assert output.token_ids == tiny.expected(PREFIX, 6)
+    assert not read
 
 
 async def test_without_room_in_the_cache_or_the_folder_requests_run(

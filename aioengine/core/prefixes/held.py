@@ -35,14 +35,20 @@ class HeldBlocks:
             return None
         return self._keep(Held(self._blocks.allocate(0, found), hashes, len(found)))
 
-    def take(self, hashes: Sequence[bytes], spare: int) -> Held | None:
-        """Hold a prefix whose contents are to be written, in free blocks as far as the cache does not have
-        it. None if not ``spare`` more blocks are free then, beside those with pinned contents."""
+    def has_room(self, hashes: Sequence[bytes], spare: int) -> bool:
+        """Whether blocks are free for what the cache does not have of a prefix, and ``spare`` more, beside
+        those with pinned contents."""
         blocks, found = self._blocks, self._found(hashes)
         new = len(hashes) - len(found)
-        if not blocks.can_allocate(new + spare + blocks.kept_beside(found), found):
+        return blocks.can_allocate(new + spare + blocks.kept_beside(found), found)
+
+    def take(self, hashes: Sequence[bytes], spare: int) -> Held | None:
+        """Hold a prefix whose contents are to be written, in free blocks as far as the cache does not have
+        it. None if there is no room for it (:meth:`has_room`)."""
+        if not self.has_room(hashes, spare):
             return None
-        return self._keep(Held(blocks.allocate(new, found), hashes, len(found)))
+        found = self._found(hashes)
+        return self._keep(Held(self._blocks.allocate(len(hashes) - len(found), found), hashes, len(found)))
 
     def _found(self, hashes: Sequence[bytes]) -> list[int]:
         return self._blocks.match(hashes, len(hashes) * self._blocks.block_size)

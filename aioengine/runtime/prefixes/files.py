@@ -58,8 +58,8 @@ class BadFile(Exception):
 
 
 class PrefixFiles:
-    """Files of prefixes in ``folder``, of ``most_bytes`` in all. Blocks; to be used by one thread at a time.
-    Several engines may share a folder."""
+    """Files of prefixes in ``folder``, of ``most_bytes`` in all. Blocks. Several threads and engines may
+    share a folder."""
 
     def __init__(self, folder: Path, most_bytes: int) -> None:
         self.folder = folder
@@ -200,12 +200,32 @@ def _bytes_of(tensor: Tensor) -> memoryview:
     return memoryview((ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())).cast("B")
 
 
-def model_digest(path: Path) -> str:
-    """Compute the SHA-256 of a model's files. Blocks, for as long as reading them takes."""
-    kinds = (".safetensors", ".gguf", ".bin", ".pt", ".json")
-    files = sorted(p for p in path.iterdir() if p.suffix in kinds) if path.is_dir() else [path]
-    digest = hashlib.sha256()
-    for file in files:
-        with open(file, "rb") as opened:
-            digest.update(hashlib.file_digest(opened, "sha256").digest())
-    return digest.hexdigest()
+class ModelFiles:
+    """Files that a model is loaded from, as they are when this is made: before it is loaded. Blocks."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._loaded = self._stamps()
+
+    def digest(self) -> str:
+        """Compute the SHA-256 of the files. Blocks, for as long as reading them takes.
+
+        Raises OSError, also if they have changed since the model was loaded."""
+        digest = hashlib.sha256()
+        self._check()
+        for file, *_ in self._loaded:
+            with open(file, "rb") as opened:
+                digest.update(hashlib.file_digest(opened, "sha256").digest())
+        self._check()
+        return digest.hexdigest()
+
+    def _check(self) -> None:
+        if self._stamps() != self._loaded:
+            raise OSError(f"{self._path}: the model's files have changed since it was loaded")
+
+    def _stamps(self) -> list[tuple[Path, int, int]]:
+        """Return each file with its size and the time of its last change."""
+        kinds = (".safetensors", ".gguf", ".bin", ".pt", ".json")
+        path = self._path
+        files = sorted(p for p in path.iterdir() if p.suffix in kinds) if path.is_dir() else [path]
+        return [(file, stat.st_size, stat.st_mtime_ns) for file in files for stat in [file.stat()]]

@@ -6,23 +6,20 @@ import asyncio
 import hashlib
 import logging
 from collections.abc import Callable, Coroutine, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from aioengine import events
+from aioengine.adapters.read_threads import ReadThreads
 from aioengine.core.prefixes.held import Held
 from aioengine.core.state import AdapterEntry, Request
 from aioengine.executors.base import Device
 from aioengine.request import RequestOptions, SamplingParams
 from aioengine.runtime.loop import Stepper
-from aioengine.runtime.prefixes.files import PrefixFiles, model_digest
+from aioengine.runtime.prefixes.files import ModelFiles, PrefixFiles
 from aioengine.runtime.tasks import end_tasks
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-T = TypeVar("T")
 
 logger = logging.getLogger("aioengine")
 
@@ -30,14 +27,21 @@ AT_ONCE = 16
 """Blocks that are copied between two steps, so that a copy delays no step by much."""
 MAX_WRITES = 8
 """Prefixes that wait to be written; more are not written this time."""
+MAX_READS = 2
+"""Prefixes that are in memory at a time on their way from files to blocks."""
+PATIENCE = 5.0
+"""Seconds that a request waits for its prefix. Then it is computed, as are those of all requests that come
+before that read has ended: the folder may be one that hangs."""
+CLOSING = 5.0
+"""Seconds that the engine's stop waits for the file that is being read or written."""
 
 
 class PrefixKeeper:
     """Keeps the prefixes of ``CachePin(save=True)`` in files.
 
     A prefix is written after the request that computed it has its first token, and read before a request is
-    accepted whose prefix the cache does not have. Files are read and written in ``work``. A prefix that
-    cannot be read or written is computed as usual: no request fails.
+    accepted whose prefix the cache does not have. A prefix that cannot be read or written is computed as
+    usual: no request fails.
     """
 
     def __init__(
@@ -45,9 +49,8 @@ class PrefixKeeper:
         stepper: Stepper,
         device: Device,
         files: PrefixFiles,
-        model: Path,
+        model: ModelFiles,
         settings: str,
-        work: ThreadPoolExecutor,
     ) -> None:
         self._stepper = stepper
         self._core = stepper.core
@@ -57,21 +60,27 @@ class PrefixKeeper:
         self._settings = settings
         """Settings that keys and values depend on."""
         self._digest: str | None = None
-        self._work = work
+        self._threads = ReadThreads("aioengine-prefix")
         self._expected: dict[str, Request] = {}
         """Requests that compute prefixes to write."""
         self._reads: dict[bytes, asyncio.Task[bool]] = {}
         """Reads under way, by the hash of the prefix's last block."""
         self._writes: dict[bytes, asyncio.Task[bool]] = {}
-        self._one_by_one = asyncio.Lock()
-        self._failed = False
+        self._late: asyncio.Task[bool] | None = None
+        """The last read that took longer than a request waits."""
+        self._may_digest, self._may_read = asyncio.Lock(), asyncio.Semaphore(MAX_READS)
+        self._may_write = asyncio.Lock()
+        self._said: set[type[Exception]] = set()
+        """Kinds of errors that have been reported: each once, since every request may meet it."""
+        self._closed = False
 
     # Requests
 
     async def bring(
         self, tokens: list[int], params: SamplingParams, adapter: AdapterEntry | None, options: RequestOptions
     ) -> None:
-        """Read the longest prefix of a request that is in a file and not in the prefix cache."""
+        """Read the longest prefix of a request that is in a file and not in the prefix cache. Takes no longer
+        than PATIENCE, and goes on for others that wait for the same prefix if this call is cancelled."""
         request = Request(
             "",
             tokens,
@@ -84,8 +93,20 @@ class PrefixKeeper:
             options=options,
             cache=self._core.blocks,
         )
+        until = self._now() + PATIENCE
         for hashes in reversed(self._prefixes(request)):
-            if self._is_cached(hashes) or await self._read_once(hashes):
+            if self._closed or self._is_cached(hashes) or (self._late and not self._late.done()):
+                return
+            key = hashes[-1]
+            if key not in self._reads:
+                self._task(self._read, hashes, self._reads)
+            read = self._reads[key]
+            await asyncio.wait([read], timeout=until - self._now())
+            if not read.done():
+                self._late = read
+                self._warn(TimeoutError(f"a read takes longer than {PATIENCE} s"))
+                return
+            if read.cancelled() or read.result():
                 return
 
     def expect(self, request: Request) -> None:
@@ -99,8 +120,10 @@ class PrefixKeeper:
             request = self._expected.pop(event.request_id, None)
             for hashes in () if request is None else self._prefixes(request):
                 key = hashes[-1]
-                if key not in self._writes and len(self._writes) < MAX_WRITES and self._is_cached(hashes):
-                    self._writes[key] = self._task(self._write(hashes), self._writes, key)
+                if key in self._writes or len(self._writes) >= MAX_WRITES or self._closed:
+                    continue
+                if self._is_cached(hashes):
+                    self._task(self._write, hashes, self._writes)
 
     def _prefixes(self, request: Request) -> list[Sequence[bytes]]:
         """Return the hashes of the prefixes that the request wants in files, the shortest first. They depend
@@ -118,39 +141,34 @@ class PrefixKeeper:
 
     # Files
 
-    async def _read_once(self, hashes: Sequence[bytes]) -> bool:
-        """Read a prefix, unless that is done already; others may be waiting for it, so it goes on if this
-        request is cancelled."""
-        key = hashes[-1]
-        if key not in self._reads:
-            self._reads[key] = self._task(self._read(hashes), self._reads, key)
-        return await asyncio.shield(self._reads[key])
-
     async def _read(self, hashes: Sequence[bytes]) -> bool:
         began = self._now()
         about = await self._about(hashes[-1])
-        tensors = await self._in_thread(lambda: self._files.read(_name(about), about))
-        if tensors is None:
-            return False
-        held = self._core.held.take(hashes, spare=len(self._core.running))
-        if held is None:
-            return False
-        try:
-            for begin in range(held.known, len(hashes), AT_ONCE):
-                end = min(begin + AT_ONCE, len(hashes))
-                part = {name: tensor[begin:end] for name, tensor in tensors.items()}
-                await self._device.write_kv(held.blocks[begin:end], part)
-            self._core.held.written(held)
-        finally:
-            self._release(held)
+        async with self._may_read:
+            if not self._core.held.has_room(hashes, spare=len(self._core.running)):
+                return False
+            tensors = await self._threads.run(lambda: self._files.read(_name(about), about))
+            if tensors is None:
+                return False
+            held = self._core.held.take(hashes, spare=len(self._core.running))
+            if held is None:
+                return False
+            try:
+                for begin in range(held.known, len(hashes), AT_ONCE):
+                    end = min(begin + AT_ONCE, len(hashes))
+                    part = {name: tensor[begin:end] for name, tensor in tensors.items()}
+                    await self._device.write_kv(held.blocks[begin:end], part)
+                self._core.held.written(held)
+            finally:
+                self._release(held)
         self._report("loaded", hashes, began)
         return True
 
     async def _write(self, hashes: Sequence[bytes]) -> bool:
         began = self._now()
-        async with self._one_by_one:
+        async with self._may_write:
             about = await self._about(hashes[-1])
-            if await self._in_thread(lambda: self._files.has(_name(about))):
+            if await self._threads.run(lambda: self._files.has(_name(about))):
                 return False
             held = self._core.held.hold(hashes)
             if held is None:
@@ -161,7 +179,7 @@ class PrefixKeeper:
                     parts.append(await self._device.read_kv(held.blocks[begin : begin + AT_ONCE]))
             finally:
                 self._release(held)
-            if not await self._in_thread(lambda: self._files.write(_name(about), _joined(parts), about)):
+            if not await self._threads.run(lambda: self._files.write(_name(about), _joined(parts), about)):
                 return False
         self._report("saved", hashes, began)
         return True
@@ -173,29 +191,34 @@ class PrefixKeeper:
     async def _about(self, key: bytes) -> dict[str, str]:
         """Return what the file of a prefix is of. The hash stands for the tokens, the adapter's content and
         the salt."""
-        if self._digest is None:
-            self._digest = await self._in_thread(lambda: model_digest(self._model))
+        async with self._may_digest:
+            if self._digest is None:
+                self._digest = await self._threads.run(self._model.digest)
         layout = f"{self._settings}; {self._device.kv_layout}"
         return {"format": "aioengine-kv-1", "model": self._digest, "layout": layout, "prefix": key.hex()}
 
-    async def _in_thread(self, work: Callable[[], T]) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._work, work)
-
     def _task(
-        self, work: Coroutine[Any, Any, bool], tasks: dict[bytes, asyncio.Task[bool]], key: bytes
-    ) -> asyncio.Task[bool]:
+        self,
+        work: Callable[[Sequence[bytes]], Coroutine[Any, Any, bool]],
+        hashes: Sequence[bytes],
+        tasks: dict[bytes, asyncio.Task[bool]],
+    ) -> None:
         async def guarded() -> bool:
             try:
-                return await work
-            except OSError as error:
-                if not self._failed:  # said once: it may be the case for every request
-                    logger.warning("kv_cache_dir: %s; prefixes are computed where that fails", error)
-                self._failed = True
+                return await work(hashes)
+            except Exception as error:
+                self._warn(error)
                 return False
-            finally:
-                del tasks[key]
 
-        return asyncio.get_running_loop().create_task(guarded(), name="aioengine-prefix")
+        key = hashes[-1]
+        tasks[key] = asyncio.get_running_loop().create_task(guarded(), name="aioengine-prefix")
+        tasks[key].add_done_callback(lambda _: tasks.pop(key))
+
+    def _warn(self, error: Exception) -> None:
+        if type(error) not in self._said:
+            what = str(error) if isinstance(error, OSError) else repr(error)
+            logger.warning("kv_cache_dir: %s; prefixes are computed where that is so", what)
+        self._said.add(type(error))
 
     def _report(self, action: events.PrefixAction, hashes: Sequence[bytes], began: float) -> None:
         tokens = len(hashes) * self._core.blocks.block_size
@@ -205,14 +228,12 @@ class PrefixKeeper:
     def _now(self) -> float:
         return asyncio.get_running_loop().time()
 
-    async def written(self) -> None:
-        """Wait until all prefixes that are computed are in files."""
-        while self._writes:
-            await asyncio.wait([*self._writes.values()])
-
     async def close(self) -> None:
+        """End what is under way; requests that wait for it go on. Waits until a file that is being written is
+        complete, unless that takes too long."""
+        self._closed = True
         await end_tasks([*self._reads.values(), *self._writes.values()])
-        await self._in_thread(lambda: None)  # a file that is being written is complete then
+        await self._threads.wait(CLOSING)
 
 
 def _name(about: dict[str, str]) -> str:
