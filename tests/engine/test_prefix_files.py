@@ -9,6 +9,7 @@ import os
 import shutil
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -440,6 +441,50 @@ async def test_a_folder_that_cannot_be_used_is_refused(
     for folder in ("file", "file/below"):
         with pytest.raises(ConfigError, match="kv_cache_dir"):
             await make_engine(tiny, kv_cache_dir=str(tmp_path / folder)).start()
+
+
+@pytest.mark.parametrize("mode", [0o777, 0o770, 0o702])
+def test_a_folder_that_others_may_write_is_refused(mode: int, tmp_path: Path) -> None:
+    folder = tmp_path / "shared"
+    folder.mkdir()
+    folder.chmod(mode)
+    with pytest.raises(ConfigError, match=f"mode {mode:o}"):
+        PrefixFiles(folder, 10**6).open()
+    assert not files(folder)
+    PrefixFiles(folder / "own", 10**6).open()  # a folder in it is only this user's
+    assert (folder / "own").stat().st_mode & 0o077 == 0
+
+
+def test_a_folder_of_another_user_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: tmp_path.stat().st_uid + 1)
+    with pytest.raises(ConfigError, match="belongs to user"):
+        PrefixFiles(tmp_path, 10**6).open()
+
+
+def test_engines_with_equal_process_ids_share_a_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in containers: both write the same prefix at the same time, and delete for room."""
+    monkeypatch.setattr(os, "getpid", lambda: 1)
+    one = PrefixFiles(tmp_path, 10**6)
+    one.open()
+    size = one.write("0" * 64, TENSORS, ABOUT)
+    engines = [PrefixFiles(tmp_path, 3 * size) for _ in range(4)]
+
+    def use(files: PrefixFiles) -> None:
+        for index in range(100):
+            name = f"{index % 5}" * 64
+            files.open()
+            with contextlib.suppress(FileNotFoundError):  # deleted for another's, before it was complete
+                files.write(name, TENSORS, ABOUT)
+            found = files.read(name, ABOUT)
+            assert found is None or all(torch.equal(found[key], TENSORS[key]) for key in TENSORS)
+
+    with ThreadPoolExecutor(len(engines)) as threads:
+        list(threads.map(use, engines))
+    one.write("9" * 64, TENSORS, ABOUT)
+    assert one.read("9" * 64, ABOUT) is not None
+    assert not list(tmp_path.glob("*.tmp"))
 
 
 @pytest.mark.parametrize(

@@ -7,11 +7,13 @@ were used least recently are deleted for new ones. Files of other names are left
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import hashlib
 import logging
 import os
 import re
+import secrets
 import struct
 from collections.abc import Mapping
 from pathlib import Path
@@ -29,7 +31,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("aioengine")
 
-_NAME = re.compile(r"kv-[0-9a-f]{64}\.safetensors(\.\d+\.tmp)?")
+_NAME = re.compile(r"kv-[0-9a-f]{64}\.safetensors(\.[0-9a-f]+\.tmp)?")
 _LENGTH = struct.Struct("<Q")
 _MAX_HEADER = 2**24
 _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "I8": "int8"}
@@ -66,14 +68,24 @@ class PrefixFiles:
         self.most_bytes = most_bytes
 
     def open(self) -> None:
-        """Make the folder, which only this user may read, if it is not there. Raises ConfigError."""
+        """Make the folder, which only this user may read, if it is not there.
+
+        Raises ConfigError, also if others may write there: what they write would be believed."""
+        named = f"kv_cache_dir={str(self.folder)!r}"
         try:
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            probe = self.folder / f"kv-{'0' * 64}.safetensors.{os.getpid()}.tmp"
-            probe.touch(0o600)
-            probe.unlink()
+            stat = self.folder.stat()
+            probe, descriptor = _create(self._path("0" * 64))
+            os.close(descriptor)
+            probe.unlink(missing_ok=True)
         except OSError as error:
-            raise ConfigError(f"kv_cache_dir={str(self.folder)!r}: cannot be written: {error}") from error
+            raise ConfigError(f"{named}: cannot be written: {error}") from error
+        if stat.st_uid != os.geteuid() or stat.st_mode & 0o022:
+            whose = f"belongs to user {stat.st_uid} and has mode {stat.st_mode & 0o777:o}"
+            raise ConfigError(
+                f"{named}: {whose}, so others may change what is read from it; name a folder in it that is "
+                "not there yet, or one of your own that only you may write (chmod go-w)"
+            )
 
     def has(self, name: str) -> bool:
         """Whether there is a file; it counts as used then."""
@@ -101,9 +113,9 @@ class PrefixFiles:
         if not self._make_room(size):
             return 0
         path = self._path(name)
-        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+        temporary, descriptor = _create(path)
         try:
-            with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
+            with open(descriptor, "wb") as file:
                 file.write(_LENGTH.pack(len(head)))
                 file.write(head)
                 for tensor in parts.values():
@@ -141,8 +153,9 @@ class PrefixFiles:
         with os.scandir(self.folder) as entries:
             for entry in entries:
                 if _NAME.fullmatch(entry.name) and entry.is_file(follow_symlinks=False):
-                    stat = entry.stat(follow_symlinks=False)
-                    found.append((stat.st_mtime, stat.st_size, entry.path))
+                    with contextlib.suppress(FileNotFoundError):  # another engine has just deleted it
+                        stat = entry.stat(follow_symlinks=False)
+                        found.append((stat.st_mtime, stat.st_size, entry.path))
         total = sum(own for _, own, _ in found) + size
         for _, own, path in sorted(found):
             if total <= self.most_bytes:
@@ -150,6 +163,13 @@ class PrefixFiles:
             Path(path).unlink(missing_ok=True)
             total -= own
         return True
+
+
+def _create(path: Path) -> tuple[Path, int]:
+    """Create a file that is to get the name ``path`` once it is complete; returns its name until then, which
+    no other process has chosen, and its descriptor. Raises OSError."""
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(8)}.tmp")
+    return temporary, os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
 
 
 def _read(descriptor: int, size: int, about: Mapping[str, str]) -> dict[str, Tensor]:
