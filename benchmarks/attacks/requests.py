@@ -288,7 +288,11 @@ async def made_up(target: Target) -> str:
     """Send requests of all kinds for 20 seconds, from a process of its own."""
     words = ("-m", "benchmarks.attacks.made_up", target.served.url, MODEL, "--key", "key-of-a")
     process = await asyncio.create_subprocess_exec(sys.executable, *words, stdout=asyncio.subprocess.PIPE)
-    report = json.loads((await process.communicate())[0])
+    try:
+        report = json.loads((await process.communicate())[0])
+    finally:
+        with contextlib.suppress(ProcessLookupError):  # else it would attack during the next rows, too
+            process.kill()
     if report["wrong"]:
         raise ValueError("; ".join(report["wrong"][:3]))
     return ", ".join(f"{status} ({count}x)" for status, count in sorted(report["statuses"].items()))
