@@ -4,13 +4,17 @@ from pathlib import Path
 
 import pytest
 from support.any_models import config_of
+from support.quantized_checkpoints import gptq, write_quantized
 
 from aioengine.config import EngineConfig, LoRAConfig
 from aioengine.errors import ConfigError
 from aioengine.lab.costs.model import CostModel
 from aioengine.lab.costs.presets import available_presets, load_costs
-from aioengine.lab.costs.roofline import A10G, H100_SXM, DeviceFigures, estimates
+from aioengine.lab.costs.roofline import A10G, H100_SXM, LLAMA3_8B, DeviceFigures, estimate, estimates
 from aioengine.lab.costs.steps import StepShape
+from aioengine.lab.runs.experiment import Experiment
+from aioengine.lab.runs.simulate import run
+from aioengine.lab.workload.spec import WorkloadSpec
 from aioengine.memory_plan import plan_memory
 from aioengine.model.files.resolve import read_spec
 from aioengine.model.spec import SUPPORTED_ARCHITECTURES
@@ -108,10 +112,59 @@ def test_any_native_model_has_an_estimate(family: str, tmp_path: Path) -> None:
     assert 0 < costs.step_seconds(decode(1, 20)) < costs.step_seconds(decode(4, 20, 2))
 
 
+def test_weights_are_read_as_they_are_stored(tmp_path: Path) -> None:
+    config = {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False}
+    pair = write_quantized(tmp_path, gptq(ordered=False), config)
+    packed, plain = (load_costs(f"{folder}@h100") for folder in pair)
+    for costs in (packed, plain):
+        spec = costs.spec
+        read = spec.weights_bytes(4, "none") - spec.vocab_size * spec.hidden_size * 4
+        assert costs.steps.linears[0][1] == pytest.approx(read / (0.8 * H100_SXM.bandwidth), rel=1e-3)
+    assert packed.steps.linears[0][1] < 0.8 * plain.steps.linears[0][1]
+    assert CostModel.from_json(packed.to_json()) == packed
+
+
+def test_several_gpus_share_each_layer_and_sum_their_results() -> None:
+    link, layers, hidden = 0.8 * 450e9, LLAMA3_8B.num_layers, LLAMA3_8B.hidden_size
+    one, two, four = (estimate(f"x{n}", "H100", LLAMA3_8B, H100_SXM, n) for n in (1, 2, 4))
+    assert one.steps == load_costs("llama3-8b-h100").steps
+    for count, costs in ((2, two), (4, four)):
+        assert costs.tensor_parallel_size == count
+        reduces = 2 * layers + 1
+        assert costs.steps.step == pytest.approx(one.steps.step + reduces * 1e-5, rel=1e-3)
+        ring = 2 * (count - 1) / count * reduces * hidden * 2 / link
+        least = (costs.spec.num_parameters() - 128256 * hidden) * 2 / count / (0.8 * H100_SXM.bandwidth)
+        assert costs.steps.linears[0] == (1.0, pytest.approx(least + ring, rel=1e-2))
+        assert costs.steps.decode_kv == pytest.approx(one.steps.decode_kv / count, rel=1e-3)
+        assert one.adapter_nbytes(16) / count < costs.adapter_nbytes(16) < one.adapter_nbytes(16)
+    assert four.step_seconds(decode(8, 4000)) < two.step_seconds(decode(8, 4000))
+    assert two.step_seconds(decode(8, 4000)) < one.step_seconds(decode(8, 4000))
+    config = EngineConfig(model="any", lora=LoRAConfig(max_loras=4, max_lora_rank=16))
+    plan = four.plan(config)
+    assert plan.num_ranks == 4
+    assert plan.weights_bytes < 0.3 * one.plan(config).weights_bytes
+    assert CostModel.from_json(four.to_json()) == four
+
+
+def test_a_simulated_engine_is_divided_as_its_cost_model_says(tmp_path: Path) -> None:
+    estimate("two", "H100", LLAMA3_8B, H100_SXM, 2).write(tmp_path / "two.json")
+    workload = WorkloadSpec(arrivals="poisson:rate=4", limit=20, adapters=4)
+    seconds = {}
+    for preset in ("llama3-8b-h100", str(tmp_path / "two.json")):
+        found = run(Experiment(workload=workload, preset=preset, slots=2), tmp_path / "run")
+        assert found.replayed.finished == 20
+        seconds[preset] = found.summary["inter_token_seconds"]["mean"]
+    one, two = seconds.values()
+    assert 0.5 * one < two < 0.8 * one
+
+
 def test_estimates_that_there_are_not(tmp_path: Path) -> None:
     config_of("llama").save_pretrained(tmp_path)
-    with pytest.raises(ConfigError, match="no published figures of 'h1'; there are those of h100, a10g"):
+    with pytest.raises(ConfigError, match="no published figures of 'h1'; there are those of h100, a10g, "):
         load_costs(f"{tmp_path}@h1")
+    assert load_costs(f"{tmp_path}@a10gx2").tensor_parallel_size == 2
+    with pytest.raises(ConfigError, match=r"tensor_parallel_size=7: .* sizes that work for this model: 1, 2"):
+        load_costs(f"{tmp_path}@h100x7")
     costs = load_costs(f"{tmp_path}@a10g").to_json().decode()
     for field, words in (('{"sink": 1}', "unknown field 'sink'"), ('{"sinks": 1}', "model.details: .*bool")):
         with pytest.raises(ConfigError, match=words):

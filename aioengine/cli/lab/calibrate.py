@@ -22,6 +22,8 @@ def calibrate(
     name: str | None = None,
     dtype: DType = "auto",
     device: Literal["auto", "cpu", "cuda"] = "auto",
+    quantization: Literal["none", "int8", "int4"] = "none",
+    tensor_parallel_size: int = 1,
     common: CommonFlags | None = None,
 ) -> int:
     """Time the live engine for some minutes, and write a cost model for --preset.
@@ -40,6 +42,10 @@ def calibrate(
         Compute dtype.
     device
         Device that runs the model.
+    quantization
+        Form in which the weights are kept.
+    tensor_parallel_size
+        Number of GPUs, or of processes on a CPU, that share every layer.
     """
     from aioengine.cli.lab.progress import progress
     from aioengine.lab.workload.extra import check_extra
@@ -49,7 +55,18 @@ def calibrate(
     from aioengine.lab.calibration.calibrate import calibrate_async
 
     with progress("calibrating") as show:
-        costs = run(calibrate_async(model, out, name=name, dtype=dtype, device=device, progress=show))
+        costs = run(
+            calibrate_async(
+                model,
+                out,
+                name=name,
+                dtype=dtype,
+                device=device,
+                quantization=quantization,
+                tensor_parallel_size=tensor_parallel_size,
+                progress=show,
+            )
+        )
     _print(costs)
     print(f"cost model: {out}")
     return 0

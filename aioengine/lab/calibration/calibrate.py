@@ -25,7 +25,7 @@ from aioengine.lab.costs.model import CostModel, FitQuality, ModelShape, Stage
 from aioengine.lab.costs.steps import significant
 from aioengine.lab.workload.extra import needs_extra
 from aioengine.memory_plan import MemoryPlan
-from aioengine.model.spec import ModelSpec
+from aioengine.model.spec import ModelSpec, Quantization
 from aioengine.runtime.tasks import run_to_completion
 
 Progress = Callable[[int, int, str], None]
@@ -39,6 +39,8 @@ def calibrate(
     name: str | None = None,
     dtype: DType = "auto",
     device: Device = "auto",
+    quantization: Quantization = "none",
+    tensor_parallel_size: int = 1,
     design: Design | None = None,
     progress: Progress | None = None,
 ) -> CostModel:
@@ -49,7 +51,7 @@ def calibrate(
     that has just been written, so their files are in the system's cache.
 
     Args:
-        model: As in :class:`~aioengine.config.EngineConfig`.
+        model: As in :class:`~aioengine.config.EngineConfig`, like the next ones.
         name: Name of the cost model; by default that of the file.
         design: Steps and loads to time; the default suits a model with decode steps of about 10 ms.
         progress: Called with the number of timings done, their total, and the next one.
@@ -57,7 +59,17 @@ def calibrate(
     Raises ConfigError if the model is not available or does not fit, or ``out`` cannot be written.
     """
     return asyncio.run(
-        calibrate_async(model, out, name=name, dtype=dtype, device=device, design=design, progress=progress)
+        calibrate_async(
+            model,
+            out,
+            name=name,
+            dtype=dtype,
+            device=device,
+            quantization=quantization,
+            tensor_parallel_size=tensor_parallel_size,
+            design=design,
+            progress=progress,
+        )
     )
 
 
@@ -68,6 +80,8 @@ async def calibrate_async(
     name: str | None = None,
     dtype: DType = "auto",
     device: Device = "auto",
+    quantization: Quantization = "none",
+    tensor_parallel_size: int = 1,
     design: Design | None = None,
     progress: Progress | None = None,
 ) -> CostModel:
@@ -78,7 +92,14 @@ async def calibrate_async(
         import scipy.optimize  # noqa: F401
     design = Design() if design is None else design
     name = name or (Path(model).name if out is None else out.stem)
-    config = EngineConfig(model=model, dtype=dtype, device=device)
+    config = EngineConfig(
+        model=model,
+        dtype=dtype,
+        device=device,
+        quantization=quantization,
+        tensor_parallel_size=tensor_parallel_size,
+        executor="process" if tensor_parallel_size > 1 else "thread",
+    )
     with tempfile.TemporaryDirectory(prefix="aioengine-calibrate-") as folder:
         costs = await _Calibration(design, Path(folder), progress).run(config, name)
     if out is not None:
@@ -116,7 +137,8 @@ class _Calibration:
             points = await rounds.run(steps, self._tell)
             self._done = self._total
             self._tell(0, "done")
-            return _fit(points, rounds.disturbed, serving, name, engine.model_spec, engine.plan)
+            found = _fit(points, rounds.disturbed, serving, name, engine.model_spec, engine.plan)
+            return msgspec.structs.replace(found, quantization=config.quantization)
 
     def _for_timing(self, config: EngineConfig) -> EngineConfig:
         design = self._design
@@ -169,7 +191,8 @@ def _fit(
         disk=_stage(serving.moves, "disk"),
         slot=_stage(serving.moves, "slot"),
         device="cuda" if plan.device == "cuda" else "cpu",
-        device_memory=plan.available_bytes,
+        device_memory=plan.available_bytes * (plan.num_ranks if plan.device == "cpu" else 1),
+        tensor_parallel_size=plan.num_ranks,
         fit=FitQuality(
             steps=found.quality.steps,
             median_error=significant(found.quality.median_error),

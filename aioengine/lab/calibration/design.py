@@ -140,14 +140,15 @@ class Design(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     def _mixtures(self) -> Iterator[Part]:
         """Draw batches of decodes and one to three prompts. Lengths are uniform on a logarithmic scale. Three
-        of four batches have adapters, all of one rank."""
+        of four batches have adapters: half of these all of one rank, the others of any."""
         rng = random.Random(self.seed)
         low, high = self.mixed_prompts
         for _ in range(self.mixtures):
-            rank = rng.choice(self.ranks)
+            ranks = self.ranks if rng.random() < 0.5 else (rng.choice(self.ranks),)
             names: list[str | None] = [None]
             if rng.random() < 0.75:
-                names = [*self.names(rank)[: rng.choice(self.adapters)]]
+                known = [name for rank in ranks for name in self.names(rank)]
+                names = [*rng.sample(known, rng.choice(self.adapters))]
             rows = [
                 Row(1, rng.randint(*_ends(self.contexts[:2])), rng.choice(names))
                 for _ in range(rng.choice(self.mixed_rows))

@@ -141,7 +141,8 @@ def validate(
     random weights. Nothing else should run on the machine.
 
     Args:
-        experiment: Its preset should be the cost model of ``model`` on this machine.
+        experiment: Its preset should be the cost model of ``model`` on this machine. The live engine
+            quantizes and divides the weights as it says.
         model: As in :class:`~aioengine.config.EngineConfig`.
         loads: Shares of what the simulated engine can do, which is measured by offering it everything at
             once; the requests then come as a Poisson process. Empty: the workload as it is given.
@@ -181,6 +182,7 @@ async def validate_async(
         )
         offered = [(f"{share:.0%}", share * capacity) for share in loads]
     config = msgspec.structs.replace(experiment.engine_config(), model=model, dtype=dtype, device=device)
+    config = costs.engine_config(config)
     found = []
     for i, (load, rate) in enumerate(offered):
         live: list[_Live] = []

@@ -17,7 +17,9 @@ from aioengine.errors import ConfigError
 from aioengine.lab.costs.steps import StepCosts, StepShape, StepTimes
 from aioengine.memory_plan import MemoryPlan, plan_memory
 from aioengine.model.experts.spec import MixtureSpec
-from aioengine.model.spec import DTYPE_BYTES, ModelSpec
+from aioengine.model.parallel.group import Shard
+from aioengine.model.parallel.partition import Partition
+from aioengine.model.spec import DTYPE_BYTES, ModelSpec, Quantization
 
 FORMAT = 2
 """The version of the JSON."""
@@ -164,7 +166,13 @@ class CostModel(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     slot: Stage
     device: Literal["cpu", "cuda"]
     device_memory: int
-    """Bytes for weights, slots and KV blocks (on a CPU for the adapter cache too)."""
+    """Bytes for weights, slots and KV blocks (on a CPU for the adapter cache too): of each GPU, or of all
+    processes on a CPU."""
+    quantization: Quantization = "none"
+    """How the engine quantized the weights that were timed, as in ``EngineConfig``. Weights that a checkpoint
+    has quantized are in ``model``."""
+    tensor_parallel_size: int = 1
+    """GPUs, or processes on a CPU, that share every layer."""
     fit: FitQuality | None = None
 
     def __post_init__(self) -> None:
@@ -172,6 +180,7 @@ class CostModel(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
             raise ConfigError(_other_format(self.format))
         check_number("step_overhead", self.step_overhead, low=0.0)
         check_integer("device_memory", self.device_memory, low=1)
+        check_integer("tensor_parallel_size", self.tensor_parallel_size, low=1)
 
     def step_seconds(self, shape: StepShape) -> float:
         """Return the device's time for a step, without :attr:`step_overhead`. For many steps, make a
@@ -179,17 +188,34 @@ class CostModel(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         return StepTimes(self.steps)(shape)
 
     def adapter_nbytes(self, rank: int) -> int:
-        """Return the bytes of an adapter on the CPU: A and B of all layers' linears, in the model's dtype."""
-        spec = self.spec
-        per_rank = sum(spec.layers_with(module) * sum(spec.linear(module)) for module in spec.targets(None))
-        return rank * per_rank * DTYPE_BYTES[spec.dtype]
+        """Return the bytes of an adapter on the CPU, those of one process if there are several: A and B of
+        all layers' linears, in the model's dtype."""
+        local = self.local
+        per_rank = sum(
+            local.layers_with(module) * sum(local.linear(module)) for module in local.targets(None)
+        )
+        return rank * per_rank * DTYPE_BYTES[local.dtype]
 
     @property
     def spec(self) -> ModelSpec:
         return self.model.spec()
 
+    @property
+    def local(self) -> ModelSpec:
+        """The share of one GPU or process."""
+        return Partition(self.spec, Shard(0, self.tensor_parallel_size)).local
+
+    def engine_config(self, config: EngineConfig) -> EngineConfig:
+        """Return ``config`` for an engine with weights that are quantized and divided as the timed ones."""
+        size = self.tensor_parallel_size
+        own: dict[str, Any] = {"quantization": self.quantization, "tensor_parallel_size": size}
+        if size > 1:
+            own["executor"] = "process"
+        return msgspec.structs.replace(config, **own)
+
     def plan(self, config: EngineConfig) -> MemoryPlan:
         """Return the memory of an engine on this device. Raises ConfigError if it does not fit."""
+        config = self.engine_config(config)
         return plan_memory(self.spec, config, device=self.device, available_bytes=self.device_memory)
 
     def to_json(self) -> bytes:

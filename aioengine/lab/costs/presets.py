@@ -19,7 +19,8 @@ def available_presets() -> tuple[str, ...]:
 
 def load_costs(preset: str | Path) -> CostModel:
     """Return the preset of this name, the cost model in a JSON file (a path that ends in ``.json``), or the
-    estimate of a model on a device (``MODEL@h100``; see :func:`aioengine.lab.costs.roofline.estimate_of`).
+    estimate of a model on a device (``MODEL@h100``) or on several (``MODEL@h100x4``); see
+    :func:`aioengine.lab.costs.roofline.estimate_of`.
 
     Raises ConfigError if there is none, or if it is not valid.
     """

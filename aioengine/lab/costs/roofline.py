@@ -7,6 +7,8 @@ to decoding by Pope et al., "Efficiently Scaling Transformer Inference" (arXiv 2
 
 from __future__ import annotations
 
+import re
+
 import msgspec
 
 from aioengine.config import EngineConfig
@@ -16,6 +18,8 @@ from aioengine.lab.costs.steps import Curve, StepCosts, significant
 from aioengine.lab.workload.distributions import MAX_RANK
 from aioengine.memory_plan import spec_from_config
 from aioengine.model.experts.spec import MixtureSpec
+from aioengine.model.parallel.group import Shard
+from aioengine.model.parallel.partition import Partition
 from aioengine.model.spec import DTYPE_BYTES, ModelSpec
 
 
@@ -52,31 +56,51 @@ class DeviceFigures(msgspec.Struct, frozen=True, kw_only=True):
     """Host seconds for each sequence of a step."""
     step_overhead: float = 1e-3
     """Seconds between steps."""
+    link: float | None = None
+    """Bandwidth between two of these GPUs, in each direction; None: they have only that to the host."""
+    link_achieved: float = 0.8
+    link_latency: float = 1e-5
+    """Seconds of an all-reduce that do not depend on its size."""
     disk_latency: float = 5e-3
     slot_latency: float = 1e-4
 
 
-def estimate(name: str, device_name: str, model: ModelShape, device: DeviceFigures) -> CostModel:
-    """Return the cost model of ``model`` on ``device``.
+def estimate(
+    name: str, device_name: str, model: ModelShape, device: DeviceFigures, gpus: int = 1
+) -> CostModel:
+    """Return the cost model of ``model`` on ``gpus`` of ``device``.
 
-    Decode reads all weights but the input embedding once a step. A LoRA step launches a shrink and an
-    expand for each of a layer's four fused linears, and reads A and B of every distinct adapter.
+    Decode reads all weights but the input embedding once a step, in the form in which they are stored. A LoRA
+    step launches a shrink and an expand for each of a layer's four fused linears, and reads A and B of every
+    distinct adapter. Several GPUs share each layer as in Megatron (arXiv 1909.08053): each has a part of all
+    that, and after the attention, after the MLP and after the embedding they sum their results, in a ring
+    (Patarasuk and Yuan, 2009).
+
+    Raises ConfigError if the model cannot be divided so.
     """
-    spec = model.spec()
+    spec = Partition(model.spec(), Shard(0, gpus)).local
     nbytes = DTYPE_BYTES[model.dtype]
     head = spec.vocab_size * spec.hidden_size
     layers = spec.num_parameters() - head * (1 if spec.tie_embeddings else 2)
     read_lora = device.bandwidth * device.lora_bandwidth_achieved
+    reduces = (2 * spec.num_layers + 1) * (gpus > 1)
+    each_token = reduces * spec.hidden_size * nbytes * 2 * (gpus - 1) / gpus
+    link = (device.link or device.host_to_device) * device.link_achieved
     rank_elements = sum(spec.layers_with(module) * sum(spec.linear(module)) for module in _of_a_token(spec))
     linear_flops = device.flops * device.linear_achieved
     steps = StepCosts(
-        step=device.step,
-        linears=_linears(
-            spec,
-            number=nbytes / (device.bandwidth * device.weights_achieved),
-            flop=1 / linear_flops,
-            numbers=layers,
-            head=head,
+        step=device.step + reduces * device.link_latency,
+        linears=_with_each(
+            each_token / link,
+            _linears(
+                spec,
+                number=_read_bytes(spec, nbytes)
+                / (layers + head)
+                / (device.bandwidth * device.weights_achieved),
+                flop=1 / linear_flops,
+                numbers=layers,
+                head=head,
+            ),
         ),
         sequence=device.sequence + 2 * head / linear_flops,
         decode_kv=spec.kv_bytes_per_token(nbytes) / (device.bandwidth * device.kv_achieved),
@@ -92,7 +116,7 @@ def estimate(name: str, device_name: str, model: ModelShape, device: DeviceFigur
         name=name,
         source=f"published figures of {device_name}; see docs/lab-costs.md",
         estimate=True,
-        sources=device.sources,
+        sources=device.sources if gpus == 1 else {**device.sources, "between GPUs": _LINKS},
         model=model,
         steps=steps.rounded(),
         step_overhead=device.step_overhead,
@@ -104,21 +128,35 @@ def estimate(name: str, device_name: str, model: ModelShape, device: DeviceFigur
         ),
         device="cuda",
         device_memory=device.memory,
+        tensor_parallel_size=gpus,
     )
 
 
 def estimate_of(model: str, device: str) -> CostModel:
     """Return the estimate of a model folder, or of a name that ``EngineConfig.model`` takes, on one of
-    :data:`DEVICES`. Reads the model's description, not its weights.
+    :data:`DEVICES`, or on several ("h100x4") that share every layer. Reads the model's description, not its
+    weights.
 
-    Raises ConfigError if there is no such model or device, or if no cost model describes the model.
+    Raises ConfigError if there is no such model or device, if no cost model describes the model, or if it
+    cannot be divided so.
     """
-    if device not in DEVICES:
-        raise ConfigError(f"no published figures of {device!r}; there are those of {', '.join(DEVICES)}")
+    found = re.fullmatch(r"(.+?)(?:x([1-9]\d?))?", device)
+    kind, count = (found[1], int(found[2] or 1)) if found else (device, 1)
+    if kind not in DEVICES:
+        raise ConfigError(
+            f"no published figures of {device!r}; there are those of {', '.join(DEVICES)}, and of several: "
+            "h100x4"
+        )
     spec = spec_from_config(EngineConfig(model=model))
-    what, figures = DEVICES[device]
+    what, figures = DEVICES[kind]
+    if count > 1:
+        what = f"{count} times {what}"
     return estimate(
-        f"{model}@{device}", what, ModelShape.of(spec, spec.dtype), _of_model(figures, "its configuration")
+        f"{model}@{device}",
+        what,
+        ModelShape.of(spec, spec.dtype),
+        _of_model(figures, "its configuration"),
+        count,
     )
 
 
@@ -147,6 +185,25 @@ def _linears(spec: ModelSpec, *, number: float, flop: float, numbers: int, head:
     counts = [2.0**i for i in range(10) if 2**i < ends[0][0] / 2]
     read = [(n, (others + head + spec.experts * (1 - absent**n) * expert) * number) for n in counts]
     return (*((n, max(seconds, n * token)) for n, seconds in read), *ends)
+
+
+def _read_bytes(spec: ModelSpec, nbytes: int) -> int:
+    """Return the bytes of all weights, as they are stored, that a step reads. It reads a tied embedding as
+    the head; of any other only the rows of its tokens, which are next to nothing."""
+    total = spec.weights_bytes(nbytes, "none")
+    if spec.tie_embeddings:
+        return total
+    table = spec.linear("embed_tokens")
+    packed = [packing for name, packing in spec.packed.items() if name.rpartition(".")[2] == "embed_tokens"]
+    return total - sum(p.nbytes(*table) for p in packed) if packed else total - table[0] * table[1] * nbytes
+
+
+def _with_each(seconds: float, curve: Curve) -> Curve:
+    """Return the curve with additional seconds for each token."""
+    if not seconds:
+        return curve
+    start = () if curve[0][0] <= 1 else ((1.0, curve[0][1]),)
+    return tuple((n, value + n * seconds) for n, value in (*start, *curve))
 
 
 def _roofline(*, least: float, token: float) -> Curve:
@@ -221,8 +278,14 @@ _ASSUMED = {
     "step, sequence, step_overhead, latencies": "assumed",
 }
 
+_LINKS = (
+    "NVIDIA H100 data sheet: NVLink, 900 GB/s in both directions together; without NVLink as host_to_device; "
+    "assumed: 80% of it, 10 us for each all-reduce"
+)
+
 H100_SXM = DeviceFigures(
     memory=78 * 2**30,
+    link=450e9,
     bandwidth=3.35e12,
     flops=989e12,
     host_to_device=50e9,
