@@ -582,16 +582,22 @@ class Core:
         return Steady(steps, until if due is None else min(due, until)) if steps > 1 else None
 
     def steps_finished(
-        self, batch: StepBatch, token: Sampled, ends: Sequence[float]
+        self, batch: StepBatch, token: Sampled, ends: Sequence[float], *, goes_on: bool = False
     ) -> list[tuple[events.TokenInterval, ...]]:
         """Take in ``batch`` and its repetitions, of which ``steady`` has said that they are certain. Every
-        sequence got ``token`` in each step. Returns the intervals of each, as ``step_finished`` does."""
-        requests, self._in_flight = self._in_flight, []
-        found = self._results.take_many(requests, batch, token, ends, self.running.values(), self.blocks)
-        if len(ends) > 1:
-            self.now = ends[-2]
+        sequence got ``token`` in each step. With ``goes_on`` one more repetition, which is certain too, is in
+        flight then, as ``batch``. Returns the intervals of each, as ``step_finished`` does."""
+        requests = self._in_flight
+        if not goes_on:
+            self._in_flight = []
+        found = self._results.take_many(
+            requests, batch, token, ends, self.running.values(), self.blocks, begun=len(ends) + goes_on
+        )
+        again = len(ends) - 1 + goes_on
+        if again:
+            self.now = ends[again - 1]
             self._begin(batch.sequences)
-            self.step += len(ends) - 2
+            self.step += again - 1
         return found
 
     def learn(self, batch: StepBatch, seconds: float) -> None:

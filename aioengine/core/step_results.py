@@ -132,11 +132,14 @@ class StepResults:
         ends: Sequence[float],
         running: Iterable[Request],
         blocks: BlockManager,
+        *,
+        begun: int,
     ) -> list[tuple[events.TokenInterval, ...]]:
         """Take in ``batch`` and its repetitions, which end at ``ends``, as ``take`` would one by one.
 
         Args:
             running: The same requests in order of admission, in which they get blocks.
+            begun: Number of steps that have begun: one more than have ended, or as many.
         """
         count, size = len(ends), blocks.block_size
         first = Counter((request.adapter, request.last_token or 0.0) for request in requests)
@@ -146,7 +149,7 @@ class StepResults:
         """(step, 0: needs a block, or 1: has filled one, place, request)"""
         for place, request in enumerate(running):
             needs = len(request.blocks) * size - request.computed
-            todo += [(step, 0, place, request) for step in range(needs, count, size)]
+            todo += [(step, 0, place, request) for step in range(needs, begun, size)]
         longest = max((after - before for before, after in pairwise(ends)), default=0.0)
         for place, request in enumerate(requests):
             if blocks.prefix_caching:

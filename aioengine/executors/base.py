@@ -23,8 +23,8 @@ class QueuedStep(Protocol):
         """Give it up if it has not begun; returns whether it was given up."""
 
 
-class Ahead(NamedTuple):
-    """Steps that were run at once, one after the other."""
+class Repeated(NamedTuple):
+    """Steps that were run one after the other and repeated each other."""
 
     token: Sampled
     """Token that every sequence got in every step."""
@@ -32,6 +32,27 @@ class Ahead(NamedTuple):
     """Time at the end of each step."""
     seconds: Sequence[float]
     """Duration of each step, as in ``StepResult``."""
+
+
+class TakeSteps(Protocol):
+    """Callback that takes in steps that have ended; ``goes_on``: whether the next one is in flight."""
+
+    def __call__(self, steps: Repeated, goes_on: bool) -> None: ...
+
+
+class Repeating(Protocol):
+    """Steps that repeat each other, and that are taken in late: when somebody looks, or at their end.
+
+    Awaiting them waits for the last one. It returns None if all of them were taken in, and if they were
+    interrupted, the result of the step that was in flight then, which is the last one."""
+
+    def __await__(self) -> Generator[Any, None, StepResult | None]: ...
+
+    def catch_up(self) -> None:
+        """Take in the steps that have ended by now."""
+
+    def interrupt(self) -> None:
+        """Catch up, and run no step after the one in flight."""
 
 
 class Device(ABC):
@@ -52,7 +73,7 @@ class Device(ABC):
     """Whether it has ``queue``, by which a step may be given to it while one is in flight."""
     goes_ahead: bool = False
     """Whether steps take no time but on its clock, and it has ``settle``, ``execute_at_once`` and
-    ``go_ahead``: only simulated devices do."""
+    ``repeat``: only simulated devices do."""
     can_restart: bool = False
     """Whether ``restart`` may bring it back."""
 
@@ -76,8 +97,8 @@ class Device(ABC):
         """Run one step after the one in flight, if there is one; ``batch`` may follow that one."""
         raise NotImplementedError
 
-    def go_ahead(self, batch: StepBatch, most: int, until: float) -> Ahead | None:
-        """Run ``batch`` and further steps like it at once, as long as nothing else can happen meanwhile.
+    def repeat(self, batch: StepBatch, most: int, until: float, take: TakeSteps) -> Repeating | None:
+        """Run ``batch`` and further steps like it, which are taken in by ``take``. None: it cannot.
 
         Each sequence gets the same token in all of these steps, and does not end with it.
 

@@ -272,6 +272,7 @@ class AdapterOps:
                 del self._unloads[name]
 
     def _abort_all(self, entry: AdapterEntry) -> None:
+        self._stepper.catch_up()
         for request in list(self._core.requests.values()):
             if request.adapter is entry:
                 self._core.end(request, "abort", _now())

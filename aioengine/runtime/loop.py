@@ -10,13 +10,14 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from aioengine import events
 from aioengine.core import Core, DropMove, StopMove
 from aioengine.core.state import Request, Status
 from aioengine.errors import EngineDead, EngineStopped
-from aioengine.executors.base import Device, QueuedStep
+from aioengine.executors.base import Device, QueuedStep, Repeated, Repeating
 from aioengine.runtime.transfers import AdapterMoves
 from aioengine.runtime.waits import Waits
 from aioengine.runtime.watches import IdleWatch, LoopLagMeter
@@ -32,6 +33,7 @@ Took = tuple[float, float, tuple[events.TokenInterval, ...]]
 """End of a step, its duration, and the intervals of its tokens."""
 Decided = tuple[float, float]
 """Seconds that core and policy took, and those of the policy alone."""
+NO_TIME: Decided = (0.0, 0.0)
 
 
 class Stepper:
@@ -58,6 +60,8 @@ class Stepper:
         self._next: tuple[StepBatch, QueuedStep, float] | None = None
         """A step that was given to the device while the one before was in flight, and the seconds that it
         took to form it."""
+        self._repeating: Repeating | None = None
+        """Steps that the device runs, some of which may have ended and not been taken in."""
         self._moves = AdapterMoves(core, device, changed=self._moved)
         self._waits = Waits()
         self._idle = IdleWatch(core)
@@ -87,12 +91,21 @@ class Stepper:
             self._free_retired()
             return
         self._take_back()
+        if self._repeating is not None:
+            self._repeating.interrupt()
         self.publish()
         self._wake.set()
+
+    def catch_up(self) -> None:
+        """Take in the steps that have ended by now, where the device gives them late. Call before a change to
+        running requests; others may come before ``wake``."""
+        if self._repeating is not None:
+            self._repeating.catch_up()
 
     def abort(self, request: Request) -> None:
         """End a request; its reader, if any, gets a last output with ``finish_reason="abort"``."""
         if request.status is not Status.ENDED:
+            self.catch_up()
             self.core.end(request, "abort", asyncio.get_running_loop().time())
             self.wake()
 
@@ -131,6 +144,7 @@ class Stepper:
     async def stop(self) -> None:
         """End all requests with EngineStopped, and wait for work that cannot be interrupted."""
         self._stopping = True
+        self.catch_up()
         self._end_all(EngineStopped("the engine was stopped before the request finished"))
         self.wake()
         moves = asyncio.get_running_loop().create_task(self._moves.stop(), name="aioengine-stop-moves")
@@ -172,7 +186,7 @@ class Stepper:
             return
         if self._device.goes_ahead:
             await self._device.settle()
-            if self._run_at_once(batch, decided):
+            if await self._run_ahead(batch, decided):
                 return
         running = self._device.queue(batch) if self._overlap else self._device.execute(batch)
         while True:
@@ -196,25 +210,31 @@ class Stepper:
             decided = seconds, 0.0
             await asyncio.sleep(0)  # it may be done already, and readers get each token before the next
 
-    def _run_at_once(self, batch: StepBatch, decided: Decided) -> bool:
-        """Have the device run ``batch`` at once, with its repetitions if they are certain, where nothing can
-        happen before their end. Returns whether it did."""
+    async def _run_ahead(self, batch: StepBatch, decided: Decided) -> bool:
+        """Have the device run ``batch``, with its repetitions if they are certain, in as few turns of the
+        loop as possible. Returns whether it did."""
         steady = self.core.steady(batch)
-        if steady is None:
+        if steady is not None:
+            self._repeating = self._device.repeat(batch, *steady, partial(self._take_repeated, batch))
+        if self._repeating is None:
             result = self._device.execute_at_once(batch)
             if result is not None:
                 self._finished(batch, result, decided)
             return result is not None
-        ahead = self._device.go_ahead(batch, *steady)
-        if ahead is None:
-            return False
-        found = self.core.steps_finished(batch, ahead.token, ahead.ends)
-        contents = batch.contents()._asdict()
-        for index, took in enumerate(zip(ahead.ends, ahead.seconds, found, strict=True)):
-            self._note_step(batch.step + index, contents, took, decided)
-            decided = 0.0, 0.0
-        self.publish()
+        try:
+            result = await self._repeating
+        finally:
+            self._repeating = None
+        if result is not None:
+            self._finished(batch._replace(step=self.core.step), result, NO_TIME)
         return True
+
+    def _take_repeated(self, batch: StepBatch, steps: Repeated, goes_on: bool) -> None:
+        first, contents = self.core.step, batch.contents()._asdict()
+        found = self.core.steps_finished(batch, steps.token, steps.ends, goes_on=goes_on)
+        for index, took in enumerate(zip(steps.ends, steps.seconds, found, strict=True)):
+            self._note_step(first + index, contents, took, NO_TIME)
+        self.publish()
 
     def _queue_next(self, batch: StepBatch) -> None:
         """Give the device the step after ``batch`` as well, if it is certain already."""

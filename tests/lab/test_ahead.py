@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import asyncio
 import tempfile
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.core_sim import LIMITS, CoreSim
+from support.lab_sim import config, costs
 
-from aioengine import events
+from aioengine import RequestOutput, SamplingParams, events
+from aioengine.core.core import Core, Step
 from aioengine.lab import Experiment, WorkloadSpec, run
+from aioengine.lab.costs.model import Stage
 from aioengine.lab.simulation.clock import VirtualTimeLoop, run_in_virtual_time
 from aioengine.lab.simulation.device import SimulatedDevice
+from aioengine.lab.simulation.engine import SimulatedEngine
+from aioengine.lab.workload.requests import AdapterShape
 from aioengine.step import Sampled, StepBatch, StepResult
 
 POLICIES = [
@@ -54,24 +62,37 @@ systems = st.fixed_dictionaries(
         "kv_cache_memory": st.sampled_from([None, "300MiB"]),
         "enable_prefix_caching": st.booleans(),
         "slot_memory": st.sampled_from([None, None, "600MiB", "shared"]),
-        "replicas": st.sampled_from([None, None, None, 2]),
+        "replicas": st.sampled_from([None, None, 2, 5]),
+        "router": st.sampled_from(["affinity", "round_robin", "tiers"]),
         "seed": st.integers(0, 3),
     }
 )
 
 
-def outcome(experiment: Experiment, *, ahead: bool, executed: list[int] | None = None) -> dict[str, bytes]:
+def outcome(
+    experiment: Experiment,
+    *,
+    ahead: bool,
+    executed: list[int] | None = None,
+    decided: list[int] | None = None,
+) -> dict[str, bytes]:
     """The files of a run."""
-    execute = SimulatedDevice.execute
+    execute, schedule = SimulatedDevice.execute, Core.schedule
 
     async def counted(device: SimulatedDevice, batch: StepBatch) -> StepResult:
         if executed is not None:
             executed[0] += 1
         return await execute(device, batch)
 
+    def counted_schedule(core: Core, now: float) -> Step:
+        if decided is not None:
+            decided[0] += 1
+        return schedule(core, now)
+
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         patch.setattr(SimulatedDevice, "goes_ahead", ahead)
         patch.setattr(SimulatedDevice, "execute", counted)
+        patch.setattr(Core, "schedule", counted_schedule)
         run(experiment, folder)
         return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
 
@@ -99,10 +120,81 @@ def test_most_steps_are_not_taken_one_by_one() -> None:
     )
     experiment = Experiment(workload=workload, slots=4, cpu_loras=5)
     taken, jumped = [0], [0]
-    assert outcome(experiment, ahead=False, executed=taken) == outcome(
-        experiment, ahead=True, executed=jumped
-    )
+    assert outcome(experiment, ahead=False, decided=taken) == outcome(experiment, ahead=True, decided=jumped)
     assert jumped[0] < taken[0] / 10
+
+
+def test_replicas_do_not_interrupt_each_other() -> None:
+    workload = WorkloadSpec(
+        arrivals="poisson:rate=8", limit=60, adapters=5, prompt_tokens="uniform:20..200", output_tokens=200
+    )
+    experiment = Experiment(workload=workload, slots=4, cpu_loras=5, replicas=8)
+    taken, jumped = [0], [0]
+    assert outcome(experiment, ahead=False, decided=taken) == outcome(experiment, ahead=True, decided=jumped)
+    assert jumped[0] < taken[0] / 10
+
+
+Deed = tuple[Literal["look", "add", "cancel"], float]
+"""What is done, and the seconds before it. None is a multiple of a step's."""
+deeds = st.lists(
+    st.tuples(
+        st.sampled_from(["look", "look", "add", "cancel"]),
+        st.integers(1, 250).map(lambda n: n * 0.00117 + 2**0.5 / 3000),
+    ),
+    min_size=1,
+    max_size=12,
+)
+
+
+def seen(deeds: Sequence[Deed], *, ahead: bool) -> list[tuple[float, ...]]:
+    """What one sees of an engine while requests come, are cancelled and end."""
+
+    async def main() -> list[tuple[float, ...]]:
+        found: list[tuple[float, ...]] = []
+        loop = asyncio.get_running_loop()
+
+        def hear(event: events.Event) -> None:
+            if not isinstance(event, events.LoopLag):  # it is measured only where steps are taken one by one
+                found.append((event.time, len(type(event).__name__)))
+
+        model = costs(disk=Stage(0.0713, 1e9, slowdown=1.3), slot=Stage(0.0317, 1e9, slowdown=1.7))
+        async with SimulatedEngine(config(max_num_seqs=3, max_num_batched_tokens=16), model) as engine:
+            engine.add_adapters([AdapterShape(name, 8) for name in "ab"])
+            engine.add_listener(hear)
+            running: list[asyncio.Task[RequestOutput]] = []
+            for kind, seconds in deeds:
+                await asyncio.sleep(seconds)
+                if kind == "add":
+                    number = len(running)
+                    engine.set_length(f"r{number}", 7 + 9 * number)
+                    wanted = engine.complete(
+                        [0] * (3 + 5 * number),
+                        SamplingParams(max_tokens=90),
+                        adapter=(None, "a", "b")[number % 3],
+                        request_id=f"r{number}",
+                    )
+                    running.append(asyncio.create_task(wanted))
+                elif kind == "cancel" and running:
+                    running[len(running) // 2].cancel()
+                else:
+                    stats, load = engine.stats(), engine.load()
+                    found.append((loop.time(), stats.output_tokens, stats.kv_blocks_free, stats.steps))
+                    found.append((load.running, load.waiting, load.running_tokens, load.kv_tokens_free))
+            for task in running:
+                with suppress(asyncio.CancelledError):
+                    found.append((loop.time(), len((await task).token_ids)))
+            engine.check_invariants()
+        return sorted(found)  # what was looked at late is told of late
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SimulatedDevice, "goes_ahead", ahead)
+        return run_in_virtual_time(main())
+
+
+@settings(max_examples=60, deadline=None)
+@given(deeds)
+def test_who_looks_in_between_sees_the_same(deeds: Sequence[Deed]) -> None:
+    assert seen(deeds, ahead=True) == seen(deeds, ahead=False)
 
 
 def test_a_step_takes_no_turn_of_the_loop_if_nothing_happens_before_its_end() -> None:
@@ -136,7 +228,10 @@ def test_repeated_steps_do_what_steps_one_by_one_do() -> None:
     assert batch is not None
     steady = sim.core.steady(batch)
     assert steady is not None and steady.steps >= 12
-    found = sim.core.steps_finished(batch, Sampled(7), [sim.now + 0.25 * step for step in range(1, 13)])
+    ends = [sim.now + 0.25 * step for step in range(1, 13)]
+    found = sim.core.steps_finished(batch, Sampled(7), ends[:5], goes_on=True)
+    assert sim.core.step == batch.step + 5, "the next is in flight"
+    found += sim.core.steps_finished(batch, Sampled(7), ends[5:])
     assert [[interval.seconds for interval in step] for step in found] == [[0.25]] * 12
     sim.core.check()
     for ours, theirs in zip(sim.core.requests.values(), one_by_one.core.requests.values(), strict=True):
@@ -167,8 +262,6 @@ def test_no_step_is_certain_that_a_request_ends_in_or_that_may_change_a_decision
 
 
 async def the_clock() -> None:
-    import asyncio
-
     loop = asyncio.get_running_loop()
     assert isinstance(loop, VirtualTimeLoop)
     assert loop.next_timer() == float("inf")

@@ -126,8 +126,6 @@ class SimulatedFleet:
     def forget_length(self, request_id: str) -> None:
         """Forget the length of a request that has ended."""
         self._lengths.pop(request_id, None)
-        for replica in self._current.values():
-            replica.engine.forget_length(request_id)
 
     async def complete(
         self,
@@ -200,6 +198,8 @@ class SimulatedFleet:
             else:
                 self.state.ended(request_id)
                 return output
+            finally:
+                replica.engine.forget_length(request_id)
 
     # Replicas
 

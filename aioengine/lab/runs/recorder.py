@@ -262,12 +262,12 @@ class Recorder:
 
     def sample(self, now: float) -> None:
         """Record the interval since the last sample."""
+        stats, totals = self._engine.stats(), self._totals
         for live in self._core.requests.values():
             request = self._requests.get(live.id)
             if request is not None and live.computed:
                 prompt = min(live.computed, live.prompt_len) - request.cached_tokens
                 self._serve(request, prompt + live.output_tokens)
-        stats, totals = self._engine.stats(), self._totals
         self._sink.sample(
             Sample(
                 time=now - self._start,

@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import Context
-from heapq import heappush
+from heapq import heappop, heappush
 from math import inf, ulp
 from typing import Any, TypeVar, TypeVarTuple
 
@@ -40,8 +40,8 @@ class _Jumping(selectors.SelectSelector):
                 f"at {self.now:g} s of virtual time everything waits and no timer is set; tasks that wait: "
                 f"{', '.join(waiting[:10]) or 'none'}. Threads and sockets cannot be waited for here"
             )
-        if timeout > 0.0:
-            self.go_to(self.now + timeout)
+        if timeout > 0.0:  # the next timer's time to the last bit, whatever went off since it was set
+            self.go_to(self.loop._scheduled[0].when())
         return []
 
     def go_to(self, now: float) -> None:
@@ -79,6 +79,7 @@ class VirtualTimeLoop(asyncio.SelectorEventLoop):
     _clock_resolution: float
     _ready: deque[asyncio.Handle]
     _scheduled: list[asyncio.TimerHandle]
+    _timer_cancelled_count: int
     """asyncio's own, which are not in the type stubs."""
 
     def __init__(self) -> None:
@@ -110,9 +111,10 @@ class VirtualTimeLoop(asyncio.SelectorEventLoop):
         if self._ready:
             return None
         timers = self._scheduled
-        if timers and not timers[0].cancelled():
-            return timers[0].when()
-        return min((timer.when() for timer in timers if not timer.cancelled()), default=inf)
+        while timers and timers[0].cancelled():  # as the loop drops them in its turns
+            self._timer_cancelled_count -= 1
+            heappop(timers)._scheduled = False  # type: ignore[attr-defined]
+        return timers[0].when() if timers else inf
 
     def go_to(self, now: float) -> None:
         """Move the clock. No timer may go off before."""

@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 
 from aioengine.errors import AdapterLoadError, AdapterTooLarge
-from aioengine.executors.base import Ahead, Device
+from aioengine.executors.base import Device, Repeating, TakeSteps
 from aioengine.lab.costs.model import CostModel
 from aioengine.lab.costs.steps import StepTimes, step_shape
 from aioengine.lab.simulation.clock import VirtualTimeLoop, resolution
+from aioengine.lab.simulation.repeated import RepeatedSteps
 from aioengine.lab.simulation.transfers import Processor, SharedStage
 from aioengine.lab.workload.requests import AdapterShape
 from aioengine.model.spec import DTYPE_BYTES
@@ -39,7 +40,8 @@ class SimulatedDevice(Device):
         self.shapes: dict[str, AdapterShape] = {}
         self._costs = costs
         self._step_seconds = StepTimes(costs.steps)
-        kv_bytes = costs.spec.kv_bytes_per_token(DTYPE_BYTES[costs.spec.dtype])
+        local = costs.local
+        kv_bytes = local.kv_bytes_per_token(DTYPE_BYTES[local.dtype])
         self._byte_seconds = 2 * costs.steps.decode_kv / kv_bytes
         """For each byte that is moved on the device: it is read and written, as keys are read."""
         self._token = Sampled(token)
@@ -71,7 +73,7 @@ class SimulatedDevice(Device):
         if not isinstance(loop, VirtualTimeLoop) or (timer := loop.next_timer()) is None:
             return None
         begin = loop.time()
-        end = _after(begin, self._work(batch) * self._processor.pace)
+        end = begin + self._work(batch) * self._processor.pace
         if end + resolution(end) > timer:
             return None
         loop.go_to(end)
@@ -94,32 +96,30 @@ class SimulatedDevice(Device):
             sampled.append(end if made == lengths.get(work.request_id) else token)
         return StepResult(sampled, took - self._costs.step_overhead)
 
-    def go_ahead(self, batch: StepBatch, most: int, until: float) -> Ahead | None:
-        """Run steps without a turn of the event loop: none if anything else is due before the end of the
-        first one. Times are those that ``execute`` gives, to the last bit."""
+    def repeat(self, batch: StepBatch, most: int, until: float, take: TakeSteps) -> Repeating | None:
+        """Run steps that take no turn of the event loop while nobody looks. None on a loop that is not in
+        virtual time, or if a request ends with the first step."""
         loop = asyncio.get_running_loop()
-        if not isinstance(loop, VirtualTimeLoop) or (timer := loop.next_timer()) is None:
+        if not isinstance(loop, VirtualTimeLoop) or loop.time() >= until:
             return None
-        shape, overhead, pace = step_shape(batch), self._costs.step_overhead, self._processor.pace
-        begin, times = loop.time(), self._step_seconds.repeated(shape)
-        ends: list[float] = []
-        seconds: list[float] = []
-        lengths = self.lengths
+        lengths, overhead = self.lengths, self._costs.step_overhead
         for work in batch.sequences:
             length = lengths.get(work.request_id)
             if length is not None:
                 most = min(most, length - (work.start + len(work.tokens) - work.prompt_len + 1))
-        while len(ends) < most and begin < until:
-            end = _after(begin, (next(times) + overhead) * pace)
-            if end + resolution(end) > timer:
-                break
-            ends.append(end)
-            seconds.append(end - begin - overhead)
-            begin = end
-        if not ends:
+        if most < 1:
             return None
-        loop.go_to(begin)
-        return Ahead(self._token, ends, seconds)
+        return RepeatedSteps(
+            loop,
+            self._processor,
+            (seconds + overhead for seconds in self._step_seconds.repeated(step_shape(batch))),
+            most=most,
+            until=until,
+            overhead=overhead,
+            token=self._token,
+            sequences=len(batch.sequences),
+            take=take,
+        )
 
     async def load(self, order: ReadOrder) -> LoadedAdapter:
         """Raises AdapterLoadError for an adapter without a shape, AdapterTooLarge for one that no slot
@@ -151,8 +151,3 @@ class SimulatedDevice(Device):
 
     async def close(self) -> None:
         await asyncio.sleep(0)
-
-
-def _after(begin: float, seconds: float) -> float:
-    """Return the time at which a timer goes off that was set at ``begin``, as the loop rounds it."""
-    return begin + (begin + seconds - begin)

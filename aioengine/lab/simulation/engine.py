@@ -60,6 +60,19 @@ class SimulatedEngine(AsyncEngine):
             costs=ModelledCosts(self.costs, self._device.shapes, self.config.max_num_batched_tokens),
         )
 
+    def catch_up(self) -> None:
+        """Take in the steps that have ended by now: before others than its own tasks look at the core. All
+        public methods do it."""
+        self._stepper.catch_up()
+
+    def _check_started(self) -> None:
+        super()._check_started()
+        self._stepper.catch_up()
+
+    def _check_running(self) -> None:
+        super()._check_running()
+        self._stepper.catch_up()
+
     def add_adapters(self, shapes: Iterable[AdapterShape]) -> None:
         """Register adapters that have a size and no contents."""
         for shape in shapes:

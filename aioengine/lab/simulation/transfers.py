@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from heapq import heapify, heappop, heappush
 
@@ -82,23 +82,35 @@ class Processor:
         """Factors of all disturbances on the time of work; the largest counts."""
         self._left = 0.0
         self._as_of = 0.0
+        self._began = 0.0
         self._done: asyncio.Future[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
+        self.before_change: Callable[[], None] | None = None
+        """Called before the pace changes."""
 
     async def work(self, seconds: float) -> float:
         """Returns the seconds that it took, ``seconds`` if it was not disturbed."""
+        self.begin(seconds, asyncio.get_running_loop().time())
+        return await self.end()
+
+    def begin(self, seconds: float, began: float) -> None:
+        """Note that work began, now or at an earlier time since which the pace has not changed."""
         loop = asyncio.get_running_loop()
-        start = self._as_of = loop.time()
+        self._began = self._as_of = began
         self._left = seconds
         self._done = loop.create_future()
         self._plan(loop)
+
+    async def end(self) -> float:
+        """Wait for the end of the work that has begun. Returns the seconds that it took."""
+        assert self._done is not None
         try:
             await self._done
         finally:
             self._done = None
             if self._timer is not None:
                 self._timer.cancel()
-        return loop.time() - start
+        return asyncio.get_running_loop().time() - self._began
 
     @property
     def pace(self) -> float:
@@ -108,15 +120,20 @@ class Processor:
     @contextmanager
     def disturbed(self, slowdown: float) -> Iterator[None]:
         """Make work take at least ``slowdown`` times as long while the context lasts."""
-        before = max(self._paces)
+        before = self._about_to_change()
         self._paces.append(slowdown)
         self._paced(before)
         try:
             yield
         finally:
-            before = max(self._paces)
+            before = self._about_to_change()
             self._paces.remove(slowdown)
             self._paced(before)
+
+    def _about_to_change(self) -> float:
+        if self.before_change is not None:
+            self.before_change()
+        return self.pace
 
     def _paced(self, before: float) -> None:
         """Adjust to a pace that may differ from ``before``."""
@@ -130,7 +147,7 @@ class Processor:
     def _plan(self, loop: asyncio.AbstractEventLoop) -> None:
         if self._timer is not None:
             self._timer.cancel()
-        self._timer = loop.call_later(self._left * max(self._paces), self._finish)
+        self._timer = loop.call_at(self._as_of + self._left * max(self._paces), self._finish)
 
     def _finish(self) -> None:
         if self._done is not None and not self._done.done():
