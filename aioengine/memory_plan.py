@@ -248,6 +248,12 @@ def plan_memory(
     return msgspec.structs.replace(plan, num_blocks=_num_blocks(plan, config))
 
 
+def spec_of_a_rank(spec: ModelSpec, size: int) -> ModelSpec:
+    """Return what each rank has of a model that ``size`` ranks share. Raises ConfigError if it does not
+    divide."""
+    return Partition(spec, Shard(0, size)).local
+
+
 def spec_from_config(config: EngineConfig, progress: LoadProgress | None = None) -> ModelSpec:
     """Read the model's description, not its weights; see :func:`plan_from_config`."""
     return read_spec(resolve_model(config.model, progress), config.model_impl, config.quantization)

@@ -15,10 +15,8 @@ from aioengine.checks import check_integer, check_number, refuse_unknown
 from aioengine.config import EngineConfig
 from aioengine.errors import ConfigError
 from aioengine.lab.costs.steps import StepCosts, StepShape, StepTimes
-from aioengine.memory_plan import MemoryPlan, plan_memory
+from aioengine.memory_plan import MemoryPlan, plan_memory, spec_of_a_rank
 from aioengine.model.experts.spec import MixtureSpec
-from aioengine.model.parallel.group import Shard
-from aioengine.model.parallel.partition import Partition
 from aioengine.model.spec import DTYPE_BYTES, ModelSpec, Quantization
 
 FORMAT = 2
@@ -203,7 +201,7 @@ class CostModel(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     @property
     def local(self) -> ModelSpec:
         """The share of one GPU or process."""
-        return Partition(self.spec, Shard(0, self.tensor_parallel_size)).local
+        return spec_of_a_rank(self.spec, self.tensor_parallel_size)
 
     def engine_config(self, config: EngineConfig) -> EngineConfig:
         """Return ``config`` for an engine with weights that are quantized and divided as the timed ones."""

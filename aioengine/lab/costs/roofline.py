@@ -16,10 +16,8 @@ from aioengine.errors import ConfigError
 from aioengine.lab.costs.model import CostModel, ExpertShape, ModelShape, Stage
 from aioengine.lab.costs.steps import Curve, StepCosts, significant
 from aioengine.lab.workload.distributions import MAX_RANK
-from aioengine.memory_plan import spec_from_config
+from aioengine.memory_plan import spec_from_config, spec_of_a_rank
 from aioengine.model.experts.spec import MixtureSpec
-from aioengine.model.parallel.group import Shard
-from aioengine.model.parallel.partition import Partition
 from aioengine.model.spec import DTYPE_BYTES, ModelSpec
 
 
@@ -78,7 +76,7 @@ def estimate(
 
     Raises ConfigError if the model cannot be divided so.
     """
-    spec = Partition(model.spec(), Shard(0, gpus)).local
+    spec = spec_of_a_rank(model.spec(), gpus)
     nbytes = DTYPE_BYTES[model.dtype]
     head = spec.vocab_size * spec.hidden_size
     layers = spec.num_parameters() - head * (1 if spec.tie_embeddings else 2)
