@@ -1,4 +1,7 @@
-"""Memory that an engine will take, computed to the byte before anything is allocated. No torch here."""
+"""Memory that an engine will take, computed to the byte before anything is allocated. No torch here.
+
+The file is long because a plan, its table and its errors name every part of the memory.
+"""
 
 from __future__ import annotations
 
