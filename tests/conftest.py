@@ -36,7 +36,10 @@ TIMED = [TESTS / part for part in ("attacks", "fleet", "examples/test_proxies.py
 """Their tests watch clients that must not wait for long, or processes that must come up in time."""
 UNTIMED = [TESTS / "attacks" / "test_odd_values.py"] + [
     TESTS / "fleet" / f"test_{name}.py"
-    for name in ("autoscaling", "conflicts", "limits", "misroutes", "refusals")
+    for name in (
+        *("autoscaling", "conflicts", "door_imports", "doors", "limits", "misroutes", "refusals"),
+        *("registry", "sizes", "versions"),
+    )
 ]
 """Those among them that do neither."""
 LONG = [

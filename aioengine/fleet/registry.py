@@ -14,6 +14,7 @@ import msgspec
 from aioengine.client import Usage
 from aioengine.errors import ConfigError
 from aioengine.fleet.usage import SharedUsage
+from aioengine.fleet.versions import SpentVersions
 from aioengine.model.files.remote import check_protocol, why_failed, without_credentials
 
 logger = logging.getLogger("aioengine.fleet")
@@ -39,7 +40,7 @@ class Entry(msgspec.Struct, frozen=True):
     path: str
     """The given folder or URL."""
     version: int
-    """Increases with every load and replacement."""
+    """Increases with every replacement. No other content of this name has had it, nor will have it."""
     digest: str = ""
     """SHA-256 of its files, as the replica that read it reports it."""
     pinned: bool = False
@@ -68,6 +69,11 @@ class Changes(NamedTuple):
     missing was not removed, and who knows it puts it back (:meth:`AdapterRegistry.put_back`)."""
 
 
+class _Checkpoint(msgspec.Struct):
+    entries: list[Entry]
+    spent: SpentVersions
+
+
 class AdapterRegistry:
     """The actor's class. ``checkpoint`` is a folder, as any fsspec URL; None: nothing is kept.
 
@@ -83,6 +89,7 @@ class AdapterRegistry:
         self._io = asyncio.Lock()
         """Held while the checkpoint is read or written, so that the last write has the newest entries."""
         self._entries: dict[str, Entry] = {}
+        self._spent = SpentVersions()
         self._mark = Mark(uuid.uuid4().hex, 0)
         self._changed: dict[str, int] = {}
         """Number of the last change of an adapter, in order; only of the last ``MAX_CHANGES`` adapters."""
@@ -149,11 +156,21 @@ class AdapterRegistry:
         if self._leases.get(name, ("", 0.0))[0] == owner:
             del self._leases[name]
 
+    async def next_version(self, name: str, above: int) -> int:
+        """Return a version for the next content of an adapter: one that was never returned before, nor used
+        by an entry, and higher than ``above``. Raises ConfigError as :meth:`entries` does."""
+        await self._restore()
+        there = self._entries.get(name)
+        number = max(self._spent.of(name), above, 0 if there is None else there.version) + 1
+        self._spent.spend(name, number)
+        return number
+
     async def put(self, entry: Entry) -> None:
         """Store an entry, also in the checkpoint if there is one. Raises ConfigError if only the checkpoint
         fails; the next change writes this one, too."""
         await self._restore()
         self._entries[entry.name] = entry
+        self._spent.entered(entry.name, entry.version)
         self._decided.add(entry.name)
         self._note(entry.name)
         await self._save()
@@ -162,17 +179,20 @@ class AdapterRegistry:
         """Remove an entry, as :meth:`put` stores one."""
         await self._restore()
         self._decided.add(name)
-        if self._entries.pop(name, None) is not None:
+        entry = self._entries.pop(name, None)
+        if entry is not None:
+            self._spent.spend(name, entry.version)
             self._note(name)
         await self._save()
 
-    async def put_back(self, entries: Sequence[Entry]) -> Changes:
+    async def put_back(self, entries: Sequence[Entry], spent: SpentVersions) -> Changes:
         """Take what a door knows from an earlier life. Returns all adapters as they are then.
 
         Of several doors' entries the newest counts. What was put or removed in this life stays so, with a
         version above the door's, so that no replica takes it for older than what it has.
         """
         await self._restore()
+        self._spent.add(spent)
         for entry in entries:
             there = self._entries.get(entry.name)
             if entry.name in self._decided:
@@ -200,13 +220,14 @@ class AdapterRegistry:
         async with self._io:
             if not self._restored and self._file is not None:
                 found = await self._checkpoint("read", _read, self._file)
-                self._entries = {entry.name: entry for entry in found}
+                self._entries = {entry.name: entry for entry in found.entries}
+                self._spent = found.spent
                 self._restored = True
 
     async def _save(self) -> None:
         async with self._io:
             if self._file is not None:
-                data = msgspec.json.encode(list(self._entries.values()))
+                data = msgspec.json.encode(_Checkpoint(list(self._entries.values()), self._spent))
                 await self._checkpoint("written", _write, self._file, data)
 
     async def _checkpoint(self, done: str, work: Callable[..., T], *arguments: Any) -> T:
@@ -222,14 +243,15 @@ class AdapterRegistry:
             ) from None  # its cause may not survive the way to the door
 
 
-def _read(url: str) -> list[Entry]:
+def _read(url: str) -> _Checkpoint:
     import fsspec
 
     system, path = fsspec.core.url_to_fs(url)
     if not system.exists(path):
-        return []
+        return _Checkpoint([], SpentVersions())
     data: bytes = system.cat_file(path)
-    return msgspec.json.decode(data, type=list[Entry])
+    found = msgspec.json.decode(data, type=list[Entry] | _Checkpoint)
+    return _Checkpoint(found, SpentVersions()) if isinstance(found, list) else found
 
 
 def _write(url: str, data: bytes) -> None:

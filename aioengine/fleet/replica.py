@@ -7,14 +7,17 @@ import logging
 import os
 import platform
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import suppress
 from typing import Any
 
 from aioengine import events
 from aioengine.engine import AsyncEngine
-from aioengine.errors import AioEngineError, EngineDead, EngineStopped
+from aioengine.errors import AdapterNotFound, AioEngineError, EngineDead, EngineStopped
 from aioengine.fleet.config import FleetConfig
 from aioengine.fleet.outbox import Outbox
 from aioengine.fleet.registry import Entry
+from aioengine.fleet.speeds import Speeds
+from aioengine.fleet.versions import ReplicaVersions
 from aioengine.fleet.wire import (
     Abort,
     Delta,
@@ -32,14 +35,13 @@ from aioengine.grammars.service import Grammars
 from aioengine.info import AdapterInfo
 from aioengine.metrics.otlp import end_tracing, otlp_provider
 from aioengine.request import SamplingParams
+from aioengine.runtime.tasks import end_tasks
 from aioengine.schedulers.routing.replica import GUESSED_SECONDS_PER_TOKEN
-from aioengine.schedulers.routing.speed import TokenSpeed
 
 logger = logging.getLogger("aioengine.fleet")
 
 STATUS_SECONDS = 0.05
 """The shortest time between two reports to a door."""
-_SMOOTHING = 0.2
 
 
 class EngineReplica:
@@ -47,19 +49,15 @@ class EngineReplica:
     which names the replica that must answer; only the request router uses it."""
 
     async def __init__(self, config: FleetConfig, digest: str) -> None:  # type: ignore[misc] # Serve awaits it
-        import torch
-
-        torch.set_num_threads(config.cpus_per_replica)
         self._config = config
         self._digest = digest
         self._draining = False
         self._boxes: dict[str, Outbox] = {}
         self._grammars: Grammars | None = None
-        self._speed = _Speed()
-        self._versions: dict[str, int] = {}
-        """Version of each adapter in the registry."""
-        self.engine = AsyncEngine(config.engine)
-        await self.engine.start()
+        self._speed = Speeds()
+        self._versions = ReplicaVersions(config.adapters)
+        self._unloads: set[asyncio.Task[None]] = set()
+        self.engine = await self.start_engine()
         self.engine.add_listener(self._speed)
         self._beliefs = Beliefs()
         self.engine.add_listener(self._beliefs)
@@ -70,6 +68,15 @@ class EngineReplica:
             trace_requests(self.engine, self._traces)
         for name, path in config.adapters.items():
             self.engine.register_adapter(name, path)
+
+    async def start_engine(self) -> AsyncEngine:
+        """Return an engine that runs."""
+        import torch
+
+        torch.set_num_threads(self._config.cpus_per_replica)
+        engine = AsyncEngine(self._config.engine)
+        await engine.start()
+        return engine
 
     # Channels
 
@@ -137,7 +144,7 @@ class EngineReplica:
             async for output in self.engine.generate(
                 order.prompt,
                 params,
-                adapter=options.adapter,
+                adapter=self._versions.own(options.adapter),
                 request_id=order.request_id,
                 priority=options.priority,
                 deadline=options.deadline,
@@ -218,11 +225,11 @@ class EngineReplica:
             "unload": self.engine.unload_adapter,
             "pin": self.engine.pin_adapter,
             "unpin": self.engine.unpin_adapter,
-            "register": self._register,
             "prepare": self.engine.prepare_adapter,
             "commit": self._commit,
             "discard": self._discard,
             "sync": self._sync,
+            "version": self._version,
         }
         version = arguments.pop("version", None)
         digest = arguments.pop("digest", "")
@@ -231,13 +238,12 @@ class EngineReplica:
             if digest:
                 self.engine.expect_adapter(arguments["name"], digest)
             if version is not None:
-                self._versions[arguments["name"]] = version
+                self._versions.note(version, answer)
+            if action == "unload":
+                self._versions.forget(arguments["name"])
             return answer
         except AioEngineError as error:
             return error
-
-    async def _register(self, name: str, path: str) -> AdapterInfo:
-        return self.engine.register_adapter(name, path)
 
     async def _commit(self, name: str) -> AdapterInfo:
         return self.engine.commit_adapter(name)
@@ -245,17 +251,35 @@ class EngineReplica:
     async def _discard(self, name: str) -> None:
         self.engine.discard_adapter(name)
 
-    async def _sync(self, entries: list[Entry]) -> None:
-        """Know the registry's adapters in the versions that it has."""
+    async def _version(self, name: str) -> int:
+        return self._versions.highest(name)
+
+    async def _sync(self, entries: list[Entry], whole: bool = False) -> None:
+        """Know the registry's adapters in the versions that it has; if these are the ``whole``, no others
+        that it once had."""
+        for name in self._versions.others(entry.name for entry in entries) if whole else ():
+            self._versions.forget(name)
+            self._unload_soon(name)
+        await asyncio.sleep(0)  # they begin, and from then on requests are refused
         for entry in entries:
-            if self._versions.get(entry.name, 0) < entry.version:
+            if self._versions.of(entry.name) < entry.version:
                 await self.engine.prepare_adapter(entry.name, entry.path, read=False)
-                self.engine.commit_adapter(entry.name)
-                self._versions[entry.name] = entry.version
+                self._versions.note(entry.version, self.engine.commit_adapter(entry.name))
             if entry.digest:
                 self.engine.expect_adapter(entry.name, entry.digest)
             if entry.pinned:
                 await self.engine.pin_adapter(entry.name)
+
+    def _unload_soon(self, name: str) -> None:
+        """Unload an adapter; requests that run on it may take long to finish."""
+
+        async def unload() -> None:
+            with suppress(AdapterNotFound):
+                await self.engine.unload_adapter(name)
+
+        task = asyncio.get_running_loop().create_task(unload(), name=f"aioengine-unload-{name}")
+        self._unloads.add(task)
+        task.add_done_callback(self._unloads.discard)
 
     # Watching
 
@@ -313,6 +337,7 @@ class EngineReplica:
     async def stop(self) -> None:
         for box in list(self._boxes.values()):
             await box.close()
+        await end_tasks(self._unloads)
         await self.engine.stop()
         if self._traces is not None:
             await end_tracing(self._traces)
@@ -355,35 +380,3 @@ class Beliefs:
             if told is not None and event.location == "disk":
                 box, key = told
                 box.put(Delta(key, misrouted=True))
-
-
-class _Speed:
-    """Moving averages of the seconds that loads, copies, prompt tokens and requests take."""
-
-    def __init__(self) -> None:
-        self.service: float | None = None
-        """Seconds from a request's admission to its end."""
-        self._queued: dict[str, float] = {}
-        """Seconds that each admitted request had waited."""
-        self.load: float | None = None
-        self.slot: float | None = None
-        self.token = TokenSpeed()
-
-    def __call__(self, event: events.Event) -> None:
-        match event:
-            case events.AdapterLoaded():
-                self.load = _smooth(self.load, event.seconds)
-            case events.AdapterPlaced():
-                self.slot = _smooth(self.slot, event.seconds)
-            case events.RequestAdmitted():
-                self._queued.setdefault(event.request_id, event.queue_seconds)
-            case events.RequestEnded():
-                queued = self._queued.pop(event.request_id, None)
-                if queued is not None and event.output_tokens:
-                    self.service = _smooth(self.service, event.seconds - queued)
-            case events.StepFinished() if event.prefill_tokens > event.decode_tokens:
-                self.token.add(event.seconds, event.prefill_tokens + event.decode_tokens)
-
-
-def _smooth(before: float | None, value: float) -> float:
-    return value if before is None else before + _SMOOTHING * (value - before)

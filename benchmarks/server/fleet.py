@@ -26,7 +26,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
 import httpx
@@ -37,12 +37,12 @@ START_SECONDS = 300
 
 
 class Server:
-    """``aioengine serve`` in a process of its own."""
+    """``aioengine serve`` in a process of its own. ``program``: what Python runs in its place."""
 
-    def __init__(self, model: str, *flags: str) -> None:
+    def __init__(self, model: str, *flags: str, program: Sequence[str] = ("-m", "aioengine")) -> None:
         began = time.monotonic()
         environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
-        command = [sys.executable, "-m", "aioengine", "serve", "--model", model, "--port", "0"]
+        command = [sys.executable, *program, "serve", "--model", model, "--port", "0"]
         command += ["--max-model-len", "1024", "--kv-cache-memory", "512MiB", "--no-enable-prefix-caching"]
         self.process = subprocess.Popen(
             [*command, *flags],

@@ -10,6 +10,7 @@ from aioengine.schedulers.routing.interface import (
     AdapterView,
     FleetView,
     Move,
+    PinnedPrefix,
     PlacementPolicy,
     ReplicaView,
     Route,
@@ -17,7 +18,7 @@ from aioengine.schedulers.routing.interface import (
     RouteRequest,
     RouterPolicy,
 )
-from aioengine.schedulers.routing.prefixes import PREFIX_BLOCK, prefix_hashes
+from aioengine.schedulers.routing.prefixes import PREFIX_BLOCK, prefix_hashes, prefix_pins
 from aioengine.schedulers.routing.registry import (
     DEFAULT_PLACEMENT,
     DEFAULT_ROUTER,
@@ -41,6 +42,7 @@ __all__ = [
     "FleetView",
     "Location",
     "Move",
+    "PinnedPrefix",
     "PlacementGuard",
     "PlacementPolicy",
     "ReplicaLimits",
@@ -62,4 +64,5 @@ __all__ = [
     "load_placement",
     "load_router",
     "prefix_hashes",
+    "prefix_pins",
 ]

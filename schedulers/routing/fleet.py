@@ -9,19 +9,25 @@ from aioengine.schedulers.routing.adapter import Adapter, Demand
 from aioengine.schedulers.routing.interface import (
     AdapterView,
     Move,
+    PinnedPrefix,
     ReplicaView,
     RouteEvent,
     RouteEventKind,
     RouteRequest,
 )
-from aioengine.schedulers.routing.prefixes import PrefixIndex
+from aioengine.schedulers.routing.prefixes import PinIndex, PrefixIndex
 from aioengine.schedulers.routing.replica import Replica, ReplicaLimits, Report, _Clock
+
+MAX_PINS = 16384
+"""Pinned prefixes that a door remembers."""
 
 
 class View:
     """A :class:`~aioengine.schedulers.routing.interface.FleetView`: live, or a fixed copy."""
 
-    __slots__ = ("_accepting", "_adapters", "_changed", "_clock", "_demand", "_prefixes", "_replicas")
+    __slots__ = (
+        "_accepting", "_adapters", "_changed", "_clock", "_demand", "_pins", "_prefixes", "_replicas",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -30,6 +36,7 @@ class View:
         adapters: Mapping[str, Adapter],
         demand: Demand,
         prefixes: PrefixIndex | None,
+        pins: PinIndex | None,
         changed: Collection[str] | None = None,
     ) -> None:
         self._clock = clock
@@ -38,6 +45,7 @@ class View:
         self._accepting = tuple(replica for replica in replicas.values() if replica.accepting)
         self._demand = demand
         self._prefixes = prefixes
+        self._pins = pins
         self._changed = changed
 
     @property
@@ -69,6 +77,9 @@ class View:
     def cached_blocks(self, prefixes: Sequence[int]) -> Mapping[str, int]:
         return {} if self._prefixes is None or not prefixes else self._prefixes.lookup(prefixes)
 
+    def pinned_tokens(self, pins: Sequence[PinnedPrefix]) -> Mapping[str, int]:
+        return {} if self._pins is None or not pins else self._pins.lookup(pins, self._clock.now)
+
 
 class FleetState:
     """The knowledge of one door, from the replicas' reports and from the door's own actions.
@@ -96,8 +107,11 @@ class FleetState:
         self._adapters: dict[str, Adapter] = {}
         self._demand = Demand()
         self._prefixes = PrefixIndex(prefix_blocks)
+        self._pins = PinIndex(MAX_PINS)
         self._in_flight: dict[str, tuple[RouteRequest, str]] = {}
-        self._view = View(self._clock, self._replicas, self._adapters, self._demand, self._prefixes)
+        self._view = View(
+            self._clock, self._replicas, self._adapters, self._demand, self._prefixes, self._pins
+        )
 
     @property
     def view(self) -> View:
@@ -128,6 +142,7 @@ class FleetState:
         if replica is None:
             return []
         self._prefixes.leave(replica_id)
+        self._pins.leave(replica_id)
         for adapter in self._adapters.values():
             if replica_id in adapter._holders or replica_id in adapter._targets:
                 adapter._release(replica_id)
@@ -208,11 +223,17 @@ class FleetState:
             replica._send(request)
         if request.prefixes:
             self._prefixes.add(replica_id, request.prefixes)
+        if request.pins:
+            self._pins.add(replica_id, request.pins, now)
         self._in_flight[request.request_id] = request, replica_id
         self._tell("routed", now, request, replica_id)
 
-    def started(self, request_id: str) -> None:
-        """Note that a request's first token came."""
+    def started(self, request_id: str, pinned_tokens: int = 0) -> None:
+        """Note that a request's first token came. ``pinned_tokens``: so many of its prompt's tokens are
+        pinned on its replica now."""
+        found = self._in_flight.get(request_id)
+        if found is not None and found[0].pins:
+            self._pins.correct(found[1], found[0].pins, pinned_tokens)
         self._about("started", request_id)
 
     def ended(self, request_id: str) -> None:
@@ -249,6 +270,7 @@ class FleetState:
             {name: replica._copy(clock) for name, replica in self._replicas.items()},
             {name: adapter._copy(clock) for name, adapter in self._adapters.items()},
             demand,
+            None,
             None,
             frozenset(changed),
         )

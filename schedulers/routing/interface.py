@@ -21,6 +21,16 @@ from aioengine.schedulers.policy import Location
 API_VERSION = 1
 
 
+class PinnedPrefix(NamedTuple):
+    """A beginning of a prompt that the request pins in its replica's prefix cache."""
+
+    digest: int
+    """Hash of its tokens, as :func:`~aioengine.schedulers.routing.prefixes.prefix_pins` makes it."""
+    tokens: int
+    seconds: float
+    """How long it stays after its last use."""
+
+
 class RouteRequest(NamedTuple):
     """A request as a router sees it."""
 
@@ -43,6 +53,7 @@ class RouteRequest(NamedTuple):
     """Tokens in each of these blocks."""
     tried: Collection[str] = ()
     """Replicas that have failed it already; a router must not name them."""
+    pins: Sequence[PinnedPrefix] = ()
 
 
 class Route(NamedTuple):
@@ -201,6 +212,10 @@ class FleetView(Protocol):
     def cached_blocks(self, prefixes: Sequence[int]) -> Mapping[str, int]:
         """Return the number of these leading blocks that a replica's KV cache probably has, by replica id;
         replicas with none are left out. The memory behind it is bounded, so it forgets."""
+
+    def pinned_tokens(self, pins: Sequence[PinnedPrefix]) -> Mapping[str, int]:
+        """Return the number of tokens of these prefixes that requests have pinned in a replica's KV cache, by
+        replica id; replicas with none are left out."""
 
 
 RouteEventKind = Literal[

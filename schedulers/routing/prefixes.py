@@ -1,4 +1,4 @@
-"""Estimates which replicas have cached which prompt prefixes: hashes, and a bounded index of them."""
+"""Estimates which replicas have cached or pinned which prompt prefixes: hashes, and bounded indexes."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from array import array
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from hashlib import blake2b
+
+from aioengine.schedulers.routing.interface import PinnedPrefix
 
 PREFIX_BLOCK = 256
 """Tokens for each hash: more than in a KV block, so that a long prompt has few hashes."""
@@ -25,6 +27,78 @@ def prefix_hashes(
         parent = blake2b(parent + chunk, digest_size=8).digest()
         found.append(int.from_bytes(parent, "little"))
     return tuple(found)
+
+
+def prefix_pins(
+    tokens: Sequence[int],
+    lengths: Sequence[tuple[int, float]],
+    adapter: str | None,
+    *,
+    salt: str | None = None,
+    block: int = PREFIX_BLOCK,
+) -> tuple[PinnedPrefix, ...]:
+    """Return the beginnings of a prompt that a request pins. ``lengths``: the tokens of each, and how many
+    seconds it stays. Of a beginning of more than ``MAX_HASHES`` blocks only these blocks are hashed."""
+    if not lengths:
+        return ()
+    longest = max(length for length, _ in lengths)
+    hashes = prefix_hashes(tokens[:longest], adapter, salt=salt, block=block)
+    found = []
+    for length, seconds in lengths:
+        whole = min(length, len(tokens)) // block
+        if whole <= MAX_HASHES:
+            rest = array("q", tokens[whole * block : length]).tobytes()
+        else:
+            whole, rest = MAX_HASHES, b""
+        parent = hashes[whole - 1].to_bytes(8, "little") if whole else repr((adapter, salt)).encode()
+        digest = blake2b(parent + rest, digest_size=8, person=b"pin").digest()
+        found.append(PinnedPrefix(int.from_bytes(digest, "little"), min(length, len(tokens)), seconds))
+    return tuple(found)
+
+
+class PinIndex:
+    """Remembers which replica has which pinned prefixes, and until when; at most ``prefixes`` of them, those
+    that were used last."""
+
+    def __init__(self, prefixes: int) -> None:
+        self._most = prefixes
+        self._where: OrderedDict[int, dict[str, tuple[float, int]]] = OrderedDict()
+        """By hash and replica: until when it stays, and its tokens."""
+
+    def add(self, replica: str, pins: Sequence[PinnedPrefix], now: float) -> None:
+        """Note that a request that pins these was sent to the replica."""
+        for pin in pins:
+            there = self._where.setdefault(pin.digest, {})
+            there[replica] = now + pin.seconds, pin.tokens
+            self._where.move_to_end(pin.digest)
+        while len(self._where) > self._most:
+            self._where.popitem(last=False)
+
+    def correct(self, replica: str, pins: Sequence[PinnedPrefix], tokens: int) -> None:
+        """Note that the replica has pinned this many of a prompt's tokens, which may be fewer than wanted."""
+        for pin in pins:
+            there = self._where.get(pin.digest, {})
+            if replica in there:
+                there[replica] = there[replica][0], min(pin.tokens, tokens)
+
+    def leave(self, replica: str) -> None:
+        """Forget what a replica has."""
+        for digest in [digest for digest, there in self._where.items() if there.pop(replica, None)]:
+            if not self._where[digest]:
+                del self._where[digest]
+
+    def lookup(self, pins: Sequence[PinnedPrefix], now: float) -> Mapping[str, int]:
+        """Return by replica how many tokens of these it has; replicas with none are left out."""
+        found: dict[str, int] = {}
+        for pin in pins:
+            for replica, (until, tokens) in self._where.get(pin.digest, {}).items():
+                if until >= now and tokens > found.get(replica, 0):
+                    found[replica] = tokens
+        return found
+
+    def __len__(self) -> int:
+        """Distinct prefixes that are remembered."""
+        return len(self._where)
 
 
 class PrefixIndex:

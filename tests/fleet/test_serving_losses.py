@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import signal
 import socket
 import ssl
+from collections.abc import Callable
 from typing import Any
 
 import openai
@@ -45,10 +47,11 @@ async def streamed(client: openai.AsyncOpenAI, index: int, seen: list[int]) -> l
     return tokens
 
 
-async def disturbed(fleet: FleetServer, number: signal.Signals) -> int:
-    """All streams twice: undisturbed, and with a signal for one replica in the middle, whose process id is
-    returned."""
-    await asyncio.to_thread(until, fleet.healthy, 120)
+async def disturbed(
+    fleet: FleetServer, pid: int, number: signal.Signals, meanwhile: Callable[[], None] = lambda: None
+) -> None:
+    """All streams twice: undisturbed, and with a signal for one replica in the middle, after which
+    ``meanwhile`` is called."""
     client = openai.AsyncOpenAI(base_url=f"{fleet.url}/v1", api_key="none", max_retries=0, timeout=120)
     seen = [0] * STREAMS
     expected = await asyncio.gather(*[streamed(client, i, seen) for i in range(STREAMS)])
@@ -56,15 +59,14 @@ async def disturbed(fleet: FleetServer, number: signal.Signals) -> int:
     migrations = fleet.metric("aioengine_fleet_migrations_total")
     seen = [0] * STREAMS
     streams = asyncio.gather(*[streamed(client, i, seen) for i in range(STREAMS)])
-    pid = fleet.replicas()[0].pid
     while sum(number > 0 for number in seen) < STREAMS / 4:
         await asyncio.sleep(0.001)
         assert not streams.done()
     os.kill(pid, number)
+    await asyncio.to_thread(meanwhile)
     assert await streams == expected
     assert fleet.metric("aioengine_fleet_migrations_total") - migrations >= STREAMS / 8
     await client.close()
-    return pid
 
 
 def test_processes_speak_tls_to_each_other(fleet: FleetServer, tls: dict[str, str]) -> None:
@@ -84,25 +86,38 @@ def test_processes_speak_tls_to_each_other(fleet: FleetServer, tls: dict[str, st
 
 
 async def test_kill_9_in_the_middle_of_streams(fleet: FleetServer) -> None:
-    await disturbed(fleet, signal.SIGKILL)
+    """Streams go on and new requests are answered; what the replica had pinned is computed elsewhere, and
+    kept there from then on."""
+    system = "Do as you are told. " * 8
 
+    def pinned() -> dict[str, float]:
+        names = re.findall(r'^aioengine_fleet_replica_up\{.*replica="(\w+)"', fleet.metrics(), re.MULTILINE)
+        return {name: fleet.metric("aioengine_kv_blocks_pinned", replica=name) for name in names}
 
-def test_requests_go_on_while_one_is_away(fleet: FleetServer) -> None:
-    until(fleet.healthy, 120)
-    os.kill(fleet.replicas()[0].pid, signal.SIGKILL)
-    for index in range(20):
-        assert fleet.complete(f"short {index}", max_tokens=2)["finish_reason"]
+    def short_requests() -> None:
+        for index in range(20):
+            assert fleet.complete(f"short {index}", max_tokens=2)["finish_reason"]
+
+    before = pinned()
+    kept = fleet.message(system, "Who are you?")["cache_creation_input_tokens"]
+    assert kept > 100
+    [holder] = [name for name, blocks in pinned().items() if blocks > before[name]]
+    await disturbed(fleet, fleet.pid_of(holder), signal.SIGKILL, short_requests)
+    moved, again = fleet.message(system, "How are you?"), fleet.message(system, "And who am I?")
+    assert moved["cache_creation_input_tokens"] >= kept > moved["cache_read_input_tokens"]
+    assert again["cache_read_input_tokens"] >= kept and not again["cache_creation_input_tokens"]
 
 
 async def test_a_hung_replica(fleet: FleetServer) -> None:
     """Nothing raises: only the silence tells. There is no CPU for another replica until this one is gone."""
-    pid = await disturbed(fleet, signal.SIGSTOP)
-    await asyncio.to_thread(until, fleet.healthy, 60)
-    assert not psutil.pid_exists(pid)
+    pid = fleet.replicas()[0].pid
+    await disturbed(fleet, pid, signal.SIGSTOP)
+    await asyncio.to_thread(until, lambda: not psutil.pid_exists(pid), 60)
 
 
-def test_sigterm_leaves_no_process(fleet: FleetServer) -> None:
-    """The last test of this fleet."""
+def test_sigterm_leaves_no_process(shared_fleet: FleetServer) -> None:
+    """The last test of this fleet, which is just starting a replica."""
+    fleet = shared_fleet
     processes = [psutil.Process(fleet.process.pid), *fleet.processes()]
     assert any("EngineReplica" in command_line(process) for process in processes)
     fleet.process.send_signal(signal.SIGTERM)

@@ -70,6 +70,17 @@ class FleetServer:
             found: dict[str, Any] = answer.json()["choices"][0]
             return found
 
+    def message(self, system: str, text: str) -> dict[str, Any]:
+        """Ask with a system prompt that is to stay in the cache; returns the usage."""
+        kept = {"type": "text", "text": system, "cache_control": {"type": "ephemeral"}}
+        body = {"model": "tiny", "max_tokens": 1, "temperature": 0, "system": [kept]}
+        body["messages"] = [{"role": "user", "content": text}]
+        with self.client() as client:
+            answer = client.post("/v1/messages", json=body)
+            assert answer.status_code == 200, answer.text
+            usage: dict[str, Any] = answer.json()["usage"]
+            return usage
+
     def metrics(self) -> str:
         with self.client() as client:
             return client.get("/metrics").text
@@ -86,6 +97,12 @@ class FleetServer:
         """The processes of replicas that have started, less those that stand still: Serve replaces these."""
         found = [p for p in self.processes() if "EngineReplica" in command_line(p)]
         return [p for p in found if p.status() not in (psutil.STATUS_STOPPED, psutil.STATUS_ZOMBIE)]
+
+    def pid_of(self, replica: str) -> int:
+        """The process of a replica that has this name in ``/metrics``."""
+        found = re.search(rf"replica {replica} is there \(process (\d+)", self.log)
+        assert found is not None, self.log
+        return int(found[1])
 
     def processes(self) -> list[psutil.Process]:
         return psutil.Process(self.process.pid).children(recursive=True)

@@ -14,7 +14,6 @@ import msgspec
 
 from aioengine.errors import (
     AdapterError,
-    AdapterInvalid,
     AdapterLoadError,
     AdapterNotFound,
     AioEngineError,
@@ -22,8 +21,9 @@ from aioengine.errors import (
     EngineStopped,
 )
 from aioengine.fleet.config import FleetConfig
-from aioengine.fleet.door.entries import KnownEntries
+from aioengine.fleet.door.entries import KnownEntries, version_of
 from aioengine.fleet.door.members import Member, Members
+from aioengine.fleet.door.replicas import Replicas, first_of, holds
 from aioengine.fleet.registry import Entry, answer_of
 from aioengine.info import AdapterInfo
 from aioengine.model.files.hub import is_source
@@ -51,6 +51,7 @@ class FleetAdapters:
     def __init__(self, config: FleetConfig, members: Members) -> None:
         self._config = config
         self._members = members
+        self._replicas = Replicas(members)
         self._known = KnownEntries(config.adapters, members.state)
         self.registry: Any = None
         self._mended: dict[str, float] = {}
@@ -86,10 +87,12 @@ class FleetAdapters:
                 if best is None or _SPEED[info.location] > _SPEED[best.location]:
                     found[info.name] = info
         for entry in self._known.by_name.values():
-            if entry.name not in found:
+            if entry.name in found:
+                found[entry.name] = _numbered(found[entry.name], version_of(entry))
+            else:
                 found[entry.name] = AdapterInfo(
                     name=entry.name,
-                    version=max(entry.version, 1),
+                    version=version_of(entry),
                     path=entry.path,
                     rank=0,
                     bytes=0,
@@ -101,6 +104,25 @@ class FleetAdapters:
                     waiting=0,
                 )
         return list(found.values())
+
+    async def check_version(self, adapter: str) -> None:
+        """Raise AdapterNotFound if "name@version" is not the version that new requests get."""
+        name, _, version = adapter.rpartition("@")
+        known = self._known.by_name.get(name)
+        if known is None or version != str(version_of(known)):  # another door may have changed it
+            await self._known.refresh_in_time(self.registry)
+            known = self._known.by_name.get(name)
+        if known is None:
+            raise AdapterNotFound(
+                f"nobody has loaded {name!r} through the fleet, and so its versions have no numbers; ask for "
+                f"{name!r}, or load it first",
+                name=adapter,
+            )
+        if version != str(version_of(known)):
+            raise AdapterNotFound(
+                f"this is not the current version: that is {version_of(known)}; a fleet serves only this one",
+                name=adapter,
+            )
 
     async def load(
         self,
@@ -125,23 +147,17 @@ class FleetAdapters:
             else:
                 if where is not None and known is not None and known.path == where:
                     where = None
-                info = await self._add(name, where, members)
+                info = await self._add(name, where, known, members)
+            version = info.version
             if pin:
-                info = await self._pin(name, members, force_pin)
-            before = 0 if known is None else known.version
-            entry = Entry(
-                name,
-                _source(where, known, info),
-                before + 1,
-                info.digest,
-                pin or bool(known and known.pinned),
-            )
-            await self._put(entry)
+                info = _numbered(await self._replicas.pin(name, members, force_pin), version)
+            pinned = pin or bool(known and known.pinned)
+            await self._put(Entry(name, _source(where, known, info), version, info.digest, pinned))
             return info
 
     async def unload(self, name: str, *, force: bool) -> None:
         async with self._changing(name) as members:
-            answers = await self._ask_all(members, "unload", name=name, force=force)
+            answers = await self._replicas.ask_all(members, "unload", name=name, force=force)
             errors = [answer for answer in answers if isinstance(answer, AioEngineError)]
             was_known = self._known.remove(name)
             await self._registry(name, self.registry.remove.remote(name), _UNSAVED)
@@ -153,87 +169,66 @@ class FleetAdapters:
 
     async def pin(self, name: str, *, force: bool) -> AdapterInfo:
         async with self._changing(name) as members:
-            info = await self._pin(name, members, force)
-            await self._note(name, info, pinned=True)
+            known = self._known.by_name.get(name)
+            version = await self._next_version(name, members) if known is None else version_of(known)
+            info = _numbered(await self._replicas.pin(name, members, force, version=version), version)
+            await self._note(info, pinned=True)
             return info
 
     async def unpin(self, name: str) -> AdapterInfo:
         async with self._changing(name) as members:
-            answers = await self._ask_all(members, "unpin", name=name)
-            info = _first(answers)
-            await self._note(name, info, pinned=False)
+            known = self._known.by_name.get(name)
+            version = await self._next_version(name, members) if known is None else version_of(known)
+            answers = await self._replicas.ask_all(members, "unpin", name=name, version=version)
+            info = _numbered(first_of(answers), version)
+            await self._note(info, pinned=False)
             return info
 
     # Steps
 
-    async def _add(self, name: str, where: str | None, members: Sequence[Member]) -> AdapterInfo:
-        first = [member for member in members if _holds(name, member)][:1] or members[:1]
-        version = self._next_version(name)
-        info = _first([await self._ask(first[0], "load", name=name, path=where, version=version)])
-        others = [member for member in members if member is not first[0]]
-        if self._members.conflicts.contents(name) - {info.digest}:
+    async def _add(
+        self, name: str, where: str | None, known: Entry | None, members: Sequence[Member]
+    ) -> AdapterInfo:
+        """Have one replica read it. If nobody had loaded it, all get what that one has read, as a version."""
+        holders = [member for member in members if holds(name, member)]
+        if known is None and not holders and where is not None:
             return await self._replace(name, where, members)
-        path = _source(where, self._known.by_name.get(name), info)
-        await self._ask_all(others, "register", name=name, path=path, version=version, digest=info.digest)
-        return info
+        first = (holders or members)[0]
+        info = first_of([await self._replicas.ask(first, "load", name=name, path=where)])
+        if known is None or self._members.conflicts.contents(name) - {info.digest}:
+            return await self._replace(name, _source(where, known, info), members, first.channel.replica)
+        return _numbered(info, version_of(known))
 
     async def _replace(
-        self, name: str, where: str | None, members: Sequence[Member], also: str | None = None
+        self,
+        name: str,
+        where: str | None,
+        members: Sequence[Member],
+        also: str | None = None,
+        *,
+        numbered: bool = True,
     ) -> AdapterInfo:
-        """Have those that hold it, and ``also``, read it, compare what they have read, and flip."""
-        holders = [m for m in members if _holds(name, m) or m.channel.replica == also] or members[:1]
-        others = [member for member in members if member not in holders]
-        answers = await self._ask_all(holders, "prepare", name=name, path=where)
-        errors: list[AioEngineError] = [a for a in answers if isinstance(a, AioEngineError)]
-        read = {
-            holder.channel.replica: answer.digest
-            for holder, answer in zip(holders, answers, strict=True)
-            if isinstance(answer, AdapterInfo)
-        }
-        if len(set(read.values())) > 1:
-            found = ", ".join(f"{digest[:12]}... on {replica}" for replica, digest in read.items())
-            errors.append(
-                AdapterInvalid(
-                    f"its files are not the same on all nodes (SHA-256 {found}); no replica takes them",
-                    name=name,
-                    path=where,
-                )
-            )
-        if not errors:
-            answers = await self._ask_all(others, "prepare", name=name, path=where, read=False)
-            errors = [answer for answer in answers if isinstance(answer, AioEngineError)]
-        if errors:
-            await self._ask_all(members, "discard", name=name)
-            raise errors[0]
-        if not read:
-            raise EngineStopped("the replicas that were asked are lost; try again later")
-        digest = next(iter(read.values()))
-        version = self._next_version(name)
-        return _first(await self._ask_all(members, "commit", name=name, version=version, digest=digest))
+        """Have those that hold it, and ``also``, read it, compare what they have read, and flip.
+        ``numbered``: it gets the next version of the fleet."""
+        version = await self._next_version(name, members) if numbered else None
+        digest = await self._replicas.prepare(name, where, members, also)
+        info = await self._replicas.commit(name, members, digest, version)
+        return info if version is None else _numbered(info, version)
 
-    async def _pin(self, name: str, members: Sequence[Member], force: bool) -> AdapterInfo:
-        before = {
-            member.channel.replica
-            for member in members
-            if any(info.name == name and info.pinned for info in member.residency.adapters)
-        }
-        answers = await self._ask_all(members, "pin", name=name, force=force)
-        errors = [answer for answer in answers if isinstance(answer, AioEngineError)]
-        if errors:
-            fresh = [member for member in members if member.channel.replica not in before]
-            await self._ask_all(fresh, "unpin", name=name)
-            raise errors[0]
-        return _first(answers)
-
-    def _next_version(self, name: str) -> int:
+    async def _next_version(self, name: str, members: Sequence[Member]) -> int:
+        """Return a number that no content of this adapter has had, as far as anybody knows who lives."""
         known = self._known.by_name.get(name)
-        return 1 if known is None else known.version + 1
+        above = max(
+            self._known.spent.of(name),
+            0 if known is None else version_of(known),
+            await self._replicas.highest_version(name, members),
+        )
+        return await self._registry(name, self.registry.next_version.remote(name, above), _UNKNOWN)
 
-    async def _note(self, name: str, info: AdapterInfo, *, pinned: bool) -> None:
-        known = self._known.by_name.get(name)
-        version = 1 if known is None else max(known.version, 1)
+    async def _note(self, info: AdapterInfo, *, pinned: bool) -> None:
+        known = self._known.by_name.get(info.name)
         digest = info.digest or ("" if known is None else known.digest)
-        await self._put(Entry(name, _source(None, known, info), version, digest, pinned))
+        await self._put(Entry(info.name, _source(None, known, info), info.version, digest, pinned))
 
     async def _put(self, entry: Entry) -> None:
         self._known.put(entry)
@@ -241,7 +236,7 @@ class FleetAdapters:
             await self._registry(entry.name, self.registry.put.remote(entry), _UNSAVED)
         finally:
             for member in list(self._members.members.values()):  # one may have come meanwhile
-                await self._ask(member, "sync", entries=[entry])
+                await self._replicas.ask(member, "sync", entries=[entry])
 
     async def _registry(self, name: str, call: Awaitable[T], otherwise: str) -> T:
         """Await the registry's answer. Raises AdapterLoadError, which begins with ``otherwise``, if its
@@ -265,23 +260,6 @@ class FleetAdapters:
         finally:
             await self.registry.end.remote(name, owner)
 
-    # Asking replicas
-
-    async def _ask(self, member: Member, action: str, **arguments: Any) -> Any:
-        """Return a replica's answer, or the error that it met; None if the replica is lost: when it is back,
-        it gets what the registry has."""
-        call = self._members.handle.options(method_name="adapter")
-        try:
-            return await call.remote(action, arguments, to=member.channel.replica)
-        except AioEngineError:
-            raise
-        except Exception as error:
-            logger.warning("replica %s did not %s: %s", member.channel.replica, action, type(error).__name__)
-            return None
-
-    async def _ask_all(self, members: Sequence[Member], action: str, **arguments: Any) -> list[Any]:
-        return list(await asyncio.gather(*[self._ask(m, action, **arguments) for m in members]))
-
     # Replicas that come, and plans
 
     def _joined(self, member: Member) -> None:
@@ -290,11 +268,11 @@ class FleetAdapters:
 
     async def _sync(self, member: Member) -> None:
         member.ready, replica = False, member.channel.replica
-        await self._known.refresh_in_time(self.registry)
+        whole = await self._known.refresh_in_time(self.registry)
         entries = [entry for entry in self._known.by_name.values() if entry.version > 0]
         try:
             async with asyncio.timeout(SYNC_SECONDS):
-                answer = await self._ask(member, "sync", entries=entries) if entries else None
+                answer = await self._replicas.ask(member, "sync", entries=entries, whole=whole)
             if isinstance(answer, AioEngineError):
                 logger.warning("replica %s: %s", replica, answer)
         except TimeoutError:
@@ -325,7 +303,7 @@ class FleetAdapters:
         member = self._members.members.get(move.replica)
         if member is None or move.kind == "unload":
             return
-        answer = await self._ask(member, move.kind, name=move.adapter)
+        answer = await self._replicas.ask(member, move.kind, name=move.adapter)
         if isinstance(answer, (AdapterError, ConfigError)):
             logger.warning("placement: %s on %s: %s", move.kind, move.replica, answer)
 
@@ -354,16 +332,17 @@ class FleetAdapters:
                 self._members.conflicts.count += 1
                 known = self._known.by_name.get(name)
                 if known is None:  # found by its name; nobody else has to know it
-                    members = [m for m in members if _holds(name, m) or m.channel.replica == refused]
+                    members = [m for m in members if holds(name, m) or m.channel.replica == refused]
                 logger.warning("adapter %r does not have the same content everywhere; it is read again", name)
                 try:
-                    info = await self._replace(name, None if known is None else known.path, members, refused)
+                    path = None if known is None else known.path
+                    numbered = known is not None
+                    info = await self._replace(name, path, members, refused, numbered=numbered)
                 except AioEngineError as error:
                     logger.error("adapter %r stays different between replicas: %s", name, error)
                     return
-                if known is not None and known.version > 0:
-                    entry = msgspec.structs.replace(known, version=known.version + 1, digest=info.digest)
-                    await self._put(entry)
+                if known is not None:
+                    await self._put(msgspec.structs.replace(known, version=info.version, digest=info.digest))
         except EngineStopped:
             pass  # no replica is left
         except AdapterLoadError as error:
@@ -375,8 +354,9 @@ class FleetAdapters:
         task.add_done_callback(self._tasks.discard)
 
 
-def _holds(name: str, member: Member) -> bool:
-    return any(info.name == name for info in member.residency.adapters)
+def _numbered(info: AdapterInfo, version: int) -> AdapterInfo:
+    """Return a replica's answer with the fleet's version, because each replica counts its own."""
+    return msgspec.structs.replace(info, version=version)
 
 
 def _source(given: str | None, known: Entry | None, info: AdapterInfo) -> str:
@@ -384,14 +364,3 @@ def _source(given: str | None, known: Entry | None, info: AdapterInfo) -> str:
     if given is None and known is not None:
         given = known.path
     return given if given is not None and is_source(given) else info.path
-
-
-def _first(answers: Sequence[Any]) -> AdapterInfo:
-    """Return the first answer of a replica that lives. Raises the first error instead, if there is one."""
-    for answer in answers:
-        if isinstance(answer, AioEngineError):
-            raise answer
-    for answer in answers:
-        if isinstance(answer, AdapterInfo):
-            return answer
-    raise EngineStopped("the replicas that were asked are lost; try again later")

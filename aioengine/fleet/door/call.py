@@ -32,6 +32,9 @@ class Call:
         self.prompt = prompt
         self.params = params
         self.options = options
+        adapter = options.adapter
+        self.adapter = None if adapter is None else adapter.partition("@")[0]
+        """Name of its adapter, without a version."""
         self.arrival = now
         self.deadline = None if options.deadline is None else now + options.deadline
         self.route: RouteRequest | None = None

@@ -232,13 +232,14 @@ class FleetClient:
                 f"constraint={params.constraint!r}: it cannot leave this process; use Guide(client)"
             )
         check_text("request_id", request_id)
-        now = asyncio.get_running_loop().time()
-        key = next(self._keys)
+        now, key = asyncio.get_running_loop().time(), next(self._keys)
         request_id = f"request-{key}" if request_id is None else request_id
         if request_id in self._ids:
             raise RequestInvalid(f"request_id={request_id!r} is in use by a request that has not ended")
         if params.seed is None:  # drawn now, so that any replica that continues draws the same tokens
             params = msgspec.structs.replace(params, seed=self._seeds.getrandbits(63))
+        if options.adapter is not None and "@" in options.adapter:
+            await self._adapters.check_version(options.adapter)
         tokens = await self._tokens(prompt, options.tenant)
         call = Call(key, request_id, tokens, params, options, now)
         if self._tracer_provider is not None:

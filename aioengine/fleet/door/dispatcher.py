@@ -24,7 +24,7 @@ from aioengine.fleet.door.grammars import SentGrammar
 from aioengine.fleet.door.members import Member, Members
 from aioengine.fleet.wire import Abort, Delta, LimitWaiting, Submit, pack_params, unpack_error
 from aioengine.schedulers.policy import Location
-from aioengine.schedulers.routing import RouteRequest, RouterGuard, load_router, prefix_hashes
+from aioengine.schedulers.routing import RouteRequest, RouterGuard, load_router, prefix_hashes, prefix_pins
 
 logger = logging.getLogger("aioengine.fleet")
 
@@ -123,15 +123,21 @@ class Dispatcher:
             options = call.options
             call.route = RouteRequest(
                 str(call.key),
-                options.adapter,
+                call.adapter,
                 len(call.prompt) + len(call.tokens),
                 max(call.params.max_tokens - len(call.tokens), 0),
                 options.expected_tokens,
                 options.tenant,
                 options.priority,
                 None if call.deadline is None else time.monotonic() + call.deadline - _now(),
-                prefix_hashes(call.prompt, options.adapter, salt=options.cache_salt),
+                prefix_hashes(call.prompt, call.adapter, salt=options.cache_salt),
                 tried=call.tried,
+                pins=prefix_pins(
+                    call.prompt,
+                    [(pin.tokens, pin.seconds) for pin in options.cache_pins],
+                    call.adapter,
+                    salt=options.cache_salt,
+                ),
             )
         return call.route
 
@@ -142,7 +148,7 @@ class Dispatcher:
         left = None if call.deadline is None else max(call.deadline - _now(), 1e-3)
         resumed = call.begun
         constraint = call.params.constraint
-        adapter = options.adapter
+        adapter = call.adapter
         where = None if adapter is None else self._state.view.replicas[replica].location(adapter)
         order = Submit(
             call.key,
@@ -182,7 +188,7 @@ class Dispatcher:
                 return
         call.take(delta, now)
         if not begun and call.begun:
-            self._state.started(str(call.key))
+            self._state.started(str(call.key), delta.pinned_tokens)
         if call.ended:
             del channel.calls[call.key]
             call.replica = None

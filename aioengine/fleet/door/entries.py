@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from aioengine.fleet.registry import Entry, Mark, answer_of
+from aioengine.fleet.versions import SpentVersions
 from aioengine.schedulers.routing import FleetState
 
 logger = logging.getLogger("aioengine.fleet")
@@ -25,6 +26,8 @@ class KnownEntries:
 
     def __init__(self, configured: Mapping[str, str], state: FleetState) -> None:
         self.by_name: dict[str, Entry] = {}
+        self.spent = SpentVersions()
+        """Versions of adapters that have gone since this door knows of them."""
         self._configured = {name: Entry(name, path, 0) for name, path in configured.items()}
         self._state = state
         self._mark: Mark | None = None
@@ -39,7 +42,10 @@ class KnownEntries:
     def remove(self, name: str) -> bool:
         """Forget an adapter. Returns whether it was known."""
         self._state.remove_adapter(name)
-        return self.by_name.pop(name, None) is not None
+        entry = self.by_name.pop(name, None)
+        if entry is not None:
+            self.spent.spend(name, version_of(entry))
+        return entry is not None
 
     async def refresh(self, registry: Any) -> None:
         """Learn what has changed in the registry, and put back what it has lost. Raises ConfigError if its
@@ -48,7 +54,7 @@ class KnownEntries:
             changes = await answer_of(registry.changes.remote(self._mark))
             if changes.lost:
                 mine = [entry for entry in self.by_name.values() if entry.version > 0]
-                changes = await answer_of(registry.put_back.remote(mine))
+                changes = await answer_of(registry.put_back.remote(mine, self.spent))
             gone = set(changes.removed)
             if changes.whole:
                 gone = self.by_name.keys() - self._configured.keys() - {e.name for e in changes.entries}
@@ -58,12 +64,21 @@ class KnownEntries:
                 self.put(entry)
             self._mark = changes.mark
 
-    async def refresh_in_time(self, registry: Any) -> None:
-        """Refresh within ``REFRESH_SECONDS``; if that fails, all stays as this door knows it."""
+    async def refresh_in_time(self, registry: Any) -> bool:
+        """Refresh within ``REFRESH_SECONDS``; if that fails, all stays as this door knows it. Returns whether
+        it has not failed."""
         try:
             async with asyncio.timeout(REFRESH_SECONDS):
                 await self.refresh(registry)
+            return True
         except TimeoutError:
             logger.warning("adapters are as this door knows them: no answer within %g s", REFRESH_SECONDS)
         except Exception as error:  # it is being restarted, or cannot read its checkpoint
             logger.warning("adapters are as this door knows them: %s", error)
+        return False
+
+
+def version_of(entry: Entry) -> int:
+    """Return the version of an adapter; an adapter of the configuration that was never replaced has the
+    first."""
+    return max(entry.version, 1)

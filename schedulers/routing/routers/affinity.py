@@ -17,7 +17,12 @@ from aioengine.schedulers.routing.interface import (
     RouteRequest,
     RouterPolicy,
 )
-from aioengine.schedulers.routing.routers.common import MAX_NAMED, RendezvousOrder, candidates
+from aioengine.schedulers.routing.routers.common import (
+    MAX_NAMED,
+    RendezvousOrder,
+    cached_tokens,
+    candidates,
+)
 
 DEFAULT_TOKEN_SECONDS = 1e-4
 DEFAULT_LOAD_SECONDS = 0.25
@@ -40,7 +45,8 @@ SERVICE_MEMORY = 0.02
 """Weight of the newest request in the moving average of how long requests run."""
 
 
-_ID, _QUEUE = attrgetter("replica_id"), attrgetter("queue_seconds")
+_QUEUE = attrgetter("queue_seconds")
+_REQUESTS = attrgetter("waiting", "running", "max_running")
 
 
 class Affinity(RouterPolicy):
@@ -77,6 +83,7 @@ class Affinity(RouterPolicy):
         self._order = RendezvousOrder()
         self._found: Sequence[ReplicaView] = ()
         self._index: dict[str, ReplicaView] = {}
+        self._places: dict[str, int] = {}
         self._token_seconds = DEFAULT_TOKEN_SECONDS
         """Seconds per token as measured on one replica, assumed for replicas that are not measured yet."""
         self._homes: dict[str, int] = {}
@@ -90,12 +97,14 @@ class Affinity(RouterPolicy):
         if not found:
             return Route()
         index = self._by_id(found)
-        near = _shortest_queues(found)
-        cached = view.cached_blocks(request.prefixes) if request.prefixes else {}
+        queues = list(map(_QUEUE, found))
+        near = _two_shortest(list(index), queues)
+        cached = cached_tokens(request, view)
         near += [i for i in cached if i in index]
         name = request.adapter
         if name is None:
-            near.append(min(found, key=_share).replica_id)
+            shares = [(waiting + running + 1) / most for waiting, running, most in map(_REQUESTS, found)]
+            near.append(found[shares.index(min(shares))].replica_id)
             return _answer(*self._costs(request, {*near}, index, cached, ()), index, cached, "base")
         adapter = view.adapters.get(name)
         holding: Set[str] = frozenset() if adapter is None else adapter.holders
@@ -103,7 +112,8 @@ class Affinity(RouterPolicy):
         if len(holding) <= MAX_HOLDERS:
             near += [i for i in holding if i in index]
         elif len(holding) < len(found):
-            near += _shortest_queues([index[i] for i in holding if i in index])
+            there = [i for i in holding if i in index]
+            near += _two_shortest(there, [queues[self._places[i]] for i in there])
         costs, loads = self._costs(request, {*homes, *near}, index, cached, homes)
         route = _answer(costs, loads, index, cached, "spill")
         best = route.replicas[0]
@@ -124,6 +134,7 @@ class Affinity(RouterPolicy):
     def _by_id(self, found: Sequence[ReplicaView]) -> Mapping[str, ReplicaView]:
         if found is not self._found:  # a view has another sequence whenever it has other replicas
             self._found, self._index = found, {replica.replica_id: replica for replica in found}
+            self._places = {replica_id: place for place, replica_id in enumerate(self._index)}
         return self._index
 
     def _costs(
@@ -149,7 +160,7 @@ class Affinity(RouterPolicy):
                 seconds += stale
             tokens = request.prompt_tokens
             if cached:
-                tokens = max(tokens - cached.get(replica_id, 0) * request.prefix_block, 1)
+                tokens = max(tokens - cached.get(replica_id, 0), 1)
             speed = replica.seconds_per_token
             if speed is None:
                 speed = self._token_seconds
@@ -220,14 +231,16 @@ def _share(replica: ReplicaView) -> float:
     return (replica.waiting + replica.running + 1) / replica.max_running
 
 
-def _shortest_queues(found: Sequence[ReplicaView]) -> list[str]:
-    """Return the ids of the two replicas with the least work."""
-    if len(found) < 2:
-        return [replica.replica_id for replica in found]
-    queues = list(map(_QUEUE, found))
-    first = queues.index(min(queues))
+def _two_shortest(ids: list[str], queues: list[float]) -> list[str]:
+    """Return the ids of the two replicas with the shortest queues."""
+    if len(ids) < 2:
+        return ids
+    least = min(queues)
+    first = queues.index(least)
     queues[first] = inf
-    return [found[first].replica_id, found[queues.index(min(queues))].replica_id]
+    second = queues.index(min(queues))
+    queues[first] = least
+    return [ids[first], ids[second]]
 
 
 def _answer(
@@ -237,16 +250,19 @@ def _answer(
     cached: Mapping[str, int],
     reason: str,
 ) -> Route:
-    """Return the replicas by cost. Replicas that hold as much for the request as the first, at about the same
-    cost, take turns: the one with the fewest requests is first."""
+    """Return the replicas by cost. Of those at about the same cost that need no longer load, the ones with
+    the most of the prompt cached take turns: the one with the fewest requests is first."""
     # Equal replicas by name, so that the same knowledge gives the same route.
     ranked = sorted(zip(costs.values(), costs, strict=True))
     order = [i for _, i in ranked]
     least, best = ranked[0]
-    load, blocks = loads[best], cached.get(best, 0)
+    load = loads[best]
     most = least + max(SLACK_SECONDS, SLACK_SHARE * (least - load))
-    equals = [i for cost, i in ranked if cost <= most and loads[i] <= load and cached.get(i, 0) >= blocks]
-    if len(equals) > 1:
+    equals = [i for cost, i in ranked if cost <= most and loads[i] <= load]
+    if cached and len(equals) > 1:
+        longest = max(cached.get(i, 0) for i in equals)
+        equals = [i for i in equals if cached.get(i, 0) == longest]
+    if len(equals) > 1 or equals[0] != best:
         best = min(equals, key=lambda i: _share(index[i]))
         order.remove(best)
         order.insert(0, best)

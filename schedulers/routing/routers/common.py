@@ -4,7 +4,7 @@ hash."""
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from hashlib import blake2b
 
 from aioengine.schedulers.routing.interface import FleetView, ReplicaView, RouteRequest
@@ -23,6 +23,18 @@ def candidates(request: RouteRequest, view: FleetView) -> Sequence[ReplicaView]:
     if not request.tried:
         return view.accepting
     return [replica for replica in view.accepting if replica.replica_id not in request.tried]
+
+
+def cached_tokens(request: RouteRequest, view: FleetView) -> Mapping[str, int]:
+    """Return how many of the prompt's first tokens a replica probably has in its KV cache, by replica id;
+    replicas with none are left out."""
+    found = view.cached_blocks(request.prefixes) if request.prefixes else {}
+    if found:
+        found = {replica: blocks * request.prefix_block for replica, blocks in found.items()}
+    if request.pins:
+        pinned = view.pinned_tokens(request.pins)
+        found = {**found, **{name: max(tokens, found.get(name, 0)) for name, tokens in pinned.items()}}
+    return found
 
 
 def load(replica: ReplicaView) -> int:

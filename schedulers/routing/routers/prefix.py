@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from aioengine.schedulers.routing.interface import FleetView, Route, RouteRequest, RouterPolicy
-from aioengine.schedulers.routing.routers.common import MAX_NAMED, by_load, candidates
+from aioengine.schedulers.routing.routers.common import MAX_NAMED, by_load, cached_tokens, candidates
 
 
 class Prefix(RouterPolicy):
@@ -34,9 +34,9 @@ class Prefix(RouterPolicy):
         found = candidates(request, view)
         if not found:
             return Route()
-        cached = view.cached_blocks(request.prefixes)
+        cached = cached_tokens(request, view)
         least = min(replica.waiting + replica.running for replica in found)
-        enough = self._share * request.prompt_tokens / request.prefix_block
+        enough = self._share * request.prompt_tokens
         having = [
             replica
             for replica in found

@@ -1,0 +1,115 @@
+"""Asks replicas to do something with an adapter: all of them do it, or none."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+from aioengine.errors import AdapterInvalid, AioEngineError, EngineStopped
+from aioengine.fleet.door.members import Member, Members
+from aioengine.info import AdapterInfo
+
+logger = logging.getLogger("aioengine.fleet")
+
+
+class Replicas:
+    """Calls to replicas, by ``EngineReplica.adapter``. Their answers have each replica's own version
+    numbers."""
+
+    def __init__(self, members: Members) -> None:
+        self._handle = members.handle
+
+    async def ask(self, member: Member, action: str, **arguments: Any) -> Any:
+        """Return a replica's answer, or the error that it met; None if the replica is lost: when it is back,
+        it gets what the registry has."""
+        call = self._handle.options(method_name="adapter")
+        try:
+            return await call.remote(action, arguments, to=member.channel.replica)
+        except AioEngineError:
+            raise
+        except Exception as error:
+            logger.warning("replica %s did not %s: %s", member.channel.replica, action, type(error).__name__)
+            return None
+
+    async def ask_all(self, members: Sequence[Member], action: str, **arguments: Any) -> list[Any]:
+        return list(await asyncio.gather(*[self.ask(member, action, **arguments) for member in members]))
+
+    async def highest_version(self, name: str, members: Sequence[Member]) -> int:
+        """Return the highest version of the fleet that one of them was ever told of; 0: none."""
+        answers = await self.ask_all(members, "version", name=name)
+        return max((answer for answer in answers if isinstance(answer, int)), default=0)
+
+    async def prepare(
+        self, name: str, where: str | None, members: Sequence[Member], also: str | None = None
+    ) -> str:
+        """Have those that hold the adapter, and ``also``, read it, and the others know where it is. Returns
+        the digest of its content. If one fails, or has read something else than the others, it is prepared on
+        none, and the error is raised."""
+        holders = [m for m in members if holds(name, m) or m.channel.replica == also] or members[:1]
+        others = [member for member in members if member not in holders]
+        answers = await self.ask_all(holders, "prepare", name=name, path=where)
+        errors: list[AioEngineError] = [a for a in answers if isinstance(a, AioEngineError)]
+        read = {
+            holder.channel.replica: answer.digest
+            for holder, answer in zip(holders, answers, strict=True)
+            if isinstance(answer, AdapterInfo)
+        }
+        if len(set(read.values())) > 1:
+            found = ", ".join(f"{digest[:12]}... on {replica}" for replica, digest in read.items())
+            errors.append(
+                AdapterInvalid(
+                    f"its files are not the same on all nodes (SHA-256 {found}); no replica takes them",
+                    name=name,
+                    path=where,
+                )
+            )
+        if not errors:
+            answers = await self.ask_all(others, "prepare", name=name, path=where, read=False)
+            errors = [answer for answer in answers if isinstance(answer, AioEngineError)]
+        if errors:
+            await self.ask_all(members, "discard", name=name)
+            raise errors[0]
+        if not read:
+            raise EngineStopped("the replicas that were asked are lost; try again later")
+        return next(iter(read.values()))
+
+    async def commit(
+        self, name: str, members: Sequence[Member], digest: str, version: int | None
+    ) -> AdapterInfo:
+        """Let new requests use what was prepared, which is the fleet's ``version``."""
+        return first_of(await self.ask_all(members, "commit", name=name, version=version, digest=digest))
+
+    async def pin(
+        self, name: str, members: Sequence[Member], force: bool, version: int | None = None
+    ) -> AdapterInfo:
+        """Pin the adapter, which is the fleet's ``version``, on all or on none."""
+        before = {
+            member.channel.replica
+            for member in members
+            if any(info.name == name and info.pinned for info in member.residency.adapters)
+        }
+        answers = await self.ask_all(members, "pin", name=name, force=force, version=version)
+        errors = [answer for answer in answers if isinstance(answer, AioEngineError)]
+        if errors:
+            fresh = [member for member in members if member.channel.replica not in before]
+            await self.ask_all(fresh, "unpin", name=name)
+            raise errors[0]
+        return first_of(answers)
+
+
+def holds(name: str, member: Member) -> bool:
+    """Return whether a replica has an adapter in memory."""
+    return any(info.name == name for info in member.residency.adapters)
+
+
+def first_of(answers: Sequence[Any]) -> AdapterInfo:
+    """Return the first answer of a replica that lives. Raises the first error instead, if there is one."""
+    for answer in answers:
+        if isinstance(answer, AioEngineError):
+            raise answer
+    for answer in answers:
+        if isinstance(answer, AdapterInfo):
+            return answer
+    raise EngineStopped("the replicas that were asked are lost; try again later")

@@ -1,0 +1,41 @@
+"""How fast a replica is, as its door and its scaling policy are told."""
+
+from __future__ import annotations
+
+from aioengine import events
+from aioengine.schedulers.routing.speed import TokenSpeed
+
+_SMOOTHING = 0.2
+
+
+class Speeds:
+    """Moving averages of the seconds that loads, copies, prompt tokens and requests take. It is a
+    listener of the engine's events."""
+
+    def __init__(self) -> None:
+        self.service: float | None = None
+        """Seconds from a request's admission to its end."""
+        self._queued: dict[str, float] = {}
+        """Seconds that each admitted request had waited."""
+        self.load: float | None = None
+        self.slot: float | None = None
+        self.token = TokenSpeed()
+
+    def __call__(self, event: events.Event) -> None:
+        match event:
+            case events.AdapterLoaded():
+                self.load = _smooth(self.load, event.seconds)
+            case events.AdapterPlaced():
+                self.slot = _smooth(self.slot, event.seconds)
+            case events.RequestAdmitted():
+                self._queued.setdefault(event.request_id, event.queue_seconds)
+            case events.RequestEnded():
+                queued = self._queued.pop(event.request_id, None)
+                if queued is not None and event.output_tokens:
+                    self.service = _smooth(self.service, event.seconds - queued)
+            case events.StepFinished() if event.prefill_tokens > event.decode_tokens:
+                self.token.add(event.seconds, event.prefill_tokens + event.decode_tokens)
+
+
+def _smooth(before: float | None, value: float) -> float:
+    return value if before is None else before + _SMOOTHING * (value - before)

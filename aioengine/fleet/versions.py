@@ -1,0 +1,92 @@
+"""Version numbers of a fleet's adapters: no number ever stands for two contents of one name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import msgspec
+
+from aioengine.errors import AdapterNotFound
+from aioengine.info import AdapterInfo
+
+MAX_NAMES = 10_000
+"""Names whose own last number is remembered."""
+
+
+class SpentVersions(msgspec.Struct):
+    """The last number of each name that has no entry, or whose number was given out and not used yet. The
+    oldest of more than ``MAX_NAMES`` names are forgotten: all forgotten names together have one last number,
+    the highest of theirs."""
+
+    last: dict[str, int] = {}
+    """By name; the one that was spent last is at the end."""
+    others: int = 0
+    """The last number of every other name."""
+
+    def of(self, name: str) -> int:
+        """Return the highest number that may have been used for the name; 0: none."""
+        return self.last.get(name, self.others)
+
+    def spend(self, name: str, number: int) -> None:
+        """Note that all numbers up to this one are used."""
+        number = max(number, self.of(name))
+        self.last.pop(name, None)
+        self.last[name] = number
+        while len(self.last) > MAX_NAMES:
+            self.others = max(self.others, self.last.pop(next(iter(self.last))))
+
+    def entered(self, name: str, number: int) -> None:
+        """Note that an entry has this number. If it is the name's last one, the entry itself says so."""
+        if self.last.get(name, number + 1) <= number:
+            del self.last[name]
+
+    def add(self, known: SpentVersions) -> None:
+        """Spend what another has seen spent."""
+        self.others = max(self.others, known.others)
+        for name, number in known.last.items():
+            self.spend(name, number)
+
+
+class ReplicaVersions:
+    """The fleet's version of each adapter that a replica was told of, and the number that its engine has
+    given to it: an engine that has started later counts fewer.
+
+    ``configured``: names of the adapters that it knows from its start.
+    """
+
+    def __init__(self, configured: Iterable[str]) -> None:
+        self._configured = frozenset(configured)
+        self._numbers = dict.fromkeys(self._configured, (1, 1))
+        self._spent = SpentVersions()
+
+    def of(self, name: str) -> int:
+        """Return the fleet's version; 0: the replica was not told of it."""
+        return self._numbers.get(name, (0, 0))[0]
+
+    def highest(self, name: str) -> int:
+        """Return the highest version that the replica was ever told of; 0: none."""
+        return max(self.of(name), self._spent.of(name))
+
+    def note(self, version: int, info: AdapterInfo) -> None:
+        """Note that what an engine describes so is this version of the fleet."""
+        self._numbers[info.name] = version, info.version
+
+    def forget(self, name: str) -> None:
+        """Note that the adapter is gone."""
+        self._spent.spend(name, self.of(name))
+        self._numbers.pop(name, None)
+
+    def others(self, names: Iterable[str]) -> list[str]:
+        """Return the adapters that the replica was told of and that are not among these."""
+        return list(self._numbers.keys() - self._configured - set(names))
+
+    def own(self, adapter: str | None) -> str | None:
+        """Return what the engine calls an adapter that the fleet calls "name@version". Raises AdapterNotFound
+        if the replica has another version of it."""
+        if adapter is None or "@" not in adapter:
+            return adapter
+        name, _, version = adapter.rpartition("@")
+        known, own = self._numbers.get(name, (0, 0))
+        if version != str(known):
+            raise AdapterNotFound("this version is not the current one any more", name=adapter)
+        return f"{name}@{own}"

@@ -1,0 +1,263 @@
+"""``name@version`` in a fleet: a number never stands for two contents, whatever is lost."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import fsspec
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support.engine_fixtures import Tiny, greedy
+from support.registry_actor import RegistryActor
+
+from aioengine import EngineConfig, LoRAConfig
+from aioengine.errors import AdapterError, AdapterNotFound
+from aioengine.fleet import replica as replicas
+from aioengine.fleet import versions
+from aioengine.fleet.config import FleetConfig
+from aioengine.fleet.door.adapters import FleetAdapters
+from aioengine.fleet.door.members import Member, Members
+from aioengine.fleet.registry import AdapterRegistry
+from aioengine.fleet.replica import EngineReplica
+from aioengine.fleet.versions import ReplicaVersions, SpentVersions
+from aioengine.info import AdapterInfo
+
+pytest.importorskip("ray.serve", reason="Ray has no wheel for this system or Python")
+
+
+class InThisProcess(EngineReplica):
+    """Is ended by the test, where Serve would await its ``__del__``."""
+
+    def __del__(self) -> None:  # type: ignore[override]
+        pass
+
+
+class Door:
+    """A door to the given replicas, in this process; ``replicas``: what each does with an adapter."""
+
+    def __init__(self, **replicas: Any) -> None:
+        self.replicas = replicas
+        handle = SimpleNamespace(options=lambda **_: SimpleNamespace(remote=self._call))
+        config = FleetConfig(engine=EngineConfig(model="tiny"), adapters={"fixed": "fixed"})
+        self.members = Members(config, handle, door=f"door-{id(self)}")
+        self.adapters = FleetAdapters(config, self.members)
+        for name in replicas:
+            self.members.members[name] = Member(SimpleNamespace(replica=name), None)  # type: ignore[arg-type]
+
+    async def _call(self, action: str, arguments: dict[str, Any], to: str) -> Any:
+        return await self.replicas[to].adapter(action, dict(arguments))
+
+    async def joins(self, name: str) -> None:
+        """A replica is back, or new."""
+        for listener in self.members.on_join:
+            listener(self.members.members[name])
+        while not self.members.members[name].ready:
+            await asyncio.sleep(0)
+
+    async def load(self, name: str, path: str, *, replace: bool) -> AdapterInfo:
+        return await self.adapters.load(name, path, pin=False, force_pin=False, replace=replace)
+
+
+@pytest.fixture
+async def real(tiny_text: Tiny, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Two replicas with an engine each, without Ray."""
+    monkeypatch.setattr(replicas, "_own_id", lambda: "own")
+    engine = EngineConfig(
+        model=str(tiny_text.model),
+        dtype="float32",
+        max_model_len=64,
+        kv_cache_memory="4MiB",
+        lora=LoRAConfig(max_loras=2, max_cpu_loras=4),
+    )
+    made = []
+    for _ in range(2):
+        replica = InThisProcess.__new__(InThisProcess)
+        await replica.__init__(FleetConfig(engine=engine), "")  # type: ignore[misc] # Serve does it so
+        made.append(replica)
+    yield made
+    for replica in made:
+        await replica.stop()
+
+
+async def test_replicas_that_have_counted_differently_agree(
+    real: Any, tiny_text: Tiny, adapters: Path
+) -> None:
+    """The second one comes after the first has had three versions, and was away when the adapter was unloaded
+    and loaded again."""
+    first, second = real
+    one, two = str(adapters / "a"), str(adapters / "b")
+    files = Tiny(tiny_text.model, {"a": adapters / "a", "b": adapters / "b"})
+    door = Door(first=first)
+    await door.adapters.start(RegistryActor())
+
+    async def tokens(replica: Any, adapter: str) -> list[int]:
+        own = replica._versions.own(adapter)
+        output = await replica.engine.complete([5, 6, 7], greedy(6), adapter=own)
+        found: list[int] = output.token_ids
+        return found
+
+    numbers = [(await door.load("sql", path, replace=True)).version for path in (one, two, one)]
+    assert numbers == [1, 2, 3]
+    door.replicas["second"] = second
+    door.members.members["second"] = Member(SimpleNamespace(replica="second"), None)  # type: ignore[arg-type]
+    await door.joins("second")
+    of_one, of_two = files.expected([5, 6, 7], 6, "a"), files.expected([5, 6, 7], 6, "b")
+    assert await tokens(first, "sql@3") == await tokens(second, "sql@3") == of_one
+    away = door.members.members.pop("second")
+    await door.adapters.unload("sql", force=False)
+    assert (await door.load("sql", two, replace=False)).version == 4
+    door.members.members["second"] = away
+    await door.joins("second")
+    assert await tokens(first, "sql@4") == await tokens(second, "sql@4") == of_two != of_one
+    for replica in real:
+        for gone in ("sql@1", "sql@2", "sql@3"):
+            with pytest.raises(AdapterNotFound, match=gone):
+                await tokens(replica, gone)
+    await door.adapters.check_version("sql@4")
+    with pytest.raises(AdapterNotFound, match="current version: that is 4"):
+        await door.adapters.check_version("sql@3")
+    assert [info.version for info in door.adapters.all() if info.name == "sql"] == [4]
+    door.members.members.pop("second")
+    await door.adapters.unload("sql", force=False)
+    door.members.members["second"] = away
+    await door.joins("second")
+    with pytest.raises(AdapterNotFound):
+        await second.engine.complete([5], greedy(1), adapter="sql")
+    await door.adapters.stop()
+
+
+async def test_an_adapter_that_nobody_has_loaded_has_no_numbers() -> None:
+    door = Door(r0=Replica())
+    await door.adapters.start(RegistryActor())
+    with pytest.raises(AdapterNotFound, match="nobody has loaded 'sql' through the fleet"):
+        await door.adapters.check_version("sql@1")
+    await door.adapters.check_version("fixed@1")
+
+
+class Replica:
+    """Takes whatever it is told to, and remembers which content each number of a name has had."""
+
+    def __init__(self) -> None:
+        self.versions = ReplicaVersions({"fixed"})
+        self.named: set[tuple[str, int, str]] = set()
+        self._prepared = ""
+        self._count = 0
+
+    async def adapter(self, action: str, arguments: dict[str, Any]) -> Any:
+        name, version = arguments.get("name", ""), arguments.get("version")
+        if action == "version":
+            return self.versions.highest(name)
+        if action == "prepare":
+            self._prepared = arguments["path"]
+        elif action == "unload":
+            self.versions.forget(name)
+        elif action == "sync":
+            for entry in arguments["entries"]:
+                if self.versions.of(entry.name) < entry.version:
+                    self._takes(entry.name, entry.version, entry.path)
+        elif action == "commit":
+            self._takes(name, version, self._prepared)
+        return self._info(name, self._prepared)
+
+    def _takes(self, name: str, version: int, path: str) -> None:
+        self._count += 1
+        self.versions.note(version, self._info(name, path))
+        self.named.add((name, version, path))
+
+    def _info(self, name: str, path: str) -> AdapterInfo:
+        return AdapterInfo(
+            name=name,
+            version=self._count,
+            path=path,
+            rank=8,
+            bytes=1,
+            digest=path,
+            location="disk",
+            slot=None,
+            pinned=False,
+            running=0,
+            waiting=0,
+        )
+
+
+@settings(max_examples=40)
+@given(
+    changes=st.lists(
+        st.tuples(
+            st.sampled_from(["load", "replace", "unload", "registry", "away", "new door"]),
+            st.integers(0, 1),
+            st.sampled_from(["a", "b"]),
+        ),
+        max_size=16,
+    ),
+    kept=st.booleans(),
+    remembered=st.integers(1, 3),
+)
+def test_a_number_never_names_two_contents(
+    changes: list[tuple[str, int, str]], kept: bool, remembered: int
+) -> None:
+    """Two doors change adapters in turn, the registry's process is lost, and doors go and others come. With a
+    checkpoint one of two replicas may be away; without one the replicas are who remembers."""
+
+    async def main() -> None:
+        fsspec.filesystem("memory").store.clear()
+        actor = RegistryActor(lambda: AdapterRegistry("memory://fleet" if kept else None))
+        made = {"r0": Replica(), "r1": Replica()}
+        doors = [Door(**made), Door(**made)]
+        for door in doors:
+            await door.adapters.start(actor)
+        for number, (what, which, name) in enumerate(changes):
+            door = doors[which]
+            try:
+                if what in ("load", "replace"):
+                    await door.load(name, f"{name}/{number}", replace=what == "replace")
+                elif what == "unload":
+                    await door.adapters.unload(name, force=False)
+            except AdapterError:
+                pass
+            if what == "registry":
+                actor.restart()
+            elif what == "new door":
+                await door.adapters.stop()
+                doors[which] = Door(**made)
+                await doors[which].adapters.start(actor)
+            elif what == "away" and kept:
+                for each in doors:
+                    members = each.members.members
+                    gone = {"r0", "r1"} - members.keys()
+                    if gone:
+                        members |= {r: Member(SimpleNamespace(replica=r), None) for r in gone}  # type: ignore[arg-type]
+                        await each.joins(gone.pop())
+                    else:
+                        del members[f"r{which}"]
+        for door in doors:
+            await door.adapters.stop()
+        contents: dict[tuple[str, int], set[str]] = {}
+        for replica in made.values():
+            for name, version, path in replica.named:
+                contents.setdefault((name, version), set()).add(path)
+        assert all(len(paths) == 1 for paths in contents.values()), contents
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(versions, "MAX_NAMES", remembered)
+        asyncio.run(main())
+
+
+@given(
+    spent=st.lists(st.tuples(st.sampled_from("abcdef"), st.integers(1, 9))),
+    remembered=st.integers(1, 4),
+)
+def test_what_is_forgotten_counts_as_spent(spent: list[tuple[str, int]], remembered: int) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(versions, "MAX_NAMES", remembered)
+        known, other = SpentVersions(), SpentVersions()
+        for name, number in spent:
+            known.spend(name, number)
+        other.add(known)
+        for found in (known, other):
+            assert len(found.last) <= remembered
+            assert all(found.of(name) >= number for name, number in spent)
