@@ -9,7 +9,9 @@ import os
 import socket
 import threading
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -30,9 +32,15 @@ TRANSPORT = {
 }
 """Variables that Serve reads when it is imported, the same in all processes of a fleet. With them, calls use
 gRPC and run on the event loops of the door and the replica."""
-_LOCAL = {"RAY_worker_niceness": "0", "RAY_DEDUP_LOGS": "0", "RAY_USAGE_STATS_ENABLED": "0"}
-"""Nice value of workers. With Ray's default, which is higher than that of other programs, they starve on a
-busy machine."""
+_LOCAL = {
+    "RAY_worker_niceness": "0",  # with Ray's default, workers starve beside other programs
+    "RAY_memory_monitor_refresh_ms": "0",
+    "RAY_DEDUP_LOGS": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+}
+"""Ray's settings where it is started here. Without the memory monitor, because when the machine's memory is
+95% full, by whatever program, it ends all replicas at once, and Serve's controller and the registry with
+them. A replica's memory is planned before it starts, and does not grow much."""
 CONNECT_SECONDS = 5.0
 _CERTIFICATES = ("CA_CERT", "SERVER_KEY", "SERVER_CERT")
 OBJECT_STORE_BYTES = 100 * 2**20
@@ -165,13 +173,14 @@ def connect(cpus: int | None = None, threads: int = 1) -> Cluster:
     }
     try:
         if where is None:
-            ray.init(
-                address="local",
-                num_cpus=cpus,
-                include_dashboard=False,
-                object_store_memory=OBJECT_STORE_BYTES,
-                **common,
-            )
+            with _fewer_processes():
+                ray.init(
+                    address="local",
+                    num_cpus=cpus,
+                    include_dashboard=False,
+                    object_store_memory=OBJECT_STORE_BYTES,
+                    **common,
+                )
         else:
             ray.init(address=where, **common)
     except Exception as error:
@@ -182,6 +191,21 @@ def connect(cpus: int | None = None, threads: int = 1) -> Cluster:
         )
         raise ConfigError(f"{what}: {text}") from error
     return Cluster(own=where is None)
+
+
+@contextmanager
+def _fewer_processes() -> Iterator[None]:
+    """Context in which Ray is started without its autoscaler and its log monitor, which take two seconds of
+    processor time: there is one node, and no log is forwarded. `ray start` has flags for it, `ray.init`
+    has none, and so this changes what both hand over to Ray's own start."""
+    from ray._private import parameter
+
+    usual = parameter.RayParams
+    parameter.RayParams = partial(usual, no_monitor=True, include_log_monitor=False)
+    try:
+        yield
+    finally:
+        parameter.RayParams = usual
 
 
 class Door:

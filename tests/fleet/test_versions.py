@@ -184,7 +184,7 @@ class Replica:
         )
 
 
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(
     changes=st.lists(
         st.tuples(
