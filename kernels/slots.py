@@ -77,6 +77,8 @@ class SlotMemory:
         self.per_slot = num_places
         """Places of a slot."""
         self.max_rank = max_rank
+        self.is_by_place = False
+        """Whether it is what :meth:`by_place` returns."""
         self.unit = ALIGNMENT if aligned else 1
         """Elements that an offset of ``device_table`` counts."""
         self.table = torch.zeros(num_slots, num_places, len(Column), dtype=torch.int64)
@@ -100,6 +102,7 @@ class SlotMemory:
         """Return the same memory with every place of every slot as a slot of one place, for operations that
         begin at a place of their own in each segment. What is written here is seen there."""
         found = copy.copy(self)
+        found.is_by_place = True
         found.per_slot = self.num_places
         found.table = self.table.view(-1, 1, len(Column))
         found.device_table = found.table

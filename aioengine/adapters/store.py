@@ -140,6 +140,9 @@ class AdapterStore:
         from aioengine.model.slots.quantized import quantize_image
 
         affine = output_affine(draft.packed, self._weights, self._dtype, draft.rows(), stream=self._stream)
+        for (_, module), (_, shift) in affine.items():
+            if self._layout.shard.rank > 0 and self._layout.partition.adds_up_adapted(module):
+                shift.zero_()  # or the sum over the ranks would have it several times
         layout, allocate = self._order
         tokens = draft.packed.tokens
         image = build_image(layout, draft.packed, affine, self._dtype, allocate, tokens=tokens)

@@ -28,22 +28,42 @@ class AdaptedLinears:
     def split_outputs(self, linear: Linear, x: Tensor, pool: LoRAPool | None, batch: LoRABatch) -> Tensor:
         """Return the rank's outputs of a linear that is split over its outputs: [T, in] -> [T, out]."""
         y = self._kernels.linear(x, linear.weight, linear.bias)
-        if pool is not None and batch.segments:
-            h = self._kernels.lora_shrink(x, pool, batch)
-            if self.exchanges:
-                h = self.gather(h, batch)
-            self._kernels.lora_expand(h, pool, y, batch)
-            self._affine(y, pool, batch)
+        self.adapt_outputs(x, y, pool, batch)
         return y
+
+    def adapt_outputs(self, x: Tensor, y: Tensor, pool: LoRAPool | None, batch: LoRABatch) -> None:
+        """Do to ``y``, the rank's outputs of a linear that is split over its outputs, what adapters do."""
+        if pool is None or not batch.segments:
+            return
+        h = self._kernels.lora_shrink(x, pool, batch)
+        if self.exchanges:
+            h = self.gather(h, batch)
+        self._kernels.lora_expand(h, pool, y, batch)
+        self._affine(y, pool, batch)
 
     def split_inputs(self, linear: Linear, x: Tensor, pool: LoRAPool | None, batch: LoRABatch) -> Tensor:
         """Return all outputs of a linear that is split over its inputs: [T, the rank's inputs] -> [T,
         out]."""
         y = self._kernels.linear(x, linear.weight, None if self._parallel else linear.bias)
-        if pool is not None and batch.segments:
-            h = self._kernels.lora_shrink(x, pool, batch)
-            self._add_summand(h, pool, y, batch)
+        self._adapt_inputs(x, y, pool, batch)
         return self.total(y, linear.bias if self._parallel else None, pool, batch)
+
+    def summand(self, linear: Linear, x: Tensor, pool: LoRAPool | None, batch: LoRABatch) -> Tensor:
+        """Return the rank's summand of the outputs of a linear that is split over its inputs, for sums that
+        are added up over the ranks later: [T, the rank's inputs] -> [T, out]."""
+        y = self._kernels.linear(x, linear.weight, self.own_bias(linear))
+        self.adapt_summand(x, y, pool, batch)
+        return y
+
+    def own_bias(self, linear: Linear) -> Tensor | None:
+        """Return the bias that the rank adds to its summand: one rank does."""
+        return linear.bias if self.group.shard.rank == 0 else None
+
+    def adapt_summand(self, x: Tensor, y: Tensor, pool: LoRAPool | None, batch: LoRABatch) -> None:
+        """Do to ``y``, the rank's summand, what adapters do. Of their shifts, one rank has all."""
+        self._adapt_inputs(x, y, pool, batch)
+        if pool is not None:
+            self._affine(y, pool, batch)
 
     def embed(
         self,
@@ -69,6 +89,11 @@ class AdaptedLinears:
                 h.masked_fill_(absent[:, None, None], 0)
             self._add_summand(h, pool, hidden, batch)
         return self.total(hidden, None, pool, batch)
+
+    def _adapt_inputs(self, x: Tensor, y: Tensor, pool: LoRAPool | None, batch: LoRABatch) -> None:
+        """Adds B A x to the rank's summand ``y``; gain and shift are left out."""
+        if pool is not None and batch.segments:
+            self._add_summand(self._kernels.lora_shrink(x, pool, batch), pool, y, batch)
 
     def _add_summand(self, h: Tensor, pool: LoRAPool, y: Tensor, batch: LoRABatch) -> None:
         """Adds B h to y, which is yet to be summed over the ranks."""

@@ -7,7 +7,6 @@ import os
 
 from aioengine.config import EngineConfig
 from aioengine.errors import ConfigError
-from aioengine.model.experts.spec import MixtureSpec
 from aioengine.model.parallel.group import Shard
 from aioengine.model.parallel.partition import Partition
 from aioengine.model.spec import ModelSpec, Quantization
@@ -30,9 +29,9 @@ def not_covered(
     it can. ``lora_dtype`` is None without adapters."""
     if spec.impl != "native":
         return "models that transformers runs"
-    if isinstance(spec, MixtureSpec) and (spec.expert_size % PANEL or spec.shared_size % PANEL):
-        sizes = spec.expert_size, spec.shared_size
-        return f"intermediate sizes of experts of {sizes}, not all multiples of {PANEL}"
+    for what, size in spec.mlp_sizes.items():
+        if size % PANEL:
+            return f"{size} as the {what}, no multiple of {PANEL}"
     if dtype not in DTYPES:
         return f"dtype {dtype}"
     if lora_dtype not in (None, dtype, "int8"):
@@ -41,9 +40,9 @@ def not_covered(
         return f"block_size {block_size}, no multiple of {PANEL}"
     if spec.head_dim % PANEL:
         return f"head_dim {spec.head_dim}, no multiple of {PANEL}"
-    widths = (spec.vocab_size, spec.hidden_size, spec.intermediate_size)
+    widths = (spec.vocab_size, spec.hidden_size)
     if any(width % PANEL for width in widths):
-        return f"vocabulary, hidden or intermediate size of {widths}, not all multiples of {PANEL}"
+        return f"vocabulary or hidden size of {widths}, not all multiples of {PANEL}"
     if lora_dtype is not None and shard.fully_sharded:
         share = spec.hidden_size // shard.size
         if share % PANEL:

@@ -27,7 +27,7 @@ from aioengine.model.experts.layer import Mixture
 from aioengine.model.experts.spec import PLAIN, MixtureSpec
 from aioengine.model.kv_cache import KVCache
 from aioengine.model.linear import Linear
-from aioengine.model.parallel.exchange import StepExchange, between
+from aioengine.model.parallel.exchange import SUMMED, Scratch, StepExchange, between
 from aioengine.model.slots.pool import LoRASlots
 from aioengine.model.spec import ModelSpec, Quantization
 
@@ -57,8 +57,7 @@ class NativeForward:
         self._layers = (structs.Layer * len(decoder.layers))(*self._layer_structs(cache))
         self._model = self._model_struct(cache)
         spec = decoder.spec
-        shared = spec.shared_size if isinstance(spec, MixtureSpec) else 0
-        inner = max(spec.intermediate_size, shared)
+        inner = max(spec.mlp_sizes.values())
         self._wide = max(2 * inner, (spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim)
         self._narrow = max(inner, spec.num_heads * spec.head_dim)
         self._slices = max((len(pool.modules) for pool in self._pools), default=0)
@@ -170,7 +169,8 @@ class NativeForward:
         head = self._slots.outer.get("lm_head") if self._slots else None
         mixed = _mixture_scratch(spec, tokens, inputs.lora.width, decoder.dtype)
         squares = torch.empty(tokens, 2)
-        exchange = StepExchange(decoder.adapted, self._pools, head, inputs, x, h.view(-1), squares)
+        shared = Scratch(x, h, mixed.get("rows_h"), squares)
+        exchange = StepExchange(decoder.adapted, self._pools, head, inputs, shared)
         step = structs.Step(
             tokens=tokens,
             sequences=len(plan.spans),
@@ -207,7 +207,7 @@ class NativeForward:
     def _matrix(self, linear: Linear, name: str) -> structs.Matrix:
         weight, bias = linear.weight, linear.bias
         assert isinstance(weight, (PackedWeight, QuantizedWeight, PackedBlocks))
-        if name in ("o", "down") and self._decoder.partition.shard.rank > 0:
+        if name in SUMMED and self._decoder.partition.shard.rank > 0:
             bias = None  # the ranks' outputs are added up, and one of them has it
         matrix = structs.Matrix(bias=pointer(bias), n=weight.n, k=weight.k, kind=structs.Kind.PACKED)
         if isinstance(weight, PackedBlocks):

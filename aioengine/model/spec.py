@@ -207,6 +207,11 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
     def kv_size(self) -> int:
         return self.num_kv_heads * self.head_dim
 
+    @property
+    def mlp_sizes(self) -> dict[str, int]:
+        """Sizes between the two matrices of the MLPs that there are, by what they are for people."""
+        return {"intermediate size": self.intermediate_size}
+
     def linear(self, module: str) -> LinearShape:
         """Return the shape of what LoRA can target, by its name in :data:`TARGETABLE_MODULES`.
 
@@ -250,9 +255,10 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
         """Return the name under which a module and others like it are counted together."""
         return module
 
-    def copies(self, linear: str) -> int:
-        """Return how many linears of one shape are one below the other in one of :meth:`fused`."""
-        return 1
+    def experts_in(self, linear: str) -> int:
+        """Return the number of experts whose linears are one below the other in one of :meth:`fused`; 0: they
+        are not experts'."""
+        return 0
 
     def fused(self, layer: int) -> Mapping[str, tuple[str, ...]]:
         """Return the linears of a layer with the modules that each fuses; those outside of layers:

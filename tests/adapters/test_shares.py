@@ -25,7 +25,6 @@ from aioengine.adapters.peft.pack import SlotOrder
 from aioengine.adapters.peft.read import PackedAdapter
 from aioengine.errors import AdapterError, AdapterInvalid, AdapterLoadError
 from aioengine.model.parallel.group import Shard
-from aioengine.model.parallel.partition import SPLIT_INPUTS
 from aioengine.model.parallel.ranges import take
 from aioengine.model.slots.image import build_image
 from aioengine.model.slots.layout import SlotLayout
@@ -142,7 +141,7 @@ def share_elements(layout: SlotLayout, module: str, rank: int) -> int:
     (n_in, n_out), (_, size, full) = layout.spec.linear(module), layout.shard
     if module in ("k_proj", "v_proj") and size > layout.spec.num_kv_heads:
         n_out = n_out * size // layout.spec.num_kv_heads
-    if module in SPLIT_INPUTS:
+    if layout.partition.splits_inputs(module):
         return rank * n_in // size + n_out * rank // (size if full else 1)
     return (-(-rank // size) if full else rank) * n_in + n_out // size * rank
 

@@ -106,7 +106,7 @@ def test_names_of_modules(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"tensor_parallel_size": 2, "executor": "process"}, "olmoe has experts, which are not split yet"),
+        ({"tensor_parallel_size": 3, "executor": "process"}, "4 attention heads cannot be split"),
         ({"lora": LoRAConfig(target_modules=["expert"])}, "'expert' cannot be targeted"),
     ],
 )

@@ -10,7 +10,8 @@ are close to 1 and bfloat16 would round the difference away.
 
 The norm is over whole rows. Under tensor parallelism a rank has the rows of the outputs that it computes. But
 where a linear is split over its inputs, it has a part of each row. The ranks then add up their sums of
-squares, and gain and shift apply once, after the outputs' parts have been added.
+squares, and gain and shift apply once, after the outputs' parts have been added. The outputs of experts are
+added up later; there each rank applies the gain to its part, and one rank the shift.
 """
 
 from __future__ import annotations

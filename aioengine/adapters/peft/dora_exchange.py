@@ -8,7 +8,6 @@ from torch import Tensor
 
 from aioengine.adapters.peft.dora import BaseWeights, Rows, rows_of
 from aioengine.adapters.peft.read import PackedAdapter
-from aioengine.model.parallel.partition import SPLIT_INPUTS
 from aioengine.model.slots.image import image_shape
 from aioengine.model.slots.layout import SlotLayout
 
@@ -33,8 +32,8 @@ class Draft:
     ) -> None:
         """``layout`` and ``dtype`` are the slots'; ``stream`` is that of :func:`rows_of`."""
         self.packed = packed
-        split = layout.shard.size > 1
-        keys = sorted(key for key in packed.magnitudes if split and key[1] in SPLIT_INPUTS)
+        split, partition = layout.shard.size > 1, layout.partition
+        keys = sorted(key for key in packed.magnitudes if split and partition.splits_inputs(key[1]))
         self._parts = rows_of(packed, weights, keys, stream)
         self._sizes = [len(part.squares) for part in self._parts.values()]
         self._total = torch.zeros(sum(self._sizes))

@@ -16,7 +16,6 @@ from torch import Tensor
 from aioengine.adapters.peft.folding.embeddings import TOKEN_KINDS
 from aioengine.adapters.peft.targets import HEAD_KINDS, Part
 from aioengine.adapters.peft.weights_file import Entry
-from aioengine.model.parallel.partition import SPLIT_INPUTS
 from aioengine.model.parallel.ranges import EVERYTHING, Ranges, take
 from aioengine.model.slots.layout import SlotLayout
 
@@ -54,7 +53,7 @@ def cut_of(slot: SlotLayout, part: Part, *, dora: bool, tied: bool) -> Cut:
         return Cut(EVERYTHING)
     module = part.place[1]
     share, partition = slot.share(module), slot.partition
-    more, splits_inputs = dora or tied, module in SPLIT_INPUTS
+    more, splits_inputs = dora or tied, partition.splits_inputs(module)
     match part.kind:
         case "A":
             rows, columns = (share.a[0],), share.a[1]

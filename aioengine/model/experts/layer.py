@@ -76,31 +76,37 @@ class Mixture:
         scores = routing.logits(x, router.weight, router.bias, pools.get(ROUTER), lora)
         weights, chosen = routing.choose(scores, spec.experts_per_token, normalized=spec.normalized)
         plan = ExpertPlan(chosen, spec.experts)
-        y = _linear(by.kernels, x[plan.tokens], self.gate_up, plan, pools.get(GATE_UP), lora)
-        y = _linear(by.kernels, by.activate(y), self.down, plan, pools.get(DOWN), lora)
-        out = plan.total(y, weights)
+        out = plan.total(self._through_experts(x[plan.tokens], plan, pools, lora), weights)
         if self.shared is not None:
-            out += self._through(self.shared, x, pools, lora)
-        return out
+            out += self._through_shared(self.shared, x, pools, lora)
+        return by.adapted.total(out, None, None, lora)
 
-    def _through(self, shared: Shared, x: Tensor, pools: Mapping[str, LoRAPool], lora: LoRABatch) -> Tensor:
+    def _through_experts(
+        self, x: Tensor, plan: ExpertPlan, pools: Mapping[str, LoRAPool], lora: LoRABatch
+    ) -> Tensor:
+        """Return the experts' outputs for their rows: [S, hidden] -> [S, hidden]; of several ranks, a
+        summand."""
+        by, adapted = self.mixing, self.mixing.adapted
+        pool = pools.get(GATE_UP)
+        y = by.kernels.expert_linear(x, self.gate_up.weight, self.gate_up.bias, plan)
+        adapted.adapt_outputs(x, y, pool, _rows(plan, pool, lora))
+        x, pool = by.activate(y), pools.get(DOWN)
+        y = by.kernels.expert_linear(x, self.down.weight, adapted.own_bias(self.down), plan)
+        adapted.adapt_summand(x, y, pool, _rows(plan, pool, lora))
+        return y
+
+    def _through_shared(
+        self, shared: Shared, x: Tensor, pools: Mapping[str, LoRAPool], lora: LoRABatch
+    ) -> Tensor:
         by = self.mixing
         y = by.adapted.split_outputs(shared.gate_up, x, pools.get(SHARED_GATE_UP), lora)
-        y = by.adapted.split_inputs(shared.down, by.activate(y), pools.get(SHARED_DOWN), lora)
+        y = by.adapted.summand(shared.down, by.activate(y), pools.get(SHARED_DOWN), lora)
         gate = routing.logits(x, shared.gate.weight, None, pools.get(SHARED_GATE), lora)
         return (gate.sigmoid() * y).to(y.dtype)
 
 
-def _linear(
-    kernels: Backend, x: Tensor, linear: Linear, plan: ExpertPlan, pool: LoRAPool | None, lora: LoRABatch
-) -> Tensor:
-    """Return the outputs of the experts' linears for their rows, with the adapters on them: [S, in] -> [S,
-    out]."""
-    y = kernels.expert_linear(x, linear.weight, linear.bias, plan)
-    if pool is not None and lora.segments:
-        per_expert = len(pool.modules)
-        rows = plan.lora(lora, pool.slots.per_slot, per_expert)
-        kernels.lora_expand(kernels.lora_shrink(x, pool, rows), pool, y, rows)
-        if rows.affine:
-            kernels.lora_affine(y, pool, rows)
-    return y
+def _rows(plan: ExpertPlan, pool: LoRAPool | None, lora: LoRABatch) -> LoRABatch:
+    """Return the rows of the tokens of ``lora`` by adapter and expert, for the linears of ``pool``."""
+    if pool is None or not lora.segments:
+        return lora
+    return plan.lora(lora, pool.slots.per_slot, len(pool.modules))

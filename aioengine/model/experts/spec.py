@@ -62,9 +62,20 @@ class MixtureSpec(ModelSpec, frozen=True, kw_only=True):
     def is_dense(self, layer: int) -> bool:
         return layer in self.dense_layers
 
+    @property
+    def plain_modules(self) -> tuple[str, ...]:
+        """The modules in ``PLAIN``, which stay unquantized and whole."""
+        return (self.names.router, f"{_SHARED}_gate")
+
+    @property
+    def mlp_sizes(self) -> dict[str, int]:
+        found = dict(super().mlp_sizes) if self.dense_layers else {}
+        shared = {"intermediate size of the shared expert": self.shared_size} if self.shared_size else {}
+        return {**found, "intermediate size of an expert": self.expert_size, **shared}
+
     def linear(self, module: str) -> LinearShape:
         h, names = self.hidden_size, self.names
-        if module in (names.router, f"{_SHARED}_gate"):
+        if module in self.plain_modules:
             return LinearShape(h, self.experts if module == names.router else 1)
         parent, _, kind = module.rpartition(".")
         if not parent:
@@ -116,8 +127,8 @@ class MixtureSpec(ModelSpec, frozen=True, kw_only=True):
         del linears["gate_up"], linears["down"]
         return {**linears, **self._mixture}
 
-    def copies(self, linear: str) -> int:
-        return self.experts if linear in (GATE_UP, DOWN) else 1
+    def experts_in(self, linear: str) -> int:
+        return self.experts if linear in (GATE_UP, DOWN) else 0
 
     def has_bias(self, linear: str) -> bool:
         return self.biased if linear in (ROUTER, GATE_UP, DOWN) else super().has_bias(linear)

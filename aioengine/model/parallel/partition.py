@@ -1,7 +1,8 @@
 """Which part of each matrix a rank holds: Megatron's partition, Shoeybi et al., 2019, arXiv:1909.08053.
 
 Linears that begin a block (q, k, v, gate, up) and lm_head are split over their outputs, those that end one
-(o, down) and the embedding over their inputs: between them no communication is needed. No torch here.
+(o, down) and the embedding over their inputs: between them no communication is needed. Each expert is split
+like an MLP. Routers and the gates of shared experts are whole on every rank. No torch here.
 """
 
 from __future__ import annotations
@@ -17,8 +18,7 @@ from aioengine.model.parallel.group import Shard
 from aioengine.model.parallel.ranges import Ranges
 from aioengine.model.spec import GATE_UP, QKV, ModelSpec
 
-SPLIT_INPUTS = frozenset({"o_proj", "down_proj", "embed_tokens"})
-"""The modules of which every rank has all outputs, as a summand, for a part of the inputs."""
+_SPLIT_INPUTS = frozenset({"o_proj", "down_proj", "embed_tokens"})
 
 _LINEARS_OF = {QKV: ("q_proj", "k_proj", "v_proj"), GATE_UP: ("gate_proj", "up_proj")}
 """The linears that are below each other in one matrix."""
@@ -51,6 +51,7 @@ class Partition:
             num_kv_heads=max(spec.num_kv_heads // size, 1),
             intermediate_size=spec.intermediate_size // size,
             vocab_size=-(-spec.vocab_size // size),
+            **_expert_sizes(spec, size),
         )
         """The model as a rank allocates it. A vocabulary that does not divide is padded; quantized weights
         are expanded where a rank's inputs are no whole blocks."""
@@ -59,18 +60,34 @@ class Partition:
             self.local = msgspec.structs.replace(self.local, packed=packed)
 
     def _keeps(self, name: str, packing: Packing) -> bool:
-        module = name.rpartition(".")[2]
-        if module == "embed_tokens":
-            return True  # split over its rows
+        place = self.whole.find_module(name)
+        if place is None or (module := place[1]) == "embed_tokens":
+            return True  # an embedding is split over its rows
         part = self.inputs(module)
         return packing.divides(part.start, part.stop, self.whole.linear(module).in_features)
 
+    def is_whole(self, module: str) -> bool:
+        """Return whether every rank has all of a module, and computes the same outputs."""
+        return isinstance(self.whole, MixtureSpec) and module in self.whole.plain_modules
+
+    def splits_inputs(self, module: str) -> bool:
+        """Return whether every rank has all outputs of a module, as a summand, for a part of the inputs."""
+        kind = module.rpartition(".")[2]
+        return kind in _SPLIT_INPUTS or (isinstance(self.whole, MixtureSpec) and kind == self.whole.names.down)
+
+    def adds_up_adapted(self, module: str) -> bool:
+        """Return whether the ranks' outputs are added up only after they have been scaled and shifted.
+
+        The outputs of experts are: they are added up for a whole layer at once.
+        """
+        return "." in module and self.shard.size > 1 and self.splits_inputs(module)
+
     def outputs(self, module: str) -> Ranges:
-        """Return the outputs of which the rank has the whole rows; all of those of ``SPLIT_INPUTS``.
+        """Return the outputs of which the rank has the whole rows; all of those whose inputs are split.
 
         Of a matrix with several linears, it has its heads, or its part, of each.
         """
-        if module in SPLIT_INPUTS:
+        if self.splits_inputs(module):
             return (slice(0, self.whole.linear(module).out_features),)
         found, begin = [], 0
         for member in _LINEARS_OF.get(module, (module,)):
@@ -81,7 +98,7 @@ class Partition:
 
     def inputs(self, module: str) -> slice:
         """The inputs that the rank has."""
-        if module not in SPLIT_INPUTS:
+        if not self.splits_inputs(module):
             return slice(0, self.whole.linear(module).in_features)
         return self._range(module, self.local.linear(module).in_features)
 
@@ -102,6 +119,9 @@ class Partition:
         ``shape`` is what the rank allocates for it.
         """
         path, _, kind = name.rpartition(".")
+        if kind == "sinks":
+            width = self.local.num_heads
+            return (self.whole.num_heads,), ((slice(self.shard.rank * width, (self.shard.rank + 1) * width),),)
         place = self.whole.find_module(path)
         if place is None or kind not in ("weight", "bias"):
             normed = _NORMED.get(".".join(path.rsplit(".", 2)[1:])) if self.whole.qk_norm_whole else None
@@ -119,22 +139,27 @@ class Partition:
 
     def _range(self, module: str, width: int) -> slice:
         rank, whole = self.shard.rank, self.whole
+        if self.is_whole(module):
+            return slice(0, width)
         if module in ("k_proj", "v_proj"):  # with fewer heads than ranks, several have the same one
             rank = rank * min(whole.num_kv_heads, self.shard.size) // self.shard.size
         end = whole.vocab_size if module in ("embed_tokens", "lm_head") else (rank + 1) * width
         return slice(rank * width, min((rank + 1) * width, end))
 
 
+def _expert_sizes(spec: ModelSpec, size: int) -> dict[str, int]:
+    """Return the sizes of a rank's experts, by the fields of :class:`MixtureSpec`."""
+    if not isinstance(spec, MixtureSpec):
+        return {}
+    return {"expert_size": spec.expert_size // size, "shared_size": spec.shared_size // size}
+
+
 def _obstacle(spec: ModelSpec, shard: Shard) -> str | None:
     size = shard.size
-    for count, what in (
-        (spec.num_heads, "attention heads"),
-        (spec.intermediate_size, "as the intermediate size"),
-    ):
+    sizes = [(count, f"as the {what}") for what, count in spec.mlp_sizes.items()]
+    for count, what in ((spec.num_heads, "attention heads"), *sizes):
         if count % size:
             return f"{count} {what} cannot be split evenly"
-    if size > 1 and isinstance(spec, MixtureSpec):
-        return f"{spec.family} has experts, which are not split yet"
     kv_heads = spec.num_kv_heads
     if kv_heads % size and size % kv_heads:
         return f"{kv_heads} KV heads can neither be split nor repeated evenly"

@@ -13,7 +13,7 @@ Under tensor parallelism a slot holds a rank's share, in one of two ways. By def
 is split, as the base linear is: B over the outputs, or A over the inputs. Fully sharded, the other one is as
 well: A over the adapter's rank, or B over the outputs (S-LoRA, Sheng et al., 2023,
 https://arxiv.org/abs/2311.03285, section 5). A process then has every ``size``-th row of A, so that any
-adapter is spread evenly.
+adapter is spread evenly. Adapters on what every rank has as a whole, such as routers, are whole, too.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from aioengine.model.parallel.group import SOLO, Shard
-from aioengine.model.parallel.partition import SPLIT_INPUTS, Partition
+from aioengine.model.parallel.partition import Partition
 from aioengine.model.parallel.ranges import Ranges, count
 from aioengine.model.spec import NO_LAYER, LinearShape, ModelSpec
 
@@ -163,9 +163,9 @@ class SlotLayout:
     def _shape(self, module: str) -> Place:
         """A place that is nowhere yet."""
         size, (n_in, n_out) = self.shard.size, self.partition.local.linear(module)
-        if not self.shard.fully_sharded:
+        if not self.shard.fully_sharded or self.partition.is_whole(module):
             return Place(LinearShape(n_in, n_out), self.max_rank, self.max_rank, n_out, 0, 0, 0)
-        if module in SPLIT_INPUTS:
+        if self.partition.splits_inputs(module):
             return Place(LinearShape(n_in, n_out // size), self.max_rank, self.max_rank, n_out, 0, 0, 0)
         share = -(-self.max_rank // size)
         return Place(LinearShape(n_in, n_out), share, share * size, n_out, 0, 0, 0)
@@ -184,9 +184,9 @@ class SlotLayout:
         """Return the part of an adapter's matrices for ``module`` that the slot holds."""
         rank, size, full = self.shard
         inputs, outputs = self.partition.inputs(module), self.partition.outputs(module)
-        if not full:
+        if not full or self.partition.is_whole(module):
             return Share((slice(None), inputs), outputs, outputs)
-        if module in SPLIT_INPUTS:
+        if self.partition.splits_inputs(module):
             width = self._shapes[module].shape.out_features
             return Share((slice(None), inputs), (slice(rank * width, (rank + 1) * width),), outputs)
         return Share((slice(rank, None, size), inputs), outputs, outputs)

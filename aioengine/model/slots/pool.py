@@ -82,13 +82,13 @@ class LoRASlots:
             pools[fused.name] = self._pool(fused)
 
     def _pool(self, fused: FusedPlace) -> LoRAPool:
-        """Return the pool of a linear; of several copies below each other, as if there were only the
+        """Return the pool of a linear; of those of experts below each other, as if there were only the
         first."""
-        copies = self.layout.spec.copies(fused.name)
-        modules = fused.modules[: len(fused.modules) // copies]
+        experts = self.layout.spec.experts_in(fused.name)
+        modules = fused.modules[: len(fused.modules) // experts] if experts else fused.modules
         places = [self.layout.places[fused.layer, module] for module in modules]
         return LoRAPool(
-            self.memory if copies == 1 else self.memory.by_place(),
+            self.memory.by_place() if experts else self.memory,
             modules,
             self.layout.index[fused.layer, modules[0]],
             places[0].shape.in_features,

@@ -109,8 +109,8 @@ struct Step {
 // structs.py names these.
 enum Activation { SILU, GELU, CLAMPED_SWIGLU };
 enum Phase { NORM, QKV, ROPE, ATTENTION, O, GATE_UP, ACTIVATION, DOWN, HEAD, SHRINK, AFFINE, EXCHANGE, ROUTE, PHASES };
-// GATHER makes h [rows, slices, width] of what every process has of it, SUM adds them up. TOTAL adds up x, the
-// outputs of a linear that is split over its inputs, and scales and shifts the sum. SQUARES adds up the squares.
+// GATHER makes h [rows, slices, width] of what every process has of it, SUM adds them up; of experts, rows_h. TOTAL adds
+// up x, the outputs of linears that are split over their inputs, and scales and shifts the sum. SQUARES adds up the squares.
 enum Exchange { NOTHING, GATHER, SUM, TOTAL, SQUARES };
 
 }  // extern "C"
@@ -203,8 +203,9 @@ struct Run {
   }
 
   // `next` is the linear that follows: with few rows the arithmetic leaves the memory idle.
+  // A summand of several processes is left to be added up later.
   void linear(Phase phase, const Adapted& a, const LoraBatch& batch, const void* x, void* y, long rows,
-              const Adapted& next) const {
+              const Adapted& next, bool summand = false) const {
     const Matrix& w = *a.matrix;
     const LoraPool& pool = *a.pool;
     std::vector<aio::Fetch> fetch;
@@ -212,7 +213,7 @@ struct Run {
     const aio::Adapters adapters{(const aio::Segment*)batch.segments, batch.count, s.h, &m.slots, pool.first, pool.slice,
                                  pool.slices, batch.width, rows >= FUSED_ROWS * batch.count};
     const bool adapted = pool.slices > 0 && batch.count > 0;
-    const bool total = s.exchange != nullptr && (phase == O || phase == DOWN);
+    const bool total = s.exchange != nullptr && (phase == O || phase == DOWN) && !summand;
     if (adapted)
       timed(SHRINK, [&] {
         aio_lora_shrink(m.bf16, x, w.k, &m.slots, pool.first, s.h, w.k, pool.slices, batch.width, batch.segments,
@@ -351,6 +352,7 @@ struct Run {
       timed(SHRINK, [&] {
         aio_lora_shrink(m.bf16, x, w.k, &places, pool.first, s.rows_h, w.k, pool.slices, s.lora.width, found, count, threads);
       });
+      if (pool.exchange != NOTHING) exchange(pool.exchange, pool.id);
       timed(phase, [&] {
         aio_lora_expand(m.bf16, s.rows_h, &places, pool.first, pool.slice, pool.slices, s.lora.width, y, n, found, count,
                         threads);
@@ -364,7 +366,8 @@ struct Run {
     });
   }
 
-  // What experts make of x [tokens, hidden], to s.x, which x may be.
+  // What experts make of x [tokens, hidden], to s.x, which x may be. Several processes have summands of all outputs, which
+  // are added up once.
   void mixture(const Mixture& e, const void* x) const {
     const long rows = s.tokens * e.per_token;
     const Matrix no_matrix{};
@@ -383,7 +386,7 @@ struct Run {
       scores(e.shared_gate, nullptr, 1, e.lora_shared_gate, x, s.gates);
       linear(GATE_UP, {&e.shared_gate_up, &e.lora_shared_gate_up}, s.lora, x, s.wide, s.tokens, down);
       activate(s.wide, s.narrow, s.tokens, e.shared_size);
-      linear(DOWN, down, s.lora, s.narrow, s.x, s.tokens, nothing);
+      linear(DOWN, down, s.lora, s.narrow, s.x, s.tokens, nothing, true);
     }
     aio::Segment* segments = (aio::Segment*)(s.routes + 3 * rows);
     experts(GATE_UP, e.gate_up, e.lora_gate_up, r, segments, s.rows, s.rows_wide);
@@ -392,6 +395,7 @@ struct Run {
     timed(ROUTE, [&] {
       r.total(m.bf16, s.rows, e.shared_size > 0 ? s.x : nullptr, s.gates, s.x, m.hidden, threads);
     });
+    if (s.exchange != nullptr) exchange(TOTAL, -1);
   }
 
   void operator()() const {
