@@ -212,6 +212,7 @@ class NativeForward:
         matrix = structs.Matrix(bias=pointer(bias), n=weight.n, k=weight.k, kind=structs.Kind.PACKED)
         if isinstance(weight, PackedBlocks):
             matrix.kind, matrix.part = structs.Kind.PARTS, ctypes.addressof(weight.struct)
+            matrix.parts = len(weight.parts)
             return matrix
         matrix.packed, matrix.panel_bytes = weight.data.data_ptr(), weight.data.nbytes // (weight.n // PANEL)
         if not isinstance(weight, PackedWeight):

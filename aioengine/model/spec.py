@@ -308,9 +308,14 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
     def packed_weights(self) -> Iterator[tuple[LinearShape, Packing]]:
         """Yield the weights of :attr:`packed`, with their shapes; an embedding's is that of a head."""
         for name, packing in self.packed.items():
-            module = name.rpartition(".")[2]
-            shape = self.linear("lm_head" if module == "embed_tokens" else module)
-            yield shape, packing
+            place = self.find_module(name)
+            assert place is not None, name
+            yield self.linear("lm_head" if place[1] == "embed_tokens" else place[1]), packing
+
+    @property
+    def plain_modules(self) -> tuple[str, ...]:
+        """The modules whose weights stay as they are, whole and in the compute dtype."""
+        return ()
 
     def kv_shapes(self) -> tuple[KVShape, ...]:
         """Return the shape of what each layer caches of a token."""

@@ -8,7 +8,8 @@ which pads nothing here because all prompts have one length, and by peft with an
     python -m benchmarks.engine.models --requests 8 --repeats 1 --without-alone
     python -m benchmarks.engine.models --layers 8 --dtype float32
 
-The variants take turns, so that a drift of the machine's speed falls on all; medians are printed.
+The variants take turns, so that a drift of the machine's speed falls on all; medians are printed. Processor
+seconds are those of all threads, and do not change much on a busy machine.
 """
 
 from __future__ import annotations
@@ -127,25 +128,34 @@ async def main() -> None:
             runs[f"{impl}, {ADAPTERS} adapters"] = runner(engine, names)
         if not args.without_alone:
             runs |= alone(folder, paths, dtype, prompts, args.output_tokens)
+        processor: dict[str, list[float]] = {}
         for _ in range(args.repeats):
             for name, run in runs.items():
+                began = time.process_time()
                 results.setdefault(name, []).append(await run())
+                processor.setdefault(name, []).append(time.process_time() - began)
         for engine in engines.values():
             await engine.stop()
-    _print(results, args)
+    _print(results, processor, args)
 
 
-def _print(results: dict[str, list[float]], args: argparse.Namespace) -> None:
+def _print(
+    results: dict[str, list[float]], processor: dict[str, list[float]], args: argparse.Namespace
+) -> None:
     title = (
         f"{args.requests} requests x 128 + {args.output_tokens} tokens, {args.layers} layers, {args.dtype}, "
     )
     table = Table(title=title + f"{torch.get_num_threads()} threads, {cpu_name()}")
-    for column in ("variant", "output tok/s (median)", "min .. max", "of native, base"):
+    columns = ("variant", "output tok/s (median)", "min .. max", "of native, base")
+    for column in (*columns, "processor s (median)", "native, base, of it"):
         table.add_column(column, justify="left" if column == "variant" else "right")
-    base = statistics.median(results["native, base"])
+    base, cpu_base = (statistics.median(each["native, base"]) for each in (results, processor))
     for name, rates in results.items():
-        median = statistics.median(rates)
-        table.add_row(name, f"{median:.1f}", f"{min(rates):.1f} .. {max(rates):.1f}", f"{median / base:.0%}")
+        median, cpu = statistics.median(rates), statistics.median(processor[name])
+        table.add_row(
+            *(name, f"{median:.1f}", f"{min(rates):.1f} .. {max(rates):.1f}", f"{median / base:.0%}"),
+            *(f"{cpu:.1f}", f"{cpu_base / cpu:.0%}"),
+        )
     Console(width=None if Console().is_terminal else 120).print(table)
 
 

@@ -90,6 +90,22 @@ class PackedBlocks:
         )
         return y
 
+    def experts(self, x: Tensor, bias: Tensor | None, begins: Tensor) -> Tensor:
+        """``x W^T + bias`` for ``x`` [T, k] that is sorted by expert, of which each row takes an expert's
+        outputs: [T, n / experts].
+
+        ``begins`` [experts + 1] (int32) are the first rows of the experts. Each expert must have as many
+        parts.
+        """
+        count = len(begins) - 1
+        assert len(self.parts) % count == 0
+        y = torch.empty(len(x), self.n // count, dtype=x.dtype)
+        load().aio_linear_experts_blocks(
+            *(is_bf16(x), x.data_ptr(), self.struct, len(self.parts) // count, pointer(bias), y.data_ptr()),
+            *(begins.data_ptr(), count, self.n // count, self.k, threads()),
+        )
+        return y
+
 
 def _turn(weight: BlockWeight) -> BlockWeight:
     """Rearrange ``weight`` into panels; each tensor keeps its shape and its memory."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from aioengine.kernels.backend import HeadNorms
+from aioengine.kernels.cpu import structs
 from aioengine.kernels.cpu.packed import DTYPES, is_bf16, pointer
 from aioengine.kernels.cpu.shared_library import load, threads
 from aioengine.kernels.plan.attention import AttentionPlan
@@ -32,7 +34,7 @@ def add_rms_norm(
     assert hidden.is_contiguous() and (delta is None or delta.is_contiguous())
     out = torch.empty_like(hidden)
     load().aio_add_rms_norm(
-        *(is_bf16(hidden), hidden.data_ptr(), pointer(delta), weight.data_ptr(), out.data_ptr()),
+        *(is_bf16(hidden), hidden.data_ptr(), pointer(delta), None, weight.data_ptr(), out.data_ptr()),
         *(*hidden.shape, factor, eps, offset is None, offset or 0.0, threads()),
     )
     return out
@@ -92,18 +94,11 @@ def rope_store(
     assert qkv.is_contiguous() and cos.is_contiguous() and sin.is_contiguous()
     _, block_size, kv_heads, d = keys.shape
     tokens, heads = len(qkv), qkv.shape[1] - 2 * kv_heads
-    if norms is not None:
-        for first, count, weight in ((0, heads, norms.q), (heads, kv_heads, norms.k)):
-            load().aio_head_norm(
-                *(is_bf16(qkv), qkv[:, first:].data_ptr(), weight.data_ptr()),
-                *(tokens, qkv.stride(0), count * d // len(weight), len(weight), norms.eps),
-                *(norms.offset is None, norms.offset or 0.0, threads()),
-            )
     load().aio_rope_store(
         *(is_bf16(qkv), qkv.data_ptr(), cos.data_ptr(), sin.data_ptr(), plan.cells.data_ptr()),
         *(plan.last.data_ptr(), keys.data_ptr(), values.data_ptr()),
         *(tokens, heads, kv_heads, d, block_size, _block_bytes(keys)),
-        *(cos.shape[-1], neighbours, 0, threads()),
+        *(cos.shape[-1], neighbours, 0, None if norms is None else ctypes.byref(_struct(norms)), threads()),
     )
 
 
@@ -134,6 +129,13 @@ def paged_attention(
         *(d**-0.5 if scale is None else scale, soft_cap or 0.0, pointer(sinks), 0, threads()),
     )
     return out
+
+
+def _struct(norms: HeadNorms) -> structs.HeadNorms:
+    return structs.HeadNorms(
+        *(norms.q.data_ptr(), norms.k.data_ptr(), len(norms.q), len(norms.k)),
+        *(norms.offset is None, norms.eps, norms.offset or 0.0),
+    )
 
 
 def _block_bytes(keys: Tensor) -> int:

@@ -53,11 +53,11 @@ _SIGNATURES = {
     ),
     "aio_rope_store": (
         *(c_int, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p),
-        *(c_long, c_long, c_long, c_long, c_long, c_long, c_long, c_int, c_int, c_int),
+        *(c_long, c_long, c_long, c_long, c_long, c_long, c_long, c_int, c_int, c_void_p, c_int),
     ),
     "aio_add_rms_norm": (
-        *(c_int, c_void_p, c_void_p, c_void_p, c_void_p, c_long, c_long, c_float, c_float, c_int, c_float),
-        c_int,
+        *(c_int, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_long, c_long, c_float, c_float, c_int),
+        *(c_float, c_int),
     ),
     "aio_silu_and_mul": (c_int, c_void_p, c_void_p, c_long, c_long, c_int),
     "aio_gelu_and_mul": (c_int, c_void_p, c_void_p, c_long, c_long, c_int),
@@ -74,9 +74,6 @@ _SIGNATURES = {
     "aio_lora_affine": (
         *(c_int, c_void_p, c_long, c_void_p, c_long, c_void_p, c_long, c_void_p, c_long, c_int),
     ),
-    "aio_head_norm": (
-        *(c_int, c_void_p, c_void_p, c_long, c_long, c_long, c_long, c_float, c_int, c_float, c_int),
-    ),
     "aio_linear_experts": (
         *(c_int, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_long, c_long, c_long, c_int),
     ),
@@ -87,6 +84,9 @@ _SIGNATURES = {
     "aio_linear_experts_int4": (
         *(c_int, c_void_p, c_void_p, c_void_p, c_void_p, c_long, c_long, c_void_p, c_void_p, c_void_p),
         *(c_long, c_long, c_long, c_int),
+    ),
+    "aio_linear_experts_blocks": (
+        *(c_int, c_void_p, c_void_p, c_long, c_void_p, c_void_p, c_void_p, c_long, c_long, c_long, c_int),
     ),
     "aio_step": (c_void_p, c_void_p),
     "aio_probe_dot": (c_int, c_long, c_int, c_void_p),

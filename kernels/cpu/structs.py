@@ -68,7 +68,7 @@ class Matrix(Structure):
     _fields_ = [
         *(("packed", c_void_p), ("bias", c_void_p), ("n", c_int64), ("k", c_int64), ("kind", c_int64)),
         *(("panel_bytes", c_int64), ("scale", c_void_p), ("start", c_void_p), ("rotation", c_int64)),
-        *(("group", c_int64), ("part", c_void_p)),
+        *(("group", c_int64), ("part", c_void_p), ("parts", c_int64)),
     ]
 
 
@@ -76,6 +76,15 @@ class Slots(Structure):
     """The memory of all slots, and the table of :class:`aioengine.kernels.slots.SlotMemory`."""
 
     _fields_ = [("memory", c_void_p), ("table", c_void_p), ("places", c_int64), ("int8", c_int64)]
+
+
+class HeadNorms(Structure):
+    """Norms of queries and keys, of so many elements together."""
+
+    _fields_ = [
+        *(("q", c_void_p), ("k", c_void_p), ("q_size", c_int64), ("k_size", c_int64)),
+        *(("rounded", c_int64), ("eps", c_double), ("offset", c_double)),
+    ]
 
 
 class LoraSlice(Structure):

@@ -23,13 +23,17 @@ from aioengine.model.files.resolve import read_spec
 
 ARCHITECTURES = {
     "mixtral": gguf.MODEL_ARCH.LLAMA,
+    "qwen2_moe": gguf.MODEL_ARCH.QWEN2MOE,
     "qwen3_moe": gguf.MODEL_ARCH.QWEN3MOE,
     "olmoe": gguf.MODEL_ARCH.OLMOE,
+    "gpt_oss": gguf.MODEL_ARCH.GPT_OSS,
 }
 OVERRIDES: dict[str, dict[str, Any]] = {
     "mixtral": {"sliding_window": None},
+    "qwen2_moe": {"shared_expert_intermediate_size": 64},
     "qwen3_moe": {"norm_topk_prob": True},
     "olmoe": {},
+    "gpt_oss": {},
 }
 
 
@@ -53,17 +57,28 @@ def write(model: MoeModel, kind: str, **metadata: int) -> Path:
     writer.add_bos_token_id(0)
     writer.add_expert_count(config.get("num_local_experts") or config["num_experts"])
     writer.add_expert_used_count(metadata.get("used", config["num_experts_per_tok"]))
-    if "moe_intermediate_size" in config and model.family == "qwen3_moe":
+    if "moe_intermediate_size" in config and model.family.startswith("qwen"):
         writer.add_expert_feed_forward_length(config["moe_intermediate_size"])
+    if model.family == "qwen2_moe":
+        writer.add_expert_shared_feed_forward_length(config["shared_expert_intermediate_size"])
+    if model.family == "gpt_oss":
+        rope = config["rope_parameters"]
+        writer.add_sliding_window(config["sliding_window"])
+        writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+        writer.add_rope_scaling_factor(rope["factor"])
+        writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
     names = get_tensor_name_map(arch, config["num_hidden_layers"])
     for name, tensor in _stacked(model, load_file(model.folder / "model.safetensors")).items():
-        quant = gguf.GGMLQuantizationType[kind if tensor.ndim > 1 else "F32"]
+        is_matrix = tensor.ndim > 1 and not name.endswith(("_exps.bias", "shared_expert_gate.weight"))
+        quant = gguf.GGMLQuantizationType[kind if is_matrix else "F32"]
         raw = gguf.quants.quantize(tensor.numpy(), quant)
         tensor.copy_(torch.from_numpy(gguf.quants.dequantize(raw, quant).copy()))
         if model.family == "mixtral":
             for module, heads in (("q_proj", "num_attention_heads"), ("k_proj", "num_key_value_heads")):
                 raw = interleaved(raw, config[heads]) if module in name else raw
-        stored = name if name.startswith("blk.") else names.get_name(name, try_suffixes=(".weight",))
+        stored = name if name.startswith("blk.") else names.get_name(name, try_suffixes=(".weight", ".bias"))
+        stored = f"{stored}.weight" if name.endswith(".sinks") else stored
+        raw = raw[0] if name.endswith("shared_expert_gate.weight") else raw
         writer.add_tensor(stored, np.ascontiguousarray(raw), raw_dtype=quant)
         _put(model, name, tensor)
     writer.write_header_to_file()
@@ -80,6 +95,15 @@ def _stacked(model: MoeModel, state: dict[str, torch.Tensor]) -> dict[str, torch
     block, *linears = NAMES.get(model.family, USUAL)
     found = {name: tensor for name, tensor in state.items() if ".experts." not in name}
     for i in range(len(model.base.model.layers)):
+        if model.family == "gpt_oss":  # stacked already: [experts, in, out], outputs of gate and up alternate
+            stem = f"model.layers.{i}.mlp.experts"
+            for kind, suffix in (("weight", ""), ("bias", "_bias")):
+                gate_up, down = (state[f"{stem}.{name}{suffix}"] for name in ("gate_up_proj", "down_proj"))
+                parts = (gate_up[..., ::2], gate_up[..., 1::2], down)
+                for part, tensor in zip(PARTS, parts, strict=True):
+                    turned = tensor.transpose(1, 2) if kind == "weight" else tensor
+                    found[f"blk.{i}.{part}.{kind}"] = turned.contiguous()
+            continue
         for part, linear in zip(PARTS, linears, strict=True):
             prefix = f"model.layers.{i}.{block}.experts"
             count = sum(name.startswith(prefix) and name.endswith(f"{linear}.weight") for name in state)
@@ -95,8 +119,15 @@ def _put(model: MoeModel, name: str, tensor: torch.Tensor) -> None:
             block = NAMES.get(model.family, USUAL)[0]
             model.base.get_parameter(name.replace(f".{block}.", ".mlp.")).copy_(tensor)
             return
-        _, layer, part, _ = name.split(".")
+        _, layer, part, kind = name.split(".")
         experts = model.base.model.layers[int(layer)].mlp.experts
+        if model.family == "gpt_oss":
+            suffix = "" if kind == "weight" else "_bias"
+            stem = "down_proj" if part == PARTS[2] else "gate_up_proj"
+            outputs = {PARTS[0]: slice(0, None, 2), PARTS[1]: slice(1, None, 2)}.get(part, slice(None))
+            values = tensor.transpose(1, 2) if kind == "weight" else tensor
+            experts.get_parameter(f"{stem}{suffix}")[..., outputs].copy_(values)
+            return
         size = experts.gate_up_proj.shape[1] // 2
         rows = {PARTS[0]: slice(0, size), PARTS[1]: slice(size, 2 * size)}.get(part)
         (experts.down_proj if rows is None else experts.gate_up_proj[:, rows]).copy_(tensor)

@@ -13,6 +13,7 @@ from gguf.quants import dequantize as gguf_dequantize
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from aioengine.kernels import ExpertPlan, get_backend
 from aioengine.kernels.blocks import BlockWeight, StackedWeight
 from aioengine.kernels.cpu.blocks import PackedBlocks
 from aioengine.kernels.cpu.packed import PackedWeight
@@ -110,10 +111,49 @@ def check_products(weight: BlockWeight) -> None:
     assert torch.equal(packed.gather(chosen), expanded[chosen])
     assert torch.equal(weight.gather(chosen), expanded[chosen])
     bias = torch.randn(n, dtype=dtype)
-    for rows in (1, 3, 8, 150):
+    for rows in (0, 1, 3, 8, 150):
         x = torch.randn(rows, k, dtype=dtype)
         assert torch.equal(packed.linear(x, bias), plain.linear(x, bias))
         torch.testing.assert_close(weight.linear(x, bias), plain.linear(x, bias), rtol=0.02, atol=0.02)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    counts=st.lists(st.integers(0, 20), min_size=1, max_size=5),
+    formats=st.lists(st.sampled_from([*ALL, "plain"]), min_size=1, max_size=2),
+    panels=st.integers(1, 4),
+    biased=st.booleans(),
+    bf16=st.booleans(),
+)
+def test_experts_are_each_its_own_parts(
+    counts: list[int], formats: list[str], panels: int, biased: bool, bf16: bool
+) -> None:
+    """The same bits as each expert by itself has; some have no rows, or all of them none."""
+    dtype, k, n = torch.bfloat16 if bf16 else torch.float32, 256, 16 * panels * len(formats)
+    parts, expanded = list[BlockWeight | PackedWeight](), list[torch.Tensor]()
+    for seed in range(len(counts) * len(formats)):
+        format = formats[seed % len(formats)]
+        if format == "plain" and seed > 0:
+            weight = torch.randn(16 * panels, k, dtype=dtype)
+            expanded.append(weight.clone())
+            parts.append(PackedWeight.pack(weight))
+            continue
+        make = random_codes if format in GROUPED_FORMATS else random_blocks
+        part = make("q8_0" if format == "plain" else format, 16 * panels, k, seed=seed, dtype=dtype)
+        expanded.append(part.rows(0, part.n))
+        parts.append(copy(part))
+    whole, plan = (
+        torch.cat(expanded),
+        ExpertPlan(torch.repeat_interleave(torch.tensor(counts))[:, None], len(counts)),
+    )
+    x, bias = torch.randn(sum(counts), k, dtype=dtype), torch.randn(len(whole), dtype=dtype)
+    found = get_backend("cpu", "cpu").expert_linear(
+        x, PackedBlocks.pack(parts), bias if biased else None, plan
+    )
+    for e, rows in enumerate(x.split(counts)):
+        own = slice(e * n, (e + 1) * n)
+        alone = PackedWeight.pack(whole[own].clone()).linear(rows, bias[own] if biased else None)
+        assert torch.equal(found[sum(counts[:e]) :][: len(rows)], alone)
 
 
 @settings(max_examples=30, deadline=None)

@@ -16,7 +16,9 @@ from torch.nn import functional as F
 
 from aioengine.kernels import AttentionPlan, PlainWeight, Span, get_backend, reference
 from aioengine.kernels.cpu import build, shared_library
+from aioengine.kernels.cpu.int4 import Int4Weight
 from aioengine.kernels.cpu.packed import PackedWeight
+from aioengine.kernels.cpu.quantized import QuantizedWeight
 
 pytestmark = pytest.mark.skipif(build.shutil.which("c++") is None, reason="needs a C++ compiler")
 DTYPES = [torch.float32, torch.bfloat16]
@@ -39,7 +41,7 @@ def close(found: Tensor, expected: Tensor, *, scale: float = 1.0) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @settings(max_examples=60, deadline=None)
-@given(rows=st.integers(1, 70), panels=st.integers(1, 8), lanes=st.integers(1, 40), bias=st.booleans())
+@given(rows=st.integers(0, 70), panels=st.integers(1, 8), lanes=st.integers(1, 40), bias=st.booleans())
 def test_packed_linear(dtype: torch.dtype, rows: int, panels: int, lanes: int, bias: bool) -> None:
     n, k = panels * 16, lanes * (4 // dtype.itemsize)
     generator = torch.Generator().manual_seed(rows * 1000 + n + k)
@@ -52,6 +54,17 @@ def test_packed_linear(dtype: torch.dtype, rows: int, panels: int, lanes: int, b
     found = packed.linear(x, b if bias else None)
     assert found.dtype == dtype
     close(found, expected, scale=math.sqrt(k))
+
+
+@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize("form", [QuantizedWeight, Int4Weight])
+def test_no_rows_of_quantized_linears_are_no_rows(form: type[QuantizedWeight], int8: bool) -> None:
+    """Of a packed one, and of one in blocks, they are among the others' rows."""
+    memory = torch.empty(form.packed_bytes(48, 32), dtype=torch.uint8)
+    weight = form.pack(torch.randn(48, 32), memory, int8_activations=int8)
+    assert weight.linear(torch.empty(0, 32), torch.randn(48)).shape == (0, 48)
+    begins = torch.zeros(4, dtype=torch.int32)
+    assert weight.experts(torch.empty(0, 32), None, begins).shape == (0, 16)
 
 
 def test_linear_of_the_backends_takes_weights_in_either_form() -> None:
@@ -81,28 +94,35 @@ def test_linear_whose_last_panel_is_not_full(
 def test_norm_and_activation(lib: ctypes.CDLL, dtype: torch.dtype, rows: int, size: int) -> None:
     hidden, delta = torch.randn(rows, size).to(dtype), torch.randn(rows, size).to(dtype)
     weight, out = torch.randn(size).to(dtype), torch.empty(rows, size, dtype=dtype)
-    for added in (None, delta):
-        total = hidden.clone()
+    outputs_weight = torch.randn(size).to(dtype)
+
+    def add_norm(total: Tensor, added: Tensor | None, normed_by: Tensor | None, out: Tensor) -> None:
         lib.aio_add_rms_norm(
             *(bf16(out), total.data_ptr(), None if added is None else added.data_ptr()),
-            *(weight.data_ptr(), out.data_ptr(), rows, size, 1.0, 1e-5, 1, 0.0, THREADS),
+            *(None if normed_by is None else normed_by.data_ptr(), weight.data_ptr(), out.data_ptr()),
+            *(rows, size, 1.0, 1e-5, 1, 0.0, THREADS),
         )
+
+    for added in (None, delta):
+        total = hidden.clone()
+        add_norm(total, added, None, out)
         expected = hidden if added is None else hidden + added
         assert torch.equal(total, expected)
         close(out, reference.add_rms_norm(expected, None, weight, 1e-5))
+    # A delta that is normed itself, in place, and whose memory gets the result: the bits of three operations.
+    normed = torch.empty_like(delta)
+    lib.aio_add_rms_norm(
+        *(bf16(out), delta.data_ptr(), None, None, outputs_weight.data_ptr(), normed.data_ptr()),
+        *(rows, size, 1.0, 1e-5, 1, 0.0, THREADS),
+    )
+    total, at_once = hidden.clone(), hidden.clone()
+    add_norm(total, normed, None, out)
+    add_norm(at_once, delta, outputs_weight, delta)
+    assert torch.equal(at_once, total) and torch.equal(delta, out)
     gate_up = (8 * torch.randn(rows, 2 * size)).to(dtype)
     gate_up[0, :2] = torch.tensor([-300.0, 300.0]).to(dtype)  # where e^x overflows
     lib.aio_silu_and_mul(bf16(out), gate_up.data_ptr(), out.data_ptr(), rows, size, THREADS)
     close(out, reference.silu_and_mul(gate_up))
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_norm_of_heads_leaves_the_others_alone(lib: ctypes.CDLL, dtype: torch.dtype) -> None:
-    row = torch.randn(5, 6, 32).to(dtype)
-    weight, before = torch.randn(32).to(dtype), row.clone()
-    lib.aio_head_norm(bf16(row), row.data_ptr(), weight.data_ptr(), 5, 6 * 32, 4, 32, 1e-6, 1, 0.0, THREADS)
-    close(row[:, :4].flatten(0, 1), reference.add_rms_norm(before[:, :4].flatten(0, 1), None, weight, 1e-6))
-    assert torch.equal(row[:, 4:], before[:, 4:])
 
 
 class Cache:
@@ -142,7 +162,7 @@ def attend(
     lib.aio_rope_store(
         *(bf16(q), qkv.data_ptr(), cos.data_ptr(), sin.data_ptr(), plan.cells.data_ptr()),
         *(plan.last.data_ptr(), cache.keys.data_ptr(), cache.values.data_ptr()),
-        *(taken, heads, kv, d, cache.block, block_bytes, d // 2, 0, 0, THREADS),
+        *(taken, heads, kv, d, cache.block, block_bytes, d // 2, 0, 0, None, THREADS),
     )
     out = torch.full((taken, heads * d), math.nan, dtype=q.dtype)
     lib.aio_attention(
@@ -214,6 +234,7 @@ def test_rotation(lib: ctypes.CDLL, dtype: torch.dtype) -> None:
             d // 2,
             0,
             0,
+            None,
             THREADS,
         ),
     )

@@ -70,13 +70,9 @@ async def test_what_does_not_fit_is_refused_by_name(tmp_path: Path) -> None:
 
 
 def test_what_is_not_native_is_left_to_transformers(tmp_path: Path) -> None:
-    for fields, word in (
-        ({"clip_qkv": 2.0}, "clip_qkv"),
-        ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config"),
-    ):
-        config_of("olmoe", **fields).save_pretrained(tmp_path)
-        with pytest.raises(ConfigError, match=word):
-            read_spec(tmp_path, "native")
+    config_of("olmoe", clip_qkv=2.0).save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="clip_qkv"):
+        read_spec(tmp_path, "native")
     config_of("olmoe", num_experts_per_tok=9).save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match="num_experts_per_tok=9: must be <= num_experts=4"):
         read_spec(tmp_path, "native")

@@ -52,7 +52,7 @@ def folder(root: Path, quantize: Quantize, config: dict[str, Any]) -> Path:
         ({**GPTQ, "group_size": 128}, "groups of 128 inputs, of 96"),
         ({**GPTQ, "group_size": 16}, r"down_proj.qzeros: expected shape \(6, 8\) of I32, found \(3, 8\)"),
         ({**GPTQ, "checkpoint_format": "marlin"}, "checkpoint_format='marlin': supported: gptq, gptq_v2"),
-        ({**GPTQ, "dynamic": {"-:.*": {}}}, "dynamic"),
+        ({**GPTQ, "dynamic": {"-:lm_head": {}, "+:.*": {"bits": 8}}}, "dynamic"),
         ({**AWQ, "version": "gemv"}, "version='gemv': only 'gemm'"),
         ({**AWQ, "bits": 8}, "bits=8: only 4"),
         (AWQ, r"down_proj.qweight: groups of 32 inputs, of 12"),

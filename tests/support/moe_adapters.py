@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import transformers
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 from support.any_models import config_of, randomize
+from support.quantized_checkpoints import Quantize, quantize_model
 from torch import Tensor
 
 SIZES: dict[str, Any] = {"hidden_size": 64, "head_dim": 16, "moe_intermediate_size": 32}
@@ -36,6 +37,14 @@ class MoeModel:
         self.router = "router" if family == "gpt_oss" else "gate"
         """Name of a layer's router."""
         self._references: dict[str | None, Any] = {None: self.base}
+
+    def quantize(self, quantize: Quantize, config: Mapping[str, Any], wanted: Callable[[str], bool]) -> Path:
+        """Round the weights that are ``wanted``, and return a folder that has them quantized. Adapters are to
+        be added afterwards."""
+        pair = quantize_model(self.folder, self._root / "quantized", quantize, config, wanted)
+        self.base = transformers.AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.float32).eval()
+        self._references[None] = self.base
+        return pair.packed
 
     def logits(self, tokens: Sequence[int], adapter: str | None) -> Tensor:
         """[len(tokens), vocab], in one pass."""

@@ -50,11 +50,20 @@ def write_quantized(
     **overrides: Any,
 ) -> Pair:
     """A tiny model whose linears are quantized, but for names with ``skip`` in them."""
-    expanded, packed = build_model(root / "expanded", family, **overrides), root / "packed"
+    expanded = build_model(root / "expanded", family, **overrides)
+    wanted = lambda name: name.endswith("proj.weight") and skip not in name  # noqa: E731
+    return quantize_model(expanded, root / "packed", quantize, config, wanted)
+
+
+def quantize_model(
+    expanded: Path, packed: Path, quantize: Quantize, config: Mapping[str, Any], wanted: Callable[[str], bool]
+) -> Pair:
+    """Write the model ``expanded`` with the ``wanted`` weights quantized to ``packed``. The former gets the
+    values that these have then."""
     generator = torch.Generator().manual_seed(5)
     plain, stored = load_file(expanded / "model.safetensors"), {}
     for name, weight in plain.items():
-        if not name.endswith("proj.weight") or skip in name:
+        if not wanted(name):
             stored[name] = weight
             continue
         made = quantize(weight, generator)

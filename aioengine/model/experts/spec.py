@@ -64,7 +64,7 @@ class MixtureSpec(ModelSpec, frozen=True, kw_only=True):
 
     @property
     def plain_modules(self) -> tuple[str, ...]:
-        """The modules in ``PLAIN``, which stay unquantized and whole."""
+        """The modules in ``PLAIN``."""
         return (self.names.router, f"{_SHARED}_gate")
 
     @property

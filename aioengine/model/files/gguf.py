@@ -22,7 +22,8 @@ from aioengine.model.experts.spec import MixtureSpec
 from aioengine.model.files.gguf_families import (
     ARCHITECTURES,
     EXPERTS,
-    ROUTER,
+    ROW,
+    SINKS,
     expert_fields,
     family_of,
     fields,
@@ -32,6 +33,7 @@ from aioengine.model.files.gguf_families import (
 )
 from aioengine.model.files.hf.families import TRAITS
 from aioengine.model.files.packing import GGUF_PACKINGS, Packing
+from aioengine.model.files.quantized import with_packed
 from aioengine.model.spec import ModelSpec, RopeSpec
 
 if TYPE_CHECKING:
@@ -145,7 +147,7 @@ def read_spec(source: str | PathLike[str] | GGUFFile) -> ModelSpec:
     context = _uniform(file, f"{arch}.context_length")
     qkv = "attn_qkv" if TRAITS[family].get("fused_qkv") else "attn_q"
     experts = expert_fields(family, get, file.path)
-    return (MixtureSpec if experts else ModelSpec)(
+    spec = (MixtureSpec if experts else ModelSpec)(
         **{
             **experts,
             **fields(family, get, hidden=hidden, heads=num_heads, head_dim=head_dim, layers=layers),
@@ -173,8 +175,9 @@ def read_spec(source: str | PathLike[str] | GGUFFile) -> ModelSpec:
         dtype=_stored_dtype(file, f"blk.0.{qkv}.weight"),
         bos_token_id=file.get("tokenizer.ggml.bos_token_id"),
         eos_token_ids=_eos_token_ids(file),
-        packed=_packed(file),
     )
+    packings = {name.removesuffix(".weight"): stored.packing for name, stored in iter_stored(file, spec)}
+    return with_packed(spec, {name: packing for name, packing in packings.items() if packing is not None})
 
 
 class StoredTensor:
@@ -187,6 +190,7 @@ class StoredTensor:
         """Number of heads of q or k, whose rows are in another order than in Hugging Face's files; None for
         other tensors."""
         self._head_dim = spec.head_dim
+        self._is_row = f".{ROW}." in name and len(self._tensor.shape) == 1
         if ARCHITECTURES[file.require("general.architecture")].permuted:
             if name.endswith((".attn_q.weight", ".attn_q.bias")):
                 self._heads = spec.num_heads
@@ -196,20 +200,21 @@ class StoredTensor:
     @property
     def shape(self) -> tuple[int, ...]:
         whole = tuple(int(n) for n in reversed(self._tensor.shape))
-        return whole if self._expert is None else whole[1:]
+        return (1, *whole) if self._is_row else whole if self._expert is None else whole[1:]
 
     @property
     def packing(self) -> Packing | None:
         """Format in which it stays in memory, if it is a quantized matrix of a known format; else None."""
-        return _packing(self._tensor)
+        return _packing(self._tensor, self._expert)
 
     def tensor(self) -> torch.Tensor:
         """Return its values in their dtype; quantized ones are converted to float32."""
-        return self._ordered(_to_torch(self._file, self._tensor, self._expert))
+        return self._ordered(_to_torch(self._file, self._tensor, self._expert)).reshape(self.shape)
 
     def blocks(self) -> dict[str, torch.Tensor]:
         """Return the tensors of a quantized weight, under the names that ``BlockWeight`` has for them."""
-        return {"data": self._ordered(torch.from_numpy(self._tensor.data))}
+        data = self._tensor.data if self._expert is None else self._tensor.data[self._expert]
+        return {"data": self._ordered(torch.from_numpy(data))}
 
     def _ordered(self, tensor: torch.Tensor) -> torch.Tensor:
         if self._heads is None:
@@ -230,7 +235,7 @@ def iter_stored(
         if isinstance(spec, MixtureSpec) and (found := EXPERTS.fullmatch(name)):
             for expert in range(int(file.tensors[name].shape[-1])):
                 module = spec.module_name(int(found[1]), f"experts.{expert}.{getattr(spec.names, found[2])}")
-                yield f"{module}.weight", StoredTensor(file, name, spec, expert)
+                yield f"{module}.{found[3]}", StoredTensor(file, name, spec, expert)
         elif name not in (_ROPE_FACTORS, _SHORT_FACTORS, _LONG_FACTORS):
             yield _hf_name(file, name), StoredTensor(file, name, spec)
 
@@ -243,24 +248,17 @@ def iter_tensors(
         yield name, stored.tensor()
 
 
-def _packed(file: GGUFFile) -> dict[str, Packing]:
-    """Return the quantized matrices, by the names of their modules."""
-    found = {}
-    for name, stored in file.tensors.items():
-        packing = _packing(stored)
-        if packing is not None and f".{ROUTER}." not in name:
-            found[_hf_name(file, name).removesuffix(".weight")] = packing
-    return found
-
-
-def _packing(stored: ReaderTensor) -> Packing | None:
+def _packing(stored: ReaderTensor, expert: int | None = None) -> Packing | None:
     format = stored.tensor_type.name.lower()
-    return Packing(format=format) if format in GGUF_PACKINGS and len(stored.shape) == 2 else None
+    is_matrix = len(stored.shape) == (2 if expert is None else 3)
+    return Packing(format=format) if format in GGUF_PACKINGS and is_matrix else None
 
 
 def _hf_name(file: GGUFFile, name: str) -> str:
     if name in _TOP_LEVEL:
         return _TOP_LEVEL[name]
+    if sinks := SINKS.fullmatch(name):
+        return f"model.layers.{sinks[1]}.self_attn.sinks"
     match name.split("."):
         case ["blk", layer, module, ("weight" | "bias") as kind] if module in file.modules:
             return f"model.layers.{layer}.{file.modules[module]}.{kind}"
@@ -277,9 +275,9 @@ def _to_torch(file: GGUFFile, stored: ReaderTensor, expert: int | None = None) -
         return torch.from_numpy(np.array(data))  # a copy: the file is mapped read-only
     if stored.tensor_type == Type.BF16:
         return torch.from_numpy(np.array(data).view(np.int16)).view(torch.bfloat16)
-    packing = _packing(stored)
+    packing = _packing(stored, expert)
     if packing is not None:
-        return blocks.dequantize(packing.format, torch.from_numpy(stored.data))
+        return blocks.dequantize(packing.format, torch.from_numpy(data))
     try:
         return torch.from_numpy(np.ascontiguousarray(dequantize(data, stored.tensor_type)))
     except NotImplementedError as e:
@@ -367,6 +365,7 @@ def _read_rope(file: GGUFFile, arch: str, head_dim: int) -> RopeSpec:
             type="yarn",
             theta=theta,
             factor=factor,
+            truncate=arch != "gpt-oss",
             original_max_position=original,
             beta_fast=_decimal(file.get(f"{prefix}.yarn_beta_fast", 32.0)),
             beta_slow=_decimal(file.get(f"{prefix}.yarn_beta_slow", 1.0)),

@@ -43,20 +43,34 @@ ARCHITECTURES = {
     "gemma2": Architecture("gemma2"),
     "gemma3": Architecture("gemma3_text"),
     "glm4": Architecture("glm4", partial=True),
+    "qwen2moe": Architecture("qwen2_moe"),
     "qwen3moe": Architecture("qwen3_moe"),
     "olmoe": Architecture("olmoe"),
+    "gpt-oss": Architecture("gpt_oss"),
 }
 """Mistral and Mixtral models are stored as ``llama``, and OLMo 3 as ``olmo2``."""
 
-EXPERTS = re.compile(r"blk\.(\d{1,6})\.ffn_(gate|up|down)_exps\.weight", re.ASCII)
-"""Names of the tensors [experts, out, in] of a layer's experts."""
+EXPERTS = re.compile(r"blk\.(\d{1,6})\.ffn_(gate|up|down)_exps\.(weight|bias)", re.ASCII)
+"""Names of the tensors [experts, out, in] and [experts, out] of a layer's experts."""
+SINKS = re.compile(r"blk\.(\d{1,6})\.attn_sinks\.weight", re.ASCII)
+ROW = "ffn_gate_inp_shexp"
+"""Linear with one output, of which files have the weight as a vector."""
 _MIXTURES: dict[Family, dict[str, Any]] = {
     "mixtral": {"normalized": True, "names": MIXTRAL},
+    "qwen2_moe": {"normalized": False},
     "qwen3_moe": {"normalized": True},
     "olmoe": {"normalized": False},
+    "gpt_oss": {
+        "normalized": True,
+        "names": ExpertNames(router="router"),
+        "biased": True,
+        "interleaved": True,
+        "swiglu_alpha": 1.702,
+        "swiglu_limit": 7.0,
+    },
 }
 
-ROUTER = "ffn_gate_inp"
+_ROUTER = "ffn_gate_inp"
 _IN_LAYER = {
     "attn_q": "self_attn.q_proj",
     "attn_k": "self_attn.k_proj",
@@ -67,6 +81,10 @@ _IN_LAYER = {
     "attn_k_norm": "self_attn.k_norm",
     "ffn_gate": "mlp.gate_proj",
     "ffn_down": "mlp.down_proj",
+    "ffn_gate_shexp": "mlp.shared_expert.gate_proj",
+    "ffn_up_shexp": "mlp.shared_expert.up_proj",
+    "ffn_down_shexp": "mlp.shared_expert.down_proj",
+    ROW: "mlp.shared_expert_gate",
 }
 _WITHOUT_ROPE = 4  # every so many-th layer of SmolLM3
 _LARGEST_GEMMA = {"gemma2": 46, "gemma3_text": 62}  # layers of those whose scale is by the hidden size
@@ -78,10 +96,11 @@ def module_names(family: Family) -> dict[str, str]:
     names = {**_IN_LAYER, "ffn_up": "mlp.gate_up_proj" if traits.get("fused_gate_up") else "mlp.up_proj"}
     if family in _MIXTURES:
         experts = _MIXTURES[family].get("names", ExpertNames())
-        names[ROUTER] = f"{experts.block}.{experts.router}"
+        names[_ROUTER] = f"{experts.block}.{experts.router}"
     norms = traits.get("norms")
     if norms is None:
-        return names | {"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
+        before_mlp = "post_attention_norm" if family == "gpt_oss" else "ffn_norm"
+        return names | {"attn_norm": "input_layernorm", before_mlp: "post_attention_layernorm"}
     by_place = {
         "attn_norm": norms.attention_input,
         "post_attention_norm": norms.attention_output,
@@ -106,7 +125,7 @@ def windows(family: Family, get: Get, layers: int, path: Path) -> tuple[int | No
     window = int(get("attention.sliding_window", 0) or 0)
     if not window:
         return ()
-    every = {"gemma2": 2, "gemma3_text": 6, "olmo3": 4}.get(family)
+    every = {"gemma2": 2, "gemma3_text": 6, "olmo3": 4, "gpt_oss": 2}.get(family)
     pattern = get("attention.sliding_window_pattern", every)
     if pattern is None:
         return (window,) * layers
@@ -158,6 +177,7 @@ def expert_fields(family: Family, get: Get, path: Path) -> dict[str, Any]:
         "experts": count,
         "experts_per_token": chosen,
         "expert_size": size,
+        "shared_size": int(get("expert_shared_feed_forward_length", 0)) if family == "qwen2_moe" else 0,
     }
 
 

@@ -15,7 +15,7 @@ from aioengine.model.files.hf.experts import is_mxfp4, read_experts
 from aioengine.model.files.hf.families import BIASES, DEFAULTS, MLP_BIAS, TRAITS, Family
 from aioengine.model.files.hf.rope import read_ropes
 from aioengine.model.files.packing import Packing
-from aioengine.model.files.quantized import QuantizedFolder
+from aioengine.model.files.quantized import QuantizedFolder, with_packed
 from aioengine.model.spec import DTYPE_BYTES, SUPPORTED_ARCHITECTURES, ModelSpec
 
 __all__ = ["NotNative", "read_spec", "special_tokens"]
@@ -58,7 +58,7 @@ def read_spec(model_dir: Path) -> ModelSpec:
         fields |= dict.fromkeys(BIASES.get(family, ()), True)
     bos, eos = _special_tokens(config, model_dir / "generation_config.json")
     experts = read_experts(config, family, num_layers)
-    return (MixtureSpec if experts else ModelSpec)(
+    spec = (MixtureSpec if experts else ModelSpec)(
         family=family,
         vocab_size=config.positive("vocab_size"),
         hidden_size=hidden_size,
@@ -79,13 +79,13 @@ def read_spec(model_dir: Path) -> ModelSpec:
         dtype=_dtype(config),
         bos_token_id=bos,
         eos_token_ids=eos,
-        packed=_packed(model_dir, config, experts),
         **fields,
         **experts,
     )
+    return with_packed(spec, _packings(model_dir, config, experts))
 
 
-def _packed(model_dir: Path, config: ConfigFile, experts: dict[str, Any]) -> dict[str, Packing]:
+def _packings(model_dir: Path, config: ConfigFile, experts: dict[str, Any]) -> dict[str, Packing]:
     """Return the quantized linears, by name."""
     quantization = config.get("quantization_config")
     if quantization is None or (is_mxfp4(quantization) and "experts" in experts):

@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from aioengine.errors import ConfigError
 from aioengine.model.files import folder
 from aioengine.model.files.methods.awq import AWQ
@@ -14,6 +16,8 @@ from aioengine.model.files.methods.compressed_tensors import CompressedTensors
 from aioengine.model.files.methods.fp8 import FP8
 from aioengine.model.files.methods.gptq import GPTQ
 from aioengine.model.files.methods.scheme import Header, Layout, Scheme
+from aioengine.model.files.packing import Packing
+from aioengine.model.spec import ModelSpec
 
 _SCHEMES: dict[str, Callable[[Path, Mapping[str, Any]], Scheme]] = {
     "gptq": GPTQ,
@@ -32,6 +36,16 @@ _INSTEAD = {
     ),
     "mxfp4": "give a checkpoint in bfloat16, or a GPTQ, AWQ or GGUF one",
 }
+
+
+def with_packed(spec: ModelSpec, packings: Mapping[str, Packing]) -> ModelSpec:
+    """Return the model with those weights packed, by the names of their modules, that can stay so."""
+    packed = {}
+    for name, packing in packings.items():
+        place = spec.find_module(name)
+        if place is not None and place[0] < spec.num_layers and place[1] not in spec.plain_modules:
+            packed[name] = packing
+    return msgspec.structs.replace(spec, packed=packed)
 
 
 class QuantizedFolder:

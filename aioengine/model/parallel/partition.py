@@ -67,13 +67,15 @@ class Partition:
         return packing.divides(part.start, part.stop, self.whole.linear(module).in_features)
 
     def is_whole(self, module: str) -> bool:
-        """Return whether every rank has all of a module, and computes the same outputs."""
-        return isinstance(self.whole, MixtureSpec) and module in self.whole.plain_modules
+        """Return whether every rank has all of a module, and computes all of its outputs."""
+        return module in self.whole.plain_modules
 
     def splits_inputs(self, module: str) -> bool:
         """Return whether every rank has all outputs of a module, as a summand, for a part of the inputs."""
         kind = module.rpartition(".")[2]
-        return kind in _SPLIT_INPUTS or (isinstance(self.whole, MixtureSpec) and kind == self.whole.names.down)
+        return kind in _SPLIT_INPUTS or (
+            isinstance(self.whole, MixtureSpec) and kind == self.whole.names.down
+        )
 
     def adds_up_adapted(self, module: str) -> bool:
         """Return whether the ranks' outputs are added up only after they have been scaled and shifted.
@@ -121,7 +123,9 @@ class Partition:
         path, _, kind = name.rpartition(".")
         if kind == "sinks":
             width = self.local.num_heads
-            return (self.whole.num_heads,), ((slice(self.shard.rank * width, (self.shard.rank + 1) * width),),)
+            return (self.whole.num_heads,), (
+                (slice(self.shard.rank * width, (self.shard.rank + 1) * width),),
+            )
         place = self.whole.find_module(path)
         if place is None or kind not in ("weight", "bias"):
             normed = _NORMED.get(".".join(path.rsplit(".", 2)[1:])) if self.whole.qk_norm_whole else None

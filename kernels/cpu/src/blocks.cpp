@@ -10,7 +10,9 @@ namespace {
 struct Work {
   Linear l;
   const Part* part;
+  long parts;  // of an expert
   Beside beside;
+  Experts experts;
   int threads;
 };
 
@@ -23,14 +25,18 @@ void expand_any(const Part* part, long panel, long k, uint32_t* out) {
 
 template <class T>
 void linear(const Work& w) {
-  const long panel = w.l.k / T::PER_LANE * LANES;
+  const long panel = w.l.k / T::PER_LANE * LANES, each = w.l.n / LANES;
   together(w.threads, [&](const Member& me) {
     std::vector<uint32_t> wide(PANELS * panel);
     const auto weights = [&](long first, long panels) {
-      for (long p = 0; p < panels; p++) expand_any<T>(w.part, first + p, w.l.k, wide.data() + p * panel);
+      const bool experts = w.experts.begin != nullptr;  // panels that are asked for together are of one
+      const Part* part = w.part + (experts ? first / each * w.parts : 0);
+      if (experts) first %= each;
+      for (long p = 0; p < panels; p++) expand_any<T>(part, first + p, w.l.k, wide.data() + p * panel);
       return (const uint32_t*)wide.data();
     };
-    compute_share<T>(me, w.l, w.beside, multiply<T>(), {}, weights);  // what follows may be stored in another way
+    // What follows may be stored in another way.
+    compute_experts<T>(me, w.l, w.beside, w.experts, multiply<T>(), {}, weights);
   });
 }
 
@@ -88,6 +94,14 @@ AIO_EXPORT void aio_expand_rows(int bf16, const aio::Part* part, const int64_t* 
 AIO_EXPORT void aio_linear_blocks(int bf16, const void* x, long x_stride, const aio::Part* part, const void* bias, void* y,
                                   long y_stride, long rows, long n, long k, const aio::Beside* beside, int threads) {
   const aio::Work w{{bf16 != 0, x, x_stride, bias, y, y_stride, rows, n, k, nullptr, nullptr, nullptr},
-                    part, beside == nullptr ? aio::Beside{} : *beside, threads};
+                    part, 0, beside == nullptr ? aio::Beside{} : *beside, {}, threads};
+  bf16 ? aio::linear<aio::Bf16>(w) : aio::linear<aio::F32>(w);
+}
+
+// The same for rows that are sorted by expert: see aio_linear_experts. Each expert has so many `parts`.
+AIO_EXPORT void aio_linear_experts_blocks(int bf16, const void* x, const aio::Part* part, long parts, const void* bias, void* y,
+                                          const int32_t* begin, long experts, long n, long k, int threads) {
+  const aio::Work w{{bf16 != 0, x, k, bias, y, n, begin[experts], n, k, nullptr, nullptr, nullptr},
+                    part, parts, {}, {begin, experts}, threads};
   bf16 ? aio::linear<aio::Bf16>(w) : aio::linear<aio::F32>(w);
 }

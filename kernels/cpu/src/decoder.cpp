@@ -26,6 +26,7 @@ struct Matrix {
   const int32_t* start;
   int64_t rotation, group;
   const aio::Part* part;  // of weights in parts (see blocks.cpp); else null
+  int64_t parts;
 };
 
 // A fused linear's places in the slots; slices = 0: none of it is targeted.
@@ -188,7 +189,7 @@ struct Run {
     }
   }
 
-  // Of which each of the sorted rows takes one expert's part; experts are never stored in parts.
+  // Of which each of the sorted rows takes one expert's part.
   void base(const Matrix& w, const void* x, void* y, const aio::Routes& r) const {
     const long n = w.n / r.experts;
     switch (w.kind) {
@@ -199,7 +200,19 @@ struct Run {
       case INT4:
         return aio_linear_experts_int4(m.bf16, x, w.packed, w.scale, w.start, w.group, w.rotation, w.bias, y, r.begin,
                                        r.experts, n, w.k, threads);
+      case PARTS:
+        return aio_linear_experts_blocks(m.bf16, x, w.part, w.parts / r.experts, w.bias, y, r.begin, r.experts, n, w.k,
+                                         threads);
     }
+  }
+
+  // Scales and shifts rows of y [rows, n]. Where inputs are split, a process has all outputs, even if B is for some of them.
+  void affine(const LoraPool& pool, const aio::Slots& slots, void* y, long n, const int32_t* segments, long count) const {
+    const aio::Slice all{n, 0};
+    timed(AFFINE, [&] {
+      aio_lora_affine(m.bf16, y, n, &slots, pool.first, pool.exchange == SUM ? &all : pool.slice, pool.slices, segments, count,
+                      threads);
+    });
   }
 
   // `next` is the linear that follows: with few rows the arithmetic leaves the memory idle.
@@ -228,45 +241,28 @@ struct Run {
     if (total)
       exchange(TOTAL, pool.id);
     else if (adapted && batch.affine_count > 0)
-      timed(AFFINE, [&] {
-        aio_lora_affine(m.bf16, y, w.n, &m.slots, pool.first, pool.slice, pool.slices, batch.affine, batch.affine_count,
-                        threads);
-      });
+      affine(pool, m.slots, y, w.n, batch.affine, batch.affine_count);
   }
 
-  // Adds `delta` to the hidden state, and returns its norm; itself if there is no weight.
-  const void* norm(const void* delta, const void* weight, long rows) const {
+  // Adds the norm of `delta`, or itself if it has no weight, to the hidden state, and returns the norm of that; itself if
+  // there is no weight.
+  const void* norm(void* delta, const void* delta_weight, const void* weight, long rows) const {
     timed(NORM, [&] {
-      aio_add_rms_norm(m.bf16, s.hidden, delta, weight, s.x, rows, m.hidden, m.residual_scale, m.eps,
+      aio_add_rms_norm(m.bf16, s.hidden, delta, delta_weight, weight, s.x, rows, m.hidden, m.residual_scale, m.eps,
                        int(m.norm_rounded), m.norm_offset, threads);
     });
     return weight != nullptr ? s.x : s.hidden;
   }
 
-  // Of what is in x, in place.
-  void norm_outputs(const void* weight) const {
-    if (weight == nullptr) return;
-    timed(NORM, [&] {
-      aio_add_rms_norm(m.bf16, s.x, nullptr, weight, s.x, s.tokens, m.hidden, 1, m.eps, int(m.norm_rounded),
-                       m.norm_offset, threads);
-    });
-  }
-
-  // Queries and keys, in place.
+  // Queries and keys, in place, over the heads of several processes.
   void norm_heads(const Layer& l) const {
     struct {
       char* begin;
       const void* weight;
-      long width, size;
-    } const parts[] = {{(char*)s.wide, l.q_norm, m.heads * m.head_dim, m.q_norm_size},
-                       {(char*)s.wide + m.heads * m.head_dim * element(), l.k_norm, m.kv_heads * m.head_dim, m.k_norm_size}};
+      long size;
+    } const parts[] = {{(char*)s.wide, l.q_norm, m.q_norm_size},
+                       {(char*)s.wide + m.heads * m.head_dim * element(), l.k_norm, m.k_norm_size}};
     const long stride = (m.heads + 2 * m.kv_heads) * m.head_dim;
-    if (m.norm_parts == 1)
-      return timed(ROPE, [&] {
-        for (const auto& p : parts)
-          aio_head_norm(m.bf16, p.begin, p.weight, s.tokens, stride, p.width / p.size, p.size, m.eps, int(m.norm_rounded),
-                        m.norm_offset, threads);
-      });
     timed(ROPE, [&] {
       for (int i = 0; i < 2; i++)
         aio_head_squares(m.bf16, parts[i].begin, s.squares + i, s.tokens, stride, parts[i].size, threads);
@@ -293,19 +289,21 @@ struct Run {
     });
   }
 
-  // `delta` is what the layer before left to be added to the hidden state; this layer's is in x. `next` is what the
-  // adapters do next.
-  void layer(const Layer& l, const void* delta, const Adapted& next) const {
+  // `delta` is what the layer before left to be normed and added to the hidden state; this layer's is in x. `next` is what
+  // the adapters do next.
+  void layer(const Layer& l, void* delta, const void* delta_weight, const Adapted& next) const {
     const long qkv_width = l.qkv.n;
-    const void* x = norm(delta, l.input_norm, s.tokens);
+    const void* x = norm(delta, delta_weight, l.input_norm, s.tokens);
     const Adapted o{&l.o, &l.lora_o}, gate_up{&l.gate_up, &l.lora_gate_up}, down{&l.down, &l.lora_down};
     linear(QKV, {&l.qkv, &l.lora_qkv}, s.lora, x, s.wide, s.tokens, o);
-    if (l.q_norm != nullptr) norm_heads(l);
+    const aio::HeadNorms norms{l.q_norm, l.k_norm, m.q_norm_size, m.k_norm_size, m.norm_rounded, m.eps, m.norm_offset};
+    const bool normed_here = l.q_norm != nullptr && m.norm_parts == 1;
+    if (l.q_norm != nullptr && !normed_here) norm_heads(l);
     timed(ROPE, [&] {
       const long rotation = l.rope * s.tokens * m.rope_half;
       aio_rope_store(m.bf16, s.wide, s.cos + rotation, s.sin + rotation, s.cells, s.last, l.keys, l.values, s.tokens,
                      m.heads, m.kv_heads, m.head_dim, m.block_size, m.block_bytes, m.rope_half, int(m.rope_neighbours),
-                     int(m.int8_cache), threads);
+                     int(m.int8_cache), normed_here ? &norms : nullptr, threads);
     });
     timed(ATTENTION, [&] {
       aio_attention(m.bf16, s.wide, qkv_width, l.keys, l.values, s.tables, s.table_width, s.spans, s.sequences,
@@ -313,16 +311,11 @@ struct Run {
                     m.attention_scale, m.attention_cap, l.sinks, int(m.int8_cache), threads);
     });
     linear(O, o, s.lora, s.narrow, s.x, s.tokens, gate_up);
-    norm_outputs(l.attention_norm);
-    x = norm(s.x, l.mlp_input_norm, s.tokens);
-    if (l.mixture != nullptr) {
-      mixture(*l.mixture, x);
-      return norm_outputs(l.mlp_norm);
-    }
+    x = norm(s.x, l.attention_norm, l.mlp_input_norm, s.tokens);
+    if (l.mixture != nullptr) return mixture(*l.mixture, x);
     linear(GATE_UP, gate_up, s.lora, x, s.wide, s.tokens, down);
     activate(s.wide, s.narrow, s.tokens, m.intermediate);
     linear(DOWN, down, s.lora, s.narrow, s.x, s.tokens, next);
-    norm_outputs(l.mlp_norm);
   }
 
   // The scores of a small linear, in float32.
@@ -359,11 +352,8 @@ struct Run {
       });
     });
     if (s.lora.affine_count == 0) return;
-    run(s.lora.affine, s.lora.affine_count, [&](const int32_t* found, long count) {
-      timed(AFFINE, [&] {
-        aio_lora_affine(m.bf16, y, n, &places, pool.first, pool.slice, pool.slices, found, count, threads);
-      });
-    });
+    run(s.lora.affine, s.lora.affine_count,
+        [&](const int32_t* found, long count) { affine(pool, places, y, n, found, count); });
   }
 
   // What experts make of x [tokens, hidden], to s.x, which x may be. Several processes have summands of all outputs, which
@@ -400,13 +390,20 @@ struct Run {
 
   void operator()() const {
     const Adapted head{&m.head, &m.lora_head};
-    const void* delta = nullptr;
+    void* delta = nullptr;
+    const void* delta_weight = nullptr;
     for (long i = 0; i < m.layers; i++) {
       const Layer* next = i + 1 < m.layers ? &m.layer[i + 1] : nullptr;
-      layer(m.layer[i], delta, next != nullptr ? Adapted{&next->qkv, &next->lora_qkv} : head);
-      delta = s.x;
+      layer(m.layer[i], delta, delta_weight, next != nullptr ? Adapted{&next->qkv, &next->lora_qkv} : head);
+      delta = s.x, delta_weight = m.layer[i].mlp_norm;
     }
-    if (s.samples == 0) return;
+    if (s.samples == 0) {
+      if (delta_weight == nullptr) return;
+      return timed(NORM, [&] {  // x is the step's result
+        aio_add_rms_norm(m.bf16, s.x, nullptr, nullptr, delta_weight, s.x, s.tokens, m.hidden, 1, m.eps, int(m.norm_rounded),
+                         m.norm_offset, threads);
+      });
+    }
     // Only the rows that are sampled go on; row i of the samples never lies before row i of the tokens.
     me.once([&] {
       const size_t row = m.hidden * element();
@@ -415,7 +412,7 @@ struct Run {
         std::memmove((char*)s.x + i * row, (char*)s.x + s.sample_rows[i] * row, row);
       }
     });
-    norm(s.x, m.norm, s.samples);
+    norm(s.x, delta_weight, m.norm, s.samples);
     const Matrix no_matrix{};
     const LoraPool no_pool{};
     linear(HEAD, head, s.sample_lora, s.x, s.logits, s.samples, {&no_matrix, &no_pool});

@@ -57,17 +57,19 @@ void norm_row(const typename T::elem* x, const typename T::elem* weight, typenam
   norm_row<T>(x, weight, out, size, squares<T>(x, size) / float(size), rule);
 }
 
-// hidden += factor * delta (if there is one), rounded to the element type, and its norm (if there is a weight).
+// hidden += factor * delta (if there is one), rounded to the element type, and its norm (if there is a weight). The delta
+// is normed before that, in place, if it has a weight.
 template <class T>
-void add_rms_norm(void* hidden_, const void* delta_, const void* weight, void* out, long rows, long size, float factor,
-                  const NormRule& rule, int threads) {
+void add_rms_norm(void* hidden_, void* delta_, const void* delta_weight, const void* weight, void* out, long rows, long size,
+                  float factor, const NormRule& rule, int threads) {
   using elem = typename T::elem;
   together(worth(rows * size, threads), [&](const Member& me) {
     const Range mine = me.share(rows);
     for (long row = mine.begin; row < mine.end; row++) {
       elem* hidden = (elem*)hidden_ + row * size;
       if (delta_ != nullptr) {
-        const elem* delta = (const elem*)delta_ + row * size;
+        elem* delta = (elem*)delta_ + row * size;
+        if (delta_weight != nullptr) norm_row<T>(delta, (const elem*)delta_weight, delta, size, rule);
         long i = 0;
         for (; i + LANES <= size; i += LANES) 
           T::store16(hidden + i, T::load16(hidden + i) + T::load16(delta + i) * factor);
@@ -78,18 +80,12 @@ void add_rms_norm(void* hidden_, const void* delta_, const void* weight, void* o
   });
 }
 
+// In place, the queries or keys of a token, in parts of `size`.
 template <class T>
-void head_norm(void* heads, const void* weight, long rows, long stride, long count, long size, const NormRule& rule,
-               int threads) {
-  using elem = typename T::elem;
-  together(worth(rows * count * size, threads), [&](const Member& me) {
-    const Range mine = me.share(rows);
-    for (long row = mine.begin; row < mine.end; row++)
-      for (long h = 0; h < count; h++) {
-        elem* x = (elem*)heads + row * stride + h * size;
-        norm_row<T>(x, (const elem*)weight, x, size, rule);
-      }
-  });
+void norm_heads(typename T::elem* x, long width, const void* weight, long size, const HeadNorms& norms) {
+  const NormRule rule{float(norms.eps), norms.rounded != 0, float(norms.offset)};
+  for (long at = 0; at < width; at += size)
+    norm_row<T>(x + at, (const typename T::elem*)weight, x + at, size, rule);
 }
 
 // Of every row of x, to squares[2 * row].
@@ -189,6 +185,7 @@ struct Rope {
   long half;         // pairs of each head that are rotated, its first 2 * half elements; the others are as they are
   bool neighbours;   // pairs are (2 i, 2 i + 1) instead of (i, i + half)
   bool int8;
+  const HeadNorms* norms;  // of queries and keys, before they are rotated; null: there are none
 };
 
 // A token's key and value of one head of a block, in int8.
@@ -220,7 +217,7 @@ inline void rotate(typename T::elem* x, const float* cos, const float* sin, long
     for (long i = 0; i < half; i++) pair(x[i], x[i + half], cos[i], sin[i]);
 }
 
-// Rotates q and k in place and stores k and v into the cache, whose layout attention.cpp describes.
+// Norms and rotates q and k in place and stores k and v into the cache, whose layout attention.cpp describes.
 template <class T>
 void rope_store(const Rope& r, int threads) {
   using elem = typename T::elem;
@@ -230,6 +227,10 @@ void rope_store(const Rope& r, int threads) {
     for (long t = mine.begin; t < mine.end; t++) {
       elem* row = (elem*)r.qkv + t * width;
       const float *cos = r.cos + t * r.half, *sin = r.sin + t * r.half;
+      if (r.norms != nullptr) {
+        norm_heads<T>(row, r.heads * r.head_dim, r.norms->q, r.norms->q_size, *r.norms);
+        norm_heads<T>(row + r.heads * r.head_dim, r.kv_heads * r.head_dim, r.norms->k, r.norms->k_size, *r.norms);
+      }
       for (long h = 0; h < r.heads + r.kv_heads; h++) rotate<T>(row + h * r.head_dim, cos, sin, r.half, r.neighbours);
       const long block = r.cells[t] / r.block_size, offset = r.cells[t] % r.block_size;
       for (long h = 0; h < r.kv_heads; h++) {
@@ -260,20 +261,12 @@ void rope_store(const Rope& r, int threads) {
 }  // namespace
 }  // namespace aio
 
-// hidden, delta, out [rows, size]; delta, or weight and out, may be null.
-AIO_EXPORT void aio_add_rms_norm(int bf16, void* hidden, const void* delta, const void* weight, void* out, long rows,
-                                 long size, float factor, float eps, int rounded, float offset, int threads) {
+// hidden, delta, out [rows, size]; delta, or its weight, or weight and out, may be null; out may be delta.
+AIO_EXPORT void aio_add_rms_norm(int bf16, void* hidden, void* delta, const void* delta_weight, const void* weight, void* out,
+                                 long rows, long size, float factor, float eps, int rounded, float offset, int threads) {
   const aio::NormRule rule{eps, rounded != 0, offset};
-  bf16 ? aio::add_rms_norm<aio::Bf16>(hidden, delta, weight, out, rows, size, factor, rule, threads)
-       : aio::add_rms_norm<aio::F32>(hidden, delta, weight, out, rows, size, factor, rule, threads);
-}
-
-// In place, each of `count` adjoining heads of every row on its own; weight [size].
-AIO_EXPORT void aio_head_norm(int bf16, void* heads, const void* weight, long rows, long stride, long count, long size,
-                              float eps, int rounded, float offset, int threads) {
-  const aio::NormRule rule{eps, rounded != 0, offset};
-  bf16 ? aio::head_norm<aio::Bf16>(heads, weight, rows, stride, count, size, rule, threads)
-       : aio::head_norm<aio::F32>(heads, weight, rows, stride, count, size, rule, threads);
+  bf16 ? aio::add_rms_norm<aio::Bf16>(hidden, delta, delta_weight, weight, out, rows, size, factor, rule, threads)
+       : aio::add_rms_norm<aio::F32>(hidden, delta, delta_weight, weight, out, rows, size, factor, rule, threads);
 }
 
 // The norm of rows of which this process has a part, x [rows, size], in two parts: the sum of its squares, to
@@ -316,8 +309,8 @@ AIO_EXPORT void aio_soft_cap(int bf16, void* x, long count, float cap, int threa
 AIO_EXPORT void aio_rope_store(int bf16, void* qkv, const float* cos, const float* sin, const int64_t* cells,
                                const uint8_t* last, void* keys, void* values, long tokens, long heads, long kv_heads,
                                long head_dim, long block_size, long block_bytes, long half, int neighbours, int int8,
-                               int threads) {
+                               const aio::HeadNorms* norms, int threads) {
   const aio::Rope r{qkv,      cos,      sin,        cells,       last, keys,            values,   tokens, heads,
-                    kv_heads, head_dim, block_size, block_bytes, half, neighbours != 0, int8 != 0};
+                    kv_heads, head_dim, block_size, block_bytes, half, neighbours != 0, int8 != 0, norms};
   bf16 ? aio::rope_store<aio::Bf16>(r, threads) : aio::rope_store<aio::F32>(r, threads);
 }

@@ -44,6 +44,13 @@ struct Slice {
   int64_t out, offset;
 };
 
+// Norms of queries and of keys, each of `size` elements together: a head's, or all heads'. structs.py names these.
+struct HeadNorms {
+  const void *q, *k;
+  int64_t q_size, k_size, rounded;
+  double eps, offset;
+};
+
 // What adapters add to a linear: B h, for h [tokens, slices, width]. Slice j is the place `first` + j of a slot.
 struct Adapters {
   const Segment* segments;
@@ -93,6 +100,8 @@ AIO_EXPORT void aio_expand_rows(int bf16, const aio::Part* part, const int64_t* 
                                 int threads);
 AIO_EXPORT void aio_linear_blocks(int bf16, const void* x, long x_stride, const aio::Part* part, const void* bias, void* y,
                                   long y_stride, long rows, long n, long k, const aio::Beside* beside, int threads);
+AIO_EXPORT void aio_linear_experts_blocks(int bf16, const void* x, const aio::Part* part, long parts, const void* bias, void* y,
+                                          const int32_t* begin, long experts, long n, long k, int threads);
 AIO_EXPORT void aio_quantize_int4(int bf16, const void* weight, void* packed, float* scale, int32_t* start, long n,
                                   long k, long group, long rotation, int threads);
 AIO_EXPORT void aio_dequantize_int4(int bf16, const void* packed, const float* scale, const int64_t* rows, void* out,
@@ -113,11 +122,9 @@ AIO_EXPORT void aio_attention(int bf16, const void* q, long q_stride, const void
 AIO_EXPORT void aio_rope_store(int bf16, void* qkv, const float* cos, const float* sin, const int64_t* cells,
                                const uint8_t* last, void* keys, void* values, long tokens, long heads, long kv_heads,
                                long head_dim, long block_size, long block_bytes, long half, int neighbours, int int8,
-                               int threads);
-AIO_EXPORT void aio_add_rms_norm(int bf16, void* hidden, const void* delta, const void* weight, void* out, long rows,
-                                 long size, float factor, float eps, int rounded, float offset, int threads);
-AIO_EXPORT void aio_head_norm(int bf16, void* heads, const void* weight, long rows, long stride, long count,
-                              long size, float eps, int rounded, float offset, int threads);
+                               const aio::HeadNorms* norms, int threads);
+AIO_EXPORT void aio_add_rms_norm(int bf16, void* hidden, void* delta, const void* delta_weight, const void* weight, void* out,
+                                 long rows, long size, float factor, float eps, int rounded, float offset, int threads);
 AIO_EXPORT void aio_head_squares(int bf16, const void* x, float* squares, long rows, long stride, long size,
                                  int threads);
 AIO_EXPORT void aio_norm_part(int bf16, void* x, const void* weight, const float* squares, long rows, long stride,

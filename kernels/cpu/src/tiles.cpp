@@ -264,6 +264,7 @@ class Blocks {
 template <class Out>
 void compute_share(const Member& me, const Linear& l, const Beside& beside, const Multiply& multiply,
                    const Stored& stored, Unpack unpack, const void* of) {
+  if (l.rows == 0) return;  // there are no blocks to share out
   const Share mine(me, l.rows, l.n);
   Blocks<Out> compute(me, l, beside, multiply, mine.count());
   for (long i = 0; i < mine.count(); i++) {

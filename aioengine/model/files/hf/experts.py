@@ -22,8 +22,9 @@ def read_experts(config: ConfigFile, family: Family, num_layers: int) -> dict[st
     if family not in ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "gpt_oss"):
         return {}
     method = config.get("quantization_config")
-    if method is not None and not (family == "gpt_oss" and is_mxfp4(method)):
-        raise config.error("quantization_config", method, "not supported for experts", NotNative)
+    if method is not None and is_mxfp4(method) != (family == "gpt_oss"):
+        supported = "MXFP4, or none" if family == "gpt_oss" else "GPTQ, AWQ, compressed-tensors, FP8, or none"
+        raise config.error("quantization_config", method, f"{family} is supported in: {supported}", NotNative)
     if config.get("clip_qkv") is not None:
         raise config.error("clip_qkv", config.get("clip_qkv"), "only null is supported", NotNative)
     key = next((key for key in _COUNTS if key in config.raw), _COUNTS[family in ("mixtral", "gpt_oss")])

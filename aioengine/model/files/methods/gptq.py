@@ -49,7 +49,9 @@ class GPTQ:
             raise wrong.setting(
                 "checkpoint_format", version, f"supported: {', '.join(_FORMATS)}; convert it to one of them"
             )
-        if config.get("dynamic"):
+        dynamic = config.get("dynamic") or {}
+        # Patterns with a minus are of modules that are not quantized, which their tensors show.
+        if not isinstance(dynamic, dict) or any(not name.startswith("-:") for name in dynamic):
             raise wrong.setting("dynamic", "{...}", "settings that differ between modules are not supported")
         self._added = _FORMATS[version]
 
