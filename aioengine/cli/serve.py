@@ -86,7 +86,7 @@ class ServerFlags:
     trusted_proxy: Annotated[list[str] | None, _MORE_LIST] = None
     """Address or network of a proxy whose X-Forwarded-For is trusted; repeatable."""
     max_connections: Annotated[int, _IN_MORE] = 4096
-    """Maximum open connections; further ones are answered with 503."""
+    """Maximum open connections; further ones are answered with 503 (with TLS: closed)."""
     max_body_bytes: Annotated[int | None, _IN_MORE] = None
     """Maximum body; by default 1 MiB plus 64 bytes per token of max_model_len."""
     max_upload_bytes: Annotated[int | None, _IN_MORE] = None
@@ -120,7 +120,7 @@ class ServerFlags:
     read_timeout: Annotated[float, _IN_MORE] = 30.0
     """Maximum seconds between two parts of a request's body, which must then arrive at 16 KiB a second."""
     send_timeout: Annotated[float, _IN_MORE] = 60.0
-    """Seconds after which a client that reads nothing is disconnected."""
+    """Seconds in which a client must read 16 KiB of its answers, or all of them; else it is cut off."""
     keep_alive: Annotated[float, _IN_MORE] = 75.0
     """Maximum seconds that a connection may be idle."""
     tls_cert: Annotated[Path | None, _IN_MORE] = None
@@ -186,6 +186,7 @@ class ServerFlags:
             max_connections=self.max_connections,
             header_timeout=self.header_timeout,
             keep_alive=self.keep_alive,
+            send_timeout=self.send_timeout,
             tls=certificate,
         )
 

@@ -51,6 +51,7 @@ from aioengine.server.pace import Pace
 from aioengine.server.responses.routes import responses_routes
 from aioengine.server.settings import ServerSettings
 from aioengine.server.streaming import send_error
+from aioengine.server.transport.answers import PART_BYTES, UnreadAnswers, send_in_parts, size_of
 from aioengine.server.transport.body import BodyBudget, BoundedBody
 from aioengine.server.vectors.routes import vector_routes
 
@@ -85,6 +86,7 @@ class ServerApp:
         self._metrics = metrics_app(engine)
         self._bodies = BodyBudget()
         self._uploads = BodyBudget(UPLOADS_AT_ONCE)
+        self._answers = UnreadAnswers()
         self._pace = Pace(settings.retry_after)
         self._spans = None if tracer_provider is None else _http_spans(tracer_provider)
         self._active = 0
@@ -171,11 +173,23 @@ class ServerApp:
     async def _http(
         self, path: str, record: RequestRecord, scope: Scope, receive: Receive, send: Send
     ) -> None:
-        started = False
+        started = is_replaced = False
+        size = 0
 
         async def tagged_send(message: Message) -> None:
-            nonlocal started
+            nonlocal started, size, is_replaced
+            if is_replaced:
+                return
             if message["type"] == "http.response.start":
+                if large := size_of(message["headers"]):
+                    try:
+                        self._answers.hold(record.owner, large)
+                    except ApiError as error:  # a framework would take its own answer for begun
+                        record.refused(error)
+                        await send_error(tagged_send, error, path)
+                        is_replaced = True
+                        return
+                    size = large
                 started = True
                 record.status = message["status"]
                 tags = [(b"x-request-id", record.request_id.encode())]
@@ -187,6 +201,9 @@ class ServerApp:
                 if record.status >= 400 and _asks_first(scope):
                     tags.append((b"connection", b"close"))
                 message = {**message, "headers": [*headers, *tags]}
+            elif len(message.get("body", b"")) > PART_BYTES:
+                await send_in_parts(send, message)
+                return
             await send(message)
 
         try:
@@ -201,6 +218,8 @@ class ServerApp:
             record.refused(api_error)
             await send_error(tagged_send, api_error, path)
         finally:
+            if size:
+                self._answers.release(record.owner, size)
             self._gate.leave(record, time.monotonic())
             self._count(record)
             log_request(record, quiet=record.counted or path in _PROBES or _is_page(path))

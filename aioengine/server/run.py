@@ -21,8 +21,9 @@ from aioengine.metrics.page.server import EmbeddedServer
 from aioengine.runtime.tasks import end_tasks
 from aioengine.server.app import ServerApp
 from aioengine.server.entrance import Entrance
-from aioengine.server.transport.protocol import bounded_protocol
+from aioengine.server.transport.protocol import SEND_TIMEOUT, BoundedProtocol, bounded_protocol
 from aioengine.server.transport.tls import Certificate
+from aioengine.server.transport.tls_listener import TlsListener
 
 logger = logging.getLogger("aioengine.server")
 
@@ -48,11 +49,13 @@ class ListenSettings(msgspec.Struct, frozen=True, kw_only=True):
     """For a TLS handshake, and again for a request's headers."""
     keep_alive: float = 75.0
     """How long a connection may be idle between two requests."""
+    send_timeout: float = SEND_TIMEOUT
+    """In which a client has to read 16 KiB of its answers, or all of them."""
     tls: Certificate | None = None
     """Serve HTTPS with this certificate; None: plain HTTP, as behind a proxy that does TLS."""
 
     def __post_init__(self) -> None:
-        for field in ("max_connections", "header_timeout", "keep_alive"):
+        for field in ("max_connections", "header_timeout", "keep_alive", "send_timeout"):
             check_number(field, getattr(self, field), low=0.0, above=True)
         for proxy in self.trusted_proxies:
             try:
@@ -69,19 +72,26 @@ class _Server(EmbeddedServer):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup([])
-        options: dict[str, Any] = {"backlog": _BACKLOG}
-        if self._settings.tls is not None:
-            options["ssl"] = self._settings.tls.context
-            # The protocol's own limit begins after the handshake, for which uvicorn would allow a minute.
-            options["ssl_handshake_timeout"] = self._settings.header_timeout
-        loop = asyncio.get_running_loop()
-        for bound in sockets or ():
-            self.servers.append(await loop.create_server(self._protocol, sock=bound, **options))
+        tls, bound = self._settings.tls, sockets or []
+        if tls is not None:
+            secured: Any = TlsListener(
+                bound[0],
+                tls.context,
+                self._protocol,
+                timeout=self._settings.header_timeout,
+                at_once=_ACCEPTS,
+            )
+            secured.listen(_BACKLOG)
+            self.servers.append(secured)
+        else:
+            loop = asyncio.get_running_loop()
+            for each in bound:
+                self.servers.append(await loop.create_server(self._protocol, sock=each, backlog=_BACKLOG))
         self.listens.set()
 
-    def _protocol(self) -> asyncio.Protocol:
+    def _protocol(self) -> BoundedProtocol:
         kind: Any = self.config.http_protocol_class
-        made: asyncio.Protocol = kind(
+        made: BoundedProtocol = kind(
             config=self.config, server_state=self.server_state, app_state=self.lifespan.state
         )
         return made
@@ -123,7 +133,12 @@ async def listening(
         same = [sockets.enter_context(bound.dup()) for _ in range(_ACCEPTS - 1)]
         config = uvicorn.Config(
             app,
-            http=bounded_protocol(settings.max_connections, settings.header_timeout, lambda: app.active > 0),
+            http=bounded_protocol(
+                settings.max_connections,
+                settings.header_timeout,
+                lambda: app.active > 0,
+                send_timeout=settings.send_timeout,
+            ),
             ws="none",
             lifespan="off",
             log_config=None,

@@ -31,6 +31,8 @@ from benchmarks.attacks.made_requests import Made, Maker
 
 PATIENCE = 60.0
 """Seconds until an answer has to be complete."""
+AFTERWARDS = 5.0
+"""Seconds after the time is over in which answers are still waited for. Then the clients leave."""
 REFUSED_LATER = (503, 504)
 """Statuses from 500 on with which a server may refuse what it would answer at another time."""
 LONGEST_REFUSAL = 8_000
@@ -74,6 +76,9 @@ class Sender:
         try:
             async with asyncio.timeout(PATIENCE):
                 why = await self._exchange(made, way, draw)
+        except asyncio.CancelledError:
+            self.statuses["left"] += 1
+            raise
         except TimeoutError:
             why = None if way == "slow" else f"no whole answer in {PATIENCE:g} s"
         except (OSError, asyncio.IncompleteReadError, ValueError) as error:
@@ -157,7 +162,8 @@ def _unchunked(data: bytes) -> Iterator[bytes]:
 
 
 async def attack(sender: Sender, numbers: Iterable[int], *, seconds: float, clients: int) -> None:
-    """Send requests of these numbers, from ``clients`` clients side by side, until the time is over."""
+    """Send requests of these numbers, from ``clients`` clients side by side, until the time is over. Requests
+    that ask for much may be open then; their clients leave."""
     until, left = time.monotonic() + seconds, iter(numbers)
 
     async def client() -> None:
@@ -166,7 +172,13 @@ async def attack(sender: Sender, numbers: Iterable[int], *, seconds: float, clie
             if time.monotonic() > until:
                 return
 
-    await asyncio.gather(*(client() for _ in range(clients)))
+    tasks = [asyncio.create_task(client()) for _ in range(clients)]
+    await asyncio.wait(tasks, timeout=seconds + AFTERWARDS)
+    for task in tasks:
+        task.cancel()
+    for ended in await asyncio.gather(*tasks, return_exceptions=True):
+        if isinstance(ended, Exception):
+            raise ended
 
 
 def document_of(url: str, key: str) -> Any:

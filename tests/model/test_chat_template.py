@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import threading
+from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from aioengine.errors import RequestInvalid
 from aioengine.model.text import chat_template
@@ -60,3 +64,28 @@ def test_each_rendering_has_its_own_bounds(monkeypatch: pytest.MonkeyPatch) -> N
     for thread in threads:
         thread.join()
     assert found == ["Hi" * 1000] * 8
+
+
+VALUES = st.recursive(
+    st.none() | st.integers() | st.text(max_size=3),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=2), inner, max_size=4),
+    max_leaves=30,
+)
+
+
+@given(VALUES, st.integers(1, 20))
+def test_values_are_counted(value: Any, most: int) -> None:
+    """A filter that writes them all cannot be interrupted."""
+
+    def count(value: Any) -> int:
+        inner = list(value.values()) if isinstance(value, dict) else value if isinstance(value, list) else []
+        return len(inner) + sum(map(count, inner))
+
+    template = ChatTemplate("{{ value | tojson }}")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(chat_template, "MAX_VALUES", most)
+        if 1 + count(value) > most:
+            with pytest.raises(RequestInvalid, match=f"more than {most} values"):
+                template.render({"value": value})
+        else:
+            assert json.loads(template.render({"value": value})) == value

@@ -54,3 +54,22 @@ def test_what_is_no_json_is_refused_as_such(body: bytes) -> None:
         patch.setattr(bounded_json, "MAX_STRINGS", 3)
         with contextlib.suppress(ApiError, msgspec.MsgspecError, UnicodeDecodeError):
             bounded_json.decode(body, Any)
+
+
+@given(VALUES, st.integers(0, 12), st.booleans())
+def test_values_of_json_that_is_a_text_are_counted(value: Any, most: int, ascii_only: bool) -> None:
+    """By their commas: one less in each list or object that is not empty."""
+
+    def commas(value: Any) -> int:
+        inner = list(value.values()) if isinstance(value, dict) else value if isinstance(value, list) else []
+        return max(len(inner) - 1, 0) + sum(map(commas, inner))
+
+    text = json.dumps(value, ensure_ascii=ascii_only).encode()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bounded_json, "MAX_VALUES", most)
+        bounded_json.check_counts(text)  # a body's own have other bounds
+        if commas(value) > most:
+            with pytest.raises(ApiError, match=f"messages: holds more than {most} values"):
+                bounded_json.check_counts(text, "messages")
+        else:
+            bounded_json.check_counts(text, "messages")

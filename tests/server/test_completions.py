@@ -222,6 +222,7 @@ async def test_what_would_change_the_answer_is_refused(
 async def test_harmless_fields_are_ignored(serve: Serve) -> None:
     async with serve() as served:
         harmless = {"user": "u", "metadata": {"a": "b"}, "store": False, "echo": False, "suffix": None}
+        harmless |= {"prompt_cache_options": {"ttl": "30m"}, "prompt_cache_retention": "24h"}
         answer = await served.client.completions.create(
             model=MODEL, prompt=PROMPT, max_tokens=2, extra_body={**harmless, "best_of": 1}
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
-from typing import Any
+from typing import Any, cast
 
 import httpx
 import pytest
@@ -275,4 +275,81 @@ async def test_an_offer_of_another_protocol_is_declined(cut: int | None, serve: 
             await served.http.get("/health")  # so that they come apart
         answer = await asyncio.wait_for(reader.read(), 60)
         assert answer.startswith(b"HTTP/1.1 200") and b'"completion_tokens":2' in answer
+        writer.close()
+
+
+@pytest.mark.parametrize("in_one_piece", [True, False])
+async def test_trailers_are_no_headers(in_one_piece: bool) -> None:
+    """They come after the checks of the headers, and proxies may pass them on unseen."""
+    seen: list[dict[bytes, bytes]] = []
+
+    class App:
+        active = 0
+
+        def close(self) -> None:
+            pass
+
+        async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+            seen.append(dict(scope["headers"]))
+            while (await receive()).get("more_body"):
+                pass
+            seen.append(dict(scope["headers"]))
+            await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"0")]})
+            await send({"type": "http.response.body", "body": b""})
+
+    head = b"POST / HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n"
+    body = b"1\r\nx\r\n0\r\nx-forwarded-for: 9.9.9.9\r\nauthorization: Bearer y\r\n\r\n"
+    async with listening(cast(Any, App()), ListenSettings(port=0)) as url:
+        host, _, port = url.removeprefix("http://").rpartition(":")
+        reader, writer = await asyncio.open_connection(host, int(port))
+        writer.write(head + body if in_one_piece else head)
+        if not in_one_piece:
+            await until(lambda: bool(seen))
+            writer.write(body)
+        for _ in range(2):  # and the next request of the connection has its own
+            answer = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 60)
+            assert answer.startswith(b"HTTP/1.1 200")
+            writer.write(b"GET / HTTP/1.1\r\nhost: x\r\nauthorization: Bearer z\r\n\r\n")
+        writer.close()
+    expected = {b"host": b"x", b"transfer-encoding": b"chunked"}
+    assert seen[:2] == [expected, expected] and seen[2][b"authorization"] == b"Bearer z"
+
+
+CHUNKED = b"transfer-encoding: chunked\r\n\r\n2\r\n{}\r\n"
+
+
+@pytest.mark.parametrize(
+    "rest",
+    [
+        b"a: b\r\n" * 300,
+        b"a: " + b"b" * 200_000,
+        b"a" * 200_000,
+        CHUNKED + b"0\r\n" + b"a: b\r\n" * 300,
+        CHUNKED + b"0\r\na: " + b"b" * 200_000,
+        CHUNKED + b"1;" + b"x" * 200_000,
+    ],
+    ids=["headers", "value", "name", "trailers", "trailer", "extension"],
+)
+async def test_no_part_of_a_request_grows_for_ever(rest: bytes, serve: Serve) -> None:
+    """It never comes to its end."""
+    async with serve(listen={"header_timeout": 600}, settings={"read_timeout": 600}) as served:
+        host, _, port = served.url.removeprefix("http://").rpartition(":")
+        reader, writer = await asyncio.open_connection(host, int(port))
+        head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+        writer.write(head + rest)
+        answer = await asyncio.wait_for(reader.readuntil(b"\r\n"), 60)
+        assert answer.startswith(b"HTTP/1.1 431")
+        writer.close()
+
+
+async def test_chunks_of_a_byte_are_no_flood_of_headers(serve: Serve) -> None:
+    async with serve() as served:
+        body = json.dumps({**LONG, "max_tokens": 2}).encode().ljust(20_000)
+        chunks = b"".join(b"1;a=b\r\n%c\r\n" % byte for byte in body) + b"0\r\na: b\r\n\r\n"
+        head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+        host, _, port = served.url.removeprefix("http://").rpartition(":")
+        reader, writer = await asyncio.open_connection(host, int(port))
+        writer.write(head + b"transfer-encoding: chunked\r\n\r\n" + chunks)
+        answer = await asyncio.wait_for(reader.readuntil(b"\r\n"), 60)
+        assert answer.startswith(b"HTTP/1.1 200")
         writer.close()

@@ -134,6 +134,14 @@ async def test_stop_sequences_and_formats(serve: Serve) -> None:
         assert block.text.replace(" ", "") in ('{"color":"red"}', '{"color":"green"}')
 
 
+async def test_effort_has_no_effect(serve: Serve) -> None:
+    async with serve() as served, client_of(served) as client:
+        fields: Any = {"model": MODEL, "messages": USER, "max_tokens": 6, "extra_body": GREEDY}
+        plain = await client.messages.create(**fields)
+        low = await client.messages.create(**fields, output_config={"effort": "low"})
+        assert low.content == plain.content
+
+
 async def test_an_answer_that_was_begun_goes_on(serve: Serve) -> None:
     async with serve() as served, client_of(served) as client:
         begun: Any = [*USER, {"role": "assistant", "content": "Well"}]

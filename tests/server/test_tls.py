@@ -5,7 +5,11 @@ from __future__ import annotations
 import asyncio
 import signal
 import ssl
+import sys
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+from typing import Any, cast
 
 import httpx
 import pytest
@@ -15,6 +19,7 @@ from support.engine_fixtures import Tiny
 from support.server_process import serving
 
 from aioengine.errors import ConfigError
+from aioengine.server.run import ListenSettings, listening
 from aioengine.server.transport.tls import Certificate
 
 
@@ -70,6 +75,89 @@ async def test_a_handshake_that_does_not_come_is_not_waited_for(tiny_text: Tiny,
         async with asyncio.timeout(50):  # other libraries' own limit is 60 s
             assert await reader.read() == b""
         writer.close()
+
+
+class App:
+    """Answers every request with nothing."""
+
+    active = 0
+
+    def close(self) -> None:
+        pass
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"0")]})
+        await send({"type": "http.response.body", "body": b""})
+
+
+def loops() -> list[Callable[[], asyncio.AbstractEventLoop]]:
+    if sys.platform == "win32":
+        return [asyncio.new_event_loop]
+    import uvloop
+
+    return [asyncio.new_event_loop, uvloop.new_event_loop]
+
+
+@pytest.mark.parametrize("loop", loops())
+def test_a_connection_counts_before_its_handshake(
+    loop: Callable[[], asyncio.AbstractEventLoop], tmp_path: Path
+) -> None:
+    """Of four connections, one address may have three."""
+    anything = ssl.create_default_context()
+    anything.check_hostname, anything.verify_mode = False, ssl.CERT_NONE
+    certificate = Certificate(*map(str, self_signed(tmp_path, "one")))
+
+    async def run() -> None:
+        limits = ListenSettings(port=0, max_connections=4, tls=certificate)
+        async with listening(cast(Any, App()), limits) as url:
+            port = int(url.rpartition(":")[2])
+
+            async def silent() -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+                return await asyncio.open_connection("127.0.0.1", port)
+
+            async def status(address: str) -> bytes:
+                """Of a request from there; empty if the connection is closed."""
+                try:
+                    reader, writer = await asyncio.open_connection(
+                        "127.0.0.1", port, ssl=anything, local_addr=(address, 0)
+                    )
+                    try:
+                        writer.write(b"GET / HTTP/1.1\r\nhost: x\r\n\r\n")
+                        return (await reader.readuntil(b"\r\n"))[9:12]
+                    finally:
+                        writer.transport.abort()
+                except (OSError, asyncio.IncompleteReadError):
+                    return b""
+
+            async def until_answered() -> None:
+                async with asyncio.timeout(60):
+                    while await status("127.0.0.1") != b"200":
+                        await asyncio.sleep(0.01)
+
+            held = [await silent() for _ in range(3)]
+            assert await status("127.0.0.1") == b"", "there is no room for it"
+            assert await status("127.0.0.2") == b"200", "another address has room"
+            for _, writer in held:
+                writer.close()
+            await until_answered()  # places of clients that have left are free again
+            for _ in range(8):
+                reader, writer = await silent()
+                writer.write(b"GET / HTTP/1.1\r\nhost: x\r\n\r\n")  # no handshake
+                await reader.read()
+                writer.close()
+                await until_answered()
+            reader, writer = await silent()
+            _, greeted = await silent()
+            greeted.write(b"\x16\x03\x01")  # the beginning of one
+            await greeted.drain()
+        async with asyncio.timeout(60):
+            with suppress(ConnectionError):
+                assert await reader.read() == b""  # the server does not wait for them
+        writer.close()
+        greeted.close()
+
+    with asyncio.Runner(loop_factory=loop) as runner:
+        runner.run(run())
 
 
 def test_files_that_are_no_good_are_named(tmp_path: Path) -> None:

@@ -26,6 +26,9 @@ MAX_SECONDS = 1.0
 templates of common models."""
 MAX_TEXT = 2**25
 """Characters that a template may write."""
+MAX_VALUES = 2**17
+"""Values in the messages, tools and variables of one rendering. A filter such as ``tojson`` cannot be
+interrupted while it writes them."""
 AT_A_STRETCH = 0.002
 """Seconds after which a rendering releases the interpreter lock, as far as jinja2 can be interrupted."""
 LET_GO = 0.0005
@@ -46,7 +49,8 @@ class ChatTemplate:
 
     def render(self, variables: dict[str, Any]) -> str:
         """Render the template. Raises :class:`~aioengine.errors.RequestInvalid` if the template fails, or
-        takes more than ``MAX_SECONDS`` or ``MAX_TEXT``."""
+        takes more than ``MAX_VALUES``, ``MAX_SECONDS`` or ``MAX_TEXT``."""
+        _check_values(variables)
         budget = self._environment.current.budget = _Budget()
         parts: list[str] = []
         try:
@@ -62,6 +66,23 @@ class ChatTemplate:
         finally:
             self._environment.current.budget = None
         return "".join(parts)
+
+
+def _check_values(variables: dict[str, Any]) -> None:
+    """Raise RequestInvalid if there are more than ``MAX_VALUES`` values in all."""
+    left = MAX_VALUES
+    found: list[Any] = [variables]
+    while found:
+        values = found.pop()
+        left -= len(values)
+        if left < 0:
+            raise RequestInvalid(
+                f"the messages, tools and variables of the chat template have more than {MAX_VALUES} values; "
+                "send fewer"
+            )
+        if isinstance(values, dict):
+            values = values.values()
+        found += [value for value in values if isinstance(value, dict | list | tuple)]
 
 
 class _Budget:

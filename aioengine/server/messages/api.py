@@ -67,6 +67,8 @@ class OutputFormat(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
 
 class OutputConfig(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     format: OutputFormat | None = None
+    effort: Literal["low", "medium", "high", "xhigh", "max"] | None = None
+    """Has no effect."""
 
 
 class Thinking(msgspec.Struct, kw_only=True):

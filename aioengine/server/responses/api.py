@@ -118,6 +118,7 @@ class ResponsesRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True)
     max_tool_calls: Ignored = msgspec.field(default_factory=msgspec.Raw)
     """Limit for tools that run in the server; there are none, so it has no effect."""
     prompt_cache_key: Ignored = msgspec.field(default_factory=msgspec.Raw)
+    prompt_cache_options: Ignored = msgspec.field(default_factory=msgspec.Raw)
     prompt_cache_retention: Ignored = msgspec.field(default_factory=msgspec.Raw)
     safety_identifier: Ignored = msgspec.field(default_factory=msgspec.Raw)
     service_tier: Ignored = msgspec.field(default_factory=msgspec.Raw)

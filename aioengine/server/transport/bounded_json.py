@@ -19,6 +19,9 @@ MAX_CONTAINERS = 2**15
 """Lists and objects in one body. A chat of 2,048 messages in parts has 8,192 of them."""
 MAX_STRINGS = 2**17
 """Names of fields included."""
+MAX_VALUES = 2**17
+"""Values of JSON that is a text in a body, counted by their commas. (Those of a body itself have bounds by
+their types.)"""
 _STRING = re.compile(rb'"[^"]*"')
 
 
@@ -39,18 +42,22 @@ def _decoder(type_: Any) -> msgspec.json.Decoder[Any]:
 def check_counts(body: bytes, param: str | None = None) -> None:
     """Count lists, objects and strings of JSON, in time linear in its length.
 
-    Call it also for JSON that is a text in a body, before that is decoded. Raises ApiError
-    that names ``param`` if there are too many.
+    Call it also for JSON that is a text in a body, before that is decoded: then it counts all values. Raises
+    ApiError that names ``param`` if there are too many.
     """
-    if _containers(body) <= MAX_CONTAINERS and body.count(b'"') <= 2 * MAX_STRINGS:
+    commas = 0 if param is None else body.count(b",")
+    if _containers(body) <= MAX_CONTAINERS and body.count(b'"') <= 2 * MAX_STRINGS and commas <= MAX_VALUES:
         return
     # There are too many of these characters, but they may be inside texts. So texts are removed first, and
     # before that the escapes, each of which is a backslash and one more character.
     plain = body.replace(rb"\\", b"").replace(rb"\"", b"")
     if plain.count(b'"') > 2 * MAX_STRINGS:
         raise _too_many(f"{MAX_STRINGS} strings", param)
-    if _containers(_STRING.sub(b"", plain)) > MAX_CONTAINERS:
+    plain = _STRING.sub(b"", plain)
+    if _containers(plain) > MAX_CONTAINERS:
         raise _too_many(f"{MAX_CONTAINERS} lists and objects", param)
+    if commas and plain.count(b",") > MAX_VALUES:
+        raise _too_many(f"{MAX_VALUES} values", param)
 
 
 def _containers(text: bytes) -> int:

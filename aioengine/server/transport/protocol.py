@@ -8,10 +8,12 @@ from collections.abc import Callable
 from typing import Any
 
 import httptools
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from aioengine.server.access.addresses import network_of
 from aioengine.server.transport.crowd import Crowd
+from aioengine.server.transport.old_http import end_with_connection
+from aioengine.server.transport.reader_watch import ReaderWatch
 from aioengine.server.transport.turns import Turns
 
 HEADER_BYTES = 64 * 1024
@@ -20,6 +22,8 @@ MAX_HEADERS = 256
 URL_BYTES = 8 * 1024
 SLICE = 16 * 1024
 """Maximum bytes that the parser gets at a time, because every few of them may be a header or a chunk."""
+UNSEEN_BYTES = HEADER_BYTES + URL_BYTES + SLICE
+"""Bound on a part of a request that the parser has not reported yet: a header, a trailer, an extension."""
 INPUT_BYTES = 64 * 1024
 """A connection with more unparsed bytes than this is not read from."""
 LEFT_BYTES = 64 * 2**20
@@ -27,11 +31,16 @@ LEFT_BYTES = 64 * 2**20
 reads still gets its answer; beyond it the connection is closed."""
 LINGER_SECONDS = 5.0
 """Seconds for which they are read and dropped if the connection is to be closed."""
+SEND_TIMEOUT = 60.0
 
 
 def bounded_protocol(
-    max_connections: int, header_timeout: float, is_busy: Callable[[], bool] = lambda: False
-) -> type[asyncio.Protocol]:
+    max_connections: int,
+    header_timeout: float,
+    is_busy: Callable[[], bool] = lambda: False,
+    *,
+    send_timeout: float = SEND_TIMEOUT,
+) -> type[BoundedProtocol]:
     """Return a protocol class for ``uvicorn.Config(http=...)``.
 
     Args:
@@ -41,22 +50,24 @@ def bounded_protocol(
             of its headers; then the connection is closed. Between requests uvicorn's own keep-alive
             time holds.
         is_busy: Whether requests are open whose steps a flood of small requests must not slow down.
+        send_timeout: Seconds in which a client has to read a part of what was written for it; else the
+            connection is cut off, because closing one would wait for as long as its client does not read.
     """
 
-    class BoundedProtocol(_BoundedProtocol):
+    class Bounded(BoundedProtocol):
         crowd = Crowd(max_connections)
         turns = Turns(is_busy)
 
-    BoundedProtocol.header_timeout = header_timeout
-    return BoundedProtocol
+    Bounded.header_timeout, Bounded.send_timeout = header_timeout, send_timeout
+    return Bounded
 
 
 class _Transport:
     """The transport as uvicorn sees it; the protocol decides when it closes and pauses."""
 
-    def __init__(self, transport: asyncio.Transport, protocol: _BoundedProtocol) -> None:
+    def __init__(self, transport: asyncio.Transport, protocol: BoundedProtocol) -> None:
         self._protocol = protocol
-        self._write = transport.write
+        self._real = transport
         self.get_extra_info = transport.get_extra_info
         self._head = b""
         self._head_of: object = None
@@ -82,6 +93,10 @@ class _Transport:
             self._write(self._head)
         self._head = b""
 
+    def _write(self, data: bytes) -> None:
+        self._real.write(data)
+        self._protocol.reader.wrote(len(data))
+
     def is_closing(self) -> bool:
         return self._protocol.is_closing
 
@@ -96,13 +111,14 @@ class _Transport:
         self._protocol.hold(False)
 
 
-class _BoundedProtocol(HttpToolsProtocol):
+class BoundedProtocol(HttpToolsProtocol):
     """Protocol that keeps incoming bytes in ``_input`` and gives them to the parser in slices that end where
     a request may end. So a connection has one request at a time: the next is parsed in a separate turn, once
     the first is answered."""
 
     crowd: Crowd
     header_timeout: float
+    send_timeout: float
     turns: Turns
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -115,35 +131,54 @@ class _BoundedProtocol(HttpToolsProtocol):
         request may begin in them."""
         self._held = 0
         """Bytes that ``turns`` counts for this connection."""
-        self._counts = False
-        """Whether it is one of the crowd."""
+        self.counted_as: str | None = None
+        """The owner for whom it is one of the crowd."""
         self.lingers = False
         """Whether the answer has been written and incoming bytes are dropped."""
         self._is_full = self._is_paused = self._is_upgraded = False
-        self._header_bytes = self._left_bytes = 0
+        self._header_bytes = self._header_count = self._left_bytes = 0
+        self._has_headers = False
+        """Whether the headers of the request that is being parsed are complete."""
+        self._unseen = 0
+        """Bytes given to the parser since it last said what they are. It keeps a header until its end, and
+        copies it with each slice."""
         self._body_left = 0
         """Bytes of the body that are still to come, if its length is known."""
         self._timer: asyncio.TimerHandle | None = None
+        self.reader: ReaderWatch
 
     # The connection
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         self._real = transport
+        self.reader = ReaderWatch(transport, self.send_timeout, self.loop)
         super().connection_made(_Transport(transport, self))  # type: ignore[arg-type]
-        self._counts = self.crowd.enter(self.owner)
-        if not self._counts:
+        if self.counted_as is None and not self.enter(self.owner):
             self._answer(503, b"Service Unavailable", b"retry-after: 1\r\n")
             self._real.close()
         else:
             self._watch(self.header_timeout)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        if self._counts:
-            self._counts = False
-            self.crowd.leave(self.owner)
+        self.leave()
         self._stop_watch()
+        self.reader.close()
         self._drop_input()
         super().connection_lost(exc)
+
+    def enter(self, owner: str) -> bool:
+        """Make it one of the crowd, if there is room for it; returns whether there is. Called by whoever has
+        accepted it, if that is before :meth:`connection_made`."""
+        if not self.crowd.enter(owner):
+            return False
+        self.counted_as = owner
+        return True
+
+    def leave(self) -> None:
+        """Make it no longer one of the crowd; safe to call again."""
+        if self.counted_as is not None:
+            self.crowd.leave(self.counted_as)
+            self.counted_as = None
 
     @property
     def owner(self) -> str:
@@ -225,6 +260,7 @@ class _BoundedProtocol(HttpToolsProtocol):
         if self._is_upgraded:
             self._body_after_upgrade(part)
             return
+        self._unseen += len(part)
         try:
             self.parser.feed_data(part)
         except httptools.HttpParserUpgrade as upgrade:
@@ -235,6 +271,8 @@ class _BoundedProtocol(HttpToolsProtocol):
         except httptools.HttpParserError:
             if not self.is_closing:
                 self.send_400_response("Invalid HTTP request received.")
+        if self._unseen > UNSEEN_BYTES:
+            self._refuse(431, b"Request Header Fields Too Large")
 
     def _body_after_upgrade(self, data: bytes) -> None:
         """The rest of the last request that this connection takes."""
@@ -283,7 +321,8 @@ class _BoundedProtocol(HttpToolsProtocol):
         if self._is_blocked:  # the request before ended where no slice was cut
             self._real.close()
         self._unset_keepalive_if_required()
-        self._header_bytes = self._left_bytes = self._body_left = 0
+        self._header_bytes = self._header_count = self._left_bytes = self._body_left = 0
+        self._has_headers, self._unseen = False, 0
         self._watch(self.header_timeout)
         super().on_message_begin()
 
@@ -293,13 +332,16 @@ class _BoundedProtocol(HttpToolsProtocol):
             self._refuse(414, b"URI Too Long")
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        super().on_header(name, value)
+        if not self._has_headers:  # trailers are no headers: nothing has checked them
+            super().on_header(name, value)
         self._header_bytes += len(name) + len(value)
-        if self._header_bytes > HEADER_BYTES or len(self.headers) > MAX_HEADERS:
+        self._header_count += 1
+        if self._header_bytes > HEADER_BYTES or self._header_count > MAX_HEADERS:
             self._refuse(431, b"Request Header Fields Too Large")
 
     def on_headers_complete(self) -> None:
         self._stop_watch()
+        self._has_headers, self._unseen = True, 0
         if self.is_closing:
             return
         names = dict(self.headers)
@@ -307,12 +349,13 @@ class _BoundedProtocol(HttpToolsProtocol):
             self._body_left = int(names.get(b"content-length", 0))
         super().on_headers_complete()
         if self.parser.get_http_version() == "1.0":
-            _end_with_connection(self.cycle)
+            end_with_connection(self.cycle)
         if self.parser.should_upgrade():
             self.cycle.keep_alive = False
 
     def on_body(self, body: bytes) -> None:
         self._body_left = max(self._body_left - len(body), 0)
+        self._unseen = 0
         if self.is_closing:
             return
         if self.cycle.response_complete:  # refused before it was read
@@ -342,28 +385,14 @@ class _BoundedProtocol(HttpToolsProtocol):
             self._timer = None
 
     def _refuse(self, status: int, phrase: bytes) -> None:
-        if not self.is_closing:
+        if self.is_closing:
+            return
+        if self._has_headers and self.cycle.response_started:
+            self._real.close()
+        else:
             self._answer(status, phrase)
             self._linger()
 
     def _answer(self, status: int, phrase: bytes, headers: bytes = b"") -> None:
         head = b"HTTP/1.1 %d %s\r\ncontent-length: 0\r\nconnection: close\r\n" % (status, phrase)
         self._real.write(head + headers + b"\r\n")
-
-
-def _end_with_connection(cycle: RequestResponseCycle) -> None:
-    """Have an answer whose length is not known end with the connection: HTTP/1.0 knows no chunks."""
-    send = cycle.send
-    has_length = False
-
-    async def send_unframed(message: Any) -> None:
-        nonlocal has_length
-        if message["type"] == "http.response.start":
-            has_length = any(name.lower() == b"content-length" for name, _ in message["headers"])
-            if not has_length:
-                cycle.chunked_encoding = False
-        elif not has_length:
-            cycle.expected_content_length = len(message.get("body", b""))
-        await send(message)
-
-    cycle.send = send_unframed  # type: ignore[method-assign]
