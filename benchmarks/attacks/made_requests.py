@@ -23,6 +23,7 @@ WORDS = ["type", "properties", "enum", "$ref", "anyOf", "pattern", "required", "
 KINDS = ["application/json"] * 20 + ["text/plain", "application/json; charset=utf-16", "", "multipart/x"]
 LARGE = 20_000
 """Maximum length of a text or list that is not near a smaller bound."""
+LONGEST = 16 * 2**20
 LONG_LIST = 20
 """Length from which a list has the same item again and again."""
 
@@ -74,6 +75,8 @@ class _Body:
     def __init__(self, schemas: Mapping[str, Any], model: str, draw: random.Random) -> None:
         self._schemas = schemas
         self._draw = draw
+        self._room = LONGEST
+        """Bytes that long lists may still take: a long list of long lists would take gigabytes."""
         choice = draw.choice
 
         def few() -> int:
@@ -191,10 +194,12 @@ class _Body:
                 items.append(draw.choice(items))
             return "{" + ",".join(items) + "}"
         if isinstance(value, list):
-            same = len(value) > LONG_LIST and all(item is value[0] for item in value)
-            items = (
-                [self._written(value[0])] * len(value) if same else [self._written(item) for item in value]
-            )
+            if len(value) > LONG_LIST and all(item is value[0] for item in value):
+                items = [self._written(value[0])]
+                items *= max(1, min(len(value), self._room // (len(items[0]) + 1)))
+                self._room -= sum(map(len, items))
+            else:
+                items = [self._written(item) for item in value]
             return "[" + ",".join(items) + "]"
         return json.dumps(value, ensure_ascii=draw.random() < 0.5)
 
