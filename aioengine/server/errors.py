@@ -7,6 +7,7 @@ import re
 from typing import Literal, NamedTuple
 
 import msgspec
+from msgspec import UNSET, UnsetType
 
 from aioengine.errors import (
     AdapterError,
@@ -38,9 +39,18 @@ class ErrorBody(msgspec.Struct):
     error: ErrorDetail
 
 
+THREAD_NOT_FOUND = "thread_not_found"
+"""Code that makes Anthropic's client send a whole conversation again."""
+
+
+class MessagesDetails(msgspec.Struct):
+    error_code: str
+
+
 class MessagesError(msgspec.Struct, kw_only=True):
     type: str
     message: str
+    details: MessagesDetails | UnsetType = UNSET
 
 
 class MessagesErrorBody(msgspec.Struct, tag_field="type", tag="error"):
@@ -114,7 +124,10 @@ class ApiError(Exception):
         if not path.startswith("/v1/messages"):
             return self.body
         kind = _MESSAGES_TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "api_error")
-        return msgspec.json.encode(MessagesErrorBody(MessagesError(type=kind, message=self.detail.message)))
+        code = self.detail.code
+        details = MessagesDetails(code) if code == THREAD_NOT_FOUND else UNSET
+        found = MessagesError(type=kind, message=self.detail.message, details=details)
+        return msgspec.json.encode(MessagesErrorBody(found))
 
     @property
     def headers(self) -> list[tuple[bytes, bytes]]:
@@ -133,6 +146,7 @@ class ApiError(Exception):
 _RESPONSES_NAMES = (
     (re.compile(r"^messages\b.*"), "input"),
     (re.compile(r"^response_format\b"), "text.format"),
+    (re.compile(r"^reasoning_effort$"), "reasoning.effort"),
     (re.compile(r"^(tools\[\d+\])\.function\b"), r"\1"),
 )
 """Fields of a chat -> the same fields in ``/v1/responses``, whose requests are converted to chats."""

@@ -26,13 +26,19 @@ class Color(enum.Enum):
     BLUE = "blue"
 
 
+class Point(BaseModel):
+    x: Literal[1, 2]
+    y: bool
+
+
 class Shape(BaseModel):
-    """Nested, optional, of a few values, and of itself"""
+    """Nested, optional, of a few values"""
 
     kind: Literal["circle", "square"]
     color: Color
-    size: int | None = None
-    inner: Shape | None = None
+    dashed: bool | None = None
+    corners: list[Point] = Field(max_length=2)
+    center: Point | None = None
 
 
 class get_weather(BaseModel):  # the function's name
@@ -63,7 +69,7 @@ def openai_async() -> None:
             ask: dict[str, Any] = {"model": MODEL, "messages": USER, **SMALL}
             raw = await client.chat.completions.with_raw_response.create(**ask)
             answer = raw.parse()
-            assert raw.headers["x-request-id"] and answer._request_id is None, "parsed by hand"
+            assert raw.headers["x-request-id"] == answer._request_id
             assert (await client.chat.completions.create(**ask))._request_id
             async with client.chat.completions.with_streaming_response.create(**ask) as response:
                 assert json.loads(await response.read())["usage"] == answer.usage.model_dump(
@@ -89,12 +95,12 @@ def openai_stream_events() -> None:
         final = stream.get_final_completion()
     assert {"chunk", "content.delta", "content.done"} <= set(kinds)
     assert isinstance(final.choices[0].message.parsed, City)
-    with client.chat.completions.stream(**ask, logprobs=True, top_logprobs=2, n=2) as stream:
+    some: dict[str, Any] = {**ask, "max_tokens": 400, "logprobs": True, "top_logprobs": 2, "n": 2}
+    with client.chat.completions.stream(**some, response_format=City) as stream:
         kinds = [event.type for event in stream]
         final = stream.get_final_completion()
     assert {"logprobs.content.delta", "logprobs.content.done"} <= set(kinds) and len(final.choices) == 2
-    counted = [len(choice.logprobs.content) for choice in final.choices]
-    assert counted == [SMALL["max_tokens"]] * 2 or all(counted)
+    assert all(choice.logprobs.content for choice in final.choices)
     import openai
 
     tool = openai.pydantic_function_tool(get_weather)
@@ -282,7 +288,7 @@ def anthropic_more() -> None:
     for kind, wrong in (
         (anthropic.NotFoundError, {"model": "nobody"}),
         (anthropic.BadRequestError, {"messages": [{"role": "user", "content": [image]}]}),
-        (anthropic.BadRequestError, {"max_tokens": 10**9}),
+        (anthropic.BadRequestError, {"max_tokens": 0}),
     ):
         told: Any = None
         try:
@@ -321,7 +327,9 @@ def litellm_more() -> None:
     import litellm
 
     route: dict[str, Any] = {"model": f"openai/{MODEL}", "api_base": BASE_URL, "api_key": KEY, **SMALL}
-    made = litellm.completion(messages=USER, drop_params=True, reasoning_effort="low", seed=1, n=2, **route)
+    made = litellm.completion(
+        messages=USER, drop_params=True, thinking={"type": "disabled"}, seed=1, n=2, **route
+    )
     assert len(made.choices) == 2
     made = litellm.completion(messages=USER, response_format={"type": "json_object"}, **route)
     assert made.choices[0].message.content.lstrip().startswith("{")
@@ -446,6 +454,7 @@ def instructor_modes() -> None:
     import anthropic
     import instructor
     import openai
+    from instructor.core import InstructorRetryException
 
     plain = openai.OpenAI(base_url=BASE_URL, api_key=KEY, max_retries=0)
     ask: dict[str, Any] = {"model": MODEL, "messages": USER, **SMALL, "max_retries": 0}
@@ -460,7 +469,7 @@ def instructor_modes() -> None:
         told = ""
         try:
             client.chat.completions.create(response_model=City, **ask)
-        except instructor.core.InstructorRetryException as error:
+        except InstructorRetryException as error:
             told = str(error)
         assert "Error code" not in told, told
     client = instructor.from_openai(plain, mode=modes.TOOLS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import openai
@@ -197,3 +198,30 @@ async def test_what_is_not_served_says_so(serve: Serve) -> None:
             await served.client.files.list()
         version = await served.http.get("/version")
         assert set(version.json()) == {"version"}
+
+
+async def test_effort_is_a_variable_of_templates_that_have_it(serve: Serve, tmp_path: Path) -> None:
+    template = tmp_path / "template.jinja"
+    template.write_text("{% for m in messages %}{{ m.content }}{% endfor %}|{{ reasoning_effort }}|")
+    async with serve(chat_template=str(template)) as served:
+
+        async def shown(**fields: Any) -> str:
+            ask = {"model": MODEL, "max_tokens": 1, "return_token_ids": True, **fields}
+            answer = await served.http.post(
+                "/v1/chat/completions", json={"messages": [{"role": "user", "content": "x"}], **ask}
+            )
+            tokens = answer.json()["prompt_token_ids"]
+            text = await served.http.post("/detokenize", json={"tokens": tokens})
+            return str(text.json()["prompt"])
+
+        assert "|high|" in await shown(reasoning_effort="high")
+        assert "||" in await shown(reasoning_effort="none")
+        kwargs = {"reasoning_effort": "low"}
+        assert "|low|" in await shown(reasoning_effort="high", chat_template_kwargs=kwargs)
+        made = {"model": MODEL, "input": "x", "max_output_tokens": 1}
+        counts = [
+            (await served.http.post("/v1/responses", json={**made, "reasoning": {"effort": effort}})).json()
+            for effort in ("none", "high")
+        ]
+        few, many = (count["usage"]["input_tokens"] for count in counts)
+        assert many > few

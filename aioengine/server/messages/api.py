@@ -76,6 +76,12 @@ class Thinking(msgspec.Struct, kw_only=True):
     """Only "disabled", because the chat template decides whether a model thinks."""
 
 
+class Thread(msgspec.Struct, kw_only=True):
+    type: Literal["create", "continue"]
+    """"create" has no effect. "continue" is refused in the way that makes clients send the whole conversation,
+    because conversations are not kept."""
+
+
 class CountRequest(msgspec.Struct, kw_only=True):
     """The fields that determine a prompt. Other fields are ignored."""
 
@@ -99,6 +105,7 @@ class MessagesRequest(CountRequest, kw_only=True, forbid_unknown_fields=True):
     output_config: OutputConfig | None = None
     """A JSON schema that the answer must conform to."""
     thinking: Thinking | None = None
+    thread: Thread | None = None
     cache_control: CacheControl | None = None
     """A breakpoint after the last message."""
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import msgspec
 
-from aioengine.server.errors import ApiError, unsupported
+from aioengine.server.errors import THREAD_NOT_FOUND, ApiError, unsupported
 from aioengine.server.messages.api import (
     Block,
     Content,
@@ -34,6 +34,13 @@ def to_chat(data: MessagesRequest) -> ChatRequest:
     """Convert a request to a chat. Raises ApiError for fields that are not supported."""
     if data.thinking is not None and data.thinking.type != "disabled":
         raise unsupported("thinking", "is up to the chat template; set its variables in chat_template_kwargs")
+    if data.thread is not None and data.thread.type == "continue":
+        raise ApiError(
+            404,
+            "thread: conversations are not kept here; send all messages",
+            param="thread",
+            code=THREAD_NOT_FOUND,
+        )
     chat = prompt_of(data)
     chat.max_completion_tokens = data.max_tokens
     chat.temperature, chat.top_p, chat.top_k = data.temperature, data.top_p, data.top_k

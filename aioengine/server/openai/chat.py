@@ -61,7 +61,7 @@ async def start_chat(context: Context, data: ChatRequest, record: RequestRecord,
 
     Its id begins with ``prefix``. Raises ApiError and RequestInvalid for requests that cannot be served.
     """
-    _refuse_unsupported(data)
+    _refuse_unsupported(data, context)
     tools = plan_tools(data.tools, data.tool_choice, data.parallel_tool_calls)
     formats = context.formats
     form = wanted_form(data, context.settings.schemas, data.response_format, tools, formats)
@@ -169,6 +169,8 @@ def _variables(data: ChatRequest, plan: ToolPlan) -> dict[str, Any]:
             )
     if plan.tools:
         variables["tools"] = tools_to_template(plan.tools)
+    if data.reasoning_effort not in (None, "none"):
+        variables.setdefault("reasoning_effort", data.reasoning_effort)
     if data.continue_final_message:
         if data.add_generation_prompt:
             raise ApiError(
@@ -203,7 +205,7 @@ def tools_to_template(tools: list[Tool]) -> list[dict[str, Any]]:
     ]
 
 
-def _refuse_unsupported(data: ChatRequest) -> None:
+def _refuse_unsupported(data: ChatRequest, context: Context) -> None:
     for field, why in (
         ("functions", "use tools"),
         ("function_call", "use tool_choice"),
@@ -214,9 +216,16 @@ def _refuse_unsupported(data: ChatRequest) -> None:
         if getattr(data, field) is not None:
             raise unsupported(field, why)
     if data.reasoning_effort not in (None, "none"):
-        raise unsupported(
-            "reasoning_effort", "is up to the chat template; set its variables in chat_template_kwargs"
-        )
+        if not isinstance(data.reasoning_effort, str):
+            raise ApiError(
+                400, "reasoning_effort: must be a text", param="reasoning_effort", code="invalid_value"
+            )
+        if "reasoning_effort" not in (context.tokenizer.chat_template or ""):
+            raise unsupported(
+                "reasoning_effort",
+                "the model's chat template has no such variable; set those that it has in "
+                "chat_template_kwargs",
+            )
     if data.modalities not in (None, ["text"]):
         raise unsupported("modalities", "answers are text")
     if data.top_logprobs and not data.logprobs:

@@ -134,7 +134,7 @@ class ChatRequest(GenerationFields, kw_only=True, forbid_unknown_fields=True):
     verbosity: Literal["low", "medium", "high"] | None = None
     """Has no effect."""
     reasoning_effort: Any = None
-    """Only "none"."""
+    """The variable ``reasoning_effort`` of chat templates that have it; otherwise only "none"."""
 
     # Refused unless null: they would change the answer
     functions: Any = None

@@ -71,7 +71,7 @@ class TextOptions(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
 
 class Reasoning(msgspec.Struct, kw_only=True):
     effort: str | None = None
-    """Only null or "none", because the chat template decides whether a model reasons."""
+    """As ``reasoning_effort`` of a chat: for templates that have this variable."""
 
 
 class ResponsesRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):

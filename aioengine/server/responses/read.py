@@ -45,6 +45,7 @@ def to_chat(data: ResponsesRequest) -> ChatRequest:
         priority=data.priority,
         cache_salt=data.cache_salt,
         chat_template_kwargs=data.chat_template_kwargs,
+        reasoning_effort=None if data.reasoning is None else data.reasoning.effort,
         response_format=_format(data.text.format) if data.text and data.text.format else None,
         tools=[_tool(tool, f"tools[{i}]") for i, tool in enumerate(data.tools)] if data.tools else None,
         tool_choice=_choice(data.tool_choice),
@@ -65,11 +66,6 @@ def _refuse_unsupported(data: ResponsesRequest) -> None:
         ("background", data.background is True, "responses are not kept here; wait for them, or stream"),
         ("truncation", data.truncation == "auto", "an input that is too long is refused; shorten it"),
         ("top_logprobs", bool(data.top_logprobs), "use /v1/chat/completions for log-probabilities"),
-        (
-            "reasoning.effort",
-            data.reasoning is not None and data.reasoning.effort not in (None, "none"),
-            "is up to the chat template; set its variables in chat_template_kwargs",
-        ),
     ):
         if is_given:
             raise unsupported(field, why)
