@@ -78,8 +78,8 @@ class Thinking(msgspec.Struct, kw_only=True):
 
 class Thread(msgspec.Struct, kw_only=True):
     type: Literal["create", "continue"]
-    """"create" has no effect. "continue" is refused in the way that makes clients send the whole conversation,
-    because conversations are not kept."""
+    """"create" has no effect. "continue" is refused in the way that makes clients send the whole
+    conversation, because conversations are not kept."""
 
 
 class CountRequest(msgspec.Struct, kw_only=True):
