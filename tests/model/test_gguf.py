@@ -260,6 +260,7 @@ def test_without_the_gguf_package_the_extra_is_named(tmp_path: Path, monkeypatch
 TEXTS = [
     "In 2024 the 3 quick brown foxes weren't  jumping.\n\n  Over 1234567 lazy dogs!",
     "naïve café 日本語 😀🎉👩‍👩‍👧",
+    "camelCase ABCdef I'VE https://a.b/c//\n ÀÉîü",
     " leading and trailing  ",
     "tabs\tand\r\nlines\n",
     "<|im_start|>user\nHi there<|im_end|>\n",
@@ -282,19 +283,20 @@ def byte_level_tokenizer(splitter: pre_tokenizers.PreTokenizer) -> Tokenizer:
 
 def splitter_of(pre: str) -> pre_tokenizers.PreTokenizer:
     """The splitting rule of the published model, from transformers where it states one."""
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pre != "qwen2")
+    own = pre in ("qwen2", "gpt-4o")
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not own)
     if pre == "smollm":
         return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), byte_level])
-    if pre == "qwen2":
+    if own:
         from tokenizers import Regex
-        from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
+        from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
 
-        split = pre_tokenizers.Split(Regex(PRETOKENIZE_REGEX), "isolated")
+        split = pre_tokenizers.Split(Regex(GGUF_PRE_TOKENIZER_SPLITS[pre]), "isolated")
         return pre_tokenizers.Sequence([split, byte_level])
     return byte_level
 
 
-@pytest.mark.parametrize("pre", ["smollm", "qwen2", "gpt-2"])
+@pytest.mark.parametrize("pre", ["smollm", "qwen2", "gpt-2", "gpt-4o"])
 def test_byte_level_tokenizer_encodes_as_the_original(tmp_path: Path, pre: str) -> None:
     original = byte_level_tokenizer(splitter_of(pre))
     rebuilt = build_tokenizer(write_tokenizer_gguf(tmp_path / "t.gguf", bpe_fields(original, pre)))
@@ -314,6 +316,7 @@ def test_byte_level_tokenizer_encodes_as_the_original(tmp_path: Path, pre: str) 
         ("smollm", ["1", "2", "3", "4", "5", "6", "7"]),
         ("qwen2", ["1", "2", "3", "4", "5", "6", "7"]),
         ("llama-bpe", ["123", "456", "7"]),
+        ("gpt-4o", ["123", "456", "7"]),
         ("glm4", ["123", "456", "7"]),
         ("refact", ["1", "2", "3", "4", "5", "6", "7"]),
         ("gpt-2", ["1234567"]),

@@ -27,14 +27,21 @@ _WORD_SPLIT = (
     r"| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 """The pattern published with Llama 3 and Qwen 2, which differ in how many digits make one piece."""
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_CASED_SPLIT = (
+    rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+{_CONTRACTIONS}?"
+    rf"|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*{_CONTRACTIONS}?"
+    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+"""The pattern published with GPT-4o's vocabulary (https://github.com/openai/tiktoken), which GPT-OSS has."""
 _THREE_DIGITS = ("llama-bpe", "llama3", "smaug-bpe", "dbrx", "glm4", "chatglm-bpe")
 
 
 def build_tokenizer(source: str | PathLike[str] | GGUFFile) -> Tokenizer | None:
     """Return the file's tokenizer, or None if it is of a kind (or splits text in a way) not known here.
 
-    Byte-level BPE (``gpt2``) with the splitting rules of Llama 3, Qwen 2, GPT-2, SmolLM, OLMo, Granite and
-    GLM-4, and SentencePiece BPE (``llama``). Raises ConfigError if the file or its tokenizer is
+    Byte-level BPE (``gpt2``) with the splitting rules of Llama 3, Qwen 2, GPT-2, SmolLM, OLMo, Granite,
+    GLM-4 and GPT-OSS, and SentencePiece BPE (``llama``). Raises ConfigError if the file or its tokenizer is
     malformed.
     """
     file = open_gguf(source)
@@ -98,12 +105,12 @@ def _splitter(pre: str) -> pre_tokenizers.PreTokenizer | None:
                 pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
             ]
         )
-    if pre not in (*_THREE_DIGITS, "qwen2"):
+    if pre not in (*_THREE_DIGITS, "qwen2", "gpt-4o"):
         return None
-    digits = "" if pre == "qwen2" else "{1,3}"
+    words = _WORD_SPLIT.format(digits="" if pre == "qwen2" else "{1,3}")
     return pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(_WORD_SPLIT.format(digits=digits)), "isolated"),
+            pre_tokenizers.Split(Regex(_CASED_SPLIT if pre == "gpt-4o" else words), "isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
