@@ -223,6 +223,31 @@ async def test_adapters_that_do_not_fit_are_refused_by_name(tmp_path: Path) -> N
             await engine.load_adapter("other", build_any(tmp_path / "gpt2", "gpt2").adapters["plain"])
 
 
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (
+            {"trainable_token_indices": [3, 7]},
+            "trained tokens .* only in models that the native decoder runs",
+        ),
+        ({"modules_to_save": ["lm_head"]}, "trained tokens .* only in models that the native decoder runs"),
+        ({"target_modules": ["wte"]}, "lora_embedding_A': LoRA is supported on embed_tokens of models that"),
+        ({"bias": "lora_only"}, "bias=.lora_only.: only 'none' is supported"),
+        ({"target_modules": ["c_attn", "lm_head"]}, "slots do not hold lm_head.*LoRAConfig.target_modules"),
+    ],
+)
+async def test_adapters_that_only_native_models_take_are_refused_with_the_reason(
+    settings: dict[str, Any], words: str, tmp_path: Path
+) -> None:
+    model: Any = randomize(transformers.AutoModelForCausalLM.from_config(config_of("gpt2")))
+    model.save_pretrained(tmp_path / "model")
+    config = LoraConfig(**{"r": 4, "target_modules": ["c_attn"], "fan_in_fan_out": True, **settings})
+    get_peft_model(model, config).save_pretrained(str(tmp_path / "adapter"))
+    async with engine_of(tmp_path / "model") as engine:
+        with pytest.raises(AdapterInvalid, match=words):
+            await engine.load_adapter("a", tmp_path / "adapter")
+
+
 def test_the_native_decoder_alone_refuses_other_models(tmp_path: Path) -> None:
     config_of("gpt2").save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match="architecture 'gpt2' is not supported"):

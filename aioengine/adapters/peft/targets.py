@@ -70,6 +70,11 @@ _INNER = "model."
 _BASE_WEIGHT = "base_layer.weight"
 # Why a key that is no part of LoRA on a known module is refused: (part of the key, reason).
 _FOREIGN_KEYS = (
+    (
+        "lora_embedding_",
+        "LoRA is supported on embed_tokens of models that the native decoder runs, and on no other "
+        f"embedding: {MERGE}",
+    ),
     ("modules_to_save", f"fully trained modules are not supported: {MERGE}"),
     ("token_adapter", f"{CONFIG_FILE} has no such tokens in trainable_token_indices"),
     (

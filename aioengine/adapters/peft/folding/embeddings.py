@@ -42,12 +42,12 @@ class EmbeddingParts:
     def __init__(self, folder: AdapterFolder, config: PeftLoraConfig, spec: ModelSpec) -> None:
         self._folder, self._spec = folder, spec
         trained = EMBEDDING_MODULES if config.tokens or config.saved else ()
-        names = {module: spec.module_name(NO_LAYER, module) for module in trained}
-        if names and spec.impl != "native":
+        if trained and spec.impl != "native":
             folder.invalid(
-                f"{CONFIG_FILE}: trained embeddings are supported only in models that the native decoder "
-                f"runs: {MERGE}"
+                f"{CONFIG_FILE}: trained tokens (trainable_token_indices, modules_to_save) are supported "
+                f"only in models that the native decoder runs: {MERGE}"
             )
+        names = {module: spec.module_name(NO_LAYER, module) for module in trained}
         self._ids = {module: ids for module, name in names.items() if (ids := config.tokens_of(name))}
         embedded, headed = (self._ids.get(module, ()) for module in EMBEDDING_MODULES)
         tied = spec.tie_embeddings and bool(embedded)
