@@ -83,14 +83,22 @@ struct Steps<Int8> : OneStep {
 template <>
 struct Steps<Int8> {
   using Sums = ri;
-#if defined(__AVX2__) && !defined(__AVX512F__)
-  // Pairs of bytes as pairs of 16 bits.
+#if defined(__AVX2__)
+  // Pairs of bytes as pairs of 16 bits. Their products, added in pairs, take as many instructions as bytes would, whose sums
+  // of two products may not fit into 16 bits.
   static constexpr int COUNT = 2;
   static inline uint32_t left(uint32_t lane, int step) { return (lane >> (8 * step)) & 0x00ff00ffu; }
+#if defined(__AVX512BW__)
+  static inline ru right(ru lanes, int step) {
+    return (ru)_mm512_srai_epi16(step == 0 ? _mm512_slli_epi16((__m512i)lanes, 8) : (__m512i)lanes, 8);
+  }
+  static inline ri add(ri sums, ru a, ru b) { return sums + (ri)_mm512_madd_epi16((__m512i)a, (__m512i)b); }
+#else
   static inline ru right(ru lanes, int step) {
     return (ru)_mm256_srai_epi16(step == 0 ? _mm256_slli_epi16((__m256i)lanes, 8) : (__m256i)lanes, 8);
   }
   static inline ri add(ri sums, ru a, ru b) { return sums + (ri)_mm256_madd_epi16((__m256i)a, (__m256i)b); }
+#endif
 #else
   static constexpr int COUNT = 4;
   static inline uint32_t left(uint32_t lane, int step) { return (lane >> (8 * step)) & 0xff; }
