@@ -215,7 +215,8 @@ class Stepper:
         loop as possible. Returns whether it did."""
         steady = self.core.steady(batch)
         if steady is not None:
-            self._repeating = self._device.repeat(batch, *steady, partial(self._take_repeated, batch))
+            take = partial(self._take_many, batch, contents := batch.contents()._asdict())
+            self._repeating = self._device.repeat(batch, *steady, take)
         if self._repeating is None:
             result = self._device.execute_at_once(batch)
             if result is not None:
@@ -226,11 +227,11 @@ class Stepper:
         finally:
             self._repeating = None
         if result is not None:
-            self._finished(batch._replace(step=self.core.step), result, NO_TIME)
+            self._finished(batch._replace(step=self.core.step), result, NO_TIME, contents)
         return True
 
-    def _take_repeated(self, batch: StepBatch, steps: Repeated, goes_on: bool) -> None:
-        first, contents = self.core.step, batch.contents()._asdict()
+    def _take_many(self, batch: StepBatch, contents: dict[str, Any], steps: Repeated, goes_on: bool) -> None:
+        first = self.core.step
         found = self.core.steps_finished(batch, steps.token, steps.ends, goes_on=goes_on)
         for index, took in enumerate(zip(steps.ends, steps.seconds, found, strict=True)):
             self._note_step(first + index, contents, took, NO_TIME)
@@ -249,10 +250,12 @@ class Stepper:
             self._next = None
             self.core.take_back()
 
-    def _finished(self, batch: StepBatch, result: StepResult, decided: Decided) -> None:
+    def _finished(
+        self, batch: StepBatch, result: StepResult, decided: Decided, contents: dict[str, Any] | None = None
+    ) -> None:
         now = asyncio.get_running_loop().time()
         took = now, result.seconds, self.core.step_finished(batch, result, now)
-        self._note_step(batch.step, batch.contents()._asdict(), took, decided)
+        self._note_step(batch.step, contents or batch.contents()._asdict(), took, decided)
         self.publish()
 
     def _note_step(self, step: int, contents: dict[str, Any], took: Took, decided: Decided) -> None:
