@@ -3,7 +3,7 @@
 ``from aioengine.kernels import AttentionPlan, LoRABatch, get_backend``
 """
 
-from aioengine.kernels.backend import Backend, HeadNorms
+from aioengine.kernels.backend import Backend, HeadNorms, LayerCache, Norm, Rotation, Scores
 from aioengine.kernels.dispatch import available_backends, get_backend
 from aioengine.kernels.plan.attention import AttentionPlan, Span
 from aioengine.kernels.plan.experts import ExpertPlan
@@ -16,9 +16,13 @@ __all__ = [
     "Backend",
     "ExpertPlan",
     "HeadNorms",
+    "LayerCache",
     "LoRABatch",
     "LoRAPool",
+    "Norm",
     "PlainWeight",
+    "Rotation",
+    "Scores",
     "Segment",
     "SlotMemory",
     "Span",

@@ -13,6 +13,17 @@ from aioengine.kernels.slots import LoRAPool
 from aioengine.kernels.weight import Weight
 
 
+class Norm(NamedTuple):
+    """A root-mean-square norm: Zhang & Sennrich, 2019, arXiv:1910.07467."""
+
+    weight: Tensor
+    """[size]"""
+    eps: float
+    offset: float | None = None
+    """Added to the weight. None: the norm is rounded before it is multiplied by the weight, too. With an
+    offset, which may be 0, it is not, as when the models were trained."""
+
+
 class HeadNorms(NamedTuple):
     """Norms of queries and keys before the rotation, which some models have. A norm covers as many heads
     together as its weight is long: one head, or all of them."""
@@ -23,7 +34,45 @@ class HeadNorms(NamedTuple):
     """[d] or [K * d] weight"""
     eps: float
     offset: float | None = None
-    """Offset of the norms' weights, as in :meth:`Backend.add_rms_norm`."""
+    """Offset of the norms' weights, as in :class:`Norm`."""
+
+
+class Rotation(NamedTuple):
+    """Rotation of queries and keys by their positions (RoFormer: Su et al., 2021, arXiv:2104.09864). The
+    dimensions from 2 * half on are not rotated."""
+
+    cos: Tensor
+    """[T, 1, half] float32, contiguous"""
+    sin: Tensor
+    """The same."""
+    neighbours: bool = False
+    """Whether dimension 2 i is paired with 2 i + 1. Otherwise i is paired with i + half."""
+
+
+class LayerCache(NamedTuple):
+    """Keys and values of one layer, each [blocks, block_size, K, d].
+
+    Each backend has its own layout within a block, so it can read only blocks that it has stored itself. A
+    block is contiguous. Both tensors have the same distance from one block to the next; blocks of other
+    layers may lie between.
+    """
+
+    keys: Tensor
+    values: Tensor
+
+
+class Scores(NamedTuple):
+    """What is done with the scores of queries and keys before their softmax."""
+
+    window: int | None = None
+    """A token attends only to the last ``window`` positions up to its own. None: to all."""
+    scale: float | None = None
+    """Factor of all scores; None: ``d ** -0.5``."""
+    soft_cap: float | None = None
+    """After the scale: ``soft_cap * tanh(score / soft_cap)``."""
+    sinks: Tensor | None = None
+    """[H], contiguous: scores of one more key for each head, whose value is zero. They are neither scaled nor
+    capped (Xiao et al., 2023, arXiv:2309.17453)."""
 
 
 class Backend(Protocol):
@@ -31,10 +80,7 @@ class Backend(Protocol):
 
     Shapes: T tokens of N sequences, H query heads and K key heads of size d (H a multiple of K), blocks of
     ``block_size`` tokens, S adapter slots, n slices of a fused linear (3 for q, k and v). Tensors are of the
-    model's dtype and on the backend's device unless it says otherwise; sums are float32. The caches ``keys``
-    and ``values`` have the shape [blocks, block_size, K, d]. Each backend has its own layout within a block,
-    so it can read only blocks that it has stored itself. A block is contiguous. Both caches have the same
-    distance from one block to the next; blocks of other layers may lie between.
+    model's dtype and on the backend's device unless it says otherwise; sums are float32.
 
     Metadata (:class:`AttentionPlan`, :class:`LoRABatch`) is built once for all layers of a step.
     """
@@ -59,21 +105,12 @@ class Backend(Protocol):
         """
 
     def add_rms_norm(
-        self,
-        hidden: Tensor,
-        delta: Tensor | None,
-        weight: Tensor,
-        eps: float,
-        *,
-        offset: float | None = None,
-        factor: float = 1.0,
+        self, hidden: Tensor, delta: Tensor | None, norm: Norm, factor: float = 1.0
     ) -> Tensor:
-        """Compute ``hidden += factor * delta`` in place, if there is a delta, and then the root-mean-square
-        norm times ``weight``, or times ``offset + weight``.
+        """Compute ``hidden += factor * delta`` in place, if there is a delta, and then its norm.
 
-        ``hidden``, ``delta`` [T, size], contiguous, ``weight`` [size]; returns [T, size]. Rounded to the
-        dtype after the sum, after the norm, and after the weight; with an ``offset`` (which may be 0) not
-        before the weight, as when the models were trained. Zhang & Sennrich, 2019, arXiv:1910.07467.
+        ``hidden``, ``delta`` [T, size], contiguous; returns [T, size]. Rounded to the dtype after the sum and
+        after the norm.
         """
 
     def silu_and_mul(self, gate_up: Tensor) -> Tensor:
@@ -100,41 +137,22 @@ class Backend(Protocol):
         self,
         qkv: Tensor,
         norms: HeadNorms | None,
-        cos: Tensor,
-        sin: Tensor,
-        keys: Tensor,
-        values: Tensor,
+        rotation: Rotation,
+        cache: LayerCache,
         plan: AttentionPlan,
-        *,
-        neighbours: bool = False,
     ) -> None:
         """Norms and rotates queries and keys, and stores keys and values into the cells of the plan.
 
-        ``qkv`` [T, H + 2 K, d], contiguous; ``cos``, ``sin`` [T, 1, half] float32, contiguous, dimension i
-        paired with i + half (RoFormer: Su et al., 2021, arXiv:2104.09864), or 2 i with 2 i + 1 if they are
-        ``neighbours``; dimensions from 2 * half on are not rotated. Queries are changed in place; keys may
-        be, too.
+        ``qkv`` [T, H + 2 K, d], contiguous. Queries are changed in place; keys may be, too.
         """
 
     def paged_attention(
-        self,
-        qkv: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        plan: AttentionPlan,
-        window: int | None,
-        *,
-        scale: float | None = None,
-        soft_cap: float | None = None,
-        sinks: Tensor | None = None,
+        self, qkv: Tensor, cache: LayerCache, plan: AttentionPlan, scores: Scores
     ) -> Tensor:
-        """Each token attends to its sequence up to itself, or to the last ``window`` positions of that.
+        """Each token attends to its sequence up to itself.
 
-        ``qkv`` as :meth:`rope_store` left it, which must come first. Returns [T, H * d]. Scores are scaled
-        by ``scale`` (None: ``d ** -0.5``), and then capped: ``soft_cap * tanh(score / soft_cap)``. Query
-        head h reads key head ``h // (H / K)``. ``sinks`` [H], contiguous, are scores of one more key for
-        each head, whose value is zero; they are neither scaled nor capped (Xiao et al., 2023,
-        arXiv:2309.17453). Cells of other sequences, and beyond a sequence's end, may hold anything.
+        ``qkv`` as :meth:`rope_store` left it, which must come first. Returns [T, H * d]. Query head h reads
+        key head ``h // (H / K)``. Cells of other sequences, and beyond a sequence's end, may hold anything.
         """
 
     def lora_shrink(self, x: Tensor, pool: LoRAPool, batch: LoRABatch) -> Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from aioengine.kernels.backend import HeadNorms
+from aioengine.kernels.backend import HeadNorms, LayerCache, Norm, Rotation, Scores
 from aioengine.kernels.plan.attention import AttentionPlan
 from aioengine.kernels.plan.experts import ExpertPlan
 from aioengine.kernels.plan.lora import LoRABatch
@@ -37,19 +37,11 @@ def expert_linear(x: Tensor, weight: Weight, bias: Tensor | None, plan: ExpertPl
     return y
 
 
-def add_rms_norm(
-    hidden: Tensor,
-    delta: Tensor | None,
-    weight: Tensor,
-    eps: float,
-    *,
-    offset: float | None = None,
-    factor: float = 1.0,
-) -> Tensor:
+def add_rms_norm(hidden: Tensor, delta: Tensor | None, norm: Norm, factor: float = 1.0) -> Tensor:
     """``hidden += delta``, then its norm; see :class:`Backend`."""
     if delta is not None:
         hidden.copy_(hidden.float() + factor * delta.float())
-    return _rms_norm(hidden, weight, eps, offset)
+    return _rms_norm(hidden, *norm)
 
 
 def _rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float | None) -> Tensor:
@@ -87,17 +79,10 @@ def soft_cap_(x: Tensor, cap: float) -> None:
 
 
 def rope_store(
-    qkv: Tensor,
-    norms: HeadNorms | None,
-    cos: Tensor,
-    sin: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    plan: AttentionPlan,
-    *,
-    neighbours: bool = False,
+    qkv: Tensor, norms: HeadNorms | None, rotation: Rotation, cache: LayerCache, plan: AttentionPlan
 ) -> None:
     """Norms, rotates and stores, head by head; see :class:`Backend`."""
+    keys, values = cache
     kv_heads = keys.shape[2]
     heads = qkv.shape[1] - 2 * kv_heads
     if norms is not None:
@@ -105,11 +90,11 @@ def rope_store(
             x = qkv[:, begin:end].reshape(len(qkv), -1, len(weight))
             normed = _rms_norm(x, weight, norms.eps, norms.offset)
             qkv[:, begin:end] = normed.reshape(len(qkv), end - begin, -1)
-    half = cos.shape[-1]
-    c, s = cos[:, 0], sin[:, 0]
+    half = rotation.cos.shape[-1]
+    c, s = rotation.cos[:, 0], rotation.sin[:, 0]
     for head in range(heads + kv_heads):
         for i in range(half):
-            pair = [2 * i, 2 * i + 1] if neighbours else [i, i + half]
+            pair = [2 * i, 2 * i + 1] if rotation.neighbours else [i, i + half]
             x1, x2 = qkv[:, head, pair].float().unbind(-1)
             rotated = [x1 * c[:, i] - x2 * s[:, i], x2 * c[:, i] + x1 * s[:, i]]
             qkv[:, head, pair] = torch.stack(rotated, dim=-1).to(qkv.dtype)
@@ -118,18 +103,10 @@ def rope_store(
     values[blocks, offsets] = qkv[:, heads + kv_heads :]
 
 
-def paged_attention(
-    qkv: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    plan: AttentionPlan,
-    window: int | None,
-    *,
-    scale: float | None = None,
-    soft_cap: float | None = None,
-    sinks: Tensor | None = None,
-) -> Tensor:
+def paged_attention(qkv: Tensor, cache: LayerCache, plan: AttentionPlan, scores: Scores) -> Tensor:
     """Attends token by token; see :class:`Backend`."""
+    keys, values = cache
+    window, scale, soft_cap, sinks = scores
     kv_heads, d = keys.shape[2], keys.shape[3]
     heads = qkv.shape[1] - 2 * kv_heads
     out = qkv.new_empty(len(qkv), heads, d)
@@ -142,12 +119,12 @@ def paged_attention(
             k, v = keys[blocks, offsets].float(), values[blocks, offsets].float()
             for head in range(heads):
                 kv_head = head * kv_heads // heads
-                scores = k[:, kv_head] @ qkv[row + i, head].float() * (d**-0.5 if scale is None else scale)
+                found = k[:, kv_head] @ qkv[row + i, head].float() * (d**-0.5 if scale is None else scale)
                 if soft_cap is not None:
-                    scores = soft_cap * torch.tanh(scores / soft_cap)
+                    found = soft_cap * torch.tanh(found / soft_cap)
                 if sinks is not None:
-                    scores = torch.cat([scores, sinks[head : head + 1].float()])
-                out[row + i, head] = scores.softmax(0)[: len(seen)] @ v[:, kv_head]
+                    found = torch.cat([found, sinks[head : head + 1].float()])
+                out[row + i, head] = found.softmax(0)[: len(seen)] @ v[:, kv_head]
     return out.flatten(1)
 
 

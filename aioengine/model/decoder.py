@@ -9,7 +9,8 @@ import msgspec
 import torch
 from torch import Tensor
 
-from aioengine.kernels import AttentionPlan, Backend, HeadNorms, LoRABatch, PlainWeight, Weight
+from aioengine.kernels import AttentionPlan, LoRABatch, PlainWeight, Weight
+from aioengine.kernels.backend import Backend, HeadNorms, LayerCache, Norm, Rotation, Scores
 from aioengine.kernels.blocks import BlockWeight, StackedWeight
 from aioengine.model.adapted import AdaptedLinears
 from aioengine.model.buffer import Arena
@@ -310,13 +311,14 @@ class Decoder:
     def layers_forward(self, inputs: StepInputs, cache: KVCache, slots: LoRASlots | None) -> LastLayer:
         """Return all layers, up to the last norm and the head."""
         spec, plan, kernels = self.spec, inputs.attention, self.kernels
-        rotations = list(zip(*self.ropes.cos_sin(plan.positions), strict=True))
+        angles = zip(*self.ropes.cos_sin(plan.positions), strict=True)
+        rotations = [Rotation(cos, sin, spec.rotary_neighbours) for cos, sin in angles]
         hidden = self.embed(inputs, slots)
         delta: Tensor | None = None  # what is yet to be added to hidden, together with the next norm
         begin, end = self.adapted.split_outputs, self.adapted.split_inputs
         for i, layer in enumerate(self.layers):
             pools, lora = slots.layers[i] if slots else {}, inputs.lora
-            keys, values = cache.k[i], cache.v[i]
+            kv = LayerCache(cache.k[i], cache.v[i])
 
             x = self._sum(hidden, delta, layer.attention_input)
             qkv = begin(layer.qkv, x, pools.get("qkv"), lora).view(len(x), -1, spec.head_dim)
@@ -324,16 +326,9 @@ class Decoder:
             if norms is not None and self.partition.norm_parts > 1:
                 norm_heads(qkv, norms, self.adapted.group)
                 norms = None
-            kernels.rope_store(
-                *(qkv, norms, *rotations[spec.rope_of(i)], keys, values, plan),
-                neighbours=spec.rotary_neighbours,
-            )
-            attended = kernels.paged_attention(
-                *(qkv, keys, values, plan, spec.window(i)),
-                scale=spec.attention_scale,
-                soft_cap=spec.attention_cap,
-                sinks=layer.sinks,
-            )
+            kernels.rope_store(qkv, norms, rotations[spec.rope_of(i)], kv, plan)
+            scores = Scores(spec.window(i), spec.attention_scale, spec.attention_cap, layer.sinks)
+            attended = kernels.paged_attention(qkv, kv, plan, scores)
             delta = end(layer.o, attended, pools.get("o"), lora)
             delta = self._norm_outputs(delta, layer.attention_output)
 
@@ -350,18 +345,15 @@ class Decoder:
         """Adds ``delta`` to ``hidden`` in place, and returns its norm, if there is one."""
         spec = self.spec
         if norm is not None:
-            return self.kernels.add_rms_norm(
-                *(hidden, delta, norm, spec.rms_norm_eps),
-                offset=spec.norm_offset,
-                factor=spec.residual_scale,
-            )
+            of = Norm(norm, spec.rms_norm_eps, spec.norm_offset)
+            return self.kernels.add_rms_norm(hidden, delta, of, spec.residual_scale)
         return hidden if delta is None else hidden.add_(delta, alpha=spec.residual_scale)
 
     def _norm_outputs(self, x: Tensor, norm: Tensor | None) -> Tensor:
-        spec = self.spec
         if norm is None:
             return x
-        return self.kernels.add_rms_norm(x, None, norm, spec.rms_norm_eps, offset=spec.norm_offset)
+        of = Norm(norm, self.spec.rms_norm_eps, self.spec.norm_offset)
+        return self.kernels.add_rms_norm(x, None, of)
 
     def logits(self, last: LastLayer, rows: Tensor, lora: LoRABatch, slots: LoRASlots | None) -> Tensor:
         """Return the logits of the tokens ``rows`` [N], whose adapters ``lora`` has: [N, vocab] in the

@@ -14,7 +14,7 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
-from aioengine.kernels import AttentionPlan, Backend, Span, get_backend
+from aioengine.kernels import AttentionPlan, Backend, LayerCache, Norm, Rotation, Scores, Span, get_backend
 from aioengine.model.decode_graphs import CudaGraphs, DecodeLimits, DecodeSteps, Record
 from aioengine.model.decoder import Decoder
 from aioengine.model.kv_cache import KVCache
@@ -42,17 +42,15 @@ class Attended(NamedTuple):
     """A step's queries, keys and values over a cache."""
 
     qkv: Tensor
-    cos: Tensor
-    sin: Tensor
-    keys: Tensor
-    values: Tensor
+    rotation: Rotation
+    cache: LayerCache
     plan: AttentionPlan
 
     @property
     def nbytes(self) -> int:
         """What attention must read and write at least: queries, what is cached, outputs."""
-        cached = sum(span.start + span.length for span in self.plan.spans) * self.keys[0, 0].numel()
-        queries = self.qkv[:, : -2 * self.keys.shape[2]].numel()
+        cached = sum(span.start + span.length for span in self.plan.spans) * self.cache.keys[0, 0].numel()
+        queries = self.qkv[:, : -2 * self.cache.keys.shape[2]].numel()
         return 2 * self.qkv.element_size() * (queries + cached)
 
 
@@ -71,10 +69,11 @@ def attended(spans: list[tuple[int, int]], spec: ModelSpec, dtype: torch.dtype, 
         return torch.randn(shape, generator=generator, device=device).to(dtype)
 
     heads, kv_heads, d = spec.num_heads, spec.num_kv_heads, spec.head_dim
-    keys, values = (randn(used, BLOCK, kv_heads, d) for _ in range(2))
+    cache = LayerCache(*(randn(used, BLOCK, kv_heads, d) for _ in range(2)))
     angles = torch.rand(rows, 1, d // 2, generator=generator, device=device)
     plan = AttentionPlan(found, tables, BLOCK, device)
-    return Attended(randn(rows, heads + 2 * kv_heads, d), angles.cos(), angles.sin(), keys, values, plan)
+    rotation = Rotation(angles.cos(), angles.sin())
+    return Attended(randn(rows, heads + 2 * kv_heads, d), rotation, cache, plan)
 
 
 def check_layer(device: str, name: str, tolerances: dict[torch.dtype, float]) -> list[str]:
@@ -86,11 +85,11 @@ def check_layer(device: str, name: str, tolerances: dict[torch.dtype, float]) ->
             results = []
             for each in (oracle, backend):
                 a = attended([(0, 1), (17, 1), (300, 1), (0, 70), (40, 30)], small, dtype, device)
-                each.rope_store(a.qkv, None, a.cos, a.sin, a.keys, a.values, a.plan)
-                out = each.paged_attention(a.qkv, a.keys, a.values, a.plan, window)
+                each.rope_store(a.qkv, None, a.rotation, a.cache, a.plan)
+                out = each.paged_attention(a.qkv, a.cache, a.plan, Scores(window))
                 hidden = a.qkv[:, :8].flatten(1).clone()
-                normed = each.add_rms_norm(hidden, out.clone(), out[0].clone(), 1e-5)
-                results.append({"rope": a.qkv[:, :8], "keys": a.keys, "values": a.values, "attention": out})
+                normed = each.add_rms_norm(hidden, out.clone(), Norm(out[0].clone(), 1e-5))
+                results.append({"rope": a.qkv[:, :8], "keys": a.cache.keys, "values": a.cache.values, "attention": out})
                 results[-1] |= {"sum": hidden, "norm": normed, "silu": each.silu_and_mul(hidden)}
             for op, expected in results[0].items():
                 difference = (results[1][op].float() - expected.float()).abs().max()
@@ -114,9 +113,9 @@ def layer_table(dtype: torch.dtype, device: str, timer: Timer, bandwidth: float)
 
     for rows in (1, 32, 2048):
         hidden, delta = torch.randn(2, rows, LLAMA_8B.hidden_size, device=device).to(dtype)
-        weight = torch.ones_like(hidden[0])
+        norm = Norm(torch.ones_like(hidden[0]), 1e-5)
         nbytes = 4 * hidden.nbytes
-        add("sum and norm", f"{rows} tokens", nbytes, lambda k: k.add_rms_norm(hidden, delta, weight, 1e-5))  # noqa: B023
+        add("sum and norm", f"{rows} tokens", nbytes, lambda k: k.add_rms_norm(hidden, delta, norm))  # noqa: B023
         wide = torch.randn(rows, 2 * LLAMA_8B.intermediate_size, device=device).to(dtype)
         add("activation", f"{rows} tokens", 3 * wide.nbytes // 2, lambda k: k.silu_and_mul(wide))  # noqa: B023
     spans = {
@@ -128,9 +127,9 @@ def layer_table(dtype: torch.dtype, device: str, timer: Timer, bandwidth: float)
     }
     for case, of in spans.items():
         a = attended(of, LLAMA_8B, dtype, device)
-        nbytes = 2 * a.qkv.nbytes + a.cos.nbytes * 2
+        nbytes = 2 * a.qkv.nbytes + a.rotation.cos.nbytes * 2
         add("rope and store", case, nbytes, lambda k: k.rope_store(a.qkv, None, *a[1:]))  # noqa: B023
-        add("attention", case, a.nbytes, lambda k: k.paged_attention(a.qkv, *a[3:], None))  # noqa: B023
+        add("attention", case, a.nbytes, lambda k: k.paged_attention(a.qkv, *a[2:], Scores()))  # noqa: B023
     return table
 
 

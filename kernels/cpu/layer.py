@@ -19,19 +19,12 @@ _LANES = 16
 """Block sizes and head dimensions must be multiples of a vector's."""
 
 
-def add_rms_norm(
-    hidden: Tensor,
-    delta: Tensor | None,
-    weight: Tensor,
-    eps: float,
-    *,
-    offset: float | None = None,
-    factor: float = 1.0,
-) -> Tensor:
+def add_rms_norm(hidden: Tensor, delta: Tensor | None, norm: Norm, factor: float = 1.0) -> Tensor:
     """``hidden += delta``, then its norm; see :class:`Backend`."""
     if hidden.dtype not in DTYPES:
-        return plain.add_rms_norm(hidden, delta, weight, eps, offset=offset, factor=factor)
+        return plain.add_rms_norm(hidden, delta, norm, factor)
     assert hidden.is_contiguous() and (delta is None or delta.is_contiguous())
+    weight, eps, offset = norm
     out = torch.empty_like(hidden)
     load().aio_add_rms_norm(
         *(is_bf16(hidden), hidden.data_ptr(), pointer(delta), None, weight.data_ptr(), out.data_ptr()),
@@ -78,19 +71,13 @@ def soft_cap_(x: Tensor, cap: float) -> None:
 
 
 def rope_store(
-    qkv: Tensor,
-    norms: HeadNorms | None,
-    cos: Tensor,
-    sin: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    plan: AttentionPlan,
-    *,
-    neighbours: bool = False,
+    qkv: Tensor, norms: HeadNorms | None, rotation: Rotation, cache: LayerCache, plan: AttentionPlan
 ) -> None:
     """Norms, rotates and stores, with 16 keys as one vector; see :class:`Backend` and ``attention.cpp``."""
+    keys, values = cache
     if not _ours(keys):
-        return plain.rope_store(qkv, norms, cos, sin, keys, values, plan, neighbours=neighbours)
+        return plain.rope_store(qkv, norms, rotation, cache, plan)
+    cos, sin, neighbours = rotation
     assert qkv.is_contiguous() and cos.is_contiguous() and sin.is_contiguous()
     _, block_size, kv_heads, d = keys.shape
     tokens, heads = len(qkv), qkv.shape[1] - 2 * kv_heads
@@ -102,22 +89,12 @@ def rope_store(
     )
 
 
-def paged_attention(
-    qkv: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    plan: AttentionPlan,
-    window: int | None,
-    *,
-    scale: float | None = None,
-    soft_cap: float | None = None,
-    sinks: Tensor | None = None,
-) -> Tensor:
+def paged_attention(qkv: Tensor, cache: LayerCache, plan: AttentionPlan, scores: Scores) -> Tensor:
     """Attends to what is stored, all sequences in one call; see :class:`Backend`."""
+    keys, values = cache
     if not _ours(keys):
-        return plain.paged_attention(
-            *(qkv, keys, values, plan, window), scale=scale, soft_cap=soft_cap, sinks=sinks
-        )
+        return plain.paged_attention(qkv, cache, plan, scores)
+    window, scale, soft_cap, sinks = scores
     _, block_size, kv_heads, d = keys.shape
     heads = qkv.shape[1] - 2 * kv_heads
     assert sinks is None or (sinks.dtype == qkv.dtype and sinks.is_contiguous())

@@ -6,34 +6,19 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from aioengine.kernels.backend import HeadNorms
+from aioengine.kernels.backend import HeadNorms, LayerCache, Norm, Rotation
 from aioengine.kernels.plan.attention import AttentionPlan
 from aioengine.kernels.plan.experts import ExpertPlan
 from aioengine.kernels.portable.cells import put
-from aioengine.kernels.portable.grouped import lora_affine, lora_embed, lora_expand, lora_shrink
-from aioengine.kernels.portable.sdpa import paged_attention
+from aioengine.kernels.portable.grouped import lora_affine as lora_affine
+from aioengine.kernels.portable.grouped import lora_embed as lora_embed
+from aioengine.kernels.portable.grouped import lora_expand as lora_expand
+from aioengine.kernels.portable.grouped import lora_shrink as lora_shrink
+from aioengine.kernels.portable.sdpa import paged_attention as paged_attention
 from aioengine.kernels.weight import Weight
 
 name = "torch"
 capturable = False
-
-__all__ = [
-    "add_rms_norm",
-    "capturable",
-    "clamped_swiglu",
-    "expert_linear",
-    "gelu_and_mul",
-    "linear",
-    "lora_affine",
-    "lora_embed",
-    "lora_expand",
-    "lora_shrink",
-    "name",
-    "paged_attention",
-    "rope_store",
-    "silu_and_mul",
-    "soft_cap_",
-]
 
 
 def linear(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
@@ -52,19 +37,11 @@ def expert_linear(x: Tensor, weight: Weight, bias: Tensor | None, plan: ExpertPl
     return y
 
 
-def add_rms_norm(
-    hidden: Tensor,
-    delta: Tensor | None,
-    weight: Tensor,
-    eps: float,
-    *,
-    offset: float | None = None,
-    factor: float = 1.0,
-) -> Tensor:
+def add_rms_norm(hidden: Tensor, delta: Tensor | None, norm: Norm, factor: float = 1.0) -> Tensor:
     """``hidden += delta``, then its norm; see :class:`Backend`."""
     if delta is not None:
         hidden.add_(delta, alpha=factor)
-    return _rms_norm(hidden, weight, eps, offset)
+    return _rms_norm(hidden, *norm)
 
 
 def silu_and_mul(gate_up: Tensor) -> Tensor:
@@ -93,26 +70,18 @@ def soft_cap_(x: Tensor, cap: float) -> None:
 
 
 def rope_store(
-    qkv: Tensor,
-    norms: HeadNorms | None,
-    cos: Tensor,
-    sin: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    plan: AttentionPlan,
-    *,
-    neighbours: bool = False,
+    qkv: Tensor, norms: HeadNorms | None, rotation: Rotation, cache: LayerCache, plan: AttentionPlan
 ) -> None:
     """Norms, rotates and stores; see :class:`Backend`."""
-    kv_heads = keys.shape[2]
+    kv_heads = cache.keys.shape[2]
     q, k, v = qkv.tensor_split([-2 * kv_heads, -kv_heads], dim=1)
     if norms is not None:
         for x, weight in ((q, norms.q), (k, norms.k)):
             normed = _rms_norm(x.reshape(len(x), -1, len(weight)), weight, norms.eps, norms.offset)
             x.copy_(normed.view(x.shape))
-    _rotate_(qkv[:, :-kv_heads], cos, sin, neighbours)
-    put(keys, plan.cells, k)
-    put(values, plan.cells, v)
+    _rotate_(qkv[:, :-kv_heads], *rotation)
+    put(cache.keys, plan.cells, k)
+    put(cache.values, plan.cells, v)
 
 
 def _rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float | None) -> Tensor:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from aioengine.kernels.backend import LayerCache, Scores
 from aioengine.kernels.plan.attention import AttentionPlan, Span, locate
 from aioengine.kernels.portable.cells import take
 from aioengine.kernels.transfer import send
@@ -110,18 +111,10 @@ def _additive(allowed: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros(allowed.shape, dtype=dtype).masked_fill_(~allowed, float("-inf"))
 
 
-def paged_attention(
-    qkv: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    plan: AttentionPlan,
-    window: int | None,
-    *,
-    scale: float | None = None,
-    soft_cap: float | None = None,
-    sinks: Tensor | None = None,
-) -> Tensor:
+def paged_attention(qkv: Tensor, cache: LayerCache, plan: AttentionPlan, scores: Scores) -> Tensor:
     """Attends to what is stored; see :class:`aioengine.kernels.backend.Backend`."""
+    keys, values = cache
+    window, scale, soft_cap, sinks = scores
     tokens, kv_heads, d = len(qkv), keys.shape[2], keys.shape[3]
     q, k, v = qkv.tensor_split([-2 * kv_heads, -kv_heads], dim=1)
     # Query head h reads key head h // group: regrouped, grouped-query attention is a batch dimension.

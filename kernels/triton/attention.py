@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from aioengine.kernels.backend import LayerCache, Scores
 from aioengine.kernels.plan.attention import AttentionPlan
 from aioengine.kernels.triton.jit.attention import attention_kernel
 from aioengine.kernels.triton.launch import on, power_of_two
@@ -57,48 +58,30 @@ def rows_of_prompts(bits: int) -> int:
     return MANY_ROWS if bits == 16 else FEW_ROWS
 
 
-def paged_attention(
-    qkv: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    plan: AttentionPlan,
-    window: int | None,
-    *,
-    scale: float | None = None,
-    soft_cap: float | None = None,
-    sinks: Tensor | None = None,
-) -> Tensor:
+def paged_attention(qkv: Tensor, cache: LayerCache, plan: AttentionPlan, scores: Scores) -> Tensor:
     """Attends to what is stored; see :class:`Backend`."""
-    kv_heads, d = keys.shape[2], keys.shape[3]
+    kv_heads, d = cache.keys.shape[2:]
     out = qkv.new_empty(len(qkv), (qkv.shape[1] - 2 * kv_heads) * d)
     work = plan.derive(QueryTiles)
     bits = 8 * qkv.element_size()
     for tiles in work.of(qkv.shape[1] // kv_heads - 2, rows_of_prompts(bits)):
         config = attention_config(tiles, kv_heads, d, bits)
-        attend(
-            *(qkv, keys, values, plan, window, tiles, config, out),
-            scale=scale,
-            soft_cap=soft_cap,
-            sinks=sinks,
-        )
+        attend(qkv, cache, plan, scores, tiles, config, out)
     return out
 
 
 def attend(
     qkv: Tensor,
-    keys: Tensor,
-    values: Tensor,
+    cache: LayerCache,
     plan: AttentionPlan,
-    window: int | None,
+    scores: Scores,
     tiles: Tiles,
     config: AttentionConfig,
     out: Tensor,
-    *,
-    scale: float | None = None,
-    soft_cap: float | None = None,
-    sinks: Tensor | None = None,
 ) -> None:
     """:func:`paged_attention` of some tiles, with a configuration of the caller's choice."""
+    keys, values = cache
+    window, scale, soft_cap, sinks = scores
     _, block_size, kv_heads, d = keys.shape
     block_n, splits, num_warps, num_stages = config
     block_d = max(16, power_of_two(d))

@@ -15,43 +15,24 @@ import flashinfer
 import torch
 from torch import Tensor
 
+from aioengine.kernels.backend import LayerCache, Scores
 from aioengine.kernels.plan.attention import AttentionPlan
 from aioengine.kernels.triton import attention
-from aioengine.kernels.triton.backend import (
-    add_rms_norm,
-    clamped_swiglu,
-    expert_linear,
-    gelu_and_mul,
-    linear,
-    lora_affine,
-    lora_embed,
-    lora_expand,
-    lora_shrink,
-    rope_store,
-    silu_and_mul,
-    soft_cap_,
-)
+from aioengine.kernels.triton.backend import add_rms_norm as add_rms_norm
+from aioengine.kernels.triton.backend import clamped_swiglu as clamped_swiglu
+from aioengine.kernels.triton.backend import expert_linear as expert_linear
+from aioengine.kernels.triton.backend import gelu_and_mul as gelu_and_mul
+from aioengine.kernels.triton.backend import linear as linear
+from aioengine.kernels.triton.backend import lora_affine as lora_affine
+from aioengine.kernels.triton.backend import lora_embed as lora_embed
+from aioengine.kernels.triton.backend import lora_expand as lora_expand
+from aioengine.kernels.triton.backend import lora_shrink as lora_shrink
+from aioengine.kernels.triton.backend import rope_store as rope_store
+from aioengine.kernels.triton.backend import silu_and_mul as silu_and_mul
+from aioengine.kernels.triton.backend import soft_cap_ as soft_cap_
 
 name = "flashinfer"
 capturable = True
-
-__all__ = [
-    "add_rms_norm",
-    "capturable",
-    "clamped_swiglu",
-    "expert_linear",
-    "gelu_and_mul",
-    "linear",
-    "lora_affine",
-    "lora_embed",
-    "lora_expand",
-    "lora_shrink",
-    "name",
-    "paged_attention",
-    "rope_store",
-    "silu_and_mul",
-    "soft_cap_",
-]
 
 HEAD_DIMS = (64, 128, 256)
 """Head sizes that FlashInfer has kernels for; others, and float32, use the Triton kernels, and so do scores
@@ -63,27 +44,15 @@ _mine = threading.local()
 """A thread's wrappers, which hold the plan of a step: a model steps in one thread."""
 
 
-def paged_attention(
-    qkv: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    plan: AttentionPlan,
-    window: int | None,
-    *,
-    scale: float | None = None,
-    soft_cap: float | None = None,
-    sinks: Tensor | None = None,
-) -> Tensor:
+def paged_attention(qkv: Tensor, cache: LayerCache, plan: AttentionPlan, scores: Scores) -> Tensor:
     """Attends to what is stored; see :class:`aioengine.kernels.backend.Backend`."""
-    kv_heads, d = keys.shape[2], keys.shape[3]
-    usual = scale is None and soft_cap is None and sinks is None
+    kv_heads, d = cache.keys.shape[2:]
+    usual = scores.scale is None and scores.soft_cap is None and scores.sinks is None
     if not (plan.spans and usual and d in HEAD_DIMS) or qkv.dtype == torch.float32:
-        return attention.paged_attention(
-            *(qkv, keys, values, plan, window), scale=scale, soft_cap=soft_cap, sinks=sinks
-        )
+        return attention.paged_attention(qkv, cache, plan, scores)
     heads = qkv.shape[1] - 2 * kv_heads
     planned = plan.derive(_Planned)
-    found: Tensor = planned.of(window, heads, keys).run(qkv[:, :heads].contiguous(), (keys, values))
+    found: Tensor = planned.of(scores.window, heads, cache.keys).run(qkv[:, :heads].contiguous(), tuple(cache))
     return found.flatten(1)
 
 

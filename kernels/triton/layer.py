@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from aioengine.kernels.backend import HeadNorms
+from aioengine.kernels.backend import HeadNorms, LayerCache, Norm, Rotation
 from aioengine.kernels.plan.attention import AttentionPlan
 from aioengine.kernels.triton.jit.layer import (
     KINDS,
@@ -30,16 +30,9 @@ def rope_heads(head_dim: int) -> int:
     return max(1, ROPE_ELEMENTS // power_of_two(head_dim))
 
 
-def add_rms_norm(
-    hidden: Tensor,
-    delta: Tensor | None,
-    weight: Tensor,
-    eps: float,
-    *,
-    offset: float | None = None,
-    factor: float = 1.0,
-) -> Tensor:
+def add_rms_norm(hidden: Tensor, delta: Tensor | None, norm: Norm, factor: float = 1.0) -> Tensor:
     """``hidden += delta``, then its norm; see :class:`Backend`."""
+    weight, eps, offset = norm
     rows, size = hidden.shape
     assert hidden.is_contiguous() and (delta is None or delta.is_contiguous())
     out = torch.empty_like(hidden)
@@ -95,17 +88,11 @@ def _activate(gate_up: Tensor, kind: str, alpha: float = 1.0, limit: float = 0.0
 
 
 def rope_store(
-    qkv: Tensor,
-    norms: HeadNorms | None,
-    cos: Tensor,
-    sin: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    plan: AttentionPlan,
-    *,
-    neighbours: bool = False,
+    qkv: Tensor, norms: HeadNorms | None, rotation: Rotation, cache: LayerCache, plan: AttentionPlan
 ) -> None:
     """Norms, rotates and stores; see :class:`Backend`."""
+    keys, values = cache
+    cos, sin, neighbours = rotation
     assert qkv.is_contiguous() and keys[0].is_contiguous() and values.stride() == keys.stride()
     assert cos.is_contiguous() and sin.is_contiguous()
     tokens, all_heads, d = qkv.shape

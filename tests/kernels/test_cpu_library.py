@@ -14,7 +14,16 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
-from aioengine.kernels import AttentionPlan, PlainWeight, Span, get_backend, reference
+from aioengine.kernels import (
+    AttentionPlan,
+    LayerCache,
+    Norm,
+    PlainWeight,
+    Rotation,
+    Span,
+    get_backend,
+    reference,
+)
 from aioengine.kernels.cpu import build, shared_library
 from aioengine.kernels.cpu.int4 import Int4Weight
 from aioengine.kernels.cpu.packed import PackedWeight
@@ -212,7 +221,8 @@ def test_rotation(lib: ctypes.CDLL, dtype: torch.dtype) -> None:
     expected = qkv.clone()
     keys, values = torch.zeros(2, 1, 16, kv, d, dtype=dtype)
     plan = AttentionPlan([Span(0, tokens, 0)], [[0]], 16)
-    reference.rope_store(expected, None, cos, sin, keys.clone(), values.clone(), plan)
+    cache = LayerCache(keys.clone(), values.clone())
+    reference.rope_store(expected, None, Rotation(cos, sin), cache, plan)
     lib.aio_rope_store(
         *(
             bf16(qkv),

@@ -13,7 +13,7 @@ import torch
 from support.layer_cases import LayerCase, close, run
 from torch import Tensor
 
-from aioengine.kernels import available_backends, dispatch, get_backend, reference, triton
+from aioengine.kernels import LayerCache, available_backends, dispatch, get_backend, reference, triton
 from aioengine.kernels.portable import plain
 
 pytest.importorskip("triton")
@@ -99,8 +99,8 @@ def test_what_it_has_no_kernels_for_is_left_to_triton(backend: Any, monkeypatch:
 
     asked: list[torch.Size] = []
 
-    def ours(qkv: Tensor, keys: Tensor, *_: object, **__: object) -> Tensor:
-        asked.append(keys.shape)
+    def ours(qkv: Tensor, cache: LayerCache, *_: object) -> Tensor:
+        asked.append(cache.keys.shape)
         return qkv.new_zeros(len(qkv), 1)
 
     monkeypatch.setattr(attention, "paged_attention", ours)

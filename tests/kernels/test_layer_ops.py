@@ -18,12 +18,22 @@ from torch.nn import functional as F
 from transformers.models.gpt_oss.configuration_gpt_oss import GptOssConfig
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts, eager_attention_forward
 
-from aioengine.kernels import AttentionPlan, PlainWeight, Span, available_backends, get_backend
+from aioengine.kernels import (
+    AttentionPlan,
+    Norm,
+    PlainWeight,
+    Rotation,
+    Scores,
+    Span,
+    available_backends,
+    get_backend,
+)
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 BACKENDS = ["triton"] if INTERPRETED else [n for n in available_backends("cpu") if n != "reference"]
 EXAMPLES = 10 if INTERPRETED else 60
 REFERENCE = get_backend("cpu", "reference")
+UNTURNED = Rotation(torch.ones(9, 1, 8), torch.zeros(9, 1, 8))
 DTYPES = [torch.float32, torch.bfloat16]
 TINY = {"hidden_size": 8, "intermediate_size": 8, "num_local_experts": 1}
 DEVICES = [("cpu", name) for name in BACKENDS]
@@ -98,10 +108,9 @@ def test_norm_and_activation(device: str, name: str, dtype: torch.dtype, rows: i
     weight = torch.randn(size).to(dtype)
     for added, offset, factor in itertools.product((None, delta), (None, 0.0, 1.0), (1.0, 0.25)):
         true, total = hidden.clone(), hidden.clone().to(device)
-        options = {"offset": offset, "factor": factor}
-        expected = REFERENCE.add_rms_norm(true, added, weight, 1e-5, **options)
+        expected = REFERENCE.add_rms_norm(true, added, Norm(weight, 1e-5, offset), factor)
         there = None if added is None else added.to(device)
-        found = backend.add_rms_norm(total, there, weight.to(device), 1e-5, **options)
+        found = backend.add_rms_norm(total, there, Norm(weight.to(device), 1e-5, offset), factor)
         close([total.cpu(), found.cpu()], [true, expected])
         assert INTERPRETED or torch.equal(total.cpu(), true)  # the interpreter cuts bfloat16 off
     gate_up = (8 * torch.randn(rows, 2 * size)).to(dtype)
@@ -135,14 +144,14 @@ def test_norms_of_no_rows(device: str, name: str) -> None:
     """A step in which nobody asks for a token."""
     backend, weight = get_backend(device, name), torch.ones(16, device=device)
     empty = torch.empty(0, 16, device=device)
-    assert backend.add_rms_norm(empty, empty.clone(), weight, 1e-5).shape == (0, 16)
+    assert backend.add_rms_norm(empty, empty.clone(), Norm(weight, 1e-5)).shape == (0, 16)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_reference_is_the_definition(dtype: torch.dtype) -> None:
     hidden, weight = torch.randn(3, 32).to(dtype), torch.randn(32).to(dtype)
     expected = F.rms_norm(hidden.float(), (32,), weight.float(), 1e-5).to(dtype)
-    close([REFERENCE.add_rms_norm(hidden.clone(), None, weight, 1e-5)], [expected])
+    close([REFERENCE.add_rms_norm(hidden.clone(), None, Norm(weight, 1e-5))], [expected])
     gate, up = torch.randn(2, 3, 32).to(dtype)
     both = torch.cat([gate, up], 1)
     close([REFERENCE.silu_and_mul(both)], [F.silu(gate.float()).mul(up.float()).to(dtype)])
@@ -160,9 +169,9 @@ def test_reference_attention_is_the_definition() -> None:
     plan = AttentionPlan([Span(0, 9, 0)], layer.tables, 4)
     qkv = torch.randn(9, 8, 16)
     q, k, v = (t.transpose(0, 1) for t in qkv.clone().split([4, 2, 2], dim=1))
-    REFERENCE.rope_store(qkv, None, torch.ones(9, 1, 8), torch.zeros(9, 1, 8), layer.keys, layer.values, plan)
+    REFERENCE.rope_store(qkv, None, UNTURNED, layer.cache, plan)
     expected = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-    found = REFERENCE.paged_attention(qkv, layer.keys, layer.values, plan, None)
+    found = REFERENCE.paged_attention(qkv, layer.cache, plan, Scores())
     close([found], [expected.transpose(0, 1).flatten(1)])
 
 
@@ -172,10 +181,10 @@ def test_reference_sinks_are_the_definition() -> None:
     plan = AttentionPlan([Span(0, 9, 0)], layer.tables, 4)
     qkv, sinks = torch.randn(9, 8, 16), torch.randn(4)
     q, k, v = (t.transpose(0, 1)[None] for t in qkv.clone().split([4, 2, 2], dim=1))
-    REFERENCE.rope_store(qkv, None, torch.ones(9, 1, 8), torch.zeros(9, 1, 8), layer.keys, layer.values, plan)
+    REFERENCE.rope_store(qkv, None, UNTURNED, layer.cache, plan)
     module = torch.nn.Module()
     module.num_key_value_groups, module.sinks = 2, sinks
     mask = torch.full((9, 9), float("-inf")).triu(1)
     expected, _ = eager_attention_forward(module, q, k, v, mask, scaling=16**-0.5)
-    found = REFERENCE.paged_attention(qkv, layer.keys, layer.values, plan, None, sinks=sinks)
+    found = REFERENCE.paged_attention(qkv, layer.cache, plan, Scores(sinks=sinks))
     close([found], [expected[0].flatten(1)])

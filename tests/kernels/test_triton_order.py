@@ -12,7 +12,7 @@ import torch
 from support.lora_cases import Case, make_case
 from torch import Tensor
 
-from aioengine.kernels import AttentionPlan, LoRABatch, Span
+from aioengine.kernels import AttentionPlan, LayerCache, LoRABatch, Scores, Span
 
 lora = pytest.importorskip("aioengine.kernels.triton.lora")
 attention = pytest.importorskip("aioengine.kernels.triton.attention")
@@ -67,14 +67,14 @@ def test_attentions_parts_of_keys(
     generator = torch.Generator().manual_seed(0)
     width = (max(starts) + length) // block + 1
     shape = (len(starts) * width, block, kv_heads, d)
-    keys, values = (torch.randn(shape, generator=generator).to(dtype).to(DEVICE) for _ in range(2))
+    cache = LayerCache(*(torch.randn(shape, generator=generator).to(dtype).to(DEVICE) for _ in range(2)))
     rows = torch.randn(len(starts) * length, heads + 2 * kv_heads, d, generator=generator).to(dtype)
     rows = 2 * rows.to(DEVICE)
     tables = [list(range(i * width, (i + 1) * width)) for i in range(len(starts))]
 
     def attend(spans: list[Span], which: list[int], qkv: Tensor) -> Tensor:
         plan = AttentionPlan(spans, [tables[i] for i in which], block, DEVICE)
-        out: Tensor = attention.paged_attention(qkv.contiguous(), keys, values, plan, window)
+        out: Tensor = attention.paged_attention(qkv.contiguous(), cache, plan, Scores(window))
         return out.cpu()
 
     spans = [Span(i * length, length, start) for i, start in enumerate(starts)]

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from aioengine.kernels import AttentionPlan, Backend, HeadNorms, Span
+from aioengine.kernels import AttentionPlan, Backend, HeadNorms, LayerCache, Rotation, Scores, Span
 
 
 class LayerCase(NamedTuple):
@@ -50,7 +50,7 @@ class Layer:
         self.tables = [[blocks.pop() for _ in range(count)] for count in counts]
         shape = (sum(counts) + 3, case.block_size, case.kv_heads, case.head_dim)
         both = torch.full((shape[0], 2, *shape[1:]), math.nan, dtype=case.dtype, device=device)
-        self.keys, self.values = both[:, 0], both[:, 1]  # what lies between two blocks of keys is not keys
+        self.cache = LayerCache(both[:, 0], both[:, 1])  # what lies between two blocks of keys is not keys
         self.norms = None
         if case.norms:
             counts = (case.heads, case.kv_heads) if case.whole_norms else (1, 1)
@@ -74,16 +74,10 @@ class Layer:
         pairs = case.rotated or case.head_dim // 2
         frequencies = 100.0 ** -torch.linspace(0, 1, pairs, device=self.device)
         angles = plan.positions[:, None, None] * frequencies
-        backend.rope_store(
-            *(qkv, self.norms, angles.cos(), angles.sin(), self.keys, self.values, plan),
-            neighbours=case.neighbours,
-        )
-        out = backend.paged_attention(
-            *(qkv, self.keys, self.values, plan, case.window),
-            scale=case.scale,
-            soft_cap=case.soft_cap,
-            sinks=self.sinks,
-        )
+        rotation = Rotation(angles.cos(), angles.sin(), case.neighbours)
+        backend.rope_store(qkv, self.norms, rotation, self.cache, plan)
+        scores = Scores(case.window, case.scale, case.soft_cap, self.sinks)
+        out = backend.paged_attention(qkv, self.cache, plan, scores)
         return qkv[:, : case.heads].cpu(), out.cpu()
 
     def _randn(self, *shape: int) -> Tensor:

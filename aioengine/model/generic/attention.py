@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from aioengine.kernels import AttentionPlan, Backend
+from aioengine.kernels import AttentionPlan, Backend, LayerCache, Rotation, Scores
 from aioengine.kernels.plan.attention import locate
 from aioengine.kernels.portable.cells import put, take
 from aioengine.kernels.portable.sdpa import Chunk, DecodeGroup, Window, Windows
@@ -86,8 +86,9 @@ def _attend(
     d, e = q.shape[-1], v.shape[-1]
     if softcap is None and s_aux is None and not kind.odd and d == e and k.shape == v.shape and d % 2 == 0:
         qkv = torch.cat([q * (scale * d**0.5), k, v], dim=1)
-        attends.kernels.rope_store(qkv, None, *_no_rotation(step, d), keys, values, step.plan)
-        out = attends.kernels.paged_attention(qkv, keys, values, step.plan, kind.window)
+        cache = LayerCache(keys, values)
+        attends.kernels.rope_store(qkv, None, _no_rotation(step, d), cache, step.plan)
+        out = attends.kernels.paged_attention(qkv, cache, step.plan, Scores(kind.window))
         return out.view(1, len(q), -1, e), None
     put(keys, step.plan.cells, k)
     put(values, step.plan.cells, v)
@@ -108,13 +109,13 @@ def _batched(rows: Tensor, batch: int) -> Tensor:
     return rows.view(batch, -1, *rows.shape[1:]).transpose(1, 2)
 
 
-def _no_rotation(step: Step, d: int) -> tuple[Tensor, Tensor]:
-    """Cosines and sines that leave everything where it is."""
+def _no_rotation(step: Step, d: int) -> Rotation:
+    """Return a rotation that leaves everything where it is."""
     assert step.plan is not None
     if d not in step.made:
         cos = torch.ones(len(step.plan.positions), 1, d // 2, device=step.plan.device)
-        step.made[d] = cos, torch.zeros_like(cos)
-    made: tuple[Tensor, Tensor] = step.made[d]
+        step.made[d] = Rotation(cos, torch.zeros_like(cos))
+    made: Rotation = step.made[d]
     return made
 
 
