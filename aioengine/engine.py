@@ -45,17 +45,7 @@ from aioengine.request import (
     split_keywords,
 )
 from aioengine.runtime.adapters import AdapterOps
-from aioengine.runtime.assemble import (
-    Built,
-    build,
-    build_labels,
-    build_with_workers,
-    choose_policy,
-    core_limits,
-    engine_info,
-    kv_settings,
-    memory_unplanned,
-)
+from aioengine.runtime import assemble
 from aioengine.runtime.event_stream import BUFFER, EventStream, EventStreams
 from aioengine.runtime.loop import Stepper
 from aioengine.runtime.output import RequestOutput
@@ -133,7 +123,7 @@ class AsyncEngine:
         self.leaving = False
         """Set by a server that is about to stop, or that finishes its accepted requests; ``state`` is then
         "draining"."""
-        self._policy = choose_policy(config, policy)
+        self._policy = assemble.choose_policy(config, policy)
         self._resolver = resolver
         self._state: EngineState = "new"
         self._shutdown_task: asyncio.Task[None] | None = None
@@ -176,11 +166,11 @@ class AsyncEngine:
         from aioengine.metrics import EngineMetrics  # prometheus_client is slow to import
 
         self._work = work
-        self._built: Built = built
+        self._built: assemble.Built = built
         self._plan = built.plan
-        self._info = engine_info(__version__, built)
-        self._counters.memory_unplanned = memory_unplanned(built)
-        self._core = Core(core_limits(self.config, built), self._policy, timer=built.timer, costs=built.costs)
+        self._info = assemble.engine_info(__version__, built)
+        self._counters.memory_unplanned = assemble.memory_unplanned(built)
+        self._core = Core(assemble.core_limits(self.config, built), self._policy, timer=built.timer, costs=built.costs)
         for batch, seconds in built.first_steps:
             self._core.learn(batch, seconds)
         self._stepper = Stepper(
@@ -199,7 +189,7 @@ class AsyncEngine:
                 built.device,
                 self._prefix_files,
                 built.model_files,
-                kv_settings(self._info, built.plan),
+                assemble.kv_settings(self._info, built.plan),
             )
         self._submitter = Submitter(
             self._stepper,
@@ -209,7 +199,7 @@ class AsyncEngine:
             check_running=self._check_running,
             prefixes=self._prefixes,
         )
-        self.build = build_labels(self._info)
+        self.build = assemble.build_labels(self._info)
         """Labels of the metric ``aioengine_build_info``, which say what runs here."""
         self._event_streams = EventStreams()
         self._metrics: EngineMetrics = EngineMetrics(
@@ -231,13 +221,13 @@ class AsyncEngine:
         self._stepper.start()
         self._state = "running"
 
-    async def _build(self, work: ThreadPoolExecutor, progress: LoadProgress | None) -> Built:
+    async def _build(self, work: ThreadPoolExecutor, progress: LoadProgress | None) -> assemble.Built:
         """Build the engine's parts; the policy lab overrides it."""
         loop = asyncio.get_running_loop()
         if self.config.executor != "thread":
-            built = await build_with_workers(self.config, self._resolver, progress, work)
+            built = await assemble.build_with_workers(self.config, self._resolver, progress, work)
         else:
-            built = await loop.run_in_executor(work, build, self.config, self._resolver, progress)
+            built = await loop.run_in_executor(work, assemble.build, self.config, self._resolver, progress)
         try:
             first_steps = await warm_up(built.device, built.plan, self.config)
             taken = await built.device.memory_taken(built.plan)
@@ -537,7 +527,7 @@ class AsyncEngine:
         name."""
         self._check_started()
         config = msgspec.structs.replace(self.config, policy=policy)
-        self._core.guard.change(choose_policy(config, None))
+        self._core.guard.change(assemble.choose_policy(config, None))
         self.config = config
         self._stepper.wake()
 

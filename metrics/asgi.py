@@ -20,16 +20,7 @@ from prometheus_client.exposition import choose_encoder, gzip_accepted
 
 from aioengine.errors import EngineStopped
 from aioengine.metrics.page.feed import Feed, WatchedEngine, Watcher
-from aioengine.metrics.page.plumbing import (
-    Headers,
-    Receive,
-    Scope,
-    Send,
-    answer_no_http,
-    below_mount,
-    disconnected,
-    respond,
-)
+from aioengine.metrics.page import plumbing
 from aioengine.metrics.page.targets import PARAMETER, ManySources, scrape_targets
 from aioengine.runtime.tasks import end_tasks
 
@@ -40,7 +31,7 @@ SEND_SECONDS = 30.0
 MAX_STREAMS = 100
 """Maximum number of pages that are served at once; one address may have half of what others leave."""
 
-_SECURITY: Headers = [
+_SECURITY: plumbing.Headers = [
     (
         b"content-security-policy",
         b"default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "
@@ -87,14 +78,14 @@ class MetricsApp:
         for stream in self._streams:
             stream.cancel()
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def __call__(self, scope: plumbing.Scope, receive: plumbing.Receive, send: plumbing.Send) -> None:
         if scope["type"] == "http":
             await self._http(scope, receive, send)
         else:
-            await answer_no_http(scope, receive, send, self.close)
+            await plumbing.answer_no_http(scope, receive, send, self.close)
 
-    async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
-        path, root = below_mount(scope)
+    async def _http(self, scope: plumbing.Scope, receive: plumbing.Receive, send: plumbing.Send) -> None:
+        path, root = plumbing.below_mount(scope)
         path = path if root else path or "/"
         head = scope["method"] == "HEAD"
         asset = path.removeprefix("/assets/")
@@ -113,15 +104,15 @@ class MetricsApp:
         elif path == "/metrics/targets":
             body = scrape_targets(scope, root, self._engine.metrics)
             headers = [(b"content-type", b"application/json"), (b"cache-control", b"no-store"), *_SECURITY]
-            await respond(send, 200, headers, body, head=head)
+            await plumbing.respond(send, 200, headers, body, head=head)
         elif path == "/events":
             await self._events(scope, receive, send, head)
         else:
             name = "page.html" if path == "/" else asset
             headers = [(b"content-type", _TYPES[Path(name).suffix]), (b"cache-control", b"no-cache")]
-            await respond(send, 200, [*headers, *_SECURITY], self._files[name], head=head)
+            await plumbing.respond(send, 200, [*headers, *_SECURITY], self._files[name], head=head)
 
-    async def _metrics(self, scope: Scope, send: Send, head: bool) -> None:
+    async def _metrics(self, scope: plumbing.Scope, send: plumbing.Send, head: bool) -> None:
         query = parse_qs(scope.get("query_string", b"").decode("latin-1"))
         names, source = query.get("name[]"), query.get(PARAMETER, [None])[-1]
         accept = _header(scope, b"accept")
@@ -152,9 +143,9 @@ class MetricsApp:
         if compress:
             headers.append((b"content-encoding", b"gzip"))
         headers = [*headers, (b"cache-control", b"no-store"), *_SECURITY]
-        await respond(send, 200, headers, body, head=head)
+        await plumbing.respond(send, 200, headers, body, head=head)
 
-    async def _events(self, scope: Scope, receive: Receive, send: Send, head: bool) -> None:
+    async def _events(self, scope: plumbing.Scope, receive: plumbing.Receive, send: plumbing.Send, head: bool) -> None:
         headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-store")]
         headers.append((b"x-accel-buffering", b"no"))  # nginx would collect the stream otherwise
         start = {"type": "http.response.start", "status": 200, "headers": [*headers, *_SECURITY]}
@@ -173,7 +164,7 @@ class MetricsApp:
         except EngineStopped as error:
             await _text(send, 503, str(error), head)
             return
-        gone = loop.create_task(disconnected(receive), name="aioengine-page-client")
+        gone = loop.create_task(plumbing.disconnected(receive), name="aioengine-page-client")
         self._streams.add(gone)
         self._watching_from[client] += 1
         try:
@@ -191,7 +182,7 @@ class MetricsApp:
             watcher.close()
             await end_tasks([gone])
 
-    async def _stream(self, watcher: Watcher, send: Send, gone: asyncio.Task[None]) -> None:
+    async def _stream(self, watcher: Watcher, send: plumbing.Send, gone: asyncio.Task[None]) -> None:
         """Send updates until the client is gone, or reads none for ``SEND_SECONDS``."""
         loop = asyncio.get_running_loop()
         while not gone.done():
@@ -236,10 +227,10 @@ async def serve_page(engine: WatchedEngine, host: str = "127.0.0.1", port: int =
         yield url
 
 
-def _header(scope: Scope, name: bytes) -> str:
+def _header(scope: plumbing.Scope, name: bytes) -> str:
     return ",".join(value.decode("latin-1") for key, value in scope["headers"] if key.lower() == name)
 
 
-async def _text(send: Send, status: int, text: str, head: bool, headers: Headers = ()) -> None:
+async def _text(send: plumbing.Send, status: int, text: str, head: bool, headers: plumbing.Headers = ()) -> None:
     plain = [(b"content-type", b"text/plain; charset=utf-8"), *headers, *_SECURITY]
-    await respond(send, status, plain, f"{text}\n".encode(), head=head)
+    await plumbing.respond(send, status, plain, f"{text}\n".encode(), head=head)

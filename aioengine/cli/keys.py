@@ -12,15 +12,7 @@ from cyclopts import Parameter
 
 from aioengine.cli.common import CommonFlags
 from aioengine.errors import ConfigError
-from aioengine.server.access.keys import (
-    SHORTEST_KEY,
-    KeyEntry,
-    Limits,
-    hash_key,
-    new_key,
-    parse_keys_file,
-    read_keys_file,
-)
+from aioengine.server.access import keys
 
 _LIST = Parameter(negative="")
 
@@ -42,13 +34,13 @@ def new(
         scope: metrics, generate, adapters or admin; can be given more than once; generate by default.
         adapter: Adapter, or pattern such as team-a/*, that it may use; any by default.
     """
-    key = new_key()
-    lines = ["", "[[keys]]", f'hash = "{hash_key(key)}"', f"tenant = {_text(tenant)}"]
+    key = keys.new_key()
+    lines = ["", "[[keys]]", f'hash = "{keys.hash_key(key)}"', f"tenant = {_text(tenant)}"]
     lines.append(f"scopes = {_texts(scope or ['generate'])}")
     if adapter:
         lines.append(f"adapters = {_texts(adapter)}")
     entry = "\n".join(lines)
-    parse_keys_file(entry.encode(), source="the new entry")
+    keys.parse_keys_file(entry.encode(), source="the new entry")
     print(entry)
     print(f"the key, which is not shown again: {key}", file=sys.stderr)
     return 0
@@ -62,12 +54,12 @@ def hash(*, common: CommonFlags | None = None) -> int:
         key = getpass("key: ")
     else:
         key = sys.stdin.readline().rstrip("\r\n")
-    if len(key) < SHORTEST_KEY or not key.isprintable() or " " in key:
+    if len(key) < keys.SHORTEST_KEY or not key.isprintable() or " " in key:
         raise ConfigError(
-            f"a key must have at least {SHORTEST_KEY} random characters, and no spaces: a "
+            f"a key must have at least {keys.SHORTEST_KEY} random characters, and no spaces: a "
             "shorter one can be guessed by whoever reads its hash; `aioengine keys new` makes one"
         )
-    print(hash_key(key))
+    print(keys.hash_key(key))
     return 0
 
 
@@ -77,7 +69,7 @@ def check(file: Path, *, common: CommonFlags | None = None) -> int:
 
     from aioengine.cli.tables import output_console
 
-    found = read_keys_file(file)
+    found = keys.read_keys_file(file)
     table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
     for column in ("hash", "tenant", "scopes", "models", "expires", "limits"):
         table.add_column(column, overflow="fold")
@@ -89,7 +81,7 @@ def check(file: Path, *, common: CommonFlags | None = None) -> int:
     return 0
 
 
-def _details(entry: KeyEntry) -> tuple[str, str, str]:
+def _details(entry: keys.KeyEntry) -> tuple[str, str, str]:
     models = " ".join([*(["base"] if entry.base_model else []), *entry.adapters])
     expires = ""
     if entry.expires is not None:
@@ -98,7 +90,7 @@ def _details(entry: KeyEntry) -> tuple[str, str, str]:
     return models, expires, _limits(entry.limits)
 
 
-def _limits(limits: Limits) -> str:
+def _limits(limits: keys.Limits) -> str:
     values = {name: getattr(limits, name) for name in limits.__struct_fields__}
     return " ".join(f"{name}={value}" for name, value in values.items() if value is not None)
 

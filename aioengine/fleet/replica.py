@@ -90,9 +90,9 @@ class EngineReplica:
         loop = asyncio.get_running_loop()
         residency, due = -1, 0.0
         try:
-            yield encode_frame(Frame(hello=self._hello()))
+            yield wire.encode_frame(wire.Frame(hello=self._hello()))
             while True:
-                frame = Frame(deltas=box.take())
+                frame = wire.Frame(deltas=box.take())
                 now = loop.time()
                 version = self.engine.slots().version
                 if now >= due or version != residency:
@@ -100,8 +100,8 @@ class EngineReplica:
                     frame.status = self._status(box, now)
                     if version != residency:
                         residency = version
-                        frame.residency = Residency(list(self.engine.slots().slots), self.engine.resident())
-                yield encode_frame(frame)
+                        frame.residency = wire.Residency(list(self.engine.slots().slots), self.engine.resident())
+                yield wire.encode_frame(frame)
                 await box.filled(self._config.heartbeat_seconds)
         finally:
             if self._boxes.get(door) is box:
@@ -113,16 +113,16 @@ class EngineReplica:
         box = self._boxes.get(door)
         if box is None:
             raise LookupError(f"no channel to door {door}")
-        for order in decode_orders(orders):
+        for order in wire.decode_orders(orders):
             match order:
-                case Submit():
+                case wire.Submit():
                     box.begin(order.key, self._run(box, order))
-                case Abort():
+                case wire.Abort():
                     box.abort(order.key)
-                case LimitWaiting():
+                case wire.LimitWaiting():
                     self.engine.limit_waiting(order.max_waiting)
 
-    async def _run(self, box: Outbox, order: Submit) -> None:
+    async def _run(self, box: Outbox, order: wire.Submit) -> None:
         if self._traces is None:
             await self._generate(box, order)
             return
@@ -131,7 +131,7 @@ class EngineReplica:
         with carried(order.trace):
             await self._generate(box, order)
 
-    async def _generate(self, box: Outbox, order: Submit) -> None:
+    async def _generate(self, box: Outbox, order: wire.Submit) -> None:
         if order.believed:
             self._beliefs.believed(order.request_id, box, order.key)
         try:
@@ -156,7 +156,7 @@ class EngineReplica:
                 # With batch invariance, computing all tokens at once gives the same bits.
                 replay=options.replay and not self.engine.info.batch_invariant,
             ):
-                delta = Delta(order.key, output.token_ids_delta, output.text_delta)
+                delta = wire.Delta(order.key, output.token_ids_delta, output.text_delta)
                 delta.finish, delta.stop = output.finish_reason, output.stop_reason
                 delta.cached_tokens, delta.pinned_tokens = output.cached_tokens, output.pinned_tokens
                 delta.logprobs = list(output.logprobs_delta[known:])
@@ -168,11 +168,11 @@ class EngineReplica:
         except Exception as error:
             if not isinstance(error, AioEngineError):
                 logger.exception("request %s failed unexpectedly", order.request_id)
-            box.put(Delta(order.key, error=pack_error(error)))
+            box.put(wire.Delta(order.key, error=wire.pack_error(error)))
         finally:
             self._beliefs.forget(order.request_id)
 
-    async def _params(self, order: Submit) -> SamplingParams:
+    async def _params(self, order: wire.Submit) -> SamplingParams:
         constraint = None
         if order.grammar is not None:
             if self._grammars is None:
@@ -180,9 +180,9 @@ class EngineReplica:
             constraint = await self._grammars.constraint(order.grammar, order.options.tenant)
         return SamplingParams(**order.params, constraint=constraint)
 
-    def _hello(self) -> Hello:
+    def _hello(self) -> wire.Hello:
         lora = self._config.engine.lora
-        return Hello(
+        return wire.Hello(
             replica=_own_id(),
             pid=os.getpid(),
             node=platform.node(),
@@ -194,9 +194,9 @@ class EngineReplica:
             digest=self._digest,
         )
 
-    def _status(self, box: Outbox, now: float) -> Status:
+    def _status(self, box: Outbox, now: float) -> wire.Status:
         load = self.engine.load()
-        return Status(
+        return wire.Status(
             sent_at=now,
             received=box.received,
             ended=box.ended,

@@ -9,15 +9,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 
 from aioengine.errors import AioEngineError, EngineOverloaded, EngineStopped, RequestInvalid
-from aioengine.grammars.endings import (
-    OF_ITS_DOING,
-    Lost,
-    TooLong,
-    TooMuch,
-    compile_error,
-    mask_error,
-    outcome_name,
-)
+from aioengine.grammars import endings
 from aioengine.grammars.fair_queue import FairQueue
 from aioengine.grammars.fair_thread import in_own_thread
 from aioengine.grammars.jobs import Job, Outcome
@@ -215,14 +207,14 @@ class Grammars:
                 continue
             outcome = job.attempt.result()
             job.attempt = None
-            if isinstance(outcome, TooLong) and queue is self._quick:
+            if isinstance(outcome, endings.TooLong) and queue is self._quick:
                 job.enqueue(self._long)
                 continue
-            if isinstance(outcome, TooLong):
-                outcome = TooMuch(str(outcome))
+            if isinstance(outcome, endings.TooLong):
+                outcome = endings.TooMuch(str(outcome))
             del self._jobs[job.text]
-            self._told(outcome_name(outcome), loop.time() - began)
-            if isinstance(outcome, TooMuch):
+            self._told(endings.outcome_name(outcome), loop.time() - began)
+            if isinstance(outcome, endings.TooMuch):
                 outcome = RequestInvalid(str(outcome))
             job.done.set_result(outcome)
 
@@ -231,9 +223,9 @@ class Grammars:
             self._make_room()
             try:
                 return await self._compile(text, seconds, nice)
-            except Lost:
+            except endings.Lost:
                 return await self._compile(text, seconds, nice)
-        except Lost as error:
+        except endings.Lost as error:
             return EngineOverloaded(f"{error}; try again later")
         except AioEngineError as error:
             return error
@@ -251,7 +243,7 @@ class Grammars:
         except OSError as error:
             if zygote.alive:
                 raise
-            raise Lost("the process that compiles grammars was lost") from error
+            raise endings.Lost("the process that compiles grammars was lost") from error
         is_kept = False
         try:
             memory = await self._follow(child, text, seconds)
@@ -284,9 +276,9 @@ class Grammars:
                     why = await read_text(child.connection)
                 except (EOFError, ConnectionError):
                     status = await child.exited
-                    raise compile_error(status, seconds, limits) from None
+                    raise endings.compile_error(status, seconds, limits) from None
         except TimeoutError:
-            raise TooMuch(
+            raise endings.TooMuch(
                 f"the grammar takes more than {limits.compile_wall_seconds:g} s to compile (machine busy?)"
             ) from None
         if not is_good:
@@ -314,7 +306,7 @@ class Grammars:
 
         def ended(status: asyncio.Future[int | None]) -> None:
             found = status.result()
-            grammar.process_ended(mask_error(found, self.limits), is_lost=found not in OF_ITS_DOING)
+            grammar.process_ended(endings.mask_error(found, self.limits), is_lost=found not in endings.OF_ITS_DOING)
             self._remove(grammar)
 
         child.exited.add_done_callback(ended)

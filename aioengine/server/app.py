@@ -25,17 +25,7 @@ from aioengine.server.access_log import RequestRecord, log_request
 from aioengine.server.context import Context
 from aioengine.server.debug.routes import debug_routes
 from aioengine.server.errors import ApiError, to_api_error
-from aioengine.server.framework import (
-    BODY,
-    GENERATING,
-    RECORD,
-    TEXT_WORK,
-    UNKNOWN_FIELDS,
-    DirectRoute,
-    JsonRequest,
-    admission,
-    exception_handler,
-)
+from aioengine.server import framework
 from aioengine.server.generation import until_ended
 from aioengine.server.health import health_routes
 from aioengine.server.known_fields import UnknownFields
@@ -109,15 +99,15 @@ class ServerApp:
                 *health_routes(context),
                 *debug_routes(context),
             ],
-            request_class=JsonRequest,
-            before_request=admission(self._gate),
-            exception_handlers={Exception: exception_handler(settings)},
+            request_class=framework.JsonRequest,
+            before_request=framework.admission(self._gate),
+            exception_handlers={Exception: framework.exception_handler(settings)},
             openapi_config=openapi_config(__version__, with_keys=not self._gate.is_open),
             request_max_body_size=None,  # BoundedBody has the bound
             logging_config=None,
         )
         check_routes(route.path_format for route in self._routes.routes)
-        self._direct = {path: DirectRoute(self._post_route(path), path, self._gate) for path in GENERATING}
+        self._direct = {path: framework.DirectRoute(self._post_route(path), path, self._gate) for path in framework.GENERATING}
 
     @property
     def active(self) -> int:
@@ -237,7 +227,7 @@ class ServerApp:
         if path.startswith("/docs"):
             await self._described()
         # Without the mount point, because routes are matched below it.
-        inner = {**scope, "path": path, "root_path": "", "state": {RECORD: record}}
+        inner = {**scope, "path": path, "root_path": "", "state": {framework.RECORD: record}}
         if scope["method"] == "HEAD":
             await self._routes({**inner, "method": "GET"}, receive, _without_body(send))  # type: ignore[arg-type]
             return
@@ -263,9 +253,9 @@ class ServerApp:
             timeout=self._settings.read_timeout,
         )
         inner["state"] |= {
-            BODY: body,
-            TEXT_WORK: self.context.engine.text_work,
-            UNKNOWN_FIELDS: self._unknown_fields,
+            framework.BODY: body,
+            framework.TEXT_WORK: self.context.engine.text_work,
+            framework.UNKNOWN_FIELDS: self._unknown_fields,
         }
         self.context.open_requests.add(record)
         self._active += 1

@@ -9,19 +9,7 @@ from typing import Literal, NamedTuple
 import msgspec
 from msgspec import UNSET, UnsetType
 
-from aioengine.errors import (
-    AdapterError,
-    AdapterLoadError,
-    AdapterNotFound,
-    AioEngineError,
-    ConfigError,
-    DeadlineExceeded,
-    EngineDead,
-    EngineOverloaded,
-    EngineStopped,
-    RequestInvalid,
-    RequestRejected,
-)
+from aioengine import errors
 from aioengine.server.settings import ServerSettings
 
 logger = logging.getLogger("aioengine.server")
@@ -217,7 +205,7 @@ def to_api_error(error: BaseException, settings: ServerSettings) -> ApiError:
     if isinstance(error, ApiError):
         return error
     found = _api_error(error, settings.retry_after)
-    if settings.reword is not None and isinstance(error, AioEngineError):
+    if settings.reword is not None and isinstance(error, errors.AioEngineError):
         found.detail.message = settings.reword(found.detail.message)
     return found
 
@@ -234,9 +222,9 @@ def _api_error(error: BaseException, retry_after: int) -> ApiError:
             return ApiError(400, f"the body is not UTF-8: {error.reason}", code="invalid_json")
         case RecursionError():  # caused by the body: no code here is recursive
             return ApiError(400, "something in the body is nested too deeply", code="invalid_value")
-        case AdapterNotFound():
+        case errors.AdapterNotFound():
             return model_not_found(error.name)
-        case AdapterLoadError():
+        case errors.AdapterLoadError():
             return ApiError(
                 503,
                 _reason(error),
@@ -245,14 +233,14 @@ def _api_error(error: BaseException, retry_after: int) -> ApiError:
                 retry_after=retry_after if error.transient else None,
                 retry=error.transient,
             )
-        case AdapterError():
+        case errors.AdapterError():
             return ApiError(400, _reason(error), param="model", code="adapter_invalid")
-        case RequestInvalid():
+        case errors.RequestInvalid():
             named = _NAMED_FIELD.match(str(error))
             return ApiError(400, str(error), param=named[1] if named else None, code="invalid_value")
-        case ConfigError():
+        case errors.ConfigError():
             return ApiError(400, str(error))
-        case EngineOverloaded():
+        case errors.EngineOverloaded():
             known = None if error.bound is None else _OVERLOADED[error.bound]
             return ApiError(
                 429,
@@ -262,28 +250,28 @@ def _api_error(error: BaseException, retry_after: int) -> ApiError:
                 retry_after=retry_after,
                 queue=_full_queue(error),
             )
-        case RequestRejected():
+        case errors.RequestRejected():
             return ApiError(
                 429, str(error), type="rate_limit_error", code="request_rejected", retry_after=retry_after
             )
-        case DeadlineExceeded():
+        case errors.DeadlineExceeded():
             return ApiError(504, str(error), type="timeout_error", code="deadline_exceeded", retry=False)
-        case EngineDead() | EngineStopped():
-            text = "the engine has failed" if isinstance(error, EngineDead) else str(error)
+        case errors.EngineDead() | errors.EngineStopped():
+            text = "the engine has failed" if isinstance(error, errors.EngineDead) else str(error)
             return ApiError(503, text, type="server_error", code="unavailable", retry_after=retry_after)
-        case AioEngineError():
+        case errors.AioEngineError():
             return ApiError(500, str(error), type="server_error", code="engine_error")
         case _:
             logger.error("a request failed unexpectedly", exc_info=error)
             return ApiError(500, "internal error; the server's log says more", type="server_error")
 
 
-def _full_queue(error: EngineOverloaded) -> FullQueue | None:
+def _full_queue(error: errors.EngineOverloaded) -> FullQueue | None:
     if error.waiting is None or (error.bound != "tenant" and error.bound != "adapter"):
         return None
     return FullQueue(error.bound, error.waiting)
 
 
-def _reason(error: AdapterError) -> str:
+def _reason(error: errors.AdapterError) -> str:
     """Return the reason without the adapter's path, which clients need not know."""
     return f"adapter {error.name!r}: {error.reason}"

@@ -27,48 +27,37 @@ from aioengine.server.openai.models import ModelList
 from aioengine.server.openai.tokens import Detokenized, DetokenizeRequest, Tokenized, TokenizeRequest
 from aioengine.server.openai.uploads import Uploaded
 from aioengine.server.responses.api import ResponsesRequest
-from aioengine.server.vectors.api import (
-    ClassifyRequest,
-    ClassList,
-    EmbeddingList,
-    EmbeddingRequest,
-    PoolingList,
-    PoolingRequest,
-    Ranked,
-    RerankRequest,
-    ScoreList,
-    ScoreRequest,
-)
+from aioengine.server.vectors import api as vectors
 
 _TYPES = (
     ChatCompletion,
     ChatRequest,
-    ClassifyRequest,
+    vectors.ClassifyRequest,
     CountRequest,
     Counted,
     Completion,
     CompletionRequest,
     DetokenizeRequest,
     Detokenized,
-    EmbeddingRequest,
+    vectors.EmbeddingRequest,
     ErrorBody,
     Health,
     LoadRequest,
     MessagesRequest,
     ModelList,
-    PoolingRequest,
-    Ranked,
-    RerankRequest,
+    vectors.PoolingRequest,
+    vectors.Ranked,
+    vectors.RerankRequest,
     ResponsesRequest,
-    ScoreRequest,
+    vectors.ScoreRequest,
     TokenizeRequest,
     Tokenized,
     UnloadRequest,
     Uploaded,
-    ScoreList,
-    PoolingList,
-    EmbeddingList,
-    ClassList,
+    vectors.ScoreList,
+    vectors.PoolingList,
+    vectors.EmbeddingList,
+    vectors.ClassList,
 )
 _STREAMED = ("/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/messages")
 _STYLE = """

@@ -35,15 +35,7 @@ from torch.nn import functional as F
 
 from aioengine.kernels import Backend, LoRABatch, LoRAPool, SlotMemory, get_backend
 from aioengine.kernels.triton import lora
-from aioengine.kernels.triton.table import (
-    ORDER,
-    SHORT,
-    ExpandConfig,
-    Key,
-    ShrinkConfig,
-    default_expand,
-    default_shrink,
-)
+from aioengine.kernels.triton import table as tables
 from benchmarks.kernels.gpu_steps import (
     check_layer,
     check_steps,
@@ -67,7 +59,7 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 5e-3}
 Timer = Callable[[Callable[[], object]], float]
 """Seconds that a function takes on the device."""
 
-Config = TypeVar("Config", ShrinkConfig, ExpandConfig)
+Config = TypeVar("Config", tables.ShrinkConfig, tables.ExpandConfig)
 Item = TypeVar("Item")
 
 
@@ -230,30 +222,30 @@ def tune(args: argparse.Namespace, device: str, timer: Timer) -> dict[str, dict[
         h = lora.lora_shrink(p.x, p.pool, p.batch)
         longest = max(s.stop - s.start for s in p.batch.segments)
         shrink = partial(lora.shrink, p.x, p.pool, p.batch)
-        key = Key.of("shrink", bits, rank, p.pool.in_features, longest)
-        found[str(key)] = descend(_ordered(default_shrink(key), key, found), key, shrink, timer)._asdict()
+        key = tables.Key.of("shrink", bits, rank, p.pool.in_features, longest)
+        found[str(key)] = descend(_ordered(tables.default_shrink(key), key, found), key, shrink, timer)._asdict()
         expand = partial(lora.expand, h, p.pool, y, p.batch)
-        key = Key.of("expand", bits, rank, y.shape[1], longest)
-        found[str(key)] = descend(_ordered(default_expand(key), key, found), key, expand, timer)._asdict()
+        key = tables.Key.of("expand", bits, rank, y.shape[1], longest)
+        found[str(key)] = descend(_ordered(tables.default_expand(key), key, found), key, expand, timer)._asdict()
     return found
 
 
-def _ordered(start: Config, key: Key, found: Mapping[str, Mapping[str, int]]) -> Config:
+def _ordered(start: Config, key: tables.Key, found: Mapping[str, Mapping[str, int]]) -> Config:
     """``start`` with what the order of sums depends on as it was found for decoding."""
     decode = found.get(str(key._replace(phase="decode")))
-    return start if decode is None else start._replace(**{field: decode[field] for field in ORDER[key.op]})
+    return start if decode is None else start._replace(**{field: decode[field] for field in tables.ORDER[key.op]})
 
 
-def descend(start: Config, key: Key, run: Callable[[Config], object], timer: Timer) -> Config:
+def descend(start: Config, key: tables.Key, run: Callable[[Config], object], timer: Timer) -> Config:
     """Halves and doubles one field after the other as long as that is faster by 1% at least."""
     best, least, improved = start, timer(partial(run, start)), True
     while improved:
         improved = False
         for field in start._fields:
-            if key.phase == "prefill" and field in ORDER[key.op]:
+            if key.phase == "prefill" and field in tables.ORDER[key.op]:
                 continue
             value = getattr(best, field)
-            low = SHORT if field.startswith("block_") else 1
+            low = tables.SHORT if field.startswith("block_") else 1
             high = {"num_stages": 6, "num_warps": 8, "split_k": 32}.get(field, 256)
             steps = (value - 1, value + 1) if field == "num_stages" else (value // 2, value * 2)
             for candidate in (step for step in steps if low <= step <= high):

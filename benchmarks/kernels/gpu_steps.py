@@ -23,16 +23,7 @@ from aioengine.model.slots.pool import LoRASlots
 from aioengine.model.spec import LORA_MODULES, ModelSpec
 from aioengine.request import SamplingParams
 from aioengine.step import SequenceWork
-from benchmarks.kernels.predictions import (
-    FORMATS,
-    LLAMA_8B,
-    Step,
-    block_weight,
-    gpu_of,
-    quantized_seconds,
-    step_seconds,
-    with_layers,
-)
+from benchmarks.kernels import predictions
 
 BLOCK = 16
 Timer = Callable[[Callable[[], object]], float]
@@ -79,7 +70,7 @@ def attended(spans: list[tuple[int, int]], spec: ModelSpec, dtype: torch.dtype, 
 def check_layer(device: str, name: str, tolerances: dict[torch.dtype, float]) -> list[str]:
     """Runs every operation beside the oracle; what differs."""
     backend, oracle, wrong = get_backend(device, name), get_backend(device, "reference"), []
-    small = msgspec.structs.replace(LLAMA_8B, num_heads=8, num_kv_heads=2)
+    small = msgspec.structs.replace(predictions.LLAMA_8B, num_heads=8, num_kv_heads=2)
     for dtype, tolerance in tolerances.items():
         for window in (None, 50):
             results = []
@@ -112,11 +103,11 @@ def layer_table(dtype: torch.dtype, device: str, timer: Timer, bandwidth: float)
         table.add_row(op, case, f"{seconds * 1e6:.1f}", share, f"{other * 1e6:.1f}")
 
     for rows in (1, 32, 2048):
-        hidden, delta = torch.randn(2, rows, LLAMA_8B.hidden_size, device=device).to(dtype)
+        hidden, delta = torch.randn(2, rows, predictions.LLAMA_8B.hidden_size, device=device).to(dtype)
         norm = Norm(torch.ones_like(hidden[0]), 1e-5)
         nbytes = 4 * hidden.nbytes
         add("sum and norm", f"{rows} tokens", nbytes, lambda k: k.add_rms_norm(hidden, delta, norm))  # noqa: B023
-        wide = torch.randn(rows, 2 * LLAMA_8B.intermediate_size, device=device).to(dtype)
+        wide = torch.randn(rows, 2 * predictions.LLAMA_8B.intermediate_size, device=device).to(dtype)
         add("activation", f"{rows} tokens", 3 * wide.nbytes // 2, lambda k: k.silu_and_mul(wide))  # noqa: B023
     spans = {
         "decode, 1 after 1,000": [(1000, 1)],
@@ -126,7 +117,7 @@ def layer_table(dtype: torch.dtype, device: str, timer: Timer, bandwidth: float)
         "512 after 4,096, beside 31 decoding": [(4096, 512), *[(1000, 1)] * 31],
     }
     for case, of in spans.items():
-        a = attended(of, LLAMA_8B, dtype, device)
+        a = attended(of, predictions.LLAMA_8B, dtype, device)
         nbytes = 2 * a.qkv.nbytes + a.rotation.cos.nbytes * 2
         add("rope and store", case, nbytes, lambda k: k.rope_store(a.qkv, None, *a[1:]))  # noqa: B023
         add("attention", case, a.nbytes, lambda k: k.paged_attention(a.qkv, *a[2:], Scores()))  # noqa: B023
@@ -147,7 +138,7 @@ class Steps:
         adapters: int,
         rank: int,
         record: Record | None = None,
-        spec: ModelSpec = LLAMA_8B,
+        spec: ModelSpec = predictions.LLAMA_8B,
     ) -> None:
         spec = msgspec.structs.replace(spec, num_layers=layers)
         where = torch.device(device)
@@ -211,8 +202,8 @@ def step_table(
     )
     for column in ("sequences", "adapters", "launched", "played back", "adapters cost", "predicted"):
         table.add_column(column, justify="right")
-    gpu, most = gpu_of(name), max(batches)
-    spec = with_layers(LLAMA_8B, layers)
+    gpu, most = predictions.gpu_of(name), max(batches)
+    spec = predictions.with_layers(predictions.LLAMA_8B, layers)
     steps = Steps(
         *(dtype, device), layers=layers, most=most, context=context, adapters=min(32, most), rank=rank,
         record=record,
@@ -227,8 +218,8 @@ def step_table(
                 played = timer(partial(steps.run, steps.played, batch, adapters))
                 base = base or played
                 cost = f"{played / base - 1:+.0%}" if adapters else ""
-                step = Step(batch, context, adapters, rank)
-                predicted = "" if gpu is None else f"{step_seconds(gpu, step, spec) * 1e3:.2f}"
+                step = predictions.Step(batch, context, adapters, rank)
+                predicted = "" if gpu is None else f"{predictions.step_seconds(gpu, step, spec) * 1e3:.2f}"
                 times = (f"{eager * 1e3:.2f}", f"{played * 1e3:.2f}", cost, predicted)
                 table.add_row(str(batch), str(adapters), *times)
     return table
@@ -236,20 +227,20 @@ def step_table(
 
 def quantized_table(device: str, timer: Timer, *, name: str, rows: int = 64) -> Table:
     """Times of a product with the weights of quantized checkpoints, beside the prediction."""
-    n, k, gpu = 2 * LLAMA_8B.intermediate_size, LLAMA_8B.hidden_size, gpu_of(name)
+    n, k, gpu = 2 * predictions.LLAMA_8B.intermediate_size, predictions.LLAMA_8B.hidden_size, predictions.gpu_of(name)
     table = Table(title=f"gate and up of Llama 3 8B from quantized checkpoints, {rows} rows; ms")
     for column in ("weights", "measured", "predicted"):
         table.add_column(column, justify="left" if column == "weights" else "right")
     x = torch.ones(rows, k, dtype=torch.bfloat16, device=device)
-    for format in FORMATS:
-        weight = block_weight(format, n, k, device)
+    for format in predictions.FORMATS:
+        weight = predictions.block_weight(format, n, k, device)
         measured = timer(partial(weight.linear, x, None))
-        predicted = "" if gpu is None else f"{quantized_seconds(gpu, format, rows, n, k) * 1e3:.2f}"
+        predicted = "" if gpu is None else f"{predictions.quantized_seconds(gpu, format, rows, n, k) * 1e3:.2f}"
         table.add_row(format, f"{measured * 1e3:.2f}", predicted)
     return table
 
 
-def check_steps(device: str, record: Record | None = None, spec: ModelSpec = LLAMA_8B) -> list[str]:
+def check_steps(device: str, record: Record | None = None, spec: ModelSpec = predictions.LLAMA_8B) -> list[str]:
     """Played steps give the logits of launched ones."""
     wrong = []
     steps = Steps(

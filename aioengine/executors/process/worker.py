@@ -25,33 +25,7 @@ import msgspec
 from aioengine.errors import DeviceError
 from aioengine.executors.parts import build_parts, plan_parts
 from aioengine.executors.process.step_delta import StepDecoder
-from aioengine.executors.process.wire import (
-    Add,
-    Broken,
-    Build,
-    Discard,
-    Done,
-    Drop,
-    Failed,
-    Finish,
-    Keep,
-    Masks,
-    Measure,
-    Measured,
-    Place,
-    Planned,
-    Progress,
-    Read,
-    Report,
-    Request,
-    Start,
-    Step,
-    Stepped,
-    WireError,
-    frame,
-    plan_bytes,
-    read_request,
-)
+from aioengine.executors.process import wire
 from aioengine.executors.process.worker_reads import WorkerReads
 from aioengine.info import LoadProgress
 from aioengine.memory_plan import memory_taken
@@ -81,48 +55,48 @@ class Worker:
     def run(self) -> NoReturn:
         """Serve requests until the engine is gone."""
         with contextlib.suppress(OSError):
-            while (request := read_request(self._connection)) is not None:
+            while (request := wire.read_request(self._connection)) is not None:
                 self._dispatch(request)
         _exit()
 
-    def _dispatch(self, request: Request) -> None:
+    def _dispatch(self, request: wire.Request) -> None:
         match request:
-            case Step():
+            case wire.Step():
                 self._steps.submit(self._or_break, lambda: self._model.step(request))
-            case Masks():
+            case wire.Masks():
                 self._model.masks.put(request)
-            case Read():
+            case wire.Read():
                 self._reads.read(request, self._model.store)
-            case Add():
+            case wire.Add():
                 self._reads.add(request)
-            case Finish():
+            case wire.Finish():
                 self._reads.finish(request, self._model.store)
-            case Keep():
+            case wire.Keep():
                 self._reads.keep(request, self._model.store)
-            case Discard():
+            case wire.Discard():
                 self._reads.discard(request)
-            case Drop():
+            case wire.Drop():
                 self._model.store.drop(request.uid)
-            case Place():
+            case wire.Place():
                 image = self._model.store.get(
                     request.uid
                 )  # before the copy's turn: it may be dropped until then
                 self._copies.submit(self._place, request, image)
-            case Measure():
+            case wire.Measure():
                 self._steps.submit(self._or_break, lambda: self._model.measure(request))
-            case Start():
+            case wire.Start():
                 self._steps.submit(self._or_break, lambda: self._model.start(request))
-            case Build():
+            case wire.Build():
                 self._steps.submit(self._or_break, lambda: self._model.build(request, self._progress()))
 
-    def _or_break(self, work: Callable[[], Report]) -> None:
+    def _or_break(self, work: Callable[[], wire.Report]) -> None:
         try:
             report = work()
         except BaseException as error:
             report = _broken(device_error(error), error)
         self._send(report)
 
-    def _place(self, request: Place, image: AdapterImage) -> None:
+    def _place(self, request: wire.Place, image: AdapterImage) -> None:
         start = time.perf_counter()
         try:
             slots = self._model.runner.lora_slots
@@ -130,10 +104,10 @@ class Worker:
             slots.write(request.slot, image, request.offset)
         except BaseException as error:
             found = copy_error(error)
-            failed = Failed(request.number, WireError.of(error))
+            failed = wire.Failed(request.number, wire.WireError.of(error))
             self._send(failed if found is None else _broken(found, error))
         else:
-            self._send(Done(request.number, time.perf_counter() - start))
+            self._send(wire.Done(request.number, time.perf_counter() - start))
 
     def _progress(self) -> LoadProgress:
         last = 0.0
@@ -142,12 +116,12 @@ class Worker:
             nonlocal last
             if done >= total or time.monotonic() - last >= PROGRESS_SECONDS:
                 last = time.monotonic()
-                self._send(Progress(stage, done, total))
+                self._send(wire.Progress(stage, done, total))
 
         return report
 
-    def _send(self, report: Report) -> None:
-        data = frame(report)
+    def _send(self, report: wire.Report) -> None:
+        data = wire.frame(report)
         try:
             with self._sending:
                 self._connection.sendall(data)
@@ -155,12 +129,12 @@ class Worker:
             _exit()
 
 
-def _broken(found: DeviceError | None, error: BaseException) -> Broken:
+def _broken(found: DeviceError | None, error: BaseException) -> wire.Broken:
     """Report ``found``, which stands for ``error``, or ``error`` itself. Errors of the package cross without
     their traceback, so it goes to the log."""
     if found is not None:
         traceback.print_exception(error)
-    return Broken(WireError.of(error if found is None else found))
+    return wire.Broken(wire.WireError.of(error if found is None else found))
 
 
 class _Model:
@@ -173,7 +147,7 @@ class _Model:
         self._batches = StepDecoder()
         self.masks = self._batches.masks
 
-    def start(self, request: Start) -> Planned:
+    def start(self, request: wire.Start) -> wire.Planned:
         import torch  # takes a second, in which the main thread already watches the engine
 
         from aioengine.model.parallel.threads import rank_threads
@@ -185,9 +159,9 @@ class _Model:
         self._plan = plan_parts(request.config, self._shard)
         memory = self._plan.memory
         self._group = _join(self._shard, memory.device, request.rendezvous)
-        return Planned(request.number, memory.num_blocks, plan_bytes(memory))
+        return wire.Planned(request.number, memory.num_blocks, wire.plan_bytes(memory))
 
-    def build(self, request: Build, progress: LoadProgress) -> Done:
+    def build(self, request: wire.Build, progress: LoadProgress) -> wire.Done:
         began = time.perf_counter()
         memory = msgspec.structs.replace(self._plan.memory, num_blocks=request.num_blocks)
         plan = self._plan._replace(memory=memory)
@@ -195,18 +169,18 @@ class _Model:
         built = build_parts(self._config, plan, self._group, watch)
         self.runner, self.store = built
         runner = self.runner
-        return Done(request.number, time.perf_counter() - began, runner.kernels, runner.variance)
+        return wire.Done(request.number, time.perf_counter() - began, runner.kernels, runner.variance)
 
-    def measure(self, request: Measure) -> Measured:
-        return Measured(request.number, memory_taken(self._plan.memory))
+    def measure(self, request: wire.Measure) -> wire.Measured:
+        return wire.Measured(request.number, memory_taken(self._plan.memory))
 
-    def step(self, request: Step) -> Stepped:
+    def step(self, request: wire.Step) -> wire.Stepped:
         result = self.runner.execute(self._batches.decode(request))
         sampled = list(result.sampled) if self._shard.rank == 0 else None
         scored = {index: list(entries) for index, entries in result.scored.items()}
         followed = {index: list(tokens) for index, tokens in result.followed.items()}
         pooled = {index: list(values) for index, values in result.pooled.items()}
-        return Stepped(request.number, sampled, result.seconds, scored, followed, pooled)
+        return wire.Stepped(request.number, sampled, result.seconds, scored, followed, pooled)
 
 
 def _join(shard: Shard, device: str, rendezvous: str) -> Group:

@@ -9,19 +9,7 @@ from typing import TYPE_CHECKING
 
 from aioengine.adapters.loader import out_of_memory
 from aioengine.adapters.read_threads import Progress
-from aioengine.executors.process.wire import (
-    Add,
-    Discard,
-    Done,
-    Failed,
-    Finish,
-    Keep,
-    Read,
-    ReadDone,
-    Reading,
-    Report,
-    WireError,
-)
+from aioengine.executors.process import wire
 
 if TYPE_CHECKING:
     from aioengine.adapters.peft.dora_exchange import Draft
@@ -36,7 +24,7 @@ TELL_SECONDS = 0.05
 class _Told(Progress):
     """Progress that reports to the engine."""
 
-    def __init__(self, send: Callable[[Report], None], number: int) -> None:
+    def __init__(self, send: Callable[[wire.Report], None], number: int) -> None:
         self._send = send
         self._number = number
         self._last = time.monotonic()
@@ -45,7 +33,7 @@ class _Told(Progress):
         super().moved()
         if time.monotonic() - self._last >= TELL_SECONDS:
             self._last = time.monotonic()
-            self._send(Reading(self._number))
+            self._send(wire.Reading(self._number))
 
 
 class WorkerReads:
@@ -55,7 +43,7 @@ class WorkerReads:
     thread runs is forgotten when the thread returns.
     """
 
-    def __init__(self, send: Callable[[Report], None]) -> None:
+    def __init__(self, send: Callable[[wire.Report], None]) -> None:
         self._send = send
         self._lock = threading.Lock()
         self._running: set[int] = set()
@@ -63,7 +51,7 @@ class WorkerReads:
         self._drafts: dict[int, Draft] = {}
         self._images: dict[int, AdapterImage] = {}
 
-    def read(self, request: Read, store: AdapterStore) -> None:
+    def read(self, request: wire.Read, store: AdapterStore) -> None:
         def work() -> None:
             try:
                 draft = store.begin(
@@ -77,7 +65,7 @@ class WorkerReads:
             self._end(request.number, draft if image is None else None, image)
             found = draft.packed
             self._send(
-                ReadDone(
+                wire.ReadDone(
                     request.number,
                     found.rank,
                     draft.nbytes,
@@ -92,10 +80,10 @@ class WorkerReads:
 
         self._start(request.number, work)
 
-    def add(self, request: Add) -> None:
+    def add(self, request: wire.Add) -> None:
         self._drafts[request.number].add(request.begin, request.squares)
 
-    def finish(self, request: Finish, store: AdapterStore) -> None:
+    def finish(self, request: wire.Finish, store: AdapterStore) -> None:
         draft = self._drafts.pop(request.read)
 
         def work() -> None:
@@ -106,14 +94,14 @@ class WorkerReads:
                 self._failed(request.read, request.number, error, draft.packed.name, draft.packed.path)
                 return
             self._end(request.read, None, image)
-            self._send(Done(request.number, time.perf_counter() - began))
+            self._send(wire.Done(request.number, time.perf_counter() - began))
 
         self._start(request.read, work)
 
-    def keep(self, request: Keep, store: AdapterStore) -> None:
+    def keep(self, request: wire.Keep, store: AdapterStore) -> None:
         store.put(request.uid, self._images.pop(request.number))
 
-    def discard(self, request: Discard) -> None:
+    def discard(self, request: wire.Discard) -> None:
         with self._lock:
             if request.number in self._running:
                 self._unwanted.add(request.number)
@@ -140,4 +128,4 @@ class WorkerReads:
         self._end(read, None, None)
         if isinstance(error, (MemoryError, RuntimeError)):
             error = out_of_memory(error, name, path) or error
-        self._send(Failed(number, WireError.of(error)))
+        self._send(wire.Failed(number, wire.WireError.of(error)))

@@ -18,21 +18,7 @@ import msgspec
 from aioengine.config import EngineConfig
 from aioengine.errors import AioEngineError, ConfigError, DeviceError, EngineDead
 from aioengine.executors.process.spawn import WorkerConnection, spawn
-from aioengine.executors.process.wire import (
-    Answer,
-    Broken,
-    Build,
-    Done,
-    Failed,
-    Planned,
-    Progress,
-    Reading,
-    Report,
-    Request,
-    Start,
-    frame,
-    read_report,
-)
+from aioengine.executors.process import wire
 from aioengine.info import LoadProgress
 from aioengine.model.cuda.failures import device_error_in
 from aioengine.runtime.tasks import run_to_completion
@@ -44,7 +30,7 @@ EXIT_SECONDS = 1.0
 BLAME_SECONDS = 0.1
 """Time to wait for another rank's death, which may be the cause when a rank fails in a step."""
 
-A = TypeVar("A", bound=Answer)
+A = TypeVar("A", bound=wire.Answer)
 
 
 class Call:
@@ -53,12 +39,12 @@ class Call:
 
     def __init__(self, number: int, size: int, *, patient: bool) -> None:
         self.number = number
-        self.answers: asyncio.Future[list[Answer]] = asyncio.get_running_loop().create_future()
+        self.answers: asyncio.Future[list[wire.Answer]] = asyncio.get_running_loop().create_future()
         self.all_answered: Callable[[], None] = _nothing
         self.moved: Callable[[], None] = _nothing
         """Called when a worker reports progress."""
         self._patient = patient
-        self._found: dict[int, Answer] = {}
+        self._found: dict[int, wire.Answer] = {}
         self._size = size
         self._failure: Exception | None = None
 
@@ -67,9 +53,9 @@ class Call:
         """Whether a worker has not answered yet."""
         return len(self._found) < self._size
 
-    def answer(self, rank: int, answer: Answer) -> None:
+    def answer(self, rank: int, answer: wire.Answer) -> None:
         self._found[rank] = answer
-        if isinstance(answer, Failed) and self._failure is None:
+        if isinstance(answer, wire.Failed) and self._failure is None:
             self._failure = answer.error.error()
         if self._failure is not None and not (self._patient and self.open):
             self.fail(self._failure)
@@ -135,12 +121,12 @@ class Workers:
         folder = tempfile.mkdtemp(prefix="aioengine-") if self.size > 1 else None
         try:
             await run_to_completion(self._spawn())
-            plans = await self._start(self._meeting(folder)).of(Planned)
+            plans = await self._start(self._meeting(folder)).of(wire.Planned)
             if folder is not None:
                 shutil.rmtree(folder)  # they have found each other
                 folder = None
             blocks = min(plan.num_blocks for plan in plans) if num_blocks is None else num_blocks
-            built = await self.ask(lambda number: Build(number, blocks)).of(Done)
+            built = await self.ask(lambda number: wire.Build(number, blocks)).of(wire.Done)
             self.kernels, self.variance = built[0].kernels, built[0].variance
         except BaseException:
             self._kill()
@@ -202,23 +188,23 @@ class Workers:
         call = self._open(patient=False)
         threads = rank_threads(self.size)
         for worker in self._workers:
-            start = Start(call.number, self._config, worker.rank, self.size, threads, meeting)
-            worker.writer.write(frame(start))
+            start = wire.Start(call.number, self._config, worker.rank, self.size, threads, meeting)
+            worker.writer.write(wire.frame(start))
         return call
 
     # Asking
 
-    def ask(self, make: Callable[[int], Request], *, patient: bool = False) -> Call:
+    def ask(self, make: Callable[[int], wire.Request], *, patient: bool = False) -> Call:
         """Send the request ``make(number)`` to all workers. Raises the error of their loss, if they were
         lost."""
         call = self._open(patient=patient)
         self.tell(make(call.number))
         return call
 
-    def tell(self, message: Request) -> None:
+    def tell(self, message: wire.Request) -> None:
         """Send a message that has no answer to all workers."""
         if self.dead is None:
-            data = frame(message)
+            data = wire.frame(message)
             for worker in self._workers:
                 worker.writer.write(data)
 
@@ -240,17 +226,17 @@ class Workers:
     async def _listen(self, worker: WorkerConnection) -> None:
         try:
             while True:
-                await self._received(worker, await read_report(worker.reader))
+                await self._received(worker, await wire.read_report(worker.reader))
         except (EOFError, ConnectionError):
             await self._ended(worker)
         except Exception as error:
             self._fail(_dead(f"{_who(worker)}: {type(error).__name__}: {error}", error))
 
-    async def _received(self, worker: WorkerConnection, report: Report) -> None:
-        if isinstance(report, Progress):
+    async def _received(self, worker: WorkerConnection, report: wire.Report) -> None:
+        if isinstance(report, wire.Progress):
             if self._progress is not None:
                 self._progress(report.stage, report.done, report.total)
-        elif isinstance(report, Broken):
+        elif isinstance(report, wire.Broken):
             error = report.error.error()
             if isinstance(error, AioEngineError) and not self._started:
                 self._fail(error)
@@ -261,7 +247,7 @@ class Workers:
                 self._fail(error if self.size == 1 else type(error)(f"{_who(worker)}: {error}"))
                 return
             self._fail(_dead(str(error) if self.size == 1 else f"{_who(worker)}: {error}", error))
-        elif isinstance(report, Reading):
+        elif isinstance(report, wire.Reading):
             self._calls[report.number].moved()
         else:
             call = self._calls[report.number]

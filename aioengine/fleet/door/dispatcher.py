@@ -10,14 +10,7 @@ from collections.abc import Iterable, Mapping
 
 import msgspec
 
-from aioengine.errors import (
-    AdapterChanged,
-    AioEngineError,
-    DeadlineExceeded,
-    EngineDead,
-    EngineOverloaded,
-    EngineStopped,
-)
+from aioengine import errors
 from aioengine.fleet.door.call import Call
 from aioengine.fleet.door.channel import Channel
 from aioengine.fleet.door.grammars import SentGrammar
@@ -69,7 +62,7 @@ class Dispatcher:
                 self._send(call, request, route.replicas[0])
                 return
             if any(view.replica_id not in call.tried for view in self._state.view.accepting):
-                raise EngineOverloaded(f"the router rejects the request: {route.reject}", bound="server")
+                raise errors.EngineOverloaded(f"the router rejects the request: {route.reject}", bound="server")
             if call.tried and self._state.view.accepting:
                 # All replicas were lost or refused once; the live ones may be asked again.
                 call.tried = frozenset()
@@ -80,10 +73,10 @@ class Dispatcher:
             due = until if call.deadline is None else min(until, call.deadline)
             if now >= due:
                 if call.deadline is not None and now >= call.deadline:
-                    raise DeadlineExceeded(
+                    raise errors.DeadlineExceeded(
                         f"request {call.request_id!r}: its deadline passed before a replica was available"
                     )
-                raise EngineStopped("no replica of the fleet takes requests now; try again later")
+                raise errors.EngineStopped("no replica of the fleet takes requests now; try again later")
             self._members.wake()
             try:
                 async with asyncio.timeout(due - now):
@@ -176,10 +169,10 @@ class Dispatcher:
         self.misroutes += delta.misrouted
         if delta.error:
             error = unpack_error(delta.error)
-            if isinstance(error, AdapterChanged):
+            if isinstance(error, errors.AdapterChanged):
                 self._members.on_changed(channel.replica, error.name)
-            elsewhere = isinstance(error, (EngineStopped, EngineDead, AdapterChanged)) or (
-                isinstance(error, EngineOverloaded) and not begun and error.bound != "tenant"
+            elsewhere = isinstance(error, (errors.EngineStopped, errors.EngineDead, errors.AdapterChanged)) or (
+                isinstance(error, errors.EngineOverloaded) and not begun and error.bound != "tenant"
             )
             if elsewhere and self._others(call):
                 del channel.calls[call.key]
@@ -211,21 +204,21 @@ class Dispatcher:
             self.migrations[how] += 1
             if call.migrations > self._config.migration_limit:
                 call.fail(
-                    EngineDead(
+                    errors.EngineDead(
                         f"request {call.request_id!r} lost its replica {call.migrations} times and is "
                         f"given up (migration_limit={self._config.migration_limit})"
                     )
                 )
                 return
         elif len(call.tried) > MAX_TRIES:
-            call.fail(EngineDead(f"request {call.request_id!r} lost {len(call.tried)} replicas at once"))
+            call.fail(errors.EngineDead(f"request {call.request_id!r} lost {len(call.tried)} replicas at once"))
             return
         self._members.spawn(self._replace(call))
 
     async def _replace(self, call: Call) -> None:
         try:
             await self.place(call)
-        except AioEngineError as error:
+        except errors.AioEngineError as error:
             call.fail(error)
 
     def _router_failed(self, kind: str, text: str) -> None:

@@ -12,14 +12,7 @@ from aioengine.lab.analysis.measures import DEFAULT_RANKING, MEASURES, Measure, 
 from aioengine.lab.analysis.statistics import Estimate, paired
 from aioengine.lab.report.compare_figures import draw_compare
 from aioengine.lab.report.compare_results import Compare, setting_text
-from aioengine.lab.report.run_page import (
-    draw_both,
-    parameter_rows,
-    read_json,
-    template,
-    versions_text,
-    write_files,
-)
+from aioengine.lab.report import run_page
 from aioengine.lab.report.style import change_text
 from aioengine.lab.runs.comparison import Failure, estimates, load_results, read_comparison
 from aioengine.lab.runs.simulate import ageing_text
@@ -91,8 +84,8 @@ def write_compare_report(
     comparison = read_comparison(compare.folder / "comparison.json")
     results = compare.results
     failed = results.drop_nulls("error").select("folder", "error").iter_rows()
-    drawn = draw_both(lambda theme: draw_compare(compare, theme), progress)
-    page = template("compare").render(
+    drawn = run_page.draw_both(lambda theme: draw_compare(compare, theme), progress)
+    page = run_page.template("compare").render(
         title=f"{len(compare.policies)} policies on {comparison.experiment.preset}",
         subtitle=(
             f"{results.height:,} runs: {len(compare.policies)} policies, {len(compare.settings())} settings, "
@@ -106,12 +99,12 @@ def write_compare_report(
             compare, len(comparison.seeds), ageing_text(comparison.policies, comparison.experiment.ageing)
         ),
         drawn=drawn,
-        parameters=list(parameter_rows(msgspec.to_builtins(comparison))),
-        versions=versions_text(read_json(compare.folder / "comparison.json")),
+        parameters=list(run_page.parameter_rows(msgspec.to_builtins(comparison))),
+        versions=run_page.versions_text(run_page.read_json(compare.folder / "comparison.json")),
         example=results["folder"][0],
     )
     settings = msgspec.to_builtins(comparison) if vector else None
-    return write_files(compare.folder, page, [light for light, _ in drawn], settings)
+    return run_page.write_files(compare.folder, page, [light for light, _ in drawn], settings)
 
 
 def rankings(compare: Compare) -> Iterator[Ranking]:

@@ -7,20 +7,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from aioengine.lab.analysis.offered import Offered, describe_offered
-from aioengine.lab.report.style import (
-    LIGHT,
-    Drawn,
-    Theme,
-    draw,
-    legend_above,
-    new_figure,
-    percent_axis,
-    plain_log_axis,
-    say,
-    share_text,
-    shorten,
-    thousands_axis,
-)
+from aioengine.lab.report import style
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -30,25 +17,25 @@ SHOWN = 5
 """Adapters that are told apart over time."""
 
 
-def workload_figure(offered: Offered, theme: Theme = LIGHT) -> Drawn:
+def workload_figure(offered: Offered, theme: style.Theme = style.LIGHT) -> style.Drawn:
     """Draw a workload."""
     caption = (
         "Top left: requests a second over time (those of a session where it begins). Top right: the share of "
         "requests that have at most so many tokens. Bottom left: the share of each adapter, the most popular "
         "first. Bottom right: the shares of the most popular adapters over time."
     )
-    return draw("workload", caption, theme, partial(_draw, offered, theme))
+    return style.draw("workload", caption, theme, partial(_draw, offered, theme))
 
 
-def _draw(offered: Offered, theme: Theme) -> Figure:
+def _draw(offered: Offered, theme: style.Theme) -> Figure:
     found = describe_offered(offered)
     cached = found["cacheable_prompt_share"]
     title = f"{found['requests']:,} requests for {found['adapters_asked_for']:,} adapters; "
-    title += f"{share_text(cached)} of the prompts' tokens are beginnings that came before"
-    figure, (rate, lengths, popularity, drift) = new_figure(title, height=6.4, rows=2, columns=2)
+    title += f"{style.share_text(cached)} of the prompts' tokens are beginnings that came before"
+    figure, (rate, lengths, popularity, drift) = style.new_figure(title, height=6.4, rows=2, columns=2)
     if not offered.times:
         for axes in (rate, lengths, popularity, drift):
-            say(axes, "No requests.")
+            style.say(axes, "No requests.")
         return figure
     _draw_rate(rate, offered, theme)
     _draw_lengths(lengths, offered, theme)
@@ -57,10 +44,10 @@ def _draw(offered: Offered, theme: Theme) -> Figure:
     return figure
 
 
-def _draw_rate(axes: Any, offered: Offered, theme: Theme) -> None:
+def _draw_rate(axes: Any, offered: Offered, theme: style.Theme) -> None:
     end = offered.times[-1]
     if not end:
-        say(
+        style.say(
             axes,
             f"A closed loop of {offered.concurrency} callers." if offered.concurrency else "All at once.",
         )
@@ -72,7 +59,7 @@ def _draw_rate(axes: Any, offered: Offered, theme: Theme) -> None:
     axes.set(xlabel="seconds", ylabel="requests a second", xlim=(0, end), ylim=(0, None))
 
 
-def _draw_lengths(axes: Any, offered: Offered, theme: Theme) -> None:
+def _draw_lengths(axes: Any, offered: Offered, theme: style.Theme) -> None:
     columns = (("prompt", offered.prompts), ("output", offered.outputs))
     for (label, values), color in zip(columns, theme.palette, strict=False):
         ordered = sorted(values)
@@ -82,32 +69,32 @@ def _draw_lengths(axes: Any, offered: Offered, theme: Theme) -> None:
             [*ordered[::step], ordered[-1]], [*shares[::step], 1.0], where="post", label=label, color=color
         )
     axes.set_xscale("log")
-    thousands_axis(axes.xaxis)
+    style.thousands_axis(axes.xaxis)
     axes.set(xlabel="tokens (logarithmic)", ylabel="share of requests", ylim=(0, 1.01))
-    percent_axis(axes.yaxis)
-    legend_above(axes)
+    style.percent_axis(axes.yaxis)
+    style.legend_above(axes)
 
 
-def _draw_popularity(axes: Any, offered: Offered, theme: Theme) -> None:
+def _draw_popularity(axes: Any, offered: Offered, theme: style.Theme) -> None:
     asked = Counter(name for name in offered.adapters if name is not None)
     if not asked:
-        say(axes, "All requests are for the base model.")
+        style.say(axes, "All requests are for the base model.")
         return
     shares = [count / len(offered.times) for _, count in asked.most_common()]
     axes.plot(range(1, len(shares) + 1), shares, marker="o", markersize=3, color=theme.palette[2])
     if len(shares) > 1:
         axes.set_xscale("log")
         axes.set_yscale("log")
-        plain_log_axis(axes.xaxis)
-    percent_axis(axes.yaxis)
+        style.plain_log_axis(axes.xaxis)
+    style.percent_axis(axes.yaxis)
     axes.set(xlabel="adapters, the most popular first", ylabel="share of requests")
 
 
-def _draw_drift(axes: Any, offered: Offered, theme: Theme) -> None:
+def _draw_drift(axes: Any, offered: Offered, theme: style.Theme) -> None:
     asked = Counter(name for name in offered.adapters if name is not None)
     end = offered.times[-1]
     if not asked or not end:
-        say(axes, "No adapters over time.")
+        style.say(axes, "No adapters over time.")
         return
     bins = 24
     total: Counter[int] = Counter()
@@ -120,7 +107,7 @@ def _draw_drift(axes: Any, offered: Offered, theme: Theme) -> None:
     middle = [(place + 0.5) * end / bins for place in range(bins)]
     for (name, _), color in zip(asked.most_common(SHOWN), theme.palette, strict=False):
         shares = [of[name, place] / total[place] if total[place] else 0.0 for place in range(bins)]
-        axes.plot(middle, shares, label=shorten(name, 12), color=color, linewidth=1.4)
+        axes.plot(middle, shares, label=style.shorten(name, 12), color=color, linewidth=1.4)
     axes.set(xlabel="seconds", ylabel="share of requests", xlim=(0, end), ylim=(0, None))
-    percent_axis(axes.yaxis)
-    legend_above(axes, ncols=2)
+    style.percent_axis(axes.yaxis)
+    style.legend_above(axes, ncols=2)

@@ -25,14 +25,7 @@ from aioengine.lab.workload.requests import AdapterShape, Arrival, Objective, Wo
 from aioengine.lab.workload.sessions import Sessions, Turn
 from aioengine.lab.workload.spec import WorkloadSpec
 from aioengine.lab.workload.spec_text import parse_shares
-from aioengine.lab.workload.traces import (
-    LengthSample,
-    TraceRow,
-    TraceSummary,
-    has_times,
-    read_trace,
-    scan_trace,
-)
+from aioengine.lab.workload import traces
 
 _DEFAULT_LENGTHS = "uniform:8..512"
 _NANO, _MICRO = 1e9, 1e6
@@ -44,7 +37,7 @@ class _Draft(NamedTuple):
     """A request whose missing fields are not drawn yet."""
 
     time: float
-    row: TraceRow
+    row: traces.TraceRow
 
 
 class OfferedWorkload(Workload):
@@ -57,18 +50,18 @@ class OfferedWorkload(Workload):
         check_integer("seed", seed)
         self.spec = spec
         self.seed = seed
-        self._trace: TraceSummary | None = None
-        self._sample: LengthSample | None = None
+        self._trace: traces.TraceSummary | None = None
+        self._sample: traces.LengthSample | None = None
         timed = spec.arrivals is not None or (spec.concurrency is not None and spec.sessions is not None)
         if spec.trace is not None and not timed:
             seconds = None if spec.seconds is None else spec.seconds * spec.scale
-            if spec.concurrency is None and not has_times(spec.trace):
+            if spec.concurrency is None and not traces.has_times(spec.trace):
                 raise ConfigError(
                     f"trace {spec.trace}: has no times; give arrivals, or concurrency for a closed loop"
                 )
-            self._trace = scan_trace(spec.trace, limit=spec.limit, seconds=seconds)
+            self._trace = traces.scan_trace(spec.trace, limit=spec.limit, seconds=seconds)
         elif spec.trace is not None and "trace" in self._length_texts():
-            self._sample = LengthSample(spec.trace, stream(seed, "sample of lengths"))
+            self._sample = traces.LengthSample(spec.trace, stream(seed, "sample of lengths"))
         self._names = numbered("adapter", spec.adapters, width=3)
         self._tenants = numbered("tenant", spec.tenants)
         self._adapters = self._draw_adapters()
@@ -134,7 +127,7 @@ class OfferedWorkload(Workload):
                 *((row.prefix,) if turn is None else (turn.prefix, *turn[3:])),
             )
 
-    def _requests(self) -> Iterator[tuple[float, TraceRow, Turn | None]]:
+    def _requests(self) -> Iterator[tuple[float, traces.TraceRow, Turn | None]]:
         """Yield the drafts, each with None or with its session."""
         spec = self.spec
         if spec.sessions is None and spec.shared_prefix is None:
@@ -205,14 +198,14 @@ class OfferedWorkload(Workload):
         pairs = stream(self.seed, "pairs of lengths")
         for time in times:
             prompt, output = (1, 1) if self._sample is None else self._sample.draw(pairs)
-            yield _Draft(time / _MICRO, TraceRow(time, prompt, output))
+            yield _Draft(time / _MICRO, traces.TraceRow(time, prompt, output))
 
-    def _traced(self, summary: TraceSummary) -> Iterator[_Draft]:
+    def _traced(self, summary: traces.TraceSummary) -> Iterator[_Draft]:
         """Yield the rows of the trace, from time 0 on; over and over again if it is to be repeated."""
         assert self.spec.trace is not None
         start = -summary.first
         while True:
-            for row in read_trace(self.spec.trace):
+            for row in traces.read_trace(self.spec.trace):
                 yield _Draft((row.time + start) / _NANO / self.spec.scale, row)
             if not self.spec.repeat:
                 return
@@ -247,7 +240,7 @@ class _Choices:
         self._tenant_rng = stream(seed, "tenants")
         self._priority_rng = stream(seed, "priorities")
 
-    def draw(self, time: float, row: TraceRow) -> tuple[str | None, str | None, int]:
+    def draw(self, time: float, row: traces.TraceRow) -> tuple[str | None, str | None, int]:
         """Adapter, tenant and priority."""
         tenant, index = self._tenant(time, row)
         adapter: str | None = None
@@ -271,7 +264,7 @@ class _Choices:
             del known[next(iter(known))]
         return adapter
 
-    def _tenant(self, time: float, row: TraceRow) -> tuple[str | None, int]:
+    def _tenant(self, time: float, row: traces.TraceRow) -> tuple[str | None, int]:
         """Return a tenant's name, and the number whose adapters it has."""
         if self._tenant_table is None:
             return row.tenant, 0

@@ -10,26 +10,19 @@ import re
 import sys
 from collections.abc import Iterator, Sequence
 
-from aioengine.errors import (
-    AioEngineError,
-    DeviceError,
-    DeviceFault,
-    DeviceLost,
-    DeviceOutOfMemory,
-    ExchangeFailed,
-)
+from aioengine import errors
 
-_ADVICE: dict[type[DeviceError], str] = {
-    DeviceOutOfMemory: "lower kv_cache_memory, max_num_batched_tokens or max_num_seqs, or end other "
+_ADVICE: dict[type[errors.DeviceError], str] = {
+    errors.DeviceOutOfMemory: "lower kv_cache_memory, max_num_batched_tokens or max_num_seqs, or end other "
     "programs that use the device",
-    ExchangeFailed: "a rank or a link between the ranks did not respond; look at the logs of all ranks",
-    DeviceFault: "only a new process can use the device again: executor='process' with restart='on-failure' "
+    errors.ExchangeFailed: "a rank or a link between the ranks did not respond; look at the logs of all ranks",
+    errors.DeviceFault: "only a new process can use the device again: executor='process' with restart='on-failure' "
     "starts one; if it comes again, look at nvidia-smi and at the kernel's log for Xid errors",
-    DeviceLost: "look at nvidia-smi and at the kernel's log for Xid errors; perhaps restart the machine",
+    errors.DeviceLost: "look at nvidia-smi and at the kernel's log for Xid errors; perhaps restart the machine",
 }
-_MESSAGES: tuple[tuple[type[DeviceError], re.Pattern[str]], ...] = (
+_MESSAGES: tuple[tuple[type[errors.DeviceError], re.Pattern[str]], ...] = (
     (
-        DeviceOutOfMemory,
+        errors.DeviceOutOfMemory,
         re.compile(
             r"CUDA out of memory|(CUDA|NCCL|Triton).{0,80}out of memory|CUBLAS_STATUS_ALLOC_FAILED"
             r"|cudaErrorMemoryAllocation",
@@ -37,7 +30,7 @@ _MESSAGES: tuple[tuple[type[DeviceError], re.Pattern[str]], ...] = (
         ),
     ),
     (
-        DeviceLost,
+        errors.DeviceLost,
         re.compile(
             r"no CUDA-capable device|CUDA-capable device(s|\(s\))? (is/)?are busy or unavailable"
             r"|fallen off the bus|CUDA.{0,80}invalid device ordinal|Found no NVIDIA driver",
@@ -45,7 +38,7 @@ _MESSAGES: tuple[tuple[type[DeviceError], re.Pattern[str]], ...] = (
         ),
     ),
     (
-        ExchangeFailed,
+        errors.ExchangeFailed,
         re.compile(
             r"NCCL (error|operation|communicator)|nccl(System|Internal|Remote|UnhandledCuda)Error"
             r"|Watchdog caught collective operation timeout|ProcessGroupNCCL.{0,200}(timed? ?out|abort)",
@@ -53,7 +46,7 @@ _MESSAGES: tuple[tuple[type[DeviceError], re.Pattern[str]], ...] = (
         ),
     ),
     (
-        DeviceFault,
+        errors.DeviceFault,
         re.compile(
             r"CUDA (driver )?error:|Triton Error \[CUDA\]|CUBLAS_STATUS_(EXECUTION_FAILED|INTERNAL_ERROR"
             r"|NOT_INITIALIZED)|an illegal memory access was encountered|device-side assert triggered",
@@ -62,9 +55,9 @@ _MESSAGES: tuple[tuple[type[DeviceError], re.Pattern[str]], ...] = (
     ),
 )
 """In the order in which they are tried: NCCL's messages may quote CUDA's."""
-_CODES: dict[int, type[DeviceError]] = {
-    2: DeviceOutOfMemory,
-    **dict.fromkeys((46, 100, 101, 802, 803), DeviceLost),
+_CODES: dict[int, type[errors.DeviceError]] = {
+    2: errors.DeviceOutOfMemory,
+    **dict.fromkeys((46, 100, 101, 802, 803), errors.DeviceLost),
 }
 """Of cudaError_t (CUDA Runtime API, "Data types used by CUDA Runtime"); all others are faults."""
 
@@ -81,15 +74,15 @@ def typed_failures() -> Iterator[None]:
         raise found from error
 
 
-def device_error(error: BaseException) -> DeviceError | None:
+def device_error(error: BaseException) -> errors.DeviceError | None:
     """Return the error of the package for ``error``, or for what it was raised from; None if that is no
     failure of a GPU."""
     seen: set[int] = set()
     at: BaseException | None = error
     while at is not None and id(at) not in seen:
         seen.add(id(at))
-        if isinstance(at, AioEngineError):
-            return at if isinstance(at, DeviceError) else None
+        if isinstance(at, errors.AioEngineError):
+            return at if isinstance(at, errors.DeviceError) else None
         kind = _by_type(at) or (_by_message(str(at)) if isinstance(at, RuntimeError) else None)
         if kind is not None:
             found = _made(kind, str(at))
@@ -99,14 +92,14 @@ def device_error(error: BaseException) -> DeviceError | None:
     return None
 
 
-def copy_error(error: BaseException) -> DeviceError | None:
+def copy_error(error: BaseException) -> errors.DeviceError | None:
     """Return the failure of the device that ended a copy into a slot; None if only the adapter fails, for
     example because there is too little memory for it."""
     found = device_error(error)
-    return None if isinstance(found, DeviceOutOfMemory) else found
+    return None if isinstance(found, errors.DeviceOutOfMemory) else found
 
 
-def device_error_in(lines: Sequence[str]) -> DeviceError | None:
+def device_error_in(lines: Sequence[str]) -> errors.DeviceError | None:
     """Return the error that the last lines of a process say, which the driver or NCCL has ended: that of the
     last line that names one, or None."""
     for line in reversed(lines):
@@ -116,28 +109,28 @@ def device_error_in(lines: Sequence[str]) -> DeviceError | None:
     return None
 
 
-def _by_type(error: BaseException) -> type[DeviceError] | None:
+def _by_type(error: BaseException) -> type[errors.DeviceError] | None:
     torch = sys.modules.get("torch")
     if torch is None:
         return None
     if isinstance(error, torch.OutOfMemoryError):
-        return DeviceOutOfMemory
+        return errors.DeviceOutOfMemory
     accelerator = getattr(torch, "AcceleratorError", None)  # torch 2.8 and later
     if accelerator is not None and isinstance(error, accelerator):
         code = getattr(error, "error_code", None)
         known = _CODES.get(code) if isinstance(code, int) else None
-        return known or _by_message(str(error)) or DeviceFault
+        return known or _by_message(str(error)) or errors.DeviceFault
     distributed = sys.modules.get("torch.distributed")
     lost = getattr(distributed, "DistBackendError", None)
     if lost is not None and isinstance(error, lost):
-        return _by_message(str(error)) or ExchangeFailed
+        return _by_message(str(error)) or errors.ExchangeFailed
     return None
 
 
-def _by_message(text: str) -> type[DeviceError] | None:
+def _by_message(text: str) -> type[errors.DeviceError] | None:
     return next((kind for kind, pattern in _MESSAGES if pattern.search(text)), None)
 
 
-def _made(kind: type[DeviceError], text: str) -> DeviceError:
+def _made(kind: type[errors.DeviceError], text: str) -> errors.DeviceError:
     lines = text.strip().splitlines()
     return kind(f"{kind.what}: {(lines[0] if lines else kind.__name__)[:500]}; {_ADVICE[kind]}")

@@ -11,14 +11,7 @@ from collections.abc import Callable
 from aioengine import events
 from aioengine.adapters.resolvers.base import AdapterResolver, is_plain_name, within
 from aioengine.adapters.resolvers.sources import AdapterSources
-from aioengine.errors import (
-    AdapterError,
-    AdapterInvalid,
-    AdapterLoadError,
-    AdapterNotFound,
-    AioEngineError,
-    ConfigError,
-)
+from aioengine import errors
 from aioengine.runtime.loop import Stepper
 from aioengine.runtime.transfers import log_failure
 
@@ -66,7 +59,7 @@ class Resolution:
         """Look-ups that each tenant waits for and that have not begun, in the order of turns; none is
         empty."""
         self._under_way: dict[Tenant, int] = {}
-        self._closed: AioEngineError | None = None
+        self._closed: errors.AioEngineError | None = None
 
     def can_resolve(self, name: str) -> bool:
         """Whether the resolver may be asked for this name."""
@@ -107,7 +100,7 @@ class Resolution:
         if self._closed is not None:
             raise self._closed
         if lookup.task.cancelled():
-            raise AdapterLoadError("its resolver was cancelled; try again", name=name, transient=True)
+            raise errors.AdapterLoadError("its resolver was cancelled; try again", name=name, transient=True)
         return lookup.task.result()
 
     async def _ask(self, lookup: _Lookup, name: str, source: str | None) -> str:
@@ -118,16 +111,16 @@ class Resolution:
                 return str(await within(self._timeout, name, path))
             assert self._resolver is not None
             found: object = await within(self._timeout, name, self._resolver.resolve(name))
-        except (AdapterError, ConfigError):
+        except (errors.AdapterError, errors.ConfigError):
             raise
         except Exception as error:
             logger.exception("the resolver failed unexpectedly on adapter %r", name)
-            raise AdapterLoadError(
+            raise errors.AdapterLoadError(
                 f"its resolver raised an unexpected {type(error).__name__}: {error}", name=name
             ) from error
         return _folder(name, found)
 
-    def close(self, error: AioEngineError) -> None:
+    def close(self, error: errors.AioEngineError) -> None:
         """Fail all current and later callers with ``error``."""
         self._closed = error
         self._queues.clear()
@@ -187,9 +180,9 @@ class Resolution:
         error = (
             None if lookup.task.cancelled() else lookup.task.exception()
         )  # read, even if nobody waits: asyncio would log it
-        if isinstance(error, (AdapterError, ConfigError)) and not isinstance(error, AdapterNotFound):
+        if isinstance(error, (errors.AdapterError, errors.ConfigError)) and not isinstance(error, errors.AdapterNotFound):
             self._stepper.report(_failure(lookup.key[0], error))
-        if isinstance(error, (AdapterInvalid, AdapterLoadError)):
+        if isinstance(error, (errors.AdapterInvalid, errors.AdapterLoadError)):
             failures = self._stepper.core.residency.failures
             failures.add(lookup.key[0], error, asyncio.get_running_loop().time())
             log_failure(failures, lookup.key[0], error)
@@ -201,9 +194,9 @@ class Resolution:
             del self._lookups[lookup.key]
 
 
-def _failure(name: str, error: AdapterError | ConfigError) -> events.ResolverFailed:
-    reason: events.LoadFailure = "internal" if isinstance(error, ConfigError) else "io"
-    if isinstance(error, AdapterInvalid):
+def _failure(name: str, error: errors.AdapterError | errors.ConfigError) -> events.ResolverFailed:
+    reason: events.LoadFailure = "internal" if isinstance(error, errors.ConfigError) else "io"
+    if isinstance(error, errors.AdapterInvalid):
         reason = "invalid"
     return events.ResolverFailed(
         time=asyncio.get_running_loop().time(), adapter=name, reason=reason, error=error
@@ -213,7 +206,7 @@ def _failure(name: str, error: AdapterError | ConfigError) -> events.ResolverFai
 def _folder(name: str, found: object) -> str:
     path = os.fspath(found) if isinstance(found, (str, os.PathLike)) else None
     if not isinstance(path, str) or not path or "\0" in path:
-        raise AdapterLoadError(
+        raise errors.AdapterLoadError(
             f"its resolver must return a folder's path, as str or os.PathLike, not {found!r}", name=name
         )
     return os.path.abspath(path)

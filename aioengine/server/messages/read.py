@@ -17,20 +17,10 @@ from aioengine.server.messages.api import (
     MessagesToolChoice,
 )
 from aioengine.server.openai.api import JsonSchemaFormat, ResponseFormat
-from aioengine.server.openai.chat_api import (
-    ChatRequest,
-    Function,
-    FunctionCall,
-    FunctionName,
-    Message,
-    NamedTool,
-    Tool,
-    ToolCall,
-    ToolChoice,
-)
+from aioengine.server.openai import chat_api
 
 
-def to_chat(data: MessagesRequest) -> ChatRequest:
+def to_chat(data: api.MessagesRequest) -> chat_api.ChatRequest:
     """Convert a request to a chat. Raises ApiError for fields that are not supported."""
     if data.thinking is not None and data.thinking.type != "disabled":
         raise unsupported("thinking", "is up to the chat template; set its variables in chat_template_kwargs")
@@ -53,13 +43,13 @@ def to_chat(data: MessagesRequest) -> ChatRequest:
     return chat
 
 
-def prompt_of(data: CountRequest) -> ChatRequest:
+def prompt_of(data: api.CountRequest) -> chat_api.ChatRequest:
     """Convert the part of a request that determines the prompt. Raises ApiError for what is not supported."""
     choice = data.tool_choice
     parallel = None
     if choice is not None and choice.disable_parallel_tool_use is not None:
         parallel = not choice.disable_parallel_tool_use
-    return ChatRequest(
+    return chat_api.ChatRequest(
         model=data.model,
         messages=list(_messages(data)),
         tools=[_tool(tool, f"tools[{i}]") for i, tool in enumerate(data.tools)] if data.tools else None,
@@ -70,25 +60,25 @@ def prompt_of(data: CountRequest) -> ChatRequest:
     )
 
 
-def _is_begun(messages: list[MessageParam]) -> bool:
+def _is_begun(messages: list[api.MessageParam]) -> bool:
     """Whether the client has begun the answer."""
     return bool(messages) and messages[-1].role == "assistant"
 
 
-def _messages(data: CountRequest) -> Iterator[Message]:
+def _messages(data: api.CountRequest) -> Iterator[chat_api.Message]:
     if data.system:
-        yield Message(role="system", content=_text(data.system, "system"))
+        yield chat_api.Message(role="system", content=_text(data.system, "system"))
     for i, message in enumerate(data.messages):
         where = f"messages[{i}].content"
         if message.role == "assistant":
             yield _of_assistant(message.content, where)
         elif isinstance(message.content, str) or message.role == "system":
-            yield Message(role=message.role, content=_text(message.content, where))
+            yield chat_api.Message(role=message.role, content=_text(message.content, where))
         else:
             yield from _of_user(message.content, where)
 
 
-def _of_user(blocks: list[Block], where: str) -> Iterator[Message]:
+def _of_user(blocks: list[api.Block], where: str) -> Iterator[chat_api.Message]:
     """Convert a user's turn. Results of tools become separate messages, in order, between the texts."""
     texts: list[str] = []
     for i, block in enumerate(blocks):
@@ -96,21 +86,21 @@ def _of_user(blocks: list[Block], where: str) -> Iterator[Message]:
             texts.append(_block_text(block, f"{where}[{i}]"))
             continue
         if texts:
-            yield Message(role="user", content="\n".join(texts))
+            yield chat_api.Message(role="user", content="\n".join(texts))
             texts = []
         if block.tool_use_id is None:
             raise _invalid(f"{where}[{i}].tool_use_id", "is missing")
         text = _text(block.content or "", f"{where}[{i}].content")
-        yield Message(role="tool", tool_call_id=block.tool_use_id, content=text)
+        yield chat_api.Message(role="tool", tool_call_id=block.tool_use_id, content=text)
     if texts or not blocks:
-        yield Message(role="user", content="\n".join(texts))
+        yield chat_api.Message(role="user", content="\n".join(texts))
 
 
-def _of_assistant(content: Content, where: str) -> Message:
+def _of_assistant(content: api.Content, where: str) -> chat_api.Message:
     if isinstance(content, str):
-        return Message(role="assistant", content=content)
+        return chat_api.Message(role="assistant", content=content)
     texts: list[str] = []
-    calls: list[ToolCall] = []
+    calls: list[chat_api.ToolCall] = []
     for i, block in enumerate(content):
         if block.type in ("thinking", "redacted_thinking"):
             continue
@@ -120,17 +110,17 @@ def _of_assistant(content: Content, where: str) -> Message:
         if block.id is None or block.name is None:
             raise _invalid(f"{where}[{i}].{'id' if block.id is None else 'name'}", "is missing")
         arguments = msgspec.json.encode(block.input or {}).decode()
-        calls.append(ToolCall(id=block.id, function=FunctionCall(name=block.name, arguments=arguments)))
-    return Message(role="assistant", content="\n".join(texts), tool_calls=calls or None)
+        calls.append(chat_api.ToolCall(id=block.id, function=chat_api.FunctionCall(name=block.name, arguments=arguments)))
+    return chat_api.Message(role="assistant", content="\n".join(texts), tool_calls=calls or None)
 
 
-def _text(content: Content, where: str) -> str:
+def _text(content: api.Content, where: str) -> str:
     if isinstance(content, str):
         return content
     return "\n".join(_block_text(block, f"{where}[{i}]") for i, block in enumerate(content))
 
 
-def _block_text(block: Block, where: str) -> str:
+def _block_text(block: api.Block, where: str) -> str:
     if block.type != "text":
         raise unsupported(f"{where}.type", f"{block.type[:100]!r} is not supported here: only texts are")
     if block.text is None:
@@ -138,26 +128,26 @@ def _block_text(block: Block, where: str) -> str:
     return block.text
 
 
-def _tool(tool: MessagesTool, where: str) -> Tool:
+def _tool(tool: api.MessagesTool, where: str) -> chat_api.Tool:
     if tool.type not in (None, "custom"):
         raise unsupported(
             f"{where}.type", f"{tool.type[:100]!r} is not supported: only tools with input_schema"
         )
-    return Tool(
-        function=Function(
+    return chat_api.Tool(
+        function=chat_api.Function(
             name=tool.name, description=tool.description, parameters=tool.input_schema, strict=tool.strict
         )
     )
 
 
-def _choice(choice: MessagesToolChoice) -> ToolChoice:
+def _choice(choice: api.MessagesToolChoice) -> chat_api.ToolChoice:
     if choice.type == "any":
         return "required"
     if choice.type != "tool":
         return choice.type
     if choice.name is None:
         raise _invalid("tool_choice.name", "is missing")
-    return NamedTool(function=FunctionName(name=choice.name))
+    return chat_api.NamedTool(function=chat_api.FunctionName(name=choice.name))
 
 
 def _invalid(param: str, reason: str) -> ApiError:

@@ -13,16 +13,7 @@ from aioengine.runtime.output import RequestOutput
 from aioengine.server.errors import ApiError
 from aioengine.server.formats.source import AnswerParser, Parsed
 from aioengine.server.openai.api import Usage
-from aioengine.server.openai.chat_api import (
-    AnswerMessage,
-    ChatChoice,
-    ChatChunk,
-    ChatCompletion,
-    ChatLogprobs,
-    ChunkChoice,
-    Delta,
-    ToolCallDelta,
-)
+from aioengine.server.openai import chat_api
 from aioengine.server.openai.completions_api import FinishReason
 from aioengine.server.openai.logprobs import TokenBytes, chat_logprobs, prompt_logprobs, without_end
 from aioengine.server.streaming import DONE, ReplyOptions, event
@@ -68,7 +59,7 @@ class ChatReply:
         has_numbers = (logprobs and logprobs.content) or new_ids
         if not (text or reasoning or calls or output.finished or has_numbers):
             return None
-        delta = Delta()
+        delta = chat_api.Delta()
         begins = not choice.begun
         if begins:
             choice.begun = True
@@ -79,11 +70,11 @@ class ChatReply:
             delta.reasoning_content = reasoning
         if calls:
             delta.tool_calls = [
-                ToolCallDelta(index=choice.calls + i, id=call.id, function=call.function)
+                chat_api.ToolCallDelta(index=choice.calls + i, id=call.id, function=call.function)
                 for i, call in enumerate(calls)
             ]
             choice.calls += len(calls)
-        told = ChunkChoice(index=index, delta=delta, logprobs=logprobs)
+        told = chat_api.ChunkChoice(index=index, delta=delta, logprobs=logprobs)
         if output.finished:
             told.finish_reason = _finish_reason(output, choice.calls)
             told.stop_reason = output.stop_reason
@@ -103,7 +94,7 @@ class ChatReply:
     def whole(self, outputs: Sequence[RequestOutput], usage: Usage) -> bytes:
         choices = [self._whole_choice(index, output) for index, output in enumerate(outputs)]
         options = self._options
-        answer = ChatCompletion(
+        answer = chat_api.ChatCompletion(
             id=self._id, created=self._created, model=options.model, choices=choices, usage=usage
         )
         if options.prompt_logprobs is not None:
@@ -112,13 +103,13 @@ class ChatReply:
             answer.prompt_token_ids = outputs[0].prompt_token_ids
         return self._encode(answer)
 
-    def _whole_choice(self, index: int, output: RequestOutput) -> ChatChoice:
+    def _whole_choice(self, index: int, output: RequestOutput) -> chat_api.ChatChoice:
         choice = self._choices[index]
         text, calls, reasoning = parse_output(choice.parser, output.text, output)
         text = self._echoed + text
-        return ChatChoice(
+        return chat_api.ChatChoice(
             index=index,
-            message=AnswerMessage(
+            message=chat_api.AnswerMessage(
                 content=text if text or not calls else None,
                 reasoning_content=reasoning or UNSET,
                 tool_calls=list(calls) if calls else UNSET,
@@ -129,12 +120,12 @@ class ChatReply:
             token_ids=output.token_ids if self._options.token_ids else UNSET,
         )
 
-    def _chunk(self, choices: list[ChunkChoice], usage: Usage | None) -> ChatChunk:
-        return ChatChunk(
+    def _chunk(self, choices: list[chat_api.ChunkChoice], usage: Usage | None) -> chat_api.ChatChunk:
+        return chat_api.ChatChunk(
             id=self._id, created=self._created, model=self._options.model, choices=choices, usage=usage
         )
 
-    def _logprobs(self, output: RequestOutput, entries: Sequence[TokenLogprob]) -> ChatLogprobs | None:
+    def _logprobs(self, output: RequestOutput, entries: Sequence[TokenLogprob]) -> chat_api.ChatLogprobs | None:
         if not self._with_logprobs:
             return None
         return chat_logprobs(without_end(output, entries), self._token_bytes)

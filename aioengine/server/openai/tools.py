@@ -23,14 +23,7 @@ from aioengine.server.errors import ApiError
 from aioengine.server.formats.call_text import FIRST_ARGUMENTS, CallText
 from aioengine.server.formats.registry import AnswerFormats, arguments_parser
 from aioengine.server.formats.source import AnswerParser
-from aioengine.server.openai.chat_api import (
-    AllowedTools,
-    CustomTool,
-    NamedCustomTool,
-    NamedTool,
-    Tool,
-    ToolChoice,
-)
+from aioengine.server.openai import chat_api
 
 _LINE = re.compile(r"\bat (\d+)\(\d+\)")
 
@@ -38,7 +31,7 @@ _LINE = re.compile(r"\bat (\d+)\(\d+\)")
 class ToolPlan(NamedTuple):
     """Plan that follows from a request's ``tools``, ``tool_choice`` and ``parallel_tool_calls``."""
 
-    tools: list[Tool]
+    tools: list[chat_api.Tool]
     """Tools that may be called; the model is shown no others."""
     places: list[int]
     """Index of each in the request's ``tools``."""
@@ -120,14 +113,14 @@ class ToolPlan(NamedTuple):
 
 
 def plan_tools(
-    tools: Sequence[Tool | CustomTool] | None,
-    choice: ToolChoice | None = None,
+    tools: Sequence[chat_api.Tool | chat_api.CustomTool] | None,
+    choice: chat_api.ToolChoice | None = None,
     parallel: bool | None = None,
 ) -> ToolPlan:
     """Make the plan. Raises ApiError for custom tools, and if ``choice`` does not fit ``tools``."""
-    functions: list[Tool] = []
+    functions: list[chat_api.Tool] = []
     for i, tool in enumerate(tools or ()):
-        if isinstance(tool, CustomTool):
+        if isinstance(tool, chat_api.CustomTool):
             raise ApiError(
                 400,
                 f"tools[{i}]: type 'custom' is not supported; use a function that takes a text",
@@ -141,12 +134,12 @@ def plan_tools(
         return ToolPlan([], [])
     names = [tool.function.name for tool in functions]
     plan = ToolPlan(functions, list(range(len(functions))), parallel=parallel)
-    if isinstance(choice, NamedCustomTool):
+    if isinstance(choice, chat_api.NamedCustomTool):
         raise _choice_error("tools of type 'custom' are not supported")
-    if isinstance(choice, NamedTool):
+    if isinstance(choice, chat_api.NamedTool):
         _check_known(choice, names)
         return plan._replace(forced=choice.function.name)
-    if isinstance(choice, AllowedTools):
+    if isinstance(choice, chat_api.AllowedTools):
         for named in choice.allowed_tools.tools:
             _check_known(named, names)
         wanted = {named.function.name for named in choice.allowed_tools.tools}
@@ -161,7 +154,7 @@ def plan_tools(
     return plan._replace(required=choice == "required")
 
 
-def _check_known(named: NamedTool, names: Sequence[str]) -> None:
+def _check_known(named: chat_api.NamedTool, names: Sequence[str]) -> None:
     if named.function.name not in names:
         raise _choice_error(f"there is no tool {named.function.name[:100]!r}")
 
@@ -170,6 +163,6 @@ def _choice_error(reason: str) -> ApiError:
     return ApiError(400, f"tool_choice: {reason}", param="tool_choice", code="invalid_value")
 
 
-def _arguments(tool: Tool, options: SchemaOptions, budget: SchemaBudget) -> PreparedSchema:
+def _arguments(tool: chat_api.Tool, options: SchemaOptions, budget: SchemaBudget) -> PreparedSchema:
     function = tool.function
     return prepare_schema(arguments_schema(function.parameters), options.for_strict(function.strict), budget)

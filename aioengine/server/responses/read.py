@@ -6,36 +6,16 @@ from collections.abc import Iterator, Sequence
 
 from aioengine.server.errors import ApiError, unsupported
 from aioengine.server.openai.api import JsonSchemaFormat, ResponseFormat
-from aioengine.server.openai.chat_api import (
-    Allowed,
-    AllowedTools,
-    ChatRequest,
-    ContentPart,
-    Function,
-    FunctionCall,
-    FunctionName,
-    Message,
-    NamedTool,
-    Tool,
-    ToolCall,
-    ToolChoice,
-)
-from aioengine.server.responses.api import (
-    Content,
-    Item,
-    ResponsesRequest,
-    ResponsesTool,
-    ResponsesToolChoice,
-    TextFormat,
-)
+from aioengine.server.openai import chat_api
+from aioengine.server.responses import api
 
 _TEXTS = frozenset(("input_text", "output_text", "text"))
 
 
-def to_chat(data: ResponsesRequest) -> ChatRequest:
+def to_chat(data: api.ResponsesRequest) -> chat_api.ChatRequest:
     """Convert a request to a chat. Raises ApiError for what is not supported."""
     _refuse_unsupported(data)
-    return ChatRequest(
+    return chat_api.ChatRequest(
         model=data.model,
         messages=list(_messages(data)),
         max_completion_tokens=data.max_output_tokens,
@@ -54,7 +34,7 @@ def to_chat(data: ResponsesRequest) -> ChatRequest:
     )
 
 
-def _refuse_unsupported(data: ResponsesRequest) -> None:
+def _refuse_unsupported(data: api.ResponsesRequest) -> None:
     for field, is_given, why in (
         (
             "previous_response_id",
@@ -71,23 +51,23 @@ def _refuse_unsupported(data: ResponsesRequest) -> None:
             raise unsupported(field, why)
 
 
-def _messages(data: ResponsesRequest) -> Iterator[Message]:
+def _messages(data: api.ResponsesRequest) -> Iterator[chat_api.Message]:
     """Combine the instructions and the input's leading system messages into one system message, because many
     templates accept only one."""
-    items = [Item(role="user", content=data.input)] if isinstance(data.input, str) else data.input
+    items = [api.Item(role="user", content=data.input)] if isinstance(data.input, str) else data.input
     start = 0
     system = [] if data.instructions is None else [data.instructions]
     while start < len(items) and items[start].role in ("system", "developer"):
         system.append(_text(_content(items[start].content, f"input[{start}].content")))
         start += 1
     if system:
-        yield Message(role="system", content="\n\n".join(system))
+        yield chat_api.Message(role="system", content="\n\n".join(system))
     yield from _turns(items, start)
 
 
-def _turns(items: Sequence[Item], start: int) -> Iterator[Message]:
+def _turns(items: Sequence[api.Item], start: int) -> Iterator[chat_api.Message]:
     """Group calls with the assistant's message before them, if there is one."""
-    turn: Message | None = None
+    turn: chat_api.Message | None = None
     for i in range(start, len(items)):
         item, where = items[i], f"input[{i}]"
         if item.type == "reasoning":
@@ -96,7 +76,7 @@ def _turns(items: Sequence[Item], start: int) -> Iterator[Message]:
             if turn is None or turn.role != "assistant":
                 if turn is not None:
                     yield turn
-                turn = Message(role="assistant")
+                turn = chat_api.Message(role="assistant")
             turn.tool_calls = turn.tool_calls or []
             turn.tool_calls.append(_call(item, where))
             continue
@@ -107,15 +87,15 @@ def _turns(items: Sequence[Item], start: int) -> Iterator[Message]:
         yield turn
 
 
-def _turn(item: Item, where: str) -> Message:
+def _turn(item: api.Item, where: str) -> chat_api.Message:
     if item.type == "message":
         if item.role is None:
             raise _invalid(f"{where}.role", "is missing")
-        return Message(role=item.role, content=_content(item.content, f"{where}.content"))
+        return chat_api.Message(role=item.role, content=_content(item.content, f"{where}.content"))
     if item.type == "function_call_output":
         if item.call_id is None:
             raise _invalid(f"{where}.call_id", "is missing")
-        return Message(
+        return chat_api.Message(
             role="tool", tool_call_id=item.call_id, content=_content(item.output, f"{where}.output")
         )
     raise unsupported(
@@ -125,13 +105,13 @@ def _turn(item: Item, where: str) -> Message:
     )
 
 
-def _call(item: Item, where: str) -> ToolCall:
+def _call(item: api.Item, where: str) -> chat_api.ToolCall:
     if item.name is None or item.call_id is None:
         raise _invalid(f"{where}.{'name' if item.name is None else 'call_id'}", "is missing")
-    return ToolCall(id=item.call_id, function=FunctionCall(name=item.name, arguments=item.arguments or ""))
+    return chat_api.ToolCall(id=item.call_id, function=chat_api.FunctionCall(name=item.name, arguments=item.arguments or ""))
 
 
-def _content(content: Content | None, where: str) -> str | list[ContentPart]:
+def _content(content: api.Content | None, where: str) -> str | list[chat_api.ContentPart]:
     if content is None:
         raise _invalid(where, "is missing")
     if isinstance(content, str):
@@ -141,15 +121,15 @@ def _content(content: Content | None, where: str) -> str | list[ContentPart]:
         if part.type not in (*_TEXTS, "refusal"):
             raise unsupported(f"{where}[{i}].type", f"{part.type[:100]!r} is not supported: only texts are")
         kind = "refusal" if part.type == "refusal" else "text"
-        parts.append(ContentPart(type=kind, text=part.text, refusal=part.refusal))
+        parts.append(chat_api.ContentPart(type=kind, text=part.text, refusal=part.refusal))
     return parts
 
 
-def _text(content: str | list[ContentPart]) -> str:
+def _text(content: str | list[chat_api.ContentPart]) -> str:
     return content if isinstance(content, str) else "\n".join(part.text or "" for part in content)
 
 
-def _format(wanted: TextFormat) -> ResponseFormat:
+def _format(wanted: api.TextFormat) -> ResponseFormat:
     if wanted.type != "json_schema":
         return ResponseFormat(type=wanted.type)
     if wanted.schema is None:
@@ -158,33 +138,33 @@ def _format(wanted: TextFormat) -> ResponseFormat:
     return ResponseFormat(type="json_schema", json_schema=schema)
 
 
-def _tool(tool: ResponsesTool, where: str) -> Tool:
+def _tool(tool: api.ResponsesTool, where: str) -> chat_api.Tool:
     if tool.type != "function":
         raise unsupported(f"{where}.type", f"{tool.type[:100]!r} is not supported: only functions are")
     if tool.name is None:
         raise _invalid(f"{where}.name", "is missing")
-    return Tool(
-        function=Function(
+    return chat_api.Tool(
+        function=chat_api.Function(
             name=tool.name, description=tool.description, parameters=tool.parameters, strict=tool.strict
         )
     )
 
 
-def _choice(choice: str | ResponsesToolChoice | None) -> ToolChoice | None:
-    if not isinstance(choice, ResponsesToolChoice):
+def _choice(choice: str | api.ResponsesToolChoice | None) -> chat_api.ToolChoice | None:
+    if not isinstance(choice, api.ResponsesToolChoice):
         return choice  # type: ignore[return-value]
     if choice.type == "allowed_tools":
         named = [_named(tool, f"tool_choice.tools[{i}]") for i, tool in enumerate(choice.tools or ())]
         if not named or choice.mode is None:
             raise _invalid("tool_choice", "needs mode and tools")
-        return AllowedTools(allowed_tools=Allowed(mode=choice.mode, tools=named))
+        return chat_api.AllowedTools(allowed_tools=chat_api.Allowed(mode=choice.mode, tools=named))
     return _named(choice, "tool_choice")
 
 
-def _named(choice: ResponsesToolChoice, where: str) -> NamedTool:
+def _named(choice: api.ResponsesToolChoice, where: str) -> chat_api.NamedTool:
     if choice.type != "function" or choice.name is None:
         raise unsupported(f"{where}.type", f"{choice.type[:100]!r} is not supported: only functions by name")
-    return NamedTool(function=FunctionName(name=choice.name))
+    return chat_api.NamedTool(function=chat_api.FunctionName(name=choice.name))
 
 
 def _invalid(param: str, reason: str) -> ApiError:

@@ -26,38 +26,17 @@ from aioengine.server.context import Context
 from aioengine.server.errors import ApiError
 from aioengine.server.framework import RESPONSES, Handled, record_of
 from aioengine.server.openai.api import GenerationFields, Usage
-from aioengine.server.vectors.api import (
-    MAX_INPUTS,
-    ClassData,
-    ClassifyRequest,
-    ClassList,
-    Document,
-    EmbeddingData,
-    EmbeddingList,
-    EmbeddingRequest,
-    PoolingData,
-    PoolingList,
-    PoolingRequest,
-    Ranked,
-    RankedData,
-    RerankRequest,
-    ScoreData,
-    ScoreList,
-    ScoreRequest,
-    VectorFields,
-    VectorList,
-    VectorUsage,
-)
+from aioengine.server.vectors import api
 
-Form = Callable[[Sequence[RequestOutput], str, VectorUsage], VectorList | Ranked]
+Form = Callable[[Sequence[RequestOutput], str, api.VectorUsage], api.VectorList | api.Ranked]
 """Makes the answer from the outputs, its id, and the usage."""
 
 
 def vector_routes(context: Context) -> list[HTTPRouteHandler]:
     @post("/v1/embeddings", status_code=200, responses=RESPONSES, summary="Vectors of texts")
     async def embeddings(
-        data: JSONBody[EmbeddingRequest], request: Request[Any, Any, Any]
-    ) -> Response[EmbeddingList]:
+        data: JSONBody[api.EmbeddingRequest], request: Request[Any, Any, Any]
+    ) -> Response[api.EmbeddingList]:
         record = record_of(request)
         prompts = await _prompts(context, data, data.input, record)
 
@@ -65,51 +44,51 @@ def vector_routes(context: Context) -> list[HTTPRouteHandler]:
             found = embedding_of(output, normalize=data.normalize is not False, dimensions=data.dimensions)
             return _encoded(found.vector, data.encoding_format)
 
-        def form(outputs: Sequence[RequestOutput], id_: str, usage: VectorUsage) -> EmbeddingList:
-            items = [EmbeddingData(index=i, embedding=vector(output)) for i, output in enumerate(outputs)]
-            return EmbeddingList(data=items, **_shared(context, data, id_, usage))
+        def form(outputs: Sequence[RequestOutput], id_: str, usage: api.VectorUsage) -> api.EmbeddingList:
+            items = [api.EmbeddingData(index=i, embedding=vector(output)) for i, output in enumerate(outputs)]
+            return api.EmbeddingList(data=items, **_shared(context, data, id_, usage))
 
         return _handled(context, data, prompts, data.pooling or "auto", form, record, prefix="embd-")
 
     @post("/pooling", status_code=200, responses=RESPONSES, summary="Vectors of texts, of any length")
     async def pooling(
-        data: JSONBody[PoolingRequest], request: Request[Any, Any, Any]
-    ) -> Response[PoolingList]:
+        data: JSONBody[api.PoolingRequest], request: Request[Any, Any, Any]
+    ) -> Response[api.PoolingList]:
         record = record_of(request)
         prompts = await _prompts(context, data, data.input, record)
 
-        def form(outputs: Sequence[RequestOutput], id_: str, usage: VectorUsage) -> PoolingList:
+        def form(outputs: Sequence[RequestOutput], id_: str, usage: api.VectorUsage) -> api.PoolingList:
             vectors = [_encoded(output.pooled or [], data.encoding_format) for output in outputs]
-            items = [PoolingData(index=i, data=vector) for i, vector in enumerate(vectors)]
-            return PoolingList(data=items, **_shared(context, data, id_, usage))
+            items = [api.PoolingData(index=i, data=vector) for i, vector in enumerate(vectors)]
+            return api.PoolingList(data=items, **_shared(context, data, id_, usage))
 
         return _handled(context, data, prompts, data.pooling or "auto", form, record, prefix="pool-")
 
     @post("/classify", status_code=200, responses=RESPONSES, summary="Labels of texts")
     async def classify(
-        data: JSONBody[ClassifyRequest], request: Request[Any, Any, Any]
-    ) -> Response[ClassList]:
+        data: JSONBody[api.ClassifyRequest], request: Request[Any, Any, Any]
+    ) -> Response[api.ClassList]:
         record = record_of(request)
         prompts = await _prompts(context, data, data.input, record)
         names = await context.label_names()
 
-        def item(index: int, output: RequestOutput) -> ClassData:
+        def item(index: int, output: RequestOutput) -> api.ClassData:
             found = classification_of(output, names)
-            return ClassData(
+            return api.ClassData(
                 index=index,
                 label=found.label,
                 probs=_encoded(found.probabilities, "float"),
                 num_classes=len(found.probabilities),
             )
 
-        def form(outputs: Sequence[RequestOutput], id_: str, usage: VectorUsage) -> ClassList:
+        def form(outputs: Sequence[RequestOutput], id_: str, usage: api.VectorUsage) -> api.ClassList:
             items = [item(i, output) for i, output in enumerate(outputs)]
-            return ClassList(data=items, **_shared(context, data, id_, usage))
+            return api.ClassList(data=items, **_shared(context, data, id_, usage))
 
         return _handled(context, data, prompts, "classify", form, record, prefix="classify-")
 
     @post(["/score", "/v1/score"], status_code=200, responses=RESPONSES, summary="How well texts fit")
-    async def score(data: JSONBody[ScoreRequest], request: Request[Any, Any, Any]) -> Response[ScoreList]:
+    async def score(data: JSONBody[api.ScoreRequest], request: Request[Any, Any, Any]) -> Response[api.ScoreList]:
         firsts = [data.text_1] if isinstance(data.text_1, str) else data.text_1
         seconds = [data.text_2] if isinstance(data.text_2, str) else data.text_2
         if len(firsts) == 1:
@@ -122,9 +101,9 @@ def vector_routes(context: Context) -> list[HTTPRouteHandler]:
                 code="invalid_value",
             )
 
-        def form(scores: list[float], id_: str, usage: VectorUsage) -> ScoreList:
-            items = [ScoreData(index=i, score=score) for i, score in enumerate(scores)]
-            return ScoreList(data=items, **_shared(context, data, id_, usage))
+        def form(scores: list[float], id_: str, usage: api.VectorUsage) -> api.ScoreList:
+            items = [api.ScoreData(index=i, score=score) for i, score in enumerate(scores)]
+            return api.ScoreList(data=items, **_shared(context, data, id_, usage))
 
         return await _scored(context, data, firsts, seconds, form, record_of(request), prefix="score-")
 
@@ -134,21 +113,21 @@ def vector_routes(context: Context) -> list[HTTPRouteHandler]:
         responses=RESPONSES,
         summary="Documents, the best first",
     )
-    async def rerank(data: JSONBody[RerankRequest], request: Request[Any, Any, Any]) -> Response[Ranked]:
+    async def rerank(data: JSONBody[api.RerankRequest], request: Request[Any, Any, Any]) -> Response[api.Ranked]:
         texts = [document if isinstance(document, str) else document.text for document in data.documents]
 
-        def form(scores: list[float], id_: str, usage: VectorUsage) -> Ranked:
+        def form(scores: list[float], id_: str, usage: api.VectorUsage) -> api.Ranked:
             best = sorted(range(len(scores)), key=lambda index: -scores[index])[: data.top_n or None]
             shown = data.return_documents is not False
             results = [
-                RankedData(
+                api.RankedData(
                     index=index,
                     relevance_score=scores[index],
-                    document=Document(text=texts[index]) if shown else None,
+                    document=api.Document(text=texts[index]) if shown else None,
                 )
                 for index in best
             ]
-            return Ranked(id=id_, model=data.model, results=results, usage=usage)
+            return api.Ranked(id=id_, model=data.model, results=results, usage=usage)
 
         queries = [data.query] * len(texts)
         return await _scored(context, data, queries, texts, form, record_of(request), prefix="rerank-")
@@ -173,13 +152,13 @@ class VectorReply:
         raise NotImplementedError
 
     def whole(self, outputs: Sequence[RequestOutput], usage: Usage) -> bytes:
-        used = VectorUsage(prompt_tokens=usage.prompt_tokens, total_tokens=usage.prompt_tokens)
+        used = api.VectorUsage(prompt_tokens=usage.prompt_tokens, total_tokens=usage.prompt_tokens)
         return msgspec.json.encode(self._form(outputs, self._id, used))
 
 
 def _handled(
     context: Context,
-    data: VectorFields,
+    data: api.VectorFields,
     prompts: list[list[int]],
     pooling: Literal["auto", "mean", "last", "cls", "classify"],
     form: Form,
@@ -195,10 +174,10 @@ def _handled(
 
 async def _scored(
     context: Context,
-    data: VectorFields,
+    data: api.VectorFields,
     firsts: list[str],
     seconds: list[str],
-    form: Callable[[list[float], str, VectorUsage], VectorList | Ranked],
+    form: Callable[[list[float], str, api.VectorUsage], api.VectorList | api.Ranked],
     record: RequestRecord,
     *,
     prefix: str,
@@ -219,14 +198,14 @@ async def _scored(
         prompts = await context.encode_pairs(list(zip(firsts, seconds, strict=True)), owner=record.owner)
         prompts = _bounded(context, data, prompts)
 
-        def by_head(outputs: Sequence[RequestOutput], id_: str, usage: VectorUsage) -> VectorList | Ranked:
+        def by_head(outputs: Sequence[RequestOutput], id_: str, usage: api.VectorUsage) -> api.VectorList | api.Ranked:
             return form([sigmoid((output.pooled or [0.0])[0]) for output in outputs], id_, usage)
 
         return _handled(context, data, prompts, "classify", by_head, record, prefix=prefix)
     texts = list(dict.fromkeys((*firsts, *seconds)))  # each is computed once
-    prompts = await _prompts(context, data, texts, record, most=2 * MAX_INPUTS)
+    prompts = await _prompts(context, data, texts, record, most=2 * api.MAX_INPUTS)
 
-    def by_cosine(outputs: Sequence[RequestOutput], id_: str, usage: VectorUsage) -> VectorList | Ranked:
+    def by_cosine(outputs: Sequence[RequestOutput], id_: str, usage: api.VectorUsage) -> api.VectorList | api.Ranked:
         place = {text: index for index, text in enumerate(texts)}
         pairs = [(place[a], place[b]) for a, b in zip(firsts, seconds, strict=True)]
         return form(cosines([output.pooled or [] for output in outputs], pairs), id_, usage)
@@ -235,7 +214,7 @@ async def _scored(
 
 
 async def _prompts(
-    context: Context, data: VectorFields, given: Any, record: RequestRecord, *, most: int = MAX_INPUTS
+    context: Context, data: api.VectorFields, given: Any, record: RequestRecord, *, most: int = api.MAX_INPUTS
 ) -> list[list[int]]:
     """Tokenize the input, if it is text. Raises ApiError."""
     items: Any = [given] if isinstance(given, str) else given
@@ -262,7 +241,7 @@ async def _prompts(
     )
 
 
-def _bounded(context: Context, data: VectorFields, prompts: list[list[int]]) -> list[list[int]]:
+def _bounded(context: Context, data: api.VectorFields, prompts: list[list[int]]) -> list[list[int]]:
     if data.truncate_prompt_tokens is not None:
         prompts = context.truncated(prompts, data.truncate_prompt_tokens, 0)
     longest = max(map(len, prompts))
@@ -279,5 +258,5 @@ def _encoded(vector: Sequence[float], encoding: str | None) -> Any:
     return base64.b64encode(struct.pack(f"<{len(vector)}f", *vector)).decode()
 
 
-def _shared(context: Context, data: VectorFields, id_: str, usage: VectorUsage) -> dict[str, Any]:
+def _shared(context: Context, data: api.VectorFields, id_: str, usage: api.VectorUsage) -> dict[str, Any]:
     return {"id": id_, "model": data.model, "usage": usage, "created": context.created}

@@ -15,15 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from aioengine.model.files.methods.fp8 import FP8
-from aioengine.model.files.methods.scheme import (
-    FLOATS,
-    Expected,
-    Header,
-    Layout,
-    Wrong,
-    check_group,
-    unpack_int32,
-)
+from aioengine.model.files.methods import scheme
 from aioengine.model.files.packing import Packing
 
 if TYPE_CHECKING:
@@ -36,7 +28,7 @@ class CompressedTensors:
     """The scheme "compressed-tensors"."""
 
     def __init__(self, path: Path, config: Mapping[str, Any]) -> None:
-        self._wrong = wrong = Wrong(path, "compressed-tensors")
+        self._wrong = wrong = scheme.Wrong(path, "compressed-tensors")
         groups = config.get("config_groups")
         if not isinstance(groups, dict) or not groups:
             raise wrong.setting("config_groups", groups, "must be a JSON object of groups")
@@ -76,21 +68,21 @@ class CompressedTensors:
         )
         return stored, bits, bool(weights.get("symmetric", True)), max(size, 0), block
 
-    def layout(self, module: str, headers: Mapping[str, Header]) -> Layout | None:
+    def layout(self, module: str, headers: Mapping[str, scheme.Header]) -> scheme.Layout | None:
         group, words = self._group, headers.get("weight_packed")
         if words is not None:
             each, name = 32 // self._bits, f"{module}.weight_packed"
             n, count = self._wrong.matrix(name, words)
             k = count * each
             zeros = (-(-n // each), -(-k // (group or k))), ("I32",)
-            expected: Expected = {"weight_packed": ((n, count), ("I32",))}
+            expected: scheme.Expected = {"weight_packed": ((n, count), ("I32",))}
         elif "weight" in headers and headers["weight"].dtype == "I8":
             name = f"{module}.weight"
             n, k = self._wrong.matrix(name, headers["weight"])
             zeros, expected = ((n, -(-k // (group or k))), ("I8",)), {}
         else:
             return self._float.layout(module, headers)
-        check_group(group, k, name, self._wrong)
+        scheme.check_group(group, k, name, self._wrong)
         four = words is not None and self._bits == 4
         packing = Packing(
             format="int4" if four else "int8",
@@ -101,15 +93,15 @@ class CompressedTensors:
         )
         scale = headers.get("weight_scale")
         if group or scale is None or scale.shape not in ((), (1,), (n,), (1, 1)):
-            expected["weight_scale"] = ((n, packing.groups(k)), FLOATS)
+            expected["weight_scale"] = ((n, packing.groups(k)), scheme.FLOATS)
         if packing.zeros:
             expected["weight_zero_point"] = zeros
         if packing.ordered:
             expected["weight_g_idx"] = ((k,), ("I32", "I64"))
         self._wrong.check(module, headers, expected)
-        return Layout(n, k, packing)
+        return scheme.Layout(n, k, packing)
 
-    def fields(self, module: str, layout: Layout, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def fields(self, module: str, layout: scheme.Layout, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         import torch
 
         packing = layout.packing
@@ -124,7 +116,7 @@ class CompressedTensors:
         if packing.zeros:
             zero = tensors["weight_zero_point"]
             if words is not None:  # packed along the outputs
-                zero = unpack_int32(zero.T, self._bits)[:, : layout.n].T.short()
+                zero = scheme.unpack_int32(zero.T, self._bits)[:, : layout.n].T.short()
                 zero = zero - 128 if packing.format == "int8" else zero
             found["zero"] = zero.short()
         if packing.ordered:

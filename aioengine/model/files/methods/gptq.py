@@ -12,16 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from aioengine.model.files.methods.scheme import (
-    FLOATS,
-    Expected,
-    Header,
-    Layout,
-    Wrong,
-    check_group,
-    integer,
-    unpack_int32,
-)
+from aioengine.model.files.methods import scheme
 from aioengine.model.files.packing import Packing
 
 if TYPE_CHECKING:
@@ -35,13 +26,13 @@ class GPTQ:
     """The scheme "gptq"."""
 
     def __init__(self, path: Path, config: Mapping[str, Any]) -> None:
-        self._wrong = wrong = Wrong(path, "gptq")
-        self._bits = integer(config, "bits", wrong)
+        self._wrong = wrong = scheme.Wrong(path, "gptq")
+        self._bits = scheme.integer(config, "bits", wrong)
         if self._bits not in (4, 8):
             raise wrong.setting(
                 "bits", self._bits, "4 and 8 are supported; use a checkpoint with one of them"
             )
-        group = integer(config, "group_size", wrong, -1)
+        group = scheme.integer(config, "group_size", wrong, -1)
         self._group = 0 if group == -1 else group
         self._ordered = bool(config.get("desc_act", False))
         version = config.get("checkpoint_format", "gptq")
@@ -55,30 +46,30 @@ class GPTQ:
             raise wrong.setting("dynamic", "{...}", "settings that differ between modules are not supported")
         self._added = _FORMATS[version]
 
-    def layout(self, module: str, headers: Mapping[str, Header]) -> Layout | None:
+    def layout(self, module: str, headers: Mapping[str, scheme.Header]) -> scheme.Layout | None:
         if "qweight" not in headers:
             return None
         name, each = f"{module}.qweight", 32 // self._bits
         words, n = self._wrong.matrix(name, headers["qweight"])
         k = words * each
-        check_group(self._group, k, name, self._wrong)
+        scheme.check_group(self._group, k, name, self._wrong)
         format = "int4" if self._bits == 4 else "int8"
         packing = Packing(format=format, group=self._group, zeros=True, ordered=self._ordered)
-        expected: Expected = {
+        expected: scheme.Expected = {
             "qweight": ((words, n), ("I32",)),
             "qzeros": ((packing.groups(k), n // each), ("I32",)),
-            "scales": ((packing.groups(k), n), FLOATS),
+            "scales": ((packing.groups(k), n), scheme.FLOATS),
         }
         if self._ordered or "g_idx" in headers:
             expected["g_idx"] = ((k,), ("I32",))
         self._wrong.check(module, headers, expected)
-        return Layout(n, k, packing)
+        return scheme.Layout(n, k, packing)
 
-    def fields(self, module: str, layout: Layout, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def fields(self, module: str, layout: scheme.Layout, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         import torch
 
         words = tensors["qweight"].T.contiguous()
-        zero = unpack_int32(tensors["qzeros"], self._bits).short() + self._added
+        zero = scheme.unpack_int32(tensors["qzeros"], self._bits).short() + self._added
         data = words.view(torch.uint8)
         if self._bits == 8:  # kept as signed bytes
             data, zero = data ^ 128, zero - 128
