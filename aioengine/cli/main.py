@@ -82,51 +82,8 @@ COMMANDS = {
   aioengine serve --model path/to/model --adapter-root adapters/ --api-key-file keys.txt
   aioengine serve --host 0.0.0.0 --port 80 --log-format json""",
 }
-"""The commands, each with its examples. ``name`` is the function ``name`` in ``aioengine.cli.name``; "fleet",
-"keys" and "lab" are groups of commands."""
-
-POLICIES_COMMANDS = {
-    "check": """\
-  aioengine policies check my_policy.py:MyPolicy
-  aioengine policies check edf+gdsf --runs 20""",
-}
-"""The commands of policies, beside the list: ``name`` is the function ``name`` in
-``aioengine.cli.policies``."""
-
-FLEET_COMMANDS = {
-    "status": """\
-  aioengine fleet status
-  RAY_ADDRESS=head:6379 aioengine fleet status""",
-    "adapters": """\
-  aioengine fleet adapters""",
-    "drain": """\
-  aioengine fleet drain k3x9q2ab
-  aioengine fleet drain k3x9q2ab --undo""",
-}
-"""The commands for fleets: ``name`` is the function ``name`` in ``aioengine.cli.fleet.command``."""
-
-KEYS_COMMANDS = {
-    "new": """\
-  aioengine keys new --tenant alice >> keys.toml
-  aioengine keys new --tenant prometheus --scope metrics
-  aioengine keys new --tenant team-a --scope generate --scope adapters --adapter 'team-a/*'""",
-    "hash": """\
-  aioengine keys hash < key.txt""",
-    "check": """\
-  aioengine keys check keys.toml""",
-}
-"""The commands for keys: ``name`` is the function ``name`` in ``aioengine.cli.keys``."""
-
-CONFIG_COMMANDS = {
-    "check": """\
-  aioengine config check --config server.toml --port 9000""",
-    "show": """\
-  AIOENGINE_MAX_LORAS=8 aioengine config show --config server.toml""",
-    "schema": """\
-  aioengine config schema > aioengine.schema.json""",
-}
-"""The commands for configurations: ``name`` is the function ``name`` in
-``aioengine.cli.config.commands``."""
+"""The commands, each with its examples. ``name`` is the function ``name`` in ``aioengine.cli.name``, or a group
+of commands."""
 
 LAB_COMMANDS = {
     "run": """\
@@ -160,39 +117,63 @@ LAB_COMMANDS = {
   aioengine lab validate --preset this-machine.json
   aioengine lab validate --preset this-machine.json --loads 0.5 --repeats 5""",
 }
-"""The commands of the lab: ``name`` is the function ``name`` in ``aioengine.cli.lab.name``."""
-
-
 _ALONE = {"policies": "aioengine.cli.policies:policies"}
 """Groups that are also commands themselves."""
-
 _ROOMS = {"demo", "generate"}
 """Commands with a folder, where they are in the file ``command``."""
 
 GROUPS = {
     "policies": (
-        POLICIES_COMMANDS,
+        {
+            "check": """\
+  aioengine policies check my_policy.py:MyPolicy
+  aioengine policies check edf+gdsf --runs 20""",
+        },
         "aioengine.cli.policies:",
         "List the scheduler policies and their parts, or check one.",
     ),
     "config": (
-        CONFIG_COMMANDS,
+        {
+            "check": "  aioengine config check --config server.toml --port 9000",
+            "show": "  AIOENGINE_MAX_LORAS=8 aioengine config show --config server.toml",
+            "schema": "  aioengine config schema > aioengine.schema.json",
+        },
         "aioengine.cli.config.commands:",
         "Check, show and describe a server's configuration.",
     ),
     "fleet": (
-        FLEET_COMMANDS,
+        {
+            "status": """\
+  aioengine fleet status
+  RAY_ADDRESS=head:6379 aioengine fleet status""",
+            "adapters": "  aioengine fleet adapters",
+            "drain": """\
+  aioengine fleet drain k3x9q2ab
+  aioengine fleet drain k3x9q2ab --undo""",
+        },
         "aioengine.cli.fleet.command:",
         "Inspect a fleet, and drain replicas.",
     ),
-    "keys": (KEYS_COMMANDS, "aioengine.cli.keys:", "Create and check a server's API keys."),
+    "keys": (
+        {
+            "new": """\
+  aioengine keys new --tenant alice >> keys.toml
+  aioengine keys new --tenant prometheus --scope metrics
+  aioengine keys new --tenant team-a --scope generate --scope adapters --adapter 'team-a/*'""",
+            "hash": "  aioengine keys hash < key.txt",
+            "check": "  aioengine keys check keys.toml",
+        },
+        "aioengine.cli.keys:",
+        "Create and check a server's API keys.",
+    ),
     "lab": (
         LAB_COMMANDS,
         "aioengine.cli.lab.{0}:",
         "Evaluate scheduling policies on traces in simulated time, with the serving engine.",
     ),
 }
-"""Commands that have commands of their own: these, where they are (``{0}`` is the name), and the help."""
+"""Groups of commands: the commands with their examples, where they are (``{0}`` is the command's name; the
+function has this name, too), and the help."""
 
 
 def build_app(*, full_help: bool = False) -> App:

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from aioengine.lab.policy_check.check import Checked, Finding
+    from aioengine.schedulers.registry import PolicyInfo
 
 EXIT_BROKEN = 3
 
@@ -41,41 +42,26 @@ def policies(*, common: CommonFlags | None = None) -> int:
     sections = {"whole policies": whole}
     for kind in KINDS:
         sections[f"parts, {kind}: {titles[kind]}"] = list(available_parts(kind).values())
-    for title, infos in sections.items():
-        table = Table.grid(padding=(0, 2))
-        table.add_column(no_wrap=True)
-        table.add_column(overflow="fold")
-        for info in infos:
-            details = [info.summary]
-            if "future:" in info.options:
-                details.append("lab only: it must know all arrivals beforehand, as in a trace")
-            elif info.options:
-                details.append(f"options: {info.options}")
-            if info.starvation_bound:
-                details.append(f"longest wait: {info.starvation_bound}")
-            if info.source:
-                details.append(f"from: {info.source}")
-            text = Text(details[0])
-            for detail in details[1:]:
-                text.append(f"\n{detail}", style="dim")
-            table.add_row(Text(f"  {info.name}", style="bold"), text)
-        console.print(Text(title, style="bold underline"))
-        console.print(table)
-        console.print()
+    listed = {
+        title: [(info.name, _details_of(info)) for info in infos] for title, infos in sections.items()
+    }
     for title, of_fleet in (
         ("routers, of a fleet", available_routers()),
         ("placement of adapters, of a fleet", available_placements()),
         ("number of replicas, of a fleet", available_autoscalers()),
     ):
+        listed[title] = []
+        for found in of_fleet.values():
+            options = [f"options: {found.options}"] if found.options else []
+            ends = [f"worst case: {found.worst_case}", f"from: {found.source}"]
+            listed[title].append((found.name, [found.summary, *options, *ends]))
+    for title, rows in listed.items():
         table = Table.grid(padding=(0, 2))
         table.add_column(no_wrap=True)
         table.add_column(overflow="fold")
-        for found in of_fleet.values():
-            text = Text(found.summary)
-            if found.options:
-                text.append(f"\noptions: {found.options}", style="dim")
-            text.append(f"\nworst case: {found.worst_case}\nfrom: {found.source}", style="dim")
-            table.add_row(Text(f"  {found.name}", style="bold"), text)
+        for name, (summary, *details) in rows:
+            text = Text(summary).append("".join(f"\n{detail}" for detail in details), style="dim")
+            table.add_row(Text(f"  {name}", style="bold"), text)
         console.print(Text(title, style="bold underline"))
         console.print(table)
         console.print()
@@ -85,6 +71,20 @@ def policies(*, common: CommonFlags | None = None) -> int:
         highlight=False,
     )
     return 0
+
+
+def _details_of(info: PolicyInfo) -> list[str]:
+    """Return a policy's summary, and what else there is to know of it."""
+    details = [info.summary]
+    if "future:" in info.options:
+        details.append("lab only: it must know all arrivals beforehand, as in a trace")
+    elif info.options:
+        details.append(f"options: {info.options}")
+    if info.starvation_bound:
+        details.append(f"longest wait: {info.starvation_bound}")
+    if info.source:
+        details.append(f"from: {info.source}")
+    return details
 
 
 def check(

@@ -140,32 +140,21 @@ class ServerFlags:
             check_endpoint(self.otlp_endpoint)
         keys = _keys("api-key", self.api_key, KEY_VARIABLE, self.api_key_file)
         admin_keys = _keys("admin-key", self.admin_key, ADMIN_KEY_VARIABLE, self.admin_key_file)
-        return ServerSettings(
-            served_model_names=self.served_model_name or (),
-            api_keys=keys,
-            admin_keys=admin_keys,
-            keys_file=None if self.keys is None else str(self.keys),
-            allowed_hosts=self._allowed_hosts(bool(keys) or self.keys is not None),
-            max_body_bytes=self.max_body_bytes,
-            max_upload_bytes=self.max_upload_bytes,
-            max_choices=self.max_choices,
-            share_prefix_cache=self.share_prefix_cache,
-            generation_config=self.generation_config,
-            tool_call_parser=self.tool_call_parser,
-            reasoning_parser=self.reasoning_parser,
-            default_max_tokens=self.default_max_tokens,
-            ignore_unknown_fields=self.ignore_unknown_fields,
-            schemas=SchemaOptions(
-                open_objects=self.open_objects,
-                any_whitespace=self.any_whitespace,
-                lenient=self.lenient_schemas,
-            ),
-            request_timeout=self.request_timeout or None,
-            read_timeout=self.read_timeout,
-            send_timeout=self.send_timeout,
-            stuck_step_seconds=self.stuck_step_seconds,
-            reword=in_flags,
+        schemas = SchemaOptions(
+            open_objects=self.open_objects, any_whitespace=self.any_whitespace, lenient=self.lenient_schemas
         )
+        same = {name: value for name, value in vars(self).items() if name in ServerSettings.__struct_fields__}
+        others = {
+            "served_model_names": self.served_model_name or (),
+            "api_keys": keys,
+            "admin_keys": admin_keys,
+            "keys_file": None if self.keys is None else str(self.keys),
+            "allowed_hosts": self._allowed_hosts(bool(keys) or self.keys is not None),
+            "schemas": schemas,
+            "request_timeout": self.request_timeout or None,
+            "reword": in_flags,
+        }
+        return ServerSettings(**{**same, **others})
 
     def certificate(self) -> Certificate | None:
         """Read it. Raises ConfigError."""

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
+import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Literal
 
 from aioengine import events
 from aioengine.cli.demo.jobs import Job
+
+ARRIVAL_SECONDS = 0.15
+"""Seconds between the arrivals of two requests."""
 
 State = Literal["soon", "waiting", "running", "done", "failed"]
 
@@ -47,7 +52,21 @@ class Board:
     def __init__(self, jobs: list[Job], say: Callable[[str], None]) -> None:
         self.rows = {job.id: Row(job) for job in jobs}
         self.moves: deque[str] = deque(maxlen=3)
-        self._say = say
+        self.say = say
+        self.begun = time.perf_counter()
+        """When the first request arrived."""
+
+    async def ask_all(self, ask: Callable[[Row], Awaitable[None]]) -> None:
+        """Call ``ask`` for all rows, which arrive one after the other, and wait for all."""
+
+        async def arrive(row: Row, delay: float) -> None:
+            await asyncio.sleep(delay)
+            await ask(row)
+
+        self.begun = time.perf_counter()
+        async with asyncio.TaskGroup() as group:
+            for index, row in enumerate(self.rows.values()):
+                group.create_task(arrive(row, index * ARRIVAL_SECONDS))
 
     @property
     def all_finished(self) -> bool:
@@ -82,7 +101,7 @@ class Board:
         if row.admitted is None:
             row.admitted = event.time
         where = "on the base model" if event.slot is None else f"in slot {event.slot}"
-        self._say(f"{row.job.id} runs {where}, after waiting {event.queue_seconds:.2f} s")
+        self.say(f"{row.job.id} runs {where}, after waiting {event.queue_seconds:.2f} s")
 
     def _ended(self, row: Row, event: events.RequestEnded) -> None:
         row.state = "done" if event.reason in ("stop", "length") else "failed"
@@ -93,4 +112,4 @@ class Board:
 
     def moved(self, what: str) -> None:
         self.moves.append(what)
-        self._say(what)
+        self.say(what)

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING
 
 from aioengine.cli.common import CommonFlags
 from aioengine.cli.demo.board import Board, Row
-from aioengine.cli.demo.jobs import ADAPTERS, Job, default_folder, make_jobs
+from aioengine.cli.demo.jobs import ADAPTERS, default_folder, make_jobs
 from aioengine.cli.flags import DEFAULT_MODEL
 from aioengine.cli.loop import run
+from aioengine.cli.tables import output_console
 from aioengine.config import EngineConfig, LoRAConfig
 from aioengine.errors import AioEngineError, ConfigError
 from aioengine.fleet.config import FleetConfig
@@ -24,9 +25,6 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from aioengine.engine import AsyncEngine
-
-ARRIVAL_SECONDS = 0.15
-"""Seconds between the arrivals of two requests."""
 
 
 def demo(
@@ -72,45 +70,32 @@ def demo(
         lora=LoRAConfig(max_loras=2, max_cpu_loras=3, max_lora_rank=8),
     )
     params = SamplingParams(max_tokens=max_tokens)
-    if replicas is not None:
-        paths = {name: str(folder / name) for name in ADAPTERS}
-        return run(_on_fleet(FleetConfig(engine=config, replicas=replicas, adapters=paths), jobs, params))
-    return run(_demo(config, folder, jobs, params))
-
-
-async def _on_fleet(config: FleetConfig, jobs: list[Job], params: SamplingParams) -> int:
-    from aioengine.cli.demo.on_fleet import demo_on_fleet
-    from aioengine.cli.tables import output_console
-
     console = output_console()
-    start = time.perf_counter()
-
-    def say(line: str) -> None:
-        if not console.is_terminal:
-            print(f"{time.perf_counter() - start:6.2f}  {line}", flush=True)
-
-    print(f"Starting {config.replicas} replicas of {config.engine.model} on Ray ...", flush=True)
-    return await demo_on_fleet(config, Board(jobs, say), params, console, say, ARRIVAL_SECONDS)
-
-
-async def _demo(config: EngineConfig, folder: Path, jobs: list[Job], params: SamplingParams) -> int:
-    from aioengine.cli.demo.view import print_summary, result_line
-    from aioengine.cli.progress import started
-    from aioengine.cli.tables import output_console
-
-    console = output_console()
-    start = time.perf_counter()
 
     def say(line: str) -> None:
         """Print one line, where there is no live board."""
         if not console.is_terminal:
-            print(f"{time.perf_counter() - start:6.2f}  {line}", flush=True)
+            print(f"{time.perf_counter() - board.begun:6.2f}  {line}", flush=True)
 
     board = Board(jobs, say)
+    if replicas is not None:
+        from aioengine.cli.demo.on_fleet import demo_on_fleet
 
-    async def ask(row: Row, delay: float) -> None:
+        paths = {name: str(folder / name) for name in ADAPTERS}
+        fleet = FleetConfig(engine=config, replicas=replicas, adapters=paths)
+        print(f"Starting {replicas} replicas of {model} on Ray ...", flush=True)
+        return run(demo_on_fleet(fleet, board, params, console))
+    return run(_demo(config, folder, board, params, console))
+
+
+async def _demo(
+    config: EngineConfig, folder: Path, board: Board, params: SamplingParams, console: Console
+) -> int:
+    from aioengine.cli.demo.view import print_summary, result_line
+    from aioengine.cli.progress import started
+
+    async def ask(row: Row) -> None:
         """Run one client: send its prompt and read its answer."""
-        await asyncio.sleep(delay)
         job = row.job
         try:
             outputs = engine.generate(job.messages, params, adapter=job.adapter, request_id=job.id)
@@ -120,17 +105,15 @@ async def _demo(config: EngineConfig, folder: Path, jobs: list[Job], params: Sam
             row.state, row.error = "failed", str(error)
         else:
             row.passed = None if job.check is None else job.check(row.text)
-        say(result_line(row))
+        board.say(result_line(row))
 
     if not console.is_terminal:
         print(f"Loading {config.model} ...", flush=True)
     async with started(config, {name: str(folder / name) for name in ADAPTERS}) as engine:
         engine.add_listener(board.handle)
-        start = time.perf_counter()
-        async with _shown(console, board, engine), asyncio.TaskGroup() as group:
-            for index, row in enumerate(board.rows.values()):
-                group.create_task(ask(row, index * ARRIVAL_SECONDS))
-        print_summary(console, board, engine.stats(), time.perf_counter() - start)
+        async with _shown(console, board, engine):
+            await board.ask_all(ask)
+        print_summary(console, board, engine.stats(), time.perf_counter() - board.begun)
     return 0 if board.all_finished else 1
 
 

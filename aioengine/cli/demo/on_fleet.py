@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
-from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Any
+from contextlib import asynccontextmanager, nullcontext
+from typing import TYPE_CHECKING
 
 from aioengine.cli.demo.board import Board, Row
 from aioengine.errors import AioEngineError
@@ -25,22 +24,14 @@ LOOK_SECONDS = 0.1
 
 
 async def demo_on_fleet(
-    config: FleetConfig,
-    board: Board,
-    params: SamplingParams,
-    console: Console,
-    say: Callable[[str], None],
-    arrival_seconds: float,
+    config: FleetConfig, board: Board, params: SamplingParams, console: Console
 ) -> int:
     """Start the fleet, send the board's requests one after the other, and show their progress."""
     from aioengine.cli.demo.view import print_fleet_summary, result_line
     from aioengine.cli.fleet.started import started_fleet
 
     async with started_fleet(config, lambda stage, done, total: None) as client:
-        start = time.perf_counter()
-
-        async def ask(row: Row, delay: float) -> None:
-            await asyncio.sleep(delay)
+        async def ask(row: Row) -> None:
             row.state, sent = "waiting", time.perf_counter()
             try:
                 async for out in client.generate(
@@ -50,7 +41,7 @@ async def demo_on_fleet(
                         row.ttft = time.perf_counter() - sent
                         row.state, row.admitted = "running", time.perf_counter()
                         row.replica = _number(client, client.replica_of(row.job.id))
-                        say(f"{row.job.id} runs on replica {row.replica}, first token after {row.ttft:.2f} s")
+                        board.say(f"{row.job.id} runs on replica {row.replica}, first token after {row.ttft:.2f} s")
                     row.text, row.tokens = out.text, out.output_tokens
             except AioEngineError as error:
                 row.state, row.error = "failed", str(error)
@@ -58,12 +49,11 @@ async def demo_on_fleet(
                 row.state = "done"
                 row.passed = None if row.job.check is None else row.job.check(row.text)
             row.ended = time.perf_counter()
-            say(result_line(row))
+            board.say(result_line(row))
 
-        async with _watched(client, board, console), asyncio.TaskGroup() as group:
-            for index, row in enumerate(board.rows.values()):
-                group.create_task(ask(row, index * arrival_seconds))
-        print_fleet_summary(console, board, config.replicas, time.perf_counter() - start)
+        async with _watched(client, board, console):
+            await board.ask_all(ask)
+        print_fleet_summary(console, board, config.replicas, time.perf_counter() - board.begun)
     return 0 if board.all_finished else 1
 
 
@@ -92,17 +82,13 @@ async def _watched(client: FleetClient, board: Board, console: Console) -> Async
             look(live)
             await asyncio.sleep(LOOK_SECONDS)
 
-    live: Any = Live(console=console, auto_refresh=False) if console.is_terminal else None
-    if live is not None:
-        live.start()
-    task = asyncio.create_task(always(live))
-    try:
-        yield
-    finally:
-        await end_tasks([task])
-        look(live)
-        if live is not None:
-            live.stop()
+    with Live(console=console, auto_refresh=False) if console.is_terminal else nullcontext() as live:
+        task = asyncio.create_task(always(live))
+        try:
+            yield
+        finally:
+            await end_tasks([task])
+            look(live)
 
 
 def _number(client: FleetClient, replica: str | None) -> int:

@@ -55,17 +55,7 @@ class FleetFlags:
         """Return the table ``[fleet]`` of ``file``, overridden by the flags. None if there is neither: one
         engine in this process. Raises ConfigError."""
         table = fleet_table(file)
-        given: dict[str, Any] = {
-            "replicas": self.replicas,
-            "router": self.router,
-            "placement": self.placement,
-            "autoscale": self.autoscale,
-            "cpus_per_replica": self.cpus_per_replica,
-            "migration_limit": self.migration_limit,
-            "registry": self.registry,
-            "name": self.app_name,
-        }
-        given = {name: value for name, value in given.items() if value is not None}
+        given: dict[str, Any] = {name: value for name, value in vars(self).items() if value is not None}
         if table is None:
             if not given:
                 return None
@@ -73,6 +63,8 @@ class FleetFlags:
                 raise ConfigError(f"--{next(iter(given)).replace('_', '-')}: needs a fleet; add --replicas")
         for name in ELSEWHERE.keys() & (table or {}).keys():
             raise ConfigError(f"{file}, table fleet: `aioengine serve` reads {name} from {ELSEWHERE[name]}")
+        if self.app_name is not None:
+            given["name"] = given.pop("app_name")
         given = {**(table or {}), "otlp_endpoint": otlp_endpoint, **given}
         source = "flags" if file is None else f"{file} and flags"
         return FleetConfig.from_table(engine, adapters, given, source=source)

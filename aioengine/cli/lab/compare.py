@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import sys
 from collections.abc import Iterable
@@ -14,7 +13,14 @@ from cyclopts import Group, Parameter
 
 from aioengine.cli.common import CommonFlags
 from aioengine.cli.help import FOLDED
-from aioengine.cli.lab.flags import SystemFlags, WorkloadFlags, check_out, make_experiment, numbers
+from aioengine.cli.lab.flags import (
+    SystemFlags,
+    WorkloadFlags,
+    check_out,
+    jobs_of,
+    make_experiment,
+    numbers,
+)
 from aioengine.cli.process import EXIT_FAILED, EXIT_NOT_VALID, process
 from aioengine.errors import ConfigError
 
@@ -71,9 +77,7 @@ def compare(
 
     check_extra()
     find_measure(flags.rank_by)
-    jobs = _cores() if flags.jobs is None else flags.jobs
-    if jobs < 1:
-        raise ConfigError(f"--jobs {jobs}: must be at least 1")
+    jobs = jobs_of(flags.jobs)
     comparison = make_comparison(flags, workload or WorkloadFlags(), system or SystemFlags())
     check_out(flags.out, "comparison.json")
     found = _compare(comparison, flags.out, jobs, flags.allow_fallback)
@@ -146,12 +150,6 @@ def split_policies(texts: Iterable[str]) -> list[str]:
     if not all(found):
         raise ConfigError("--policy: has an empty name; write fcfs,vtc")
     return found
-
-
-def _cores() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _compare(comparison: Comparison, out: Path, jobs: int, allow_fallback: bool) -> Compared:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -209,6 +210,15 @@ def check_out(out: Path, mark: str) -> None:
         raise ConfigError(f"--out {out}: cannot be used: {error.strerror}") from error
     if foreign:
         raise ConfigError(f"--out {out}: has files, but no {mark} of an earlier run; use another folder")
+
+
+def jobs_of(given: int | None) -> int:
+    """Return the number of parallel runs; by default as many as cores. Raises ConfigError."""
+    if given is None:
+        return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if given < 1:
+        raise ConfigError(f"--jobs {given}: must be at least 1")
+    return given
 
 
 def numbers(flag: str, texts: Iterable[str] | None, kind: type[Number]) -> list[Number] | None:

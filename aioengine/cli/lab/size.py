@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Group, Parameter
 
 from aioengine.cli.common import CommonFlags
-from aioengine.cli.lab.compare import _cores
-from aioengine.cli.lab.flags import SystemFlags, WorkloadFlags, check_out, make_experiment
+from aioengine.cli.lab.flags import SystemFlags, WorkloadFlags, check_out, jobs_of, make_experiment
 from aioengine.cli.process import EXIT_FAILED, process
 from aioengine.errors import ConfigError
 
@@ -74,9 +73,7 @@ def size(
     objectives = parse_objectives(flags.slo)
     experiment, bounds = _experiment(flags, system or SystemFlags(), read_workload(flags.workload))
     check_out(flags.out, "size.json")
-    jobs = _cores() if flags.jobs is None else flags.jobs
-    if jobs < 1:
-        raise ConfigError(f"--jobs {jobs}: must be at least 1")
+    jobs = jobs_of(flags.jobs)
     stop = False
 
     def cancel() -> None:
