@@ -63,33 +63,6 @@ class FsspecResolver(BlockingResolver):
         max_cache_bytes: int | str | None = "64GiB",
     ) -> None:
         super().__init__()
-        self._folders = RemoteFolders(
-            url,
-            cache_dir=cache_dir,
-            storage_options=storage_options,
-            max_bytes=max_bytes,
-            max_cache_bytes=max_cache_bytes,
-        )
-
-    def find(self, name: str) -> Path:
-        if not is_plain_name(name):
-            raise AdapterNotFound("not a name below the adapters' URL", name=name)
-        return self._folders.fetch(name, name)
-
-
-class RemoteFolders:
-    """Folders below a URL, and their local copies. The arguments are those of :class:`FsspecResolver`, and so
-    are the errors."""
-
-    def __init__(
-        self,
-        url: str,
-        *,
-        cache_dir: str | os.PathLike[str] | None = None,
-        storage_options: dict[str, Any] | None = None,
-        max_bytes: int | str = "4GiB",
-        max_cache_bytes: int | str | None = "64GiB",
-    ) -> None:
         check_protocol(url)
         from fsspec.core import url_to_fs  # optional
 
@@ -104,6 +77,11 @@ class RemoteFolders:
         bound = None if max_cache_bytes is None else parse_bytes(max_cache_bytes, field="max_cache_bytes")
         root = cache_root() / "adapters" if cache_dir is None else Path(cache_dir).expanduser()
         self._copies = LocalCopies(root, bound)
+
+    def find(self, name: str) -> Path:
+        if not is_plain_name(name):
+            raise AdapterNotFound("not a name below the adapters' URL", name=name)
+        return self.fetch(name, name)
 
     def fetch(self, name: str, folder: str) -> Path:
         """Return the local copy of ``folder``, a path below the URL, for the adapter ``name``. Fetches it if

@@ -6,7 +6,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from aioengine.adapters.resolvers.base import SharedLookups, is_plain_name
-from aioengine.adapters.resolvers.fsspec import RemoteFolders
+from aioengine.adapters.resolvers.fsspec import FsspecResolver
 from aioengine.adapters.resolvers.hub import HubResolver, parse_hub_path
 from aioengine.errors import AdapterInvalid, AdapterNotFound, ConfigError
 from aioengine.model.files.hub import PREFIX, has_hub, is_source
@@ -67,4 +67,4 @@ class AdapterSources:
                 self._hub = HubResolver()
             return await self._hub.resolve_path(name, source)
         parent, _, last = source.rpartition("/")
-        return await self._urls.run(name, source, lambda: RemoteFolders(parent).fetch(name, last))
+        return await self._urls.run(name, source, lambda: FsspecResolver(parent).fetch(name, last))

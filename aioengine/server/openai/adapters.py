@@ -37,6 +37,21 @@ class UnloadRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     """Ignored."""
 
 
+def check_may_load(context: Context, request: Request[Any, Any, Any], name: str, *, replace: bool) -> None:
+    """Raise ApiError if the request's key may not load an adapter of this name, or there is one that it does
+    not ``replace``."""
+    if not record_of(request).identity.models.allow(name):
+        raise ApiError(
+            403,
+            f"this API key may not load an adapter that is called {name!r}",
+            type="permission_error",
+            param="lora_name",
+            code="adapter_not_allowed",
+        )
+    if not replace and any(info.name == name for info in context.engine.adapters()):
+        raise ApiError(400, f"The lora adapter '{name}' has already been loaded.", param="lora_name")
+
+
 def adapter_routes(context: Context) -> list[HTTPRouteHandler]:
     lora = context.engine.config.lora
     root = None if lora is None else lora.adapter_root
@@ -58,17 +73,7 @@ def adapter_routes(context: Context) -> list[HTTPRouteHandler]:
             raise ApiError(400, f"lora_name: {name[:300]!r} is not {NAME_RULE_TEXT}", param="lora_name")
         if name in context.model_names:
             raise ApiError(400, f"{name!r} is the base model's name", param="lora_name")
-        if not record_of(request).identity.models.allow(name):
-            raise ApiError(
-                403,
-                f"this API key may not load an adapter that is called {name!r}",
-                type="permission_error",
-                param="lora_name",
-                code="adapter_not_allowed",
-            )
-        known = any(info.name == name for info in context.engine.adapters())
-        if known and not data.load_inplace:
-            raise ApiError(400, f"The lora adapter '{name}' has already been loaded.", param="lora_name")
+        check_may_load(context, request, name, replace=bool(data.load_inplace))
         try:
             folder = await within(None if lora is None else lora.load_timeout, name, allowed.find(name, path))
         except AdapterNotFound as error:

@@ -25,7 +25,8 @@ from aioengine.adapters.read_threads import ReadThreads
 from aioengine.errors import AdapterError
 from aioengine.server.context import Context
 from aioengine.server.errors import ApiError, to_api_error
-from aioengine.server.framework import RESPONSES, record_of
+from aioengine.server.framework import RESPONSES
+from aioengine.server.openai.adapters import check_may_load
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 MAX_MEMBERS = 1000
@@ -80,17 +81,7 @@ def upload_routes(context: Context) -> list[HTTPRouteHandler]:
         if load_inplace not in _FLAGS:
             raise ApiError(400, "load_inplace: must be true or false", param="load_inplace")
         replace = _FLAGS[load_inplace]
-        if not record_of(request).identity.models.allow(lora_name):
-            raise ApiError(
-                403,
-                f"this API key may not load an adapter that is called {lora_name!r}",
-                type="permission_error",
-                param="lora_name",
-                code="adapter_not_allowed",
-            )
-        known = any(info.name == lora_name for info in context.engine.adapters())
-        if known and not replace:
-            raise ApiError(400, f"The lora adapter '{lora_name}' has already been loaded.", param="lora_name")
+        check_may_load(context, request, lora_name, replace=replace)
         body, kind = await request.body(), request.headers.get("content-type", "")
         try:
             config, weights = await threads.run(lambda: unpack(body, kind, most))
