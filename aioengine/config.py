@@ -15,16 +15,7 @@ from typing import Any, Literal, Self, get_args
 
 import msgspec
 
-from aioengine.checks import (
-    check_integer,
-    check_number,
-    check_seconds,
-    from_plain,
-    nearest,
-    parse_bytes,
-    read_toml,
-    refuse_unknown,
-)
+from aioengine import checks
 from aioengine.errors import ConfigError
 from aioengine.model.spec import KNOWN_MODULES, LORA_MODULES, TARGETABLE_MODULES, ModelImpl, Quantization
 
@@ -105,13 +96,13 @@ class LoRAConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         if root is not None and (not isinstance(root, str) or not root or "\0" in root):
             raise ConfigError(f"adapter_root={root!r}: must be a folder's path, or None")
         if self.load_timeout is not None:
-            check_seconds("load_timeout", self.load_timeout, ", or None", finite=True)
+            checks.check_seconds("load_timeout", self.load_timeout, ", or None", finite=True)
         if self.slot_memory is not None and not self.shares_memory:
-            set_(self, "slot_memory", parse_bytes(self.slot_memory, field="slot_memory"))
+            set_(self, "slot_memory", checks.parse_bytes(self.slot_memory, field="slot_memory"))
         if self.max_cpu_lora_bytes is not None:
-            value = parse_bytes(self.max_cpu_lora_bytes, field="max_cpu_lora_bytes")
+            value = checks.parse_bytes(self.max_cpu_lora_bytes, field="max_cpu_lora_bytes")
             set_(self, "max_cpu_lora_bytes", value)
-        held = parse_bytes(self.max_held_lora_bytes, field="max_held_lora_bytes")
+        held = checks.parse_bytes(self.max_held_lora_bytes, field="max_held_lora_bytes")
         set_(self, "max_held_lora_bytes", held)
         _choice(self, "max_lora_rank", ALLOWED_RANKS)
         _choice(self, "lora_dtype", get_args(LoRADType))
@@ -151,7 +142,7 @@ class LoRAConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     @property
     def held_bytes(self) -> int:
         """``max_held_lora_bytes`` as a number."""
-        return parse_bytes(self.max_held_lora_bytes, field="max_held_lora_bytes")
+        return checks.parse_bytes(self.max_held_lora_bytes, field="max_held_lora_bytes")
 
     @property
     def modules(self) -> tuple[str, ...]:
@@ -336,7 +327,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         _integer(self, "max_adapter_labels", low=0)
         _integer(self, "max_tenant_labels", low=0)
         _integer(self, "policy_max_overruns", low=1)
-        check_seconds("policy_time_budget", self.policy_time_budget)
+        checks.check_seconds("policy_time_budget", self.policy_time_budget)
         for bound in WAITING_BOUNDS:
             if getattr(self, bound) is not None:
                 _integer(self, bound, low=1)
@@ -344,15 +335,15 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         if template is not None and (not isinstance(template, str) or not template or "\0" in template):
             raise ConfigError(f"chat_template={template!r}: must be a file's path, or None")
         if self.max_step_seconds is not None:
-            check_seconds("max_step_seconds", self.max_step_seconds, ", or None", finite=True)
+            checks.check_seconds("max_step_seconds", self.max_step_seconds, ", or None", finite=True)
         _boolean(self, "enable_prefix_caching")
-        set_files = parse_bytes(self.kv_cache_dir_bytes, field="kv_cache_dir_bytes")
+        set_files = checks.parse_bytes(self.kv_cache_dir_bytes, field="kv_cache_dir_bytes")
         msgspec.structs.force_setattr(self, "kv_cache_dir_bytes", set_files)
         if self.kv_cache_dir is not None:
             self._check_kv_cache_dir(self.kv_cache_dir)
-        check_number("max_prefix_pins", self.max_prefix_pins, low=0.0, high=1.0)
+        checks.check_number("max_prefix_pins", self.max_prefix_pins, low=0.0, high=1.0)
         if self.max_prefix_pins_per_tenant is not None:
-            check_number("max_prefix_pins_per_tenant", self.max_prefix_pins_per_tenant, low=0.0, high=1.0)
+            checks.check_number("max_prefix_pins_per_tenant", self.max_prefix_pins_per_tenant, low=0.0, high=1.0)
         _boolean(self, "cuda_graphs")
         if self.executor == "thread" and self.tensor_parallel_size > 1:
             raise ConfigError(
@@ -371,7 +362,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
                 "raise the first or lower the second"
             )
         if self.kv_cache_memory is not None:
-            value = parse_bytes(self.kv_cache_memory, field="kv_cache_memory")
+            value = checks.parse_bytes(self.kv_cache_memory, field="kv_cache_memory")
             msgspec.structs.force_setattr(self, "kv_cache_memory", value)
         if self.lora is not None and not isinstance(self.lora, LoRAConfig):
             raise ConfigError(f"lora={self.lora!r}: must be a LoRAConfig, or None for no adapters")
@@ -433,17 +424,17 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
                 raise ConfigError(f"{source}: {key!r} belongs to the table lora: put it below a line [lora]")
         lora = values.get("lora")
         if isinstance(lora, Mapping):
-            refuse_unknown(LoRAConfig, lora, f"{source}, table lora")
-        return from_plain(cls, values, source)
+            checks.refuse_unknown(LoRAConfig, lora, f"{source}, table lora")
+        return checks.from_plain(cls, values, source)
 
     @classmethod
     def from_toml(cls, path: str | Path, **overrides: Any) -> Self:
         """Read a TOML file whose keys are the fields of this struct, and a table ``[lora]``."""
-        return cls.from_dict({**read_toml(path), **overrides}, source=str(path))
+        return cls.from_dict({**checks.read_toml(path), **overrides}, source=str(path))
 
 
 def _integer(config: msgspec.Struct, field: str, *, low: int, high: int | None = None) -> None:
-    check_integer(field, getattr(config, field), low=low, high=high)
+    checks.check_integer(field, getattr(config, field), low=low, high=high)
 
 
 def _boolean(config: msgspec.Struct, field: str) -> None:
@@ -455,5 +446,5 @@ def _choice(config: msgspec.Struct, field: str, allowed: tuple[Any, ...]) -> Non
     value = getattr(config, field)
     if isinstance(value, bool) or value not in allowed:
         names = ", ".join(map(str, allowed))
-        hint = "" if isinstance(value, bool) else nearest(value, allowed)
+        hint = "" if isinstance(value, bool) else checks.nearest(value, allowed)
         raise ConfigError(f"{field}={value!r}: allowed are {names}; choose one of them{hint}")

@@ -7,15 +7,7 @@ from contextlib import contextmanager
 from typing import Protocol
 
 from opentelemetry import context, propagate
-from opentelemetry.trace import (
-    Span,
-    SpanKind,
-    Status,
-    StatusCode,
-    TracerProvider,
-    format_trace_id,
-    set_span_in_context,
-)
+from opentelemetry import trace
 
 Headers = list[tuple[bytes, bytes]]
 
@@ -38,7 +30,7 @@ class Answered(Protocol):
 class HttpSpans:
     """The server's side: a span of each HTTP request, the child of the one that its ``traceparent`` names."""
 
-    def __init__(self, provider: TracerProvider) -> None:
+    def __init__(self, provider: trace.TracerProvider) -> None:
         self._tracer = provider.get_tracer("aioengine")
 
     @contextmanager
@@ -47,10 +39,10 @@ class HttpSpans:
         its name from the record."""
         carrier = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in headers}
         span = self._tracer.start_span(
-            record.method, context=propagate.extract(carrier), kind=SpanKind.SERVER
+            record.method, context=propagate.extract(carrier), kind=trace.SpanKind.SERVER
         )
-        record.trace_id = format_trace_id(span.get_span_context().trace_id)
-        token = context.attach(set_span_in_context(span))
+        record.trace_id = trace.format_trace_id(span.get_span_context().trace_id)
+        token = context.attach(trace.set_span_in_context(span))
         try:
             yield
         finally:
@@ -59,7 +51,7 @@ class HttpSpans:
             span.end()
 
 
-def _describe(span: Span, record: Answered) -> None:
+def _describe(span: trace.Span, record: Answered) -> None:
     span.update_name(f"{record.method} {record.route}")
     span.set_attributes(
         {
@@ -78,7 +70,7 @@ def _describe(span: Span, record: Answered) -> None:
         if value is not None:
             span.set_attribute(name, value)
     if record.status >= 500:
-        span.set_status(Status(StatusCode.ERROR, record.reason))
+        span.set_status(trace.Status(trace.StatusCode.ERROR, record.reason))
 
 
 class CallSpans:
@@ -87,37 +79,37 @@ class CallSpans:
     The span is a child of the span that is current when it is made.
     """
 
-    def __init__(self, provider: TracerProvider, request_id: str, adapter: str | None) -> None:
+    def __init__(self, provider: trace.TracerProvider, request_id: str, adapter: str | None) -> None:
         self._tracer = provider.get_tracer("aioengine")
         attributes = {"aioengine.request_id": request_id}
         if adapter is not None:
             attributes["aioengine.adapter"] = adapter
         self._root = self._tracer.start_span("aioengine.fleet.request", attributes=attributes)
-        self._sent: Span | None = None
+        self._sent: trace.Span | None = None
 
     def sent(self, replica: str, delivered: int) -> dict[str, str]:
         """Note that the request goes to ``replica``, after ``delivered`` of its tokens. Returns the carrier
         for the replica."""
         self._sent = self._tracer.start_span(
             "aioengine.fleet.attempt",
-            context=set_span_in_context(self._root),
-            kind=SpanKind.CLIENT,
+            context=trace.set_span_in_context(self._root),
+            kind=trace.SpanKind.CLIENT,
             attributes={"aioengine.replica": replica, "aioengine.delivered_tokens": delivered},
         )
         carrier: dict[str, str] = {}
-        propagate.inject(carrier, context=set_span_in_context(self._sent))
+        propagate.inject(carrier, context=trace.set_span_in_context(self._sent))
         return carrier
 
     def lost(self, how: str) -> None:
         """Note that the request's replica is lost, or has refused it."""
         if self._sent is not None:
-            self._sent.set_status(Status(StatusCode.ERROR, how))
+            self._sent.set_status(trace.Status(trace.StatusCode.ERROR, how))
             self._sent.end()
             self._sent = None
 
     def end(self, error: BaseException | None = None) -> None:
         if error is not None:
-            self._root.set_status(Status(StatusCode.ERROR, str(error)))
+            self._root.set_status(trace.Status(trace.StatusCode.ERROR, str(error)))
         for span in (self._sent, self._root):
             if span is not None:
                 span.end()

@@ -27,18 +27,11 @@ from aioengine.cli.flags import in_flags
 from aioengine.cli.generate.request_lines import LINE_FORMAT
 from aioengine.cli.help import EXIT_CODES, HELP_ALL, HELP_FLAGS, CompactFormatter
 from aioengine.cli.process import EXIT_FAILED, EXIT_INTERRUPTED, process
-from aioengine.errors import (
-    AioEngineError,
-    DeadlineExceeded,
-    EngineDead,
-    EngineOverloaded,
-    EngineStopped,
-    RequestRejected,
-)
+from aioengine import errors
 
 EXIT_OK, EXIT_REFUSED = 0, 2
 
-_WHILE_RUNNING = (DeadlineExceeded, EngineDead, EngineOverloaded, EngineStopped, RequestRejected)
+_WHILE_RUNNING = (errors.DeadlineExceeded, errors.EngineDead, errors.EngineOverloaded, errors.EngineStopped, errors.RequestRejected)
 """Errors that end a command after its start; other errors of this package say why it could not start."""
 
 _EXAMPLES = """\
@@ -263,7 +256,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if common.debug:
             traceback.print_exc()
         print(f"aioengine: {_one_line(error)}", file=sys.stderr)
-        refused = isinstance(error, (AioEngineError, CycloptsError)) and not isinstance(error, _WHILE_RUNNING)
+        refused = isinstance(error, (errors.AioEngineError, CycloptsError)) and not isinstance(error, _WHILE_RUNNING)
         return EXIT_REFUSED if refused else EXIT_FAILED
     return result if isinstance(result, int) else EXIT_OK
 
@@ -278,6 +271,6 @@ def _find_modules_here() -> None:
 
 def _one_line(error: Exception) -> str:
     text = " ".join(str(error).split())
-    if isinstance(error, (AioEngineError, CycloptsError)):
+    if isinstance(error, (errors.AioEngineError, CycloptsError)):
         return in_flags(text)
     return f"unexpected {type(error).__name__}: {text} (--debug shows where)"

@@ -11,13 +11,7 @@ from aioengine import events
 from aioengine.core import CopyMove, Core, DropMove, LoadMove, Move, ReleaseMove, StopMove
 from aioengine.core.adapters.failures import Failures
 from aioengine.core.state import AdapterEntry
-from aioengine.errors import (
-    AdapterError,
-    AdapterInvalid,
-    AdapterLoadError,
-    AdapterTooLarge,
-    EngineDead,
-)
+from aioengine import errors
 from aioengine.executors.base import Device
 from aioengine.schedulers.policy import Location
 from aioengine.step import ReadOrder
@@ -25,7 +19,7 @@ from aioengine.step import ReadOrder
 logger = logging.getLogger("aioengine")
 
 
-def log_failure(failures: Failures, name: str, error: AdapterError) -> None:
+def log_failure(failures: Failures, name: str, error: errors.AdapterError) -> None:
     """Log the 1st, 2nd, 4th, 8th, ... failure in a row, so that one adapter does not fill the log."""
     times = failures.times(name)
     if times & (times - 1) == 0:
@@ -98,7 +92,7 @@ class AdapterMoves:
     async def _load(self, entry: AdapterEntry) -> None:
         loop = asyncio.get_running_loop()
 
-        def retrying(attempt: int, seconds: float, error: AdapterError) -> None:
+        def retrying(attempt: int, seconds: float, error: errors.AdapterError) -> None:
             self._core.outbox.append(
                 events.AdapterRetrying(
                     time=loop.time(),
@@ -124,14 +118,14 @@ class AdapterMoves:
             files = None if entry.files is None else entry.files.files
             order = ReadOrder(entry.uid, entry.label, entry.path, retrying, stalled, files)
             done = await self._device.load(order)
-        except EngineDead:
+        except errors.EngineDead:
             return  # the device was lost: the restart handles all moves together
-        except AdapterError as error:
+        except errors.AdapterError as error:
             self._core.adapter_load_failed(entry, loop.time(), error, _load_failure(error))
             log_failure(self._core.residency.failures, entry.label, error)
         except Exception as error:
             logger.exception("loading adapter %r failed unexpectedly", entry.label)
-            failure = AdapterLoadError(
+            failure = errors.AdapterLoadError(
                 f"unexpected {type(error).__name__}: {error}", name=entry.label, path=entry.path
             )
             failure.__cause__ = error
@@ -157,11 +151,11 @@ class AdapterMoves:
         try:
             where = () if offset is None else (offset,)
             seconds = await self._device.place(entry.uid, slot, *where)
-        except EngineDead:
+        except errors.EngineDead:
             return
         except Exception as error:
             logger.exception("copying adapter %r into slot %d failed", entry.label, slot)
-            failure = AdapterLoadError(
+            failure = errors.AdapterLoadError(
                 f"could not be copied into slot {slot}: {type(error).__name__}: {error}",
                 name=entry.label,
                 path=entry.path,
@@ -173,7 +167,7 @@ class AdapterMoves:
         self._changed(entry.label)
 
 
-def _load_failure(error: AdapterError) -> events.LoadFailure:
-    if isinstance(error, AdapterTooLarge):
+def _load_failure(error: errors.AdapterError) -> events.LoadFailure:
+    if isinstance(error, errors.AdapterTooLarge):
         return "too_large"
-    return "invalid" if isinstance(error, AdapterInvalid) else "io"
+    return "invalid" if isinstance(error, errors.AdapterInvalid) else "io"

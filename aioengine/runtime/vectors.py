@@ -11,15 +11,7 @@ from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from aioengine.checks import check_integer
 from aioengine.errors import RequestInvalid
-from aioengine.request import (
-    Classification,
-    Embedding,
-    PoolingKind,
-    Prompt,
-    SamplingParams,
-    Scores,
-    check_text,
-)
+from aioengine import request as requests
 from aioengine.runtime.output import RequestOutput
 from aioengine.runtime.tasks import together
 from aioengine.runtime.text_work import SHORT, TextWork
@@ -37,15 +29,15 @@ T = TypeVar("T")
 class Complete(Protocol):
     """``AsyncEngine.complete`` for one caller."""
 
-    def __call__(self, prompt: Prompt, params: SamplingParams) -> Awaitable[RequestOutput]: ...
+    def __call__(self, prompt: requests.Prompt, params: requests.SamplingParams) -> Awaitable[RequestOutput]: ...
 
 
-def pooling_params(pooling: PoolingKind | None) -> SamplingParams:
+def pooling_params(pooling: requests.PoolingKind | None) -> requests.SamplingParams:
     """Return the parameters of a request for a vector. Raises RequestInvalid."""
-    return SamplingParams(max_tokens=0, pooling="auto" if pooling is None else pooling)
+    return requests.SamplingParams(max_tokens=0, pooling="auto" if pooling is None else pooling)
 
 
-def embedding_of(output: RequestOutput, *, normalize: bool, dimensions: int | None) -> Embedding:
+def embedding_of(output: RequestOutput, *, normalize: bool, dimensions: int | None) -> requests.Embedding:
     """Cut the vector to its first ``dimensions``, as models that are trained for it allow
     (arXiv:2205.13147), and bring it to length 1."""
     vector = output.pooled or []
@@ -55,19 +47,19 @@ def embedding_of(output: RequestOutput, *, normalize: bool, dimensions: int | No
     if normalize:
         norm = _norm(vector)
         vector = [number / norm for number in vector]
-    return Embedding(vector=vector, prompt_tokens=output.prompt_tokens, adapter=output.adapter)
+    return requests.Embedding(vector=vector, prompt_tokens=output.prompt_tokens, adapter=output.adapter)
 
 
 def check_dimensions(dimensions: int, hidden: int) -> None:
     check_integer("dimensions", dimensions, low=1, high=hidden, error=RequestInvalid)
 
 
-def classification_of(output: RequestOutput, names: Sequence[str]) -> Classification:
+def classification_of(output: RequestOutput, names: Sequence[str]) -> requests.Classification:
     """Turn logits into a classification. ``names``: of the labels, if they are known."""
     logits = output.pooled or []
     probabilities = probabilities_of(logits)
     best = max(range(len(logits)), key=logits.__getitem__)
-    return Classification(
+    return requests.Classification(
         logits=logits,
         probabilities=probabilities,
         label=label_names(names, len(logits))[best],
@@ -130,7 +122,7 @@ async def score(
     pair: Callable[[str, str], Awaitable[list[int]]],
     work: TextWork,
     tenant: str | None,
-) -> Scores:
+) -> requests.Scores:
     """Score documents against a query. With a head of one label, the head scores each pair (a cross-encoder).
     Without a head, the score is the cosine of the two vectors, computed in the threads of ``work``. ``pair``
     tokenizes two texts together."""
@@ -142,7 +134,7 @@ async def score(
     if labels == 1:
         prompts = [await _pair(query, document, pair) for document in documents]
         outputs = await together([complete(prompt, pooling_params("classify")) for prompt in prompts])
-        return Scores(
+        return requests.Scores(
             scores=[sigmoid((output.pooled or [0.0])[0]) for output in outputs],
             prompt_tokens=sum(output.prompt_tokens for output in outputs),
             adapter=outputs[0].adapter if outputs else None,
@@ -151,7 +143,7 @@ async def score(
     vectors = [output.pooled or [] for output in outputs]
     pairs = [(0, index) for index in range(1, len(outputs))]
     size = SHORT + sum(map(len, vectors))
-    return Scores(
+    return requests.Scores(
         scores=await work.run(size, lambda: cosines(vectors, pairs), tenant),
         prompt_tokens=sum(output.prompt_tokens for output in outputs),
         adapter=outputs[0].adapter,
@@ -168,7 +160,7 @@ def check_documents(query: object, documents: object) -> None:
         )
     for name, text in (("query", query), *((f"documents[{i}]", text) for i, text in enumerate(documents))):
         if isinstance(text, str):
-            check_text(name, text)
+            requests.check_text(name, text)
         elif not isinstance(text, list):
             raise RequestInvalid(f"{name}: expected a text or a list of token ids, not {type(text).__name__}")
 

@@ -43,17 +43,7 @@ from aioengine.lab.simulation.engine import SimulatedEngine
 from aioengine.lab.workload.requests import AdapterShape
 from aioengine.lab.workload.spec import WorkloadSpec
 from aioengine.request import SamplingParams
-from aioengine.schedulers.routing import (
-    FleetState,
-    ReplicaLimits,
-    Report,
-    RouteRequest,
-    RouterGuard,
-    Tiers,
-    available_routers,
-    load_placement,
-    load_router,
-)
+from aioengine.schedulers import routing
 
 PRESET = "llama3-8b-h100"
 
@@ -73,15 +63,15 @@ def _decide(router: str, replicas: int, adapters: int, count: int) -> list[float
     """Return sorted seconds of processor time."""
     rng = random.Random(0)
     now = 100.0
-    fleet = FleetState(lambda: now)
+    fleet = routing.FleetState(lambda: now)
     names = [f"adapter-{index}" for index in range(adapters)]
     weights = [1 / (index + 1) for index in range(adapters)]
     for name in names:
         fleet.add_adapter(name)
     for index in range(replicas):
-        fleet.join(f"replica-{index}", ReplicaLimits(8, 256, 64, 500_000))
+        fleet.join(f"replica-{index}", routing.ReplicaLimits(8, 256, 64, 500_000))
         held = list(dict.fromkeys(rng.choices(names, weights, k=600)))[:256]
-        report = Report(
+        report = routing.Report(
             sent_at=now,
             received=0,
             ended=0,
@@ -94,16 +84,16 @@ def _decide(router: str, replicas: int, adapters: int, count: int) -> list[float
             load_seconds=0.05,
             slot_seconds=0.004,
             seconds_per_token=2.4e-5,
-            tiers=Tiers(held[:8], held[8:]),
+            tiers=routing.Tiers(held[:8], held[8:]),
         )
         fleet.report(f"replica-{index}", report)
-    guard = RouterGuard(load_router(router))
+    guard = routing.RouterGuard(routing.load_router(router))
     fleet.listeners.append(guard.tell)
     took = []
     for number, name in enumerate(rng.choices(names, weights, k=count)):
         now += 0.0001
         prefixes = tuple(hash((name, number % 7, block)) & 2**63 - 1 for block in range(4))
-        request = RouteRequest(f"q{number}", name, 1000, 50, tenant=f"t{number % 50}", prefixes=prefixes)
+        request = routing.RouteRequest(f"q{number}", name, 1000, 50, tenant=f"t{number % 50}", prefixes=prefixes)
         start = time.thread_time()
         route = guard.route(request, fleet.view)
         took.append(time.thread_time() - start)
@@ -195,7 +185,7 @@ async def _closed_loop(router: str, users: int, each: int) -> tuple[list[int], f
     config = EngineConfig(model=PRESET, lora=LoRAConfig(max_loras=4, max_cpu_loras=16))
     rng = random.Random(0)
     fleet = SimulatedFleet(
-        2, lambda: SimulatedEngine(config, costs), load_router(router), load_placement("none")
+        2, lambda: SimulatedEngine(config, costs), routing.load_router(router), routing.load_placement("none")
     )
     async with fleet:
         fleet.add_adapters([AdapterShape("hot", 16)])
@@ -215,7 +205,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(required=True)
     command = commands.add_parser("decisions")
-    command.add_argument("--routers", nargs="+", default=sorted(available_routers()))
+    command.add_argument("--routers", nargs="+", default=sorted(routing.available_routers()))
     command.add_argument("--replicas", type=int, default=64)
     command.add_argument("--adapters", type=int, default=10_000)
     command.add_argument("--decisions", type=int, default=4000)

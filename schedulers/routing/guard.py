@@ -6,15 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
-from aioengine.schedulers.routing.interface import (
-    FleetView,
-    Move,
-    PlacementPolicy,
-    Route,
-    RouteEvent,
-    RouteRequest,
-    RouterPolicy,
-)
+from aioengine.schedulers.routing import interface
 from aioengine.schedulers.routing.routers.least_loaded import LeastLoaded
 
 MAX_REPLICAS = 4096
@@ -47,7 +39,7 @@ class RouterGuard:
 
     def __init__(
         self,
-        router: RouterPolicy,
+        router: interface.RouterPolicy,
         *,
         timer: Callable[[], float] | None = None,
         budget: float = 1e-3,
@@ -69,7 +61,7 @@ class RouterGuard:
         self._report = failed
         self._overruns = self._in_time = 0
 
-    def route(self, request: RouteRequest, view: FleetView) -> Route:
+    def route(self, request: interface.RouteRequest, view: interface.FleetView) -> interface.Route:
         """Return a route whose replicas all accept requests and have not been tried; an empty one with a
         reason if the request is rejected or no such replica exists."""
         start = self._timer() if self._timer is not None else 0.0
@@ -77,13 +69,13 @@ class RouterGuard:
         if route is None and self.router is not self._safe:
             route = self._ask(self._safe, request, view)
         if route is None:
-            route = Route(reject=NO_REPLICA, reason="no replica")
+            route = interface.Route(reject=NO_REPLICA, reason="no replica")
         if self._timer is not None:
             self._measure(self._timer() - start)
         self.reasons["rejected" if route.reject is not None else route.reason] += 1
         return route
 
-    def tell(self, event: RouteEvent) -> None:
+    def tell(self, event: interface.RouteEvent) -> None:
         """Pass an event on; exceptions of the router are counted."""
         for router in {id(self._safe): self._safe, id(self.router): self.router}.values():
             try:
@@ -91,7 +83,7 @@ class RouterGuard:
             except Exception as error:
                 self._fail("raised", f"{type(router).__name__}.on_event: {type(error).__name__}: {error}")
 
-    def _ask(self, router: RouterPolicy, request: RouteRequest, view: FleetView) -> Route | None:
+    def _ask(self, router: interface.RouterPolicy, request: interface.RouteRequest, view: interface.FleetView) -> interface.Route | None:
         name = type(router).__name__
         try:
             answer = router.route(request, view)
@@ -139,7 +131,7 @@ class PlacementGuard:
 
     def __init__(
         self,
-        placement: PlacementPolicy,
+        placement: interface.PlacementPolicy,
         *,
         timer: Callable[[], float] | None = None,
         failed: Failed = lambda kind, text: None,
@@ -150,7 +142,7 @@ class PlacementGuard:
         self._timer = timer
         self._report = failed
 
-    def plan(self, view: FleetView) -> Sequence[Move] | None:
+    def plan(self, view: interface.FleetView) -> Sequence[interface.Move] | None:
         """Return moves that can be carried out, or None if there is no plan."""
         start = self._timer() if self._timer is not None else 0.0
         try:
@@ -175,9 +167,9 @@ class _Nonsense(ValueError):
     """The answer is not a valid plan."""
 
 
-def _usable(answer: Any, request: RouteRequest, view: FleetView) -> Route | None:
+def _usable(answer: Any, request: interface.RouteRequest, view: interface.FleetView) -> interface.Route | None:
     """Return the route without the replicas that cannot take the request; None if none is left."""
-    if type(answer) is not Route:
+    if type(answer) is not interface.Route:
         raise TypeError(f"route() returned {type(answer).__name__}, not Route")
     replicas, reject, reason = answer
     if type(reason) is not str:
@@ -185,7 +177,7 @@ def _usable(answer: Any, request: RouteRequest, view: FleetView) -> Route | None
     if reject is not None:
         if not isinstance(reject, str):
             raise TypeError(f"reject is {reject!r}, not a str")
-        return Route((), reject[:MAX_REASON] or "rejected by the router", reason[:MAX_REASON])
+        return interface.Route((), reject[:MAX_REASON] or "rejected by the router", reason[:MAX_REASON])
     if isinstance(replicas, str) or not isinstance(replicas, Collection) or len(replicas) > MAX_REPLICAS:
         raise TypeError(f"replicas is {str(replicas)[:MAX_REASON]!r}, not a sequence of replica ids")
     known, tried = view.replicas, request.tried
@@ -198,18 +190,18 @@ def _usable(answer: Any, request: RouteRequest, view: FleetView) -> Route | None
             raise ValueError(f"there is no replica {replica_id!r}")
         if found.accepting and replica_id not in tried:
             usable.append(replica_id)
-    return Route(usable, None, reason[:MAX_REASON]) if usable else None
+    return interface.Route(usable, None, reason[:MAX_REASON]) if usable else None
 
 
-def _all_tried(request: RouteRequest, view: FleetView) -> bool:
+def _all_tried(request: interface.RouteRequest, view: interface.FleetView) -> bool:
     return all(replica.replica_id in request.tried for replica in view.accepting)
 
 
-def _moves(answer: Any, view: FleetView) -> list[Move]:
+def _moves(answer: Any, view: interface.FleetView) -> list[interface.Move]:
     if isinstance(answer, str) or not isinstance(answer, Collection):
         raise _Nonsense(f"plan() returned {str(answer)[:MAX_REASON]!r}, not a sequence of Move")
     for move in answer:
-        if type(move) is not Move or move.kind not in ("load", "unload", "pin", "unpin"):
+        if type(move) is not interface.Move or move.kind not in ("load", "unload", "pin", "unpin"):
             raise _Nonsense(f"the plan contains {str(move)[:MAX_REASON]!r}, not a Move")
         if move.replica not in view.replicas:
             raise _Nonsense(f"there is no replica {move.replica!r}")

@@ -19,13 +19,7 @@ from torch import Tensor
 
 from aioengine.adapters.peft.config import PeftLoraConfig, parse_config
 from aioengine.adapters.peft.fast_pack import Contents, KnownContents, cuts_of
-from aioengine.adapters.peft.folder import (
-    CONFIG_FILE,
-    MAX_CONFIG_BYTES,
-    SAFETENSORS_FILE,
-    AdapterFolder,
-    OpenFile,
-)
+from aioengine.adapters.peft import folder as folders
 from aioengine.adapters.peft.folding.fold import Fold
 from aioengine.adapters.peft.folding.parameters import ParameterFold
 from aioengine.adapters.peft.held import folder_of
@@ -149,16 +143,16 @@ def read_adapter(
     )
 
 
-def _read_config(folder: AdapterFolder) -> bytes:
-    with folder.open(CONFIG_FILE) as file:
-        if file.size > MAX_CONFIG_BYTES:
-            folder.invalid(f"{CONFIG_FILE}: has {file.size} bytes, more than {MAX_CONFIG_BYTES}")
+def _read_config(folder: folders.AdapterFolder) -> bytes:
+    with folder.open(folders.CONFIG_FILE) as file:
+        if file.size > folders.MAX_CONFIG_BYTES:
+            folder.invalid(f"{folders.CONFIG_FILE}: has {file.size} bytes, more than {folders.MAX_CONFIG_BYTES}")
         return bytes(file.read(file.size))
 
 
 @dataclass(frozen=True, slots=True)
 class _Reader:
-    folder: AdapterFolder
+    folder: folders.AdapterFolder
     order: SlotOrder
     dtype: torch.dtype
     base_weight: Callable[[str], Tensor]
@@ -178,7 +172,7 @@ class _Reader:
         with self.folder.open(name) as file:
             if fold is not None:
                 packed = self._folded(file, fold, digest)
-            elif name == SAFETENSORS_FILE:
+            elif name == folders.SAFETENSORS_FILE:
                 packed = self._safetensors(file, config, digest)
             else:
                 packed = self._pickled(file, config, digest)
@@ -201,7 +195,7 @@ class _Reader:
         """Whether a rank's share is wanted."""
         return self.order.layout.shard.size > 1
 
-    def _safetensors(self, file: OpenFile, config: PeftLoraConfig, digest: hashlib._Hash) -> Packed:
+    def _safetensors(self, file: folders.OpenFile, config: PeftLoraConfig, digest: hashlib._Hash) -> Packed:
         header = SafetensorsHeader.read(self.folder, file)
         digest.update(header.raw)
         # Normally the header is checked while the data is hashed. It is checked first if the file is empty,
@@ -226,7 +220,7 @@ class _Reader:
             hashing.result()
             return packed
 
-    def _share(self, file: OpenFile, header: SafetensorsHeader, contents: Contents) -> Packed:
+    def _share(self, file: folders.OpenFile, header: SafetensorsHeader, contents: Contents) -> Packed:
         """Read the tensors' parts into memory one after another."""
         buffer = Buffer(sum(length for _, length in contents.pieces))
         end = 0
@@ -247,7 +241,7 @@ class _Reader:
             buffer.tensor, allow_nonfinite=self.allow_nonfinite, allocate=self.order.allocate
         )
 
-    def _pickled(self, file: OpenFile, config: PeftLoraConfig, digest: hashlib._Hash) -> Packed:
+    def _pickled(self, file: folders.OpenFile, config: PeftLoraConfig, digest: hashlib._Hash) -> Packed:
         layout = self._layout(config)
         pickled = PickledFile(self.folder, file)
         parts = layout.parts(file.name, {key: tensor.shape for key, tensor in pickled.tensors.items()})
@@ -263,9 +257,9 @@ class _Reader:
         digest.update(buffer.view)
         return self._pack_whole(file, layout, parts, pickled.views(buffer))
 
-    def _folded(self, file: OpenFile, fold: Fold | ParameterFold, digest: hashlib._Hash) -> Packed:
-        if file.name != SAFETENSORS_FILE:
-            self.folder.invalid(f"{file.name}: save the adapter again with PEFT, as {SAFETENSORS_FILE}")
+    def _folded(self, file: folders.OpenFile, fold: Fold | ParameterFold, digest: hashlib._Hash) -> Packed:
+        if file.name != folders.SAFETENSORS_FILE:
+            self.folder.invalid(f"{file.name}: save the adapter again with PEFT, as {folders.SAFETENSORS_FILE}")
         header = SafetensorsHeader.read(self.folder, file)
         entries = header.entries(self.folder, file)
         slot = self.order.layout
@@ -284,7 +278,7 @@ class _Reader:
         return self._pack_whole(file, layout, parts, Weights(tensors, list(tensors.values())))
 
     def _pack_whole(
-        self, file: OpenFile, layout: Layout, parts: Mapping[str, Part], weights: Weights
+        self, file: folders.OpenFile, layout: Layout, parts: Mapping[str, Part], weights: Weights
     ) -> Packed:
         """Pack tensors that are in memory as a whole, even if only a rank's share is wanted."""
         cuts: Mapping[str, Cut] = {}
@@ -298,7 +292,7 @@ class _Reader:
         slot = self.order.layout
         return Layout(self.folder, config, slot.spec, max_rank=slot.max_rank, target_modules=slot.modules)
 
-    def _contents(self, file: OpenFile, config: PeftLoraConfig, header: SafetensorsHeader) -> Contents:
+    def _contents(self, file: folders.OpenFile, config: PeftLoraConfig, header: SafetensorsHeader) -> Contents:
         key = (config, header.raw, header.data_bytes)
         contents = self.known.get(key)
         if contents is None:
@@ -309,7 +303,7 @@ class _Reader:
         return contents
 
     def _packer(
-        self, file: OpenFile, layout: Layout, parts: Mapping[str, Part], weights: Weights,
+        self, file: folders.OpenFile, layout: Layout, parts: Mapping[str, Part], weights: Weights,
         cuts: Mapping[str, Cut],
     ) -> Packer:  # fmt: skip
         packer = Packer(
@@ -327,7 +321,7 @@ class _Reader:
         return packer
 
 
-def _read_and_hash(file: OpenFile, view: memoryview, digest: hashlib._Hash, helper: Executor) -> Future[None]:
+def _read_and_hash(file: folders.OpenFile, view: memoryview, digest: hashlib._Hash, helper: Executor) -> Future[None]:
     """Fill ``view`` from ``file`` while ``helper``, a pool of one thread, hashes what has arrived.
 
     Two small pieces are hashed while the large last one is read. The last one is hashed in one call, which

@@ -16,14 +16,7 @@ from typing import TYPE_CHECKING, Any, Unpack
 import msgspec
 
 from aioengine.client import UsageLedger
-from aioengine.errors import (
-    AioEngineError,
-    ConfigError,
-    EngineDead,
-    EngineStopped,
-    PromptTooLong,
-    RequestInvalid,
-)
+from aioengine import errors
 from aioengine.events import Event
 from aioengine.fleet.config import FleetConfig
 from aioengine.fleet.door.adapters import FleetAdapters
@@ -124,7 +117,7 @@ class FleetClient:
         self._state = "stopped"
         await self._limits.stop()
         await self._adapters.stop()
-        await self.members.stop(EngineStopped("the server was stopped before the request finished"))
+        await self.members.stop(errors.EngineStopped("the server was stopped before the request finished"))
         for close in self._closers:
             await close()
         await self.text_work.close()
@@ -147,7 +140,7 @@ class FleetClient:
         return self.state == "running" and self.members.missing > 0
 
     @property
-    def failure(self) -> EngineDead | None:
+    def failure(self) -> errors.EngineDead | None:
         """None, because the door outlives every loss."""
         return None
 
@@ -156,7 +149,7 @@ class FleetClient:
         statuses = [member.status for member in self.members.members.values()]
         return min((status.step_age for status in statuses if status is not None), default=0.0)
 
-    async def until_dead(self) -> EngineDead:
+    async def until_dead(self) -> errors.EngineDead:
         """Wait for ever, because a lost replica comes back, or another one takes its place."""
         await asyncio.Event().wait()
         raise AssertionError("nobody sets it")
@@ -174,11 +167,11 @@ class FleetClient:
         self._check_running()
         request_id, options = split_keywords(keywords)
         if options.mix is not None:
-            raise RequestInvalid(
+            raise errors.RequestInvalid(
                 "adapter: a fleet has no mixes and no scales; make one adapter of them with PEFT"
             )
         call = await self._accept(prompt, params, options, request_id)
-        failed: AioEngineError | None = None
+        failed: errors.AioEngineError | None = None
         try:
             await self._dispatcher.place(call)
             while True:
@@ -186,7 +179,7 @@ class FleetClient:
                 yield new
                 if new.finished:
                     return
-        except AioEngineError as error:
+        except errors.AioEngineError as error:
             failed = error
             raise
         finally:
@@ -226,16 +219,16 @@ class FleetClient:
     ) -> Call:
         params = SamplingParams() if params is None else params
         if not isinstance(params, SamplingParams):
-            raise RequestInvalid(f"params must be SamplingParams, not {type(params).__name__}")
+            raise errors.RequestInvalid(f"params must be SamplingParams, not {type(params).__name__}")
         if params.constraint is not None and not isinstance(params.constraint, SentGrammar):
-            raise RequestInvalid(
+            raise errors.RequestInvalid(
                 f"constraint={params.constraint!r}: it cannot leave this process; use Guide(client)"
             )
         check_text("request_id", request_id)
         now, key = asyncio.get_running_loop().time(), next(self._keys)
         request_id = f"request-{key}" if request_id is None else request_id
         if request_id in self._ids:
-            raise RequestInvalid(f"request_id={request_id!r} is in use by a request that has not ended")
+            raise errors.RequestInvalid(f"request_id={request_id!r} is in use by a request that has not ended")
         if params.seed is None:  # drawn now, so that any replica that continues draws the same tokens
             params = msgspec.structs.replace(params, seed=self._seeds.getrandbits(63))
         if options.adapter is not None and "@" in options.adapter:
@@ -253,15 +246,15 @@ class FleetClient:
         limit = self.plan.max_model_len
         if isinstance(prompt, list) and set(map(type, prompt)) <= {int}:
             if len(prompt) > limit:
-                raise PromptTooLong(len(prompt), limit)
+                raise errors.PromptTooLong(len(prompt), limit)
             return list(prompt)  # type: ignore[arg-type] # all of them are ints
         if not isinstance(prompt, (str, list)):
-            raise RequestInvalid(
+            raise errors.RequestInvalid(
                 f"prompt must be str, list of token ids or list of messages, not {type(prompt).__name__}"
             )
         tokenizer = self.tokenizer
         if tokenizer is None:
-            raise RequestInvalid("the model has no tokenizer.json: give the prompt as a list of token ids")
+            raise errors.RequestInvalid("the model has no tokenizer.json: give the prompt as a list of token ids")
         if isinstance(prompt, str):
             encode = partial(tokenizer.encode, prompt, limit=limit)
             return await self.text_work.run(len(prompt), encode, tenant)
@@ -284,7 +277,7 @@ class FleetClient:
     def grammars(self, limits: GrammarLimits | None = None) -> FleetGrammars:
         """Compiler that only checks grammars' sizes; the replica that runs the request compiles them."""
         if self.tokenizer is None:
-            raise ConfigError(f"guided decoding needs a tokenizer, and {self.config.model} has none")
+            raise errors.ConfigError(f"guided decoding needs a tokenizer, and {self.config.model} has none")
         return FleetGrammars(limits)
 
     # Adapters
@@ -307,7 +300,7 @@ class FleetClient:
         self, name: str, config: bytes, weights: BytesLike, *, pin: bool = False, replace: bool = False
     ) -> AdapterInfo:
         """Raise ConfigError, because replicas read adapters from folders."""
-        raise ConfigError(
+        raise errors.ConfigError(
             f"adapter {name!r}: a fleet accepts no adapters from memory: write it to a folder that every "
             "replica can "
             "read, and load that"
@@ -344,9 +337,9 @@ class FleetClient:
 
     def _check_running(self) -> None:
         if self._state != "running":
-            raise EngineStopped(f"the fleet accepts no requests: it is {self._state}")
+            raise errors.EngineStopped(f"the fleet accepts no requests: it is {self._state}")
 
     def _check_lora(self) -> None:
         self._check_running()
         if self.config.lora is None:
-            raise ConfigError("lora=None: this fleet was configured without adapters")
+            raise errors.ConfigError("lora=None: this fleet was configured without adapters")

@@ -16,17 +16,7 @@ from aioengine.lab.workload.requests import AdapterShape
 from aioengine.request import SamplingParams
 from aioengine.runtime.output import RequestOutput
 from aioengine.runtime.tasks import end_tasks
-from aioengine.schedulers.routing import (
-    FleetState,
-    PlacementGuard,
-    PlacementPolicy,
-    Report,
-    RouteRequest,
-    RouterGuard,
-    RouterPolicy,
-    ScalingPolicy,
-    prefix_hashes,
-)
+from aioengine.schedulers import routing
 
 
 class SimulatedFleet:
@@ -45,11 +35,11 @@ class SimulatedFleet:
         self,
         replicas: int,
         make_engine: Callable[[], SimulatedEngine],
-        router: RouterPolicy,
-        placement: PlacementPolicy,
+        router: routing.RouterPolicy,
+        placement: routing.PlacementPolicy,
         conditions: Conditions | None = None,
         *,
-        autoscale: ScalingPolicy | None = None,
+        autoscale: routing.ScalingPolicy | None = None,
         watch: Callable[[SimulatedEngine, int], Callable[[], None]] = lambda engine, index: lambda: None,
     ) -> None:
         self.conditions = conditions or Conditions()
@@ -61,8 +51,8 @@ class SimulatedFleet:
         """Requests sent to each, by index."""
         self.replicas: dict[str, SimulatedReplica] = {}
         """Live replicas by id; a restarted one gets a new id."""
-        self.guard = RouterGuard(router)
-        self.plan_guard = PlacementGuard(placement)
+        self.guard = routing.RouterGuard(router)
+        self.plan_guard = routing.PlacementGuard(placement)
         self.moves: Counter[str] = Counter()
         """Steps of plans by kind."""
         self.scaler: Scaler | None = None
@@ -81,7 +71,7 @@ class SimulatedFleet:
 
     async def __aenter__(self) -> Self:
         self._loop = asyncio.get_running_loop()
-        self.state = FleetState(self._loop.time, silent_after=self.conditions.silent_after)
+        self.state = routing.FleetState(self._loop.time, silent_after=self.conditions.silent_after)
         self.state.listeners.append(self.guard.tell)
         for index in range(len(self.by_replica)):
             await self._start(index)
@@ -145,7 +135,7 @@ class SimulatedFleet:
         ``migration_limit``, and what engines raise.
         """
         due = None if deadline is None else self._loop.time() + deadline
-        request = RouteRequest(
+        request = routing.RouteRequest(
             request_id,
             adapter,
             len(prompt),
@@ -154,7 +144,7 @@ class SimulatedFleet:
             tenant,
             priority,
             due,
-            prefix_hashes(prompt, adapter) if self._caching else (),
+            routing.prefix_hashes(prompt, adapter) if self._caching else (),
         )
         delivered = 0
         while True:
@@ -272,7 +262,7 @@ class SimulatedFleet:
         await stopping
         self._unwatch.pop(replica.replica_id)()
 
-    def _reported(self, replica_id: str, report: Report) -> None:
+    def _reported(self, replica_id: str, report: routing.Report) -> None:
         if replica_id in self._given_up:  # it is heard of again: what it was sent before is gone
             self._given_up.discard(replica_id)
             self.replicas[replica_id].close_channel()

@@ -11,19 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from aioengine.lab.analysis.measures import MEASURES, Measure
 from aioengine.lab.report.compare_results import Compare, setting_text
 from aioengine.lab.report.run_figures import cdf
-from aioengine.lab.report.style import (
-    LIGHT,
-    Drawn,
-    Theme,
-    change_text,
-    draw,
-    new_figure,
-    percent_axis,
-    plain_log_axis,
-    policy_label,
-    seconds_text,
-    thousands_axis,
-)
+from aioengine.lab.report import style as drawing
 from aioengine.lab.runs.rows import load_frame
 
 if TYPE_CHECKING:
@@ -42,10 +30,10 @@ class Plot(NamedTuple):
     name: str
     caption: str
     applies: Callable[[Compare], bool]
-    draw: Callable[[Compare, Theme], Figure]
+    draw: Callable[[Compare, drawing.Theme], Figure]
 
 
-def draw_ranking(compare: Compare, theme: Theme) -> Figure:
+def draw_ranking(compare: Compare, theme: drawing.Theme) -> Figure:
     """Means with their intervals: a panel for each setting, a row for each policy."""
     settings, measure = compare.settings(), compare.measure
     rows = len(compare.policies)
@@ -54,7 +42,7 @@ def draw_ranking(compare: Compare, theme: Theme) -> Figure:
     if means:
         title += f": {_range(means, measure.text)} with {setting_text(compare, *settings[0])}"
     height = 0.9 + len(settings) * (0.4 + 0.27 * rows)
-    figure, panels = new_figure(title, height=height, rows=len(settings), sharex=True)
+    figure, panels = drawing.new_figure(title, height=height, rows=len(settings), sharex=True)
     colors = _colors(compare.policies, theme)
     for axes, (slots, scale) in zip(panels, settings, strict=True):
         table = compare.of(measure.name, slots=slots, scale=scale)
@@ -67,7 +55,7 @@ def draw_ranking(compare: Compare, theme: Theme) -> Figure:
             axes.scatter([mean], [row], s=34, color=colors[policy], zorder=3, linewidth=0)
             end = mean if high is None else high
             _value(axes, measure.text(mean), (end, row), theme, xytext=(9, 0), textcoords="offset points")
-        axes.set_yticks(range(table.height), [policy_label(name) for name in table["policy"]])
+        axes.set_yticks(range(table.height), [drawing.policy_label(name) for name in table["policy"]])
         axes.set(ylim=(max(table.height, 1) - 0.4, -0.6))
         axes.margins(x=0.12)
         axes.grid(axis="x")
@@ -79,34 +67,34 @@ def draw_ranking(compare: Compare, theme: Theme) -> Figure:
     return figure
 
 
-def _value(axes: Axes, text: str, at: tuple[float, float], theme: Theme, **kwargs: Any) -> None:
+def _value(axes: Axes, text: str, at: tuple[float, float], theme: drawing.Theme, **kwargs: Any) -> None:
     """A number next to a mark; grid lines end around it."""
     box = {"facecolor": theme.background, "edgecolor": "none", "pad": 1.5}
     axes.annotate(text, at, va="center_baseline", fontsize=9, color=theme.muted, bbox=box, **kwargs)
 
 
-def draw_load(compare: Compare, theme: Theme) -> Figure:
+def draw_load(compare: Compare, theme: drawing.Theme) -> Figure:
     """Throughput against latency: a panel for each number of slots, a line for each policy."""
     slots = sorted(compare.results["slots"].unique())
     x, y = "output_tokens_per_second", "ttft_seconds.p99"
     title = "What throughput costs in latency, as the load grows along each line"
-    figure, panels = new_figure(title, height=0.9 + 2.6 * len(slots), rows=len(slots), sharex=True)
+    figure, panels = drawing.new_figure(title, height=0.9 + 2.6 * len(slots), rows=len(slots), sharex=True)
     for axes, count in zip(panels, slots, strict=True):
         for policy, style in _styles(compare.policies, theme):
             across, up = (compare.of(name, slots=count, policy=policy).sort("scale") for name in (x, y))
             both = across.join(up, on="scale", suffix="_up")
-            _points(axes, both["mean"], both, "_up", label=policy_label(policy), **style)
+            _points(axes, both["mean"], both, "_up", label=drawing.policy_label(policy), **style)
         axes.set_yscale("log")
-        plain_log_axis(axes.yaxis)
+        drawing.plain_log_axis(axes.yaxis)
         axes.set_ylabel("p99 first token, s")
         axes.set_title(f"{count} slots", loc="left")
-        thousands_axis(axes.xaxis)
+        drawing.thousands_axis(axes.xaxis)
     panels[-1].set_xlabel("output tokens a second")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     return figure
 
 
-def draw_slots(compare: Compare, theme: Theme) -> Figure:
+def draw_slots(compare: Compare, theme: drawing.Theme) -> Figure:
     """Draw the measure against the number of slots: a panel for each scale, a line for each policy."""
     scales = sorted(compare.results["scale"].unique())
     measure = compare.measure
@@ -120,7 +108,7 @@ def draw_slots(compare: Compare, theme: Theme) -> Figure:
     ]
     if parts:
         title += f": at best {', '.join(parts)}"
-    figure, panels = new_figure(title, height=0.9 + 2.6 * len(scales), rows=len(scales), sharex=True)
+    figure, panels = drawing.new_figure(title, height=0.9 + 2.6 * len(scales), rows=len(scales), sharex=True)
     counts = sorted(compare.results["slots"].unique())
     apart = _apart(counts, len(compare.policies))
     edge = 1.1 * apart ** (len(compare.policies) / 2)
@@ -129,7 +117,7 @@ def draw_slots(compare: Compare, theme: Theme) -> Figure:
             table = compare.of(measure.name, scale=scale, policy=policy).sort("slots")
             style["linewidth"] = 1.4
             aside = apart ** (index - (len(compare.policies) - 1) / 2)
-            _points(axes, table["slots"] * aside, table, "", label=policy_label(policy), **style)
+            _points(axes, table["slots"] * aside, table, "", label=drawing.policy_label(policy), **style)
         axes.set(ylabel=_axis_label(measure), ylim=(0, None))
         axes.set_xscale("log", base=2)
         axes.set_xticks(counts, [str(count) for count in counts])
@@ -159,7 +147,7 @@ def _apart(counts: Sequence[int], policies: int) -> float:
     return math.exp(min(0.022 * sum(steps), 0.6 * min(steps) / policies))
 
 
-def draw_cdf(compare: Compare, theme: Theme) -> Figure:
+def draw_cdf(compare: Compare, theme: drawing.Theme) -> Figure:
     """Times to first token, of all seeds together: a panel for each number of slots."""
     settings = _shown(compare)
     waits = [_first_tokens(compare, *setting) for setting in settings]
@@ -168,24 +156,24 @@ def draw_cdf(compare: Compare, theme: Theme) -> Figure:
         half, most = ({name: _at(times, share) for name, times in waits[0].items()} for share in (0.5, 0.99))
         title = (
             f"With {setting_text(compare, *settings[0])}, half of the first tokens came within "
-            f"{_range(half, seconds_text)}, 99% within {_range(most, seconds_text)}"
+            f"{_range(half, drawing.seconds_text)}, 99% within {_range(most, drawing.seconds_text)}"
         )
     height = 1.2 + (3 if len(settings) == 1 else 2.4 * len(settings))
-    figure, panels = new_figure(title, height=height, rows=len(settings), sharex=True)
+    figure, panels = drawing.new_figure(title, height=height, rows=len(settings), sharex=True)
     for axes, setting, found in zip(panels, settings, waits, strict=True):
         for policy, style in _styles(compare.policies, theme):
             if policy in found:
                 del style["marker"]
-                cdf(axes, found[policy], policy_label(policy), style.pop("color"), **style)
+                cdf(axes, found[policy], drawing.policy_label(policy), style.pop("color"), **style)
         axes.set(ylabel="share of requests", ylim=(0, 1.01))
         axes.set_yticks([0, 0.25, 0.5, 0.75, 0.9, 0.99])
-        percent_axis(axes.yaxis)
+        drawing.percent_axis(axes.yaxis)
         if len(settings) > 1:
             axes.set_title(setting_text(compare, *setting), loc="left")
     for axes in panels:
         axes.set_xscale("log")
         axes.margins(x=0.01)
-    plain_log_axis(panels[-1].xaxis)
+    drawing.plain_log_axis(panels[-1].xaxis)
     panels[-1].set_xlabel("seconds (logarithmic)")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, handlelength=3)
     return figure
@@ -223,11 +211,11 @@ def _range(values: Mapping[str, float], text: Callable[[float], str], *, named: 
     texts = [text(values[policy]) for policy in ends]
     if texts[0] == texts[1]:
         return f"{texts[0]} under each policy" if named and len(values) > 1 else texts[0]
-    names = [f" ({policy_label(policy)})" if named else "" for policy in ends]
+    names = [f" ({drawing.policy_label(policy)})" if named else "" for policy in ends]
     return " to ".join(map("".join, zip(texts, names, strict=True)))
 
 
-def draw_regret(compare: Compare, theme: Theme) -> Figure:
+def draw_regret(compare: Compare, theme: drawing.Theme) -> Figure:
     """Draw how much worse than the oracle, in four figures: a row of panels for each, a column for each
     number of slots."""
     names = ("ttft_seconds.mean", "ttft_seconds.p99", "latency_seconds.mean", "swaps.slot_copies_per_request")
@@ -235,7 +223,7 @@ def draw_regret(compare: Compare, theme: Theme) -> Figure:
     settings = _shown(compare)
     policies = [policy for policy in compare.policies if policy != "oracle"]
     height = 1.1 + len(measures) * (0.4 + 0.22 * len(policies))
-    figure, panels = new_figure(
+    figure, panels = drawing.new_figure(
         _regret_title(compare, settings[0]),
         height=height,
         rows=len(measures),
@@ -257,11 +245,11 @@ def draw_regret(compare: Compare, theme: Theme) -> Figure:
                 ends += low, high
             axes.scatter([mean], [row], s=28, color=colors[policy], zorder=3, linewidth=0)
             ends.append(mean)
-            _value(axes, change_text(mean), (1, row), theme, xycoords=("axes fraction", "data"), ha="right")
+            _value(axes, drawing.change_text(mean), (1, row), theme, xycoords=("axes fraction", "data"), ha="right")
         axes.axvline(0, color=theme.muted, linewidth=0.8)
         axes.grid(axis="x")
         axes.grid(visible=False, axis="y")
-        percent_axis(axes.xaxis)
+        drawing.percent_axis(axes.xaxis)
         heads = [setting_text(compare, *setting)] if at < len(settings) > 1 else []
         heads += [measure.label] if at % len(settings) == 0 else [" "]
         axes.set_title("\n".join(heads), loc="left")
@@ -269,7 +257,7 @@ def draw_regret(compare: Compare, theme: Theme) -> Figure:
     span = max(ends) - min(ends) or 0.01
     axes.set_xlim(min(ends) - 0.04 * span, max(ends) + (0.04 + 0.12 * len(settings)) * span)
     axes.locator_params(axis="x", nbins=max(8 // len(settings), 3))
-    axes.set_yticks(range(len(policies)), [policy_label(policy) for policy in policies])
+    axes.set_yticks(range(len(policies)), [drawing.policy_label(policy) for policy in policies])
     axes.set_ylim(len(policies) - 0.4, -0.6)
     figure.supxlabel("more than with the oracle; left of 0 is less", fontsize=10, color=theme.muted)
     return figure
@@ -294,15 +282,15 @@ def _regret_title(compare: Compare, setting: tuple[int, float]) -> str:
         found = compare.of(name, slots=setting[0], scale=setting[1]).drop_nulls("regret")
         regrets = dict(found.filter(found["policy"] != "oracle").select("policy", "regret").iter_rows())
         if regrets:
-            parts.append(f"{words} {_range(regrets, change_text, named=False)}")
+            parts.append(f"{words} {_range(regrets, drawing.change_text, named=False)}")
     return f"Next to the oracle, with {setting_text(compare, *setting)}: {', '.join(parts) or 'nothing'}"
 
 
-def _colors(policies: Sequence[str], theme: Theme) -> dict[str, str]:
+def _colors(policies: Sequence[str], theme: drawing.Theme) -> dict[str, str]:
     return {policy: theme.palette[i % len(theme.palette)] for i, policy in enumerate(policies)}
 
 
-def _styles(policies: Sequence[str], theme: Theme) -> Iterator[tuple[str, dict[str, Any]]]:
+def _styles(policies: Sequence[str], theme: drawing.Theme) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield a colour, a marker and a dash for each policy. Later lines are thinner, so that those which
     coincide show as stripes, and through each other's gaps."""
     colors = _colors(policies, theme)
@@ -336,7 +324,7 @@ def _axis_label(measure: Measure) -> str:
 
 
 def _unit_axis(axis: Any, measure: Measure) -> None:
-    (percent_axis if measure.unit == "share" else thousands_axis)(axis)
+    (drawing.percent_axis if measure.unit == "share" else drawing.thousands_axis)(axis)
 
 
 PLOTS = (
@@ -365,8 +353,8 @@ PLOTS = (
 )
 
 
-def draw_compare(compare: Compare, theme: Theme = LIGHT) -> Iterator[Drawn]:
+def draw_compare(compare: Compare, theme: drawing.Theme = drawing.LIGHT) -> Iterator[drawing.Drawn]:
     """Draws each figure for which there are data."""
     for plot in PLOTS:
         if plot.applies(compare):
-            yield draw(plot.name, plot.caption, theme, partial(plot.draw, compare, theme))
+            yield drawing.draw(plot.name, plot.caption, theme, partial(plot.draw, compare, theme))

@@ -9,23 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from aioengine.lab.analysis.fairness import by_client, service_gap
 from aioengine.lab.analysis.summary import slots_of, summarize_frames
-from aioengine.lab.report.style import (
-    LIGHT,
-    MAX_POINTS,
-    Drawn,
-    Theme,
-    draw,
-    footnote,
-    legend_above,
-    new_figure,
-    percent_axis,
-    plain_log_axis,
-    say,
-    seconds_text,
-    share_text,
-    shorten,
-    thousands_axis,
-)
+from aioengine.lab.report import style
 from aioengine.lab.report.timeline import draw_timeline
 from aioengine.lab.runs.rows import Frames, load_frames
 
@@ -64,16 +48,16 @@ class Plot(NamedTuple):
     """Name of its file without ".png"."""
     caption: str
     """Caption that says how to read it."""
-    draw: Callable[[Run, Theme], Figure]
+    draw: Callable[[Run, style.Theme], Figure]
 
 
-def draw_latency(run: Run, theme: Theme) -> Figure:
+def draw_latency(run: Run, theme: style.Theme) -> Figure:
     ttft, latency = run.summary["ttft_seconds"], run.summary["latency_seconds"]
     title = (
-        f"Half of the first tokens came within {seconds_text(ttft['p50'])}, 99% within "
-        f"{seconds_text(ttft['p99'])}; half of the answers were whole after {seconds_text(latency['p50'])}"
+        f"Half of the first tokens came within {style.seconds_text(ttft['p50'])}, 99% within "
+        f"{style.seconds_text(ttft['p99'])}; half of the answers were whole after {style.seconds_text(latency['p50'])}"
     )
-    figure, (axes,) = new_figure(title, height=3.9)
+    figure, (axes,) = style.new_figure(title, height=3.9)
     done = run.frames.requests.filter(run.frames.requests["reason"].is_in(["stop", "length"]))
     several = done.filter(done["output_tokens"] > 1)
     curves = (
@@ -82,17 +66,17 @@ def draw_latency(run: Run, theme: Theme) -> Figure:
         ("whole answer", done["ended"] - done["arrival"]),
     )
     if done.is_empty():
-        say(axes, "No request finished.")
+        style.say(axes, "No request finished.")
         return figure
     for (label, values), color in zip(curves, theme.palette, strict=False):
         cdf(axes, values, label, color)
     axes.set_xscale("log")
     axes.margins(x=0.01)
-    plain_log_axis(axes.xaxis)
+    style.plain_log_axis(axes.xaxis)
     axes.set(xlabel="seconds (logarithmic)", ylabel="share of requests", ylim=(0, 1.01))
     axes.set_yticks([0, 0.25, 0.5, 0.75, 0.9, 0.99])
-    percent_axis(axes.yaxis)
-    legend_above(axes)
+    style.percent_axis(axes.yaxis)
+    style.legend_above(axes)
     return figure
 
 
@@ -104,14 +88,14 @@ def cdf(axes: Any, values: pl.Series, label: str, color: str, **kwargs: Any) -> 
     if not len(ordered):
         return
     shares = np.arange(1, len(ordered) + 1) / len(ordered)
-    if len(ordered) > MAX_POINTS:
-        kept = np.unique(np.linspace(0, len(ordered) - 1, MAX_POINTS).astype(int))
+    if len(ordered) > style.MAX_POINTS:
+        kept = np.unique(np.linspace(0, len(ordered) - 1, style.MAX_POINTS).astype(int))
         ordered, shares = ordered[kept], shares[kept]
     ordered = np.maximum(ordered, 1e-5)  # a logarithmic axis has no zero
     axes.step([ordered[0], *ordered], [0, *shares], where="post", label=label, color=color, **kwargs)
 
 
-def draw_load(run: Run, theme: Theme) -> Figure:
+def draw_load(run: Run, theme: style.Theme) -> Figure:
     engine = run.summary["engine"]
     title = "No step was sampled"
     if engine["mean_running"] is not None:
@@ -121,10 +105,10 @@ def draw_load(run: Run, theme: Theme) -> Figure:
         )
     samples = run.frames.samples
     if samples.is_empty():
-        figure, (queue,) = new_figure(title, height=3)
-        say(queue, "No sample was taken.")
+        figure, (queue,) = style.new_figure(title, height=3)
+        style.say(queue, "No sample was taken.")
         return figure
-    figure, (queue, *panels) = new_figure(title, height=6.2, rows=3, sharex=True, height_ratios=[3, 2, 2])
+    figure, (queue, *panels) = style.new_figure(title, height=6.2, rows=3, sharex=True, height_ratios=[3, 2, 2])
     table = thin(samples)
     times = table["time"].to_list()
     running, waiting = table["running"].to_numpy(), table["waiting"].to_numpy()
@@ -138,7 +122,7 @@ def draw_load(run: Run, theme: Theme) -> Figure:
             times, waiting, most, color=color, alpha=0.3, linewidth=0, label="waiting, at most"
         )
     queue.set(ylabel="requests", ylim=(0, None))
-    legend_above(queue)
+    style.legend_above(queue)
     lengths = table["length"].to_numpy()
     stages = (("prefill", theme.palette[4]), ("decode", theme.palette[2]))
     for axes, (stage, color) in zip(panels, stages, strict=True):
@@ -146,7 +130,7 @@ def draw_load(run: Run, theme: Theme) -> Figure:
         axes.set(ylabel="tokens a second", ylim=(0, None), xlim=(0, run.end))
         axes.set_title(stage, loc="left")
     for axes in (queue, *panels):
-        thousands_axis(axes.yaxis)
+        style.thousands_axis(axes.yaxis)
     panels[-1].set_xlabel("seconds")
     return figure
 
@@ -157,7 +141,7 @@ def thin(samples: pl.DataFrame) -> pl.DataFrame:
     where the last sample is of a part of its time, goes with those before."""
     import polars as pl
 
-    step = -(-samples.height // (MAX_POINTS // 3))
+    step = -(-samples.height // (style.MAX_POINTS // 3))
     last = max((samples.height - 1) // step - 1, 1)
     length = pl.col("time").diff().fill_null(pl.col("time").first()).clip(1e-9)
     levels = [
@@ -176,17 +160,17 @@ def thin(samples: pl.DataFrame) -> pl.DataFrame:
     )
 
 
-def draw_hits(run: Run, theme: Theme) -> Figure:
+def draw_hits(run: Run, theme: style.Theme) -> Figure:
     import numpy as np
 
     hits = run.summary["hits"]
     wanted = run.frames.requests.drop_nulls("found")
     shares = {level: hits[f"{level}_share"] for level, _ in LEVELS}
-    parts = [f"{share_text(shares[level])} {where}" for level, where in LEVELS if shares[level]]
+    parts = [f"{style.share_text(shares[level])} {where}" for level, where in LEVELS if shares[level]]
     title = f"Requests found their adapter {', '.join(parts)}" if parts else "No request had an adapter"
-    figure, (axes,) = new_figure(title, height=3.4)
+    figure, (axes,) = style.new_figure(title, height=3.4)
     if wanted.is_empty():
-        say(axes, "All requests were for the base model.")
+        style.say(axes, "All requests were for the base model.")
         return figure
     edges = np.linspace(0, run.end, BINS + 1)
     counts = np.array(
@@ -201,14 +185,14 @@ def draw_hits(run: Run, theme: Theme) -> Figure:
             )
         base += row
     axes.set(xlabel="seconds", ylabel="share of requests", xlim=(0, run.end), ylim=(0, 1))
-    percent_axis(axes.yaxis)
-    legend_above(axes)
+    style.percent_axis(axes.yaxis)
+    style.legend_above(axes)
     if not total.all():
-        footnote(figure, "Where there is no bar, no request with an adapter arrived.", theme)
+        style.footnote(figure, "Where there is no bar, no request with an adapter arrived.", theme)
     return figure
 
 
-def draw_swaps(run: Run, theme: Theme) -> Figure:
+def draw_swaps(run: Run, theme: style.Theme) -> Figure:
     import numpy as np
 
     swaps = run.summary["swaps"]
@@ -218,7 +202,7 @@ def draw_swaps(run: Run, theme: Theme) -> Figure:
     )
     if swaps["failed_moves"]:
         title += f"; {swaps['failed_moves']:,} failed"
-    figure, panels = new_figure(title, height=4.4, rows=2, sharex=True, sharey=True)
+    figure, panels = style.new_figure(title, height=4.4, rows=2, sharex=True, sharey=True)
     edges = np.linspace(0, run.end, BINS + 1)
     moves = run.frames.moves.filter(run.frames.moves["error"].is_null())
     stages = (("slot", "CPU to slot", theme.palette[0]), ("disk", "disk to CPU", theme.palette[1]))
@@ -228,12 +212,12 @@ def draw_swaps(run: Run, theme: Theme) -> Figure:
         axes.stairs(megabytes / np.diff(edges), edges, fill=True, color=color, alpha=0.85)
         axes.set(ylabel="MB a second", ylim=(0, None), xlim=(0, run.end))
         axes.set_title(label, loc="left")
-        thousands_axis(axes.yaxis)
+        style.thousands_axis(axes.yaxis)
     panels[-1].set_xlabel("seconds")
     return figure
 
 
-def draw_fairness(run: Run, theme: Theme) -> Figure:
+def draw_fairness(run: Run, theme: style.Theme) -> Figure:
     fairness = run.summary["fairness"]
     clients = fairness["service_between"]
     client: Any = clients.removesuffix("s")
@@ -249,10 +233,10 @@ def draw_fairness(run: Run, theme: Theme) -> Figure:
     above = 0.8 + 0.27 * max(seen.height, 3) if named else 2.4
     if difference:
         title += f"; while two had requests queued, their service came to differ by {difference:,} tokens"
-        figure, (spread, *gaps) = new_figure(title, height=above + 3.2, rows=2, height_ratios=[above, 2.4])
+        figure, (spread, *gaps) = style.new_figure(title, height=above + 3.2, rows=2, height_ratios=[above, 2.4])
     else:
-        figure, (spread, *gaps) = new_figure(title, height=above + 1.2)
-        footnote(figure, NO_GAP, theme)
+        figure, (spread, *gaps) = style.new_figure(title, height=above + 1.2)
+        style.footnote(figure, NO_GAP, theme)
     if named:
         _bars(spread, seen, theme)
     else:
@@ -262,24 +246,24 @@ def draw_fairness(run: Run, theme: Theme) -> Figure:
     return figure
 
 
-def _gap(axes: Axes, run: Run, theme: Theme) -> None:
+def _gap(axes: Axes, run: Run, theme: style.Theme) -> None:
     """The difference of service over time."""
     series = service_gap(run.frames.requests, run.frames.samples).series
-    step = -(-len(series) // MAX_POINTS) or 1
+    step = -(-len(series) // style.MAX_POINTS) or 1
     largest = [max(value for _, value in series[at : at + step]) for at in range(0, len(series), step)]
     times = [time for time, _ in series[::step]]
     axes.fill_between(times, largest, step="post", color=theme.palette[3], alpha=0.8, linewidth=0)
     axes.set(xlabel="seconds", ylabel="tokens", xlim=(0, run.end), ylim=(0, None))
     axes.set_title("Largest difference of service between two that both have requests queued", loc="left")
-    thousands_axis(axes.yaxis)
+    style.thousands_axis(axes.yaxis)
 
 
-def _bars(axes: Axes, clients: pl.DataFrame, theme: Theme) -> None:
+def _bars(axes: Axes, clients: pl.DataFrame, theme: style.Theme) -> None:
     """A bar for each client: its mean latency."""
     rows = range(clients.height)
     axes.barh(rows, clients["latency_seconds"], 0.7, color=theme.palette[0])
     names = clients.select("client", "offered").iter_rows()
-    axes.set_yticks(rows, [f"{shorten(name)} ({offered:,})" for name, offered in names])
+    axes.set_yticks(rows, [f"{style.shorten(name)} ({offered:,})" for name, offered in names])
     axes.invert_yaxis()
     axes.grid(axis="x")
     axes.grid(visible=False, axis="y")
@@ -287,7 +271,7 @@ def _bars(axes: Axes, clients: pl.DataFrame, theme: Theme) -> None:
     axes.set_title("Mean latency, and in brackets the requests", loc="left")
 
 
-def _cloud(axes: Axes, clients: pl.DataFrame, client: str, theme: Theme) -> None:
+def _cloud(axes: Axes, clients: pl.DataFrame, client: str, theme: style.Theme) -> None:
     """A point for each client: mean latency by how much it asks for."""
     offered, latency = clients["offered"], clients["latency_seconds"]
     axes.scatter(offered, latency, s=26, color=theme.palette[0], alpha=0.75, linewidth=0)
@@ -295,28 +279,28 @@ def _cloud(axes: Axes, clients: pl.DataFrame, client: str, theme: Theme) -> None
     axes.set(xlabel=f"requests of the {client}", ylabel="mean latency, seconds", ylim=(0, top))
     if offered.max() > 20 * offered.min():  # type: ignore[operator] # a column of integers
         axes.set_xscale("log")
-        plain_log_axis(axes.xaxis)
+        style.plain_log_axis(axes.xaxis)
         axes.set_xlabel(f"requests of the {client} (logarithmic)")
     axes.set_title(f"Each {client} is a point: on a level, they are treated evenly", loc="left")
 
 
-def draw_starvation(run: Run, theme: Theme) -> Figure:
+def draw_starvation(run: Run, theme: style.Theme) -> Figure:
     table = by_client(run.frames.requests, "adapter").drop_nulls("worst_wait_seconds")
     count = table.height
     table = table.sort("worst_wait_seconds", "client", descending=[True, False]).head(MOST)
     title = "No request was accepted"
     if table.height:
         title = (
-            f"The longest wait for a first token was {seconds_text(table['worst_wait_seconds'][0])}, "
-            f"by {shorten(table['client'][0], 30)}"
+            f"The longest wait for a first token was {style.seconds_text(table['worst_wait_seconds'][0])}, "
+            f"by {style.shorten(table['client'][0], 30)}"
         )
     if count > table.height:
         title += f"; shown are the {table.height} longest of {count:,} adapters"
-    figure, (axes,) = new_figure(title, height=1.3 + 0.23 * max(table.height, 4))
+    figure, (axes,) = style.new_figure(title, height=1.3 + 0.23 * max(table.height, 4))
     if table.is_empty():
-        say(axes, "No request waited.")
+        style.say(axes, "No request waited.")
         return figure
-    names = [shorten(name) for name in table["client"]]
+    names = [style.shorten(name) for name in table["client"]]
     rows = range(len(names))
     axes.barh(rows, table["worst_wait_seconds"], 0.7, color=theme.palette[1], label="worst wait")
     axes.scatter(
@@ -333,7 +317,7 @@ def draw_starvation(run: Run, theme: Theme) -> Figure:
     axes.grid(axis="x")
     axes.grid(visible=False, axis="y")
     axes.set(xlabel="seconds to the first token", xlim=(0, None), ylim=(len(names) - 0.4, -0.6))
-    legend_above(axes)
+    style.legend_above(axes)
     return figure
 
 
@@ -364,10 +348,10 @@ PLOTS = (
 )
 
 
-def draw_run(run: Run, theme: Theme = LIGHT) -> Iterator[Drawn]:
+def draw_run(run: Run, theme: style.Theme = style.LIGHT) -> Iterator[style.Drawn]:
     """Draws all figures, one at a time."""
     for plot in PLOTS:
-        yield draw(plot.name, plot.caption, theme, partial(plot.draw, run, theme))
+        yield style.draw(plot.name, plot.caption, theme, partial(plot.draw, run, theme))
 
 
 def load_run(folder: str | Path) -> Run:

@@ -14,19 +14,13 @@ from torch import Tensor
 
 from aioengine.kernels.slots import Column
 from aioengine.model.buffer import Allocate, pageable
-from aioengine.model.slots.image import (
-    SERIAL_ELEMENTS,
-    AdapterImage,
-    image_memory,
-    image_shape,
-    serial_copies,
-)
+from aioengine.model.slots import image as images
 from aioengine.model.slots.layout import SlotLayout
 
 _LARGEST = 127
 
 
-def quantize_image(image: AdapterImage, layout: SlotLayout, allocate: Allocate = pageable) -> AdapterImage:
+def quantize_image(image: images.AdapterImage, layout: SlotLayout, allocate: Allocate = pageable) -> images.AdapterImage:
     """Turns an image into one for int8 slots of ``layout``, in the calling thread alone.
 
     A row or a column that is not finite gets a scale of NaN, so that it is not served as something else.
@@ -36,8 +30,8 @@ def quantize_image(image: AdapterImage, layout: SlotLayout, allocate: Allocate =
     held = {key: row for key, row in places.items() if row[Column.A_RANK] or row[Column.B_RANK]}
     ranks = {key: (row[Column.A_RANK], row[Column.B_RANK]) for key, row in held.items()}
     affine = {key: row for key, row in places.items() if row[Column.AFFINE] >= 0}
-    shape = image_shape(layout, ranks, affine.keys(), torch.int8, image.tokens)
-    data = image_memory(shape.elements, torch.int8, allocate)
+    shape = images.image_shape(layout, ranks, affine.keys(), torch.int8, image.tokens)
+    data = images.image_memory(shape.elements, torch.int8, allocate)
 
     def matrix(memory: Tensor, begin: int, rows: int, width: int) -> Tensor:
         return memory[begin : begin + rows * width].view(rows, width)
@@ -57,7 +51,7 @@ def quantize_image(image: AdapterImage, layout: SlotLayout, allocate: Allocate =
     def keep(source: int, begin: int, size: int) -> None:
         """Copy ``size`` numbers as they are."""
         target = data[begin : begin + size * dtype.itemsize].view(dtype)
-        for to, piece in serial_copies(image.data[source : source + size], target):
+        for to, piece in images.serial_copies(image.data[source : source + size], target):
             to.copy_(piece)
 
     for key, row in affine.items():
@@ -86,8 +80,8 @@ def _quantize(values: Tensor, out: Tensor, *, over: int) -> Tensor:
 def _pieces(matrix: Tensor) -> Iterator[tuple[slice, slice]]:
     """Pieces so small that torch works on them in the calling thread."""
     height, width = matrix.shape
-    columns = min(width, SERIAL_ELEMENTS)
-    rows = max(1, SERIAL_ELEMENTS // max(1, columns))
+    columns = min(width, images.SERIAL_ELEMENTS)
+    rows = max(1, images.SERIAL_ELEMENTS // max(1, columns))
     for row in range(0, height, rows):
         for column in range(0, width, columns):
             yield slice(row, row + rows), slice(column, column + columns)

@@ -18,12 +18,7 @@ from aioengine.server.context import Context
 from aioengine.server.errors import ApiError, unsupported
 from aioengine.server.framework import RESPONSES, Handled, record_of
 from aioengine.server.openai.api import Usage
-from aioengine.server.openai.completions_api import (
-    Completion,
-    CompletionChoice,
-    CompletionLogprobs,
-    CompletionRequest,
-)
+from aioengine.server.openai import completions_api
 from aioengine.server.openai.constraints import wanted_form
 from aioengine.server.openai.logprobs import (
     TextOffsets,
@@ -42,8 +37,8 @@ DEFAULT_MAX_TOKENS = 16
 def completion_routes(context: Context) -> list[HTTPRouteHandler]:
     @post("/v1/completions", status_code=200, responses=RESPONSES, summary="Complete a prompt")
     async def completions(
-        data: JSONBody[CompletionRequest], request: Request[Any, Any, Any]
-    ) -> Response[Completion]:
+        data: JSONBody[completions_api.CompletionRequest], request: Request[Any, Any, Any]
+    ) -> Response[completions_api.Completion]:
         record = record_of(request)
         if data.suffix:
             raise unsupported("suffix", "text can only be continued, not filled in")
@@ -85,7 +80,7 @@ def _count(logprobs: int | bool | None) -> int | None:
     return None if logprobs is None or logprobs is False else int(logprobs)
 
 
-def _of_prompt(data: CompletionRequest, max_tokens: int) -> int | None:
+def _of_prompt(data: completions_api.CompletionRequest, max_tokens: int) -> int | None:
     """Return the number of prompt log-probabilities that the engine must compute."""
     wanted = [data.prompt_logprobs]
     if data.echo:
@@ -94,7 +89,7 @@ def _of_prompt(data: CompletionRequest, max_tokens: int) -> int | None:
 
 
 async def _prompts(
-    context: Context, data: CompletionRequest, owner: str | None
+    context: Context, data: completions_api.CompletionRequest, owner: str | None
 ) -> tuple[list[list[int]], list[str] | None]:
     """Return the token ids of each prompt, and the texts if the prompts were given as text."""
     prompt = [data.prompt] if isinstance(data.prompt, str) else data.prompt
@@ -176,10 +171,10 @@ class CompletionReply:
 
     def _choice(
         self, index: int, output: RequestOutput, text: str, *, whole: bool = False
-    ) -> CompletionChoice:
+    ) -> completions_api.CompletionChoice:
         told = self._choices[index]
         entries = output.logprobs or () if whole else output.logprobs_delta
-        choice = CompletionChoice(
+        choice = completions_api.CompletionChoice(
             index=index,
             text=text,
             logprobs=self._answer_logprobs(told, entries),
@@ -193,7 +188,7 @@ class CompletionReply:
             self._begin(choice, told, output)
         return choice
 
-    def _begin(self, choice: CompletionChoice, told: _Choice, output: RequestOutput) -> None:
+    def _begin(self, choice: completions_api.CompletionChoice, told: _Choice, output: RequestOutput) -> None:
         """Add the prompt's part to a choice's first chunk."""
         options = self._options
         if told.prompt is not None:
@@ -206,14 +201,14 @@ class CompletionReply:
         if options.token_ids:
             choice.prompt_token_ids = output.prompt_token_ids
 
-    def _completion(self, choices: list[CompletionChoice], usage: Usage | None) -> bytes:
+    def _completion(self, choices: list[completions_api.CompletionChoice], usage: Usage | None) -> bytes:
         return self._encode(
-            Completion(
+            completions_api.Completion(
                 id=self._id, created=self._created, model=self._options.model, choices=choices, usage=usage
             )
         )
 
-    def _answer_logprobs(self, told: _Choice, entries: Sequence[TokenLogprob]) -> CompletionLogprobs | None:
+    def _answer_logprobs(self, told: _Choice, entries: Sequence[TokenLogprob]) -> completions_api.CompletionLogprobs | None:
         """Format them, including the token that ends the answer."""
         if self._logprobs is None:
             return None
