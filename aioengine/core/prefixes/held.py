@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from aioengine.core.blocks import BlockManager
 
 
+@dataclass(eq=False, slots=True)
 class Held:
     """The blocks of a prefix."""
 
-    def __init__(self, blocks: list[int], hashes: Sequence[bytes], known: int) -> None:
-        self.blocks = blocks
-        self.hashes = hashes
-        self.known = known
-        """Number of blocks, from the first on, that have their contents."""
+    blocks: list[int]
+    hashes: Sequence[bytes]
+    known: int
+    """Number of blocks, from the first on, that have their contents."""
 
 
 class HeldBlocks:

@@ -10,18 +10,17 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from dataclasses import dataclass
 from heapq import heapify, heappop, heappush, heapreplace
 
 Tenant = str | None
 
 
+@dataclass(slots=True)
 class _Pin:
-    __slots__ = ("owner", "seconds", "until")
-
-    def __init__(self, owner: Tenant, seconds: float, until: float) -> None:
-        self.owner = owner
-        self.seconds = seconds
-        self.until = until
+    owner: Tenant
+    seconds: float
+    until: float
 
 
 class PrefixPins:

@@ -6,6 +6,7 @@ import asyncio
 import os
 import socket
 import sys
+from dataclasses import dataclass
 from typing import Protocol
 
 from aioengine.executors.process.worker_output import WorkerOutput
@@ -27,22 +28,15 @@ class WorkerProcess(Protocol):
         """Wait until the process has ended. Returns its exit status; None if it is not known."""
 
 
+@dataclass(eq=False)
 class WorkerConnection:
     """A worker, and the stream to it."""
 
-    def __init__(
-        self,
-        rank: int,
-        process: WorkerProcess,
-        reader: asyncio.StreamReader,
-        writer: asyncio.StreamWriter,
-        output: WorkerOutput | None = None,
-    ) -> None:
-        self.rank = rank
-        self.output = output
-        self.process = process
-        self.reader = reader
-        self.writer = writer
+    rank: int
+    process: WorkerProcess
+    reader: asyncio.StreamReader
+    writer: asyncio.StreamWriter
+    output: WorkerOutput | None = None
 
 
 async def spawn(rank: int) -> WorkerConnection:
