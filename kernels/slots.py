@@ -111,7 +111,7 @@ class SlotMemory:
         return found
 
     def where(self, slot: int, place: int) -> Where:
-        """Return where a place of a slot is, or so many places after the slot's first."""
+        """Return where place ``place`` of a slot is, counted from the slot's first."""
         return Where(*self.table.view(-1, len(Column))[slot * self.num_places + place].tolist())
 
     def rows(self, table: Tensor, begin: int) -> tuple[Tensor, Tensor]:

@@ -258,7 +258,7 @@ class BlockManager:
                 self._free[block] = None
 
     def unseen(self, computed: int) -> int:
-        """Count a sequence's blocks after the first that no layer sees any more, once so many tokens are
+        """Count a sequence's blocks after the first that no layer sees any more when ``computed`` tokens are
         computed."""
         if self.window is None:
             return 0

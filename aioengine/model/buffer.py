@@ -13,7 +13,8 @@ _HUGE_PAGE = 2 << 20
 _LINE = 64
 
 Allocate = Callable[[int], torch.Tensor]
-"""Memory for so many bytes (> 0), as a uint8 tensor, which is free when no tensor refers to it any more."""
+"""Function that returns a uint8 tensor of a number of bytes (> 0). Its memory is freed when no tensor refers
+to it any more."""
 
 
 class Buffer:

@@ -141,7 +141,7 @@ class CountTables:
         scores.index_copy_(0, numbers, x)
 
     def _grow(self, rows: int) -> None:
-        """Have at least so many rows; each takes 5 bytes for a token of the vocabulary."""
+        """Make room for ``rows`` rows. Each takes 5 bytes for each token of the vocabulary."""
         missing = rows - len(self._seen)
         if missing > 0:
             missing = max(missing, len(self._seen))

@@ -58,7 +58,7 @@ class ModelRunner:
     ``weights`` is a model folder or a GGUF file. ``max_loras=0`` leaves LoRA out; then ``lora_slots`` is
     None. ``slot_memory`` is how many bytes the slots share (None: each has a place for ``max_lora_rank`` and
     ``max_trained_tokens``);
-    with ``shared_block_bytes`` they share those of the KV cache, where every block takes so many.
+    with ``shared_block_bytes`` they share the KV cache's memory, where every block takes this many bytes.
     ``sample`` and ``kernels`` (a backend's name) replace the defaults; ``quantization`` is how the linears'
     weights are kept, and ``int8_cache`` keeps keys and values as int8; ``max_model_len`` is the longest
     sequence (it matters to models that transformers runs); ``progress`` is told how far the weights are read;

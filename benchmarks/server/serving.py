@@ -79,7 +79,7 @@ class Result:
 
 
 def make_load(args: argparse.Namespace, folder: Path) -> Load:
-    """Write the adapters to ``folder`` and draw prompts of exactly so many tokens, in words."""
+    """Write the adapters to ``folder``, and draw prompts of words with exactly ``prompt_tokens`` tokens."""
     path = resolve_model(args.model)
     spec = read_spec(path)
     tokenizer = Tokenizer.from_file(str(path / "tokenizer.json"))

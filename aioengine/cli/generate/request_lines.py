@@ -30,7 +30,7 @@ and, if wanted, these (the flags are for lines that do not have them):
   "id"        text or a whole number, unlike all others; else the line's
               number, from 0
   "adapter"   a name, or null for the base model
-  "n"         so many answers, in a list "choices"
+  "n"         number of answers, which come in a list "choices"
   "priority", "deadline" (seconds), "tenant", and the sampling fields
 {textwrap.fill(", ".join(_SAMPLING), 76, initial_indent="  ", subsequent_indent="  ")}.
 An answer has "id", "adapter", "text", "token_ids", "finish_reason",

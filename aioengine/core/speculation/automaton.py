@@ -13,8 +13,8 @@ _COUNTED = 64
 repeats one token would have one suffix for each of its tokens."""
 
 _MOST_SUCCESSORS = 256
-"""After a text that so many tokens have followed, none is likely; comparing them would take long in each
-step."""
+"""After a text that has been followed by this many different tokens, none of them is likely, and comparing
+them would take long in each step."""
 
 
 class SuffixAutomaton:

@@ -99,7 +99,7 @@ class FleetClient:
     # Life cycle
 
     async def start(self, within: float | None = 120.0) -> None:
-        """Wait until every replica has reported. Raises EngineStopped if one has not ``within`` so many
+        """Wait until every replica has reported. Raises EngineStopped if one has not after ``within``
         seconds; None waits for ever."""
         self._state = "starting"
         self.members.start()

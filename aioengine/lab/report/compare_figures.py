@@ -180,7 +180,7 @@ def draw_cdf(compare: Compare, theme: drawing.Theme) -> Figure:
 
 
 def _shown(compare: Compare) -> list[tuple[int, float]]:
-    """Return the settings with the most load, of so many numbers of slots as there are panels."""
+    """Return the settings with the highest load: one for each panel, with different numbers of slots."""
     slots = sorted(compare.results["slots"].unique())
     load: Any = compare.results["scale"].max()
     return [(count, load) for count in slots[:: -(-len(slots) // _MOST_PANELS)]]

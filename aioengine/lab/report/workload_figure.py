@@ -21,8 +21,8 @@ def workload_figure(offered: Offered, theme: style.Theme = style.LIGHT) -> style
     """Draw a workload."""
     caption = (
         "Top left: requests a second over time (those of a session where it begins). Top right: the share of "
-        "requests that have at most so many tokens. Bottom left: the share of each adapter, the most popular "
-        "first. Bottom right: the shares of the most popular adapters over time."
+        "requests with at most this number of tokens. Bottom left: the share of each adapter, the most "
+        "popular first. Bottom right: the shares of the most popular adapters over time."
     )
     return style.draw("workload", caption, theme, partial(_draw, offered, theme))
 

@@ -132,7 +132,7 @@ async def simulate(
     """Return the run itself, on a loop in virtual time; and what summary.json says of the fleet, if there is
     one.
 
-    ``watch`` hears what becomes of the policy, on all replicas.
+    ``watch`` is told of the policy's failures and of its replacement, on all replicas.
     """
     spec = experiment.policy if experiment.ageing else without_ageing(experiment.policy)
     if experiment.replicas is not None:

@@ -53,7 +53,7 @@ class SimulatedDevice(Device):
         self._held: dict[int, int] = {}
         """Bytes on the CPU by adapter uid."""
         self.disturbed = self._processor.disturbed
-        """A context manager: steps take so many times as long while anybody is inside."""
+        """Context manager, called with a factor: while it lasts, steps take that many times as long."""
 
     async def execute(self, batch: StepBatch) -> StepResult:
         took = await self._processor.work(self._work(batch))

@@ -59,7 +59,7 @@ class Sessions:
 
     A session has a geometric number of turns of the mean ``turns``. A turn's prompt is all that was said
     before and a new question; it comes an exponential time, of the mean ``think`` seconds, after the answer
-    to the one before. With ``branch`` every turn is so many requests at once, with the same history and a
+    to the one before. With ``branch`` every turn is that many requests at once, with the same history and a
     question each, and the session goes on after the first of them: agents that fork.
 
     Args:

@@ -37,8 +37,9 @@ PENALTY_BYTES = 5
 """Bytes for each token of the vocabulary and each request in the tables of penalties."""
 
 _SPLIT_PROGRAMS, _PART, _SPLIT_ROWS = 256, 512, 16
-"""Of :mod:`aioengine.kernels.triton.attention`: below so many programs, keys are split into such parts, for
-tiles of so many rows or of the query heads of a key head."""
+"""As in :mod:`aioengine.kernels.triton.attention`: with fewer programs than the first number, keys are split
+into parts of the second number of keys. A tile has the third number of rows, or the query heads of a key
+head."""
 
 _SCRATCH_BYTES = 16 * 2**20
 """Everything else that a layer computes in: tiles, parts of a shrink."""
@@ -117,10 +118,11 @@ def working_memory(
 
 
 def token_bytes(local: ModelSpec, dtype_bytes: int, max_rank: int) -> int:
-    """Return the most bytes that are live for each token of a step, in the layers of the native decoder.
+    """Return the most bytes that are in use at a time for each token of a step, in the layers of the native
+    decoder.
 
-    The hidden state, what is yet to be added to it, and the last layer's queries, keys, values and attention
-    stay; beside them there are either those of the present layer, or those of its MLP.
+    In use throughout are the hidden state, what is yet to be added to it, and the last layer's queries, keys,
+    values and attention. In addition there are either those of the present layer, or the values of its MLP.
     """
     hidden, q = local.hidden_size, local.q_size
     qkv = q + 2 * local.kv_size

@@ -86,7 +86,7 @@ _IN_LAYER = {
     "ffn_down_shexp": "mlp.shared_expert.down_proj",
     ROW: "mlp.shared_expert_gate",
 }
-_WITHOUT_ROPE = 4  # every so many-th layer of SmolLM3
+_WITHOUT_ROPE = 4  # every fourth layer of SmolLM3
 _LARGEST_GEMMA = {"gemma2": 46, "gemma3_text": 62}  # layers of those whose scale is by the hidden size
 
 

@@ -165,7 +165,7 @@ def _no_experts(model: Any) -> Iterator[None]:
 
 
 def _behind(past: int, x: Tensor) -> Tensor:
-    """Return ``x`` [..., tokens, size] with so many tokens before its own."""
+    """Return ``x`` [..., tokens, size] with ``past`` tokens of zeros in front."""
     return torch.cat([x.new_zeros(*x.shape[:-2], past, x.shape[-1]), x], dim=-2) if past else x
 
 

@@ -18,7 +18,7 @@ from aioengine.model.buffer import Buffer
 logger = logging.getLogger("aioengine")
 
 SLAB_BYTES = 256 << 20
-"""A slab has room for as many adapters of one size as fit into so many bytes, or for one that is larger."""
+"""Bytes of a slab. It has room for as many adapters of one size as fit, or for one that is larger."""
 FIRST_SLAB_BYTES = 1 << 30
 """Maximum bytes that are page-locked when an engine starts."""
 _ALIGNMENT = 256

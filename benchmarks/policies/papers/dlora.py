@@ -16,7 +16,7 @@ DEVICES = {"llama3-8b-h100": H100_SXM, "llama3-8b-a10g": A10G}
 
 
 def seconds(costs: CostModel, tokens: int, adapters: list[int]) -> float:
-    """Return the seconds of a decoding step, with so many tokens of each adapter."""
+    """Return the seconds of a step that decodes ``tokens``; ``adapters`` are the tokens of each adapter."""
     shape = StepShape(tokens, tokens * CONTEXT, 0, 0, tokens, tuple((RANK, count) for count in adapters))
     return StepTimes(costs.steps)(shape) + costs.step_overhead
 
