@@ -55,7 +55,8 @@ class WorkloadSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """"tokens:1024,groups=8,alpha=1": prompts begin with 1024 tokens more, which are the same in a group (of
     8, drawn by Zipf's law). With ``arrivals`` or ``concurrency`` only."""
     concurrency: int | None = None
-    """A closed loop: the number of callers. Each sends its next request when the one before has ended. Then ``arrivals`` need not be given, and times do not count."""
+    """A closed loop: the number of callers. Each sends its next request when the one before has ended. Then
+    ``arrivals`` need not be given, and times do not count."""
     think: float = 0.0
     """Seconds, in a closed loop, from a request's, or session's, end to the caller's next one."""
 
