@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import random
 import statistics
 import threading
 import time
@@ -28,7 +27,7 @@ from rich.table import Table
 
 from aioengine import AsyncEngine, EngineConfig
 from aioengine.model.files.resolve import read_spec, resolve_model
-from benchmarks.engine.workload import run_once
+from benchmarks.engine.workload import random_prompts, run_once
 
 PERIOD = 0.005
 APPLICATION = {False: "idle", True: "burns the GIL"}
@@ -100,8 +99,7 @@ async def main() -> None:
     args = parser.parse_args()
 
     vocabulary = read_spec(resolve_model(args.model)).vocab_size
-    rng = random.Random(0)
-    prompts = [rng.choices(range(3, vocabulary - 1), k=args.prompt_tokens) for _ in range(args.requests)]
+    prompts = random_prompts(vocabulary, args.requests, args.prompt_tokens)
     results: dict[tuple[str, bool], list[Run]] = {}
     async with AsyncExitStack() as stack:
         engines: dict[str, AsyncEngine] = {}

@@ -9,7 +9,6 @@ the time. Prints how late the ticks are, and the same for an idle loop.
 from __future__ import annotations
 
 import asyncio
-import random
 import tempfile
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from rich.table import Table
 from aioengine import AsyncEngine, EngineConfig, LoRAConfig
 from aioengine.lab.calibration.random_adapters import write_random_adapter
 from aioengine.model.files.resolve import read_spec, resolve_model
-from benchmarks.engine.workload import run_once
+from benchmarks.engine.workload import random_prompts, run_once
 
 TICK = 0.01
 
@@ -53,8 +52,7 @@ async def main() -> tuple[list[float], list[float], int]:
         policy="fcfs:max_wait=0.2",
     )
     idle = await lateness(asyncio.create_task(asyncio.sleep(3)))
-    rng = random.Random(0)
-    prompts = [[rng.randrange(100, 40_000) for _ in range(128)] for _ in range(32)]
+    prompts = random_prompts(spec.vocab_size, 32, 128)
     with tempfile.TemporaryDirectory() as folder:
         async with AsyncEngine(config) as engine:
             names: list[str | None] = [f"random-{i}" for i in range(8)]

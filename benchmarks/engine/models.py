@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import random
 import statistics
 import tempfile
 import time
@@ -33,7 +32,7 @@ from rich.table import Table
 from aioengine import AsyncEngine, EngineConfig, LoRAConfig
 from aioengine.lab.calibration.random_adapters import write_random_adapter
 from aioengine.model.files.resolve import read_spec
-from benchmarks.engine.workload import cpu_name, run_once
+from benchmarks.engine.workload import cpu_name, random_prompts, run_once
 
 ADAPTERS, RANK = 8, 16
 Run = Callable[[], Awaitable[float]]
@@ -91,8 +90,7 @@ async def main() -> None:
     parser.add_argument("--without-alone", action="store_true")
     args = parser.parse_args()
     dtype = getattr(torch, args.dtype)
-    rng = random.Random(0)
-    prompts = [[rng.randrange(100, 49000) for _ in range(128)] for _ in range(args.requests)]
+    prompts = random_prompts(49152, args.requests, 128)
     with tempfile.TemporaryDirectory() as root:
         folder = save_model(Path(root) / "model", args.layers, dtype)
         spec = read_spec(folder)

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import random
 import statistics
 import tempfile
 import time
@@ -29,7 +28,7 @@ from aioengine import AsyncEngine, EngineConfig, LoRAConfig
 from aioengine.lab.calibration.random_adapters import write_random_adapter
 from aioengine.memory_plan import format_bytes
 from aioengine.model.files.resolve import read_spec, resolve_model
-from benchmarks.engine.workload import cpu_name, run_once
+from benchmarks.engine.workload import cpu_name, random_prompts, run_once
 
 
 async def main() -> None:
@@ -46,11 +45,7 @@ async def main() -> None:
     args = parser.parse_args()
 
     spec = read_spec(resolve_model(args.model))
-    rng = random.Random(0)
-    prompts = [
-        [rng.randrange(100, spec.vocab_size - 100) for _ in range(args.prompt_tokens)]
-        for _ in range(args.requests)
-    ]
+    prompts = random_prompts(spec.vocab_size, args.requests, args.prompt_tokens)
     names: list[str | None] = [f"random-{i}" for i in range(args.adapters)]
 
     def engine(rank: int, slot_memory: int | None = None) -> AsyncEngine:

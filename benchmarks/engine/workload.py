@@ -49,6 +49,12 @@ async def run_once(
     return len(prompts) * output_tokens / seconds, ttft
 
 
+def random_prompts(vocabulary: int, requests: int, tokens: int) -> list[list[int]]:
+    """Draw prompts of random token ids; they are the same in each run."""
+    rng = random.Random(0)
+    return [[rng.randrange(100, vocabulary - 100) for _ in range(tokens)] for _ in range(requests)]
+
+
 async def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", default="smollm2-135m")
@@ -63,11 +69,7 @@ async def main() -> None:
     args = parser.parse_args()
 
     spec = read_spec(resolve_model(args.model))
-    rng = random.Random(0)
-    prompts = [
-        [rng.randrange(100, spec.vocab_size - 100) for _ in range(args.prompt_tokens)]
-        for _ in range(args.requests)
-    ]
+    prompts = random_prompts(spec.vocab_size, args.requests, args.prompt_tokens)
     config = EngineConfig(
         model=args.model,
         dtype=args.dtype,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import random
 import statistics
 import subprocess
 import sys
@@ -23,6 +22,7 @@ from aioengine.lab.calibration.random_adapters import write_random_adapter
 from aioengine.model import native, runner
 from aioengine.model.files.resolve import read_spec, resolve_model
 from aioengine.model.files.weights import SINGLE
+from benchmarks.engine.workload import random_prompts
 
 PROMPT, OUTPUT, ADAPTERS, RANK = 128, 64, 8, 16
 RUNS = 3
@@ -49,7 +49,6 @@ async def engine_table(model: str, quantization: str) -> Table:
     """Make a table of the share of whole runs in the model's forward pass, and of the rest."""
     forward = Stopwatch(native.NativeForward, "forward")
     spec = read_spec(resolve_model(model))
-    rng = random.Random(0)
     table = Table(
         title=f"the engine around the model, {PROMPT} + {OUTPUT} tokens, {quantization}: shares of the time"
     )
@@ -66,9 +65,7 @@ async def engine_table(model: str, quantization: str) -> Table:
     with tempfile.TemporaryDirectory() as folder:
         paths = [write_random_adapter(Path(folder) / str(i), spec, RANK, seed=i) for i in range(ADAPTERS)]
         for running in (32, 64):
-            prompts = [
-                [rng.randrange(100, spec.vocab_size - 100) for _ in range(PROMPT)] for _ in range(running)
-            ]
+            prompts = random_prompts(spec.vocab_size, running, PROMPT)
             async with AsyncEngine(_config(model, quantization, running)) as engine:
                 for i, path in enumerate(paths):
                     await engine.load_adapter(str(i), path)
@@ -150,8 +147,7 @@ async def _start(model: str, quantization: str) -> dict[str, float]:
         file.read_bytes()
         found["reading the weights' file"] = time.perf_counter() - start
     load, pack = Stopwatch(runner, "load_weights"), Stopwatch(native.NativeForward, "__init__")
-    rng = random.Random(0)
-    prompts = [[rng.randrange(100, 40_000) for _ in range(PROMPT)] for _ in range(6)]
+    prompts = random_prompts(40_000, 6, PROMPT)
     start = time.perf_counter()
     async with AsyncEngine(_config(model, quantization, 8)) as engine:
         entered = time.perf_counter()

@@ -123,11 +123,11 @@ def traces(args: argparse.Namespace) -> Table:
         table.add_row(
             trace,
             router,
-            _text(loads, 0),
-            _text([a / b for a, b in zip(loads, before, strict=True)], 2),
-            _text(p99, 3),
-            _text([a / b for a, b in zip(p99, p99_before, strict=True)], 2),
-            _text([_figure(one, "mean") for one in runs], 3),
+            interval(loads, 0),
+            interval([a / b for a, b in zip(loads, before, strict=True)], 2),
+            interval(p99, 3),
+            interval([a / b for a, b in zip(p99, p99_before, strict=True)], 2),
+            interval([_figure(one, "mean") for one in runs], 3),
         )
     return table
 
@@ -162,7 +162,8 @@ def _figure(summary: dict[str, Any], kind: str) -> float:
     return float(summary["swaps"]["disk_loads"] if kind == "loads" else summary["ttft_seconds"][kind])
 
 
-def _text(values: Sequence[float], digits: int) -> str:
+def interval(values: Sequence[float], digits: int = 2) -> str:
+    """Return the mean with half the width of its 95% interval (Student's t)."""
     found = estimate(values)
     half = "" if found.high is None else f" ± {found.high - found.mean:.{digits}f}"
     return f"{found.mean:.{digits}f}{half}"

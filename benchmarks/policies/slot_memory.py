@@ -23,11 +23,11 @@ from typing import Any
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from scipy.stats import t as student
 
 from aioengine.checks import parse_bytes
 from aioengine.core.adapters.arena import rounded
 from aioengine.lab import Experiment, WorkloadSpec, run
+from aioengine.lab.analysis.statistics import estimate
 from aioengine.lab.costs.presets import load_costs
 from aioengine.lab.report.style import LIGHT, draw, footnote, legend_above, new_figure, vectors
 from benchmarks.policies.fewest_copies import fewest_copies
@@ -61,10 +61,8 @@ Interval = tuple[float, float]
 
 
 def interval(values: Sequence[float]) -> Interval:
-    mean = statistics.fmean(values)
-    if len(values) < 2:
-        return mean, 0.0
-    return mean, student.ppf(0.975, len(values) - 1) * statistics.stdev(values) / len(values) ** 0.5
+    found = estimate(values)
+    return found.mean, 0.0 if found.high is None else found.high - found.mean
 
 
 def figure(found: Mapping[str, Mapping[str, Sequence[Interval]]], title: str, note: str) -> bytes:

@@ -10,17 +10,16 @@ Each cell is the mean over seeds of the ratio to ``fcfs`` for the same arrivals 
 from __future__ import annotations
 
 import argparse
-import math
 import tempfile
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any, NamedTuple
 
 from rich.console import Console
 from rich.table import Table
-from scipy.stats import t as student
 
 from aioengine.lab import Experiment, WorkloadSpec, run
+from aioengine.lab.analysis.statistics import estimate
 
 POLICIES = (
     "lpm",
@@ -101,11 +100,9 @@ def measure(case: Case, policy: str, seed: int) -> float:
 def cell(case: Case, ours: list[float], base: list[float]) -> str:
     pairs = zip(ours, base, strict=True)
     values = [a - b if case.figure == GOODPUT else a / b for a, b in pairs]
-    mean = fmean(values)
-    half = 0.0
-    if len(values) > 1:
-        half = float(student.ppf(0.975, len(values) - 1)) * stdev(values) / math.sqrt(len(values))
-    return f"{mean:+.1f} ± {half:.1f}" if case.figure == GOODPUT else f"{mean:.2f} ± {half:.2f}"
+    found = estimate(values)
+    half = 0.0 if found.high is None else found.high - found.mean
+    return f"{found.mean:+.1f} ± {half:.1f}" if case.figure == GOODPUT else f"{found.mean:.2f} ± {half:.2f}"
 
 
 def main() -> None:

@@ -8,7 +8,8 @@ from rich.table import Table
 from aioengine.lab import Experiment, WorkloadSpec
 from aioengine.lab.costs.model import CostModel, ModelShape, Stage
 from aioengine.lab.costs.roofline import A10G, estimate
-from benchmarks.policies.papers.runs import Lab, figures, interval, mean, ratios
+from benchmarks.policies.papers.runs import Lab, figures, mean, ratios
+from benchmarks.policies.routing import interval
 
 LLAMA_7B = ModelShape(
     vocab_size=32000,

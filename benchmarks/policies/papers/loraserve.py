@@ -10,7 +10,8 @@ from rich.table import Table
 from aioengine.lab import Experiment, WorkloadSpec
 from aioengine.lab.costs.presets import load_costs
 from aioengine.schedulers.routing import FleetView, Route, RouteRequest, RouterPolicy
-from benchmarks.policies.papers.runs import Lab, figures, interval, ratios
+from benchmarks.policies.papers.runs import Lab, figures, ratios
+from benchmarks.policies.routing import interval
 
 REPLICAS = 4
 RANKS = "8:0.25,16:0.25,32:0.25,64:0.125,128:0.125"

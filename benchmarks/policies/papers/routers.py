@@ -7,8 +7,8 @@ import argparse
 from rich.table import Table
 
 from aioengine.lab import Experiment, WorkloadSpec
-from benchmarks.policies.papers.runs import Lab, figures, interval, ratios
-from benchmarks.policies.routing import hot
+from benchmarks.policies.papers.runs import Lab, figures, ratios
+from benchmarks.policies.routing import hot, interval
 
 
 def ray(lab: Lab) -> Table:

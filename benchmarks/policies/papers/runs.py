@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from aioengine.lab import Experiment, run
-from aioengine.lab.analysis.statistics import estimate
 from aioengine.lab.costs.model import CostModel
 
 Run = Callable[[Sequence[Experiment]], list[dict[str, Any]]]
@@ -64,13 +63,6 @@ def figures(runs: Sequence[dict[str, Any]], name: str) -> list[float]:
 
 def mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
-
-
-def interval(values: Sequence[float], digits: int = 2) -> str:
-    """Return the mean with half the width of its 95% interval (Student's t)."""
-    found = estimate(values)
-    half = "" if found.high is None else f" ± {found.high - found.mean:.{digits}f}"
-    return f"{found.mean:.{digits}f}{half}"
 
 
 def ratios(values: Sequence[float], bases: Sequence[float]) -> list[float]:

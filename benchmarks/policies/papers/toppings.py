@@ -9,7 +9,8 @@ from aioengine.lab import Experiment, WorkloadSpec
 from aioengine.lab.costs.model import CostModel
 from aioengine.lab.costs.presets import load_costs
 from benchmarks.policies.papers.chameleon import STALLS
-from benchmarks.policies.papers.runs import Lab, figures, interval, mean, ratios
+from benchmarks.policies.papers.runs import Lab, figures, mean, ratios
+from benchmarks.policies.routing import interval
 
 LINK = 6e9
 """Bytes a second to the device, for adapters of many small tensors."""
