@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 import tomllib
@@ -121,6 +122,19 @@ def read_toml(path: str | Path) -> dict[str, Any]:
         raise ConfigError(f"cannot read configuration file {path}: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"configuration file {path} is not valid TOML: {error}") from error
+
+
+def read_json(path: str | Path) -> dict[str, Any]:
+    """Read a file with a JSON object. Raises ConfigError if it cannot be read or has something else."""
+    try:
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, or nested too deeply
+        raise ConfigError(f"{path}: not valid JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise ConfigError(f"{path}: expected a JSON object, found {type(found).__name__}")
+    return found
 
 
 S = TypeVar("S", bound=msgspec.Struct)

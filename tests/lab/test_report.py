@@ -93,7 +93,7 @@ def test_what_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"cannot read .*summary\.json"):
         write_report(folder)
     (folder / "summary.json").write_text("{")
-    with pytest.raises(ConfigError, match="is not JSON"):
+    with pytest.raises(ConfigError, match="not valid JSON"):
         write_report(folder)
 
 

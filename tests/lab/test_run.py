@@ -170,7 +170,7 @@ def test_experiments_from_plain_data(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot read"):
         Experiment.read(tmp_path / "gone.json")
     (tmp_path / "bad.json").write_text("{")
-    with pytest.raises(ConfigError, match="not JSON"):
+    with pytest.raises(ConfigError, match="not valid JSON"):
         Experiment.read(tmp_path / "bad.json")
 
 

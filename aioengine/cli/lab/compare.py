@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Group, Parameter
 
+from aioengine.checks import read_json
 from aioengine.cli.common import CommonFlags
 from aioengine.cli.help import FOLDED
 from aioengine.cli.lab.flags import (
@@ -86,7 +87,6 @@ def compare(
 
 def make_comparison(flags: CompareFlags, workload: WorkloadFlags, system: SystemFlags) -> Comparison:
     """Make the comparison from the flags, which override --experiment. Raises ConfigError."""
-    from aioengine.lab.report.run_page import read_json
     from aioengine.lab.runs.comparison import Comparison, read_comparison
 
     file = flags.experiment

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 from cyclopts import Group, Parameter
 
+from aioengine.checks import read_json
 from aioengine.cli.help import FOLDED
 from aioengine.errors import ConfigError
 
@@ -173,7 +174,6 @@ def make_experiment(
 
 
 def _read(file: Path | None) -> Mapping[str, Any]:
-    from aioengine.lab.report.run_page import read_json
     from aioengine.lab.workload.files import read_workload
 
     if file is None:

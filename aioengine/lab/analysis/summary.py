@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from aioengine.checks import read_json
 from aioengine.errors import ConfigError
 from aioengine.lab.analysis.fairness import Client, by_client, jain, max_min, service_gap
 from aioengine.lab.runs.rows import Frames, load_frames
@@ -273,17 +274,11 @@ def replicas_of(folder: Path) -> int:
 
 def _of_experiment(folder: Path, field: str) -> Any:
     path = folder / "experiment.json"
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not path.exists():
         return None
-    except ValueError as error:
-        raise ConfigError(f"{path}: is not JSON: {error}") from error
-    if isinstance(found, dict):
-        found = found.get("experiment", found)
-        if isinstance(found, dict):
-            return found.get(field)
-    return None
+    found = read_json(path)
+    found = found.get("experiment", found)
+    return found.get(field) if isinstance(found, dict) else None
 
 
 def _rounded(value: Any) -> Any:

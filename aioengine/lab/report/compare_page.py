@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
+from aioengine.checks import read_json
 from aioengine.lab.analysis.measures import DEFAULT_RANKING, MEASURES, Measure, find_measure
 from aioengine.lab.analysis.statistics import Estimate, paired
 from aioengine.lab.report.compare_figures import draw_compare
@@ -100,7 +101,7 @@ def write_compare_report(
         ),
         drawn=drawn,
         parameters=list(run_page.parameter_rows(msgspec.to_builtins(comparison))),
-        versions=run_page.versions_text(run_page.read_json(compare.folder / "comparison.json")),
+        versions=run_page.versions_text(read_json(compare.folder / "comparison.json")),
         example=results["folder"][0],
     )
     settings = msgspec.to_builtins(comparison) if vector else None

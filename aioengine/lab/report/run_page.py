@@ -9,6 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from aioengine.checks import read_json
 from aioengine.errors import ConfigError
 from aioengine.lab.analysis.measures import MEASURES
 from aioengine.lab.analysis.summary import flatten
@@ -135,19 +136,6 @@ def template(name: str) -> Template:
     )
     pages.filters["base64"] = lambda data: base64.b64encode(data).decode()
     return pages.get_template(f"{name}.html.jinja")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Reads a JSON file. Raises ConfigError if it is missing or malformed."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
-    except ValueError as error:
-        raise ConfigError(f"{path}: is not JSON: {error}") from error
-    if not isinstance(found, dict):
-        raise ConfigError(f"{path}: must be a JSON object")
-    return found
 
 
 def parameter_rows(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 
+from aioengine.checks import read_json
 from aioengine.errors import ConfigError
 from aioengine.lab.analysis.statistics import estimate, paired, regret
 from aioengine.lab.analysis.summary import flatten
@@ -187,17 +188,13 @@ def write_comparison(comparison: Comparison, path: Path) -> None:
 
 def read_comparison(path: str | Path) -> Comparison:
     """Reads a comparison. Raises ConfigError, which names the file and the fault."""
+    data = read_json(path)
+    if "comparison" not in data:
+        raise ConfigError(f"{path}: is no comparison; 'aioengine lab compare' writes comparison.json")
     try:
-        data = msgspec.json.decode(Path(path).read_bytes())
-        if not isinstance(data, dict) or "comparison" not in data:
-            raise ConfigError(f"{path}: is no comparison; 'aioengine lab compare' writes comparison.json")
         return msgspec.convert(data["comparison"], Comparison)
-    except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
     except msgspec.ValidationError as error:
         raise ConfigError(f"{path}: {error.__cause__ or error}") from error
-    except msgspec.DecodeError as error:
-        raise ConfigError(f"{path}: is not JSON: {error}") from error
 
 
 def load_results(folder: str | Path) -> pl.DataFrame:

@@ -9,7 +9,7 @@ from typing import Any, Literal, Self
 
 import msgspec
 
-from aioengine.checks import check_integer, check_seconds, from_plain, refuse_unknown
+from aioengine.checks import check_integer, check_seconds, from_plain, read_json, refuse_unknown
 from aioengine.config import EngineConfig, LoRAConfig
 from aioengine.errors import ConfigError
 from aioengine.lab.workload.draw import OfferedWorkload
@@ -178,14 +178,6 @@ class Experiment(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     @classmethod
     def read(cls, path: str | Path) -> Self:
         """Reads ``experiment.json`` of a run, or a JSON file with the fields of this struct."""
-        try:
-            values = json.loads(Path(path).read_text(encoding="utf-8"))
-        except OSError as error:
-            raise ConfigError(f"cannot read experiment {path}: {error.strerror}") from error
-        except ValueError as error:
-            raise ConfigError(f"experiment {path} is not JSON: {error}") from error
-        if isinstance(values, dict) and isinstance(values.get("experiment"), dict):
-            values = values["experiment"]
-        if not isinstance(values, dict):
-            raise ConfigError(f"experiment {path}: must be a JSON object, not {type(values).__name__}")
-        return cls.from_dict(values, source=str(path))
+        values = read_json(path)
+        inner = values.get("experiment")
+        return cls.from_dict(inner if isinstance(inner, dict) else values, source=str(path))

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
+from aioengine.checks import read_json
 from aioengine.errors import ConfigError
 from aioengine.lab.runs.experiment import Experiment, Policy
 from aioengine.lab.workload.spec import WorkloadSpec
@@ -128,10 +129,9 @@ def _changed(before: Any, now: Any, name: str = "") -> list[str]:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return read_json(path)
+    except ConfigError:
         return {}
-    return values if isinstance(values, dict) else {}
 
 
 def _hash(data: bytes, file: str | None) -> str | None:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from aioengine.checks import read_json
 from aioengine.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ class Found:
         import transformers
 
         self.path = path
-        raw = _raw(path)
+        raw = read_json(path / "config.json")
         self.config: Any
         self._class: Any = transformers.AutoModelForCausalLM
         try:
@@ -182,19 +183,6 @@ def _without_bars() -> Iterator[None]:
     finally:
         if shown:
             logging.enable_progress_bar()
-
-
-def _raw(path: Path) -> dict[str, Any]:
-    file = path / "config.json"
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{file}: cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise ConfigError(f"{file}: not valid JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise ConfigError(f"{file}: expected a JSON object")
-    return value
 
 
 def _line(error: Exception) -> str:

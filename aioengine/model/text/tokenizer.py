@@ -12,6 +12,7 @@ from typing import Any
 import jinja2
 import tokenizers
 
+from aioengine.checks import read_json
 from aioengine.errors import ConfigError, PromptTooLong, RequestInvalid
 from aioengine.model.text.chat_template import ChatTemplate
 from aioengine.model.text.detokenizer import Detokenizer, TextStream, special_tokens
@@ -267,15 +268,7 @@ def _check_messages(messages: object) -> None:
 
 def _read_json(path: Path) -> dict[str, Any]:
     """Return the JSON object in a file; empty if there is no such file."""
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{path}: cannot be read as JSON: {error}") from error
-    if not isinstance(data, dict):
-        raise ConfigError(f"{path}: expected a JSON object, found {type(data).__name__}")
-    return data
+    return read_json(path) if path.exists() else {}
 
 
 def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any
 
+from aioengine.checks import read_json
 from aioengine.errors import ConfigError
 
 
@@ -20,7 +20,9 @@ class ConfigFile:
     def __init__(self, path: Path, *, scope: str = "", raw: dict[str, Any] | None = None) -> None:
         self.path = path
         self.scope = scope
-        self.raw = _read_json(path) if raw is None else raw
+        if raw is None and not path.exists():
+            raise ConfigError(f"{path}: no such file; a Hugging Face model folder must contain it")
+        self.raw = read_json(path) if raw is None else raw
         self.defaults: dict[str, Any] = {}
 
     def get(self, key: str, default: Any = None) -> Any:
@@ -55,17 +57,3 @@ class ConfigFile:
         if value is not None and not isinstance(value, bool):
             raise self.error(key, value, "must be true or false")
         return bool(value)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such file; a Hugging Face model folder must contain it") from None
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error}") from error
-    except ValueError as error:  # malformed JSON, or not UTF-8
-        raise ConfigError(f"{path}: not valid JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise ConfigError(f"{path}: expected a JSON object, found {type(value).__name__}")
-    return value
