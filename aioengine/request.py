@@ -165,6 +165,15 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         )
 
 
+def for_choice(params: SamplingParams, choice: int) -> SamplingParams:
+    """Return the parameters of one of several answers, which is numbered from 0. If the request has a seed,
+    each answer gets another one; the first answer equals that of a request for only one."""
+    if params.seed is None or choice == 0:
+        return params
+    # The odd multiplier (2**64 / golden ratio) keeps answers to requests with seeds 1, 2, 3, ... different.
+    return msgspec.structs.replace(params, seed=(params.seed + choice * 0x9E3779B97F4A7C15) % 2**64)
+
+
 class CachePin(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Part of a prompt that should stay in the prefix cache after the request.
 

@@ -19,6 +19,7 @@ from aioengine.guided import Guide
 from aioengine.request import RequestOptions, SamplingParams, TokenConstraint
 from aioengine.runtime.text_work import SHORT
 from aioengine.runtime.vectors import read_label_names
+from aioengine.request import for_choice
 from aioengine.server.access.auth import Identity
 from aioengine.server.access_log import RequestRecord
 from aioengine.server.errors import ApiError, model_not_found
@@ -28,7 +29,6 @@ from aioengine.server.openai.api import GenerationFields
 from aioengine.server.openai.constraints import Form
 from aioengine.server.openai.generation_config import FILE_NAME, SamplingDefaults, read_sampling_defaults
 from aioengine.server.openai.logprobs import TokenBytes
-from aioengine.server.openai.sampling import for_choice
 from aioengine.server.settings import ServerSettings
 
 if TYPE_CHECKING:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from cyclopts import Group, Parameter
 
+from aioengine.cli.common import given
 from aioengine.cli.config.file import fleet_table
 from aioengine.cli.help import FOLDED
 from aioengine.config import EngineConfig
@@ -55,16 +56,16 @@ class FleetFlags:
         """Return the table ``[fleet]`` of ``file``, overridden by the flags. None if there is neither: one
         engine in this process. Raises ConfigError."""
         table = fleet_table(file)
-        given: dict[str, Any] = {name: value for name, value in vars(self).items() if value is not None}
+        own = given(self)
         if table is None:
-            if not given:
+            if not own:
                 return None
             if self.replicas is None:
-                raise ConfigError(f"--{next(iter(given)).replace('_', '-')}: needs a fleet; add --replicas")
+                raise ConfigError(f"--{next(iter(own)).replace('_', '-')}: needs a fleet; add --replicas")
         for name in ELSEWHERE.keys() & (table or {}).keys():
             raise ConfigError(f"{file}, table fleet: `aioengine serve` reads {name} from {ELSEWHERE[name]}")
         if self.app_name is not None:
-            given["name"] = given.pop("app_name")
-        given = {**(table or {}), "otlp_endpoint": otlp_endpoint, **given}
+            own["name"] = own.pop("app_name")
+        values = {**(table or {}), "otlp_endpoint": otlp_endpoint, **own}
         source = "flags" if file is None else f"{file} and flags"
-        return FleetConfig.from_table(engine, adapters, given, source=source)
+        return FleetConfig.from_table(engine, adapters, values, source=source)

@@ -18,7 +18,7 @@ from aioengine.cli.record_flags import RecordFlags
 from aioengine.config import EngineConfig
 from aioengine.engine import AsyncEngine
 from aioengine.errors import AioEngineError
-from aioengine.request import SamplingParams
+from aioengine.request import for_choice
 from aioengine.runtime.tasks import together
 
 if TYPE_CHECKING:
@@ -82,19 +82,10 @@ async def _choices(engine: AsyncEngine, request: Request) -> list[RequestOutput]
     """Return ``n`` outputs; the first failure cancels the others."""
 
     async def one(index: int) -> RequestOutput:
-        params = _for_choice(request.params, index)
+        params = for_choice(request.params, index)
         return await engine.complete(request.prompt, params, adapter=request.adapter, **request.scheduling)
 
     return await together([one(index) for index in range(request.n)])
-
-
-def _for_choice(params: SamplingParams, index: int) -> SamplingParams:
-    """Return the parameters of one choice. If the request has a seed, each choice gets a different one; the
-    first choice equals that of n=1."""
-    if params.seed is None or index == 0:
-        return params
-    # The odd multiplier (2**64 / golden ratio) keeps choices of requests with seeds 1, 2, 3, ... different.
-    return msgspec.structs.replace(params, seed=(params.seed + index * 0x9E3779B97F4A7C15) % 2**64)
 
 
 def _choice(out: RequestOutput) -> dict[str, Any]:

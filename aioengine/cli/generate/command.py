@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Group, Parameter
 
-from aioengine.cli.common import CommonFlags
+from aioengine.cli.common import CommonFlags, given
 from aioengine.cli.flags import EngineFlags, check_folders
 from aioengine.cli.generate.request_lines import Defaults, Request, parse_lines
 from aioengine.cli.generate.sampling_flags import RequestFlags, SamplingFlags
@@ -71,8 +71,8 @@ def generate(
         n=n,
         chat=chat,
         system=system,
-        sampling=sampling_flags.given(),
-        scheduling=(request or RequestFlags()).given(),
+        sampling=given(sampling_flags),
+        scheduling=given(request or RequestFlags()),
     )
     if prompt is None:
         requests = _read_standard_input(defaults)

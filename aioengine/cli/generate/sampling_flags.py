@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Annotated, Any
+from dataclasses import dataclass
+from typing import Annotated
 
 from cyclopts import Group, Parameter
 
@@ -45,10 +45,6 @@ class SamplingFlags:
     ignore_eos: Annotated[bool | None, Parameter(group=_MORE_SAMPLING, negative="")] = None
     """Continue after the end-of-sequence token."""
 
-    def given(self) -> dict[str, Any]:
-        """The flags that were given, by field of SamplingParams."""
-        return {name: value for name, value in asdict(self).items() if value is not None}
-
 
 @Parameter(name="*", group=_MORE_REQUEST)
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +57,3 @@ class RequestFlags:
     """Seconds within which a request must end, or it fails."""
     tenant: str | None = None
     """Tenant that sends the request."""
-
-    def given(self) -> dict[str, Any]:
-        """The flags that were given, by argument of ``AsyncEngine.generate``."""
-        return {name: value for name, value in asdict(self).items() if value is not None}

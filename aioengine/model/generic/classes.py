@@ -66,7 +66,7 @@ class Found:
             what = f"model_type={raw.get('model_type')!r}, architectures={raw.get('architectures')!r}"
             raise ConfigError(
                 f"{self.path}/config.json: transformers {transformers.__version__} cannot make a model of it "
-                f"({what}): {_line(error)}.{remote} Use a model whose class is part of transformers"
+                f"({what}): {one_line(error)}.{remote} Use a model whose class is part of transformers"
             ) from error
         self._class = found
         values = {key: value for key, value in raw.items() if key not in ("model_type", "auto_map")}
@@ -74,7 +74,7 @@ class Found:
             assert found is not None
             self.config = found.config_class.from_dict(values)
         except Exception as wrong:
-            raise ConfigError(f"{self.path}/config.json: {_line(wrong)}") from wrong
+            raise ConfigError(f"{self.path}/config.json: {one_line(wrong)}") from wrong
 
     def _refuse(self, raw: dict[str, Any]) -> None:
         """Refuse models that can never run here, before any probe."""
@@ -117,7 +117,7 @@ class Found:
         except Exception as error:
             raise ConfigError(
                 f"{self.path}: transformers {transformers.__version__} has no causal language model for "
-                f"{self.config.model_type!r}: {_line(error)}"
+                f"{self.config.model_type!r}: {one_line(error)}"
             ) from error
         return _quiet(model)
 
@@ -139,7 +139,7 @@ class Found:
                     output_loading_info=True,
                 )
         except Exception as error:
-            raise ConfigError(f"{self.path}: transformers cannot load the weights: {_line(error)}") from error
+            raise ConfigError(f"{self.path}: transformers cannot load the weights: {one_line(error)}") from error
         self._check(model, report)
         return _quiet(model).requires_grad_(False).to(device)
 
@@ -185,7 +185,7 @@ def _without_bars() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
     """Return an exception's message in one line."""
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text[:300]}{'...' if len(text) > 300 else ''}"

@@ -21,6 +21,7 @@ from aioengine.errors import ConfigError
 from aioengine.kernels import LoRAPool
 from aioengine.model.generic.attention import Unsuitable
 from aioengine.model.generic.caches import KeepsMore
+from aioengine.model.generic.classes import one_line
 from aioengine.model.generic.model import GenericModel, inputs_of
 from aioengine.model.slots.image import ImageShape, build_image
 
@@ -45,7 +46,7 @@ def check(model: GenericModel) -> None:
             expected = [_alone(model, tokens) for tokens in _sequences(model)[0]]
         except Exception as error:
             raise ConfigError(
-                f"{model.path}: {model.spec.architecture} cannot run by itself: {_line(error)}"
+                f"{model.path}: {model.spec.architecture} cannot run by itself: {one_line(error)}"
             ) from error
         problem: str | None = None
         for packed, flat in product((True, False), (True, False)):
@@ -66,10 +67,6 @@ def check(model: GenericModel) -> None:
             f"batches as in one separate pass: {problem}. It is not served, because its answers would be "
             "wrong"
         )
-
-
-def _line(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 def _tokens(model: GenericModel, count: int, seed: int) -> list[int]:
@@ -101,7 +98,7 @@ def _differs(model: GenericModel, expected: list[Tensor]) -> str | None:
         return str(error)
     except Exception as error:  # whatever a model's modules do to inputs that they were not made for
         logger.debug("the probe failed", exc_info=True)
-        return _line(error)
+        return one_line(error)
     off = _off(model, torch.cat([torch.cat(rows) for rows in found]), torch.cat(expected))
     if off is None:
         return None
@@ -222,7 +219,7 @@ def _adapter_differs(model: GenericModel) -> str | None:
         expected.insert(0, _alone(model, sequences[0]))
         found = _in_two_steps(model, sequences, tables, [rank] + [0] * (model.slots.max_loras - 1))
     except Exception as error:
-        return f"with an adapter: {_line(error)}"
+        return f"with an adapter: {one_line(error)}"
     off = _off(model, torch.cat(found), torch.cat(expected))
     return None if off is None else f"with an adapter, logits {off}"
 

@@ -56,12 +56,3 @@ def sampling_params(
         prompt_logprobs=prompt_logprobs,
         **values,
     )
-
-
-def for_choice(params: SamplingParams, choice: int) -> SamplingParams:
-    """Return the parameters of the ``choice``-th of n: the same except for the seed, if there is one."""
-    if params.seed is None or choice == 0:
-        return params
-    # An odd multiplier: distinct seeds for distinct choices, and none near the seeds that people pick.
-    seed = (params.seed + choice * 0x9E3779B97F4A7C15) % 2**64
-    return msgspec.structs.replace(params, seed=seed)
