@@ -132,7 +132,7 @@ class SystemFlags:
     max_concurrent_loads: Annotated[int | None, _MORE_SYSTEM] = None
     """Adapters that are read from disk at once (2)."""
     enable_prefix_caching: Annotated[bool | None, _MORE_SYSTEM] = None
-    """Share the KV blocks of equal prefixes; the lab's prompts have none in common."""
+    """Share the KV blocks of equal prefixes; see --shared-prefix and --sessions."""
     sample_seconds: Annotated[float | None, _MORE_SYSTEM] = None
     """Simulated time between two rows of samples.csv (1)."""
 

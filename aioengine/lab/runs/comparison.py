@@ -58,7 +58,7 @@ class Comparison(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     def tasks(self, out: Path) -> list[Task]:
         """Return the runs, each with a folder below ``out``; the seeds of a setting follow each other.
 
-        Raises ConfigError if one of them cannot be.
+        Raises ConfigError if one of them is not possible.
         """
         routers = self.routers or [self.experiment.router]
         grid = itertools.product(self.scales, self.slots, self.policies, routers, self.seeds)
@@ -116,11 +116,11 @@ def compare(
     Files: ``comparison.json``, ``results.csv``, ``results.parquet``, ``estimates.csv``, and a folder for each
     run below ``runs``, where those of an earlier comparison are removed. A run that fails leaves its error in
     the results, and the others go on. A run in which the policy did not make every decision is invalid: it
-    leaves an error too, and no figures, for they would be another policy's.
+    leaves an error, too, and no figures, because they would be those of another policy.
 
     Args:
         allow_fallback: Take the figures of invalid runs as well.
-        say: Told before any run begins what about the comparison one should know.
+        say: Called with warnings about the comparison before any run begins.
 
     Raises ConfigError or PolicyError before anything runs if a setting is impossible or the preset, the
     trace, a policy or the folder cannot be used, KeyboardInterrupt if ``stopping()``.
@@ -135,7 +135,7 @@ def compare(
         if report is not None:
             report(found)
 
-    # What no run can do without is known before any begins.
+    # What all runs need is checked before any of them begins.
     experiment = comparison.experiment
     _, too_long = fitting(experiment, load_costs(experiment.preset))
     if too_long.requests:
@@ -169,7 +169,7 @@ def _failures(tasks: list[Task], ended: dict[int, Report], allow_fallback: bool)
 
 
 def invalid_text(policy: Mapping[str, Any]) -> str:
-    """Why a run is not valid, of the part of its summary that says so."""
+    """Return why a run is not valid, from the part ``policy`` of its summary."""
     return (
         f"not valid: {policy['name']} failed {policy['failures']:,} times, and the built-in safe policy made "
         f"{policy['fallback_steps']:,} decisions in its place; first: {policy['reason']}"
@@ -177,7 +177,7 @@ def invalid_text(policy: Mapping[str, Any]) -> str:
 
 
 def write_comparison(comparison: Comparison, path: Path) -> None:
-    """Writes the comparison as JSON for :func:`read_comparison`, with the libraries' versions."""
+    """Write the comparison as JSON for :func:`read_comparison`, with the libraries' versions."""
     data = {
         "aioengine": version("aioengine"),
         "python": platform.python_version(),
@@ -187,7 +187,7 @@ def write_comparison(comparison: Comparison, path: Path) -> None:
 
 
 def read_comparison(path: str | Path) -> Comparison:
-    """Reads a comparison. Raises ConfigError, which names the file and the fault."""
+    """Read a comparison. Raises ConfigError, which names the file and the fault."""
     data = read_json(path)
     if "comparison" not in data:
         raise ConfigError(f"{path}: is no comparison; 'aioengine lab compare' writes comparison.json")
@@ -229,7 +229,7 @@ def _results(
                 "seed": task.experiment.seed,
                 "folder": task.out.name,
                 "error": error,
-                # Counts too: a column is of one type, whatever run it is that has no value.
+                # Counts, too: a column has one type, even if a run has no value for it.
                 **{k: None if v is None else float(v) for k, v in flatten(summary).items()},
             }
         )

@@ -65,14 +65,14 @@ class Experiment(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     kv_cache_memory: int | str | None = None
     """None: what the preset's device has free."""
     enable_prefix_caching: bool = False
-    """The lab's prompts have no prefix in common, so there is nothing to be had from it."""
+    """Prompts have common prefixes only with ``shared_prefix`` or ``sessions``, or in traces that say so."""
     on_too_long: Literal["reject", "truncate", "fail"] = "reject"
     """Treatment of requests whose prompt and output are longer than the model's context: the engine gets them
     as they are (it refuses a prompt that does not fit and ends an output where the context ends), or their
     prompts are cut until they fit, or the run is refused with a ConfigError before it begins."""
     ageing: bool = True
-    """Whether policies serve who has waited for ``max_wait`` out of turn. Without it what tells orders apart
-    is seen undiluted, and requests may starve."""
+    """Whether policies serve a request out of turn when it has waited for ``max_wait``. Without this, orders
+    differ more clearly, and requests may starve."""
     max_waiting: int | None = None
     seed: int = 0
     """Seed of the workload: arrivals, adapters, lengths."""

@@ -72,8 +72,8 @@ def run_all(
 ) -> None:
     """Run the tasks, at most ``jobs`` at a time, and report on each as it goes.
 
-    Raises KeyboardInterrupt soon after ``stopping()`` has become true. Whatever ends this, no process is
-    left behind; nor is one if this process is killed.
+    Raises KeyboardInterrupt soon after ``stopping()`` has become true. However this ends, no process is
+    left behind, not even if this process is killed.
     """
     upcoming = deque(tasks)
     workers = [_Worker() for _ in range(min(jobs, len(upcoming)))]
@@ -114,7 +114,7 @@ def _hear(worker: _Worker, task: Task) -> Report:
 
 def _work(pipe: Connection) -> None:
     """Run tasks in a worker's process, until its parent ends it or has ended."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all at once: it is the parent's to answer
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the parent handles it
     threading.Thread(target=_end_with_parent, daemon=True).start()
     from aioengine.lab.runs.simulate import run
 

@@ -80,9 +80,9 @@ def rerun(folder: str | Path, run: Callable[[Experiment, Path], object], out: Pa
     """Run the experiment of a folder again, and compare what comes out with what is there.
 
     Args:
-        folder: Of ``lab run``; it is read only.
-        run: Does so: experiment, folder for the files.
-        out: Where the new files stay; None: nowhere.
+        folder: Folder of a ``lab run``, which is not changed.
+        run: Runs an experiment, and writes its files to a folder.
+        out: Folder for the new files; None: they are deleted.
 
     Raises ConfigError if the folder has no experiment, and what ``run`` raises.
     """

@@ -42,12 +42,12 @@ _Version = tuple[str, int]
 
 
 class Recorder:
-    """Add it to the engine's listeners. It holds what is under way, and nothing that has ended.
+    """A listener of an engine's events. It holds only what has not ended yet.
 
     Args:
-        start: What the engine's clock reads when the run's reads 0.
-        ranks: By adapter.
-        objective: The workload's.
+        start: Time of the engine's clock at the start of the run.
+        ranks: Rank of each adapter.
+        objective: That of the workload.
     """
 
     def __init__(
@@ -110,7 +110,7 @@ class Recorder:
     # Requests
 
     def expect(self, request_id: str, arrival: Arrival) -> None:
-        """Announces a request before it is sent."""
+        """Announce a request before it is sent."""
         self._expected[request_id] = arrival
 
     def refused(self, request_id: str, now: float, error: Exception) -> bool:
@@ -288,14 +288,14 @@ class Recorder:
         self._service.clear()
 
     def close(self, now: float) -> None:
-        """The run is over: record the last interval, and who is in the slots."""
+        """End the recording: record the last interval, and the adapters that are in slots."""
         self.sample(now)
         for slot in sorted(self._spans):
             self._close_span(slot, now)
 
 
 def due(arrival: Arrival, objective: Objective | None) -> float | None:
-    """When a request should have ended: by the workload's objective, or else by its own deadline."""
+    """Return when a request should have ended, by the workload's objective, or else by its own deadline."""
     seconds = arrival.deadline if objective is None else objective(arrival.output_tokens)
     return None if seconds is None else arrival.time + seconds
 

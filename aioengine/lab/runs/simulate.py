@@ -34,7 +34,7 @@ from aioengine.schedulers.parts.compose import Composed
 from aioengine.schedulers.routing import load_autoscaler, load_placement, load_router
 
 NEVER = 1e12
-"""Seconds; nobody waits so long."""
+"""Seconds; no request waits this long."""
 
 
 class RunResult(NamedTuple):
@@ -58,9 +58,9 @@ def run(
     :mod:`aioengine.lab.runs.rows`), and summary.json. They depend on the experiment alone.
 
     Args:
-        progress: Told every ``sample_seconds`` of simulated time: requests ended, of how many (None:
-            not known), simulated seconds.
-        say: Told before the run begins what about the workload one should know.
+        progress: Called every ``sample_seconds`` of simulated time with the requests that have ended, their
+            total (None: not known), and the simulated seconds.
+        say: Called with warnings about the workload before the run begins.
 
     Raises:
         ConfigError: The preset, the trace or the output folder cannot be used, or the plan does not fit.
@@ -77,7 +77,7 @@ def run(
     if too_long.requests:
         say(too_long_text(experiment, too_long))
     watch = PolicyWatch()
-    run_in_virtual_time(_start(experiment, costs))  # what cannot run leaves an earlier run's files alone
+    run_in_virtual_time(_start(experiment, costs))  # a run that is not possible overwrites no earlier files
     try:
         out.mkdir(parents=True, exist_ok=True)
         _write_json(out / "experiment.json", _description(experiment, workload, costs))
@@ -129,8 +129,8 @@ async def simulate(
     progress: Progress | None = None,
     watch: PolicyWatch | None = None,
 ) -> tuple[Replayed, dict[str, Any] | None]:
-    """Return the run itself, on a loop in virtual time; and what summary.json says of the fleet, if there is
-    one.
+    """Run an experiment on a loop in virtual time. Returns its result, and the part ``fleet`` of summary.json
+    if there is a fleet.
 
     ``watch`` is told of the policy's failures and of its replacement, on all replicas.
     """
@@ -205,8 +205,8 @@ async def _start(experiment: Experiment, costs: CostModel) -> None:
 
 
 def without_ageing(spec: Policy) -> Policy:
-    """Return the same policy, in which waiting alone takes nobody out of turn. Raises PolicyError if it has
-    no ``max_wait`` to be told so."""
+    """Return the same policy without ageing: no request is served out of turn because it has waited. Raises
+    PolicyError if the policy has no option ``max_wait``."""
     policy = check_policy(spec)
     if not isinstance(policy, Composed):
         text = f"policy {policy_label(spec)!r} with ageing=False: {type(policy).__name__} has no max_wait"
@@ -217,8 +217,8 @@ def without_ageing(spec: Policy) -> Policy:
 
 
 def ageing_text(policies: Sequence[Policy], ageing: bool) -> str:
-    """Return which policies serve who has waited for so long out of turn. Raises PolicyError if there is no
-    such policy, or one that cannot do without where ``ageing`` is False."""
+    """Describe after which time each policy serves a waiting request out of turn. Raises PolicyError if there
+    is no such policy or, without ``ageing``, if one has no ``max_wait``."""
     waits = {}
     for spec in policies:
         policy = check_policy(spec if ageing else without_ageing(spec))
@@ -228,19 +228,19 @@ def ageing_text(policies: Sequence[Policy], ageing: bool) -> str:
         text = f"{next(iter(waits.values()))} in all policies"
     else:
         text = ", ".join(f"{wait} in {name}" for name, wait in waits.items())
-    return f"ageing (who has waited so long is served out of turn): {text}"
+    return f"ageing (requests that have waited this long are served out of turn): {text}"
 
 
 def check_policy(spec: str | dict[str, Any]) -> SchedulerPolicy:
-    """Return the policy that ``spec`` names, knowing of no arrivals. Raises PolicyError if there is none."""
+    """Return the policy that ``spec`` names, which knows no arrivals. Raises PolicyError if there is none."""
     return _load_policy(spec, list)
 
 
 def lab_policy(spec: str | dict[str, Any], workload: Workload, *, start: float = 0.0) -> SchedulerPolicy:
-    """Return the policy that ``spec`` names; the clairvoyant ones are told of the workload's arrivals.
+    """Return the policy that ``spec`` names. One that takes ``future`` gets the workload's arrivals.
 
     Args:
-        start: What the engine's clock reads when the workload begins.
+        start: Time of the engine's clock when the workload begins.
 
     Raises:
         PolicyError: There is none.

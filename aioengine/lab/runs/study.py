@@ -90,9 +90,9 @@ README = """\
 | file | |
 |---|---|
 | `policy.py` | the policy; `aioengine policies check policy.py:MyPolicy` says what it breaks |
-| `workload.toml` | what is asked for; `aioengine lab workload workload.toml --plot` shows it |
+| `workload.toml` | the requests; `aioengine lab workload workload.toml --plot` shows it |
 | `compare.py` | `python compare.py` compares the policy with others, over seeds: `results/report.html` |
-| `notebook.ipynb` | goes on from `results/` |
+| `notebook.ipynb` | looks at `results/` |
 
 One run, with its figures: `aioengine lab run --experiment workload.toml --policy policy.py:MyPolicy --out
 run`. The same again, or what has changed: `aioengine lab rerun run`.

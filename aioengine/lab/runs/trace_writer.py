@@ -83,7 +83,7 @@ class TraceWriter:
         self._timer: asyncio.TimerHandle | None = None
         self._detach: Callable[[], None] | None = None
         self.rows = 0
-        """Lines written, or handed over to be."""
+        """Lines that were written, or handed to the thread."""
         self.left_out = 0
         """Requests that lasted too long."""
         self.failed = False
@@ -127,7 +127,7 @@ class TraceWriter:
             self._fail(f"the disk has not answered for {CLOSE_SECONDS:.0f} seconds")
 
     def flush(self) -> None:
-        """Have the thread write now what would be written within a second."""
+        """Let the thread write at once what it would write within a second."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
@@ -168,7 +168,7 @@ class TraceWriter:
             self._leave_out_first()
 
     def _leave_out_first(self) -> None:
-        """The oldest is under way still (or it would have been taken), and the others wait for it."""
+        """Leave out the oldest request, which has not ended, so that the rows behind it can be written."""
         oldest = self._rows.popleft()
         self._under_way = {key: row for key, row in self._under_way.items() if row is not oldest}
         self.left_out += 1
@@ -270,7 +270,7 @@ def _check_end(file: FileIO, path: Path) -> None:
 
 
 def _write(file: FileIO, data: bytes) -> OSError | None:
-    """Return all of it, or, if that fails, nothing of it."""
+    """Write all of ``data`` or, if that fails, nothing of it. Returns the error; None if there is none."""
     before = None
     try:
         before = os.fstat(file.fileno()).st_size
