@@ -31,8 +31,8 @@ class Rounds:
         self._timings: list[list[Timing]] = [[] for _ in parts]
 
     async def run(self, steps: DirectSteps, tell: Callable[[int, str], None]) -> list[Timed]:
-        """One point for each part. ``tell`` is told of each: how many timings are done, of
-        ``len(parts) * repeats``, and what comes next."""
+        """Return one point for each part. ``tell`` is called for each timing, with the number of timings
+        done, of ``len(parts) * repeats``, and the next one."""
         until = time.monotonic() + self._seconds
         for round_ in range(self._repeats * TRIES):
             order = [i for i in range(len(self._parts)) if self._calm(i) < self._repeats]

@@ -32,7 +32,7 @@ class Serving:
         self._random = random.Random(design.seed)
 
     async def run(self, paths: list[Path], tell: Callable[[int, str], None]) -> None:
-        """Moves the adapters at ``paths``. Takes ``len(live_rows) + len(paths)`` turns, of which it tells."""
+        """Move the adapters at ``paths``. Takes ``len(live_rows) + len(paths)`` turns, and reports each."""
         design, probe = self._design, self._engine.probe
         probe.pause()
         await self._decode(1)  # warm-up
@@ -70,7 +70,7 @@ class Serving:
 
     @asynccontextmanager
     async def _decoding(self, rows: int) -> AsyncIterator[None]:
-        """Context in which requests decode: one that has ended begins anew."""
+        """Context in which requests decode; those that end are sent again."""
 
         async def decode() -> None:
             while True:

@@ -1,4 +1,4 @@
-"""From what a probe has written down to what a cost model says of it."""
+"""Turns the records of a probe into parts of a cost model."""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ Progress = Callable[[int, int, str], None]
 
 ALL_AT_ONCE = "poisson:rate=100000"
 DISTURBED = 0.05
-"""A live run in which threads waited for more of it is done again, once."""
+"""Share of the time in steps. A live run in which threads waited longer for processors is repeated, once."""
 
 
 class Measured(msgspec.Struct, frozen=True, kw_only=True):
@@ -70,8 +70,8 @@ class Comparison(msgspec.Struct, frozen=True, kw_only=True):
     simulated: Measured
     error: dict[str, float]
     step_error: float
-    """The same of the time that the live runs' steps took, had they taken what the cost model says: what is
-    left of ``error`` comes from elsewhere."""
+    """The error of the cost model alone, in the time of the live runs' steps. The rest of ``error`` has other
+    causes."""
 
 
 class Validation(msgspec.Struct, frozen=True, kw_only=True):

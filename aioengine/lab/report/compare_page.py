@@ -135,8 +135,8 @@ def ranked(compare: Compare, slots: int, scale: float) -> list[str]:
 
 
 def places(compare: Compare, slots: int, scale: float) -> dict[str, str]:
-    """Return the place of each policy of a setting, best first. Those that the seeds do not tell from the
-    best share its place, and so on with those that are left; "–" without a figure."""
+    """Return the place of each policy of a setting, best first. Policies that these seeds cannot tell from
+    the best share its place; then the rest are compared in the same way. "–" without a figure."""
     setting = compare.results.filter(slots=slots, scale=scale).sort("seed")
 
     def values(policy: str) -> list[float | None]:

@@ -19,9 +19,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 BINS = 48
-"""Intervals that what is counted over time falls into."""
+"""Number of intervals in charts of counts over time."""
 MOST = 20
-"""Adapters in a chart that names them."""
+"""Maximum number of adapters in a chart with their names."""
 NO_GAP = (
     "No difference of service is shown: as VTC defines it, it counts only clients that have requests queued "
     "at the same time while other requests of theirs are served, and there were none. How long requests "

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 WIDTH = 7.2
-"""Inches; the same for all, so that text is as large in one figure as in the next."""
+"""Width of a figure in inches; the same for all, so that text has the same size in all."""
 DPI = 160
 TITLE_SIZE = 11.5
 """Points."""
@@ -147,8 +147,8 @@ def footnote(figure: Figure, text: str, theme: Theme) -> None:
 
 
 def _wrapped(text: str, size: float, weight: str) -> str:
-    """Lines that are hardly wider than the figure less its margins (pixels make it a little so), as far as
-    single words are not; the last has no word alone."""
+    """Break a text into lines of about the figure's width less its margins, unless a single word is longer.
+    The last line is never a single word."""
     from matplotlib.font_manager import FontProperties
     from matplotlib.textpath import text_to_path
 
@@ -184,7 +184,7 @@ class Drawn(NamedTuple):
     png: bytes
     theme: Theme
     make: Callable[[], Figure]
-    """Makes it anew."""
+    """Draws it again."""
 
 
 def draw(name: str, caption: str, theme: Theme, make: Callable[[], Figure]) -> Drawn:
@@ -326,7 +326,8 @@ def policy_label(policy: str) -> str:
 
 
 def shorten(name: str, width: int = 18) -> str:
-    """Shortens a name by its middle, since the end tells "adapter-012" from others."""
+    """Shorten a name in its middle, because names often differ only at the end, as "adapter-012" does from
+    others."""
     name = "".join(char if char.isprintable() else "?" for char in name)
     if len(name) <= width:
         return name

@@ -28,7 +28,7 @@ class Stay(NamedTuple):
 
 
 def draw_timeline(spans: pl.DataFrame, slots: int, end: float, theme: Theme) -> Figure:
-    """Return the timeline of ``slots`` slots until ``end``, or of a part of it where swaps come thick."""
+    """Return the timeline of ``slots`` slots until ``end``, or of a part of it if there are many swaps."""
     stays = [
         Stay(slot, adapter, start, until if ready is None else ready, until)
         for slot, adapter, start, ready, until in spans.select(
@@ -56,7 +56,8 @@ def draw_timeline(spans: pl.DataFrame, slots: int, end: float, theme: Theme) -> 
 
 
 def _window(stays: list[Stay], slots: int, end: float) -> tuple[float, float]:
-    """Return all of the run, or its middle, as long as ``STAYS_PER_SLOT`` stays in each slot take."""
+    """Return the time that is shown: the whole run, or so much of its middle as ``STAYS_PER_SLOT`` stays in
+    each slot take."""
     share = STAYS_PER_SLOT * max(slots, 1) / len(stays)
     if share >= 0.67:
         return 0.0, end

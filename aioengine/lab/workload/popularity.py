@@ -29,7 +29,7 @@ class Popularity(ABC):
 
 
 class FixedPopularity(Popularity):
-    """The same shares all along."""
+    """Shares that do not change."""
 
     def __init__(self, shares: list[float], seed: int) -> None:
         self._table = Weighted(shares)
@@ -40,8 +40,9 @@ class FixedPopularity(Popularity):
 
 
 class ShiftingPopularity(Popularity):
-    """Popularity that changes at once: ranks are dealt anew after exponential times of the mean ``every``
-    seconds. The state is a Markov chain, and the requests for one adapter are modulated by it."""
+    """Popularity that changes at once: the order of popularity is shuffled after exponential times of the
+    mean ``every`` seconds. The state is a Markov chain, and the requests for one adapter are modulated by
+    it."""
 
     def __init__(self, shares: list[float], every: float, seed: int) -> None:
         self._table = Weighted(shares)
@@ -73,7 +74,7 @@ class TenantPopularity(Popularity):
 
 
 def zipf(count: int, alpha: float) -> list[float]:
-    """Return the share of the i-th is in proportion to 1 / i^alpha; 0 makes them equal."""
+    """Return shares of which the i-th is proportional to 1 / i^alpha; with 0 all are equal."""
     weights = [float(i) ** -alpha for i in range(1, count + 1)]
     total = sum(weights)
     return [weight / total for weight in weights]
@@ -142,7 +143,7 @@ class DriftingPopularity(Popularity):
 
 
 class FlippingPopularity(Popularity):
-    """The order of popularity is reversed every ``every`` seconds: the favourite of one time is the last of
+    """Popularity whose order is reversed every ``every`` seconds: the favourite of one time is the last of
     the next."""
 
     def __init__(self, shares: list[float], every: float, seed: int) -> None:
@@ -158,7 +159,7 @@ class FlippingPopularity(Popularity):
 
 class TenantBursts:
     """Tenants that send ``factor`` times as much for a while, each at times of its own: exponential times, of
-    the means ``on`` and ``off`` seconds. What one tenant's adapters are asked for so rises and falls
+    the means ``on`` and ``off`` seconds. So the requests for all adapters of a tenant rise and fall
     together."""
 
     def __init__(self, weights: list[float], form: Form, seed: int) -> None:

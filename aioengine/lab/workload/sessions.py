@@ -44,7 +44,7 @@ class Turn(NamedTuple):
     output_tokens: int
     prefix: tuple[int, ...]
     after: int
-    """How many requests before this one, in the session, the one is that has to end first; 0: none."""
+    """Distance back, within the session, to the request that has to end first; 0: there is none."""
     think: float
     """Seconds from that end."""
     more: bool
@@ -126,7 +126,7 @@ class Sessions:
 
 
 def check_sessions(form: str | None, shared: str | None) -> None:
-    """Raises ConfigError if one of them is no such text."""
+    """Raise ConfigError if one of the texts is not valid."""
     if form is not None:
         parse_form("sessions", form, FORMS)
     if shared is not None:

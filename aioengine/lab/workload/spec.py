@@ -97,13 +97,13 @@ class WorkloadSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     that ``max_tokens``), or "predicted:error=0.5" (hidden, and a prediction that is off by a lognormal
     factor)."""
     deadline: float | str | None = None
-    """When the engine gives a request up: seconds from arrival, or "proportional:0.5+0.05": 0.5 s, and
-    0.05 s for each token of output. Policies see it."""
+    """When the engine ends a request with an error: seconds from arrival, or "proportional:0.5+0.05": 0.5 s,
+    and 0.05 s for each token of output. Policies see it."""
     timeout: float | str | None = None
-    """The same as ``deadline``, under the name that goes with ``slo``; one of the two at most."""
+    """Another name of ``deadline``, for use with ``slo``; give at most one of the two."""
     slo: float | str | None = None
     """When a request should have ended, in the same form. It is measured (``slo`` in the summary) and not
-    enforced; None: what is given up after ``deadline`` or ``timeout`` is measured by it."""
+    enforced. None: requests are measured by their ``deadline`` or ``timeout``."""
 
     def __post_init__(self) -> None:
         self._check_source()

@@ -52,7 +52,7 @@ class JsonRow(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     """A line of a JSONL trace. What a row says wins over what a workload would draw."""
 
     time: float
-    """Seconds, from whenever: only differences count. Read to the microsecond."""
+    """Seconds from any origin; only differences matter. Read to the microsecond."""
     prompt_tokens: int
     output_tokens: int
     """0, for a request that ended before its first token, is read as 1."""
@@ -70,7 +70,7 @@ class MooncakeRow(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     """A line of a Mooncake trace."""
 
     timestamp: float
-    """Milliseconds, from whenever."""
+    """Milliseconds from any origin."""
     input_length: int
     output_length: int
     hash_ids: tuple[int, ...] = ()
@@ -81,7 +81,7 @@ class TraceRow(NamedTuple):
     """A request of a trace; None and UNSET: the trace does not say."""
 
     time: int
-    """Nanoseconds, from whenever."""
+    """Nanoseconds from any origin."""
     prompt_tokens: int
     output_tokens: int
     adapter: str | UnsetType | None = UNSET
@@ -105,7 +105,7 @@ class TraceSummary(NamedTuple):
 
     @property
     def period(self) -> int:
-        """After how long it may begin again: its length, and one mean gap."""
+        """Time after which it can be repeated: its length plus one mean gap."""
         length = self.last - self.first
         return length + length // (self.rows - 1) if length else _SECOND
 
@@ -322,7 +322,7 @@ class _Conversation(msgspec.Struct):
 
 
 def has_times(path: str | Path) -> bool:
-    """Whether its rows say when they come: ShareGPT's do not. Raises ConfigError if it cannot be read."""
+    """Whether its rows have times; ShareGPT's have none. Raises ConfigError if it cannot be read."""
     try:
         with _open(path) as file:
             return file.read(1) != b"["
