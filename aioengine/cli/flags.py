@@ -107,7 +107,7 @@ class EngineFlags:
     max_prefix_pins: Annotated[float | None, _IN_MORE] = None
     """Share of the KV blocks that pinned prefixes may have (0.25)."""
     max_prefix_pins_per_tenant: Annotated[float | None, _IN_MORE] = None
-    """The same of each tenant."""
+    """The same for each tenant."""
     kv_cache_dir: Annotated[str | None, _IN_MORE] = None
     """Folder for long-lived prefixes, which are read from there when they are needed again."""
     kv_cache_dir_bytes: Annotated[str | None, _IN_MORE] = None
@@ -123,7 +123,7 @@ class EngineFlags:
     max_waiting_tokens: Annotated[int | None, _IN_MORE] = None
     """Maximum prompt tokens of waiting requests."""
     max_waiting_tokens_per_tenant: Annotated[int | None, _IN_MORE] = None
-    """The same of each tenant."""
+    """The same for each tenant."""
     policy_time_budget: Annotated[float | None, _IN_MORE] = None
     """Maximum seconds of one decision of the policy."""
     policy_max_overruns: Annotated[int | None, _IN_MORE] = None
