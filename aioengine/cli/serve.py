@@ -161,7 +161,7 @@ class ServerFlags:
         if self.tls_cert is None and self.tls_key is None:
             return None
         if self.tls_cert is None or self.tls_key is None:
-            raise ConfigError("--tls-cert, --tls-key: one is of no use without the other")
+            raise ConfigError("--tls-cert, --tls-key: give both, or neither")
         return Certificate(str(self.tls_cert), str(self.tls_key))
 
     def listen_settings(self, certificate: Certificate | None = None) -> ListenSettings:

@@ -127,7 +127,7 @@ def new_study(folder: str | Path) -> list[Path]:
     }
     try:
         if folder.exists() and any(folder.iterdir()):
-            raise ConfigError(f"{folder}: has files already; name a folder that is not there yet")
+            raise ConfigError(f"{folder}: has files already; name a new one, or an empty one")
         folder.mkdir(parents=True, exist_ok=True)
         for name, text in files.items():
             (folder / name).write_text(text, encoding="utf-8")

@@ -83,8 +83,8 @@ class PrefixFiles:
         if stat.st_uid != os.geteuid() or stat.st_mode & 0o022:
             whose = f"belongs to user {stat.st_uid} and has mode {stat.st_mode & 0o777:o}"
             raise ConfigError(
-                f"{named}: {whose}, so others may change what is read from it; name a folder in it that is "
-                "not there yet, or one of your own that only you may write (chmod go-w)"
+                f"{named}: {whose}, so others may change what is read from it; name a new "
+                "folder in it, or one of your own that only you may write (chmod go-w)"
             )
 
     def has(self, name: str) -> bool:

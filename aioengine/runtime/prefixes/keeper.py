@@ -217,7 +217,7 @@ class PrefixKeeper:
     def _warn(self, error: Exception) -> None:
         if type(error) not in self._said:
             what = str(error) if isinstance(error, OSError) else repr(error)
-            logger.warning("kv_cache_dir: %s; prefixes are computed where that is so", what)
+            logger.warning("kv_cache_dir: %s; such prefixes are computed again", what)
         self._said.add(type(error))
 
     def _report(self, action: events.PrefixAction, hashes: Sequence[bytes], began: float) -> None:

@@ -96,7 +96,7 @@ def vector_routes(context: Context) -> list[HTTPRouteHandler]:
         if len(firsts) != len(seconds):
             raise ApiError(
                 400,
-                f"text_1: has {len(firsts)} texts, and text_2 has {len(seconds)}; give one, or as many",
+                f"text_1: has {len(firsts)} texts, and text_2 has {len(seconds)}; give one text_1, or as many",
                 param="text_1",
                 code="invalid_value",
             )
