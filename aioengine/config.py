@@ -343,7 +343,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             self._check_kv_cache_dir(self.kv_cache_dir)
         checks.check_number("max_prefix_pins", self.max_prefix_pins, low=0.0, high=1.0)
         if self.max_prefix_pins_per_tenant is not None:
-            checks.check_number("max_prefix_pins_per_tenant", self.max_prefix_pins_per_tenant, low=0.0, high=1.0)
+            checks.check_number(
+                "max_prefix_pins_per_tenant", self.max_prefix_pins_per_tenant, low=0.0, high=1.0
+            )
         _boolean(self, "cuda_graphs")
         if self.executor == "thread" and self.tensor_parallel_size > 1:
             raise ConfigError(

@@ -44,8 +44,8 @@ from aioengine.request import (
     Wanted,
     split_keywords,
 )
-from aioengine.runtime.adapters import AdapterOps
 from aioengine.runtime import assemble
+from aioengine.runtime.adapters import AdapterOps
 from aioengine.runtime.event_stream import BUFFER, EventStream, EventStreams
 from aioengine.runtime.loop import Stepper
 from aioengine.runtime.output import RequestOutput
@@ -170,7 +170,9 @@ class AsyncEngine:
         self._plan = built.plan
         self._info = assemble.engine_info(__version__, built)
         self._counters.memory_unplanned = assemble.memory_unplanned(built)
-        self._core = Core(assemble.core_limits(self.config, built), self._policy, timer=built.timer, costs=built.costs)
+        self._core = Core(
+            assemble.core_limits(self.config, built), self._policy, timer=built.timer, costs=built.costs
+        )
         for batch, seconds in built.first_steps:
             self._core.learn(batch, seconds)
         self._stepper = Stepper(

@@ -104,9 +104,7 @@ class Backend(Protocol):
         [experts * out]; returns [S, out].
         """
 
-    def add_rms_norm(
-        self, hidden: Tensor, delta: Tensor | None, norm: Norm, factor: float = 1.0
-    ) -> Tensor:
+    def add_rms_norm(self, hidden: Tensor, delta: Tensor | None, norm: Norm, factor: float = 1.0) -> Tensor:
         """Compute ``hidden += factor * delta`` in place, if there is a delta, and then its norm.
 
         ``hidden``, ``delta`` [T, size], contiguous; returns [T, size]. Rounded to the dtype after the sum and
@@ -146,9 +144,7 @@ class Backend(Protocol):
         ``qkv`` [T, H + 2 K, d], contiguous. Queries are changed in place; keys may be, too.
         """
 
-    def paged_attention(
-        self, qkv: Tensor, cache: LayerCache, plan: AttentionPlan, scores: Scores
-    ) -> Tensor:
+    def paged_attention(self, qkv: Tensor, cache: LayerCache, plan: AttentionPlan, scores: Scores) -> Tensor:
         """Each token attends to its sequence up to itself.
 
         ``qkv`` as :meth:`rope_store` left it, which must come first. Returns [T, H * d]. Query head h reads

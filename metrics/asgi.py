@@ -19,8 +19,8 @@ import msgspec
 from prometheus_client.exposition import choose_encoder, gzip_accepted
 
 from aioengine.errors import EngineStopped
-from aioengine.metrics.page.feed import Feed, WatchedEngine, Watcher
 from aioengine.metrics.page import plumbing
+from aioengine.metrics.page.feed import Feed, WatchedEngine, Watcher
 from aioengine.metrics.page.targets import PARAMETER, ManySources, scrape_targets
 from aioengine.runtime.tasks import end_tasks
 
@@ -145,7 +145,9 @@ class MetricsApp:
         headers = [*headers, (b"cache-control", b"no-store"), *_SECURITY]
         await plumbing.respond(send, 200, headers, body, head=head)
 
-    async def _events(self, scope: plumbing.Scope, receive: plumbing.Receive, send: plumbing.Send, head: bool) -> None:
+    async def _events(
+        self, scope: plumbing.Scope, receive: plumbing.Receive, send: plumbing.Send, head: bool
+    ) -> None:
         headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-store")]
         headers.append((b"x-accel-buffering", b"no"))  # nginx would collect the stream otherwise
         start = {"type": "http.response.start", "status": 200, "headers": [*headers, *_SECURITY]}
@@ -231,6 +233,8 @@ def _header(scope: plumbing.Scope, name: bytes) -> str:
     return ",".join(value.decode("latin-1") for key, value in scope["headers"] if key.lower() == name)
 
 
-async def _text(send: plumbing.Send, status: int, text: str, head: bool, headers: plumbing.Headers = ()) -> None:
+async def _text(
+    send: plumbing.Send, status: int, text: str, head: bool, headers: plumbing.Headers = ()
+) -> None:
     plain = [(b"content-type", b"text/plain; charset=utf-8"), *headers, *_SECURITY]
     await plumbing.respond(send, status, plain, f"{text}\n".encode(), head=head)

@@ -6,8 +6,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Protocol
 
-from opentelemetry import context, propagate
-from opentelemetry import trace
+from opentelemetry import context, propagate, trace
 
 Headers = list[tuple[bytes, bytes]]
 

@@ -10,6 +10,7 @@ from cyclopts import Group, Parameter
 
 from aioengine.cli.help import FOLDED
 
+
 def given(flags: object) -> dict[str, Any]:
     """Return the flags of a dataclass that were given, by name: those that are not None."""
     return {name: value for name, value in vars(flags).items() if value is not None}

@@ -21,17 +21,23 @@ from importlib import import_module
 
 from cyclopts import App, CycloptsError, Group, UnknownCommandError
 
+from aioengine import errors
 from aioengine.cli.common import CommonFlags
 from aioengine.cli.config.sources import use_sources
 from aioengine.cli.flags import in_flags
 from aioengine.cli.generate.request_lines import LINE_FORMAT
 from aioengine.cli.help import EXIT_CODES, HELP_ALL, HELP_FLAGS, CompactFormatter
 from aioengine.cli.process import EXIT_FAILED, EXIT_INTERRUPTED, process
-from aioengine import errors
 
 EXIT_OK, EXIT_REFUSED = 0, 2
 
-_WHILE_RUNNING = (errors.DeadlineExceeded, errors.EngineDead, errors.EngineOverloaded, errors.EngineStopped, errors.RequestRejected)
+_WHILE_RUNNING = (
+    errors.DeadlineExceeded,
+    errors.EngineDead,
+    errors.EngineOverloaded,
+    errors.EngineStopped,
+    errors.RequestRejected,
+)
 """Errors that end a command after its start; other errors of this package say why it could not start."""
 
 _EXAMPLES = """\
@@ -75,8 +81,8 @@ COMMANDS = {
   aioengine serve --model path/to/model --adapter-root adapters/ --api-key-file keys.txt
   aioengine serve --host 0.0.0.0 --port 80 --log-format json""",
 }
-"""The commands, each with its examples. ``name`` is the function ``name`` in ``aioengine.cli.name``, or a group
-of commands."""
+"""The commands, each with its examples. ``name`` is the function ``name`` in ``aioengine.cli.name``, or a
+group of commands."""
 
 LAB_COMMANDS = {
     "run": """\
@@ -256,7 +262,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if common.debug:
             traceback.print_exc()
         print(f"aioengine: {_one_line(error)}", file=sys.stderr)
-        refused = isinstance(error, (errors.AioEngineError, CycloptsError)) and not isinstance(error, _WHILE_RUNNING)
+        refused = isinstance(error, (errors.AioEngineError, CycloptsError)) and not isinstance(
+            error, _WHILE_RUNNING
+        )
         return EXIT_REFUSED if refused else EXIT_FAILED
     return result if isinstance(result, int) else EXIT_OK
 

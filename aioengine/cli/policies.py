@@ -42,9 +42,7 @@ def policies(*, common: CommonFlags | None = None) -> int:
     sections = {"whole policies": whole}
     for kind in KINDS:
         sections[f"parts, {kind}: {titles[kind]}"] = list(available_parts(kind).values())
-    listed = {
-        title: [(info.name, _details_of(info)) for info in infos] for title, infos in sections.items()
-    }
+    listed = {title: [(info.name, _details_of(info)) for info in infos] for title, infos in sections.items()}
     for title, of_fleet in (
         ("routers, of a fleet", available_routers()),
         ("placement of adapters, of a fleet", available_placements()),

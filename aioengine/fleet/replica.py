@@ -100,7 +100,9 @@ class EngineReplica:
                     frame.status = self._status(box, now)
                     if version != residency:
                         residency = version
-                        frame.residency = wire.Residency(list(self.engine.slots().slots), self.engine.resident())
+                        frame.residency = wire.Residency(
+                            list(self.engine.slots().slots), self.engine.resident()
+                        )
                 yield wire.encode_frame(frame)
                 await box.filled(self._config.heartbeat_seconds)
         finally:

@@ -306,7 +306,9 @@ class Grammars:
 
         def ended(status: asyncio.Future[int | None]) -> None:
             found = status.result()
-            grammar.process_ended(endings.mask_error(found, self.limits), is_lost=found not in endings.OF_ITS_DOING)
+            grammar.process_ended(
+                endings.mask_error(found, self.limits), is_lost=found not in endings.OF_ITS_DOING
+            )
             self._remove(grammar)
 
         child.exited.add_done_callback(ended)

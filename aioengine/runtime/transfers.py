@@ -7,11 +7,10 @@ import logging
 from collections.abc import Callable, Coroutine
 from typing import Any
 
-from aioengine import events
+from aioengine import errors, events
 from aioengine.core import CopyMove, Core, DropMove, LoadMove, Move, ReleaseMove, StopMove
 from aioengine.core.adapters.failures import Failures
 from aioengine.core.state import AdapterEntry
-from aioengine import errors
 from aioengine.executors.base import Device
 from aioengine.schedulers.policy import Location
 from aioengine.step import ReadOrder

@@ -9,9 +9,9 @@ from operator import mul
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
+from aioengine import request as requests
 from aioengine.checks import check_integer
 from aioengine.errors import RequestInvalid
-from aioengine import request as requests
 from aioengine.runtime.output import RequestOutput
 from aioengine.runtime.tasks import together
 from aioengine.runtime.text_work import SHORT, TextWork
@@ -29,7 +29,9 @@ T = TypeVar("T")
 class Complete(Protocol):
     """``AsyncEngine.complete`` for one caller."""
 
-    def __call__(self, prompt: requests.Prompt, params: requests.SamplingParams) -> Awaitable[RequestOutput]: ...
+    def __call__(
+        self, prompt: requests.Prompt, params: requests.SamplingParams
+    ) -> Awaitable[RequestOutput]: ...
 
 
 def pooling_params(pooling: requests.PoolingKind | None) -> requests.SamplingParams:

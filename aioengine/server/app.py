@@ -19,13 +19,13 @@ from aioengine.errors import EngineStopped
 from aioengine.grammars.fair_thread import in_own_thread
 from aioengine.metrics.asgi import metrics_app
 from aioengine.metrics.page.plumbing import Message, Receive, Scope, Send, answer_no_http, below_mount
+from aioengine.server import framework
 from aioengine.server.access.gate import Gate
 from aioengine.server.access.scopes import PAGE_ROUTE, check_routes
 from aioengine.server.access_log import RequestRecord, log_request
 from aioengine.server.context import Context
 from aioengine.server.debug.routes import debug_routes
 from aioengine.server.errors import ApiError, to_api_error
-from aioengine.server import framework
 from aioengine.server.generation import until_ended
 from aioengine.server.health import health_routes
 from aioengine.server.known_fields import UnknownFields
@@ -107,7 +107,10 @@ class ServerApp:
             logging_config=None,
         )
         check_routes(route.path_format for route in self._routes.routes)
-        self._direct = {path: framework.DirectRoute(self._post_route(path), path, self._gate) for path in framework.GENERATING}
+        self._direct = {
+            path: framework.DirectRoute(self._post_route(path), path, self._gate)
+            for path in framework.GENERATING
+        }
 
     @property
     def active(self) -> int:

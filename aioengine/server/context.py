@@ -16,10 +16,9 @@ from aioengine.adapters.names import NAME_RULE
 from aioengine.client import EngineClient
 from aioengine.errors import ConfigError, PromptTooLong, RequestInvalid
 from aioengine.guided import Guide
-from aioengine.request import RequestOptions, SamplingParams, TokenConstraint
+from aioengine.request import RequestOptions, SamplingParams, TokenConstraint, for_choice
 from aioengine.runtime.text_work import SHORT
 from aioengine.runtime.vectors import read_label_names
-from aioengine.request import for_choice
 from aioengine.server.access.auth import Identity
 from aioengine.server.access_log import RequestRecord
 from aioengine.server.errors import ApiError, model_not_found

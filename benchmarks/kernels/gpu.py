@@ -223,17 +223,25 @@ def tune(args: argparse.Namespace, device: str, timer: Timer) -> dict[str, dict[
         longest = max(s.stop - s.start for s in p.batch.segments)
         shrink = partial(lora.shrink, p.x, p.pool, p.batch)
         key = tables.Key.of("shrink", bits, rank, p.pool.in_features, longest)
-        found[str(key)] = descend(_ordered(tables.default_shrink(key), key, found), key, shrink, timer)._asdict()
+        found[str(key)] = descend(
+            _ordered(tables.default_shrink(key), key, found), key, shrink, timer
+        )._asdict()
         expand = partial(lora.expand, h, p.pool, y, p.batch)
         key = tables.Key.of("expand", bits, rank, y.shape[1], longest)
-        found[str(key)] = descend(_ordered(tables.default_expand(key), key, found), key, expand, timer)._asdict()
+        found[str(key)] = descend(
+            _ordered(tables.default_expand(key), key, found), key, expand, timer
+        )._asdict()
     return found
 
 
 def _ordered(start: Config, key: tables.Key, found: Mapping[str, Mapping[str, int]]) -> Config:
     """``start`` with what the order of sums depends on as it was found for decoding."""
     decode = found.get(str(key._replace(phase="decode")))
-    return start if decode is None else start._replace(**{field: decode[field] for field in tables.ORDER[key.op]})
+    return (
+        start
+        if decode is None
+        else start._replace(**{field: decode[field] for field in tables.ORDER[key.op]})
+    )
 
 
 def descend(start: Config, key: tables.Key, run: Callable[[Config], object], timer: Timer) -> Config:

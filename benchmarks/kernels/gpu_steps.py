@@ -80,7 +80,9 @@ def check_layer(device: str, name: str, tolerances: dict[torch.dtype, float]) ->
                 out = each.paged_attention(a.qkv, a.cache, a.plan, Scores(window))
                 hidden = a.qkv[:, :8].flatten(1).clone()
                 normed = each.add_rms_norm(hidden, out.clone(), Norm(out[0].clone(), 1e-5))
-                results.append({"rope": a.qkv[:, :8], "keys": a.cache.keys, "values": a.cache.values, "attention": out})
+                results.append(
+                    {"rope": a.qkv[:, :8], "keys": a.cache.keys, "values": a.cache.values, "attention": out}
+                )
                 results[-1] |= {"sum": hidden, "norm": normed, "silu": each.silu_and_mul(hidden)}
             for op, expected in results[0].items():
                 difference = (results[1][op].float() - expected.float()).abs().max()
@@ -227,7 +229,11 @@ def step_table(
 
 def quantized_table(device: str, timer: Timer, *, name: str, rows: int = 64) -> Table:
     """Times of a product with the weights of quantized checkpoints, beside the prediction."""
-    n, k, gpu = 2 * predictions.LLAMA_8B.intermediate_size, predictions.LLAMA_8B.hidden_size, predictions.gpu_of(name)
+    n, k, gpu = (
+        2 * predictions.LLAMA_8B.intermediate_size,
+        predictions.LLAMA_8B.hidden_size,
+        predictions.gpu_of(name),
+    )
     table = Table(title=f"gate and up of Llama 3 8B from quantized checkpoints, {rows} rows; ms")
     for column in ("weights", "measured", "predicted"):
         table.add_column(column, justify="left" if column == "weights" else "right")
@@ -235,12 +241,16 @@ def quantized_table(device: str, timer: Timer, *, name: str, rows: int = 64) -> 
     for format in predictions.FORMATS:
         weight = predictions.block_weight(format, n, k, device)
         measured = timer(partial(weight.linear, x, None))
-        predicted = "" if gpu is None else f"{predictions.quantized_seconds(gpu, format, rows, n, k) * 1e3:.2f}"
+        predicted = (
+            "" if gpu is None else f"{predictions.quantized_seconds(gpu, format, rows, n, k) * 1e3:.2f}"
+        )
         table.add_row(format, f"{measured * 1e3:.2f}", predicted)
     return table
 
 
-def check_steps(device: str, record: Record | None = None, spec: ModelSpec = predictions.LLAMA_8B) -> list[str]:
+def check_steps(
+    device: str, record: Record | None = None, spec: ModelSpec = predictions.LLAMA_8B
+) -> list[str]:
     """Played steps give the logits of launched ones."""
     wrong = []
     steps = Steps(

@@ -93,7 +93,9 @@ def _decide(router: str, replicas: int, adapters: int, count: int) -> list[float
     for number, name in enumerate(rng.choices(names, weights, k=count)):
         now += 0.0001
         prefixes = tuple(hash((name, number % 7, block)) & 2**63 - 1 for block in range(4))
-        request = routing.RouteRequest(f"q{number}", name, 1000, 50, tenant=f"t{number % 50}", prefixes=prefixes)
+        request = routing.RouteRequest(
+            f"q{number}", name, 1000, 50, tenant=f"t{number % 50}", prefixes=prefixes
+        )
         start = time.thread_time()
         route = guard.route(request, fleet.view)
         took.append(time.thread_time() - start)

@@ -52,7 +52,9 @@ def paged_attention(qkv: Tensor, cache: LayerCache, plan: AttentionPlan, scores:
         return attention.paged_attention(qkv, cache, plan, scores)
     heads = qkv.shape[1] - 2 * kv_heads
     planned = plan.derive(_Planned)
-    found: Tensor = planned.of(scores.window, heads, cache.keys).run(qkv[:, :heads].contiguous(), tuple(cache))
+    found: Tensor = planned.of(scores.window, heads, cache.keys).run(
+        qkv[:, :heads].contiguous(), tuple(cache)
+    )
     return found.flatten(1)
 
 

@@ -337,7 +337,11 @@ class FleetState:
             self._tell(kind, self._tick(), *found)
 
     def _tell(
-        self, kind: interface.RouteEventKind, now: float, request: interface.RouteRequest | None, replica: str | None
+        self,
+        kind: interface.RouteEventKind,
+        now: float,
+        request: interface.RouteRequest | None,
+        replica: str | None,
     ) -> None:
         if self.listeners:
             event = interface.RouteEvent(kind, now, request, replica)

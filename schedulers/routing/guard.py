@@ -83,7 +83,9 @@ class RouterGuard:
             except Exception as error:
                 self._fail("raised", f"{type(router).__name__}.on_event: {type(error).__name__}: {error}")
 
-    def _ask(self, router: interface.RouterPolicy, request: interface.RouteRequest, view: interface.FleetView) -> interface.Route | None:
+    def _ask(
+        self, router: interface.RouterPolicy, request: interface.RouteRequest, view: interface.FleetView
+    ) -> interface.Route | None:
         name = type(router).__name__
         try:
             answer = router.route(request, view)
@@ -167,7 +169,9 @@ class _Nonsense(ValueError):
     """The answer is not a valid plan."""
 
 
-def _usable(answer: Any, request: interface.RouteRequest, view: interface.FleetView) -> interface.Route | None:
+def _usable(
+    answer: Any, request: interface.RouteRequest, view: interface.FleetView
+) -> interface.Route | None:
     """Return the route without the replicas that cannot take the request; None if none is left."""
     if type(answer) is not interface.Route:
         raise TypeError(f"route() returned {type(answer).__name__}, not Route")

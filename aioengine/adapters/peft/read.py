@@ -17,9 +17,9 @@ from threading import Event
 import torch
 from torch import Tensor
 
+from aioengine.adapters.peft import folder as folders
 from aioengine.adapters.peft.config import PeftLoraConfig, parse_config
 from aioengine.adapters.peft.fast_pack import Contents, KnownContents, cuts_of
-from aioengine.adapters.peft import folder as folders
 from aioengine.adapters.peft.folding.fold import Fold
 from aioengine.adapters.peft.folding.parameters import ParameterFold
 from aioengine.adapters.peft.held import folder_of
@@ -146,7 +146,9 @@ def read_adapter(
 def _read_config(folder: folders.AdapterFolder) -> bytes:
     with folder.open(folders.CONFIG_FILE) as file:
         if file.size > folders.MAX_CONFIG_BYTES:
-            folder.invalid(f"{folders.CONFIG_FILE}: has {file.size} bytes, more than {folders.MAX_CONFIG_BYTES}")
+            folder.invalid(
+                f"{folders.CONFIG_FILE}: has {file.size} bytes, more than {folders.MAX_CONFIG_BYTES}"
+            )
         return bytes(file.read(file.size))
 
 
@@ -259,7 +261,9 @@ class _Reader:
 
     def _folded(self, file: folders.OpenFile, fold: Fold | ParameterFold, digest: hashlib._Hash) -> Packed:
         if file.name != folders.SAFETENSORS_FILE:
-            self.folder.invalid(f"{file.name}: save the adapter again with PEFT, as {folders.SAFETENSORS_FILE}")
+            self.folder.invalid(
+                f"{file.name}: save the adapter again with PEFT, as {folders.SAFETENSORS_FILE}"
+            )
         header = SafetensorsHeader.read(self.folder, file)
         entries = header.entries(self.folder, file)
         slot = self.order.layout
@@ -292,7 +296,9 @@ class _Reader:
         slot = self.order.layout
         return Layout(self.folder, config, slot.spec, max_rank=slot.max_rank, target_modules=slot.modules)
 
-    def _contents(self, file: folders.OpenFile, config: PeftLoraConfig, header: SafetensorsHeader) -> Contents:
+    def _contents(
+        self, file: folders.OpenFile, config: PeftLoraConfig, header: SafetensorsHeader
+    ) -> Contents:
         key = (config, header.raw, header.data_bytes)
         contents = self.known.get(key)
         if contents is None:
@@ -321,7 +327,9 @@ class _Reader:
         return packer
 
 
-def _read_and_hash(file: folders.OpenFile, view: memoryview, digest: hashlib._Hash, helper: Executor) -> Future[None]:
+def _read_and_hash(
+    file: folders.OpenFile, view: memoryview, digest: hashlib._Hash, helper: Executor
+) -> Future[None]:
     """Fill ``view`` from ``file`` while ``helper``, a pool of one thread, hashes what has arrived.
 
     Two small pieces are hashed while the large last one is read. The last one is hashed in one call, which

@@ -23,14 +23,13 @@ if TYPE_CHECKING:
 LOOK_SECONDS = 0.1
 
 
-async def demo_on_fleet(
-    config: FleetConfig, board: Board, params: SamplingParams, console: Console
-) -> int:
+async def demo_on_fleet(config: FleetConfig, board: Board, params: SamplingParams, console: Console) -> int:
     """Start the fleet, send the board's requests one after the other, and show their progress."""
     from aioengine.cli.demo.view import print_fleet_summary, result_line
     from aioengine.cli.fleet.started import started_fleet
 
     async with started_fleet(config, lambda stage, done, total: None) as client:
+
         async def ask(row: Row) -> None:
             row.state, sent = "waiting", time.perf_counter()
             try:
@@ -41,7 +40,9 @@ async def demo_on_fleet(
                         row.ttft = time.perf_counter() - sent
                         row.state, row.admitted = "running", time.perf_counter()
                         row.replica = _number(client, client.replica_of(row.job.id))
-                        board.say(f"{row.job.id} runs on replica {row.replica}, first token after {row.ttft:.2f} s")
+                        board.say(
+                            f"{row.job.id} runs on replica {row.replica}, first token after {row.ttft:.2f} s"
+                        )
                     row.text, row.tokens = out.text, out.output_tokens
             except AioEngineError as error:
                 row.state, row.error = "failed", str(error)

@@ -24,8 +24,8 @@ import msgspec
 
 from aioengine.errors import DeviceError
 from aioengine.executors.parts import build_parts, plan_parts
-from aioengine.executors.process.step_delta import StepDecoder
 from aioengine.executors.process import wire
+from aioengine.executors.process.step_delta import StepDecoder
 from aioengine.executors.process.worker_reads import WorkerReads
 from aioengine.info import LoadProgress
 from aioengine.memory_plan import memory_taken

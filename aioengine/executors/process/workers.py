@@ -17,8 +17,8 @@ import msgspec
 
 from aioengine.config import EngineConfig
 from aioengine.errors import AioEngineError, ConfigError, DeviceError, EngineDead
-from aioengine.executors.process.spawn import WorkerConnection, spawn
 from aioengine.executors.process import wire
+from aioengine.executors.process.spawn import WorkerConnection, spawn
 from aioengine.info import LoadProgress
 from aioengine.model.cuda.failures import device_error_in
 from aioengine.runtime.tasks import run_to_completion

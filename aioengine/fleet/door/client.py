@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any, Unpack
 
 import msgspec
 
-from aioengine.client import UsageLedger
 from aioengine import errors
+from aioengine.client import UsageLedger
 from aioengine.events import Event
 from aioengine.fleet.config import FleetConfig
 from aioengine.fleet.door.adapters import FleetAdapters
@@ -228,7 +228,9 @@ class FleetClient:
         now, key = asyncio.get_running_loop().time(), next(self._keys)
         request_id = f"request-{key}" if request_id is None else request_id
         if request_id in self._ids:
-            raise errors.RequestInvalid(f"request_id={request_id!r} is in use by a request that has not ended")
+            raise errors.RequestInvalid(
+                f"request_id={request_id!r} is in use by a request that has not ended"
+            )
         if params.seed is None:  # drawn now, so that any replica that continues draws the same tokens
             params = msgspec.structs.replace(params, seed=self._seeds.getrandbits(63))
         if options.adapter is not None and "@" in options.adapter:
@@ -254,7 +256,9 @@ class FleetClient:
             )
         tokenizer = self.tokenizer
         if tokenizer is None:
-            raise errors.RequestInvalid("the model has no tokenizer.json: give the prompt as a list of token ids")
+            raise errors.RequestInvalid(
+                "the model has no tokenizer.json: give the prompt as a list of token ids"
+            )
         if isinstance(prompt, str):
             encode = partial(tokenizer.encode, prompt, limit=limit)
             return await self.text_work.run(len(prompt), encode, tenant)

@@ -62,7 +62,9 @@ class Dispatcher:
                 self._send(call, request, route.replicas[0])
                 return
             if any(view.replica_id not in call.tried for view in self._state.view.accepting):
-                raise errors.EngineOverloaded(f"the router rejects the request: {route.reject}", bound="server")
+                raise errors.EngineOverloaded(
+                    f"the router rejects the request: {route.reject}", bound="server"
+                )
             if call.tried and self._state.view.accepting:
                 # All replicas were lost or refused once; the live ones may be asked again.
                 call.tried = frozenset()
@@ -171,9 +173,9 @@ class Dispatcher:
             error = unpack_error(delta.error)
             if isinstance(error, errors.AdapterChanged):
                 self._members.on_changed(channel.replica, error.name)
-            elsewhere = isinstance(error, (errors.EngineStopped, errors.EngineDead, errors.AdapterChanged)) or (
-                isinstance(error, errors.EngineOverloaded) and not begun and error.bound != "tenant"
-            )
+            elsewhere = isinstance(
+                error, (errors.EngineStopped, errors.EngineDead, errors.AdapterChanged)
+            ) or (isinstance(error, errors.EngineOverloaded) and not begun and error.bound != "tenant")
             if elsewhere and self._others(call):
                 del channel.calls[call.key]
                 self._state.failed(str(call.key))
@@ -211,7 +213,9 @@ class Dispatcher:
                 )
                 return
         elif len(call.tried) > MAX_TRIES:
-            call.fail(errors.EngineDead(f"request {call.request_id!r} lost {len(call.tried)} replicas at once"))
+            call.fail(
+                errors.EngineDead(f"request {call.request_id!r} lost {len(call.tried)} replicas at once")
+            )
             return
         self._members.spawn(self._replace(call))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping
@@ -10,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from aioengine.checks import read_json
-from aioengine.errors import ConfigError
 from aioengine.lab.analysis.fairness import Client, by_client, jain, max_min, service_gap
 from aioengine.lab.runs.rows import Frames, load_frames
 from aioengine.schedulers.routing import load_autoscaler

@@ -9,9 +9,9 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from aioengine.lab.analysis.measures import MEASURES, Measure
+from aioengine.lab.report import style as drawing
 from aioengine.lab.report.compare_results import Compare, setting_text
 from aioengine.lab.report.run_figures import cdf
-from aioengine.lab.report import style as drawing
 from aioengine.lab.runs.rows import load_frame
 
 if TYPE_CHECKING:
@@ -245,7 +245,14 @@ def draw_regret(compare: Compare, theme: drawing.Theme) -> Figure:
                 ends += low, high
             axes.scatter([mean], [row], s=28, color=colors[policy], zorder=3, linewidth=0)
             ends.append(mean)
-            _value(axes, drawing.change_text(mean), (1, row), theme, xycoords=("axes fraction", "data"), ha="right")
+            _value(
+                axes,
+                drawing.change_text(mean),
+                (1, row),
+                theme,
+                xycoords=("axes fraction", "data"),
+                ha="right",
+            )
         axes.axvline(0, color=theme.muted, linewidth=0.8)
         axes.grid(axis="x")
         axes.grid(visible=False, axis="y")

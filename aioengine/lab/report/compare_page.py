@@ -11,9 +11,9 @@ import msgspec
 from aioengine.checks import read_json
 from aioengine.lab.analysis.measures import DEFAULT_RANKING, MEASURES, Measure, find_measure
 from aioengine.lab.analysis.statistics import Estimate, paired
+from aioengine.lab.report import run_page
 from aioengine.lab.report.compare_figures import draw_compare
 from aioengine.lab.report.compare_results import Compare, setting_text
-from aioengine.lab.report import run_page
 from aioengine.lab.report.style import change_text
 from aioengine.lab.runs.comparison import Failure, estimates, load_results, read_comparison
 from aioengine.lab.runs.simulate import ageing_text

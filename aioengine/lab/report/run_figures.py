@@ -54,8 +54,9 @@ class Plot(NamedTuple):
 def draw_latency(run: Run, theme: style.Theme) -> Figure:
     ttft, latency = run.summary["ttft_seconds"], run.summary["latency_seconds"]
     title = (
-        f"Half of the first tokens came within {style.seconds_text(ttft['p50'])}, 99% within "
-        f"{style.seconds_text(ttft['p99'])}; half of the answers were whole after {style.seconds_text(latency['p50'])}"
+        f"Half of the first tokens came within {style.seconds_text(ttft['p50'])}, "
+        f"99% within {style.seconds_text(ttft['p99'])}; "
+        f"half of the answers were whole after {style.seconds_text(latency['p50'])}"
     )
     figure, (axes,) = style.new_figure(title, height=3.9)
     done = run.frames.requests.filter(run.frames.requests["reason"].is_in(["stop", "length"]))
@@ -108,7 +109,9 @@ def draw_load(run: Run, theme: style.Theme) -> Figure:
         figure, (queue,) = style.new_figure(title, height=3)
         style.say(queue, "No sample was taken.")
         return figure
-    figure, (queue, *panels) = style.new_figure(title, height=6.2, rows=3, sharex=True, height_ratios=[3, 2, 2])
+    figure, (queue, *panels) = style.new_figure(
+        title, height=6.2, rows=3, sharex=True, height_ratios=[3, 2, 2]
+    )
     table = thin(samples)
     times = table["time"].to_list()
     running, waiting = table["running"].to_numpy(), table["waiting"].to_numpy()
@@ -233,7 +236,9 @@ def draw_fairness(run: Run, theme: style.Theme) -> Figure:
     above = 0.8 + 0.27 * max(seen.height, 3) if named else 2.4
     if difference:
         title += f"; while two had requests queued, their service came to differ by {difference:,} tokens"
-        figure, (spread, *gaps) = style.new_figure(title, height=above + 3.2, rows=2, height_ratios=[above, 2.4])
+        figure, (spread, *gaps) = style.new_figure(
+            title, height=above + 3.2, rows=2, height_ratios=[above, 2.4]
+        )
     else:
         figure, (spread, *gaps) = style.new_figure(title, height=above + 1.2)
         style.footnote(figure, NO_GAP, theme)

@@ -174,7 +174,7 @@ class TraceWriter:
         self.left_out += 1
         if self.left_out == 1:
             logger.warning(
-                "recording to %s: a request has lasted while %d others came, and is left out (not said again)",
+                "recording to %s: a request has lasted while %d others came, and is left out (said only now)",
                 self.path,
                 self._held,
             )

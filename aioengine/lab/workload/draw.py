@@ -11,6 +11,7 @@ from msgspec import UNSET
 
 from aioengine.checks import check_integer
 from aioengine.errors import ConfigError
+from aioengine.lab.workload import traces
 from aioengine.lab.workload.arrivals import parse_arrivals
 from aioengine.lab.workload.distributions import Shares, draw_shape, parse_lengths, parse_ranks, parse_sizes
 from aioengine.lab.workload.popularity import (
@@ -25,7 +26,6 @@ from aioengine.lab.workload.requests import AdapterShape, Arrival, Objective, Wo
 from aioengine.lab.workload.sessions import Sessions, Turn
 from aioengine.lab.workload.spec import WorkloadSpec
 from aioengine.lab.workload.spec_text import parse_shares
-from aioengine.lab.workload import traces
 
 _DEFAULT_LENGTHS = "uniform:8..512"
 _NANO, _MICRO = 1e9, 1e6

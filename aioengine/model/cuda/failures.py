@@ -15,10 +15,13 @@ from aioengine import errors
 _ADVICE: dict[type[errors.DeviceError], str] = {
     errors.DeviceOutOfMemory: "lower kv_cache_memory, max_num_batched_tokens or max_num_seqs, or end other "
     "programs that use the device",
-    errors.ExchangeFailed: "a rank or a link between the ranks did not respond; look at the logs of all ranks",
-    errors.DeviceFault: "only a new process can use the device again: executor='process' with restart='on-failure' "
-    "starts one; if it comes again, look at nvidia-smi and at the kernel's log for Xid errors",
-    errors.DeviceLost: "look at nvidia-smi and at the kernel's log for Xid errors; perhaps restart the machine",
+    errors.ExchangeFailed: "a rank or a link between the ranks did not respond; look at the logs of all "
+    "ranks",
+    errors.DeviceFault: "only a new process can use the device again: executor='process' with "
+    "restart='on-failure' starts one; if it comes again, look at nvidia-smi and at the "
+    "kernel's log for Xid errors",
+    errors.DeviceLost: "look at nvidia-smi and at the kernel's log for Xid errors; perhaps restart the "
+    "machine",
 }
 _MESSAGES: tuple[tuple[type[errors.DeviceError], re.Pattern[str]], ...] = (
     (

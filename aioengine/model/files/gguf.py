@@ -85,7 +85,9 @@ class GGUFFile:
     def modules(self) -> dict[str, str]:
         """The modules of a layer: their names in the file, and those that Hugging Face has."""
         arch = str(self.require("general.architecture"))
-        return families.module_names(families.family_of(arch, lambda key, default: self.get(f"{arch}.{key}", default)))
+        return families.module_names(
+            families.family_of(arch, lambda key, default: self.get(f"{arch}.{key}", default))
+        )
 
     def get(self, key: str, default: Any = None) -> Any:
         """Return the value of a metadata key (str, number, bool or list), or ``default``."""

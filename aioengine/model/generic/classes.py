@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -139,7 +138,9 @@ class Found:
                     output_loading_info=True,
                 )
         except Exception as error:
-            raise ConfigError(f"{self.path}: transformers cannot load the weights: {one_line(error)}") from error
+            raise ConfigError(
+                f"{self.path}: transformers cannot load the weights: {one_line(error)}"
+            ) from error
         self._check(model, report)
         return _quiet(model).requires_grad_(False).to(device)
 

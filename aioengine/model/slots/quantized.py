@@ -20,7 +20,9 @@ from aioengine.model.slots.layout import SlotLayout
 _LARGEST = 127
 
 
-def quantize_image(image: images.AdapterImage, layout: SlotLayout, allocate: Allocate = pageable) -> images.AdapterImage:
+def quantize_image(
+    image: images.AdapterImage, layout: SlotLayout, allocate: Allocate = pageable
+) -> images.AdapterImage:
     """Turns an image into one for int8 slots of ``layout``, in the calling thread alone.
 
     A row or a column that is not finite gets a scale of NaN, so that it is not served as something else.

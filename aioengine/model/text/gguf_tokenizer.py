@@ -73,7 +73,9 @@ def _byte_level_bpe(file: GGUFFile) -> tokenizers.Tokenizer | None:
     vocab = {token: i for i, token in enumerate(file.require("tokenizer.ggml.tokens"))}
     merges = [_merge_pair(merge) for merge in file.require("tokenizer.ggml.merges")]
     ignore_merges = pre in ("llama-bpe", "llama3")
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocab, merges=merges, ignore_merges=ignore_merges))
+    tokenizer = tokenizers.Tokenizer(
+        tokenizers.models.BPE(vocab=vocab, merges=merges, ignore_merges=ignore_merges)
+    )
     if pre == "qwen2":
         tokenizer.normalizer = tokenizers.normalizers.NFC()
     tokenizer.pre_tokenizer = splitter
@@ -119,7 +121,9 @@ def _sentencepiece_bpe(file: GGUFFile) -> tokenizers.Tokenizer | None:
         merges.extend(sorted(pairs, key=lambda pair: (vocab[pair[0]], vocab[pair[1]])))
     unknown = tokens[file.get("tokenizer.ggml.unknown_token_id", 0)]
     tokenizer = tokenizers.Tokenizer(
-        tokenizers.models.BPE(vocab=vocab, merges=merges, unk_token=unknown, fuse_unk=True, byte_fallback=True)
+        tokenizers.models.BPE(
+            vocab=vocab, merges=merges, unk_token=unknown, fuse_unk=True, byte_fallback=True
+        )
     )
     steps: list[tokenizers.normalizers.Normalizer] = [tokenizers.normalizers.Replace(" ", "▁")]
     undo: list[tokenizers.decoders.Decoder] = [

@@ -8,10 +8,9 @@ import os
 from collections import OrderedDict
 from collections.abc import Callable
 
-from aioengine import events
+from aioengine import errors, events
 from aioengine.adapters.resolvers.base import AdapterResolver, is_plain_name, within
 from aioengine.adapters.resolvers.sources import AdapterSources
-from aioengine import errors
 from aioengine.runtime.loop import Stepper
 from aioengine.runtime.transfers import log_failure
 
@@ -180,7 +179,9 @@ class Resolution:
         error = (
             None if lookup.task.cancelled() else lookup.task.exception()
         )  # read, even if nobody waits: asyncio would log it
-        if isinstance(error, (errors.AdapterError, errors.ConfigError)) and not isinstance(error, errors.AdapterNotFound):
+        if isinstance(error, (errors.AdapterError, errors.ConfigError)) and not isinstance(
+            error, errors.AdapterNotFound
+        ):
             self._stepper.report(_failure(lookup.key[0], error))
         if isinstance(error, (errors.AdapterInvalid, errors.AdapterLoadError)):
             failures = self._stepper.core.residency.failures

@@ -18,6 +18,7 @@ from aioengine.server.messages.api import (
 )
 from aioengine.server.openai.api import JsonSchemaFormat, ResponseFormat
 from aioengine.server.openai import chat_api
+from aioengine.server.openai.api import JsonSchemaFormat, ResponseFormat
 
 
 def to_chat(data: api.MessagesRequest) -> chat_api.ChatRequest:
@@ -110,7 +111,11 @@ def _of_assistant(content: api.Content, where: str) -> chat_api.Message:
         if block.id is None or block.name is None:
             raise _invalid(f"{where}[{i}].{'id' if block.id is None else 'name'}", "is missing")
         arguments = msgspec.json.encode(block.input or {}).decode()
-        calls.append(chat_api.ToolCall(id=block.id, function=chat_api.FunctionCall(name=block.name, arguments=arguments)))
+        calls.append(
+            chat_api.ToolCall(
+                id=block.id, function=chat_api.FunctionCall(name=block.name, arguments=arguments)
+            )
+        )
     return chat_api.Message(role="assistant", content="\n".join(texts), tool_calls=calls or None)
 
 

@@ -12,8 +12,8 @@ from aioengine.request import TokenLogprob
 from aioengine.runtime.output import RequestOutput
 from aioengine.server.errors import ApiError
 from aioengine.server.formats.source import AnswerParser, Parsed
-from aioengine.server.openai.api import Usage
 from aioengine.server.openai import chat_api
+from aioengine.server.openai.api import Usage
 from aioengine.server.openai.completions_api import FinishReason
 from aioengine.server.openai.logprobs import TokenBytes, chat_logprobs, prompt_logprobs, without_end
 from aioengine.server.streaming import DONE, ReplyOptions, event
@@ -125,7 +125,9 @@ class ChatReply:
             id=self._id, created=self._created, model=self._options.model, choices=choices, usage=usage
         )
 
-    def _logprobs(self, output: RequestOutput, entries: Sequence[TokenLogprob]) -> chat_api.ChatLogprobs | None:
+    def _logprobs(
+        self, output: RequestOutput, entries: Sequence[TokenLogprob]
+    ) -> chat_api.ChatLogprobs | None:
         if not self._with_logprobs:
             return None
         return chat_logprobs(without_end(output, entries), self._token_bytes)

@@ -17,8 +17,8 @@ from aioengine.runtime.output import RequestOutput
 from aioengine.server.context import Context
 from aioengine.server.errors import ApiError, unsupported
 from aioengine.server.framework import RESPONSES, Handled, record_of
-from aioengine.server.openai.api import Usage
 from aioengine.server.openai import completions_api
+from aioengine.server.openai.api import Usage
 from aioengine.server.openai.constraints import wanted_form
 from aioengine.server.openai.logprobs import (
     TextOffsets,
@@ -208,7 +208,9 @@ class CompletionReply:
             )
         )
 
-    def _answer_logprobs(self, told: _Choice, entries: Sequence[TokenLogprob]) -> completions_api.CompletionLogprobs | None:
+    def _answer_logprobs(
+        self, told: _Choice, entries: Sequence[TokenLogprob]
+    ) -> completions_api.CompletionLogprobs | None:
         """Format them, including the token that ends the answer."""
         if self._logprobs is None:
             return None

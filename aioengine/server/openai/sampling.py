@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import msgspec
-
 from aioengine.request import SamplingParams
 from aioengine.server.errors import unsupported
 from aioengine.server.openai.api import GenerationFields

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from aioengine.server.errors import ApiError, unsupported
-from aioengine.server.openai.api import JsonSchemaFormat, ResponseFormat
 from aioengine.server.openai import chat_api
+from aioengine.server.openai.api import JsonSchemaFormat, ResponseFormat
 from aioengine.server.responses import api
 
 _TEXTS = frozenset(("input_text", "output_text", "text"))
@@ -108,7 +108,9 @@ def _turn(item: api.Item, where: str) -> chat_api.Message:
 def _call(item: api.Item, where: str) -> chat_api.ToolCall:
     if item.name is None or item.call_id is None:
         raise _invalid(f"{where}.{'name' if item.name is None else 'call_id'}", "is missing")
-    return chat_api.ToolCall(id=item.call_id, function=chat_api.FunctionCall(name=item.name, arguments=item.arguments or ""))
+    return chat_api.ToolCall(
+        id=item.call_id, function=chat_api.FunctionCall(name=item.name, arguments=item.arguments or "")
+    )
 
 
 def _content(content: api.Content | None, where: str) -> str | list[chat_api.ContentPart]:

@@ -88,7 +88,9 @@ def vector_routes(context: Context) -> list[HTTPRouteHandler]:
         return _handled(context, data, prompts, "classify", form, record, prefix="classify-")
 
     @post(["/score", "/v1/score"], status_code=200, responses=RESPONSES, summary="How well texts fit")
-    async def score(data: JSONBody[api.ScoreRequest], request: Request[Any, Any, Any]) -> Response[api.ScoreList]:
+    async def score(
+        data: JSONBody[api.ScoreRequest], request: Request[Any, Any, Any]
+    ) -> Response[api.ScoreList]:
         firsts = [data.text_1] if isinstance(data.text_1, str) else data.text_1
         seconds = [data.text_2] if isinstance(data.text_2, str) else data.text_2
         if len(firsts) == 1:
@@ -96,7 +98,7 @@ def vector_routes(context: Context) -> list[HTTPRouteHandler]:
         if len(firsts) != len(seconds):
             raise ApiError(
                 400,
-                f"text_1: has {len(firsts)} texts, and text_2 has {len(seconds)}; give one text_1, or as many",
+                f"text_1: has {len(firsts)} texts, text_2 has {len(seconds)}; give one text_1, or as many",
                 param="text_1",
                 code="invalid_value",
             )
@@ -113,7 +115,9 @@ def vector_routes(context: Context) -> list[HTTPRouteHandler]:
         responses=RESPONSES,
         summary="Documents, the best first",
     )
-    async def rerank(data: JSONBody[api.RerankRequest], request: Request[Any, Any, Any]) -> Response[api.Ranked]:
+    async def rerank(
+        data: JSONBody[api.RerankRequest], request: Request[Any, Any, Any]
+    ) -> Response[api.Ranked]:
         texts = [document if isinstance(document, str) else document.text for document in data.documents]
 
         def form(scores: list[float], id_: str, usage: api.VectorUsage) -> api.Ranked:
@@ -198,14 +202,18 @@ async def _scored(
         prompts = await context.encode_pairs(list(zip(firsts, seconds, strict=True)), owner=record.owner)
         prompts = _bounded(context, data, prompts)
 
-        def by_head(outputs: Sequence[RequestOutput], id_: str, usage: api.VectorUsage) -> api.VectorList | api.Ranked:
+        def by_head(
+            outputs: Sequence[RequestOutput], id_: str, usage: api.VectorUsage
+        ) -> api.VectorList | api.Ranked:
             return form([sigmoid((output.pooled or [0.0])[0]) for output in outputs], id_, usage)
 
         return _handled(context, data, prompts, "classify", by_head, record, prefix=prefix)
     texts = list(dict.fromkeys((*firsts, *seconds)))  # each is computed once
     prompts = await _prompts(context, data, texts, record, most=2 * api.MAX_INPUTS)
 
-    def by_cosine(outputs: Sequence[RequestOutput], id_: str, usage: api.VectorUsage) -> api.VectorList | api.Ranked:
+    def by_cosine(
+        outputs: Sequence[RequestOutput], id_: str, usage: api.VectorUsage
+    ) -> api.VectorList | api.Ranked:
         place = {text: index for index, text in enumerate(texts)}
         pairs = [(place[a], place[b]) for a, b in zip(firsts, seconds, strict=True)]
         return form(cosines([output.pooled or [] for output in outputs], pairs), id_, usage)

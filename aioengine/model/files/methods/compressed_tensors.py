@@ -14,8 +14,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from aioengine.model.files.methods.fp8 import FP8
 from aioengine.model.files.methods import scheme
+from aioengine.model.files.methods.fp8 import FP8
 from aioengine.model.files.packing import Packing
 
 if TYPE_CHECKING:
