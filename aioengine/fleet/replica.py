@@ -90,9 +90,9 @@ class EngineReplica:
         loop = asyncio.get_running_loop()
         residency, due = -1, 0.0
         try:
-            yield wire.encode_frame(wire.Frame(hello=self._hello()))
+            yield encode_frame(Frame(hello=self._hello()))
             while True:
-                frame = wire.Frame(deltas=box.take())
+                frame = Frame(deltas=box.take())
                 now = loop.time()
                 version = self.engine.slots().version
                 if now >= due or version != residency:
@@ -100,10 +100,8 @@ class EngineReplica:
                     frame.status = self._status(box, now)
                     if version != residency:
                         residency = version
-                        frame.residency = wire.Residency(
-                            list(self.engine.slots().slots), self.engine.resident()
-                        )
-                yield wire.encode_frame(frame)
+                        frame.residency = Residency(list(self.engine.slots().slots), self.engine.resident())
+                yield encode_frame(frame)
                 await box.filled(self._config.heartbeat_seconds)
         finally:
             if self._boxes.get(door) is box:
@@ -115,16 +113,16 @@ class EngineReplica:
         box = self._boxes.get(door)
         if box is None:
             raise LookupError(f"no channel to door {door}")
-        for order in wire.decode_orders(orders):
+        for order in decode_orders(orders):
             match order:
-                case wire.Submit():
+                case Submit():
                     box.begin(order.key, self._run(box, order))
-                case wire.Abort():
+                case Abort():
                     box.abort(order.key)
-                case wire.LimitWaiting():
+                case LimitWaiting():
                     self.engine.limit_waiting(order.max_waiting)
 
-    async def _run(self, box: Outbox, order: wire.Submit) -> None:
+    async def _run(self, box: Outbox, order: Submit) -> None:
         if self._traces is None:
             await self._generate(box, order)
             return
@@ -133,7 +131,7 @@ class EngineReplica:
         with carried(order.trace):
             await self._generate(box, order)
 
-    async def _generate(self, box: Outbox, order: wire.Submit) -> None:
+    async def _generate(self, box: Outbox, order: Submit) -> None:
         if order.believed:
             self._beliefs.believed(order.request_id, box, order.key)
         try:
@@ -158,7 +156,7 @@ class EngineReplica:
                 # With batch invariance, computing all tokens at once gives the same bits.
                 replay=options.replay and not self.engine.info.batch_invariant,
             ):
-                delta = wire.Delta(order.key, output.token_ids_delta, output.text_delta)
+                delta = Delta(order.key, output.token_ids_delta, output.text_delta)
                 delta.finish, delta.stop = output.finish_reason, output.stop_reason
                 delta.cached_tokens, delta.pinned_tokens = output.cached_tokens, output.pinned_tokens
                 delta.logprobs = list(output.logprobs_delta[known:])
@@ -170,11 +168,11 @@ class EngineReplica:
         except Exception as error:
             if not isinstance(error, AioEngineError):
                 logger.exception("request %s failed unexpectedly", order.request_id)
-            box.put(wire.Delta(order.key, error=wire.pack_error(error)))
+            box.put(Delta(order.key, error=pack_error(error)))
         finally:
             self._beliefs.forget(order.request_id)
 
-    async def _params(self, order: wire.Submit) -> SamplingParams:
+    async def _params(self, order: Submit) -> SamplingParams:
         constraint = None
         if order.grammar is not None:
             if self._grammars is None:
@@ -182,9 +180,9 @@ class EngineReplica:
             constraint = await self._grammars.constraint(order.grammar, order.options.tenant)
         return SamplingParams(**order.params, constraint=constraint)
 
-    def _hello(self) -> wire.Hello:
+    def _hello(self) -> Hello:
         lora = self._config.engine.lora
-        return wire.Hello(
+        return Hello(
             replica=_own_id(),
             pid=os.getpid(),
             node=platform.node(),
@@ -196,9 +194,9 @@ class EngineReplica:
             digest=self._digest,
         )
 
-    def _status(self, box: Outbox, now: float) -> wire.Status:
+    def _status(self, box: Outbox, now: float) -> Status:
         load = self.engine.load()
-        return wire.Status(
+        return Status(
             sent_at=now,
             received=box.received,
             ended=box.ended,

@@ -40,8 +40,8 @@ class View:
         changed: Collection[str] | None = None,
     ) -> None:
         self._clock = clock
-        self._replicas: Mapping[str, interface.ReplicaView] = MappingProxyType(replicas)
-        self._adapters: Mapping[str, interface.AdapterView] = MappingProxyType(adapters)
+        self._replicas: Mapping[str, ReplicaView] = MappingProxyType(replicas)
+        self._adapters: Mapping[str, AdapterView] = MappingProxyType(adapters)
         self._accepting = tuple(replica for replica in replicas.values() if replica.accepting)
         self._demand = demand
         self._prefixes = prefixes
@@ -53,15 +53,15 @@ class View:
         return self._clock.now
 
     @property
-    def replicas(self) -> Mapping[str, interface.ReplicaView]:
+    def replicas(self) -> Mapping[str, ReplicaView]:
         return self._replicas
 
     @property
-    def accepting(self) -> Sequence[interface.ReplicaView]:
+    def accepting(self) -> Sequence[ReplicaView]:
         return self._accepting
 
     @property
-    def adapters(self) -> Mapping[str, interface.AdapterView]:
+    def adapters(self) -> Mapping[str, AdapterView]:
         return self._adapters
 
     @property
@@ -98,7 +98,7 @@ class FleetState:
     ) -> None:
         if not silent_after > 0:
             raise ValueError(f"silent_after={silent_after!r}: must be more than 0 seconds")
-        self.listeners: list[Callable[[interface.RouteEvent], None]] = []
+        self.listeners: list[Callable[[RouteEvent], None]] = []
         """Listeners, called for every event; they must not raise."""
         self._time = clock
         self._silent_after = silent_after
@@ -134,7 +134,7 @@ class FleetState:
         self._accepting_changed()
         self._tell("replica_joined", now, None, replica_id)
 
-    def leave(self, replica_id: str) -> list[interface.RouteRequest]:
+    def leave(self, replica_id: str) -> list[RouteRequest]:
         """Remove a replica. Returns its requests, which the door sends to other replicas or fails;
         :meth:`ended` must not be called for them. Does nothing for an unknown replica."""
         now = self._tick()
@@ -201,7 +201,7 @@ class FleetState:
 
     # Requests
 
-    def sent(self, request: interface.RouteRequest, replica_id: str) -> None:
+    def sent(self, request: RouteRequest, replica_id: str) -> None:
         """Note that the door sends a request to a replica. Raises KeyError for an unknown replica, ValueError
         for a request that is in flight already."""
         now = self._tick()
@@ -281,7 +281,7 @@ class FleetState:
             if name in self._adapters:
                 self._adapters[name]._holders_changed = True
 
-    def planned(self, moves: Iterable[interface.Move]) -> None:
+    def planned(self, moves: Iterable[Move]) -> None:
         """Remember which replicas should hold which adapters, because this plan is carried out."""
         for move in moves:
             if move.replica not in self._replicas:
@@ -316,7 +316,7 @@ class FleetState:
     def _accepting_changed(self) -> None:
         self._view._accepting = tuple(r for r in self._replicas.values() if r._accepting)
 
-    def _finish(self, kind: interface.RouteEventKind, request_id: str) -> None:
+    def _finish(self, kind: RouteEventKind, request_id: str) -> None:
         found = self._in_flight.get(request_id)
         if found is not None:
             request, replica_id = found
@@ -325,25 +325,21 @@ class FleetState:
                 self._replicas[replica_id]._end()
             self._tell(kind, self._tick(), request, replica_id)
 
-    def _forget(self, request: interface.RouteRequest) -> None:
+    def _forget(self, request: RouteRequest) -> None:
         """Remove a request from those in flight."""
         del self._in_flight[request.request_id]
         if request.adapter is not None:
             self._adapters[request.adapter].in_flight -= 1
 
-    def _about(self, kind: interface.RouteEventKind, request_id: str) -> None:
+    def _about(self, kind: RouteEventKind, request_id: str) -> None:
         found = self._in_flight.get(request_id)
         if found is not None:
             self._tell(kind, self._tick(), *found)
 
     def _tell(
-        self,
-        kind: interface.RouteEventKind,
-        now: float,
-        request: interface.RouteRequest | None,
-        replica: str | None,
+        self, kind: RouteEventKind, now: float, request: RouteRequest | None, replica: str | None
     ) -> None:
         if self.listeners:
-            event = interface.RouteEvent(kind, now, request, replica)
+            event = RouteEvent(kind, now, request, replica)
             for listener in self.listeners:
                 listener(event)
