@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from aioengine.kernels.backend import HeadNorms
+from aioengine.kernels.backend import HeadNorms, LayerCache, Norm, Rotation, Scores
 from aioengine.kernels.cpu import structs
 from aioengine.kernels.cpu.packed import DTYPES, is_bf16, pointer
 from aioengine.kernels.cpu.shared_library import load, threads

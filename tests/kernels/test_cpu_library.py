@@ -117,7 +117,7 @@ def test_norm_and_activation(lib: ctypes.CDLL, dtype: torch.dtype, rows: int, si
         add_norm(total, added, None, out)
         expected = hidden if added is None else hidden + added
         assert torch.equal(total, expected)
-        close(out, reference.add_rms_norm(expected, None, weight, 1e-5))
+        close(out, reference.add_rms_norm(expected, None, Norm(weight, 1e-5)))
     # A delta that is normed itself, in place, and whose memory gets the result: the bits of three operations.
     normed = torch.empty_like(delta)
     lib.aio_add_rms_norm(

@@ -85,9 +85,7 @@ class GGUFFile:
     def modules(self) -> dict[str, str]:
         """The modules of a layer: their names in the file, and those that Hugging Face has."""
         arch = str(self.require("general.architecture"))
-        return families.module_names(
-            families.family_of(arch, lambda key, default: self.get(f"{arch}.{key}", default))
-        )
+        return module_names(family_of(arch, lambda key, default: self.get(f"{arch}.{key}", default)))
 
     def get(self, key: str, default: Any = None) -> Any:
         """Return the value of a metadata key (str, number, bool or list), or ``default``."""
@@ -118,24 +116,24 @@ def read_spec(source: str | PathLike[str] | GGUFFile) -> ModelSpec:
     """
     file = open_gguf(source)
     arch = str(file.require("general.architecture"))
-    if arch not in families.ARCHITECTURES:
+    if arch not in ARCHITECTURES:
         raise ConfigError(
             f"{file.path}: architecture {arch!r} is not supported; "
-            f"supported in GGUF: {', '.join(families.ARCHITECTURES)}"
+            f"supported in GGUF: {', '.join(ARCHITECTURES)}"
         )
 
     def get(key: str, default: Any) -> Any:
         value = file.get(f"{arch}.{key}", default)
         return _decimal(value) if isinstance(value, float) else value
 
-    family = families.family_of(arch, get)
+    family = family_of(arch, get)
     num_heads = _uniform(file, f"{arch}.attention.head_count")
     hidden = _uniform(file, f"{arch}.embedding_length")
     head_dim = int(file.get(f"{arch}.attention.key_length", hidden // num_heads))
     rotary_dim = int(file.get(f"{arch}.rope.dimension_count", head_dim))
     value_dim = file.get(f"{arch}.attention.value_length", head_dim)
     checked = {"attention.value_length": value_dim}
-    if not families.ARCHITECTURES[arch].partial:
+    if not ARCHITECTURES[arch].partial:
         checked["rope.dimension_count"] = rotary_dim
     for key, found in checked.items():
         if found != head_dim:
@@ -143,16 +141,16 @@ def read_spec(source: str | PathLike[str] | GGUFFile) -> ModelSpec:
                 f"{file.path}: {arch}.{key}={found}: only the head dimension, {head_dim}, is supported"
             )
     layers = _uniform(file, f"{arch}.block_count")
-    own = families.windows(family, get, layers, file.path)
+    own = windows(family, get, layers, file.path)
     rope = _read_rope(file, arch, rotary_dim)
-    other, other_layers = families.other_rope(family, get, rope, own, layers)
+    other, other_layers = other_rope(family, get, rope, own, layers)
     context = _uniform(file, f"{arch}.context_length")
     qkv = "attn_qkv" if TRAITS[family].get("fused_qkv") else "attn_q"
     experts = expert_fields(family, get, file.path)
     spec = (MixtureSpec if experts else ModelSpec)(
         **{
             **experts,
-            **families.fields(family, get, hidden=hidden, heads=num_heads, head_dim=head_dim, layers=layers),
+            **fields(family, get, hidden=hidden, heads=num_heads, head_dim=head_dim, layers=layers),
             "qkv_bias": f"blk.0.{qkv}.bias" in file.tensors,
             "o_bias": "blk.0.attn_output.bias" in file.tensors,
             "mlp_bias": "blk.0.ffn_down.bias" in file.tensors,
@@ -234,7 +232,7 @@ def iter_stored(
     """
     file = open_gguf(source)
     for name in file.tensors:
-        if isinstance(spec, MixtureSpec) and (found := families.EXPERTS.fullmatch(name)):
+        if isinstance(spec, MixtureSpec) and (found := EXPERTS.fullmatch(name)):
             for expert in range(int(file.tensors[name].shape[-1])):
                 module = spec.module_name(int(found[1]), f"experts.{expert}.{getattr(spec.names, found[2])}")
                 yield f"{module}.{found[3]}", StoredTensor(file, name, spec, expert)

@@ -7,16 +7,7 @@ from collections.abc import Iterator
 import msgspec
 
 from aioengine.server.errors import THREAD_NOT_FOUND, ApiError, unsupported
-from aioengine.server.messages.api import (
-    Block,
-    Content,
-    CountRequest,
-    MessageParam,
-    MessagesRequest,
-    MessagesTool,
-    MessagesToolChoice,
-)
-from aioengine.server.openai.api import JsonSchemaFormat, ResponseFormat
+from aioengine.server.messages import api
 from aioengine.server.openai import chat_api
 from aioengine.server.openai.api import JsonSchemaFormat, ResponseFormat
 
