@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from os import PathLike
 
-import tokenizers
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+)
 
 from aioengine.errors import ConfigError
 from aioengine.model.files.gguf import GGUFFile, open_gguf
@@ -28,7 +37,7 @@ _CASED_SPLIT = (
 _THREE_DIGITS = ("llama-bpe", "llama3", "smaug-bpe", "dbrx", "glm4", "chatglm-bpe")
 
 
-def build_tokenizer(source: str | PathLike[str] | GGUFFile) -> tokenizers.Tokenizer | None:
+def build_tokenizer(source: str | PathLike[str] | GGUFFile) -> Tokenizer | None:
     """Return the file's tokenizer, or None if it is of a kind (or splits text in a way) not known here.
 
     Byte-level BPE (``gpt2``) with the splitting rules of Llama 3, Qwen 2, GPT-2, SmolLM, OLMo, Granite,
@@ -52,7 +61,7 @@ def build_tokenizer(source: str | PathLike[str] | GGUFFile) -> tokenizers.Tokeni
     if file.get("tokenizer.ggml.add_bos_token", kind == "llama"):
         bos_id = file.require("tokenizer.ggml.bos_token_id")
         bos = tokenizer.id_to_token(bos_id)
-        tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+        tokenizer.post_processor = processors.TemplateProcessing(
             single=[bos, "$A"], pair=[bos, "$A", f"{bos}:1", "$B:1"], special_tokens=[(bos, bos_id)]
         )
     return tokenizer
@@ -64,7 +73,7 @@ def chat_template(source: str | PathLike[str] | GGUFFile) -> str | None:
     return None if template is None else str(template)
 
 
-def _byte_level_bpe(file: GGUFFile) -> tokenizers.Tokenizer | None:
+def _byte_level_bpe(file: GGUFFile) -> Tokenizer | None:
     """Byte-level BPE: GPT-2's byte alphabet and ranked merges, split first by the named rule."""
     pre = str(file.get("tokenizer.ggml.pre", "default"))
     splitter = _splitter(pre)
@@ -73,13 +82,11 @@ def _byte_level_bpe(file: GGUFFile) -> tokenizers.Tokenizer | None:
     vocab = {token: i for i, token in enumerate(file.require("tokenizer.ggml.tokens"))}
     merges = [_merge_pair(merge) for merge in file.require("tokenizer.ggml.merges")]
     ignore_merges = pre in ("llama-bpe", "llama3")
-    tokenizer = tokenizers.Tokenizer(
-        tokenizers.models.BPE(vocab=vocab, merges=merges, ignore_merges=ignore_merges)
-    )
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=ignore_merges))
     if pre == "qwen2":
-        tokenizer.normalizer = tokenizers.normalizers.NFC()
+        tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = splitter
-    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
 
 
@@ -88,14 +95,14 @@ def _merge_pair(merge: str) -> tuple[str, str]:
     return left, right
 
 
-def _splitter(pre: str) -> tokenizers.pre_tokenizers.PreTokenizer | None:
+def _splitter(pre: str) -> pre_tokenizers.PreTokenizer | None:
     if pre in ("default", "gpt-2", "gpt2", "olmo"):
-        return tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+        return pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     if pre in ("smollm", "refact"):
-        return tokenizers.pre_tokenizers.Sequence(
+        return pre_tokenizers.Sequence(
             [
-                tokenizers.pre_tokenizers.Digits(individual_digits=True),
-                tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
+                pre_tokenizers.Digits(individual_digits=True),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
             ]
         )
     if pre not in (*_THREE_DIGITS, "qwen2", "gpt-4o"):
@@ -109,7 +116,7 @@ def _splitter(pre: str) -> tokenizers.pre_tokenizers.PreTokenizer | None:
     )
 
 
-def _sentencepiece_bpe(file: GGUFFile) -> tokenizers.Tokenizer | None:
+def _sentencepiece_bpe(file: GGUFFile) -> Tokenizer | None:
     """SentencePiece BPE as ranked merges: a token of higher score is merged before one of lower."""
     tokens: list[str] = file.require("tokenizer.ggml.tokens")
     scores: list[float] = file.require("tokenizer.ggml.scores")
@@ -120,29 +127,27 @@ def _sentencepiece_bpe(file: GGUFFile) -> tokenizers.Tokenizer | None:
         pairs = [(a, b) for a, b in splits if a in vocab and b in vocab]
         merges.extend(sorted(pairs, key=lambda pair: (vocab[pair[0]], vocab[pair[1]])))
     unknown = tokens[file.get("tokenizer.ggml.unknown_token_id", 0)]
-    tokenizer = tokenizers.Tokenizer(
-        tokenizers.models.BPE(
-            vocab=vocab, merges=merges, unk_token=unknown, fuse_unk=True, byte_fallback=True
-        )
+    tokenizer = Tokenizer(
+        models.BPE(vocab=vocab, merges=merges, unk_token=unknown, fuse_unk=True, byte_fallback=True)
     )
-    steps: list[tokenizers.normalizers.Normalizer] = [tokenizers.normalizers.Replace(" ", "▁")]
-    undo: list[tokenizers.decoders.Decoder] = [
-        tokenizers.decoders.Replace("▁", " "),
-        tokenizers.decoders.ByteFallback(),
-        tokenizers.decoders.Fuse(),
+    steps: list[normalizers.Normalizer] = [normalizers.Replace(" ", "▁")]
+    undo: list[decoders.Decoder] = [
+        decoders.Replace("▁", " "),
+        decoders.ByteFallback(),
+        decoders.Fuse(),
     ]
     if file.get("tokenizer.ggml.add_space_prefix", True):
-        steps.insert(0, tokenizers.normalizers.Prepend("▁"))
-        undo.append(tokenizers.decoders.Strip(content=" ", left=1, right=0))
-    tokenizer.normalizer = tokenizers.normalizers.Sequence(steps)
-    tokenizer.decoder = tokenizers.decoders.Sequence(undo)
+        steps.insert(0, normalizers.Prepend("▁"))
+        undo.append(decoders.Strip(content=" ", left=1, right=0))
+    tokenizer.normalizer = normalizers.Sequence(steps)
+    tokenizer.decoder = decoders.Sequence(undo)
     return tokenizer
 
 
-def _add_special_tokens(tokenizer: tokenizers.Tokenizer, file: GGUFFile) -> None:
+def _add_special_tokens(tokenizer: Tokenizer, file: GGUFFile) -> None:
     types = file.get("tokenizer.ggml.token_type", [])
     for i, kind in enumerate(types):
         if kind in (_CONTROL, _USER_DEFINED):
             token = tokenizer.id_to_token(i)
             special = kind == _CONTROL
-            tokenizer.add_tokens([tokenizers.AddedToken(token, special=special, normalized=False)])
+            tokenizer.add_tokens([AddedToken(token, special=special, normalized=False)])
