@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -188,16 +189,18 @@ def test_the_commands(fleet: FleetServer, tls: dict[str, str]) -> None:
         )
 
     fleet.complete("x", max_tokens=1, model="a")
-    status = command("status")  # whatever other clusters there are
-    names = re.findall(r"^ *(\w{8}) +running", status.stdout, re.MULTILINE)
-    assert len(names) == 2, status
-    assert re.search(r"^ *a .*\bslot\b", command("adapters").stdout, re.MULTILINE)
     there = {"RAY_ADDRESS": fleet.address}
+    with ThreadPoolExecutor(3) as pool:
+        asked = [pool.submit(command, word) for word in ("status", "adapters")]  # of any cluster here
+        refused = pool.submit(command, "drain", "nobody", **there).result()
+        status, adapters = (each.result().stdout for each in asked)
+    names = re.findall(r"^ *(\w{8}) +running", status, re.MULTILINE)
+    assert len(names) == 2, status
+    assert refused.returncode == 2 and names[1] in refused.stderr
+    assert re.search(r"^ *a .*\bslot\b", adapters, re.MULTILINE)
     assert "drains" in command("drain", names[0], **there).stdout
     until(lambda: fleet.metric("aioengine_fleet_replica_up", replica=names[0]) == 0, 10)
     for index in range(4):
         fleet.complete(f"elsewhere {index}", max_tokens=2)
     command("drain", names[0], "--undo", **there)
     until(fleet.healthy, 10)
-    refused = command("drain", "nobody", **there)
-    assert refused.returncode == 2 and names[1] in refused.stderr

@@ -8,17 +8,19 @@ import re
 import signal
 import socket
 import ssl
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from typing import Any
 
 import openai
 import psutil
+import pytest
 from support.fleet_process import FleetServer, command_line, needs_ray, until
 
 needs_ray()
 
 STREAMS = 32
-TOKENS = 300
+TOKENS = 200
 
 
 def request(index: int) -> dict[str, Any]:
@@ -47,26 +49,43 @@ async def streamed(client: openai.AsyncOpenAI, index: int, seen: list[int]) -> l
     return tokens
 
 
+@asynccontextmanager
+async def client_of(fleet: FleetServer) -> AsyncIterator[openai.AsyncOpenAI]:
+    url = f"{fleet.url}/v1"
+    async with openai.AsyncOpenAI(base_url=url, api_key="none", max_retries=0, timeout=120) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def undisturbed(shared_fleet: FleetServer) -> list[list[int]]:
+    """The tokens of all streams when nothing happens."""
+
+    async def streams() -> list[list[int]]:
+        async with client_of(shared_fleet) as client:
+            return await asyncio.gather(*[streamed(client, i, [0] * STREAMS) for i in range(STREAMS)])
+
+    found = asyncio.run(streams())
+    assert {len(tokens) for tokens in found} == {TOKENS}
+    return found
+
+
 async def disturbed(
     fleet: FleetServer, pid: int, number: signal.Signals, meanwhile: Callable[[], None] = lambda: None
-) -> None:
-    """All streams twice: undisturbed, and with a signal for one replica in the middle, after which
-    ``meanwhile`` is called."""
-    client = openai.AsyncOpenAI(base_url=f"{fleet.url}/v1", api_key="none", max_retries=0, timeout=120)
-    seen = [0] * STREAMS
-    expected = await asyncio.gather(*[streamed(client, i, seen) for i in range(STREAMS)])
-    assert {len(tokens) for tokens in expected} == {TOKENS}
+) -> list[list[int]]:
+    """The tokens of all streams with a signal for one replica in the middle, after which ``meanwhile`` is
+    called."""
     migrations = fleet.metric("aioengine_fleet_migrations_total")
     seen = [0] * STREAMS
-    streams = asyncio.gather(*[streamed(client, i, seen) for i in range(STREAMS)])
-    while sum(number > 0 for number in seen) < STREAMS / 4:
-        await asyncio.sleep(0.001)
-        assert not streams.done()
-    os.kill(pid, number)
-    await asyncio.to_thread(meanwhile)
-    assert await streams == expected
+    async with client_of(fleet) as client:
+        streams = asyncio.gather(*[streamed(client, i, seen) for i in range(STREAMS)])
+        while sum(number > 0 for number in seen) < STREAMS / 4:
+            await asyncio.sleep(0.001)
+            assert not streams.done()
+        os.kill(pid, number)
+        await asyncio.to_thread(meanwhile)
+        found = await streams
     assert fleet.metric("aioengine_fleet_migrations_total") - migrations >= STREAMS / 8
-    await client.close()
+    return found
 
 
 def test_processes_speak_tls_to_each_other(fleet: FleetServer, tls: dict[str, str]) -> None:
@@ -85,7 +104,7 @@ def test_processes_speak_tls_to_each_other(fleet: FleetServer, tls: dict[str, st
             assert wrapped.version() == "TLSv1.3", port
 
 
-async def test_kill_9_in_the_middle_of_streams(fleet: FleetServer) -> None:
+async def test_kill_9_in_the_middle_of_streams(fleet: FleetServer, undisturbed: list[list[int]]) -> None:
     """Streams go on and new requests are answered; what the replica had pinned is computed elsewhere, and
     kept there from then on."""
     system = "Do as you are told. " * 8
@@ -102,16 +121,16 @@ async def test_kill_9_in_the_middle_of_streams(fleet: FleetServer) -> None:
     kept = fleet.message(system, "Who are you?")["cache_creation_input_tokens"]
     assert kept > 100
     [holder] = [name for name, blocks in pinned().items() if blocks > before[name]]
-    await disturbed(fleet, fleet.pid_of(holder), signal.SIGKILL, short_requests)
+    assert await disturbed(fleet, fleet.pid_of(holder), signal.SIGKILL, short_requests) == undisturbed
     moved, again = fleet.message(system, "How are you?"), fleet.message(system, "And who am I?")
     assert moved["cache_creation_input_tokens"] >= kept > moved["cache_read_input_tokens"]
     assert again["cache_read_input_tokens"] >= kept and not again["cache_creation_input_tokens"]
 
 
-async def test_a_hung_replica(fleet: FleetServer) -> None:
+async def test_a_hung_replica(fleet: FleetServer, undisturbed: list[list[int]]) -> None:
     """Nothing raises: only the silence tells. There is no CPU for another replica until this one is gone."""
     pid = fleet.replicas()[0].pid
-    await disturbed(fleet, pid, signal.SIGSTOP)
+    assert await disturbed(fleet, pid, signal.SIGSTOP) == undisturbed
     await asyncio.to_thread(until, lambda: not psutil.pid_exists(pid), 60)
 
 

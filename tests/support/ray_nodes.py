@@ -20,11 +20,6 @@ class Nodes:
         self._cluster = Cluster(initialize_head=True, head_node_args=_NODE)
         self._second: Any = None
 
-    def restart_head(self) -> None:
-        """As a head that was lost and started again: nothing that Ray knew is left."""
-        self.shutdown()
-        self.__init__()  # type: ignore[misc]
-
     def add_second(self) -> None:
         """Unless it is there."""
         if self._second is None:
