@@ -248,6 +248,19 @@ async def test_adapters_that_only_native_models_take_are_refused_with_the_reason
             await engine.load_adapter("a", tmp_path / "adapter")
 
 
+async def test_a_bias_of_the_head_beside_an_adapter_on_it_is_refused_with_the_reason(tmp_path: Path) -> None:
+    """PEFT saves all of a head that an adapter is on. The weight is compared; a head's bias is of no use."""
+    model: Any = randomize(transformers.AutoModelForCausalLM.from_config(config_of("phi")))
+    model.save_pretrained(tmp_path / "model")
+    peft: Any = get_peft_model(model, LoraConfig(r=4, target_modules=["lm_head"]))
+    peft.save_pretrained(str(tmp_path / "whole"))
+    peft.save_pretrained(str(tmp_path / "lora"), save_embedding_layers=False)
+    async with engine_of(tmp_path / "model", lora={"target_modules": ["lm_head"]}) as engine:
+        with pytest.raises(AdapterInvalid, match=r"lm_head\.base_layer\.bias.*save_embedding_layers=False"):
+            await engine.load_adapter("whole", tmp_path / "whole")
+        await engine.load_adapter("lora", tmp_path / "lora")
+
+
 def test_the_native_decoder_alone_refuses_other_models(tmp_path: Path) -> None:
     config_of("gpt2").save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match="architecture 'gpt2' is not supported"):

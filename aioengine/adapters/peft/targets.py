@@ -71,6 +71,11 @@ _BASE_WEIGHT = "base_layer.weight"
 # Why a key that is no part of LoRA on a known module is refused: (part of the key, reason).
 _FOREIGN_KEYS = (
     (
+        ".base_layer.",
+        "the file carries base-model weights; only LoRA weights can be swapped: save it with "
+        "save_embedding_layers=False",
+    ),
+    (
         "lora_embedding_",
         "LoRA is supported on embed_tokens of models that the native decoder runs, and on no other "
         f"embedding: {MERGE}",
@@ -88,7 +93,6 @@ _FOREIGN_KEYS = (
         f"modules_to_save: save it with save_embedding_layers=False, or {MERGE}",
     ),
     (".bias", f"trained biases of the base model are not supported: {MERGE}"),
-    (".base_layer.", "the file carries base-model weights; only LoRA weights can be swapped"),
 )
 
 
