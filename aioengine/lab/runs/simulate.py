@@ -164,10 +164,12 @@ async def _simulate_fleet(
 ) -> tuple[Replayed, dict[str, Any]]:
     assert experiment.replicas is not None
     start = asyncio.get_running_loop().time()
+    config = experiment.engine_config()
+    plan = costs.plan(config)
 
     def make_engine() -> SimulatedEngine:
         policy = lab_policy(spec, workload, start=start)
-        return SimulatedEngine(experiment.engine_config(), costs, policy, metrics=False)
+        return SimulatedEngine(config, costs, policy, metrics=False, plan=plan)
 
     found = await replay_on_fleet(
         workload,

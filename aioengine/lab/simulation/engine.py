@@ -15,6 +15,7 @@ from aioengine.lab.costs.model import CostModel
 from aioengine.lab.costs.view import ModelledCosts
 from aioengine.lab.simulation.device import SimulatedDevice
 from aioengine.lab.workload.requests import AdapterShape
+from aioengine.memory_plan import MemoryPlan
 from aioengine.runtime.assemble import Built
 from aioengine.schedulers import SchedulerPolicy
 
@@ -28,7 +29,8 @@ class SimulatedEngine(AsyncEngine):
     For a loop in virtual time (``run_in_virtual_time``); on any other it takes the time
     that it simulates. It has no tokenizer: prompts are token ids, of which 0 always is one.
     Decisions are timed on the loop's clock as well, on which they take none: so no policy overruns its
-    budget, and every run does the same.
+    budget, and every run does the same. ``plan`` is the memory plan of an engine of this configuration, if it
+    is known already; a large fleet makes it once.
     """
 
     def __init__(
@@ -38,9 +40,11 @@ class SimulatedEngine(AsyncEngine):
         policy: SchedulerPolicy | None = None,
         *,
         metrics: bool = True,
+        plan: MemoryPlan | None = None,
     ) -> None:
         super().__init__(config, policy)
         self._with_metrics = metrics
+        self._known_plan = plan
         self.costs = costs
         spec = costs.spec
         self._end_token = spec.vocab_size - 1
@@ -51,7 +55,7 @@ class SimulatedEngine(AsyncEngine):
     async def _build(self, work: ThreadPoolExecutor, progress: LoadProgress | None) -> Built:
         return Built(
             spec=self._spec,
-            plan=self.costs.plan(self.config),
+            plan=self._known_plan or self.costs.plan(self.config),
             tokenizer=None,
             device=self._device,
             resolver=None,
