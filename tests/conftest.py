@@ -4,13 +4,15 @@ One thread, because tiny tensors only lose by sharing the work. No limit, becaus
 machine than of the code. ``--timed`` picks or leaves out the tests that look at the clock, so that they can
 run when nothing else does; they are tried up to three times, since noise only ever makes things slower.
 Where several processes share the files, the long ones are given out first, so that all processes end at about
-the same time.
+the same time. The garbage collector begins with the tests, and does not look at the modules again and again.
 """
 
+import functools
+import gc
 import logging
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import pytest
@@ -32,15 +34,14 @@ settings.register_profile("untimed", deadline=None)
 settings.load_profile("untimed")
 
 TESTS = Path(__file__).parent
-TIMED = [TESTS / part for part in ("attacks", "fleet", "examples/test_proxies.py")]
-"""Their tests watch clients that must not wait for long, or processes that must come up in time."""
-UNTIMED = [TESTS / "attacks" / "test_odd_values.py"] + [
-    TESTS / "fleet" / f"test_{name}.py"
-    for name in (
-        *("autoscaling", "conflicts", "door_imports", "doors", "limits", "misroutes", "refusals"),
-        *("registry", "sizes", "versions"),
-    )
+RAY = ("bad_model", "nodes", "serve_run", "serving", "serving_losses")
+"""Files of tests/fleet that start Ray."""
+TIMED = [
+    *(TESTS / part for part in ("attacks", "examples/test_proxies.py")),
+    *(TESTS / "fleet" / f"test_{name}.py" for name in RAY),
 ]
+"""Their tests watch clients that must not wait for long, or processes that must come up in time."""
+UNTIMED = [TESTS / "attacks" / f"test_{name}.py" for name in ("made_up", "odd_values")]
 """Those among them that do neither."""
 LONG = [
     TESTS / part
@@ -75,6 +76,22 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--timed", choices=("with", "only", "without"), default="with", help="tests of time")
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """What is there once all is imported and collected stays until the end: it is not garbage."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # what is left at the end is reported as a leak by some libraries
+
+
+@functools.cache
 def is_timed(path: Path) -> bool:
     """Whether all tests of a file look at the clock."""
     return path not in UNTIMED and any(part in (path, *path.parents) for part in TIMED)
@@ -104,6 +121,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     wanted = config.getoption("timed")
     if wanted == "with":
         return
-    kept = [item for item in items if bool(item.get_closest_marker("timed")) == (wanted == "only")]
-    config.hook.pytest_deselected(items=[item for item in items if item not in set(kept)])
+    kept, left = [], []
+    for item in items:
+        timed = item.get_closest_marker("timed") is not None
+        (kept if timed == (wanted == "only") else left).append(item)
+    config.hook.pytest_deselected(items=left)
     items[:] = kept
