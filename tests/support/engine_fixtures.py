@@ -50,21 +50,18 @@ def _expected(model: Path, prompt: tuple[int, ...], count: int, adapter: Path | 
 
 @pytest.fixture(scope="session")
 def tiny_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Tiny]:
-    """``tiny_of(family)``: built once a session."""
-    built: dict[str, Tiny] = {}
+    """``tiny_of(family)``: built once a process, for all modules that import this fixture."""
+    return functools.partial(_tiny_of, tmp_path_factory.getbasetemp())
 
-    def build(family: str) -> Tiny:
-        if family not in built:
-            root = tmp_path_factory.mktemp(family)
-            model = build_model(root / "model", family)
-            adapters = {
-                name: build_adapter(model, root / name, seed=seed, **config)
-                for seed, (name, config) in enumerate(ADAPTERS.items())
-            }
-            built[family] = Tiny(model, adapters)
-        return built[family]
 
-    return build
+@functools.cache
+def _tiny_of(base: Path, family: str) -> Tiny:
+    model = build_model(base / f"tiny-{family}" / "model", family)
+    adapters = {
+        name: build_adapter(model, model.parent / name, seed=seed, **config)
+        for seed, (name, config) in enumerate(ADAPTERS.items())
+    }
+    return Tiny(model, adapters)
 
 
 @pytest.fixture(scope="session")
@@ -76,8 +73,12 @@ def tiny(tiny_of: Callable[[str], Tiny]) -> Tiny:
 @pytest.fixture(scope="session")
 def tiny_text(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
     """A tiny llama whose tokenizer has one token for each of the 256 bytes, and a chat template."""
-    root = tmp_path_factory.mktemp("text")
-    model = build_model(root / "model", "llama", eos_token_id=255)
+    return _tiny_text(tmp_path_factory.getbasetemp())
+
+
+@functools.cache
+def _tiny_text(base: Path) -> Tiny:
+    model = build_model(base / "tiny-text" / "model", "llama", eos_token_id=255)
     alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
     tokenizer = tokenizers.Tokenizer(
         tokenizers.models.BPE(vocab={char: i for i, char in enumerate(alphabet)}, merges=[])
@@ -88,8 +89,7 @@ def tiny_text(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
     (model / "chat_template.jinja").write_text(
         "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
     )
-    adapters = {"a": build_adapter(model, root / "a", seed=1)}
-    return Tiny(model, adapters)
+    return Tiny(model, {"a": build_adapter(model, model.parent / "a", seed=1)})
 
 
 MakeEngine = Callable[..., AsyncEngine]
