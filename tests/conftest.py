@@ -32,6 +32,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     quicken()
 settings.register_profile("untimed", deadline=None)
 settings.load_profile("untimed")
+gc.disable()  # until all tests are collected
 
 TESTS = Path(__file__).parent
 RAY = ("bad_model", "nodes", "serve_run", "serving", "serving_losses")
@@ -79,7 +80,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 @pytest.hookimpl(wrapper=True)
 def pytest_collection() -> Generator[None, object, object]:
     """What is there once all is imported and collected stays until the end: it is not garbage."""
-    gc.disable()
     try:
         return (yield)
     finally:
