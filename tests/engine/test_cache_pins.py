@@ -41,6 +41,19 @@ async def test_a_pinned_prefix_is_still_there_after_a_flood(tiny: Tiny, make_eng
         assert again.token_ids == plain.token_ids
 
 
+async def test_pins_that_requests_take_are_counted(tiny: Tiny, make_engine: MakeEngine) -> None:
+    async with make_engine(tiny, kv_cache_memory="128KiB", max_prefix_pins=1.0) as engine:
+        pin = CachePin(tokens=40, seconds=3600)
+        for seed in range(engine.plan.num_blocks // 10 + 2):
+            await engine.complete(prompt_of(seed, 41), greedy(1), cache_pins=[pin])
+        await engine.complete(prompt_of(99, 100), greedy(1))
+        lost = engine.stats().kv_pins_lost
+        value = engine.metrics.registry.get_sample_value(
+            "aioengine_kv_pins_lost_total", {"engine": "default"}
+        )
+        assert value == lost > 0
+
+
 async def test_the_share_of_pins_is_the_configurations(tiny: Tiny, make_engine: MakeEngine) -> None:
     pin = CachePin(tokens=40)
     for fields, blocks in (

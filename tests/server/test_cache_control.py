@@ -49,6 +49,9 @@ async def client_of(served: Served, key: str = "none") -> AsyncIterator[anthropi
 
 
 def counts(usage: Any) -> tuple[int, int, int]:
+    by_time = usage.cache_creation
+    both = by_time.ephemeral_5m_input_tokens + by_time.ephemeral_1h_input_tokens
+    assert both == usage.cache_creation_input_tokens
     return usage.cache_creation_input_tokens, usage.cache_read_input_tokens, usage.input_tokens
 
 
@@ -168,6 +171,9 @@ async def test_what_is_kept_for_an_hour_is_back_after_a_restart(serve: Serve, tm
             )
             answer = await client.messages.create(system=system, messages=ask, **FIELDS)
             assert answer.usage.cache_read_input_tokens == found
+            assert answer.usage.cache_creation is not None
+            assert answer.usage.cache_creation.ephemeral_1h_input_tokens == kept - found
+            assert counts(answer.usage)[0] >= kept - found + 4, "the rest for 5 minutes"
             await saved.wait()  # it is written by the first, and read by the second
     assert len(os.listdir(tmp_path)) == 1
 

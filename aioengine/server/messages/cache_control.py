@@ -109,6 +109,15 @@ async def find_pins(
     ]
 
 
+def hour_tokens(pins: Sequence[CachePin], block_size: int) -> int:
+    """Return how many tokens are in whole blocks of a prefix that is kept for an hour."""
+    return (
+        max((pin.tokens for pin in pins if pin.seconds >= SECONDS["1h"]), default=0)
+        // block_size
+        * block_size
+    )
+
+
 async def _length(context: Context, prompt: Sequence[int], part: CountRequest, owner: str | None) -> int:
     """Return how many tokens of the prompt are those of ``part``."""
     chat = prompt_of(part)

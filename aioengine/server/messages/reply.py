@@ -19,11 +19,23 @@ _encode = msgspec.json.Encoder().encode
 
 
 class MessagesReply:
-    """The reply of a message. Every block is started, filled and stopped before the next one."""
+    """The reply of a message. Every block is started, filled and stopped before the next one.
+
+    Args:
+        hour_tokens: Number of tokens of the prompt, from the first on, that are to be kept for an hour; other
+            tokens are kept for 5 minutes.
+    """
 
     def __init__(
-        self, message_id: str, model: str, parser: AnswerParser | None, stop_sequences: Sequence[str]
+        self,
+        message_id: str,
+        model: str,
+        parser: AnswerParser | None,
+        stop_sequences: Sequence[str],
+        *,
+        hour_tokens: int = 0,
     ) -> None:
+        self._hour_tokens = hour_tokens
         self._id = message_id
         self._model = model
         self._parser = parser
@@ -41,7 +53,7 @@ class MessagesReply:
         told = b""
         if not self._begun:
             self._begun = True
-            usage = _usage(output, 0)
+            usage = self._usage(output, 0)
             told = _event("message_start", message=self._message([], usage))
         for kind, part in (("thinking", reasoning), ("text", text)):
             if part:
@@ -58,7 +70,7 @@ class MessagesReply:
     def last_events(self, usage: Usage) -> bytes:
         assert self._last is not None
         delta = self._ending(self._last, self._called)
-        told = _event("message_delta", delta=delta, usage=_usage(self._last, usage.completion_tokens))
+        told = _event("message_delta", delta=delta, usage=self._usage(self._last, usage.completion_tokens))
         return told + _event("message_stop")
 
     def failure(self, error: ApiError) -> bytes:
@@ -70,10 +82,10 @@ class MessagesReply:
         content: list[dict[str, Any]] = [{**_THINKING, "thinking": reasoning}] if reasoning else []
         content += [{"type": "text", "text": text}] if text or not (calls or reasoning) else []
         content += [_tool_use(call, call.function.arguments.encode()) for call in calls]
-        message = self._message(content, _usage(output, usage.completion_tokens))
+        message = self._message(content, self._usage(output, usage.completion_tokens))
         return _encode({**message, **self._ending(output, bool(calls))})
 
-    def _message(self, content: list[dict[str, Any]], usage: dict[str, int]) -> dict[str, Any]:
+    def _message(self, content: list[dict[str, Any]], usage: dict[str, Any]) -> dict[str, Any]:
         return {
             "id": self._id,
             "type": "message",
@@ -83,6 +95,23 @@ class MessagesReply:
             "stop_reason": None,
             "stop_sequence": None,
             "usage": usage,
+        }
+
+    def _usage(self, output: RequestOutput, output_tokens: int) -> dict[str, Any]:
+        """Build the usage. ``input_tokens`` counts the tokens of the prompt that were neither in the cache
+        nor are now kept there for a breakpoint."""
+        cached = output.cached_tokens
+        created = max(0, output.pinned_tokens - cached)
+        for_an_hour = max(0, min(output.pinned_tokens, self._hour_tokens) - cached)
+        return {
+            "input_tokens": output.prompt_tokens - cached - created,
+            "cache_read_input_tokens": cached,
+            "cache_creation_input_tokens": created,
+            "cache_creation": {
+                "ephemeral_5m_input_tokens": created - for_an_hour,
+                "ephemeral_1h_input_tokens": for_an_hour,
+            },
+            "output_tokens": output_tokens,
         }
 
     def _ending(self, output: RequestOutput, called: bool) -> dict[str, Any]:
@@ -129,16 +158,3 @@ def _event(kind: str, **fields: Any) -> bytes:
 
 def _tool_use(call: ToolCall, arguments: bytes) -> dict[str, Any]:
     return {"type": "tool_use", "id": call.id, "name": call.function.name, "input": msgspec.Raw(arguments)}
-
-
-def _usage(output: RequestOutput, output_tokens: int) -> dict[str, int]:
-    """Build the usage. ``input_tokens`` counts the tokens of the prompt that were neither in the cache nor
-    are now kept there for a breakpoint."""
-    cached = output.cached_tokens
-    created = max(0, output.pinned_tokens - cached)
-    return {
-        "input_tokens": output.prompt_tokens - cached - created,
-        "cache_read_input_tokens": cached,
-        "cache_creation_input_tokens": created,
-        "output_tokens": output_tokens,
-    }

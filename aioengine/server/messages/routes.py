@@ -10,10 +10,11 @@ from litestar.handlers import HTTPRouteHandler
 from litestar.params import JSONBody
 from litestar.response import Response
 
+from aioengine.request import CachePin
 from aioengine.server.context import Context
 from aioengine.server.framework import RESPONSES, Handled, record_of
 from aioengine.server.messages.api import CountRequest, MessagesRequest
-from aioengine.server.messages.cache_control import breakpoints, find_pins
+from aioengine.server.messages.cache_control import breakpoints, find_pins, hour_tokens
 from aioengine.server.messages.read import prompt_of, to_chat
 from aioengine.server.messages.reply import MessagesReply
 from aioengine.server.openai.chat import encode_messages, start_chat
@@ -32,11 +33,17 @@ def messages_routes(context: Context) -> list[HTTPRouteHandler]:
         record = record_of(request)
         wanted = breakpoints(data)
         chat = await start_chat(context, to_chat(data), record, prefix="msg_")
+        pins: list[CachePin] = []
         if wanted:
             [prompt] = chat.generation.prompts
-            chat.generation.pin(await find_pins(context, prompt, wanted, record.owner))
+            pins = await find_pins(context, prompt, wanted, record.owner)
+            chat.generation.pin(pins)
         reply = MessagesReply(
-            chat.generation.reply_id, data.model, chat.parsers[0], data.stop_sequences or ()
+            chat.generation.reply_id,
+            data.model,
+            chat.parsers[0],
+            data.stop_sequences or (),
+            hour_tokens=hour_tokens(pins, context.engine.config.block_size),
         )
         return Handled(context, chat.generation, reply, stream=data.stream, record=record)
 
