@@ -19,6 +19,8 @@ from aioengine.kernels.cpu import build
 
 COMPILED = {"dtype": "bfloat16", "block_size": 16, "batch_invariant": True}
 KV_INT8 = {**COMPILED, "kv_cache_dtype": "int8"}
+PROCESS = {"executor": "process"}
+TWO_RANKS = {"executor": "process", "tensor_parallel_size": 2}
 needs_compiler = pytest.mark.skipif(build.shutil.which("c++") is None, reason="needs a C++ compiler")
 
 
@@ -30,6 +32,8 @@ needs_compiler = pytest.mark.skipif(build.shutil.which("c++") is None, reason="n
         {"model_impl": "transformers"},
         pytest.param(COMPILED, marks=needs_compiler),
         pytest.param(KV_INT8, marks=needs_compiler),
+        PROCESS,
+        TWO_RANKS,
     ],
     ids=str,
 )
@@ -37,6 +41,7 @@ async def test_a_prefix_is_back_after_a_restart_with_the_same_bits(
     fields: dict[str, Any], tiny: Tiny, make_engine: MakeEngine, tmp_path: Path
 ) -> None:
     size = fields.get("block_size", 4)
+    first = "0.k.0" if fields is TWO_RANKS else "k.0"
     whole = 40 // size * size
     async with running(make_engine, tiny, tmp_path / "kv", **fields) as moves:
         await moves.engine.complete([*PREFIX, 7], SCORED, cache_pins=[PIN])
@@ -46,7 +51,7 @@ async def test_a_prefix_is_back_after_a_restart_with_the_same_bits(
     [file] = files(tmp_path / "kv")
     assert file.stat().st_mode & 0o077 == 0 and file.parent.stat().st_mode & 0o077 == 0
     with safe_open(str(file), "pt") as opened:  # any reader of safetensors can
-        assert len(opened.keys()) > 0 and opened.get_slice("k.0").get_shape()[0] == 40 // size
+        assert len(opened.keys()) > 0 and opened.get_slice(first).get_shape()[0] == 40 // size
     async with running(make_engine, tiny, tmp_path / "kv", **fields) as moves:
         output = await moves.engine.complete([*PREFIX, 9], SCORED, cache_pins=[PIN])
         assert (output.cached_tokens, output.pinned_tokens) == (whole, whole)
@@ -59,6 +64,19 @@ async def test_a_prefix_is_back_after_a_restart_with_the_same_bits(
         assert stats.kv_blocks_free == stats.kv_blocks
         labels = {"engine": "default", "action": "loaded"}
         assert moves.engine.metrics.registry.get_sample_value("aioengine_prefix_files_total", labels) == 1
+
+
+async def test_a_thread_and_a_process_have_the_same_files_and_ranks_others(
+    tiny: Tiny, make_engine: MakeEngine, tmp_path: Path
+) -> None:
+    for fields, found in (({}, 0), (PROCESS, 40), (TWO_RANKS, 0), ({}, 40)):
+        async with running(make_engine, tiny, tmp_path, **fields) as moves:
+            output = await moves.engine.complete([*PREFIX, 7], SCORED, cache_pins=[PIN])
+            assert output.cached_tokens == found, fields
+            assert output.token_ids == tiny.expected([*PREFIX, 7], 6)
+            if not found:
+                await moves.saved()
+    assert len(files(tmp_path)) == 2
 
 
 async def test_an_adapter_and_a_salt_have_their_own(

@@ -76,7 +76,7 @@ def test_engines_with_equal_process_ids_share_a_folder(
 @pytest.mark.parametrize(
     "fields",
     [
-        {"executor": "process"},
+        {"executor": "ray"},
         {"lora": LoRAConfig(slot_memory="shared")},
         {"enable_prefix_caching": False},
         {"max_prefix_pins": 0},

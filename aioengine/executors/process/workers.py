@@ -102,6 +102,10 @@ class Workers:
         """Names of the kernels that compute the steps; known when the workers have started."""
         self.variance: str | None = None
         """Why a token's bits depend on its batch; known when the workers have started."""
+        self.kv_layouts: list[str] = []
+        """Description of each rank's KV blocks; known when the workers have started."""
+        self.block_bytes = 0
+        """Bytes of a KV block on each rank; known when the workers have started."""
         self._workers: list[WorkerConnection] = []
         self._listeners: list[asyncio.Task[None]] = []
         self._calls: dict[int, Call] = {}
@@ -128,6 +132,8 @@ class Workers:
             blocks = min(plan.num_blocks for plan in plans) if num_blocks is None else num_blocks
             built = await self.ask(lambda number: wire.Build(number, blocks)).of(wire.Done)
             self.kernels, self.variance = built[0].kernels, built[0].variance
+            self.kv_layouts = [answer.kv_layout for answer in built]
+            self.block_bytes = max(answer.block_bytes for answer in built)
         except BaseException:
             self._kill()
             await self.close()
@@ -185,12 +191,10 @@ class Workers:
         return "" if folder is None else os.path.join(folder, "ranks")
 
     def _start(self, meeting: str) -> Call:
-        call = self._open(patient=False)
         threads = rank_threads(self.size)
-        for worker in self._workers:
-            start = wire.Start(call.number, self._config, worker.rank, self.size, threads, meeting)
-            worker.writer.write(wire.frame(start))
-        return call
+        return self.ask_each(
+            lambda number, rank: wire.Start(number, self._config, rank, self.size, threads, meeting)
+        )
 
     # Asking
 
@@ -199,6 +203,13 @@ class Workers:
         lost."""
         call = self._open(patient=patient)
         self.tell(make(call.number))
+        return call
+
+    def ask_each(self, make: Callable[[int, int], wire.Request]) -> Call:
+        """Send the request ``make(number, rank)`` to each worker. Raises as ``ask``."""
+        call = self._open(patient=False)
+        for worker in self._workers:
+            worker.writer.write(wire.frame(make(call.number, worker.rank)))
         return call
 
     def tell(self, message: wire.Request) -> None:
