@@ -82,6 +82,11 @@ class LoRAConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     allow_nonfinite: bool = False
     """Accept adapters whose weights contain NaN or infinity. Requests for them fail when such a value reaches
     their logits."""
+    merge: bool = False
+    """Keep a second copy of the linears' weights, to which one adapter is added. Steps in which only that
+    adapter runs use it, and cost no more than the base model's. The policy chooses the adapter (``policy =
+    "dlora"``). Only on a CPU, with ``executor="thread"`` and plain weights; tokens then depend on the batch
+    (docs/merging.md)."""
     adapter_root: str | None = None
     """A folder, or a URL such as s3://bucket/adapters, whose subfolders are found by name: an adapter that
     is not registered is looked for here when a request names it."""
@@ -108,6 +113,7 @@ class LoRAConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         _choice(self, "lora_dtype", get_args(LoRADType))
         _boolean(self, "fully_sharded_loras")
         _boolean(self, "allow_nonfinite")
+        _boolean(self, "merge")
         if self.max_cpu_loras is None:
             set_(self, "max_cpu_loras", self.max_loras)
         _integer(self, "max_cpu_loras", low=1)
@@ -207,8 +213,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     kv_cache_dir: str | None = None
     """Folder for prefixes that requests pin with ``CachePin(save=True)``, or ``cache_control`` with
     ``"ttl": "1h"``: they are written there, and read when they are needed and not in the prefix cache, also
-    after a restart. Only with ``executor="thread"``, and where adapters and KV cache have separate memories.
-    None: no prefix is written."""
+    after a restart. Not with ``executor="ray"``, and only where adapters and KV cache have separate
+    memories. None: no prefix is written."""
     kv_cache_dir_bytes: int | str = "4GiB"
     """Bound on the files of prefixes in that folder: bytes, or text."""
     cuda_graphs: bool = True
@@ -368,19 +374,49 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             msgspec.structs.force_setattr(self, "kv_cache_memory", value)
         if self.lora is not None and not isinstance(self.lora, LoRAConfig):
             raise ConfigError(f"lora={self.lora!r}: must be a LoRAConfig, or None for no adapters")
+        if self.lora is not None and self.lora.merge:
+            self._check_merge()
         if not isinstance(self.policy, (str, dict)) or not self.policy:
             raise ConfigError(
                 f"policy={self.policy!r}: must be a name, 'package.module:Class' or a table; pass a "
                 "policy instance to AsyncEngine(config, policy=...)"
             )
 
+    def _check_merge(self) -> None:
+        asked = {
+            "batch_invariant": (
+                self.batch_invariant is True,
+                "tokens depend on whether a step's adapter is alone, and merged",
+                "'auto'",
+            ),
+            "speculation": (
+                self.speculation != "none",
+                "proposals need tokens that do not depend on the batch, and merged ones do",
+                "'none'",
+            ),
+            "quantization": (
+                self.quantization != "none",
+                "the sum of quantized weights and an adapter could not be stored without a loss",
+                "'none'",
+            ),
+            "executor": (self.executor != "thread", "only the thread executor merges", "'thread'"),
+            "device": (self.device == "cuda", "only a CPU has merged weights", "'cpu'"),
+        }
+        for field, (refused, reason, instead) in asked.items():
+            if refused:
+                value = getattr(self, field)
+                raise ConfigError(
+                    f"lora.merge=True with {field}={value!r}: {reason}; set {field}={instead}, or "
+                    "lora.merge=False"
+                )
+
     def _check_kv_cache_dir(self, folder: str) -> None:
         if not isinstance(folder, str) or not folder or "\0" in folder:
             raise ConfigError(f"kv_cache_dir={folder!r}: must be a folder's path, or None")
-        if self.executor != "thread":
+        if self.executor == "ray":
             raise ConfigError(
-                f"kv_cache_dir={folder!r}: executor={self.executor!r} keeps the KV cache in other processes; "
-                "set executor='thread', or kv_cache_dir=None"
+                f"kv_cache_dir={folder!r}: executor='ray' keeps the KV cache on other nodes; set "
+                "executor='thread' or 'process', or kv_cache_dir=None"
             )
         if self.lora is not None and self.lora.shares_memory:
             raise ConfigError(

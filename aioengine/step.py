@@ -188,6 +188,8 @@ class StepContents(NamedTuple):
     decode_tokens: int
     slots: tuple[int, ...]
     """The slots that it uses."""
+    merged: bool = False
+    """Whether it uses merged weights."""
 
 
 class StepBatch(NamedTuple):
@@ -203,6 +205,9 @@ class StepBatch(NamedTuple):
     follows: bool = False
     """Whether each sequence has one token, and that is the token that the step before samples for it.
     ``tokens`` then has ``UNKNOWN`` in its place, and ``history`` may end before it."""
+    merged: int | None = None
+    """uid of the adapter whose merged weights it uses; all sequences are that adapter's. None: it uses the
+    base model's weights."""
 
     def contents(self) -> StepContents:
         """Count what is in the step."""
@@ -215,7 +220,8 @@ class StepBatch(NamedTuple):
             if count == 1 + len(work.draft) and work.start >= work.prompt_len:
                 decode += count
         used = tuple(sorted(slots - {-1}))
-        return StepContents(len(self.sequences), len(used), tokens - decode, decode, used)
+        merged = self.merged is not None
+        return StepContents(len(self.sequences), len(used), tokens - decode, decode, used, merged)
 
     def after(self, before: Sequence[SequenceWork], sampled: Sequence[Sampled | None]) -> StepBatch:
         """Fill in the tokens, where this step follows one of the sequences ``before``, for which these were
@@ -311,6 +317,8 @@ class LoadedAdapter(NamedTuple):
     """Bytes that it takes in a slot, on the rank with the largest share; None: ``nbytes``."""
     invocation: Sequence[int] = ()
     """If it is an activated LoRA adapter, it is applied from these tokens on; none: to all tokens."""
+    mergeable: bool = False
+    """Whether the device may merge it with the base model's weights."""
 
 
 Retrying = Callable[[int, float, AdapterError], None]

@@ -105,6 +105,7 @@ class EngineMetrics(Collector):
             events.AdapterShifted: self._adapter_shifted,
             events.AdapterPlaced: self._adapter_placed,
             events.AdapterEvicted: self._adapter_evicted,
+            events.AdapterMerged: lambda e: self._merge_seconds.at().observe(e.seconds),
             events.AdapterFailed: self._adapter_failed,
             events.ResolverFailed: lambda e: self._resolver_failures.inc((e.reason,)),
             events.AdapterUnloaded: self._adapter_unloaded,
@@ -173,6 +174,7 @@ class EngineMetrics(Collector):
         self._apply()
         self._log_dropped.values[()] = self.dropped_log_lines()
         stats, adapters = self._snapshot(), self._adapters()
+        self._pins_lost.values[()] = stats.kv_pins_lost
         found = [*gauges(self.engine, stats, adapters, self._residency.rank)]
         by_name = (*self._requests.metrics, *self._tenants.metrics)
         found += [metric.family(self.engine) for metric in (*self._metrics, *by_name)]
@@ -203,11 +205,14 @@ class EngineMetrics(Collector):
         self._load_failures = Counters(d.LORA_LOAD_FAILURES, *((reason,) for reason in reasons))
         self._resolver_failures = Counters(d.LORA_RESOLVER_FAILURES, ("invalid",), ("io",), ("internal",))
         self._slot_busy = Counters(d.LORA_SLOT_BUSY)
+        self._merge_seconds = Histograms(d.LORA_MERGE_SECONDS)
+        self._merged_steps = Counters(d.LORA_MERGED_STEPS)
 
     def _define_engine(self) -> None:
         self._refused = Counters(d.REFUSED, ("server",), ("tenant",), ("adapter",))
         self._preemptions = Counters(d.PREEMPTIONS)
         self._cached_tokens = Counters(d.PROMPT_CACHED_TOKENS)
+        self._pins_lost = Counters(d.KV_PINS_LOST)
         self._prefix_files = Counters(d.PREFIX_FILES, ("saved",), ("loaded",))
         self._steps = Histograms(d.STEP, ("prefill",), ("decode",), ("mixed",))
         self._step_tokens = Counters(d.STEP_TOKENS, ("prefill",), ("decode",))
@@ -309,6 +314,8 @@ class EngineMetrics(Collector):
         self._step_tokens.inc(("decode",), event.decode_tokens)
         self._schedule.at().observe(event.schedule_seconds)
         self._decisions.at().observe(event.policy_seconds)
+        if event.merged:
+            self._merged_steps.inc()
         self._batch_sequences.at().observe(event.sequences)
         self._batch_adapters.at().observe(event.adapters)
         for slot in event.slots:

@@ -1,6 +1,14 @@
 """The pure core: a state machine without I/O, clock or torch."""
 
-from aioengine.core.adapters.moves import CopyMove, DropMove, LoadMove, Move, ReleaseMove, StopMove
+from aioengine.core.adapters.moves import (
+    CopyMove,
+    DropMove,
+    LoadMove,
+    MergeMove,
+    Move,
+    ReleaseMove,
+    StopMove,
+)
 from aioengine.core.core import Core, Step
 from aioengine.core.limits import CoreLimits
 
@@ -10,6 +18,7 @@ __all__ = [
     "CoreLimits",
     "DropMove",
     "LoadMove",
+    "MergeMove",
     "Move",
     "ReleaseMove",
     "Step",

@@ -21,6 +21,7 @@ from sortedcontainers import SortedDict
 from aioengine import events
 from aioengine.core.adapters.arena import Arena, rounded
 from aioengine.core.adapters.cpu_cache import least_recently_used
+from aioengine.core.adapters.merging import Merging
 from aioengine.core.adapters.moves import Move
 from aioengine.core.adapters.placing import Placing
 from aioengine.core.adapters.residency import Residency
@@ -112,6 +113,7 @@ class Core:
                 self._emit,
             )
         self.placing = Placing(self.residency, self.border)
+        self.merging = Merging(limits.merges, self.residency.entries, self._emit)
         self.slots = self.residency.slots
         self.cpu = self.residency.cpu
         self.by_policy_name = self.residency.by_policy_name
@@ -163,7 +165,13 @@ class Core:
             note=lambda event: self.outbox.append(event),
         )
         self._view = CoreView(
-            self.residency, self.queues, self.batcher, costs or self._costs, limits.slot_bytes, self.border
+            self.residency,
+            self.queues,
+            self.batcher,
+            costs or self._costs,
+            self.merging,
+            limits.slot_bytes,
+            self.border,
         )
         self._rng = random.Random(limits.seed)
         self._next_seq = 0
@@ -375,6 +383,16 @@ class Core:
         if self.residency.placed(entry, now, seconds):
             self._tell("adapter_placed", now, adapter=entry.name)
 
+    def adapter_merged(self, entry: AdapterEntry, now: float, seconds: float) -> None:
+        """Note that the device has merged an adapter with the base model's weights."""
+        self._changes += 1
+        self.merging.merged(entry, now, seconds)
+
+    def adapter_merge_failed(self, entry: AdapterEntry) -> None:
+        """Note that the device could not merge an adapter; its requests run without."""
+        self._changes += 1
+        self.merging.failed(entry)
+
     def adapter_place_failed(self, entry: AdapterEntry, now: float, error: Exception) -> None:
         self.residency.place_failed(entry, now, error)
         self._fail_waiting(entry, now, error)
@@ -417,6 +435,7 @@ class Core:
         self.residency.sweep(
             now
         )  # after the calls that end requests: one may be the last of a retired adapter
+        self.merging.sweep(now)
         if changed or self.placing.pinned_wait:
             self.placing.place_pinned(now)
             self._arranged_at = self._changes
@@ -432,8 +451,10 @@ class Core:
         admitting = {request.adapter.uid for request in decision.admit if request.adapter is not None}
         for reason, item in self.placing.apply(decision, now, admitting):
             self._refuse(reason, item)
+        for reason, item in self.merging.apply(decision.merge, now):
+            self._refuse(reason, item)
         batch = self._form_batch(decision.admit)
-        return Step(batch, self.residency.take_moves())
+        return Step(batch, [*self.merging.take_moves(), *self.residency.take_moves()])
 
     def schedule_next(self, batch: StepBatch, now: float) -> StepBatch | None:
         """Form the step after ``batch``, which is in flight, before its tokens are known.
@@ -463,7 +484,7 @@ class Core:
         self.now = now
         self._following = self._in_flight
         self._begin(work)
-        return StepBatch(self.step, work, batch.slot_ranks, follows=True)
+        return StepBatch(self.step, work, batch.slot_ranks, follows=True, merged=batch.merged)
 
     def take_back(self) -> None:
         """Give up the batch of ``schedule_next``, which no device has begun."""
@@ -498,6 +519,7 @@ class Core:
         self.held.clear()
         self.blocks.forget()
         self.residency.device_lost(now)
+        self.merging.device_lost(now)
         if self.border is not None:
             self.border.forget()
 
@@ -532,7 +554,7 @@ class Core:
         if not work and not moves:
             return None
         self._begin(work)
-        return StepBatch(self.step, work, ranks, moves)
+        return StepBatch(self.step, work, ranks, moves, merged=self.merging.covering(work))
 
     def _begin(self, work: Sequence[SequenceWork]) -> None:
         """Count a step, and note which slots it uses."""
@@ -604,7 +626,8 @@ class Core:
         """Learn from a step's time; ``step_finished`` does it too."""
         learner = self._costs.learner
         if learner is not None and batch.sequences and not batch.moves:
-            learner.learn(StepWork.of(batch.sequences, batch.slot_ranks), seconds)
+            ranks = batch.slot_ranks if batch.merged is None else [0] * len(batch.slot_ranks)
+            learner.learn(StepWork.of(batch.sequences, ranks), seconds)
 
     # Telling others
 
@@ -645,6 +668,7 @@ class Core:
     def check(self) -> None:
         """Assert every invariant; for tests, and cheap enough to run whenever the engine is idle."""
         self.residency.check()
+        self.merging.check()
         holders = [*self.running.values(), *self._zombies]
         self.blocks.check([*(r.held for r in holders), *self.held.tables])
         if self.border is not None:

@@ -50,6 +50,13 @@ class MeasuredCosts:
         known = [took for other in self._adapters.values() if (took := _took(other, stage)) is not None]
         return fmean(known) if known else None
 
+    def merge(self, adapter: str) -> float | None:
+        entry = self._adapters.get(adapter)
+        if entry is not None and entry.merge_seconds is not None:
+            return entry.merge_seconds
+        known = [e.merge_seconds for e in self._adapters.values() if e.merge_seconds is not None]
+        return fmean(known) if known else None
+
     def _seconds(self, work: Iterable[StepWork]) -> float | None:
         if self.learner is None:
             self.learner = Pacer(1.0, self._limits.pair_tokens)

@@ -50,6 +50,7 @@ class Resolved(NamedTuple):
     reject: list[tuple[Request, str]]
     evict: list[AdapterEntry]
     discard: list[AdapterEntry]
+    merge: list[AdapterEntry]
 
     @property
     def moves(self) -> bool:
@@ -57,7 +58,7 @@ class Resolved(NamedTuple):
         return bool(self.place or self.prefetch or self.evict or self.discard)
 
 
-_NOTHING = Resolved([], [], [], [], [], [], [])
+_NOTHING = Resolved([], [], [], [], [], [], [], [])
 
 
 class PolicyGuard:
@@ -144,8 +145,6 @@ class PolicyGuard:
         return self._quiet_until if changes == self._quiet_since else -math.inf
 
     def _resolve(self, decision: Decision) -> Resolved:
-        for name in decision.merge:
-            self._refuse("merge_not_supported", name)
         reject: list[tuple[Request, str]] = []
         for request_id, reason in decision.reject:
             request = self._requests.get(request_id)
@@ -168,6 +167,7 @@ class PolicyGuard:
             reject,
             self._known(decision.evict, self._adapters, "evict_unknown_adapter"),
             self._known(decision.discard, self._adapters, "discard_unknown_adapter"),
+            self._known(decision.merge, self._adapters, "merge_unknown_adapter"),
         )
 
     def _known(self, names: Sequence[str], known: Mapping[str, T], otherwise: str) -> list[T]:

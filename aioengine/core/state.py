@@ -60,6 +60,8 @@ class AdapterEntry:
         "last_tenant",
         "last_used",
         "location",
+        "merge_seconds",
+        "mergeable",
         "name",
         "nbytes",
         "path",
@@ -116,6 +118,8 @@ class AdapterEntry:
         """Labels of its classification head."""
         self.invocation: Sequence[int] = ()
         """If it is an activated LoRA adapter, it is applied from these tokens on."""
+        self.mergeable = False
+        """Whether it may be merged with the base model's weights: it only adds to linears of layers."""
         self.pinned = False
         self.retired = False
         """Whether it is unloaded or replaced: it accepts no new requests, and is freed when the accepted ones
@@ -138,6 +142,7 @@ class AdapterEntry:
         """Time of the last failed copy into a slot."""
         self.disk_seconds: float | None = None
         self.slot_seconds: float | None = None
+        self.merge_seconds: float | None = None
 
     @property
     def oldest_arrival(self) -> float | None:

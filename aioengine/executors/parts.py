@@ -9,7 +9,7 @@ from aioengine.config import EngineConfig
 from aioengine.errors import ConfigError
 from aioengine.info import LoadProgress
 from aioengine.memory_plan import MemoryPlan, plan_memory, resolve_device
-from aioengine.model.coverage import check_invariant
+from aioengine.model.coverage import check_invariant, check_merge
 from aioengine.model.files.resolve import read_spec, resolve_model
 from aioengine.model.parallel.group import SOLO, Group, Shard, SoloGroup
 from aioengine.model.spec import ModelSpec
@@ -53,6 +53,7 @@ def plan_parts(config: EngineConfig, shard: Shard = SOLO, progress: LoadProgress
         torch.cuda.set_device(shard.rank)
     path = resolve_model(config.model, progress)
     spec = read_spec(path, config.model_impl, config.quantization)
+    check_merge(config, spec, device)
     return PartsPlan(path, spec, plan_memory(spec, config, device=device))
 
 
@@ -106,6 +107,7 @@ def build_parts(
         group=group,
         max_num_seqs=config.max_num_seqs,
         fixed_decode=DecodeLimits(config.max_num_seqs, plan.max_model_len) if graphs else None,
+        merges=lora is not None and lora.merge,
     )
     check_invariant(config, runner.variance)
     allocate: Allocate = pageable

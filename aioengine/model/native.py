@@ -36,15 +36,13 @@ _LINEARS = ("qkv", "o", "gate_up", "down")
 
 
 class NativeForward:
-    """Packs a decoder's weights, and runs its steps. ``forward`` is :meth:`Decoder.forward`'s equal.
+    """Runs the steps of a decoder that :func:`pack` has packed. ``forward`` is :meth:`Decoder.forward`'s
+    equal.
 
     The model and the settings must be covered: see :mod:`aioengine.model.coverage`.
     """
 
-    def __init__(
-        self, decoder: Decoder, cache: KVCache, slots: LoRASlots | None, quantization: Quantization = "none"
-    ) -> None:
-        decoder.pack(_packing(decoder, quantization))
+    def __init__(self, decoder: Decoder, cache: KVCache, slots: LoRASlots | None) -> None:
         self._decoder, self._slots = decoder, slots
         self._library = load()
         self.seconds: Tensor | None = None
@@ -276,6 +274,11 @@ class _Segments:
 def _pointers(**tensors: Tensor) -> dict[str, int]:
     assert all(tensor.is_contiguous() for tensor in tensors.values())
     return {name: tensor.data_ptr() for name, tensor in tensors.items()}
+
+
+def pack(decoder: Decoder, quantization: Quantization) -> None:
+    """Store a decoder's weights as the library needs them. It computes nothing else afterwards."""
+    decoder.pack(_packing(decoder, quantization))
 
 
 def _packing(decoder: Decoder, quantization: Quantization) -> Callable[[Weight], Weight]:

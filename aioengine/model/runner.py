@@ -1,4 +1,7 @@
-"""Owns everything on the device and runs steps: weights, KV cache, adapter slots."""
+"""Owns everything on the device and runs steps: weights, KV cache, adapter slots.
+
+The file is long because all of that is built here, in an order that each part depends on.
+"""
 
 from __future__ import annotations
 
@@ -31,6 +34,7 @@ from aioengine.model.penalties import Penalties
 from aioengine.model.pooling import Kind, Pooled, model_pooling, pool
 from aioengine.model.sampler import sample as default_sample
 from aioengine.model.sampler import token_logprobs
+from aioengine.model.slots.merged import MergedDecoder
 from aioengine.model.slots.pool import LoRASlots
 from aioengine.model.slots.shared import SharedMemory
 from aioengine.model.spec import ModelSpec, Quantization
@@ -48,6 +52,8 @@ PIECE_BYTES = 2**25
 """Bytes of float32 logits that are computed at a time to score prompts; there are up to three such
 tensors."""
 
+Forward = tuple[Callable[[StepInputs], Tensor], Callable[[StepInputs], LastLayer]]
+"""``forward`` and ``layers_forward`` of a decoder."""
 Sampler = Callable[[Tensor, Sequence[SequenceWork]], list[Sampled]]
 """``sample(logits [N, vocab], rows)``: one :class:`Sampled` for each row."""
 
@@ -65,7 +71,8 @@ class ModelRunner:
     ``max_num_seqs`` is how many sequences a step has at most, as far as memory is prepared for them.
     With ``fixed_decode``, decode steps within these limits are recorded and played back if the kernels allow
     for it, by ``record`` (None: as CUDA graphs). With a ``group`` of several ranks, this is one rank's share
-    of the model, and all ranks must be built and execute the same steps; only rank 0 samples.
+    of the model, and all ranks must be built and execute the same steps; only rank 0 samples. With ``merges``
+    there are weights for a merged adapter; see :func:`aioengine.model.coverage.check_merge`.
     Raises :class:`~aioengine.errors.ConfigError` if the weights do not fit ``spec``, if that cannot be
     divided, or if they cannot be quantized here.
     """
@@ -96,6 +103,7 @@ class ModelRunner:
         max_num_seqs: int = 8,
         fixed_decode: DecodeLimits | None = None,
         record: Record | None = None,
+        merges: bool = False,
     ) -> None:
         if sample is None:
             sample = functools.partial(default_sample, penalties=Penalties(max_num_seqs))
@@ -160,7 +168,14 @@ class ModelRunner:
         """The compiled step, where there is one."""
         self.variance: str | None = None
         """Why a token's bits depend on its batch (docs/determinism.md); None: they do not."""
-        self._forward, self._layers_forward = self._choose_forward(block_size, quantization)
+        self._forward = self._merged_forward = self._choose_forward(block_size, quantization)
+        self.merged: MergedDecoder | None = None
+        """Weights with an adapter added to them, if there are any."""
+        if merges:
+            assert isinstance(self.decoder, Decoder) and self.lora_slots is not None
+            self.merged = MergedDecoder(self.decoder, self.lora_slots)
+            self._merged_forward = self._forward_of(self.merged.decoder)
+            self.variance = self.variance or coverage.MERGES
         self.pooling: Kind = model_pooling(weights)
         """Pooling of requests for which neither the request nor its adapter chooses one."""
         self._sample = sample
@@ -186,9 +201,7 @@ class ModelRunner:
 
         return f"cpu-{next(iter(levels()))}" + ("" if self.native is not None else " (torch steps)")
 
-    def _choose_forward(
-        self, block_size: int, quantization: Quantization
-    ) -> tuple[Callable[[StepInputs], Tensor], Callable[[StepInputs], LastLayer]]:
+    def _choose_forward(self, block_size: int, quantization: Quantization) -> Forward:
         """``forward`` and ``layers_forward`` of the compiled step where there is one, else the decoder's."""
         reason: str | None = f"backend {self.decoder.kernels.name!r}"
         slots = self.lora_slots
@@ -204,11 +217,12 @@ class ModelRunner:
         self.variance = coverage.variance(reason, self.group.shard.size)
         if not isinstance(self.decoder, Decoder):
             return self.decoder.forward, self.decoder.layers_forward
+        self._compiled = reason is None
         if reason is None:
-            from aioengine.model.native import NativeForward
+            from aioengine.model.native import pack
 
-            self.native = NativeForward(self.decoder, self.kv_cache, slots, quantization)
-            return self.native.forward, self.native.layers_forward
+            pack(self.decoder, quantization)
+            return self._forward_of(self.decoder)
         if self.decoder.kernels.name == "cpu":
             logger.info("the compiled CPU step does not cover %s; steps run through torch", reason)
         if quantization != "none":
@@ -221,7 +235,16 @@ class ModelRunner:
                 "kv_cache_dtype='int8': only the compiled CPU step has it, which needs a C++ compiler "
                 f"(docs/kernels.md) and does not cover {reason}; set kv_cache_dtype='auto'"
             )
-        decoder, kv_cache, lora_slots = self.decoder, self.kv_cache, slots
+        return self._forward_of(self.decoder)
+
+    def _forward_of(self, decoder: Decoder) -> Forward:
+        kv_cache, lora_slots = self.kv_cache, self.lora_slots
+        if self._compiled:
+            from aioengine.model.native import NativeForward
+
+            native = NativeForward(decoder, kv_cache, lora_slots)
+            self.native = self.native or native
+            return native.forward, native.layers_forward
         # Not through self: memory in a reference cycle would not be free when the runner is gone.
         return (
             lambda inputs: decoder.forward(inputs, kv_cache, lora_slots),
@@ -232,7 +255,7 @@ class ModelRunner:
         from aioengine.model.decode_graphs import CudaGraphs, DecodeSteps
 
         return DecodeSteps(
-            self._forward,
+            self._forward[0],
             limits,
             self.lora_slots,
             block_size=self.kv_cache.block_size,
@@ -309,7 +332,11 @@ class ModelRunner:
         """Return the logits of the sequences that ask for tokens, a row for each token, and the indices of
         these sequences. Fills in ``scored`` and ``pooled``."""
         pools = any(work.params.pooling is not None for work in batch.sequences)
-        if self.decode_steps is not None and not pools:
+        forward, layers_forward = self._forward
+        if batch.merged is not None:
+            assert self.merged is not None and self.merged.uid == batch.merged
+            forward, layers_forward = self._merged_forward
+        elif self.decode_steps is not None and not pools:
             logits = self.decode_steps.run(batch.sequences, batch.slot_ranks)
             if logits is not None:
                 return logits, list(range(len(batch.sequences)))
@@ -317,8 +344,8 @@ class ModelRunner:
         slots = self.lora_slots
         replaced = slots is not None and slots.replaces_logits(inputs.sample_lora)
         if not pools and not replaced and not any(work.score for work in batch.sequences):
-            return self._forward(inputs), asking
-        last = self._layers_forward(inputs)
+            return forward(inputs), asking
+        last = layers_forward(inputs)
         self._score(batch, last, scored)
         if pools:
             pooled.update(self._pool(batch, last))
@@ -382,11 +409,11 @@ class ModelRunner:
         return inputs, asking
 
     def _lora_batch(self, batch: StepBatch, sequences: Iterable[int], counts: list[int]) -> LoRABatch:
-        """``counts`` tokens of each of ``sequences``, by index."""
+        """``counts`` tokens of each of ``sequences``, by index. Merged, nothing is added."""
         # Without slots every sequence must be a base row; LoRABatch refuses anything else.
         ranks = batch.slot_ranks if self.lora_slots is not None else ()
         affine = self.lora_slots.has_affine if self.lora_slots is not None else ()
-        slots = [batch.sequences[i].slot for i in sequences]
+        slots = [batch.sequences[i].slot if batch.merged is None else -1 for i in sequences]
         return LoRABatch(slots, counts, ranks, self.device, slot_affine=affine)
 
 

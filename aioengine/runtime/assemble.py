@@ -100,6 +100,7 @@ async def build_with_workers(
     spec = await loop.run_in_executor(work, read_spec, path, config.model_impl)
     # Only the engine needs the policy, which a message might not be able to hold.
     theirs = msgspec.structs.replace(config, model=str(path.absolute()), policy="fcfs")
+    files = None if config.kv_cache_dir is None else await loop.run_in_executor(work, ModelFiles, path)
     device = ProcessDevice(theirs, RayWorkers if config.executor == "ray" else Workers)
     reading = loop.run_in_executor(work, load_tokenizer, path, config.chat_template)
     plan = msgspec.msgpack.decode(await device.start(progress), type=MemoryPlan)
@@ -109,7 +110,7 @@ async def build_with_workers(
     except BaseException:
         await device.close()
         raise
-    return Built(spec, plan, tokenizer, device, chosen, path)
+    return Built(spec, plan, tokenizer, device, chosen, path, files)
 
 
 def _choose_resolver(config: EngineConfig, resolver: AdapterResolver | None) -> AdapterResolver | None:
@@ -257,6 +258,7 @@ def core_limits(config: EngineConfig, parts: Built) -> CoreLimits:
         max_pinned_blocks=int(parts.plan.num_blocks * config.max_prefix_pins),
         max_pinned_blocks_per_tenant=_share(parts.plan.num_blocks, config.max_prefix_pins_per_tenant),
         draft_constrained=config.executor == "thread",
+        merges=lora is not None and lora.merge,
     )
 
 

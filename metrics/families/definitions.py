@@ -135,6 +135,17 @@ LORA_RESOLVER_FAILURES = Definition(
     "be read: invalid, io or internal. A name that does not exist is none.",
     ("reason",),
 )
+LORA_MERGED = Definition(
+    "aioengine_lora_merged", "gauge", "1 for the adapter whose merged weights are there.", ("adapter",)
+)
+LORA_MERGE_SECONDS = Definition(
+    "aioengine_lora_merge_seconds",
+    "histogram",
+    "Time to make the merged weights of an adapter, beside the steps.",
+    (),
+    SWAP_SECONDS,
+)
+LORA_MERGED_STEPS = Definition("aioengine_lora_merged_steps", "counter", "Steps that used merged weights.")
 LORA_CPU_ADAPTERS_LIMIT = Definition(
     "aioengine_lora_cpu_adapters_limit", "gauge", "Most adapters that the CPU cache may hold."
 )
@@ -359,6 +370,11 @@ KV_BLOCKS_PINNED = Definition(
     "aioengine_kv_blocks_pinned",
     "gauge",
     "KV blocks whose contents requests have pinned in the prefix cache.",
+)
+KV_PINS_LOST = Definition(
+    "aioengine_kv_pins_lost",
+    "counter",
+    "Pinned KV blocks that were reused before their time, because requests needed them.",
 )
 ENGINE_STATE = Definition(
     "aioengine_engine_state",

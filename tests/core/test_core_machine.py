@@ -19,6 +19,7 @@ from aioengine.core.waiting_room import Ticket
 from aioengine.errors import EngineOverloaded
 from aioengine.request import CachePin
 from aioengine.schedulers import Location, SlotState
+from aioengine.schedulers.policies.dlora import DLoRA
 from aioengine.schedulers.policies.fcfs import FCFS
 
 NAMES = ("a", "b", "c", "d")
@@ -37,6 +38,7 @@ class CoreMachine(RuleBasedStateMachine):
         speculation=st.sampled_from(["none", "none", "ngram", "suffix"]),
         window=st.sampled_from([None, None, 1, 5, 8, 13]),
         pinned=st.sampled_from([0, 3, 3, 9]),
+        merges=st.booleans(),
     )
     def start(
         self,
@@ -49,13 +51,15 @@ class CoreMachine(RuleBasedStateMachine):
         speculation: Literal["none", "ngram", "suffix"],
         window: int | None,
         pinned: int,
+        merges: bool,
     ) -> None:
         self.hostile = hostile
         self.versions: list[AdapterEntry] = []
         """Declared, and not published by hand."""
-        policy = Hostile(seed) if hostile else FCFS(max_wait=0.5)
+        kind = FCFS if seed % 2 else DLoRA
+        policy = Hostile(seed) if hostile else kind(max_wait=0.5)
         limits = LIMITS._replace(num_blocks=blocks, cpu_max_bytes=max_bytes, speculation=speculation)
-        limits = limits._replace(max_pinned_blocks=pinned, max_pinned_blocks_per_tenant=5)
+        limits = limits._replace(merges=merges, max_pinned_blocks=pinned, max_pinned_blocks_per_tenant=5)
         limits = limits._replace(window=window, num_blocks=max(blocks if window is None else blocks // 2, 9))
         if slot_memory == "shared":
             limits = limits._replace(
@@ -72,6 +76,7 @@ class CoreMachine(RuleBasedStateMachine):
             limits = limits._replace(max_waiting=6, max_waiting_per_tenant=5, max_waiting_per_adapter=4)
         # Texts that repeat themselves, so that some of what is proposed is right.
         self.sim = CoreSim(limits, policy, lambda history: 2 + history[-1] % 5 + len(history) % 4 // 3)
+        self.sim.unmergeable = {"c"}
         self.copied: list[Held] = []
         """Prefixes that are copied to or from files."""
         self.seen: list[bytes] = []
@@ -210,6 +215,7 @@ class CoreMachine(RuleBasedStateMachine):
                 for work, last in zip(following.sequences, before.sequences, strict=True):
                     assert (work.request_id, work.slot) == (last.request_id, last.slot)
                     assert work.start == last.start + len(last.tokens)
+                assert following.merged == before.merged
 
     @precondition(lambda self: self.sim.following is not None)
     @rule()
@@ -260,6 +266,12 @@ class CoreMachine(RuleBasedStateMachine):
     @rule(which=st.integers(0, 100), fail=st.sampled_from([False, False, False, True]))
     def finish_copy(self, which: int, fail: bool) -> None:
         self.sim.finish_copy(which % len(self.sim.copies), fail=fail)
+
+    @precondition(lambda self: self.sim.merges)
+    @rule(fail=st.sampled_from([False, False, False, True]))
+    def finish_merge(self, fail: bool) -> None:
+        assert len(self.sim.merges) == 1
+        self.sim.finish_merge(fail=fail)
 
     @rule(again=st.booleans())
     def lose_device(self, again: bool) -> None:
@@ -353,6 +365,10 @@ class CoreMachine(RuleBasedStateMachine):
         assert len(batch.sequences) <= LIMITS.max_num_seqs
         blocks = [b for w in batch.sequences for b in w.block_table[w.start // LIMITS.block_size :]]
         assert len(blocks) == len(set(blocks)), "two sequences would write one block"
+        merged = core.merging.entry
+        alone = {w.slot for w in batch.sequences} == {None if merged is None else merged.slot}
+        assert (batch.merged is not None) == alone, "if and only if all are its requests"
+        assert batch.merged is None or (merged is not None and batch.merged == merged.uid == self.sim.merged)
         for work in batch.sequences:
             request = core.requests[work.request_id]
             assert request.status is Status.RUNNING

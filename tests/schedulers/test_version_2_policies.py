@@ -31,6 +31,9 @@ class FixedCosts:
     def load(self, adapter: str, stage: str) -> float | None:
         return 0.1
 
+    def merge(self, adapter: str) -> float | None:
+        return 0.5
+
 
 def sim_of(policy: str, limits: Any = ONE) -> StrictSim:
     sim = StrictSim(limits, load_policy(policy))
@@ -208,7 +211,7 @@ def test_discard_empties_the_slot_as_soon_as_the_last_request_has_ended() -> Non
 
 
 @pytest.mark.parametrize(
-    "name", ["lpm", "session", "toppings:max_step=0.03", "drainer", "admission", "joint", "discard"]
+    "name", ["lpm", "session", "toppings:max_step=0.03", "drainer", "admission", "joint", "discard", "dlora"]
 )
 def test_they_keep_the_contract(name: str) -> None:
     found = check_policy_contract(lambda: load_policy(name), runs=1, turns=30)

@@ -8,7 +8,7 @@ from typing import Any
 from support.shared_memory import DeviceMemory
 
 from aioengine import events
-from aioengine.core import CopyMove, Core, CoreLimits, DropMove, LoadMove, StopMove
+from aioengine.core import CopyMove, Core, CoreLimits, DropMove, LoadMove, MergeMove, StopMove
 from aioengine.core.state import AdapterEntry, Request
 from aioengine.errors import AdapterLoadError, EngineDead
 from aioengine.request import RequestOptions, SamplingParams
@@ -49,6 +49,11 @@ class CoreSim:
         self.now = 0.0
         self.loads: list[AdapterEntry] = []
         self.copies: list[tuple[AdapterEntry, int]] = []
+        self.merges: list[AdapterEntry] = []
+        self.unmergeable: set[str] = set()
+        """Names of adapters that cannot be merged."""
+        self.merged: int | None = None
+        """The adapter whose merged weights the device has."""
         self.memory: DeviceMemory | None = None
         if limits.shared_block_bytes is not None or limits.window is not None:
             self.memory = DeviceMemory(limits)
@@ -114,6 +119,10 @@ class CoreSim:
                         self.memory.begin(move)
                 case DropMove(entry):
                     self.on_cpu.remove(entry.uid)
+                case MergeMove(entry):
+                    assert entry.uid in self.on_cpu, "a merge of what is not in CPU memory"
+                    self.merges.append(entry)
+                    self.merged = None
         self.take_events()
         self._read = [slot.entry for slot in self.core.slots.slots]
         return self.batch
@@ -130,6 +139,10 @@ class CoreSim:
     def finish_step(self, seconds: float = 0.01) -> None:
         batch, self.batch, self.following = self.batch, self.following, None
         assert batch is not None
+        if batch.merged is not None:
+            assert batch.merged == self.merged, "the device has no such weights"
+            holders = [self._read[work.slot] for work in batch.sequences]
+            assert all(entry is not None and entry.uid == batch.merged for entry in holders)
         if batch.follows:
             batch = batch.after(*self._last)
         if self.memory is not None:
@@ -158,6 +171,7 @@ class CoreSim:
             self.core.adapter_load_failed(entry, self.now, error, "io")
         else:
             self.on_cpu.add(entry.uid)
+            entry.mergeable = entry.label not in self.unmergeable
             self.core.adapter_loaded(
                 entry,
                 self.now,
@@ -180,8 +194,19 @@ class CoreSim:
             self.core.adapter_placed(entry, self.now, 0.01)
         self.take_events()
 
+    def finish_merge(self, *, fail: bool = False, seconds: float = 0.5) -> None:
+        entry = self.merges.pop(0)
+        if fail:
+            self.core.adapter_merge_failed(entry)
+        else:
+            self.merged = entry.uid
+            self.core.adapter_merged(entry, self.now, seconds)
+        self.take_events()
+
     def lose_device(self) -> None:
         """What ran, was loaded, or was under way is gone."""
+        self.merges.clear()
+        self.merged = None
         self.batch = self.following = None
         self.loads.clear()
         self.copies.clear()

@@ -40,4 +40,10 @@ class ReleaseMove(NamedTuple):
     files: AdapterFiles
 
 
-Move = LoadMove | StopMove | CopyMove | DropMove | ReleaseMove
+class MergeMove(NamedTuple):
+    """Make the weights of the base model with an adapter added to them, beside the base model's own."""
+
+    entry: AdapterEntry
+
+
+Move = LoadMove | StopMove | CopyMove | DropMove | ReleaseMove | MergeMove

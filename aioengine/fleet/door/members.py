@@ -315,7 +315,9 @@ class Members:
         hellos = [m.hello for m in self.members.values()]
         block = self.config.engine.block_size
         counted = dict.fromkeys(
-            name for name in EngineStats.__struct_fields__ if name not in ("slots", "block_size")
+            name
+            for name in EngineStats.__struct_fields__
+            if name not in ("slots", "block_size", "merged")  # what is merged in one replica is not so in all
         )
         values: dict[str, int] = dict.fromkeys(counted, 0)
         values |= {
@@ -327,7 +329,7 @@ class Members:
             "kv_blocks": sum(hello.kv_tokens for hello in hellos) // block,
             "kv_blocks_free": sum(status.free_kv_tokens for status in statuses) // block,
         }
-        return EngineStats(slots=tuple(slots), block_size=block, **values)
+        return EngineStats(slots=tuple(slots), block_size=block, merged=None, **values)
 
 
 def _tiers(adapters: Sequence[AdapterInfo]) -> Tiers:

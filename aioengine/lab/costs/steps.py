@@ -57,6 +57,8 @@ def step_shape(batch: StepBatch) -> StepShape:
         tokens += count
     if last >= 0:
         adapters.append((ranks[last], tokens))
+    if batch.merged is not None:
+        adapters.clear()
     return StepShape(
         decode_rows,
         decode_kv,

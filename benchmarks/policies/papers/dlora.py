@@ -32,7 +32,8 @@ def dlora(lab: Lab) -> Table:
     """dLoRA, OSDI'24: up to 1.8 times lower average latency than S-LoRA, by merging an adapter while it has
     most of the requests.
 
-    No engine here has a merged mode, so this is worked out on the cost model: a batch of decoding requests of
+    An engine here merges beside the steps, and others do not wait for that. The paper's merged mode, in which
+    they do, is worked out on the cost model: a batch of decoding requests of
     which a share is for one adapter and the others are for one each. Merged, only that adapter's requests
     run, without any cost for LoRA; unmerged, all run. Both ways the requests that do not fit wait.
     """
