@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from aioengine.errors import AioEngineError, ConfigError
+from aioengine.errors import AioEngineError, ConfigError, RequestInvalid
 from aioengine.schedulers.nearest import nearest as _nearest_name
 
 
@@ -135,6 +135,22 @@ def read_json(path: str | Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise ConfigError(f"{path}: expected a JSON object, found {type(found).__name__}")
     return found
+
+
+def check_items(what: str, values: Any, most: int) -> None:
+    """Raise RequestInvalid if all lists in ``values``, plain data, have more than ``most`` items together.
+    (What an object holds is bounded elsewhere, by its names.)"""
+    left = most
+    found = [values]
+    while found:
+        inner = found.pop()
+        if isinstance(inner, dict):
+            inner = inner.values()
+        else:
+            left -= len(inner)
+            if left < 0:
+                raise RequestInvalid(f"the lists in {what} have more than {most} items together; send fewer")
+        found += [value for value in inner if isinstance(value, dict | list | tuple)]
 
 
 S = TypeVar("S", bound=msgspec.Struct)

@@ -8,6 +8,7 @@ from typing import Any
 
 import msgspec
 
+from aioengine.checks import check_items
 from aioengine.errors import RequestInvalid
 
 MiB = 2**20
@@ -19,6 +20,8 @@ MAX_SCHEMAS = 20_000
 """Bound on the schemas within a schema, those behind references included."""
 MAX_CHARACTERS = 2**21
 """Bound on the characters that are written for the schemas of one request, references included."""
+MAX_ITEMS = 2**19
+"""Bound on the items of all lists in a schema. Writing them as JSON cannot be interrupted."""
 MAX_PROPERTIES = 2_000
 """Bound on the properties of one object. The compiler's time grows with the square of their number, because
 any other property may follow an optional one: 2,000 take 0.3 s, 5,000 take two to seven."""
@@ -55,6 +58,12 @@ class GrammarLimits(msgspec.Struct, frozen=True, kw_only=True):
     """Maximum grammars of one tenant that wait to be compiled."""
     room_seconds: float = 0.5
     """Seconds (wall time) that a compile waits for requests to end if there are too many processes."""
+
+
+def check_lists(schema: Any) -> None:
+    """Raise RequestInvalid if a schema's lists have too many items."""
+    if isinstance(schema, dict):
+        check_items("the schema", schema, MAX_ITEMS)
 
 
 def check_properties(names: Collection[str]) -> None:

@@ -24,7 +24,7 @@ import msgspec
 
 from aioengine.errors import RequestInvalid
 from aioengine.grammars.alternatives import are_disjoint, types
-from aioengine.grammars.limits import MAX_DEPTH, SchemaBudget, check_properties
+from aioengine.grammars.limits import MAX_DEPTH, SchemaBudget, check_lists, check_properties
 from aioengine.grammars.references import References
 
 FORMATS = frozenset(
@@ -100,6 +100,7 @@ def prepare_schema(
             schema = msgspec.json.decode(schema)
         except (msgspec.DecodeError, RecursionError) as error:
             raise RequestInvalid(f"the schema is not JSON: {error}") from error
+    check_lists(schema)
     writer = _Writer(schema, options, budget or SchemaBudget())
     written = {**writer.write(), "x-guidance": options.guidance}
     try:

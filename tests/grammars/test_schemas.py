@@ -17,7 +17,7 @@ from support.byte_tokens import TOKENS, llguidance
 from support.machine import slowness
 
 from aioengine.errors import RequestInvalid
-from aioengine.grammars.limits import MAX_CHARACTERS, MAX_DEPTH, MAX_SCHEMAS
+from aioengine.grammars.limits import MAX_CHARACTERS, MAX_DEPTH, MAX_ITEMS, MAX_SCHEMAS
 from aioengine.grammars.schemas import FORMATS, SchemaOptions, arguments_schema, prepare_schema
 
 STRICT = SchemaOptions(lenient=False)
@@ -463,3 +463,14 @@ def test_what_many_references_lead_to_is_not_written_without_bound(what: str, ho
 def test_too_many_properties_of_an_object_are_refused_at_once(schema: Any) -> None:
     with pytest.raises(RequestInvalid, match="2001 properties, and at most 2000"):
         prepare_schema(schema, SchemaOptions())
+
+
+@pytest.mark.parametrize("place", ["enum", "const", "examples"])
+def test_too_many_items_are_refused_before_they_are_written(place: str, monkeypatch: Any) -> None:
+    """Writing them holds the interpreter, also in a thread."""
+    written: list[Any] = []
+    monkeypatch.setattr(json, "dumps", lambda value, **_: written.append(value) or "")
+    for schema in ({place: [1] * (MAX_ITEMS + 1)}, {"items": {place: [[1] * 2] * MAX_ITEMS}}):
+        with pytest.raises(RequestInvalid, match=f"more than {MAX_ITEMS} items"):
+            prepare_schema(schema, SchemaOptions())
+    assert not written

@@ -19,6 +19,7 @@ import jinja2.nodes
 import jinja2.parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from aioengine.checks import check_items
 from aioengine.errors import RequestInvalid
 
 MAX_SECONDS = 1.0
@@ -26,9 +27,9 @@ MAX_SECONDS = 1.0
 templates of common models."""
 MAX_TEXT = 2**25
 """Characters that a template may write."""
-MAX_VALUES = 2**17
-"""Values in the messages, tools and variables of one rendering. A filter such as ``tojson`` cannot be
-interrupted while it writes them."""
+MAX_ITEMS = 2**17
+"""Items of all lists in the messages, tools and variables of one rendering. A filter such as ``tojson``
+cannot be interrupted while it writes them."""
 AT_A_STRETCH = 0.002
 """Seconds after which a rendering releases the interpreter lock, as far as jinja2 can be interrupted."""
 LET_GO = 0.0005
@@ -49,8 +50,8 @@ class ChatTemplate:
 
     def render(self, variables: dict[str, Any]) -> str:
         """Render the template. Raises :class:`~aioengine.errors.RequestInvalid` if the template fails, or
-        takes more than ``MAX_VALUES``, ``MAX_SECONDS`` or ``MAX_TEXT``."""
-        _check_values(variables)
+        takes more than ``MAX_ITEMS``, ``MAX_SECONDS`` or ``MAX_TEXT``."""
+        check_items("the messages, tools and variables of the chat template", variables, MAX_ITEMS)
         budget = self._environment.current.budget = _Budget()
         parts: list[str] = []
         try:
@@ -66,23 +67,6 @@ class ChatTemplate:
         finally:
             self._environment.current.budget = None
         return "".join(parts)
-
-
-def _check_values(variables: dict[str, Any]) -> None:
-    """Raise RequestInvalid if there are more than ``MAX_VALUES`` values in all."""
-    left = MAX_VALUES
-    found: list[Any] = [variables]
-    while found:
-        values = found.pop()
-        left -= len(values)
-        if left < 0:
-            raise RequestInvalid(
-                f"the messages, tools and variables of the chat template have more than {MAX_VALUES} values; "
-                "send fewer"
-            )
-        if isinstance(values, dict):
-            values = values.values()
-        found += [value for value in values if isinstance(value, dict | list | tuple)]
 
 
 class _Budget:
