@@ -226,11 +226,11 @@ class Door:
     def close(self) -> None:
         """End the connection, and the replicas, too, if this was the last door. Blocks."""
         import ray
-        from ray.exceptions import ActorDiedError
+        from ray.exceptions import RayError
 
         try:
-            left = ray.get(self._registry.leave.remote(self.name))
-        except ActorDiedError:  # another door has taken itself for the last one, and ended all
+            left = ray.get(self._registry.leave.remote(self.name), timeout=CONNECT_SECONDS)
+        except RayError:  # another door has taken itself for the last one, and ended all, or the head is gone
             return
         if left == 0:
             _remove(self._config.name)

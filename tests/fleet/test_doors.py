@@ -48,7 +48,7 @@ class Ray:
         monkeypatch.setattr(serve, "delete", self.ended.append)
         monkeypatch.setattr(cluster, "registry_actor", lambda *_: self.registry)
 
-    def _get(self, call: object) -> object:
+    def _get(self, call: object, timeout: float | None = None) -> object:
         if isinstance(self.answer, Exception):
             raise self.answer
         return self.answer

@@ -64,6 +64,7 @@ async def started_fleet(
             client = make_client(config, joined.handle, await reading, tracer_provider, door=joined.name)
             await _all_there(client, config.name)
             logger.info("fleet %s runs on Ray at %s", config.name, cluster.current_address())
+            client.watch_head(cluster.current_address())
         except BaseException:
             await _end(client, joined, ray)
             raise

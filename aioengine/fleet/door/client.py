@@ -23,6 +23,7 @@ from aioengine.fleet.door.adapters import FleetAdapters
 from aioengine.fleet.door.call import Call
 from aioengine.fleet.door.dispatcher import Dispatcher
 from aioengine.fleet.door.grammars import FleetGrammars, SentGrammar
+from aioengine.fleet.door.head import Head
 from aioengine.fleet.door.limits import SharedLimits
 from aioengine.fleet.door.members import Members
 from aioengine.fleet.door.metrics import FleetMetrics
@@ -95,6 +96,7 @@ class FleetClient:
         self._ids: dict[str, Call] = {}
         self._state: EngineState = "new"
         self._closers: list[Callable[[], Awaitable[None]]] = []
+        self._head: Head | None = None
 
     # Life cycle
 
@@ -126,13 +128,19 @@ class FleetClient:
         """Await ``close()`` when this client stops."""
         self._closers.append(close)
 
+    def watch_head(self, address: str) -> None:
+        """Notice when nothing answers at the address of Ray's head any more; see :meth:`until_dead`."""
+        self._head = Head(address)
+
     @property
     def state(self) -> EngineState:
         """State: "running" while a replica takes requests, or while no replica is needed."""
         members = self.members
+        if self._state == "running" and (self.leaving or self.failure is not None):
+            return "draining"
         if self._state == "running" and not members.state.view.accepting and not members.asleep:
             return "starting"
-        return "draining" if self._state == "running" and self.leaving else self._state
+        return self._state
 
     @property
     def degraded(self) -> bool:
@@ -141,8 +149,8 @@ class FleetClient:
 
     @property
     def failure(self) -> errors.EngineDead | None:
-        """None, because the door outlives every loss."""
-        return None
+        """Set while Ray's head does not answer; the door outlives every other loss."""
+        return None if self._head is None else self._head.failure
 
     def step_age(self) -> float:
         """Smallest step age of the replicas, because the fleet makes progress as long as one replica does."""
@@ -150,9 +158,19 @@ class FleetClient:
         return min((status.step_age for status in statuses if status is not None), default=0.0)
 
     async def until_dead(self) -> errors.EngineDead:
-        """Wait for ever, because a lost replica comes back, or another one takes its place."""
-        await asyncio.Event().wait()
-        raise AssertionError("nobody sets it")
+        """Wait until Ray's head is lost, and then until accepted requests have ended, at most
+        ``FINISH_SECONDS``; for ever if it is not watched. Meanwhile new requests are refused; if the head is
+        back in time, all goes on. Lost replicas end nothing: they come back, or others take their place."""
+        if self._head is None:
+            await asyncio.Event().wait()
+        assert self._head is not None
+        while True:
+            lost = await self._head.until_lost()
+            logger.error("%s; accepted requests may finish", lost)
+            if not await self._head.is_back(while_needed=lambda: bool(self._ids)):
+                self._state = "dead"
+                return lost
+            logger.warning("Ray's head answers again")
 
     # Requests
 
@@ -340,6 +358,8 @@ class FleetClient:
         return lambda: None
 
     def _check_running(self) -> None:
+        if self.failure is not None:
+            raise errors.EngineStopped(f"the fleet accepts no requests: {self.failure}")
         if self._state != "running":
             raise errors.EngineStopped(f"the fleet accepts no requests: it is {self._state}")
 
