@@ -17,9 +17,12 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from aioengine.kernels.triton.attention import PART, default_config, rows_of_prompts
+from aioengine.kernels.triton.attention import PART, default_config
+from aioengine.kernels.triton.blocks import FEW_ROWS as FEW_TOKENS
+from aioengine.kernels.triton.blocks import FORMATS, BlockConfig, default_blocks
 from aioengine.kernels.triton.experts import BLOCK_K, BLOCK_N, ROWS
 from aioengine.kernels.triton.jit.attention import attention_kernel
+from aioengine.kernels.triton.jit.blocks import block_linear_kernel
 from aioengine.kernels.triton.jit.elementwise import affine_kernel, embed_kernel
 from aioengine.kernels.triton.jit.expand import expand_kernel
 from aioengine.kernels.triton.jit.experts import expert_kernel
@@ -32,7 +35,7 @@ from aioengine.kernels.triton.jit.layer import (
 from aioengine.kernels.triton.jit.shrink import shrink_kernel
 from aioengine.kernels.triton.launch import power_of_two
 from aioengine.kernels.triton.layer import SILU_COLUMNS, norm_warps, rope_heads
-from aioengine.kernels.triton.query_tiles import FEW_ROWS
+from aioengine.kernels.triton.query_tiles import FEW_ROWS, rows_of_prompts
 from aioengine.kernels.triton.table import (
     AFFINE_COLUMNS,
     EMBED_RANKS,
@@ -124,6 +127,7 @@ def variants() -> list[Variant]:
             for group in GROUPS:
                 found.update(dict.fromkeys(of_attention(dtype, bits, head_dim, group)))
         found.update(dict.fromkeys(of_elementwise(dtype)))
+        found.update(dict.fromkeys(of_blocks(dtype, bits)))
     return list(found)
 
 
@@ -189,6 +193,27 @@ def of_elementwise(dtype: str) -> tuple[Variant, ...]:
     )
 
 
+def of_blocks(dtype: str, bits: int) -> Iterator[Variant]:
+    """List products with quantized weights: few tokens and many, small and large groups, narrow and wide
+    weights, with inputs that are ordered or not."""
+    for rows in (FEW_TOKENS, FEW_TOKENS + 1):
+        for n, group in ((4096, 128), (28672, 128), (4096, 32)):
+            config = default_blocks(rows, n, group, bits)
+            for format in FORMATS:
+                yield of_block(format, dtype, config)
+            yield of_block("int4", dtype, config, zeros=True)
+        config = default_blocks(rows, 4096, 128, bits, ordered=True)
+        yield of_block("int4", dtype, config, zeros=True, ordered=True)
+
+
+def of_block(
+    format: str, dtype: str, config: BlockConfig, *, zeros: bool = False, ordered: bool = False
+) -> Variant:
+    constants = {"FORMAT": FORMATS[format], "ZEROS": int(zeros), "ORDERED": int(ordered), "BIAS": 0}
+    constants |= {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k}
+    return Variant("block_linear", dtype, tuple(constants.items()), config.num_warps, config.num_stages)
+
+
 def compile_variant(variant: Variant, capability: int) -> Usage:
     """Compiles (a second or so) for NVIDIA GPUs of this compute capability; tensors 16-byte aligned, sizes
     multiples of 16, as model dimensions are.
@@ -226,14 +251,22 @@ _KERNELS: Mapping[str, Any] = {
     "add_rms_norm": add_rms_norm_kernel,
     "activate": activate_kernel,
     "rope_store": rope_store_kernel,
+    "block_linear": block_linear_kernel,
 }
 _POINTERS = {
+    "data_ptr": "*u8",
+    "zero_ptr": "*i16",
+    "group_of_ptr": "*i32",
+    "scale_ptr": "*fp32",
     **dict.fromkeys(("tiles_ptr", "tables_ptr", "arrivals_ptr"), "*i32"),
     **dict.fromkeys(("ids_ptr", "cells_ptr", "table_ptr"), "*i64"),
     **dict.fromkeys(("scales_ptr", "partials_ptr", "stats_ptr", "cos_ptr", "sin_ptr"), "*fp32"),
 }
 _FLOATS = ("eps", "scale", "soft_cap", "offset", "factor", "alpha", "limit")
-_ANY_NUMBER = (*_FLOATS, "heads", "kv_heads", "window", "table_stride", "most_parts", "place")
+_ANY_NUMBER = (
+    *(*_FLOATS, "heads", "kv_heads", "window", "table_stride", "most_parts", "place"),
+    *("tokens", "middle", "group", "groups"),
+)
 
 
 def _type(argument: str, dtype: str, constants: Mapping[str, int]) -> str:

@@ -1,11 +1,11 @@
 """The backend ``triton``: the operations of a layer except its linears as Triton kernels, for GPUs.
 
-The linears are cuBLAS's, through torch.
+The linears are cuBLAS's, through torch, except those of quantized checkpoints.
 """
 
-from aioengine.kernels.portable.plain import linear as linear
 from aioengine.kernels.portable.plain import soft_cap_ as soft_cap_
 from aioengine.kernels.triton.attention import paged_attention as paged_attention
+from aioengine.kernels.triton.blocks import linear as linear
 from aioengine.kernels.triton.experts import expert_linear as expert_linear
 from aioengine.kernels.triton.layer import add_rms_norm as add_rms_norm
 from aioengine.kernels.triton.layer import clamped_swiglu as clamped_swiglu

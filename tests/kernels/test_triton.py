@@ -23,6 +23,7 @@ OPS = [
         ("kernels", "test_layer_ops.py"),
         ("kernels", "test_expert_ops.py"),
         ("kernels", "test_played_steps.py"),
+        ("kernels", "test_triton_blocks.py"),
         ("model", "test_families.py"),
     )
 ]

@@ -27,6 +27,7 @@ def sample() -> list[aot.Variant]:
         chosen.append(aot.of_expand(dtype, default_expand(Key.of("expand", bits, rank, 4096, longest))))
     chosen += [*aot.of_attention("bf16", 16, 128, 4), *aot.of_attention("bf16", 16, 64, 3)]
     chosen += [*aot.of_attention("fp32", 32, 128, 4), *aot.of_rope("bf16", 128), aot.of_norm("bf16", 4096)]
+    chosen += list(aot.of_blocks("bf16", 16))[::4]
     chosen.append(aot.of_expand("fp32", default_expand(Key.of("expand", 32, 64, 4096, 2048))))
     return chosen
 
@@ -57,6 +58,12 @@ def test_variant(variant: aot.Variant, capability: int) -> None:
             assert set(copies) == {"0x10"}, "and so does x; h may be too small for that"
             # In an expand, B of a rank that is no multiple of 8 has rows that are no whole vectors.
             assert not re.search(r"ld\.global\S*[bu]16 ", usage.ptx)
+        tensor_cores = "mma.sync" in usage.ptx or "wgmma.mma_async" in usage.ptx
+        assert tensor_cores == (variant.dtype != "fp32")
+    blocks = dict(variant.constants)
+    if variant.kernel == "block_linear" and blocks["BLOCK_K"] >= 64:
+        copies = re.findall(r"cp\.async\.c[ag]\.shared\.global \[.*?\], \[.*?\], (\w+)", usage.ptx)
+        assert "0x10" in copies, "weights and x, too"
         tensor_cores = "mma.sync" in usage.ptx or "wgmma.mma_async" in usage.ptx
         assert tensor_cores == (variant.dtype != "fp32")
     if variant.kernel == "attention":

@@ -1,0 +1,140 @@
+"""The product with a quantized weight: ``y = x W^T + bias``, where W is codes with scales for groups."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from aioengine.kernels.triton.jit.product import add_dot
+
+INT4 = tl.constexpr(0)
+INT8 = tl.constexpr(1)
+FP8 = tl.constexpr(2)
+
+
+@triton.jit
+def _values(codes, FORMAT: tl.constexpr):
+    """The numbers that bytes stand for, as float32: int8, or float8 (e4m3fn).
+
+    The exponent of a float8 is moved to where a float32 has its own, which makes it 2^120 times too small, of
+    subnormal numbers, too. So no GPU needs to know the type.
+    """
+    if FORMAT == FP8:
+        wide = codes.to(tl.int32)
+        bits = ((wide & 0x80) << 24) | ((wide & 0x7F) << 20)
+        return bits.to(tl.float32, bitcast=True) * 1.329227995784916e36
+    wide = codes.to(tl.int32)
+    return tl.where(wide > 127, wide - 256, wide).to(tl.float32)
+
+
+@triton.jit(do_not_specialize=["tokens", "middle", "group", "groups"])
+def block_linear_kernel(
+    x_ptr,  # [T, k], rows x_stride apart
+    data_ptr,  # [n, k], or [n, k / 2] if the codes are int4, bytes
+    scale_ptr,  # [n, groups] float32
+    zero_ptr,  # [n, groups] int16, not read unless ZEROS
+    group_of_ptr,  # [k] int32, not read unless ORDERED
+    bias_ptr,  # [n], not read unless BIAS
+    y_ptr,  # [T, n], rows y_stride apart
+    tokens,
+    n_out,
+    k_in,
+    x_stride,
+    y_stride,
+    group,  # inputs of a group, a multiple of BLOCK_K unless ORDERED
+    groups,
+    middle,  # the zero point without ZEROS
+    FORMAT: tl.constexpr,
+    ZEROS: tl.constexpr,
+    ORDERED: tl.constexpr,  # whether inputs of a group need not be neighbours
+    BIAS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """A program: BLOCK_M tokens and BLOCK_N outputs. Grid: (token blocks, output blocks), so that programs
+    next to each other read the same weights.
+
+    Codes less their zero points are whole numbers that every dtype holds. They are multiplied with x on
+    tensor cores and summed over BLOCK_K inputs, and the sum is scaled, in float32. So a weight is never
+    rounded, and scaling costs BLOCK_M operations for BLOCK_K weights. Where inputs are ORDERED, every weight
+    is scaled by itself, and rounded.
+    """
+    m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    k = tl.arange(0, BLOCK_K)
+    token = m.to(tl.int64)
+    row = n.to(tl.int64)
+    inside_m = (m < tokens)[:, None]
+    inside_n = n < n_out
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
+    HALF: tl.constexpr = BLOCK_K // 2
+    half = tl.arange(0, HALF)
+    x_at = x_ptr + token[:, None] * x_stride + k[None, :]
+    if FORMAT == INT4:
+        data_at = data_ptr + row[:, None] * (k_in // 2) + half[None, :]
+    else:
+        data_at = data_ptr + row[:, None] * k_in + k[None, :]
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for start in range(0, k_in, BLOCK_K):
+        x = tl.load(x_at + start, mask=inside_m & (k < k_in - start)[None, :], other=0.0)
+        place = row * groups + start // group
+        if FORMAT == INT4:
+            inside = inside_n[:, None] & (half < (k_in - start) // 2)[None, :]
+            packed = tl.load(data_at + start // 2, mask=inside, other=0).to(tl.int32)
+            # A byte has the codes of two neighbours.
+            even, odd = tl.split(tl.reshape(x, (BLOCK_M, HALF, 2)))
+            low = (packed & 15).to(tl.float32)
+            high = (packed >> 4).to(tl.float32)
+            if ORDERED:
+                at = start + 2 * half
+                low = _scaled(low, scale_ptr, zero_ptr, group_of_ptr, row, at, inside, groups, middle, ZEROS)
+                high = _scaled(
+                    high, scale_ptr, zero_ptr, group_of_ptr, row, at + 1, inside, groups, middle, ZEROS
+                )
+            else:
+                zero = _zero(zero_ptr, place, inside_n, middle, ZEROS)[:, None]
+                low -= zero
+                high -= zero
+            part = add_dot(tl.zeros((BLOCK_M, BLOCK_N), tl.float32), even, tl.trans(low.to(dtype)))
+            part = add_dot(part, odd, tl.trans(high.to(dtype)))
+        else:
+            inside = inside_n[:, None] & (k < k_in - start)[None, :]
+            value = _values(tl.load(data_at + start, mask=inside, other=0), FORMAT)
+            if ORDERED:
+                at = start + k
+                value = _scaled(
+                    value, scale_ptr, zero_ptr, group_of_ptr, row, at, inside, groups, middle, ZEROS
+                )
+            else:
+                if FORMAT == INT8:
+                    value -= _zero(zero_ptr, place, inside_n, middle, ZEROS)[:, None]
+            part = add_dot(tl.zeros((BLOCK_M, BLOCK_N), tl.float32), x, tl.trans(value.to(dtype)))
+        if ORDERED:
+            acc += part
+        else:
+            acc += part * tl.load(scale_ptr + place, mask=inside_n, other=0.0)[None, :]
+    if BIAS:
+        acc += tl.load(bias_ptr + n, mask=inside_n, other=0.0).to(tl.float32)[None, :]
+    y_at = y_ptr + token[:, None] * y_stride + n[None, :]
+    tl.store(y_at, acc.to(y_ptr.dtype.element_ty), mask=inside_m & inside_n[None, :])
+
+
+@triton.jit
+def _zero(zero_ptr, place, inside, middle, ZEROS: tl.constexpr):
+    """The zero points of a group of each row, as float32."""
+    if ZEROS:
+        return tl.load(zero_ptr + place, mask=inside, other=0).to(tl.float32)
+    return tl.zeros(place.shape, tl.float32) + middle
+
+
+@triton.jit
+def _scaled(value, scale_ptr, zero_ptr, group_of_ptr, row, at, inside, groups, middle, ZEROS: tl.constexpr):
+    """Codes [rows, inputs] as weights, by the group of each input."""
+    column = tl.max(inside.to(tl.int32), axis=0) > 0
+    place = row.to(tl.int32)[:, None] * groups + tl.load(group_of_ptr + at, mask=column, other=0)[None, :]
+    if ZEROS:
+        value -= tl.load(zero_ptr + place, mask=inside, other=0).to(tl.float32)
+    else:
+        value -= middle
+    return value * tl.load(scale_ptr + place, mask=inside, other=0.0)

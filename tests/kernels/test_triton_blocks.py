@@ -1,0 +1,175 @@
+"""Products with quantized checkpoints' weights in Triton, against weights that are expanded in float64.
+
+In Triton's interpreter, by way of ``test_triton.py``, or on a GPU.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support.quantized_checkpoints import Quantize, awq, float8, gptq, write_quantized
+from support.random_slots import fill_slot
+from torch import Tensor
+
+from aioengine.kernels.blocks import BlockWeight, StackedWeight
+from aioengine.kernels.portable.dequantize import codes
+from aioengine.kernels.weight import PlainWeight
+from aioengine.model.files.resolve import read_spec
+from aioengine.model.runner import ModelRunner
+from aioengine.request import SamplingParams
+from aioengine.step import Sampled, SequenceWork, StepBatch
+
+blocks = pytest.importorskip("aioengine.kernels.triton.blocks")
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if INTERPRETED else "cuda"
+pytestmark = pytest.mark.skipif(
+    not INTERPRETED and not torch.cuda.is_available(),
+    reason="needs a GPU, or TRITON_INTERPRET=1 as test_triton.py sets it",
+)
+EXAMPLES = 200 if os.environ.get("AIOENGINE_FUZZ_RUNS") else 25
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+"""Of the largest value: that of rounding the result, and of summing in float32."""
+
+
+def weight_of(
+    format: str, n: int, k: int, group: int, dtype: torch.dtype, *, zeros: bool, ordered: bool, seed: int
+) -> BlockWeight:
+    """Every code may appear; of float8 all that are numbers."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(low: int, high: int, *shape: int) -> Tensor:
+        return torch.randint(low, high, shape, generator=generator)
+
+    groups = -(-k // group)
+    data = draw(0, 256, n, k // 2 if format == "int4" else k).to(torch.uint8)
+    if format == "fp8":
+        data[(data & 127) == 127] = 0
+    middle = 8 if format == "int4" else 0
+    low, high = (0, 17) if format == "int4" else (-128, 128)
+    return BlockWeight(
+        format,
+        data.to(DEVICE),
+        k,
+        dtype,
+        scale=(torch.rand(n, groups, generator=generator) + 0.1).to(DEVICE),
+        zero=draw(low, high, n, groups).to(torch.int16).to(DEVICE) if zeros else None,
+        group_of=draw(0, groups, k).to(torch.int32).to(DEVICE) if ordered else None,
+        group=group,
+        middle=middle,
+    )
+
+
+def expanded(weight: BlockWeight) -> Tensor:
+    """[n, k] float64, never rounded to the weight's dtype unless inputs are ordered."""
+    assert weight.scale is not None
+    group = weight.group_of
+    if group is None:
+        group = torch.arange(weight.k, device=weight.data.device) // weight.group
+    group = group.long()
+    zero = weight.middle if weight.zero is None else weight.zero.double()[:, group]
+    whole = (codes(weight.format, weight.data).double() - zero) * weight.scale.double()[:, group]
+    return whole if weight.group_of is None else whole.to(weight.dtype).double()
+
+
+@settings(max_examples=EXAMPLES, deadline=None)
+@given(st.data())
+def test_products_are_those_of_the_expanded_weight(data: st.DataObject) -> None:
+    format = data.draw(st.sampled_from(list(blocks.FORMATS)))
+    dtype = data.draw(st.sampled_from(list(TOLERANCE)))
+    k = data.draw(st.sampled_from([32, 96, 128, 256, 320]))
+    group = data.draw(st.sampled_from([g for g in (32, 64, 128, k) if k % g == 0]))
+    zeros = format != "fp8" and data.draw(st.booleans())
+    ordered = zeros and data.draw(st.booleans())
+    n, rows = data.draw(st.sampled_from([1, 16, 40, 70])), data.draw(st.sampled_from([1, 5, 17, 66]))
+    seed = data.draw(st.integers(0, 1000))
+    weight = weight_of(format, n, k, group, dtype, zeros=zeros, ordered=ordered, seed=seed)
+    assert blocks.covers(weight)
+    generator = torch.Generator().manual_seed(seed)
+    wide = torch.randn(rows, k + 16, generator=generator).to(dtype).to(DEVICE)
+    x = wide[:, :k] if data.draw(st.booleans()) else wide[:, :k].contiguous()
+    bias = torch.randn(n, generator=generator).to(dtype).to(DEVICE) if data.draw(st.booleans()) else None
+    y = blocks.linear(x, weight, bias)
+    expected = x.double() @ expanded(weight).T + (0 if bias is None else bias.double())
+    assert y.dtype == dtype and y.shape == (rows, n)
+    error = (y.double() - expected).abs().max() / expected.abs().max()
+    assert error < TOLERANCE[dtype]
+
+
+def test_a_row_does_not_depend_on_those_beside_it() -> None:
+    """Not even if they are not finite. Few rows and many are cut in the same way along the inputs."""
+    weight = weight_of("int4", 70, 256, 64, torch.float32, zeros=True, ordered=False, seed=0)
+    x = torch.randn(40, 256, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    alone = blocks.linear(x[:3], weight, None)
+    x[5:] = float("nan")
+    beside = blocks.linear(x, weight, None)
+    torch.testing.assert_close(beside[:3], alone, rtol=1e-5, atol=1e-5)
+    assert beside[5:].isnan().all() and not beside[:5].isnan().any()
+
+
+def test_parts_of_a_fused_linear_are_written_beside_each_other() -> None:
+    """Also one that no kernel covers, and a plain one."""
+    few = weight_of("int8", 40, 48, 16, torch.float32, zeros=False, ordered=False, seed=0)
+    assert not blocks.covers(few)
+    parts = [
+        weight_of("int4", 24, 48, 48, torch.float32, zeros=True, ordered=False, seed=1),
+        few,
+        PlainWeight(torch.randn(8, 48, generator=torch.Generator().manual_seed(2)).to(DEVICE)),
+        weight_of("fp8", 16, 48, 48, torch.float32, zeros=False, ordered=False, seed=3),
+    ]
+    whole, bias = StackedWeight(parts), torch.arange(88.0, device=DEVICE)
+    x = torch.randn(20, 48, generator=torch.Generator().manual_seed(4)).to(DEVICE)
+    expected = torch.cat([part.linear(x, None) for part in parts], 1) + bias
+    torch.testing.assert_close(blocks.linear(x, whole, bias), expected, rtol=1e-4, atol=1e-2)
+    assert blocks.linear(x[:0], whole, bias).shape == (0, 88)
+
+
+GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32}
+QUANTIZED: dict[str, tuple[Quantize, dict[str, Any]]] = {
+    "gptq": (gptq(), {**GPTQ, "desc_act": False}),
+    "gptq, ordered": (gptq(ordered=True), {**GPTQ, "desc_act": True}),
+    "awq": (awq(), {"quant_method": "awq", "bits": 4, "group_size": 32}),
+    "float8 in blocks": (
+        float8((32, 32)),
+        {"quant_method": "fp8", "weight_block_size": [32, 32]},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", QUANTIZED)
+def test_a_model_with_adapters_is_exact_relative_to_what_its_checkpoint_stands_for(
+    name: str, tmp_path: Path
+) -> None:
+    quantize, config = QUANTIZED[name]
+    pair = write_quantized(tmp_path, quantize, config, num_hidden_layers=1)
+    logits: list[Tensor] = []
+
+    def keep(found: Tensor, rows: Sequence[SequenceWork]) -> list[Sampled]:
+        logits.append(found.float().cpu())
+        return [Sampled(0) for _ in rows]
+
+    for path, kernels in ((pair.packed, "triton"), (pair.expanded, "torch")):
+        runner = ModelRunner(
+            *(read_spec(path), path), dtype=torch.float32, device=DEVICE, num_blocks=16, block_size=16,
+            max_loras=2, max_lora_rank=8, kernels=kernels, sample=keep,
+        )  # fmt: skip
+        assert runner.lora_slots is not None
+        for slot, rank in enumerate((8, 3)):
+            fill_slot(runner.lora_slots, slot, rank, torch.Generator().manual_seed(slot), affine=slot == 1)
+        if kernels == "triton":
+            linears = runner.decoder.layers[0].linears.values()
+            parts = [part for linear in linears for part in getattr(linear.weight, "parts", [linear.weight])]
+            assert all(isinstance(part, BlockWeight) and blocks.covers(part) for part in parts)
+        ids = list(range(5, 25))
+        works = [
+            SequenceWork(str(i), slot, ids[i:], 0, [2 * i, 2 * i + 1], True, SamplingParams(), i, ids, 20)
+            for i, slot in enumerate((-1, 0, 1))
+        ]
+        runner.execute(StepBatch(0, works, (8, 3)))
+    torch.testing.assert_close(*logits, rtol=1e-3, atol=1e-3)
