@@ -72,6 +72,7 @@ def build_parts(
 
     from aioengine.adapters.store import AdapterStore
     from aioengine.model.buffer import Allocate, pageable
+    from aioengine.model.cuda.working_memory import mixed_sizes
     from aioengine.model.decode_graphs import DecodeLimits
     from aioengine.model.runner import ModelRunner
     from aioengine.model.slots.pinned import FIRST_SLAB_BYTES, PinnedSlabs
@@ -106,7 +107,11 @@ def build_parts(
         progress=progress,
         group=group,
         max_num_seqs=config.max_num_seqs,
-        fixed_decode=DecodeLimits(config.max_num_seqs, plan.max_model_len) if graphs else None,
+        fixed_decode=DecodeLimits(
+            config.max_num_seqs, plan.max_model_len, mixed_sizes(config.max_num_batched_tokens)
+        )
+        if graphs
+        else None,
         merges=lora is not None and lora.merge,
     )
     check_invariant(config, runner.variance)

@@ -1,31 +1,40 @@
-"""Decode steps of fixed sizes, each recorded once and played back: CUDA graphs.
+"""Steps of fixed sizes, each recorded once and played back: CUDA graphs.
 
 Enqueuing a step's launches one by one takes the host longer than a small step takes the GPU. A graph is one
 launch, but it computes the same shapes on the same addresses every time. So a step is padded to the next of
 few sizes, what differs from step to step lies at fixed addresses, and a size is recorded for steps without
-adapters, with adapters, and with adapters that scale or shift (DoRA, biases). Prompts run as they would
-without.
+adapters, with adapters, and with adapters that scale or shift (DoRA, biases). Decode steps are padded to
+numbers of sequences, steps with parts of prompts to numbers of tokens. Steps of more tokens, which keep a GPU
+busy for longer than the host needs, run as they would without.
+
+With several ranks the sums and gathers between them are recorded, too. All ranks record and play the same
+sizes in the same order, because what is played depends only on what all of them know: the batch, and which
+adapters have trained tokens. (Whether an adapter scales or shifts may differ from rank to rank; nothing is
+exchanged for that.)
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from aioengine.kernels import LoRABatch
+from aioengine.kernels import LoRABatch, Span
 from aioengine.kernels.triton.fixed_step import FixedStep
+from aioengine.kernels.triton.mixed_step import MixedShape, MixedStep
+from aioengine.kernels.triton.query_tiles import rows_of_prompts
+from aioengine.kernels.triton.table import SHORT, expand_config, shrink_config
 from aioengine.model.cuda.working_memory import sizes
 from aioengine.model.decoder import StepInputs
+from aioengine.model.parallel.group import Record, Step
 from aioengine.model.slots.pool import LoRASlots
 from aioengine.step import SequenceWork
 
-Step = Callable[[], object]
-Record = Callable[[Step], Step]
-"""Makes of a function that computes a step one that computes it again, from and into the same memory."""
+__all__ = ["CudaGraphs", "DecodeLimits", "DecodeSteps", "Record", "Step"]
 
 
 class DecodeLimits(NamedTuple):
@@ -33,12 +42,16 @@ class DecodeLimits(NamedTuple):
 
     max_num_seqs: int
     max_model_len: int
+    mixed: tuple[int, ...] = ()
+    """Numbers of tokens that steps with parts of prompts are padded to; () leaves such steps alone."""
 
 
 class DecodeSteps:
-    """Plays decode steps back. Recording them, when this is made, takes some time for each size.
+    """Plays decode steps, and mixed ones, back. Recording them, when this is made, takes some time for each
+    size.
 
-    ``forward`` computes a step's logits. The vocabulary and dtype are those of the logits.
+    ``forward`` computes a step's logits. The vocabulary and dtype are those of the logits; ``group`` is the
+    number of query heads of a key head.
     """
 
     def __init__(
@@ -52,8 +65,10 @@ class DecodeSteps:
         dtype: torch.dtype,
         device: torch.device,
         record: Record,
+        group: int = 1,
     ) -> None:
         self._forward, self._slots = forward, slots
+        self._most = limits.max_num_seqs
         self._steps = {
             size: FixedStep(
                 size,
@@ -65,51 +80,119 @@ class DecodeSteps:
             )
             for size in sizes(limits.max_num_seqs)
         }
+        shape = MixedShape(
+            limits.max_num_seqs,
+            -(-limits.max_model_len // block_size),
+            block_size,
+            0 if slots is None else slots.max_loras,
+            1 if slots is None else slots.layout.max_rank,
+            group,
+            rows_of_prompts(8 * dtype.itemsize),
+            SHORT if slots is None else _prompt_tile(slots, 8 * dtype.itemsize),
+        )
+        self._mixed = {size: MixedStep(size, shape, device) for size in sorted(limits.mixed)}
         # One for all sizes: the memory of a graph is used by the next one that is played.
         self._logits = torch.empty(limits.max_num_seqs, vocab_size, dtype=dtype, device=device)
-        self._recorded: dict[tuple[int, str], Step] = {}
+        self._recorded: dict[tuple[FixedStep | MixedStep, str], Step] = {}
         with torch.inference_mode():
-            for size in reversed(self._steps):  # the largest first: the others fit into its memory
+            for step in reversed(self._every):  # the largest first: the others fit into its memory
                 for kind in ("base",) if slots is None else ("base", "lora", "affine"):
-                    self._recorded[size, kind] = record(partial(self._compute, self._steps[size], kind))
+                    self._recorded[step, kind] = record(partial(self._compute, step, kind))
 
     @property
     def nbytes(self) -> int:
         """Device memory of inputs and logits; what recorded steps compute in is not counted."""
-        return self._logits.nbytes + sum(step.nbytes for step in self._steps.values())
+        return self._logits.nbytes + sum(step.nbytes for step in self._every)
+
+    @property
+    def _every(self) -> list[FixedStep | MixedStep]:
+        return [*self._steps.values(), *self._mixed.values()]
 
     def run(self, sequences: Sequence[SequenceWork], slot_ranks: Sequence[int]) -> Tensor | None:
-        """Return the logits [N, vocab] of these sequences, valid until the next call; None if they are no
-        decode step of the recorded sizes, or an adapter has trained tokens."""
-        if any(len(work.tokens) != 1 or not work.sample for work in sequences):
-            return None
-        step = next((step for size, step in self._steps.items() if size >= len(sequences)), None)
-        if step is None or any(len(work.block_table) > step.table_width for work in sequences):
-            return None
+        """Return the logits [N, vocab] of those sequences that ask for a token, valid until the next call;
+        None if this is no step of the recorded sizes, or an adapter has trained tokens."""
         tokens = [] if self._slots is None else self._slots.tokens
         if any(work.slot >= 0 and tokens[work.slot] is not None for work in sequences if tokens):
             return None
-        affine = () if self._slots is None else self._slots.has_affine
-        ranks = () if self._slots is None else slot_ranks
-        lora = LoRABatch([work.slot for work in sequences], [1] * len(sequences), ranks, slot_affine=affine)
+        if all(len(work.tokens) == 1 and work.sample for work in sequences):
+            return self._run_decode(sequences, slot_ranks)
+        return self._run_mixed(sequences, slot_ranks)
+
+    def _run_decode(self, sequences: Sequence[SequenceWork], slot_ranks: Sequence[int]) -> Tensor | None:
+        step = next((step for size, step in self._steps.items() if size >= len(sequences)), None)
+        if step is None or any(len(work.block_table) > step.table_width for work in sequences):
+            return None
+        lora = self._batch(sequences, [1] * len(sequences), slot_ranks)
         step.fill(
             [work.tokens[0] for work in sequences],
             [work.start for work in sequences],
             [work.block_table for work in sequences],
             lora,
         )
-        kind = "affine" if lora.affine else "lora" if lora.segments else "base"
-        self._recorded[step.size, kind]()
+        self._recorded[step, _kind(lora)]()
         return self._logits[: len(sequences)]
 
-    def _compute(self, step: FixedStep, kind: str) -> None:
+    def _run_mixed(self, sequences: Sequence[SequenceWork], slot_ranks: Sequence[int]) -> Tensor | None:
+        if not self._mixed or len(sequences) > self._most:
+            return None
+        counts = [len(work.tokens) for work in sequences]
+        total = sum(counts)
+        step = next((step for size, step in self._mixed.items() if size >= total), None)
+        if step is None or any(work.draft or work.score for work in sequences):
+            return None
+        if any(len(work.block_table) > step.table_width for work in sequences):
+            return None
+        ends = list(accumulate(counts))
+        asking = [i for i, work in enumerate(sequences) if work.sample]
+        lora = self._batch(sequences, counts, slot_ranks)
+        filled = step.fill(
+            [token for work in sequences for token in work.tokens],
+            [Span(end - n, n, work.start) for end, n, work in zip(ends, counts, sequences, strict=True)],
+            [work.block_table for work in sequences],
+            [ends[i] - 1 for i in asking],
+            lora,
+            self._batch([sequences[i] for i in asking], [1] * len(asking), slot_ranks),
+        )
+        if not filled:
+            return None
+        self._recorded[step, _kind(lora)]()
+        return self._logits[: len(asking)]
+
+    def _batch(
+        self, sequences: Sequence[SequenceWork], counts: Sequence[int], slot_ranks: Sequence[int]
+    ) -> LoRABatch:
+        affine = () if self._slots is None else self._slots.has_affine
+        ranks = () if self._slots is None else slot_ranks
+        return LoRABatch([work.slot for work in sequences], counts, ranks, slot_affine=affine)
+
+    def _compute(self, step: FixedStep | MixedStep, kind: str) -> None:
         lora: LoRABatch = getattr(step, kind)
-        inputs = StepInputs(step.token_ids, step.rows, step.attention, lora, lora)
-        self._logits[: step.size].copy_(self._forward(inputs))
+        sampled = lora
+        if isinstance(step, MixedStep) and kind != "base":
+            sampled = step.sample_lora if kind == "lora" else step.sample_affine
+        inputs = StepInputs(step.token_ids, step.rows, step.attention, lora, sampled)
+        self._logits[: len(step.rows)].copy_(self._forward(inputs))
+
+
+def _kind(lora: LoRABatch) -> str:
+    """Return which recording computes a step."""
+    return "affine" if lora.affine else "lora" if lora.segments else "base"
+
+
+def _prompt_tile(slots: LoRASlots, bits: int) -> int:
+    """Return the largest tile of tokens that every launch of an adapter in a mixed step can take."""
+    pools = [pool for layer in (*slots.layers, slots.outer) for pool in layer.values()]
+    found = [SHORT * 4]
+    for pool in pools:
+        rank = pool.slots.max_rank
+        found.append(shrink_config(bits, rank, pool.in_features, SHORT + 1).block_m)
+        found.append(expand_config(bits, rank, sum(pool.widths), SHORT + 1).block_m)
+    return min(found)
 
 
 class CudaGraphs:
-    """Records steps as CUDA graphs, which share the memory that they compute in.
+    """Records steps as CUDA graphs, which share the memory that they compute in. NCCL's calls become a part
+    of them; its communicator is made in the first run before a recording.
 
     Only one may be played at a time, and nothing of a step may be read after the next one has been played.
     """

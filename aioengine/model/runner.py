@@ -189,7 +189,7 @@ class ModelRunner:
     @property
     def _can_record(self) -> bool:
         native = isinstance(self.decoder, Decoder) and not isinstance(self.spec, MixtureSpec)
-        return native and self.decoder.kernels.capturable and self.group.shard.size == 1
+        return native and self.decoder.kernels.capturable
 
     @property
     def kernels(self) -> str:
@@ -262,7 +262,8 @@ class ModelRunner:
             vocab_size=self.spec.vocab_size,
             dtype=self.dtype,
             device=self.device,
-            record=record or CudaGraphs(self.device),
+            record=self.group.traffic.counting(record or CudaGraphs(self.device)),
+            group=self.decoder.spec.num_heads // self.decoder.spec.num_kv_heads,
         )
 
     @property
@@ -339,7 +340,7 @@ class ModelRunner:
         elif self.decode_steps is not None and not pools:
             logits = self.decode_steps.run(batch.sequences, batch.slot_ranks)
             if logits is not None:
-                return logits, list(range(len(batch.sequences)))
+                return logits, [i for i, work in enumerate(batch.sequences) if work.sample]
         inputs, asking = self._prepare(batch)
         slots = self.lora_slots
         replaced = slots is not None and slots.replaces_logits(inputs.sample_lora)

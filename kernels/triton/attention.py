@@ -12,7 +12,7 @@ from aioengine.kernels.backend import LayerCache, Scores
 from aioengine.kernels.plan.attention import AttentionPlan
 from aioengine.kernels.triton.jit.attention import attention_kernel
 from aioengine.kernels.triton.launch import on, power_of_two
-from aioengine.kernels.triton.query_tiles import FEW_ROWS, MANY_ROWS, QueryTiles, Tiles
+from aioengine.kernels.triton.query_tiles import FEW_ROWS, QueryTiles, Tiles, rows_of_prompts
 
 _PROGRAMS = 256
 """Keys are split if there would be fewer programs than this: about two for each multiprocessor of a large
@@ -53,15 +53,11 @@ def default_config(head_dim: int, bits: int, splits: int) -> AttentionConfig:
     return AttentionConfig(block_n, splits, 4 if block_d <= 64 else 8, 2)
 
 
-def rows_of_prompts(bits: int) -> int:
-    """Return the rows of a tile of a long chunk."""
-    return MANY_ROWS if bits == 16 else FEW_ROWS
-
-
 def paged_attention(qkv: Tensor, cache: LayerCache, plan: AttentionPlan, scores: Scores) -> Tensor:
     """Attends to what is stored; see :class:`Backend`."""
     kv_heads, d = cache.keys.shape[2:]
-    out = qkv.new_empty(len(qkv), (qkv.shape[1] - 2 * kv_heads) * d)
+    make = qkv.new_zeros if plan.padded else qkv.new_empty
+    out = make(len(qkv), (qkv.shape[1] - 2 * kv_heads) * d)
     work = plan.derive(QueryTiles)
     bits = 8 * qkv.element_size()
     for tiles in work.of(qkv.shape[1] // kv_heads - 2, rows_of_prompts(bits)):

@@ -62,8 +62,7 @@ class FixedStep:
         self.size = size
         self._buffer = HostBuffer(fields, device)
         self._host = _Fields(*self._buffer.host)
-        self._known: list[list[int]] = [[]] * size
-        """Contents of the host's block tables."""
+        self._tables = KnownTables(self._host.tables)
         there = _Fields(*self._buffer.device)
         self.token_ids = there.token_ids
         self.rows = torch.arange(size, device=device)
@@ -100,29 +99,42 @@ class FixedStep:
         host, count, block_size = self._host, len(token_ids), self.attention.block_size
         places = zip(tables, positions, strict=True)
         cells = [table[at // block_size] * block_size + at % block_size for table, at in places]
-        _write(host.token_ids, token_ids)
-        _write(host.positions, positions)
-        _write(host.cells, cells, padding=-1)
+        write(host.token_ids, token_ids)
+        write(host.positions, positions)
+        write(host.cells, cells, padding=-1)
         padding = [(i, i, 0, 0) for i in range(count, self.size)]
-        _write(host.query_tiles, [*((i, i, 1, at) for i, at in enumerate(positions)), *padding])
-        _write(host.tiles, cut(lora.segments, SHORT))
-        _write(host.affine_tiles, cut(lora.affine, SHORT))
+        write(host.query_tiles, [*((i, i, 1, at) for i, at in enumerate(positions)), *padding])
+        write(host.tiles, cut(lora.segments, SHORT))
+        write(host.affine_tiles, cut(lora.affine, SHORT))
+        self._tables.write(tables)
+        self._buffer.send()
+
+
+def most_tiles(size: int, slots: int, length: int = SHORT) -> int:
+    """Return the largest number of tiles of ``length`` tokens for ``size`` tokens over ``slots`` adapters."""
+    segments = min(size, slots)
+    return segments + (size - segments) // length
+
+
+class KnownTables:
+    """Block tables in memory of the host, of which only those that have changed are written."""
+
+    def __init__(self, host: Tensor) -> None:
+        self._host = host
+        """[sequences, width] int32"""
+        self._known: list[list[int]] = [[]] * len(host)
+
+    def write(self, tables: Sequence[Sequence[int]]) -> None:
         for i, table in enumerate(tables):
             if not isinstance(table, list):  # no other sequence equals a list
                 table = list(table)
             if self._known[i] != table:
-                host.tables[i, : len(table)] = torch.tensor(table, dtype=torch.int32)
+                self._host[i, : len(table)] = torch.tensor(table, dtype=torch.int32)
                 self._known[i] = list(table)
-        self._buffer.send()
 
 
-def most_tiles(size: int, slots: int) -> int:
-    """Return the largest number of tiles of ``SHORT`` tokens for ``size`` tokens over ``slots`` adapters."""
-    segments = min(size, slots)
-    return segments + (size - segments) // SHORT
-
-
-def _write(target: Tensor, values: Sequence[int] | Sequence[tuple[int, ...]], padding: int = 0) -> None:
+def write(target: Tensor, values: Sequence[int] | Sequence[tuple[int, ...]], padding: int = 0) -> None:
+    """Write rows from the first on; those behind them become ``padding``."""
     if values:
         target[: len(values)] = torch.tensor(values, dtype=target.dtype)
     target[len(values) :] = padding

@@ -16,11 +16,17 @@ FEW_ROWS, MANY_ROWS = 16, 64
 """Minimum rows (tokens times query heads of a key head) of tiles for decoding and for prompts."""
 
 
+def rows_of_prompts(bits: int) -> int:
+    """Return the rows of a tile of a long chunk."""
+    return MANY_ROWS if bits == 16 else FEW_ROWS
+
+
 class Tiles(NamedTuple):
     """Tiles that one launch runs over."""
 
     table: Tensor
-    """[N, 4] int32: sequence, first row, tokens, position of the first. Without tokens it is padding."""
+    """[N, 4] int32: sequence, first row, tokens, position of the first. One without tokens is padding, whose
+    row becomes 0; with fewer there is no row either."""
     block_m: int
     """Rows of a tile, a power of two."""
     longest: int

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 import torch
@@ -14,6 +14,10 @@ from torch import Tensor
 
 from aioengine.model.slots.shared import SharedMemory
 from aioengine.step import MemoryMove
+
+if TYPE_CHECKING:
+    from aioengine.model.decode_graphs import DecodeSteps
+    from aioengine.model.parallel.group import Group, Record, Shard
 
 DTYPE = torch.bfloat16
 META = torch.device("meta")
@@ -92,35 +96,44 @@ class Model:
         )
         return self.forward(inputs)
 
-    def record(self, max_num_seqs: int, max_model_len: int) -> None:
-        """Record decode steps, which compiles their kernels."""
+    def recorded(self, max_num_seqs: int, max_model_len: int, record: Record | None = None) -> DecodeSteps:
+        """Record steps, which compiles their kernels: by computing them once, unless said otherwise."""
+        from aioengine.model.cuda.working_memory import mixed_sizes
         from aioengine.model.decode_graphs import DecodeLimits, DecodeSteps
 
-        def record(step):  # type: ignore[no-untyped-def]
+        def once(step):  # type: ignore[no-untyped-def]
             step()
             return step
 
-        DecodeSteps(
+        return DecodeSteps(
             self.forward,
-            DecodeLimits(max_num_seqs, max_model_len),
+            DecodeLimits(max_num_seqs, max_model_len, mixed_sizes(2048)),
             self.slots,
             block_size=BLOCK,
-            vocab_size=self.decoder.spec.vocab_size,
+            vocab_size=self.decoder.partition.whole.vocab_size,
             dtype=DTYPE,
             device=META,
-            record=record,
+            record=record or once,
+            group=self.decoder.spec.num_heads // self.decoder.spec.num_kv_heads,
         )
 
 
-def _group(shard: object) -> object:
+def _group(shard: Shard) -> Group:
     from aioengine.model.parallel.group import Group
 
     class MetaGroup(Group):
+        def __init__(self, shard: Shard) -> None:
+            super().__init__(shard)
+            self.log: list[str] = []
+            """Every exchange, in order."""
+
         def all_reduce(self, tensor: Tensor) -> Tensor:
             assert tensor.is_contiguous() and tensor.device == META
+            self.log.append(f"sum {tuple(tensor.shape)} {tensor.dtype}")
             return tensor
 
         def all_gather(self, tensor: Tensor, dim: int) -> Tensor:
+            self.log.append(f"gather {tuple(tensor.shape)} {tensor.dtype} {dim}")
             shape = list(tensor.shape)
             shape[dim] *= self.shard.size
             return tensor.new_empty(shape)
@@ -206,10 +219,52 @@ def _forwards(name: str) -> list[str]:
     model.step([row._replace(slot=-1) for row in mixed])
     model.step([Row(slot, 100 + slot, 1) for slot in range(-1, 8)])
     model.step([Row(3, 0, 300)])
-    if "sharded" not in name:
-        model.record(5, 64)
+    model.recorded(5, 64)
     assert sum(model.gpu.launches.values()) > 50
     return model.gpu.faults
+
+
+def exchanges(steps: str) -> dict[str, list[list[str]]]:
+    """By mode of sharding, what each of two ranks exchanges: while decode steps are recorded, and in random
+    steps of which those that can be are played back, as a graph does it: in the recorded order."""
+    from aioengine.model.parallel.group import Shard
+    from aioengine.request import SamplingParams
+    from aioengine.step import SequenceWork
+
+    found = {}
+    for fully_sharded in (False, True):
+        logs = []
+        for rank in range(2):
+            model = Model(llama(), shard=Shard(rank, 2, fully_sharded))
+            log = model.decoder.adapted.group.log  # type: ignore[attr-defined]
+
+            def record(step, log=log):  # type: ignore[no-untyped-def]
+                step()  # before the recording, as graphs are warmed up
+                begin = len(log)
+                step()
+                recorded = [f"played {line}" for line in log[begin:]]
+                return lambda: log.extend(recorded)
+
+            played = model.recorded(8, 256, record=record)
+            model.slots._has_affine[rank] = True  # it may differ, because nothing is exchanged for it
+            rng = random.Random(0)
+            for _ in range(int(steps)):
+                log.append("step")
+                count, kind = rng.randint(1, 10), rng.choice([1, 1, 1, 3])
+                slots = sorted(rng.randrange(-1, 3) for _ in range(count))
+                starts = [rng.randint(1, 200) for _ in slots]
+                work = [
+                    SequenceWork(
+                        "", slot, [5] * kind, start, list(range(14)), True, SamplingParams(), 0, [], 0
+                    )
+                    for slot, start in zip(slots, starts, strict=True)
+                ]
+                if rng.random() < 0.2 or played.run(work, model.ranks) is None:
+                    rows = zip(slots, starts, strict=True)
+                    model.step([Row(slot, start, kind) for slot, start in rows])
+            logs.append(list(log))
+        found["fully sharded" if fully_sharded else "half sharded"] = logs
+    return found
 
 
 def launches() -> dict[str, tuple[int, int]]:
@@ -237,7 +292,7 @@ def jit_keys(steps: str) -> tuple[int, list[tuple[int, str]]]:
     """How many kernels an engine compiles at its start, and (step, JIT key) of those that random mixed steps
     need beside them."""
     model = Model(llama())
-    model.record(64, MAX_MODEL_LEN)
+    model.recorded(64, MAX_MODEL_LEN)
     for rows in _first_steps(len(model.ranks), model.ranks[0]):
         model.step(rows)
     at_start = len(model.gpu.variants)
@@ -324,22 +379,39 @@ def working_memory() -> list[tuple[str, int, int]]:
     return found
 
 
-def predicted_tables(name: str) -> list[list[list[str]]]:
-    """The cells of the tables with predictions, for a GPU of this name."""
-    fake_gpu.install()
+def measured_parts() -> dict[str, tuple[int, list[str], int]]:
+    """(kernels compiled, faults, rows) of what ``benchmarks.gpu`` measures in its real shapes, with few
+    layers: kernels are the same in each."""
+    gpu = fake_gpu.install()
     from aioengine.kernels.triton import backend
+    from benchmarks.kernels import gpu as parts
     from benchmarks.kernels import gpu_steps
+    from benchmarks.kernels.gpu_machine import Machine
+    from benchmarks.kernels.sheets import measured
 
-    gpu_steps.get_backend = lambda device, name=None: backend  # type: ignore[assignment]
+    class NoGenerator:  # there is none for the meta device
+        def __init__(self, device: str) -> None: ...
+
+        def manual_seed(self, seed: int) -> None: ...
+
+    torch.Generator = NoGenerator  # type: ignore[misc,assignment]
+    parts.get_backend = gpu_steps.get_backend = lambda device, name=None: backend  # type: ignore[assignment]
 
     def timer(work: Callable[[], object]) -> float:
         work()
         return 1e-3
 
-    steps = gpu_steps.step_table(
-        *(DTYPE, "meta", timer), name=name, layers=1, context=100, rank=16, record=lambda step: step,
-        batches=(1, 8),
-    )  # fmt: skip
-    tables = (steps, gpu_steps.quantized_table("meta", timer, name=name, rows=8))
-    columns = ([list(map(str, column.cells)) for column in table.columns] for table in tables)
-    return [[list(row) for row in zip(*each, strict=True)] for each in columns]
+    name = "NVIDIA H100 80GB HBM3"
+    machine = Machine("meta", name, timer, timer, timer, record=lambda step: step)
+    args = parts.parser().parse_args(["--layers", "1"])
+    found = {}
+    for part, sheets in parts.PARTS.items():
+        if part == "checks":  # it compares values
+            continue
+        gpu.reset()
+        gpu.variants.clear()
+        entries = list(measured(sheets(args, machine)))
+        errors = [entry["error"] for entry in entries if "error" in entry]
+        rows = sum("cells" in entry for entry in entries)
+        found[part] = (len(gpu.variants), gpu.faults + errors, rows)
+    return found

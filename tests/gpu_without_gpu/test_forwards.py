@@ -29,3 +29,15 @@ def test_a_step_takes_few_launches() -> None:
         "prompt, 8 adapters": [13, 1],
         "mixed, 8 adapters": [14, 1],
     }
+
+
+def test_ranks_exchange_the_same_in_the_same_order_in_recorded_and_played_steps() -> None:
+    """Or they would wait for each other for ever; a graph plays back what was recorded."""
+    for mode, (first, second) in run_on_fake_gpu("exchanges", "60").items():
+        assert first == second, mode
+        begin = first.index("step")
+        assert not any(line.startswith("played") for line in first[:begin])
+        steps = " ".join(first[begin:]).split("step")[1:]
+        played = [step for step in steps if "played" in step]
+        assert len(played) > 20 and len(steps) - len(played) > 5, "some are played, some are not"
+        assert all(line.count("played") == line.count("sum") + line.count("gather") for line in played)

@@ -27,6 +27,10 @@ GRAPH_NODE_BYTES = 16 * 2**10
 LAYER_LAUNCHES = 25
 """Launches of a layer in a recorded step, rounded up: 14 of the kernels, 4 products with up to 2 each."""
 
+EXCHANGE_LAUNCHES = 22
+"""The same beside them where there are several ranks, rounded up: 2 sums and, if all of an adapter is split,
+4 sums or gathers with the copies before and after them."""
+
 PIECE_BYTES = 2**21 * 52
 """What is sampled, or scored, a piece at a time; see ``sampler._WIDE_CELLS`` and ``runner.PIECE_BYTES``."""
 
@@ -55,7 +59,7 @@ class WorkingMemory(msgspec.Struct, frozen=True, kw_only=True):
     penalties: int
     """Tables of the tokens that requests have seen."""
     graphs: int
-    """Recorded decode steps: what they compute in, and the driver's own memory."""
+    """Recorded steps: what they compute in, and the driver's own memory."""
     workspaces: int
     """cuBLAS's, one for each stream that multiplies."""
     exchange: int
@@ -72,7 +76,7 @@ class WorkingMemory(msgspec.Struct, frozen=True, kw_only=True):
             "activations": "the layers at the largest step",
             "sampling": "logits of all sequences",
             "penalties": "tables of tokens that were seen",
-            "graphs": "recorded decode steps (estimate)",
+            "graphs": "recorded steps (estimate)",
             "workspaces": f"{self.workspaces // WORKSPACE_BYTES} x {format_bytes(WORKSPACE_BYTES)} of cuBLAS",
             "exchange": "NCCL's buffers (estimate)",
         }
@@ -90,6 +94,12 @@ def sizes(most: int) -> list[int]:
     return [*found, most]
 
 
+def mixed_sizes(most: int) -> tuple[int, ...]:
+    """List the numbers of tokens that recorded steps with parts of prompts are padded to, where a step has up
+    to ``most`` tokens. Beyond the last, a GPU computes for longer than the host needs to launch."""
+    return tuple(min(size, most) for size in (128, 256, 384, 512) if size - 128 < most)
+
+
 def working_memory(
     spec: ModelSpec, local: ModelSpec, config: EngineConfig, *, dtype_bytes: int, max_model_len: int
 ) -> WorkingMemory:
@@ -100,13 +110,16 @@ def working_memory(
     each = token_bytes(local, dtype_bytes, 0 if lora is None else lora.max_lora_rank)
     tokens = min(config.max_num_batched_tokens, rows * max_model_len)
     plain = spec.impl == "native" and not isinstance(spec, MixtureSpec)
-    recorded = config.cuda_graphs and size == 1 and plain
+    recorded = config.cuda_graphs and plain
     graphs = 0
     if recorded:
-        kinds, launches = (1 if lora is None else 3), LAYER_LAUNCHES * spec.num_layers
-        inputs = sum(sizes(rows)) * (-(-max_model_len // config.block_size) + 32) * 4
-        driver = len(sizes(rows)) * kinds * launches * GRAPH_NODE_BYTES
-        graphs = rows * each + scratch + 2 * logits * dtype_bytes + inputs + driver
+        kinds = 1 if lora is None else 3
+        launches = (LAYER_LAUNCHES + EXCHANGE_LAUNCHES * (size > 1)) * spec.num_layers
+        mixed = mixed_sizes(config.max_num_batched_tokens)
+        width = -(-max_model_len // config.block_size) + 32
+        inputs = 4 * (width * (sum(sizes(rows)) + len(mixed) * rows) + 32 * sum(mixed))
+        driver = (len(sizes(rows)) + len(mixed)) * kinds * launches * GRAPH_NODE_BYTES
+        graphs = max(rows, *mixed) * each + scratch + 2 * logits * dtype_bytes + inputs + driver
     return WorkingMemory(
         activations=tokens * each + scratch,
         sampling=logits * (SAMPLED_BYTES + dtype_bytes) + PIECE_BYTES,

@@ -6,11 +6,17 @@ No torch is imported with this module: planning needs :class:`Shard` alone.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from torch import Tensor
     from torch.distributed import ProcessGroup
+
+
+Step = Callable[[], object]
+Record = Callable[[Step], Step]
+"""Makes of a function that computes a step one that computes it again, from and into the same memory."""
 
 
 class Shard(NamedTuple):
@@ -41,6 +47,35 @@ class Traffic:
         """Bytes that this rank sends if both are done in a ring, which is the least that they take:
         ``2 (size - 1) / size`` of an all-reduce's tensor (Patarasuk & Yuan, 2009,
         https://doi.org/10.1016/j.jpdc.2008.09.002), and ``size - 1`` times a gather's own part."""
+
+    def counting(self, record: Record) -> Record:
+        """Return a ``record`` whose steps are counted when they are played back, too: then they do not call
+        the group."""
+
+        def counts() -> tuple[int, int, int]:
+            return self.all_reduces, self.all_gathers, self.nbytes
+
+        def recorded(step: Step) -> Step:
+            each = (0, 0, 0)
+
+            def run() -> None:
+                nonlocal each
+                before = counts()
+                step()
+                now = counts()
+                each = (now[0] - before[0], now[1] - before[1], now[2] - before[2])
+
+            played = record(run)
+
+            def play() -> None:
+                before = counts()
+                played()
+                self.all_reduces, self.all_gathers = before[0] + each[0], before[1] + each[1]
+                self.nbytes = before[2] + each[2]
+
+            return play
+
+        return recorded
 
 
 class Group(ABC):

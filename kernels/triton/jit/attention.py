@@ -28,7 +28,7 @@ def attention_kernel(
     values_ptr,
     block_stride,
     tables_ptr,  # [sequences, table_stride] blocks
-    tiles_ptr,  # [tiles, 4] sequence, first row, tokens (0: padding, the row becomes 0), first position
+    tiles_ptr,  # [tiles, 4] sequence, first row, tokens (0: the row becomes 0, -1: none), first position
     out_ptr,  # [T, heads, D], contiguous
     partials_ptr,  # [tiles, kv_heads, most_parts, BLOCK_M, BLOCK_D] float32; nothing if SPLITS is 1
     stats_ptr,  # [tiles, kv_heads, most_parts, 2, BLOCK_M] float32: the largest score, the sum of weights
@@ -66,6 +66,8 @@ def attention_kernel(
     row = tl.load(tiles_ptr + 4 * tile + 1)
     tokens = tl.load(tiles_ptr + 4 * tile + 2)
     position = tl.load(tiles_ptr + 4 * tile + 3)
+    if tokens < 0:  # padding without a row
+        return
 
     m = tl.arange(0, BLOCK_M)
     n = tl.arange(0, BLOCK_N)
