@@ -110,6 +110,8 @@ class Workers:
         self._listeners: list[asyncio.Task[None]] = []
         self._calls: dict[int, Call] = {}
         self._numbers = count()
+        self._device = ""
+        """What the ranks run on, "cpu" or "cuda"; known when they have planned."""
         self._started = False
         self._closing = False
 
@@ -126,6 +128,7 @@ class Workers:
         try:
             await run_to_completion(self._spawn())
             plans = await self._start(self._meeting(folder)).of(wire.Planned)
+            self._device = device_of(plans[0].plan)
             if folder is not None:
                 shutil.rmtree(folder)  # they have found each other
                 folder = None
@@ -273,7 +276,8 @@ class Workers:
                 code = await worker.process.wait()
         dead = f"{_who(worker)} {_how_it_ended(code)}"
         said = None
-        if code != -signal.SIGKILL and worker.output is not None:  # NCCL and the driver abort the process
+        aborted = self._device == "cuda" and code != -signal.SIGKILL
+        if aborted and worker.output is not None:  # NCCL and the driver abort the process
             await worker.output.ended()
             said = device_error_in(list(worker.output.last))
         self._fail(_dead(dead) if said is None else type(said)(f"{dead}: {said}"))
@@ -293,6 +297,17 @@ class Workers:
         for worker in self._workers:
             with contextlib.suppress(ProcessLookupError):
                 worker.process.kill()
+
+
+class _Planned(msgspec.Struct):
+    """The part of a memory plan that matters here."""
+
+    device: str
+
+
+def device_of(plan: msgspec.Raw) -> str:
+    """Return the device of a memory plan in msgpack."""
+    return msgspec.msgpack.decode(plan, type=_Planned).device
 
 
 def rank_threads(size: int) -> int:
