@@ -5,5 +5,6 @@
 ``engine`` measures whole engines, ``kernels`` steps and operations, ``adapters`` reads and slot writes,
 ``server`` the HTTP server and metrics, ``policies`` scheduling decisions and published results in simulation,
 ``attacks`` how harmful requests affect another client, ``endurance`` leaks and failures of the machine;
-``beside_peers`` runs the same work on other engines, with the scripts in ``peers``.
+``beside_peers`` runs the same work on other engines, with the scripts in ``peers``; ``gpu`` does everything
+that is to be done with a GPU.
 """

@@ -94,7 +94,8 @@ def rope_store(
     c, s = rotation.cos[:, 0], rotation.sin[:, 0]
     for head in range(heads + kv_heads):
         for i in range(half):
-            pair = [2 * i, 2 * i + 1] if rotation.neighbours else [i, i + half]
+            # A slice: numbers in a list would be sent to the device.
+            pair = slice(2 * i, 2 * i + 2) if rotation.neighbours else slice(i, i + half + 1, half)
             x1, x2 = qkv[:, head, pair].float().unbind(-1)
             rotated = [x1 * c[:, i] - x2 * s[:, i], x2 * c[:, i] + x1 * s[:, i]]
             qkv[:, head, pair] = torch.stack(rotated, dim=-1).to(qkv.dtype)

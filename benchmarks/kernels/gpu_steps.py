@@ -1,32 +1,47 @@
-"""What a layer does beside its linears and adapters, and whole decode steps, on a GPU; for ``gpu.py``."""
+"""What a layer does beside its linears and adapters, and whole steps, on a GPU; for ``gpu.py``."""
 
 from __future__ import annotations
 
+import argparse
+import gc
 import math
-import statistics
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import NamedTuple
 
 import msgspec
 import torch
-from rich.table import Table
 from torch import Tensor
 
-from aioengine.kernels import AttentionPlan, Backend, LayerCache, Norm, Rotation, Scores, Span, get_backend
+from aioengine.kernels import (
+    AttentionPlan, Backend, LayerCache, LoRABatch, Norm, PlainWeight, Rotation, Scores, Span, Weight,
+    get_backend,
+)
+from aioengine.kernels.transfer import send
 from aioengine.model.decode_graphs import CudaGraphs, DecodeLimits, DecodeSteps, Record
-from aioengine.model.decoder import Decoder
+from aioengine.model.decoder import Decoder, StepInputs
 from aioengine.model.kv_cache import KVCache
 from aioengine.model.slots.image import image_shape
 from aioengine.model.slots.pool import LoRASlots
 from aioengine.model.spec import LORA_MODULES, ModelSpec
 from aioengine.request import SamplingParams
 from aioengine.step import SequenceWork
-from benchmarks.kernels import predictions
+from benchmarks.kernels.gpu_machine import Machine
+from benchmarks.kernels.predictions import (
+    FORMATS,
+    LLAMA_8B,
+    Kernel,
+    Step,
+    block_weight,
+    product,
+    prompt_seconds,
+    quantized_product,
+    step_seconds,
+    with_layers,
+)
+from benchmarks.kernels.sheets import Row, Sheet, Wrong, against
 
 BLOCK = 16
-Timer = Callable[[Callable[[], object]], float]
 
 
 class Attended(NamedTuple):
@@ -67,63 +82,99 @@ def attended(spans: list[tuple[int, int]], spec: ModelSpec, dtype: torch.dtype, 
     return Attended(randn(rows, heads + 2 * kv_heads, d), rotation, cache, plan)
 
 
-def check_layer(device: str, name: str, tolerances: dict[torch.dtype, float]) -> list[str]:
-    """Runs every operation beside the oracle; what differs."""
-    backend, oracle, wrong = get_backend(device, name), get_backend(device, "reference"), []
-    small = msgspec.structs.replace(predictions.LLAMA_8B, num_heads=8, num_kv_heads=2)
+def layer_checks(machine: Machine, tolerances: dict[torch.dtype, float]) -> Iterator[Row]:
+    """Compare every operation with the oracle."""
+    small = msgspec.structs.replace(machine.spec, num_heads=8, num_kv_heads=2)
     for dtype, tolerance in tolerances.items():
         for window in (None, 50):
-            results = []
-            for each in (oracle, backend):
-                a = attended([(0, 1), (17, 1), (300, 1), (0, 70), (40, 30)], small, dtype, device)
-                each.rope_store(a.qkv, None, a.rotation, a.cache, a.plan)
-                out = each.paged_attention(a.qkv, a.cache, a.plan, Scores(window))
-                hidden = a.qkv[:, :8].flatten(1).clone()
-                normed = each.add_rms_norm(hidden, out.clone(), Norm(out[0].clone(), 1e-5))
-                results.append(
-                    {"rope": a.qkv[:, :8], "keys": a.cache.keys, "values": a.cache.values, "attention": out}
-                )
-                results[-1] |= {"sum": hidden, "norm": normed, "silu": each.silu_and_mul(hidden)}
-            for op, expected in results[0].items():
-                difference = (results[1][op].float() - expected.float()).abs().max()
-                error = float(difference / expected.float().abs().max())
-                if not error <= tolerance:  # NaN, too
-                    wrong.append(f"{op}, {dtype}, window {window}: off by {error:.2g} of the largest value")
-    return wrong
+            check = partial(_layer_error, machine.device, small, dtype, tolerance, window)
+            case = f"{str(dtype).removeprefix('torch.')}, window {window or 'none'}"
+            yield Row(("attention, rope, norm, activation", case), check)
 
 
-def layer_table(dtype: torch.dtype, device: str, timer: Timer, bandwidth: float) -> Table:
-    """Times of the operations, and of plain torch's."""
-    ours, plain = get_backend(device, "triton"), get_backend(device, "torch")
-    table = Table(title="a layer of Llama 3 8B beside its linears; times in us")
-    for column in ("operation", "case", "time", "of copy", "plain torch"):
-        table.add_column(column, justify="left" if column in ("operation", "case") else "right")
+def _layer_error(
+    device: str, spec: ModelSpec, dtype: torch.dtype, tolerance: float, window: int | None
+) -> tuple[str]:
+    results: list[dict[str, Tensor]] = []
+    spans = [(0, 1), (17, 1), (300, 1), (0, 70), (40, 30)]
+    # The same for both: what was rounded differently before would differ by more.
+    given = attended(spans, spec, dtype, device).qkv[:, :8].flatten(1)
+    delta = given.flip(0)
+    for each in (get_backend(device, "reference"), get_backend(device, "triton")):
+        a = attended(spans, spec, dtype, device)
+        each.rope_store(a.qkv, None, a.rotation, a.cache, a.plan)
+        out = each.paged_attention(a.qkv, a.cache, a.plan, Scores(window))
+        hidden = given.clone()
+        normed = each.add_rms_norm(hidden, delta.clone(), Norm(given[0].clone(), 1e-5))
+        results.append({"rope": a.qkv[:, :8], "attention": out})
+        results[-1] |= {"keys": a.cache.keys, "values": a.cache.values}
+        results[-1] |= {"sum": hidden, "norm": normed, "silu": each.silu_and_mul(given.clone())}
+    largest = 0.0
+    for op, expected in results[0].items():
+        difference = (results[1][op].float() - expected.float()).abs().max()
+        error = float(difference / expected.float().abs().max())
+        largest = max(largest, error)
+        if not error <= tolerance:  # NaN, too
+            raise Wrong(f"{op}, {dtype}, window {window}: off by {error:.2g} of the largest value")
+    return (f"{largest:.1g}",)
 
-    def add(op: str, case: str, nbytes: int, run: Callable[[Backend], object]) -> None:
-        seconds, other = timer(partial(run, ours)), timer(partial(run, plain))
-        share = f"{nbytes / seconds / bandwidth:.0%}"
-        table.add_row(op, case, f"{seconds * 1e6:.1f}", share, f"{other * 1e6:.1f}")
 
-    for rows in (1, 32, 2048):
-        hidden, delta = torch.randn(2, rows, predictions.LLAMA_8B.hidden_size, device=device).to(dtype)
-        norm = Norm(torch.ones_like(hidden[0]), 1e-5)
-        nbytes = 4 * hidden.nbytes
-        add("sum and norm", f"{rows} tokens", nbytes, lambda k: k.add_rms_norm(hidden, delta, norm))  # noqa: B023
-        wide = torch.randn(rows, 2 * predictions.LLAMA_8B.intermediate_size, device=device).to(dtype)
-        add("activation", f"{rows} tokens", 3 * wide.nbytes // 2, lambda k: k.silu_and_mul(wide))  # noqa: B023
-    spans = {
-        "decode, 1 after 1,000": [(1000, 1)],
-        "decode, 1 after 16,000": [(16000, 1)],
-        "decode, 32 after 1,000": [(1000, 1)] * 32,
-        "prompt of 2,048": [(0, 2048)],
-        "512 after 4,096, beside 31 decoding": [(4096, 512), *[(1000, 1)] * 31],
+def _spans(contexts: Sequence[int], prompts: Sequence[int]) -> dict[str, list[tuple[int, int]]]:
+    """Sequences that attend, as (positions in the cache, tokens)."""
+    short, long = min(contexts), max(contexts)
+    chunk = min(prompts)
+    return {
+        **{f"decode, 1 after {context:,}": [(context, 1)] for context in contexts},
+        f"decode, 32 after {short:,}": [(short, 1)] * 32,
+        **{f"prompt of {tokens:,}": [(0, tokens)] for tokens in prompts},
+        f"{chunk:,} after {long:,}, beside 31 decoding": [(long, chunk), *[(short, 1)] * 31],
     }
-    for case, of in spans.items():
-        a = attended(of, predictions.LLAMA_8B, dtype, device)
-        nbytes = 2 * a.qkv.nbytes + a.rotation.cos.nbytes * 2
-        add("rope and store", case, nbytes, lambda k: k.rope_store(a.qkv, None, *a[1:]))  # noqa: B023
-        add("attention", case, a.nbytes, lambda k: k.paged_attention(a.qkv, *a[2:], Scores()))  # noqa: B023
-    return table
+
+
+def layer_sheet(args: argparse.Namespace, machine: Machine) -> Iterator[Sheet]:
+    """Times of the operations, and of plain torch's."""
+    dtype: torch.dtype = getattr(torch, args.dtype)
+    columns = ("operation", "case", "time", "predicted", "ratio", "plain torch")
+    yield Sheet("A layer beside its linears; us", columns, _layer_rows(args, machine, dtype))
+
+
+def _layer_rows(args: argparse.Namespace, machine: Machine, dtype: torch.dtype) -> Iterator[Row]:
+    device, spec = machine.device, machine.spec
+
+    def row(op: str, case: str, kernel: Kernel, run: Callable[[Backend], object]) -> Row:
+        def measure() -> tuple[str, ...]:
+            ours = machine.seconds(partial(run, get_backend(device, "triton")))
+            plain = machine.seconds(partial(run, get_backend(device, "torch")))
+            return (*against(ours, machine.predicted(kernel), 1e-6), f"{plain * 1e6:.1f}")
+
+        return Row((op, case), measure)
+
+    for rows in args.tokens:
+        hidden, delta = torch.randn(2, rows, spec.hidden_size, device=device).to(dtype)
+        weight, wide = (
+            torch.ones_like(hidden[0]),
+            torch.randn(rows, 2 * spec.intermediate_size, device=device),
+        )
+        wide = wide.to(dtype)
+        kernel = Kernel("norm", 4 * hidden.nbytes)
+        yield row("sum and norm", f"{rows} tokens", kernel, _norm(hidden, delta, weight))
+        kernel = Kernel("activate", 3 * wide.nbytes // 2)
+        yield row("activation", f"{rows} tokens", kernel, lambda k: k.silu_and_mul(wide))  # noqa: B023
+    for case, of in _spans(args.contexts, args.prompts).items():
+        a = attended(of, spec, dtype, device)
+        kernel = Kernel("rope", 2 * a.qkv.nbytes + a.rotation.cos.nbytes * 2)
+        yield row("rope and store", case, kernel, lambda k: k.rope_store(a.qkv, None, *a[1:]))  # noqa: B023
+        kernel = Kernel("attention", a.nbytes)
+        pairs = sum(n * start + n * (n + 1) / 2 for start, n in of if n > 1)
+        kernel = kernel._replace(flops=4.0 * pairs * spec.q_size)
+        yield row("attention", case, kernel, lambda k: k.paged_attention(a.qkv, *a[2:], Scores()))  # noqa: B023
+
+
+def _norm(hidden: Tensor, delta: Tensor, weight: Tensor) -> Callable[[Backend], object]:
+    """Return the operation, which adds to ``hidden`` in each turn: a little, or it would overflow."""
+    little = delta * 1e-3
+    norm = Norm(weight, 1e-5)
+    return lambda kernels: kernels.add_rms_norm(hidden, little, norm)
 
 
 class Steps:
@@ -140,7 +191,7 @@ class Steps:
         adapters: int,
         rank: int,
         record: Record | None = None,
-        spec: ModelSpec = predictions.LLAMA_8B,
+        spec: ModelSpec = LLAMA_8B,
     ) -> None:
         spec = msgspec.structs.replace(spec, num_layers=layers)
         where = torch.device(device)
@@ -156,8 +207,8 @@ class Steps:
         self.slots = LoRASlots(spec, adapters, rank, LORA_MODULES, dtype, where)
         layout = self.slots.layout
         shape = image_shape(layout, dict.fromkeys(layout.places, (rank, rank)), (), dtype)
+        data = (0.05 * torch.randn(shape.elements)).to(dtype)  # one for all slots: it takes long to draw
         for slot in range(adapters):
-            data = (0.05 * torch.randn(shape.elements)).to(dtype)
             self.slots.write(slot, shape.image(data, rank=rank, digest=""))
         decoder, cache, slots = self.decoder, self.cache, self.slots
         make = partial(
@@ -171,6 +222,7 @@ class Steps:
             device=where,
         )
         self.eager = make(record=lambda step: step)
+        """Steps that are launched one operation after the other."""
         self.played = make(record=record or CudaGraphs(where))
 
     def run(self, steps: DecodeSteps, batch: int, adapters: int) -> Tensor:
@@ -184,96 +236,116 @@ class Steps:
         assert logits is not None
         return logits
 
-
-def step_table(
-    dtype: torch.dtype,
-    device: str,
-    timer: Timer,
-    *,
-    name: str,
-    layers: int,
-    context: int,
-    rank: int,
-    record: Record | None = None,
-    batches: Sequence[int] = (1, 8, 32, 64),
-) -> Table:
-    """Wall time of decode steps by ``timer``, with and without graphs and adapters, beside the prediction for
-    the GPU of this ``name``."""
-    table = Table(
-        title=f"decode steps, {layers} layers and head of Llama 3 8B, context {context:,}, rank {rank}; ms"
-    )
-    for column in ("sequences", "adapters", "launched", "played back", "adapters cost", "predicted"):
-        table.add_column(column, justify="right")
-    gpu, most = predictions.gpu_of(name), max(batches)
-    spec = predictions.with_layers(predictions.LLAMA_8B, layers)
-    steps = Steps(
-        *(dtype, device), layers=layers, most=most, context=context, adapters=min(32, most), rank=rank,
-        record=record,
-    )  # fmt: skip
-    with torch.inference_mode():
-        for batch in batches:
-            base = 0.0
-            for adapters in (0, 1, 8, 32):
-                if adapters > batch:
-                    continue
-                eager = timer(partial(steps.run, steps.eager, batch, adapters))
-                played = timer(partial(steps.run, steps.played, batch, adapters))
-                base = base or played
-                cost = f"{played / base - 1:+.0%}" if adapters else ""
-                step = predictions.Step(batch, context, adapters, rank)
-                predicted = "" if gpu is None else f"{predictions.step_seconds(gpu, step, spec) * 1e3:.2f}"
-                times = (f"{eager * 1e3:.2f}", f"{played * 1e3:.2f}", cost, predicted)
-                table.add_row(str(batch), str(adapters), *times)
-    return table
-
-
-def quantized_table(device: str, timer: Timer, *, name: str, rows: int = 64) -> Table:
-    """Times of a product with the weights of quantized checkpoints, beside the prediction."""
-    n, k, gpu = (
-        2 * predictions.LLAMA_8B.intermediate_size,
-        predictions.LLAMA_8B.hidden_size,
-        predictions.gpu_of(name),
-    )
-    table = Table(title=f"gate and up of Llama 3 8B from quantized checkpoints, {rows} rows; ms")
-    for column in ("weights", "measured", "predicted"):
-        table.add_column(column, justify="left" if column == "weights" else "right")
-    x = torch.ones(rows, k, dtype=torch.bfloat16, device=device)
-    for format in predictions.FORMATS:
-        weight = predictions.block_weight(format, n, k, device)
-        measured = timer(partial(weight.linear, x, None))
-        predicted = (
-            "" if gpu is None else f"{predictions.quantized_seconds(gpu, format, rows, n, k) * 1e3:.2f}"
+    def prompt(self, tokens: int) -> Tensor:
+        """The logits after a prompt of so many tokens, without adapters."""
+        device = self.decoder.device
+        (rows,) = send([torch.tensor([tokens - 1])], device)
+        blocks = list(range(-(-tokens // BLOCK)))
+        ranks = [self._rank] * self.slots.max_loras
+        inputs = StepInputs(
+            torch.zeros(tokens, dtype=torch.int64, device=device),
+            rows,
+            AttentionPlan([Span(0, tokens, 0)], [blocks], BLOCK, device),
+            LoRABatch([-1], [tokens], ranks, device),
+            LoRABatch([-1], [1], ranks, device),
         )
-        table.add_row(format, f"{measured * 1e3:.2f}", predicted)
-    return table
+        return self.decoder.forward(inputs, self.cache, self.slots)
 
 
-def check_steps(
-    device: str, record: Record | None = None, spec: ModelSpec = predictions.LLAMA_8B
-) -> list[str]:
-    """Played steps give the logits of launched ones."""
-    wrong = []
+def step_sheets(args: argparse.Namespace, machine: Machine) -> Iterator[Sheet]:
+    """Wall time of decode steps, with and without graphs and adapters."""
+    for context in args.contexts:
+        for rank in args.step_ranks:
+            title = f"Decode steps, {args.layers} layers and head, context {context:,}, rank {rank}; ms"
+            columns = ("sequences", "adapters", "launched", "played back", "predicted", "ratio")
+            yield Sheet(title, columns, _step_rows(args, machine, context, rank))
+
+
+def _step_rows(args: argparse.Namespace, machine: Machine, context: int, rank: int) -> Iterator[Row]:
+    gc.collect()  # steps that were recorded before refer to themselves
+    dtype, most = getattr(torch, args.dtype), max(args.batches)
+    spec = with_layers(machine.spec, args.layers)
     steps = Steps(
-        torch.float32, device, layers=2, most=5, context=40, adapters=3, rank=8, record=record, spec=spec
+        *(dtype, machine.device), layers=args.layers, most=most, context=context, adapters=min(32, most),
+        rank=rank, record=machine.record, spec=spec,
+    )  # fmt: skip
+
+    @torch.inference_mode()
+    def measure(batch: int, adapters: int) -> tuple[str, ...]:
+        eager = machine.wall(partial(steps.run, steps.eager, batch, adapters))
+        played = machine.wall(partial(steps.run, steps.played, batch, adapters))
+        step = Step(batch, context, adapters, rank)
+        predicted = None if machine.gpu is None else step_seconds(machine.gpu, step, spec)
+        return (f"{eager * 1e3:.2f}", *against(played, predicted, 1e-3))
+
+    for batch in args.batches:
+        for adapters in (0, 1, 8, 32):
+            if adapters <= batch:
+                yield Row((str(batch), str(adapters)), partial(measure, batch, adapters))
+
+
+def prompt_sheet(args: argparse.Namespace, machine: Machine) -> Iterator[Sheet]:
+    """Wall time of whole prompts without adapters."""
+    columns = ("tokens", "measured", "predicted", "ratio")
+    yield Sheet(f"Prompts, {args.layers} layers; ms", columns, _prompt_rows(args, machine))
+
+
+def _prompt_rows(args: argparse.Namespace, machine: Machine) -> Iterator[Row]:
+    gc.collect()
+    spec = with_layers(machine.spec, args.layers)
+    steps = Steps(
+        *(getattr(torch, args.dtype), machine.device), layers=args.layers, most=1,
+        context=max(args.prompts), adapters=1, rank=16, record=lambda step: step, spec=spec,
+    )  # fmt: skip
+
+    @torch.inference_mode()
+    def measure(tokens: int) -> tuple[str, ...]:
+        predicted = None if machine.gpu is None else prompt_seconds(machine.gpu, tokens, spec)
+        return against(machine.wall(partial(steps.prompt, tokens)), predicted, 1e-3)
+
+    for tokens in args.prompts:
+        yield Row((f"{tokens:,}",), partial(measure, tokens))
+
+
+def product_sheet(args: argparse.Namespace, machine: Machine) -> Iterator[Sheet]:
+    """Times of a product with plain weights, and with those of quantized checkpoints."""
+    n, k = 2 * machine.spec.intermediate_size, machine.spec.hidden_size
+
+    def measure(format: str, rows: int) -> tuple[str, ...]:
+        x = torch.ones(rows, k, dtype=torch.bfloat16, device=machine.device)
+        if format == "bfloat16":
+            weight: Weight = PlainWeight(x.new_ones(n, k))
+            kernel = product(format, rows, k, n)
+        else:
+            weight = block_weight(format, n, k, machine.device)
+            kernel = quantized_product(format, rows, k, n)
+        linear = get_backend(machine.device, "triton").linear
+        taken = machine.seconds(partial(linear, x, weight, None))
+        return against(taken, machine.predicted(kernel), 1e-3)
+
+    columns = ("weights", "rows", "measured", "predicted", "ratio")
+    rows = (
+        Row((format, str(rows)), partial(measure, format, rows))
+        for format in ("bfloat16", *FORMATS)
+        for rows in args.tokens
     )
-    with torch.inference_mode():
-        for batch, adapters in ((1, 0), (3, 0), (3, 2), (5, 3)):
-            expected = steps.run(steps.eager, batch, adapters).clone()
-            error = float((steps.run(steps.played, batch, adapters) - expected).norm() / expected.norm())
-            if not error < 1e-5:
-                wrong.append(
-                    f"a played step of {batch} sequences with {adapters} adapters: off by {error:.2g}"
-                )
-    return wrong
+    yield Sheet("Gate and up of quantized checkpoints; ms", columns, rows)
 
 
-def wall_seconds(function: Callable[[], object], device: str) -> float:
-    """From the call to the last result on the device, as whoever waits for tokens sees it."""
-    taken = []
-    for _ in range(25):
-        torch.cuda.synchronize(device)
-        start = time.perf_counter()
-        function()
-        torch.cuda.synchronize(device)
-        taken.append(time.perf_counter() - start)
-    return statistics.median(taken[5:])
+def step_checks(machine: Machine) -> Iterator[Row]:
+    """Compare the logits of played steps with those of launched ones."""
+    steps = Steps(
+        *(torch.float32, machine.device), layers=2, most=5, context=40, adapters=3, rank=8,
+        record=machine.record, spec=machine.spec,
+    )  # fmt: skip
+
+    @torch.inference_mode()
+    def check(batch: int, adapters: int) -> tuple[str]:
+        expected = steps.run(steps.eager, batch, adapters).clone()
+        error = float((steps.run(steps.played, batch, adapters) - expected).norm() / expected.norm())
+        if not error < 1e-5:
+            raise Wrong(f"a played step of {batch} sequences with {adapters} adapters: off by {error:.2g}")
+        return (f"{error:.1g}",)
+
+    for batch, adapters in ((1, 0), (3, 0), (3, 2), (5, 3)):
+        yield Row(("played step", f"{batch} sequences, {adapters} adapters"), partial(check, batch, adapters))

@@ -40,7 +40,8 @@ def read_job():
 
 
 def run(job, version, generate):
-    """Time each case, after a warm-up with its prompts and four output tokens, and write the result.
+    """Time each case, after a warm-up with its prompts and four output tokens. The result is written again
+    after each.
 
     `generate(case)` returns the list of output token ids for each prompt. Raises ValueError if one has
     another length than requested, because then the peer did other work.
@@ -55,5 +56,5 @@ def run(job, version, generate):
         if len(outputs) != len(case.prompts) or lengths != {case.output}:
             raise ValueError(f"{case.name}: {len(outputs)} outputs of {sorted(lengths)} tokens")
         first[case.name] = [int(tokens[0]) for tokens in outputs]
-    with open(sys.argv[1], "w", encoding="utf-8") as file:
-        json.dump({"version": version, "seconds": seconds, "first": first}, file)
+        with open(sys.argv[1], "w", encoding="utf-8") as file:
+            json.dump({"version": version, "seconds": seconds, "first": first}, file)

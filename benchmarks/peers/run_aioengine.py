@@ -1,4 +1,4 @@
-"""Times this engine: see `job.py`. Settings: `quantization`, `lora_dtype`."""
+"""Times this engine: see `job.py`. Settings: `quantization`, `lora_dtype`, `kv_cache_memory` (or 1 GiB)."""
 
 import asyncio
 
@@ -16,7 +16,7 @@ async def main(job):
         quantization=settings["quantization"],
         max_model_len=2304,
         max_num_seqs=64,
-        kv_cache_memory="1GiB",
+        kv_cache_memory=settings.get("kv_cache_memory", "1GiB"),
         enable_prefix_caching=False,
         lora=LoRAConfig(max_loras=max(len(adapters), 1), max_lora_rank=16, lora_dtype=settings["lora_dtype"]),
     )

@@ -1,4 +1,5 @@
-"""Times vLLM's CPU build: see `job.py`. It has no settings: all that is not about the work is its default."""
+"""Times vLLM: see `job.py`. Settings: arguments of `vllm.LLM`; all else that is not about the work is its
+default."""
 
 import os
 
@@ -22,10 +23,14 @@ def main(job):
         max_num_seqs=64,
         enable_prefix_caching=False,
         **lora,
+        **job["settings"],
     )
+    has_tokenizer = not job["settings"].get("skip_tokenizer_init")
 
     def generate(case):
-        params = vllm.SamplingParams(temperature=0, max_tokens=case.output, ignore_eos=True)
+        params = vllm.SamplingParams(
+            temperature=0, max_tokens=case.output, ignore_eos=True, detokenize=has_tokenizer
+        )
         prompts = [{"prompt_token_ids": ids} for ids in case.prompts]
         using = [None if i is None else LoRARequest(f"a{i}", 1 + i, paths[i]) for i in case.adapters]
         found = engine.generate(prompts, params, lora_request=using if paths else None, use_tqdm=False)

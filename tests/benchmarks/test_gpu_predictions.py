@@ -61,11 +61,11 @@ def test_more_of_anything_takes_longer() -> None:
     assert predictions.step_seconds(gpu, Step(1, 1)) > 15e9 / gpu.figures.bandwidth
 
 
-def test_a_quantized_product_moves_more_than_its_weight_expanded() -> None:
-    gpu, shape = GPUS["H100"], (8, 1024, 2048)
-    seconds = {format: predictions.quantized_seconds(gpu, format, *shape) for format in predictions.FORMATS}
-    least = 1024 * 2048 * (4 + 4 + 2 + 2) / gpu.figures.bandwidth  # float32 written and read, then bfloat16
-    assert all(each > least for each in seconds.values())
+def test_a_quantized_product_reads_what_is_stored() -> None:
+    plain = predictions.product("plain", 1, 4096, 1024).nbytes
+    found = {f: predictions.quantized_product(f, 1, 4096, 1024).nbytes for f in predictions.FORMATS}
+    assert 0.25 < found["int4"] / plain < 0.27 and 0.5 < found["int8"] / plain < 0.52
+    assert found["fp8"] == found["int8"]
 
 
 def test_occupancy_is_bound_by_what_runs_out_first() -> None:
@@ -77,16 +77,7 @@ def test_occupancy_is_bound_by_what_runs_out_first() -> None:
     assert aot.FILE_REGISTERS == 65536
 
 
-def test_measured_and_predicted_are_side_by_side() -> None:
-    """The tables of a GPU, on one that computes nothing and takes a millisecond for everything."""
-    tables = run_on_fake_gpu("predicted_tables", "NVIDIA H100 80GB HBM3")
-    steps, products = tables
-    spec = predictions.LLAMA_8B
-    assert [row[:2] for row in steps] == [["1", "0"], ["1", "1"], ["8", "0"], ["8", "1"], ["8", "8"]]
-    for batch, adapters, launched, played, _, predicted in steps:
-        step = Step(int(batch), 100, int(adapters), 16)
-        expected = predictions.step_seconds(GPUS["H100"], step, predictions.with_layers(spec, 1))
-        assert (launched, played, predicted) == ("1.00", "1.00", f"{expected * 1e3:.2f}")
-    assert [row[0] for row in products] == list(predictions.FORMATS)
-    assert all(row[1] == "1.00" and float(row[2]) > 0.1 for row in products)
-    assert predictions.gpu_of("NVIDIA GeForce RTX 4090") is None  # nothing is predicted for it
+def test_nothing_is_predicted_for_other_gpus() -> None:
+    assert predictions.gpu_of("NVIDIA H100 80GB HBM3") is GPUS["H100"]
+    for name in ("NVIDIA GeForce RTX 4090", "NVIDIA H100 PCIe", "NVIDIA A100-SXM4-40GB"):
+        assert predictions.gpu_of(name) is None
