@@ -138,12 +138,13 @@ class DecodeSteps:
         counts = [len(work.tokens) for work in sequences]
         total = sum(counts)
         step = next((step for size, step in self._mixed.items() if size >= total), None)
-        if step is None or any(work.draft or work.score for work in sequences):
+        asking = [i for i, work in enumerate(sequences) if work.sample]
+        # The engine's first steps ask for nothing: they compile what launched steps need.
+        if step is None or not asking or any(work.draft or work.score for work in sequences):
             return None
         if any(len(work.block_table) > step.table_width for work in sequences):
             return None
         ends = list(accumulate(counts))
-        asking = [i for i, work in enumerate(sequences) if work.sample]
         lora = self._batch(sequences, counts, slot_ranks)
         filled = step.fill(
             [token for work in sequences for token in work.tokens],

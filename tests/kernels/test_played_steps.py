@@ -213,7 +213,5 @@ def test_mixed_steps_of_other_sizes_are_not_played(mixed: tuple[Run, Run]) -> No
     played, eager = mixed
     for step in ([(-1, 0, 25)], [(-1, 0, 2)] * (MOST + 1)):
         close(played.step(step), eager.step(step))
-    assert not played.played
     played.step([(-1, 0, 3), (0, 0, 3)], sample=False)
-    assert len(played.played) == 1, "parts of prompts that ask for nothing"
-    played.played.clear()
+    assert not played.played
