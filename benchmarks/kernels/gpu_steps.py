@@ -14,7 +14,16 @@ import torch
 from torch import Tensor
 
 from aioengine.kernels import (
-    AttentionPlan, Backend, LayerCache, LoRABatch, Norm, PlainWeight, Rotation, Scores, Span, Weight,
+    AttentionPlan,
+    Backend,
+    LayerCache,
+    LoRABatch,
+    Norm,
+    PlainWeight,
+    Rotation,
+    Scores,
+    Span,
+    Weight,
     get_backend,
 )
 from aioengine.kernels.transfer import send
