@@ -146,7 +146,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(command: Sequence[str], job: str, seconds: float) -> str:
     """Run an engine's process; returns why it did not come to its end."""
     try:
-        done = subprocess.run(command, input=job, text=True, stdout=sys.stderr, timeout=seconds, check=False)
+        done = subprocess.run(command, input=job, text=True, stdout=2, timeout=seconds, check=False)
     except subprocess.TimeoutExpired:
         return f"the engine had not done all of it after {seconds:.0f} s"
     return f"the engine's process ended with {done.returncode}" if done.returncode else ""

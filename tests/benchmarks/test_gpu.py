@@ -240,7 +240,7 @@ def test_a_time_far_above_its_prediction_is_bold() -> None:
 def test_the_engine_serves_random_weights(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setitem(gpu_engines.SETTINGS["aioengine"], "kv_cache_memory", "1MiB")
+    monkeypatch.setitem(gpu_engines.SETTINGS["aioengine"], "kv_cache_memory", "8MiB")
     works = tuple(work._replace(requests=2, prompt=8, output=2) for work in gpu_engines.WORKS)
     monkeypatch.setattr(gpu_engines, "WORKS", works)
     arguments = ["aioengine", "--shapes", "tiny", "--layers", "2", "--home", str(tmp_path)]
