@@ -309,6 +309,6 @@ def _scale(groups: Mapping[float, list[Tensor]]) -> None:
 
 
 def _convert(source: Tensor, factor: float, target: Tensor) -> None:
-    """Compute ``target = source * factor`` in float32, rounded once."""
+    """Compute ``target = source * factor`` in float32, rounded once. ``source`` stays: it may be hashed."""
     for piece, result in zip(_pieces(source), _pieces(target), strict=True):
-        result.copy_(piece if factor == 1.0 else piece.float().mul_(factor))
+        result.copy_(piece if factor == 1.0 else piece.float() * factor)
