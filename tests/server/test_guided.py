@@ -149,6 +149,7 @@ async def test_structured_outputs(wanted: dict[str, Any], pattern: str, serve: S
             {"structured_outputs": {"regex": "a"}, "response_format": {"type": "json_object"}},
             "structured_outputs",
         ),
+        ({"structured_outputs": {"regex": "a"}, "tools": TOOLS, "tool_choice": "required"}, "tool_choice"),
     ],
 )
 async def test_bad_formats_are_refused(fields: dict[str, Any], param: str | None, serve: Serve) -> None:
@@ -229,6 +230,17 @@ async def test_a_function_without_parameters_gets_none(parameters: Any, serve: S
             wanted: Any = chat(tools=[with_parameters(parameters)], tool_choice=choice)
             _, [call], reason = await answers(served, False, **wanted)
             assert (call.function.arguments, reason) == ("{}", "tool_calls")
+
+
+async def test_a_format_of_text_has_no_effect_on_calls(serve: Serve) -> None:
+    format_ = {"type": "json_schema", "json_schema": {"name": "y", "schema": {"const": "text"}}}
+    async with serve(max_model_len=400) as served:
+        for choice in ("required", named("f"), allowed("required", "f")):
+            wanted: Any = chat(tools=[with_parameters(None)], tool_choice=choice, response_format=format_)
+            text, [call], reason = await answers(served, False, **wanted)
+            assert (text, call.function.arguments, reason) == ("", "{}", "tool_calls")
+        wanted = chat(tools=[with_parameters(None)], tool_choice="auto", response_format=format_)
+        assert await answers(served, False, **wanted) == ('"text"', [], "stop")
 
 
 async def test_only_allowed_tools_are_called(serve: Serve) -> None:

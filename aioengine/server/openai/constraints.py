@@ -79,8 +79,9 @@ def wanted_form(
     tools: ToolPlan | None = None,
     formats: AnswerFormats = NO_FORMATS,
 ) -> Form | None:
-    """Return the form of a request's answers; None if they are unconstrained. Raises ApiError if the request
-    asks for two forms, or for one that ``ignore_eos`` contradicts."""
+    """Return the form of a request's answers; None if they are unconstrained. Where the answer must be calls,
+    ``response_format`` has no effect, as in OpenAI's API: some clients send both. Raises ApiError if the
+    request asks for two forms, or for one that ``ignore_eos`` contradicts."""
     found: dict[str, Form] = {}
     if response_format is not None and response_format.type != "text":
         found["response_format"] = _of_format(response_format, options)
@@ -95,6 +96,7 @@ def wanted_form(
     if older != StructuredOutputs():
         found["guided_json"] = _of_outputs(older, options, "guided_{}")
     if tools is not None and not tools.is_free:
+        found.pop("response_format", None)  # a format of the text, and calls have none
         found["tool_choice"] = _of_tools(tools, options, formats)
     if len(found) > 1:
         first, second, *_ = found
