@@ -27,7 +27,8 @@ from aioengine.runtime.tasks import end_tasks
 UPDATE_SECONDS = 0.2
 """The shortest time between two updates of one page."""
 SEND_SECONDS = 30.0
-"""Seconds after which a client that reads nothing is disconnected; an open page connects again."""
+"""Seconds in which a client has to accept 64 KiB of an update, where the server does not watch it; else it is
+disconnected. An open page connects again."""
 MAX_STREAMS = 100
 """Maximum number of pages that are served at once; one address may have half of what others leave."""
 
@@ -171,7 +172,7 @@ class MetricsApp:
         self._watching_from[client] += 1
         try:
             await send(start)
-            await self._stream(watcher, send, gone)
+            await self._stream(watcher, send, gone, None if plumbing.watch_of(scope) else SEND_SECONDS)
             if gone.cancelled():  # by close(); the client is still connected
                 await send({"type": "http.response.body", "body": b"", "more_body": False})
         except OSError:
@@ -184,8 +185,10 @@ class MetricsApp:
             watcher.close()
             await end_tasks([gone])
 
-    async def _stream(self, watcher: Watcher, send: plumbing.Send, gone: asyncio.Task[None]) -> None:
-        """Send updates until the client is gone, or reads none for ``SEND_SECONDS``."""
+    async def _stream(
+        self, watcher: Watcher, send: plumbing.Send, gone: asyncio.Task[None], patience: float | None
+    ) -> None:
+        """Send updates until the client is gone, or takes longer than ``patience`` for a part of one."""
         loop = asyncio.get_running_loop()
         while not gone.done():
             update = watcher.next(loop.time())
@@ -193,9 +196,12 @@ class MetricsApp:
                 body = b"data: " + msgspec.json.encode(update) + b"\n\n"
                 message = {"type": "http.response.body", "body": body, "more_body": True}
                 sending = asyncio.ensure_future(send(message))
+                parts = 1 + len(body) // plumbing.PART_BYTES
                 try:
                     await asyncio.wait(
-                        {sending, gone}, timeout=SEND_SECONDS, return_when=asyncio.FIRST_COMPLETED
+                        {sending, gone},
+                        timeout=patience and patience * parts,
+                        return_when=asyncio.FIRST_COMPLETED,
                     )
                     if not sending.done():
                         return

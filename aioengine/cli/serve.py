@@ -175,7 +175,6 @@ class ServerFlags:
             max_connections=self.max_connections,
             header_timeout=self.header_timeout,
             keep_alive=self.keep_alive,
-            send_timeout=self.send_timeout,
             tls=certificate,
         )
 

@@ -18,7 +18,16 @@ from aioengine.client import EngineClient, SharesLimits
 from aioengine.errors import EngineStopped
 from aioengine.grammars.fair_thread import in_own_thread
 from aioengine.metrics.asgi import metrics_app
-from aioengine.metrics.page.plumbing import Message, Receive, Scope, Send, answer_no_http, below_mount
+from aioengine.metrics.page.plumbing import (
+    Message,
+    Receive,
+    Scope,
+    Send,
+    answer_no_http,
+    below_mount,
+    in_parts,
+    watch_of,
+)
 from aioengine.server import framework
 from aioengine.server.access.gate import Gate
 from aioengine.server.access.scopes import PAGE_ROUTE, check_routes
@@ -41,7 +50,7 @@ from aioengine.server.pace import Pace
 from aioengine.server.responses.routes import responses_routes
 from aioengine.server.settings import ServerSettings
 from aioengine.server.streaming import send_error
-from aioengine.server.transport.answers import PART_BYTES, UnreadAnswers, send_in_parts, size_of
+from aioengine.server.transport.answers import UnreadAnswers, size_of
 from aioengine.server.transport.body import BodyBudget, BoundedBody
 from aioengine.server.vectors.routes import vector_routes
 
@@ -149,6 +158,8 @@ class ServerApp:
         if scope["type"] == "http":
             self.open()
             path, _ = below_mount(scope)
+            if watch := watch_of(scope):
+                watch.within(self._settings.send_timeout)
             request_id = _request_id(scope) or self.context.new_id()
             record = RequestRecord(request_id=request_id, method=scope["method"], path=path[:200])
             with self._span(path, scope, record):
@@ -176,7 +187,7 @@ class ServerApp:
             if message["type"] == "http.response.start":
                 if large := size_of(message["headers"]):
                     try:
-                        self._answers.hold(record.owner, large)
+                        await self._answers.hold(record.owner, large)
                     except ApiError as error:  # a framework would take its own answer for begun
                         record.refused(error)
                         await send_error(tagged_send, error, path)
@@ -194,10 +205,10 @@ class ServerApp:
                 if record.status >= 400 and _asks_first(scope):
                     tags.append((b"connection", b"close"))
                 message = {**message, "headers": [*headers, *tags]}
-            elif len(message.get("body", b"")) > PART_BYTES:
-                await send_in_parts(send, message)
-                return
-            await send(message)
+                await send(message)
+            else:
+                for part in in_parts(message):
+                    await send(part)
 
         try:
             await self._answer(path, scope, receive, tagged_send, record)

@@ -21,7 +21,7 @@ from aioengine.metrics.page.server import EmbeddedServer
 from aioengine.runtime.tasks import end_tasks
 from aioengine.server.app import ServerApp
 from aioengine.server.entrance import Entrance
-from aioengine.server.transport.protocol import SEND_TIMEOUT, BoundedProtocol, bounded_protocol
+from aioengine.server.transport.protocol import BoundedProtocol, bounded_protocol
 from aioengine.server.transport.tls import Certificate
 from aioengine.server.transport.tls_listener import TlsListener
 
@@ -49,14 +49,16 @@ class ListenSettings(msgspec.Struct, frozen=True, kw_only=True):
     """For a TLS handshake, and again for a request's headers."""
     keep_alive: float = 75.0
     """How long a connection may be idle between two requests."""
-    send_timeout: float = SEND_TIMEOUT
-    """In which a client has to read 16 KiB of its answers, or all of them."""
+    send_timeout: float | None = None
+    """In which a client has to read 16 KiB of its answers, or all of them. None: ``send_timeout`` of the
+    application's :class:`ServerSettings`."""
     tls: Certificate | None = None
     """Serve HTTPS with this certificate; None: plain HTTP, as behind a proxy that does TLS."""
 
     def __post_init__(self) -> None:
         for field in ("max_connections", "header_timeout", "keep_alive", "send_timeout"):
-            check_number(field, getattr(self, field), low=0.0, above=True)
+            if getattr(self, field) is not None or field != "send_timeout":
+                check_number(field, getattr(self, field), low=0.0, above=True)
         for proxy in self.trusted_proxies:
             try:
                 ip_network(proxy)

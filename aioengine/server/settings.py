@@ -62,7 +62,8 @@ class ServerSettings(msgspec.Struct, frozen=True, kw_only=True):
     read_timeout: float = 30.0
     """Maximum seconds between two parts of a request's body."""
     send_timeout: float = 60.0
-    """Seconds after which a client that reads nothing of its answer is disconnected."""
+    """Seconds in which a client has to read 16 KiB of its answers, or all of them; else it is disconnected.
+    Other ASGI servers than aioengine's do not watch this: there it has to accept 64 KiB of a stream."""
     retry_after: int = 1
     """Minimum ``Retry-After`` of answers 429 and 503, in seconds. If requests are refused because too many
     wait, it is the time to answer those at the rate of the last minute."""

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, ParamSpec, Protocol, TypeVar
 
-from aioengine.metrics.page.plumbing import Receive, Send, respond
+from aioengine.metrics.page.plumbing import Receive, Send, in_parts, respond, watch_of
 from aioengine.request import TokenLogprob
 from aioengine.runtime.output import RequestOutput
 from aioengine.runtime.tasks import together
@@ -86,7 +87,8 @@ def event(data: bytes, name: str | None = None) -> bytes:
 
 
 class SendLimit:
-    """A limit on the time that a client may take to accept one part of an answer.
+    """A limit on the time that a client may take to accept one part of an answer, for servers that do not
+    watch their clients.
 
     One timer watches all parts: a timer for each would cost a tenth of what a streamed token costs."""
 
@@ -124,7 +126,8 @@ class GenerationResponse:
 
     The status is decided by the first output: until then every error is an error response, afterwards
     it is the stream's last event. A slow client gets fewer and larger parts, because the engine collects
-    unread output; one that reads nothing for ``send_timeout`` is disconnected.
+    unread output. The server disconnects one that does not read; where it does not watch its clients, one
+    that does not accept a part of 64 KiB in ``send_timeout`` is given up.
     """
 
     def __init__(
@@ -144,10 +147,11 @@ class GenerationResponse:
         self._started = False
 
     async def __call__(self, scope: Any, receive: Receive, send: Send) -> None:
-        self._limit = SendLimit(self._settings.send_timeout)
+        self._limit = None if watch_of(scope) else SendLimit(self._settings.send_timeout)
+        exceeded = None if self._limit is None else self._limit.exceeded
         try:
             with self._generation.claimed():
-                await while_connected(receive, self._answer(send), self._record.ended, self._limit.exceeded)
+                await while_connected(receive, self._answer(send), self._record.ended, exceeded)
         except Exception as error:
             api_error = to_api_error(error, self._settings)
             self._record.refused(api_error)
@@ -156,10 +160,11 @@ class GenerationResponse:
                 await send_error(send, api_error, self._record.path)
             elif not isinstance(error, ClientDisconnected):
                 with contextlib.suppress(ClientDisconnected, TimeoutError):
-                    async with asyncio.timeout(self._settings.send_timeout):
+                    async with asyncio.timeout(None if exceeded is None else self._settings.send_timeout):
                         await self._send(send, self._reply.failure(api_error), last=True)
         finally:
-            self._limit.close()
+            if self._limit is not None:
+                self._limit.close()
 
     async def _answer(self, send: Send) -> None:
         await self._generation.prepare()
@@ -200,16 +205,22 @@ class GenerationResponse:
         return await self._generation.beside_the_loop(numbers, lambda: form(*args, **kwargs))
 
     async def _send(self, send: Send, body: bytes, *, last: bool = False) -> None:
+        limit = self._limit
         try:
-            self._limit.begin()
+            messages = in_parts({"type": "http.response.body", "body": body, "more_body": not last})
             if not self._started:
                 self._started = True
-                await send({"type": "http.response.start", "status": 200, "headers": _EVENT_HEADERS})
-            await send({"type": "http.response.body", "body": body, "more_body": not last})
+                start = {"type": "http.response.start", "status": 200, "headers": _EVENT_HEADERS}
+                messages = itertools.chain([start], messages)
+            for message in messages:
+                if limit is not None:
+                    limit.begin()
+                await send(message)
         except OSError as error:  # it went away in the middle of a message
             raise ClientDisconnected from error
         finally:
-            self._limit.end()
+            if limit is not None:
+                limit.end()
 
 
 def _numbers(output: RequestOutput, logprobs: Sequence[TokenLogprob] | None) -> int:

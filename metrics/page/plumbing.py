@@ -1,15 +1,47 @@
-"""Parts that all ASGI applications here share: types, mount paths, answers, and clients that leave."""
+"""Parts that all ASGI applications here share: types, mount paths, answers, and clients that leave or read
+slowly."""
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, MutableMapping, Sequence
-from typing import Any
+from collections.abc import Awaitable, Callable, Iterator, MutableMapping, Sequence
+from typing import Any, Protocol
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 Headers = Sequence[tuple[bytes, bytes]]
+
+PART_BYTES = 64 * 1024
+"""Largest part of an answer. The next one is sent when the client has taken most of those before."""
+WATCH = "aioengine.reader_watch"
+"""ASGI extension of servers that cut off clients that do not read; its value is a :class:`Watch`."""
+
+
+class Watch(Protocol):
+    """A server's watch over the client of one connection."""
+
+    def within(self, seconds: float) -> None:
+        """Say in how many seconds the client has to read a part of what is sent."""
+
+
+def watch_of(scope: Scope) -> Watch | None:
+    """Return the server's watch over this client, if it has one. Else applications limit the time that it may
+    take to accept a part."""
+    watch: Watch | None = (scope.get("extensions") or {}).get(WATCH)
+    return watch
+
+
+def in_parts(message: Message) -> Iterator[Message]:
+    """Split the message of a body into messages of ``PART_BYTES`` at most."""
+    body: bytes = message.get("body", b"")
+    if len(body) <= PART_BYTES:
+        yield message
+        return
+    has_more = message.get("more_body", False)
+    for begin in range(0, len(body), PART_BYTES):
+        end = begin + PART_BYTES
+        yield {**message, "body": body[begin:end], "more_body": has_more or end < len(body)}
 
 
 def below_mount(scope: Scope) -> tuple[str, str]:

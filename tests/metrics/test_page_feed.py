@@ -11,7 +11,9 @@ import pytest
 from support.page_engine import Client, FakeEngine, connected, loaded, scope
 
 from aioengine import events
-from aioengine.metrics.asgi import MetricsApp, metrics_app
+from aioengine.lab.simulation.clock import VirtualTimeLoop
+from aioengine.metrics.asgi import SEND_SECONDS, MetricsApp, metrics_app
+from aioengine.metrics.page import plumbing
 from aioengine.metrics.page.feed import LOG_LENGTH
 
 INTERVAL = 0.02
@@ -84,6 +86,39 @@ async def test_slow_client_costs_nothing_and_catches_up_at_once(app: MetricsApp,
         update = await slow.next()
         assert len(update["log"]) == LOG_LENGTH and update["log"][-1]["adapter"] == f"a{LOG_LENGTH + 499}"
         assert update["numbers"]["steps"] == engine.steps
+
+
+@pytest.mark.parametrize("is_watched", [False, True])
+@pytest.mark.parametrize("share", [0.9, 1.1])
+def test_a_large_update_has_its_time(
+    engine: FakeEngine, monkeypatch: pytest.MonkeyPatch, share: float, is_watched: bool
+) -> None:
+    """The client takes that share of ``SEND_SECONDS`` for each part; the server may watch it by itself."""
+    monkeypatch.setattr(plumbing, "PART_BYTES", 100)
+
+    async def run() -> list[bytes]:
+        leave, taken = asyncio.Event(), list[bytes]()
+
+        async def receive() -> Any:
+            await leave.wait()
+            return {"type": "http.disconnect"}
+
+        async def send(message: Any) -> None:
+            if message["type"] == "http.response.body":
+                parts = 1 + len(message["body"]) // 100
+                assert parts > 5
+                await asyncio.sleep(share * SEND_SECONDS * parts)
+                taken.append(message["body"])
+                leave.set()
+
+        server = {plumbing.WATCH: object()} if is_watched else {}
+        app = metrics_app(engine)  # type: ignore[arg-type]
+        await app(scope("/events", extensions=server), receive, send)
+        return taken
+
+    with asyncio.Runner(loop_factory=VirtualTimeLoop) as runner:
+        taken = runner.run(run())
+    assert len(taken) == (share < 1 or is_watched)
 
 
 async def test_unloading_without_end_is_not_remembered_for_ever(app: MetricsApp, engine: FakeEngine) -> None:

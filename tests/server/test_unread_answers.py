@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import socket
+import struct
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
+from types import SimpleNamespace
 from typing import Any, cast
 from urllib.parse import urlsplit
 
@@ -17,12 +20,22 @@ from support.engine_fixtures import MakeEngine, Tiny
 from support.server_fixtures import MODEL
 from support.waiting import until
 
+from aioengine.lab.simulation.clock import VirtualTimeLoop
+from aioengine.metrics.page.plumbing import PART_BYTES, WATCH, watch_of
 from aioengine.server import ServerSettings, create_app
+from aioengine.server.access_log import RequestRecord
 from aioengine.server.errors import ApiError
 from aioengine.server.run import ListenSettings, listening
+from aioengine.server.streaming import DONE, GenerationResponse
 from aioengine.server.transport import answers
-from aioengine.server.transport.answers import PART_BYTES, UnreadAnswers
-from aioengine.server.transport.reader_watch import READ_BYTES, ReaderWatch
+from aioengine.server.transport.answers import ROOM_SECONDS, UnreadAnswers
+from aioengine.server.transport.reader_watch import (
+    AHEAD_BYTES,
+    READ_BYTES,
+    ReaderWatch,
+    acknowledged_bytes,
+    queued_bytes,
+)
 
 ASK = b"GET /%s HTTP/1.1\r\nhost: x\r\n\r\n"
 
@@ -40,6 +53,7 @@ class App:
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         self.seen += 1
+        assert isinstance(watch_of(scope), ReaderWatch)
         body = b"" if scope["path"] == "/small" else bytes(64 << 20)
         headers = [(b"content-length", str(len(body)).encode())]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
@@ -100,9 +114,30 @@ class Clock:
 
 
 class Connection:
-    def __init__(self) -> None:
-        self.unread = 0
+    """A transport whose client reads when it is told to, and the socket of that transport.
+
+    With ``tells`` the system tells what the client has acknowledged, as Linux does.
+    """
+
+    def __init__(self, *, tells: bool) -> None:
+        self.tells = tells
+        self.unread = self.acknowledged = 0
         self.is_aborted = False
+
+    def get_extra_info(self, name: str) -> Any:
+        return self
+
+    def set_write_buffer_limits(self, *, high: int) -> None:
+        self.high = high
+
+    def setsockopt(self, *_: int) -> None:
+        pass
+
+    def fileno(self) -> int:
+        return -1
+
+    def getsockopt(self, level: int, name: int, size: int) -> bytes:
+        return bytes(size - 8) + struct.pack("=Q", self.acknowledged * self.tells)
 
     def get_write_buffer_size(self) -> int:
         return self.unread
@@ -110,36 +145,199 @@ class Connection:
     def abort(self) -> None:
         self.is_aborted = True
 
+    def read(self, size: int) -> int:
+        size = min(size, self.unread)
+        self.unread -= size
+        self.acknowledged += size
+        return size
 
-@given(st.lists(st.tuples(st.integers(0, 4 * READ_BYTES), st.integers(0, 4 * READ_BYTES)), max_size=20))
-def test_who_reads_enough_in_each_period_is_not_cut_off(periods: list[tuple[int, int]]) -> None:
-    clock, connection = Clock(), Connection()
+
+SIZES = st.integers(0, 4 * READ_BYTES)
+
+
+@given(st.booleans(), st.lists(st.tuples(SIZES, SIZES), max_size=30))
+def test_who_reads_enough_in_each_period_is_not_cut_off(tells: bool, periods: list[tuple[int, int]]) -> None:
+    """Enough are 16 KiB, or all that there were at its beginning. What was read above that before counts."""
+    clock, connection = Clock(), Connection(tells=tells)
     watch = ReaderWatch(cast(Any, connection), 60.0, cast(Any, clock))
+    due = ahead = 0
     for written, read in periods:
-        before = connection.unread
         if written:
             connection.unread += written
             watch.wrote(written)
-        read = min(read, connection.unread)
-        connection.unread -= read
+            due = due or min(READ_BYTES, written)
+        read = connection.read(read)
         assert len(clock.timers) <= 1
         if clock.timers:
             clock.timers.pop()()
-        is_slow = bool(connection.unread) and read < READ_BYTES
-        assert connection.is_aborted == is_slow, (before, written, read)
+            ahead = min(ahead + read, AHEAD_BYTES) - due
+        assert connection.is_aborted == (ahead < 0 and connection.unread > 0)
         if connection.is_aborted:
             return
+        ahead, due = max(ahead, 0), min(READ_BYTES, connection.unread)
         assert bool(clock.timers) == bool(connection.unread)
     watch.close()
     assert not clock.timers
 
 
-@given(st.lists(st.tuples(st.sampled_from("abc"), st.integers(1, 200), st.booleans()), max_size=40))
-def test_one_client_has_half_of_what_others_leave(asked: list[tuple[str, int, bool]]) -> None:
-    unread = UnreadAnswers()
-    held: list[tuple[str, int]] = []
-    with pytest.MonkeyPatch.context() as patch:
+@given(st.booleans(), st.integers(READ_BYTES, 8 * READ_BYTES), st.integers(1, AHEAD_BYTES // READ_BYTES))
+def test_lumps_count_for_the_periods_that_follow(tells: bool, most: int, each: int) -> None:
+    """A client that reads all the time is seen to read only when its system has room again."""
+    clock, connection = Clock(), Connection(tells=tells)
+    watch = ReaderWatch(cast(Any, connection), 60.0, cast(Any, clock))
+    connection.unread = 1 << 30
+    watch.wrote(1 << 30)
+    for period in range(100):
+        if period % each == 0:
+            connection.read(each * READ_BYTES)
+        clock.timers.pop()()
+        assert not connection.is_aborted
+    connection.read(most)
+    for _ in range(1 + AHEAD_BYTES // READ_BYTES):  # from now on it reads nothing
+        if clock.timers:
+            clock.timers.pop()()
+    assert connection.is_aborted
+
+
+class RealConnection:
+    """A transport that passes on to a socket what its system takes."""
+
+    def __init__(self, connection: socket.socket, size: int) -> None:
+        self.socket = connection
+        self.unsent = size
+        self.is_aborted = False
+
+    def get_extra_info(self, name: str) -> Any:
+        return self.socket
+
+    def set_write_buffer_limits(self, *, high: int) -> None:
+        pass
+
+    def get_write_buffer_size(self) -> int:
+        return self.unsent
+
+    def send(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            while self.unsent:
+                self.unsent -= self.socket.send(bytes(min(self.unsent, 1 << 16)))
+
+    def abort(self) -> None:
+        self.is_aborted = True
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells what a client has acknowledged")
+def test_the_system_takes_no_lumps() -> None:
+    """A client that reads 32 KiB in each period is not cut off, and one that stops is."""
+    with contextlib.ExitStack() as sockets:
+        listens = sockets.enter_context(socket.create_server(("127.0.0.1", 0)))
+        client = sockets.enter_context(socket.socket())
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 16)
+        client.settimeout(60)
+        client.connect(listens.getsockname())
+        server = sockets.enter_context(listens.accept()[0])
+        server.setblocking(False)
+        clock, connection = Clock(), RealConnection(server, 64 << 20)
+        watch = ReaderWatch(cast(Any, connection), 60.0, cast(Any, clock))
+        connection.send()
+        assert (64 << 20) - connection.unsent < 1 << 20, "the system has not taken megabytes ahead"
+        watch.wrote(64 << 20)
+        for _ in range(200):
+            client.recv(1 << 15, socket.MSG_WAITALL)
+            connection.send()
+            clock.timers.pop()()
+            assert not connection.is_aborted
+        assert queued_bytes(server) > 0 and acknowledged_bytes(server) > 100 << 15
+        for _ in range(10 * AHEAD_BYTES // READ_BYTES):
+            if clock.timers:
+                clock.timers.pop()()
+        assert connection.is_aborted
+
+
+@pytest.mark.parametrize("own", [None, 7.0])
+def test_the_application_has_a_say_if_the_server_has_no_limit(own: float | None) -> None:
+    periods: list[float] = []
+
+    class Loop(Clock):
+        def call_later(self, seconds: float, call: Callable[[], None]) -> Any:
+            periods.append(seconds)
+            return super().call_later(seconds, call)
+
+    clock, connection = Loop(), Connection(tells=True)
+    watch = ReaderWatch(cast(Any, connection), own, cast(Any, clock))
+    for seconds in (5.0, 90.0):
+        watch.within(seconds)
+        connection.unread += 1
+        watch.wrote(1)
+        connection.read(1)
+        clock.timers.pop()()
+    assert periods == ([5.0, 90.0] if own is None else [own, own])
+
+
+@pytest.mark.parametrize("is_watched", [False, True])
+@pytest.mark.parametrize("seconds", [3.0, 5.0])
+def test_each_part_of_a_large_event_has_its_own_time(seconds: float, is_watched: bool) -> None:
+    """The client takes ``seconds`` for each of 8 parts, and may take 4 where the server does not watch it."""
+
+    class Generation:
+        scored = 0
+        usage = None
+
+        def __len__(self) -> int:
+            return 1
+
+        def claimed(self) -> Any:
+            return contextlib.nullcontext()
+
+        async def prepare(self) -> None:
+            pass
+
+        async def outputs(self, index: int) -> Any:
+            yield SimpleNamespace(logprobs_delta=(), pooled=None)
+
+    class Reply:
+        def events(self, index: int, output: Any) -> bytes:
+            return bytes(8 * PART_BYTES)
+
+        def last_events(self, usage: Any) -> bytes:
+            return DONE
+
+    async def run() -> bytes:
+        taken: list[bytes] = []
+
+        async def receive() -> Any:
+            await asyncio.Event().wait()
+
+        async def send(message: Any) -> None:
+            await asyncio.sleep(seconds)
+            taken.append(message.get("body", b""))
+
+        settings = ServerSettings(send_timeout=4.0)
+        record = RequestRecord(request_id="a", method="POST", path="/v1/completions")
+        scope: dict[str, Any] = {"extensions": {WATCH: object()}} if is_watched else {}
+        generation, reply = cast(Any, Generation()), cast(Any, Reply())
+        answer = GenerationResponse(generation, reply, stream=True, settings=settings, record=record)
+        await answer(scope, receive, send)
+        return b"".join(taken)
+
+    with asyncio.Runner(loop_factory=VirtualTimeLoop) as runner:
+        body = runner.run(run())
+    whole = bytes(8 * PART_BYTES) + DONE
+    assert body == (whole if is_watched or seconds < 4 else b"")
+
+
+def in_virtual_time(run: Coroutine[Any, Any, None]) -> None:
+    with asyncio.Runner(loop_factory=VirtualTimeLoop) as runner, pytest.MonkeyPatch.context() as patch:
         patch.setattr(answers, "UNREAD_BYTES", 1000)
+        runner.run(run)
+
+
+@given(st.lists(st.tuples(st.sampled_from("abc"), st.integers(1, 1200), st.booleans()), max_size=40))
+def test_all_have_a_bound_and_one_client_half_of_what_others_leave(
+    asked: list[tuple[str, int, bool]],
+) -> None:
+    async def run() -> None:
+        unread = UnreadAnswers()
+        held: list[tuple[str, int]] = []
         for owner, size, ends in asked:
             if ends and held:
                 unread.release(*held.pop(0))
@@ -148,14 +346,53 @@ def test_one_client_has_half_of_what_others_leave(asked: list[tuple[str, int, bo
             for other, own in held:
                 of[other] += own
             left = 1000 - (of.total() - of[owner])
-            fits = not of[owner] or of[owner] + size <= left // 2
-            if fits:
-                unread.hold(owner, size)
+            if of[owner] + size <= (left // 2 if of[owner] else left):
+                await unread.hold(owner, size)
                 held.append((owner, size))
+                assert sum(size for _, size in held) <= 1000
             else:
                 with pytest.raises(ApiError) as refused:
-                    unread.hold(owner, size)
-                assert refused.value.status == 503
+                    await unread.hold(owner, size)
+                assert refused.value.status == (400 if size > 1000 else 503)
+
+    in_virtual_time(run())
+
+
+@given(
+    st.lists(
+        st.tuples(st.sampled_from("abc"), st.integers(1, 1000), st.floats(0, 9), st.floats(0, 9)), max_size=30
+    )
+)
+def test_an_answer_waits_for_room(asked: list[tuple[str, int, float, float]]) -> None:
+    """What is held and what waits is bounded; who is refused has waited, or found too many waiting."""
+
+    async def run() -> None:
+        unread, loop = UnreadAnswers(), asyncio.get_running_loop()
+        held: list[int] = []
+        waiting: list[int] = []
+
+        async def answer(owner: str, size: int, begins: float, lasts: float) -> None:
+            await asyncio.sleep(begins)
+            before, at = sum(waiting), loop.time()
+            waiting.append(size)
+            try:
+                await unread.hold(owner, size)
+            except ApiError:
+                waited = loop.time() - at
+                assert before + size > 1000 if waited == 0 else waited == pytest.approx(ROOM_SECONDS)
+                return
+            finally:
+                waiting.remove(size)
+            held.append(size)
+            assert sum(held) <= 1000
+            await asyncio.sleep(lasts)
+            held.remove(size)
+            unread.release(owner, size)
+
+        await asyncio.gather(*(answer(*each) for each in asked))
+        await unread.hold("a", 1000)  # all were released
+
+    in_virtual_time(run())
 
 
 async def test_what_a_client_leaves_unread_is_bounded(
@@ -164,6 +401,7 @@ async def test_what_a_client_leaves_unread_is_bounded(
     async with make_engine(tiny_text) as engine:
         app = create_app(engine, ServerSettings(served_model_names=[MODEL]))
         reads = asyncio.Event()
+        limits: list[float] = []
 
         async def ask(client: str, seen: list[Any]) -> None:
             async def receive() -> Any:
@@ -176,6 +414,7 @@ async def test_what_a_client_leaves_unread_is_bounded(
 
             scope = {"type": "http", "method": "GET", "path": "/docs/openapi.json", "headers": []}
             scope |= {"query_string": b"", "client": (client, 1), "http_version": "1.1", "scheme": "http"}
+            scope["extensions"] = {WATCH: SimpleNamespace(within=limits.append)}
             await app(scope, receive, send)
 
         whole: list[Any] = []
@@ -190,15 +429,23 @@ async def test_what_a_client_leaves_unread_is_bounded(
         pending = asyncio.create_task(ask("10.0.0.1", first))
         await until(lambda: len(first) > 1)
         second: list[Any] = []
-        await ask("10.0.0.1", second)
+        with monkeypatch.context() as patch:
+            patch.setattr(answers, "ROOM_SECONDS", 0.0)
+            await ask("10.0.0.1", second)
         assert second[0]["status"] == 503 and b"wait to be read" in second[1]["body"]
+        later: list[Any] = []
+        waits = asyncio.create_task(ask("10.0.0.1", later))  # for room, with its answer made
         other: list[Any] = []
         answered = asyncio.create_task(ask("10.0.0.2", other))
         await until(lambda: len(other) > 1)
         assert other[0]["status"] == 200
+        assert not later
         reads.set()
-        await asyncio.gather(pending, answered)
+        await asyncio.gather(pending, answered, waits)
+        assert later[0]["status"] == 200
+        app.change(ServerSettings(served_model_names=[MODEL], send_timeout=7.0))
         third: list[Any] = []
         await ask("10.0.0.1", third)
         assert third[0]["status"] == 200
+        assert set(limits[:-1]) == {60.0} and limits[-1] == 7.0
         assert b"".join(message.get("body", b"") for message in third) == b"".join(bodies)

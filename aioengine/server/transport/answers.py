@@ -1,19 +1,20 @@
-"""Answers that their clients have not read yet: sent in parts, and bounded in memory."""
+"""A bound on the memory of answers that their clients have not read yet."""
 
 from __future__ import annotations
 
+import asyncio
 from collections import Counter
 from collections.abc import Iterable
 
-from aioengine.metrics.page.plumbing import Message, Send
+from aioengine.metrics.page.plumbing import PART_BYTES
 from aioengine.server.errors import ApiError
 
-PART_BYTES = 64 * 1024
-"""Largest part of an answer. The next one is sent when the client has taken most of those before. An answer
-that is not larger does not count."""
 UNREAD_BYTES = 256 * 2**20
-"""Bound on the bytes of all larger answers that are being sent. One client's may have half of what others
-leave, or be a single answer."""
+"""Bound on the bytes of all answers that are being sent and are larger than a part. One client's may have
+half of what the others leave, or be a single one that has more of it. Those that wait for room have a bound
+of this size, too."""
+ROOM_SECONDS = 5.0
+"""How long an answer waits for room."""
 RETRY_AFTER = 1
 
 
@@ -22,19 +23,24 @@ class UnreadAnswers:
 
     def __init__(self) -> None:
         self._of: Counter[str | None] = Counter()
-        self._all = 0
+        self._all = self._waiting = 0
+        self._released = asyncio.Event()
+        """It is replaced when it is set."""
 
-    def hold(self, owner: str | None, size: int) -> None:
-        """Count an answer. Raises ApiError if there is no room."""
-        own = self._of[owner]
-        if own and own + size > (UNREAD_BYTES - (self._all - own)) // 2:
+    async def hold(self, owner: str | None, size: int) -> None:
+        """Count an answer, once there is room.
+
+        Raises ApiError if there is none in ``ROOM_SECONDS``, if too many answers wait for it, or if the
+        answer is larger than all may be."""
+        if size > UNREAD_BYTES:
             raise ApiError(
-                503,
-                "answers of yours wait to be read, and have as many bytes as they may; read them first",
-                type="server_error",
-                code="overloaded",
-                retry_after=RETRY_AFTER,
+                400,
+                f"the answer has {size} bytes, and may have {UNREAD_BYTES}: ask for fewer log-probabilities, "
+                "choices or tokens, or for a stream",
+                code="answer_too_large",
             )
+        if not self._fits(owner, size):
+            await self._wait_for_room(owner, size)
         self._of[owner] += size
         self._all += size
 
@@ -44,17 +50,36 @@ class UnreadAnswers:
         self._of[owner] -= size
         if not self._of[owner]:
             del self._of[owner]
+        self._released.set()
+        self._released = asyncio.Event()
+
+    def _fits(self, owner: str | None, size: int) -> bool:
+        own = self._of[owner]
+        left = UNREAD_BYTES - (self._all - own)
+        return own + size <= (left // 2 if own else left)
+
+    async def _wait_for_room(self, owner: str | None, size: int) -> None:
+        if self._waiting + size > UNREAD_BYTES:
+            raise self._refusal(owner)
+        self._waiting += size
+        try:
+            async with asyncio.timeout(ROOM_SECONDS):
+                while not self._fits(owner, size):
+                    await self._released.wait()
+        except TimeoutError:
+            raise self._refusal(owner) from None
+        finally:
+            self._waiting -= size
+
+    def _refusal(self, owner: str | None) -> ApiError:
+        if self._of[owner]:
+            why = "answers of yours wait to be read, and have as many bytes as they may; read them first"
+        else:
+            why = "answers of others wait to be read, and leave no room for this one; try again later"
+        return ApiError(503, why, type="server_error", code="overloaded", retry_after=RETRY_AFTER)
 
 
 def size_of(headers: Iterable[tuple[bytes, bytes]]) -> int:
-    """Return the length that an answer's headers give, if it is large; else 0."""
+    """Return the length that an answer's headers give, if it is larger than a part; else 0."""
     size = next((int(value) for name, value in headers if name == b"content-length"), 0)
     return size if size > PART_BYTES else 0
-
-
-async def send_in_parts(send: Send, message: Message) -> None:
-    """Send a body, waiting for the client between its parts."""
-    body, has_more = message["body"], message.get("more_body", False)
-    for begin in range(0, len(body), PART_BYTES):
-        end = begin + PART_BYTES
-        await send({**message, "body": body[begin:end], "more_body": has_more or end < len(body)})

@@ -10,6 +10,7 @@ from typing import Any
 import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from aioengine.metrics.page.plumbing import WATCH
 from aioengine.server.access.addresses import network_of
 from aioengine.server.transport.crowd import Crowd
 from aioengine.server.transport.old_http import end_with_connection
@@ -31,7 +32,6 @@ LEFT_BYTES = 64 * 2**20
 reads still gets its answer; beyond it the connection is closed."""
 LINGER_SECONDS = 5.0
 """Seconds for which they are read and dropped if the connection is to be closed."""
-SEND_TIMEOUT = 60.0
 
 
 def bounded_protocol(
@@ -39,7 +39,7 @@ def bounded_protocol(
     header_timeout: float,
     is_busy: Callable[[], bool] = lambda: False,
     *,
-    send_timeout: float = SEND_TIMEOUT,
+    send_timeout: float | None = None,
 ) -> type[BoundedProtocol]:
     """Return a protocol class for ``uvicorn.Config(http=...)``.
 
@@ -51,7 +51,7 @@ def bounded_protocol(
             time holds.
         is_busy: Whether requests are open whose steps a flood of small requests must not slow down.
         send_timeout: Seconds in which a client has to read a part of what was written for it; else the
-            connection is cut off, because closing one would wait for as long as its client does not read.
+            connection is cut off. None: what the application says.
     """
 
     class Bounded(BoundedProtocol):
@@ -76,7 +76,7 @@ class _Transport:
     def write(self, data: bytes) -> None:
         """Write it; the headers of an answer together with what follows in the same pass of the loop."""
         protocol, cycle = self._protocol, self._protocol.cycle
-        if protocol.lingers:
+        if protocol.is_closing:
             return
         if cycle is not self._head_of and cycle is not None and cycle.response_started:
             self._head_of, self._head = cycle, data
@@ -118,7 +118,7 @@ class BoundedProtocol(HttpToolsProtocol):
 
     crowd: Crowd
     header_timeout: float
-    send_timeout: float
+    send_timeout: float | None
     turns: Turns
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -325,6 +325,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._has_headers, self._unseen = False, 0
         self._watch(self.header_timeout)
         super().on_message_begin()
+        self.scope["extensions"] = {WATCH: self.reader}  # type: ignore[dict-item]
 
     def on_url(self, url: bytes) -> None:
         super().on_url(url)
