@@ -189,16 +189,20 @@ class AdapterRegistry:
         """Take what a door knows from an earlier life. Returns all adapters as they are then.
 
         Of several doors' entries the newest counts. What was put or removed in this life stays so, with a
-        version above the door's, so that no replica takes it for older than what it has.
+        version that no door knows, so that no replica takes it for older than what it has.
         """
         await self._restore()
         self._spent.add(spent)
         for entry in entries:
             there = self._entries.get(entry.name)
             if entry.name in self._decided:
+                if there is None:
+                    self._spent.spend(entry.name, entry.version)
                 if there is None or there.version > entry.version:
                     continue
-                entry = msgspec.structs.replace(there, version=entry.version + 1)
+                number = max(self._spent.of(entry.name), entry.version) + 1
+                self._spent.spend(entry.name, number)
+                entry = msgspec.structs.replace(there, version=number)
             elif there is not None and there.version >= entry.version:
                 continue
             self._entries[entry.name] = entry

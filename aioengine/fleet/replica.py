@@ -229,6 +229,8 @@ class EngineReplica:
             "commit": self._commit,
             "discard": self._discard,
             "sync": self._sync,
+            "others": self._others,
+            "forget": self._forget,
             "version": self._version,
         }
         version = arguments.pop("version", None)
@@ -254,13 +256,8 @@ class EngineReplica:
     async def _version(self, name: str) -> int:
         return self._versions.highest(name)
 
-    async def _sync(self, entries: list[Entry], whole: bool = False) -> None:
-        """Know the registry's adapters in the versions that it has; if these are the ``whole``, no others
-        that it once had."""
-        for name in self._versions.others(entry.name for entry in entries) if whole else ():
-            self._versions.forget(name)
-            self._unload_soon(name)
-        await asyncio.sleep(0)  # they begin, and from then on requests are refused
+    async def _sync(self, entries: list[Entry]) -> None:
+        """Know the registry's adapters in the versions that it has."""
         for entry in entries:
             if self._versions.of(entry.name) < entry.version:
                 await self.engine.prepare_adapter(entry.name, entry.path, read=False)
@@ -269,6 +266,17 @@ class EngineReplica:
                 self.engine.expect_adapter(entry.name, entry.digest)
             if entry.pinned:
                 await self.engine.pin_adapter(entry.name)
+
+    async def _others(self, names: list[str]) -> list[str]:
+        """Return the adapters that the fleet once had, or has from now on, and that are not among these."""
+        return self._versions.others(names)
+
+    async def _forget(self, name: str) -> None:
+        """Unload an adapter that the fleet has no more."""
+        if self._versions.of(name):
+            self._versions.forget(name)
+            self._unload_soon(name)
+            await asyncio.sleep(0)  # it begins, and from then on requests are refused
 
     def _unload_soon(self, name: str) -> None:
         """Unload an adapter; requests that run on it may take long to finish."""

@@ -42,6 +42,8 @@ class SpentVersions(msgspec.Struct):
 
     def add(self, known: SpentVersions) -> None:
         """Spend what another has seen spent."""
+        for name in self.last.keys() - known.last.keys():  # the other has forgotten these, or never knew them
+            self.last[name] = max(self.last[name], known.others)
         self.others = max(self.others, known.others)
         for name, number in known.last.items():
             self.spend(name, number)

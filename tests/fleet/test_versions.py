@@ -9,7 +9,7 @@ from typing import Any
 
 import fsspec
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from support.engine_fixtures import Tiny, greedy
 from support.registry_actor import RegistryActor
@@ -144,27 +144,32 @@ class Replica:
     def __init__(self) -> None:
         self.versions = ReplicaVersions({"fixed"})
         self.named: set[tuple[str, int, str]] = set()
-        self._prepared = ""
+        self._paths: dict[str, str] = {}
+        """What it has or has prepared, by name."""
         self._count = 0
 
     async def adapter(self, action: str, arguments: dict[str, Any]) -> Any:
         name, version = arguments.get("name", ""), arguments.get("version")
         if action == "version":
             return self.versions.highest(name)
+        if action == "others":
+            return self.versions.others(arguments["names"])
         if action == "prepare":
-            self._prepared = arguments["path"]
-        elif action == "unload":
+            self._paths[name] = arguments["path"]
+        elif action in ("unload", "forget"):
             self.versions.forget(name)
+            self._paths.pop(name, None)
         elif action == "sync":
             for entry in arguments["entries"]:
                 if self.versions.of(entry.name) < entry.version:
                     self._takes(entry.name, entry.version, entry.path)
         elif action == "commit":
-            self._takes(name, version, self._prepared)
-        return self._info(name, self._prepared)
+            self._takes(name, version, self._paths[name])
+        return self._info(name, self._paths.get(name) or arguments.get("path") or "")
 
     def _takes(self, name: str, version: int, path: str) -> None:
         self._count += 1
+        self._paths[name] = path
         self.versions.note(version, self._info(name, path))
         self.named.add((name, version, path))
 
@@ -196,6 +201,17 @@ class Replica:
     ),
     kept=st.booleans(),
     remembered=st.integers(1, 3),
+)
+@example(
+    changes=[
+        ("away", 1, "b"),
+        ("replace", 0, "a"),
+        ("load", 0, "b"),
+        ("load", 1, "a"),
+        ("new door", 1, "a"),
+    ],
+    kept=True,
+    remembered=1,
 )
 def test_a_number_never_names_two_contents(
     changes: list[tuple[str, int, str]], kept: bool, remembered: int

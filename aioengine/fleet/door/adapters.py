@@ -6,7 +6,7 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import AsyncIterator, Awaitable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
@@ -56,7 +56,7 @@ class FleetAdapters:
         self.registry: Any = None
         self._mended: dict[str, float] = {}
         """When replicas were last made to agree on an adapter that one of them had found changed."""
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks: set[asyncio.Task[object]] = set()
         self._placement = PlacementGuard(
             load_placement(config.placement),
             timer=time.perf_counter,
@@ -110,7 +110,7 @@ class FleetAdapters:
         name, _, version = adapter.rpartition("@")
         known = self._known.by_name.get(name)
         if known is None or version != str(version_of(known)):  # another door may have changed it
-            await self._known.refresh_in_time(self.registry)
+            await self._known.look(self.registry)
             known = self._known.by_name.get(name)
         if known is None:
             raise AdapterNotFound(
@@ -270,14 +270,27 @@ class FleetAdapters:
         member.ready, replica = False, member.channel.replica
         whole = await self._known.refresh_in_time(self.registry)
         entries = [entry for entry in self._known.by_name.values() if entry.version > 0]
-        try:
-            async with asyncio.timeout(SYNC_SECONDS):
-                answer = await self._replicas.ask(member, "sync", entries=entries, whole=whole)
-            if isinstance(answer, AioEngineError):
-                logger.warning("replica %s: %s", replica, answer)
-        except TimeoutError:
+        telling = self._spawn(self._tell(member, entries, whole))
+        _, late = await asyncio.wait([telling], timeout=SYNC_SECONDS)
+        if late:
             logger.warning("replica %s has not taken all adapters within %g s", replica, SYNC_SECONDS)
         member.ready = True
+
+    async def _tell(self, member: Member, entries: list[Entry], whole: bool) -> None:
+        steps = [self._replicas.ask(member, "sync", entries=entries)]
+        if whole:
+            steps.append(self._forget_others(member, [entry.name for entry in entries]))
+        for answer in await asyncio.gather(*steps, return_exceptions=True):
+            if isinstance(answer, Exception):
+                logger.warning("replica %s: %s", member.channel.replica, answer)
+
+    async def _forget_others(self, member: Member, names: list[str]) -> None:
+        """Have a replica forget what the fleet has no more. An adapter may be missing in the registry only
+        because another door is about to put it there: so each is looked up again while no door changes it."""
+        for name in await self._replicas.ask(member, "others", names=names) or ():
+            async with self._changing(name):
+                if name not in self._known.by_name:
+                    await self._replicas.ask(member, "forget", name=name)
 
     def refresh_soon(self) -> None:
         """Put back what the registry has lost; to be called when it has forgotten this door."""
@@ -348,10 +361,11 @@ class FleetAdapters:
         except AdapterLoadError as error:
             logger.error("%s", error)
 
-    def _spawn(self, work: Any) -> None:
+    def _spawn(self, work: Coroutine[Any, Any, object]) -> asyncio.Task[object]:
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return task
 
 
 def _numbered(info: AdapterInfo, version: int) -> AdapterInfo:

@@ -15,6 +15,8 @@ logger = logging.getLogger("aioengine.fleet")
 
 REFRESH_SECONDS = 10.0
 """Longest time that a replica that has come waits for what the registry knows."""
+LOOK_SECONDS = 1.0
+"""Shortest time from one :meth:`KnownEntries.look` to the next question to the registry."""
 
 
 class KnownEntries:
@@ -32,6 +34,12 @@ class KnownEntries:
         self._state = state
         self._mark: Mark | None = None
         self._refreshing = asyncio.Lock()
+        self._looking = asyncio.Lock()
+        self._look_due = 0.0
+        self._looks = 0
+        """Number of looks that have begun."""
+        self._looked = 0
+        """Number of the last one that has ended."""
         for entry in self._configured.values():
             self.put(entry)
 
@@ -63,6 +71,23 @@ class KnownEntries:
             for entry in changes.entries:
                 self.put(entry)
             self._mark = changes.mark
+
+    async def look(self, registry: Any) -> None:
+        """Refresh in time, for a request that names what this door does not know. However many ask, the
+        registry is asked once each ``LOOK_SECONDS``: who asks meanwhile waits for the next time, because what
+        it names may be newer than the last one, and all who wait share the answer."""
+        begun = self._looks
+        async with self._looking:
+            if self._looked > begun:
+                return
+            loop = asyncio.get_running_loop()
+            await asyncio.sleep(self._look_due - loop.time())
+            self._looks += 1
+            try:
+                await self.refresh_in_time(registry)
+                self._looked = self._looks
+            finally:
+                self._look_due = loop.time() + LOOK_SECONDS
 
     async def refresh_in_time(self, registry: Any) -> bool:
         """Refresh within ``REFRESH_SECONDS``; if that fails, all stays as this door knows it. Returns whether

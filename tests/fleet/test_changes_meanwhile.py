@@ -1,0 +1,386 @@
+"""What doors, the registry and replicas do while an adapter is being changed; without Ray's processes."""
+
+from __future__ import annotations
+
+import asyncio
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support.fleet_process import needs_ray
+from support.registry_actor import RegistryActor
+
+from aioengine import EngineConfig
+from aioengine.errors import AdapterError, AdapterNotFound
+from aioengine.fleet import replica as replicas
+from aioengine.fleet.config import FleetConfig
+from aioengine.fleet.door import entries
+from aioengine.fleet.door.adapters import FleetAdapters
+from aioengine.fleet.door.members import Member, Members
+from aioengine.fleet.registry import AdapterRegistry, Entry
+from aioengine.fleet.replica import EngineReplica
+from aioengine.fleet.versions import SpentVersions
+from aioengine.info import AdapterInfo
+from aioengine.lab.simulation.clock import run_in_virtual_time
+
+needs_ray()
+
+CONFIG = FleetConfig(engine=EngineConfig(model="tiny"))
+
+
+class Engine:
+    """An engine's adapters: it has what it was told to have."""
+
+    def __init__(self) -> None:
+        self.has: dict[str, int] = {}
+        """Version of each adapter, as the engine counts."""
+        self._prepared: set[str] = set()
+        self._count = 0
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *_, **__: None
+
+    async def prepare_adapter(self, name: str, path: str | None = None, *, read: bool = True) -> AdapterInfo:
+        self._prepared.add(name)
+        return self._info(name)
+
+    def commit_adapter(self, name: str) -> AdapterInfo:
+        self._prepared.remove(name)
+        self._count += 1
+        self.has[name] = self._count
+        return self._info(name)
+
+    async def load_adapter(self, name: str, path: str | None = None) -> AdapterInfo:
+        return self._info(name)
+
+    async def unload_adapter(self, name: str, *, force: bool = False) -> None:
+        if self.has.pop(name, None) is None:
+            raise AdapterNotFound("nobody has loaded it", name=name)
+
+    async def stop(self) -> None:
+        pass
+
+    def _info(self, name: str) -> AdapterInfo:
+        return AdapterInfo(
+            name=name,
+            version=self.has.get(name, 0),
+            path=name,
+            rank=8,
+            bytes=1,
+            digest=name,
+            location="disk",
+            slot=None,
+            pinned=False,
+            running=0,
+            waiting=0,
+        )
+
+
+class Replica(EngineReplica):
+    """A replica whose engine is an :class:`Engine`."""
+
+    async def start_engine(self) -> Any:
+        return Engine()
+
+    def __del__(self) -> None:  # type: ignore[override] # nobody would await it
+        pass
+
+
+async def replica() -> Any:
+    made = Replica.__new__(Replica)
+    await made.__init__(CONFIG, "")  # type: ignore[misc] # Serve does it so
+    return made
+
+
+class Door:
+    """A door to one replica. ``before``: awaited before the replica gets a call, with what it is to do."""
+
+    def __init__(self, one: Any, before: Any = None) -> None:
+        async def remote(action: str, arguments: dict[str, Any], to: str) -> Any:
+            if before is not None:
+                await before(action)
+            return await one.adapter(action, dict(arguments))
+
+        handle = SimpleNamespace(options=lambda **_: SimpleNamespace(remote=remote))
+        self.members = Members(CONFIG, handle, door=f"door-{id(self)}")
+        self.adapters = FleetAdapters(CONFIG, self.members)
+        self.member = Member(SimpleNamespace(replica="r0"), None)  # type: ignore[arg-type]
+        self.members.members["r0"] = self.member
+
+    async def load(self, name: str, *, replace: bool = False) -> AdapterInfo:
+        return await self.adapters.load(name, name, pin=False, force_pin=False, replace=replace)
+
+    async def joins(self) -> None:
+        """The replica is back: as after the loss of this door's channel to it."""
+        for listener in self.members.on_join:
+            listener(self.member)
+        while not self.member.ready:
+            await asyncio.sleep(0.2)
+
+
+@pytest.fixture(autouse=True)
+def without_serve(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(replicas, "_own_id", lambda: "own")
+
+
+def test_a_replica_that_joins_one_door_keeps_what_another_has_just_loaded() -> None:
+    """The other door has heard of all adapters before it was loaded, and says so after that."""
+
+    async def main() -> None:
+        actor, one = RegistryActor(), await replica()
+        asked, loaded = asyncio.Event(), asyncio.Event()
+
+        async def before(action: str) -> None:
+            if joining is not None and not asked.is_set():
+                asked.set()
+                await loaded.wait()
+
+        joining: asyncio.Future[None] | None = None
+        door, other = Door(one), Door(one, before)
+        await door.adapters.start(actor)
+        await other.adapters.start(actor)
+        joining = asyncio.ensure_future(other.joins())
+        await asked.wait()
+        await door.load("sql")
+        loaded.set()
+        await joining
+        assert one.engine.has == {"sql": 1}
+        assert one._versions.own("sql@1") == "sql@1"
+        for each in (door, other):
+            await each.adapters.stop()
+
+    run_in_virtual_time(main())
+
+
+@pytest.mark.parametrize("step", ["commit", "put"])
+def test_a_replica_that_joins_one_door_keeps_what_another_is_loading(step: str) -> None:
+    """It has the adapter, and the registry does not have it yet."""
+
+    async def main() -> None:
+        actor, one = RegistryActor(), await replica()
+        door, other = Door(one), Door(one)
+        await door.adapters.start(actor)
+        await other.adapters.start(actor)
+        reached, go_on = asyncio.Event(), asyncio.Event()
+
+        class Slow:
+            """The registry, whose ``put`` takes long."""
+
+            def __getattr__(self, name: str) -> Any:
+                return SimpleNamespace(remote=put) if name == "put" else getattr(actor, name)
+
+        async def put(entry: Entry) -> None:
+            if step == "put":
+                await actor.put.remote(entry)
+            reached.set()
+            await go_on.wait()
+            if step == "commit":
+                await actor.put.remote(entry)
+
+        door.adapters.registry = Slow()
+        loading = asyncio.ensure_future(door.load("sql"))
+        await reached.wait()
+        joining = asyncio.ensure_future(other.joins())
+        await asyncio.sleep(5.0)
+        assert one.engine.has == {"sql": 1}
+        go_on.set()
+        await asyncio.gather(loading, joining)
+        assert one.engine.has == {"sql": 1}
+        for each in (door, other):
+            await each.adapters.stop()
+
+    run_in_virtual_time(main())
+
+
+@settings(max_examples=40)
+@given(
+    works=st.lists(
+        st.lists(
+            st.tuples(
+                st.sampled_from(["load", "replace", "unload", "joins"]),
+                st.sampled_from("ab"),
+                st.integers(0, 3),
+            ),
+            max_size=5,
+        ),
+        min_size=2,
+        max_size=2,
+    ),
+    delays=st.lists(st.integers(0, 9), min_size=1),
+)
+def test_whatever_doors_do_at_once_a_replica_has_what_the_registry_has(
+    works: list[list[tuple[str, str, int]]], delays: list[int]
+) -> None:
+    """Calls take times of their own to reach the replica."""
+
+    async def main() -> None:
+        actor, one = RegistryActor(), await replica()
+        calls = 0
+
+        async def before(action: str) -> None:
+            nonlocal calls
+            calls += 1
+            await asyncio.sleep(delays[calls % len(delays)])
+
+        async def does(door: Door, work: list[tuple[str, str, int]]) -> None:
+            for what, name, pause in work:
+                await asyncio.sleep(pause)
+                try:
+                    if what == "joins":
+                        await door.joins()
+                    elif what == "unload":
+                        await door.adapters.unload(name, force=False)
+                    else:
+                        await door.load(name, replace=what == "replace")
+                except AdapterError:
+                    pass
+
+        doors = [Door(one, before), Door(one, before)]
+        for door in doors:
+            await door.adapters.start(actor)
+        await asyncio.gather(*map(does, doors, works))
+        found = {entry.name: entry.version for entry in await actor.entries.remote()}
+        assert one.engine.has.keys() == found.keys()
+        for name, version in found.items():
+            assert one._versions.own(f"{name}@{version}") == f"{name}@{one.engine.has[name]}"
+        for door in doors:
+            await door.adapters.stop()
+
+    run_in_virtual_time(main())
+
+
+# Wrong versions
+
+
+class Counting:
+    """The registry, whose answers take ``seconds``. ``asked``: when it was asked for changes."""
+
+    def __init__(self, actor: Any, seconds: float) -> None:
+        self.asked: list[float] = []
+        self.seconds = seconds
+        self._actor = actor
+
+    def __getattr__(self, name: str) -> Any:
+        async def remote(*arguments: Any) -> Any:
+            if name == "changes":
+                self.asked.append(asyncio.get_running_loop().time())
+            await asyncio.sleep(self.seconds)
+            return await getattr(self._actor, name).remote(*arguments)
+
+        return SimpleNamespace(remote=remote)
+
+
+@pytest.mark.parametrize("seconds", [0.0, 0.3, 60.0], ids=["at once", "slow", "silent"])
+def test_however_many_ask_for_wrong_versions_the_registry_is_asked_once_a_second(seconds: float) -> None:
+    """Some of them go away before they are answered."""
+
+    async def main() -> None:
+        one = await replica()
+        door = Door(one)
+        await door.adapters.start(registry := Counting(RegistryActor(), 0.0))
+        await door.load("sql")
+        registry.seconds = seconds
+        registry.asked.clear()
+        loop = asyncio.get_running_loop()
+        asks: list[asyncio.Task[None]] = []
+        begin = loop.time()
+        for number in range(1000):
+            name = "sql@7" if number % 2 else "x@1"
+            asks.append(loop.create_task(door.adapters.check_version(name)))
+            if number % 10 == 9:
+                asks[number - 5].cancel()
+            await asyncio.sleep(0.01)
+            await door.adapters.check_version("sql@1")  # whose version is right is not delayed
+        assert loop.time() == pytest.approx(begin + 10.0)
+        ended = await asyncio.gather(*asks, return_exceptions=True)
+        assert {type(end) for end in ended} == {AdapterNotFound, asyncio.CancelledError}
+        assert sum(isinstance(end, AdapterNotFound) for end in ended) == 900
+        gaps = [later - earlier for earlier, later in zip(registry.asked, registry.asked[1:], strict=False)]
+        assert min(gaps) > entries.LOOK_SECONDS - 1e-6
+        assert loop.time() - begin < 10.0 + 2 * entries.REFRESH_SECONDS + 2 * entries.LOOK_SECONDS
+        await door.adapters.stop()
+
+    run_in_virtual_time(main())
+
+
+def test_a_version_that_another_door_has_just_loaded_is_found_while_others_ask_for_wrong_ones() -> None:
+    async def main() -> None:
+        actor, one = RegistryActor(), await replica()
+        door, other = Door(one), Door(one)
+        await door.adapters.start(Counting(actor, 0.2))
+        await other.adapters.start(actor)
+        loop = asyncio.get_running_loop()
+        asks: list[asyncio.Task[None]] = []
+
+        async def flood() -> None:
+            while True:
+                asks.append(loop.create_task(door.adapters.check_version("x@1")))
+                await asyncio.sleep(0.01)
+
+        flooding = loop.create_task(flood())
+        for pause in range(40):
+            await asyncio.sleep(0.07 * pause)
+            info = await other.load("sql", replace=True)
+            begin = loop.time()
+            await door.adapters.check_version(f"sql@{info.version}")
+            assert loop.time() - begin <= 0.2 + entries.LOOK_SECONDS + 0.2 + 1e-6
+        flooding.cancel()
+        assert {type(end) for end in await asyncio.gather(*asks, return_exceptions=True)} == {AdapterNotFound}
+        for each in (door, other):
+            await each.adapters.stop()
+
+    run_in_virtual_time(main())
+
+
+# Numbers
+
+
+def spent() -> st.SearchStrategy[SpentVersions]:
+    names = st.dictionaries(st.sampled_from("abcd"), st.integers(0, 9))
+    return st.builds(SpentVersions, last=names, others=st.integers(0, 9))
+
+
+@given(one=spent(), other=spent())
+def test_no_number_is_free_again_because_another_has_forgotten_it(
+    one: SpentVersions, other: SpentVersions
+) -> None:
+    before = {name: max(one.of(name), other.of(name)) for name in "abcde"}
+    one.add(other)
+    assert all(one.of(name) >= number for name, number in before.items())
+
+
+@given(
+    steps=st.lists(
+        st.tuples(st.sampled_from(["next", "put", "remove", "put back"]), st.integers(1, 9), spent()),
+        max_size=12,
+    )
+)
+def test_a_registry_gives_out_no_number_that_it_has_heard_of(
+    steps: list[tuple[str, int, SpentVersions]],
+) -> None:
+    """Whether it gives it to a door, or to an adapter of this life that a door knew in an earlier one."""
+
+    async def main() -> None:
+        registry = AdapterRegistry(None)
+        highest = 0
+        current: dict[str, int] = {}
+        for what, number, known in steps:
+            if what == "remove":
+                await registry.remove("a")
+            elif what == "put back":
+                highest = max(highest, known.of("a"), number)
+                await registry.put_back([Entry("a", "old", number)], known)
+            else:
+                given = await registry.next_version("a", 0)
+                assert given > highest
+                highest = given
+                if what == "put":
+                    await registry.put(Entry("a", "new", given))
+            before, current = current, {entry.path: entry.version for entry in await registry.entries()}
+            if what == "put back" and current.get("new", 0) != before.get("new", 0):
+                assert current["new"] > highest
+                highest = current["new"]
+
+    asyncio.run(main())
