@@ -339,8 +339,10 @@ class Core:
         digest: str,
         seconds: float,
         slot_nbytes: int | None = None,
+        mergeable: bool = False,
     ) -> AdapterError | None:
         """Take in an adapter that has been read. ``slot_nbytes``: its bytes in a slot; None: ``nbytes``.
+        ``mergeable``: whether the device may merge it with the base model's weights.
 
         Returns the reason if it can never be kept; the requests that wait for it fail with this reason.
 
@@ -360,6 +362,8 @@ class Core:
         else:
             entry.slot_nbytes = slot_nbytes
             self.residency.loaded(entry, now, rank=rank, nbytes=nbytes, digest=digest, seconds=seconds)
+            if entry.digest == digest:  # else it was dropped at once
+                self.merging.loaded(entry, now, mergeable=mergeable)
         return error
 
     def adapter_load_cancelled(self, entry: AdapterEntry) -> None:
@@ -386,6 +390,7 @@ class Core:
     def adapter_merged(self, entry: AdapterEntry, now: float, seconds: float) -> None:
         """Note that the device has merged an adapter with the base model's weights."""
         self._changes += 1
+        self._costs.merged(seconds)
         self.merging.merged(entry, now, seconds)
 
     def adapter_merge_failed(self, entry: AdapterEntry) -> None:

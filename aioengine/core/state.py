@@ -60,6 +60,7 @@ class AdapterEntry:
         "last_tenant",
         "last_used",
         "location",
+        "merge_failed",
         "merge_seconds",
         "mergeable",
         "name",
@@ -143,6 +144,8 @@ class AdapterEntry:
         self.disk_seconds: float | None = None
         self.slot_seconds: float | None = None
         self.merge_seconds: float | None = None
+        self.merge_failed: str | None = None
+        """Digest of the content that the device could not merge."""
 
     @property
     def oldest_arrival(self) -> float | None:

@@ -137,7 +137,6 @@ class AdapterMoves:
             self._core.adapter_load_failed(entry, loop.time(), failure, "internal")
         else:
             entry.labels, entry.invocation = done.labels, done.invocation
-            entry.mergeable = done.mergeable
             refused = self._core.adapter_loaded(
                 entry,
                 loop.time(),
@@ -146,6 +145,7 @@ class AdapterMoves:
                 digest=done.digest,
                 seconds=done.seconds,
                 slot_nbytes=done.slot_nbytes,
+                mergeable=done.mergeable,
             )
             if refused is not None:
                 log_failure(self._core.residency.failures, entry.label, refused)

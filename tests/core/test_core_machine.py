@@ -249,6 +249,12 @@ class CoreMachine(RuleBasedStateMachine):
     def resize(self, name: str, nbytes: int) -> None:
         self.sim.sizes[name] = nbytes
 
+    @rule(name=st.sampled_from(NAMES), mergeable=st.booleans())
+    def change_files_in_place(self, name: str, mergeable: bool) -> None:
+        """They are read when the adapter has left the CPU cache."""
+        self.sim.contents[name] = self.sim.contents.get(name, 0) + 1
+        (self.sim.unmergeable.discard if mergeable else self.sim.unmergeable.add)(name)
+
     @precondition(lambda self: self.sim.loads)
     @rule(which=st.integers(0, 100), fail=st.sampled_from([False, False, False, True]))
     def finish_load(self, which: int, fail: bool) -> None:
@@ -368,7 +374,7 @@ class CoreMachine(RuleBasedStateMachine):
         merged = core.merging.entry
         alone = {w.slot for w in batch.sequences} == {None if merged is None else merged.slot}
         assert (batch.merged is not None) == alone, "if and only if all are its requests"
-        assert batch.merged is None or (merged is not None and batch.merged == merged.uid == self.sim.merged)
+        assert merged is None or batch.merged is None or self.sim.merged == (batch.merged, merged.digest)
         for work in batch.sequences:
             request = core.requests[work.request_id]
             assert request.status is Status.RUNNING

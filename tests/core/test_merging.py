@@ -12,6 +12,8 @@ from aioengine.core import CoreLimits
 from aioengine.core.state import AdapterEntry
 from aioengine.schedulers import Decision, SchedulerPolicy, SchedulerView
 from aioengine.schedulers.policies.fcfs import FCFS
+from aioengine.schedulers.policy import Location
+from aioengine.step import StepBatch
 
 MERGES = LIMITS._replace(merges=True)
 
@@ -47,6 +49,15 @@ def merged(sim: CoreSim, wanted: list[str], name: str) -> AdapterEntry:
     sim.settle()
     sim.finish_merge()
     return sim.core.residency.current[name]
+
+
+def next_batch(sim: CoreSim) -> StepBatch:
+    """Take steps until one computes something."""
+    for _ in range(10):
+        batch = sim.settle()
+        if batch is not None:
+            return batch
+    raise AssertionError("nothing is computed")
 
 
 def refused(sim: CoreSim) -> set[tuple[str, str]]:
@@ -157,6 +168,63 @@ def test_a_version_that_is_gone_before_it_is_merged_is_not_used() -> None:
     sim.finish_merge()
     sim.core.check()
     assert sim.core.merging.entry is None and not sim.of(events.AdapterMerged)
+
+
+def test_files_that_changed_in_place_are_not_what_was_merged() -> None:
+    sim, wanted = sim_of("a", "b", limits=MERGES._replace(cpu_capacity=1, num_slots=1))
+    old = merged(sim, wanted, "a")
+    wanted.clear()
+    for changed in (False, True):
+        sim.core.end(next(iter(sim.core.requests.values())), "abort", sim.now)
+        sim.add("b", max_tokens=1)
+        sim.run()
+        assert old.location is Location.DISK and sim.core.merging.entry is old
+        sim.contents["a"] = int(changed)
+        sim.add("a", max_tokens=30)
+        assert (next_batch(sim).merged == old.uid) is not changed
+    assert sim.core.merging.entry is None
+    assert [e.adapter for e in sim.of(events.AdapterUnmerged)] == ["a"]  # type: ignore[attr-defined]
+    wanted[:] = ["a"]
+    sim.settle()
+    sim.finish_merge()
+    assert next_batch(sim).merged == old.uid, "the new files are merged"
+
+
+def test_files_that_changed_while_they_were_merged_are_not_what_was_merged() -> None:
+    sim, wanted = sim_of("a", "b", limits=MERGES._replace(cpu_capacity=1, num_slots=1))
+    sim.add("a", max_tokens=2)
+    next_batch(sim)
+    wanted[:] = ["a"]
+    sim.run()
+    wanted.clear()
+    sim.add("b", max_tokens=1)
+    sim.run()
+    sim.contents["a"] = 1
+    sim.add("a", max_tokens=30)
+    sim.settle()
+    next_batch(sim)
+    sim.finish_merge()
+    assert next_batch(sim).merged is None
+    assert sim.core.merging.entry is None and not sim.of(events.AdapterMerged)
+
+
+def test_a_content_that_failed_to_merge_is_not_tried_again_but_another_is() -> None:
+    sim, wanted = sim_of("a", "b", limits=MERGES._replace(cpu_capacity=1, num_slots=1))
+    sim.add("a", max_tokens=2)
+    next_batch(sim)
+    entry = sim.core.residency.current["a"]
+    wanted[:] = ["a"]
+    sim.run()
+    sim.finish_merge(fail=True)
+    wanted.clear()
+    for content in (0, 1, 0):
+        sim.add("b", max_tokens=1)
+        sim.run()
+        assert entry.location is Location.DISK
+        sim.contents["a"] = content
+        sim.add("a", max_tokens=1)
+        sim.run()
+        assert entry.mergeable is bool(content)
 
 
 def test_a_failed_merge_is_not_tried_again_and_harms_nobody() -> None:

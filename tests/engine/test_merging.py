@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -255,6 +256,31 @@ async def test_a_new_version_of_a_merged_adapter(tiny: Tiny, make_engine: MakeEn
         await merge(engine, policy, "policy")
         found = await engine.complete(PROMPT, greedy(6), adapter="policy")
         assert found.token_ids == tiny.expected(PROMPT, 6, "rank-4")
+
+
+async def test_files_that_changed_in_place_are_not_served_as_they_were(
+    tiny: Tiny, make_engine: MakeEngine, tmp_path: Path
+) -> None:
+    """Neither by merged weights, nor by what these have left in the prefix cache."""
+    policy = Merge()
+    live = tmp_path / "live"
+    shutil.copytree(tiny.adapters["rank-3"], live)
+    async with make_engine(tiny, policy, merge=True, max_loras=1, max_cpu_loras=1) as engine:
+        engine.register_adapter("live", live)
+        engine.register_adapter("rank-4", tiny.adapters["rank-4"])
+        await merge(engine, policy, "live")
+        policy.name = None
+        await engine.complete(PROMPT[:3], greedy(2), adapter="rank-4")  # the other leaves the CPU cache
+        shutil.rmtree(live)
+        shutil.copytree(tiny.adapters["rank-4"], live)
+        for name in ("live", "rank-4"):
+            found = await engine.complete(PROMPT, greedy(6), adapter=name)
+            assert found.token_ids == tiny.expected(PROMPT, 6, "rank-4")
+        assert engine.stats().merged is None
+        await merge(engine, policy, "live")
+        found = await engine.complete(PROMPT, greedy(6), adapter="live")
+        assert found.token_ids == tiny.expected(PROMPT, 6, "rank-4")
+        engine.check_invariants()
 
 
 async def test_metrics_and_the_builtin_policy(tiny: Tiny, make_engine: MakeEngine) -> None:

@@ -52,14 +52,20 @@ class CoreSim:
         self.merges: list[AdapterEntry] = []
         self.unmergeable: set[str] = set()
         """Names of adapters that cannot be merged."""
-        self.merged: int | None = None
-        """The adapter whose merged weights the device has."""
+        self.contents: dict[str, int] = {}
+        """How often the files of adapters have changed in place, by name."""
+        self.merged: tuple[int, str] | None = None
+        """The adapter whose merged weights the device has, and the digest of that content."""
+        self._merging: list[str] = []
+        """The contents that are being merged."""
         self.memory: DeviceMemory | None = None
         if limits.shared_block_bytes is not None or limits.window is not None:
             self.memory = DeviceMemory(limits)
         self._copy_moves: dict[int, CopyMove] = {}
         """Those under way, by uid."""
         self.on_cpu: set[int] = set()
+        self.digests: dict[int, str] = {}
+        """Of what was read last, by uid."""
         self.batch: StepBatch | None = None
         self.following: StepBatch | None = None
         """The step after ``batch``, if it was formed beforehand."""
@@ -122,6 +128,7 @@ class CoreSim:
                 case MergeMove(entry):
                     assert entry.uid in self.on_cpu, "a merge of what is not in CPU memory"
                     self.merges.append(entry)
+                    self._merging.append(self.digests[entry.uid])
                     self.merged = None
         self.take_events()
         self._read = [slot.entry for slot in self.core.slots.slots]
@@ -140,7 +147,7 @@ class CoreSim:
         batch, self.batch, self.following = self.batch, self.following, None
         assert batch is not None
         if batch.merged is not None:
-            assert batch.merged == self.merged, "the device has no such weights"
+            assert self.merged == (batch.merged, self.digests[batch.merged]), "the device has other weights"
             holders = [self._read[work.slot] for work in batch.sequences]
             assert all(entry is not None and entry.uid == batch.merged for entry in holders)
         if batch.follows:
@@ -170,15 +177,17 @@ class CoreSim:
             error = AdapterLoadError("the disk is broken", name=entry.label, path=entry.path)
             self.core.adapter_load_failed(entry, self.now, error, "io")
         else:
+            changed = self.contents.get(entry.label, 0)
             self.on_cpu.add(entry.uid)
-            entry.mergeable = entry.label not in self.unmergeable
+            self.digests[entry.uid] = digest = f"{entry.label}-{entry.version}" + "'" * changed
             self.core.adapter_loaded(
                 entry,
                 self.now,
                 rank=8,
                 nbytes=self.sizes.get(entry.label, 1000),
-                digest=f"{entry.label}-{entry.version}",
+                digest=digest,
                 seconds=0.1,
+                mergeable=entry.label not in self.unmergeable,
             )
         self.take_events()
 
@@ -195,17 +204,18 @@ class CoreSim:
         self.take_events()
 
     def finish_merge(self, *, fail: bool = False, seconds: float = 0.5) -> None:
-        entry = self.merges.pop(0)
+        entry, digest = self.merges.pop(0), self._merging.pop(0)
         if fail:
             self.core.adapter_merge_failed(entry)
         else:
-            self.merged = entry.uid
+            self.merged = entry.uid, digest
             self.core.adapter_merged(entry, self.now, seconds)
         self.take_events()
 
     def lose_device(self) -> None:
         """What ran, was loaded, or was under way is gone."""
         self.merges.clear()
+        self._merging.clear()
         self.merged = None
         self.batch = self.following = None
         self.loads.clear()

@@ -30,6 +30,8 @@ class Merging:
         """The adapter whose merged weights are there."""
         self.under_way: AdapterEntry | None = None
         """The adapter that the device is merging."""
+        self._digest = self._digest_under_way = ""
+        """The contents of the two: an adapter's files may change, and be read again."""
         self._entries = entries
         self._emit = emit
         self._moves: list[MergeMove] = []
@@ -45,7 +47,7 @@ class Merging:
                 yield reason, entry.name
                 continue
             self._drop(now)
-            self.under_way = entry
+            self.under_way, self._digest_under_way = entry, entry.digest
             self._moves.append(MergeMove(entry))
 
     def _obstacle(self, entry: AdapterEntry) -> str | None:
@@ -58,21 +60,36 @@ class Merging:
         return None if entry.mergeable else "merge_not_exact"
 
     def merged(self, entry: AdapterEntry, now: float, seconds: float) -> None:
-        """Note that the device has merged an adapter. Steps use it from now on, if it is still there."""
+        """Note that the device has merged an adapter. Steps use it from now on, if it is still there, and
+        still is what was merged."""
         assert entry is self.under_way
         self.under_way = None
         entry.merge_seconds = seconds
-        if entry.uid in self._entries:
-            self.entry = entry
+        if entry.uid in self._entries and self._is(entry, self._digest_under_way):
+            self.entry, self._digest = entry, self._digest_under_way
             self._emit(
                 events.AdapterMerged(time=now, adapter=entry.label, version=entry.version, seconds=seconds)
             )
 
     def failed(self, entry: AdapterEntry) -> None:
-        """Note that the device could not merge an adapter. It is not tried again."""
+        """Note that the device could not merge an adapter. That content is not tried again."""
         assert entry is self.under_way
         self.under_way = None
-        entry.mergeable = False
+        entry.merge_failed = self._digest_under_way
+        if entry.digest == entry.merge_failed:
+            entry.mergeable = False
+
+    def loaded(self, entry: AdapterEntry, now: float, *, mergeable: bool) -> None:
+        """Note that an adapter's ``digest`` was read. ``mergeable``: whether that content can be merged. If
+        it is another content than the merged one, the merged weights are forgotten."""
+        entry.mergeable = mergeable and entry.digest != entry.merge_failed
+        if entry is self.entry and not self._is(entry, self._digest):
+            self._drop(now)
+
+    @staticmethod
+    def _is(entry: AdapterEntry, digest: str) -> bool:
+        """Whether merged weights of this content are an adapter's."""
+        return entry.mergeable and entry.digest == digest
 
     def sweep(self, now: float) -> None:
         """Forget the merged weights of a version that is gone."""
@@ -103,7 +120,9 @@ class Merging:
         return moves
 
     def check(self) -> None:
-        """Assert that what is merged can be, and is not being merged at the same time."""
+        """Assert that what is merged can be, is what was read last, and is not being merged at the same
+        time."""
         for entry in (self.entry, self.under_way):
             assert entry is None or self.possible
         assert self.entry is None or self.entry is not self.under_way
+        assert self.entry is None or self._is(self.entry, self._digest)

@@ -184,9 +184,9 @@ class World:
             error = AdapterLoadError("it fails in this scenario", name=entry.label, path=entry.path)
             core.adapter_load_failed(entry, now, error, "io")
         else:
-            entry.mergeable = True
             size = 400 + entry.uid * 400 % 2000
-            core.adapter_loaded(entry, now, rank=8, nbytes=size, digest=f"{entry.uid}", seconds=0.1)
+            digest = f"{entry.uid}"
+            core.adapter_loaded(entry, now, rank=8, nbytes=size, digest=digest, seconds=0.1, mergeable=True)
         self._hear()
 
     def _end_copy(self, entry: AdapterEntry, *, fail: bool) -> None:
