@@ -3,46 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 import shutil
-import threading
-from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from support.engine_fixtures import MakeEngine, Tiny, prompt_of
-from support.prefix_files import PIN, PREFIX, SCORED, files, running
+from support.prefix_files import PIN, PREFIX, SCORED, files, running, stuck_reads
 
 from aioengine import CachePin
 from aioengine.errors import DeviceFault, EngineOverloaded, EngineStopped
 from aioengine.model.kv_cache import KVCache
 from aioengine.runtime.prefixes import keeper
 from aioengine.runtime.prefixes.files import PrefixFiles
-
-
-@contextlib.contextmanager
-def stuck_reads(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[asyncio.Event, threading.Event]]:
-    """Let reads of files wait: (set when one has begun, set it to let them go on)."""
-    loop, begun, go_on, read = (
-        asyncio.get_running_loop(),
-        asyncio.Event(),
-        threading.Event(),
-        PrefixFiles.read,
-    )
-
-    def stuck(self: PrefixFiles, name: str, about: Mapping[str, str]) -> dict[str, torch.Tensor] | None:
-        loop.call_soon_threadsafe(begun.set)
-        go_on.wait()
-        return read(self, name, about)
-
-    monkeypatch.setattr(PrefixFiles, "read", stuck)
-    try:
-        yield begun, go_on
-    finally:
-        go_on.set()
 
 
 @pytest.mark.parametrize("adapter", [None, "a"])

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+import threading
+from collections.abc import AsyncIterator, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import pytest
+import torch
 from support.engine_fixtures import MakeEngine, Tiny, prompt_of
 
 from aioengine import AsyncEngine, CachePin, SamplingParams
 from aioengine.events import Event, PrefixMoved
+from aioengine.runtime.prefixes.files import PrefixFiles
 
 PREFIX = prompt_of(1, 41)
 PIN = CachePin(tokens=40, seconds=3600, save=True)
@@ -50,3 +54,25 @@ async def running(make: MakeEngine, tiny: Tiny, folder: Path, **fields: Any) -> 
 
 def files(folder: Path) -> list[Path]:
     return sorted(folder.glob("kv-*"))
+
+
+@contextlib.contextmanager
+def stuck_reads(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[asyncio.Event, threading.Event]]:
+    """Let reads of files wait: (set when one has begun, set it to let them go on)."""
+    loop, begun, go_on, read = (
+        asyncio.get_running_loop(),
+        asyncio.Event(),
+        threading.Event(),
+        PrefixFiles.read,
+    )
+
+    def stuck(self: PrefixFiles, name: str, about: Mapping[str, str]) -> dict[str, torch.Tensor] | None:
+        loop.call_soon_threadsafe(begun.set)
+        go_on.wait()
+        return read(self, name, about)
+
+    monkeypatch.setattr(PrefixFiles, "read", stuck)
+    try:
+        yield begun, go_on
+    finally:
+        go_on.set()

@@ -129,8 +129,8 @@ class ProcessDevice(Device):
         return failed
 
     async def read_kv(self, blocks: Sequence[int]) -> Mapping[str, Tensor]:
-        workers = self.workers
-        parts = [list(blocks[part]) for part in portions(blocks, workers.block_bytes)]
+        workers = self._workers_with_blocks()
+        parts = [list(blocks[part]) for part in portions(blocks, workers.block_bytes, workers.size)]
         found = [await _read(workers, part) for part in parts]
         contents = await asyncio.to_thread(joined, found)  # imports torch
         if workers.dead is not None:  # blocks that are read next would be those of other workers
@@ -138,10 +138,16 @@ class ProcessDevice(Device):
         return contents
 
     async def write_kv(self, blocks: Sequence[int], contents: Mapping[str, Tensor]) -> None:
-        workers = self.workers
-        for part in portions(blocks, workers.block_bytes):
+        workers = self._workers_with_blocks()
+        for part in portions(blocks, workers.block_bytes, workers.size):
             each = await asyncio.to_thread(divided, contents, workers.size, part)
             await _write(workers, list(blocks[part]), each)
+
+    def _workers_with_blocks(self) -> Workers:
+        """Return the workers. Raises EngineDead if they are being started, and have no blocks yet."""
+        if not self.workers.started:
+            raise EngineDead("the workers are being started")
+        return self.workers
 
     async def load(self, order: ReadOrder) -> LoadedAdapter:
         return await self._loader.load(order)

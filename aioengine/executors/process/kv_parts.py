@@ -12,12 +12,14 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 MESSAGE_BYTES = 2**22
-"""Bytes of one message to or from a rank, if a block is smaller: the loop encodes and decodes it."""
+"""Bytes of the messages to or from all ranks that the loop encodes or decodes at a time, unless those of one
+block are larger."""
 
 
-def portions(blocks: Sequence[int], block_bytes: int) -> Iterator[slice]:
-    """Cut blocks into pieces that are sent in one message each."""
-    size = max(1, MESSAGE_BYTES // max(block_bytes, 1))
+def portions(blocks: Sequence[int], block_bytes: int, ranks: int) -> Iterator[slice]:
+    """Cut blocks into pieces, each of which is one message to or from every rank. ``block_bytes``: those of a
+    block on each rank."""
+    size = max(1, MESSAGE_BYTES // max(block_bytes * ranks, 1))
     for begin in range(0, len(blocks), size):
         yield slice(begin, begin + size)
 

@@ -112,7 +112,8 @@ class Workers:
         self._numbers = count()
         self._device = ""
         """What the ranks run on, "cpu" or "cuda"; known when they have planned."""
-        self._started = False
+        self.started = False
+        """Whether they have their model and its KV cache, and take requests."""
         self._closing = False
 
     # Life
@@ -144,7 +145,7 @@ class Workers:
         finally:
             if folder is not None:
                 shutil.rmtree(folder, ignore_errors=True)
-        self._started = True
+        self.started = True
         return plans[0].plan, blocks
 
     async def close(self) -> None:
@@ -252,7 +253,7 @@ class Workers:
                 self._progress(report.stage, report.done, report.total)
         elif isinstance(report, wire.Broken):
             error = report.error.error()
-            if isinstance(error, AioEngineError) and not self._started:
+            if isinstance(error, AioEngineError) and not self.started:
                 self._fail(error)
                 return
             if self.size > 1:
@@ -290,7 +291,7 @@ class Workers:
         calls, self._calls = self._calls, {}
         for call in calls.values():
             call.fail(error)
-        if self._started and isinstance(error, EngineDead):
+        if self.started and isinstance(error, EngineDead):
             self._lost(error)
 
     def _kill(self) -> None:

@@ -232,14 +232,15 @@ class ModelFiles:
 
         Raises OSError, also if they have changed since the model was loaded."""
         digest = hashlib.sha256()
-        self._check()
+        self.check()
         for file, *_ in self._loaded:
             with open(file, "rb") as opened:
                 digest.update(hashlib.file_digest(opened, "sha256").digest())
-        self._check()
+        self.check()
         return digest.hexdigest()
 
-    def _check(self) -> None:
+    def check(self) -> None:
+        """Raise OSError if the files have changed since this was made. Blocks."""
         if self._stamps() != self._loaded:
             raise OSError(f"{self._path}: the model's files have changed since it was loaded")
 

@@ -60,6 +60,11 @@ class PrefixKeeper:
         self._settings = settings
         """Settings that keys and values depend on."""
         self._digest: str | None = None
+        """Of the model's files."""
+        self._restarts = 0
+        self._checked = 0
+        """The value of ``_restarts`` when the model's files were compared with those that it was loaded from
+        at first."""
         self._threads = ReadThreads("aioengine-prefix")
         self._expected: dict[str, Request] = {}
         """Requests that compute prefixes to write."""
@@ -97,6 +102,8 @@ class PrefixKeeper:
         for hashes in reversed(self._prefixes(request)):
             if self._closed or self._is_cached(hashes) or (self._late and not self._late.done()):
                 return
+            if self._stepper.recovering:
+                return  # there are no blocks to read it into
             key = hashes[-1]
             if key not in self._reads:
                 self._task(self._read, hashes, self._reads)
@@ -116,6 +123,8 @@ class PrefixKeeper:
 
     def handle(self, event: events.Event) -> None:
         """Take in an event of the engine."""
+        if isinstance(event, events.EngineRestarted):
+            self._restarts += 1
         if isinstance(event, (events.FirstToken, events.RequestEnded)):
             request = self._expected.pop(event.request_id, None)
             for hashes in () if request is None else self._prefixes(request):
@@ -142,13 +151,13 @@ class PrefixKeeper:
     # Files
 
     async def _read(self, hashes: Sequence[bytes]) -> bool:
-        began = self._now()
+        began, restarts = self._now(), self._restarts
         about = await self._about(hashes[-1])
         async with self._may_read:
             if not self._core.held.has_room(hashes, spare=len(self._core.running)):
                 return False
             tensors = await self._threads.run(lambda: self._files.read(_name(about), about))
-            if tensors is None:
+            if tensors is None or restarts != self._restarts:
                 return False
             held = self._core.held.take(hashes, spare=len(self._core.running))
             if held is None:
@@ -167,8 +176,10 @@ class PrefixKeeper:
     async def _write(self, hashes: Sequence[bytes]) -> bool:
         began = self._now()
         async with self._may_write:
+            restarts = self._restarts
             about = await self._about(hashes[-1])
-            if await self._threads.run(lambda: self._files.has(_name(about))):
+            has = await self._threads.run(lambda: self._files.has(_name(about)))
+            if has or restarts != self._restarts:
                 return False
             held = self._core.held.hold(hashes)
             if held is None:
@@ -190,10 +201,17 @@ class PrefixKeeper:
 
     async def _about(self, key: bytes) -> dict[str, str]:
         """Return what the file of a prefix is of. The hash stands for the tokens, the adapter's content and
-        the salt."""
+        the salt.
+
+        Raises OSError if the model's files have changed since it was loaded first: processes that were
+        started again have loaded what is there now."""
         async with self._may_digest:
+            restarts = self._restarts
             if self._digest is None:
                 self._digest = await self._threads.run(self._model.digest)
+            elif self._checked != restarts:
+                await self._threads.run(self._model.check)
+            self._checked = restarts
         layout = f"{self._settings}; {self._device.kv_layout}"
         return {"format": "aioengine-kv-1", "model": self._digest, "layout": layout, "prefix": key.hex()}
 
