@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from math import inf
 
+from aioengine.schedulers.parts.compose import EARLY
 from aioengine.schedulers.policies.fcfs import FCFS
 from aioengine.schedulers.policy import AdapterView, Decision, PolicyEvent, SchedulerView
+
+LOOK_AGAIN = 1.0
+"""Seconds after which an adapter is looked at again that would save nothing: measured costs may change."""
 
 
 class DLoRA(FCFS):
@@ -39,19 +43,21 @@ class DLoRA(FCFS):
         super().__init__(max_wait=max_wait, fair=fair)
         self.alone, self.payback = alone, payback
         self._saved: dict[str, float] = {}
-        """Seconds that steps of each adapter would have saved since its last merge."""
+        """Seconds that steps of each adapter would have saved since its last merge, until ``_from``."""
         self._name: str | None = None
         """The adapter that was alone in the last decision."""
-        self._since, self._step = 0.0, 0
-        """Time since when it has been alone, and the step of the last decision."""
+        self._since, self._from = 0.0, 0
+        """Time since when it has been alone, and the step since when each saves ``_saving``."""
+        self._saving: float | None = None
+        """Seconds that a step would save; None if that is not known yet."""
 
     def on_event(self, event: PolicyEvent) -> None:
         super().on_event(event)
-        if event.kind == "adapter_retired" and event.was is not None:
-            self._saved.pop(event.was, None)
-            self._name = None
-        elif event.kind == "adapter_dropped" and event.adapter is not None:
-            self._saved.pop(event.adapter, None)
+        gone = event.was if event.kind == "adapter_retired" else event.adapter
+        if event.kind in ("adapter_retired", "adapter_dropped") and gone is not None:
+            self._saved.pop(gone, None)
+            if gone == self._name:
+                self._name = None
 
     def schedule(self, view: SchedulerView) -> Decision:
         decision = super().schedule(view)
@@ -59,23 +65,47 @@ class DLoRA(FCFS):
             return decision
         name = self._who_is_alone(view)
         if name is None or name in (view.merging.adapter, view.merging.under_way):
+            self._count(view.step)
             self._name = None
             return decision
-        if name != self._name:
-            self._name, self._since = name, view.now
-        else:
-            self._count(view, view.adapters[name], view.step - self._step)
-        self._step = view.step
-        if view.merging.under_way is not None or view.now - self._since < self.alone:
+        saving = _saving(view, view.adapters[name])
+        if (name, saving) != (self._name, self._saving):
+            self._count(view.step)
+            if name != self._name:
+                self._since = view.now
+            self._name, self._saving, self._from = name, saving, view.step
+        if view.merging.under_way is not None or view.now < self._since + self.alone:
             return decision
         seconds = view.costs.merge(name)
-        if seconds is not None and self._saved.get(name, 0.0) < self.payback * seconds:
+        if seconds is not None and self._saved_until(view.step, name) < self.payback * seconds:
             return decision
         self._saved.pop(name, None)
+        self._from = view.step
         return decision._replace(merge=[name])
 
     def quiet_until(self, view: SchedulerView) -> float:
-        return super().quiet_until(view) if self._name is None else -inf
+        until = super().quiet_until(view)
+        if self._name is None or view.merging.under_way is not None:
+            return until
+        return min(until, self._pays_at(view, self._name))
+
+    def _pays_at(self, view: SchedulerView, name: str) -> float:
+        """Return a time before which it does not pay to merge the adapter that is alone."""
+        alone = self._since + self.alone - EARLY
+        seconds, saving = view.costs.merge(name), self._saving
+        if seconds is None:
+            return alone
+        missing = self.payback * seconds - self._saved_until(view.step, name)
+        if missing <= 0:
+            return alone
+        adapter = view.adapters[name]
+        step = view.costs.step(adapter.running, [adapter.rank])
+        if saving is None or step is None:
+            return -inf
+        if saving <= 0:
+            return view.now + LOOK_AGAIN
+        # Half of the time that the steps take which are missing: they may take less than is estimated.
+        return max(alone, view.now + missing / saving * step / 2)
 
     def _who_is_alone(self, view: SchedulerView) -> str | None:
         """The adapter of all running requests, if it can be merged."""
@@ -87,7 +117,19 @@ class DLoRA(FCFS):
             return None
         return name if adapter.running == len(view.running) else None
 
-    def _count(self, view: SchedulerView, adapter: AdapterView, steps: int) -> None:
-        with_it, without = (view.costs.step(adapter.running, ranks) for ranks in ([adapter.rank], []))
-        if with_it is not None and without is not None and with_it > without:
-            self._saved[adapter.name] = self._saved.get(adapter.name, 0.0) + steps * (with_it - without)
+    def _saved_until(self, step: int, name: str) -> float:
+        """Return what the adapter that is alone would have saved by now. It does not depend on how often this
+        is asked."""
+        return self._saved.get(name, 0.0) + (step - self._from) * max(self._saving or 0.0, 0.0)
+
+    def _count(self, step: int) -> None:
+        """Enter what the adapter that was alone would have saved by now."""
+        if self._name is not None:
+            self._saved[self._name] = self._saved_until(step, self._name)
+            self._from = step
+
+
+def _saving(view: SchedulerView, adapter: AdapterView) -> float | None:
+    """Return the seconds that a step of this adapter alone would save if it were merged."""
+    with_it, without = (view.costs.step(adapter.running, ranks) for ranks in ([adapter.rank], []))
+    return None if with_it is None or without is None else with_it - without

@@ -9,14 +9,17 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.core_sim import LIMITS, CoreSim
 from support.lab_sim import config, costs
 
-from aioengine import RequestOutput, SamplingParams, events
+from aioengine import EngineConfig, RequestOutput, SamplingParams, events
+from aioengine.core.adapters.merging import Merging
 from aioengine.core.core import Core, Step
+from aioengine.core.state import AdapterEntry
 from aioengine.lab import Experiment, WorkloadSpec, run
 from aioengine.lab.costs.model import Stage
 from aioengine.lab.simulation.clock import VirtualTimeLoop, run_in_virtual_time
@@ -36,6 +39,8 @@ POLICIES = [
     "chameleon",
     "vtc",
     "admission",
+    "dlora",
+    "dlora:alone=0.1,payback=0.01",
 ]
 workloads = st.fixed_dictionaries(
     {
@@ -65,6 +70,7 @@ systems = st.fixed_dictionaries(
         "replicas": st.sampled_from([None, None, 2, 5]),
         "router": st.sampled_from(["affinity", "round_robin", "tiers"]),
         "seed": st.integers(0, 3),
+        "merge": st.booleans(),
     }
 )
 
@@ -73,11 +79,14 @@ def outcome(
     experiment: Experiment,
     *,
     ahead: bool,
+    merge: bool = False,
     executed: list[int] | None = None,
     decided: list[int] | None = None,
+    merged: list[str] | None = None,
 ) -> dict[str, bytes]:
-    """The files of a run."""
-    execute, schedule = SimulatedDevice.execute, Core.schedule
+    """The files of a run. ``merge``: whether there is memory for merged weights."""
+    execute, schedule, configure = SimulatedDevice.execute, Core.schedule, Experiment.engine_config
+    note = Merging.merged
 
     async def counted(device: SimulatedDevice, batch: StepBatch) -> StepResult:
         if executed is not None:
@@ -89,10 +98,22 @@ def outcome(
             decided[0] += 1
         return schedule(core, now)
 
+    def configured(experiment: Experiment) -> EngineConfig:
+        found = configure(experiment)
+        assert found.lora is not None
+        return msgspec.structs.replace(found, lora=msgspec.structs.replace(found.lora, merge=merge))
+
+    def noted(self: Merging, entry: AdapterEntry, now: float, seconds: float) -> None:
+        if merged is not None:
+            merged.append(entry.name)
+        note(self, entry, now, seconds)
+
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         patch.setattr(SimulatedDevice, "goes_ahead", ahead)
         patch.setattr(SimulatedDevice, "execute", counted)
         patch.setattr(Core, "schedule", counted_schedule)
+        patch.setattr(Experiment, "engine_config", configured)
+        patch.setattr(Merging, "merged", noted)
         run(experiment, folder)
         return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
 
@@ -100,7 +121,7 @@ def outcome(
 @settings(max_examples=40, deadline=None)
 @given(workloads, systems)
 def test_the_same_bytes_come_out(workload: dict[str, Any], system: dict[str, Any]) -> None:
-    kv = system["kv_cache_memory"]
+    kv, merge = system["kv_cache_memory"], system["merge"]
     if system["slot_memory"] == "shared":
         kv = "1500MiB"
     experiment = Experiment(
@@ -109,9 +130,9 @@ def test_the_same_bytes_come_out(workload: dict[str, Any], system: dict[str, Any
         max_lora_rank=64,
         max_model_len=1200,
         on_too_long="truncate",
-        **{**system, "kv_cache_memory": kv},
+        **{**{key: value for key, value in system.items() if key != "merge"}, "kv_cache_memory": kv},
     )
-    assert outcome(experiment, ahead=True) == outcome(experiment, ahead=False)
+    assert outcome(experiment, ahead=True, merge=merge) == outcome(experiment, ahead=False, merge=merge)
 
 
 def test_most_steps_are_not_taken_one_by_one() -> None:
@@ -121,6 +142,19 @@ def test_most_steps_are_not_taken_one_by_one() -> None:
     experiment = Experiment(workload=workload, slots=4, cpu_loras=5)
     taken, jumped = [0], [0]
     assert outcome(experiment, ahead=False, decided=taken) == outcome(experiment, ahead=True, decided=jumped)
+    assert jumped[0] < taken[0] / 10
+
+
+def test_steps_are_taken_at_once_while_savings_are_counted_and_after_a_merge() -> None:
+    workload = WorkloadSpec(
+        arrivals="poisson:rate=0.05", limit=12, adapters=2, prompt_tokens="uniform:20..200", output_tokens=900
+    )
+    experiment = Experiment(workload=workload, slots=2, cpu_loras=2, policy="dlora:alone=0.5,payback=0.5")
+    taken, jumped, once, again = [0], [0], list[str](), list[str]()
+    assert outcome(experiment, ahead=False, merge=True, decided=taken, merged=once) == outcome(
+        experiment, ahead=True, merge=True, decided=jumped, merged=again
+    )
+    assert once == again and set(once) == {"adapter-000", "adapter-001"}
     assert jumped[0] < taken[0] / 10
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,7 +12,8 @@ from support.strict_sim import StrictSim
 
 from aioengine import events
 from aioengine.core import Core
-from aioengine.schedulers import load_policy
+from aioengine.schedulers import Decision, SchedulerView, load_policy
+from aioengine.schedulers.policies.dlora import DLoRA
 
 ROOM = LIMITS._replace(merges=True, num_blocks=400, max_model_len=400, max_num_seqs=4)
 
@@ -20,9 +22,10 @@ class Costs:
     """A step takes 10 ms, and 1 ms more with adapters; a merge takes 50 ms, or is not known."""
 
     merge_seconds: float | None = 0.05
+    saved = 0.001
 
     def step(self, tokens: int, ranks: Sequence[int] = (), *, context: int = 0) -> float | None:
-        return 0.011 if ranks else 0.01
+        return 0.01 + self.saved if ranks else 0.01
 
     def prefill(self, tokens: int, rank: int = 0, *, cached: int = 0) -> float | None:
         return 0.001 * tokens
@@ -151,6 +154,62 @@ def test_replaced_and_unloaded_adapters_are_forgotten() -> None:
     assert found is not None and 45 <= found <= 60, "a@1 begins anew"
     [entry] = sim.merges
     assert entry.version == 1
+
+
+def test_what_becomes_of_other_adapters_does_not_matter() -> None:
+    sim = sim_of("dlora:alone=0.5,payback=0")
+    sim.add("a", max_tokens=390)
+    for _ in range(40):
+        sim.settle()
+    sim.register("b")
+    found = steps_until_merging(sim)
+    assert found is not None and found <= 15, "steps of 10 ms"
+
+
+def asked_of(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The times at which the policy is asked."""
+    asked: list[float] = []
+    schedule = DLoRA.schedule
+
+    def noted(self: DLoRA, view: SchedulerView) -> Decision:
+        asked.append(view.now)
+        return schedule(self, view)
+
+    monkeypatch.setattr(DLoRA, "schedule", noted)
+    return asked
+
+
+@pytest.mark.parametrize("alone", [0.0, 0.3, 2.0])
+@pytest.mark.parametrize("payback", [0.0, 0.5, 3.0])
+def test_it_is_asked_seldom_and_merges_in_the_same_step(
+    alone: float, payback: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def found() -> int | None:
+        sim = sim_of(f"dlora:alone={alone},payback={payback}")
+        sim.add("a", max_tokens=390)
+        for _ in range(25):
+            sim.settle()
+        sim.add("a", max_tokens=20)
+        return steps_until_merging(sim, 390)
+
+    asked = asked_of(monkeypatch)
+    seldom, count = found(), len(asked)
+    monkeypatch.setattr(DLoRA, "quiet_until", lambda self, view: -math.inf)
+    assert found() == seldom
+    assert count <= 25
+
+
+@pytest.mark.parametrize("saved", [0.0, -0.001])
+def test_it_is_not_asked_at_every_step_where_a_merge_never_pays(
+    saved: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = asked_of(monkeypatch)
+    costs = Costs()
+    costs.saved = saved
+    sim = sim_of(costs=costs)
+    sim.add("a", max_tokens=390)
+    sim.run()
+    assert not sim.merges and len(asked) <= 15
 
 
 @pytest.mark.parametrize("text", ["dlora:alone=-1", "dlora:payback=-1"])
