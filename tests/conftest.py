@@ -55,6 +55,7 @@ LONG = [
         "model/test_any_model.py",
         "simulation/test_simulation.py",
         "lab/test_report.py",
+        "benchmarks/test_gpu.py",
         "kernels/test_prebuilt.py",
         "kernels/test_other_cpus.py",
     )

@@ -149,7 +149,7 @@ def checks(args: argparse.Namespace, machine: Machine) -> Iterator[Sheet]:
                 check = partial(largest_error, machine, rank, dtype, max(args.tokens))
                 yield Row((f"LoRA, rank {rank}", str(dtype).removeprefix("torch.")), check)
         yield from gpu_steps.layer_checks(machine, TOLERANCE)
-        yield from gpu_steps.step_checks(machine)
+        yield from gpu_steps.step_checks(machine, args.layers)
 
     yield Sheet("Results beside the reference", ("operations", "case", "largest error"), rows())
 

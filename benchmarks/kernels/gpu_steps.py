@@ -51,6 +51,10 @@ from benchmarks.kernels.predictions import (
 from benchmarks.kernels.sheets import Row, Sheet, Wrong, against
 
 BLOCK = 16
+CHECKED = ((0, 1), (17, 1), (300, 1), (0, 70), (40, 30))
+"""Sequences whose operations are compared with the oracle's, as (positions in the cache, tokens)."""
+BESIDE = 32
+"""Sequences of a batch whose operations are timed."""
 
 
 class Attended(NamedTuple):
@@ -69,7 +73,7 @@ class Attended(NamedTuple):
         return 2 * self.qkv.element_size() * (queries + cached)
 
 
-def attended(spans: list[tuple[int, int]], spec: ModelSpec, dtype: torch.dtype, device: str) -> Attended:
+def attended(spans: Sequence[tuple[int, int]], spec: ModelSpec, dtype: torch.dtype, device: str) -> Attended:
     """Sequences as (positions in the cache, tokens)."""
     rows, found, tables, used = 0, [], [], 0
     for start, length in spans:
@@ -105,12 +109,11 @@ def _layer_error(
     device: str, spec: ModelSpec, dtype: torch.dtype, tolerance: float, window: int | None
 ) -> tuple[str]:
     results: list[dict[str, Tensor]] = []
-    spans = [(0, 1), (17, 1), (300, 1), (0, 70), (40, 30)]
     # The same for both: what was rounded differently before would differ by more.
-    given = attended(spans, spec, dtype, device).qkv[:, :8].flatten(1)
+    given = attended(CHECKED, spec, dtype, device).qkv[:, :8].flatten(1)
     delta = given.flip(0)
     for each in (get_backend(device, "reference"), get_backend(device, "triton")):
-        a = attended(spans, spec, dtype, device)
+        a = attended(CHECKED, spec, dtype, device)
         each.rope_store(a.qkv, None, a.rotation, a.cache, a.plan)
         out = each.paged_attention(a.qkv, a.cache, a.plan, Scores(window))
         hidden = given.clone()
@@ -134,9 +137,12 @@ def _spans(contexts: Sequence[int], prompts: Sequence[int]) -> dict[str, list[tu
     chunk = min(prompts)
     return {
         **{f"decode, 1 after {context:,}": [(context, 1)] for context in contexts},
-        f"decode, 32 after {short:,}": [(short, 1)] * 32,
+        f"decode, {BESIDE} after {short:,}": [(short, 1)] * BESIDE,
         **{f"prompt of {tokens:,}": [(0, tokens)] for tokens in prompts},
-        f"{chunk:,} after {long:,}, beside 31 decoding": [(long, chunk), *[(short, 1)] * 31],
+        f"{chunk:,} after {long:,}, beside {BESIDE - 1} decoding": [
+            (long, chunk),
+            *[(short, 1)] * (BESIDE - 1),
+        ],
     }
 
 
@@ -341,10 +347,10 @@ def product_sheet(args: argparse.Namespace, machine: Machine) -> Iterator[Sheet]
     yield Sheet("Gate and up of quantized checkpoints; ms", columns, rows)
 
 
-def step_checks(machine: Machine) -> Iterator[Row]:
-    """Compare the logits of played steps with those of launched ones."""
+def step_checks(machine: Machine, layers: int) -> Iterator[Row]:
+    """Compare the logits of played steps with those of launched ones, in two layers or fewer."""
     steps = Steps(
-        *(torch.float32, machine.device), layers=2, most=5, context=40, adapters=3, rank=8,
+        *(torch.float32, machine.device), layers=min(2, layers), most=5, context=40, adapters=3, rank=8,
         record=machine.record, spec=machine.spec,
     )  # fmt: skip
 

@@ -22,8 +22,8 @@ from benchmarks.kernels.sheets import Row, Sheet, Wrong, against, markdown, meas
 
 SHEETS = {
     "Results beside the reference": 3 + 6 + 4,
-    "Decode steps, 2 layers and head, context 20, rank 8; ms": 4,
-    "Prompts, 2 layers; ms": 1,
+    "Decode steps, 1 layers and head, context 20, rank 8; ms": 4,
+    "Prompts, 1 layers; ms": 1,
     "Gate and up of quantized checkpoints; ms": 4 * 2,
     "A layer beside its linears; us": 2 * 2 + 2 * 4,
     "Linears with adapters, bfloat16; us": 2 * 3,
@@ -46,10 +46,21 @@ def errors(printed: str) -> list[str]:
     return [entry["error"] for entry in read_entries(printed) if "error" in entry]
 
 
-def test_every_part_is_measured_beside_its_prediction() -> None:
-    done = measuring.run([*measuring.OPTIONS, "--json"])
-    assert done.returncode == 0 and not errors(done.stdout), done.stdout + done.stderr
-    found = tables(done.stdout)
+@pytest.fixture(scope="module")
+def runs() -> list[measuring.Ended]:
+    """All parts, and two of them when an operation does not work, or brings the device down."""
+    some = [*measuring.OPTIONS, "--json", "--parts", "layer", "linears"]
+    return measuring.run(
+        measuring.Run([*measuring.OPTIONS, "--json"]),
+        measuring.Run(some, "silu_and_mul"),
+        measuring.Run(some, "silu_and_mul:fault"),
+    )
+
+
+def test_every_part_is_measured_beside_its_prediction(runs: list[measuring.Ended]) -> None:
+    done = runs[0]
+    assert done.code == 0 and not errors(done.printed), done.printed
+    found = tables(done.printed)
     assert {title: len(rows) for title, rows in found.items()} == SHEETS
     assert all(cell for rows in found.values() for row in rows for cell in row)
     for title in list(SHEETS)[1:]:
@@ -58,24 +69,24 @@ def test_every_part_is_measured_beside_its_prediction() -> None:
     assert {row[2] for row in quantized} == {"0.50"}  # what the timer says
 
 
-def test_a_row_that_fails_loses_no_other() -> None:
-    done = measuring.run([*measuring.OPTIONS, "--json", "--parts", "layer", "linears"], "silu_and_mul")
-    assert done.returncode == 1
-    found = tables(done.stdout)
+def test_a_row_that_fails_loses_no_other(runs: list[measuring.Ended]) -> None:
+    done = runs[1]
+    assert done.code == 1
+    found = tables(done.printed)
     layer = found["A layer beside its linears; us"]
     assert [row[-1] for row in layer].count("failed") == 2 and len(layer) == 12
     assert len(found["Linears with adapters, bfloat16; us"]) == 6
-    assert [error.split(": ", 1)[1] for error in errors(done.stdout)] == [
+    assert [error.split(": ", 1)[1] for error in errors(done.printed)] == [
         "RuntimeError: it does not work"
     ] * 2
 
 
-def test_after_a_fault_of_the_device_nothing_is_measured() -> None:
+def test_after_a_fault_of_the_device_nothing_is_measured(runs: list[measuring.Ended]) -> None:
     """The process cannot use it any more, so that later rows would say nothing of the kernels."""
-    done = measuring.run([*measuring.OPTIONS, "--json", "--parts", "layer", "linears"], "silu_and_mul:fault")
-    assert done.returncode == 1
-    assert [len(rows) for rows in tables(done.stdout).values()] == [2]  # a norm, and what failed
-    assert "illegal memory access" in errors(done.stdout)[0]
+    done = runs[2]
+    assert done.code == 1
+    assert [len(rows) for rows in tables(done.printed).values()] == [2]  # a norm, and what failed
+    assert "illegal memory access" in errors(done.printed)[0]
 
 
 def test_in_the_real_shapes_every_grid_is_legal_and_compiling_fits_into_the_time() -> None:

@@ -439,6 +439,11 @@ class _Operations(TorchDispatchMode):
         super().__init__()
         self._world = world
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Torch would import its compiler, which takes seconds, to keep it out of this mode."""
+        return False
+
     def __torch_dispatch__(
         self, function: Any, types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
