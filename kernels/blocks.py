@@ -10,10 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from aioengine.kernels.portable.dequantize import GGUF_FORMATS, codes, dequantize
-from aioengine.kernels.weight import Weight
-
-_PIECE = 1 << 22
-"""Number of elements that are expanded at a time, so that a product takes little extra memory."""
+from aioengine.kernels.weight import PIECE_ELEMENTS, Weight
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -61,7 +58,7 @@ class BlockWeight:
     def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """Compute ``x W^T + bias``, a few rows of the weight at a time."""
         y = x.new_empty(len(x), self.n)
-        size = max(1, _PIECE // self.k)
+        size = max(1, PIECE_ELEMENTS // self.k)
         for begin in range(0, self.n, size):
             part = slice(begin, min(begin + size, self.n))
             y[:, part] = F.linear(x, self._expand(part), None if bias is None else bias[part])

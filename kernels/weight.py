@@ -9,6 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+PIECE_ELEMENTS = 1 << 22
+"""Number of elements of a weight that are expanded at a time, so that a product takes little extra memory:
+20 bytes each, counted in :mod:`aioengine.model.cuda.working_memory`."""
+
 
 class Weight(Protocol):
     """A matrix [n, k] with any form of storage.

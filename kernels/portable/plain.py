@@ -15,7 +15,7 @@ from aioengine.kernels.portable.grouped import lora_embed as lora_embed
 from aioengine.kernels.portable.grouped import lora_expand as lora_expand
 from aioengine.kernels.portable.grouped import lora_shrink as lora_shrink
 from aioengine.kernels.portable.sdpa import paged_attention as paged_attention
-from aioengine.kernels.weight import Weight
+from aioengine.kernels.weight import PIECE_ELEMENTS, PlainWeight, Weight
 
 name = "torch"
 capturable = False
@@ -27,13 +27,17 @@ def linear(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
 
 
 def expert_linear(x: Tensor, weight: Weight, bias: Tensor | None, plan: ExpertPlan) -> Tensor:
-    """``y[s] = W[expert(s)] x[s]``, an expert after the other; see :class:`Backend`."""
+    """``y[s] = W[expert(s)] x[s]``, an expert after the other, of which only a few rows are expanded at a
+    time if they are not plain; see :class:`Backend`."""
     out = weight.n // plan.experts
+    size = out if isinstance(weight, PlainWeight) else max(1, min(out, PIECE_ELEMENTS // weight.k))
     y = x.new_empty(len(x), out)
     for expert, start, stop in plan.groups:
-        begin, end = expert * out, (expert + 1) * out
-        own = None if bias is None else bias[begin:end]
-        y[start:stop] = F.linear(x[start:stop], weight.rows(begin, end), own)
+        for first in range(0, out, size):
+            last = min(first + size, out)
+            begin, end = expert * out + first, expert * out + last
+            own = None if bias is None else bias[begin:end]
+            y[start:stop, first:last] = F.linear(x[start:stop], weight.rows(begin, end), own)
     return y
 
 

@@ -1,9 +1,11 @@
 """Products with the weights of quantized checkpoints (GPTQ, AWQ, compressed-tensors, float8), as one Triton
 launch each; see :class:`Backend`.
 
-Weights stay as they are stored, and activations are not quantized, so that a GPU gives what a CPU does. That
-reads a quarter or half of the bytes of 16-bit weights. The products themselves are of 16 bits, as in Marlin
-(Frantar et al., 2024, arXiv:2408.11743), without its order of weights.
+Weights stay as they are stored, and activations are not quantized. Where the inputs of a group are
+neighbours, codes are multiplied and their sums scaled, so a GPU differs from a CPU, which rounds each
+weight to the compute dtype, by that rounding. That reads a quarter or half of the bytes of 16-bit
+weights. The products themselves are of 16 bits, as in Marlin (Frantar et al., 2024, arXiv:2408.11743),
+without its order of weights.
 """
 
 from __future__ import annotations

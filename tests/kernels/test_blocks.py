@@ -12,13 +12,18 @@ from gguf.constants import GGML_QUANT_SIZES
 from gguf.quants import dequantize as gguf_dequantize
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.live_bytes import peak_of
+from torch.nn import functional as F
 
 from aioengine.kernels import ExpertPlan, get_backend
 from aioengine.kernels.blocks import BlockWeight, StackedWeight
 from aioengine.kernels.cpu.blocks import PackedBlocks
 from aioengine.kernels.cpu.packed import PackedWeight
 from aioengine.kernels.cpu.shared_library import load
+from aioengine.kernels.portable import plain
 from aioengine.kernels.portable.dequantize import GGUF_FORMATS, GROUPED_FORMATS
+from aioengine.kernels.weight import PIECE_ELEMENTS
+from aioengine.model.cuda.working_memory import EXPANDED_BYTES
 
 ALL = [*GGUF_FORMATS, *GROUPED_FORMATS]
 BITS = {"int4": 4, "int8": 8, "fp8": 8}
@@ -154,6 +159,29 @@ def test_experts_are_each_its_own_parts(
         own = slice(e * n, (e + 1) * n)
         alone = PackedWeight.pack(whole[own].clone()).linear(rows, bias[own] if biased else None)
         assert torch.equal(found[sum(counts[:e]) :][: len(rows)], alone)
+
+
+@pytest.mark.parametrize("format", ALL)
+def test_plain_torch_expands_few_rows_of_experts_at_a_time(
+    format: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it takes is bounded by the plan for a GPU, however large experts are; results stay the same."""
+    k, out, piece = 512, 800, 64 * 512
+    make = random_codes if format in GROUPED_FORMATS else random_blocks
+    weight = StackedWeight([make(format, out // 2, k, seed, dtype=torch.bfloat16) for seed in range(6)])
+    x, bias = torch.randn(9, k, dtype=torch.bfloat16), torch.randn(3 * out, dtype=torch.bfloat16)
+    experts = ExpertPlan(torch.tensor([0, 2, 2, 0, 2, 2, 2, 0, 0])[:, None], 3)
+    expected = torch.empty(9, out, dtype=torch.bfloat16)
+    for e, start, stop in experts.groups:
+        own = slice(e * out, (e + 1) * out)
+        expected[start:stop] = F.linear(x[start:stop], weight.rows(own.start, own.stop), bias[own])
+    each = EXPANDED_BYTES // PIECE_ELEMENTS
+    monkeypatch.setattr(plain, "PIECE_ELEMENTS", piece)
+    assert peak_of("cpu", lambda: weight.rows(0, out)) > each * piece  # without pieces
+    found = []
+    peak = peak_of("cpu", lambda: found.append(plain.expert_linear(x, weight, bias, experts)))
+    assert peak <= each * piece + 2 * expected.nbytes + 8 * k  # and the groups of inputs
+    torch.testing.assert_close(found[0], expected, rtol=0, atol=0)
 
 
 @settings(max_examples=30, deadline=None)

@@ -48,6 +48,10 @@ head."""
 _SCRATCH_BYTES = 16 * 2**20
 """Everything else that a layer computes in: tiles, parts of a shrink."""
 
+EXPANDED_BYTES = 2**22 * 20
+"""What torch expands at a time of a quantized checkpoint's weight; see ``weight.PIECE_ELEMENTS``. Counted
+also where the kernels read all of its weights as they are stored."""
+
 
 class WorkingMemory(msgspec.Struct, frozen=True, kw_only=True):
     """Sizes in bytes, on each device."""
@@ -106,7 +110,7 @@ def working_memory(
     """Plan for an engine with this configuration. ``local`` is a rank's share of ``spec``."""
     lora, size, rows = config.lora, config.tensor_parallel_size, config.max_num_seqs
     logits = rows * spec.vocab_size
-    scratch = _SCRATCH_BYTES + _split_bytes(local, max_model_len)
+    scratch = _SCRATCH_BYTES + _split_bytes(local, max_model_len) + EXPANDED_BYTES * bool(local.packed)
     each = token_bytes(local, dtype_bytes, 0 if lora is None else lora.max_lora_rank)
     tokens = min(config.max_num_batched_tokens, rows * max_model_len)
     plain = spec.impl == "native" and not isinstance(spec, MixtureSpec)
