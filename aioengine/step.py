@@ -131,8 +131,9 @@ class FollowedHistory(Sequence[int]):
 
 def same_history(one: Sequence[int], other: Sequence[int]) -> bool:
     """Whether both are of one request: then the longer one begins with the shorter one."""
-    one = one.base if isinstance(one, FollowedHistory) else one
-    return one is (other.base if isinstance(other, FollowedHistory) else other)
+    # Not isinstance, which is slow for a Sequence, and this is asked for each row of a step.
+    one = one.base if type(one) is FollowedHistory else one
+    return one is (other.base if type(other) is FollowedHistory else other)
 
 
 class SequenceWork(NamedTuple):

@@ -105,21 +105,22 @@ class CountTables:
                 self._rows[work.request_id] = row
             else:  # also another request of that id
                 fresh.append(work)
-        used = {row.place for row in self._rows.values()}
-        free = [place for place in range(len(active)) if place not in used]
+        used = {row.place for row in self._rows.values()} if fresh else set()
+        free = [place for place in range(len(active)) if place not in used] if fresh else []
         for work, place in zip(fresh, free, strict=False):
             self._rows[work.request_id] = _Row(place, work.history)
-        self._grow(1 + max(row.place for row in self._rows.values()))
+        if fresh:
+            self._grow(1 + max(row.place for row in self._rows.values()))
         seen: list[int] = []
         outputs: list[int] = []
         layout: list[_Place] = []
         for number, work in active:
             row = self._rows[work.request_id]
-            new = work.history[row.known :]
-            cells = [row.place * self._vocab + token for token in new]
+            known, first = row.known, row.place * self._vocab
+            cells = [first + token for token in work.history[known:]]
             seen += cells
-            outputs += cells[max(work.prompt_len - row.known, 0) :]
-            row.known += len(new)
+            outputs += cells if known >= work.prompt_len else cells[work.prompt_len - known :]
+            row.known = known + len(cells)
             layout.append((number, row.place, work.params))
         sent = [torch.tensor(each, dtype=torch.int64) for each in (free[: len(fresh)], seen, outputs)]
         if layout != self._layout:  # mostly it is that of the step before, and so are these on the device
