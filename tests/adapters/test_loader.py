@@ -95,7 +95,13 @@ class FakeStore:
     def read(self, name: str, path: str, progress: Any, files: Any) -> Any:
         self.reads.get(name, lambda: None)()
         return SimpleNamespace(
-            rank=4, nbytes=10, data=SimpleNamespace(nbytes=10), digest=name, labels=0, invocation=()
+            rank=4,
+            nbytes=10,
+            data=SimpleNamespace(nbytes=10),
+            digest=name,
+            labels=0,
+            invocation=(),
+            mergeable=False,
         )
 
     def put(self, uid: int, packed: Any) -> None:

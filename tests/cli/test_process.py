@@ -47,13 +47,13 @@ def test_interrupted_at_any_moment(module: str, model: Path) -> None:
 def test_interrupted_while_a_thread_loads_that_would_not_end() -> None:
     script = """
 import os, signal, threading
-import aioengine.engine
+from aioengine.runtime import assemble
 
 def build(*_):
     os.kill(os.getpid(), signal.SIGINT)
     threading.Event().wait()
 
-aioengine.engine.build = build
+assemble.build = build
 from aioengine.__main__ import run
 run()
 """

@@ -37,12 +37,12 @@ void aio_dequantize_int4(int bf16, const void* packed, const float* scale, const
 void aio_linear_int4(int bf16, const void* x, long x_stride, const void* packed, const float* scale, const int32_t* start,
                      long group, long rotation, const void* bias, void* y, long y_stride, long rows, long n, long k,
                      const void* beside, int threads);
-void aio_add_rms_norm(int bf16, void* hidden, const void* delta, const void* weight, void* out, long rows, long size,
-                      float factor, float eps, int rounded, float offset, int threads);
+void aio_add_rms_norm(int bf16, void* hidden, void* delta, const void* delta_weight, const void* weight, void* out, long rows,
+                      long size, float factor, float eps, int rounded, float offset, int threads);
 void aio_silu_and_mul(int bf16, const void* gate_up, void* out, long rows, long size, int threads);
 void aio_rope_store(int bf16, void* qkv, const float* cos, const float* sin, const int64_t* cells, const uint8_t* last,
                     void* keys, void* values, long tokens, long heads, long kv_heads, long head_dim, long block_size,
-                    long block_bytes, long half, int neighbours, int int8, int threads);
+                    long block_bytes, long half, int neighbours, int int8, const void* norms, int threads);
 void aio_attention(int bf16, const void* q, long q_stride, const void* keys, const void* values, const int32_t* tables,
                    long table_width, const int32_t* spans, long sequences, void* out, long heads, long kv_heads,
                    long head_dim, long block_size, long block_bytes, long window, float scale, float soft_cap,
@@ -132,7 +132,7 @@ static void norm_and_activation(bool bf16) {
   Values hidden(bf16, rows * size), delta(bf16, rows * size), weight(bf16, size), out(bf16, rows * size);
   Values sum(bf16, rows * size), gate_up(bf16, rows * 2 * size);
   for (long i = 0; i < rows * size; i++) sum.set(i, hidden[i] + delta[i]);
-  aio_add_rms_norm(bf16, hidden.data(), delta.data(), weight.data(), out.data(), rows, size, 1.0f, 1e-5f, 1, 0.0f, 2);
+  aio_add_rms_norm(bf16, hidden.data(), delta.data(), nullptr, weight.data(), out.data(), rows, size, 1.0f, 1e-5f, 1, 0.0f, 2);
   for (long r = 0; r < rows; r++) {
     float squares = 0;
     for (long i = 0; i < size; i++) squares += sum[r * size + i] * sum[r * size + i];
@@ -161,7 +161,7 @@ static void attention(bool bf16, bool int8) {
   const int32_t tables[] = {1, 0}, span[] = {0, int32_t(tokens), 0};
   for (long t = 0; t < tokens; t++) cells[t] = tables[t / block] * block + t % block;
   aio_rope_store(bf16, qkv.data(), cos.data(), sin.data(), cells.data(), last.data(), keys.data(), values.data(), tokens,
-                 heads, kv_heads, d, block, block_bytes, d / 2, 0, int8, 2);
+                 heads, kv_heads, d, block, block_bytes, d / 2, 0, int8, nullptr, 2);
   aio_attention(bf16, qkv.data(), width, keys.data(), values.data(), tables, 2, span, 1, out.data(), heads, kv_heads, d,
                 block, block_bytes, 0, 1.0f, 0.0f, nullptr, int8, 2);
   for (long t = 0; t < tokens; t++)
