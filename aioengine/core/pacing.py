@@ -17,8 +17,6 @@ from aioengine.step import SequenceWork
 
 GRAIN = 16
 """Chunks are multiples of this, and never smaller: kernels compute tokens in tiles of 8 or 16."""
-ALONE = 2.0
-"""Factor on the bound for a step without decodes, because only new requests wait for its end."""
 LEAST_SHARE = 1 / 3
 """Chunks may always take this share of the time of the decodes beside them, however long those take."""
 _ADAPTER_TOKENS = 8
@@ -82,7 +80,7 @@ class Pacer:
     measurement changes them much. There is no clock here, and equal measurements give equal chunks.
 
     Args:
-        max_step_seconds: Target time of a step that has decodes.
+        max_step_seconds: Target time of a step.
         pair_tokens: First estimate of the cost of a query-key pair, in tokens.
     """
 
@@ -135,10 +133,11 @@ class Pacer:
         """Return the allowance for prompts in a step with these decodes and room for this many more
         tokens."""
         taken = self.seconds(decodes)
-        target = self.max_step_seconds * (1.0 if decodes.tokens else ALONE)
         grown = max(2 * self._largest - decodes.tokens, 2 * GRAIN)
         return Allowance(
-            min(tokens, grown), max(target - taken, taken * LEAST_SHARE), tuple(self._coefficients)
+            min(tokens, grown),
+            max(self.max_step_seconds - taken, taken * LEAST_SHARE),
+            tuple(self._coefficients),
         )
 
 

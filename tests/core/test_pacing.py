@@ -45,14 +45,14 @@ class Machine(NamedTuple):
         return self.token * cost
 
     def bound(self, batch: StepBatch) -> float:
-        """What a step may take at most: the target (twice, if nobody decodes) or, where decodes take it up, a
-        third more than these; and three of the smallest chunks on top."""
+        """What a step may take at most: the target or, where decodes take it up, a third more than these;
+        and three of the smallest chunks on top."""
         decodes = [work for work in batch.sequences if len(work.tokens) == 1]
         ranks = list(batch.slot_ranks)
         deepest = max(work.start for work in batch.sequences)
         chunk = GRAIN * (1 + deepest * self.pair + max(ranks) * self.rank)
         alone = self.seconds(decodes, ranks)
-        return max(TARGET if decodes else 2 * TARGET, alone * 4 / 3) + 3 * chunk * self.token
+        return max(TARGET, alone * 4 / 3) + 3 * chunk * self.token
 
 
 MACHINES = st.builds(
@@ -136,8 +136,8 @@ def test_the_time_is_made_use_of(machine: Machine) -> None:
     grown = [(b, s) for b, s in zip(sim.batches, sim.seconds, strict=True)][8:-1]
     for batch, seconds in grown:
         [work] = batch.sequences
-        grain = sim.machine.bound(batch) - 2 * TARGET
-        assert seconds > 2 * TARGET * 0.7 - grain or len(work.tokens) in (GRAIN, 2048)
+        grain = sim.machine.bound(batch) - TARGET
+        assert seconds > TARGET * 0.7 - grain or len(work.tokens) in (GRAIN, 2048)
 
 
 @SETTINGS
