@@ -14,7 +14,7 @@ from aioengine import events
 from aioengine.core.blocks import BlockManager
 from aioengine.core.border import Border
 from aioengine.core.guard import Tell
-from aioengine.core.pacing import GRAIN, Allowance, Pacer, StepWork
+from aioengine.core.pacing import Allowance, Floor, Pacer, StepWork
 from aioengine.core.prefixes.reached import pin_reached
 from aioengine.core.queues import RequestQueues
 from aioengine.core.speculation.drafts import Speculation
@@ -85,7 +85,8 @@ class Batcher:
         Without a pacer the running ones' chunks come first, in order of admission. With one, half of the
         tokens go to the oldest, so that it always advances; the rest go to the requests with the fewest
         tokens left, so that a short prompt does not wait for long ones. The oldest, the shortest and the
-        first newcomer get a chunk, however little time there is.
+        first newcomer get a chunk, however little time there is, and so do further short ones and newcomers
+        that need no more than a chunk together.
         """
         self._now = now
         if self.blocks.window is not None:  # no step is in flight that has these blocks
@@ -127,22 +128,19 @@ class Batcher:
                 oldest = prefills.popleft()
                 allowance.hold(oldest)
                 prefills = deque(sorted(prefills, key=_remaining))
-        shortest, newcomer = GRAIN, GRAIN
+        short, new = Floor(), Floor()
         for request in self._admissible(admit):
             while prefills and (oldest is None or prefills[0].remaining <= request.remaining):
-                self._compute(prefills.popleft(), allowance, shortest, work, now)
-                shortest = 0
+                self._compute(prefills.popleft(), allowance, short, work, now)
             # Stop at the first that does not fit: it would starve if smaller ones passed it.
-            if not allowance.has_room(newcomer) or not self._start(request, now):
+            if not allowance.has_room(request, new) or not self._start(request, now):
                 break
-            self._compute(request, allowance, newcomer, work, now)
-            newcomer = 0
+            self._compute(request, allowance, new, work, now)
         for request in prefills:
-            self._compute(request, allowance, shortest, work, now)
-            shortest = 0
+            self._compute(request, allowance, short, work, now)
         if oldest is not None:
             allowance.give_back()
-            self._compute(oldest, allowance, GRAIN, work, now)
+            self._compute(oldest, allowance, Floor(), work, now)
         if self.preemptions > preemptions:  # a request in ``work`` may have lost its blocks to a later one
             work = [part for part in work if part[1].status is Status.RUNNING]
         work.sort(key=_slot_of)
@@ -222,11 +220,11 @@ class Batcher:
         return True
 
     def _compute(
-        self, request: Request, allowance: Allowance, at_least: int, work: list[_Part], now: float
+        self, request: Request, allowance: Allowance, floor: Floor, work: list[_Part], now: float
     ) -> None:
         """Add a chunk of the request's prompt, if the budget allows one."""
         if request.status is Status.RUNNING:
-            tokens = allowance.take(request, at_least)
+            tokens = allowance.take(request, floor)
             if tokens > 0 and self._has_blocks(request, tokens, now):
                 work.append(_part(request, tokens))
 

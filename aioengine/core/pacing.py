@@ -19,6 +19,8 @@ GRAIN = 16
 """Chunks are multiples of this, and never smaller: kernels compute tokens in tiles of 8 or 16."""
 LEAST_SHARE = 1 / 3
 """Chunks may always take this share of the time of the decodes beside them, however long those take."""
+LEAST_SHARE_ALONE = 1.0
+"""The same without decodes: as much time as the step's fixed cost takes."""
 _ADAPTER_TOKENS = 8
 """Tokens added per adapter in a step: an adapter costs its rank times (its tokens + this)."""
 _FIRST_TOKENS = 64
@@ -133,12 +135,26 @@ class Pacer:
         """Return the allowance for prompts in a step with these decodes and room for this many more
         tokens."""
         taken = self.seconds(decodes)
+        least = taken * (LEAST_SHARE if decodes.tokens else LEAST_SHARE_ALONE)
+        seconds = max(self.max_step_seconds - taken, least)
         grown = max(2 * self._largest - decodes.tokens, 2 * GRAIN)
-        return Allowance(
-            min(tokens, grown),
-            max(self.max_step_seconds - taken, taken * LEAST_SHARE),
-            tuple(self._coefficients),
-        )
+        return Allowance(min(tokens, grown), seconds, tuple(self._coefficients))
+
+
+class Floor:
+    """The tokens that requests of one kind get in a step, however little time is left: a smallest chunk for
+    the first of them, or for as many short ones as need no more together."""
+
+    def __init__(self) -> None:
+        self._left = GRAIN
+
+    def of(self, tokens: int) -> int:
+        """Return how many of a request's ``tokens`` are sure to be computed."""
+        least = min(tokens, GRAIN)
+        return least if least <= self._left else 0
+
+    def take(self, tokens: int) -> None:
+        self._left -= tokens
 
 
 class Allowance:
@@ -154,28 +170,38 @@ class Allowance:
         self._coefficients = coefficients or (0.0,) * 5
         self._held = (0, 0.0)
 
-    def has_room(self, at_least: int) -> bool:
-        """Whether one more request would get a chunk."""
-        return self._tokens > 0 and (at_least > 0 or self._seconds >= GRAIN * self._coefficients[1])
+    def has_room(self, request: Request, floor: Floor) -> bool:
+        """Whether a request that is to start would get a chunk, or all that the prefix cache has not."""
+        if self._tokens <= 0:
+            return False
+        if not self.paced or floor.of(GRAIN):
+            return True
+        cache, start = request.cache, 0
+        if cache is not None:
+            start = len(request.find_cached(cache)) * cache.block_size
+        tokens = min(request.remaining - start, GRAIN)
+        each, half = self._costs(request, start)
+        return floor.of(tokens) > 0 or tokens * (each + half * tokens) <= self._seconds
 
-    def take(self, request: Request, at_least: int) -> int:
-        """Return how many of the request's tokens to compute. It is at least ``at_least``, however little
-        time is left, if the request has that many tokens and the step has room for them."""
+    def take(self, request: Request, floor: Floor) -> int:
+        """Return how many of the request's tokens to compute. They are at least those of ``floor``, however
+        little time is left, if the step has room for them."""
         count = min(request.next_piece, self._tokens)
         if self.paced:
-            each, half = self._costs(request)
+            each, half = self._costs(request, request.computed)
             left = max(self._seconds, 0.0)
             fitting = int(2 * left / (each + math.sqrt(each * each + 4 * half * left)))
             if fitting < count:
-                count = min(count, max(fitting // GRAIN * GRAIN, at_least))
+                count = min(count, max(fitting // GRAIN * GRAIN, floor.of(count)))
             self._seconds -= count * (each + half * count)
         self._tokens -= count
+        floor.take(count)
         return count
 
     def hold(self, request: Request) -> None:
         """Reserve half of the allowance for this request, or less if it needs less."""
         tokens = min(request.remaining, (self._tokens + 1) // 2)
-        each, half = self._costs(request)
+        each, half = self._costs(request, request.computed)
         seconds = min(request.remaining * (each + half * request.remaining), self._seconds / 2)
         self._held = tokens, seconds
         self._tokens -= tokens
@@ -186,9 +212,9 @@ class Allowance:
         self._tokens += self._held[0]
         self._seconds += self._held[1]
 
-    def _costs(self, request: Request) -> tuple[float, float]:
-        """(a, b), where n tokens take n * (a + b * n) seconds."""
+    def _costs(self, request: Request, start: int) -> tuple[float, float]:
+        """(a, b), where n tokens after the first ``start`` take n * (a + b * n) seconds."""
         _, token, pair, _, rank = self._coefficients
         twice = 2 if request.unscored else 1
         ranks = 0 if request.adapter is None else request.adapter.rank
-        return token * twice + pair * request.computed + rank * ranks, pair / 2
+        return token * twice + pair * start + rank * ranks, pair / 2

@@ -20,7 +20,7 @@ from aioengine.runtime.loop import Stepper
 from aioengine.runtime.output_stream import OutputStream, OutputText
 from aioengine.runtime.prefixes.keeper import PrefixKeeper
 from aioengine.runtime.sources.names import AdapterNames
-from aioengine.runtime.text_work import SHORT, TextWork
+from aioengine.runtime.text_work import SHORT, TextWork, size_of_json
 
 
 class Submitter:
@@ -253,25 +253,19 @@ def _token_ids(prompt: object, limit: int) -> list[int] | None:
 
 
 def size_of(messages: list[Any], limit: int) -> int:
-    """Count or estimate the characters of a chat's texts, at least one for each message.
+    """Return the size of a chat, arguments of calls included.
 
     Raises RequestInvalid if there are more messages, or parts of a message, than a prompt can have tokens,
     because a template's work grows with their number.
     """
-    size = 0
     for message in messages[: limit + 1]:
         content = message.get("content") if isinstance(message, dict) else None
-        parts = content if isinstance(content, list) else [{"text": content}]
-        if len(parts) > limit:
+        if isinstance(content, list) and len(content) > limit:
             raise RequestInvalid(
-                f"a message has {len(parts)} parts, and at most {limit} are allowed: join them"
+                f"a message has {len(content)} parts, and at most {limit} are allowed: join them"
             )
-        for part in parts:
-            text = part.get("text") if isinstance(part, dict) else None
-            size += len(text) if isinstance(text, str) else 1
-        size += 1
     if len(messages) > limit:
         raise RequestInvalid(
             f"{len(messages)} messages: at most {limit} are allowed, as many as a prompt may have tokens"
         )
-    return size
+    return size_of_json(messages)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import heapq
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sized
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any, NamedTuple, TypeVar
@@ -18,11 +18,41 @@ Owner = str | None
 SHORT = 1024
 """Size (characters, tokens or bytes) up to which work is done on the loop, in about a millisecond."""
 
+MOST = 2**17
+"""Values of JSON that are measured; it may contain itself."""
+
 LONG = 2**16
 """Size above which texts leave one thread free for shorter ones."""
 
 RATE = 2**20
 """Expected speed in characters a second."""
+
+EACH = 16
+"""Size of an empty text: what each call of the tokenizer takes besides."""
+
+
+def size_of_all(texts: Collection[Sized]) -> int:
+    """Return the size of the work on several texts."""
+    return sum(map(len, texts)) + EACH * len(texts)
+
+
+def size_of_json(value: object) -> int:
+    """Return the size of JSON that a chat template may write: its texts, names included, and all values (at
+    most ``MOST`` of them)."""
+    size, left = 0, [value]
+    for _ in range(MOST):
+        if not left:
+            break
+        item = left.pop()
+        size += 1
+        if isinstance(item, str):
+            size += len(item)
+        elif isinstance(item, dict):
+            left += item
+            left += item.values()
+        elif isinstance(item, (list, tuple)):
+            left += item
+    return size
 
 
 class _Waiter(NamedTuple):

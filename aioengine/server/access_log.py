@@ -51,6 +51,8 @@ class RequestRecord(msgspec.Struct, kw_only=True, eq=False):
     identity: Identity = Identity()
     admission: Admission | None = None
     """Set if its key has limits."""
+    body_size: int = 0
+    """Bytes of its JSON, by which its work on long texts is shared out."""
     route: str = "other"
     """The route, as named in the metrics."""
     ended: asyncio.Future[ApiError] | None = None
@@ -79,7 +81,7 @@ class RequestRecord(msgspec.Struct, kw_only=True, eq=False):
 
 
 _NOT_LOGGED = frozenset(
-    {"started", "owner", "identity", "admission", "ended", "queue", "counted", "route", "so_far"}
+    {"started", "owner", "identity", "admission", "ended", "queue", "counted", "body_size", "route", "so_far"}
 )
 _LOGGED = tuple(name for name in RequestRecord.__struct_fields__ if name not in _NOT_LOGGED)
 

@@ -17,7 +17,7 @@ from aioengine.client import EngineClient
 from aioengine.errors import ConfigError, PromptTooLong, RequestInvalid
 from aioengine.guided import Guide
 from aioengine.request import RequestOptions, SamplingParams, TokenConstraint, for_choice
-from aioengine.runtime.text_work import SHORT
+from aioengine.runtime.text_work import EACH, SHORT, size_of_all
 from aioengine.runtime.vectors import read_label_names
 from aioengine.server.access.auth import Identity
 from aioengine.server.access_log import RequestRecord
@@ -164,7 +164,7 @@ class Context:
         fit."""
         encode = self._encoder(add_special_tokens, limited, field="prompt")
         work = self.engine.text_work
-        return await work.run(sum(map(len, texts)), lambda: [encode(text) for text in texts], owner)
+        return await work.run(size_of_all(texts), lambda: [encode(text) for text in texts], owner)
 
     async def encode_pairs(self, pairs: Sequence[tuple[str, str]], *, owner: str | None) -> list[list[int]]:
         """Encode pairs of texts as :meth:`encode` does single ones."""
@@ -186,7 +186,9 @@ class Context:
                 param="documents",
                 code="invalid_value",
             )
-        return await self.engine.text_work.run(size, lambda: [encode(*pair) for pair in pairs], owner)
+        return await self.engine.text_work.run(
+            size + EACH * len(pairs), lambda: [encode(*pair) for pair in pairs], owner
+        )
 
     async def label_names(self) -> list[str]:
         """Return the model's ``id2label``; empty if it has none."""
@@ -207,16 +209,18 @@ class Context:
         messages: list[dict[str, Any]],
         variables: dict[str, Any],
         *,
-        owner: str | None,
+        record: RequestRecord,
         limited: bool = True,
     ) -> list[int]:
         """Render messages by the chat template, and tokenize the result as :meth:`encode` does."""
         tokenizer = self.tokenizer
         encode = self._encoder(False, limited, field="messages")
-        # Never on the event loop, because a template may take any time.
-        size = SHORT + sum(len(message["content"]) + 1 for message in messages)
+        # Never on the event loop, because a template may take any time. It may write all of the body, tools
+        # and arguments of calls included.
         return await self.engine.text_work.run(
-            size, lambda: encode(tokenizer.render_chat(messages, **variables)), owner
+            SHORT + record.body_size,
+            lambda: encode(tokenizer.render_chat(messages, **variables)),
+            record.owner,
         )
 
     def _encoder(self, add_special_tokens: bool, limited: bool, *, field: str) -> Callable[[str], list[int]]:
@@ -251,7 +255,7 @@ class Context:
             known = [token for token in prompt if 0 <= token < 2**31]  # the engine refuses others
             return tokenizer.decode(known, skip_special_tokens=False)
 
-        size = sum(map(len, prompts))
+        size = size_of_all(prompts)
         return await self.engine.text_work.run(size, lambda: [decode(prompt) for prompt in prompts], owner)
 
     async def note_hidden_tools(self) -> None:

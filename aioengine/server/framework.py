@@ -126,9 +126,11 @@ def _check_type(scope: Any) -> None:
 async def _decoded(scope: Any, body: bytes, type_: Any) -> Any:
     state = scope["state"]
     unknown: UnknownFields = state[UNKNOWN_FIELDS]
+    record: RequestRecord = state[RECORD]
+    record.body_size = len(body)
     if len(body) <= DECODED_AT_ONCE:
         return unknown.decode(body, type_)
-    return await state[TEXT_WORK].run(len(body), lambda: unknown.decode(body, type_), state[RECORD].owner)
+    return await state[TEXT_WORK].run(len(body), lambda: unknown.decode(body, type_), record.owner)
 
 
 def empty_body() -> ApiError:

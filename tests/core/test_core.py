@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import random
 
 import pytest
 from support.core_sim import LIMITS, CoreSim, next_token
@@ -126,6 +127,21 @@ def test_prefix_cache_hits_only_the_same_adapter_content() -> None:
         sim.run()
     cached = [e.cached_tokens for e in sim.of(events.RequestAdmitted)]  # type: ignore[attr-defined]
     assert cached == [0, 0, 0, 8], "12 tokens are 3 blocks, the last of which must be computed again"
+
+
+def test_versions_never_come_again_however_many_names_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("aioengine.core.adapters.residency.MAX_NAMES", 4)
+    sim, rng = CoreSim(), random.Random(0)
+    last: dict[str, int] = {}
+    for _ in range(500):
+        name = f"a{rng.randrange(12)}"
+        entry = sim.core.residency.declare(name, "/a")
+        assert entry.version > last.get(name, 0)
+        last[name] = entry.version
+        sim.core.residency.publish(entry, sim.now)
+        if rng.random() < 0.5:
+            sim.core.residency.retire(entry, sim.now)
+        sim.core.residency.sweep(sim.now)
 
 
 def test_replaced_version_finishes_what_it_accepted_and_is_then_freed() -> None:

@@ -45,14 +45,14 @@ class Machine(NamedTuple):
         return self.token * cost
 
     def bound(self, batch: StepBatch) -> float:
-        """What a step may take at most: the target or, where decodes take it up, a third more than these;
-        and three of the smallest chunks on top."""
-        decodes = [work for work in batch.sequences if len(work.tokens) == 1]
+        """What a step may take at most: the target or, where decodes take it up, a third more than these
+        (without decodes, twice the fixed cost); and three of the smallest chunks on top."""
+        decodes = [work for work in batch.sequences if len(work.tokens) == 1 and work.start > 0]
         ranks = list(batch.slot_ranks)
         deepest = max(work.start for work in batch.sequences)
         chunk = GRAIN * (1 + deepest * self.pair + max(ranks) * self.rank)
         alone = self.seconds(decodes, ranks)
-        return max(TARGET, alone * 4 / 3) + 3 * chunk * self.token
+        return max(TARGET, alone * (4 / 3 if decodes else 2)) + 3 * chunk * self.token
 
 
 MACHINES = st.builds(
@@ -118,6 +118,9 @@ def test_steps_stay_within_the_target(machine: Machine, seed: int) -> None:
         if rng.random() < 0.15 or not sim.core.requests:
             tokens = rng.randint(2000, 8000) if rng.random() < 0.2 else rng.randint(2, 300)
             sim.prompt(tokens, rng.randint(1, 80), rng.choice([None, "a"]))
+        if rng.random() < 0.02:  # many short ones at once
+            for _ in range(30):
+                sim.prompt(rng.randint(1, GRAIN), 1, rng.choice([None, "a"]))
         sim.one_step()
     sim.core.check()
     over = [seconds / machine.bound(batch) for batch, seconds in zip(sim.batches, sim.seconds, strict=True)]
@@ -162,6 +165,61 @@ def test_a_short_prompt_passes_long_ones_and_none_stands_still(
         sim.prompt(tokens, 2)
         sim.one_step()
         assert oldest.id in sim.ended or oldest.computed - computed >= min(GRAIN, remaining)
+
+
+@SETTINGS
+@given(
+    machine=MACHINES,
+    slowness=st.sampled_from([1.0, 10.0, 100.0]),
+    lengths=st.lists(st.integers(1, GRAIN), min_size=1, max_size=40),
+    decodes=st.integers(0, 12),
+    longs=st.integers(0, 2),
+)
+def test_short_prompts_share_steps(
+    machine: Machine, slowness: float, lengths: list[int], decodes: int, longs: int
+) -> None:
+    """However slow the machine is, and whether anybody decodes or not."""
+    sim = PacedSim(machine, max_num_seqs=64)
+    sim.slowness = slowness
+    for _ in range(decodes):
+        sim.prompt(50, 2000)
+    for _ in range(20):
+        sim.prompt(20)
+        sim.one_step()
+    while len(sim.core.requests) > decodes:
+        sim.one_step()
+    for _ in range(longs):
+        sim.prompt(6000)
+        sim.one_step()
+    shorts = [sim.prompt(tokens) for tokens in lengths]
+    before = len(sim.batches)
+    while any(short.first_token is None for short in shorts):  # type: ignore[attr-defined]
+        sim.one_step()
+    # Any two steps in a row have more than one smallest chunk of them.
+    assert len(sim.batches) - before <= 2 * sum(lengths) / GRAIN + 1
+
+
+@pytest.mark.parametrize("decodes", [0, 4])
+def test_one_word_behind_thirty_texts(decodes: int) -> None:
+    """The prefix cache has all of these but a token."""
+    sim = PacedSim(MIDDLING, max_num_seqs=64)
+    sim.slowness = 100.0  # a single token takes a quarter of the target
+    known = list(range(10, 330))
+    sim.add(prompt=known, max_tokens=1)
+    for _ in range(decodes):
+        sim.prompt(50, 2000)
+    for _ in range(60):
+        sim.prompt(20)
+        sim.one_step()
+    while len(sim.core.requests) > decodes:
+        sim.one_step()
+    for own in range(30):
+        sim.add(prompt=[*known, 1000 + own], max_tokens=1)
+    last = sim.prompt(1)
+    before = len(sim.batches)
+    while last.first_token is None:  # type: ignore[attr-defined]
+        sim.one_step()
+    assert len(sim.batches) - before <= 2
 
 
 MIDDLING = Machine(5e-4, 10, PAIR_TOKENS, 3 * PAIR_TOKENS, 0.004, 8)

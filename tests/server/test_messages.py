@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import anthropic
 import pytest
-from support.server_fixtures import MODEL, Serve, Served
+from support.engine_fixtures import MakeEngine, Tiny
+from support.server_fixtures import MODEL, Serve, Served, served_by
 
 USER: Any = [{"role": "user", "content": "Hi"}]
 SCHEMA = {"type": "object", "properties": {"color": {"enum": ["red", "green"]}}, "required": ["color"]}
@@ -170,6 +172,35 @@ async def test_an_answer_that_was_begun_goes_on(serve: Serve) -> None:
         [block] = answer.content
         assert block.type == "text"
         assert block.text == chat.choices[0].message.content
+
+
+async def test_thinking_is_a_variable_of_the_template(
+    tiny_text: Tiny, make_engine: MakeEngine, tmp_path: Path
+) -> None:
+    template = tmp_path / "template.jinja"
+    template.write_text("{% if enable_thinking is defined %}{{ enable_thinking }}{% endif %}" + "Hi")
+    lengths: dict[str, int] = {}
+    async with (
+        make_engine(tiny_text, chat_template=str(template)) as engine,
+        served_by(engine) as served,
+        client_of(served) as client,
+    ):
+        for kind in ("enabled", "adaptive", "disabled", ""):
+            thinking: Any = {"thinking": {"type": kind, "budget_tokens": 1024}} if kind else {}
+            made = await client.messages.create(model=MODEL, max_tokens=1, messages=USER, extra_body=thinking)
+            counted = await client.messages.count_tokens(model=MODEL, messages=USER, extra_body=thinking)
+            lengths[kind] = counted.input_tokens
+            assert counted.input_tokens == made.usage.input_tokens + (made.usage.cache_read_input_tokens or 0)
+        own = {"thinking": {"type": "enabled"}, "chat_template_kwargs": {"enable_thinking": "x" * 9}}
+        counted = await client.messages.count_tokens(model=MODEL, messages=USER, extra_body=own)
+        lengths["own"] = counted.input_tokens
+    without = lengths.pop("")
+    assert {kind: n - without for kind, n in lengths.items()} == {
+        "enabled": len("True"),
+        "adaptive": len("True"),
+        "disabled": len("False"),
+        "own": 9,
+    }
 
 
 async def test_a_failure_is_the_last_event(serve: Serve) -> None:

@@ -112,6 +112,22 @@ async def test_a_search_for_a_folder_has_a_time_limit(
         assert (await served.http.post("/v1/load_lora_adapter", json=load)).status_code == 200
 
 
+async def test_names_have_a_bound(serve: Serve, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("aioengine.server.openai.adapters.MAX_ADAPTERS", 3)
+    async with serve(adapter_root=str(root)) as served:  # "a" is one of them
+
+        async def load(name: str) -> tuple[int, str]:
+            body = {"lora_name": name, "lora_path": "team/a", "load_inplace": name == "n0"}
+            answer = await served.http.post("/v1/load_lora_adapter", json=body)
+            return answer.status_code, answer.text
+
+        assert [(await load(f"n{i}"))[0] for i in range(3)] == [200, 200, 400]
+        assert "too_many_adapters" in (await load("n2"))[1]
+        assert (await load("n0"))[0] == 200  # replaced
+        await served.http.post("/v1/unload_lora_adapter", json={"lora_name": "n1"})
+        assert (await load("n2"))[0] == 200
+
+
 async def test_a_long_path_is_refused_shortly(serve: Serve, root: Path) -> None:
     async with serve(adapter_root=str(root)) as served:
         for path in ("a/" * 300_000 + "a", "../" * 200_000, "x" * 600_000):

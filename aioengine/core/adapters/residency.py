@@ -25,6 +25,10 @@ from aioengine.errors import AdapterChanged, AdapterError, AdapterTooLarge, Engi
 from aioengine.schedulers.policy import Location
 
 
+MAX_NAMES = 10_000
+"""Names whose own last version is remembered."""
+
+
 class Residency:
     def __init__(
         self,
@@ -55,6 +59,9 @@ class Residency:
         self._retired: dict[int, AdapterEntry] = {}
         self._wanted: dict[int, AdapterEntry] = {}
         self._last_version: dict[str, int] = {}
+        """By name; the one that was declared last is at the end."""
+        self._forgotten_version = 0
+        """The highest of the names that are not there any more."""
         self._next_uid = 0
         self._max_loads = max_loads
         self._loads = 0
@@ -79,12 +86,21 @@ class Residency:
         the latest when it has been read, unless it is ``held``. ``found``: whether a resolver found its path.
         ``files``: read in place of a folder. ``version`` None: the next one of this name."""
         if version is None:
-            version = self._last_version.get(name, 0) + 1
-            self._last_version[name] = version
+            version = self._next_version(name)
         entry = AdapterEntry(self._next_uid, name, version, path, found=found, files=files)
         self._next_uid += 1
         self.entries[entry.uid] = entry
         return entry
+
+    def _next_version(self, name: str) -> int:
+        """Return a number that no version of this name had. Clients may think up any number of names, so
+        only the latest have their own last number; all others have one together."""
+        last = self._last_version
+        version = last.pop(name, self._forgotten_version) + 1
+        last[name] = version
+        while len(last) > MAX_NAMES:
+            self._forgotten_version = max(self._forgotten_version, last.pop(next(iter(last))))
+        return version
 
     def publish(self, entry: AdapterEntry, now: float) -> None:
         """Let new requests use this version, and give it its predecessor's pin. The predecessor only finishes

@@ -72,8 +72,10 @@ class OutputConfig(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
 
 
 class Thinking(msgspec.Struct, kw_only=True):
-    type: str
-    """Only "disabled", because the chat template decides whether a model thinks."""
+    """Whether the model reasons first, where its chat template has a variable for that. How long it reasons
+    is up to the model."""
+
+    type: Literal["enabled", "adaptive", "disabled"]
 
 
 class Thread(msgspec.Struct, kw_only=True):
@@ -90,6 +92,7 @@ class CountRequest(msgspec.Struct, kw_only=True):
     messages: Annotated[list[MessageParam], Meta(min_length=1, max_length=MAX_MESSAGES)]
     system: Content | None = None
     tools: Annotated[list[MessagesTool], Meta(max_length=MAX_TOOLS)] | None = None
+    thinking: Thinking | None = None
     tool_choice: MessagesToolChoice | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     """vLLM's: variables for the chat template."""
@@ -104,7 +107,6 @@ class MessagesRequest(CountRequest, kw_only=True, forbid_unknown_fields=True):
     stream: bool | None = None
     output_config: OutputConfig | None = None
     """A JSON schema that the answer must conform to."""
-    thinking: Thinking | None = None
     thread: Thread | None = None
     cache_control: CacheControl | None = None
     """A breakpoint after the last message."""

@@ -16,6 +16,7 @@ import msgspec
 
 from aioengine.errors import RequestInvalid
 from aioengine.request import MAX_PINS, CachePin
+from aioengine.server.access_log import RequestRecord
 from aioengine.server.context import Context
 from aioengine.server.errors import ApiError
 from aioengine.server.messages.api import CacheControl, Content, CountRequest, MessageParam, MessagesRequest
@@ -94,14 +95,14 @@ def _at(control: CacheControl | None, whole: CountRequest, **fields: object) -> 
 
 
 async def find_pins(
-    context: Context, prompt: Sequence[int], wanted: Sequence[Breakpoint], owner: str | None
+    context: Context, prompt: Sequence[int], wanted: Sequence[Breakpoint], record: RequestRecord
 ) -> list[CachePin]:
     """Return the pins for a request's breakpoints. One that has no token of the prompt before it is left
     out."""
     config = context.engine.config
     if not config.enable_prefix_caching or not config.max_prefix_pins:
         return []
-    lengths = [await _length(context, prompt, part, owner) for part, _ in wanted]
+    lengths = [await _length(context, prompt, part, record) for part, _ in wanted]
     return [
         CachePin(tokens=tokens, seconds=seconds, save=seconds >= SAVED)
         for tokens, (_, seconds) in zip(lengths, wanted, strict=True)
@@ -118,12 +119,12 @@ def hour_tokens(pins: Sequence[CachePin], block_size: int) -> int:
     )
 
 
-async def _length(context: Context, prompt: Sequence[int], part: CountRequest, owner: str | None) -> int:
+async def _length(context: Context, prompt: Sequence[int], part: CountRequest, record: RequestRecord) -> int:
     """Return how many tokens of the prompt are those of ``part``."""
     chat = prompt_of(part)
     chat.continue_final_message, chat.add_generation_prompt = None, False
     try:
-        return common(prompt, await _encode(context, chat, owner))
+        return common(prompt, await _encode(context, chat, record))
     except (ApiError, RequestInvalid):
         pass  # many templates take no chat without a user's turn
     chats = [
@@ -131,13 +132,13 @@ async def _length(context: Context, prompt: Sequence[int], part: CountRequest, o
         for text in ("a", "b")
     ]
     try:
-        return min([common(prompt, await _encode(context, each, owner)) for each in chats])
+        return min([common(prompt, await _encode(context, each, record)) for each in chats])
     except (ApiError, RequestInvalid):
         return 0
 
 
-async def _encode(context: Context, chat: ChatRequest, owner: str | None) -> list[int]:
-    return await encode_messages(context, chat, plan_tools(chat.tools, chat.tool_choice), owner)
+async def _encode(context: Context, chat: ChatRequest, record: RequestRecord) -> list[int]:
+    return await encode_messages(context, chat, plan_tools(chat.tools, chat.tool_choice), record)
 
 
 def common(first: Sequence[T], second: Sequence[T]) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TypeVar
 
 import msgspec
 
@@ -11,11 +12,14 @@ from aioengine.server.messages import api
 from aioengine.server.openai import chat_api
 from aioengine.server.openai.api import JsonSchemaFormat, ResponseFormat
 
+C = TypeVar("C", bound=api.CountRequest)
+
+_THINKING = "enable_thinking"
+"""What most templates call it."""
+
 
 def to_chat(data: api.MessagesRequest) -> chat_api.ChatRequest:
     """Convert a request to a chat. Raises ApiError for fields that are not supported."""
-    if data.thinking is not None and data.thinking.type != "disabled":
-        raise unsupported("thinking", "is up to the chat template; set its variables in chat_template_kwargs")
     if data.thread is not None and data.thread.type == "continue":
         raise ApiError(
             404,
@@ -33,6 +37,23 @@ def to_chat(data: api.MessagesRequest) -> chat_api.ChatRequest:
         schema = JsonSchemaFormat(name="answer", schema=data.output_config.format.schema)
         chat.response_format = ResponseFormat(type="json_schema", json_schema=schema)
     return chat
+
+
+def with_thinking(data: C, template: str | None) -> C:
+    """Return the request with ``thinking`` as a variable of the chat template. Raises ApiError if the
+    template has none for it."""
+    if data.thinking is None:
+        return data
+    wanted = data.thinking.type != "disabled"
+    variables = data.chat_template_kwargs or {}
+    if _THINKING in (template or ""):
+        variables = {_THINKING: wanted, **variables}
+    elif wanted:
+        raise unsupported(
+            "thinking",
+            f"the model's chat template has no variable {_THINKING}; set its own in chat_template_kwargs",
+        )
+    return msgspec.structs.replace(data, thinking=None, chat_template_kwargs=variables)
 
 
 def prompt_of(data: api.CountRequest) -> chat_api.ChatRequest:

@@ -15,7 +15,7 @@ from aioengine.server.context import Context
 from aioengine.server.framework import RESPONSES, Handled, record_of
 from aioengine.server.messages.api import CountRequest, MessagesRequest
 from aioengine.server.messages.cache_control import breakpoints, find_pins, hour_tokens
-from aioengine.server.messages.read import prompt_of, to_chat
+from aioengine.server.messages.read import prompt_of, to_chat, with_thinking
 from aioengine.server.messages.reply import MessagesReply
 from aioengine.server.openai.chat import encode_messages, start_chat
 from aioengine.server.openai.tools import plan_tools
@@ -31,12 +31,13 @@ def messages_routes(context: Context) -> list[HTTPRouteHandler]:
         data: JSONBody[MessagesRequest], request: Request[Any, Any, Any]
     ) -> Response[dict[str, Any]]:
         record = record_of(request)
+        data = with_thinking(data, context.tokenizer.chat_template)
         wanted = breakpoints(data)
         chat = await start_chat(context, to_chat(data), record, prefix="msg_")
         pins: list[CachePin] = []
         if wanted:
             [prompt] = chat.generation.prompts
-            pins = await find_pins(context, prompt, wanted, record.owner)
+            pins = await find_pins(context, prompt, wanted, record)
             chat.generation.pin(pins)
         reply = MessagesReply(
             chat.generation.reply_id,
@@ -51,8 +52,8 @@ def messages_routes(context: Context) -> list[HTTPRouteHandler]:
     async def count_tokens(data: JSONBody[CountRequest], request: Request[Any, Any, Any]) -> Counted:
         record = record_of(request)
         context.adapter_of(data.model, record.identity)
-        chat = prompt_of(data)
+        chat = prompt_of(with_thinking(data, context.tokenizer.chat_template))
         plan = plan_tools(chat.tools, chat.tool_choice)
-        return Counted(len(await encode_messages(context, chat, plan, record.owner)))
+        return Counted(len(await encode_messages(context, chat, plan, record)))
 
     return [messages, count_tokens]

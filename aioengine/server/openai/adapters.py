@@ -22,6 +22,11 @@ from aioengine.server.errors import ApiError, to_api_error
 from aioengine.server.framework import RESPONSES, record_of
 
 
+MAX_ADAPTERS = 10_000
+"""Number of adapters from which on no further ones are loaded over HTTP: they take memory, and each list of
+them takes time."""
+
+
 class LoadRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     lora_name: str | None = None
     """The adapter's name in requests."""
@@ -38,8 +43,8 @@ class UnloadRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
 
 
 def check_may_load(context: Context, request: Request[Any, Any, Any], name: str, *, replace: bool) -> None:
-    """Raise ApiError if the request's key may not load an adapter of this name, or there is one that it does
-    not ``replace``."""
+    """Raise ApiError if the request's key may not load an adapter of this name, if there is one that it does
+    not ``replace``, or if there are too many others."""
     if not record_of(request).identity.models.allow(name):
         raise ApiError(
             403,
@@ -48,8 +53,12 @@ def check_may_load(context: Context, request: Request[Any, Any, Any], name: str,
             param="lora_name",
             code="adapter_not_allowed",
         )
-    if not replace and any(info.name == name for info in context.engine.adapters()):
+    names = {info.name for info in context.engine.adapters()}
+    if name in names and not replace:
         raise ApiError(400, f"The lora adapter '{name}' has already been loaded.", param="lora_name")
+    if name not in names and len(names) >= MAX_ADAPTERS:
+        text = f"there are {len(names)} adapters, which is the maximum; unload some first"
+        raise ApiError(400, text, param="lora_name", code="too_many_adapters")
 
 
 def adapter_routes(context: Context) -> list[HTTPRouteHandler]:

@@ -65,7 +65,7 @@ async def start_chat(context: Context, data: ChatRequest, record: RequestRecord,
     tools = plan_tools(data.tools, data.tool_choice, data.parallel_tool_calls)
     formats = context.formats
     form = wanted_form(data, context.settings.schemas, data.response_format, tools, formats)
-    prompt = await encode_messages(context, data, tools, record.owner)
+    prompt = await encode_messages(context, data, tools, record)
     asked = data.max_tokens if data.max_completion_tokens is None else data.max_completion_tokens
     if data.truncate_prompt_tokens is not None:
         [prompt] = context.truncated([prompt], data.truncate_prompt_tokens, asked)
@@ -87,7 +87,7 @@ async def start_chat(context: Context, data: ChatRequest, record: RequestRecord,
 
 
 async def encode_messages(
-    context: Context, data: ChatRequest, tools: ToolPlan, owner: str | None
+    context: Context, data: ChatRequest, tools: ToolPlan, record: RequestRecord
 ) -> list[int]:
     """Tokenize the chat's prompt."""
     if tools.tools:
@@ -95,7 +95,7 @@ async def encode_messages(
     return await context.encode_chat(
         to_template(data.messages),
         _variables(data, tools),
-        owner=owner,
+        record=record,
         limited=data.truncate_prompt_tokens is None,
     )
 

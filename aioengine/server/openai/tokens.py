@@ -71,7 +71,8 @@ def token_routes(context: Context) -> list[HTTPRouteHandler]:
     @post("/tokenize", status_code=200, responses=RESPONSES, summary="Text or messages to token ids")
     async def tokenize(data: JSONBody[TokenizeRequest], request: Request[Any, Any, Any]) -> Tokenized:
         _check_model(context, data.model, request)
-        owner = record_of(request).owner
+        record = record_of(request)
+        owner = record.owner
         if (data.prompt is None) == (data.messages is None):
             raise ApiError(
                 400, "prompt: give either prompt or messages", param="prompt", code="invalid_value"
@@ -85,7 +86,7 @@ def token_routes(context: Context) -> list[HTTPRouteHandler]:
             if data.tools:
                 variables["tools"] = tools_to_template(plan_tools(data.tools).tools)
             variables.pop("messages", None)
-            tokens = await context.encode_chat(to_template(data.messages or []), variables, owner=owner)
+            tokens = await context.encode_chat(to_template(data.messages or []), variables, record=record)
         strings = None
         if data.return_token_strs:
             token_bytes = context.token_bytes()
