@@ -6,5 +6,5 @@
 ``server`` the HTTP server and metrics, ``policies`` scheduling decisions and published results in simulation,
 ``attacks`` how harmful requests affect another client, ``endurance`` leaks and failures of the machine;
 ``beside_peers`` runs the same work on other engines, with the scripts in ``peers``; ``gpu`` does everything
-that is to be done with a GPU.
+that is to be done with a GPU. What they share is in ``shared``: cases that take turns, engines, and tables.
 """

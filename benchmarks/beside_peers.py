@@ -19,7 +19,6 @@ equal.)
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import random
@@ -31,11 +30,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from aioengine.lab.calibration.random_adapters import write_random_adapter
 from aioengine.model.files.embedded import embedded_model_dir
 from aioengine.model.files.resolve import read_spec
-from benchmarks.engine.workload import cpu_name
 from benchmarks.peers.environments import PEERS, Peer, PeerFailed, Places, Variant, environment, run_logged
+from benchmarks.shared.engines import random_prompts, write_adapters
+from benchmarks.shared.report import arguments, cpu_name
 
 WORKERS = Path(__file__).parent / "peers"
 ADAPTERS, RANK = 8, 16
@@ -58,9 +57,7 @@ class Work(NamedTuple):
     def case(self, vocabulary: int) -> dict[str, Any]:
         """Return a worker's job. Its prompts depend on the work only."""
         rng = random.Random(f"{self.requests} {self.prompt}")
-        prompts = [
-            [rng.randrange(100, vocabulary - 100) for _ in range(self.prompt)] for _ in range(self.requests)
-        ]
+        prompts = random_prompts(vocabulary, self.requests, self.prompt, rng)
         using = [i % self.adapters if self.adapters else None for i in range(self.requests)]
         return {"name": self.title, "prompts": prompts, "output": self.output, "adapters": using}
 
@@ -160,7 +157,7 @@ def measure(
     failed: set[str] = set()
     spec = read_spec(places.model)
     with tempfile.TemporaryDirectory() as folder:
-        plain = [write_random_adapter(Path(folder) / str(i), spec, RANK, seed=i) for i in range(ADAPTERS)]
+        plain = write_adapters(Path(folder), spec, ADAPTERS, RANK).values()
         converted = {peer.name: [peer.adapter(places, path) for path in plain] for peer in peers}
         engines = [(peer, variant) for peer in peers for variant in peer.variants]
         entries = [(*engine, lora) for engine in engines for lora in (False, True)]
@@ -187,9 +184,7 @@ def measure(
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = arguments(__doc__)
     names = [peer.name for peer in PEERS]
     parser.add_argument("--peers", nargs="+", choices=names, default=names)
     parser.add_argument("--rounds", type=int, default=3)

@@ -105,16 +105,17 @@ INNER_ROOMS: dict[str, set[str]] = {
 """Room -> the folders in it."""
 
 BENCHMARKS: dict[str, set[str]] = {
-    "engine": set(),
-    "kernels": {"engine"},
-    "adapters": {"engine"},
-    "server": set(),
-    "policies": set(),
+    "shared": set(),
+    "engine": {"shared"},
+    "kernels": {"shared"},
+    "adapters": {"engine", "shared"},
+    "server": {"shared"},
+    "policies": {"shared"},
     "papers": {"policies"},
     "attacks": set(),
     "endurance": set(),
     "peers": set(),
-    "benchmarks": {"engine", "kernels", "peers"},
+    "benchmarks": {"engine", "kernels", "peers", "shared"},
 }
 """Folder of benchmarks -> the folders that it may import from, beside the package."""
 

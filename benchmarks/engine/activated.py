@@ -9,7 +9,6 @@ the prefix cache; the plain one has to compute it again.
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import json
 import random
@@ -18,12 +17,10 @@ import time
 from pathlib import Path
 from statistics import median
 
-from rich.console import Console
-from rich.table import Table
-
 from aioengine import AsyncEngine, EngineConfig, LoRAConfig, SamplingParams
 from aioengine.lab.calibration.random_adapters import write_random_adapter
 from aioengine.model.files.resolve import read_spec, resolve_model
+from benchmarks.shared.report import arguments, console, new_table
 
 MODEL = "smollm2-135m"
 INVOCATION = [1000, 2000, 3000]
@@ -75,20 +72,17 @@ async def measure(tokens: int, rounds: int) -> dict[str, list[tuple[float, int]]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = arguments(__doc__)
     parser.add_argument("--tokens", type=int, default=4096, help="of the conversation")
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
     found = asyncio.run(measure(options.tokens, options.rounds))
-    table = Table(title=f"{options.tokens} tokens of conversation, medians of {options.rounds}")
-    for name in ("", "first token after", "tokens from the cache"):
-        table.add_column(name, justify="right" if name else "left")
+    title = f"{options.tokens} tokens of conversation, medians of {options.rounds}"
+    table = new_table(title, "", "first token after", "tokens from the cache")
     for name, rows in found.items():
         seconds, cached = (median(column) for column in zip(*rows, strict=True))
         table.add_row(name, f"{seconds * 1e3:,.0f} ms", f"{cached:,.0f}")
-    Console().print(table)
+    console().print(table)
 
 
 if __name__ == "__main__":

@@ -12,24 +12,20 @@ lock for it. The variants take turns; medians over the repeats are printed, of t
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import statistics
 import threading
-import time
-from collections.abc import AsyncIterator, Iterator
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import NamedTuple
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
 from aioengine import AsyncEngine, EngineConfig
 from aioengine.model.files.resolve import read_spec, resolve_model
-from benchmarks.engine.workload import random_prompts, run_once
+from benchmarks.shared.engines import random_prompts, run_once, started, ticking
+from benchmarks.shared.report import arguments, console, new_table, percentile
 
-PERIOD = 0.005
 APPLICATION = {False: "idle", True: "burns the GIL"}
 
 
@@ -59,37 +55,15 @@ def burning() -> Iterator[None]:
         thread.join()
 
 
-@asynccontextmanager
-async def ticking() -> AsyncIterator[list[float]]:
-    """Collect how late each tick was, in seconds."""
-    late: list[float] = []
-
-    async def tick() -> None:
-        while True:
-            due = time.perf_counter() + PERIOD
-            await asyncio.sleep(PERIOD)
-            late.append(time.perf_counter() - due)
-
-    task = asyncio.create_task(tick())
-    try:
-        yield late
-    finally:
-        task.cancel()
-
-
 async def measure(engine: AsyncEngine, prompts: list[list[int]], output_tokens: int, *, burn: bool) -> Run:
     async with ticking() as late:
-        if burn:
-            with burning():
-                rate, ttft = await run_once(engine, prompts, output_tokens, [None])
-        else:
-            rate, ttft = await run_once(engine, prompts, output_tokens, [None])
-    late.sort()
-    return Run(rate, ttft, statistics.median(late), late[int(0.99 * (len(late) - 1))])
+        with burning() if burn else nullcontext():
+            rate, ttft = await run_once(engine, prompts, output_tokens)
+    return Run(rate, ttft, statistics.median(late), percentile(late, 0.99))
 
 
 async def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = arguments(__doc__)
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--requests", type=int, default=32)
@@ -101,22 +75,23 @@ async def main() -> None:
     vocabulary = read_spec(resolve_model(args.model)).vocab_size
     prompts = random_prompts(vocabulary, args.requests, args.prompt_tokens)
     results: dict[tuple[str, bool], list[Run]] = {}
-    async with AsyncExitStack() as stack:
-        engines: dict[str, AsyncEngine] = {}
-        for name in ("thread", "process"):
-            config = EngineConfig(
-                model=args.model,
-                dtype=args.dtype,
-                executor=name,
-                max_model_len=args.prompt_tokens + args.output_tokens,
-                max_num_seqs=args.requests,
-                max_num_batched_tokens=max(2048, args.requests),
-                kv_cache_memory="1GiB",
-                enable_prefix_caching=False,  # every run computes every prompt
-                lora=None,
-            )
-            engines[name] = await stack.enter_async_context(AsyncEngine(config))
-            await run_once(engines[name], prompts, 2, [None])  # warm-up
+    configs = {
+        name: EngineConfig(
+            model=args.model,
+            dtype=args.dtype,
+            executor=name,
+            max_model_len=args.prompt_tokens + args.output_tokens,
+            max_num_seqs=args.requests,
+            max_num_batched_tokens=max(2048, args.requests),
+            kv_cache_memory="1GiB",
+            enable_prefix_caching=False,  # every run computes every prompt
+            lora=None,
+        )
+        for name in ("thread", "process")
+    }
+    async with started(configs) as engines:
+        for engine in engines.values():
+            await run_once(engine, prompts, 2)  # warm-up
         for _ in range(args.repeats):
             for burn in (False, True):
                 for name, engine in engines.items():
@@ -127,9 +102,8 @@ async def main() -> None:
 
 
 def show(results: dict[tuple[str, bool], list[Run]], title: str) -> None:
-    table = Table(title=f"{title}, {torch.get_num_threads()} threads")
-    for column in ("executor", "application", "output tok/s", "TTFT", "tick late, median", "tick late, p99"):
-        table.add_column(column, justify="left" if column in ("executor", "application") else "right")
+    columns = ("executor", "application", "output tok/s", "TTFT", "tick late, median", "tick late, p99")
+    table = new_table(f"{title}, {torch.get_num_threads()} threads", *columns, texts=2)
     middles = {
         variant: Run(*(statistics.median(values) for values in zip(*runs, strict=True)))
         for variant, runs in results.items()
@@ -143,7 +117,7 @@ def show(results: dict[tuple[str, bool], list[Run]], title: str) -> None:
             f"{middle.late_median * 1e3:.2f} ms",
             f"{middle.late_p99 * 1e3:.2f} ms",
         )
-    Console(width=None if Console().is_terminal else 110).print(table)
+    console().print(table)
     for burn, application in APPLICATION.items():
         thread, process = middles["thread", burn], middles["process", burn]
         rate, late = process.tokens_per_second / thread.tokens_per_second, process.late_p99 / thread.late_p99

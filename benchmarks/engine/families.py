@@ -19,19 +19,19 @@ import asyncio
 import random
 import statistics
 import tempfile
-import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from rich.console import Console
-from rich.table import Table
 
-from aioengine import AsyncEngine, EngineConfig, LoRAConfig, SamplingParams
+from aioengine import EngineConfig, LoRAConfig
 from aioengine.lab.calibration.random_adapters import write_random_adapter
 from aioengine.model.files.resolve import read_spec
-from benchmarks.engine.workload import cpu_name
+from benchmarks.shared.engines import run_once, started
+from benchmarks.shared.report import arguments, console, cpu_name, new_table
+from benchmarks.shared.turns import Run, in_turns
 
 PROMPT, RANK = 8, 16
 SIZES: dict[str, Any] = {
@@ -53,7 +53,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 
 
 async def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = arguments(__doc__)
     parser.add_argument("--layers", type=int, default=30)
     parser.add_argument("--output-tokens", type=int, default=128)
     parser.add_argument("--adapters", type=int, default=0, choices=(0, 1))
@@ -61,10 +61,8 @@ async def main() -> None:
     parser.add_argument("--repeats", type=int, default=7)
     args = parser.parse_args()
     prompt = [random.Random(0).randrange(100, 49000) for _ in range(PROMPT)]
-    params = SamplingParams(max_tokens=args.output_tokens, ignore_eos=True)
-    adapter = "a" if args.adapters else None
     with tempfile.TemporaryDirectory() as root:
-        engines: dict[str, AsyncEngine] = {}
+        configs = {}
         for family, sizes in FAMILIES.items():
             folder = Path(root) / family
             config = transformers.AutoConfig.for_model(
@@ -72,48 +70,43 @@ async def main() -> None:
             )
             auto: Any = transformers.AutoModelForCausalLM
             auto.from_config(config).to(getattr(torch, args.dtype)).save_pretrained(folder)
-            engine = engines[family] = AsyncEngine(
-                EngineConfig(
-                    model=str(folder),
-                    model_impl="native",
-                    dtype=args.dtype,
-                    device="cpu",
-                    max_model_len=PROMPT + args.output_tokens,
-                    kv_cache_memory="64MiB",
-                    lora=LoRAConfig(max_loras=1, max_lora_rank=RANK) if adapter else None,
-                )
+            configs[family] = EngineConfig(
+                model=str(folder),
+                model_impl="native",
+                dtype=args.dtype,
+                device="cpu",
+                max_model_len=PROMPT + args.output_tokens,
+                kv_cache_memory="64MiB",
+                lora=LoRAConfig(max_loras=1, max_lora_rank=RANK) if args.adapters else None,
             )
-            await engine.start()
-            if adapter:
-                path = write_random_adapter(Path(root) / f"{family}-a", read_spec(folder), RANK, seed=0)
-                await engine.load_adapter(adapter, path)
-        walls: dict[str, list[float]] = {family: [] for family in FAMILIES}
-        cpus: dict[str, list[float]] = {family: [] for family in FAMILIES}
-        for _ in range(args.repeats):
-            for family, engine in engines.items():
-                wall, cpu = time.perf_counter(), time.process_time()
-                await engine.complete(prompt, params, adapter=adapter)
-                walls[family].append(time.perf_counter() - wall)
-                cpus[family].append(time.process_time() - cpu)
-        for engine in engines.values():
-            await engine.stop()
-    _print(walls, cpus, args)
+        async with started(configs) as engines:
+            if args.adapters:
+                for family, engine in engines.items():
+                    spec = read_spec(Path(root) / family)
+                    path = write_random_adapter(Path(root) / f"{family}-a", spec, RANK, seed=0)
+                    await engine.load_adapter("a", path)
+            adapters = ["a" if args.adapters else None]
+            work = {
+                family: partial(run_once, engine, [prompt], args.output_tokens, adapters)
+                for family, engine in engines.items()
+            }
+            _print(await in_turns(work, args.repeats), args)
 
 
-def _print(walls: dict[str, list[float]], cpus: dict[str, list[float]], args: argparse.Namespace) -> None:
+def _print(runs: dict[str, list[Run[tuple[float, float]]]], args: argparse.Namespace) -> None:
     title = f"1 request x {PROMPT} + {args.output_tokens} tokens, {args.layers} layers, {args.dtype}, "
     title += f"{args.adapters} adapters, {torch.get_num_threads()} threads, {cpu_name()}"
-    table = Table(title=title)
-    for column in ("family", "ms a step (median)", "of llama", "processor ms a step (median)", "of llama"):
-        table.add_column(column, justify="left" if column == "family" else "right")
-    for family in walls:
+    columns = ("ms a step (median)", "of llama", "processor ms a step (median)", "of llama")
+    table = new_table(title, "family", *columns)
+    for family, found in runs.items():
         cells = []
-        for seconds in (walls, cpus):
-            ratios = [a / b for a, b in zip(seconds[family], seconds["llama"], strict=True)]
-            each = statistics.median(seconds[family]) / args.output_tokens
+        for values in ("seconds", "processor"):
+            own, base = ([getattr(run, values) for run in of] for of in (found, runs["llama"]))
+            ratios = [a / b for a, b in zip(own, base, strict=True)]
+            each = statistics.median(own) / args.output_tokens
             cells += [f"{1000 * each:.2f}", f"{statistics.median(ratios):.2f}"]
         table.add_row(family, *cells)
-    Console(width=None if Console().is_terminal else 120).print(table)
+    console().print(table)
 
 
 if __name__ == "__main__":

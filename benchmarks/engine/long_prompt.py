@@ -12,16 +12,13 @@ Targets take turns, so that a drift of the machine's speed falls on all of them.
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import random
 import statistics
 import time
 
-from rich.console import Console
-from rich.table import Table
-
 from aioengine import AsyncEngine, EngineConfig, SamplingParams
+from benchmarks.shared.report import arguments, console, new_table, percentile
 
 
 class Seen:
@@ -32,10 +29,6 @@ class Seen:
         self.beside: list[float] = []
         self.first: list[float] = []
         self.prompt: list[float] = []
-
-
-def quantile(values: list[float], share: float) -> float:
-    return sorted(values)[min(int(len(values) * share), len(values) - 1)] if values else float("nan")
 
 
 async def measure(engine: AsyncEngine, prompt: list[int], seen: Seen) -> None:
@@ -61,7 +54,7 @@ async def measure(engine: AsyncEngine, prompt: list[int], seen: Seen) -> None:
 
 
 async def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = arguments(__doc__)
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--prompt-tokens", type=int, default=8000)
     parser.add_argument("--targets", type=float, nargs="+", default=[0.2, 3600.0], help="max_step_seconds")
@@ -74,18 +67,16 @@ async def main() -> None:
             config = EngineConfig(model=args.model, max_step_seconds=target, kv_cache_memory="1GiB")
             async with AsyncEngine(config) as engine:
                 await measure(engine, prompt, seen)
-    table = Table(title=f"a stream beside a prompt of {args.prompt_tokens} tokens, milliseconds")
+    title = f"a stream beside a prompt of {args.prompt_tokens} tokens, milliseconds"
     columns = ("alone: median", "99%", "beside it: median", "99%", "longest", "first token", "the prompt, s")
-    table.add_column("max_step_seconds")
-    for column in columns:
-        table.add_column(column, justify="right")
+    table = new_table(title, "max_step_seconds", *columns)
     for target, seen in results.items():
-        numbers = [quantile(seen.alone, q) for q in (0.5, 0.99)]
-        numbers += [quantile(seen.beside, q) for q in (0.5, 0.99, 1.0)]
+        numbers = [percentile(seen.alone, q) for q in (0.5, 0.99)]
+        numbers += [percentile(seen.beside, q) for q in (0.5, 0.99, 1.0)]
         numbers.append(statistics.median(seen.first) if seen.first else float("nan"))
         row = [f"{1000 * number:.0f}" for number in numbers]
         table.add_row(f"{target:g}", *row, f"{statistics.median(seen.prompt):.1f}")
-    Console(width=None if Console().is_terminal else 120).print(table)
+    console().print(table)
 
 
 if __name__ == "__main__":

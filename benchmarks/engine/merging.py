@@ -16,11 +16,8 @@ import asyncio
 import random
 import statistics
 import tempfile
-import time
+from functools import partial
 from pathlib import Path
-
-from rich.console import Console
-from rich.table import Table
 
 from aioengine import AsyncEngine, EngineConfig, LoRAConfig, events
 from aioengine.lab.calibration.random_adapters import write_random_adapter
@@ -28,9 +25,11 @@ from aioengine.model.files.resolve import read_spec, resolve_model
 from aioengine.model.spec import ModelSpec
 from aioengine.schedulers import Decision, SchedulerView
 from aioengine.schedulers.policies.fcfs import FCFS
-from benchmarks.engine.workload import run_once
+from benchmarks.shared.engines import random_prompts, run_once, started
+from benchmarks.shared.report import arguments, console, new_table
+from benchmarks.shared.turns import in_turns, quartiles
 
-MODES = (False, True)
+MODES = (True, False)
 
 
 class Merge(FCFS):
@@ -87,7 +86,7 @@ async def merge(engine: AsyncEngine, policy: Merge, heard: Heard, prompts: list[
 
 
 async def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = arguments(__doc__)
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--requests", type=int, nargs="+", default=[1, 8, 32])
@@ -96,69 +95,50 @@ async def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     args = parser.parse_args()
     title = f"{args.model}, {args.dtype}, {args.output_tokens} output tokens each, {args.rounds} rounds"
-    table = Table(title=title)
-    for column in (
-        "rank",
-        "requests",
-        "tok/s beside",
-        "merged",
-        "ratio",
-        "quartiles",
-        "CPU",
-        "merge, s",
-        "steps",
-    ):
-        table.add_column(column, justify="right")
+    columns = ("tok/s beside", "merged", "ratio", "quartiles", "CPU", "merge, s", "steps")
+    table = new_table(title, "rank", "requests", *columns, texts=0)
     spec, rng = read_spec(resolve_model(args.model)), random.Random(0)
     for rank in args.ranks:
         for count in args.requests:
-            prompts = [[rng.randrange(100, spec.vocab_size - 100) for _ in range(32)] for _ in range(count)]
+            prompts = random_prompts(spec.vocab_size, count, 32, rng)
             table.add_row(f"{rank}", f"{count}", *await row(args, spec, rank, prompts))
-    Console(width=None if Console().is_terminal else 120).print(table)
+    console().print(table)
 
 
 async def row(args: argparse.Namespace, spec: ModelSpec, rank: int, prompts: list[list[int]]) -> list[str]:
     """Return the cells of a row, from the rates on."""
-    policies = {mode: Merge() for mode in MODES}
-    engines = {
-        mode: AsyncEngine(
-            EngineConfig(
-                model=args.model,
-                dtype=args.dtype,
-                max_model_len=32 + args.output_tokens,
-                max_num_seqs=len(prompts),
-                kv_cache_memory="512MiB",
-                enable_prefix_caching=False,
-                lora=LoRAConfig(max_loras=2, max_lora_rank=rank, merge=mode),
-            ),
-            policies[mode],
+    policy = Merge()
+    configs = {
+        mode: EngineConfig(
+            model=args.model,
+            dtype=args.dtype,
+            max_model_len=32 + args.output_tokens,
+            max_num_seqs=len(prompts),
+            kv_cache_memory="512MiB",
+            enable_prefix_caching=False,
+            lora=LoRAConfig(max_loras=2, max_lora_rank=rank, merge=mode),
         )
         for mode in MODES
     }
-    rates: dict[bool, list[float]] = {mode: [] for mode in MODES}
-    work: dict[bool, list[float]] = {mode: [] for mode in MODES}
     with tempfile.TemporaryDirectory() as folder:
-        for seed, name in enumerate("ab"):
-            write_random_adapter(Path(folder) / name, spec, rank, seed=seed)
-        for engine in engines.values():
-            await engine.start()
-            for name in "ab":
-                await engine.load_adapter(name, Path(folder) / name)
-        merges = await merge(engines[True], policies[True], Heard(engines[True]), prompts)
-        for engine in engines.values():
-            await run_once(engine, prompts, args.output_tokens, ["a"])  # warm-up
-        for turn in range(args.rounds):
-            for mode in MODES if turn % 2 else MODES[::-1]:
-                began = time.process_time()
-                rates[mode].append((await run_once(engines[mode], prompts, args.output_tokens, ["a"]))[0])
-                work[mode].append(time.process_time() - began)
-        assert engines[True].stats().merged == "a"
-        for engine in engines.values():
-            await engine.stop()
-    ratios = [on / off for off, on in zip(rates[False], rates[True], strict=True)]
-    low, middle, high = statistics.quantiles(ratios, n=4)
-    found = [f"{statistics.median(rates[mode]):.1f}" for mode in MODES]
-    spent = statistics.median(off / on for off, on in zip(work[False], work[True], strict=True))
+        adapters = {
+            name: write_random_adapter(Path(folder) / name, spec, rank, seed=seed)
+            for seed, name in enumerate("ab")
+        }
+        async with started(configs, adapters, {True: policy}) as engines:
+            merges = await merge(engines[True], policy, Heard(engines[True]), prompts)
+            work = {
+                mode: partial(run_once, engine, prompts, args.output_tokens, ["a"])
+                for mode, engine in engines.items()
+            }
+            await in_turns(work, 1)  # warm-up
+            runs = await in_turns(work, args.rounds)
+            assert engines[True].stats().merged == "a"
+    rates = {mode: [run.result[0] for run in runs[mode]] for mode in MODES}
+    low, middle, high = quartiles(rates[True], rates[False])
+    found = [f"{statistics.median(rates[mode]):.1f}" for mode in (False, True)]
+    used, used_merged = ([run.processor for run in runs[mode]] for mode in (False, True))
+    spent = quartiles(used, used_merged)[1]
     cells = [f"{middle:.3f}", f"{low:.3f} to {high:.3f}", f"{spent:.3f}"]
     return [*found, *cells, f"{merges[0]:.2f}", f"{merges[1]:.2f}"]
 

@@ -20,22 +20,23 @@ import statistics
 import tempfile
 import time
 from collections.abc import Awaitable, Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from peft import PeftModel
-from rich.console import Console
-from rich.table import Table
 
-from aioengine import AsyncEngine, EngineConfig, LoRAConfig
-from aioengine.lab.calibration.random_adapters import write_random_adapter
+from aioengine import EngineConfig, LoRAConfig
 from aioengine.model.files.resolve import read_spec
-from benchmarks.engine.workload import cpu_name, random_prompts, run_once
+from benchmarks.shared.engines import random_prompts, run_once, started, write_adapters
+from benchmarks.shared.report import arguments, console, cpu_name, new_table
+from benchmarks.shared.turns import Run, in_turns
 
 ADAPTERS, RANK = 8, 16
-Run = Callable[[], Awaitable[float]]
+Work = Callable[[], Awaitable[tuple[float, float]]]
+"""Returns output tokens per second, and the time to the first token (0 where it is not known)."""
 
 
 def save_model(folder: Path, layers: int, dtype: torch.dtype) -> Path:
@@ -56,7 +57,7 @@ def save_model(folder: Path, layers: int, dtype: torch.dtype) -> Path:
 
 def alone(
     folder: Path, adapters: list[Path], dtype: torch.dtype, prompts: list[list[int]], new: int
-) -> dict[str, Run]:
+) -> dict[str, Work]:
     """Time transformers' ``generate`` and peft's mixed batches."""
     model: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
     ids = torch.tensor(prompts)
@@ -66,14 +67,14 @@ def alone(
     names = [str(i % len(adapters)) for i in range(len(prompts))]
     options = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False, "pad_token_id": 0}
 
-    async def generate(**more: Any) -> float:
+    async def generate(**more: Any) -> tuple[float, float]:
         began = time.perf_counter()
         with torch.no_grad():
             out = mixed.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options, **more)
         assert out.shape[1] == ids.shape[1] + new
-        return len(prompts) * new / (time.perf_counter() - began)
+        return len(prompts) * new / (time.perf_counter() - began), 0.0
 
-    async def base() -> float:
+    async def base() -> tuple[float, float]:
         with mixed.disable_adapter():
             return await generate()
 
@@ -81,7 +82,7 @@ def alone(
 
 
 async def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = arguments(__doc__)
     parser.add_argument("--requests", type=int, default=32)
     parser.add_argument("--layers", type=int, default=30)
     parser.add_argument("--output-tokens", type=int, default=64)
@@ -93,13 +94,9 @@ async def main() -> None:
     prompts = random_prompts(49152, args.requests, 128)
     with tempfile.TemporaryDirectory() as root:
         folder = save_model(Path(root) / "model", args.layers, dtype)
-        spec = read_spec(folder)
-        paths = [write_random_adapter(Path(root) / str(i), spec, RANK, seed=i) for i in range(ADAPTERS)]
-        engines: dict[str, AsyncEngine] = {}
-        results: dict[str, list[float]] = {}
-        runs: dict[str, Run] = {}
-        for impl in ("native", "transformers"):
-            config = EngineConfig(
+        adapters = write_adapters(Path(root), read_spec(folder), ADAPTERS, RANK)
+        configs = {
+            impl: EngineConfig(
                 model=str(folder),
                 model_impl=impl,
                 dtype=args.dtype,
@@ -110,51 +107,37 @@ async def main() -> None:
                 enable_prefix_caching=False,  # every run computes every prompt
                 lora=LoRAConfig(max_loras=ADAPTERS, max_lora_rank=RANK),
             )
-            engine = engines[impl] = AsyncEngine(config)
-            await engine.start()
-            names: list[str | None] = [str(i) for i in range(ADAPTERS)]
-            for name, path in zip(names, paths, strict=True):
-                await engine.load_adapter(str(name), path)
-
-            def runner(engine: AsyncEngine, adapters: list[str | None]) -> Run:
-                async def run() -> float:
-                    return (await run_once(engine, prompts, args.output_tokens, adapters))[0]
-
-                return run
-
-            runs[f"{impl}, base"] = runner(engine, [None])
-            runs[f"{impl}, {ADAPTERS} adapters"] = runner(engine, names)
-        if not args.without_alone:
-            runs |= alone(folder, paths, dtype, prompts, args.output_tokens)
-        processor: dict[str, list[float]] = {}
-        for _ in range(args.repeats):
-            for name, run in runs.items():
-                began = time.process_time()
-                results.setdefault(name, []).append(await run())
-                processor.setdefault(name, []).append(time.process_time() - began)
-        for engine in engines.values():
-            await engine.stop()
-    _print(results, processor, args)
+            for impl in ("native", "transformers")
+        }
+        async with started(configs, adapters) as engines:
+            work: dict[str, Work] = {}
+            for impl, engine in engines.items():
+                work[f"{impl}, base"] = partial(run_once, engine, prompts, args.output_tokens)
+                work[f"{impl}, {ADAPTERS} adapters"] = partial(
+                    run_once, engine, prompts, args.output_tokens, list(adapters)
+                )
+            if not args.without_alone:
+                work |= alone(folder, list(adapters.values()), dtype, prompts, args.output_tokens)
+            _print(await in_turns(work, args.repeats), args)
 
 
-def _print(
-    results: dict[str, list[float]], processor: dict[str, list[float]], args: argparse.Namespace
-) -> None:
+def _print(runs: dict[str, list[Run[tuple[float, float]]]], args: argparse.Namespace) -> None:
     title = (
         f"{args.requests} requests x 128 + {args.output_tokens} tokens, {args.layers} layers, {args.dtype}, "
+        f"{torch.get_num_threads()} threads, {cpu_name()}"
     )
-    table = Table(title=title + f"{torch.get_num_threads()} threads, {cpu_name()}")
     columns = ("variant", "output tok/s (median)", "min .. max", "of native, base")
-    for column in (*columns, "processor s (median)", "native, base, of it"):
-        table.add_column(column, justify="left" if column == "variant" else "right")
-    base, cpu_base = (statistics.median(each["native, base"]) for each in (results, processor))
+    table = new_table(title, *columns, "processor s (median)", "native, base, of it")
+    results = {name: [run.result[0] for run in found] for name, found in runs.items()}
+    processor = {name: statistics.median(run.processor for run in found) for name, found in runs.items()}
+    base, cpu_base = statistics.median(results["native, base"]), processor["native, base"]
     for name, rates in results.items():
-        median, cpu = statistics.median(rates), statistics.median(processor[name])
+        median, cpu = statistics.median(rates), processor[name]
         table.add_row(
             *(name, f"{median:.1f}", f"{min(rates):.1f} .. {max(rates):.1f}", f"{median / base:.0%}"),
             *(f"{cpu:.1f}", f"{cpu_base / cpu:.0%}"),
         )
-    Console(width=None if Console().is_terminal else 120).print(table)
+    console().print(table)
 
 
 if __name__ == "__main__":

@@ -4,18 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import random
-import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import NamedTuple
 
 from aioengine import AsyncEngine, SamplingParams
-from aioengine.lab.calibration.random_adapters import write_random_adapter
-from aioengine.model.spec import ModelSpec
-
-TICK = 0.005
+from benchmarks.shared.engines import ticking
 
 
 class Arrival(NamedTuple):
@@ -80,38 +75,13 @@ async def replay(
             if now - start >= warm_up:
                 found.tokens += len(out.token_ids_delta)
 
-    ticker = asyncio.create_task(_tick(found.late))
     before = engine.stats()
-    try:
-        async with asyncio.TaskGroup() as group:
-            for arrival in arrivals:
-                await asyncio.sleep(max(arrival.seconds - (time.perf_counter() - start), 0))
-                group.create_task(request(arrival))
-    finally:
-        ticker.cancel()
+    async with ticking() as found.late, asyncio.TaskGroup() as group:
+        for arrival in arrivals:
+            await asyncio.sleep(max(arrival.seconds - (time.perf_counter() - start), 0))
+            group.create_task(request(arrival))
     found.seconds = time.perf_counter() - start - warm_up
     after = engine.stats()
     found.loads = after.slot_loads - before.slot_loads
     found.reads = after.cpu_loads - before.cpu_loads
     return found
-
-
-async def _tick(late: list[float]) -> None:
-    while True:
-        due = time.perf_counter() + TICK
-        await asyncio.sleep(TICK)
-        late.append(time.perf_counter() - due)
-
-
-def write_adapters(folder: Path, spec: ModelSpec, count: int, rank: int = 16) -> dict[str, Path]:
-    """Write random adapters on all seven linears; returns their folders by name."""
-    return {f"random-{i}": write_random_adapter(folder / str(i), spec, rank, seed=i) for i in range(count)}
-
-
-def percentile(values: Sequence[float], share: float) -> float:
-    ordered = sorted(values)
-    return ordered[min(int(len(ordered) * share), len(ordered) - 1)]
-
-
-def median(values: Sequence[float]) -> float:
-    return statistics.median(values)

@@ -12,22 +12,23 @@ used in bfloat16 (needs the package gguf).
 
 from __future__ import annotations
 
-import argparse
 import shutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
+from aioengine.adapters.store import AdapterStore
 from aioengine.model.files.resolve import read_spec, resolve_model
 from aioengine.model.runner import ModelRunner
+from aioengine.model.spec import LORA_MODULES
 from aioengine.model.text.tokenizer import Tokenizer
 from aioengine.request import SamplingParams
 from aioengine.step import Sampled, SequenceWork, StepBatch
+from benchmarks.shared.report import arguments, console, new_table
 
 BLOCK = 16
 LENGTH = 64
@@ -63,15 +64,21 @@ class Logits:
         return [Sampled(0) for _ in rows]
 
 
-def prefixes(passage: list[int]) -> StepBatch:
-    """Build a step with a sequence for every prefix."""
-    width = LENGTH // BLOCK
+class Adapter(NamedTuple):
+    path: Path
+    rank: int
+    dtype: torch.dtype
+
+
+def prefixes(passage: list[int], every: int, adapter: Adapter | None) -> StepBatch:
+    """Build a step with a sequence for every n-th prefix."""
+    width, slot = LENGTH // BLOCK, -1 if adapter is None else 0
     work = []
-    for i in range(LENGTH):
+    for i in range(every - 1, LENGTH, every):
         ids = passage[: i + 1]
         table = list(range(i * width, (i + 1) * width))
-        work.append(SequenceWork(str(i), -1, ids, 0, table, True, SamplingParams(), 0, ids, len(ids)))
-    return StepBatch(0, work, [])
+        work.append(SequenceWork(str(i), slot, ids, 0, table, True, SamplingParams(), 0, ids, len(ids)))
+    return StepBatch(0, work, [] if adapter is None else [adapter.rank])
 
 
 def write_as_q4_0(model: Path, folder: Path) -> None:
@@ -91,45 +98,64 @@ def write_as_q4_0(model: Path, folder: Path) -> None:
     save_file(tensors, folder / "model.safetensors")
 
 
-def log_probabilities(
-    path: Path, dtype: str, quantization: str, cache: str, texts: list[list[int]]
+def logits_of(
+    path: Path,
+    texts: list[list[int]],
+    dtype: str,
+    quantization: str = "none",
+    cache: str = "auto",
+    *,
+    adapter: Adapter | None = None,
+    every: int = 1,
 ) -> Tensor:
-    """[positions, vocab]"""
-    logits = Logits()
+    """Compute the logits [positions, vocabulary] after every n-th prefix of the texts."""
+    logits, spec, kind = Logits(), read_spec(path), getattr(torch, dtype)
     runner = ModelRunner(
-        read_spec(path),
+        spec,
         path,
-        dtype=getattr(torch, dtype),
+        dtype=kind,
         device="cpu",
         num_blocks=LENGTH * LENGTH // BLOCK,
         block_size=BLOCK,
+        max_loras=0 if adapter is None else 1,
+        max_lora_rank=16 if adapter is None else adapter.rank,
+        lora_dtype=None if adapter is None else adapter.dtype,
         sample=logits,
         quantization=quantization,  # type: ignore[arg-type]
         int8_cache=cache == "int8",
     )
+    if adapter is not None:
+        store = AdapterStore(
+            spec,
+            max_rank=adapter.rank,
+            target_modules=LORA_MODULES,
+            dtype=adapter.dtype,
+            affine_dtype=kind,
+            weights=runner.decoder.base_weight,
+        )
+        assert runner.lora_slots is not None
+        runner.lora_slots.write(0, store.read("adapter", str(adapter.path)))
     found = []
     for text in texts:
-        runner.execute(prefixes(text))
-        found.append(logits.kept.log_softmax(-1))
+        runner.execute(prefixes(text, every, adapter))
+        found.append(logits.kept)
     return torch.cat(found)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = arguments(__doc__)
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--passages", type=int, default=12)
     parser.add_argument("--against", choices=("float32", "bfloat16"), default="float32")
     args = parser.parse_args()
     model = resolve_model(args.model)
     texts = passages(Tokenizer.from_dir(model), args.passages)
-    exact = log_probabilities(model, args.against, "none", "auto", texts)
-    table = Table(title=f"against {args.against}, {len(exact)} positions of English text")
-    for column in ("", "same next token", "divergence (mean)", "divergence (99%)"):
-        table.add_column(column, justify="right" if column else "left")
+    exact = logits_of(model, texts, args.against).log_softmax(-1)
+    title = f"against {args.against}, {len(exact)} positions of English text"
+    table = new_table(title, "", "same next token", "divergence (mean)", "divergence (99%)")
 
-    def add(name: str, found: Tensor) -> None:
+    def add(name: str, logits: Tensor) -> None:
+        found = logits.log_softmax(-1)
         same = (found.argmax(-1) == exact.argmax(-1)).float().mean().item()
         divergence = (exact.exp() * (exact - found)).sum(-1)
         cells = (f"{same:.1%}", f"{divergence.mean().item():.4f}", f"{divergence.quantile(0.99).item():.4f}")
@@ -140,11 +166,11 @@ def main() -> None:
             continue
         name = dtype if quantization == "none" else f"{quantization} weights"
         name += "" if cache == "auto" else f", {cache} cache"
-        add(name, log_probabilities(model, dtype, quantization, cache, texts))
+        add(name, logits_of(model, texts, dtype, quantization, cache))
     with tempfile.TemporaryDirectory() as folder:
         write_as_q4_0(model, Path(folder) / "model")
-        add("Q4_0 weights", log_probabilities(Path(folder) / "model", "bfloat16", "none", "auto", texts))
-    Console(width=100).print(table)
+        add("Q4_0 weights", logits_of(Path(folder) / "model", texts, "bfloat16"))
+    console().print(table)
 
 
 if __name__ == "__main__":

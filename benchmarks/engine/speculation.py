@@ -16,34 +16,23 @@ import argparse
 import asyncio
 import random
 import statistics
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from aioengine import AsyncEngine, EngineConfig, SamplingParams
 from aioengine.events import Event, TokensProposed
+from benchmarks.shared.engines import random_prompts, started
+from benchmarks.shared.report import arguments, console, new_table
 
 MODES = ("none", "ngram", "suffix")
 OUTPUT = 96
-NAMES = (
-    "Ada",
-    "Boris",
-    "Chiara",
-    "Dmitri",
-    "Elif",
-    "Femi",
-    "Greta",
-    "Hiro",
-    "Ines",
-    "Jonas",
-    "Kemal",
-    "Lena",
-)
-CITIES = ("Lisbon", "Osaka", "Tromso", "Quito", "Dakar", "Bergen", "Pune", "Leeds", "Gdansk", "Cork")
+NAMES = "Ada Boris Chiara Dmitri Elif Femi Greta Hiro Ines Jonas Kemal Lena".split()
+CITIES = "Lisbon Osaka Tromso Quito Dakar Bergen Pune Leeds Gdansk Cork".split()
 
 
 def paragraphs() -> list[str]:
@@ -91,7 +80,7 @@ def quote(rng: random.Random) -> str:
 
 
 def noise(rng: random.Random) -> list[int]:
-    return [rng.randrange(100, 40_000) for _ in range(128)]
+    return random_prompts(40_100, 1, 128, rng)[0]
 
 
 TASKS: dict[str, tuple[Callable[[random.Random], Any], float]] = {
@@ -130,14 +119,21 @@ class Mode:
 
 
 async def measure(args: argparse.Namespace, requests: int, table: Table) -> None:
-    modes: dict[str, Mode] = {}
-    for name in MODES:
-        config = EngineConfig(
-            model=args.model, quantization=args.quantization, speculation=name, max_model_len=1024,
-            max_num_seqs=max(args.requests), kv_cache_memory="1GiB", lora=None, device="cpu",
-        )  # fmt: skip
-        modes[name] = Mode(await AsyncEngine(config).__aenter__())
-    try:
+    configs = {
+        name: EngineConfig(
+            model=args.model,
+            quantization=args.quantization,
+            speculation=name,
+            max_model_len=1024,
+            max_num_seqs=max(args.requests),
+            kv_cache_memory="1GiB",
+            lora=None,
+            device="cpu",
+        )
+        for name in MODES
+    }
+    async with started(configs) as engines:
+        modes = {name: Mode(engine) for name, engine in engines.items()}
         for task, (make, temperature) in TASKS.items():
             rates: dict[str, list[float]] = {name: [] for name in MODES}
             for mode in modes.values():
@@ -160,26 +156,23 @@ async def measure(args: argparse.Namespace, requests: int, table: Table) -> None
                 right = mode.accepted / mode.proposed if mode.proposed else 0.0
                 cells += [f"{ratio:.2f}x", f"{right:.0%} of {mode.proposed}"]
             table.add_row(task, str(requests), *cells, "yes" if same else "NO")
-    finally:
-        for mode in modes.values():
-            await mode.engine.__aexit__(None, None, None)
 
 
 async def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = arguments(__doc__)
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--quantization", default="none")
     parser.add_argument("--requests", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args()
-    table = Table(title=f"decoding, {args.quantization}, {OUTPUT} output tokens, medians of {args.repeats}")
-    for column in ("task", "requests", "tok/s", "ngram", "right", "suffix", "right", "same tokens"):
-        table.add_column(column, justify="left" if column == "task" else "right")
+    title = f"decoding, {args.quantization}, {OUTPUT} output tokens, medians of {args.repeats}"
+    columns = ("requests", "tok/s", "ngram", "right", "suffix", "right", "same tokens")
+    table = new_table(title, "task", *columns)
     for requests in args.requests:
-        started = time.perf_counter()
+        began = time.perf_counter()
         await measure(args, requests, table)
-        Console(stderr=True).print(f"{requests} requests: {time.perf_counter() - started:.0f} s")
-    Console(width=120).print(table)
+        print(f"{requests} requests: {time.perf_counter() - began:.0f} s", file=sys.stderr)
+    console().print(table)
 
 
 if __name__ == "__main__":

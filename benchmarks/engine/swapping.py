@@ -18,14 +18,16 @@ import tempfile
 import time
 from collections.abc import Iterable
 from pathlib import Path
+from statistics import median
 
-from rich.console import Console
 from rich.table import Table
 
 from aioengine import AsyncEngine, EngineConfig, LoRAConfig
 from aioengine.lab.calibration.random_adapters import write_random_adapter
 from aioengine.model.files.resolve import read_spec, resolve_model
-from benchmarks.engine.openloop import Arrival, Measured, median, percentile, poisson, replay, write_adapters
+from benchmarks.engine.openloop import Arrival, Measured, poisson, replay
+from benchmarks.shared.engines import write_adapters
+from benchmarks.shared.report import arguments, console, new_table, percentile
 
 MODEL = "smollm2-135m"
 PROMPT_TOKENS, OUTPUT_TOKENS = 128, 32
@@ -79,9 +81,8 @@ async def rate_for(config: EngineConfig, adapters: dict[str, Path], share: float
 
 
 async def cliff(args: argparse.Namespace, adapters: dict[str, Path]) -> Table:
-    table = new_table(
-        f"adapters over {args.slots} slots, {args.cpu} in the CPU cache", ("adapters", "weights")
-    )
+    title = f"adapters over {args.slots} slots, {args.cpu} in the CPU cache"
+    table = new_table(title, "adapters", "weights", *COLUMNS, texts=0)
     config = configuration(args.slots, args.cpu)
     rate = await rate_for(config, first(adapters, args.slots), args.load)
     for zipf in (0.0, 1.0):
@@ -98,7 +99,7 @@ async def gaps(args: argparse.Namespace, adapters: dict[str, Path]) -> Table:
     """Compare two configurations in turns on the same arrivals, so that a drift of speed affects both."""
     few, all_resident = configuration(args.slots, args.cpu), configuration(64, 64)
     rate = await rate_for(few, first(adapters, args.slots), args.load)
-    table = new_table("64 adapters, uniform", ("slots", "round"))
+    table = new_table("64 adapters, uniform", "slots", "round", *COLUMNS, texts=0)
     shares = []
     for turn in range(args.rounds):
         pair = []
@@ -122,7 +123,8 @@ async def cold(args: argparse.Namespace, folder: Path) -> Table:
     for i in range(args.rounds):
         paths.append(write_random_adapter(folder / f"big-{i}", spec, 128, seed=i, dtype="float32"))
     megabytes = (paths[0] / "adapter_model.safetensors").stat().st_size / 1e6
-    table = new_table(f"base-model streams while adapters of {megabytes:.0f} MB are read", ("reads",))
+    title = f"base-model streams while adapters of {megabytes:.0f} MB are read"
+    table = new_table(title, "reads", *COLUMNS, texts=0)
     config = configuration(1, 8, rank=128)
     arrivals = [Arrival(0.0, list(range(100, 228)), None)] * 8
     async with AsyncEngine(config) as engine:
@@ -157,13 +159,6 @@ def first(adapters: dict[str, Path], count: int) -> dict[str, Path]:
     return dict(list(adapters.items())[:count])
 
 
-def new_table(title: str, columns: tuple[str, ...]) -> Table:
-    table = Table(title=title)
-    for column in (*columns, *COLUMNS):
-        table.add_column(column, justify="right")
-    return table
-
-
 def figures(found: Measured) -> tuple[str, ...]:
     def ms(seconds: float) -> str:
         return f"{seconds * 1e3:.0f} ms"
@@ -181,9 +176,7 @@ def figures(found: Measured) -> tuple[str, ...]:
 
 
 async def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = arguments(__doc__)
     parser.add_argument("what", choices=("cliff", "gaps", "cold"))
     parser.add_argument("--slots", type=int, default=8)
     parser.add_argument("--cpu", type=int, default=32, help="max_cpu_loras")
@@ -199,7 +192,7 @@ async def main() -> None:
         else:
             adapters = write_adapters(folder, read_spec(resolve_model(MODEL)), 64)
             table = await (cliff if args.what == "cliff" else gaps)(args, adapters)
-    Console(width=None if Console().is_terminal else 140).print(table)
+    console(140).print(table)
 
 
 if __name__ == "__main__":

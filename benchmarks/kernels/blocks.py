@@ -6,7 +6,6 @@ formats take turns, over as many weights as a small model has, so that they come
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import time
 
@@ -17,6 +16,7 @@ from aioengine.kernels.blocks import BlockWeight
 from aioengine.kernels.cpu.blocks import PackedBlocks
 from aioengine.kernels.cpu.packed import PackedWeight
 from aioengine.model.files.packing import GGUF_PACKINGS, Packing
+from benchmarks.shared.report import arguments
 
 GROUP = 128
 
@@ -34,7 +34,7 @@ def weight_of(format: str, n: int, k: int) -> Weight:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = arguments(__doc__)
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--formats", nargs="+", default=[*GGUF_PACKINGS, "int4", "int8", "fp8"])
     parser.add_argument("--size", type=int, nargs=2, default=[1536, 2048], help="outputs and inputs")

@@ -25,13 +25,13 @@ import time
 from collections.abc import Callable
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
-from benchmarks.engine.workload import cpu_name
 from benchmarks.kernels.floors import measure_floors, profile_table
-from benchmarks.kernels.steps import Steps, median_seconds
+from benchmarks.kernels.steps import Steps
 from benchmarks.kernels.whole import engine_table, start_table
+from benchmarks.shared.report import arguments, console, cpu_name, new_table
+from benchmarks.shared.turns import median_seconds
 
 CONTEXT = 160
 
@@ -44,9 +44,7 @@ def growth_table(
     args: argparse.Namespace,
 ) -> Table:
     """Make a table of tokens per second of each case, and its time relative to the first."""
-    table = Table(title=title)
-    for column in (what, "ms (median)", "tok/s", "time, of the first"):
-        table.add_column(column, justify="right")
+    table = new_table(title, what, "ms (median)", "tok/s", "time, of the first", texts=0)
     medians = median_seconds(cases, args.repeats)
     first = next(iter(medians.values()))
     for name, seconds in medians.items():
@@ -132,9 +130,7 @@ TABLES: dict[str, Callable[[argparse.Namespace, str], Table]] = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = arguments(__doc__)
     parser.add_argument("tables", nargs="*", choices=[[], "profile", *TABLES, "engine", "start"], default=[])
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--quantization", nargs="+", default=["none", "int8"], metavar="Q")
@@ -142,23 +138,23 @@ def main() -> None:
     args = parser.parse_args()
     wanted = args.tables or ["profile", *TABLES, "engine", "start"]
 
-    console = Console(width=None if Console().is_terminal else 120)
-    console.print(f"{cpu_name()}, {torch.get_num_threads()} threads, torch {torch.__version__}\n")
+    out = console()
+    out.print(f"{cpu_name()}, {torch.get_num_threads()} threads, torch {torch.__version__}\n")
     began = time.perf_counter()
     for name in wanted:
         if name == "profile":
             floors = measure_floors()
-            console.print(floors.table())
+            out.print(floors.table())
         for quantization in args.quantization:
             if name == "profile":
-                console.print(profile_table(args.model, quantization, floors, args.repeats))
+                out.print(profile_table(args.model, quantization, floors, args.repeats))
             elif name == "engine":
-                console.print(asyncio.run(engine_table(args.model, quantization)))
+                out.print(asyncio.run(engine_table(args.model, quantization)))
             elif name == "start":
-                console.print(asyncio.run(start_table(args.model, quantization)))
+                out.print(asyncio.run(start_table(args.model, quantization)))
             else:
-                console.print(TABLES[name](args, quantization))
-    console.print(f"{time.perf_counter() - began:.0f} s in all")
+                out.print(TABLES[name](args, quantization))
+    out.print(f"{time.perf_counter() - began:.0f} s in all")
 
 
 if __name__ == "__main__":

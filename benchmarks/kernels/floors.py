@@ -14,6 +14,7 @@ from aioengine.kernels.cpu.shared_library import load, threads
 from aioengine.kernels.cpu.structs import PHASES
 from aioengine.model.spec import LORA_MODULES, ModelSpec
 from benchmarks.kernels.steps import Steps
+from benchmarks.shared.report import new_table
 
 LANES = 16
 READ_BYTES = 512 * 2**20
@@ -27,9 +28,7 @@ class Floors(NamedTuple):
     """Multiplications and additions per second, by element type."""
 
     def table(self) -> Table:
-        table = Table(title=f"the machine's limits, {threads()} threads")
-        for column in ("what", "per second"):
-            table.add_column(column, justify="right")
+        table = new_table(f"the machine's limits, {threads()} threads", "what", "per second", texts=0)
         table.add_row("read from memory", f"{self.read_bytes / 1e9:.1f} GB")
         for name, rate in self.products.items():
             table.add_row(f"{name} products", f"{rate / 1e9:.0f} billion")
@@ -83,12 +82,9 @@ def profile_table(model: str, quantization: str, floors: Floors, repeats: int) -
 
     element = "int8" if quantization == "int8" else "bfloat16"
     weights = floor_seconds(steps.spec, floors, element, 1 if quantization.startswith("int8") else 2)
-    table = Table(
-        title=f"a decode step by phase, {ROWS} sequences after {CONTEXT} tokens, {quantization}; "
-        f"{ADAPTERS} adapters of rank {RANK}"
-    )
-    for column in ("phase", "base, ms", "adapters, ms", "floor, ms", "of it"):
-        table.add_column(column, justify="left" if column in ("phase", "of it") else "right")
+    title = f"a decode step by phase, {ROWS} sequences after {CONTEXT} tokens, {quantization}; "
+    title += f"{ADAPTERS} adapters of rank {RANK}"
+    table = new_table(title, "phase", "base, ms", "adapters, ms", "floor, ms", "of it")
     for i, phase in enumerate(PHASES):
         base, adapted = medians["base"][i], medians["adapters"][i]
         floor = weights.get(phase)

@@ -11,7 +11,6 @@ for each launch is not in it.
 
 from __future__ import annotations
 
-import argparse
 import cProfile
 import pstats
 import statistics
@@ -20,12 +19,11 @@ from collections.abc import Callable, Sequence
 
 import torch
 from gpu_without_gpu.scenarios import Model, Row, llama
-from rich.console import Console
-from rich.table import Table
 
 from aioengine.model.penalties import CountTables
 from aioengine.request import SamplingParams
 from aioengine.step import SequenceWork
+from benchmarks.shared.report import arguments, console, new_table
 
 Work = Callable[[], object]
 BUDGETS = {"eager": 8.0, "mixed": 1.0, "decode": 0.5, "penalties": 0.3}
@@ -117,7 +115,7 @@ def milliseconds(work: Work, repeats: int) -> list[float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = arguments(__doc__)
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=60)
     parser.add_argument("--only", nargs="+", choices=KINDS, default=list(KINDS))
@@ -131,16 +129,13 @@ def main() -> None:
             milliseconds(work, 20)
         pstats.Stats(profile).sort_stats("tottime").print_stats(35)
         return
-    table = Table(
-        title=f"Host time of a step, {args.layers} layers, {SEQUENCES} sequences; ms of processor time"
-    )
-    for column in ("what", "budget", "least", "median", "90%"):
-        table.add_column(column, justify="left" if column == "what" else "right")
+    title = f"Host time of a step, {args.layers} layers, {SEQUENCES} sequences; ms of processor time"
+    table = new_table(title, "what", "budget", "least", "median", "90%")
     for kind in args.only:
         found = milliseconds(KINDS[kind](args.layers), args.repeats)
         cells = (found[0], statistics.median(found), found[len(found) * 9 // 10])
         table.add_row(kind, f"{BUDGETS[kind]:.1f}", *(f"{value:.2f}" for value in cells))
-    Console(width=None if Console().is_terminal else 120).print(table)
+    console().print(table)
 
 
 if __name__ == "__main__":

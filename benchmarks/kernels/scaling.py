@@ -20,13 +20,12 @@ import time
 from typing import NamedTuple
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
 from aioengine.kernels.cpu.structs import PHASES
-from benchmarks.engine.workload import cpu_name
 from benchmarks.kernels.floors import ADAPTERS, CONTEXT, ROWS, Floors, measure_floors, phase_work
 from benchmarks.kernels.steps import Steps
+from benchmarks.shared.report import arguments, console, cpu_name, new_table
 
 OPERATIONS_OF_A_LAYER = 13
 """Approximate number of operations after which the threads of a step wait for each other."""
@@ -85,9 +84,8 @@ def table(args: argparse.Namespace, floors: dict[int, Floors], quantization: str
     wait = max(0.0, found[most].step - ideal) / math.log2(most) if most > 1 else 0.0
     weights = "bfloat16" if quantization == "none" else quantization
     title = f"decode of {ROWS} after {CONTEXT} tokens, {weights}, {adapters or 'no'} adapters: tok/s"
-    result = Table(title=title)
-    for column in ("cores", "measured", *(f"{gigabytes} GB/s" for gigabytes in args.memory)):
-        result.add_column(column, justify="right")
+    columns = ("cores", "measured", *(f"{gigabytes} GB/s" for gigabytes in args.memory))
+    result = new_table(title, *columns, texts=0)
     for threads, measured in found.items():
         result.add_row(str(threads), f"{ROWS / measured.step:.0f}")
     for cores in args.cores:
@@ -105,9 +103,7 @@ def table(args: argparse.Namespace, floors: dict[int, Floors], quantization: str
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = arguments(__doc__)
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--quantization", nargs="+", default=["none", "int8"], metavar="Q")
     parser.add_argument("--cores", type=int, nargs="+", default=[4, 8, 16, 32], help="to predict for")
@@ -119,12 +115,12 @@ def main() -> None:
     for threads in sorted({1, here}):
         torch.set_num_threads(threads)
         floors[threads] = measure_floors()
-    console = Console(width=None if Console().is_terminal else 120)
+    out = console()
     read = ", ".join(f"{threads}: {one.read_bytes / 1e9:.1f} GB/s" for threads, one in floors.items())
-    console.print(f"{cpu_name()}; threads and what they read: {read}\n")
+    out.print(f"{cpu_name()}; threads and what they read: {read}\n")
     for quantization in args.quantization:
         for adapters in (0, ADAPTERS):
-            console.print(table(args, floors, quantization, adapters))
+            out.print(table(args, floors, quantization, adapters))
 
 
 if __name__ == "__main__":

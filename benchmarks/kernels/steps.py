@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import random
-import statistics
 import tempfile
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -99,15 +97,3 @@ class Steps:
         """Build a step that computes whole prompts of ``tokens``."""
         batch = self.batch(sequences, tokens, 0, adapters)
         return lambda: self.runner.execute(batch)
-
-
-def median_seconds(cases: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-    """Return the median time of each. They take turns, so that a drift of the machine's speed affects all."""
-    seconds: dict[str, list[float]] = {name: [] for name in cases}
-    for run in range(repeats + 1):  # the first one warms up
-        for name, case in cases.items():
-            start = time.perf_counter()
-            case()
-            if run:
-                seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(found) for name, found in seconds.items()}

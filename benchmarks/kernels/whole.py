@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,11 @@ from rich.table import Table
 
 from aioengine import AsyncEngine, EngineConfig, LoRAConfig, SamplingParams
 from aioengine.events import Event, StepFinished
-from aioengine.lab.calibration.random_adapters import write_random_adapter
 from aioengine.model import native, runner
 from aioengine.model.files.resolve import read_spec, resolve_model
 from aioengine.model.files.weights import SINGLE
-from benchmarks.engine.workload import random_prompts
+from benchmarks.shared.engines import random_prompts, run_once, write_adapters
+from benchmarks.shared.report import new_table
 
 PROMPT, OUTPUT, ADAPTERS, RANK = 128, 64, 8, 16
 RUNS = 3
@@ -49,35 +49,26 @@ async def engine_table(model: str, quantization: str) -> Table:
     """Make a table of the share of whole runs in the model's forward pass, and of the rest."""
     forward = Stopwatch(native.NativeForward, "forward")
     spec = read_spec(resolve_model(model))
-    table = Table(
-        title=f"the engine around the model, {PROMPT} + {OUTPUT} tokens, {quantization}: shares of the time"
-    )
-    for column in (
-        "running",
-        "adapters",
-        "tok/s",
-        "model",
-        "batches and sampling",
-        "core and policy",
-        "streams, loop",
-    ):
-        table.add_column(column, justify="right")
+    title = f"the engine around the model, {PROMPT} + {OUTPUT} tokens, {quantization}: shares of the time"
+    columns = ("running", "adapters", "tok/s", "model", "batches and sampling", "core and policy")
+    table = new_table(title, *columns, "streams, loop", texts=0)
     with tempfile.TemporaryDirectory() as folder:
-        paths = [write_random_adapter(Path(folder) / str(i), spec, RANK, seed=i) for i in range(ADAPTERS)]
+        adapters = write_adapters(Path(folder), spec, ADAPTERS, RANK)
         for running in (32, 64):
             prompts = random_prompts(spec.vocab_size, running, PROMPT)
             async with AsyncEngine(_config(model, quantization, running)) as engine:
-                for i, path in enumerate(paths):
-                    await engine.load_adapter(str(i), path)
+                for name, path in adapters.items():
+                    await engine.load_adapter(name, path)
                 for count in (0, ADAPTERS):
-                    shares = [await _run(engine, prompts, count, forward) for _ in range(RUNS + 1)][1:]
+                    using = list(adapters)[:count] or [None]
+                    shares = [await _run(engine, prompts, using, forward) for _ in range(RUNS + 1)][1:]
                     rate, *parts = (statistics.median(of) for of in zip(*shares, strict=True))
                     table.add_row(str(running), str(count), f"{rate:.0f}", *(f"{part:.1%}" for part in parts))
     return table
 
 
 async def _run(
-    engine: AsyncEngine, prompts: list[list[int]], adapters: int, forward: Stopwatch
+    engine: AsyncEngine, prompts: list[list[int]], adapters: Sequence[str | None], forward: Stopwatch
 ) -> tuple[float, float, float, float, float]:
     """Return tokens per second, and the shares of the forward pass, the rest of the executor, the core, the
     rest."""
@@ -91,23 +82,12 @@ async def _run(
 
     remove = engine.add_listener(listen)
     before, start = forward.seconds, time.perf_counter()
-    await asyncio.gather(
-        *(_read(engine, p, i % adapters if adapters else None) for i, p in enumerate(prompts))
-    )
+    await run_once(engine, prompts, OUTPUT, adapters)
     wall = time.perf_counter() - start
     remove()
     model = forward.seconds - before
     parts = (model, executor - model, core, wall - executor - core)
     return len(prompts) * OUTPUT / wall, *(part / wall for part in parts)  # type: ignore[return-value]
-
-
-async def _read(engine: AsyncEngine, prompt: list[int], adapter: int | None, tokens: int = OUTPUT) -> float:
-    """Stream a request to its end; returns when its first token came, by perf_counter()."""
-    first = 0.0
-    params = SamplingParams(max_tokens=tokens, ignore_eos=True)
-    async for _ in engine.generate(prompt, params, adapter=None if adapter is None else str(adapter)):
-        first = first or time.perf_counter()
-    return first
 
 
 def _config(model: str, quantization: str, running: int) -> EngineConfig:
@@ -129,9 +109,7 @@ async def start_table(model: str, quantization: str) -> Table:
     for _ in range(RUNS):
         done = await asyncio.to_thread(subprocess.run, command, capture_output=True, text=True, check=True)
         runs.append(json.loads(done.stdout.splitlines()[-1]))
-    table = Table(title=f"start, {quantization} (medians of {RUNS} processes)")
-    table.add_column("what")
-    table.add_column("ms", justify="right")
+    table = new_table(f"start, {quantization} (medians of {RUNS} processes)", "what", "ms")
     for what in runs[0]:
         table.add_row(what, f"{statistics.median(run[what] for run in runs) * 1e3:.1f}")
     return table
@@ -147,14 +125,12 @@ async def _start(model: str, quantization: str) -> dict[str, float]:
         file.read_bytes()
         found["reading the weights' file"] = time.perf_counter() - start
     load, pack = Stopwatch(runner, "load_weights"), Stopwatch(native.NativeForward, "__init__")
-    prompts = random_prompts(40_000, 6, PROMPT)
+    params = SamplingParams(max_tokens=4, ignore_eos=True)
     start = time.perf_counter()
     async with AsyncEngine(_config(model, quantization, 8)) as engine:
         entered = time.perf_counter()
-        latencies = []
-        for prompt in prompts:
-            began = time.perf_counter()
-            latencies.append(await _read(engine, prompt, None, tokens=4) - began)
+        prompts = random_prompts(40_000, 6, PROMPT)
+        latencies = [(await engine.complete(prompt, params)).ttft or 0.0 for prompt in prompts]
     found["reading the weights into the model"] = load.seconds
     found["rearranging or quantizing them"] = pack.seconds
     found["AsyncEngine entered"] = entered - start

@@ -24,7 +24,6 @@ import asyncio
 import random
 import tempfile
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +32,6 @@ from rich.progress import track
 from rich.table import Table
 
 from aioengine.config import EngineConfig, LoRAConfig
-from aioengine.lab.analysis.statistics import estimate
 from aioengine.lab.costs.presets import load_costs
 from aioengine.lab.fleet.door import SimulatedFleet
 from aioengine.lab.runs.experiment import Experiment
@@ -44,23 +42,24 @@ from aioengine.lab.workload.requests import AdapterShape
 from aioengine.lab.workload.spec import WorkloadSpec
 from aioengine.request import SamplingParams
 from aioengine.schedulers import routing
+from benchmarks.policies.intervals import interval
+from benchmarks.shared.report import new_table, percentile
 
 PRESET = "llama3-8b-h100"
 
 
 def decisions(args: argparse.Namespace) -> Table:
-    table = Table(title=f"{args.replicas} replicas, {args.adapters:,} adapters: microseconds a decision")
-    for head in ("router", "mean", "p50", "p99"):
-        table.add_column(head, justify="left" if head == "router" else "right")
+    title = f"{args.replicas} replicas, {args.adapters:,} adapters: microseconds a decision"
+    table = new_table(title, "router", "mean", "p50", "p99")
     for router in args.routers:
         took = _decide(router, args.replicas, args.adapters, args.decisions)
-        mean, p50, p99 = sum(took) / len(took), took[len(took) // 2], took[len(took) * 99 // 100]
-        table.add_row(router, *(f"{1e6 * value:.1f}" for value in (mean, p50, p99)))
+        values = (sum(took) / len(took), percentile(took, 0.5), percentile(took, 0.99))
+        table.add_row(router, *(f"{1e6 * value:.1f}" for value in values))
     return table
 
 
 def _decide(router: str, replicas: int, adapters: int, count: int) -> list[float]:
-    """Return sorted seconds of processor time."""
+    """Return seconds of processor time."""
     rng = random.Random(0)
     now = 100.0
     fleet = routing.FleetState(lambda: now)
@@ -101,13 +100,13 @@ def _decide(router: str, replicas: int, adapters: int, count: int) -> list[float
         took.append(time.thread_time() - start)
         fleet.sent(request, route.replicas[0])
         fleet.ended(request.request_id)
-    return sorted(took)
+    return took
 
 
 def traces(args: argparse.Namespace) -> Table:
-    table = Table(title=f"{args.replicas} replicas, {args.adapters} adapters, {args.seeds} seeds")
-    for head in ("trace", "router", "loads", "ratio", "TTFT p99, s", "ratio", "TTFT mean, s"):
-        table.add_column(head, justify="left" if head in ("trace", "router") else "right")
+    title = f"{args.replicas} replicas, {args.adapters} adapters, {args.seeds} seeds"
+    columns = ("loads", "ratio", "TTFT p99, s", "ratio", "TTFT mean, s")
+    table = new_table(title, "trace", "router", *columns, texts=2)
     jobs = [
         (trace, router, seed)
         for trace in ("azure", "mooncake")
@@ -164,17 +163,9 @@ def _figure(summary: dict[str, Any], kind: str) -> float:
     return float(summary["swaps"]["disk_loads"] if kind == "loads" else summary["ttft_seconds"][kind])
 
 
-def interval(values: Sequence[float], digits: int = 2) -> str:
-    """Return the mean with half the width of its 95% interval (Student's t)."""
-    found = estimate(values)
-    half = "" if found.high is None else f" ± {found.high - found.mean:.{digits}f}"
-    return f"{found.mean:.{digits}f}{half}"
-
-
 def hot(args: argparse.Namespace) -> Table:
-    table = Table(title=f"{args.users} users of one adapter, two replicas")
-    for head in ("router", "requests", "most, in fair shares", "seconds"):
-        table.add_column(head, justify="left" if head == "router" else "right")
+    title = f"{args.users} users of one adapter, two replicas"
+    table = new_table(title, "router", "requests", "most, in fair shares", "seconds")
     for router in args.routers:
         counts, seconds = run_in_virtual_time(_closed_loop(router, args.users, args.each))
         most = max(counts) / (sum(counts) / len(counts))

@@ -16,7 +16,6 @@ are 8, 16 and 64, for 70%, 20% and 10% of them.
 
 from __future__ import annotations
 
-import argparse
 import random
 import statistics
 import time
@@ -24,12 +23,12 @@ from collections.abc import Callable
 
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 
 from aioengine.core import CopyMove, Core, CoreLimits, LoadMove
 from aioengine.request import RequestOptions, SamplingParams
 from aioengine.schedulers import Decision, SchedulerPolicy, SchedulerView, available_policies, load_policy
 from aioengine.step import Sampled, StepResult
+from benchmarks.shared.report import arguments, new_table
 
 RUNNING, ADAPTERS = 256, 1000
 RANK_BYTES = 600_000
@@ -140,7 +139,7 @@ def measure(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = arguments(__doc__)
     parser.add_argument("--policies", nargs="*", help="default: all that need no known future")
     parser.add_argument("--waiting", nargs="*", type=int, default=[100, 1_000, 10_000, 100_000])
     parser.add_argument("--steps", type=int, default=200)
@@ -150,11 +149,8 @@ def main() -> None:
     args = parser.parse_args()
     names = args.policies or [n for n in available_policies() if n not in ("oracle", "belady")]
 
-    table = Table(
-        title=f"{ADAPTERS} adapters, {args.slots} slots, {RUNNING} running, {args.tenants} tenants: in us"
-    )
-    for heading in ("policy", "waiting", "policy alone", "decide", "schedule", "finish"):
-        table.add_column(heading, justify="left" if heading == "policy" else "right")
+    title = f"{ADAPTERS} adapters, {args.slots} slots, {RUNNING} running, {args.tenants} tenants: in us"
+    table = new_table(title, "policy", "waiting", "policy alone", "decide", "schedule", "finish")
     console = Console(stderr=True)
     cases = [(name, waiting) for name in names for waiting in args.waiting]
     for name, waiting in track(cases, console=console, disable=not console.is_terminal):

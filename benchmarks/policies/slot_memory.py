@@ -22,15 +22,15 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 
 from aioengine.checks import parse_bytes
 from aioengine.core.adapters.arena import rounded
 from aioengine.lab import Experiment, WorkloadSpec, run
-from aioengine.lab.analysis.statistics import estimate
 from aioengine.lab.costs.presets import load_costs
 from aioengine.lab.report.style import LIGHT, draw, footnote, legend_above, new_figure, vectors
 from benchmarks.policies.fewest_copies import fewest_copies
+from benchmarks.policies.intervals import interval, mean_and_half
+from benchmarks.shared.report import new_table
 
 MEASURES = {
     "copies a request": lambda summary: summary["swaps"]["slot_copies_per_request"],
@@ -56,23 +56,19 @@ def bounds(experiment: Experiment, slots: int, memory: int) -> list[float]:
     return [ones / len(wanted), by_bytes / len(wanted)]
 
 
-Interval = tuple[float, float]
-"""Return the mean, and half the width of its 95% interval."""
+Columns = Sequence[Sequence[float]]
+"""The values of each measure, one for each seed."""
 
 
-def interval(values: Sequence[float]) -> Interval:
-    found = estimate(values)
-    return found.mean, 0.0 if found.high is None else found.high - found.mean
-
-
-def figure(found: Mapping[str, Mapping[str, Sequence[Interval]]], title: str, note: str) -> bytes:
+def figure(found: Mapping[str, Mapping[str, Columns]], title: str, note: str) -> bytes:
     """Draw a bar for each kind of slots, in groups by policy, for each measure. Returns an SVG."""
 
     def make() -> Any:
         drawn, panels = new_figure(title, height=3.4, columns=len(MEASURES))
         for index, (panel, measure) in enumerate(zip(panels, MEASURES, strict=True)):
             for place, mode in enumerate(next(iter(found.values()))):
-                means, halves = zip(*(rows[mode][index] for rows in found.values()), strict=True)
+                bars = [mean_and_half(rows[mode][index]) for rows in found.values()]
+                means, halves = [mean for mean, _ in bars], [half or 0.0 for _, half in bars]
                 at = [group + (place - 1) * 0.27 for group in range(len(found))]
                 panel.bar(
                     at, means, 0.25, yerr=halves, color=LIGHT.palette[place], ecolor=LIGHT.text, label=mode
@@ -122,24 +118,22 @@ def main() -> None:
     total = 0
     fixed = experiment("fcfs", 0, args.slots, None)
     memory = total = load_costs(args.preset).plan(fixed.engine_config()).slot_pool_bytes
-    table = Table(title=f"{args.adapters} adapters of ranks {args.ranks}, {memory / 2**30:.2f} GiB for slots")
-    for heading in ("policy", "slots", *MEASURES):
-        table.add_column(heading, justify="left" if heading in ("policy", "slots") else "right")
+    title = f"{args.adapters} adapters of ranks {args.ranks}, {memory / 2**30:.2f} GiB for slots"
+    table = new_table(title, "policy", "slots", *MEASURES, texts=2)
     console = Console(stderr=True)
     modes: dict[str, tuple[int, int | str | None]] = {
         "of one size": (args.slots, None),
         "by bytes": (args.most, memory),
         "shared": (args.most, "shared"),
     }
-    found: dict[str, dict[str, list[Interval]]] = {}
+    found: dict[str, dict[str, Columns]] = {}
     for policy in track(args.policies, console=console, disable=not console.is_terminal):
         means: list[list[float]] = []
         for mode, (slots, shared) in modes.items():
             rows = [measure(experiment(policy, seed, slots, shared)) for seed in range(args.seeds)]
-            columns = list(zip(*rows, strict=True))
+            columns = found.setdefault(policy, {})[mode] = list(zip(*rows, strict=True))
             means.append([statistics.fmean(column) for column in columns])
-            intervals = found.setdefault(policy, {})[mode] = [interval(column) for column in columns]
-            table.add_row(policy, mode, *(f"{mean:.3f} ± {half:.3f}" for mean, half in intervals))
+            table.add_row(policy, mode, *(interval(column, 3) for column in columns))
         for mode, after in zip(list(modes)[1:], means[1:], strict=True):
             ratios = [f"{b / a:.2f}" if a else "" for a, b in zip(means[0], after, strict=True)]
             table.add_row("", f"ratio, {mode}", *ratios, style="bold", end_section=mode == "shared")
@@ -147,16 +141,15 @@ def main() -> None:
         bounds(experiment("fcfs", seed, args.slots, None), args.slots, memory) for seed in range(args.seeds)
     ]
     for mode, column in zip(modes, zip(*least, strict=True), strict=False):
-        mean, half = interval(column)
-        table.add_row("fewest, in order of arrival", mode, f"{mean:.3f} ± {half:.3f}")
+        table.add_row("fewest, in order of arrival", mode, interval(column, 3))
     one, other = (statistics.fmean(column) for column in zip(*least, strict=True))
     table.add_row("", "ratio, by bytes", f"{other / one:.2f}" if one else "", style="bold")
     Console().print(table)
     if args.figure is not None:
         note = f"{args.limit:,} requests of {Path(args.trace).stem}, {args.scale:g} times as fast; "
-        note += f"{table.title}; means over {args.seeds} seeds, with their 95% intervals."
-        title = "What slots of other kinds save in copies, and in time to first token"
-        args.figure.write_bytes(figure(found, title, note))
+        note += f"{title}; means over {args.seeds} seeds, with their 95% intervals."
+        head = "What slots of other kinds save in copies, and in time to first token"
+        args.figure.write_bytes(figure(found, head, note))
 
 
 if __name__ == "__main__":

@@ -9,31 +9,16 @@ Each cell is the mean over seeds of the ratio to ``fcfs`` for the same arrivals 
 
 from __future__ import annotations
 
-import argparse
 import tempfile
 from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
-from rich.console import Console
-from rich.table import Table
-
 from aioengine.lab import Experiment, WorkloadSpec, run
-from aioengine.lab.analysis.statistics import estimate
+from benchmarks.policies.intervals import mean_and_half
+from benchmarks.shared.report import arguments, console, new_table
 
-POLICIES = (
-    "lpm",
-    "session",
-    "toppings",
-    "drainer",
-    "admission",
-    "chameleon",
-    "slora",
-    "sjf",
-    "edf",
-    "vllm+lru",
-    "discard",
-)
+POLICIES = "lpm session toppings drainer admission chameleon slora sjf edf vllm+lru discard".split()
 GOODPUT = "goodput"
 
 
@@ -100,28 +85,25 @@ def measure(case: Case, policy: str, seed: int) -> float:
 def cell(case: Case, ours: list[float], base: list[float]) -> str:
     pairs = zip(ours, base, strict=True)
     values = [a - b if case.figure == GOODPUT else a / b for a, b in pairs]
-    found = estimate(values)
-    half = 0.0 if found.high is None else found.high - found.mean
-    return f"{found.mean:+.1f} ± {half:.1f}" if case.figure == GOODPUT else f"{found.mean:.2f} ± {half:.2f}"
+    mean, half = mean_and_half(values)
+    return f"{mean:+.1f} ± {half:.1f}" if case.figure == GOODPUT else f"{mean:.2f} ± {half:.2f}"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = arguments(__doc__)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--policies", nargs="*", default=POLICIES)
     given = parser.parse_args()
     requests, seeds = (250, 3) if given.quick else (1000, 5)
     found = cases(requests)
     bases = [[measure(case, "fcfs", seed) for seed in range(seeds)] for case in found]
-    table = Table(title=f"against fcfs, {requests:,} requests, {seeds} seeds")
-    table.add_column("policy")
-    for case in found:
-        table.add_column(case.name, justify="right")
+    title = f"against fcfs, {requests:,} requests, {seeds} seeds"
+    table = new_table(title, "policy", *(case.name for case in found))
     table.add_row("fcfs itself", *(f"{fmean(base):.3g}" for base in bases))
     for policy in given.policies:
         rows = [[measure(case, policy, seed) for seed in range(seeds)] for case in found]
         table.add_row(policy, *map(cell, found, rows, bases))
-    Console(width=160).print(table)
+    console(160).print(table)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ asserts nothing.
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import os
 import statistics
@@ -23,6 +22,7 @@ import psutil
 
 from benchmarks.server.fleet import Server, load
 from benchmarks.server.stub_replica import STEP_VARIABLE
+from benchmarks.shared.report import arguments, percentile
 
 ROOT = Path(__file__).parents[2]
 STUB = ("-c", "from benchmarks.server.stub_replica import serve; serve()")
@@ -47,7 +47,7 @@ def streams(server: Server, count: int, tokens: int) -> tuple[float, float, floa
 
 
 def first_tokens(server: Server, count: int = 300) -> list[float]:
-    """Return the seconds of requests for one token each, sorted."""
+    """Return the seconds of requests for one token each."""
     body = {"model": "m", "prompt": [1000, 1001], "max_tokens": 1, "temperature": 0}
     took = []
     with httpx.Client(trust_env=False) as client:
@@ -55,13 +55,11 @@ def first_tokens(server: Server, count: int = 300) -> list[float]:
             began = time.perf_counter()
             client.post(f"{server.url}/v1/completions", json=body).raise_for_status()
             took.append(time.perf_counter() - began)
-    return sorted(took)
+    return took
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = arguments(__doc__)
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--streams", type=int, nargs="+", default=[1, 8, 32, 128])
     parser.add_argument("--step-ms", type=float, default=25.0)
@@ -79,7 +77,7 @@ def main() -> None:
             rate, door, replica = (statistics.median(column) for column in zip(*rounds, strict=True))
             print(f"| {count} | {rate:.0f} | {door:.0f} | {replica:.0f} |", flush=True)
         took = first_tokens(server)
-        p50, p99 = (1e3 * took[len(took) * share // 100] for share in (50, 99))
+        p50, p99 = (1e3 * percentile(took, share) for share in (0.5, 0.99))
         print(f"first token after {p50:.2f} ms (p50), {p99:.2f} ms (p99)", flush=True)
         before = used(server.own)
         time.sleep(5)

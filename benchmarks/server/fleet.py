@@ -14,7 +14,6 @@ asserts nothing.
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import contextlib
 import json
@@ -31,6 +30,8 @@ from itertools import pairwise
 
 import httpx
 import psutil
+
+from benchmarks.shared.report import arguments
 
 PROMPT_TOKENS, OUTPUT_TOKENS = 128, 64
 START_SECONDS = 300
@@ -176,9 +177,7 @@ async def loss(server: Server, streams: int, number: signal.Signals) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = arguments(__doc__)
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--streams", type=int, nargs="+", default=[8, 32])

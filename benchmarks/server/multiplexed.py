@@ -30,6 +30,7 @@ from aioengine.fleet.deployment import make_client, plan_replica, read_model, re
 from aioengine.lab.calibration.random_adapters import write_random_adapter
 from aioengine.model.files.resolve import read_spec, resolve_model
 from aioengine.request import SamplingParams
+from benchmarks.shared.report import arguments
 
 PROMPT_TOKENS, OUTPUT_TOKENS, RANK = 64, 32, 16
 HOT = "hot"
@@ -161,9 +162,7 @@ async def compare(given: argparse.Namespace, folder: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = arguments(__doc__)
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--users", type=int, default=50)
     parser.add_argument("--each", type=int, default=4)

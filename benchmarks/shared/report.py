@@ -1,0 +1,43 @@
+"""What measurements print, and how they read their flags."""
+
+from __future__ import annotations
+
+import argparse
+import platform
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+
+def arguments(doc: str | None) -> argparse.ArgumentParser:
+    """Make a parser whose help is a module's docstring, as it is written there."""
+    return argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+
+def new_table(title: str, *columns: str, texts: int = 1) -> Table:
+    """Make a table whose first ``texts`` columns are texts, and the others numbers."""
+    table = Table(title=title)
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="left" if index < texts else "right")
+    return table
+
+
+def console(width: int = 120) -> Console:
+    """Return the terminal, or a console of ``width`` characters where the output is no terminal."""
+    return Console(width=None if Console().is_terminal else width)
+
+
+def percentile(values: Sequence[float], share: float) -> float:
+    """Return the value that ``share`` of all are not above; NaN without values."""
+    return sorted(values)[min(int(len(values) * share), len(values) - 1)] if values else float("nan")
+
+
+def cpu_name() -> str:
+    """Return the processor's name in the system."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
