@@ -94,13 +94,17 @@ class Device(ABC):
         """Run one step. At most one is in flight."""
 
     def queue(self, batch: StepBatch) -> QueuedStep:
-        """Run one step after the one in flight, if there is one; ``batch`` may follow that one."""
+        """Run one step after the one in flight, if there is one; ``batch`` may follow that one.
+
+        Used with ``EngineConfig.overlap``, where ``overlaps``: the next step is formed while one computes.
+        """
         raise NotImplementedError
 
     def repeat(self, batch: StepBatch, most: int, until: float, take: TakeSteps) -> Repeating | None:
         """Run ``batch`` and further steps like it, which are taken in by ``take``. None: it cannot.
 
-        Each sequence gets the same token in all of these steps, and does not end with it.
+        Used in the lab, where ``goes_ahead``, if nothing can be admitted, moved or preempted before the last
+        of these steps ends. Each sequence gets the same token in all of them, and does not end with it.
 
         Args:
             most: Number of steps at most, with ``batch``.
@@ -113,7 +117,8 @@ class Device(ABC):
 
     def execute_at_once(self, batch: StepBatch) -> StepResult | None:
         """Run one step, as ``execute`` would, without a turn of the event loop. None: something else may
-        happen before its end, and nothing was done."""
+        happen before its end, and nothing was done. Used in the lab, where ``goes_ahead``, after ``settle``
+        and where ``repeat`` cannot be."""
         raise NotImplementedError
 
     @abstractmethod

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import platform
 from collections.abc import Sequence
-from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+
+from aioengine.lab.calibration.calibrate import cpu_name
+
+__all__ = ["arguments", "console", "cpu_name", "new_table", "percentile"]
 
 
 def arguments(doc: str | None) -> argparse.ArgumentParser:
@@ -32,12 +34,3 @@ def console(width: int = 120) -> Console:
 def percentile(values: Sequence[float], share: float) -> float:
     """Return the value that ``share`` of all are not above; NaN without values."""
     return sorted(values)[min(int(len(values) * share), len(values) - 1)] if values else float("nan")
-
-
-def cpu_name() -> str:
-    """Return the processor's name in the system."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()

@@ -5,17 +5,19 @@ from __future__ import annotations
 import asyncio
 import platform
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
+from typing import Unpack
 
 import msgspec
 
-from aioengine.config import Device, DType, EngineConfig, LoRAConfig
+from aioengine.config import EngineConfig, ExecutorName, LoRAConfig
 from aioengine.errors import ConfigError
 from aioengine.lab.calibration.design import Design
 from aioengine.lab.calibration.direct_steps import DirectSteps
 from aioengine.lab.calibration.fit import Timed, fit_stage, fit_steps
+from aioengine.lab.calibration.live_settings import LiveSettings, Progress
 from aioengine.lab.calibration.probe import ProbedEngine, ProbedMove
 from aioengine.lab.calibration.random_adapters import write_random_adapter
 from aioengine.lab.calibration.rounds import Rounds
@@ -25,24 +27,17 @@ from aioengine.lab.costs.model import CostModel, FitQuality, ModelShape, Stage
 from aioengine.lab.costs.steps import significant
 from aioengine.lab.workload.extra import needs_extra
 from aioengine.memory_plan import MemoryPlan
-from aioengine.model.spec import ModelSpec, Quantization
+from aioengine.model.spec import ModelSpec
 from aioengine.runtime.tasks import run_to_completion
-
-Progress = Callable[[int, int, str], None]
-"""Callback with the number of timings done, their total, and the next one."""
-
 
 def calibrate(
     model: str,
     out: Path | None = None,
     *,
     name: str | None = None,
-    dtype: DType = "auto",
-    device: Device = "auto",
-    quantization: Quantization = "none",
-    tensor_parallel_size: int = 1,
     design: Design | None = None,
     progress: Progress | None = None,
+    **settings: Unpack[LiveSettings],
 ) -> CostModel:
     """Time the live engine with ``model`` for some minutes, and write the cost model to ``out``.
 
@@ -51,7 +46,7 @@ def calibrate(
     that has just been written, so their files are in the system's cache.
 
     Args:
-        model: As in :class:`~aioengine.config.EngineConfig`, like the next ones.
+        model: As in :class:`~aioengine.config.EngineConfig`, like the ``settings``.
         name: Name of the cost model; by default that of the file.
         design: Steps and loads to time; the default suits a model with decode steps of about 10 ms.
         progress: Called with the number of timings done, their total, and the next one.
@@ -59,17 +54,7 @@ def calibrate(
     Raises ConfigError if the model is not available or does not fit, or ``out`` cannot be written.
     """
     return asyncio.run(
-        calibrate_async(
-            model,
-            out,
-            name=name,
-            dtype=dtype,
-            device=device,
-            quantization=quantization,
-            tensor_parallel_size=tensor_parallel_size,
-            design=design,
-            progress=progress,
-        )
+        calibrate_async(model, out, name=name, design=design, progress=progress, **settings)
     )
 
 
@@ -78,12 +63,9 @@ async def calibrate_async(
     out: Path | None = None,
     *,
     name: str | None = None,
-    dtype: DType = "auto",
-    device: Device = "auto",
-    quantization: Quantization = "none",
-    tensor_parallel_size: int = 1,
     design: Design | None = None,
     progress: Progress | None = None,
+    **settings: Unpack[LiveSettings],
 ) -> CostModel:
     """:func:`calibrate` for use on a running event loop; it can be cancelled."""
     if out is not None and not out.parent.is_dir():
@@ -92,14 +74,8 @@ async def calibrate_async(
         import scipy.optimize  # noqa: F401
     design = Design() if design is None else design
     name = name or (Path(model).name if out is None else out.stem)
-    config = EngineConfig(
-        model=model,
-        dtype=dtype,
-        device=device,
-        quantization=quantization,
-        tensor_parallel_size=tensor_parallel_size,
-        executor="process" if tensor_parallel_size > 1 else "thread",
-    )
+    executor: ExecutorName = "process" if settings.get("tensor_parallel_size", 1) > 1 else "thread"
+    config = EngineConfig(model=model, executor=executor, **settings)
     with tempfile.TemporaryDirectory(prefix="aioengine-calibrate-") as folder:
         costs = await _Calibration(design, Path(folder), progress).run(config, name)
     if out is not None:
@@ -221,13 +197,16 @@ def machine() -> str:
 
     if torch.cuda.is_available():
         return str(torch.cuda.get_device_name())
-    name = platform.processor() or platform.machine()
+    return f"{cpu_name()}, {torch.get_num_threads()} threads"
+
+
+def cpu_name() -> str:
+    """Return the processor's name in the system."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        name = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
-        pass
-    return f"{name}, {torch.get_num_threads()} threads"
+        return platform.processor() or platform.machine()
 
 
 def versions() -> str:

@@ -5,17 +5,18 @@ from __future__ import annotations
 import asyncio
 import statistics
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Unpack
 
 import msgspec
 
-from aioengine.config import Device, DType, EngineConfig
+from aioengine.config import EngineConfig
 from aioengine.engine import AsyncEngine
 from aioengine.errors import ConfigError
+from aioengine.lab.calibration.live_settings import LiveSettings, Progress
 from aioengine.lab.calibration.probe import ProbedEngine
 from aioengine.lab.calibration.processor_waits import Waits
 from aioengine.lab.calibration.random_adapters import write_random_adapter
@@ -31,9 +32,6 @@ from aioengine.lab.workload.requests import Workload
 from aioengine.lab.workload.spec import WorkloadSpec
 from aioengine.request import SamplingParams
 from aioengine.runtime.tasks import run_to_completion
-
-Progress = Callable[[int, int, str], None]
-"""Callback with the number of runs done, their total, and the next one."""
 
 ALL_AT_ONCE = "poisson:rate=100000"
 DISTURBED = 0.05
@@ -131,9 +129,8 @@ def validate(
     *,
     loads: Sequence[float] = (0.4, 0.8),
     repeats: int = 3,
-    dtype: DType = "auto",
-    device: Device = "auto",
     progress: Progress | None = None,
+    **settings: Unpack[LiveSettings],
 ) -> Validation:
     """Run the experiment's workload on the live engine and in simulation, and compare.
 
@@ -143,7 +140,7 @@ def validate(
     Args:
         experiment: Its preset should be the cost model of ``model`` on this machine. The live engine
             quantizes and divides the weights as it says.
-        model: As in :class:`~aioengine.config.EngineConfig`.
+        model: As in :class:`~aioengine.config.EngineConfig`, like the ``settings``.
         loads: Shares of what the simulated engine can do, which is measured by offering it everything at
             once; the requests then come as a Poisson process. Empty: the workload as it is given.
         repeats: Runs of each load, live on a fresh engine and simulated, each with a workload of its own (of
@@ -152,9 +149,7 @@ def validate(
     Raises ConfigError if the preset, the model or the workload cannot be used.
     """
     return asyncio.run(
-        validate_async(
-            experiment, model, loads=loads, repeats=repeats, dtype=dtype, device=device, progress=progress
-        )
+        validate_async(experiment, model, loads=loads, repeats=repeats, progress=progress, **settings)
     )
 
 
@@ -164,9 +159,8 @@ async def validate_async(
     *,
     loads: Sequence[float] = (0.4, 0.8),
     repeats: int = 3,
-    dtype: DType = "auto",
-    device: Device = "auto",
     progress: Progress | None = None,
+    **settings: Unpack[LiveSettings],
 ) -> Validation:
     """:func:`validate` where a loop is running; it can be cancelled."""
     if repeats < 1:
@@ -181,7 +175,7 @@ async def validate_async(
             [await run_to_completion(asyncio.to_thread(_capacity, one, costs)) for one in seeds]
         )
         offered = [(f"{share:.0%}", share * capacity) for share in loads]
-    config = msgspec.structs.replace(experiment.engine_config(), model=model, dtype=dtype, device=device)
+    config = msgspec.structs.replace(experiment.engine_config(), model=model, **settings)
     config = costs.engine_config(config)
     found = []
     for i, (load, rate) in enumerate(offered):
@@ -211,12 +205,10 @@ def _with_arrivals(experiment: Experiment, arrivals: str) -> Experiment:
 
 def _capacity(experiment: Experiment, costs: CostModel) -> float:
     """Requests a second, if it is always busy."""
-    workload = _with_arrivals(experiment, ALL_AT_ONCE).open_workload()
-    kept = _Kept()
-    run_in_virtual_time(simulate(experiment, costs, workload, kept))
+    kept = _simulated(experiment, costs, _with_arrivals(experiment, ALL_AT_ONCE).open_workload())
     if not kept.requests:
         raise ConfigError("the workload has no requests: nothing can be compared")
-    return len(kept.requests) / max(record.ended for record in kept.requests)
+    return len(kept.requests) / kept.seconds
 
 
 def _simulated(experiment: Experiment, costs: CostModel, workload: Workload) -> _Kept:
