@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from math import inf
 
+from aioengine.schedulers.checks import at_least
 from aioengine.schedulers.parts.base import Ordering, Part, Preemption, Prefetch, Replacement
 from aioengine.schedulers.parts.shares import Shares
 from aioengine.schedulers.parts.slot_pool import SlotPool, tokens_left
@@ -59,8 +60,7 @@ class Composed(SchedulerPolicy):
         *,
         max_wait: float = 1.0,
     ) -> None:
-        if not max_wait >= 0:
-            raise ValueError(f"max_wait={max_wait}: must be >= 0 seconds")
+        at_least(0, max_wait=max_wait)
         self.order, self.replace, self.prefetch, self.preempt = order, replace, prefetch, preempt
         self.max_wait = max_wait
         parts: tuple[Part, ...] = (order, replace, prefetch, preempt)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from aioengine.schedulers.checks import at_least
 from aioengine.schedulers.parts.base import Prefetch
 from aioengine.schedulers.policy import Location, SchedulerView
 
@@ -19,8 +20,7 @@ class Lookahead(Prefetch):
     source = "aioengine's own; S-LoRA (Sheng et al. 2023) reads ahead for its waiting queue likewise"
 
     def __init__(self, k: int = 8) -> None:
-        if k < 1:
-            raise ValueError(f"k={k}: must be >= 1")
+        at_least(1, k=k)
         self.k = k
 
     def choose(self, view: SchedulerView, cold: Iterator[str]) -> Sequence[str]:

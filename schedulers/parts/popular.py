@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from itertools import islice
 
+from aioengine.schedulers.checks import at_least
 from aioengine.schedulers.parts.lfu import DecayedCounts
 from aioengine.schedulers.parts.lookahead import Lookahead
 from aioengine.schedulers.policy import Location, PolicyEvent, SchedulerView
@@ -28,8 +29,7 @@ class Popular(Lookahead):
 
     def __init__(self, k: int = 8, top: int = 64, half_life: float = 600.0) -> None:
         super().__init__(k)
-        if top < 0:
-            raise ValueError(f"top={top}: must be >= 0")
+        at_least(0, top=top)
         self.top = top
         self.requests = DecayedCounts(half_life)
 

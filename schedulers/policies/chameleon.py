@@ -9,6 +9,7 @@ from heapq import merge
 from itertools import accumulate, islice, pairwise, takewhile
 from typing import NamedTuple
 
+from aioengine.schedulers.checks import at_least
 from aioengine.schedulers.parts.base import Replacement
 from aioengine.schedulers.parts.compose import SLOT_BOUND, Composed
 from aioengine.schedulers.parts.lazy_merge import arrival
@@ -69,12 +70,8 @@ class ChameleonOrder(Arrival):
         input_weight: float = 0.4,
         output_weight: float = 0.6,
     ) -> None:
-        for name, count in (("queues", queues), ("refresh", refresh), ("window", window)):
-            if count < 1:
-                raise ValueError(f"{name}={count}: must be >= 1")
-        for name, value in (("age", age), ("input_weight", input_weight), ("output_weight", output_weight)):
-            if not value >= 0:
-                raise ValueError(f"{name}={value}: must be >= 0")
+        at_least(1, queues=queues, refresh=refresh, window=window)
+        at_least(0, age=age, input_weight=input_weight, output_weight=output_weight)
         self.queues = queues
         self.refresh = refresh
         self.age = age
@@ -294,9 +291,7 @@ class ChameleonCache(Replacement):
         size: float = 0.45,
         half_life: float = 300.0,
     ) -> None:
-        for name, weight in (("frequency", frequency), ("recency", recency), ("size", size)):
-            if not weight >= 0:
-                raise ValueError(f"{name}={weight}: must be >= 0")
+        at_least(0, frequency=frequency, recency=recency, size=size)
         self.frequency, self.recency, self.size = frequency, recency, size
         self.counts = DecayedCounts(half_life)
         self._scale: _Scale | None = None

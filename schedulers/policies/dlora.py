@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from math import inf
 
+from aioengine.schedulers.checks import at_least
 from aioengine.schedulers.parts.compose import EARLY
 from aioengine.schedulers.policies.fcfs import FCFS
 from aioengine.schedulers.policy import AdapterView, Decision, PolicyEvent, SchedulerView
@@ -36,10 +37,7 @@ class DLoRA(FCFS):
     def __init__(
         self, alone: float = 1.0, payback: float = 1.0, max_wait: float = 1.0, fair: bool = True
     ) -> None:
-        if not alone >= 0:
-            raise ValueError(f"alone={alone}: must be >= 0 seconds")
-        if not payback >= 0:
-            raise ValueError(f"payback={payback}: must be >= 0")
+        at_least(0, alone=alone, payback=payback)
         super().__init__(max_wait=max_wait, fair=fair)
         self.alone, self.payback = alone, payback
         self._saved: dict[str, float] = {}

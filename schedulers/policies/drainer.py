@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from aioengine.schedulers.checks import at_least
 from aioengine.schedulers.policies.fcfs import Arrival
 
 
@@ -27,9 +28,6 @@ class Drainer(Arrival):
     stay = 0.0
 
     def __init__(self, patience: float = 3.0, tolerance: float = 1.2) -> None:
-        if not patience >= 0:
-            raise ValueError(f"patience={patience}: must be >= 0 seconds")
-        if not tolerance >= 0:
-            raise ValueError(f"tolerance={tolerance}: must be >= 0")
+        at_least(0, patience=patience, tolerance=tolerance)
         self.close_after = patience
         self.fill_within = tolerance

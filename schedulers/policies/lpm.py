@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from itertools import islice
 from typing import Any
 
+from aioengine.schedulers.checks import at_least
 from aioengine.schedulers.parts.lazy_merge import by_arrival
 from aioengine.schedulers.policies.fcfs import Arrival
 from aioengine.schedulers.policy import RequestView, SchedulerView
@@ -27,10 +28,8 @@ class Windowed(Arrival):
     starvation_bound = "age, those who arrived before it, and one longest generation"
 
     def __init__(self, window: int = 128, age: float = 5.0) -> None:
-        if window < 1:
-            raise ValueError(f"window={window}: must be >= 1")
-        if not age >= 0:
-            raise ValueError(f"age={age}: must be >= 0 seconds")
+        at_least(1, window=window)
+        at_least(0, age=age)
         self.window = window
         self.age = age
 

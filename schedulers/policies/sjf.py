@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from aioengine.schedulers.checks import finite_weights
 from aioengine.schedulers.parts.fixed_key import FixedKeyOrdering
 from aioengine.schedulers.policy import RequestView
 
@@ -25,9 +26,7 @@ class SJF(FixedKeyOrdering):
 
     def __init__(self, input_weight: float = 1.0, output_weight: float = 1.0) -> None:
         super().__init__()
-        for option, weight in (("input_weight", input_weight), ("output_weight", output_weight)):
-            if not 0 <= weight < float("inf"):
-                raise ValueError(f"{option}={weight}: must be >= 0 and finite")
+        finite_weights(input_weight=input_weight, output_weight=output_weight)
         self.input_weight, self.output_weight = input_weight, output_weight
 
     def fixed_key(self, request: RequestView) -> float:

@@ -7,6 +7,7 @@ from heapq import merge
 from itertools import islice, takewhile
 from math import inf
 
+from aioengine.schedulers.checks import at_least
 from aioengine.schedulers.parts.lazy_merge import arrival, by_arrival
 from aioengine.schedulers.policies.fcfs import Arrival
 from aioengine.schedulers.policy import RequestView, SchedulerView
@@ -35,10 +36,7 @@ class SLoRA(Arrival):
     starvation_bound = "age, those who arrived before it, and one longest generation"
 
     def __init__(self, clusters: int = 0, age: float = 5.0) -> None:
-        if clusters < 0:
-            raise ValueError(f"clusters={clusters}: must be >= 0 (0: as many as there are slots)")
-        if not age >= 0:
-            raise ValueError(f"age={age}: must be >= 0 seconds")
+        at_least(0, clusters=clusters, age=age)
         self.clusters = clusters
         self.age = age
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from itertools import islice, takewhile
 
+from aioengine.schedulers.checks import at_least
 from aioengine.schedulers.parts.lazy_merge import by_arrival
 from aioengine.schedulers.policies.fcfs import Arrival
 from aioengine.schedulers.policy import RequestView, SchedulerView
@@ -32,9 +33,7 @@ class Toppings(Arrival):
     starvation_bound = "age, those who arrived before it, and one longest generation"
 
     def __init__(self, max_step: float = 0.0, age: float = 5.0) -> None:
-        for name, value in (("max_step", max_step), ("age", age)):
-            if not value >= 0:
-                raise ValueError(f"{name}={value}: must be >= 0 seconds")
+        at_least(0, max_step=max_step, age=age)
         self.max_step = max_step
         self.age = age
 

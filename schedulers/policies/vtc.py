@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from heapq import heapify, heappop, heappush, heapreplace, nsmallest
 from typing import Any
 
+from aioengine.schedulers.checks import finite_weights
 from aioengine.schedulers.parts.base import Ordering
 from aioengine.schedulers.parts.clients import Client, Clients, Waiting
 from aioengine.schedulers.policy import PolicyEvent, RequestView, SchedulerView
@@ -45,9 +46,7 @@ class VTC(Ordering):
         output_weight: float = 2.0,
         weights: dict[str, float] | None = None,
     ) -> None:
-        for option, weight in (("input_weight", input_weight), ("output_weight", output_weight)):
-            if not 0 <= weight < float("inf"):
-                raise ValueError(f"{option}={weight}: must be >= 0 and finite")
+        finite_weights(input_weight=input_weight, output_weight=output_weight)
         for client, weight in (weights or {}).items():
             if not 0 < weight < float("inf"):
                 raise ValueError(f"weights: {client!r}: {weight}: must be > 0 and finite")
