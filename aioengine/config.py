@@ -167,7 +167,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     chat_template: str | None = None
     """Jinja chat template, instead of the model's own."""
     model_impl: ModelImpl = "auto"
-    """What runs the model: "native", the engine's own decoder; "transformers", any decoder of that library
+    """Code that runs the model: "native", the engine's own decoder; "transformers", any decoder of that library
     (extra ``transformers``) on the engine's cache, batches and adapters (docs/models.md); "auto": the native
     one where it knows the model."""
     quantization: Quantization = "none"

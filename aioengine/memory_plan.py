@@ -81,7 +81,7 @@ class MemoryPlan(msgspec.Struct, frozen=True, kw_only=True):
     shared: bool = False
     """Whether adapters take what they need from the memory of the KV blocks."""
     working: WorkingMemory | None = None
-    """What steps take beside all that; None on a CPU, where the system has it."""
+    """Memory that steps take beside all that; None on a CPU, where the system provides it."""
 
     @property
     def slot_bytes(self) -> int:

@@ -31,7 +31,7 @@ def most_blocks(tokens: int, block_size: int, chunk: int, window: int | None) ->
 
 
 UNKNOWN = -1
-"""In the place of a token that the step before has not sampled yet."""
+"""Stands for a token that the step before has not sampled yet."""
 
 
 class OutputView(Sequence[int]):

@@ -70,7 +70,7 @@ def works(requests: Sequence[int]) -> list[Work]:
 
 
 class Found(NamedTuple):
-    """What one engine did in all rounds."""
+    """Results of one engine in all rounds."""
 
     version: str
     seconds: dict[str, list[float]]

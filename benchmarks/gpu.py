@@ -53,7 +53,7 @@ GRACE = 10.0
 
 
 class Part(NamedTuple):
-    """What one process does."""
+    """Work of one process."""
 
     name: str
     command: Sequence[str]
@@ -66,7 +66,7 @@ class Part(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What a part has found."""
+    """Results of a part."""
 
     part: Part
     entries: list[Entry]

@@ -62,7 +62,7 @@ class LayerCache(NamedTuple):
 
 
 class Scores(NamedTuple):
-    """What is done with the scores of queries and keys before their softmax."""
+    """Changes of the scores of queries and keys before their softmax."""
 
     window: int | None = None
     """A token attends only to the last ``window`` positions up to its own. None: to all."""

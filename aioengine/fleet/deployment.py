@@ -141,10 +141,10 @@ def plan_replica(config: FleetConfig, *, share: int | None = None) -> tuple[Flee
 
 
 class DoorModel(NamedTuple):
-    """What a door needs of the model."""
+    """Parts of the model that a door needs."""
 
     plan: MemoryPlan
-    """A replica's."""
+    """Memory plan of one replica."""
     path: Path
     tokenizer: Tokenizer | None
 

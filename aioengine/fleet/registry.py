@@ -56,10 +56,10 @@ class Mark(NamedTuple):
 
 
 class Changes(NamedTuple):
-    """What has changed since a :class:`Mark`."""
+    """Changes since a :class:`Mark`."""
 
     mark: Mark
-    """To ask for what changes from now on."""
+    """Mark to ask for later changes with."""
     entries: list[Entry]
     """Adapters as they are now: those that have changed or, if ``whole``, all of them."""
     removed: list[str]

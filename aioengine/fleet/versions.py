@@ -19,7 +19,7 @@ class SpentVersions(msgspec.Struct):
     the highest of theirs."""
 
     last: dict[str, int] = {}
-    """By name; the one that was spent last is at the end."""
+    """Numbers by name; the one that was spent last is at the end."""
     others: int = 0
     """The last number of every other name."""
 

@@ -17,7 +17,7 @@ _Constants = set[tuple[bool, Any]]
 
 
 class _Told(NamedTuple):
-    """What tells the values of a schema from those of another."""
+    """Properties by which the values of one schema differ from those of another."""
 
     types: frozenset[str]
     constants: _Constants | None

@@ -43,7 +43,7 @@ class Layer:
 
     @property
     def linears(self) -> dict[str, Linear]:
-        """By the names that :meth:`ModelSpec.fused` has for them."""
+        """Linears by the names that :meth:`ModelSpec.fused` has for them."""
         return {"qkv": self.qkv, "o": self.o, **self.mlp.linears}
 
 

@@ -347,7 +347,7 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def kept(self) -> str:
-        """What the cache keeps of a sequence, for people; empty without windows."""
+        """Describe the part of a sequence that the cache keeps; empty without windows."""
         if self.longest_window is not None:
             return f"windows of {self.longest_window} tokens"
         return "all positions, since only some layers have windows" if self.sliding_windows else ""

@@ -58,7 +58,7 @@ class Built(NamedTuple):
     model_path: Path | None = None
     """The model's folder or file; None if there is no model."""
     model_files: ModelFiles | None = None
-    """What the model was loaded from, if prefixes are kept in files."""
+    """Files that the model was loaded from, if prefixes are kept in files."""
     timer: Callable[[], float] = time.perf_counter
     """Clock that measures decisions and the event loop's lag."""
     first_steps: Sequence[tuple[StepBatch, float]] = ()

@@ -92,7 +92,7 @@ class RequestOutput:
     first_token: float | None = None
     last_token: float | None = None
     grown: Grown = field(repr=False)
-    """What the outputs of the request share."""
+    """Lists that the outputs of the request share."""
     pieces: int = field(repr=False)
     """Pieces of the text so far."""
     scores: int = field(repr=False, default=0)

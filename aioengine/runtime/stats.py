@@ -20,7 +20,7 @@ class Counters:
         self.residency = 0
         """Number of changes to the contents of slots and CPU cache."""
         self.memory_unplanned: int | None = None
-        """As in :class:`EngineStats`."""
+        """Value of the field of :class:`EngineStats`."""
 
     def __call__(self, event: events.Event) -> None:
         if type(event) is events.StepFinished:  # by far the most

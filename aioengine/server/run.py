@@ -46,11 +46,11 @@ class ListenSettings(msgspec.Struct, frozen=True, kw_only=True):
     ``X-Forwarded-For`` names; from other senders that header is ignored."""
     max_connections: int = 4096
     header_timeout: float = 10.0
-    """For a TLS handshake, and again for a request's headers."""
+    """Seconds for a TLS handshake, and again for a request's headers."""
     keep_alive: float = 75.0
     """How long a connection may be idle between two requests."""
     send_timeout: float | None = None
-    """In which a client has to read 16 KiB of its answers, or all of them. None: ``send_timeout`` of the
+    """Seconds in which a client has to read 16 KiB of its answers, or all of them. None: ``send_timeout`` of the
     application's :class:`ServerSettings`."""
     tls: Certificate | None = None
     """Serve HTTPS with this certificate; None: plain HTTP, as behind a proxy that does TLS."""

@@ -52,7 +52,7 @@ class ServerSettings(msgspec.Struct, frozen=True, kw_only=True):
     """Format of the model's reasoning, which answers have in a field of its own; "auto" and "none" as
     above."""
     default_max_tokens: int | None = None
-    """For chat requests that give none; None: as many as the context has room for."""
+    """Maximum tokens of chat requests that give none; None: as many as the context has room for."""
     ignore_unknown_fields: bool = False
     """Ignore unknown fields of requests, which are refused otherwise; each name is logged once."""
     schemas: SchemaOptions = SchemaOptions()

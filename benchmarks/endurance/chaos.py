@@ -1,4 +1,4 @@
-"""What happens to requests when the machine fails.
+"""Fate of requests when the machine fails.
 
 While a client streams from a server with a tiny model, the machine fails in several ways, one after the
 other. Prints a Markdown table: the failure, the longest time that the client waited for its next token, and

@@ -51,7 +51,7 @@ from benchmarks.kernels.predictions import LLAMA_8B, TINY, Kernel, product
 from benchmarks.kernels.sheets import Row, Sheet, Wrong, against, markdown, measured
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 5e-3}
-"""Of the largest value."""
+"""Allowed errors, as shares of the largest value."""
 SHAPES = {"llama-8b": LLAMA_8B, "tiny": TINY}
 
 Config = TypeVar("Config", ShrinkConfig, ExpandConfig)
@@ -83,7 +83,7 @@ class Problem(NamedTuple):
 
     @property
     def shrink_bytes(self) -> int:
-        """What must be read and written at least: x, the active adapters' A, and h."""
+        """Bytes that must be read and written at least: x, the active adapters' A, and h."""
         rows = len(self.pool.modules) * sum(segment.rank for segment in self.batch.segments)
         return self.x.nbytes + self.h_bytes + self.x.element_size() * rows * self.pool.in_features
 
@@ -181,7 +181,7 @@ def largest_error(machine: Machine, rank: int, dtype: torch.dtype, most: int) ->
 
 
 def lora_sheet(args: argparse.Namespace, machine: Machine) -> Iterator[Sheet]:
-    """What LoRA costs on top of the base linear."""
+    """Cost of LoRA on top of the base linear."""
     dtype: torch.dtype = getattr(torch, args.dtype)
     columns = ("linear", "tokens", "adapters", "rank", "base", "predicted", "ratio", "shrink", "predicted")
     columns += ("ratio", "expand", "predicted", "ratio", "LoRA/base", "plain torch", "host")
@@ -310,7 +310,7 @@ PARTS: Mapping[str, Callable[[argparse.Namespace, Machine], Iterator[Sheet]]] = 
     "layer": gpu_steps.layer_sheet,
     "linears": lora_sheet,
 }
-"""What can be measured, the most important first."""
+"""Parts that can be measured, the most important first."""
 
 
 def parser() -> argparse.ArgumentParser:

@@ -33,7 +33,7 @@ class Machine(NamedTuple):
     wall: Timer
     """From the call to the last result on the device."""
     host: Timer
-    """What the host spends to enqueue."""
+    """Time that the host spends to enqueue."""
     spec: ModelSpec = LLAMA_8B
     """The model whose shapes are measured."""
     record: Record | None = None
@@ -48,7 +48,7 @@ class Machine(NamedTuple):
 
     @property
     def gpu(self) -> Gpu | None:
-        """What predictions are made from; None if there are none for this GPU."""
+        """Facts that predictions are made from; None if there are none for this GPU."""
         return gpu_of(self.name)
 
     def predicted(self, kernel: Kernel) -> float | None:

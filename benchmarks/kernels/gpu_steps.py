@@ -1,4 +1,4 @@
-"""What a layer does beside its linears and adapters, and whole steps, on a GPU; for ``gpu.py``."""
+"""Work of a layer beside its linears and adapters, and whole steps, on a GPU; for ``gpu.py``."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class Attended(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        """What attention must read and write at least: queries, what is cached, outputs."""
+        """Bytes that attention must read and write at least: queries, what is cached, outputs."""
         cached = sum(span.start + span.length for span in self.plan.spans) * self.cache.keys[0, 0].numel()
         queries = self.qkv[:, : -2 * self.cache.keys.shape[2]].numel()
         return 2 * self.qkv.element_size() * (queries + cached)

@@ -37,7 +37,7 @@ TINY = msgspec.structs.replace(
 LAUNCH = 2.2e-6
 """Seconds between two launches of a recorded graph in which nothing is computed; assumed."""
 BYTES = 2
-"""Of a bfloat16."""
+"""Bytes of a bfloat16."""
 GROUP = 128
 """Inputs that share a scale in a quantized checkpoint."""
 
@@ -61,7 +61,7 @@ sheets (2.04, 3.35 and 4.8 TB/s; 312 and 989 TFLOPS in bfloat16 without sparsity
 
 
 class Kernel(NamedTuple):
-    """What a launch moves and multiplies."""
+    """Bytes that a launch moves, and its products."""
 
     name: str
     nbytes: float

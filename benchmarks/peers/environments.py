@@ -46,7 +46,7 @@ class Peer(NamedTuple):
 
     name: str
     packages: tuple[str, ...]
-    """What pip installs; nothing for this engine, which runs in the environment of the script."""
+    """Requirements for pip; nothing for this engine, which runs in the environment of the script."""
     variants: tuple[Variant, ...]
     build: Mapping[str, str] = {}
     """Environment variables while it is installed."""

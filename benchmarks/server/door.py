@@ -1,4 +1,4 @@
-"""What a fleet's door costs by itself: a fleet of one replica that has no model and answers at once.
+"""Cost of a fleet's door by itself: a fleet of one replica that has no model and answers at once.
 
     python -m benchmarks.server.door [--streams 1 8 32 128] [--step-ms 25] [--tokens 400] [--rounds 3]
 

@@ -1,4 +1,4 @@
-"""What measurements print, and how they read their flags."""
+"""Tables and flags of measurements."""
 
 from __future__ import annotations
 

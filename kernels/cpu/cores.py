@@ -1,4 +1,4 @@
-"""How many threads a step should have: the physical cores that this process may use, within its quota.
+"""Number of threads that a step should have: the physical cores that this process may use, within its quota.
 
 Two threads of one core share its arithmetic units and its caches, which one of them keeps busy in a step. A
 container's quota of processor time is not seen in the number of processors: with more threads than it allows,
@@ -22,7 +22,7 @@ ENV = "OMP_NUM_THREADS"
 
 
 class Cores(NamedTuple):
-    """What this process may compute on."""
+    """Processors that this process may compute on."""
 
     logical: int
     """Processors of its affinity mask: what OpenMP, and so torch, takes by default."""
@@ -31,11 +31,11 @@ class Cores(NamedTuple):
     quota: float = math.inf
     """Processors' worth of time that its control groups allow."""
     quota_file: str = ""
-    """Where the quota is from."""
+    """File that the quota was read from."""
 
     @property
     def threads(self) -> int:
-        """How many threads a step has by default."""
+        """Number of threads of a step by default."""
         return max(1, math.floor(min(self.quota, self.physical)))
 
     def chosen(self, asked: int) -> int:

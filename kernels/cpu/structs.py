@@ -53,7 +53,7 @@ class Part(Structure):
 
 
 class Kind(IntEnum):
-    """How a matrix is stored."""
+    """Form in which a matrix is stored."""
 
     PACKED = 0
     INT8 = 1

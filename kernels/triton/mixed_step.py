@@ -29,7 +29,7 @@ _NOTHING = (0, 0, -1, 0)
 
 
 class MixedShape(NamedTuple):
-    """What the sizes of a mixed step's tables depend on."""
+    """Sizes that a mixed step's tables depend on."""
 
     sequences: int
     """Most sequences."""

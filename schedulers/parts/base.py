@@ -96,7 +96,7 @@ class Ordering(Part):
 
 
 class Replacement(Part):
-    """Which idle adapter gives up its slot, and which one leaves the CPU cache."""
+    """Chooses the idle adapter that gives up its slot, and the one that leaves the CPU cache."""
 
     @abstractmethod
     def score(self, view: SchedulerView, slot: SlotView, adapter: AdapterView) -> float:
@@ -113,7 +113,7 @@ class Replacement(Part):
 
 
 class Prefetch(Part):
-    """Which adapters to bring from disk to the CPU. A cold adapter is read in any case as soon as there
+    """Chooses the adapters to bring from disk to the CPU. A cold adapter is read in any case as soon as there
     is an idle slot that it could have."""
 
     by_events: bool = False
@@ -126,7 +126,7 @@ class Prefetch(Part):
 
 
 class Preemption(Part):
-    """Which requests leave the batch, beyond those that the core preempts for lack of KV blocks."""
+    """Chooses the requests that leave the batch, beyond those that the core preempts for lack of KV blocks."""
 
     by_events: bool = False
     """As for an ordering."""

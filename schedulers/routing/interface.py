@@ -28,7 +28,7 @@ class PinnedPrefix(NamedTuple):
     """Hash of its tokens, as :func:`~aioengine.schedulers.routing.prefixes.prefix_pins` makes it."""
     tokens: int
     seconds: float
-    """How long it stays after its last use."""
+    """Seconds that it stays after its last use."""
 
 
 class RouteRequest(NamedTuple):

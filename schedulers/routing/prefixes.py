@@ -63,7 +63,7 @@ class PinIndex:
     def __init__(self, prefixes: int) -> None:
         self._most = prefixes
         self._where: OrderedDict[int, dict[str, tuple[float, int]]] = OrderedDict()
-        """By hash and replica: until when it stays, and its tokens."""
+        """Time until which it stays, and its tokens, by hash and replica."""
 
     def add(self, replica: str, pins: Sequence[PinnedPrefix], now: float) -> None:
         """Note that a request that pins these was sent to the replica."""

@@ -47,7 +47,7 @@ class Request(NamedTuple):
     params: SamplingParams
     n: int
     scheduling: dict[str, Any]
-    """Those of the arguments priority, deadline and tenant of ``AsyncEngine.generate`` that were given."""
+    """Arguments of ``AsyncEngine.generate`` that were given: priority, deadline, tenant."""
 
 
 @dataclass(frozen=True, kw_only=True)

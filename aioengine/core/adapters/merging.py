@@ -1,4 +1,4 @@
-"""Which adapter the device has merged with the base model's weights.
+"""The adapter that the device has merged with the base model's weights.
 
 The device keeps the base model's weights, and beside them a second copy for one adapter (dLoRA, Wu et al.,
 OSDI'24, adds to the base model's own weights and subtracts again). A step takes the merged copy if all of its

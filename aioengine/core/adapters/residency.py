@@ -1,4 +1,4 @@
-"""Where adapters are, and how they move: disk -> CPU cache -> slot, and back out.
+"""Locations of adapters, and their moves: disk -> CPU cache -> slot, and back out.
 
 This is bookkeeping only. It says which moves to start; the shell carries them out and reports back
 through ``loaded``, ``load_failed``, ``placed`` and ``place_failed``.

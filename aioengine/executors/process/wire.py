@@ -203,7 +203,7 @@ class KvRead(_Message, frozen=True):
 class Measured(_Message, frozen=True):
     number: int
     taken: int | None
-    """As :meth:`aioengine.executors.base.Device.memory_taken` returns it, on this rank."""
+    """Result of :meth:`aioengine.executors.base.Device.memory_taken` on this rank."""
 
 
 class Planned(_Message, frozen=True):

@@ -111,7 +111,7 @@ class Workers:
         self._calls: dict[int, Call] = {}
         self._numbers = count()
         self._device = ""
-        """What the ranks run on, "cpu" or "cuda"; known when they have planned."""
+        """Kind of device of the ranks, "cpu" or "cuda"; known when they have planned."""
         self.started = False
         """Whether they have their model and its KV cache, and take requests."""
         self._closing = False

@@ -73,9 +73,9 @@ class StepCosts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     """Seconds of each property in a :class:`StepShape`; none is negative."""
 
     step: float = 0.0
-    """For every step."""
+    """Seconds of every step."""
     linears: Curve = NONE
-    """For the base model's linears, by tokens. It never falls."""
+    """Seconds of the base model's linears, by tokens. It never falls."""
     tile: int = 1
     """Tokens that are computed together: beyond the first tile, a part of a tile costs as much as a whole
     one."""

@@ -43,7 +43,7 @@ class SimulatedDevice(Device):
         local = costs.local
         kv_bytes = local.kv_bytes_per_token(DTYPE_BYTES[local.dtype])
         self._byte_seconds = 2 * costs.steps.decode_kv / kv_bytes
-        """For each byte that is moved on the device: it is read and written, as keys are read."""
+        """Seconds for each byte that is moved on the device: it is read and written, as keys are read."""
         self._token = Sampled(token)
         self._end = Sampled(end_token)
         self._processor = Processor()

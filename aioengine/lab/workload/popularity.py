@@ -1,4 +1,4 @@
-"""Which adapter a request asks for."""
+"""Choice of the adapter that a request asks for."""
 
 from __future__ import annotations
 

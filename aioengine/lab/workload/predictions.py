@@ -27,7 +27,7 @@ class Told(NamedTuple):
 
 
 class LengthView(ABC):
-    """What policies know of an output's length."""
+    """Knowledge that policies have of an output's length."""
 
     @abstractmethod
     def tell(self, output_tokens: int, rng: Random) -> Told:

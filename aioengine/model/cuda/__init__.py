@@ -1,1 +1,1 @@
-"""What only a CUDA device needs: the memory that steps take beside the model, and its failures."""
+"""Parts that only a CUDA device needs: the memory that steps take beside the model, and its failures."""

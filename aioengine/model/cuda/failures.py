@@ -62,7 +62,7 @@ _CODES: dict[int, type[errors.DeviceError]] = {
     2: errors.DeviceOutOfMemory,
     **dict.fromkeys((46, 100, 101, 802, 803), errors.DeviceLost),
 }
-"""Of cudaError_t (CUDA Runtime API, "Data types used by CUDA Runtime"); all others are faults."""
+"""Codes of cudaError_t (CUDA Runtime API, "Data types used by CUDA Runtime"); all others are faults."""
 
 
 @contextlib.contextmanager

@@ -32,7 +32,7 @@ EXCHANGE_LAUNCHES = 22
 4 sums or gathers with the copies before and after them."""
 
 PIECE_BYTES = 2**21 * 52
-"""What is sampled, or scored, a piece at a time; see ``sampler._WIDE_CELLS`` and ``runner.PIECE_BYTES``."""
+"""Bytes that are sampled, or scored, at a time; see ``sampler._WIDE_CELLS`` and ``runner.PIECE_BYTES``."""
 
 SAMPLED_BYTES = 32
 """Bytes for each number of the logits, beside them, while a step is sampled: copies in float32."""
@@ -41,7 +41,7 @@ PENALTY_BYTES = 5
 """Bytes for each token of the vocabulary and each request in the tables of penalties."""
 
 _SPLIT_PROGRAMS, _PART, _SPLIT_ROWS = 256, 512, 16
-"""As in :mod:`aioengine.kernels.triton.attention`: with fewer programs than the first number, keys are split
+"""Values of :mod:`aioengine.kernels.triton.attention`: with fewer programs than the first number, keys are split
 into parts of the second number of keys. A tile has the third number of rows, or the query heads of a key
 head."""
 
@@ -49,7 +49,7 @@ _SCRATCH_BYTES = 16 * 2**20
 """Everything else that a layer computes in: tiles, parts of a shrink."""
 
 EXPANDED_BYTES = 2**22 * 20
-"""What torch expands at a time of a quantized checkpoint's weight; see ``weight.PIECE_ELEMENTS``. Counted
+"""Bytes of a quantized checkpoint's weight that torch expands at a time; see ``weight.PIECE_ELEMENTS``. Counted
 also where the kernels read all of its weights as they are stored."""
 
 
@@ -57,7 +57,7 @@ class WorkingMemory(msgspec.Struct, frozen=True, kw_only=True):
     """Sizes in bytes, on each device."""
 
     activations: int
-    """Of the layers at the largest step."""
+    """Activations of the layers at the largest step."""
     sampling: int
     """Logits and what is computed of them, at most sequences."""
     penalties: int

@@ -33,7 +33,7 @@ class Shared:
 
 @dataclass(slots=True)
 class Mixing:
-    """What the layers' experts have in common."""
+    """Parts that the experts of all layers share."""
 
     spec: MixtureSpec
     adapted: AdaptedLinears

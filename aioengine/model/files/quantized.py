@@ -1,4 +1,4 @@
-"""Which linears of a Hugging Face folder are quantized, and how (``quantization_config``). No torch here."""
+"""Quantized linears of a Hugging Face folder, and their forms (``quantization_config``). No torch here."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which part of each matrix a rank holds: Megatron's partition, Shoeybi et al., 2019, arXiv:1909.08053.
+"""The part of each matrix that a rank holds: Megatron's partition, Shoeybi et al., 2019, arXiv:1909.08053.
 
 Linears that begin a block (q, k, v, gate, up) and lm_head are split over their outputs, those that end one
 (o, down) and the embedding over their inputs: between them no communication is needed. Each expert is split

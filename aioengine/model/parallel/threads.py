@@ -1,4 +1,4 @@
-"""How the threads of a machine are divided among ranks."""
+"""Division of a machine's threads among ranks."""
 
 from __future__ import annotations
 

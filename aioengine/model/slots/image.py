@@ -64,7 +64,7 @@ class AdapterImage:
     tokens: TokenTables | None = None
     """Trained tokens, if there are any."""
     tokens_begin: int = 0
-    """Where their rows begin in ``data``."""
+    """Offset of their rows in ``data``."""
     head: Head | None = None
     """A trained head beside the slot's memory."""
     pooling: Kind | None = None

@@ -38,7 +38,7 @@ class Elements(NamedTuple):
 
     int8: bool = False
     affine: int = 1
-    """Of each gain and shift."""
+    """Elements of each gain and shift."""
 
     def matrix(self, numbers: int) -> int:
         """Elements that a matrix takes."""

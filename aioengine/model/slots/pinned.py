@@ -102,7 +102,7 @@ class _Slab:
         self.nbytes = nbytes
         self._buffer = Buffer(nbytes)
         self._free = [_Piece(0, nbytes)]
-        """In order, with gaps between them."""
+        """Free ranges in order, with gaps between them."""
 
     @property
     def is_empty(self) -> bool:

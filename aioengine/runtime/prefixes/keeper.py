@@ -60,7 +60,7 @@ class PrefixKeeper:
         self._settings = settings
         """Settings that keys and values depend on."""
         self._digest: str | None = None
-        """Of the model's files."""
+        """Digest of the model's files."""
         self._restarts = 0
         self._checked = 0
         """The value of ``_restarts`` when the model's files were compared with those that it was loaded from

@@ -1,4 +1,4 @@
-"""How a format writes calls around their arguments, so that a grammar can hold an answer to it."""
+"""The text that a format writes around the arguments of calls, so that a grammar can hold an answer to it."""
 
 from __future__ import annotations
 

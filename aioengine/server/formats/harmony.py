@@ -56,5 +56,5 @@ def harmony(names: frozenset[str], reasons: bool = True) -> Callable[[Source], S
 WRITTEN = CallText(
     opening=f"{CHANNEL}commentary to=functions.{{}} <|constrain|>json{MESSAGE}", closing="", most=1
 )
-"""It has no text at the beginning and the end, where the model has tokens of its own. An answer has one
-call."""
+"""Form of calls. Beginning and end are empty, because the model has tokens of its own there. An answer has
+one call."""

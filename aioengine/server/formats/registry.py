@@ -16,14 +16,14 @@ from aioengine.server.formats.source import AnswerParser, Source, Steps, plain
 
 
 class ToolFormat(NamedTuple):
-    """How a family writes calls."""
+    """Form in which a family writes calls."""
 
     steps: Callable[[frozenset[str]], Callable[[Source], Steps[None]]]
     """Makes a parser's generator for functions of these names."""
     shows: Callable[[str], bool]
     """Whether a model with this chat template writes calls in this format."""
     written: Callable[[str], CallText | None]
-    """How a model with this chat template writes calls; None where arguments are not JSON."""
+    """Return the form in which a model with this chat template writes calls; None where arguments are not JSON."""
     closing: str | None = None
     """Text that ends every call."""
     special: bool = True
@@ -92,12 +92,12 @@ class AnswerFormats(NamedTuple):
 
     @property
     def written(self) -> CallText | None:
-        """How the model writes calls; None if that is not known, or if arguments are not JSON."""
+        """Form in which the model writes calls; None if that is not known, or if arguments are not JSON."""
         return None if self.tools is None else TOOLS[self.tools].written(self.chat_template)
 
     @property
     def required(self) -> CallText:
-        """How required calls must be written: in the model's format, or else in this server's JSON."""
+        """Form of required calls: in the model's format, or else in this server's JSON."""
         return self.written or JSON_WRITTEN
 
     def needs_special_tokens(self, with_tools: bool) -> bool:

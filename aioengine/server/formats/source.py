@@ -29,7 +29,7 @@ Steps = Generator[Piece | None, None, T]
 
 
 class Parsed(NamedTuple):
-    """What has become certain."""
+    """Parts of the answer that have become certain."""
 
     text: str
     calls: Sequence[ToolCall] = ()

@@ -16,7 +16,7 @@ class CacheControl(msgspec.Struct, kw_only=True):
 
     type: Literal["ephemeral"]
     ttl: Literal["5m", "1h"] | None = None
-    """For how long after its last use; by default 5 minutes."""
+    """Time after its last use; by default 5 minutes."""
 
 
 class Block(msgspec.Struct, kw_only=True):

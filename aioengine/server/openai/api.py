@@ -71,7 +71,7 @@ class StructuredOutputs(msgspec.Struct, kw_only=True, forbid_unknown_fields=True
     regex: str | None = None
     choice: Annotated[list[str], Meta(max_length=10_000)] | None = None
     grammar: str | None = None
-    """In Lark's notation."""
+    """Grammar in Lark's notation."""
     disable_any_whitespace: bool | None = None
     """For ``json``: whether the output is compact. The server's default if not given."""
     disable_additional_properties: bool | None = None

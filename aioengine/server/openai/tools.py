@@ -1,4 +1,4 @@
-"""Which tools a request lets the model call, and whether it must.
+"""Tools that a request lets the model call, and whether it must call one.
 
 How models write calls is in ``formats/``. With ``tool_choice`` "required" or a named function a constraint
 holds the answer to calls in the model's own format, or, if that is not known, in JSON of a known shape.

@@ -188,7 +188,7 @@ class _Kind(NamedTuple):
 
     type: str
     prefix: str
-    """Of ids."""
+    """Beginning of ids."""
     part: str
     """Type of its part."""
     event: str

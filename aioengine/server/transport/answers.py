@@ -25,7 +25,7 @@ class UnreadAnswers:
         self._of: Counter[str | None] = Counter()
         self._all = self._waiting = 0
         self._released = asyncio.Event()
-        """It is replaced when it is set."""
+        """Set when bytes are released, and then replaced."""
 
     async def hold(self, owner: str | None, size: int) -> None:
         """Count an answer, once there is room.

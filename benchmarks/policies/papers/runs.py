@@ -17,7 +17,7 @@ Run = Callable[[Sequence[Experiment]], list[dict[str, Any]]]
 
 
 class Lab(NamedTuple):
-    """What a paper's function is given."""
+    """Arguments of a paper's function."""
 
     run: Run
     quick: bool

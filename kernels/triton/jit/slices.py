@@ -1,4 +1,4 @@
-"""Which slice of a fused linear, and which of its columns, a program of a kernel works on."""
+"""The slice of a fused linear, and its columns, that a program of a kernel works on."""
 
 from __future__ import annotations
 

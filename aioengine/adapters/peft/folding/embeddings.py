@@ -1,4 +1,4 @@
-"""What a file replaces of the embeddings and of the model's head: single rows, or all of them.
+"""Rows of the embeddings and of the model's head that a file replaces: single ones, or all.
 
 PEFT's rules: ``trainable_token_indices`` has the rows of some tokens. If the model's head is tied to its
 embeddings, these rows are the head's as well, unless the head has a list of its own. ``modules_to_save`` has
