@@ -167,8 +167,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     chat_template: str | None = None
     """Jinja chat template, instead of the model's own."""
     model_impl: ModelImpl = "auto"
-    """Code that runs the model: "native", the engine's own decoder; "transformers", any decoder of that library
-    (extra ``transformers``) on the engine's cache, batches and adapters (docs/models.md); "auto": the native
+    """Code that runs the model: "native", the engine's own decoder; "transformers", any decoder of that
+    library (extra ``transformers``) on the engine's cache, batches and adapters (docs/models.md); "auto": the native
     one where it knows the model."""
     quantization: Quantization = "none"
     """"int8" keeps the linears' weights as int8, with a scale for each output. "int4" keeps them in four

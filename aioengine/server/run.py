@@ -50,8 +50,8 @@ class ListenSettings(msgspec.Struct, frozen=True, kw_only=True):
     keep_alive: float = 75.0
     """How long a connection may be idle between two requests."""
     send_timeout: float | None = None
-    """Seconds in which a client has to read 16 KiB of its answers, or all of them. None: ``send_timeout`` of the
-    application's :class:`ServerSettings`."""
+    """Seconds in which a client has to read 16 KiB of its answers, or all of them. None: ``send_timeout`` of
+    the application's :class:`ServerSettings`."""
     tls: Certificate | None = None
     """Serve HTTPS with this certificate; None: plain HTTP, as behind a proxy that does TLS."""
 

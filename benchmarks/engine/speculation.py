@@ -31,8 +31,8 @@ from benchmarks.shared.report import arguments, console, new_table
 
 MODES = ("none", "ngram", "suffix")
 OUTPUT = 96
-NAMES = "Ada Boris Chiara Dmitri Elif Femi Greta Hiro Ines Jonas Kemal Lena".split()
-CITIES = "Lisbon Osaka Tromso Quito Dakar Bergen Pune Leeds Gdansk Cork".split()
+NAMES = ("Ada", "Boris", "Chiara", "Dmitri", "Elif", "Femi", "Greta", "Hiro", "Ines", "Jonas")
+CITIES = ("Lisbon", "Osaka", "Tromso", "Quito", "Dakar", "Bergen", "Pune", "Leeds", "Gdansk", "Cork")
 
 
 def paragraphs() -> list[str]:

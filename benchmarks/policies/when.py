@@ -18,7 +18,10 @@ from aioengine.lab import Experiment, WorkloadSpec, run
 from benchmarks.policies.intervals import mean_and_half
 from benchmarks.shared.report import arguments, console, new_table
 
-POLICIES = "lpm session toppings drainer admission chameleon slora sjf edf vllm+lru discard".split()
+POLICIES = (
+    *("lpm", "session", "toppings", "drainer", "admission", "chameleon"),
+    *("slora", "sjf", "edf", "vllm+lru", "discard"),
+)
 GOODPUT = "goodput"
 
 

@@ -52,7 +52,10 @@ def write_adapters(folder: Path, spec: ModelSpec, count: int, rank: int = 16) ->
 
 
 async def run_once(
-    engine: AsyncEngine, prompts: list[list[int]], output_tokens: int, adapters: Sequence[str | None] = (None,)
+    engine: AsyncEngine,
+    prompts: list[list[int]],
+    output_tokens: int,
+    adapters: Sequence[str | None] = (None,),
 ) -> tuple[float, float]:
     """Return (output tokens per second, median TTFT in seconds) of all prompts at once; request i uses
     adapter i % n of n."""

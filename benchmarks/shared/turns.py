@@ -20,9 +20,7 @@ class Run(NamedTuple, Generic[T]):
     """Processor seconds of all threads, which change less than ``seconds`` on a busy machine."""
 
 
-async def in_turns(
-    cases: Mapping[K, Callable[[], Awaitable[T]]], rounds: int
-) -> dict[K, list[Run[T]]]:
+async def in_turns(cases: Mapping[K, Callable[[], Awaitable[T]]], rounds: int) -> dict[K, list[Run[T]]]:
     """Run each case once a round, in every other round in the reverse order."""
     found: dict[K, list[Run[T]]] = {name: [] for name in cases}
     for turn in range(rounds):

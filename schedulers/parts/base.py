@@ -126,7 +126,7 @@ class Prefetch(Part):
 
 
 class Preemption(Part):
-    """Chooses the requests that leave the batch, beyond those that the core preempts for lack of KV blocks."""
+    """Chooses requests to preempt, beyond those that the core preempts for lack of KV blocks."""
 
     by_events: bool = False
     """As for an ordering."""

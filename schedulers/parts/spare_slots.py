@@ -95,7 +95,7 @@ class RoomByBytes:
     def __init__(self, view: SchedulerView, spare: SpareSlots, name: str, refused: int) -> None:
         self.name = name
         self.refused = refused
-        """Number of times that the core found no room although enough bytes were free; then more are freed."""
+        """Times that the core found no room although enough bytes were free; then more are freed."""
         self.found: list[HeldSlot] = []
         self.missing = view.memory.bytes_of(name) * (1 + refused)
         """Bytes."""

@@ -30,6 +30,7 @@ from aioengine.memory_plan import MemoryPlan
 from aioengine.model.spec import ModelSpec
 from aioengine.runtime.tasks import run_to_completion
 
+
 def calibrate(
     model: str,
     out: Path | None = None,
@@ -53,9 +54,7 @@ def calibrate(
 
     Raises ConfigError if the model is not available or does not fit, or ``out`` cannot be written.
     """
-    return asyncio.run(
-        calibrate_async(model, out, name=name, design=design, progress=progress, **settings)
-    )
+    return asyncio.run(calibrate_async(model, out, name=name, design=design, progress=progress, **settings))
 
 
 async def calibrate_async(

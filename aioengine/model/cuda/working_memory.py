@@ -41,16 +41,16 @@ PENALTY_BYTES = 5
 """Bytes for each token of the vocabulary and each request in the tables of penalties."""
 
 _SPLIT_PROGRAMS, _PART, _SPLIT_ROWS = 256, 512, 16
-"""Values of :mod:`aioengine.kernels.triton.attention`: with fewer programs than the first number, keys are split
-into parts of the second number of keys. A tile has the third number of rows, or the query heads of a key
+"""Values of :mod:`aioengine.kernels.triton.attention`: with fewer programs than the first number, keys are
+split into parts of the second number of keys. A tile has the third number of rows, or the query heads of a key
 head."""
 
 _SCRATCH_BYTES = 16 * 2**20
 """Everything else that a layer computes in: tiles, parts of a shrink."""
 
 EXPANDED_BYTES = 2**22 * 20
-"""Bytes of a quantized checkpoint's weight that torch expands at a time; see ``weight.PIECE_ELEMENTS``. Counted
-also where the kernels read all of its weights as they are stored."""
+"""Bytes of a quantized checkpoint's weight that torch expands at a time; see ``weight.PIECE_ELEMENTS``.
+Counted also where the kernels read all of its weights as they are stored."""
 
 
 class WorkingMemory(msgspec.Struct, frozen=True, kw_only=True):

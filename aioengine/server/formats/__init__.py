@@ -1,1 +1,1 @@
-"""Forms in which families of models write calls of tools and reasoning, one file each; registry.py has their names."""
+"""Forms of tool calls and reasoning by family of models, one file each; registry.py has their names."""

@@ -23,7 +23,7 @@ class ToolFormat(NamedTuple):
     shows: Callable[[str], bool]
     """Whether a model with this chat template writes calls in this format."""
     written: Callable[[str], CallText | None]
-    """Return the form in which a model with this chat template writes calls; None where arguments are not JSON."""
+    """Returns the form of calls with this chat template; None where arguments are not JSON."""
     closing: str | None = None
     """Text that ends every call."""
     special: bool = True
