@@ -168,8 +168,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """Jinja chat template, instead of the model's own."""
     model_impl: ModelImpl = "auto"
     """Code that runs the model: "native", the engine's own decoder; "transformers", any decoder of that
-    library (extra ``transformers``) on the engine's cache, batches and adapters (docs/models.md); "auto": the native
-    one where it knows the model."""
+    library (extra ``transformers``) on the engine's cache, batches and adapters (docs/models.md); "auto": the
+    native one where it knows the model."""
     quantization: Quantization = "none"
     """"int8" keeps the linears' weights as int8, with a scale for each output. "int4" keeps them in four
     bits, with a step and a minimum for each group of 32 inputs. Where the CPU has instructions for it, they

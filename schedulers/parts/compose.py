@@ -60,7 +60,7 @@ class Composed(SchedulerPolicy):
         *,
         max_wait: float = 1.0,
     ) -> None:
-        at_least(0, max_wait=max_wait)
+        at_least(0, "seconds", max_wait=max_wait)
         self.order, self.replace, self.prefetch, self.preempt = order, replace, prefetch, preempt
         self.max_wait = max_wait
         parts: tuple[Part, ...] = (order, replace, prefetch, preempt)

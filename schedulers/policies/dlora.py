@@ -37,7 +37,8 @@ class DLoRA(FCFS):
     def __init__(
         self, alone: float = 1.0, payback: float = 1.0, max_wait: float = 1.0, fair: bool = True
     ) -> None:
-        at_least(0, alone=alone, payback=payback)
+        at_least(0, "seconds", alone=alone)
+        at_least(0, payback=payback)
         super().__init__(max_wait=max_wait, fair=fair)
         self.alone, self.payback = alone, payback
         self._saved: dict[str, float] = {}

@@ -28,6 +28,7 @@ class Drainer(Arrival):
     stay = 0.0
 
     def __init__(self, patience: float = 3.0, tolerance: float = 1.2) -> None:
-        at_least(0, patience=patience, tolerance=tolerance)
+        at_least(0, "seconds", patience=patience)
+        at_least(0, tolerance=tolerance)
         self.close_after = patience
         self.fill_within = tolerance

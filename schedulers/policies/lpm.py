@@ -29,7 +29,7 @@ class Windowed(Arrival):
 
     def __init__(self, window: int = 128, age: float = 5.0) -> None:
         at_least(1, window=window)
-        at_least(0, age=age)
+        at_least(0, "seconds", age=age)
         self.window = window
         self.age = age
 

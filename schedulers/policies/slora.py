@@ -36,7 +36,8 @@ class SLoRA(Arrival):
     starvation_bound = "age, those who arrived before it, and one longest generation"
 
     def __init__(self, clusters: int = 0, age: float = 5.0) -> None:
-        at_least(0, clusters=clusters, age=age)
+        at_least(0, clusters=clusters)
+        at_least(0, "seconds", age=age)
         self.clusters = clusters
         self.age = age
 

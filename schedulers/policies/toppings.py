@@ -33,7 +33,7 @@ class Toppings(Arrival):
     starvation_bound = "age, those who arrived before it, and one longest generation"
 
     def __init__(self, max_step: float = 0.0, age: float = 5.0) -> None:
-        at_least(0, max_step=max_step, age=age)
+        at_least(0, "seconds", max_step=max_step, age=age)
         self.max_step = max_step
         self.age = age
 

@@ -42,8 +42,8 @@ PENALTY_BYTES = 5
 
 _SPLIT_PROGRAMS, _PART, _SPLIT_ROWS = 256, 512, 16
 """Values of :mod:`aioengine.kernels.triton.attention`: with fewer programs than the first number, keys are
-split into parts of the second number of keys. A tile has the third number of rows, or the query heads of a key
-head."""
+split into parts of the second number of keys. A tile has the third number of rows, or the query heads of a
+key head."""
 
 _SCRATCH_BYTES = 16 * 2**20
 """Everything else that a layer computes in: tiles, parts of a shrink."""
