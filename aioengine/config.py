@@ -254,7 +254,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """A policy by name ("fcfs:max_wait=2"), out of parts ("edf+gdsf+lookahead"), by path
     ("package.module:Class"), or as a table; see :mod:`aioengine.schedulers.registry`."""
     policy_time_budget: float = 0.02
-    """Seconds that one decision may take."""
+    """Seconds of processor time that one decision may take."""
     policy_max_overruns: int = 20
     """After this many decisions over the budget, fcfs replaces the policy."""
     max_adapter_labels: int = 100

@@ -171,7 +171,11 @@ class AsyncEngine:
         self._info = assemble.engine_info(__version__, built)
         self._counters.memory_unplanned = assemble.memory_unplanned(built)
         self._core = Core(
-            assemble.core_limits(self.config, built), self._policy, timer=built.timer, costs=built.costs
+            assemble.core_limits(self.config, built),
+            self._policy,
+            timer=built.timer,
+            processor=built.processor,
+            costs=built.costs,
         )
         for batch, seconds in built.first_steps:
             self._core.learn(batch, seconds)

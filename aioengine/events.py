@@ -218,7 +218,7 @@ class PolicyFailed(Event, frozen=True, kw_only=True, gc=False):
 
 
 class PolicyOverran(Event, frozen=True, kw_only=True, gc=False):
-    """A decision took longer than ``policy_time_budget``."""
+    """A decision took more processor time than ``policy_time_budget``."""
 
     seconds: float
     budget: float

@@ -63,10 +63,10 @@ class Core:
     """All methods are synchronous and must be called from one thread.
 
     Events are appended to ``outbox``, a list of :class:`~aioengine.events.Event`, which the caller empties.
-    ``timer`` measures the policy's decisions; the core itself has no clock. ``costs`` tells policies how long
-    steps and moves take, where that is known beforehand; otherwise times are measured. Each batch that
-    ``schedule`` returns must come back through ``step_finished`` before ``schedule`` is called again. While
-    it is in flight, ``schedule_next`` may form the one batch that follows it.
+    ``timer`` and ``processor`` measure the policy's decisions; the core itself has no clock. ``costs`` tells
+    policies how long steps and moves take, where that is known beforehand; otherwise times are measured. Each
+    batch that ``schedule`` returns must come back through ``step_finished`` before ``schedule`` is called
+    again. While it is in flight, ``schedule_next`` may form the one batch that follows it.
     """
 
     def __init__(
@@ -75,6 +75,7 @@ class Core:
         policy: SchedulerPolicy,
         *,
         timer: Callable[[], float] | None = None,
+        processor: Callable[[], float] | None = None,
         costs: CostsView | None = None,
     ) -> None:
         self.limits = limits
@@ -153,6 +154,7 @@ class Core:
             emit=self._emit,
             refuse=self._refuse,
             timer=timer,
+            processor=processor,
             budget=limits.policy_time_budget,
             max_overruns=limits.policy_max_overruns,
         )

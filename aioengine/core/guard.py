@@ -13,15 +13,13 @@ from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
 from aioengine import events
 from aioengine.core.state import AdapterEntry, Request
+from aioengine.schedulers.overruns import Overruns
 from aioengine.schedulers.policy import Decision, Place, PolicyEvent, SchedulerPolicy, SchedulerView
 
 _Call = Literal["schedule", "cpu_victims", "on_event"]
 
 MAX_ITEMS = 4096
 """Maximum number of items in one field of a decision, because the core's checks take time too."""
-FORGIVEN_AFTER = 1000
-"""After this many decisions in time in a row, earlier overruns are forgotten."""
-
 
 T = TypeVar("T")
 
@@ -66,9 +64,10 @@ class PolicyGuard:
 
     If a policy raises, or returns something other than a Decision, the safe policy decides that step.
     ``make_safe`` makes the safe policy when it is first needed. If a policy takes longer than ``budget``
-    seconds ``max_overruns`` times, the safe policy replaces it for good. ``timer`` measures the time; without
-    one there is no budget, because the core itself has no clock. ``requests`` has the requests that have not
-    ended, by id, and ``adapters`` the adapters that the policy knows, by name.
+    seconds ``max_overruns`` times (see :class:`~aioengine.schedulers.overruns.Overruns`), the safe policy
+    replaces it for good. ``timer`` measures the time; without one there is no budget, because the core itself
+    has no clock. ``processor`` measures this thread's processor time; None: as ``timer``. ``requests`` has
+    the requests that have not ended, by id, and ``adapters`` the adapters that the policy knows, by name.
     """
 
     def __init__(
@@ -81,6 +80,7 @@ class PolicyGuard:
         emit: Callable[[events.Event], None],
         refuse: Callable[[str, str], None],
         timer: Callable[[], float] | None,
+        processor: Callable[[], float] | None = None,
         budget: float,
         max_overruns: int,
     ) -> None:
@@ -95,11 +95,11 @@ class PolicyGuard:
         self._emit = emit
         self._refuse = refuse
         self._timer = timer
+        self._processor = timer if processor is None else processor
         self._budget = budget
         self._max_overruns = max_overruns
-        self._overruns = 0
+        self._overruns = Overruns(budget, max_overruns)
         self._has_failed = False
-        self._in_time = 0
         self._may_be_quiet = _keeps_its_word(policy)
         self._quiet_until = -math.inf
         self._quiet_since = -1
@@ -109,7 +109,7 @@ class PolicyGuard:
         """Ask ``policy`` from now on. It is told of nothing that happened before."""
         self.policy = policy
         self.name = type(policy).__name__
-        self._overruns = self._in_time = 0
+        self._overruns = Overruns(self._budget, self._max_overruns)
         self._has_failed = False
         self._may_be_quiet = _keeps_its_word(policy)
         self._quiet_since = -1
@@ -121,7 +121,7 @@ class PolicyGuard:
         self.seconds = 0.0
         if self.is_quiet(view.now, changes):
             return _NOTHING
-        start = self._timer() if self._timer is not None else 0.0
+        start = self._times()
         try:
             decision = _well_formed(self.policy.schedule(view))
             if self._may_be_quiet and not any(decision):
@@ -132,8 +132,7 @@ class PolicyGuard:
                 raise
             self._failed(view.now, "schedule", error)
             decision = self._in_its_place().schedule(view)
-        if self._timer is not None:
-            self._measure(view.now, self._timer() - start)
+        self._measure(view.now, start)
         return self._resolve(decision)
 
     def is_quiet(self, now: float, changes: int) -> bool:
@@ -183,7 +182,7 @@ class PolicyGuard:
 
     def cpu_victims(self, view: SchedulerView, candidates: Sequence[str]) -> list[str]:
         """Ask for the policy's order of eviction; invalid entries are dropped."""
-        start = self._timer() if self._timer is not None else 0.0
+        start = self._times()
         names: list[str] = []
         try:
             names = _strings("cpu_victims", self.policy.cpu_victims(view, candidates))
@@ -191,8 +190,7 @@ class PolicyGuard:
             if isinstance(error, (KeyboardInterrupt, SystemExit)):
                 raise
             self._failed(view.now, "cpu_victims", error)
-        if self._timer is not None:
-            self._measure(view.now, self._timer() - start)
+        self._measure(view.now, start)
         return names
 
     def tell(self, event: PolicyEvent) -> None:
@@ -217,20 +215,24 @@ class PolicyGuard:
         self._has_failed = True
         self._emit(events.PolicyFailed(time=now, error=text, call=call, traceback=trace))
 
-    def _measure(self, now: float, seconds: float) -> None:
-        self.seconds += seconds
-        if seconds <= self._budget:
-            self._in_time += 1
-            if self._in_time >= FORGIVEN_AFTER:
-                self._overruns = 0
+    def _times(self) -> tuple[float, float]:
+        if self._timer is None or self._processor is None:
+            return 0.0, 0.0
+        return self._timer(), self._processor()
+
+    def _measure(self, now: float, start: tuple[float, float]) -> None:
+        """Count what has taken since ``start``."""
+        if self._timer is None:
             return
-        self._in_time = 0
-        self._overruns += 1
-        self._emit(events.PolicyOverran(time=now, seconds=seconds, budget=self._budget))
-        if self._overruns >= self._max_overruns and self.policy is not self._safe:
+        end = self._times()
+        took, used = end[0] - start[0], end[1] - start[1]
+        self.seconds += took
+        if self._overruns.add(took, used):
+            self._emit(events.PolicyOverran(time=now, seconds=used, budget=self._budget))
+        complaint = self._overruns.complaint
+        if complaint and self.policy is not self._safe:
             self.policy = self._in_its_place()
-            reason = f"{self.name} took more than {self._budget * 1e3:g} ms {self._overruns} times"
-            self._emit(events.PolicyReplaced(time=now, reason=reason))
+            self._emit(events.PolicyReplaced(time=now, reason=f"{self.name} {complaint}"))
 
 
 def _well_formed(answer: Any) -> Decision:

@@ -61,6 +61,8 @@ class Built(NamedTuple):
     """Files that the model was loaded from, if prefixes are kept in files."""
     timer: Callable[[], float] = time.perf_counter
     """Clock that measures decisions and the event loop's lag."""
+    processor: Callable[[], float] = time.thread_time
+    """Clock of this thread's processor time."""
     first_steps: Sequence[tuple[StepBatch, float]] = ()
     """Warm-up steps taken at start, and their seconds."""
     memory_taken: int | None = None

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
+from aioengine.schedulers.overruns import Overruns
 from aioengine.schedulers.routing import interface
 from aioengine.schedulers.routing.routers.least_loaded import LeastLoaded
 
@@ -13,8 +14,6 @@ MAX_REPLICAS = 4096
 """Maximum replicas of one answer that are examined."""
 MAX_REASON = 200
 """Characters of a reason that are kept."""
-FORGIVEN_AFTER = 1000
-"""After this many decisions in time in a row, earlier overruns are forgotten."""
 PLAN_SECONDS = 5.0
 """A plan that takes longer is dropped, because the fleet has changed since."""
 MAX_MOVES = 1000
@@ -29,11 +28,12 @@ class RouterGuard:
     """Stands between a door and a router.
 
     If a router raises or returns an invalid answer, ``LeastLoaded`` decides for that request. If it takes
-    longer than ``budget`` seconds ``max_overruns`` times, ``LeastLoaded`` replaces it for good. No error of a
-    router is raised here.
+    longer than ``budget`` seconds ``max_overruns`` times, ``LeastLoaded`` replaces it for good; see
+    :class:`~aioengine.schedulers.overruns.Overruns`. No error of a router is raised here.
 
     Args:
         timer: Seconds, for measuring decisions. None: they are not measured.
+        processor: Seconds of processor time of this thread. None: as ``timer``.
         failed: Called for every failure; failures are counted in any case.
     """
 
@@ -42,6 +42,7 @@ class RouterGuard:
         router: interface.RouterPolicy,
         *,
         timer: Callable[[], float] | None = None,
+        processor: Callable[[], float] | None = None,
         budget: float = 1e-3,
         max_overruns: int = 100,
         failed: Failed = lambda kind, text: None,
@@ -56,22 +57,23 @@ class RouterGuard:
         """Seconds of the last decision."""
         self._safe = LeastLoaded()
         self._timer = timer
-        self._budget = budget
-        self._max_overruns = max_overruns
+        self._processor = timer if processor is None else processor
         self._report = failed
-        self._overruns = self._in_time = 0
+        self._overruns = Overruns(budget, max_overruns)
 
     def route(self, request: interface.RouteRequest, view: interface.FleetView) -> interface.Route:
         """Return a route whose replicas all accept requests and have not been tried; an empty one with a
         reason if the request is rejected or no such replica exists."""
-        start = self._timer() if self._timer is not None else 0.0
+        start = 0.0 if self._timer is None else self._timer()
+        used = 0.0 if self._processor is None else self._processor()
         route = self._ask(self.router, request, view)
         if route is None and self.router is not self._safe:
             route = self._ask(self._safe, request, view)
         if route is None:
             route = interface.Route(reject=NO_REPLICA, reason="no replica")
-        if self._timer is not None:
-            self._measure(self._timer() - start)
+        if self._timer is not None and self._processor is not None:
+            used = self._processor() - used
+            self._measure(self._timer() - start, used)
         self.reasons["rejected" if route.reject is not None else route.reason] += 1
         return route
 
@@ -108,19 +110,15 @@ class RouterGuard:
         self.failures[kind] += 1
         self._report(kind, text)
 
-    def _measure(self, seconds: float) -> None:
-        self.seconds = seconds
-        if seconds <= self._budget:
-            self._in_time += 1
-            if self._in_time >= FORGIVEN_AFTER:
-                self._overruns = 0
-            return
-        self._in_time = 0
-        self._overruns += 1
-        self._fail("slow", f"{self.name} took {seconds * 1e3:.3g} ms, more than {self._budget * 1e3:g} ms")
-        if self._overruns >= self._max_overruns and self.router is not self._safe:
+    def _measure(self, took: float, used: float) -> None:
+        self.seconds = took
+        if self._overruns.add(took, used):
+            limit = f"more than {self._overruns.budget * 1e3:g} ms"
+            self._fail("slow", f"{self.name} took {used * 1e3:.3g} ms of processor time, {limit}")
+        complaint = self._overruns.complaint
+        if complaint and self.router is not self._safe:
             self.router = self._safe
-            self._fail("replaced", f"{self.name} was too slow {self._overruns} times: it is asked no more")
+            self._fail("replaced", f"{self.name} {complaint}: it is asked no more")
 
 
 class PlacementGuard:

@@ -33,7 +33,10 @@ class Dispatcher:
         self._config = members.config
         self._state = members.state
         self.guard = RouterGuard(
-            load_router(self._config.router), timer=time.perf_counter, failed=self._router_failed
+            load_router(self._config.router),
+            timer=time.perf_counter,
+            processor=time.thread_time,
+            failed=self._router_failed,
         )
         self.migrations: Counter[str] = Counter()
         """Requests that continued on another replica, by the fate of their first one."""

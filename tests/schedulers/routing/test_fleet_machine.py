@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from itertools import accumulate, cycle
 
 import pytest
 from hypothesis import settings
@@ -300,6 +301,18 @@ def test_a_slow_router_is_asked_no_more() -> None:
         assert guard.route(RouteRequest("q", None, 10, 10), state.view).replicas == ["r1"]
     assert guard.failures == {"slow": 3, "replaced": 1}
     assert len(guard.route(RouteRequest("q", None, 10, 10), state.view).replicas) == 3
+
+
+def test_a_busy_machine_does_not_replace_a_router() -> None:
+    """A second passes in the middle of every third decision, and no processor time."""
+    clock = accumulate(cycle([0, 1, 0, 0, 0, 0]))
+    state = fleet_of()
+    guard = RouterGuard(
+        Broken(Route(["r1"])), timer=lambda: next(clock), processor=lambda: 0.0, budget=0.5, max_overruns=3
+    )
+    for _ in range(30):
+        assert guard.route(RouteRequest("q", None, 10, 10), state.view).replicas == ["r1"]
+    assert not guard.failures
 
 
 def test_a_rejection_is_passed_on_and_counted() -> None:
