@@ -22,8 +22,12 @@ logger = logging.getLogger("aioengine.fleet")
 T = TypeVar("T")
 
 NAMESPACE = "aioengine"
-LEASE_SECONDS = 600.0
-"""Maximum seconds that a lost door, which was changing an adapter, blocks other doors."""
+LEASE_SECONDS = 30.0
+"""Seconds for which a door may change an adapter, and then others may; it renews this while it works. So a
+door that is lost meanwhile does not block others for longer."""
+WAIT_SECONDS = 5.0
+"""How long the registry lets a door wait for its turn until the door has to ask again, which shows that it
+lives."""
 MAX_CHANGES = 10_000
 """Number of adapters whose last changes are remembered for doors that were not told yet."""
 _FILE = "adapters.json"
@@ -96,6 +100,9 @@ class AdapterRegistry:
         self._decided: set[str] = set()
         """Adapters that were put or removed in this life: what a door knows from an earlier one is older."""
         self._leases: dict[str, tuple[str, float]] = {}
+        """By adapter: who may change it, and until when."""
+        self._waiting: set[tuple[str, str]] = set()
+        """Adapters that somebody waits for, each with who waits."""
         self._usage = SharedUsage(time.monotonic)
         self._config: bytes | None = None
 
@@ -142,17 +149,27 @@ class AdapterRegistry:
         found = [self._entries[name] for name in names if name in self._entries]
         return Changes(self._mark, found, [name for name in names if name not in self._entries], False)
 
-    async def begin(self, name: str, owner: str) -> None:
-        """Wait until no other door changes the adapter. Then ``owner`` may change it, until :meth:`end`."""
+    async def begin(self, name: str, owner: str) -> bool:
+        """Wait until nobody else changes the adapter. Then ``owner`` may change it for ``LEASE_SECONDS``, and
+        longer if it calls this again meanwhile. Returns whether it may: not if it was still waiting after
+        ``WAIT_SECONDS``, because it may be gone, or if :meth:`end` was called."""
         loop = asyncio.get_running_loop()
-        while True:
-            holder = self._leases.get(name)
-            if holder is None or holder[0] == owner or loop.time() > holder[1]:
-                break
+        due = loop.time() + WAIT_SECONDS
+        self._waiting.add((name, owner))
+        while (name, owner) in self._waiting:
+            holder, until = self._leases.get(name, (owner, 0.0))
+            if holder == owner or loop.time() > until:
+                self._waiting.remove((name, owner))
+                self._leases[name] = owner, loop.time() + LEASE_SECONDS
+                return True
+            if loop.time() >= due:
+                self._waiting.remove((name, owner))
             await asyncio.sleep(0.05)
-        self._leases[name] = owner, loop.time() + LEASE_SECONDS
+        return False
 
     async def end(self, name: str, owner: str) -> None:
+        """Let others change the adapter; also called by who waits no more."""
+        self._waiting.discard((name, owner))
         if self._leases.get(name, ("", 0.0))[0] == owner:
             del self._leases[name]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -23,7 +24,7 @@ class RegistryActor:
         self._registry = self._made()
 
     def __getattr__(self, name: str) -> Any:
-        async def remote(*arguments: Any) -> Any:
+        async def call(*arguments: Any) -> Any:
             try:
                 answer = await getattr(self._registry, name)(*arguments)
             except Exception as error:
@@ -32,5 +33,9 @@ class RegistryActor:
                 raise RayTaskError(name, "a traceback of many lines", error).as_instanceof_cause() from None
             self.answers.append(answer)
             return answer
+
+        def remote(*arguments: Any) -> asyncio.Future[Any]:
+            # As with Ray it begins at once, and goes on when its caller does not wait for it any more.
+            return asyncio.shield(asyncio.ensure_future(call(*arguments)))
 
         return SimpleNamespace(remote=remote)

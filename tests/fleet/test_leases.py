@@ -1,0 +1,153 @@
+"""One change of an adapter at a time, whatever becomes of those who wait for their turn."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import suppress
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from support.registry_actor import RegistryActor
+
+from aioengine import EngineConfig
+from aioengine.fleet.config import FleetConfig
+from aioengine.fleet.door.adapters import FleetAdapters
+from aioengine.fleet.door.members import Member, Members
+from aioengine.fleet.registry import LEASE_SECONDS, WAIT_SECONDS
+from aioengine.info import AdapterInfo
+from aioengine.lab.simulation.clock import run_in_virtual_time
+
+pytest.importorskip("ray.exceptions", reason="Ray has no wheel for this system or Python")
+
+
+class Busy:
+    """Who changes the adapter now."""
+
+    def __init__(self) -> None:
+        self.now: set[str] = set()
+        self.most = 0
+
+    def begin(self, door: str) -> None:
+        self.now.add(door)
+        self.most = max(self.most, len(self.now))
+
+
+class Door:
+    """A door that changes an adapter for ``seconds``. After :meth:`die` nothing that it says is heard."""
+
+    def __init__(self, name: str, actor: RegistryActor, busy: Busy, seconds: float) -> None:
+        self.ended: float | None = None
+        self._name, self._actor, self._busy, self._seconds = name, actor, busy, seconds
+        self._lives = True
+        config = FleetConfig(engine=EngineConfig(model="tiny"))
+        handle = SimpleNamespace(options=lambda **_: SimpleNamespace(remote=self._replica))
+        members = Members(config, handle, door=name)
+        members.members["r0"] = Member(SimpleNamespace(replica="r0"), None)  # type: ignore[arg-type]
+        self._adapters = FleetAdapters(config, members)
+
+    async def _replica(self, action: str, arguments: dict[str, Any], to: str) -> AdapterInfo | None:
+        if action == "prepare":
+            self._busy.begin(self._name)
+            try:
+                await asyncio.sleep(self._seconds)
+            finally:
+                self._busy.now.discard(self._name)
+        if action not in ("prepare", "commit"):
+            return None
+        return AdapterInfo(
+            name="sql", version=1, path="sql", rank=8, bytes=1, digest=self._name, location="cpu", slot=None,
+            pinned=False, running=0, waiting=0,
+        )  # fmt: skip
+
+    def __getattr__(self, call: str) -> Any:
+        """The registry, as this door reaches it."""
+
+        def remote(*arguments: Any) -> asyncio.Future[Any]:
+            if not self._lives:
+                raise ConnectionError
+            answer: asyncio.Future[Any] = getattr(self._actor, call).remote(*arguments)
+            return answer
+
+        return SimpleNamespace(remote=remote)
+
+    async def change(self) -> None:
+        await self._adapters.start(self)
+        try:
+            await self._adapters.load("sql", "sql", pin=False, force_pin=False, replace=True)
+            self.ended = asyncio.get_running_loop().time()
+        finally:
+            with suppress(ConnectionError):
+                await self._adapters.stop()
+
+    def die(self) -> None:
+        self._lives = False
+
+
+class Change(NamedTuple):
+    begins: float
+    takes: float
+    ends: tuple[str, float] | None
+    """How it is cut off, and how long after its beginning."""
+
+
+ENDS = st.tuples(st.sampled_from(["cancelled", "dies"]), st.floats(0, 200))
+CHANGES = st.builds(
+    Change,
+    begins=st.floats(0, 100),
+    takes=st.floats(0, 3 * LEASE_SECONDS),
+    ends=st.none() | ENDS,
+)
+
+
+@given(st.lists(CHANGES, min_size=1, max_size=6))
+def test_changes_wait_for_each_other_and_for_nobody_else(changes: list[Change]) -> None:
+    """Who is cancelled, however far it has come, blocks nobody; who dies blocks others for a lease."""
+
+    async def main() -> None:
+        actor, busy = RegistryActor(), Busy()
+        doors = [Door(f"d{index}", actor, busy, change.takes) for index, change in enumerate(changes)]
+
+        async def one(door: Door, change: Change) -> None:
+            await asyncio.sleep(change.begins)
+            task = asyncio.ensure_future(door.change())
+            if change.ends is None:
+                await task
+                return
+            how, after = change.ends
+            await asyncio.wait([task], timeout=after)
+            if how == "dies":
+                door.die()
+            task.cancel()
+            with suppress(asyncio.CancelledError, ConnectionError):
+                await task
+
+        await asyncio.gather(*[one(door, change) for door, change in zip(doors, changes, strict=True)])
+        assert busy.most <= 1
+        deaths = sum(change.ends is not None and change.ends[0] == "dies" for change in changes)
+        last = max(change.begins for change in changes) + sum(change.takes for change in changes)
+        last += deaths * (LEASE_SECONDS + WAIT_SECONDS) + len(changes) * 0.2
+        for door, change in zip(doors, changes, strict=True):
+            if change.ends is None:
+                assert door.ended is not None and door.ended <= last
+
+    run_in_virtual_time(main())
+
+
+def test_who_waits_and_is_cancelled_leaves_nothing() -> None:
+    async def main() -> None:
+        loop, actor, busy = asyncio.get_running_loop(), RegistryActor(), Busy()
+        first, second, third = (Door(name, actor, busy, 10.0) for name in ("first", "second", "third"))
+        changing = asyncio.ensure_future(first.change())
+        await asyncio.sleep(1.0)
+        waiting = asyncio.ensure_future(second.change())
+        await asyncio.sleep(1.0)
+        waiting.cancel()
+        await changing
+        begun = loop.time()
+        await third.change()
+        assert loop.time() - begun < 10.2
+
+    run_in_virtual_time(main())
