@@ -189,6 +189,14 @@ def test_the_image_is_built_with_one_version_of_everything() -> None:
     assert wanted <= {name for name, _ in pinned} | {"aioengine"}, "see `make lock`"
 
 
+def test_the_image_is_built_on_one_base() -> None:
+    """Both stages on the same image, which is named by its digest: a tag moves."""
+    lines = (DEPLOY / "Dockerfile").read_text().splitlines()
+    [base] = [line.removeprefix("ARG BASE=") for line in lines if line.startswith("ARG BASE=")]
+    assert re.fullmatch(r"python:3\.\d+-slim-bookworm@sha256:[0-9a-f]{64}", base)
+    assert {line.split()[1] for line in lines if line.startswith("FROM ")} == {"${BASE}"}
+
+
 POOL, ROUTE = yaml.safe_load_all((DEPLOY / "gateway" / "inferencepool.yaml").read_text())
 
 
