@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Protocol
 
 from aioengine import events
 from aioengine.metrics.collect.snapshot import gauge
@@ -41,6 +42,12 @@ class TenantMetrics:
         self._responses.inc((self._labels.of(tenant), str(status)))
 
 
+class Expires(Protocol):
+    @property
+    def expires(self) -> float:
+        """Unix time."""
+
+
 class HttpMetrics:
     """Counts HTTP answers. The server that serves the engine reports each, on the event loop's thread."""
 
@@ -49,6 +56,8 @@ class HttpMetrics:
         self._responses = Counters(d.HTTP_RESPONSES)
         self.active: Callable[[], int] = int
         """Function that counts the requests that have not been answered in full; called at each scrape."""
+        self.certificate: Expires | None = None
+        """The server's TLS certificate, if it has one."""
 
     def responded(self, route: str, status: int, code: str | None, tenant: str | None) -> None:
         """Count an answer. ``route`` and ``code`` (of an error) are from fixed sets. ``status`` is 499 if the
@@ -59,3 +68,5 @@ class HttpMetrics:
     def families(self, engine: str) -> Iterator[Family]:
         yield self._responses.family(engine)
         yield gauge(engine, d.HTTP_ACTIVE, ((), self.active()))
+        expires = [] if self.certificate is None else [((), self.certificate.expires)]
+        yield gauge(engine, d.TLS_EXPIRES, *expires)

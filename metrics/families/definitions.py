@@ -298,6 +298,12 @@ HTTP_ACTIVE = Definition(
     "Requests to the HTTP server that have not been answered in full, without probes and pages.",
 )
 
+TLS_EXPIRES = Definition(
+    "aioengine_tls_certificate_expiry_seconds",
+    "gauge",
+    "Unix time at which the server's TLS certificate expires.",
+)
+
 # Policy
 
 POLICY_DECISION = Definition(

@@ -8,12 +8,15 @@ import ssl
 import sys
 from collections.abc import Callable
 from contextlib import suppress
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, cast
 
 import httpx
 import pytest
 from cryptography import x509
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from support.certificates import self_signed
 from support.engine_fixtures import Tiny
 from support.server_process import serving
@@ -47,6 +50,7 @@ async def test_a_certificate_is_renewed_while_a_stream_goes_on(tiny_text: Tiny, 
                     await asyncio.sleep(0.01)
 
         assert server.url.startswith("https://127.0.0.1:") and await subject_at(port) == "CN=first"
+        assert any("the TLS certificate expires at " in line["message"] for line in server.lines)
         body = {"model": "tiny", "prompt": "x", "max_tokens": 300, "stream": True, "ignore_eos": True}
         async with (
             httpx.AsyncClient(base_url=server.url, verify=trusted, trust_env=False, timeout=60) as http,
@@ -56,6 +60,8 @@ async def test_a_certificate_is_renewed_while_a_stream_goes_on(tiny_text: Tiny, 
             await anext(lines)
             key.write_text("no key")
             await told("the configuration stays as it was: tls_cert=")
+            self_signed(tmp_path, "late", datetime.now(UTC) - timedelta(hours=1))
+            await told("the TLS certificate has expired at ")
             assert await subject_at(port) == "CN=first"
             self_signed(tmp_path, "second")
             await told("changed: the TLS certificate")
@@ -65,6 +71,15 @@ async def test_a_certificate_is_renewed_while_a_stream_goes_on(tiny_text: Tiny, 
             await httpx.AsyncClient(trust_env=False).get(f"http://127.0.0.1:{port}/health")
         server.process.send_signal(signal.SIGTERM)
         assert await server.end() == 0
+
+
+@given(until=st.datetimes(datetime(1970, 1, 1), datetime(2199, 12, 31), timezones=st.just(UTC)))
+@settings(max_examples=20)
+def test_when_a_certificate_expires(until: datetime, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """DER writes the years until 2049 with two digits, and later ones with four."""
+    until = until.replace(microsecond=0)
+    certificate = Certificate(*map(str, self_signed(tmp_path_factory.mktemp("tls"), "one", until)))
+    assert certificate.expires == until.timestamp()
 
 
 async def test_a_handshake_that_does_not_come_is_not_waited_for(tiny_text: Tiny, tmp_path: Path) -> None:

@@ -42,13 +42,13 @@ def ray_tls(folder: Path) -> dict[str, str]:
     return found
 
 
-def self_signed(folder: Path, name: str) -> tuple[Path, Path]:
+def self_signed(folder: Path, name: str, until: datetime.datetime | None = None) -> tuple[Path, Path]:
     """A certificate for 127.0.0.1, whose subject is ``name``, and its key: two PEM files in ``folder``, which
-    replace those of an earlier call."""
+    replace those of an earlier call. It is valid for a day, or until ``until``."""
     key = ec.generate_private_key(ec.SECP256R1())
     here = x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))])
     made = (
-        _certificate(_name(name), _name(name), key)
+        _certificate(_name(name), _name(name), key, until)
         .add_extension(here, critical=False)
         .sign(key, hashes.SHA256())
     )
@@ -66,17 +66,21 @@ def _name(text: str) -> x509.Name:
 
 
 def _certificate(
-    subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePrivateKey
+    subject: x509.Name,
+    issuer: x509.Name,
+    key: ec.EllipticCurvePrivateKey,
+    until: datetime.datetime | None = None,
 ) -> x509.CertificateBuilder:
     now = datetime.datetime.now(datetime.UTC)
+    until = now + datetime.timedelta(days=1) if until is None else until
     return (
         x509.CertificateBuilder()
         .subject_name(subject)
         .issuer_name(issuer)
         .public_key(key.public_key())
         .serial_number(x509.random_serial_number())
-        .not_valid_before(now - datetime.timedelta(days=1))
-        .not_valid_after(now + datetime.timedelta(days=1))
+        .not_valid_before(min(now, until) - datetime.timedelta(days=1))
+        .not_valid_after(until)
     )
 
 

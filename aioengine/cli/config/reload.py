@@ -141,7 +141,7 @@ class Reloader:
         if self._certificate is None:
             return
         try:
-            context = await asyncio.to_thread(self._certificate.read)
+            context = await asyncio.to_thread(self._certificate.renewed)
         except ConfigError as error:
             logger.error("the TLS certificate stays as it was: %s", error)
             return
@@ -157,7 +157,7 @@ class Reloader:
             if name in adapters:
                 raise ConfigError(f"[adapters]: {name!r} is the base model's name in requests; use another")
         fleet = fleet_table(self._engine_flags.config)
-        tls = None if self._certificate is None else self._certificate.read()
+        tls = None if self._certificate is None else self._certificate.renewed()
         return _Read(config, server, flags, adapters, fleet, tls)
 
     def _merged(self, server: Mapping[str, Any]) -> ServerFlags:
