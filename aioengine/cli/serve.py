@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from ipaddress import ip_address
@@ -28,7 +29,7 @@ from aioengine.grammars.schemas import SchemaOptions
 from aioengine.metrics.otlp import check_endpoint
 from aioengine.server.access.keys import read_keys_file
 from aioengine.server.settings import ServerSettings, parse_keys
-from aioengine.server.transport.tls import Certificate
+from aioengine.server.transport.tls import Certificate, expiry
 
 if TYPE_CHECKING:
     from contextlib import AbstractAsyncContextManager
@@ -40,6 +41,8 @@ if TYPE_CHECKING:
 
 KEY_VARIABLE = "AIOENGINE_API_KEYS"
 ADMIN_KEY_VARIABLE = "AIOENGINE_ADMIN_KEYS"
+EXPIRES_SOON_SECONDS = 14 * 24 * 3600.0
+"""The log warns at the start if the TLS certificate expires within this time."""
 _LOCAL_NAMES = ("localhost", "127.0.0.1", "[::1]")
 
 _SERVER = Group("Server", sort_key=5)
@@ -296,15 +299,17 @@ async def _serve(
             if isinstance(client, AsyncEngine):
                 if writer is not None:
                     writer.attach(client)
-                client.metrics.dropped_log_lines = lambda: log.dropped
-                client.metrics.export_process()
                 if traces is not None:
                     trace_engine(client, traces)
+            client.metrics.dropped_log_lines = lambda: log.dropped
+            client.metrics.export_process()
+            if checked.listen.tls is not None:
+                client.metrics.http.certificate = checked.listen.tls
             app = create_app(client, checked.settings, tracer_provider=traces)
             await app.context.defaults()
             entrance.open(app)
             try:
-                _tell(url, flags, checked.settings)
+                _tell(url, flags, checked.settings, checked.listen.tls)
                 if isinstance(client, AsyncEngine):
                     tell_what_runs(client)
                 with signals.handled():
@@ -320,10 +325,13 @@ async def _serve(
     return 0 if finished and not dead else EXIT_FAILED
 
 
-def _tell(url: str, flags: ServerFlags, settings: ServerSettings) -> None:
+def _tell(url: str, flags: ServerFlags, settings: ServerSettings, certificate: Certificate | None) -> None:
     logger.info("serving at %s (API: %s/v1, page: %s/, description: %s/docs)", url, url, url, url)
     if not settings.api_keys and settings.keys_file is None and not _is_loopback(flags.host):
         logger.warning("anybody who reaches %s may use this server: there are no API keys", flags.host)
+
+    if certificate is not None and certificate.expires < time.time() + EXPIRES_SOON_SECONDS:
+        logger.warning("%s; renew it, and send SIGHUP", expiry(certificate.expires))
 
 
 def _is_loopback(host: str) -> bool:

@@ -7,6 +7,7 @@ import importlib.util
 import logging
 import os
 import socket
+import ssl
 import threading
 import uuid
 from collections.abc import Callable, Iterator
@@ -111,6 +112,18 @@ def check_address(where: str) -> None:
 
 def _has_tls() -> bool:
     return os.environ.get("RAY_USE_TLS", "0").lower() in ("1", "true")
+
+
+def tls_context() -> ssl.SSLContext | None:
+    """Return how to speak TLS to a process of the cluster; None if the cluster does not."""
+    if not _has_tls():
+        return None
+    authority, key, cert = (os.environ[f"RAY_TLS_{name}"] for name in _CERTIFICATES)
+    context = ssl.create_default_context(cafile=authority)
+    context.check_hostname = False  # Ray checks the names
+    context.set_alpn_protocols(["h2"])
+    context.load_cert_chain(cert, key)
+    return context
 
 
 def _speaks_grpc(where: str) -> bool:

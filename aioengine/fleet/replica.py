@@ -76,6 +76,7 @@ class EngineReplica:
         torch.set_num_threads(self._config.cpus_per_replica)
         engine = AsyncEngine(self._config.engine)
         await engine.start()
+        engine.metrics.export_process()
         return engine
 
     # Channels

@@ -323,8 +323,8 @@ SERVICE = [
         units.Short,
         [
             Query(
-                f"sum by (instance, engine, state) (aioengine_engine_state{{{HERE}}}) > 0",
-                "{{instance}} {{state}}",
+                f"sum by (instance, engine, replica, state) (aioengine_engine_state{{{HERE}}}) > 0",
+                "{{instance}} {{replica}} {{state}}",
             ),
             Query(
                 f"sum by (instance) (aioengine_http_requests_active{{{HERE}}})", "{{instance}} open requests"
@@ -413,29 +413,29 @@ PROCESS = [
         "Resident memory",
         "Memory of the server's process; processes of the model are not included.",
         units.BytesIEC,
-        [Query(f"process_resident_memory_bytes{{{HERE}}}", "{{instance}}")],
+        [Query(f"process_resident_memory_bytes{{{HERE}}}", "{{instance}} {{replica}}")],
     ),
     Chart(
         "Processor time",
         "Cores that the process keeps busy.",
         units.Short,
-        [Query(rate("process_cpu_seconds_total", "instance"), "{{instance}}")],
+        [Query(rate("process_cpu_seconds_total", "instance, replica"), "{{instance}} {{replica}}")],
     ),
     Chart(
         "File descriptors, threads and tasks",
         "A number that grows and never shrinks shows a leak.",
         units.Short,
         [
-            Query(f"process_open_fds{{{HERE}}}", "{{instance}} descriptors"),
-            Query(f"process_threads{{{HERE}}}", "{{instance}} threads"),
-            Query(f"aioengine_event_loop_tasks{{{HERE}}}", "{{instance}} tasks"),
+            Query(f"process_open_fds{{{HERE}}}", "{{instance}} {{replica}} descriptors"),
+            Query(f"process_threads{{{HERE}}}", "{{instance}} {{replica}} threads"),
+            Query(f"aioengine_event_loop_tasks{{{HERE}}}", "{{instance}} {{replica}} tasks"),
         ],
     ),
     Chart(
         "Age of the process",
         "Seconds since its start; a fall to 0 is a restart.",
         units.Seconds,
-        [Query(f"time() - process_start_time_seconds{{{HERE}}}", "{{instance}}")],
+        [Query(f"time() - process_start_time_seconds{{{HERE}}}", "{{instance}} {{replica}}")],
     ),
     Chart(
         "Log lines lost",

@@ -24,11 +24,21 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Listener:
-    """Takes the place of Ray's head."""
+    """Takes the place of Ray's head. While it ``hangs``, the system accepts connections, and nobody
+    answers."""
+
+    def __init__(self) -> None:
+        self.hangs = False
 
     async def open(self, port: int = 0) -> str:
-        self._server = await asyncio.start_server(lambda reader, writer: writer.close(), "127.0.0.1", port)
+        self._server = await asyncio.start_server(self._answer, "127.0.0.1", port)
         return f"127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
+
+    async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if await reader.readexactly(len(head.PREFACE)) == head.PREFACE and not self.hangs:
+            writer.write(b"\0")
+        await reader.read()
+        writer.close()
 
     async def close(self) -> None:
         self._server.close()
@@ -59,6 +69,20 @@ async def test_the_door_ends_when_its_requests_have() -> None:
     assert isinstance(await dead, EngineDead)
     assert client.state == "dead"
     await client.stop()
+
+
+async def test_a_head_that_hangs_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    listener = Listener()
+    watched = head.Head(await listener.open())
+    assert await watched.answers()
+    listener.hangs = True
+    with monkeypatch.context() as patch:
+        patch.setattr(head, "WATCH_SECONDS", 0.02)
+        patch.setattr(head, "LOST_SECONDS", 0.1)
+        assert "does not answer" in str(await watched.until_lost())
+    listener.hangs = False
+    assert await watched.is_back(lambda: True) and watched.failure is None
+    await listener.close()
 
 
 @pytest.mark.usefixtures("quick")

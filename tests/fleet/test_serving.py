@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -174,6 +175,17 @@ def test_replaced_everywhere_or_nowhere(fleet: FleetServer, tiny_text: Tiny, ada
         assert client.post("/v1/unload_lora_adapter", json={"lora_name": "swap"}).status_code == 200
         gone = client.post("/v1/completions", json={"model": "swap", "prompt": "x"})
         assert gone.status_code == 404
+
+
+def test_each_process_is_seen(fleet: FleetServer) -> None:
+    """Whether one leaks, since when it runs, and what the door is about."""
+    names = re.findall(r'^aioengine_fleet_replica_up\{.*replica="(\w+)"', fleet.metrics(), re.MULTILINE)
+    assert len(names) == 2
+    for replica in ("door", *names):
+        assert fleet.metric("process_resident_memory_bytes", replica=replica) > 2**24
+        assert 0 < fleet.metric("process_start_time_seconds", replica=replica) < time.time()
+        assert fleet.metric("aioengine_engine_state", replica=replica, state="ready") == 1
+    assert 'aioengine_log_dropped_total{replica="door"' in fleet.metrics()
 
 
 def test_the_commands(fleet: FleetServer, tls: dict[str, str]) -> None:

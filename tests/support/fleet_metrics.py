@@ -21,7 +21,7 @@ def door(*replicas: str, adapters: tuple[str, ...] = ()) -> FleetMetrics:
     for replica in replicas:
         members.state.join(replica, ReplicaLimits(2, 4, 8, 1000))
         members.state.report(replica, Report(0.0, 0, 0, 0, 0, 0, 0, 1000, {}, tiers=Tiers(slot=adapters)))
-    metrics = FleetMetrics(members, Dispatcher(members))
+    metrics = FleetMetrics(members, Dispatcher(members), lambda: "running")
     metrics.start()
     return metrics
 

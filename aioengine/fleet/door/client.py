@@ -18,6 +18,7 @@ import msgspec
 from aioengine import errors
 from aioengine.client import UsageLedger
 from aioengine.events import Event
+from aioengine.fleet.cluster import tls_context
 from aioengine.fleet.config import FleetConfig
 from aioengine.fleet.door.adapters import FleetAdapters
 from aioengine.fleet.door.call import Call
@@ -87,7 +88,7 @@ class FleetClient:
         door = uuid.uuid4().hex if door is None else door
         self.members = Members(config, handle, door=door)
         self._dispatcher = Dispatcher(self.members)
-        self.metrics = FleetMetrics(self.members, self._dispatcher)
+        self.metrics = FleetMetrics(self.members, self._dispatcher, lambda: self.state)
         self._adapters = FleetAdapters(config, self.members)
         self._limits = SharedLimits(door, msgspec.json.encode(config), self._adapters.refresh_soon)
         self._tracer_provider = tracer_provider
@@ -130,7 +131,7 @@ class FleetClient:
 
     def watch_head(self, address: str) -> None:
         """Notice when nothing answers at the address of Ray's head any more; see :meth:`until_dead`."""
-        self._head = Head(address)
+        self._head = Head(address, tls_context())
 
     @property
     def state(self) -> EngineState:

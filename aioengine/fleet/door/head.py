@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import ssl
 from collections.abc import Callable
 
 from aioengine.errors import EngineDead
 
+PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\4\0\0\0\0\0"
+"""What a client of HTTP/2 says first, and an empty SETTINGS frame (RFC 9113, section 3.4). A server of gRPC
+answers it; the system alone, which accepts connections for a process that stands still, does not."""
 WATCH_SECONDS = 2.0
 LOST_SECONDS = 15.0
 """How long nothing has to answer at the head's address until new requests are refused. After 60 s Ray ends
@@ -16,15 +20,16 @@ FINISH_SECONDS = 25.0
 
 
 class Head:
-    """Ray's head at ``address`` ("host:port")."""
+    """Ray's head at ``address`` ("host:port"). ``tls``: how to speak to it; None: without TLS."""
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, tls: ssl.SSLContext | None = None) -> None:
         self._address = address
+        self._tls = tls
         self.failure: EngineDead | None = None
         """Set while it does not answer."""
 
     async def until_lost(self) -> EngineDead:
-        """Watch it until nothing has listened at its address for ``LOST_SECONDS``; then :attr:`failure` is
+        """Watch it until nothing has answered at its address for ``LOST_SECONDS``; then :attr:`failure` is
         set, and returned."""
         loop = asyncio.get_running_loop()
         heard = loop.time()
@@ -50,13 +55,19 @@ class Head:
         return await self.answers()
 
     async def answers(self) -> bool:
-        """Return whether something listens at its address; then there is no :attr:`failure` any more."""
+        """Return whether a server answers at its address; then there is no :attr:`failure` any more."""
         host, _, port = self._address.rpartition(":")
+        writer: asyncio.StreamWriter | None = None
         try:
             async with asyncio.timeout(WATCH_SECONDS):
-                _, writer = await asyncio.open_connection(host.strip("[]"), int(port))
+                reader, writer = await asyncio.open_connection(host.strip("[]"), int(port), ssl=self._tls)
+                writer.write(PREFACE)
+                if not await reader.read(1):
+                    return False
         except OSError:  # TimeoutError is one
             return False
-        writer.close()
+        finally:
+            if writer is not None:
+                writer.transport.abort()
         self.failure = None
         return True

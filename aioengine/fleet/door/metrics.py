@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 from prometheus_client import CollectorRegistry, Histogram
 from prometheus_client.exposition import choose_encoder
@@ -15,8 +15,14 @@ from prometheus_client.registry import Collector
 
 from aioengine.fleet.door.dispatcher import Dispatcher
 from aioengine.fleet.door.members import Members
+from aioengine.info import EngineState
 from aioengine.metrics.collect.by_tenant import HttpMetrics, TenantMetrics
+from aioengine.metrics.collect.on_loop import OnLoop
+from aioengine.metrics.collect.process import ProcessMetrics
+from aioengine.metrics.collect.snapshot import engine_state, gauge
+from aioengine.metrics.families.definitions import LOG_DROPPED
 from aioengine.metrics.families.exposition import TextWriter
+from aioengine.metrics.families.storage import Family
 
 SCRAPE_SECONDS = 3.0
 """Seconds after which a replica is left out of a scrape."""
@@ -29,9 +35,9 @@ _BUCKETS = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 5e-3, 2e-2)
 
 class FleetMetrics:
     """Metrics of a fleet, with the interface that a server needs. Any thread except the loop's may scrape
-    it."""
+    it. ``state`` returns the door's state."""
 
-    def __init__(self, members: Members, dispatcher: Dispatcher) -> None:
+    def __init__(self, members: Members, dispatcher: Dispatcher, state: Callable[[], EngineState]) -> None:
         self.registry = CollectorRegistry()
         self.registry.register(_Everything(self))
         self.own = CollectorRegistry()
@@ -42,6 +48,10 @@ class FleetMetrics:
         self._engine = members.config.engine.name
         self._tenants = TenantMetrics(members.config.engine.max_adapter_labels)
         self.http = HttpMetrics(self._tenants)
+        self.dropped_log_lines: Callable[[], int] = int
+        """Function that counts the door's dropped log lines; called at each scrape."""
+        self._state = state
+        self._process: ProcessMetrics | None = None
         self._writer = TextWriter()
         self._seconds = Histogram(
             "aioengine_fleet_route_seconds",
@@ -51,9 +61,15 @@ class FleetMetrics:
             buckets=_BUCKETS,
         ).labels(self._engine, DOOR)
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._on_loop = OnLoop()
 
     def start(self) -> None:
         self._loop = asyncio.get_running_loop()
+        self._on_loop = OnLoop()
+
+    def export_process(self) -> None:
+        """Export the door's own process from now on, if the door is the whole process."""
+        self._process = ProcessMetrics()
 
     def sources(self) -> list[str]:
         """Return the values of ``replica``; each can be scraped separately."""
@@ -69,12 +85,21 @@ class FleetMetrics:
         took, self._dispatcher.route_seconds = self._dispatcher.route_seconds, []
         for seconds in took:
             self._seconds.observe(seconds)
-        served = [*self.http.families(self._engine), *[m.family(self._engine) for m in self._tenants.metrics]]
-        door = self._writer.write(served, openmetrics=kind != _TEXT).decode()
+        door = self._writer.write(self._on_loop.call(self._families), openmetrics=kind != _TEXT).decode()
         texts = [("", encode(self.own).decode()), (DOOR, door)]
         if source is None:
             texts += self.scraped(kind)
         return _merged(texts, openmetrics=kind != _TEXT).encode(), content_type
+
+    def _families(self) -> list[Family]:
+        """Return those of the door that an engine has, too."""
+        engine = self._engine
+        found = [*self.http.families(engine), *[m.family(engine) for m in self._tenants.metrics]]
+        found += [
+            engine_state(engine, self._state()),
+            gauge(engine, LOG_DROPPED, ((), self.dropped_log_lines())),
+        ]
+        return found if self._process is None else [*found, *self._process.families(engine)]
 
     def scraped(self, accept: str, replica: str | None = None) -> list[tuple[str, str]]:
         """Return (replica, text) of each replica that answers, or of one."""
@@ -155,7 +180,7 @@ class _Door(Collector):
         up = self._gauge("replica_up", "1 if it takes requests.")
         age = self._gauge("knowledge_age_seconds", "Age of its last report.")
         sent = self._gauge("replica_requests", "Its requests of this door.")
-        for replica, view in dict(self._members.state.view.replicas).items():
+        for replica, view in list(self._members.state.view.replicas.items()):
             labels = [self._engine, replica]
             member = self._members.members.get(replica)
             up.add_metric(labels, float(view.accepting))
