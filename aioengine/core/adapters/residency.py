@@ -24,7 +24,6 @@ from aioengine.core.state import AdapterEntry, AdapterFiles
 from aioengine.errors import AdapterChanged, AdapterError, AdapterTooLarge, EngineOverloaded
 from aioengine.schedulers.policy import Location
 
-
 MAX_NAMES = 10_000
 """Names whose own last version is remembered."""
 

@@ -21,7 +21,6 @@ from aioengine.server.context import Context
 from aioengine.server.errors import ApiError, to_api_error
 from aioengine.server.framework import RESPONSES, record_of
 
-
 MAX_ADAPTERS = 10_000
 """Number of adapters from which on no further ones are loaded over HTTP: they take memory, and each list of
 them takes time."""
