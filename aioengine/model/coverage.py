@@ -52,8 +52,6 @@ def not_covered(
         share = spec.hidden_size // shard.size
         if share % PANEL:
             return f"a rank's share of the hidden size, {share}, no multiple of {PANEL}"
-    if quantization != "none" and shard.size > 1:
-        return f"tensor_parallel_size={shard.size}"
     return None
 
 

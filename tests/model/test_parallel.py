@@ -38,7 +38,7 @@ from aioengine.model.parallel.group import Shard, SoloGroup
 from aioengine.model.parallel.partition import Partition
 from aioengine.model.parallel.ranges import count
 from aioengine.model.slots.layout import SlotLayout
-from aioengine.model.spec import EMBEDDING_MODULES, LORA_MODULES, ModelSpec
+from aioengine.model.spec import EMBEDDING_MODULES, LORA_MODULES, ModelSpec, Quantization
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # peft's, of biases and tied heads
 
@@ -213,6 +213,26 @@ def test_int8_adapters_on_two_ranks(two: Ranks, root: Path, kernels: str) -> Non
 
 
 @pytest.mark.parametrize("fully_sharded", [False, True])
+@pytest.mark.parametrize(
+    ("model", "quantization"), [("qwen2", "int8"), ("gemma3", "int8"), ("llama", "int4")]
+)
+@pytest.mark.usefixtures("cpu_library")
+def test_quantized_weights_on_two_ranks(
+    two: Ranks, root: Path, model: str, quantization: Quantization, fully_sharded: bool
+) -> None:
+    """Each rank quantizes its share: logits are as near to those of whole weights as one rank's are."""
+    loads = {slot: adapter_of(root, model, name) for slot, name in enumerate(("rank-4", "rank-16", "rank-5"))}
+    phase = Phase(loads, [(prompt(9 + slot, 8), slot) for slot in (-1, *loads)])
+    plain = Script(model_of(root, model), [phase], max_loras=3)
+    script = plain._replace(kernels="cpu", quantization=quantization)
+    assert two.run(is_compiled, script, fully_sharded=fully_sharded) == [True, True]
+    exact = play(SoloGroup(), plain).logits[0]
+    found, _ = two.run(play, script, fully_sharded=fully_sharded)
+    shared, whole = (np.linalg.norm(o.logits[0] - exact) for o in (found, play(SoloGroup(), script)))
+    assert 0 < shared < 1.2 * whole
+
+
+@pytest.mark.parametrize("fully_sharded", [False, True])
 @pytest.mark.usefixtures("cpu_library")
 def test_shares_that_compiled_steps_do_not_cover(three: Ranks, root: Path, fully_sharded: bool) -> None:
     """A third of the vocabulary is not in whole vectors: the library's operations, one by one."""
@@ -303,9 +323,13 @@ def test_bytes_sent_are_those_of_the_formulas(two: Ranks, root: Path) -> None:
 
 
 @pytest.mark.parametrize("fully_sharded", [False, True])
-@pytest.mark.parametrize("model", ["qwen3", "mistral", "one-kv-head", "glm4", "olmo2"])
+@pytest.mark.parametrize(
+    ("model", "quantization"),
+    [*((name, "none") for name in ("qwen3", "mistral", "one-kv-head", "glm4", "olmo2")), ("qwen2", "int8")],
+)
+@pytest.mark.usefixtures("cpu_library")
 def test_the_plan_is_what_each_rank_allocates(
-    two: Ranks, root: Path, model: str, fully_sharded: bool
+    two: Ranks, root: Path, model: str, quantization: Quantization, fully_sharded: bool
 ) -> None:
     modules = targetable(read_spec(model_of(root, model)))
     lora = LoRAConfig(
@@ -313,12 +337,14 @@ def test_the_plan_is_what_each_rank_allocates(
     )
     config = EngineConfig(
         model=str(model_of(root, model)), executor="process", tensor_parallel_size=2, lora=lora,
-        dtype="float32", device="cpu", max_model_len=64, kv_cache_memory="1MiB",
+        dtype="float32", device="cpu", max_model_len=64, kv_cache_memory="1MiB", quantization=quantization,
     )  # fmt: skip
     plan = plan_from_config(config, available_bytes=10**9)
     assert plan.available_bytes == 10**9 // 2
     assert any("each of 2 ranks" in detail for _, detail, _ in plan.rows())
     script = Script(model_of(root, model), [], max_loras=3, max_rank=16, target_modules=modules)
+    if quantization != "none":
+        script = script._replace(kernels="cpu", quantization=quantization)
     adapter = adapter_of(root, model, "rank-16")
     for share in two.run(hold, script, adapter, fully_sharded=fully_sharded):
         assert share.weight_bytes == plan.weights_bytes

@@ -27,7 +27,7 @@ from aioengine.model.files.resolve import read_spec
 from aioengine.model.parallel.group import DistributedGroup, Group, Shard
 from aioengine.model.runner import ModelRunner
 from aioengine.model.slots.image import AdapterImage
-from aioengine.model.spec import TARGETABLE_MODULES
+from aioengine.model.spec import TARGETABLE_MODULES, Quantization
 from aioengine.request import SamplingParams
 from aioengine.step import Sampled, SequenceWork, StepBatch
 
@@ -139,6 +139,7 @@ class Script(NamedTuple):
     chunk: int = 9
     """Prompts are computed in pieces of so many tokens."""
     int8_adapters: bool = False
+    quantization: Quantization = "none"
 
 
 class Outcome(NamedTuple):
@@ -272,6 +273,7 @@ class Stage:
             lora_dtype=torch.int8 if script.int8_adapters else script.dtype,
             sample=self._sample,
             kernels=script.kernels,
+            quantization=script.quantization,
             group=group,
         )
         assert self.runner.lora_slots is not None
