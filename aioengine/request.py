@@ -63,6 +63,16 @@ class StartedConstraint(TokenConstraint, Protocol):
         ...
 
 
+class ForcingConstraint(StartedConstraint, Protocol):
+    """A constraint that knows more than the next token, where it leaves no choice."""
+
+    @property
+    def forced(self) -> Sequence[int]:
+        """Tokens that must follow, one after another, after the only token that the last answer of ``poll``
+        allows; none if that allows several, or nothing is known. They are chosen without asking again."""
+        ...
+
+
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Parameters that say how tokens are chosen, and when to stop.
 

@@ -24,6 +24,9 @@ from aioengine.step import UNKNOWN, SequenceWork, StepBatch
 
 _Part = tuple[int, Request, SequenceWork]
 """A request in the batch: its slot, the request, and the range of tokens to compute."""
+DECODED_AT_ONCE = 32
+"""Tokens of an output that one step computes like a decoded token: a chosen one and those that its grammar
+forced after it. More of them wait for their turn among prompts."""
 FIXED_TOKENS = 16.0
 """First guess of a step's fixed cost, in tokens."""
 _slot_of = itemgetter(0)
@@ -96,28 +99,32 @@ class Batcher:
         preemptions = self.preemptions
         decodes, growing, prefills = list[Request](), list[Request](), deque[Request]()
         size = self.blocks.block_size
-        for request in self.running.values():
-            if len(request.tokens) - request.computed > 1:
-                prefills.append(request)
-                continue
-            decodes.append(request)
-            if request.computed >= len(request.blocks) * size:
-                growing.append(request)
         room = self.max_num_batched_tokens
+        forced, most_forced = 0, room - len(self.running)
+        for request in self.running.values():
+            more = len(request.tokens) - request.computed - 1
+            if more > 0:
+                if forced + more > most_forced or not _is_decoding(request, more):
+                    prefills.append(request)
+                    continue
+                forced += more
+            decodes.append(request)
+            if len(request.tokens) > len(request.blocks) * size:
+                growing.append(request)
         # Growing one request may preempt another one of them, or itself.
         for request in growing:
             if request.status is Status.RUNNING:
-                self._has_blocks(request, 1, now)
+                self._has_blocks(request, request.remaining, now)
         if self.preemptions > preemptions:
             decodes = [request for request in decodes if request.status is Status.RUNNING]
+        room -= len(decodes) + forced
         if self.speculation is None:
             work += map(_decode_part, decodes)
-            room -= len(decodes)
         else:
-            drafts = self._drafts(decodes, room - len(decodes), slot_ranks)
+            drafts = self._drafts(decodes, room, slot_ranks)
             for request, draft in zip(decodes, drafts, strict=True):
-                work.append(_part(request, 1, draft))
-                room -= 1 + len(draft or ())
+                work.append(_part(request, request.remaining, draft))
+                room -= len(draft or ())
         if self.preemptions > preemptions:  # short of blocks
             admit = ()
         allowance = Allowance(room)
@@ -194,11 +201,11 @@ class Batcher:
         limits = [self._draft_limit(request) for request in decodes]
         fixed = FIXED_TOKENS
         if self.pacer is not None:
-            each = StepWork.of((_part(request, 1)[2] for request in decodes), slot_ranks)
+            each = StepWork.of((_part(request, request.remaining)[2] for request in decodes), slot_ranks)
             fixed = self.pacer.fixed_tokens(each)
         drafts = self.speculation.propose(decodes, limits, fixed, room // 2)
         return [
-            draft if draft and self._may_grow(request, 1 + len(draft)) else None
+            draft if draft and self._may_grow(request, request.remaining + len(draft)) else None
             for request, draft in zip(decodes, drafts, strict=True)
         ]
 
@@ -371,10 +378,17 @@ class Batcher:
             request.adapter.running -= 1
 
 
+def _is_decoding(request: Request, more: int) -> bool:
+    """Whether the ``more`` tokens that a request has to compute beside its last one are of its output, and
+    few: mostly those that its grammar has forced."""
+    constrained = request.params.constraint is not None
+    return constrained and more < DECODED_AT_ONCE and request.computed >= request.prompt_len
+
+
 def _decode_part(request: Request) -> _Part:
     """Make the work of a plain decode step, the most frequent case of ``_part``."""
     if request.prompt_logprobs is not None:
-        return _part(request, 1)
+        return _part(request, request.remaining)
     start, tokens, entry = request.computed, request.tokens, request.adapter
     slot = -1 if entry is None else request.slot_at(start) if entry.invocation else entry.slot
     assert slot is not None

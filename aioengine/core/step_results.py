@@ -81,7 +81,15 @@ class StepResults:
             if request.status is not Status.RUNNING:
                 continue
             last = request.last_token
-            if last is None or sampled is None or sampled.late or sampled.error or work.draft or work.score:
+            if (
+                last is None
+                or sampled is None
+                or sampled.late
+                or sampled.error
+                or sampled.forced
+                or work.draft
+                or work.score
+            ):
                 self._take_row(index, request, work, result, now, before)
             else:
                 # Fast path for nearly all tokens: does the same as _take_row and _take.
@@ -222,6 +230,8 @@ class StepResults:
                 break
             self._advance(request, 1)  # the previous token was proposed, and its KV has been computed
             goes_on = self._take(request, token, now, before)
+        for forced in (followed[-1] if followed else sampled).forced:  # computed in the next step
+            goes_on = goes_on and self._take(request, Sampled(forced), now, before)
 
     def _take(
         self,

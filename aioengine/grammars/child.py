@@ -32,7 +32,8 @@ SLOW_MASKS = 4
 GIVES_WAY = 19
 MEASURE_SECONDS = 0.5
 """Minimum time between two measurements of the memory."""
-
+MAX_FORCED = 31
+"""Maximum forced tokens in an answer. A step computes all of them, while other requests' tokens wait."""
 
 MAX_REASON = 2000
 """Maximum characters of a reason."""
@@ -119,18 +120,21 @@ class _Masks:
                 continue
             began = time.process_time()
             signal.setitimer(signal.ITIMER_PROF, self._seconds)
-            mask, why = self._mask(row, tokens, afresh=what == AFRESH)
+            mask, forced, why = self._mask(row, tokens, afresh=what == AFRESH)
             signal.setitimer(signal.ITIMER_PROF, 0)
             seconds = time.process_time() - began
             self._shared[place * self._width : place * self._width + len(mask)] = mask
             text = why.encode()
             memory = self._memory.measure()
             self._connection.sendall(
-                MASK.pack(row, number, len(mask), int(seconds * 1e6), memory, len(text)) + text
+                MASK.pack(row, number, len(mask), int(seconds * 1e6), memory, len(forced), len(text))
+                + forced.tobytes()
+                + text
             )
             self._give_way(seconds)
 
-    def _mask(self, row: int, tokens: array[int], *, afresh: bool) -> tuple[bytes, str]:
+    def _mask(self, row: int, tokens: array[int], *, afresh: bool) -> tuple[bytes, array[int], str]:
+        """Return the mask, the forced tokens after the only one that it allows, and what is wrong."""
         matcher = self._rows.get(row)
         if matcher is None:
             matcher = self._rows[row] = self._matcher.deep_copy()
@@ -139,9 +143,9 @@ class _Masks:
         if not tokens or matcher.consume_tokens(tokens.tolist()):
             mask = matcher.compute_bitmask()
             if not matcher.is_error():
-                return mask, ""
+                return mask, _forced(matcher, mask), ""
         del self._rows[row]  # the row begins again; its error stays
-        return b"", _reason(matcher)
+        return b"", array("i"), _reason(matcher)
 
     def _give_way(self, seconds: float) -> None:
         self._count += 1
@@ -149,6 +153,30 @@ class _Masks:
         if not self._is_nice and self._count >= SLOW_MASKS and self._spent > self._count * SLOW_SECONDS:
             self._is_nice = True
             os.setpriority(os.PRIO_PROCESS, 0, GIVES_WAY)
+
+
+def _forced(matcher: LLMatcher, mask: bytes) -> array[int]:
+    """Return the tokens that must follow the only one that ``mask`` allows; none if it allows several.
+
+    The parser tells which tokens forced text will be. Each is checked against the mask at its place, so that
+    taking it is what sampling would have done.
+    """
+    forced = array("i")
+    token = _only(mask)
+    if token is None or len(tokens := matcher.compute_ff_tokens()) < 2 or tokens[0] != token:
+        return forced
+    ahead = matcher.deep_copy()
+    for token in tokens[1 : 1 + MAX_FORCED]:
+        if not ahead.consume_token(tokens[len(forced)]) or _only(ahead.compute_bitmask()) != token:
+            break
+        forced.append(token)
+    return forced
+
+
+def _only(mask: bytes) -> int | None:
+    """Return the token that ``mask`` allows, if it allows only one."""
+    bits = int.from_bytes(mask, "little")
+    return bits.bit_length() - 1 if bits and not bits & (bits - 1) else None
 
 
 class _Memory:

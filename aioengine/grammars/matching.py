@@ -30,13 +30,15 @@ PATIENCE_SECONDS = 60.0
 class _Ask:
     """A mask that is being computed, or is in its place."""
 
-    __slots__ = ("asked", "mask", "number", "place", "seconds", "why")
+    __slots__ = ("asked", "forced", "mask", "number", "place", "seconds", "why")
 
     def __init__(self, number: int, place: int) -> None:
         self.number = number
         self.place = place
         self.asked = time.monotonic()
         self.mask = b""
+        self.forced: Sequence[int] = ()
+        """Tokens that must follow the only one that the mask allows."""
         self.seconds = 0.0
         """Seconds of processor time that the mask took."""
         self.why = ""
@@ -203,14 +205,17 @@ class Grammar:
                 self._is_cut_off = True
         begin = 0
         while len(self._in) - begin >= MASK.size:
-            _row, number, size, micros, kib, length = MASK.unpack_from(self._in, begin)
-            end = begin + MASK.size + length
+            _row, number, size, micros, kib, forced, length = MASK.unpack_from(self._in, begin)
+            text = begin + MASK.size + 4 * forced
+            end = text + length
             if len(self._in) < end:
                 break
             ask = self._asks.pop(number)
             ask.mask = self._places.read(ask.place, size)
             ask.seconds = micros * 1e-6
-            ask.why = self._in[begin + MASK.size : end].decode(errors="replace")
+            if forced:
+                ask.forced = array("i", bytes(self._in[begin + MASK.size : text])).tolist()
+            ask.why = self._in[text:end].decode(errors="replace")
             self._places.give_back(ask.place)
             self.memory = kib * 1024
             begin = end
@@ -238,6 +243,8 @@ class GrammarConstraint:
             self._ask: _Ask | None = None
             self._seconds = 0.0
             self._why = ""
+            self.forced: Sequence[int] = ()
+            """Tokens that must follow, after the only one that the last answer allows."""
         self._there.set()
 
     def give_up(self, why: str) -> None:
@@ -299,6 +306,7 @@ class GrammarConstraint:
         if ask.why:
             self._known = self._ask = None
             raise ValueError(ask.why)
+        self.forced = ask.forced
         return ask.mask
 
     def allowed(self, output: Sequence[int]) -> bytes:

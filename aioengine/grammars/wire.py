@@ -25,9 +25,10 @@ ASK = struct.Struct("=BxxxIIII")
 """Engine to child: what, row, number, place, tokens. The ids of the tokens follow, as int32."""
 GO_ON, AFRESH, FORGET = 1, 2, 3
 """The tokens continue those of the row, or replace them; or the row is forgotten."""
-MASK = struct.Struct("=IIIIII")
+MASK = struct.Struct("=IIIIIII")
 """Child to engine: row, number, bytes of the mask in its place, microseconds that it took, memory in KiB,
-bytes of text. The text follows; without a mask it says what is wrong."""
+forced tokens, bytes of text. The tokens that must follow the only one that the mask allows are next, as
+int32, and then the text; without a mask it says what is wrong."""
 
 
 def text_frame(text: str) -> bytes:

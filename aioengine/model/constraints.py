@@ -23,6 +23,8 @@ class Masks(NamedTuple):
     late: set[int]
     failed: dict[int, str]
     """Why."""
+    forced: dict[int, Sequence[int]]
+    """Tokens that must follow the only one that a mask allows, where it is known that there are any."""
 
 
 def begin(rows: Iterable[SequenceWork]) -> None:
@@ -36,7 +38,7 @@ def begin(rows: Iterable[SequenceWork]) -> None:
 
 def collect(rows: Sequence[SequenceWork], *, alone: bool) -> Masks:
     """Collect the masks of ``rows``, all of which will be sampled. ``alone``: the step has no other rows."""
-    masks = Masks({}, set(), {})
+    masks = Masks({}, set(), {}, {})
     until = time.monotonic() + PATIENCE_SECONDS
     for index, row in enumerate(rows):
         constraint = row.params.constraint
@@ -51,6 +53,9 @@ def collect(rows: Sequence[SequenceWork], *, alone: bool) -> Masks:
                 masks.late.add(index)
             else:
                 masks.found[index] = mask
+                # Log-probabilities need the logits at each place.
+                if (forced := getattr(constraint, "forced", ())) and row.params.logprobs is None:
+                    masks.forced[index] = forced
     if alone and rows and len(masks.late) == len(rows) and (first := _started(rows[0])) is not None:
         with contextlib.suppress(Exception):  # it is asked again in the next step
             first.poll(rows[0].output, ALONE_SECONDS)

@@ -62,12 +62,14 @@ def sample(logits: Tensor, rows: Sequence[SequenceWork], penalties: Penalties | 
     best.masked_fill_(~torch.isfinite(top), -1)
     changed = [i for i, row in enumerate(rows) if row.params.changes_logits or not row.params.greedy]
     results: dict[int, Sampled] = {}
+    forced: dict[int, Sequence[int]] = {}
     if changed:
         tokens, chosen, masks = _choose(logits, best, rows, changed, penalties or Penalties())
         finite = [token >= 0 for token in tokens]
         _assign(tokens, changed, chosen)
         results |= {changed[i]: Sampled(-1, error=why, fault="request") for i, why in masks.failed.items()}
         results |= {changed[i]: Sampled(-1, late=True) for i in masks.late}
+        forced = {changed[i]: after for i, after in masks.forced.items()}
     else:
         tokens = best.tolist()
         finite = [token >= 0 for token in tokens]
@@ -82,7 +84,11 @@ def sample(logits: Tensor, rows: Sequence[SequenceWork], penalties: Penalties | 
         entries = token_logprobs(_rows(logits, scored), [tokens[i] for i in scored], _MAX_LOGPROBS)
         for i, entry in zip(scored, entries, strict=True):
             logprobs[i] = msgspec.structs.replace(entry, top=entry.top[: rows[i].params.logprobs])
-    return [results.get(i) or Sampled(tokens[i], logprobs.get(i)) for i in range(len(rows))]
+    found = [results.get(i) or Sampled(tokens[i], logprobs.get(i)) for i in range(len(rows))]
+    for i, after in forced.items():
+        if i not in results:
+            found[i] = found[i]._replace(forced=after)
+    return found
 
 
 def token_logprobs(logits: Tensor, tokens: Sequence[int], most: int) -> list[TokenLogprob]:

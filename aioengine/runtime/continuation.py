@@ -83,3 +83,8 @@ class _ReplayedStarted(_Replayed):
 
     def poll(self, output: Sequence[int], seconds: float) -> bytes | None:
         return self._forced(len(output)) or self._started.poll(output, seconds)
+
+    @property
+    def forced(self) -> Sequence[int]:
+        """Those of the inner constraint, which is not asked before all of ``output`` has been decoded."""
+        return getattr(self._started, "forced", ())

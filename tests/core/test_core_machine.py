@@ -92,6 +92,7 @@ class CoreMachine(RuleBasedStateMachine):
         max_tokens=st.sampled_from([1, 2, 5, 12, 20]),
         deadline=st.sampled_from([None, None, 0.3, 2.0]),
         tenant=st.sampled_from([None, "x", "x", "x", "y"]),
+        constrained=st.sampled_from([False, False, True]),
         pins=st.sampled_from([(), ((8, 0.5),), ((4, 3.0), (13, 0.2)), ((99, 9.0), (1, 1.0))]),
     )
     def add(
@@ -101,6 +102,7 @@ class CoreMachine(RuleBasedStateMachine):
         max_tokens: int,
         deadline: float | None,
         tenant: str | None,
+        constrained: bool,
         pins: tuple[tuple[int, float], ...],
     ) -> None:
         sim = self.sim
@@ -115,6 +117,7 @@ class CoreMachine(RuleBasedStateMachine):
                 max_tokens=max_tokens,
                 deadline=due,
                 tenant=tenant,
+                constrained=constrained,
                 cache_pins=cache_pins,
             )
             self.seen = request.hash_blocks(sim.core.blocks)

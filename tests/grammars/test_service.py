@@ -137,6 +137,32 @@ async def test_masks_are_those_of_the_parser(text: str) -> None:
                 output.append(rng.choice(allowed))
 
 
+@pytest.mark.parametrize("text", [*GRAMMARS, from_regex("abcdefgh[xy]zzzz(pq|rstuvw){3}" + "l" * 50)])
+async def test_forced_tokens_are_the_only_ones_at_their_places(text: str) -> None:
+    async with grammars() as service:
+        forced = 0
+        for seed in range(12):
+            rng = random.Random(seed)
+            constraint = await service.constraint(text, None)
+            output: list[int] = []
+            while len(output) < 60:
+                mask = constraint.allowed(output)
+                allowed = [t for t in range(256) if is_set(mask, t) and t != EOS]
+                if not allowed:
+                    break
+                output.append(rng.choice(allowed))
+                after = list(constraint.forced)
+                assert not after or len(allowed) == 1
+                for token in after:
+                    alone = LLMatcher(TOKENIZER, text, log_level=0)
+                    assert alone.consume_tokens(output)
+                    mask = alone.compute_bitmask()
+                    assert [t for t in range(256) if is_set(mask, t)] == [token]
+                    output.append(token)
+                forced += len(after)
+        assert forced > 50 or text in GRAMMARS
+
+
 async def test_what_was_begun_is_there_later_and_nobody_waits() -> None:
     async with grammars() as service:
         constraint = await service.constraint(from_regex("ab|cd"), None)

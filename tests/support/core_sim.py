@@ -34,6 +34,13 @@ def next_token(history: list[int]) -> int:
     return 2 + (sum(history) * 31 + len(history)) % 200
 
 
+class Free:
+    """A constraint that allows every token. The simulated device forces some of them."""
+
+    def allowed(self, output: Sequence[int]) -> bytes:
+        return b"\xff" * 32
+
+
 class CoreSim:
     """``now`` moves only by what the test asks for. Moves wait in ``loads`` and ``copies`` until they
     are finished by hand, or by ``settle``."""
@@ -93,6 +100,7 @@ class CoreSim:
         prompt: list[int] | None = None,
         max_tokens: int = 4,
         deadline: float | None = None,
+        constrained: bool = False,
         **options: Any,
     ) -> Request:
         entry = None if adapter is None else self.core.residency.current[adapter]
@@ -100,7 +108,7 @@ class CoreSim:
         return self.core.add_request(
             f"r{self.count}",
             prompt or [10 + self.count % 7, 20, 30],
-            SamplingParams(max_tokens=max_tokens),
+            SamplingParams(max_tokens=max_tokens, constraint=Free() if constrained else None),
             RequestOptions(**options),
             self.now,
             adapter=entry,
@@ -166,10 +174,19 @@ class CoreSim:
                 history.append(token)
                 token = self.next_token(history)
                 followed.setdefault(index, []).append(Sampled(token))
+            if work.sample and work.params.constraint is not None:
+                self._force([*history, token], followed.get(index, sampled))
         self._last = batch.sequences, sampled
         result = StepResult(sampled, seconds, followed=followed)
         self.intervals = self.core.step_finished(batch, result, self.now)
         self.take_events()
+
+    def _force(self, history: list[int], found: list[Any]) -> None:
+        """Let some tokens follow the last of ``found``, without a step."""
+        forced: list[int] = []
+        for _ in range(sum(history) * 7 % 11):
+            forced.append(self.next_token(history + forced))
+        found[-1] = found[-1]._replace(forced=forced)
 
     def finish_load(self, index: int = 0, *, fail: bool = False) -> None:
         entry = self.loads.pop(index)

@@ -99,24 +99,30 @@ class ProcessDevice(Device):
         workers = self.workers
         step = self._steps.encode(batch)
         call = workers.ask(lambda number: msgspec.structs.replace(step, number=number))
-        failed = await self._constraints(batch, workers)
+        failed, forced = await self._constraints(batch, workers)
         await workers.flush()
         answers = await call.of(Stepped)
         sampled = list(answers[0].sampled or ())
         for index, why in failed.items():
             sampled[index] = Sampled(-1, error=why, fault="request")
+        for index, after in forced.items():
+            token = sampled[index]
+            if token is not None and token.error is None:
+                sampled[index] = token._replace(forced=after)
         seconds = max(answer.seconds for answer in answers)
         first = answers[0]
         return StepResult(sampled, seconds, first.scored, first.followed, first.pooled)
 
-    async def _constraints(self, batch: StepBatch, workers: Workers) -> dict[int, str]:
+    async def _constraints(
+        self, batch: StepBatch, workers: Workers
+    ) -> tuple[dict[int, str], dict[int, Sequence[int]]]:
         """Send the masks of the batch's constraints to the workers, which compute meanwhile. Returns the
-        errors of the constraints that failed, by index. Constraints are objects of this process, so one of
-        its threads asks them."""
+        errors of the constraints that failed, and the tokens that others force, by index. Constraints are
+        objects of this process, so one of its threads asks them."""
         rows = enumerate(batch.sequences)
         places = [i for i, row in rows if row.sample and row.params.constraint is not None]
         if not places:
-            return {}
+            return {}, {}
         if self._guides is None:
             self._guides = ThreadPoolExecutor(1, thread_name_prefix="aioengine-guide")
         loop = asyncio.get_running_loop()
@@ -126,7 +132,7 @@ class ProcessDevice(Device):
         found = {places[i]: mask for i, mask in masks.found.items()}
         failed = {places[i]: why for i, why in masks.failed.items()}
         workers.tell(Masks(batch.step, found | dict.fromkeys(failed, b"")))
-        return failed
+        return failed, {places[i]: after for i, after in masks.forced.items()}
 
     async def read_kv(self, blocks: Sequence[int]) -> Mapping[str, Tensor]:
         workers = self._workers_with_blocks()
