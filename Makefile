@@ -93,9 +93,9 @@ docs: $(VENV)/.docs typecheck
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
 bench: $(VENV)/.demo
-	$(BIN)/python -m benchmarks.engine.workload --adapters 8 32 $(ARGS)
-	$(BIN)/python -m benchmarks.engine.workload --rank 64 $(ARGS)
-	$(BIN)/python -m benchmarks.engine.workload --quantization int8 $(ARGS)
+	$(BIN)/aioengine bench --dtype bfloat16 --adapters 8 32 $(ARGS)
+	$(BIN)/aioengine bench --dtype bfloat16 --rank 64 $(ARGS)
+	$(BIN)/aioengine bench --dtype bfloat16 --quantization int8 $(ARGS)
 	$(BIN)/python -m benchmarks.kernels.cpu
 	$(BIN)/python -m benchmarks.policies.scheduling
 

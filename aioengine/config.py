@@ -37,6 +37,8 @@ WAITING_BOUNDS = (
 )
 """Fields that bound waiting requests; they can be changed while the engine runs."""
 
+_OTHER_TABLES = ("server", "fleet", "adapters")
+"""Tables of a configuration file that are not the engine's."""
 ALLOWED_RANKS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 320, 512)
 
 
@@ -103,7 +105,9 @@ class LoRAConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         if self.load_timeout is not None:
             checks.check_seconds("load_timeout", self.load_timeout, ", or None", finite=True)
         if self.slot_memory is not None and not self.shares_memory:
-            set_(self, "slot_memory", checks.parse_bytes(self.slot_memory, field="slot_memory"))
+            set_(
+                self, "slot_memory", checks.parse_bytes(self.slot_memory, field="slot_memory", also="shared")
+            )
         if self.max_cpu_lora_bytes is not None:
             value = checks.parse_bytes(self.max_cpu_lora_bytes, field="max_cpu_lora_bytes")
             set_(self, "max_cpu_lora_bytes", value)
@@ -467,8 +471,10 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
     @classmethod
     def from_toml(cls, path: str | Path, **overrides: Any) -> Self:
-        """Read a TOML file whose keys are the fields of this struct, and a table ``[lora]``."""
-        return cls.from_dict({**checks.read_toml(path), **overrides}, source=str(path))
+        """Read a TOML file whose keys are the fields of this struct, and a table ``[lora]``. The tables
+        ``[server]``, ``[fleet]`` and ``[adapters]``, which ``aioengine serve`` reads, are left out."""
+        values = {name: value for name, value in checks.read_toml(path).items() if name not in _OTHER_TABLES}
+        return cls.from_dict({**values, **overrides}, source=str(path))
 
 
 def _integer(config: msgspec.Struct, field: str, *, low: int, high: int | None = None) -> None:

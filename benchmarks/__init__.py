@@ -1,6 +1,6 @@
 """Measurements that print tables and assert nothing. Run them from the repository's root, by module name:
 
-    python -m benchmarks.engine.workload
+    python -m benchmarks.engine.executors
 
 ``engine`` measures whole engines, ``kernels`` steps and operations, ``adapters`` reads and slot writes,
 ``server`` the HTTP server and metrics, ``policies`` scheduling decisions and published results in simulation,

@@ -46,6 +46,8 @@ def import_class(what: str, target: str, bases: tuple[type[Any], ...], kinds: st
             found = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
         raise ValueError(f"{what}: cannot import {target}: {error}") from error
+    except (Exception, SystemExit) as error:  # whatever somebody's module does when it is imported
+        raise ValueError(f"{what}: cannot import {target}: {type(error).__name__}: {error}") from error
     if not (inspect.isclass(found) and issubclass(found, bases)):
         raise ValueError(f"{what}: {target} is not a subclass of {kinds}")
     return found
@@ -78,13 +80,18 @@ def build(what: str, cls: type[Any], options: Mapping[str, Any], supply: Supply)
         return cls(**values)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{what}: {error}") from error
+    except Exception as error:  # whatever somebody's constructor does
+        raise ValueError(f"{what}: cannot be built: {type(error).__name__}: {error}") from error
 
 
 def constructor_options(cls: type[Any]) -> dict[str, tuple[Any, Any]]:
     """Return the constructor's options: name -> (type, default)."""
     if cls.__init__ is object.__init__:
         return {}
-    hints = get_type_hints(cls.__init__)
+    try:
+        hints = get_type_hints(cls.__init__)
+    except Exception:  # an annotation that exists for type checkers only
+        hints = {}
     parameters = list(inspect.signature(cls.__init__).parameters.values())[1:]
     return {p.name: (hints.get(p.name, Any), p.default) for p in parameters}
 

@@ -47,6 +47,10 @@ _EXAMPLES = """\
   aioengine plan --model path/to/model --max-loras 8 --max-lora-rank 16"""
 
 COMMANDS = {
+    "bench": """\
+  aioengine bench
+  aioengine bench --adapters 8 32 --quantization int8
+  aioengine bench --requests 8 --adapters 4 --rank 32 --repeats 5""",
     "config": """\
   aioengine config check --config server.toml
   aioengine config schema > aioengine.schema.json""",

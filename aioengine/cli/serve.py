@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Sequence
+from dataclasses import dataclass
 from ipaddress import ip_address
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 
+import msgspec
 from cyclopts import Group, Parameter
 
 from aioengine.cli.background_stderr import BackgroundFile, background_stderr
@@ -23,12 +23,11 @@ from aioengine.cli.help import FOLDED
 from aioengine.cli.loop import run
 from aioengine.cli.process import EXIT_FAILED
 from aioengine.cli.record_flags import RecordFlags
-from aioengine.cli.serve_log import configure_logging
+from aioengine.cli.serving.log import configure_logging
 from aioengine.errors import ConfigError
-from aioengine.grammars.schemas import SchemaOptions
 from aioengine.metrics.otlp import check_endpoint
-from aioengine.server.access.keys import read_keys_file
-from aioengine.server.settings import ServerSettings, parse_keys
+from aioengine.server.settings import ServerSettings
+from aioengine.server.table import settings_from
 from aioengine.server.transport.tls import Certificate, expiry
 
 if TYPE_CHECKING:
@@ -39,8 +38,6 @@ if TYPE_CHECKING:
     from aioengine.fleet.door.client import FleetClient
     from aioengine.server.run import ListenSettings
 
-KEY_VARIABLE = "AIOENGINE_API_KEYS"
-ADMIN_KEY_VARIABLE = "AIOENGINE_ADMIN_KEYS"
 EXPIRES_SOON_SECONDS = 14 * 24 * 3600.0
 """The log warns at the start if the TLS certificate expires within this time."""
 _LOCAL_NAMES = ("localhost", "127.0.0.1", "[::1]")
@@ -137,27 +134,11 @@ class ServerFlags:
 
     def settings(self) -> ServerSettings:
         """Return the server's settings. Raises ConfigError."""
-        if self.keys is not None:  # check now, and not after the model has been loaded
-            read_keys_file(self.keys)
         if self.otlp_endpoint is not None:
             check_endpoint(self.otlp_endpoint)
-        keys = _keys("api-key", self.api_key, KEY_VARIABLE, self.api_key_file)
-        admin_keys = _keys("admin-key", self.admin_key, ADMIN_KEY_VARIABLE, self.admin_key_file)
-        schemas = SchemaOptions(
-            open_objects=self.open_objects, any_whitespace=self.any_whitespace, lenient=self.lenient_schemas
-        )
-        same = {name: value for name, value in vars(self).items() if name in ServerSettings.__struct_fields__}
-        others = {
-            "served_model_names": self.served_model_name or (),
-            "api_keys": keys,
-            "admin_keys": admin_keys,
-            "keys_file": None if self.keys is None else str(self.keys),
-            "allowed_hosts": self._allowed_hosts(bool(keys) or self.keys is not None),
-            "schemas": schemas,
-            "request_timeout": self.request_timeout or None,
-            "reword": in_flags,
-        }
-        return ServerSettings(**{**same, **others})
+        found = settings_from(vars(self))
+        hosts = self._allowed_hosts(bool(found.api_keys) or found.keys_file is not None)
+        return msgspec.structs.replace(found, allowed_hosts=hosts, reword=in_flags)
 
     def certificate(self) -> Certificate | None:
         """Read it. Raises ConfigError."""
@@ -186,28 +167,6 @@ class ServerFlags:
         if "*" in given or (not given and (has_keys or not _is_loopback(self.host))):
             return ()
         return given or (*_LOCAL_NAMES, self.host)
-
-
-def server_fields() -> tuple[str, ...]:
-    """Return the fields of ``[server]`` in a configuration file: the flags' names, with underscores."""
-    return tuple(field.name for field in fields(ServerFlags))
-
-
-def _keys(flag: str, given: Sequence[str] | None, variable: str, file: Path | None) -> Mapping[str, str]:
-    """Return key -> tenant, from a flag, a variable and a file together. Raises ConfigError."""
-    keys = parse_keys(given or [], source=f"--{flag}")
-    keys |= parse_keys(os.environ.get(variable, "").split(), source=variable)
-    if file is not None:
-        source = f"--{flag}-file {file}"
-        try:
-            lines = file.read_text(encoding="utf-8-sig").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{source}: cannot be read: {error}") from error
-        entries = [line for line in lines if line.strip() and not line.startswith("#")]
-        if not entries:  # otherwise a file that was emptied by mistake would let everybody in
-            raise ConfigError(f"{source}: has no key; remove the flag or add one")
-        keys |= parse_keys(entries, source=source)
-    return keys
 
 
 def serve(

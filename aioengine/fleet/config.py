@@ -23,6 +23,8 @@ class FleetConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
     In a TOML file the engine's fields are at the top, as in ``EngineConfig.from_toml``. The fleet's fields
     are in the table ``[fleet]``, and ``[adapters]`` has a line ``name = "path"`` for each adapter.
+    ``[server]`` has the flags of ``aioengine serve``; a door that Serve runs takes those that concern its
+    answers.
 
     Raises ConfigError on construction if a value is out of range, or there is no such router.
     """
@@ -39,7 +41,10 @@ class FleetConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     adapters: dict[str, str] = {}
     """Name -> path of the adapters that every replica knows from its start."""
     served_model_names: tuple[str, ...] = ()
-    """Names of the base model in requests, where Serve runs the door."""
+    """Names of the base model in requests, where Serve runs the door. ``served_model_name`` in ``[server]``
+    is the same for every door."""
+    server: dict[str, Any] = {}
+    """The table ``[server]``, for a door that Serve runs; ``aioengine serve`` has its own."""
     name: str = "aioengine"
     """Name of the Serve application."""
     cpus_per_replica: int = 1
@@ -67,6 +72,8 @@ class FleetConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     """Folder (any fsspec URL) where the registry of adapters is kept, so that it outlives Ray's head."""
 
     def __post_init__(self) -> None:
+        if not isinstance(self.engine, EngineConfig):
+            raise ConfigError(f"engine={self.engine!r}: must be an EngineConfig")
         for field, low in (("replicas", 1), ("cpus_per_replica", 1), ("migration_limit", 0)):
             check_integer(field, getattr(self, field), low=low)
         for field in ("heartbeat_seconds", "silent_seconds", "step_seconds", "placement_seconds"):
@@ -109,12 +116,21 @@ class FleetConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], *, source: str = "configuration") -> Self:
         """Build the configuration from plain data, as in a TOML file. Raises ConfigError."""
-        engine = {key: value for key, value in values.items() if key not in ("fleet", "adapters")}
-        fleet, adapters = values.get("fleet", {}), values.get("adapters", {})
-        for name, table in (("fleet", fleet), ("adapters", adapters)):
+        tables: dict[str, Mapping[str, Any]] = {}
+        for name in ("fleet", "adapters", "server"):
+            table = tables[name] = values.get(name, {})
             if not isinstance(table, Mapping):
                 raise ConfigError(f"{source}: {name}={table!r}: must be a table [{name}]")
-        return cls.from_table(EngineConfig.from_dict(engine, source=source), adapters, fleet, source=source)
+        engine = {key: value for key, value in values.items() if key not in tables}
+        fleet = dict(tables["fleet"])
+        if tables["server"]:
+            from aioengine.server.table import refuse_unknown_fields  # replicas do without the server
+
+            refuse_unknown_fields(tables["server"], source)
+            fleet["server"] = dict(tables["server"])
+            fleet.setdefault("otlp_endpoint", tables["server"].get("otlp_endpoint"))
+        built = EngineConfig.from_dict(engine, source=source)
+        return cls.from_table(built, tables["adapters"], fleet, source=source)
 
     @classmethod
     def from_table(

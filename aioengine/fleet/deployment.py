@@ -55,7 +55,7 @@ def fleet_application(config: FleetConfig) -> Application:
         ray_actor_options={"num_cpus": 0, "runtime_env": {"env_vars": dict(TRANSPORT)}},
         logging_config=_quiet(),
     )
-    return door.bind(config, _replicas(config))
+    return door.bind(config, _replicas(msgspec.structs.replace(config, server={})))  # keys are the door's
 
 
 def _replicas(config: FleetConfig, *, inherit: bool = False) -> Any:
@@ -180,19 +180,18 @@ class Door:
         from ray import serve
 
         from aioengine.server.app import create_app
-        from aioengine.server.settings import ServerSettings
+        from aioengine.server.table import settings_from
 
+        settings = settings_from(config.server)
+        if config.served_model_names:
+            settings = msgspec.structs.replace(settings, served_model_names=config.served_model_names)
         # The application gets its name when it is run; the replicas are found by that name.
         config = msgspec.structs.replace(config, name=serve.get_replica_context().app_name)
         self._traces = otlp_provider(config.otlp_endpoint)
         model = await asyncio.to_thread(read_model, config)
         self._client = make_client(config, replicas, model, tracer_provider=self._traces)
         await self._client.start()
-        self._app = create_app(
-            self._client,
-            ServerSettings(served_model_names=tuple(config.served_model_names)),
-            tracer_provider=self._traces,
-        )
+        self._app = create_app(self._client, settings, tracer_provider=self._traces)
         await self._app.context.defaults()
 
     def __serve_build_asgi_app__(self) -> Any:

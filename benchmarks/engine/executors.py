@@ -3,7 +3,7 @@
     python -m benchmarks.engine.executors                 # some three minutes on two idle cores
     python -m benchmarks.engine.executors --repeats 1     # one
 
-The workload is that of benchmarks/engine/workload.py: 32 requests at once, 128 random prompt tokens each, 64
+The workload is that of `aioengine bench`: 32 requests at once, 128 random prompt tokens each, 64
 greedy output tokens. A coroutine on the application's loop asks to be woken every 5 ms and notes how late it
 is; then the same again while the application computes in pure Python in a thread, and holds the interpreter
 lock for it. The variants take turns; medians over the repeats are printed, of the lateness its median and

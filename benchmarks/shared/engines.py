@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-import random
-import statistics
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import TypeVar
 
-from aioengine import AsyncEngine, EngineConfig, SamplingParams
+from aioengine import AsyncEngine, EngineConfig
+from aioengine.cli.bench import random_prompts, run_once
 from aioengine.lab.calibration.random_adapters import write_random_adapter
 from aioengine.model.spec import ModelSpec
 from aioengine.schedulers import SchedulerPolicy
+
+__all__ = ["random_prompts", "run_once", "started", "ticking", "write_adapters"]
 
 K = TypeVar("K")
 TICK = 0.005
@@ -38,39 +39,9 @@ async def started(
         yield engines
 
 
-def random_prompts(
-    vocabulary: int, requests: int, tokens: int, rng: random.Random | None = None
-) -> list[list[int]]:
-    """Draw prompts of random token ids; they are the same in each run."""
-    rng = random.Random(0) if rng is None else rng
-    return [[rng.randrange(100, vocabulary - 100) for _ in range(tokens)] for _ in range(requests)]
-
-
 def write_adapters(folder: Path, spec: ModelSpec, count: int, rank: int = 16) -> dict[str, Path]:
     """Write random adapters on all linears; returns their folders by name."""
     return {f"random-{i}": write_random_adapter(folder / str(i), spec, rank, seed=i) for i in range(count)}
-
-
-async def run_once(
-    engine: AsyncEngine,
-    prompts: list[list[int]],
-    output_tokens: int,
-    adapters: Sequence[str | None] = (None,),
-) -> tuple[float, float]:
-    """Return (output tokens per second, median TTFT in seconds) of all prompts at once; request i uses
-    adapter i % n of n."""
-    params = SamplingParams(max_tokens=output_tokens, ignore_eos=True)
-    start = time.perf_counter()
-    outputs = await asyncio.gather(
-        *(
-            engine.complete(prompt, params, adapter=adapters[i % len(adapters)])
-            for i, prompt in enumerate(prompts)
-        )
-    )
-    seconds = time.perf_counter() - start
-    assert all(len(out.token_ids) == output_tokens for out in outputs)
-    ttft = statistics.median(out.ttft or 0.0 for out in outputs)
-    return len(prompts) * output_tokens / seconds, ttft
 
 
 @asynccontextmanager

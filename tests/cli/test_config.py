@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 import signal
 import tomllib
@@ -18,6 +19,9 @@ from support.tiny_models import build_adapter
 
 from aioengine.cli.config.commands import file_schema
 from aioengine.cli.main import main
+from aioengine.cli.serve import ServerFlags
+from aioengine.server.settings import ServerSettings
+from aioengine.server.table import SERVER_FIELDS, settings_from
 
 __all__ = ["tiny_text"]
 
@@ -78,6 +82,11 @@ def test_keys_are_not_shown(file: Path, capsys: pytest.CaptureFixture[str]) -> N
         ("[adapters]\nx = '/nowhere'", "x=/nowhere"),
         ("[adapters]\nx = '/tmp'\n[server]\nserved_model_name = ['x']", "'x' is the base model's name"),
         ("[server]\ntls_cert = '/nowhere.pem'", "--tls-key"),
+        ("policy = 'fcs'", "did you mean 'fcfs'"),
+        ("policy = 'no_such_module:Policy'", "cannot import no_such_module:Policy"),
+        ("chat_template = '/nowhere.jinja'", "/nowhere.jinja: cannot be read"),
+        ("kv_cache_memory = '1KiB'", "raise kv_cache_memory"),
+        ("[server]\ngeneration_config = '/nowhere'", "/nowhere"),
         ("[server]\ntls_cert = '/nowhere.pem'\ntls_key = '/nowhere.pem'", "No such file"),
     ],
 )
@@ -88,6 +97,17 @@ def test_what_is_wrong_is_named(
     path.write_text(f'model = "{tiny_text.model}"\n{line}\n')
     assert main(["config", "check", "--config", str(path)]) == 2
     assert says in capsys.readouterr().err
+
+
+def test_a_model_that_does_not_exist_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["config", "check", "--model", "smollm-135m"]) == 2
+    assert "no such folder or file (did you mean 'smollm2-135m'?)" in capsys.readouterr().err
+
+
+def test_the_servers_table_has_the_flags_of_serve() -> None:
+    flags = {field.name: field.default for field in dataclasses.fields(ServerFlags)}
+    assert flags.keys() == SERVER_FIELDS
+    assert settings_from(flags) == settings_from({}) == ServerSettings()
 
 
 def test_a_good_file_is_good(file: Path, capsys: pytest.CaptureFixture[str]) -> None:

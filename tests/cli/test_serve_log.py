@@ -7,7 +7,7 @@ import logging
 
 import pytest
 
-from aioengine.cli.serve_log import JsonFormatter, TextFormatter
+from aioengine.cli.serving.log import JsonFormatter, TextFormatter
 
 
 @pytest.mark.parametrize("formatter", [JsonFormatter(), TextFormatter()])

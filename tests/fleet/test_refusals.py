@@ -21,10 +21,11 @@ from aioengine.fleet import FleetConfig, cluster, existing
 from aioengine.fleet.cluster import check_address, check_cpus, require_ray
 from aioengine.fleet.config import CONFIG_VARIABLE
 from aioengine.fleet.existing import local_clusters
+from aioengine.server.table import settings_from
 
 
 def config(**fields: Any) -> FleetConfig:
-    return FleetConfig(engine=EngineConfig(model="tiny"), **fields)
+    return FleetConfig(**{"engine": EngineConfig(model="tiny"), **fields})
 
 
 @pytest.mark.parametrize(
@@ -36,6 +37,7 @@ def config(**fields: Any) -> FleetConfig:
         ({"migration_limit": -1}, "migration_limit=-1"),
         ({"silent_seconds": 0.6}, "two heartbeats"),
         ({"name": ""}, "name=''"),
+        ({"engine": "tiny"}, "engine='tiny': must be an EngineConfig"),
         ({"autoscale": "waiting"}, "did you mean 'waiting_work'"),
         ({"autoscale": "waiting_work:most=0"}, "least=1, most=0"),
         ({"autoscale": "waiting_work:most=2", "replicas": 3}, "replicas=3: must be within the bounds"),
@@ -56,6 +58,22 @@ def test_a_file(tmp_path: Path) -> None:
         FleetConfig.from_toml(path)
     path.write_text('model = "m"\n[fleet]\nreplicas = 0\n')
     with pytest.raises(ConfigError, match=r"table fleet: replicas=0"):
+        FleetConfig.from_toml(path)
+
+
+def test_one_file_serves_the_engine_the_fleet_and_the_server(tmp_path: Path) -> None:
+    path = tmp_path / "all.toml"
+    path.write_text(
+        'model = "m"\nmax_num_seqs = 8\n[lora]\nmax_loras = 2\n[fleet]\nreplicas = 3\n[adapters]\nsql = "x"\n'
+        '[server]\nport = 9000\nmax_choices = 4\notlp_endpoint = "http://collector:4318"\n'
+    )
+    engine = EngineConfig.from_toml(path)
+    fleet = FleetConfig.from_toml(path)
+    assert fleet.engine == engine and engine.max_num_seqs == 8
+    assert fleet.otlp_endpoint == "http://collector:4318"
+    assert settings_from(fleet.server).max_choices == 4
+    path.write_text('model = "m"\n[server]\nprt = 9000\n')
+    with pytest.raises(ConfigError, match=r"\[server\] has no field 'prt' \(did you mean 'port'\?\)"):
         FleetConfig.from_toml(path)
 
 

@@ -26,7 +26,8 @@ def environment(nodes: Nodes, tiny_text: Tiny, tmp_path: Path) -> dict[str, str]
     config = tmp_path / "fleet.toml"
     config.write_text(
         f'model = "{tiny_text.model}"\ndtype = "float32"\nmax_model_len = 500\nkv_cache_memory = "32MiB"\n'
-        f'[lora]\nmax_loras = 2\n[fleet]\nreplicas = 1\nserved_model_names = ["tiny"]\n'
+        f"[lora]\nmax_loras = 2\n[fleet]\nreplicas = 1\n"
+        '[server]\nserved_model_name = ["tiny"]\napi_key = ["alice:sk-1"]\nport = 1\n'
         f'[adapters]\na = "{tiny_text.adapters["a"]}"\n'
     )
     return {**os.environ, **TRANSPORT, "AIOENGINE_CONFIG": str(config), "RAY_ADDRESS": nodes.address}
@@ -68,6 +69,9 @@ def test_built_and_run(environment: dict[str, str], tiny_text: Tiny, tmp_path: P
             until(ready, 120)
             body = {"model": "a", "prompt": [5, 6, 7], "max_tokens": 6, "temperature": 0}
             more = {"ignore_eos": True, "return_token_ids": True}
+            assert client.post("/v1/completions", json=body).status_code == 401
+            client.headers["authorization"] = "Bearer sk-1"
+            assert "tiny" in [model["id"] for model in client.get("/v1/models").json()["data"]]
             (choice,) = client.post("/v1/completions", json=body | more).json()["choices"]
             assert choice["token_ids"] == tiny_text.expected([5, 6, 7], 6, "a")
     finally:

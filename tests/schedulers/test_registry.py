@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from aioengine.schedulers.parts.gdsf import GDSF
 from aioengine.schedulers.parts.lookahead import Lookahead
 from aioengine.schedulers.parts.none import NoPrefetch
 from aioengine.schedulers.policies.fcfs import FCFS, Arrival
+from aioengine.schedulers.routing import load_router
 
 NAMES = sorted(set(available_policies()) - {"oracle", "belady"})
 
@@ -240,6 +242,38 @@ def test_files_that_do_not_do(spec: str, message: str, in_folder: Path) -> None:
     (in_folder / "fails.py").write_text("1 / 0\n")
     with pytest.raises(ValueError, match=message):
         load_policy(spec)
+
+
+@pytest.mark.parametrize("load", [load_policy, load_router])
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("1 / 0", "cannot import {0}:Mine: ZeroDivisionError: division by zero"),
+        ("class Mine(:", "cannot import {0}:Mine: SyntaxError"),
+        ("raise SystemExit(3)", "cannot import {0}:Mine: SystemExit: 3"),
+        ("from aioengine import nothing_of_the_kind", "cannot import {0}:Mine: cannot import name"),
+        (
+            "from aioengine.schedulers.policies.fcfs import FCFS\n"
+            "from aioengine.schedulers.routing.routers.p2c import PowerOfTwoChoices\n"
+            "class Mine(FCFS if {1} else PowerOfTwoChoices):\n"
+            "    def __init__(self) -> None:\n        raise RuntimeError('no licence')\n",
+            "{0}:Mine'?: cannot be built: RuntimeError: no licence",
+        ),
+    ],
+)
+def test_modules_that_fail_are_named(
+    load: Callable[[str], object],
+    source: str,
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
+) -> None:
+    name = f"failing_{abs(hash(request.node.name))}"  # modules are imported once
+    (tmp_path / f"{name}.py").write_text(source.replace("{1}", str(load is load_policy)))
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ValueError, match=message.replace("{0}", name)):
+        load(f"{name}:Mine")
 
 
 def test_values_that_text_cannot_give_are_supplied_to_who_takes_them() -> None:

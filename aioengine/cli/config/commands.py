@@ -8,6 +8,7 @@ override the file, and flags override both.
 from __future__ import annotations
 
 import dataclasses
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,12 @@ from aioengine.cli.flags import EngineFlags
 from aioengine.cli.fleet.flags import ELSEWHERE, FleetFlags
 from aioengine.cli.serve import ServerFlags, check_all
 from aioengine.config import EngineConfig, LoRAConfig
-from aioengine.errors import ConfigError
+from aioengine.errors import ConfigError, PolicyError
 from aioengine.fleet.config import FleetConfig
-from aioengine.model.files.hub import is_source
-from aioengine.model.files.resolve import read_spec, resolve_model
+from aioengine.memory_plan import plan_memory, spec_from_config
+from aioengine.model.files.hub import is_source, parse_hub_id
+from aioengine.model.text.chat_template import read_chat_template
+from aioengine.schedulers import load_policy
 
 _SECRET = ("api_key", "admin_key")
 
@@ -34,17 +37,33 @@ def check(
     fleet: FleetFlags | None = None,
     common: CommonFlags | None = None,
 ) -> int:
-    """Check a configuration and its paths as serve would, without starting anything."""
-    config = check_all(server or ServerFlags(), engine or EngineFlags(), fleet or FleetFlags()).config
+    """Check a configuration and its paths as serve would, without starting anything.
+
+    Whether the memory and the device of this machine suffice is not checked, nor a model on the Hub, which is
+    fetched at the start.
+    """
+    from aioengine.server.openai.generation_config import read_sampling_defaults
+
+    flags = server or ServerFlags()
+    config = check_all(flags, engine or EngineFlags(), fleet or FleetFlags()).config
     root = None if config.lora is None else config.lora.adapter_root
     if root is not None and not is_source(root) and not Path(root).expanduser().is_dir():
         raise ConfigError(
             f"LoRAConfig.adapter_root={root!r}: there is no such folder; create it, or correct the path"
         )
-    path = Path(config.model).expanduser()
-    looks_like_a_path = path.is_absolute() or config.model.startswith((".", "~"))
-    if looks_like_a_path or path.exists():  # a model on the Hub is fetched at the start, not now
-        read_spec(resolve_model(config.model), config.model_impl)
+    try:
+        load_policy(config.policy)
+    except ValueError as error:
+        raise PolicyError(str(error)) from error
+    if config.chat_template is not None:
+        read_chat_template(Path(config.chat_template))
+    if flags.generation_config not in ("auto", "none"):
+        read_sampling_defaults(Path(flags.generation_config))
+    if Path(config.model).expanduser().exists() or parse_hub_id(config.model) is None:
+        spec = spec_from_config(config)
+        device = "cuda" if config.device == "cuda" else "cpu"
+        # This machine's memory and devices may not be those of the one that serves.
+        plan_memory(spec, config, device=device, available_bytes=sys.maxsize)
     print("the configuration is good")
     return 0
 

@@ -12,9 +12,8 @@ from typing import Any
 from cyclopts import App
 from cyclopts.config import Dict, Env
 
-from aioengine.checks import nearest
 from aioengine.cli.config.file import server_table
-from aioengine.errors import ConfigError
+from aioengine.server.table import refuse_unknown_fields
 
 PREFIX = "AIOENGINE_"
 _CONFIGURED = (("serve",), ("config", "check"), ("config", "show"))
@@ -54,11 +53,6 @@ def _config_file(tokens: Sequence[str]) -> str | None:
 
 def _flags(file: str) -> dict[str, Any]:
     """Return the table ``[server]``, by the names of flags."""
-    from aioengine.cli.serve import server_fields  # a slow import
-
-    table, known = server_table(file), server_fields()
-    for name in table:
-        if name not in known:
-            near = nearest(name, known)
-            raise ConfigError(f"{file}: [server] has no field {name!r}{near}; see `aioengine config schema`")
+    table = server_table(file)
+    refuse_unknown_fields(table, file)
     return {name.replace("_", "-"): value for name, value in table.items()}

@@ -22,6 +22,7 @@ ELSEWHERE = {
     "adapters": "[adapters]",
     "otlp_endpoint": "[server]",
     "served_model_names": "[server], as served_model_name",
+    "server": "[server]",
 }
 """Fields of FleetConfig that a server has from other tables."""
 

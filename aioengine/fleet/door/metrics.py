@@ -46,7 +46,7 @@ class FleetMetrics:
         self._members = members
         self._dispatcher = dispatcher
         self._engine = members.config.engine.name
-        self._tenants = TenantMetrics(members.config.engine.max_adapter_labels)
+        self._tenants = TenantMetrics(members.config.engine.max_tenant_labels)
         self.http = HttpMetrics(self._tenants)
         self.dropped_log_lines: Callable[[], int] = int
         """Function that counts the door's dropped log lines; called at each scrape."""

@@ -11,6 +11,7 @@ import json
 import threading
 import time
 from datetime import datetime
+from pathlib import Path
 from typing import Any, NoReturn
 
 import jinja2
@@ -20,7 +21,7 @@ import jinja2.parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from aioengine.checks import check_items
-from aioengine.errors import RequestInvalid
+from aioengine.errors import ConfigError, RequestInvalid
 
 MAX_SECONDS = 1.0
 """Processor time that one rendering may take. 2,048 messages and 128 tools take a fiftieth of it with the
@@ -36,6 +37,17 @@ LET_GO = 0.0005
 """Seconds that it then waits, so that other threads can take the lock."""
 LOOK_AGAIN = 32
 """Steps of a template between two readings of the clock."""
+
+
+def read_chat_template(path: Path) -> tuple[str, ChatTemplate]:
+    """Read and compile a template's file. Raises ConfigError."""
+    try:
+        source = path.read_text(encoding="utf-8")
+        return source, ChatTemplate(source)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"chat_template {path}: cannot be read: {error}") from error
+    except (jinja2.TemplateError, RecursionError) as error:
+        raise ConfigError(f"chat_template {path}: is not a Jinja template: {error}") from error
 
 
 class ChatTemplate:

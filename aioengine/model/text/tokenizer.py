@@ -13,7 +13,7 @@ import tokenizers
 
 from aioengine.checks import read_json
 from aioengine.errors import ConfigError, PromptTooLong, RequestInvalid
-from aioengine.model.text.chat_template import ChatTemplate
+from aioengine.model.text.chat_template import ChatTemplate, read_chat_template
 from aioengine.model.text.detokenizer import Detokenizer, TextStream, special_tokens
 from aioengine.model.text.text_per_token import text_per_token
 from aioengine.model.text.token_bytes import TokenBytes
@@ -173,13 +173,7 @@ class Tokenizer:
     def use_chat_template(self, path: Path) -> None:
         """Replace the chat template, before the first chat is rendered. Raises
         :class:`~aioengine.errors.ConfigError` if the file cannot be read or does not compile."""
-        try:
-            self._chat_template = path.read_text(encoding="utf-8")
-            self._compiled = ChatTemplate(self._chat_template)
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"chat_template {path}: cannot be read: {error}") from error
-        except (jinja2.TemplateError, RecursionError) as error:
-            raise ConfigError(f"chat_template {path}: is not a Jinja template: {error}") from error
+        self._chat_template, self._compiled = read_chat_template(path)
 
     @functools.cached_property
     def shows_tools(self) -> bool:

@@ -1,0 +1,176 @@
+"""``aioengine bench``: how many tokens a second an engine generates, with and without adapters."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import statistics
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import msgspec
+from cyclopts import Group, Parameter
+
+from aioengine.checks import check_integer
+from aioengine.cli.common import CommonFlags
+from aioengine.cli.flags import EngineFlags
+from aioengine.cli.loop import run
+from aioengine.config import ALLOWED_RANKS, EngineConfig, LoRAConfig
+from aioengine.request import SamplingParams
+
+if TYPE_CHECKING:
+    from aioengine.engine import AsyncEngine
+
+_WORK = Group("Work", sort_key=1)
+_IN_WORK = Parameter(group=_WORK)
+
+Measured = tuple[float, float]
+"""Output tokens per second, and the median time to a first token, in seconds."""
+
+
+def bench(
+    *,
+    requests: Annotated[int, _IN_WORK] = 32,
+    prompt_tokens: Annotated[int, _IN_WORK] = 128,
+    output_tokens: Annotated[int, _IN_WORK] = 64,
+    adapters: Annotated[list[int] | None, Parameter(group=_WORK, negative="", consume_multiple=True)] = None,
+    rank: Annotated[int, _IN_WORK] = 16,
+    repeats: Annotated[int, _IN_WORK] = 3,
+    engine: EngineFlags | None = None,
+    common: CommonFlags | None = None,
+) -> int:
+    """Measure output tokens per second, with and without adapters.
+
+    All requests arrive at once, with random prompts, and their output is greedy. Request i uses adapter i %
+    N of N random ones on all linears. The variants take turns, so that a drift of the machine's speed falls
+    on all of them.
+
+    Parameters
+    ----------
+    requests
+        Requests at once.
+    prompt_tokens
+        Tokens of each prompt.
+    output_tokens
+        Tokens that each request generates.
+    adapters
+        Numbers of adapters, a variant for each (8).
+    rank
+        Rank of the adapters.
+    repeats
+        Measurements of each variant; the median is printed.
+    """
+    counts = adapters or [8]
+    for name, value in (
+        ("--requests", requests),
+        ("--prompt-tokens", prompt_tokens),
+        ("--output-tokens", output_tokens),
+        ("--repeats", repeats),
+        *(("--adapters", count) for count in counts),
+    ):
+        check_integer(name, value, low=1)
+    flags = engine or EngineFlags()
+    check_integer("--rank", rank, low=1, high=max(ALLOWED_RANKS))
+    given = flags.engine_config()
+    slots = {
+        "max_loras": flags.max_loras or max(counts),
+        "max_cpu_loras": flags.max_cpu_loras or max(counts),
+        "max_lora_rank": flags.max_lora_rank or min(size for size in ALLOWED_RANKS if size >= rank),
+    }
+    config = msgspec.structs.replace(
+        given,
+        max_model_len=prompt_tokens + output_tokens,
+        max_num_seqs=requests,
+        max_num_batched_tokens=max(given.max_num_batched_tokens, requests),
+        enable_prefix_caching=False,  # every run computes every prompt
+        lora=msgspec.structs.replace(given.lora or LoRAConfig(), **slots),
+    )
+    results = run(_measure(config, requests, prompt_tokens, output_tokens, counts, rank, repeats))
+    _print(results, f"{requests} requests x {prompt_tokens} + {output_tokens} tokens", config)
+    return 0
+
+
+async def _measure(
+    config: EngineConfig,
+    requests: int,
+    prompt_tokens: int,
+    output_tokens: int,
+    counts: Sequence[int],
+    rank: int,
+    repeats: int,
+) -> dict[str, list[Measured]]:
+    from aioengine.engine import AsyncEngine
+    from aioengine.lab.calibration.random_adapters import write_random_adapter
+    from aioengine.model.files.resolve import read_spec, resolve_model
+
+    spec = read_spec(resolve_model(config.model), config.model_impl)
+    prompts = random_prompts(spec.vocab_size, requests, prompt_tokens)
+    names = [f"random-{i}" for i in range(max(counts))]
+    variants: dict[str, Sequence[str | None]] = {"base": [None]}
+    variants |= {f"{count} adapters, rank {rank}": names[:count] for count in counts}
+    results: dict[str, list[Measured]] = {name: [] for name in variants}
+    with tempfile.TemporaryDirectory() as folder:
+        async with AsyncEngine(config) as engine:
+            for i, name in enumerate(names):
+                await engine.load_adapter(
+                    name, write_random_adapter(Path(folder) / str(i), spec, rank, seed=i)
+                )
+            for adapters in variants.values():  # warm-up
+                await run_once(engine, prompts, 2, adapters)
+            for _ in range(repeats):
+                for name, adapters in variants.items():
+                    results[name].append(await run_once(engine, prompts, output_tokens, adapters))
+    return results
+
+
+async def run_once(
+    engine: AsyncEngine,
+    prompts: Sequence[list[int]],
+    output_tokens: int,
+    adapters: Sequence[str | None] = (None,),
+) -> Measured:
+    """Run all prompts at once; request i uses adapter i % n of n."""
+    params = SamplingParams(max_tokens=output_tokens, temperature=0, ignore_eos=True)
+    start = time.perf_counter()
+    outputs = await asyncio.gather(
+        *(
+            engine.complete(prompt, params, adapter=adapters[i % len(adapters)])
+            for i, prompt in enumerate(prompts)
+        )
+    )
+    seconds = time.perf_counter() - start
+    ttft = statistics.median(out.ttft or 0.0 for out in outputs)
+    return sum(len(out.token_ids) for out in outputs) / seconds, ttft
+
+
+def random_prompts(
+    vocabulary: int, requests: int, tokens: int, rng: random.Random | None = None
+) -> list[list[int]]:
+    """Draw prompts of random token ids; they are the same in each run."""
+    rng = random.Random(0) if rng is None else rng
+    ids = range(min(100, vocabulary // 2), max(vocabulary - 100, vocabulary // 2 + 1))
+    return [[rng.choice(ids) for _ in range(tokens)] for _ in range(requests)]
+
+
+def _print(results: dict[str, list[Measured]], work: str, config: EngineConfig) -> None:
+    from rich.table import Table
+
+    from aioengine.cli.tables import box_for, output_console
+    from aioengine.lab.calibration.calibrate import machine
+
+    console = output_console()
+    title = f"{work}, {config.model_name}, {config.dtype}, quantization {config.quantization}; {machine()}"
+    table = Table(title=title, box=box_for(console))
+    for column in ("variant", "output tok/s (median)", "min .. max", "median TTFT", "of base"):
+        table.add_column(column, justify="left" if column == "variant" else "right")
+    base = statistics.median(rate for rate, _ in results["base"])
+    for name, runs in results.items():
+        rates = sorted(rate for rate, _ in runs)
+        median = statistics.median(rates)
+        ttft = statistics.median(ttft for _, ttft in runs)
+        spread = f"{rates[0]:.1f} .. {rates[-1]:.1f}"
+        table.add_row(name, f"{median:.1f}", spread, f"{ttft:.2f} s", f"{median / base:.0%}")
+    console.print(table)

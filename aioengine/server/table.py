@@ -1,0 +1,99 @@
+"""The server's settings as flags and the table ``[server]`` of a configuration file give them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from aioengine.checks import nearest
+from aioengine.errors import ConfigError
+from aioengine.grammars.schemas import SchemaOptions
+from aioengine.server.access.keys import read_keys_file
+from aioengine.server.settings import ServerSettings, parse_keys
+
+KEY_VARIABLE = "AIOENGINE_API_KEYS"
+ADMIN_KEY_VARIABLE = "AIOENGINE_ADMIN_KEYS"
+
+_LISTENING = (
+    *("host", "port", "tls_cert", "tls_key", "trusted_proxy", "max_connections", "header_timeout"),
+    *("keep_alive", "grace_seconds", "drain_delay", "keep_dead", "log_format", "otlp_endpoint"),
+)
+"""Fields that concern the process which listens, and not its answers."""
+_SAME = (
+    *("max_body_bytes", "max_upload_bytes", "max_choices", "share_prefix_cache", "generation_config"),
+    *("tool_call_parser", "reasoning_parser", "default_max_tokens", "ignore_unknown_fields"),
+    *("read_timeout", "send_timeout", "stuck_step_seconds"),
+)
+"""Fields that ServerSettings has under the same name."""
+_OTHERS = (
+    *("served_model_name", "allowed_host", "keys", "api_key", "api_key_file", "admin_key", "admin_key_file"),
+    *("open_objects", "any_whitespace", "lenient_schemas", "request_timeout"),
+)
+SERVER_FIELDS = frozenset((*_LISTENING, *_SAME, *_OTHERS))
+"""Fields of the table: the flags of ``aioengine serve``, with underscores."""
+
+
+def refuse_unknown_fields(table: Mapping[str, Any], source: str) -> None:
+    """Raise ConfigError, with the nearest name, if the table has a field that it cannot have."""
+    for name in table:
+        if name not in SERVER_FIELDS:
+            near = nearest(name, SERVER_FIELDS)
+            raise ConfigError(
+                f"{source}: [server] has no field {name!r}{near}; see `aioengine config schema`"
+            )
+
+
+def settings_from(values: Mapping[str, Any]) -> ServerSettings:
+    """Return the settings that these fields give; those that are left out have their defaults. Fields of the
+    process that listens are ignored. Reads the files of keys. Raises ConfigError."""
+    keys_file = values.get("keys")
+    if keys_file is not None:  # check now, and not after the model has been loaded
+        read_keys_file(Path(keys_file))
+    schemas = SchemaOptions(
+        open_objects=values.get("open_objects", False),
+        any_whitespace=values.get("any_whitespace", False),
+        lenient=values.get("lenient_schemas", True),
+    )
+    given = {name: values[name] for name in _SAME if name in values}
+    given |= {
+        "api_keys": _keys("api-key", values.get("api_key"), KEY_VARIABLE, values.get("api_key_file")),
+        "admin_keys": _keys(
+            "admin-key", values.get("admin_key"), ADMIN_KEY_VARIABLE, values.get("admin_key_file")
+        ),
+        "keys_file": None if keys_file is None else str(keys_file),
+        "schemas": schemas,
+    }
+    if values.get("served_model_name"):
+        given["served_model_names"] = values["served_model_name"]
+    if hosts := [host for host in values.get("allowed_host") or () if host != "*"]:
+        given["allowed_hosts"] = hosts
+    if "request_timeout" in values:
+        given["request_timeout"] = values["request_timeout"] or None
+    try:
+        return msgspec.convert(given, ServerSettings)
+    except msgspec.ValidationError as error:
+        cause = error.__cause__
+        raise ConfigError(str(cause) if isinstance(cause, ConfigError) else f"[server]: {error}") from error
+
+
+def _keys(
+    flag: str, given: Sequence[str] | None, variable: str, file: str | Path | None
+) -> Mapping[str, str]:
+    """Return key -> tenant, from a flag, a variable and a file together. Raises ConfigError."""
+    keys = parse_keys(given or [], source=f"--{flag}")
+    keys |= parse_keys(os.environ.get(variable, "").split(), source=variable)
+    if file is not None:
+        source = f"--{flag}-file {file}"
+        try:
+            lines = Path(file).read_text(encoding="utf-8-sig").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{source}: cannot be read: {error}") from error
+        entries = [line for line in lines if line.strip() and not line.startswith("#")]
+        if not entries:  # otherwise a file that was emptied by mistake would let everybody in
+            raise ConfigError(f"{source}: has no key; remove the flag or add one")
+        keys |= parse_keys(entries, source=source)
+    return keys
