@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,8 @@ OVERRIDES: dict[str, dict[str, Any]] = {
 
 
 def write(model: MoeModel, kind: str, **metadata: int) -> Path:
-    """The model as llama.cpp's converter writes it; the one in memory gets the values that are stored."""
+    """The model as llama.cpp's converter writes it; the one in memory gets the values that are stored. Of
+    MXFP4 are experts alone, beside Q8_0, as in the files that GPT-OSS comes in."""
     config, arch = json.loads((model.folder / "config.json").read_text()), ARCHITECTURES[model.family]
     path = model.folder.parent / f"{kind}.gguf"
     writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[arch])
@@ -70,7 +72,8 @@ def write(model: MoeModel, kind: str, **metadata: int) -> Path:
     names = get_tensor_name_map(arch, config["num_hidden_layers"])
     for name, tensor in _stacked(model, load_file(model.folder / "model.safetensors")).items():
         is_matrix = tensor.ndim > 1 and not name.endswith(("_exps.bias", "shared_expert_gate.weight"))
-        quant = gguf.GGMLQuantizationType[kind if is_matrix else "F32"]
+        own = "Q8_0" if kind == "MXFP4" and tensor.ndim < 3 else kind
+        quant = gguf.GGMLQuantizationType[own if is_matrix else "F32"]
         raw = gguf.quants.quantize(tensor.numpy(), quant)
         tensor.copy_(torch.from_numpy(gguf.quants.dequantize(raw, quant).copy()))
         if model.family == "mixtral":
@@ -133,8 +136,9 @@ def _put(model: MoeModel, name: str, tensor: torch.Tensor) -> None:
         (experts.down_proj if rows is None else experts.gate_up_proj[:, rows]).copy_(tensor)
 
 
-@pytest.mark.parametrize("kind", ["F32", "Q8_0"])
-@pytest.mark.parametrize("family", ARCHITECTURES)
+@pytest.mark.parametrize(
+    ("family", "kind"), [*itertools.product(ARCHITECTURES, ["F32", "Q8_0"]), ("gpt_oss", "MXFP4")]
+)
 async def test_a_gguf_file_is_the_model_that_it_was_made_of(family: str, kind: str, tmp_path: Path) -> None:
     model = MoeModel(tmp_path, family, moe_intermediate_size=32, intermediate_size=64, **OVERRIDES[family])
     original = read_spec(model.folder, "native")
