@@ -5,7 +5,8 @@ Plain torch does the rare cases (float16, LoRA on embeddings).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import functools
+from collections.abc import Iterable
 from ctypes import Array, byref
 
 import torch
@@ -28,7 +29,7 @@ def lora_shrink(x: Tensor, pool: LoRAPool, batch: LoRABatch) -> Tensor:
         return grouped.lora_shrink(x, pool, batch)
     h = x.new_zeros(len(x), len(pool.modules), batch.width)
     if batch.segments:
-        table, slots = segment_table(batch.segments), slots_struct(pool.slots)
+        table, slots = batch.derive(segments_of), slots_struct(pool.slots)
         load().aio_lora_shrink(
             *(
                 is_bf16(x),
@@ -51,8 +52,8 @@ def lora_expand(h: Tensor, pool: LoRAPool, y: Tensor, batch: LoRABatch) -> None:
     if not batch.segments:
         return
     h = h.contiguous()
-    table, slots = segment_table(batch.segments), slots_struct(pool.slots)
-    slices = _slices(pool.widths, pool.b_offsets)
+    table, slots = batch.derive(segments_of), slots_struct(pool.slots)
+    slices = slices_struct(pool.widths, pool.b_offsets)
     load().aio_lora_expand(
         *(is_bf16(y), h.data_ptr(), byref(slots), pool.first, slices, len(slices), batch.width),
         *(y.data_ptr(), y.stride(0), table.data_ptr(), len(table), threads()),
@@ -65,8 +66,8 @@ def lora_affine(y: Tensor, pool: LoRAPool, batch: LoRABatch) -> None:
         return grouped.lora_affine(y, pool, batch)
     if not batch.affine:
         return
-    table, slots = segment_table(batch.affine), slots_struct(pool.slots)
-    slices = _slices(pool.affine_widths, pool.offsets)
+    table, slots = batch.derive(affine_of), slots_struct(pool.slots)
+    slices = slices_struct(pool.affine_widths, pool.offsets)
     load().aio_lora_affine(
         *(is_bf16(y), y.data_ptr(), y.stride(0), byref(slots), pool.first, slices, len(slices)),
         *(table.data_ptr(), len(table), threads()),
@@ -78,12 +79,24 @@ def segment_table(segments: Iterable[Segment]) -> Tensor:
     return torch.tensor([tuple(segment) for segment in segments], dtype=torch.int32)
 
 
+def segments_of(batch: LoRABatch) -> Tensor:
+    """:func:`segment_table` of all segments."""
+    return segment_table(batch.segments)
+
+
+def affine_of(batch: LoRABatch) -> Tensor:
+    """:func:`segment_table` of those that are scaled or shifted."""
+    return segment_table(batch.affine)
+
+
 def slots_struct(slots: SlotMemory) -> structs.Slots:
     """Make the C structure, which points to the memory and does not keep it alive."""
     return structs.Slots(slots.memory.data_ptr(), slots.table.data_ptr(), slots.num_places, slots.int8)
 
 
-def _slices(widths: Sequence[int], offsets: Sequence[int]) -> Array[structs.LoraSlice]:
+@functools.lru_cache(maxsize=256)
+def slices_struct(widths: tuple[int, ...], offsets: tuple[int, ...]) -> Array[structs.LoraSlice]:
+    """Make the C structures of a pool's slices, which are not to be changed."""
     pairs = zip(widths, offsets, strict=True)
     return (structs.LoraSlice * len(widths))(*(structs.LoraSlice(*pair) for pair in pairs))
 

@@ -1,8 +1,8 @@
-"""The C structures of ``src/decoder.cpp``, field by field."""
+"""The C structures of ``src/decoder.cpp`` and ``src/ops.h``, field by field."""
 
 from __future__ import annotations
 
-from ctypes import CFUNCTYPE, POINTER, Structure, c_double, c_int, c_int64, c_void_p
+from ctypes import CFUNCTYPE, POINTER, Structure, c_bool, c_double, c_int, c_int64, c_long, c_void_p
 from enum import IntEnum
 
 MAX_SLICES = 3
@@ -91,6 +91,34 @@ class LoraSlice(Structure):
     """One slice of a fused linear: its outputs, and the first column of these."""
 
     _fields_ = [("out", c_int64), ("offset", c_int64)]
+
+
+class Adapters(Structure):
+    """What adapters add to a linear, from what A gave."""
+
+    _fields_ = [
+        *(("segments", c_void_p), ("count", c_long), ("h", c_void_p), ("slots", POINTER(Slots))),
+        *(("first", c_long), ("slice", POINTER(LoraSlice)), ("slices", c_long), ("width", c_long)),
+        ("long_segments", c_bool),
+    ]
+
+
+class Beside(Structure):
+    """What a linear does beside its own product."""
+
+    _fields_ = [
+        *(("fetch", c_void_p), ("fetch_count", c_long), ("adapters", POINTER(Adapters))),
+        *(("next", c_void_p), ("next_outputs", c_long), ("next_panel_bytes", c_long)),
+    ]
+
+
+class AdaptedLinear(Structure):
+    """A packed linear and the adapters on it; see ``src/parts.cpp``."""
+
+    _fields_ = [
+        *(("packed", c_void_p), ("bias", c_void_p), ("n", c_int64), ("k", c_int64), ("beside", Beside)),
+        *(("outputs", POINTER(LoraSlice)), ("affine", c_void_p), ("affine_count", c_int64)),
+    ]
 
 
 class LoraPool(Structure):

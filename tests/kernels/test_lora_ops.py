@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import pytest
 import torch
@@ -24,14 +24,19 @@ def _poisoned_memory() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
+WIDTHS = [(32, 16, 16), (40, 40), (24,), (7, 50, 3)]
+
+
 @st.composite
-def cases(draw: st.DrawFn, dtype: torch.dtype = torch.float32) -> Case:
+def cases(
+    draw: st.DrawFn, dtype: torch.dtype = torch.float32, all_widths: Sequence[tuple[int, ...]] = WIDTHS
+) -> Case:
     max_rank = draw(st.sampled_from([1, 4, 16, 64, 320, 512]))
     slots = draw(st.integers(1, 6))
     ranks = draw(st.lists(st.integers(1, max_rank), min_size=slots, max_size=slots))
     counts = st.one_of(st.integers(0, 4), st.integers(0, 70))
     sequences = draw(st.lists(st.tuples(st.integers(-1, slots - 1), counts), min_size=1, max_size=9))
-    widths = draw(st.sampled_from([(32, 16, 16), (40, 40), (24,), (7, 50, 3)]))
+    widths = draw(st.sampled_from(all_widths))
     slot_affine = draw(st.just([]) | st.lists(st.booleans(), min_size=slots, max_size=slots))
     targeted = draw(st.lists(st.sampled_from(range(len(widths))), min_size=1, unique=True).map(sorted))
     return make_case(
@@ -248,3 +253,31 @@ def test_the_backend_is_chosen_by_name_then_environment_then_default(
         get_backend("cpu")
     with pytest.raises(ValueError, match=r"'none'.*available: .*torch, reference"):
         get_backend("cpu", "none")
+
+
+@pytest.mark.skipif("cpu" not in OTHERS, reason="needs the CPU library")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("int8", [False, True])
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_a_packed_linear_with_its_adapters(dtype: torch.dtype, int8: bool, data: st.DataObject) -> None:
+    """It is the linear, and then the adapters, however often it is used."""
+    from aioengine.kernels.cpu.adapted import AdaptedLinear, fits
+    from aioengine.kernels.cpu.packed import PackedWeight
+
+    case = data.draw(cases(dtype, [(32, 16, 16), (48,), (16, 16, 16, 80)]))
+    batch, pool = case.batch, case.int8_pool if int8 else case.pool
+    assert fits(pool, dtype)
+    n = case.y.shape[1]
+    generator = torch.Generator().manual_seed(1)
+    weight, bias = torch.randn(n, case.x.shape[1], generator=generator), torch.randn(n, generator=generator)
+    adapted = AdaptedLinear(PackedWeight.pack(weight.to(dtype, copy=True)), bias.to(dtype), pool)
+    for _ in range(2):
+        found = adapted(case.x, batch).float()
+        expected = torch.nn.functional.linear(case.x, weight.to(dtype), bias.to(dtype))
+        h = REFERENCE.lora_shrink(case.x, pool, batch)
+        REFERENCE.lora_expand(h, pool, expected, batch)
+        REFERENCE.lora_affine(expected, pool, batch)
+        scale = expected.float().abs().max().clamp(min=1.0) if expected.numel() else 1.0
+        tolerance = 1e-4 if dtype == torch.float32 else 2e-2
+        torch.testing.assert_close(found / scale, expected.float() / scale, rtol=tolerance, atol=tolerance)

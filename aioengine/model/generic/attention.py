@@ -7,7 +7,7 @@ functions, by positions within the sequence, so that all tokens of a step can go
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -22,6 +22,8 @@ from aioengine.model.generic.step import Allowed, Holder, Kind, Step, kind_of
 
 NAME = "aioengine"
 """Name of this attention in transformers' registries."""
+
+StoreAndAttend = Callable[[Tensor, Rotation, LayerCache, AttentionPlan, Scores], Tensor]
 
 _MASK = "_aioengine_allowed"
 
@@ -43,8 +45,22 @@ class Attends:
 
     def __init__(self, holder: Holder, kernels: Backend, longest: int) -> None:
         self.holder = holder
-        self.kernels = kernels
         self.longest = longest
+        self._kernels = kernels
+        self._ours: StoreAndAttend | None = None
+        if kernels.name == "cpu":
+            from aioengine.kernels.cpu.layer import store_and_attend
+
+            self._ours = store_and_attend
+
+    def store_and_attend(
+        self, qkv: Tensor, rotation: Rotation, cache: LayerCache, plan: AttentionPlan, scores: Scores
+    ) -> Tensor:
+        """Rotate queries and keys, store keys and values, and attend to what is stored."""
+        if self._ours is not None:
+            return self._ours(qkv, rotation, cache, plan, scores)
+        self._kernels.rope_store(qkv, None, rotation, cache, plan)
+        return self._kernels.paged_attention(qkv, cache, plan, scores)
 
 
 def _mask(*_: Any, mask_function: Allowed, use_vmap: bool = False, **__: Any) -> Tensor:
@@ -81,14 +97,24 @@ def _attend(
     if kind is None:
         kind = holder.kinds[layer] = kind_of(allowed, attends.longest, query.device)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     keys, values = holder.cache.k[holder.index[layer]], holder.cache.v[holder.index[layer]]
-    d, e = q.shape[-1], v.shape[-1]
-    if softcap is None and s_aux is None and not kind.odd and d == e and k.shape == v.shape and d % 2 == 0:
-        qkv = torch.cat([q * (scale * d**0.5), k, v], dim=1)
-        cache = LayerCache(keys, values)
-        attends.kernels.rope_store(qkv, None, _no_rotation(step, d), cache, step.plan)
-        out = attends.kernels.paged_attention(qkv, cache, step.plan, Scores(kind.window))
+    d, e = query.shape[-1], value.shape[-1]
+    ours = not kind.odd and d == e and key.shape == value.shape and d % 2 == 0
+    rotation: Rotation | None = None
+    turn, step.turn = step.turn, None
+    if turn is not None:
+        if turn.query is not query or turn.key is not key:
+            raise Unsuitable(f"layer {layer} does more to queries and keys after their rotation")
+        if ours:
+            rotation = turn.rotation
+        else:
+            query, key = turn.own()
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    if ours:
+        qkv, cache = _joined(q, k, v), LayerCache(keys, values)
+        rotation = _no_rotation(step, d) if rotation is None else rotation
+        scores = Scores(kind.window, scale, softcap, None if s_aux is None else s_aux.detach().to(q.dtype))
+        out = attends.store_and_attend(qkv, rotation, cache, step.plan, scores)
         return out.view(1, len(q), -1, e), None
     put(keys, step.plan.cells, k)
     put(values, step.plan.cells, v)
@@ -102,6 +128,22 @@ def _attend(
         out_b = _softmax_attention(q_b, k_b, v_b, mask, scale, softcap, s_aux)
         out.index_copy_(0, rows, out_b.transpose(1, 2).flatten(0, 1))
     return out[None], None
+
+
+def _joined(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Return queries, keys and values [T, heads, d] as one tensor [T, H + 2 K, d], contiguous: where they
+    are, if they lie side by side as one product made them."""
+    (tokens, heads, d), kv_heads = q.shape, k.shape[1]
+    strides = (heads + 2 * kv_heads) * d, d, 1
+    if q.stride() == k.stride() == v.stride() == strides:
+        memory, begin, size = q.untyped_storage().data_ptr(), q.data_ptr(), d * q.itemsize
+        if (
+            k.data_ptr() == begin + heads * size
+            and v.data_ptr() == begin + (heads + kv_heads) * size
+            and memory == k.untyped_storage().data_ptr() == v.untyped_storage().data_ptr()
+        ):
+            return q.as_strided((tokens, heads + 2 * kv_heads, d), strides)
+    return torch.cat([q, k, v], dim=1)
 
 
 def _batched(rows: Tensor, batch: int) -> Tensor:

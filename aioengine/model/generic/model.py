@@ -11,7 +11,7 @@ import copy
 import inspect
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,8 +32,31 @@ from aioengine.model.slots.pool import LoRASlots
 
 if TYPE_CHECKING:
     from aioengine.model.generic.packing import PackedLinears
+    from aioengine.model.generic.recognised import Recognised
+    from aioengine.model.generic.rotation import PutOffRotations
 
 logger = logging.getLogger("aioengine")
+
+
+class Way(NamedTuple):
+    """Which of the engine's own parts compute."""
+
+    flat: bool
+    """All sequences of a step side by side, with the engine's attention. Otherwise one by one, with the
+    model's."""
+    packed: bool = False
+    """Linears on the CPU library."""
+    recognised: bool = False
+    """Modules whose work the engine knows, by its operations."""
+    put_off: bool = False
+    """The rotation, together with the attention."""
+
+
+WAYS = (
+    *(Way(True, True, True, True), Way(True, True, True), Way(True, True)),
+    *(Way(False, True, True), Way(False, True), Way(True), Way(False)),
+)
+"""The ways to compute, the fastest first."""
 
 
 class GenericModel:
@@ -87,8 +110,38 @@ class GenericModel:
         self.hooks = hook(self.model, spec, slots, self.holder, kernels)
         attention.register()
         self._packed: PackedLinears | None = None
-        self.flat = spec.flat
+        self._recognised: Recognised | None = None
+        self._rotations: PutOffRotations | None = None
+        self.way = Way(spec.flat)
         self.use_own_attention(not spec.flat)
+
+    def ways(self) -> list[Way]:
+        """Return the ways in which it may compute, the fastest first."""
+        packs = self.kernels.name == "cpu"
+        return [way for way in WAYS if way.flat <= self.spec.flat and way.packed <= packs]
+
+    def take(self, way: Way) -> None:
+        """Compute in this way from now on."""
+        for shortcut in (self._rotations, self._recognised, None if way.packed else self._packed):
+            if shortcut is not None:
+                shortcut.undo()
+        self._rotations = self._recognised = None
+        if not way.packed:
+            self._packed = None
+        elif self._packed is None:
+            from aioengine.model.generic.packing import PackedLinears
+
+            self._packed = PackedLinears(self.modules, self.spec, self.hooks, self.holder, self.kernels)
+        if way.recognised and self._packed is not None:
+            from aioengine.model.generic.recognised import Recognised
+
+            self._recognised = Recognised(self.modules, self._packed.by_name, self.holder, self.kernels)
+        if way.put_off:
+            from aioengine.model.generic.rotation import PutOffRotations
+
+            self._rotations = PutOffRotations(self.modules, self.holder)
+        self.way = way
+        self.use_own_attention(not way.flat)
 
     def use_own_attention(self, own: bool) -> None:
         """Whether the model attends by itself."""
@@ -102,19 +155,6 @@ class GenericModel:
             return packed.weight(), packed.bias()
         return base_weight(self.modules[name])
 
-    def pack(self) -> None:
-        """Rearranges linears' weights for the CPU library, if that is what computes here."""
-        if self.kernels.name == "cpu" and self._packed is None:
-            from aioengine.model.generic.packing import PackedLinears
-
-            self._packed = PackedLinears(self.modules, self.spec, self.hooks, self.holder, self.kernels)
-
-    def unpack(self) -> None:
-        """Undoes :meth:`pack`."""
-        if self._packed is not None:
-            self._packed.undo()
-            self._packed = None
-
     def forward(self, inputs: StepInputs) -> Tensor:
         """Return the logits of ``inputs.sample_rows``: [N, vocab] in the compute dtype."""
         return self.logits(self.layers_forward(inputs), inputs.sample_rows, inputs.sample_lora)
@@ -122,7 +162,7 @@ class GenericModel:
     def layers_forward(self, inputs: StepInputs) -> LastLayer:
         """Return all but the head."""
         try:
-            hidden = self._flat(inputs) if self.flat else self._one_by_one(inputs)
+            hidden = self._flat(inputs) if self.way.flat else self._one_by_one(inputs)
         finally:
             self.holder.step = None
         return LastLayer(hidden, None)

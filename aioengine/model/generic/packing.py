@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from aioengine.kernels import Backend
+from aioengine.kernels.cpu.adapted import AdaptedLinear, fits
 from aioengine.kernels.cpu.packed import PackedWeight
 from aioengine.model.generic.linears import AdaptedForward, base_weight
 from aioengine.model.generic.spec import GenericSpec
@@ -45,11 +46,22 @@ class PackedLinear:
         if any(bias is not None for _, bias in both):
             parts = [weight.new_zeros(len(weight)) if bias is None else bias for weight, bias in both]
             self.bias = torch.cat(parts)
-        self._pool = next((hook.pool for hook in hooks if hook is not None), None)
+        self._hooks = [hook for hook in hooks if hook is not None]
+        self._pool = self._hooks[0].pool if self._hooks else None
+        usual = self._pool is not None and fits(self._pool, self.weight.data.dtype)
+        self.adapted: AdaptedLinear | None = None
+        """Both in one call; None if the library does not add such adapters."""
+        if usual or self._pool is None:
+            self.adapted = AdaptedLinear(self.weight, self.bias, self._pool)
         self._holder = holder
         self._kernels = kernels
         self._made: Outputs | None = None
         self._uses = 0
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the probe adds the adapters in its own way."""
+        return any(hook.plain is not None for hook in self._hooks)
 
     def base(self, x: Tensor) -> Tensor:
         """[T, all outputs] without adapters."""
@@ -59,20 +71,32 @@ class PackedLinear:
         """[T, all outputs] with the adapters of the step."""
         step, made = self._holder.step, self._made
         if made is None or made.x is not x or made.step is not step:
-            made = self._made = Outputs(x, step, self._compute(x, step))
+            made = self._made = Outputs(x, step, self.whole(x))
             self._uses = 0
         self._uses += 1
         if self._uses == len(self.columns):
             self._made = None
         return made.y
 
-    def _compute(self, x: Tensor, step: Step | None) -> Tensor:
-        y, pool, kernels = self.base(x), self._pool, self._kernels
-        if step is None or pool is None or not (step.lora.segments or step.lora.affine):
-            return y
-        if len(y) != step.lora.num_tokens:
-            raise RuntimeError(f"{pool.modules} got {len(y)} rows of {step.lora.num_tokens} tokens")
-        h = kernels.lora_shrink(x.reshape(len(y), -1).contiguous(), pool, step.lora)
+    def rows(self, x: Tensor) -> Tensor:
+        """Return ``x`` [..., in] as [T, in], contiguous. Raises RuntimeError if these are not the step's
+        tokens."""
+        step, rows = self._holder.step, x.reshape(-1, self.weight.k).contiguous()
+        if step is not None and step.lora.segments and len(rows) != step.lora.num_tokens:
+            tokens = step.lora.num_tokens
+            raise RuntimeError(f"a linear got {len(rows)} rows of {tokens} tokens")
+        return rows
+
+    def whole(self, x: Tensor) -> Tensor:
+        """Return :meth:`outputs` for whoever takes them all."""
+        step, pool, kernels = self._holder.step, self._pool, self._kernels
+        if step is None or pool is None or not step.lora.segments:
+            return self.base(x)
+        rows = self.rows(x)
+        if self.adapted is not None:
+            return self.adapted(rows, step.lora)
+        y = self.base(rows)
+        h = kernels.lora_shrink(rows, pool, step.lora)
         kernels.lora_expand(h, pool, y, step.lora)
         if step.lora.affine:
             kernels.lora_affine(y, pool, step.lora)
@@ -83,13 +107,13 @@ class Member:
     """Takes the place of one linear's ``forward``."""
 
     def __init__(self, packed: PackedLinear, place: int, hook: AdaptedForward | None) -> None:
-        self._packed = packed
+        self.packed = packed
         self._begin, self._end = packed.columns[place]
         self.hook = hook
 
     def __call__(self, x: Tensor) -> Tensor:
         plain = None if self.hook is None else self.hook.plain
-        y = self._packed.base(x) if plain is not None else self._packed.outputs(x)
+        y = self.packed.base(x) if plain is not None else self.packed.outputs(x)
         own = y[:, self._begin : self._end].view(*x.shape[:-1], self._end - self._begin)
         if plain is None or self.hook is None:
             return own
@@ -97,16 +121,16 @@ class Member:
 
     def weight(self) -> Tensor:
         """[out, in], a copy."""
-        return self._packed.weight.rows(self._begin, self._end)
+        return self.packed.weight.rows(self._begin, self._end)
 
     def bias(self) -> Tensor | None:
-        bias = self._packed.bias
+        bias = self.packed.bias
         return None if bias is None else bias[self._begin : self._end]
 
     def data(self) -> Tensor:
         """Return this member's part of the packed weight, flat."""
-        k = self._packed.weight.k
-        return self._packed.weight.data.view(-1)[self._begin * k : self._end * k]
+        k = self.packed.weight.k
+        return self.packed.weight.data.view(-1)[self._begin * k : self._end * k]
 
 
 class PackedLinears:
@@ -121,15 +145,17 @@ class PackedLinears:
         kernels: Backend,
     ) -> None:
         """Packs those linears of the spec that can be: usual ones, with a weight of their own."""
-        shared, by_name = _shared(modules), {hook.name: hook for hook in hooks}
+        sharers, by_name = _sharers(modules), {hook.name: hook for hook in hooks}
         self.by_name: dict[str, Member] = {}
         self._modules = modules
+        self._embeddings: list[Any] = []
         groups: dict[tuple[int, str], list[str]] = {}
         for linear in spec.linears:
             groups.setdefault((linear.layer, linear.group), []).append(linear.name)
         for names in groups.values():
-            if not all(_fits(modules[name], shared) for name in names):
+            if not all(_fits(modules[name], sharers) for name in names):
                 continue
+            embeddings = [one for name in names for one in sharers[id(modules[name].weight)][1:]]
             own = [by_name.get(name) for name in names]
             packed = PackedLinear([modules[name] for name in names], own, holder, kernels)
             for place, (name, hook) in enumerate(zip(names, own, strict=True)):
@@ -138,6 +164,9 @@ class PackedLinears:
                 module.forward = member
                 # Who looks at the weight sees its type; what it holds is of use only to the library.
                 module.weight.data = member.data().view(module.weight.shape)
+            for embedding in embeddings:
+                embedding.forward = functools.partial(_embed, packed.weight)
+                self._embeddings.append(embedding)
 
     def undo(self) -> None:
         """Let all modules compute by themselves again."""
@@ -147,23 +176,39 @@ class PackedLinears:
             module.weight.data = weight if usual else weight.T.contiguous()
             own: Callable[..., Tensor] = functools.partial(type(module).forward, weakref.proxy(module))
             module.forward = own if member.hook is None else member.hook
+        for embedding in self._embeddings:
+            del embedding.forward
         self.by_name.clear()
 
 
-def _fits(module: Any, shared: set[int]) -> bool:
+def _fits(module: Any, sharers: dict[int, list[Any]]) -> bool:
+    """Whether a linear can be packed. Its weight may also be that of an embedding, as often a head's is."""
     from transformers.pytorch_utils import Conv1D
 
-    if type(module).forward not in (torch.nn.Linear.forward, Conv1D.forward) or id(module.weight) in shared:
+    if type(module).forward not in (torch.nn.Linear.forward, Conv1D.forward):
+        return False
+    first, *others = sharers[id(module.weight)]
+    if first is not module or not all(map(_is_usual_embedding, others)):
         return False
     (n, k), dtype = base_weight(module)[0].shape, module.weight.dtype
-    return PackedWeight.fits(n, k, dtype)
+    return PackedWeight.fits(n, k, dtype) and (not others or isinstance(module, torch.nn.Linear))
 
 
-def _shared(modules: dict[str, Any]) -> set[int]:
-    """Return the ids of parameters that several modules have."""
-    seen: set[int] = set()
-    shared: set[int] = set()
+def _is_usual_embedding(module: Any) -> bool:
+    usual = type(module).forward is torch.nn.Embedding.forward and "forward" not in vars(module)
+    return usual and module.max_norm is None
+
+
+def _embed(weight: PackedWeight, token_ids: Tensor) -> Tensor:
+    return weight.gather(token_ids.flatten().long().contiguous()).view(*token_ids.shape, weight.k)
+
+
+def _sharers(modules: dict[str, Any]) -> dict[int, list[Any]]:
+    """Return the modules that have a parameter, by its id, embeddings behind others."""
+    found: dict[int, list[Any]] = {}
     for module in modules.values():
         for parameter in module.parameters(recurse=False):
-            (shared if id(parameter) in seen else seen).add(id(parameter))
-    return shared
+            found.setdefault(id(parameter), []).append(module)
+    for sharers in found.values():
+        sharers.sort(key=lambda module: isinstance(module, torch.nn.Embedding))
+    return found

@@ -11,7 +11,6 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import product
 from typing import Any
 
 import torch
@@ -36,8 +35,7 @@ input may send a token to another expert."""
 
 
 def check(model: GenericModel) -> None:
-    """Try the ways in which the model can run, the fast ones first, and keep the first that is right: with
-    its linears on the CPU library or unchanged, with the engine's attention or its own.
+    """Try the ways in which the model can run, the fast ones first, and keep the first that is right.
 
     Raises ConfigError, naming the layer that differs first.
     """
@@ -49,12 +47,8 @@ def check(model: GenericModel) -> None:
                 f"{model.path}: {model.spec.architecture} cannot run by itself: {one_line(error)}"
             ) from error
         problem: str | None = None
-        for packed, flat in product((True, False), (True, False)):
-            if flat and not model.spec.flat:
-                continue
-            (model.pack if packed else model.unpack)()
-            model.flat = flat
-            model.use_own_attention(not flat)
+        for way in model.ways():
+            model.take(way)
             problem = _differs(model, expected)
             if problem is None:
                 break
@@ -146,7 +140,7 @@ def _alone(model: GenericModel, tokens: list[int]) -> Tensor:
     try:
         out = model.model(input_ids=torch.tensor([tokens], device=model.device), use_cache=False)
     finally:
-        model.use_own_attention(not model.flat)
+        model.use_own_attention(not model.way.flat)
     logits: Tensor = (out[0] if isinstance(out, tuple) else out.logits)[0]
     return logits
 

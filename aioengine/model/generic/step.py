@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from aioengine.kernels import AttentionPlan, LoRABatch
+from aioengine.kernels import AttentionPlan, LoRABatch, Rotation
 from aioengine.model.kv_cache import KVCache
 
 Allowed = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -24,6 +24,16 @@ class Kind(NamedTuple):
     """Only ``allowed`` knows; it comes with each step's mask."""
 
 
+class Turn(NamedTuple):
+    """Rotation of a layer's queries and keys that is yet to be done."""
+
+    query: Tensor
+    key: Tensor
+    rotation: Rotation
+    own: Callable[[], tuple[Tensor, Tensor]]
+    """Returns them rotated, as the model would have done it."""
+
+
 @dataclass(slots=True)
 class Step:
     lora: LoRABatch
@@ -32,6 +42,8 @@ class Step:
     """None: no layer attends (the head alone)."""
     shrunk: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     """Last input of each pool, by its id, and the product of the pool's A matrices with it."""
+    turn: Turn | None = None
+    """The rotation that was put off last."""
     made: dict[Any, Any] = field(default_factory=dict)
     """Values that layers share in this step."""
 

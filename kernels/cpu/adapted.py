@@ -1,0 +1,91 @@
+"""Packed linears with the adapters of their tokens, and a gated MLP of two of them, each in one call."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from aioengine.kernels.cpu import structs
+from aioengine.kernels.cpu.lora import affine_of, segments_of, slices_struct, slots_struct
+from aioengine.kernels.cpu.packed import PANEL, PackedWeight, is_bf16, pointer
+from aioengine.kernels.cpu.shared_library import load, threads
+from aioengine.kernels.plan.lora import LoRABatch
+from aioengine.kernels.slots import LoRAPool
+
+_FUSED_TOKENS = 16
+"""Tokens of a segment, on average, from which on it is worth tiles of its own."""
+
+
+class AdaptedLinear:
+    """``x W^T + bias``, and what the adapters in ``pool`` add to it, whose slices are whole panels."""
+
+    def __init__(self, weight: PackedWeight, bias: Tensor | None, pool: LoRAPool | None) -> None:
+        self.weight, self._bias, self._pool = weight, bias, pool  # the structures point to their memory
+        parts = {"packed": weight.data.data_ptr(), "bias": pointer(bias), "n": weight.n, "k": weight.k}
+        self._base = structs.AdaptedLinear(**parts)
+        self._with_adapters = structs.AdaptedLinear(**parts)
+        if pool is not None:
+            assert fits(pool, weight.data.dtype)
+            self._slots = slots_struct(pool.slots)
+            self._adapters = structs.Adapters(
+                slots=ctypes.pointer(self._slots),
+                first=pool.first,
+                slice=slices_struct(pool.widths, pool.b_offsets),
+                slices=len(pool.widths),
+            )
+            self._with_adapters.beside.adapters = ctypes.pointer(self._adapters)
+            self._with_adapters.outputs = slices_struct(pool.affine_widths, pool.offsets)
+
+    def struct(self, rows: int, batch: LoRABatch | None) -> tuple[Any, Tensor | None]:
+        """Return a reference to the library's structure for ``rows`` tokens, and what must live as long as it
+        is used; the next call changes it."""
+        pool = self._pool
+        if batch is None or pool is None or not batch.segments:
+            return ctypes.byref(self._base), None
+        adapters, count, width = self._adapters, len(batch.segments), batch.width
+        h = torch.empty(rows, adapters.slices * width, dtype=self.weight.data.dtype)
+        adapters.segments, adapters.count = batch.derive(segments_of).data_ptr(), count
+        adapters.h, adapters.width = h.data_ptr(), width
+        adapters.long_segments = rows >= _FUSED_TOKENS * count
+        self._with_adapters.affine_count = len(batch.affine)
+        if batch.affine:
+            self._with_adapters.affine = batch.derive(affine_of).data_ptr()
+        return ctypes.byref(self._with_adapters), h
+
+    def __call__(self, x: Tensor, batch: LoRABatch | None) -> Tensor:
+        """``x`` [T, in], contiguous; returns [T, out]. Not for several threads at once."""
+        rows = len(x)
+        y = torch.empty(rows, self.weight.n, dtype=x.dtype)
+        struct, _scratch = self.struct(rows, batch)
+        load().aio_adapted_linear(is_bf16(x), struct, x.data_ptr(), y.data_ptr(), rows, threads())
+        return y
+
+
+def gated_mlp(
+    gate_up: AdaptedLinear,
+    down: AdaptedLinear,
+    activation: Literal["silu", "gelu_tanh"],
+    x: Tensor,
+    batch: LoRABatch | None,
+) -> Tensor:
+    """``down(act(gate(x)) * up(x))`` for ``x`` [T, in], contiguous; returns [T, out]. Rounded like its three
+    operations."""
+    rows = len(x)
+    sizes = gate_up.weight.n, down.weight.k, down.weight.n
+    wide, narrow, y = (torch.empty(rows, size, dtype=x.dtype) for size in sizes)
+    first, _scratch = gate_up.struct(rows, batch)
+    second, _more = down.struct(rows, batch)
+    load().aio_gated_mlp(
+        *(is_bf16(x), first, second, activation == "gelu_tanh", x.data_ptr(), wide.data_ptr()),
+        *(narrow.data_ptr(), y.data_ptr(), rows, threads()),
+    )
+    return y
+
+
+def fits(pool: LoRAPool, dtype: torch.dtype) -> bool:
+    """Whether the library adds these adapters to a packed linear of ``dtype``."""
+    columns = (*pool.widths, *pool.b_offsets)
+    return pool.slots.dtype == dtype and all(column % PANEL == 0 for column in columns)
