@@ -180,7 +180,11 @@ class AsyncEngine:
         for batch, seconds in built.first_steps:
             self._core.learn(batch, seconds)
         self._stepper = Stepper(
-            self._core, built.device, timer=built.timer, overlap=self.config.overlap is True
+            self._core,
+            built.device,
+            timer=built.timer,
+            overlap=self.config.overlap is True,
+            ahead=built.ahead,
         )
         timeout = None if self.config.lora is None else self.config.lora.load_timeout
         names = AdapterNames(self._stepper, built.resolver, timeout)

@@ -39,8 +39,10 @@ class BlockManager:
         self._refs = [0] * num_blocks
         self._hash_of: list[bytes | None] = [None] * num_blocks
         self._block_of: dict[bytes, int] = {}
-        self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks - 1, -1, -1))
-        """Free blocks whose contents are not pinned, in the order in which they are reused."""
+        self._empty = list(range(num_blocks))
+        """Free blocks without cached contents. They are reused before all others, the last one first."""
+        self._cached: OrderedDict[int, None] = OrderedDict()
+        """Free blocks whose contents are cached and not pinned, in the order in which they are reused."""
         self._kept: OrderedDict[int, None] = OrderedDict()
         """Free blocks with pinned contents; they are reused after the others."""
         self.pins = PrefixPins(0) if pins is None else pins
@@ -49,13 +51,16 @@ class BlockManager:
         """Number of pinned blocks that were reused, because requests needed them."""
         self.lent = 0
         """Blocks ``0..lent-1`` are lent to adapters: see :mod:`aioengine.core.border`."""
-        self.num_cached = 0
-        """Number of free blocks with cached contents."""
 
     @property
     def num_free(self) -> int:
         """Number of blocks that no sequence references; their contents may still be cached."""
-        return len(self._free) + len(self._kept)
+        return len(self._empty) + len(self._cached) + len(self._kept)
+
+    @property
+    def num_cached(self) -> int:
+        """Number of free blocks with cached contents."""
+        return len(self._cached) + len(self._kept)
 
     @property
     def size(self) -> int:
@@ -127,31 +132,33 @@ class BlockManager:
     def allocate(self, new: int, shared: Sequence[int] = ()) -> list[int]:
         """Take a reference on each of ``shared`` and on ``new`` fresh blocks; returns their ids."""
         assert self.can_allocate(new, shared)
+        refs = self._refs
         for block in shared:
-            if self._refs[block] == 0:
+            if refs[block] == 0:
                 del self._list_of(block)[block]
-                self.num_cached -= 1
-            self._refs[block] += 1
-        fresh = []
-        for _ in range(new):
-            block = self._take_free()
-            self._refs[block] = 1
-            fresh.append(block)
-        return [*shared, *fresh]
+            refs[block] += 1
+        fresh = self._take_free(new)
+        for block in fresh:
+            refs[block] = 1
+        return [*shared, *fresh] if shared else fresh
 
-    def _take_free(self) -> int:
-        """Take the free block that is reused next, and forget its contents."""
-        pinned = not self._free
-        block, _ = (self._kept if pinned else self._free).popitem(last=False)
-        digest = self._hash_of[block]
-        if digest is not None:
+    def _take_free(self, count: int) -> list[int]:
+        """Take the free blocks that are reused next, and forget their contents."""
+        found = self._empty[-count:] if count else []
+        del self._empty[len(self._empty) - len(found) :]
+        found.reverse()
+        while len(found) < count:
+            pinned = not self._cached
+            block, _ = (self._kept if pinned else self._cached).popitem(last=False)
+            digest = self._hash_of[block]
+            assert digest is not None
             if pinned:
                 self.pins.remove(digest)
                 self.pins_lost += 1
             self._hash_of[block] = None
             del self._block_of[digest]
-            self.num_cached -= 1
-        return block
+            found.append(block)
+        return found
 
     def lend(self, count: int) -> list[tuple[int, int]]:
         """Lend the next ``count`` blocks to adapters. At least as many blocks must be free, at any place.
@@ -163,9 +170,9 @@ class BlockManager:
         assert self.can_allocate(count)
         first, end = self.lent, self.lent + count
         empty = [b for b in range(first, end) if self._refs[b] == 0 and self._hash_of[b] is None]
-        for block in empty:
-            del self._free[block]
-        vacant = {*empty, *(self._take_free() for _ in range(count - len(empty)))}
+        lent = set(empty)
+        self._empty = [block for block in self._empty if block not in lent]
+        vacant = {*empty, *self._take_free(count - len(empty))}
         moves = [
             (block, to)
             for block, to in zip(
@@ -189,9 +196,7 @@ class BlockManager:
 
     def take_back(self, count: int) -> None:
         """Take back the last ``count`` blocks that are lent. They are free then, and reused first."""
-        for block in range(self.lent - count, self.lent):
-            self._free[block] = None
-            self._free.move_to_end(block, last=False)
+        self._empty += range(self.lent - count, self.lent)
         self.lent -= count
 
     def commit(self, block: int, digest: bytes) -> None:
@@ -203,26 +208,22 @@ class BlockManager:
     def release(self, blocks: Sequence[int]) -> None:
         """Give back one reference on each block. The last blocks of a sequence are reused before its first,
         because a short prefix is worth more than a long one."""
-        refs, free, hash_of, pins = self._refs, self._free, self._hash_of, self.pins
+        refs, hash_of = self._refs, self._hash_of
         for block in reversed(blocks):
             left = refs[block] - 1
             assert left >= 0, f"block {block} released twice"
             refs[block] = left
             if left == 0:
-                digest = hash_of[block]
-                if digest is None:  # it has no cached contents: reuse it first
-                    free[block] = None
-                    free.move_to_end(block, last=False)
+                if hash_of[block] is None:
+                    self._empty.append(block)
                 else:
-                    (self._kept if digest in pins else free)[block] = None
-                    self.num_cached += 1
+                    self._list_of(block)[block] = None
 
     # Pins
 
     def _list_of(self, block: int) -> OrderedDict[int, None]:
-        """Return the list that a block is in when it is free."""
-        digest = self._hash_of[block]
-        return self._kept if digest is not None and digest in self.pins else self._free
+        """Return the list that a block with cached contents is in when it is free."""
+        return self._kept if self._hash_of[block] in self.pins else self._cached
 
     def pin(self, tenant: str | None, hashes: Sequence[bytes], seconds: float, now: float) -> int:
         """Keep the contents of a prefix until ``seconds`` after its last use, as far as they are cached and
@@ -235,8 +236,8 @@ class BlockManager:
         count = _leading(prefix, self.pins)
         for digest in reversed(prefix[:count]):
             block = self._block_of[digest]
-            if block in self._free:
-                del self._free[block]
+            if block in self._cached:
+                del self._cached[block]
                 self._kept[block] = None
         return count + unseen if count == len(needed) else min(count, 1) if unseen else count
 
@@ -255,7 +256,7 @@ class BlockManager:
             block = self._block_of[digest]
             if block in self._kept:
                 del self._kept[block]
-                self._free[block] = None
+                self._cached[block] = None
 
     def unseen(self, computed: int) -> int:
         """Count a sequence's blocks after the first that no layer sees any more when ``computed`` tokens are
@@ -278,9 +279,9 @@ class BlockManager:
         """Forget all contents; no block may be referenced."""
         assert self.num_free == self.size
         self.pins.clear()
-        self._free.update(self._kept)
+        self._empty = [*reversed([*self._cached, *self._kept]), *self._empty]
+        self._cached.clear()
         self._kept.clear()
-        self.num_cached = 0
         self._hash_of = [None] * self.num_blocks
         self._block_of.clear()
 
@@ -293,8 +294,8 @@ class BlockManager:
         assert counts == self._refs, "block reference counts do not match their holders"
         assert not any(counts[: self.lent]), "a sequence holds a block that is lent"
         free = {b for b, n in enumerate(counts) if n == 0 and b >= self.lent}
-        assert len(free) == self.num_free and free == self._free.keys() | self._kept.keys()
-        assert self.num_cached == sum(self._hash_of[b] is not None for b in free)
+        assert len(free) == self.num_free and free == {*self._empty, *self._cached, *self._kept}
+        assert {b for b in free if self._hash_of[b] is None} == {*self._empty}
         assert not any(self._hash_of[: self.lent])
         assert all(self._hash_of[b] == digest for digest, b in self._block_of.items())
         self.pins.check()

@@ -13,7 +13,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from math import inf
+from math import inf, nextafter
 from typing import NamedTuple
 
 from sortedcontainers import SortedDict
@@ -186,6 +186,8 @@ class Core:
         """The requests of the step in flight or, if there are two, of the first one."""
         self._following: list[Request] = []
         """The requests of the second step in flight; they are among those of the first one."""
+        self._repeated: list[Request] = []
+        """The requests of the steps that ``steps_finished`` took in last."""
         self._zombies: list[Request] = []
         """Requests that ended while in flight. Their blocks and slots are released when the step comes
         back."""
@@ -429,8 +431,12 @@ class Core:
 
     # Scheduling
 
-    def schedule(self, now: float) -> Step:
-        """Decide the next step. Nothing may be in flight."""
+    def schedule(self, now: float, again: StepBatch | None = None) -> Step:
+        """Decide the next step. Nothing may be in flight.
+
+        ``again`` is a batch whose repetitions ``steps_finished`` has taken in, where the device can repeat it
+        further. The step has this very batch if it is to be repeated.
+        """
         assert not self._in_flight
         self.now = now
         self.expire(now)
@@ -460,7 +466,9 @@ class Core:
             self._refuse(reason, item)
         for reason, item in self.merging.apply(decision.merge, now):
             self._refuse(reason, item)
-        batch = self._form_batch(decision.admit)
+        batch = None if decision.admit or again is None else self._repeat(again)
+        if batch is None:
+            batch = self._form_batch(decision.admit)
         return Step(batch, [*self.merging.take_moves(), *self.residency.take_moves()])
 
     def schedule_next(self, batch: StepBatch, now: float) -> StepBatch | None:
@@ -589,26 +597,45 @@ class Core:
         return self._results.take(requests, batch, result, now)
 
     def steady(self, batch: StepBatch) -> Steady | None:
-        """Return how often ``batch``, which is in flight, is certain to be repeated: all running requests
-        decode in it, and neither the policy nor the core has anything to decide meanwhile."""
-        until = self.guard.quiet_until(self._changes)
+        """Return which repetitions of ``batch``, which is in flight, are certain, if all running requests
+        decode in it. None if one ends in it, or if each step does more than to decode."""
         if (
-            until <= self.now
-            or batch.moves
+            batch.moves
             or self._speculation is not None
             or self.border is not None
             or self.blocks.window is not None  # blocks are given back from step to step
             or self._zombies
             or self._following
             or self._costs.learner is not None
-            or self.placing.pinned_wait
-            or self.residency.any_wanted
             or len(self._in_flight) != len(self.running)
         ):
             return None
-        due = self.next_due()
         steps = self._results.steady_steps(self._in_flight, batch, self.blocks)
-        return Steady(steps, until if due is None else min(due, until)) if steps > 1 else None
+        return Steady(steps, self.again_until()) if steps > 1 else None
+
+    def again_until(self) -> float:
+        """Return the time until which neither the policy nor the core has anything to decide, so that what is
+        in flight is repeated; just after the present if they may have something at any time."""
+        until = self.guard.quiet_until(self._changes)
+        if self.placing.pinned_wait or self.residency.any_wanted:
+            until = -inf
+        due = self.next_due()
+        return max(nextafter(self.now, inf), until if due is None else min(due, until))
+
+    def _repeat(self, batch: StepBatch) -> StepBatch | None:
+        """Begin a repeated batch once more. Returns None if it would be another one now."""
+        requests, running = self._repeated, Status.RUNNING
+        if len(requests) != len(self.running) or not all(request.status is running for request in requests):
+            return None
+        if self.merging.covering(batch.sequences) != batch.merged:
+            return None
+        size = self.blocks.block_size
+        for request in self.running.values():
+            if request.computed >= len(request.blocks) * size:
+                request.blocks += self.blocks.allocate(1)  # it is free: see ``steady``
+        self._in_flight = requests
+        self._begin(batch.sequences)
+        return batch
 
     def steps_finished(
         self, batch: StepBatch, token: Sampled, ends: Sequence[float], *, goes_on: bool = False
@@ -618,9 +645,14 @@ class Core:
         flight then, as ``batch``. Returns the intervals of each, as ``step_finished`` does."""
         requests = self._in_flight
         if not goes_on:
+            self._repeated = requests
+        if self._zombies:  # the steps before were taken in when one of the requests was ended
+            assert len(ends) == 1 and not goes_on
+            return [self.step_finished(batch, StepResult([token] * len(requests), 0.0), ends[0])]
+        if not goes_on:
             self._in_flight = []
         found = self._results.take_many(
-            requests, batch, token, ends, self.running.values(), self.blocks, begun=len(ends) + goes_on
+            requests, token, ends, self.running.values(), self.blocks, begun=len(ends) + goes_on
         )
         again = len(ends) - 1 + goes_on
         if again:

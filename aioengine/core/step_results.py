@@ -34,10 +34,10 @@ class End(Protocol):
 
 
 class Steady(NamedTuple):
-    """Steps that are certain to come, unless something happens."""
+    """A step in flight, and its repetitions that are certain unless something happens."""
 
     steps: int
-    """Number of steps at most, with the one in flight."""
+    """Number of steps at most, with the one in flight. Requests may end in the last one."""
     until: float
     """Time before which each of them must begin."""
 
@@ -75,10 +75,10 @@ class StepResults:
         """
         before: list[tuple[AdapterEntry | None, float]] = []
         """Adapter and time of the previous token, for each token except a request's first."""
-        advance = self._advance
+        advance, running = self._advance, Status.RUNNING
         rows = zip(requests, batch.sequences, result.sampled, strict=True)
         for index, (request, work, sampled) in enumerate(rows):
-            if request.status is not Status.RUNNING:
+            if request.status is not running:
                 continue
             last = request.last_token
             if (
@@ -94,13 +94,17 @@ class StepResults:
             else:
                 # Fast path for nearly all tokens: does the same as _take_row and _take.
                 advance(request, len(work.tokens))
-                token, gap = sampled.token, now - last
-                request.tokens.append(token)
+                token, gap, tokens = sampled.token, now - last, request.tokens
+                tokens.append(token)
                 request.last_token = now
                 before.append((request.adapter, last))
                 if request.worst_gap is None or gap > request.worst_gap:
                     request.worst_gap = gap
-                finish = finish_reason(request, token)
+                finish: FinishReason | None = None
+                if request.stops and token in request.stops:
+                    finish = "stop"
+                elif len(tokens) >= request.most_tokens:
+                    finish = "length"
                 sink = request.sink
                 if sink is not None and sink.push(sampled, now, is_stop=finish == "stop"):
                     finish = "stop"
@@ -110,23 +114,28 @@ class StepResults:
 
     def steady_steps(self, requests: Sequence[Request], batch: StepBatch, blocks: BlockManager) -> int:
         """Return how many steps like ``batch``, it included, these requests are certain to decode in: none
-        ends in them, and there are blocks for all. 0 if one of them does more than decode plainly."""
-        most, size = sys.maxsize, blocks.block_size
-        until_block = sys.maxsize
+        ends before the last one, and there are blocks for all. 0 if one of them does more than decode
+        plainly."""
+        most = until_block = sys.maxsize
+        size, running = blocks.block_size, Status.RUNNING
         for request, work in zip(requests, batch.sequences, strict=True):
-            sink = request.sink
+            sink, computed, known = request.sink, request.computed, len(request.tokens)
             if (
-                len(request.tokens) - request.computed != 1
+                known - computed != 1
                 or request.last_token is None
                 or work.score
-                or request.status is not Status.RUNNING
+                or request.status is not running
                 or request.params.pooling is not None
                 or (sink is not None and not sink.takes_many)
             ):
                 return 0
-            most = min(most, request.most_tokens - len(request.tokens) - 1)
-            until_block = min(until_block, len(request.blocks) * size - request.computed)
-        if most > until_block and most > 0:
+            left = request.most_tokens - known
+            if left < most:
+                most = left
+            left = len(request.blocks) * size - computed
+            if left < until_block:
+                until_block = left
+        if most > until_block:
             ends = (blocks.blocks_for(r.computed + most) - len(r.blocks) for r in requests)
             if sum(ends) > blocks.num_free:
                 most = until_block
@@ -135,7 +144,6 @@ class StepResults:
     def take_many(
         self,
         requests: Sequence[Request],
-        batch: StepBatch,
         token: Sampled,
         ends: Sequence[float],
         running: Iterable[Request],
@@ -143,33 +151,41 @@ class StepResults:
         *,
         begun: int,
     ) -> list[tuple[events.TokenInterval, ...]]:
-        """Take in ``batch`` and its repetitions, which end at ``ends``, as ``take`` would one by one.
+        """Take in steps that end at ``ends``, in each of which all of ``requests`` decode, as ``take`` would
+        one by one.
 
         Args:
             running: The same requests in order of admission, in which they get blocks.
             begun: Number of steps that have begun: one more than have ended, or as many.
         """
-        count, size = len(ends), blocks.block_size
-        first = Counter((request.adapter, request.last_token or 0.0) for request in requests)
-        intervals = [_intervals(first, ends[0])]
-        tokens = Counter(request.adapter for request in requests)
+        count, size, caching = len(ends), blocks.block_size, blocks.prefix_caching
+        first, last = ends[0], ends[-1]
+        new = [token.token] * count
+        longest = max((after - before for before, after in pairwise(ends)), default=0.0)
+        befores: list[tuple[AdapterEntry | None, float]] = []
         todo: list[tuple[int, int, int, Request]] = []
         """(step, 0: needs a block, or 1: has filled one, place, request)"""
         for place, request in enumerate(running):
             needs = len(request.blocks) * size - request.computed
-            todo += [(step, 0, place, request) for step in range(needs, begun, size)]
-        longest = max((after - before for before, after in pairwise(ends)), default=0.0)
+            if needs < begun:
+                todo += [(step, 0, place, request) for step in range(needs, begun, size)]
         for place, request in enumerate(requests):
-            if blocks.prefix_caching:
+            if caching:
                 fills = size - 1 - request.computed % size
                 todo += [(step, 1, place, request) for step in range(fills, count, size)]
-            gap = max(ends[0] - (request.last_token or 0.0), longest)
+            else:
+                request.computed += count
+            before = request.last_token or 0.0
+            befores.append((request.adapter, before))
+            gap = first - before
+            if gap < longest:
+                gap = longest
             if request.worst_gap is None or gap > request.worst_gap:
                 request.worst_gap = gap
-            request.tokens += [token.token] * count
-            request.last_token = ends[-1]
+            request.tokens += new
+            request.last_token = last
             if request.sink is not None:
-                request.sink.push_many(ends[-1])
+                request.sink.push_many(last)
         advanced: dict[int, int] = {}
         for step, filled, _, request in sorted(todo, key=itemgetter(0, 1, 2)):
             if not filled:
@@ -177,11 +193,14 @@ class StepResults:
             else:
                 self._advance(request, step + 1 - advanced.get(request.seq, 0))
                 advanced[request.seq] = step + 1
-        for request in requests:
-            self._advance(request, count - advanced.get(request.seq, 0))
+        if caching:
+            for request in requests:
+                self._advance(request, count - advanced.get(request.seq, 0))
+        intervals = [_intervals(Counter(befores), first)]
+        tokens = Counter(adapter for adapter, _ in befores)
         labels = [None if entry is None else entry.label for entry in tokens]
-        for before, after in pairwise(ends):
-            rows = zip(labels, repeat(after - before), tokens.values(), strict=False)
+        for earlier, later in pairwise(ends):
+            rows = zip(labels, repeat(later - earlier), tokens.values(), strict=False)
             intervals.append(tuple(map(_interval, rows)))
         return intervals
 

@@ -75,6 +75,11 @@ class _WaitingAdapters:
             return map(_name, entries)
         return (None if entry is None else entry.name for entry in entries)
 
+    def __reversed__(self) -> Iterator[str | None]:
+        heads = self._queues.heads
+        entries = map(heads.__getitem__, reversed(heads))
+        return (None if entry is None else entry.name for entry in entries)
+
     def __len__(self) -> int:
         return len(self._queues.heads)
 

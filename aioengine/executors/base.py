@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Generator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from aioengine.errors import EngineDead
 from aioengine.memory_plan import MemoryPlan
-from aioengine.step import LoadedAdapter, ReadOrder, Sampled, StepBatch, StepResult
+from aioengine.step import LoadedAdapter, ReadOrder, StepBatch, StepResult
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,38 +21,6 @@ class QueuedStep(Protocol):
 
     def take_back(self) -> bool:
         """Give it up if it has not begun; returns whether it was given up."""
-
-
-class Repeated(NamedTuple):
-    """Steps that were run one after the other and repeated each other."""
-
-    token: Sampled
-    """Token that every sequence got in every step."""
-    ends: Sequence[float]
-    """Time at the end of each step."""
-    seconds: Sequence[float]
-    """Duration of each step, as in ``StepResult``."""
-
-
-class TakeSteps(Protocol):
-    """Callback that takes in steps that have ended; ``goes_on``: whether the next one is in flight."""
-
-    def __call__(self, steps: Repeated, goes_on: bool) -> None: ...
-
-
-class Repeating(Protocol):
-    """Steps that repeat each other, and that are taken in late: when somebody looks, or at their end.
-
-    Awaiting them waits for the last one. It returns None if all of them were taken in, and if they were
-    interrupted, the result of the step that was in flight then, which is the last one."""
-
-    def __await__(self) -> Generator[Any, None, StepResult | None]: ...
-
-    def catch_up(self) -> None:
-        """Take in the steps that have ended by now."""
-
-    def interrupt(self) -> None:
-        """Catch up, and run no step after the one in flight."""
 
 
 class Device(ABC):
@@ -71,9 +39,6 @@ class Device(ABC):
     """Reason why a token's bits depend on its batch; None if they do not."""
     overlaps: bool = False
     """Whether it has ``queue``, by which a step may be given to it while one is in flight."""
-    goes_ahead: bool = False
-    """Whether steps take no time but on its clock, and it has ``settle``, ``execute_at_once`` and
-    ``repeat``: only simulated devices do."""
     can_restart: bool = False
     """Whether ``restart`` may bring it back."""
 
@@ -98,27 +63,6 @@ class Device(ABC):
 
         Used with ``EngineConfig.overlap``, where ``overlaps``: the next step is formed while one computes.
         """
-        raise NotImplementedError
-
-    def repeat(self, batch: StepBatch, most: int, until: float, take: TakeSteps) -> Repeating | None:
-        """Run ``batch`` and further steps like it, which are taken in by ``take``. None: it cannot.
-
-        Used in the lab, where ``goes_ahead``, if nothing can be admitted, moved or preempted before the last
-        of these steps ends. Each sequence gets the same token in all of them, and does not end with it.
-
-        Args:
-            most: Number of steps at most, with ``batch``.
-            until: Time before which each step begins.
-        """
-        raise NotImplementedError
-
-    async def settle(self) -> None:  # noqa: B027 - real devices need none
-        """Let everything run that is due before time goes on, so that a step can be executed at once."""
-
-    def execute_at_once(self, batch: StepBatch) -> StepResult | None:
-        """Run one step, as ``execute`` would, without a turn of the event loop. None: something else may
-        happen before its end, and nothing was done. Used in the lab, where ``goes_ahead``, after ``settle``
-        and where ``repeat`` cannot be."""
         raise NotImplementedError
 
     @abstractmethod

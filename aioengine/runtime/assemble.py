@@ -33,6 +33,7 @@ from aioengine.model.cuda.failures import typed_failures
 from aioengine.model.files.hub import is_source
 from aioengine.model.files.resolve import read_spec, resolve_model
 from aioengine.model.spec import ModelSpec
+from aioengine.runtime.loop import MakeAhead
 from aioengine.runtime.prefixes.files import ModelFiles
 from aioengine.schedulers import CostsView, SchedulerPolicy, load_policy
 from aioengine.step import StepBatch
@@ -71,6 +72,8 @@ class Built(NamedTuple):
     """Whether events are counted in the engine's metrics."""
     costs: CostsView | None = None
     """Times of steps and moves, for policies; None: they are measured."""
+    ahead: MakeAhead | None = None
+    """Runs steps ahead of time; only where a device is simulated."""
 
 
 def build(

@@ -10,14 +10,13 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable
-from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 from aioengine import events
 from aioengine.core import Core, DropMove, StopMove
 from aioengine.core.state import Request, Status
 from aioengine.errors import EngineDead, EngineStopped
-from aioengine.executors.base import Device, QueuedStep, Repeated, Repeating
+from aioengine.executors.base import Device, QueuedStep
 from aioengine.runtime.transfers import AdapterMoves
 from aioengine.runtime.waits import Waits
 from aioengine.runtime.watches import IdleWatch, LoopLagMeter
@@ -36,6 +35,34 @@ Decided = tuple[float, float]
 NO_TIME: Decided = (0.0, 0.0)
 
 
+class NoteStep(Protocol):
+    """Reports a step with these fields of :class:`~aioengine.step.StepContents`."""
+
+    def __call__(self, step: int, contents: dict[str, Any], took: Took, decided: Decided) -> None: ...
+
+
+class Ahead(Protocol):
+    """Runs the steps of a device whose time goes on only while the event loop waits; in as few turns of the
+    loop as possible, and many at once if they repeat each other."""
+
+    @property
+    def repeated(self) -> StepBatch | None:
+        """The batch of the last steps, if the device can go on repeating it."""
+
+    async def run(self, batch: StepBatch, decided: Decided) -> bool:
+        """Run ``batch``, and what is certain to follow. Returns False if the device must execute it."""
+
+    def interrupt(self) -> None:
+        """Repeat no further step, because the core must decide anew."""
+
+    def catch_up(self) -> None:
+        """Take in the steps that have ended by now."""
+
+
+MakeAhead = Callable[[Core, NoteStep, Callable[[], None]], Ahead]
+"""Makes one; the last argument delivers the events in the core's outbox."""
+
+
 class Stepper:
     """Drives a core with a device.
 
@@ -50,6 +77,7 @@ class Stepper:
         *,
         timer: Callable[[], float] = time.perf_counter,
         overlap: bool = False,
+        ahead: MakeAhead | None = None,
     ) -> None:
         self.core = core
         self.listeners: list[Listener] = []
@@ -60,8 +88,8 @@ class Stepper:
         self._next: tuple[StepBatch, QueuedStep, float] | None = None
         """A step that was given to the device while the one before was in flight, and the seconds that it
         took to form it."""
-        self._repeating: Repeating | None = None
-        """Steps that the device runs, some of which may have ended and not been taken in."""
+        self._ahead = None if ahead is None else ahead(core, self._note_step, self.publish)
+        """None: time goes on while the loop is busy."""
         self._moves = AdapterMoves(core, device, changed=self._moved)
         self._waits = Waits()
         self._idle = IdleWatch(core)
@@ -82,7 +110,7 @@ class Stepper:
 
     def start(self) -> None:
         self._task = asyncio.get_running_loop().create_task(self._run(), name="aioengine-stepper")
-        if not self._device.goes_ahead:  # else time does not go on while the loop is busy
+        if self._ahead is None:
             self._lag.start()
 
     def wake(self) -> None:
@@ -91,16 +119,16 @@ class Stepper:
             self._free_retired()
             return
         self._take_back()
-        if self._repeating is not None:
-            self._repeating.interrupt()
+        if self._ahead is not None:
+            self._ahead.interrupt()
         self.publish()
         self._wake.set()
 
     def catch_up(self) -> None:
         """Take in the steps that have ended by now, where the device gives them late. Call before a change to
         running requests; others may come before ``wake``."""
-        if self._repeating is not None:
-            self._repeating.catch_up()
+        if self._ahead is not None:
+            self._ahead.catch_up()
 
     def abort(self, request: Request) -> None:
         """End a request; its reader, if any, gets a last output with ``finish_reason="abort"``."""
@@ -175,7 +203,8 @@ class Stepper:
             await self._recover(self._lost)
             return
         start = self._timer()
-        batch, moves = self.core.schedule(loop.time())
+        again = None if self._ahead is None else self._ahead.repeated
+        batch, moves = self.core.schedule(loop.time(), again)
         decided = self._timer() - start, self.core.guard.seconds
         for move in moves:
             self._moves.start(move)
@@ -184,10 +213,8 @@ class Stepper:
         if batch is None:
             await self._sleep(loop)
             return
-        if self._device.goes_ahead:
-            await self._device.settle()
-            if await self._run_ahead(batch, decided):
-                return
+        if self._ahead is not None and await self._ahead.run(batch, decided):
+            return
         running = self._device.queue(batch) if self._overlap else self._device.execute(batch)
         while True:
             self._step_began = loop.time()
@@ -210,33 +237,6 @@ class Stepper:
             decided = seconds, 0.0
             await asyncio.sleep(0)  # it may be done already, and readers get each token before the next
 
-    async def _run_ahead(self, batch: StepBatch, decided: Decided) -> bool:
-        """Have the device run ``batch``, with its repetitions if they are certain, in as few turns of the
-        loop as possible. Returns whether it did."""
-        steady = self.core.steady(batch)
-        if steady is not None:
-            take = partial(self._take_many, batch, contents := batch.contents()._asdict())
-            self._repeating = self._device.repeat(batch, *steady, take)
-        if self._repeating is None:
-            result = self._device.execute_at_once(batch)
-            if result is not None:
-                self._finished(batch, result, decided)
-            return result is not None
-        try:
-            result = await self._repeating
-        finally:
-            self._repeating = None
-        if result is not None:
-            self._finished(batch._replace(step=self.core.step), result, NO_TIME, contents)
-        return True
-
-    def _take_many(self, batch: StepBatch, contents: dict[str, Any], steps: Repeated, goes_on: bool) -> None:
-        first = self.core.step
-        found = self.core.steps_finished(batch, steps.token, steps.ends, goes_on=goes_on)
-        for index, took in enumerate(zip(steps.ends, steps.seconds, found, strict=True)):
-            self._note_step(first + index, contents, took, NO_TIME)
-        self.publish()
-
     def _queue_next(self, batch: StepBatch) -> None:
         """Give the device the step after ``batch`` as well, if it is certain already."""
         start = self._timer()
@@ -250,16 +250,13 @@ class Stepper:
             self._next = None
             self.core.take_back()
 
-    def _finished(
-        self, batch: StepBatch, result: StepResult, decided: Decided, contents: dict[str, Any] | None = None
-    ) -> None:
+    def _finished(self, batch: StepBatch, result: StepResult, decided: Decided) -> None:
         now = asyncio.get_running_loop().time()
         took = now, result.seconds, self.core.step_finished(batch, result, now)
-        self._note_step(batch.step, contents or batch.contents()._asdict(), took, decided)
+        self._note_step(batch.step, batch.contents()._asdict(), took, decided)
         self.publish()
 
     def _note_step(self, step: int, contents: dict[str, Any], took: Took, decided: Decided) -> None:
-        """Report a step with these :class:`~aioengine.step.StepContents`."""
         self.core.outbox.append(
             events.StepFinished(
                 time=took[0],

@@ -112,8 +112,7 @@ class OutputStream:
 
     def push_many(self, now: float) -> None:
         """Take several tokens, the last of them at ``now``; only where ``takes_many``."""
-        self._last_token = now
-        self._ready.set()
+        self._last_token = now  # its reader waits for the end
 
     def end(self, reason: EndReason, error: Exception | None) -> None:
         """End the stream, with the fields of :class:`~aioengine.events.RequestEnded`."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from math import inf
 
@@ -149,14 +149,14 @@ class Composed(SchedulerPolicy):
             return -inf  # what has found no room is tried anew
         if view.memory.shared and next(self.order.cold(view), None) is not None:
             return -inf  # what adapters may have of the memory becomes less as sequences grow
-        if len(view.waiting_adapters) > SCAN_LIMIT:
-            return -inf
-        adapters, now = view.adapters, view.now
+        now = view.now
         waits = {self.max_wait, self._take_after, self._close_after}
-        oldest = [adapters[name].oldest_arrival for name in view.waiting_adapters if name is not None]
-        times = [since + wait for since in oldest if since is not None for wait in waits]
-        times += [placed + self._stay for placed in self._placed.values()]
-        return min((time for time in times if time > now), default=inf) - EARLY
+        times = [_next_to_have_waited(view, wait) for wait in waits]
+        for placed in reversed(self._placed.values()):
+            if placed + self._stay <= now:
+                break  # and those before it were placed earlier
+            times.append(placed + self._stay)
+        return min(times) - EARLY
 
     def cpu_victims(self, view: SchedulerView, candidates: Sequence[str]) -> Sequence[str]:
         return sorted(candidates, key=lambda name: self.replace.cpu_score(view, view.adapters[name]))
@@ -294,6 +294,28 @@ def _soon(view: SchedulerView) -> float:
         if count == SOON:
             return request.arrival
     return inf
+
+
+def _next_to_have_waited(view: SchedulerView, wait: float) -> float:
+    """Return the time at which the next adapter will have been waited for for ``wait`` seconds; infinity if
+    none will. The cost does not grow with the number of those that have been already."""
+    first = next(_oldest(view, view.waiting_adapters), None)
+    if first is None or first + wait > view.now:
+        return inf if first is None else first + wait
+    found = inf
+    for since in _oldest(view, reversed(view.waiting_adapters)):
+        if since + wait <= view.now:
+            break
+        found = since + wait
+    return found
+
+
+def _oldest(view: SchedulerView, names: Iterable[str | None]) -> Iterator[float]:
+    """Yield the arrivals of the oldest requests that wait for these adapters."""
+    adapters = view.adapters
+    for name in names:
+        if name is not None and (since := adapters[name].oldest_arrival) is not None:
+            yield since
 
 
 def _waited(oldest: float | None, now: float) -> float:

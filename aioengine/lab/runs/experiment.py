@@ -57,6 +57,8 @@ class Experiment(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     """Bytes that the slots share, whatever their number; "shared": they share ``kv_cache_memory`` with the KV
     cache; None: each is sized for ``max_lora_rank``."""
     max_cpu_lora_bytes: int | str | None = None
+    merge: bool = False
+    """Whether there is memory for merged weights, which policies such as ``dlora`` use."""
     max_concurrent_loads: int = 2
     max_num_seqs: int = 64
     max_num_batched_tokens: int = 2048
@@ -158,6 +160,7 @@ class Experiment(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
                 max_cpu_loras=self.cpu_loras,
                 max_cpu_lora_bytes=self.max_cpu_lora_bytes,
                 max_concurrent_loads=self.max_concurrent_loads,
+                merge=self.merge,
             ),
         )
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 
 from aioengine.errors import AdapterLoadError, AdapterTooLarge
-from aioengine.executors.base import Device, Repeating, TakeSteps
+from aioengine.executors.base import Device
 from aioengine.lab.costs.model import CostModel
 from aioengine.lab.costs.steps import StepTimes, step_shape
 from aioengine.lab.simulation.clock import VirtualTimeLoop, resolution
-from aioengine.lab.simulation.repeated import RepeatedSteps
+from aioengine.lab.simulation.repeated import RepeatedSteps, TakeSteps
 from aioengine.lab.simulation.transfers import Processor, SharedStage
 from aioengine.lab.workload.requests import AdapterShape
 from aioengine.model.spec import DTYPE_BYTES
@@ -17,13 +17,10 @@ from aioengine.step import (
     LoadedAdapter,
     ReadOrder,
     Sampled,
+    SequenceWork,
     StepBatch,
     StepResult,
 )
-
-SETTLING = 4
-"""Turns of the loop in which callers that have their results go on, and moves of adapters begin. If these do
-not suffice, a step is executed as on a real device."""
 
 
 class SimulatedDevice(Device):
@@ -34,6 +31,7 @@ class SimulatedDevice(Device):
     """
 
     goes_ahead = True
+    """Whether steps are taken at once where that is possible."""
 
     def __init__(self, costs: CostModel, *, token: int, end_token: int, max_rank: int) -> None:
         self.lengths: dict[str, int] = {}
@@ -60,14 +58,6 @@ class SimulatedDevice(Device):
         took = await self._processor.work(self._work(batch))
         return self._result(batch, took)
 
-    async def settle(self) -> None:
-        loop = asyncio.get_running_loop()
-        if isinstance(loop, VirtualTimeLoop):
-            for _ in range(SETTLING):
-                if loop.next_timer() is not None:
-                    return
-                await asyncio.sleep(0)
-
     def execute_at_once(self, batch: StepBatch) -> StepResult | None:
         """Run a step without a turn of the event loop; None if anything else is due before its end."""
         loop = asyncio.get_running_loop()
@@ -93,23 +83,33 @@ class SimulatedDevice(Device):
             if not work.sample:
                 sampled.append(None)
                 continue
-            made = work.start + len(work.tokens) - work.prompt_len + 1
-            sampled.append(end if made == lengths.get(work.request_id) else token)
+            sampled.append(end if _made(work) == lengths.get(work.request_id) else token)
         return StepResult(sampled, took - self._costs.step_overhead)
 
-    def repeat(self, batch: StepBatch, most: int, until: float, take: TakeSteps) -> Repeating | None:
-        """Run steps that take no turn of the event loop while nobody looks. None on a loop that is not in
-        virtual time, or if a request ends with the first step."""
+    def repeat(self, batch: StepBatch, most: int, until: float, take: TakeSteps) -> RepeatedSteps | None:
+        """Run ``batch`` and its repetitions, which take no turn of the event loop while nobody looks. None on
+        a loop that is not in virtual time, or if a request ends with the first step.
+
+        Args:
+            most: Number of steps at most, with ``batch``; requests may end in the last one.
+            until: Time before which each step begins.
+        """
         loop = asyncio.get_running_loop()
         if not isinstance(loop, VirtualTimeLoop) or loop.time() >= until:
             return None
         lengths, overhead = self.lengths, self._costs.step_overhead
-        for work in batch.sequences:
-            length = lengths.get(work.request_id)
-            if length is not None:
-                most = min(most, length - (work.start + len(work.tokens) - work.prompt_len + 1))
-        if most < 1:
+        made = [(work.request_id, _made(work)) for work in batch.sequences]
+        for request_id, first in made:
+            length = lengths.get(request_id)
+            if length is not None and first <= length:
+                most = min(most, length - first + 1)
+        if most < 2:
             return None
+
+        def last() -> list[Sampled | None]:
+            more, token, end = most - 1, self._token, self._end
+            return [end if first + more == lengths.get(request_id) else token for request_id, first in made]
+
         return RepeatedSteps(
             loop,
             self._processor,
@@ -118,7 +118,7 @@ class SimulatedDevice(Device):
             until=until,
             overhead=overhead,
             token=self._token,
-            sequences=len(batch.sequences),
+            last=last,
             take=take,
         )
 
@@ -156,3 +156,8 @@ class SimulatedDevice(Device):
 
     async def close(self) -> None:
         await asyncio.sleep(0)
+
+
+def _made(work: SequenceWork) -> int:
+    """Return the number of output tokens that a sequence has after a step."""
+    return work.start + len(work.tokens) - work.prompt_len + 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import msgspec
 
@@ -13,6 +14,7 @@ from aioengine.engine import AsyncEngine
 from aioengine.info import LoadProgress
 from aioengine.lab.costs.model import CostModel
 from aioengine.lab.costs.view import ModelledCosts
+from aioengine.lab.simulation.ahead import StepsAhead
 from aioengine.lab.simulation.device import SimulatedDevice
 from aioengine.lab.workload.requests import AdapterShape
 from aioengine.memory_plan import MemoryPlan
@@ -63,6 +65,7 @@ class SimulatedEngine(AsyncEngine):
             processor=asyncio.get_running_loop().time,
             metrics=self._with_metrics,
             costs=ModelledCosts(self.costs, self._device.shapes, self.config.max_num_batched_tokens),
+            ahead=partial(StepsAhead, self._device) if self._device.goes_ahead else None,
         )
 
     def catch_up(self) -> None:
