@@ -160,6 +160,7 @@ class Core:
         )
         self._costs = MeasuredCosts(self.residency.by_policy_name, limits, self.batcher.pacer)
         self._results = StepResults(
+            blocks=self.blocks,
             advance=self.batcher.advance,
             speculation=self._speculation,
             end=self.end,
@@ -610,7 +611,7 @@ class Core:
             or len(self._in_flight) != len(self.running)
         ):
             return None
-        steps = self._results.steady_steps(self._in_flight, batch, self.blocks)
+        steps = self._results.steady_steps(self._in_flight, batch)
         return Steady(steps, self.again_until()) if steps > 1 else None
 
     def again_until(self) -> float:
@@ -652,7 +653,7 @@ class Core:
         if not goes_on:
             self._in_flight = []
         found = self._results.take_many(
-            requests, token, ends, self.running.values(), self.blocks, begun=len(ends) + goes_on
+            requests, token, ends, self.running.values(), begun=len(ends) + goes_on
         )
         again = len(ends) - 1 + goes_on
         if again:

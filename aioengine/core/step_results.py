@@ -46,6 +46,7 @@ class StepResults:
     """Passes tokens on to the requests' sinks, and ends requests that are done.
 
     Args:
+        blocks: The requests' KV blocks.
         advance: Counts a request's tokens as computed.
         emit: Takes an event after which the policy may decide differently.
         note: Takes an event that changes nothing for the policy.
@@ -54,12 +55,14 @@ class StepResults:
     def __init__(
         self,
         *,
+        blocks: BlockManager,
         advance: Callable[[Request, int], None],
         speculation: Speculation | None,
         end: End,
         emit: Callable[[events.Event], None],
         note: Callable[[events.Event], None],
     ) -> None:
+        self._blocks = blocks
         self._advance = advance
         self._speculation = speculation
         self._end = end
@@ -75,7 +78,7 @@ class StepResults:
         """
         before: list[tuple[AdapterEntry | None, float]] = []
         """Adapter and time of the previous token, for each token except a request's first."""
-        advance, running = self._advance, Status.RUNNING
+        advance, running, caching = self._advance, Status.RUNNING, self._blocks.prefix_caching
         rows = zip(requests, batch.sequences, result.sampled, strict=True)
         for index, (request, work, sampled) in enumerate(rows):
             if request.status is not running:
@@ -93,7 +96,10 @@ class StepResults:
                 self._take_row(index, request, work, result, now, before)
             else:
                 # Fast path for nearly all tokens: does the same as _take_row and _take.
-                advance(request, len(work.tokens))
+                if caching:
+                    advance(request, len(work.tokens))
+                else:
+                    request.computed += len(work.tokens)
                 token, gap, tokens = sampled.token, now - last, request.tokens
                 tokens.append(token)
                 request.last_token = now
@@ -112,11 +118,12 @@ class StepResults:
                     self._end(request, finish, now)
         return _intervals(Counter(before), now)
 
-    def steady_steps(self, requests: Sequence[Request], batch: StepBatch, blocks: BlockManager) -> int:
+    def steady_steps(self, requests: Sequence[Request], batch: StepBatch) -> int:
         """Return how many steps like ``batch``, it included, these requests are certain to decode in: none
         ends before the last one, and there are blocks for all. 0 if one of them does more than decode
         plainly."""
         most = until_block = sys.maxsize
+        blocks = self._blocks
         size, running = blocks.block_size, Status.RUNNING
         for request, work in zip(requests, batch.sequences, strict=True):
             sink, computed, known = request.sink, request.computed, len(request.tokens)
@@ -147,7 +154,6 @@ class StepResults:
         token: Sampled,
         ends: Sequence[float],
         running: Iterable[Request],
-        blocks: BlockManager,
         *,
         begun: int,
     ) -> list[tuple[events.TokenInterval, ...]]:
@@ -158,6 +164,7 @@ class StepResults:
             running: The same requests in order of admission, in which they get blocks.
             begun: Number of steps that have begun: one more than have ended, or as many.
         """
+        blocks = self._blocks
         count, size, caching = len(ends), blocks.block_size, blocks.prefix_caching
         first, last = ends[0], ends[-1]
         new = [token.token] * count

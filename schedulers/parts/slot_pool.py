@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
+from itertools import islice
 from math import inf
+from operator import itemgetter
 from typing import NamedTuple
 
 from aioengine.schedulers.parts.base import Replacement
@@ -31,6 +33,7 @@ class _Wanted(NamedTuple):
 
 _Row = tuple[SlotView, str, AdapterView, float]
 """The fields of a ``_Wanted``; there are as many as slots, and few decisions need more of them."""
+_oldest_of = itemgetter(3)
 
 
 class Way(NamedTuple):
@@ -88,8 +91,10 @@ class SlotPool:
         if self._memory is not None:
             self._free_bytes = self._memory.free
             self._unwanted_bytes = sum(self._memory.bytes_of(adapter.name) for _, adapter in unwanted)
-        self._idle = _Candidates(idle, self._sort_idle)
-        self._closable = _Candidates(closable, self._sort_by_end)
+        self._gone: set[SlotView] = set()
+        """Slots that adapters were given, or are closed for."""
+        self._idle = _Candidates(idle, self._sort_idle, self._gone)
+        self._closable = _Candidates(closable, self._sort_by_end, self._gone)
 
     def has_any(self, before: float | None, *, may_take: bool, may_close: bool) -> bool:
         """Whether there is a slot for an adapter that requests have waited for since ``before``."""
@@ -165,8 +170,7 @@ class SlotPool:
                 wanted = self._closable.first(oldest)
             if wanted is None:
                 break
-            self._idle.remove(wanted)
-            self._closable.remove(wanted)
+            self._gone.add(wanted.slot)
             found.append(wanted)
             missing -= wanted.adapter.bytes
             bytes_missing -= 0 if memory is None else memory.bytes_of(wanted.name)
@@ -202,20 +206,27 @@ class SlotPool:
 
 
 class _Candidates:
-    """Slots in the order to take them, sorted when the first is asked for."""
+    """Slots in the order to take them, sorted when the first is asked for. Those in ``gone`` are skipped."""
 
-    def __init__(self, rows: list[_Row], sort: Callable[[list[_Row]], None]) -> None:
+    def __init__(self, rows: list[_Row], sort: Callable[[list[_Row]], None], gone: set[SlotView]) -> None:
         self._rows = rows
         self._sort: Callable[[list[_Row]], None] | None = sort
-        self._latest: float | None = None
+        self._gone = gone
+        self._begin = 0
+        """Rows before it are gone."""
+        self._by_arrival: list[_Row] | None = None
+        """The same rows, with the latest of the oldest requests at the end."""
 
     def has(self, before: float | None) -> bool:
         """Whether only requests after ``before`` wait for one of them."""
         if before is None:
             return False
-        if self._latest is None:
-            self._latest = max((row[3] for row in self._rows), default=-inf)
-        return self._latest > before
+        rows = self._by_arrival
+        if rows is None:
+            rows = self._by_arrival = sorted(self._rows, key=_oldest_of)
+        while rows and rows[-1][0] in self._gone:
+            rows.pop()
+        return bool(rows) and rows[-1][3] > before
 
     def first(self, before: float | None) -> _Wanted | None:
         """Return the first that only requests after ``before`` wait for."""
@@ -224,12 +235,11 @@ class _Candidates:
         if self._sort is not None:
             self._sort(self._rows)
             self._sort = None
-        return next((_Wanted._make(row) for row in self._rows if row[3] > before), None)
-
-    def remove(self, wanted: _Wanted) -> None:
-        """Remove a slot, if it is among them."""
-        self._rows = [row for row in self._rows if row[0] is not wanted.slot]
-        self._latest = None
+        rows, gone = self._rows, self._gone
+        while rows[self._begin][0] in gone:
+            self._begin += 1
+        fitting = (row for row in islice(rows, self._begin, None) if row[3] > before and row[0] not in gone)
+        return next(map(_Wanted._make, fitting), None)
 
 
 def lacking(view: SchedulerView, adapter: AdapterView) -> int:
