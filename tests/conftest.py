@@ -44,6 +44,7 @@ TIMED = [
 """Their tests watch clients that must not wait for long, or processes that must come up in time."""
 UNTIMED = [TESTS / "attacks" / f"test_{name}.py" for name in ("made_up", "odd_values")]
 """Those among them that do neither."""
+COST, BEGAN = "processor_seconds", pytest.StashKey[float]()
 LONG = [
     TESTS / part
     for part in (
@@ -72,6 +73,42 @@ def _logging_as_before() -> Iterator[None]:
     loggers[0].handlers[:] = handlers
     for logger, level in zip(loggers, levels, strict=True):
         logger.setLevel(level)
+
+
+def _processor_seconds() -> float:
+    """Of this process, and of those that it started and waited for."""
+    times = os.times()
+    return times.user + times.system + times.children_user + times.children_system
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    item.stash[BEGAN] = _processor_seconds()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    if call.when == "teardown":
+        report.user_properties.append((COST, _processor_seconds() - item.stash[BEGAN]))
+    return report
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """With ``--durations``, print the files that took most processor time, on which a busy machine has less
+    effect."""
+    costs: Counter[str] = Counter()
+    for report in (report for reports in terminalreporter.stats.values() for report in reports):
+        for name, seconds in getattr(report, "user_properties", ()):
+            if name == COST:
+                costs[report.nodeid.partition("::")[0]] += seconds
+    if costs and config.getoption("durations"):
+        terminalreporter.section("processor seconds")
+        for file, seconds in costs.most_common(20):
+            terminalreporter.write_line(f"{seconds:8.1f}  {file}")
+        terminalreporter.write_line(f"{costs.total():8.1f}  all")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
