@@ -101,8 +101,8 @@ class EngineMetrics(Collector):
             events.AdapterLoading: lambda e: self._prefetched(self._residency.loading(e)),
             events.AdapterLoaded: self._adapter_loaded,
             events.AdapterPlacing: self._adapter_placing,
-            events.AdapterMoving: self._adapter_moving,
-            events.AdapterShifted: self._adapter_shifted,
+            events.AdapterMoving: self._residency.moving,
+            events.AdapterShifted: lambda e: self._swaps.inc(("move",)),
             events.AdapterPlaced: self._adapter_placed,
             events.AdapterEvicted: self._adapter_evicted,
             events.AdapterMerged: lambda e: self._merge_seconds.at().observe(e.seconds),
@@ -276,12 +276,6 @@ class EngineMetrics(Collector):
         seconds = self._residency.placing(event)
         if seconds is not None:
             self._swap_seconds.at(("cpu",)).observe(seconds)
-
-    def _adapter_moving(self, event: events.AdapterMoving) -> None:
-        self._residency.moving(event)
-
-    def _adapter_shifted(self, event: events.AdapterShifted) -> None:
-        self._swaps.inc(("move",))
 
     def _adapter_placed(self, event: events.AdapterPlaced) -> None:
         self._prefetched(self._residency.placed(event))

@@ -1,4 +1,4 @@
-// Matrices B of adapters, turned on the way from how slots hold them to the panels of a product.
+// Matrices B of adapters, turned on the way from how slots hold them to the panels of a product, and sums of lanes.
 #pragma once
 
 #include "ops.h"
@@ -125,6 +125,31 @@ inline void transpose_eighth(const uint32_t* b, long stride, uint32_t* out) {
   }
 }
 #endif
+
+// Lane i of the result is the sum of v[i]'s lanes: a transposition in which halves are added on the way.
+inline vf sums(const vf (&v)[16]) {
+#if defined(AIO_SHUFFLE)
+  vf a[8], b[4], c[2];
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; i++)
+    a[i] = __builtin_shufflevector(v[i], v[i + 8], 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
+           __builtin_shufflevector(v[i], v[i + 8], 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+#pragma GCC unroll 8
+  for (int i = 0; i < 4; i++)
+    b[i] = __builtin_shufflevector(a[i], a[i + 4], 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27) +
+           __builtin_shufflevector(a[i], a[i + 4], 4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31);
+#pragma GCC unroll 8
+  for (int i = 0; i < 2; i++)
+    c[i] = __builtin_shufflevector(b[i], b[i + 2], 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29) +
+           __builtin_shufflevector(b[i], b[i + 2], 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
+  return __builtin_shufflevector(c[0], c[1], 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30) +
+         __builtin_shufflevector(c[0], c[1], 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31);
+#else
+  vf out;
+  for (int i = 0; i < 16; i++) out[i] = sum(v[i]);
+  return out;
+#endif
+}
 
 // `rows` <= 16 rows of B, `stride` elements apart and `rank` long, as lanes [rank lanes][16 rows].
 template <class T>
