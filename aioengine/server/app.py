@@ -198,7 +198,7 @@ class ServerApp:
                 record.status = message["status"]
                 tags = [(b"x-request-id", record.request_id.encode())]
                 headers = message["headers"]
-                if record.error == "engine_overloaded":
+                if record.error in ("engine_overloaded", "request_rejected"):
                     headers = [*(h for h in headers if h[0] != b"retry-after"), self._come_back(record)]
                 if record.not_enforced is not None:
                     tags.append((b"x-not-enforced", record.not_enforced.encode("ascii", "replace")))

@@ -46,6 +46,36 @@ def test_every_field_has_a_flag() -> None:
     assert system == set(Experiment.__struct_fields__)
 
 
+def test_a_run_of_several_routers_puts_them_side_by_side(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fleet = ["--replicas", "2", "--router", "affinity,least_loaded", "--slots", "2"]
+    faults = ["--faults", "kill:1@0.2,start:1@0.6", "--report-delay", "0.1"]
+    out = tmp_path / "out"
+    assert main(["lab", "run", *SMALL, *SYSTEM, *fleet, *faults, "--out", str(out)]) == 0
+    said = capsys.readouterr().out
+    assert "affinity" in said and "least_loaded" in said
+    assert (out / "comparison.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--replicas", "2", "--faults", "kill:2@1"], "replica 2 is not in 0..1"),
+        (["--replicas", "2", "--faults", "kil:1@1"], "did you mean 'kill'?"),
+        (["--replicas", "2", "--faults", "kill:1"], "KIND:REPLICA@SECONDS"),
+        (["--faults", "kill:0@1"], "give"),
+        (["--report-delay", "-1"], "report_delay=-1"),
+        (["--on-too-long", "ignore"], "ignore"),
+    ],
+)
+def test_conditions_that_cannot_be(
+    flags: list[str], says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["lab", "run", *SMALL, *SYSTEM, *flags, "--out", str(tmp_path / "out")]) == 2
+    assert says in capsys.readouterr().err
+
+
 def test_a_run_and_the_same_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out, again = tmp_path / "out", tmp_path / "again"
     assert main(["lab", "run", *SMALL, *SYSTEM, "--slots", "2", "--policy", "vtc", "--out", str(out)]) == 0

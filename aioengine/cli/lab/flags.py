@@ -101,13 +101,17 @@ class SystemFlags:
     replicas: int | None = None
     """Engines behind one door; without this flag, one engine and no door."""
     router: Annotated[str | None, _MORE_SYSTEM] = None
-    """Name in aioengine policies, or my_router.py:MyRouter (affinity); lab compare takes several: a,b."""
+    """Name in aioengine policies, or my_router.py:MyRouter (affinity); several are compared: a,b."""
     placement: Annotated[str | None, _MORE_SYSTEM] = None
     """Which adapters should live on which replicas (none)."""
     autoscale: Annotated[str | None, _MORE_SYSTEM] = None
     """Number of replicas by the waiting work: waiting_work:least=1,most=4 (always --replicas)."""
     start_seconds: Annotated[float | None, _MORE_SYSTEM] = None
     """Seconds that a replica of --autoscale takes to start (30)."""
+    report_delay: Annotated[float | None, _MORE_SYSTEM] = None
+    """Seconds by which the router's knowledge is older than a message takes (0)."""
+    faults: Annotated[str | None, _MORE_SYSTEM] = None
+    """What happens to replicas, at which second: kill:2@60,start:2@90 (also cut, heal, drain)."""
 
     max_num_seqs: Annotated[int | None, _MORE_SYSTEM] = None
     """Maximum running requests (64)."""

@@ -22,7 +22,12 @@ if TYPE_CHECKING:
     from aioengine.lab.sizing.search import Bounds, Sized, Trial
 
 DEFAULT_OUT = Path("lab-size")
-NAMES = {"replicas": "replica", "slots": "slot", "cpu_loras": "adapter in CPU memory"}
+NAMES = {
+    "replicas": "one replica",
+    "slots": "one slot",
+    "cpu_loras": "one adapter in CPU memory",
+    "slot_memory": "a sixteenth of --slot-memory",
+}
 _SIZE = Group("Size", sort_key=4)
 
 
@@ -61,7 +66,8 @@ def size(
 
     Every size is run with the serving engine in simulated time, over several seeds. It is accepted if the
     whole 95% interval keeps every objective. Prints what bounds the answer. --replicas, --slots and
-    --cpu-loras fix their numbers. Exits with 1 if no size that was tried keeps the objectives.
+    --cpu-loras fix their numbers; --slot-memory is the most that is tried. Exits with 1 if no size that was
+    tried keeps the objectives.
     """
     from aioengine.cli.lab.progress import progress
     from aioengine.lab.sizing.objectives import parse_objectives
@@ -147,7 +153,7 @@ def _print(found: Sized, objectives: Sequence[Objective]) -> None:
     print("what bounds it:")
     for name, less in found.neighbours.items():
         if less is not None:
-            print(f"  with one {NAMES[name]} less: {_broken(less, objectives)}")
+            print(f"  with {NAMES[name]} less: {_broken(less, objectives)}")
         else:
             print(f"  {name}: {getattr(found.size, name)} is the least that can be, or was given")
     runs = sum(trial.seeds for trial in found.trials)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
+
+from aioengine.checks import nearest
+from aioengine.errors import ConfigError
 
 FaultKind = Literal["kill", "start", "cut", "heal", "drain"]
 
@@ -17,6 +20,31 @@ class Fault(NamedTuple):
     kind: FaultKind
     replica: int
     """Index, from 0."""
+
+
+def parse_faults(text: str, replicas: int) -> tuple[Fault, ...]:
+    """Parse "kill:2@60,start:2@90": what happens to which replica, at which second. Raises ConfigError for
+    another form, or a replica that is not one of ``replicas``."""
+    faults = []
+    for item in filter(None, map(str.strip, text.split(","))):
+        kind, _, rest = item.partition(":")
+        index, _, time = rest.partition("@")
+        try:
+            fault = Fault(float(time), kind, int(index))  # type: ignore[arg-type] # checked below
+        except ValueError:
+            raise ConfigError(
+                f"faults={text!r}: {item!r} is not of the form KIND:REPLICA@SECONDS, as in kill:2@60"
+            ) from None
+        if kind not in get_args(FaultKind):
+            known = ", ".join(get_args(FaultKind))
+            near = nearest(kind, get_args(FaultKind))
+            raise ConfigError(f"faults={text!r}: there is no {kind!r}{near}; there are {known}")
+        if not 0 <= fault.replica < replicas:
+            raise ConfigError(f"faults={text!r}: replica {index} is not in 0..{replicas - 1}")
+        if not 0 <= fault.time < float("inf"):
+            raise ConfigError(f"faults={text!r}: the time of {item!r} must be 0 or more")
+        faults.append(fault)
+    return tuple(faults)
 
 
 class Conditions(NamedTuple):

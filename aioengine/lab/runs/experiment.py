@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args
 
 import msgspec
 
-from aioengine.checks import check_integer, check_seconds, from_plain, read_json, refuse_unknown
+from aioengine.checks import check_integer, check_number, check_seconds, from_plain, read_json, refuse_unknown
 from aioengine.config import EngineConfig, LoRAConfig
 from aioengine.errors import ConfigError
+from aioengine.lab.fleet.conditions import parse_faults
 from aioengine.lab.workload.draw import OfferedWorkload
 from aioengine.lab.workload.requests import Workload
 from aioengine.lab.workload.spec import WorkloadSpec
@@ -26,6 +27,7 @@ from aioengine.schedulers.routing import (
 MAX_REPLICAS = 1024
 """All engines of a fleet are simulated in one process."""
 
+OnTooLong = Literal["reject", "truncate", "fail"]
 Policy = str | dict[str, Any]
 """Policy, as in ``EngineConfig.policy``."""
 
@@ -68,7 +70,7 @@ class Experiment(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     """None: what the preset's device has free."""
     enable_prefix_caching: bool = False
     """Prompts have common prefixes only with ``shared_prefix`` or ``sessions``, or in traces that say so."""
-    on_too_long: Literal["reject", "truncate", "fail"] = "reject"
+    on_too_long: OnTooLong = "reject"
     """Treatment of requests whose prompt and output are longer than the model's context: the engine gets them
     as they are (it refuses a prompt that does not fit and ends an output where the context ends), or their
     prompts are cut until they fit, or the run is refused with a ConfigError before it begins."""
@@ -91,9 +93,18 @@ class Experiment(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     first. None: there are always as many."""
     start_seconds: float = 30.0
     """Seconds that an added replica takes to start."""
+    report_delay: float = 0.0
+    """Seconds by which a router's knowledge of the replicas is older than a message takes."""
+    faults: str | None = None
+    """What happens to replicas, and when: "kill:2@60,start:2@90" ends the third one after 60 s of simulated
+    time and starts it again, with empty caches, 30 s later. "cut" and "heal" are about its network; "drain"
+    lets it finish its requests."""
 
     def __post_init__(self) -> None:
         check_integer("seed", self.seed, low=0)
+        if self.on_too_long not in get_args(OnTooLong):
+            known = ", ".join(get_args(OnTooLong))
+            raise ConfigError(f"on_too_long={self.on_too_long!r}: must be one of {known}")
         check_seconds("sample_seconds", self.sample_seconds)
         if self.replicas is not None:
             check_integer("replicas", self.replicas, low=1, high=MAX_REPLICAS)
@@ -103,6 +114,11 @@ class Experiment(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
             except ValueError as error:
                 raise ConfigError(str(error)) from error
         self._check_autoscale()
+        check_number("report_delay", self.report_delay, low=0.0)
+        if self.faults is not None:
+            if self.replicas is None:
+                raise ConfigError(f"faults={self.faults!r}: are of a fleet; give replicas")
+            parse_faults(self.faults, self.replicas)
         slots, cpu_loras = self.slots, self.cpu_loras
         if type(slots) is int and type(cpu_loras) is int and slots > cpu_loras:
             raise ConfigError(

@@ -16,7 +16,7 @@ import msgspec
 from aioengine.errors import ConfigError, PolicyError
 from aioengine.lab.costs.model import CostModel
 from aioengine.lab.costs.presets import load_costs
-from aioengine.lab.fleet.conditions import Conditions
+from aioengine.lab.fleet.conditions import Conditions, parse_faults
 from aioengine.lab.fleet.replay import replay_on_fleet
 from aioengine.lab.runs.experiment import Experiment, Policy, policy_label
 from aioengine.lab.runs.open_loop import Progress, Replayed
@@ -179,7 +179,11 @@ async def _simulate_fleet(
         router=load_router(experiment.router),
         placement=load_placement(experiment.placement),
         autoscale=None if experiment.autoscale is None else load_autoscaler(experiment.autoscale),
-        conditions=Conditions(start_seconds=experiment.start_seconds),
+        conditions=Conditions(
+            start_seconds=experiment.start_seconds,
+            report_delay=experiment.report_delay,
+            faults=parse_faults(experiment.faults or "", experiment.replicas),
+        ),
         listener=watch,
         sample_seconds=experiment.sample_seconds,
         progress=progress,

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from aioengine.checks import check_integer
+from aioengine.checks import check_integer, format_bytes
 from aioengine.errors import AioEngineError, ConfigError
 from aioengine.lab.analysis.statistics import Estimate, estimate
 from aioengine.lab.costs.model import CostModel
@@ -23,6 +23,10 @@ SLOT_LADDER = 4
 and so on, because slots take memory from the KV cache."""
 
 
+MEMORY_PARTS = 16
+"""Parts of the given ``slot_memory`` that are tried."""
+
+
 class Size(NamedTuple):
     """Number of replicas, slots and places in the CPU cache."""
 
@@ -30,9 +34,14 @@ class Size(NamedTuple):
     slots: int
     cpu_loras: int
     """Adapters in each replica's CPU cache, those in slots included."""
+    slot_memory: int | None = None
+    """Bytes that a replica's slots share; None: slots of a fixed size."""
 
     def __str__(self) -> str:
-        return f"{self.replicas} replicas, {self.slots} slots, {self.cpu_loras} adapters in CPU memory"
+        slots = f"{self.slots} slots"
+        if self.slot_memory is not None:
+            slots += f" in {format_bytes(self.slot_memory)}"
+        return f"{self.replicas} replicas, {slots}, {self.cpu_loras} adapters in CPU memory"
 
 
 class Trial(NamedTuple):
@@ -59,8 +68,8 @@ class Sized(NamedTuple):
     trials: list[Trial]
     """All trials, in order."""
     neighbours: dict[str, Trial | None]
-    """For each of "replicas", "slots" and "cpu_loras" the next smaller size, which was tried and does not
-    hold the objectives; None if there is none, or if it was fixed."""
+    """For each of "replicas", "slots", "cpu_loras" and "slot_memory" the next smaller size, which was tried
+    and does not hold the objectives; None if there is none, or if it was fixed."""
 
     def trial(self, size: Size) -> Trial:
         return next(trial for trial in self.trials if trial.size == size)
@@ -88,7 +97,8 @@ def find_size(
     tried: Callable[[Trial], None] = lambda trial: None,
     stopping: Callable[[], bool] = lambda: False,
 ) -> Sized:
-    """Search the smallest size: first replicas, then slots, then places in the CPU cache.
+    """Search the smallest size: first replicas, then slots, then places in the CPU cache, and last, where the
+    experiment's ``slot_memory`` is a number of bytes, how many sixteenths of it.
 
     A size holds if the 95% interval over the seeds of every objective keeps its bound. If a bound is within
     the interval, seeds are added up to ``most_seeds``; if it still is, the size counts as not holding. All
@@ -137,6 +147,9 @@ class _Search:
         self._stopping = stopping
         self._trials: dict[Size, Trial] = {}
         self._less: dict[str, Trial | None] = {"replicas": None, "slots": None, "cpu_loras": None}
+        given = experiment.engine_config().lora
+        memory = None if given is None else given.slot_memory
+        self._memory = memory if isinstance(memory, int) else None
 
     def run(self, bounds: Bounds) -> Sized:
         adapters = max(len(self._experiment.open_workload().adapters), 1)
@@ -146,6 +159,8 @@ class _Search:
             found = self._lower(found, "slots", slots[0])
             least = max(found.slots, bounds.cpu_loras[0] if bounds.cpu_loras else 1)
             found = self._lower(found, "cpu_loras", least)
+            if self._memory is not None:
+                found = self._lower_memory(found, self._memory)
         return Sized(found, list(self._trials.values()), self._less if found is not None else {})
 
     def _replicas(self, bounds: Bounds, slots: tuple[int, int], adapters: int) -> Size | None:
@@ -175,7 +190,7 @@ class _Search:
         low, count = slots
         for _ in range(SLOT_LADDER):
             cpu_loras = max(count, bounds.cpu_loras[1] if bounds.cpu_loras else adapters)
-            size = Size(replicas, count, cpu_loras)
+            size = Size(replicas, count, cpu_loras, self._memory)
             trial = self._try(size)
             if trial.holds:
                 return size
@@ -198,6 +213,20 @@ class _Search:
                 failed = getattr(middle, name)
                 self._less[name] = trial
         return size
+
+    def _lower_memory(self, size: Size, given: int) -> Size:
+        """Return the fewest sixteenths of the given bytes that still hold, by bisection."""
+        self._less["slot_memory"] = None
+        failed, held = 0, MEMORY_PARTS
+        while held - failed > 1:
+            middle = (held + failed) // 2
+            trial = self._try(size._replace(slot_memory=given * middle // MEMORY_PARTS))
+            if trial.holds:
+                held = middle
+            else:
+                failed = middle
+                self._less["slot_memory"] = trial
+        return size._replace(slot_memory=given * held // MEMORY_PARTS)
 
     def _most_slots(self, adapters: int) -> int:
         """Return the largest number of slots that makes sense: as many as there are adapters, or as fit into
@@ -227,6 +256,7 @@ class _Search:
             self._experiment,
             slots=size.slots,
             cpu_loras=size.cpu_loras,
+            slot_memory=self._experiment.slot_memory if size.slot_memory is None else size.slot_memory,
             replicas=size.replicas if size.replicas > 1 else None,
             seed=self._experiment.seed + seed,
         )
@@ -257,6 +287,8 @@ class _Search:
 
     def _run(self, size: Size, seeds: range) -> list[dict[str, Any]]:
         name = f"replicas={size.replicas}-slots={size.slots}-cpu={size.cpu_loras}"
+        if size.slot_memory is not None:
+            name += f"-bytes={size.slot_memory}"
         tasks = [
             Task(seed, self._of(size, seed), self._out / "runs" / f"{name}-seed={seed}") for seed in seeds
         ]
