@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable
 from typing import Literal
 
 import msgspec
@@ -161,3 +162,18 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     slot_hits: int
     """Requests whose adapter was in a slot when they arrived."""
     slot_misses: int
+
+
+def mix_name(parts: Iterable[tuple[str, float]]) -> str:
+    """Return a mix's name, such as "pirate*0.3+sql*0.7"; versions, as in "sql@2", stay in it."""
+    return "+".join(f"{name}*{weight!r}" for name, weight in parts)
+
+
+def is_mix(name: str) -> bool:
+    """Whether this is a mix's name: no adapter has an asterisk in its own."""
+    return "*" in name
+
+
+def without_versions(name: str) -> str:
+    """Return the name of an adapter or of a mix without the versions in it."""
+    return re.sub(r"@[^*]*", "", name)

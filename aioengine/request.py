@@ -238,7 +238,12 @@ class RequestOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
             raise RequestInvalid(f"replay={self.replay!r}: must be True or False")
         check_text("adapter", self.adapter)
         if self.mix is not None:
-            msgspec.structs.force_setattr(self, "mix", _checked_mix(self.mix))
+            mix = _checked_mix(self.mix)
+            alone = next(iter(mix)) if [*mix.values()] == [1.0] else None
+            msgspec.structs.force_setattr(self, "mix", mix if alone is None else None)
+            msgspec.structs.force_setattr(self, "adapter", alone)
+        if self.adapter is not None:
+            msgspec.structs.force_setattr(self, "adapter", self.adapter.removesuffix(LATEST))
         check_text("tenant", self.tenant)
         check_text("cache_salt", self.cache_salt)
         _check_int("priority", self.priority)
@@ -248,6 +253,7 @@ class RequestOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
             check_seconds("deadline", self.deadline, " from now", error=RequestInvalid)
 
 
+LATEST = "@latest"  # in place of a version: the current one
 MAX_PINS = 4
 """Maximum number of ``cache_pins`` of a request."""
 MAX_MIXED = 8
@@ -256,13 +262,15 @@ MAX_MIXED = 8
 
 def _checked_mix(weights: Mapping[str, float]) -> dict[str, float]:
     if not 1 <= len(weights) <= MAX_MIXED:
-        raise RequestInvalid(
-            f"adapter: is a mix of {len(weights)} adapters; a mix must have 1 to {MAX_MIXED}"
-        )
+        raise RequestInvalid(f"adapter: a mix of {len(weights)} adapters; it must have 1 to {MAX_MIXED}")
     for name, weight in weights.items():
         check_text("adapter", name)
         _check_float(f"adapter[{name!r}]", weight, low=-100.0, high=100.0)
-    return {name: float(weights[name]) for name in sorted(weights)}
+    mix: dict[str, float] = {}
+    for name in sorted(weights):
+        current = name.removesuffix(LATEST)
+        mix[current] = mix.get(current, 0.0) + weights[name]
+    return mix
 
 
 Wanted = str | Mapping[str, float] | None

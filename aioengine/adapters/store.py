@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from aioengine.errors import AdapterInvalid, AdapterTooLarge
+from aioengine.errors import AdapterTooLarge
 from aioengine.model.parallel.group import SOLO, Shard
 from aioengine.model.slots.layout import SlotLayout
 from aioengine.model.spec import NO_LAYER, ModelSpec
@@ -105,13 +105,6 @@ class AdapterStore:
             )
 
         if isinstance(files, MixFiles):
-            if self._order.layout.shard.size > 1:
-                raise AdapterInvalid(
-                    "mixes and scales need tensor_parallel_size=1: make one adapter of them with PEFT's "
-                    "add_weighted_adapter",
-                    name=name,
-                    path=path,
-                )
             parts = [(part, read(part.name, part.path, part.files)) for part in files.parts]
             packed = add_up(name, path, self._order, parts)
         else:

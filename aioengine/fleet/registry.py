@@ -249,7 +249,7 @@ class AdapterRegistry:
         async with self._io:
             if self._file is not None:
                 data = msgspec.json.encode(_Checkpoint(list(self._entries.values()), self._spent))
-                await self._checkpoint("written", _write, self._file, data)
+                await self._checkpoint("written", write_file, self._file, data)
 
     async def _checkpoint(self, done: str, work: Callable[..., T], *arguments: Any) -> T:
         """Run ``work`` in a thread. Raises ConfigError with the reason if it fails."""
@@ -275,15 +275,16 @@ def _read(url: str) -> _Checkpoint:
     return _Checkpoint(found, SpentVersions()) if isinstance(found, list) else found
 
 
-def _write(url: str, data: bytes) -> None:
-    """Write the checkpoint under another name first, so that no half-written file is ever read."""
+def write_file(url: str, data: bytes, *, part: str = ".new") -> None:
+    """Write a file under another name first, which ends with ``part``, so that no half-written file is ever
+    read."""
     import fsspec
 
     system, path = fsspec.core.url_to_fs(url)
     if not _BUCKETS.intersection((system.protocol,) if isinstance(system.protocol, str) else system.protocol):
         system.makedirs(path.rpartition("/")[0], exist_ok=True)
-    system.pipe_file(f"{path}.new", data)
-    system.mv(f"{path}.new", path)
+    system.pipe_file(path + part, data)
+    system.mv(path + part, path)
 
 
 def registry_actor(application: str, checkpoint: str | None) -> Any:

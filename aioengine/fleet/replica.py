@@ -17,7 +17,7 @@ from aioengine.fleet.config import FleetConfig
 from aioengine.fleet.outbox import Outbox
 from aioengine.fleet.registry import Entry
 from aioengine.fleet.speeds import Speeds
-from aioengine.fleet.versions import ReplicaVersions
+from aioengine.fleet.versions import ReplicaVersions, gone
 from aioengine.fleet.wire import (
     Abort,
     Delta,
@@ -32,9 +32,9 @@ from aioengine.fleet.wire import (
     pack_error,
 )
 from aioengine.grammars.service import Grammars
-from aioengine.info import AdapterInfo
+from aioengine.info import AdapterInfo, without_versions
 from aioengine.metrics.otlp import end_tracing, otlp_provider
-from aioengine.request import SamplingParams
+from aioengine.request import RequestOptions, SamplingParams, Wanted
 from aioengine.runtime.tasks import end_tasks
 from aioengine.schedulers.routing.replica import GUESSED_SECONDS_PER_TOKEN
 
@@ -101,7 +101,8 @@ class EngineReplica:
                     frame.status = self._status(box, now)
                     if version != residency:
                         residency = version
-                        frame.residency = Residency(list(self.engine.slots().slots), self.engine.resident())
+                        held = [self._versions.told(info) for info in self.engine.resident()]
+                        frame.residency = Residency(list(self.engine.slots().slots), held)
                 yield encode_frame(frame)
                 await box.filled(self._config.heartbeat_seconds)
         finally:
@@ -145,7 +146,7 @@ class EngineReplica:
             async for output in self.engine.generate(
                 order.prompt,
                 params,
-                adapter=self._versions.own(options.adapter),
+                adapter=self._wanted(options),
                 request_id=order.request_id,
                 priority=options.priority,
                 deadline=options.deadline,
@@ -169,9 +170,17 @@ class EngineReplica:
         except Exception as error:
             if not isinstance(error, AioEngineError):
                 logger.exception("request %s failed unexpectedly", order.request_id)
+            if isinstance(error, AdapterNotFound) and "@" in error.name:
+                error = gone(order.options.adapter or error.name)  # the engine's own has its own numbers
             box.put(Delta(order.key, error=pack_error(error)))
         finally:
             self._beliefs.forget(order.request_id)
+
+    def _wanted(self, options: RequestOptions) -> Wanted:
+        """Return the adapter, or the mix, in the engine's own versions. Raises AdapterNotFound."""
+        if options.mix is not None:
+            return {self._versions.own(name): weight for name, weight in options.mix.items()}
+        return None if options.adapter is None else self._versions.own(options.adapter)
 
     async def _params(self, order: Submit) -> SamplingParams:
         constraint = None
@@ -206,7 +215,7 @@ class EngineReplica:
             waiting_tokens=load.waiting_tokens,
             running_tokens=load.running_tokens,
             free_kv_tokens=load.kv_tokens_free,
-            waiting_for=list(load.waiting_for.items()),
+            waiting_for=[(name and without_versions(name), n) for name, n in load.waiting_for.items()],
             load_seconds=self._speed.load,
             slot_seconds=self._speed.slot,
             seconds_per_token=self._speed.token.seconds_per_token,

@@ -7,10 +7,12 @@ from collections.abc import Iterable
 import msgspec
 
 from aioengine.errors import AdapterNotFound
-from aioengine.info import AdapterInfo
+from aioengine.info import AdapterInfo, is_mix, without_versions
 
 MAX_NAMES = 10_000
 """Names whose own last number is remembered."""
+MAX_VERSIONS = 16
+"""Versions of a name that a replica can tell apart; earlier ones count as gone."""
 
 
 class SpentVersions(msgspec.Struct):
@@ -58,12 +60,13 @@ class ReplicaVersions:
 
     def __init__(self, configured: Iterable[str]) -> None:
         self._configured = frozenset(configured)
-        self._numbers = dict.fromkeys(self._configured, (1, 1))
+        self._numbers = {name: {1: 1} for name in self._configured}
+        """By name: the engine's number of each of the fleet's latest versions."""
         self._spent = SpentVersions()
 
     def of(self, name: str) -> int:
         """Return the fleet's version; 0: the replica was not told of it."""
-        return self._numbers.get(name, (0, 0))[0]
+        return max(self._numbers.get(name, ()), default=0)
 
     def highest(self, name: str) -> int:
         """Return the highest version that the replica was ever told of; 0: none."""
@@ -71,7 +74,10 @@ class ReplicaVersions:
 
     def note(self, version: int, info: AdapterInfo) -> None:
         """Note that what an engine describes so is this version of the fleet."""
-        self._numbers[info.name] = version, info.version
+        numbers = self._numbers.setdefault(info.name, {})
+        numbers[version] = info.version
+        if len(numbers) > MAX_VERSIONS:
+            del numbers[min(numbers)]
 
     def forget(self, name: str) -> None:
         """Note that the adapter is gone."""
@@ -82,13 +88,30 @@ class ReplicaVersions:
         """Return the adapters that the replica was told of and that are not among these."""
         return list(self._numbers.keys() - self._configured - set(names))
 
-    def own(self, adapter: str | None) -> str | None:
+    def own(self, adapter: str) -> str:
         """Return what the engine calls an adapter that the fleet calls "name@version". Raises AdapterNotFound
-        if the replica has another version of it."""
-        if adapter is None or "@" not in adapter:
+        if the replica does not know this version."""
+        name, _, version = adapter.partition("@")
+        if not version:
             return adapter
-        name, _, version = adapter.rpartition("@")
-        known, own = self._numbers.get(name, (0, 0))
-        if version != str(known):
-            raise AdapterNotFound("this version is not the current one any more", name=adapter)
-        return f"{name}@{own}"
+        for number, own in self._numbers.get(name, {}).items():
+            if version == str(number):
+                return f"{name}@{own}"
+        raise gone(adapter)
+
+    def told(self, info: AdapterInfo) -> AdapterInfo:
+        """Return what the doors are told of an adapter in memory: a version has the fleet's number, and a mix
+        has its name without versions, because each engine counts its own."""
+        if is_mix(info.name):
+            return msgspec.structs.replace(info, name=without_versions(info.name))
+        numbers = self._numbers.get(info.name)
+        if numbers is None:
+            return info
+        found = (number for number, own in numbers.items() if own == info.version)
+        return msgspec.structs.replace(info, version=max(found, default=0))
+
+
+def gone(adapter: str) -> AdapterNotFound:
+    """Make the error for a version that no request runs on any more."""
+    why = "this version is gone: it was replaced, and its last request has ended"
+    return AdapterNotFound(why, name=adapter)

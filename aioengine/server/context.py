@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from aioengine.model.text.tokenizer import Tokenizer
 
 
-_VERSION = re.compile(r"@[0-9]{1,18}$")
+_VERSION = re.compile(r"@([0-9]{1,18}|latest)$")
 """End of an adapter's name in requests for one of its versions."""
 
 PAIRS_PER_BODY = 2

@@ -36,7 +36,7 @@ class RouteRequest(NamedTuple):
 
     request_id: str
     adapter: str | None
-    """None for the base model."""
+    """None for the base model. A mix has a name of its own, under which replicas hold it."""
     prompt_tokens: int
     max_tokens: int
     expected_tokens: int | None = None
@@ -54,6 +54,8 @@ class RouteRequest(NamedTuple):
     tried: Collection[str] = ()
     """Replicas that have failed it already; a router must not name them."""
     pins: Sequence[PinnedPrefix] = ()
+    parts: Sequence[str] = ()
+    """The adapters that a mix is made of."""
 
 
 class Route(NamedTuple):

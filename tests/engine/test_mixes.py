@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 from typing import Any
 
-import peft
 import pytest
 import torch
-import transformers
+from safetensors.torch import load_file, save_file
 from support.engine_fixtures import MakeEngine, Tiny, greedy, prompt_of
 from support.failure_harness import until
+from support.mixed_adapters import added_model, generated, scaled_model
+from support.process_harness import NothingLeft
 from support.tiny_models import build_adapter
 
 from aioengine.errors import (
@@ -27,18 +29,8 @@ MIXES = [{"rank-3": 0.7, "qv-only": 0.4}, {"rank-3": 0.5}, {"rank-3": -1.0, "ran
 
 def expected(tiny: Tiny, mix: dict[str, float], count: int) -> list[int]:
     """What PEFT generates with the adapters that it has added up, or scaled."""
-    base = transformers.AutoModelForCausalLM.from_pretrained(tiny.model, dtype=torch.float32)
-    first, *others = mix
-    model: Any = peft.PeftModel.from_pretrained(base, str(tiny.adapters[first]), adapter_name=first)
-    for name in others:
-        model.load_adapter(str(tiny.adapters[name]), adapter_name=name)
-    model.add_weighted_adapter(list(mix), list(mix.values()), "mix", combination_type="cat")
-    model.set_adapter("mix")
-    tokens = list(PROMPT)
-    with torch.no_grad():
-        for _ in range(count):
-            tokens.append(int(model(torch.tensor([tokens])).logits[0, -1].argmax()))
-    return tokens[len(PROMPT) :]
+    weights = {tiny.adapters[name]: weight for name, weight in mix.items()}
+    return generated(added_model(tiny.model, weights), PROMPT, count)
 
 
 async def test_as_peft_adds_them_up(tiny: Tiny, make_engine: MakeEngine) -> None:
@@ -152,7 +144,11 @@ async def test_refused(tiny: Tiny, make_engine: MakeEngine, tmp_path: Any) -> No
             ({"": 1.0}, RequestInvalid, "adapter"),
             ({"rank-3": 0.5, "nobody": 0.5}, AdapterNotFound, "nobody"),
             ({"all-modules": 0.5, "rank-3": 0.5}, AdapterTooLarge, "16 \\+ 3, more than max_lora_rank=16"),
-            ({"dora": 0.5}, AdapterInvalid, "DoRA's magnitudes"),
+            (
+                {"dora": 0.5, "rank-3": 0.5},
+                AdapterInvalid,
+                "'dora' has DoRA's magnitudes.* scaled but not mixed",
+            ),
         ]
         for mix, kind, words in wrong:
             with pytest.raises(kind, match=words):
@@ -160,3 +156,84 @@ async def test_refused(tiny: Tiny, make_engine: MakeEngine, tmp_path: Any) -> No
         output = await engine.complete(PROMPT, greedy(8), adapter="rank-3")
         assert output.token_ids == tiny.expected(PROMPT, 8, "rank-3")
         engine.check_invariants()
+
+
+KINDS: dict[str, dict[str, Any]] = {
+    "dora": {"use_dora": True},
+    "bias": {"lora_bias": True},
+    "rslora": {"use_rslora": True, "r": 5},
+    "rank-3-dora": {"use_dora": True, "r": 3, "lora_alpha": 5},
+}
+
+
+@pytest.fixture(scope="session")
+def kinds(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Tiny:
+    root = tmp_path_factory.mktemp("kinds")
+    made = {
+        name: build_adapter(tiny.model, root / name, seed=seed, **config)
+        for seed, (name, config) in enumerate(KINDS.items())
+    }
+    biased = load_file(made["bias"] / "adapter_model.safetensors")
+    for number, (key, tensor) in enumerate(biased.items()):
+        if key.endswith("lora_B.bias"):
+            biased[key] = 0.2 * torch.randn(tensor.shape, generator=torch.Generator().manual_seed(number))
+    save_file(biased, made["bias"] / "adapter_model.safetensors", metadata={"format": "pt"})
+    return tiny._replace(adapters={**tiny.adapters, **made})
+
+
+@pytest.mark.parametrize("weight", [0.5, -1.5, 0.0])
+async def test_a_scale_is_peft_s_own(kinds: Tiny, make_engine: MakeEngine, weight: float) -> None:
+    async with make_engine(kinds) as engine:
+        for name in KINDS:
+            engine.register_adapter(name, kinds.adapters[name])
+            output = await engine.complete(PROMPT, greedy(8), adapter={name: weight})
+            model = scaled_model(kinds.model, {kinds.adapters[name]: weight})
+            assert output.token_ids == generated(model, PROMPT, 8), name
+        output = await engine.complete(PROMPT, greedy(8), adapter="dora")
+        assert output.token_ids == kinds.expected(PROMPT, 8, "dora")
+        engine.check_invariants()
+
+
+async def test_biases_are_added_up(kinds: Tiny, make_engine: MakeEngine) -> None:
+    async with make_engine(kinds) as engine:
+        for name in ("bias", "rank-3"):
+            engine.register_adapter(name, kinds.adapters[name])
+        output = await engine.complete(PROMPT, greedy(8), adapter={"bias": -0.6, "rank-3": 0.8})
+        model = scaled_model(kinds.model, {kinds.adapters["bias"]: -0.6, kinds.adapters["rank-3"]: 0.8})
+        assert output.token_ids == generated(model, PROMPT, 8)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX")
+@pytest.mark.parametrize("fully", [False, True], ids=["half sharded", "fully sharded"])
+async def test_mixes_on_two_ranks(
+    kinds: Tiny, make_engine: MakeEngine, nothing_left: NothingLeft, fully: bool
+) -> None:
+    """Ranks that two does not divide, too."""
+    async with make_engine(
+        kinds, executor="process", tensor_parallel_size=2, fully_sharded_loras=fully
+    ) as engine:
+        for name in ("rank-3", "qv-only", "rank-4", *KINDS):
+            engine.register_adapter(name, kinds.adapters[name])
+        for mix in (*MIXES, {"rank-3": 0.5, "rslora": 0.25, "bias": 0.6}, {"dora": -0.7}):
+            output = await engine.complete(PROMPT, greedy(8), adapter=mix)
+            weights = {kinds.adapters[name]: weight for name, weight in mix.items()}
+            assert output.token_ids == generated(scaled_model(kinds.model, weights), PROMPT, 8), mix
+        engine.check_invariants()
+    await nothing_left.check()
+
+
+async def test_a_name_with_latest(tiny: Tiny, make_engine: MakeEngine) -> None:
+    async with make_engine(tiny) as engine:
+        engine.register_adapter("x", tiny.adapters["rank-3"])
+        for name in ("x@latest", "x@1", {"x@latest": 1.0}):
+            output = await engine.complete(PROMPT, greedy(8), adapter=name)
+            assert (output.adapter, output.token_ids) == ("x", tiny.expected(PROMPT, 8, "rank-3"))
+        await engine.load_adapter("x", tiny.adapters["qv-only"], replace=True)
+        for name in ("x@latest", "x@2"):
+            output = await engine.complete(PROMPT, greedy(8), adapter=name)
+            assert output.token_ids == tiny.expected(PROMPT, 8, "qv-only")
+        half = await engine.complete(PROMPT, greedy(8), adapter={"x": 0.25, "x@latest": 0.25})
+        assert half.token_ids == expected(tiny, {"qv-only": 0.5}, 8)
+        for gone in ("x@1", "x@3", "y@1", "y@latest", "x@"):
+            with pytest.raises(AdapterNotFound):
+                await engine.complete(PROMPT, greedy(1), adapter=gone)

@@ -44,9 +44,14 @@ def tls(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 @pytest.fixture(scope="package")
 def shared_fleet(
-    tiny_text: Tiny, adapters: Path, traces: Collector, tls: dict[str, str]
+    tiny_text: Tiny,
+    adapters: Path,
+    traces: Collector,
+    tls: dict[str, str],
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[FleetServer]:
     flags = ["--adapter-root", str(adapters), "--otlp-endpoint", traces.url]
+    flags += ["--registry", str(tmp_path_factory.mktemp("registry")), "--max-upload-bytes", "1000000"]
     flags += ["--max-num-seqs", str(MAX_RUNNING)]
     with fleet_server(tiny_text.model, *flags, OTEL_BSP_SCHEDULE_DELAY="200", **tls) as server:
         yield server

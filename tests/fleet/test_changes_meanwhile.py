@@ -288,11 +288,11 @@ def test_however_many_ask_for_wrong_versions_the_registry_is_asked_once_a_second
         begin = loop.time()
         for number in range(1000):
             name = "sql@7" if number % 2 else "x@1"
-            asks.append(loop.create_task(door.adapters.check_version(name)))
+            asks.append(loop.create_task(door.adapters.is_current(name)))
             if number % 10 == 9:
                 asks[number - 5].cancel()
             await asyncio.sleep(0.01)
-            await door.adapters.check_version("sql@1")  # whose version is right is not delayed
+            await door.adapters.is_current("sql@1")  # whose version is right is not delayed
         assert loop.time() == pytest.approx(begin + 10.0)
         ended = await asyncio.gather(*asks, return_exceptions=True)
         assert {type(end) for end in ended} == {AdapterNotFound, asyncio.CancelledError}
@@ -316,7 +316,7 @@ def test_a_version_that_another_door_has_just_loaded_is_found_while_others_ask_f
 
         async def flood() -> None:
             while True:
-                asks.append(loop.create_task(door.adapters.check_version("x@1")))
+                asks.append(loop.create_task(door.adapters.is_current("x@1")))
                 await asyncio.sleep(0.01)
 
         flooding = loop.create_task(flood())
@@ -324,7 +324,7 @@ def test_a_version_that_another_door_has_just_loaded_is_found_while_others_ask_f
             await asyncio.sleep(0.07 * pause)
             info = await other.load("sql", replace=True)
             begin = loop.time()
-            await door.adapters.check_version(f"sql@{info.version}")
+            await door.adapters.is_current(f"sql@{info.version}")
             assert loop.time() - begin <= 0.2 + entries.LOOK_SECONDS + 0.2 + 1e-6
         flooding.cancel()
         assert {type(end) for end in await asyncio.gather(*asks, return_exceptions=True)} == {AdapterNotFound}

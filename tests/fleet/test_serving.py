@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import os
 import re
 import subprocess
 import sys
+import tarfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,6 +18,7 @@ import httpx
 import openai
 from support.engine_fixtures import Tiny
 from support.fleet_process import FleetServer, needs_ray, until
+from support.mixed_adapters import generated, scaled_model
 from support.otlp_collector import Collector
 
 needs_ray()
@@ -186,6 +189,25 @@ def test_each_process_is_seen(fleet: FleetServer) -> None:
         assert 0 < fleet.metric("process_start_time_seconds", replica=replica) < time.time()
         assert fleet.metric("aioengine_engine_state", replica=replica, state="ready") == 1
     assert 'aioengine_log_dropped_total{replica="door"' in fleet.metrics()
+
+
+def test_a_mix_and_an_upload(fleet: FleetServer, tiny_text: Tiny, adapters: Path) -> None:
+    prompt, mix = [5, 6, 7, 8], {"a": 0.7, "b": -0.4}
+    model = scaled_model(tiny_text.model, {adapters / name: weight for name, weight in mix.items()})
+    expected = generated(model, prompt, 8)
+    for _ in range(4):
+        assert fleet.complete(prompt, max_tokens=8, ignore_eos=True, adapters=mix)["token_ids"] == expected
+    archive = io.BytesIO()
+    with tarfile.open(fileobj=archive, mode="w") as tar:
+        tar.add(adapters / "b", "b")
+    with fleet.client() as client:
+        path = "/v1/upload_lora_adapter?lora_name=sent"
+        answer = client.post(path, content=archive.getvalue())
+        assert answer.status_code == 200, answer.text
+        found = fleet.complete(prompt, max_tokens=8, ignore_eos=True, model="sent@1")
+        assert found["token_ids"] == Tiny(tiny_text.model, {"b": adapters / "b"}).expected(prompt, 8, "b")
+        assert client.post("/v1/unload_lora_adapter", json={"lora_name": "sent"}).status_code == 200
+        assert not [card["id"] for card in client.get("/v1/models").json()["data"] if "*" in card["id"]]
 
 
 def test_the_commands(fleet: FleetServer, tls: dict[str, str]) -> None:

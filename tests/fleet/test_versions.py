@@ -12,6 +12,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from support.engine_fixtures import Tiny, greedy
+from support.fleet_here import ReplicaHere
 from support.registry_actor import RegistryActor
 
 from aioengine import EngineConfig, LoRAConfig
@@ -22,18 +23,10 @@ from aioengine.fleet.config import FleetConfig
 from aioengine.fleet.door.adapters import FleetAdapters
 from aioengine.fleet.door.members import Member, Members
 from aioengine.fleet.registry import AdapterRegistry
-from aioengine.fleet.replica import EngineReplica
 from aioengine.fleet.versions import ReplicaVersions, SpentVersions
 from aioengine.info import AdapterInfo
 
 pytest.importorskip("ray.serve", reason="Ray has no wheel for this system or Python")
-
-
-class InThisProcess(EngineReplica):
-    """Is ended by the test, where Serve would await its ``__del__``."""
-
-    def __del__(self) -> None:  # type: ignore[override]
-        pass
 
 
 class Door:
@@ -75,7 +68,7 @@ async def real(tiny_text: Tiny, monkeypatch: pytest.MonkeyPatch) -> Any:
     )
     made = []
     for _ in range(2):
-        replica = InThisProcess.__new__(InThisProcess)
+        replica = ReplicaHere.__new__(ReplicaHere)
         await replica.__init__(FleetConfig(engine=engine), "")  # type: ignore[misc] # Serve does it so
         made.append(replica)
     yield made
@@ -115,11 +108,11 @@ async def test_replicas_that_have_counted_differently_agree(
     assert await tokens(first, "sql@4") == await tokens(second, "sql@4") == of_two != of_one
     for replica in real:
         for gone in ("sql@1", "sql@2", "sql@3"):
-            with pytest.raises(AdapterNotFound, match=gone):
+            with pytest.raises(AdapterNotFound, match="gone"):
                 await tokens(replica, gone)
-    await door.adapters.check_version("sql@4")
-    with pytest.raises(AdapterNotFound, match="current version: that is 4"):
-        await door.adapters.check_version("sql@3")
+    assert await door.adapters.is_current("sql@4")
+    with pytest.raises(AdapterNotFound, match="gone: the current one is 4"):
+        await door.adapters.is_current("sql@3")
     assert [info.version for info in door.adapters.all() if info.name == "sql"] == [4]
     door.members.members.pop("second")
     await door.adapters.unload("sql", force=False)
@@ -134,8 +127,8 @@ async def test_an_adapter_that_nobody_has_loaded_has_no_numbers() -> None:
     door = Door(r0=Replica())
     await door.adapters.start(RegistryActor())
     with pytest.raises(AdapterNotFound, match="nobody has loaded 'sql' through the fleet"):
-        await door.adapters.check_version("sql@1")
-    await door.adapters.check_version("fixed@1")
+        await door.adapters.is_current("sql@1")
+    assert await door.adapters.is_current("fixed@1")
 
 
 class Replica:

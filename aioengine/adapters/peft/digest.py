@@ -4,12 +4,14 @@ torch."""
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from threading import Event
 from typing import NamedTuple
 
 from aioengine.adapters.peft.folder import CONFIG_FILE
 from aioengine.adapters.peft.held import folder_of
-from aioengine.step import HeldFiles
+from aioengine.errors import AdapterChanged
+from aioengine.step import AdapterSource, MixFiles, MixPart
 
 _PIECE_BYTES = 4 << 20
 """Size of one read. Reading and hashing release the interpreter lock, and each piece has to take it again."""
@@ -22,15 +24,22 @@ class ContentDigest(NamedTuple):
     """Version of the hashed files, as in :class:`aioengine.adapters.peft.folder.AdapterFolder`."""
 
 
-def content_digest(name: str, path: str, unwanted: Event, files: HeldFiles | None = None) -> ContentDigest:
+def content_digest(
+    name: str, path: str, unwanted: Event, files: AdapterSource | None = None
+) -> ContentDigest:
     """Compute the digest of the adapter in the folder ``path``, or of ``files`` in its place, whether it is
     valid or not. Blocks. Once ``unwanted`` is set it ends soon, and the result has no meaning.
 
-    Raises AdapterLoadError if a file is missing, cannot be read, or changed while it was read.
+    Raises AdapterLoadError if a file is missing, cannot be read, or changed while it was read; AdapterChanged
+    as :func:`mix_digest`.
     """
+    if isinstance(files, MixFiles):
+        found = [content_digest(part.name, part.path, unwanted, part.files) for part in files.parts]
+        digest = "" if unwanted.is_set() else mix_digest(files.parts, [part.digest for part in found])
+        return ContentDigest(digest, ";".join(part.version for part in found))
     folder = folder_of(name, path, files)
     folder.check()
-    digest = hashlib.sha256()
+    sha = hashlib.sha256()
     piece = memoryview(bytearray(_PIECE_BYTES))
     for file in (CONFIG_FILE, folder.weights_file()):
         with folder.open(file) as opened:
@@ -39,6 +48,21 @@ def content_digest(name: str, path: str, unwanted: Event, files: HeldFiles | Non
                     break
                 part = piece[: opened.size - begin]
                 opened.read_into(part)
-                digest.update(part)
+                sha.update(part)
     folder.check_unchanged()
-    return ContentDigest(digest.hexdigest(), folder.version)
+    return ContentDigest(sha.hexdigest(), folder.version)
+
+
+def mix_digest(parts: Sequence[MixPart], digests: Sequence[str]) -> str:
+    """Return the digest of a mix whose parts' contents have these digests. Raises AdapterChanged if a part
+    has another content than it must have."""
+    sha = hashlib.sha256()
+    for part, digest in zip(parts, digests, strict=True):
+        if part.digest not in ("", digest):
+            raise AdapterChanged(
+                "its files have changed since it was loaded: load it with replace=True",
+                name=part.name,
+                path=part.path,
+            )
+        sha.update(f"{digest}*{part.weight!r};".encode())
+    return sha.hexdigest()

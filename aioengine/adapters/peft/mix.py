@@ -1,44 +1,68 @@
-"""Weighted sums of adapters, as PEFT's ``add_weighted_adapter(combination_type="cat")`` makes them.
+"""Scaled adapters, and weighted sums of adapters.
 
-The sum of w_i B_i A_i is B A, where A has the A_i one below the other and B has the w_i B_i side by side. So
-a mix is one adapter, and its rank is the sum of their ranks.
+A scale is PEFT's ``set_scale``: all that LoRA adds is multiplied by it. DoRA's norms are of the scaled
+weights, and what is no LoRA (a classification head, trained tokens) stays as it is.
+
+A sum is that of PEFT's ``add_weighted_adapter(combination_type="cat")``: the sum of w_i B_i A_i is B A, where
+A has the A_i one below the other and B has the w_i B_i side by side. So a mix is one adapter, and its rank is
+the sum of their ranks.
 """
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
+from aioengine.adapters.peft.digest import mix_digest
 from aioengine.adapters.peft.pack import SlotOrder
 from aioengine.adapters.peft.read import PackedAdapter
-from aioengine.errors import AdapterInvalid, AdapterLoadError, AdapterTooLarge
+from aioengine.errors import AdapterInvalid, AdapterTooLarge
+from aioengine.model.slots.layout import SlotLayout
 from aioengine.step import MixPart
+
+Place = tuple[int, str]
+Pairs = Mapping[Place, tuple[Tensor, Tensor]]
 
 
 def add_up(
     name: str, path: str, order: SlotOrder, parts: Sequence[tuple[MixPart, PackedAdapter]]
 ) -> PackedAdapter:
-    """Add up adapters that were read for ``order``.
+    """Add up adapters that were read for ``order``, or scale the only one.
 
     Raises:
-        AdapterInvalid: one of them has more than A and B.
+        AdapterInvalid: one of several has parts that cannot be added up.
         AdapterTooLarge: their ranks together are larger than the slot's.
-        AdapterLoadError: the files of one have changed since it was loaded.
+        AdapterChanged: the files of one have changed since it was loaded.
     """
-    digest = hashlib.sha256()
+    found = [packed for _, packed in parts]
+    digest = ""
+    if all(packed.digest for packed in found):  # a rank that has only shares does not know it
+        digest = mix_digest([part for part, _ in parts], [packed.digest for packed in found])
+    version = ";".join(packed.version for packed in found)
+    scaled = [(_scaled(packed.tensors, part.weight), packed) for part, packed in parts]
+    biases: dict[Place, Tensor] = {}
+    for part, packed in parts:
+        for place, bias in packed.biases.items():
+            biases[place] = biases.get(place, 0) + bias * part.weight
+    if len(parts) == 1:
+        [(part, only)] = parts
+        computed = _scaled(only.computed, part.weight)
+        return replace(
+            only, name=name, path=path, digest=digest, version=version, tensors=scaled[0][0], biases=biases,
+            computed=computed, in_order=None, shape=None,
+        )  # fmt: skip
     for part, packed in parts:
         _check(name, path, part, packed)
-        digest.update(f"{packed.digest}*{part.weight!r};".encode())
-    tensors: dict[tuple[int, str], tuple[Tensor, Tensor]] = {}
-    for place in dict.fromkeys(place for _, packed in parts for place in packed.tensors):
-        pairs = [(part.weight, *packed.tensors[place]) for part, packed in parts if place in packed.tensors]
-        a = torch.cat([a for _, a, _ in pairs])
-        b = torch.cat([(b.float() * weight).to(b.dtype) for weight, _, b in pairs], dim=1)
-        if len(a) > order.layout.max_rank:
-            ranks = " + ".join(str(len(a)) for _, a, _ in pairs)
+    tensors: dict[Place, tuple[Tensor, Tensor]] = {}
+    for place in dict.fromkeys(place for pairs, _ in scaled for place in pairs):
+        pairs = [_filled(order.layout, place[1], *own[place]) for own, _ in scaled if place in own]
+        b = torch.cat([b for _, b in pairs], dim=1)
+        if b.shape[1] > order.layout.max_rank:
+            ranks = " + ".join(str(b.shape[1]) for _, b in pairs)
             raise AdapterTooLarge(
                 f"{place[1]} of layer {place[0]} has rank {ranks}, more than "
                 f"max_lora_rank={order.layout.max_rank}: "
@@ -46,31 +70,36 @@ def add_up(
                 name=name,
                 path=path,
             )
-        tensors[place] = a, b
+        tensors[place] = torch.cat([a for a, _ in pairs]), b
     return PackedAdapter(
         name=name,
         path=path,
-        rank=max(len(a) for a, _ in tensors.values()),
-        digest=digest.hexdigest(),
+        rank=max(b.shape[1] for _, b in tensors.values()),
+        digest=digest,
         nbytes=sum(a.nbytes + b.nbytes for a, b in tensors.values()),
         tensors=tensors,
-        version=";".join(packed.version for _, packed in parts),
+        biases=biases,
+        version=version,
     )
 
 
+def _scaled(pairs: Pairs, weight: float) -> dict[Place, tuple[Tensor, Tensor]]:
+    return {place: (a, (b.float() * weight).to(b.dtype)) for place, (a, b) in pairs.items()}
+
+
+def _filled(layout: SlotLayout, module: str, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Fill up A and B with zeros where each tensor-parallel rank holds every n-th row of A, so that all ranks
+    hold as many rows of this part, and the next part begins at the first rank."""
+    ways = layout.share(module).a[0].step or 1
+    rank = -(-b.shape[1] // ways) * ways
+    return pad(a, (0, 0, 0, rank // ways - len(a))), pad(b, (0, rank - b.shape[1]))
+
+
 def _check(name: str, path: str, part: MixPart, packed: PackedAdapter) -> None:
-    if part.digest and packed.digest != part.digest:
-        raise AdapterLoadError(
-            f"the files of {part.name!r} ({part.path}) have changed since it was loaded: load it with "
-            "replace=True",
-            name=name,
-            path=path,
-        )
     more = [
         what
         for what, has in (
-            ("DoRA's magnitudes", packed.magnitudes),
-            ("biases", packed.biases),
+            ("DoRA's magnitudes, which are of the weights with this adapter alone", packed.magnitudes),
             ("invocation tokens", packed.invocation),
             ("a classification head", packed.head is not None),
             ("trained tokens", packed.tokens is not None),
@@ -79,8 +108,8 @@ def _check(name: str, path: str, part: MixPart, packed: PackedAdapter) -> None:
     ]
     if more:
         raise AdapterInvalid(
-            f"{part.name!r} has {' and '.join(more)}, which cannot be mixed or scaled: merge it with PEFT's "
-            "add_weighted_adapter, or ask for it alone",
+            f"{part.name!r} has {' and '.join(more)}, and so it can be scaled but not mixed with others: ask "
+            "for it alone",
             name=name,
             path=path,
         )

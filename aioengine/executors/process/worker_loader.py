@@ -13,7 +13,7 @@ from aioengine.adapters.peft.digest import ContentDigest, content_digest
 from aioengine.adapters.read_threads import Progress, ReadThreads
 from aioengine.errors import AdapterLoadError
 from aioengine.executors.process.wire import Add, Discard, Done, Finish, Keep, Read, ReadDone
-from aioengine.step import AdapterSource, MixFiles
+from aioengine.step import AdapterSource
 
 if TYPE_CHECKING:
     from aioengine.executors.process.workers import Call, Workers
@@ -87,7 +87,7 @@ class WorkerLoader(BaseLoader[_Found]):
         self, reading: Call, name: str, path: str, size: int, files: AdapterSource | None
     ) -> tuple[list[ReadDone], ContentDigest]:
         """Read and compute the digest at the same time. Raises the first error of the two."""
-        if size == 1 or isinstance(files, MixFiles):
+        if size == 1:
             answers = await reading.of(ReadDone)
             return answers, ContentDigest(answers[0].digest, answers[0].version)
         unwanted = Event()

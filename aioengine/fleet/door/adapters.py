@@ -22,11 +22,11 @@ from aioengine.errors import (
     EngineStopped,
 )
 from aioengine.fleet.config import FleetConfig
-from aioengine.fleet.door.entries import KnownEntries, version_of
+from aioengine.fleet.door.entries import KnownEntries, listed, numbered, version_of
 from aioengine.fleet.door.members import Member, Members
 from aioengine.fleet.door.replicas import Replicas, first_of, holds
 from aioengine.fleet.registry import LEASE_SECONDS, Entry, answer_of
-from aioengine.info import AdapterInfo
+from aioengine.info import AdapterInfo, is_mix
 from aioengine.model.files.hub import is_source
 from aioengine.runtime.tasks import end_tasks
 from aioengine.schedulers.routing import Move, PlacementGuard, load_placement
@@ -39,7 +39,6 @@ _UNKNOWN = "nothing is changed while the fleet's adapters are not known"
 _UNSAVED = (
     "the replicas have made the change, but it would be lost with Ray's head; repair this, and repeat it"
 )
-_SPEED = {"slot": 3, "cpu": 2, "loading": 1, "disk": 0}
 SYNC_SECONDS = 60.0
 """Longest time until a replica knows the fleet's adapters; after that it gets requests nevertheless."""
 MEND_SECONDS = 10.0
@@ -83,49 +82,32 @@ class FleetAdapters:
 
     def all(self) -> list[AdapterInfo]:
         """Return each adapter once, with the fastest place that holds it."""
-        found: dict[str, AdapterInfo] = {}
-        for member in self._members.members.values():
-            for info in member.residency.adapters:
-                best = found.get(info.name)
-                if best is None or _SPEED[info.location] > _SPEED[best.location]:
-                    found[info.name] = info
-        for entry in self._known.by_name.values():
-            if entry.name in found:
-                found[entry.name] = _numbered(found[entry.name], version_of(entry))
-            else:
-                found[entry.name] = AdapterInfo(
-                    name=entry.name,
-                    version=version_of(entry),
-                    path=entry.path,
-                    rank=0,
-                    bytes=0,
-                    digest=entry.digest,
-                    location="disk",
-                    slot=None,
-                    pinned=entry.pinned,
-                    running=0,
-                    waiting=0,
-                )
-        return list(found.values())
+        held = (info for member in self._members.members.values() for info in member.residency.adapters)
+        return listed(self._known.by_name.values(), held)
 
-    async def check_version(self, adapter: str) -> None:
-        """Raise AdapterNotFound if "name@version" is not the version that new requests get."""
+    async def is_current(self, adapter: str) -> bool:
+        """Whether "name@version" is the version that new requests get. An earlier one lives on the replicas
+        where requests still run on it. Raises AdapterNotFound if it does not live."""
         name, _, version = adapter.rpartition("@")
-        known = self._known.by_name.get(name)
-        if known is None or version != str(version_of(known)):  # another door may have changed it
-            await self._known.look(self.registry)
+        for looked in (False, True):
             known = self._known.by_name.get(name)
+            if known is not None and version == str(version_of(known)):
+                return True
+            if known is not None and self._members.with_version(adapter):
+                return False
+            if not looked:  # another door may have changed it
+                await self._known.look(self.registry)
         if known is None:
             raise AdapterNotFound(
                 f"nobody has loaded {name!r} through the fleet, and so its versions have no numbers; ask for "
                 f"{name!r}, or load it first",
                 name=adapter,
             )
-        if version != str(version_of(known)):
-            raise AdapterNotFound(
-                f"this is not the current version: that is {version_of(known)}; a fleet serves only this one",
-                name=adapter,
-            )
+        raise AdapterNotFound(
+            f"this version is gone: the current one is {version_of(known)}, and a replaced one goes when its "
+            "last request has ended",
+            name=adapter,
+        )
 
     async def load(
         self,
@@ -153,7 +135,7 @@ class FleetAdapters:
                 info = await self._add(name, where, known, members)
             version = info.version
             if pin:
-                info = _numbered(await self._replicas.pin(name, members, force_pin), version)
+                info = numbered(await self._replicas.pin(name, members, force_pin), version)
             pinned = pin or bool(known and known.pinned)
             await self._put(Entry(name, _source(where, known, info), version, info.digest, pinned))
             return info
@@ -174,7 +156,7 @@ class FleetAdapters:
         async with self._changing(name) as members:
             known = self._known.by_name.get(name)
             version = await self._next_version(name, members) if known is None else version_of(known)
-            info = _numbered(await self._replicas.pin(name, members, force, version=version), version)
+            info = numbered(await self._replicas.pin(name, members, force, version=version), version)
             await self._note(info, pinned=True)
             return info
 
@@ -183,7 +165,7 @@ class FleetAdapters:
             known = self._known.by_name.get(name)
             version = await self._next_version(name, members) if known is None else version_of(known)
             answers = await self._replicas.ask_all(members, "unpin", name=name, version=version)
-            info = _numbered(first_of(answers), version)
+            info = numbered(first_of(answers), version)
             await self._note(info, pinned=False)
             return info
 
@@ -200,7 +182,7 @@ class FleetAdapters:
         info = first_of([await self._replicas.ask(first, "load", name=name, path=where)])
         if known is None or self._members.conflicts.contents(name) - {info.digest}:
             return await self._replace(name, _source(where, known, info), members, first.channel.replica)
-        return _numbered(info, version_of(known))
+        return numbered(info, version_of(known))
 
     async def _replace(
         self,
@@ -209,14 +191,14 @@ class FleetAdapters:
         members: Sequence[Member],
         also: str | None = None,
         *,
-        numbered: bool = True,
+        new: bool = True,
     ) -> AdapterInfo:
         """Have those that hold it, and ``also``, read it, compare what they have read, and flip.
-        ``numbered``: it gets the next version of the fleet."""
-        version = await self._next_version(name, members) if numbered else None
+        ``new``: it gets the next version of the fleet."""
+        version = await self._next_version(name, members) if new else None
         digest = await self._replicas.prepare(name, where, members, also)
         info = await self._replicas.commit(name, members, digest, version)
-        return info if version is None else _numbered(info, version)
+        return info if version is None else numbered(info, version)
 
     async def _next_version(self, name: str, members: Sequence[Member]) -> int:
         """Return a number that no content of this adapter has had, as far as anybody knows who lives."""
@@ -329,9 +311,9 @@ class FleetAdapters:
                 await self._move(move)
 
     async def _move(self, move: Move) -> None:
-        """ "unload" is left to the CPU cache, which lets go of what is used least."""
+        """ "unload" is left to the CPU cache, which lets go of what is used least, and mixes to requests."""
         member = self._members.members.get(move.replica)
-        if member is None or move.kind == "unload":
+        if member is None or move.kind == "unload" or is_mix(move.adapter):
             return
         answer = await self._replicas.ask(member, move.kind, name=move.adapter)
         if isinstance(answer, (AdapterError, ConfigError)):
@@ -340,8 +322,18 @@ class FleetAdapters:
     # Content that differs
 
     def _compare(self, member: Member) -> None:
-        for name in self._members.conflicts.holds(member.channel.replica, member.residency.adapters):
+        for name in self._differing(member):
             self._spawn(self._agree(name))
+
+    def _differing(self, member: Member) -> list[str]:
+        """Take what a replica holds of the current versions; see :meth:`Conflicts.holds`."""
+        known = self._known.by_name
+        current = [
+            info
+            for info in member.residency.adapters
+            if info.name not in known or info.version >= version_of(known[info.name])
+        ]
+        return self._members.conflicts.holds(member.channel.replica, current)
 
     def _changed(self, replica: str, name: str) -> None:
         """A replica has refused what it read: that one and all holders read the adapter again."""
@@ -357,6 +349,8 @@ class FleetAdapters:
             async with self._changing(name) as members:
                 if refused is None:
                     await asyncio.sleep(SETTLE_SECONDS)  # it may have been the middle of a replacement
+                    for member in members:
+                        self._differing(member)
                     if len(self._members.conflicts.contents(name)) < 2:
                         return
                 self._members.conflicts.count += 1
@@ -366,8 +360,7 @@ class FleetAdapters:
                 logger.warning("adapter %r does not have the same content everywhere; it is read again", name)
                 try:
                     path = None if known is None else known.path
-                    numbered = known is not None
-                    info = await self._replace(name, path, members, refused, numbered=numbered)
+                    info = await self._replace(name, path, members, refused, new=known is not None)
                 except AioEngineError as error:
                     logger.error("adapter %r stays different between replicas: %s", name, error)
                     return
@@ -383,11 +376,6 @@ class FleetAdapters:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
-
-
-def _numbered(info: AdapterInfo, version: int) -> AdapterInfo:
-    """Return a replica's answer with the fleet's version, because each replica counts its own."""
-    return msgspec.structs.replace(info, version=version)
 
 
 def _source(given: str | None, known: Entry | None, info: AdapterInfo) -> str:

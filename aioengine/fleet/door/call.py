@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from aioengine.errors import AioEngineError
 from aioengine.fleet.wire import Delta, unpack_error
+from aioengine.info import mix_name, without_versions
 from aioengine.request import FinishReason, RequestOptions, SamplingParams, TokenLogprob
 from aioengine.runtime.output import GrowingText, Grown, RequestOutput
 from aioengine.schedulers.routing import RouteRequest
@@ -16,7 +18,8 @@ if TYPE_CHECKING:
 
 
 class Call:
-    """A request that gathers deltas for one reader. ``params`` has a seed."""
+    """A request that gathers deltas for one reader. ``params`` has a seed; ``earlier`` has the versions that
+    it names ("sql@2") and that are not the current ones, so that only some replicas have them."""
 
     def __init__(
         self,
@@ -26,15 +29,18 @@ class Call:
         params: SamplingParams,
         options: RequestOptions,
         now: float,
+        earlier: Sequence[str] = (),
     ) -> None:
         self.key = key
         self.request_id = request_id
         self.prompt = prompt
         self.params = params
         self.options = options
-        adapter = options.adapter
-        self.adapter = None if adapter is None else adapter.partition("@")[0]
-        """Name of its adapter, without a version."""
+        self.wanted = options.adapter if options.mix is None else mix_name(options.mix.items())
+        """Name of its adapter, or of its mix, as it was asked for."""
+        self.adapter = None if self.wanted is None else without_versions(self.wanted)
+        """The same without versions."""
+        self.earlier = earlier
         self.arrival = now
         self.deadline = None if options.deadline is None else now + options.deadline
         self.route: RouteRequest | None = None
@@ -120,7 +126,7 @@ class Call:
         tokens, pieces, logprobs = len(self.tokens), len(self._text), self._logprobs or ()
         output = RequestOutput(
             request_id=self.request_id,
-            adapter=self.options.adapter,
+            adapter=self.wanted,
             text_delta=self._text.between(self._text_seen, pieces),
             token_ids_delta=self.tokens[self._tokens_seen :],
             logprobs_delta=logprobs[self._logprobs_seen :],

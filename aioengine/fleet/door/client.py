@@ -29,6 +29,7 @@ from aioengine.fleet.door.limits import SharedLimits
 from aioengine.fleet.door.members import Members
 from aioengine.fleet.door.metrics import FleetMetrics
 from aioengine.fleet.registry import registry_actor
+from aioengine.fleet.uploads import Uploads
 from aioengine.info import AdapterInfo, EngineState, EngineStats
 from aioengine.memory_plan import MemoryPlan
 from aioengine.request import (
@@ -90,6 +91,7 @@ class FleetClient:
         self._dispatcher = Dispatcher(self.members)
         self.metrics = FleetMetrics(self.members, self._dispatcher, lambda: self.state)
         self._adapters = FleetAdapters(config, self.members)
+        self._uploads = Uploads(config.registry)
         self._limits = SharedLimits(door, msgspec.json.encode(config), self._adapters.refresh_soon)
         self._tracer_provider = tracer_provider
         self._keys = count()
@@ -185,10 +187,6 @@ class FleetClient:
         another one; after ``migration_limit`` losses it raises EngineDead."""
         self._check_running()
         request_id, options = split_keywords(keywords)
-        if options.mix is not None:
-            raise errors.RequestInvalid(
-                "adapter: a fleet has no mixes and no scales; make one adapter of them with PEFT"
-            )
         call = await self._accept(prompt, params, options, request_id)
         failed: errors.AioEngineError | None = None
         try:
@@ -252,14 +250,15 @@ class FleetClient:
             )
         if params.seed is None:  # drawn now, so that any replica that continues draws the same tokens
             params = msgspec.structs.replace(params, seed=self._seeds.getrandbits(63))
-        if options.adapter is not None and "@" in options.adapter:
-            await self._adapters.check_version(options.adapter)
+        named = (options.adapter,) if options.mix is None else options.mix
+        versions = [name for name in named if name is not None and "@" in name]
+        earlier = [name for name in versions if not await self._adapters.is_current(name)]
         tokens = await self._tokens(prompt, options.tenant)
-        call = Call(key, request_id, tokens, params, options, now)
+        call = Call(key, request_id, tokens, params, options, now, earlier)
         if self._tracer_provider is not None:
             from aioengine.metrics.remote_spans import CallSpans
 
-            call.spans = CallSpans(self._tracer_provider, request_id, options.adapter)
+            call.spans = CallSpans(self._tracer_provider, request_id, call.wanted)
         self._ids[request_id] = call
         return call
 
@@ -322,12 +321,14 @@ class FleetClient:
     async def load_adapter_files(
         self, name: str, config: bytes, weights: BytesLike, *, pin: bool = False, replace: bool = False
     ) -> AdapterInfo:
-        """Raise ConfigError, because replicas read adapters from folders."""
-        raise errors.ConfigError(
-            f"adapter {name!r}: a fleet accepts no adapters from memory: write it to a folder that every "
-            "replica can "
-            "read, and load that"
-        )
+        """Write an adapter's files below the registry's folder, where every replica can read them, and load
+        it from there. Raises ConfigError if the fleet has no registry, and what :meth:`load_adapter`
+        raises."""
+        self._check_lora()
+        folder = await self._uploads.store(name, config, weights)
+        info = await self._adapters.load(name, folder, pin=pin, force_pin=False, replace=replace)
+        await self._uploads.remove_unused({adapter.path for adapter in self._adapters.all()})
+        return info
 
     async def unload_adapter(self, name: str, *, force: bool = False) -> None:
         """Unload an adapter from every replica. Raises AdapterNotFound if no replica knows it."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from aioengine.info import AdapterInfo
+from aioengine.info import AdapterInfo, is_mix
 
 
 class Conflicts:
@@ -29,7 +29,11 @@ class Conflicts:
         once for the same contents. Only what has changed is compared with other replicas."""
         newest: dict[str, AdapterInfo] = {}
         for info in infos:
-            if info.digest and (info.name not in newest or newest[info.name].version < info.version):
+            if (
+                info.digest
+                and not is_mix(info.name)
+                and (info.name not in newest or newest[info.name].version < info.version)
+            ):
                 newest[info.name] = info
         before = self._of.get(replica, {})
         now = self._of[replica] = {name: info.digest for name, info in newest.items()}

@@ -15,7 +15,9 @@ from aioengine.fleet.door.call import Call
 from aioengine.fleet.door.channel import Channel
 from aioengine.fleet.door.grammars import SentGrammar
 from aioengine.fleet.door.members import Member, Members
+from aioengine.fleet.versions import gone
 from aioengine.fleet.wire import Abort, Delta, LimitWaiting, Submit, pack_params, unpack_error
+from aioengine.info import without_versions
 from aioengine.schedulers.policy import Location
 from aioengine.schedulers.routing import RouteRequest, RouterGuard, load_router, prefix_hashes, prefix_pins
 
@@ -64,10 +66,12 @@ class Dispatcher:
             if route.replicas:
                 self._send(call, request, route.replicas[0])
                 return
-            if any(view.replica_id not in call.tried for view in self._state.view.accepting):
+            if any(view.replica_id not in request.tried for view in self._state.view.accepting):
                 raise errors.EngineOverloaded(
                     f"the router rejects the request: {route.reject}", bound="server"
                 )
+            if call.earlier and self._state.view.accepting:
+                raise gone(call.earlier[0])
             if call.tried and self._state.view.accepting:
                 # All replicas were lost or refused once; the live ones may be asked again.
                 call.tried = frozenset()
@@ -117,7 +121,10 @@ class Dispatcher:
             member.channel.send(LimitWaiting(limits))
 
     def _route_request(self, call: Call) -> RouteRequest:
-        if call.route is None or call.route.tried != call.tried:
+        tried = call.tried
+        for version in call.earlier:  # only these replicas have it
+            tried = tried | (self._members.members.keys() - self._members.with_version(version))
+        if call.route is None or call.route.tried != tried:
             options = call.options
             call.route = RouteRequest(
                 str(call.key),
@@ -129,7 +136,8 @@ class Dispatcher:
                 options.priority,
                 None if call.deadline is None else time.monotonic() + call.deadline - _now(),
                 prefix_hashes(call.prompt, call.adapter, salt=options.cache_salt),
-                tried=call.tried,
+                tried=tried,
+                parts=tuple(map(without_versions, options.mix or ())),
                 pins=prefix_pins(
                     call.prompt,
                     [(pin.tokens, pin.seconds) for pin in options.cache_pins],

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
+
+import msgspec
 
 from aioengine.fleet.registry import Entry, Mark, answer_of
 from aioengine.fleet.versions import SpentVersions
+from aioengine.info import AdapterInfo, is_mix
 from aioengine.schedulers.routing import FleetState
 
 logger = logging.getLogger("aioengine.fleet")
@@ -107,3 +110,38 @@ def version_of(entry: Entry) -> int:
     """Return the version of an adapter; an adapter of the configuration that was never replaced has the
     first."""
     return max(entry.version, 1)
+
+
+_SPEED = {"slot": 3, "cpu": 2, "loading": 1, "disk": 0}
+
+
+def listed(entries: Iterable[Entry], held: Iterable[AdapterInfo]) -> list[AdapterInfo]:
+    """Describe each adapter once, with the fastest of the places that hold it; mixes are left out."""
+    found: dict[str, AdapterInfo] = {}
+    for info in held:
+        best = found.get(info.name)
+        if not is_mix(info.name) and (best is None or _SPEED[info.location] > _SPEED[best.location]):
+            found[info.name] = info
+    for entry in entries:
+        if entry.name in found:
+            found[entry.name] = numbered(found[entry.name], version_of(entry))
+        else:
+            found[entry.name] = AdapterInfo(
+                name=entry.name,
+                version=version_of(entry),
+                path=entry.path,
+                rank=0,
+                bytes=0,
+                digest=entry.digest,
+                location="disk",
+                slot=None,
+                pinned=entry.pinned,
+                running=0,
+                waiting=0,
+            )
+    return list(found.values())
+
+
+def numbered(info: AdapterInfo, version: int) -> AdapterInfo:
+    """Return a replica's answer with the fleet's version, because each replica counts its own."""
+    return msgspec.structs.replace(info, version=version)

@@ -132,6 +132,14 @@ class Members:
         """Return the channel to a replica; None if the replica is lost or has left."""
         return self._channels.get(replica)
 
+    def with_version(self, adapter: str) -> set[str]:
+        """Return the replicas that have this version ("name@version") in memory."""
+        return {
+            replica
+            for replica, member in self.members.items()
+            if any(adapter == f"{info.name}@{info.version}" for info in member.residency.adapters)
+        }
+
     def wake(self) -> None:
         """Ask Serve to start a replica, if there is none because there were no requests."""
         if self.asleep and not self._waking:

@@ -12,6 +12,7 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping
 from aioengine.core.adapters.residency import Residency
 from aioengine.core.state import AdapterEntry, AdapterFiles
 from aioengine.errors import AdapterInvalid, EngineOverloaded
+from aioengine.info import mix_name
 from aioengine.step import HeldFiles, MixFiles, MixPart
 
 MAX_MIXES = 64
@@ -26,7 +27,7 @@ class Mix:
     nbytes = 0
 
     def __init__(self, parts: list[tuple[AdapterEntry, float]]) -> None:
-        self.name = "+".join(f"{entry.label}@{entry.version}*{weight!r}" for entry, weight in parts)
+        self.name = mix_name((f"{entry.label}@{entry.version}", weight) for entry, weight in parts)
         self.labels = {entry.label for entry, _ in parts}
         self._parts = parts
         self._shared: dict[int, AdapterFiles] = {}
@@ -38,7 +39,7 @@ class Mix:
     @property
     def files(self) -> MixFiles:
         parts = (
-            MixPart(entry.label, entry.path, weight, entry.digest, self._held(entry))
+            MixPart(entry.label, entry.path, weight, entry.digest or entry.expected, self._held(entry))
             for entry, weight in self._parts
         )
         return MixFiles(tuple(parts))

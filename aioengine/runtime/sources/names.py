@@ -55,8 +55,6 @@ class AdapterNames:
         """Return the version, or the mix, that a request asks for."""
         if isinstance(adapter, str):
             return await self.acquire(adapter, tenant)
-        if list(adapter.values()) == [1.0]:
-            return await self.acquire(next(iter(adapter)), tenant)
         return await self.mixes.acquire(adapter, tenant, _now())
 
     def check_lives(self, entry: AdapterEntry) -> None:
@@ -69,7 +67,11 @@ class AdapterNames:
         if name in self._residency.current or name in self.fetched:
             return
         if isinstance(name, str) and "@" in name:
-            self._version(name)
+            label = name.partition("@")[0]
+            if label in self._residency.current:
+                self._version(name)
+            else:
+                self.check_known(label)
             return
         good = isinstance(name, str) and NAME_RULE.fullmatch(name) is not None
         if not good or not self.lookups.can_resolve(name):
@@ -92,6 +94,7 @@ class AdapterNames:
         if entry is not None:
             return entry
         if "@" in name:
+            await self.acquire(name.partition("@")[0], tenant, check)
             return self._version(name)
         self.check_known(name)
         source = self.fetched.get(name)
@@ -107,7 +110,7 @@ class AdapterNames:
     def _version(self, name: str) -> AdapterEntry:
         """Return the version that "name@version" stands for: the current one, or one that was replaced and
         still has requests. Raises AdapterNotFound."""
-        label, _, version = name.rpartition("@")
+        label, _, version = name.partition("@")
         current = self.find(label)
         if version == str(current.version):
             return current

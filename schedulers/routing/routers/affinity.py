@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence, Set
 from itertools import islice
 from math import ceil, inf
@@ -53,7 +54,8 @@ class Affinity(RouterPolicy):
     """Sends a request where it costs least: seconds of queueing, of loading its adapter, and of computing
     the part of its prompt that is not cached there, all as measured.
 
-    Every adapter has homes, in an order by hash, and as many of them as its demand needs. A replica that
+    Every adapter has homes, in an order by hash, and as many of them as its demand needs; those of a mix that
+    no replica holds are the replicas with the most of its parts. A replica that
     holds the adapter or is one of its homes is preferred to other replicas, until another one is cheaper by
     ``margin`` times the cost of a load: a new copy evicts another adapter, whose next request then waits for
     a load.
@@ -109,6 +111,8 @@ class Affinity(RouterPolicy):
         adapter = view.adapters.get(name)
         holding: Set[str] = frozenset() if adapter is None else adapter.holders
         homes = self._homes_of(name, adapter, view, index)
+        if request.parts and not holding:
+            homes = _with_most(request.parts, view, index) or homes
         if len(holding) <= MAX_HOLDERS:
             near += [i for i in holding if i in index]
         elif len(holding) < len(found):
@@ -224,6 +228,14 @@ class Affinity(RouterPolicy):
         if count > 1:
             self._homes[name] = count
         return count
+
+
+def _with_most(parts: Sequence[str], view: FleetView, index: Mapping[str, ReplicaView]) -> Collection[str]:
+    """Return the replicas that hold the most of these adapters; none if they hold none."""
+    found = [view.adapters[part] for part in parts if part in view.adapters]
+    counts = Counter(i for part in found for i in part.holders if i in index)
+    most = max(counts.values(), default=0)
+    return [i for i, count in counts.items() if count == most]
 
 
 def _share(replica: ReplicaView) -> float:

@@ -233,3 +233,15 @@ def test_the_router_of_the_guide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     fleet.report("r0", waiting=2, waiting_for={"x": 1, "y": 1})
     assert guard.route(request(adapter="new"), fleet.state.view).replicas[-1] == "r0"
     assert not guard.failures
+
+
+def test_a_new_mix_goes_where_most_of_its_parts_are() -> None:
+    fleet = Fleet(4)
+    fleet.report_all()
+    fleet.report("r1", Tiers(cpu=["a"]))
+    fleet.report("r2", Tiers(slot=["a"], cpu=["b"]))
+    router = load_router("affinity")
+    mix = request("q0", "a*0.5+b*0.5+c*1.0", parts=("a", "b", "c"))
+    assert router.route(mix, fleet.state.view).replicas[0] == "r2"
+    fleet.report("r3", Tiers(slot=["a*0.5+b*0.5+c*1.0"]))
+    assert router.route(mix, fleet.state.view).replicas[0] == "r3", "it is there already"
