@@ -82,6 +82,7 @@ class ReplicaReporter:
         """
         core = self._core
         running = core.running.values()
+        remaining = [len(request.tokens) - request.computed for request in running]
         waiting_for: dict[str | None, int] = {}
         for entry in core.queues.heads.values():
             name = None if entry is None else entry.label
@@ -92,9 +93,8 @@ class ReplicaReporter:
             ended=ended,
             waiting=len(core.queues),
             running=len(running),
-            waiting_tokens=self._waiting_tokens
-            + sum(request.remaining for request in running if request.remaining > 1),
-            running_tokens=sum(request.computed for request in running),
+            waiting_tokens=self._waiting_tokens + sum(tokens for tokens in remaining if tokens > 1),
+            running_tokens=sum([request.computed for request in running]),
             free_kv_tokens=core.blocks.num_free * core.blocks.block_size,
             waiting_for=waiting_for,
             load_seconds=self._load_seconds,
