@@ -30,9 +30,11 @@ TRANSPORT = {
     "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
     "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
+    "RAY_SERVE_METRICS_EXPORT_INTERVAL_MS": "5000",
 }
 """Variables that Serve reads when it is imported, the same in all processes of a fleet. With them, calls use
-gRPC and run on the event loops of the door and the replica."""
+gRPC and run on the event loops of the door and the replica, and Serve's own metrics, which count calls to
+replicas, do not wake these loops ten times a second."""
 _LOCAL = {
     "RAY_worker_niceness": "0",  # with Ray's default, workers starve beside other programs
     "RAY_memory_monitor_refresh_ms": "0",

@@ -24,6 +24,7 @@ from aioengine.schedulers.routing import FleetState, ReplicaLimits, Report, Tier
 logger = logging.getLogger("aioengine.fleet")
 
 WATCH_SECONDS = 0.25
+"""Shortest time between two looks for replicas that do not report."""
 
 
 class Member:
@@ -271,20 +272,21 @@ class Members:
             return
 
     async def _watch(self) -> None:
-        """Look for replicas that do not report."""
+        """Look for replicas that do not report, whenever one may be due."""
         loop = asyncio.get_running_loop()
-        last = loop.time()
+        silent = self.config.silent_seconds
         while True:
-            await asyncio.sleep(WATCH_SECONDS)
+            heard = min((channel.heard for channel in self._channels.values()), default=loop.time())
+            due = max(heard + silent + 0.01, loop.time() + WATCH_SECONDS)
+            await asyncio.sleep(due - loop.time())
             now = loop.time()
-            late = now - last - WATCH_SECONDS
-            last = now
+            late = now - due
             if late > 1.0:  # this process itself was stopped: the ages of the reports mean nothing
                 for channel in self._channels.values():
                     channel.heard += late
             self.state.check()
             for channel in list(self._channels.values()):
-                if channel.replica in self.members and now - channel.heard > self.config.silent_seconds:
+                if channel.replica in self.members and now - channel.heard > silent:
                     self._lose(channel, "silent", f"no report for {now - channel.heard:.1f} s")
 
     def close_if_left(self, channel: Channel) -> None:
