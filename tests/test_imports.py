@@ -261,6 +261,43 @@ def test_benchmarks_have_rooms_too() -> None:
                 assert there in {here, *BENCHMARKS[here], *beside.get(here, ())}, f"{path} imports {name}"
 
 
+def top_names(path: Path) -> set[str]:
+    """Names that a module defines or imports, also under ``if`` and ``try``."""
+    found: set[str] = set()
+
+    def visit(nodes: list[ast.stmt]) -> None:
+        for node in nodes:
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+                found.add(node.name)
+            elif isinstance(node, (ast.Import, ast.ImportFrom)):
+                found.update(alias.asname or alias.name.partition(".")[0] for alias in node.names)
+            else:
+                stored = (
+                    n for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)
+                )
+                found.update(name.id for name in stored)
+                for part in ("body", "orelse", "finalbody"):
+                    visit(getattr(node, part, []))
+
+    visit(ast.parse(path.read_text(encoding="utf-8")).body)
+    return found
+
+
+@pytest.mark.parametrize("folder", ["benchmarks", "examples", "docs"])
+def test_what_nothing_else_imports_imports_names_that_are_there(folder: str) -> None:
+    """Nobody runs these every day, and mypy looks at the package alone."""
+    known = functools.cache(lambda module: top_names(MODULES[module]))
+    for path in sorted((ROOT / folder).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.ImportFrom) or (node.module or "").partition(".")[0] != "aioengine":
+                continue
+            module = node.module or ""
+            assert module in MODULES, f"{path}, line {node.lineno}: there is no {module}"
+            for alias in node.names:
+                there = f"{module}.{alias.name}" in MODULES or alias.name in known(module)
+                assert there, f"{path}, line {node.lineno}: {module} has no {alias.name}"
+
+
 @pytest.mark.parametrize("module", sorted(MODULES))
 def test_direction(module: str) -> None:
     here = room(module)

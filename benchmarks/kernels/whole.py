@@ -19,8 +19,8 @@ from rich.table import Table
 from aioengine import AsyncEngine, EngineConfig, LoRAConfig, SamplingParams
 from aioengine.events import Event, StepFinished
 from aioengine.model import native, runner
+from aioengine.model.files.folder import SINGLE
 from aioengine.model.files.resolve import read_spec, resolve_model
-from aioengine.model.files.weights import SINGLE
 from benchmarks.shared.engines import random_prompts, run_once, write_adapters
 from benchmarks.shared.report import new_table
 
