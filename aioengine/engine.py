@@ -64,6 +64,7 @@ from aioengine.runtime.vectors import (
     embedding_of,
     pooling_params,
     read_label_names,
+    scaled_adapter,
     score,
     tokenize_pair,
 )
@@ -388,7 +389,7 @@ class AsyncEngine:
     async def embed(
         self,
         prompt: Prompt,
-        adapter: str | None = None,
+        adapter: Wanted = None,
         pooling: PoolingKind | None = None,
         normalize: bool = True,
         dimensions: int | None = None,
@@ -418,7 +419,7 @@ class AsyncEngine:
     async def classify(
         self,
         prompt: Prompt,
-        adapter: str | None = None,
+        adapter: Wanted = None,
         **keywords: Unpack[CallKeywords],
     ) -> Classification:
         """Classify a prompt by the trained head of an adapter (PEFT's ``SEQ_CLS``). Labels have the names in
@@ -438,7 +439,7 @@ class AsyncEngine:
         self,
         query: str | list[int],
         documents: Sequence[str | list[int]],
-        adapter: str | None = None,
+        adapter: Wanted = None,
         *,
         priority: int = 0,
         deadline: float | None = None,
@@ -451,7 +452,7 @@ class AsyncEngine:
         labels, and what :meth:`generate` raises.
         """
         check_documents(query, documents)
-        labels = 0 if adapter is None else await self.head_labels(adapter)
+        labels = await self.head_labels(adapter)
 
         def complete(prompt: Prompt, params: SamplingParams) -> Awaitable[RequestOutput]:
             return self.complete(
@@ -469,11 +470,14 @@ class AsyncEngine:
             complete, query, documents, labels=labels, pair=pair, work=self.text_work, tenant=tenant
         )
 
-    async def head_labels(self, adapter: str) -> int:
-        """Return how many labels an adapter's head has; 0 without one. Loads the adapter if it has not been
-        read yet. Raises as :meth:`load_adapter` does."""
+    async def head_labels(self, adapter: Wanted) -> int:
+        """Return how many labels an adapter's head has; 0 without one, as for a mix. Loads the adapter if it
+        has not been read yet. Raises as :meth:`load_adapter` does."""
+        name = scaled_adapter(adapter)
+        if name is None:
+            return 0
         self._check_lora()
-        return await self._adapters.labels(adapter)
+        return await self._adapters.labels(name)
 
     async def label_names(self) -> list[str]:
         """Return the model's ``id2label``; empty if it has none."""

@@ -152,6 +152,13 @@ async def score(
     )
 
 
+def scaled_adapter(wanted: requests.Wanted) -> str | None:
+    """Return the only adapter that is asked for; None for the base model and for a mix of several, which has
+    no head."""
+    names = [wanted] if isinstance(wanted, str) else list(wanted or ())
+    return names[0].removesuffix(requests.LATEST) if len(names) == 1 else None
+
+
 def check_documents(query: object, documents: object) -> None:
     """Raise RequestInvalid unless these are texts, or lists of token ids, of a valid number."""
     if not isinstance(documents, Sequence) or isinstance(documents, str) or not documents:

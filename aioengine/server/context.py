@@ -16,15 +16,16 @@ from aioengine.adapters.names import NAME_RULE
 from aioengine.client import EngineClient
 from aioengine.errors import ConfigError, PromptTooLong, RequestInvalid
 from aioengine.guided import Guide
-from aioengine.request import RequestOptions, SamplingParams, TokenConstraint, for_choice
+from aioengine.info import without_versions
+from aioengine.request import RequestOptions, SamplingParams, TokenConstraint, Wanted, for_choice
 from aioengine.runtime.text_work import EACH, SHORT, size_of_all
-from aioengine.runtime.vectors import read_label_names
+from aioengine.runtime.vectors import read_label_names, scaled_adapter
 from aioengine.server.access.auth import Identity
 from aioengine.server.access_log import RequestRecord
 from aioengine.server.errors import ApiError, model_not_found
 from aioengine.server.formats.registry import AnswerFormats
 from aioengine.server.generation import Generation, Scores
-from aioengine.server.openai.api import GenerationFields
+from aioengine.server.openai.api import GenerationFields, ModelFields
 from aioengine.server.openai.constraints import Form
 from aioengine.server.openai.generation_config import FILE_NAME, SamplingDefaults, read_sampling_defaults
 from aioengine.server.openai.logprobs import TokenBytes
@@ -197,10 +198,13 @@ class Context:
             self._label_names = await self.engine.text_work.run(SHORT + 1, lambda: read_label_names(path))
         return self._label_names
 
-    async def head_labels(self, adapter: str) -> int:
-        """Return the number of labels of an adapter's head; 0 without one. Loads the adapter if it has never
-        been loaded."""
-        name = adapter.partition("@")[0]
+    async def head_labels(self, wanted: Wanted) -> int:
+        """Return the number of labels of an adapter's head; 0 without one, as for a mix. Loads the adapter if
+        it has never been loaded."""
+        name = scaled_adapter(wanted)
+        if name is None:
+            return 0
+        name = without_versions(name)
         info = next((info for info in self.engine.adapters() if info.name == name and info.digest), None)
         return (await self.engine.load_adapter(name) if info is None else info).labels
 
@@ -318,11 +322,10 @@ class Context:
         unique = f"{prefix}{self.new_id()}"
         record.completion_id = unique if fields.request_id is None else f"{prefix}{fields.request_id}"
         record.stream = bool(fields.stream)
-        record.adapter = self.adapter_of(fields.model, record.identity)
-        mix = None if fields.adapters is None else self._mix(fields, record)
+        wanted = self.wanted(fields, record)
         options = RequestOptions(
-            adapter=record.adapter if mix is None else None,
-            mix=mix,
+            adapter=wanted if isinstance(wanted, str) else None,
+            mix=None if isinstance(wanted, str) else wanted,
             priority=fields.priority or 0,
             deadline=self.settings.request_timeout,
             tenant=_of_shares(record, len(of_choices)),
@@ -340,23 +343,28 @@ class Context:
             constrain=None if form is None else constrain,
         )
         if record.admission is not None:
-            of_adapter = record.identity.adapter_meters.get(record.adapter or "")
-            if of_adapter is not None:
-                record.admission.also(of_adapter, time.monotonic())
+            names = (options.adapter,) if options.mix is None else options.mix
+            for name in {without_versions(name) for name in names if name is not None}:
+                of_adapter = record.identity.adapter_meters.get(name)
+                if of_adapter is not None:
+                    record.admission.also(of_adapter, time.monotonic())
             record.admission.charge_prompt(record.prompt_tokens or 0, time.monotonic())
         return generation
 
-    def _mix(self, fields: GenerationFields, record: RequestRecord) -> dict[str, float]:
-        """Return the adapters that a request mixes. Raises ApiError if its key may not use one of them, or if
-        ``model`` is not the base model."""
-        if record.adapter is not None:
+    def wanted(self, fields: ModelFields, record: RequestRecord) -> Wanted:
+        """Return the adapter or the mix that a request asks for, and note its name. Raises ApiError if its
+        key may not use it, or if ``model`` is not the base model of a mix."""
+        record.adapter = adapter = self.adapter_of(fields.model, record.identity)
+        mix = fields.adapters
+        if mix is None:
+            return adapter
+        if adapter is not None:
             raise ApiError(
                 400,
                 f"adapters: with this field, model must be the base model's name ({self.model_names[0]})",
                 param="adapters",
                 code="invalid_value",
             )
-        mix = fields.adapters or {}
         if not mix:
             raise ApiError(400, "adapters: is empty", param="adapters", code="invalid_value")
         for name in mix:

@@ -43,6 +43,21 @@ def test_a_line_with_everything() -> None:
     assert params.logit_bias == {5: -1.0}
 
 
+def test_a_line_with_a_mix() -> None:
+    mixed, version = parse(
+        {"prompt": "a", "adapter": {"sql": 0.7, "b": -1}}, {"prompt": "b", "adapter": "sql@2"}
+    )
+    assert (mixed.adapter, version.adapter) == ({"sql": 0.7, "b": -1.0}, "sql@2")
+    for wrong, words in (
+        ({}, "a mix of 0"),
+        ({"sql": 101}, r"adapter\['sql'\]"),
+        ({"sql": "x"}, "adapter"),
+        (["sql"], "adapter"),
+    ):
+        with pytest.raises(RequestInvalid, match=f"line 1: .*{words}"):
+            parse({"prompt": "a", "adapter": wrong})
+
+
 def test_a_line_wins_over_flags_field_by_field() -> None:
     flags: dict[str, Any] = {
         "adapter": "sql",

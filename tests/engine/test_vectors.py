@@ -15,6 +15,7 @@ import torch
 import transformers
 from safetensors.torch import load_file
 from support.engine_fixtures import MakeEngine, Tiny, greedy, prompt_of
+from support.mixed_adapters import scaled_model
 from support.peft_files import edit_config, edit_weights
 from support.process_harness import NothingLeft
 from support.tiny_models import ALL_MODULES
@@ -160,6 +161,23 @@ async def test_score(
         with pytest.raises(AdapterNotFound):
             await engine.score("q", ["a"], adapter="nobody")
         assert not engine.stats().running + engine.stats().waiting
+        engine.check_invariants()
+
+
+async def test_scaled(tiny: Tiny, make_engine: MakeEngine, heads: dict[int, Trained]) -> None:
+    """A head stays as it is when its adapter is scaled, as in PEFT."""
+    auto = transformers.AutoModelForSequenceClassification
+    async with make_engine(tiny) as engine:
+        for labels, head in heads.items():
+            name = f"h{labels}"
+            engine.register_adapter(name, head.folder)
+            options = {"num_labels": labels, "pad_token_id": 2}
+            scaled = Trained(head.folder, scaled_model(tiny.model, {head.folder: 0.5}, auto, **options))
+            close((await engine.classify(PROMPTS[2], {name: 0.5})).logits, scaled.logits(PROMPTS[2]))
+        [score] = (await engine.score(PROMPTS[1], [PROMPTS[0]], {"h1@latest": 1.0})).scores
+        assert score == pytest.approx((await engine.score(PROMPTS[1], [PROMPTS[0]], "h1")).scores[0])
+        with pytest.raises(AdapterInvalid, match="a classification head"):
+            await engine.classify(PROMPTS[0], {"h1": 0.5, "h3": 0.5})
         engine.check_invariants()
 
 

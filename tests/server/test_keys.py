@@ -433,6 +433,22 @@ async def test_limits_of_an_adapter_are_of_all_that_use_it(serve: Serve, tmp_pat
         await until(lambda: served.app.active == 0)
 
 
+async def test_limits_of_an_adapter_are_of_its_versions_and_mixes_too(serve: Serve, tmp_path: Path) -> None:
+    file = tmp_path / "keys.toml"
+    file.write_text(f"{keys_text({'KEY': 'one', 'tenant': 't'})}[adapters.a]\nrequests_per_minute = 3\n")
+    kinds: list[dict[str, Any]] = [
+        {"model": "a@1"},
+        {"model": "a@latest"},
+        {"adapters": {"a": 0.5, "a@1": 0.1}},
+        {"adapters": {"b": 0.5, "a@1": 0.5}},
+    ]
+    async with serve(settings={"keys_file": str(file)}) as served:
+        served.engine.register_adapter("b", served.engine.adapters()[0].path)
+        asks = [served.http.post("/v1/completions", json={**OK, **k}, headers=bearer("one")) for k in kinds]
+        assert [(await ask).status_code for ask in asks] == [200, 200, 200, 429]
+        await until(lambda: served.app.active == 0)
+
+
 async def test_a_tenants_bound_on_waiting_requests_is_the_engines(serve: Serve, tmp_path: Path) -> None:
     file = tmp_path / "keys.toml"
     entries = [{"KEY": "a", "tenant": "alice"}, {"KEY": "b", "tenant": "bob"}]

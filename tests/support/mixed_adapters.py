@@ -21,7 +21,8 @@ def scaled_model(model: Path, weights: Mapping[Path, float], auto: Any = None, *
     found: Any = peft.PeftModel.from_pretrained(base, str(folder), adapter_name=first)
     for name, (folder, _) in others:
         found.load_adapter(str(folder), adapter_name=name)
-    found.base_model.set_adapter(list(names))
+    if others:
+        found.base_model.set_adapter(list(names))
     for layer in found.modules():
         if isinstance(layer, LoraLayer):
             for name, (_, weight) in names.items():

@@ -12,7 +12,7 @@ import msgspec
 
 from aioengine.checks import nearest
 from aioengine.errors import RequestInvalid
-from aioengine.request import Prompt, SamplingParams
+from aioengine.request import Prompt, SamplingParams, Wanted, split_keywords
 
 MAX_CHOICES = 128
 
@@ -29,7 +29,8 @@ model is loaded. A line has
 and, if wanted, these (the flags are for lines that do not have them):
   "id"        text or a whole number, unlike all others; else the line's
               number, from 0
-  "adapter"   a name, or null for the base model
+  "adapter"   a name, null for the base model, or a mix of adapters with
+              their weights, as {{"sql": 0.7, "pirate": 0.3}}
   "n"         number of answers, which come in a list "choices"
   "priority", "deadline" (seconds), "tenant", and the sampling fields
 {textwrap.fill(", ".join(_SAMPLING), 76, initial_indent="  ", subsequent_indent="  ")}.
@@ -43,7 +44,7 @@ class Request(NamedTuple):
 
     id: str | int
     prompt: Prompt
-    adapter: str | None
+    adapter: Wanted
     params: SamplingParams
     n: int
     scheduling: dict[str, Any]
@@ -80,11 +81,18 @@ class Defaults:
         return Request(
             id=_id(fields.get("id", index)),
             prompt=self._prompt(fields),
-            adapter=_convert(fields, "adapter", str | None) if "adapter" in fields else self.adapter,
+            adapter=self._adapter(fields),
             params=SamplingParams(**sampling),
             n=n,
             scheduling=scheduling,
         )
+
+    def _adapter(self, fields: Mapping[str, Any]) -> Wanted:
+        if "adapter" not in fields:
+            return self.adapter
+        adapter: Wanted = _convert(fields, "adapter", str | dict[str, float] | None)
+        split_keywords({"adapter": adapter})  # which checks it
+        return adapter
 
     def _prompt(self, fields: Mapping[str, Any]) -> Prompt:
         if ("prompt" in fields) == ("messages" in fields):

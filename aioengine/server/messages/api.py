@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
-from aioengine.server.openai.api import Ignored, Positive, StopString
+from aioengine.server.openai.api import Ignored, ModelFields, Positive, StopString
 from aioengine.server.openai.chat_api import MAX_MESSAGES, MAX_PARTS, MAX_TOOLS, FunctionText
 
 
@@ -84,11 +84,9 @@ class Thread(msgspec.Struct, kw_only=True):
     conversation, because conversations are not kept."""
 
 
-class CountRequest(msgspec.Struct, kw_only=True):
+class CountRequest(ModelFields, kw_only=True, forbid_unknown_fields=False):
     """The fields that determine a prompt. Other fields are ignored."""
 
-    model: str
-    """The base model's name, or an adapter's."""
     messages: Annotated[list[MessageParam], Meta(min_length=1, max_length=MAX_MESSAGES)]
     system: Content | None = None
     tools: Annotated[list[MessagesTool], Meta(max_length=MAX_TOOLS)] | None = None

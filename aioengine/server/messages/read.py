@@ -64,6 +64,7 @@ def prompt_of(data: api.CountRequest) -> chat_api.ChatRequest:
         parallel = not choice.disable_parallel_tool_use
     return chat_api.ChatRequest(
         model=data.model,
+        adapters=data.adapters,
         messages=list(_messages(data)),
         tools=[_tool(tool, f"tools[{i}]") for i, tool in enumerate(data.tools)] if data.tools else None,
         tool_choice=None if choice is None else _choice(choice),

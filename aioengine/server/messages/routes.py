@@ -51,7 +51,7 @@ def messages_routes(context: Context) -> list[HTTPRouteHandler]:
     @post("/v1/messages/count_tokens", status_code=200, responses=RESPONSES, summary="Tokens of a prompt")
     async def count_tokens(data: JSONBody[CountRequest], request: Request[Any, Any, Any]) -> Counted:
         record = record_of(request)
-        context.adapter_of(data.model, record.identity)
+        context.wanted(data, record)
         chat = prompt_of(with_thinking(data, context.tokenizer.chat_template))
         plan = plan_tools(chat.tools, chat.tool_choice)
         return Counted(len(await encode_messages(context, chat, plan, record)))

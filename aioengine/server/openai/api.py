@@ -78,13 +78,18 @@ class StructuredOutputs(msgspec.Struct, kw_only=True, forbid_unknown_fields=True
     """For ``json``: whether only declared properties are allowed. The server's default if not given."""
 
 
-class GenerationFields(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
-    """Fields that both completion endpoints share."""
+class ModelFields(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """Fields with which every endpoint names the model."""
 
     model: str
-    """The base model's name, or an adapter's."""
+    """The base model's name, or an adapter's; "sql@3" is a version of the adapter "sql"."""
     adapters: Annotated[dict[Name, Annotated[float, Meta(ge=-100, le=100)]], Meta(max_length=8)] | None = None
     """Adapters and their weights, which are added up; ``model`` is then the base model's name."""
+
+
+class GenerationFields(ModelFields, kw_only=True, forbid_unknown_fields=True):
+    """Fields that both completion endpoints share."""
+
     n: Annotated[int, Meta(ge=1, le=128)] | None = None
     best_of: int | None = None
     """Must equal ``n``."""

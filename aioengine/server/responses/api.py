@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
-from aioengine.server.openai.api import Ignored, Name, Positive, StreamOptions
+from aioengine.server.openai.api import Ignored, ModelFields, Name, Positive, StreamOptions
 from aioengine.server.openai.chat_api import MAX_MESSAGES, MAX_PARTS, MAX_TOOLS, FunctionText
 
 
@@ -74,9 +74,7 @@ class Reasoning(msgspec.Struct, kw_only=True):
     """As ``reasoning_effort`` of a chat: for templates that have this variable."""
 
 
-class ResponsesRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
-    model: str
-    """The base model's name, or an adapter's."""
+class ResponsesRequest(ModelFields, kw_only=True, forbid_unknown_fields=True):
     input: str | Annotated[list[Item], Meta(min_length=1, max_length=MAX_MESSAGES)]
     instructions: str | None = None
     """A system message before the input."""

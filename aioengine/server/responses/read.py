@@ -17,6 +17,7 @@ def to_chat(data: api.ResponsesRequest) -> chat_api.ChatRequest:
     _refuse_unsupported(data)
     return chat_api.ChatRequest(
         model=data.model,
+        adapters=data.adapters,
         messages=list(_messages(data)),
         max_completion_tokens=data.max_output_tokens,
         temperature=data.temperature,

@@ -8,17 +8,15 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
-from aioengine.server.openai.api import Ignored, Positive
+from aioengine.server.openai.api import Ignored, ModelFields, Positive
 
 MAX_INPUTS = 2048
 """Texts in one request; OpenAI's bound."""
 
 
-class VectorFields(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+class VectorFields(ModelFields, kw_only=True, forbid_unknown_fields=True):
     """Fields that all of them share."""
 
-    model: str
-    """The base model's name, or an adapter's."""
     truncate_prompt_tokens: Annotated[int, Meta(ge=-1, le=2**63 - 1)] | None = None
     """Keep only this many last tokens of each text; -1 keeps as many as the context has room for."""
     add_special_tokens: bool | None = None

@@ -170,7 +170,9 @@ def _handled(
     *,
     prefix: str,
 ) -> Handled:
-    fields = GenerationFields(model=data.model, request_id=data.request_id, priority=data.priority)
+    fields = GenerationFields(
+        model=data.model, adapters=data.adapters, request_id=data.request_id, priority=data.priority
+    )
     generation = context.generation(fields, prompts, pooling_params(pooling), None, record, prefix=prefix)
     reply = VectorReply(generation.reply_id, form)
     return Handled(context, generation, reply, stream=False, record=record)
@@ -188,8 +190,7 @@ async def _scored(
 ) -> Handled:
     """Score pairs: each by an adapter's head of one label, or, without a head, by the cosine of the two
     vectors."""
-    adapter = context.adapter_of(data.model, record.identity)
-    labels = 0 if adapter is None else await context.head_labels(adapter)
+    labels = await context.head_labels(context.wanted(data, record))
     if labels > 1:
         raise ApiError(
             400,
