@@ -206,3 +206,34 @@ async def test_a_model_that_does_more_after_its_rotation(tmp_path: Path) -> None
     async with engine_of(model.folder, block_size=16) as engine:
         await check(model, engine)
     assert way_of(model.folder) == FASTEST._replace(put_off=False)
+
+
+class ClampedConfig(transformers.LlamaConfig):
+    model_type = "cuts-off-large-gates"
+
+
+class ClampedMLP(llama.modeling_llama.LlamaMLP):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(self.act_fn(self.gate_proj(x)).clamp(max=7.0) * self.up_proj(x))
+
+
+class ClampedForCausalLM(transformers.LlamaForCausalLM):
+    config_class = ClampedConfig
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        for layer in self.model.layers:
+            layer.mlp = ClampedMLP(config)
+
+
+def test_an_mlp_that_cuts_off_what_is_large_keeps_its_own_code(tmp_path: Path) -> None:
+    auto: Any = transformers
+    auto.AutoConfig.register(ClampedConfig.model_type, ClampedConfig, exist_ok=True)
+    auto.AutoModelForCausalLM.register(ClampedConfig, ClampedForCausalLM, exist_ok=True)
+    model = build_any(tmp_path, ClampedConfig.model_type, **{**COMMON, **WIDE})
+    plain = build_any(tmp_path / "plain", "llama", **WIDE)
+    for folder, changed in ((model.folder, False), (plain.folder, True)):
+        decoder = runner_of(folder).decoder
+        assert isinstance(decoder, GenericModel)
+        mlps = [module for name, module in decoder.modules.items() if name.endswith(".mlp")]
+        assert mlps and all(("forward" in vars(mlp)) == changed for mlp in mlps)

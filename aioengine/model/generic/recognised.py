@@ -131,7 +131,7 @@ def _function_of(module: Any) -> Callable[[Tensor], Tensor] | None:
     """Return which function of each element a module without parameters computes, if it is known."""
     if _has_children(module) or list(module.parameters()) or list(module.buffers()):
         return None
-    x = torch.linspace(-12, 12, 997)
+    x = torch.cat([torch.linspace(-12, 12, 997), torch.tensor([-1e4, -1e2, 1e2, 1e4])])
     try:
         found = module(x)
     except Exception:
@@ -139,7 +139,7 @@ def _function_of(module: Any) -> Callable[[Tensor], Tensor] | None:
     if not isinstance(found, Tensor) or found.shape != x.shape:
         return None
     for function in (F.silu, gelu_tanh):
-        if float((found - function(x)).abs().max()) < 1e-5:
+        if torch.allclose(found, function(x), rtol=1e-6, atol=1e-5):
             return function
     return None
 
@@ -179,7 +179,8 @@ def _gated(module: Any, linears: Sequence[Member], holder: Holder) -> Forward | 
     forward = GatedForward(module, parts.gate_up, parts.down, activation, holder)
     weight = parts.gate_up.weight
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(1, _ROWS, weight.k, generator=generator).to(weight.data.dtype)
+    scales = torch.logspace(-2, 4, _ROWS)[:, None]  # large ones show whether something is cut off
+    x = (scales * torch.randn(1, _ROWS, weight.k, generator=generator)).to(weight.data.dtype)
     try:
         expected = type(module).forward(module, x)
     except Exception:
