@@ -45,6 +45,8 @@ _LOCAL = {
 95% full, by whatever program, it ends all replicas at once, and Serve's controller and the registry with
 them. A replica's memory is planned before it starts, and does not grow much."""
 CONNECT_SECONDS = 5.0
+HANGS_SECONDS = 20.0
+"""How long the end of Ray may take until its head counts as hung."""
 _CERTIFICATES = ("CA_CERT", "SERVER_KEY", "SERVER_CERT")
 OBJECT_STORE_BYTES = 100 * 2**20
 """Memory of Ray's object store, which is hardly used."""
@@ -159,7 +161,23 @@ class Cluster:
         """End the connection, and also Ray and all its processes, if this process has started it."""
         import ray
 
-        ray.shutdown()
+        late = threading.Timer(HANGS_SECONDS, self._kill_head)
+        late.daemon = True
+        late.start()
+        try:
+            ray.shutdown()
+        finally:
+            late.cancel()
+
+    def _kill_head(self) -> None:
+        """Kill a head that hangs, because Ray waits for its answer for ever."""
+        from ray._private import worker
+
+        node = worker._global_node
+        if self.own and node is not None:
+            logger.warning("Ray's head does not answer, and is killed")
+            for head in node.all_processes.get("gcs_server", ()):
+                head.process.kill()
 
 
 def connect(cpus: int | None = None, threads: int = 1) -> Cluster:

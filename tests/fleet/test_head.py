@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import threading
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from support.waiting import until
+from support.waiting import SECONDS, until
 
 from aioengine import EngineConfig
 from aioengine.errors import EngineDead, EngineStopped
-from aioengine.fleet import FleetConfig
+from aioengine.fleet import FleetConfig, cluster
 from aioengine.fleet.door import head
 from aioengine.fleet.door.client import FleetClient
 
@@ -83,6 +85,19 @@ async def test_a_head_that_hangs_is_lost(monkeypatch: pytest.MonkeyPatch) -> Non
     listener.hangs = False
     assert await watched.is_back(lambda: True) and watched.failure is None
     await listener.close()
+
+
+def test_a_head_that_hangs_does_not_keep_ray_from_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    ray = pytest.importorskip("ray")
+    from ray._private import worker
+
+    killed = threading.Event()
+    head_process = SimpleNamespace(process=SimpleNamespace(kill=killed.set))
+    monkeypatch.setattr(worker, "_global_node", SimpleNamespace(all_processes={"gcs_server": [head_process]}))
+    monkeypatch.setattr(cluster, "HANGS_SECONDS", 0.01)
+    monkeypatch.setattr(ray, "shutdown", lambda: killed.wait(SECONDS))
+    cluster.Cluster(own=True).close()
+    assert killed.is_set()
 
 
 @pytest.mark.usefixtures("quick")
