@@ -23,9 +23,13 @@ struct Int8Head {
 
   // A register of lanes, as pairs of int16.
   static inline ru load(const int8_t* p) {
+#if defined(__AVX512BW__)
+    return (ru)_mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)p));  // convertvector takes six instructions
+#else
     typedef int8_t bytes __attribute__((vector_size(2 * WIDTH)));
     typedef int16_t words __attribute__((vector_size(4 * WIDTH)));
     return (ru)__builtin_convertvector(load_register<bytes>(p), words);
+#endif
   }
 };
 
@@ -75,7 +79,12 @@ static inline vi magnitude(vf v) { return (vi)v & 0x7fffffff; }
 static inline void store_whole(int16_t* to, vf v) {
   typedef int16_t words __attribute__((vector_size(32)));
   const vf magic = splatf(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
-  const words narrow = __builtin_convertvector((vi)(v + magic) - (vi)magic, words);
+  const vi whole = (vi)(v + magic) - (vi)magic;
+#if defined(__AVX512F__)
+  const words narrow = (words)_mm512_cvtepi32_epi16((__m512i)whole);
+#else
+  const words narrow = __builtin_convertvector(whole, words);
+#endif
   std::memcpy(to, &narrow, sizeof narrow);
 }
 
