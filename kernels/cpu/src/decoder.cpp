@@ -122,7 +122,6 @@ namespace {
 
 constexpr long FETCH_ROWS = 64;         // with more, the adapters are a small part of what is read
 constexpr long FETCH_BYTES = 2 << 20;
-constexpr long FUSED_ROWS = 16;         // tokens of a segment, on average, from which on it is worth tiles of its own
 
 struct Stopped {};
 
@@ -226,7 +225,7 @@ struct Run {
     std::vector<aio::Fetch> fetch;
     if (rows <= FETCH_ROWS) fetch = matrices(*next.pool, batch, next.matrix->k);
     const aio::Adapters adapters{(const aio::Segment*)batch.segments, batch.count, s.h, &m.slots, pool.first, pool.slice,
-                                 pool.slices, batch.width, rows >= FUSED_ROWS * batch.count};
+                                 pool.slices, batch.width};
     const bool adapted = pool.slices > 0 && batch.count > 0;
     const bool total = s.exchange != nullptr && (phase == O || phase == DOWN) && !summand;
     if (adapted)

@@ -60,7 +60,6 @@ struct Adapters {
   long first;
   const Slice* slice;
   long slices, width;
-  bool long_segments;  // long enough for tiles of their own
 };
 
 // A packed weight: panels of 16 outputs, each of so many bytes.

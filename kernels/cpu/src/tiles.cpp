@@ -9,6 +9,7 @@ namespace aio {
 namespace {
 
 constexpr long ROW_BLOCK = 128;  // rows of x, at most, that stay in the L2 cache while the panels pass by
+constexpr long LONG = 16;        // rows of a segment in a block from which on they get tiles of their own
 
 // What an adapter adds to a tile: its B as lanes [panels][lanes][16], and of each panel where its slice begins in a row
 // of h, in lanes; below zero if nothing is added to the panel.
@@ -124,16 +125,15 @@ class Blocks {
   // `w` are the block's weights; `next` is where those of the next block lie, if it is known.
   void operator()(const uint32_t* w, const Block& block, const Fetch& next) {
     const auto [begin, end, first, panels, adjoining] = block;
-    const bool afterwards = adapters_ != nullptr && !adapters_->long_segments;
     const long lanes = l_.k / multiply_.per_lane, column = first * LANES;
     fetcher_.begin();
-    if (afterwards) want_adapters(begin, end, column, panels);
+    if (adapters_ != nullptr) want_adapters(begin, end, column, panels);
     fetcher_.want(next.begin, next.bytes);
     if (--left_ == 0) want_next_linear();
     fetcher_.ready((end - begin + ROWS - 1) / ROWS * lanes);
-    if (adapters_ != nullptr && !afterwards) return adapted_in_registers(w, begin, end, column, panels);
-    rows(w, nullptr, begin, end, column, panels);
-    if (afterwards) add_adapters(begin, end, column, panels);
+    if (adapters_ == nullptr) return rows(w, nullptr, begin, end, column, panels);
+    adapted_rows(w, begin, end, column, panels);
+    add_to_short_segments(begin, end, column, panels);
   }
 
  private:
@@ -154,16 +154,24 @@ class Blocks {
     }
   }
 
-  // Rows are cut where segments begin and end, so that what is in registers is one adapter's.
-  void adapted_in_registers(const uint32_t* w, long begin, long end, long column, long panels) {
-    long row = begin;
+  // Calls `use(segment, from, to)` with the rows of the block's segments, those that are long or those that are not.
+  template <class Use>
+  void each_segment(long begin, long end, bool are_long, const Use& use) const {
     for (const Segment* g = first(begin); g < last() && g->begin < end; g++) {
-      if (row < g->begin) rows(w, nullptr, row, g->begin, column, panels);
-      const Delta delta = turned(*g, column, panels);
-      const long from = row < g->begin ? g->begin : row;
-      row = g->end < end ? g->end : end;
-      rows(w, &delta, from, row, column, panels);
+      const long from = g->begin > begin ? g->begin : begin, to = g->end < end ? g->end : end;
+      if ((to - from >= LONG) == are_long) use(*g, from, to);
     }
+  }
+
+  // Rows are cut where long segments begin and end, so that what is in registers is one adapter's.
+  void adapted_rows(const uint32_t* w, long begin, long end, long column, long panels) {
+    long row = begin;
+    each_segment(begin, end, true, [&](const Segment& g, long from, long to) {
+      if (row < from) rows(w, nullptr, row, from, column, panels);
+      const Delta delta = turned(g, column, panels);
+      rows(w, &delta, from, to, column, panels);
+      row = to;
+    });
     if (row < end) rows(w, nullptr, row, end, column, panels);
   }
 
@@ -179,19 +187,19 @@ class Blocks {
   // of memory meanwhile.
   void want_adapters(long begin, long end, long column, long panels) {
     const Adapters& a = *adapters_;
-    for (const Segment* g = first(begin); g < last() && g->begin < end; g++)
+    each_segment(begin, end, false, [&](const Segment& g, long, long) {
       for (long j = 0; j < a.slices; j++) {
         const long low = column > a.slice[j].offset ? column - a.slice[j].offset : 0;
         const long top = column + panels * LANES - a.slice[j].offset;
         const long high = top < a.slice[j].out ? top : a.slice[j].out;
-        const B<Out> b = matrix(j, g->slot, low);
+        const B<Out> b = matrix(j, g.slot, low);
         if (low < high && b.rank > 0) fetcher_.want(b.at, (high - low) * b.row_bytes());
       }
+    });
   }
 
-  void add_adapters(long begin, long end, long column, long panels) {
+  void add_to_short_segments(long begin, long end, long column, long panels) {
     const Adapters& a = *adapters_;
-    const Segment* const from = first(begin);
     const long width = a.width / Out::PER_LANE, h_stride = a.slices * width;
     for (long p = 0, count; p < panels; p += count) {
       const long j = slice_at(column + p * LANES);
@@ -199,13 +207,12 @@ class Blocks {
       while (p + count < panels && slice_at(column + (p + count) * LANES) == j) count++;
       if (j < 0) continue;
       const long within = column + p * LANES - a.slice[j].offset;
-      for (const Segment* g = from; g < last() && g->begin < end; g++) {
-        const long low = g->begin > begin ? g->begin : begin, high = g->end < end ? g->end : end;
-        const B<Out> b = matrix(j, g->slot, within);
-        if (b.rank == 0) continue;
+      each_segment(begin, end, false, [&](const Segment& g, long low, long high) {
+        const B<Out> b = matrix(j, g.slot, within);
+        if (b.rank == 0) return;
         expand_panels<Out>((const uint32_t*)a.h + low * h_stride + j * width, h_stride, b, high - low, count,
                            (elem*)l_.y + low * l_.y_stride + column + p * LANES, l_.y_stride, b_.data());
-      }
+      });
     }
   }
 
