@@ -124,6 +124,12 @@ def refuse_unsupported(
     if bias not in (None, "none"):
         invalid(f"bias={short(bias)}: only 'none' is supported; trained biases cannot be swapped: {MERGE}")
     init = raw.get("init_lora_weights", True)
+    if init == "loftq":
+        invalid(
+            "init_lora_weights=\"loftq\": LoftQ puts quantized weights in the place of the base model's; save "
+            "that base (model.unload().save_pretrained), serve it, and set this to true, as LoftQ's own "
+            "scripts do: over that base A and B are the whole adapter, over any other they are not"
+        )
     if init is not None and not isinstance(init, bool) and init not in list(_PLAIN_INITS):
         invalid(
             f"init_lora_weights={short(init)}: expected a bool or one of {list(_PLAIN_INITS)}; "
