@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
+from prometheus_client import generate_latest
 from support.engine_fixtures import Tiny, greedy
 from support.fleet_here import FleetHere, fleet_here
 from support.mixed_adapters import generated, scaled_model
@@ -70,6 +71,8 @@ async def test_mixes_and_scales(fleet: FleetHere, tiny_text: Tiny, adapters: Pat
     assert await complete(fleet, {"a": 0.5, "b@1": 0.25}) == of_peft(
         tiny_text, adapters, {"a": 0.5, "b": 0.25}
     )
+    scraped = generate_latest(fleet.client.metrics.own).decode()
+    assert 'adapter="b"' in scraped and "*" not in scraped, "clients make up the names of mixes"
     with pytest.raises(AdapterNotFound, match="nobody"):
         await complete(fleet, {"a": 0.5, "nobody": 0.5})
 

@@ -126,7 +126,7 @@ def refuse_unsupported(
     init = raw.get("init_lora_weights", True)
     if init == "loftq":
         invalid(
-            "init_lora_weights=\"loftq\": LoftQ puts quantized weights in the place of the base model's; save "
+            'init_lora_weights="loftq": LoftQ puts quantized weights in the place of the base model\'s; save '
             "that base (model.unload().save_pretrained), serve it, and set this to true, as LoftQ's own "
             "scripts do: over that base A and B are the whole adapter, over any other they are not"
         )

@@ -306,14 +306,15 @@ class FleetAdapters:
             if moves is None:
                 state.not_planned(view)
                 continue
+            moves = [move for move in moves if not is_mix(move.adapter)]  # requests make them
             state.planned(moves)
             for move in moves:
                 await self._move(move)
 
     async def _move(self, move: Move) -> None:
-        """ "unload" is left to the CPU cache, which lets go of what is used least, and mixes to requests."""
+        """ "unload" is left to the CPU cache, which lets go of what is used least."""
         member = self._members.members.get(move.replica)
-        if member is None or move.kind == "unload" or is_mix(move.adapter):
+        if member is None or move.kind == "unload":
             return
         answer = await self._replicas.ask(member, move.kind, name=move.adapter)
         if isinstance(answer, (AdapterError, ConfigError)):

@@ -15,7 +15,7 @@ from prometheus_client.registry import Collector
 
 from aioengine.fleet.door.dispatcher import Dispatcher
 from aioengine.fleet.door.members import Members
-from aioengine.info import EngineState
+from aioengine.info import EngineState, is_mix
 from aioengine.metrics.collect.by_tenant import HttpMetrics, TenantMetrics
 from aioengine.metrics.collect.on_loop import OnLoop
 from aioengine.metrics.collect.process import ProcessMetrics
@@ -192,6 +192,8 @@ class _Door(Collector):
         had = self._gauge("adapter_copies", "Replicas that hold it.", "adapter")
         wanted = self._gauge("adapter_copies_wanted", "Replicas that should, by the plan.", "adapter")
         for name, adapter in list(self._members.state.view.adapters.items()):
+            if is_mix(name):  # clients make up their names
+                continue
             if adapter.holders or adapter.target_holders:
                 had.add_metric([self._engine, DOOR, name], len(adapter.holders))
             if adapter.target_holders:
