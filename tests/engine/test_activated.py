@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from support.engine_fixtures import MakeEngine, Tiny, greedy, prompt_of
+from support.mixed_adapters import generated, scaled_model
 from support.peft_files import edit_config
 from support.tiny_models import build_adapter, reference_logits
 
@@ -137,8 +138,11 @@ async def test_refused(
             await engine.load_adapter("a", folder)
 
 
-async def test_it_is_not_mixed(activated: Tiny, make_engine: MakeEngine) -> None:
+async def test_it_is_scaled_and_not_mixed(activated: Tiny, make_engine: MakeEngine) -> None:
     async with make_engine(activated, max_lora_rank=32) as engine:
         register(engine, activated, "check", "rank-3")
         with pytest.raises(AdapterInvalid, match="invocation tokens"):
-            await last(engine, PROMPTS["twice"], {"check": 0.5, "rank-3": 0.5})  # type: ignore[arg-type]
+            await engine.complete(PROMPTS["twice"], greedy(2), adapter={"check": 0.5, "rank-3": 0.5})
+        scaled = await engine.complete(PROMPTS["twice"], greedy(8), adapter={"check": 0.5})
+        model = scaled_model(activated.model, {activated.adapters["check"]: 0.5})
+        assert scaled.token_ids == generated(model, PROMPTS["twice"], 8)

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support.engine_fixtures import MakeEngine, Tiny, greedy, prompt_of
+from support.mixed_adapters import generated, scaled_model
 from support.peft_files import edit_weights
 from support.tiny_models import build_model, reference_logits
 from support.trained_tokens import build_trained
@@ -212,8 +213,12 @@ async def test_a_slot_without_room_says_what_to_set(trained: Tiny, make_engine: 
             await engine.load_adapter("full", folder)
 
 
-async def test_mixes_refuse_them(trained: Tiny, make_engine: MakeEngine) -> None:
+async def test_a_scale_keeps_them_and_a_mix_refuses_them(trained: Tiny, make_engine: MakeEngine) -> None:
+    prompt = [*ROWS, 200, 7, 33, 120, 9, 4, 31, 77, 3, 60, 64]
     async with make_engine(trained, max_trained_tokens=12) as engine:
-        engine.register_adapter("both", trained.adapters["both"])
+        for name, folder in trained.adapters.items():
+            engine.register_adapter(name, folder)
+            output = await engine.complete(prompt, greedy(8), adapter={name: 0.5})
+            assert output.token_ids == generated(scaled_model(trained.model, {folder: 0.5}), prompt, 8), name
         with pytest.raises(AdapterInvalid, match=r"trained tokens"):
-            await engine.complete([1, 2], greedy(2), adapter={"both": 0.5})
+            await engine.complete([1, 2], greedy(2), adapter={"both": 0.5, "plain": 0.5})
