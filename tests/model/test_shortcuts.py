@@ -62,6 +62,7 @@ OTHERS: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
     "centred": lambda x, w, e: w * normed(x - x.mean(-1, keepdim=True), e).to(x.dtype),
     "the sum": lambda x, w, e: w * F.normalize(x.float(), dim=-1, eps=e).to(x.dtype),
     "clamped": lambda x, w, e: w * normed(x, e).clamp(-1, 1).to(x.dtype),
+    "cuts off": lambda x, w, e: w * normed(x.clamp(-100, 100), e).to(x.dtype),
     "half an offset": lambda x, w, e: ((0.5 + w.float()) * normed(x, e)).to(x.dtype),
     "over rows": lambda x, w, e: w * normed(x.transpose(-1, -2), e).transpose(-1, -2).to(x.dtype),
     "gain": lambda x, w, e: x * w,

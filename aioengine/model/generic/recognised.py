@@ -84,7 +84,8 @@ def _norm(module: Any, kernels: Backend) -> Forward | None:
         return None
     weight = parameters[0].detach()
     generator = torch.Generator().manual_seed(0)
-    scales = torch.logspace(-5, 1, _ROWS)[:, None]  # small ones show which epsilon is added
+    # Small ones show which epsilon is added, large ones whether something is cut off.
+    scales = torch.logspace(-5, 4, _ROWS)[:, None]
     x = scales * torch.randn(_ROWS, len(weight), generator=generator)
     random = torch.randn(len(weight), generator=generator)
     try:
