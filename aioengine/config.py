@@ -175,9 +175,10 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     library (extra ``transformers``) on the engine's cache, batches and adapters (docs/models.md); "auto": the
     native one where it knows the model."""
     quantization: Quantization = "none"
-    """"int8" keeps the linears' weights as int8, with a scale for each output. "int4" keeps them in four
-    bits, with a step and a minimum for each group of 32 inputs. Where the CPU has instructions for it, they
-    are multiplied by int8 activations. CPU only; docs/performance.md has the gains and losses."""
+    """Form of the linears' weights, made when they are loaded, from any checkpoint. "int8" and "fp8" (e4m3)
+    take a byte each, with a scale for each output. "int4" takes four bits, with a scale and a minimum or zero
+    point for each group of inputs. Where the CPU has instructions for it, int8 and int4 are multiplied by
+    int8 activations; elsewhere activations stay as they are. docs/performance.md has the gains and losses."""
     batch_invariant: Literal["auto"] | bool = "auto"
     """Whether a request's tokens must not depend on its batch, to the last bit (docs/determinism.md). "auto":
     where that is possible, which is in the compiled CPU step. True: the engine does not start where it is not
@@ -281,11 +282,6 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         _choice(self, "quantization", get_args(Quantization))
         if self.model_impl == "transformers":
             self.refuse_for_transformers()
-        if self.quantization != "none" and self.device == "cuda":
-            raise ConfigError(
-                f"quantization={self.quantization!r}: only the CPU kernels have it; set device='cpu', or "
-                "quantization='none'"
-            )
         if not isinstance(self.batch_invariant, bool) and self.batch_invariant != "auto":
             raise ConfigError(f"batch_invariant={self.batch_invariant!r}: must be 'auto', True or False")
         if self.batch_invariant is True and self.device == "cuda":

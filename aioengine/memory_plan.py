@@ -17,6 +17,7 @@ from aioengine.errors import ConfigError
 from aioengine.info import LoadProgress
 from aioengine.model.coverage import check_int8_adapters, check_merge
 from aioengine.model.cuda.working_memory import WorkingMemory, working_memory
+from aioengine.model.files.quantization import with_quantization
 from aioengine.model.files.resolve import read_spec, resolve_model
 from aioengine.model.parallel.group import Shard
 from aioengine.model.parallel.partition import Partition
@@ -201,6 +202,7 @@ def plan_memory(
         available_bytes //= size
     full = config.lora is not None and config.lora.fully_sharded_loras
     shard = Shard(0, size, full)
+    spec = with_quantization(spec, config.quantization, device)
     local = Partition(spec, shard).local
     dtype = resolve_dtype(config.dtype, spec, device)
     lora = config.lora
@@ -227,7 +229,9 @@ def plan_memory(
         dtype=dtype,
         lora_dtype=lora_dtype,
         quantization=config.quantization,
-        stored=tuple(sorted({packing.format for packing in local.packed.values()})),
+        stored=tuple(sorted({packing.format for packing in local.packed.values()}))
+        if config.quantization == "none"
+        else (),
         kv_cache_dtype=config.kv_cache_dtype,
         max_model_len=max_model_len,
         weights_bytes=local.weights_bytes(DTYPE_BYTES[dtype], config.quantization),

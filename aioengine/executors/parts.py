@@ -10,6 +10,7 @@ from aioengine.errors import ConfigError
 from aioengine.info import LoadProgress
 from aioengine.memory_plan import MemoryPlan, plan_memory, resolve_device
 from aioengine.model.coverage import check_invariant, check_merge
+from aioengine.model.files.quantization import with_quantization
 from aioengine.model.files.resolve import read_spec, resolve_model
 from aioengine.model.parallel.group import SOLO, Group, Shard, SoloGroup
 from aioengine.model.spec import ModelSpec
@@ -53,6 +54,7 @@ def plan_parts(config: EngineConfig, shard: Shard = SOLO, progress: LoadProgress
         torch.cuda.set_device(shard.rank)
     path = resolve_model(config.model, progress)
     spec = read_spec(path, config.model_impl, config.quantization)
+    spec = with_quantization(spec, config.quantization, device)
     check_merge(config, spec, device)
     return PartsPlan(path, spec, plan_memory(spec, config, device=device))
 

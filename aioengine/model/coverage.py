@@ -10,7 +10,7 @@ from aioengine.errors import ConfigError
 from aioengine.model.experts.spec import MixtureSpec
 from aioengine.model.parallel.group import Shard
 from aioengine.model.parallel.partition import Partition
-from aioengine.model.spec import ModelSpec, Quantization
+from aioengine.model.spec import ModelSpec
 
 MERGES = (
     "an adapter that is merged with the base model's weights (lora.merge) is rounded with them, and whether "
@@ -27,7 +27,6 @@ def not_covered(
     dtype: str,
     lora_dtype: str | None,
     block_size: int,
-    quantization: Quantization = "none",
     shard: Shard,
 ) -> str | None:
     """Why the compiled step cannot run this model, or this rank's share of one, with these settings; None if
@@ -143,7 +142,6 @@ def planned_variance(
             dtype=dtype,
             lora_dtype=None if lora is None else lora_dtype,
             block_size=config.block_size,
-            quantization=config.quantization,
             shard=shard,
         )
     found = variance(reason, size)

@@ -87,7 +87,7 @@ class _Memory:
     def matrix(self, *modules: tuple[int, str]) -> Weight:
         """Return a weight of (layer, module)s that read the same input: theirs, one after the other."""
         names = [self._spec.module_name(layer, module) for layer, module in modules]
-        shapes = [self._spec.linear(_rows_of(module)) for _, module in modules]
+        shapes = [self._spec.stored_shape(module) for _, module in modules]
         if not any(name in self._spec.packed for name in names):
             return self._plain(sum(shape.out_features for shape in shapes), shapes[0].in_features)
         parts = []
@@ -118,11 +118,6 @@ class _Memory:
         if self._arena is None:
             return torch.empty(nbytes, dtype=torch.uint8, device=self._device)
         return self._arena.take(nbytes)
-
-
-def _rows_of(module: str) -> str:
-    """Return the linear of a module's shape as it is stored: an embedding is one row for each token."""
-    return "lm_head" if module == "embed_tokens" else module
 
 
 class Decoder:
@@ -233,7 +228,8 @@ class Decoder:
         return out
 
     def block_weights(self) -> dict[str, BlockWeight]:
-        """Return the weights that stay as the checkpoint has quantized them, by their Hugging Face names."""
+        """Return the weights that are quantized in the file or while they are loaded, by their Hugging Face
+        names."""
         return {f"{name}.weight": w for name, w, _, _ in self._matrices() if isinstance(w, BlockWeight)}
 
     def _matrices(self) -> Iterator[tuple[str, Weight, int, int]]:

@@ -26,6 +26,7 @@ from aioengine.model import constraints, coverage
 from aioengine.model.decoder import Decoder, LastLayer, StepInputs
 from aioengine.model.drafted import sample_drafted
 from aioengine.model.experts.spec import MixtureSpec
+from aioengine.model.files.quantization import with_quantization
 from aioengine.model.files.weights import load_weights
 from aioengine.model.generic.spec import GenericSpec
 from aioengine.model.kv_cache import KVCache
@@ -107,9 +108,11 @@ class ModelRunner:
     ) -> None:
         if sample is None:
             sample = functools.partial(default_sample, penalties=Penalties(max_num_seqs))
-        self.spec = spec
         self.dtype = dtype
         self.device = torch.device(device)
+        self.spec = spec = with_quantization(spec, quantization, self.device.type)
+        if spec.packed:
+            quantization = "none"  # for what is packed once it is loaded
         self.group = group or SoloGroup()
         if progress is not None:
             progress("Preparing the kernels (compiled once, at the first start)", 0, 1)
@@ -211,7 +214,6 @@ class ModelRunner:
                 dtype=_name(self.dtype),
                 lora_dtype=None if slots is None else _name(slots.dtype),
                 block_size=block_size,
-                quantization=quantization,
                 shard=self.group.shard,
             )
         self.variance = coverage.variance(reason, self.group.shard.size)

@@ -1,6 +1,8 @@
 """The shape of a model, without its weights: what planning, adapter validation and the decoder share.
 
 No torch in this module: ``aioengine plan`` and the policy lab use it without loading anything.
+
+The file is long because all differences between families are fields of one struct.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from aioengine.checks import nearest
 from aioengine.errors import ConfigError
 from aioengine.model.files.packing import Packing
 
-Quantization = Literal["none", "int8", "int4"]
+Quantization = Literal["none", "int8", "int4", "fp8"]
 
 DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 
@@ -310,7 +312,11 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
         for name, packing in self.packed.items():
             place = self.find_module(name)
             assert place is not None, name
-            yield self.linear("lm_head" if place[1] == "embed_tokens" else place[1]), packing
+            yield self.stored_shape(place[1]), packing
+
+    def stored_shape(self, module: str) -> LinearShape:
+        """Return the shape of a module's weight as it is stored: an embedding's is that of a head."""
+        return self.linear("lm_head" if module == "embed_tokens" else module)
 
     @property
     def plain_modules(self) -> tuple[str, ...]:
@@ -363,24 +369,29 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
         return embeddings + self.num_layers * (linears + bias + norms) + self.hidden_size
 
     def weights_bytes(self, dtype_bytes: int, quantization: Quantization) -> int:
-        """Return the bytes of the weights. With int8, the linears' weights take a byte each, and 8 more for
-        each output. With int4 they take half a byte each, and two more for each group of 32 inputs (of 16,
-        if their number is no multiple of 32). (Until they have been loaded and quantized, they are in the
-        dtype.)"""
+        """Return the bytes of the weights. Those of :attr:`packed` are in their packings, also where they are
+        quantized while they are loaded. Else with int8, in the compiled CPU step, the linears' weights take
+        a byte each, and 8 more for each output. With int4 they take half a byte each, and two more for each
+        group of 32 inputs (of 16, if their number is no multiple of 32). (Until they have been loaded and
+        quantized, they are in the dtype.)"""
         total = self.num_parameters() * dtype_bytes
         for (n_in, n_out), packing in self.packed_weights():
             total += packing.nbytes(n_out, n_in) - n_in * n_out * dtype_bytes
-        if quantization == "none":
+        if quantization == "none" or self.packed:
             return total
-        for n_in, n_out in (*self.quantized_linears(), self.linear("lm_head")):
+        for _, module in self.quantized_modules():
+            n_in, n_out = self.stored_shape(module)
             row = n_in if quantization == "int8" else n_in // 2 + 2 * n_in // (16 if n_in % 32 else 32)
             total += n_out * (row + 8 - n_in * dtype_bytes)
         return total
 
-    def quantized_linears(self) -> Iterator[LinearShape]:
-        """Yield the linears of all layers whose weights ``quantization`` is for."""
-        for _ in range(self.num_layers):
-            yield from map(self.linear, LORA_MODULES)
+    def quantized_modules(self) -> Iterator[tuple[int, str]]:
+        """Yield (layer, module) of all linears whose weights ``quantization`` is for, the head's first: that
+        of a tied head is the embedding."""
+        yield NO_LAYER, "embed_tokens" if self.tie_embeddings else "lm_head"
+        for layer in range(self.num_layers):
+            for modules in self.fused(layer).values():
+                yield from ((layer, module) for module in modules if module not in self.plain_modules)
 
     @property
     def pair_tokens(self) -> float:

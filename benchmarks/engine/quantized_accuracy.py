@@ -1,4 +1,4 @@
-"""How much bfloat16, int8 and int4 weights and an int8 KV cache change what the model says.
+"""How much bfloat16, int8, fp8 and int4 weights and an int8 KV cache change what the model says.
 
     python -m benchmarks.engine.quantized_accuracy
     python -m benchmarks.engine.quantized_accuracy --against bfloat16
@@ -38,6 +38,7 @@ VARIANTS = (
     ("bfloat16", "none", "int8"),
     ("bfloat16", "int8", "auto"),
     ("bfloat16", "int8", "int8"),
+    ("bfloat16", "fp8", "auto"),
     ("bfloat16", "int4", "auto"),
 )
 """dtype, quantization, kv_cache_dtype"""

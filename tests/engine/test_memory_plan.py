@@ -74,7 +74,7 @@ def test_the_plan_is_what_is_allocated(
     assert sum(shares) == rows["slot pool"] == plan.slot_pool_bytes
 
 
-@pytest.mark.parametrize("quantization", ["int8", "int4"])
+@pytest.mark.parametrize("quantization", ["int8", "int4", "fp8"])
 def test_quantized_weights_are_planned_to_the_byte(quantization: str, tiny: Tiny) -> None:
     config = EngineConfig(model=str(tiny.model), max_model_len=64, quantization=quantization)  # type: ignore[arg-type]
     planned = plan_parts(config)

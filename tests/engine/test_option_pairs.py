@@ -17,6 +17,7 @@ from aioengine.errors import ConfigError
 OPTIONS: dict[str, dict[str, Any]] = {
     "int8 weights": {"quantization": "int8"},
     "int4 weights": {"quantization": "int4"},
+    "fp8 weights": {"quantization": "fp8"},
     "int8 KV cache": {"kv_cache_dtype": "int8"},
     "int8 adapters": {"lora_dtype": "int8"},
     "slots by bytes": {"slot_memory": "200KiB"},
@@ -27,25 +28,30 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "two ranks": {"executor": "process", "tensor_parallel_size": 2},
     "fully sharded": {"executor": "process", "tensor_parallel_size": 2, "fully_sharded_loras": True},
 }
-NUMERIC = ("int8 weights", "int4 weights", "int8 KV cache", "int8 adapters", "transformers")
+NUMERIC = ("int8 weights", "int4 weights", "fp8 weights", "int8 KV cache", "int8 adapters", "transformers")
 """Options that may change tokens. The others must not: an engine with these alone is the reference."""
+ROUNDED = ("int8 weights", "int4 weights", "int8 adapters")
+"""Options of which each rank rounds its own share."""
 
 WORK = [
     ("int8 weights", "int8 KV cache", "int8 adapters", "shared memory", "speculation", "process"),
     ("int4 weights", "int8 KV cache", "int8 adapters", "slots by bytes", "speculation", "process"),
+    ("fp8 weights", "int8 KV cache", "int8 adapters", "slots by bytes", "speculation", "process"),
     ("int8 weights", "slots by bytes"),
     ("int4 weights", "shared memory"),
     ("int8 weights", "int8 KV cache", "int8 adapters", "shared memory", "speculation", "two ranks"),
     ("int8 weights", "int8 KV cache", "slots by bytes", "speculation", "fully sharded"),
     ("int4 weights", "shared memory", "fully sharded"),
     ("int4 weights", "int8 KV cache", "int8 adapters", "slots by bytes", "two ranks"),
+    ("fp8 weights", "shared memory", "two ranks"),
+    ("fp8 weights", "fully sharded"),
     ("int8 adapters", "shared memory", "transformers", "process"),
     ("slots by bytes", "transformers"),
 ]
 """Combinations that work: so does each pair in one of them."""
 REFUSED = [
     ("int8 adapters", "fully sharded"),
-    *((name, "transformers") for name in NUMERIC[:3]),
+    *((name, "transformers") for name in NUMERIC[:4]),
     *(("transformers", name) for name in ("speculation", "two ranks", "fully sharded")),
 ]
 """Pairs of which ConfigError says what to do."""
@@ -98,7 +104,7 @@ async def test_tokens_do_not_depend_on_memory_speculation_or_processes(
     references: dict[tuple[str, ...], list[list[int]]],
 ) -> None:
     numeric = tuple(name for name in names if name in NUMERIC)
-    if {"two ranks", "fully sharded"} & set(names) and {*NUMERIC[:2], "int8 adapters"} & set(names):
+    if {"two ranks", "fully sharded"} & set(names) and set(ROUNDED) & set(names):
         numeric += ("two ranks",)  # each rank's share has scales of its own
     if numeric not in references:
         references[numeric] = await tokens_of(tiny, make_engine, together(numeric))

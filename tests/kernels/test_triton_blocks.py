@@ -16,13 +16,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.quantized_checkpoints import Quantize, awq, float8, gptq, write_quantized
 from support.random_slots import fill_slot
+from support.tiny_models import build_model
 from torch import Tensor
 
 from aioengine.kernels.blocks import BlockWeight, StackedWeight
 from aioengine.kernels.portable.dequantize import codes
 from aioengine.kernels.weight import PlainWeight
+from aioengine.model.files.quantization import with_quantization
 from aioengine.model.files.resolve import read_spec
 from aioengine.model.runner import ModelRunner
+from aioengine.model.spec import ModelSpec, Quantization
 from aioengine.request import SamplingParams
 from aioengine.step import Sampled, SequenceWork, StepBatch
 
@@ -142,34 +145,52 @@ QUANTIZED: dict[str, tuple[Quantize, dict[str, Any]]] = {
 }
 
 
+@pytest.mark.parametrize("form", ["int8", "int4", "fp8"])
+def test_a_model_that_is_quantized_while_it_is_loaded(form: Quantization, tmp_path: Path) -> None:
+    """Through the kernel, its logits are those that torch makes of the same codes."""
+    model = build_model(tmp_path / "model", "llama", num_hidden_layers=1)
+    spec = with_quantization(read_spec(model), form, "cuda")
+    logits = [logits_of(model, spec, kernels) for kernels in ("triton", "torch")]
+    torch.testing.assert_close(*logits, rtol=1e-3, atol=1e-3)
+    exact = logits_of(model, read_spec(model), "torch")
+    off = (logits[0] - exact).norm() / exact.norm()
+    assert 1e-4 < off < {"int8": 0.05, "int4": 0.4, "fp8": 0.1}[form]
+
+
 @pytest.mark.parametrize("name", QUANTIZED)
 def test_a_model_with_adapters_is_exact_relative_to_what_its_checkpoint_stands_for(
     name: str, tmp_path: Path
 ) -> None:
     quantize, config = QUANTIZED[name]
     pair = write_quantized(tmp_path, quantize, config, num_hidden_layers=1)
+    packed = logits_of(pair.packed, read_spec(pair.packed), "triton")
+    expanded = logits_of(pair.expanded, read_spec(pair.expanded), "torch")
+    torch.testing.assert_close(packed, expanded, rtol=1e-3, atol=1e-3)
+
+
+def logits_of(path: Path, spec: ModelSpec, kernels: str) -> Tensor:
+    """Logits of a base row and of two with adapters, through the kernel if there are blocks and Triton."""
     logits: list[Tensor] = []
 
     def keep(found: Tensor, rows: Sequence[SequenceWork]) -> list[Sampled]:
         logits.append(found.float().cpu())
         return [Sampled(0) for _ in rows]
 
-    for path, kernels in ((pair.packed, "triton"), (pair.expanded, "torch")):
-        runner = ModelRunner(
-            *(read_spec(path), path), dtype=torch.float32, device=DEVICE, num_blocks=16, block_size=16,
-            max_loras=2, max_lora_rank=8, kernels=kernels, sample=keep,
-        )  # fmt: skip
-        assert runner.lora_slots is not None
-        for slot, rank in enumerate((8, 3)):
-            fill_slot(runner.lora_slots, slot, rank, torch.Generator().manual_seed(slot), affine=slot == 1)
-        if kernels == "triton":
-            linears = runner.decoder.layers[0].linears.values()
-            parts = [part for linear in linears for part in getattr(linear.weight, "parts", [linear.weight])]
-            assert all(isinstance(part, BlockWeight) and blocks.covers(part) for part in parts)
-        ids = list(range(5, 25))
-        works = [
-            SequenceWork(str(i), slot, ids[i:], 0, [2 * i, 2 * i + 1], True, SamplingParams(), i, ids, 20)
-            for i, slot in enumerate((-1, 0, 1))
-        ]
-        runner.execute(StepBatch(0, works, (8, 3)))
-    torch.testing.assert_close(*logits, rtol=1e-3, atol=1e-3)
+    runner = ModelRunner(
+        *(spec, path), dtype=torch.float32, device=DEVICE, num_blocks=16, block_size=16,
+        max_loras=2, max_lora_rank=8, kernels=kernels, sample=keep,
+    )  # fmt: skip
+    assert runner.lora_slots is not None
+    for slot, rank in enumerate((8, 3)):
+        fill_slot(runner.lora_slots, slot, rank, torch.Generator().manual_seed(slot), affine=slot == 1)
+    if kernels == "triton":
+        linears = runner.decoder.layers[0].linears.values()
+        parts = [part for linear in linears for part in getattr(linear.weight, "parts", [linear.weight])]
+        assert all(isinstance(part, BlockWeight) and blocks.covers(part) for part in parts)
+    ids = list(range(5, 25))
+    works = [
+        SequenceWork(str(i), slot, ids[i:], 0, [2 * i, 2 * i + 1], True, SamplingParams(), i, ids, 20)
+        for i, slot in enumerate((-1, 0, 1))
+    ]
+    runner.execute(StepBatch(0, works, (8, 3)))
+    return logits[0]

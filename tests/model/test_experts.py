@@ -142,7 +142,7 @@ async def test_quantized_experts(
             assert alone.logprobs == output.logprobs, "bits that depend on the batch"
 
 
-@pytest.mark.parametrize("quantization", ["none", *FORMS])
+@pytest.mark.parametrize("quantization", ["none", *FORMS, "fp8"])
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.usefixtures("cpu_library")
 def test_the_plan_is_to_the_byte(case: str, quantization: Any, tmp_path: Path) -> None:

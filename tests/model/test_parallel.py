@@ -390,6 +390,18 @@ def test_a_quantized_model_is_split_the_same_way(two: Ranks, tmp_path: Path, cas
     assert f"model.layers.0.self_attn.{modules[0]}" in kept
 
 
+@pytest.mark.parametrize("name", ["qwen3", "phi3"])
+def test_fp8_ranks_have_parts_of_the_same_weights(two: Ranks, root: Path, name: str) -> None:
+    """In the compiled step: each scale is of a whole row, whatever a rank has of it."""
+    model = model_of(root, name)
+    modules = read_spec(model).layer_modules
+    adapter = build_adapter(model, root / f"{name}-fp8", use_dora=True, target_modules=list(modules))
+    phase = Phase({0: adapter}, [(prompt(1, 12), -1), (prompt(2, 9), 0)])
+    script = Script(model, [phase], max_loras=1, target_modules=modules, kernels="cpu", quantization="fp8")
+    assert two.run(is_compiled, script) == [True, True]
+    assert two.run(play, script)[0].outputs == play(SoloGroup(), script).outputs
+
+
 def test_a_model_that_does_not_divide_is_refused_with_the_sizes_that_do(root: Path) -> None:
     spec = read_spec(model_of(root, "llama"))
     eight = msgspec.structs.replace(spec, num_heads=16, num_kv_heads=8, intermediate_size=2048)

@@ -10,6 +10,7 @@ from cyclopts import Parameter
 from aioengine.cli.common import CommonFlags
 from aioengine.cli.flags import DEFAULT_MODEL
 from aioengine.config import DType
+from aioengine.model.spec import Quantization
 
 if TYPE_CHECKING:
     from aioengine.lab.costs.model import CostModel
@@ -22,7 +23,7 @@ def calibrate(
     name: str | None = None,
     dtype: DType = "auto",
     device: Literal["auto", "cpu", "cuda"] = "auto",
-    quantization: Literal["none", "int8", "int4"] = "none",
+    quantization: Quantization = "none",
     tensor_parallel_size: int = 1,
     common: CommonFlags | None = None,
 ) -> int:

@@ -203,12 +203,6 @@ class MixtureSpec(ModelSpec, frozen=True, kw_only=True):
         biases = self.experts * (1 + 2 * self.expert_size + self.hidden_size) * self.biased
         return super().num_parameters() + linears - self.num_layers * dense + self._sparse_layers * biases
 
-    def quantized_linears(self) -> Iterator[LinearShape]:
-        for layer in range(self.num_layers):
-            for name, modules in self.fused(layer).items():
-                if name not in PLAIN:
-                    yield from map(self.linear, modules)
-
     @property
     def _dense_modules(self) -> tuple[str, ...]:
         """The modules of a layer without experts."""

@@ -15,6 +15,7 @@ from torch import Tensor
 from aioengine.errors import ConfigError
 from aioengine.info import LoadProgress
 from aioengine.kernels.blocks import BlockWeight
+from aioengine.kernels.portable.quantize import quantize
 from aioengine.model.decoder import Decoder
 from aioengine.model.experts.spec import MixtureSpec
 from aioengine.model.files.folder import INDEX, check_exists, shards, unreadable
@@ -71,7 +72,8 @@ def load_weights(decoder: Decoder, path: Path, progress: LoadProgress | None = N
     """Fill all of the decoder's parameters, converted to its dtype. ``progress`` is called with the progress.
 
     A decoder that is a rank's share gets the parts that it holds. Quantized weights for which the decoder
-    has blocks stay as they are; the others are expanded.
+    has the same blocks stay as they are; the others are expanded. Where it has other blocks, or the file
+    plain values, these are quantized.
 
     Raises :class:`ConfigError`, naming the file and the key, unless every expected parameter arrives
     exactly once, in the expected shape, and nothing unknown does.
@@ -98,9 +100,11 @@ def load_weights(decoder: Decoder, path: Path, progress: LoadProgress | None = N
                 f"{path}: {name}: expected shape {shape} from the configuration, found {stored.shape}"
             )
         if isinstance(parameter, BlockWeight):
-            if not isinstance(stored, StoredBlocks):
-                raise ConfigError(f"{path}: {name}: expected {parameter.format} blocks, found plain values")
-            _fill_blocks(parameter, stored, part, f"{path}: {name}")
+            packing = partition.whole.packed[name.removesuffix(".weight")]
+            if isinstance(stored, StoredBlocks) and stored.packing == packing:
+                _fill_blocks(parameter, stored, part, f"{path}: {name}")
+            else:
+                _quantize(parameter, packing, stored, part, f"{path}: {name}")
         else:
             _fill(parameter, stored, part, f"{path}: {name}")
         seen.add(name)
@@ -117,40 +121,80 @@ def load_weights(decoder: Decoder, path: Path, progress: LoadProgress | None = N
 
 def _fill(parameter: Tensor, stored: Stored | StoredBlocks, part: Sequence[Ranges], where: str) -> None:
     if isinstance(stored, StoredBlocks):
-        k = stored.shape[1]
-        group = stored.packing.group or k
-        weight = BlockWeight(
-            stored.packing.format,
-            k=k,
-            dtype=parameter.dtype,
-            group=group,
-            middle=stored.packing.middle,
-            **_read_blocks(stored, where),
-        )
-        (columns,), size, filled = part[1], max(1, (1 << 22) // k), 0
-        for rows in part[0]:
-            for begin in range(rows.start, rows.stop, size):
-                values = weight.rows(begin, min(begin + size, rows.stop))[:, columns]
-                parameter[filled : filled + len(values), : values.shape[1]].copy_(values)
-                filled += len(values)
+        (columns,), filled = part[1], 0
+        for values in _pieces(stored, parameter.dtype, part[0], where):
+            values = values[:, columns]
+            parameter[filled : filled + len(values), : values.shape[1]].copy_(values)
+            filled += len(values)
         parameter[filled:].zero_()
         return
     pieces = [stored.read(piece) for piece in itertools.product(*part)]
     tensor = pieces[0] if len(pieces) == 1 else torch.cat(pieces)  # only rows are of several ranges
-    if not tensor.is_floating_point() or tensor.itemsize == 1:
-        raise ConfigError(f"{where}: expected floating point, found {tensor.dtype}")
+    _check_floats(tensor, where)
     if tensor.shape != parameter.shape:  # the end of a vocabulary that is padded
         parameter.zero_()
     parameter[tuple(slice(0, n) for n in tensor.shape)].copy_(tensor)
 
 
-def _fill_blocks(weight: BlockWeight, stored: StoredBlocks, part: Sequence[Ranges], where: str) -> None:
-    """Copies a part, whose inputs are whole blocks and groups."""
-    packing, (rows, (columns,)), k = stored.packing, part, stored.shape[1]
+def _pieces(stored: Stored | StoredBlocks, dtype: torch.dtype, rows: Ranges, where: str) -> Iterator[Tensor]:
+    """Yields some whole rows of a weight at a time, those of blocks expanded in ``dtype``."""
+    k = stored.shape[1]
+    weight: BlockWeight | None = None
+    if isinstance(stored, StoredBlocks):
+        weight = BlockWeight(
+            stored.packing.format,
+            k=k,
+            dtype=dtype,
+            group=stored.packing.group or k,
+            middle=stored.packing.middle,
+            **_read_blocks(stored, where),
+        )
+    size = max(1, (1 << 22) // k)
+    for part in rows:
+        for begin in range(part.start, part.stop, size):
+            end = min(begin + size, part.stop)
+            if weight is not None:
+                yield weight.rows(begin, end)
+            elif isinstance(stored, Stored):
+                values = stored.read([slice(begin, end), slice(0, k)])
+                _check_floats(values, where)
+                yield values
+
+
+def _check_floats(tensor: Tensor, where: str) -> None:
+    if not tensor.is_floating_point() or tensor.itemsize == 1:
+        raise ConfigError(f"{where}: expected floating point, found {tensor.dtype}")
+
+
+def _quantize(
+    weight: BlockWeight, packing: Packing, stored: Stored | StoredBlocks, part: Sequence[Ranges], where: str
+) -> None:
+    """Quantizes whole rows, of which it keeps a part: so ranks have parts of the same weight."""
+    (rows, (columns,)), k, filled = part, stored.shape[1], 0
+    parts, to = _columns(packing, columns, k), weight.tensors()
+    for values in _pieces(stored, torch.float32, rows, where):
+        made = quantize(packing.format, values.to(weight.data.device).float(), packing.group or k)
+        if not bool(made["scale"].isfinite().all()):
+            raise ConfigError(f"{where}: a value is not finite; the checkpoint is damaged")
+        for name, tensor in to.items():
+            tensor[filled : filled + len(values)].copy_(made[name][:, parts[name]])
+        filled += len(values)
+    for tensor in to.values():  # the end of a vocabulary that is padded
+        tensor[filled:].zero_()
+
+
+def _columns(packing: Packing, columns: slice, k: int) -> dict[str, slice]:
+    """Return the parts of a weight's tensors that the inputs ``columns`` have, which are whole groups."""
     data = slice(packing.row_bytes(columns.start), packing.row_bytes(columns.stop))
     size = packing.group or k
     groups = slice(columns.start // size, -(-columns.stop // size))
-    parts = {"data": data, "scale": groups, "zero": groups}
+    return {"data": data, "scale": groups, "zero": groups}
+
+
+def _fill_blocks(weight: BlockWeight, stored: StoredBlocks, part: Sequence[Ranges], where: str) -> None:
+    """Copies a part, whose inputs are whole blocks and groups."""
+    rows, (columns,) = part
+    parts = _columns(stored.packing, columns, stored.shape[1])
     read = _read_blocks(stored, where)
     for name, to in weight.tensors().items():
         tensor = take(read[name], rows)[:, parts[name]] if name in parts else read[name]

@@ -1,0 +1,36 @@
+"""The form that ``EngineConfig.quantization`` gives to weights, by device. No torch here."""
+
+from __future__ import annotations
+
+import msgspec
+
+from aioengine.model.files.packing import Packing
+from aioengine.model.spec import ModelSpec, Quantization
+
+_GROUPS = (64, 32, 16, 8)
+"""Sizes of int4 groups, the best first: 64 inputs take 4.75 bits each, scale and zero point included."""
+
+
+def with_quantization(spec: ModelSpec, quantization: Quantization, device: str) -> ModelSpec:
+    """Return the model with the packings of the weights that are quantized while they are loaded, on a device
+    ("cpu" or "cuda").
+
+    int8 and int4 on a CPU are not among them: the compiled step packs loaded weights into forms of its own.
+    """
+    if quantization == "none":
+        return spec
+    packed = {}
+    if quantization == "fp8" or device != "cpu":
+        for place in spec.quantized_modules():
+            packing = packing_of(quantization, spec.stored_shape(place[1]).in_features)
+            if packing is not None:
+                packed[spec.module_name(*place)] = packing
+    return msgspec.structs.replace(spec, packed=packed)
+
+
+def packing_of(quantization: Quantization, k: int) -> Packing | None:
+    """Return the packing of a weight of ``k`` inputs; None: it stays plain, because no group divides it."""
+    if quantization == "int4":
+        group = next((size for size in _GROUPS if k % size == 0), None)
+        return None if group is None else Packing(format="int4", group=group, zeros=True)
+    return None if quantization == "none" else Packing(format=quantization)
