@@ -358,6 +358,17 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
                 f"tensor_parallel_size={self.tensor_parallel_size}: executor='thread' runs the model in one "
                 "piece; set executor='process', or tensor_parallel_size=1"
             )
+        split = self.tensor_parallel_size > 1
+        if (
+            split
+            and self.lora is not None
+            and self.lora.fully_sharded_loras
+            and self.lora.lora_dtype == "int8"
+        ):
+            raise ConfigError(
+                "lora.lora_dtype='int8' with fully_sharded_loras: the scale of a row of A is also that of "
+                "B's column, which other ranks have; set fully_sharded_loras=False, or lora_dtype='auto'"
+            )
         if self.executor == "thread" and self.restart != "never":
             raise ConfigError(
                 f"restart={self.restart!r}: executor='thread' runs the model in this process, where nothing "

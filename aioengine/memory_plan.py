@@ -211,7 +211,7 @@ def plan_memory(
     check_merge(config, spec)
     holds = Elements(lora_dtype == "int8", DTYPE_BYTES[dtype] if lora_dtype == "int8" else 1)
     if holds.int8:
-        check_int8_adapters(dtype, shard)
+        check_int8_adapters(dtype)
     slot = None
     if lora is not None:
         room = lora.max_lora_rank, spec.targets(lora.target_modules), shard, holds, lora.max_trained_tokens

@@ -73,17 +73,12 @@ def check_merge(config: EngineConfig, spec: ModelSpec, device: str | None = None
         raise ConfigError(f"lora.merge=True: {reason}; set merge=False")
 
 
-def check_int8_adapters(dtype: str, shard: Shard) -> None:
+def check_int8_adapters(dtype: str) -> None:
     """Raise ConfigError where slots cannot be int8."""
     if dtype == "float16":
         raise ConfigError(
             "lora.lora_dtype='int8' with dtype='float16': A's outputs would be too small for float16, "
             "because B is whole numbers; set dtype='bfloat16', or lora_dtype='auto'"
-        )
-    if shard.size > 1 and shard.fully_sharded:
-        raise ConfigError(
-            "lora.lora_dtype='int8' with fully_sharded_loras: the scale of a row of A is also that of B's "
-            "column, which other ranks have; set fully_sharded_loras=False, or lora_dtype='auto'"
         )
 
 
