@@ -8,6 +8,7 @@ copies in another, and each read in its own, as with the thread device.
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import signal
 import socket
@@ -174,6 +175,8 @@ class _Model:
         built = build_parts(self._config, plan, self._group, watch)
         self.runner, self.store = built
         runner = self.runner
+        gc.collect()
+        gc.freeze()  # a full collection would visit all of it, within a step
         layout = f"{runner.kernels}, {runner.kv_cache.layout}"
         if self._shard.fully_sharded:
             layout += ", adapters fully sharded"
