@@ -159,21 +159,21 @@ class Context:
         *,
         owner: str | None,
         add_special_tokens: bool = True,
-        limited: bool = True,
+        keep: int | None = None,
     ) -> list[list[int]]:
-        """Tokenize each text; owners take turns. If ``limited``, raises ApiError for a text that cannot
-        fit."""
-        encode = self._encoder(add_special_tokens, limited, field="prompt")
+        """Tokenize each text; owners take turns. With ``keep``, only that many last tokens of each; without,
+        raises ApiError for a text that cannot fit."""
+        encode = self._encoder(add_special_tokens, keep, field="prompt")
         work = self.engine.text_work
-        return await work.run(size_of_all(texts), lambda: [encode(text) for text in texts], owner)
+        return await work.run(size_of_all(texts), lambda: encode(texts), owner)
 
     async def encode_pairs(self, pairs: Sequence[tuple[str, str]], *, owner: str | None) -> list[list[int]]:
         """Encode pairs of texts as :meth:`encode` does single ones."""
         tokenizer, limit = self.tokenizer, self.engine.plan.max_model_len
 
-        def encode(first: str, second: str) -> list[int]:
+        def encode() -> list[list[int]]:
             try:
-                return tokenizer.encode_pair(first, second, limit=limit)
+                return tokenizer.encode_pairs(pairs, limit=limit)
             except PromptTooLong as error:
                 raise self.too_long(error.tokens, field="documents", at_least=error.at_least) from None
 
@@ -187,9 +187,7 @@ class Context:
                 param="documents",
                 code="invalid_value",
             )
-        return await self.engine.text_work.run(
-            size + EACH * len(pairs), lambda: [encode(*pair) for pair in pairs], owner
-        )
+        return await self.engine.text_work.run(size + EACH * len(pairs), encode, owner)
 
     async def label_names(self) -> list[str]:
         """Return the model's ``id2label``; empty if it has none."""
@@ -214,38 +212,43 @@ class Context:
         variables: dict[str, Any],
         *,
         record: RequestRecord,
-        limited: bool = True,
+        keep: int | None = None,
     ) -> list[int]:
         """Render messages by the chat template, and tokenize the result as :meth:`encode` does."""
         tokenizer = self.tokenizer
-        encode = self._encoder(False, limited, field="messages")
+        encode = self._encoder(False, keep, field="messages")
+
+        def encode_chat() -> list[int]:
+            [ids] = encode([tokenizer.render_chat(messages, **variables)])
+            return ids
+
         # Never on the event loop, because a template may take any time. It may write all of the body, tools
         # and arguments of calls included.
-        return await self.engine.text_work.run(
-            SHORT + record.body_size,
-            lambda: encode(tokenizer.render_chat(messages, **variables)),
-            record.owner,
-        )
+        return await self.engine.text_work.run(SHORT + record.body_size, encode_chat, record.owner)
 
-    def _encoder(self, add_special_tokens: bool, limited: bool, *, field: str) -> Callable[[str], list[int]]:
+    def _encoder(
+        self, add_special_tokens: bool, keep: int | None, *, field: str
+    ) -> Callable[[Sequence[str]], list[list[int]]]:
         tokenizer = self.tokenizer
-        limit = self.engine.plan.max_model_len if limited else None
+        limit = self.engine.plan.max_model_len
 
-        def encode(text: str) -> list[int]:
+        def encode(texts: Sequence[str]) -> list[list[int]]:
+            if keep is not None and keep <= limit:
+                return [tokenizer.encode_end(text, keep, add_special_tokens) for text in texts]
             try:
-                return tokenizer.encode(text, add_special_tokens, limit=limit)
+                return tokenizer.encode_all(texts, add_special_tokens, limit=limit)
             except PromptTooLong as error:
                 raise self.too_long(error.tokens, field=field, at_least=error.at_least) from None
 
         return encode
 
-    def truncated(self, prompts: Sequence[list[int]], keep: int, max_tokens: int | None) -> list[list[int]]:
-        """Keep the last ``keep`` tokens of each; -1 keeps as many as leave room for ``max_tokens``, or for
-        one."""
-        if keep < 0:
-            room = 1 if max_tokens is None else max_tokens
-            keep = max(self.engine.plan.max_model_len - room, 1)
-        return [prompt[-keep:] if keep else [] for prompt in prompts]
+    def kept(self, keep: int | None, max_tokens: int | None) -> int | None:
+        """Return how many last tokens of each prompt ``truncate_prompt_tokens`` keeps; None: all. -1 keeps as
+        many as leave room for ``max_tokens``, or for one."""
+        if keep is None or keep >= 0:
+            return keep
+        room = 1 if max_tokens is None else max_tokens
+        return max(self.engine.plan.max_model_len - room, 1)
 
     async def texts_of(
         self, prompts: Sequence[list[int]], texts: list[str] | None, *, owner: str | None
@@ -396,3 +399,8 @@ def _of_shares(record: RequestRecord, choices: int) -> str | None:
     separate owner, so that a single request does not wait for hundreds of choices.
     """
     return f"{record.owner}, several choices" if record.tenant is None and choices > 1 else record.owner
+
+
+def last_tokens(prompts: Sequence[list[int]], keep: int) -> list[list[int]]:
+    """Return the last ``keep`` tokens of each prompt."""
+    return [prompt[-keep:] if keep else [] for prompt in prompts]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from array import array
 from collections import Counter
 from collections.abc import (
@@ -156,6 +157,8 @@ class Generation:
         self._record = record
         self._constrain = constrain
         self._last: list[RequestOutput | None] = [None] * len(params)
+        self._reasons: set[str] = set()
+        """Why choices have ended."""
         self.reply_id = reply_id or request_id
         """The id that the client knows it by."""
         self.scored = sum(
@@ -233,7 +236,7 @@ class Generation:
                     yield output
             finally:
                 await stream.aclose()
-                self._note()
+                self._note(self._last[index])
 
     def _hold_numbers(self, index: int, output: RequestOutput) -> None:
         """Count the numbers that are new since the choice's last output, and store a vector compactly."""
@@ -281,12 +284,17 @@ class Generation:
     def _output_tokens(self) -> int:
         return sum(output.output_tokens for output in self._last if output is not None)
 
-    def _note(self) -> None:
-        outputs = [output for output in self._last if output is not None]
+    def _note(self, output: RequestOutput | None) -> None:
+        """Note a choice's end. It costs the same however many choices there are."""
         record = self._record
-        record.output_tokens = self._output_tokens()
-        record.ttft = min((o.ttft for o in outputs if o.ttft is not None), default=None)
-        record.finish_reason = ",".join(sorted({o.finish_reason for o in outputs if o.finish_reason})) or None
+        record.output_tokens = (record.output_tokens or 0) + (output.output_tokens if output else 0)
+        if output is None:
+            return
+        if output.ttft is not None:
+            record.ttft = min(output.ttft, math.inf if record.ttft is None else record.ttft)
+        if output.finish_reason:
+            self._reasons.add(output.finish_reason)
+            record.finish_reason = ",".join(sorted(self._reasons))
 
 
 async def while_connected(

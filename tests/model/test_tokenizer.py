@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from aioengine.errors import ConfigError, RequestInvalid
+from aioengine.errors import ConfigError, PromptTooLong, RequestInvalid
 from aioengine.model.text.detokenizer import Detokenizer, TextStream
 from aioengine.model.text.tokenizer import Tokenizer
 
@@ -212,6 +212,63 @@ def test_encode_and_decode() -> None:
     for bad in ("\ud800", None, 3):
         with pytest.raises(RequestInvalid, match="valid text"):
             tokenizer.encode(bad)  # type: ignore[arg-type]
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    words=st.lists(
+        st.sampled_from([" the fox", " jumps", "Grüße", "世界", " \n", "🙂", "    ", "<|im_end|>"])
+    ),
+    times=st.integers(1, 400),
+    keep=st.integers(0, 300),
+    special=st.booleans(),
+)
+def test_the_end_of_a_text_has_the_last_tokens(
+    words: list[str], times: int, keep: int, special: bool
+) -> None:
+    text = "".join(words) * times
+    for made in KINDS.values():
+        tokenizer = Tokenizer.from_tokenizer(made)
+        whole = tokenizer.encode(text, special)
+        assert tokenizer.encode_end(text, keep, special) == (whole[-keep:] if keep else [])
+
+
+def test_the_end_of_a_long_text_costs_no_more_than_that_of_a_short_one() -> None:
+    """Whatever a token stands for: an encoding takes hundreds of bytes for each token."""
+    seen: list[int] = []
+
+    class Seen(Tokenizer):
+        def encode(self, text: str, *args: Any, **kwargs: Any) -> list[int]:
+            seen.append(len(text))
+            return super().encode(text, *args, **kwargs)
+
+    for word in ("a ", "x", "🙂", "The quick brown fox. "):
+        for made in KINDS.values():
+            seen.clear()
+            Seen.from_tokenizer(made).encode_end(word * 300_000, 100)
+            assert sum(seen) < 10_000
+
+
+@settings(max_examples=10, deadline=None)
+@given(
+    texts=st.lists(st.text(max_size=20), min_size=1, max_size=140),
+    special=st.booleans(),
+    limit=st.none() | st.integers(5, 60),
+)
+def test_many_texts_are_tokenized_as_each_by_itself(
+    texts: list[str], special: bool, limit: int | None
+) -> None:
+    tokenizer = Tokenizer.from_tokenizer(KINDS["byte_level"])
+    outcomes = []
+    for encode in (
+        lambda: tokenizer.encode_all(texts, special, limit=limit),
+        lambda: [tokenizer.encode(text, special, limit=limit) for text in texts],
+    ):
+        try:
+            outcomes.append(encode())
+        except (PromptTooLong, RequestInvalid) as error:
+            outcomes.append([[type(error) is PromptTooLong]])
+    assert outcomes[0] == outcomes[1]
 
 
 def test_chat_adds_no_special_tokens_twice() -> None:

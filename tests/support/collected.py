@@ -1,6 +1,6 @@
 """``aioengine``, which notes in a file how many objects its garbage collector leaves alone and has visited.
 
-    AIOENGINE_COLLECTED=FILE python -m support.collected serve ...
+AIOENGINE_COLLECTED=FILE python -m support.collected serve ...
 """
 
 from __future__ import annotations

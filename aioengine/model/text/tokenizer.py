@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import secrets
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,12 @@ from aioengine.model.text.token_bytes import TokenBytes
 
 _SHORT = 512
 """Maximum characters of a text that is tokenized without other threads' help."""
+_TOGETHER = 64
+"""Maximum number of texts that are tokenized in one call."""
+_TEXT_PER_TOKEN = 8
+"""Characters of a text's end that are taken for each wanted token at first."""
+_SETTLED = 64
+"""Tokens after a cut that may be others than those of the whole text."""
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token")
 
 
@@ -104,20 +110,54 @@ class Tokenizer:
         ids: list[int] = found.ids
         return ids
 
+    def encode_all(
+        self, texts: Sequence[str], add_special_tokens: bool = True, *, limit: int | None = None
+    ) -> list[list[int]]:
+        """Tokenize each text as :meth:`encode` does, several in one call, so that other threads go on
+        meanwhile although each of them may be short."""
+        if len(texts) == 1:
+            return [self.encode(texts[0], add_special_tokens, limit=limit)]
+        return list(self._encode_all(texts, add_special_tokens, limit))
+
     def encode_pair(self, first: str, second: str, *, limit: int) -> list[int]:
-        """Return the token ids of two texts that belong together, with the special tokens that the tokenizer
-        puts around and between them. Raises as :meth:`encode` does."""
-        if (least := self.least_tokens(first) + self.least_tokens(second)) > limit:
-            raise PromptTooLong(least, limit, at_least=True)
-        try:
-            first.encode(), second.encode()
-            [found] = self._tokenizer.encode_batch_fast([(first, second)])
-        except (UnicodeEncodeError, TypeError, AttributeError) as error:
-            raise RequestInvalid(f"prompt is not valid text: {error}") from error
-        if len(found) > limit:
-            raise PromptTooLong(len(found), limit)
-        ids: list[int] = found.ids
+        """Return what :meth:`encode_pairs` does for one pair."""
+        [ids] = self.encode_pairs([(first, second)], limit=limit)
         return ids
+
+    def encode_pairs(self, pairs: Sequence[tuple[str, str]], *, limit: int) -> list[list[int]]:
+        """Return the token ids of each two texts that belong together, with the special tokens that the
+        tokenizer puts around and between them. Raises as :meth:`encode` does."""
+        return list(self._encode_all(pairs, True, limit))
+
+    def _encode_all(
+        self, items: Sequence[str | tuple[str, str]], add_special_tokens: bool, limit: int | None
+    ) -> Iterator[list[int]]:
+        for begin in range(0, len(items), _TOGETHER):
+            some = items[begin : begin + _TOGETHER]
+            try:
+                for item in some:
+                    texts = (item,) if isinstance(item, str) else item
+                    for text in texts:
+                        text.encode()
+                    if limit is not None and (least := sum(map(self.least_tokens, texts))) > limit:
+                        raise PromptTooLong(least, limit, at_least=True)
+                found = self._tokenizer.encode_batch_fast(list(some), add_special_tokens=add_special_tokens)
+            except (UnicodeEncodeError, TypeError, AttributeError) as error:
+                raise RequestInvalid(f"prompt is not valid text: {error}") from error
+            for encoded in found:
+                if limit is not None and len(encoded) > limit:
+                    raise PromptTooLong(len(encoded), limit)
+                yield encoded.ids
+
+    def encode_end(self, text: str, keep: int, add_special_tokens: bool = True) -> list[int]:
+        """Return the last ``keep`` tokens of a text, in time and memory that follow from ``keep`` and not
+        from its length. A word without an end may be divided in another way than in the whole text."""
+        size = _TEXT_PER_TOKEN * (keep + _SETTLED)
+        while True:
+            ids = self.encode(text[-size:], add_special_tokens)
+            if size >= len(text) or len(ids) >= keep + _SETTLED:
+                return ids[-keep:] if keep else []
+            size *= 4
 
     def least_tokens(self, text: str) -> int:
         """Return a lower bound on the tokens of ``text`` from its length; special tokens do not count."""

@@ -11,7 +11,7 @@ from litestar.params import JSONBody
 from litestar.response import Response
 
 from aioengine.server.access_log import RequestRecord
-from aioengine.server.context import Context
+from aioengine.server.context import Context, last_tokens
 from aioengine.server.errors import ApiError, unsupported
 from aioengine.server.formats.source import AnswerParser
 from aioengine.server.formats.think import OPEN as THINK
@@ -65,10 +65,11 @@ async def start_chat(context: Context, data: ChatRequest, record: RequestRecord,
     tools = plan_tools(data.tools, data.tool_choice, data.parallel_tool_calls)
     formats = context.formats
     form = wanted_form(data, context.settings.schemas, data.response_format, tools, formats)
-    prompt = await encode_messages(context, data, tools, record)
     asked = data.max_tokens if data.max_completion_tokens is None else data.max_completion_tokens
-    if data.truncate_prompt_tokens is not None:
-        [prompt] = context.truncated([prompt], data.truncate_prompt_tokens, asked)
+    keep = context.kept(data.truncate_prompt_tokens, asked)
+    prompt = await encode_messages(context, data, tools, record, keep=keep)
+    if keep is not None:
+        [prompt] = last_tokens([prompt], keep)
     context.check_prompts([prompt], data.n or 1, max_tokens=asked, field="messages")
     room = context.engine.plan.max_model_len - len(prompt)
     defaults = await context.defaults()
@@ -87,16 +88,16 @@ async def start_chat(context: Context, data: ChatRequest, record: RequestRecord,
 
 
 async def encode_messages(
-    context: Context, data: ChatRequest, tools: ToolPlan, record: RequestRecord
+    context: Context, data: ChatRequest, tools: ToolPlan, record: RequestRecord, *, keep: int | None = None
 ) -> list[int]:
-    """Tokenize the chat's prompt."""
+    """Tokenize the chat's prompt, or its end with ``keep`` tokens."""
     if tools.tools:
         await context.note_hidden_tools()
     return await context.encode_chat(
         to_template(data.messages),
         _variables(data, tools),
         record=record,
-        limited=data.truncate_prompt_tokens is None,
+        keep=keep,
     )
 
 

@@ -14,7 +14,7 @@ from litestar.response import Response
 
 from aioengine.request import TokenLogprob
 from aioengine.runtime.output import RequestOutput
-from aioengine.server.context import Context
+from aioengine.server.context import Context, last_tokens
 from aioengine.server.errors import ApiError, unsupported
 from aioengine.server.framework import RESPONSES, Handled, record_of
 from aioengine.server.openai import completions_api
@@ -44,9 +44,10 @@ def completion_routes(context: Context) -> list[HTTPRouteHandler]:
             raise unsupported("suffix", "text can only be continued, not filled in")
         defaults = await context.defaults()
         max_tokens = defaults.bounded(DEFAULT_MAX_TOKENS) if data.max_tokens is None else data.max_tokens
-        prompts, texts = await _prompts(context, data, record.owner)
-        if data.truncate_prompt_tokens is not None:
-            prompts, texts = context.truncated(prompts, data.truncate_prompt_tokens, max_tokens), None
+        keep = context.kept(data.truncate_prompt_tokens, max_tokens)
+        prompts, texts = await _prompts(context, data, keep, record.owner)
+        if keep is not None:
+            prompts, texts = last_tokens(prompts, keep), None
         context.check_prompts(prompts, data.n or 1, max_tokens=max_tokens, field="prompt")
         params = sampling_params(
             data,
@@ -89,14 +90,14 @@ def _of_prompt(data: completions_api.CompletionRequest, max_tokens: int) -> int 
 
 
 async def _prompts(
-    context: Context, data: completions_api.CompletionRequest, owner: str | None
+    context: Context, data: completions_api.CompletionRequest, keep: int | None, owner: str | None
 ) -> tuple[list[list[int]], list[str] | None]:
     """Return the token ids of each prompt, and the texts if the prompts were given as text."""
     prompt = [data.prompt] if isinstance(data.prompt, str) else data.prompt
     if len(prompt) > context.settings.max_choices and not isinstance(prompt[0], int):
         raise ApiError(400, f"prompt: at most {context.settings.max_choices} prompts", param="prompt")
     if len(prompt) > context.engine.plan.max_model_len and isinstance(prompt[0], int):
-        if data.truncate_prompt_tokens is None:
+        if keep is None:
             raise context.too_long(len(prompt), field="prompt")  # before they are looked at one by one
         prompt = prompt[-context.engine.plan.max_model_len :]
     found: Any = prompt
@@ -106,7 +107,7 @@ async def _prompts(
             found,
             owner=owner,
             add_special_tokens=data.add_special_tokens is not False,
-            limited=data.truncate_prompt_tokens is None,
+            keep=keep,
         )
         return tokens, found
     if kinds == {int}:

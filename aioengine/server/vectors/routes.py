@@ -22,7 +22,7 @@ from aioengine.runtime.vectors import (
     sigmoid,
 )
 from aioengine.server.access_log import RequestRecord
-from aioengine.server.context import Context
+from aioengine.server.context import Context, last_tokens
 from aioengine.server.errors import ApiError
 from aioengine.server.framework import RESPONSES, Handled, record_of
 from aioengine.server.openai.api import GenerationFields, Usage
@@ -237,7 +237,7 @@ async def _prompts(
             items,
             owner=record.owner,
             add_special_tokens=data.add_special_tokens is not False,
-            limited=data.truncate_prompt_tokens is None,
+            keep=context.kept(data.truncate_prompt_tokens, 0),
         )
         return _bounded(context, data, tokens)
     if kinds == {list} and all(set(map(type, item)) <= {int} for item in items):
@@ -251,8 +251,9 @@ async def _prompts(
 
 
 def _bounded(context: Context, data: api.VectorFields, prompts: list[list[int]]) -> list[list[int]]:
-    if data.truncate_prompt_tokens is not None:
-        prompts = context.truncated(prompts, data.truncate_prompt_tokens, 0)
+    keep = context.kept(data.truncate_prompt_tokens, 0)
+    if keep is not None:
+        prompts = last_tokens(prompts, keep)
     longest = max(map(len, prompts))
     if longest > context.engine.plan.max_model_len:
         raise context.too_long(longest, field="input")
