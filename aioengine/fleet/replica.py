@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import logging
 import os
 import platform
@@ -69,8 +68,6 @@ class EngineReplica:
             trace_requests(self.engine, self._traces)
         for name, path in config.adapters.items():
             self.engine.register_adapter(name, path)
-        gc.collect()
-        gc.freeze()  # a full collection would visit all of it, on the loop
 
     async def start_engine(self) -> AsyncEngine:
         """Return an engine that runs."""
