@@ -229,8 +229,7 @@ class Context:
     def _encoder(
         self, add_special_tokens: bool, keep: int | None, *, field: str
     ) -> Callable[[Sequence[str]], list[list[int]]]:
-        tokenizer = self.tokenizer
-        limit = self.engine.plan.max_model_len
+        tokenizer, limit = self.tokenizer, self.engine.plan.max_model_len
 
         def encode(texts: Sequence[str]) -> list[list[int]]:
             if keep is not None and keep <= limit:
@@ -399,8 +398,3 @@ def _of_shares(record: RequestRecord, choices: int) -> str | None:
     separate owner, so that a single request does not wait for hundreds of choices.
     """
     return f"{record.owner}, several choices" if record.tenant is None and choices > 1 else record.owner
-
-
-def last_tokens(prompts: Sequence[list[int]], keep: int) -> list[list[int]]:
-    """Return the last ``keep`` tokens of each prompt."""
-    return [prompt[-keep:] if keep else [] for prompt in prompts]

@@ -11,7 +11,7 @@ from litestar.params import JSONBody
 from litestar.response import Response
 
 from aioengine.server.access_log import RequestRecord
-from aioengine.server.context import Context, last_tokens
+from aioengine.server.context import Context
 from aioengine.server.errors import ApiError, unsupported
 from aioengine.server.formats.source import AnswerParser
 from aioengine.server.formats.think import OPEN as THINK
@@ -20,7 +20,7 @@ from aioengine.server.generation import Generation
 from aioengine.server.openai.chat_api import ChatCompletion, ChatRequest, Message, Tool
 from aioengine.server.openai.chat_reply import ChatReply
 from aioengine.server.openai.constraints import wanted_form
-from aioengine.server.openai.sampling import sampling_params
+from aioengine.server.openai.sampling import last_tokens, sampling_params
 from aioengine.server.openai.tools import ToolPlan, plan_tools
 from aioengine.server.streaming import ReplyOptions
 from aioengine.server.transport.bounded_json import check_counts

@@ -14,7 +14,7 @@ from litestar.response import Response
 
 from aioengine.request import TokenLogprob
 from aioengine.runtime.output import RequestOutput
-from aioengine.server.context import Context, last_tokens
+from aioengine.server.context import Context
 from aioengine.server.errors import ApiError, unsupported
 from aioengine.server.framework import RESPONSES, Handled, record_of
 from aioengine.server.openai import completions_api
@@ -27,7 +27,7 @@ from aioengine.server.openai.logprobs import (
     echoed_logprobs,
     prompt_logprobs,
 )
-from aioengine.server.openai.sampling import sampling_params
+from aioengine.server.openai.sampling import last_tokens, sampling_params
 from aioengine.server.streaming import DONE, ReplyOptions, event
 
 DEFAULT_MAX_TOKENS = 16

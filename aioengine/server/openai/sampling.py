@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from aioengine.request import SamplingParams
@@ -54,3 +55,8 @@ def sampling_params(
         prompt_logprobs=prompt_logprobs,
         **values,
     )
+
+
+def last_tokens(prompts: Sequence[list[int]], keep: int) -> list[list[int]]:
+    """Return the last ``keep`` tokens of each prompt."""
+    return [prompt[-keep:] if keep else [] for prompt in prompts]

@@ -22,10 +22,11 @@ from aioengine.runtime.vectors import (
     sigmoid,
 )
 from aioengine.server.access_log import RequestRecord
-from aioengine.server.context import Context, last_tokens
+from aioengine.server.context import Context
 from aioengine.server.errors import ApiError
 from aioengine.server.framework import RESPONSES, Handled, record_of
 from aioengine.server.openai.api import GenerationFields, Usage
+from aioengine.server.openai.sampling import last_tokens
 from aioengine.server.vectors import api
 
 Form = Callable[[Sequence[RequestOutput], str, api.VectorUsage], api.VectorList | api.Ranked]
