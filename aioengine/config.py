@@ -207,7 +207,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """Bytes, or text such as "2GiB"; None: by the free memory."""
     kv_cache_dtype: KVCacheDType = "auto"
     """"int8" keeps keys and values as int8, with a scale for each token and head, in about half the memory;
-    only in the compiled CPU step. "auto" is the compute dtype."""
+    only in the compiled CPU step. "fp8" keeps them as float8 (e4m3) without scales, up to 448; only in the
+    Triton kernels on CUDA. "auto" is the compute dtype."""
     enable_prefix_caching: bool = True
     max_prefix_pins: float = 0.25
     """Share of the KV blocks (0 to 1) that pinned prefixes may have: contents of the prefix cache that stay
@@ -301,16 +302,16 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
                 f"overlap=True: speculation={self.speculation!r} needs the tokens of a step to form the next "
                 "one; set overlap='auto', or speculation='none'"
             )
-        if self.kv_cache_dtype == "fp8":
-            raise ConfigError(
-                "kv_cache_dtype='fp8': no kernels here have it, neither on a CPU nor on CUDA; set "
-                "kv_cache_dtype='int8' (CPU), or 'auto'"
-            )
         _choice(self, "kv_cache_dtype", get_args(KVCacheDType))
         if self.kv_cache_dtype == "int8" and self.device == "cuda":
             raise ConfigError(
-                "kv_cache_dtype='int8': only the CPU kernels have it; set device='cpu', or "
-                "kv_cache_dtype='auto'"
+                "kv_cache_dtype='int8': only the CPU kernels have it; on CUDA set kv_cache_dtype='fp8', "
+                "which takes as much, or 'auto'; or device='cpu'"
+            )
+        if self.kv_cache_dtype == "fp8" and self.device == "cpu":
+            raise ConfigError(
+                "kv_cache_dtype='fp8': only CUDA has it: CPUs would have to widen each number, while they "
+                "multiply int8 as it is; set kv_cache_dtype='int8', which takes as much, or 'auto'"
             )
         _choice(self, "speculation", get_args(SpeculationName))
         if self.speculation != "none" and self.device == "cuda":

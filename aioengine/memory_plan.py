@@ -15,7 +15,7 @@ from aioengine.checks import format_bytes
 from aioengine.config import EngineConfig, LoRAConfig
 from aioengine.errors import ConfigError
 from aioengine.info import LoadProgress
-from aioengine.model.coverage import check_int8_adapters, check_merge
+from aioengine.model.coverage import check_int8_adapters, check_kv_cache, check_merge
 from aioengine.model.cuda.working_memory import WorkingMemory, working_memory
 from aioengine.model.files.quantization import with_quantization
 from aioengine.model.files.resolve import read_spec, resolve_model
@@ -203,6 +203,7 @@ def plan_memory(
     full = config.lora is not None and config.lora.fully_sharded_loras
     shard = Shard(0, size, full)
     spec = with_quantization(spec, config.quantization, device)
+    check_kv_cache(config.kv_cache_dtype, spec, "triton" if device == "cuda" else device)
     local = Partition(spec, shard).local
     dtype = resolve_dtype(config.dtype, spec, device)
     lora = config.lora
@@ -219,7 +220,7 @@ def plan_memory(
     by_module, affine_bytes, token_bytes = _slot_bytes(slot, 1 if holds.int8 else DTYPE_BYTES[lora_dtype])
     adapter_bytes = sum(by_module.values()) + affine_bytes + token_bytes
     block_bytes = config.block_size * local.kv_bytes_per_token(
-        DTYPE_BYTES[dtype], int8=config.kv_cache_dtype == "int8"
+        1 if config.kv_cache_dtype == "fp8" else DTYPE_BYTES[dtype], int8=config.kv_cache_dtype == "int8"
     )
     shared = lora is not None and lora.shares_memory
     if shared:

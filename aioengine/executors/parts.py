@@ -106,6 +106,7 @@ def build_parts(
         max_model_len=plan.max_model_len,
         quantization=config.quantization,
         int8_cache=config.kv_cache_dtype == "int8",
+        fp8_cache=config.kv_cache_dtype == "fp8",
         progress=progress,
         group=group,
         max_num_seqs=config.max_num_seqs,

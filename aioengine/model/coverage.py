@@ -73,6 +73,24 @@ def check_merge(config: EngineConfig, spec: ModelSpec, device: str | None = None
         raise ConfigError(f"lora.merge=True: {reason}; set merge=False")
 
 
+def check_kv_cache(dtype: str, spec: ModelSpec, backend: str) -> None:
+    """Raise ConfigError if a backend ("cpu", "triton", ...) has no cache of this ``kv_cache_dtype`` for a
+    model."""
+    where = {"int8": "the compiled CPU step", "fp8": "the Triton kernels on CUDA"}
+    if dtype == "auto":
+        return
+    if spec.impl != "native":
+        raise ConfigError(
+            f"kv_cache_dtype={dtype!r}: it is for {where[dtype]}, and transformers runs this model; set "
+            "kv_cache_dtype='auto'"
+        )
+    if dtype == "fp8" and backend not in ("triton", "torch"):
+        raise ConfigError(
+            f"kv_cache_dtype='fp8': only {where[dtype]} have it, and plain torch, but not {backend!r}; set "
+            f"kv_cache_dtype={'int8' if backend == 'cpu' else 'auto'!r}"
+        )
+
+
 def check_int8_adapters(dtype: str) -> None:
     """Raise ConfigError where slots cannot be int8."""
     if dtype == "float16":

@@ -67,9 +67,10 @@ class ModelRunner:
     ``max_trained_tokens``);
     with ``shared_block_bytes`` they share the KV cache's memory, where every block takes this many bytes.
     ``sample`` and ``kernels`` (a backend's name) replace the defaults; ``quantization`` is how the linears'
-    weights are kept, and ``int8_cache`` keeps keys and values as int8; ``max_model_len`` is the longest
-    sequence (it matters to models that transformers runs); ``progress`` is told how far the weights are read;
-    ``max_num_seqs`` is how many sequences a step has at most, as far as memory is prepared for them.
+    weights are kept, and ``int8_cache`` and ``fp8_cache`` keep keys and values as int8 or float8;
+    ``max_model_len`` is the longest sequence (it matters to models that transformers runs); ``progress`` is
+    told how far the weights are read; ``max_num_seqs`` is how many sequences a step has at most, as far as
+    memory is prepared for them.
     With ``fixed_decode``, decode steps within these limits are recorded and played back if the kernels allow
     for it, by ``record`` (None: as CUDA graphs). With a ``group`` of several ranks, this is one rank's share
     of the model, and all ranks must be built and execute the same steps; only rank 0 samples. With ``merges``
@@ -99,6 +100,7 @@ class ModelRunner:
         max_model_len: int | None = None,
         quantization: Quantization = "none",
         int8_cache: bool = False,
+        fp8_cache: bool = False,
         progress: LoadProgress | None = None,
         group: Group | None = None,
         max_num_seqs: int = 8,
@@ -118,11 +120,7 @@ class ModelRunner:
             progress("Preparing the kernels (compiled once, at the first start)", 0, 1)
         backend = get_backend(self.device.type, kernels)
         self.decoder: Decoder | GenericModel
-        if int8_cache and isinstance(spec, GenericSpec):
-            raise ConfigError(
-                "kv_cache_dtype='int8': only the compiled CPU step has it, and transformers runs this model; "
-                "set kv_cache_dtype='auto'"
-            )
+        coverage.check_kv_cache("int8" if int8_cache else "fp8" if fp8_cache else "auto", spec, backend.name)
         if not isinstance(spec, GenericSpec):
             self.decoder = Decoder(spec, dtype, self.device, backend, self.group)
             load_weights(self.decoder, weights, progress)
@@ -133,7 +131,7 @@ class ModelRunner:
             self.shared = SharedMemory(num_blocks, shared_block_bytes, self.device)
         shared = None if self.shared is None else self.shared.tensor
         self.kv_cache = KVCache(
-            spec, num_blocks, block_size, dtype, self.device, int8=int8_cache, memory=shared
+            spec, num_blocks, block_size, dtype, self.device, int8=int8_cache, fp8=fp8_cache, memory=shared
         )
         self.lora_slots = (
             LoRASlots(

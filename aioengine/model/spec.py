@@ -400,8 +400,8 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
         return 2 * self.q_size / linears
 
     def kv_bytes_per_token(self, dtype_bytes: int, *, int8: bool = False) -> int:
-        """Return the cache's bytes for a token; in ``int8`` one for each element, and a scale for each
-        head."""
+        """Return the cache's bytes for a token, with so many for each element; in ``int8`` one for each, and
+        a scale for each head."""
         if int8:
             return sum(
                 shape.elements + INT8_SCALE_BYTES * (shape.key_heads + shape.value_heads)

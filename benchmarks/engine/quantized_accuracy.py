@@ -1,13 +1,13 @@
-"""How much bfloat16, int8, fp8 and int4 weights and an int8 KV cache change what the model says.
+"""How much bfloat16, int8, fp8 and int4 weights and int8 and fp8 KV caches change what the model says.
 
     python -m benchmarks.engine.quantized_accuracy
     python -m benchmarks.engine.quantized_accuracy --against bfloat16
 
 The model computes every prefix of passages of this repository's documentation, up to 64 tokens, in float32,
-in bfloat16, and in bfloat16 with quantized weights, with an int8 KV cache, and with both. Prints how often
-the most likely next token is the same, and the Kullback-Leibler divergence of the next token's distribution,
-in nats. For comparison with int4, all matrices are also rounded to GGUF's Q4_0, which takes as many bits, and
-used in bfloat16 (needs the package gguf).
+in bfloat16, and in bfloat16 with quantized weights, with an int8 or fp8 KV cache, and with both. Prints how
+often the most likely next token is the same, and the Kullback-Leibler divergence of the next token's
+distribution, in nats. For comparison with int4, all matrices are also rounded to GGUF's Q4_0, which takes as
+many bits, and used in bfloat16 (needs the package gguf).
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ VARIANTS = (
     ("float32", "none", "auto"),
     ("bfloat16", "none", "auto"),
     ("bfloat16", "none", "int8"),
+    ("bfloat16", "none", "fp8"),
     ("bfloat16", "int8", "auto"),
     ("bfloat16", "int8", "int8"),
     ("bfloat16", "fp8", "auto"),
@@ -124,6 +125,8 @@ def logits_of(
         sample=logits,
         quantization=quantization,  # type: ignore[arg-type]
         int8_cache=cache == "int8",
+        fp8_cache=cache == "fp8",
+        kernels="torch" if cache == "fp8" else None,  # those of a CPU have none, and a GPU's are compared
     )
     if adapter is not None:
         store = AdapterStore(

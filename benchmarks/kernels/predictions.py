@@ -173,7 +173,7 @@ def kernels() -> dict[str, aot.Variant]:
         found[f"shrink, {phase}"] = list(aot.of_shrink("bf16", shrink))[-1]
         expand = default_expand(Key.of("expand", 16, 16, 6144, longest))
         found[f"expand, {phase}"] = aot.of_expand("bf16", expand)
-    plain = [v for v in aot.of_attention("bf16", 16, 128, 4) if "CAPPED" in dict(v.constants)]
+    plain = [v for v in aot.of_attention("bf16", 16, 128, 4) if not v.fp8 and "CAPPED" in dict(v.constants)]
     for name, variant in zip(("decode", "decode, split keys", "prompt"), plain, strict=True):
         found[f"attention, {name}"] = variant
     found["norm"] = aot.of_norm("bf16", LLAMA_8B.hidden_size)

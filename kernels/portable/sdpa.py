@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from aioengine.kernels.backend import LayerCache, Scores
 from aioengine.kernels.plan.attention import AttentionPlan, Span, locate
-from aioengine.kernels.portable.cells import take
+from aioengine.kernels.portable.cells import as_stored, take
 from aioengine.kernels.transfer import send
 
 
@@ -125,8 +125,8 @@ def paged_attention(qkv: Tensor, cache: LayerCache, plan: AttentionPlan, scores:
 
     for rows, cells, mask in made.decode:
         batch = len(rows)
-        k_b = take(keys, cells).view(batch, -1, kv_heads, d).transpose(1, 2)
-        v_b = take(values, cells).view(batch, -1, kv_heads, d).transpose(1, 2)
+        k_b = take(keys, cells, q.dtype).view(batch, -1, kv_heads, d).transpose(1, 2)
+        v_b = take(values, cells, q.dtype).view(batch, -1, kv_heads, d).transpose(1, 2)
         everything = batch == tokens
         q_b = q if everything else q.index_select(0, rows)
         out_b = _attend(q_b, k_b, v_b, mask, scale, soft_cap, own)
@@ -137,9 +137,9 @@ def paged_attention(qkv: Tensor, cache: LayerCache, plan: AttentionPlan, scores:
     for row, length, chunk_cells, chunk_mask in made.chunks:
         stop = row + length
         if chunk_cells is None:
-            k_s, v_s = k[row:stop], v[row:stop]
+            k_s, v_s = (as_stored(each[row:stop], keys) for each in (k, v))
         else:
-            k_s, v_s = take(keys, chunk_cells), take(values, chunk_cells)
+            k_s, v_s = (take(each, chunk_cells, q.dtype) for each in (keys, values))
         q_s = q[row:stop].permute(1, 2, 0, 3)  # [kv_heads, group, length, d]
         k_s, v_s = (t.transpose(0, 1)[:, None].expand(-1, q_s.shape[1], -1, -1) for t in (k_s, v_s))
         out_s = _attend(

@@ -86,13 +86,13 @@ class Variant(NamedTuple):
     num_stages: int
     int8: bool = False
     """Whether the adapters are int8."""
+    fp8: bool = False
+    """Whether the cache is float8."""
 
     def __str__(self) -> str:
         blocks = " ".join(f"{name}={value}" for name, value in self.constants)
-        adapters = " int8" if self.int8 else ""
-        return (
-            f"{self.kernel} {self.dtype}{adapters} {blocks} warps={self.num_warps} stages={self.num_stages}"
-        )
+        narrow = " int8" * self.int8 + " fp8" * self.fp8
+        return f"{self.kernel} {self.dtype}{narrow} {blocks} warps={self.num_warps} stages={self.num_stages}"
 
 
 class Usage(NamedTuple):
@@ -156,7 +156,8 @@ def of_attention(dtype: str, bits: int, head_dim: int, group: int) -> Iterator[V
             "CAPPED": 0,
             "SINKS": 0,
         }
-        yield Variant("attention", dtype, tuple(constants.items()), num_warps, num_stages)
+        for fp8 in (False, True):
+            yield Variant("attention", dtype, tuple(constants.items()), num_warps, num_stages, fp8=fp8)
         for option, head_dims in (("CAPPED", CAPPED_HEAD_DIMS), ("SINKS", SINK_HEAD_DIMS)):
             if head_dim in head_dims:
                 constants |= {"CAPPED": 0, "SINKS": 0, option: 1}
@@ -173,7 +174,8 @@ def of_rope(dtype: str, head_dim: int) -> Iterator[Variant]:
     for norm in (0, 1):
         blocks = {"NORM": norm, "ROUNDED": 1, "NEIGHBOURS": 0, "PARTIAL": 0, "BLOCK_SIZE": 16}
         blocks |= {"BLOCK_H": rope_heads(head_dim), "BLOCK_D": power_of_two(head_dim // 2)}
-        yield Variant("rope_store", dtype, tuple(blocks.items()), 4, 3)
+        for fp8 in (False, True):
+            yield Variant("rope_store", dtype, tuple(blocks.items()), 4, 3, fp8=fp8)
 
 
 def of_elementwise(dtype: str) -> tuple[Variant, ...]:
@@ -225,6 +227,8 @@ def compile_variant(variant: Variant, capability: int) -> Usage:
     signature = {name: _type(name, variant.dtype, constants) for name in kernel.arg_names}
     if variant.int8:
         signature["memory_ptr"] = "*i8"
+    if variant.fp8:
+        signature |= dict.fromkeys(("keys_ptr", "values_ptr"), "*u8")
     aligned = {
         (i,): [["tt.divisibility", 16]]
         for i, name in enumerate(kernel.arg_names)

@@ -67,9 +67,11 @@ def test_variant(variant: aot.Variant, capability: int) -> None:
         tensor_cores = "mma.sync" in usage.ptx or "wgmma.mma_async" in usage.ptx
         assert tensor_cores == (variant.dtype != "fp32")
     if variant.kernel == "attention":
-        assert re.search(r"cp\.async\.cg\.shared\.global \[.*?\], \[.*?\], 0x10", usage.ptx), (
+        size = "0x(8|10)" if variant.fp8 else "0x10"
+        assert re.search(rf"cp\.async\.c[ag]\.shared\.global \[.*?\], \[.*?\], {size}", usage.ptx), (
             "keys and values, too"
         )
+        assert not re.search(r"ld\.global\S*[bu]8 ", usage.ptx)
         tensor_cores = "mma.sync" in usage.ptx or "wgmma.mma_async" in usage.ptx
         assert tensor_cores == (variant.dtype != "fp32")
     blocks = dict(variant.constants)

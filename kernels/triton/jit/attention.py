@@ -5,6 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from aioengine.kernels.triton.jit.float8 import from_float8
 from aioengine.kernels.triton.jit.product import add_dot
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -21,10 +22,21 @@ def join(highest, total, acc, part_highest, part_total, part_acc):
     return higher, total * decay + part_total * part_decay, acc
 
 
+@triton.jit
+def _read(at, there, dtype: tl.constexpr):
+    """Keys or values of a cache, in the dtype of queries; zeros where nothing is."""
+    if at.dtype.element_ty == tl.uint8:
+        codes = tl.load(at, mask=there, other=0)
+        found = tl.where((codes & 0x7F) == 0x7F, float("nan"), from_float8(codes)).to(dtype)
+    else:
+        found = tl.load(at, mask=there, other=0.0)
+    return found
+
+
 @triton.jit(do_not_specialize=["most_parts", "table_stride"])
 def attention_kernel(
     qkv_ptr,  # [T, heads + 2 * kv_heads, D], rows q_stride apart
-    keys_ptr,  # [blocks, BLOCK_SIZE, kv_heads, D], blocks block_stride elements apart
+    keys_ptr,  # [blocks, BLOCK_SIZE, kv_heads, D], blocks block_stride elements apart; bytes are float8
     values_ptr,
     block_stride,
     tables_ptr,  # [sequences, table_stride] blocks
@@ -102,6 +114,7 @@ def attention_kernel(
     part_highest = highest
     part_total = total
     part_acc = acc
+    WIDENED: tl.constexpr = keys_ptr.dtype.element_ty == tl.uint8
     for at in range(begin, end, BLOCK_N):
         key = at + n
         # What lies beyond the sequence's end may be anything, NaN too: it is not read.
@@ -109,8 +122,9 @@ def attention_kernel(
         block = tl.load(table_at + key // BLOCK_SIZE, mask=key < stop, other=0).to(tl.int64)
         cell_at = block * block_stride + (key % BLOCK_SIZE * kv_heads + kv_head) * D
         kv_at = cell_at[:, None] + d[None, :]
-        k = tl.load(keys_ptr + kv_at, mask=there, other=0.0)
-        v = tl.load(values_ptr + kv_at, mask=there, other=0.0)
+        k = _read(keys_ptr + kv_at, there, q.dtype)
+        if not WIDENED:
+            v = _read(values_ptr + kv_at, there, q.dtype)
         scores = add_dot(tl.zeros((BLOCK_M, BLOCK_N), tl.float32), q, tl.trans(k)) * scale
         if CAPPED:
             e = tl.exp(-2.0 * tl.abs(scores / soft_cap))  # of tanh; it cannot overflow
@@ -123,6 +137,8 @@ def attention_kernel(
         decay = tl.exp2(part_highest - zero)
         weights = tl.exp2(scores - zero[:, None])
         part_total = part_total * decay + tl.sum(weights, axis=1)
+        if WIDENED:  # as late as possible: wide values take registers
+            v = _read(values_ptr + kv_at, there, q.dtype)
         part_acc = add_dot(part_acc * decay[:, None], weights.to(v.dtype), v)
         part_highest = higher
         if ((at + BLOCK_N) % PART == 0) | (at + BLOCK_N >= end):  # a part ends

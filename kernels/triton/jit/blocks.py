@@ -5,6 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from aioengine.kernels.triton.jit.float8 import from_float8
 from aioengine.kernels.triton.jit.product import add_dot
 
 INT4 = tl.constexpr(0)
@@ -14,15 +15,9 @@ FP8 = tl.constexpr(2)
 
 @triton.jit
 def _values(codes, FORMAT: tl.constexpr):
-    """The numbers that bytes stand for, as float32: int8, or float8 (e4m3fn).
-
-    The exponent of a float8 is moved to where a float32 has its own, which makes it 2^120 times too small, of
-    subnormal numbers, too. So no GPU needs to know the type.
-    """
+    """The numbers that bytes stand for, as float32: int8, or float8 (e4m3fn)."""
     if FORMAT == FP8:
-        wide = codes.to(tl.int32)
-        bits = ((wide & 0x80) << 24) | ((wide & 0x7F) << 20)
-        return bits.to(tl.float32, bitcast=True) * 1.329227995784916e36
+        return from_float8(codes)
     wide = codes.to(tl.int32)
     return tl.where(wide > 127, wide - 256, wide).to(tl.float32)
 

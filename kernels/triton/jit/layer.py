@@ -5,6 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from aioengine.kernels.triton.jit.float8 import to_float8
+
 
 @triton.jit
 def add_rms_norm_kernel(
@@ -82,7 +84,7 @@ def rope_store_kernel(
     cos_ptr,  # [T, rotated] float32
     sin_ptr,
     cells_ptr,  # [T], below 0: nothing is stored
-    keys_ptr,  # [blocks, BLOCK_SIZE, kv_heads, 2 * half], blocks block_stride elements apart
+    keys_ptr,  # [blocks, BLOCK_SIZE, kv_heads, 2 * half], blocks block_stride elements apart; bytes: float8
     values_ptr,
     block_stride,
     heads,
@@ -150,5 +152,9 @@ def rope_store_kernel(
         block_at = cell // BLOCK_SIZE * block_stride
         cell_at = block_at + (cell % BLOCK_SIZE * kv_heads + kv_head) * (2 * half)
         to = tl.where(is_v, values_ptr, keys_ptr) + cell_at
-        tl.store(to + first, x1, mask=stored)
-        tl.store(to + second, x2, mask=stored)
+        if keys_ptr.dtype.element_ty == tl.uint8:
+            tl.store(to + first, to_float8(x1.to(tl.float32)), mask=stored)
+            tl.store(to + second, to_float8(x2.to(tl.float32)), mask=stored)
+        else:
+            tl.store(to + first, x1, mask=stored)
+            tl.store(to + second, x2, mask=stored)
