@@ -72,6 +72,7 @@ class _ReplayedStarted(_Replayed):
     def __init__(self, output: Sequence[int], inner: StartedConstraint, vocab: int) -> None:
         super().__init__(output, inner, vocab)
         self._started = inner
+        self._after: Sequence[int] = ()
 
     @property
     def slow(self) -> bool:
@@ -82,9 +83,16 @@ class _ReplayedStarted(_Replayed):
             self._started.begin(output)
 
     def poll(self, output: Sequence[int], seconds: float) -> bytes | None:
-        return self._forced(len(output)) or self._started.poll(output, seconds)
+        mask = self._forced(len(output))
+        if mask is not None:
+            self._after = ()
+            return mask
+        mask = self._started.poll(output, seconds)
+        self._after = getattr(self._started, "forced", ())
+        return mask
 
     @property
     def forced(self) -> Sequence[int]:
-        """Those of the inner constraint, which is not asked before all of ``output`` has been decoded."""
-        return getattr(self._started, "forced", ())
+        """Those of the inner constraint if the last ``poll`` asked it. (Proposed tokens may reach beyond
+        ``output`` in a step that begins within it, and the next one is within it again.)"""
+        return self._after

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from support.engine_fixtures import MakeEngine, Tiny, greedy, prompt_of
 
 from aioengine import AsyncEngine, RequestOutput, SamplingParams
 from aioengine.errors import RequestInvalid
 from aioengine.guided import Guide
 from aioengine.request import TokenConstraint
+from aioengine.runtime.continuation import replayed
 
 CASES: dict[str, dict[str, Any]] = {
     "greedy": {},
@@ -104,6 +107,35 @@ async def test_constraints_go_on(make: Make, replay: bool, tiny_text: Tiny, make
             rest = await second.complete("Say", params[1], output=whole.token_ids[:cut], replay=replay)
             assert (rest.token_ids, rest.text) == (whole.token_ids, whole.text)
             assert rest.finish_reason == whole.finish_reason
+
+
+class Counting(Letters):
+    """Knows the next tokens; is late for some."""
+
+    slow = False
+    forced: Sequence[int] = ()
+
+    def begin(self, output: Sequence[int]) -> None:
+        pass
+
+    def poll(self, output: Sequence[int], seconds: float) -> bytes | None:
+        if len(output) % 3 == 0:
+            return None
+        self.forced = [len(output) + 1, len(output) + 2]
+        return self.allowed(output)
+
+
+@given(replay=st.integers(1, 6), lengths=st.lists(st.integers(0, 12), min_size=1))
+def test_nothing_is_forced_within_a_replay(replay: int, lengths: list[int]) -> None:
+    """In whatever order a constraint is asked: a step may ask it beyond the replay (for proposed tokens), and
+    the next one within it again."""
+    constraint: Any = replayed([1] * replay, Counting(), vocab=256)
+    for length in lengths:
+        mask = constraint.poll([1] * length, 0.0)
+        if length < replay:
+            assert (mask[0], list(constraint.forced)) == (2, [])
+        elif mask is not None:
+            assert list(constraint.forced) == [length + 1, length + 2]
 
 
 @pytest.mark.parametrize("replay", [False, True], ids=["at once", "replayed"])
