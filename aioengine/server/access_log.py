@@ -29,6 +29,9 @@ class RequestRecord(msgspec.Struct, kw_only=True, eq=False):
     owner: str | None = None
     """The owner whose shares it counts on: the tenant or, without keys, the client's address."""
     adapter: str | None = None
+    wanted: tuple[str | None, ...] = ()
+    """What its key must be allowed to use: the adapter, or each one of a mix, without versions; None is the
+    base model."""
     stream: bool = False
     trace_id: str | None = None
     """Trace id of its span, where requests are traced."""
@@ -81,7 +84,10 @@ class RequestRecord(msgspec.Struct, kw_only=True, eq=False):
 
 
 _NOT_LOGGED = frozenset(
-    {"started", "owner", "identity", "admission", "ended", "queue", "counted", "body_size", "route", "so_far"}
+    (
+        *("started", "owner", "identity", "admission", "ended", "queue", "counted", "body_size", "route"),
+        *("so_far", "wanted"),
+    )
 )
 _LOGGED = tuple(name for name in RequestRecord.__struct_fields__ if name not in _NOT_LOGGED)
 

@@ -99,8 +99,7 @@ class Context:
 
     @property
     def max_body_bytes(self) -> int:
-        """Bound on bodies. The default suits the longest prompt: 64 bytes of JSON for each token, and 1 MiB
-        for the rest, such as schemas and tools."""
+        """Bound on bodies; by default 64 bytes a token of the longest prompt, and 1 MiB for the rest."""
         return self.settings.max_body_bytes or 2**20 + 64 * self.engine.plan.max_model_len
 
     def adapter_of(self, model: str, identity: Identity) -> str | None:
@@ -357,6 +356,7 @@ class Context:
         """Return the adapter or the mix that a request asks for, and note its name. Raises ApiError if its
         key may not use it, or if ``model`` is not the base model of a mix."""
         record.adapter = adapter = self.adapter_of(fields.model, record.identity)
+        record.wanted = (None if adapter is None else _VERSION.sub("", adapter),)
         mix = fields.adapters
         if mix is None:
             return adapter
@@ -375,11 +375,11 @@ class Context:
                     400, f"adapters: {name!r} is the base model; name adapters only", param="adapters"
                 )
         record.adapter = "+".join(sorted(mix))[:255]
+        record.wanted = (None, *(_VERSION.sub("", name) for name in mix))
         return mix
 
     def _cache_salt(self, tenant: str | None, asked: str | None) -> str | None:
-        """Combine the tenant and the requested salt as JSON, so that no client can construct another tenant's
-        salt."""
+        """Combine the tenant and the requested salt, as JSON: no client can make another tenant's salt."""
         owner = None if self.settings.share_prefix_cache else tenant
         return None if owner is None and asked is None else msgspec.json.encode((owner, asked)).decode()
 

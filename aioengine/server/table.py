@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,6 @@ import msgspec
 
 from aioengine.checks import nearest
 from aioengine.errors import ConfigError
-from aioengine.grammars.schemas import SchemaOptions
 from aioengine.server.access.keys import read_keys_file
 from aioengine.server.settings import ServerSettings, parse_keys
 
@@ -29,9 +28,11 @@ _SAME = (
     *("read_timeout", "send_timeout", "stuck_step_seconds"),
 )
 """Fields that ServerSettings has under the same name."""
+_SCHEMAS = {"open_objects": "open_objects", "any_whitespace": "any_whitespace", "lenient_schemas": "lenient"}
+"""Fields of SchemaOptions, by their names here."""
 _OTHERS = (
     *("served_model_name", "allowed_host", "keys", "api_key", "api_key_file", "admin_key", "admin_key_file"),
-    *("open_objects", "any_whitespace", "lenient_schemas", "request_timeout"),
+    *(*_SCHEMAS, "request_timeout"),
 )
 SERVER_FIELDS = frozenset((*_LISTENING, *_SAME, *_OTHERS))
 """Fields of the table: the flags of ``aioengine serve``, with underscores."""
@@ -53,11 +54,6 @@ def settings_from(values: Mapping[str, Any]) -> ServerSettings:
     keys_file = values.get("keys")
     if keys_file is not None:  # check now, and not after the model has been loaded
         read_keys_file(Path(keys_file))
-    schemas = SchemaOptions(
-        open_objects=values.get("open_objects", False),
-        any_whitespace=values.get("any_whitespace", False),
-        lenient=values.get("lenient_schemas", True),
-    )
     given = {name: values[name] for name in _SAME if name in values}
     given |= {
         "api_keys": _keys("api-key", values.get("api_key"), KEY_VARIABLE, values.get("api_key_file")),
@@ -65,26 +61,33 @@ def settings_from(values: Mapping[str, Any]) -> ServerSettings:
             "admin-key", values.get("admin_key"), ADMIN_KEY_VARIABLE, values.get("admin_key_file")
         ),
         "keys_file": None if keys_file is None else str(keys_file),
-        "schemas": schemas,
+        "schemas": {ours: values[name] for name, ours in _SCHEMAS.items() if name in values},
     }
-    if values.get("served_model_name"):
-        given["served_model_names"] = values["served_model_name"]
-    if hosts := [host for host in values.get("allowed_host") or () if host != "*"]:
+    if names := _texts("served_model_name", values.get("served_model_name")):
+        given["served_model_names"] = names
+    hosts = _texts("allowed_host", values.get("allowed_host"))
+    if hosts and "*" not in hosts:
         given["allowed_hosts"] = hosts
     if "request_timeout" in values:
         given["request_timeout"] = values["request_timeout"] or None
     try:
-        return msgspec.convert(given, ServerSettings)
+        return msgspec.convert(given, ServerSettings, strict=False)
     except msgspec.ValidationError as error:
         cause = error.__cause__
         raise ConfigError(str(cause) if isinstance(cause, ConfigError) else f"[server]: {error}") from error
 
 
-def _keys(
-    flag: str, given: Sequence[str] | None, variable: str, file: str | Path | None
-) -> Mapping[str, str]:
+def _texts(field: str, given: object) -> list[str]:
+    """Return a list of texts, for which a file may give one text. Raises ConfigError."""
+    found = [] if given is None else [given] if isinstance(given, str) else given
+    if not isinstance(found, (list, tuple)) or not all(isinstance(text, str) for text in found):
+        raise ConfigError(f"[server] {field}={given!r}: must be a text, or a list of texts")
+    return list(found)
+
+
+def _keys(flag: str, given: object, variable: str, file: str | Path | None) -> Mapping[str, str]:
     """Return key -> tenant, from a flag, a variable and a file together. Raises ConfigError."""
-    keys = parse_keys(given or [], source=f"--{flag}")
+    keys = parse_keys(_texts(flag.replace("-", "_"), given), source=f"--{flag}")
     keys |= parse_keys(os.environ.get(variable, "").split(), source=variable)
     if file is not None:
         source = f"--{flag}-file {file}"

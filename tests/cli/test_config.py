@@ -20,6 +20,7 @@ from support.tiny_models import build_adapter
 from aioengine.cli.config.commands import file_schema
 from aioengine.cli.main import main
 from aioengine.cli.serve import ServerFlags
+from aioengine.errors import ConfigError
 from aioengine.server.settings import ServerSettings
 from aioengine.server.table import SERVER_FIELDS, settings_from
 
@@ -108,6 +109,28 @@ def test_the_servers_table_has_the_flags_of_serve() -> None:
     flags = {field.name: field.default for field in dataclasses.fields(ServerFlags)}
     assert flags.keys() == SERVER_FIELDS
     assert settings_from(flags) == settings_from({}) == ServerSettings()
+
+
+def test_one_text_is_a_list_of_one() -> None:
+    found = settings_from(
+        {
+            "api_key": "alice:sk-1a",
+            "allowed_host": "example.com",
+            "served_model_name": "m",
+            "open_objects": "false",
+        }
+    )
+    assert found.api_keys == {"sk-1a": "alice"} and list(found.allowed_hosts) == ["example.com"]
+    assert list(found.served_model_names) == ["m"] and not found.schemas.open_objects
+    assert settings_from({"allowed_host": ["*", "x"]}).allowed_hosts == ()
+    for table in (
+        {"api_key": 3},
+        {"allowed_host": {"a": 1}},
+        {"max_choices": "many"},
+        {"any_whitespace": "x"},
+    ):
+        with pytest.raises(ConfigError):
+            settings_from(table)
 
 
 def test_a_good_file_is_good(file: Path, capsys: pytest.CaptureFixture[str]) -> None:

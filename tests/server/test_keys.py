@@ -549,6 +549,38 @@ async def test_a_key_that_is_revoked_ends_its_requests(
     await asyncio.gather(*asks, return_exceptions=True)
 
 
+@pytest.mark.parametrize(
+    "asked", [{"model": "a@1"}, {"adapters": {"a": 0.7, "b": 0.3}}, {"adapters": {"a": 0.5}}]
+)
+async def test_access_to_versions_and_mixes_is_that_to_their_adapters(
+    asked: dict[str, Any], serve: Serve, tiny_text: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(keys_watch, "POLL_SECONDS", 0.005)
+    file = tmp_path / "keys.toml"
+    mine, other = {"KEY": "mine", "tenant": "t", "adapters": ["a", "b"]}, {"KEY": "other", "tenant": "o"}
+    file.write_text(keys_text(mine))
+    long = {**OK, "max_tokens": 400, "ignore_eos": True, "stream": True, **asked}
+    async with serve(settings={"keys_file": str(file)}, max_num_seqs=1, max_model_len=500) as served:
+        served.engine.register_adapter("b", tiny_text.adapters["a"])
+        async with served.http.stream("POST", "/v1/completions", json=long, headers=bearer("mine")) as answer:
+            lines = answer.aiter_lines()
+            assert answer.status_code == 200, await answer.aread()
+            await anext(lines)
+            file.write_text(keys_text(mine, other))  # the key has what it had
+
+            async def known(key: str) -> bool:
+                found = await served.http.get("/v1/models", headers=bearer(key))
+                return found.status_code == 200
+
+            while not await known("other"):
+                await asyncio.sleep(0)
+            async with asyncio.timeout(60):
+                await anext(lines)
+                file.write_text(keys_text({**mine, "adapters": ["b"]}, other))
+                end = [line async for line in lines if line][-2:]
+        assert "lost access to the model" in str(end), end
+
+
 def test_keys_beside_the_file_and_missing_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="/nowhere"):
         ServerFlags(keys=Path("/nowhere")).settings()

@@ -92,7 +92,9 @@ class FleetClient:
         self.metrics = FleetMetrics(self.members, self._dispatcher, lambda: self.state)
         self._adapters = FleetAdapters(config, self.members)
         self._uploads = Uploads(config.registry)
-        self._limits = SharedLimits(door, msgspec.json.encode(config), self._adapters.refresh_soon)
+        # Keys, of which [server] may have some, are not stored with the registry.
+        shared = msgspec.json.encode(msgspec.structs.replace(config, server={}))
+        self._limits = SharedLimits(door, shared, self._adapters.refresh_soon)
         self._tracer_provider = tracer_provider
         self._keys = count()
         self._seeds = random.Random(config.engine.seed)

@@ -143,7 +143,7 @@ class Gate:
                 why = "the API key was revoked, or has expired, while the request was being answered"
             elif needed and not any(map(found.may, needed)):
                 why = "the API key lost the scope for this while the request was being answered"
-            elif record.completion_id is not None and not found.models.allow(record.adapter):
+            elif record.completion_id is not None and not all(map(found.models.allow, record.wanted)):
                 why = "the API key lost access to the model while the request was being answered"
             else:
                 continue
