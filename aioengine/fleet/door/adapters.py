@@ -85,6 +85,13 @@ class FleetAdapters:
         held = (info for member in self._members.members.values() for info in member.residency.adapters)
         return listed(self._known.by_name.values(), held)
 
+    def sources(self) -> set[str]:
+        """Return the folders and URLs that replicas load adapters from, also those of replaced versions in
+        memory. A replica only knows its local copy of a URL, so the entries count, whatever it holds."""
+        members = self._members.members.values()
+        held = {info.path for member in members for info in member.residency.adapters}
+        return held | {entry.path for entry in self._known.by_name.values()}
+
     async def is_current(self, adapter: str) -> bool:
         """Whether "name@version" is the version that new requests get. An earlier one lives on the replicas
         where requests still run on it. Raises AdapterNotFound if it does not live."""

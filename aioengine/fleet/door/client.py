@@ -329,7 +329,7 @@ class FleetClient:
         self._check_lora()
         folder = await self._uploads.store(name, config, weights)
         info = await self._adapters.load(name, folder, pin=pin, force_pin=False, replace=replace)
-        await self._uploads.remove_unused({adapter.path for adapter in self._adapters.all()})
+        await self._uploads.remove_unused(self._adapters.sources())
         return info
 
     async def unload_adapter(self, name: str, *, force: bool = False) -> None:
