@@ -28,7 +28,7 @@ _Part = tuple[int, Request, SequenceWork]
 """A request in the batch: its slot, the request, and the range of tokens to compute."""
 DECODED_AT_ONCE = 32
 """Tokens of an output that one step computes like a decoded token: a chosen one and those that its grammar
-forced after it. More of them wait for their turn among prompts."""
+forced after it. More of them, or more than the step has time for, wait for their turn among prompts."""
 FIXED_TOKENS = 16.0
 """First guess of a step's fixed cost, in tokens."""
 _sequence_work: Callable[[tuple[Any, ...]], SequenceWork] = partial(tuple.__new__, SequenceWork)
@@ -104,11 +104,16 @@ class Batcher:
         decodes, growing, prefills = list[Request](), list[Request](), deque[Request]()
         size = self.blocks.block_size
         room = self.max_num_batched_tokens
-        forced, most_forced = 0, room - len(self.running)
+        forced, may_force, least = 0, None, Floor()
         for request in self.running.values():
             more = len(request.tokens) - request.computed - 1
             if more > 0:
-                if forced + more > most_forced or not _is_decoding(request, more):
+                if not _is_decoding(request, more):
+                    prefills.append(request)
+                    continue
+                if may_force is None:
+                    may_force = self._allowance_of_forced(room - len(self.running), slot_ranks)
+                if not may_force.take_all(request, more, least):
                     prefills.append(request)
                     continue
                 forced += more
@@ -194,6 +199,17 @@ class Batcher:
             return False
         request.blocks = [*request.blocks, *self.blocks.allocate(1)]
         return True
+
+    def _allowance_of_forced(self, room: int, slot_ranks: Sequence[int]) -> Allowance:
+        """Return how many forced tokens may be computed beside one token of each request that decodes."""
+        if self.pacer is None:
+            return Allowance(room)
+        decodes = (
+            _part(request, 1)[2]
+            for request in self.running.values()
+            if request.remaining == 1 or _is_decoding(request, request.remaining - 1)
+        )
+        return self.pacer.allowance_of_decodes(StepWork.of(decodes, slot_ranks), room)
 
     def _drafts(
         self, decodes: Sequence[Request], room: int, slot_ranks: Sequence[int]

@@ -136,7 +136,15 @@ class Pacer:
         tokens."""
         taken = self.seconds(decodes)
         least = taken * (LEAST_SHARE if decodes.tokens else LEAST_SHARE_ALONE)
-        seconds = max(self.max_step_seconds - taken, least)
+        return self._allowance(decodes, tokens, max(self.max_step_seconds - taken, least))
+
+    def allowance_of_decodes(self, decodes: StepWork, tokens: int) -> Allowance:
+        """Return the allowance for this many more tokens that count as decodes. They leave prompts the least
+        share of the target."""
+        seconds = self.max_step_seconds / (1 + LEAST_SHARE) - self.seconds(decodes)
+        return self._allowance(decodes, tokens, max(seconds, 0.0))
+
+    def _allowance(self, decodes: StepWork, tokens: int, seconds: float) -> Allowance:
         grown = max(2 * self._largest - decodes.tokens, 2 * GRAIN)
         return Allowance(min(tokens, grown), seconds, tuple(self._coefficients))
 
@@ -197,6 +205,17 @@ class Allowance:
         self._tokens -= count
         floor.take(count)
         return count
+
+    def take_all(self, request: Request, tokens: int, floor: Floor) -> bool:
+        """Take all of these tokens of a request, if that is allowed; else none of them."""
+        each, half = self._costs(request, request.computed)
+        seconds = tokens * (each + half * tokens)
+        if tokens > self._tokens or (seconds > self._seconds and floor.of(tokens) < tokens):
+            return False
+        self._tokens -= tokens
+        self._seconds -= seconds
+        floor.take(tokens)
+        return True
 
     def hold(self, request: Request) -> None:
         """Reserve half of the allowance for this request, or less if it needs less."""

@@ -86,6 +86,8 @@ class PacedSim(CoreSim):
         )
         self.machine = machine
         self.slowness = 1.0
+        self.forced = 0
+        """Tokens that are forced after each one of a constrained request."""
         self.batches: list[StepBatch] = []
         self.seconds: list[float] = []
 
@@ -103,9 +105,46 @@ class PacedSim(CoreSim):
             self.finish_step(seconds)
         return batch
 
-    def prompt(self, tokens: int, max_tokens: int = 1, adapter: str | None = None) -> object:
+    def prompt(
+        self, tokens: int, max_tokens: int = 1, adapter: str | None = None, *, constrained: bool = False
+    ) -> object:
         self.count += 1
-        return self.add(adapter, prompt=[self.count + 2] * tokens, max_tokens=max_tokens)
+        prompt = [self.count + 2] * tokens
+        return self.add(adapter, prompt=prompt, max_tokens=max_tokens, constrained=constrained)
+
+    def forced_after(self, history: list[int]) -> int:
+        return self.forced
+
+
+@SETTINGS
+@given(
+    machine=MACHINES,
+    forced=st.integers(1, 40),
+    constrained=st.integers(1, 60),
+    others=st.integers(0, 4),
+    adapter=st.sampled_from([None, "a"]),
+)
+def test_forced_tokens_are_paced(
+    machine: Machine, forced: int, constrained: int, others: int, adapter: str | None
+) -> None:
+    """However many requests have some at once. None of them stands still, nor do prompts beside them."""
+    sim = PacedSim(machine, max_num_seqs=64)
+    sim.forced = forced
+    sim.register("a")
+    for _ in range(others):
+        sim.prompt(20, 1000)
+    sim.prompt(600)
+    for _ in range(12):
+        sim.one_step()
+    for _ in range(constrained):
+        sim.prompt(2, 300, adapter, constrained=True)
+    before, long = len(sim.batches), sim.prompt(1500)
+    while len(sim.core.requests) > others:
+        sim.one_step()
+        sim.core.check()
+    assert long.first_token is not None  # type: ignore[attr-defined]
+    over = [s / machine.bound(b) for b, s in zip(sim.batches, sim.seconds, strict=True)][before + 5 :]
+    assert sum(ratio > 1.1 for ratio in over) <= 0.05 * len(over)
 
 
 @SETTINGS

@@ -184,9 +184,13 @@ class CoreSim:
     def _force(self, history: list[int], found: list[Any]) -> None:
         """Let some tokens follow the last of ``found``, without a step."""
         forced: list[int] = []
-        for _ in range(sum(history) * 7 % 11):
+        for _ in range(self.forced_after(history)):
             forced.append(self.next_token(history + forced))
         found[-1] = found[-1]._replace(forced=forced)
+
+    def forced_after(self, history: list[int]) -> int:
+        """Return how many tokens are forced after these."""
+        return sum(history) * 7 % 11
 
     def finish_load(self, index: int = 0, *, fail: bool = False) -> None:
         entry = self.loads.pop(index)
