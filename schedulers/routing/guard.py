@@ -73,7 +73,7 @@ class RouterGuard:
             route = interface.Route(reject=NO_REPLICA, reason="no replica")
         if self._timer is not None and self._processor is not None:
             used = self._processor() - used
-            self._measure(self._timer() - start, used)
+            self._measure(start, used)
         self.reasons["rejected" if route.reject is not None else route.reason] += 1
         return route
 
@@ -110,9 +110,11 @@ class RouterGuard:
         self.failures[kind] += 1
         self._report(kind, text)
 
-    def _measure(self, took: float, used: float) -> None:
-        self.seconds = took
-        if self._overruns.add(took, used):
+    def _measure(self, start: float, used: float) -> None:
+        assert self._timer is not None
+        end = self._timer()
+        self.seconds = end - start
+        if self._overruns.add(self.seconds, used, end):
             limit = f"more than {self._overruns.budget * 1e3:g} ms"
             self._fail("slow", f"{self.name} took {used * 1e3:.3g} ms of processor time, {limit}")
         complaint = self._overruns.complaint

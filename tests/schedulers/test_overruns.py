@@ -13,10 +13,21 @@ BUDGET, MOST = 1e-3, 20
 QUICK = BUDGET / 10
 
 
-def asked(overruns: Overruns, times: int) -> bool:
+class Asked(Overruns):
+    """Knows what time it is."""
+
+    now = 0.0
+
+    def ask(self, used: float = QUICK, waited: float = 0.0, *, after: float = 0.0) -> bool:
+        """Count a decision that begins ``after`` the last one."""
+        self.now += after + used + waited
+        return self.add(used + waited, used, self.now)
+
+
+def asked(overruns: Asked, times: int) -> bool:
     """Whether ``times`` quick decisions give no cause for complaint."""
     for _ in range(times):
-        assert not overruns.add(QUICK, QUICK)
+        assert not overruns.ask()
         if overruns.complaint:
             return False
     return True
@@ -26,33 +37,63 @@ def asked(overruns: Overruns, times: int) -> bool:
     share=st.floats(0, 0.3),
     longest=st.floats(BUDGET, 10.0),
     seed=st.integers(0, 10**6),
+    stopped=st.floats(0, 10_000),
 )
-def test_a_busy_machine_replaces_nothing(share: float, longest: float, seed: int) -> None:
-    """However long the process waits for a processor in the middle of some decisions."""
+def test_a_busy_machine_replaces_nothing(share: float, longest: float, seed: int, stopped: float) -> None:
+    """However long the process waits for a processor in the middle of some decisions: it waits as long for
+    each second that it computes between them. Once it is stopped, within a decision."""
     rng = random.Random(seed)
-    overruns = Overruns(BUDGET, MOST)
-    for _ in range(2000):
-        waited = rng.uniform(0, longest) if rng.random() < share else 0.0
-        assert not overruns.add(QUICK + waited, QUICK)
+    overruns = Asked(BUDGET, MOST)
+
+    def wait(seconds: float) -> float:
+        """How long the process waits while it computes for ``seconds``."""
+        times = int(seconds / QUICK)
+        return sum(rng.uniform(0, longest) for _ in range(times) if rng.random() < share)
+
+    for number in range(2000):
+        between = rng.uniform(10, 30) * QUICK
+        waited = stopped if number == 100 else wait(QUICK)
+        assert not overruns.ask(waited=waited, after=between + wait(between))
         assert not overruns.complaint
 
 
 @given(share=st.floats(0.7, 1), seed=st.integers(0, 10**6))
 def test_what_waits_in_most_decisions_is_replaced(share: float, seed: int) -> None:
     rng = random.Random(seed)
-    overruns = Overruns(BUDGET, MOST)
+    overruns = Asked(BUDGET, MOST)
     for _ in range(2000):
-        assert not overruns.add(QUICK + (2 * BUDGET if rng.random() < share else 0), QUICK)
+        assert not overruns.ask(waited=2 * BUDGET if rng.random() < share else 0, after=20 * BUDGET)
         if overruns.complaint:
             break
     assert overruns.complaint == "waited for more than 1 ms in most of its decisions"
 
 
+@given(every=st.integers(2, 50), waits=st.floats(1.5, 1000), between=st.floats(BUDGET, 1.0))
+def test_what_waits_most_of_the_time_is_replaced(every: int, waits: float, between: float) -> None:
+    """However many decisions wait not at all: there are ``every - 1`` after each that waits, for ``waits``
+    times as long as it takes until the next one."""
+    overruns, others = Asked(BUDGET, MOST), every * (between + QUICK)
+    for number in range(5 * MOST * every):
+        assert not overruns.ask(waited=0.0 if number % every else waits * others, after=between)
+        if overruns.complaint:
+            break
+    assert overruns.complaint.startswith("waited for more than 1 ms ")
+    assert overruns.complaint.endswith(" times, for most of the time")
+
+
+@given(every=st.integers(2, 50), waits=st.floats(0, 0.9), between=st.floats(BUDGET, 1.0))
+def test_what_waits_less_is_not(every: int, waits: float, between: float) -> None:
+    overruns, others = Asked(BUDGET, MOST), every * (between + QUICK)
+    for number in range(5 * MOST * every):
+        overruns.ask(waited=0.0 if number % every else waits * others, after=between)
+        assert not overruns.complaint
+
+
 @given(between=st.integers(0, FORGIVEN_AFTER - 1), waited=st.floats(0, 1))
 def test_what_computes_too_long_is_replaced(between: int, waited: float) -> None:
-    overruns = Overruns(BUDGET, MOST)
+    overruns = Asked(BUDGET, MOST)
     for number in range(1, MOST + 1):
-        assert overruns.add(2 * BUDGET + waited, 2 * BUDGET)
+        assert overruns.ask(2 * BUDGET, waited)
         assert bool(overruns.complaint) is (number == MOST)
         if number < MOST:
             assert asked(overruns, between)
@@ -60,7 +101,7 @@ def test_what_computes_too_long_is_replaced(between: int, waited: float) -> None
 
 
 def test_a_few_among_many_are_forgiven() -> None:
-    overruns = Overruns(BUDGET, MOST)
+    overruns = Asked(BUDGET, MOST)
     for _ in range(3 * MOST):
-        assert overruns.add(2 * BUDGET, 2 * BUDGET)
+        assert overruns.ask(2 * BUDGET)
         assert asked(overruns, FORGIVEN_AFTER)

@@ -304,8 +304,9 @@ def test_a_slow_router_is_asked_no_more() -> None:
 
 
 def test_a_busy_machine_does_not_replace_a_router() -> None:
-    """A second passes in the middle of every third decision, and no processor time."""
-    clock = accumulate(cycle([0, 1, 0, 0, 0, 0]))
+    """A second passes in the middle of every third decision, and before each other one, and no processor
+    time."""
+    clock = accumulate(cycle([0, 1, 1, 0, 1, 0]))
     state = fleet_of()
     guard = RouterGuard(
         Broken(Route(["r1"])), timer=lambda: next(clock), processor=lambda: 0.0, budget=0.5, max_overruns=3
