@@ -272,22 +272,35 @@ class Members:
             return
 
     async def _watch(self) -> None:
-        """Look for replicas that do not report, whenever one may be due."""
+        """Look for replicas that do not report, whenever one may be due.
+
+        The last ``WATCH_SECONDS`` before one is given up are slept apart: if this process itself was stopped,
+        what replicas sent meanwhile is read first."""
         loop = asyncio.get_running_loop()
-        silent = self.config.silent_seconds
+        silent = self.config.silent_seconds + 0.01
         while True:
             heard = min((channel.heard for channel in self._channels.values()), default=loop.time())
-            due = max(heard + silent + 0.01, loop.time() + WATCH_SECONDS)
-            await asyncio.sleep(due - loop.time())
-            now = loop.time()
-            late = now - due
-            if late > 1.0:  # this process itself was stopped: the ages of the reports mean nothing
-                for channel in self._channels.values():
-                    channel.heard += late
+            await self._sleep(max(heard + silent - WATCH_SECONDS - loop.time(), WATCH_SECONDS))
+            if self._unheard(silent - WATCH_SECONDS):
+                await self._sleep(WATCH_SECONDS)
             self.state.check()
-            for channel in list(self._channels.values()):
-                if channel.replica in self.members and now - channel.heard > silent:
-                    self._lose(channel, "silent", f"no report for {now - channel.heard:.1f} s")
+            for channel in self._unheard(self.config.silent_seconds):
+                self._lose(channel, "silent", f"no report for {loop.time() - channel.heard:.1f} s")
+
+    async def _sleep(self, seconds: float) -> None:
+        """Sleep. If that takes much longer, this process was stopped, and ages of reports mean nothing."""
+        loop = asyncio.get_running_loop()
+        due = loop.time() + seconds
+        await asyncio.sleep(seconds)
+        now = loop.time()
+        if now - due > 1.0:
+            for channel in self._channels.values():
+                channel.heard = min(channel.heard + now - due, now)
+
+    def _unheard(self, seconds: float) -> list[Channel]:
+        """Return the channels of members that have said nothing for so long."""
+        since = asyncio.get_running_loop().time() - seconds
+        return [c for c in self._channels.values() if c.replica in self.members and c.heard <= since]
 
     def close_if_left(self, channel: Channel) -> None:
         """Close the channel of a removed replica, because Serve waits for that before it ends the replica."""
