@@ -79,11 +79,13 @@ class Adapter:
         demand = self.demand
         return abs(demand - self._planned) > max(CHANGED_SHARE * self._planned, NO_DEMAND)
 
+    def _used(self) -> bool:
+        """Whether the fleet has it, or a request does."""
+        return bool(self.registered or self.in_flight or self._holders or self._targets)
+
     def _needed(self) -> bool:
         """Whether the door must still remember the adapter."""
-        if self.registered or self.in_flight or self._holders or self._targets:
-            return True
-        return self.demand >= NO_DEMAND
+        return self._used() or self.demand >= NO_DEMAND
 
     def _copy(self, clock: _Clock) -> Adapter:
         found = Adapter(self.name, clock)

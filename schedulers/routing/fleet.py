@@ -20,6 +20,9 @@ from aioengine.schedulers.routing.replica import Replica, ReplicaLimits, Report,
 
 MAX_PINS = 16384
 """Pinned prefixes that a door remembers."""
+MAX_UNUSED = 1024
+"""Names that a door remembers only for the demand that there was for them. Clients can make up any number of
+mixes and of adapters that do not exist."""
 
 
 class View:
@@ -105,6 +108,8 @@ class FleetState:
         self._clock = _Clock(clock())
         self._replicas: dict[str, Replica] = {}
         self._adapters: dict[str, Adapter] = {}
+        self._unused: dict[str, None] = {}
+        """Adapters that may be of no more use; the first is the one that came first."""
         self._demand = Demand()
         self._prefixes = PrefixIndex(prefix_blocks)
         self._pins = PinIndex(MAX_PINS)
@@ -143,10 +148,10 @@ class FleetState:
             return []
         self._prefixes.leave(replica_id)
         self._pins.leave(replica_id)
-        for adapter in self._adapters.values():
+        for adapter in list(self._adapters.values()):
             if replica_id in adapter._holders or replica_id in adapter._targets:
-                adapter._release(replica_id)
                 adapter._targets.pop(replica_id, None)
+                self._release(adapter, replica_id)
         self._accepting_changed()
         self._tell("replica_left", now, None, replica_id)
         lost = [request for request, where in self._in_flight.values() if where == replica_id]
@@ -174,7 +179,7 @@ class FleetState:
         for name in gained:
             self._adapter(name)._hold(replica_id)
         for name in lost:
-            self._adapter(name)._release(replica_id)
+            self._release(self._adapter(name), replica_id)
         if report.tiers is not None:
             for name, nbytes in report.tiers.nbytes.items():
                 self._adapter(name).nbytes = nbytes
@@ -198,6 +203,7 @@ class FleetState:
         """Unregister an adapter: it is forgotten as soon as no replica holds it."""
         if name in self._adapters:
             self._adapters[name].registered = False
+            self._may_forget(self._adapters[name])
 
     # Requests
 
@@ -291,6 +297,7 @@ class FleetState:
                 targets[move.replica] = None
             elif move.kind == "unload":
                 targets.pop(move.replica, None)
+            self._may_forget(self._adapter(move.adapter))
 
     # Inside
 
@@ -303,6 +310,22 @@ class FleetState:
         if found is None:
             found = self._adapters[name] = Adapter(name, self._clock)
         return found
+
+    def _release(self, adapter: Adapter, replica_id: str) -> None:
+        adapter._release(replica_id)
+        self._may_forget(adapter)
+
+    def _may_forget(self, adapter: Adapter) -> None:
+        """Note that an adapter may be of no more use. The first of more than ``MAX_UNUSED`` are forgotten."""
+        if adapter._used():
+            return
+        self._unused.pop(adapter.name, None)
+        self._unused[adapter.name] = None
+        while len(self._unused) > MAX_UNUSED:
+            name = next(iter(self._unused))
+            del self._unused[name]
+            if name in self._adapters and not self._adapters[name]._used():
+                del self._adapters[name]
 
     def _decide(self, replica: Replica) -> bool:
         """Decide whether the replica may get requests. Returns whether that has changed."""
@@ -329,7 +352,9 @@ class FleetState:
         """Remove a request from those in flight."""
         del self._in_flight[request.request_id]
         if request.adapter is not None:
-            self._adapters[request.adapter].in_flight -= 1
+            adapter = self._adapters[request.adapter]
+            adapter.in_flight -= 1
+            self._may_forget(adapter)
 
     def _about(self, kind: RouteEventKind, request_id: str) -> None:
         found = self._in_flight.get(request_id)
