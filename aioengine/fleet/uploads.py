@@ -19,8 +19,8 @@ from aioengine.step import BytesLike
 logger = logging.getLogger("aioengine.fleet")
 
 KEEP_SECONDS = 3600.0
-"""Age from which an upload that no adapter is loaded from is removed; requests may still need a younger one,
-because another door is loading it, or because they run on the version that was replaced."""
+"""How long an upload that no adapter is loaded from is kept since it was written, and since it was first seen
+so: another door may be loading it, and requests may still need the version that was replaced."""
 
 
 class Uploads:
@@ -31,6 +31,8 @@ class Uploads:
         if registry is not None:
             place = registry if is_source(registry) else os.path.abspath(registry)
             self._root = f"{place.rstrip('/')}/uploads"
+        self._unused: dict[str, float] = {}
+        """When this door has first seen that an upload is not in use, by the name of its folder."""
 
     async def store(self, name: str, config: bytes, weights: BytesLike) -> str:
         """Write an adapter's files, and return their folder. Raises ConfigError without a registry, and
@@ -43,14 +45,40 @@ class Uploads:
             )
         return await asyncio.to_thread(_store, self._root, name, config, weights)
 
-    async def remove_unused(self, used: Collection[str]) -> None:
-        """Remove what is older than ``KEEP_SECONDS`` and not among these folders."""
+    async def remove_unused(self, used: Collection[str], invalid: str | None = None) -> None:
+        """Remove what has not been among these folders for ``KEEP_SECONDS``, and ``invalid``, which nobody
+        can load, at once."""
         if self._root is None:
             return
         try:
-            await asyncio.to_thread(_remove, self._root, used)
+            await asyncio.to_thread(self._remove, self._root, used, invalid)
         except Exception as error:  # each filesystem raises its own types
             logger.warning("uploads that no adapter is loaded from were not removed: %s", error)
+
+    def _remove(self, root: str, used: Collection[str], invalid: str | None) -> None:
+        import fsspec
+
+        system, path = fsspec.core.url_to_fs(root)
+        system.invalidate_cache()  # other doors write here, too
+        wanted, now = set(map(_name, used)), time.time()
+        before, self._unused = self._unused, {}
+        for folder in system.ls(path, detail=False):
+            name = _name(folder)
+            if name in wanted:
+                continue
+            since = before.get(name, now)
+            files = system.ls(folder, detail=False)
+            # Without files, it is about to be written.
+            written = max((system.modified(file).timestamp() for file in files), default=now)
+            if now - max(since, written) > KEEP_SECONDS or (invalid is not None and name == _name(invalid)):
+                system.rm(folder, recursive=True)
+            else:
+                self._unused[name] = since
+
+
+def _name(folder: str) -> str:
+    """Return the last part, which says what is in it, wherever a door or a replica has the root."""
+    return folder.rstrip("/").rpartition("/")[2]
 
 
 def _store(root: str, name: str, config: bytes, weights: BytesLike) -> str:
@@ -72,16 +100,3 @@ def _digest(config: bytes, weights: BytesLike) -> str:
     sha = hashlib.sha256(config)
     sha.update(weights)
     return sha.hexdigest()
-
-
-def _remove(root: str, used: Collection[str]) -> None:
-    import fsspec
-
-    system, path = fsspec.core.url_to_fs(root)
-    wanted = {folder.rpartition("/")[2] for folder in used if folder.startswith(f"{root}/")}
-    for folder in system.ls(path, detail=False):
-        if folder.rstrip("/").rpartition("/")[2] in wanted:
-            continue
-        files = system.ls(folder, detail=False)
-        if all(time.time() - system.modified(file).timestamp() > KEEP_SECONDS for file in files):
-            system.rm(folder, recursive=True)

@@ -328,9 +328,14 @@ class FleetClient:
         raises."""
         self._check_lora()
         folder = await self._uploads.store(name, config, weights)
-        info = await self._adapters.load(name, folder, pin=pin, force_pin=False, replace=replace)
-        await self._uploads.remove_unused(self._adapters.sources())
-        return info
+        invalid: str | None = None
+        try:
+            return await self._adapters.load(name, folder, pin=pin, force_pin=False, replace=replace)
+        except errors.AdapterInvalid:
+            invalid = folder
+            raise
+        finally:
+            await self._uploads.remove_unused(self._adapters.sources(), invalid)
 
     async def unload_adapter(self, name: str, *, force: bool = False) -> None:
         """Unload an adapter from every replica. Raises AdapterNotFound if no replica knows it."""

@@ -79,7 +79,9 @@ class Replicas:
         self, name: str, members: Sequence[Member], digest: str, version: int | None
     ) -> AdapterInfo:
         """Let new requests use what was prepared, which is the fleet's ``version``."""
-        return first_of(await self.ask_all(members, "commit", name=name, version=version, digest=digest))
+        answers = await self.ask_all(members, "commit", name=name, version=version, digest=digest)
+        found = first_of(answers)  # who has not read it does not know what it is like
+        return next((a for a in answers if isinstance(a, AdapterInfo) and a.digest == digest), found)
 
     async def pin(
         self, name: str, members: Sequence[Member], force: bool, version: int | None = None
