@@ -66,6 +66,8 @@ def test_a_run_of_several_routers_puts_them_side_by_side(
         (["--replicas", "2", "--faults", "kill:1"], "KIND:REPLICA@SECONDS"),
         (["--faults", "kill:0@1"], "give"),
         (["--report-delay", "-1"], "report_delay=-1"),
+        (["--report-delay", "1"], "give"),
+        (["--start-seconds", "1"], "give"),
         (["--on-too-long", "ignore"], "ignore"),
     ],
 )

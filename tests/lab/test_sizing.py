@@ -97,6 +97,20 @@ def test_replicas_are_added_until_it_holds_and_no_more_than_may_be(tmp_path: Pat
     assert held.size == Size(1, 1, 1)
 
 
+@pytest.mark.parametrize("fields", [{"faults": "kill:2@1"}, {"autoscale": "waiting_work:most=3"}])
+def test_what_changes_the_number_of_replicas_has_no_size(fields: dict[str, Any], tmp_path: Path) -> None:
+    """Sizes with fewer replicas cannot be run with it, and would count as too small."""
+    with pytest.raises(ConfigError, match=f"{next(iter(fields))}=.* leave it out"):
+        find_size(experiment(1.0, replicas=3, **fields), parse_objectives(["ttft_p99=0.5"]), tmp_path)
+
+
+def test_what_is_of_a_fleet_is_left_out_where_there_is_none(tmp_path: Path) -> None:
+    fleet = experiment(1.0, replicas=3, router="least_loaded", report_delay=0.5)
+    bounds = Bounds(replicas=(1, 3), slots=(1, 1), cpu_loras=(1, 1))
+    found = find_size(fleet, parse_objectives(["served=0.9"]), tmp_path, bounds=bounds, seeds=1)
+    assert found.size == Size(1, 1, 1)
+
+
 def test_goodput_needs_to_be_told_by_when(tmp_path: Path) -> None:
     spec = WorkloadSpec(arrivals="poisson:rate=1", limit=5)
     with pytest.raises(ConfigError, match="goodput"):

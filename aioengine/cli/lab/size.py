@@ -114,15 +114,18 @@ def size(
 def _experiment(flags: SizeFlags, system: SystemFlags, workload: Any) -> tuple[Experiment, Bounds]:
     import msgspec
 
+    from aioengine.lab.runs.experiment import OF_A_FLEET
     from aioengine.lab.sizing.search import Bounds
 
+    if flags.max_replicas < 1:
+        raise ConfigError(f"--max-replicas {flags.max_replicas}: must be at least 1")
     spec = workload if flags.limit is None else msgspec.structs.replace(workload, limit=flags.limit)
     own = {"policy": flags.policy, "slots": flags.slots, "seed": flags.seed}
     if flags.slots is not None and system.cpu_loras is None:
         own["cpu_loras"] = max(flags.slots, 64)
+    if system.replicas is None and any(getattr(system, name) is not None for name in OF_A_FLEET):
+        own["replicas"] = flags.max_replicas
     experiment = make_experiment(None, WorkloadFlags(), system, own, spec)
-    if flags.max_replicas < 1:
-        raise ConfigError(f"--max-replicas {flags.max_replicas}: must be at least 1")
     given = Bounds(
         replicas=(1, flags.max_replicas) if system.replicas is None else (system.replicas,) * 2,
         slots=None if flags.slots is None else (flags.slots,) * 2,

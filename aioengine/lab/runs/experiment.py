@@ -26,7 +26,6 @@ from aioengine.schedulers.routing import (
 
 MAX_REPLICAS = 1024
 """All engines of a fleet are simulated in one process."""
-
 OnTooLong = Literal["reject", "truncate", "fail"]
 Policy = str | dict[str, Any]
 """Policy, as in ``EngineConfig.policy``."""
@@ -113,12 +112,15 @@ class Experiment(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
                 load(getattr(self, name))
             except ValueError as error:
                 raise ConfigError(str(error)) from error
-        self._check_autoscale()
+        check_seconds("start_seconds", self.start_seconds)
         check_number("report_delay", self.report_delay, low=0.0)
-        if self.faults is not None:
-            if self.replicas is None:
-                raise ConfigError(f"faults={self.faults!r}: are of a fleet; give replicas")
-            parse_faults(self.faults, self.replicas)
+        if self.replicas is None:
+            for name, default in OF_A_FLEET.items():
+                if (value := getattr(self, name)) != default:
+                    raise ConfigError(f"{name}={value!r}: is for a fleet; give replicas")
+        else:
+            self._check_autoscale(self.replicas)
+            parse_faults(self.faults or "", self.replicas)
         slots, cpu_loras = self.slots, self.cpu_loras
         if type(slots) is int and type(cpu_loras) is int and slots > cpu_loras:
             raise ConfigError(
@@ -127,21 +129,16 @@ class Experiment(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
             )
         self.engine_config()
 
-    def _check_autoscale(self) -> None:
-        check_seconds("start_seconds", self.start_seconds)
+    def _check_autoscale(self, replicas: int) -> None:
         if self.autoscale is None:
             return
         try:
             policy = load_autoscaler(self.autoscale)
         except ValueError as error:
             raise ConfigError(str(error)) from error
-        if self.replicas is None:
+        if not policy.least <= replicas <= policy.most:
             raise ConfigError(
-                f"autoscale={self.autoscale!r}: is of a fleet; give replicas, their first number"
-            )
-        if not policy.least <= self.replicas <= policy.most:
-            raise ConfigError(
-                f"replicas={self.replicas}: must be within the bounds of autoscale={self.autoscale!r}, "
+                f"replicas={replicas}: must be within the bounds of autoscale={self.autoscale!r}, "
                 f"which are {policy.least} and {policy.most}"
             )
 
@@ -200,3 +197,10 @@ class Experiment(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         values = read_json(path)
         inner = values.get("experiment")
         return cls.from_dict(inner if isinstance(inner, dict) else values, source=str(path))
+
+
+_FLEET_FIELDS = {"autoscale", "start_seconds", "report_delay", "faults"}
+OF_A_FLEET: Mapping[str, Any] = {
+    field.name: field.default for field in msgspec.structs.fields(Experiment) if field.name in _FLEET_FIELDS
+}
+"""Conditions that mean something only with replicas, and their defaults."""

@@ -13,7 +13,7 @@ from aioengine.errors import AioEngineError, ConfigError
 from aioengine.lab.analysis.statistics import Estimate, estimate
 from aioengine.lab.costs.model import CostModel
 from aioengine.lab.costs.presets import load_costs
-from aioengine.lab.runs.experiment import Experiment
+from aioengine.lab.runs.experiment import OF_A_FLEET, Experiment
 from aioengine.lab.runs.pool import Report, Task, run_all
 from aioengine.lab.runs.simulate import run
 from aioengine.lab.sizing.objectives import Objective, with_p95
@@ -113,9 +113,13 @@ def find_size(
         tried: Told of each trial.
 
     Raises:
-        ConfigError: The workload cannot be opened, or a bound is out of range.
+        ConfigError: The workload cannot be opened, a bound is out of range, or the experiment changes the
+            number of replicas by itself.
     """
     check_integer("seeds", seeds, low=1)
+    for name in ("faults", "autoscale"):
+        if (value := getattr(experiment, name)) is not None:
+            raise ConfigError(f"{name}={value!r}: a size has as many replicas all the time; leave it out")
     check_integer("most_seeds", most_seeds, low=seeds)
     if any(objective.name == "goodput" for objective in objectives):
         spec = experiment.workload
@@ -252,8 +256,10 @@ class _Search:
         return None
 
     def _of(self, size: Size, seed: int) -> Experiment:
+        alone = OF_A_FLEET if size.replicas == 1 else {}
         return msgspec.structs.replace(
             self._experiment,
+            **alone,
             slots=size.slots,
             cpu_loras=size.cpu_loras,
             slot_memory=self._experiment.slot_memory if size.slot_memory is None else size.slot_memory,
