@@ -11,14 +11,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import msgspec
 from cyclopts import Group, Parameter
 
 from aioengine.checks import check_integer
 from aioengine.cli.common import CommonFlags
 from aioengine.cli.flags import EngineFlags
 from aioengine.cli.loop import run
-from aioengine.config import ALLOWED_RANKS, EngineConfig, LoRAConfig
+from aioengine.config import ALLOWED_RANKS, EngineConfig
 from aioengine.request import SamplingParams
 
 if TYPE_CHECKING:
@@ -74,23 +73,25 @@ def bench(
         check_integer(name, value, low=1)
     flags = engine or EngineFlags()
     check_integer("--rank", rank, low=1, high=max(ALLOWED_RANKS))
-    given = flags.engine_config()
-    slots = {
-        "max_loras": flags.max_loras or max(counts),
-        "max_cpu_loras": flags.max_cpu_loras or max(counts),
-        "max_lora_rank": flags.max_lora_rank or min(size for size in ALLOWED_RANKS if size >= rank),
-    }
-    config = msgspec.structs.replace(
-        given,
-        max_model_len=prompt_tokens + output_tokens,
-        max_num_seqs=requests,
-        max_num_batched_tokens=max(given.max_num_batched_tokens, requests),
-        enable_prefix_caching=False,  # every run computes every prompt
-        lora=msgspec.structs.replace(given.lora or LoRAConfig(), **slots),
-    )
+    config = _config(flags, requests, prompt_tokens + output_tokens, max(counts), rank)
     results = run(_measure(config, requests, prompt_tokens, output_tokens, counts, rank, repeats))
     _print(results, f"{requests} requests x {prompt_tokens} + {output_tokens} tokens", config)
     return 0
+
+
+def _config(flags: EngineFlags, requests: int, tokens: int, adapters: int, rank: int) -> EngineConfig:
+    """Return the configuration that the file and the flags set. What they leave open has room for all that
+    is measured."""
+    values, source = flags.settings()
+    given = EngineConfig.from_dict(values, source=source)
+    lora = dict(values.get("lora", {}))
+    lora.setdefault("max_loras", min(adapters, lora.get("max_cpu_loras", adapters)))
+    lora.setdefault("max_cpu_loras", max(adapters, lora["max_loras"]))
+    lora.setdefault("max_lora_rank", min(size for size in ALLOWED_RANKS if size >= rank))
+    values = {"max_model_len": tokens, "max_num_seqs": requests, **values, "lora": lora}
+    values["max_num_batched_tokens"] = max(given.max_num_batched_tokens, values["max_num_seqs"])
+    values["enable_prefix_caching"] = False  # every run computes every prompt
+    return EngineConfig.from_dict(values, source=source)
 
 
 async def _measure(

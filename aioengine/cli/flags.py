@@ -169,6 +169,12 @@ class EngineFlags:
 
         Raises ConfigError for errors in the file or the flags.
         """
+        values, source = self.settings()
+        return EngineConfig.from_dict(values, source=source)
+
+    def settings(self) -> tuple[dict[str, Any], str]:
+        """Return what the file and the flags set, as ``EngineConfig.from_dict`` takes it, and where it comes
+        from, for errors."""
         values, source = _read(self.config)
         values.update(_given(self, _ENGINE_FIELDS))
         values.setdefault("model", DEFAULT_MODEL)
@@ -178,7 +184,7 @@ class EngineFlags:
             if not isinstance(table, dict):
                 raise ConfigError(f"{source}: lora={table!r}: must be a table [lora]")
             values["lora"] = {**table, **lora}
-        return EngineConfig.from_dict(values, source=source)
+        return values, source
 
     def adapters(self) -> dict[str, str]:
         """Return name -> path of the file's table ``[adapters]`` and of ``--lora-modules``, which overrides
