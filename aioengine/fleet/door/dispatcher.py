@@ -70,7 +70,7 @@ class Dispatcher:
                 raise errors.EngineOverloaded(
                     f"the router rejects the request: {route.reject}", bound="server"
                 )
-            if call.earlier and self._state.view.accepting:
+            if call.earlier and not self._with_versions(call):
                 raise gone(call.earlier[0])
             if call.tried and self._state.view.accepting:
                 # All replicas were lost or refused once; the live ones may be asked again.
@@ -122,8 +122,8 @@ class Dispatcher:
 
     def _route_request(self, call: Call) -> RouteRequest:
         tried = call.tried
-        for version in call.earlier:  # only these replicas have it
-            tried = tried | (self._members.members.keys() - self._members.with_version(version))
+        if call.earlier:
+            tried = tried | (self._members.members.keys() - self._with_versions(call))
         if call.route is None or call.route.tried != tried:
             options = call.options
             call.route = RouteRequest(
@@ -201,10 +201,15 @@ class Dispatcher:
             self._state.ended(str(call.key))
             self._members.close_if_left(channel)
 
+    def _with_versions(self, call: Call) -> set[str]:
+        """Return the replicas that have all earlier versions that a call names."""
+        return set(self._members.members).intersection(*map(self._members.with_version, call.earlier))
+
     def _others(self, call: Call) -> bool:
-        """Whether a replica has not been asked yet."""
-        tried = {*call.tried, call.replica}
-        return any(view.replica_id not in tried for view in self._state.view.accepting)
+        """Whether a replica that can run the call has not been asked yet."""
+        tried, able = {*call.tried, call.replica}, self._with_versions(call)
+        accepting = (view.replica_id for view in self._state.view.accepting)
+        return any(replica in able and replica not in tried for replica in accepting)
 
     def _again(self, call: Call, replica: str, how: str) -> None:
         """Continue the call on another replica, or fail it."""

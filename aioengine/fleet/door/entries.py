@@ -116,13 +116,18 @@ _SPEED = {"slot": 3, "cpu": 2, "loading": 1, "disk": 0}
 
 
 def listed(entries: Iterable[Entry], held: Iterable[AdapterInfo]) -> list[AdapterInfo]:
-    """Describe each adapter once, with the fastest of the places that hold it; mixes are left out."""
+    """Describe each adapter once, with the fastest of the places that hold its current version; mixes are
+    left out."""
+    current = {entry.name: entry for entry in entries}
     found: dict[str, AdapterInfo] = {}
     for info in held:
+        entry = current.get(info.name)
+        if is_mix(info.name) or (entry is not None and info.version < version_of(entry)):
+            continue  # only earlier requests run on a replaced version
         best = found.get(info.name)
-        if not is_mix(info.name) and (best is None or _SPEED[info.location] > _SPEED[best.location]):
+        if best is None or (info.version, _SPEED[info.location]) > (best.version, _SPEED[best.location]):
             found[info.name] = info
-    for entry in entries:
+    for entry in current.values():
         if entry.name in found:
             found[entry.name] = numbered(found[entry.name], version_of(entry))
         else:
