@@ -219,11 +219,11 @@ class Batcher:
         if self.speculation is None or not decodes:
             return [None] * len(decodes)
         limits = [self._draft_limit(request) for request in decodes]
-        fixed = FIXED_TOKENS
+        fixed, room = FIXED_TOKENS, room // 2
         if self.pacer is not None:
             each = StepWork.of((_part(request, request.remaining)[2] for request in decodes), slot_ranks)
-            fixed = self.pacer.fixed_tokens(each)
-        drafts = self.speculation.propose(decodes, limits, fixed, room // 2)
+            fixed, room = self.pacer.fixed_tokens(each), min(room, self.pacer.drafts(each))
+        drafts = self.speculation.propose(decodes, limits, fixed, room)
         return [
             draft if draft and self._may_grow(request, request.remaining + len(draft)) else None
             for request, draft in zip(decodes, drafts, strict=True)

@@ -131,6 +131,14 @@ class Pacer:
             each += self._coefficients[2] * decodes.decode_pairs / decodes.tokens
         return max(self.seconds(decodes) / each - decodes.tokens, 0.0)
 
+    def drafts(self, decodes: StepWork) -> int:
+        """Return how many tokens may be proposed in a step with these decodes, so that prompts have their
+        least share of the target; at least a smallest chunk."""
+        left = self.max_step_seconds / (1 + LEAST_SHARE) - self.seconds(decodes)
+        _, token, pair, _, rank = self._coefficients
+        each = token + (pair * decodes.decode_pairs + rank * decodes.ranks) / max(decodes.tokens, 1)
+        return max(int(left / each), GRAIN)
+
     def allowance(self, decodes: StepWork, tokens: int) -> Allowance:
         """Return the allowance for prompts in a step with these decodes and room for this many more
         tokens."""

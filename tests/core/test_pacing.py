@@ -168,6 +168,22 @@ def test_steps_stay_within_the_target(machine: Machine, seed: int) -> None:
     assert sum(ratio > 1.1 for ratio in over) <= 0.05 * len(over)
 
 
+@pytest.mark.parametrize("slowness", [0.5, 4.0, 8.0])
+def test_proposed_tokens_are_paced(slowness: float) -> None:
+    """They are worth it where a step's fixed cost is large. The text repeats itself for ever."""
+    machine = MIDDLING._replace(fixed=30, memory=30)
+    sim = PacedSim(machine, speculation="ngram")
+    sim.slowness = slowness
+    sim.next_token = lambda history: 10 + (history[0] * 7 + len(history)) % 11
+    for _ in range(8):
+        sim.prompt(5, 400)
+    while sim.core.requests:
+        sim.one_step()
+    assert len(sim.seconds) < 300, "some are right"
+    alone = slowness * machine.token * (30 + 30 + 2 * GRAIN)
+    assert max(sim.seconds) < 1.1 * max(TARGET, alone)
+
+
 @SETTINGS
 @given(machine=MACHINES)
 def test_the_time_is_made_use_of(machine: Machine) -> None:
