@@ -6,13 +6,14 @@ import asyncio
 import logging
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
 from typing import Any, NamedTuple, TypeVar
 
 import msgspec
 
 from aioengine.client import Usage
-from aioengine.errors import ConfigError
+from aioengine.errors import AdapterLoadError, ConfigError
 from aioengine.fleet.usage import SharedUsage
 from aioengine.fleet.versions import SpentVersions
 from aioengine.model.files.remote import check_protocol, why_failed, without_credentials
@@ -304,6 +305,51 @@ def registry_actor(application: str, checkpoint: str | None) -> Any:
         resources={"node:__internal_head__": 0.001},
         max_concurrency=1000,
     ).remote(checkpoint)
+
+
+@asynccontextmanager
+async def lease(actor: Any, name: str, owner: str) -> AsyncIterator[None]:
+    """Change an adapter while nobody else does. Raises AdapterLoadError, and ends the change, once this door
+    has not renewed its right in time, because another one may have changed the adapter since."""
+    keeping: asyncio.Task[None] | None = None
+    right = asyncio.timeout(None)
+    try:
+        while not await actor.begin.remote(name, owner):
+            pass
+        async with right:
+            keeping = asyncio.get_running_loop().create_task(_keep(actor, name, owner, right))
+            yield
+    except TimeoutError:
+        if not right.expired():
+            raise
+        raise AdapterLoadError(
+            f"this door did not reach the registry for {LEASE_SECONDS:g} s, and another one may have "
+            "changed it; repeat the change",
+            name=name,
+            transient=True,
+        ) from None
+    finally:
+        if keeping is not None:
+            keeping.cancel()
+        await actor.end.remote(name, owner)
+
+
+async def _keep(actor: Any, name: str, owner: str, right: asyncio.Timeout) -> None:
+    """Renew the right to change an adapter, for as long as that takes; end it if that was too late."""
+    loop = asyncio.get_running_loop()
+    until = loop.time() + LEASE_SECONDS
+    while True:
+        await asyncio.sleep(LEASE_SECONDS / 3)
+        asked = loop.time()
+        try:
+            renewed = await actor.begin.remote(name, owner)
+        except Exception as error:  # it is being restarted, and then knows of no right
+            logger.warning("adapter %r: the registry does not answer: %s", name, type(error).__name__)
+            continue
+        if not renewed or loop.time() > until:
+            right.reschedule(loop.time())
+            return
+        until = asked + LEASE_SECONDS
 
 
 async def answer_of(call: Awaitable[T]) -> T:

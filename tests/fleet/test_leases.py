@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from support.registry_actor import RegistryActor
 
 from aioengine import EngineConfig
+from aioengine.errors import AdapterLoadError
 from aioengine.fleet.config import FleetConfig
 from aioengine.fleet.door.adapters import FleetAdapters
 from aioengine.fleet.door.members import Member, Members
@@ -40,6 +41,9 @@ class Door:
 
     def __init__(self, name: str, actor: RegistryActor, busy: Busy, seconds: float) -> None:
         self.ended: float | None = None
+        self.reaches = asyncio.Event()
+        """Cleared while what it says to the registry only arrives later."""
+        self.reaches.set()
         self._name, self._actor, self._busy, self._seconds = name, actor, busy, seconds
         self._lives = True
         config = FleetConfig(engine=EngineConfig(model="tiny"))
@@ -68,6 +72,13 @@ class Door:
         def remote(*arguments: Any) -> asyncio.Future[Any]:
             if not self._lives:
                 raise ConnectionError
+            if not self.reaches.is_set():
+
+                async def late() -> Any:
+                    await self.reaches.wait()
+                    return await getattr(self._actor, call).remote(*arguments)
+
+                return asyncio.ensure_future(late())
             answer: asyncio.Future[Any] = getattr(self._actor, call).remote(*arguments)
             return answer
 
@@ -149,5 +160,26 @@ def test_who_waits_and_is_cancelled_leaves_nothing() -> None:
         begun = loop.time()
         await third.change()
         assert loop.time() - begun < 10.2
+
+    run_in_virtual_time(main())
+
+
+@pytest.mark.parametrize("takes", [2.0, 100.0])
+def test_who_has_lost_the_right_ends_the_change(takes: float) -> None:
+    """A door reaches the registry again while another one changes the adapter, or after it has."""
+
+    async def main() -> None:
+        actor, busy = RegistryActor(), Busy()
+        cut, other = Door("cut", actor, busy, 300.0), Door("other", actor, busy, takes)
+        changing = asyncio.ensure_future(cut.change())
+        await asyncio.sleep(1.0)
+        cut.reaches.clear()
+        changed = asyncio.ensure_future(other.change())
+        await asyncio.sleep(LEASE_SECONDS + 10.0)
+        cut.reaches.set()
+        with pytest.raises(AdapterLoadError, match="another one may have changed it") as told:
+            await changing
+        assert told.value.transient
+        await changed
 
     run_in_virtual_time(main())

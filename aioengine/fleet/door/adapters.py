@@ -25,7 +25,7 @@ from aioengine.fleet.config import FleetConfig
 from aioengine.fleet.door.entries import KnownEntries, listed, numbered, version_of
 from aioengine.fleet.door.members import Member, Members
 from aioengine.fleet.door.replicas import Replicas, first_of, holds
-from aioengine.fleet.registry import LEASE_SECONDS, Entry, answer_of
+from aioengine.fleet.registry import Entry, answer_of, lease
 from aioengine.info import AdapterInfo, is_mix
 from aioengine.model.files.hub import is_source
 from aioengine.runtime.tasks import end_tasks
@@ -241,30 +241,12 @@ class FleetAdapters:
     @asynccontextmanager
     async def _changing(self, name: str) -> AsyncIterator[list[Member]]:
         """One change of an adapter at a time, whichever door asks for it."""
-        owner = f"{self._members.door}-{next(self._owners)}"
-        keeping: asyncio.Task[object] | None = None
-        try:
-            while not await self.registry.begin.remote(name, owner):
-                pass
-            keeping = self._spawn(self._keep(name, owner))
+        async with lease(self.registry, name, f"{self._members.door}-{next(self._owners)}"):
             await self._registry(name, self._known.refresh(self.registry), _UNKNOWN)
             members = list(self._members.members.values())
             if not members:
                 raise EngineStopped("the fleet has no replica now; try again later")
             yield members
-        finally:
-            if keeping is not None:
-                keeping.cancel()
-            await self.registry.end.remote(name, owner)
-
-    async def _keep(self, name: str, owner: str) -> None:
-        """Renew the right to change an adapter, for as long as that takes."""
-        while True:
-            await asyncio.sleep(LEASE_SECONDS / 3)
-            try:
-                await self.registry.begin.remote(name, owner)
-            except Exception as error:  # it is being restarted, and then knows of no right
-                logger.warning("adapter %r: the registry does not answer: %s", name, type(error).__name__)
 
     # Replicas that come, and plans
 
