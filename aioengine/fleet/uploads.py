@@ -29,7 +29,7 @@ class Uploads:
     def __init__(self, registry: str | None) -> None:
         self._root: str | None = None
         if registry is not None:
-            place = registry if is_source(registry) else os.path.abspath(registry)
+            place = registry if is_source(registry) else os.path.abspath(os.path.expanduser(registry))
             self._root = f"{place.rstrip('/')}/uploads"
         self._unused: dict[str, float] = {}
         """When this door has first seen that an upload is not in use, by the name of its folder."""

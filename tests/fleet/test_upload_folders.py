@@ -82,3 +82,11 @@ def test_an_upload_is_kept_for_a_while_after_its_last_use(uploaded: list[tuple[f
 
     with pytest.MonkeyPatch.context() as patch:
         asyncio.run(main("memory://fleet"))
+
+
+async def test_a_registry_below_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is where the registry's own file is, in fsspec's reading of "~"."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    folder = await Uploads("~/registry").store("sent", b"{}", b"")
+    root = fsspec.core.url_to_fs("~/registry")[1]
+    assert Path(folder).parent == Path(root) / "uploads" == tmp_path / "registry" / "uploads"
