@@ -83,7 +83,7 @@ class EngineFlags:
     model_impl: Annotated[ModelImpl | None, _IN_MORE] = None
     """Model code: native, transformers, or auto (native if it knows the model)."""
     quantization: Annotated[Quantization | None, _IN_MORE] = None
-    """Weights of the linears in fewer bits: int8 or int4. CPU only."""
+    """Weights of the linears in fewer bits: int8, int4 or fp8."""
     batch_invariant: Annotated[bool | None, _IN_MORE] = None
     """Refuse to start if a request's tokens would depend on its batch."""
     overlap: Annotated[bool | None, _IN_MORE] = None
@@ -99,7 +99,7 @@ class EngineFlags:
     max_step_seconds: Annotated[float | None, _IN_MORE] = None
     """Target seconds of a step (0.2 on a CPU); prompts are chunked accordingly."""
     kv_cache_dtype: Annotated[KVCacheDType | None, _IN_MORE] = None
-    """"int8": keys and values as int8, in half the memory. CPU only."""
+    """Keys and values in half the memory: int8 on a CPU, fp8 on CUDA."""
     block_size: Annotated[int | None, _IN_MORE] = None
     """Tokens in a KV block (16)."""
     enable_prefix_caching: Annotated[bool | None, _IN_MORE] = None

@@ -34,6 +34,8 @@ MEASURE_SECONDS = 0.5
 """Minimum time between two measurements of the memory."""
 MAX_FORCED = 31
 """Maximum forced tokens in an answer. A step computes all of them, while other requests' tokens wait."""
+FORCING_SECONDS = 0.003
+"""Processor time in which forced tokens are looked for."""
 
 MAX_REASON = 2000
 """Maximum characters of a reason."""
@@ -120,9 +122,11 @@ class _Masks:
                 continue
             began = time.process_time()
             signal.setitimer(signal.ITIMER_PROF, self._seconds)
-            mask, forced, why = self._mask(row, tokens, afresh=what == AFRESH)
-            signal.setitimer(signal.ITIMER_PROF, 0)
+            mask, why = self._mask(row, tokens, afresh=what == AFRESH)
             seconds = time.process_time() - began
+            signal.setitimer(signal.ITIMER_PROF, self._seconds)  # afresh, for the rest
+            forced = _forced(self._rows[row], mask) if mask else array("i")
+            signal.setitimer(signal.ITIMER_PROF, 0)
             self._shared[place * self._width : place * self._width + len(mask)] = mask
             text = why.encode()
             memory = self._memory.measure()
@@ -133,8 +137,8 @@ class _Masks:
             )
             self._give_way(seconds)
 
-    def _mask(self, row: int, tokens: array[int], *, afresh: bool) -> tuple[bytes, array[int], str]:
-        """Return the mask, the forced tokens after the only one that it allows, and what is wrong."""
+    def _mask(self, row: int, tokens: array[int], *, afresh: bool) -> tuple[bytes, str]:
+        """Return the mask, and what is wrong."""
         matcher = self._rows.get(row)
         if matcher is None:
             matcher = self._rows[row] = self._matcher.deep_copy()
@@ -143,9 +147,9 @@ class _Masks:
         if not tokens or matcher.consume_tokens(tokens.tolist()):
             mask = matcher.compute_bitmask()
             if not matcher.is_error():
-                return mask, _forced(matcher, mask), ""
+                return mask, ""
         del self._rows[row]  # the row begins again; its error stays
-        return b"", array("i"), _reason(matcher)
+        return b"", _reason(matcher)
 
     def _give_way(self, seconds: float) -> None:
         self._count += 1
@@ -159,14 +163,18 @@ def _forced(matcher: LLMatcher, mask: bytes) -> array[int]:
     """Return the tokens that must follow the only one that ``mask`` allows; none if it allows several.
 
     The parser tells which tokens forced text will be. Each is checked against the mask at its place, so that
-    taking it is what sampling would have done.
+    taking it is what sampling would have done. Masks of long constants take milliseconds, and a step waits
+    for this answer, so after ``FORCING_SECONDS`` no more are looked for.
     """
     forced = array("i")
+    until = time.process_time() + FORCING_SECONDS
     token = _only(mask)
     if token is None or len(tokens := matcher.compute_ff_tokens()) < 2 or tokens[0] != token:
         return forced
     ahead = matcher.deep_copy()
     for token in tokens[1 : 1 + MAX_FORCED]:
+        if time.process_time() > until:
+            break
         if not ahead.consume_token(tokens[len(forced)]) or _only(ahead.compute_bitmask()) != token:
             break
         forced.append(token)

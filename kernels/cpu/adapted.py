@@ -15,9 +15,6 @@ from aioengine.kernels.cpu.shared_library import load, threads
 from aioengine.kernels.plan.lora import LoRABatch
 from aioengine.kernels.slots import LoRAPool
 
-_FUSED_TOKENS = 16
-"""Tokens of a segment, on average, from which on it is worth tiles of its own."""
-
 
 class AdaptedLinear:
     """``x W^T + bias``, and what the adapters in ``pool`` add to it, whose slices are whole panels."""
@@ -49,7 +46,6 @@ class AdaptedLinear:
         h = torch.empty(rows, adapters.slices * width, dtype=self.weight.data.dtype)
         adapters.segments, adapters.count = batch.derive(segments_of).data_ptr(), count
         adapters.h, adapters.width = h.data_ptr(), width
-        adapters.long_segments = rows >= _FUSED_TOKENS * count
         self._with_adapters.affine_count = len(batch.affine)
         if batch.affine:
             self._with_adapters.affine = batch.derive(affine_of).data_ptr()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ctypes import CFUNCTYPE, POINTER, Structure, c_bool, c_double, c_int, c_int64, c_long, c_void_p
+from ctypes import CFUNCTYPE, POINTER, Structure, c_double, c_int, c_int64, c_long, c_void_p
 from enum import IntEnum
 
 MAX_SLICES = 3
@@ -99,7 +99,6 @@ class Adapters(Structure):
     _fields_ = [
         *(("segments", c_void_p), ("count", c_long), ("h", c_void_p), ("slots", POINTER(Slots))),
         *(("first", c_long), ("slice", POINTER(LoraSlice)), ("slices", c_long), ("width", c_long)),
-        ("long_segments", c_bool),
     ]
 
 

@@ -95,6 +95,11 @@ def test_norms(dtype: torch.dtype, name: str, size: int, epsilon: float, seed: i
         torch.testing.assert_close(module(x.double()), plain(x.double()))  # not its own dtype
 
 
+def test_a_norm_that_cuts_off_what_only_outliers_reach() -> None:
+    clamped = Norm(64, 1e-5, lambda x, w, e: w * normed(x, e).clamp(-5, 5))
+    assert recognised(Norm(64, 1e-5, NORMS["rounded"])) and not recognised(clamped)
+
+
 def test_formulas_of_gelu() -> None:
     """Only what is as GELU by its tanh becomes one operation."""
     x = torch.linspace(-20, 20, 4001)
@@ -218,23 +223,29 @@ class ClampedMLP(llama.modeling_llama.LlamaMLP):
         return self.down_proj(self.act_fn(self.gate_proj(x)).clamp(max=7.0) * self.up_proj(x))
 
 
+class ScaledMLP(llama.modeling_llama.LlamaMLP):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(0.97 * self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+
 class ClampedForCausalLM(transformers.LlamaForCausalLM):
     config_class = ClampedConfig
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
         for layer in self.model.layers:
-            layer.mlp = ClampedMLP(config)
+            layer.mlp = (ClampedMLP, ScaledMLP)[layer.self_attn.layer_idx % 2](config)
 
 
-def test_an_mlp_that_cuts_off_what_is_large_keeps_its_own_code(tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_mlps_that_cut_off_or_scale_keep_their_own_code(dtype: torch.dtype, tmp_path: Path) -> None:
     auto: Any = transformers
     auto.AutoConfig.register(ClampedConfig.model_type, ClampedConfig, exist_ok=True)
     auto.AutoModelForCausalLM.register(ClampedConfig, ClampedForCausalLM, exist_ok=True)
     model = build_any(tmp_path, ClampedConfig.model_type, **{**COMMON, **WIDE})
     plain = build_any(tmp_path / "plain", "llama", **WIDE)
     for folder, changed in ((model.folder, False), (plain.folder, True)):
-        decoder = runner_of(folder).decoder
+        decoder = runner_of(folder, dtype).decoder
         assert isinstance(decoder, GenericModel)
         mlps = [module for name, module in decoder.modules.items() if name.endswith(".mlp")]
         assert mlps and all(("forward" in vars(mlp)) == changed for mlp in mlps)

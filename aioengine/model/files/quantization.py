@@ -17,7 +17,7 @@ def with_quantization(spec: ModelSpec, quantization: Quantization, device: str) 
 
     int8 and int4 on a CPU are not among them: the compiled step packs loaded weights into forms of its own.
     """
-    if quantization == "none":
+    if quantization == "none" or spec.impl == "transformers":  # which the memory plan refuses
         return spec
     packed = {}
     if quantization == "fp8" or device != "cpu":

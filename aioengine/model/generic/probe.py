@@ -50,11 +50,11 @@ def check(model: GenericModel) -> None:
         for way in model.ways():
             model.take(way)
             problem = _differs(model, expected)
+            if problem is None and model.hooks:
+                problem = _adapter_differs(model)
             if problem is None:
                 break
             logger.info("%s: %s; the next way is tried", model.spec.architecture, problem)
-        if problem is None and model.hooks:
-            problem = _adapter_differs(model)
     if problem is not None:
         raise ConfigError(
             f"{model.path}: {model.spec.architecture} does not compute the same over the engine's cache and "

@@ -92,7 +92,11 @@ class GenericSpec(ModelSpec, frozen=True, kw_only=True):
         return ((linear.layer, linear.module) for linear in self.linears)
 
     def module_name(self, layer: int, module: str) -> str:
-        return next(x.name for x in self.linears if (x.layer, x.module) == (layer, module))
+        """Raises KeyError if there is no such linear that adapters can have."""
+        for linear in self.linears:
+            if (linear.layer, linear.module) == (layer, module):
+                return linear.name
+        raise KeyError((layer, module))
 
     def find_module(self, name: str) -> tuple[int, str] | None:
         return next(((x.layer, x.module) for x in self.linears if x.name == name), None)
