@@ -34,7 +34,7 @@ from aioengine.fleet.wire import (
 from aioengine.grammars.service import Grammars
 from aioengine.info import AdapterInfo, without_versions
 from aioengine.metrics.otlp import end_tracing, otlp_provider
-from aioengine.request import RequestOptions, SamplingParams, Wanted
+from aioengine.request import RequestOptions, SamplingParams
 from aioengine.runtime.tasks import end_tasks
 from aioengine.schedulers.routing.replica import GUESSED_SECONDS_PER_TOKEN
 
@@ -136,17 +136,18 @@ class EngineReplica:
     async def _generate(self, box: Outbox, order: Submit) -> None:
         if order.believed:
             self._beliefs.believed(order.request_id, box, order.key)
+        options, asked = order.options, dict[str, str]()
         try:
             if self._draining:
                 raise EngineStopped("the replica is draining")
             params = await self._params(order)
-            known = len(order.options.output)  # log-probabilities that the door has already
-            scored = False
-            options = order.options
+            known, scored = len(options.output), False  # log-probabilities that the door has already
+            asked = self._asked(options)
+            mix = options.mix and {own: options.mix[name] for own, name in asked.items()}
             async for output in self.engine.generate(
                 order.prompt,
                 params,
-                adapter=self._wanted(options),
+                adapter=mix or next(iter(asked), None),
                 request_id=order.request_id,
                 priority=options.priority,
                 deadline=options.deadline,
@@ -171,16 +172,15 @@ class EngineReplica:
             if not isinstance(error, AioEngineError):
                 logger.exception("request %s failed unexpectedly", order.request_id)
             if isinstance(error, AdapterNotFound) and "@" in error.name:
-                error = gone(order.options.adapter or error.name)  # the engine's own has its own numbers
+                error = gone(asked.get(error.name, options.adapter or error.name))  # not the engine's number
             box.put(Delta(order.key, error=pack_error(error)))
         finally:
             self._beliefs.forget(order.request_id)
 
-    def _wanted(self, options: RequestOptions) -> Wanted:
-        """Return the adapter, or the mix, in the engine's own versions. Raises AdapterNotFound."""
-        if options.mix is not None:
-            return {self._versions.own(name): weight for name, weight in options.mix.items()}
-        return None if options.adapter is None else self._versions.own(options.adapter)
+    def _asked(self, options: RequestOptions) -> dict[str, str]:
+        """Return the adapters of a request, by the names of the engine's versions. Raises AdapterNotFound."""
+        names = options.mix or ([] if options.adapter is None else [options.adapter])
+        return {self._versions.own(name): name for name in names}
 
     async def _params(self, order: Submit) -> SamplingParams:
         constraint = None

@@ -22,9 +22,11 @@ from aioengine.fleet import versions
 from aioengine.fleet.config import FleetConfig
 from aioengine.fleet.door.adapters import FleetAdapters
 from aioengine.fleet.door.members import Member, Members
-from aioengine.fleet.registry import AdapterRegistry
+from aioengine.fleet.registry import AdapterRegistry, Entry
 from aioengine.fleet.versions import ReplicaVersions, SpentVersions
+from aioengine.fleet.wire import Delta, Submit, decode_frame, encode_orders, pack_params, unpack_error
 from aioengine.info import AdapterInfo
+from aioengine.request import RequestOptions
 
 pytest.importorskip("ray.serve", reason="Ray has no wheel for this system or Python")
 
@@ -121,6 +123,24 @@ async def test_replicas_that_have_counted_differently_agree(
     with pytest.raises(AdapterNotFound):
         await second.engine.complete([5], greedy(1), adapter="sql")
     await door.adapters.stop()
+
+
+@pytest.mark.parametrize("named", [{"adapter": "sql@7"}, {"mix": {"sql@7": 0.5}}])
+async def test_an_error_names_what_was_asked_for(real: Any, adapters: Path, named: dict[str, Any]) -> None:
+    """Not the number that the replica's engine has given to it."""
+    replica = real[0]
+    for version, name in enumerate("ab", start=7):
+        await replica.adapter("sync", {"entries": [Entry("sql", str(adapters / name), version)]})
+    frames = replica.channel("door")
+    await anext(frames)
+    options = RequestOptions(**named)
+    await replica.submit("door", encode_orders([Submit(1, "r", [5], pack_params(greedy(1)), options)]))
+    found: list[Delta] = []
+    while not found:
+        found = decode_frame(await anext(frames)).deltas
+    error = unpack_error(found[0].error)
+    assert isinstance(error, AdapterNotFound) and error.name == "sql@7" and "gone" in str(error)
+    await frames.aclose()
 
 
 async def test_an_adapter_that_nobody_has_loaded_has_no_numbers() -> None:
