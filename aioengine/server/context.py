@@ -202,8 +202,8 @@ class Context:
         if name is None:
             return 0
         name = without_versions(name)
-        info = next((info for info in self.engine.adapters() if info.name == name and info.digest), None)
-        return (await self.engine.load_adapter(name) if info is None else info).labels
+        read = {info.name: info for info in self.engine.adapters() if info.digest and info.bytes}
+        return (read.get(name) or await self.engine.load_adapter(name)).labels  # others have none yet
 
     async def encode_chat(
         self,

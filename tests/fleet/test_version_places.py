@@ -20,6 +20,7 @@ from aioengine.fleet.wire import Delta, Residency, pack_error
 from aioengine.info import AdapterInfo, AdapterLocation
 from aioengine.request import RequestOptions
 from aioengine.schedulers.routing import ReplicaLimits
+from aioengine.server.context import Context
 
 pytest.importorskip("ray.exceptions", reason="Ray has no wheel for this system or Python")
 
@@ -87,3 +88,13 @@ def test_a_replaced_version_is_not_described_as_the_current_one(newer: AdapterLo
     [found] = listed([Entry("sql", "sql/2", 2, "digest-2")], held)
     assert (found.version, found.path, found.digest) == (2, "sql/2", "digest-2")
     assert found.labels == (0 if newer is None else 2)
+
+
+async def test_an_adapter_that_no_replica_holds_is_read_for_its_labels() -> None:
+    async def load_adapter(name: str) -> AdapterInfo:
+        return info(2)
+
+    described = listed([Entry("sql", "sql/2", 2, "digest-2")], [])
+    engine = SimpleNamespace(adapters=lambda: described, load_adapter=load_adapter)
+    server: Any = SimpleNamespace(engine=engine)
+    assert await Context.head_labels(server, "sql") == info(2).labels
