@@ -96,7 +96,7 @@ class FleetServer:
     def replicas(self) -> list[psutil.Process]:
         """The processes of replicas that have started, less those that stand still: Serve replaces these."""
         found = [p for p in self.processes() if "EngineReplica" in command_line(p)]
-        return [p for p in found if p.status() not in (psutil.STATUS_STOPPED, psutil.STATUS_ZOMBIE)]
+        return [p for p in found if state(p) not in (psutil.STATUS_STOPPED, psutil.STATUS_ZOMBIE)]
 
     def pid_of(self, replica: str) -> int:
         """The process of a replica that has this name in ``/metrics``."""
@@ -109,6 +109,14 @@ class FleetServer:
 
     def healthy(self, count: int = 2) -> bool:
         return self.metric("aioengine_fleet_replica_up") == count
+
+
+def state(process: psutil.Process) -> str:
+    """Its status, also of one that has ended meanwhile."""
+    try:
+        return str(process.status())
+    except psutil.NoSuchProcess:
+        return str(psutil.STATUS_ZOMBIE)
 
 
 def command_line(process: psutil.Process) -> str:
