@@ -252,7 +252,7 @@ class Sampled(NamedTuple):
     late: bool = False
     """Whether there is no token yet because the request's constraint is late. Its last token is then computed
     again in the next step."""
-    forced: Sequence[int] = ()
+    forced: tuple[int, ...] = ()
     """Tokens that follow ``token``, because the request's constraint leaves no choice. The step has not
     computed them."""
 

@@ -87,7 +87,7 @@ def sample(logits: Tensor, rows: Sequence[SequenceWork], penalties: Penalties | 
     found = [results.get(i) or Sampled(tokens[i], logprobs.get(i)) for i in range(len(rows))]
     for i, after in forced.items():
         if i not in results:
-            found[i] = found[i]._replace(forced=after)
+            found[i] = found[i]._replace(forced=tuple(after))
     return found
 
 

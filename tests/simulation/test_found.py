@@ -44,10 +44,10 @@ def ends_with(first: str, then: str, end: str) -> list[Any]:
         await asyncio.sleep(0.1)  # the read takes a second
         if end == "dies":
 
-            async def fail(batch: StepBatch) -> StepResult:
+            def fail(batch: StepBatch) -> StepResult:
                 raise RuntimeError("planned")
 
-            engine._device.execute = fail  # type: ignore[method-assign]
+            engine._device.execute_at_once = fail  # type: ignore[method-assign]
             with pytest.raises(EngineDead):
                 await engine.complete([0, 0])
         else:

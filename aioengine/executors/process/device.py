@@ -108,7 +108,7 @@ class ProcessDevice(Device):
         for index, after in forced.items():
             token = sampled[index]
             if token is not None and token.error is None:
-                sampled[index] = token._replace(forced=after)
+                sampled[index] = token._replace(forced=tuple(after))
         seconds = max(answer.seconds for answer in answers)
         first = answers[0]
         return StepResult(sampled, seconds, first.scored, first.followed, first.pooled)
