@@ -75,7 +75,7 @@ class EngineFlags:
     executor: Annotated[ExecutorName | None, _IN_MORE] = None
     """Run the model in this process, or in separate ones."""
     tensor_parallel_size: Annotated[int | None, _IN_MORE] = None
-    """Processes that shard the model (1); needs --executor process."""
+    """Processes that shard the model (1); needs --executor process or ray."""
     restart: Annotated[Restart | None, _IN_MORE] = None
     """on-failure: restart the model's processes when one is lost."""
     dtype: Annotated[DType | None, _IN_MORE] = None

@@ -91,7 +91,7 @@ class ServerFlags:
     max_body_bytes: Annotated[int | None, _IN_MORE] = None
     """Maximum body; by default 1 MiB plus 64 bytes per token of max_model_len."""
     max_upload_bytes: Annotated[int | None, _IN_MORE] = None
-    """Let clients upload adapters of at most this size, kept in memory; by default they cannot."""
+    """Let clients upload adapters of at most this size; by default they cannot."""
     max_choices: Annotated[int, _IN_MORE] = 128
     """Maximum prompts x n in one request."""
     share_prefix_cache: Annotated[bool, _IN_MORE] = False
