@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.adapter_infos import adapter_info
 from support.fleet_process import needs_ray
 from support.registry_actor import RegistryActor
 
@@ -63,19 +64,7 @@ class Engine:
         pass
 
     def _info(self, name: str) -> AdapterInfo:
-        return AdapterInfo(
-            name=name,
-            version=self.has.get(name, 0),
-            path=name,
-            rank=8,
-            bytes=1,
-            digest=name,
-            location="disk",
-            slot=None,
-            pinned=False,
-            running=0,
-            waiting=0,
-        )
+        return adapter_info(name, version=self.has.get(name, 0), digest=name, location="disk")
 
 
 class Replica(EngineReplica):

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from support.adapter_infos import adapter_info
 from support.registry_actor import RegistryActor
 
 from aioengine import EngineConfig
@@ -40,19 +41,7 @@ class Replica:
         if not self.disk:
             raise AdapterNotFound("it is gone", name="sql")
         self.versions += 1
-        return AdapterInfo(
-            name="sql",
-            version=self.versions,
-            path="sql",
-            rank=8,
-            bytes=1,
-            digest=self.disk,
-            location="cpu",
-            slot=None,
-            pinned=False,
-            running=0,
-            waiting=0,
-        )
+        return adapter_info("sql", version=self.versions, digest=self.disk)
 
     def hold(self, info: AdapterInfo) -> None:
         self.member.residency = Residency([], [info])

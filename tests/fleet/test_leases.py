@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support.adapter_infos import adapter_info
 from support.registry_actor import RegistryActor
 
 from aioengine import EngineConfig
@@ -61,10 +62,7 @@ class Door:
                 self._busy.now.discard(self._name)
         if action not in ("prepare", "commit"):
             return None
-        return AdapterInfo(
-            name="sql", version=1, path="sql", rank=8, bytes=1, digest=self._name, location="cpu", slot=None,
-            pinned=False, running=0, waiting=0,
-        )  # fmt: skip
+        return adapter_info("sql", digest=self._name)
 
     def __getattr__(self, call: str) -> Any:
         """The registry, as this door reaches it."""

@@ -11,10 +11,9 @@ from pathlib import Path
 import pytest
 from prometheus_client import generate_latest
 from support.engine_fixtures import Tiny, greedy
-from support.fleet_here import FleetHere, fleet_here
+from support.fleet_here import FleetHere, fleet_here, small_engine
 from support.mixed_adapters import generated, scaled_model
 
-from aioengine import EngineConfig, LoRAConfig
 from aioengine.errors import AdapterChanged, AdapterError, AdapterNotFound, ConfigError
 from aioengine.fleet import uploads
 from aioengine.fleet.config import FleetConfig
@@ -26,14 +25,7 @@ MIXES: list[dict[str, float]] = [{"a": 0.7, "b": 0.4}, {"a": 0.5}, {"b": -1.5}]
 
 
 def config_of(tiny: Tiny, **fields: object) -> FleetConfig:
-    engine = EngineConfig(
-        model=str(tiny.model),
-        dtype="float32",
-        max_model_len=64,
-        kv_cache_memory="4MiB",
-        max_num_seqs=2,
-        lora=LoRAConfig(max_loras=2, max_cpu_loras=4),
-    )
+    engine = small_engine(tiny, max_num_seqs=2)
     return FleetConfig(engine=engine, **{"replicas": 2, **fields})  # type: ignore[arg-type]
 
 

@@ -13,6 +13,7 @@ import fsspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support.adapter_infos import adapter_info
 from support.registry_actor import RegistryActor
 from support.s3_server import check_keys_after, s3, s3_server
 from support.waiting import SECONDS, until
@@ -103,7 +104,7 @@ class Door:
 
     async def _answer(self, action: str, arguments: dict[str, Any], to: str) -> AdapterInfo | None:
         self.asked.append((action, arguments))
-        return info(arguments["name"]) if action in ("load", "commit", "unload", "prepare") else None
+        return adapter_info(arguments["name"]) if action in ("load", "commit", "unload", "prepare") else None
 
     async def load(self, name: str, **flags: Any) -> None:
         await self.adapters.load(name, name, **{"pin": False, "force_pin": False, "replace": False, **flags})
@@ -211,21 +212,6 @@ def test_a_door_that_looks_knows_what_there_is(changes: list[tuple[str, int]], k
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(registry, "MAX_CHANGES", kept)
         asyncio.run(main())
-
-
-def info(name: str) -> AdapterInfo:
-    return AdapterInfo(
-        name=name,
-        version=1,
-        path=name,
-        rank=8,
-        bytes=1,
-        location="cpu",
-        slot=None,
-        pinned=False,
-        running=0,
-        waiting=0,
-    )
 
 
 async def test_a_registry_whose_package_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,8 @@ from collections.abc import AsyncIterator
 from types import SimpleNamespace
 from typing import Any
 
+from support.adapter_infos import adapter_info
+
 from aioengine import EngineConfig
 from aioengine.errors import EngineStopped
 from aioengine.fleet.config import FleetConfig
@@ -43,18 +45,7 @@ class Channel:
 
 
 def info(name: str, location: AdapterLocation, nbytes: int, version: int = 1) -> AdapterInfo:
-    return AdapterInfo(
-        name=name,
-        version=version,
-        path=name,
-        rank=8,
-        bytes=nbytes,
-        location=location,
-        slot=None,
-        pinned=False,
-        running=0,
-        waiting=0,
-    )
+    return adapter_info(name, version=version, bytes=nbytes, location=location)
 
 
 async def test_what_a_replica_holds_has_its_size() -> None:

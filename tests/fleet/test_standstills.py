@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from support.fleet_here import Stream, serve_names
 
 from aioengine import EngineConfig
 from aioengine.fleet.config import FleetConfig
-from aioengine.fleet.door import discovery
 from aioengine.fleet.door.members import Members
 from aioengine.fleet.wire import Frame, Hello, encode_frame
 from aioengine.lab.simulation.clock import VirtualTimeLoop, run_in_virtual_time
@@ -47,19 +47,6 @@ class Replicas:
         await asyncio.Event().wait()
 
 
-class Stream:
-    """What Ray gives for a method that yields."""
-
-    def __init__(self, items: AsyncIterator[bytes]) -> None:
-        self._items = items
-
-    def __aiter__(self) -> AsyncIterator[bytes]:
-        return self._items
-
-    def cancel(self) -> None:
-        pass
-
-
 @settings(max_examples=30)
 @given(
     stops=st.lists(st.tuples(st.floats(0.1, 6.0), st.floats(0.0, 20.0)), min_size=1, max_size=4),
@@ -88,10 +75,5 @@ def test_a_door_that_was_stopped_loses_only_who_is_silent(
         await members.stop(SystemError("the end"))  # type: ignore[arg-type]
 
     with pytest.MonkeyPatch.context() as patch:
-
-        def watch(_application: str, told: Any) -> Any:
-            told({"r0", "r1", "r2"})
-            return lambda: None
-
-        patch.setattr(discovery, "watch_replicas", watch)
+        serve_names({"r0", "r1", "r2"}, patch)
         run_in_virtual_time(main())

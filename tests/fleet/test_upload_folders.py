@@ -12,9 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from support.engine_fixtures import Tiny, greedy
-from support.fleet_here import fleet_here
+from support.fleet_here import fleet_here, small_engine
 
-from aioengine import EngineConfig, LoRAConfig
 from aioengine.errors import AdapterInvalid
 from aioengine.fleet import uploads
 from aioengine.fleet.config import FleetConfig
@@ -32,13 +31,7 @@ async def test_an_upload_in_use_is_kept(
     """However old it is, and also where replicas hold local copies of what is at a URL. What is invalid goes
     at once."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    engine = EngineConfig(
-        model=str(tiny_text.model),
-        dtype="float32",
-        max_model_len=64,
-        kv_cache_memory="4MiB",
-        lora=LoRAConfig(max_loras=2, max_cpu_loras=4),
-    )
+    engine = small_engine(tiny_text)
     config = FleetConfig(engine=engine, registry=f"{scheme}{tmp_path}/registry")
     root = tmp_path / "registry" / "uploads"
     async with fleet_here(config, monkeypatch) as fleet:

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from support.adapter_infos import adapter_info
 
 from aioengine import EngineConfig, SamplingParams
 from aioengine.errors import AdapterNotFound, AioEngineError, EngineOverloaded, EngineStopped
@@ -26,19 +27,13 @@ pytest.importorskip("ray.exceptions", reason="Ray has no wheel for this system o
 
 
 def info(version: int, location: AdapterLocation = "cpu") -> AdapterInfo:
-    return AdapterInfo(
-        name="sql",
+    return adapter_info(
+        "sql",
         version=version,
         path=f"sql/{version}",
-        rank=8,
-        bytes=1,
         digest=f"digest-{version}",
         labels=version,
         location=location,
-        slot=None,
-        pinned=False,
-        running=0,
-        waiting=0,
     )
 
 

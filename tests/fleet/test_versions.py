@@ -11,11 +11,12 @@ import fsspec
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from support.adapter_infos import adapter_info
 from support.engine_fixtures import Tiny, greedy
-from support.fleet_here import ReplicaHere
+from support.fleet_here import ReplicaHere, small_engine
 from support.registry_actor import RegistryActor
 
-from aioengine import EngineConfig, LoRAConfig
+from aioengine import EngineConfig
 from aioengine.errors import AdapterError, AdapterNotFound
 from aioengine.fleet import replica as replicas
 from aioengine.fleet import versions
@@ -61,13 +62,7 @@ class Door:
 async def real(tiny_text: Tiny, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Two replicas with an engine each, without Ray."""
     monkeypatch.setattr(replicas, "_own_id", lambda: "own")
-    engine = EngineConfig(
-        model=str(tiny_text.model),
-        dtype="float32",
-        max_model_len=64,
-        kv_cache_memory="4MiB",
-        lora=LoRAConfig(max_loras=2, max_cpu_loras=4),
-    )
+    engine = small_engine(tiny_text)
     made = []
     for _ in range(2):
         replica = ReplicaHere.__new__(ReplicaHere)
@@ -187,19 +182,7 @@ class Replica:
         self.named.add((name, version, path))
 
     def _info(self, name: str, path: str) -> AdapterInfo:
-        return AdapterInfo(
-            name=name,
-            version=self._count,
-            path=path,
-            rank=8,
-            bytes=1,
-            digest=path,
-            location="disk",
-            slot=None,
-            pinned=False,
-            running=0,
-            waiting=0,
-        )
+        return adapter_info(name, version=self._count, path=path, digest=path, location="disk")
 
 
 @settings(max_examples=25)

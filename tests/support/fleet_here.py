@@ -9,8 +9,10 @@ from typing import Any
 
 import msgspec
 import pytest
+from support.engine_fixtures import Tiny
 from support.registry_actor import RegistryActor
 
+from aioengine import EngineConfig, LoRAConfig
 from aioengine.fleet import replica as replicas
 from aioengine.fleet.config import FleetConfig
 from aioengine.fleet.door import client as door_client
@@ -32,7 +34,7 @@ class ReplicaHere(EngineReplica):
         pass
 
 
-class _Stream:
+class Stream:
     """What Ray gives for a method that yields."""
 
     def __init__(self, items: AsyncIterator[bytes]) -> None:
@@ -55,7 +57,7 @@ class _Handle:
         def remote(*arguments: Any, to: str | None = None) -> Any:
             replica = self._made[to or next(iter(self._made))]
             if stream:
-                return _Stream(replica.channel(*arguments))
+                return Stream(replica.channel(*arguments))
             if method_name == "adapter":
                 action, values = arguments
                 return replica.adapter(action, dict(values))
@@ -72,6 +74,28 @@ class FleetHere:
         self.replicas = made
 
 
+def small_engine(tiny: Tiny, **fields: Any) -> EngineConfig:
+    """Return the configuration of a replica's engine with two slots."""
+    usual = {
+        "model": str(tiny.model),
+        "dtype": "float32",
+        "max_model_len": 64,
+        "kv_cache_memory": "4MiB",
+        "lora": LoRAConfig(max_loras=2, max_cpu_loras=4),
+    }
+    return EngineConfig(**{**usual, **fields})
+
+
+def serve_names(names: set[str], patch: pytest.MonkeyPatch) -> None:
+    """Have Serve tell each door at once that these are the replicas."""
+
+    def watch(_application: str, told: Any) -> Any:
+        told(names)
+        return lambda: None
+
+    patch.setattr(discovery, "watch_replicas", watch)
+
+
 @asynccontextmanager
 async def fleet_here(config: FleetConfig, patch: pytest.MonkeyPatch) -> AsyncIterator[FleetHere]:
     names = {f"r{number}" for number in range(config.replicas)}
@@ -80,11 +104,7 @@ async def fleet_here(config: FleetConfig, patch: pytest.MonkeyPatch) -> AsyncIte
     registry = RegistryActor()
     patch.setattr(door_client, "registry_actor", lambda *_: registry)
 
-    def watch(_application: str, told: Any) -> Any:
-        told(names)
-        return lambda: None
-
-    patch.setattr(discovery, "watch_replicas", watch)
+    serve_names(names, patch)
     made: dict[str, ReplicaHere] = {}
     try:
         for name in sorted(names):

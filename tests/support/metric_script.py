@@ -7,6 +7,7 @@ from typing import Literal
 from prometheus_client import generate_latest
 from prometheus_client.metrics_core import Metric
 from prometheus_client.parser import text_string_to_metric_families
+from support.adapter_infos import adapter_info
 
 from aioengine import events
 from aioengine.info import AdapterInfo, EngineStats, SlotInfo, SlotStateName
@@ -27,18 +28,8 @@ def stats(*slots: SlotInfo, **values: int) -> EngineStats:
 
 
 def info(name: str, location: str, *, pinned: bool = False) -> AdapterInfo:
-    return AdapterInfo(
-        name=name,
-        version=1,
-        path="/somewhere",
-        rank=8,
-        bytes=1000,
-        location=location,  # type: ignore[arg-type]
-        slot=0 if location == "slot" else None,
-        pinned=pinned,
-        running=0,
-        waiting=0,
-    )
+    slot = 0 if location == "slot" else None
+    return adapter_info(name, path="/somewhere", bytes=1000, location=location, slot=slot, pinned=pinned)
 
 
 def metrics(

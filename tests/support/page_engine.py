@@ -10,6 +10,7 @@ from typing import Any
 
 from prometheus_client import CollectorRegistry, Gauge
 from prometheus_client.exposition import choose_encoder
+from support.adapter_infos import adapter_info
 
 from aioengine import AsyncEngine, EngineConfig, events
 from aioengine.info import AdapterInfo, EngineStats, SlotInfo
@@ -56,18 +57,7 @@ class FakeEngine:
             listener(event)
 
     def add(self, name: str, location: Any = "disk", rank: int = 0) -> None:
-        self.infos[name] = AdapterInfo(
-            name=name,
-            version=1,
-            path=f"/secret/{name}",
-            rank=rank,
-            bytes=0,
-            location=location,
-            slot=None,
-            pinned=False,
-            running=0,
-            waiting=0,
-        )
+        self.infos[name] = adapter_info(name, path=f"/secret/{name}", rank=rank, bytes=0, location=location)
         self.tell(events.AdapterRegistered(time=0, adapter=name, version=1, path="/x", replaces=None))
 
 
