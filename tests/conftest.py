@@ -22,6 +22,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # the servers and workers that tests st
 
 import torch
 from hypothesis import settings
+from support import preloaded
 from support.quick_interpreter import quicken
 from support.ray_nodes import nodes
 
@@ -78,7 +79,8 @@ def _logging_as_before() -> Iterator[None]:
 def _processor_seconds() -> float:
     """Of this process, and of those that it started and waited for."""
     times = os.times()
-    return times.user + times.system + times.children_user + times.children_system
+    own = times.user + times.system + times.children_user + times.children_system
+    return own + preloaded.processor_seconds()
 
 
 @pytest.hookimpl(tryfirst=True)

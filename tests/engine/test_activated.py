@@ -16,6 +16,8 @@ from support.tiny_models import build_adapter, reference_logits
 from aioengine import AsyncEngine, RequestOutput, SamplingParams
 from aioengine.errors import AdapterInvalid
 
+pytestmark = pytest.mark.usefixtures("preloaded_workers")
+
 INVOCATION = [7, 9, 7]
 
 

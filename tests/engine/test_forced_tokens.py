@@ -13,10 +13,13 @@ from support.engine_fixtures import MakeEngine, Tiny
 from aioengine import AsyncEngine, SamplingParams
 from aioengine.guided import Guide
 from aioengine.kernels.cpu import build
-from aioengine.request import StartedConstraint
+from benchmarks.engine.forced import Unforced
 
 pytest.importorskip("llguidance")
-pytestmark = pytest.mark.skipif(build.shutil.which("c++") is None, reason="needs a C++ compiler")
+pytestmark = [
+    pytest.mark.usefixtures("preloaded_workers"),
+    pytest.mark.skipif(build.shutil.which("c++") is None, reason="needs a C++ compiler"),
+]
 
 FIELDS: dict[str, Any] = {"block_size": 16, "dtype": "bfloat16", "max_model_len": 160, "max_num_seqs": 6}
 KINDS: list[dict[str, Any]] = [
@@ -29,18 +32,6 @@ KINDS: list[dict[str, Any]] = [
     {"prompt_logprobs": 1, "logit_bias": {98: -50.0}},
     {"stop_token_ids": [97], "temperature": 1.0, "seed": 6},
 ]
-
-
-class Unforced:
-    """The same constraint, asked for every token."""
-
-    def __init__(self, inner: StartedConstraint) -> None:
-        self._inner = inner
-        self.begin, self.poll, self.allowed = inner.begin, inner.poll, inner.allowed
-
-    @property
-    def slow(self) -> bool:
-        return self._inner.slow
 
 
 def pattern(rng: random.Random) -> str:

@@ -25,6 +25,8 @@ from aioengine.model.slots.merged import MergedDecoder
 from aioengine.schedulers import Decision, SchedulerPolicy, SchedulerView, load_policy
 from aioengine.schedulers.policies.fcfs import FCFS
 
+pytestmark = pytest.mark.usefixtures("preloaded_workers")
+
 PROMPT = prompt_of(3, 11)
 PATHS: dict[str, dict[str, Any]] = {
     "torch": {},

@@ -14,6 +14,8 @@ from support.engine_fixtures import MakeEngine, Tiny, greedy, prompt_of
 
 from aioengine.errors import ConfigError
 
+pytestmark = pytest.mark.usefixtures("preloaded_workers")
+
 OPTIONS: dict[str, dict[str, Any]] = {
     "int8 weights": {"quantization": "int8"},
     "int4 weights": {"quantization": "int4"},

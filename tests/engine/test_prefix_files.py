@@ -17,6 +17,8 @@ from aioengine import CachePin
 from aioengine.errors import ConfigError
 from aioengine.kernels.cpu import build
 
+pytestmark = pytest.mark.usefixtures("preloaded_workers")
+
 COMPILED = {"dtype": "bfloat16", "block_size": 16, "batch_invariant": True}
 KV_INT8 = {**COMPILED, "kv_cache_dtype": "int8"}
 PROCESS = {"executor": "process"}

@@ -54,6 +54,7 @@ async def test_two_ranks_give_the_tokens_of_one_while_adapters_swap(
     await nothing_left.check()
 
 
+@pytest.mark.usefixtures("preloaded_workers")
 @pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
 async def test_a_crowd_changes_no_bit_on_two_ranks(tiny: Tiny, make_engine: MakeEngine) -> None:
     kinds = [SamplingParams(max_tokens=9, ignore_eos=True, logprobs=2, temperature=t, seed=3) for t in (0, 1)]

@@ -22,6 +22,8 @@ from aioengine.errors import RequestInvalid
 from aioengine.model import runner
 from aioengine.model.sampler import token_logprobs
 
+pytestmark = pytest.mark.usefixtures("preloaded_workers")
+
 PATHS: dict[str, dict[str, Any]] = {
     "torch": {},
     "compiled": {"block_size": 16},

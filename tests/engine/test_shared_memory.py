@@ -14,6 +14,8 @@ from support.engine_fixtures import MakeEngine, Tiny, greedy, prompt_of
 from aioengine import AsyncEngine, EngineConfig, LoRAConfig
 from aioengine.errors import ConfigError
 
+pytestmark = pytest.mark.usefixtures("preloaded_workers")
+
 TIGHT: dict[str, Any] = {
     "slot_memory": "shared",
     "max_loras": 6,

@@ -19,7 +19,10 @@ from aioengine import SamplingParams
 from aioengine.errors import AdapterInvalid, AdapterTooLarge
 from aioengine.kernels.dispatch import ENV
 
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
+pytestmark = [
+    pytest.mark.usefixtures("preloaded_workers"),
+    pytest.mark.filterwarnings("ignore::UserWarning"),
+]
 ROWS = [5, 9, 40, 41, 100, 250]
 BOTH: dict[str, dict[str, Any]] = {
     "listed": {"trainable_token_indices": [200, 7, 33, 120], "target_modules": ["q_proj"]},

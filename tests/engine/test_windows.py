@@ -16,7 +16,10 @@ from aioengine.memory_plan import plan_memory
 from aioengine.model.files.resolve import read_spec
 from aioengine.model.spec import INT8_SCALE_BYTES, ModelSpec
 
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
+pytestmark = [
+    pytest.mark.usefixtures("preloaded_workers"),
+    pytest.mark.filterwarnings("ignore::UserWarning"),
+]
 SIZES: dict[str, Any] = {"hidden_size": 64, "head_dim": 16, "sliding_window": 9}
 TOKEN_BYTES = 2 * 2 * 2 * 16 * 4
 NEW = 40

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.process_harness import preloaded_workers as preloaded_workers
 from torch import Tensor
 
 from aioengine.adapters.store import AdapterStore

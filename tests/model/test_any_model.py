@@ -22,7 +22,10 @@ from aioengine.model.files.resolve import read_spec
 from aioengine.model.generic.model import GenericModel
 from aioengine.model.runner import ModelRunner
 
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
+pytestmark = [
+    pytest.mark.usefixtures("preloaded_workers"),
+    pytest.mark.filterwarnings("ignore::UserWarning"),
+]
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -40,7 +40,10 @@ from aioengine.model.parallel.ranges import count
 from aioengine.model.slots.layout import SlotLayout
 from aioengine.model.spec import EMBEDDING_MODULES, LORA_MODULES, ModelSpec, Quantization
 
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # peft's, of biases and tied heads
+pytestmark = [
+    pytest.mark.usefixtures("preloaded_workers"),
+    pytest.mark.filterwarnings("ignore::UserWarning"),  # peft's, of biases and tied heads
+]
 
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {"tie_word_embeddings": True}),

@@ -26,6 +26,7 @@ from aioengine.model.parallel.ranges import count
 from aioengine.model.slots.layout import SlotLayout
 
 pytestmark = [
+    pytest.mark.usefixtures("preloaded_workers"),
     pytest.mark.filterwarnings("ignore::UserWarning"),
     pytest.mark.filterwarnings("ignore:The following .* keys did not match:RuntimeWarning"),
 ]

@@ -9,16 +9,14 @@ from __future__ import annotations
 
 import collections
 import functools
-import json
-import subprocess
-import sys
 from collections.abc import Sequence
-from pathlib import Path
+from concurrent.futures import ProcessPoolExecutor
 from types import SimpleNamespace
 from typing import Any
 
 import msgspec
 import torch
+from support.preloaded import CONTEXT
 
 GRID_LIMITS = (2**31, 2**16, 2**16)
 """A launch's programs by dimension are fewer than these."""
@@ -111,14 +109,11 @@ def _copy_without_cuda() -> None:
 
 def run_on_fake_gpu(scenario: str, *arguments: str) -> Any:
     """Run a function of ``gpu_without_gpu.scenarios`` in a process of its own; returns what it returned."""
-    tests = Path(__file__).parents[1]
-    script = (
-        f"import sys, json; sys.path.insert(0, {str(tests)!r}); "
-        "from gpu_without_gpu import scenarios; "
-        f"print(json.dumps(scenarios.{scenario}(*json.loads(sys.argv[1]))))"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", script, json.dumps(arguments)], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    return msgspec.json.decode(done.stdout.splitlines()[-1])
+    with ProcessPoolExecutor(1, CONTEXT) as process:
+        return msgspec.json.decode(process.submit(_play, scenario, arguments).result())
+
+
+def _play(scenario: str, arguments: Sequence[str]) -> bytes:
+    from gpu_without_gpu import scenarios
+
+    return msgspec.json.encode(getattr(scenarios, scenario)(*arguments))

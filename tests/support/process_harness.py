@@ -11,6 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from support import preloaded
 from support.waiting import until
 
 from aioengine.executors.process import spawn
@@ -70,6 +71,22 @@ async def nothing_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Nothi
     """Temporary folders are made in one of the test's own. (On the test's loop, which has sockets too.)"""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     return NothingLeft(tmp_path)
+
+
+@pytest.fixture
+def preloaded_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers are forked with their imports, for tests that are not about their processes."""
+
+    async def start(connection: int, output: int) -> preloaded.Program:
+        return preloaded.start(
+            spawn.WORKER_MODULE,
+            preloaded.Inherited(connection),
+            environment=spawn.worker_environment(),
+            errors=output,
+            output=output,
+        )
+
+    monkeypatch.setattr(spawn, "start_process", start)
 
 
 @pytest.fixture

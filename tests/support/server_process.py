@@ -1,4 +1,4 @@
-"""``aioengine serve`` in a process of its own, on a free port."""
+"""``aioengine serve`` in a process of its own, forked from one with its imports, on a free port."""
 
 from __future__ import annotations
 
@@ -7,19 +7,28 @@ import contextlib
 import json
 import os
 import re
-import sys
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+from support import preloaded
 
 SMALL = ["--max-model-len", "500", "--kv-cache-memory", "4MiB", "--max-loras", "2", "--dtype", "float32"]
+
+
+class Log(NamedTuple):
+    """What a process writes to its standard error."""
+
+    lines: asyncio.StreamReader
+    pipe: asyncio.ReadTransport
 
 
 class Serving:
     """``lines`` is its log, read as it comes."""
 
-    def __init__(self, process: asyncio.subprocess.Process, url: str) -> None:
+    def __init__(self, process: preloaded.Program, log: Log, url: str) -> None:
         self.process = process
+        self._log = log
         self.url = url
         self.lines: list[dict[str, Any]] = []
         self._reading = asyncio.create_task(self._read())
@@ -32,13 +41,11 @@ class Serving:
     @contextlib.contextmanager
     def unread(self) -> Iterator[None]:
         """Nobody reads its log meanwhile."""
-        assert self.process.stderr is not None
-        pipe = self.process.stderr._transport  # type: ignore[attr-defined]
-        pipe.pause_reading()
+        self._log.pipe.pause_reading()
         try:
             yield
         finally:
-            pipe.resume_reading()
+            self._log.pipe.resume_reading()
 
     async def end(self) -> int:
         """Its exit code, once it has ended."""
@@ -46,9 +53,17 @@ class Serving:
         return await asyncio.wait_for(self.process.wait(), 60)
 
     async def _read(self) -> None:
-        assert self.process.stderr is not None
-        async for line in self.process.stderr:
+        async for line in self._log.lines:
             self.lines.append(json.loads(line))
+
+
+async def follow(outlet: int) -> Log:
+    """Read a pipe, lines of up to 1 MiB."""
+    lines = asyncio.StreamReader(limit=2**20)
+    pipe = os.fdopen(outlet, "rb", buffering=0)
+    loop = asyncio.get_running_loop()
+    transport, _ = await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(lines), pipe)
+    return Log(lines, transport)
 
 
 @contextlib.asynccontextmanager
@@ -62,26 +77,21 @@ async def serving(
     ]
     port = [] if "--port" in flags else ["--port", "0"]
     arguments = ["serve", "--model", str(model), *port, "--log-format", "json", *small, *flags]
-    process = await asyncio.create_subprocess_exec(
-        sys.executable,
-        "-m",
-        module,
-        *arguments,
-        env={**os.environ, **environment},
-        stderr=asyncio.subprocess.PIPE,
-        limit=2**20,
-    )
+    outlet, inlet = os.pipe()
+    process = preloaded.start(module, *arguments, environment={**os.environ, **environment}, errors=inlet)
+    os.close(inlet)
+    log = await follow(outlet)
     try:
-        assert process.stderr is not None
         async with asyncio.timeout(120):
             while True:
-                line = (await process.stderr.readline()).decode()
+                line = (await log.lines.readline()).decode()
                 assert line, "it ended before it served"
                 found = re.search(r"serving at (https?://\S+)", line)
                 if found:
                     break
-        yield Serving(process, found[1])
+        yield Serving(process, log, found[1])
     finally:
         if process.returncode is None:
             process.kill()
             await process.wait()
+        log.pipe.close()

@@ -45,18 +45,7 @@ async def spawn(rank: int) -> WorkerConnection:
     output = WorkerOutput(rank)
     try:
         with theirs:
-            process = await asyncio.create_subprocess_exec(
-                sys.executable,
-                "-P",  # no file in the current folder may take the place of a module
-                "-m",
-                WORKER_MODULE,
-                str(theirs.fileno()),
-                stdin=asyncio.subprocess.DEVNULL,
-                stdout=output.inlet,
-                stderr=output.inlet,
-                pass_fds=[theirs.fileno()],
-                env=_environment(),
-            )
+            process = await start_process(theirs.fileno(), output.inlet)
     except BaseException:
         ours.close()
         output.close()
@@ -72,7 +61,23 @@ async def spawn(rank: int) -> WorkerConnection:
     return WorkerConnection(rank, process, reader, writer, output)
 
 
-def _environment() -> dict[str, str]:
+async def start_process(connection: int, output: int) -> WorkerProcess:
+    """Start a worker that is given these descriptors: of its stream, and of its standard output and error."""
+    return await asyncio.create_subprocess_exec(
+        sys.executable,
+        "-P",  # no file in the current folder may take the place of a module
+        "-m",
+        WORKER_MODULE,
+        str(connection),
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=output,
+        stderr=output,
+        pass_fds=[connection],
+        env=worker_environment(),
+    )
+
+
+def worker_environment() -> dict[str, str]:
     """Return a worker's environment: it finds the same modules as this process, gloo uses the loopback
     interface, and OpenMP's threads soon sleep when they wait for each other."""
     environment = dict(os.environ)
