@@ -33,6 +33,20 @@ _FIRST_RANK = 0.004
 _RISE, _FALL = 0.5, 0.2
 """Share of an upward and of a downward deviation that is learned at once. Upward is larger, because too small
 a chunk is the safer error."""
+_SUDDEN = 1.5
+"""A step that takes more than this many times its expected time is taken for a slower machine:
+``_SUDDEN_RISE`` of the deviation is learned. If the next step fits better to what was known before, it was an
+accident, and is forgotten."""
+_SUDDEN_RISE = 0.85
+_EXCESS = 2.5
+"""How many times its expected time a step may take without consequence. If steps take longer again and again,
+the target is shortened, so that the next such step takes ``_EXCESS`` targets: only the second-longest of
+``_REMEMBERED`` steps counts."""
+_SHORTEST = 4.0
+"""The target is shortened by this factor at most."""
+_REMEMBERED = 64
+_SETTLED = 16
+"""Steps that are guesses, and count for nothing in that."""
 _BELIEVED = 4.0
 """A step that takes more than this many times its expected time counts as one that takes this many. (The
 machine may have been suspended.)"""
@@ -91,6 +105,11 @@ class Pacer:
         self._largest = _FIRST_TOKENS // 2
         """Tokens of the largest step so far."""
         self._steps = 0
+        self._before: list[float] | None = None
+        """The coefficients before the last step, if that took suddenly long."""
+        self._excesses: list[tuple[int, float]] = []
+        """Number and excess of the steps remembered that took longer than the target and ``_EXCESS`` times
+        what was expected."""
         in_tokens = (GRAIN, 1.0, pair_tokens, _FIRST_DECODE_PAIRS * pair_tokens, _FIRST_RANK)
         first = max_step_seconds / _FIRST_TOKENS
         self._coefficients = [first * tokens for tokens in in_tokens]
@@ -102,12 +121,13 @@ class Pacer:
 
     def seconds(self, work: StepWork) -> float:
         """Predict a step's seconds."""
-        return sum(map(float.__mul__, self._coefficients, map(float, work)))
+        return _sum(self._coefficients, work)
 
     def learn(self, work: StepWork, seconds: float) -> None:
         """Learn from a step's time."""
         if not 0 < seconds < math.inf:
             return
+        self._forget_accident(work, seconds)
         terms = [c * x for c, x in zip(self._coefficients, work, strict=True)]
         expected = sum(terms)
         deviation = math.log(seconds / expected)
@@ -115,7 +135,10 @@ class Pacer:
             bound = math.log(_BELIEVED)
             deviation = min(max(deviation, -bound), bound)
         self._steps += 1
+        self._note_excess(seconds, expected)
         rate = max(_RISE if deviation > 0 else _FALL, 1 / self._steps)
+        if self._steps > 1 and deviation > math.log(_SUDDEN):
+            self._before, rate = self._coefficients, max(rate, _SUDDEN_RISE)
         common = 1.0 if self._steps == 1 else _COMMON
         own = (1 - common) * expected / sum(term * term for term in terms)
         self._coefficients = [
@@ -123,6 +146,29 @@ class Pacer:
             for c, term in zip(self._coefficients, terms, strict=True)
         ]
         self._largest = max(self._largest, work.tokens)
+
+    def _forget_accident(self, work: StepWork, seconds: float) -> None:
+        """Forget what was learned from the last step, if it took suddenly long and this one does not."""
+        before, self._before = self._before, None
+        if before is not None:
+            now = abs(math.log(seconds / self.seconds(work)))
+            if abs(math.log(seconds / _sum(before, work))) < now:
+                self._coefficients = before
+
+    def _note_excess(self, seconds: float, expected: float) -> None:
+        """Note a step that took much longer than expected, and longer than the target."""
+        if self._excesses and self._excesses[0][0] <= self._steps - _REMEMBERED:
+            del self._excesses[0]
+        times = seconds / expected / _EXCESS
+        if times > 1 and seconds > self.max_step_seconds and self._steps > _SETTLED:
+            self._excesses.append((self._steps, min(times, _SHORTEST)))
+
+    @property
+    def _target(self) -> float:
+        """The target, shortened where steps have taken much longer than expected."""
+        if len(self._excesses) < 2:
+            return self.max_step_seconds
+        return self.max_step_seconds / sorted(times for _, times in self._excesses)[-2]
 
     def fixed_tokens(self, decodes: StepWork) -> float:
         """Return the fixed cost of a step with these decodes, in units of the time for one more token."""
@@ -134,7 +180,7 @@ class Pacer:
     def drafts(self, decodes: StepWork) -> int:
         """Return how many tokens may be proposed in a step with these decodes, so that prompts have their
         least share of the target; at least a smallest chunk."""
-        left = self.max_step_seconds / (1 + LEAST_SHARE) - self.seconds(decodes)
+        left = self._target / (1 + LEAST_SHARE) - self.seconds(decodes)
         _, token, pair, _, rank = self._coefficients
         each = token + (pair * decodes.decode_pairs + rank * decodes.ranks) / max(decodes.tokens, 1)
         return max(int(left / each), GRAIN)
@@ -144,17 +190,21 @@ class Pacer:
         tokens."""
         taken = self.seconds(decodes)
         least = taken * (LEAST_SHARE if decodes.tokens else LEAST_SHARE_ALONE)
-        return self._allowance(decodes, tokens, max(self.max_step_seconds - taken, least))
+        return self._allowance(decodes, tokens, max(self._target - taken, least))
 
     def allowance_of_decodes(self, decodes: StepWork, tokens: int) -> Allowance:
         """Return the allowance for this many more tokens that count as decodes. They leave prompts the least
         share of the target."""
-        seconds = self.max_step_seconds / (1 + LEAST_SHARE) - self.seconds(decodes)
+        seconds = self._target / (1 + LEAST_SHARE) - self.seconds(decodes)
         return self._allowance(decodes, tokens, max(seconds, 0.0))
 
     def _allowance(self, decodes: StepWork, tokens: int, seconds: float) -> Allowance:
         grown = max(2 * self._largest - decodes.tokens, 2 * GRAIN)
         return Allowance(min(tokens, grown), seconds, tuple(self._coefficients))
+
+
+def _sum(coefficients: Sequence[float], work: StepWork) -> float:
+    return sum(map(float.__mul__, coefficients, map(float, work)))
 
 
 class Floor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import statistics
 from typing import NamedTuple
 
 import pytest
@@ -295,6 +296,55 @@ def test_a_step_that_takes_for_ever_is_soon_forgotten() -> None:
     for _ in range(12):
         sim.one_step()
     assert sim.seconds[-1] == pytest.approx(TARGET, rel=0.25)
+
+
+DROPS = st.floats(1.6, 8.0)
+"""How many times slower a machine becomes all at once."""
+
+
+@SETTINGS
+@given(machine=MACHINES, drop=DROPS, decodes=st.integers(1, 8))
+def test_a_slower_machine_is_believed_at_once(machine: Machine, drop: float, decodes: int) -> None:
+    """The step in which it becomes slower was formed before. The next is as long as the target or, where the
+    machine is more than four times slower, as this is believed; and the third is."""
+    sim = PacedSim(machine)
+    for _ in range(decodes):
+        sim.prompt(20, 4000)
+    for _ in range(30):
+        if not any(request.prompt_len > 20 for request in sim.core.requests.values()):
+            sim.prompt(8000)
+        sim.one_step()
+    sim.prompt(8000)
+    sim.slowness = drop
+    after = []
+    for _ in range(4):
+        batch = sim.one_step()
+        assert batch is not None
+        alone = sim.machine._replace(token=machine.token * drop).bound(batch)
+        after.append(sim.seconds[-1] / alone)
+    assert after[1] < 1.35 * max(1.0, drop / 4)
+    assert max(after[2:]) < 1.35
+
+
+@SETTINGS
+@given(machine=MACHINES, drop=st.floats(3.0, 8.0), every=st.integers(4, 16), seed=st.integers(0, 2**32 - 1))
+def test_a_machine_that_is_slow_again_and_again_gets_shorter_steps(
+    machine: Machine, drop: float, every: int, seed: int
+) -> None:
+    """One step in a few takes several times as long, as where other processes take turns with this one."""
+    rng = random.Random(seed)
+    sim = PacedSim(machine)
+    sim.prompt(20, 4000)
+    slow = []
+    for step in range(150):
+        if not any(request.prompt_len > 20 for request in sim.core.requests.values()):
+            sim.prompt(8000)
+        sim.slowness = drop if rng.randrange(every) == 0 else 1.0
+        batch = sim.one_step()
+        assert batch is not None
+        if sim.slowness > 1 and step > 100:
+            slow.append(sim.seconds[-1] / (sim.machine.bound(batch) * drop))
+    assert not slow or statistics.median(slow) < 1.25 * max(2.5 / drop, 1 / 4)
 
 
 @pytest.mark.parametrize("slowness", [4.0, 0.25])
