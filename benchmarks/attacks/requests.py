@@ -1,4 +1,4 @@
-"""Attacks by the content of a request, or by how it is sent."""
+"""Attacks by the content of requests."""
 
 from __future__ import annotations
 
@@ -66,6 +66,14 @@ async def twenty_ambiguous(target: Target) -> str:
     return await guided(target, *grammars, max_tokens=100)
 
 
+async def long_text_cut(target: Target) -> str:
+    """Send texts of 7 MB of which the last tokens are wanted, and many shorter ones."""
+    long = {"prompt": "a " * 3_500_000, "truncate_prompt_tokens": 20, "max_tokens": 1}
+    many = {"input": ["a " * 30_000] * 100, "truncate_prompt_tokens": 20}
+    asks = [target.post("/v1/completions", long), target.post("/v1/embeddings", many)]
+    return statuses(await asyncio.gather(*asks))
+
+
 async def long_text(target: Target) -> str:
     return statuses([await target.ask(prompt="a " * 3_500_000)])
 
@@ -122,44 +130,6 @@ async def unique_salts(target: Target) -> str:
     return statuses(await asyncio.gather(*asks, return_exceptions=True))
 
 
-async def pipelined(target: Target) -> str:
-    async def flood() -> None:
-        reader, writer = await asyncio.open_connection(*target.served.address)
-        with contextlib.suppress(OSError):
-            writer.write(b"GET / HTTP/1.1\r\nhost: x\r\n\r\n" * 13_900)
-            while await reader.read(2**18):
-                pass
-
-    floods = [asyncio.create_task(flood()) for _ in range(30)]
-    await asyncio.sleep(1)
-    began = time.monotonic()
-    status = statuses([await target.http.get("/health")])
-    took = time.monotonic() - began
-    await asyncio.wait(floods, timeout=3)
-    for task in floods:
-        task.cancel()
-    return f"/health {status} in {took:.2f} s"
-
-
-async def bodies_in_flight(target: Target) -> str:
-    head = b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
-
-    async def stop_short() -> str:
-        reader, writer = await asyncio.open_connection(*target.served.address)
-        try:
-            async with asyncio.timeout(8):
-                writer.write(head + b"content-length: 8000000\r\n\r\n{" + b" " * 7_900_000)
-                await writer.drain()
-                return (await reader.readuntil(b"\r\n"))[9:12].decode()
-        except (OSError, TimeoutError, asyncio.IncompleteReadError) as error:
-            return "held" if isinstance(error, TimeoutError) else "closed"
-        finally:
-            writer.transport.abort()
-
-    seen = await asyncio.gather(*(stop_short() for _ in range(150)))
-    return ", ".join(f"{word} ({seen.count(word)}x)" for word in sorted(set(seen)))
-
-
 async def long_prompt(target: Target) -> str:
     ids = random.Random(0).choices(range(100, 40_000), k=8_000)
     return statuses([await target.ask(prompt=ids, max_tokens=1)])
@@ -170,7 +140,7 @@ async def tenant_flood(target: Target) -> str:
     body = {"max_tokens": 200, "ignore_eos": True}
     asks = [target.post("/v1/completions", {**body, "prompt": f"Number {i}"}) for i in range(1_500)]
     flood = [asyncio.create_task(ask) for ask in asks]
-    await asyncio.sleep(6)
+    await asyncio.sleep(4)
     began = time.monotonic()
     answer = await target.post("/v1/completions", body | {"prompt": "b", "max_tokens": 2}, headers=key("b"))
     took = time.monotonic() - began
@@ -216,7 +186,7 @@ async def address_flood(target: Target) -> str:
     body = {"max_tokens": 200, "ignore_eos": True}
     asks = [target.post("/v1/completions", {**body, "prompt": f"Number {i}"}) for i in range(1_500)]
     flood = [asyncio.create_task(ask) for ask in asks]
-    await asyncio.sleep(6)
+    await asyncio.sleep(4)
     done = [task.result().status_code for task in flood if task.done() and task.exception() is None]
     for task in flood:
         task.cancel()
@@ -224,69 +194,18 @@ async def address_flood(target: Target) -> str:
     return f"429 ({done.count(429)}x)"
 
 
-async def streams_cut_off(target: Target) -> str:
-    """For five seconds, connect, ask for a stream, and leave within a tenth of a second."""
-    body = json.dumps({"model": MODEL, "prompt": "Hi", "max_tokens": 200, "stream": True}).encode()
-    draw = random.Random(0)
-    end = time.monotonic() + 5
-    count = 0
-
-    async def one() -> None:
-        nonlocal count
-        while time.monotonic() < end:
-            with contextlib.suppress(OSError):
-                _, writer = await asyncio.open_connection(*target.served.address)
-                writer.write(message(body))
-                await asyncio.sleep(draw.random() * 0.1)
-                writer.transport.abort()
-                count += 1
-
-    await asyncio.gather(*(one() for _ in range(60)))
-    return f"{count:,} streams"
-
-
-async def refused_requests(target: Target) -> str:
-    """For four seconds, send requests with a field that does not exist, one after the other."""
-    request = message(b'{"model": "x", "promt": ' + b"[" * 60 + b"]" * 60 + b"}")
-    seen: list[str] = []
-
-    async def one() -> None:
-        reader, writer = await asyncio.open_connection(*target.served.address)
-        try:
-            while True:
-                writer.write(request)
-                head = await reader.readuntil(b"\r\n\r\n")
-                await reader.readexactly(int(head.lower().partition(b"content-length: ")[2].split()[0]))
-                seen.append(head[9:12].decode())
-        finally:
-            writer.transport.abort()
-
-    tasks = [asyncio.create_task(one()) for _ in range(30)]
-    await asyncio.wait(tasks, timeout=4)
-    for task in tasks:
-        task.cancel()
-    await asyncio.wait(tasks)
-    return ", ".join(f"{status} ({seen.count(status)}x)" for status in sorted(set(seen)))
-
-
-async def many_connections(target: Target) -> str:
-    body = json.dumps({"model": MODEL, "prompt": "Hi", "max_tokens": 2}).encode()
-
-    async def one() -> str:
-        reader, writer = await asyncio.open_connection(*target.served.address)
-        try:
-            writer.write(message(body))
-            return (await reader.readuntil(b"\r\n"))[9:12].decode()
-        finally:
-            writer.transport.abort()
-
-    seen = await asyncio.gather(*(one() for _ in range(1_500)))
-    return ", ".join(f"{status} ({seen.count(status)}x)" for status in sorted(set(seen)))
-
-
 async def made_up(target: Target) -> str:
-    """Send requests of all kinds for 20 seconds, from a process of its own."""
-    words = ("-m", "benchmarks.attacks.made_up", target.served.url, MODEL, "--key", "key-of-a")
+    """Send requests of all kinds for 12 seconds, from a process of its own."""
+    words = [
+        "-m",
+        "benchmarks.attacks.made_up",
+        target.served.url,
+        MODEL,
+        "--key",
+        "key-of-a",
+        "--seconds",
+        "12",
+    ]
     process = await asyncio.create_subprocess_exec(sys.executable, *words, stdout=asyncio.subprocess.PIPE)
     try:
         report = json.loads((await process.communicate())[0])
@@ -303,13 +222,61 @@ async def many_vectors(target: Target) -> str:
     return statuses([await target.post("/v1/embeddings", {"input": inputs, "encoding_format": "float"})])
 
 
+async def many_inputs(target: Target) -> str:
+    """Send 2,048 inputs of a token in each of eight requests."""
+    inputs = [[100 + i % 1_000] for i in range(2_048)]
+    return statuses(
+        await asyncio.gather(*(target.post("/v1/embeddings", {"input": inputs}) for _ in range(8)))
+    )
+
+
+async def many_documents(target: Target) -> str:
+    documents = [f"document {i}" for i in range(2_048)]
+    return statuses([await target.post("/rerank", {"query": "word " * 100, "documents": documents})])
+
+
+async def all_fields(target: Target) -> str:
+    """Ask for 32 choices with as many of each list as may be given."""
+    ask = {
+        "n": 32,
+        "max_tokens": 50,
+        "logprobs": 20,
+        "repetition_penalty": 1.2,
+        "logit_bias": {str(i): 1 for i in range(1_000)},
+        "stop_token_ids": list(range(40_000, 41_000)),
+        "stop": ["x" * 256] * 16,
+    }
+    return statuses(await asyncio.gather(*(target.ask(**ask) for _ in range(4))))
+
+
+async def large_integers(target: Target) -> str:
+    """Send integers of 6,000 digits in a schema, in tools, and in the history of calls."""
+    large = "1" + "0" * 6_000
+    start = f'{{"model": "{MODEL}", "max_tokens": 2, "messages": [{{"role": "user", "content": "Hi"}}'
+    schema = f'{{"type": "object", "properties": {{"a": {{"type": "integer", "maximum": {large}}}}}}}'
+    form = f'"response_format": {{"type": "json_schema", "json_schema": {{"name": "x", "schema": {schema}}}}}'
+    tools = f'"tools": [{{"type": "function", "function": {{"name": "f", "parameters": {schema}}}}}]'
+    use = f'{{"type": "tool_use", "id": "1", "name": "f", "input": {{"a": {large}}}}}'
+    chat = "/v1/chat/completions"
+    bodies = {
+        f"{start}], {form}}}": chat,
+        f"{start}], {tools}}}": chat,
+        f'{start}], {tools}, "tool_choice": "required"}}': chat,
+        f'{start}, {{"role": "assistant", "content": [{use}]}}]}}': "/v1/messages",
+    }
+    asks = (target.post(path, body.encode()) for body, path in bodies.items())
+    return statuses(await asyncio.gather(*asks))
+
+
+async def many_mixes(target: Target) -> str:
+    for name in ("m1", "m2", "m3"):
+        target.adapter(name)
+    mixes = [{"m1": 0.1 + i / 1_000, "m2": 0.5, "m3": -0.2} for i in range(300)]
+    asks = (target.ask(adapters=mix) for mix in mixes)
+    return statuses(await asyncio.gather(*asks, return_exceptions=True))
+
+
 async def quadratic_chat(target: Target) -> str:
     messages = [{"role": "user", "content": "Hello"}] * 2_048
     ask = {"messages": messages, "max_tokens": 1}
     return statuses(await asyncio.gather(*(target.post("/v1/chat/completions", ask) for _ in range(3))))
-
-
-def message(body: bytes) -> bytes:
-    """Return the bytes of a request for a completion."""
-    head = b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
-    return head + b"content-length: %d\r\n\r\n" % len(body) + body

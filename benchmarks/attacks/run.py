@@ -27,7 +27,7 @@ import httpx
 import psutil
 from support.bystander import bystander, forget_peak, memory
 
-from benchmarks.attacks import folders, requests
+from benchmarks.attacks import connections, folders, requests
 from benchmarks.attacks.target import MODEL, Target, attacked
 
 LARGEST_GAP = 1.0
@@ -36,7 +36,7 @@ LONGEST_HOLD = 0.5
 """Seconds of processor time that the server's event loop may spend on one thing."""
 STRANGER = "127.0.0.2"
 """The bystander's address. Without keys, clients are told apart by their addresses."""
-AFTERWARDS = 1.0
+AFTERWARDS = 0.5
 """Seconds after the attack that still count."""
 
 
@@ -65,6 +65,7 @@ ATTACKS = [
     Attack("A2 one ambiguous grammar", requests.ambiguous, "595 ms, p99 474 ms"),
     Attack("A2 twenty worse ones", requests.twenty_ambiguous, "1,485 ms, p99 640 ms", memory=1100),
     Attack("A3 prompt of 7 MB", requests.long_text, "16,276 ms"),
+    Attack("A3 the same, of which the end is wanted", requests.long_text_cut, "no answer in 60 s, +1,353 MB"),
     Attack("A3 chat of 270,000 messages", requests.many_messages, "12,786 ms"),
     Attack("A3 /detokenize of 2 M ids", requests.detokenize, "900 ms"),
     Attack("A4 `metadata` of 2.6 M lists", requests.nested_metadata, "3,337 ms"),
@@ -73,9 +74,14 @@ ATTACKS = [
     Attack("A4 10 streams with 1 M ignored objects each", requests.ignored_fields, "+596 MB", memory=200),
     Attack("A4 2.6 M lists in the arguments of a call", requests.lists_in_arguments, "5,860 ms, when busy"),
     Attack("A4 200,000 log-probabilities", requests.many_logprobs, "1,324 ms, when busy"),
+    Attack("A4 integers of 6,000 digits", requests.large_integers, "400"),
+    Attack("A4 32 choices, all lists as long as may be", requests.all_fields, "not measured"),
     Attack("A7 256 vectors in one request", requests.many_vectors, "15,990 ms, when busy"),
-    Attack("A5 30 x 13,900 pipelined requests", requests.pipelined, "5,501 ms; /health in 20.6 s"),
-    Attack("A6 150 bodies that stop short of 8 MB", requests.bodies_in_flight, "+1,082 MB"),
+    Attack("A7 8 x 2,048 vectors", requests.many_inputs, "held 684 ms"),
+    Attack("A7 2,048 documents to be ranked", requests.many_documents, "not measured"),
+    Attack("A7 300 mixes of adapters", requests.many_mixes, "not measured"),
+    Attack("A5 30 x 13,900 pipelined requests", connections.pipelined, "5,501 ms; /health in 20.6 s"),
+    Attack("A6 150 bodies that stop short of 8 MB", connections.bodies_in_flight, "+1,082 MB"),
     Attack(
         "A7 1,500 requests of another tenant",
         requests.tenant_flood,
@@ -89,9 +95,13 @@ ATTACKS = [
     Attack("A10 where are the adapters?", requests.paths_of_models, "absolute paths"),
     Attack("A10 2,000 wrong keys", requests.wrong_keys, "401 and a log line each", keys=True),
     Attack("A10b log that nobody reads", requests.log_unread, "no answers after request 178"),
-    Attack("A11 streams begun and cut off, 60 at a time", requests.streams_cut_off, "not measured"),
-    Attack("A11 30 connections whose requests are refused", requests.refused_requests, "not measured"),
-    Attack("A11 1,500 connections at once, each asks", requests.many_connections, "not measured"),
+    Attack("A11 streams begun and cut off, 60 at a time", connections.streams_cut_off, "not measured"),
+    Attack("A11 30 connections whose requests are refused", connections.refused_requests, "not measured"),
+    Attack("A11 1,500 connections at once, each asks", connections.many_connections, "not measured"),
+    Attack("A11 2,000 connections that ask and do not send", connections.asked_before_sent, "not measured"),
+    Attack("A11 10 bodies of 800,000 chunks of a byte", connections.tiny_chunks, "not measured"),
+    Attack("A11 128 choices in a stream, cut off, 20 at a time", connections.many_choices, "not measured"),
+    Attack("A14 lists of 10,000 names, and of all series", connections.lists, "held about 150 ms"),
     Attack(
         "A12 chat template that goes through messages twice",
         requests.quadratic_chat,

@@ -28,6 +28,8 @@ FLAGS = {
     "--max-lora-rank": "64",
     "--dtype": "auto",
 }
+NAMES = 10_000
+"""Adapters that the server knows, and that nobody uses."""
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 TYPE = {"content-type": "application/json"}
 
@@ -67,15 +69,22 @@ class Target:
 
 @contextlib.asynccontextmanager
 async def attacked(*flags: str, template: str | None = None) -> AsyncIterator[Target]:
-    """Serve the model with ``flags`` added, a folder for adapters, and possibly another chat template."""
+    """Serve the model with ``flags`` added, a folder for adapters, thousands of names, and possibly another
+    chat template."""
     words = [word for pair in FLAGS.items() for word in pair]
-    with tempfile.TemporaryDirectory() as folder, tempfile.NamedTemporaryFile() as file:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        tempfile.NamedTemporaryFile() as file,
+        tempfile.NamedTemporaryFile("w", suffix=".toml") as config,
+    ):
         root, held = Path(folder), Held(Path(file.name))
+        config.write("\n".join(["[adapters]", *(f'name-{i} = "{EXAMPLE}"' for i in range(NAMES))]))
+        config.flush()
         if template is not None:
             given = root / "template.jinja"
             given.write_text(template)
             flags = (*flags, "--chat-template", str(given))
-        words += ["--adapter-root", folder, *flags]
+        words += ["--adapter-root", folder, "--config", config.name, *flags]
         async with (
             serving(MODEL, *words, module=watched.__name__, **{watched.FILE: file.name}) as served,
             httpx.AsyncClient(
