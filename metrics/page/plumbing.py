@@ -17,6 +17,32 @@ PART_BYTES = 64 * 1024
 WATCH = "aioengine.reader_watch"
 """ASGI extension of servers that cut off clients that do not read; its value is a :class:`Watch`."""
 
+DEPARTURE = "aioengine.departure"
+"""ASGI extension of servers that say at once when a client has gone; its value is a :class:`Departure`."""
+
+
+class Departure:
+    """Calls functions when a connection's client has gone. It costs less than a task that waits for ASGI's
+    message of it."""
+
+    def __init__(self) -> None:
+        self.has_happened = False
+        self._calls: set[Callable[[], None]] = set()
+
+    def tell(self, call: Callable[[], None]) -> None:
+        """Have ``call()`` called when the client goes. It has not gone yet."""
+        self._calls.add(call)
+
+    def forget(self, call: Callable[[], None]) -> None:
+        self._calls.discard(call)
+
+    def happen(self) -> None:
+        """Note that the client has gone."""
+        self.has_happened = True
+        calls, self._calls = self._calls, set()
+        for call in calls:
+            call()
+
 
 class Watch(Protocol):
     """A server's watch over the client of one connection."""
@@ -30,6 +56,12 @@ def watch_of(scope: Scope) -> Watch | None:
     take to accept a part."""
     watch: Watch | None = (scope.get("extensions") or {}).get(WATCH)
     return watch
+
+
+def departure_of(scope: Scope) -> Departure | None:
+    """Return what tells of this client's departure, if its server has that."""
+    departure: Departure | None = (scope.get("extensions") or {}).get(DEPARTURE)
+    return departure
 
 
 def in_parts(message: Message) -> Iterator[Message]:

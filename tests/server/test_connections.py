@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
+import time
 from typing import Any, cast
 
 import httpx
@@ -353,3 +354,46 @@ async def test_chunks_of_a_byte_are_no_flood_of_headers(serve: Serve) -> None:
         answer = await asyncio.wait_for(reader.readuntil(b"\r\n"), 60)
         assert answer.startswith(b"HTTP/1.1 200")
         writer.close()
+
+
+GET = b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n"
+
+
+@pytest.mark.parametrize("begun", [b"", b"GET /hea"])
+async def test_what_comes_while_the_loop_is_busy_comes_in_time(begun: bytes, serve: Serve) -> None:
+    """A timer is due when the loop goes on, and the rest of the request is there, but not read yet."""
+    loop = asyncio.get_running_loop()
+
+    async def answer(client: socket.socket) -> bytes:
+        found = b""
+        async with asyncio.timeout(60):
+            while not found.endswith(b"}") and (part := await loop.sock_recv(client, 2**16)):
+                found += part
+        return found
+
+    async with serve(listen={"header_timeout": 1.0, "keep_alive": 1.0}) as served:
+        host, _, port = served.url.removeprefix("http://").rpartition(":")
+        address = host, int(port)
+        with socket.create_connection(address) as first, socket.create_connection(address) as second:
+            for client in (first, second):
+                client.setblocking(False)
+            first.send(GET)
+            assert b" 200 " in await answer(first)
+            first.send(begun)
+            second.send(GET)
+            assert b" 200 " in await answer(second)  # and so the server has read the first one's, too
+            first.send(GET[len(begun) :])
+            time.sleep(1.1)  # noqa: ASYNC251 - the loop stands still
+            assert b" 200 " in await answer(first)
+            assert await answer(second) == b""  # nothing has come from this one
+
+
+async def test_half_of_a_request_is_refused_in_time(serve: Serve) -> None:
+    async with serve(listen={"header_timeout": 0.1}) as served:
+        host, _, port = served.url.removeprefix("http://").rpartition(":")
+        for sent, status in ((b"", b""), (GET[:-2], b"HTTP/1.1 408 "), (GET + GET[:9], b"HTTP/1.1 408 ")):
+            reader, writer = await asyncio.open_connection(host, int(port))
+            writer.write(sent)
+            answers = await asyncio.wait_for(reader.read(), 60)
+            assert answers.rpartition(b"}")[2][:13] == status
+            writer.close()

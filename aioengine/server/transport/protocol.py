@@ -10,11 +10,12 @@ from typing import Any
 import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from aioengine.metrics.page.plumbing import WATCH
+from aioengine.metrics.page.plumbing import DEPARTURE, WATCH, Departure
 from aioengine.server.access.addresses import network_of
+from aioengine.server.transport.answer_transport import AnswerTransport
 from aioengine.server.transport.crowd import Crowd
 from aioengine.server.transport.old_http import end_with_connection
-from aioengine.server.transport.reader_watch import ReaderWatch
+from aioengine.server.transport.reader_watch import ReaderWatch, unread_bytes
 from aioengine.server.transport.turns import Turns
 
 HEADER_BYTES = 64 * 1024
@@ -32,6 +33,8 @@ LEFT_BYTES = 64 * 2**20
 reads still gets its answer; beyond it the connection is closed."""
 LINGER_SECONDS = 5.0
 """Seconds for which they are read and dropped if the connection is to be closed."""
+LATE_SECONDS = 1.0
+"""Time that a connection gets, again and again, while what its client has sent in time is not parsed yet."""
 
 
 def bounded_protocol(
@@ -60,55 +63,6 @@ def bounded_protocol(
 
     Bounded.header_timeout, Bounded.send_timeout = header_timeout, send_timeout
     return Bounded
-
-
-class _Transport:
-    """The transport as uvicorn sees it; the protocol decides when it closes and pauses."""
-
-    def __init__(self, transport: asyncio.Transport, protocol: BoundedProtocol) -> None:
-        self._protocol = protocol
-        self._real = transport
-        self.get_extra_info = transport.get_extra_info
-        self._head = b""
-        self._head_of: object = None
-        """The cycle whose answer has begun."""
-
-    def write(self, data: bytes) -> None:
-        """Write it; the headers of an answer together with what follows in the same pass of the loop."""
-        protocol, cycle = self._protocol, self._protocol.cycle
-        if protocol.is_closing:
-            return
-        if cycle is not self._head_of and cycle is not None and cycle.response_started:
-            self._head_of, self._head = cycle, data
-            protocol.loop.call_soon(self.flush)
-        elif self._head:
-            self._head, data = b"", self._head + data
-            self._write(data)
-        else:
-            self._write(data)
-
-    def flush(self) -> None:
-        """Write headers that nothing has followed."""
-        if self._head and not self._protocol.is_closing:
-            self._write(self._head)
-        self._head = b""
-
-    def _write(self, data: bytes) -> None:
-        self._real.write(data)
-        self._protocol.reader.wrote(len(data))
-
-    def is_closing(self) -> bool:
-        return self._protocol.is_closing
-
-    def close(self) -> None:
-        self.flush()
-        self._protocol.close()
-
-    def pause_reading(self) -> None:
-        self._protocol.hold(True)
-
-    def resume_reading(self) -> None:
-        self._protocol.hold(False)
 
 
 class BoundedProtocol(HttpToolsProtocol):
@@ -146,13 +100,14 @@ class BoundedProtocol(HttpToolsProtocol):
         """Bytes of the body that are still to come, if its length is known."""
         self._timer: asyncio.TimerHandle | None = None
         self.reader: ReaderWatch
+        self._departure = Departure()
 
     # The connection
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         self._real = transport
         self.reader = ReaderWatch(transport, self.send_timeout, self.loop)
-        super().connection_made(_Transport(transport, self))  # type: ignore[arg-type]
+        super().connection_made(AnswerTransport(transport, self))  # type: ignore[arg-type]
         if self.counted_as is None and not self.enter(self.owner):
             self._answer(503, b"Service Unavailable", b"retry-after: 1\r\n")
             self._real.close()
@@ -165,6 +120,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self.reader.close()
         self._drop_input()
         super().connection_lost(exc)
+        self._departure.happen()
 
     def enter(self, owner: str) -> bool:
         """Make it one of the crowd, if there is room for it; returns whether there is. Called by whoever has
@@ -325,7 +281,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._has_headers, self._unseen = False, 0
         self._watch(self.header_timeout)
         super().on_message_begin()
-        self.scope["extensions"] = {WATCH: self.reader}  # type: ignore[dict-item]
+        self.scope["extensions"] = {WATCH: self.reader, DEPARTURE: self._departure}  # type: ignore[dict-item]
 
     def on_url(self, url: bytes) -> None:
         super().on_url(url)
@@ -378,7 +334,29 @@ class BoundedProtocol(HttpToolsProtocol):
     def _watch(self, seconds: float) -> None:
         """Close the connection after ``seconds``."""
         self._stop_watch()
-        self._timer = self.loop.call_later(seconds, self._real.close)
+        self._timer = self.loop.call_later(seconds, self._time_out)
+
+    def _time_out(self) -> None:
+        if self.is_closing:
+            self._real.close()
+        elif self._is_late:
+            self._watch(LATE_SECONDS)
+        else:
+            if self.scope is not None and not self._has_headers:  # a part of a request has come
+                self._answer(408, b"Request Timeout")
+            self._real.close()
+
+    def timeout_keep_alive_handler(self) -> None:
+        if self._is_late:  # it would lose a request
+            self.timeout_keep_alive_task = self.loop.call_later(LATE_SECONDS, self.timeout_keep_alive_handler)
+        else:
+            super().timeout_keep_alive_handler()
+
+    @property
+    def _is_late(self) -> bool:
+        """Whether the client has sent something that this process has not looked at yet. A busy loop runs
+        timers before it reads, so that the client may have kept to the time."""
+        return bool(self._left) or unread_bytes(self._real.get_extra_info("socket")) > 0
 
     def _stop_watch(self) -> None:
         if self._timer is not None:

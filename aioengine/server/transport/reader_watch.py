@@ -101,6 +101,15 @@ def queued_bytes(connection: Any) -> int:
     return 0
 
 
+def unread_bytes(connection: Any) -> int:
+    """Return how many bytes have come that this process has not read; 0 where the system does not tell.
+    ``connection`` is a socket."""
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError, ValueError):
+            return int.from_bytes(fcntl.ioctl(connection.fileno(), termios.FIONREAD, bytes(4)), sys.byteorder)
+    return 0
+
+
 def acknowledged_bytes(connection: Any) -> int:
     """Return how many bytes a client's system has acknowledged; 0 where the system does not tell.
     ``connection`` is a socket."""
