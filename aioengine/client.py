@@ -11,7 +11,7 @@ from aioengine.errors import EngineDead
 from aioengine.info import AdapterInfo, EngineState
 from aioengine.metrics.page.feed import ScrapedMetrics, WatchedEngine
 from aioengine.request import Prompt, RequestKeywords, SamplingParams, TokenConstraint
-from aioengine.runtime.output import RequestOutput
+from aioengine.runtime.output import RequestOutput, SoFar
 from aioengine.step import BytesLike
 
 if TYPE_CHECKING:
@@ -97,7 +97,17 @@ class EngineClient(WatchedEngine, Protocol):
         params: SamplingParams | None = None,
         **keywords: Unpack[RequestKeywords],
     ) -> AsyncGenerator[RequestOutput, None]: ...
+    async def complete(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        follow: Callable[[SoFar], None] | None = None,
+        **keywords: Unpack[RequestKeywords],
+    ) -> RequestOutput: ...
 
+    def find_adapter(self, name: str) -> AdapterInfo | None: ...
+    def count_adapters(self) -> int: ...
     async def load_adapter(
         self,
         name: str,

@@ -48,7 +48,7 @@ from aioengine.runtime import assemble
 from aioengine.runtime.adapters import AdapterOps
 from aioengine.runtime.event_stream import BUFFER, EventStream, EventStreams
 from aioengine.runtime.loop import Stepper
-from aioengine.runtime.output import RequestOutput
+from aioengine.runtime.output import RequestOutput, SoFar
 from aioengine.runtime.prefixes.files import PrefixFiles, open_files
 from aioengine.runtime.prefixes.keeper import PrefixKeeper
 from aioengine.runtime.sources.held import HeldAdapters
@@ -216,7 +216,7 @@ class AsyncEngine:
         self._metrics: EngineMetrics = EngineMetrics(
             max_adapter_labels=self.config.max_adapter_labels,
             snapshot=self.stats,
-            adapters=self.adapters,
+            adapters=self._adapters.busy,
             engine=self.config.name,
             compat=self.config.metrics_compat,
             model_name=lambda: self.model_name,
@@ -374,13 +374,18 @@ class AsyncEngine:
         self,
         prompt: Prompt,
         params: SamplingParams | None = None,
+        *,
+        follow: Callable[[SoFar], None] | None = None,
         **keywords: Unpack[RequestKeywords],
     ) -> RequestOutput:
-        """Run one request and return all of its output at once. Arguments and errors are those of
-        :meth:`generate`. It costs less than that, because the caller is woken once, at the end."""
+        """Run one request and return all of its output at once. Other arguments and errors are those of
+        :meth:`generate`. It costs less than that, because the caller is woken once, at the end. When the
+        request is accepted, ``follow`` is given a function that returns its output so far."""
         self._check_running()
         request_id, options = split_keywords(keywords)
         stream = await self._submitter.submit(prompt, params, options, request_id)
+        if follow is not None:
+            follow(stream.so_far)
         try:
             return await stream.last()
         finally:
@@ -683,7 +688,18 @@ class AsyncEngine:
     def adapters(self) -> list[AdapterInfo]:
         """Return the state of every registered adapter."""
         self._check_started()
-        return self._adapters.list()
+        return self._adapters.all()
+
+    def find_adapter(self, name: str) -> AdapterInfo | None:
+        """Return the state of one adapter; None if it is not registered. The cost does not grow with the
+        number of registered adapters, and neither does that of :meth:`count_adapters`."""
+        self._check_started()
+        return self._adapters.find(name)
+
+    def count_adapters(self) -> int:
+        """Return about how many adapters are registered: mixes count, too."""
+        self._check_started()
+        return self._adapters.count()
 
     # Watching
 

@@ -15,7 +15,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from urllib.parse import parse_qs, quote
 
-import msgspec
 from prometheus_client.exposition import choose_encoder, gzip_accepted
 
 from aioengine.errors import EngineStopped
@@ -29,6 +28,8 @@ UPDATE_SECONDS = 0.2
 SEND_SECONDS = 30.0
 """Seconds in which a client has to accept 64 KiB of an update, where the server does not watch it; else it is
 disconnected. An open page connects again."""
+WRITTEN_AT_ONCE = 200
+"""Adapters of an update up to which it is written on the loop."""
 MAX_STREAMS = 100
 """Maximum number of pages that are served at once; one address may have half of what others leave."""
 
@@ -191,9 +192,13 @@ class MetricsApp:
         """Send updates until the client is gone, or takes longer than ``patience`` for a part of one."""
         loop = asyncio.get_running_loop()
         while not gone.done():
-            update = watcher.next(loop.time())
-            if update is not None:
-                body = b"data: " + msgspec.json.encode(update) + b"\n\n"
+            changes = watcher.next(loop.time())
+            if changes is not None:
+                if len(changes.adapters) <= WRITTEN_AT_ONCE:
+                    text = changes.written()
+                else:
+                    text = await loop.run_in_executor(self._rendering, changes.written)
+                body = b"data: " + text + b"\n\n"
                 message = {"type": "http.response.body", "body": body, "more_body": True}
                 sending = asyncio.ensure_future(send(message))
                 parts = 1 + len(body) // plumbing.PART_BYTES

@@ -39,6 +39,8 @@ class AdapterOps:
         """Names with a version that is being looked up or read for a caller."""
         self._unloads: Counter[str] = Counter()
         """Names that are being unloaded."""
+        self._idle: dict[int, AdapterInfo] = {}
+        """Descriptions that the last list had of idle adapters, by uid."""
         self._prepared: dict[str, tuple[AdapterEntry, str | None]] = {}
         """Prepared versions by name, each with the path that it was prepared from."""
 
@@ -289,18 +291,53 @@ class AdapterOps:
 
     # Common
 
-    def list(self) -> list[AdapterInfo]:
-        current = self._residency.current.values()
-        registered = [adapter_info(entry) for entry in current if not self._names.mixes.is_mix(entry)]
-        return registered + [
-            not_fetched(name, path)
-            for name, path in self._names.fetched.items()
-            if path is not None and not self._names.is_registered(name)
+    def all(self) -> list[AdapterInfo]:
+        """Describe every registered adapter. Most of thousands are idle, and described once."""
+        known, self._idle = self._idle, {}
+        found, idle, is_mix = [], self._idle, self._names.mixes.is_mix
+        for entry in self._residency.current.values():
+            if is_mix(entry):
+                continue
+            if entry.location is not Location.DISK or entry.pinned or len(entry.waiting):
+                found.append(adapter_info(entry))
+                continue
+            info = known.get(entry.uid)
+            if info is None or info.digest != entry.digest:
+                info = adapter_info(entry)
+            idle[entry.uid] = info
+            found.append(info)
+        for name, path in self._names.fetched.items():
+            if path is not None and not self._names.is_registered(name):
+                found.append(not_fetched(name, path))
+        return found
+
+    def count(self) -> int:
+        """Return the number of registered adapters; a mix counts, too."""
+        return len(self._residency.current.keys() | self._names.fetched.keys())
+
+    def busy(self) -> list[AdapterInfo]:
+        """Return the registered adapters that hold memory, will soon hold it, or have requests that wait. The
+        cost does not grow with the number of registered adapters."""
+        core, current = self._core, self._residency.current
+        entries = {entry.uid: entry for entry in core.cpu.entries.values()}
+        entries |= {entry.uid: entry for entry in core.queues.heads.values() if entry is not None}
+        return [
+            adapter_info(entry)
+            for entry in entries.values()
+            if current.get(entry.label) is entry and not self._names.mixes.is_mix(entry)
         ]
 
     def resident(self) -> Sequence[AdapterInfo]:
         """Return the adapters that hold memory or will soon hold it."""
         return [adapter_info(entry) for entry in self._core.cpu.entries.values()]
+
+    def find(self, name: str) -> AdapterInfo | None:
+        """Return the adapter's present state; None if it is not registered."""
+        entry = self._residency.current.get(name)
+        if entry is not None:
+            return None if self._names.mixes.is_mix(entry) else adapter_info(entry)
+        path = self._names.fetched.get(name)
+        return None if path is None else not_fetched(name, path)
 
     def info(self, name: str) -> AdapterInfo:
         """Return the adapter's present state. Raises AdapterNotFound."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
@@ -121,3 +121,7 @@ class RequestOutput:
     def ttft(self) -> float | None:
         """Seconds from arrival to the first token."""
         return None if self.first_token is None else self.first_token - self.arrival
+
+
+SoFar = Callable[[], RequestOutput | None]
+"""Function that returns a request's output so far; None: there is none yet."""

@@ -137,9 +137,16 @@ class OutputStream:
         self._ready.clear()
         if self._error is not None:
             raise self._error
+        output = self.so_far()
+        self._text_seen, self._logprobs_seen = output.pieces, output.scores
+        self._tokens_seen = output.prompt_tokens + output.output_tokens
+        return output
+
+    def so_far(self) -> RequestOutput:
+        """Return the output so far, without waiting; its ``_delta`` fields have what is new."""
         request = self.request
         tokens, pieces, logprobs = len(request.tokens), len(self._text.text), self._logprobs or ()
-        result = RequestOutput(
+        return RequestOutput(
             request_id=request.id,
             adapter=None if request.adapter is None else request.adapter.label,
             text_delta=self._text.text.between(self._text_seen, pieces),
@@ -161,8 +168,6 @@ class OutputStream:
             pieces=pieces,
             scores=len(logprobs),
         )
-        self._text_seen, self._tokens_seen, self._logprobs_seen = pieces, tokens, len(logprobs)
-        return result
 
     def _prompt(self) -> list[TokenLogprob | None] | None:
         """Return the prompt's log-probabilities once all are known. They are built once, because prompts may

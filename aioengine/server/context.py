@@ -34,7 +34,6 @@ from aioengine.server.settings import ServerSettings
 if TYPE_CHECKING:
     from aioengine.model.text.tokenizer import Tokenizer
 
-
 _VERSION = re.compile(r"@([0-9]{1,18}|latest)$")
 """End of an adapter's name in requests for one of its versions."""
 
@@ -201,9 +200,9 @@ class Context:
         name = scaled_adapter(wanted)
         if name is None:
             return 0
-        name = without_versions(name)
-        read = {info.name: info for info in self.engine.adapters() if info.digest and info.bytes}
-        return (read.get(name) or await self.engine.load_adapter(name)).labels  # others have none yet
+        info = self.engine.find_adapter(name := without_versions(name))
+        is_read = info is not None and info.digest and info.bytes  # others have no labels yet
+        return (info if info and is_read else await self.engine.load_adapter(name)).labels
 
     async def encode_chat(
         self,

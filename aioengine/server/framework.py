@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import http
+from collections.abc import Callable, Sized
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, TypeVar, cast
 
-from litestar import Request
+import msgspec
+from litestar import MediaType, Request
 from litestar.exceptions import HTTPException, MethodNotAllowedException, ValidationException
 from litestar.handlers import HTTPRouteHandler
 from litestar.openapi.datastructures import ResponseSpec
 from litestar.response import Response
 
 from aioengine.metrics.page.plumbing import Receive, Send
+from aioengine.runtime.text_work import EACH
 from aioengine.server.access.gate import Gate
 from aioengine.server.access_log import RequestRecord
 from aioengine.server.context import Context
@@ -21,6 +24,8 @@ from aioengine.server.generation import Generation
 from aioengine.server.known_fields import UnknownFields
 from aioengine.server.settings import ServerSettings
 from aioengine.server.streaming import GenerationResponse, Reply, send_error
+
+T = TypeVar("T")
 
 RECORD = "aioengine_record"
 """Key of the request's RequestRecord in ``scope["state"]``."""
@@ -158,6 +163,17 @@ class Handled(Response[Any]):
     def to_asgi_response(self, app: Any, request: Request[Any, Any, Any], **_kwargs: Any) -> Any:
         request.scope["state"][BODY].release()  # it has become tokens
         return self._app
+
+
+async def listing(
+    context: Context, record: RequestRecord, found: Sized, make: Callable[[], T]
+) -> Response[T]:
+    """Answer with ``make()``, a list of what was ``found``, of which there may be thousands: beside the loop,
+    in turns with other requests."""
+    body = await context.engine.text_work.run(
+        EACH * len(found), lambda: msgspec.json.encode(make()), record.owner
+    )
+    return Response(cast(T, body), media_type=MediaType.JSON)
 
 
 def record_of(request: Request[Any, Any, Any]) -> RequestRecord:

@@ -23,9 +23,9 @@ import msgspec
 from aioengine.client import EngineClient
 from aioengine.config import EngineConfig
 from aioengine.errors import DeadlineExceeded
-from aioengine.metrics.page.plumbing import Receive, disconnected
+from aioengine.metrics.page.plumbing import Departure, Receive, disconnected
 from aioengine.request import CachePin, RequestOptions, SamplingParams, TokenConstraint
-from aioengine.runtime.output import RequestOutput
+from aioengine.runtime.output import RequestOutput, SoFar
 from aioengine.runtime.tasks import end_tasks, together
 from aioengine.runtime.text_work import SHORT
 from aioengine.server.access_log import RequestRecord
@@ -54,6 +54,7 @@ class Scores:
     def __init__(self, retry_after: int) -> None:
         self._retry_after = retry_after
         self._held: Counter[str | None] = Counter()
+        self._all = 0
 
     @contextmanager
     def claimed(self, tenant: str | None, prompts: int) -> Iterator[Callable[[int], None]]:
@@ -71,8 +72,8 @@ class Scores:
 
         def hold(more: int) -> None:
             nonlocal own
-            others = self._held.total() - self._held[tenant]
-            if self._held[tenant] + more > (MAX_SCORES_HELD - others) // 2:
+            held = self._held[tenant]
+            if held + more > (MAX_SCORES_HELD - (self._all - held)) // 2:
                 raise ApiError(
                     429,
                     "too many log-probabilities or vectors are being computed; try again later, or ask for "
@@ -82,6 +83,7 @@ class Scores:
                     retry_after=self._retry_after,
                 )
             self._held[tenant] += more
+            self._all += more
             own += more
 
         try:
@@ -89,6 +91,7 @@ class Scores:
             yield hold
         finally:
             self._held[tenant] -= own
+            self._all -= own
             if not self._held[tenant]:
                 del self._held[tenant]
 
@@ -157,6 +160,8 @@ class Generation:
         self._record = record
         self._constrain = constrain
         self._last: list[RequestOutput | None] = [None] * len(params)
+        self._so_far: dict[int, SoFar] = {}
+        """Functions that return the outputs so far of choices whose ends are waited for."""
         self._reasons: set[str] = set()
         """Why choices have ended."""
         self.reply_id = reply_id or request_id
@@ -217,17 +222,9 @@ class Generation:
     async def outputs(self, index: int) -> AsyncGenerator[RequestOutput, None]:
         """Yield the outputs of one choice. Closing it aborts the engine's request. Raises what the engine
         raises."""
-        options = msgspec.structs.asdict(self._options)
-        if (mix := options.pop("mix")) is not None:
-            options["adapter"] = mix
         prompt = self._prompt(index)
         async with self._room.holding(len(prompt)):
-            stream = self._engine.generate(
-                prompt,
-                self._params[index],
-                request_id=self.request_id if len(self) == 1 else f"{self.request_id}-{index}",
-                **options,
-            )
+            stream = self._engine.generate(prompt, self._params[index], **self._keywords(index))
             try:
                 async for output in stream:
                     if output.logprobs_delta or output.pooled is not None:
@@ -237,6 +234,38 @@ class Generation:
             finally:
                 await stream.aclose()
                 self._note(self._last[index])
+
+    async def _last_output(self, index: int) -> RequestOutput:
+        """Return the last output of one choice. Raises what the engine raises."""
+        params = self._params[index]
+        if params.logprobs is not None or params.pooling is not None:  # they count as they come
+            async for output in self.outputs(index):
+                found = output
+            return found
+        prompt, so_far = self._prompt(index), self._so_far
+
+        def follow(output: SoFar) -> None:
+            so_far[index] = output
+
+        async with self._room.holding(len(prompt)):
+            try:
+                found = await self._engine.complete(prompt, params, follow=follow, **self._keywords(index))
+                self._last[index] = found
+                return found
+            except BaseException:
+                if index in so_far:
+                    self._last[index] = so_far[index]()
+                raise
+            finally:
+                so_far.pop(index, None)
+                self._note(self._last[index])
+
+    def _keywords(self, index: int) -> Any:
+        options = msgspec.structs.asdict(self._options)
+        if (mix := options.pop("mix")) is not None:
+            options["adapter"] = mix
+        options["request_id"] = self.request_id if len(self) == 1 else f"{self.request_id}-{index}"
+        return options
 
     def _hold_numbers(self, index: int, output: RequestOutput) -> None:
         """Count the numbers that are new since the choice's last output, and store a vector compactly."""
@@ -254,15 +283,14 @@ class Generation:
 
     async def last_outputs(self) -> list[RequestOutput]:
         """Return the last output of every choice. If one fails, the others are aborted."""
-
         turns = asyncio.Semaphore(AT_ONCE)
 
         async def last(index: int) -> RequestOutput:
             async with turns:
-                async for output in self.outputs(index):
-                    found = output
-            return found
+                return await self._last_output(index)
 
+        if len(self) == 1:
+            return [await self._last_output(0)]
         return await together([last(index) for index in range(len(self))])
 
     @property
@@ -282,7 +310,8 @@ class Generation:
         )
 
     def _output_tokens(self) -> int:
-        return sum(output.output_tokens for output in self._last if output is not None)
+        now = (output() for output in self._so_far.values())
+        return sum(output.output_tokens for output in (*self._last, *now) if output is not None)
 
     def _note(self, output: RequestOutput | None) -> None:
         """Note a choice's end. It costs the same however many choices there are."""
@@ -298,28 +327,46 @@ class Generation:
 
 
 async def while_connected(
-    receive: Receive, work: Coroutine[Any, Any, T], *ends: asyncio.Future[ApiError] | None
+    receive: Receive,
+    departure: Departure | None,
+    work: Coroutine[Any, Any, T],
+    *ends: asyncio.Future[ApiError] | None,
 ) -> T:
     """Return the result of ``work``, unless the client disconnects or one of ``ends`` is done first: then
     ``work`` is cancelled.
 
-    Raises ClientDisconnected, the error that ended it, and what ``work`` raises. ``receive`` is ASGI's, after
-    the body was read.
+    Raises ClientDisconnected, the error that ended it, and what ``work`` raises. ``departure`` tells that the
+    client has gone, or else ``receive`` does, which is ASGI's, after the body was read.
     """
     task = asyncio.current_task()
     assert task is not None
+    if departure is not None and departure.has_happened:
+        work.close()
+        raise ClientDisconnected
     cancels = task.cancelling()
     why: list[BaseException] = []
 
-    def end(first: asyncio.Future[Any]) -> None:
-        if not why and not first.cancelled():
-            why.append(first.exception() or (ClientDisconnected() if first is gone else first.result()))
+    def end(error: BaseException) -> None:
+        if not why:
+            why.append(error)
             task.cancel()  # as asyncio.timeout does, so that the work needs no task of its own
 
-    gone = asyncio.ensure_future(disconnected(receive))
-    watched: list[asyncio.Future[Any]] = [gone, *(end for end in ends if end is not None)]
+    def ended(first: asyncio.Future[Any]) -> None:
+        if not first.cancelled():
+            end(first.exception() or (ClientDisconnected() if first is gone else first.result()))
+
+    def left() -> None:
+        end(ClientDisconnected())
+
+    watched: list[asyncio.Future[Any]] = [end for end in ends if end is not None]
+    gone: asyncio.Future[Any] | None = None
+    if departure is None:
+        gone = asyncio.ensure_future(disconnected(receive))
+        watched.append(gone)
+    else:
+        departure.tell(left)
     for future in watched:
-        future.add_done_callback(end)
+        future.add_done_callback(ended)
     try:
         return await work
     except asyncio.CancelledError:
@@ -328,8 +375,11 @@ async def while_connected(
         raise
     finally:
         for future in watched:
-            future.remove_done_callback(end)
-        await end_tasks([gone])
+            future.remove_done_callback(ended)
+        if departure is not None:
+            departure.forget(left)
+        if gone is not None:
+            await end_tasks([gone])
 
 
 async def until_ended(work: Coroutine[Any, Any, None], ended: asyncio.Future[ApiError] | None) -> None:

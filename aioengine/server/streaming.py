@@ -8,7 +8,7 @@ import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, ParamSpec, Protocol, TypeVar
 
-from aioengine.metrics.page.plumbing import Receive, Send, in_parts, respond, watch_of
+from aioengine.metrics.page.plumbing import Receive, Send, departure_of, in_parts, respond, watch_of
 from aioengine.request import TokenLogprob
 from aioengine.runtime.output import RequestOutput
 from aioengine.runtime.tasks import together
@@ -151,7 +151,8 @@ class GenerationResponse:
         exceeded = None if self._limit is None else self._limit.exceeded
         try:
             with self._generation.claimed():
-                await while_connected(receive, self._answer(send), self._record.ended, exceeded)
+                work = self._answer(send)
+                await while_connected(receive, departure_of(scope), work, self._record.ended, exceeded)
         except Exception as error:
             api_error = to_api_error(error, self._settings)
             self._record.refused(api_error)

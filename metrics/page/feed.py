@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import OrderedDict, deque
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
 
 import msgspec
 
@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 
 LOG_LENGTH = 1000
 """Number of adapter movements that are kept, for new and for slow watchers."""
+ADAPTERS_PER_SECOND = 20_000
+"""Adapters that are looked at in a second, or else thousands of them would take a good part of the loop's
+time."""
 TOMBSTONES = 1000
 """Number of unloaded adapters that are kept; a watcher that is further behind gets the whole state again."""
 QUIET_SECONDS = 1.0
@@ -99,6 +102,18 @@ class Update(msgspec.Struct, omit_defaults=True):
     log: list[Entry] = []
 
 
+class Changes(NamedTuple):
+    """A message that is not written yet. It may have thousands of adapters."""
+
+    update: Update
+    adapters: list[AdapterInfo]
+
+    def written(self) -> bytes:
+        """Return it as JSON."""
+        self.update.adapters = [_row(info) for info in self.adapters]
+        return msgspec.json.encode(self.update)
+
+
 class Feed:
     """The shared copy of one engine's state.
 
@@ -156,7 +171,8 @@ class Feed:
     def collect(self, now: float) -> None:
         """Updates the copy, unless that was done a moment ago."""
         age = now - self._collected
-        if self._tick and age < (self.interval / 2 if self._changed else QUIET_SECONDS):
+        least = max(self.interval / 2, len(self._rows) / ADAPTERS_PER_SECOND)
+        if self._tick and age < (least if self._changed else max(QUIET_SECONDS, least)):
             return
         self._tick += 1
         self._collected = now
@@ -179,7 +195,7 @@ class Feed:
         infos = self._engine.adapters()
         for info in infos:
             known = rows.get(info.name)
-            if known is None or known[1] != info:
+            if known is None or (known[1] is not info and known[1] != info):
                 if known is not None and known[1] is None:
                     self._gone -= 1
                 rows[info.name] = (self._tick, info)
@@ -199,18 +215,18 @@ class Feed:
 
     # To the watchers
 
-    def newer_than(self, seen: int, now: float) -> tuple[int, Update | None]:
+    def newer_than(self, seen: int, now: float) -> tuple[int, Changes | None]:
         """Return the present tick, and the changes after the tick ``seen`` (None: no changes)."""
         self.collect(now)
         full = seen == 0 or seen < self._floor
         if full:
             seen = 0
-        update = Update(time=now, full=full)
+        update, adapters = Update(time=now, full=full), list[AdapterInfo]()
         for name, (tick, info) in reversed(self._rows.items()):
             if tick <= seen:
                 break
             if info is not None:
-                update.adapters.append(_row(info))
+                adapters.append(info)
             elif not full:
                 update.gone.append(name)
         for tick, entry in reversed(self._log):
@@ -225,9 +241,9 @@ class Feed:
         if full:
             update.since = self._since
             update.model = Path(self._engine.config.model).name
-        elif not (update.adapters or update.gone or update.log or update.numbers):
+        elif not (adapters or update.gone or update.log or update.numbers):
             return self._tick, None
-        return self._tick, update
+        return self._tick, Changes(update, adapters)
 
     def _numbers(self, stats: EngineStats) -> dict[str, int]:
         numbers = {
@@ -246,14 +262,14 @@ class Watcher:
         self._seen = 0
         self._spoken = 0.0
 
-    def next(self, now: float) -> Update | None:
+    def next(self, now: float) -> Changes | None:
         """Returns the changes since the last call; None if there are none."""
-        self._seen, update = self._feed.newer_than(self._seen, now)
-        if update is None and now - self._spoken >= HEARTBEAT_SECONDS:
-            update = Update(time=now)
-        if update is not None:
+        self._seen, changes = self._feed.newer_than(self._seen, now)
+        if changes is None and now - self._spoken >= HEARTBEAT_SECONDS:
+            changes = Changes(Update(time=now), [])
+        if changes is not None:
             self._spoken = now
-        return update
+        return changes
 
     def close(self) -> None:
         self._feed.forget(self)

@@ -89,7 +89,7 @@ async def test_an_adapter_that_no_replica_holds_is_read_for_its_labels() -> None
     async def load_adapter(name: str) -> AdapterInfo:
         return info(2)
 
-    described = listed([Entry("sql", "sql/2", 2, "digest-2")], [])
-    engine = SimpleNamespace(adapters=lambda: described, load_adapter=load_adapter)
+    described = {each.name: each for each in listed([Entry("sql", "sql/2", 2, "digest-2")], [])}
+    engine = SimpleNamespace(find_adapter=described.get, load_adapter=load_adapter)
     server: Any = SimpleNamespace(engine=engine)
     assert await Context.head_labels(server, "sql") == info(2).labels

@@ -83,7 +83,16 @@ class FleetAdapters:
     def all(self) -> list[AdapterInfo]:
         """Return each adapter once, with the fastest place that holds it."""
         held = (info for member in self._members.members.values() for info in member.residency.adapters)
-        return listed(self._known.by_name.values(), held)
+        return listed(self._known.by_name.values(), held, self._known.described)
+
+    def find(self, name: str) -> AdapterInfo | None:
+        """Return one as :meth:`all` does; None if there is none of that name."""
+        known, members = self._known.by_name.get(name), self._members.members.values()
+        held = (info for member in members for info in member.residency.adapters if info.name == name)
+        return next(iter(listed([] if known is None else [known], held)), None)
+
+    def count(self) -> int:
+        return len(self._known.by_name)
 
     def sources(self) -> set[str]:
         """Return the folders and URLs that replicas load adapters from, also those of replaced versions in

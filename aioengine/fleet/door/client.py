@@ -40,7 +40,7 @@ from aioengine.request import (
     check_text,
     split_keywords,
 )
-from aioengine.runtime.output import RequestOutput
+from aioengine.runtime.output import RequestOutput, SoFar
 from aioengine.runtime.submit import size_of
 from aioengine.runtime.text_work import SHORT, TextWork
 from aioengine.step import BytesLike
@@ -208,11 +208,20 @@ class FleetClient:
                 call.spans.end(failed)
 
     async def complete(
-        self, prompt: Prompt, params: SamplingParams | None = None, **keywords: Unpack[RequestKeywords]
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        follow: Callable[[SoFar], None] | None = None,
+        **keywords: Unpack[RequestKeywords],
     ) -> RequestOutput:
-        """Return the last output of :meth:`generate`."""
+        """Return the last output of :meth:`generate`. ``follow`` is as in ``AsyncEngine.complete``."""
+        last: RequestOutput | None = None
+        if follow is not None:
+            follow(lambda: last)
         async for output in self.generate(prompt, params, **keywords):
             last = output
+        assert last is not None
         return last
 
     def replica_of(self, request_id: str) -> str | None:
@@ -354,6 +363,14 @@ class FleetClient:
     def adapters(self) -> list[AdapterInfo]:
         """Return every registered adapter, with the fastest place that holds it."""
         return self._adapters.all()
+
+    def find_adapter(self, name: str) -> AdapterInfo | None:
+        """Return one registered adapter; None if there is none of that name."""
+        return self._adapters.find(name)
+
+    def count_adapters(self) -> int:
+        """Return the number of adapters that the fleet knows."""
+        return self._adapters.count()
 
     # Watching
 

@@ -31,6 +31,8 @@ class KnownEntries:
 
     def __init__(self, configured: Mapping[str, str], state: FleetState) -> None:
         self.by_name: dict[str, Entry] = {}
+        self.described: dict[str, AdapterInfo] = {}
+        """What is said of each adapter while no replica holds it."""
         self.spent = SpentVersions()
         """Versions of adapters that have gone since this door knows of them."""
         self._configured = {name: Entry(name, path, 0) for name, path in configured.items()}
@@ -48,11 +50,13 @@ class KnownEntries:
 
     def put(self, entry: Entry) -> None:
         self.by_name[entry.name] = entry
+        self.described[entry.name] = _described(entry)
         self._state.add_adapter(entry.name)
 
     def remove(self, name: str) -> bool:
         """Forget an adapter. Returns whether it was known."""
         self._state.remove_adapter(name)
+        self.described.pop(name, None)
         entry = self.by_name.pop(name, None)
         if entry is not None:
             self.spent.spend(name, version_of(entry))
@@ -115,10 +119,16 @@ def version_of(entry: Entry) -> int:
 _SPEED = {"slot": 3, "cpu": 2, "loading": 1, "disk": 0}
 
 
-def listed(entries: Iterable[Entry], held: Iterable[AdapterInfo]) -> list[AdapterInfo]:
+def listed(
+    entries: Iterable[Entry],
+    held: Iterable[AdapterInfo],
+    described: Mapping[str, AdapterInfo] | None = None,
+) -> list[AdapterInfo]:
     """Describe each adapter once, with the fastest of the places that hold its current version; mixes are
-    left out."""
+    left out. ``described`` has what is said of ``entries`` that nobody holds, if that is known already."""
     current = {entry.name: entry for entry in entries}
+    if described is None:
+        described = {name: _described(entry) for name, entry in current.items()}
     found: dict[str, AdapterInfo] = {}
     for info in held:
         entry = current.get(info.name)
@@ -127,24 +137,25 @@ def listed(entries: Iterable[Entry], held: Iterable[AdapterInfo]) -> list[Adapte
         best = found.get(info.name)
         if best is None or (info.version, _SPEED[info.location]) > (best.version, _SPEED[best.location]):
             found[info.name] = info
-    for entry in current.values():
-        if entry.name in found:
-            found[entry.name] = numbered(found[entry.name], version_of(entry))
-        else:
-            found[entry.name] = AdapterInfo(
-                name=entry.name,
-                version=version_of(entry),
-                path=entry.path,
-                rank=0,
-                bytes=0,
-                digest=entry.digest,
-                location="disk",
-                slot=None,
-                pinned=entry.pinned,
-                running=0,
-                waiting=0,
-            )
-    return list(found.values())
+    for name in found.keys() & current.keys():
+        found[name] = numbered(found[name], version_of(current[name]))
+    return list({**described, **found}.values())
+
+
+def _described(entry: Entry) -> AdapterInfo:
+    return AdapterInfo(
+        name=entry.name,
+        version=version_of(entry),
+        path=entry.path,
+        rank=0,
+        bytes=0,
+        digest=entry.digest,
+        location="disk",
+        slot=None,
+        pinned=entry.pinned,
+        running=0,
+        waiting=0,
+    )
 
 
 def numbered(info: AdapterInfo, version: int) -> AdapterInfo:

@@ -8,15 +8,17 @@ import sys
 import threading
 import time
 import traceback
+from typing import Any
 
 import msgspec
-from litestar import get
+from litestar import Request, get
 from litestar.handlers import HTTPRouteHandler
 from litestar.response import Response
 
 from aioengine.info import AdapterInfo, EngineStats
 from aioengine.server.access_log import RequestRecord
 from aioengine.server.context import Context
+from aioengine.server.framework import listing, record_of
 
 MOST_TASKS = 1000
 """Maximum number of tasks whose stacks are written; more would delay the loop."""
@@ -55,22 +57,28 @@ class Now(msgspec.Struct, kw_only=True):
 def debug_routes(context: Context) -> list[HTTPRouteHandler]:
     engine = context.engine
 
-    @get("/debug/requests", include_in_schema=False, sync_to_thread=False)
-    def requests() -> Response[Now]:
-        found = [_open(record) for record in context.open_requests]
+    @get("/debug/requests", include_in_schema=False)
+    async def requests(request: Request[Any, Any, Any]) -> Response[Now]:
+        found = list(context.open_requests)
         now = Now(
             time=time.time(),
             state="degraded" if engine.degraded else engine.state,
             model=context.model_names[0],
             step_age=engine.step_age(),
             stats=engine.stats(),
-            requests=sorted(found, key=lambda request: -request.seconds),
+            requests=[],
         )
-        return Response(now)
 
-    @get("/debug/adapters", include_in_schema=False, sync_to_thread=False)
-    def adapters() -> Response[list[AdapterInfo]]:
-        return Response(engine.adapters())
+        def described() -> Now:
+            now.requests = sorted(map(_open, found), key=lambda request: -request.seconds)
+            return now
+
+        return await listing(context, record_of(request), found, described)
+
+    @get("/debug/adapters", include_in_schema=False)
+    async def adapters(request: Request[Any, Any, Any]) -> Response[list[AdapterInfo]]:
+        found = engine.adapters()
+        return await listing(context, record_of(request), found, lambda: found)
 
     @get("/debug/stacks", include_in_schema=False, sync_to_thread=False, media_type="text/plain")
     def stacks() -> str:

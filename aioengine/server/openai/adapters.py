@@ -52,11 +52,11 @@ def check_may_load(context: Context, request: Request[Any, Any, Any], name: str,
             param="lora_name",
             code="adapter_not_allowed",
         )
-    names = {info.name for info in context.engine.adapters()}
-    if name in names and not replace:
+    is_known = context.engine.find_adapter(name) is not None
+    if is_known and not replace:
         raise ApiError(400, f"The lora adapter '{name}' has already been loaded.", param="lora_name")
-    if name not in names and len(names) >= MAX_ADAPTERS:
-        text = f"there are {len(names)} adapters, which is the maximum; unload some first"
+    if not is_known and (count := context.engine.count_adapters()) >= MAX_ADAPTERS:
+        text = f"there are {count} adapters, which is the maximum; unload some first"
         raise ApiError(400, text, param="lora_name", code="too_many_adapters")
 
 

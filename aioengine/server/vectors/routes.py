@@ -14,6 +14,7 @@ from litestar.params import JSONBody
 from litestar.response import Response
 
 from aioengine.runtime.output import RequestOutput
+from aioengine.runtime.text_work import size_of_all
 from aioengine.runtime.vectors import (
     classification_of,
     cosines,
@@ -227,12 +228,12 @@ async def _prompts(
     context: Context, data: api.VectorFields, given: Any, record: RequestRecord, *, most: int = api.MAX_INPUTS
 ) -> list[list[int]]:
     """Tokenize the input, if it is text. Raises ApiError."""
-    items: Any = [given] if isinstance(given, str) else given
-    kinds = set(map(type, items)) if isinstance(items, list) else set()
-    if kinds == {int}:
-        items, kinds = [items], {list}
+    items: Any = given
+    if isinstance(given, str) or (isinstance(given, list) and given and type(given[0]) is int):
+        items = [given]
     if isinstance(items, list) and len(items) > most:
         raise ApiError(400, f"input: at most {most} texts", param="input", code="invalid_value")
+    kinds = set(map(type, items)) if isinstance(items, list) else set()
     if kinds == {str}:
         tokens = await context.encode(
             items,
@@ -241,8 +242,11 @@ async def _prompts(
             keep=context.kept(data.truncate_prompt_tokens, 0),
         )
         return _bounded(context, data, tokens)
-    if kinds == {list} and all(set(map(type, item)) <= {int} for item in items):
-        return _bounded(context, data, items)
+    if kinds == {list}:
+        bounded = _bounded(context, data, items)  # before they are looked at one by one
+        work, size = context.engine.text_work, size_of_all(bounded)
+        if await work.run(size, lambda: all(set(map(type, ids)) <= {int} for ids in bounded), record.owner):
+            return bounded
     raise ApiError(
         400,
         "input: must be a text, a list of texts, a list of token ids or a list of such lists, not empty",

@@ -1,0 +1,96 @@
+"""Lists of thousands of adapters: nobody waits for who asks for one, and they say what is."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+
+import httpx
+import pytest
+from support.engine_fixtures import MakeEngine, Tiny, greedy
+from support.server_fixtures import Serve
+
+NAMES = 10_000
+HOLD = 0.03
+"""Seconds of processor time; to describe and write them all on the loop would take several times as many."""
+PATHS = ["/v1/models", "/v1/models/n7", "/v1/models/nobody", "/debug/adapters", "/debug/requests", "/metrics"]
+
+
+class LongestHold:
+    """Longest time for which this thread's loop computed in one pass."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self._last = time.thread_time()
+        self._loop = asyncio.get_running_loop()
+        self._beat()
+
+    def _beat(self) -> None:
+        now = time.thread_time()
+        self.seconds, self._last = max(self.seconds, now - self._last), now
+        self._loop.call_soon(self._beat)
+
+
+@pytest.mark.timed
+@pytest.mark.parametrize("path", [*PATHS, "/events", "POST"])
+async def test_a_list_holds_nobody_up(path: str, serve: Serve, tiny_text: Tiny) -> None:
+    async with serve(settings={"admin_keys": {"sk-admin": "ops"}}, key="sk-admin") as served:
+        for index in range(NAMES):
+            served.engine.register_adapter(f"n{index}", tiny_text.adapters["a"])
+        assert served.engine.count_adapters() == NAMES + 1
+        for _ in range(3):  # the first time describes them; then it is as it stays
+            hold = LongestHold()
+            if path == "POST":  # for an adapter; its head's labels are looked up
+                body = {"model": "n3", "query": "a", "documents": ["b"]}
+                answer = await served.http.post("/rerank", json=body)
+            elif path == "/events":
+                answer = await _first_event(served.http)
+            else:
+                answer = await served.http.get(path)
+            assert answer.status_code == 404 if path.endswith("nobody") else 200
+        assert hold.seconds < HOLD
+
+
+async def _first_event(http: httpx.AsyncClient) -> httpx.Response:
+    async with http.stream("GET", "/events") as answer:
+        found = b""
+        async for part in answer.aiter_bytes():
+            found += part
+            if b"\n\n" in found:
+                break
+    assert found.count(b'["n') == NAMES
+    return answer
+
+
+@pytest.mark.parametrize("seed", range(3))
+async def test_the_list_says_what_each_one_is(seed: int, tiny_text: Tiny, make_engine: MakeEngine) -> None:
+    """Most adapters are described once; what happens to one is seen in the next list, or in a later one."""
+    draw = random.Random(seed)
+    names = [f"n{index}" for index in range(8)]
+    async with make_engine(tiny_text, max_loras=1, max_cpu_loras=2) as engine:
+        for _ in range(60):
+            name = draw.choice(names)
+            path = tiny_text.adapters[draw.choice(sorted(tiny_text.adapters))]
+            match draw.randrange(6):
+                case 0:
+                    if engine.find_adapter(name) is None:
+                        engine.register_adapter(name, path)
+                case 1:
+                    await engine.load_adapter(name, path, replace=True)
+                case 2:
+                    if engine.find_adapter(name) is not None:
+                        await engine.complete("Hi", greedy(2), adapter=name)
+                case 3:
+                    if engine.find_adapter(name) is not None:
+                        await engine.unload_adapter(name)
+                case 4:
+                    if engine.find_adapter(name) is not None and draw.random() < 0.5:
+                        await engine.complete("Hi", greedy(2), adapter={name: 0.5})
+                case 5:
+                    found = engine.adapters()
+                    assert {info.name: info for info in found} == {
+                        each: info for each in names if (info := engine.find_adapter(each)) is not None
+                    }
+                    assert len(found) == len({info.name for info in found}) <= engine.count_adapters()
+        assert engine.find_adapter("nobody") is None
