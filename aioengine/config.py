@@ -445,7 +445,6 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         """Raise ConfigError if a field needs the native decoder."""
         asked = {
             "tensor_parallel_size": (self.tensor_parallel_size, 1, "does not shard models"),
-            "quantization": (self.quantization, "none", "does not quantize weights"),
             "batch_invariant": (
                 self.batch_invariant,
                 "auto",

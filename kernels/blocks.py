@@ -7,10 +7,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from aioengine.kernels.portable.dequantize import GGUF_FORMATS, codes, dequantize
-from aioengine.kernels.weight import PIECE_ELEMENTS, Weight
+from aioengine.kernels.weight import Weight, linear_by_rows
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -56,13 +55,7 @@ class BlockWeight:
         return self._expand(indices)
 
     def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """Compute ``x W^T + bias``, a few rows of the weight at a time."""
-        y = x.new_empty(len(x), self.n)
-        size = max(1, PIECE_ELEMENTS // self.k)
-        for begin in range(0, self.n, size):
-            part = slice(begin, min(begin + size, self.n))
-            y[:, part] = F.linear(x, self._expand(part), None if bias is None else bias[part])
-        return y
+        return linear_by_rows(x, self, bias)
 
     def _expand(self, rows: slice | Tensor) -> Tensor:
         data = self.data[rows]

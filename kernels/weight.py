@@ -44,6 +44,17 @@ class Weight(Protocol):
         """``x W^T + bias`` for ``x`` [T, k] and ``bias`` [n]: [T, n] in x's dtype."""
 
 
+def linear_by_rows(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
+    """``x W^T + bias`` by torch, with a few rows of the weight expanded at a time."""
+    y = x.new_empty(len(x), weight.n)
+    size = max(1, PIECE_ELEMENTS // weight.k)
+    for begin in range(0, weight.n, size):
+        part = slice(begin, min(begin + size, weight.n))
+        rows = weight.rows(part.start, part.stop)
+        y[:, part] = F.linear(x, rows, None if bias is None else bias[part])
+    return y
+
+
 @runtime_checkable
 class MergeableWeight(Weight, Protocol):
     """A weight that can be copied with an adapter's product added to it."""

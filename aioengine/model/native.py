@@ -18,7 +18,8 @@ from aioengine.kernels.cpu import structs
 from aioengine.kernels.cpu.blocks import PackedBlocks
 from aioengine.kernels.cpu.int4 import Int4Weight
 from aioengine.kernels.cpu.lora import segment_table, slots_struct
-from aioengine.kernels.cpu.packed import PANEL, PackedWeight, pointer
+from aioengine.kernels.cpu.matrix import LibraryWeight, matrix_of
+from aioengine.kernels.cpu.packed import PackedWeight, pointer
 from aioengine.kernels.cpu.quantized import QuantizedWeight
 from aioengine.kernels.cpu.shared_library import has_int8_products, load, threads
 from aioengine.model.buffer import Arena
@@ -204,22 +205,10 @@ class NativeForward:
 
     def _matrix(self, linear: Linear, name: str) -> structs.Matrix:
         weight, bias = linear.weight, linear.bias
-        assert isinstance(weight, (PackedWeight, QuantizedWeight, PackedBlocks))
+        assert isinstance(weight, LibraryWeight)
         if name in SUMMED and self._decoder.partition.shard.rank > 0:
             bias = None  # the ranks' outputs are added up, and one of them has it
-        matrix = structs.Matrix(bias=pointer(bias), n=weight.n, k=weight.k, kind=structs.Kind.PACKED)
-        if isinstance(weight, PackedBlocks):
-            matrix.kind, matrix.part = structs.Kind.PARTS, ctypes.addressof(weight.struct)
-            matrix.parts = len(weight.parts)
-            return matrix
-        matrix.packed, matrix.panel_bytes = weight.data.data_ptr(), weight.data.nbytes // (weight.n // PANEL)
-        if not isinstance(weight, PackedWeight):
-            matrix.kind = structs.Kind.INT8
-            matrix.scale, matrix.start = weight.scale.data_ptr(), weight.start_pointer
-            matrix.rotation = weight.rotation
-        if isinstance(weight, Int4Weight):
-            matrix.kind, matrix.group = structs.Kind.INT4, weight.group
-        return matrix
+        return matrix_of(weight, bias)
 
     def _pool(self, pools: Mapping[str, LoRAPool], name: str) -> structs.LoraPool:
         pool = pools.get(name)

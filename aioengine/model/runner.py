@@ -162,6 +162,7 @@ class ModelRunner:
                 cache=self.kv_cache,
                 slots=self.lora_slots,
                 longest=max_model_len or min(spec.max_position, 8192),
+                quantization=quantization,
                 progress=progress,
             )
             probe.check(self.decoder)

@@ -1,4 +1,4 @@
-"""Packed linears with the adapters of their tokens, and a gated MLP of two of them, each in one call."""
+"""Linears with the adapters of their tokens, and a gated MLP of two of them, each in one call."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from torch import Tensor
 
 from aioengine.kernels.cpu import structs
 from aioengine.kernels.cpu.lora import affine_of, segments_of, slices_struct, slots_struct
-from aioengine.kernels.cpu.packed import PANEL, PackedWeight, is_bf16, pointer
+from aioengine.kernels.cpu.matrix import LibraryWeight, matrix_of
+from aioengine.kernels.cpu.packed import PANEL, is_bf16
 from aioengine.kernels.cpu.shared_library import load, threads
 from aioengine.kernels.plan.lora import LoRABatch
 from aioengine.kernels.slots import LoRAPool
@@ -19,13 +20,12 @@ from aioengine.kernels.slots import LoRAPool
 class AdaptedLinear:
     """``x W^T + bias``, and what the adapters in ``pool`` add to it, whose slices are whole panels."""
 
-    def __init__(self, weight: PackedWeight, bias: Tensor | None, pool: LoRAPool | None) -> None:
+    def __init__(self, weight: LibraryWeight, bias: Tensor | None, pool: LoRAPool | None) -> None:
         self.weight, self._bias, self._pool = weight, bias, pool  # the structures point to their memory
-        parts = {"packed": weight.data.data_ptr(), "bias": pointer(bias), "n": weight.n, "k": weight.k}
-        self._base = structs.AdaptedLinear(**parts)
-        self._with_adapters = structs.AdaptedLinear(**parts)
+        self._base = structs.AdaptedLinear(matrix=matrix_of(weight, bias))
+        self._with_adapters = structs.AdaptedLinear(matrix=matrix_of(weight, bias))
         if pool is not None:
-            assert fits(pool, weight.data.dtype)
+            assert fits(pool, weight.dtype)
             self._slots = slots_struct(pool.slots)
             self._adapters = structs.Adapters(
                 slots=ctypes.pointer(self._slots),
@@ -43,7 +43,7 @@ class AdaptedLinear:
         if batch is None or pool is None or not batch.segments:
             return ctypes.byref(self._base), None
         adapters, count, width = self._adapters, len(batch.segments), batch.width
-        h = torch.empty(rows, adapters.slices * width, dtype=self.weight.data.dtype)
+        h = torch.empty(rows, adapters.slices * width, dtype=self.weight.dtype)
         adapters.segments, adapters.count = batch.derive(segments_of).data_ptr(), count
         adapters.h, adapters.width = h.data_ptr(), width
         self._with_adapters.affine_count = len(batch.affine)
@@ -82,6 +82,6 @@ def gated_mlp(
 
 
 def fits(pool: LoRAPool, dtype: torch.dtype) -> bool:
-    """Whether the library adds these adapters to a packed linear of ``dtype``."""
+    """Whether the library adds these adapters to a linear of ``dtype``."""
     columns = (*pool.widths, *pool.b_offsets)
     return pool.slots.dtype == dtype and all(column % PANEL == 0 for column in columns)

@@ -36,6 +36,11 @@ class PackedWeight:
         return cls(data, n, k)
 
     @property
+    def dtype(self) -> torch.dtype:
+        """dtype of weights, activations and biases."""
+        return self.data.dtype
+
+    @property
     def nbytes(self) -> int:
         return self.data.nbytes
 

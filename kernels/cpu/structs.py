@@ -112,10 +112,10 @@ class Beside(Structure):
 
 
 class AdaptedLinear(Structure):
-    """A packed linear and the adapters on it; see ``src/parts.cpp``."""
+    """A linear and the adapters on it; see ``src/parts.cpp``."""
 
     _fields_ = [
-        *(("packed", c_void_p), ("bias", c_void_p), ("n", c_int64), ("k", c_int64), ("beside", Beside)),
+        *(("matrix", Matrix), ("beside", Beside)),
         *(("outputs", POINTER(LoraSlice)), ("affine", c_void_p), ("affine_count", c_int64)),
     ]
 

@@ -48,13 +48,12 @@ WORK = [
     ("fp8 weights", "shared memory", "two ranks"),
     ("fp8 weights", "fully sharded"),
     ("int8 adapters", "shared memory", "transformers", "process"),
-    ("slots by bytes", "transformers"),
+    *((name, "slots by bytes", "transformers") for name in ("int8 weights", "int4 weights", "fp8 weights")),
 ]
 """Combinations that work: so does each pair in one of them."""
 REFUSED = [
     ("int8 adapters", "fully sharded"),
-    *((name, "transformers") for name in NUMERIC[:4]),
-    *(("transformers", name) for name in ("speculation", "two ranks", "fully sharded")),
+    *((name, "transformers") for name in ("int8 KV cache", "speculation", "two ranks", "fully sharded")),
 ]
 """Pairs of which ConfigError says what to do."""
 

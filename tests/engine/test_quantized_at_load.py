@@ -11,7 +11,6 @@ from typing import Any, get_args
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.any_models import build_any
 from support.engine_fixtures import MakeEngine, Tiny, greedy, prompt_of
 from support.fake_cuda import FakeCuda
 from support.quantized_checkpoints import float8, write_quantized
@@ -140,13 +139,3 @@ def test_values_that_are_not_finite_are_refused(tmp_path: Path) -> None:
             *(read_spec(model), model), dtype=torch.float32, device="cpu", num_blocks=4, block_size=16,
             quantization="fp8",
         )  # fmt: skip
-
-
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("family", ["gpt2", "gpt_neox"])
-def test_models_of_transformers_are_refused_before_anything_is_read(
-    family: str, form: Quantization, tmp_path: Path
-) -> None:
-    model = build_any(tmp_path, family)
-    with pytest.raises(ConfigError, match="does not quantize weights"):
-        plan_parts(EngineConfig(model=str(model.folder), quantization=form, device="cpu"))

@@ -202,7 +202,6 @@ async def test_weights_that_do_not_belong_to_the_configuration(tmp_path: Path) -
     [
         {"tensor_parallel_size": 2, "executor": "process"},
         {"batch_invariant": True},
-        {"quantization": "int8"},
         {"lora": {"target_modules": ["gate_proj"]}},
     ],
 )

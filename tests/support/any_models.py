@@ -82,7 +82,24 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "qk_rope_head_dim": 4,
         "v_head_dim": 8,
     },
-    # Of the same kinds, but in no list of ours.
+    # Of the same kinds, but in no list of ours. The first two choose by values how to go on.
+    "jetmoe": {**COMMON, "num_local_experts": 4, "num_experts_per_tok": 2, "kv_channels": 8},
+    "longcat_flash": {
+        **{key: value for key, value in COMMON.items() if key != "num_hidden_layers"},
+        "num_layers": 2,
+        "num_key_value_heads": 4,
+        "q_lora_rank": 16,
+        "kv_lora_rank": 16,
+        "qk_nope_head_dim": 8,
+        "qk_rope_head_dim": 4,
+        "head_dim": 4,
+        "v_head_dim": 8,
+        "ffn_hidden_size": 48,
+        "expert_ffn_hidden_size": 24,
+        "n_routed_experts": 4,
+        "zero_expert_num": 2,
+        "moe_topk": 2,
+    },
     "llama4_text": {**COMMON, "head_dim": 8, "num_local_experts": 2, "attention_chunk_size": 8},
     "gpt_neo": {
         "vocab_size": 128,

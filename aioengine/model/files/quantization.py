@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
+from aioengine.errors import ConfigError
 from aioengine.model.files.packing import Packing
 from aioengine.model.spec import ModelSpec, Quantization
 
@@ -15,13 +16,20 @@ def with_quantization(spec: ModelSpec, quantization: Quantization, device: str) 
     """Return the model with the packings of the weights that are quantized while they are loaded, on a device
     ("cpu" or "cuda").
 
-    int8 and int4 on a CPU are not among them: the compiled step packs loaded weights into forms of its own.
+    int8 and int4 on a CPU are not among them: the compiled library packs loaded weights into forms of its own.
+    Raises ConfigError if the model has no weight that can be quantized.
     """
-    if quantization == "none" or spec.impl == "transformers":  # which the memory plan refuses
+    if quantization == "none":
         return spec
-    packed = {}
+    packed, places = {}, list(spec.quantized_modules())
+    if not places:
+        raise ConfigError(
+            f"quantization={quantization!r}: this model has no linear that can be quantized: one whose weight "
+            "nobody else reads, with numbers of inputs and outputs that are multiples of 16; set "
+            "quantization='none'"
+        )
     if quantization == "fp8" or device != "cpu":
-        for place in spec.quantized_modules():
+        for place in places:
             packing = packing_of(quantization, spec.stored_shape(place[1]).in_features)
             if packing is not None:
                 packed[spec.module_name(*place)] = packing

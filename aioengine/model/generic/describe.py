@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -28,6 +29,10 @@ _UNBOUNDED = 2**20
 _MOVING_ROPE = ("dynamic", "longrope")
 """Frequencies that depend on how long the longest sequence is."""
 _MAX_FUSED = 4
+_PANEL = 16
+_NARROW = 16
+"""A linear is narrow if it has at least this many times as many inputs as outputs. It has a small share of the
+weights, and what it computes (which expert a token takes) is best exact."""
 
 
 def read_spec(path: Path, native_reason: str | None = None) -> GenericSpec:
@@ -74,6 +79,7 @@ def read_spec(path: Path, native_reason: str | None = None) -> GenericSpec:
         layer_ids=tuple(sorted(kept)),
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         flat=flat,
+        quantizable=_quantizable(model, linears, shapes),
         native_reason=native_reason,
     )
 
@@ -81,16 +87,16 @@ def read_spec(path: Path, native_reason: str | None = None) -> GenericSpec:
 def _trace(found: Found, model: Any) -> tuple[Trace, bool]:
     """Return the pass, and whether the model's attention can be the engine's."""
     from aioengine.model.generic.caches import KeepsMore
-    from aioengine.model.generic.trace import trace_on_meta
+    from aioengine.model.generic.trace import observe
 
     errors: list[str] = []
     flat: Trace | None = None
     for own_attention in (False, True):
         try:
-            trace = trace_on_meta(model, own_attention=own_attention)
+            trace = observe(model, own_attention=own_attention)
         except KeepsMore as error:
             raise found.no_keys_and_values(str(error)) from error
-        except Exception as error:  # whatever a model does on tensors without data
+        except Exception as error:  # whatever a model does
             errors.append(f"{type(error).__name__}: {str(error)[:200]}")
             continue
         if own_attention and trace.updated:
@@ -141,6 +147,26 @@ def _linears(model: Any, trace: Trace) -> tuple[tuple[Adaptable, ...], dict[str,
             group.append(group[-1])
         linears.append(Adaptable(name, layer, key, group[-1]))
     return tuple(linears), shapes
+
+
+def _quantizable(
+    model: Any, linears: Sequence[Adaptable], shapes: Mapping[str, LinearShape]
+) -> tuple[str, ...]:
+    """Return the names for :attr:`GenericSpec.quantizable`: all linears that read the same input, or none."""
+    from aioengine.model.generic.linears import storable
+
+    can = storable(dict(model.named_modules()))
+    groups: dict[tuple[int, str], list[Adaptable]] = {}
+    for linear in linears:
+        groups.setdefault((linear.layer, linear.group), []).append(linear)
+    found: list[str] = []
+    for group in groups.values():
+        sizes = [shapes[linear.module] for linear in group]
+        whole = all(size % _PANEL == 0 for shape in sizes for size in shape)
+        wide = _NARROW * sum(shape.out_features for shape in sizes) > sizes[0].in_features
+        if whole and wide and all(linear.name in can for linear in group):
+            found += [linear.name for linear in group]
+    return tuple(found)
 
 
 def _first(value: Any) -> int:

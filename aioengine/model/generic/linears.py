@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -98,3 +98,27 @@ def base_weight(module: Any) -> tuple[Tensor, Tensor | None]:
     weight = module.weight.detach()
     bias = None if module.bias is None else module.bias.detach()
     return (weight if isinstance(module, torch.nn.Linear) else weight.T), bias
+
+
+def storable(modules: Mapping[str, Any]) -> dict[str, list[Any]]:
+    """Return the linears of usual kinds whose weight may be stored in another form, by name, with the
+    embeddings that have the same weight, as often a head's is. Nobody else has it."""
+    from transformers.pytorch_utils import Conv1D
+
+    sharers: dict[int, list[Any]] = {}
+    for module in modules.values():
+        for parameter in module.parameters(recurse=False):
+            sharers.setdefault(id(parameter), []).append(module)
+    found = {}
+    for name, module in modules.items():
+        if type(module).forward not in (torch.nn.Linear.forward, Conv1D.forward):
+            continue
+        others = [one for one in sharers[id(module.weight)] if one is not module]
+        if all(map(_is_usual_embedding, others)) and (isinstance(module, torch.nn.Linear) or not others):
+            found[name] = others
+    return found
+
+
+def _is_usual_embedding(module: Any) -> bool:
+    usual = type(module).forward is torch.nn.Embedding.forward and "forward" not in vars(module)
+    return usual and module.max_norm is None

@@ -24,11 +24,13 @@ from aioengine.model.generic import attention
 from aioengine.model.generic.caches import Pages, gathering, passing
 from aioengine.model.generic.classes import Found
 from aioengine.model.generic.linears import base_weight, hook
+from aioengine.model.generic.quantized import Blocks, LibraryForms
 from aioengine.model.generic.spec import GenericSpec
 from aioengine.model.generic.step import Holder, Step
 from aioengine.model.generic.trace import Attention, cache_argument
 from aioengine.model.kv_cache import KVCache
 from aioengine.model.slots.pool import LoRASlots
+from aioengine.model.spec import Quantization
 
 if TYPE_CHECKING:
     from aioengine.model.generic.packing import PackedLinears
@@ -61,9 +63,10 @@ WAYS = (
 
 class GenericModel:
     """``slots`` None: no adapters. ``longest`` is the number of positions that a sequence may have.
+    ``quantization`` is what the CPU library does to the linears, and None if the spec packs them.
 
     It is to be probed before it is used: :func:`aioengine.model.generic.probe.check`.
-    Raises ConfigError if the weights cannot be loaded.
+    Raises ConfigError if the weights cannot be loaded, or not be quantized here.
     """
 
     def __init__(
@@ -77,8 +80,15 @@ class GenericModel:
         cache: KVCache,
         slots: LoRASlots | None,
         longest: int,
+        quantization: Quantization = "none",
         progress: LoadProgress | None = None,
     ) -> None:
+        library = kernels.name == "cpu" and dtype in (torch.float32, torch.bfloat16)
+        if quantization != "none" and not library:
+            raise ConfigError(
+                f"quantization={quantization!r}: on a CPU only the compiled library has it, which needs a C++ "
+                "compiler (docs/kernels.md), and dtype 'bfloat16' or 'float32'; set quantization='none'"
+            )
         if progress is not None:
             progress("Loading weights with transformers", 0, 1)
         found = Found(path)
@@ -90,10 +100,9 @@ class GenericModel:
         self.cache = cache
         self.slots = slots
         self.longest = longest
-        self.model: Any = found.load(dtype, device)
+        # Only what stays as it is goes to the device in the dtype.
+        self.model: Any = found.load(dtype, torch.device("cpu") if spec.packed else device)
         self._attention = Attention(self.model)
-        self.nbytes = sum(parameter.nbytes for parameter in self.model.parameters())
-        """Bytes of the weights."""
         self.modules: dict[str, Any] = dict(self.model.named_modules())
         self._layers = found.text_config.num_hidden_layers
         self.body_name = _body_name(self.model)
@@ -110,6 +119,18 @@ class GenericModel:
         self.hooks = hook(self.model, spec, slots, self.holder, kernels)
         attention.register()
         self._packed: PackedLinears | None = None
+        self._blocks: Blocks | None = None
+        self._forms = LibraryForms(spec, quantization) if library else None
+        self._stays_packed = library and (bool(spec.packed) or quantization != "none")
+        self.rounds = self._forms is not None and self._forms.rounds
+        """Whether linears round their inputs to int8."""
+        self.nbytes = sum(parameter.nbytes for parameter in self.model.parameters())
+        """Bytes of the weights."""
+        if self._stays_packed:
+            self.nbytes += self._pack().nbytes_added
+        elif spec.packed:
+            self._blocks = Blocks(self.model, spec, self.hooks, self.holder, kernels, device)
+            self.nbytes += self._blocks.nbytes_added
         self._recognised: Recognised | None = None
         self._rotations: PutOffRotations | None = None
         self.way = Way(spec.flat)
@@ -117,8 +138,10 @@ class GenericModel:
 
     def ways(self) -> list[Way]:
         """Return the ways in which it may compute, the fastest first."""
-        packs = self.kernels.name == "cpu"
-        return [way for way in WAYS if way.flat <= self.spec.flat and way.packed <= packs]
+        usual = [way for way in WAYS if way.flat <= self.spec.flat]
+        if self._stays_packed:
+            return [way for way in usual if way.packed]
+        return [way for way in usual if not way.packed or self._forms is not None]
 
     def take(self, way: Way) -> None:
         """Compute in this way from now on."""
@@ -129,9 +152,7 @@ class GenericModel:
         if not way.packed:
             self._packed = None
         elif self._packed is None:
-            from aioengine.model.generic.packing import PackedLinears
-
-            self._packed = PackedLinears(self.modules, self.spec, self.hooks, self.holder, self.kernels)
+            self._pack()
         if way.recognised and self._packed is not None:
             from aioengine.model.generic.recognised import Recognised
 
@@ -143,6 +164,15 @@ class GenericModel:
         self.way = way
         self.use_own_attention(not way.flat)
 
+    def _pack(self) -> PackedLinears:
+        from aioengine.model.generic.packing import PackedLinears
+
+        assert self._forms is not None
+        self._packed = PackedLinears(
+            self.modules, self.spec, self.hooks, self.holder, self.kernels, self._forms
+        )
+        return self._packed
+
     def use_own_attention(self, own: bool) -> None:
         """Whether the model attends by itself."""
         self._attention.use(None if own else attention.NAME)
@@ -153,6 +183,9 @@ class GenericModel:
         packed = None if self._packed is None else self._packed.by_name.get(name)
         if packed is not None:
             return packed.weight(), packed.bias()
+        blocks = None if self._blocks is None else self._blocks.by_name.get(name)
+        if blocks is not None:
+            return blocks.weight.rows(0, blocks.weight.n), blocks.bias
         return base_weight(self.modules[name])
 
     def forward(self, inputs: StepInputs) -> Tensor:

@@ -17,8 +17,11 @@ from torch import Tensor
 
 from aioengine.kernels import Backend
 from aioengine.kernels.cpu.adapted import AdaptedLinear, fits
+from aioengine.kernels.cpu.matrix import LibraryWeight
 from aioengine.kernels.cpu.packed import PackedWeight
-from aioengine.model.generic.linears import AdaptedForward, base_weight
+from aioengine.kernels.weight import linear_by_rows
+from aioengine.model.generic.linears import AdaptedForward, base_weight, storable
+from aioengine.model.generic.quantized import LibraryForms, embed, stub
 from aioengine.model.generic.spec import GenericSpec
 from aioengine.model.generic.step import Holder, Step
 
@@ -36,19 +39,25 @@ class PackedLinear:
     """One linear, or several that read the same input, with the adapters on them."""
 
     def __init__(
-        self, modules: Sequence[Any], hooks: Sequence[AdaptedForward | None], holder: Holder, kernels: Backend
+        self,
+        weight: LibraryWeight,
+        modules: Sequence[Any],
+        hooks: Sequence[AdaptedForward | None],
+        holder: Holder,
+        kernels: Backend,
     ) -> None:
+        """``weight`` is that of all ``modules``, one below the other."""
         both = [base_weight(module) for module in modules]
         weights = [weight for weight, _ in both]
         self.columns = list(pairwise(accumulate((len(weight) for weight in weights), initial=0)))
-        self.weight = PackedWeight.pack(torch.cat(weights))
+        self.weight = weight
         self.bias: Tensor | None = None
         if any(bias is not None for _, bias in both):
             parts = [weight.new_zeros(len(weight)) if bias is None else bias for weight, bias in both]
             self.bias = torch.cat(parts)
         self._hooks = [hook for hook in hooks if hook is not None]
         self._pool = self._hooks[0].pool if self._hooks else None
-        usual = self._pool is not None and fits(self._pool, self.weight.data.dtype)
+        usual = self._pool is not None and fits(self._pool, self.weight.dtype)
         self.adapted: AdaptedLinear | None = None
         """Both in one call; None if the library does not add such adapters."""
         if usual or self._pool is None:
@@ -65,7 +74,10 @@ class PackedLinear:
 
     def base(self, x: Tensor) -> Tensor:
         """[T, all outputs] without adapters."""
-        return self.weight.linear(x.reshape(-1, x.shape[-1]), self.bias)
+        rows = x.reshape(-1, x.shape[-1])
+        if self._holder.expanded and not isinstance(self.weight, PackedWeight):
+            return linear_by_rows(rows, self.weight, self.bias)
+        return self.weight.linear(rows, self.bias)
 
     def outputs(self, x: Tensor) -> Tensor:
         """[T, all outputs] with the adapters of the step."""
@@ -127,10 +139,13 @@ class Member:
         bias = self.packed.bias
         return None if bias is None else bias[self._begin : self._end]
 
-    def data(self) -> Tensor:
-        """Return this member's part of the packed weight, flat."""
-        k = self.packed.weight.k
-        return self.packed.weight.data.view(-1)[self._begin * k : self._end * k]
+    def shown(self, weight: Tensor) -> Tensor:
+        """Return what is to stand in the place of the module's ``weight``: of its dtype and shape, but of use
+        only to the library."""
+        packed = self.packed.weight
+        if not isinstance(packed, PackedWeight):
+            return stub(weight)
+        return packed.data[self._begin * packed.k : self._end * packed.k].view(weight.shape)
 
 
 class PackedLinears:
@@ -143,29 +158,38 @@ class PackedLinears:
         hooks: Sequence[AdaptedForward],
         holder: Holder,
         kernels: Backend,
+        forms: LibraryForms,
     ) -> None:
-        """Packs those linears of the spec that can be: usual ones, with a weight of their own."""
-        sharers, by_name = _sharers(modules), {hook.name: hook for hook in hooks}
+        """Packs those linears of the spec that can be: usual ones, with a weight of their own. ``forms``
+        says which are quantized."""
+        can, by_name = storable(modules), {hook.name: hook for hook in hooks}
         self.by_name: dict[str, Member] = {}
         self._modules = modules
+        self.nbytes_added = 0
+        """Bytes that the weights take more than before; below zero if they take fewer."""
         self._embeddings: list[Any] = []
         groups: dict[tuple[int, str], list[str]] = {}
         for linear in spec.linears:
             groups.setdefault((linear.layer, linear.group), []).append(linear.name)
         for names in groups.values():
-            if not all(_fits(modules[name], sharers) for name in names):
+            if any(name not in can for name in names):
                 continue
-            embeddings = [one for name in names for one in sharers[id(modules[name].weight)][1:]]
+            weights = [base_weight(modules[name])[0] for name in names]
+            if not all(PackedWeight.fits(*weight.shape, weight.dtype) for weight in weights):
+                continue
+            embeddings = [one for name in names for one in can[name]]
             own = [by_name.get(name) for name in names]
-            packed = PackedLinear([modules[name] for name in names], own, holder, kernels)
+            form = forms.pack(names, weights)
+            packed = PackedLinear(form, [modules[name] for name in names], own, holder, kernels)
+            self.nbytes_added += form.nbytes - sum(weight.nbytes for weight in weights)
+            del weights
             for place, (name, hook) in enumerate(zip(names, own, strict=True)):
                 member = self.by_name[name] = Member(packed, place, hook)
                 module = modules[name]
                 module.forward = member
-                # Who looks at the weight sees its type; what it holds is of use only to the library.
-                module.weight.data = member.data().view(module.weight.shape)
+                module.weight.data = member.shown(module.weight.data)
             for embedding in embeddings:
-                embedding.forward = functools.partial(_embed, packed.weight)
+                embedding.forward = functools.partial(embed, packed.weight)
                 self._embeddings.append(embedding)
 
     def undo(self) -> None:
@@ -179,36 +203,3 @@ class PackedLinears:
         for embedding in self._embeddings:
             del embedding.forward
         self.by_name.clear()
-
-
-def _fits(module: Any, sharers: dict[int, list[Any]]) -> bool:
-    """Whether a linear can be packed. Its weight may also be that of an embedding, as often a head's is."""
-    from transformers.pytorch_utils import Conv1D
-
-    if type(module).forward not in (torch.nn.Linear.forward, Conv1D.forward):
-        return False
-    first, *others = sharers[id(module.weight)]
-    if first is not module or not all(map(_is_usual_embedding, others)):
-        return False
-    (n, k), dtype = base_weight(module)[0].shape, module.weight.dtype
-    return PackedWeight.fits(n, k, dtype) and (not others or isinstance(module, torch.nn.Linear))
-
-
-def _is_usual_embedding(module: Any) -> bool:
-    usual = type(module).forward is torch.nn.Embedding.forward and "forward" not in vars(module)
-    return usual and module.max_norm is None
-
-
-def _embed(weight: PackedWeight, token_ids: Tensor) -> Tensor:
-    return weight.gather(token_ids.flatten().long().contiguous()).view(*token_ids.shape, weight.k)
-
-
-def _sharers(modules: dict[str, Any]) -> dict[int, list[Any]]:
-    """Return the modules that have a parameter, by its id, embeddings behind others."""
-    found: dict[int, list[Any]] = {}
-    for module in modules.values():
-        for parameter in module.parameters(recurse=False):
-            found.setdefault(id(parameter), []).append(module)
-    for sharers in found.values():
-        sharers.sort(key=lambda module: isinstance(module, torch.nn.Embedding))
-    return found

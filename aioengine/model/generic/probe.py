@@ -41,7 +41,8 @@ def check(model: GenericModel) -> None:
     """
     with torch.inference_mode():
         try:
-            expected = [_alone(model, tokens) for tokens in _sequences(model)[0]]
+            with _expanded(model):
+                expected = [_alone(model, tokens) for tokens in _sequences(model)[0]]
         except Exception as error:
             raise ConfigError(
                 f"{model.path}: {model.spec.architecture} cannot run by itself: {one_line(error)}"
@@ -149,9 +150,14 @@ def _off(model: GenericModel, found: Tensor, expected: Tensor) -> str | None:
     scale = expected.float().abs().amax(-1).clamp(min=1e-6)
     error = (found.float() - expected.float()).abs().amax(-1) / scale
     typical, largest = float(error.median()), float(error.max())
-    if typical <= _TYPICAL[model.dtype] and largest <= _LARGEST[model.dtype]:
+    if typical <= _TYPICAL[_precision(model)] and largest <= _LARGEST[_precision(model)]:
         return None
     return f"are off by {largest:.2g} of the largest one"
+
+
+def _precision(model: GenericModel) -> torch.dtype:
+    """Return the dtype whose rounding is as coarse as what the model's linears do."""
+    return torch.bfloat16 if model.rounds else model.dtype
 
 
 def _first_layer(model: GenericModel, tokens: list[int], table: list[int]) -> str:
@@ -170,7 +176,7 @@ def _first_layer(model: GenericModel, tokens: list[int], table: list[int]) -> st
         if both.shape != output.shape:
             continue
         error = (both.float() - output.float()).abs().max() / output.float().abs().max().clamp(min=1e-6)
-        if float(error) > _TYPICAL[model.dtype]:
+        if not float(error) <= _TYPICAL[_precision(model)]:
             return name
     return "a batch of several sequences"
 
@@ -277,6 +283,16 @@ def _room(model: GenericModel) -> int:
 
 
 @contextmanager
+def _expanded(model: GenericModel) -> Iterator[None]:
+    """Quantized weights are expanded, and multiplied by torch."""
+    model.holder.expanded = True
+    try:
+        yield
+    finally:
+        model.holder.expanded = False
+
+
+@contextmanager
 def _plainly(model: GenericModel) -> Iterator[None]:
     """All rows get the adapter in slot 0, as two products."""
 
@@ -288,7 +304,8 @@ def _plainly(model: GenericModel) -> Iterator[None]:
     for one in model.hooks:
         one.plain = add
     try:
-        yield
+        with _expanded(model):
+            yield
     finally:
         for one in model.hooks:
             one.plain = None

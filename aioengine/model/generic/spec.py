@@ -39,6 +39,9 @@ class GenericSpec(ModelSpec, frozen=True, kw_only=True):
     flat: bool
     """Whether all tokens of a step go through the model at once, with the engine's attention. Otherwise each
     sequence goes through it alone, with the model's own attention over keys and values that are gathered."""
+    quantizable: tuple[str, ...] = ()
+    """Names of the linears that ``quantization`` is for: those whose weight may be stored in another form, with
+    sizes that are multiples of 16. Others stay in the dtype; so do narrow ones, such as routers."""
     native_reason: str | None = None
     """Why the native decoder does not run it; None: it was not asked."""
 
@@ -100,6 +103,10 @@ class GenericSpec(ModelSpec, frozen=True, kw_only=True):
 
     def find_module(self, name: str) -> tuple[int, str] | None:
         return next(((x.layer, x.module) for x in self.linears if x.name == name), None)
+
+    def quantized_modules(self) -> Iterator[tuple[int, str]]:
+        names = set(self.quantizable)
+        return ((x.layer, x.module) for x in self.linears if x.name in names)
 
     def kv_shapes(self) -> tuple[KVShape, ...]:
         return self.kv

@@ -57,6 +57,9 @@ class Holder:
         self.kinds: dict[int, Kind] = {}
         """Kind of mask, by transformers' number of the layer."""
         self.step: Step | None = None
+        self.expanded = False
+        """Whether quantized weights are expanded, and multiplied by torch: how the probe says what is
+        right."""
 
 
 def kind_of(allowed: Allowed | None, longest: int, device: torch.device) -> Kind:

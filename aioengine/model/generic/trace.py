@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from aioengine.model.spec import KVShape
 
@@ -70,17 +71,32 @@ def cache_argument(forward: Callable[..., Any]) -> str | None:
     return next((name for name in ("cache", "past_key_values") if name in names), None)
 
 
-def trace_on_meta(model: Any, *, own_attention: bool) -> Trace:
-    """Runs ``model``, which has no weights, with its own attention or with one that looks at its inputs.
+def observe(model: Any, *, own_attention: bool) -> Trace:
+    """Runs ``model``, which is on the device "meta", with its own attention or with one that looks at its
+    inputs. If the model cannot run so, it gets values, for code that chooses by them, and runs again.
 
-    Raises whatever the model does if it cannot run so.
+    Raises whatever the model does if it cannot run with them either.
     """
+    from aioengine.model.generic.caches import KeepsMore
+
+    try:
+        return _observe(model, own_attention)
+    except KeepsMore:
+        raise
+    except Exception:  # whatever a model does on tensors without data
+        if next(model.parameters()).device.type != "meta":
+            raise
+    _give_values(model)
+    return _observe(model, own_attention)
+
+
+def _observe(model: Any, own_attention: bool) -> Trace:
     import transformers
 
     from aioengine.model.generic.caches import EngineCache, PassingLayer
 
     trace = Trace()
-
+    device = next(model.parameters()).device
     past = _PAST if own_attention else 0
 
     class Layer(PassingLayer):  # type: ignore[no-untyped-call]
@@ -103,7 +119,7 @@ def trace_on_meta(model: Any, *, own_attention: bool) -> Trace:
     masks: list[Tensor] = []
 
     def mask(*_: Any, **__: Any) -> Tensor:
-        masks.append(torch.zeros(1, 1, 1, 1, device="meta"))
+        masks.append(torch.zeros(1, 1, 1, 1, device=device))
         return masks[-1]
 
     def attend(
@@ -117,22 +133,66 @@ def trace_on_meta(model: Any, *, own_attention: bool) -> Trace:
 
     transformers.AttentionInterface.register(NAME, attend)
     transformers.AttentionMaskInterface.register(NAME, mask)
-    ids = torch.zeros(1, _TOKENS, dtype=torch.long, device="meta")
+    ids = torch.zeros(1, _TOKENS, dtype=torch.long, device=device)
     layers = model.config.get_text_config(decoder=True).num_hidden_layers
     arguments: dict[str, Any] = {"input_ids": ids, "use_cache": True}
     names = inspect.signature(model.forward).parameters
     if (cache := cache_argument(model.forward)) is not None:
         arguments[cache] = EngineCache(layers=[Layer(i) for i in range(layers)])
     if "position_ids" in names:
-        arguments["position_ids"] = torch.arange(past, past + _TOKENS, device="meta")[None]
+        arguments["position_ids"] = torch.arange(past, past + _TOKENS, device=device)[None]
     attention = Attention(model)
     attention.use(None if own_attention else NAME)
     try:
-        with torch.no_grad(), _watched(model, trace), _no_experts(model), torch.device("meta"):
+        with torch.no_grad(), _watched(model, trace), _no_experts(model), device, _Equal():
             model(**arguments)
     finally:
         attention.use(None)
     return trace
+
+
+_VALUE = 1 / 128
+"""Positive, so that no sum of them is zero."""
+
+
+def _give_values(model: Any) -> None:
+    """Replace all tensors of a model by ones with values. Those of a tensor are equal, so that it takes no
+    memory."""
+    made: dict[int, Tensor] = {}
+
+    def valued(x: Tensor) -> Tensor:
+        if id(x) not in made:
+            dtype = torch.float32 if x.is_floating_point() else x.dtype
+            value = torch.full((), _VALUE if x.is_floating_point() else 0, dtype=dtype, device="cpu")
+            made[id(x)] = value.expand(x.shape)
+            if isinstance(x, torch.nn.Parameter):
+                made[id(x)] = torch.nn.Parameter(made[id(x)], requires_grad=False)
+        return made[id(x)]
+
+    old: list[Tensor] = []  # kept, because ids of tensors that are gone are used again
+    for module in model.modules():
+        for tensors in (module._parameters, module._buffers, vars(module)):
+            for name, tensor in tensors.items():
+                if isinstance(tensor, Tensor):
+                    old.append(tensor)
+                    tensors[name] = valued(tensor)
+
+
+class _Equal(TorchFunctionMode):
+    """Computes linears whose weight is one value everywhere without expanding it."""
+
+    def __torch_function__(
+        self, function: Any, _types: Any, arguments: tuple[Any, ...] = (), named: dict[str, Any] | None = None
+    ) -> Any:
+        named = named or {}
+        if function is torch.nn.functional.linear and len(arguments) >= 2:
+            x, weight, *bias = arguments
+            if weight.device.type != "meta" and not any(weight.stride()):
+                first = weight[(0,) * weight.dim()]
+                y = (x.sum(-1, keepdim=True) * first).expand(*x.shape[:-1], len(weight)).contiguous()
+                shift = named.get("bias", bias[0] if bias else None)
+                return y if shift is None else y + shift
+        return function(*arguments, **named)
 
 
 @contextmanager

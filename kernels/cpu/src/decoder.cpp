@@ -10,26 +10,10 @@
 #include <vector>
 
 #include "experts.h"
-#include "ops.h"
+#include "matrix.h"
 #include "team.h"
 
 extern "C" {
-
-// How a matrix is stored; structs.py names these, too.
-enum Kind { PACKED, INT8, INT4, PARTS };
-
-struct Matrix {
-  const void* packed;
-  const void* bias;  // may be null
-  int64_t n, k, kind;
-  int64_t panel_bytes;  // of 16 outputs, where all panels take as many; else 0
-  // Of int8 and int4 weights (see quantized.cpp and int4.cpp); else null and zero.
-  const float* scale;
-  const int32_t* start;
-  int64_t rotation, group;
-  const aio::Part* part;  // of weights in parts (see blocks.cpp); else null
-  int64_t parts;
-};
 
 // A fused linear's places in the slots; slices = 0: none of it is targeted.
 struct LoraPool {
@@ -175,21 +159,6 @@ struct Run {
     if (stopped) throw Stopped{};
   }
 
-  void base(const Matrix& w, const void* x, void* y, long rows, const aio::Beside& beside) const {
-    switch (w.kind) {
-      case PACKED:
-        return aio_linear_beside(m.bf16, x, w.k, w.packed, w.bias, y, w.n, rows, w.n, w.k, &beside, threads);
-      case INT8:
-        return aio_linear_int8(m.bf16, x, w.k, w.packed, w.scale, w.start, w.rotation, w.bias, y, w.n, rows, w.n, w.k,
-                               &beside, threads);
-      case INT4:
-        return aio_linear_int4(m.bf16, x, w.k, w.packed, w.scale, w.start, w.group, w.rotation, w.bias, y, w.n, rows, w.n,
-                               w.k, &beside, threads);
-      case PARTS:
-        return aio_linear_blocks(m.bf16, x, w.k, w.part, w.bias, y, w.n, rows, w.n, w.k, &beside, threads);
-    }
-  }
-
   // Of which each of the sorted rows takes one expert's part.
   void base(const Matrix& w, const void* x, void* y, const aio::Routes& r) const {
     const long n = w.n / r.experts;
@@ -235,9 +204,10 @@ struct Run {
       });
     if (adapted && pool.exchange != NOTHING) exchange(pool.exchange, pool.id);
     timed(phase, [&] {
-      base(w, x, y, rows,
-           {fetch.data(), long(fetch.size()), adapted ? &adapters : nullptr,
-            {next.matrix->packed, next.matrix->n, next.matrix->panel_bytes}});
+      aio::product(m.bf16, w, x, y, rows,
+                   {fetch.data(), long(fetch.size()), adapted ? &adapters : nullptr,
+                    {next.matrix->packed, next.matrix->n, next.matrix->panel_bytes}},
+                   threads);
     });
     if (total)
       exchange(TOTAL, pool.id);

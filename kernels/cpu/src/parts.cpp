@@ -2,15 +2,14 @@
 //
 // They are for models whose modules run in Python. There the threads often fall asleep between two operations, and with
 // other work on the machine it takes long until all of them go on: the fewer such places, the better.
-#include "ops.h"
+#include "matrix.h"
 #include "team.h"
 
 extern "C" {
 
-// A packed linear and the adapters on it; structs.py names these.
+// A linear and the adapters on it; structs.py names these.
 struct AdaptedLinear {
-  const void *packed, *bias;  // the bias may be null
-  int64_t n, k;
+  Matrix matrix;
   aio::Beside beside;  // without adapters: the linear alone
   const aio::Slice* outputs;  // of its slices, for what is scaled and shifted
   const aio::Segment* affine;
@@ -23,12 +22,13 @@ namespace {
 
 void linear(int bf16, const AdaptedLinear& l, const void* x, void* y, long rows, int threads) {
   const aio::Adapters* a = l.beside.adapters;
+  const Matrix& w = l.matrix;
   if (a != nullptr)
-    aio_lora_shrink(bf16, x, l.k, a->slots, a->first, (void*)a->h, l.k, a->slices, a->width, (const int32_t*)a->segments,
+    aio_lora_shrink(bf16, x, w.k, a->slots, a->first, (void*)a->h, w.k, a->slices, a->width, (const int32_t*)a->segments,
                     a->count, threads);
-  aio_linear_beside(bf16, x, l.k, l.packed, l.bias, y, l.n, rows, l.n, l.k, &l.beside, threads);
+  aio::product(bf16, w, x, y, rows, l.beside, threads);
   if (a != nullptr && l.affine_count > 0)
-    aio_lora_affine(bf16, y, l.n, a->slots, a->first, l.outputs, a->slices, (const int32_t*)l.affine, l.affine_count,
+    aio_lora_affine(bf16, y, w.n, a->slots, a->first, l.outputs, a->slices, (const int32_t*)l.affine, l.affine_count,
                     threads);
 }
 
@@ -39,13 +39,13 @@ AIO_EXPORT void aio_adapted_linear(int bf16, const AdaptedLinear* l, const void*
   aio::step_together(threads, [&](const aio::Member&) { linear(bf16, *l, x, y, rows, threads); });
 }
 
-// y = down(act(gate(x)) * up(x)), where act is SiLU, or GELU by its tanh. wide [rows, gate_up.n] and narrow [rows, down.k]
+// y = down(act(gate(x)) * up(x)), where act is SiLU, or GELU by its tanh. wide [rows, gate_up's n] and narrow [rows, down's k]
 // are scratch.
 AIO_EXPORT void aio_gated_mlp(int bf16, const AdaptedLinear* gate_up, const AdaptedLinear* down, int gelu, const void* x,
                               void* wide, void* narrow, void* y, long rows, int threads) {
   aio::step_together(threads, [&](const aio::Member&) {
     linear(bf16, *gate_up, x, wide, rows, threads);
-    (gelu ? aio_gelu_and_mul : aio_silu_and_mul)(bf16, wide, narrow, rows, down->k, threads);
+    (gelu ? aio_gelu_and_mul : aio_silu_and_mul)(bf16, wide, narrow, rows, down->matrix.k, threads);
     linear(bf16, *down, narrow, y, rows, threads);
   });
 }
