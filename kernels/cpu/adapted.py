@@ -22,8 +22,9 @@ class AdaptedLinear:
 
     def __init__(self, weight: LibraryWeight, bias: Tensor | None, pool: LoRAPool | None) -> None:
         self.weight, self._bias, self._pool = weight, bias, pool  # the structures point to their memory
-        self._base = structs.AdaptedLinear(matrix=matrix_of(weight, bias))
-        self._with_adapters = structs.AdaptedLinear(matrix=matrix_of(weight, bias))
+        self.base = structs.AdaptedLinear(matrix=matrix_of(weight, bias))
+        self.with_adapters = structs.AdaptedLinear(matrix=matrix_of(weight, bias))
+        """What :meth:`prepare` has filled in; the same as ``base`` if there is no pool."""
         if pool is not None:
             assert fits(pool, weight.dtype)
             self._slots = slots_struct(pool.slots)
@@ -33,23 +34,34 @@ class AdaptedLinear:
                 slice=slices_struct(pool.widths, pool.b_offsets),
                 slices=len(pool.widths),
             )
-            self._with_adapters.beside.adapters = ctypes.pointer(self._adapters)
-            self._with_adapters.outputs = slices_struct(pool.affine_widths, pool.offsets)
+            self.with_adapters.beside.adapters = ctypes.pointer(self._adapters)
+            self.with_adapters.outputs = slices_struct(pool.affine_widths, pool.offsets)
 
     def struct(self, rows: int, batch: LoRABatch | None) -> tuple[Any, Tensor | None]:
         """Return a reference to the library's structure for ``rows`` tokens, and what must live as long as it
         is used; the next call changes it."""
-        pool = self._pool
-        if batch is None or pool is None or not batch.segments:
-            return ctypes.byref(self._base), None
-        adapters, count, width = self._adapters, len(batch.segments), batch.width
-        h = torch.empty(rows, adapters.slices * width, dtype=self.weight.dtype)
-        adapters.segments, adapters.count = batch.derive(segments_of).data_ptr(), count
-        adapters.h, adapters.width = h.data_ptr(), width
-        self._with_adapters.affine_count = len(batch.affine)
+        if batch is None or self._pool is None or not batch.segments:
+            return ctypes.byref(self.base), None
+        h = torch.empty(rows, self.slices * batch.width, dtype=self.weight.dtype)
+        self.prepare(batch, h)
+        return ctypes.byref(self.with_adapters), h
+
+    @property
+    def slices(self) -> int:
+        """Linears that adapters may be on."""
+        return 0 if self._pool is None else len(self._pool.widths)
+
+    def prepare(self, batch: LoRABatch, h: Tensor) -> None:
+        """Fill in ``with_adapters`` for a batch with adapters, with room for A's outputs, ``slices`` times the
+        batch's width for each token."""
+        if self._pool is None:
+            return
+        adapters = self._adapters
+        adapters.segments, adapters.count = batch.derive(segments_of).data_ptr(), len(batch.segments)
+        adapters.h, adapters.width = h.data_ptr(), batch.width
+        self.with_adapters.affine_count = len(batch.affine)
         if batch.affine:
-            self._with_adapters.affine = batch.derive(affine_of).data_ptr()
-        return ctypes.byref(self._with_adapters), h
+            self.with_adapters.affine = batch.derive(affine_of).data_ptr()
 
     def __call__(self, x: Tensor, batch: LoRABatch | None) -> Tensor:
         """``x`` [T, in], contiguous; returns [T, out]. Not for several threads at once."""

@@ -85,7 +85,7 @@ def rope_store(
         *(is_bf16(qkv), qkv.data_ptr(), cos.data_ptr(), sin.data_ptr(), plan.cells.data_ptr()),
         *(plan.last.data_ptr(), keys.data_ptr(), values.data_ptr()),
         *(tokens, heads, kv_heads, d, block_size, _block_bytes(keys)),
-        *(cos.shape[-1], neighbours, 0, None if norms is None else ctypes.byref(_struct(norms)), threads()),
+        *(cos.shape[-1], neighbours, 0, None if norms is None else ctypes.byref(head_norms_struct(norms)), threads()),
     )
 
 
@@ -134,7 +134,8 @@ def store_and_attend(
     return out
 
 
-def _struct(norms: HeadNorms) -> structs.HeadNorms:
+def head_norms_struct(norms: HeadNorms) -> structs.HeadNorms:
+    """Make the C structure, which points to the memory and does not keep it alive."""
     return structs.HeadNorms(
         *(norms.q.data_ptr(), norms.k.data_ptr(), len(norms.q), len(norms.k)),
         *(norms.offset is None, norms.eps, norms.offset or 0.0),

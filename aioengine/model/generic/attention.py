@@ -8,7 +8,7 @@ functions, by positions within the sequence, so that all tokens of a step can go
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from aioengine.kernels import AttentionPlan, Backend, LayerCache, Rotation, Scor
 from aioengine.kernels.plan.attention import locate
 from aioengine.kernels.portable.cells import put, take
 from aioengine.kernels.portable.sdpa import Chunk, DecodeGroup, Window, Windows
-from aioengine.model.generic.step import Allowed, Holder, Kind, Step, kind_of
+from aioengine.model.generic.step import Allowed, Holder, Kind, Step, Turn, kind_of
 
 NAME = "aioengine"
 """Name of this attention in transformers' registries."""
@@ -26,6 +26,16 @@ NAME = "aioengine"
 StoreAndAttend = Callable[[Tensor, Rotation, LayerCache, AttentionPlan, Scores], Tensor]
 
 _MASK = "_aioengine_allowed"
+
+
+class Attended(NamedTuple):
+    """One call of the attention that the engine's kernels compute."""
+
+    cache: LayerCache
+    scores: Scores
+    heads: int
+    head_dim: int
+    turn: Turn | None
 
 
 class Unsuitable(Exception):
@@ -112,8 +122,10 @@ def _attend(
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     if ours:
         qkv, cache = _joined(q, k, v), LayerCache(keys, values)
-        rotation = _no_rotation(step, d) if rotation is None else rotation
+        rotation = no_rotation(step, d) if rotation is None else rotation
         scores = Scores(kind.window, scale, softcap, None if s_aux is None else s_aux.detach().to(q.dtype))
+        if holder.seen is not None:
+            holder.seen.append(Attended(cache, scores, q.shape[1], d, turn))
         out = attends.store_and_attend(qkv, rotation, cache, step.plan, scores)
         return out.view(1, len(q), -1, e), None
     put(keys, step.plan.cells, k)
@@ -151,7 +163,7 @@ def _batched(rows: Tensor, batch: int) -> Tensor:
     return rows.view(batch, -1, *rows.shape[1:]).transpose(1, 2)
 
 
-def _no_rotation(step: Step, d: int) -> Rotation:
+def no_rotation(step: Step, d: int) -> Rotation:
     """Return a rotation that leaves everything where it is."""
     assert step.plan is not None
     if d not in step.made:

@@ -33,6 +33,7 @@ from aioengine.model.slots.pool import LoRASlots
 from aioengine.model.spec import Quantization
 
 if TYPE_CHECKING:
+    from aioengine.model.generic.layers import WholeLayers
     from aioengine.model.generic.packing import PackedLinears
     from aioengine.model.generic.recognised import Recognised
     from aioengine.model.generic.rotation import PutOffRotations
@@ -52,10 +53,12 @@ class Way(NamedTuple):
     """Modules whose work the engine knows, by its operations."""
     put_off: bool = False
     """The rotation, together with the attention."""
+    whole: bool = False
+    """Layers whose work the engine knows, each in one call."""
 
 
 WAYS = (
-    *(Way(True, True, True, True), Way(True, True, True), Way(True, True)),
+    *(Way(True, True, True, True, True), Way(True, True, True, True), Way(True, True, True), Way(True, True)),
     *(Way(False, True, True), Way(False, True), Way(True), Way(False)),
 )
 """The ways to compute, the fastest first."""
@@ -133,6 +136,7 @@ class GenericModel:
             self.nbytes += self._blocks.nbytes_added
         self._recognised: Recognised | None = None
         self._rotations: PutOffRotations | None = None
+        self._whole: WholeLayers | None = None
         self.way = Way(spec.flat)
         self.use_own_attention(not spec.flat)
 
@@ -145,10 +149,11 @@ class GenericModel:
 
     def take(self, way: Way) -> None:
         """Compute in this way from now on."""
-        for shortcut in (self._rotations, self._recognised, None if way.packed else self._packed):
+        packed = None if way.packed else self._packed
+        for shortcut in (self._whole, self._rotations, self._recognised, packed):
             if shortcut is not None:
                 shortcut.undo()
-        self._rotations = self._recognised = None
+        self._whole = self._rotations = self._recognised = None
         if not way.packed:
             self._packed = None
         elif self._packed is None:
@@ -161,6 +166,10 @@ class GenericModel:
             from aioengine.model.generic.rotation import PutOffRotations
 
             self._rotations = PutOffRotations(self.modules, self.holder)
+        if way.whole:
+            from aioengine.model.generic.layers import WholeLayers
+
+            self._whole = WholeLayers(self.modules, self.holder, rounds=self.rounds)
         self.way = way
         self.use_own_attention(not way.flat)
 

@@ -102,6 +102,8 @@ class PackedLinear:
     def whole(self, x: Tensor) -> Tensor:
         """Return :meth:`outputs` for whoever takes them all."""
         step, pool, kernels = self._holder.step, self._pool, self._kernels
+        if self._holder.seen is not None:
+            self._holder.seen.append(self)
         if step is None or pool is None or not step.lora.segments:
             return self.base(x)
         rows = self.rows(x)

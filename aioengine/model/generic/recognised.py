@@ -45,7 +45,7 @@ class Recognised:
         for name, module in modules.items():
             if "forward" in vars(module):
                 continue
-            forward = _norm(module, kernels) or _activation(module)
+            forward = _norm(module, holder, kernels) or _activation(module)
             if forward is None and name in linears:
                 forward = _gated(module, linears[name], holder)
             if forward is not None:
@@ -67,20 +67,22 @@ def own_forward(module: Any) -> Forward:
 class NormForward:
     """Computes a root-mean-square norm by the backend's operation."""
 
-    def __init__(self, module: Any, norm: Norm, kernels: Backend) -> None:
+    def __init__(self, module: Any, norm: Norm, holder: Holder, kernels: Backend) -> None:
         self._own = own_forward(module)
         self._norm = norm
         self._size = len(norm.weight)
-        self._kernels = kernels
+        self._holder, self._kernels = holder, kernels
 
     def __call__(self, x: Tensor) -> Tensor:
         if x.dtype != self._norm.weight.dtype:
             return self._own(x)
+        if self._holder.seen is not None:
+            self._holder.seen.append(self._norm)
         rows = x.reshape(-1, self._size).contiguous()
         return self._kernels.add_rms_norm(rows, None, self._norm).view(x.shape)
 
 
-def _norm(module: Any, kernels: Backend) -> Forward | None:
+def _norm(module: Any, holder: Holder, kernels: Backend) -> Forward | None:
     """What computes the module if it is a root-mean-square norm with a weight."""
     parameters = list(module.parameters())
     if len(parameters) != 1 or parameters[0].dim() != 1 or _has_children(module) or list(module.buffers()):
@@ -100,14 +102,14 @@ def _norm(module: Any, kernels: Backend) -> Forward | None:
     own = [value for value in vars(module).values() if isinstance(value, float)]
     for eps in (*own, *_USUAL_EPS):
         for offset in (0.0, 1.0):
-            if not _equal(kernels.add_rms_norm(x, None, Norm(random, eps, offset)), expected):
+            if not equal(kernels.add_rms_norm(x, None, Norm(random, eps, offset)), expected):
                 continue
             for rounding in (None, 0.0) if offset == 0 else (offset,):
                 norm = Norm(weight, eps, rounding)
                 if _same_bits(
                     kernels.add_rms_norm(x.to(weight.dtype), None, norm), module(x.to(weight.dtype))
                 ):
-                    return NormForward(module, norm, kernels)
+                    return NormForward(module, norm, holder, kernels)
     return None
 
 
@@ -116,7 +118,7 @@ def _same_bits(found: Tensor, expected: Tensor) -> bool:
     if found.dtype != expected.dtype:
         return False
     if found.dtype == torch.float32:
-        return _equal(found, expected)
+        return equal(found, expected)
     near = (found.float() - expected.float()).abs() <= expected.float().abs() * torch.finfo(found.dtype).eps
     return bool(near.all()) and float((found == expected).float().mean()) > 0.99
 
@@ -157,16 +159,18 @@ class GatedForward:
         self, module: Any, gate_up: PackedLinear, down: PackedLinear, activation: Activation, holder: Holder
     ) -> None:
         self._own = own_forward(module)
-        self._gate_up, self._down, self._activation = gate_up, down, activation
+        self.gate_up, self.down, self.activation = gate_up, down, activation
         self._holder = holder
 
     def __call__(self, x: Tensor, *more: Any, **named: Any) -> Tensor:
-        gate_up, down = self._gate_up, self._down
+        gate_up, down = self.gate_up, self.down
         if more or named or gate_up.is_plain or down.is_plain:
             return self._own(x, *more, **named)
         assert gate_up.adapted is not None and down.adapted is not None
+        if self._holder.seen is not None:
+            self._holder.seen.append(self)
         batch = None if self._holder.step is None else self._holder.step.lora
-        y = gated_mlp(gate_up.adapted, down.adapted, self._activation, gate_up.rows(x), batch)
+        y = gated_mlp(gate_up.adapted, down.adapted, self.activation, gate_up.rows(x), batch)
         return y.view(*x.shape[:-1], y.shape[-1])
 
 
@@ -191,14 +195,12 @@ def _gated(module: Any, linears: Sequence[Member], holder: Holder) -> Forward | 
         expected = type(module).forward(module, x)
     except Exception:
         return None
-    tolerance = _EXACT if x.dtype == torch.float32 else 8 * torch.finfo(x.dtype).eps
-    if isinstance(weight, QuantizedWeight) and weight.int8_activations:
-        tolerance = max(tolerance, _ROUNDED)
+    tolerance = tolerance_of(x.dtype, isinstance(weight, QuantizedWeight) and weight.int8_activations)
     found = forward(x)
-    return forward if _equal(found, expected, tolerance) and _equal_in_size(found, expected) else None
+    return forward if equal(found, expected, tolerance) and equal_in_size(found, expected) else None
 
 
-def _equal_in_size(found: Tensor, expected: Tensor) -> bool:
+def equal_in_size(found: Tensor, expected: Tensor) -> bool:
     """Whether neither is a multiple of the other: rounding averages out over a row, a factor does not."""
     found, expected = found.double(), expected.double()
     ratio = (found * expected).sum(-1) / (expected * expected).sum(-1).clamp(min=1e-30)
@@ -229,7 +231,14 @@ def _has_children(module: Any) -> bool:
     return next(iter(module.children()), None) is not None
 
 
-def _equal(found: Any, expected: Any, tolerance: float = _EXACT) -> bool:
+def tolerance_of(dtype: torch.dtype, rounds: bool) -> float:
+    """Return the largest difference that rounding may make; ``rounds``: activations are rounded to int8."""
+    tolerance = _EXACT if dtype == torch.float32 else 8 * torch.finfo(dtype).eps
+    return max(tolerance, _ROUNDED) if rounds else tolerance
+
+
+def equal(found: Any, expected: Any, tolerance: float = _EXACT) -> bool:
+    """Whether rows differ by at most ``tolerance`` times their largest values."""
     if not isinstance(expected, Tensor) or found.shape != expected.shape:
         return False
     found, expected = found.float(), expected.float()

@@ -46,24 +46,25 @@ class PutOff:
         step = self._holder.step
         if step is None or step.plan is None or more or named or step.turn is not None:
             return own()
-        rotation = self._rotation(step, q, cos, sin)
+        fits = len(q) == 1 and cos.shape[1:2] == q.shape[2:3]
+        rotation = self._rotation(step, q.shape[-1], cos, sin) if fits else None
         if rotation is None:
             return own()
-        step.turn = Turn(q, k, rotation, own)
+        step.turn = Turn(q, k, rotation, own, (cos, sin), self._rotation)
         return q, k
 
-    def _rotation(self, step: Step, q: Tensor, cos: Tensor, sin: Tensor) -> Rotation | None:
-        """Return the backend's form of it; None if it has none."""
-        key = "rotation", id(cos), id(sin)
+    def _rotation(self, step: Step, d: int, cos: Tensor, sin: Tensor) -> Rotation | None:
+        """Return the backend's form of it, for heads of size ``d``; None if it has none."""
+        key = "rotation", d, id(cos), id(sin)
         if key not in step.made:
-            step.made[key] = cos, sin, self._convert(q, cos, sin)
+            step.made[key] = cos, sin, self._convert(d, cos, sin)
         found: Rotation | None = step.made[key][2]
         return found
 
-    def _convert(self, q: Tensor, cos: Tensor, sin: Tensor) -> Rotation | None:
+    def _convert(self, d: int, cos: Tensor, sin: Tensor) -> Rotation | None:
         neighbours, alternates, partial = self._pairing
-        d, width = q.shape[-1], cos.shape[-1]
-        if cos.shape != (1, q.shape[2], width) or sin.shape != cos.shape or len(q) != 1:
+        width = cos.shape[-1]
+        if cos.dim() != 3 or len(cos) != 1 or sin.shape != cos.shape:
             return None
         if not (width == d or (partial and width < d)) or width % 2:
             return None

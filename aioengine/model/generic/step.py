@@ -32,6 +32,10 @@ class Turn(NamedTuple):
     rotation: Rotation
     own: Callable[[], tuple[Tensor, Tensor]]
     """Returns them rotated, as the model would have done it."""
+    by: tuple[Tensor, Tensor]
+    """Cosines and sines, as the model has them."""
+    convert: Callable[[Step, int, Tensor, Tensor], Rotation | None]
+    """Makes the rotation of heads of a size, out of a step's cosines and sines."""
 
 
 @dataclass(slots=True)
@@ -57,6 +61,8 @@ class Holder:
         self.kinds: dict[int, Kind] = {}
         """Kind of mask, by transformers' number of the layer."""
         self.step: Step | None = None
+        self.seen: list[Any] | None = None
+        """What a layer's modules do, in order, while somebody watches it."""
         self.expanded = False
         """Whether quantized weights are expanded, and multiplied by torch: how the probe says what is
         right."""

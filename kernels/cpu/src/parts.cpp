@@ -16,17 +16,40 @@ struct AdaptedLinear {
   int64_t affine_count;
 };
 
+// A layer of attention and a gated MLP; structs.py names these. Norms before the two and of their outputs, those of heads, and
+// sinks may be null.
+struct Block {
+  const AdaptedLinear *qkv, *o, *gate_up, *down;
+  const void *input_norm, *attention_norm, *mlp_input_norm, *mlp_norm, *sinks;
+  const aio::HeadNorms* head_norms;
+  void *keys, *values;
+  int64_t size, heads, kv_heads, head_dim, block_size, block_bytes, half, neighbours, window, gelu, norm_rounded;
+  double eps, norm_offset, residual_scale, attention_scale, soft_cap;
+};
+
+// What all layers of a step share: x [tokens, size], wide and narrow [tokens, the widest] are scratch.
+struct BlockStep {
+  void *x, *wide, *narrow;
+  const int64_t* cells;
+  const uint8_t* last;
+  const int32_t *tables, *spans;
+  int64_t tokens, table_width, sequences;
+};
+
 }  // extern "C"
 
 namespace {
 
-void linear(int bf16, const AdaptedLinear& l, const void* x, void* y, long rows, int threads) {
+// `next` is the linear that follows, if it is known: memory that is needed next is fetched.
+void linear(int bf16, const AdaptedLinear& l, const void* x, void* y, long rows, int threads, const AdaptedLinear* next = nullptr) {
   const aio::Adapters* a = l.beside.adapters;
   const Matrix& w = l.matrix;
   if (a != nullptr)
     aio_lora_shrink(bf16, x, w.k, a->slots, a->first, (void*)a->h, w.k, a->slices, a->width, (const int32_t*)a->segments,
                     a->count, threads);
-  aio::product(bf16, w, x, y, rows, l.beside, threads);
+  aio::Beside beside = l.beside;
+  if (next != nullptr) beside.next = {next->matrix.packed, next->matrix.n, next->matrix.panel_bytes};
+  aio::product(bf16, w, x, y, rows, beside, threads);
   if (a != nullptr && l.affine_count > 0)
     aio_lora_affine(bf16, y, w.n, a->slots, a->first, l.outputs, a->slices, (const int32_t*)l.affine, l.affine_count,
                     threads);
@@ -44,7 +67,7 @@ AIO_EXPORT void aio_adapted_linear(int bf16, const AdaptedLinear* l, const void*
 AIO_EXPORT void aio_gated_mlp(int bf16, const AdaptedLinear* gate_up, const AdaptedLinear* down, int gelu, const void* x,
                               void* wide, void* narrow, void* y, long rows, int threads) {
   aio::step_together(threads, [&](const aio::Member&) {
-    linear(bf16, *gate_up, x, wide, rows, threads);
+    linear(bf16, *gate_up, x, wide, rows, threads, down);
     (gelu ? aio_gelu_and_mul : aio_silu_and_mul)(bf16, wide, narrow, rows, down->matrix.k, threads);
     linear(bf16, *down, narrow, y, rows, threads);
   });
@@ -61,5 +84,32 @@ AIO_EXPORT void aio_store_and_attend(int bf16, void* qkv, const float* cos, cons
                    block_bytes, half, neighbours, 0, nullptr, threads);
     aio_attention(bf16, qkv, (heads + 2 * kv_heads) * head_dim, keys, values, tables, table_width, spans, sequences, out,
                   heads, kv_heads, head_dim, block_size, block_bytes, window, scale, soft_cap, sinks, 0, threads);
+  });
+}
+
+// hidden [tokens, size] becomes what the layer makes of it. cos and sin [tokens, half].
+AIO_EXPORT void aio_block(int bf16, const Block* block, const BlockStep* step, void* hidden, const float* cos,
+                          const float* sin, int threads) {
+  const Block& b = *block;
+  const BlockStep& s = *step;
+  const auto norm = [&](void* delta, const void* delta_weight, const void* weight) -> const void* {
+    aio_add_rms_norm(bf16, hidden, delta, delta_weight, weight, s.x, s.tokens, b.size, b.residual_scale, b.eps,
+                     int(b.norm_rounded), b.norm_offset, threads);
+    return weight != nullptr ? s.x : hidden;
+  };
+  aio::step_together(threads, [&](const aio::Member&) {
+    const void* x = b.input_norm != nullptr ? norm(nullptr, nullptr, b.input_norm) : hidden;
+    linear(bf16, *b.qkv, x, s.wide, s.tokens, threads, b.o);
+    aio_rope_store(bf16, s.wide, cos, sin, s.cells, s.last, b.keys, b.values, s.tokens, b.heads, b.kv_heads, b.head_dim,
+                   b.block_size, b.block_bytes, b.half, int(b.neighbours), 0, b.head_norms, threads);
+    aio_attention(bf16, s.wide, (b.heads + 2 * b.kv_heads) * b.head_dim, b.keys, b.values, s.tables, s.table_width, s.spans,
+                  s.sequences, s.narrow, b.heads, b.kv_heads, b.head_dim, b.block_size, b.block_bytes, b.window,
+                  b.attention_scale, b.soft_cap, b.sinks, 0, threads);
+    linear(bf16, *b.o, s.narrow, s.x, s.tokens, threads, b.gate_up);
+    x = norm(s.x, b.attention_norm, b.mlp_input_norm);
+    linear(bf16, *b.gate_up, x, s.wide, s.tokens, threads, b.down);
+    (b.gelu ? aio_gelu_and_mul : aio_silu_and_mul)(bf16, s.wide, s.narrow, s.tokens, b.down->matrix.k, threads);
+    linear(bf16, *b.down, s.narrow, s.x, s.tokens, threads);
+    norm(s.x, b.mlp_norm, nullptr);
   });
 }
