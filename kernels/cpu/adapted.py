@@ -52,8 +52,8 @@ class AdaptedLinear:
         return 0 if self._pool is None else len(self._pool.widths)
 
     def prepare(self, batch: LoRABatch, h: Tensor) -> None:
-        """Fill in ``with_adapters`` for a batch with adapters, with room for A's outputs, ``slices`` times the
-        batch's width for each token."""
+        """Fill in ``with_adapters`` for a batch with adapters, with room for A's outputs, ``slices`` times
+        the batch's width for each token."""
         if self._pool is None:
             return
         adapters = self._adapters

@@ -85,7 +85,13 @@ def rope_store(
         *(is_bf16(qkv), qkv.data_ptr(), cos.data_ptr(), sin.data_ptr(), plan.cells.data_ptr()),
         *(plan.last.data_ptr(), keys.data_ptr(), values.data_ptr()),
         *(tokens, heads, kv_heads, d, block_size, _block_bytes(keys)),
-        *(cos.shape[-1], neighbours, 0, None if norms is None else ctypes.byref(head_norms_struct(norms)), threads()),
+        *(
+            cos.shape[-1],
+            neighbours,
+            0,
+            None if norms is None else ctypes.byref(head_norms_struct(norms)),
+            threads(),
+        ),
     )
 
 

@@ -129,7 +129,10 @@ class Block(Structure):
         *(("sinks", c_void_p), ("head_norms", POINTER(HeadNorms)), ("keys", c_void_p), ("values", c_void_p)),
         *((name, c_int64) for name in ("size", "heads", "kv_heads", "head_dim", "block_size", "block_bytes")),
         *((name, c_int64) for name in ("half", "neighbours", "window", "gelu", "norm_rounded")),
-        *((name, c_double) for name in ("eps", "norm_offset", "residual_scale", "attention_scale", "soft_cap")),
+        *(
+            (name, c_double)
+            for name in ("eps", "norm_offset", "residual_scale", "attention_scale", "soft_cap")
+        ),
     ]
 
 

@@ -163,8 +163,8 @@ def build_any(root: Path, family: str, **overrides: Any) -> AnyModel:
     head = model.get_output_embeddings()
     inner = [name for name in linears if model.get_submodule(name) is not head]
     inner = [name for name in inner if "router" not in name]
-    if family == "deepseek_v3":  # peft takes what is called as its experts are for these
-        inner = [name for name in inner if ".mlp." not in name]
+    if family in ("deepseek_v3", "longcat_flash"):  # peft takes what is called as its experts are for these
+        inner = [name for name in inner if ".mlp" not in name]
     # In models with experts, peft's "all-linear" means these, which are no linears, as well.
     everything = inner if any("experts" in name for name, _ in model.named_parameters()) else "all-linear"
     targets = {

@@ -16,7 +16,7 @@ def with_quantization(spec: ModelSpec, quantization: Quantization, device: str) 
     """Return the model with the packings of the weights that are quantized while they are loaded, on a device
     ("cpu" or "cuda").
 
-    int8 and int4 on a CPU are not among them: the compiled library packs loaded weights into forms of its own.
+    int8 and int4 on a CPU are not among them: the compiled library packs loaded weights into its own forms.
     Raises ConfigError if the model has no weight that can be quantized.
     """
     if quantization == "none":
@@ -24,8 +24,8 @@ def with_quantization(spec: ModelSpec, quantization: Quantization, device: str) 
     packed, places = {}, list(spec.quantized_modules())
     if not places:
         raise ConfigError(
-            f"quantization={quantization!r}: this model has no linear that can be quantized: one whose weight "
-            "nobody else reads, with numbers of inputs and outputs that are multiples of 16; set "
+            f"quantization={quantization!r}: this model has no linear that can be quantized: one whose "
+            "weight nobody else reads, with numbers of inputs and outputs that are multiples of 16; set "
             "quantization='none'"
         )
     if quantization == "fp8" or device != "cpu":

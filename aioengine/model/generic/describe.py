@@ -31,8 +31,8 @@ _MOVING_ROPE = ("dynamic", "longrope")
 _MAX_FUSED = 4
 _PANEL = 16
 _NARROW = 16
-"""A linear is narrow if it has at least this many times as many inputs as outputs. It has a small share of the
-weights, and what it computes (which expert a token takes) is best exact."""
+"""A linear is narrow if it has at least this many times as many inputs as outputs. It has a small share of
+the weights, and what it computes (which expert a token takes) is best exact."""
 
 
 def read_spec(path: Path, native_reason: str | None = None) -> GenericSpec:

@@ -1,13 +1,13 @@
 """Layers of attention and a gated MLP that are recognised as a whole, and then computed in one call.
 
-While a layer runs by itself for the first time, what its modules do is noted. If that can be a layer of the CPU
-library, both must make the same of random inputs and of those that the layer got; names do not matter.
+While a layer runs by itself for the first time, what its modules do is noted. If that can be a layer of the
+CPU library, both must make the same of random inputs and of those that the layer got; names do not matter.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -92,13 +92,14 @@ class LayerForward:
     ) -> Tensor | None:
         """Return the layer's output; None if its arguments are not as they were at first."""
         assert step.plan is not None
-        hidden, parts, d = arguments[0], block.parts, block.parts.cache.keys.shape[3]
+        hidden: Tensor = arguments[0]
+        parts, d = block.parts, block.parts.cache.keys.shape[3]
         rotation: Rotation | None
         if self._source is None:
             rotation = no_rotation(step, d)
         else:
             place, convert = self._source
-            pair = arguments[place] if isinstance(place, int) else named.get(place)
+            pair: Any = arguments[place] if isinstance(place, int) else named.get(place)
             rotation = convert(step, d, *pair) if _is_pair(pair) else None
         tokens = len(step.plan.positions)
         if rotation is None or rotation.cos.shape != (tokens, 1, parts.half):
@@ -158,7 +159,8 @@ def _place_of(
     pair: tuple[Tensor, Tensor], arguments: tuple[Any, ...], named: dict[str, Any]
 ) -> str | int | None:
     """Return the argument that is ``pair``."""
-    for place, value in chain(enumerate(arguments), named.items()):
+    places: Iterable[tuple[str | int, Any]] = chain(enumerate(arguments), named.items())
+    for place, value in places:
         if _is_pair(value) and value[0] is pair[0] and value[1] is pair[1]:
             return place
     return None
@@ -170,12 +172,16 @@ def _parts(seen: list[Any], factors: list[float], half: int, neighbours: bool) -
     if match is None:
         return
     before, heads, between, after = ([seen[i] for i in range(*match.span(g))] for g in (1, 2, 3, 4))
-    linears = [one.adapted for one in seen if isinstance(one, PackedLinear)]
+    products = [one for one in seen if isinstance(one, PackedLinear)]
     (attended,) = (one for one in seen if isinstance(one, Attended))
     (gated,) = (one for one in seen if isinstance(one, GatedForward))
-    linears += [gated.gate_up.adapted, gated.down.adapted]
-    if not all(isinstance(linear, AdaptedLinear) for linear in linears):
-        return
+    linears: dict[str, AdaptedLinear] = {}
+    for name, product in zip(
+        ("qkv", "o", "gate_up", "down"), (*products, gated.gate_up, gated.down), strict=True
+    ):
+        if product.adapted is None:
+            return
+        linears[name] = product.adapted
     head_norms = None
     if heads:
         if heads[0][1:] != heads[1][1:]:
@@ -189,7 +195,7 @@ def _parts(seen: list[Any], factors: list[float], half: int, neighbours: bool) -
     for attention_norm, mlp_input_norm in norms:
         for factor in (1.0, *factors):
             yield Parts(
-                **dict(zip(("qkv", "o", "gate_up", "down"), linears, strict=True)),
+                **linears,
                 input_norm=before[0] if before else None,
                 attention_norm=attention_norm,
                 mlp_input_norm=mlp_input_norm,

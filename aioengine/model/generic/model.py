@@ -89,8 +89,8 @@ class GenericModel:
         library = kernels.name == "cpu" and dtype in (torch.float32, torch.bfloat16)
         if quantization != "none" and not library:
             raise ConfigError(
-                f"quantization={quantization!r}: on a CPU only the compiled library has it, which needs a C++ "
-                "compiler (docs/kernels.md), and dtype 'bfloat16' or 'float32'; set quantization='none'"
+                f"quantization={quantization!r}: on a CPU only the compiled library has it, which needs a "
+                "C++ compiler (docs/kernels.md) and dtype 'bfloat16' or 'float32'; set quantization='none'"
             )
         if progress is not None:
             progress("Loading weights with transformers", 0, 1)

@@ -177,7 +177,7 @@ class PackedLinears:
             if any(name not in can for name in names):
                 continue
             weights = [base_weight(modules[name])[0] for name in names]
-            if not all(PackedWeight.fits(*weight.shape, weight.dtype) for weight in weights):
+            if not all(PackedWeight.fits(len(w), w.shape[1], w.dtype) for w in weights):
                 continue
             embeddings = [one for name in names for one in can[name]]
             own = [by_name.get(name) for name in names]

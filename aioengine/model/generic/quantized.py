@@ -119,18 +119,16 @@ class Blocks:
 
 def blocks_of(name: str, packing: Packing, weight: Tensor, device: torch.device) -> BlockWeight:
     """Quantize ``weight`` [n, k] onto ``device``, some rows at a time."""
-    n, k = weight.shape
+    k = weight.shape[1]
     group = packing.group or k
     made: list[Mapping[str, Tensor]] = [
         quantize(packing.format, rows.to(device).float(), group)
-        for rows in weight.split(max(1, PIECE_ELEMENTS // k))
+        for rows in torch.split(weight, max(1, PIECE_ELEMENTS // k))
     ]
     tensors = {key: torch.cat([piece[key] for piece in made]) for key in made[0]}
     if not bool(tensors["scale"].isfinite().all()):
         raise ConfigError(f"{name}.weight: a value is not finite; the checkpoint is damaged")
-    return BlockWeight(
-        packing.format, k=k, dtype=weight.dtype, group=group, middle=packing.middle, **tensors
-    )
+    return BlockWeight(packing.format, k=k, dtype=weight.dtype, group=group, middle=packing.middle, **tensors)
 
 
 def embed(weight: Weight, token_ids: Tensor) -> Tensor:

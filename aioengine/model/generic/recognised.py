@@ -6,7 +6,6 @@ Names do not matter: a copy in float32, with random weights, must give what the 
 from __future__ import annotations
 
 import copy
-import functools
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
@@ -60,8 +59,14 @@ class Recognised:
 
 
 def own_forward(module: Any) -> Forward:
-    """What its class says; without a reference to the module, which would make a cycle."""
-    return functools.partial(type(module).forward, weakref.proxy(module))
+    """What its class says; without a reference to the module, which would make a cycle. (Nor by a proxy,
+    which has another type.)"""
+    forward, found = type(module).forward, weakref.ref(module)
+
+    def own(*arguments: Any, **named: Any) -> Any:
+        return forward(found(), *arguments, **named)
+
+    return own
 
 
 class NormForward:

@@ -40,8 +40,8 @@ class GenericSpec(ModelSpec, frozen=True, kw_only=True):
     """Whether all tokens of a step go through the model at once, with the engine's attention. Otherwise each
     sequence goes through it alone, with the model's own attention over keys and values that are gathered."""
     quantizable: tuple[str, ...] = ()
-    """Names of the linears that ``quantization`` is for: those whose weight may be stored in another form, with
-    sizes that are multiples of 16. Others stay in the dtype; so do narrow ones, such as routers."""
+    """Names of the linears that ``quantization`` is for: those whose weight may be stored in another form,
+    with sizes that are multiples of 16. Others stay in the dtype; so do narrow ones, such as routers."""
     native_reason: str | None = None
     """Why the native decoder does not run it; None: it was not asked."""
 
