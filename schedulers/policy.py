@@ -418,6 +418,17 @@ class SchedulerPolicy(ABC):
         """
         return -inf
 
+    def settled(self, view: SchedulerView) -> bool:
+        """Whether ``schedule`` would return an empty decision now. It is called after a decision that only
+        admitted requests, if all of them run and nothing else has happened; ``quiet_until`` follows. It
+        counts only for the class that has ``schedule`` and ``quiet_until``, and for those below it."""
+        return False
+
+    def still_quiet(self, view: SchedulerView, request: RequestView) -> bool:
+        """Whether the last answer of ``quiet_until`` holds although ``request``, which waits, has come since.
+        It counts as ``settled`` does."""
+        return False
+
     def on_event(self, event: PolicyEvent) -> None:  # noqa: B027 - optional hook
         """Called for every event, in order."""
 

@@ -7,19 +7,15 @@ import re
 
 from aioengine.adapters.resolvers.sources import checked_source
 from aioengine.errors import AdapterInvalid
-from aioengine.model.files.hub import PREFIX, is_hub_id, is_source
+from aioengine.model.files.hub import is_source
 
 NAME_RULE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:/+\-]{0,254}")
 NAME_RULE_TEXT = "1 to 255 letters, digits and _ . : / + -, beginning with a letter, digit or _"
 
 
 def checked_path(name: str, path: str | os.PathLike[str]) -> str:
-    """Return the absolute path, or the source ("hf:owner/name", a URL) in its usual form.
-
-    A folder takes precedence over a Hub id: "owner/name" is one if there is no "owner" in the working
-    directory, and ``huggingface_hub`` is installed. Raises AdapterInvalid; ConfigError if what the source
-    needs is not installed.
-    """
+    """Return the absolute path, or the source ("hf:owner/name", a URL) as it is. Raises AdapterInvalid;
+    ConfigError if what the source needs is not installed."""
     try:
         where = os.fspath(path)
     except TypeError:
@@ -27,8 +23,6 @@ def checked_path(name: str, path: str | os.PathLike[str]) -> str:
     if not isinstance(where, str) or not where or "\0" in where:
         raise AdapterInvalid(f"path={path!r}: must be a folder's path, as str or os.PathLike", name=str(name))
     check_name(name, where)
-    if is_hub_id(where):
-        return PREFIX + where
     if is_source(where):
         where = checked_source(name, where)
         if is_source(where):

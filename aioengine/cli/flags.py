@@ -26,7 +26,7 @@ from aioengine.config import (
     SpeculationName,
 )
 from aioengine.errors import ConfigError
-from aioengine.model.files.hub import is_hub_id, is_source
+from aioengine.model.files.hub import is_source
 from aioengine.model.spec import ModelImpl, Quantization
 
 OTHER_TABLES = ("server", "fleet", "adapters")
@@ -207,7 +207,7 @@ def check_folders(adapters: Mapping[str, str]) -> None:
     """Raise ConfigError for the first path of ``--lora-modules`` that does not exist, before anything slow
     begins. (An engine would find out only when a request needs the adapter.)"""
     for name, path in adapters.items():
-        if not is_source(path) and not is_hub_id(path) and not Path(path).expanduser().is_dir():
+        if not is_source(path) and not Path(path).expanduser().is_dir():
             raise ConfigError(f"--lora-modules {name}={path}: there is no such folder; correct the path")
 
 

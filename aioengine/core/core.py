@@ -248,6 +248,7 @@ class Core:
         if ticket is None:
             label = None if adapter is None else adapter.label
             ticket = self.reserve(options.tenant, label, now, len(prompt))
+        before = self._changes
         seed = params.seed if params.seed is not None else self._rng.getrandbits(63)
         request = Request(
             request_id,
@@ -286,6 +287,7 @@ class Core:
             )
         )
         self._tell("request_added", now, request=request)
+        self.guard.arrived(self._view, request, before, self._changes)
         return request
 
     def end(
@@ -469,7 +471,10 @@ class Core:
             self._refuse(reason, item)
         batch = None if decision.admit or again is None else self._repeat(again)
         if batch is None:
+            before = self._changes
             batch = self._form_batch(decision.admit)
+            if decision.admit:
+                self.guard.admitted(self._view, decision, before, self._changes)
         return Step(batch, [*self.merging.take_moves(), *self.residency.take_moves()])
 
     def schedule_next(self, batch: StepBatch, now: float) -> StepBatch | None:

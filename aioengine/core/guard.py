@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
 from aioengine import events
-from aioengine.core.state import AdapterEntry, Request
+from aioengine.core.state import AdapterEntry, Request, Status
 from aioengine.schedulers.overruns import Overruns
 from aioengine.schedulers.policy import Decision, Place, PolicyEvent, SchedulerPolicy, SchedulerView
 
@@ -20,6 +20,9 @@ _Call = Literal["schedule", "cpu_victims", "on_event"]
 
 MAX_ITEMS = 4096
 """Maximum number of items in one field of a decision, because the core's checks take time too."""
+
+CHANGES_OF_ADMISSION = 2
+"""Changes that the core counts for a request that starts: one that policies are told of, and an event."""
 
 T = TypeVar("T")
 
@@ -54,6 +57,11 @@ class Resolved(NamedTuple):
     def moves(self) -> bool:
         """Whether it says anything about where adapters are to be."""
         return bool(self.place or self.prefetch or self.evict or self.discard)
+
+    @property
+    def only_admits(self) -> bool:
+        """Whether it does nothing but admit requests."""
+        return bool(self.admit) and not (self.moves or self.preempt or self.reject or self.merge)
 
 
 _NOTHING = Resolved([], [], [], [], [], [], [], [])
@@ -100,10 +108,19 @@ class PolicyGuard:
         self._max_overruns = max_overruns
         self._overruns = Overruns(budget, max_overruns)
         self._has_failed = False
-        self._may_be_quiet = _keeps_its_word(policy)
         self._quiet_until = -math.inf
         self._quiet_since = -1
-        """Value of ``changes`` when the policy last decided nothing."""
+        """Value of ``changes`` when the policy last had nothing to decide."""
+        self._listen_to(policy)
+
+    def _listen_to(self, policy: SchedulerPolicy) -> None:
+        """Find out which of the policy's promises count."""
+        self._may_be_quiet = _keeps_its_word(policy, "quiet_until", "schedule")
+        self._may_settle, self._may_stay_quiet = (
+            self._may_be_quiet and _keeps_its_word(policy, name, "schedule", "quiet_until")
+            for name in ("settled", "still_quiet")
+        )
+        self._quiet_since = -1
 
     def change(self, policy: SchedulerPolicy) -> None:
         """Ask ``policy`` from now on. It is told of nothing that happened before."""
@@ -111,8 +128,7 @@ class PolicyGuard:
         self.name = type(policy).__name__
         self._overruns = Overruns(self._budget, self._max_overruns)
         self._has_failed = False
-        self._may_be_quiet = _keeps_its_word(policy)
-        self._quiet_since = -1
+        self._listen_to(policy)
 
     def decide(self, view: SchedulerView, changes: int) -> Resolved:
         """Ask the policy. ``changes`` counts events, except that running requests get tokens. A policy that
@@ -134,6 +150,37 @@ class PolicyGuard:
             decision = self._in_its_place().schedule(view)
         self._measure(view.now, start)
         return self._resolve(decision)
+
+    def admitted(self, view: SchedulerView, decision: Resolved, before: int, changes: int) -> None:
+        """Note that ``decision`` has been carried out, and that ``changes`` was ``before`` it. If nothing has
+        happened but that its requests run, the policy may say that nothing is left to decide."""
+        if (
+            not self._may_settle
+            or changes - before != CHANGES_OF_ADMISSION * len(decision.admit)
+            or not decision.only_admits
+            or any(request.status is not Status.RUNNING for request in decision.admit)
+        ):
+            return
+        try:
+            if self.policy.settled(view):
+                self._quiet_until, self._quiet_since = self.policy.quiet_until(view), changes
+        except BaseException as error:
+            if isinstance(error, (KeyboardInterrupt, SystemExit)):
+                raise
+            self._failed(view.now, "schedule", error)
+
+    def arrived(self, view: SchedulerView, request: Request, before: int, changes: int) -> None:
+        """Note that ``request`` has come, and that ``changes`` was ``before`` it. The policy may say that its
+        last word still holds."""
+        if before != self._quiet_since or not self._may_stay_quiet:
+            return
+        try:
+            if self.policy.still_quiet(view, request.view):
+                self._quiet_since = changes
+        except BaseException as error:
+            if isinstance(error, (KeyboardInterrupt, SystemExit)):
+                raise
+            self._failed(view.now, "schedule", error)
 
     def is_quiet(self, now: float, changes: int) -> bool:
         """Whether ``decide`` would answer that there is nothing to do, without asking the policy."""
@@ -271,13 +318,13 @@ def _strings(field: str, items: Any) -> list[str]:
     return found
 
 
-def _keeps_its_word(policy: SchedulerPolicy) -> bool:
-    """Whether the policy's ``quiet_until`` belongs to its ``schedule``. A class that overrides only
-    ``schedule`` inherits a ``quiet_until`` that need not be true for it."""
+def _keeps_its_word(policy: SchedulerPolicy, promise: str, *about: str) -> bool:
+    """Whether the policy's method ``promise`` belongs to its methods ``about``. A class that overrides only
+    one of these inherits a promise that need not be true for it."""
     for cls in type(policy).__mro__:
-        if "quiet_until" in vars(cls):
+        if promise in vars(cls):
             return True
-        if "schedule" in vars(cls):
+        if any(name in vars(cls) for name in about):
             return False
     return False
 

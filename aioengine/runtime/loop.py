@@ -55,6 +55,9 @@ class Ahead(Protocol):
     def interrupt(self) -> None:
         """Repeat no further step, because the core must decide anew."""
 
+    def goes_on(self) -> bool:
+        """Whether steps are repeated, and the core has still nothing to decide meanwhile."""
+
     def catch_up(self) -> None:
         """Take in the steps that have ended by now."""
 
@@ -113,14 +116,15 @@ class Stepper:
         if self._ahead is None:
             self._lag.start()
 
-    def wake(self) -> None:
-        """Make the loop ask the core again; call after every change to it."""
+    def wake(self, *, arrived: bool = False) -> None:
+        """Make the loop ask the core again; call after every change. ``arrived``: only a request has come."""
         if self.dead is not None:
             self._free_retired()
             return
-        self._take_back()
-        if self._ahead is not None:
-            self._ahead.interrupt()
+        if not (arrived and self._ahead is not None and self._ahead.goes_on()):
+            self._take_back()
+            if self._ahead is not None:
+                self._ahead.interrupt()
         self.publish()
         self._wake.set()
 

@@ -121,7 +121,7 @@ class Submitter:
             self._prefixes.expect(request)
         stream = request.sink = OutputStream(request, text, replayed=len(options.output) - len(given))
         self._end_if_complete(request, text)
-        self._stepper.wake()
+        self._stepper.wake(arrived=True)
         return stream
 
     def _output_text(self, params: SamplingParams) -> OutputText:

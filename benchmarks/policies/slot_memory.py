@@ -18,7 +18,7 @@ import statistics
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.console import Console
 from rich.progress import track
@@ -37,6 +37,63 @@ MEASURES = {
     "mean TTFT, s": lambda summary: summary["ttft_seconds"]["mean"],
     "p99 TTFT, s": lambda summary: summary["ttft_seconds"]["p99"],
 }
+
+
+class Setting(NamedTuple):
+    """What all runs have in common."""
+
+    trace: str
+    limit: int
+    scale: float
+    """How much faster the requests come than in the trace."""
+    adapters: int
+    ranks: str
+    preset: str
+    kv: int
+    """Bytes for the KV cache."""
+
+    def experiment(
+        self, policy: str, seed: int, slots: int, slot_memory: int | str | None = None, total: int = 0
+    ) -> Experiment:
+        """Make an experiment. ``total``: bytes that slots have, if they share a memory with the KV cache."""
+        workload = WorkloadSpec(
+            trace=self.trace,
+            limit=self.limit,
+            scale=self.scale,
+            adapters=self.adapters,
+            popularity="zipf:1.0",
+            ranks=self.ranks,
+        )
+        return Experiment(
+            workload=workload, policy=policy, preset=self.preset, slots=slots, slot_memory=slot_memory,
+            cpu_loras=max(self.adapters, slots), max_lora_rank=64, seed=seed,
+            kv_cache_memory=self.kv + (total if slot_memory == "shared" else 0),
+        )  # fmt: skip
+
+    def slots_bytes(self, slots: int) -> int:
+        """Return the bytes of slots of rank 64."""
+        config = self.experiment("fcfs", 0, slots).engine_config()
+        return load_costs(self.preset).plan(config).slot_pool_bytes
+
+
+def setting_flags(*, scale: float, limit: int) -> argparse.ArgumentParser:
+    """Make a parser with the flags of a :class:`Setting`, and these defaults."""
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("trace")
+    parser.add_argument("--ranks", default="8:0.7,16:0.2,64:0.1")
+    parser.add_argument("--adapters", type=int, default=200)
+    parser.add_argument("--scale", type=float, default=scale, help="how much faster than in the trace")
+    parser.add_argument("--kv", default="16GiB", help="for the KV cache")
+    parser.add_argument("--limit", type=int, default=limit)
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--preset", default="llama3-8b-h100")
+    parser.add_argument("--figure", type=Path, help="SVG to draw")
+    return parser
+
+
+def setting_of(args: argparse.Namespace) -> Setting:
+    kv = parse_bytes(args.kv, field="kv")
+    return Setting(args.trace, args.limit, args.scale, args.adapters, args.ranks, args.preset, kv)
 
 
 def measure(experiment: Experiment) -> list[float]:
@@ -83,41 +140,16 @@ def figure(found: Mapping[str, Mapping[str, Columns]], title: str, note: str) ->
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("trace")
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").splitlines()[0], parents=[setting_flags(scale=2.0, limit=4000)]
+    )
     parser.add_argument("--policies", nargs="*", default=["fcfs", "fcfs+gdsf", "chameleon"])
-    parser.add_argument("--ranks", default="8:0.7,16:0.2,64:0.1")
-    parser.add_argument("--adapters", type=int, default=200)
     parser.add_argument("--slots", type=int, default=16, help="slots of one size")
     parser.add_argument("--most", type=int, default=128, help="adapters in a memory that slots share")
-    parser.add_argument("--scale", type=float, default=2.0, help="how much faster than in the trace")
-    parser.add_argument("--kv", default="16GiB", help="for the KV cache")
-    parser.add_argument("--limit", type=int, default=4000)
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--preset", default="llama3-8b-h100")
-    parser.add_argument("--figure", type=Path, help="SVG to draw")
     args = parser.parse_args()
 
-    kv = parse_bytes(args.kv, field="kv")
-
-    def experiment(policy: str, seed: int, slots: int, memory: int | str | None) -> Experiment:
-        workload = WorkloadSpec(
-            trace=args.trace,
-            limit=args.limit,
-            scale=args.scale,
-            adapters=args.adapters,
-            popularity="zipf:1.0",
-            ranks=args.ranks,
-        )
-        return Experiment(
-            workload=workload, policy=policy, preset=args.preset, slots=slots, slot_memory=memory,
-            cpu_loras=args.adapters, max_lora_rank=64, seed=seed,
-            kv_cache_memory=kv + (total if memory == "shared" else 0),
-        )  # fmt: skip
-
-    total = 0
-    fixed = experiment("fcfs", 0, args.slots, None)
-    memory = total = load_costs(args.preset).plan(fixed.engine_config()).slot_pool_bytes
+    setting = setting_of(args)
+    memory = setting.slots_bytes(args.slots)
     title = f"{args.adapters} adapters of ranks {args.ranks}, {memory / 2**30:.2f} GiB for slots"
     table = new_table(title, "policy", "slots", *MEASURES, texts=2)
     console = Console(stderr=True)
@@ -130,7 +162,8 @@ def main() -> None:
     for policy in track(args.policies, console=console, disable=not console.is_terminal):
         means: list[list[float]] = []
         for mode, (slots, shared) in modes.items():
-            rows = [measure(experiment(policy, seed, slots, shared)) for seed in range(args.seeds)]
+            runs = [setting.experiment(policy, seed, slots, shared, memory) for seed in range(args.seeds)]
+            rows = [measure(one) for one in runs]
             columns = found.setdefault(policy, {})[mode] = list(zip(*rows, strict=True))
             means.append([statistics.fmean(column) for column in columns])
             table.add_row(policy, mode, *(interval(column, 3) for column in columns))
@@ -138,7 +171,7 @@ def main() -> None:
             ratios = [f"{b / a:.2f}" if a else "" for a, b in zip(means[0], after, strict=True)]
             table.add_row("", f"ratio, {mode}", *ratios, style="bold", end_section=mode == "shared")
     least = [
-        bounds(experiment("fcfs", seed, args.slots, None), args.slots, memory) for seed in range(args.seeds)
+        bounds(setting.experiment("fcfs", seed, args.slots), args.slots, memory) for seed in range(args.seeds)
     ]
     for mode, column in zip(modes, zip(*least, strict=True), strict=False):
         table.add_row("fewest, in order of arrival", mode, interval(column, 3))

@@ -68,6 +68,11 @@ class Ordering(Part):
     """Whether the order changes only with events, and not with time or with running requests' tokens. Each
     class must declare it itself; it is not inherited."""
 
+    by_oldest: bool = False
+    """Whether cold adapters come in the order of their oldest requests' arrivals, and all requests for
+    adapters in slots are admitted while there is room. Each class must declare it itself; it is not
+    inherited."""
+
     default_prefetch: str = "lookahead"
     """The prefetch for this ordering if none is named."""
 
@@ -118,6 +123,9 @@ class Prefetch(Part):
 
     by_events: bool = False
     """As for an ordering."""
+    by_oldest: bool = False
+    """Whether nothing but the order of ``cold`` determines the adapters, so that there are none if no request
+    waits. Each class must declare it itself; it is not inherited."""
 
     @abstractmethod
     def choose(self, view: SchedulerView, cold: Iterator[str]) -> Sequence[str]:
@@ -130,6 +138,9 @@ class Preemption(Part):
 
     by_events: bool = False
     """As for an ordering."""
+    by_oldest: bool = False
+    """Whether a request is preempted only for a waiting adapter's oldest request. Each class must declare it
+    itself; it is not inherited."""
 
     @abstractmethod
     def choose(self, view: SchedulerView) -> Sequence[str]:

@@ -72,6 +72,12 @@ class Composed(SchedulerPolicy):
         """Time at which each adapter was placed in its slot, in order."""
         parts = (order, prefetch, preempt)
         self._by_events = all(vars(type(part)).get("by_events", False) for part in parts)
+        self._by_oldest = all(vars(type(part)).get("by_oldest", False) for part in parts)
+        self._idle_if_none_waits = self._by_oldest and type(replace).discard is Replacement.discard
+        self._settles = False
+        """Whether the last decision leaves nothing to decide once it is carried out."""
+        self._is_fixed = False
+        """Whether slots had a fixed size in the last decision."""
         self._refused: dict[str, int] = {}
         """Number of consecutive decisions that placed each adapter; it is placed again only if the core had
         no room for it."""
@@ -95,6 +101,10 @@ class Composed(SchedulerPolicy):
             listen(event)
 
     def schedule(self, view: SchedulerView) -> Decision:
+        self._settles, self._is_fixed = False, not view.memory.elastic
+        if self._idle_if_none_waits and not view.waiting_adapters:
+            self._refused = {}
+            return Decision()
         if self._shares is not None:
             self._shares.clients.sync(view)
             if self._shares.clients.several:
@@ -106,6 +116,7 @@ class Composed(SchedulerPolicy):
         if view.load_room > len(read):
             read += self.prefetch.choose(view, (name for name, _, _ in self._by_urgency(view)))
         room -= len(admit)
+        self._settles = self._by_oldest and self._is_fixed and not closed
         if room > 0 and pool is not None and closed:
             admit = [*admit, *_fill(view, closed, pool.tokens_left, self.order.fill_within)[:room]]
         return Decision(
@@ -149,6 +160,8 @@ class Composed(SchedulerPolicy):
             return -inf  # what has found no room is tried anew
         if view.memory.shared and next(self.order.cold(view), None) is not None:
             return -inf  # what adapters may have of the memory becomes less as sequences grow
+        if self._is_fixed and self._by_oldest and _is_full(view):
+            return inf  # slots could only be closed, which matters when a request comes
         now = view.now
         waits = {self.max_wait, self._take_after, self._close_after}
         times = [_next_to_have_waited(view, wait) for wait in waits]
@@ -157,6 +170,27 @@ class Composed(SchedulerPolicy):
                 break  # and those before it were placed earlier
             times.append(placed + self._stay)
         return min(times) - EARLY
+
+    def settled(self, view: SchedulerView) -> bool:
+        # With all that could be admitted, no slot has become idle, and no adapter more urgent. More slots may
+        # be closed now, but unless some were before, they have no requests left.
+        return self._settles or (self._goes_by_age(view) and _is_full(view) and not _may_admit(view))
+
+    def still_quiet(self, view: SchedulerView, request: RequestView) -> bool:
+        if not self._goes_by_age(view):
+            return False
+        adapter = None if request.adapter is None else view.adapters[request.adapter]
+        if adapter is None or adapter.location is Location.SLOT:
+            return view.free_seqs <= 0 and _is_full(view)
+        oldest = adapter.oldest_arrival
+        if oldest is not None and oldest < request.arrival:
+            return True  # what is done about others that wait for it was decided
+        return adapter.location is not Location.DISK and _is_full(view)
+
+    def _goes_by_age(self, view: SchedulerView) -> bool:
+        """Whether nothing but the ages of their oldest requests tells adapters apart."""
+        several = self._shares is not None and self._shares.clients.several
+        return self._by_oldest and self._is_fixed and not several
 
     def cpu_victims(self, view: SchedulerView, candidates: Sequence[str]) -> Sequence[str]:
         return sorted(candidates, key=lambda name: self.replace.cpu_score(view, view.adapters[name]))
@@ -208,9 +242,12 @@ class Composed(SchedulerPolicy):
         pool: SlotPool | None = None  # made only if there is a cold adapter
         now, load_room = view.now, view.load_room
         lacks: Callable[[AdapterView], bool] | None = None
-        soon = _soon(view) if view.memory.elastic else inf
+        soon = inf if self._is_fixed else _soon(view)
         for name, adapter, oldest in islice(self._by_urgency(view), SCAN_LIMIT):
-            pool = pool or SlotPool(view, self.replace, self._settling(view))
+            if pool is None:
+                pool = SlotPool(view, self.replace, self._settling(view))
+                if pool.is_full and self._is_fixed and not (pool.any_wanted and view.free_seqs > 0):
+                    break  # slots could only be closed, to requests of which there are none
             waited = _waited(oldest, now)
             may_take, may_close = waited >= self._take_after, waited >= self._close_after
             if oldest is not None and oldest > soon:
@@ -243,10 +280,29 @@ class Composed(SchedulerPolicy):
                     evict += way.evict
                 if refused:
                     waiting[name] = refused
-        if view.memory.elastic:
+        if not self._is_fixed:
             again = {item.adapter: self._refused.get(item.adapter, -1) + 1 for item in place}
             self._refused = {**waiting, **again}
         return place, evict, read, closed, pool
+
+
+def _is_full(view: SchedulerView) -> bool:
+    """Whether every slot is running, being filled, or pinned."""
+    ready = SlotState.READY
+    for slot in view.slots:
+        if slot.adapter is None or (slot.state is ready and not slot.running and not slot.pinned):
+            return False
+    return True
+
+
+def _may_admit(view: SchedulerView) -> bool:
+    """Whether a request waits for the base model or an adapter in a slot, and there is a sequence for it."""
+    if view.free_seqs <= 0:
+        return False
+    adapters = view.adapters
+    return next(iter(view.waiting_for(None)), None) is not None or any(
+        slot.adapter is not None and adapters[slot.adapter].oldest_arrival is not None for slot in view.slots
+    )
 
 
 def _lacking_room(view: SchedulerView) -> Callable[[AdapterView], bool]:

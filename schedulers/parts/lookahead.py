@@ -16,7 +16,7 @@ class Lookahead(Prefetch):
         k: Number of adapters outside the slots to consider; those already on the CPU count.
     """
 
-    by_events = True
+    by_events = by_oldest = True
     source = "aioengine's own; S-LoRA (Sheng et al. 2023) reads ahead for its waiting queue likewise"
 
     def __init__(self, k: int = 8) -> None:

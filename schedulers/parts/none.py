@@ -11,7 +11,7 @@ from aioengine.schedulers.policy import AdapterView, SchedulerView, SlotState, S
 class NoPrefetch(Prefetch):
     """Reads an adapter only when a slot is available."""
 
-    by_events = True
+    by_events = by_oldest = True
 
     def choose(self, view: SchedulerView, cold: Iterator[str]) -> Sequence[str]:
         return ()
@@ -20,7 +20,7 @@ class NoPrefetch(Prefetch):
 class NoPreemption(Preemption):
     """Lets every running request finish."""
 
-    by_events = True
+    by_events = by_oldest = True
 
     def choose(self, view: SchedulerView) -> Sequence[str]:
         return ()

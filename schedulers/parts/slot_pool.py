@@ -86,6 +86,10 @@ class SlotPool:
         self._unwanted = self._by_score(unwanted)
         self._spare = len(free) + len(unwanted)
         """Slots that are free, or whose adapters no request waits for."""
+        self.is_full = not self._spare and not idle
+        """Whether every slot is running, being filled, or pinned, so that none can be had at once."""
+        self.any_wanted = any(row[3] < inf for row in closable)
+        """Whether requests wait for an adapter whose slot may be closed."""
         self._free_bytes = self._unwanted_bytes = 0
         """Free bytes of the memory that slots share, with those of the adapters that may leave."""
         if self._memory is not None:

@@ -23,7 +23,7 @@ class Drainer(Arrival):
 
     source = "SGLang, python/sglang/srt/lora/lora_drainer.py (3 s, tolerance 1.2)"
     starvation_bound = "none: requests within the tolerance keep a draining slot busy"
-    by_events = True
+    by_events = by_oldest = True
     take_after = 0.0
     stay = 0.0
 

@@ -17,7 +17,7 @@ from aioengine.schedulers.policy import RequestView, SchedulerView
 class Arrival(Ordering):
     """Order of arrival. The cost does not grow with the length of the queues."""
 
-    by_events = True
+    by_events = by_oldest = True
     starvation_bound = "those who arrived before it"
     source = "first come, first served"
 
@@ -48,7 +48,7 @@ class FairArrival(Arrival):
     again, and for the chunks of one longest prompt. Then it runs to its end.
     """
 
-    by_events = True
+    by_events = by_oldest = True
     sharing = "equal"
     starvation_bound = (
         "those of its tenant who arrived before it; other tenants, while its own has less than its share, "

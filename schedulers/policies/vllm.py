@@ -22,7 +22,7 @@ class VLLMOrder(Arrival):
 
     source = "vLLM V1, vllm/v1/core/sched/scheduler.py (the loop over waiting requests, max_loras)"
     starvation_bound = "none"
-    by_events = True
+    by_events = by_oldest = True
     take_after = 0.0
     close_after = float("inf")
     default_prefetch = "none"

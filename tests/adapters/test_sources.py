@@ -201,16 +201,6 @@ def test_what_a_path_may_be(tmp_path: Path) -> None:
         checked_path("a", "nothing://x")
 
 
-def test_an_id_of_the_hub_as_people_write_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    assert checked_path("a", "owner/name@main") == "hf:owner/name@main"
-    assert checked_path("a", "./owner/name") == f"{tmp_path}/owner/name"
-    assert checked_path("a", "name") == f"{tmp_path}/name"
-    assert checked_path("a", "owner/of/name") == f"{tmp_path}/owner/of/name"
-    (tmp_path / "owner").mkdir()
-    assert checked_path("a", "owner/name") == f"{tmp_path}/owner/name", "a folder, or a wrong path to one"
-
-
 @pytest.mark.parametrize("path", ["../secret/a", "s3://other/a", "/etc", ""])
 def test_only_what_is_below_the_root_is_loaded_over_http(path: str) -> None:
     assert source_below("s3://lora/team/", "a", "s3://lora/team/x") == "s3://lora/team/x"

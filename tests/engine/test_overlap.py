@@ -57,7 +57,7 @@ def test_the_next_step_waits_at_the_device(overlap: bool) -> None:
 
     device = run(main, overlap=overlap)
     assert len(device.begun) == 10, "a token each"
-    assert [batch.follows for batch in device.begun] == [False] * 2 + [overlap] * 8
+    assert [batch.follows for batch in device.begun] == [False] + [overlap] * 9
 
 
 def test_who_arrives_is_in_the_very_next_step() -> None:

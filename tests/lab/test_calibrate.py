@@ -232,6 +232,7 @@ def test_validation_of_a_tiny_model(model: Path, calibrated: Path) -> None:
         assert min(each) <= live <= max(each), "it is over all runs..."
     assert len({run.output_tokens_per_second for run in one.runs}) == 2, "...which are different ones"
     assert one.step_error > -1 and min(one.waited) >= 0
+    assert set(one.error_as_live) == set(METRICS) and min(one.error_as_live.values()) > -1
     assert as_given.worst == max(abs(error) for error in one.error.values())
     assert [row[:2] for row in as_given.rows()] == [("as given", metric) for metric in METRICS]
     loaded = validate(experiment, str(model), loads=(0.5,), repeats=1)

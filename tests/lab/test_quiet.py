@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from support.core_sim import LIMITS, CoreSim
 
+from aioengine.core import CoreLimits
 from aioengine.lab import Experiment, WorkloadSpec, run
 from aioengine.schedulers import Decision, SchedulerPolicy, SchedulerView
 from aioengine.schedulers.parts.compose import Composed
@@ -129,3 +133,111 @@ def test_a_class_that_overrides_schedule_alone_is_asked_before_every_step(says: 
     sim.add(max_tokens=30)
     sim.run()
     assert (Counting.calls >= 30) is not says
+
+
+def asked(limits: CoreLimits) -> tuple[CoreSim, Callable[[], int]]:
+    """A simulation of ``fcfs``, and how often it has been asked."""
+    policy = FCFS()
+    count = 0
+    schedule = policy.schedule
+
+    def counted(view: SchedulerView) -> Decision:
+        nonlocal count
+        count += 1
+        return schedule(view)
+
+    policy.schedule = counted  # type: ignore[method-assign]
+    return CoreSim(limits, policy), lambda: count
+
+
+def test_nothing_is_asked_after_an_admission_that_leaves_nothing_to_decide() -> None:
+    sim, count = asked(LIMITS._replace(num_blocks=200))
+    sim.add(max_tokens=50)
+    for _ in range(5):
+        sim.settle(step_seconds=0.1)
+    assert count() == 1
+    sim.add(max_tokens=50)
+    for _ in range(5):
+        sim.settle(step_seconds=0.1)
+    assert count() == 2
+
+
+def test_a_request_for_an_adapter_that_others_wait_for_is_no_question() -> None:
+    sim, count = asked(LIMITS._replace(num_blocks=200, cpu_capacity=4))
+    for name in "abc":
+        sim.register(name)
+    for name in "abc":
+        sim.add(name, max_tokens=60)
+    for _ in range(5):
+        sim.settle(step_seconds=0.001)
+    before = count()
+    for _ in range(5):
+        sim.add("c")
+        sim.settle(step_seconds=0.001)
+    assert count() == before, "both slots are busy, and others wait for it already"
+    sim.add("a", max_tokens=2)
+    sim.settle(step_seconds=0.001)
+    assert count() > before, "its adapter is in a slot"
+
+
+class AdmitsOne(FCFS):
+    """Overrides what the promises are about."""
+
+    def schedule(self, view: SchedulerView) -> Decision:
+        decision = super().schedule(view)
+        return decision._replace(admit=decision.admit[:1])
+
+    def quiet_until(self, view: SchedulerView) -> float:
+        return super().quiet_until(view)
+
+
+def test_a_promise_about_another_schedule_does_not_count() -> None:
+    sim = CoreSim(LIMITS, AdmitsOne())
+    for _ in range(3):
+        sim.add(max_tokens=8)
+    sim.settle()
+    sim.settle()
+    assert len(sim.core.running) == 2
+
+
+scenes = st.fixed_dictionaries(
+    {
+        "policy": st.sampled_from(
+            ["fcfs", "fcfs:max_wait=0.1", "fcfs:fair=false", "vllm+lru", "drainer:patience=0.2", "discard"]
+        ),
+        "slots": st.integers(1, 4),
+        "max_num_seqs": st.integers(1, 8),
+        "kv_cache_memory": st.sampled_from([None, "300MiB"]),
+        "slot_memory": st.sampled_from([None, None, "600MiB"]),
+        "replicas": st.sampled_from([None, None, 2]),
+    }
+)
+
+
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(scenes, st.integers(0, 3), st.sampled_from([2.0, 20.0, 60.0]), st.sampled_from([0, 0, 2]))
+def test_any_run_is_the_same_if_the_policy_is_always_asked(
+    tmp_path_factory: pytest.TempPathFactory, scene: dict[str, Any], seed: int, rate: float, tenants: int
+) -> None:
+    workload = WorkloadSpec(
+        arrivals=f"gamma:rate={rate},cv=3",
+        limit=60,
+        adapters=9,
+        popularity="zipf:0.8",
+        ranks=MIXED,
+        prompt_tokens="uniform:20..900",
+        output_tokens="uniform:1..80",
+        tenants=tenants,
+    )
+    experiment = Experiment(
+        workload=workload, cpu_loras=5, max_lora_rank=64, max_model_len=1200, seed=seed, **scene
+    )
+    found = []
+    for always in (False, True):
+        folder = tmp_path_factory.mktemp("run")
+        with pytest.MonkeyPatch.context() as patch:
+            if always:
+                patch.setattr(Composed, "quiet_until", lambda self, view: -math.inf)
+            run(experiment, folder)
+        found.append([(folder / name).read_bytes() for name in FILES])
+    assert found[0] == found[1]

@@ -161,8 +161,9 @@ def make_experiment(
         base: Workload in place of the file's.
         own: From the command's own flags: seed, policy, slots, and the workload's scale.
 
-    Raises ConfigError for errors in the file or the flags.
+    Raises ConfigError for errors in the file or the flags, and for a flag that changes nothing.
     """
+    from aioengine.lab.runs.effects import check_effect, set_fields
     from aioengine.lab.runs.experiment import Experiment
 
     values = _read(file)
@@ -171,10 +172,14 @@ def make_experiment(
     spec = values.get("workload") or {} if base is None else base.to_dict()
     if not isinstance(spec, Mapping):
         raise ConfigError(f"{file}: workload={spec!r}: must be an object")
-    values = {**values, **_given(vars(system)), **given, "workload": {**spec, **asked}}
+    given = {**_given(vars(system)), **given}
+    values = {**values, **given, "workload": {**spec, **asked}}
     source = "flags" if file is None else f"{file} and flags" if asked or given else str(file)
     try:
-        return Experiment.from_dict(values, source=source)
+        experiment = Experiment.from_dict(values, source=source)
+        in_file = base is not None or (file is not None and file.suffix == ".toml")
+        check_effect(experiment, {*given, *asked, *(set_fields(experiment.workload) if in_file else ())})
+        return experiment
     except ConfigError as error:
         raise ConfigError(_in_lab_flags(str(error))) from error
 

@@ -43,6 +43,8 @@ def report(
             page = write_compare_report(
                 folder, rank_by or DEFAULT_RANKING, lambda: show(0, None, "figures"), vector=vector
             )
+        elif rank_by is not None and (folder / "experiment.json").exists():
+            raise ConfigError(f"--rank-by {rank_by}: {folder} is a run, and has no ranking; leave it out")
         elif (folder / "experiment.json").exists():
             page = write_report(folder, lambda: show(0, None, "figures"), vector=vector)
         else:

@@ -13,6 +13,7 @@ from aioengine.cli.common import CommonFlags
 from aioengine.cli.help import FOLDED
 from aioengine.cli.lab.flags import SystemFlags, WorkloadFlags, check_out, make_experiment
 from aioengine.cli.process import EXIT_FAILED, EXIT_NOT_VALID
+from aioengine.errors import ConfigError
 
 if TYPE_CHECKING:
     from aioengine.lab.runs.experiment import Experiment
@@ -63,6 +64,11 @@ def run(
 
     check_extra()
     if system is not None and system.router is not None and len(split_policies([system.router])) > 1:
+        if not flags.report:
+            raise ConfigError(
+                f"--no-report: several routers ({system.router}) are compared, and a comparison always has a "
+                "report; leave it out"
+            )
         beside = CompareFlags(
             policy=None if flags.policy is None else [flags.policy],
             slots=None if flags.slots is None else [str(flags.slots)],

@@ -28,6 +28,7 @@ NAMES = {
     "cpu_loras": "one adapter in CPU memory",
     "slot_memory": "a sixteenth of --slot-memory",
 }
+MOST_REPLICAS = 16
 _SIZE = Group("Size", sort_key=4)
 
 
@@ -42,8 +43,8 @@ class SizeFlags:
     """Name in aioengine policies (fcfs)."""
     slots: int | None = None
     """Number of slots, which is then not searched."""
-    max_replicas: int = 16
-    """Maximum replicas to try."""
+    max_replicas: int | None = None
+    """Maximum replicas to try (16)."""
     seeds: int = 3
     """Runs of each size; up to three times as many where the result is not clear."""
     seed: int | None = None
@@ -117,17 +118,26 @@ def _experiment(flags: SizeFlags, system: SystemFlags, workload: Any) -> tuple[E
     from aioengine.lab.runs.experiment import OF_A_FLEET
     from aioengine.lab.sizing.search import Bounds
 
-    if flags.max_replicas < 1:
-        raise ConfigError(f"--max-replicas {flags.max_replicas}: must be at least 1")
+    most = MOST_REPLICAS if flags.max_replicas is None else flags.max_replicas
+    if most < 1:
+        raise ConfigError(f"--max-replicas {most}: must be at least 1")
+    if system.replicas is not None:
+        if flags.max_replicas is not None:
+            raise ConfigError(f"--max-replicas {most}: their number is given by --replicas; leave one out")
+        most = system.replicas
+    conditions = [name for name in OF_A_FLEET if getattr(system, name) is not None]
+    if conditions and most == 1:
+        flag = conditions[0].replace("_", "-")
+        raise ConfigError(f"--{flag}: is for a fleet, and only one replica is tried; allow more of them")
     spec = workload if flags.limit is None else msgspec.structs.replace(workload, limit=flags.limit)
     own = {"policy": flags.policy, "slots": flags.slots, "seed": flags.seed}
     if flags.slots is not None and system.cpu_loras is None:
         own["cpu_loras"] = max(flags.slots, 64)
-    if system.replicas is None and any(getattr(system, name) is not None for name in OF_A_FLEET):
-        own["replicas"] = flags.max_replicas
+    if system.replicas is None and conditions:
+        own["replicas"] = most
     experiment = make_experiment(None, WorkloadFlags(), system, own, spec)
     given = Bounds(
-        replicas=(1, flags.max_replicas) if system.replicas is None else (system.replicas,) * 2,
+        replicas=(1 if system.replicas is None else most, most),
         slots=None if flags.slots is None else (flags.slots,) * 2,
         cpu_loras=None if system.cpu_loras is None else (system.cpu_loras,) * 2,
     )

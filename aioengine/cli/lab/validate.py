@@ -95,13 +95,14 @@ def _print(found: Validation) -> None:
     table = Table(title=f"{found.preset}: live and simulated", title_justify="left", box=box_for(console))
     table.add_column("load")
     table.add_column("figure")
-    for head in ("live", "simulated", "error"):
+    for head in ("live", "simulated", "error", "steps as live"):
         table.add_column(head, justify="right")
-    for load, metric, live, simulated, error in found.rows():
-        table.add_row(load, metric, f"{live:.4g}", f"{simulated:.4g}", f"{error:+.1%}")
+    left = [error for one in found.comparisons for error in one.error_as_live.values()]
+    for (load, metric, live, simulated, error), rest in zip(found.rows(), left, strict=True):
+        table.add_row(load, metric, f"{live:.4g}", f"{simulated:.4g}", f"{error:+.1%}", f"{rest:+.1%}")
     console.print(table)
     steps = ", ".join(f"{one.step_error:+.1%} at {one.load}" for one in found.comparisons)
-    print(f"of the error, the steps' own: {steps}")
+    print(f"error of the steps' time: {steps}; the last column is the error without it")
     waited = max(share for one in found.comparisons for share in one.waited)
     if waited > DISTURBED:
         print(

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 from cyclopts import Parameter
 
 from aioengine.cli.common import CommonFlags
+from aioengine.errors import ConfigError
 
 DEFAULT_OUT = Path("lab-workload")
 
@@ -20,7 +21,7 @@ def workload(
     seed: int = 0,
     limit: int | None = None,
     plot: Annotated[bool, Parameter(negative="")] = False,
-    out: Path = DEFAULT_OUT,
+    out: Path | None = None,
     common: CommonFlags | None = None,
 ) -> int:
     """Describe a workload: rates, lengths, popularity, and common beginnings of prompts.
@@ -36,22 +37,28 @@ def workload(
     plot
         Draw it, too: workload.png, .pdf and .svg in --out.
     out
-        Folder for --plot.
+        Folder for --plot (lab-workload).
     """
+    if out is not None and not plot:
+        raise ConfigError(f"--out {out}: is for the files of --plot; give --plot")
     from aioengine.lab.analysis.offered import MOST, describe_offered, read_offered
+    from aioengine.lab.runs.effects import check_workload_effect, set_fields
     from aioengine.lab.workload.draw import OfferedWorkload
     from aioengine.lab.workload.extra import check_extra
     from aioengine.lab.workload.files import read_workload
 
     if plot:
         check_extra()
-    offered = read_offered(OfferedWorkload(read_workload(file), seed), MOST if limit is None else limit)
+    spec = read_workload(file)
+    check_workload_effect(spec, set_fields(spec))
+    offered = read_offered(OfferedWorkload(spec, seed), MOST if limit is None else limit)
     found = describe_offered(offered)
     _print(found)
     if plot:
         from aioengine.lab.report.style import vectors
         from aioengine.lab.report.workload_figure import workload_figure
 
+        out = out or DEFAULT_OUT
         out.mkdir(parents=True, exist_ok=True)
         drawn = workload_figure(offered)
         (out / "workload.png").write_bytes(drawn.png)

@@ -6,7 +6,7 @@ No torch here. What the coefficients mean and where they come from is in docs/la
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple, Self
 
@@ -107,14 +107,21 @@ class StepCosts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
     def rounded(self) -> Self:
         """Returns a copy with every number of seconds rounded by :func:`significant`."""
-        rounded: dict[str, Any] = {}
+        return self._changed(significant)
+
+    def scaled(self, factor: float) -> Self:
+        """Returns a copy with every number of seconds multiplied."""
+        return self._changed(lambda seconds: seconds * factor)
+
+    def _changed(self, change: Callable[[float], float]) -> Self:
+        changed: dict[str, Any] = {}
         for field in self.__struct_fields__:
             value = getattr(self, field)
             if isinstance(value, tuple):
-                rounded[field] = tuple((x, significant(y)) for x, y in value)
+                changed[field] = tuple((x, change(y)) for x, y in value)
             elif field not in ("tile", "padded"):
-                rounded[field] = significant(value)
-        return msgspec.structs.replace(self, **rounded)
+                changed[field] = change(value)
+        return msgspec.structs.replace(self, **changed)
 
 
 class StepTimes:

@@ -115,8 +115,8 @@ class Experiment(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         check_seconds("start_seconds", self.start_seconds)
         check_number("report_delay", self.report_delay, low=0.0)
         if self.replicas is None:
-            for name, default in OF_A_FLEET.items():
-                if (value := getattr(self, name)) != default:
+            for name in CONDITIONS:
+                if (value := getattr(self, name)) != OF_A_FLEET[name]:
                     raise ConfigError(f"{name}={value!r}: is for a fleet; give replicas")
         else:
             self._check_autoscale(self.replicas)
@@ -199,8 +199,12 @@ class Experiment(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         return cls.from_dict(inner if isinstance(inner, dict) else values, source=str(path))
 
 
-_FLEET_FIELDS = {"autoscale", "start_seconds", "report_delay", "faults"}
+CONDITIONS = ("autoscale", "start_seconds", "report_delay", "faults")
+"""Conditions of a fleet. Without ``replicas`` they are refused in each experiment; commands refuse all of
+``OF_A_FLEET`` (see :mod:`aioengine.lab.runs.effects`)."""
 OF_A_FLEET: Mapping[str, Any] = {
-    field.name: field.default for field in msgspec.structs.fields(Experiment) if field.name in _FLEET_FIELDS
+    field.name: field.default
+    for field in msgspec.structs.fields(Experiment)
+    if field.name in ("router", "placement", *CONDITIONS)
 }
-"""Conditions that mean something only with replicas, and their defaults."""
+"""Fields that mean something only with replicas, and their defaults."""

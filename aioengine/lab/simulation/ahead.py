@@ -85,6 +85,9 @@ class StepsAhead(Ahead):
         if self._repeating is not None:
             self._repeating.interrupt()
 
+    def goes_on(self) -> bool:
+        return self._repeating is not None and self._core.again_until() >= self._repeating.until
+
     def catch_up(self) -> None:
         if self._repeating is not None:
             self._repeating.catch_up()

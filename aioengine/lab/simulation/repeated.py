@@ -64,7 +64,8 @@ class RepeatedSteps:
         self._processor = processor
         self._more = work
         self._left = most
-        self._until = until
+        self.until = until
+        """Time before which each step begins."""
         self._overhead = overhead
         self._token = token
         self._last = last
@@ -82,7 +83,7 @@ class RepeatedSteps:
     def go_on(self, until: float) -> None:
         """Run further steps like these, from now on, of which each begins before ``until``. Call it only if
         all of them were taken in; then await them again."""
-        self._began, self._until = self._loop.time(), until
+        self._began, self.until = self._loop.time(), until
         self._interrupted = self._last_in_flight = False
         self._plan()
 
@@ -161,7 +162,7 @@ class RepeatedSteps:
         """Compute the ends of more steps."""
         pace, begin = self._processor.pace, self._ends[-1] if self._ends else self._began
         for _ in range(min(self._left, PLANNED)):
-            if begin >= self._until:
+            if begin >= self.until:
                 break
             if len(self._work) == len(self._ends):
                 self._work.append(next(self._more))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,21 +16,6 @@ _HUB_ID = re.compile(r"(?:hf:)?([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@([\w./
 def is_source(path: str) -> bool:
     """Whether ``path`` names something that is fetched into a local folder first: "hf:...", or a URL."""
     return path.startswith(PREFIX) or _URL.fullmatch(path) is not None
-
-
-def is_hub_id(path: str) -> bool:
-    """Whether ``path`` is "owner/name[@revision]", and the Hub can be asked for it.
-
-    It is a path, and perhaps a wrong one, if there is anything called "owner" in the working directory.
-    """
-    owner, slash, _ = path.partition("/")
-    return (
-        bool(slash)
-        and not path.startswith(PREFIX)
-        and parse_hub_id(path) is not None
-        and not os.path.lexists(owner)
-        and has_hub()
-    )
 
 
 class HubId(NamedTuple):
