@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol, Unpack, runtime_checkabl
 from aioengine.errors import EngineDead
 from aioengine.info import AdapterInfo, EngineState
 from aioengine.metrics.page.feed import ScrapedMetrics, WatchedEngine
-from aioengine.request import Prompt, RequestKeywords, SamplingParams, TokenConstraint
+from aioengine.request import Prompt, RequestKeywords, SamplingParams, TokenConstraint, Wanted
 from aioengine.runtime.output import RequestOutput, SoFar
 from aioengine.step import BytesLike
 
@@ -108,6 +108,7 @@ class EngineClient(WatchedEngine, Protocol):
 
     def find_adapter(self, name: str) -> AdapterInfo | None: ...
     def count_adapters(self) -> int: ...
+    async def head_labels(self, adapter: Wanted) -> int: ...
     async def load_adapter(
         self,
         name: str,

@@ -719,6 +719,11 @@ class AsyncEngine:
         self._check_started()
         return list(self._adapters.resident())
 
+    def replaced(self) -> list[AdapterInfo]:
+        """Return the replaced versions that requests still wait for or run on, wherever they are."""
+        self._check_started()
+        return list(self._adapters.replaced())
+
     def slots(self) -> SlotTable:
         """Return the slots, and a number that changes whenever their contents change. It costs less than
         :meth:`stats`."""

@@ -73,8 +73,8 @@ class SlotTable(msgspec.Struct, frozen=True, kw_only=True):
     """The present contents of the slots."""
 
     version: int
-    """Increases whenever an adapter has entered or left a slot or the CPU cache. While it is unchanged, the
-    residents are unchanged, too."""
+    """Increases whenever an adapter has entered or left a slot or the CPU cache, and when a version was
+    replaced or is gone. While it is unchanged, residents and replaced versions are unchanged, too."""
     slots: tuple[SlotInfo, ...]
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from math import ceil
 from typing import Any, NamedTuple
 
@@ -34,11 +36,13 @@ class ServeAutoscaler:
     """Asks the scaling policy that ``spec`` names, and gives it the replicas' reports as means over two
     reports.
 
-    Serve makes it, and calls it about ten times a second with its ``AutoscalingContext``.
+    Serve makes it, and calls it about ten times a second with its ``AutoscalingContext``, whose time is not
+    used: a system's clock may be set.
     """
 
-    def __init__(self, spec: str) -> None:
+    def __init__(self, spec: str, clock: Callable[[], float] = time.monotonic) -> None:
         self._policy = load_autoscaler(spec)
+        self._clock = clock
 
     def __call__(self, context: Any) -> tuple[int, dict[str, Any]]:
         """Return the wanted number of replicas, and the reason that Serve shows."""
@@ -47,7 +51,7 @@ class ServeAutoscaler:
             for replica, value in by_replica.items():
                 loads.setdefault(replica, {})[name] = value
         view = Fleet(
-            context.current_time,
+            self._clock(),
             [Load(**{k: v for k, v in load.items() if k in Load._fields}) for load in loads.values()],
         )
         # Calls that wait at the doors for a replica: one is enough to start a replica when there is none.

@@ -2,30 +2,30 @@
 
 from __future__ import annotations
 
-import importlib.metadata
+import importlib
 import importlib.util
 import logging
 import os
-import socket
-import ssl
 import threading
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 from typing import Any, Self
 
 import msgspec
 
 from aioengine.errors import ConfigError
+from aioengine.executors.ray.address import CONNECT_SECONDS, INSTALL, check_installed
+from aioengine.executors.ray.address import address as address
+from aioengine.executors.ray.address import check_address as check_address
+from aioengine.executors.ray.address import first_line as first_line
+from aioengine.executors.ray.address import tls_context as tls_context
 from aioengine.fleet.config import FleetConfig
 from aioengine.fleet.registry import NAMESPACE, config_error_in, registry_actor
 
 logger = logging.getLogger("aioengine.fleet")
 
-RAY_VERSION = (2, 60)
-INSTALL = "pip install 'aioengine[fleet]'"
 TRANSPORT = {
     "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
@@ -44,22 +44,15 @@ _LOCAL = {
 """Ray's settings where it is started here. Without the memory monitor, because when the machine's memory is
 95% full, by whatever program, it ends all replicas at once, and Serve's controller and the registry with
 them. A replica's memory is planned before it starts, and does not grow much."""
-CONNECT_SECONDS = 5.0
 HANGS_SECONDS = 20.0
 """How long the end of Ray may take until its head counts as hung."""
-_CERTIFICATES = ("CA_CERT", "SERVER_KEY", "SERVER_CERT")
 OBJECT_STORE_BYTES = 100 * 2**20
 """Memory of Ray's object store, which is hardly used."""
 
 
 def require_ray() -> None:
     """Raise ConfigError, with the command that installs it, if Ray is missing or has another version."""
-    if importlib.util.find_spec("ray") is None:
-        raise ConfigError(f"a fleet needs Ray, which is not installed: {INSTALL}")
-    version = importlib.metadata.version("ray")
-    if tuple(int(part) for part in version.split(".")[:2]) != RAY_VERSION:
-        wanted = ".".join(map(str, RAY_VERSION))
-        raise ConfigError(f"Ray {version} is installed, but a fleet needs {wanted}: {INSTALL}")
+    check_installed("a fleet")
     # Not find_spec("ray.serve"), because that imports ray, which reads the environment at import.
     if importlib.util.find_spec("starlette") is None:
         raise ConfigError(f"a fleet needs Ray Serve, which is not installed: {INSTALL}")
@@ -75,80 +68,11 @@ def check_cpus(replicas: int, cpus_each: int) -> None:
         )
 
 
-def address() -> str | None:
-    """Return the cluster that ``RAY_ADDRESS`` names; None if this process must start one."""
-    found = os.environ.get("RAY_ADDRESS", "").strip()
-    return None if found in ("", "local") else found
-
-
 def current_address() -> str:
     """Return the address of the cluster that this process has joined, in the form of ``RAY_ADDRESS``."""
     import ray
 
     return str(ray.get_runtime_context().gcs_address)
-
-
-def check_address(where: str) -> None:
-    """Check that Ray's head answers there. Raises ConfigError.
-
-    Ray itself would try for a minute, and then end this process.
-    """
-    if where == "auto" or "://" in where:
-        return
-    host, _, port = where.rpartition(":")
-    if not host or not port.isdecimal() or int(port) > 65535:
-        raise ConfigError(f"RAY_ADDRESS={where}: must be HOST:PORT, as `ray start --head` prints it, or auto")
-    try:
-        with socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_SECONDS):
-            pass
-    except OSError as error:
-        raise ConfigError(
-            f"RAY_ADDRESS={where}: nothing answers there ({error}); start Ray with `ray start --head`, or "
-            "unset RAY_ADDRESS to start Ray on this machine"
-        ) from error
-    if not _speaks_grpc(where):
-        tls = "with TLS, as RAY_USE_TLS says" if _has_tls() else "without TLS, as RAY_USE_TLS is not set"
-        raise ConfigError(
-            f"RAY_ADDRESS={where}: what listens there does not answer as Ray's head does ({tls}); give the "
-            "address that `ray start --head` has printed, and the cluster's own RAY_USE_TLS and certificates"
-        )
-
-
-def _has_tls() -> bool:
-    return os.environ.get("RAY_USE_TLS", "0").lower() in ("1", "true")
-
-
-def tls_context() -> ssl.SSLContext | None:
-    """Return how to speak TLS to a process of the cluster; None if the cluster does not."""
-    if not _has_tls():
-        return None
-    authority, key, cert = (os.environ[f"RAY_TLS_{name}"] for name in _CERTIFICATES)
-    context = ssl.create_default_context(cafile=authority)
-    context.check_hostname = False  # Ray checks the names
-    context.set_alpn_protocols(["h2"])
-    context.load_cert_chain(cert, key)
-    return context
-
-
-def _speaks_grpc(where: str) -> bool:
-    """Whether a server of gRPC is there, with TLS if this process is told to use it. Raises ConfigError if
-    a certificate cannot be read."""
-    import grpc
-
-    if _has_tls():
-        try:
-            files = [Path(os.environ[f"RAY_TLS_{name}"]).read_bytes() for name in _CERTIFICATES]
-        except (KeyError, OSError) as error:
-            raise ConfigError(f"RAY_USE_TLS is set, and a certificate cannot be read: {error}") from error
-        channel = grpc.secure_channel(where, grpc.ssl_channel_credentials(*files))
-    else:
-        channel = grpc.insecure_channel(where)
-    with channel:
-        try:
-            grpc.channel_ready_future(channel).result(timeout=CONNECT_SECONDS)
-        except grpc.FutureTimeoutError:
-            return False
-    return True
 
 
 class Cluster:
@@ -372,7 +296,3 @@ def _differences(one: dict[str, Any], other: dict[str, Any], prefix: str = "") -
         elif value != new:
             found.append(f"{prefix}{name}: {value!r} there, {new!r} here")
     return ", ".join(found)
-
-
-def first_line(error: Exception) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__

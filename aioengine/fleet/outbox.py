@@ -39,13 +39,17 @@ class Outbox:
         self._deltas.append(delta)
         self._filled.set()
 
+    def wake(self) -> None:
+        """Have the channel send a frame although there is no delta."""
+        self._filled.set()
+
     def take(self) -> list[Delta]:
         self._filled.clear()
         deltas, self._deltas = self._deltas, []
         return deltas
 
     async def filled(self, seconds: float) -> None:
-        """Wait until there is a delta, at most ``seconds``."""
+        """Wait until there is a delta, or :meth:`wake` is called, at most ``seconds``."""
         with suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 await self._filled.wait()

@@ -10,9 +10,9 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import suppress
 from typing import Any
 
-from aioengine import events
 from aioengine.engine import AsyncEngine
 from aioengine.errors import AdapterNotFound, AioEngineError, EngineDead, EngineStopped
+from aioengine.fleet.beliefs import Beliefs
 from aioengine.fleet.config import FleetConfig
 from aioengine.fleet.outbox import Outbox
 from aioengine.fleet.registry import Entry
@@ -100,9 +100,7 @@ class EngineReplica:
                     due = now + STATUS_SECONDS
                     frame.status = self._status(box, now)
                     if version != residency:
-                        residency = version
-                        held = [self._versions.told(info) for info in self.engine.resident()]
-                        frame.residency = Residency(list(self.engine.slots().slots), held)
+                        residency, frame.residency = version, self._residency()
                 yield encode_frame(frame)
                 await box.filled(self._config.heartbeat_seconds)
         finally:
@@ -225,6 +223,14 @@ class EngineReplica:
             state=self.engine.state,
         )
 
+    def _residency(self) -> Residency:
+        replaced = {(info.name, info.version): info for info in self.engine.replaced()}
+        held = [i for i in self.engine.resident() if (i.name, i.version) not in replaced]
+        told = self._versions.told
+        return Residency(
+            list(self.engine.slots().slots), list(map(told, held)), list(map(told, replaced.values()))
+        )
+
     # Adapters
 
     async def adapter(self, action: str, arguments: dict[str, Any], to: str | None = None) -> Any:
@@ -242,6 +248,7 @@ class EngineReplica:
             "others": self._others,
             "forget": self._forget,
             "version": self._version,
+            "labels": self._labels,
         }
         version = arguments.pop("version", None)
         digest = arguments.pop("digest", "")
@@ -256,6 +263,9 @@ class EngineReplica:
             return answer
         except AioEngineError as error:
             return error
+        finally:
+            for box in self._boxes.values():
+                box.wake()  # doors hear of the change at once
 
     async def _commit(self, name: str) -> AdapterInfo:
         return self.engine.commit_adapter(name)
@@ -265,6 +275,9 @@ class EngineReplica:
 
     async def _version(self, name: str) -> int:
         return self._versions.highest(name)
+
+    async def _labels(self, name: str) -> int:
+        return await self.engine.head_labels(self._versions.own(name))
 
     async def _sync(self, entries: list[Entry]) -> None:
         """Know the registry's adapters in the versions that it has."""
@@ -376,25 +389,3 @@ def _own_actor() -> str:
     import ray
 
     return str(ray.get_runtime_context().get_actor_name())
-
-
-class Beliefs:
-    """Adapters that doors believed to be in memory when they chose this replica. If such an adapter is on
-    disk when the request arrives, the door is told. It is a listener of the engine's events."""
-
-    def __init__(self) -> None:
-        self._believed: dict[str, tuple[Outbox, int]] = {}
-
-    def believed(self, request_id: str, box: Outbox, key: int) -> None:
-        """Note a door's belief about a request's adapter. ``key`` is the door's number for the request."""
-        self._believed[request_id] = box, key
-
-    def forget(self, request_id: str) -> None:
-        self._believed.pop(request_id, None)
-
-    def __call__(self, event: events.Event) -> None:
-        if isinstance(event, events.RequestAdded):
-            told = self._believed.pop(event.request_id, None)
-            if told is not None and event.location == "disk":
-                box, key = told
-                box.put(Delta(key, misrouted=True))

@@ -19,8 +19,9 @@ from aioengine.step import BytesLike
 logger = logging.getLogger("aioengine.fleet")
 
 KEEP_SECONDS = 3600.0
-"""How long an upload that no adapter is loaded from is kept since it was written, and since it was first seen
-so: another door may be loading it, and requests may still need the version that was replaced."""
+"""How long an upload that no adapter is loaded from is kept since it was first seen so, or was seen to be
+written again: another door may be loading it, and requests may still need the version that was replaced.
+It is this door's own time, because a store's clock may be another one, and a system's clock may be set."""
 
 
 class Uploads:
@@ -31,8 +32,9 @@ class Uploads:
         if registry is not None:
             place = registry if is_source(registry) else os.path.abspath(os.path.expanduser(registry))
             self._root = f"{place.rstrip('/')}/uploads"
-        self._unused: dict[str, float] = {}
-        """When this door has first seen that an upload is not in use, by the name of its folder."""
+        self._unused: dict[str, tuple[float, float]] = {}
+        """By the folder of an upload that is not in use: when this door has first seen that, and when the
+        store says that its last file was written."""
 
     async def store(self, name: str, config: bytes, weights: BytesLike) -> str:
         """Write an adapter's files, and return their folder. Raises ConfigError without a registry, and
@@ -60,20 +62,22 @@ class Uploads:
 
         system, path = fsspec.core.url_to_fs(root)
         system.invalidate_cache()  # other doors write here, too
-        wanted, now = set(map(_name, used)), time.time()
+        wanted, now = set(map(_name, used)), time.monotonic()
         before, self._unused = self._unused, {}
         for folder in system.ls(path, detail=False):
             name = _name(folder)
             if name in wanted:
                 continue
-            since = before.get(name, now)
             files = system.ls(folder, detail=False)
             # Without files, it is about to be written.
             written = max((system.modified(file).timestamp() for file in files), default=now)
-            if now - max(since, written) > KEEP_SECONDS or (invalid is not None and name == _name(invalid)):
+            since, was_written = before.get(name, (now, written))
+            if written != was_written:
+                since = now
+            if now - since > KEEP_SECONDS or (invalid is not None and name == _name(invalid)):
                 system.rm(folder, recursive=True)
             else:
-                self._unused[name] = since
+                self._unused[name] = since, written
 
 
 def _name(folder: str) -> str:

@@ -56,6 +56,8 @@ class SharedUsage:
         mine = self._active[door]
         for name, new in usage.items():
             mine[name] = new.active
+            if not new.active:
+                del mine[name]
         found, self._mail[door] = self._mail[door], {}
         return self._with_active(door, found)
 

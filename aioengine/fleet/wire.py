@@ -70,6 +70,13 @@ class Residency(msgspec.Struct, array_like=True):
 
     slots: list[SlotInfo]
     adapters: list[AdapterInfo]
+    """Current versions in memory."""
+    replaced: list[AdapterInfo] = []
+    """Replaced versions that requests still need there, wherever they are."""
+
+    @property
+    def versions(self) -> list[AdapterInfo]:
+        return [*self.adapters, *self.replaced]
 
 
 class Status(msgspec.Struct, array_like=True):

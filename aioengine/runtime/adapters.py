@@ -87,13 +87,20 @@ class AdapterOps:
         return self.info(name)
 
     async def labels(self, name: str) -> int:
-        """Return how many labels the head of the current version has. Reads the version if it was never
-        read."""
+        """Return how many labels the head of a version has; without "@version", of the current one. Reads it
+        if it was never read."""
         self._names.check_known(name)
         entry = await self._names.acquire(name)
-        if not entry.digest:
+        if not entry.digest and not entry.retired:
             await self.load(entry.label, None, pin=False, replace=False)
-            entry = await self._names.acquire(name)
+
+        def is_read() -> bool:
+            self._names.check_lives(entry)
+            if entry.error is not None and not entry.digest:
+                raise entry.error
+            return bool(entry.digest)
+
+        await self._stepper.until(is_read, entry.label)  # a replaced version is read for the requests on it
         return entry.labels
 
     @contextmanager
@@ -338,6 +345,12 @@ class AdapterOps:
             return None if self._names.mixes.is_mix(entry) else adapter_info(entry)
         path = self._names.fetched.get(name)
         return None if path is None else not_fetched(name, path)
+
+    def replaced(self) -> Sequence[AdapterInfo]:
+        """Return the replaced versions that requests still need, wherever they are. Mixes are left out."""
+        return [
+            adapter_info(entry) for entry in self._residency.replaced() if not self._names.mixes.is_mix(entry)
+        ]
 
     def info(self, name: str) -> AdapterInfo:
         """Return the adapter's present state. Raises AdapterNotFound."""

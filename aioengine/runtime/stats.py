@@ -18,7 +18,7 @@ class Counters:
     def __init__(self) -> None:
         self._n: Counter[str] = Counter()
         self.residency = 0
-        """Number of changes to the contents of slots and CPU cache."""
+        """Number of changes to the contents of slots and CPU cache, and of replacements."""
         self.memory_unplanned: int | None = None
         """Value of the field of :class:`EngineStats`."""
 
@@ -45,7 +45,9 @@ class Counters:
             case events.AdapterEvicted():
                 n[f"{event.level}_evictions"] += 1
                 self.residency += 1
-            case events.AdapterUnloaded() | events.EngineRestarted():
+            case (
+                events.AdapterUnloaded() | events.EngineRestarted() | events.AdapterRegistered(replaces=int())
+            ):
                 self.residency += 1
             case events.AdapterFailed():
                 n["load_failures"] += 1

@@ -19,7 +19,7 @@ from aioengine.guided import Guide
 from aioengine.info import without_versions
 from aioengine.request import RequestOptions, SamplingParams, TokenConstraint, Wanted, for_choice
 from aioengine.runtime.text_work import EACH, SHORT, size_of_all
-from aioengine.runtime.vectors import read_label_names, scaled_adapter
+from aioengine.runtime.vectors import read_label_names
 from aioengine.server.access.auth import Identity
 from aioengine.server.access_log import RequestRecord
 from aioengine.server.errors import ApiError, model_not_found
@@ -193,16 +193,6 @@ class Context:
             path = self.engine.model_path
             self._label_names = await self.engine.text_work.run(SHORT + 1, lambda: read_label_names(path))
         return self._label_names
-
-    async def head_labels(self, wanted: Wanted) -> int:
-        """Return the number of labels of an adapter's head; 0 without one, as for a mix. Loads the adapter if
-        it has never been loaded."""
-        name = scaled_adapter(wanted)
-        if name is None:
-            return 0
-        info = self.engine.find_adapter(name := without_versions(name))
-        is_read = info is not None and info.digest and info.bytes  # others have no labels yet
-        return (info if info and is_read else await self.engine.load_adapter(name)).labels
 
     async def encode_chat(
         self,

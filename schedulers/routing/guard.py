@@ -15,7 +15,9 @@ MAX_REPLICAS = 4096
 MAX_REASON = 200
 """Characters of a reason that are kept."""
 PLAN_SECONDS = 5.0
-"""A plan that takes longer is dropped, because the fleet has changed since."""
+"""Seconds of processor time after which a plan is dropped; on a busy machine, a good one may take long."""
+MAX_REASONS = 100
+"""Reasons of decisions that are counted apart; the rest counts as "other"."""
 MAX_MOVES = 1000
 """Maximum number of moves of one plan that are carried out; the rest is left to the next plan."""
 NO_REPLICA = "no replica accepts requests now"
@@ -52,7 +54,8 @@ class RouterGuard:
         self.failures: Counter[str] = Counter()
         """Failures by kind, as :data:`Failed` lists them."""
         self.reasons: Counter[str] = Counter()
-        """Decisions by the reason that the router gave; rejected ones as "rejected"."""
+        """Decisions by the reason that the router gave; rejected ones as "rejected". At most ``MAX_REASONS``,
+        and "other"."""
         self.seconds = 0.0
         """Seconds of the last decision."""
         self._safe = LeastLoaded()
@@ -74,7 +77,9 @@ class RouterGuard:
         if self._timer is not None and self._processor is not None:
             used = self._processor() - used
             self._measure(start, used)
-        self.reasons["rejected" if route.reject is not None else route.reason] += 1
+        reason = "rejected" if route.reject is not None else route.reason
+        known = reason in self.reasons or len(self.reasons) < MAX_REASONS
+        self.reasons[reason if known else "other"] += 1
         return route
 
     def tell(self, event: interface.RouteEvent) -> None:
@@ -127,7 +132,8 @@ class PlacementGuard:
     """Stands between a fleet and a placement policy. No error of the policy is raised here.
 
     Args:
-        timer: Seconds, for measuring plans. None: they are not measured.
+        timer: Seconds of processor time of the calling thread, for measuring plans. None: they are not
+            measured.
         failed: Called for every failure; failures are counted in any case.
     """
 
@@ -156,7 +162,8 @@ class PlacementGuard:
             self._fail(kind, f"{self.name}: {type(error).__name__.lstrip('_')}: {error}")
             return None
         if self._timer is not None and (seconds := self._timer() - start) > PLAN_SECONDS:
-            self._fail("slow", f"{self.name} took {seconds:.3g} s, more than {PLAN_SECONDS:g} s")
+            limit = f"more than {PLAN_SECONDS:g} s"
+            self._fail("slow", f"{self.name} took {seconds:.3g} s of processor time, {limit}")
             return None
         return moves[:MAX_MOVES]
 

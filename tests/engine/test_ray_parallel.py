@@ -14,6 +14,8 @@ from support.fleet_process import needs_ray
 from support.ray_nodes import Nodes
 
 from aioengine.errors import ConfigError, EngineDead
+from aioengine.executors.ray import workers
+from aioengine.executors.ray.actor import Place
 
 needs_ray()
 pytestmark = pytest.mark.timed  # Ray's processes take what a machine has
@@ -67,3 +69,45 @@ async def test_more_ranks_than_the_cluster_has_room_for(
     with pytest.raises(ConfigError, match=r"4 ranks need 4 CPU, and the Ray cluster has 2"):
         await engine.start()
     await engine.stop()
+
+
+async def test_room_that_others_use(
+    nodes: Nodes, tiny: Tiny, make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The wait for it is bounded, and nobody waits for it any more after that."""
+    import ray
+    from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group
+
+    other = placement_group([{"CPU": 1.0}] * 2)
+    assert await asyncio.to_thread(other.wait, 30)
+    before = placement_group_table().keys()
+    monkeypatch.setattr(workers, "START_SECONDS", 0.5)
+    engine = make_engine(tiny, executor="ray", tensor_parallel_size=2)
+    with pytest.raises(ConfigError, match=r"no room for 2 ranks .* within 0\.5 s; other programs use it"):
+        await engine.start()
+    await engine.stop()
+    new = placement_group_table().keys() - before
+    await until(lambda: all(placement_group_table()[group]["state"] == "REMOVED" for group in new))
+    assert new and ray.is_initialized(), "this process was connected before"
+    remove_placement_group(other)
+
+
+async def test_an_actor_that_ends_before_it_connects(
+    nodes: Nodes, tiny: Tiny, make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its reason is said at once, and not after the time that it has to connect."""
+
+    class Broken:  # here, so that it is sent by value
+        def place(self) -> Place:
+            return Place("127.0.0.1", 1, os.getpid())
+
+        def run(self, host: str, port: int, greeting: bytes) -> None:
+            raise OSError("no route to host")
+
+    monkeypatch.setattr(workers, "_own_address", lambda: "127.0.0.1")
+    monkeypatch.setattr(workers, "RankActor", Broken)
+    engine = make_engine(tiny, executor="ray", tensor_parallel_size=2)
+    with pytest.raises(EngineDead, match=r"rank \d ended before it connected: .+"):
+        await asyncio.wait_for(engine.start(), 50)
+    await engine.stop()
+    await until(lambda: not nodes.workers("Broken"))

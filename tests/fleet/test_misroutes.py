@@ -8,8 +8,8 @@ import pytest
 from support.fleet_process import needs_ray
 
 from aioengine import events
+from aioengine.fleet.beliefs import Beliefs
 from aioengine.fleet.outbox import Outbox
-from aioengine.fleet.replica import Beliefs
 from aioengine.fleet.wire import Delta, Frame, decode_frame, encode_frame
 
 needs_ray()

@@ -6,22 +6,30 @@ import asyncio
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import pytest
 from support.adapter_infos import adapter_info
 
 from aioengine import EngineConfig, SamplingParams
-from aioengine.errors import AdapterNotFound, AioEngineError, EngineOverloaded, EngineStopped
+from aioengine.errors import (
+    AdapterChanged,
+    AdapterNotFound,
+    AioEngineError,
+    EngineOverloaded,
+    EngineStopped,
+)
 from aioengine.fleet.config import FleetConfig
+from aioengine.fleet.door.adapters import FleetAdapters
 from aioengine.fleet.door.call import Call
+from aioengine.fleet.door.client import FleetClient
 from aioengine.fleet.door.dispatcher import Dispatcher
 from aioengine.fleet.door.entries import listed
 from aioengine.fleet.door.members import Member, Members
 from aioengine.fleet.registry import Entry
 from aioengine.fleet.wire import Delta, Residency, pack_error
 from aioengine.info import AdapterInfo, AdapterLocation
-from aioengine.request import RequestOptions
+from aioengine.request import RequestOptions, Wanted
 from aioengine.schedulers.routing import ReplicaLimits
-from aioengine.server.context import Context
 
 pytest.importorskip("ray.exceptions", reason="Ray has no wheel for this system or Python")
 
@@ -85,11 +93,85 @@ def test_a_replaced_version_is_not_described_as_the_current_one(newer: AdapterLo
     assert found.labels == (0 if newer is None else 2)
 
 
-async def test_an_adapter_that_no_replica_holds_is_read_for_its_labels() -> None:
-    async def load_adapter(name: str) -> AdapterInfo:
-        return info(2)
+@pytest.mark.parametrize(
+    ("wanted", "labels"),
+    [("sql", 2), ("sql@2", 2), ("sql@1", 1), ({"sql@1": 0.5}, 1), ({"sql": 1.0, "a": 1.0}, 0), (None, 0)],
+)
+async def test_labels_are_those_of_the_version(wanted: Wanted, labels: int) -> None:
+    client = door_of(2, r0=[info(1), info(2)], r1=[info(1)])
+    assert await client.head_labels(wanted) == labels
 
-    described = {each.name: each for each in listed([Entry("sql", "sql/2", 2, "digest-2")], [])}
-    engine = SimpleNamespace(find_adapter=described.get, load_adapter=load_adapter)
-    server: Any = SimpleNamespace(engine=engine)
-    assert await Context.head_labels(server, "sql") == info(2).labels
+
+@pytest.mark.parametrize(("wanted", "asked"), [("sql", ("r0", "sql")), ("sql@1", ("r1", "sql@1"))])
+async def test_a_version_that_no_replica_has_read_is_read_for_its_labels(
+    wanted: str, asked: tuple[str, str]
+) -> None:
+    unread = msgspec.structs.replace(info(1, "disk"), bytes=0, labels=0, digest="")
+    client = door_of(2, r0=[], r1=[unread])
+    assert await client.head_labels(wanted) == 7
+    assert client.asked == [asked]  # type: ignore[attr-defined]
+
+
+def door_of(version: int, **held: list[AdapterInfo]) -> FleetClient:
+    """A door whose fleet has this version of "sql", to replicas that have others, too. Asked for an adapter's
+    labels, they say 7."""
+    members, _ = members_of(**held)
+    asked: list[tuple[str, str]] = []
+
+    async def remote(action: str, arguments: dict[str, Any], to: str) -> int:
+        assert action == "labels"
+        asked.append((to, arguments["name"]))
+        return 7
+
+    members.handle = SimpleNamespace(options=lambda **_: SimpleNamespace(remote=remote))
+    adapters = FleetAdapters(members.config, members)
+    adapters._known.put(Entry("sql", f"sql/{version}", version))
+    client = FleetClient.__new__(FleetClient)
+    client._adapters, client._check_lora = adapters, lambda: None  # type: ignore[method-assign]
+    client.asked = asked  # type: ignore[attr-defined]
+    return client
+
+
+# Calls that lose their replica
+
+
+@pytest.mark.parametrize("others", [["cpu"], []], ids=["another has it", "nobody has it"])
+async def test_a_call_that_has_begun_keeps_its_version(others: list[AdapterLocation]) -> None:
+    """Although it names none, and its adapter was replaced since."""
+    members, channels = members_of(r0=[info(1)], r1=[info(2)], r2=[info(2), *(info(1, at) for at in others)])
+    dispatcher, call = Dispatcher(members), call_of("sql")
+    call.versions, current = (), 1
+    dispatcher.version_of = lambda name: current
+    call.tried = frozenset({"r1", "r2"})
+    await dispatcher.place(call)
+    assert call.replica == "r0" and call.options.adapter == "sql"
+    members.on_delta(channels["r0"], call, Delta(1, [9]), 1.0)
+    assert (await call.next()).token_ids_delta == [9]
+    current, call.tried = 2, frozenset()
+    members.state.leave("r0")
+    del members.members["r0"]
+    members.on_loss(call, "r0", "lost")
+    await asyncio.gather(*members._tasks)
+    if others:
+        assert (call.replica, call.options.adapter) == ("r2", "sql@1")
+    else:
+        with pytest.raises(AdapterChanged, match="began with"):
+            await asyncio.wait_for(call.next(), 10)
+
+
+async def test_a_call_that_nobody_waits_for_is_not_sent() -> None:
+    """It had lost its replica, and waited for another one."""
+    members, channels = members_of(r0=[info(1)])
+    dispatcher, call = Dispatcher(members), call_of("sql")
+    call.versions = ()
+    await dispatcher.place(call)
+    del members.members["r0"]
+    members.state.leave("r0")
+    members.on_loss(call, "r0", "lost")
+    await asyncio.sleep(0)
+    dispatcher.abandon(call)
+    members.members["r1"] = Member(channels["r0"], None)  # type: ignore[arg-type]
+    members.state.join("r1", ReplicaLimits(slots=2, cpu_loras=4, max_running=8, kv_tokens=10_000))
+    members._tell_change()
+    await asyncio.gather(*members._tasks)
+    assert call.replica is None and not members.state.in_flight

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import struct
 from pathlib import Path
@@ -12,10 +13,13 @@ import pytest
 import torch
 import transformers
 from support.engine_fixtures import Tiny
+from support.held_steps import HeldStep
 from support.server_fixtures import MODEL, Serve, Served
+from support.waiting import until
 
 from aioengine import SamplingParams
 from aioengine.errors import AdapterNotFound
+from aioengine.runtime.vectors import pooling_params
 
 TEXTS = ["one", "two words", "a third text"]
 
@@ -136,6 +140,50 @@ async def test_versions_by_name(serve: Serve, tiny_text: Tiny) -> None:
             assert (await answer(served, "/v1/completions", model=name, **ask))[0] == 404
         with pytest.raises(AdapterNotFound, match="the current one is 2"):
             await served.engine.complete("x", adapter="a@1")
+
+
+async def test_a_replaced_version_has_its_own_labels(serve: Serve, heads: dict[int, Path]) -> None:
+    """It lives as long as a request runs on it."""
+    async with serve() as served:
+        engine, held = served.engine, HeldStep()
+        engine.register_adapter("h", heads[1])
+        params = SamplingParams(max_tokens=3, constraint=held)
+        running = asyncio.create_task(engine.complete("x", params, adapter="h"))
+        await until(held.begun.is_set)
+        await engine.prepare_adapter("h", heads[2], read=False)
+        engine.commit_adapter("h")
+        score = {"text_1": "query", "text_2": TEXTS}
+        scored = asyncio.create_task(answer(served, "/score", model="h@1", **score))
+        await until(lambda: engine.load().waiting > 0 or scored.done())
+        held.go_on.set()
+        assert (await scored)[0] == 200
+        status, body = await answer(served, "/score", model="h", **score)
+        assert status == 400 and "its head has 2 labels" in body["error"]["message"]
+        await running
+        engine.check_invariants()
+
+
+async def test_labels_of_a_replaced_version_that_was_never_read(serve: Serve, heads: dict[int, Path]) -> None:
+    """There is room for one adapter, and it is in use."""
+    async with serve(max_loras=1, max_cpu_loras=1) as served:
+        engine, held = served.engine, HeldStep()
+        engine.register_adapter("h", heads[1])
+        params = SamplingParams(max_tokens=3, constraint=held)
+        works = [asyncio.create_task(engine.complete("x", params, adapter="a"))]
+        await until(held.begun.is_set)
+        works.append(asyncio.create_task(engine.complete("x", pooling_params("classify"), adapter="h")))
+        await until(lambda: engine.load().waiting > 0)
+        await engine.prepare_adapter("h", heads[2], read=False)
+        engine.commit_adapter("h")
+        labels = asyncio.create_task(engine.head_labels("h@1"))
+        await asyncio.sleep(0)
+        assert not labels.done()
+        held.go_on.set()
+        assert await labels == 1
+        await asyncio.gather(*works)
+        assert await engine.head_labels("h") == 2
+        with pytest.raises(AdapterNotFound, match="gone"):
+            await engine.head_labels("h@1")
 
 
 async def test_mixes(serve: Serve, tiny_text: Tiny) -> None:

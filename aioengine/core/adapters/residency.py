@@ -170,6 +170,10 @@ class Residency:
                 del self.by_policy_name[entry.name]
             self._emit(events.AdapterUnloaded(time=now, adapter=entry.label, version=entry.version))
 
+    def replaced(self) -> list[AdapterEntry]:
+        """Return the versions that requests wait for or run on although there is a later one."""
+        return [e for e in self._retired.values() if self.is_known(e) and e.label in self.current]
+
     # Disk -> CPU
 
     @property

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hmac
-import importlib.util
 import logging
 import os
 import secrets
@@ -18,6 +17,7 @@ from aioengine.errors import ConfigError, EngineDead
 from aioengine.executors.process.spawn import WorkerConnection
 from aioengine.executors.process.workers import Workers, rank_threads
 from aioengine.executors.ray.actor import RankActor
+from aioengine.executors.ray.address import address, check_address, check_installed, first_line
 from aioengine.memory_plan import resolve_device
 
 START_SECONDS = 60.0
@@ -32,20 +32,24 @@ _ENVIRONMENT = {"RAY_worker_niceness": "0", "RAY_DEDUP_LOGS": "0", "RAY_USAGE_ST
 class RayWorkers(Workers):
     """Like :class:`~aioengine.executors.process.workers.Workers`, but each worker is a Ray actor, over TCP.
     Each actor has a CPU for every thread of its rank, and a GPU on CUDA. Ray is joined (``RAY_ADDRESS``) or
-    started on this machine, unless the application has done so; it stays until the application ends it.
+    started on this machine, unless the application has done so; it stays until the application ends it. If
+    the start for which that was done fails, it ends.
 
     Messages between the engine and its ranks are neither encrypted nor signed, like those between torch's own
     ranks. So the network between the nodes must be trusted.
     """
 
     _group: Any = None
+    _connected = False
+    """Whether it was this start that has connected the process to Ray."""
     _rendezvous = ""
 
     def _meeting(self, folder: str | None) -> str:
         return self._rendezvous
 
     async def _spawn(self) -> None:
-        await asyncio.to_thread(_connect)
+        self._connected = await asyncio.to_thread(_connect)
+        _open.add(self)
         loop = asyncio.get_running_loop()
         secret = secrets.token_bytes(_SECRET_BYTES)
         arrived: list[asyncio.Future[tuple[asyncio.StreamReader, asyncio.StreamWriter]]]
@@ -67,9 +71,14 @@ class RayWorkers(Workers):
         try:
             port = server.sockets[0].getsockname()[1]
             for rank, actor in enumerate(actors):
-                actor.ended = actor.handle.run.remote(host, port, secret + _RANK.pack(rank))
+                actor.run(host, port, secret + _RANK.pack(rank))
             async with asyncio.timeout(START_SECONDS):
                 for rank, actor in enumerate(actors):
+                    await asyncio.wait([arrived[rank], actor.ended], return_when=asyncio.FIRST_COMPLETED)
+                    if not arrived[rank].done():
+                        raise EngineDead(
+                            f"the Ray actor of rank {rank} ended before it connected: {actor.why}"
+                        )
                     reader, writer = await arrived[rank]
                     self._add(WorkerConnection(rank, actor, reader, writer))
         except TimeoutError:
@@ -140,6 +149,11 @@ class RayWorkers(Workers):
 
             with contextlib.suppress(Exception):  # Ray itself may be gone
                 await asyncio.to_thread(remove_placement_group, group)
+        _open.discard(self)
+        if self._connected and not self.started and not _open:
+            import ray
+
+            await asyncio.to_thread(ray.shutdown)
 
 
 class _Actor:
@@ -148,13 +162,21 @@ class _Actor:
     def __init__(self, handle: Any, pid: int) -> None:
         self.handle = handle
         self.pid = pid
-        self.ended: Any = None
-        """Result of its ``run``; it arrives when the actor has ended."""
+        self.ended: asyncio.Future[Any]
+        """Done when the actor has ended; set by :meth:`run`."""
+
+    def run(self, host: str, port: int, greeting: bytes) -> None:
+        self.ended = asyncio.wrap_future(self.handle.run.remote(host, port, greeting).future())
+        self.ended.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
+
+    @property
+    def why(self) -> str:
+        """Why it has ended."""
+        error = None if self.ended.cancelled() else self.ended.exception()
+        return "it has ended by itself" if error is None else f"{type(error).__name__}: {first_line(error)}"
 
     async def wait(self) -> int | None:
-        if self.ended is not None:
-            with contextlib.suppress(Exception):  # the error says only that the actor died
-                await asyncio.wrap_future(self.ended.future())
+        await asyncio.wait([self.ended])
         return None
 
     def kill(self) -> None:
@@ -164,15 +186,21 @@ class _Actor:
             ray.kill(self.handle)
 
 
-def _connect() -> None:
-    """Join the cluster that RAY_ADDRESS names, or start Ray on this machine. Raises ConfigError."""
-    if importlib.util.find_spec("ray") is None:
-        raise ConfigError("executor='ray' needs Ray, which is not installed: pip install 'aioengine[fleet]'")
+_open: set[RayWorkers] = set()
+"""Those of this process that have begun to start and are not closed. They share one connection to Ray."""
+
+
+def _connect() -> bool:
+    """Join the cluster that RAY_ADDRESS names, or start Ray on this machine. Returns whether this process was
+    not connected before. Raises ConfigError."""
+    check_installed("executor='ray'")
     import ray
 
     if ray.is_initialized():
-        return
-    where = os.environ.get("RAY_ADDRESS", "").strip()
+        return False
+    where = address()
+    if where is not None:  # Ray itself would try for a minute
+        check_address(where)
     os.environ.update({name: os.environ.get(name, value) for name, value in _ENVIRONMENT.items()})
     options: dict[str, Any] = {
         "log_to_driver": False,
@@ -180,14 +208,15 @@ def _connect() -> None:
         "namespace": "aioengine",
     }
     try:
-        if where in ("", "local"):
+        if where is None:
             ray.init(address="local", include_dashboard=False, **options)
         else:
             ray.init(address=where, **options)
     except Exception as error:
         ray.shutdown()
         what = f"RAY_ADDRESS={where}: the cluster cannot be joined" if where else "Ray cannot be started"
-        raise ConfigError(f"executor='ray': {what}: {str(error).splitlines()[0]}") from error
+        raise ConfigError(f"executor='ray': {what}: {first_line(error)}") from error
+    return True
 
 
 def _own_address() -> str:

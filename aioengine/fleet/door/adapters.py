@@ -24,7 +24,7 @@ from aioengine.errors import (
 from aioengine.fleet.config import FleetConfig
 from aioengine.fleet.door.entries import KnownEntries, listed, numbered, version_of
 from aioengine.fleet.door.members import Member, Members
-from aioengine.fleet.door.replicas import Replicas, first_of, holds
+from aioengine.fleet.door.replicas import Replicas, by_load, first_of, holds
 from aioengine.fleet.registry import Entry, answer_of, lease
 from aioengine.info import AdapterInfo, is_mix
 from aioengine.model.files.hub import is_source
@@ -61,7 +61,7 @@ class FleetAdapters:
         self._tasks: set[asyncio.Task[object]] = set()
         self._placement = PlacementGuard(
             load_placement(config.placement),
-            timer=time.perf_counter,
+            timer=time.thread_time,
             failed=lambda kind, text: logger.warning("placement: %s", text),
         )
 
@@ -95,35 +95,34 @@ class FleetAdapters:
         return len(self._known.by_name)
 
     def sources(self) -> set[str]:
-        """Return the folders and URLs that replicas load adapters from, also those of replaced versions in
-        memory. A replica only knows its local copy of a URL, so the entries count, whatever it holds."""
+        """Return the folders and URLs that replicas load adapters from, also those of replaced versions. A
+        replica only knows its local copy of a URL, so the entries count, whatever it holds."""
         members = self._members.members.values()
-        held = {info.path for member in members for info in member.residency.adapters}
+        held = {info.path for member in members for info in member.residency.versions}
         return held | {entry.path for entry in self._known.by_name.values()}
 
+    def current_version(self, name: str) -> int | None:
+        """See :meth:`KnownEntries.version`."""
+        return self._known.version(name)
+
     async def is_current(self, adapter: str) -> bool:
-        """Whether "name@version" is the version that new requests get. An earlier one lives on the replicas
-        where requests still run on it. Raises AdapterNotFound if it does not live."""
-        name, _, version = adapter.rpartition("@")
-        for looked in (False, True):
-            known = self._known.by_name.get(name)
-            if known is not None and version == str(version_of(known)):
-                return True
-            if known is not None and self._members.with_version(adapter):
-                return False
-            if not looked:  # another door may have changed it
-                await self._known.look(self.registry)
-        if known is None:
-            raise AdapterNotFound(
-                f"nobody has loaded {name!r} through the fleet, and so its versions have no numbers; ask for "
-                f"{name!r}, or load it first",
-                name=adapter,
-            )
-        raise AdapterNotFound(
-            f"this version is gone: the current one is {version_of(known)}, and a replaced one goes when its "
-            "last request has ended",
-            name=adapter,
-        )
+        """See :meth:`KnownEntries.is_current`."""
+        return await self._known.is_current(adapter, self.registry, self._members.with_version)
+
+    async def labels(self, adapter: str) -> int:
+        """Return how many labels the head of an adapter, or of a version ("sql@2"), has. One replica reads it
+        if none has. Raises AdapterNotFound, or what reading it raises."""
+        name, _, number = adapter.partition("@")
+        members = list(self._members.members.values())
+        if number and not await self.is_current(adapter):
+            there = self._members.with_version(adapter)
+            members = [member for member in members if member.channel.replica in there]
+            held = [info for member in members for info in member.residency.versions]
+            infos = [info for info in held if f"{info.name}@{info.version}" == adapter]
+            return await self._replicas.labels(adapter, members, infos)
+        held, least = [i for m in members for i in m.residency.adapters], self.current_version(name) or 0
+        infos = [info for info in held if info.name == name and info.version >= least]
+        return await self._replicas.labels(name, members, infos)
 
     async def load(
         self,
@@ -252,7 +251,7 @@ class FleetAdapters:
         """One change of an adapter at a time, whichever door asks for it."""
         async with lease(self.registry, name, f"{self._members.door}-{next(self._owners)}"):
             await self._registry(name, self._known.refresh(self.registry), _UNKNOWN)
-            members = list(self._members.members.values())
+            members = by_load(self._members.members.values())
             if not members:
                 raise EngineStopped("the fleet has no replica now; try again later")
             yield members
@@ -304,10 +303,15 @@ class FleetAdapters:
             if moves is None:
                 state.not_planned(view)
                 continue
-            moves = [move for move in moves if not is_mix(move.adapter)]  # requests make them
+            moves = [move for move in moves if move.kind == "unload" or self._exists(move.adapter)]
             state.planned(moves)
             for move in moves:
                 await self._move(move)
+
+    def _exists(self, name: str) -> bool:
+        """Whether a plan may have an adapter loaded: clients make up any name, and requests make mixes."""
+        held = any(holds(name, member) for member in self._members.members.values())
+        return name in self._known.by_name or (held and not is_mix(name))
 
     async def _move(self, move: Move) -> None:
         """ "unload" is left to the CPU cache, which lets go of what is used least."""
@@ -338,7 +342,7 @@ class FleetAdapters:
         """A replica has refused what it read: that one and all holders read the adapter again."""
         now = asyncio.get_running_loop().time()
         if now >= self._mended.get(name, -MEND_SECONDS) + MEND_SECONDS:
-            self._mended[name] = now
+            self._mended = {name: now} | {n: at for n, at in self._mended.items() if now < at + MEND_SECONDS}
             self._spawn(self._agree(name, replica))
 
     async def _agree(self, name: str, refused: str | None = None) -> None:

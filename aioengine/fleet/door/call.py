@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
-from aioengine.errors import AioEngineError
+from aioengine.errors import AioEngineError, PromptTooLong, RequestInvalid
 from aioengine.fleet.wire import Delta, unpack_error
 from aioengine.info import mix_name, without_versions
-from aioengine.request import FinishReason, RequestOptions, SamplingParams, TokenLogprob
+from aioengine.request import FinishReason, Prompt, RequestOptions, SamplingParams, TokenLogprob
 from aioengine.runtime.output import GrowingText, Grown, RequestOutput
+from aioengine.runtime.submit import size_of
+from aioengine.runtime.text_work import SHORT, TextWork
 from aioengine.schedulers.routing import RouteRequest
 
 if TYPE_CHECKING:
     from aioengine.metrics.remote_spans import CallSpans
+    from aioengine.model.text.tokenizer import Tokenizer
 
 
 class Call:
-    """A request that gathers deltas for one reader. ``params`` has a seed; ``earlier`` has the versions that
-    it names ("sql@2") and that are not the current ones, so that only some replicas have them."""
+    """A request that gathers deltas for one reader. ``params`` has a seed; ``versions`` has the versions that
+    it names ("sql@2"). Once they are replaced, only some replicas have them."""
 
     def __init__(
         self,
@@ -29,7 +33,7 @@ class Call:
         params: SamplingParams,
         options: RequestOptions,
         now: float,
-        earlier: Sequence[str] = (),
+        versions: Sequence[str] = (),
     ) -> None:
         self.key = key
         self.request_id = request_id
@@ -40,7 +44,7 @@ class Call:
         """Name of its adapter, or of its mix, as it was asked for."""
         self.adapter = None if self.wanted is None else without_versions(self.wanted)
         """The same without versions."""
-        self.earlier = earlier
+        self.versions = versions
         self.arrival = now
         self.deadline = None if options.deadline is None else now + options.deadline
         self.route: RouteRequest | None = None
@@ -48,6 +52,8 @@ class Call:
         self.replica: str | None = None
         """Replica that runs it; None if it runs nowhere."""
         self.tried: frozenset[str] = frozenset()
+        self.began_with: int | None = None
+        """The fleet's version of its adapter that has made its first token, if it is known."""
         self.migrations = 0
         """How often it continued on another replica after it had begun."""
         self.tokens: list[int] = list(options.output)
@@ -148,3 +154,29 @@ class Call:
         )
         self._text_seen, self._tokens_seen, self._logprobs_seen = pieces, tokens, len(logprobs)
         return output
+
+
+async def tokens_of(
+    prompt: Prompt, tenant: str | None, *, limit: int, tokenizer: Tokenizer | None, work: TextWork
+) -> list[int]:
+    """Return a prompt's token ids, at most ``limit``; texts are tokenized off the loop, by tenant. Raises
+    RequestInvalid."""
+    if isinstance(prompt, list) and set(map(type, prompt)) <= {int}:
+        if len(prompt) > limit:
+            raise PromptTooLong(len(prompt), limit)
+        return list(prompt)  # type: ignore[arg-type] # all of them are ints
+    if not isinstance(prompt, (str, list)):
+        raise RequestInvalid(
+            f"prompt must be str, list of token ids or list of messages, not {type(prompt).__name__}"
+        )
+    if tokenizer is None:
+        raise RequestInvalid("the model has no tokenizer.json: give the prompt as a list of token ids")
+    if isinstance(prompt, str):
+        encode = partial(tokenizer.encode, prompt, limit=limit)
+        return await work.run(len(prompt), encode, tenant)
+    messages: Any = prompt
+
+    def encode_chat() -> list[int]:
+        return tokenizer.encode(tokenizer.render_chat(messages), False, limit=limit)
+
+    return await work.run(SHORT + size_of(messages, limit), encode_chat, tenant)

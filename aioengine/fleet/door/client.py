@@ -8,7 +8,6 @@ import os
 import random
 import uuid
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
-from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
@@ -21,7 +20,7 @@ from aioengine.events import Event
 from aioengine.fleet.cluster import tls_context
 from aioengine.fleet.config import FleetConfig
 from aioengine.fleet.door.adapters import FleetAdapters
-from aioengine.fleet.door.call import Call
+from aioengine.fleet.door.call import Call, tokens_of
 from aioengine.fleet.door.dispatcher import Dispatcher
 from aioengine.fleet.door.grammars import FleetGrammars, SentGrammar
 from aioengine.fleet.door.head import Head
@@ -37,12 +36,13 @@ from aioengine.request import (
     RequestKeywords,
     RequestOptions,
     SamplingParams,
+    Wanted,
     check_text,
     split_keywords,
 )
 from aioengine.runtime.output import RequestOutput, SoFar
-from aioengine.runtime.submit import size_of
-from aioengine.runtime.text_work import SHORT, TextWork
+from aioengine.runtime.text_work import TextWork
+from aioengine.runtime.vectors import scaled_adapter
 from aioengine.step import BytesLike
 
 if TYPE_CHECKING:
@@ -87,10 +87,12 @@ class FleetClient:
         self.model_path = model_path
         self.tokenizer = tokenizer
         door = uuid.uuid4().hex if door is None else door
+        self._door = door
         self.members = Members(config, handle, door=door)
         self._dispatcher = Dispatcher(self.members)
         self.metrics = FleetMetrics(self.members, self._dispatcher, lambda: self.state)
         self._adapters = FleetAdapters(config, self.members)
+        self._dispatcher.version_of = self._adapters.current_version
         self._uploads = Uploads(config.registry)
         # Keys, of which [server] may have some, are not stored with the registry.
         shared = msgspec.json.encode(msgspec.structs.replace(config, server={}))
@@ -202,7 +204,8 @@ class FleetClient:
             failed = error
             raise
         finally:
-            self._ids.pop(call.request_id, None)
+            if self._ids.get(call.request_id) is call:
+                del self._ids[call.request_id]
             self._dispatcher.abandon(call)
             if call.spans is not None:
                 call.spans.end(failed)
@@ -254,49 +257,32 @@ class FleetClient:
             )
         check_text("request_id", request_id)
         now, key = asyncio.get_running_loop().time(), next(self._keys)
-        request_id = f"request-{key}" if request_id is None else request_id
+        # Another door may send the same replica its own first request.
+        request_id = f"request-{self._door[:8]}-{key}" if request_id is None else request_id
         if request_id in self._ids:
-            raise errors.RequestInvalid(
-                f"request_id={request_id!r} is in use by a request that has not ended"
-            )
+            raise _in_use(request_id)
         if params.seed is None:  # drawn now, so that any replica that continues draws the same tokens
             params = msgspec.structs.replace(params, seed=self._seeds.getrandbits(63))
         named = (options.adapter,) if options.mix is None else options.mix
         versions = [name for name in named if name is not None and "@" in name]
-        earlier = [name for name in versions if not await self._adapters.is_current(name)]
-        tokens = await self._tokens(prompt, options.tenant)
-        call = Call(key, request_id, tokens, params, options, now, earlier)
+        for version in versions:
+            await self._adapters.is_current(version)  # or lives: else this raises AdapterNotFound
+        tokens = await tokens_of(
+            prompt,
+            options.tenant,
+            limit=self.plan.max_model_len,
+            tokenizer=self.tokenizer,
+            work=self.text_work,
+        )
+        if request_id in self._ids:  # another one may have come meanwhile
+            raise _in_use(request_id)
+        call = Call(key, request_id, tokens, params, options, now, versions)
         if self._tracer_provider is not None:
             from aioengine.metrics.remote_spans import CallSpans
 
             call.spans = CallSpans(self._tracer_provider, request_id, call.wanted)
         self._ids[request_id] = call
         return call
-
-    async def _tokens(self, prompt: Prompt, tenant: str | None) -> list[int]:
-        limit = self.plan.max_model_len
-        if isinstance(prompt, list) and set(map(type, prompt)) <= {int}:
-            if len(prompt) > limit:
-                raise errors.PromptTooLong(len(prompt), limit)
-            return list(prompt)  # type: ignore[arg-type] # all of them are ints
-        if not isinstance(prompt, (str, list)):
-            raise errors.RequestInvalid(
-                f"prompt must be str, list of token ids or list of messages, not {type(prompt).__name__}"
-            )
-        tokenizer = self.tokenizer
-        if tokenizer is None:
-            raise errors.RequestInvalid(
-                "the model has no tokenizer.json: give the prompt as a list of token ids"
-            )
-        if isinstance(prompt, str):
-            encode = partial(tokenizer.encode, prompt, limit=limit)
-            return await self.text_work.run(len(prompt), encode, tenant)
-        messages: Any = prompt
-
-        def encode_chat() -> list[int]:
-            return tokenizer.encode(tokenizer.render_chat(messages), False, limit=limit)
-
-        return await self.text_work.run(SHORT + size_of(messages, limit), encode_chat, tenant)
 
     def limit_waiting(self, max_waiting: Mapping[str, int]) -> None:
         """Bound waiting requests as ``AsyncEngine.limit_waiting`` does; each replica gets its share of the
@@ -314,6 +300,14 @@ class FleetClient:
         return FleetGrammars(limits)
 
     # Adapters
+
+    async def head_labels(self, adapter: Wanted) -> int:
+        """Return how many labels an adapter's head has, as ``AsyncEngine.head_labels`` does."""
+        name = scaled_adapter(adapter)
+        if name is None:
+            return 0
+        self._check_lora()
+        return await self._adapters.labels(name)
 
     async def load_adapter(
         self,
@@ -393,3 +387,7 @@ class FleetClient:
         self._check_running()
         if self.config.lora is None:
             raise errors.ConfigError("lora=None: this fleet was configured without adapters")
+
+
+def _in_use(request_id: str) -> errors.RequestInvalid:
+    return errors.RequestInvalid(f"request_id={request_id!r} is in use by a request that has not ended")

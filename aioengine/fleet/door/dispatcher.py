@@ -6,7 +6,7 @@ import asyncio
 import logging
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import msgspec
 
@@ -34,6 +34,8 @@ class Dispatcher:
         self._members = members
         self._config = members.config
         self._state = members.state
+        self.version_of: Callable[[str], int | None] = lambda name: None
+        """Function that returns the fleet's current version of an adapter; None if there is no number."""
         self.guard = RouterGuard(
             load_router(self._config.router),
             timer=time.perf_counter,
@@ -70,8 +72,7 @@ class Dispatcher:
                 raise errors.EngineOverloaded(
                     f"the router rejects the request: {route.reject}", bound="server"
                 )
-            if call.earlier and not self._with_versions(call):
-                raise gone(call.earlier[0])
+            self._check_versions(call)
             if call.tried and self._state.view.accepting:
                 # All replicas were lost or refused once; the live ones may be asked again.
                 call.tried = frozenset()
@@ -94,7 +95,9 @@ class Dispatcher:
                 pass
 
     def abandon(self, call: Call) -> None:
-        """Give up a call that nobody waits for any more; if it runs, it is aborted."""
+        """Give up a call that nobody waits for any more; if it runs, it is aborted. If it is on its way to
+        another replica, it is not sent."""
+        call.ended = True
         if call.replica is None:
             return
         channel = self._members.channel(call.replica)
@@ -122,10 +125,10 @@ class Dispatcher:
 
     def _route_request(self, call: Call) -> RouteRequest:
         tried = call.tried
-        if call.earlier:
+        if self._replaced(call):
             tried = tried | (self._members.members.keys() - self._with_versions(call))
         if call.route is None or call.route.tried != tried:
-            options = call.options
+            options, content = call.options, self._content(call)
             call.route = RouteRequest(
                 str(call.key),
                 call.adapter,
@@ -135,17 +138,70 @@ class Dispatcher:
                 options.tenant,
                 options.priority,
                 None if call.deadline is None else time.monotonic() + call.deadline - _now(),
-                prefix_hashes(call.prompt, call.adapter, salt=options.cache_salt),
+                prefix_hashes(call.prompt, content, salt=options.cache_salt),
                 tried=tried,
                 parts=tuple(map(without_versions, options.mix or ())),
                 pins=prefix_pins(
                     call.prompt,
                     [(pin.tokens, pin.seconds) for pin in options.cache_pins],
-                    call.adapter,
+                    content,
                     salt=options.cache_salt,
                 ),
             )
         return call.route
+
+    # Versions
+
+    def _is_current(self, version: str) -> bool:
+        name, _, number = version.partition("@")
+        return number == str(self.version_of(name))
+
+    def _replaced(self, call: Call) -> list[str]:
+        """Return the versions that a call needs, and that new requests do not get any more."""
+        return [version for version in call.versions if not self._is_current(version)]
+
+    def _content(self, call: Call) -> str | None:
+        """Return a name for what a call's adapter holds, because other versions cache other keys and
+        values."""
+        named = call.options.adapter
+        if named is None or "@" in named or (version := self.version_of(named)) is None:
+            return call.wanted if named is None else named
+        return f"{named}@{version}"
+
+    def _with_versions(self, call: Call) -> set[str]:
+        """Return the replicas that have all replaced versions that a call needs."""
+        return set(self._members.members).intersection(*map(self._members.with_version, self._replaced(call)))
+
+    def _check_versions(self, call: Call) -> None:
+        """Raise an error if no replica has all versions that a call needs."""
+        replaced = self._replaced(call)
+        if not replaced or self._with_versions(call):
+            return
+        if call.begun:
+            raise errors.AdapterChanged(
+                "it was replaced while the request ran, and no other replica has the version that the "
+                "request began with; repeat the request",
+                name=without_versions(replaced[0]),
+                transient=True,
+            )
+        missing = [version for version in replaced if not self._members.with_version(version)]
+        raise gone((missing or replaced)[0])
+
+    def _note_version(self, channel: Channel, call: Call) -> None:
+        """Note the version that a call has begun with, if its replica has only one in memory."""
+        name, member = call.options.adapter, self._members.members.get(channel.replica)
+        if name is None or "@" in name or member is None:
+            return
+        found = [info.version for info in member.residency.versions if info.name == name]
+        call.began_with = found[0] if len(found) == 1 else None
+
+    def _keep_version(self, call: Call) -> None:
+        """Have a call that has begun continue with the version that it began with."""
+        name, begun = call.options.adapter, call.began_with
+        known = None if name is None else self.version_of(name)
+        if begun is not None and known is not None and begun < known:
+            call.versions = [f"{name}@{begun}"]
+            call.options = msgspec.structs.replace(call.options, adapter=call.versions[0])
 
     def _send(self, call: Call, request: RouteRequest, replica: str) -> None:
         channel = self._members.channel(replica)
@@ -195,15 +251,12 @@ class Dispatcher:
         call.take(delta, now)
         if not begun and call.begun:
             self._state.started(str(call.key), delta.pinned_tokens)
+            self._note_version(channel, call)
         if call.ended:
             del channel.calls[call.key]
             call.replica = None
             self._state.ended(str(call.key))
             self._members.close_if_left(channel)
-
-    def _with_versions(self, call: Call) -> set[str]:
-        """Return the replicas that have all earlier versions that a call names."""
-        return set(self._members.members).intersection(*map(self._members.with_version, call.earlier))
 
     def _others(self, call: Call) -> bool:
         """Whether a replica that can run the call has not been asked yet."""
@@ -218,6 +271,7 @@ class Dispatcher:
             call.spans.lost(how)
         call.tried = call.tried | {replica}
         if call.begun:
+            self._keep_version(call)
             call.migrations += 1
             self.migrations[how] += 1
             if call.migrations > self._config.migration_limit:

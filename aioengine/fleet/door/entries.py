@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import msgspec
 
+from aioengine.errors import AdapterNotFound
 from aioengine.fleet.registry import Entry, Mark, answer_of
 from aioengine.fleet.versions import SpentVersions
 from aioengine.info import AdapterInfo, is_mix
@@ -61,6 +62,36 @@ class KnownEntries:
         if entry is not None:
             self.spent.spend(name, version_of(entry))
         return entry is not None
+
+    def version(self, name: str) -> int | None:
+        """Return the version that new requests get, as far as this door knows; None if it has no number."""
+        known = self.by_name.get(name)
+        return None if known is None else version_of(known)
+
+    async def is_current(self, adapter: str, registry: Any, having: Callable[[str], Collection[str]]) -> bool:
+        """Return whether "name@version" is the version that new requests get, and not an earlier one that
+        requests still need on some replicas, which ``having`` finds. Raises AdapterNotFound if it is
+        neither."""
+        name, _, version = adapter.rpartition("@")
+        for looked in (False, True):
+            current = self.version(name)
+            if current is not None and version == str(current):
+                return True
+            if current is not None and having(adapter):
+                return False
+            if not looked:  # another door may have changed it
+                await self.look(registry)
+        if current is None:
+            raise AdapterNotFound(
+                f"nobody has loaded {name!r} through the fleet, and so its versions have no numbers; ask for "
+                f"{name!r}, or load it first",
+                name=adapter,
+            )
+        raise AdapterNotFound(
+            f"this version is gone: the current one is {current}, and a replaced one goes when its last "
+            "request has ended",
+            name=adapter,
+        )
 
     async def refresh(self, registry: Any) -> None:
         """Learn what has changed in the registry, and put back what it has lost. Raises ConfigError if its

@@ -134,11 +134,12 @@ class Members:
         return self._channels.get(replica)
 
     def with_version(self, adapter: str) -> set[str]:
-        """Return the replicas that have this version ("name@version") in memory."""
+        """Return the replicas that have this version ("name@version") in memory, or where requests still need
+        it, although it was replaced."""
         return {
             replica
             for replica, member in self.members.items()
-            if any(adapter == f"{info.name}@{info.version}" for info in member.residency.adapters)
+            if any(adapter == f"{info.name}@{info.version}" for info in member.residency.versions)
         }
 
     def wake(self) -> None:
@@ -336,6 +337,7 @@ class Members:
             slots += [msgspec.structs.replace(slot, replica=replica) for slot in member.residency.slots]
         statuses = [m.status for m in self.members.values() if m.status is not None]
         hellos = [m.hello for m in self.members.values()]
+        held = [info for member in self.members.values() for info in member.residency.versions]
         block = self.config.engine.block_size
         counted = dict.fromkeys(
             name
@@ -344,7 +346,7 @@ class Members:
         )
         values: dict[str, int] = dict.fromkeys(counted, 0)
         values |= {
-            "cpu_adapters": sum(len(m.residency.adapters) for m in self.members.values()),
+            "cpu_adapters": sum(info.location != "disk" for info in held),
             "cpu_capacity": sum(hello.cpu_loras for hello in hellos),
             "adapters": len({a.name for m in self.members.values() for a in m.residency.adapters}),
             "running": sum(status.running for status in statuses),

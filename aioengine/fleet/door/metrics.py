@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 
 from prometheus_client import CollectorRegistry, Histogram
@@ -191,13 +192,16 @@ class _Door(Collector):
     def _copies(self) -> Iterator[Metric]:
         had = self._gauge("adapter_copies", "Replicas that hold it.", "adapter")
         wanted = self._gauge("adapter_copies_wanted", "Replicas that should, by the plan.", "adapter")
-        for name, adapter in list(self._members.state.view.adapters.items()):
-            if is_mix(name):  # clients make up their names
-                continue
-            if adapter.holders or adapter.target_holders:
-                had.add_metric([self._engine, DOOR, name], len(adapter.holders))
-            if adapter.target_holders:
-                wanted.add_metric([self._engine, DOOR, name], len(adapter.target_holders))
+        # From what replicas say that they have: clients make up names of mixes and of adapters.
+        members = list(self._members.members.values())
+        held = Counter(name for member in members for name in {i.name for i in member.residency.adapters})
+        adapters = list(self._members.state.view.adapters.items())
+        targets = {name: len(adapter.target_holders) for name, adapter in adapters if adapter.target_holders}
+        for name in held.keys() | targets.keys():
+            if not is_mix(name):
+                had.add_metric([self._engine, DOOR, name], held[name])
+        for name, count in targets.items():
+            wanted.add_metric([self._engine, DOOR, name], count)
         yield from (had, wanted)
 
     def _counts(self, name: str, help_: str, label: str, values: Mapping[str, int]) -> Metric:

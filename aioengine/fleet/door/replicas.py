@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from aioengine.errors import AdapterInvalid, AioEngineError, EngineStopped
@@ -40,6 +40,17 @@ class Replicas:
         """Return the highest version of the fleet that one of them was ever told of; 0: none."""
         answers = await self.ask_all(members, "version", name=name)
         return max((answer for answer in answers if isinstance(answer, int)), default=0)
+
+    async def labels(self, adapter: str, members: Sequence[Member], infos: Sequence[AdapterInfo]) -> int:
+        """Return the labels of an adapter's head from the first of ``infos`` that has been read, or else from
+        one of these replicas, which reads it."""
+        for info in infos:
+            if info.bytes:
+                return info.labels
+        found = await self.ask(members[0], "labels", name=adapter) if members else None
+        if isinstance(found, int):
+            return found
+        raise found or EngineStopped("no replica of the fleet answers now; try again later")
 
     async def prepare(
         self, name: str, where: str | None, members: Sequence[Member], also: str | None = None
@@ -99,6 +110,19 @@ class Replicas:
             await self.ask_all(fresh, "unpin", name=name)
             raise errors[0]
         return first_of(answers)
+
+
+def by_load(members: Iterable[Member]) -> list[Member]:
+    """Sort replicas, so that what one of them has to do is done soon: first those that do not drain, then by
+    the age of the running step, which is large where the model hangs, and by requests."""
+
+    def key(member: Member) -> tuple[bool, float, int]:
+        status = member.status
+        if status is None:
+            return True, 0.0, 0
+        return status.draining, round(status.step_age), status.waiting + status.running
+
+    return sorted(members, key=key)
 
 
 def holds(name: str, member: Member) -> bool:

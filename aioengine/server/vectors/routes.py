@@ -192,7 +192,7 @@ async def _scored(
 ) -> Handled:
     """Score pairs: each by an adapter's head of one label, or, without a head, by the cosine of the two
     vectors."""
-    labels = await context.head_labels(context.wanted(data, record))
+    labels = await context.engine.head_labels(context.wanted(data, record))
     if labels > 1:
         raise ApiError(
             400,

@@ -34,6 +34,7 @@ from aioengine.schedulers.routing import (
     load_placement,
     load_router,
 )
+from aioengine.schedulers.routing.guard import MAX_REASONS
 
 ADAPTERS = [None, "a", "b", "c", "d"]
 SIZES = {"a": 100, "b": 200, "c": 300, "d": 400}
@@ -351,6 +352,27 @@ def test_a_broken_placement_policy_moves_nothing(answer: object, kind: str) -> N
     guard = PlacementGuard(BrokenPlacement(answer))
     assert guard.plan(state.snapshot()) is None
     assert dict(guard.failures) == {kind: 1}
+
+
+@pytest.mark.parametrize(("used", "planned"), [(4.0, True), (6.0, False)])
+def test_a_plan_is_slow_by_its_processor_time(used: float, planned: bool) -> None:
+    """However long it has waited for a processor: nobody looks at another clock."""
+    state = fleet_of()
+    state.add_adapter("a")
+    times = iter([100.0, 100.0 + used])
+    guard = PlacementGuard(BrokenPlacement([Move("load", "a", "r0")]), timer=lambda: next(times))
+    assert (guard.plan(state.snapshot()) is not None) == planned
+    assert dict(guard.failures) == ({} if planned else {"slow": 1})
+
+
+def test_reasons_that_a_router_makes_up_are_counted_together() -> None:
+    router = Broken(Route(["r0"]))
+    guard, view = RouterGuard(router), fleet_of().view
+    for number in range(1000):
+        router.answer = Route(["r0"], reason=f"made up {number}")
+        guard.route(RouteRequest("q", "a", 10, 10), view)
+    assert len(guard.reasons) == MAX_REASONS + 1
+    assert guard.reasons["other"] == 1000 - MAX_REASONS
 
 
 def test_the_view_is_read_only_and_live_and_a_snapshot_is_not() -> None:

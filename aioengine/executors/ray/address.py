@@ -1,0 +1,101 @@
+"""Ray as it is found before it is joined: whether it is installed, and whether its head answers."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import socket
+import ssl
+from pathlib import Path
+
+from aioengine.errors import ConfigError
+
+RAY_VERSION = (2, 60)
+INSTALL = "pip install 'aioengine[fleet]'"
+CONNECT_SECONDS = 5.0
+_CERTIFICATES = ("CA_CERT", "SERVER_KEY", "SERVER_CERT")
+
+
+def check_installed(what: str) -> None:
+    """Raise ConfigError, with the command that installs it, if Ray is missing or has another version.
+    ``what``: who needs it."""
+    if importlib.util.find_spec("ray") is None:
+        raise ConfigError(f"{what} needs Ray, which is not installed: {INSTALL}")
+    version = importlib.metadata.version("ray")
+    if tuple(int(part) for part in version.split(".")[:2]) != RAY_VERSION:
+        wanted = ".".join(map(str, RAY_VERSION))
+        raise ConfigError(f"Ray {version} is installed, but {what} needs {wanted}: {INSTALL}")
+
+
+def address() -> str | None:
+    """Return the cluster that ``RAY_ADDRESS`` names; None if this process must start one."""
+    found = os.environ.get("RAY_ADDRESS", "").strip()
+    return None if found in ("", "local") else found
+
+
+def check_address(where: str) -> None:
+    """Check that Ray's head answers there. Raises ConfigError.
+
+    Ray itself would try for a minute, and then end this process.
+    """
+    if where == "auto" or "://" in where:
+        return
+    host, _, port = where.rpartition(":")
+    if not host or not port.isdecimal() or int(port) > 65535:
+        raise ConfigError(f"RAY_ADDRESS={where}: must be HOST:PORT, as `ray start --head` prints it, or auto")
+    try:
+        with socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_SECONDS):
+            pass
+    except OSError as error:
+        raise ConfigError(
+            f"RAY_ADDRESS={where}: nothing answers there ({error}); start Ray with `ray start --head`, or "
+            "unset RAY_ADDRESS to start Ray on this machine"
+        ) from error
+    if not _speaks_grpc(where):
+        tls = "with TLS, as RAY_USE_TLS says" if _has_tls() else "without TLS, as RAY_USE_TLS is not set"
+        raise ConfigError(
+            f"RAY_ADDRESS={where}: what listens there does not answer as Ray's head does ({tls}); give the "
+            "address that `ray start --head` has printed, and the cluster's own RAY_USE_TLS and certificates"
+        )
+
+
+def _has_tls() -> bool:
+    return os.environ.get("RAY_USE_TLS", "0").lower() in ("1", "true")
+
+
+def tls_context() -> ssl.SSLContext | None:
+    """Return how to speak TLS to a process of the cluster; None if the cluster does not."""
+    if not _has_tls():
+        return None
+    authority, key, cert = (os.environ[f"RAY_TLS_{name}"] for name in _CERTIFICATES)
+    context = ssl.create_default_context(cafile=authority)
+    context.check_hostname = False  # Ray checks the names
+    context.set_alpn_protocols(["h2"])
+    context.load_cert_chain(cert, key)
+    return context
+
+
+def _speaks_grpc(where: str) -> bool:
+    """Whether a server of gRPC is there, with TLS if this process is told to use it. Raises ConfigError if
+    a certificate cannot be read."""
+    import grpc
+
+    if _has_tls():
+        try:
+            files = [Path(os.environ[f"RAY_TLS_{name}"]).read_bytes() for name in _CERTIFICATES]
+        except (KeyError, OSError) as error:
+            raise ConfigError(f"RAY_USE_TLS is set, and a certificate cannot be read: {error}") from error
+        channel = grpc.secure_channel(where, grpc.ssl_channel_credentials(*files))
+    else:
+        channel = grpc.insecure_channel(where)
+    with channel:
+        try:
+            grpc.channel_ready_future(channel).result(timeout=CONNECT_SECONDS)
+        except grpc.FutureTimeoutError:
+            return False
+    return True
+
+
+def first_line(error: BaseException) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
