@@ -26,9 +26,6 @@ from aioengine.step import UNKNOWN, SequenceWork, StepBatch
 
 _Part = tuple[int, Request, SequenceWork]
 """A request in the batch: its slot, the request, and the range of tokens to compute."""
-DECODED_AT_ONCE = 32
-"""Tokens of an output that one step computes like a decoded token: a chosen one and those that its grammar
-forced after it. More of them, or more than the step has time for, wait for their turn among prompts."""
 FIXED_TOKENS = 16.0
 """First guess of a step's fixed cost, in tokens."""
 _sequence_work: Callable[[tuple[Any, ...]], SequenceWork] = partial(tuple.__new__, SequenceWork)
@@ -104,19 +101,13 @@ class Batcher:
         decodes, growing, prefills = list[Request](), list[Request](), deque[Request]()
         size = self.blocks.block_size
         room = self.max_num_batched_tokens
-        forced, may_force, least = 0, None, Floor()
+        forced = list[Request]()
         for request in self.running.values():
-            more = len(request.tokens) - request.computed - 1
-            if more > 0:
-                if not _is_decoding(request, more):
+            if len(request.tokens) - request.computed > 1:
+                if request.computed < request.started:
                     prefills.append(request)
                     continue
-                if may_force is None:
-                    may_force = self._allowance_of_forced(room - len(self.running), slot_ranks)
-                if not may_force.take_all(request, more, least):
-                    prefills.append(request)
-                    continue
-                forced += more
+                forced.append(request)
             decodes.append(request)
             if len(request.tokens) > len(request.blocks) * size:
                 growing.append(request)
@@ -126,7 +117,13 @@ class Batcher:
                 self._has_blocks(request, request.remaining, now)
         if self.preemptions > preemptions:
             decodes = [request for request in decodes if request.status is Status.RUNNING]
-        room -= len(decodes) + forced
+        room -= len(decodes)
+        if forced:
+            work += self._unfinished(forced, decodes, room, slot_ranks)
+            later = {request.seq for _, request, _ in work}
+            decodes = [request for request in decodes if request.seq not in later]
+            room -= sum(len(part.tokens) - 1 for _, _, part in work)
+            room -= sum(request.remaining - 1 for request in decodes)
         if self.speculation is None:
             work += map(_decode_part, decodes)
         else:
@@ -200,16 +197,26 @@ class Batcher:
         request.blocks = [*request.blocks, *self.blocks.allocate(1)]
         return True
 
-    def _allowance_of_forced(self, room: int, slot_ranks: Sequence[int]) -> Allowance:
-        """Return how many forced tokens may be computed beside one token of each request that decodes."""
-        if self.pacer is None:
-            return Allowance(room)
-        decodes = (
-            _part(request, 1)[2]
-            for request in self.running.values()
-            if request.remaining == 1 or _is_decoding(request, request.remaining - 1)
-        )
-        return self.pacer.allowance_of_decodes(StepWork.of(decodes, slot_ranks), room)
+    def _unfinished(
+        self, forced: Sequence[Request], decodes: Sequence[Request], room: int, slot_ranks: Sequence[int]
+    ) -> list[_Part]:
+        """Make the work of the requests with ``forced`` tokens that cannot compute all of them in this step.
+
+        Each computes at least one token, as all ``decodes`` do, so forced tokens make no request slower than
+        without, and none stands still. What the room and the step's time allow beyond that goes to those with
+        the fewest first.
+        """
+        allowance = Allowance(room)
+        if self.pacer is not None:
+            each = StepWork.of((_part(request, 1)[2] for request in decodes), slot_ranks)
+            allowance = self.pacer.allowance_of_decodes(each, room)
+        parts = list[_Part]()
+        for request in sorted(forced, key=_remaining):
+            if request.status is Status.RUNNING:
+                tokens = 1 + allowance.take_more(request, request.remaining - 1)
+                if tokens < request.remaining:
+                    parts.append(_part(request, tokens))
+        return parts
 
     def _drafts(
         self, decodes: Sequence[Request], room: int, slot_ranks: Sequence[int]
@@ -300,6 +307,7 @@ class Batcher:
         table = blocks.allocate(new, shared)
         request.blocks, request.freed = table[:1] * (1 + freed) + table[1:], freed
         request.committed, request.computed = len(cached), computed
+        request.started = len(request.tokens)
         self.queues.remove(request)
         request.status = Status.RUNNING
         self.running[request.seq] = request
@@ -396,13 +404,6 @@ class Batcher:
         request.committed = request.computed = 0
         if request.adapter is not None:
             request.adapter.running -= 1
-
-
-def _is_decoding(request: Request, more: int) -> bool:
-    """Whether the ``more`` tokens that a request has to compute beside its last one are of its output, and
-    few: mostly those that its grammar has forced."""
-    constrained = request.params.constraint is not None
-    return constrained and more < DECODED_AT_ONCE and request.computed >= request.prompt_len
 
 
 def _decode_part(request: Request) -> _Part:

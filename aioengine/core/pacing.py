@@ -9,6 +9,7 @@ context before them grows, as more sequences decode in the same step, and as the
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -255,8 +256,7 @@ class Allowance:
         count = min(request.next_piece, self._tokens)
         if self.paced:
             each, half = self._costs(request, request.computed)
-            left = max(self._seconds, 0.0)
-            fitting = int(2 * left / (each + math.sqrt(each * each + 4 * half * left)))
+            fitting = _fitting(each, half, self._seconds)
             if fitting < count:
                 count = min(count, max(fitting // GRAIN * GRAIN, floor.of(count)))
             self._seconds -= count * (each + half * count)
@@ -264,16 +264,13 @@ class Allowance:
         floor.take(count)
         return count
 
-    def take_all(self, request: Request, tokens: int, floor: Floor) -> bool:
-        """Take all of these tokens of a request, if that is allowed; else none of them."""
+    def take_more(self, request: Request, tokens: int) -> int:
+        """Return how many of these ``tokens`` of a request to compute, all of them if that is allowed."""
         each, half = self._costs(request, request.computed)
-        seconds = tokens * (each + half * tokens)
-        if tokens > self._tokens or (seconds > self._seconds and floor.of(tokens) < tokens):
-            return False
-        self._tokens -= tokens
-        self._seconds -= seconds
-        floor.take(tokens)
-        return True
+        count = min(tokens, self._tokens, _fitting(each, half, self._seconds))
+        self._tokens -= count
+        self._seconds -= count * (each + half * count)
+        return count
 
     def hold(self, request: Request) -> None:
         """Reserve half of the allowance for this request, or less if it needs less."""
@@ -295,3 +292,10 @@ class Allowance:
         twice = 2 if request.unscored else 1
         ranks = 0 if request.adapter is None else request.adapter.rank
         return token * twice + pair * start + rank * ranks, pair / 2
+
+
+def _fitting(each: float, half: float, seconds: float) -> int:
+    """Return the largest n of which n * (each + half * n) is at most ``seconds``."""
+    if not 0 < seconds < math.inf:
+        return sys.maxsize if seconds > 0 else 0
+    return int(2 * seconds / (each + math.sqrt(each * each + 4 * half * seconds)))

@@ -217,6 +217,7 @@ class Request:
         "seed",
         "seq",
         "sink",
+        "started",
         "status",
         "stops",
         "ticket",
@@ -266,6 +267,8 @@ class Request:
         """Place among the waiting requests; None once it has run."""
         self.computed = 0
         """Tokens whose KV is in ``blocks``."""
+        self.started = 0
+        """Tokens that were known when it was last admitted."""
         self.blocks: list[int] = []
         """Its block table, one entry for every ``block_size`` positions."""
         self.freed = 0

@@ -128,7 +128,8 @@ class PacedSim(CoreSim):
 def test_forced_tokens_are_paced(
     machine: Machine, forced: int, constrained: int, others: int, adapter: str | None
 ) -> None:
-    """However many requests have some at once. None of them stands still, nor do prompts beside them."""
+    """However many requests have some at once. Each that has begun is part of every step, and prompts beside
+    them advance."""
     sim = PacedSim(machine, max_num_seqs=64)
     sim.forced = forced
     sim.register("a")
@@ -141,7 +142,9 @@ def test_forced_tokens_are_paced(
         sim.prompt(2, 300, adapter, constrained=True)
     before, long = len(sim.batches), sim.prompt(1500)
     while len(sim.core.requests) > others:
-        sim.one_step()
+        started = {request.id for request in sim.core.running.values() if request.output_tokens}
+        batch = sim.one_step()
+        assert batch is not None and started <= {work.request_id for work in batch.sequences}
         sim.core.check()
     assert long.first_token is not None  # type: ignore[attr-defined]
     over = [s / machine.bound(b) for b, s in zip(sim.batches, sim.seconds, strict=True)][before + 5 :]
