@@ -123,10 +123,9 @@ class _Masks:
             began = time.process_time()
             signal.setitimer(signal.ITIMER_PROF, self._seconds)
             mask, why = self._mask(row, tokens, afresh=what == AFRESH)
-            seconds = time.process_time() - began
-            signal.setitimer(signal.ITIMER_PROF, self._seconds)  # afresh, for the rest
             forced = _forced(self._rows[row], mask) if mask else array("i")
             signal.setitimer(signal.ITIMER_PROF, 0)
+            seconds = time.process_time() - began
             self._shared[place * self._width : place * self._width + len(mask)] = mask
             text = why.encode()
             memory = self._memory.measure()

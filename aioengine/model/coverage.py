@@ -84,6 +84,11 @@ def check_kv_cache(dtype: str, spec: ModelSpec, backend: str) -> None:
             f"kv_cache_dtype={dtype!r}: it is for {where[dtype]}, and transformers runs this model; set "
             "kv_cache_dtype='auto'"
         )
+    if dtype == "int8" and backend == "triton":
+        raise ConfigError(
+            f"kv_cache_dtype='int8': only {where[dtype]} has it; on CUDA set kv_cache_dtype='fp8', which "
+            "takes as much, or 'auto'"
+        )
     if dtype == "fp8" and backend not in ("triton", "torch"):
         raise ConfigError(
             f"kv_cache_dtype='fp8': only {where[dtype]} have it, and plain torch, but not {backend!r}; set "

@@ -221,7 +221,7 @@ class Context:
 
         def encode(texts: Sequence[str]) -> list[list[int]]:
             if keep is not None and keep <= limit:
-                return [tokenizer.encode_end(text, keep, add_special_tokens) for text in texts]
+                return tokenizer.encode_ends(texts, keep, add_special_tokens)
             try:
                 return tokenizer.encode_all(texts, add_special_tokens, limit=limit)
             except PromptTooLong as error:

@@ -28,6 +28,7 @@ _SAME = (
     *("read_timeout", "send_timeout", "stuck_step_seconds"),
 )
 """Fields that ServerSettings has under the same name."""
+_SECRET = ("api_key", "admin_key")
 _SCHEMAS = {"open_objects": "open_objects", "any_whitespace": "any_whitespace", "lenient_schemas": "lenient"}
 """Fields of SchemaOptions, by their names here."""
 _OTHERS = (
@@ -53,6 +54,8 @@ def settings_from(values: Mapping[str, Any]) -> ServerSettings:
     process that listens are ignored. Reads the files of keys. Raises ConfigError."""
     keys_file = values.get("keys")
     if keys_file is not None:  # check now, and not after the model has been loaded
+        if not isinstance(keys_file, (str, Path)):
+            raise ConfigError(f"[server] keys={keys_file!r}: must be the path of a file")
         read_keys_file(Path(keys_file))
     given = {name: values[name] for name in _SAME if name in values}
     given |= {
@@ -81,7 +84,8 @@ def _texts(field: str, given: object) -> list[str]:
     """Return a list of texts, for which a file may give one text. Raises ConfigError."""
     found = [] if given is None else [given] if isinstance(given, str) else given
     if not isinstance(found, (list, tuple)) or not all(isinstance(text, str) for text in found):
-        raise ConfigError(f"[server] {field}={given!r}: must be a text, or a list of texts")
+        shown = "" if field in _SECRET else f"={given!r}"
+        raise ConfigError(f"[server] {field}{shown}: must be a text, or a list of texts")
     return list(found)
 
 

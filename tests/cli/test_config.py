@@ -124,13 +124,16 @@ def test_one_text_is_a_list_of_one() -> None:
     assert list(found.served_model_names) == ["m"] and not found.schemas.open_objects
     assert settings_from({"allowed_host": ["*", "x"]}).allowed_hosts == ()
     for table in (
-        {"api_key": 3},
+        {"api_key": ["sk-secret", 3]},
+        {"admin_key": {"sk-secret": 1}},
+        {"keys": 3},
         {"allowed_host": {"a": 1}},
         {"max_choices": "many"},
         {"any_whitespace": "x"},
     ):
-        with pytest.raises(ConfigError):
+        with pytest.raises(ConfigError) as caught:
             settings_from(table)
+        assert "sk-secret" not in str(caught.value), "it is logged"
 
 
 def test_a_good_file_is_good(file: Path, capsys: pytest.CaptureFixture[str]) -> None:

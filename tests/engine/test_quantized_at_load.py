@@ -139,3 +139,13 @@ def test_values_that_are_not_finite_are_refused(tmp_path: Path) -> None:
             *(read_spec(model), model), dtype=torch.float32, device="cpu", num_blocks=4, block_size=16,
             quantization="fp8",
         )  # fmt: skip
+
+
+def test_a_device_that_is_found_to_be_a_gpu_has_no_int8_cache(tmp_path: Path) -> None:
+    """It is said by the plan, before weights are read."""
+    model = build_model(tmp_path / "model", "llama")
+    config = EngineConfig(model=str(model), device="auto", kv_cache_dtype="int8")
+    with pytest.raises(
+        ConfigError, match="kv_cache_dtype='int8': only the compiled CPU step has it; on CUDA set"
+    ):
+        plan_memory(read_spec(model), config, device="cuda", available_bytes=2**33)

@@ -74,7 +74,7 @@ def recognised(module: Any) -> bool:
     return "forward" in vars(module)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @settings(max_examples=40, deadline=None)
 @given(
     name=st.sampled_from([*NORMS, *OTHERS]),

@@ -230,7 +230,10 @@ def test_the_end_of_a_text_has_the_last_tokens(
     for made in KINDS.values():
         tokenizer = Tokenizer.from_tokenizer(made)
         whole = tokenizer.encode(text, special)
-        assert tokenizer.encode_end(text, keep, special) == (whole[-keep:] if keep else [])
+        end = whole[-keep:] if keep else []
+        assert tokenizer.encode_end(text, keep, special) == end
+        short = tokenizer.encode_end("".join(words), keep, special)
+        assert tokenizer.encode_ends([text, "".join(words), text], keep, special) == [end, short, end]
 
 
 def test_the_end_of_a_long_text_costs_no_more_than_that_of_a_short_one() -> None:
@@ -238,9 +241,9 @@ def test_the_end_of_a_long_text_costs_no_more_than_that_of_a_short_one() -> None
     seen: list[int] = []
 
     class Seen(Tokenizer):
-        def encode(self, text: str, *args: Any, **kwargs: Any) -> list[int]:
-            seen.append(len(text))
-            return super().encode(text, *args, **kwargs)
+        def encode_all(self, texts: Sequence[str], *args: Any, **kwargs: Any) -> list[list[int]]:
+            seen.extend(map(len, texts))
+            return super().encode_all(texts, *args, **kwargs)
 
     for word in ("a ", "x", "🙂", "The quick brown fox. "):
         for made in KINDS.values():

@@ -152,12 +152,25 @@ class Tokenizer:
     def encode_end(self, text: str, keep: int, add_special_tokens: bool = True) -> list[int]:
         """Return the last ``keep`` tokens of a text, in time and memory that follow from ``keep`` and not
         from its length. A word without an end may be divided in another way than in the whole text."""
-        size = _TEXT_PER_TOKEN * (keep + _SETTLED)
-        while True:
-            ids = self.encode(text[-size:], add_special_tokens)
-            if size >= len(text) or len(ids) >= keep + _SETTLED:
-                return ids[-keep:] if keep else []
-            size *= 4
+        [ids] = self.encode_ends([text], keep, add_special_tokens)
+        return ids
+
+    def encode_ends(
+        self, texts: Sequence[str], keep: int, add_special_tokens: bool = True
+    ) -> list[list[int]]:
+        """Return what :meth:`encode_end` does for each text. Many are tokenized together."""
+        found: list[list[int]] = [[] for _ in texts]
+        size, left = _TEXT_PER_TOKEN * (keep + _SETTLED), list(range(len(texts)))
+        while left:
+            again = []
+            ends = self.encode_all([texts[i][-size:] for i in left], add_special_tokens)
+            for i, ids in zip(left, ends, strict=True):
+                if size >= len(texts[i]) or len(ids) >= keep + _SETTLED:
+                    found[i] = ids[-keep:] if keep else []
+                else:
+                    again.append(i)
+            left, size = again, 4 * size
+        return found
 
     def least_tokens(self, text: str) -> int:
         """Return a lower bound on the tokens of ``text`` from its length; special tokens do not count."""
