@@ -9,104 +9,18 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.adapter_infos import adapter_info
 from support.fleet_process import needs_ray
 from support.registry_actor import RegistryActor
+from support.small_fleet import Door, replica
 
-from aioengine import EngineConfig
 from aioengine.errors import AdapterError, AdapterNotFound
 from aioengine.fleet import replica as replicas
-from aioengine.fleet.config import FleetConfig
 from aioengine.fleet.door import entries
-from aioengine.fleet.door.adapters import FleetAdapters
-from aioengine.fleet.door.members import Member, Members
 from aioengine.fleet.registry import AdapterRegistry, Entry
-from aioengine.fleet.replica import EngineReplica
 from aioengine.fleet.versions import SpentVersions
-from aioengine.info import AdapterInfo
 from aioengine.lab.simulation.clock import run_in_virtual_time
 
 needs_ray()
-
-CONFIG = FleetConfig(engine=EngineConfig(model="tiny"))
-
-
-class Engine:
-    """An engine's adapters: it has what it was told to have."""
-
-    def __init__(self) -> None:
-        self.has: dict[str, int] = {}
-        """Version of each adapter, as the engine counts."""
-        self._prepared: set[str] = set()
-        self._count = 0
-
-    def __getattr__(self, name: str) -> Any:
-        return lambda *_, **__: None
-
-    async def prepare_adapter(self, name: str, path: str | None = None, *, read: bool = True) -> AdapterInfo:
-        self._prepared.add(name)
-        return self._info(name)
-
-    def commit_adapter(self, name: str) -> AdapterInfo:
-        self._prepared.remove(name)
-        self._count += 1
-        self.has[name] = self._count
-        return self._info(name)
-
-    async def load_adapter(self, name: str, path: str | None = None) -> AdapterInfo:
-        return self._info(name)
-
-    async def unload_adapter(self, name: str, *, force: bool = False) -> None:
-        if self.has.pop(name, None) is None:
-            raise AdapterNotFound("nobody has loaded it", name=name)
-
-    async def stop(self) -> None:
-        pass
-
-    def _info(self, name: str) -> AdapterInfo:
-        return adapter_info(name, version=self.has.get(name, 0), digest=name, location="disk")
-
-
-class Replica(EngineReplica):
-    """A replica whose engine is an :class:`Engine`."""
-
-    async def start_engine(self) -> Any:
-        return Engine()
-
-    def __del__(self) -> None:  # type: ignore[override] # nobody would await it
-        pass
-
-
-async def replica() -> Any:
-    made = Replica.__new__(Replica)
-    await made.__init__(CONFIG, "")  # type: ignore[misc] # Serve does it so
-    return made
-
-
-class Door:
-    """A door to one replica. ``before``: awaited before the replica gets a call, with what it is to do."""
-
-    def __init__(self, one: Any, before: Any = None) -> None:
-        async def remote(action: str, arguments: dict[str, Any], to: str) -> Any:
-            if before is not None:
-                await before(action)
-            return await one.adapter(action, dict(arguments))
-
-        handle = SimpleNamespace(options=lambda **_: SimpleNamespace(remote=remote))
-        self.members = Members(CONFIG, handle, door=f"door-{id(self)}")
-        self.adapters = FleetAdapters(CONFIG, self.members)
-        self.member = Member(SimpleNamespace(replica="r0"), None)  # type: ignore[arg-type]
-        self.members.members["r0"] = self.member
-
-    async def load(self, name: str, *, replace: bool = False) -> AdapterInfo:
-        return await self.adapters.load(name, name, pin=False, force_pin=False, replace=replace)
-
-    async def joins(self) -> None:
-        """The replica is back: as after the loss of this door's channel to it."""
-        for listener in self.members.on_join:
-            listener(self.member)
-        while not self.member.ready:
-            await asyncio.sleep(0.2)
 
 
 @pytest.fixture(autouse=True)

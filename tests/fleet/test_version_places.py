@@ -125,7 +125,7 @@ def door_of(version: int, **held: list[AdapterInfo]) -> FleetClient:
 
     members.handle = SimpleNamespace(options=lambda **_: SimpleNamespace(remote=remote))
     adapters = FleetAdapters(members.config, members)
-    adapters._known.put(Entry("sql", f"sql/{version}", version))
+    adapters.known.put(Entry("sql", f"sql/{version}", version))
     client = FleetClient.__new__(FleetClient)
     client._adapters, client._check_lora = adapters, lambda: None  # type: ignore[method-assign]
     client.asked = asked  # type: ignore[attr-defined]

@@ -11,8 +11,6 @@ from contextlib import asynccontextmanager
 from itertools import count
 from typing import Any, TypeVar
 
-import msgspec
-
 from aioengine.errors import (
     AdapterError,
     AdapterLoadError,
@@ -28,7 +26,7 @@ from aioengine.fleet.door.replicas import Replicas, by_load, first_of, holds
 from aioengine.fleet.registry import Entry, answer_of, lease
 from aioengine.info import AdapterInfo, is_mix
 from aioengine.model.files.hub import is_source
-from aioengine.runtime.tasks import end_tasks
+from aioengine.runtime.tasks import end_tasks, run_to_completion
 from aioengine.schedulers.routing import Move, PlacementGuard, load_placement
 
 logger = logging.getLogger("aioengine.fleet")
@@ -52,7 +50,7 @@ class FleetAdapters:
         self._config = config
         self._members = members
         self._replicas = Replicas(members)
-        self._known = KnownEntries(config.adapters, members.state)
+        self.known = KnownEntries(config.adapters, members.state)
         self.registry: Any = None
         self._mended: dict[str, float] = {}
         """When replicas were last made to agree on an adapter that one of them had found changed."""
@@ -68,7 +66,7 @@ class FleetAdapters:
     async def start(self, registry: Any) -> None:
         """``registry``: handle of its actor. Raises ConfigError if its checkpoint cannot be read."""
         self.registry = registry
-        await self._known.refresh(self.registry)
+        await self.known.refresh(self.registry)
         self._members.on_join.append(self._joined)
         self._members.on_residency.append(self._compare)
         self._members.on_changed = self._changed
@@ -83,31 +81,27 @@ class FleetAdapters:
     def all(self) -> list[AdapterInfo]:
         """Return each adapter once, with the fastest place that holds it."""
         held = (info for member in self._members.members.values() for info in member.residency.adapters)
-        return listed(self._known.by_name.values(), held, self._known.described)
+        return listed(self.known.by_name.values(), held, self.known.described)
 
     def find(self, name: str) -> AdapterInfo | None:
         """Return one as :meth:`all` does; None if there is none of that name."""
-        known, members = self._known.by_name.get(name), self._members.members.values()
+        known, members = self.known.by_name.get(name), self._members.members.values()
         held = (info for member in members for info in member.residency.adapters if info.name == name)
         return next(iter(listed([] if known is None else [known], held)), None)
 
     def count(self) -> int:
-        return len(self._known.by_name)
+        return len(self.known.by_name)
 
     def sources(self) -> set[str]:
         """Return the folders and URLs that replicas load adapters from, also those of replaced versions. A
         replica only knows its local copy of a URL, so the entries count, whatever it holds."""
         members = self._members.members.values()
         held = {info.path for member in members for info in member.residency.versions}
-        return held | {entry.path for entry in self._known.by_name.values()}
-
-    def current_version(self, name: str) -> int | None:
-        """See :meth:`KnownEntries.version`."""
-        return self._known.version(name)
+        return held | {entry.path for entry in self.known.by_name.values()}
 
     async def is_current(self, adapter: str) -> bool:
         """See :meth:`KnownEntries.is_current`."""
-        return await self._known.is_current(adapter, self.registry, self._members.with_version)
+        return await self.known.is_current(adapter, self.registry, self._members.with_version)
 
     async def labels(self, adapter: str) -> int:
         """Return how many labels the head of an adapter, or of a version ("sql@2"), has. One replica reads it
@@ -120,7 +114,7 @@ class FleetAdapters:
             held = [info for member in members for info in member.residency.versions]
             infos = [info for info in held if f"{info.name}@{info.version}" == adapter]
             return await self._replicas.labels(adapter, members, infos)
-        held, least = [i for m in members for i in m.residency.adapters], self.current_version(name) or 0
+        held, least = [i for m in members for i in m.residency.adapters], self.known.version(name) or 0
         infos = [info for info in held if info.name == name and info.version >= least]
         return await self._replicas.labels(name, members, infos)
 
@@ -141,26 +135,29 @@ class FleetAdapters:
         raised. A replica that reads it later accepts no other content."""
         where = None if path is None else os.fspath(path)
         async with self._changing(name) as members:
-            known = self._known.by_name.get(name)
+            known = self.known.by_name.get(name)
             if replace and (known is not None or where is not None):
                 info = await self._replace(name, where, members)
             else:
                 if where is not None and known is not None and known.path == where:
                     where = None
                 info = await self._add(name, where, known, members)
-            version = info.version
             if pin:
-                info = numbered(await self._replicas.pin(name, members, force_pin), version)
-            pinned = pin or bool(known and known.pinned)
-            await self._put(Entry(name, _source(where, known, info), version, info.digest, pinned))
+                info = numbered(await self._replicas.pin(name, members, force_pin), info.version)
+                info = await self._note(info, where, pinned=True)
             return info
 
     async def unload(self, name: str, *, force: bool) -> None:
+        """Unload it from every replica, once the requests on it have ended; new ones are refused at once. If
+        the call is cancelled, that goes on."""
         async with self._changing(name) as members:
-            answers = await self._replicas.ask_all(members, "unload", name=name, force=force)
+            was_known, ended = name in self.known.by_name, False
+            try:
+                answers = await self._replicas.ask_all(members, "unload", name=name, force=force)
+                ended = True
+            finally:
+                await run_to_completion(self._remove(name, () if ended else members))
             errors = [answer for answer in answers if isinstance(answer, AioEngineError)]
-            was_known = self._known.remove(name)
-            await self._registry(name, self.registry.remove.remote(name), _UNSAVED)
             others = [error for error in errors if not isinstance(error, AdapterNotFound)]
             if others:
                 raise others[0]
@@ -169,22 +166,25 @@ class FleetAdapters:
 
     async def pin(self, name: str, *, force: bool) -> AdapterInfo:
         async with self._changing(name) as members:
-            known = self._known.by_name.get(name)
+            known = self.known.by_name.get(name)
             version = await self._next_version(name, members) if known is None else version_of(known)
             info = numbered(await self._replicas.pin(name, members, force, version=version), version)
-            await self._note(info, pinned=True)
-            return info
+            return await self._note(info, pinned=True)
 
     async def unpin(self, name: str) -> AdapterInfo:
         async with self._changing(name) as members:
-            known = self._known.by_name.get(name)
+            known = self.known.by_name.get(name)
             version = await self._next_version(name, members) if known is None else version_of(known)
             answers = await self._replicas.ask_all(members, "unpin", name=name, version=version)
             info = numbered(first_of(answers), version)
-            await self._note(info, pinned=False)
-            return info
+            return await self._note(info, pinned=False)
 
     # Steps
+
+    async def _remove(self, name: str, members: Sequence[Member]) -> None:
+        await self._replicas.ask_all(members, "forget", name=name)
+        self.known.remove(name)
+        await self._registry(name, self.registry.remove.remote(name), _UNSAVED)
 
     async def _add(
         self, name: str, where: str | None, known: Entry | None, members: Sequence[Member]
@@ -197,7 +197,7 @@ class FleetAdapters:
         info = first_of([await self._replicas.ask(first, "load", name=name, path=where)])
         if known is None or self._members.conflicts.contents(name) - {info.digest}:
             return await self._replace(name, _source(where, known, info), members, first.channel.replica)
-        return numbered(info, version_of(known))
+        return await self._note(numbered(info, version_of(known)), where)
 
     async def _replace(
         self,
@@ -208,30 +208,45 @@ class FleetAdapters:
         *,
         new: bool = True,
     ) -> AdapterInfo:
-        """Have those that hold it, and ``also``, read it, compare what they have read, and flip.
-        ``new``: it gets the next version of the fleet."""
+        """Have those that hold it, and ``also``, read it, compare what they have read, and flip, all of them
+        even if the call is cancelled meanwhile. ``new``: it gets the next version of the fleet."""
         version = await self._next_version(name, members) if new else None
         digest = await self._replicas.prepare(name, where, members, also)
+        return await run_to_completion(self._flip(name, where, members, digest, version))
+
+    async def _flip(
+        self, name: str, where: str | None, members: Sequence[Member], digest: str, version: int | None
+    ) -> AdapterInfo:
+        """Let new requests use what was prepared, and note its version, if it has one."""
         info = await self._replicas.commit(name, members, digest, version)
-        return info if version is None else numbered(info, version)
+        if version is None:
+            return info
+        return await self._note(numbered(info, version), where)
 
     async def _next_version(self, name: str, members: Sequence[Member]) -> int:
         """Return a number that no content of this adapter has had, as far as anybody knows who lives."""
-        known = self._known.by_name.get(name)
+        known = self.known.by_name.get(name)
         above = max(
-            self._known.spent.of(name),
+            self.known.spent.of(name),
             0 if known is None else version_of(known),
             await self._replicas.highest_version(name, members),
         )
         return await self._registry(name, self.registry.next_version.remote(name, above), _UNKNOWN)
 
-    async def _note(self, info: AdapterInfo, *, pinned: bool) -> None:
-        known = self._known.by_name.get(info.name)
+    async def _note(
+        self, info: AdapterInfo, where: str | None = None, *, pinned: bool | None = None
+    ) -> AdapterInfo:
+        """Store an adapter as replicas have it now. ``where``: the source that was given for it, if any;
+        ``pinned`` None: as it was."""
+        known = self.known.by_name.get(info.name)
         digest = info.digest or ("" if known is None else known.digest)
-        await self._put(Entry(info.name, _source(None, known, info), info.version, digest, pinned))
+        stays = known is not None and known.pinned if pinned is None else pinned
+        entry = Entry(info.name, _source(where, known, info), info.version, digest, stays)
+        await run_to_completion(self._put(entry))
+        return info
 
     async def _put(self, entry: Entry) -> None:
-        self._known.put(entry)
+        self.known.put(entry)
         try:
             await self._registry(entry.name, self.registry.put.remote(entry), _UNSAVED)
         finally:
@@ -250,7 +265,7 @@ class FleetAdapters:
     async def _changing(self, name: str) -> AsyncIterator[list[Member]]:
         """One change of an adapter at a time, whichever door asks for it."""
         async with lease(self.registry, name, f"{self._members.door}-{next(self._owners)}"):
-            await self._registry(name, self._known.refresh(self.registry), _UNKNOWN)
+            await self._registry(name, self.known.refresh(self.registry), _UNKNOWN)
             members = by_load(self._members.members.values())
             if not members:
                 raise EngineStopped("the fleet has no replica now; try again later")
@@ -264,8 +279,8 @@ class FleetAdapters:
 
     async def _sync(self, member: Member) -> None:
         member.ready, replica = False, member.channel.replica
-        whole = await self._known.refresh_in_time(self.registry)
-        entries = [entry for entry in self._known.by_name.values() if entry.version > 0]
+        whole = await self.known.refresh_in_time(self.registry)
+        entries = [entry for entry in self.known.by_name.values() if entry.version > 0]
         telling = self._spawn(self._tell(member, entries, whole))
         _, late = await asyncio.wait([telling], timeout=SYNC_SECONDS)
         if late:
@@ -285,13 +300,13 @@ class FleetAdapters:
         because another door is about to put it there: so each is looked up again while no door changes it."""
         for name in await self._replicas.ask(member, "others", names=names) or ():
             async with self._changing(name):
-                if name not in self._known.by_name:
+                if name not in self.known.by_name:
                     await self._replicas.ask(member, "forget", name=name)
 
     def refresh_soon(self) -> None:
         """Put back what the registry has lost; to be called when it has forgotten this door."""
         if self.registry is not None:  # else this door is only starting
-            self._spawn(self._known.refresh_in_time(self.registry))
+            self._spawn(self.known.refresh_in_time(self.registry))
 
     async def _plan(self) -> None:
         loop = asyncio.get_running_loop()
@@ -311,7 +326,7 @@ class FleetAdapters:
     def _exists(self, name: str) -> bool:
         """Whether a plan may have an adapter loaded: clients make up any name, and requests make mixes."""
         held = any(holds(name, member) for member in self._members.members.values())
-        return name in self._known.by_name or (held and not is_mix(name))
+        return name in self.known.by_name or (held and not is_mix(name))
 
     async def _move(self, move: Move) -> None:
         """ "unload" is left to the CPU cache, which lets go of what is used least."""
@@ -330,7 +345,7 @@ class FleetAdapters:
 
     def _differing(self, member: Member) -> list[str]:
         """Take what a replica holds of the current versions; see :meth:`Conflicts.holds`."""
-        known = self._known.by_name
+        known = self.known.by_name
         current = [
             info
             for info in member.residency.adapters
@@ -357,18 +372,15 @@ class FleetAdapters:
                     if len(self._members.conflicts.contents(name)) < 2:
                         return
                 self._members.conflicts.count += 1
-                known = self._known.by_name.get(name)
+                known = self.known.by_name.get(name)
                 if known is None:  # found by its name; nobody else has to know it
                     members = [m for m in members if holds(name, m) or m.channel.replica == refused]
                 logger.warning("adapter %r does not have the same content everywhere; it is read again", name)
                 try:
                     path = None if known is None else known.path
-                    info = await self._replace(name, path, members, refused, new=known is not None)
+                    await self._replace(name, path, members, refused, new=known is not None)
                 except AioEngineError as error:
                     logger.error("adapter %r stays different between replicas: %s", name, error)
-                    return
-                if known is not None:
-                    await self._put(msgspec.structs.replace(known, version=info.version, digest=info.digest))
         except EngineStopped:
             pass  # no replica is left
         except AdapterLoadError as error:

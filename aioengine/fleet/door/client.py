@@ -92,7 +92,7 @@ class FleetClient:
         self._dispatcher = Dispatcher(self.members)
         self.metrics = FleetMetrics(self.members, self._dispatcher, lambda: self.state)
         self._adapters = FleetAdapters(config, self.members)
-        self._dispatcher.version_of = self._adapters.current_version
+        self._dispatcher.version_of = self._adapters.known.version
         self._uploads = Uploads(config.registry)
         # Keys, of which [server] may have some, are not stored with the registry.
         shared = msgspec.json.encode(msgspec.structs.replace(config, server={}))

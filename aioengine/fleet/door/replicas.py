@@ -7,9 +7,12 @@ import logging
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import msgspec
+
 from aioengine.errors import AdapterInvalid, AioEngineError, EngineStopped
 from aioengine.fleet.door.members import Member, Members
 from aioengine.info import AdapterInfo
+from aioengine.runtime.tasks import run_to_completion
 
 logger = logging.getLogger("aioengine.fleet")
 
@@ -56,12 +59,24 @@ class Replicas:
         self, name: str, where: str | None, members: Sequence[Member], also: str | None = None
     ) -> str:
         """Have those that hold the adapter, and ``also``, read it, and the others know where it is. Returns
-        the digest of its content. If one fails, or has read something else than the others, it is prepared on
-        none, and the error is raised."""
+        the digest of its content. If one fails, or has read something else than the others, or the call is
+        cancelled, it is prepared on none."""
+        prepared = False
+        try:
+            digest = await self._prepare(name, where, members, also)
+            prepared = True
+        finally:
+            if not prepared:
+                await run_to_completion(self.ask_all(members, "discard", name=name))
+        return digest
+
+    async def _prepare(
+        self, name: str, where: str | None, members: Sequence[Member], also: str | None
+    ) -> str:
         holders = [m for m in members if holds(name, m) or m.channel.replica == also] or members[:1]
         others = [member for member in members if member not in holders]
         answers = await self.ask_all(holders, "prepare", name=name, path=where)
-        errors: list[AioEngineError] = [a for a in answers if isinstance(a, AioEngineError)]
+        _raise_first(answers)
         read = {
             holder.channel.replica: answer.digest
             for holder, answer in zip(holders, answers, strict=True)
@@ -69,19 +84,12 @@ class Replicas:
         }
         if len(set(read.values())) > 1:
             found = ", ".join(f"{digest[:12]}... on {replica}" for replica, digest in read.items())
-            errors.append(
-                AdapterInvalid(
-                    f"its files are not the same on all nodes (SHA-256 {found}); no replica takes them",
-                    name=name,
-                    path=where,
-                )
+            raise AdapterInvalid(
+                f"its files are not the same on all nodes (SHA-256 {found}); no replica takes them",
+                name=name,
+                path=where,
             )
-        if not errors:
-            answers = await self.ask_all(others, "prepare", name=name, path=where, read=False)
-            errors = [answer for answer in answers if isinstance(answer, AioEngineError)]
-        if errors:
-            await self.ask_all(members, "discard", name=name)
-            raise errors[0]
+        _raise_first(await self.ask_all(others, "prepare", name=name, path=where, read=False))
         if not read:
             raise EngineStopped("the replicas that were asked are lost; try again later")
         return next(iter(read.values()))
@@ -92,7 +100,8 @@ class Replicas:
         """Let new requests use what was prepared, which is the fleet's ``version``."""
         answers = await self.ask_all(members, "commit", name=name, version=version, digest=digest)
         found = first_of(answers)  # who has not read it does not know what it is like
-        return next((a for a in answers if isinstance(a, AdapterInfo) and a.digest == digest), found)
+        found = next((a for a in answers if isinstance(a, AdapterInfo) and a.digest == digest), found)
+        return msgspec.structs.replace(found, digest=digest)
 
     async def pin(
         self, name: str, members: Sequence[Member], force: bool, version: int | None = None
@@ -103,12 +112,15 @@ class Replicas:
             for member in members
             if any(info.name == name and info.pinned for info in member.residency.adapters)
         }
-        answers = await self.ask_all(members, "pin", name=name, force=force, version=version)
-        errors = [answer for answer in answers if isinstance(answer, AioEngineError)]
-        if errors:
-            fresh = [member for member in members if member.channel.replica not in before]
-            await self.ask_all(fresh, "unpin", name=name)
-            raise errors[0]
+        fresh = [member for member in members if member.channel.replica not in before]
+        pinned = False
+        try:
+            answers = await self.ask_all(members, "pin", name=name, force=force, version=version)
+            _raise_first(answers)
+            pinned = True
+        finally:
+            if not pinned:
+                await run_to_completion(self.ask_all(fresh, "unpin", name=name))
         return first_of(answers)
 
 
@@ -132,10 +144,15 @@ def holds(name: str, member: Member) -> bool:
 
 def first_of(answers: Sequence[Any]) -> AdapterInfo:
     """Return the first answer of a replica that lives. Raises the first error instead, if there is one."""
-    for answer in answers:
-        if isinstance(answer, AioEngineError):
-            raise answer
+    _raise_first(answers)
     for answer in answers:
         if isinstance(answer, AdapterInfo):
             return answer
     raise EngineStopped("the replicas that were asked are lost; try again later")
+
+
+def _raise_first(answers: Sequence[Any]) -> None:
+    """Raise the first error among the answers, if there is one."""
+    for answer in answers:
+        if isinstance(answer, AioEngineError):
+            raise answer

@@ -1,0 +1,74 @@
+"""Changes of adapters that are cancelled at any point: made everywhere or nowhere, and nothing is left."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+from support.adapter_infos import adapter_info
+from support.cancel_at import Moment, cancel_everywhere
+from support.fleet_process import needs_ray
+from support.registry_actor import RegistryActor
+from support.small_fleet import Door, replica
+
+from aioengine.fleet import replica as replicas
+from aioengine.fleet.wire import Residency
+from aioengine.lab.simulation.clock import run_in_virtual_time
+
+needs_ray()
+
+
+@pytest.fixture(autouse=True)
+def without_serve(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(replicas, "_own_id", lambda: "own")
+
+
+@pytest.mark.parametrize("moment", ["waiting", "resuming"])
+@pytest.mark.parametrize("what", ["load", "replace", "unload", "pin", "load again"])
+def test_a_cancelled_change_is_made_everywhere_or_nowhere(what: str, moment: Moment) -> None:
+    """Wherever it is cancelled, all replicas have what the registry has, and nothing is left of it."""
+
+    async def main() -> None:
+        actor, ones = RegistryActor(), [await replica(), await replica()]
+
+        async def before(action: str) -> None:
+            await asyncio.sleep(0.01)
+
+        door = Door(ones[0], before, ones[1])
+        await door.adapters.start(actor)
+        for index, member in enumerate(door.members.members.values()):  # both have it in memory
+            held = adapter_info("sql", version=index + 1, digest="sql")
+            member.residency = Residency([], [held])
+
+        async def work() -> None:
+            if what == "unload":
+                await door.adapters.unload("sql", force=False)
+            elif what == "pin":
+                await door.adapters.pin("sql", force=False)
+            else:
+                await door.load("sql", replace=what == "replace")
+
+        async def after() -> None:
+            await asyncio.sleep(1.0)
+            entries = await actor.entries.remote()
+            found = {entry.name: entry.version for entry in entries}
+            pinned = {entry.name for entry in entries if entry.pinned}
+            for one in ones:
+                assert not one.engine.prepared and one.engine.pinned == pinned
+                assert one.engine.has.keys() == found.keys()
+                for name, version in found.items():
+                    assert one._versions.own(f"{name}@{version}") == f"{name}@{one.engine.has[name]}"
+            assert door.adapters.known.version("sql") == found.get("sql")
+            if what != "load" or "sql" not in found:
+                await asyncio.wait_for(door.load("sql"), 1.0)  # no change blocks the next one
+            if what == "load":
+                await door.adapters.unload("sql", force=False)
+            elif pinned:
+                await door.adapters.unpin("sql")
+
+        if what != "load":
+            await door.load("sql")
+        assert await cancel_everywhere(work, moment, after) > 3
+        await door.adapters.stop()
+
+    run_in_virtual_time(main())
