@@ -67,6 +67,8 @@ class Batcher:
         self.running = running
         """The running requests by ``seq``, in order of admission."""
         self.preemptions = 0
+        self.has_prompts = False
+        """Whether the last batch that was formed has parts of prompts, or forced tokens."""
         self._now = 0.0
         """Time of the step that is formed, or in flight."""
         self._emit = emit
@@ -156,6 +158,7 @@ class Batcher:
             self._compute(oldest, allowance, Floor(), work, now)
         if self.preemptions > preemptions:  # a request in ``work`` may have lost its blocks to a later one
             work = [part for part in work if part[1].status is Status.RUNNING]
+        self.has_prompts = bool(forced) or len(work) > len(decodes)
         work.sort(key=_slot_of)
         return [request for _, request, _ in work], [part for _, _, part in work]
 

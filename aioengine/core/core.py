@@ -607,6 +607,7 @@ class Core:
         decode in it. None if one ends in it, or if each step does more than to decode."""
         if (
             batch.moves
+            or self.batcher.has_prompts
             or self._speculation is not None
             or self.border is not None
             or self.blocks.window is not None  # blocks are given back from step to step

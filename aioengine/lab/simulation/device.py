@@ -79,11 +79,12 @@ class SimulatedDevice(Device):
     def _result(self, batch: StepBatch, took: float) -> StepResult:
         token, end, lengths = self._token, self._end, self.lengths
         sampled: list[Sampled | None] = []
-        for work in batch.sequences:
-            if not work.sample:
+        for request_id, _, tokens, start, _, sample, _, _, _, prompt_len, _, _ in batch.sequences:
+            if sample:
+                made = start + len(tokens) - prompt_len + 1
+                sampled.append(end if lengths.get(request_id) == made else token)
+            else:
                 sampled.append(None)
-                continue
-            sampled.append(end if _made(work) == lengths.get(work.request_id) else token)
         return StepResult(sampled, took - self._costs.step_overhead)
 
     def repeat(self, batch: StepBatch, most: int, until: float, take: TakeSteps) -> RepeatedSteps | None:
