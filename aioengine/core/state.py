@@ -175,10 +175,7 @@ class Sink(Protocol):
 
     @property
     def takes_many(self) -> bool:
-        """Whether it has ``push_many``."""
-
-    def push_many(self, now: float) -> None:
-        """Take several tokens at once, none of which is a stop token, the last of them at ``now``."""
+        """Whether tokens need not be pushed, except the last one."""
 
     def end(self, reason: EndReason, error: Exception | None) -> None:
         """Note that the request has ended. Called once."""

@@ -191,8 +191,6 @@ class StepResults:
                 request.worst_gap = gap
             request.tokens += new
             request.last_token = last
-            if request.sink is not None:
-                request.sink.push_many(last)
         advanced: dict[int, int] = {}
         for step, filled, _, request in sorted(todo, key=itemgetter(0, 1, 2)):
             if not filled:

@@ -84,7 +84,6 @@ class OutputStream:
         self._prompt_logprobs: list[TokenLogprob | None] | None = None
         self._finish: FinishReason | None = None
         self._error: Exception | None = None
-        self._last_token: float | None = None
         self._read_at_end = False
         """Whether its reader waits for the end."""
         self._ready = asyncio.Event()
@@ -92,7 +91,6 @@ class OutputStream:
 
     def push(self, sampled: Sampled, now: float, *, is_stop: bool) -> bool:
         """Add one token; see :meth:`OutputText.push`."""
-        self._last_token = now
         if self._logprobs is not None and sampled.logprob is not None:
             self._logprobs.append(sampled.logprob)
         text = self._text
@@ -101,7 +99,7 @@ class OutputStream:
             self._replayed -= 1
             self._tokens_seen += 1
             self._text_seen = len(self._text.text)
-        else:
+        elif not self._read_at_end:
             self._ready.set()
         return stopped
 
@@ -109,10 +107,6 @@ class OutputStream:
     def takes_many(self) -> bool:
         """Whether nobody looks at it before its end, and tokens change nothing but ``request.tokens``."""
         return self._read_at_end and self._text.is_empty and self._logprobs is None and not self._replayed
-
-    def push_many(self, now: float) -> None:
-        """Take several tokens, the last of them at ``now``; only where ``takes_many``."""
-        self._last_token = now  # its reader waits for the end
 
     def end(self, reason: EndReason, error: Exception | None) -> None:
         """End the stream, with the fields of :class:`~aioengine.events.RequestEnded`."""
@@ -163,7 +157,7 @@ class OutputStream:
             pinned_tokens=request.pinned_tokens,
             arrival=request.arrival,
             first_token=request.first_token,
-            last_token=self._last_token,
+            last_token=request.last_token,
             grown=self._grown,
             pieces=pieces,
             scores=len(logprobs),
