@@ -25,11 +25,13 @@ def check_integer(
     error: type[AioEngineError] = ConfigError,
 ) -> None:
     """Raise ``error``, naming ``field``, unless ``value`` is an integer in ``low..high``."""
+    is_integer = isinstance(value, int) and not isinstance(value, bool)
+    if is_integer and (low is None or value >= low) and (high is None or value <= high):  # type: ignore[operator]
+        return
     bound = "" if low is None else f">= {low}" if high is None else f"in {low}..{high}"
-    if isinstance(value, bool) or not isinstance(value, int):
+    if not is_integer:
         raise error(f"{field}={value!r}: must be an integer {bound}".rstrip())
-    if (low is not None and value < low) or (high is not None and value > high):
-        raise error(f"{field}={value}: must be {bound}")
+    raise error(f"{field}={value}: must be {bound}")
 
 
 def check_number(

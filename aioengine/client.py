@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, Protocol, Unpack, runtime_checkable
+from typing import TYPE_CHECKING, NamedTuple, Protocol, Unpack, cast, runtime_checkable
+
+import msgspec
 
 from aioengine.errors import EngineDead
 from aioengine.info import AdapterInfo, EngineState
 from aioengine.metrics.page.feed import ScrapedMetrics, WatchedEngine
-from aioengine.request import Prompt, RequestKeywords, SamplingParams, TokenConstraint, Wanted
+from aioengine.request import Prompt, RequestKeywords, RequestOptions, SamplingParams, TokenConstraint, Wanted
 from aioengine.runtime.output import RequestOutput, SoFar
 from aioengine.step import BytesLike
 
@@ -102,6 +104,7 @@ class EngineClient(WatchedEngine, Protocol):
         prompt: Prompt,
         params: SamplingParams | None = None,
         *,
+        options: RequestOptions | None = None,
         follow: Callable[[SoFar], None] | None = None,
         **keywords: Unpack[RequestKeywords],
     ) -> RequestOutput: ...
@@ -129,3 +132,10 @@ class EngineClient(WatchedEngine, Protocol):
     def limit_waiting(self, max_waiting: Mapping[str, int]) -> None: ...
     def grammars(self, limits: GrammarLimits | None = None) -> GrammarCompiler: ...
     def at_stop(self, close: Callable[[], Awaitable[None]]) -> None: ...
+
+
+def as_keywords(options: RequestOptions) -> RequestKeywords:
+    """Return keywords for the same options."""
+    values = msgspec.structs.asdict(options)
+    mix = values.pop("mix")
+    return cast(RequestKeywords, values if mix is None else {**values, "adapter": mix})

@@ -375,14 +375,19 @@ class AsyncEngine:
         prompt: Prompt,
         params: SamplingParams | None = None,
         *,
+        options: RequestOptions | None = None,
         follow: Callable[[SoFar], None] | None = None,
         **keywords: Unpack[RequestKeywords],
     ) -> RequestOutput:
         """Run one request and return all of its output at once. Other arguments and errors are those of
         :meth:`generate`. It costs less than that, because the caller is woken once, at the end. When the
-        request is accepted, ``follow`` is given a function that returns its output so far."""
+        request is accepted, ``follow`` is given a function that returns its output so far. ``options`` take
+        the place of all keywords but ``request_id``."""
         self._check_running()
-        request_id, options = split_keywords(keywords)
+        if options is None:
+            request_id, options = split_keywords(keywords)
+        else:
+            request_id = keywords.get("request_id")
         stream = await self._submitter.submit(prompt, params, options, request_id)
         if follow is not None:
             follow(stream.so_far)

@@ -87,7 +87,7 @@ class EventStreams:
     def __init__(self) -> None:
         # Weak references, so that a stream that its reader has dropped is freed, closed or not.
         self._streams: WeakSet[EventStream[Any]] = WeakSet()
-        self._ended = False
+        self._ended = self._was_used = False
 
     def __len__(self) -> int:
         return len(self._streams)
@@ -102,12 +102,13 @@ class EventStreams:
         wanted: tuple[Any, ...] = types or (Event,)
         stream: EventStream[E] = EventStream(wanted, buffer, self._streams.discard)
         self._streams.add(stream)
+        self._was_used = True
         if self._ended:
             stream.end()
         return stream
 
     def __call__(self, event: Event) -> None:
-        if not self._streams:  # iterating over an empty WeakSet takes longer than this check
+        if not self._was_used:  # iterating over an empty WeakSet takes longer than this check
             return
         for stream in self._streams:
             stream.offer(event)

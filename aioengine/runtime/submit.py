@@ -68,9 +68,9 @@ class Submitter:
         if tokens is not None:  # a request that can never run must get this error, and not "try again later"
             self._check_prompt(tokens, params)
         ticket = self._reserve(options.tenant, counted, arrival, None if tokens is None else len(tokens))
-        named = "" if adapter is None else f" for adapter {adapter!r}"
+        at_once = tokens is not None and adapter is None and not options.output and not options.cache_pins
         try:
-            async with _holding(ticket, due, f"request {request_id!r}{named}"):
+            async with _NOTHING if at_once else _holding(ticket, due, request_id, adapter):
                 if tokens is None:
                     tokens = await self._tokenize(prompt, ticket.tenant)
                     self._check_prompt(tokens, params)
@@ -222,8 +222,14 @@ class Submitter:
             raise RequestInvalid(f"stop={params.stop!r}: needs a tokenizer, and the model has none")
 
 
+_NOTHING = contextlib.nullcontext()
+"""Context of a request for which nothing has to be awaited."""
+
+
 @contextlib.asynccontextmanager
-async def _holding(ticket: Ticket, due: float | None, who: str) -> AsyncIterator[None]:
+async def _holding(
+    ticket: Ticket, due: float | None, request_id: str, adapter: Wanted
+) -> AsyncIterator[None]:
     """Give up what is awaited within at the request's deadline, or when another request displaces it."""
     lost: list[EngineOverloaded] = []
 
@@ -239,7 +245,8 @@ async def _holding(ticket: Ticket, due: float | None, who: str) -> AsyncIterator
     except TimeoutError:
         if not limit.expired():
             raise
-        late = f"{who}: its deadline passed before it was accepted"
+        named = "" if adapter is None else f" for adapter {adapter!r}"
+        late = f"request {request_id!r}{named}: its deadline passed before it was accepted"
         raise lost[0] if lost else DeadlineExceeded(late) from None
     if lost:
         raise lost[0]

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable
+from operator import attrgetter
 from typing import Any
 
 import msgspec
@@ -77,9 +78,9 @@ class RequestRecord(msgspec.Struct, kw_only=True, eq=False):
     def fields(self) -> dict[str, Any]:
         """Return the known fields, for a structured log."""
         return {
-            name: round(value, 6) if isinstance(value, float) else value
-            for name in _LOGGED
-            if (value := getattr(self, name)) is not None and (name != "stream" or value)
+            name: round(value, 6) if type(value) is float else value
+            for name, value in zip(_LOGGED, _logged(self), strict=True)
+            if value is not None and value is not False
         }
 
 
@@ -90,6 +91,7 @@ _NOT_LOGGED = frozenset(
     )
 )
 _LOGGED = tuple(name for name in RequestRecord.__struct_fields__ if name not in _NOT_LOGGED)
+_logged = attrgetter(*_LOGGED)
 
 
 def log_request(record: RequestRecord, *, quiet: bool = False) -> None:
@@ -111,4 +113,6 @@ def log_request(record: RequestRecord, *, quiet: bool = False) -> None:
 def _plain(value: object) -> str:
     """Return the value as one word on one line, whatever a client has put into it."""
     text = str(value)
+    if type(value) is not str:
+        return text
     return text if text.isprintable() and " " not in text else repr(text)

@@ -89,6 +89,8 @@ class ServerApp:
         self._pace = Pace(settings.retry_after)
         self._spans = None if tracer_provider is None else _http_spans(tracer_provider)
         self._active = 0
+        self._tells_active = False
+        """Whether the metrics know where to ask for ``active``."""
         self._idle = asyncio.Event()
         self._idle.set()
         self._documents: asyncio.Future[None] | None = None
@@ -146,8 +148,11 @@ class ServerApp:
     def open(self) -> None:
         """Start to watch the keys file; the first request does so too. Needs a running loop."""
         self._gate.watch()
+        if self._tells_active:
+            return
         with contextlib.suppress(EngineStopped):  # not started yet: the next request does it
             self.context.engine.metrics.http.active = lambda: self._active
+            self._tells_active = True
 
     def close(self) -> None:
         """End the live page's streams, which a server that shuts down would wait for."""

@@ -20,7 +20,7 @@ from typing import Any, TypeVar, cast
 
 import msgspec
 
-from aioengine.client import EngineClient
+from aioengine.client import EngineClient, as_keywords
 from aioengine.config import EngineConfig
 from aioengine.errors import DeadlineExceeded
 from aioengine.metrics.page.plumbing import Departure, Receive, disconnected
@@ -107,7 +107,7 @@ class Room:
         bounds = (config.max_waiting_tokens, config.max_waiting_tokens_per_tenant)
         self.tokens = min((bound // 2 for bound in bounds if bound is not None), default=None)
         self._held = 0
-        self._freed = asyncio.Condition()
+        self._freed: asyncio.Condition | None = None
 
     @asynccontextmanager
     async def holding(self, tokens: int) -> AsyncIterator[None]:
@@ -116,15 +116,16 @@ class Room:
         if most is None:
             yield
             return
-        async with self._freed:
-            await self._freed.wait_for(lambda: self._held == 0 or self._held + tokens <= most)
+        freed = self._freed = self._freed or asyncio.Condition()
+        async with freed:
+            await freed.wait_for(lambda: self._held == 0 or self._held + tokens <= most)
             self._held += tokens
         try:
             yield
         finally:
             self._held -= tokens
-            async with self._freed:
-                self._freed.notify_all()
+            async with freed:
+                freed.notify_all()
 
 
 class Generation:
@@ -192,7 +193,8 @@ class Generation:
     def claimed(self) -> Iterator[None]:
         """Context that claims memory for log-probabilities and vectors, as they come. Raises ApiError if
         requests hold too much."""
-        if self._scores is None:
+        none = not self.scored and all(own.logprobs is None and own.pooling is None for own in self._params)
+        if self._scores is None or none:
             yield
             return
         with self._scores.claimed(self._options.tenant, self.scored) as self._hold:
@@ -224,7 +226,9 @@ class Generation:
         raises."""
         prompt = self._prompt(index)
         async with self._room.holding(len(prompt)):
-            stream = self._engine.generate(prompt, self._params[index], **self._keywords(index))
+            keywords = as_keywords(self._options)
+            keywords["request_id"] = self._id_of(index)
+            stream = self._engine.generate(prompt, self._params[index], **keywords)
             try:
                 async for output in stream:
                     if output.logprobs_delta or output.pooled is not None:
@@ -249,7 +253,9 @@ class Generation:
 
         async with self._room.holding(len(prompt)):
             try:
-                found = await self._engine.complete(prompt, params, follow=follow, **self._keywords(index))
+                found = await self._engine.complete(
+                    prompt, params, options=self._options, follow=follow, request_id=self._id_of(index)
+                )
                 self._last[index] = found
                 return found
             except BaseException:
@@ -260,12 +266,8 @@ class Generation:
                 so_far.pop(index, None)
                 self._note(self._last[index])
 
-    def _keywords(self, index: int) -> Any:
-        options = msgspec.structs.asdict(self._options)
-        if (mix := options.pop("mix")) is not None:
-            options["adapter"] = mix
-        options["request_id"] = self.request_id if len(self) == 1 else f"{self.request_id}-{index}"
-        return options
+    def _id_of(self, index: int) -> str:
+        return self.request_id if len(self) == 1 else f"{self.request_id}-{index}"
 
     def _hold_numbers(self, index: int, output: RequestOutput) -> None:
         """Count the numbers that are new since the choice's last output, and store a vector compactly."""

@@ -386,14 +386,3 @@ async def test_what_comes_while_the_loop_is_busy_comes_in_time(begun: bytes, ser
             time.sleep(1.1)  # noqa: ASYNC251 - the loop stands still
             assert b" 200 " in await answer(first)
             assert await answer(second) == b""  # nothing has come from this one
-
-
-async def test_half_of_a_request_is_refused_in_time(serve: Serve) -> None:
-    async with serve(listen={"header_timeout": 0.1}) as served:
-        host, _, port = served.url.removeprefix("http://").rpartition(":")
-        for sent, status in ((b"", b""), (GET[:-2], b"HTTP/1.1 408 "), (GET + GET[:9], b"HTTP/1.1 408 ")):
-            reader, writer = await asyncio.open_connection(host, int(port))
-            writer.write(sent)
-            answers = await asyncio.wait_for(reader.read(), 60)
-            assert answers.rpartition(b"}")[2][:13] == status
-            writer.close()

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Unpack
 import msgspec
 
 from aioengine import errors
-from aioengine.client import UsageLedger
+from aioengine.client import UsageLedger, as_keywords
 from aioengine.events import Event
 from aioengine.fleet.cluster import tls_context
 from aioengine.fleet.config import FleetConfig
@@ -215,10 +215,14 @@ class FleetClient:
         prompt: Prompt,
         params: SamplingParams | None = None,
         *,
+        options: RequestOptions | None = None,
         follow: Callable[[SoFar], None] | None = None,
         **keywords: Unpack[RequestKeywords],
     ) -> RequestOutput:
-        """Return the last output of :meth:`generate`. ``follow`` is as in ``AsyncEngine.complete``."""
+        """Return the last output of :meth:`generate`. ``options`` and ``follow`` are as in
+        ``AsyncEngine.complete``."""
+        if options is not None:
+            keywords |= as_keywords(options)
         last: RequestOutput | None = None
         if follow is not None:
             follow(lambda: last)

@@ -31,6 +31,8 @@ class BodyBudget:
     def hold(self, owner: str | None, more: int, *, largest: int) -> str | None:
         """Count ``more`` bytes as held by ``owner``; a body has at most ``largest`` bytes. Returns the reason
         if there is no room."""
+        if not more:
+            return None
         most, own = self._bodies * largest, self._of[owner]
         if more > 0 and self.held + more > most:
             return "the server is receiving as many large requests as it can"

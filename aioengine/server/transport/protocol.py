@@ -337,13 +337,9 @@ class BoundedProtocol(HttpToolsProtocol):
         self._timer = self.loop.call_later(seconds, self._time_out)
 
     def _time_out(self) -> None:
-        if self.is_closing:
-            self._real.close()
-        elif self._is_late:
+        if self._is_late and not self.is_closing:
             self._watch(LATE_SECONDS)
         else:
-            if self.scope is not None and not self._has_headers:  # a part of a request has come
-                self._answer(408, b"Request Timeout")
             self._real.close()
 
     def timeout_keep_alive_handler(self) -> None:
