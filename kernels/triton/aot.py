@@ -17,12 +17,14 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from aioengine.kernels.triton import eight_bits
 from aioengine.kernels.triton.attention import PART, default_config
 from aioengine.kernels.triton.blocks import FEW_ROWS as FEW_TOKENS
 from aioengine.kernels.triton.blocks import FORMATS, BlockConfig, default_blocks
 from aioengine.kernels.triton.experts import BLOCK_K, BLOCK_N, ROWS
 from aioengine.kernels.triton.jit.attention import attention_kernel
 from aioengine.kernels.triton.jit.blocks import block_linear_kernel
+from aioengine.kernels.triton.jit.eight_bits import eight_bits_kernel, round_rows_kernel
 from aioengine.kernels.triton.jit.elementwise import affine_kernel, embed_kernel
 from aioengine.kernels.triton.jit.expand import expand_kernel
 from aioengine.kernels.triton.jit.experts import expert_kernel
@@ -128,6 +130,7 @@ def variants() -> list[Variant]:
                 found.update(dict.fromkeys(of_attention(dtype, bits, head_dim, group)))
         found.update(dict.fromkeys(of_elementwise(dtype)))
         found.update(dict.fromkeys(of_blocks(dtype, bits)))
+        found.update(dict.fromkeys(of_eight_bits(dtype)))
     return list(found)
 
 
@@ -216,6 +219,26 @@ def of_block(
     return Variant("block_linear", dtype, tuple(constants.items()), config.num_warps, config.num_stages)
 
 
+def of_eight_bits(dtype: str) -> Iterator[Variant]:
+    """List what is computed in eight bits: with a scale for whole rows, and for groups of inputs. float8 is
+    for GPUs whose tensor cores have it."""
+    blocks = {"BLOCK_M": eight_bits.BLOCK_M, "BLOCK_N": eight_bits.BLOCK_N, "BLOCK_K": eight_bits.BLOCK_K}
+    for float8 in (0, 1):
+        for whole in (0, 1):
+            constants = {"FLOAT8": float8, "WHOLE": whole, "BIAS": 0, **blocks}
+            yield Variant(
+                *("eight_bits", dtype, tuple(constants.items()), eight_bits.WARPS, eight_bits.STAGES),
+                fp8=bool(float8),
+            )
+            block = eight_bits.ROW_BLOCK if whole else eight_bits.BLOCK_K
+            yield Variant("round_rows", dtype, (("FLOAT8", float8), ("BLOCK", block)), 4, 3)
+
+
+def compiles(variant: Variant, capability: int) -> bool:
+    """Whether GPUs of this compute capability run the variant."""
+    return variant.kernel != "eight_bits" or not variant.fp8 or capability >= 89
+
+
 def compile_variant(variant: Variant, capability: int) -> Usage:
     """Compiles (a second or so) for NVIDIA GPUs of this compute capability; tensors 16-byte aligned, sizes
     multiples of 16, as model dimensions are.
@@ -227,7 +250,7 @@ def compile_variant(variant: Variant, capability: int) -> Usage:
     signature = {name: _type(name, variant.dtype, constants) for name in kernel.arg_names}
     if variant.int8:
         signature["memory_ptr"] = "*i8"
-    if variant.fp8:
+    if variant.fp8 and "keys_ptr" in signature:
         signature |= dict.fromkeys(("keys_ptr", "values_ptr"), "*u8")
     aligned = {
         (i,): [["tt.divisibility", 16]]
@@ -256,15 +279,19 @@ _KERNELS: Mapping[str, Any] = {
     "activate": activate_kernel,
     "rope_store": rope_store_kernel,
     "block_linear": block_linear_kernel,
+    "eight_bits": eight_bits_kernel,
+    "round_rows": round_rows_kernel,
 }
 _POINTERS = {
-    "data_ptr": "*u8",
+    **dict.fromkeys(("data_ptr", "codes_ptr"), "*u8"),
     "zero_ptr": "*i16",
     "group_of_ptr": "*i32",
     "scale_ptr": "*fp32",
     **dict.fromkeys(("tiles_ptr", "tables_ptr", "arrivals_ptr"), "*i32"),
     **dict.fromkeys(("ids_ptr", "cells_ptr", "table_ptr"), "*i64"),
-    **dict.fromkeys(("scales_ptr", "partials_ptr", "stats_ptr", "cos_ptr", "sin_ptr"), "*fp32"),
+    **dict.fromkeys(
+        ("scales_ptr", "row_scales_ptr", "partials_ptr", "stats_ptr", "cos_ptr", "sin_ptr"), "*fp32"
+    ),
 }
 _FLOATS = ("eps", "scale", "soft_cap", "offset", "factor", "alpha", "limit")
 _ANY_NUMBER = (

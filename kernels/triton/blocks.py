@@ -1,11 +1,11 @@
 """Products with the weights of quantized checkpoints (GPTQ, AWQ, compressed-tensors, float8), as one Triton
 launch each; see :class:`Backend`.
 
-Weights stay as they are stored, and activations are not quantized. Where the inputs of a group are
-neighbours, codes are multiplied and their sums scaled, so a GPU differs from a CPU, which rounds each
-weight to the compute dtype, by that rounding. That reads a quarter or half of the bytes of 16-bit
-weights. The products themselves are of 16 bits, as in Marlin (Frantar et al., 2024, arXiv:2408.11743),
-without its order of weights.
+Weights stay as they are stored, and activations are not quantized, unless the weight allows for it and there
+are many rows (:mod:`aioengine.kernels.triton.eight_bits`). Where the inputs of a group are neighbours, codes
+are multiplied and their sums scaled, so a GPU differs from a CPU, which rounds each weight to the compute
+dtype, by that rounding. That reads a quarter or half of the bytes of 16-bit weights. The products themselves
+are of 16 bits, as in Marlin (Frantar et al., 2024, arXiv:2408.11743), without its order of weights.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from aioengine.kernels.blocks import BlockWeight, StackedWeight
+from aioengine.kernels.triton import eight_bits
 from aioengine.kernels.triton.jit.blocks import FP8, INT4, INT8, block_linear_kernel
 from aioengine.kernels.triton.launch import on
 from aioengine.kernels.weight import Weight
@@ -64,10 +65,16 @@ def linear(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
     if not any(isinstance(part, BlockWeight) and covers(part) for part in parts):
         return weight.linear(x, bias)
     y, begin = x.new_empty(len(x), weight.n), 0
+    rounded: dict[tuple[str, int], eight_bits.Rows] = {}
     for part in parts:
         end = begin + part.n
         own = None if bias is None else bias[begin:end]
-        if isinstance(part, BlockWeight) and covers(part):
+        if isinstance(part, BlockWeight) and len(x) > FEW_ROWS and eight_bits.covers(part, x.device):
+            key = part.format, part.group
+            if key not in rounded:
+                rounded[key] = eight_bits.round_rows(x, *key)
+            eight_bits.multiply(rounded[key], part, own, y[:, begin:end])
+        elif isinstance(part, BlockWeight) and covers(part):
             if len(x):
                 rows = len(x)
                 ordered = part.group_of is not None

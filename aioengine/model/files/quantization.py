@@ -32,6 +32,7 @@ def with_quantization(spec: ModelSpec, quantization: Quantization, device: str) 
         for place in places:
             packing = packing_of(quantization, spec.stored_shape(place[1]).in_features)
             if packing is not None:
+                packing = msgspec.structs.replace(packing, rounds=device != "cpu")
                 packed[spec.module_name(*place)] = packing
     return msgspec.structs.replace(spec, packed=packed)
 

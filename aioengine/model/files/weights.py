@@ -101,7 +101,7 @@ def load_weights(decoder: Decoder, path: Path, progress: LoadProgress | None = N
             )
         if isinstance(parameter, BlockWeight):
             packing = partition.whole.packed[name.removesuffix(".weight")]
-            if isinstance(stored, StoredBlocks) and stored.packing == packing:
+            if isinstance(stored, StoredBlocks) and stored.packing.stores_as(packing):
                 _fill_blocks(parameter, stored, part, f"{path}: {name}")
             else:
                 _quantize(parameter, packing, stored, part, f"{path}: {name}")

@@ -3,8 +3,9 @@
 "pack-quantized": ``weight_packed`` [n, k / 8] has codes along the inputs in each int32, the lowest first,
 with half of their range added; "int-quantized": ``weight`` [n, k] int8; "float-quantized": float8. Beside
 them ``weight_scale`` [n, groups], [n, 1] or [1], and, for what is not symmetric, ``weight_zero_point``;
-``weight_g_idx`` [k] has the group of each input where inputs are ordered. Scales of activations are not used:
-these stay in the compute dtype, which is more exact.
+``weight_g_idx`` [k] has the group of each input where inputs are ordered. Scales of activations are not used.
+These stay in the compute dtype, which is more exact, except on CUDA for many rows, if the checkpoint rounds
+them with scales of their own ("dynamic").
 https://github.com/vllm-project/compressed-tensors
 """
 
@@ -42,7 +43,14 @@ class CompressedTensors:
                 "config_groups", list(groups), "different settings for groups are not supported"
             )
         self._format, self._bits, self._symmetric, self._group, block = settings[0]
-        self._float = FP8(path, {"weight_block_size": block, "quant_method": "compressed-tensors"})
+        inputs = [group.get("input_activations") for group in groups.values()]
+        self._rounds = all(
+            isinstance(x, dict) and x.get("num_bits") == 8 and x.get("dynamic") for x in inputs
+        )
+        settings_of_float = {"activation_scheme": "dynamic" if self._rounds else "static"}
+        self._float = FP8(
+            path, {**settings_of_float, "weight_block_size": block, "quant_method": "compressed-tensors"}
+        )
 
     def _weights(
         self, name: str, group: Any, config: Mapping[str, Any]
@@ -90,6 +98,7 @@ class CompressedTensors:
             zeros=not self._symmetric,
             ordered="weight_g_idx" in headers,
             middle=8 if four else 0,
+            rounds=self._rounds,
         )
         scale = headers.get("weight_scale")
         if group or scale is None or scale.shape not in ((), (1,), (n,), (1, 1)):

@@ -2,7 +2,8 @@
 
 ``weight`` [n, k] float8, and ``weight_scale`` [], [1], [n] or [n, 1], or ``weight_scale_inv``
 [ceil(n / 128), ceil(k / 128)] as DeepSeek-V3 has it, by which weights are multiplied despite its name.
-The checkpoint's scales of activations are not used: these stay in the compute dtype, which is more exact.
+The checkpoint's scales of activations are not used. These stay in the compute dtype, which is more exact,
+except on CUDA for many rows, if the checkpoint rounds them with a scale of their own ("dynamic").
 """
 
 from __future__ import annotations
@@ -28,6 +29,11 @@ class FP8:
 
     def __init__(self, path: Path, config: Mapping[str, Any]) -> None:
         self._wrong = wrong = Wrong(path, config["quant_method"])
+        # fbgemm_fp8 has no other; static scales are not read.
+        scheme = config.get(
+            "activation_scheme", "dynamic" if config["quant_method"] == "fbgemm_fp8" else None
+        )
+        self._rounds = scheme == "dynamic"
         block = config.get("weight_block_size")
         pair = isinstance(block, Sequence) and len(block) == 2
         if block is not None and not (pair and all(isinstance(x, int) and x > 0 for x in block)):
@@ -50,7 +56,7 @@ class FP8:
         if found.dtype not in _SCALE_TYPES:
             raise self._wrong.tensor(f"{module}.{kind}", f"{found.dtype} is not supported for scales")
         if found.shape in ((), (1,), (n,), (n, 1), (1, 1)):
-            return Layout(n, k, Packing(format="fp8"))
+            return Layout(n, k, Packing(format="fp8", rounds=self._rounds))
         if self._block is None:
             raise self._wrong.tensor(
                 f"{module}.{kind}",
@@ -59,7 +65,7 @@ class FP8:
         rows, group = self._block
         check_group(group, max(k, group), f"{module}.{kind}", self._wrong)
         self._wrong.check(module, headers, {kind: ((-(-n // rows), -(-k // group)), _SCALE_TYPES)})
-        return Layout(n, k, Packing(format="fp8", group=group))
+        return Layout(n, k, Packing(format="fp8", group=group, rounds=self._rounds))
 
     def fields(self, module: str, layout: Layout, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         import torch
