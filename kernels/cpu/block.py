@@ -139,6 +139,12 @@ class Block:
         self._linears = (parts.qkv, parts.o, parts.gate_up, parts.down)
         self._structs: dict[bool, Any] = {adapted: parts.struct(adapted=adapted) for adapted in (False, True)}
 
+    def lead_to(self, following: Block) -> None:
+        """Have the weights of the layer that follows fetched while this one ends."""
+        for adapted, struct in self._structs.items():
+            linear = following.parts.qkv
+            struct.next = ctypes.pointer(linear.with_adapters if adapted else linear.base)
+
     def __call__(self, hidden: Tensor, rotation: Rotation, scratch: Scratch, batch: LoRABatch) -> None:
         """Change ``hidden`` [T, size], contiguous, in place. Not for several threads at once."""
         cos, sin, _ = rotation

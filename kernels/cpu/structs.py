@@ -124,7 +124,7 @@ class Block(Structure):
     """A layer of attention and a gated MLP; see ``src/parts.cpp``."""
 
     _fields_ = [
-        *((name, POINTER(AdaptedLinear)) for name in ("qkv", "o", "gate_up", "down")),
+        *((name, POINTER(AdaptedLinear)) for name in ("qkv", "o", "gate_up", "down", "next")),
         *((name, c_void_p) for name in ("input_norm", "attention_norm", "mlp_input_norm", "mlp_norm")),
         *(("sinks", c_void_p), ("head_norms", POINTER(HeadNorms)), ("keys", c_void_p), ("values", c_void_p)),
         *((name, c_int64) for name in ("size", "heads", "kv_heads", "head_dim", "block_size", "block_bytes")),

@@ -42,10 +42,13 @@ class WholeLayers:
         self._changed: list[Any] = []
         attentions = {name.rpartition(".")[0] for name, m in modules.items() if hasattr(m, "layer_idx")}
         gated = [name for name, m in modules.items() if isinstance(vars(m).get("forward"), GatedForward)]
+        before: LayerForward | None = None
         for name in gated:
             parent = name.rpartition(".")[0]
             if parent in attentions and "forward" not in vars(modules[parent]):
-                modules[parent].forward = LayerForward(modules[parent], holder, rounds)
+                before = modules[parent].forward = LayerForward(
+                    modules[parent], holder, before, rounds=rounds
+                )
                 self._changed.append(modules[parent])
 
     def undo(self) -> None:
@@ -65,7 +68,9 @@ class Source(NamedTuple):
 class LayerForward:
     """Computes a layer as a whole, once it is recognised."""
 
-    def __init__(self, module: Any, holder: Holder, rounds: bool) -> None:
+    def __init__(self, module: Any, holder: Holder, before: LayerForward | None, *, rounds: bool) -> None:
+        self._before = before
+        """The layer before it, as far as is known."""
         self._own = own_forward(module)
         self._factors = [value for value in vars(module).values() if isinstance(value, float)]
         self._holder = holder
@@ -144,6 +149,8 @@ class LayerForward:
                 if self._same(self._compute(block, step, (inputs, *rest), named), expected)
             ]
         self.block = candidates[0] if candidates else None
+        if self.block is not None and self._before is not None and self._before.block is not None:
+            self._before.block.lead_to(self.block)
 
     def _same(self, found: Tensor | None, expected: Tensor) -> bool:
         if found is None or not equal(found, expected, tolerance_of(expected.dtype, self._rounds)):

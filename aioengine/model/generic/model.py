@@ -123,9 +123,9 @@ class GenericModel:
         attention.register()
         self._packed: PackedLinears | None = None
         self._blocks: Blocks | None = None
-        self._forms = LibraryForms(spec, quantization) if library else None
+        self._library, self._quantization = library, quantization
         self._stays_packed = library and (bool(spec.packed) or quantization != "none")
-        self.rounds = self._forms is not None and self._forms.rounds
+        self.rounds = False
         """Whether linears round their inputs to int8."""
         self.nbytes = sum(parameter.nbytes for parameter in self.model.parameters())
         """Bytes of the weights."""
@@ -145,7 +145,7 @@ class GenericModel:
         usual = [way for way in WAYS if way.flat <= self.spec.flat]
         if self._stays_packed:
             return [way for way in usual if way.packed]
-        return [way for way in usual if not way.packed or self._forms is not None]
+        return [way for way in usual if not way.packed or self._library]
 
     def take(self, way: Way) -> None:
         """Compute in this way from now on."""
@@ -176,10 +176,9 @@ class GenericModel:
     def _pack(self) -> PackedLinears:
         from aioengine.model.generic.packing import PackedLinears
 
-        assert self._forms is not None
-        self._packed = PackedLinears(
-            self.modules, self.spec, self.hooks, self.holder, self.kernels, self._forms
-        )
+        forms = LibraryForms(self.spec, self._quantization, self.dtype)
+        self.rounds = forms.rounds
+        self._packed = PackedLinears(self.modules, self.spec, self.hooks, self.holder, self.kernels, forms)
         return self._packed
 
     def use_own_attention(self, own: bool) -> None:

@@ -33,18 +33,24 @@ from aioengine.model.spec import Quantization
 
 
 class LibraryForms:
-    """Which form the CPU library has of each linear's weight."""
+    """Makes the weights that the CPU library computes with, in one piece of memory."""
 
-    def __init__(self, spec: GenericSpec, quantization: Quantization) -> None:
+    def __init__(self, spec: GenericSpec, quantization: Quantization, dtype: torch.dtype) -> None:
         """``quantization`` is what is done to the weights that the spec does not pack already."""
-        self._spec = spec
+        self._spec, self._dtype = spec, dtype
         self._quantized = set() if quantization == "none" else set(spec.quantizable)
         self._form = Int4Weight if quantization == "int4" else QuantizedWeight
         self.rounds = bool(self._quantized) and has_int8_products()
         """Whether activations are rounded, too."""
-        shapes = [spec.shapes[x.module] for x in spec.linears if x.name in self._quantized]
-        sizes = [self._form.packed_bytes(shape.out_features, shape.in_features) for shape in shapes]
+        sizes = [
+            self._nbytes(x.name, spec.shapes[x.module].out_features, spec.shapes[x.module].in_features)
+            for x in spec.linears
+            if x.name not in spec.packed
+        ]
         self._arena = Arena(sum(sizes), len(sizes)) if sizes else None
+
+    def _nbytes(self, name: str, n: int, k: int) -> int:
+        return self._form.packed_bytes(n, k) if name in self._quantized else n * k * self._dtype.itemsize
 
     def pack(self, names: Sequence[str], weights: Sequence[Tensor]) -> LibraryWeight:
         """Return the weights of linears that read the same input, one below the other, as one."""
@@ -55,11 +61,13 @@ class LibraryForms:
                 for name, packing, weight in zip(names, packings, weights, strict=True)
             ]
             return PackedBlocks.pack(blocks)
-        whole = torch.cat(list(weights))
-        if names[0] not in self._quantized or self._arena is None:
-            return PackedWeight.pack(whole)
-        memory = self._arena.take(self._form.packed_bytes(*whole.shape))
-        return self._form.pack(whole, memory, int8_activations=self.rounds)
+        assert self._arena is not None
+        n, k = sum(len(weight) for weight in weights), weights[0].shape[1]
+        memory = self._arena.take(self._nbytes(names[0], n, k))
+        if names[0] in self._quantized:
+            return self._form.pack(torch.cat(list(weights)), memory, int8_activations=self.rounds)
+        whole = memory.view(self._dtype).view(n, k)
+        return PackedWeight.pack(torch.cat(list(weights), out=whole))
 
 
 class BlockForward:
@@ -128,7 +136,15 @@ def blocks_of(name: str, packing: Packing, weight: Tensor, device: torch.device)
     tensors = {key: torch.cat([piece[key] for piece in made]) for key in made[0]}
     if not bool(tensors["scale"].isfinite().all()):
         raise ConfigError(f"{name}.weight: a value is not finite; the checkpoint is damaged")
-    return BlockWeight(packing.format, k=k, dtype=weight.dtype, group=group, middle=packing.middle, **tensors)
+    return BlockWeight(
+        packing.format,
+        k=k,
+        dtype=weight.dtype,
+        group=group,
+        middle=packing.middle,
+        rounds=packing.rounds,
+        **tensors,
+    )
 
 
 def embed(weight: Weight, token_ids: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ struct AdaptedLinear {
 // sinks may be null.
 struct Block {
   const AdaptedLinear *qkv, *o, *gate_up, *down;
+  const AdaptedLinear* next;  // of the layer that follows; null if it is not known
   const void *input_norm, *attention_norm, *mlp_input_norm, *mlp_norm, *sinks;
   const aio::HeadNorms* head_norms;
   void *keys, *values;
@@ -109,7 +110,7 @@ AIO_EXPORT void aio_block(int bf16, const Block* block, const BlockStep* step, v
     x = norm(s.x, b.attention_norm, b.mlp_input_norm);
     linear(bf16, *b.gate_up, x, s.wide, s.tokens, threads, b.down);
     (b.gelu ? aio_gelu_and_mul : aio_silu_and_mul)(bf16, s.wide, s.narrow, s.tokens, b.down->matrix.k, threads);
-    linear(bf16, *b.down, s.narrow, s.x, s.tokens, threads);
+    linear(bf16, *b.down, s.narrow, s.x, s.tokens, threads, b.next);
     norm(s.x, b.mlp_norm, nullptr);
   });
 }
