@@ -147,6 +147,7 @@ def _pieces(stored: Stored | StoredBlocks, dtype: torch.dtype, rows: Ranges, whe
             dtype=dtype,
             group=stored.packing.group or k,
             middle=stored.packing.middle,
+            rounds=stored.packing.rounds,
             **_read_blocks(stored, where),
         )
     size = max(1, (1 << 22) // k)
