@@ -104,8 +104,7 @@ enum Exchange { NOTHING, GATHER, SUM, TOTAL, SQUARES };
 
 namespace {
 
-constexpr long FETCH_ROWS = 64;         // with more, the adapters are a small part of what is read
-constexpr long FETCH_BYTES = 2 << 20;
+constexpr long FETCH_TOKENS = 32;  // of an adapter; with more, its matrices are a small part of what is read
 
 struct Stopped {};
 
@@ -126,23 +125,22 @@ struct Run {
 
   size_t element() const { return m.bf16 ? 2 : 4; }
 
-  // Where the matrices A of the batch's adapters lie, as much as caches hold.
+  // Where the matrices A of the batch's adapters lie.
   std::vector<aio::Fetch> matrices(const LoraPool& pool, const LoraBatch& batch, long k) const {
     std::vector<aio::Fetch> found;
-    long bytes = 0;
-    for (long g = 0; g < batch.count; g++) {
+    const auto* const segments = (const aio::Segment*)batch.segments;
+    for (const aio::Segment* g = segments; g < segments + batch.count; g++) {
+      if (g->end - g->begin > FETCH_TOKENS) continue;
       long begin = -1, rows = 0;  // those of the slices adjoin
       for (long j = 0; j < pool.slices; j++) {
-        const aio::Where& where = m.slots.where(batch.segments[g * 4], pool.first + j);
+        const aio::Where& where = m.slots.where(g->slot, pool.first + j);
         if (where.a_rank > 0 && begin < 0) begin = where.a;
         rows += where.a_rank;
       }
       if (rows == 0) continue;
       const char* const from = m.slots.at(begin, element());
       found.push_back({from, m.slots.at(begin + rows * k, element()) - from});
-      bytes += found.back().bytes;
     }
-    if (bytes > FETCH_BYTES) found.clear();
     return found;
   }
 
@@ -191,8 +189,7 @@ struct Run {
               const Adapted& next, bool summand = false) const {
     const Matrix& w = *a.matrix;
     const LoraPool& pool = *a.pool;
-    std::vector<aio::Fetch> fetch;
-    if (rows <= FETCH_ROWS) fetch = matrices(*next.pool, batch, next.matrix->k);
+    const std::vector<aio::Fetch> fetch = matrices(*next.pool, batch, next.matrix->k);
     const aio::Adapters adapters{(const aio::Segment*)batch.segments, batch.count, s.h, &m.slots, pool.first, pool.slice,
                                  pool.slices, batch.width};
     const bool adapted = pool.slices > 0 && batch.count > 0;

@@ -9,7 +9,7 @@ namespace aio {
 
 // Gives out cache lines to be fetched while a thread computes its blocks, one or two for each step of the inner loop.
 // For each block that is: what is wanted when it is done, then the next block's weights, then a share of what is needed
-// after the linear. The last is left for the last half of the blocks, or what comes in between would drive it out.
+// after the linear. The last is left for the last blocks, at most half of them, or what comes in between would drive it out.
 class Fetcher {
  public:
   // `blocks` are the thread's.
@@ -17,10 +17,10 @@ class Fetcher {
     long total = 0;
     for (long i = 0; i < beside.fetch_count; i++) total += lines(beside.fetch[i]);
     const Range mine = share(total, index, threads);
-    left_ = mine.end - mine.begin;
+    left_ = mine.end - mine.begin < MOST_LATER ? mine.end - mine.begin : MOST_LATER;
     line_ = mine.begin;
     while (left_ > 0 && line_ >= lines(*later_)) line_ -= lines(*later_++);
-    late_ = (blocks + 1) / 2;
+    half_ = (blocks + 1) / 2;
   }
 
   // A block of so many steps begins. Call want() afterwards.
@@ -37,7 +37,7 @@ class Fetcher {
 
   // All is wanted; the block has so many steps.
   void ready(long steps) {
-    if (blocks_ <= late_ && left_ > 0) {
+    if (left_ > 0 && blocks_ <= half_ && (blocks_ - 1) * steps <= left_) {
       for (long quota = (left_ + blocks_ - 1) / blocks_; quota > 0 && left_ > 0;) {
         if (line_ == lines(*later_)) later_++, line_ = 0;
         long count = lines(*later_) - line_;
@@ -70,10 +70,12 @@ class Fetcher {
   }
 
  private:
+  static constexpr long MOST_LATER = (1 << 20) / 64;  // lines; about what a core's L2 cache holds
+
   static long lines(const Fetch& r) { return (r.bytes + 63) / 64; }
 
   const Fetch* later_;
-  long line_, left_, blocks_, late_;
+  long line_, left_, blocks_, half_;
   std::vector<Fetch> ranges_;
   size_t next_ = 0;
   long at_ = 0, total_ = 0;

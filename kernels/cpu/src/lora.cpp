@@ -3,6 +3,7 @@
 // LoRA: Hu et al., 2021, arXiv:2106.09685. Tokens grouped by adapter: Punica, Chen et al., 2023, arXiv:2310.18547.
 // A slot has A [rank, in] and B [out, rank] of every module that its adapter targets; a table says where. In int8 slots both
 // are whole numbers, which are exact in the type that is computed in; what A gives is multiplied by scales of its rows.
+#include <algorithm>
 #include <type_traits>
 #include <vector>
 
@@ -111,7 +112,8 @@ template <class T, class E, int TOKENS>
 inline vf products(const typename T::elem* x, long x_stride, const E* const (&a)[4], long k, const E* later) {
   constexpr long STEP = LANES * T::PER_LANE;
   vf acc[16];
-  for (int i = 0; i < 16; i++) acc[i] = vf{};
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; i++) acc[i] = vf{};  // unrolled here and below, or they leave the registers
   long i = 0;
   if constexpr (std::is_same_v<E, typename T::elem> && PER_VECTOR > 1) {
     constexpr int MOST = TOKENS * 4 + 4 + 3 <= REGISTERS ? TOKENS : 2;  // tokens whose sums have room
@@ -126,20 +128,29 @@ inline vf products(const typename T::elem* x, long x_stride, const E* const (&a)
   }
   for (; i + STEP <= k; i += STEP) {
     vu row[4];
+#pragma GCC unroll 4
     for (int r = 0; r < 4; r++) {
       row[r] = load_as<T>(a[r] + i);
       __builtin_prefetch(later + r * k + i, 0, 2);
     }
+#pragma GCC unroll 4
     for (int t = 0; t < TOKENS; t++) {
       const vu token = load((const uint32_t*)(x + t * x_stride + i));
+#pragma GCC unroll 4
       for (int r = 0; r < 4; r++) acc[t * 4 + r] = T::dot(acc[t * 4 + r], token, row[r]);
     }
   }
-  if (i < k)
+  if (i < k) {
+    vu row[4];
+#pragma GCC unroll 4
+    for (int r = 0; r < 4; r++) row[r] = load_tail_as<T>(a[r] + i, k - i);
+#pragma GCC unroll 4
     for (int t = 0; t < TOKENS; t++) {
       const vu token = load_tail<T>(x + t * x_stride + i, k - i);
-      for (int r = 0; r < 4; r++) acc[t * 4 + r] = T::dot(acc[t * 4 + r], token, load_tail_as<T>(a[r] + i, k - i));
+#pragma GCC unroll 4
+      for (int r = 0; r < 4; r++) acc[t * 4 + r] = T::dot(acc[t * 4 + r], token, row[r]);
     }
+  }
   return sums(acc);
 }
 
@@ -178,32 +189,41 @@ void shrink(const Shrink& s, const Segment* segments, long count, int threads) {
   using elem = typename T::elem;
   constexpr bool INT8 = !std::is_same_v<E, elem>;
   struct Task {
-    const Segment* segment;
     const Where* where;
-    long begin, slice, row;
+    long begin, end, slice, row, before;  // before: what all tasks before this one cost
   };
-  constexpr long TOKENS = 32;     // of a task, so that a long prompt is shared out too
+  constexpr long TOKENS = 32;      // of a task, so that a long prompt is shared out too
   constexpr long TASKS_AHEAD = 3;  // between the rows in use and those that are fetched
-  std::vector<Task> tasks;
+  constexpr long READING = 4;      // tokens that take as long as reading A
+  static thread_local std::vector<Task> kept;
+  std::vector<Task>& tasks = kept;  // threads of a team that is made here take their maker's
+  tasks.clear();
+  long cost = 0;
   for (const Segment* g = segments; g < segments + count; g++)
     for (long t = g->begin; t < g->end; t += TOKENS)
       for (long j = 0; j < s.slices; j++) {
         const Where* where = &s.slots->where(g->slot, s.first + j);
-        for (long r = 0; r == 0 || r < where->a_rank; r += 4) tasks.push_back({g, where, t, j, r});
+        const long end = t + TOKENS < g->end ? t + TOKENS : g->end;
+        for (long r = 0; r == 0 || r < where->a_rank; r += 4) {
+          tasks.push_back({where, t, end, j, r, cost});
+          cost += end - t + READING;
+        }
       }
+  const auto first_from = [&](long least) {
+    return std::lower_bound(tasks.begin(), tasks.end(), least, [](const Task& t, long c) { return t.before < c; }) -
+           tasks.begin();
+  };
   together(threads, [&](const Member& me) {
     std::vector<elem> wide(INT8 ? 4 * s.k : 0);
-    const Range mine = me.share(long(tasks.size()));
+    const Range costs = me.share(cost), mine = {first_from(costs.begin), first_from(costs.end)};
     for (long i = mine.begin; i < mine.end; i++) {
       const Task& task = tasks[i];
-      const Segment& g = *task.segment;
       const long rank = task.where->a_rank;
       const long rows = rank - task.row < 4 ? rank - task.row : 4;
       const auto rows_of = [&](const Task& of) { return (const E*)s.slots->at(of.where->a, sizeof(E)) + of.row * s.k; };
       const E* first = rows_of(task);
       const E* later = rows_of(tasks[i + TASKS_AHEAD < mine.end ? i + TASKS_AHEAD : i]);
-      const long end = task.begin + TOKENS < g.end ? task.begin + TOKENS : g.end;
-      const bool widened = INT8 && end - task.begin > 4;  // once for all tokens
+      const bool widened = INT8 && task.end - task.begin > 4;  // once for all tokens
       const E* a[4];
       const elem* w[4];
       vf scale = splatf(1.0f);
@@ -217,18 +237,20 @@ void shrink(const Shrink& s, const Segment* segments, long count, int threads) {
           for (int u = 0; u < 4; u++) scale[u * 4 + r] = of_row;
         }
       }
-      for (long t = task.begin; t < end; t += 4) {
+      for (long t = task.begin; t < task.end; t += 4) {
         const elem* x = (const elem*)s.x + t * s.x_stride;
-        const long tokens = end - t < 4 ? end - t : 4;
+        const long tokens = task.end - t < 4 ? task.end - t : 4;
         vf found = {};
         if (rows > 0) {  // else the module is not targeted
           found = widened ? products<T, elem>(tokens, x, s.x_stride, w, s.k, w[0])
                           : products<T, E>(tokens, x, s.x_stride, a, s.k, later);
           if (INT8) found *= scale;
         }
+        elem narrow[LANES];
+        T::store16(narrow, found);
         for (long u = 0; u < tokens; u++) {
           elem* h = (elem*)s.h + ((t + u) * s.slices + task.slice) * s.width + task.row;
-          for (long r = 0; r < rows; r++) h[r] = T::narrow(found[u * 4 + r]);
+          for (long r = 0; r < rows; r++) h[r] = narrow[u * 4 + r];
           if (task.row + 4 >= rank)
             for (long r = rows; r < s.width - task.row; r++) h[r] = elem{};
         }

@@ -10,6 +10,8 @@ namespace {
 
 constexpr long ROW_BLOCK = 128;  // rows of x, at most, that stay in the L2 cache while the panels pass by
 constexpr long LONG = 16;        // rows of a segment in a block from which on they get tiles of their own
+// Panels that short segments are added to together, because each time costs a call: so many, or as fit into so many bytes.
+constexpr long MOST_WAITING = 4 * PANELS, MOST_WAITING_BYTES = 256 << 10;
 
 // What an adapter adds to a tile: its B as lanes [panels][lanes][16], and of each panel where its slice begins in a row
 // of h, in lanes; below zero if nothing is added to the panel.
@@ -119,7 +121,11 @@ class Blocks {
   Blocks(const Member& me, const Linear& l, const Beside& beside, const Multiply& multiply, long blocks)
       : me_(me), l_(l), multiply_(multiply), adapters_(beside.adapters), next_(beside.next), left_(blocks),
         fetcher_(beside, me.index, me.count, blocks) {
-    if (adapters_ != nullptr) b_.resize(PANELS * adapters_->width / Out::PER_LANE * LANES);
+    if (adapters_ == nullptr) return;
+    const long panel = adapters_->width / Out::PER_LANE * LANES;
+    b_.resize(PANELS * panel);
+    const long fitting = MOST_WAITING_BYTES / (panel * adapters_->count * long(sizeof(uint32_t)) + 1);
+    most_waiting_ = fitting < MOST_WAITING ? fitting : MOST_WAITING;
   }
 
   // `w` are the block's weights; `next` is where those of the next block lie, if it is known.
@@ -133,7 +139,10 @@ class Blocks {
     fetcher_.ready((end - begin + ROWS - 1) / ROWS * lanes);
     if (adapters_ == nullptr) return rows(w, nullptr, begin, end, column, panels);
     adapted_rows(w, begin, end, column, panels);
-    add_to_short_segments(begin, end, column, panels);
+    waiting_ += panels;
+    if (adjoining > 0 && waiting_ < most_waiting_) return;
+    add_to_short_segments(begin, end, column + (panels - waiting_) * LANES, waiting_);
+    waiting_ = 0;
   }
 
  private:
@@ -183,7 +192,7 @@ class Blocks {
       fetcher_.want((const char*)next_.begin + share[0].first * next_.panel_bytes, share[0].panels * next_.panel_bytes);
   }
 
-  // Short segments would make tiles too small: they are added when the block is computed, and their matrices come out
+  // Short segments would make tiles too small: they are added when some blocks are computed, and their matrices come out
   // of memory meanwhile.
   void want_adapters(long begin, long end, long column, long panels) {
     const Adapters& a = *adapters_;
@@ -263,6 +272,7 @@ class Blocks {
   Panels next_;
   long left_;  // blocks
   Fetcher fetcher_;
+  long waiting_ = 0, most_waiting_ = 0;  // panels to which short segments are still to be added
   std::vector<uint32_t> b_;
 };
 
