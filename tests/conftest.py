@@ -50,9 +50,10 @@ LONG = [
     TESTS / part
     for part in (
         "kernels/test_triton.py",
+        "model/test_parallel.py",
         "server/test_schemathesis.py",
-        "engine/test_option_pairs.py",
         "engine/test_process_parallel.py",
+        "engine/test_option_pairs.py",
         "cli/test_lab.py",
         "model/test_any_model.py",
         "simulation/test_simulation.py",

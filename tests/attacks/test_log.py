@@ -7,11 +7,11 @@ import os
 import re
 import signal
 import socket
-import sys
 import time
 
 import httpx
 import pytest
+from support import preloaded
 from support.engine_fixtures import Tiny
 from support.server_process import SMALL
 
@@ -24,9 +24,7 @@ async def test_a_log_that_nobody_reads_stops_nothing(log_format: str, tiny_text:
     url = f"http://127.0.0.1:{port}"
     arguments = ["serve", "--model", str(tiny_text.model), "--served-model-name", "tiny", "--port", str(port)]
     arguments += ["--log-format", log_format, *SMALL]
-    process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "aioengine", *arguments, stderr=writing
-    )
+    process = preloaded.start("aioengine", *arguments, environment=os.environ, errors=writing)
     os.close(writing)
     try:
         async with httpx.AsyncClient(base_url=url, trust_env=False, timeout=10) as http:
