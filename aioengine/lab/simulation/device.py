@@ -49,6 +49,8 @@ class SimulatedDevice(Device):
         self._slot = SharedStage(costs.slot)
         self._merge = SharedStage(costs.merge_stage)
         self._max_rank = max_rank
+        self._nbytes: dict[int, int] = {}
+        """Bytes of adapters whose size is that of their rank, by rank."""
         self._held: dict[int, int] = {}
         """Bytes on the CPU by adapter uid."""
         self.disturbed = self._processor.disturbed
@@ -132,7 +134,7 @@ class SimulatedDevice(Device):
             raise AdapterLoadError(
                 "the workload has no adapter of this name", name=order.name, path=order.path
             )
-        nbytes = self._costs.adapter_nbytes(shape.rank) if shape.nbytes is None else shape.nbytes
+        nbytes = self._bytes_of(shape.rank) if shape.nbytes is None else shape.nbytes
         with self.disturbed(self._costs.disk.slowdown):
             seconds = await self._disk.transfer(nbytes)
         if shape.rank > self._max_rank:
@@ -143,6 +145,11 @@ class SimulatedDevice(Device):
             )
         self._held[order.uid] = nbytes
         return LoadedAdapter(shape.rank, nbytes, name, seconds, mergeable=True)
+
+    def _bytes_of(self, rank: int) -> int:
+        if rank not in self._nbytes:
+            self._nbytes[rank] = self._costs.adapter_nbytes(rank)
+        return self._nbytes[rank]
 
     async def place(self, uid: int, slot: int, offset: int | None = None) -> float:
         with self.disturbed(self._costs.slot.slowdown):
