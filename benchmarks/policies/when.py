@@ -1,7 +1,7 @@
 """When each policy wins and when it loses: five workloads, every policy against ``fcfs``.
 
     python -m benchmarks.policies.when            # all policies
-    python -m benchmarks.policies.when --quick --policies discard    # the table of docs/policies.md
+    python -m benchmarks.policies.when --quick    # as in docs/policies.md
 
 Each cell is the mean over seeds of the ratio to ``fcfs`` for the same arrivals (below 1 is better), with its
 95% interval by Student's t; of "goodput" the difference in percentage points (above 0 is better).
