@@ -67,6 +67,8 @@ class Setting(NamedTuple):
         return Experiment(
             workload=workload, policy=policy, preset=self.preset, slots=slots, slot_memory=slot_memory,
             cpu_loras=max(self.adapters, slots), max_lora_rank=64, seed=seed,
+            # Room for all of them with each kind of slots. By default it goes by the bytes of the slots.
+            max_cpu_lora_bytes=max(self.adapters, 1) * load_costs(self.preset).adapter_nbytes(64),
             kv_cache_memory=self.kv + (total if slot_memory == "shared" else 0),
         )  # fmt: skip
 
