@@ -57,7 +57,7 @@ class EngineFlags:
     max_num_seqs: int | None = None
     """Maximum running requests (64)."""
     kv_cache_memory: str | None = None
-    """Bytes, or text such as 2GiB; by default what is free."""
+    """Bytes, or text such as 2GiB; by default room for max_num_seqs requests."""
     policy: str | None = None
     """Scheduler policy (fcfs); aioengine policies lists them."""
     seed: int | None = None
@@ -140,7 +140,8 @@ class EngineFlags:
     adapter_root: Annotated[str | None, _IN_MORE_LORA] = None
     """Folder whose subfolders are adapters, by name."""
     slot_memory: Annotated[str | None, _IN_MORE_LORA] = None
-    """Bytes that all slots share, such as 256MiB; an adapter takes only what its ranks need."""
+    """Bytes that all slots share, such as 256MiB, or shared (with the KV cache); an adapter takes only what
+    its ranks need."""
     max_trained_tokens: Annotated[int | None, _IN_MORE_LORA] = None
     """Rows of trained tokens that each slot has room for."""
     lora_dtype: Annotated[LoRADType | None, _IN_MORE_LORA] = None

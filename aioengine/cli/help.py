@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import textwrap
 from typing import TYPE_CHECKING, Any
 
@@ -42,7 +43,7 @@ class CompactFormatter:
         indent = max(20, *map(len, labels)) + 4
         for label, entry in zip(labels, entries, strict=True):
             text = textwrap.fill(
-                _plain(entry.description),
+                _description(entry),
                 width=max(console.width, indent + 30),
                 initial_indent=f"  {label}".ljust(indent),
                 subsequent_indent=" " * indent,
@@ -78,6 +79,15 @@ def _label(entry: HelpEntry) -> str:
         names = [name.replace("--", "--[no-]", 1) for name in names]
     value = "|".join(entry.choices) if entry.choices else entry.metavar
     return ", ".join(names) + (f" {value}" if value else "")
+
+
+def _description(entry: HelpEntry) -> str:
+    """Return the entry's text in one line, with the default in brackets: "Maximum running requests (64)."."""
+    text = " ".join(_plain(entry.description).split())
+    default = {"True": "yes", "False": None}.get(entry.default or "", entry.default)
+    if not text or not default or "default" in text or default in re.split(r"[\s()\[\],;:]+", text):
+        return text
+    return f"{text.removesuffix('.')} ({default})."
 
 
 def _plain(text: Any) -> str:

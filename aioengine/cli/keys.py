@@ -64,7 +64,11 @@ def hash(*, common: CommonFlags | None = None) -> int:
 
 
 def check(file: Path, *, common: CommonFlags | None = None) -> int:
-    """Check a keys file, and list what it allows."""
+    """Check a keys file, and list what it allows.
+
+    Args:
+        file: Keys file, as for serve --keys.
+    """
     from rich.table import Table
 
     from aioengine.cli.tables import output_console

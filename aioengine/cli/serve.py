@@ -70,7 +70,7 @@ class ServerFlags:
     allowed_host: Annotated[list[str] | None, _LIST] = None
     """Accepted Host header. Without keys, on a loopback address: localhost."""
     grace_seconds: float = 30.0
-    """Seconds that accepted requests may take to finish after SIGTERM."""
+    """Seconds in which accepted requests may finish after SIGTERM."""
     drain_delay: float = 0.0
     """Seconds after SIGTERM in which /ready answers 503 while requests are still accepted."""
     keep_dead: Annotated[bool, Parameter(group=_MORE, negative="")] = False

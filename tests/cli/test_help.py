@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -39,6 +40,23 @@ def test_it_fits_a_screen(
     assert text.startswith(f"Usage: aioengine {command}")
     assert f"Examples:\n  aioengine {command}" in text
     assert "--help" in lines[-1] or "Exit codes" in text
+
+
+DEEPER = ["lab run", "lab size", "fleet drain", "fleet status", "keys check", "keys new", "config check"]
+
+
+@pytest.mark.parametrize("command", [*COMMANDS, *DEEPER])
+def test_each_flag_is_described_in_plain_text(
+    command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With no mark-up, and no blanks of the source's lines."""
+    text = help_of(command, capsys, monkeypatch, "--help-all")
+    assert "``" not in text
+    for line in text.splitlines():
+        if re.match(r"  (--|[A-Z]{2,} )", line):
+            assert len(re.split(" {2,}", line.strip())) == 2, line
+        elif line.startswith(" " * 20):
+            assert "  " not in line.strip(), line
 
 
 def test_the_first_page_has_the_commands_and_the_exit_codes(

@@ -46,17 +46,17 @@ def demo(
     Parameters
     ----------
     adapters
-        Folder of the example adapters [examples/adapters of the source checkout].
+        Folder of the example adapters (examples/adapters of the source checkout).
     requests
-        Number of requests [12].
+        Number of requests (12).
     max_tokens
-        Maximum tokens to generate for each [48].
+        Maximum tokens to generate for each (48).
     seed
-        Which exercises the adapters get [0].
+        Which exercises the adapters get (0).
     model
-        The base model, which the adapters must fit [smollm2-135m].
+        The base model, which the adapters must fit (smollm2-135m).
     replicas
-        Engines behind one door, on Ray [one engine, and no Ray].
+        Engines behind one door, on Ray (one engine, and no Ray).
     """
     if requests < 1:
         raise ConfigError(f"--requests {requests}: must be >= 1")

@@ -13,7 +13,7 @@ from aioengine.errors import ConfigError
 if TYPE_CHECKING:
     from aioengine.info import AdapterInfo
 
-AppName = Annotated[str, Parameter(name="--app-name")]
+AppName = Annotated[str, Parameter(name="--app-name", help="Name of the Serve application (aioengine).")]
 
 
 def status(*, app_name: AppName = "aioengine", common: CommonFlags | None = None) -> int:
@@ -82,7 +82,7 @@ def drain(
     """Stop sending new requests to a replica; accepted ones finish.
 
     Args:
-        replica: Its name, as ``aioengine fleet status`` prints it.
+        replica: Its name, as aioengine fleet status prints it.
         undo: Let it take new requests again.
     """
     from aioengine.checks import nearest
