@@ -1,9 +1,11 @@
-"""A layer of attention and a gated MLP, with the adapters on it, in one call."""
+"""Layers of attention and a gated MLP, with the adapters on them, in one call."""
 
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Literal
 
 import torch
@@ -42,6 +44,10 @@ class Parts:
     activation: Literal["silu", "gelu_tanh"]
     residual_scale: float = 1.0
     """Factor of what is added to the hidden state."""
+
+    @property
+    def head_dim(self) -> int:
+        return self.cache.keys.shape[3]
 
     @property
     def fit(self) -> bool:
@@ -103,10 +109,9 @@ class Parts:
 class Scratch:
     """Memory that the layers of a step use one after the other, and where its tokens are."""
 
-    def __init__(self, parts: Parts, plan: AttentionPlan, batch: LoRABatch) -> None:
-        tokens, dtype = len(plan.positions), parts.qkv.weight.dtype
-        self._sizes = _sizes(parts)
-        size, wide, narrow, slices = self._sizes
+    def __init__(self, blocks: Blocks, plan: AttentionPlan, batch: LoRABatch) -> None:
+        tokens, dtype = len(plan.positions), blocks.dtype
+        self._sizes = size, wide, narrow, slices = blocks.sizes
         self.h = torch.empty(tokens, slices * batch.width, dtype=dtype)
         self._plan = plan
         self._all = [torch.empty(tokens, width, dtype=dtype) for width in (size, wide, narrow)]
@@ -116,43 +121,46 @@ class Scratch:
             *(plan.span_table.data_ptr(), tokens, plan.tables.shape[1], len(plan.spans)),
         )
 
-    def has_room(self, parts: Parts) -> bool:
+    def has_room(self, blocks: Blocks) -> bool:
         """Whether it is large enough for these."""
-        return all(a <= b for a, b in zip(_sizes(parts), self._sizes, strict=True))
+        return all(a <= b for a, b in zip(blocks.sizes, self._sizes, strict=True))
 
 
-def _sizes(parts: Parts) -> tuple[int, int, int, int]:
-    """Return the sizes of a token in a :class:`Scratch`."""
-    return (
-        parts.down.weight.n,
-        max(parts.qkv.weight.n, parts.gate_up.weight.n),
-        max(parts.o.weight.k, parts.down.weight.k),
-        max(linear.slices for linear in (parts.qkv, parts.o, parts.gate_up, parts.down)),
-    )
+class Blocks:
+    """Computes layers, one after the other, with one rotation, in one call."""
 
+    def __init__(self, layers: Sequence[Parts]) -> None:
+        self.layers = layers
+        self.dtype = layers[0].qkv.weight.dtype
+        self._linears = [one for parts in layers for one in (parts.qkv, parts.o, parts.gate_up, parts.down)]
+        self.sizes = (
+            layers[0].down.weight.n,
+            max(max(parts.qkv.weight.n, parts.gate_up.weight.n) for parts in layers),
+            max(max(parts.o.weight.k, parts.down.weight.k) for parts in layers),
+            max(linear.slices for linear in self._linears),
+        )
+        """What a :class:`Scratch` has for each token."""
+        self._made: list[structs.Block] = []
+        self._structs = [self._pointers(adapted=adapted) for adapted in (False, True)]
 
-class Block:
-    """Computes a layer."""
+    def _pointers(self, *, adapted: bool) -> ctypes.Array[Any]:
+        made = [parts.struct(adapted=adapted) for parts in self.layers]
+        for one, following in pairwise(made):
+            one.next = following.qkv
+        self._made += made  # pointers may not keep them alive
+        return (ctypes.POINTER(structs.Block) * len(made))(*map(ctypes.pointer, made))
 
-    def __init__(self, parts: Parts) -> None:
-        self.parts = parts
-        self._linears = (parts.qkv, parts.o, parts.gate_up, parts.down)
-        self._structs: dict[bool, Any] = {adapted: parts.struct(adapted=adapted) for adapted in (False, True)}
-
-    def lead_to(self, following: Block) -> None:
-        """Have the weights of the layer that follows fetched while this one ends."""
-        for adapted, struct in self._structs.items():
-            linear = following.parts.qkv
-            struct.next = ctypes.pointer(linear.with_adapters if adapted else linear.base)
-
-    def __call__(self, hidden: Tensor, rotation: Rotation, scratch: Scratch, batch: LoRABatch) -> None:
-        """Change ``hidden`` [T, size], contiguous, in place. Not for several threads at once."""
+    def __call__(self, x: Tensor, rotation: Rotation, scratch: Scratch, batch: LoRABatch) -> Tensor:
+        """Return what each layer makes of ``x`` [T, size], contiguous: [layers, T, size]. Not for several
+        threads at once."""
         cos, sin, _ = rotation
         adapted = bool(batch.segments)
         if adapted:
             for linear in self._linears:
                 linear.prepare(batch, scratch.h)
-        load().aio_block(
-            *(is_bf16(hidden), ctypes.byref(self._structs[adapted]), ctypes.byref(scratch.step)),
-            *(hidden.data_ptr(), cos.data_ptr(), sin.data_ptr(), threads()),
+        out = x.new_empty(len(self.layers), *x.shape)
+        load().aio_blocks(
+            *(is_bf16(x), self._structs[adapted], len(self.layers), ctypes.byref(scratch.step)),
+            *(x.data_ptr(), out.data_ptr(), cos.data_ptr(), sin.data_ptr(), threads()),
         )
+        return out

@@ -29,7 +29,7 @@ _SIGNATURES = {
     "aio_gated_mlp": (
         *(c_int, c_void_p, c_void_p, c_int, c_void_p, c_void_p, c_void_p, c_void_p, c_long, c_int),
     ),
-    "aio_block": (c_int, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_int),
+    "aio_blocks": (*(c_int, c_void_p, c_long, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_int),),
     "aio_store_and_attend": (
         *(c_int, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p),
         *(c_long, c_long, c_long, c_long, c_long, c_long, c_long, c_int),

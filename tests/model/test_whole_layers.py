@@ -40,7 +40,7 @@ def whole(
     ).decoder  # fmt: skip
     assert isinstance(decoder, GenericModel)
     forwards = [vars(module).get("forward") for module in decoder.modules.values()]
-    return [forward.block is not None for forward in forwards if isinstance(forward, LayerForward)]
+    return [forward.parts is not None for forward in forwards if isinstance(forward, LayerForward)]
 
 
 @pytest.mark.parametrize(
@@ -125,3 +125,53 @@ async def test_layers_that_add_otherwise_keep_their_own_code(way: str, tmp_path:
     assert whole(model.folder) == [way == "as usual"] * 2
     async with engine_of(model.folder, block_size=16) as engine:
         await check(model, engine)
+
+
+class BetweenConfig(transformers.LlamaConfig):
+    model_type = "changes-what-layers-give"
+    way: str = ""
+
+
+BETWEEN: dict[str, Callable[[Tensor], Tensor]] = {
+    "anew": lambda x: 0.9 * x,
+    "in place": lambda x: x.mul_(0.9),
+    "a copy": lambda x: x.clone(),
+}
+
+
+class BetweenForCausalLM(transformers.LlamaForCausalLM):
+    config_class = BetweenConfig
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        change = BETWEEN[config.way]
+        self.model.layers[0].register_forward_hook(lambda _module, _arguments, output: change(output))
+
+
+@pytest.mark.parametrize("way", BETWEEN)
+async def test_a_layer_that_gets_something_else_than_the_one_before_has_given(
+    way: str, tmp_path: Path
+) -> None:
+    """It is not computed ahead."""
+    auto: Any = transformers
+    auto.AutoConfig.register(BetweenConfig.model_type, BetweenConfig, exist_ok=True)
+    auto.AutoModelForCausalLM.register(BetweenConfig, BetweenForCausalLM, exist_ok=True)
+    fields = {**COMMON, **WIDE, "num_hidden_layers": 3, "way": way}
+    model = build_any(tmp_path, BetweenConfig.model_type, **fields)
+    async with engine_of(model.folder, block_size=16) as engine:
+        await check(model, engine)
+
+
+def test_layers_are_computed_ahead(tmp_path: Path) -> None:
+    """Those of a kind that follow each other: here three with one rotation, and one with another."""
+    layers = ["sliding_attention"] * 3 + ["full_attention"]
+    fields = {**WIDE, "num_hidden_layers": 4, "sliding_window": 6, "layer_types": layers}
+    folder = build_any(tmp_path, "gemma3_text", **fields).folder
+    spec = read_spec(folder, "transformers")
+    decoder = ModelRunner(
+        *(spec, folder), dtype=torch.float32, device="cpu", num_blocks=20, block_size=16, max_model_len=64
+    ).decoder
+    assert isinstance(decoder, GenericModel)
+    forwards = [vars(module).get("forward") for module in decoder.modules.values()]
+    ahead = [forward.ahead for forward in forwards if isinstance(forward, LayerForward)]
+    assert ahead == [2, 1, 0, 0]

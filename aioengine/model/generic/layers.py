@@ -1,14 +1,19 @@
 """Layers of attention and a gated MLP that are recognised as a whole, and then computed in one call.
 
+In a step of few tokens, this call computes the layers that follow, too: they are given what they get anyway.
+A layer that gets something else computes anew.
+
 While a layer runs by itself for the first time, what its modules do is noted. If that can be a layer of the
 CPU library, both must make the same of random inputs and of those that the layer got; names do not matter.
 """
 
 from __future__ import annotations
 
+import operator
 import re
+import weakref
 from collections.abc import Callable, Iterable, Iterator
-from itertools import chain
+from itertools import chain, pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +21,7 @@ from torch import Tensor
 
 from aioengine.kernels import HeadNorms, Norm, Rotation
 from aioengine.kernels.cpu.adapted import AdaptedLinear
-from aioengine.kernels.cpu.block import Block, Parts, Scratch
+from aioengine.kernels.cpu.block import Blocks, Parts, Scratch
 from aioengine.kernels.cpu.packed import DTYPES
 from aioengine.model.generic.attention import Attended, no_rotation
 from aioengine.model.generic.packing import PackedLinear
@@ -33,6 +38,9 @@ _ORDER = re.compile("(n?)l(nn)?al(n?n?)g(n?)")
 """Norm, linear, norms of queries and keys, attention, linear, norms, gated MLP, norm."""
 _LETTERS = {Norm: "n", PackedLinear: "l", Attended: "a", GatedForward: "g"}
 _LANES = 16
+_FEW = 64
+"""Tokens of a step whose layers are computed ahead. Each layer's output takes memory; and with more tokens
+what is between the layers takes little of the time."""
 
 
 class WholeLayers:
@@ -61,60 +69,131 @@ class WholeLayers:
 class Source(NamedTuple):
     """Where a layer's arguments have the cosines and sines of its rotation."""
 
-    name: str | int
+    place: str | int
     convert: Callable[[Step, int, Tensor, Tensor], Rotation | None]
+
+
+class Made(NamedTuple):
+    """What a layer gets and gives in a step."""
+
+    hidden: Tensor
+    pair: Any
+    """The cosines and sines among its arguments; None: there are none."""
+    output: Tensor
+
+    def of(self, hidden: Tensor, pair: Any) -> bool:
+        """Whether it is for these arguments."""
+        if hidden is not self.hidden:
+            return False
+        if pair is None or self.pair is None:
+            return pair is self.pair
+        return _is_pair(pair) and all(map(operator.is_, pair, self.pair))
 
 
 class LayerForward:
     """Computes a layer as a whole, once it is recognised."""
 
     def __init__(self, module: Any, holder: Holder, before: LayerForward | None, *, rounds: bool) -> None:
-        self._before = before
-        """The layer before it, as far as is known."""
         self._own = own_forward(module)
         self._factors = [value for value in vars(module).values() if isinstance(value, float)]
         self._holder = holder
         self._rounds = rounds
+        self._before = None if before is None else weakref.ref(before)
+        """The layer before it, as far as is known."""
+        self._after: LayerForward | None = None
+        """The layer that got this one's output, and the same rotation, when both were recognised."""
         self._tried = False
-        self.block: Block | None = None
+        self.parts: Parts | None = None
         """None: it computes by its modules."""
+        self._alone: Blocks | None = None
+        self._chain: tuple[Blocks, list[LayerForward]] | None = None
+        """This layer with those that follow, and these."""
         self._source: Source | None = None
+
+    @property
+    def ahead(self) -> int:
+        """The number of layers that are computed together with this one, in steps of few tokens."""
+        return len(self._following()[1])
 
     def __call__(self, *arguments: Any, **named: Any) -> Any:
         step = self._holder.step
         if step is None or step.plan is None or not arguments:
             return self._own(*arguments, **named)
-        if not self._tried:
-            self._tried = True
+        first, self._tried = not self._tried, True
+        if first:
             self._recognise(step, arguments, named)
-        if self.block is None:
+            self._learn(step, arguments, named)
+        if self.parts is None or self._alone is None:
             return self._own(*arguments, **named)
-        found = self._compute(self.block, step, arguments, named)
-        return self._own(*arguments, **named) if found is None else found
+        hidden, pair = arguments[0], self._pair(arguments, named)
+        ready: Made | None = step.made.get(self)
+        if ready is not None and ready.of(hidden, pair):
+            return ready.output
+        blocks, following = self._alone, list[LayerForward]()
+        if len(step.plan.positions) <= _FEW:
+            blocks, following = self._following()
+        outputs = self._compute(blocks, step, hidden, pair)
+        if outputs is None:
+            return self._own(*arguments, **named)
+        if first:
+            step.made[self] = Made(hidden, pair, outputs[0])
+        for layer, (gets, gives) in zip(following, pairwise(outputs), strict=True):
+            step.made[layer] = Made(gets, pair, gives)
+        return outputs[0]
 
-    def _compute(
-        self, block: Block, step: Step, arguments: tuple[Any, ...], named: dict[str, Any]
-    ) -> Tensor | None:
-        """Return the layer's output; None if its arguments are not as they were at first."""
+    def _pair(self, arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
+        if self._source is None:
+            return None
+        place = self._source.place
+        if isinstance(place, str):
+            return named.get(place)
+        return arguments[place] if place < len(arguments) else None
+
+    def _compute(self, blocks: Blocks, step: Step, hidden: Tensor, pair: Any) -> tuple[Tensor, ...] | None:
+        """Return the layers' outputs; None if the arguments are not as they were at first."""
         assert step.plan is not None
-        hidden: Tensor = arguments[0]
-        parts, d = block.parts, block.parts.cache.keys.shape[3]
-        rotation: Rotation | None
+        parts = blocks.layers[0]
+        d = parts.cache.keys.shape[3]
+        rotation: Rotation | None = None
         if self._source is None:
             rotation = no_rotation(step, d)
-        else:
-            place, convert = self._source
-            pair: Any = arguments[place] if isinstance(place, int) else named.get(place)
-            rotation = convert(step, d, *pair) if _is_pair(pair) else None
+        elif _is_pair(pair):
+            rotation = self._source.convert(step, d, *pair)
         tokens = len(step.plan.positions)
         if rotation is None or rotation.cos.shape != (tokens, 1, parts.half):
             return None
         scratch: Scratch | None = step.made.get(Scratch)
-        if scratch is None or not scratch.has_room(parts):
-            scratch = step.made[Scratch] = Scratch(parts, step.plan, step.lora)
-        out = hidden.reshape(tokens, -1).clone(memory_format=torch.contiguous_format)
-        block(out, rotation, scratch, step.lora)
-        return out.view(hidden.shape)
+        if scratch is None or not scratch.has_room(blocks):
+            scratch = step.made[Scratch] = Scratch(blocks, step.plan, step.lora)
+        out = blocks(hidden.reshape(tokens, -1).contiguous(), rotation, scratch, step.lora)
+        found: tuple[Tensor, ...] = out.view(-1, *hidden.shape).unbind()
+        return found
+
+    def _following(self) -> tuple[Blocks, list[LayerForward]]:
+        if self._chain is None:
+            following, layer = list[LayerForward](), self._after
+            while layer is not None:
+                following.append(layer)
+                layer = layer._after
+            parts = [one.parts for one in (self, *following) if one.parts is not None]
+            self._chain = Blocks(parts), following
+        return self._chain
+
+    def _learn(self, step: Step, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+        """Remember which layer this one follows, if it gets just what that one has given."""
+        before = None if self._before is None else self._before()
+        if before is None or before.parts is None or self.parts is None:
+            return
+        made: Made | None = step.made.get(before)
+        own, its = self.parts, before.parts
+        alike = own.half == its.half and own.neighbours == its.neighbours and own.head_dim == its.head_dim
+        pair = self._pair(arguments, named)
+        if made is None or not alike or not Made(made.output, made.pair, made.output).of(arguments[0], pair):
+            return
+        before._after = self
+        while before is not None:
+            before._chain = None
+            before = None if before._before is None else before._before()
 
     def _recognise(self, step: Step, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
         hidden, *rest = arguments
@@ -136,7 +215,8 @@ class LayerForward:
                 return
             self._source = Source(place, found.turn.convert)
         neighbours = found.turn is not None and found.turn.rotation.neighbours
-        candidates = [Block(parts) for parts in _parts(seen, self._factors, half, neighbours) if parts.fit]
+        candidates = [Blocks([parts]) for parts in _parts(seen, self._factors, half, neighbours) if parts.fit]
+        pair = self._pair(arguments, named)
         generator = torch.Generator().manual_seed(0)
         # Small inputs show what is added to them, as norms make it large.
         scales = torch.logspace(-3, 2, hidden.shape[-2], dtype=hidden.dtype)[:, None]
@@ -144,18 +224,18 @@ class LayerForward:
         for inputs in (random, hidden):  # the pages then hold what they must
             expected = self._own(inputs, *rest, **named)
             candidates = [
-                block
-                for block in candidates
-                if self._same(self._compute(block, step, (inputs, *rest), named), expected)
+                blocks
+                for blocks in candidates
+                if self._same(self._compute(blocks, step, inputs, pair), expected)
             ]
-        self.block = candidates[0] if candidates else None
-        if self.block is not None and self._before is not None and self._before.block is not None:
-            self._before.block.lead_to(self.block)
+        if candidates:
+            self._alone = candidates[0]
+            self.parts = self._alone.layers[0]
 
-    def _same(self, found: Tensor | None, expected: Tensor) -> bool:
-        if found is None or not equal(found, expected, tolerance_of(expected.dtype, self._rounds)):
+    def _same(self, found: tuple[Tensor, ...] | None, expected: Tensor) -> bool:
+        if found is None or not equal(found[0], expected, tolerance_of(expected.dtype, self._rounds)):
             return False
-        return equal_in_size(found, expected)
+        return equal_in_size(found[0], expected)
 
 
 def _is_pair(value: Any) -> bool:

@@ -2,6 +2,8 @@
 //
 // They are for models whose modules run in Python. There the threads often fall asleep between two operations, and with
 // other work on the machine it takes long until all of them go on: the fewer such places, the better.
+#include <cstring>
+
 #include "matrix.h"
 #include "team.h"
 
@@ -88,29 +90,46 @@ AIO_EXPORT void aio_store_and_attend(int bf16, void* qkv, const float* cos, cons
   });
 }
 
-// hidden [tokens, size] becomes what the layer makes of it. cos and sin [tokens, half].
-AIO_EXPORT void aio_block(int bf16, const Block* block, const BlockStep* step, void* hidden, const float* cos,
-                          const float* sin, int threads) {
-  const Block& b = *block;
-  const BlockStep& s = *step;
+namespace {
+
+// hidden [tokens, size] becomes what the layer makes of it.
+void layer(int bf16, const Block& b, const BlockStep& s, void* hidden, const float* cos, const float* sin, int threads) {
   const auto norm = [&](void* delta, const void* delta_weight, const void* weight) -> const void* {
     aio_add_rms_norm(bf16, hidden, delta, delta_weight, weight, s.x, s.tokens, b.size, b.residual_scale, b.eps,
                      int(b.norm_rounded), b.norm_offset, threads);
     return weight != nullptr ? s.x : hidden;
   };
+  const void* x = b.input_norm != nullptr ? norm(nullptr, nullptr, b.input_norm) : hidden;
+  linear(bf16, *b.qkv, x, s.wide, s.tokens, threads, b.o);
+  aio_rope_store(bf16, s.wide, cos, sin, s.cells, s.last, b.keys, b.values, s.tokens, b.heads, b.kv_heads, b.head_dim,
+                 b.block_size, b.block_bytes, b.half, int(b.neighbours), 0, b.head_norms, threads);
+  aio_attention(bf16, s.wide, (b.heads + 2 * b.kv_heads) * b.head_dim, b.keys, b.values, s.tables, s.table_width, s.spans,
+                s.sequences, s.narrow, b.heads, b.kv_heads, b.head_dim, b.block_size, b.block_bytes, b.window,
+                b.attention_scale, b.soft_cap, b.sinks, 0, threads);
+  linear(bf16, *b.o, s.narrow, s.x, s.tokens, threads, b.gate_up);
+  x = norm(s.x, b.attention_norm, b.mlp_input_norm);
+  linear(bf16, *b.gate_up, x, s.wide, s.tokens, threads, b.down);
+  (b.gelu ? aio_gelu_and_mul : aio_silu_and_mul)(bf16, s.wide, s.narrow, s.tokens, b.down->matrix.k, threads);
+  linear(bf16, *b.down, s.narrow, s.x, s.tokens, threads, b.next);
+  norm(s.x, b.mlp_norm, nullptr);
+}
+
+}  // namespace
+
+// What each of some layers, one after the other, makes of x [tokens, size], to out [count][tokens, size]. cos and sin
+// [tokens, half].
+AIO_EXPORT void aio_blocks(int bf16, const Block* const* blocks, long count, const BlockStep* step, const void* x, void* out,
+                           const float* cos, const float* sin, int threads) {
+  const long row = blocks[0]->size * (bf16 ? 2 : 4);
   aio::step_together(threads, [&](const aio::Member&) {
-    const void* x = b.input_norm != nullptr ? norm(nullptr, nullptr, b.input_norm) : hidden;
-    linear(bf16, *b.qkv, x, s.wide, s.tokens, threads, b.o);
-    aio_rope_store(bf16, s.wide, cos, sin, s.cells, s.last, b.keys, b.values, s.tokens, b.heads, b.kv_heads, b.head_dim,
-                   b.block_size, b.block_bytes, b.half, int(b.neighbours), 0, b.head_norms, threads);
-    aio_attention(bf16, s.wide, (b.heads + 2 * b.kv_heads) * b.head_dim, b.keys, b.values, s.tables, s.table_width, s.spans,
-                  s.sequences, s.narrow, b.heads, b.kv_heads, b.head_dim, b.block_size, b.block_bytes, b.window,
-                  b.attention_scale, b.soft_cap, b.sinks, 0, threads);
-    linear(bf16, *b.o, s.narrow, s.x, s.tokens, threads, b.gate_up);
-    x = norm(s.x, b.attention_norm, b.mlp_input_norm);
-    linear(bf16, *b.gate_up, x, s.wide, s.tokens, threads, b.down);
-    (b.gelu ? aio_gelu_and_mul : aio_silu_and_mul)(bf16, s.wide, s.narrow, s.tokens, b.down->matrix.k, threads);
-    linear(bf16, *b.down, s.narrow, s.x, s.tokens, threads, b.next);
-    norm(s.x, b.mlp_norm, nullptr);
+    const char* from = (const char*)x;
+    char* to = (char*)out;
+    for (long i = 0; i < count; i++, from = to, to += step->tokens * row) {
+      aio::together(threads, [&](const aio::Member& me) {
+        const aio::Range mine = me.share(step->tokens);
+        std::memcpy(to + mine.begin * row, from + mine.begin * row, (mine.end - mine.begin) * row);
+      });
+      layer(bf16, *blocks[i], *step, to, cos, sin, threads);
+    }
   });
 }
