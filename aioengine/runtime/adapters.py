@@ -40,7 +40,7 @@ class AdapterOps:
         self._unloads: Counter[str] = Counter()
         """Names that are being unloaded."""
         self._idle: dict[int, AdapterInfo] = {}
-        """Descriptions that the last list had of idle adapters, by uid."""
+        """Descriptions of idle adapters, by uid: of those in the last list, and of new ones."""
         self._prepared: dict[str, tuple[AdapterEntry, str | None]] = {}
         """Prepared versions by name, each with the path that it was prepared from."""
 
@@ -54,7 +54,8 @@ class AdapterOps:
         elif is_source(where):
             self._names.fetched[name] = where
         else:
-            self._names.publish(name, where)
+            entry = self._names.publish(name, where)
+            self._idle[entry.uid] = adapter_info(entry)  # or else the first list would describe thousands
         return self.info(name)
 
     def _registered_path(self, name: str) -> str | None:

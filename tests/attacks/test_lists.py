@@ -39,8 +39,8 @@ async def test_a_list_holds_nobody_up(path: str, serve: Serve, tiny_text: Tiny) 
         for index in range(NAMES):
             served.engine.register_adapter(f"n{index}", tiny_text.adapters["a"])
         assert served.engine.count_adapters() == NAMES + 1
-        for _ in range(3):  # the first time describes them; then it is as it stays
-            hold = LongestHold()
+        hold = LongestHold()
+        for _ in range(3):
             if path == "POST":  # for an adapter; its head's labels are looked up
                 body = {"model": "n3", "query": "a", "documents": ["b"]}
                 answer = await served.http.post("/rerank", json=body)
@@ -48,7 +48,7 @@ async def test_a_list_holds_nobody_up(path: str, serve: Serve, tiny_text: Tiny) 
                 answer = await _first_event(served.http)
             else:
                 answer = await served.http.get(path)
-            assert answer.status_code == 404 if path.endswith("nobody") else 200
+            assert answer.status_code == (404 if path.endswith("nobody") else 200)
         assert hold.seconds < HOLD
 
 
