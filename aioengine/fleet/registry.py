@@ -308,17 +308,20 @@ def registry_actor(application: str, checkpoint: str | None) -> Any:
 
 
 @asynccontextmanager
-async def lease(actor: Any, name: str, owner: str) -> AsyncIterator[None]:
+async def lease(actor: Any, name: str, owner: str) -> AsyncIterator[Callable[[], bool]]:
     """Change an adapter while nobody else does. Raises AdapterLoadError, and ends the change, once this door
-    has not renewed its right in time, because another one may have changed the adapter since."""
+    has not renewed its right in time, whether the registry answers or not, because another one may change the
+    adapter then. Gives a function that returns whether that has happened."""
     keeping: asyncio.Task[None] | None = None
-    right = asyncio.timeout(None)
+    loop, right = asyncio.get_running_loop(), asyncio.timeout(None)
     try:
+        asked = loop.time()
         while not await actor.begin.remote(name, owner):
-            pass
+            asked = loop.time()
         async with right:
-            keeping = asyncio.get_running_loop().create_task(_keep(actor, name, owner, right))
-            yield
+            right.reschedule(asked + LEASE_SECONDS)  # not later than it ends for the registry
+            keeping = loop.create_task(_keep(actor, name, owner, right))
+            yield right.expired
     except TimeoutError:
         if not right.expired():
             raise
@@ -331,14 +334,13 @@ async def lease(actor: Any, name: str, owner: str) -> AsyncIterator[None]:
     finally:
         if keeping is not None:
             keeping.cancel()
-        await actor.end.remote(name, owner)
+        await _end(actor, name, owner)
 
 
 async def _keep(actor: Any, name: str, owner: str, right: asyncio.Timeout) -> None:
-    """Renew the right to change an adapter, for as long as that takes; end it if that was too late."""
+    """Renew the right to change an adapter, for as long as that takes."""
     loop = asyncio.get_running_loop()
-    until = loop.time() + LEASE_SECONDS
-    while True:
+    while not right.expired():
         await asyncio.sleep(LEASE_SECONDS / 3)
         asked = loop.time()
         try:
@@ -346,10 +348,18 @@ async def _keep(actor: Any, name: str, owner: str, right: asyncio.Timeout) -> No
         except Exception as error:  # it is being restarted, and then knows of no right
             logger.warning("adapter %r: the registry does not answer: %s", name, type(error).__name__)
             continue
-        if not renewed or loop.time() > until:
-            right.reschedule(loop.time())
-            return
-        until = asked + LEASE_SECONDS
+        if not right.expired():
+            in_time = renewed and loop.time() <= (right.when() or 0.0)
+            right.reschedule(asked + LEASE_SECONDS if in_time else loop.time())
+
+
+async def _end(actor: Any, name: str, owner: str) -> None:
+    """Let others change the adapter. If the registry does not hear of it, they wait until the right ends."""
+    try:
+        async with asyncio.timeout(WAIT_SECONDS):
+            await actor.end.remote(name, owner)
+    except Exception as error:
+        logger.warning("adapter %r: the registry does not answer: %s", name, type(error).__name__)
 
 
 async def answer_of(call: Awaitable[T]) -> T:

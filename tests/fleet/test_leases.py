@@ -38,15 +38,15 @@ class Busy:
 
 
 class Door:
-    """A door that changes an adapter for ``seconds``. After :meth:`die` nothing that it says is heard."""
+    """A door that changes an adapter for ``seconds``."""
 
     def __init__(self, name: str, actor: RegistryActor, busy: Busy, seconds: float) -> None:
         self.ended: float | None = None
         self.reaches = asyncio.Event()
         """Cleared while what it says to the registry only arrives later."""
         self.reaches.set()
-        self._name, self._actor, self._busy, self._seconds = name, actor, busy, seconds
-        self._lives = True
+        self.name, self._actor, self._busy, self._seconds = name, actor, busy, seconds
+        self._hears = True
         config = FleetConfig(engine=EngineConfig(model="tiny"))
         handle = SimpleNamespace(options=lambda **_: SimpleNamespace(remote=self._replica))
         members = Members(config, handle, door=name)
@@ -55,20 +55,20 @@ class Door:
 
     async def _replica(self, action: str, arguments: dict[str, Any], to: str) -> AdapterInfo | None:
         if action == "prepare":
-            self._busy.begin(self._name)
+            self._busy.begin(self.name)
             try:
                 await asyncio.sleep(self._seconds)
             finally:
-                self._busy.now.discard(self._name)
+                self._busy.now.discard(self.name)
         if action not in ("prepare", "commit"):
             return None
-        return adapter_info("sql", digest=self._name)
+        return adapter_info("sql", digest=self.name)
 
     def __getattr__(self, call: str) -> Any:
         """The registry, as this door reaches it."""
 
         def remote(*arguments: Any) -> asyncio.Future[Any]:
-            if not self._lives:
+            if not self._hears:
                 raise ConnectionError
             if not self.reaches.is_set():
 
@@ -91,8 +91,13 @@ class Door:
             with suppress(ConnectionError):
                 await self._adapters.stop()
 
-    def die(self) -> None:
-        self._lives = False
+    def cut(self, how: str) -> None:
+        """From now on the registry does not hear what it says: calls fail at once, or (``how`` is "hangs")
+        have no answer."""
+        if how == "hangs":
+            self.reaches.clear()
+        else:
+            self._hears = False
 
 
 class Change(NamedTuple):
@@ -102,7 +107,9 @@ class Change(NamedTuple):
     """How it is cut off, and how long after its beginning."""
 
 
-ENDS = st.tuples(st.sampled_from(["cancelled", "dies"]), st.floats(0, 200))
+ENDS = st.tuples(st.sampled_from(["cancelled", "dies", "hangs", "fails"]), st.floats(0, 200))
+"""A door that dies is cut off from the registry, and does nothing more. If its calls hang or fail, it is only
+cut off."""
 CHANGES = st.builds(
     Change,
     begins=st.floats(0, 100),
@@ -113,7 +120,8 @@ CHANGES = st.builds(
 
 @given(st.lists(CHANGES, min_size=1, max_size=6))
 def test_changes_wait_for_each_other_and_for_nobody_else(changes: list[Change]) -> None:
-    """Who is cancelled, however far it has come, blocks nobody; who dies blocks others for a lease."""
+    """Who is cancelled, however far it has come, blocks nobody; who dies blocks others for a lease. Who is cut
+    off goes on for a lease at most, and ends its change by itself."""
 
     async def main() -> None:
         actor, busy = RegistryActor(), Busy()
@@ -127,15 +135,18 @@ def test_changes_wait_for_each_other_and_for_nobody_else(changes: list[Change]) 
                 return
             how, after = change.ends
             await asyncio.wait([task], timeout=after)
-            if how == "dies":
-                door.die()
+            if how != "cancelled":
+                door.cut(how)
+            if how in ("hangs", "fails"):
+                await asyncio.wait([task], timeout=LEASE_SECONDS + 0.001)
+                assert door.name not in busy.now
             task.cancel()
-            with suppress(asyncio.CancelledError, ConnectionError):
+            with suppress(asyncio.CancelledError, ConnectionError, AdapterLoadError):
                 await task
 
         await asyncio.gather(*[one(door, change) for door, change in zip(doors, changes, strict=True)])
         assert busy.most <= 1
-        deaths = sum(change.ends is not None and change.ends[0] == "dies" for change in changes)
+        deaths = sum(change.ends is not None and change.ends[0] != "cancelled" for change in changes)
         last = max(change.begins for change in changes) + sum(change.takes for change in changes)
         last += deaths * (LEASE_SECONDS + WAIT_SECONDS) + len(changes) * 0.2
         for door, change in zip(doors, changes, strict=True):
@@ -162,22 +173,24 @@ def test_who_waits_and_is_cancelled_leaves_nothing() -> None:
     run_in_virtual_time(main())
 
 
-@pytest.mark.parametrize("takes", [2.0, 100.0])
-def test_who_has_lost_the_right_ends_the_change(takes: float) -> None:
-    """A door reaches the registry again while another one changes the adapter, or after it has."""
+@pytest.mark.parametrize("takes", [2.0, 100.0, None])
+def test_who_has_lost_the_right_ends_the_change(takes: float | None) -> None:
+    """A door reaches the registry again while another one changes the adapter, after it has, or never."""
 
     async def main() -> None:
-        actor, busy = RegistryActor(), Busy()
-        cut, other = Door("cut", actor, busy, 300.0), Door("other", actor, busy, takes)
+        loop, actor, busy = asyncio.get_running_loop(), RegistryActor(), Busy()
+        cut, other = Door("cut", actor, busy, 300.0), Door("other", actor, busy, takes or 1.0)
         changing = asyncio.ensure_future(cut.change())
         await asyncio.sleep(1.0)
-        cut.reaches.clear()
+        cut.cut("hangs")
         changed = asyncio.ensure_future(other.change())
         await asyncio.sleep(LEASE_SECONDS + 10.0)
-        cut.reaches.set()
+        if takes is not None:
+            cut.reaches.set()
         with pytest.raises(AdapterLoadError, match="another one may have changed it") as told:
             await changing
-        assert told.value.transient
+        assert told.value.transient and busy.most == 1
+        assert loop.time() == LEASE_SECONDS + 11.0, "it has ended before"
         await changed
 
     run_in_virtual_time(main())
