@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from support.fleet_process import needs_ray
 from support.waiting import SECONDS, until
 
@@ -23,13 +26,19 @@ class Head:
 
     def __init__(self) -> None:
         self.answers = threading.Event()
+        self.silent: set[str] | None = None
+        """Replicas of which it says nothing until ``answers`` is set; None: of none of them."""
+        self.failing: set[str] = set()
         self.gone: set[str] = set()
         self.fails = 0
         self.asked: list[str] = []
 
     def wrapper(self, info: Any) -> Any:
         self.asked.append(info.replica_id.unique_id)
-        assert self.answers.wait(SECONDS)
+        if info.replica_id.unique_id in self.failing:
+            raise TimeoutError("no answer for this one")
+        if self.silent is None or info.replica_id.unique_id in self.silent:
+            assert self.answers.wait(SECONDS)
         if self.fails:
             self.fails -= 1
             raise TimeoutError("no answer from the head")
@@ -47,7 +56,11 @@ def head() -> Iterator[Head]:
 
 @pytest.fixture
 def router(head: Head, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Knows "a" already."""
+    return router_of(head, monkeypatch)
+
+
+def router_of(head: Head, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A router that knows "a" already."""
     made = object.__new__(obey.ObeyingRouter)
     made._create_replica_wrapper_func = head.wrapper
     made._deployment_id = SimpleNamespace(app_name="app")
@@ -68,7 +81,7 @@ class Id(NamedTuple):
     unique_id: str
 
 
-IDS = {name: Id(name) for name in "abcd"}
+IDS = {name: Id(name) for name in "abcdef"}
 
 
 def infos(names: str) -> list[Any]:
@@ -84,7 +97,9 @@ async def test_the_loop_goes_on_and_the_last_word_counts(router: Any, head: Head
     await until(lambda: bool(head.asked))
     assert known(router) == "a", "and this loop has not waited for the head"
     router._update_running_replicas(infos("abc"))
+    assert known(router) == "a"
     router._update_running_replicas(infos("bc"))
+    assert known(router) == "", "what is gone does not wait for what is new"
     head.answers.set()
     await until(lambda: known(router) == "bc")
     assert head.asked == ["b", "c"]
@@ -100,4 +115,29 @@ async def test_a_head_that_fails_is_asked_again_and_the_dead_are_left_out(router
     head.answers.set()
     router._update_running_replicas(infos("abcd"))
     await until(lambda: known(router) == "abd")
-    assert head.asked == ["b", "b", "b", "c", "d"]
+    assert sorted(head.asked[:3]) == ["b", "c", "d"] and len(head.asked) == 5
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.sets(st.sampled_from("abcdef")), max_size=5), st.sets(st.sampled_from("bcdef")), st.data())
+def test_who_is_not_found_holds_up_nobody(said: list[set[str]], lost: set[str], data: st.DataObject) -> None:
+    """Whatever Serve says, what goes is gone at once, and what is found is there. For those that are lost the
+    head fails, or has no answer."""
+    silent = set(data.draw(st.permutations(sorted(lost)))[: data.draw(st.integers(0, obey.THREADS - 1))])
+
+    async def main() -> None:
+        head = Head()
+        router = router_of(head, patch)
+        head.silent, head.failing = silent, lost - silent
+        for names in said:
+            before = known(router)
+            router._update_running_replicas(infos("".join(sorted(names))))
+            assert set(known(router)) == set(before) & names
+            await until(lambda names=names: set(known(router)) == names - lost)  # type: ignore[misc]
+        head.answers.set()
+        router._update_running_replicas([])
+        assert known(router) == ""
+        await until(lambda: not router._asking)
+
+    with pytest.MonkeyPatch.context() as patch:
+        asyncio.run(main())
