@@ -15,6 +15,7 @@ from aioengine.errors import AdapterNotFound, AioEngineError, EngineDead, Engine
 from aioengine.fleet.beliefs import Beliefs
 from aioengine.fleet.config import FleetConfig
 from aioengine.fleet.outbox import Outbox
+from aioengine.fleet.prepared import PreparedVersions
 from aioengine.fleet.registry import Entry
 from aioengine.fleet.speeds import Speeds
 from aioengine.fleet.versions import ReplicaVersions, gone
@@ -32,7 +33,7 @@ from aioengine.fleet.wire import (
     pack_error,
 )
 from aioengine.grammars.service import Grammars
-from aioengine.info import AdapterInfo, without_versions
+from aioengine.info import without_versions
 from aioengine.metrics.otlp import end_tracing, otlp_provider
 from aioengine.request import RequestOptions, SamplingParams
 from aioengine.runtime.tasks import end_tasks
@@ -58,6 +59,7 @@ class EngineReplica:
         self._versions = ReplicaVersions(config.adapters)
         self._unloads: set[asyncio.Task[None]] = set()
         self.engine = await self.start_engine()
+        self._prepared = PreparedVersions(self.engine)
         self.engine.add_listener(self._speed)
         self._beliefs = Beliefs()
         self.engine.add_listener(self._beliefs)
@@ -241,9 +243,9 @@ class EngineReplica:
             "unload": self.engine.unload_adapter,
             "pin": self.engine.pin_adapter,
             "unpin": self.engine.unpin_adapter,
-            "prepare": self.engine.prepare_adapter,
-            "commit": self._commit,
-            "discard": self._discard,
+            "prepare": self._prepared.prepare,
+            "commit": self._prepared.commit,
+            "discard": self._prepared.discard,
             "sync": self._sync,
             "others": self._others,
             "forget": self._forget,
@@ -266,12 +268,6 @@ class EngineReplica:
         finally:
             for box in self._boxes.values():
                 box.wake()  # doors hear of the change at once
-
-    async def _commit(self, name: str) -> AdapterInfo:
-        return self.engine.commit_adapter(name)
-
-    async def _discard(self, name: str) -> None:
-        self.engine.discard_adapter(name)
 
     async def _version(self, name: str) -> int:
         return self._versions.highest(name)

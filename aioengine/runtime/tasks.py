@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
 T = TypeVar("T")
 
 
-async def run_to_completion(work: Awaitable[T]) -> T:
+async def run_to_completion(work: Awaitable[T], *, unless: Callable[[], bool] = lambda: False) -> T:
     """Run ``work`` to completion despite repeated cancellation, then raise the cancellation.
 
     For work that would leave threads or processes behind if it stopped halfway. After a cancellation its
-    result or error is dropped.
+    result or error is dropped. If ``unless()`` is true at a cancellation, ``work`` is cancelled, too.
     """
     task = asyncio.ensure_future(work)
     cancelled: asyncio.CancelledError | None = None
@@ -22,6 +22,8 @@ async def run_to_completion(work: Awaitable[T]) -> T:
             await asyncio.wait([task])
         except asyncio.CancelledError as error:
             cancelled = error
+            if unless():
+                task.cancel()
     if cancelled is not None:
         if not task.cancelled():
             task.exception()  # nobody else will ask

@@ -20,12 +20,11 @@ from aioengine.errors import (
     EngineStopped,
 )
 from aioengine.fleet.config import FleetConfig
-from aioengine.fleet.door.entries import KnownEntries, listed, numbered, version_of
+from aioengine.fleet.door.entries import KnownEntries, listed, numbered, source_of, version_of
 from aioengine.fleet.door.members import Member, Members
-from aioengine.fleet.door.replicas import Replicas, by_load, first_of, holds
+from aioengine.fleet.door.replicas import Change, Replicas, by_load, first_of, holds
 from aioengine.fleet.registry import Entry, answer_of, lease
 from aioengine.info import AdapterInfo, is_mix
-from aioengine.model.files.hub import is_source
 from aioengine.runtime.tasks import end_tasks, run_to_completion
 from aioengine.schedulers.routing import Move, PlacementGuard, load_placement
 
@@ -134,29 +133,31 @@ class FleetAdapters:
         the old one. If one fails, or reads something else, the old one stays everywhere, and an error is
         raised. A replica that reads it later accepts no other content."""
         where = None if path is None else os.fspath(path)
-        async with self._changing(name) as members:
+        async with self._changing(name) as change:
             known = self.known.by_name.get(name)
             if replace and (known is not None or where is not None):
-                info = await self._replace(name, where, members)
+                info = await self._replace(name, where, change)
             else:
                 if where is not None and known is not None and known.path == where:
                     where = None
-                info = await self._add(name, where, known, members)
+                info = await self._add(name, where, known, change)
             if pin:
-                info = numbered(await self._replicas.pin(name, members, force_pin), info.version)
-                info = await self._note(info, where, pinned=True)
+                info = numbered(await self._replicas.pin(name, change.members, force_pin), info.version)
+                info = await self._note(info, change, where, pinned=True)
             return info
 
     async def unload(self, name: str, *, force: bool) -> None:
         """Unload it from every replica, once the requests on it have ended; new ones are refused at once. If
         the call is cancelled, that goes on."""
-        async with self._changing(name) as members:
+        async with self._changing(name) as change:
             was_known, ended = name in self.known.by_name, False
             try:
-                answers = await self._replicas.ask_all(members, "unload", name=name, force=force)
+                answers = await self._replicas.ask_all(change.members, "unload", name=name, force=force)
                 ended = True
             finally:
-                await run_to_completion(self._remove(name, () if ended else members))
+                if not change.lost():
+                    removing = self._remove(name, () if ended else change.members)
+                    await run_to_completion(removing, unless=change.lost)
             errors = [answer for answer in answers if isinstance(answer, AioEngineError)]
             others = [error for error in errors if not isinstance(error, AdapterNotFound)]
             if others:
@@ -165,19 +166,19 @@ class FleetAdapters:
                 raise errors[0]
 
     async def pin(self, name: str, *, force: bool) -> AdapterInfo:
-        async with self._changing(name) as members:
-            known = self.known.by_name.get(name)
+        async with self._changing(name) as change:
+            known, members = self.known.by_name.get(name), change.members
             version = await self._next_version(name, members) if known is None else version_of(known)
             info = numbered(await self._replicas.pin(name, members, force, version=version), version)
-            return await self._note(info, pinned=True)
+            return await self._note(info, change, pinned=True)
 
     async def unpin(self, name: str) -> AdapterInfo:
-        async with self._changing(name) as members:
-            known = self.known.by_name.get(name)
+        async with self._changing(name) as change:
+            known, members = self.known.by_name.get(name), change.members
             version = await self._next_version(name, members) if known is None else version_of(known)
             answers = await self._replicas.ask_all(members, "unpin", name=name, version=version)
             info = numbered(first_of(answers), version)
-            return await self._note(info, pinned=False)
+            return await self._note(info, change, pinned=False)
 
     # Steps
 
@@ -186,42 +187,40 @@ class FleetAdapters:
         self.known.remove(name)
         await self._registry(name, self.registry.remove.remote(name), _UNSAVED)
 
-    async def _add(
-        self, name: str, where: str | None, known: Entry | None, members: Sequence[Member]
-    ) -> AdapterInfo:
+    async def _add(self, name: str, where: str | None, known: Entry | None, change: Change) -> AdapterInfo:
         """Have one replica read it. If nobody had loaded it, all get what that one has read, as a version."""
-        holders = [member for member in members if holds(name, member)]
+        holders = [member for member in change.members if holds(name, member)]
         if known is None and not holders and where is not None:
-            return await self._replace(name, where, members)
-        first = (holders or members)[0]
+            return await self._replace(name, where, change)
+        first = (holders or change.members)[0]
         info = first_of([await self._replicas.ask(first, "load", name=name, path=where)])
         if known is None or self._members.conflicts.contents(name) - {info.digest}:
-            return await self._replace(name, _source(where, known, info), members, first.channel.replica)
-        return await self._note(numbered(info, version_of(known)), where)
+            return await self._replace(name, source_of(where, known, info), change, first.channel.replica)
+        return await self._note(numbered(info, version_of(known)), change, where)
 
     async def _replace(
         self,
         name: str,
         where: str | None,
-        members: Sequence[Member],
+        change: Change,
         also: str | None = None,
         *,
         new: bool = True,
     ) -> AdapterInfo:
         """Have those that hold it, and ``also``, read it, compare what they have read, and flip, all of them
         even if the call is cancelled meanwhile. ``new``: it gets the next version of the fleet."""
-        version = await self._next_version(name, members) if new else None
-        digest = await self._replicas.prepare(name, where, members, also)
-        return await run_to_completion(self._flip(name, where, members, digest, version))
+        version = await self._next_version(name, change.members) if new else None
+        digest = await self._replicas.prepare(name, where, change, also)
+        return await run_to_completion(self._flip(name, where, change, digest, version), unless=change.lost)
 
     async def _flip(
-        self, name: str, where: str | None, members: Sequence[Member], digest: str, version: int | None
+        self, name: str, where: str | None, change: Change, digest: str, version: int | None
     ) -> AdapterInfo:
         """Let new requests use what was prepared, and note its version, if it has one."""
-        info = await self._replicas.commit(name, members, digest, version)
+        info = await self._replicas.commit(name, change, digest, version)
         if version is None:
             return info
-        return await self._note(numbered(info, version), where)
+        return await self._note(numbered(info, version), change, where)
 
     async def _next_version(self, name: str, members: Sequence[Member]) -> int:
         """Return a number that no content of this adapter has had, as far as anybody knows who lives."""
@@ -234,23 +233,24 @@ class FleetAdapters:
         return await self._registry(name, self.registry.next_version.remote(name, above), _UNKNOWN)
 
     async def _note(
-        self, info: AdapterInfo, where: str | None = None, *, pinned: bool | None = None
+        self, info: AdapterInfo, change: Change, where: str | None = None, *, pinned: bool | None = None
     ) -> AdapterInfo:
         """Store an adapter as replicas have it now. ``where``: the source that was given for it, if any;
         ``pinned`` None: as it was."""
         known = self.known.by_name.get(info.name)
         digest = info.digest or ("" if known is None else known.digest)
         stays = known is not None and known.pinned if pinned is None else pinned
-        entry = Entry(info.name, _source(where, known, info), info.version, digest, stays)
-        await run_to_completion(self._put(entry))
+        entry = Entry(info.name, source_of(where, known, info), info.version, digest, stays)
+        await run_to_completion(self._put(entry, change), unless=change.lost)
         return info
 
-    async def _put(self, entry: Entry) -> None:
+    async def _put(self, entry: Entry, change: Change) -> None:
         self.known.put(entry)
         try:
             await self._registry(entry.name, self.registry.put.remote(entry), _UNSAVED)
         finally:
-            for member in list(self._members.members.values()):  # one may have come meanwhile
+            # One may have come meanwhile. What another door may have changed is left to that one.
+            for member in [] if change.lost() else list(self._members.members.values()):
                 await self._replicas.ask(member, "sync", entries=[entry])
 
     async def _registry(self, name: str, call: Awaitable[T], otherwise: str) -> T:
@@ -262,14 +262,15 @@ class FleetAdapters:
             raise AdapterLoadError(f"{otherwise}: {error}", name=name, transient=True) from error
 
     @asynccontextmanager
-    async def _changing(self, name: str) -> AsyncIterator[list[Member]]:
+    async def _changing(self, name: str) -> AsyncIterator[Change]:
         """One change of an adapter at a time, whichever door asks for it."""
-        async with lease(self.registry, name, f"{self._members.door}-{next(self._owners)}"):
+        owner = f"{self._members.door}-{next(self._owners)}"
+        async with lease(self.registry, name, owner) as lost:
             await self._registry(name, self.known.refresh(self.registry), _UNKNOWN)
             members = by_load(self._members.members.values())
             if not members:
                 raise EngineStopped("the fleet has no replica now; try again later")
-            yield members
+            yield Change(members, owner, lost)
 
     # Replicas that come, and plans
 
@@ -364,21 +365,22 @@ class FleetAdapters:
         """Have all holders read the adapter again, so that they have what is there now: all, or none.
         ``refused``: a replica that has no version of it, because what it read was not what it should be."""
         try:
-            async with self._changing(name) as members:
+            async with self._changing(name) as change:
                 if refused is None:
                     await asyncio.sleep(SETTLE_SECONDS)  # it may have been the middle of a replacement
-                    for member in members:
+                    for member in change.members:
                         self._differing(member)
                     if len(self._members.conflicts.contents(name)) < 2:
                         return
                 self._members.conflicts.count += 1
                 known = self.known.by_name.get(name)
                 if known is None:  # found by its name; nobody else has to know it
-                    members = [m for m in members if holds(name, m) or m.channel.replica == refused]
+                    some = [m for m in change.members if holds(name, m) or m.channel.replica == refused]
+                    change = change._replace(members=some)
                 logger.warning("adapter %r does not have the same content everywhere; it is read again", name)
                 try:
                     path = None if known is None else known.path
-                    await self._replace(name, path, members, refused, new=known is not None)
+                    await self._replace(name, path, change, refused, new=known is not None)
                 except AioEngineError as error:
                     logger.error("adapter %r stays different between replicas: %s", name, error)
         except EngineStopped:
@@ -391,10 +393,3 @@ class FleetAdapters:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
-
-
-def _source(given: str | None, known: Entry | None, info: AdapterInfo) -> str:
-    """Return where other replicas find it: the source as it was given, not one node's local copy."""
-    if given is None and known is not None:
-        given = known.path
-    return given if given is not None and is_source(given) else info.path

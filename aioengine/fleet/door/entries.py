@@ -13,6 +13,7 @@ from aioengine.errors import AdapterNotFound
 from aioengine.fleet.registry import Entry, Mark, answer_of
 from aioengine.fleet.versions import SpentVersions
 from aioengine.info import AdapterInfo, is_mix
+from aioengine.model.files.hub import is_source
 from aioengine.schedulers.routing import FleetState
 
 logger = logging.getLogger("aioengine.fleet")
@@ -192,3 +193,10 @@ def _described(entry: Entry) -> AdapterInfo:
 def numbered(info: AdapterInfo, version: int) -> AdapterInfo:
     """Return a replica's answer with the fleet's version, because each replica counts its own."""
     return msgspec.structs.replace(info, version=version)
+
+
+def source_of(given: str | None, known: Entry | None, info: AdapterInfo) -> str:
+    """Return where other replicas find it: the source as it was given, not one node's local copy."""
+    if given is None and known is not None:
+        given = known.path
+    return given if given is not None and is_source(given) else info.path

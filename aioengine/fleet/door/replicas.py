@@ -4,17 +4,31 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from contextlib import asynccontextmanager
+from typing import Any, NamedTuple
 
 import msgspec
 
 from aioengine.errors import AdapterInvalid, AioEngineError, EngineStopped
 from aioengine.fleet.door.members import Member, Members
 from aioengine.info import AdapterInfo
-from aioengine.runtime.tasks import run_to_completion
 
 logger = logging.getLogger("aioengine.fleet")
+
+UNDO_SECONDS = 5.0
+"""How long a change that has failed waits for the replicas to undo it. They go on with that."""
+
+
+class Change(NamedTuple):
+    """A change of an adapter, while no other door changes it."""
+
+    members: Sequence[Member]
+    name: str
+    """Its name among all changes of the fleet."""
+    lost: Callable[[], bool]
+    """Function that returns whether another door may change the adapter, because this one did not renew its
+    right in time."""
 
 
 class Replicas:
@@ -22,12 +36,12 @@ class Replicas:
     numbers."""
 
     def __init__(self, members: Members) -> None:
-        self._handle = members.handle
+        self._members = members
 
     async def ask(self, member: Member, action: str, **arguments: Any) -> Any:
         """Return a replica's answer, or the error that it met; None if the replica is lost: when it is back,
         it gets what the registry has."""
-        call = self._handle.options(method_name="adapter")
+        call = self._members.handle.options(method_name="adapter")
         try:
             return await call.remote(action, arguments, to=member.channel.replica)
         except AioEngineError:
@@ -50,32 +64,40 @@ class Replicas:
         for info in infos:
             if info.bytes:
                 return info.labels
-        found = await self.ask(members[0], "labels", name=adapter) if members else None
+        found = await self.ask(by_load(members)[0], "labels", name=adapter) if members else None
         if isinstance(found, int):
             return found
         raise found or EngineStopped("no replica of the fleet answers now; try again later")
 
-    async def prepare(
-        self, name: str, where: str | None, members: Sequence[Member], also: str | None = None
-    ) -> str:
+    @asynccontextmanager
+    async def _or_discarded(self, name: str, change: Change) -> AsyncIterator[None]:
+        """Have all replicas drop what they have prepared, and what they go on preparing, if the block
+        fails."""
+        try:
+            yield
+        except BaseException:
+            await self._undo(change.members, "discard", name=name, change=change.name)
+            raise
+
+    async def _undo(self, members: Sequence[Member], action: str, **arguments: Any) -> None:
+        async def undo() -> None:
+            asks = [self.ask(member, action, **arguments) for member in members]
+            await asyncio.gather(*asks, return_exceptions=True)
+
+        await asyncio.wait([self._members.spawn(undo())], timeout=UNDO_SECONDS)
+
+    async def prepare(self, name: str, where: str | None, change: Change, also: str | None = None) -> str:
         """Have those that hold the adapter, and ``also``, read it, and the others know where it is. Returns
         the digest of its content. If one fails, or has read something else than the others, or the call is
         cancelled, it is prepared on none."""
-        prepared = False
-        try:
-            digest = await self._prepare(name, where, members, also)
-            prepared = True
-        finally:
-            if not prepared:
-                await run_to_completion(self.ask_all(members, "discard", name=name))
-        return digest
+        async with self._or_discarded(name, change):
+            return await self._prepare(name, where, change, also)
 
-    async def _prepare(
-        self, name: str, where: str | None, members: Sequence[Member], also: str | None
-    ) -> str:
+    async def _prepare(self, name: str, where: str | None, change: Change, also: str | None) -> str:
+        members, what = change.members, {"name": name, "change": change.name, "path": where}
         holders = [m for m in members if holds(name, m) or m.channel.replica == also] or members[:1]
         others = [member for member in members if member not in holders]
-        answers = await self.ask_all(holders, "prepare", name=name, path=where)
+        answers = await self.ask_all(holders, "prepare", **what)
         _raise_first(answers)
         read = {
             holder.channel.replica: answer.digest
@@ -89,16 +111,16 @@ class Replicas:
                 name=name,
                 path=where,
             )
-        _raise_first(await self.ask_all(others, "prepare", name=name, path=where, read=False))
+        _raise_first(await self.ask_all(others, "prepare", **what, read=False))
         if not read:
             raise EngineStopped("the replicas that were asked are lost; try again later")
         return next(iter(read.values()))
 
-    async def commit(
-        self, name: str, members: Sequence[Member], digest: str, version: int | None
-    ) -> AdapterInfo:
+    async def commit(self, name: str, change: Change, digest: str, version: int | None) -> AdapterInfo:
         """Let new requests use what was prepared, which is the fleet's ``version``."""
-        answers = await self.ask_all(members, "commit", name=name, version=version, digest=digest)
+        what = {"name": name, "change": change.name, "version": version, "digest": digest}
+        async with self._or_discarded(name, change):
+            answers = await self.ask_all(change.members, "commit", **what)
         found = first_of(answers)  # who has not read it does not know what it is like
         found = next((a for a in answers if isinstance(a, AdapterInfo) and a.digest == digest), found)
         return msgspec.structs.replace(found, digest=digest)
@@ -120,7 +142,7 @@ class Replicas:
             pinned = True
         finally:
             if not pinned:
-                await run_to_completion(self.ask_all(fresh, "unpin", name=name))
+                await self._undo(fresh, "unpin", name=name)
         return first_of(answers)
 
 
