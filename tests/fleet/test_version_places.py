@@ -28,6 +28,7 @@ from aioengine.fleet.door.members import Member, Members
 from aioengine.fleet.registry import Entry
 from aioengine.fleet.wire import Delta, Residency, pack_error
 from aioengine.info import AdapterInfo, AdapterLocation
+from aioengine.lab.simulation.clock import run_in_virtual_time
 from aioengine.request import RequestOptions, Wanted
 from aioengine.schedulers.routing import ReplicaLimits
 
@@ -82,6 +83,41 @@ async def test_no_replica_has_all_versions(versions: tuple[str, ...]) -> None:
     members, _ = members_of(r0=[info(1)], r1=[info(2)])
     with pytest.raises(AdapterNotFound, match="gone"):
         await asyncio.wait_for(Dispatcher(members).place(call_of(*versions)), 10)
+
+
+@pytest.mark.parametrize(("how", "begun"), [("drained", False), ("removed", False), ("removed", True)])
+def test_a_version_that_is_only_where_nothing_new_is_taken(how: str, begun: bool) -> None:
+    """The answer comes at once, and says so."""
+
+    async def main() -> None:
+        members, channels = members_of(r0=[info(1)], r1=[info(2)])
+        channels["r0"].leaving = how == "removed"
+        members.members["r0"].status = SimpleNamespace(draining=how == "drained")  # type: ignore[assignment]
+        members.state.drain("r0")
+        dispatcher, call = Dispatcher(members), call_of("sql@1")
+        if begun:
+            call.take(Delta(1, [9]), 0.0)
+        with pytest.raises(AdapterChanged if begun else AdapterNotFound, match="replaced"):
+            await dispatcher.place(call)
+        assert asyncio.get_running_loop().time() < 1.0
+
+    run_in_virtual_time(main())
+
+
+def test_a_version_is_waited_for_where_a_replica_has_just_come_back() -> None:
+    async def main() -> None:
+        members, _ = members_of(r0=[info(1)], r1=[info(2)])
+        members.state.drain("r0")  # it is told of the fleet's adapters
+        call = call_of("sql@1")
+        placing = asyncio.ensure_future(Dispatcher(members).place(call))
+        await asyncio.sleep(2.0)
+        assert not placing.done()
+        members.state.drain("r0", False)
+        members._tell_change()
+        await placing
+        assert call.replica == "r0"
+
+    run_in_virtual_time(main())
 
 
 @pytest.mark.parametrize("newer", [None, "disk", "cpu"])

@@ -173,9 +173,12 @@ class Dispatcher:
         return set(self._members.members).intersection(*map(self._members.with_version, self._replaced(call)))
 
     def _check_versions(self, call: Call) -> None:
-        """Raise an error if no replica has all versions that a call needs."""
+        """Raise an error if no replica has all versions that a call needs, or if only replicas have them that
+        will take no new requests, and others do."""
         replaced = self._replaced(call)
-        if not replaced or self._with_versions(call):
+        there = [self._members.members[replica] for replica in self._with_versions(call)]
+        leave = bool(there) and all(member.leaves for member in there) and bool(self._state.view.accepting)
+        if not replaced or (there and not leave):
             return
         if call.begun:
             raise errors.AdapterChanged(
@@ -183,6 +186,12 @@ class Dispatcher:
                 "request began with; repeat the request",
                 name=without_versions(replaced[0]),
                 transient=True,
+            )
+        if leave:
+            raise errors.AdapterNotFound(
+                "this version was replaced, and is only on replicas that take no new requests, because they "
+                "are drained or removed; ask for the current one",
+                name=replaced[0],
             )
         missing = [version for version in replaced if not self._members.with_version(version)]
         raise gone((missing or replaced)[0])

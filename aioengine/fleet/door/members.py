@@ -38,6 +38,11 @@ class Member:
         self.ready = True
         """Whether the replica knows the fleet's adapters."""
 
+    @property
+    def leaves(self) -> bool:
+        """Whether it takes no new requests, because it is drained or about to go."""
+        return self.channel.leaving or (self.status is not None and self.status.draining)
+
 
 class Members:
     """The replicas of a fleet. All methods are called on one loop. ``door`` is this door's name among
