@@ -50,6 +50,10 @@ class AdapterInvalid(AdapterError):
     """The adapter is malformed, does not fit the base model, or uses an unsupported feature."""
 
 
+class AdapterConflict(AdapterInvalid):
+    """The adapter's files may be good, but its name stands for others, or nodes have different ones."""
+
+
 class AdapterTooLarge(AdapterInvalid):
     """The adapter's rank exceeds ``max_lora_rank``, or its trained tokens do not fit into a slot."""
 

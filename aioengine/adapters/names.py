@@ -6,7 +6,7 @@ import os
 import re
 
 from aioengine.adapters.resolvers.sources import checked_source
-from aioengine.errors import AdapterInvalid
+from aioengine.errors import AdapterConflict, AdapterInvalid
 from aioengine.model.files.hub import is_source
 
 NAME_RULE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:/+\-]{0,254}")
@@ -38,7 +38,7 @@ def check_name(name: str, path: str) -> None:
 
 def check_same_path(name: str, registered: str, path: str) -> None:
     if registered != path:
-        raise AdapterInvalid(
+        raise AdapterConflict(
             f"already registered from {registered}; pass replace=True to load_adapter to put a new version "
             "in its place, or unload_adapter first",
             name=name,

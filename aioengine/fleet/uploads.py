@@ -8,7 +8,7 @@ import logging
 import os
 import time
 import uuid
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Mapping
 
 from aioengine.errors import AdapterLoadError, ConfigError
 from aioengine.fleet.registry import write_file
@@ -32,7 +32,8 @@ class Uploads:
         if registry is not None:
             place = registry if is_source(registry) else os.path.abspath(os.path.expanduser(registry))
             self._root = f"{place.rstrip('/')}/uploads"
-        self._unused: dict[str, tuple[float, float]] = {}
+        self._removing = asyncio.Lock()
+        self._unused: dict[str, tuple[float, float | None]] = {}
         """By the folder of an upload that is not in use: when this door has first seen that, and when the
         store says that its last file was written."""
 
@@ -47,37 +48,58 @@ class Uploads:
             )
         return await asyncio.to_thread(_store, self._root, name, config, weights)
 
-    async def remove_unused(self, used: Collection[str], invalid: str | None = None) -> None:
-        """Remove what has not been among these folders for ``KEEP_SECONDS``, and ``invalid``, which nobody
-        can load, at once."""
+    def in_use(self, folder: str) -> None:
+        """Note that an adapter is loaded from a folder, if only for a moment."""
+        self._unused.pop(_name(folder), None)
+
+    async def remove_unused(self, used: Callable[[], Collection[str]], invalid: str | None = None) -> None:
+        """Remove what has not been among the folders that ``used`` returns for ``KEEP_SECONDS``, and
+        ``invalid``, which nobody can load, at once."""
         if self._root is None:
             return
         try:
-            await asyncio.to_thread(self._remove, self._root, used, invalid)
+            async with self._removing:
+                written = await asyncio.to_thread(_written, self._root)
+                for name in self._to_remove(written, set(map(_name, used())), invalid and _name(invalid)):
+                    await asyncio.to_thread(_remove, self._root, name)
         except Exception as error:  # each filesystem raises its own types
             logger.warning("uploads that no adapter is loaded from were not removed: %s", error)
 
-    def _remove(self, root: str, used: Collection[str], invalid: str | None) -> None:
-        import fsspec
-
-        system, path = fsspec.core.url_to_fs(root)
-        system.invalidate_cache()  # other doors write here, too
-        wanted, now = set(map(_name, used)), time.monotonic()
+    def _to_remove(
+        self, written: Mapping[str, float | None], wanted: Collection[str], invalid: str | None
+    ) -> list[str]:
+        now, removed = time.monotonic(), list[str]()
         before, self._unused = self._unused, {}
-        for folder in system.ls(path, detail=False):
-            name = _name(folder)
-            if name in wanted:
-                continue
-            files = system.ls(folder, detail=False)
-            # Without files, it is about to be written.
-            written = max((system.modified(file).timestamp() for file in files), default=now)
-            since, was_written = before.get(name, (now, written))
-            if written != was_written:
+        for name in written.keys() - wanted:
+            at = written[name]
+            since, was_written = before.get(name, (now, at))
+            if at is None or at != was_written:  # without files, it is about to be written
                 since = now
-            if now - since > KEEP_SECONDS or (invalid is not None and name == _name(invalid)):
-                system.rm(folder, recursive=True)
+            if now - since > KEEP_SECONDS or name == invalid:
+                removed.append(name)
             else:
-                self._unused[name] = since, written
+                self._unused[name] = since, at
+        return removed
+
+
+def _written(root: str) -> dict[str, float | None]:
+    """Return when the last file of each upload was written, as the store says; None: it has no files."""
+    import fsspec
+
+    system, path = fsspec.core.url_to_fs(root)
+    system.invalidate_cache()  # other doors write here, too
+    found: dict[str, float | None] = {}
+    for folder in system.ls(path, detail=False):
+        files = system.ls(folder, detail=False)
+        found[_name(folder)] = max((system.modified(file).timestamp() for file in files), default=None)
+    return found
+
+
+def _remove(root: str, name: str) -> None:
+    import fsspec
+
+    system, path = fsspec.core.url_to_fs(root)
+    system.rm(f"{path}/{name}", recursive=True)
 
 
 def _name(folder: str) -> str:

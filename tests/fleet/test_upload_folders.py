@@ -5,18 +5,23 @@ from __future__ import annotations
 import asyncio
 from pathlib import Path
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import fsspec
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.engine_fixtures import Tiny, greedy
 from support.fleet_here import fleet_here, small_engine
+from support.registry_actor import RegistryActor
 
-from aioengine.errors import AdapterInvalid
+from aioengine.errors import AdapterConflict, AdapterInvalid
 from aioengine.fleet import uploads
 from aioengine.fleet.config import FleetConfig
+from aioengine.fleet.door.entries import KnownEntries
+from aioengine.fleet.registry import Entry
 from aioengine.fleet.uploads import KEEP_SECONDS, Uploads
+from aioengine.schedulers.routing import FleetState
 
 pytest.importorskip("ray.serve", reason="Ray has no wheel for this system or Python")
 
@@ -28,7 +33,7 @@ async def test_an_upload_in_use_is_kept(
     scheme: str, tiny_text: Tiny, adapters: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """However old it is, and also where replicas hold local copies of what is at a URL. What is invalid goes
-    at once."""
+    at once, but not what another version was replaced by, or has replaced."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     engine = small_engine(tiny_text)
     config = FleetConfig(engine=engine, registry=f"{scheme}{tmp_path}/registry")
@@ -37,6 +42,12 @@ async def test_an_upload_in_use_is_kept(
         with pytest.raises(AdapterInvalid):
             await fleet.client.load_adapter_files("bad", b"{}", b"")
         assert not list(root.iterdir())
+        first, second = ([(adapters / name / file).read_bytes() for file in FILES] for name in "ab")
+        before = await fleet.client.load_adapter_files("s", *first)
+        await fleet.client.load_adapter_files("s", *second, replace=True)
+        with pytest.raises(AdapterConflict, match="already registered"):
+            await fleet.client.load_adapter_files("s", *first)
+        assert (root / before.digest).exists()
         monkeypatch.setattr(uploads, "KEEP_SECONDS", -1.0)
         for name in "ab":
             files = [(adapters / name / file).read_bytes() for file in FILES]
@@ -61,7 +72,7 @@ def test_an_upload_is_kept_for_a_while_after_its_last_use(uploaded: list[tuple[f
         unused_since: float | None = None
         for seconds, used in uploaded:
             now += seconds
-            await door.remove_unused([folder] if used else [])
+            await door.remove_unused(lambda used=used: [folder] if used else [])  # type: ignore[misc]
             if used:
                 unused_since = None
                 assert files.exists(folder)
@@ -71,6 +82,58 @@ def test_an_upload_is_kept_for_a_while_after_its_last_use(uploaded: list[tuple[f
             assert files.exists(f"{place}/uploads/new")
             if not files.exists(folder):
                 return
+
+    with pytest.MonkeyPatch.context() as patch:
+        asyncio.run(main("memory://fleet"))
+
+
+class Loaded(NamedTuple):
+    """A change by one of two doors: an upload, or a load from a folder that is there."""
+
+    seconds: float
+    """Since the one before."""
+    door: int
+    content: int
+    uploads: bool
+
+
+LOADS = st.builds(Loaded, st.floats(0, 2 * KEEP_SECONDS), st.integers(0, 1), st.integers(0, 2), st.booleans())
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.lists(LOADS, min_size=2, max_size=8))
+def test_what_one_door_loads_another_does_not_remove_too_soon(loads: list[Loaded]) -> None:
+    """Each hears of the other's changes, and removes what it knows to be unused, when it makes one."""
+
+    async def main(place: str) -> None:
+        files = fsspec.filesystem("memory")
+        files.store.clear()
+        files.pseudo_dirs[:] = [""]
+        now, folder = 0.0, ""
+        patch.setattr(uploads, "time", SimpleNamespace(monotonic=lambda: now))
+        registry = RegistryActor()
+        doors = [Uploads(place), Uploads(place)]
+        known = [KnownEntries({}, FleetState(lambda: now)) for _ in doors]
+        for each, door in zip(known, doors, strict=True):
+            each.in_use = door.in_use
+        folders: dict[int, str] = {}
+        until: dict[str, float] = {}
+        for version, load in enumerate(loads, 1):
+            now += load.seconds
+            wanted = folders.get(load.content, "")
+            if load.uploads or not files.exists(wanted):
+                wanted = await doors[load.door].store("sql", b"{}", bytes([load.content]))
+                folders[load.content] = wanted
+            until[folder], folder = now, wanted
+            entry = Entry("sql", folder, version)
+            await registry.put.remote(entry)
+            for each in known:
+                await each.refresh(registry)
+            removing = [doors[load.door].remove_unused(lambda used=folder: [used]) for _ in range(2)]  # type: ignore[misc]
+            await asyncio.gather(*removing)
+            for path, end in until.items():
+                assert not path or now - end > KEEP_SECONDS or files.exists(path)
+            assert files.exists(folder)
 
     with pytest.MonkeyPatch.context() as patch:
         asyncio.run(main("memory://fleet"))

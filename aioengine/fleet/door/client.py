@@ -94,6 +94,7 @@ class FleetClient:
         self._adapters = FleetAdapters(config, self.members)
         self._dispatcher.version_of = self._adapters.known.version
         self._uploads = Uploads(config.registry)
+        self._adapters.known.in_use = self._uploads.in_use
         # Keys, of which [server] may have some, are not stored with the registry.
         shared = msgspec.json.encode(msgspec.structs.replace(config, server={}))
         self._limits = SharedLimits(door, shared, self._adapters.refresh_soon)
@@ -338,11 +339,12 @@ class FleetClient:
         invalid: str | None = None
         try:
             return await self._adapters.load(name, folder, pin=pin, force_pin=False, replace=replace)
-        except errors.AdapterInvalid:
-            invalid = folder
+        except errors.AdapterInvalid as error:
+            # Others may need good files, such as those of a version that was replaced.
+            invalid = None if isinstance(error, errors.AdapterConflict) else folder
             raise
         finally:
-            await self._uploads.remove_unused(self._adapters.sources(), invalid)
+            await self._uploads.remove_unused(self._adapters.sources, invalid)
 
     async def unload_adapter(self, name: str, *, force: bool = False) -> None:
         """Unload an adapter from every replica. Raises AdapterNotFound if no replica knows it."""

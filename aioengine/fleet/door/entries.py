@@ -37,6 +37,8 @@ class KnownEntries:
         """What is said of each adapter while no replica holds it."""
         self.spent = SpentVersions()
         """Versions of adapters that have gone since this door knows of them."""
+        self.in_use: Callable[[str], None] = lambda path: None
+        """Callback for the path of each adapter that is put."""
         self._configured = {name: Entry(name, path, 0) for name, path in configured.items()}
         self._state = state
         self._mark: Mark | None = None
@@ -54,6 +56,7 @@ class KnownEntries:
         self.by_name[entry.name] = entry
         self.described[entry.name] = _described(entry)
         self._state.add_adapter(entry.name)
+        self.in_use(entry.path)
 
     def remove(self, name: str) -> bool:
         """Forget an adapter. Returns whether it was known."""

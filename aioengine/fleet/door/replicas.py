@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from aioengine.errors import AdapterInvalid, AioEngineError, EngineStopped
+from aioengine.errors import AdapterConflict, AioEngineError, EngineStopped
 from aioengine.fleet.door.members import Member, Members
 from aioengine.info import AdapterInfo
 
@@ -106,7 +106,7 @@ class Replicas:
         }
         if len(set(read.values())) > 1:
             found = ", ".join(f"{digest[:12]}... on {replica}" for replica, digest in read.items())
-            raise AdapterInvalid(
+            raise AdapterConflict(
                 f"its files are not the same on all nodes (SHA-256 {found}); no replica takes them",
                 name=name,
                 path=where,
