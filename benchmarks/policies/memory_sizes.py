@@ -8,7 +8,7 @@ as slots by bytes, and in one memory with the KV cache. Prints the copies into s
 their ratios to those with slots of one size for the same arrivals: means over the seeds, and half the width
 of their 95% intervals (Student's t). "foresight" are the copies that no choice of victims by bytes could be
 below if requests were served strictly in order of arrival (``fewest_copies``). A policy that serves the
-requests for an adapter together may be below it.
+requests for an adapter together may be below it. The CPU cache has room for all adapters.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def main() -> None:
     parser.add_argument("--slots", nargs="*", type=int, default=[4, 8, 16, 32], help="slots of rank 64")
     parser.add_argument("--most", type=int, default=200, help="adapters in a memory that slots share")
     args = parser.parse_args()
-    setting, console = setting_of(args), Console(stderr=True)
+    setting, console = setting_of(args, roomy=True), Console(stderr=True)
     title = f"{args.limit:,} requests of {Path(args.trace).stem}, {args.scale:g} times as fast; "
     title += f"{args.adapters} adapters of ranks {args.ranks}"
     heads = [*(f"{kind}, copies" for kind in COUNTS), *(f"{kind}, ratio" for kind in RATIOS)]

@@ -51,11 +51,15 @@ class Setting(NamedTuple):
     preset: str
     kv: int
     """Bytes for the KV cache."""
+    roomy: bool
+    """Whether the CPU cache has room for all adapters with each kind of slots. By default it goes by the
+    bytes of the slots, where these share a memory, and what leaves it leaves its slot, too."""
 
     def experiment(
         self, policy: str, seed: int, slots: int, slot_memory: int | str | None = None, total: int = 0
     ) -> Experiment:
         """Make an experiment. ``total``: bytes that slots have, if they share a memory with the KV cache."""
+        all_of_them = self.adapters * load_costs(self.preset).adapter_nbytes(64)
         workload = WorkloadSpec(
             trace=self.trace,
             limit=self.limit,
@@ -67,8 +71,7 @@ class Setting(NamedTuple):
         return Experiment(
             workload=workload, policy=policy, preset=self.preset, slots=slots, slot_memory=slot_memory,
             cpu_loras=max(self.adapters, slots), max_lora_rank=64, seed=seed,
-            # Room for all of them with each kind of slots. By default it goes by the bytes of the slots.
-            max_cpu_lora_bytes=max(self.adapters, 1) * load_costs(self.preset).adapter_nbytes(64),
+            max_cpu_lora_bytes=all_of_them if self.roomy else None,
             kv_cache_memory=self.kv + (total if slot_memory == "shared" else 0),
         )  # fmt: skip
 
@@ -93,9 +96,9 @@ def setting_flags(*, scale: float, limit: int) -> argparse.ArgumentParser:
     return parser
 
 
-def setting_of(args: argparse.Namespace) -> Setting:
+def setting_of(args: argparse.Namespace, *, roomy: bool = False) -> Setting:
     kv = parse_bytes(args.kv, field="kv")
-    return Setting(args.trace, args.limit, args.scale, args.adapters, args.ranks, args.preset, kv)
+    return Setting(args.trace, args.limit, args.scale, args.adapters, args.ranks, args.preset, kv, roomy)
 
 
 def measure(experiment: Experiment) -> list[float]:
