@@ -1,12 +1,15 @@
-"""Cost of more adapters than slots, on a live engine under a steady load.
+"""Cost of more adapters than slots, on a live engine.
 
     python -m benchmarks.engine.swapping cliff     TTFT and throughput with 4 .. 64 adapters over 8 slots
     python -m benchmarks.engine.swapping gaps      token gaps: 64 adapters over 8 slots, and all 64 in slots
     python -m benchmarks.engine.swapping cold      token gaps while a 150 MB adapter is read from a cold disk
+    python -m benchmarks.engine.swapping share --slots 16 --cpu 256 --counts 256
+                                                   throughput with 256 adapters over 16 slots, and without
 
-Requests (128 random prompt tokens, 32 output tokens) arrive by a Poisson process at 60% of the rate that
-the engine can take with as many adapters as slots, measured first. Adapters are random, of rank 16, on
-all seven linears; "zipf" gives the k-th a weight of 1/k.
+``share`` sends all requests at once, in turns with and without adapters. Elsewhere they arrive by a Poisson
+process at 60% of the rate that the engine can take with as many adapters as slots, measured first. They have
+128 random prompt tokens and 32 output tokens. Adapters are random, of rank 16, on all seven linears; "zipf"
+gives the k-th a weight of 1/k.
 """
 
 from __future__ import annotations
@@ -47,9 +50,11 @@ def configuration(slots: int, cpu: int, *, rank: int = 16) -> EngineConfig:
     )
 
 
-async def capacity(engine: AsyncEngine, names: list[str | None], requests: int = 64) -> float:
+async def capacity(
+    engine: AsyncEngine, names: list[str | None], requests: int = 64, *, zipf: float = 0.0
+) -> float:
     """Measure requests per second when all come at once."""
-    arrivals = poisson(1e6, 1, names, prompt_tokens=PROMPT_TOKENS)[:requests]
+    arrivals = poisson(1e6, 1e-6 * 2 * requests, names, prompt_tokens=PROMPT_TOKENS, zipf=zipf)[:requests]
     await replay(engine, arrivals[:8], output_tokens=2)
     start = time.perf_counter()
     await replay(engine, arrivals, output_tokens=OUTPUT_TOKENS)
@@ -116,6 +121,32 @@ async def gaps(args: argparse.Namespace, adapters: dict[str, Path]) -> Table:
     return table
 
 
+async def share(args: argparse.Namespace, adapters: dict[str, Path]) -> Table:
+    """Compare the throughput with all adapters to that without, in turns."""
+    table = new_table(
+        f"{args.requests} requests at once; {len(adapters)} adapters over {args.slots} slots, zipf",
+        *("round", "without, tok/s", "with, tok/s", "share", "slot loads", "reads"),
+        texts=0,
+    )
+    shares = []
+    async with AsyncEngine(configuration(args.slots, args.cpu)) as engine:
+        for name, path in adapters.items():
+            engine.register_adapter(name, path)
+        await capacity(engine, list(adapters), args.requests, zipf=1.0)
+        for turn in range(args.rounds):
+            base = OUTPUT_TOKENS * await capacity(engine, [None], args.requests)
+            before = engine.stats()
+            adapted = OUTPUT_TOKENS * await capacity(engine, list(adapters), args.requests, zipf=1.0)
+            after = engine.stats()
+            shares.append(adapted / base)
+            loads, reads = after.slot_loads - before.slot_loads, after.cpu_loads - before.cpu_loads
+            table.add_row(
+                *(str(turn + 1), f"{base:.1f}", f"{adapted:.1f}", f"{shares[-1]:.0%}", str(loads), str(reads))
+            )
+    print(f"median share: {median(shares):.1%}")
+    return table
+
+
 async def cold(args: argparse.Namespace, folder: Path) -> Table:
     """Measure eight streams of the base model, with and without large adapters being read meanwhile."""
     spec = read_spec(resolve_model(MODEL))
@@ -177,21 +208,23 @@ def figures(found: Measured) -> tuple[str, ...]:
 
 async def main() -> None:
     parser = arguments(__doc__)
-    parser.add_argument("what", choices=("cliff", "gaps", "cold"))
+    parser.add_argument("what", choices=("cliff", "gaps", "cold", "share"))
     parser.add_argument("--slots", type=int, default=8)
     parser.add_argument("--cpu", type=int, default=32, help="max_cpu_loras")
     parser.add_argument("--counts", type=int, nargs="+", default=[4, 8, 9, 12, 16, 32, 64])
     parser.add_argument("--seconds", type=float, default=30, help="of load at each point, after a warm-up")
     parser.add_argument("--load", type=float, default=0.6, help="share of the capacity")
-    parser.add_argument("--rounds", type=int, default=3, help="of gaps and cold")
+    parser.add_argument("--rounds", type=int, default=3, help="of gaps, cold and share")
+    parser.add_argument("--requests", type=int, default=128, help="of share")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         if args.what == "cold":
             table = await cold(args, folder)
         else:
-            adapters = write_adapters(folder, read_spec(resolve_model(MODEL)), 64)
-            table = await (cliff if args.what == "cliff" else gaps)(args, adapters)
+            count = 64 if args.what == "gaps" else max(args.counts)
+            adapters = write_adapters(folder, read_spec(resolve_model(MODEL)), count)
+            table = await {"cliff": cliff, "gaps": gaps, "share": share}[args.what](args, adapters)
     console(140).print(table)
 
 
