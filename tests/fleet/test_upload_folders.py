@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import fsspec
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from support.engine_fixtures import Tiny, greedy
 from support.fleet_here import fleet_here, small_engine
@@ -102,6 +102,14 @@ LOADS = st.builds(Loaded, st.floats(0, 2 * KEEP_SECONDS), st.integers(0, 1), st.
 
 @settings(deadline=None, max_examples=50)
 @given(st.lists(LOADS, min_size=2, max_size=8))
+@example(
+    [
+        Loaded(0.0, 0, 0, uploads=True),
+        Loaded(10.0, 0, 1, uploads=True),  # this door sees that the first one is not in use
+        Loaded(10.0, 1, 0, uploads=False),  # and then it is again
+        Loaded(KEEP_SECONDS, 0, 2, uploads=True),
+    ]
+)
 def test_what_one_door_loads_another_does_not_remove_too_soon(loads: list[Loaded]) -> None:
     """Each hears of the other's changes, and removes what it knows to be unused, when it makes one."""
 
