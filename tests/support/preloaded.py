@@ -3,7 +3,7 @@
 The imports take two or three seconds of processor time, more than most tests of a server or a worker take
 for everything else. The fork server is multiprocessing's, and each process of the tests starts its own when
 it first needs one. Tests of how a program starts, what it imports or how it ends with its parent start it
-anew.
+anew, and so is one that is to have libraries of its own (``LD_PRELOAD``).
 """
 
 from __future__ import annotations
@@ -119,7 +119,10 @@ def _run(
         os.dup2(descriptor, number)
     for descriptor in {*streams.values()} - {*streams}:
         os.close(descriptor)
-    sys.argv[1:] = map(str, arguments)
+    words = [*map(str, arguments)]
+    if "LD_PRELOAD" in environment:  # only the system's loader reads it, when a program starts
+        os.execve(sys.executable, [sys.executable, "-m", module, *words], environment)
+    sys.argv[1:] = words
     try:
         runpy.run_module(module, run_name="__main__", alter_sys=True)
     finally:
