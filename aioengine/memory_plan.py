@@ -202,7 +202,7 @@ def plan_memory(
         available_bytes //= size
     full = config.lora is not None and config.lora.fully_sharded_loras
     shard = Shard(0, size, full)
-    spec = with_quantization(spec, config.quantization, device)
+    spec = with_quantization(spec, config.quantization, device, size)
     check_kv_cache(config.kv_cache_dtype, spec, "triton" if device == "cuda" else device)
     local = Partition(spec, shard).local
     dtype = resolve_dtype(config.dtype, spec, device)

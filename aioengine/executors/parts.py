@@ -54,7 +54,7 @@ def plan_parts(config: EngineConfig, shard: Shard = SOLO, progress: LoadProgress
         torch.cuda.set_device(shard.rank)
     path = resolve_model(config.model, progress)
     spec = read_spec(path, config.model_impl, config.quantization)
-    spec = with_quantization(spec, config.quantization, device)
+    spec = with_quantization(spec, config.quantization, device, config.tensor_parallel_size)
     check_merge(config, spec, device)
     return PartsPlan(path, spec, plan_memory(spec, config, device=device))
 

@@ -112,10 +112,11 @@ class ModelRunner:
             sample = functools.partial(default_sample, penalties=Penalties(max_num_seqs))
         self.dtype = dtype
         self.device = torch.device(device)
-        self.spec = spec = with_quantization(spec, quantization, self.device.type)
+        self.group = group or SoloGroup()
+        ranks = self.group.shard.size
+        self.spec = spec = with_quantization(spec, quantization, self.device.type, ranks)
         if spec.packed:
             quantization = "none"  # for what is packed once it is loaded
-        self.group = group or SoloGroup()
         if progress is not None:
             progress("Preparing the kernels (compiled once, at the first start)", 0, 1)
         backend = get_backend(self.device.type, kernels)

@@ -150,7 +150,7 @@ def of_expand(dtype: str, config: ExpandConfig, *, int8: bool = False) -> Varian
 def of_attention(dtype: str, bits: int, head_dim: int, group: int) -> Iterator[Variant]:
     """Decoding with the keys whole and split, and prompts."""
     for rows, splits in dict.fromkeys([(FEW_ROWS, 1), (FEW_ROWS, 8), (rows_of_prompts(bits), 1)]):
-        block_n, _, num_warps, num_stages = default_config(head_dim, bits, splits)
+        block_n, _, num_warps, num_stages = default_config(head_dim, bits, splits, rows)
         constants = {"GROUP": group, "D": head_dim, "BLOCK_SIZE": 16, "SPLITS": splits, "BLOCK_M": rows}
         constants |= {
             "BLOCK_N": block_n,

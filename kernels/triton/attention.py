@@ -42,15 +42,17 @@ def attention_config(tiles: Tiles, kv_heads: int, head_dim: int, bits: int) -> A
         programs = len(tiles.table) * kv_heads
         wanted = min(_MAX_SPLITS, -(-_PROGRAMS // programs), -(-tiles.longest // PART))
         splits = power_of_two(wanted)
-    return default_config(head_dim, bits, splits)
+    return default_config(head_dim, bits, splits, tiles.block_m)
 
 
-def default_config(head_dim: int, bits: int, splits: int) -> AttentionConfig:
+def default_config(head_dim: int, bits: int, splits: int, rows: int) -> AttentionConfig:
     """Choose as many keys at a time as registers allow: float32 products use no tensor cores, and need many
-    registers."""
+    registers. Decoding waits for memory: with five stages, two blocks of keys and values are under way at a
+    time, behind the reads of the block table. (Larger heads would leave no room for a second program.)"""
     block_d = power_of_two(head_dim)
     block_n = max(16, min(64, (8192 if bits == 16 else 2048) // block_d))
-    return AttentionConfig(block_n, splits, 4 if block_d <= 64 else 8, 2)
+    stages = 5 if bits == 16 and rows == FEW_ROWS and block_d <= 128 else 2
+    return AttentionConfig(block_n, splits, 4 if block_d <= 64 else 8, stages)
 
 
 def paged_attention(qkv: Tensor, cache: LayerCache, plan: AttentionPlan, scores: Scores) -> Tensor:

@@ -22,8 +22,10 @@ from aioengine.executors.parts import build_parts, plan_parts
 from aioengine.kernels.blocks import BlockWeight
 from aioengine.kernels.portable.quantize import quantize
 from aioengine.memory_plan import plan_memory
-from aioengine.model.files.quantization import packing_of
+from aioengine.model.files.quantization import packing_of, with_quantization
 from aioengine.model.files.resolve import read_spec
+from aioengine.model.parallel.group import Shard
+from aioengine.model.parallel.partition import Partition
 from aioengine.model.runner import ModelRunner
 from aioengine.model.spec import Quantization
 
@@ -127,6 +129,18 @@ def test_a_plan_for_cuda_counts_them(form: Quantization, tmp_path: Path) -> None
     bits = 8 * (found - 2 * (spec.num_parameters() - elements)) / elements
     expected = {"none": 16, "int8": 8 + 32 / 256, "fp8": 8 + 32 / 256, "int4": 4.75}[form]
     assert expected * 0.98 <= bits <= expected * 1.02
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_ranks_have_whole_groups(form: Quantization, tmp_path: Path) -> None:
+    """So that each keeps its part of every weight in the form; 192 inputs are groups of 64, or of 32."""
+    model = build_model(tmp_path / "model", "llama", hidden_size=128, intermediate_size=192)
+    for ranks, group in ((1, 64), (2, 32)):
+        spec = with_quantization(read_spec(model), form, "cuda", ranks)
+        assert Partition(spec, Shard(1 % ranks, ranks)).local.packed == spec.packed
+        down = spec.packed["model.layers.0.mlp.down_proj"]
+        assert down.group == (group if form == "int4" else 0)
+        assert spec.packed["model.layers.0.mlp.up_proj"].group == (64 if form == "int4" else 0)
 
 
 def test_values_that_are_not_finite_are_refused(tmp_path: Path) -> None:

@@ -79,6 +79,11 @@ def test_variant(variant: aot.Variant, capability: int) -> None:
             "keys and values, too"
         )
         assert not re.search(r"ld\.global\S*[bu]8 ", usage.ptx)
+        if blocks["BLOCK_M"] == SHORT and variant.dtype != "fp32" and blocks["BLOCK_D"] <= 128:
+            waits = re.findall(r"cp\.async\.wait_group\s+(\d+)", usage.ptx)
+            assert max(map(int, waits)) >= 2, "more keys and values are under way while some are used"
+            buffers = 2 * (2 if not variant.fp8 else 1) * blocks["BLOCK_N"] * blocks["BLOCK_D"]
+            assert usage.shared_bytes >= 2 * buffers, "two blocks of each"
         tensor_cores = "mma.sync" in usage.ptx or "wgmma.mma_async" in usage.ptx
         assert tensor_cores == (variant.dtype != "fp32")
     blocks = dict(variant.constants)

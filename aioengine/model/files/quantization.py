@@ -6,15 +6,17 @@ import msgspec
 
 from aioengine.errors import ConfigError
 from aioengine.model.files.packing import Packing
+from aioengine.model.parallel.group import Shard
+from aioengine.model.parallel.partition import Partition
 from aioengine.model.spec import ModelSpec, Quantization
 
 _GROUPS = (64, 32, 16, 8)
 """Sizes of int4 groups, the best first: 64 inputs take 4.75 bits each, scale and zero point included."""
 
 
-def with_quantization(spec: ModelSpec, quantization: Quantization, device: str) -> ModelSpec:
+def with_quantization(spec: ModelSpec, quantization: Quantization, device: str, ranks: int = 1) -> ModelSpec:
     """Return the model with the packings of the weights that are quantized while they are loaded, on a device
-    ("cpu" or "cuda").
+    ("cpu" or "cuda"). Groups of inputs are whole for each of the ``ranks``.
 
     int8 and int4 on a CPU are not among them: the compiled library packs loaded weights into its own forms.
     Raises ConfigError if the model has no weight that can be quantized.
@@ -29,8 +31,13 @@ def with_quantization(spec: ModelSpec, quantization: Quantization, device: str) 
             "quantization='none'"
         )
     if quantization == "fp8" or device != "cpu":
+        shares = Partition(spec, Shard(0, ranks))
         for place in places:
-            packing = packing_of(quantization, spec.stored_shape(place[1]).in_features)
+            size = spec.stored_shape(place[1]).in_features
+            if ranks > 1 and place[1] != "embed_tokens":  # which is split over its rows
+                part = shares.inputs(place[1])
+                size = part.stop - part.start
+            packing = packing_of(quantization, size)
             if packing is not None:
                 packing = msgspec.structs.replace(packing, rounds=device != "cpu")
                 packed[spec.module_name(*place)] = packing
