@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Collection
 from types import SimpleNamespace
 from typing import Any
 
@@ -148,14 +149,24 @@ async def test_a_version_that_no_replica_has_read_is_read_for_its_labels(
     assert client.asked == [asked]  # type: ignore[attr-defined]
 
 
-def door_of(version: int, **held: list[AdapterInfo]) -> FleetClient:
-    """A door whose fleet has this version of "sql", to replicas that have others, too. Asked for an adapter's
-    labels, they say 7."""
+async def test_labels_are_read_by_another_replica_if_one_is_lost() -> None:
+    client = door_of(2, {"r0"}, r0=[], r1=[])
+    assert await client.head_labels("sql") == 7
+    assert client.asked == [("r1", "sql")]  # type: ignore[attr-defined]
+    with pytest.raises(EngineStopped):
+        await door_of(2, {"r0"}, r0=[]).head_labels("sql")
+
+
+def door_of(version: int, lost: Collection[str] = (), **held: list[AdapterInfo]) -> FleetClient:
+    """A door whose fleet has this version of "sql", to replicas that have others, too; some are lost. Asked
+    for an adapter's labels, the others say 7."""
     members, _ = members_of(**held)
     asked: list[tuple[str, str]] = []
 
     async def remote(action: str, arguments: dict[str, Any], to: str) -> int:
         assert action == "labels"
+        if to in lost:
+            raise ConnectionError
         asked.append((to, arguments["name"]))
         return 7
 

@@ -60,14 +60,17 @@ class Replicas:
 
     async def labels(self, adapter: str, members: Sequence[Member], infos: Sequence[AdapterInfo]) -> int:
         """Return the labels of an adapter's head from the first of ``infos`` that has been read, or else from
-        one of these replicas, which reads it."""
+        one of these replicas that lives, which reads it."""
         for info in infos:
             if info.bytes:
                 return info.labels
-        found = await self.ask(by_load(members)[0], "labels", name=adapter) if members else None
-        if isinstance(found, int):
-            return found
-        raise found or EngineStopped("no replica of the fleet answers now; try again later")
+        for member in by_load(members):
+            found = await self.ask(member, "labels", name=adapter)
+            if isinstance(found, int):
+                return found
+            if found is not None:
+                raise found
+        raise EngineStopped("no replica of the fleet answers now; try again later")
 
     @asynccontextmanager
     async def _or_discarded(self, name: str, change: Change) -> AsyncIterator[None]:
