@@ -98,8 +98,9 @@ class AdapterRegistry:
         self._mark = Mark(uuid.uuid4().hex, 0)
         self._changed: dict[str, int] = {}
         """Number of the last change of an adapter, in order; only of the last ``MAX_CHANGES`` adapters."""
-        self._decided: set[str] = set()
-        """Adapters that were put or removed in this life: what a door knows from an earlier one is older."""
+        self._decided: dict[str, None] = {}
+        """Adapters that were put or removed in this life, the last ``MAX_CHANGES`` of them: what a door knows
+        from an earlier one is older."""
         self._leases: dict[str, tuple[str, float]] = {}
         """By adapter: who may change it, and until when."""
         self._waiting: set[tuple[str, str]] = set()
@@ -189,14 +190,14 @@ class AdapterRegistry:
         await self._restore()
         self._entries[entry.name] = entry
         self._spent.entered(entry.name, entry.version)
-        self._decided.add(entry.name)
+        self._decide(entry.name)
         self._note(entry.name)
         await self._save()
 
     async def remove(self, name: str) -> None:
         """Remove an entry, as :meth:`put` stores one."""
         await self._restore()
-        self._decided.add(name)
+        self._decide(name)
         entry = self._entries.pop(name, None)
         if entry is not None:
             self._spent.spend(name, entry.version)
@@ -227,6 +228,13 @@ class AdapterRegistry:
             self._note(entry.name)
         await self._save()
         return Changes(self._mark, list(self._entries.values()), [], True)
+
+    def _decide(self, name: str) -> None:
+        """Note that this life knows better than an earlier one."""
+        self._decided.pop(name, None)
+        self._decided[name] = None
+        if len(self._decided) > MAX_CHANGES:
+            del self._decided[next(iter(self._decided))]
 
     def _note(self, name: str) -> None:
         """Note that an adapter has changed."""

@@ -14,7 +14,9 @@ from support.registry_actor import RegistryActor
 from support.small_fleet import Door, replica
 
 from aioengine.errors import AdapterError, AdapterNotFound
+from aioengine.fleet import registry as registries
 from aioengine.fleet import replica as replicas
+from aioengine.fleet import versions
 from aioengine.fleet.door import entries
 from aioengine.fleet.registry import AdapterRegistry, Entry
 from aioengine.fleet.versions import SpentVersions
@@ -285,5 +287,23 @@ def test_a_registry_gives_out_no_number_that_it_has_heard_of(
             if what == "put back" and current.get("new", 0) != before.get("new", 0):
                 assert current["new"] > highest
                 highest = current["new"]
+
+    asyncio.run(main())
+
+
+def test_a_registry_remembers_a_bounded_number_of_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many were loaded and unloaded; what was decided last still counts more than an earlier life."""
+    monkeypatch.setattr(registries, "MAX_CHANGES", 3)
+    monkeypatch.setattr(versions, "MAX_NAMES", 3)
+
+    async def main() -> None:
+        registry = AdapterRegistry(None)
+        for number in range(50):
+            await registry.put(Entry(f"a{number}", "new", 1))
+            await registry.remove(f"a{number}")
+        sizes = [len(known) for known in (registry._decided, registry._changed, registry._spent.last)]
+        assert max(sizes) <= 3
+        found = await registry.put_back([Entry("a49", "old", 7)], SpentVersions())
+        assert found.entries == []
 
     asyncio.run(main())
