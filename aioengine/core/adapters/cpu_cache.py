@@ -43,6 +43,8 @@ class CpuCache:
         self._largest: int | None = None
         """The largest of those; None when it must be computed again."""
         self._order = order
+        self.reserved: set[int] = set()
+        """Uids of adapters that are never evicted: a mix that has waited long needs them all at once."""
 
     @property
     def room(self) -> int:
@@ -149,11 +151,11 @@ class CpuCache:
 
         None if the tenant that has waited longest for ``newcomer`` has its share.
         """
-        if newcomer.waiting.head is None:
+        if newcomer.head is None:
             return set()
         places: dict[str | None, set[int]] = {newcomer.wanted_by: set()}
         for entry in self.entries.values():
-            if entry is newcomer or not (entry.running or entry.waiting.head):
+            if entry is newcomer or not (entry.running or entry.head):
                 continue
             who = entry.wanted_by
             if who in places:
@@ -182,9 +184,8 @@ class CpuCache:
         self._counted[entry.uid] = nbytes
         self._largest = None
 
-    @staticmethod
-    def _movable(entry: AdapterEntry) -> bool:
-        if entry.pinned or entry.running:
+    def _movable(self, entry: AdapterEntry) -> bool:
+        if entry.pinned or entry.running or entry.uid in self.reserved:
             return False
         if entry.location is Location.SLOT:
             return True

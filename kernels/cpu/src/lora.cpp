@@ -245,6 +245,7 @@ void shrink(const Shrink& s, const Segment* segments, long count, int threads) {
           found = widened ? products<T, elem>(tokens, x, s.x_stride, w, s.k, w[0])
                           : products<T, E>(tokens, x, s.x_stride, a, s.k, later);
           if (INT8) found *= scale;
+          if (g.weight != 1.0f) found *= splatf(g.weight);
         }
         elem narrow[LANES];
         T::store16(narrow, found);
@@ -373,7 +374,7 @@ void affine(void* y_, long y_stride, const Slots& slots, long first, const Slice
 }  // namespace
 }  // namespace aio
 
-// segments [count][slot, begin, end, rank]. h [tokens, slices, width] is zero beyond A's rows; rows of no segment stay as
+// segments [count][slot, begin, end, rank, weight]. h [tokens, slices, width] is zero beyond A's rows; rows of no segment stay as
 // they are.
 AIO_EXPORT void aio_lora_shrink(int bf16, const void* x, long x_stride, const aio::Slots* slots, long first, void* h,
                                 long k, long slices, long width, const int32_t* segments, long count, int threads) {
