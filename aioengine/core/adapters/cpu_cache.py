@@ -27,6 +27,14 @@ def least_recently_used(entries: Sequence[AdapterEntry]) -> Sequence[AdapterEntr
     return sorted(entries, key=lambda entry: entry.last_used)
 
 
+def _later(entry: AdapterEntry, newcomer: AdapterEntry) -> bool:
+    """Whether a request for ``newcomer`` came before those for ``entry``, of the same time. It only matters
+    to parts of mixes: two mixes that need each other's would both wait for ever."""
+    mine, theirs = newcomer.head, entry.head
+    mixed = newcomer.mixes or entry.mixes
+    return bool(mixed) and mine is not None and theirs is not None and mine.seq < theirs.seq
+
+
 class CpuCache:
     """At most ``capacity`` adapters with at most ``max_bytes`` (None: no bound) together."""
 
@@ -127,7 +135,9 @@ class CpuCache:
             if entry.location is Location.SLOT and entry.uid in keep:
                 continue
             needed = entry.needed_since
-            earlier = needed is not None and needed <= limit
+            earlier = needed is not None and (
+                needed < limit or (needed == limit and not _later(entry, newcomer))
+            )
             if earlier and entry not in offered:
                 beyond = self._beyond_their_share(newcomer) if beyond is None else beyond
                 if entry.uid not in beyond:
