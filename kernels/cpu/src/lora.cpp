@@ -374,8 +374,7 @@ void affine(void* y_, long y_stride, const Slots& slots, long first, const Slice
 }  // namespace
 }  // namespace aio
 
-// segments [count][slot, begin, end, rank, weight]. h [tokens, slices, width] is zero beyond A's rows; rows of no segment stay as
-// they are.
+// segments [count][slot, begin, end, rank, weight]. h [tokens, slices, width] is zero beyond A's rows, where a segment is.
 AIO_EXPORT void aio_lora_shrink(int bf16, const void* x, long x_stride, const aio::Slots* slots, long first, void* h,
                                 long k, long slices, long width, const int32_t* segments, long count, int threads) {
   const aio::Shrink s{x, x_stride, slots, first, h, k, slices, width};
