@@ -94,6 +94,7 @@ class AdapterOps:
         entry = await self._names.acquire(name)
         if not entry.digest and not entry.retired:
             await self.load(entry.label, None, pin=False, replace=False)
+            entry = await self._names.acquire(name)  # it may have been replaced meanwhile
 
         def is_read() -> bool:
             self._names.check_lives(entry)
@@ -263,6 +264,7 @@ class AdapterOps:
             self._stepper.check_goes_on()
             self._names.mixes.forget(name, _now())
             self._residency.retire(entry, _now())
+            self._idle.pop(entry.uid, None)
             if force:
                 self._abort_all(entry)
             self._stepper.wake()

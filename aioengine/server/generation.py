@@ -312,7 +312,7 @@ class Generation:
         )
 
     def _output_tokens(self) -> int:
-        now = (output() for output in self._so_far.values())
+        now = (output() for output in list(self._so_far.values()))  # another thread may ask
         return sum(output.output_tokens for output in (*self._last, *now) if output is not None)
 
     def _note(self, output: RequestOutput | None) -> None:

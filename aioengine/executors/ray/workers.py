@@ -11,7 +11,7 @@ import secrets
 import socket
 import struct
 import time
-from typing import Any
+from typing import Any, ClassVar
 
 from aioengine.errors import ConfigError, EngineDead
 from aioengine.executors.process.spawn import WorkerConnection
@@ -33,23 +33,24 @@ class RayWorkers(Workers):
     """Like :class:`~aioengine.executors.process.workers.Workers`, but each worker is a Ray actor, over TCP.
     Each actor has a CPU for every thread of its rank, and a GPU on CUDA. Ray is joined (``RAY_ADDRESS``) or
     started on this machine, unless the application has done so; it stays until the application ends it. If
-    the start for which that was done fails, it ends.
+    the start for which that was done fails, and no other engine uses it, it ends.
 
     Messages between the engine and its ranks are neither encrypted nor signed, like those between torch's own
     ranks. So the network between the nodes must be trusted.
     """
 
     _group: Any = None
-    _connected = False
-    """Whether it was this start that has connected the process to Ray."""
+    _to_be_ended: ClassVar[bool] = False
+    """Whether a start has connected the process to Ray, and none has succeeded since."""
     _rendezvous = ""
 
     def _meeting(self, folder: str | None) -> str:
         return self._rendezvous
 
     async def _spawn(self) -> None:
-        self._connected = await asyncio.to_thread(_connect)
-        _open.add(self)
+        _open.add(self)  # before the connection is there: others must not end it
+        if await asyncio.to_thread(_connect):
+            RayWorkers._to_be_ended = True
         loop = asyncio.get_running_loop()
         secret = secrets.token_bytes(_SECRET_BYTES)
         arrived: list[asyncio.Future[tuple[asyncio.StreamReader, asyncio.StreamWriter]]]
@@ -150,9 +151,12 @@ class RayWorkers(Workers):
             with contextlib.suppress(Exception):  # Ray itself may be gone
                 await asyncio.to_thread(remove_placement_group, group)
         _open.discard(self)
-        if self._connected and not self.started and not _open:
+        if self.started:
+            RayWorkers._to_be_ended = False
+        if RayWorkers._to_be_ended and not _open:
             import ray
 
+            RayWorkers._to_be_ended = False
             await asyncio.to_thread(ray.shutdown)
 
 
