@@ -315,9 +315,8 @@ class Batcher:
         request.status = Status.RUNNING
         self.running[request.seq] = request
         if request.adapter is not None:
-            request.adapter.count_run(1)
-            for entry in request.adapter.members:
-                entry.last_tenant = request.options.tenant
+            request.adapter.running += 1
+            request.adapter.last_tenant = request.options.tenant
         resumed = request.admitted is not None
         if not resumed:
             request.admitted = now
@@ -330,7 +329,7 @@ class Batcher:
                 time=now,
                 request_id=request.id,
                 adapter=label_of(request),
-                slot=None if request.adapter is None else request.adapter.members[0].slot,
+                slot=None if request.adapter is None else request.adapter.slot,
                 cached_tokens=request.computed if resumed else request.cached_tokens,
                 queue_seconds=now - request.arrival,
                 resumed=resumed,
@@ -407,7 +406,7 @@ class Batcher:
         request.blocks, request.freed = [], 0
         request.committed = request.computed = 0
         if request.adapter is not None:
-            request.adapter.count_run(-1)
+            request.adapter.running -= 1
 
 
 def _decode_part(request: Request) -> _Part:
@@ -415,9 +414,8 @@ def _decode_part(request: Request) -> _Part:
     if request.prompt_logprobs is not None:
         return _part(request, request.remaining)
     start, tokens, entry = request.computed, request.tokens, request.adapter
-    slot = -1 if entry is None else entry.slot
-    if slot is None or (entry is not None and entry.invocation):
-        slot = request.slot_at(start)
+    slot = -1 if entry is None else request.slot_at(start) if entry.invocation else entry.slot
+    assert slot is not None
     fields = (
         request.id,
         slot,
@@ -431,7 +429,6 @@ def _decode_part(request: Request) -> _Part:
         request.prompt_len,
         0,  # score
         (),  # draft
-        () if entry is None or not entry.parts else entry.slots,
     )
     return slot, request, _sequence_work(fields)
 
@@ -455,6 +452,5 @@ def _part(request: Request, tokens: int, draft: list[int] | None = None) -> _Par
         request.prompt_len,
         score,
         draft or (),
-        () if request.adapter is None or slot < 0 else request.adapter.slots,
     )
     return slot, request, work

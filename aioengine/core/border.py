@@ -80,7 +80,7 @@ class Border:
 
     def has_taken(self, entry: AdapterEntry) -> bool:
         """Whether the adapter had to leave for a sequence in this step, which the policy could not know."""
-        return any(member.uid in self._taken for member in entry.members)
+        return entry.uid in self._taken
 
     def take_moves(self) -> list[MemoryMove]:
         moves, self.moves = self.moves, []
@@ -135,7 +135,7 @@ class Border:
             arena.release(slot.offset)
         evict: list[Slot] = []
         for group, victims in enumerate(groups):
-            cached = group > 0 and (entry.is_wanted or entry.pinned)
+            cached = group > 0 and (len(entry.waiting) > 0 or entry.pinned)
             spare = self.spare(cached=cached)
             in_order = iter(victims)
             while True:
@@ -187,8 +187,8 @@ class Border:
             return False
         victims = (
             slot
-            for slot in self._slots.victims(set() if keep is None else {m.uid for m in keep.members})
-            if urgent or (slot.entry is not None and not slot.entry.is_wanted)
+            for slot in self._slots.victims(set() if keep is None else {keep.uid})
+            if urgent or (slot.entry is not None and not slot.entry.waiting)
         )
         return self._take_back(count, victims, now)
 

@@ -22,7 +22,6 @@ from aioengine import events
 from aioengine.core.adapters.arena import Arena, rounded
 from aioengine.core.adapters.cpu_cache import least_recently_used
 from aioengine.core.adapters.merging import Merging
-from aioengine.core.adapters.mix import shut_out
 from aioengine.core.adapters.moves import Move
 from aioengine.core.adapters.placing import Placing
 from aioengine.core.adapters.residency import Residency
@@ -411,22 +410,18 @@ class Core:
         self._fail_waiting(entry, now, error)
 
     def _fail_waiting(self, entry: AdapterEntry, now: float, error: Exception) -> None:
-        for one in (entry, *entry.mixes.values()):
-            for request in list(one.waiting):
-                self.end(request, "error", now, error)
+        for request in list(entry.waiting):
+            self.end(request, "error", now, error)
 
     def _fail_shut_out(self, now: float) -> None:
         """Fail the requests for adapters that can never run, because pinned ones leave no slot, or no room in
-        the slots' memory, and those for mixes whose parts cannot all be there at a time."""
-        for mix in self.residency.mixes.waiting():
-            if mix.missing and (never := shut_out(mix, self.slots, self.cpu)) is not None:
-                self._fail_waiting(mix, now, never)
+        the slots' memory."""
         room = self.slots.room_beside_pinned() if self.residency.pins.count else inf
         if room == inf:
             return
         pinned = [s.entry.label for s in self.slots.slots if s.entry is not None and s.entry.pinned]
         for entry in list(self.queues.heads.values()):
-            if entry is None or entry.parts or entry.slot is not None or rounded(entry.slot_nbytes) <= room:
+            if entry is None or entry.slot is not None or rounded(entry.slot_nbytes) <= room:
                 continue
             where = "every slot holds a pinned adapter"
             setting = "max_loras"
@@ -457,13 +452,10 @@ class Core:
             now
         )  # after the calls that end requests: one may be the last of a retired adapter
         self.merging.sweep(now)
-        if changed or self.placing.any_waits or now >= self.placing.mix_due:
-            self.placing.arrange(now)
+        if changed or self.placing.pinned_wait:
+            self.placing.place_pinned(now)
             self._arranged_at = self._changes
-        if changed:
-            self.residency.tell_of_mixes(now)
         self._view.advance(now, self.step)
-        self._view.show_mixes()
         decision = self.guard.decide(self._view, self._changes)
         for request, why in decision.reject:
             self._reject(request, why, now)
@@ -472,11 +464,7 @@ class Core:
                 self.batcher.preempt(request, now)
             else:
                 self._refuse("preempt_not_running", request.id)
-        first = self.placing.overdue
-        if first is not None and first not in decision.admit and len(self.running) < self.limits.max_num_seqs:
-            decision = decision._replace(admit=[first, *decision.admit])
-        adapters = (request.adapter for request in decision.admit if request.adapter is not None)
-        admitting = {member.uid for adapter in adapters for member in adapter.members}
+        admitting = {request.adapter.uid for request in decision.admit if request.adapter is not None}
         for reason, item in self.placing.apply(decision, now, admitting):
             self._refuse(reason, item)
         for reason, item in self.merging.apply(decision.merge, now):
@@ -503,7 +491,7 @@ class Core:
             or self._speculation is not None
             or self.queues
             or self._zombies
-            or self.placing.any_waits
+            or self.placing.pinned_wait
             or len(self._in_flight) != len(self.running)
             or not self.guard.is_quiet(now, self._changes)
         ):
@@ -593,7 +581,7 @@ class Core:
         """Count a step, and note which slots it uses."""
         self.step += 1
         slots = self.slots.slots
-        for index in {slot for w in work for slot in (w.used if w.parts else (w.slot,))}:
+        for index in {w.slot for w in work}:
             if index >= 0 and (entry := slots[index].entry) is not None:
                 slots[index].last_used = entry.last_used = self.now
 
@@ -636,7 +624,7 @@ class Core:
         """Return the time until which neither the policy nor the core has anything to decide, so that what is
         in flight is repeated; just after the present if they may have something at any time."""
         until = self.guard.quiet_until(self._changes)
-        if self.placing.any_waits or self.residency.any_wanted:
+        if self.placing.pinned_wait or self.residency.any_wanted:
             until = -inf
         due = self.next_due()
         return max(nextafter(self.now, inf), until if due is None else min(due, until))
@@ -735,8 +723,7 @@ class Core:
         for request in holders:
             if request.adapter is not None:
                 assert request.adapter.location is Location.SLOT
-                for uid in {request.adapter.uid, *(member.uid for member in request.adapter.members)}:
-                    using[uid] = using.get(uid, 0) + 1
+                using[request.adapter.uid] = using.get(request.adapter.uid, 0) + 1
         assert all(e.running == using.get(e.uid, 0) for e in self.residency.entries.values())
         assert len(self.requests) == len(self.running) + len(self.queues)
         assert len(self.running) <= self.limits.max_num_seqs

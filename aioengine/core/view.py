@@ -13,7 +13,6 @@ from types import MappingProxyType
 from aioengine.core.adapters.arena import rounded
 from aioengine.core.adapters.known import CoreAdapterView
 from aioengine.core.adapters.merging import Merging
-from aioengine.core.adapters.mix import MixEntry
 from aioengine.core.adapters.residency import Residency
 from aioengine.core.adapters.slots import Slot, SlotTable, may_leave
 from aioengine.core.arrival_queue import ArrivalQueue
@@ -22,7 +21,7 @@ from aioengine.core.blocks import BlockManager
 from aioengine.core.border import Border
 from aioengine.core.queues import RequestQueues
 from aioengine.core.state import AdapterEntry, CoreRequestView, Request
-from aioengine.schedulers.policy import CostsView, Location, SlotState
+from aioengine.schedulers.policy import CostsView
 
 _view = attrgetter("view")
 _name = attrgetter("name")
@@ -47,37 +46,7 @@ class CoreSlotView:
 
     @property
     def pinned(self) -> bool:
-        return self._s.entry is not None and (self._s.entry.pinned or self._s.entry.lent)
-
-
-class MixSlotView:
-    """The slot as which a mix is shown: it can be had as soon as the least busy part's can."""
-
-    __slots__ = ("_mix", "index")
-
-    def __init__(self, index: int, mix: MixEntry) -> None:
-        self.index = index
-        self._mix = mix
-
-    adapter = property(attrgetter("_mix.name"))
-
-    @property
-    def state(self) -> SlotState:
-        if self._mix.location is not Location.SLOT:
-            return SlotState.LOADING
-        return SlotState.DRAINING if self._mix.retired else SlotState.READY
-
-    @property
-    def last_used(self) -> float:
-        return min(part.last_used for part in self._mix.members)
-
-    @property
-    def running(self) -> int:
-        return min(part.running for part in self._mix.members)
-
-    @property
-    def pinned(self) -> bool:
-        return all(part.pinned for part in self._mix.members)
+        return self._s.entry is not None and self._s.entry.pinned
 
 
 class _Waiting:
@@ -194,9 +163,6 @@ class CoreMemoryView:
         return self._taken(self._entries[adapter])
 
     def _taken(self, entry: AdapterEntry) -> int:
-        if entry.parts:
-            parts = [part for part in entry.members if part.slot is None] or entry.members
-            return sum(map(self._taken, parts))
         if self._table.arena is None:
             return self._slot_bytes
         return rounded(entry.slot_nbytes) if entry.slot_nbytes else 0
@@ -235,7 +201,6 @@ class CoreView:
         "_memory",
         "_merging",
         "_now",
-        "_own",
         "_queues",
         "_residency",
         "_slots",
@@ -261,9 +226,7 @@ class CoreView:
             residency.slots, residency.by_policy_name, slot_bytes, border, batcher.blocks, costs
         )
         self._merging = CoreMergingView(merging)
-        self._slots: tuple[CoreSlotView | MixSlotView, ...]
         self._slots = tuple(CoreSlotView(slot) for slot in residency.slots.slots)
-        self._own = len(self._slots)
         self._adapters = MappingProxyType(residency.by_policy_name.views)
         self._waiting_adapters = _WaitingAdapters(queues)
         self._now = 0.0
@@ -272,14 +235,6 @@ class CoreView:
     def advance(self, now: float, step: int) -> None:
         """Set the time; the core calls it before it asks a policy."""
         self._now, self._step = now, step
-
-    def show_mixes(self) -> None:
-        """Show the mixes that have requests and places; the core calls it before it asks for a decision."""
-        mixes = self._residency.mixes
-        if mixes.by_uid or mixes.shown:
-            mixes.show(self._own)
-            shown = (MixSlotView(index, mix) for index, mix in enumerate(mixes.shown, self._own))
-            self._slots = (*self._slots[: self._own], *shown)
 
     @property
     def now(self) -> float:
@@ -290,7 +245,7 @@ class CoreView:
         return self._step
 
     @property
-    def slots(self) -> Sequence[CoreSlotView | MixSlotView]:
+    def slots(self) -> Sequence[CoreSlotView]:
         return self._slots
 
     @property

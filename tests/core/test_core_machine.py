@@ -23,7 +23,6 @@ from aioengine.schedulers.policies.dlora import DLoRA
 from aioengine.schedulers.policies.fcfs import FCFS
 
 NAMES = ("a", "b", "c", "d")
-MIXES = (("a", "b"), ("b", "c"), ("c", "a", "d"), ("b",), ("c", "d"))
 SIZES = (400, 1000, 2400, 2600)
 MAX_BYTES = 2500
 
@@ -78,7 +77,6 @@ class CoreMachine(RuleBasedStateMachine):
         # Texts that repeat themselves, so that some of what is proposed is right.
         self.sim = CoreSim(limits, policy, lambda history: 2 + history[-1] % 5 + len(history) % 4 // 3)
         self.sim.unmergeable = {"c"}
-        self.sim.unsummable = {"d"}
         self.copied: list[Held] = []
         """Prefixes that are copied to or from files."""
         self.seen: list[bytes] = []
@@ -89,7 +87,7 @@ class CoreMachine(RuleBasedStateMachine):
             self.sim.register(name)
 
     @rule(
-        adapter=st.sampled_from([None, *NAMES, *MIXES]),
+        adapter=st.sampled_from([None, *NAMES]),
         prompt=st.lists(st.integers(2, 4), min_size=1, max_size=30),
         max_tokens=st.sampled_from([1, 2, 5, 12, 20]),
         deadline=st.sampled_from([None, None, 0.3, 2.0]),
@@ -99,7 +97,7 @@ class CoreMachine(RuleBasedStateMachine):
     )
     def add(
         self,
-        adapter: str | tuple[str, ...] | None,
+        adapter: str | None,
         prompt: list[int],
         max_tokens: int,
         deadline: float | None,
@@ -109,12 +107,8 @@ class CoreMachine(RuleBasedStateMachine):
     ) -> None:
         sim = self.sim
         cache_pins = [CachePin(tokens=tokens, seconds=seconds) for tokens, seconds in pins]
-        names = (adapter,) if isinstance(adapter, str) else adapter or ()
-        for name in names:
-            if name not in sim.core.residency.current:
-                sim.register(name)
-        if isinstance(adapter, tuple):
-            adapter = sim.mix(*adapter)
+        if adapter is not None and adapter not in sim.core.residency.current:
+            sim.register(adapter)
         due = None if deadline is None else sim.now + deadline
         try:
             request = sim.add(
@@ -368,21 +362,20 @@ class CoreMachine(RuleBasedStateMachine):
                 continue
             for work in batch.sequences:  # what it reads and writes is not given to anybody else
                 assert all(core.blocks._refs[block] > 0 for block in work.block_table)
-                for index in work.used:
-                    slot = core.slots.slots[index]
-                    assert index < 0 or (slot.entry, slot.offset) == self.in_flight[index], "it was moved"
+                if work.slot >= 0:
+                    slot = core.slots.slots[work.slot]
+                    assert (slot.entry, slot.offset) == self.in_flight[work.slot], "it was moved"
 
     def check_batch(self) -> None:
         core, batch = self.sim.core, self.sim.batch
         assert batch is not None
-        assert len({slot for w in batch.sequences for slot in w.used} - {-1}) <= core.limits.num_slots
+        assert len({w.slot for w in batch.sequences if w.slot >= 0}) <= core.limits.num_slots
         assert sum(len(w.tokens) for w in batch.sequences) <= LIMITS.max_num_batched_tokens
         assert len(batch.sequences) <= LIMITS.max_num_seqs
         blocks = [b for w in batch.sequences for b in w.block_table[w.start // LIMITS.block_size :]]
         assert len(blocks) == len(set(blocks)), "two sequences would write one block"
         merged = core.merging.entry
         alone = {w.slot for w in batch.sequences} == {None if merged is None else merged.slot}
-        alone = alone and not any(w.parts for w in batch.sequences)
         assert (batch.merged is not None) == alone, "if and only if all are its requests"
         assert merged is None or batch.merged is None or self.sim.merged == (batch.merged, merged.digest)
         for work in batch.sequences:
@@ -391,11 +384,9 @@ class CoreMachine(RuleBasedStateMachine):
             if request.adapter is None:
                 assert work.slot == -1
             else:
-                for index, entry in zip(work.used, request.adapter.members, strict=True):
-                    slot = core.slots.slots[index]
-                    assert slot.entry is entry, "the very version that it was accepted for"
-                    assert slot.state in (SlotState.READY, SlotState.DRAINING)
-                assert work.slot == next(work.used)
+                slot = core.slots.slots[work.slot]
+                assert slot.entry is request.adapter, "the very version that it was accepted for"
+                assert slot.state in (SlotState.READY, SlotState.DRAINING)
             assert len(work.block_table) * LIMITS.block_size >= work.start + len(work.tokens)
 
     def teardown(self) -> None:

@@ -27,14 +27,6 @@ def least_recently_used(entries: Sequence[AdapterEntry]) -> Sequence[AdapterEntr
     return sorted(entries, key=lambda entry: entry.last_used)
 
 
-def _later(entry: AdapterEntry, newcomer: AdapterEntry) -> bool:
-    """Whether a request for ``newcomer`` came before those for ``entry``, of the same time. It only matters
-    to parts of mixes: two mixes that need each other's would both wait for ever."""
-    mine, theirs = newcomer.head, entry.head
-    mixed = newcomer.mixes or entry.mixes
-    return bool(mixed) and mine is not None and theirs is not None and mine.seq < theirs.seq
-
-
 class CpuCache:
     """At most ``capacity`` adapters with at most ``max_bytes`` (None: no bound) together."""
 
@@ -51,8 +43,6 @@ class CpuCache:
         self._largest: int | None = None
         """The largest of those; None when it must be computed again."""
         self._order = order
-        self.reserved: set[int] = set()
-        """Uids of adapters that are never evicted: a mix that has waited long needs them all at once."""
 
     @property
     def room(self) -> int:
@@ -135,9 +125,7 @@ class CpuCache:
             if entry.location is Location.SLOT and entry.uid in keep:
                 continue
             needed = entry.needed_since
-            earlier = needed is not None and (
-                needed < limit or (needed == limit and not _later(entry, newcomer))
-            )
+            earlier = needed is not None and needed <= limit
             if earlier and entry not in offered:
                 beyond = self._beyond_their_share(newcomer) if beyond is None else beyond
                 if entry.uid not in beyond:
@@ -161,11 +149,11 @@ class CpuCache:
 
         None if the tenant that has waited longest for ``newcomer`` has its share.
         """
-        if newcomer.head is None:
+        if newcomer.waiting.head is None:
             return set()
         places: dict[str | None, set[int]] = {newcomer.wanted_by: set()}
         for entry in self.entries.values():
-            if entry is newcomer or not (entry.running or entry.head):
+            if entry is newcomer or not (entry.running or entry.waiting.head):
                 continue
             who = entry.wanted_by
             if who in places:
@@ -194,8 +182,9 @@ class CpuCache:
         self._counted[entry.uid] = nbytes
         self._largest = None
 
-    def _movable(self, entry: AdapterEntry) -> bool:
-        if entry.pinned or entry.running or entry.uid in self.reserved:
+    @staticmethod
+    def _movable(entry: AdapterEntry) -> bool:
+        if entry.pinned or entry.running:
             return False
         if entry.location is Location.SLOT:
             return True

@@ -9,14 +9,13 @@ the others leave.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 
 from aioengine import events
 from aioengine.core.adapters.arena import Arena, Window, rounded
 from aioengine.core.adapters.cpu_cache import CpuCache, Order, least_recently_used
 from aioengine.core.adapters.failures import Failures
 from aioengine.core.adapters.known import KnownAdapters
-from aioengine.core.adapters.mix import MixEntry, Mixes
 from aioengine.core.adapters.moves import CopyMove, DropMove, LoadMove, Move, ReleaseMove, StopMove
 from aioengine.core.adapters.pins import Pins
 from aioengine.core.adapters.slots import Slot, SlotTable
@@ -27,15 +26,6 @@ from aioengine.schedulers.policy import Location
 
 MAX_NAMES = 10_000
 """Names whose own last version is remembered."""
-
-
-_LEVELS = {Location.DISK: 0, Location.LOADING: 0, Location.CPU: 1, Location.SLOT: 2}
-"""How far an adapter has come, for the events of policies."""
-
-
-def whole_name(mix: str) -> str:
-    """Return the name of the adapter that a mix is if its parts cannot be added up in a step."""
-    return mix + "="
 
 
 class Residency:
@@ -63,8 +53,6 @@ class Residency:
         self.by_policy_name = KnownAdapters()
         """All entries that requests may wait for or run on, superseded ones included."""
         self.entries: dict[int, AdapterEntry] = {}
-        self.mixes = Mixes()
-        """The mixes among them."""
         self.expected: dict[str, str] = {}
         """Digests by name, of the current version, or of the one that a look-up finds next."""
         self._retired: dict[int, AdapterEntry] = {}
@@ -102,50 +90,6 @@ class Residency:
         self._next_uid += 1
         self.entries[entry.uid] = entry
         return entry
-
-    def declare_mix(
-        self,
-        name: str,
-        parts: Sequence[tuple[AdapterEntry, float]],
-        files: AdapterFiles,
-        version: int,
-        now: float,
-    ) -> MixEntry:
-        """Declare a mix of these adapters, and let requests use it. ``files`` has it as one adapter, which is
-        read if they cannot be added up in a step, or are more than there are slots."""
-        mix = MixEntry(self._next_uid, name, version, parts, files)
-        self._next_uid += 1
-        self.entries[mix.uid] = mix
-        self.mixes.add(mix)
-        for part in mix.members:
-            if self.is_known(part):
-                self.by_policy_name[part.name] = part  # it is seen as a part from now on
-        self.publish(mix, now)
-        if len(mix.parts) > len(self.slots.slots) or not all(part.summable for part in mix.members):
-            self._make_whole(mix, now)
-        return mix
-
-    def _make_whole(self, mix: MixEntry, now: float) -> None:
-        """Have the sum read as one adapter, which takes the place of the parts."""
-        assert mix.whole is None and not mix.running
-        mix.whole = whole = self.declare(
-            whole_name(mix.label), mix.path, files=mix.files, version=mix.version
-        )
-        self.mixes.remove(mix)
-        mix.parts = ((whole, 1.0),)
-        self.mixes.add(mix)
-        self.publish(whole, now)
-
-    def tell_of_mixes(self, now: float) -> None:
-        """Tell the policy where mixes are, as far as that has changed."""
-        for mix in self.mixes.by_uid.values():
-            was, now_at = _LEVELS[mix.told], _LEVELS[mix.location]
-            if was == now_at or not self.is_known(mix):
-                continue
-            mix.told = mix.location
-            up, down = ("adapter_loaded", "adapter_placed"), ("adapter_dropped", "adapter_evicted")
-            for kind in up[was:now_at] if was < now_at else down[now_at:was][::-1]:
-                self._tell(kind, now, adapter=mix.name)
 
     def _next_version(self, name: str) -> int:
         """Return a number that no version of this name had. Clients may think up any number of names, so
@@ -209,49 +153,22 @@ class Residency:
     def sweep(self, now: float) -> None:
         """Free every retired adapter that nothing uses any more, and cancel its reads."""
         for entry in list(self._retired.values()):
-            if entry.uid in self._retired:  # not with a part that was freed
-                self._free(entry, now)
-
-    def _free(self, entry: AdapterEntry, now: float) -> None:
-        """Free a retired adapter if nothing uses it any more."""
-        if isinstance(entry, MixEntry):
-            if not entry.is_used:
-                self._free_mix(entry, now)
-            return
-        if entry.location is Location.LOADING and not entry.is_wanted:
-            self.load_cancelled(entry)
-            self._moves.append(StopMove(entry))
-        if entry.is_wanted or entry.running or self._copying(entry):
-            return
-        for mix in list(entry.mixes.values()):  # they have no requests
-            if not mix.retired:
-                self.retire(mix, now)
-            self._free(mix, now)
-        if entry.slot is not None:
-            self.evict_slot(self.slots.slots[entry.slot], now)
-        if entry.location is Location.CPU:
-            self._evict_cpu(entry, now)
-        if entry.files is not None:
-            self._moves.append(ReleaseMove(entry.files))
-        self._forget(entry, now)
-
-    def _free_mix(self, mix: MixEntry, now: float) -> None:
-        self.mixes.remove(mix)
-        if mix.whole is None:
-            assert mix.files is not None
-            self._moves.append(ReleaseMove(mix.files))
-        self._forget(mix, now)
-        if mix.whole is not None:
-            if not mix.whole.retired:
-                self.retire(mix.whole, now)
-            self._free(mix.whole, now)
-
-    def _forget(self, entry: AdapterEntry, now: float) -> None:
-        del self._retired[entry.uid]
-        del self.entries[entry.uid]
-        if self.is_known(entry):
-            del self.by_policy_name[entry.name]
-        self._emit(events.AdapterUnloaded(time=now, adapter=entry.label, version=entry.version))
+            if entry.location is Location.LOADING and not entry.waiting:
+                self.load_cancelled(entry)
+                self._moves.append(StopMove(entry))
+            if entry.waiting or entry.running or self._copying(entry):
+                continue
+            if entry.slot is not None:
+                self.evict_slot(self.slots.slots[entry.slot], now)
+            if entry.location is Location.CPU:
+                self._evict_cpu(entry, now)
+            del self._retired[entry.uid]
+            del self.entries[entry.uid]
+            if entry.files is not None:
+                self._moves.append(ReleaseMove(entry.files))
+            if self.is_known(entry):
+                del self.by_policy_name[entry.name]
+            self._emit(events.AdapterUnloaded(time=now, adapter=entry.label, version=entry.version))
 
     def replaced(self) -> list[AdapterEntry]:
         """Return the versions that requests wait for or run on although there is a later one."""
@@ -389,10 +306,6 @@ class Residency:
         if self.cpu.resize(entry) or self._make_room(entry, now, set()):
             pin = entry.pin_when_read
             self.forget_want(entry)
-            if not entry.summable:
-                for mix in list(entry.mixes.values()):
-                    if isinstance(mix, MixEntry) and mix.whole is None:
-                        self._make_whole(mix, now)
             if self._is_candidate(entry) and not entry.held:
                 self.publish(entry, now)
             elif self.is_known(entry):
@@ -408,7 +321,7 @@ class Residency:
     ) -> None:
         self.load_cancelled(entry)
         self.forget_want(entry)
-        if isinstance(error, AdapterError) and entry.is_wanted:  # what is loaded by name is always read
+        if isinstance(error, AdapterError) and len(entry.waiting):  # what is loaded by name is always read
             self.failures.add(entry.label, error, now)
         self._failed(entry, now, error, reason)
         lost = entry.found and not entry.pinned and reason in ("io", "invalid")
@@ -469,7 +382,7 @@ class Residency:
         """Forget everything in the CPU cache, in slots and under way, because the device's processes are
         gone. Adapters that were asked for by name, and pinned ones, are read again."""
         for entry in self.entries.values():
-            if entry.location is Location.LOADING and not entry.parts:
+            if entry.location is Location.LOADING:
                 self.load_cancelled(entry)
         for entry in list(self.cpu.entries.values()):
             if self._copying(entry) and entry.slot is not None:
@@ -589,17 +502,13 @@ class Residency:
     def check(self) -> None:
         self.slots.check()
         self.cpu.check()
-        self.mixes.check()
-        plain = [entry for entry in self.entries.values() if not entry.parts]
-        loading = sum(e.location is Location.LOADING and not e.stalled for e in plain)
+        loading = sum(e.location is Location.LOADING and not e.stalled for e in self.entries.values())
         assert loading == self._loads <= self._max_loads
         for name, entry in self.current.items():
             assert self.by_policy_name[name] is entry
         for entry in self.entries.values():
             if entry.waiting or entry.running:
                 assert self.by_policy_name[entry.name] is entry
-                assert all(part.uid in self.entries for part in entry.members)
-        for entry in plain:
             outside = entry.location is Location.DISK or entry.stalled
             assert outside == (entry.uid not in self.cpu.entries)
             assert entry.running == 0 or entry.location is Location.SLOT

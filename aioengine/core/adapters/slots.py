@@ -115,7 +115,7 @@ class SlotTable:
     def superseded(self) -> set[int]:
         """Return the uids of old versions in slots that accepted requests still wait for."""
         held = [s.entry for s in self.slots if s.entry is not None]
-        return {entry.uid for entry in held if entry.retired and entry.is_wanted}
+        return {entry.uid for entry in held if entry.retired and entry.waiting}
 
     def least_busy(self, besides: set[int]) -> int | None:
         """Return the uid of the adapter with the fewest running requests whose slot a pinned one could
@@ -138,7 +138,7 @@ class SlotTable:
         no request waits for come first; among equals, the least recently used."""
         return sorted(
             (s for s in self.slots if s.idle and may_leave(s, keep)),
-            key=lambda s: (s.entry is not None and s.entry.is_wanted, s.last_used),
+            key=lambda s: (s.entry is not None and len(s.entry.waiting) > 0, s.last_used),
         )
 
     def check(self) -> None:

@@ -72,7 +72,6 @@ class StepEncoder:
             blocks,
             row.score,
             list(row.draft),
-            list(row.parts),
         )
 
 
@@ -187,5 +186,4 @@ class StepDecoder:
             prompt_len=known.opened.prompt_len,
             score=work.score,
             draft=work.draft or (),
-            parts=tuple(work.parts),
         )

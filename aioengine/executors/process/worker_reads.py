@@ -75,7 +75,6 @@ class WorkerReads:
                     found.invocation,
                     squares,
                     draft.slot_nbytes,
-                    found.summable,
                 )
             )
 

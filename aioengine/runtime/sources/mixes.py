@@ -1,18 +1,17 @@
 """Mixes: requests that name several adapters with weights, or one with a scale.
 
-A mix is made when a request first asks for it, of the versions that were current then. It takes no memory:
-its requests run in the slots of its parts, which a step adds up. Only if these have more than A and B (DoRA,
-biases, ...), or are more than there are slots, it is read from their files as one adapter, which takes a
-place in the CPU cache and a slot like any other.
+A mix is a separate adapter, made when a request first asks for it. It is read from the files of its parts,
+and takes a place in the CPU cache and a slot like any other, so policies need not know about mixes. It is
+made of the versions that were current when the request came.
 """
 
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 
-from aioengine.core.adapters.residency import Residency, whole_name
+from aioengine.core.adapters.residency import Residency
 from aioengine.core.state import AdapterEntry, AdapterFiles
-from aioengine.errors import AdapterInvalid, AdapterNotFound, EngineOverloaded
+from aioengine.errors import AdapterInvalid, EngineOverloaded
 from aioengine.info import mix_name
 from aioengine.step import HeldFiles, MixFiles, MixPart
 
@@ -30,18 +29,18 @@ class Mix:
     def __init__(self, parts: list[tuple[AdapterEntry, float]]) -> None:
         self.name = mix_name((f"{entry.label}@{entry.version}", weight) for entry, weight in parts)
         self.labels = {entry.label for entry, _ in parts}
-        self.parts = parts
+        self._parts = parts
         self._shared: dict[int, AdapterFiles] = {}
 
     def hold(self) -> None:
         """Keep the files of parts that were given in memory, until :meth:`release`."""
-        self._shared = {e.uid: e.files.share() for e, _ in self.parts if e.files is not None}
+        self._shared = {e.uid: e.files.share() for e, _ in self._parts if e.files is not None}
 
     @property
     def files(self) -> MixFiles:
         parts = (
             MixPart(entry.label, entry.path, weight, entry.digest or entry.expected, self._held(entry))
-            for entry, weight in self.parts
+            for entry, weight in self._parts
         )
         return MixFiles(tuple(parts))
 
@@ -54,7 +53,7 @@ class Mix:
 
     @property
     def outdated(self) -> bool:
-        return any(entry.retired for entry, _ in self.parts)
+        return any(entry.retired for entry, _ in self._parts)
 
     def release(self) -> None:
         for files in self._shared.values():
@@ -82,17 +81,9 @@ class Mixes:
     async def acquire(self, weights: Mapping[str, float], tenant: str | None, now: float) -> AdapterEntry:
         """Return the mix, and make it first if it is not known. Raises as the look-up of its parts does, and
         EngineOverloaded if its tenant has too many other mixes in use."""
-        parts: dict[AdapterEntry, float] = {}
-        for wanted, weight in weights.items():
-            entry = await self._acquire(wanted, tenant)
-            parts[entry] = parts.get(entry, 0.0) + weight
-        for entry in parts:
-            if entry.uid not in self._residency.entries:
-                raise AdapterNotFound("it was unloaded while the request was prepared", name=entry.label)
-        # In one order, so that equal mixes are one.
-        mix = Mix(sorted(parts.items(), key=lambda part: (part[0].label, part[0].version)))
+        mix = Mix([(await self._acquire(name, tenant), weight) for name, weight in weights.items()])
         name = mix.name
-        self._residency.failures.check(whole_name(name), now)
+        self._residency.failures.check(name, now)
         known = self._known.get(name)
         if known is None or known.retired:
             self._drop_outdated(now)
@@ -102,7 +93,8 @@ class Mixes:
             self._forget(name)
             self._made += 1
             mix.hold()
-            known = self._residency.declare_mix(name, mix.parts, mix, self._made, now)
+            known = self._residency.declare(name, "mix:" + name, files=mix, version=self._made)
+            self._residency.publish(known, now)
         self._forget(name)
         self._known[name], self._owners[name] = known, tenant
         self._of.setdefault(tenant, {})[name] = None
