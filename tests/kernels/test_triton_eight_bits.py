@@ -54,6 +54,14 @@ def expanded(format: str, data: Tensor, scales: Tensor) -> Tensor:
     return (values * scales.double()[..., None]).flatten(1)
 
 
+@pytest.mark.parametrize("format", ["int8", "fp8"])
+def test_rows_that_are_almost_zero(format: str) -> None:
+    x = torch.tensor([[1e-30], [1e-36], [1e-37], [1e-39], [1e-45], [0.0]]).repeat(1, 128).to(DEVICE)
+    rows = eight_bits.round_rows(x, format, 128)
+    values = expanded(format, rows.codes, rows.scales)
+    torch.testing.assert_close(values, x.double(), rtol=1e-2, atol=1e-35)
+
+
 @settings(max_examples=EXAMPLES, deadline=None)
 @given(st.data())
 def test_rows_and_products(data: st.DataObject) -> None:

@@ -13,6 +13,9 @@ _INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 _ROUND = tl.constexpr(12582912.0)
 """1.5 * 2^23: what is added to it is rounded to the nearest whole number, of two the even one."""
 
+_LEAST = tl.constexpr(1.2e-38)
+"""The inverse of a smaller scale may be infinite: such rows count as zeros."""
+
 
 @triton.jit(do_not_specialize=["groups", "group"])
 def round_rows_kernel(
@@ -37,6 +40,7 @@ def round_rows_kernel(
         # A value that is no number is the largest, so that all of the row are none.
         largest = tl.maximum(largest, tl.where(x == x, tl.abs(x), float("inf")))
     scale = tl.max(largest, axis=0) / (448.0 if FLOAT8 else 127.0)
+    scale = tl.where(scale < _LEAST, 0.0, scale)
     inverse = tl.where(scale > 0.0, 1.0 / tl.where(scale > 0.0, scale, 1.0), 0.0)
     scale = tl.where(scale < float("inf"), scale, float("nan"))
     tl.store(scales_ptr + token * groups + tl.program_id(1), scale)
