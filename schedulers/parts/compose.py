@@ -102,13 +102,13 @@ class Composed(SchedulerPolicy):
 
     def schedule(self, view: SchedulerView) -> Decision:
         self._settles, self._is_fixed = False, not view.memory.elastic
+        if self._shares is not None:
+            self._shares.clients.sync(view)  # whether or not anybody waits: ``still_quiet`` counts on it
         if self._idle_if_none_waits and not view.waiting_adapters:
             self._refused = {}
             return Decision()
-        if self._shares is not None:
-            self._shares.clients.sync(view)
-            if self._shares.clients.several:
-                return self._schedule_shared(view, self._shares)
+        if self._shares is not None and self._shares.clients.several:
+            return self._schedule_shared(view, self._shares)
         place, evict, read, closed, pool = self._assign_slots(view)
         room = view.free_seqs
         names = _open_queues(view, place, closed.union(evict))

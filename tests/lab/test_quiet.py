@@ -18,6 +18,7 @@ from aioengine.lab import Experiment, WorkloadSpec, run
 from aioengine.schedulers import Decision, SchedulerPolicy, SchedulerView
 from aioengine.schedulers.parts.compose import Composed
 from aioengine.schedulers.policies.fcfs import FCFS
+from aioengine.schedulers.registry import load_policy
 
 MIXED = "8:.7,16:.2,64:.1"
 FILES = ("requests.csv", "slots.csv", "moves.csv", "samples.csv")
@@ -178,6 +179,37 @@ def test_a_request_for_an_adapter_that_others_wait_for_is_no_question() -> None:
     sim.add("a", max_tokens=2)
     sim.settle(step_seconds=0.001)
     assert count() > before, "its adapter is in a slot"
+
+
+@pytest.mark.parametrize("policy", ["fcfs:max_wait=0.5", "drainer:patience=0.3"])
+@pytest.mark.parametrize("names", ["a", "ab"])
+@pytest.mark.parametrize("wanted", ["a", "b", "c", None])
+def test_a_policy_that_comes_while_nobody_waits_knows_who_runs(
+    policy: str, names: str, wanted: str | None
+) -> None:
+    """Another tenant's request is served as soon as with a policy that is always asked."""
+    found = []
+    for always in (False, True):
+        with pytest.MonkeyPatch.context() as patch:
+            if always:
+                patch.setattr(Composed, "quiet_until", lambda self, view: -math.inf)
+            limits = LIMITS._replace(num_blocks=400, max_model_len=200, max_num_seqs=4, cpu_capacity=4)
+            sim = CoreSim(limits, load_policy(policy))
+            for name in "abc":
+                sim.register(name)
+            for name in (names * 4)[:4]:
+                sim.add(name, max_tokens=150, tenant="x")
+            for _ in range(8):
+                sim.settle(step_seconds=0.1)
+            assert len(sim.core.running) == 4 and not sim.core.queues
+            sim.core.guard.change(load_policy(policy))
+            for _ in range(3):
+                sim.settle(step_seconds=0.1)
+            other = sim.add(wanted, tenant="y")
+            sim.run()
+            assert other.first_token is not None
+            found.append(other.first_token - other.arrival)
+    assert found[0] == found[1]
 
 
 class AdmitsOne(FCFS):
