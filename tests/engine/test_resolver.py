@@ -468,3 +468,30 @@ async def test_what_is_declared_and_never_needed(tiny: Tiny, make_engine: MakeEn
             await engine.unload_adapter("none")
         with pytest.raises(AdapterInvalid, match="hf:owner/name"):
             engine.register_adapter("bad", "hf:sql")
+
+
+async def test_a_mix_is_of_the_versions_that_are_current_when_all_parts_are_known(
+    tiny: Tiny, resolving: MakeResolving
+) -> None:
+    """While one part is looked up, another is replaced or unloaded."""
+    resolver = Gated(dict.fromkeys("rst", tiny.adapters["rank-3"]), held=set("rst"))
+    async with resolving(resolver) as engine:
+        for name, wanted in (("r", "a"), ("s", "a@2"), ("t", "a")):
+            resolver.reached.clear()
+            resolver.gate.clear()
+            if name == "r":
+                await engine.load_adapter("a", tiny.adapters["rank-3"])
+            mix = {wanted: 0.7, name: 0.4}
+            task = asyncio.create_task(engine.complete(prompt_of(0, 9), greedy(1), adapter=mix))
+            await resolver.reached.wait()
+            if name == "t":
+                await engine.unload_adapter("a")
+            else:
+                await engine.load_adapter("a", tiny.adapters["qv-only"], replace=True)
+            resolver.gate.set()
+            if name == "r":
+                assert (await task).adapter == "a@2*0.7+r@1*0.4"
+            else:
+                with pytest.raises(AdapterNotFound, match="a"):
+                    await task
+        engine.check_invariants()

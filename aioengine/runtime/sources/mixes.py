@@ -81,7 +81,12 @@ class Mixes:
     async def acquire(self, weights: Mapping[str, float], tenant: str | None, now: float) -> AdapterEntry:
         """Return the mix, and make it first if it is not known. Raises as the look-up of its parts does, and
         EngineOverloaded if its tenant has too many other mixes in use."""
-        mix = Mix([(await self._acquire(name, tenant), weight) for name, weight in weights.items()])
+        parts: dict[str, AdapterEntry] = {}
+        while (
+            wanted := next((name for name in weights if not self._is_up_to_date(name, parts)), None)
+        ) is not None:
+            parts[wanted] = await self._acquire(wanted, tenant)
+        mix = Mix([(parts[name], weight) for name, weight in weights.items()])
         name = mix.name
         self._residency.failures.check(name, now)
         known = self._known.get(name)
@@ -99,6 +104,13 @@ class Mixes:
         self._known[name], self._owners[name] = known, tenant
         self._of.setdefault(tenant, {})[name] = None
         return known
+
+    def _is_up_to_date(self, name: str, parts: Mapping[str, AdapterEntry]) -> bool:
+        """Whether what a name stands for is among ``parts``. While another is looked up, it may be replaced,
+        which a name with a version allows, or unloaded."""
+        entry = parts.get(name)
+        lives = entry is not None and entry.uid in self._residency.entries
+        return lives and ("@" in name or not parts[name].retired)
 
     def is_mix(self, entry: AdapterEntry) -> bool:
         return isinstance(entry.files, Mix)
