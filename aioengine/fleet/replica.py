@@ -6,7 +6,7 @@ import asyncio
 import logging
 import os
 import platform
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import suppress
 from typing import Any
 
@@ -144,6 +144,7 @@ class EngineReplica:
             known, scored = len(options.output), False  # log-probabilities that the door has already
             asked = self._asked(options)
             mix = options.mix and {own: options.mix[name] for own, name in asked.items()}
+            versions = self._current(asked.values())  # nothing is awaited until the engine takes the same
             async for output in self.engine.generate(
                 order.prompt,
                 params,
@@ -167,12 +168,14 @@ class EngineReplica:
                 if output.prompt_logprobs is not None and not scored:
                     delta.prompt_logprobs, scored = output.prompt_logprobs, True
                 delta.pooled = output.pooled
+                delta.versions, versions = versions, []
                 box.put(delta)
         except Exception as error:
             if not isinstance(error, AioEngineError):
                 logger.exception("request %s failed unexpectedly", order.request_id)
-            if isinstance(error, AdapterNotFound) and "@" in error.name:
-                error = gone(asked.get(error.name, options.adapter or error.name))  # not the engine's number
+            if isinstance(error, AdapterNotFound):
+                named = asked.get(error.name, options.adapter or error.name)  # not by the engine's number
+                error = gone(named) if "@" in named else error
             box.put(Delta(order.key, error=pack_error(error)))
         finally:
             self._beliefs.forget(order.request_id)
@@ -181,6 +184,15 @@ class EngineReplica:
         """Return the adapters of a request, by the names of the engine's versions. Raises AdapterNotFound."""
         names = options.mix or ([] if options.adapter is None else [options.adapter])
         return {self._versions.own(name): name for name in names}
+
+    def _current(self, names: Iterable[str]) -> list[str]:
+        """Return the fleet's versions that these names stand for now."""
+        versions = []
+        for name in names:
+            info = None if "@" in name else self.engine.find_adapter(name)
+            number = 0 if info is None else self._versions.number(name, info.version)
+            versions.append(name if "@" in name else f"{name}@{number}")
+        return versions
 
     async def _params(self, order: Submit) -> SamplingParams:
         constraint = None

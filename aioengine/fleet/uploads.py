@@ -8,13 +8,19 @@ import logging
 import os
 import time
 import uuid
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping
+from typing import TYPE_CHECKING
 
 from aioengine.errors import AdapterLoadError, ConfigError
 from aioengine.fleet.registry import write_file
 from aioengine.model.files.hub import is_source
 from aioengine.model.files.remote import check_protocol, why_failed
+from aioengine.runtime.tasks import end_tasks, run_to_completion
 from aioengine.step import BytesLike
+
+if TYPE_CHECKING:
+    from fsspec import AbstractFileSystem
 
 logger = logging.getLogger("aioengine.fleet")
 
@@ -33,41 +39,102 @@ class Uploads:
             place = registry if is_source(registry) else os.path.abspath(os.path.expanduser(registry))
             self._root = f"{place.rstrip('/')}/uploads"
         self._removing = asyncio.Lock()
+        self._removed: dict[str, asyncio.Future[None]] = {}
+        """By folders that are being removed: their end."""
+        self._loading: Counter[str] = Counter()
+        """Folders by uploads whose loads have not ended."""
+        self._task: asyncio.Task[None] | None = None
+        self._due = False
+        """Whether the task is to look for what is not in use (once more)."""
         self._unused: dict[str, tuple[float, float | None]] = {}
         """By the folder of an upload that is not in use: when this door has first seen that, and when the
         store says that its last file was written."""
 
     async def store(self, name: str, config: bytes, weights: BytesLike) -> str:
-        """Write an adapter's files, and return their folder. Raises ConfigError without a registry, and
-        AdapterLoadError if they cannot be written."""
+        """Write an adapter's files, and return their folder, which is in use until :meth:`loaded` is called.
+        Raises ConfigError without a registry, and AdapterLoadError if they cannot be written."""
         if self._root is None:
             raise ConfigError(
                 f"adapter {name!r}: a fleet keeps uploads below its registry, so that every replica can read "
                 "them: set registry (--registry) to a folder or URL that doors and replicas share, or load "
                 "the adapter from such a folder"
             )
-        return await asyncio.to_thread(_store, self._root, name, config, weights)
+        digest = await asyncio.to_thread(_digest, config, weights)
+        folder = f"{self._root}/{digest}"
+        self._loading[digest] += 1
+        try:
+            while digest in self._removed:
+                await asyncio.wait([self._removed[digest]])
+            await asyncio.to_thread(_store, self._root, folder, name, config, weights)
+        except BaseException:
+            self._load_ended(digest)
+            raise
+        return folder
+
+    async def loaded(self, folder: str, used: Callable[[], Collection[str]], *, invalid: bool) -> None:
+        """Note that the load from a folder that :meth:`store` has returned has ended. One that is invalid
+        is removed at once, because nobody can load it. What else has not been in use for long is removed in
+        the background, until :meth:`stop`, because a store with many folders is slow."""
+        name = _name(folder)
+        self._load_ended(name)
+        self._due = True
+        if self._task is None or self._task.done():
+            self._task = asyncio.get_running_loop().create_task(self._remove_while_due(used))
+        if invalid and self._root is not None and name not in self._in_use(used):
+            try:
+                await self._remove(self._root, name)
+            except Exception as error:  # each filesystem raises its own types
+                logger.warning("an upload that is not valid was not removed: %s", error)
+
+    def _load_ended(self, name: str) -> None:
+        self._unused.pop(name, None)
+        self._loading[name] -= 1
+        self._loading = +self._loading
+
+    async def stop(self) -> None:
+        if self._task is not None:
+            await end_tasks([self._task])
 
     def in_use(self, folder: str) -> None:
         """Note that an adapter is loaded from a folder, if only for a moment."""
         self._unused.pop(_name(folder), None)
 
-    async def remove_unused(self, used: Callable[[], Collection[str]], invalid: str | None = None) -> None:
-        """Remove what has not been among the folders that ``used`` returns for ``KEEP_SECONDS``, and
-        ``invalid``, which nobody can load, at once."""
+    async def _remove_while_due(self, used: Callable[[], Collection[str]]) -> None:
+        while self._due:  # again for those that have ended meanwhile, but once for all of them
+            self._due = False
+            await self.remove_unused(used)
+
+    async def remove_unused(self, used: Callable[[], Collection[str]]) -> None:
+        """Remove what has not been among the folders that ``used`` returns for ``KEEP_SECONDS``."""
         if self._root is None:
             return
         try:
             async with self._removing:
                 written = await asyncio.to_thread(_written, self._root)
-                for name in self._to_remove(written, set(map(_name, used())), invalid and _name(invalid)):
-                    await asyncio.to_thread(_remove, self._root, name)
+                for name in self._to_remove(written, self._in_use(used)):
+                    # It may have been written again, or used, since it was listed.
+                    at = await asyncio.to_thread(_written_at, self._root, name)
+                    if at == written[name] and name in self._unused and name not in self._in_use(used):
+                        await self._remove(self._root, name)
+                        self._unused.pop(name, None)
         except Exception as error:  # each filesystem raises its own types
             logger.warning("uploads that no adapter is loaded from were not removed: %s", error)
 
-    def _to_remove(
-        self, written: Mapping[str, float | None], wanted: Collection[str], invalid: str | None
-    ) -> list[str]:
+    async def _remove(self, root: str, name: str) -> None:
+        """Remove a folder. Whoever stores it again on this door from now on waits for the end."""
+        if name in self._removed:
+            return
+        end = self._removed[name] = asyncio.get_running_loop().create_future()
+        try:
+            await run_to_completion(asyncio.to_thread(_remove, root, name))
+        finally:
+            del self._removed[name]
+            end.set_result(None)
+
+    def _in_use(self, used: Callable[[], Collection[str]]) -> set[str]:
+        return {*map(_name, used()), *self._loading}
+
+    def _to_remove(self, written: Mapping[str, float | None], wanted: Collection[str]) -> list[str]:
         now, removed = time.monotonic(), list[str]()
         before, self._unused = self._unused, {}
         for name in written.keys() - wanted:
@@ -75,10 +142,9 @@ class Uploads:
             since, was_written = before.get(name, (now, at))
             if at is None or at != was_written:  # without files, it is about to be written
                 since = now
-            if now - since > KEEP_SECONDS or name == invalid:
+            self._unused[name] = since, at
+            if now - since > KEEP_SECONDS:
                 removed.append(name)
-            else:
-                self._unused[name] = since, at
         return removed
 
 
@@ -90,9 +156,25 @@ def _written(root: str) -> dict[str, float | None]:
     system.invalidate_cache()  # other doors write here, too
     found: dict[str, float | None] = {}
     for folder in system.ls(path, detail=False):
-        files = system.ls(folder, detail=False)
-        found[_name(folder)] = max((system.modified(file).timestamp() for file in files), default=None)
+        found[_name(folder)] = _newest(system, folder)
     return found
+
+
+def _written_at(root: str, name: str) -> float | None:
+    """Return the same for one upload, as it is now."""
+    import fsspec
+
+    system, path = fsspec.core.url_to_fs(root)
+    system.invalidate_cache()
+    return _newest(system, f"{path}/{name}")
+
+
+def _newest(system: AbstractFileSystem, folder: str) -> float | None:
+    try:
+        files = system.ls(folder, detail=False)
+        return max((system.modified(file).timestamp() for file in files), default=None)
+    except FileNotFoundError:  # it was removed meanwhile
+        return None
 
 
 def _remove(root: str, name: str) -> None:
@@ -107,8 +189,7 @@ def _name(folder: str) -> str:
     return folder.rstrip("/").rpartition("/")[2]
 
 
-def _store(root: str, name: str, config: bytes, weights: BytesLike) -> str:
-    folder = f"{root}/{_digest(config, weights)}"
+def _store(root: str, folder: str, name: str, config: bytes, weights: BytesLike) -> None:
     part = f".{uuid.uuid4().hex}"  # another door may be given the same
     try:
         check_protocol(root, "registry")
@@ -119,7 +200,6 @@ def _store(root: str, name: str, config: bytes, weights: BytesLike) -> str:
     except Exception as error:  # each filesystem raises its own types
         why = f"the upload cannot be stored: {why_failed(error)[0]}"
         raise AdapterLoadError(why, name=name, path=folder) from None
-    return folder
 
 
 def _digest(config: bytes, weights: BytesLike) -> str:

@@ -90,10 +90,12 @@ class ReplicaVersions:
 
     def own(self, adapter: str) -> str:
         """Return what the engine calls an adapter that the fleet calls "name@version". Raises AdapterNotFound
-        if the replica does not know this version."""
+        if the replica does not know this version; it knows "name@0" while the fleet has no numbers."""
         name, _, version = adapter.partition("@")
         if not version:
             return adapter
+        if version == "0" and name not in self._numbers:
+            return name
         for number, own in self._numbers.get(name, {}).items():
             if version == str(number):
                 return f"{name}@{own}"
@@ -104,11 +106,14 @@ class ReplicaVersions:
         has its name without versions, because each engine counts its own."""
         if is_mix(info.name):
             return msgspec.structs.replace(info, name=without_versions(info.name))
-        numbers = self._numbers.get(info.name)
-        if numbers is None:
+        if info.name not in self._numbers:
             return info
-        found = (number for number, own in numbers.items() if own == info.version)
-        return msgspec.structs.replace(info, version=max(found, default=0))
+        return msgspec.structs.replace(info, version=self.number(info.name, info.version))
+
+    def number(self, name: str, own: int) -> int:
+        """Return the fleet's number of the version that the engine numbers ``own``; 0: it has none."""
+        numbers = self._numbers.get(name, {})
+        return max((number for number, other in numbers.items() if other == own), default=0)
 
 
 def gone(adapter: str) -> AdapterNotFound:

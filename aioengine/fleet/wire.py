@@ -63,6 +63,9 @@ class Delta(msgspec.Struct, array_like=True, omit_defaults=True):
     """Whether the replica lacks the adapter that the door believed it to have."""
     pooled: list[float] | None = None
     pinned_tokens: int = 0
+    versions: list[str] = []
+    """In the first one: the fleet's versions that it runs on, in the order in which it names the adapters;
+    "name@0": the fleet has no number for what it runs on."""
 
 
 class Residency(msgspec.Struct, array_like=True):

@@ -13,6 +13,7 @@ from prometheus_client import generate_latest
 from support.engine_fixtures import Tiny, greedy
 from support.fleet_here import FleetHere, fleet_here, small_engine
 from support.mixed_adapters import generated, scaled_model
+from support.waiting import until
 
 from aioengine.errors import AdapterChanged, AdapterError, AdapterNotFound, ConfigError
 from aioengine.fleet import uploads
@@ -140,7 +141,7 @@ async def test_uploads(
         await client.load_adapter_files("bad", b"{}", b"")
     monkeypatch.setattr(uploads, "KEEP_SECONDS", -1.0)
     await client.load_adapter_files("sent", *files["b"], replace=True)
-    assert os.listdir(root) == [digests["b"]], "what no adapter is loaded from is removed"
+    await until(lambda: os.listdir(root) == [digests["b"]])  # what no adapter is loaded from is removed
 
 
 async def test_uploads_need_a_registry(tiny_text: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import threading
 from pathlib import Path
 from types import SimpleNamespace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import fsspec
 import pytest
@@ -14,6 +16,7 @@ from hypothesis import strategies as st
 from support.engine_fixtures import Tiny, greedy
 from support.fleet_here import fleet_here, small_engine
 from support.registry_actor import RegistryActor
+from support.waiting import until
 
 from aioengine.errors import AdapterConflict, AdapterInvalid
 from aioengine.fleet import uploads
@@ -53,8 +56,8 @@ async def test_an_upload_in_use_is_kept(
             files = [(adapters / name / file).read_bytes() for file in FILES]
             await fleet.client.load_adapter_files(name, *files)
             await fleet.client.complete([5, 6, 7], greedy(1), adapter=name)
-        kept = {folder.name for folder in root.iterdir()}
-        assert kept == {info.digest for info in fleet.client.adapters()}
+        kept = {info.digest for info in fleet.client.adapters()}
+        await until(lambda: {folder.name for folder in root.iterdir()} == kept)
 
 
 @given(st.lists(st.tuples(st.floats(0, 3 * KEEP_SECONDS), st.booleans()), min_size=1, max_size=8))
@@ -68,6 +71,8 @@ def test_an_upload_is_kept_for_a_while_after_its_last_use(uploaded: list[tuple[f
         patch.setattr(uploads, "time", SimpleNamespace(monotonic=lambda: now))
         door = Uploads(place)
         folder = await door.store("sent", b"{}", b"")
+        await door.loaded(folder, lambda: [folder], invalid=False)
+        await door.stop()
         files.makedirs(f"{place}/uploads/new", exist_ok=True)  # another door is about to write there
         unused_since: float | None = None
         for seconds, used in uploaded:
@@ -132,6 +137,7 @@ def test_what_one_door_loads_another_does_not_remove_too_soon(loads: list[Loaded
             if load.uploads or not files.exists(wanted):
                 wanted = await doors[load.door].store("sql", b"{}", bytes([load.content]))
                 folders[load.content] = wanted
+                await doors[load.door].loaded(wanted, lambda used=wanted: [used], invalid=False)  # type: ignore[misc]
             until[folder], folder = now, wanted
             entry = Entry("sql", folder, version)
             await registry.put.remote(entry)
@@ -142,9 +148,74 @@ def test_what_one_door_loads_another_does_not_remove_too_soon(loads: list[Loaded
             for path, end in until.items():
                 assert not path or now - end > KEEP_SECONDS or files.exists(path)
             assert files.exists(folder)
+        for door in doors:
+            await door.stop()
 
     with pytest.MonkeyPatch.context() as patch:
         asyncio.run(main("memory://fleet"))
+
+
+@pytest.mark.parametrize(
+    ("when", "again"),
+    [(when, "store") for when in ("_written", "_written_at", "_remove")]
+    + [(when, "load") for when in ("_written", "_written_at")],
+)
+async def test_an_upload_that_comes_again_during_a_removal_stays(
+    when: str, again: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the removal does just then, and although it has not been in use for long."""
+    monkeypatch.setattr(uploads, "KEEP_SECONDS", -1.0)
+    door = Uploads(str(tmp_path))
+    folder = await door.store("sent", b"{}", b"")
+    door._load_ended(Path(folder).name)
+    begun, go_on, real = threading.Event(), threading.Event(), getattr(uploads, when)
+
+    def held(*arguments: str) -> Any:
+        found = None if when == "_remove" else real(*arguments)
+        begun.set()
+        assert go_on.wait(60)
+        return real(*arguments) if when == "_remove" else found
+
+    monkeypatch.setattr(uploads, when, held)
+    used: list[str] = []
+    removal = asyncio.create_task(door.remove_unused(lambda: used))
+    await until(begun.is_set)
+    if again == "load":
+        used.append(folder)
+        door.in_use(folder)
+        go_on.set()
+    else:
+        storing = asyncio.create_task(door.store("sent", b"{}", b""))
+        if when == "_remove":
+            await until(lambda: bool(door._loading))
+            go_on.set()
+        assert await storing == folder
+    go_on.set()
+    await removal
+    assert set(os.listdir(folder)) == set(FILES)
+
+
+async def test_no_answer_waits_for_a_removal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that end while one is under way share the next one."""
+    go_on, lists = threading.Event(), 0
+
+    def held(root: str) -> dict[str, float | None]:
+        nonlocal lists
+        lists += 1
+        assert go_on.wait(60)
+        return {}
+
+    monkeypatch.setattr(uploads, "_written", held)
+    door = Uploads(str(tmp_path))
+    for content in range(4):
+        folder = await door.store("sent", b"{}", bytes([content]))
+        await door.loaded(folder, list, invalid=content == 1)
+        assert (Path(folder).name in os.listdir(Path(folder).parent)) == (content != 1)
+        await until(lambda: lists > 0)
+    go_on.set()
+    await until(lambda: door._task is not None and door._task.done())
+    assert lists == 2
+    await door.stop()
 
 
 async def test_a_registry_below_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

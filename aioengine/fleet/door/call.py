@@ -52,8 +52,11 @@ class Call:
         self.replica: str | None = None
         """Replica that runs it; None if it runs nowhere."""
         self.tried: frozenset[str] = frozenset()
-        self.began_with: int | None = None
-        """The fleet's version of its adapter that has made its first token, if it is known."""
+        self.began_with: list[str] = []
+        """The fleet's versions that its last replica runs it on, in the order in which it names the adapters;
+        []: the replica has not said it."""
+        self.outdated = False
+        """Whether a replica did not know its versions, so that only those that have them can run it."""
         self.migrations = 0
         """How often it continued on another replica after it had begun."""
         self.tokens: list[int] = list(options.output)

@@ -103,7 +103,7 @@ class FleetClient:
         self._seeds = random.Random(config.engine.seed)
         self._ids: dict[str, Call] = {}
         self._state: EngineState = "new"
-        self._closers: list[Callable[[], Awaitable[None]]] = []
+        self._closers: list[Callable[[], Awaitable[None]]] = [self._uploads.stop]
         self._head: Head | None = None
 
     # Life cycle
@@ -336,15 +336,15 @@ class FleetClient:
         raises."""
         self._check_lora()
         folder = await self._uploads.store(name, config, weights)
-        invalid: str | None = None
+        invalid = False
         try:
             return await self._adapters.load(name, folder, pin=pin, force_pin=False, replace=replace)
         except errors.AdapterInvalid as error:
             # Others may need good files, such as those of a version that was replaced.
-            invalid = None if isinstance(error, errors.AdapterConflict) else folder
+            invalid = not isinstance(error, errors.AdapterConflict)
             raise
         finally:
-            await self._uploads.remove_unused(self._adapters.sources, invalid)
+            await self._uploads.loaded(folder, self._adapters.sources, invalid=invalid)
 
     async def unload_adapter(self, name: str, *, force: bool = False) -> None:
         """Unload an adapter from every replica. Raises AdapterNotFound if no replica knows it."""

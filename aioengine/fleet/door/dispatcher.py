@@ -16,7 +16,7 @@ from aioengine.fleet.door.channel import Channel
 from aioengine.fleet.door.grammars import SentGrammar
 from aioengine.fleet.door.members import Member, Members
 from aioengine.fleet.versions import gone
-from aioengine.fleet.wire import Abort, Delta, LimitWaiting, Submit, pack_params, unpack_error
+from aioengine.fleet.wire import Abort, Delta, LimitWaiting, Submit, pack_error, pack_params, unpack_error
 from aioengine.info import without_versions
 from aioengine.schedulers.policy import Location
 from aioengine.schedulers.routing import RouteRequest, RouterGuard, load_router, prefix_hashes, prefix_pins
@@ -152,13 +152,16 @@ class Dispatcher:
 
     # Versions
 
-    def _is_current(self, version: str) -> bool:
+    def _may_be_current(self, version: str) -> bool:
+        """Whether new requests get this version, as far as this door knows, or it is one that another door
+        has made since."""
         name, _, number = version.partition("@")
-        return number == str(self.version_of(name))
+        known = self.version_of(name)
+        return number == "0" if known is None else int(number) >= known
 
     def _replaced(self, call: Call) -> list[str]:
         """Return the versions that a call needs, and that new requests do not get any more."""
-        return [version for version in call.versions if not self._is_current(version)]
+        return [v for v in call.versions if call.outdated or not self._may_be_current(v)]
 
     def _content(self, call: Call) -> str | None:
         """Return a name for what a call's adapter holds, because other versions cache other keys and
@@ -181,12 +184,7 @@ class Dispatcher:
         if not replaced or (there and not leave):
             return
         if call.begun:
-            raise errors.AdapterChanged(
-                "it was replaced while the request ran, and no other replica has the version that the "
-                "request began with; repeat the request",
-                name=without_versions(replaced[0]),
-                transient=True,
-            )
+            raise _changed(replaced[0])
         if leave:
             raise errors.AdapterNotFound(
                 "this version was replaced, and is only on replicas that take no new requests, because they "
@@ -196,21 +194,23 @@ class Dispatcher:
         missing = [version for version in replaced if not self._members.with_version(version)]
         raise gone((missing or replaced)[0])
 
-    def _note_version(self, channel: Channel, call: Call) -> None:
-        """Note the version that a call has begun with, if its replica has only one in memory."""
-        name, member = call.options.adapter, self._members.members.get(channel.replica)
-        if name is None or "@" in name or member is None:
+    def _keep_versions(self, call: Call) -> None:
+        """Have a call that has begun continue with the versions that it began with, and name them, because
+        the next replica may have others. Raises AdapterChanged if they are not known."""
+        options, begun = call.options, call.began_with
+        if call.adapter is None:
             return
-        found = [info.version for info in member.residency.versions if info.name == name]
-        call.began_with = found[0] if len(found) == 1 else None
-
-    def _keep_version(self, call: Call) -> None:
-        """Have a call that has begun continue with the version that it began with."""
-        name, begun = call.options.adapter, call.began_with
-        known = None if name is None else self.version_of(name)
-        if begun is not None and known is not None and begun < known:
-            call.versions = [f"{name}@{begun}"]
-            call.options = msgspec.structs.replace(call.options, adapter=call.versions[0])
+        if not begun:
+            raise _changed(call.adapter)
+        mix: dict[str, float] | None = None
+        if options.mix is not None:
+            mix = {}
+            for version, weight in zip(begun, options.mix.values(), strict=True):
+                mix[version] = mix.get(version, 0.0) + weight  # it may be named with its number and without
+        call.versions = list(dict.fromkeys(begun))
+        call.options = msgspec.structs.replace(options, adapter=None if mix else begun[0], mix=mix)
+        # In the order of the mix, in which the next replica names them.
+        call.began_with = list(call.options.mix or call.versions)
 
     def _send(self, call: Call, request: RouteRequest, replica: str) -> None:
         channel = self._members.channel(replica)
@@ -249,6 +249,9 @@ class Dispatcher:
             error = unpack_error(delta.error)
             if isinstance(error, errors.AdapterChanged):
                 self._members.on_changed(channel.replica, error.name)
+            if begun and isinstance(error, errors.AdapterNotFound):
+                call.outdated, error = True, _changed(error.name)
+                delta.error = pack_error(error)
             elsewhere = isinstance(
                 error, (errors.EngineStopped, errors.EngineDead, errors.AdapterChanged)
             ) or (isinstance(error, errors.EngineOverloaded) and not begun and error.bound != "tenant")
@@ -258,9 +261,9 @@ class Dispatcher:
                 self._again(call, channel.replica, "refused")
                 return
         call.take(delta, now)
+        call.began_with = delta.versions or call.began_with
         if not begun and call.begun:
             self._state.started(str(call.key), delta.pinned_tokens)
-            self._note_version(channel, call)
         if call.ended:
             del channel.calls[call.key]
             call.replica = None
@@ -280,7 +283,11 @@ class Dispatcher:
             call.spans.lost(how)
         call.tried = call.tried | {replica}
         if call.begun:
-            self._keep_version(call)
+            try:
+                self._keep_versions(call)
+            except errors.AioEngineError as error:
+                call.fail(error)
+                return
             call.migrations += 1
             self.migrations[how] += 1
             if call.migrations > self._config.migration_limit:
@@ -306,6 +313,14 @@ class Dispatcher:
 
     def _router_failed(self, kind: str, text: str) -> None:
         logger.warning("router: %s", text)
+
+
+def _changed(version: str) -> errors.AdapterChanged:
+    why = (
+        "it was replaced or unloaded while the request ran, and no other replica has the version that the "
+        "request began with; repeat the request"
+    )
+    return errors.AdapterChanged(why, name=without_versions(version), transient=True)
 
 
 def _now() -> float:

@@ -1,0 +1,234 @@
+"""Requests that have begun keep the versions that they began with, whatever happens to replicas and doors."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from support.adapter_infos import adapter_info
+from support.engine_fixtures import Tiny, greedy
+from support.fleet_here import fleet_here, small_engine
+from support.held_steps import HeldStep
+from support.waiting import until
+
+from aioengine import EngineConfig, SamplingParams
+from aioengine.errors import AdapterChanged, AioEngineError
+from aioengine.fleet.config import FleetConfig
+from aioengine.fleet.door.call import Call
+from aioengine.fleet.door.dispatcher import Dispatcher
+from aioengine.fleet.door.members import Member, Members
+from aioengine.fleet.versions import gone
+from aioengine.fleet.wire import Delta, Frame, Residency, Status, Submit, pack_error
+from aioengine.lab.simulation.clock import run_in_virtual_time
+from aioengine.request import RequestOptions, Wanted
+from aioengine.schedulers.routing import ReplicaLimits
+
+pytest.importorskip("ray.serve", reason="Ray has no wheel for this system or Python")
+
+NAMES = ("a", "b")
+REPLICAS = 4
+LIMITS = ReplicaLimits(slots=2, cpu_loras=4, max_running=8, kv_tokens=10_000)
+STATUS = Status(0.0, 1, 0, 0, 1, 0, 1, 100, [], None, None, None, None, 0.0, False, "running")
+
+
+class Replica:
+    """A replica that makes tokens of the versions that a request runs on: of "a@1" and "b@2", 1122. It
+    sends them when it is told to."""
+
+    def __init__(self, name: str, held: dict[str, list[int]]) -> None:
+        self.name = name
+        self.held = held
+        """By adapter: its versions; the last one is the current one."""
+        self.running: list[str] = []
+        self.first = True
+        self.error: AioEngineError | None = None
+        self.order: Submit | None = None
+
+    def take(self, order: Any) -> None:
+        assert isinstance(order, Submit)
+        self.order, self.first, self.running = order, True, []
+        options = order.options
+        for wanted in options.mix or [options.adapter]:
+            name, _, number = str(wanted).partition("@")
+            version = int(number) if number else self.held[name][-1]
+            if version not in self.held[name]:
+                self.error = gone(f"{name}@{version}")
+            self.running.append(f"{name}@{version}")
+
+    def delta(self) -> Delta:
+        assert self.order is not None
+        if self.error is not None:
+            return Delta(self.order.key, error=pack_error(self.error))
+        first, self.first = self.first, False
+        versions = sorted(set(self.running))
+        token = int("".join(f"{NAMES.index(version[0]) + 1}{version[2:]}" for version in versions))
+        return Delta(self.order.key, [token], versions=self.running if first else [])
+
+    def replace(self, name: str, *, keep: bool) -> None:
+        """Have the next version; ``keep``: other requests still need the one before."""
+        before = self.held[name]
+        needed = [v for v in before if f"{name}@{v}" in self.running or keep]
+        self.held[name] = [*needed, before[-1] + 1]
+
+    def residency(self) -> Residency:
+        infos = [adapter_info(name, version=v) for name, held in self.held.items() for v in held]
+        return Residency([], infos)
+
+
+class Event(NamedTuple):
+    kind: str
+    """What happens: "token", "replace" (on one replica), "hear" (a replica says what it has; with "token", in
+    one frame), "known" (the door hears of the newest versions), or "lose" (the replica that runs it)."""
+    replica: int = 0
+    adapter: str = "a"
+    keep: bool = False
+
+
+EVENTS = st.builds(
+    Event,
+    st.sampled_from(["token", "replace", "replace", "hear", "token hear", "known", "lose", "lose"]),
+    st.integers(0, REPLICAS - 1),
+    st.sampled_from(NAMES),
+    st.booleans(),
+)
+WANTED = st.sampled_from([{"a": 1.0}, {"a@1": 1.0}, {"a": 0.5}, {"a": 0.5, "b": 0.5}, {"a": 0.5, "a@1": 0.5}])
+EVERYWHERE = [Event("replace", number) for number in range(REPLICAS)]
+HEARD = [Event("hear", number) for number in range(REPLICAS)]
+
+
+class Fleet:
+    def __init__(self) -> None:
+        self.members = Members(FleetConfig(engine=EngineConfig(model="tiny")), None, door="door")
+        self.replicas: dict[str, Replica] = {}
+        self.channels: dict[str, Any] = {}
+        self.known = dict.fromkeys(NAMES, 1)
+        for number in range(REPLICAS):
+            replica = Replica(f"r{number}", {name: [1] for name in NAMES})
+            self.replicas[replica.name] = replica
+            channel: Any = SimpleNamespace(replica=replica.name, calls={}, leaving=False, heard=0.0)
+            channel.send = replica.take
+            self.channels[replica.name] = channel
+            self.members.members[replica.name] = Member(channel, None)  # type: ignore[arg-type]
+            self.members.members[replica.name].residency = replica.residency()
+            self.members.state.join(replica.name, LIMITS)
+        self.members.channel = self.channels.get  # type: ignore[assignment, method-assign]
+        self.dispatcher = Dispatcher(self.members)
+        self.dispatcher.version_of = self.known.get
+
+    def say(self, replica: Replica, *deltas: Delta, hear: bool = False) -> None:
+        frame = Frame(list(deltas), *((STATUS, replica.residency()) if hear else ()))
+        self.members._take(self.channels[replica.name], frame)
+
+    async def happen(self, event: Event, call: Call) -> None:
+        runs = self.replicas.get(call.replica or "")
+        replica = self.replicas.get(f"r{event.replica}")
+        if event.kind.startswith("token") and runs is not None:
+            self.say(runs, runs.delta(), hear="hear" in event.kind)
+        elif event.kind == "hear" and replica is not None:
+            self.say(replica, hear=True)
+        elif event.kind == "replace" and replica is not None:
+            replica.replace(event.adapter, keep=event.keep)
+        elif event.kind == "known":
+            for name in NAMES:
+                newest = max((r.held[name][-1] for r in self.replicas.values()), default=1)
+                self.known[name] = max(self.known[name], newest)
+        elif event.kind == "lose" and runs is not None and len(self.replicas) > 1:
+            del self.replicas[runs.name], self.channels[runs.name], self.members.members[runs.name]
+            self.members.state.leave(runs.name)
+            self.members.on_loss(call, runs.name, "lost")
+        while self.members._tasks and not call.ended:
+            await asyncio.gather(*self.members._tasks)
+            await asyncio.sleep(0)
+
+    def has_all(self, versions: list[str]) -> bool:
+        """Whether every replica that is left has these versions, and has said so."""
+        return all(
+            version in _names(r.residency()) for r in self.replicas.values() for version in versions
+        ) and all(
+            _names(self.members.members[name].residency) == _names(r.residency())
+            for name, r in self.replicas.items()
+        )
+
+
+def _names(residency: Residency) -> set[str]:
+    return {f"{info.name}@{info.version}" for info in residency.versions}
+
+
+@settings(deadline=None, max_examples=300)
+@given(WANTED, st.lists(EVENTS, min_size=3, max_size=14))
+@example({"a": 1.0}, [Event("token"), Event("lose"), Event("token")])
+@example({"a": 0.5}, [Event("token"), *EVERYWHERE, Event("known"), Event("lose"), Event("token")])
+@example({"a": 1.0}, [Event("token"), *EVERYWHERE, *HEARD, Event("lose"), Event("token"), Event("token")])
+@example({"a": 1.0}, [*EVERYWHERE, Event("token"), *HEARD, Event("known"), Event("lose"), Event("token")])
+def test_tokens_are_all_of_the_versions_that_made_the_first(
+    wanted: dict[str, float], events: list[Event]
+) -> None:
+    """A request goes on with these, or fails: it fails only if a replica has not all of them, or has not said
+    so. Versions change on one replica after the other, and the door may know of none of it."""
+
+    async def main() -> None:
+        fleet = Fleet()
+        versions = [name for name in wanted if "@" in name]
+        call = Call(1, "r", [5, 6], SamplingParams(seed=1), RequestOptions(mix=wanted), 0.0, versions)
+        await fleet.dispatcher.place(call)
+        for event in events:
+            before = call.tokens[:1] and fleet.has_all(call.began_with)
+            await fleet.happen(event, call)
+            assert len(set(call.tokens)) <= 1
+            if call.ended and call.tokens:
+                with pytest.raises(AdapterChanged, match="repeat"):
+                    await call.next()
+                assert not before
+            if call.ended:
+                return
+
+    run_in_virtual_time(main())
+
+
+@pytest.mark.parametrize("lives", [True, False], ids=["the version lives", "the version is gone"])
+@pytest.mark.parametrize("wanted", ["a", {"a": 0.5}, {"a": 0.5, "b": 0.25}], ids=str)
+async def test_a_replica_knows_the_version_better_than_the_door(
+    wanted: Wanted, lives: bool, tiny_text: Tiny, adapters: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A request has begun on one replica; on the other one, the adapter was replaced, which the door does not
+    know. The replaced version lives there only if another request runs on it."""
+    prompt, named = [5, 6, 7, 8], {name: str(adapters / name) for name in "ab"}
+    config = FleetConfig(engine=small_engine(tiny_text), replicas=2, adapters=named)
+    async with fleet_here(config, monkeypatch) as fleet:
+        client, there = fleet.client, fleet.replicas["r1"]
+        expected = (await client.complete(prompt, greedy(12), adapter=wanted)).token_ids
+        held, works = HeldStep(), list[asyncio.Task[Any]]()
+        if lives:
+            params = SamplingParams(temperature=0, max_tokens=1, constraint=held)
+            works.append(asyncio.create_task(there.engine.complete(prompt, params, adapter="a")))
+            await until(held.begun.is_set)
+        change = {"name": "a", "change": "c"}
+        read = {"path": str(adapters / "b"), "read": False}
+        await there.adapter("prepare", change | read)
+        await there.adapter("commit", change | {"version": 2})
+        member = client.members.members["r1"]
+        member.ready = False
+        client.members.state.drain("r1")
+        tokens: list[int] = []
+        failed: AioEngineError | None = None
+        try:
+            async for output in client.generate(prompt, greedy(12), adapter=wanted):
+                tokens += output.token_ids_delta
+                channel = client.members.channel("r0")
+                if channel is not None:
+                    assert len(tokens) < 12
+                    member.ready = True
+                    client.members.state.drain("r1", False)
+                    client.members._lose(channel, "lost", "for this test")
+                    await until(lambda: not lives or there.engine.load().waiting > 0)
+                    held.go_on.set()
+        except AdapterChanged as error:
+            failed = error
+        await asyncio.gather(*works)
+        assert (failed is None) == lives and tokens == expected[: len(tokens)]
+        assert len(tokens) == 12 or not lives
