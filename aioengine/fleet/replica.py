@@ -6,7 +6,7 @@ import asyncio
 import logging
 import os
 import platform
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import suppress
 from typing import Any
 
@@ -35,7 +35,7 @@ from aioengine.fleet.wire import (
 from aioengine.grammars.service import Grammars
 from aioengine.info import without_versions
 from aioengine.metrics.otlp import end_tracing, otlp_provider
-from aioengine.request import RequestOptions, SamplingParams
+from aioengine.request import SamplingParams
 from aioengine.runtime.tasks import end_tasks
 from aioengine.schedulers.routing.replica import GUESSED_SECONDS_PER_TOKEN
 
@@ -137,14 +137,16 @@ class EngineReplica:
         if order.believed:
             self._beliefs.believed(order.request_id, box, order.key)
         options, asked = order.options, dict[str, str]()
+        names = list(options.mix or ([] if options.adapter is None else [options.adapter]))
         try:
             if self._draining:
                 raise EngineStopped("the replica is draining")
             params = await self._params(order)
             known, scored = len(options.output), False  # log-probabilities that the door has already
-            asked = self._asked(options)
+            asked = {self._versions.own(name): name for name in names}
             mix = options.mix and {own: options.mix[name] for own, name in asked.items()}
-            versions = self._current(asked.values())  # nothing is awaited until the engine takes the same
+            # Nothing is awaited until the engine takes the same, unless it must look for an adapter.
+            versions = self._versions.current(names, self.engine.find_adapter)
             async for output in self.engine.generate(
                 order.prompt,
                 params,
@@ -168,7 +170,12 @@ class EngineReplica:
                 if output.prompt_logprobs is not None and not scored:
                     delta.prompt_logprobs, scored = output.prompt_logprobs, True
                 delta.pooled = output.pooled
-                delta.versions, versions = versions, []
+                if versions:
+                    # What was current when a look-up had ended is known only if nothing has changed since.
+                    looked = any(version.endswith("@0") for version in versions)
+                    if not looked or versions == self._versions.current(names, self.engine.find_adapter):
+                        delta.versions = versions
+                    versions = []
                 box.put(delta)
         except Exception as error:
             if not isinstance(error, AioEngineError):
@@ -179,20 +186,6 @@ class EngineReplica:
             box.put(Delta(order.key, error=pack_error(error)))
         finally:
             self._beliefs.forget(order.request_id)
-
-    def _asked(self, options: RequestOptions) -> dict[str, str]:
-        """Return the adapters of a request, by the names of the engine's versions. Raises AdapterNotFound."""
-        names = options.mix or ([] if options.adapter is None else [options.adapter])
-        return {self._versions.own(name): name for name in names}
-
-    def _current(self, names: Iterable[str]) -> list[str]:
-        """Return the fleet's versions that these names stand for now."""
-        versions = []
-        for name in names:
-            info = None if "@" in name else self.engine.find_adapter(name)
-            number = 0 if info is None else self._versions.number(name, info.version)
-            versions.append(name if "@" in name else f"{name}@{number}")
-        return versions
 
     async def _params(self, order: Submit) -> SamplingParams:
         constraint = None

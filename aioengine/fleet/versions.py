@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import msgspec
 
@@ -100,6 +100,16 @@ class ReplicaVersions:
             if version == str(number):
                 return f"{name}@{own}"
         raise gone(adapter)
+
+    def current(self, names: Iterable[str], find: Callable[[str], AdapterInfo | None]) -> list[str]:
+        """Return the versions that requests for these names get now; ``find`` describes what an engine calls
+        by a name. "name@0": there is no number."""
+        versions = []
+        for name in names:
+            info = None if "@" in name else find(name)
+            number = 0 if info is None else self.number(name, info.version)
+            versions.append(name if "@" in name else f"{name}@{number}")
+        return versions
 
     def told(self, info: AdapterInfo) -> AdapterInfo:
         """Return what the doors are told of an adapter in memory: a version has the fleet's number, and a mix

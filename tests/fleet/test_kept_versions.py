@@ -16,7 +16,7 @@ from support.fleet_here import fleet_here, small_engine
 from support.held_steps import HeldStep
 from support.waiting import until
 
-from aioengine import EngineConfig, SamplingParams
+from aioengine import EngineConfig, LoRAConfig, SamplingParams
 from aioengine.errors import AdapterChanged, AioEngineError
 from aioengine.fleet.config import FleetConfig
 from aioengine.fleet.door.call import Call
@@ -232,3 +232,41 @@ async def test_a_replica_knows_the_version_better_than_the_door(
         await asyncio.gather(*works)
         assert (failed is None) == lives and tokens == expected[: len(tokens)]
         assert len(tokens) == 12 or not lives
+
+
+@pytest.mark.parametrize("meanwhile", [False, True], ids=["", "replaced during the look-up"])
+async def test_a_version_that_is_not_certain_is_not_said(
+    meanwhile: bool, tiny_text: Tiny, adapters: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A mix has a part that must be looked up first, and it is not known which version of another part was
+    current when that had ended."""
+    begun, go_on = asyncio.Event(), asyncio.Event()
+    config = FleetConfig(
+        engine=small_engine(
+            tiny_text, lora=LoRAConfig(max_loras=2, max_cpu_loras=4, adapter_root=str(adapters))
+        ),
+        replicas=1,
+        adapters={"b": str(adapters / "b")},
+    )
+    async with fleet_here(config, monkeypatch) as fleet:
+        replica = fleet.replicas["r0"]
+        lookups = replica.engine._adapters._names.lookups
+        real = lookups.locate
+
+        async def held(*arguments: Any) -> Any:
+            if arguments[0] == "a":
+                begun.set()
+                await go_on.wait()
+            return await real(*arguments)
+
+        monkeypatch.setattr(lookups, "locate", held)
+        streaming = fleet.client.generate([5, 6], greedy(4), adapter={"a": 0.5, "b": 0.5})
+        first = asyncio.ensure_future(anext(streaming))
+        await begun.wait()
+        if meanwhile:
+            await fleet.client.load_adapter("b", str(adapters / "a"), replace=True)
+        go_on.set()
+        await first
+        [call] = fleet.client._ids.values()
+        assert call.began_with == ([] if meanwhile else ["a@0", "b@1"])
+        await streaming.aclose()
