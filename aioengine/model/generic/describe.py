@@ -78,6 +78,7 @@ def read_spec(path: Path, native_reason: str | None = None) -> GenericSpec:
         kv=tuple(kept[layer] for layer in sorted(kept)),
         layer_ids=tuple(sorted(kept)),
         parameters=sum(parameter.numel() for parameter in model.parameters()),
+        float32_parameters=sum(parameter.numel() for parameter in _in_float32(model).values()),
         flat=flat,
         quantizable=_quantizable(model, linears, shapes),
         native_reason=native_reason,
@@ -155,7 +156,8 @@ def _quantizable(
     """Return the names for :attr:`GenericSpec.quantizable`: all linears that read the same input, or none."""
     from aioengine.model.generic.linears import storable
 
-    can = storable(dict(model.named_modules()))
+    exact = {name.rpartition(".")[0] for name in _in_float32(model)}
+    can = [name for name in storable(dict(model.named_modules())) if name not in exact]
     groups: dict[tuple[int, str], list[Adaptable]] = {}
     for linear in linears:
         groups.setdefault((linear.layer, linear.group), []).append(linear)
@@ -167,6 +169,18 @@ def _quantizable(
         if whole and wide and all(linear.name in can for linear in group):
             found += [linear.name for linear in group]
     return tuple(found)
+
+
+def _in_float32(model: Any) -> dict[str, Any]:
+    """Return the parameters that transformers keeps in float32 where the model is in 16 bits, by name."""
+    import torch
+
+    patterns = [pattern.replace("*", ".*") for pattern in model._get_dtype_plan(torch.bfloat16)]
+    return {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if any(re.search(pattern, name) for pattern in patterns)
+    }
 
 
 def _first(value: Any) -> int:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from aioengine.errors import ConfigError
-from aioengine.model.spec import KVShape, LinearShape, ModelSpec
+from aioengine.model.spec import KVShape, LinearShape, ModelSpec, Quantization
 
 
 class Adaptable(NamedTuple):
@@ -42,6 +42,8 @@ class GenericSpec(ModelSpec, frozen=True, kw_only=True):
     quantizable: tuple[str, ...] = ()
     """Names of the linears that ``quantization`` is for: those whose weight may be stored in another form,
     with sizes that are multiples of 16. Others stay in the dtype; so do narrow ones, such as routers."""
+    float32_parameters: int = 0
+    """How many of ``parameters`` are in float32 also where the model is in 16 bits."""
     native_reason: str | None = None
     """Why the native decoder does not run it; None: it was not asked."""
 
@@ -113,6 +115,10 @@ class GenericSpec(ModelSpec, frozen=True, kw_only=True):
 
     def num_parameters(self) -> int:
         return self.parameters
+
+    def weights_bytes(self, dtype_bytes: int, quantization: Quantization) -> int:
+        more = self.float32_parameters * max(4 - dtype_bytes, 0)
+        return super().weights_bytes(dtype_bytes, quantization) + more
 
     @property
     def pair_tokens(self) -> float:
