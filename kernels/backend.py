@@ -139,7 +139,7 @@ class Backend(Protocol):
         cache: LayerCache,
         plan: AttentionPlan,
     ) -> None:
-        """Norms and rotates queries and keys, and stores keys and values into the cells of the plan.
+        """Norm and rotate queries and keys, and store keys and values into the cells of the plan.
 
         ``qkv`` [T, H + 2 K, d], contiguous. Queries are changed in place; keys may be, too.
         """

@@ -81,7 +81,7 @@ def soft_cap_(x: Tensor, cap: float) -> None:
 def rope_store(
     qkv: Tensor, norms: HeadNorms | None, rotation: Rotation, cache: LayerCache, plan: AttentionPlan
 ) -> None:
-    """Norms, rotates and stores, head by head; see :class:`Backend`."""
+    """Norm, rotate and store, head by head; see :class:`Backend`."""
     keys, values = cache
     kv_heads = keys.shape[2]
     heads = qkv.shape[1] - 2 * kv_heads
@@ -105,7 +105,7 @@ def rope_store(
 
 
 def paged_attention(qkv: Tensor, cache: LayerCache, plan: AttentionPlan, scores: Scores) -> Tensor:
-    """Attends token by token; see :class:`Backend`."""
+    """Attend token by token; see :class:`Backend`."""
     keys, values = cache
     window, scale, soft_cap, sinks = scores
     kv_heads, d = keys.shape[2], keys.shape[3]

@@ -65,7 +65,7 @@ class HostBuffer:
             self._sent.synchronize()
 
     def send(self) -> None:
-        """Queues the copy."""
+        """Queue the copy."""
         if self._device is self._host:
             return
         self._device.copy_(self._host, non_blocking=True)

@@ -130,7 +130,7 @@ class EngineMetrics(Collector):
         self._process = ProcessMetrics()
 
     def handle(self, event: events.Event) -> None:
-        """Counts one event; kinds that no metric needs are ignored."""
+        """Count one event; kinds that no metric needs are ignored."""
         self._pending.append(event)
         if not self._applying:
             self._applying = self._on_loop.soon(self._apply)
@@ -149,15 +149,15 @@ class EngineMetrics(Collector):
     # Ways out
 
     def families(self) -> list[Family]:
-        """Returns all metric families with their current values."""
+        """Return all metric families with their current values."""
         return self._on_loop.call(self._families)
 
     def collect(self) -> Iterator[Metric]:
-        """Returns the families in the form that ``prometheus_client`` expects of a collector."""
+        """Return the families in the form that ``prometheus_client`` expects of a collector."""
         return map(to_metric, self.families())
 
     def describe(self) -> Iterator[Metric]:
-        """Returns the families without series, so that a registry knows their names in advance."""
+        """Return the families without series, so that a registry knows their names in advance."""
         vllm = d.VLLM if self._compat == "vllm" else ()
         process = () if self._process is None else d.PROCESS
         return (to_metric(Family(definition, [])) for definition in (*d.OWN, *vllm, *process))

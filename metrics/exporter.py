@@ -123,6 +123,6 @@ def _handler_class(expose: Expose) -> type[BaseHTTPRequestHandler]:
                 self.wfile.write(body)
 
         def log_message(self, format: str, *args: object) -> None:
-            """Logs nothing: scrapes are too frequent."""
+            """Log nothing: scrapes are too frequent."""
 
     return Handler

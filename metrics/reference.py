@@ -70,7 +70,7 @@ llm-d's. `model_name` is the base model's name in requests:
 
 
 def reference() -> str:
-    """Writes the reference page in Markdown."""
+    """Write the reference page in Markdown."""
     return "\n".join(
         [
             _INTRO,

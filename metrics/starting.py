@@ -7,5 +7,5 @@ from aioengine.metrics.families.exposition import TEXT, TextWriter
 
 
 def starting_metrics(engine: str) -> tuple[str, bytes]:
-    """Returns the content type and text of ``/metrics`` while the engine with this name starts."""
+    """Return the content type and text of ``/metrics`` while the engine with this name starts."""
     return TEXT, TextWriter().write([engine_state(engine, "starting")], openmetrics=False)

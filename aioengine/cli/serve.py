@@ -150,7 +150,7 @@ class ServerFlags:
         return Certificate(str(self.tls_cert), str(self.tls_key))
 
     def listen_settings(self, certificate: Certificate | None = None) -> ListenSettings:
-        """Raises ConfigError."""
+        """Return the settings of the listening socket. Raises ConfigError."""
         from aioengine.server.run import ListenSettings
 
         return ListenSettings(

@@ -179,7 +179,7 @@ class Core:
         self._rng = random.Random(limits.seed)
         self._next_seq = 0
         self._changes = 0
-        """Number of events so far, except that running requests got tokens."""
+        """Number of events so far; tokens of running requests do not count."""
         self._arranged_at = -1
         """Value of ``_changes`` when pinned adapters were last placed."""
         self._deadlines: SortedDict[tuple[float, int], Request] = SortedDict()
@@ -622,7 +622,7 @@ class Core:
 
     def again_until(self) -> float:
         """Return the time until which neither the policy nor the core has anything to decide, so that what is
-        in flight is repeated; just after the present if they may have something at any time."""
+        in flight is repeated. If they may have something at any time, it is the moment after the present."""
         until = self.guard.quiet_until(self._changes)
         if self.placing.pinned_wait or self.residency.any_wanted:
             until = -inf

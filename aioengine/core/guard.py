@@ -131,7 +131,7 @@ class PolicyGuard:
         self._listen_to(policy)
 
     def decide(self, view: SchedulerView, changes: int) -> Resolved:
-        """Ask the policy. ``changes`` counts events, except that running requests get tokens. A policy that
+        """Ask the policy. ``changes`` counts events, but not the tokens of running requests. A policy that
         decided nothing, and said until when that holds, is not asked again before then while ``changes``
         stays the same."""
         self.seconds = 0.0
@@ -152,8 +152,9 @@ class PolicyGuard:
         return self._resolve(decision)
 
     def admitted(self, view: SchedulerView, decision: Resolved, before: int, changes: int) -> None:
-        """Note that ``decision`` has been carried out, and that ``changes`` was ``before`` it. If nothing has
-        happened but that its requests run, the policy may say that nothing is left to decide."""
+        """Note that ``decision`` has been carried out, and that ``changes`` was ``before`` it. If its
+        requests have started and nothing else has happened, the policy may say that nothing is left to
+        decide."""
         if (
             not self._may_settle
             or changes - before != CHANGES_OF_ADMISSION * len(decision.admit)

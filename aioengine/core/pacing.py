@@ -287,7 +287,7 @@ class Allowance:
         self._seconds += self._held[1]
 
     def _costs(self, request: Request, start: int) -> tuple[float, float]:
-        """(a, b), where n tokens after the first ``start`` take n * (a + b * n) seconds."""
+        """Return (a, b): n tokens after the first ``start`` take n * (a + b * n) seconds."""
         _, token, pair, _, rank = self._coefficients
         twice = 2 if request.unscored else 1
         ranks = 0 if request.adapter is None else request.adapter.rank

@@ -175,14 +175,14 @@ def _last_line(file: IO[bytes]) -> str:
 
 
 async def read_text(connection: socket.socket) -> str:
-    """Raises EOFError if the other end goes before."""
+    """Read a text. Raises EOFError if the other end closes first."""
     loop = asyncio.get_running_loop()
     (length,) = LENGTH.unpack(await _exactly(loop, connection, LENGTH.size))
     return (await _exactly(loop, connection, length)).decode()
 
 
 async def read_struct(connection: socket.socket, size: int) -> bytes:
-    """Raises EOFError if the other end goes before."""
+    """Read ``size`` bytes. Raises EOFError if the other end closes first."""
     return await _exactly(asyncio.get_running_loop(), connection, size)
 
 
@@ -197,6 +197,6 @@ async def _exactly(loop: asyncio.AbstractEventLoop, connection: socket.socket, s
 
 
 def _environment() -> dict[str, str]:
-    """Environment in which the zygote finds the same modules as this process."""
+    """Return an environment in which the zygote finds the same modules as this process."""
     folders = [folder or os.getcwd() for folder in sys.path if isinstance(folder, str)]
     return {**os.environ, "PYTHONPATH": os.pathsep.join(folders)}

@@ -1,8 +1,9 @@
 """Linears with each token's adapter, over the shares that the ranks of a group hold.
 
 What is split over its inputs gives a summand of the outputs: base and adapter's are added before the one
-all-reduce that the base model needs anyway. By default that takes no more: ``B (sum of A_i x_i)`` is the sum
-of ``B (A_i x_i)``. Fully sharded, A's outputs are exchanged, which are as long as the adapters' ranks.
+all-reduce that the base model needs anyway. By default that is the only exchange: ``B (sum of A_i x_i)`` is
+the sum of ``B (A_i x_i)``. Fully sharded, A's outputs are exchanged, which are as long as the adapters'
+ranks.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ class AdaptedLinears:
         return y
 
     def adapt_outputs(self, x: Tensor, y: Tensor, pool: LoRAPool | None, batch: LoRABatch) -> None:
-        """Do to ``y``, the rank's outputs of a linear that is split over its outputs, what adapters do."""
+        """Apply the adapters to ``y``, the rank's outputs of a linear that is split over its outputs."""
         if pool is None or not batch.segments:
             return
         h = self._kernels.lora_shrink(x, pool, batch)
@@ -56,11 +57,11 @@ class AdaptedLinears:
         return y
 
     def own_bias(self, linear: Linear) -> Tensor | None:
-        """Return the bias that the rank adds to its summand: one rank does."""
+        """Return the bias that the rank adds to its summand; only one rank has one."""
         return linear.bias if self.group.shard.rank == 0 else None
 
     def adapt_summand(self, x: Tensor, y: Tensor, pool: LoRAPool | None, batch: LoRABatch) -> None:
-        """Do to ``y``, the rank's summand, what adapters do. Of their shifts, one rank has all."""
+        """Apply the adapters to ``y``, the rank's summand. One rank alone has their shifts."""
         self._adapt_inputs(x, y, pool, batch)
         if pool is not None:
             self._affine(y, pool, batch)
@@ -91,18 +92,18 @@ class AdaptedLinears:
         return self.total(hidden, None, pool, batch)
 
     def _adapt_inputs(self, x: Tensor, y: Tensor, pool: LoRAPool | None, batch: LoRABatch) -> None:
-        """Adds B A x to the rank's summand ``y``; gain and shift are left out."""
+        """Add B A x to the rank's summand ``y``; gain and shift are left out."""
         if pool is not None and batch.segments:
             self._add_summand(self._kernels.lora_shrink(x, pool, batch), pool, y, batch)
 
     def _add_summand(self, h: Tensor, pool: LoRAPool, y: Tensor, batch: LoRABatch) -> None:
-        """Adds B h to y, which is yet to be summed over the ranks."""
+        """Add B h to y, which is yet to be summed over the ranks."""
         if self.exchanges:
             self.sum(h, batch)
         self._kernels.lora_expand(h, pool, y, batch)
 
     def total(self, y: Tensor, bias: Tensor | None, pool: LoRAPool | None, batch: LoRABatch) -> Tensor:
-        """Adds up the ranks' ``y`` [T, out], in place, and does what is done to whole outputs."""
+        """Add up the ranks' ``y`` [T, out], in place; then add the bias, and apply gain and shift."""
         if self._parallel:
             self.group.all_reduce(y)
         if bias is not None:
@@ -112,7 +113,7 @@ class AdaptedLinears:
         return y
 
     def sum(self, h: Tensor, batch: LoRABatch) -> None:
-        """Adds up A's outputs [T, n, width], in place, as long as the largest rank in the batch."""
+        """Add up A's outputs [T, n, width], in place, as long as the largest rank in the batch."""
         first, rank = batch.segments[0].start, max(segment.rank for segment in batch.segments)
         h[first:, :, :rank] = self.group.all_reduce(h[first:, :, :rank].contiguous())
 

@@ -22,7 +22,7 @@ class Masks(NamedTuple):
     found: dict[int, bytes]
     late: set[int]
     failed: dict[int, str]
-    """Why."""
+    """Reason of each failure."""
     forced: dict[int, Sequence[int]]
     """Tokens that must follow the only one that a mask allows, where it is known that there are any."""
 

@@ -29,8 +29,8 @@ def not_covered(
     block_size: int,
     shard: Shard,
 ) -> str | None:
-    """Why the compiled step cannot run this model, or this rank's share of one, with these settings; None if
-    it can. ``lora_dtype`` is None without adapters."""
+    """Return why the compiled step cannot run this model, or this rank's share of one, with these settings;
+    None if it can. ``lora_dtype`` is None without adapters."""
     if spec.impl != "native":
         return "models that transformers runs"
     for what, size in spec.mlp_sizes.items():
@@ -106,7 +106,7 @@ def check_int8_adapters(dtype: str) -> None:
 
 
 def variance(reason: str | None, ranks: int) -> str | None:
-    """Why a token's bits depend on its batch; None: they do not (docs/determinism.md). ``reason``: why
+    """Return why a token's bits depend on its batch; None: they do not (docs/determinism.md). ``reason``: why
     there is no compiled step, if there is none."""
     if reason is not None:
         return (
@@ -122,7 +122,7 @@ def variance(reason: str | None, ranks: int) -> str | None:
 
 
 def check_invariant(config: EngineConfig, found: str | None) -> None:
-    """Raises ConfigError if there is a ``variance``, and ``config`` demands that there is none."""
+    """Raise ConfigError if there is a ``variance``, and ``config`` demands that there is none."""
     if found is None:
         return
     if config.batch_invariant is True:

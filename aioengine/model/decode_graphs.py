@@ -206,7 +206,7 @@ class CudaGraphs:
         each stream that it has seen."""
 
     def __call__(self, step: Step) -> Step:
-        """Runs ``step`` once, which compiles kernels, and records it."""
+        """Run ``step`` once, which compiles kernels, and record it."""
         with torch.cuda.device(self._device):
             if self._aside is None:
                 self._aside = torch.cuda.Stream()  # type: ignore[no-untyped-call]

@@ -234,7 +234,7 @@ class Decoder:
         return {f"{name}.weight": w for name, w, _, _ in self._matrices() if isinstance(w, BlockWeight)}
 
     def _matrices(self) -> Iterator[tuple[str, Weight, int, int]]:
-        """Each matrix by the name of its module: the weight that has it, and its rows of that."""
+        """Return each matrix by the name of its module: the weight that contains it, and its rows there."""
         name = self.spec.module_name
         yield name(NO_LAYER, "embed_tokens"), self.embed_tokens, 0, self.embed_tokens.n
         if not self.spec.tie_embeddings:
@@ -339,7 +339,7 @@ class Decoder:
         return LastLayer(hidden, delta)
 
     def _sum(self, hidden: Tensor, delta: Tensor | None, norm: Tensor | None) -> Tensor:
-        """Adds ``delta`` to ``hidden`` in place, and returns its norm, if there is one."""
+        """Add ``delta`` to ``hidden`` in place, and return its norm, if there is one."""
         spec = self.spec
         if norm is not None:
             of = Norm(norm, spec.rms_norm_eps, spec.norm_offset)
@@ -370,8 +370,8 @@ class Decoder:
         return self._sum(hidden, delta, self.norm)
 
     def finish_logits(self, logits: Tensor) -> Tensor:
-        """[N, vocab] on every rank, of the parts of the head's outputs that they have, which are
-        overwritten."""
+        """Return the logits [N, vocab] on every rank, made of the ranks' parts of the head's outputs, which
+        are overwritten."""
         if self.spec.logit_divisor != 1:
             logits.div_(self.spec.logit_divisor)
         if self.spec.logit_cap is not None:

@@ -41,7 +41,7 @@ class Mlp:
 
 
 def activation(spec: ModelSpec, kernels: Backend) -> Callable[[Tensor], Tensor]:
-    """Return what makes [T, size] of the outputs of gate and up [T, 2 * size]."""
+    """Return the function from the outputs of gate and up [T, 2 * size] to [T, size]."""
     match spec.activation:
         case "silu":
             return kernels.silu_and_mul

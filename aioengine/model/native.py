@@ -37,8 +37,8 @@ _LINEARS = ("qkv", "o", "gate_up", "down")
 
 
 class NativeForward:
-    """Runs the steps of a decoder that :func:`pack` has packed. ``forward`` is :meth:`Decoder.forward`'s
-    equal.
+    """Runs the steps of a decoder that :func:`pack` has packed. ``forward`` does the same as
+    :meth:`Decoder.forward`.
 
     The model and the settings must be covered: see :mod:`aioengine.model.coverage`.
     """
@@ -147,11 +147,11 @@ class NativeForward:
         return decoder.finish_logits(logits)
 
     def layers_forward(self, inputs: StepInputs) -> LastLayer:
-        """:meth:`Decoder.layers_forward`'s equal."""
+        """Do what :meth:`Decoder.layers_forward` does."""
         return self._run(inputs, torch.empty(0, dtype=self._decoder.dtype))
 
     def _run(self, inputs: StepInputs, logits: Tensor) -> LastLayer:
-        """Fills in ``logits``, the head's outputs for ``inputs.sample_rows``; what it returns is of use only
+        """Fill in ``logits``, the head's outputs for ``inputs.sample_rows``; what it returns is of use only
         if that is empty, so that the head is left out."""
         decoder, spec, plan = self._decoder, self._decoder.spec, inputs.attention
         hidden = decoder.embed(inputs, self._slots)
@@ -228,7 +228,7 @@ class NativeForward:
 
 
 def _mixture_scratch(spec: ModelSpec, tokens: int, width: int, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Memory in which tokens go through experts, by the fields of ``structs.Step``."""
+    """Return the memory in which tokens go through experts, by the fields of ``structs.Step``."""
     if not isinstance(spec, MixtureSpec):
         return {}
     rows = tokens * spec.experts_per_token
@@ -271,7 +271,7 @@ def pack(decoder: Decoder, quantization: Quantization) -> None:
 
 
 def _packing(decoder: Decoder, quantization: Quantization) -> Callable[[Weight], Weight]:
-    """Packs the decoder's linears: in place, or quantized one after the other into memory of their own."""
+    """Pack the decoder's linears: in place, or quantized one after the other into memory of their own."""
     if quantization == "none":
         return _pack
     form = QuantizedWeight if quantization == "int8" else Int4Weight

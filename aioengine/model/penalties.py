@@ -39,7 +39,7 @@ class SeenTokens:
         self._known = len(history)
 
     def followed_by(self, draft: Sequence[int]) -> SeenTokens:
-        """A copy that has seen these in the output as well."""
+        """Return a copy that has seen these in the output as well."""
         copy = SeenTokens(self.history)
         copy.ids, copy.output_ids, copy.counts = self.ids[:], self.output_ids[:], self.counts[:]
         copy._seen, copy._places, copy._known = set(self._seen), dict(self._places), self._known

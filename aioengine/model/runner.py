@@ -274,7 +274,7 @@ class ModelRunner:
         return self.decoder.nbytes
 
     def execute(self, batch: StepBatch) -> StepResult:
-        """Runs one step; samples a token for the sequences that ask for one, and scores tokens for those that
+        """Run one step: sample a token for the sequences that ask for one, and score tokens for those that
         ask for that, on rank 0."""
         began = time.perf_counter()
         if batch.follows:
@@ -315,7 +315,7 @@ class ModelRunner:
         return StepResult(sampled, time.perf_counter() - began, scored, followed, values)
 
     def _move(self, batch: StepBatch) -> None:
-        """Carries out the step's moves within the memory that adapters and KV blocks share."""
+        """Carry out the step's moves within the memory that adapters and KV blocks share."""
         assert self.shared is not None and self.lora_slots is not None
         self.lora_slots.before_step()
         self.shared.apply(batch.moves, self.lora_slots)
@@ -357,7 +357,7 @@ class ModelRunner:
         return self.decoder.logits(last, inputs.sample_rows, inputs.sample_lora, self.lora_slots), asking
 
     def _score(self, batch: StepBatch, last: LastLayer, scored: dict[int, list[TokenLogprob]]) -> None:
-        """Fills in ``scored``, in pieces: a whole prompt's logits can take more memory than the model."""
+        """Fill in ``scored``, in pieces: a whole prompt's logits can take more memory than the model."""
         begins = accumulate((len(work.tokens) for work in batch.sequences), initial=0)
         rows = [
             (i, begin + place, work.history[work.start + place + 1])

@@ -252,7 +252,7 @@ def _ban_the_end(scores: Tensor, rows: Sequence[SequenceWork]) -> None:
 
 
 def _blocks(x: Tensor) -> Tensor:
-    """``x`` [N, vocab] as [N, blocks, block]; a view unless the last block has to be padded."""
+    """Return ``x`` [N, vocab] as [N, blocks, block]; a view unless the last block has to be padded."""
     missing = -x.shape[1] % _BLOCK
     if missing:
         x = torch.nn.functional.pad(x, (0, missing), value=-math.inf)
@@ -268,7 +268,7 @@ def _mass(x: Tensor) -> Tensor:
 
 
 def _largest(x: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    """topk(width) by way of the blocks with the largest maxima, which hold all of the largest."""
+    """Compute topk(width) by way of the blocks with the largest maxima, which hold all of the largest."""
     if x.shape[1] < 4 * width * _BLOCK:
         values, ids = x.topk(width, dim=-1)
         return values, ids
@@ -280,8 +280,8 @@ def _largest(x: Tensor, width: int) -> tuple[Tensor, Tensor]:
 
 
 def _by_id(values: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Descending ``values`` [N, width] and their ``ids``, with the ids of equal values ascending: topk leaves
-    their order open."""
+    """Return descending ``values`` [N, width] and their ``ids``, with the ids of equal values ascending: topk
+    leaves their order open."""
     ids, order = ids.sort(dim=-1)
     values, places = values.gather(1, order).sort(dim=-1, descending=True, stable=True)
     return values, ids.gather(1, places)

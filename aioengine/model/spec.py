@@ -198,7 +198,7 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def ran_by(self) -> str:
-        """The same, for people."""
+        """Name of that implementation for people."""
         return f"{self.family}, by the native decoder"
 
     @property
@@ -211,7 +211,7 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def mlp_sizes(self) -> dict[str, int]:
-        """Sizes between the two matrices of the MLPs that there are, by what they are for people."""
+        """Sizes between the two matrices of the MLPs, by their names for people."""
         return {"intermediate size": self.intermediate_size}
 
     def linear(self, module: str) -> LinearShape:
@@ -359,7 +359,7 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
         return "all positions, since only some layers have windows" if self.sliding_windows else ""
 
     def num_parameters(self) -> int:
-        """Exactly the parameters that the decoder allocates (tied embeddings counted once)."""
+        """Number of parameters that the decoder allocates (tied embeddings counted once)."""
         linears = sum(n_in * n_out for n_in, n_out in map(self.linear, LORA_MODULES))
         bias = self.qkv_bias * (self.q_size + 2 * self.kv_size) + self.o_bias * self.hidden_size
         bias += self.mlp_bias * (2 * self.intermediate_size + self.hidden_size)

@@ -45,7 +45,7 @@ class GrowingText:
 
 
 class Grown(NamedTuple):
-    """Lists that a request's outputs share. They grow, and nothing in them changes."""
+    """Lists that a request's outputs share. Items are only appended."""
 
     prompt: Sequence[int]
     """Begins with the prompt's tokens."""

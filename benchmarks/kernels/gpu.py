@@ -254,7 +254,7 @@ def _ordered(start: Config, key: Key, found: Mapping[str, Mapping[str, int]]) ->
 
 
 def descend(start: Config, key: Key, run: Callable[[Config], object], timer: Timer) -> Config:
-    """Halves and doubles one field after the other as long as that is faster by 1% at least."""
+    """Halve and double one field after the other as long as that is faster by 1% at least."""
     best, least, improved = start, timer(partial(run, start)), True
     while improved:
         improved = False

@@ -91,7 +91,7 @@ def run_logged(
     text: str | None = None,
     cwd: Path | None = None,
 ) -> None:
-    """Runs a command with its output in a file. Raises PeerFailed with the end of it if it fails."""
+    """Run a command with its output in a file. Raises PeerFailed with the end of it if it fails."""
     with log.open("w", encoding="utf-8") as file:
         done = subprocess.run(
             command,

@@ -24,7 +24,7 @@ _NAMES = {
 
 
 def write_bfloat16(source: Path, target: Path) -> Path:
-    """Writes the GGUF file ``source`` with all its matrices in bfloat16; returns ``target``."""
+    """Write the GGUF file ``source`` with all its matrices in bfloat16; returns ``target``."""
     reader = gguf.GGUFReader(str(source))
     architecture = reader.fields["general.architecture"].contents()
     writer = gguf.GGUFWriter(target, architecture)
@@ -45,7 +45,7 @@ def write_bfloat16(source: Path, target: Path) -> Path:
 
 
 def write_adapter(folder: Path, model: Path, target: Path) -> Path:
-    """Writes the PEFT adapter in ``folder`` for a Llama ``model`` (its folder); returns ``target``."""
+    """Write the PEFT adapter in ``folder`` for a Llama ``model`` (its folder); returns ``target``."""
     spec = read_spec(model)
     config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     writer = gguf.GGUFWriter(target, "llama")

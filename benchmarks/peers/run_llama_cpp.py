@@ -49,7 +49,7 @@ class Context:
         self.lib.llama_memory_clear(self.lib.llama_get_memory(self.context), False)
 
     def decode(self, tokens):
-        """Computes (token, position, sequence, whether logits are wanted); returns {sequence: next token}."""
+        """Compute (token, position, sequence, whether logits are wanted); returns {sequence: next token}."""
         import numpy
 
         batch = self.batch

@@ -172,7 +172,7 @@ def _compiler() -> str:
 
 
 def _check_target(machine: str) -> None:
-    """Raises ValueError if the compiler compiles for another architecture than ``machine``."""
+    """Raise ValueError if the compiler compiles for another architecture than ``machine``."""
     compiler = _compiler()
     said = subprocess.run([compiler, "-dumpmachine"], capture_output=True, text=True, check=False).stdout
     if said.partition("-")[0] != machine:

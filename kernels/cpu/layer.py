@@ -73,7 +73,7 @@ def soft_cap_(x: Tensor, cap: float) -> None:
 def rope_store(
     qkv: Tensor, norms: HeadNorms | None, rotation: Rotation, cache: LayerCache, plan: AttentionPlan
 ) -> None:
-    """Norms, rotates and stores, with 16 keys as one vector; see :class:`Backend` and ``attention.cpp``."""
+    """Norm, rotate and store, with 16 keys as one vector; see :class:`Backend` and ``attention.cpp``."""
     keys, values = cache
     if not _ours(keys):
         return plain.rope_store(qkv, norms, rotation, cache, plan)
@@ -96,7 +96,7 @@ def rope_store(
 
 
 def paged_attention(qkv: Tensor, cache: LayerCache, plan: AttentionPlan, scores: Scores) -> Tensor:
-    """Attends to what is stored, all sequences in one call; see :class:`Backend`."""
+    """Attend to what is stored, all sequences in one call; see :class:`Backend`."""
     keys, values = cache
     if not _ours(keys):
         return plain.paged_attention(qkv, cache, plan, scores)

@@ -13,7 +13,7 @@ LARGEST_FLOAT8 = 448.0
 
 
 def take(cache: Tensor, cells: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """Returns the rows [n, K, d] of ``cells`` [n], those of a float8 cache in ``dtype``."""
+    """Return the rows [n, K, d] of ``cells`` [n], those of a float8 cache in ``dtype``."""
     if cache.is_contiguous():
         rows = cache.flatten(0, 1).index_select(0, cells)
     else:
@@ -23,7 +23,7 @@ def take(cache: Tensor, cells: Tensor, dtype: torch.dtype | None = None) -> Tens
 
 
 def put(cache: Tensor, cells: Tensor, rows: Tensor) -> None:
-    """Stores ``rows`` [n, K, d] in ``cells`` [n]; in float8 the nearest numbers, and NaN for infinity."""
+    """Store ``rows`` [n, K, d] in ``cells`` [n]; in float8 the nearest numbers, and NaN for infinity."""
     if cache.dtype == torch.uint8:
         rows = _narrow(rows).view(torch.uint8)
     if cache.is_contiguous():

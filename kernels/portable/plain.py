@@ -76,7 +76,7 @@ def soft_cap_(x: Tensor, cap: float) -> None:
 def rope_store(
     qkv: Tensor, norms: HeadNorms | None, rotation: Rotation, cache: LayerCache, plan: AttentionPlan
 ) -> None:
-    """Norms, rotates and stores; see :class:`Backend`."""
+    """Norm, rotate and store; see :class:`Backend`."""
     kv_heads = cache.keys.shape[2]
     q, k, v = qkv.tensor_split([-2 * kv_heads, -kv_heads], dim=1)
     if norms is not None:
@@ -98,7 +98,7 @@ def _rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float | None) -> Te
 
 
 def _rotate_(x: Tensor, cos: Tensor, sin: Tensor, neighbours: bool) -> None:
-    """Rotates ``x`` [T, heads, d] in place, in float32 arithmetic."""
+    """Rotate ``x`` [T, heads, d] in place, in float32 arithmetic."""
     half = cos.shape[-1]
     if neighbours:
         x1, x2 = x[..., 0 : 2 * half : 2], x[..., 1 : 2 * half : 2]

@@ -112,7 +112,7 @@ def _additive(allowed: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def paged_attention(qkv: Tensor, cache: LayerCache, plan: AttentionPlan, scores: Scores) -> Tensor:
-    """Attends to what is stored; see :class:`aioengine.kernels.backend.Backend`."""
+    """Attend to what is stored; see :class:`aioengine.kernels.backend.Backend`."""
     keys, values = cache
     window, scale, soft_cap, sinks = scores
     tokens, kv_heads, d = len(qkv), keys.shape[2], keys.shape[3]

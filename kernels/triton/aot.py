@@ -240,7 +240,7 @@ def compiles(variant: Variant, capability: int) -> bool:
 
 
 def compile_variant(variant: Variant, capability: int) -> Usage:
-    """Compiles (a second or so) for NVIDIA GPUs of this compute capability; tensors 16-byte aligned, sizes
+    """Compile (a second or so) for NVIDIA GPUs of this compute capability; tensors 16-byte aligned, sizes
     multiples of 16, as model dimensions are.
 
     Raises what triton raises if it does not compile, and RuntimeError if ptxas fails.

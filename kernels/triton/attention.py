@@ -56,7 +56,7 @@ def default_config(head_dim: int, bits: int, splits: int, rows: int) -> Attentio
 
 
 def paged_attention(qkv: Tensor, cache: LayerCache, plan: AttentionPlan, scores: Scores) -> Tensor:
-    """Attends to what is stored; see :class:`Backend`."""
+    """Attend to what is stored; see :class:`Backend`."""
     kv_heads, d = cache.keys.shape[2:]
     make = qkv.new_zeros if plan.padded else qkv.new_empty
     out = make(len(qkv), (qkv.shape[1] - 2 * kv_heads) * d)

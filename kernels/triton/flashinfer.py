@@ -45,7 +45,7 @@ _mine = threading.local()
 
 
 def paged_attention(qkv: Tensor, cache: LayerCache, plan: AttentionPlan, scores: Scores) -> Tensor:
-    """Attends to what is stored; see :class:`aioengine.kernels.backend.Backend`."""
+    """Attend to what is stored; see :class:`aioengine.kernels.backend.Backend`."""
     kv_heads, d = cache.keys.shape[2:]
     usual = scores.scale is None and scores.soft_cap is None and scores.sinks is None
     if not (plan.spans and usual and d in HEAD_DIMS) or qkv.dtype == torch.float32:

@@ -90,7 +90,7 @@ def _activate(gate_up: Tensor, kind: str, alpha: float = 1.0, limit: float = 0.0
 def rope_store(
     qkv: Tensor, norms: HeadNorms | None, rotation: Rotation, cache: LayerCache, plan: AttentionPlan
 ) -> None:
-    """Norms, rotates and stores; see :class:`Backend`."""
+    """Norm, rotate and store; see :class:`Backend`."""
     keys, values = cache
     cos, sin, neighbours = rotation
     assert qkv.is_contiguous() and keys[0].is_contiguous() and values.stride() == keys.stride()
@@ -121,7 +121,7 @@ def rope_store(
 
 
 def _norm_(rows: Tensor, begin: int, width: int, weight: Tensor, norms: HeadNorms) -> None:
-    """Norms ``width`` columns of ``rows`` [T, ...] from ``begin`` on, in place; ``weight`` [width]."""
+    """Norm ``width`` columns of ``rows`` [T, ...] from ``begin`` on, in place; ``weight`` [width]."""
     assert len(weight) == width, "norms are of one head, or of all"
     part = rows[:, begin : begin + width]
     add_rms_norm_kernel[len(rows),](

@@ -165,7 +165,7 @@ def _launches(widths: Sequence[int], offsets: Sequence[int]) -> Iterator[tuple[i
 
 
 def _clear_others(h: Tensor, batch: LoRABatch) -> None:
-    """Sets the rows of no segment to zero: normally those before the first, as base rows come first."""
+    """Set the rows of no segment to zero: normally those before the first, as base rows come first."""
     end = 0
     for _, start, stop, _ in batch.segments:
         if start > end:

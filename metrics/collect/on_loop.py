@@ -32,7 +32,7 @@ class OnLoop:
         self._timeout = timeout
 
     def soon(self, function: Callable[[], object]) -> bool:
-        """Schedules ``function`` on the loop and returns True; False if there is no
+        """Schedule ``function`` on the loop and return True; False if there is no
         loop, or it is not running. For callers on the loop's thread."""
         loop = self._loop
         if loop is None or not loop.is_running():

@@ -79,7 +79,7 @@ class ResidencyTracker:
         self._versions: dict[tuple[str, int], Version] = {}
 
     def current(self, adapter: str, now: float) -> Version:
-        """Returns the version that a request gets if it arrives now."""
+        """Return the version that a request gets if it arrives now."""
         return self._at((adapter, self._current.get(adapter, 0)), now)
 
     def rank(self, adapter: str, version: int) -> int:
@@ -110,7 +110,7 @@ class ResidencyTracker:
         version.check_blocked(event.time)
 
     def placing(self, event: events.AdapterPlacing) -> float | None:
-        """Returns how long requests have waited for a slot for it, in seconds; None if none waits."""
+        """Return how long requests have waited for a slot for it, in seconds; None if none waits."""
         version = self._of(event)
         version.copying = True
         since, version.blocked_since = version.blocked_since, None
@@ -151,7 +151,7 @@ class ResidencyTracker:
             version.early = False
 
     def unloaded(self, event: events.AdapterUnloaded) -> bool:
-        """Returns whether the name no longer stands for an adapter."""
+        """Return whether the name no longer stands for an adapter."""
         self._versions.pop((event.adapter, event.version), None)
         if self._current.get(event.adapter) == event.version:
             del self._current[event.adapter]

@@ -33,7 +33,7 @@ class AdapterWaits:
             version.wait_begins(event.time)
 
     def admitted(self, event: events.RequestAdmitted) -> float | None:
-        """Returns the wait in seconds; None without an adapter, or if the request was admitted before."""
+        """Return the wait in seconds; None without an adapter, or if the request was admitted before."""
         live = self._live.get(event.request_id)
         if live is None:
             return None

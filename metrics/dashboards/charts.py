@@ -38,12 +38,12 @@ class Chart(NamedTuple):
 
 
 def rate(counter: str, by: str, where: str = "") -> str:
-    """Builds a rate per second, summed over all labels except ``by``."""
+    """Build a rate per second, summed over all labels except ``by``."""
     return f"sum by ({by}) (rate({counter}{{{HERE}{where}}}[$__rate_interval]))"
 
 
 def quantiles(histogram: str, by: str, where: str = "", suffix: str = "") -> list[Query]:
-    """Builds the median and the 99th percentile for each combination of the labels ``by``."""
+    """Build the median and the 99th percentile for each combination of the labels ``by``."""
     buckets = rate(f"{histogram}_bucket", f"le, {by}", where)
     label = " ".join(f"{{{{{name.strip()}}}}}" for name in by.split(","))
     return [

@@ -24,7 +24,7 @@ MAX_EXEMPLAR = 128
 
 
 def to_metric(family: Family) -> Metric:
-    """Converts the family to what collectors of a ``CollectorRegistry`` return."""
+    """Convert the family to what collectors of a ``CollectorRegistry`` return."""
     definition = family.definition
     metric = Metric(definition.name, definition.help, definition.kind, definition.unit)
     names = ("engine", *definition.labels)

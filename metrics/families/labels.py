@@ -41,7 +41,7 @@ class BoundedLabels:
         return label
 
     def used(self, name: str) -> None:
-        """Counts a request for ``name``, which may then get a separate label."""
+        """Count a request for ``name``, which may then get a separate label."""
         uses = self._uses[name] = self._uses.get(name, 0) + 1
         if name in self._labels or self._limit == 0:
             return
@@ -55,7 +55,7 @@ class BoundedLabels:
                 self._give(name)
 
     def gone(self, name: str) -> None:
-        """Frees the label of a name that is no longer in use."""
+        """Free the label of a name that is no longer in use."""
         self._uses.pop(name, None)
         if name in self._labels:
             self._take(name)
@@ -79,7 +79,7 @@ class AdapterLabels(BoundedLabels):
         super().__init__(limit, folded, nobody=BASE, kind="adapter")
 
     def unloaded(self, adapter: str) -> None:
-        """Frees the label of a name that no longer stands for an adapter."""
+        """Free the label of a name that no longer stands for an adapter."""
         self.gone(adapter)
 
 

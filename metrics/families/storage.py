@@ -53,7 +53,7 @@ class Counters:
         values[labels] = values.get(labels, 0.0) + amount
 
     def fold(self, label: str, into: str) -> None:
-        """Adds the series whose first label is ``label`` to those with ``into``, and removes them."""
+        """Add the series whose first label is ``label`` to those with ``into``, and remove them."""
         for labels in [key for key in self.values if key[0] == label]:
             self.inc((into, *labels[1:]), self.values.pop(labels))
 
@@ -73,12 +73,12 @@ class Series:
         self.exemplars: list[ExemplarPoint | None] = [None] * (len(bounds) + 1)
 
     def observe(self, value: float, count: int = 1) -> None:
-        """Records ``count`` observations of the same value."""
+        """Record ``count`` observations of the same value."""
         self.counts[bisect_left(self.bounds, value)] += count
         self.total += value * count
 
     def observe_request(self, value: float, request_id: str, time: float) -> None:
-        """Records one observation, which becomes its bucket's exemplar. ``time`` is Unix time."""
+        """Record one observation, which becomes its bucket's exemplar. ``time`` is Unix time."""
         index = bisect_left(self.bounds, value)
         self.counts[index] += 1
         self.total += value

@@ -169,7 +169,7 @@ class Feed:
                 self._log.append((self._tick + 1, entry))
 
     def collect(self, now: float) -> None:
-        """Updates the copy, unless that was done a moment ago."""
+        """Update the copy, unless that was done a moment ago."""
         age = now - self._collected
         least = max(self.interval / 2, len(self._rows) / ADAPTERS_PER_SECOND)
         if self._tick and age < (least if self._changed else max(QUIET_SECONDS, least)):
@@ -263,7 +263,7 @@ class Watcher:
         self._spoken = 0.0
 
     def next(self, now: float) -> Changes | None:
-        """Returns the changes since the last call; None if there are none."""
+        """Return the changes since the last call; None if there are none."""
         self._seen, changes = self._feed.newer_than(self._seen, now)
         if changes is None and now - self._spoken >= HEARTBEAT_SECONDS:
             changes = Changes(Update(time=now), [])

@@ -135,7 +135,7 @@ class PrefixPins:
             del self._of[tenant]
 
     def _tidy(self) -> None:
-        """Make the heap anew when most of it is of pins that were removed."""
+        """Rebuild the heap when most of its entries are of pins that were removed."""
         if len(self._ends) > 2 * len(self._pins) + 16:
             self._ends = [(pin.until, digest) for digest, pin in self._pins.items()]
             heapify(self._ends)

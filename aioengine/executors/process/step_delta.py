@@ -86,8 +86,8 @@ def _opened(key: int, row: SequenceWork) -> Opened:
 
 
 def _same(known: list[int], table: Sequence[int]) -> int:
-    """Length of the common prefix. A table only grows until the request is preempted, or gives back blocks
-    behind its window."""
+    """Return the length of the common prefix. A table only grows until the request is preempted, or gives
+    back blocks behind its window."""
     if known == table:
         return len(known)
     if len(known) < len(table) and table[: len(known)] == known:

@@ -83,7 +83,7 @@ class Work(msgspec.Struct, array_like=True, frozen=True):
     score: int = 0
     """Number of tokens to score, as in ``SequenceWork``."""
     draft: list[int] = []
-    """Compute these after its history, too."""
+    """Proposed tokens, to compute after its history."""
 
 
 class Step(_Message, frozen=True):

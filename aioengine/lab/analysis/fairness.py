@@ -34,7 +34,7 @@ class ServiceGap(NamedTuple):
 
 
 def jain(values: Iterable[float]) -> float | None:
-    """Computes Jain's index: 1 if all values are equal, 1/n if one client has everything; None without any.
+    """Compute Jain's index: 1 if all values are equal, 1/n if one client has everything; None without any.
 
     R. Jain, D. Chiu, W. Hawe: A quantitative measure of fairness and discrimination for resource allocation
     in shared computer systems, DEC-TR-301, 1984 (arXiv cs/9809099).
@@ -45,7 +45,7 @@ def jain(values: Iterable[float]) -> float | None:
 
 
 def max_min(values: Iterable[float]) -> float | None:
-    """Divides the largest value by the smallest; None if the smallest is 0 or there are no values."""
+    """Divide the largest value by the smallest; None if the smallest is 0 or there are no values."""
     values = list(values)
     return max(values) / min(values) if values and min(values) > 0 else None
 

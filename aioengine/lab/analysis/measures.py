@@ -17,11 +17,11 @@ class Measure(NamedTuple):
     better: Literal["lower", "higher"]
 
     def text(self, value: float | None) -> str:
-        """Formats a value for people: "0.34 s", "84%", "1,204"."""
+        """Format a value for people: "0.34 s", "84%", "1,204"."""
         return "–" if value is None else self.scale(value).text(value)
 
     def interval_text(self, mean: float, half: float) -> str:
-        """Formats half of an interval in the mean's unit: "± 0.02 s"; of a share in percentage points."""
+        """Format half of an interval in the mean's unit: "± 0.02 s"; of a share in percentage points."""
         scale = self.scale(mean)
         return f"± {(scale._replace(unit=' pp') if self.unit == 'share' else scale).text(half)}"
 
@@ -63,7 +63,7 @@ DEFAULT_RANKING = "ttft_seconds.p99"
 
 
 def find_measure(name: str) -> Measure:
-    """Returns the measure with this name. Raises ConfigError, which suggests the nearest name."""
+    """Return the measure with this name. Raises ConfigError, which suggests the nearest name."""
     by_name = {measure.name: measure for measure in MEASURES}
     if name in by_name:
         return by_name[name]

@@ -24,7 +24,7 @@ class Estimate(NamedTuple):
 
 
 def estimate(values: Sequence[float]) -> Estimate:
-    """Computes the mean and its 95% Student's t interval. Raises ValueError if there are no values."""
+    """Compute the mean and its 95% Student's t interval. Raises ValueError if there are no values."""
     count = len(values)
     if not count:
         raise ValueError("no values")

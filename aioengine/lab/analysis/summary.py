@@ -35,7 +35,7 @@ def summarize(folder: str | Path) -> dict[str, Any]:
 
 
 def summarize_frames(frames: Frames, slots: int | None = None, replicas: int = 1) -> dict[str, Any]:
-    """Computes the same figures from data frames, without rounding them.
+    """Compute the same figures from data frames, without rounding them.
 
     Args:
         slots: Number of slots on all replicas; by default, those that were used.
@@ -95,7 +95,7 @@ def times_of(requests: pl.DataFrame) -> dict[str, pl.Series]:
 
 
 def spread(values: pl.Series) -> dict[str, float | None]:
-    """Computes mean, p50, p90, p99 and maximum of values that are not null; percentiles are interpolated."""
+    """Compute mean, p50, p90, p99 and maximum of values that are not null; percentiles are interpolated."""
     values = values.drop_nulls()
     quantiles = {f"p{p}": values.quantile(p / 100, "linear") for p in (50, 90, 99)}
     # fsum's result does not depend on the order of its terms, nor on how the column lies in memory.

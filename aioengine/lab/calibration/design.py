@@ -94,7 +94,7 @@ class Design(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     @property
     def slot_rank(self) -> int:
-        """Returns the smallest slot rank that fits all adapters."""
+        """Return the smallest slot rank that fits all adapters."""
         return min(rank for rank in ALLOWED_RANKS if rank >= max(self.ranks))
 
     def names(self, rank: int) -> list[str]:

@@ -51,19 +51,19 @@ class DirectSteps:
 
     @property
     def room(self) -> int:
-        """Counts the positions of all rows of a step, each row rounded up to whole KV blocks."""
+        """Count the positions of all rows of a step, each row rounded up to whole KV blocks."""
         plan = self._engine.plan
         return plan.num_blocks * plan.block_size
 
     async def fill(self, positions: int, at_once: int) -> None:
-        """Writes keys and values for this many positions, ``at_once`` of them in each step."""
+        """Write keys and values for this many positions, ``at_once`` of them in each step."""
         block_size = self._engine.plan.block_size
         count = min(at_once, self._engine.plan.max_model_len) // block_size * block_size
         for first in range(0, min(positions, self.room) // count * count, count):
             await self._execute([Row(count, 0)], first // block_size)
 
     async def place(self, name: str, path: Path) -> None:
-        """Places an adapter in a slot and leaves it there."""
+        """Place an adapter in a slot and leave it there."""
         await self._engine.load_adapter(name, path)
         info = await self._engine.pin_adapter(name, force=True)
         assert info.slot is not None
@@ -71,7 +71,7 @@ class DirectSteps:
         self._ranks[info.slot] = info.rank
 
     async def time(self, rows: Iterable[Row]) -> Timing:
-        """Runs a step with these rows and returns its duration."""
+        """Run a step with these rows and return its duration."""
         return await self._execute(sorted(rows, key=self._slot), 0)
 
     def _slot(self, row: Row) -> int:

@@ -40,7 +40,7 @@ class StepFit(NamedTuple):
 
 
 def fit_steps(points: Sequence[Timed]) -> StepFit:
-    """Finds the coefficients with the smallest relative errors.
+    """Find the coefficients with the smallest relative errors.
 
     Solved by non-negative least squares (Lawson and Hanson, 1974), reweighted so that outliers count
     linearly (Huber, 1964). A curve is also a sum of terms: the linears' curve has a rise between each two
@@ -141,7 +141,7 @@ def fit_line(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
 
 
 def fit_stage(points: Sequence[tuple[float, float]]) -> Stage:
-    """Fits a stage's latency and bandwidth to moves of (bytes, seconds). Raises ValueError without points."""
+    """Fit a stage's latency and bandwidth to moves of (bytes, seconds). Raises ValueError without points."""
     if not points:
         raise ValueError("a stage needs moves that were timed")
     latency, per_byte = fit_line(points)

@@ -16,7 +16,7 @@ class Waits:
         self._start = _waited()
 
     def seconds(self) -> float:
-        """Returns the sum over all threads, in seconds."""
+        """Return the sum over all threads, in seconds."""
         return max(_waited() - self._start, 0.0)  # less if a thread has ended
 
 

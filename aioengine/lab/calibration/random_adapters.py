@@ -11,7 +11,7 @@ from aioengine.model.spec import ModelSpec
 def write_random_adapter(
     folder: Path, spec: ModelSpec, rank: int, *, seed: int, dtype: str | None = None
 ) -> Path:
-    """Writes small random A and B matrices for all linears that slots usually hold; returns ``folder``.
+    """Write small random A and B matrices for all linears that slots usually hold; returns ``folder``.
 
     ``dtype`` is torch's name for the dtype of the file; None means the checkpoint's.
     """

@@ -39,12 +39,12 @@ class Intervals:
 
 
 def fit_overhead(steps: Iterable[ProbedStep]) -> tuple[float, float]:
-    """Fits the time between steps: a constant and a part for each sequence, in seconds."""
+    """Fit the time between steps: a constant and a part for each sequence, in seconds."""
     return fit_line([(step.shape.sequences, max(step.wall - step.seconds, 1e-9)) for step in steps])
 
 
 def move_points(moves: Iterable[ProbedMove], stage: str) -> list[tuple[float, float]]:
-    """Returns (bytes, median seconds) for each size."""
+    """Return (bytes, median seconds) for each size."""
     sizes: dict[int, list[float]] = defaultdict(list)
     for move in moves:
         if move.stage == stage:

@@ -124,7 +124,7 @@ class ModelShape(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         return found
 
     def spec(self) -> ModelSpec:
-        """Returns the engine's model specification, without an end-of-sequence token."""
+        """Return the engine's model specification, without an end-of-sequence token."""
         values = msgspec.structs.asdict(self) | {"rms_norm_eps": 1e-5, "rope": {}}
         experts: ExpertShape | None = values.pop("experts")
         values |= values.pop("details")
@@ -244,7 +244,7 @@ class CostModel(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
     @classmethod
     def from_json(cls, data: bytes, *, source: str = "cost model") -> Self:
-        """Raises ConfigError, naming ``source`` and the field, if it is not a valid cost model."""
+        """Decode a cost model. Raises ConfigError, naming ``source`` and the field, if it is not valid."""
         try:
             values = msgspec.json.decode(data)
             if isinstance(values, dict):

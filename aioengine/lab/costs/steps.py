@@ -106,11 +106,11 @@ class StepCosts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
             raise ConfigError("steps.linears: falls; more tokens cannot take less time")
 
     def rounded(self) -> Self:
-        """Returns a copy with every number of seconds rounded by :func:`significant`."""
+        """Return a copy with every number of seconds rounded by :func:`significant`."""
         return self._changed(significant)
 
     def scaled(self, factor: float) -> Self:
-        """Returns a copy with every number of seconds multiplied."""
+        """Return a copy with every number of seconds multiplied."""
         return self._changed(lambda seconds: seconds * factor)
 
     def _changed(self, change: Callable[[float], float]) -> Self:
@@ -193,7 +193,7 @@ def curve_at(curve: Curve, x: float) -> float:
 
 
 def significant(value: float) -> float:
-    """Rounds to four significant digits; timings are not more accurate."""
+    """Round to four significant digits; timings are not more accurate."""
     return float(f"{value:.4g}")
 
 

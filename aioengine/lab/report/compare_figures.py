@@ -361,7 +361,7 @@ PLOTS = (
 
 
 def draw_compare(compare: Compare, theme: drawing.Theme = drawing.LIGHT) -> Iterator[drawing.Drawn]:
-    """Draws each figure for which there are data."""
+    """Draw each figure for which there are data."""
     for plot in PLOTS:
         if plot.applies(compare):
             yield drawing.draw(plot.name, plot.caption, theme, partial(plot.draw, compare, theme))

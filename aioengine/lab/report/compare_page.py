@@ -60,7 +60,7 @@ class Ranking(NamedTuple):
 
 
 def load_compare(folder: str | Path, rank_by: str = DEFAULT_RANKING) -> Compare:
-    """Reads the results of a comparison from ``folder``.
+    """Read the results of a comparison from ``folder``.
 
     Raises ConfigError if the folder has none, or if ``rank_by`` names no figure."""
     measure = find_measure(rank_by)

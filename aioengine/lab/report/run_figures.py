@@ -354,12 +354,12 @@ PLOTS = (
 
 
 def draw_run(run: Run, theme: style.Theme = style.LIGHT) -> Iterator[style.Drawn]:
-    """Draws all figures, one at a time."""
+    """Draw all figures, one at a time."""
     for plot in PLOTS:
         yield style.draw(plot.name, plot.caption, theme, partial(plot.draw, run, theme))
 
 
 def load_run(folder: str | Path) -> Run:
-    """Reads a run from its folder. Raises ConfigError if the folder has no run."""
+    """Read a run from its folder. Raises ConfigError if the folder has no run."""
     frames = load_frames(folder)
     return Run(frames, summarize_frames(frames, slots_of(Path(folder))))

@@ -79,7 +79,7 @@ def write_report(
 def draw_both(
     draw_all: Callable[[Theme], Iterator[Drawn]], progress: Callable[[], None] | None = None
 ) -> list[tuple[Drawn, Drawn]]:
-    """Draws each figure twice: for light and for dark pages."""
+    """Draw each figure twice: for light and for dark pages."""
     both = []
     for pair in zip(draw_all(LIGHT), draw_all(DARK), strict=True):
         both.append(pair)
@@ -91,7 +91,7 @@ def draw_both(
 def write_files(
     folder: Path, page: str, drawn: Sequence[Drawn], settings: Mapping[str, Any] | None = None
 ) -> Path:
-    """Writes the page and its figures; with ``settings``, for a paper, figures as PDF and SVG too, and
+    """Write the page and its figures; with ``settings``, for a paper, figures as PDF and SVG too, and
     captions that name them. Raises ConfigError if that fails."""
     path = folder / "report.html"
     try:
@@ -124,7 +124,7 @@ def _captions(drawn: Sequence[Drawn], settings: Mapping[str, Any]) -> Iterator[s
 
 @cache
 def template(name: str) -> Template:
-    """Loads a page template, which escapes all values that are put into it."""
+    """Load a page template, which escapes all values that are put into it."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     pages = Environment(

@@ -141,7 +141,7 @@ def new_figure(
 
 
 def footnote(figure: Figure, text: str, theme: Theme) -> None:
-    """Writes a note below the figure."""
+    """Write a note below the figure."""
     lines = _wrapped(text, NOTE_SIZE, "normal")
     figure.supxlabel(lines, x=MARGIN, ha="left", fontsize=NOTE_SIZE, color=theme.muted)
 
@@ -251,7 +251,7 @@ def text_on(color: str, theme: Theme) -> str:
 
 
 def say(axes: Axes, text: str) -> None:
-    """Writes a text into axes that have no data."""
+    """Write a text into axes that have no data."""
     axes.set_axis_off()
     axes.text(0.5, 0.5, text, ha="center", va="center", transform=axes.transAxes)
 
@@ -291,7 +291,7 @@ class Scale(NamedTuple):
 
 
 def digits_scale(value: float, digits: int, factor: float = 1, unit: str = "") -> Scale:
-    """Returns the scale that writes this many digits, or all digits before the decimal point."""
+    """Return the scale that writes this many digits, or all digits before the decimal point."""
     exponent = int(f"{value * factor:.{digits - 1}e}".partition("e")[2])
     return Scale(factor, max(digits - 1 - exponent, 0) if value else 0, unit)
 
@@ -315,13 +315,13 @@ def share_text(share: float | None) -> str:
 
 
 def change_text(change: float) -> str:
-    """Formats a relative change: "+84%", "−0.4%", "±0%"."""
+    """Format a relative change: "+84%", "−0.4%", "±0%"."""
     text = share_text(abs(change))
     return "±0%" if text in ("0%", "0.0%") else f"{'+' if change > 0 else '−'}{text}"
 
 
 def policy_label(policy: str) -> str:
-    """Shortens a policy's name so that it fits; a path loses its folders."""
+    """Shorten a policy's name so that it fits; a path loses its folders."""
     return shorten(policy.rpartition("/")[2], 26)
 
 

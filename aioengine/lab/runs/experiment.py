@@ -143,7 +143,7 @@ class Experiment(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
             )
 
     def open_workload(self) -> Workload:
-        """Opens the workload. Raises ConfigError for an unusable trace, or an adapter that fits no slot."""
+        """Open the workload. Raises ConfigError for an unusable trace, or an adapter that fits no slot."""
         workload = OfferedWorkload(self.workload, self.seed)
         largest = max(workload.adapters, key=lambda shape: shape.rank, default=None)
         if largest is not None and largest.rank > self.max_lora_rank:
@@ -154,7 +154,7 @@ class Experiment(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         return workload
 
     def engine_config(self) -> EngineConfig:
-        """Returns the configuration of the simulated engine."""
+        """Return the configuration of the simulated engine."""
         return EngineConfig(
             model=self.preset,
             max_model_len=self.max_model_len,
@@ -178,14 +178,14 @@ class Experiment(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns the experiment as plain data, with defaults filled in."""
+        """Return the experiment as plain data, with defaults filled in."""
         values = msgspec.to_builtins(self)
         assert isinstance(values, dict)
         return values
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], *, source: str = "experiment") -> Self:
-        """Makes an experiment from plain data. Raises ConfigError, which names ``source`` and the field."""
+        """Make an experiment from plain data. Raises ConfigError, which names ``source`` and the field."""
         workload = values.get("workload")
         if isinstance(workload, Mapping):
             refuse_unknown(WorkloadSpec, workload, f"{source}, workload")
@@ -193,7 +193,7 @@ class Experiment(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
     @classmethod
     def read(cls, path: str | Path) -> Self:
-        """Reads ``experiment.json`` of a run, or a JSON file with the fields of this struct."""
+        """Read ``experiment.json`` of a run, or a JSON file with the fields of this struct."""
         values = read_json(path)
         inner = values.get("experiment")
         return cls.from_dict(inner if isinstance(inner, dict) else values, source=str(path))

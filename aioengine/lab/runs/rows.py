@@ -200,7 +200,7 @@ class Frames(NamedTuple):
 
 
 def load_frames(folder: str | Path) -> Frames:
-    """Reads the four files that a run wrote to ``folder``.
+    """Read the four files that a run wrote to ``folder``.
 
     Raises ConfigError if a file is missing, or was not written by the lab.
     """
@@ -208,7 +208,7 @@ def load_frames(folder: str | Path) -> Frames:
 
 
 def load_frame(folder: str | Path, name: str) -> pl.DataFrame:
-    """Reads one file: "requests", "slots", "moves" or "samples". Raises ConfigError as above."""
+    """Read one file: "requests", "slots", "moves" or "samples". Raises ConfigError as above."""
     with needs_extra():
         import polars as pl
     path = Path(folder) / f"{name}.csv"

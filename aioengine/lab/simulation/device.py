@@ -126,8 +126,8 @@ class SimulatedDevice(Device):
         )
 
     async def load(self, order: ReadOrder) -> LoadedAdapter:
-        """Raises AdapterLoadError for an adapter without a shape, AdapterTooLarge for one that no slot
-        can hold."""
+        """Simulate a read. Raises AdapterLoadError for an adapter without a shape, AdapterTooLarge for one
+        that no slot can hold."""
         name, path = order.name, order.path
         shape = self.shapes.get(name)
         if shape is None:

@@ -28,7 +28,7 @@ class SharedStage:
         self._timer: asyncio.TimerHandle | None = None
 
     async def transfer(self, nbytes: float) -> float:
-        """Returns the seconds that it took."""
+        """Return the seconds that it took."""
         loop = asyncio.get_running_loop()
         start = loop.time()
         await asyncio.sleep(self._stage.latency)
@@ -89,7 +89,7 @@ class Processor:
         """Called before the pace changes."""
 
     async def work(self, seconds: float) -> float:
-        """Returns the seconds that it took, ``seconds`` if it was not disturbed."""
+        """Return the seconds that it took, ``seconds`` if it was not disturbed."""
         self.begin(seconds, asyncio.get_running_loop().time())
         return await self.end()
 

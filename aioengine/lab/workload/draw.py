@@ -143,7 +143,7 @@ class OfferedWorkload(Workload):
                 yield time, own, turn
 
     def _session_lengths(self) -> Callable[[], tuple[int, int]]:
-        """Draws the lengths of questions and answers after the first, as those are drawn."""
+        """Draw the lengths of questions and answers after the first, as those are drawn."""
         prompts, outputs = (
             None if text == "trace" else parse_lengths("lengths", text) for text in self._length_texts()
         )

@@ -71,7 +71,7 @@ class WorkingMemory(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def nbytes(self) -> int:
-        """The sum."""
+        """Sum of all parts."""
         return sum(msgspec.structs.astuple(self))
 
     def rows(self) -> list[tuple[str, str, int]]:

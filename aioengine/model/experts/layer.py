@@ -70,7 +70,7 @@ class Mixture:
         return found
 
     def forward(self, x: Tensor, pools: Mapping[str, LoRAPool], lora: LoRABatch) -> Tensor:
-        """Return what the experts make of ``x`` [T, hidden]: [T, hidden]."""
+        """Return the experts' outputs for ``x`` [T, hidden]: [T, hidden]."""
         by, spec = self.mixing, self.mixing.spec
         router = self.router
         scores = routing.logits(x, router.weight, router.bias, pools.get(ROUTER), lora)

@@ -15,7 +15,7 @@ INDEX = "model.safetensors.index.json"
 
 
 def shards(folder: Path) -> dict[Path, set[str] | None]:
-    """The files that weights are in, with the keys that each must hold; None: any.
+    """Return the files of the weights, with the keys that each must hold; None: any keys.
 
     Raises :class:`ConfigError`, naming the file, if the index is malformed.
     """
@@ -55,7 +55,7 @@ def headers(folder: Path) -> dict[str, Header]:
 
 
 def check_exists(path: Path) -> None:
-    """Raises :class:`ConfigError` if there is no such file."""
+    """Raise :class:`ConfigError` if there is no such file."""
     if not path.is_file():
         raise ConfigError(
             f"{path}: no such file; the model folder must contain {SINGLE}, or {INDEX} and its shards"

@@ -104,7 +104,7 @@ class GGUFFile:
 
 
 def open_gguf(source: str | PathLike[str] | GGUFFile) -> GGUFFile:
-    """``source`` itself if it is open already, else the opened file."""
+    """Return ``source`` if it is open already, else the opened file."""
     return source if isinstance(source, GGUFFile) else GGUFFile(source)
 
 
@@ -330,7 +330,7 @@ def _stored_dtype(file: GGUFFile, tensor: str) -> Literal["bfloat16", "float16",
 
 
 def _eos_token_ids(file: GGUFFile) -> tuple[int, ...]:
-    """End of sequence, of turn and of message: each of them ends a generation."""
+    """Return the tokens that end a sequence, a turn or a message: each of them ends a generation."""
     keys = ("eos_token_id", "eot_token_id", "eom_token_id")
     found = (file.get(f"tokenizer.ggml.{key}") for key in keys)
     return tuple(dict.fromkeys(int(token) for token in found if token is not None))

@@ -1,4 +1,5 @@
-"""A reader of GGUF files that takes arrays in one piece: of vocabularies the package's own makes seconds."""
+"""A reader of GGUF files that reads an array in one piece; the package's own takes seconds for a
+vocabulary."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ from gguf.gguf_reader import ReaderField
 
 
 class FastReader(GGUFReader):
-    """``GGUFReader``, but that arrays of strings are one part, which :func:`contents` takes apart.
+    """A ``GGUFReader`` that keeps an array of strings as one part, which :func:`contents` splits.
 
     Raises ValueError for files of the other byte order.
     """

@@ -94,7 +94,7 @@ def _packings(model_dir: Path, config: ConfigFile, experts: dict[str, Any]) -> d
 
 
 def _check_kind(config: ConfigFile, family: Family) -> None:
-    """Raises NotNative for an activation or a mask that the family does not have natively."""
+    """Raise NotNative for an activation or a mask that the family does not have natively."""
     gelu = TRAITS[family].get("activation") == "gelu_tanh"
     key = "hidden_activation" if family in ("gemma2", "gemma3_text") else "hidden_act"
     known: tuple[str, ...] = ("gelu_pytorch_tanh",) if gelu else ("silu", "swish")
@@ -109,7 +109,7 @@ def _check_kind(config: ConfigFile, family: Family) -> None:
 
 
 def _multipliers(config: ConfigFile, family: Family, hidden_size: int) -> dict[str, Any]:
-    """Factors and soft caps, as fields of ModelSpec."""
+    """Return factors and soft caps, as fields of ModelSpec."""
     if family == "granite":  # after muP: Yang et al., 2022, arXiv:2203.03466
         return {
             "embedding_scale": config.number("embedding_multiplier", default=1.0),
@@ -146,7 +146,7 @@ def _family(config: ConfigFile) -> Family:
 
 
 def _sliding_windows(config: ConfigFile, family: Family, num_layers: int) -> tuple[int | None, ...]:
-    """Per layer the window or None; empty if no layer has one.
+    """Return the window or None of each layer; empty if no layer has one.
 
     The families of Qwen have it only with ``use_sliding_window``, and qwen2 and qwen3 in the layers from
     ``max_window_layers`` on; others in all layers but every ``sliding_window_pattern``-th. An explicit

@@ -26,7 +26,8 @@ class HubId(NamedTuple):
 
 
 def parse_hub_id(text: str) -> HubId | None:
-    """ "owner/name" or "owner/name@revision", with or without "hf:" before it; None for anything else."""
+    """Parse "owner/name" or "owner/name@revision", with or without "hf:" before it; None for anything
+    else."""
     match = _HUB_ID.fullmatch(text)
     return None if match is None else HubId(match[1], match[2])
 

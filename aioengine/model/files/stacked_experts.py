@@ -116,7 +116,7 @@ def expand_mxfp4(blocks: Tensor, scales: Tensor) -> Tensor:
 def _alternating(
     path: str, expert: int, kinds: Sequence[str], values: Tensor, *, weight: bool
 ) -> Iterator[tuple[str, Tensor]]:
-    """Outputs of linears that alternate, under the names of the linears."""
+    """Split outputs of linears that alternate, by the names of the linears."""
     part = "weight" if weight else "bias"
     for i, kind in enumerate(kinds):
         yield f"{path}.{expert}.{kind}.{part}", values[i :: len(kinds)]

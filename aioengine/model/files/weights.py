@@ -137,7 +137,7 @@ def _fill(parameter: Tensor, stored: Stored | StoredBlocks, part: Sequence[Range
 
 
 def _pieces(stored: Stored | StoredBlocks, dtype: torch.dtype, rows: Ranges, where: str) -> Iterator[Tensor]:
-    """Yields some whole rows of a weight at a time, those of blocks expanded in ``dtype``."""
+    """Yield some whole rows of a weight at a time, those of blocks expanded in ``dtype``."""
     k = stored.shape[1]
     weight: BlockWeight | None = None
     if isinstance(stored, StoredBlocks):
@@ -170,7 +170,7 @@ def _check_floats(tensor: Tensor, where: str) -> None:
 def _quantize(
     weight: BlockWeight, packing: Packing, stored: Stored | StoredBlocks, part: Sequence[Ranges], where: str
 ) -> None:
-    """Quantizes whole rows, of which it keeps a part: so ranks have parts of the same weight."""
+    """Quantize whole rows, of which it keeps a part: so ranks have parts of the same weight."""
     (rows, (columns,)), k, filled = part, stored.shape[1], 0
     parts, to = _columns(packing, columns, k), weight.tensors()
     for values in _pieces(stored, torch.float32, rows, where):
@@ -193,7 +193,7 @@ def _columns(packing: Packing, columns: slice, k: int) -> dict[str, slice]:
 
 
 def _fill_blocks(weight: BlockWeight, stored: StoredBlocks, part: Sequence[Ranges], where: str) -> None:
-    """Copies a part, whose inputs are whole blocks and groups."""
+    """Copy a part, whose inputs are whole blocks and groups."""
     rows, (columns,) = part
     parts = _columns(stored.packing, columns, stored.shape[1])
     read = _read_blocks(stored, where)
@@ -216,7 +216,7 @@ def _part(tensor: Tensor, part: Sequence[slice]) -> Tensor:
 
 
 def _is_ignored(name: str, spec: ModelSpec) -> bool:
-    """Buffers that old checkpoints contain, and the copy of a tied head."""
+    """Whether it is a buffer that old checkpoints contain, or the copy of a tied head."""
     if name.endswith(("rotary_emb.inv_freq", "self_attn.k_scale", "self_attn.v_scale")):
         return True  # the last two are for caches in float8
     return name == "lm_head.weight" and spec.tie_embeddings
@@ -225,7 +225,7 @@ def _is_ignored(name: str, spec: ModelSpec) -> bool:
 def _joined(
     every: Iterator[tuple[str, Stored]], quantized: QuantizedFolder
 ) -> Iterator[tuple[str, Stored | StoredBlocks]]:
-    """Brings together the tensors of each quantized linear, which may be in several files."""
+    """Bring together the tensors of each quantized linear, which may be in several files."""
     waiting: dict[str, dict[str, Tensor]] = {}
     for name, stored in every:
         module, _, kind = name.rpartition(".")
@@ -242,7 +242,7 @@ def _joined(
 
 
 def _unstacked(every: Iterator[tuple[str, Stored]], stacked: StackedExperts) -> Iterator[tuple[str, Stored]]:
-    """Gives each expert's linears the names that they have in the decoder."""
+    """Give each expert's linears the names that they have in the decoder."""
     for name, stored in every:
         pieces = stacked.pieces(name, stored.shape, stored.read)
         if pieces is None:

@@ -43,7 +43,7 @@ class Unsuitable(Exception):
 
 
 def register() -> None:
-    """Makes the attention known to transformers; it has no state."""
+    """Make the attention known to transformers; it has no state."""
     import transformers
 
     transformers.AttentionInterface.register(NAME, _attend)
@@ -159,7 +159,7 @@ def _joined(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def _batched(rows: Tensor, batch: int) -> Tensor:
-    """``rows`` [batch * n, heads, d] as [batch, heads, n, d]."""
+    """Return ``rows`` [batch * n, heads, d] as [batch, heads, n, d]."""
     return rows.view(batch, -1, *rows.shape[1:]).transpose(1, 2)
 
 
@@ -199,7 +199,7 @@ def _asked(plan: AttentionPlan, allowed: Allowed, dtype: torch.dtype) -> Window:
 
 
 def _parts(window: Window, plan: AttentionPlan) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
-    """Rows of queries, the cells of their keys, and what is added to their scores (None: causal)."""
+    """Yield rows of queries, the cells of their keys, and what is added to their scores (None: causal)."""
     group: DecodeGroup
     for group in window.decode:
         yield group.rows, group.cells, group.mask

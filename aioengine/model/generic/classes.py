@@ -1,4 +1,4 @@
-"""From a folder's configuration to a class of transformers. Nothing of a model's own code runs."""
+"""Finds the class of transformers for a folder's configuration. Code that comes with a model never runs."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Found:
         self._refuse(raw)
 
     def _by_architecture(self, raw: dict[str, Any], error: Exception) -> None:
-        """A model type that is unknown, of a class that is not."""
+        """Find the class by its name, because transformers does not know the model type."""
         import transformers
 
         name = (raw.get("architectures") or [None])[0]
@@ -173,7 +173,7 @@ def _quiet(model: Any) -> Any:
 
 @contextmanager
 def _without_bars() -> Iterator[None]:
-    """transformers shows none of its progress bars."""
+    """Context in which transformers shows no progress bars."""
     import transformers
 
     logging: Any = transformers.utils.logging

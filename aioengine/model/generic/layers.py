@@ -1,10 +1,11 @@
 """Layers of attention and a gated MLP that are recognised as a whole, and then computed in one call.
 
-In a step of few tokens, this call computes the layers that follow, too: they are given what they get anyway.
-A layer that gets something else computes anew.
+In a step of few tokens, the call computes the layers that follow, too, with the inputs that they get if
+nothing comes between them. A layer that then gets other inputs is computed again.
 
-While a layer runs by itself for the first time, what its modules do is noted. If that can be a layer of the
-CPU library, both must make the same of random inputs and of those that the layer got; names do not matter.
+While a layer runs by itself for the first time, its modules' work is recorded. If a layer of the CPU library
+can do the same, both must give the same outputs for random inputs and for those that the layer got. Names do
+not matter.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ what is between the layers takes little of the time."""
 
 
 class WholeLayers:
-    """Modules that compute as a whole what they do; :meth:`undo` takes it back."""
+    """Layers that are computed in one call; :meth:`undo` lets their modules compute again."""
 
     def __init__(self, modules: dict[str, Any], holder: Holder, *, rounds: bool) -> None:
         self._changed: list[Any] = []
@@ -74,7 +75,7 @@ class Source(NamedTuple):
 
 
 class Made(NamedTuple):
-    """What a layer gets and gives in a step."""
+    """A layer's inputs and outputs in a step."""
 
     hidden: Tensor
     pair: Any

@@ -46,7 +46,7 @@ class AdaptedForward:
         self._holder = holder
         self._kernels = kernels
         self.plain: Callable[[LoRAPool, int, Tensor, Tensor], Tensor] | None = None
-        """Used in place of everything here, if it is set: how the probe says what is right."""
+        """If it is set, it computes in place of everything here: the probe compares with it."""
 
     def __call__(self, x: Tensor) -> Tensor:
         y = self.inner(x)
@@ -74,7 +74,7 @@ class AdaptedForward:
 def hook(
     model: Any, spec: GenericSpec, slots: LoRASlots | None, holder: Holder, kernels: Backend
 ) -> list[AdaptedForward]:
-    """Hooks all linears that the slots have room for."""
+    """Hook all linears that the slots have room for."""
     if slots is None:
         return []
     made = []

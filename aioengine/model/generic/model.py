@@ -65,7 +65,9 @@ WAYS = (
 
 
 class GenericModel:
-    """``slots`` None: no adapters. ``longest`` is the number of positions that a sequence may have.
+    """A model of transformers on the engine's cache, batches and adapters.
+
+    ``slots`` None: no adapters. ``longest`` is the number of positions that a sequence may have.
     ``quantization`` is what the CPU library does to the linears, and None if the spec packs them.
 
     It is to be probed before it is used: :func:`aioengine.model.generic.probe.check`.
@@ -235,7 +237,7 @@ class GenericModel:
         return self._run(inputs.token_ids, inputs.attention.positions, passing(self._layers))
 
     def _one_by_one(self, inputs: StepInputs) -> Tensor:
-        """Each sequence as a row of its own."""
+        """Run each sequence as a row of its own."""
         plan = inputs.attention
         parts = []
         for i, (row, length, _) in enumerate(plan.spans):

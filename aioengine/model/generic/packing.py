@@ -73,14 +73,14 @@ class PackedLinear:
         return any(hook.plain is not None for hook in self._hooks)
 
     def base(self, x: Tensor) -> Tensor:
-        """[T, all outputs] without adapters."""
+        """Return the outputs without adapters: [T, all outputs]."""
         rows = x.reshape(-1, x.shape[-1])
         if self._holder.expanded and not isinstance(self.weight, PackedWeight):
             return linear_by_rows(rows, self.weight, self.bias)
         return self.weight.linear(rows, self.bias)
 
     def outputs(self, x: Tensor) -> Tensor:
-        """[T, all outputs] with the adapters of the step."""
+        """Return the outputs with the adapters of the step: [T, all outputs]."""
         step, made = self._holder.step, self._made
         if made is None or made.x is not x or made.step is not step:
             made = self._made = Outputs(x, step, self.whole(x))
@@ -100,7 +100,7 @@ class PackedLinear:
         return rows
 
     def whole(self, x: Tensor) -> Tensor:
-        """Return :meth:`outputs` for whoever takes them all."""
+        """Return :meth:`outputs` for a caller that takes all of them."""
         step, pool, kernels = self._holder.step, self._pool, self._kernels
         if self._holder.seen is not None:
             self._holder.seen.append(self)
@@ -134,7 +134,7 @@ class Member:
         return plain(self.hook.pool, self.hook.place, x, own)
 
     def weight(self) -> Tensor:
-        """[out, in], a copy."""
+        """Copy of the weight: [out, in]."""
         return self.packed.weight.rows(self._begin, self._end)
 
     def bias(self) -> Tensor | None:
@@ -162,7 +162,7 @@ class PackedLinears:
         kernels: Backend,
         forms: LibraryForms,
     ) -> None:
-        """Packs those linears of the spec that can be: usual ones, with a weight of their own. ``forms``
+        """Pack those linears of the spec that can be: usual ones, with a weight of their own. ``forms``
         says which are quantized."""
         can, by_name = storable(modules), {hook.name: hook for hook in hooks}
         self.by_name: dict[str, Member] = {}

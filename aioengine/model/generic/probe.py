@@ -70,7 +70,7 @@ def _tokens(model: GenericModel, count: int, seed: int) -> list[int]:
 
 
 def _sequences(model: GenericModel) -> tuple[list[list[int]], list[list[int]]]:
-    """Tokens and block tables; only one sequence where there is no room for two."""
+    """Return tokens and block tables; only one sequence where there is no room for two."""
     size, blocks = model.cache.block_size, model.cache.num_blocks
     lengths = [min(length, model.longest - 1) for length in _LENGTHS]
     needed = [-(-length // size) for length in lengths]
@@ -101,7 +101,8 @@ def _differs(model: GenericModel, expected: list[Tensor]) -> str | None:
 
 
 def _schedule(model: GenericModel, lengths: list[int]) -> Iterator[list[int]]:
-    """How many tokens of each sequence a step takes: chunks, then chunks side by side, then single tokens."""
+    """Return how many tokens of each sequence a step takes: chunks, then chunks side by side, then single
+    tokens."""
     first = lengths[0] - 2
     yield [first // 2] + [0] * (len(lengths) - 1)
     yield [first - first // 2] + [length - 2 for length in lengths[1:]]
@@ -136,7 +137,7 @@ def _step(
 
 
 def _alone(model: GenericModel, tokens: list[int]) -> Tensor:
-    """Logits [n, vocab] in one pass, as transformers has it."""
+    """Compute logits [n, vocab] in one pass, as transformers does."""
     model.use_own_attention(True)
     try:
         out = model.model(input_ids=torch.tensor([tokens], device=model.device), use_cache=False)
@@ -183,7 +184,8 @@ def _first_layer(model: GenericModel, tokens: list[int], table: list[int]) -> st
 
 @contextmanager
 def _outputs(model: Any) -> Iterator[dict[str, Tensor]]:
-    """Outputs [1, tokens, size] of the modules whose names end in a number, in the order of calls."""
+    """Return the outputs [1, tokens, size] of the modules whose names end in a number, in the order of
+    calls."""
     seen: dict[str, Tensor] = {}
 
     def watch(name: str) -> Callable[..., None]:
@@ -254,7 +256,7 @@ class _RandomAdapter:
 
 
 def _write_random_adapter(model: GenericModel) -> int:
-    """Puts an adapter on everything into slot 0, and returns its rank; 0 if the slots have no room for it."""
+    """Put an adapter on everything into slot 0, and return its rank; 0 if the slots have no room for it."""
     assert model.slots is not None
     layout = model.slots.layout
     generator = torch.Generator().manual_seed(0)
@@ -284,7 +286,7 @@ def _room(model: GenericModel) -> int:
 
 @contextmanager
 def _expanded(model: GenericModel) -> Iterator[None]:
-    """Quantized weights are expanded, and multiplied by torch."""
+    """Context in which quantized weights are expanded, and multiplied by torch."""
     model.holder.expanded = True
     try:
         yield
@@ -294,7 +296,7 @@ def _expanded(model: GenericModel) -> Iterator[None]:
 
 @contextmanager
 def _plainly(model: GenericModel) -> Iterator[None]:
-    """All rows get the adapter in slot 0, as two products."""
+    """Add the adapter in slot 0 to all rows, as two products."""
 
     def add(pool: LoRAPool, place: int, x: Tensor, y: Tensor) -> Tensor:
         a = pool.a(0, place)

@@ -95,7 +95,7 @@ class Blocks:
         kernels: Backend,
         device: torch.device,
     ) -> None:
-        """Quantizes the weights of ``model``, one after the other, onto ``device``, and moves the rest."""
+        """Quantize the weights of ``model``, one after the other, onto ``device``, and move the rest."""
         modules: dict[str, Any] = dict(model.named_modules())
         can, by_name = storable(modules), {hook.name: hook for hook in hooks}
         self.by_name: dict[str, BlockForward] = {}

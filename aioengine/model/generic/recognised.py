@@ -32,7 +32,7 @@ _ROWS = 48
 
 
 class Recognised:
-    """Modules that compute otherwise than their classes say; :meth:`undo` takes it back."""
+    """Modules whose ``forward`` was replaced; :meth:`undo` restores it."""
 
     def __init__(
         self, modules: dict[str, Any], packed: dict[str, Member], holder: Holder, kernels: Backend
@@ -59,8 +59,8 @@ class Recognised:
 
 
 def own_forward(module: Any) -> Forward:
-    """What its class says; without a reference to the module, which would make a cycle. (Nor by a proxy,
-    which has another type.)"""
+    """Return the forward of its class, without a reference to the module, which would make a cycle. (Nor by a
+    proxy, which has another type.)"""
     forward, found = type(module).forward, weakref.ref(module)
 
     def own(*arguments: Any, **named: Any) -> Any:
@@ -88,7 +88,7 @@ class NormForward:
 
 
 def _norm(module: Any, holder: Holder, kernels: Backend) -> Forward | None:
-    """What computes the module if it is a root-mean-square norm with a weight."""
+    """Return what computes the module if it is a root-mean-square norm with a weight."""
     parameters = list(module.parameters())
     if len(parameters) != 1 or parameters[0].dim() != 1 or _has_children(module) or list(module.buffers()):
         return None
@@ -134,7 +134,7 @@ def gelu_tanh(x: Tensor) -> Tensor:
 
 
 def _activation(module: Any) -> Forward | None:
-    """What computes the module if it is a formula for GELU."""
+    """Return what computes the module if it is a formula for GELU."""
     if type(module).__module__.startswith("torch.") or _function_of(module) is not gelu_tanh:
         return None
     return gelu_tanh
@@ -185,7 +185,7 @@ class _Parts(NamedTuple):
 
 
 def _gated(module: Any, linears: Sequence[Member], holder: Holder) -> Forward | None:
-    """What computes the module if it is ``down(act(gate(x)) * up(x))``."""
+    """Return what computes the module if it is ``down(act(gate(x)) * up(x))``."""
     parts = _parts(linears)
     functions = {f for child in module.children() if (f := _function_of(child)) is not None}
     if parts is None or len(functions) != 1:

@@ -160,7 +160,7 @@ def _rotates(function: Callable[..., Any], width: int, neighbours: bool, alterna
 
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor, neighbours: bool) -> Tensor:
-    """``x`` [1, heads, T, d] by ``cos`` and ``sin`` [1, T, half]."""
+    """Rotate ``x`` [1, heads, T, d] by ``cos`` and ``sin`` [1, T, half]."""
     half = cos.shape[-1]
     out = x.clone()
     one = slice(0, 2 * half, 2) if neighbours else slice(0, half)

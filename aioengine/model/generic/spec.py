@@ -97,7 +97,8 @@ class GenericSpec(ModelSpec, frozen=True, kw_only=True):
         return ((linear.layer, linear.module) for linear in self.linears)
 
     def module_name(self, layer: int, module: str) -> str:
-        """Raises KeyError if there is no such linear that adapters can have."""
+        """Return PEFT's name of a module. Raises KeyError if there is no such linear that adapters can
+        have."""
         for linear in self.linears:
             if (linear.layer, linear.module) == (layer, module):
                 return linear.name

@@ -72,7 +72,7 @@ def cache_argument(forward: Callable[..., Any]) -> str | None:
 
 
 def observe(model: Any, *, own_attention: bool) -> Trace:
-    """Runs ``model``, which is on the device "meta", with its own attention or with one that looks at its
+    """Run ``model``, which is on the device "meta", with its own attention or with one that looks at its
     inputs. If the model cannot run so, it gets values, for code that chooses by them, and runs again.
 
     Raises whatever the model does if it cannot run with them either.

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
 Step = Callable[[], object]
 Record = Callable[[Step], Step]
-"""Makes of a function that computes a step one that computes it again, from and into the same memory."""
+"""Function that records a step. It returns a function that computes the step again, from and into the same
+memory."""
 
 
 class Shard(NamedTuple):
@@ -29,7 +30,7 @@ class Shard(NamedTuple):
 
 
 SOLO = Shard()
-"""All of it."""
+"""The whole model."""
 
 
 class Traffic:
@@ -40,9 +41,9 @@ class Traffic:
 
     def reset(self) -> None:
         self.all_reduces = 0
-        """Calls."""
+        """Number of calls."""
         self.all_gathers = 0
-        """Calls."""
+        """Number of calls."""
         self.nbytes = 0
         """Bytes that this rank sends if both are done in a ring, which is the least that they take:
         ``2 (size - 1) / size`` of an all-reduce's tensor (Patarasuk & Yuan, 2009,

@@ -25,14 +25,14 @@ class SlotCopier(Protocol):
     """Carries out the writes of :class:`aioengine.model.slots.pool.LoRASlots`, one at a time."""
 
     def write(self, copies: Sequence[Copy], new: Sequence[Tensor] = ()) -> list[Tensor]:
-        """Copies from CPU memory to the slots', and returns copies of ``new`` there, in memory of their own.
+        """Copy from CPU memory to the slots', and return copies of ``new`` there, in memory of their own.
         All is done when it returns."""
 
     def before_step(self) -> None:
-        """Orders a step that is about to be enqueued after all writes that have returned."""
+        """Order a step that is about to be enqueued after all writes that have returned."""
 
     def after_step(self) -> None:
-        """Orders writes that come after a step that has just been enqueued."""
+        """Order writes that come after a step that has just been enqueued."""
 
 
 class SerialCopier:

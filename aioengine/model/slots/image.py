@@ -103,7 +103,7 @@ class ImageShape:
         return self.elements * self.dtype.itemsize
 
     def image(self, data: Tensor, *, rank: int, digest: str, has_affine: bool = False) -> AdapterImage:
-        """``data`` [elements] is kept, not copied."""
+        """Make an image of ``data`` [elements], which is kept and not copied."""
         tokens = self.tokens, self.tokens_begin
         return AdapterImage(rank, digest, self.layout, data, self.table, has_affine, *tokens)
 
@@ -162,7 +162,7 @@ def build_image(
     *,
     tokens: TrainedTokens | None = None,
 ) -> AdapterImage:
-    """Puts an adapter into an image of ``dtype``, in the calling thread alone.
+    """Put an adapter into an image of ``dtype``, in the calling thread alone.
 
     ``affine`` gives gain and shift [2, out] of the modules that have them, and ``tokens`` the trained tokens,
     if there are any. Raises :class:`ConfigError`
@@ -212,7 +212,7 @@ def image_memory(elements: int, dtype: torch.dtype, allocate: Allocate) -> Tenso
 
 
 def serial_pieces(flat: Tensor) -> tuple[Tensor, ...]:
-    """Cuts a 1-D tensor into views that torch works on in the calling thread."""
+    """Cut a 1-D tensor into views that torch works on in the calling thread."""
     size = flat.numel()
     if size <= SERIAL_ELEMENTS:
         return (flat,)
@@ -220,8 +220,8 @@ def serial_pieces(flat: Tensor) -> tuple[Tensor, ...]:
 
 
 def serial_copies(values: Tensor, to: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """(target, source) of copies that torch does in the calling thread. ``to`` is flat, or of the shape of
-    ``values`` [rows, width]; both may have gaps."""
+    """Return (target, source) of copies that torch does in the calling thread. ``to`` is flat, or of the
+    shape of ``values`` [rows, width]; both may have gaps."""
     if values.is_contiguous() and to.is_contiguous():
         yield from zip(serial_pieces(to.view(-1)), serial_pieces(values.view(-1)), strict=True)
         return

@@ -161,7 +161,7 @@ class SlotLayout:
         """Number of each place; those of a fused linear follow each other."""
 
     def _shape(self, module: str) -> Place:
-        """A place that is nowhere yet."""
+        """Return a place that has no offsets yet."""
         size, (n_in, n_out) = self.shard.size, self.partition.local.linear(module)
         if not self.shard.fully_sharded or self.partition.is_whole(module):
             return Place(LinearShape(n_in, n_out), self.max_rank, self.max_rank, n_out, 0, 0, 0)
@@ -206,7 +206,7 @@ class SlotLayout:
                     yield FusedPlace(layer, name, held, begins, b_begins)
 
     def _first_of_b(self, module: str) -> int:
-        """B's first output, counted from the first that the rank has."""
+        """Return B's first output, counted from the first that the rank has."""
         share = self.share(module)
         return int(share.b[0].start - share.outputs[0].start)
 

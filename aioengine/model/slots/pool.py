@@ -127,11 +127,11 @@ class LoRASlots:
         self._copier.before_step()
 
     def after_step(self) -> None:
-        """Orders writes after a step that has just been enqueued; called on the step's thread and stream."""
+        """Order writes after a step that has just been enqueued; called on the step's thread and stream."""
         self._copier.after_step()
 
     def write(self, slot: int, image: AdapterImage, offset: int | None = None) -> None:
-        """Puts an adapter into a slot; ``offset`` is where it begins in the memory, in bytes, and None where
+        """Put an adapter into a slot; ``offset`` is where it begins in the memory, in bytes, and None where
         every slot has its place.
 
         Called in one thread, while steps may read *other* slots. Raises :class:`ConfigError`, before a

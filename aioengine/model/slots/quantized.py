@@ -23,7 +23,7 @@ _LARGEST = 127
 def quantize_image(
     image: images.AdapterImage, layout: SlotLayout, allocate: Allocate = pageable
 ) -> images.AdapterImage:
-    """Turns an image into one for int8 slots of ``layout``, in the calling thread alone.
+    """Turn an image into one for int8 slots of ``layout``, in the calling thread alone.
 
     A row or a column that is not finite gets a scale of NaN, so that it is not served as something else.
     """
@@ -64,7 +64,7 @@ def quantize_image(
 
 
 def _quantize(values: Tensor, out: Tensor, *, over: int) -> Tensor:
-    """Writes the nearest whole numbers of ``values`` [n, m] times their scales to ``out``, int8, and returns
+    """Write the nearest whole numbers of ``values`` [n, m] times their scales to ``out``, int8, and return
     the scales: one for all that have the same index in the other dimension than ``over``."""
     largest = torch.zeros(values.shape[1 - over])
     for rows, columns in _pieces(values):

@@ -100,7 +100,7 @@ class SlotTokens:
         return kernels.lora_shrink(x, pool, batch)[:, 0, :count]
 
     def _rows(self, first: int, count: int) -> Tensor:
-        """[count, hidden], a view."""
+        """Return the rows [count, hidden], a view."""
         begin = self._offset + first * self._hidden
         return self._floats[begin : begin + count * self._hidden].view(count, self._hidden)
 

@@ -32,7 +32,7 @@ class Detokenizer:
     """Decodes one sequence as it grows. The concatenated results of :meth:`push` and a final
     :meth:`finish` equal ``tokenizer.decode(all_ids, skip_special_tokens=...)``.
 
-    ``special`` is what :func:`special_tokens` gives, from who has it already.
+    ``special`` is the result of :func:`special_tokens`, if the caller has it already.
     """
 
     def __init__(

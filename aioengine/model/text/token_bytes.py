@@ -42,7 +42,8 @@ def _is_byte_level(tokenizer: tokenizers.Tokenizer) -> bool:
 
 
 def byte_alphabet() -> dict[str, bytes]:
-    """GPT-2's: bytes that print stand for themselves, the others for characters from U+0100 on."""
+    """Return GPT-2's alphabet: bytes that print stand for themselves, the others for characters from U+0100
+    on."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(0x100) if byte not in printable]
     alphabet = {chr(byte): bytes([byte]) for byte in printable}

@@ -318,7 +318,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
-    """``bos_token`` etc. of a Hugging Face file, where each is a string or {"content": string}."""
+    """Return ``bos_token`` etc. of a Hugging Face file, where each is a string or {"content": string}."""
     found = {}
     for field in _SPECIAL_TOKENS:
         value = config.get(field)
@@ -330,7 +330,8 @@ def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _chat_template(model_dir: Path, config: Mapping[str, Any]) -> str | None:
-    """``chat_template.jinja`` before tokenizer_config.json, whose value may be a list of named ones."""
+    """Return the text of ``chat_template.jinja``, or else the template of tokenizer_config.json, whose value
+    may be a list of named ones."""
     path = model_dir / "chat_template.jinja"
     if path.is_file():
         try:

@@ -1,8 +1,8 @@
 """A folder of prefixes: one safetensors file for the keys and values of each.
 
-A file's metadata says what it is of, and has the SHA-256 of its tensors. A file that says anything else than
-what is looked for, or whose tensors have another digest, is deleted. The folder is bounded: the files that
-were used least recently are deleted for new ones. Files of other names are left alone.
+A file's metadata describes its prefix, and has the SHA-256 of its tensors. A file whose description is not
+the wanted one, or whose tensors have another digest, is deleted. The folder is bounded: the files that were
+used least recently are deleted for new ones. Files of other names are left alone.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def open_files(config: EngineConfig, spec: ModelSpec) -> PrefixFiles | None:
 
 
 class BadFile(Exception):
-    """Error for a file that is damaged, or is of something else."""
+    """Error for a file that is damaged, or that holds something else."""
 
 
 class PrefixFiles:

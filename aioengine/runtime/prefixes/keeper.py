@@ -200,8 +200,8 @@ class PrefixKeeper:
         self._stepper.wake()
 
     async def _about(self, key: bytes) -> dict[str, str]:
-        """Return what the file of a prefix is of. The hash stands for the tokens, the adapter's content and
-        the salt.
+        """Return the description that the file of a prefix must have. The hash stands for the tokens, the
+        adapter's content and the salt.
 
         Raises OSError if the model's files have changed since it was loaded first: processes that were
         started again have loaded what is there now."""

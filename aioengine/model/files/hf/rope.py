@@ -1,4 +1,4 @@
-"""Reader of what a ``config.json`` says about rotary positions. No torch here."""
+"""Reads the rotary positions that a ``config.json`` describes. No torch here."""
 
 from __future__ import annotations
 
@@ -52,7 +52,8 @@ def read_ropes(
 
 
 def _flat(config: ConfigFile, family: Family, head_dim: int) -> RopeConfig:
-    """From ``rope_parameters`` (transformers 5), or ``rope_theta`` and ``rope_scaling`` (before)."""
+    """Read one rotation: ``rope_parameters`` (transformers 5), or ``rope_theta`` and ``rope_scaling``
+    (before)."""
     key = "rope_parameters" if config.get("rope_parameters") else "rope_scaling"
     raw = config.get(key) or {}
     if not isinstance(raw, dict) or any(isinstance(value, dict) for value in raw.values()):
@@ -116,7 +117,7 @@ def _layers_without(config: ConfigFile, num_layers: int) -> tuple[int, ...]:
 
 
 def _longrope(config: ConfigFile, rope: ConfigFile, dim: int) -> RopeSpec:
-    """LongRoPE (Ding et al., 2024, arXiv:2402.13753) for sequences up to the original length.
+    """Read LongRoPE (Ding et al., 2024, arXiv:2402.13753) for sequences up to the original length.
 
     The factors of longer ones would change the keys of what is cached, when a sequence becomes longer.
     """

@@ -85,7 +85,8 @@ FLOATS = ("F16", "BF16", "F32")
 
 
 def unpack_int32(packed: Tensor, bits: int) -> Tensor:
-    """Unsigned codes in words of 32 bits, the lowest first: int32 [rows, words] -> uint8 [rows, codes]."""
+    """Unpack unsigned codes from words of 32 bits, the lowest first: int32 [rows, words] -> uint8 [rows,
+    codes]."""
     import torch
 
     data = packed.contiguous().view(torch.uint8)
