@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -13,6 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from support.tiny_chat import build_chat_model
 
 from aioengine import __version__
 
@@ -24,6 +26,54 @@ pytestmark = [
 ]
 Run = Callable[[str], subprocess.CompletedProcess[str]]
 
+READ_ONLY = """
+root=$1
+ip link set lo up
+mount --bind "$root" "$root"
+mount --bind "$2" "$root/mnt"
+mount --rbind /dev "$root/dev"
+mount -t proc proc "$root/proc"
+mount -t tmpfs tmpfs "$root/tmp"
+mount -t tmpfs -o uid=65532,gid=65532 tmpfs "$root/cache"
+mount -o remount,bind,ro "$root"
+mount -o remount,bind,ro "$root/mnt"
+shift 2
+exec chroot --userspec=65532:65532 "$root" env -i "$@"
+"""
+"""Runs a program in the image's root (1), which is read-only, with a folder (2) as /mnt, and with no network
+but a loopback interface. The other arguments are its environment and its words."""
+
+CLIENT = """
+"$@" & server=$!
+trap 'kill -KILL $server' EXIT
+python - <<'end'
+import json, time, urllib.error, urllib.request
+
+def ask(path, **body):
+    data = json.dumps(body).encode() if body else None
+    headers = {"Content-Type": "application/json"}
+    request = urllib.request.Request("http://127.0.0.1:8000" + path, data, headers)
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        return answer.read().decode()
+
+for _ in range(600):
+    try:
+        ask("/ready")
+        break
+    except (urllib.error.URLError, OSError):
+        time.sleep(0.2)
+print(ask("/v1/completions", model="tiny", prompt="Hi", max_tokens=4, ignore_eos=True))
+print(ask("/metrics"))
+end
+touch /opt/x /mnt/x 2>/dev/null && echo written
+kill -TERM $server
+trap - EXIT
+wait $server
+echo "rc=$?"
+find /cache -type f | sed 's/^/in the cache: /'
+"""
+"""Starts the server that its words name, asks it, and ends it."""
+
 
 def buildah(*arguments: str) -> str:
     done = subprocess.run(["buildah", *arguments], capture_output=True, text=True, check=False)
@@ -32,21 +82,26 @@ def buildah(*arguments: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def run() -> Iterator[Run]:
-    """Runs a shell command in a container of the image, as its user."""
+def container() -> Iterator[str]:
     image = IMAGE or "localhost/aioengine:tested"
     if not IMAGE:
         file = SOURCE / "examples" / "deploy" / "Dockerfile"
         options = ["--isolation", "chroot", "--pull=never", "--build-arg", f"BASE={BASE}"]
         buildah("build", *options, "-f", str(file), "-t", image, str(SOURCE))
     name = buildah("from", "--pull=never", image).strip()
+    yield name
+    buildah("rm", name)
+
+
+@pytest.fixture(scope="module")
+def run(container: str) -> Run:
+    """Runs a shell command in a container of the image, as its user."""
 
     def command(text: str) -> subprocess.CompletedProcess[str]:
-        words = ["buildah", "run", "--isolation", "chroot", name, "--", "sh", "-c", text]
+        words = ["buildah", "run", "--isolation", "chroot", container, "--", "sh", "-c", text]
         return subprocess.run(words, capture_output=True, text=True, check=False)
 
-    yield command
-    buildah("rm", name)
+    return command
 
 
 def test_it_runs_the_program_as_its_user(run: Run) -> None:
@@ -62,3 +117,25 @@ def test_kernels_for_every_level_are_in_it(run: Run) -> None:
 @pytest.mark.parametrize(("place", "writable"), [("/opt/x", False), ("/etc/x", False), ("/cache/x", True)])
 def test_it_writes_to_its_cache_only(run: Run, place: str, writable: bool) -> None:
     assert (run(f"touch {place}").returncode == 0) == writable
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounts need root")
+def test_it_serves_with_a_read_only_root_and_without_a_network(container: str, tmp_path: Path) -> None:
+    build_chat_model(tmp_path / "tiny")
+    config = json.loads(buildah("inspect", "--format", "{{json .OCIv1.Config}}", container))
+    serve = [*config["Entrypoint"], *config["Cmd"], "--model", "/mnt/tiny", "--max-model-len", "500"]
+    script = ["unshare", "--mount", "--net", "sh", "-e", "-c", READ_ONLY, "sh"]
+    inside = [*config["Env"], "sh", "-c", CLIENT, "sh", *serve]
+    root = buildah("mount", container).strip()
+    tmp_path.chmod(0o755)
+    done = subprocess.run(
+        [*script, root, str(tmp_path), *inside], capture_output=True, text=True, check=False
+    )
+    said = done.stdout + done.stderr
+    assert '"completion_tokens":4' in done.stdout.replace(" ", ""), said[-3000:]
+    assert 'aioengine_engine_state{engine="default",state="ready"} 1' in done.stdout, said[-3000:]
+    kernels = {part for part in done.stdout.split('"') if part.startswith("cpu-")}
+    assert kernels, "it does not run on the prebuilt kernels"
+    assert "rc=0" in done.stdout.splitlines(), said[-3000:]
+    assert "written" not in done.stdout.splitlines()
+    assert "in the cache: " not in done.stdout, "it compiled what should have been prebuilt"
