@@ -18,6 +18,7 @@ from cyclopts import Group, Parameter
 from aioengine.cli.background_stderr import BackgroundFile, background_stderr
 from aioengine.cli.common import CommonFlags
 from aioengine.cli.config.reload import Reloader, bounded
+from aioengine.cli.config.sources import unknown_variables
 from aioengine.cli.flags import EngineFlags, check_folders, in_flags
 from aioengine.cli.fleet.flags import FleetFlags
 from aioengine.cli.help import FOLDED
@@ -192,6 +193,8 @@ def serve(
     reloader = Reloader(engine_flags, flags, checked.listen.tls)
     with background_stderr() as log:
         configure_logging(flags.log_format, level)
+        for complaint in unknown_variables:
+            logger.warning("%s", complaint)
         return run(_serve(checked, flags, record, log, reloader))
 
 

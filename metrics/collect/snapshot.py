@@ -18,7 +18,7 @@ SLOT_STATES = tuple(state.lower() for state in get_args(SlotStateName))
 def gauges(
     engine: str, stats: EngineStats, adapters: list[AdapterInfo], rank: Callable[[str, int], int]
 ) -> Iterator[Family]:
-    """Occupancy of slots, CPU cache, queues and KV cache. ``rank`` is that of an adapter's version.
+    """Return the occupancy of slots, CPU cache, queues and KV cache. ``rank`` is that of a version.
 
     Slot and adapter series carry real adapter names: there are at most ``max_loras`` and
     ``max_cpu_loras`` of them at a time, however many adapters are registered.

@@ -60,6 +60,22 @@ def test_flags_go_before_variables_and_those_before_the_file(
     assert shown(capsys)["server"]["port"] == 2345  # type: ignore[index]
 
 
+@pytest.mark.parametrize(
+    "flag", sorted(SERVER_FIELDS | {"max_num_seqs", "max_loras", "replicas", "log_level"})
+)
+def test_a_mistyped_variable_is_named(
+    flag: str, file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has no effect, and nothing else would say so."""
+    name = f"AIOENGINE_{flag.upper()}"
+    monkeypatch.setenv(f"{name}X", "1")
+    monkeypatch.setenv("AIOENGINE_KERNELS", "torch")
+    assert main(["config", "check", "--config", str(file)]) == 0
+    said = capsys.readouterr().err
+    assert f"{name}X: no flag has this variable (did you mean '{name}'?)" in said
+    assert "AIOENGINE_KERNELS" not in said
+
+
 def test_keys_are_not_shown(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["config", "show", "--config", str(file), "--api-key", "a:sk-secret"]) == 0
     assert "sk-secret" not in capsys.readouterr().out

@@ -85,8 +85,24 @@ def test_they_find_each_other() -> None:
     assert [item["path"] for item in volume["secret"]["items"]] == [keys.name]
     assert not POD["spec"]["enableServiceLinks"]
     assert MANIFESTS["PodDisruptionBudget"]["spec"]["selector"]["matchLabels"].items() <= labels.items()
-    scaled = MANIFESTS["HorizontalPodAutoscaler"]["spec"]["scaleTargetRef"]
+    (spread,) = POD["spec"]["topologySpreadConstraints"]
+    assert spread["labelSelector"]["matchLabels"].items() <= labels.items()
+    scaler = MANIFESTS["HorizontalPodAutoscaler"]["spec"]
+    scaled = scaler["scaleTargetRef"]
     assert (scaled["kind"], scaled["name"]) == ("Deployment", MANIFESTS["Deployment"]["metadata"]["name"])
+    assert scaler["minReplicas"] > 1 and "replicas" not in MANIFESTS["Deployment"]["spec"], (
+        "applied again, it would undo what the autoscaler has decided"
+    )
+
+
+def test_the_readme_names_what_the_manifests_expect() -> None:
+    """A claim or a secret that is not there leaves the pods pending, without a word in any log."""
+    readme = (DEPLOY / "README.md").read_text()
+    for volume in POD["spec"]["volumes"]:
+        if "persistentVolumeClaim" in volume:
+            assert f"`{volume['persistentVolumeClaim']['claimName']}`" in readme
+        if "secret" in volume:
+            assert f"secret generic {volume['secret']['secretName']} " in readme
 
 
 def test_the_pod_has_time_to_drain() -> None:

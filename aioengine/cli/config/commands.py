@@ -16,6 +16,7 @@ import msgspec
 
 from aioengine.cli.common import CommonFlags
 from aioengine.cli.config.reload import bounded
+from aioengine.cli.config.sources import unknown_variables
 from aioengine.cli.flags import EngineFlags
 from aioengine.cli.fleet.flags import ELSEWHERE, FleetFlags
 from aioengine.cli.serve import ServerFlags, check_all
@@ -64,6 +65,8 @@ def check(
         device = "cuda" if config.device == "cuda" else "cpu"
         # This machine's memory and devices may not be those of the one that serves.
         plan_memory(spec, config, device=device, available_bytes=sys.maxsize)
+    for complaint in unknown_variables:
+        print(f"aioengine: {complaint}", file=sys.stderr)
     print("the configuration is good")
     return 0
 

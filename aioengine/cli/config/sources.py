@@ -10,14 +10,50 @@ from collections.abc import Sequence
 from typing import Any
 
 from cyclopts import App
+from cyclopts.argument import ArgumentCollection
 from cyclopts.config import Dict, Env
 
+from aioengine.checks import nearest
 from aioengine.cli.config.file import server_table
 from aioengine.server.table import refuse_unknown_fields
 
 PREFIX = "AIOENGINE_"
 _CONFIGURED = (("serve",), ("config", "check"), ("config", "show"))
 """Commands that take the configuration of a server."""
+_NO_FLAGS = {
+    PREFIX + name
+    for name in (
+        "API_KEYS",
+        "ADMIN_KEYS",
+        "KEY",
+        "KERNELS",
+        "TRITON_TABLE",
+        "PREBUILD_KERNELS",
+        "CPU_SANITIZE",
+    )
+}
+"""Variables that are read elsewhere: keys, and how kernels are chosen and built."""
+
+unknown_variables: list[str] = []
+"""What to tell about variables with the prefix that nobody reads; known once the flags are parsed."""
+
+
+class _Variables(Env):
+    """The environment as a source of flags. A mistyped variable would have no effect without a word."""
+
+    def __call__(self, app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
+        super().__call__(app, commands, arguments)
+        known = {_variable(name) for argument in arguments for name in argument.names} | _NO_FLAGS
+        given = sorted(name for name in os.environ if name.startswith(self.prefix))
+        unknown_variables[:] = [
+            f"{name}: no flag has this variable{nearest(name, sorted(known))}; it has no effect"
+            for name in given
+            if name not in known
+        ]
+
+
+def _variable(flag: str) -> str:
+    return PREFIX + flag.strip("-").upper().replace("-", "_").replace(".", "_")
 
 
 def use_sources(app: App, tokens: Sequence[str]) -> None:
@@ -32,7 +68,7 @@ def use_sources(app: App, tokens: Sequence[str]) -> None:
     command = app
     for name in path:
         command = command[name]
-    sources: list[Any] = [Env(PREFIX, command=False)]
+    sources: list[Any] = [_Variables(PREFIX, command=False)]
     file = _config_file(tokens[len(path) :])
     table = {} if file is None else _flags(file)
     if table:

@@ -180,7 +180,7 @@ def _sliding_windows(config: ConfigFile, family: Family, num_layers: int) -> tup
                     "layer_types", kind, "supported: full_attention, sliding_attention", NotNative
                 )
             if kind == "sliding_attention" and window is None:
-                raise config.error("layer_types", kind, "needs sliding_window, and use_sliding_window if the family has it")
+                raise config.error("layer_types", kind, "needs sliding_window (and use_sliding_window)")
             windows.append(window if kind == "sliding_attention" else None)
     return tuple(windows) if any(w is not None for w in windows) else ()
 
