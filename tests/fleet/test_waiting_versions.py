@@ -50,8 +50,7 @@ async def test_a_version_that_waits_on_disk_lives(
         assert {i.version: i.location for i in there.replaced()} == {1: "disk"}
         assert client.members.with_version("sql@1") == {"r1"}
         early = asyncio.create_task(client.complete(PROMPT, greedy(6), adapter="sql@1"))
-        # Not through the door, which may choose the other one: requests for this name wait there.
-        late = await fleet.replicas["r0"].engine.complete(PROMPT, greedy(6), adapter="sql")
+        late = await client.complete(PROMPT, greedy(6), adapter="sql")
         while there.load().waiting < 2:
             assert not early.done(), "it must wait where the version is"
             await asyncio.sleep(0)

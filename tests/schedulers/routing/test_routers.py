@@ -6,6 +6,8 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from support.fleet_cases import Fleet, request
 
 from aioengine.schedulers.routing import (
@@ -23,6 +25,7 @@ from aioengine.schedulers.routing import (
 from aioengine.schedulers.routing.speed import TokenSpeed
 
 ROUTERS = sorted(available_routers())
+MEASURED = ("load_seconds", "slot_seconds", "seconds_per_token")
 
 
 def test_all_are_there_and_say_where_they_are_from() -> None:
@@ -169,6 +172,33 @@ class TestAffinity:
             fleet.report(f"r{index}", Tiers(slot=["a"]), seconds_per_token=seconds)
         asked = Counter(_send(fleet, router, f"q{i}", adapter, prompt_tokens=8) for i in range(48))
         assert min(asked["r0"], asked["r1"]) >= 22, asked
+
+    @given(
+        speeds=st.fixed_dictionaries(
+            {
+                "load_seconds": st.floats(1e-4, 1.0),
+                "slot_seconds": st.floats(1e-4, 1.0),
+                "seconds_per_token": st.floats(1e-6, 1e-2),
+            }
+        ),
+        measured=st.lists(st.sets(st.sampled_from(MEASURED)), min_size=3, max_size=3),
+        slot=st.booleans(),
+        busy=st.integers(0, 1),
+    )
+    def test_an_idle_holder_is_first_whatever_was_measured(
+        self, speeds: dict[str, float], measured: list[set[str]], slot: bool, busy: int
+    ) -> None:
+        """All are equally fast, and not all have measured it."""
+        fleet, router = Fleet(3), load_router("affinity")
+        for index, known in enumerate(measured):
+            fields = {name: seconds if name in known else None for name, seconds in speeds.items()}
+            work = {"waiting": 1, "running": 1, "waiting_for": {"b": 1}} if busy == index else {}
+            fleet.report(f"r{index}", Tiers(), **fields, **work)
+        holder = f"r{busy + 1}"
+        known = measured[busy + 1]
+        fields = {name: seconds if name in known else None for name, seconds in speeds.items()}
+        fleet.report(holder, Tiers(slot=["a"]) if slot else Tiers(cpu=["a"]), **fields)
+        assert router.route(request(), fleet.state.view).replicas[0] == holder
 
     def test_an_unknown_adapter_has_one_home(self) -> None:
         fleet, router = Fleet(4), load_router("affinity")
