@@ -267,7 +267,7 @@ def _checked_mix(weights: Mapping[str, float]) -> dict[str, float]:
         check_text("adapter", name)
         _check_float(f"adapter[{name!r}]", weight, low=-100.0, high=100.0)
     mix: dict[str, float] = {}
-    for name in sorted(weights):
+    for name in sorted(weights, key=lambda name: (name.partition("@")[0], name)):  # as without versions
         current = name.removesuffix(LATEST)
         mix[current] = mix.get(current, 0.0) + weights[name]
     return mix

@@ -7,7 +7,7 @@ import logging
 import os
 import platform
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import suppress
+from contextlib import aclosing, suppress
 from typing import Any
 
 from aioengine.engine import AsyncEngine
@@ -138,16 +138,17 @@ class EngineReplica:
             self._beliefs.believed(order.request_id, box, order.key)
         options, asked = order.options, dict[str, str]()
         names = list(options.mix or ([] if options.adapter is None else [options.adapter]))
+        find = self.engine.find_adapter
         try:
             if self._draining:
                 raise EngineStopped("the replica is draining")
             params = await self._params(order)
             known, scored = len(options.output), False  # log-probabilities that the door has already
-            asked = {self._versions.own(name): name for name in names}
+            asked = {self._versions.own(name, compared=order.content != ""): name for name in names}
             mix = options.mix and {own: options.mix[name] for own, name in asked.items()}
             # Nothing is awaited until the engine takes the same, unless it must look for an adapter.
-            versions = self._versions.current(names, self.engine.find_adapter)
-            async for output in self.engine.generate(
+            versions = self._versions.current(names, find)
+            outputs = self.engine.generate(
                 order.prompt,
                 params,
                 adapter=mix or next(iter(asked), None),
@@ -161,22 +162,23 @@ class EngineReplica:
                 output=options.output,
                 # With batch invariance, computing all tokens at once gives the same bits.
                 replay=options.replay and not self.engine.info.batch_invariant,
-            ):
-                delta = Delta(order.key, output.token_ids_delta, output.text_delta)
-                delta.finish, delta.stop = output.finish_reason, output.stop_reason
-                delta.cached_tokens, delta.pinned_tokens = output.cached_tokens, output.pinned_tokens
-                delta.logprobs = list(output.logprobs_delta[known:])
-                known = max(0, known - len(output.logprobs_delta))
-                if output.prompt_logprobs is not None and not scored:
-                    delta.prompt_logprobs, scored = output.prompt_logprobs, True
-                delta.pooled = output.pooled
-                if versions:
-                    # What was current when a look-up had ended is known only if nothing has changed since.
-                    looked = any(version.endswith("@0") for version in versions)
-                    if not looked or versions == self._versions.current(names, self.engine.find_adapter):
-                        delta.versions = versions
-                    versions = []
-                box.put(delta)
+            )
+            async with aclosing(outputs):
+                async for output in outputs:
+                    delta = Delta(order.key, output.token_ids_delta, output.text_delta)
+                    if versions:
+                        if output.token_ids_delta and order.content not in ("", output.adapter_digest):
+                            raise gone(next(iter(asked)))  # its next token would be of another text
+                        delta.versions = self._versions.began_with(versions, names, find)
+                        delta.content, versions = output.adapter_digest, []
+                    delta.finish, delta.stop = output.finish_reason, output.stop_reason
+                    delta.cached_tokens, delta.pinned_tokens = output.cached_tokens, output.pinned_tokens
+                    delta.logprobs = list(output.logprobs_delta[known:])
+                    known = max(0, known - len(output.logprobs_delta))
+                    if output.prompt_logprobs is not None and not scored:
+                        delta.prompt_logprobs, scored = output.prompt_logprobs, True
+                    delta.pooled = output.pooled
+                    box.put(delta)
         except Exception as error:
             if not isinstance(error, AioEngineError):
                 logger.exception("request %s failed unexpectedly", order.request_id)

@@ -8,15 +8,16 @@ import logging
 import os
 import time
 import uuid
-from collections import Counter
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import AsyncIterator, Callable, Collection, Mapping
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 from typing import TYPE_CHECKING
 
-from aioengine.errors import AdapterLoadError, ConfigError
+from aioengine.errors import AdapterConflict, AdapterInvalid, AdapterLoadError, ConfigError
 from aioengine.fleet.registry import write_file
 from aioengine.model.files.hub import is_source
 from aioengine.model.files.remote import check_protocol, why_failed
 from aioengine.runtime.tasks import end_tasks, run_to_completion
+from aioengine.runtime.waits import NameLocks
 from aioengine.step import BytesLike
 
 if TYPE_CHECKING:
@@ -26,23 +27,22 @@ logger = logging.getLogger("aioengine.fleet")
 
 KEEP_SECONDS = 3600.0
 """How long an upload that no adapter is loaded from is kept since it was first seen so, or was seen to be
-written again: another door may be loading it, and requests may still need the version that was replaced.
-It is this door's own time, because a store's clock may be another one, and a system's clock may be set."""
+written again: requests may still need the version that was replaced. It is this door's own time, because a
+store's clock may be another one, and a system's clock may be set."""
 
 
 class Uploads:
     """Uploads below the registry's folder, in a folder each that is named by the SHA-256 of its files."""
 
     def __init__(self, registry: str | None) -> None:
+        self.alone: Callable[[str], AbstractAsyncContextManager[object]] = NameLocks().hold
+        """Function that makes a context for a name in which no other caller is; a fleet's door gives one in
+        which no other door is, either, and which learns first what they have changed."""
         self._root: str | None = None
         if registry is not None:
             place = registry if is_source(registry) else os.path.abspath(os.path.expanduser(registry))
             self._root = f"{place.rstrip('/')}/uploads"
         self._removing = asyncio.Lock()
-        self._removed: dict[str, asyncio.Future[None]] = {}
-        """By folders that are being removed: their end."""
-        self._loading: Counter[str] = Counter()
-        """Folders by uploads whose loads have not ended."""
         self._task: asyncio.Task[None] | None = None
         self._due = False
         """Whether the task is to look for what is not in use (once more)."""
@@ -50,46 +50,56 @@ class Uploads:
         """By the folder of an upload that is not in use: when this door has first seen that, and when the
         store says that its last file was written."""
 
-    async def store(self, name: str, config: bytes, weights: BytesLike) -> str:
-        """Write an adapter's files, and return their folder, which is in use until :meth:`loaded` is called.
+    @asynccontextmanager
+    async def stored(
+        self, name: str, config: bytes, weights: BytesLike, used: Callable[[], Collection[str]]
+    ) -> AsyncIterator[str]:
+        """Write an adapter's files, and give their folder, which no door removes while it is loaded in the
+        block. ``used`` returns the folders that adapters are loaded from. What is invalid is removed at once,
+        because nobody can load it; what else has not been in use for long, in the background, until
+        :meth:`stop`, because a store with many folders is slow.
+
         Raises ConfigError without a registry, and AdapterLoadError if they cannot be written."""
-        if self._root is None:
+        root = self._root
+        if root is None:
             raise ConfigError(
                 f"adapter {name!r}: a fleet keeps uploads below its registry, so that every replica can read "
                 "them: set registry (--registry) to a folder or URL that doors and replicas share, or load "
                 "the adapter from such a folder"
             )
         digest = await asyncio.to_thread(_digest, config, weights)
-        folder = f"{self._root}/{digest}"
-        self._loading[digest] += 1
+        folder = f"{root}/{digest}"
         try:
-            while digest in self._removed:
-                await asyncio.wait([self._removed[digest]])
-            await asyncio.to_thread(_store, self._root, folder, name, config, weights)
-        except BaseException:
-            self._load_ended(digest)
-            raise
-        return folder
+            async with self.held(folder):
+                await asyncio.to_thread(_store, root, folder, name, config, weights)
+                try:
+                    yield folder
+                except AdapterConflict:  # others may need good files, such as those of an earlier version
+                    raise
+                except AdapterInvalid:
+                    await self._remove_invalid(root, digest, used)
+                    raise
+                finally:
+                    self.in_use(folder)
+        finally:
+            self._due = True
+            if self._task is None or self._task.done():
+                self._task = asyncio.get_running_loop().create_task(self._remove_while_due(used))
 
-    async def loaded(self, folder: str, used: Callable[[], Collection[str]], *, invalid: bool) -> None:
-        """Note that the load from a folder that :meth:`store` has returned has ended. One that is invalid
-        is removed at once, because nobody can load it. What else has not been in use for long is removed in
-        the background, until :meth:`stop`, because a store with many folders is slow."""
-        name = _name(folder)
-        self._load_ended(name)
-        self._due = True
-        if self._task is None or self._task.done():
-            self._task = asyncio.get_running_loop().create_task(self._remove_while_due(used))
-        if invalid and self._root is not None and name not in self._in_use(used):
-            try:
-                await self._remove(self._root, name)
-            except Exception as error:  # each filesystem raises its own types
-                logger.warning("an upload that is not valid was not removed: %s", error)
+    def held(self, path: str | os.PathLike[str] | None) -> AbstractAsyncContextManager[object]:
+        """Return a context of a load from ``path``: if an upload is there, no door removes it meanwhile."""
+        where = "" if path is None else os.fspath(path)
+        if self._root is None or not where.startswith(f"{self._root}/"):
+            return nullcontext()
+        return self.alone(f"upload*{_name(where)}")  # no adapter has such a name
 
-    def _load_ended(self, name: str) -> None:
-        self._unused.pop(name, None)
-        self._loading[name] -= 1
-        self._loading = +self._loading
+    async def _remove_invalid(self, root: str, name: str, used: Callable[[], Collection[str]]) -> None:
+        if name in map(_name, used()):
+            return
+        try:
+            await run_to_completion(asyncio.to_thread(_remove, root, name))
+        except Exception as error:  # each filesystem raises its own types
+            logger.warning("an upload that is not valid was not removed: %s", error)
 
     async def stop(self) -> None:
         if self._task is not None:
@@ -106,33 +116,21 @@ class Uploads:
 
     async def remove_unused(self, used: Callable[[], Collection[str]]) -> None:
         """Remove what has not been among the folders that ``used`` returns for ``KEEP_SECONDS``."""
-        if self._root is None:
+        root = self._root
+        if root is None:
             return
         try:
             async with self._removing:
-                written = await asyncio.to_thread(_written, self._root)
-                for name in self._to_remove(written, self._in_use(used)):
-                    # It may have been written again, or used, since it was listed.
-                    at = await asyncio.to_thread(_written_at, self._root, name)
-                    if at == written[name] and name in self._unused and name not in self._in_use(used):
-                        await self._remove(self._root, name)
-                        self._unused.pop(name, None)
+                written = await asyncio.to_thread(_written, root)
+                for name in self._to_remove(written, set(map(_name, used()))):
+                    async with self.held(f"{root}/{name}"):
+                        # It may have been written again, or used, since it was listed.
+                        at = await asyncio.to_thread(_written_at, root, name)
+                        if at == written[name] and name in self._unused and name not in map(_name, used()):
+                            await run_to_completion(asyncio.to_thread(_remove, root, name))
+                            self._unused.pop(name, None)
         except Exception as error:  # each filesystem raises its own types
             logger.warning("uploads that no adapter is loaded from were not removed: %s", error)
-
-    async def _remove(self, root: str, name: str) -> None:
-        """Remove a folder. Whoever stores it again on this door from now on waits for the end."""
-        if name in self._removed:
-            return
-        end = self._removed[name] = asyncio.get_running_loop().create_future()
-        try:
-            await run_to_completion(asyncio.to_thread(_remove, root, name))
-        finally:
-            del self._removed[name]
-            end.set_result(None)
-
-    def _in_use(self, used: Callable[[], Collection[str]]) -> set[str]:
-        return {*map(_name, used()), *self._loading}
 
     def _to_remove(self, written: Mapping[str, float | None], wanted: Collection[str]) -> list[str]:
         now, removed = time.monotonic(), list[str]()

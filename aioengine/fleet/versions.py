@@ -88,28 +88,42 @@ class ReplicaVersions:
         """Return the adapters that the replica was told of and that are not among these."""
         return list(self._numbers.keys() - self._configured - set(names))
 
-    def own(self, adapter: str) -> str:
-        """Return what the engine calls an adapter that the fleet calls "name@version". Raises AdapterNotFound
-        if the replica does not know this version; it knows "name@0" while the fleet has no numbers."""
+    def own(self, adapter: str, *, compared: bool = False) -> str:
+        """Return what the engine calls an adapter that the fleet calls "name@version". If the replica does
+        not know this version, raises AdapterNotFound or, if the content will be ``compared``, returns the
+        current one. "name@0" has no number, and is the current one, too."""
         name, _, version = adapter.partition("@")
-        if not version:
-            return adapter
-        if version == "0" and name not in self._numbers:
+        if version in ("", "0"):
             return name
         for number, own in self._numbers.get(name, {}).items():
             if version == str(number):
                 return f"{name}@{own}"
+        if compared:
+            return name
         raise gone(adapter)
 
     def current(self, names: Iterable[str], find: Callable[[str], AdapterInfo | None]) -> list[str]:
         """Return the versions that requests for these names get now; ``find`` describes what an engine calls
-        by a name. "name@0": there is no number."""
+        by a name. "name@0": there is no number, or the engine must look for it first."""
         versions = []
         for name in names:
             info = None if "@" in name else find(name)
             number = 0 if info is None else self.number(name, info.version)
             versions.append(name if "@" in name else f"{name}@{number}")
         return versions
+
+    def began_with(
+        self, before: list[str], names: Iterable[str], find: Callable[[str], AdapterInfo | None]
+    ) -> list[str]:
+        """Return the versions that a request has begun with; ``before`` were current when it was sent to the
+        engine. Where that had to look for one, others may have been replaced meanwhile: then it is not known
+        which of the two the request has got, and no number is said."""
+        if not any(version.endswith("@0") for version in before):
+            return before
+        return [
+            version if version == now else f"{version.partition('@')[0]}@0"
+            for version, now in zip(before, self.current(names, find), strict=True)
+        ]
 
     def told(self, info: AdapterInfo) -> AdapterInfo:
         """Return what the doors are told of an adapter in memory: a version has the fleet's number, and a mix

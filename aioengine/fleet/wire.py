@@ -33,6 +33,8 @@ class Submit(msgspec.Struct, tag="submit", array_like=True):
     """Headers that name its span, in W3C's form; empty: it is not traced."""
     believed: bool = False
     """Whether the door believes that the replica has its adapter in memory."""
+    content: str = ""
+    """If it has begun elsewhere: digest of its adapter's content there, which it must also have here."""
 
 
 class Abort(msgspec.Struct, tag="abort", array_like=True):
@@ -65,7 +67,9 @@ class Delta(msgspec.Struct, array_like=True, omit_defaults=True):
     pinned_tokens: int = 0
     versions: list[str] = []
     """In the first one: the fleet's versions that it runs on, in the order in which it names the adapters;
-    "name@0": the fleet has no number for what it runs on."""
+    "name@0": the fleet has no number for what it runs on, or it is not certain."""
+    content: str = ""
+    """In the first one: digest of the content that it runs on (``RequestOutput.adapter_digest``)."""
 
 
 class Residency(msgspec.Struct, array_like=True):

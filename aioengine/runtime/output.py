@@ -87,6 +87,9 @@ class RequestOutput:
     pinned_tokens: int = 0
     """Prompt tokens whose KV the request has pinned in the prefix cache (``cache_pins``), those that were
     there already included."""
+    adapter_digest: str = ""
+    """SHA-256 of the adapter's content that it runs with (``AdapterInfo.digest``), or of a mix's parts and
+    weights. "" for the base model, and until that has been read."""
     arrival: float = 0.0
     """Times are seconds on the engine's clock (the event loop's ``time()``)."""
     first_token: float | None = None

@@ -138,11 +138,11 @@ class OutputStream:
 
     def so_far(self) -> RequestOutput:
         """Return the output so far, without waiting; its ``_delta`` fields have what is new."""
-        request = self.request
+        request, entry = self.request, self.request.adapter
         tokens, pieces, logprobs = len(request.tokens), len(self._text.text), self._logprobs or ()
         return RequestOutput(
             request_id=request.id,
-            adapter=None if request.adapter is None else request.adapter.label,
+            adapter=None if entry is None else entry.label,
             text_delta=self._text.text.between(self._text_seen, pieces),
             token_ids_delta=request.tokens[self._tokens_seen :],
             logprobs_delta=logprobs[self._logprobs_seen :],
@@ -155,6 +155,7 @@ class OutputStream:
             pooled=request.pooled if self._finish == "length" else None,
             cached_tokens=request.cached_tokens,
             pinned_tokens=request.pinned_tokens,
+            adapter_digest="" if entry is None else entry.digest,
             arrival=request.arrival,
             first_token=request.first_token,
             last_token=request.last_token,

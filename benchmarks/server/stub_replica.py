@@ -76,7 +76,10 @@ class StubEngine:
     def resident(self) -> list[Any]:
         return []
 
-    adapters = resident
+    adapters = replaced = resident
+
+    def find_adapter(self, name: str) -> None:
+        return None
 
     def step_age(self) -> float:
         return 0.0

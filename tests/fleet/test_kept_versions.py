@@ -1,4 +1,4 @@
-"""Requests that have begun keep the versions that they began with, whatever happens to replicas and doors."""
+"""Requests that have begun keep the content that they began with, whatever happens to replicas and doors."""
 
 from __future__ import annotations
 
@@ -31,14 +31,20 @@ from aioengine.schedulers.routing import ReplicaLimits
 pytest.importorskip("ray.serve", reason="Ray has no wheel for this system or Python")
 
 NAMES = ("a", "b")
+"""Adapters that were loaded through the fleet; "u" is found by its name, and so it has no numbers."""
 REPLICAS = 4
 LIMITS = ReplicaLimits(slots=2, cpu_loras=4, max_running=8, kv_tokens=10_000)
 STATUS = Status(0.0, 1, 0, 0, 1, 0, 1, 100, [], None, None, None, None, 0.0, False, "running")
 
 
+def content_of(version: str) -> str:
+    """Return what is in a version: some were replaced by the same."""
+    name, _, number = version.partition("@")
+    return f"{name}{number if name == 'u' else int(number) // 2}"
+
+
 class Replica:
-    """A replica that makes tokens of the versions that a request runs on: of "a@1" and "b@2", 1122. It
-    sends them when it is told to."""
+    """A replica that makes tokens of the content that a request runs on. It sends them when it is told to."""
 
     def __init__(self, name: str, held: dict[str, list[int]]) -> None:
         self.name = name
@@ -55,19 +61,29 @@ class Replica:
         options = order.options
         for wanted in options.mix or [options.adapter]:
             name, _, number = str(wanted).partition("@")
-            version = int(number) if number else self.held[name][-1]
+            version = self.held[name][-1] if number in ("", "0") else int(number)
             if version not in self.held[name]:
-                self.error = gone(f"{name}@{version}")
+                if not order.content:
+                    self.error = gone(f"{name}@{version}")
+                version = self.held[name][-1]
             self.running.append(f"{name}@{version}")
+        if order.content not in ("", self.content):
+            self.error = gone(str(options.adapter))
+
+    @property
+    def content(self) -> str:
+        return " ".join(map(content_of, self.running))
 
     def delta(self) -> Delta:
         assert self.order is not None
         if self.error is not None:
             return Delta(self.order.key, error=pack_error(self.error))
         first, self.first = self.first, False
-        versions = sorted(set(self.running))
-        token = int("".join(f"{NAMES.index(version[0]) + 1}{version[2:]}" for version in versions))
-        return Delta(self.order.key, [token], versions=self.running if first else [])
+        token = int.from_bytes(" ".join(sorted(set(self.content.split()))).encode())
+        if not first:
+            return Delta(self.order.key, [token])
+        said = ["u@0" if version.startswith("u") else version for version in self.running]
+        return Delta(self.order.key, [token], versions=said, content=self.content)
 
     def replace(self, name: str, *, keep: bool) -> None:
         """Have the next version; ``keep``: other requests still need the one before."""
@@ -76,7 +92,7 @@ class Replica:
         self.held[name] = [*needed, before[-1] + 1]
 
     def residency(self) -> Residency:
-        infos = [adapter_info(name, version=v) for name, held in self.held.items() for v in held]
+        infos = [adapter_info(name, version=v) for name in NAMES for v in self.held[name]]
         return Residency([], infos)
 
 
@@ -93,10 +109,11 @@ EVENTS = st.builds(
     Event,
     st.sampled_from(["token", "replace", "replace", "hear", "token hear", "known", "lose", "lose"]),
     st.integers(0, REPLICAS - 1),
-    st.sampled_from(NAMES),
+    st.sampled_from([*NAMES, "u"]),
     st.booleans(),
 )
-WANTED = st.sampled_from([{"a": 1.0}, {"a@1": 1.0}, {"a": 0.5}, {"a": 0.5, "b": 0.5}, {"a": 0.5, "a@1": 0.5}])
+MIXES = [{"a": 0.5, "b": 0.5}, {"a": 0.5, "a@1": 0.5}, {"a": 0.5, "u": 0.5}]
+WANTED = st.sampled_from([{"a": 1.0}, {"a@1": 1.0}, {"u": 1.0}, {"a": 0.5}, {"u": 0.5}, *MIXES])
 EVERYWHERE = [Event("replace", number) for number in range(REPLICAS)]
 HEARD = [Event("hear", number) for number in range(REPLICAS)]
 
@@ -108,7 +125,7 @@ class Fleet:
         self.channels: dict[str, Any] = {}
         self.known = dict.fromkeys(NAMES, 1)
         for number in range(REPLICAS):
-            replica = Replica(f"r{number}", {name: [1] for name in NAMES})
+            replica = Replica(f"r{number}", {name: [1] for name in (*NAMES, "u")})
             self.replicas[replica.name] = replica
             channel: Any = SimpleNamespace(replica=replica.name, calls={}, leaving=False, heard=0.0)
             channel.send = replica.take
@@ -119,6 +136,9 @@ class Fleet:
         self.members.channel = self.channels.get  # type: ignore[assignment, method-assign]
         self.dispatcher = Dispatcher(self.members)
         self.dispatcher.version_of = self.known.get
+        self.dispatcher.digest_of = lambda name: (
+            content_of(f"{name}@{self.known[name]}") if name in self.known else ""
+        )
 
     def say(self, replica: Replica, *deltas: Delta, hear: bool = False) -> None:
         frame = Frame(list(deltas), *((STATUS, replica.residency()) if hear else ()))
@@ -145,13 +165,20 @@ class Fleet:
             await asyncio.gather(*self.members._tasks)
             await asyncio.sleep(0)
 
-    def has_all(self, versions: list[str]) -> bool:
-        """Whether every replica that is left has these versions, and has said so."""
+    def can_go_on(self, call: Call) -> bool:
+        """Whether every replica that is left has all that the call has begun with, and has said so. What has
+        no number must be what is there now."""
+        contents = call.content.split()
+
+        def has(replica: Replica, version: str) -> bool:
+            name, _, number = version.partition("@")
+            current = content_of(f"{name}@{replica.held[name][-1]}")
+            return int(number) in replica.held[name] or (number == "0" and current in contents)
+
         return all(
-            version in _names(r.residency()) for r in self.replicas.values() for version in versions
-        ) and all(
-            _names(self.members.members[name].residency) == _names(r.residency())
-            for name, r in self.replicas.items()
+            all(has(replica, version) for version in call.began_with)
+            and _names(self.members.members[name].residency) == _names(replica.residency())
+            for name, replica in self.replicas.items()
         )
 
 
@@ -165,10 +192,11 @@ def _names(residency: Residency) -> set[str]:
 @example({"a": 0.5}, [Event("token"), *EVERYWHERE, Event("known"), Event("lose"), Event("token")])
 @example({"a": 1.0}, [Event("token"), *EVERYWHERE, *HEARD, Event("lose"), Event("token"), Event("token")])
 @example({"a": 1.0}, [*EVERYWHERE, Event("token"), *HEARD, Event("known"), Event("lose"), Event("token")])
-def test_tokens_are_all_of_the_versions_that_made_the_first(
+@example({"u": 1.0}, [Event("token"), Event("replace", 1, "u"), *[Event("lose"), Event("token")] * 3])
+def test_tokens_are_all_of_the_content_that_made_the_first(
     wanted: dict[str, float], events: list[Event]
 ) -> None:
-    """A request goes on with these, or fails: it fails only if a replica has not all of them, or has not said
+    """A request goes on with that, or fails: it fails only if a replica has not all of it, or has not said
     so. Versions change on one replica after the other, and the door may know of none of it."""
 
     async def main() -> None:
@@ -177,7 +205,7 @@ def test_tokens_are_all_of_the_versions_that_made_the_first(
         call = Call(1, "r", [5, 6], SamplingParams(seed=1), RequestOptions(mix=wanted), 0.0, versions)
         await fleet.dispatcher.place(call)
         for event in events:
-            before = call.tokens[:1] and fleet.has_all(call.began_with)
+            before = call.tokens[:1] and fleet.can_go_on(call)
             await fleet.happen(event, call)
             assert len(set(call.tokens)) <= 1
             if call.ended and call.tokens:
@@ -235,7 +263,7 @@ async def test_a_replica_knows_the_version_better_than_the_door(
 
 
 @pytest.mark.parametrize("meanwhile", [False, True], ids=["", "replaced during the look-up"])
-async def test_a_version_that_is_not_certain_is_not_said(
+async def test_a_version_that_is_not_certain_has_no_number(
     meanwhile: bool, tiny_text: Tiny, adapters: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A mix has a part that must be looked up first, and it is not known which version of another part was
@@ -268,5 +296,6 @@ async def test_a_version_that_is_not_certain_is_not_said(
         go_on.set()
         await first
         [call] = fleet.client._ids.values()
-        assert call.began_with == ([] if meanwhile else ["a@0", "b@1"])
+        assert call.began_with == ["a@0", "b@0" if meanwhile else "b@1"]
+        assert len(call.content) == 64
         await streaming.aclose()

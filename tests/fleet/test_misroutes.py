@@ -7,10 +7,15 @@ from typing import Literal
 import pytest
 from support.fleet_process import needs_ray
 
-from aioengine import events
+from aioengine import EngineConfig, SamplingParams, events
 from aioengine.fleet.beliefs import Beliefs
+from aioengine.fleet.config import FleetConfig
+from aioengine.fleet.door.call import Call
+from aioengine.fleet.door.dispatcher import Dispatcher
+from aioengine.fleet.door.members import Members
 from aioengine.fleet.outbox import Outbox
 from aioengine.fleet.wire import Delta, Frame, decode_frame, encode_frame
+from aioengine.request import RequestOptions
 
 needs_ray()
 
@@ -40,3 +45,14 @@ def test_a_request_that_never_arrives_is_forgotten() -> None:
         )
     )
     assert box.take() == []
+
+
+async def test_it_says_nothing_else_of_the_request() -> None:
+    """Its reader is not woken, and what was cached for it is what the next report says."""
+    members = Members(FleetConfig(engine=EngineConfig(model="tiny")), None, door="door")
+    dispatcher = Dispatcher(members)
+    call = Call(1, "r", [5, 6], SamplingParams(seed=1), RequestOptions(adapter="sql"), 0.0)
+    for delta in (Delta(1, misrouted=True), Delta(1, [9], cached_tokens=2)):
+        members.on_delta(None, call, delta, 1.0)  # type: ignore[arg-type]
+    output = await call.next()
+    assert (output.token_ids_delta, output.cached_tokens, dispatcher.misroutes) == ([9], 2, 1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -29,6 +30,15 @@ from aioengine.schedulers.routing import FleetState
 pytest.importorskip("ray.serve", reason="Ray has no wheel for this system or Python")
 
 FILES = ("adapter_config.json", "adapter_model.safetensors")
+
+
+async def stored(door: Uploads, content: bytes = b"") -> str:
+    """Upload an adapter, and load it at once. Returns its folder."""
+    used: list[str] = []
+    async with door.stored("sent", b"{}", content, lambda: used) as folder:
+        used.append(folder)
+    await door.stop()
+    return folder
 
 
 @pytest.mark.parametrize("scheme", ["", "file://"])
@@ -70,9 +80,7 @@ def test_an_upload_is_kept_for_a_while_after_its_last_use(uploaded: list[tuple[f
         now = 0.0
         patch.setattr(uploads, "time", SimpleNamespace(monotonic=lambda: now))
         door = Uploads(place)
-        folder = await door.store("sent", b"{}", b"")
-        await door.loaded(folder, lambda: [folder], invalid=False)
-        await door.stop()
+        folder = await stored(door)
         files.makedirs(f"{place}/uploads/new", exist_ok=True)  # another door is about to write there
         unused_since: float | None = None
         for seconds, used in uploaded:
@@ -135,9 +143,7 @@ def test_what_one_door_loads_another_does_not_remove_too_soon(loads: list[Loaded
             now += load.seconds
             wanted = folders.get(load.content, "")
             if load.uploads or not files.exists(wanted):
-                wanted = await doors[load.door].store("sql", b"{}", bytes([load.content]))
-                folders[load.content] = wanted
-                await doors[load.door].loaded(wanted, lambda used=wanted: [used], invalid=False)  # type: ignore[misc]
+                wanted = folders[load.content] = await stored(doors[load.door], bytes([load.content]))
             until[folder], folder = now, wanted
             entry = Entry("sql", folder, version)
             await registry.put.remote(entry)
@@ -148,8 +154,6 @@ def test_what_one_door_loads_another_does_not_remove_too_soon(loads: list[Loaded
             for path, end in until.items():
                 assert not path or now - end > KEEP_SECONDS or files.exists(path)
             assert files.exists(folder)
-        for door in doors:
-            await door.stop()
 
     with pytest.MonkeyPatch.context() as patch:
         asyncio.run(main("memory://fleet"))
@@ -157,17 +161,19 @@ def test_what_one_door_loads_another_does_not_remove_too_soon(loads: list[Loaded
 
 @pytest.mark.parametrize(
     ("when", "again"),
-    [(when, "store") for when in ("_written", "_written_at", "_remove")]
-    + [(when, "load") for when in ("_written", "_written_at")],
+    [(when, again) for when in ("_written", "_written_at", "_remove") for again in ("here", "at another")]
+    + [(when, "is loaded") for when in ("_written", "_written_at")],
 )
 async def test_an_upload_that_comes_again_during_a_removal_stays(
     when: str, again: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever the removal does just then, and although it has not been in use for long."""
     monkeypatch.setattr(uploads, "KEEP_SECONDS", -1.0)
-    door = Uploads(str(tmp_path))
-    folder = await door.store("sent", b"{}", b"")
-    door._load_ended(Path(folder).name)
+    door = other = Uploads(str(tmp_path))
+    if again == "at another":
+        other = Uploads(str(tmp_path))
+        other.alone = door.alone
+    folder = await stored(door)
     begun, go_on, real = threading.Event(), threading.Event(), getattr(uploads, when)
 
     def held(*arguments: str) -> Any:
@@ -180,14 +186,13 @@ async def test_an_upload_that_comes_again_during_a_removal_stays(
     used: list[str] = []
     removal = asyncio.create_task(door.remove_unused(lambda: used))
     await until(begun.is_set)
-    if again == "load":
+    if again == "is loaded":
         used.append(folder)
         door.in_use(folder)
-        go_on.set()
     else:
-        storing = asyncio.create_task(door.store("sent", b"{}", b""))
-        if when == "_remove":
-            await until(lambda: bool(door._loading))
+        storing = asyncio.create_task(stored(other))
+        if when != "_written":  # then it waits for the end of the removal
+            await asyncio.sleep(0)
             go_on.set()
         assert await storing == folder
     go_on.set()
@@ -208,8 +213,10 @@ async def test_no_answer_waits_for_a_removal(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(uploads, "_written", held)
     door = Uploads(str(tmp_path))
     for content in range(4):
-        folder = await door.store("sent", b"{}", bytes([content]))
-        await door.loaded(folder, list, invalid=content == 1)
+        with suppress(AdapterInvalid):
+            async with door.stored("sent", b"{}", bytes([content]), list) as folder:
+                if content == 1:
+                    raise AdapterInvalid("it is not an adapter", name="sent")
         assert (Path(folder).name in os.listdir(Path(folder).parent)) == (content != 1)
         await until(lambda: lists > 0)
     go_on.set()
@@ -221,6 +228,6 @@ async def test_no_answer_waits_for_a_removal(tmp_path: Path, monkeypatch: pytest
 async def test_a_registry_below_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is where the registry's own file is, in fsspec's reading of "~"."""
     monkeypatch.setenv("HOME", str(tmp_path))
-    folder = await Uploads("~/registry").store("sent", b"{}", b"")
+    folder = await stored(Uploads("~/registry"))
     root = fsspec.core.url_to_fs("~/registry")[1]
     assert Path(folder).parent == Path(root) / "uploads" == tmp_path / "registry" / "uploads"

@@ -133,7 +133,7 @@ class FleetAdapters:
         the old one. If one fails, or reads something else, the old one stays everywhere, and an error is
         raised. A replica that reads it later accepts no other content."""
         where = None if path is None else os.fspath(path)
-        async with self._changing(name) as change:
+        async with self.changing(name) as change:
             known = self.known.by_name.get(name)
             if replace and (known is not None or where is not None):
                 info = await self._replace(name, where, change)
@@ -149,7 +149,7 @@ class FleetAdapters:
     async def unload(self, name: str, *, force: bool) -> None:
         """Unload it from every replica, once the requests on it have ended; new ones are refused at once. If
         the call is cancelled, that goes on."""
-        async with self._changing(name) as change:
+        async with self.changing(name) as change:
             was_known, ended = name in self.known.by_name, False
             try:
                 answers = await self._replicas.ask_all(change.members, "unload", name=name, force=force)
@@ -166,14 +166,14 @@ class FleetAdapters:
                 raise errors[0]
 
     async def pin(self, name: str, *, force: bool) -> AdapterInfo:
-        async with self._changing(name) as change:
+        async with self.changing(name) as change:
             known, members = self.known.by_name.get(name), change.members
             version = await self._next_version(name, members) if known is None else version_of(known)
             info = numbered(await self._replicas.pin(name, members, force, version=version), version)
             return await self._note(info, change, pinned=True)
 
     async def unpin(self, name: str) -> AdapterInfo:
-        async with self._changing(name) as change:
+        async with self.changing(name) as change:
             known, members = self.known.by_name.get(name), change.members
             version = await self._next_version(name, members) if known is None else version_of(known)
             answers = await self._replicas.ask_all(members, "unpin", name=name, version=version)
@@ -262,7 +262,7 @@ class FleetAdapters:
             raise AdapterLoadError(f"{otherwise}: {error}", name=name, transient=True) from error
 
     @asynccontextmanager
-    async def _changing(self, name: str) -> AsyncIterator[Change]:
+    async def changing(self, name: str) -> AsyncIterator[Change]:
         """One change of an adapter at a time, whichever door asks for it."""
         owner = f"{self._members.door}-{next(self._owners)}"
         async with lease(self.registry, name, owner) as lost:
@@ -300,7 +300,7 @@ class FleetAdapters:
         """Have a replica forget what the fleet has no more. An adapter may be missing in the registry only
         because another door is about to put it there: so each is looked up again while no door changes it."""
         for name in await self._replicas.ask(member, "others", names=names) or ():
-            async with self._changing(name):
+            async with self.changing(name):
                 if name not in self.known.by_name:
                     await self._replicas.ask(member, "forget", name=name)
 
@@ -365,7 +365,7 @@ class FleetAdapters:
         """Have all holders read the adapter again, so that they have what is there now: all, or none.
         ``refused``: a replica that has no version of it, because what it read was not what it should be."""
         try:
-            async with self._changing(name) as change:
+            async with self.changing(name) as change:
                 if refused is None:
                     await asyncio.sleep(SETTLE_SECONDS)  # it may have been the middle of a replacement
                     for member in change.members:

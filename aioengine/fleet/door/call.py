@@ -55,6 +55,8 @@ class Call:
         self.began_with: list[str] = []
         """The fleet's versions that its last replica runs it on, in the order in which it names the adapters;
         []: the replica has not said it."""
+        self.content = ""
+        """Digest of the content of these; "": the replica has not said it."""
         self.outdated = False
         """Whether a replica did not know its versions, so that only those that have them can run it."""
         self.migrations = 0
@@ -148,6 +150,7 @@ class Call:
             pooled=self._pooled,
             cached_tokens=self._cached_tokens or 0,
             pinned_tokens=self._pinned_tokens,
+            adapter_digest=self.content,
             arrival=self.arrival,
             first_token=self._first,
             last_token=self._last,

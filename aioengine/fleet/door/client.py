@@ -92,9 +92,10 @@ class FleetClient:
         self._dispatcher = Dispatcher(self.members)
         self.metrics = FleetMetrics(self.members, self._dispatcher, lambda: self.state)
         self._adapters = FleetAdapters(config, self.members)
-        self._dispatcher.version_of = self._adapters.known.version
+        known = self._adapters.known
+        self._dispatcher.version_of, self._dispatcher.digest_of = known.version, known.digest
         self._uploads = Uploads(config.registry)
-        self._adapters.known.in_use = self._uploads.in_use
+        self._uploads.alone, known.in_use = self._adapters.changing, self._uploads.in_use
         # Keys, of which [server] may have some, are not stored with the registry.
         shared = msgspec.json.encode(msgspec.structs.replace(config, server={}))
         self._limits = SharedLimits(door, shared, self._adapters.refresh_soon)
@@ -326,7 +327,8 @@ class FleetClient:
         """Load an adapter as ``AsyncEngine.load_adapter`` does, for the whole fleet; see
         :meth:`aioengine.fleet.door.adapters.FleetAdapters.load`."""
         self._check_lora()
-        return await self._adapters.load(name, path, pin=pin, force_pin=force_pin, replace=replace)
+        async with self._uploads.held(path):
+            return await self._adapters.load(name, path, pin=pin, force_pin=force_pin, replace=replace)
 
     async def load_adapter_files(
         self, name: str, config: bytes, weights: BytesLike, *, pin: bool = False, replace: bool = False
@@ -335,16 +337,8 @@ class FleetClient:
         it from there. Raises ConfigError if the fleet has no registry, and what :meth:`load_adapter`
         raises."""
         self._check_lora()
-        folder = await self._uploads.store(name, config, weights)
-        invalid = False
-        try:
+        async with self._uploads.stored(name, config, weights, self._adapters.sources) as folder:
             return await self._adapters.load(name, folder, pin=pin, force_pin=False, replace=replace)
-        except errors.AdapterInvalid as error:
-            # Others may need good files, such as those of a version that was replaced.
-            invalid = not isinstance(error, errors.AdapterConflict)
-            raise
-        finally:
-            await self._uploads.loaded(folder, self._adapters.sources, invalid=invalid)
 
     async def unload_adapter(self, name: str, *, force: bool = False) -> None:
         """Unload an adapter from every replica. Raises AdapterNotFound if no replica knows it."""

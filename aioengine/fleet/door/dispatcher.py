@@ -36,6 +36,8 @@ class Dispatcher:
         self._state = members.state
         self.version_of: Callable[[str], int | None] = lambda name: None
         """Function that returns the fleet's current version of an adapter; None if there is no number."""
+        self.digest_of: Callable[[str], str] = lambda name: ""
+        """Function that returns the digest of the current version's content; "" if it is not known."""
         self.guard = RouterGuard(
             load_router(self._config.router),
             timer=time.perf_counter,
@@ -157,11 +159,15 @@ class Dispatcher:
         has made since."""
         name, _, number = version.partition("@")
         known = self.version_of(name)
-        return number == "0" if known is None else int(number) >= known
+        return known is not None and int(number) >= known
 
     def _replaced(self, call: Call) -> list[str]:
-        """Return the versions that a call needs, and that new requests do not get any more."""
-        return [v for v in call.versions if call.outdated or not self._may_be_current(v)]
+        """Return the versions that a call needs, and that new requests do not get any more. Replicas compare
+        the content of what has no number, or was replaced by the same."""
+        if call.content and call.content == self.digest_of(call.adapter or ""):
+            return []
+        numbered = [version for version in call.versions if not version.endswith("@0")]
+        return [version for version in numbered if call.outdated or not self._may_be_current(version)]
 
     def _content(self, call: Call) -> str | None:
         """Return a name for what a call's adapter holds, because other versions cache other keys and
@@ -207,6 +213,8 @@ class Dispatcher:
             mix = {}
             for version, weight in zip(begun, options.mix.values(), strict=True):
                 mix[version] = mix.get(version, 0.0) + weight  # it may be named with its number and without
+            if len(mix) < len(begun):
+                call.content = ""  # that of a sum with other parts
         call.versions = list(dict.fromkeys(begun))
         call.options = msgspec.structs.replace(options, adapter=None if mix else begun[0], mix=mix)
         # In the order of the mix, in which the next replica names them.
@@ -235,6 +243,7 @@ class Dispatcher:
             constraint.text if isinstance(constraint, SentGrammar) else None,
             {} if call.spans is None else call.spans.sent(replica, len(call.tokens)),
             where in (Location.SLOT, Location.CPU),
+            call.content,
         )
         self._state.sent(request, replica)
         call.replica = replica
@@ -244,7 +253,9 @@ class Dispatcher:
     def _take(self, channel: Channel, call: Call, delta: Delta, now: float) -> None:
         """Take in a replica's report on a request, which came at ``now``."""
         begun = call.begun
-        self.misroutes += delta.misrouted
+        if delta.misrouted:  # there is nothing else in it
+            self.misroutes += 1
+            return
         if delta.error:
             error = unpack_error(delta.error)
             if isinstance(error, errors.AdapterChanged):
@@ -261,7 +272,8 @@ class Dispatcher:
                 self._again(call, channel.replica, "refused")
                 return
         call.take(delta, now)
-        call.began_with = delta.versions or call.began_with
+        if delta.versions:
+            call.began_with, call.content = delta.versions, delta.content
         if not begun and call.begun:
             self._state.started(str(call.key), delta.pinned_tokens)
         if call.ended:
@@ -282,6 +294,8 @@ class Dispatcher:
         if call.spans is not None:
             call.spans.lost(how)
         call.tried = call.tried | {replica}
+        if not call.begun:
+            call.began_with, call.content = [], ""
         if call.begun:
             try:
                 self._keep_versions(call)
@@ -317,8 +331,8 @@ class Dispatcher:
 
 def _changed(version: str) -> errors.AdapterChanged:
     why = (
-        "it was replaced or unloaded while the request ran, and no other replica has the version that the "
-        "request began with; repeat the request"
+        "it was replaced, changed or unloaded while the request ran, and no other replica has the content "
+        "that the request began with; repeat the request"
     )
     return errors.AdapterChanged(why, name=without_versions(version), transient=True)
 

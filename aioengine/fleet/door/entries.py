@@ -72,6 +72,11 @@ class KnownEntries:
         known = self.by_name.get(name)
         return None if known is None else version_of(known)
 
+    def digest(self, name: str) -> str:
+        """Return the digest of the content that new requests get; "" if this door does not know it."""
+        known = self.by_name.get(name)
+        return "" if known is None else known.digest
+
     async def is_current(self, adapter: str, registry: Any, having: Callable[[str], Collection[str]]) -> bool:
         """Return whether "name@version" is the version that new requests get, and not an earlier one that
         requests still need on some replicas, which ``having`` finds. Raises AdapterNotFound if it is

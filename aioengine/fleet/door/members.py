@@ -194,13 +194,15 @@ class Members:
             self._report(member, frame.status, frame.residency)
 
     def _hello(self, channel: Channel, hello: Hello) -> None:
-        self.members[channel.replica] = Member(channel, hello)
+        member = self.members[channel.replica] = Member(channel, hello)
         self._hung.back(channel.replica)
         limits = ReplicaLimits(hello.slots, hello.cpu_loras, hello.max_running, hello.kv_tokens)
         self.state.join(channel.replica, limits)
         logger.info("replica %s is there (process %d on %s)", channel.replica, hello.pid, hello.node)
         for listener in self.on_join:
-            listener(self.members[channel.replica])
+            listener(member)
+        # Before its first report: or else requests that wait for a replica would go there at once.
+        self.state.drain(channel.replica, channel.leaving or not member.ready)
         self._tell_change()
 
     def _report(self, member: Member, status: Status, residency: Residency | None) -> None:
