@@ -7,7 +7,7 @@ the library's layout. Operations that the library does not cover run without it.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from aioengine.kernels.cpu.blocks import PackedBlocks
 from aioengine.kernels.cpu.int4 import Int4Weight
 from aioengine.kernels.cpu.lora import segment_table, slots_struct
 from aioengine.kernels.cpu.matrix import LibraryWeight, matrix_of
+from aioengine.kernels.cpu.nodes import touch
 from aioengine.kernels.cpu.packed import PackedWeight, pointer
 from aioengine.kernels.cpu.quantized import QuantizedWeight
 from aioengine.kernels.cpu.shared_library import has_int8_products, load, threads
@@ -40,12 +41,16 @@ class NativeForward:
     """Runs the steps of a decoder that :func:`pack` has packed. ``forward`` does the same as
     :meth:`Decoder.forward`.
 
-    The model and the settings must be covered: see :mod:`aioengine.model.coverage`.
+    The model and the settings must be covered: see :mod:`aioengine.model.coverage`. ``processors`` are those
+    that the threads of steps are bound to; none: they are not.
     """
 
-    def __init__(self, decoder: Decoder, cache: KVCache, slots: LoRASlots | None) -> None:
+    def __init__(
+        self, decoder: Decoder, cache: KVCache, slots: LoRASlots | None, processors: Sequence[int] = ()
+    ) -> None:
         self._decoder, self._slots = decoder, slots
         self._library = load()
+        self._processors = (ctypes.c_int32 * len(processors))(*processors)
         self.seconds: Tensor | None = None
         """[phases] float64: if it is set, steps add their time in each of ``structs.PHASES``."""
         self._parallel = decoder.partition.shard.size > 1
@@ -155,7 +160,7 @@ class NativeForward:
         if that is empty, so that the head is left out."""
         decoder, spec, plan = self._decoder, self._decoder.spec, inputs.attention
         hidden = decoder.embed(inputs, self._slots)
-        tokens, samples = len(hidden), len(logits)
+        tokens, samples, count = len(hidden), len(logits), threads()
         cos, sin = decoder.ropes.cos_sin(plan.positions)
 
         def scratch(width: int) -> Tensor:
@@ -175,7 +180,7 @@ class NativeForward:
             sequences=len(plan.spans),
             table_width=plan.tables.shape[1],
             samples=samples,
-            threads=threads(),
+            threads=count,
             lora=batches[0].struct,
             sample_lora=batches[1].struct,
             **_pointers(
@@ -197,6 +202,7 @@ class NativeForward:
             ),
             seconds=pointer(self.seconds),
             exchange=structs.ExchangeFunction(exchange if self._parallel else 0),
+            processors=ctypes.addressof(self._processors) if len(self._processors) == count else None,
         )
         self._library.aio_step(ctypes.byref(self._model), ctypes.byref(step))
         if exchange.error is not None:
@@ -265,12 +271,15 @@ def _pointers(**tensors: Tensor) -> dict[str, int]:
     return {name: tensor.data_ptr() for name, tensor in tensors.items()}
 
 
-def pack(decoder: Decoder, quantization: Quantization) -> None:
-    """Store a decoder's weights as the library needs them. It computes nothing else afterwards."""
-    decoder.pack(_packing(decoder, quantization))
+def pack(decoder: Decoder, quantization: Quantization, processors: Sequence[int] = ()) -> None:
+    """Store a decoder's weights as the library needs them, for steps on these ``processors`` if there are
+    any. It computes nothing else afterwards."""
+    decoder.pack(_packing(decoder, quantization, processors))
 
 
-def _packing(decoder: Decoder, quantization: Quantization) -> Callable[[Weight], Weight]:
+def _packing(
+    decoder: Decoder, quantization: Quantization, processors: Sequence[int]
+) -> Callable[[Weight], Weight]:
     """Pack the decoder's linears: in place, or quantized one after the other into memory of their own."""
     if quantization == "none":
         return _pack
@@ -281,6 +290,7 @@ def _packing(decoder: Decoder, quantization: Quantization) -> Callable[[Weight],
     def quantize(weight: Weight) -> Weight:
         assert isinstance(weight, PlainWeight)
         memory = arena.take(form.packed_bytes(weight.n, weight.k))
+        touch(memory, weight.n, processors)
         return form.pack(weight.data, memory, int8_activations=has_int8_products())
 
     return quantize

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import msgspec
 import torch
@@ -30,7 +30,7 @@ from aioengine.model.files.quantization import with_quantization
 from aioengine.model.files.weights import load_weights
 from aioengine.model.generic.spec import GenericSpec
 from aioengine.model.kv_cache import KVCache
-from aioengine.model.parallel.group import Group, SoloGroup
+from aioengine.model.parallel.group import Group, Shard, SoloGroup
 from aioengine.model.penalties import Penalties
 from aioengine.model.pooling import Kind, Pooled, model_pooling, pool
 from aioengine.model.sampler import sample as default_sample
@@ -70,7 +70,7 @@ class ModelRunner:
     weights are kept, and ``int8_cache`` and ``fp8_cache`` keep keys and values as int8 or float8;
     ``max_model_len`` is the longest sequence (it matters to models that transformers runs); ``progress`` is
     told how far the weights are read; ``max_num_seqs`` is how many sequences a step has at most, as far as
-    memory is prepared for them.
+    memory is prepared for them; ``bind_threads`` is whether the compiled step's threads stay on a core each.
     With ``fixed_decode``, decode steps within these limits are recorded and played back if the kernels allow
     for it, by ``record`` (None: as CUDA graphs). With a ``group`` of several ranks, this is one rank's share
     of the model, and all ranks must be built and execute the same steps; only rank 0 samples. With ``merges``
@@ -107,6 +107,7 @@ class ModelRunner:
         fixed_decode: DecodeLimits | None = None,
         record: Record | None = None,
         merges: bool = False,
+        bind_threads: Literal["auto"] | bool = "auto",
     ) -> None:
         if sample is None:
             sample = functools.partial(default_sample, penalties=Penalties(max_num_seqs))
@@ -121,9 +122,13 @@ class ModelRunner:
             progress("Preparing the kernels (compiled once, at the first start)", 0, 1)
         backend = get_backend(self.device.type, kernels)
         self.decoder: Decoder | GenericModel
+        self._processors = _processors(backend.name, bind_threads, self.group.shard)
+        """Of the compiled step's threads, if they are bound to some."""
         coverage.check_kv_cache("int8" if int8_cache else "fp8" if fp8_cache else "auto", spec, backend.name)
         if not isinstance(spec, GenericSpec):
             self.decoder = Decoder(spec, dtype, self.device, backend, self.group)
+            for weight in self.decoder.linear_weights() if self._processors else ():
+                _touch(weight, self._processors)
             load_weights(self.decoder, weights, progress)
             spec = self.decoder.spec
         self.shared: SharedMemory | None = None
@@ -223,7 +228,7 @@ class ModelRunner:
         if reason is None:
             from aioengine.model.native import pack
 
-            pack(self.decoder, quantization)
+            pack(self.decoder, quantization, self._processors)
             return self._forward_of(self.decoder)
         if self.decoder.kernels.name == "cpu":
             logger.info("the compiled CPU step does not cover %s; steps run through torch", reason)
@@ -244,7 +249,7 @@ class ModelRunner:
         if self._compiled:
             from aioengine.model.native import NativeForward
 
-            native = NativeForward(decoder, kv_cache, lora_slots)
+            native = NativeForward(decoder, kv_cache, lora_slots, self._processors)
             self.native = self.native or native
             return native.forward, native.layers_forward
         # Not through self: memory in a reference cycle would not be free when the runner is gone.
@@ -418,6 +423,27 @@ class ModelRunner:
         affine = self.lora_slots.has_affine if self.lora_slots is not None else ()
         slots = [batch.sequences[i].slot if batch.merged is None else -1 for i in sequences]
         return LoRABatch(slots, counts, ranks, self.device, slot_affine=affine)
+
+
+def _processors(backend: str, bind: Literal["auto"] | bool, shard: Shard) -> Sequence[int]:
+    """Return the processors that the threads of the compiled step are bound to, if they are."""
+    if backend == "cpu":
+        from aioengine.kernels.cpu.nodes import processors_of_threads
+
+        if (found := processors_of_threads(bind, shard.rank, shard.size)) or bind is not True:
+            return found
+    elif bind is not True:
+        return ()
+    raise ConfigError(
+        "bind_threads=True: only threads of the compiled CPU step can be bound, on Linux, if each of them can "
+        "have a core of its own (docs/performance.md); set OMP_NUM_THREADS to fewer, or bind_threads='auto'"
+    )
+
+
+def _touch(weight: Tensor, processors: Sequence[int]) -> None:
+    from aioengine.kernels.cpu.nodes import touch
+
+    touch(weight, len(weight), processors)
 
 
 def _name(dtype: torch.dtype) -> str:

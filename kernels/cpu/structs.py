@@ -224,4 +224,5 @@ class Step(Structure):
         *((name, c_void_p) for name in ("scores", "weights", "gates", "routes", "squares")),
         ("seconds", c_void_p),
         ("exchange", ExchangeFunction),
+        ("processors", c_void_p),
     ]

@@ -91,6 +91,7 @@ struct Step {
   // Of a model that several processes hold: does what the first argument says (an Exchange) for the pool with this id
   // (below 0: none), or returns other than 0 to have the step end. Null: there are no others.
   int (*exchange)(int64_t what, int64_t id);
+  const int32_t* processors;  // [threads] that they are bound to; null: to none
 };
 
 // structs.py names these.
@@ -392,10 +393,11 @@ struct Run {
 AIO_EXPORT void aio_step(const Model* model, const Step* step) {
   bool stopped = false;
   long segment_count = 0;
-  aio::step_together(int(step->threads), [&](const aio::Member& me) {
+  const auto work = [&](const aio::Member& me) {
     try {
       Run{*model, *step, me, stopped, segment_count}();
     } catch (const Stopped&) {
     }
-  });
+  };
+  aio::step_together(int(step->threads), work, step->processors);
 }

@@ -140,5 +140,7 @@ AIO_EXPORT void aio_lora_expand(int bf16, const void* h, const aio::Slots* slots
                                 int threads);
 AIO_EXPORT void aio_lora_affine(int bf16, void* y, long y_stride, const aio::Slots* slots, long first,
                                 const aio::Slice* slice, long slices, const int32_t* segments, long count, int threads);
+AIO_EXPORT void aio_touch(void* memory, long n, long panel_bytes, const int32_t* processors, int threads);
 AIO_EXPORT void aio_probe_dot(int kind, long count, int threads, float* out);
 AIO_EXPORT void aio_probe_read(const void* from, long bytes, int threads, float* out);
+AIO_EXPORT void aio_probe_bound(const int32_t* processors, int threads, int32_t* out);
