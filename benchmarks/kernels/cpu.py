@@ -11,6 +11,7 @@
 ``cache``     ... the same with an int8 KV cache
 ``batch``     ... of 1 to 64 sequences
 ``prefill``   prompts of 2,048 tokens
+``prompt``    a prompt of 4,096 tokens by phase, beside the same limits
 ``engine``    the whole engine: the share of time outside of model steps
 ``start``     from the start of a process to the first token, and the first request against later ones
 
@@ -27,7 +28,7 @@ from collections.abc import Callable
 import torch
 from rich.table import Table
 
-from benchmarks.kernels.floors import measure_floors, profile_table
+from benchmarks.kernels.floors import DECODE, LONG_PROMPT, measure_floors, profile_table
 from benchmarks.kernels.steps import Steps
 from benchmarks.kernels.whole import engine_table, start_table
 from benchmarks.shared.report import arguments, console, cpu_name, new_table
@@ -131,23 +132,24 @@ TABLES: dict[str, Callable[[argparse.Namespace, str], Table]] = {
 
 def main() -> None:
     parser = arguments(__doc__)
-    parser.add_argument("tables", nargs="*", choices=[[], "profile", *TABLES, "engine", "start"], default=[])
+    parser.add_argument("tables", nargs="*", choices=[[], "profile", "prompt", *TABLES, "engine", "start"], default=[])
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--quantization", nargs="+", default=["none", "int8"], metavar="Q")
     parser.add_argument("--repeats", type=int, default=7)
     args = parser.parse_args()
-    wanted = args.tables or ["profile", *TABLES, "engine", "start"]
+    wanted = args.tables or ["profile", "prompt", *TABLES, "engine", "start"]
 
     out = console()
     out.print(f"{cpu_name()}, {torch.get_num_threads()} threads, torch {torch.__version__}\n")
     began = time.perf_counter()
     for name in wanted:
-        if name == "profile":
+        shape = {"profile": DECODE, "prompt": LONG_PROMPT}.get(name)
+        if shape is not None:
             floors = measure_floors()
             out.print(floors.table())
         for quantization in args.quantization:
-            if name == "profile":
-                out.print(profile_table(args.model, quantization, floors, args.repeats))
+            if shape is not None:
+                out.print(profile_table(args.model, quantization, floors, args.repeats, shape))
             elif name == "engine":
                 out.print(asyncio.run(engine_table(args.model, quantization)))
             elif name == "start":

@@ -1,4 +1,4 @@
-"""The machine's highest speeds, and the phases of a decode step compared with them."""
+"""The machine's highest speeds, and the phases of a step compared with them."""
 
 from __future__ import annotations
 
@@ -19,6 +19,30 @@ from benchmarks.shared.report import new_table
 LANES = 16
 READ_BYTES = 512 * 2**20
 ROWS, CONTEXT, ADAPTERS, RANK = 32, 160, 8, 16
+PROMPT = 4096
+
+
+class StepShape(NamedTuple):
+    """What a step computes."""
+
+    name: str
+    tokens: int
+    sampled: int
+    """Tokens that go through the head."""
+    cells: int
+    """Keys that are read at least once, and as many values."""
+    pairs: int
+    """Tokens with the keys that each attends to."""
+    adapters: int
+
+
+DECODE = StepShape(
+    f"a decode step of {ROWS} sequences after {CONTEXT} tokens",
+    *(ROWS, ROWS, ROWS * CONTEXT, ROWS * CONTEXT, ADAPTERS),
+)
+LONG_PROMPT = StepShape(
+    f"a prompt of {PROMPT:,} tokens", *(PROMPT, 1, PROMPT, PROMPT * (PROMPT + 1) // 2, 1)
+)
 
 
 class Floors(NamedTuple):
@@ -58,13 +82,19 @@ def _least(work: Callable[[], object]) -> float:
     return min(seconds)
 
 
-def profile_table(model: str, quantization: str, floors: Floors, repeats: int) -> Table:
-    """Make a table of a decode step by phase, without and with adapters, with the larger of two floors for
-    each."""
-    steps = Steps(model, kv_tokens=ROWS * 256, slots=ADAPTERS, rank=RANK, quantization=quantization)
+def profile_table(
+    model: str, quantization: str, floors: Floors, repeats: int, shape: StepShape = DECODE
+) -> Table:
+    """Make a table of a step by phase, without and with adapters, with the larger of two floors for each."""
+    adapters = shape.adapters
+    kv_tokens = max(ROWS * 256, PROMPT if shape is LONG_PROMPT else 0)
+    steps = Steps(model, kv_tokens=kv_tokens, slots=adapters, rank=RANK, quantization=quantization)
     native = steps.runner.native
     assert native is not None, "the compiled step does not cover this model"
-    cases = {"base": steps.decode(ROWS, CONTEXT), "adapters": steps.decode(ROWS, CONTEXT, ADAPTERS)}
+    if shape is LONG_PROMPT:
+        cases = {"base": steps.prefill(1, PROMPT), "adapters": steps.prefill(1, PROMPT, adapters)}
+    else:
+        cases = {"base": steps.decode(ROWS, CONTEXT), "adapters": steps.decode(ROWS, CONTEXT, adapters)}
     found: dict[str, list[list[float]]] = {name: [] for name in cases}
     walls: dict[str, list[float]] = {name: [] for name in cases}
     for run in range(repeats + 1):
@@ -81,9 +111,8 @@ def profile_table(model: str, quantization: str, floors: Floors, repeats: int) -
     wall = {name: statistics.median(runs) for name, runs in walls.items()}
 
     element = "int8" if quantization == "int8" else "bfloat16"
-    weights = floor_seconds(steps.spec, floors, element, 1 if quantization.startswith("int8") else 2)
-    title = f"a decode step by phase, {ROWS} sequences after {CONTEXT} tokens, {quantization}; "
-    title += f"{ADAPTERS} adapters of rank {RANK}"
+    weights = floor_seconds(steps.spec, floors, element, 1 if quantization.startswith("int8") else 2, shape)
+    title = f"{shape.name} by phase, {quantization}; {adapters} adapters of rank {RANK}"
     table = new_table(title, "phase", "base, ms", "adapters, ms", "floor, ms", "of it")
     for i, phase in enumerate(PHASES):
         base, adapted = medians["base"][i], medians["adapters"][i]
@@ -98,36 +127,38 @@ def profile_table(model: str, quantization: str, floors: Floors, repeats: int) -
 
 
 def floor_seconds(
-    spec: ModelSpec, floors: Floors, element: str, weight_bytes: int
+    spec: ModelSpec, floors: Floors, element: str, weight_bytes: int, shape: StepShape = DECODE
 ) -> dict[str, tuple[float, str]]:
     """Return for each phase the least time that it can take, and why: reading its data once, or its
     products."""
     least = {}
-    for phase, (read, products, of) in phase_work(spec, element, weight_bytes).items():
+    for phase, (read, products, of) in phase_work(spec, element, weight_bytes, shape).items():
         reading, computing = read / floors.read_bytes, products / floors.products[of]
         least[phase] = (reading, "memory") if reading > computing else (computing, "arithmetic")
     return least
 
 
-def phase_work(spec: ModelSpec, element: str, weight_bytes: int) -> dict[str, tuple[float, float, str]]:
+def phase_work(
+    spec: ModelSpec, element: str, weight_bytes: int, shape: StepShape = DECODE
+) -> dict[str, tuple[float, float, str]]:
     """Return for each phase: bytes read, number of products, and the type that is multiplied."""
 
-    def linear(n_in: int, n_out: int, times: int) -> tuple[float, float, str]:
+    def linear(n_in: int, n_out: int, times: int, rows: int = shape.tokens) -> tuple[float, float, str]:
         size = n_in * n_out * times
-        return size * weight_bytes, size * ROWS, element
+        return size * weight_bytes, size * rows, element
 
     layers, hidden, inner = spec.num_layers, spec.hidden_size, spec.intermediate_size
     lora = [spec.linear(module) for module in LORA_MODULES]
     a, b = (layers * RANK * sum(shape[side] for shape in lora) for side in (0, 1))
-    cells = ROWS * CONTEXT * layers * spec.kv_size
+    each = layers * spec.kv_size
     group = spec.num_heads // spec.num_kv_heads
     return {
         "qkv": linear(hidden, spec.q_size + 2 * spec.kv_size, layers),
-        "attention": (2 * cells * 2, 2 * cells * group, "bfloat16"),
+        "attention": (2 * shape.cells * each * 2, 2 * shape.pairs * each * group, "bfloat16"),
         "o": linear(spec.q_size, hidden, layers),
         "gate_up": linear(hidden, 2 * inner, layers),
         "down": linear(inner, hidden, layers),
-        "head": linear(hidden, spec.vocab_size, 1),
-        "shrink": (a * ADAPTERS * 2, a * ROWS, "bfloat16"),
-        "expand": (b * ADAPTERS * 2, b * ROWS, "bfloat16"),
+        "head": linear(hidden, spec.vocab_size, 1, shape.sampled),
+        "shrink": (a * shape.adapters * 2, a * shape.tokens, "bfloat16"),
+        "expand": (b * shape.adapters * 2, b * shape.tokens, "bfloat16"),
     }
