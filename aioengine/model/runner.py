@@ -435,8 +435,9 @@ def _processors(backend: str, bind: Literal["auto"] | bool, shard: Shard) -> Seq
     elif bind is not True:
         return ()
     raise ConfigError(
-        "bind_threads=True: only threads of the compiled CPU step can be bound, on Linux, if each of them can "
-        "have a core of its own (docs/performance.md); set OMP_NUM_THREADS to fewer, or bind_threads='auto'"
+        "bind_threads=True: only threads of the compiled CPU step can be bound, on Linux, if each of them "
+        "can have a core of its own (docs/performance.md); set OMP_NUM_THREADS to fewer, or "
+        "bind_threads='auto'"
     )
 
 

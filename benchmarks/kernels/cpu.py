@@ -132,12 +132,13 @@ TABLES: dict[str, Callable[[argparse.Namespace, str], Table]] = {
 
 def main() -> None:
     parser = arguments(__doc__)
-    parser.add_argument("tables", nargs="*", choices=[[], "profile", "prompt", *TABLES, "engine", "start"], default=[])
+    known = ["profile", "prompt", *TABLES, "engine", "start"]
+    parser.add_argument("tables", nargs="*", choices=[[], *known], default=[])
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--quantization", nargs="+", default=["none", "int8"], metavar="Q")
     parser.add_argument("--repeats", type=int, default=7)
     args = parser.parse_args()
-    wanted = args.tables or ["profile", "prompt", *TABLES, "engine", "start"]
+    wanted = args.tables or known
 
     out = console()
     out.print(f"{cpu_name()}, {torch.get_num_threads()} threads, torch {torch.__version__}\n")

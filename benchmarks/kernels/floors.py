@@ -40,9 +40,7 @@ DECODE = StepShape(
     f"a decode step of {ROWS} sequences after {CONTEXT} tokens",
     *(ROWS, ROWS, ROWS * CONTEXT, ROWS * CONTEXT, ADAPTERS),
 )
-LONG_PROMPT = StepShape(
-    f"a prompt of {PROMPT:,} tokens", *(PROMPT, 1, PROMPT, PROMPT * (PROMPT + 1) // 2, 1)
-)
+LONG_PROMPT = StepShape(f"a prompt of {PROMPT:,} tokens", *(PROMPT, 1, PROMPT, PROMPT * (PROMPT + 1) // 2, 1))
 
 
 class Floors(NamedTuple):

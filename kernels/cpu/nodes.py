@@ -1,8 +1,8 @@
 """The processors that the threads of a step are bound to, on a machine with several NUMA nodes.
 
-There a core reads the memory of its own node faster than that of others, and the system puts a page on the node
-of the thread that writes to it first. So each thread stays on one core, and writes first to the weights that
-it reads in steps (:func:`touch`). Pages are not moved afterwards: containers may not do that.
+There a core reads the memory of its own node faster than that of others, and the system puts a page on the
+node of the thread that writes to it first. So each thread stays on one core, and writes first to the weights
+that it reads in steps (:func:`touch`). Pages are not moved afterwards: containers may not do that.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Threads that are bound to processors: which ones, on machines made of files, and that nothing else changes."""
+"""Threads that are bound to processors: which ones, on machines made of files; and nothing else changes."""
 
 from __future__ import annotations
 
@@ -47,9 +47,7 @@ def write(path: Path, text: str) -> None:
 def build_machine(root: Path, machine: dict[int, list[list[int]]]) -> None:
     """Write the files of a machine: for each node the processors of each of its cores."""
     for node, found in machine.items():
-        write(
-            root / f"sys/devices/system/node/node{node}/cpulist", listed(n for core in found for n in core)
-        )
+        write(root / f"sys/devices/system/node/node{node}/cpulist", listed(n for core in found for n in core))
         for core in found:
             for number in core:
                 path = root / f"sys/devices/system/cpu/cpu{number}/topology/thread_siblings_list"
@@ -88,7 +86,9 @@ def test_threads_are_spread_over_the_nodes(seed: int) -> None:
     rng = random.Random(seed)
     numbers = list(range(100))
     rng.shuffle(numbers)
-    machine = [sorted(numbers.pop() for _ in range(rng.choice([1, 4, 6]))) for _ in range(rng.choice([1, 2, 4]))]
+    machine = [
+        sorted(numbers.pop() for _ in range(rng.choice([1, 4, 6]))) for _ in range(rng.choice([1, 2, 4]))
+    ]
     total, ranks = sum(map(len, machine)), rng.choice([1, 1, 2, 3])
     count = rng.randrange(1, total + 2)
     of_ranks = [spread(machine, count, rank, ranks) for rank in range(ranks)]
