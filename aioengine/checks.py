@@ -121,7 +121,7 @@ def nearest(value: object, allowed: Collection[Any]) -> str:
 def read_toml(path: str | Path) -> dict[str, Any]:
     """Read a configuration file. Raises ConfigError if it cannot be read or is not TOML."""
     try:
-        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        return tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise ConfigError(f"cannot read configuration file {path}: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:

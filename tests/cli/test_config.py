@@ -60,20 +60,36 @@ def test_flags_go_before_variables_and_those_before_the_file(
     assert shown(capsys)["server"]["port"] == 2345  # type: ignore[index]
 
 
-@pytest.mark.parametrize(
-    "flag", sorted(SERVER_FIELDS | {"max_num_seqs", "max_loras", "replicas", "log_level"})
-)
-def test_a_mistyped_variable_is_named(
-    flag: str, file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+def test_mistyped_variables_are_named(
+    file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It has no effect, and nothing else would say so."""
-    name = f"AIOENGINE_{flag.upper()}"
-    monkeypatch.setenv(f"{name}X", "1")
+    """They have no effect, and nothing else would say so."""
+    names = [
+        f"AIOENGINE_{flag.upper()}" for flag in (*SERVER_FIELDS, "max_num_seqs", "max_loras", "replicas")
+    ]
+    for name in names:
+        monkeypatch.setenv(f"{name}X", "1")
     monkeypatch.setenv("AIOENGINE_KERNELS", "torch")
     assert main(["config", "check", "--config", str(file)]) == 0
     said = capsys.readouterr().err
-    assert f"{name}X: no flag has this variable (did you mean '{name}'?)" in said
+    for name in names:
+        assert f"{name}X: no flag has this variable (did you mean '{name}'?)" in said
     assert "AIOENGINE_KERNELS" not in said
+
+
+def test_a_variable_that_kubernetes_makes_of_a_service_is_explained(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AIOENGINE_PORT", "tcp://10.0.0.1:80")
+    assert main(["serve"]) == 2
+    assert "enableServiceLinks: false" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("change", ["\ufeff{}", "{}"], ids=["byte order mark", "line ends"])
+def test_files_of_other_editors_are_read(change: str, file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = change.format(file.read_text().replace("\n", "\r\n"))
+    file.write_bytes(text.encode())
+    assert shown(capsys, "--config", str(file))["max_num_seqs"] == 3
 
 
 def test_keys_are_not_shown(file: Path, capsys: pytest.CaptureFixture[str]) -> None:

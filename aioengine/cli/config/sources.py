@@ -15,6 +15,7 @@ from cyclopts.config import Dict, Env
 
 from aioengine.checks import nearest
 from aioengine.cli.config.file import server_table
+from aioengine.errors import ConfigError
 from aioengine.server.table import refuse_unknown_fields
 
 PREFIX = "AIOENGINE_"
@@ -33,6 +34,7 @@ _NO_FLAGS = {
     )
 }
 """Variables that are read elsewhere: keys, and how kernels are chosen and built."""
+_SERVICE_LINKS = ("tcp://", "udp://", "sctp://")
 
 unknown_variables: list[str] = []
 """What to tell about variables with the prefix that nobody reads; known once the flags are parsed."""
@@ -42,6 +44,11 @@ class _Variables(Env):
     """The environment as a source of flags. A mistyped variable would have no effect without a word."""
 
     def __call__(self, app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
+        if (port := os.environ.get(f"{PREFIX}PORT", "")).startswith(_SERVICE_LINKS):
+            raise ConfigError(
+                f"{PREFIX}PORT={port!r}: Kubernetes makes this variable of a Service called 'aioengine'; set "
+                "enableServiceLinks: false in the pod, or call the Service otherwise"
+            )
         super().__call__(app, commands, arguments)
         known = {_variable(name) for argument in arguments for name in argument.names} | _NO_FLAGS
         given = sorted(name for name in os.environ if name.startswith(self.prefix))
