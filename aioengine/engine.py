@@ -19,7 +19,7 @@ from aioengine.adapters.resolvers.base import AdapterResolver
 from aioengine.config import EngineConfig
 from aioengine.core import Core
 from aioengine.errors import AdapterInvalid, ConfigError, EngineDead, EngineStopped
-from aioengine.events import Event
+from aioengine.events import EngineRestarted, Event, FirstToken, RequestEnded
 from aioengine.info import (
     AdapterInfo,
     EngineInfo,
@@ -212,7 +212,7 @@ class AsyncEngine:
         )
         self.build = assemble.build_labels(self._info)
         """Labels of the metric ``aioengine_build_info``, which say what runs here."""
-        self._event_streams = EventStreams()
+        self._event_streams, self._streams_listen = EventStreams(), False
         self._metrics: EngineMetrics = EngineMetrics(
             max_adapter_labels=self.config.max_adapter_labels,
             snapshot=self.stats,
@@ -224,11 +224,11 @@ class AsyncEngine:
             state=lambda: "degraded" if self.degraded else self.state,
             build=self.build,
         )
-        self._stepper.listeners += [self._counters, self._event_streams]
+        self._stepper.listen(self._counters, *self._counters.COUNTED)
         if self._prefixes is not None:
-            self._stepper.listeners.append(self._prefixes.handle)
+            self._stepper.listen(self._prefixes.handle, EngineRestarted, FirstToken, RequestEnded)
         if built.metrics:
-            self._stepper.listeners.append(self._metrics.handle)
+            self._stepper.listen(self._metrics.handle)
         self._stepper.start()
         self._state = "running"
 
@@ -735,15 +735,14 @@ class AsyncEngine:
         self._check_started()
         return SlotTable(version=self._counters.residency, slots=slot_infos(self._core))
 
-    def add_listener(self, listener: Callable[[Event], None]) -> Callable[[], None]:
-        """Deliver every event to ``listener``, on the loop; returns a function that removes it.
+    def add_listener(self, listener: Callable[[Event], None], *types: type[Event]) -> Callable[[], None]:
+        """Deliver every event to ``listener``, or those of the given types, on the loop; returns a function
+        that removes it.
 
         A listener must be quick. Its exceptions are logged and ignored.
         """
         self._check_started()
-        listeners = self._stepper.listeners
-        listeners.append(listener)
-        return lambda: listeners.remove(listener)
+        return self._stepper.listen(listener, *types)
 
     def events(self, *types: type[E], buffer: int = BUFFER) -> EventStream[E]:
         """Return an async iterator over the events from now on; over all, or those of the given types.
@@ -756,7 +755,11 @@ class AsyncEngine:
         :class:`~aioengine.events.EventsLost` in their place. The iterator ends when the engine has stopped.
         """
         self._check_started()
-        return self._event_streams.open(types, buffer)
+        stream = self._event_streams.open(types, buffer)
+        if not self._streams_listen:
+            self._streams_listen = True
+            self._stepper.listen(self._event_streams)
+        return stream
 
     @property
     def metrics(self) -> EngineMetrics:

@@ -268,6 +268,22 @@ class StepFinished(Event, frozen=True, kw_only=True, gc=False):
     """Times between its tokens and the previous ones; first tokens are left out."""
 
 
+class StepsFinished(Event, frozen=True, kw_only=True, gc=False):
+    """End of a step, or of several in a row with the same contents. Only listeners that name this type get
+    it; it takes the place of their :class:`StepFinished`."""
+
+    first: int
+    """Number of the first of them."""
+    seconds: tuple[float, ...]
+    """Seconds that the device took for each."""
+    sequences: int
+    adapters: int
+    prefill_tokens: int
+    decode_tokens: int
+    slots: tuple[int, ...]
+    merged: bool = False
+
+
 class EventsLost(Event, frozen=True, kw_only=True, gc=False):
     """Gap in an event stream: its reader fell behind and lost ``count`` events before the next one."""
 

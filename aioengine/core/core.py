@@ -11,8 +11,7 @@ work.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from math import inf, nextafter
 from typing import NamedTuple
 
@@ -205,23 +204,24 @@ class Core:
 
         Raises EngineOverloaded if there is none.
         """
-        with self._refusals(tenant, adapter, now):
+        try:
             return self.room.enter(tenant, adapter, now, tokens)
+        except EngineOverloaded as error:
+            self._refused(error, tenant, adapter, now)
+            raise
 
     def weigh(self, ticket: Ticket, tokens: int, now: float) -> None:
         """Count the tokens of a prompt whose place was reserved. Raises EngineOverloaded if they are too
         many."""
-        with self._refusals(ticket.tenant, ticket.adapter, now):
-            self.room.weigh(ticket, tokens, now)
-
-    @contextmanager
-    def _refusals(self, tenant: str | None, adapter: str | None, now: float) -> Iterator[None]:
         try:
-            yield
+            self.room.weigh(ticket, tokens, now)
         except EngineOverloaded as error:
-            bound = "server" if error.bound is None else error.bound
-            self._emit(events.RequestRefused(time=now, adapter=adapter, tenant=tenant, bound=bound))
+            self._refused(error, ticket.tenant, ticket.adapter, now)
             raise
+
+    def _refused(self, error: EngineOverloaded, tenant: str | None, adapter: str | None, now: float) -> None:
+        bound = "server" if error.bound is None else error.bound
+        self._emit(events.RequestRefused(time=now, adapter=adapter, tenant=tenant, bound=bound))
 
     def add_request(
         self,
@@ -667,6 +667,10 @@ class Core:
             self._begin(batch.sequences)
             self.step += again - 1
         return found
+
+    def counts_intervals(self, wanted: bool) -> None:
+        """Set whether ``step_finished`` and ``steps_finished`` return the intervals; at first they do."""
+        self._results.counts_intervals = wanted
 
     def learn(self, batch: StepBatch, seconds: float) -> None:
         """Learn from a step's time; ``step_finished`` does it too."""

@@ -16,6 +16,16 @@ class ReplicaReporter:
     """An event listener that reports the engine's state at any time. Its cost grows with the number of
     running requests, not with the number of waiting ones."""
 
+    HEARD = (
+        events.RequestAdded,
+        events.RequestAdmitted,
+        events.RequestEnded,
+        events.RequestPreempted,
+        events.StepsFinished,
+        events.AdapterEvent,
+        events.EngineRestarted,
+    )
+
     def __init__(self, core: Core) -> None:
         self._core = core
         self._waiting: dict[str, int] = {}
@@ -59,9 +69,10 @@ class ReplicaReporter:
                 request = self._core.requests.get(event.request_id)
                 if request is not None:
                     self._wait(event.request_id, request.remaining)
-            case events.StepFinished():
+            case events.StepsFinished():
                 if event.prefill_tokens > event.decode_tokens:
-                    self._speed.add(event.seconds, event.prefill_tokens + event.decode_tokens)
+                    for seconds in event.seconds:
+                        self._speed.add(seconds, event.prefill_tokens + event.decode_tokens)
             case events.AdapterLoaded():
                 self._load_seconds = _average(self._load_seconds, event.seconds)
                 self.version += 1

@@ -68,6 +68,8 @@ class StepResults:
         self._end = end
         self._emit = emit
         self._note = note
+        self.counts_intervals = True
+        """Whether anybody wants the times between tokens; otherwise none are returned."""
 
     def take(
         self, requests: Sequence[Request], batch: StepBatch, result: StepResult, now: float
@@ -112,11 +114,15 @@ class StepResults:
                 elif len(tokens) >= request.most_tokens:
                     finish = "length"
                 sink = request.sink
-                if sink is not None and sink.push(sampled, now, is_stop=finish == "stop"):
+                if (
+                    sink is not None
+                    and (finish is not None or not sink.takes_many)
+                    and sink.push(sampled, now, is_stop=finish == "stop")
+                ):
                     finish = "stop"
                 if finish is not None:
                     self._end(request, finish, now)
-        return _intervals(Counter(before), now)
+        return _intervals(Counter(before), now) if self.counts_intervals else ()
 
     def steady_steps(self, requests: Sequence[Request], batch: StepBatch) -> int:
         """Return how many steps like ``batch``, it included, these requests are certain to decode in: none
@@ -201,6 +207,8 @@ class StepResults:
         if caching:
             for request in requests:
                 self._advance(request, count - advanced.get(request.seq, 0))
+        if not self.counts_intervals:
+            return [()] * count
         intervals = [_intervals(Counter(befores), first)]
         tokens = Counter(adapter for adapter, _ in befores)
         labels = [None if entry is None else entry.label for entry in tokens]

@@ -1,21 +1,99 @@
-"""Streams of events, for callers that prefer an async iterator to a callback."""
+"""Listeners of events, and streams for callers that prefer an async iterator to a callback."""
 
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections import deque
-from collections.abc import Callable
-from typing import Any, Generic, Self, TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any, Generic, Protocol, Self, TypeVar
 from weakref import WeakSet
 
 from aioengine.checks import check_integer
 from aioengine.errors import ConfigError
-from aioengine.events import Event, EventsLost
+from aioengine.events import Event, EventsLost, StepFinished, StepsFinished, TokenInterval
+
+logger = logging.getLogger("aioengine")
 
 E = TypeVar("E", bound=Event)
 
 BUFFER = 10_000
 """Number of events kept for a reader that is behind."""
+
+
+Listener = Callable[[Event], None]
+Took = tuple[float, float, tuple[TokenInterval, ...]]
+"""End of a step, its duration, and the intervals of its tokens."""
+Decided = tuple[float, float]
+"""Seconds that core and policy took, and those of the policy alone."""
+NO_TIME: Decided = (0.0, 0.0)
+
+
+class NoteSteps(Protocol):
+    """Reports steps in a row, from number ``first`` on, which all have these fields of
+    :class:`~aioengine.step.StepContents`."""
+
+    def __call__(
+        self, first: int, contents: dict[str, Any], took: Sequence[Took], decided: Decided = NO_TIME
+    ) -> None: ...
+
+
+class Listeners:
+    """Callbacks for events, each for all of them or for some types, called in the order of their coming."""
+
+    def __init__(self) -> None:
+        self._all: list[tuple[Listener, tuple[type[Event], ...]]] = []
+        self._of: dict[type[Event], tuple[Listener, ...]] = {}
+
+    def add(self, listener: Listener, types: tuple[type[Event], ...]) -> None:
+        self._all.append((listener, types or (Event,)))
+        self._of = {}
+
+    def remove(self, listener: Listener) -> None:
+        """Remove a listener, if it is there."""
+        self._all = [item for item in self._all if item[0] != listener]
+        self._of = {}
+
+    def of(self, kind: type[Event]) -> tuple[Listener, ...]:
+        """Return the listeners that want events of this type."""
+        found = self._of.get(kind)
+        if found is None:
+            found = self._of[kind] = tuple(
+                listener
+                for listener, types in self._all
+                if kind in types or (kind is not StepsFinished and issubclass(kind, types))
+            )
+        return found
+
+    def of_steps(
+        self, first: int, contents: dict[str, Any], took: Sequence[Took], decided: Decided
+    ) -> list[Event]:
+        """Return the events for listeners about steps, with the arguments of :class:`NoteSteps`."""
+        found: list[Event] = []
+        if self.of(StepFinished):
+            found += [
+                StepFinished(
+                    time=end,
+                    step=step,
+                    seconds=seconds,
+                    schedule_seconds=decided[0],
+                    policy_seconds=decided[1],
+                    intervals=intervals,
+                    **contents,
+                )
+                for step, (end, seconds, intervals) in enumerate(took, first)
+            ]
+        if self.of(StepsFinished):
+            each = tuple([seconds for _, seconds, _ in took])
+            found.append(StepsFinished(time=took[-1][0], first=first, seconds=each, **contents))
+        return found
+
+    def __call__(self, event: Event) -> None:
+        for listener in self.of(type(event)):
+            try:
+                listener(event)
+            except Exception:
+                logger.exception("an event listener failed on %s", type(event).__name__)
 
 
 class EventStream(Generic[E]):
@@ -87,7 +165,7 @@ class EventStreams:
     def __init__(self) -> None:
         # Weak references, so that a stream that its reader has dropped is freed, closed or not.
         self._streams: WeakSet[EventStream[Any]] = WeakSet()
-        self._ended = self._was_used = False
+        self._ended = False
 
     def __len__(self) -> int:
         return len(self._streams)
@@ -102,14 +180,11 @@ class EventStreams:
         wanted: tuple[Any, ...] = types or (Event,)
         stream: EventStream[E] = EventStream(wanted, buffer, self._streams.discard)
         self._streams.add(stream)
-        self._was_used = True
         if self._ended:
             stream.end()
         return stream
 
     def __call__(self, event: Event) -> None:
-        if not self._was_used:  # iterating over an empty WeakSet takes longer than this check
-            return
         for stream in self._streams:
             stream.offer(event)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from aioengine import events
@@ -17,6 +17,7 @@ from aioengine.core import Core, DropMove, StopMove
 from aioengine.core.state import Request, Status
 from aioengine.errors import EngineDead, EngineStopped
 from aioengine.executors.base import Device, QueuedStep
+from aioengine.runtime.event_stream import NO_TIME, Decided, Listener, Listeners, NoteSteps, Took
 from aioengine.runtime.transfers import AdapterMoves
 from aioengine.runtime.waits import Waits
 from aioengine.runtime.watches import IdleWatch, LoopLagMeter
@@ -26,19 +27,6 @@ logger = logging.getLogger("aioengine")
 
 POLICY_RETRY_SECONDS = 0.05
 """Pause before a policy is asked again, if it admitted nothing although nothing runs or loads."""
-
-Listener = Callable[[events.Event], None]
-Took = tuple[float, float, tuple[events.TokenInterval, ...]]
-"""End of a step, its duration, and the intervals of its tokens."""
-Decided = tuple[float, float]
-"""Seconds that core and policy took, and those of the policy alone."""
-NO_TIME: Decided = (0.0, 0.0)
-
-
-class NoteStep(Protocol):
-    """Reports a step with these fields of :class:`~aioengine.step.StepContents`."""
-
-    def __call__(self, step: int, contents: dict[str, Any], took: Took, decided: Decided) -> None: ...
 
 
 class Ahead(Protocol):
@@ -62,15 +50,15 @@ class Ahead(Protocol):
         """Take in the steps that have ended by now."""
 
 
-MakeAhead = Callable[[Core, NoteStep, Callable[[], None]], Ahead]
+MakeAhead = Callable[[Core, NoteSteps, Callable[[], None]], Ahead]
 """Makes one; the last argument delivers the events in the core's outbox."""
 
 
 class Stepper:
     """Drives a core with a device.
 
-    ``listeners`` are called for every event, in order. With ``overlap`` the core forms a step while the one
-    before computes, where that is possible; any change to the core takes it back if it has not begun.
+    With ``overlap`` the core forms a step while the one before computes, where that is possible; any change
+    to the core takes it back if it has not begun.
     """
 
     def __init__(
@@ -83,7 +71,7 @@ class Stepper:
         ahead: MakeAhead | None = None,
     ) -> None:
         self.core = core
-        self.listeners: list[Listener] = []
+        self._listeners = Listeners()
         self.dead: EngineDead | None = None
         self._device = device
         self._timer = timer
@@ -91,7 +79,7 @@ class Stepper:
         self._next: tuple[StepBatch, QueuedStep, float] | None = None
         """A step that was given to the device while the one before was in flight, and the seconds that it
         took to form it."""
-        self._ahead = None if ahead is None else ahead(core, self._note_step, self.publish)
+        self._ahead = None if ahead is None else ahead(core, self._note_steps, self.publish)
         """None: time goes on while the loop is busy."""
         self._moves = AdapterMoves(core, device, changed=self._moved)
         self._waits = Waits()
@@ -257,21 +245,13 @@ class Stepper:
     def _finished(self, batch: StepBatch, result: StepResult, decided: Decided) -> None:
         now = asyncio.get_running_loop().time()
         took = now, result.seconds, self.core.step_finished(batch, result, now)
-        self._note_step(batch.step, batch.contents()._asdict(), took, decided)
+        self._note_steps(batch.step, batch.contents()._asdict(), [took], decided)
         self.publish()
 
-    def _note_step(self, step: int, contents: dict[str, Any], took: Took, decided: Decided) -> None:
-        self.core.outbox.append(
-            events.StepFinished(
-                time=took[0],
-                step=step,
-                seconds=took[1],
-                schedule_seconds=decided[0],
-                policy_seconds=decided[1],
-                intervals=took[2],
-                **contents,
-            )
-        )
+    def _note_steps(
+        self, first: int, contents: dict[str, Any], took: Sequence[Took], decided: Decided = NO_TIME
+    ) -> None:
+        self.core.outbox += self._listeners.of_steps(first, contents, took, decided)
 
     async def _sleep(self, loop: asyncio.AbstractEventLoop) -> None:
         """Sleep until something happens or is due."""
@@ -366,15 +346,26 @@ class Stepper:
             for event in batch:
                 self._deliver(event)
 
+    def listen(self, listener: Listener, *types: type[events.Event]) -> Callable[[], None]:
+        """Call ``listener`` for every event, or for those of these types; returns a function that ends it."""
+        self._listeners.add(listener, types)
+        self._look_at_listeners()
+
+        def end() -> None:
+            self._listeners.remove(listener)
+            self._look_at_listeners()
+
+        return end
+
+    def _look_at_listeners(self) -> None:
+        self.core.counts_intervals(bool(self._listeners.of(events.StepFinished)))
+
     def _deliver(self, event: events.Event) -> None:
-        if type(event) is not events.StepFinished:  # by far the most
+        kind = type(event)
+        if kind is not events.StepFinished and kind is not events.StepsFinished:  # by far the most
             self._look_at(event)
             self._waits.heard(event)
-        for listener in tuple(self.listeners):
-            try:
-                listener(event)
-            except Exception:
-                logger.exception("an event listener failed on %s", type(event).__name__)
+        self._listeners(event)
 
     def _look_at(self, event: events.Event) -> None:
         if isinstance(event, events.RequestEnded):

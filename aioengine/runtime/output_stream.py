@@ -86,6 +86,8 @@ class OutputStream:
         self._error: Exception | None = None
         self._read_at_end = False
         """Whether its reader waits for the end."""
+        self.takes_many = False
+        """Whether nobody looks at it before its end, and tokens change nothing but ``request.tokens``."""
         self._ready = asyncio.Event()
         self._ended = asyncio.Event()
 
@@ -99,14 +101,16 @@ class OutputStream:
             self._replayed -= 1
             self._tokens_seen += 1
             self._text_seen = len(self._text.text)
+            self._look()
         elif not self._read_at_end:
             self._ready.set()
         return stopped
 
-    @property
-    def takes_many(self) -> bool:
-        """Whether nobody looks at it before its end, and tokens change nothing but ``request.tokens``."""
-        return self._read_at_end and self._text.is_empty and self._logprobs is None and not self._replayed
+    def _look(self) -> None:
+        """Find out whether it ``takes_many``, after a change."""
+        self.takes_many = (
+            self._read_at_end and self._text.is_empty and self._logprobs is None and not self._replayed
+        )
 
     def end(self, reason: EndReason, error: Exception | None) -> None:
         """End the stream, with the fields of :class:`~aioengine.events.RequestEnded`."""
@@ -122,6 +126,7 @@ class OutputStream:
     async def last(self) -> RequestOutput:
         """Wait for the end without waking up for each token. Raises as :meth:`next` does."""
         self._read_at_end = True
+        self._look()
         await self._ended.wait()
         return await self.next()
 

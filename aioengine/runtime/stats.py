@@ -15,6 +15,14 @@ from aioengine.schedulers.policy import Location
 class Counters:
     """An event listener that counts; ``snapshot`` adds the core's state to the counts."""
 
+    COUNTED = (
+        events.RequestAdded,
+        events.RequestAdmitted,
+        events.RequestEnded,
+        events.AdapterEvent,
+        events.EngineRestarted,
+    )
+
     def __init__(self) -> None:
         self._n: Counter[str] = Counter()
         self.residency = 0
@@ -23,8 +31,6 @@ class Counters:
         """Value of the field of :class:`EngineStats`."""
 
     def __call__(self, event: events.Event) -> None:
-        if type(event) is events.StepFinished:  # by far the most
-            return
         n = self._n
         match event:
             case events.RequestAdded(adapter=str()):

@@ -372,7 +372,7 @@ class FleetClient:
         """Return the sums over all replicas; the slots are listed replica by replica."""
         return self.members.stats()
 
-    def add_listener(self, listener: Callable[[Event], None]) -> Callable[[], None]:
+    def add_listener(self, listener: Callable[[Event], None], *types: type[Event]) -> Callable[[], None]:
         """Accept a listener that gets no events, because replicas send none: read :meth:`stats` and
         :meth:`adapters`."""
         return lambda: None

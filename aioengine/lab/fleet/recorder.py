@@ -8,7 +8,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Mapping
 
-from aioengine.events import Event
+from aioengine.lab.runs.policy_record import PolicyWatch
 from aioengine.lab.runs.recorder import Recorder, due
 from aioengine.lab.runs.rows import Move, RequestRecord, Sample, Sink, SlotSpan, refused_request
 from aioengine.lab.simulation.engine import SimulatedEngine
@@ -28,7 +28,7 @@ class FleetRecorder:
         slots: int,
         delay: float,
         objective: Objective | None = None,
-        listener: Callable[[Event], None] | None = None,
+        listener: PolicyWatch | None = None,
     ) -> None:
         self.ended = 0
         self._sink = sink
@@ -50,9 +50,9 @@ class FleetRecorder:
         sink = _ReplicaSink(self, self._slots * index)
         recorder = Recorder(engine, sink, start=self._start, ranks=self._ranks, objective=self._objective)
         self._recorders[index] = recorder
-        remove = engine.add_listener(recorder)
+        remove = engine.add_listener(recorder, *recorder.heard)
         if self._listener is not None:
-            engine.add_listener(self._listener)
+            engine.add_listener(self._listener, *self._listener.HEARD)
 
         def unwatch() -> None:
             remove()

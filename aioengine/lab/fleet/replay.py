@@ -7,12 +7,12 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from aioengine.errors import AioEngineError
-from aioengine.events import Event
 from aioengine.lab.fleet.conditions import Conditions
 from aioengine.lab.fleet.door import SimulatedFleet
 from aioengine.lab.fleet.recorder import FleetRecorder
 from aioengine.lab.fleet.scaling import Scaled
 from aioengine.lab.runs.open_loop import OpenLoop, Progress, Replayed
+from aioengine.lab.runs.policy_record import PolicyWatch
 from aioengine.lab.runs.rows import Sink
 from aioengine.lab.simulation.engine import SimulatedEngine
 from aioengine.lab.workload.prompts import SimulatedRequests
@@ -52,7 +52,7 @@ async def replay_on_fleet(
     progress: Progress | None = None,
     total: int | None = None,
     look: Callable[[SimulatedFleet], Any] = lambda fleet: None,
-    listener: Callable[[Event], None] | None = None,
+    listener: PolicyWatch | None = None,
 ) -> FleetReplayed:
     """Start a fleet, send every request at its time, wait for all of them, and stop the fleet.
 

@@ -74,8 +74,8 @@ class SimulatedReplica:
         self._quiet = 0
         often = conditions.silent_after / 4 / conditions.report_seconds
         self._most_quiet = max(min(IDLE_REPORTS, int(often)), 1)
-        engine.add_listener(self._reporter)
-        engine.add_listener(self._on_event)
+        engine.add_listener(self._reporter, *self._reporter.HEARD)
+        engine.add_listener(self._on_event, events.FirstToken)
         self._tasks: set[asyncio.Task[None]] = set()
         self._reporting = self._spawn(self._report_always(), "report")
 

@@ -30,6 +30,8 @@ class PolicyRecord(NamedTuple):
 class PolicyWatch:
     """Listener that counts where another policy decided."""
 
+    HEARD = (events.StepsFinished, events.PolicyFailed, events.PolicyOverran, events.PolicyReplaced)
+
     def __init__(self) -> None:
         self._steps = self._fallback = self._failures = 0
         self._is_replaced = False
@@ -37,9 +39,9 @@ class PolicyWatch:
         self._traceback: str | None = None
 
     def __call__(self, event: events.Event) -> None:
-        if isinstance(event, events.StepFinished):
-            self._steps += 1
-            self._fallback += self._is_replaced
+        if isinstance(event, events.StepsFinished):
+            self._steps += len(event.seconds)
+            self._fallback += len(event.seconds) * self._is_replaced
         elif isinstance(event, events.PolicyFailed):
             self._failures += 1
             self._fallback += event.call == "schedule"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -94,8 +94,13 @@ class Recorder:
             events.AdapterPlaced: self._placed,
             events.AdapterEvicted: self._evicted,
             events.AdapterFailed: self._failed,
-            events.StepFinished: self._step,
+            events.StepsFinished: self._steps,
         }
+
+    @property
+    def heard(self) -> Collection[type[events.Event]]:
+        """Returns the types of events that it listens to."""
+        return self._on.keys()
 
     @property
     def under_way(self) -> bool:
@@ -103,9 +108,7 @@ class Recorder:
         return bool(self._requests)
 
     def __call__(self, event: events.Event) -> None:
-        handle = self._on.get(type(event))
-        if handle is not None:
-            handle(event)
+        self._on[type(event)](event)
 
     # Requests
 
@@ -248,17 +251,19 @@ class Recorder:
 
     # Steps
 
-    def _step(self, event: events.StepFinished) -> None:
+    def _steps(self, event: events.StepsFinished) -> None:
+        count = len(event.seconds)
         self.last_progress = event.time
-        self.since_token = 0 if event.decode_tokens else self.since_token + 1
+        self.since_token = 0 if event.decode_tokens else self.since_token + count
         totals, spans = self._totals, self._spans
-        totals.steps += 1
-        totals.seconds += event.seconds
-        totals.prefill_tokens += event.prefill_tokens
-        totals.decode_tokens += event.decode_tokens
-        totals.adapters += event.adapters
+        totals.steps += count
+        for seconds in event.seconds:
+            totals.seconds += seconds
+        totals.prefill_tokens += count * event.prefill_tokens
+        totals.decode_tokens += count * event.decode_tokens
+        totals.adapters += count * event.adapters
         for slot in event.slots:
-            spans[slot].busy_steps += 1
+            spans[slot].busy_steps += count
 
     def sample(self, now: float) -> None:
         """Record the interval since the last sample."""

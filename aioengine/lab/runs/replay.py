@@ -84,7 +84,7 @@ class _Replay(OpenLoop):
             self._requests = LiveRequests(engine.model_spec, seed)
 
     async def run(self) -> Replayed:
-        remove = self._engine.add_listener(self._recorder)
+        remove = self._engine.add_listener(self._recorder, *self._recorder.heard)
         try:
             await self.send_all()
         finally:

@@ -140,7 +140,7 @@ async def simulate(
     policy = lab_policy(spec, workload, start=asyncio.get_running_loop().time())
     async with SimulatedEngine(experiment.engine_config(), costs, policy, metrics=False) as engine:
         if watch is not None:
-            engine.add_listener(watch)
+            engine.add_listener(watch, *watch.HEARD)
         replayed = await replay(
             engine,
             workload,
@@ -163,6 +163,8 @@ async def _simulate_fleet(
     watch: PolicyWatch | None,
 ) -> tuple[Replayed, dict[str, Any]]:
     assert experiment.replicas is not None
+    router, placement, start_seconds = experiment.router, experiment.placement, experiment.start_seconds
+    assert router is not None and placement is not None and start_seconds is not None
     start = asyncio.get_running_loop().time()
     config = experiment.engine_config()
     plan = costs.plan(config)
@@ -176,12 +178,12 @@ async def _simulate_fleet(
         sink,
         replicas=experiment.replicas,
         make_engine=make_engine,
-        router=load_router(experiment.router),
-        placement=load_placement(experiment.placement),
+        router=load_router(router),
+        placement=load_placement(placement),
         autoscale=None if experiment.autoscale is None else load_autoscaler(experiment.autoscale),
         conditions=Conditions(
-            start_seconds=experiment.start_seconds,
-            report_delay=experiment.report_delay,
+            start_seconds=start_seconds,
+            report_delay=experiment.report_delay or 0.0,
             faults=parse_faults(experiment.faults or "", experiment.replicas),
         ),
         listener=watch,
@@ -191,8 +193,8 @@ async def _simulate_fleet(
     )
     fleet = {
         "replicas": experiment.replicas,
-        "router": experiment.router,
-        "placement": experiment.placement,
+        "router": router,
+        "placement": placement,
         "requests_by_replica": found.requests_by_replica,
         "migrations": found.migrations,
         "rejected": found.rejected,

@@ -11,7 +11,8 @@ from aioengine.core import Core
 from aioengine.lab.simulation.clock import VirtualTimeLoop
 from aioengine.lab.simulation.device import SimulatedDevice
 from aioengine.lab.simulation.repeated import Repeated, RepeatedSteps
-from aioengine.runtime.loop import NO_TIME, Ahead, Decided, NoteStep
+from aioengine.runtime.event_stream import NO_TIME, Decided, NoteSteps
+from aioengine.runtime.loop import Ahead
 from aioengine.step import StepBatch, StepResult
 
 SETTLING = 4
@@ -32,12 +33,12 @@ class StepsAhead(Ahead):
     any other one at once if nothing else is due before its end.
 
     Args:
-        note: Reports a step that has ended.
+        note: Reports steps that have ended.
         publish: Delivers what was reported.
     """
 
     def __init__(
-        self, device: SimulatedDevice, core: Core, note: NoteStep, publish: Callable[[], None]
+        self, device: SimulatedDevice, core: Core, note: NoteSteps, publish: Callable[[], None]
     ) -> None:
         self._device = device
         self._core = core
@@ -104,8 +105,7 @@ class StepsAhead(Ahead):
     def _take(self, batch: StepBatch, contents: dict[str, Any], steps: Repeated, goes_on: bool) -> None:
         first = self._core.step
         found = self._core.steps_finished(batch, steps.token, steps.ends, goes_on=goes_on)
-        for index, took in enumerate(zip(steps.ends, steps.seconds, found, strict=True)):
-            self._note(first + index, contents, took, NO_TIME)
+        self._note(first, contents, list(zip(steps.ends, steps.seconds, found, strict=True)))
         self._publish()
 
     def _finished(
@@ -113,5 +113,5 @@ class StepsAhead(Ahead):
     ) -> None:
         now = asyncio.get_running_loop().time()
         took = now, result.seconds, self._core.step_finished(batch, result, now)
-        self._note(batch.step, contents, took, decided)
+        self._note(batch.step, contents, [took], decided)
         self._publish()
