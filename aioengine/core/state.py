@@ -283,13 +283,7 @@ class Request:
         """Number of ``blocks``, from the first on, that the prefix cache knows."""
         self.cached_tokens = 0
         """Prompt tokens found in the prefix cache when it was first admitted."""
-        self.pins = sorted(
-            (
-                CachePin(tokens=min(pin.tokens, self.prompt_len), seconds=pin.seconds, save=pin.save)
-                for pin in options.cache_pins
-            ),
-            key=lambda pin: -pin.tokens,
-        )
+        self.pins = _pins_within(options.cache_pins, self.prompt_len) if options.cache_pins else []
         """The pins that it asks for and that are not reached yet, the longest prefix first."""
         self.pinned_tokens = 0
         """Prompt tokens whose blocks it has pinned in the prefix cache."""
@@ -441,6 +435,12 @@ class CoreRequestView:
     def expected_tokens(self) -> int:
         expected = self._r.options.expected_tokens
         return max(self._r.params.max_tokens, 1) if expected is None else expected
+
+
+def _pins_within(pins: Sequence[CachePin], length: int) -> list[CachePin]:
+    """Return the pins of a prompt of ``length`` tokens, the longest first."""
+    within = [CachePin(tokens=min(p.tokens, length), seconds=p.seconds, save=p.save) for p in pins]
+    return sorted(within, key=lambda pin: -pin.tokens)
 
 
 def label_of(request: Request) -> str | None:

@@ -32,6 +32,10 @@ class AdapterNames:
     def is_registered(self, name: str) -> bool:
         return name in self._residency.current
 
+    def current(self, adapter: str | Mapping[str, float] | None) -> AdapterEntry | None:
+        """Return the current version of a registered name; None for anything else."""
+        return self._residency.current.get(adapter) if isinstance(adapter, str) else None
+
     def find(self, name: str) -> AdapterEntry:
         """Return the current version. Raises AdapterNotFound."""
         entry = self._residency.current.get(name)
