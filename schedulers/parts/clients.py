@@ -140,11 +140,9 @@ class Clients:
         self._waiting = 0
         self._waiting_for: dict[Adapter, dict[Client, None]] = {}
         self._running_on: dict[Adapter, dict[Client, None]] = {}
-        self.ready: SortedList[Client] = SortedList(key=rank)
-        """Clients with a request that could be admitted: the one with the fewest running requests first, of
-        equal ones (requests may end within a step) the one whose turn is longest ago."""
-        self.cold: SortedList[Client] = SortedList(key=_slot_rank)
-        """Clients that wait for an adapter in no slot, the one with the fewest slots first."""
+        self._ready: SortedList[Client] = SortedList(key=rank)
+        self._cold: SortedList[Client] = SortedList(key=_slot_rank)
+        """The orders of ``ready`` and ``cold``; empty unless there are several clients."""
         self.using_adapters = 0
         """Number of clients that wait for adapters or run on some."""
         self.running_counts: dict[int, int] = {}
@@ -161,6 +159,18 @@ class Clients:
     def several(self) -> bool:
         """Whether more than one client has requests."""
         return len(self.by_name) > 1
+
+    @property
+    def ready(self) -> Sequence[Client]:
+        """Clients with a request that could be admitted: the one with the fewest running requests first, of
+        equal ones (requests may end within a step) the one whose turn is longest ago."""
+        return self._ready if self.several else [client for client in self.by_name.values() if client.open]
+
+    @property
+    def cold(self) -> Sequence[Client]:
+        """Clients that wait for an adapter in no slot, the one with the fewest slots first."""
+        cold: Sequence[Client] = self._cold
+        return cold if self.several else [c for c in self.by_name.values() if c.waits_for_cold]
 
     def of(self, request: RequestView) -> Client:
         """Return the client of a request."""
@@ -188,8 +198,8 @@ class Clients:
             for client in self.waiting_for(adapter):
                 was_cold = client.waits_for_cold
                 client.in_slots += more
-                if was_cold != client.waits_for_cold:
-                    self.cold.remove(client) if was_cold else self.cold.add(client)
+                if self.several and was_cold != client.waits_for_cold:
+                    self._cold.remove(client) if was_cold else self._cold.add(client)
             users = self._take_out(self.users(adapter))
             for client, _, _ in users:
                 client.held += more
@@ -209,8 +219,8 @@ class Clients:
             for client in self.waiting_for(adapter):
                 was_ready = client.open > 0
                 client.open += more
-                if was_ready != (client.open > 0):
-                    self.ready.remove(client) if was_ready else self.ready.add(client)
+                if self.several and was_ready != (client.open > 0):
+                    self._ready.remove(client) if was_ready else self._ready.add(client)
 
     def on_event(self, event: PolicyEvent) -> None:
         request = event.request
@@ -257,6 +267,8 @@ class Clients:
             client = self.by_name.get(name)
             if client is None:
                 client = self.by_name[name] = Client(name, self._turns)
+                if len(self.by_name) == 2:
+                    self._add_to_orders(next(iter(self.by_name.values())))
                 _count(self.running_counts, 0, 1)
                 self._hold_list(client, 0, 1)
             entry = Waiting(request.arrival, self._count, request)
@@ -292,6 +304,9 @@ class Clients:
             del self.by_name[client.name]
             _count(self.running_counts, 0, -1)
             self._hold_list(client, client.held, -1)
+            if len(self.by_name) == 1:
+                self._ready.clear()
+                self._cold.clear()
 
     def _hold(self, adapter: Adapter, client: Client, more: int) -> None:
         """Update the count of ``adapter``'s slot for the users that an event of ``client`` may concern."""
@@ -337,21 +352,21 @@ class Clients:
         """Take these clients out of the sorted orders before they change. Pass the result to
         :meth:`_put_back`."""
         moving = [(client, len(client.running), client.held) for client in dict.fromkeys(clients)]
+        several = self.several
         for client, _, held in moving:
-            if client.open:
-                self.ready.remove(client)
-            if client.waits_for_cold:
-                self.cold.remove(client)
+            if several and client.open:
+                self._ready.remove(client)
+            if several and client.waits_for_cold:
+                self._cold.remove(client)
             if held:
                 self._hold_list(client, held, -1)
         return moving
 
     def _put_back(self, moving: list[tuple[Client, int, int]]) -> None:
+        several = self.several
         for client, running, held in moving:
-            if client.open:
-                self.ready.add(client)
-            if client.waits_for_cold:
-                self.cold.add(client)
+            if several:
+                self._add_to_orders(client)
             if running != len(client.running):
                 _count(self.running_counts, running, -1)
                 _count(self.running_counts, len(client.running), 1)
@@ -360,6 +375,12 @@ class Clients:
             elif client.held:
                 self._hold_list(client, 0, -1)
                 self._hold_list(client, client.held, 1)
+
+    def _add_to_orders(self, client: Client) -> None:
+        if client.open:
+            self._ready.add(client)
+        if client.waits_for_cold:
+            self._cold.add(client)
 
     def _hold_list(self, client: Client, held: int, more: int) -> None:
         if more > 0:

@@ -46,6 +46,9 @@ class Way(NamedTuple):
     evict: Sequence[str]
 
 
+NO_WAY = Way((), None, ())
+
+
 class SlotPool:
     """The slots of one decision that can still be assigned.
 
@@ -159,6 +162,13 @@ class SlotPool:
         found: list[_Wanted] = []
         missing, bytes_missing = lacking(self._view, adapter), 0
         memory = self._memory
+        if memory is None and missing <= 0:  # nearly always
+            wanted = self._next(oldest, take=take, close=close)
+            if wanted is None:
+                return NO_WAY
+            self._gone.add(wanted.slot)
+            place = None if wanted.slot.running else Place(adapter.name, wanted.slot.index)
+            return Way((wanted.name,), place, ())
         evict: list[str] = []
         if memory is not None:
             bytes_missing = memory.bytes_of(adapter.name) * (1 + refused)
@@ -168,10 +178,7 @@ class SlotPool:
         # For an adapter that must still be read, at least one must leave the CPU cache.
         enough = memory is not None and adapter.location is Location.CPU and bool(self._free)
         while missing > 0 or bytes_missing > 0 or not (found or enough):
-            # An idle slot, if only later requests wait for it; else the slot that will be idle soonest.
-            wanted = self._idle.first(oldest) if take else None
-            if wanted is None and close:
-                wanted = self._closable.first(oldest)
+            wanted = self._next(oldest, take=take, close=close)
             if wanted is None:
                 break
             self._gone.add(wanted.slot)
@@ -190,6 +197,12 @@ class SlotPool:
         idle = all(wanted.slot.running == 0 for wanted in found)
         names = [wanted.name for wanted in found]
         return Way(names, Place(adapter.name) if idle else None, [*evict, *names] if idle else evict)
+
+    def _next(self, oldest: float | None, *, take: bool, close: bool) -> _Wanted | None:
+        """Return an idle slot, if only later requests wait for it; else the slot that will be idle
+        soonest."""
+        wanted = self._idle.first(oldest) if take else None
+        return self._closable.first(oldest) if wanted is None and close else wanted
 
     @cached_property
     def tokens_left(self) -> dict[str | None, int]:
@@ -242,15 +255,19 @@ class _Candidates:
         rows, gone = self._rows, self._gone
         while rows[self._begin][0] in gone:
             self._begin += 1
-        fitting = (row for row in islice(rows, self._begin, None) if row[3] > before and row[0] not in gone)
-        return next(map(_Wanted._make, fitting), None)
+        for row in islice(rows, self._begin, None):
+            if row[3] > before and row[0] not in gone:
+                return _Wanted._make(row)
+        return None
 
 
 def lacking(view: SchedulerView, adapter: AdapterView) -> int:
     """Return the bytes that must leave the CPU cache before the adapter can be read, as far as its size is
     known."""
+    if adapter.location is not Location.DISK:
+        return 0
     room = view.cpu_bytes_room
-    return 0 if room is None or adapter.location is not Location.DISK else adapter.bytes - room
+    return 0 if room is None else adapter.bytes - room
 
 
 def tokens_left(view: SchedulerView) -> dict[str | None, int]:
