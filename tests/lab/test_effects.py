@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from aioengine.cli.main import main
 from aioengine.errors import ConfigError
 from aioengine.lab import Experiment, WorkloadSpec
 from aioengine.lab.runs.effects import check_effect, check_workload_effect
+from aioengine.lab.runs.experiment import OF_A_FLEET
 from aioengine.lab.workload.draw import OfferedWorkload
 
 ROWS = 12
@@ -138,14 +140,18 @@ def test_conditions_of_a_fleet_need_one(field: str, replicas: int | None, scaled
     if scaled and replicas is not None:
         fields["autoscale"] = FLEET["autoscale"]
     useless = replicas is None or (field == "start_seconds" and not scaled)
-    if replicas is not None or field in ("router", "placement", "start_seconds", "report_delay"):
-        fields[field] = FLEET[field]
-    experiment = Experiment(workload=WorkloadSpec(arrivals="poisson:rate=1", limit=2), **fields)
-    if useless:
-        with pytest.raises(ConfigError, match=f"^{field}=.*give "):
-            check_effect(experiment, {field})
-    else:
-        check_effect(experiment, {field})
+    with pytest.raises(ConfigError, match=f"^{field}=.*give ") if useless else nullcontext():
+        spec = WorkloadSpec(arrivals="poisson:rate=1", limit=2)
+        check_effect(Experiment(workload=spec, **{**fields, field: FLEET[field]}), {field})
+
+
+def test_a_fleet_that_says_nothing_has_the_documented_conditions() -> None:
+    spec = WorkloadSpec(arrivals="poisson:rate=1", limit=2)
+    alone, fleet = Experiment(workload=spec), Experiment(workload=spec, replicas=2)
+    assert {name: getattr(fleet, name) for name in OF_A_FLEET} == OF_A_FLEET
+    assert not any(getattr(alone, name) is not None for name in OF_A_FLEET)
+    for experiment in (alone, fleet):
+        assert Experiment.from_dict(experiment.to_dict()) == experiment
 
 
 SMALL = ["--arrivals", "poisson:rate=20", "--limit", "5"]

@@ -6,7 +6,7 @@ import itertools
 import platform
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -60,7 +60,7 @@ class Comparison(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
         Raises ConfigError if one of them is not possible.
         """
-        routers = self.routers or [self.experiment.router]
+        routers: Sequence[str | None] = self.routers or [self.experiment.router]
         grid = itertools.product(self.scales, self.slots, self.policies, routers, self.seeds)
         tasks = []
         for key, (scale, slots, policy, router, seed) in enumerate(grid):
@@ -79,7 +79,7 @@ class Comparison(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         policy = policy_label(experiment.policy)
         if not self.routers:
             return policy
-        return experiment.router if len(self.policies) == 1 else f"{policy} @ {experiment.router}"
+        return f"{experiment.router}" if len(self.policies) == 1 else f"{policy} @ {experiment.router}"
 
 
 def _refuse_twice(name: str, labels: list[str]) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterator
 import msgspec
 
 from aioengine.errors import ConfigError
-from aioengine.lab.runs.experiment import OF_A_FLEET, Experiment
+from aioengine.lab.runs.experiment import Experiment
 from aioengine.lab.workload import traces
 from aioengine.lab.workload.draw import OfferedWorkload
 from aioengine.lab.workload.popularity import parse_popularity
@@ -23,9 +23,7 @@ def check_effect(experiment: Experiment, given: Collection[str]) -> None:
 
     Bounds always count, whether or not they are reached: ``limit``, ``max_prompt``, ``cpu_loras``.
     """
-    if experiment.replicas is None:
-        _refuse(experiment, given, OF_A_FLEET, "is for a fleet; give replicas")
-    elif experiment.autoscale is None:
+    if experiment.autoscale is None:
         _refuse(experiment, given, ["start_seconds"], "no replica is added; give autoscale")
     check_workload_effect(experiment.workload, given)
 

@@ -83,16 +83,17 @@ class Experiment(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     """Between two rows of samples.csv."""
     replicas: int | None = None
     """Engines behind one door, each as the fields above say; None: one engine and no door."""
-    router: str = DEFAULT_ROUTER
-    """Router, which chooses the replica for a request; see :mod:`aioengine.schedulers.routing.registry`."""
-    placement: str = DEFAULT_PLACEMENT
+    router: str | None = None
+    """Router, which chooses the replica for a request; see :mod:`aioengine.schedulers.routing.registry`. This
+    and the fields below are None without ``replicas``; in a fleet they get the values of ``OF_A_FLEET``."""
+    placement: str | None = None
     """Which adapters should live on which replicas."""
     autoscale: str | None = None
     """Scaling policy by name, with its bounds ("waiting_work:least=1,most=4"); ``replicas`` are there at
     first. None: there are always as many."""
-    start_seconds: float = 30.0
+    start_seconds: float | None = None
     """Seconds that an added replica takes to start."""
-    report_delay: float = 0.0
+    report_delay: float | None = None
     """Seconds by which a router's knowledge of the replicas is older than a message takes."""
     faults: str | None = None
     """What happens to replicas, and when: "kill:2@60,start:2@90" ends the third one after 60 s of simulated
@@ -105,22 +106,12 @@ class Experiment(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
             known = ", ".join(get_args(OnTooLong))
             raise ConfigError(f"on_too_long={self.on_too_long!r}: must be one of {known}")
         check_seconds("sample_seconds", self.sample_seconds)
-        if self.replicas is not None:
-            check_integer("replicas", self.replicas, low=1, high=MAX_REPLICAS)
-        for name, load in (("router", load_router), ("placement", load_placement)):
-            try:
-                load(getattr(self, name))
-            except ValueError as error:
-                raise ConfigError(str(error)) from error
-        check_seconds("start_seconds", self.start_seconds)
-        check_number("report_delay", self.report_delay, low=0.0)
         if self.replicas is None:
-            for name in CONDITIONS:
-                if (value := getattr(self, name)) != OF_A_FLEET[name]:
+            for name in OF_A_FLEET:
+                if (value := getattr(self, name)) is not None:
                     raise ConfigError(f"{name}={value!r}: is for a fleet; give replicas")
         else:
-            self._check_autoscale(self.replicas)
-            parse_faults(self.faults or "", self.replicas)
+            self._check_fleet(self.replicas)
         slots, cpu_loras = self.slots, self.cpu_loras
         if type(slots) is int and type(cpu_loras) is int and slots > cpu_loras:
             raise ConfigError(
@@ -129,7 +120,20 @@ class Experiment(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
             )
         self.engine_config()
 
-    def _check_autoscale(self, replicas: int) -> None:
+    def _check_fleet(self, replicas: int) -> None:
+        """Check what is about a fleet, and set what was not given."""
+        check_integer("replicas", replicas, low=1, high=MAX_REPLICAS)
+        for name, value in OF_A_FLEET.items():
+            if getattr(self, name) is None:
+                msgspec.structs.force_setattr(self, name, value)
+        for name, load in (("router", load_router), ("placement", load_placement)):
+            try:
+                load(getattr(self, name))
+            except ValueError as error:
+                raise ConfigError(str(error)) from error
+        check_seconds("start_seconds", self.start_seconds)
+        check_number("report_delay", self.report_delay, low=0.0)
+        parse_faults(self.faults or "", replicas)
         if self.autoscale is None:
             return
         try:
@@ -199,12 +203,12 @@ class Experiment(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         return cls.from_dict(inner if isinstance(inner, dict) else values, source=str(path))
 
 
-CONDITIONS = ("autoscale", "start_seconds", "report_delay", "faults")
-"""Conditions of a fleet. Without ``replicas`` they are refused in each experiment; commands refuse all of
-``OF_A_FLEET`` (see :mod:`aioengine.lab.runs.effects`)."""
 OF_A_FLEET: Mapping[str, Any] = {
-    field.name: field.default
-    for field in msgspec.structs.fields(Experiment)
-    if field.name in ("router", "placement", *CONDITIONS)
+    "router": DEFAULT_ROUTER,
+    "placement": DEFAULT_PLACEMENT,
+    "autoscale": None,
+    "start_seconds": 30.0,
+    "report_delay": 0.0,
+    "faults": None,
 }
-"""Fields that mean something only with replicas, and their defaults."""
+"""Fields that mean something only with replicas, and their values where a fleet does not say."""

@@ -256,7 +256,7 @@ class _Search:
         return None
 
     def _of(self, size: Size, seed: int) -> Experiment:
-        alone = OF_A_FLEET if size.replicas == 1 else {}
+        alone = dict.fromkeys(OF_A_FLEET) if size.replicas == 1 else {}
         return msgspec.structs.replace(
             self._experiment,
             **alone,
