@@ -18,7 +18,8 @@ from aioengine.errors import ConfigError
 from aioengine.lab.calibration.calibrate import calibrate, calibrate_async
 from aioengine.lab.calibration.design import Design
 from aioengine.lab.calibration.probe import Probe, ProbedMove, ProbedStep
-from aioengine.lab.calibration.timings import Intervals, fit_overhead, move_points, slowdown
+from aioengine.lab.calibration.processor_waits import Waits
+from aioengine.lab.calibration.timings import Intervals, fit_overhead, move_points, serving_level, slowdown
 from aioengine.lab.calibration.validate import METRICS, validate, validation_experiment
 from aioengine.lab.costs.model import CostModel
 from aioengine.lab.costs.steps import StepCosts, StepShape
@@ -53,6 +54,26 @@ def test_overhead_has_a_part_for_each_sequence() -> None:
         for rows in (1, 2, 8, 64)
     ]
     assert fit_overhead(steps) == (pytest.approx(0.002, rel=1e-3), pytest.approx(0.0001, rel=1e-3))
+
+
+@given(
+    st.lists(st.integers(1, 64), min_size=1, max_size=4, unique=True),
+    st.floats(0.5, 2.0),
+    st.lists(st.sampled_from([1.0, 1.0, 1.0, 5.0]), min_size=5, max_size=5).filter(
+        lambda x: x.count(5.0) < 3
+    ),
+)
+def test_what_serving_does_to_steps_is_recovered(rows: list[int], level: float, noise: list[float]) -> None:
+    """Also where single steps are disturbed, and whatever prompts take."""
+    costs = StepCosts(step=0.01, sequence=0.001)
+    steps = [
+        ProbedStep(StepShape(n, 0, 0, 0, n), 0.0, 1.0, level * factor * (0.01 + 0.001 * n))
+        for n in rows
+        for factor in noise
+    ]
+    prompt = ProbedStep(StepShape(0, 0, 100, 5000, 1), 0.0, 1.0, 0.9)
+    assert serving_level(costs, [prompt, *steps, prompt]) == pytest.approx(level)
+    assert serving_level(costs, [prompt]) == 1.0
 
 
 def test_move_points_are_medians_by_size() -> None:
@@ -90,8 +111,23 @@ def test_probe_keeps_steps_that_another_follows() -> None:
     assert [(s.start, s.until, s.wall, s.seconds) for s in probe.steps] == [(1.0, 1.5, 0.5, 0.4)]
 
 
-def test_probe_keeps_moves_that_succeed() -> None:
+class Told(Waits):
+    """Keeps what it is told."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.told: list[str] = []
+
+    def pause(self) -> None:
+        self.told.append("pause")
+
+    def go_on(self) -> None:
+        self.told.append("go_on")
+
+
+def test_probe_keeps_moves_that_succeed_and_counts_waits_between_moves() -> None:
     probe = Probe()
+    probe.waits = told = Told()
     a, b = {"adapter": "a", "version": 1}, {"adapter": "b", "version": 1}
     probe.handle(events.AdapterLoading(time=1.0, **a))
     probe.handle(events.AdapterLoading(time=2.0, **b))
@@ -99,6 +135,7 @@ def test_probe_keeps_moves_that_succeed() -> None:
     probe.handle(events.AdapterLoaded(time=3.0, rank=8, nbytes=100, seconds=1.9, **a))
     probe.handle(events.AdapterPlacing(time=4.0, slot=0, **a))
     probe.handle(events.AdapterPlaced(time=4.5, slot=0, rank=8, nbytes=100, seconds=0.4, **a))
+    assert told.told == ["pause", "pause", "pause", "go_on", "pause", "go_on"]
     assert probe.moves == [ProbedMove("disk", 1.0, 3.0, 100), ProbedMove("slot", 4.0, 4.5, 100)]
 
 

@@ -22,7 +22,7 @@ from aioengine.lab.calibration.probe import ProbedEngine, ProbedMove
 from aioengine.lab.calibration.random_adapters import write_random_adapter
 from aioengine.lab.calibration.rounds import Rounds
 from aioengine.lab.calibration.serving import Serving
-from aioengine.lab.calibration.timings import fit_overhead, move_points, slowdown
+from aioengine.lab.calibration.timings import fit_overhead, move_points, serving_level, slowdown
 from aioengine.lab.costs.model import CostModel, FitQuality, ModelShape, Stage
 from aioengine.lab.costs.steps import significant
 from aioengine.lab.workload.extra import needs_extra
@@ -151,7 +151,9 @@ def _fit(
 ) -> CostModel:
     found = fit_steps(points)
     overhead, each = fit_overhead(serving.alone)
-    steps = msgspec.structs.replace(found.costs, sequence=found.costs.sequence + each)
+    level = serving_level(found.costs, serving.calm)
+    steps = found.costs.scaled(level)
+    steps = msgspec.structs.replace(steps, sequence=steps.sequence + each)
     costs = CostModel(
         name=name,
         source=f"measured: {machine()}; {versions()}",
@@ -159,6 +161,7 @@ def _fit(
         sources={
             "steps": f"{len(points)} kinds; other programs disturbed {disturbed} timings, which do not count",
             "between steps": f"{len(serving.alone)} steps in serving",
+            "in serving": f"{len(serving.calm)} undisturbed steps, {level:.3g} times as long as alone",
         },
         model=ModelShape.of(spec, plan.dtype),
         steps=steps.rounded(),

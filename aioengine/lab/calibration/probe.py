@@ -12,6 +12,7 @@ from aioengine.engine import AsyncEngine
 from aioengine.errors import EngineDead
 from aioengine.executors.base import Device
 from aioengine.info import LoadProgress
+from aioengine.lab.calibration.processor_waits import Waits
 from aioengine.lab.costs.steps import StepShape, step_shape
 from aioengine.runtime.assemble import Built
 from aioengine.step import LoadedAdapter, ReadOrder, StepBatch, StepResult
@@ -46,6 +47,9 @@ class Probe:
     def __init__(self) -> None:
         self.steps: list[ProbedStep] = []
         self.moves: list[ProbedMove] = []
+        self.waits = Waits()
+        """Counts while no adapter is moved: the threads that read and copy take processors from the steps,
+        which is no other program's doing."""
         self._grown = asyncio.Event()
         self._last: tuple[StepShape, float, float] | None = None
         self._open: dict[tuple[str, str, int], float] = {}
@@ -84,8 +88,15 @@ class Probe:
                 self._moved("disk", event)
             case events.AdapterPlaced():
                 self._moved("slot", event)
+            case events.AdapterFailed():
+                for stage in ("disk", "slot"):
+                    self._open.pop((stage, event.adapter, event.version), None)
             case _:
-                pass
+                return
+        if self._open:
+            self.waits.pause()
+        else:
+            self.waits.go_on()
 
     def _moved(self, stage: str, event: events.AdapterLoaded | events.AdapterPlaced) -> None:
         start = self._open.pop((stage, event.adapter, event.version), None)

@@ -10,9 +10,8 @@ from collections.abc import Callable, Sequence
 from aioengine.lab.calibration.design import Part
 from aioengine.lab.calibration.direct_steps import DirectSteps, Timing
 from aioengine.lab.calibration.fit import Timed
+from aioengine.lab.calibration.processor_waits import is_calm
 
-CALM = 0.02
-"""A timing counts if the threads waited for a processor for at most this share of it."""
 TRIES = 3
 """Maximum rounds, as a multiple of the needed ones, because other programs may disturb some."""
 
@@ -63,4 +62,4 @@ def _share(timing: Timing) -> float:
 
 
 def _is_calm(timing: Timing) -> bool:
-    return _share(timing) <= CALM
+    return is_calm(timing.waited, timing.seconds)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from aioengine.lab.calibration.design import Design
 from aioengine.lab.calibration.probe import ProbedEngine, ProbedMove, ProbedStep
+from aioengine.lab.calibration.processor_waits import Waits, is_calm
 from aioengine.request import SamplingParams
 
 BESIDE_ROWS = 8
@@ -24,6 +25,8 @@ class Serving:
     def __init__(self, engine: ProbedEngine, design: Design) -> None:
         self.alone: list[ProbedStep] = []
         """Steps while nothing is moved."""
+        self.calm: list[ProbedStep] = []
+        """Those of them during which no other program ran."""
         self.beside: list[ProbedStep] = []
         """Steps some of which ``moves`` overlap."""
         self.moves: list[ProbedMove] = []
@@ -39,9 +42,12 @@ class Serving:
         probe.steps.clear()
         for turn, rows in enumerate(design.live_rows):
             tell(turn, f"{rows} rows, as in serving")
+            waits = Waits()
             await self._decode(rows)
-        self.alone = [*probe.steps]
-        probe.steps.clear()
+            self.alone += probe.steps
+            if is_calm(waits.seconds(), sum(step.seconds for step in probe.steps)):
+                self.calm += probe.steps
+            probe.steps.clear()
         async with self._decoding(BESIDE_ROWS):
             for turn, path in enumerate(paths, len(design.live_rows)):
                 tell(turn, "an adapter that is loaded beside decodes")

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from aioengine.lab.calibration.fit import fit_line
 from aioengine.lab.calibration.probe import ProbedMove, ProbedStep
 from aioengine.lab.costs.model import CostModel
-from aioengine.lab.costs.steps import StepTimes
+from aioengine.lab.costs.steps import StepCosts, StepTimes
 
 MAX_SLOWDOWN = 5.0
 
@@ -41,6 +41,17 @@ class Intervals:
 def fit_overhead(steps: Iterable[ProbedStep]) -> tuple[float, float]:
     """Fit the time between steps: a constant and a part for each sequence, in seconds."""
     return fit_line([(step.shape.sequences, max(step.wall - step.seconds, 1e-9)) for step in steps])
+
+
+def serving_level(costs: StepCosts, steps: Iterable[ProbedStep]) -> float:
+    """Return how many times as long steps of decodes take in serving as ``costs`` has them, which was fitted
+    to steps alone: the median over the numbers of sequences, of the medians of each."""
+    times = StepTimes(costs)
+    ratios: dict[int, list[float]] = defaultdict(list)
+    for step in steps:
+        if not step.shape.prefill_tokens:
+            ratios[step.shape.sequences].append(step.seconds / times(step.shape))
+    return statistics.median(map(statistics.median, ratios.values())) if ratios else 1.0
 
 
 def move_points(moves: Iterable[ProbedMove], stage: str) -> list[tuple[float, float]]:

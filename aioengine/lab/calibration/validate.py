@@ -66,8 +66,8 @@ class Comparison(msgspec.Struct, frozen=True, kw_only=True):
     runs: tuple[Measured, ...]
     """Each live run."""
     waited: tuple[float, ...]
-    """Time that threads waited for a processor in each live run, as a share of the time in steps. It shows
-    how much other processes took."""
+    """Time that threads waited for a processor in each live run while no adapter was moved, as a share of the
+    time in those steps. It shows how much other processes took."""
     simulated: Measured
     error: dict[str, float]
     step_error: float
@@ -263,15 +263,15 @@ async def _live_run(
         paths = await _write_adapters(engine, workload, folder)
         await engine.complete([1, 2, 3], SamplingParams(max_tokens=4, ignore_eos=True))  # warm-up
         engine.probe.steps.clear()
-        waits = Waits()
+        engine.probe.waits = Waits()
         await replay(engine, workload, kept, paths=paths, seed=seed)
-        waited = waits.seconds()
+        waited = engine.probe.waits.seconds()
         steps = engine.probe.steps
-    computed = sum(step.seconds for step in steps)
     moving = Intervals(engine.probe.moves)
     following = [s for s in steps if s.wall - s.seconds < IDLE_SECONDS and not moving.overlap(s)]
     times = StepTimes(costs.steps)
     expected = sum(times(step.shape) + costs.step_overhead for step in following)
+    computed = sum(step.seconds for step in following)
     took = sum(step.wall for step in following)
     return _Live(kept, waited / computed if computed else 0.0, took, expected)
 
