@@ -1,20 +1,21 @@
 """Slots of one size, by bytes, and in one memory with the KV cache, in simulation: mixed ranks on a trace.
 
     python -m benchmarks.policies.slot_memory AzureLLMInferenceTrace_code.csv
-    python -m benchmarks.policies.slot_memory AzureLLMInferenceTrace_code.csv --figure slots.svg
+    python -m benchmarks.policies.slot_memory AzureLLMInferenceTrace_code.csv --slots 4 8 16 32 48 --seeds 3
 
-All have the same memory: that of ``--slots`` slots of rank 64, and ``--kv`` for the KV cache. Slots that
-share a memory hold at most ``--most`` adapters. Prints for each policy the copies into slots for each request
-(moves of adapters included) and the times to first token: means over the seeds, half the width of their 95%
-intervals (Student's t), and the ratio of means. The last rows have the fewest copies that any choice of
-victims could make if requests were served strictly in order of arrival (``fewest_copies``), with slots of one
-size and by bytes. A policy may make fewer, since it serves requests that wait for an adapter together.
+All kinds have the same memory: that of so many slots of rank 64, beside ``--kv`` for the KV cache. Slots that
+share a memory hold at most ``--most`` adapters. The CPU cache has room for all adapters; by default it goes
+by the bytes of the slots where these share a memory, and what leaves it leaves its slot, too. Prints for each
+policy and memory the copies into slots for each request (moves of adapters included) and the times to first
+token: means over the seeds, half the width of their 95% intervals (Student's t), and the ratios to slots of
+one size, seed by seed. "foresight" are the fewest copies that any choice of victims could make if requests
+were served strictly in order of arrival (``fewest_copies``). A policy may make fewer, since it serves
+requests that wait for an adapter together.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -32,10 +33,11 @@ from benchmarks.policies.fewest_copies import fewest_copies
 from benchmarks.policies.intervals import interval, mean_and_half
 from benchmarks.shared.report import new_table
 
+COPIES, P99 = "copies a request", "p99 TTFT, s"
 MEASURES = {
-    "copies a request": lambda summary: summary["swaps"]["slot_copies_per_request"],
+    COPIES: lambda summary: summary["swaps"]["slot_copies_per_request"],
     "mean TTFT, s": lambda summary: summary["ttft_seconds"]["mean"],
-    "p99 TTFT, s": lambda summary: summary["ttft_seconds"]["p99"],
+    P99: lambda summary: summary["ttft_seconds"]["p99"],
 }
 
 
@@ -51,9 +53,6 @@ class Setting(NamedTuple):
     preset: str
     kv: int
     """Bytes for the KV cache."""
-    roomy: bool
-    """Whether the CPU cache has room for all adapters with each kind of slots. By default it goes by the
-    bytes of the slots, where these share a memory, and what leaves it leaves its slot, too."""
 
     def experiment(
         self, policy: str, seed: int, slots: int, slot_memory: int | str | None = None, total: int = 0
@@ -71,7 +70,7 @@ class Setting(NamedTuple):
         return Experiment(
             workload=workload, policy=policy, preset=self.preset, slots=slots, slot_memory=slot_memory,
             cpu_loras=max(self.adapters, slots), max_lora_rank=64, seed=seed,
-            max_cpu_lora_bytes=all_of_them if self.roomy else None,
+            max_cpu_lora_bytes=all_of_them,
             kv_cache_memory=self.kv + (total if slot_memory == "shared" else 0),
         )  # fmt: skip
 
@@ -81,30 +80,40 @@ class Setting(NamedTuple):
         return load_costs(self.preset).plan(config).slot_pool_bytes
 
 
-def setting_flags(*, scale: float, limit: int) -> argparse.ArgumentParser:
-    """Make a parser with the flags of a :class:`Setting`, and these defaults."""
-    parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument("trace")
-    parser.add_argument("--ranks", default="8:0.7,16:0.2,64:0.1")
-    parser.add_argument("--adapters", type=int, default=200)
-    parser.add_argument("--scale", type=float, default=scale, help="how much faster than in the trace")
-    parser.add_argument("--kv", default="16GiB", help="for the KV cache")
-    parser.add_argument("--limit", type=int, default=limit)
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--preset", default="llama3-8b-h100")
-    parser.add_argument("--figure", type=Path, help="SVG to draw")
-    return parser
+KINDS = ("of one size", "by bytes", "shared")
+FORESIGHT = tuple(f"foresight, {kind}" for kind in KINDS[:2])
+GOAL = 1 / 3
+
+Columns = Mapping[str, Sequence[float]]
+"""The values of each measure, one for each seed."""
+Found = Mapping[str, Mapping[int, Mapping[str, Columns]]]
+"""Columns by policy, size of the memory in slots, and kind of slots."""
 
 
-def setting_of(args: argparse.Namespace, *, roomy: bool = False) -> Setting:
-    kv = parse_bytes(args.kv, field="kv")
-    return Setting(args.trace, args.limit, args.scale, args.adapters, args.ranks, args.preset, kv, roomy)
+def measured(setting: Setting, policy: str, seeds: int, slots: int, most: int) -> dict[str, Columns]:
+    """Run a policy with each kind of slots in the same memory."""
+    memory = setting.slots_bytes(slots)
+    modes: dict[str, tuple[int, int | str | None]] = dict(
+        zip(KINDS, [(slots, None), (most, memory), (most, "shared")], strict=True)
+    )
+    found: dict[str, Columns] = {}
+    for kind, mode in modes.items():
+        rows = [measure(setting.experiment(policy, seed, *mode, memory)) for seed in range(seeds)]
+        found[kind] = dict(zip(MEASURES, zip(*rows, strict=True), strict=True))
+    return found
 
 
 def measure(experiment: Experiment) -> list[float]:
     with tempfile.TemporaryDirectory() as folder:
         summary: dict[str, Any] = run(experiment, folder).summary
     return [measure(summary) for measure in MEASURES.values()]
+
+
+def foresight(setting: Setting, seeds: int, slots: int) -> dict[str, Columns]:
+    """Return the fewest copies for requests in order of arrival, with slots of one size and by bytes."""
+    memory = setting.slots_bytes(slots)
+    rows = [bounds(setting.experiment("fcfs", seed, slots), slots, memory) for seed in range(seeds)]
+    return {kind: {COPIES: column} for kind, column in zip(FORESIGHT, zip(*rows, strict=True), strict=True)}
 
 
 def bounds(experiment: Experiment, slots: int, memory: int) -> list[float]:
@@ -118,22 +127,23 @@ def bounds(experiment: Experiment, slots: int, memory: int) -> list[float]:
     return [ones / len(wanted), by_bytes / len(wanted)]
 
 
-Columns = Sequence[Sequence[float]]
-"""The values of each measure, one for each seed."""
+def ratios(found: Mapping[str, Columns], kind: str, measure: str) -> list[float]:
+    """Return the values of one kind of slots divided by those of slots of one size, seed by seed."""
+    return [a / b for a, b in zip(found[kind][measure], found[KINDS[0]][measure], strict=True)]
 
 
-def figure(found: Mapping[str, Mapping[str, Columns]], title: str, note: str) -> bytes:
+def bars(found: Found, title: str, note: str) -> bytes:
     """Draw a bar for each kind of slots, in groups by policy, for each measure. Returns an SVG."""
 
     def make() -> Any:
         drawn, panels = new_figure(title, height=3.4, columns=len(MEASURES))
-        for index, (panel, measure) in enumerate(zip(panels, MEASURES, strict=True)):
-            for place, mode in enumerate(next(iter(found.values()))):
-                bars = [mean_and_half(rows[mode][index]) for rows in found.values()]
-                means, halves = [mean for mean, _ in bars], [half or 0.0 for _, half in bars]
+        for panel, measure in zip(panels, MEASURES, strict=True):
+            for place, kind in enumerate(KINDS):
+                rows = [next(iter(sizes.values()))[kind][measure] for sizes in found.values()]
+                means, halves = zip(*map(_mean_and_half, rows), strict=True)
                 at = [group + (place - 1) * 0.27 for group in range(len(found))]
                 panel.bar(
-                    at, means, 0.25, yerr=halves, color=LIGHT.palette[place], ecolor=LIGHT.text, label=mode
+                    at, means, 0.25, yerr=halves, color=LIGHT.palette[place], ecolor=LIGHT.text, label=kind
                 )
             panel.set_xticks(range(len(found)), list(found), rotation=25)
             panel.set_title(measure)
@@ -144,50 +154,81 @@ def figure(found: Mapping[str, Mapping[str, Columns]], title: str, note: str) ->
     return vectors(draw("slot-memory", note, LIGHT, make))["svg"]
 
 
+def lines(found: Found, note: str) -> bytes:
+    """Draw the ratios of copies over the size of the memory, a panel for each policy. Returns an SVG."""
+
+    def make() -> Any:
+        title = "Copies into slots, as a share of those with slots of one size"
+        drawn, panels = new_figure(title, height=3.2, columns=len(found))
+        for panel, (policy, sizes) in zip(panels, found.items(), strict=True):
+            for place, kind in enumerate((KINDS[1], FORESIGHT[1], KINDS[2])):
+                points = [_mean_and_half(ratios(size, kind, COPIES)) for size in sizes.values()]
+                panel.errorbar(
+                    range(len(sizes)), [mean for mean, _ in points], yerr=[half for _, half in points],
+                    color=LIGHT.palette[place], marker="o", capsize=3, label=kind,
+                )  # fmt: skip
+            panel.axhline(GOAL, color=LIGHT.text, linewidth=0.8, linestyle=":", label="a third")
+            panel.set_xticks(range(len(sizes)), [str(slots) for slots in sizes])
+            panel.set_ylim(0.0, 1.0)
+            panel.set_title(f"{policy}: memory of so many slots")
+        legend_above(panels[0], bbox_to_anchor=(0.0, 1.12))
+        footnote(drawn, note, LIGHT)
+        return drawn
+
+    return vectors(draw("memory-sizes", note, LIGHT, make))["svg"]
+
+
+def _mean_and_half(values: Sequence[float]) -> tuple[float, float]:
+    mean, half = mean_and_half(values)
+    return mean, half or 0.0
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=(__doc__ or "").splitlines()[0], parents=[setting_flags(scale=2.0, limit=4000)]
-    )
-    parser.add_argument("--policies", nargs="*", default=["fcfs", "fcfs+gdsf", "chameleon"])
-    parser.add_argument("--slots", type=int, default=16, help="slots of one size")
-    parser.add_argument("--most", type=int, default=128, help="adapters in a memory that slots share")
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("trace")
+    parser.add_argument("--policies", nargs="*", default=["joint", "chameleon"])
+    parser.add_argument("--slots", nargs="*", type=int, default=[8], help="sizes of the memory, in slots")
+    parser.add_argument("--most", type=int, default=200, help="adapters in a memory that slots share")
+    parser.add_argument("--ranks", default="8:0.7,16:0.2,64:0.1")
+    parser.add_argument("--adapters", type=int, default=200)
+    parser.add_argument("--scale", type=float, default=0.5, help="how much faster than in the trace")
+    parser.add_argument("--kv", default="16GiB", help="for the KV cache")
+    parser.add_argument("--limit", type=int, default=1500, help="requests")
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--preset", default="llama3-8b-h100")
+    parser.add_argument("--figure", type=Path, help="SVG to draw: over the sizes, if there are several")
     args = parser.parse_args()
 
-    setting = setting_of(args)
-    memory = setting.slots_bytes(args.slots)
-    title = f"{args.adapters} adapters of ranks {args.ranks}, {memory / 2**30:.2f} GiB for slots"
-    table = new_table(title, "policy", "slots", *MEASURES, texts=2)
-    console = Console(stderr=True)
-    modes: dict[str, tuple[int, int | str | None]] = {
-        "of one size": (args.slots, None),
-        "by bytes": (args.most, memory),
-        "shared": (args.most, "shared"),
-    }
-    found: dict[str, dict[str, Columns]] = {}
-    for policy in track(args.policies, console=console, disable=not console.is_terminal):
-        means: list[list[float]] = []
-        for mode, (slots, shared) in modes.items():
-            runs = [setting.experiment(policy, seed, slots, shared, memory) for seed in range(args.seeds)]
-            rows = [measure(one) for one in runs]
-            columns = found.setdefault(policy, {})[mode] = list(zip(*rows, strict=True))
-            means.append([statistics.fmean(column) for column in columns])
-            table.add_row(policy, mode, *(interval(column, 3) for column in columns))
-        for mode, after in zip(list(modes)[1:], means[1:], strict=True):
-            ratios = [f"{b / a:.2f}" if a else "" for a, b in zip(means[0], after, strict=True)]
-            table.add_row("", f"ratio, {mode}", *ratios, style="bold", end_section=mode == "shared")
-    least = [
-        bounds(setting.experiment("fcfs", seed, args.slots), args.slots, memory) for seed in range(args.seeds)
-    ]
-    for mode, column in zip(modes, zip(*least, strict=True), strict=False):
-        table.add_row("fewest, in order of arrival", mode, interval(column, 3))
-    one, other = (statistics.fmean(column) for column in zip(*least, strict=True))
-    table.add_row("", "ratio, by bytes", f"{other / one:.2f}" if one else "", style="bold")
-    Console().print(table)
+    kv = parse_bytes(args.kv, field="kv")
+    setting = Setting(args.trace, args.limit, args.scale, args.adapters, args.ranks, args.preset, kv)
+    title = f"{args.limit:,} requests of {Path(args.trace).stem}, {args.scale:g} times as fast; "
+    title += f"{args.adapters} adapters of ranks {args.ranks}"
+    table = new_table(title, "policy", "memory", "slots", *MEASURES, "copies, ratio", "p99, ratio", texts=3)
+    errors = Console(stderr=True)
+    found: dict[str, dict[int, dict[str, Columns]]] = {policy: {} for policy in args.policies}
+    for slots in track(args.slots, console=errors, disable=not errors.is_terminal):
+        least = foresight(setting, args.seeds, slots)
+        for policy, sizes in found.items():
+            sizes[slots] = {**measured(setting, policy, args.seeds, slots, args.most), **least}
+    for policy, sizes in found.items():
+        for slots, kinds in sizes.items():
+            memory = f"{slots} slots, {setting.slots_bytes(slots) / 2**30:.2f} GiB"
+            for kind, columns in kinds.items():
+                values = [interval(columns[name], 3) if name in columns else "" for name in MEASURES]
+                shares = [
+                    interval(ratios(kinds, kind, name)) if name in columns and kind != KINDS[0] else ""
+                    for name in (COPIES, P99)
+                ]
+                table.add_row(policy, memory, kind, *values, *shares, end_section=kind == FORESIGHT[-1])
+    Console(width=160).print(table)
     if args.figure is not None:
-        note = f"{args.limit:,} requests of {Path(args.trace).stem}, {args.scale:g} times as fast; "
-        note += f"{title}; means over {args.seeds} seeds, with their 95% intervals."
-        head = "What slots of other kinds save in copies, and in time to first token"
-        args.figure.write_bytes(figure(found, head, note))
+        note = f"{title}; means over {args.seeds} seeds, with their 95% intervals."
+        if len(args.slots) > 1:
+            args.figure.write_bytes(lines(found, note))
+        else:
+            head = "What slots of other kinds save in copies, and in time to first token"
+            note = f"{setting.slots_bytes(args.slots[0]) / 2**30:.2f} GiB for slots; {note}"
+            args.figure.write_bytes(bars(found, head, note))
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ Each cell is the mean over seeds of the ratio to ``fcfs`` for the same arrivals 
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
@@ -26,9 +27,8 @@ GOODPUT = "goodput"
 
 
 class Case(NamedTuple):
-    name: str
-    figure: str
-    """Path of a measure in a summary, with dots; or "goodput"."""
+    figures: dict[str, str]
+    """Paths of measures in a summary, with dots, or "goodput"; by the heads of their columns."""
     workload: dict[str, Any]
     system: dict[str, Any]
 
@@ -54,42 +54,53 @@ def cases(requests: int) -> list[Case]:
     }
     few = {"max_num_seqs": 32}
     return [
-        Case("bursts, 6 slots:\np99 first token", "ttft_seconds.p99", cold, {"slots": 6}),
+        Case({"bursts, 6 slots:\np99 first token": "ttft_seconds.p99"}, cold, {"slots": 6}),
         Case(
-            "ranks 8 to 128:\nmean token gap",
-            "inter_token_seconds.mean",
+            {
+                "ranks 8 to 128:\nmean token gap": "inter_token_seconds.mean",
+                "ranks 8 to 128:\nmean first token": "ttft_seconds.mean",
+            },
             mixed,
             {"max_lora_rank": 128, **few},
         ),
-        Case("ranks 8 to 128:\nmean first token", "ttft_seconds.mean", mixed, {"max_lora_rank": 128, **few}),
-        Case("overload, deadlines:\ngoodput, points", GOODPUT, late, {"slots": 32, **few}),
+        Case({"overload, deadlines:\ngoodput, points": GOODPUT}, late, {"slots": 32, **few}),
         Case(
-            "chats, small cache:\nmean first token",
-            "ttft_seconds.mean",
+            {"chats, small cache:\nmean first token": "ttft_seconds.mean"},
             chats,
             {"enable_prefix_caching": True, "kv_cache_memory": "3GiB", "on_too_long": "truncate", **few},
         ),
     ]
 
 
-def measure(case: Case, policy: str, seed: int) -> float:
+def measure(case: Case, policy: str, seed: int) -> list[float]:
+    """Run a policy, and return the case's figures."""
     workload = WorkloadSpec(**case.workload)
     experiment = Experiment(
         workload=workload, policy=policy, seed=seed, **{"slots": 16, "cpu_loras": 100, **case.system}
     )
     with tempfile.TemporaryDirectory() as folder:
         summary = run(experiment, Path(folder)).summary
-    if case.figure == GOODPUT:
-        return 100 * float(summary["slo"]["requests_in_time"]) / summary["requests_offered"]
-    group, _, name = case.figure.partition(".")
-    return float(summary[group][name])
+    found = []
+    for figure in case.figures.values():
+        if figure == GOODPUT:
+            found.append(100 * float(summary["slo"]["requests_in_time"]) / summary["requests_offered"])
+        else:
+            group, _, name = figure.partition(".")
+            found.append(float(summary[group][name]))
+    return found
 
 
-def cell(case: Case, ours: list[float], base: list[float]) -> str:
+def columns(found: Sequence[Case], policy: str, seeds: int) -> list[tuple[float, ...]]:
+    """Return the values of each figure, one for each seed."""
+    rows = [[measure(case, policy, seed) for seed in range(seeds)] for case in found]
+    return [column for row in rows for column in zip(*row, strict=True)]
+
+
+def cell(figure: str, ours: Sequence[float], base: Sequence[float]) -> str:
     pairs = zip(ours, base, strict=True)
-    values = [a - b if case.figure == GOODPUT else a / b for a, b in pairs]
+    values = [a - b if figure == GOODPUT else a / b for a, b in pairs]
     mean, half = mean_and_half(values)
-    return f"{mean:+.1f} ± {half:.1f}" if case.figure == GOODPUT else f"{mean:.2f} ± {half:.2f}"
+    return f"{mean:+.1f} ± {half:.1f}" if figure == GOODPUT else f"{mean:.2f} ± {half:.2f}"
 
 
 def main() -> None:
@@ -99,13 +110,13 @@ def main() -> None:
     given = parser.parse_args()
     requests, seeds = (250, 3) if given.quick else (1000, 5)
     found = cases(requests)
-    bases = [[measure(case, "fcfs", seed) for seed in range(seeds)] for case in found]
+    figures = {head: figure for case in found for head, figure in case.figures.items()}
+    bases = columns(found, "fcfs", seeds)
     title = f"against fcfs, {requests:,} requests, {seeds} seeds"
-    table = new_table(title, "policy", *(case.name for case in found))
+    table = new_table(title, "policy", *figures)
     table.add_row("fcfs itself", *(f"{fmean(base):.3g}" for base in bases))
     for policy in given.policies:
-        rows = [[measure(case, policy, seed) for seed in range(seeds)] for case in found]
-        table.add_row(policy, *map(cell, found, rows, bases))
+        table.add_row(policy, *map(cell, figures.values(), columns(found, policy, seeds), bases))
     console(160).print(table)
 
 
