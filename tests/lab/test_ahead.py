@@ -225,6 +225,43 @@ def test_who_looks_in_between_sees_the_same(deeds: Sequence[Deed]) -> None:
     assert seen(deeds, ahead=True) == seen(deeds, ahead=False)
 
 
+def test_a_listener_that_names_equal_steps_hears_of_the_same_steps() -> None:
+    """And one that names other events of nothing else."""
+
+    async def main() -> tuple[list[events.Event], list[events.Event], list[events.Event]]:
+        every, steps, ends = list[events.Event](), list[events.Event](), list[events.Event]()
+        async with SimulatedEngine(config(max_num_seqs=3, max_num_batched_tokens=64), costs()) as engine:
+            engine.add_listener(every.append)
+            remove = engine.add_listener(steps.append, events.StepsFinished)
+            engine.add_listener(ends.append, events.RequestEnded, events.FirstToken)
+            async with asyncio.TaskGroup() as group:
+                for number in range(3):
+                    group.create_task(
+                        engine.complete(
+                            [0] * 40, SamplingParams(max_tokens=20 + 30 * number, ignore_eos=True)
+                        )
+                    )
+            remove()
+            await engine.complete([0], SamplingParams(max_tokens=5))
+        return every, steps, ends
+
+    every, steps, ends = run_in_virtual_time(main())
+    last = steps[-1].time
+    single = [e for e in every if isinstance(e, events.StepFinished) and e.time <= last]
+    expanded = []
+    for event in steps:
+        assert isinstance(event, events.StepsFinished)
+        for number, seconds in enumerate(event.seconds, event.first):
+            expanded.append((number, seconds, event.sequences, event.slots, event.decode_tokens))
+    assert expanded == [(e.step, e.seconds, e.sequences, e.slots, e.decode_tokens) for e in single]
+    assert len(steps) < len(single) / 2
+    assert not any(isinstance(event, events.StepsFinished) for event in every), "only those that name it"
+    assert [type(e) for e in ends] == [events.FirstToken] * 3 + [events.RequestEnded] * 3 + [
+        events.FirstToken,
+        events.RequestEnded,
+    ]
+
+
 def test_a_step_takes_no_turn_of_the_loop_if_nothing_happens_before_its_end() -> None:
     workload = WorkloadSpec(arrivals="poisson:rate=0.1", limit=20, prompt_tokens=3000, output_tokens=300)
     experiment = Experiment(
