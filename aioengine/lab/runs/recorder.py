@@ -99,7 +99,7 @@ class Recorder:
 
     @property
     def heard(self) -> Collection[type[events.Event]]:
-        """Returns the types of events that it listens to."""
+        """Return the types of events that it listens to."""
         return self._on.keys()
 
     @property
