@@ -228,16 +228,12 @@ class RequestOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     replay: bool = False
 
     def __post_init__(self) -> None:
-        if self.cache_pins != ():
-            pins = _tuple("cache_pins", self.cache_pins)
-            if len(pins) > MAX_PINS or not all(isinstance(pin, CachePin) for pin in pins):
-                raise RequestInvalid(f"cache_pins={self.cache_pins!r}: must be at most {MAX_PINS} CachePin")
-            msgspec.structs.force_setattr(self, "cache_pins", pins)
-        if self.output != ():
-            output = _tuple("output", self.output)
-            for token in output:
-                _check_int("output", token, low=0)
-            msgspec.structs.force_setattr(self, "output", output)
+        msgspec.structs.force_setattr(self, "cache_pins", _tuple("cache_pins", self.cache_pins))
+        if len(self.cache_pins) > MAX_PINS or not all(isinstance(pin, CachePin) for pin in self.cache_pins):
+            raise RequestInvalid(f"cache_pins={self.cache_pins!r}: must be at most {MAX_PINS} CachePin")
+        msgspec.structs.force_setattr(self, "output", _tuple("output", self.output))
+        for token in self.output:
+            _check_int("output", token, low=0)
         if not isinstance(self.replay, bool):
             raise RequestInvalid(f"replay={self.replay!r}: must be True or False")
         check_text("adapter", self.adapter)
@@ -301,16 +297,13 @@ class RequestKeywords(CallKeywords, total=False):
     replay: bool
 
 
-_KEYWORDS = RequestKeywords.__annotations__.keys() | CallKeywords.__annotations__.keys()
-
-
 def split_keywords(keywords: RequestKeywords) -> tuple[str | None, RequestOptions]:
     """Return the request's id, None if it has none yet, and its options.
 
     Raises RequestInvalid for a value that is out of range, and TypeError for a keyword that is not known.
     """
     values: dict[str, Any] = {**keywords}
-    for name in values.keys() - _KEYWORDS:
+    for name in values.keys() - RequestKeywords.__annotations__.keys() - CallKeywords.__annotations__.keys():
         raise TypeError(f"unexpected keyword argument {name!r}")
     request_id = values.pop("request_id", None)
     if isinstance(values.get("adapter"), Mapping):

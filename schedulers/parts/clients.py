@@ -1,4 +1,7 @@
-"""Tracks the waiting and running requests of each client."""
+"""Tracks the waiting and running requests of each client.
+
+The file is long because each event changes all of the counts and orders.
+"""
 
 from __future__ import annotations
 
