@@ -68,7 +68,7 @@ class Submitter:
         # A request that can never run must get this error, and not "try again later".
         tokens = self._token_ids(prompt, params)
         ticket = self._reserve(options.tenant, counted, arrival, None if tokens is None else len(tokens))
-        entry = self._adapters.current(adapter)
+        entry = None if adapter is None else self._adapters.current(adapter)
         at_once = (
             tokens is not None
             and (adapter is None or entry is not None)

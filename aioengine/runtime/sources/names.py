@@ -32,7 +32,7 @@ class AdapterNames:
     def is_registered(self, name: str) -> bool:
         return name in self._residency.current
 
-    def current(self, adapter: str | Mapping[str, float] | None) -> AdapterEntry | None:
+    def current(self, adapter: str | Mapping[str, float]) -> AdapterEntry | None:
         """Return the current version of a registered name; None for anything else."""
         return self._residency.current.get(adapter) if isinstance(adapter, str) else None
 
