@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from operator import attrgetter
 from typing import Any
 
@@ -16,6 +16,8 @@ from aioengine.server.access.limits import Admission
 from aioengine.server.errors import ApiError, FullQueue
 
 logger = logging.getLogger("aioengine.server.access")
+_LONGEST_LIST = 500
+"""Characters of a list whose items a client has chosen, in a header and in a line of the log."""
 
 
 class RequestRecord(msgspec.Struct, kw_only=True, eq=False):
@@ -74,6 +76,13 @@ class RequestRecord(msgspec.Struct, kw_only=True, eq=False):
         self.error = detail.code or detail.type
         self.param = None if detail.param is None else detail.param[:100]
         self.reason = detail.message[:200]
+
+    def left_out(self, requirements: Iterable[str]) -> None:
+        """Note what of the answer's schema is not enforced; of a long list its beginning."""
+        text = ", ".join(requirements)
+        if len(text) > _LONGEST_LIST:
+            text = f"{text[:_LONGEST_LIST].rpartition(', ')[0]}, ..."
+        self.not_enforced = text or None
 
     def fields(self) -> dict[str, Any]:
         """Return the known fields, for a structured log."""

@@ -35,7 +35,6 @@ from aioengine.server.access_log import RequestRecord, log_request
 from aioengine.server.context import Context
 from aioengine.server.debug.routes import debug_routes
 from aioengine.server.errors import ApiError, to_api_error
-from aioengine.server.generation import until_ended
 from aioengine.server.health import health_routes
 from aioengine.server.known_fields import UnknownFields
 from aioengine.server.messages.routes import messages_routes
@@ -52,6 +51,7 @@ from aioengine.server.settings import ServerSettings
 from aioengine.server.streaming import send_error
 from aioengine.server.transport.answers import UnreadAnswers, size_of
 from aioengine.server.transport.body import BodyBudget, BoundedBody
+from aioengine.server.transport.departures import until_ended
 from aioengine.server.vectors.routes import vector_routes
 
 if TYPE_CHECKING:

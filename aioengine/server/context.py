@@ -7,6 +7,7 @@ import random
 import re
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +31,7 @@ from aioengine.server.openai.constraints import Form
 from aioengine.server.openai.generation_config import FILE_NAME, SamplingDefaults, read_sampling_defaults
 from aioengine.server.openai.logprobs import TokenBytes
 from aioengine.server.settings import ServerSettings
+from aioengine.server.transport.starts import Starts
 
 if TYPE_CHECKING:
     from aioengine.model.text.tokenizer import Tokenizer
@@ -50,6 +52,7 @@ class Context:
         self.change(settings)
         self.created = int(time.time())
         self.scores = Scores(settings.retry_after)
+        self._starts = Starts()
         self.open_requests: set[RequestRecord] = set()
         """Open requests, without probes and pages."""
         self.draining = False
@@ -306,7 +309,7 @@ class Context:
                 made = await form.constraint(self.guide, record.owner)
             except ConfigError as error:
                 raise RequestInvalid(str(error)) from error
-            record.not_enforced = ", ".join(form.not_enforced) or None
+            record.left_out(form.not_enforced)
             return made
 
         unique = f"{prefix}{self.new_id()}"
@@ -330,6 +333,7 @@ class Context:
             record,
             reply_id=record.completion_id,
             scores=self.scores,
+            turn=partial(self._starts.turn, options.tenant) if len(of_choices) > 1 else None,
             constrain=None if form is None else constrain,
         )
         if record.admission is not None:

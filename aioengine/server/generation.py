@@ -11,25 +11,23 @@ from collections.abc import (
     AsyncIterator,
     Awaitable,
     Callable,
-    Coroutine,
     Iterator,
     Sequence,
 )
 from contextlib import asynccontextmanager, contextmanager
-from typing import Any, TypeVar, cast
+from typing import TypeVar, cast
 
 import msgspec
 
 from aioengine.client import EngineClient, as_keywords
 from aioengine.config import EngineConfig
 from aioengine.errors import DeadlineExceeded
-from aioengine.metrics.page.plumbing import Departure, Receive, disconnected
 from aioengine.request import CachePin, RequestOptions, SamplingParams, TokenConstraint
 from aioengine.runtime.output import RequestOutput, SoFar
-from aioengine.runtime.tasks import end_tasks, together
+from aioengine.runtime.tasks import together
 from aioengine.runtime.text_work import SHORT
 from aioengine.server.access_log import RequestRecord
-from aioengine.server.errors import ApiError, ClientDisconnected
+from aioengine.server.errors import ApiError
 from aioengine.server.openai.api import PromptTokensDetails, Usage
 
 T = TypeVar("T")
@@ -136,6 +134,7 @@ class Generation:
         prompts: Token ids, one list for each prompt.
         params: One for each choice, ``n`` for the first prompt, then ``n`` for the second, ...
         options: Options of all choices.
+        turn: Waits until a choice may begin; None if it may at once.
         constrain: Builds a constraint for one choice; None if the choices are unconstrained.
     """
 
@@ -150,6 +149,7 @@ class Generation:
         *,
         reply_id: str | None = None,
         scores: Scores | None = None,
+        turn: Callable[[], Awaitable[None]] | None = None,
         constrain: Callable[[], Awaitable[TokenConstraint]] | None = None,
     ) -> None:
         assert prompts and len(params) % len(prompts) == 0
@@ -159,6 +159,7 @@ class Generation:
         self._params = params
         self._options = options
         self._record = record
+        self._turn = turn
         self._constrain = constrain
         self._last: list[RequestOutput | None] = [None] * len(params)
         self._so_far: dict[int, SoFar] = {}
@@ -225,6 +226,8 @@ class Generation:
         """Yield the outputs of one choice. Closing it aborts the engine's request. Raises what the engine
         raises."""
         prompt = self._prompt(index)
+        if self._turn is not None:
+            await self._turn()
         async with self._room.holding(len(prompt)):
             keywords = as_keywords(self._options)
             keywords["request_id"] = self._id_of(index)
@@ -251,6 +254,8 @@ class Generation:
         def follow(output: SoFar) -> None:
             so_far[index] = output
 
+        if self._turn is not None:
+            await self._turn()
         async with self._room.holding(len(prompt)):
             try:
                 found = await self._engine.complete(
@@ -326,75 +331,3 @@ class Generation:
         if output.finish_reason:
             self._reasons.add(output.finish_reason)
             record.finish_reason = ",".join(sorted(self._reasons))
-
-
-async def while_connected(
-    receive: Receive,
-    departure: Departure | None,
-    work: Coroutine[Any, Any, T],
-    *ends: asyncio.Future[ApiError] | None,
-) -> T:
-    """Return the result of ``work``, unless the client disconnects or one of ``ends`` is done first: then
-    ``work`` is cancelled.
-
-    Raises ClientDisconnected, the error that ended it, and what ``work`` raises. ``departure`` tells that the
-    client has gone, or else ``receive`` does, which is ASGI's, after the body was read.
-    """
-    task = asyncio.current_task()
-    assert task is not None
-    if departure is not None and departure.has_happened:
-        work.close()
-        raise ClientDisconnected
-    cancels = task.cancelling()
-    why: list[BaseException] = []
-
-    def end(error: BaseException) -> None:
-        if not why:
-            why.append(error)
-            task.cancel()  # as asyncio.timeout does, so that the work needs no task of its own
-
-    def ended(first: asyncio.Future[Any]) -> None:
-        if not first.cancelled():
-            end(first.exception() or (ClientDisconnected() if first is gone else first.result()))
-
-    def left() -> None:
-        end(ClientDisconnected())
-
-    watched: list[asyncio.Future[Any]] = [end for end in ends if end is not None]
-    gone: asyncio.Future[Any] | None = None
-    if departure is None:
-        gone = asyncio.ensure_future(disconnected(receive))
-        watched.append(gone)
-    else:
-        departure.tell(left)
-    for future in watched:
-        future.add_done_callback(ended)
-    try:
-        return await work
-    except asyncio.CancelledError:
-        if why and task.uncancel() <= cancels:
-            raise why[0] from None
-        raise
-    finally:
-        for future in watched:
-            future.remove_done_callback(ended)
-        if departure is not None:
-            departure.forget(left)
-        if gone is not None:
-            await end_tasks([gone])
-
-
-async def until_ended(work: Coroutine[Any, Any, None], ended: asyncio.Future[ApiError] | None) -> None:
-    """Run ``work``. When ``ended`` is done, cancel it and raise the error of ``ended``."""
-    task = asyncio.ensure_future(work)
-    try:
-        await _first_of(task, ended)
-        if task.done():
-            task.result()
-    finally:
-        await end_tasks([task])
-
-
-async def _first_of(*futures: asyncio.Future[Any] | None) -> None:
-    given = [future for future in futures if future is not None]
-    await asyncio.wait(given, return_when=asyncio.FIRST_COMPLETED)

@@ -14,9 +14,10 @@ from aioengine.runtime.output import RequestOutput
 from aioengine.runtime.tasks import together
 from aioengine.server.access_log import RequestRecord
 from aioengine.server.errors import ApiError, ClientDisconnected, to_api_error
-from aioengine.server.generation import Generation, while_connected
+from aioengine.server.generation import Generation
 from aioengine.server.openai.api import GenerationFields, PromptTokensDetails, StreamOptions, Usage
 from aioengine.server.settings import ServerSettings
+from aioengine.server.transport.departures import while_connected
 
 P = ParamSpec("P")
 T = TypeVar("T")

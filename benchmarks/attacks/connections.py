@@ -27,7 +27,7 @@ async def pipelined(target: Target) -> str:
     began = time.monotonic()
     status = statuses([await target.http.get("/health")])
     took = time.monotonic() - began
-    await asyncio.wait(floods, timeout=3)
+    await asyncio.wait(floods, timeout=2)
     for task in floods:
         task.cancel()
     return f"/health {status} in {took:.2f} s"
@@ -37,7 +37,7 @@ async def bodies_in_flight(target: Target) -> str:
     async def stop_short() -> str:
         reader, writer = await asyncio.open_connection(*target.served.address)
         try:
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(4):
                 writer.write(HEAD + b"content-length: 8000000\r\n\r\n{" + b" " * 7_900_000)
                 await writer.drain()
                 return (await reader.readuntil(b"\r\n"))[9:12].decode()
@@ -50,13 +50,13 @@ async def bodies_in_flight(target: Target) -> str:
 
 
 async def streams_cut_off(target: Target) -> str:
-    """For three seconds, connect, ask for a stream, and leave within a tenth of a second."""
+    """For two seconds, connect, ask for a stream, and leave within a tenth of a second."""
     body = json.dumps({"model": MODEL, "prompt": "Hi", "max_tokens": 200, "stream": True}).encode()
-    return await begun_and_left(target, body, seconds=3, at_once=60, longest=0.1)
+    return await begun_and_left(target, body, seconds=2, at_once=60, longest=0.1)
 
 
 async def refused_requests(target: Target) -> str:
-    """For three seconds, send requests with a field that does not exist, one after the other."""
+    """For two seconds, send requests with a field that does not exist, one after the other."""
     request = message(b'{"model": "x", "promt": ' + b"[" * 60 + b"]" * 60 + b"}")
     return await again_and_again(target, [request])
 
@@ -76,7 +76,7 @@ async def many_connections(target: Target) -> str:
 
 
 async def lists(target: Target) -> str:
-    """For three seconds, ask for lists of all names and series, one after the other, and begin live pages."""
+    """For two seconds, ask for lists of all names and series, one after the other, and begin live pages."""
     wanted = [b"/v1/models", b"/metrics", b"/v1/models/nobody", b"/events"]
     compressed = b"accept: application/openmetrics-text\r\naccept-encoding: gzip\r\n"
     get = b"GET %b HTTP/1.1\r\nhost: localhost\r\n%b\r\n"
@@ -84,9 +84,9 @@ async def lists(target: Target) -> str:
 
 
 async def many_choices(target: Target) -> str:
-    """For three seconds, ask for 128 streams in one, with log-probabilities, and leave."""
+    """For two seconds, ask for 128 streams in one, with log-probabilities, and leave."""
     ask = {"model": MODEL, "prompt": "Hi", "n": 128, "max_tokens": 500, "stream": True, "logprobs": 20}
-    return await begun_and_left(target, json.dumps(ask).encode(), seconds=3, at_once=20, longest=0.3)
+    return await begun_and_left(target, json.dumps(ask).encode(), seconds=2, at_once=20, longest=0.3)
 
 
 async def tiny_chunks(target: Target) -> str:
@@ -126,7 +126,7 @@ async def asked_before_sent(target: Target) -> str:
     return counted(await asyncio.gather(*(one() for _ in range(2_000))))
 
 
-async def again_and_again(target: Target, requests: Sequence[bytes], seconds: float = 3) -> str:
+async def again_and_again(target: Target, requests: Sequence[bytes], seconds: float = 2) -> str:
     """Have 30 connections send requests, one after the other. Returns how often each status came."""
     seen: list[str] = []
 

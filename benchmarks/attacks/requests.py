@@ -24,6 +24,11 @@ async def guided(target: Target, *outputs: dict[str, Any], **fields: Any) -> str
     return statuses(await asyncio.gather(*asks, return_exceptions=True))
 
 
+async def nothing(_: Target) -> str:
+    await asyncio.sleep(2)
+    return "none"
+
+
 async def deep_schema(target: Target) -> str:
     return await guided(target, {"json": json.loads(hostile.property_chain(1_000))})
 
@@ -140,7 +145,7 @@ async def tenant_flood(target: Target) -> str:
     body = {"max_tokens": 200, "ignore_eos": True}
     asks = [target.post("/v1/completions", {**body, "prompt": f"Number {i}"}) for i in range(1_500)]
     flood = [asyncio.create_task(ask) for ask in asks]
-    await asyncio.sleep(4)
+    await asyncio.sleep(3)
     began = time.monotonic()
     answer = await target.post("/v1/completions", body | {"prompt": "b", "max_tokens": 2}, headers=key("b"))
     took = time.monotonic() - began
@@ -186,7 +191,7 @@ async def address_flood(target: Target) -> str:
     body = {"max_tokens": 200, "ignore_eos": True}
     asks = [target.post("/v1/completions", {**body, "prompt": f"Number {i}"}) for i in range(1_500)]
     flood = [asyncio.create_task(ask) for ask in asks]
-    await asyncio.sleep(4)
+    await asyncio.sleep(3)
     done = [task.result().status_code for task in flood if task.done() and task.exception() is None]
     for task in flood:
         task.cancel()
@@ -195,7 +200,7 @@ async def address_flood(target: Target) -> str:
 
 
 async def made_up(target: Target) -> str:
-    """Send requests of all kinds for 12 seconds, from a process of its own."""
+    """Send requests of all kinds for 8 seconds, from a process of its own."""
     words = [
         "-m",
         "benchmarks.attacks.made_up",
@@ -204,7 +209,7 @@ async def made_up(target: Target) -> str:
         "--key",
         "key-of-a",
         "--seconds",
-        "12",
+        "8",
     ]
     process = await asyncio.create_subprocess_exec(sys.executable, *words, stdout=asyncio.subprocess.PIPE)
     try:

@@ -2,35 +2,19 @@
 
 from __future__ import annotations
 
-import asyncio
 import gc
 import random
-import time
 
 import httpx
 import pytest
 from support.engine_fixtures import MakeEngine, Tiny, greedy
+from support.longest_hold import LongestHold
 from support.server_fixtures import Serve
 
 NAMES = 10_000
 HOLD = 0.03
 """Seconds of processor time; to describe and write them all on the loop would take several times as many."""
 PATHS = ["/v1/models", "/v1/models/n7", "/v1/models/nobody", "/debug/adapters", "/debug/requests", "/metrics"]
-
-
-class LongestHold:
-    """Longest time for which this thread's loop computed in one pass."""
-
-    def __init__(self) -> None:
-        self.seconds = 0.0
-        self._last = time.thread_time()
-        self._loop = asyncio.get_running_loop()
-        self._beat()
-
-    def _beat(self) -> None:
-        now = time.thread_time()
-        self.seconds, self._last = max(self.seconds, now - self._last), now
-        self._loop.call_soon(self._beat)
 
 
 @pytest.mark.timed

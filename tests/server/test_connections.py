@@ -260,14 +260,18 @@ async def test_small_parts_of_an_answer_do_not_wait_for_each_other() -> None:
             writer.close()
 
 
-@pytest.mark.parametrize("cut", [None, 60, -3])
-async def test_an_offer_of_another_protocol_is_declined(cut: int | None, serve: Serve) -> None:
+@pytest.mark.parametrize("chunked", [True, False])
+@pytest.mark.parametrize("cut", [None, 60, -3, -60])
+async def test_an_offer_of_another_protocol_is_declined(cut: int | None, chunked: bool, serve: Serve) -> None:
     """As Java's client makes it with every request; the body comes all the same."""
     async with serve() as served:
         body = json.dumps({**LONG, "max_tokens": 2}).encode()
         head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
         head += b"connection: Upgrade, HTTP2-Settings\r\nupgrade: h2c\r\nhttp2-settings: AAMAAABk\r\n"
         data = head + b"content-length: %d\r\n\r\n" % len(body) + body
+        if chunked:
+            chunks = b"10\r\n%b\r\n%x\r\n%b\r\n0\r\n\r\n" % (body[:16], len(body) - 16, body[16:])
+            data = head + b"transfer-encoding: chunked\r\n\r\n" + chunks
         host, _, port = served.url.removeprefix("http://").rpartition(":")
         reader, writer = await asyncio.open_connection(host, int(port))
         for part in (data[:cut], data[cut:] if cut is not None else b""):

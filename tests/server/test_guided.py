@@ -287,6 +287,23 @@ async def test_what_is_not_enforced_is_said(serve: Serve, caplog: pytest.LogCapt
                 assert "uniqueItems" in answer.json()["error"]["message"]
 
 
+async def test_a_long_list_of_what_is_not_enforced_is_cut(
+    serve: Serve, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It goes into a header, and servers in front have little room for these."""
+    fields = {f"f{i}": {"type": "string", "format": f"\r\nx-{i}: \u00e9 {'y' * i}"} for i in range(200)}
+    schema = {"type": "object", "properties": fields}
+    format_ = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    async with serve(max_model_len=400) as served:
+        caplog.set_level("INFO", logger="aioengine.server.access")
+        body = {**chat(response_format=format_), "max_tokens": 2}
+        answer = await served.http.post("/v1/chat/completions", json=body)
+        assert answer.status_code == 200
+        assert 300 < len(answer.headers["x-not-enforced"]) < 600
+        assert answer.headers["x-not-enforced"].endswith(", ...") and "x-1" not in answer.headers
+        assert max(map(len, caplog.messages)) < 3000
+
+
 async def test_the_whole_reason_is_given(serve: Serve) -> None:
     async with serve(max_model_len=400) as served:
         schema = {"type": "string", "pattern": "(?=a)b"}

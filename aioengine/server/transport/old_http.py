@@ -8,7 +8,9 @@ from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 
 
 def end_with_connection(cycle: RequestResponseCycle) -> None:
-    """Have an answer whose length is not known end with the connection: HTTP/1.0 knows no chunks."""
+    """Have an answer whose length is not known end with the connection: HTTP/1.0 knows no chunks. Nor does it
+    know an interim answer, so none is given to an ``Expect``."""
+    cycle.waiting_for_100_continue = False
     send = cycle.send
     has_length = False
 

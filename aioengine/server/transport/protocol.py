@@ -14,6 +14,7 @@ from aioengine.metrics.page.plumbing import DEPARTURE, WATCH, Departure
 from aioengine.server.access.addresses import network_of
 from aioengine.server.transport.answer_transport import AnswerTransport
 from aioengine.server.transport.crowd import Crowd
+from aioengine.server.transport.declined_upgrade import body_parser, framing
 from aioengine.server.transport.old_http import end_with_connection
 from aioengine.server.transport.reader_watch import ReaderWatch, unread_bytes
 from aioengine.server.transport.turns import Turns
@@ -89,7 +90,7 @@ class BoundedProtocol(HttpToolsProtocol):
         """The owner for whom it is one of the crowd."""
         self.lingers = False
         """Whether the answer has been written and incoming bytes are dropped."""
-        self._is_full = self._is_paused = self._is_upgraded = False
+        self._is_full = self._is_paused = False
         self._header_bytes = self._header_count = self._left_bytes = 0
         self._has_headers = False
         """Whether the headers of the request that is being parsed are complete."""
@@ -213,29 +214,17 @@ class BoundedProtocol(HttpToolsProtocol):
         return min(SLICE, self._left) if found < 0 else found + 4 - self._at
 
     def _parse(self, part: bytes) -> None:
-        if self._is_upgraded:
-            self._body_after_upgrade(part)
-            return
         self._unseen += len(part)
         try:
             self.parser.feed_data(part)
         except httptools.HttpParserUpgrade as upgrade:
-            # Java's client, for one, offers HTTP/2 so with each request. The offer is declined by
-            # answering it as any other request, but the parser leaves the body to us.
-            self._is_upgraded = True
-            self._body_after_upgrade(part[upgrade.args[0] :])
+            self.parser = body_parser(self)
+            self._parse(framing(self.headers) + part[upgrade.args[0] :])
         except httptools.HttpParserError:
             if not self.is_closing:
                 self.send_400_response("Invalid HTTP request received.")
         if self._unseen > UNSEEN_BYTES:
             self._refuse(431, b"Request Header Fields Too Large")
-
-    def _body_after_upgrade(self, data: bytes) -> None:
-        """The rest of the last request that this connection takes."""
-        if self._body_left:
-            self.on_body(data[: self._body_left])
-            if not self._body_left and not self.cycle.response_complete:
-                super().on_message_complete()
 
     def hold(self, is_full: bool) -> None:
         """Whether the body's reader is behind."""
@@ -298,6 +287,9 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         self._stop_watch()
+        version = self.parser.get_http_version()
+        if version not in ("1.0", "1.1"):
+            self._refuse(505, b"HTTP Version Not Supported")
         self._has_headers, self._unseen = True, 0
         if self.is_closing:
             return
@@ -305,7 +297,7 @@ class BoundedProtocol(HttpToolsProtocol):
         if b"transfer-encoding" not in names:
             self._body_left = int(names.get(b"content-length", 0))
         super().on_headers_complete()
-        if self.parser.get_http_version() == "1.0":
+        if version == "1.0":
             end_with_connection(self.cycle)
         if self.parser.should_upgrade():
             self.cycle.keep_alive = False
@@ -323,8 +315,8 @@ class BoundedProtocol(HttpToolsProtocol):
             super().on_body(body)
 
     def on_message_complete(self) -> None:
-        if self.parser.should_upgrade() and self._body_left:
-            return  # the parser means the headers
+        if self.parser.should_upgrade():
+            return  # it means the headers; another one reads the body
         if not self.is_closing:
             self.cycle.more_body = False
             super().on_message_complete()

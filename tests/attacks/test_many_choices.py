@@ -1,0 +1,60 @@
+"""Small requests that ask for very much at once: as many choices or inputs as may be."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import json
+
+import pytest
+from support.longest_hold import LongestHold
+from support.server_fixtures import MODEL, Serve, until
+
+CHOICES = {"model": MODEL, "prompt": "Hi", "n": 128, "max_tokens": 20, "ignore_eos": True, "stream": True}
+HOLD = 0.06
+"""Seconds of processor time; ten times that long if all choices began at once."""
+
+
+@pytest.mark.timed
+async def test_many_choices_hold_nobody_up(serve: Serve) -> None:
+    body = json.dumps(CHOICES).encode()
+    head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+    message = head + b"content-length: %d\r\n\r\n" % len(body) + body
+    async with serve(max_num_seqs=4) as served:
+        host, _, port = served.url.removeprefix("http://").rpartition(":")
+        await served.http.post("/v1/completions", json={**CHOICES, "n": 2, "stream": False})
+        writers = [(await asyncio.open_connection(host, int(port)))[1] for _ in range(20)]
+        gc.freeze()  # as a server does when it begins
+        hold = LongestHold()
+        for writer in writers:
+            writer.write(message)
+        await until(lambda: served.engine.stats().waiting > 1000)
+        answer = await served.http.post("/v1/completions", json={**CHOICES, "n": 1, "stream": False})
+        begun = hold.seconds
+        for writer in writers:
+            writer.transport.abort()
+        await until(lambda: served.app.active == 0)
+        gc.unfreeze()
+        print(f"held {begun * 1e3:.0f} ms, {hold.seconds * 1e3:.0f} ms with the end")
+        assert answer.status_code == 200
+        assert hold.seconds < HOLD
+        assert served.engine.stats().waiting == 0
+
+
+@pytest.mark.parametrize("n", [2, 128])
+async def test_each_choice_has_its_turn(n: int, serve: Serve) -> None:
+    """Also those of requests that were begun while others left."""
+    async with serve() as served:
+
+        async def leaving(seconds: float) -> None:
+            body = {**CHOICES, "n": 128, "stream": False}
+            sending = asyncio.create_task(served.http.post("/v1/completions", json=body))
+            await asyncio.wait([sending], timeout=seconds)
+            sending.cancel()
+
+        left = [asyncio.create_task(leaving(0.002 * i)) for i in range(10)]
+        answer = await served.http.post("/v1/completions", json={**CHOICES, "n": n, "stream": False})
+        assert [choice["index"] for choice in answer.json()["choices"]] == list(range(n))
+        await asyncio.wait(left)
+        await until(lambda: served.app.active == 0)
+        served.engine.check_invariants()

@@ -1,0 +1,129 @@
+"""Requests whose end could be understood in two ways: a proxy in front might understand it in the other."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+import random
+import re
+
+import pytest
+from support.server_fixtures import MODEL, Serve
+
+BODY = json.dumps({"model": MODEL, "prompt": "Hello", "max_tokens": 2}).encode()
+HEAD = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+NEXT = b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n"
+STATUS = re.compile(rb"HTTP/1\.1 (\d+) ")
+LENGTH, CHUNKED = b"content-length: %d" % len(BODY), b"transfer-encoding: chunked"
+AS_CHUNKS = b"%x\r\n%b\r\n0\r\n\r\n" % (len(BODY), BODY)
+
+
+async def answered(url: str, data: bytes) -> list[int]:
+    """Return the statuses of all answers to ``data``, until the connection is closed."""
+    host, _, port = url.removeprefix("http://").rpartition(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    writer.write(data)
+    answers = await asyncio.wait_for(reader.read(), 60)
+    writer.close()
+    return [int(status) for status in STATUS.findall(answers)]
+
+
+TWICE = [b"\r\n".join(pair) for pair in itertools.product([LENGTH, CHUNKED, b"content-length: 0"], repeat=2)]
+ODD_LENGTHS = [b"+5", b"-1", b"0x5", b"5,5", b"5 5", b"", b"5;", b"5.0", b"1e1", b"\xb2", b"%d" % 2**64]
+ODD_CODINGS = [b"identity", b"chunked, identity", b"xchunked", b"chunkedx", b"\x0bchunked", b'"chunked"']
+ODD_LINES = [
+    b"content-length : 5",
+    b" content-length: 5",
+    b"x: y\r\n content-length: 5",
+    b"content-length\0: 5",
+]
+ODD_LINES += [b"transfer-encoding : chunked", b"x: y\rtransfer-encoding: chunked", b": 5", b"content-length"]
+REFUSED = [framing for framing in TWICE if framing != CHUNKED + b"\r\n" + CHUNKED]
+REFUSED += [b"content-length: " + value for value in ODD_LENGTHS]
+REFUSED += [b"transfer-encoding: " + value for value in ODD_CODINGS]
+REFUSED += ODD_LINES
+
+
+@pytest.mark.parametrize("body", [AS_CHUNKS, BODY, b""])
+async def test_a_request_without_a_certain_end_is_the_last(body: bytes, serve: Serve) -> None:
+    async with serve() as served:
+        for framing in REFUSED:
+            found = await answered(served.url, HEAD + framing + b"\r\n\r\n" + body + NEXT * 3)
+            assert found == [400], (framing, found)
+
+
+SIZES = [
+    b"+2",
+    b"-2",
+    b"0x2",
+    b" 2",
+    b"2 ",
+    b"2 2",
+    b"",
+    b"g",
+    b"2\t",
+    b"%x" % 2**64,
+    b"f" * 40,
+    b"2\n{}\r\n",
+]
+
+
+async def test_a_chunk_without_a_certain_size_is_the_last(serve: Serve) -> None:
+    async with serve() as served:
+        for size in SIZES:
+            data = HEAD + CHUNKED + b"\r\n\r\n" + size + b"\r\n{}\r\n0\r\n\r\n" + NEXT * 3
+            found = await answered(served.url, data)
+            assert found == [400], (size, found)
+
+
+@pytest.mark.parametrize("seed", range(4))
+async def test_each_request_of_many_ends_where_it_says(seed: int, serve: Serve) -> None:
+    """With extensions of chunks, zeros before sizes, trailers, and bodies that look like requests."""
+    draw = random.Random(seed)
+    text = json.dumps({"model": MODEL, "prompt": NEXT.decode(), "max_tokens": 1}).encode() + NEXT
+
+    def made() -> tuple[bytes, int]:
+        body, status = draw.choice([(BODY, 200), (text, 400)])
+        if draw.random() < 0.3:
+            return HEAD + b"content-length: %d\r\n\r\n" % len(body) + body, status
+        parts, at = [], 0
+        while at < len(body):
+            part = body[at : at + draw.randint(1, 60)]
+            at += len(part)
+            size = draw.choice([b"%x", b"%X", b"000%x"]) % len(part)
+            extension = draw.choice([b"", b";a", b";a=b", b';a="b;\\"c"'])
+            parts.append(size + extension + b"\r\n" + part + b"\r\n")
+        end = draw.choice([b"0\r\n\r\n", b"0\r\nx-length: 5\r\n\r\n", b"00;a=b\r\nhost: y\r\n\r\n"])
+        return HEAD + draw.choice([CHUNKED, CHUNKED.upper()]) + b"\r\n\r\n" + b"".join(parts) + end, status
+
+    sent = [made() for _ in range(12)]
+    last = b"GET /health HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n"
+    async with serve() as served:
+        found = await answered(served.url, b"".join(data for data, _ in sent) + last)
+        assert found == [*(status for _, status in sent), 200]
+        assert served.app.active == 0
+
+
+@pytest.mark.parametrize(
+    ("data", "status"),
+    [
+        (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\x12\4\0\0\0\0\0", (400, 505)),
+        (b"GET /health HTTP/2.0\r\n\r\n", (505,)),
+        (b"GET /health HTTP/0.9\r\n\r\n", (505,)),
+        (b"GET /health HTTP/1.2\r\n\r\n", (400, 505)),
+        (b"GET /health HTTP/3\r\n\r\n", (400, 505)),
+        (b"CONNECT x:443 HTTP/1.1\r\n\r\n", (400, 404, 405)),
+    ],
+)
+async def test_other_protocols_are_refused(data: bytes, status: tuple[int, ...], serve: Serve) -> None:
+    async with serve() as served:
+        [found] = await answered(served.url, data + NEXT * 3)
+        assert found in status
+
+
+@pytest.mark.parametrize(("version", "statuses"), [(b"1.0", [200]), (b"1.1", [100, 200])])
+async def test_only_new_clients_are_told_to_go_on(version: bytes, statuses: list[int], serve: Serve) -> None:
+    head = HEAD.replace(b"1.1", version) + b"expect: 100-continue\r\nconnection: close\r\n"
+    async with serve() as served:
+        assert await answered(served.url, head + LENGTH + b"\r\n\r\n" + BODY) == statuses
