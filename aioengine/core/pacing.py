@@ -31,9 +31,12 @@ _FIRST_DECODE_PAIRS = 3.0
 query."""
 _FIRST_RANK = 0.004
 """First estimate of what one rank of an adapter adds to a token's cost."""
-_RISE, _FALL = 0.5, 0.2
-"""Share of an upward and of a downward deviation that is learned at once. Upward is larger, because too small
-a chunk is the safer error."""
+_RISE, _FALL, _FALL_AGAIN = 0.5, 0.2, 0.4
+"""Share of an upward and of a downward deviation that is learned at once, and of a downward one that follows
+another. Upward is larger, because too small a chunk is the safer error; but one that was too small again was
+no accident."""
+_FELL = -0.1
+"""A downward deviation that counts as one, as a logarithm: a tenth of the time."""
 _SUDDEN = 1.5
 """A step that takes more than this many times its expected time is taken for a slower machine:
 ``_SUDDEN_RISE`` of the deviation is learned. If the next step fits better to what was known before, it was an
@@ -106,6 +109,8 @@ class Pacer:
         self._largest = _FIRST_TOKENS // 2
         """Tokens of the largest step so far."""
         self._steps = 0
+        self._fell = False
+        """Whether the last step took less time than expected."""
         self._before: list[float] | None = None
         """The coefficients before the last step, if that took suddenly long."""
         self._excesses: list[tuple[int, float]] = []
@@ -137,7 +142,8 @@ class Pacer:
             deviation = min(max(deviation, -bound), bound)
         self._steps += 1
         self._note_excess(seconds, expected)
-        rate = max(_RISE if deviation > 0 else _FALL, 1 / self._steps)
+        rate = max(_RISE if deviation > 0 else _FALL_AGAIN if self._fell else _FALL, 1 / self._steps)
+        self._fell = deviation < _FELL
         if self._steps > 1 and deviation > math.log(_SUDDEN):
             self._before, rate = self._coefficients, max(rate, _SUDDEN_RISE)
         common = 1.0 if self._steps == 1 else _COMMON

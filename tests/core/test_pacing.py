@@ -8,7 +8,7 @@ import statistics
 from typing import NamedTuple
 
 import pytest
-from hypothesis import Phase, given, settings
+from hypothesis import Phase, example, given, settings
 from hypothesis import strategies as st
 from support.core_sim import LIMITS, CoreSim
 
@@ -190,6 +190,8 @@ def test_proposed_tokens_are_paced(slowness: float) -> None:
 
 @SETTINGS
 @given(machine=MACHINES)
+@example(Machine(5e-5, 30, 0.3 * PAIR_TOKENS, 3 * PAIR_TOKENS, 0.004, 1))  # the time of pairs is known late
+@example(Machine(5e-5, 30, 0.3 * PAIR_TOKENS, 3 * PAIR_TOKENS, 0.004, 30))
 def test_the_time_is_made_use_of(machine: Machine) -> None:
     sim = PacedSim(machine)
     sim.prompt(8000)
@@ -199,7 +201,7 @@ def test_the_time_is_made_use_of(machine: Machine) -> None:
     for batch, seconds in grown:
         [work] = batch.sequences
         grain = sim.machine.bound(batch) - TARGET
-        assert seconds > TARGET * 0.6 - grain or len(work.tokens) in (GRAIN, 2048)
+        assert seconds > TARGET * 0.7 - grain or len(work.tokens) in (GRAIN, 2048)
 
 
 @SETTINGS
