@@ -16,6 +16,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+PANEL = 16
+"""Outputs of B that are turned together: element r of output i lies where, seen as [rank / lane, 16, lane],
+[r // lane, i, r % lane] is."""
+LANE_BYTES = 4
+"""Elements of a lane together."""
 ALIGNMENT = 16
 """Number of elements. Where all matrices begin at multiples of this, GPU kernels load whole vectors."""
 
@@ -56,7 +61,8 @@ class SlotMemory:
 
     A place is one module of one layer; those of a fused linear follow each other. ``aligned``: every offset
     is a multiple of ``ALIGNMENT``, which is required if the memory is int8. ``dtype`` is then the dtype of
-    gains and shifts (otherwise that of the memory).
+    gains and shifts (otherwise that of the memory). ``turned``: matrices B are as the CPU library multiplies
+    them, which is for whoever writes them to see to (:func:`aioengine.kernels.cpu.lora.turn`).
     """
 
     def __init__(
@@ -68,7 +74,9 @@ class SlotMemory:
         *,
         aligned: bool = False,
         dtype: torch.dtype | None = None,
+        turned: bool = False,
     ) -> None:
+        self.turned = turned
         self.memory = memory
         """[elements]"""
         self.int8 = memory.dtype == torch.int8
@@ -166,9 +174,15 @@ class LoRAPool(NamedTuple):
         return a.float() * scale[:, None]
 
     def b(self, slot: int, j: int) -> Tensor:
-        """[out, b_rank], a view. Whole numbers where the matrices are int8, whose scales are A's."""
+        """[out, b_rank], a view, or a copy if it is turned. Whole numbers where the matrices are int8, whose
+        scales are A's."""
         where = self.where(slot, j)
-        return self._view(where.b, self.widths[j], where.b_rank)
+        b, rank = self._view(where.b, self.widths[j], where.b_rank), where.b_rank
+        lane, whole = LANE_BYTES // b.itemsize, len(b) // PANEL * PANEL
+        if not self.slots.turned or rank % lane or not whole:
+            return b
+        panels = b[:whole].reshape(whole // PANEL, rank // lane, PANEL, lane).transpose(1, 2)
+        return torch.cat([panels.reshape(whole, rank), b[whole:]])
 
     def affine(self, slot: int, j: int) -> Tensor | None:
         """[2, out], a view; None: there is neither gain nor shift."""

@@ -152,6 +152,7 @@ class ModelRunner:
                 shared=shared,
                 affine_dtype=dtype,
                 max_tokens=max_trained_tokens,
+                turned=backend.name == "cpu" and lora_dtype in (None, dtype, torch.int8),
             )
             if max_loras > 0
             else None

@@ -18,7 +18,7 @@ from aioengine.kernels.cpu.shared_library import load, threads
 from aioengine.kernels.plan.lora import LoRABatch, Segment
 from aioengine.kernels.portable import grouped
 from aioengine.kernels.portable.grouped import lora_embed
-from aioengine.kernels.slots import LoRAPool, SlotMemory
+from aioengine.kernels.slots import Column, LoRAPool, SlotMemory
 
 __all__ = ["lora_affine", "lora_embed", "lora_expand", "lora_shrink"]
 
@@ -91,7 +91,15 @@ def affine_of(batch: LoRABatch) -> Tensor:
 
 def slots_struct(slots: SlotMemory) -> structs.Slots:
     """Make the C structure, which points to the memory and does not keep it alive."""
-    return structs.Slots(slots.memory.data_ptr(), slots.table.data_ptr(), slots.num_places, slots.int8)
+    fields = slots.num_places, slots.int8, slots.turned
+    return structs.Slots(slots.memory.data_ptr(), slots.table.data_ptr(), *fields)
+
+
+def turn(memory: Tensor, rows: Tensor, outputs: Tensor) -> None:
+    """Turn the matrices B of a slot, whose table is ``rows`` [places, columns], in the calling thread; they
+    have so many ``outputs`` [places]."""
+    matrices = torch.stack([rows[:, Column.B], outputs, rows[:, Column.B_RANK]], dim=1)
+    load().aio_turn(memory.data_ptr(), memory.itemsize, matrices.data_ptr(), len(matrices))
 
 
 @functools.lru_cache(maxsize=256)

@@ -82,6 +82,7 @@ _SIGNATURES = {
         *(c_int, c_void_p, c_void_p, c_long, c_void_p, c_long, c_long, c_void_p, c_long),
         *(c_void_p, c_long, c_int),
     ),
+    "aio_turn": (c_void_p, c_long, c_void_p, c_long),
     "aio_lora_affine": (
         *(c_int, c_void_p, c_long, c_void_p, c_long, c_void_p, c_long, c_void_p, c_long, c_int),
     ),

@@ -75,7 +75,10 @@ class Matrix(Structure):
 class Slots(Structure):
     """The memory of all slots, and the table of :class:`aioengine.kernels.slots.SlotMemory`."""
 
-    _fields_ = [("memory", c_void_p), ("table", c_void_p), ("places", c_int64), ("int8", c_int64)]
+    _fields_ = [
+        *(("memory", c_void_p), ("table", c_void_p), ("places", c_int64), ("int8", c_int64)),
+        ("turned", c_int64),
+    ]
 
 
 class HeadNorms(Structure):

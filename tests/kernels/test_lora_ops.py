@@ -8,7 +8,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.lora_cases import Case, apply, make_case, rounded
+from support.lora_cases import Case, apply, make_case, rounded, turned
+from torch import Tensor
 
 from aioengine.kernels import LoRABatch, available_backends, get_backend
 
@@ -281,3 +282,34 @@ def test_a_packed_linear_with_its_adapters(dtype: torch.dtype, int8: bool, data:
         scale = expected.float().abs().max().clamp(min=1.0) if expected.numel() else 1.0
         tolerance = 1e-4 if dtype == torch.float32 else 2e-2
         torch.testing.assert_close(found / scale, expected.float() / scale, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.skipif("cpu" not in OTHERS, reason="needs the CPU library")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("int8", [False, True])
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_turned_matrices_give_the_same_bits(dtype: torch.dtype, int8: bool, data: st.DataObject) -> None:
+    from aioengine.kernels.cpu.adapted import AdaptedLinear
+    from aioengine.kernels.cpu.packed import PackedWeight
+
+    case = data.draw(cases(dtype, [*WIDTHS, (32, 16, 16), (48,), (16, 16, 16, 80)]))
+    plain, batch = case.int8_pool if int8 else case.pool, case.batch
+    pool, cpu = turned(plain), get_backend("cpu", "cpu")
+    for slot in range(len(case.ranks)):
+        for j in range(len(plain.widths)):
+            same(pool.b(slot, j), plain.b(slot, j))
+    h = cpu.lora_shrink(case.x, plain, batch)
+    found, expected = case.y.clone(), case.y.clone()
+    cpu.lora_expand(h, pool, found, batch)
+    cpu.lora_expand(h, plain, expected, batch)
+    same(found, expected)
+    if any(width % 16 for width in plain.widths):
+        return
+    weight = torch.randn(case.y.shape[1], case.x.shape[1], generator=torch.Generator().manual_seed(1))
+    packed = PackedWeight.pack(weight.to(dtype))
+    same(AdaptedLinear(packed, None, pool)(case.x, batch), AdaptedLinear(packed, None, plain)(case.x, batch))
+
+
+def same(found: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)

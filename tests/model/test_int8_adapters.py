@@ -17,6 +17,7 @@ from torch import Tensor
 from aioengine.config import EngineConfig, LoRAConfig
 from aioengine.errors import ConfigError
 from aioengine.kernels import available_backends
+from aioengine.kernels.cpu.lora import turn
 from aioengine.memory_plan import plan_from_config
 from aioengine.model.files.hf_config import read_spec
 from aioengine.model.slots.image import elements_of
@@ -140,10 +141,18 @@ def test_steps_compute_with_what_the_slots_hold(
         if kind == "int8":
             held = [matrices(slots, slot) for slot in range(len(ADAPTERS))]
         if kind == "same":
+            memory, outputs = (
+                slots.memory,
+                [place.shape.out_features for place in slots.layout.places.values()],
+            )
+            turned, memory.turned = memory.turned, False
             for slot in range(len(ADAPTERS)):
                 for targets, sources in zip(matrices(slots, slot), held[slot], strict=True):
                     for target, source in zip(targets, sources, strict=True):
                         target.copy_(source)
+                if turned:
+                    turn(memory.memory, memory.table[slot], torch.tensor(outputs))
+            memory.turned = turned
         sequences = [driver.add(range(5, 9 + 3 * slot), slot) for slot in range(-1, len(ADAPTERS))]
         for _ in range(2):
             driver.step(*((s, len(s.tokens) - s.computed) for s in sequences))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -133,6 +134,17 @@ def rounded(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     scale = (a.abs().amax(1) / 127).float().nan_to_num(1.0)
     whole = (a.float() / scale[:, None]).nan_to_num(0.0).round().to(torch.int8)
     return whole, (b.float() * 40).nan_to_num(0.0).round().clamp(-127, 127).to(torch.int8), scale / 40
+
+
+def turned(pool: LoRAPool) -> LoRAPool:
+    """A copy whose matrices B are turned."""
+    from aioengine.kernels.cpu.lora import turn
+
+    slots = copy.copy(pool.slots)
+    slots.memory, slots.turned = pool.slots.memory.clone(), True
+    for rows in slots.table:
+        turn(slots.memory, rows, torch.tensor(pool.widths))
+    return pool._replace(slots=slots)
 
 
 def apply(backend: Backend, case: Case, *, int8: bool = False) -> tuple[Tensor, Tensor]:

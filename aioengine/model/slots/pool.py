@@ -30,7 +30,7 @@ class LoRASlots:
     ``shared`` is memory (uint8) to use for that, which others use, too.
 
     ``dtype`` may be int8: the matrices are, and gains and shifts are of ``affine_dtype`` (else that is
-    ``dtype``).
+    ``dtype``). With ``turned``, B is turned when it is written, for the compiled library.
     """
 
     def __init__(
@@ -47,6 +47,7 @@ class LoRASlots:
         shared: torch.Tensor | None = None,
         affine_dtype: torch.dtype | None = None,
         max_tokens: int = 0,
+        turned: bool = False,
     ) -> None:
         holds = elements_of(dtype, affine_dtype)
         self.layout = layout = SlotLayout(spec, max_rank, target_modules, shard, holds, max_tokens)
@@ -63,7 +64,11 @@ class LoRASlots:
             memory = torch.empty(elements, dtype=dtype, device=device)
         aligned = holds.int8 or (device.type != "cpu" and _aligned(layout))
         places = len(layout.places)
-        self.memory = SlotMemory(memory, max_loras, places, max_rank, aligned=aligned, dtype=affine_dtype)
+        self.memory = SlotMemory(
+            memory, max_loras, places, max_rank, aligned=aligned, dtype=affine_dtype, turned=turned
+        )
+        self._outputs = torch.tensor([place.shape.out_features for place in layout.places.values()])
+        """Of the matrices B, by place."""
         self._copier: SlotCopier = StreamCopier(device) if device.type == "cuda" else SerialCopier()
         self._has_affine = [False] * max_loras
         self._begins = [0] * max_loras
@@ -159,6 +164,10 @@ class LoRASlots:
         head = image.head
         parts = [] if head is None else [part for part in head if part is not None]
         there = self._copier.write(copies, parts)
+        if memory.turned:
+            from aioengine.kernels.cpu.lora import turn
+
+            turn(memory.memory, rows, self._outputs)
         memory.table[slot] = rows
         self._begins[slot] = begin
         self._has_affine[slot] = image.has_affine

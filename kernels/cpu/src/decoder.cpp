@@ -302,7 +302,7 @@ struct Run {
     const long n = w.n / r.experts;
     timed(phase, [&] { base(w, x, y, r); });
     if (pool.slices == 0 || s.lora.count == 0) return;
-    const aio::Slots places{m.slots.memory, m.slots.table, 1, m.slots.int8};
+    const aio::Slots places{m.slots.memory, m.slots.table, 1, m.slots.int8, m.slots.turned};
     const auto run = [&](const int32_t* of, long count, const auto& work) {
       long* found = (long*)me.from_first([&] {
         segment_count = r.segments((const aio::Segment*)of, count, m.slots.places, pool.slices, segments);

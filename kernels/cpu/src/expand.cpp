@@ -1,29 +1,84 @@
 // Adapters added to rows of a linear; expand.h says how.
 #include "expand.h"
 
+#include <vector>
+
 #include "transpose.h"
 
 namespace aio {
 
 template <class T>
-void turn(const B<T>& b, long rows, uint32_t* out) {
-  if (!b.int8) return transpose<T>((const typename T::elem*)b.at, b.rank, b.rank, rows, out);
+const uint32_t* panel(const B<T>& b, long rows, uint32_t* room) {
+  const bool lies = b.turned && rows == LANES;
+  if (!b.int8) {
+    if (lies) return (const uint32_t*)b.at;
+    transpose<T>((const typename T::elem*)b.at, b.rank, b.rank, rows, room);
+    return room;
+  }
   constexpr long TIMES = Int8::PER_LANE / T::PER_LANE;
   const long words = (b.rank + Int8::PER_LANE - 1) / Int8::PER_LANE;
-  uint32_t* const bytes = out + words * (TIMES - 1) * LANES;  // at the end, so that they are read before they are written over
-  transpose<Int8>((const int8_t*)b.at, b.rank, b.rank, rows, bytes);
+  // At the end of the room, so that they are read before they are written over.
+  uint32_t* const turned = room + words * (TIMES - 1) * LANES;
+  if (!lies) transpose<Int8>((const int8_t*)b.at, b.rank, b.rank, rows, turned);
+  const uint32_t* const bytes = lies ? (const uint32_t*)b.at : turned;
   for (long i = 0; i < words; i++) {
     vu wide[TIMES];
     widen<T>(load(bytes + i * LANES), wide);
-    for (long j = 0; j < TIMES; j++) store(out + (i * TIMES + j) * LANES, wide[j]);
+    for (long j = 0; j < TIMES; j++) store(room + (i * TIMES + j) * LANES, wide[j]);
   }
+  return room;
 }
 
 namespace {
 
 #if defined(AIO_SHUFFLE) && defined(__AVX512F__)
 #define AIO_TURN_IN_REGISTERS 1
-// y += B h for R rows and so many panels: B, of elements of type E and of whole lanes of these, is turned in registers.
+// Adds the products of a lane of E's elements, which is `TIMES` lanes of R rows of h.
+template <class T, class E, int R>
+inline __attribute__((always_inline)) void add_lane(const uint32_t* h, long h_stride, vu lane, vf (&acc)[R]) {
+  constexpr int TIMES = E::PER_LANE / T::PER_LANE;
+  vu wide[TIMES];
+  if constexpr (TIMES == 1)
+    wide[0] = lane;
+  else
+    widen<T>(lane, wide);
+#pragma GCC unroll 4
+  for (int i = 0; i < TIMES; i++)
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++) acc[r] = T::dot(acc[r], splat(h[r * h_stride + i]), wide[i]);
+}
+
+// y += B h for R rows and P panels of B, turned, of whole lanes of E's elements.
+template <class T, class E, int R, int P>
+inline void expand_tile(const uint32_t* h, long h_stride, const uint32_t* b, long lanes, typename T::elem* y, long y_stride) {
+  vf acc[P][R];
+#pragma GCC unroll 4
+  for (int p = 0; p < P; p++)
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++) acc[p][r] = T::load16(y + r * y_stride + p * LANES);
+  for (long k = 0; k < lanes; k++, h += E::PER_LANE / T::PER_LANE)
+#pragma GCC unroll 4
+    for (int p = 0; p < P; p++) add_lane<T, E, R>(h, h_stride, load(b + (p * lanes + k) * LANES), acc[p]);
+#pragma GCC unroll 4
+  for (int p = 0; p < P; p++)
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++) T::store16(y + r * y_stride + p * LANES, acc[p][r]);
+}
+
+// The same for so many panels: with few rows of several at a time, or each product would wait for the one before.
+template <class T, class E, int R>
+void expand_tiles(const uint32_t* h, long h_stride, const B<T>& b, long panels, typename T::elem* y, long y_stride) {
+  constexpr int SOME = R <= 4 ? 4 : 2;
+  const long lanes = b.rank / E::PER_LANE;
+  const uint32_t* at = (const uint32_t*)b.at;
+  long p = 0;
+  for (; p + SOME <= panels; p += SOME)
+    expand_tile<T, E, R, SOME>(h, h_stride, at + p * lanes * LANES, lanes, y + p * LANES, y_stride);
+  for (; p < panels; p++)
+    expand_tile<T, E, R, 1>(h, h_stride, at + p * lanes * LANES, lanes, y + p * LANES, y_stride);
+}
+
+// The same with B turned in registers.
 template <class T, class E, int R>
 inline void expand_rows(const uint32_t* h, long h_stride, const B<T>& b, long panels, typename T::elem* y,
                         long y_stride) {
@@ -34,41 +89,28 @@ inline void expand_rows(const uint32_t* h, long h_stride, const B<T>& b, long pa
     vf acc[R];
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++) acc[r] = T::load16(y + r * y_stride);
-    // A lane of E is `TIMES` of h.
-    const auto add_lane = [&](long k, vu w) {
-      vu wide[TIMES];
-      if constexpr (TIMES == 1)
-        wide[0] = w;
-      else
-        widen<T>(w, wide);
-#pragma GCC unroll 4
-      for (int i = 0; i < TIMES; i++)
+    const auto add = [&](long k, const auto& w) {
 #pragma GCC unroll 8
-        for (int r = 0; r < R; r++) acc[r] = T::dot(acc[r], splat(h[r * h_stride + k * TIMES + i]), wide[i]);
+      for (int j = 0; j < int(sizeof w / sizeof *w); j++) add_lane<T, E, R>(h + (k + j) * TIMES, h_stride, w[j], acc);
     };
     long k = 0;
     for (; k + 8 <= lanes; k += 8) {
       vu w[8];
       transpose8(row + k, lanes, w);
-#pragma GCC unroll 8
-      for (int j = 0; j < 8; j++) add_lane(k + j, w[j]);
+      add(k, w);
     }
-    const auto add = [&](auto& w, int count) {
-#pragma GCC unroll 4
-      for (int j = 0; j < count; j++) add_lane(k + j, w[j]);
-    };
     if (k + 4 == lanes) {
       vu w[4];
       transpose4(row + k, lanes, w);
-      add(w, 4);
+      add(k, w);
     } else if (lanes == 2) {
       vu w[2];
       transpose_all(row, w);
-      add(w, 2);
+      add(k, w);
     } else if (lanes == 1) {
       vu w[1];
       transpose_all(row, w);
-      add(w, 1);
+      add(k, w);
     }
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++) T::store16(y + r * y_stride, acc[r]);
@@ -79,9 +121,9 @@ inline void expand_rows(const uint32_t* h, long h_stride, const B<T>& b, long pa
 // For any rank, and machines whose registers cannot hold what is turned.
 template <class T, int R>
 void expand_turned(const uint32_t* h, long h_stride, const B<T>& b, long panels, typename T::elem* y, long y_stride,
-                   uint32_t* turned) {
+                   uint32_t* room) {
   for (long p = 0; p < panels; p++, y += LANES) {
-    turn(b.from(p * LANES), LANES, turned);
+    const uint32_t* const turned = panel(b.from(p * LANES), LANES, room);
     vf acc[R];
     for (int r = 0; r < R; r++) acc[r] = T::load16(y + r * y_stride);
     add_lanes<T, R>(h, h_stride, turned, b.lanes, acc);
@@ -89,11 +131,11 @@ void expand_turned(const uint32_t* h, long h_stride, const B<T>& b, long panels,
   }
 }
 
-// y += B h for `rows` rows, h_stride lanes apart, and so many panels. `turned` has room for one of B. E is the type of
+// y += B h for `rows` rows, h_stride lanes apart, and so many panels. `room` has room for one of B. E is the type of
 // B's elements.
 template <class T, class E>
 void expand_panels_of(const uint32_t* h, long h_stride, const B<T>& b, long rows, long panels, typename T::elem* y,
-                   long y_stride, uint32_t* turned) {
+                   long y_stride, uint32_t* room) {
   // Lanes are taken 8 at a time; where rows of B have not so many, 4 at the end, or all if they are one or two.
   [[maybe_unused]] const long lanes = b.rank / E::PER_LANE;
   [[maybe_unused]] const bool as_it_lies = b.rank % E::PER_LANE == 0 && (lanes % 4 == 0 || lanes <= 2);
@@ -102,6 +144,12 @@ void expand_panels_of(const uint32_t* h, long h_stride, const B<T>& b, long rows
   for (long r = 0; r < rows; r += MOST, h += MOST * h_stride, y += MOST * y_stride) {
     const long count = rows - r < MOST ? rows - r : MOST;
 #if defined(AIO_TURN_IN_REGISTERS)
+    if (b.turned) {
+#define CALL(R) expand_tiles<T, E, R <= MOST ? R : 1>(h, h_stride, b, panels, y, y_stride)
+      AIO_SWITCH_ROWS(count, CALL)
+#undef CALL
+      continue;
+    }
     if (as_it_lies) {
 #define CALL(R) expand_rows<T, E, R <= MOST ? R : 1>(h, h_stride, b, panels, y, y_stride)
       AIO_SWITCH_ROWS(count, CALL)
@@ -109,7 +157,7 @@ void expand_panels_of(const uint32_t* h, long h_stride, const B<T>& b, long rows
       continue;
     }
 #endif
-#define CALL(R) expand_turned<T, R <= MOST ? R : 1>(h, h_stride, b, panels, y, y_stride, turned)
+#define CALL(R) expand_turned<T, R <= MOST ? R : 1>(h, h_stride, b, panels, y, y_stride, room)
     AIO_SWITCH_ROWS(count, CALL)
 #undef CALL
   }
@@ -119,16 +167,41 @@ void expand_panels_of(const uint32_t* h, long h_stride, const B<T>& b, long rows
 
 template <class T>
 void expand_panels(const uint32_t* h, long h_stride, const B<T>& b, long rows, long panels, typename T::elem* y,
-                   long y_stride, uint32_t* turned) {
+                   long y_stride, uint32_t* room) {
   if (b.int8)
-    expand_panels_of<T, Int8>(h, h_stride, b, rows, panels, y, y_stride, turned);
+    expand_panels_of<T, Int8>(h, h_stride, b, rows, panels, y, y_stride, room);
   else
-    expand_panels_of<T, T>(h, h_stride, b, rows, panels, y, y_stride, turned);
+    expand_panels_of<T, T>(h, h_stride, b, rows, panels, y, y_stride, room);
 }
 
-template void turn(const B<Bf16>&, long, uint32_t*);
-template void turn(const B<F32>&, long, uint32_t*);
+template const uint32_t* panel(const B<Bf16>&, long, uint32_t*);
+template const uint32_t* panel(const B<F32>&, long, uint32_t*);
 template void expand_panels(const uint32_t*, long, const B<Bf16>&, long, long, Bf16::elem*, long, uint32_t*);
 template void expand_panels(const uint32_t*, long, const B<F32>&, long, long, F32::elem*, long, uint32_t*);
 
+namespace {
+
+template <class E>
+void turn_in_place(char* b, long outputs, long rank) {
+  if (rank == 0 || rank % E::PER_LANE != 0) return;
+  const long bytes = LANES * rank * long(sizeof(typename E::elem));
+  std::vector<uint32_t> turned(bytes / long(sizeof(uint32_t)));
+  for (long row = 0; row + LANES <= outputs; row += LANES, b += bytes) {
+    transpose<E>((const typename E::elem*)b, rank, rank, LANES, turned.data());
+    std::memcpy(b, turned.data(), bytes);
+  }
+}
+
+}  // namespace
 }  // namespace aio
+
+// Turns matrices B of a slot, in the calling thread: `count` of them, [begin, outputs, rank] in elements of `size` bytes.
+// What is left of 16 outputs, or has a rank of no whole lanes, stays as it is.
+AIO_EXPORT void aio_turn(void* memory, long size, const int64_t* matrices, long count) {
+  for (const int64_t* m = matrices; m < matrices + 3 * count; m += 3) {
+    char* const b = (char*)memory + m[0] * size;
+    if (size == 1) aio::turn_in_place<aio::Int8>(b, m[1], m[2]);
+    if (size == 2) aio::turn_in_place<aio::Bf16>(b, m[1], m[2]);
+    if (size == 4) aio::turn_in_place<aio::F32>(b, m[1], m[2]);
+  }
+}

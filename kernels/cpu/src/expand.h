@@ -1,25 +1,33 @@
-// What an adapter adds to a few rows of a linear: y += B h, with B as a slot holds it, by output.
+// What an adapter adds to a few rows of a linear: y += B h, with B as a slot holds it.
 //
-// B is turned first, 16 outputs to a vector, which is then used for every row. Every path adds the products to an output
-// one after the other, by rank: so a row's bits do not depend on how many rows there are. Defined in expand.cpp.
+// A slot has B by output, or turned when it was written: each 16 outputs as lanes [rank lanes][16 outputs], in the same
+// bytes. So a lane of all 16 is a vector, which is used for every row. What is not turned is turned first, each time. Every
+// path adds the products to an output one after the other, by rank: so a row's bits do not depend on how many rows there are.
+// Defined in expand.cpp.
 #pragma once
 
+#include "ops.h"
 #include "registers.h"
 
 namespace aio {
 
 // A matrix B from one of its rows on, `rank` elements each, which are `lanes` of what is computed in, the last of them
-// perhaps not whole. The elements are T's, or int8.
+// perhaps not whole. The elements are T's, or int8. If it is turned, it may begin at every 16th row only.
 template <class T>
 struct B {
-  B(const void* at, long rank, bool int8)
-      : at(at), rank(rank), lanes((rank + T::PER_LANE - 1) / T::PER_LANE), int8(int8) {}
+  B(const void* at, long rank, const Slots& slots)
+      : at(at), rank(rank), lanes((rank + T::PER_LANE - 1) / T::PER_LANE), int8(slots.int8),
+        turned(slots.turned && rank % (slots.int8 ? Int8::PER_LANE : T::PER_LANE) == 0) {}
   const void* at;
   long rank, lanes;
-  bool int8;
+  bool int8, turned;
 
   long row_bytes() const { return rank * (int8 ? 1 : long(sizeof(typename T::elem))); }
-  B from(long row) const { return {(const char*)at + row * row_bytes(), rank, int8}; }
+  B from(long row) const {
+    B found = *this;
+    found.at = (const char*)at + row * row_bytes();
+    return found;
+  }
 };
 
 // Four int8 of each lane as lanes of T, one of which holds PER_LANE elements. Every int8 is exact in them.
@@ -58,13 +66,13 @@ inline void add_lanes(const uint32_t* h, long h_stride, const uint32_t* turned, 
     for (int c = 0; c < PER_VECTOR; c++) store_register((float*)&y[r] + c * WIDTH, acc[r][c]);
 }
 
-// `rows` <= 16 rows of B as lanes [rank][16 rows]. `out` has room for whole lanes of int8.
+// `rows` <= 16 rows of B as lanes [rank][16 rows]: where they lie, or in `room`, which has room for whole lanes of int8.
 template <class T>
-void turn(const B<T>& b, long rows, uint32_t* out);
+const uint32_t* panel(const B<T>& b, long rows, uint32_t* room);
 
-// y += B h for `rows` rows, h_stride lanes apart, and so many panels. `turned` has room for one of B.
+// y += B h for `rows` rows, h_stride lanes apart, and so many panels. `room` has room for one of B.
 template <class T>
 void expand_panels(const uint32_t* h, long h_stride, const B<T>& b, long rows, long panels, typename T::elem* y,
-                   long y_stride, uint32_t* turned);
+                   long y_stride, uint32_t* room);
 
 }  // namespace aio

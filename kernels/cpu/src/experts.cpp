@@ -5,6 +5,7 @@
 #include <cmath>
 #include <vector>
 
+#include "expand.h"
 #include "experts.h"
 #include "team.h"
 
@@ -40,10 +41,15 @@ void adapt(const typename T::elem* x, long k, const Slots& slots, const Where& w
     }
     h[r] = acc;
   }
-  const char* b = slots.at(where.b, size);
+  const B<T> b(slots.at(where.b, size), where.b_rank, slots);
+  const long each = slots.int8 ? Int8::PER_LANE : T::PER_LANE;  // elements of a lane
   for (long j = 0; j < n; j++) {
     float acc = 0;
-    for (long r = 0; r < where.b_rank; r++) acc += element<T>(slots, b, j * where.b_rank + r) * h[r];
+    const bool turned = b.turned && j < n / LANES * LANES;
+    for (long r = 0; r < b.rank; r++) {
+      const long lane = (r / each * LANES + j % LANES) * each + r % each;
+      acc += element<T>(slots, (const char*)b.at, turned ? j / LANES * LANES * b.rank + lane : j * b.rank + r) * h[r];
+    }
     y[j] += acc;
   }
   if (where.affine < 0) return;

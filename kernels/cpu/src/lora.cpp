@@ -323,20 +323,20 @@ void expand(const Expand& e, const Segment* segments, long count, int threads) {
         const Where& where = e.slots->where(g->slot, e.first + tasks[i].slice);
         const long rank = where.b_rank, lanes = (rank + T::PER_LANE - 1) / T::PER_LANE;
         if (rank == 0) continue;
-        const long column = tasks[i].column;
-        const long columns = slice.out - column;
-        const B<T> from = B<T>(e.slots->at(where.b, sizeof(elem)), rank, e.slots->int8).from(column);
+        const long column = tasks[i].column, columns = slice.out - column;
+        const B<T> from = B<T>(e.slots->at(where.b, sizeof(elem)), rank, *e.slots).from(column);
+        const uint32_t* turned[2];
         fetch(from.from(AHEAD).at, 2 * LANES * from.row_bytes());
         for (int p = 0; p < 2 && p * LANES < columns; p++) {
           const long rows = columns - p * LANES < LANES ? columns - p * LANES : LANES;
-          turn(from.from(p * LANES), rows, b.data() + p * panel);
+          turned[p] = aio::panel(from.from(p * LANES), rows, b.data() + p * panel);
         }
         constexpr int MOST = most_rows();
         for (long t = g->begin; t < g->end; t += MOST)
           for (int p = 0; p < 2 && p * LANES < columns; p++) {
             const uint32_t* h = (const uint32_t*)e.h + t * h_stride + tasks[i].slice * width;
             elem* y = (elem*)e.y + t * e.y_stride + slice.offset + column + p * LANES;
-#define CALL(R) expand_tile<T, R <= MOST ? R : 1>(h, h_stride, b.data() + p * panel, lanes, y, e.y_stride, columns - p * LANES)
+#define CALL(R) expand_tile<T, R <= MOST ? R : 1>(h, h_stride, turned[p], lanes, y, e.y_stride, columns - p * LANES)
             AIO_SWITCH_ROWS(g->end - t < MOST ? g->end - t : MOST, CALL)
 #undef CALL
           }

@@ -29,7 +29,8 @@ struct Slots {
   const void* memory;
   const Where* table;
   int64_t places;
-  int64_t int8;  // whether the matrices are
+  int64_t int8;    // whether the matrices are
+  int64_t turned;  // whether matrices B are turned: see expand.h
 
   // What is at an offset of a table, which has elements of `size` bytes unless they are int8.
   const char* at(long offset, long size) const { return (const char*)memory + offset * (int8 ? 1 : size); }
@@ -138,6 +139,7 @@ AIO_EXPORT void aio_lora_shrink(int bf16, const void* x, long x_stride, const ai
 AIO_EXPORT void aio_lora_expand(int bf16, const void* h, const aio::Slots* slots, long first, const aio::Slice* slice,
                                 long slices, long width, void* y, long y_stride, const int32_t* segments, long count,
                                 int threads);
+AIO_EXPORT void aio_turn(void* memory, long size, const int64_t* matrices, long count);
 AIO_EXPORT void aio_lora_affine(int bf16, void* y, long y_stride, const aio::Slots* slots, long first,
                                 const aio::Slice* slice, long slices, const int32_t* segments, long count, int threads);
 AIO_EXPORT void aio_touch(void* memory, long n, long panel_bytes, const int32_t* processors, int threads);

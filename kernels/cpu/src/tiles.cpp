@@ -13,11 +13,12 @@ constexpr long LONG = 16;        // rows of a segment in a block from which on t
 // Panels that short segments are added to together, because each time costs a call: so many, or as fit into so many bytes.
 constexpr long MOST_WAITING = 4 * PANELS, MOST_WAITING_BYTES = 256 << 10;
 
-// What an adapter adds to a tile: its B as lanes [panels][lanes][16], and of each panel where its slice begins in a row
-// of h, in lanes; below zero if nothing is added to the panel.
+// What an adapter adds to a tile: of each panel its B as lanes [lanes][16], and where its slice begins in a row of h, in
+// lanes; below zero if nothing is added to the panel.
 struct Delta {
-  const uint32_t *b, *h;
-  long panel, h_stride;
+  const uint32_t* h;
+  long h_stride;
+  const uint32_t* b[PANELS];
   long slice[PANELS], lanes[PANELS];
 };
 
@@ -48,7 +49,7 @@ void finish(const Linear& l, const vf (&sums)[PANELS][ROWS], const Delta* delta,
       // As where it is added to stored results, because which of the two it is depends on a row's neighbours.
 #pragma GCC unroll 8
       for (int r = 0; r < R; r++) y[r] = Out::round16(y[r]);
-      add_lanes<Out, R>(h, delta->h_stride, delta->b + p * delta->panel, delta->lanes[p], y);
+      add_lanes<Out, R>(h, delta->h_stride, delta->b[p], delta->lanes[p], y);
     }
     const long stride = l.y_stride;
     elem* out = (elem*)l.y + row * stride + first;
@@ -245,13 +246,13 @@ class Blocks {
   // B of a slice, from one of its rows on.
   B<Out> matrix(long slice, long slot, long row) const {
     const Where& where = adapters_->slots->where(slot, adapters_->first + slice);
-    return B<Out>(adapters_->slots->at(where.b, sizeof(elem)), where.b_rank, adapters_->slots->int8).from(row);
+    return B<Out>(adapters_->slots->at(where.b, sizeof(elem)), where.b_rank, *adapters_->slots).from(row);
   }
 
   Delta turned(const Segment& g, long column, long panels) {
     const Adapters& a = *adapters_;
     const long width = a.width / Out::PER_LANE, panel = width * LANES;
-    Delta delta{b_.data(), (const uint32_t*)a.h, panel, a.slices * width, {}, {}};
+    Delta delta{(const uint32_t*)a.h, a.slices * width, {}, {}, {}};
     for (long p = 0; p < panels; p++) {
       const long j = slice_at(column + p * LANES);
       delta.slice[p] = -1;
@@ -260,7 +261,7 @@ class Blocks {
       if (b.rank == 0) continue;
       delta.slice[p] = j * width;
       delta.lanes[p] = b.lanes;
-      turn(b, LANES, b_.data() + p * panel);
+      delta.b[p] = aio::panel(b, LANES, b_.data() + p * panel);
     }
     return delta;
   }
