@@ -43,6 +43,15 @@ struct Attention {
   bool int8;
 };
 
+// The second where one of them is not a number.
+inline rf larger(rf a, rf b) {
+#if defined(__AVX512F__)
+  return (rf)_mm512_max_ps((__m512)a, (__m512)b);
+#else
+  return a > b ? a : b;
+#endif
+}
+
 // Where the keys and values of up to 64 positions of a sequence lie, for one key head.
 struct Chunk {
   const uint32_t *keys[PANELS], *values[PANELS];
@@ -285,11 +294,12 @@ __attribute__((noinline)) void attend(const Attention& a, const Task& task, cons
           const ri key = load_register<ri>(&COUNT) + int32_t(at + i * WIDTH);
           score[i] = (key > int32_t(position)) | (key < int32_t(from)) ? rf{} + NONE : score[i];
         }
-        top = score[i] > top ? score[i] : top;
+        top = larger(score[i], top);
       }
       const float before = highest[r], now = std::fmax(before, max(top));
       highest[r] = now;
-      decay[r] = before == NONE ? 0.0f : std::exp(before - now);
+      // Mostly no key of a chunk is above all before it; then a call is saved.
+      decay[r] = before == now ? 1.0f : before == NONE ? 0.0f : std::exp(before - now);
       for (int i = 0; i < PER_VECTOR; i++) total[r][i] *= decay[r];
       for (int i = 0; i < REGISTERS_OF_KEYS; i++) {
         // A row that may see no key of this chunk, as the first ones under a window, adds nothing.
@@ -334,8 +344,11 @@ template <class T, bool CAPPED>
 void attention(const Attention& a, int threads) {
   const long group = a.heads / a.kv_heads;
   const long heads_at_once = group < MAX_ROWS ? group : MAX_ROWS;
-  long tokens_at_once = MAX_ROWS / heads_at_once;
-  if (tokens_at_once > 4) tokens_at_once = 4;
+  long tokens = 0;
+  for (long s = 0; s < a.sequences; s++) tokens += a.spans[s * 3 + 1];
+  // Of a task: many, because keys are read for all of them together, but not so many that threads have nothing to do.
+  const long most = tokens * a.kv_heads < 64 * threads ? 4 : 8, fitting = MAX_ROWS / heads_at_once;
+  const long tokens_at_once = fitting < most ? fitting : most;
   std::vector<Task> tasks;
   for (long s = 0; s < a.sequences; s++)
     for (long t = 0; t < a.spans[s * 3 + 1]; t += tokens_at_once)
