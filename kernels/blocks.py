@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from aioengine.kernels.portable.dequantize import GGUF_FORMATS, codes, dequantize
+from aioengine.kernels.portable.dequantize import GGUF_FORMATS, codes, dequantize, scales
 from aioengine.kernels.weight import Weight, linear_by_rows
 
 
@@ -27,7 +28,7 @@ class BlockWeight:
     dtype: torch.dtype
     """dtype of activations and biases."""
     scale: Tensor | None = None
-    """[n, groups] float32; None: the scales are in the blocks."""
+    """[n, groups] float32, or exponents (uint8); None: the scales are in the blocks."""
     zero: Tensor | None = None
     """[n, groups] int16; None: ``middle`` everywhere."""
     group_of: Tensor | None = None
@@ -69,14 +70,27 @@ class BlockWeight:
             group = torch.arange(self.k, device=data.device) // self.group
         values = codes(self.format, data)
         zero = self.middle if self.zero is None else self.zero[rows].float()[:, group]
-        return ((values - zero) * self.scale[rows][:, group]).to(self.dtype)
+        return ((values - zero) * scales(self.scale[rows])[:, group]).to(self.dtype)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class StackedWeight:
     """Several weights with the same inputs, as one weight whose outputs follow each other."""
 
     parts: Sequence[Weight]
+
+    @cached_property
+    def addresses(self) -> Tensor | None:
+        """[parts, 3] (int64) where each part has its data, scale and zero (0: none), on their device; None
+        unless all parts are codes in groups of neighbours, of one shape, and stored alike."""
+        parts = [part for part in self.parts if isinstance(part, BlockWeight)]
+        kinds = {(p.format, p.n, p.k, p.group, p.middle, p.zero is None, p.scale is None) for p in parts}
+        ordered = any(part.group_of is not None or part.scale is None for part in parts)
+        if len(parts) < len(self.parts) or len(kinds) != 1 or ordered:
+            return None
+        tensors = ((part.data, part.scale, part.zero) for part in parts)
+        found = [[0 if tensor is None else tensor.data_ptr() for tensor in row] for row in tensors]
+        return torch.tensor(found, device=parts[0].data.device)
 
     @property
     def n(self) -> int:

@@ -101,13 +101,16 @@ class _Memory:
 
     def _blocks(self, packing: Packing, n: int, k: int) -> Weight:
         data, groups, device = self._take(n * packing.row_bytes(k)), packing.groups(k), self._device
-        scaled = packing.grouped
+        scale = None
+        if packing.grouped:
+            kind = torch.uint8 if packing.exponents else torch.float32
+            scale = torch.empty(n, groups, dtype=kind, device=device)
         return BlockWeight(
             packing.format,
             data.view(n, -1),
             k,
             self._dtype,
-            scale=torch.empty(n, groups, device=device) if scaled else None,
+            scale=scale,
             zero=torch.empty(n, groups, dtype=torch.int16, device=device) if packing.zeros else None,
             group_of=torch.empty(k, dtype=torch.int32, device=device) if packing.ordered else None,
             group=packing.group or k,

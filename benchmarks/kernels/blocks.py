@@ -15,7 +15,7 @@ from aioengine.kernels import Weight
 from aioengine.kernels.blocks import BlockWeight
 from aioengine.kernels.cpu.blocks import PackedBlocks
 from aioengine.kernels.cpu.packed import PackedWeight
-from aioengine.model.files.packing import GGUF_PACKINGS, Packing
+from aioengine.model.files.packing import GGUF_PACKINGS, MXFP4, Packing
 from benchmarks.shared.report import arguments
 
 GROUP = 128
@@ -25,18 +25,21 @@ def weight_of(format: str, n: int, k: int) -> Weight:
     """Make a weight with arbitrary codes, which do not change the time."""
     if format == "bfloat16":
         return PackedWeight.pack(torch.randn(n, k).bfloat16())
-    packing = Packing(format=format, group=GROUP)
+    group = MXFP4.group if format == MXFP4.format else GROUP
+    packing = Packing(format=format, group=group)
     data = torch.randint(0, 127, (n, packing.row_bytes(k)), dtype=torch.uint8)
     if format in GGUF_PACKINGS:
         return PackedBlocks.pack([BlockWeight(format, data, k, torch.bfloat16)])
     scale = torch.rand(n, packing.groups(k))
-    return PackedBlocks.pack([BlockWeight(format, data, k, torch.bfloat16, scale=scale, group=GROUP)])
+    if packing.exponents:
+        scale = torch.randint(118, 122, scale.shape, dtype=torch.uint8)
+    return PackedBlocks.pack([BlockWeight(format, data, k, torch.bfloat16, scale=scale, group=group)])
 
 
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 8, 32])
-    parser.add_argument("--formats", nargs="+", default=[*GGUF_PACKINGS, "int4", "int8", "fp8"])
+    parser.add_argument("--formats", nargs="+", default=[*GGUF_PACKINGS, "int4", "int8", "fp8", "mxfp4"])
     parser.add_argument("--size", type=int, nargs=2, default=[1536, 2048], help="outputs and inputs")
     parser.add_argument("--count", type=int, default=40, help="weights of that size")
     parser.add_argument("--rounds", type=int, default=7)

@@ -28,6 +28,7 @@ _LAYOUT = {
     "int4": (8, 0, 1, 0),
     "int8": (4, 0, 1, 0),
     "fp8": (4, 0, 1, 0),
+    "mxfp4": (8, 0, 1, 0),
 }
 """Inputs of a block, and its bytes: float16 values, words of four bytes, float16 values."""
 

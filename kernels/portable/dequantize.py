@@ -13,9 +13,13 @@ from torch import Tensor
 
 GGUF_FORMATS = ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k")
 """Formats of blocks that contain their scales."""
-GROUPED_FORMATS = ("int4", "int8", "fp8")
+GROUPED_FORMATS = ("int4", "int8", "fp8", "mxfp4")
 """Formats of codes [n, k] with separate scales for groups of inputs: unsigned 4 bits, the lower ones first;
-int8; float8 (e4m3fn)."""
+int8; float8 (e4m3fn); and float4 (e2m1), the lower four bits of a byte first, whose scales are powers of two
+(Rouhani et al., 2023, arXiv:2310.10537)."""
+
+_E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+"""Values of float4 without a sign, which is the highest bit: two bits of exponent, one of mantissa."""
 
 
 def dequantize(format: str, data: Tensor) -> Tensor:
@@ -27,10 +31,33 @@ def dequantize(format: str, data: Tensor) -> Tensor:
 
 def codes(format: str, data: Tensor) -> Tensor:
     """Codes ``data`` [n, row bytes] (uint8) of one of :data:`GROUPED_FORMATS`, as float32 [n, k]."""
-    if format == "int4":
-        return torch.stack((data & 15, data >> 4), -1).flatten(1).float()
+    if format in ("int4", "mxfp4"):
+        nibbles = torch.stack((data & 15, data >> 4), -1).flatten(1)
+        if format == "int4":
+            return nibbles.float()
+        table = torch.tensor([*_E2M1, *(-value for value in _E2M1)], device=data.device)
+        return table[nibbles.int()]
     values: Tensor = data.view(torch.int8 if format == "int8" else torch.float8_e4m3fn)
     return values.float()
+
+
+def scales(stored: Tensor) -> Tensor:
+    """Scales [n, groups] as float32: they are so already, or stored as the exponents of powers of two and 127
+    (uint8), of which 255 is none."""
+    if stored.dtype != torch.uint8:
+        return stored
+    return (stored.int() << 23).clamp(min=1 << 22).view(torch.float32)  # the least is a subnormal number
+
+
+def split_mxfp4(data: Tensor) -> dict[str, Tensor]:
+    """Codes and exponents of llama.cpp's blocks of MXFP4, ``data`` [n, row bytes], by their names in a
+    :class:`aioengine.kernels.blocks.BlockWeight`.
+
+    A block is an exponent and 16 bytes, whose lower four bits are the first half of its codes.
+    """
+    blocks = data.view(len(data), -1, 17)
+    found = torch.cat((blocks[..., 1:] & 15, blocks[..., 1:] >> 4), -1).flatten(1)
+    return {"data": found[:, ::2] | found[:, 1::2] << 4, "scale": blocks[..., 0]}
 
 
 def _half(block: Tensor, at: int) -> Tensor:

@@ -23,7 +23,7 @@ from aioengine.kernels.triton.blocks import FEW_ROWS as FEW_TOKENS
 from aioengine.kernels.triton.blocks import FORMATS, BlockConfig, default_blocks
 from aioengine.kernels.triton.experts import BLOCK_K, BLOCK_N, ROWS
 from aioengine.kernels.triton.jit.attention import attention_kernel
-from aioengine.kernels.triton.jit.blocks import block_linear_kernel
+from aioengine.kernels.triton.jit.blocks import block_linear_kernel, expert_blocks_kernel
 from aioengine.kernels.triton.jit.eight_bits import eight_bits_kernel, round_rows_kernel
 from aioengine.kernels.triton.jit.elementwise import affine_kernel, embed_kernel
 from aioengine.kernels.triton.jit.expand import expand_kernel
@@ -205,8 +205,16 @@ def of_blocks(dtype: str, bits: int) -> Iterator[Variant]:
         for n, group in ((4096, 128), (28672, 128), (4096, 32)):
             config = default_blocks(rows, n, group, bits)
             for format in FORMATS:
-                yield of_block(format, dtype, config)
+                if format != "mxfp4" or group == 32:
+                    yield of_block(format, dtype, config)
             yield of_block("int4", dtype, config, zeros=True)
+        for format, group in (("mxfp4", 32), ("int4", 128)):  # of experts
+            config = default_blocks(rows, 4096, group, bits)
+            constants = {"FORMAT": FORMATS[format], "ZEROS": 0, "BIAS": 1}
+            constants |= {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k}
+            yield Variant(
+                "expert_blocks", dtype, tuple(constants.items()), config.num_warps, config.num_stages
+            )
         config = default_blocks(rows, 4096, 128, bits, ordered=True)
         yield of_block("int4", dtype, config, zeros=True, ordered=True)
 
@@ -250,6 +258,8 @@ def compile_variant(variant: Variant, capability: int) -> Usage:
     signature = {name: _type(name, variant.dtype, constants) for name in kernel.arg_names}
     if variant.int8:
         signature["memory_ptr"] = "*i8"
+    if constants.get("FORMAT") == FORMATS["mxfp4"]:
+        signature["scale_ptr"] = "*u8"
     if variant.fp8 and "keys_ptr" in signature:
         signature |= dict.fromkeys(("keys_ptr", "values_ptr"), "*u8")
     aligned = {
@@ -279,6 +289,7 @@ _KERNELS: Mapping[str, Any] = {
     "activate": activate_kernel,
     "rope_store": rope_store_kernel,
     "block_linear": block_linear_kernel,
+    "expert_blocks": expert_blocks_kernel,
     "eight_bits": eight_bits_kernel,
     "round_rows": round_rows_kernel,
 }
@@ -288,7 +299,7 @@ _POINTERS = {
     "group_of_ptr": "*i32",
     "scale_ptr": "*fp32",
     **dict.fromkeys(("tiles_ptr", "tables_ptr", "arrivals_ptr"), "*i32"),
-    **dict.fromkeys(("ids_ptr", "cells_ptr", "table_ptr"), "*i64"),
+    **dict.fromkeys(("ids_ptr", "cells_ptr", "table_ptr", "parts_ptr"), "*i64"),
     **dict.fromkeys(
         ("scales_ptr", "row_scales_ptr", "partials_ptr", "stats_ptr", "cos_ptr", "sin_ptr"), "*fp32"
     ),

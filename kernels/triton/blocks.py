@@ -1,5 +1,5 @@
-"""Products with the weights of quantized checkpoints (GPTQ, AWQ, compressed-tensors, float8), as one Triton
-launch each; see :class:`Backend`.
+"""Products with the weights of quantized checkpoints (GPTQ, AWQ, compressed-tensors, float8, MXFP4), as one
+Triton launch each; see :class:`Backend`.
 
 Weights stay as they are stored, and activations are not quantized, unless the weight allows for it and there
 are many rows (:mod:`aioengine.kernels.triton.eight_bits`). Where the inputs of a group are neighbours, codes
@@ -16,11 +16,11 @@ from torch import Tensor
 
 from aioengine.kernels.blocks import BlockWeight, StackedWeight
 from aioengine.kernels.triton import eight_bits
-from aioengine.kernels.triton.jit.blocks import FP8, INT4, INT8, block_linear_kernel
+from aioengine.kernels.triton.jit.blocks import FP8, INT4, INT8, MXFP4, block_linear_kernel
 from aioengine.kernels.triton.launch import on
 from aioengine.kernels.weight import Weight
 
-FORMATS = {"int4": INT4.value, "int8": INT8.value, "fp8": FP8.value}
+FORMATS = {"int4": INT4.value, "int8": INT8.value, "fp8": FP8.value, "mxfp4": MXFP4.value}
 """Formats that the kernel knows, by name."""
 _SMALLEST_GROUP = 32
 """Inputs that a product is made of at least: a tensor core takes 16, and int4 has two in a byte."""
@@ -76,15 +76,18 @@ def linear(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
             eight_bits.multiply(rounded[key], part, own, y[:, begin:end])
         elif isinstance(part, BlockWeight) and covers(part):
             if len(x):
-                rows = len(x)
-                ordered = part.group_of is not None
-                group = part.k if ordered or part.group >= part.k else part.group
-                config = default_blocks(rows, part.n, _whole(group), _bits(x), ordered=ordered)
-                multiply(x, part, own, y[:, begin:end], config)
+                multiply(x, part, own, y[:, begin:end], config_of(part, len(x), x))
         else:
             y[:, begin:end] = part.linear(x, own)
         begin = end
     return y
+
+
+def config_of(weight: BlockWeight, rows: int, x: Tensor) -> BlockConfig:
+    """Choose blocks for a weight and ``rows`` tokens of the dtype of ``x``."""
+    ordered = weight.group_of is not None
+    group = weight.k if ordered or weight.group >= weight.k else weight.group
+    return default_blocks(rows, weight.n, _whole(group), _bits(x), ordered=ordered)
 
 
 def _whole(group: int) -> int:

@@ -6,11 +6,16 @@ arXiv:2211.15841). The blocks are rules that work everywhere; they have not been
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+
 import torch
 from torch import Tensor
 
+from aioengine.kernels.blocks import BlockWeight, StackedWeight
 from aioengine.kernels.plan.experts import ExpertPlan
 from aioengine.kernels.portable import plain
+from aioengine.kernels.triton import blocks
+from aioengine.kernels.triton.jit.blocks import expert_blocks_kernel
 from aioengine.kernels.triton.jit.experts import expert_kernel
 from aioengine.kernels.triton.launch import on
 from aioengine.kernels.weight import PlainWeight, Weight
@@ -22,27 +27,20 @@ ROWS = (16, 64)
 
 def expert_linear(x: Tensor, weight: Weight, bias: Tensor | None, plan: ExpertPlan) -> Tensor:
     """``y[s] = W[expert(s)] x[s]``; see :class:`Backend`."""
+    if isinstance(weight, StackedWeight) and _is_covered(weight):
+        return _of_blocks(x, weight, bias, plan)
     if not isinstance(weight, PlainWeight):
         return plain.expert_linear(x, weight, bias, plan)
     out = weight.n // plan.experts
     y = x.new_empty(len(x), out)
     if not plan.groups:
         return y
-    longest = max(stop - start for _, start, stop in plan.groups)
-    block_m = ROWS[longest > ROWS[0]]
-    tiles = torch.tensor(
-        [
-            (expert, first, min(block_m, stop - first))
-            for expert, start, stop in plan.groups
-            for first in range(start, stop, block_m)
-        ],
-        dtype=torch.int32,
-        pin_memory=x.device.type == "cuda",
-    )
+    block_m = ROWS[_longest(plan) > ROWS[0]]
+    tiles = _tiles([(expert, first, rows) for expert, first, rows in _pieces(plan, block_m)], x.device)
     with on(x.device):
         expert_kernel[-(-out // BLOCK_N), len(tiles)](
             *(x.contiguous(), weight.data, weight.data if bias is None else bias, y),
-            *(tiles.to(x.device, non_blocking=True), weight.k, out),
+            *(tiles, weight.k, out),
             BIAS=bias is not None,
             BLOCK_M=block_m,
             BLOCK_N=BLOCK_N,
@@ -51,3 +49,58 @@ def expert_linear(x: Tensor, weight: Weight, bias: Tensor | None, plan: ExpertPl
             num_stages=3,
         )
     return y
+
+
+def _of_blocks(x: Tensor, weight: StackedWeight, bias: Tensor | None, plan: ExpertPlan) -> Tensor:
+    """The same for weights that are ``_is_covered``."""
+    first, table = weight.parts[0], weight.addresses
+    assert isinstance(first, BlockWeight) and first.scale is not None and table is not None
+    out, count = weight.n // plan.experts, len(weight.parts) // plan.experts
+    y = x.new_empty(len(x), out)
+    if not plan.groups:
+        return y
+    config = blocks.config_of(first, _longest(plan), x)
+    tiles = _tiles(
+        [
+            (expert * count + i, start, rows, i * first.n)
+            for expert, start, rows in _pieces(plan, config.block_m)
+            for i in range(count)
+        ],
+        x.device,
+    )
+    with on(x.device):
+        expert_blocks_kernel[-(-first.n // config.block_n), len(tiles)](
+            *(x.contiguous(), table, x if bias is None else bias, y, tiles),
+            *(first.k, out, first.n, first.group, first.scale.shape[1], first.middle),
+            FORMAT=blocks.FORMATS[first.format],
+            ZEROS=first.zero is not None,
+            BIAS=bias is not None,
+            BLOCK_M=config.block_m,
+            BLOCK_N=config.block_n,
+            BLOCK_K=config.block_k,
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+        )
+    return y
+
+
+def _is_covered(weight: StackedWeight) -> bool:
+    first = weight.parts[0]
+    return isinstance(first, BlockWeight) and blocks.covers(first) and weight.addresses is not None
+
+
+def _longest(plan: ExpertPlan) -> int:
+    """The most rows of an expert."""
+    return max(stop - start for _, start, stop in plan.groups)
+
+
+def _pieces(plan: ExpertPlan, most: int) -> Iterator[tuple[int, int, int]]:
+    """Experts with ``most`` of their rows: the first of these, and how many."""
+    for expert, start, stop in plan.groups:
+        for first in range(start, stop, most):
+            yield expert, first, min(most, stop - first)
+
+
+def _tiles(rows: Sequence[tuple[int, ...]], device: torch.device) -> Tensor:
+    found = torch.tensor(rows, dtype=torch.int32, pin_memory=device.type == "cuda")
+    return found.to(device, non_blocking=True)

@@ -21,12 +21,12 @@ from aioengine.kernels.cpu.blocks import PackedBlocks
 from aioengine.kernels.cpu.packed import PackedWeight
 from aioengine.kernels.cpu.shared_library import load
 from aioengine.kernels.portable import plain
-from aioengine.kernels.portable.dequantize import GGUF_FORMATS, GROUPED_FORMATS
+from aioengine.kernels.portable.dequantize import GGUF_FORMATS, GROUPED_FORMATS, split_mxfp4
 from aioengine.kernels.weight import PIECE_ELEMENTS
 from aioengine.model.cuda.working_memory import EXPANDED_BYTES
 
 ALL = [*GGUF_FORMATS, *GROUPED_FORMATS]
-BITS = {"int4": 4, "int8": 8, "fp8": 8}
+BITS = {"int4": 4, "int8": 8, "fp8": 8, "mxfp4": 4}
 
 
 SCALES_AT = {"q2_k": (80, 82), "q3_k": (108,), "q6_k": (208,), "q4_0": (0,), "q5_0": (0,), "q8_0": (0,)}
@@ -57,19 +57,23 @@ def random_codes(
     ordered: bool = False,
     dtype: torch.dtype = torch.float32,
 ) -> BlockWeight:
+    """Any codes. Those of float8 and float4 have no zero points, and the latter scales of a byte."""
     rng = np.random.default_rng(seed)
     data = rng.integers(0, 256, (n, k * BITS[format] // 8), dtype=np.uint8)
     if format == "fp8":
         data[data & 127 == 127] = 0  # no NaN
     groups = -(-k // group)
     zero = torch.from_numpy(rng.integers(0, 17, (n, groups)).astype(np.int16))
+    scale = torch.from_numpy(rng.uniform(0.001, 0.02, (n, groups)).astype(np.float32))
+    if format == "mxfp4":
+        scale = torch.from_numpy(rng.integers(118, 122, (n, groups), dtype=np.uint8))
     return BlockWeight(
         format,
         torch.from_numpy(data),
         k,
         dtype,
-        scale=torch.from_numpy(rng.uniform(0.001, 0.02, (n, groups)).astype(np.float32)),
-        zero=zero if zeros and format != "fp8" else None,
+        scale=scale,
+        zero=zero if zeros and format in ("int4", "int8") else None,
         group_of=torch.from_numpy(rng.permutation(k).astype(np.int32) // group) if ordered else None,
         group=group,
         middle=8 if format == "int4" else 0,
@@ -86,6 +90,18 @@ def test_blocks_expand_to_the_bits_of_llama_cpp(format: str) -> None:
     weight = random_blocks(format, 5, 512)
     expected = gguf_dequantize(weight.data.numpy(), GGMLQuantizationType[format.upper()])
     assert torch.equal(weight.rows(0, 5), torch.from_numpy(expected))
+
+
+def test_mxfp4_expands_to_the_bits_of_llama_cpp() -> None:
+    """Every code, with exponents whose products are numbers; the smallest are subnormal ones."""
+    raw = np.random.default_rng(0).integers(0, 256, (240, 2, 17), dtype=np.uint8)
+    raw[:, :, 0] = np.arange(240)[:, None]
+    raw[:, 0, 1:] = np.arange(16) * 17
+    data = raw.reshape(240, -1)
+    expected = torch.from_numpy(gguf_dequantize(data, GGMLQuantizationType.MXFP4))
+    weight = BlockWeight("mxfp4", k=64, dtype=torch.float32, group=32, **split_mxfp4(torch.from_numpy(data)))
+    assert torch.equal(weight.rows(0, 240), expected)
+    assert torch.equal(PackedBlocks.pack([copy(weight)]).rows(0, 240), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -11,15 +12,20 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from support.moe_adapters import MoeModel
+from support.moe_adapters import PARAMETERS, MoeModel
 from support.served_models import engine_of, prompt
 from torch import Tensor
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
-from aioengine import SamplingParams
+from aioengine import EngineConfig, SamplingParams
 from aioengine.errors import ConfigError
+from aioengine.executors.parts import build_parts, plan_parts
+from aioengine.kernels import available_backends
+from aioengine.kernels.blocks import BlockWeight
+from aioengine.model.experts.spec import MixtureSpec
+from aioengine.model.files.packing import MXFP4
 from aioengine.model.files.resolve import read_spec
-from aioengine.model.files.stacked_experts import expand_mxfp4
+from aioengine.model.spec import Quantization
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 STACKED = ("gate_up_proj", "down_proj")
@@ -64,19 +70,60 @@ def test_values_are_those_of_transformers(n: int, groups: int, data: st.DataObje
     blocks, _ = random_mxfp4(n, groups, data.draw(st.integers(0, 1000)))
     scales = torch.tensor(data.draw(exponents), dtype=torch.uint8).view(1, n, groups)
     expected = convert_moe_packed_tensors(blocks, scales, dtype=torch.float32)[0].T
-    assert torch.equal(expand_mxfp4(blocks[0], scales[0]), expected)
+    weight = BlockWeight("mxfp4", blocks[0].flatten(1), 32 * groups, torch.float32, scale=scales[0], group=32)
+    assert torch.equal(weight.rows(0, n), expected)
 
 
-async def test_tokens_are_those_of_the_expanded_model(tmp_path: Path) -> None:
+@pytest.mark.parametrize("backend", ["cpu", "torch"])
+async def test_tokens_are_those_of_the_expanded_model(
+    backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With adapters on the experts, too, which are relative to the weights that the codes stand for."""
+    if backend not in available_backends("cpu"):
+        pytest.skip("the CPU library cannot be built here")
+    monkeypatch.setenv("AIOENGINE_KERNELS", backend)
     model = checkpoint(tmp_path)
+    model.add_by_peft("parameters", 3, target_modules=["v_proj"], target_parameters=PARAMETERS)
+    model.add_by_module("dora", 8, (0, 1, 2), dora=True)
     params = SamplingParams(max_tokens=6, ignore_eos=True)
-    async with engine_of(model.folder, model_impl="auto", block_size=16) as engine:
+    lora = {"max_loras": 2, "max_cpu_loras": 2, "max_lora_rank": 8}
+    async with engine_of(model.folder, model_impl="auto", block_size=16, lora=lora) as engine:
         assert engine.info.model_impl == "native"
-        for seed in range(3):
-            tokens = prompt(seed, 20)
-            output = await engine.complete(tokens, params)
-            logits = model.logits([*tokens, *output.token_ids[:-1]], None)[len(tokens) - 1 :]
-            assert output.token_ids == logits.argmax(-1).tolist()
+        assert engine.info.batch_invariant == (backend == "cpu"), "the compiled step runs it"
+        for name, folder in model.adapters.items():
+            engine.register_adapter(name, folder)
+        work = [(name, prompt(seed, 20)) for seed, name in enumerate((None, *model.adapters, None))]
+        outputs = await asyncio.gather(*(engine.complete(p, params, adapter=name) for name, p in work))
+        for (name, tokens), output in zip(work, outputs, strict=True):
+            logits = model.logits([*tokens, *output.token_ids[:-1]], name)[len(tokens) - 1 :]
+            assert output.token_ids == logits.argmax(-1).tolist(), name
+
+
+def test_experts_stay_as_stored_and_the_plan_is_to_the_byte(tmp_path: Path) -> None:
+    model = checkpoint(tmp_path)
+    config = EngineConfig(
+        model=str(model.folder), model_impl="native", max_model_len=64, device="cpu", dtype="float32",
+        kv_cache_memory="1MiB",
+    )  # fmt: skip
+    planned = plan_parts(config)
+    spec = planned.spec
+    assert isinstance(spec, MixtureSpec) and set(spec.packed.values()) == {MXFP4}
+    assert len(spec.packed) == 3 * spec.experts * spec.num_layers
+    assert build_parts(config, planned).runner.weight_bytes == planned.memory.weights_bytes
+    each = 17 / 32  # a byte for two codes, and one for 32
+    experts = 3 * spec.experts * spec.num_layers * spec.hidden_size * spec.expert_size
+    assert planned.memory.weights_bytes == 4 * (spec.num_parameters() - experts) + each * experts
+
+
+@pytest.mark.parametrize("form", ["int8", "fp8"])
+async def test_a_checkpoint_may_be_quantized_anew(form: Quantization, tmp_path: Path) -> None:
+    model = checkpoint(tmp_path)
+    params, tokens = SamplingParams(max_tokens=1, logprobs=1), prompt(0, 20)
+    async with engine_of(model.folder, model_impl="native", block_size=16, quantization=form) as engine:
+        output = await engine.complete(tokens, params)
+    assert output.logprobs is not None
+    expected = model.logits(tokens, None)[-1].log_softmax(-1).max()
+    assert abs(output.logprobs[0].logprob - float(expected)) < 0.2
 
 
 FIRST = "model.layers.0.mlp.experts.gate_up_proj"
@@ -123,6 +170,7 @@ def test_a_short_configuration_means_the_published_model(tmp_path: Path) -> None
     config |= {"num_local_experts": 32, "eos_token_id": 200002}
     config["quantization_config"] = {"quant_method": "mxfp4"}
     (tmp_path / "config.json").write_text(json.dumps(config))
+    save_file({}, tmp_path / "model.safetensors")
     spec = read_spec(tmp_path, "native")
     assert (spec.rope.type, spec.rope.factor, spec.rope.truncate, spec.rope.theta) == (
         "yarn",

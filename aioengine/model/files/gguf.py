@@ -32,7 +32,7 @@ from aioengine.model.files.gguf_families import (
     windows,
 )
 from aioengine.model.files.hf.families import TRAITS
-from aioengine.model.files.packing import GGUF_PACKINGS, Packing
+from aioengine.model.files.packing import MXFP4, Packing, of_gguf
 from aioengine.model.files.quantized import with_packed
 from aioengine.model.spec import ModelSpec, RopeSpec
 
@@ -213,8 +213,10 @@ class StoredTensor:
 
     def blocks(self) -> dict[str, torch.Tensor]:
         """Return the tensors of a quantized weight, under the names that ``BlockWeight`` has for them."""
-        data = self._tensor.data if self._expert is None else self._tensor.data[self._expert]
-        return {"data": self._ordered(torch.from_numpy(data))}
+        whole = self._tensor.data
+        data = torch.from_numpy(whole if self._expert is None else whole[self._expert])
+        found = blocks.split_mxfp4(data) if self.packing == MXFP4 else {"data": data}
+        return {name: self._ordered(tensor) for name, tensor in found.items()}
 
     def _ordered(self, tensor: torch.Tensor) -> torch.Tensor:
         if self._heads is None:
@@ -249,9 +251,8 @@ def iter_tensors(
 
 
 def _packing(stored: ReaderTensor, expert: int | None = None) -> Packing | None:
-    format = stored.tensor_type.name.lower()
     is_matrix = len(stored.shape) == (2 if expert is None else 3)
-    return Packing(format=format) if format in GGUF_PACKINGS and is_matrix else None
+    return of_gguf(stored.tensor_type.name) if is_matrix else None
 
 
 def _hf_name(file: GGUFFile, name: str) -> str:
@@ -276,7 +277,7 @@ def _to_torch(file: GGUFFile, stored: ReaderTensor, expert: int | None = None) -
     if stored.tensor_type == Type.BF16:
         return torch.from_numpy(np.array(data).view(np.int16)).view(torch.bfloat16)
     packing = _packing(stored, expert)
-    if packing is not None:
+    if packing is not None and not packing.grouped:
         return blocks.dequantize(packing.format, torch.from_numpy(data))
     try:
         return torch.from_numpy(np.ascontiguousarray(dequantize(data, stored.tensor_type)))

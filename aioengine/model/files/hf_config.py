@@ -10,12 +10,14 @@ from typing import Any, Literal, cast
 
 from aioengine.errors import ConfigError
 from aioengine.model.experts.spec import MixtureSpec
+from aioengine.model.files import folder
 from aioengine.model.files.hf.config_file import ConfigFile, NotNative
 from aioengine.model.files.hf.experts import is_mxfp4, read_experts
 from aioengine.model.files.hf.families import BIASES, DEFAULTS, MLP_BIAS, TRAITS, Family
 from aioengine.model.files.hf.rope import read_ropes
 from aioengine.model.files.packing import Packing
 from aioengine.model.files.quantized import QuantizedFolder, with_packed
+from aioengine.model.files.stacked_experts import packed_experts
 from aioengine.model.spec import DTYPE_BYTES, SUPPORTED_ARCHITECTURES, ModelSpec
 
 __all__ = ["NotNative", "read_spec", "special_tokens"]
@@ -82,14 +84,16 @@ def read_spec(model_dir: Path) -> ModelSpec:
         **fields,
         **experts,
     )
-    return with_packed(spec, _packings(model_dir, config, experts))
+    return with_packed(spec, _packings(model_dir, config, spec))
 
 
-def _packings(model_dir: Path, config: ConfigFile, experts: dict[str, Any]) -> dict[str, Packing]:
+def _packings(model_dir: Path, config: ConfigFile, spec: ModelSpec) -> dict[str, Packing]:
     """Return the quantized linears, by name."""
     quantization = config.get("quantization_config")
-    if quantization is None or (is_mxfp4(quantization) and "experts" in experts):
-        return {}  # MXFP4 is expanded when it is loaded
+    if quantization is None:
+        return {}
+    if is_mxfp4(quantization) and isinstance(spec, MixtureSpec):
+        return packed_experts(folder.headers(model_dir), spec)
     return {name: layout.packing for name, layout in QuantizedFolder(model_dir, quantization).layouts.items()}
 
 

@@ -18,10 +18,11 @@ _BLOCKS = {
     "int4": (2, 1),
     "int8": (1, 1),
     "fp8": (1, 1),
+    "mxfp4": (2, 1),
 }
 """Inputs of a block and its bytes, by format: those of GGUF files with their scales, the others without."""
 
-_SCALE_BYTES, _ZERO_BYTES, _GROUP_OF_BYTES = 4, 2, 4
+_SCALE_BYTES, _EXPONENT_BYTES, _ZERO_BYTES, _GROUP_OF_BYTES = 4, 1, 2, 4
 GGUF_PACKINGS = tuple(name for name in _BLOCKS if name.startswith("q"))
 
 
@@ -49,6 +50,11 @@ class Packing(msgspec.Struct, frozen=True, kw_only=True):
         """Whether scales are kept beside the codes."""
         return self.format not in GGUF_PACKINGS
 
+    @property
+    def exponents(self) -> bool:
+        """Whether scales are powers of two, kept as their exponents in a byte each."""
+        return self.format == "mxfp4"
+
     def row_bytes(self, k: int) -> int:
         """Return the bytes of a row's blocks. ``k`` must be a whole number of blocks."""
         inputs, nbytes = _BLOCKS[self.format]
@@ -62,7 +68,7 @@ class Packing(msgspec.Struct, frozen=True, kw_only=True):
         """Exactly what the weight takes in memory."""
         if not self.grouped:
             return n * self.row_bytes(k)
-        each = _SCALE_BYTES + self.zeros * _ZERO_BYTES
+        each = (_EXPONENT_BYTES if self.exponents else _SCALE_BYTES) + self.zeros * _ZERO_BYTES
         return n * (self.row_bytes(k) + self.groups(k) * each) + self.ordered * _GROUP_OF_BYTES * k
 
     def divides(self, begin: int, end: int, k: int) -> bool:
@@ -71,3 +77,12 @@ class Packing(msgspec.Struct, frozen=True, kw_only=True):
             return True
         size = max(_BLOCKS[self.format][0], self.group)
         return not self.ordered and begin % size == 0 and end % size == 0
+
+
+MXFP4 = Packing(format="mxfp4", group=32)
+
+
+def of_gguf(type: str) -> Packing | None:
+    """Return the packing of a tensor type of GGUF files ("Q4_K"); None: it is not kept as it is."""
+    format = type.lower()
+    return Packing(format=format) if format in GGUF_PACKINGS else MXFP4 if format == MXFP4.format else None

@@ -1,28 +1,39 @@
 """Reader of experts that a checkpoint has as one tensor for all experts of a layer, as GPT-OSS does.
 
 Gate and up are one such tensor, in which their outputs alternate. In MXFP4 (Rouhani et al., 2023,
-arXiv:2310.10537) a tensor is stored as codes of four bits and a power of two for each 32 of them; it is
-expanded here.
+arXiv:2310.10537) a tensor is stored as codes of four bits and a power of two for each 32 of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from aioengine.errors import ConfigError
 from aioengine.model.experts.spec import MixtureSpec
+from aioengine.model.files.packing import MXFP4, Packing
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-_GROUP = 32
-"""Codes of MXFP4 that share a scale; two of them are a byte."""
-_E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-"""Values of the codes without a sign, which is the highest bit: one of mantissa, two of exponent."""
-_EXPONENT_BIAS, _NAN = 127, 255
 Read = Callable[[Sequence[slice]], "Tensor"]
+_GATE_UP, _DOWN = "gate_up_proj", "down_proj"
 _PARTS = ("", "_bias", "_blocks", "_scales")
+_NAN = 255
+"""The exponent that is none."""
+
+
+def packed_experts(names: Iterable[str], spec: MixtureSpec) -> dict[str, Packing]:
+    """Return the experts' linears that are in MXFP4, by name, of a checkpoint that has tensors of these
+    ``names``."""
+    found: dict[str, Packing] = {}
+    for name in names:
+        path, _, last = name.rpartition(".")
+        stem = last.removesuffix("_blocks")
+        if path.endswith(".mlp.experts") and stem != last and stem in (_GATE_UP, _DOWN):
+            for expert in range(spec.experts):
+                found |= {f"{path}.{expert}.{kind}": MXFP4 for kind in _kinds(stem, spec)}
+    return found
 
 
 class StackedExperts:
@@ -36,44 +47,46 @@ class StackedExperts:
         self._waiting: dict[str, dict[str, Tensor]] = {}
         """The parts of tensors in MXFP4 that have been found, the others not yet."""
 
-    def pieces(self, name: str, found: tuple[int, ...], read: Read) -> Iterator[tuple[str, Tensor]] | None:
+    def pieces(
+        self, name: str, found: tuple[int, ...], read: Read
+    ) -> Iterator[tuple[str, Tensor | dict[str, Tensor]]] | None:
         """Return the names and values of the experts' weights or biases in the tensor ``name``; None if it is
         not one of stacked experts. ``found`` is its shape, and ``read`` reads the part that a slice for each
-        dimension says. MXFP4 is returned with the last of its parts, in float32.
+        dimension says. Weights in MXFP4 are returned with the last of their parts, as the tensors of a
+        :class:`aioengine.kernels.blocks.BlockWeight`.
 
         Raises :class:`ConfigError`, naming the tensor, for an unexpected shape.
         """
         path, _, last = name.rpartition(".")
-        stem = next((stem for stem in ("gate_up_proj", "down_proj") if last.startswith(stem)), None)
+        stem = next((stem for stem in (_GATE_UP, _DOWN) if last.startswith(stem)), None)
         if not path.endswith(".mlp.experts") or stem is None or last.removeprefix(stem) not in _PARTS:
             return None
         part, spec = last.removeprefix(stem), self._spec
         size, hidden = spec.expert_size, spec.hidden_size
-        n, k = (2 * size, hidden) if stem == "gate_up_proj" else (hidden, size)
+        n, k = (2 * size, hidden) if stem == _GATE_UP else (hidden, size)
         shape: tuple[int, ...] = {
             "": (k, n),
             "_bias": (n,),
-            "_blocks": (n, -(-k // _GROUP), _GROUP // 2),
-            "_scales": (n, -(-k // _GROUP)),
+            "_blocks": (n, MXFP4.groups(k), MXFP4.group // 2),
+            "_scales": (n, MXFP4.groups(k)),
         }[part]
         if found != (spec.experts, *shape):
             raise ConfigError(
                 f"{self._where}: {name}: expected shape {(spec.experts, *shape)} from the "
                 f"configuration, found {found}"
             )
-        names = spec.names
-        kinds = (names.gate, names.up) if stem == "gate_up_proj" else (names.down,)
+        kinds = _kinds(stem, spec)
         if part in ("", "_bias"):
             return self._plain(path, kinds, found, read, weight=not part)
-        if part == "_blocks" and k % _GROUP:
-            raise ConfigError(f"{self._where}: {name}: {k} inputs are no multiple of {_GROUP}")
+        if part == "_blocks" and k % MXFP4.group:
+            raise ConfigError(f"{self._where}: {name}: {k} inputs are no multiple of {MXFP4.group}")
         parts = self._waiting.setdefault(f"{path}.{stem}", {})
         parts[part] = read([slice(0, count) for count in found])
         if len(parts) < 2:
             return iter(())
         del self._waiting[f"{path}.{stem}"]
         self._check(f"{path}.{stem}", parts)
-        return self._expanded(path, kinds, parts["_blocks"], parts["_scales"])
+        return _packed(path, kinds, parts["_blocks"], parts["_scales"])
 
     def _check(self, name: str, parts: Mapping[str, Tensor]) -> None:
         import torch
@@ -94,23 +107,25 @@ class StackedExperts:
             values = read([slice(expert, expert + 1), *rest])[0]
             yield from _alternating(path, expert, kinds, values.T if weight else values, weight=weight)
 
-    def _expanded(
-        self, path: str, kinds: Sequence[str], blocks: Tensor, scales: Tensor
-    ) -> Iterator[tuple[str, Tensor]]:
-        for expert in range(len(blocks)):
-            values = expand_mxfp4(blocks[expert], scales[expert])
-            yield from _alternating(path, expert, kinds, values, weight=True)
+
+def _kinds(stem: str, spec: MixtureSpec) -> tuple[str, ...]:
+    """The linears whose outputs alternate in a tensor."""
+    names = spec.names
+    return (names.gate, names.up) if stem == _GATE_UP else (names.down,)
 
 
-def expand_mxfp4(blocks: Tensor, scales: Tensor) -> Tensor:
-    """Return ``blocks`` [n, groups, 16] with exponents ``scales`` [n, groups] (both uint8) as float32
-    [n, 32 * groups]. Of a byte, the lower four bits come first."""
-    import torch
-
-    values = torch.tensor([*_E2M1, *(-value for value in _E2M1)])
-    codes = torch.stack((blocks & 15, blocks >> 4), dim=-1).flatten(2)
-    exponents = scales.int() - _EXPONENT_BIAS
-    return torch.ldexp(values[codes.int()], exponents[..., None]).flatten(1)
+def _packed(
+    path: str, kinds: Sequence[str], blocks: Tensor, scales: Tensor
+) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    for expert in range(len(blocks)):
+        data, exponents = blocks[expert].flatten(1), scales[expert]
+        pairs = zip(
+            _alternating(path, expert, kinds, data, weight=True),
+            _alternating(path, expert, kinds, exponents, weight=True),
+            strict=True,
+        )
+        for (name, codes), (_, scale) in pairs:
+            yield name, {"data": codes, "scale": scale}
 
 
 def _alternating(

@@ -15,11 +15,12 @@ from torch import Tensor
 from aioengine.errors import ConfigError
 from aioengine.info import LoadProgress
 from aioengine.kernels.blocks import BlockWeight
+from aioengine.kernels.portable.dequantize import scales
 from aioengine.kernels.portable.quantize import quantize
 from aioengine.model.decoder import Decoder
 from aioengine.model.experts.spec import MixtureSpec
 from aioengine.model.files.folder import INDEX, check_exists, shards, unreadable
-from aioengine.model.files.packing import Packing
+from aioengine.model.files.packing import MXFP4, Packing
 from aioengine.model.files.quantized import QuantizedFolder, quantized_folder
 from aioengine.model.files.stacked_experts import StackedExperts
 from aioengine.model.parallel.ranges import Ranges, take
@@ -206,7 +207,7 @@ def _fill_blocks(weight: BlockWeight, stored: StoredBlocks, part: Sequence[Range
 
 def _read_blocks(stored: StoredBlocks, where: str) -> Mapping[str, Tensor]:
     read = stored.read()
-    if "scale" in read and not bool(read["scale"].isfinite().all()):
+    if "scale" in read and not bool(scales(read["scale"]).isfinite().all()):
         raise ConfigError(f"{where}: a scale is not finite; the checkpoint is damaged")
     return read
 
@@ -241,15 +242,21 @@ def _joined(
             yield f"{module}.weight", StoredBlocks((layout.n, layout.k), layout.packing, read)
 
 
-def _unstacked(every: Iterator[tuple[str, Stored]], stacked: StackedExperts) -> Iterator[tuple[str, Stored]]:
+def _unstacked(
+    every: Iterator[tuple[str, Stored]], stacked: StackedExperts
+) -> Iterator[tuple[str, Stored | StoredBlocks]]:
     """Give each expert's linears the names that they have in the decoder."""
     for name, stored in every:
         pieces = stacked.pieces(name, stored.shape, stored.read)
         if pieces is None:
             yield name, stored
             continue
-        for own, tensor in pieces:
-            yield own, Stored(tuple(tensor.shape), functools.partial(_part, tensor))
+        for own, found in pieces:
+            if isinstance(found, Tensor):
+                yield own, Stored(tuple(found.shape), functools.partial(_part, found))
+            else:
+                n, groups = found["scale"].shape
+                yield own, StoredBlocks((n, groups * MXFP4.group), MXFP4, functools.partial(dict, found))
 
 
 def _iter_safetensors(path: Path, expected: set[str] | None) -> Iterator[tuple[str, Stored]]:

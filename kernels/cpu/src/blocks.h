@@ -11,15 +11,15 @@
 namespace aio {
 
 // structs.py names these.
-enum Format : int64_t { PLAIN, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K, INT4, INT8, FP8 };
+enum Format : int64_t { PLAIN, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K, INT4, INT8, FP8, MXFP4 };
 
 // Rows of a weight that are stored alike.
 struct Part {
   int64_t format;
   const void* data;
   int64_t panels;
-  // Of INT4, INT8 and FP8: w = scale * (code - zero), by groups of inputs.
-  const float* scale;      // [panels][groups][16]
+  // Of INT4 and what follows it: w = scale * (code - zero), by groups of inputs.
+  const void* scale;       // [panels][groups][16] float; of MXFP4 the exponents, uint8
   const int16_t* zero;     // the same; null: `middle` everywhere
   const int32_t* group_of; // [k], for inputs whose groups do not adjoin; else null
   int64_t group, middle;
@@ -209,17 +209,41 @@ static inline vf float8(vu v, int i) {
   return (vf)(((vu)subnormal & is_small) | ((vu)normal & ~is_small) | (u & 0x80) << 24);
 }
 
+// The number of four bits (e2m1), the lowest of each lane.
+static inline vf float4(vu v) {
+#if defined(__AVX512F__)
+  const __m512 values = _mm512_setr_ps(0, 0.5f, 1, 1.5f, 2, 3, 4, 6, -0.0f, -0.5f, -1, -1.5f, -2, -3, -4, -6);
+  return (vf)_mm512_permutexvar_ps((__m512i)v, values);
+#else
+  const vu low = v & 7, is_small = (vu)(low < 2);
+  const vf normal = (vf)((low << 22) + (126u << 23)), subnormal = unsigned_float(low) * 0.5f;
+  return (vf)(((vu)subnormal & is_small) | ((vu)normal & ~is_small) | (v & 8) << 28);
+#endif
+}
+
+// 16 powers of two, stored as their exponents and 127. The least is a subnormal number.
+static inline vf powers(const uint8_t* p) {
+  typedef uint8_t vb __attribute__((vector_size(16)));
+  vb exponents;
+  std::memcpy(&exponents, p, sizeof exponents);
+  const vu bits = __builtin_convertvector(exponents, vu) << 23;
+  return (vf)(bits | ((vu)(bits == 0) & (1u << 22)));
+}
+
 template <class T, Format F>
 void expand_codes(const Part& part, long panel, long k, uint32_t* out) {
-  constexpr long EACH = F == INT4 ? 8 : 4;  // codes in a word
+  constexpr long EACH = F == INT4 || F == MXFP4 ? 8 : 4;  // codes in a word
   const long groups = (k + part.group - 1) / part.group;
   const uint32_t* words = (const uint32_t*)part.data + panel * (k / EACH) * LANES;
-  const float* scales = part.scale + panel * groups * LANES;
-  const int16_t* zeros = part.zero == nullptr ? nullptr : part.zero + panel * groups * LANES;
+  const long first = panel * groups * LANES;
+  const int16_t* zeros = part.zero == nullptr ? nullptr : part.zero + first;
   typedef int16_t vs __attribute__((vector_size(32)));
   vf scale = {}, zero = {};
   const auto use = [&](long group) {
-    scale = loadf(scales + group * LANES);
+    if constexpr (F == MXFP4)
+      scale = powers((const uint8_t*)part.scale + first + group * LANES);
+    else
+      scale = loadf((const float*)part.scale + first + group * LANES);
     if (zeros == nullptr) {
       zero = splatf(float(part.middle));
     } else {
@@ -230,6 +254,7 @@ void expand_codes(const Part& part, long panel, long k, uint32_t* out) {
   };
   const auto value = [&](vu v, int i) {
     if constexpr (F == FP8) return float8(v, i) * scale;
+    if constexpr (F == MXFP4) return float4(v >> (4 * i)) * scale;
     if constexpr (F == INT4) return (unsigned_float((v >> (4 * i)) & 15) - zero) * scale;
     return (signed_byte(v, i) - zero) * scale;
   };
@@ -263,6 +288,7 @@ void expand(const Part& part, long panel, long k, uint32_t* out) {
     case INT4: return expand_codes<T, INT4>(part, panel, k, out);
     case INT8: return expand_codes<T, INT8>(part, panel, k, out);
     case FP8: return expand_codes<T, FP8>(part, panel, k, out);
+    case MXFP4: return expand_codes<T, MXFP4>(part, panel, k, out);
     default: {
       const long lanes = k / T::PER_LANE * LANES;
       std::memcpy(out, (const uint32_t*)part.data + panel * lanes, lanes * sizeof(uint32_t));

@@ -5,12 +5,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from aioengine.kernels.triton.jit.float8 import from_float8
+from aioengine.kernels.triton.jit.float8 import from_float4, from_float8
 from aioengine.kernels.triton.jit.product import add_dot
 
 INT4 = tl.constexpr(0)
 INT8 = tl.constexpr(1)
 FP8 = tl.constexpr(2)
+MXFP4 = tl.constexpr(3)
 
 
 @triton.jit
@@ -25,8 +26,8 @@ def _values(codes, FORMAT: tl.constexpr):
 @triton.jit(do_not_specialize=["tokens", "middle", "group", "groups"])
 def block_linear_kernel(
     x_ptr,  # [T, k], rows x_stride apart
-    data_ptr,  # [n, k], or [n, k / 2] if the codes are int4, bytes
-    scale_ptr,  # [n, groups] float32
+    data_ptr,  # [n, k], or [n, k / 2] if the codes have four bits, bytes
+    scale_ptr,  # [n, groups] float32; of MXFP4 exponents, bytes
     zero_ptr,  # [n, groups] int16, not read unless ZEROS
     group_of_ptr,  # [k] int32, not read unless ORDERED
     bias_ptr,  # [n], not read unless BIAS
@@ -57,16 +58,130 @@ def block_linear_kernel(
     """
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    k = tl.arange(0, BLOCK_K)
     token = m.to(tl.int64)
-    row = n.to(tl.int64)
     inside_m = (m < tokens)[:, None]
     inside_n = n < n_out
-    dtype: tl.constexpr = x_ptr.dtype.element_ty
+    acc = _product(
+        x_ptr + token[:, None] * x_stride,
+        inside_m,
+        n.to(tl.int64),
+        inside_n,
+        data_ptr,
+        scale_ptr,
+        zero_ptr,
+        group_of_ptr,
+        k_in,
+        group,
+        groups,
+        middle,
+        FORMAT,
+        ZEROS,
+        ORDERED,
+        BLOCK_M,
+        BLOCK_N,
+        BLOCK_K,
+    )
+    if BIAS:
+        acc += tl.load(bias_ptr + n, mask=inside_n, other=0.0).to(tl.float32)[None, :]
+    y_at = y_ptr + token[:, None] * y_stride + n[None, :]
+    tl.store(y_at, acc.to(y_ptr.dtype.element_ty), mask=inside_m & inside_n[None, :])
+
+
+@triton.jit(do_not_specialize=["middle", "group", "groups"])
+def expert_blocks_kernel(
+    x_ptr,  # [S, k], contiguous
+    parts_ptr,  # [parts, 3] addresses of data, scale and zero; see block_linear_kernel
+    bias_ptr,  # [parts * n_part], not read unless BIAS
+    y_ptr,  # [S, n_out], contiguous
+    tiles_ptr,  # [tiles, 4] part, first row, rows, first output
+    k_in,
+    n_out,
+    n_part,
+    group,
+    groups,
+    middle,
+    FORMAT: tl.constexpr,
+    ZEROS: tl.constexpr,
+    BIAS: tl.constexpr,
+    BLOCK_M: tl.constexpr,  # at least the rows of a tile
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """A program: one tile of rows, and BLOCK_N outputs of a part of their expert's. Grid: (output blocks,
+    tiles)."""
+    tile = tl.program_id(1)
+    part = tl.load(tiles_ptr + 4 * tile).to(tl.int64)
+    first = tl.load(tiles_ptr + 4 * tile + 1)
+    rows = tl.load(tiles_ptr + 4 * tile + 2)
+    column = tl.load(tiles_ptr + 4 * tile + 3)
+    m = tl.arange(0, BLOCK_M)
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    row = (first + m).to(tl.int64)
+    inside_m = (m < rows)[:, None]
+    inside_n = n < n_part
+    data_ptr = tl.load(parts_ptr + 3 * part).to(tl.pointer_type(tl.uint8))
+    if FORMAT == MXFP4:
+        scale_ptr = tl.load(parts_ptr + 3 * part + 1).to(tl.pointer_type(tl.uint8))
+    else:
+        scale_ptr = tl.load(parts_ptr + 3 * part + 1).to(tl.pointer_type(tl.float32))
+    zero_ptr = tl.load(parts_ptr + 3 * part + 2).to(tl.pointer_type(tl.int16))
+    data_ptr = tl.multiple_of(data_ptr, 16)
+    acc = _product(
+        x_ptr + row[:, None] * k_in,
+        inside_m,
+        n.to(tl.int64),
+        inside_n,
+        data_ptr,
+        scale_ptr,
+        zero_ptr,
+        tiles_ptr,
+        k_in,
+        group,
+        groups,
+        middle,
+        FORMAT,
+        ZEROS,
+        False,
+        BLOCK_M,
+        BLOCK_N,
+        BLOCK_K,
+    )
+    if BIAS:
+        bias = tl.load(bias_ptr + part * n_part + n, mask=inside_n, other=0.0)
+        acc += bias.to(tl.float32)[None, :]
+    y_at = y_ptr + row[:, None] * n_out + (column + n)[None, :]
+    tl.store(y_at, acc.to(y_ptr.dtype.element_ty), mask=inside_m & inside_n[None, :])
+
+
+@triton.jit
+def _product(
+    rows_at,  # [BLOCK_M, 1] pointers to the rows of x
+    inside_m,
+    row,  # [BLOCK_N] those of the weight
+    inside_n,
+    data_ptr,
+    scale_ptr,
+    zero_ptr,
+    group_of_ptr,
+    k_in,
+    group,
+    groups,
+    middle,
+    FORMAT: tl.constexpr,
+    ZEROS: tl.constexpr,
+    ORDERED: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Rows of x times those of a weight, [BLOCK_M, BLOCK_N], in float32."""
+    k = tl.arange(0, BLOCK_K)
+    dtype: tl.constexpr = rows_at.dtype.element_ty
     HALF: tl.constexpr = BLOCK_K // 2
     half = tl.arange(0, HALF)
-    x_at = x_ptr + token[:, None] * x_stride + k[None, :]
-    if FORMAT == INT4:
+    FOUR_BITS: tl.constexpr = (FORMAT == INT4) | (FORMAT == MXFP4)
+    x_at = rows_at + k[None, :]
+    if FOUR_BITS:
         data_at = data_ptr + row[:, None] * (k_in // 2) + half[None, :]
     else:
         data_at = data_ptr + row[:, None] * k_in + k[None, :]
@@ -74,13 +189,17 @@ def block_linear_kernel(
     for start in range(0, k_in, BLOCK_K):
         x = tl.load(x_at + start, mask=inside_m & (k < k_in - start)[None, :], other=0.0)
         place = row * groups + start // group
-        if FORMAT == INT4:
+        if FOUR_BITS:
             inside = inside_n[:, None] & (half < (k_in - start) // 2)[None, :]
             packed = tl.load(data_at + start // 2, mask=inside, other=0).to(tl.int32)
             # A byte has the codes of two neighbours.
             even, odd = tl.split(tl.reshape(x, (BLOCK_M, HALF, 2)))
-            low = (packed & 15).to(tl.float32)
-            high = (packed >> 4).to(tl.float32)
+            if FORMAT == MXFP4:
+                low = from_float4(packed)
+                high = from_float4(packed >> 4)
+            else:
+                low = (packed & 15).to(tl.float32)
+                high = (packed >> 4).to(tl.float32)
             if ORDERED:
                 at = start + 2 * half
                 low = _scaled(low, scale_ptr, zero_ptr, group_of_ptr, row, at, inside, groups, middle, ZEROS)
@@ -88,9 +207,10 @@ def block_linear_kernel(
                     high, scale_ptr, zero_ptr, group_of_ptr, row, at + 1, inside, groups, middle, ZEROS
                 )
             else:
-                zero = _zero(zero_ptr, place, inside_n, middle, ZEROS)[:, None]
-                low -= zero
-                high -= zero
+                if FORMAT == INT4:
+                    zero = _zero(zero_ptr, place, inside_n, middle, ZEROS)[:, None]
+                    low -= zero
+                    high -= zero
             part = add_dot(tl.zeros((BLOCK_M, BLOCK_N), tl.float32), even, tl.trans(low.to(dtype)))
             part = add_dot(part, odd, tl.trans(high.to(dtype)))
         else:
@@ -108,11 +228,17 @@ def block_linear_kernel(
         if ORDERED:
             acc += part
         else:
-            acc += part * tl.load(scale_ptr + place, mask=inside_n, other=0.0)[None, :]
-    if BIAS:
-        acc += tl.load(bias_ptr + n, mask=inside_n, other=0.0).to(tl.float32)[None, :]
-    y_at = y_ptr + token[:, None] * y_stride + n[None, :]
-    tl.store(y_at, acc.to(y_ptr.dtype.element_ty), mask=inside_m & inside_n[None, :])
+            acc += part * _scale(scale_ptr, place, inside_n, FORMAT)[None, :]
+    return acc
+
+
+@triton.jit
+def _scale(scale_ptr, place, inside, FORMAT: tl.constexpr):
+    """The scales of a group of each row."""
+    if FORMAT == MXFP4:
+        exponents = tl.load(scale_ptr + place, mask=inside, other=0).to(tl.int32)
+        return tl.maximum(exponents << 23, 1 << 22).to(tl.float32, bitcast=True)
+    return tl.load(scale_ptr + place, mask=inside, other=0.0)
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""Float8 (e4m3fn) as bytes, with integers and float32 alone: so no GPU needs to know the type."""
+"""Float8 (e4m3fn) and float4 (e2m1), with integers and float32 alone: so no GPU needs to know the types."""
 
 from __future__ import annotations
 
@@ -16,6 +16,14 @@ def from_float8(codes):
     wide = codes.to(tl.int32)
     bits = ((wide & 0x80) << 24) | ((wide & 0x7F) << 20)
     return bits.to(tl.float32, bitcast=True) * 1.329227995784916e36
+
+
+@triton.jit
+def from_float4(codes):
+    """The numbers that the lowest four bits stand for, as float32."""
+    size = codes & 7
+    bits = tl.where(size > 1, (size << 22) + 0x3F000000, size * 0x3F000000)
+    return (bits | ((codes & 8) << 28)).to(tl.float32, bitcast=True)
 
 
 @triton.jit
