@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "experts.h"
+#include "fetcher.h"
 #include "matrix.h"
 #include "team.h"
 
@@ -105,8 +106,6 @@ enum Exchange { NOTHING, GATHER, SUM, TOTAL, SQUARES };
 
 namespace {
 
-constexpr long FETCH_TOKENS = 32;  // of an adapter; with more, its matrices are a small part of what is read
-
 struct Stopped {};
 
 // A linear with the pool of its adapters.
@@ -125,25 +124,6 @@ struct Run {
   int threads = int(me.count);
 
   size_t element() const { return m.bf16 ? 2 : 4; }
-
-  // Where the matrices A of the batch's adapters lie.
-  std::vector<aio::Fetch> matrices(const LoraPool& pool, const LoraBatch& batch, long k) const {
-    std::vector<aio::Fetch> found;
-    const auto* const segments = (const aio::Segment*)batch.segments;
-    for (const aio::Segment* g = segments; g < segments + batch.count; g++) {
-      if (g->end - g->begin > FETCH_TOKENS) continue;
-      long begin = -1, rows = 0;  // those of the slices adjoin
-      for (long j = 0; j < pool.slices; j++) {
-        const aio::Where& where = m.slots.where(g->slot, pool.first + j);
-        if (where.a_rank > 0 && begin < 0) begin = where.a;
-        rows += where.a_rank;
-      }
-      if (rows == 0) continue;
-      const char* const from = m.slots.at(begin, element());
-      found.push_back({from, m.slots.at(begin + rows * k, element()) - from});
-    }
-    return found;
-  }
 
   template <class Work>
   void timed(Phase phase, const Work& work) const {
@@ -190,9 +170,12 @@ struct Run {
               const Adapted& next, bool summand = false) const {
     const Matrix& w = *a.matrix;
     const LoraPool& pool = *a.pool;
-    const std::vector<aio::Fetch> fetch = matrices(*next.pool, batch, next.matrix->k);
-    const aio::Adapters adapters{(const aio::Segment*)batch.segments, batch.count, s.h, &m.slots, pool.first, pool.slice,
-                                 pool.slices, batch.width};
+    const auto* const segments = (const aio::Segment*)batch.segments;
+    const auto adapters_of = [&](const LoraPool& p) {
+      return aio::Adapters{segments, batch.count, s.h, &m.slots, p.first, p.slice, p.slices, batch.width};
+    };
+    const std::vector<aio::Fetch> fetch = aio::matrices(adapters_of(*next.pool), next.matrix->k, element());
+    const aio::Adapters adapters = adapters_of(pool);
     const bool adapted = pool.slices > 0 && batch.count > 0;
     const bool total = s.exchange != nullptr && (phase == O || phase == DOWN) && !summand;
     if (adapted)

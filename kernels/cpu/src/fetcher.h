@@ -7,6 +7,26 @@
 
 namespace aio {
 
+// Where the matrices A [rank, k] of adapters lie, whose elements take so many bytes.
+inline std::vector<Fetch> matrices(const Adapters& adapters, long k, long size) {
+  constexpr long TOKENS = 32;  // of an adapter; with more, its matrices are a small part of what is read
+  const Slots& slots = *adapters.slots;
+  std::vector<Fetch> found;
+  for (const Segment* g = adapters.segments; g < adapters.segments + adapters.count; g++) {
+    if (g->end - g->begin > TOKENS) continue;
+    long begin = -1, rows = 0;  // those of the slices adjoin
+    for (long j = 0; j < adapters.slices; j++) {
+      const Where& where = slots.where(g->slot, adapters.first + j);
+      if (where.a_rank > 0 && begin < 0) begin = where.a;
+      rows += where.a_rank;
+    }
+    if (rows == 0) continue;
+    const char* const from = slots.at(begin, size);
+    found.push_back({from, slots.at(begin + rows * k, size) - from});
+  }
+  return found;
+}
+
 // Gives out cache lines to be fetched while a thread computes its blocks, one or two for each step of the inner loop.
 // For each block that is: what is wanted when it is done, then the next block's weights, then a share of what is needed
 // after the linear. The last is left for the last blocks, at most half of them, or what comes in between would drive it out.

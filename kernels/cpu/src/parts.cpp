@@ -3,7 +3,9 @@
 // They are for models whose modules run in Python. There the threads often fall asleep between two operations, and with
 // other work on the machine it takes long until all of them go on: the fewer such places, the better.
 #include <cstring>
+#include <vector>
 
+#include "fetcher.h"
 #include "matrix.h"
 #include "team.h"
 
@@ -51,7 +53,13 @@ void linear(int bf16, const AdaptedLinear& l, const void* x, void* y, long rows,
     aio_lora_shrink(bf16, x, w.k, a->slots, a->first, (void*)a->h, w.k, a->slices, a->width, (const int32_t*)a->segments,
                     a->count, threads);
   aio::Beside beside = l.beside;
-  if (next != nullptr) beside.next = {next->matrix.packed, next->matrix.n, next->matrix.panel_bytes};
+  std::vector<aio::Fetch> fetch;
+  if (next != nullptr) {
+    const Matrix& after = next->matrix;
+    beside.next = {after.packed, after.n, after.panel_bytes};
+    if (next->beside.adapters != nullptr) fetch = aio::matrices(*next->beside.adapters, after.k, bf16 ? 2 : 4);
+    beside.fetch = fetch.data(), beside.fetch_count = long(fetch.size());
+  }
   aio::product(bf16, w, x, y, rows, beside, threads);
   if (a != nullptr && l.affine_count > 0)
     aio_lora_affine(bf16, y, w.n, a->slots, a->first, l.outputs, a->slices, (const int32_t*)l.affine, l.affine_count,
