@@ -2,8 +2,6 @@
 //
 // Called from Python, a step of 30 layers would be some 400 calls, each of which holds the GIL for a few
 // microseconds; in one call it is free throughout.
-//
-// The file is long because it has the structs that Python fills in, and every operation of a layer in the order of a step.
 #include <omp.h>
 
 #include <cstring>
