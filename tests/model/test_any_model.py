@@ -126,6 +126,7 @@ async def refused(folder: Path, *words: str, **fields: Any) -> None:
         ("bart", {"d_model": 32, "vocab_size": 128}, "encoder-decoder"),
         ("mamba", {"hidden_size": 32, "num_hidden_layers": 1}, "keys and values"),
         ("jamba", COMMON, "keys and values"),
+        ("granitemoehybrid", {"layer_types": ["linear_attention", "full_attention"]}, "keys and values"),
         ("lfm2", {**COMMON, "layer_types": ["conv", "full_attention"]}, "keys and values"),
         ("qwen3_next", COMMON, "keys and values"),
         ("rwkv", {"hidden_size": 32, "num_hidden_layers": 1}, "keys and values"),

@@ -100,6 +100,17 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "zero_expert_num": 2,
         "moe_topk": 2,
     },
+    # Of a hybrid class, but without layers that are not attention.
+    "granitemoehybrid": {
+        **COMMON,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "shared_intermediate_size": 24,
+        "position_embedding_type": "rope",
+        "layer_types": ["full_attention", "full_attention"],
+        "mamba_n_heads": 8,
+        "mamba_d_head": 8,
+    },
     "llama4_text": {**COMMON, "head_dim": 8, "num_local_experts": 2, "attention_chunk_size": 8},
     "gpt_neo": {
         "vocab_size": 128,

@@ -28,6 +28,7 @@ _POSITIONS = (
 _UNBOUNDED = 2**20
 _MOVING_ROPE = ("dynamic", "longrope")
 """Frequencies that depend on how long the longest sequence is."""
+_ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
 _MAX_FUSED = 4
 _PANEL = 16
 _NARROW = 16
@@ -42,7 +43,7 @@ def read_spec(path: Path, native_reason: str | None = None) -> GenericSpec:
     """
     found = Found(path)
     model = found.on_meta()
-    if getattr(model, "_is_stateful", False):
+    if getattr(model, "_is_stateful", False) and not _attends(found.text_config):
         raise found.no_keys_and_values(f"{type(model).__name__} is a recurrent or hybrid model")
     trace, flat = _trace(found, model)
     kept = trace.attended if flat else trace.updated
@@ -83,6 +84,12 @@ def read_spec(path: Path, native_reason: str | None = None) -> GenericSpec:
         quantizable=_quantizable(model, linears, shapes),
         native_reason=native_reason,
     )
+
+
+def _attends(text: Any) -> bool:
+    """Return whether a model of a hybrid class has layers of attention alone, as some of Granite 4 are."""
+    kinds = getattr(text, "layer_types", None)
+    return bool(kinds) and set(kinds) <= _ATTENTION
 
 
 def _trace(found: Found, model: Any) -> tuple[Trace, bool]:
