@@ -88,8 +88,8 @@ def read_spec(path: Path, native_reason: str | None = None) -> GenericSpec:
 
 def _attends(text: Any) -> bool:
     """Return whether a model of a hybrid class has layers of attention alone, as some of Granite 4 are."""
-    kinds = getattr(text, "layer_types", None)
-    return bool(kinds) and set(kinds) <= _ATTENTION
+    kinds = set(getattr(text, "layer_types", None) or ())
+    return bool(kinds) and kinds <= _ATTENTION
 
 
 def _trace(found: Found, model: Any) -> tuple[Trace, bool]:
