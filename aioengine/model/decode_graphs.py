@@ -25,6 +25,7 @@ from torch import Tensor
 
 from aioengine.kernels import LoRABatch, Span
 from aioengine.kernels.triton.fixed_step import FixedStep
+from aioengine.kernels.triton.launch import capability
 from aioengine.kernels.triton.mixed_step import MixedShape, MixedStep
 from aioengine.kernels.triton.query_tiles import rows_of_prompts
 from aioengine.kernels.triton.table import SHORT, expand_config, shrink_config
@@ -51,7 +52,7 @@ class DecodeSteps:
     size.
 
     ``forward`` computes a step's logits. The vocabulary and dtype are those of the logits; ``group`` is the
-    number of query heads of a key head.
+    number of query heads of a key head, and ``head_dim`` the size of a head.
     """
 
     def __init__(
@@ -66,6 +67,7 @@ class DecodeSteps:
         device: torch.device,
         record: Record,
         group: int = 1,
+        head_dim: int = 128,
     ) -> None:
         self._forward, self._slots = forward, slots
         self._most = limits.max_num_seqs
@@ -87,7 +89,7 @@ class DecodeSteps:
             0 if slots is None else slots.max_loras,
             1 if slots is None else slots.layout.max_rank,
             group,
-            rows_of_prompts(8 * dtype.itemsize),
+            rows_of_prompts(8 * dtype.itemsize, head_dim, capability(device)),
             SHORT if slots is None else _prompt_tile(slots, 8 * dtype.itemsize),
         )
         self._mixed = {size: MixedStep(size, shape, device) for size in sorted(limits.mixed)}

@@ -23,6 +23,7 @@ from aioengine.info import LoadProgress
 from aioengine.kernels import AttentionPlan, LoRABatch, Span, get_backend
 from aioengine.kernels.transfer import send
 from aioengine.model import constraints, coverage
+from aioengine.model.cuda.attention import fastest_kernels
 from aioengine.model.decoder import Decoder, LastLayer, StepInputs
 from aioengine.model.drafted import sample_drafted
 from aioengine.model.experts.spec import MixtureSpec
@@ -120,7 +121,10 @@ class ModelRunner:
             quantization = "none"  # for what is packed once it is loaded
         if progress is not None:
             progress("Preparing the kernels (compiled once, at the first start)", 0, 1)
-        backend = get_backend(self.device.type, kernels)
+        if kernels is not None or int8_cache or fp8_cache or self.device.type != "cuda":
+            backend = get_backend(self.device.type, kernels)
+        else:
+            backend = fastest_kernels(spec, dtype, self.device, block_size=block_size, ranks=ranks)
         self.decoder: Decoder | GenericModel
         self._processors = _processors(backend.name, bind_threads, self.group.shard)
         """Of the compiled step's threads, if they are bound to some."""
@@ -272,6 +276,7 @@ class ModelRunner:
             device=self.device,
             record=self.group.traffic.counting(record or CudaGraphs(self.device)),
             group=self.decoder.spec.num_heads // self.decoder.spec.num_kv_heads,
+            head_dim=self.decoder.spec.head_dim,
         )
 
     @property

@@ -51,9 +51,11 @@ class Machine(NamedTuple):
         """Facts that predictions are made from; None if there are none for this GPU."""
         return gpu_of(self.name)
 
-    def predicted(self, kernel: Kernel) -> float | None:
-        """Return the time of a launch alone, which has no launch before it whose end it waits for."""
-        return None if self.gpu is None else seconds(kernel, self.gpu.figures) - LAUNCH
+    def predicted(self, *kernels: Kernel) -> float | None:
+        """Return the time of launches, of which the first has none before it whose end it waits for."""
+        if self.gpu is None:
+            return None
+        return sum(seconds(kernel, self.gpu.figures) for kernel in kernels) - LAUNCH
 
 
 def gpu_seconds(function: Callable[[], object]) -> float:

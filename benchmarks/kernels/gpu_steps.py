@@ -37,8 +37,9 @@ from aioengine.request import SamplingParams
 from aioengine.step import SequenceWork
 from benchmarks.kernels.gpu_machine import Machine
 from benchmarks.kernels.predictions import (
-    FORMATS,
+    FORMS,
     LLAMA_8B,
+    Form,
     Kernel,
     Step,
     block_weight,
@@ -68,13 +69,14 @@ class Attended(NamedTuple):
     @property
     def nbytes(self) -> int:
         """Bytes that attention must read and write at least: queries, what is cached, outputs."""
-        cached = sum(span.start + span.length for span in self.plan.spans) * self.cache.keys[0, 0].numel()
-        queries = self.qkv[:, : -2 * self.cache.keys.shape[2]].numel()
-        return 2 * self.qkv.element_size() * (queries + cached)
+        cached = sum(span.start + span.length for span in self.plan.spans) * self.cache.keys[0, 0].nbytes
+        return 2 * (self.qkv[:, : -2 * self.cache.keys.shape[2]].nbytes + cached)
 
 
-def attended(spans: Sequence[tuple[int, int]], spec: ModelSpec, dtype: torch.dtype, device: str) -> Attended:
-    """Sequences as (positions in the cache, tokens)."""
+def attended(
+    spans: Sequence[tuple[int, int]], spec: ModelSpec, dtype: torch.dtype, device: str, *, fp8: bool = False
+) -> Attended:
+    """Sequences as (positions in the cache, tokens), over a cache in ``dtype`` or in float8."""
     rows, found, tables, used = 0, [], [], 0
     for start, length in spans:
         found.append(Span(rows, length, start))
@@ -89,6 +91,8 @@ def attended(spans: Sequence[tuple[int, int]], spec: ModelSpec, dtype: torch.dty
 
     heads, kv_heads, d = spec.num_heads, spec.num_kv_heads, spec.head_dim
     cache = LayerCache(*(randn(used, BLOCK, kv_heads, d) for _ in range(2)))
+    if fp8:
+        cache = LayerCache(*(numbers.to(torch.float8_e4m3fn).view(torch.uint8) for numbers in cache))
     angles = torch.rand(rows, 1, d // 2, generator=generator, device=device)
     plan = AttentionPlan(found, tables, BLOCK, device)
     rotation = Rotation(angles.cos(), angles.sin())
@@ -179,10 +183,10 @@ def _layer_rows(args: argparse.Namespace, machine: Machine, dtype: torch.dtype) 
         a = attended(of, spec, dtype, device)
         kernel = Kernel("rope", 2 * a.qkv.nbytes + a.rotation.cos.nbytes * 2)
         yield row("rope and store", case, kernel, lambda k: k.rope_store(a.qkv, None, *a[1:]))  # noqa: B023
-        kernel = Kernel("attention", a.nbytes)
         pairs = sum(n * start + n * (n + 1) / 2 for start, n in of if n > 1)
-        kernel = kernel._replace(flops=4.0 * pairs * spec.q_size)
-        yield row("attention", case, kernel, lambda k: k.paged_attention(a.qkv, *a[2:], Scores()))  # noqa: B023
+        for op, b in (("attention", a), ("the same, fp8 cache", attended(of, spec, dtype, device, fp8=True))):
+            kernel = Kernel("attention", b.nbytes, flops=4.0 * pairs * spec.q_size)
+            yield row(op, case, kernel, lambda k: k.paged_attention(b.qkv, *b[2:], Scores()))  # noqa: B023
 
 
 def _norm(hidden: Tensor, delta: Tensor, weight: Tensor) -> Callable[[Backend], object]:
@@ -323,28 +327,29 @@ def _prompt_rows(args: argparse.Namespace, machine: Machine) -> Iterator[Row]:
 
 
 def product_sheet(args: argparse.Namespace, machine: Machine) -> Iterator[Sheet]:
-    """Times of a product with plain weights, and with those of quantized checkpoints."""
+    """Times of a product with plain weights, and with quantized ones."""
     n, k = 2 * machine.spec.intermediate_size, machine.spec.hidden_size
+    capability = 90 if machine.gpu is None else machine.gpu.capability
 
-    def measure(format: str, rows: int) -> tuple[str, ...]:
+    def measure(form: Form | None, rows: int) -> tuple[str, ...]:
         x = torch.ones(rows, k, dtype=torch.bfloat16, device=machine.device)
-        if format == "bfloat16":
+        if form is None:
             weight: Weight = PlainWeight(x.new_ones(n, k))
-            kernel = product(format, rows, k, n)
+            kernels = [product("plain", rows, k, n)]
         else:
-            weight = block_weight(format, n, k, machine.device)
-            kernel = quantized_product(format, rows, k, n)
+            weight = block_weight(form, n, k, machine.device)
+            kernels = quantized_product(form, rows, k, n, capability)
         linear = get_backend(machine.device, "triton").linear
         taken = machine.seconds(partial(linear, x, weight, None))
-        return against(taken, machine.predicted(kernel), 1e-3)
+        return against(taken, machine.predicted(*kernels), 1e-3)
 
     columns = ("weights", "rows", "measured", "predicted", "ratio")
     rows = (
-        Row((format, str(rows)), partial(measure, format, rows))
-        for format in ("bfloat16", *FORMATS)
+        Row(("bfloat16" if form is None else form.name, str(rows)), partial(measure, form, rows))
+        for form in (None, *FORMS)
         for rows in args.tokens
     )
-    yield Sheet("Gate and up of quantized checkpoints; ms", columns, rows)
+    yield Sheet("Gate and up with quantized weights; ms", columns, rows)
 
 
 def step_checks(machine: Machine, layers: int) -> Iterator[Row]:

@@ -1,7 +1,7 @@
 """Host time of steps on a GPU that computes nothing: what the processor does while a GPU waits for it.
 
-    PYTHONPATH=tests python -m benchmarks.kernels.host
-    PYTHONPATH=tests python -m benchmarks.kernels.host --profile eager
+    python -m benchmarks.kernels.host
+    python -m benchmarks.kernels.host --profile eager
 
 Llama 3 8B's shapes with all layers, 64 sequences, 8 adapters of rank 16. Triton "launches" on a driver that
 does nothing, and tensors have no data, so that this needs no GPU (``tests/support/fake_gpu.py``). Prints
@@ -14,16 +14,20 @@ from __future__ import annotations
 import cProfile
 import pstats
 import statistics
+import sys
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
-from gpu_without_gpu.scenarios import Model, Row, llama
 
 from aioengine.model.penalties import CountTables
 from aioengine.request import SamplingParams
 from aioengine.step import SequenceWork
 from benchmarks.shared.report import arguments, console, new_table
+
+sys.path.append(str(Path(__file__).resolve().parents[2] / "tests"))  # where the stand-in for a GPU is
+from gpu_without_gpu.scenarios import Model, Row, llama
 
 Work = Callable[[], object]
 BUDGETS = {"eager": 8.0, "mixed": 1.0, "decode": 0.5, "penalties": 0.3}

@@ -38,8 +38,30 @@ LAUNCH = 2.2e-6
 """Seconds between two launches of a recorded graph in which nothing is computed; assumed."""
 BYTES = 2
 """Bytes of a bfloat16."""
-GROUP = 128
-"""Inputs that share a scale in a quantized checkpoint."""
+
+
+class Form(NamedTuple):
+    """A form of quantized weights."""
+
+    name: str
+    format: str
+    group: int = 128
+    """Inputs that share a scale; 0: all of an output."""
+    zeros: bool = False
+    rounds: bool = False
+    """Whether activations are rounded to eight bits, too, where there are many rows."""
+
+
+FORMS = (
+    Form("int4", "int4"),
+    Form("int8", "int8"),
+    Form("fp8", "fp8"),
+    Form("fp8, W8A8", "fp8", rounds=True),
+    Form("int4 at load", "int4", 64, zeros=True),
+    Form("int8 at load, W8A8", "int8", 0, rounds=True),
+    Form("fp8 at load, W8A8", "fp8", 0, rounds=True),
+)
+"""Those of checkpoints, and those that ``quantization`` makes of any checkpoint while it is loaded."""
 
 
 class Gpu(NamedTuple):
@@ -109,7 +131,7 @@ def layer(spec: ModelSpec, step: Step) -> Iterator[Kernel]:
     for _ in range(2):
         yield Kernel("norm", 4 * BYTES * rows * hidden)
     yield Kernel("rope", 2 * BYTES * rows * qkv)
-    yield Kernel("attention", BYTES * rows * (2 * step.context * spec.kv_size + 2 * spec.q_size))
+    yield decode_attention(spec, step)
     yield Kernel("activate", 3 * BYTES * rows * inner)
 
 
@@ -149,17 +171,36 @@ def prompt_seconds(gpu: Gpu, tokens: int, spec: ModelSpec = LLAMA_8B) -> float:
     return max(linear, BYTES * weights / (figures.bandwidth * figures.weights_achieved)) + attention
 
 
-def block_weight(format: str, n: int, k: int, device: str) -> BlockWeight:
-    """Return a weight as a quantized checkpoint has it, with a scale for each ``GROUP`` inputs."""
-    data = torch.zeros(n, k // 2 if format == "int4" else k, dtype=torch.uint8, device=device)
-    scale = torch.full((n, k // GROUP), 0.01, device=device)
-    return BlockWeight(format, data, k, torch.bfloat16, scale=scale, group=GROUP, middle=8)
+def block_weight(form: Form, n: int, k: int, device: str) -> BlockWeight:
+    """Return a weight in this form."""
+    group = form.group or k
+    int4 = form.format == "int4"
+    data = torch.zeros(n, k // 2 if int4 else k, dtype=torch.uint8, device=device)
+    scale = torch.full((n, k // group), 0.01, device=device)
+    zero = torch.full_like(scale, 8, dtype=torch.int16) if form.zeros else None
+    return BlockWeight(
+        *(form.format, data, k, torch.bfloat16), scale=scale, zero=zero, group=group,
+        middle=8 if int4 and zero is None else 0, rounds=form.rounds,
+    )  # fmt: skip
 
 
-def quantized_product(format: str, rows: int, n_in: int, n_out: int) -> Kernel:
-    """Return the product of ``rows`` with a quantized weight, which is read as it is stored."""
-    nbytes = block_weight(format, n_out, n_in, "meta").nbytes + BYTES * rows * (n_in + n_out)
-    return Kernel(format, nbytes, 2.0 * rows * n_in * n_out)
+def quantized_product(form: Form, rows: int, n_in: int, n_out: int, capability: int) -> list[Kernel]:
+    """Return the launches of a product with a quantized weight, which is read as it is stored. Where
+    activations are rounded, tensor cores compute twice as much in a second."""
+    stored, flops = block_weight(form, n_out, n_in, "meta").nbytes, 2.0 * rows * n_in * n_out
+    eight_bits = capability >= (89 if form.format == "fp8" else 80)
+    if not (form.rounds and rows > FEW_ROWS and eight_bits):
+        return [Kernel(form.format, stored + BYTES * rows * (n_in + n_out), flops)]
+    return [
+        Kernel("round", (BYTES + 1) * rows * n_in),
+        Kernel(form.format, stored + rows * (n_in + BYTES * n_out), flops / 2),
+    ]
+
+
+def decode_attention(spec: ModelSpec, step: Step, cache_bytes: int = BYTES) -> Kernel:
+    """Return the attention of a layer, to a cache with so many bytes for a number."""
+    cached = cache_bytes * 2 * step.context * spec.kv_size
+    return Kernel("attention", step.batch * (cached + BYTES * 2 * spec.q_size))
 
 
 # Compiled kernels
@@ -173,17 +214,25 @@ def kernels() -> dict[str, aot.Variant]:
         found[f"shrink, {phase}"] = list(aot.of_shrink("bf16", shrink))[-1]
         expand = default_expand(Key.of("expand", 16, 16, 6144, longest))
         found[f"expand, {phase}"] = aot.of_expand("bf16", expand)
-    plain = [v for v in aot.of_attention("bf16", 16, 128, 4) if not v.fp8 and "CAPPED" in dict(v.constants)]
-    for name, variant in zip(("decode", "decode, split keys", "prompt"), plain, strict=True):
-        found[f"attention, {name}"] = variant
+    every = [v for v in aot.of_attention("bf16", 16, 128, 4) if not dict(v.constants)["WINDOWED"]]
+    for cache, fp8 in (("", False), (", fp8 cache", True)):
+        of_cache = [variant for variant in every if variant.fp8 == fp8]
+        names = ("decode", "decode, split keys", "prompt, tiles of 64", "prompt, tiles of 128")
+        for name, variant in zip(names, of_cache, strict=True):
+            found[f"attention, {name}{cache}"] = variant
     found["norm"] = aot.of_norm("bf16", LLAMA_8B.hidden_size)
     found["rope and store"] = next(aot.of_rope("bf16", 128))
     found["activation"] = aot.of_elementwise("bf16")[0]
     few, many = FEW_ROWS, FEW_ROWS + 1
-    for format in FORMATS:
+    for format in ("int4", "int8", "fp8"):
         for phase, rows in (("decode", few), ("prompt", many)):
-            config = default_blocks(rows, 28672, GROUP, 16)
+            config = default_blocks(rows, 28672, 128, 16)
             found[f"{format} product, {phase}"] = aot.of_block(format, "bf16", config)
+    for variant in aot.of_eight_bits("bf16"):
+        constants = dict(variant.constants)
+        if variant.kernel == "eight_bits":
+            whole = "a scale for each output" if constants["WHOLE"] else "scales of groups"
+            found[f"{'fp8' if variant.fp8 else 'int8'} W8A8, {whole}"] = variant
     return found
 
 
@@ -216,7 +265,6 @@ STEPS = [
     for adapters, rank in ((0, 16), (1, 16), (8, 16), (32, 16), (8, 64))
     if adapters <= batch
 ]
-FORMATS = ("int4", "int8", "fp8")
 _ABOUT = f"""# Predictions for GPUs
 
 <!-- Written by `python -m benchmarks.kernels.predictions > docs/gpu-predictions.md`. -->
@@ -238,9 +286,12 @@ recorded graph.
 """
 _STEPS_ABOUT = """Llama 3 8B in bfloat16, all 32 layers and the head, as a recorded step up to its logits; ms.
 Adapters are on all linears. A layer takes 9 launches, and 17 with adapters."""
-_QUANTIZED_ABOUT = f"""Their weights are read as they are stored, and multiplied with 16-bit
-activations, in one launch. The product of one layer's gate and up, {2 * LLAMA_8B.intermediate_size:,} x
-{LLAMA_8B.hidden_size:,}; ms. Scales are for {GROUP} inputs each."""
+_QUANTIZED_ABOUT = f"""Weights are read as they are stored, and multiplied with 16-bit activations, in
+one launch. With W8A8, more than {FEW_ROWS} rows are rounded to eight bits in a launch of their own, and
+multiplied in eight bits, float8 on Hopper only. The product of one layer's gate and up,
+{2 * LLAMA_8B.intermediate_size:,} x {LLAMA_8B.hidden_size:,}; ms. Scales are for 128 inputs each in
+checkpoints; those made at load are for each output, and with int4 for 64 inputs."""
+_CACHE_ABOUT = """A layer's attention of decode steps, to a cache in bfloat16 and in float8; us."""
 _KERNELS_ABOUT = """warps of a block, registers of a thread, bytes that did not fit
 into registers, shared memory of a block, and the share of a multiprocessor's warps that can be in it at a
 time."""
@@ -261,31 +312,42 @@ def page(compiled: Sequence[str]) -> str:
     for tokens in (512, 2048, 8192):
         times = " | ".join(f"{prompt_seconds(gpu, tokens) * 1e3:.1f}" for gpu in GPUS.values())
         lines.append(f"| {tokens:,} | {times} |")
-    lines += [
-        "",
-        "## Quantized checkpoints",
-        "",
-        _QUANTIZED_ABOUT,
-        "",
-        f"| weights | rows | {head} |",
-        f"|---|---:|{rule}|",
-    ]
+    lines += ["", "## Quantized weights", "", _QUANTIZED_ABOUT, ""]
+    lines += [f"| weights | rows | {head} |", f"|---|---:|{rule}|"]
     n, k = 2 * LLAMA_8B.intermediate_size, LLAMA_8B.hidden_size
-    for format in ("bfloat16", *FORMATS):
+    for rows in (1, 64, 2048):
+        plain = [product("bfloat16", rows, k, n)]
+        times = " | ".join(f"{_sum(plain, gpu) * 1e3:.3f}" for gpu in GPUS.values())
+        lines.append(f"| bfloat16 | {rows:,} | {times} |")
+    for form in FORMS:
         for rows in (1, 64, 2048):
-            kernel = (
-                product(format, rows, k, n) if format == "bfloat16" else quantized_product(format, rows, k, n)
-            )
-            times = " | ".join(f"{seconds(kernel, gpu.figures) * 1e3:.3f}" for gpu in GPUS.values())
-            lines.append(f"| {format} | {rows:,} | {times} |")
+            found = [_sum(quantized_product(form, rows, k, n, gpu.capability), gpu) for gpu in GPUS.values()]
+            times = " | ".join(f"{taken * 1e3:.3f}" for taken in found)
+            lines.append(f"| {form.name} | {rows:,} | {times} |")
+    lines += ["", "## A float8 cache", "", _CACHE_ABOUT, ""]
+    lines += [f"| sequences | context | cache | {head} |", f"|---:|---:|---|{rule}|"]
+    for step in (Step(1, 4000), Step(32, 1000), Step(64, 4000)):
+        for name, size in (("bfloat16", BYTES), ("float8", 1)):
+            kernel = decode_attention(LLAMA_8B, step, size)
+            times = " | ".join(f"{_sum([kernel], gpu) * 1e6:.1f}" for gpu in GPUS.values())
+            lines.append(f"| {step.batch} | {step.context:,} | {name} | {times} |")
     lines += ["", "## Kernels", "", f"Compiled by Triton {triton.__version__}: {_KERNELS_ABOUT}", ""]
     lines += ["| kernel | for | warps | registers | spilled | shared | occupancy |"]
     lines += ["|---|---|---:|---:|---:|---:|---:|", *compiled]
     return "\n".join(lines) + "\n"
 
 
+def _sum(kernels: Sequence[Kernel], gpu: Gpu) -> float:
+    return sum(seconds(kernel, gpu.figures) for kernel in kernels)
+
+
 def main() -> None:
-    rows = [compiled_row(name, v, capability) for name, v in kernels().items() for capability in (80, 90)]
+    rows = [
+        compiled_row(name, variant, capability)
+        for name, variant in kernels().items()
+        for capability in (80, 90)
+        if aot.compiles(variant, capability)
+    ]
     print(page(rows), end="")
 
 

@@ -67,10 +67,8 @@ WIDTHS = (512, 1024, 2048, 4096, 8192, 16384, 32768)
 HIDDEN = 16384
 """The largest hidden size."""
 HEAD_DIMS = (64, 80, 96, 128, 256)
-CAPPED_HEAD_DIMS = (256,)
-"""Head sizes of models that cap their scores."""
-SINK_HEAD_DIMS = (64,)
-"""Head sizes of models that have sinks."""
+OPTIONS = {"WINDOWED": (64, 128, 256), "CAPPED": (256,), "SINKS": (64,)}
+"""Head sizes of models with windows, that cap their scores, and that have sinks."""
 GROUPS = (1, 3, 4, 7, 8)
 """Query heads of a key head."""
 _EXPERT_BLOCKS = (("BLOCK_N", BLOCK_N), ("BLOCK_K", BLOCK_K))
@@ -98,7 +96,7 @@ class Variant(NamedTuple):
 
 
 class Usage(NamedTuple):
-    """Resources that a block of a compiled kernel takes, and its PTX."""
+    """Resources that a block of a compiled kernel takes, and what it was compiled to."""
 
     registers: int
     """Registers of a thread."""
@@ -106,6 +104,23 @@ class Usage(NamedTuple):
     """Bytes that a thread stores and loads because its registers did not fit."""
     shared_bytes: int
     ptx: str
+    ttgir: str
+    """Triton's own form of it, in which tensors have layouts."""
+
+    def in_loops(self, operation: str) -> list[str]:
+        """Return the lines of ``ttgir`` with this operation that each turn of a loop passes."""
+        found, blocks = [], list[str]()
+        for line in self.ttgir.splitlines():
+            inner = [block for block in blocks if block in ("scf.for", "scf.if")]
+            if inner[-1:] == ["scf.for"] and re.search(rf"\b{re.escape(operation)}\b", line):
+                found.append(line.strip())
+            opened = line.count("{") - line.count("}")
+            if opened > 0:
+                kind = re.search(r"scf\.(for|if)\b", line)
+                blocks += [kind[0] if kind else ""] * opened
+            elif opened < 0:
+                del blocks[opened:]
+        return found
 
 
 def variants() -> list[Variant]:
@@ -149,22 +164,23 @@ def of_expand(dtype: str, config: ExpandConfig, *, int8: bool = False) -> Varian
 
 def of_attention(dtype: str, bits: int, head_dim: int, group: int) -> Iterator[Variant]:
     """Decoding with the keys whole and split, and prompts."""
-    for rows, splits in dict.fromkeys([(FEW_ROWS, 1), (FEW_ROWS, 8), (rows_of_prompts(bits), 1)]):
+    of_prompts = [(rows_of_prompts(bits, head_dim, capability), 1) for capability in CAPABILITIES]
+    for rows, splits in dict.fromkeys([(FEW_ROWS, 1), (FEW_ROWS, 8), *of_prompts]):
         block_n, _, num_warps, num_stages = default_config(head_dim, bits, splits, rows)
         constants = {"GROUP": group, "D": head_dim, "BLOCK_SIZE": 16, "SPLITS": splits, "BLOCK_M": rows}
         constants |= {
             "BLOCK_N": block_n,
             "BLOCK_D": power_of_two(head_dim),
             "PART": PART,
-            "CAPPED": 0,
-            "SINKS": 0,
+            "STAGES": num_stages,
+            **dict.fromkeys(OPTIONS, 0),
         }
         for fp8 in (False, True):
             yield Variant("attention", dtype, tuple(constants.items()), num_warps, num_stages, fp8=fp8)
-        for option, head_dims in (("CAPPED", CAPPED_HEAD_DIMS), ("SINKS", SINK_HEAD_DIMS)):
+        for option, head_dims in OPTIONS.items():
             if head_dim in head_dims:
-                constants |= {"CAPPED": 0, "SINKS": 0, option: 1}
-                yield Variant("attention", dtype, tuple(constants.items()), num_warps, num_stages)
+                chosen = tuple({**constants, option: 1}.items())
+                yield Variant("attention", dtype, chosen, num_warps, num_stages)
 
 
 def of_norm(dtype: str, size: int) -> Variant:
@@ -244,6 +260,10 @@ def of_eight_bits(dtype: str) -> Iterator[Variant]:
 
 def compiles(variant: Variant, capability: int) -> bool:
     """Whether GPUs of this compute capability run the variant."""
+    if variant.kernel == "attention":
+        rows = dict(variant.constants)["BLOCK_M"]
+        head_dim, bits = dict(variant.constants)["D"], _DTYPES[variant.dtype]
+        return rows in (FEW_ROWS, rows_of_prompts(bits, head_dim, capability))
     return variant.kernel != "eight_bits" or not variant.fp8 or capability >= 89
 
 
@@ -275,7 +295,7 @@ def compile_variant(variant: Variant, capability: int) -> Usage:
     )
     ptx = compiled.asm["ptx"]
     registers, spilled = _assemble(ptx)
-    return Usage(registers, spilled, compiled.metadata.shared, ptx)
+    return Usage(registers, spilled, compiled.metadata.shared, ptx, compiled.asm["ttgir"])
 
 
 _KERNELS: Mapping[str, Any] = {

@@ -11,7 +11,7 @@ from torch import Tensor
 from aioengine.kernels.backend import LayerCache, Scores
 from aioengine.kernels.plan.attention import AttentionPlan
 from aioengine.kernels.triton.jit.attention import attention_kernel
-from aioengine.kernels.triton.launch import on, power_of_two
+from aioengine.kernels.triton.launch import capability, on, power_of_two
 from aioengine.kernels.triton.query_tiles import FEW_ROWS, QueryTiles, Tiles, rows_of_prompts
 
 _PROGRAMS = 256
@@ -47,12 +47,13 @@ def attention_config(tiles: Tiles, kv_heads: int, head_dim: int, bits: int) -> A
 
 def default_config(head_dim: int, bits: int, splits: int, rows: int) -> AttentionConfig:
     """Choose as many keys at a time as registers allow: float32 products use no tensor cores, and need many
-    registers. Decoding waits for memory: with five stages, two blocks of keys and values are under way at a
-    time, behind the reads of the block table. (Larger heads would leave no room for a second program.)"""
+    registers. With five stages, two blocks of keys and values are under way at a time, behind the reads of
+    the block table. (Larger heads would leave no room for a second program.)"""
     block_d = power_of_two(head_dim)
     block_n = max(16, min(64, (8192 if bits == 16 else 2048) // block_d))
-    stages = 5 if bits == 16 and rows == FEW_ROWS and block_d <= 128 else 2
-    return AttentionConfig(block_n, splits, 4 if block_d <= 64 else 8, stages)
+    if bits > 16:
+        return AttentionConfig(block_n, splits, 4 if block_d <= 64 else 8, 2)
+    return AttentionConfig(block_n, splits, 8 if rows >= 64 else 4, 5 if block_d <= 128 else 2)
 
 
 def paged_attention(qkv: Tensor, cache: LayerCache, plan: AttentionPlan, scores: Scores) -> Tensor:
@@ -62,7 +63,7 @@ def paged_attention(qkv: Tensor, cache: LayerCache, plan: AttentionPlan, scores:
     out = make(len(qkv), (qkv.shape[1] - 2 * kv_heads) * d)
     work = plan.derive(QueryTiles)
     bits = 8 * qkv.element_size()
-    for tiles in work.of(qkv.shape[1] // kv_heads - 2, rows_of_prompts(bits)):
+    for tiles in work.of(qkv.shape[1] // kv_heads - 2, rows_of_prompts(bits, d, capability(qkv.device))):
         config = attention_config(tiles, kv_heads, d, bits)
         attend(qkv, cache, plan, scores, tiles, config, out)
     return out
@@ -105,6 +106,8 @@ def attend(
             BLOCK_N=block_n,
             BLOCK_D=block_d,
             PART=PART,
+            WINDOWED=window is not None,
+            STAGES=num_stages,
             CAPPED=soft_cap is not None,
             SINKS=sinks is not None,
             num_warps=num_warps,

@@ -7,7 +7,6 @@ twice as many products of eight bits as of sixteen, which helps many rows; few r
 
 from __future__ import annotations
 
-import functools
 from typing import NamedTuple
 
 import torch
@@ -15,9 +14,9 @@ from torch import Tensor
 
 from aioengine.kernels.blocks import BlockWeight
 from aioengine.kernels.triton.jit.eight_bits import eight_bits_kernel, round_rows_kernel
-from aioengine.kernels.triton.launch import on
+from aioengine.kernels.triton.launch import capability, on
 
-_CAPABILITY = {"int8": (8, 0), "fp8": (8, 9)}
+_CAPABILITY = {"int8": 80, "fp8": 89}
 """The compute capability from which on tensor cores take a format: A100, and L4 and H100."""
 ROW_BLOCK = 1024
 """Inputs of a row that are rounded at a time."""
@@ -41,14 +40,7 @@ def covers(weight: BlockWeight, device: torch.device) -> bool:
         return False
     symmetric = weight.zero is None and weight.group_of is None and weight.middle == 0
     whole = weight.group >= weight.k or weight.group % BLOCK_K == 0
-    return symmetric and whole and _supported(weight.format, device.type, device.index)
-
-
-@functools.cache
-def _supported(format: str, kind: str, index: int | None) -> bool:
-    if kind != "cuda":
-        return True  # the interpreter
-    return torch.cuda.get_device_capability(index) >= _CAPABILITY[format]
+    return symmetric and whole and capability(device) >= _CAPABILITY[weight.format]
 
 
 def round_rows(x: Tensor, format: str, group: int) -> Rows:

@@ -1,8 +1,9 @@
 """The backend ``flashinfer``: Triton's, with attention by FlashInfer (Ye et al., 2025, arXiv:2501.01005).
 
-It is optional, and used only if it is named. It compiles its kernels at first use, which needs a CUDA
-compiler. It computes the attention of prompts and mixed steps. Decode steps that are played back keep the
-Triton kernel, whose plan is made on the device; FlashInfer's plan is made by the host before each step.
+It is optional, and used if it is named or faster (:mod:`aioengine.kernels.measured`). It compiles its kernels
+at first use, which needs a CUDA compiler. It computes the attention of prompts and mixed steps. Decode steps
+that are played back keep the Triton kernel, whose plan is made on the device; FlashInfer's plan is made by
+the host before each step.
 """
 
 from __future__ import annotations
@@ -44,11 +45,21 @@ _mine = threading.local()
 """A thread's wrappers, which hold the plan of a step: a model steps in one thread."""
 
 
+def covers(dtype: torch.dtype, head_dim: int, scores: Scores) -> bool:
+    """Whether FlashInfer computes this, and not Triton in its place."""
+    usual = scores.scale is None and scores.soft_cap is None and scores.sinks is None
+    return usual and head_dim in HEAD_DIMS and dtype != torch.float32
+
+
+def forget() -> None:
+    """Free this thread's wrappers and their memory, where they are not used any more."""
+    _mine.__dict__.clear()
+
+
 def paged_attention(qkv: Tensor, cache: LayerCache, plan: AttentionPlan, scores: Scores) -> Tensor:
     """Attend to what is stored; see :class:`aioengine.kernels.backend.Backend`."""
     kv_heads, d = cache.keys.shape[2:]
-    usual = scores.scale is None and scores.soft_cap is None and scores.sinks is None
-    if not (plan.spans and usual and d in HEAD_DIMS) or qkv.dtype == torch.float32:
+    if not plan.spans or not covers(qkv.dtype, d, scores):
         return attention.paged_attention(qkv, cache, plan, scores)
     heads = qkv.shape[1] - 2 * kv_heads
     planned = plan.derive(_Planned)

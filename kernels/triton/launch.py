@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from contextlib import AbstractContextManager
 
 import torch
@@ -11,6 +12,15 @@ import torch
 def on(device: torch.device) -> AbstractContextManager[object]:
     """Context in which Triton launches on ``device``, because it uses the current device."""
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+@functools.cache
+def capability(device: torch.device) -> int:
+    """Return the compute capability of a GPU, 90 for 9.0; where there is none (the interpreter), as well."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return 90
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
 
 
 def power_of_two(number: int) -> int:

@@ -12,13 +12,17 @@ from aioengine.kernels.plan.attention import AttentionPlan, Span
 from aioengine.kernels.transfer import send
 from aioengine.kernels.triton.launch import power_of_two
 
-FEW_ROWS, MANY_ROWS = 16, 64
-"""Minimum rows (tokens times query heads of a key head) of tiles for decoding and for prompts."""
+FEW_ROWS = 16
+"""Minimum rows (tokens times query heads of a key head) of tiles for decoding."""
 
 
-def rows_of_prompts(bits: int) -> int:
-    """Return the rows of a tile of a long chunk."""
-    return MANY_ROWS if bits == 16 else FEW_ROWS
+def rows_of_prompts(bits: int, head_dim: int, capability: int) -> int:
+    """Return the rows of a tile of a long chunk: if registers allow for it 16 for each of 8 warps, so that
+    none needs the weights of keys that another one has. So do those of data centers' GPUs from Hopper on,
+    whose products take keys and values out of shared memory."""
+    if bits > 16:
+        return FEW_ROWS
+    return 128 if head_dim <= 128 and capability // 10 in (9, 10) else 64
 
 
 class Tiles(NamedTuple):

@@ -24,8 +24,8 @@ SHEETS = {
     "Results beside the reference": 3 + 6 + 4,
     "Decode steps, 1 layers and head, context 20, rank 8; ms": 4,
     "Prompts, 1 layers; ms": 1,
-    "Gate and up of quantized checkpoints; ms": 4 * 2,
-    "A layer beside its linears; us": 2 * 2 + 2 * 4,
+    "Gate and up with quantized weights; ms": 8 * 2,
+    "A layer beside its linears; us": 2 * 2 + 3 * 4,
     "Linears with adapters, bfloat16; us": 2 * 3,
 }
 """Rows of every table in the shapes of ``measuring.OPTIONS``."""
@@ -65,7 +65,7 @@ def test_every_part_is_measured_beside_its_prediction(runs: list[measuring.Ended
     assert all(cell for rows in found.values() for row in rows for cell in row)
     for title in list(SHEETS)[1:]:
         assert all(float(row[-1].strip("*%")) > 0 for row in found[title])
-    quantized = found["Gate and up of quantized checkpoints; ms"]
+    quantized = found["Gate and up with quantized weights; ms"]
     assert {row[2] for row in quantized} == {"0.50"}  # what the timer says
 
 
@@ -74,7 +74,7 @@ def test_a_row_that_fails_loses_no_other(runs: list[measuring.Ended]) -> None:
     assert done.code == 1
     found = tables(done.printed)
     layer = found["A layer beside its linears; us"]
-    assert [row[-1] for row in layer].count("failed") == 2 and len(layer) == 12
+    assert [row[-1] for row in layer].count("failed") == 2 and len(layer) == 16
     assert len(found["Linears with adapters, bfloat16; us"]) == 6
     assert [error.split(": ", 1)[1] for error in errors(done.printed)] == [
         "RuntimeError: it does not work"

@@ -22,7 +22,8 @@ def test_the_page_is_what_the_script_writes() -> None:
     assert said is not None
     written = predictions.page(COMPILED).replace(f"Triton {triton.__version__}:", f"Triton {said[1]}:")
     assert written == PAGE
-    wanted = {(name, f"sm_{capability}") for name in predictions.kernels() for capability in (80, 90)}
+    every = predictions.kernels().items()
+    wanted = {(name, f"sm_{c}") for name, variant in every for c in (80, 90) if aot.compiles(variant, c)}
     assert {tuple(line.split(" | ")[:2]) for line in COMPILED} == {(f"| {a}", b) for a, b in wanted}
 
 
@@ -63,9 +64,18 @@ def test_more_of_anything_takes_longer() -> None:
 
 def test_a_quantized_product_reads_what_is_stored() -> None:
     plain = predictions.product("plain", 1, 4096, 1024).nbytes
-    found = {f: predictions.quantized_product(f, 1, 4096, 1024).nbytes for f in predictions.FORMATS}
+    forms = {form.name: form for form in predictions.FORMS}
+
+    def launches(name: str, rows: int, capability: int = 90) -> list[Kernel]:
+        return predictions.quantized_product(forms[name], rows, 4096, 1024, capability)
+
+    found = {name: sum(kernel.nbytes for kernel in launches(name, 1)) for name in forms}
     assert 0.25 < found["int4"] / plain < 0.27 and 0.5 < found["int8"] / plain < 0.52
-    assert found["fp8"] == found["int8"]
+    assert found["fp8"] == found["int8"] == found["fp8, W8A8"] > found["fp8 at load, W8A8"]
+    assert launches("fp8, W8A8", 64, 80) == launches("fp8", 64), "an A100 has no products of float8"
+    rounding, narrow = launches("int8 at load, W8A8", 64, 80)
+    assert narrow.flops == launches("int8", 64)[0].flops / 2
+    assert rounding.nbytes == 3 * 64 * 4096
 
 
 def test_occupancy_is_bound_by_what_runs_out_first() -> None:

@@ -3,18 +3,36 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import math
 import sys
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from support.fake_cuda import FakeCuda
 from support.layer_cases import LayerCase, close, run
+from support.tiny_models import build_model
 from torch import Tensor
 
-from aioengine.kernels import LayerCache, available_backends, dispatch, get_backend, reference, triton
+from aioengine.kernels import (
+    AttentionPlan,
+    Backend,
+    LayerCache,
+    Scores,
+    available_backends,
+    dispatch,
+    get_backend,
+    measured,
+    reference,
+    triton,
+)
+from aioengine.kernels.measured import AttentionCase
 from aioengine.kernels.portable import plain
+from aioengine.model.files.resolve import read_spec
+from aioengine.model.runner import ModelRunner
 
 pytest.importorskip("triton")
 
@@ -57,13 +75,13 @@ class Wrapper:
         assert q.shape == (rows[-1], heads, d) and q.is_contiguous() and q.dtype == self.dtype
         out = torch.empty_like(q)
         for i in range(len(rows) - 1):
-            mine = indices[pages[i] : pages[i + 1]]
+            mine = torch.tensor(indices[pages[i] : pages[i + 1]], device=q.device)
             length = (len(mine) - 1) * page_size + last[i]
             k, v = (cache[mine].flatten(0, 1)[:length].float() for cache in paged_kv_cache)
             k, v = (t.repeat_interleave(heads // kv_heads, dim=1) for t in (k, v))
             queries = q[rows[i] : rows[i + 1]].float()
-            at = torch.arange(length - len(queries), length)[:, None]
-            key = torch.arange(length)
+            at = torch.arange(length - len(queries), length, device=q.device)[:, None]
+            key = torch.arange(length, device=q.device)
             seen = (key <= at) & ((self.window_left < 0) | (key >= at - self.window_left))
             scores = torch.einsum("thd,khd->htk", queries, k) / d**0.5
             weights = scores.masked_fill(~seen, -math.inf).softmax(-1)
@@ -122,3 +140,123 @@ def test_it_is_there_when_asked_for(monkeypatch: pytest.MonkeyPatch, backend: An
     vars(triton).pop("flashinfer")
     assert "flashinfer" not in available_backends("cuda")
     dispatch._flashinfer_backend.cache_clear()
+
+
+# The choice between it and Triton
+
+CASE = AttentionCase(4, 2, 64, 16, torch.bfloat16, (Scores(), Scores(5)))
+CUDA = torch.device("cuda")
+
+
+class Time:
+    """A clock that only attention moves."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Timed:
+    """A backend whose attention takes the next of these seconds in each layer, and then the last."""
+
+    def __init__(self, name: str, clock: Time, *seconds: float, fails: int = -1) -> None:
+        self.name, self._clock, self._seconds, self._fails = name, clock, list(seconds), fails
+        self.asked: list[tuple[int, Scores]] = []
+
+    def paged_attention(self, qkv: Tensor, cache: LayerCache, plan: AttentionPlan, scores: Scores) -> Tensor:
+        assert qkv.shape == (measured.TOKENS, 8, 64) and qkv.dtype == cache.keys.dtype == torch.bfloat16
+        (span,) = plan.spans
+        blocks = plan.host_tables[0].tolist()
+        assert len(blocks) * 16 >= span.start + span.length and max(blocks) < len(cache.keys)
+        if len(self.asked) == self._fails:
+            raise RuntimeError("nvcc was not found")
+        self.asked.append((span.start, scores))
+        self._clock.now += self._seconds.pop(0) if len(self._seconds) > 1 else self._seconds[0]
+        return qkv
+
+
+@pytest.fixture
+def few_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measured, "TOKENS", 32)
+
+
+@pytest.mark.parametrize(("theirs", "chosen"), [(2e-3, "flashinfer"), (4e-3, "triton")])
+def test_the_faster_one_attends(
+    theirs: float, chosen: str, few_tokens: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What it takes to compile does not count, nor does one slow turn."""
+    caplog.set_level(logging.INFO, "aioengine")
+    clock = Time()
+    first = [60.0, *[theirs] * 9, 100.0]
+    ours, library = Timed("triton", clock, 3e-3), Timed("flashinfer", clock, *first, theirs)
+    best = measured.fastest([ours, library], CASE, torch.device("cpu"), clock)  # type: ignore[list-item]
+    assert best.name == chosen
+    assert ours.asked == library.asked and ours.asked[:4] == [
+        (start, scores) for start in (0, 32) for scores in CASE.layers
+    ]
+    total = 4e3 * theirs
+    assert f"triton 12.00 ms, flashinfer {total:.2f} ms" in caplog.text
+    assert f"{chosen} is used" in caplog.text
+
+
+@pytest.mark.parametrize("fails", [0, 5])
+def test_one_that_fails_is_left_out(fails: int, few_tokens: None, caplog: pytest.LogCaptureFixture) -> None:
+    clock = Time()
+    library = Timed("flashinfer", clock, 1e-3, fails=fails)
+    both = [Timed("triton", clock, 3e-3), library]
+    assert measured.fastest(both, CASE, torch.device("cpu"), clock).name == "triton"  # type: ignore[arg-type]
+    assert len(library.asked) == fails and caplog.text.count("nvcc was not found") == 1
+    with pytest.raises(RuntimeError, match="nvcc"):
+        measured.fastest(both[::-1], CASE, torch.device("cpu"), clock)  # type: ignore[arg-type]
+
+
+def test_it_is_measured_where_nobody_names_a_backend(
+    backend: Any, few_tokens: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And where it computes all that the model asks for."""
+    from aioengine.kernels.triton import backend as ours
+
+    clock = Time()
+    monkeypatch.setattr(ours, "paged_attention", Timed("triton", clock, 3.0).paged_attention)
+    monkeypatch.setattr("time.perf_counter", clock)
+    monkeypatch.delenv("AIOENGINE_KERNELS", raising=False)
+    dispatch._flashinfer_backend.cache_clear()
+    with FakeCuda() as world:
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: world.stream.synchronize())
+        assert dispatch.fastest_backend(CUDA, CASE).name == "flashinfer"
+        assert Wrapper.made == 2  # one for each window
+        for layers in ((Scores(soft_cap=3.0),), (Scores(), Scores(scale=0.1))):
+            assert dispatch.fastest_backend(CUDA, CASE._replace(layers=layers)).name == "triton"
+        assert dispatch.fastest_backend(CUDA, CASE._replace(head_dim=80)).name == "triton"
+        monkeypatch.setenv("AIOENGINE_KERNELS", "triton")
+        assert dispatch.fastest_backend(CUDA, CASE).name == "triton"
+        assert Wrapper.made == 2
+
+
+@pytest.mark.parametrize("changes", [{"kernels": "torch"}, {"fp8_cache": True}, {"device": "cpu"}, {}])
+def test_a_model_asks_with_its_own_shapes(
+    changes: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[AttentionCase] = []
+
+    def fastest(device: torch.device, case: AttentionCase) -> Backend:
+        asked.append(case)
+        return get_backend("cuda", "torch")
+
+    monkeypatch.setattr("aioengine.model.cuda.attention.fastest_backend", fastest)
+    monkeypatch.setenv("AIOENGINE_KERNELS", "torch")
+    model = build_model(tmp_path, "mistral", num_hidden_layers=2, sliding_window=9)
+    spec = read_spec(model)
+    options = {"device": "cuda", "kernels": None, **changes}
+    with FakeCuda():
+        runner = ModelRunner(
+            *(spec, model), dtype=torch.bfloat16, num_blocks=4, block_size=16, **options
+        )  # fmt: skip
+        assert runner.kernels == "torch"
+        del runner
+    expected = AttentionCase(
+        spec.num_heads, spec.num_kv_heads, spec.head_dim, 16, torch.bfloat16, (Scores(9), Scores(9))
+    )
+    assert asked == ([] if changes else [expected])

@@ -6,7 +6,6 @@ computed anew on the same memory.
 from __future__ import annotations
 
 import functools
-import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ import pytest
 import torch
 from support.random_slots import fill_slot, random_image
 from support.tiny_models import build_model
+from support.triton_here import DEVICE, needs_triton
 from torch import Tensor
 
 from aioengine.model.decode_graphs import CudaGraphs, DecodeLimits, Step
@@ -25,12 +25,7 @@ from aioengine.request import SamplingParams
 from aioengine.step import Sampled, SequenceWork, StepBatch
 
 pytest.importorskip("triton")
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cpu" if INTERPRETED else "cuda"
-pytestmark = pytest.mark.skipif(
-    not INTERPRETED and not torch.cuda.is_available(),
-    reason="needs a GPU, or TRITON_INTERPRET=1 as test_triton.py sets it",
-)
+pytestmark = needs_triton
 RANKS = (4, 8, 3)
 AFFINE = 2
 """The slot that scales and shifts."""

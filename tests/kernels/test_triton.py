@@ -20,6 +20,7 @@ OPS = [
     for folder, name in (
         ("kernels", "test_triton_ops.py"),
         ("kernels", "test_triton_order.py"),
+        ("kernels", "test_triton_attention.py"),
         ("kernels", "test_layer_ops.py"),
         ("kernels", "test_expert_ops.py"),
         ("kernels", "test_played_steps.py"),

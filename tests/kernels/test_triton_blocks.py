@@ -5,7 +5,6 @@ In Triton's interpreter, by way of ``test_triton.py``, or on a GPU.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from hypothesis import strategies as st
 from support.quantized_checkpoints import Quantize, awq, float8, gptq, write_quantized
 from support.random_slots import fill_slot
 from support.tiny_models import build_model
+from support.triton_here import DEVICE, examples, needs_triton
 from torch import Tensor
 
 from aioengine.kernels import ExpertPlan
@@ -32,13 +32,8 @@ from aioengine.step import Sampled, SequenceWork, StepBatch
 
 blocks = pytest.importorskip("aioengine.kernels.triton.blocks")
 experts = pytest.importorskip("aioengine.kernels.triton.experts")
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cpu" if INTERPRETED else "cuda"
-pytestmark = pytest.mark.skipif(
-    not INTERPRETED and not torch.cuda.is_available(),
-    reason="needs a GPU, or TRITON_INTERPRET=1 as test_triton.py sets it",
-)
-EXAMPLES = 200 if os.environ.get("AIOENGINE_FUZZ_RUNS") else 25
+pytestmark = needs_triton
+EXAMPLES = examples(25, 200)
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 """Of the largest value: that of rounding the result, and of summing in float32."""
 

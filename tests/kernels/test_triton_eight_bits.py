@@ -5,12 +5,11 @@ In Triton's interpreter, by way of ``test_triton.py``, or on a GPU.
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.triton_here import DEVICE, examples, needs_triton
 from torch import Tensor
 
 from aioengine.kernels.blocks import BlockWeight, StackedWeight
@@ -20,13 +19,8 @@ from aioengine.kernels.portable.quantize import quantize
 blocks = pytest.importorskip("aioengine.kernels.triton.blocks")
 from aioengine.kernels.triton import eight_bits  # noqa: E402  (only where there is triton)
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cpu" if INTERPRETED else "cuda"
-pytestmark = pytest.mark.skipif(
-    not INTERPRETED and not torch.cuda.is_available(),
-    reason="needs a GPU, or TRITON_INTERPRET=1 as test_triton.py sets it",
-)
-EXAMPLES = 100 if os.environ.get("AIOENGINE_FUZZ_RUNS") else 6
+pytestmark = needs_triton
+EXAMPLES = examples(6, 100)
 ROUNDING = {torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 """Of the largest value: that of sums and of the result."""
 

@@ -7,7 +7,6 @@ several of everything: tiles, rank blocks, column blocks, parts of split inputs.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
@@ -16,6 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.lora_cases import Case, apply, make_case
+from support.triton_here import DEVICE, examples, needs_triton
 from torch import Tensor
 
 from aioengine.kernels import LoRABatch, get_backend
@@ -23,14 +23,9 @@ from aioengine.kernels.triton.plan import TilePlan
 from aioengine.kernels.triton.table import ExpandConfig, ShrinkConfig
 
 lora = pytest.importorskip("aioengine.kernels.triton.lora")
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cpu" if INTERPRETED else "cuda"
-pytestmark = pytest.mark.skipif(
-    not INTERPRETED and not torch.cuda.is_available(),
-    reason="needs a GPU, or TRITON_INTERPRET=1 as test_triton.py sets it",
-)
+pytestmark = needs_triton
 
-EXAMPLES = 100 if os.environ.get("AIOENGINE_FUZZ_RUNS") else 10
+EXAMPLES = examples(10, 100)
 """``make fuzz`` has many, since the interpreter takes a second for each."""
 REFERENCE = get_backend("cpu", "reference")
 MIXED = [(-1, 3), (0, 1), (1, 5), (3, 37), (4, 2)]

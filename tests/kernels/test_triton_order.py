@@ -5,23 +5,17 @@ In Triton's interpreter, or on a GPU, as ``test_triton_ops.py``; ``test_triton.p
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
 from support.lora_cases import Case, make_case
+from support.triton_here import DEVICE, needs_triton
 from torch import Tensor
 
 from aioengine.kernels import AttentionPlan, LayerCache, LoRABatch, Scores, Span
 
 lora = pytest.importorskip("aioengine.kernels.triton.lora")
 attention = pytest.importorskip("aioengine.kernels.triton.attention")
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cpu" if INTERPRETED else "cuda"
-pytestmark = pytest.mark.skipif(
-    not INTERPRETED and not torch.cuda.is_available(),
-    reason="needs a GPU, or TRITON_INTERPRET=1 as test_triton.py sets it",
-)
+pytestmark = needs_triton
 ALONE, SHARED = 10**9, 0
 """Programs from which on a launch is large enough: parts go to many programs, or to one."""
 DTYPES = [torch.float32, torch.bfloat16]

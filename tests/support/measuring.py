@@ -23,7 +23,7 @@ TESTS = Path(__file__).parents[1]
 CHECKED = ((0, 1), (60, 1), (0, 18), (5, 2))
 """Sequences beside the oracle: one beyond its window, and one of more than a tile."""
 OPTIONS = [
-    *("--shapes", "tiny", "--layers", "1", "--tokens", "1", "5", "--adapters", "1", "3", "--ranks", "8"),
+    *("--shapes", "tiny", "--layers", "1", "--tokens", "1", "18", "--adapters", "1", "3", "--ranks", "8"),
     *("--contexts", "20", "--step-ranks", "8", "--batches", "1", "3", "--prompts", "17"),
 ]
 """Of ``benchmarks.kernels.gpu``, so that it ends after seconds here."""
@@ -91,6 +91,7 @@ def _measure(run: Run) -> int:
         cuda = {
             "is_available": lambda: True,
             "get_device_name": lambda device=None: NAME,
+            "get_device_capability": lambda device=None: (9, 0),
             "synchronize": lambda device=None: world.stream.synchronize(),
         }
         world.enter_context(mock.patch.multiple(torch.cuda, **cuda))

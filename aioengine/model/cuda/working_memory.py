@@ -6,6 +6,8 @@ and cuBLAS take are estimates, which the engine compares with what was taken onc
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 import msgspec
 
 from aioengine.checks import format_bytes
@@ -48,6 +50,9 @@ key head."""
 _SCRATCH_BYTES = 16 * 2**20
 """Everything else that a layer computes in: tiles, parts of a shrink."""
 
+ATTENTION_BYTES = 128 * 2**20
+"""FlashInfer's workspace (``kernels.triton.flashinfer``), where it is installed and may be chosen."""
+
 EXPANDED_BYTES = 2**22 * 20
 """Bytes of a quantized checkpoint's weight that torch expands at a time; see ``weight.PIECE_ELEMENTS``.
 Counted also where the kernels read all of its weights as they are stored."""
@@ -68,6 +73,8 @@ class WorkingMemory(msgspec.Struct, frozen=True, kw_only=True):
     """cuBLAS's, one for each stream that multiplies."""
     exchange: int
     """NCCL's buffers."""
+    attention: int
+    """FlashInfer's workspace."""
 
     @property
     def nbytes(self) -> int:
@@ -83,6 +90,7 @@ class WorkingMemory(msgspec.Struct, frozen=True, kw_only=True):
             "graphs": "recorded steps (estimate)",
             "workspaces": f"{self.workspaces // WORKSPACE_BYTES} x {format_bytes(WORKSPACE_BYTES)} of cuBLAS",
             "exchange": "NCCL's buffers (estimate)",
+            "attention": "FlashInfer's workspace",
         }
         return [(name, details[name], size) for name, size in msgspec.structs.asdict(self).items() if size]
 
@@ -131,6 +139,7 @@ def working_memory(
         graphs=graphs,
         workspaces=(1 + recorded + (lora is not None)) * WORKSPACE_BYTES,
         exchange=EXCHANGE_BYTES if size > 1 else 0,
+        attention=ATTENTION_BYTES if find_spec("flashinfer") is not None else 0,
     )
 
 

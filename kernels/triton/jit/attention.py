@@ -23,17 +23,110 @@ def join(highest, total, acc, part_highest, part_total, part_acc):
 
 
 @triton.jit
-def _read(at, there, dtype: tl.constexpr):
-    """Keys or values of a cache, in the dtype of queries; zeros where nothing is."""
+def _read(at, there, dtype: tl.constexpr, WHOLE: tl.constexpr):
+    """Keys or values of a cache, in the dtype of queries; zeros where nothing is, unless they are WHOLE."""
+    stored = tl.load(at) if WHOLE else tl.load(at, mask=there, other=0)
     if at.dtype.element_ty == tl.uint8:
-        codes = tl.load(at, mask=there, other=0)
-        found = tl.where((codes & 0x7F) == 0x7F, float("nan"), from_float8(codes)).to(dtype)
+        found = tl.where((stored & 0x7F) == 0x7F, float("nan"), from_float8(stored)).to(dtype)
     else:
-        found = tl.load(at, mask=there, other=0.0)
+        found = stored
     return found
 
 
-@triton.jit(do_not_specialize=["most_parts", "table_stride"])
+@triton.jit
+def _over_keys(
+    highest,
+    total,
+    acc,
+    part_highest,
+    part_total,
+    part_acc,
+    begin,
+    until,
+    end,
+    q,
+    keys_ptr,
+    values_ptr,
+    block_stride,
+    table_at,
+    head,
+    kv_heads,
+    stop,
+    first,
+    last,
+    scale,
+    soft_cap,
+    parts,
+    stats,
+    first_part,
+    MASKED: tl.constexpr,
+    STAGES: tl.constexpr,
+    WINDOWED: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PART: tl.constexpr,
+    CAPPED: tl.constexpr,
+):
+    """The states of the parts so far and of the present one, after the keys from ``begin`` until ``until``.
+    Those of the program end at ``end``. If they are not MASKED, every row sees all of them."""
+    n = tl.arange(0, BLOCK_N)
+    d = tl.arange(0, BLOCK_D)
+    WIDENED: tl.constexpr = keys_ptr.dtype.element_ty == tl.uint8
+    WHOLE: tl.constexpr = not MASKED and D == BLOCK_D
+    for at in tl.range(begin, until, BLOCK_N, num_stages=STAGES):
+        key = at + n
+        there = (d < D)[None, :]
+        if MASKED:
+            # What lies beyond the sequence's end may be anything, NaN too: it is not read.
+            there = (key < stop)[:, None] & there
+            block = tl.load(table_at + key // BLOCK_SIZE, mask=key < stop, other=0).to(tl.int64)
+        else:
+            block = tl.load(table_at + key // BLOCK_SIZE).to(tl.int64)
+        cell_at = block * block_stride + (key % BLOCK_SIZE * kv_heads + head) * D
+        kv_at = cell_at[:, None] + d[None, :]
+        k = _read(keys_ptr + kv_at, there, q.dtype, WHOLE)
+        if not WIDENED:
+            v = _read(values_ptr + kv_at, there, q.dtype, WHOLE)
+        scores = add_dot(tl.zeros((BLOCK_M, BLOCK_N), tl.float32), q, tl.trans(k)) * scale
+        if CAPPED:
+            e = tl.exp(-2.0 * tl.abs(scores / soft_cap))  # of tanh; it cannot overflow
+            capped = soft_cap * (1.0 - e) / (1.0 + e)
+            scores = tl.where(scores < 0.0, -capped, capped)
+        if MASKED:
+            seen = key[None, :] <= last[:, None]
+            if WINDOWED:
+                seen = seen & (key[None, :] >= first[:, None])
+            scores = tl.where(seen, scores, float("-inf"))
+        higher = tl.maximum(part_highest, tl.max(scores, axis=1))
+        zero = higher
+        if MASKED:  # of a row that has seen no key yet
+            zero = tl.where(higher == float("-inf"), 0.0, higher)
+        decay = tl.exp2(part_highest - zero)
+        weights = tl.exp2(scores - zero[:, None])
+        part_total = part_total * decay + tl.sum(weights, axis=1)
+        if WIDENED:  # as late as possible: wide values take registers
+            v = _read(values_ptr + kv_at, there, q.dtype, WHOLE)
+        part_acc = add_dot(part_acc * decay[:, None], weights.to(v.dtype), v)
+        part_highest = higher
+        if ((at + BLOCK_N) % PART == 0) | (at + BLOCK_N >= end):  # a part ends
+            if SPLITS > 1:
+                i = at // PART - first_part
+                tl.store(parts + i * (BLOCK_M * BLOCK_D), part_acc)
+                tl.store(stats + i * 2 * BLOCK_M, part_highest)
+                tl.store(stats + (i * 2 + 1) * BLOCK_M, part_total)
+            else:
+                highest, total, acc = join(highest, total, acc, part_highest, part_total, part_acc)
+            part_highest = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+            part_total = tl.zeros((BLOCK_M,), tl.float32)
+            part_acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    return highest, total, acc, part_highest, part_total, part_acc
+
+
+@triton.jit(do_not_specialize=["most_parts", "table_stride", "window"])
 def attention_kernel(
     qkv_ptr,  # [T, heads + 2 * kv_heads, D], rows q_stride apart
     keys_ptr,  # [blocks, BLOCK_SIZE, kv_heads, D], blocks block_stride elements apart; bytes are float8
@@ -49,7 +142,7 @@ def attention_kernel(
     most_parts,  # that any tile has
     q_stride,
     table_stride,
-    window,  # 0: all keys
+    window,  # not read unless WINDOWED
     scale,  # of the scores, times log2(e)
     soft_cap,  # of the scores, times log2(e); nothing unless CAPPED
     GROUP: tl.constexpr,  # query heads of a key head
@@ -60,6 +153,8 @@ def attention_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,  # at least D
     PART: tl.constexpr,  # keys of a part, a multiple of BLOCK_N
+    WINDOWED: tl.constexpr,
+    STAGES: tl.constexpr,
     CAPPED: tl.constexpr,
     SINKS: tl.constexpr,
 ):
@@ -82,7 +177,6 @@ def attention_kernel(
         return
 
     m = tl.arange(0, BLOCK_M)
-    n = tl.arange(0, BLOCK_N)
     d = tl.arange(0, BLOCK_D)
     token = m // GROUP
     # Padding has no tokens and sees no keys: its row becomes zeros.
@@ -94,10 +188,13 @@ def attention_kernel(
     )
     q = tl.load(qkv_ptr + q_at, mask=valid, other=0.0)
     last = position + token  # that a row may look at
-    first = tl.where(window > 0, last - window + 1, 0)
+    first = last
+    start = 0
+    if WINDOWED:
+        first = last - window + 1
+        start = tl.maximum(position - window + 1, 0) // BLOCK_N * BLOCK_N
 
     stop = position + tokens
-    start = tl.where(window > 0, tl.maximum(position - window + 1, 0), 0) // BLOCK_N * BLOCK_N
     first_part = start // PART
     count = tl.cdiv(stop, PART) - first_part
     share = tl.cdiv(count, SPLITS)
@@ -114,44 +211,33 @@ def attention_kernel(
     part_highest = highest
     part_total = total
     part_acc = acc
+    # Masks are for the blocks at the window's edge, and for those that not every token sees to their end:
+    # there are few, for which two stages are enough, and one where those of more would not fit in registers.
     WIDENED: tl.constexpr = keys_ptr.dtype.element_ty == tl.uint8
-    for at in range(begin, end, BLOCK_N):
-        key = at + n
-        # What lies beyond the sequence's end may be anything, NaN too: it is not read.
-        there = (key < stop)[:, None] & (d < D)[None, :]
-        block = tl.load(table_at + key // BLOCK_SIZE, mask=key < stop, other=0).to(tl.int64)
-        cell_at = block * block_stride + (key % BLOCK_SIZE * kv_heads + kv_head) * D
-        kv_at = cell_at[:, None] + d[None, :]
-        k = _read(keys_ptr + kv_at, there, q.dtype)
-        if not WIDENED:
-            v = _read(values_ptr + kv_at, there, q.dtype)
-        scores = add_dot(tl.zeros((BLOCK_M, BLOCK_N), tl.float32), q, tl.trans(k)) * scale
-        if CAPPED:
-            e = tl.exp(-2.0 * tl.abs(scores / soft_cap))  # of tanh; it cannot overflow
-            capped = soft_cap * (1.0 - e) / (1.0 + e)
-            scores = tl.where(scores < 0.0, -capped, capped)
-        seen = (key[None, :] <= last[:, None]) & (key[None, :] >= first[:, None])
-        scores = tl.where(seen, scores, float("-inf"))
-        higher = tl.maximum(part_highest, tl.max(scores, axis=1))
-        zero = tl.where(higher == float("-inf"), 0.0, higher)  # of a row that has seen no key yet
-        decay = tl.exp2(part_highest - zero)
-        weights = tl.exp2(scores - zero[:, None])
-        part_total = part_total * decay + tl.sum(weights, axis=1)
-        if WIDENED:  # as late as possible: wide values take registers
-            v = _read(values_ptr + kv_at, there, q.dtype)
-        part_acc = add_dot(part_acc * decay[:, None], weights.to(v.dtype), v)
-        part_highest = higher
-        if ((at + BLOCK_N) % PART == 0) | (at + BLOCK_N >= end):  # a part ends
-            if SPLITS > 1:
-                i = at // PART - first_part
-                tl.store(parts + i * size, part_acc)
-                tl.store(stats + i * 2 * BLOCK_M, part_highest)
-                tl.store(stats + (i * 2 + 1) * BLOCK_M, part_total)
-            else:
-                highest, total, acc = join(highest, total, acc, part_highest, part_total, part_acc)
-            part_highest = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-            part_total = tl.zeros((BLOCK_M,), tl.float32)
-            part_acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    EDGE_STAGES: tl.constexpr = 1 if WIDENED or (WINDOWED and BLOCK_M >= 64) else 2
+    clear = begin
+    if WINDOWED:
+        clear = tl.cdiv(tl.maximum(stop - window, 0), BLOCK_N) * BLOCK_N
+        clear = tl.minimum(tl.maximum(clear, begin), end)
+        highest, total, acc, part_highest, part_total, part_acc = _over_keys(
+            highest, total, acc, part_highest, part_total, part_acc, begin, clear, end,
+            q, keys_ptr, values_ptr, block_stride, table_at, kv_head, kv_heads, stop, first, last,
+            scale, soft_cap, parts, stats, first_part, True, EDGE_STAGES, WINDOWED,
+            D, BLOCK_SIZE, SPLITS, BLOCK_M, BLOCK_N, BLOCK_D, PART, CAPPED,
+        )  # fmt: skip
+    edge = tl.minimum(tl.maximum((position + 1) // BLOCK_N * BLOCK_N, clear), end)
+    highest, total, acc, part_highest, part_total, part_acc = _over_keys(
+        highest, total, acc, part_highest, part_total, part_acc, clear, edge, end,
+        q, keys_ptr, values_ptr, block_stride, table_at, kv_head, kv_heads, stop, first, last,
+        scale, soft_cap, parts, stats, first_part, False, STAGES, WINDOWED,
+        D, BLOCK_SIZE, SPLITS, BLOCK_M, BLOCK_N, BLOCK_D, PART, CAPPED,
+    )  # fmt: skip
+    highest, total, acc, part_highest, part_total, part_acc = _over_keys(
+        highest, total, acc, part_highest, part_total, part_acc, edge, end, end,
+        q, keys_ptr, values_ptr, block_stride, table_at, kv_head, kv_heads, stop, first, last,
+        scale, soft_cap, parts, stats, first_part, True, EDGE_STAGES, WINDOWED,
+        D, BLOCK_SIZE, SPLITS, BLOCK_M, BLOCK_N, BLOCK_D, PART, CAPPED,
+    )  # fmt: skip
 
     if SPLITS > 1:
         tl.debug_barrier()  # every thread has stored, before one of them says so

@@ -72,6 +72,9 @@ def expand_kernel(
     if rank % 8 == 0:  # rows of whole vectors, which are loaded as such
         whole = tl.multiple_of(rank // 8 * 8, 8)
         acc = _product(acc, h_at, b_ptr + n[:, None] * whole, h_mask, b_mask, whole, BLOCK_R)
+    elif rank % 2 == 0:  # the least that is copied without waiting, of 16-bit numbers
+        whole = tl.multiple_of(rank // 2 * 2, 2)
+        acc = _product(acc, h_at, b_ptr + n[:, None] * whole, h_mask, b_mask, whole, BLOCK_R)
     else:
         acc = _product(acc, h_at, b_ptr + n[:, None] * rank, h_mask, b_mask, rank, BLOCK_R)
 
