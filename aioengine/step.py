@@ -141,7 +141,7 @@ class SequenceWork(NamedTuple):
 
     request_id: str
     slot: int
-    """The adapter's slot, or -1 for the base model."""
+    """The adapter's slot, or -1 for the base model; of a mix, the slot of its first adapter."""
     tokens: Sequence[int]
     start: int
     block_table: Sequence[int]
@@ -161,6 +161,13 @@ class SequenceWork(NamedTuple):
     draft: Sequence[int] = ()
     """Proposed tokens after ``history``. ``tokens`` end with them, so they are computed, too. A token is
     sampled after each of them, as long as all proposed tokens before it equal the sampled ones."""
+    parts: Sequence[tuple[int, float]] = ()
+    """Slots and weights of the adapters of a mix, in its order; (): the adapter in ``slot`` as it is."""
+
+    @property
+    def used(self) -> Iterator[int]:
+        """The slots that it uses; -1 for the base model."""
+        return (slot for slot, _ in self.parts) if self.parts else iter((self.slot,))
 
     @property
     def output(self) -> OutputView:
@@ -216,6 +223,8 @@ class StepBatch(NamedTuple):
         tokens = decode = 0
         for work in self.sequences:
             slots.add(work.slot)
+            if work.parts:
+                slots.update(work.used)
             count = len(work.tokens)
             tokens += count
             if count == 1 + len(work.draft) and work.start >= work.prompt_len:
@@ -323,6 +332,8 @@ class LoadedAdapter(NamedTuple):
     """If it is an activated LoRA adapter, it is applied from these tokens on; none: to all tokens."""
     mergeable: bool = False
     """Whether the device may merge it with the base model's weights."""
+    summable: bool = True
+    """Whether a step can add it up with others, because it is A and B, and nothing else."""
 
 
 Retrying = Callable[[int, float, AdapterError], None]

@@ -152,7 +152,7 @@ class Backend(Protocol):
         """
 
     def lora_shrink(self, x: Tensor, pool: LoRAPool, batch: LoRABatch) -> Tensor:
-        """``h[t, j] = A[slot(t), j] x[t]``.
+        """``h[t, j] = A[slot(t), j] x[t]``, times the weight of t's segment.
 
         ``x`` [T, in]; returns h [T, n, ``batch.width``] in x's dtype, zero wherever no adapter reaches
         (tokens without one, and columns from A's rows on).
@@ -175,7 +175,7 @@ class Backend(Protocol):
         """
 
     def lora_embed(self, token_ids: Tensor, pool: LoRAPool, batch: LoRABatch) -> Tensor:
-        """``h[t, 0] = A[slot(t)][:, token_ids[t]]``: :meth:`lora_shrink` of one-hot tokens.
+        """``h[t, 0] = A[slot(t)][:, token_ids[t]]``, times the weight: :meth:`lora_shrink` of one-hot tokens.
 
         ``token_ids`` [T]; returns h [T, 1, ``batch.width``] in the pool's dtype, zero wherever no adapter
         reaches.

@@ -133,16 +133,16 @@ def lora_shrink(x: Tensor, pool: LoRAPool, batch: LoRABatch) -> Tensor:
     """``h[t, j] = A[slot(t), j] x[t]``; see :class:`Backend`."""
     n = len(pool.modules)
     h = x.new_zeros(x.shape[0], n, batch.width)
-    for slot, start, stop, _ in batch.segments:
+    for slot, start, stop, _, weight in batch.segments:
         for j in range(n):
             a = pool.a(slot, j)
-            h[start:stop, j, : len(a)] = x[start:stop].float() @ a.float().T
+            h[start:stop, j, : len(a)] = weight * (x[start:stop].float() @ a.float().T)
     return h
 
 
 def lora_expand(h: Tensor, pool: LoRAPool, y: Tensor, batch: LoRABatch) -> None:
     """``y[t, b_offsets[j]:] += B[j][slot(t)] h[t, j]``; see :class:`Backend`."""
-    for slot, start, stop, _ in batch.segments:
+    for slot, start, stop, *_ in batch.segments:
         for j, (width, offset) in enumerate(zip(pool.widths, pool.b_offsets, strict=True)):
             b = pool.b(slot, j)
             delta = h[start:stop, j, : b.shape[1]].float() @ b.float().T
@@ -152,7 +152,7 @@ def lora_expand(h: Tensor, pool: LoRAPool, y: Tensor, batch: LoRABatch) -> None:
 
 def lora_affine(y: Tensor, pool: LoRAPool, batch: LoRABatch) -> None:
     """``y[t, offsets[j]:] += gain * y[t, ...] + shift``; see :class:`Backend`."""
-    for slot, start, stop, _ in batch.affine:
+    for slot, start, stop, *_ in batch.affine:
         for j, (width, offset) in enumerate(zip(pool.affine_widths, pool.offsets, strict=True)):
             affine = pool.affine(slot, j)
             if affine is not None:
@@ -164,9 +164,9 @@ def lora_affine(y: Tensor, pool: LoRAPool, batch: LoRABatch) -> None:
 def lora_embed(token_ids: Tensor, pool: LoRAPool, batch: LoRABatch) -> Tensor:
     """``h[t, 0] = A[slot(t)][:, token_ids[t]]``; see :class:`Backend`."""
     h = torch.zeros(len(token_ids), 1, batch.width, dtype=pool.slots.dtype, device=pool.slots.memory.device)
-    for slot, start, stop, _ in batch.segments:
+    for slot, start, stop, _, weight in batch.segments:
         a = pool.a(slot, 0, token_ids[start:stop])
-        h[start:stop, 0, : len(a)] = a.T
+        h[start:stop, 0, : len(a)] = weight * a.T
     return h
 
 

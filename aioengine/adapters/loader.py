@@ -53,6 +53,8 @@ class ReadAdapter(Protocol):
     def labels(self) -> int: ...
     @property
     def invocation(self) -> Sequence[int]: ...
+    @property
+    def summable(self) -> bool: ...
 
 
 R = TypeVar("R", bound=ReadAdapter)
@@ -182,6 +184,7 @@ class BaseLoader(ABC, Generic[R]):
             self._slot_nbytes(found),
             found.invocation,
             self._mergeable(found),
+            found.summable,
         )
 
     def _slot_nbytes(self, found: R) -> int | None:

@@ -112,7 +112,9 @@ class DecodeSteps:
 
     def run(self, sequences: Sequence[SequenceWork], slot_ranks: Sequence[int]) -> Tensor | None:
         """Return the logits [N, vocab] of those sequences that ask for a token, valid until the next call;
-        None if this is no step of the recorded sizes, or an adapter has trained tokens."""
+        None if this is no step of the recorded sizes, or it has a mix, or an adapter with trained tokens."""
+        if any(work.parts for work in sequences):
+            return None
         tokens = [] if self._slots is None else self._slots.tokens
         if any(work.slot >= 0 and tokens[work.slot] is not None for work in sequences if tokens):
             return None

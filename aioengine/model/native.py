@@ -167,11 +167,12 @@ class NativeForward:
             return torch.empty(tokens, width, dtype=decoder.dtype)
 
         x, wide, narrow = scratch(spec.hidden_size), scratch(self._wide), scratch(self._narrow)
-        h = scratch(self._slices * max(inputs.lora.width, inputs.sample_lora.width))
+        width = max(batch.width for batch in inputs.lora.passes)
+        h = scratch(self._slices * max(width, *(batch.width for batch in inputs.sample_lora.passes)))
         # Tables stay referenced by these names while the library reads them.
         batches = [_Segments(batch) for batch in (inputs.lora, inputs.sample_lora)]
         head = self._slots.outer.get("lm_head") if self._slots else None
-        mixed = _mixture_scratch(spec, tokens, inputs.lora.width, decoder.dtype)
+        mixed = _mixture_scratch(spec, tokens, width, decoder.dtype)
         squares = torch.empty(tokens, 2)
         shared = Scratch(x, h, mixed.get("rows_h"), squares)
         exchange = StepExchange(decoder.adapted, self._pools, head, inputs, shared)
@@ -243,7 +244,7 @@ def _mixture_scratch(spec: ModelSpec, tokens: int, width: int, dtype: torch.dtyp
     found = {name: torch.empty(rows, size, dtype=dtype) for name, size in sizes.items()}
     numbers = {"scores": tokens * spec.experts, "weights": rows, "gates": tokens}
     found |= {name: torch.empty(count) for name, count in numbers.items()}
-    found["routes"] = torch.empty(7 * rows + spec.experts + 1, dtype=torch.int32)
+    found["routes"] = torch.empty(8 * rows + spec.experts + 1, dtype=torch.int32)
     return found
 
 
@@ -257,12 +258,17 @@ class _Segments:
 
     def __init__(self, batch: LoRABatch) -> None:
         self._all, self._affine = segment_table(batch.segments), segment_table(batch.affine)
-        self.struct = structs.LoraBatch(
+        self._more: list[_Segments] = [_Segments(one) for one in batch.more]
+        self.struct: structs.LoraBatch = structs.LoraBatch(
             segments=self._all.data_ptr(),
             count=len(batch.segments),
             width=batch.width,
             affine=self._affine.data_ptr(),
             affine_count=len(batch.affine),
+            more=(structs.LoraBatch * len(self._more))(*(one.struct for one in self._more))
+            if self._more
+            else None,
+            more_count=len(self._more),
         )
 
 

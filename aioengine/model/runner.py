@@ -427,7 +427,11 @@ class ModelRunner:
         # Without slots every sequence must be a base row; LoRABatch refuses anything else.
         ranks = batch.slot_ranks if self.lora_slots is not None else ()
         affine = self.lora_slots.has_affine if self.lora_slots is not None else ()
-        slots = [batch.sequences[i].slot if batch.merged is None else -1 for i in sequences]
+        rows = [batch.sequences[i] for i in sequences]
+        if any(work.parts for work in rows):
+            parts = [work.parts or (() if work.slot < 0 else ((work.slot, 1.0),)) for work in rows]
+            return LoRABatch.mixed(parts, counts, ranks, self.device, slot_affine=affine)
+        slots = [work.slot if batch.merged is None else -1 for work in rows]
         return LoRABatch(slots, counts, ranks, self.device, slot_affine=affine)
 
 

@@ -6,6 +6,7 @@ Plain torch does the rare cases (float16, LoRA on embeddings).
 from __future__ import annotations
 
 import functools
+import struct
 from collections.abc import Iterable
 from ctypes import Array, byref
 
@@ -75,8 +76,19 @@ def lora_affine(y: Tensor, pool: LoRAPool, batch: LoRABatch) -> None:
 
 
 def segment_table(segments: Iterable[Segment]) -> Tensor:
-    """[count, 4] of int32: slot, begin, end, rank."""
-    return torch.tensor([tuple(segment) for segment in segments], dtype=torch.int32)
+    """[count, 5] of int32: slot, begin, end, rank, and the bits of the weight."""
+    return torch.tensor([(*segment[:4], _bits(segment.weight)) for segment in segments], dtype=torch.int32)
+
+
+def _bits(weight: float) -> int:
+    """Return the bits of a float32 as an int32."""
+    if weight == 1.0:
+        return _ONE
+    (bits,) = struct.unpack("=i", struct.pack("=f", weight))
+    return int(bits)
+
+
+_ONE = 0x3F800000
 
 
 def segments_of(batch: LoRABatch) -> Tensor:

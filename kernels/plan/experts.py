@@ -67,27 +67,29 @@ class ExpertPlan:
         Their slots are numbers of places in a table that has ``per_slot`` of them for each slot, and
         ``per_expert`` for each expert, one expert after the other; see ``SlotMemory.by_place``.
         """
-        ranks = {segment.slot: segment.rank for segment in batch.segments}
         affine = {segment.slot for segment in batch.affine}
-        slot_of = torch.full((batch.num_tokens,), -1, dtype=torch.long)
-        for segment in batch.segments:
-            slot_of[segment.start : segment.stop] = segment.slot
-        slots = slot_of[self._host_tokens]
+        segment_of = torch.full((batch.num_tokens,), -1, dtype=torch.long)
+        for number, segment in enumerate(batch.segments):
+            segment_of[segment.start : segment.stop] = number
+        numbers = segment_of[self._host_tokens]
         segments: list[Segment] = []
         scaled: list[Segment] = []
-        for group, slot, start, stop in self._runs(slots):
+        for group, number, start, stop in self._runs(numbers):
+            slot, _, _, rank, weight = batch.segments[number]
             place = slot * per_slot + group.expert * per_expert
-            segments.append(Segment(place, start, stop, ranks[slot]))
+            segments.append(Segment(place, start, stop, rank, weight))
             if slot in affine:
                 scaled.append(segments[-1])
-        return LoRABatch.of(segments, scaled, len(slots), batch.device)
+        found = LoRABatch.of(segments, scaled, len(numbers), batch.device)
+        found.more = tuple(self.lora(more, per_slot, per_expert) for more in batch.more)
+        return found
 
-    def _runs(self, slots: Tensor) -> Iterator[tuple[Group, int, int, int]]:
-        """Rows of one expert and one slot that adjoin, if there is an adapter in it."""
+    def _runs(self, numbers: Tensor) -> Iterator[tuple[Group, int, int, int]]:
+        """Rows of one expert and one segment that adjoin, if there is an adapter in it."""
         for group in self.groups:
             start = group.start
-            for slot, run in groupby(slots[group.start : group.stop].tolist()):
+            for number, run in groupby(numbers[group.start : group.stop].tolist()):
                 stop = start + sum(1 for _ in run)
-                if slot >= 0:
-                    yield group, slot, start, stop
+                if number >= 0:
+                    yield group, number, start, stop
                 start = stop

@@ -20,10 +20,20 @@ class Segment(NamedTuple):
     start: int
     stop: int
     rank: int
+    weight: float = 1.0
+    """Factor of what the adapter adds."""
+
+
+Part = tuple[int, float]
+"""A slot and a weight: one adapter of a mix."""
 
 
 class LoRABatch(Derivable):
     """Segments of a step's tokens by adapter slot.
+
+    A token of a mix is in several batches: here with its first adapter, and in each one of ``more`` with the
+    next one. The operations are done once for each batch, in this order, so that a token's bits depend on
+    its own mix alone.
 
     ``slots`` and ``counts`` give each sequence's slot (-1: no adapter) and number of tokens, sequences
     sorted by slot; ``slot_ranks`` gives the largest rank of the adapter in each slot, and ``slot_affine``
@@ -61,6 +71,15 @@ class LoRABatch(Derivable):
         """The segments whose slots scale or shift outputs; mostly none, and then that costs nothing."""
         self.width = _width(segments)
         """Width of A's outputs: the largest rank of the segments, rounded up."""
+        self.is_weighted = False
+        """Whether A's outputs are multiplied by weights."""
+        self.more: tuple[LoRABatch, ...] = ()
+        """The further adapters of mixes; mostly none, and then that costs nothing."""
+
+    @property
+    def passes(self) -> tuple[LoRABatch, ...]:
+        """This batch, and the further adapters of mixes."""
+        return (self, *self.more)
 
     @classmethod
     def of(
@@ -75,7 +94,49 @@ class LoRABatch(Derivable):
         batch.num_tokens = num_tokens
         batch.segments, batch.affine = tuple(segments), tuple(affine)
         batch.width = _width(segments)
+        batch.is_weighted = any(segment.weight != 1.0 for segment in segments)
         return batch
+
+    @classmethod
+    def mixed(
+        cls,
+        parts: Sequence[Sequence[Part]],
+        counts: Sequence[int],
+        slot_ranks: Sequence[int],
+        device: torch.device | str = "cpu",
+        *,
+        slot_affine: Sequence[bool] = (),
+    ) -> LoRABatch:
+        """Return the batch of sequences with the adapters ``parts`` (none: the base model), in any order."""
+        passes = []
+        for depth in range(max(map(len, parts), default=0) or 1):
+            segments: list[Segment] = []
+            start = 0
+            for own, count in zip(parts, counts, strict=True):
+                stop = start + count
+                if depth < len(own) and count > 0:
+                    slot, weight = own[depth]
+                    last = segments[-1] if segments else None
+                    if last is not None and (last.slot, last.stop, last.weight) == (slot, start, weight):
+                        segments[-1] = last._replace(stop=stop)
+                    elif slot_ranks[slot] <= 0:
+                        raise ValueError(f"slot {slot} holds no adapter; slot_ranks={list(slot_ranks)}")
+                    else:
+                        segments.append(Segment(slot, start, stop, slot_ranks[slot], weight))
+                start = stop
+            affine = [segment for segment in segments if slot_affine and slot_affine[segment.slot]]
+            passes.append(cls.of(segments, affine, sum(counts), torch.device(device)))
+        first, *more = passes
+        first.more = tuple(more)
+        return first
+
+
+def row_weights(batch: LoRABatch) -> torch.Tensor:
+    """Return each token's weight, to be multiplied with A's outputs: [T, 1, 1] of float32."""
+    weights = torch.ones(batch.num_tokens, 1, 1)
+    for _, start, stop, _, weight in batch.segments:
+        weights[start:stop] = weight
+    return weights.to(batch.device)
 
 
 def _width(segments: Sequence[Segment]) -> int:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from aioengine.kernels.plan.lora import LoRABatch
+from aioengine.kernels.plan.lora import LoRABatch, row_weights
 from aioengine.kernels.slots import LoRAPool
 from aioengine.kernels.triton.jit.elementwise import affine_kernel, embed_kernel
 from aioengine.kernels.triton.jit.expand import expand_kernel
@@ -78,7 +78,7 @@ def shrink(x: Tensor, pool: LoRAPool, batch: LoRABatch, config: ShrinkConfig) ->
             num_warps=config.num_warps,
             num_stages=config.num_stages,
         )
-    return h
+    return _weighted(h, batch)
 
 
 def expand(h: Tensor, pool: LoRAPool, y: Tensor, batch: LoRABatch, config: ExpandConfig) -> None:
@@ -126,7 +126,7 @@ def lora_embed(token_ids: Tensor, pool: LoRAPool, batch: LoRABatch) -> Tensor:
     if not batch.segments:
         return slots.memory.new_zeros(len(token_ids), 1, width, dtype=slots.dtype)
     h = slots.memory.new_empty(len(token_ids), 1, width, dtype=slots.dtype)
-    h[: batch.segments[0].start] = 0
+    _clear_others(h, batch)
     tiles = batch.derive(TilePlan).tiles(SHORT)
     with on(h.device):
         embed_kernel[-(-width // EMBED_RANKS), len(tiles)](
@@ -143,7 +143,7 @@ def lora_embed(token_ids: Tensor, pool: LoRAPool, batch: LoRABatch) -> Tensor:
             BLOCK_R=EMBED_RANKS,
             INT8=slots.int8,
         )
-    return h
+    return _weighted(h, batch)
 
 
 class _Slices(NamedTuple):
@@ -167,11 +167,16 @@ def _launches(widths: Sequence[int], offsets: Sequence[int]) -> Iterator[tuple[i
 def _clear_others(h: Tensor, batch: LoRABatch) -> None:
     """Set the rows of no segment to zero: normally those before the first, as base rows come first."""
     end = 0
-    for _, start, stop, _ in batch.segments:
+    for _, start, stop, *_ in batch.segments:
         if start > end:
             h[end:start] = 0
         end = stop
     h[end:] = 0
+
+
+def _weighted(h: Tensor, batch: LoRABatch) -> Tensor:
+    """Multiplies A's outputs by the weights of mixes, in place."""
+    return h.mul_(batch.derive(row_weights)) if batch.is_weighted else h
 
 
 def _adjoining(tensor: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ def cut(segments: Iterable[Segment], length: int) -> list[tuple[int, int, int, i
     """Cut the segments into tiles of at most ``length`` tokens: (slot, first token, tokens, rank)."""
     return [
         (slot, first, min(length, stop - first), rank)
-        for slot, start, stop, rank in segments
+        for slot, start, stop, rank, _ in segments
         for first in range(start, stop, length)
     ]
 

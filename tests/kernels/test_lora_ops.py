@@ -221,7 +221,7 @@ def test_affine_tokens_are_those_of_the_slots_that_ask_for_it() -> None:
 
 def test_segments_join_sequences_of_a_slot() -> None:
     batch = LoRABatch([-1, -1, 0, 2, 2, 2], [1, 5, 2, 1, 0, 7], [8, 0, 4])
-    assert [tuple(s) for s in batch.segments] == [(0, 6, 8, 8), (2, 8, 16, 4)]
+    assert [tuple(s) for s in batch.segments] == [(0, 6, 8, 8, 1), (2, 8, 16, 4, 1)]
     assert batch.num_tokens == 16
     assert LoRABatch([-1, -1], [3, 4], [8]).segments == ()
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.mixed_adapters import scaled_model
 from support.moe_adapters import PARAMETERS, MoeModel
 from support.served_models import engine_of, prompt
 
@@ -86,6 +87,33 @@ async def test_a_family(case: str, backend: str, tmp_path: Path, monkeypatch: py
                 alone = await engine.complete(tokens, params, adapter=name)
                 assert alone.logprobs == output.logprobs, "bits that depend on the batch"
         engine.check_invariants()
+
+
+@pytest.mark.parametrize("backend", ["cpu", "torch"])
+@pytest.mark.usefixtures("cpu_library")
+async def test_mixes(backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Routers, experts and attention: each part in its slot, beside other adapters, against peft."""
+    monkeypatch.setenv("AIOENGINE_KERNELS", backend)
+    model = build(tmp_path, "qwen2_moe")
+    mix = {"all-linear": 0.7, "attention": -0.4}
+    tokens, params = prompt(3, 9), SamplingParams(max_tokens=NEW, ignore_eos=True, logprobs=1)
+    lora = {"max_loras": 2, "max_cpu_loras": 2, "max_lora_rank": 8}
+    async with engine_of(model.folder, model_impl="native", block_size=16, lora=lora) as engine:
+        for name in mix:
+            engine.register_adapter(name, model.adapters[name])
+        output, *_ = await asyncio.gather(
+            engine.complete(tokens, params, adapter=mix),
+            engine.complete(tokens, params, adapter="attention"),
+            engine.complete(prompt(5, 7), params, adapter={"all-linear": 0.5}),
+        )
+        alone = await engine.complete(tokens, params, adapter=mix)
+        assert backend == "torch" or alone.logprobs == output.logprobs, "bits that depend on the batch"
+    expected = scaled_model(model.folder, {model.adapters[name]: weight for name, weight in mix.items()})
+    with torch.no_grad():
+        logits = expected(torch.tensor([[*tokens, *output.token_ids[:-1]]])).logits[0, len(tokens) - 1 :]
+    assert output.token_ids == logits.argmax(-1).tolist()
+    found = torch.tensor([entry.logprob for entry in output.logprobs or ()])
+    torch.testing.assert_close(found, logits.log_softmax(-1).amax(-1), rtol=1e-4, atol=1e-4)
 
 
 FORMS: dict[str, type[QuantizedWeight]] = {"int8": QuantizedWeight, "int4": Int4Weight}

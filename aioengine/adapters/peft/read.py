@@ -81,6 +81,12 @@ class PackedAdapter:
     version: str = ""
     """Version of the files' content, known without reading it; see :class:`AdapterFolder`."""
 
+    @property
+    def summable(self) -> bool:
+        """Whether it is A and B, and nothing else, so that a step can add it up with others."""
+        more = self.head is not None or self.tokens is not None
+        return not (self.magnitudes or self.biases or more or self.invocation)
+
 
 def read_adapter(
     name: str,

@@ -72,6 +72,7 @@ class StepEncoder:
             blocks,
             row.score,
             list(row.draft),
+            list(row.parts),
         )
 
 
@@ -186,4 +187,5 @@ class StepDecoder:
             prompt_len=known.opened.prompt_len,
             score=work.score,
             draft=work.draft or (),
+            parts=tuple(work.parts),
         )

@@ -84,6 +84,8 @@ class Work(msgspec.Struct, array_like=True, frozen=True):
     """Number of tokens to score, as in ``SequenceWork``."""
     draft: list[int] = []
     """Proposed tokens, to compute after its history."""
+    parts: list[tuple[int, float]] = []
+    """The adapters of a mix, as in ``SequenceWork``."""
 
 
 class Step(_Message, frozen=True):
@@ -260,6 +262,8 @@ class ReadDone(_Message, frozen=True):
     empty if it is finished."""
     slot_nbytes: int
     """Bytes of the share that slots hold."""
+    summable: bool
+    """Whether a step can add it up with others."""
 
 
 class Done(_Message, frozen=True):

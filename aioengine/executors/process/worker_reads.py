@@ -75,6 +75,7 @@ class WorkerReads:
                     found.invocation,
                     squares,
                     draft.slot_nbytes,
+                    found.summable,
                 )
             )
 

@@ -55,6 +55,8 @@ def step_shape(batch: StepBatch) -> StepShape:
                 adapters.append((ranks[last], tokens))
             last, tokens = slot, 0
         tokens += count
+        for part, _ in work.parts[1:]:
+            adapters.append((ranks[part], count))
     if last >= 0:
         adapters.append((ranks[last], tokens))
     if batch.merged is not None:

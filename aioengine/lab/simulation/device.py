@@ -81,7 +81,7 @@ class SimulatedDevice(Device):
     def _result(self, batch: StepBatch, took: float) -> StepResult:
         token, end, lengths = self._token, self._end, self.lengths
         sampled: list[Sampled | None] = []
-        for request_id, _, tokens, start, _, sample, _, _, _, prompt_len, _, _ in batch.sequences:
+        for request_id, _, tokens, start, _, sample, _, _, _, prompt_len, *_ in batch.sequences:
             if sample:
                 made = start + len(tokens) - prompt_len + 1
                 sampled.append(end if lengths.get(request_id) == made else token)

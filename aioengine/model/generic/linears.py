@@ -61,11 +61,13 @@ class AdaptedForward:
             raise RuntimeError(f"{self.name} got {len(rows)} rows of {batch.num_tokens} tokens")
         last = step.shrunk.get(id(pool))
         if last is None or last[0] is not x:
-            last = step.shrunk[id(pool)] = x, kernels.lora_shrink(rows.contiguous(), pool, batch)
-        h = last[1] if len(pool.modules) == 1 else last[1][:, place : place + 1].contiguous()
+            rows = rows.contiguous()
+            last = step.shrunk[id(pool)] = x, [kernels.lora_shrink(rows, pool, one) for one in batch.passes]
         out = y.reshape(len(rows), -1)
         out = out if out.is_contiguous() else out.contiguous()
-        kernels.lora_expand(h, self._own, out, batch)
+        for h, one in zip(last[1], batch.passes, strict=True):
+            own = h if len(pool.modules) == 1 else h[:, place : place + 1].contiguous()
+            kernels.lora_expand(own, self._own, out, one)
         if batch.affine:
             kernels.lora_affine(out, self._own, batch)
         return out.view(y.shape)

@@ -270,12 +270,16 @@ class GenericModel:
 
 def part_of(lora: LoRABatch, begin: int, end: int) -> LoRABatch:
     """Return the batch of the tokens ``begin..end-1``, which are one sequence's."""
-    for segment in lora.segments:
-        if segment.start <= begin < segment.stop:
-            ranks = [0] * segment.slot + [segment.rank]
-            affine = [False] * segment.slot + [any(one.slot == segment.slot for one in lora.affine)]
-            return LoRABatch([segment.slot], [end - begin], ranks, lora.device, slot_affine=affine)
-    return LoRABatch([-1], [end - begin], (), lora.device)
+    found = []
+    for batch in lora.passes:
+        own, affine = (
+            [s._replace(start=0, stop=end - begin) for s in segments if s.start <= begin < s.stop]
+            for segments in (batch.segments, batch.affine)
+        )
+        found.append(LoRABatch.of(own, affine, end - begin, lora.device))
+    first, *more = found
+    first.more = tuple(one for one in more if one.segments)
+    return first
 
 
 def inputs_of(

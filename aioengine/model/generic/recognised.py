@@ -171,10 +171,12 @@ class GatedForward:
         gate_up, down = self.gate_up, self.down
         if more or named or gate_up.is_plain or down.is_plain:
             return self._own(x, *more, **named)
+        batch = None if self._holder.step is None else self._holder.step.lora
+        if batch is not None and batch.more:  # the further adapters of mixes come between the two
+            return self._own(x)
         assert gate_up.adapted is not None and down.adapted is not None
         if self._holder.seen is not None:
             self._holder.seen.append(self)
-        batch = None if self._holder.step is None else self._holder.step.lora
         y = gated_mlp(gate_up.adapted, down.adapted, self.activation, gate_up.rows(x), batch)
         return y.view(*x.shape[:-1], y.shape[-1])
 

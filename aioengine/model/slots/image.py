@@ -79,6 +79,12 @@ class AdapterImage:
         return not (self.has_affine or self.tokens is not None or self.invocation or adds_outside)
 
     @property
+    def summable(self) -> bool:
+        """Whether it is A and B, and nothing else, so that a step can add it up with others."""
+        more = self.tokens is not None or self.head is not None
+        return not (self.has_affine or more or self.invocation)
+
+    @property
     def labels(self) -> int:
         return 0 if self.head is None else len(self.head.weight)
 

@@ -2,6 +2,8 @@
 //
 // Called from Python, a step of 30 layers would be some 400 calls, each of which holds the GIL for a few
 // microseconds; in one call it is free throughout.
+//
+// The file is long because it has the structs that Python fills in, and every operation of a layer in the order of a step.
 #include <omp.h>
 
 #include <cstring>
@@ -60,13 +62,17 @@ struct Model {
   const Layer* layer;
 };
 
-// Tokens by adapter slot: segments [count][slot, begin, end, rank]; those in `affine` are scaled and shifted. `width` is
-// what A's outputs have room for.
+// Tokens by adapter slot: segments [count][slot, begin, end, rank, weight]; those in `affine` are scaled and shifted. `width`
+// is what A's outputs have room for. `more` are the same for the further adapters of mixes, which are added afterwards.
 struct LoraBatch {
   const int32_t* segments;
   int64_t count, width;
   const int32_t* affine;
   int64_t affine_count;
+  const LoraBatch* more;
+  int64_t more_count;
+
+  const aio::Segment* begin() const { return (const aio::Segment*)segments; }
 };
 
 struct Step {
@@ -81,15 +87,16 @@ struct Step {
   void* logits;  // [samples, head.n]
   void *x, *wide, *narrow, *h;  // scratch: tokens x hidden, x the widest linear, x intermediate or heads, x 3 widths
   // Scratch of mixtures, with R = tokens x per_token: R x hidden, R x 2 size, R x size, R x 2 widths; tokens x experts and
-  // R and tokens floats; 7 R + experts + 1 integers.
+  // R and tokens floats; 8 R + experts + 1 integers.
   void *rows, *rows_wide, *rows_narrow, *rows_h;
   float *scores, *weights, *gates;
   int32_t* routes;
   float* squares;   // [tokens, 2] of queries and keys, if these are normed over the heads of several processes
   double* seconds;  // [PHASES] to which the time of each is added; may be null
   // Of a model that several processes hold: does what the first argument says (an Exchange) for the pool with this id
-  // (below 0: none), or returns other than 0 to have the step end. Null: there are no others.
-  int (*exchange)(int64_t what, int64_t id);
+  // (below 0: none), or returns other than 0 to have the step end. `more` is 0, or says which batch of `more`, from 1 on.
+  // Null: there are no others.
+  int (*exchange)(int64_t what, int64_t id, int64_t more);
   const int32_t* processors;  // [threads] that they are bound to; null: to none
 };
 
@@ -131,8 +138,8 @@ struct Run {
     s.seconds[phase] += omp_get_wtime() - began;
   }
 
-  void exchange(int64_t what, int64_t pool) const {
-    timed(EXCHANGE, [&] { me.once([&] { stopped = s.exchange(what, pool) != 0; }); });
+  void exchange(int64_t what, int64_t pool, int64_t more = 0) const {
+    timed(EXCHANGE, [&] { me.once([&] { stopped = s.exchange(what, pool, more) != 0; }); });
     if (stopped) throw Stopped{};
   }
 
@@ -162,6 +169,15 @@ struct Run {
     });
   }
 
+  // A's outputs of a batch to s.h.
+  void shrink(const LoraPool& pool, const LoraBatch& batch, const void* x, long k, long more) const {
+    timed(SHRINK, [&] {
+      aio_lora_shrink(m.bf16, x, k, &m.slots, pool.first, s.h, k, pool.slices, batch.width, batch.segments, batch.count,
+                      threads);
+    });
+    if (pool.exchange != NOTHING) exchange(pool.exchange, pool.id, more);
+  }
+
   // `next` is the linear that follows: with few rows the arithmetic leaves the memory idle.
   // A summand of several processes is left to be added up later.
   void linear(Phase phase, const Adapted& a, const LoraBatch& batch, const void* x, void* y, long rows,
@@ -176,18 +192,21 @@ struct Run {
     const aio::Adapters adapters = adapters_of(pool);
     const bool adapted = pool.slices > 0 && batch.count > 0;
     const bool total = s.exchange != nullptr && (phase == O || phase == DOWN) && !summand;
-    if (adapted)
-      timed(SHRINK, [&] {
-        aio_lora_shrink(m.bf16, x, w.k, &m.slots, pool.first, s.h, w.k, pool.slices, batch.width, batch.segments,
-                        batch.count, threads);
-      });
-    if (adapted && pool.exchange != NOTHING) exchange(pool.exchange, pool.id);
+    if (adapted) shrink(pool, batch, x, w.k, 0);
     timed(phase, [&] {
       aio::product(m.bf16, w, x, y, rows,
                    {fetch.data(), long(fetch.size()), adapted ? &adapters : nullptr,
                     {next.matrix->packed, next.matrix->n, next.matrix->panel_bytes}},
                    threads);
     });
+    for (long i = 0; adapted && i < batch.more_count; i++) {
+      const LoraBatch& more = batch.more[i];
+      shrink(pool, more, x, w.k, i + 1);
+      timed(phase, [&] {
+        aio_lora_expand(m.bf16, s.h, &m.slots, pool.first, pool.slice, pool.slices, more.width, y, w.n, more.segments,
+                        more.count, threads);
+      });
+    }
     if (total)
       exchange(TOTAL, pool.id);
     else if (adapted && batch.affine_count > 0)
@@ -271,9 +290,13 @@ struct Run {
   // The scores of a small linear, in float32.
   void scores(const void* weight, const void* bias, long n, const LoraPool& pool, const void* x, float* y) const {
     timed(ROUTE, [&] {
-      const bool adapted = pool.slices > 0 && s.lora.count > 0;
-      aio::small_linear(m.bf16, x, m.hidden, weight, bias, n, adapted ? &m.slots : nullptr, pool.first,
-                        (const aio::Segment*)s.lora.segments, s.lora.count, y, s.tokens, threads);
+      aio::small_linear(m.bf16, x, m.hidden, weight, bias, n, y, s.tokens, threads);
+      const auto add = [&](const LoraBatch& batch) {
+        aio::adapt_small_linear(m.bf16, x, m.hidden, n, m.slots, pool.first, batch.begin(), batch.count, y, threads);
+      };
+      if (pool.slices == 0 || s.lora.count == 0) return;
+      add(s.lora);
+      for (long i = 0; i < s.lora.more_count; i++) add(s.lora.more[i]);
     });
   }
 
@@ -291,16 +314,19 @@ struct Run {
       });
       work((const int32_t*)segments, *found);
     };
-    run(s.lora.segments, s.lora.count, [&](const int32_t* found, long count) {
-      timed(SHRINK, [&] {
-        aio_lora_shrink(m.bf16, x, w.k, &places, pool.first, s.rows_h, w.k, pool.slices, s.lora.width, found, count, threads);
+    for (long i = 0; i <= s.lora.more_count; i++) {
+      const LoraBatch& batch = i == 0 ? s.lora : s.lora.more[i - 1];
+      run(batch.segments, batch.count, [&](const int32_t* found, long count) {
+        timed(SHRINK, [&] {
+          aio_lora_shrink(m.bf16, x, w.k, &places, pool.first, s.rows_h, w.k, pool.slices, batch.width, found, count, threads);
+        });
+        if (pool.exchange != NOTHING) exchange(pool.exchange, pool.id, i);
+        timed(phase, [&] {
+          aio_lora_expand(m.bf16, s.rows_h, &places, pool.first, pool.slice, pool.slices, batch.width, y, n, found, count,
+                          threads);
+        });
       });
-      if (pool.exchange != NOTHING) exchange(pool.exchange, pool.id);
-      timed(phase, [&] {
-        aio_lora_expand(m.bf16, s.rows_h, &places, pool.first, pool.slice, pool.slices, s.lora.width, y, n, found, count,
-                        threads);
-      });
-    });
+    }
     if (s.lora.affine_count == 0) return;
     run(s.lora.affine, s.lora.affine_count,
         [&](const int32_t* found, long count) { affine(pool, places, y, n, found, count); });
@@ -314,7 +340,7 @@ struct Run {
     const LoraPool no_pool{};
     const Adapted nothing{&no_matrix, &no_pool};
     const aio::Routes r{s.tokens,       e.experts,           e.per_token,         s.weights, s.routes,
-                        s.routes + rows, s.routes + 2 * rows, s.routes + 7 * rows};
+                        s.routes + rows, s.routes + 2 * rows, s.routes + 8 * rows};
     scores(e.router, e.router_bias, e.experts, e.lora_router, x, s.scores);
     timed(ROUTE, [&] {
       r.choose(s.scores, e.normalized, threads);

@@ -24,9 +24,9 @@ inline float element(const Slots& slots, const char* p, long i) {
   return slots.int8 ? float(((const int8_t*)p)[i]) : T::widen(((const typename T::elem*)p)[i]);
 }
 
-// Adds an adapter's B A x to y [n], and then what scales and shifts it.
+// Adds an adapter's B A x, times a weight, to y [n], and then what scales and shifts it.
 template <class T>
-void adapt(const typename T::elem* x, long k, const Slots& slots, const Where& where, float* y, long n) {
+void adapt(const typename T::elem* x, long k, const Slots& slots, const Where& where, float weight, float* y, long n) {
   using elem = typename T::elem;
   const long size = sizeof(elem);
   std::vector<float> h(where.a_rank);
@@ -39,7 +39,7 @@ void adapt(const typename T::elem* x, long k, const Slots& slots, const Where& w
     } else {
       acc = dot<T>(x, (const elem*)a + r * k, k);
     }
-    h[r] = acc;
+    h[r] = acc * weight;
   }
   const B<T> b(slots.at(where.b, size), where.b_rank, slots);
   const long each = slots.int8 ? Int8::PER_LANE : T::PER_LANE;  // elements of a lane
@@ -58,8 +58,7 @@ void adapt(const typename T::elem* x, long k, const Slots& slots, const Where& w
 }
 
 template <class T>
-void scores(const void* x_, long k, const void* weight, const void* bias_, long n, const Slots* slots, long place,
-            const Segment* segments, long count, float* y, long rows, int threads) {
+void scores(const void* x_, long k, const void* weight, const void* bias_, long n, float* y, long rows, int threads) {
   using elem = typename T::elem;
   const elem *x = (const elem*)x_, *bias = (const elem*)bias_;
   together(threads, [&](const Member& me) {
@@ -67,13 +66,18 @@ void scores(const void* x_, long k, const void* weight, const void* bias_, long 
     for (long i = mine.begin; i < mine.end; i++)
       y[i] = dot<T>(x + i / n * k, (const elem*)weight + i % n * k, k) + (bias == nullptr ? 0.0f : T::widen(bias[i % n]));
   });
-  if (slots == nullptr || count == 0) return;
+}
+
+template <class T>
+void adapt_scores(const void* x_, long k, long n, const Slots& slots, long place, const Segment* segments, long count,
+                  float* y, int threads) {
+  const auto* x = (const typename T::elem*)x_;
   together(threads, [&](const Member& me) {
     for (const Segment* g = segments; g < segments + count; g++) {
-      const Where& where = slots->where(g->slot, place);
+      const Where& where = slots.where(g->slot, place);
       const Range mine = me.share(g->end - g->begin);
       for (long t = g->begin + mine.begin; t < g->begin + mine.end; t++)
-        adapt<T>(x + t * k, k, *slots, where, y + t * n, n);
+        adapt<T>(x + t * k, k, slots, where, g->weight, y + t * n, n);
     }
   });
 }
@@ -147,10 +151,11 @@ long Routes::segments(const Segment* of, long count, long per_slot, long per_exp
       if (g == of + count) break;
       if (token[i] < g->begin) continue;
       const int32_t place = int32_t(g->slot * per_slot + e * per_expert);
-      if (found > 0 && out[found - 1].slot == place && out[found - 1].end == i)
-        out[found - 1].end++;
+      Segment* const last = found > 0 ? out + found - 1 : nullptr;
+      if (last != nullptr && last->slot == place && last->end == i && last->weight == g->weight)
+        last->end++;
       else
-        out[found++] = {place, int32_t(i), int32_t(i + 1), g->rank};
+        out[found++] = {place, int32_t(i), int32_t(i + 1), g->rank, g->weight};
     }
   }
   return found;
@@ -164,10 +169,15 @@ void Routes::spread(const void* x, void* out, long bytes, int threads) const {
   });
 }
 
-void small_linear(bool bf16, const void* x, long k, const void* weight, const void* bias, long n, const Slots* slots,
-                  long place, const Segment* segments, long count, float* y, long rows, int threads) {
-  bf16 ? scores<Bf16>(x, k, weight, bias, n, slots, place, segments, count, y, rows, threads)
-       : scores<F32>(x, k, weight, bias, n, slots, place, segments, count, y, rows, threads);
+void small_linear(bool bf16, const void* x, long k, const void* weight, const void* bias, long n, float* y, long rows,
+                  int threads) {
+  bf16 ? scores<Bf16>(x, k, weight, bias, n, y, rows, threads) : scores<F32>(x, k, weight, bias, n, y, rows, threads);
+}
+
+void adapt_small_linear(bool bf16, const void* x, long k, long n, const Slots& slots, long place, const Segment* segments,
+                        long count, float* y, int threads) {
+  bf16 ? adapt_scores<Bf16>(x, k, n, slots, place, segments, count, y, threads)
+       : adapt_scores<F32>(x, k, n, slots, place, segments, count, y, threads);
 }
 
 void Routes::total(bool bf16, const void* y, const void* shared, const float* gate, void* out, long size,

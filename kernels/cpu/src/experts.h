@@ -28,9 +28,11 @@ struct Routes {
   void total(bool bf16, const void* y, const void* shared, const float* gate, void* out, long size, int threads) const;
 };
 
-// y [rows, n] float32 = x [rows, k] W^T + bias (may be null) and what adapters add; slots may be null, `place` is the
-// linear's in a slot. k is a multiple of 16.
-void small_linear(bool bf16, const void* x, long k, const void* weight, const void* bias, long n, const Slots* slots,
-                  long place, const Segment* segments, long count, float* y, long rows, int threads);
+// y [rows, n] float32 = x [rows, k] W^T + bias (may be null). k is a multiple of 16.
+void small_linear(bool bf16, const void* x, long k, const void* weight, const void* bias, long n, float* y, long rows,
+                  int threads);
+// Adds to that what adapters add; `place` is the linear's in a slot.
+void adapt_small_linear(bool bf16, const void* x, long k, long n, const Slots& slots, long place, const Segment* segments,
+                        long count, float* y, int threads);
 
 }  // namespace aio

@@ -190,7 +190,7 @@ void shrink(const Shrink& s, const Segment* segments, long count, int threads) {
   constexpr bool INT8 = !std::is_same_v<E, elem>;
   struct Task {
     const Where* where;
-    long begin, end, slice, row, before;  // before: what all tasks before this one cost
+    long begin, end, slice, row, before; float weight;  // before: what all tasks before this one cost
   };
   constexpr long TOKENS = 32;      // of a task, so that a long prompt is shared out too
   constexpr long TASKS_AHEAD = 3;  // between the rows in use and those that are fetched
@@ -205,7 +205,7 @@ void shrink(const Shrink& s, const Segment* segments, long count, int threads) {
         const Where* where = &s.slots->where(g->slot, s.first + j);
         const long end = t + TOKENS < g->end ? t + TOKENS : g->end;
         for (long r = 0; r == 0 || r < where->a_rank; r += 4) {
-          tasks.push_back({where, t, end, j, r, cost});
+          tasks.push_back({where, t, end, j, r, cost, g->weight});
           cost += end - t + READING;
         }
       }
@@ -245,6 +245,7 @@ void shrink(const Shrink& s, const Segment* segments, long count, int threads) {
           found = widened ? products<T, elem>(tokens, x, s.x_stride, w, s.k, w[0])
                           : products<T, E>(tokens, x, s.x_stride, a, s.k, later);
           if (INT8) found *= scale;
+          if (task.weight != 1.0f) found *= splatf(task.weight);
         }
         elem narrow[LANES];
         T::store16(narrow, found);
@@ -373,8 +374,7 @@ void affine(void* y_, long y_stride, const Slots& slots, long first, const Slice
 }  // namespace
 }  // namespace aio
 
-// segments [count][slot, begin, end, rank]. h [tokens, slices, width] is zero beyond A's rows; rows of no segment stay as
-// they are.
+// segments [count][slot, begin, end, rank, weight]. h [tokens, slices, width] is zero beyond A's rows, where a segment is.
 AIO_EXPORT void aio_lora_shrink(int bf16, const void* x, long x_stride, const aio::Slots* slots, long first, void* h,
                                 long k, long slices, long width, const int32_t* segments, long count, int threads) {
   const aio::Shrink s{x, x_stride, slots, first, h, k, slices, width};

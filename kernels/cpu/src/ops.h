@@ -10,9 +10,10 @@ struct Fetch {
   long bytes;
 };
 
-// Tokens begin..end-1 use the adapter in `slot`.
+// Tokens begin..end-1 use the adapter in `slot`, and what it adds is multiplied by the weight.
 struct Segment {
   int32_t slot, begin, end, rank;
+  float weight;
 };
 
 // Where a slot has the matrices of a module, in elements from the beginning of the slots' memory: bytes if the matrices
