@@ -20,7 +20,7 @@ from typing import Literal, NamedTuple, Protocol
 
 API_VERSION = 2
 """Version 2 has ``RequestView.cached_tokens``, ``Decision.reject``, ``evict`` and ``merge``, and
-``SchedulerView.costs``, ``memory`` and ``merging``. Policies that were written for version 1 run
+``SchedulerView.costs``, ``memory``, ``merging`` and ``mixes``. Policies that were written for version 1 run
 unchanged."""
 
 
@@ -255,6 +255,27 @@ class MemoryView(Protocol):
         read."""
 
 
+class MixView(Protocol):
+    """A mix of several adapters that requests wait for, read-only and live. The core admits these requests as
+    soon as all parts are in slots, and brings in the parts; no policy has to. A request is visible in
+    ``SchedulerView.running`` while it runs, as one for the first of its adapters."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def weights(self) -> Mapping[str, float]:
+        """Its adapters' weights, by their names."""
+
+    @property
+    def missing(self) -> Sequence[str]:
+        """Its adapters that are in no slot."""
+
+    @property
+    def waiting(self) -> int: ...
+    @property
+    def oldest_arrival(self) -> float: ...
+
+
 class SchedulerView(Protocol):
     """The state that a policy sees. It is live and indexed: nothing is copied for the call."""
 
@@ -279,6 +300,10 @@ class SchedulerView(Protocol):
 
     @property
     def running(self) -> Sequence[RequestView]: ...
+    @property
+    def mixes(self) -> Sequence[MixView]:
+        """The mixes that requests wait for, the one with the oldest first."""
+
     @property
     def free_blocks(self) -> int:
         """KV blocks that can be allocated now without those whose contents are pinned."""

@@ -299,7 +299,7 @@ class Batcher:
         shared = cached[:1] + cached[1 + freed :]
         new = blocks.blocks_for(until) - len(cached)
         if self.border is not None and new > 0:
-            self.border.before_allocation(new, now)
+            self.border.before_allocation(new, now, request.adapter)
         kept = blocks.kept_beside(shared)
         if not self._has_room(request, new + kept, shared, now):
             # Pins give way if it would otherwise wait for them, and not for requests that end.
@@ -315,8 +315,9 @@ class Batcher:
         request.status = Status.RUNNING
         self.running[request.seq] = request
         if request.adapter is not None:
-            request.adapter.running += 1
-            request.adapter.last_tenant = request.options.tenant
+            request.adapter.count_run(1)
+            for entry in request.adapter.members:
+                entry.last_tenant = request.options.tenant
         resumed = request.admitted is not None
         if not resumed:
             request.admitted = now
@@ -329,7 +330,7 @@ class Batcher:
                 time=now,
                 request_id=request.id,
                 adapter=label_of(request),
-                slot=None if request.adapter is None else request.adapter.slot,
+                slot=None if request.adapter is None else request.adapter.members[0].slot,
                 cached_tokens=request.computed if resumed else request.cached_tokens,
                 queue_seconds=now - request.arrival,
                 resumed=resumed,
@@ -353,7 +354,7 @@ class Batcher:
         """
         new = self.blocks.blocks_for(tokens) - len(request.blocks)
         if self.border is not None and new > 0:
-            self.border.before_allocation(new, now)
+            self.border.before_allocation(new, now, request.adapter)
             if not self.blocks.can_allocate(new):
                 self.border.make_blocks(new, now, None, urgent=True)
         while new > 0 and not self.blocks.can_allocate(new):
@@ -406,7 +407,7 @@ class Batcher:
         request.blocks, request.freed = [], 0
         request.committed = request.computed = 0
         if request.adapter is not None:
-            request.adapter.running -= 1
+            request.adapter.count_run(-1)
 
 
 def _decode_part(request: Request) -> _Part:
@@ -414,8 +415,9 @@ def _decode_part(request: Request) -> _Part:
     if request.prompt_logprobs is not None:
         return _part(request, request.remaining)
     start, tokens, entry = request.computed, request.tokens, request.adapter
-    slot = -1 if entry is None else request.slot_at(start) if entry.invocation else entry.slot
-    assert slot is not None
+    slot = -1 if entry is None else entry.slot
+    if slot is None or (entry is not None and entry.invocation):
+        slot = request.slot_at(start)
     fields = (
         request.id,
         slot,
@@ -429,6 +431,7 @@ def _decode_part(request: Request) -> _Part:
         request.prompt_len,
         0,  # score
         (),  # draft
+        () if entry is None or not entry.parts else entry.slots,
     )
     return slot, request, _sequence_work(fields)
 
@@ -452,5 +455,6 @@ def _part(request: Request, tokens: int, draft: list[int] | None = None) -> _Par
         request.prompt_len,
         score,
         draft or (),
+        () if request.adapter is None or slot < 0 else request.adapter.slots,
     )
     return slot, request, work

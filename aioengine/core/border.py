@@ -80,12 +80,17 @@ class Border:
 
     def has_taken(self, entry: AdapterEntry) -> bool:
         """Whether the adapter had to leave for a sequence in this step, which the policy could not know."""
-        return entry.uid in self._taken
+        return any(member.uid in self._taken for member in entry.members)
 
     def take_moves(self) -> list[MemoryMove]:
         moves, self.moves = self.moves, []
         self._taken.clear()
         return moves
+
+    @property
+    def is_in_use(self) -> bool:
+        """Whether sequences hold blocks, which become free when these end."""
+        return bool(self._running)
 
     def forget(self) -> None:
         """Note that all contents are lost."""
@@ -115,7 +120,24 @@ class Border:
         Args:
             given, others, last: Slots whose adapters may leave, before cached prefixes and after them.
         """
-        way = self._way(rounded(entry.slot_nbytes), entry, leaving, (given, others, last))
+        cached = entry.is_wanted or entry.pinned
+        return self._make(rounded(entry.slot_nbytes), leaving, (given, others, last), now, cached=cached)
+
+    def make_hole(self, nbytes: int, slots: Iterable[Slot], now: float) -> bool:
+        """Make a hole of this size for the parts of a mix, which requests wait for. ``slots``: those whose
+        adapters may leave. Returns whether there is one. Nothing is changed if not."""
+        return self._make(nbytes, [], ((), slots), now, cached=True)
+
+    def _make(
+        self,
+        size: int,
+        leaving: list[Slot],
+        groups: tuple[Iterable[Slot], ...],
+        now: float,
+        *,
+        cached: bool,
+    ) -> bool:
+        way = self._way(size, leaving, groups, cached=cached)
         if way is None:
             return False
         for slot in (*leaving, *way.evict):
@@ -127,7 +149,7 @@ class Border:
         return True
 
     def _way(
-        self, size: int, entry: AdapterEntry, leaving: list[Slot], groups: tuple[Iterable[Slot], ...]
+        self, size: int, leaving: list[Slot], groups: tuple[Iterable[Slot], ...], *, cached: bool
     ) -> _Way | None:
         arena = self.arena.copy()
         for slot in leaving:
@@ -135,8 +157,7 @@ class Border:
             arena.release(slot.offset)
         evict: list[Slot] = []
         for group, victims in enumerate(groups):
-            cached = group > 0 and (len(entry.waiting) > 0 or entry.pinned)
-            spare = self.spare(cached=cached)
+            spare = self.spare(cached=cached and group > 0)
             in_order = iter(victims)
             while True:
                 way = self._fits(arena, size, spare)
@@ -171,13 +192,15 @@ class Border:
 
     # For sequences
 
-    def before_allocation(self, count: int, now: float) -> None:
+    def before_allocation(self, count: int, now: float, keep: AdapterEntry | None) -> None:
         """Make room for ``count`` blocks that are about to be allocated: adapters that the policy's decision
-        gives up leave before a cached prefix does."""
+        gives up leave before a cached prefix does. ``keep`` stays."""
         blocks = self._blocks
         missing = min(count - (blocks.num_free - blocks.num_cached), blocks.lent)
         if missing > 0:
-            self._take_back(missing, self.offered(), now, partly=True)
+            stay = () if keep is None else keep.members
+            offered = (slot for slot in self.offered() if slot.entry not in stay)
+            self._take_back(missing, offered, now, partly=True)
 
     def make_blocks(self, count: int, now: float, keep: AdapterEntry | None, *, urgent: bool) -> bool:
         """Take back blocks until ``count`` are free. Returns whether that was possible. ``keep`` stays.
@@ -187,8 +210,8 @@ class Border:
             return False
         victims = (
             slot
-            for slot in self._slots.victims(set() if keep is None else {keep.uid})
-            if urgent or (slot.entry is not None and not slot.entry.waiting)
+            for slot in self._slots.victims(set() if keep is None else {m.uid for m in keep.members})
+            if urgent or (slot.entry is not None and not slot.entry.is_wanted)
         )
         return self._take_back(count, victims, now)
 

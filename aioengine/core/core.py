@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
+from itertools import islice
 from math import inf, nextafter
 from typing import NamedTuple
 
@@ -19,8 +20,10 @@ from sortedcontainers import SortedDict
 
 from aioengine import events
 from aioengine.core.adapters.arena import Arena, rounded
+from aioengine.core.adapters.assembly import Assembly
 from aioengine.core.adapters.cpu_cache import least_recently_used
 from aioengine.core.adapters.merging import Merging
+from aioengine.core.adapters.mix import MixEntry, fit_beside_pinned, shut_out
 from aioengine.core.adapters.moves import Move
 from aioengine.core.adapters.placing import Placing
 from aioengine.core.adapters.residency import Residency
@@ -28,7 +31,7 @@ from aioengine.core.batcher import Batcher
 from aioengine.core.blocks import BlockManager
 from aioengine.core.border import Border
 from aioengine.core.costs import MeasuredCosts
-from aioengine.core.guard import PolicyGuard
+from aioengine.core.guard import PolicyGuard, Resolved
 from aioengine.core.limits import CoreLimits
 from aioengine.core.pacing import Pacer, StepWork
 from aioengine.core.prefixes.held import HeldBlocks
@@ -40,6 +43,7 @@ from aioengine.core.step_results import Steady, StepResults
 from aioengine.core.view import CoreView
 from aioengine.core.waiting_room import Ticket, WaitingRoom
 from aioengine.errors import (
+    AdapterChanged,
     AdapterError,
     DeadlineExceeded,
     EngineOverloaded,
@@ -112,11 +116,6 @@ class Core:
                 limits.most_blocks,
                 self._emit,
             )
-        self.placing = Placing(self.residency, self.border)
-        self.merging = Merging(limits.merges, self.residency.entries, self._emit)
-        self.slots = self.residency.slots
-        self.cpu = self.residency.cpu
-        self.by_policy_name = self.residency.by_policy_name
         self.room = WaitingRoom(
             limits.max_waiting,
             limits.max_waiting_per_tenant,
@@ -125,6 +124,12 @@ class Core:
             max_tokens_per_tenant=limits.max_waiting_tokens_per_tenant,
         )
         self.queues = RequestQueues(self.room)
+        self.assembly = Assembly(self.residency, self.queues, self.border, limits.max_num_seqs)
+        self.placing = Placing(self.residency, self.assembly, self.border)
+        self.merging = Merging(limits.merges, self.residency.entries, self._emit)
+        self.slots = self.residency.slots
+        self.cpu = self.residency.cpu
+        self.by_policy_name = self.residency.by_policy_name
         self._speculation = _speculation(limits)
         self.batcher = Batcher(
             self.blocks,
@@ -271,6 +276,8 @@ class Core:
         ticket.displaced = lambda error, now: self.end(request, "error", now, error)
         self._next_seq += 1
         self.requests[request_id] = request
+        if isinstance(adapter, MixEntry):
+            adapter.uses += 1
         self.queues.add(request)
         if deadline is not None:
             self._deadlines[deadline, request.seq] = request
@@ -287,7 +294,8 @@ class Core:
             )
         )
         self._tell("request_added", now, request=request)
-        self.guard.arrived(self._view, request, before, self._changes)
+        if not _is_hidden(request):
+            self.guard.arrived(self._view, request, before, self._changes)
         return request
 
     def end(
@@ -301,7 +309,8 @@ class Core:
         comes back."""
         if request.status is Status.ENDED:
             return
-        if request.status is Status.WAITING:
+        waited = request.status is Status.WAITING
+        if waited:
             self.queues.remove(request)
         else:
             del self.running[request.seq]
@@ -314,7 +323,10 @@ class Core:
             self._speculation.ended(request)
         if request.deadline is not None:
             del self._deadlines[request.deadline, request.seq]
-        self._tell("request_finished", now, request=request)
+        if not (waited and _is_hidden(request)):
+            self._tell("request_finished", now, request=request)
+        if isinstance(request.adapter, MixEntry):
+            request.adapter.uses -= 1
         del self.requests[request.id]
         sink, request.sink = request.sink, None
         if sink is not None:
@@ -371,6 +383,8 @@ class Core:
             self.residency.loaded(entry, now, rank=rank, nbytes=nbytes, digest=digest, seconds=seconds)
             if entry.digest == digest:  # else it was dropped at once
                 self.merging.loaded(entry, now, mergeable=mergeable)
+            if entry.mixes and not entry.summable:
+                self._fail_mixes(entry, now)
         return error
 
     def adapter_load_cancelled(self, entry: AdapterEntry) -> None:
@@ -410,27 +424,55 @@ class Core:
         self._fail_waiting(entry, now, error)
 
     def _fail_waiting(self, entry: AdapterEntry, now: float, error: Exception) -> None:
-        for request in list(entry.waiting):
-            self.end(request, "error", now, error)
+        """Fail the requests that wait for it, and those for mixes that it is a part of."""
+        for one in (entry, *entry.mixes.values()):
+            for request in list(one.waiting):
+                self.end(request, "error", now, error)
+
+    def _fail_mixes(self, entry: AdapterEntry, now: float) -> None:
+        """Fail the requests for mixes with an adapter that has become one which a step cannot add up."""
+        error = AdapterChanged(
+            "its files have changed to a kind that is mixed and scaled in another way; try again",
+            name=entry.label,
+            path=entry.path,
+            transient=True,
+        )
+        for mix in list(entry.mixes.values()):
+            waiting = [request for request in mix.home.waiting if request.adapter is mix]
+            for request in waiting:
+                self.end(request, "error", now, error)
+            if not mix.retired:
+                self.residency.retire(mix, now)
 
     def _fail_shut_out(self, now: float) -> None:
         """Fail the requests for adapters that can never run, because pinned ones leave no slot, or no room in
-        the slots' memory."""
+        the slots' memory, and those for mixes whose parts cannot all be there at a time."""
+        for mix in list(self.queues.mixes.values()):
+            if (never := shut_out(mix, self.slots, self.cpu)) is not None:
+                self._fail_waiting(mix, now, never)
         room = self.slots.room_beside_pinned() if self.residency.pins.count else inf
         if room == inf:
             return
         pinned = [s.entry.label for s in self.slots.slots if s.entry is not None and s.entry.pinned]
         for entry in list(self.queues.heads.values()):
-            if entry is None or entry.slot is not None or rounded(entry.slot_nbytes) <= room:
+            if entry is None or entry.slot is not None or self._may_get_in(entry, room):
                 continue
             where = "every slot holds a pinned adapter"
             setting = "max_loras"
             if room > 0:
                 where = f"it takes {entry.slot_nbytes:,} bytes, and pinned adapters leave {room:,} bytes"
+                where += "" if rounded(entry.slot_nbytes) > room else " in several pieces"
                 setting = "slot_memory"
             text = f"adapter {entry.label!r} ({entry.path}) cannot get a slot, because {where} "
             text += f"({', '.join(pinned)}); unpin one, or raise LoRAConfig.{setting}"
             self._fail_waiting(entry, now, EngineOverloaded(text))
+
+    def _may_get_in(self, entry: AdapterEntry, room: float) -> bool:
+        """Whether an adapter may get a slot while pinned ones, which leave ``room`` bytes, stay."""
+        arena = self.slots.arena
+        if rounded(entry.slot_nbytes) > room:
+            return False
+        return arena is None or fit_beside_pinned([entry], self.slots, arena)
 
     # Scheduling
 
@@ -455,6 +497,7 @@ class Core:
         if changed or self.placing.pinned_wait:
             self.placing.place_pinned(now)
             self._arranged_at = self._changes
+        self.assembly.arrange(now)
         self._view.advance(now, self.step)
         decision = self.guard.decide(self._view, self._changes)
         for request, why in decision.reject:
@@ -464,18 +507,45 @@ class Core:
                 self.batcher.preempt(request, now)
             else:
                 self._refuse("preempt_not_running", request.id)
-        admitting = {request.adapter.uid for request in decision.admit if request.adapter is not None}
+        adapters = (request.adapter for request in decision.admit if request.adapter is not None)
+        admitting = {member.uid for adapter in adapters for member in adapter.members}
         for reason, item in self.placing.apply(decision, now, admitting):
             self._refuse(reason, item)
         for reason, item in self.merging.apply(decision.merge, now):
             self._refuse(reason, item)
-        batch = None if decision.admit or again is None else self._repeat(again)
+        admit = self._with_mixes(decision)
+        batch = None if admit or again is None else self._repeat(again)
         if batch is None:
             before = self._changes
-            batch = self._form_batch(decision.admit)
+            batch = self._form_batch(admit)
             if decision.admit:
                 self.guard.admitted(self._view, decision, before, self._changes)
         return Step(batch, [*self.merging.take_moves(), *self.residency.take_moves()])
+
+    def _with_mixes(self, decision: Resolved) -> list[Request]:
+        """Return the requests to admit: those for mixes come before the later ones of the policy's."""
+        room = self.limits.max_num_seqs - len(self.running)
+        if room <= 0 or not (self.assembly.any_waits or self.assembly.has_turn):
+            return decision.admit
+        gone = {request.seq for request in (*decision.admit, *decision.preempt)}
+        closed = self.placing.is_closed
+        able_to = (r for r in self.assembly.ready(self.now) if r.seq not in gone and not closed(r))
+        ready = list(islice(able_to, room))
+        if not ready:
+            return decision.admit
+        in_order: list[Request] = []
+        for request in decision.admit:
+            while ready and ready[0].seq < request.seq:
+                in_order.append(ready.pop(0))
+            in_order.append(request)
+        admit: list[Request] = []
+        for request in (*in_order, *ready):
+            adapter, waits = request.adapter, request.status is Status.WAITING
+            able = waits and (adapter is None or adapter.location is Location.SLOT)
+            if not able or room > 0:  # one that lost its place to a mix is no fault of the policy's
+                admit.append(request)
+            room -= able
+        return admit
 
     def schedule_next(self, batch: StepBatch, now: float) -> StepBatch | None:
         """Form the step after ``batch``, which is in flight, before its tokens are known.
@@ -565,7 +635,7 @@ class Core:
 
     def _form_batch(self, admit: Sequence[Request]) -> StepBatch | None:
         if self.placing.any_closed:
-            admit = [request for request in admit if not self.placing.is_closed(request.adapter)]
+            admit = [request for request in admit if not self.placing.is_closed(request)]
         if self.placing.short is not None and self.running:
             # Memory that becomes free is for the adapter that has waited longer.
             admit = [request for request in admit if request.arrival <= self.placing.short]
@@ -581,7 +651,7 @@ class Core:
         """Count a step, and note which slots it uses."""
         self.step += 1
         slots = self.slots.slots
-        for index in {w.slot for w in work}:
+        for index in {slot for w in work for slot in (w.used if w.parts else (w.slot,))}:
             if index >= 0 and (entry := slots[index].entry) is not None:
                 slots[index].last_used = entry.last_used = self.now
 
@@ -624,7 +694,7 @@ class Core:
         """Return the time until which neither the policy nor the core has anything to decide, so that what is
         in flight is repeated. If they may have something at any time, it is the moment after the present."""
         until = self.guard.quiet_until(self._changes)
-        if self.placing.pinned_wait or self.residency.any_wanted:
+        if self.placing.pinned_wait or self.residency.any_wanted or self.assembly.any_waits:
             until = -inf
         due = self.next_due()
         return max(nextafter(self.now, inf), until if due is None else min(due, until))
@@ -712,7 +782,14 @@ class Core:
         view = None
         if request is not None:
             view = request.view
-            adapter = None if request.adapter is None else request.adapter.name
+            adapter = view.adapter
+            if _is_hidden(request):  # policies see it while it runs
+                if kind == "request_added":
+                    return
+                if kind == "request_admitted":
+                    self.guard.tell(PolicyEvent("request_added", now, view, adapter, was))
+                elif kind == "request_preempted":
+                    kind = "request_finished"
         self.guard.tell(PolicyEvent(kind, now, view, adapter, was))
 
     def check(self) -> None:
@@ -727,14 +804,24 @@ class Core:
         for request in holders:
             if request.adapter is not None:
                 assert request.adapter.location is Location.SLOT
-                using[request.adapter.uid] = using.get(request.adapter.uid, 0) + 1
+                for uid in {request.adapter.uid, *(member.uid for member in request.adapter.members)}:
+                    using[uid] = using.get(uid, 0) + 1
         assert all(e.running == using.get(e.uid, 0) for e in self.residency.entries.values())
         assert len(self.requests) == len(self.running) + len(self.queues)
         assert len(self.running) <= self.limits.max_num_seqs
         assert len(self._deadlines) == sum(r.deadline is not None for r in self.requests.values())
         self.queues.check()
-        for request in self.queues.all:
+        self.assembly.check()
+        for request in self.queues:
             assert request.status is Status.WAITING and not request.blocks
+        mixes = [entry for entry in self.residency.entries.values() if isinstance(entry, MixEntry)]
+        for mix in mixes:
+            assert mix.uses == sum(request.adapter is mix for request in self.requests.values())
+
+
+def _is_hidden(request: Request) -> bool:
+    """Whether policies do not see the request while it waits, because it is for a mix of several adapters."""
+    return request.adapter is not None and len(request.adapter.parts) > 1
 
 
 def _speculation(limits: CoreLimits) -> Speculation | None:

@@ -39,7 +39,7 @@ class ReplicaReporter:
         """Seconds that each admitted request had waited."""
         self.version = 0
         """Number of changes of the adapters in slots, in the CPU cache, or on the way there."""
-        for request in core.queues.all:
+        for request in core.queues:
             self._wait(request.id, request.remaining)
 
     @property
@@ -94,10 +94,6 @@ class ReplicaReporter:
         core = self._core
         running = core.running.values()
         remaining = [len(request.tokens) - request.computed for request in running]
-        waiting_for: dict[str | None, int] = {}
-        for entry in core.queues.heads.values():
-            name = None if entry is None else entry.label
-            waiting_for[name] = waiting_for.get(name, 0) + len(core.queues.queue_of(entry))
         return Report(
             sent_at=now,
             received=received,
@@ -107,7 +103,7 @@ class ReplicaReporter:
             waiting_tokens=self._waiting_tokens + sum(tokens for tokens in remaining if tokens > 1),
             running_tokens=sum([request.computed for request in running]),
             free_kv_tokens=core.blocks.num_free * core.blocks.block_size,
-            waiting_for=waiting_for,
+            waiting_for=core.queues.by_adapter(),
             load_seconds=self._load_seconds,
             slot_seconds=self._slot_seconds,
             seconds_per_token=self._speed.seconds_per_token,

@@ -63,8 +63,10 @@ class AdapterEntry:
         "merge_failed",
         "merge_seconds",
         "mergeable",
+        "mixes",
         "name",
         "nbytes",
+        "parts",
         "path",
         "pin_when_read",
         "pinned",
@@ -75,6 +77,7 @@ class AdapterEntry:
         "slot_nbytes",
         "slot_seconds",
         "stalled",
+        "summable",
         "uid",
         "version",
         "waiting",
@@ -90,6 +93,7 @@ class AdapterEntry:
         *,
         found: bool = False,
         files: AdapterFiles | None = None,
+        parts: Sequence[tuple[AdapterEntry, float]] = (),
     ) -> None:
         self.uid = uid
         self.label = name
@@ -103,6 +107,12 @@ class AdapterEntry:
         the resolver again."""
         self.files = files
         """Files of an adapter that was given in memory; they are read in place of a folder."""
+        self.parts = parts
+        """The adapters and weights that a mix is made of; of any other adapter, nothing."""
+        self.mixes: dict[int, AdapterEntry] = {}
+        """The mixes that it is a part of, by uid."""
+        self.summable = True
+        """Whether a step can add it up with others: it is A and B, and nothing else."""
         self.held = False
         """Whether it is published only on demand, and not when it has been read."""
         self.location = Location.DISK
@@ -148,19 +158,53 @@ class AdapterEntry:
         """Digest of the content that the device could not merge."""
 
     @property
+    def members(self) -> Sequence[AdapterEntry]:
+        """The adapters whose slots its requests run in: itself, or a mix's parts."""
+        return [part for part, _ in self.parts] if self.parts else (self,)
+
+    @property
+    def home(self) -> AdapterEntry:
+        """The adapter that policies see its requests wait for: itself, or the one that a mix scales."""
+        return self
+
+    @property
+    def slots(self) -> Sequence[tuple[int, float]]:
+        """Slots and weights of what a step adds up for a mix; (): it is computed as it is."""
+        return ()
+
+    def count_run(self, change: int) -> None:
+        """Count a request that begins (1) or ends (-1) to run on it."""
+        self.running += change
+        for part, _ in self.parts:
+            part.running += change
+
+    @property
+    def head(self) -> Request | None:
+        """The request that has waited longest for it, or for a mix that it is a part of."""
+        if not self.mixes:
+            return self.waiting.head
+        heads = [entry.waiting.head for entry in (self, *self.mixes.values())]
+        return min((head for head in heads if head is not None), key=lambda r: r.seq, default=None)
+
+    @property
+    def is_wanted(self) -> bool:
+        """Whether requests wait for it, or for a mix that it is a part of."""
+        return bool(self.waiting) or (bool(self.mixes) and any(mix.waiting for mix in self.mixes.values()))
+
+    @property
     def oldest_arrival(self) -> float | None:
         return self.waiting.oldest
 
     @property
     def wanted_by(self) -> str | None:
         """The tenant whose request has waited longest for it or, if none waits, ran on it last."""
-        head = self.waiting.head
+        head = self.head
         return self.last_tenant if head is None else head.options.tenant
 
     @property
     def needed_since(self) -> float | None:
         """Time since when a request or caller has waited for it to be in the CPU cache; None if none does."""
-        head, wanted = self.waiting.head, self.wanted_since
+        head, wanted = self.head, self.wanted_since
         if head is None:
             return wanted
         return head.arrival if wanted is None else min(head.arrival, wanted)
@@ -342,11 +386,12 @@ class Request:
         return min(left, self.adapted_from - self.computed)
 
     def slot_at(self, position: int) -> int:
-        """The slot that computes the token at ``position``; -1 for the base model."""
+        """The slot that computes the token at ``position``, of a mix the first one; -1 for the base model."""
         entry = self.adapter
-        if entry is None or entry.slot is None or (entry.invocation and position < self.adapted_from):
+        if entry is None or (entry.invocation and position < self.adapted_from):
             return -1
-        return entry.slot
+        slot = entry.parts[0][0].slot if entry.parts else entry.slot
+        return -1 if slot is None else slot
 
     @property
     def unscored(self) -> int:
@@ -421,7 +466,7 @@ class CoreRequestView:
     @property
     def adapter(self) -> str | None:
         entry: AdapterEntry | None = self._r.adapter
-        return None if entry is None else entry.name
+        return None if entry is None else entry.name if not entry.parts else entry.members[0].name
 
     @property
     def cached_tokens(self) -> int:

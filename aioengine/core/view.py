@@ -21,7 +21,7 @@ from aioengine.core.blocks import BlockManager
 from aioengine.core.border import Border
 from aioengine.core.queues import RequestQueues
 from aioengine.core.state import AdapterEntry, CoreRequestView, Request
-from aioengine.schedulers.policy import CostsView
+from aioengine.schedulers.policy import CostsView, Location
 
 _view = attrgetter("view")
 _name = attrgetter("name")
@@ -191,6 +191,35 @@ class CoreMergingView:
         return None if entry is None else entry.name
 
 
+class CoreMixView:
+    """The :class:`~aioengine.schedulers.policy.MixView` of a mix."""
+
+    __slots__ = ("_e",)
+
+    def __init__(self, entry: AdapterEntry) -> None:
+        self._e = entry
+
+    name = property(attrgetter("_e.label"))
+
+    @property
+    def weights(self) -> Mapping[str, float]:
+        return {part.name: weight for part, weight in self._e.parts}
+
+    @property
+    def missing(self) -> Sequence[str]:
+        return [part.name for part in self._e.members if part.location is not Location.SLOT]
+
+    @property
+    def waiting(self) -> int:
+        return len(self._e.waiting)
+
+    @property
+    def oldest_arrival(self) -> float:
+        oldest = self._e.oldest_arrival
+        assert oldest is not None
+        return oldest
+
+
 class CoreView:
     """The :class:`~aioengine.schedulers.policy.SchedulerView` of a core's parts."""
 
@@ -268,6 +297,10 @@ class CoreView:
     @property
     def running(self) -> Sequence[CoreRequestView]:
         return list(map(_view, self._batcher.running.values()))
+
+    @property
+    def mixes(self) -> Sequence[CoreMixView]:
+        return [CoreMixView(entry) for entry in self._queues.mixes.values()]
 
     @property
     def free_blocks(self) -> int:

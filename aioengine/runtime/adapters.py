@@ -286,7 +286,7 @@ class AdapterOps:
     def _abort_all(self, entry: AdapterEntry) -> None:
         self._stepper.catch_up()
         for request in list(self._core.requests.values()):
-            if request.adapter is entry:
+            if request.adapter is not None and entry in request.adapter.members:
                 self._core.end(request, "abort", _now())
 
     # Pinning

@@ -64,7 +64,7 @@ class Counters:
         preempted = core.room.returned
         blocked = sum(
             len(entry.waiting) - (sum(r.ticket is None for r in entry.waiting) if preempted else 0)
-            for entry in queues.heads.values()
+            for entry in (*queues.heads.values(), *queues.mixes.values())
             if entry is not None and entry.location is not Location.SLOT
         )
         live = core.requests.values()
@@ -137,10 +137,6 @@ def slot_infos(core: Core) -> tuple[SlotInfo, ...]:
 
 
 def engine_load(core: Core, step_age: float) -> EngineLoad:
-    waiting_for: dict[str | None, int] = {}
-    for entry in core.queues.heads.values():
-        name = None if entry is None else entry.label
-        waiting_for[name] = waiting_for.get(name, 0) + len(core.queues.queue_of(entry))
     live = core.requests.values()
     block = core.blocks.block_size
     return EngineLoad(
@@ -150,7 +146,7 @@ def engine_load(core: Core, step_age: float) -> EngineLoad:
         running_tokens=sum(r.computed for r in core.running.values()),
         kv_tokens=core.blocks.num_blocks * block,
         kv_tokens_free=core.blocks.num_free * block,
-        waiting_for=waiting_for,
+        waiting_for=core.queues.by_adapter(),
         step_age=step_age,
     )
 

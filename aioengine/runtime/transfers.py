@@ -136,7 +136,7 @@ class AdapterMoves:
             failure.__cause__ = error
             self._core.adapter_load_failed(entry, loop.time(), failure, "internal")
         else:
-            entry.labels, entry.invocation = done.labels, done.invocation
+            entry.labels, entry.invocation, entry.summable = done.labels, done.invocation, done.summable
             refused = self._core.adapter_loaded(
                 entry,
                 loop.time(),

@@ -64,7 +64,8 @@ class IdleWatch:
         if self._said or seconds < IDLE_WARNING_SECONDS:
             return
         self._said = True
-        heads = self._core.queues.heads.values()
+        queues = self._core.queues
+        heads = (*queues.heads.values(), *queues.mixes.values())
         cold = sum(len(e.waiting) for e in heads if e is not None and e.location is not Location.SLOT)
         waiting = len(self._core.queues)
         logger.warning(

@@ -23,6 +23,7 @@ from aioengine.schedulers.policies.dlora import DLoRA
 from aioengine.schedulers.policies.fcfs import FCFS
 
 NAMES = ("a", "b", "c", "d")
+MIXES = (("a", "b"), ("b", "c"), ("c", "a", "d"), ("b",), ("c", "d"))
 SIZES = (400, 1000, 2400, 2600)
 MAX_BYTES = 2500
 
@@ -87,7 +88,7 @@ class CoreMachine(RuleBasedStateMachine):
             self.sim.register(name)
 
     @rule(
-        adapter=st.sampled_from([None, *NAMES]),
+        adapter=st.sampled_from([None, *NAMES, *MIXES]),
         prompt=st.lists(st.integers(2, 4), min_size=1, max_size=30),
         max_tokens=st.sampled_from([1, 2, 5, 12, 20]),
         deadline=st.sampled_from([None, None, 0.3, 2.0]),
@@ -97,7 +98,7 @@ class CoreMachine(RuleBasedStateMachine):
     )
     def add(
         self,
-        adapter: str | None,
+        adapter: str | tuple[str, ...] | None,
         prompt: list[int],
         max_tokens: int,
         deadline: float | None,
@@ -107,8 +108,13 @@ class CoreMachine(RuleBasedStateMachine):
     ) -> None:
         sim = self.sim
         cache_pins = [CachePin(tokens=tokens, seconds=seconds) for tokens, seconds in pins]
-        if adapter is not None and adapter not in sim.core.residency.current:
-            sim.register(adapter)
+        names = (adapter,) if isinstance(adapter, str) else adapter or ()
+        for name in names:
+            if name not in sim.core.residency.current:
+                sim.register(name)
+        if isinstance(adapter, tuple):
+            entries = [sim.core.residency.current[name] for name in adapter]
+            adapter = sim.mix(*adapter) if all(entry.summable for entry in entries) else names[0]
         due = None if deadline is None else sim.now + deadline
         try:
             request = sim.add(
@@ -132,7 +138,7 @@ class CoreMachine(RuleBasedStateMachine):
     def check_tokens_refusal(self, error: EngineOverloaded, tenant: str | None, tokens: int) -> None:
         """It is not its tenant's only one, and they are more than a tenant may have, or than its part."""
         limits = self.sim.core.limits
-        fresh = [request for request in self.sim.core.queues.all if request.ticket is not None]
+        fresh = [request for request in self.sim.core.queues if request.ticket is not None]
         sums: Counter[str | None] = Counter()
         for request in fresh:
             sums[request.options.tenant] += request.prompt_len
@@ -145,7 +151,7 @@ class CoreMachine(RuleBasedStateMachine):
     def check_refusal(self, error: EngineOverloaded, tenant: str | None, adapter: str | None) -> None:
         """Whom it concerns had as many as it may, or no other tenant had many more."""
         limits, room = self.sim.core.limits, self.sim.core.room
-        fresh = [request for request in self.sim.core.queues.all if request.ticket is not None]
+        fresh = [request for request in self.sim.core.queues if request.ticket is not None]
         places = [(r.options.tenant, None if r.adapter is None else r.adapter.label) for r in fresh]
         places += [(t.tenant, t.adapter) for t in self.tickets if t not in self.lost]
         if error.bound == "adapter":
@@ -257,6 +263,7 @@ class CoreMachine(RuleBasedStateMachine):
         """They are read when the adapter has left the CPU cache."""
         self.sim.contents[name] = self.sim.contents.get(name, 0) + 1
         (self.sim.unmergeable.discard if mergeable else self.sim.unmergeable.add)(name)
+        (self.sim.unsummable.discard if mergeable else self.sim.unsummable.add)(name)
 
     @precondition(lambda self: self.sim.loads)
     @rule(which=st.integers(0, 100), fail=st.sampled_from([False, False, False, True]))
@@ -285,10 +292,10 @@ class CoreMachine(RuleBasedStateMachine):
     @rule(again=st.booleans())
     def lose_device(self, again: bool) -> None:
         core = self.sim.core
-        waiting = [request.id for request in core.queues.all]
+        waiting = [request.id for request in core.queues]
         for _ in range(1 + again):
             self.sim.lose_device()
-        assert [request.id for request in core.queues.all] == waiting
+        assert [request.id for request in core.queues] == waiting
         assert not core.running and not core.cpu.entries
         assert core.blocks.num_free == core.blocks.size
         assert not core.residency.take_moves()
@@ -349,7 +356,7 @@ class CoreMachine(RuleBasedStateMachine):
         reserved = sum(ticket not in self.lost for ticket in self.tickets)
         assert len(core.room) == len(core.queues) + reserved
         if core.room.max_tokens is not None:
-            fresh = [request for request in core.queues.all if request.ticket is not None]
+            fresh = [request for request in core.queues if request.ticket is not None]
             assert core.room.tokens == sum(request.prompt_len for request in fresh)
             tenants = {request.options.tenant for request in fresh}
             assert core.room.tokens <= 60 + 30 * len(tenants), "the bound, and one prompt of each tenant"
@@ -362,20 +369,21 @@ class CoreMachine(RuleBasedStateMachine):
                 continue
             for work in batch.sequences:  # what it reads and writes is not given to anybody else
                 assert all(core.blocks._refs[block] > 0 for block in work.block_table)
-                if work.slot >= 0:
-                    slot = core.slots.slots[work.slot]
-                    assert (slot.entry, slot.offset) == self.in_flight[work.slot], "it was moved"
+                for index in work.used:
+                    slot = core.slots.slots[index]
+                    assert index < 0 or (slot.entry, slot.offset) == self.in_flight[index], "it was moved"
 
     def check_batch(self) -> None:
         core, batch = self.sim.core, self.sim.batch
         assert batch is not None
-        assert len({w.slot for w in batch.sequences if w.slot >= 0}) <= core.limits.num_slots
+        assert len({slot for w in batch.sequences for slot in w.used} - {-1}) <= core.limits.num_slots
         assert sum(len(w.tokens) for w in batch.sequences) <= LIMITS.max_num_batched_tokens
         assert len(batch.sequences) <= LIMITS.max_num_seqs
         blocks = [b for w in batch.sequences for b in w.block_table[w.start // LIMITS.block_size :]]
         assert len(blocks) == len(set(blocks)), "two sequences would write one block"
         merged = core.merging.entry
         alone = {w.slot for w in batch.sequences} == {None if merged is None else merged.slot}
+        alone = alone and not any(w.parts for w in batch.sequences)
         assert (batch.merged is not None) == alone, "if and only if all are its requests"
         assert merged is None or batch.merged is None or self.sim.merged == (batch.merged, merged.digest)
         for work in batch.sequences:
@@ -384,9 +392,11 @@ class CoreMachine(RuleBasedStateMachine):
             if request.adapter is None:
                 assert work.slot == -1
             else:
-                slot = core.slots.slots[work.slot]
-                assert slot.entry is request.adapter, "the very version that it was accepted for"
-                assert slot.state in (SlotState.READY, SlotState.DRAINING)
+                for index, entry in zip(work.used, request.adapter.members, strict=True):
+                    slot = core.slots.slots[index]
+                    assert slot.entry is entry, "the very version that it was accepted for"
+                    assert slot.state in (SlotState.READY, SlotState.DRAINING)
+                assert work.slot == next(work.used)
             assert len(work.block_table) * LIMITS.block_size >= work.start + len(work.tokens)
 
     def teardown(self) -> None:

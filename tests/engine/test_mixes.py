@@ -55,6 +55,36 @@ async def test_as_peft_adds_them_up(tiny: Tiny, make_engine: MakeEngine) -> None
         engine.check_invariants()
 
 
+async def test_it_needs_no_load_and_no_slot_where_its_parts_are(tiny: Tiny, make_engine: MakeEngine) -> None:
+    """Of ranks that together are more than a slot has; computed with others in one batch."""
+    mix = {"all-modules": 0.7, "rank-3": -0.4}
+    async with make_engine(tiny, max_loras=2, max_cpu_loras=2) as engine:
+        for name in mix:
+            engine.register_adapter(name, tiny.adapters[name])
+            await engine.complete(PROMPT, greedy(1), adapter=name)
+        before = engine.stats()
+        wanted = [mix, None, "rank-3", {"rank-3": 0.5}, "all-modules", {"rank-3": 0.25, "all-modules": 0.5}]
+        outputs = await asyncio.gather(
+            *(engine.complete(PROMPT, greedy(8), adapter=one) for one in wanted)  # type: ignore[arg-type]
+        )
+        after = engine.stats()
+        assert (after.cpu_loads, after.slot_loads) == (before.cpu_loads, before.slot_loads)
+        assert sorted(info.name for info in engine.resident()) == sorted(mix)
+        for one, output in zip(wanted, outputs, strict=True):
+            plain = tiny.expected(PROMPT, 8, one) if not isinstance(one, dict) else expected(tiny, one, 8)
+            assert output.token_ids == plain, one
+        engine.check_invariants()
+
+
+async def test_by_transformers_own_modules(tiny: Tiny, make_engine: MakeEngine) -> None:
+    async with make_engine(tiny, model_impl="transformers") as engine:
+        for name in ("rank-3", "qv-only", "rank-4"):
+            engine.register_adapter(name, tiny.adapters[name])
+        runs = [engine.complete(PROMPT, greedy(8), adapter=mix) for mix in MIXES]
+        for mix, output in zip(MIXES, await asyncio.gather(*runs), strict=True):
+            assert output.token_ids == expected(tiny, mix, 8), mix
+
+
 async def test_a_new_version_and_an_unload(tiny: Tiny, make_engine: MakeEngine) -> None:
     async with make_engine(tiny, max_loras=1, max_cpu_loras=1) as engine:
         await engine.load_adapter("x", tiny.adapters["rank-3"])
@@ -132,10 +162,12 @@ async def test_who_has_too_many_mixes_is_in_nobodys_way(
 
 async def test_refused(tiny: Tiny, make_engine: MakeEngine, tmp_path: Any) -> None:
     dora = build_adapter(tiny.model, tmp_path / "dora", use_dora=True)
+    bias = build_adapter(tiny.model, tmp_path / "bias", lora_bias=True, r=8)
     async with make_engine(tiny) as engine:
         for name in ("all-modules", "rank-3"):
             engine.register_adapter(name, tiny.adapters[name])
         engine.register_adapter("dora", dora)
+        engine.register_adapter("bias", bias)
         wrong: list[tuple[Any, type[Exception], str]] = [
             ({}, RequestInvalid, "a mix of 0 adapters"),
             ({f"a{i}": 1.0 for i in range(9)}, RequestInvalid, "a mix of 9 adapters"),
@@ -143,7 +175,7 @@ async def test_refused(tiny: Tiny, make_engine: MakeEngine, tmp_path: Any) -> No
             ({"rank-3": "1"}, RequestInvalid, r"adapter\['rank-3'\]"),
             ({"": 1.0}, RequestInvalid, "adapter"),
             ({"rank-3": 0.5, "nobody": 0.5}, AdapterNotFound, "nobody"),
-            ({"all-modules": 0.5, "rank-3": 0.5}, AdapterTooLarge, "16 \\+ 3, more than max_lora_rank=16"),
+            ({"all-modules": 0.5, "bias": 0.5}, AdapterTooLarge, r"16 \+ 8, more than max_lora_rank=16"),
             (
                 {"dora": 0.5, "rank-3": 0.5},
                 AdapterInvalid,

@@ -46,12 +46,14 @@ def test_both_sides_agree_on_every_batch(seed: int) -> None:
     rng = random.Random(seed)
     sim = CoreSim(LIMITS._replace(num_blocks=rng.randint(16, 24)))
     sim.register("a")
+    sim.register("b")
+    mix = sim.mix("a", "b", weight=0.3)
     both = Both()
     seen = 0
     for _ in range(60):
         if rng.random() < 0.4:
             prompt = rng.choices(range(2, 9), k=rng.randint(1, 30))
-            sim.add(rng.choice([None, "a"]), prompt=prompt, max_tokens=rng.randint(1, 12))
+            sim.add(rng.choice([None, "a", mix]), prompt=prompt, max_tokens=rng.randint(1, 12))
         if rng.random() < 0.1 and sim.core.requests:
             sim.core.end(rng.choice(list(sim.core.requests.values())), "abort", sim.now)
             sim.take_events()

@@ -231,6 +231,8 @@ async def test_a_replica_knows_the_version_better_than_the_door(
         client, there = fleet.client, fleet.replicas["r1"]
         expected = (await client.complete(prompt, greedy(12), adapter=wanted)).token_ids
         held, works = HeldStep(), list[asyncio.Task[Any]]()
+        # Adapters that were never read are read before a request for a mix of them waits.
+        await there.engine.complete(prompt, greedy(1), adapter="b")
         if lives:
             params = SamplingParams(temperature=0, max_tokens=1, constraint=held)
             works.append(asyncio.create_task(there.engine.complete(prompt, params, adapter="a")))

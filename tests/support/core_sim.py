@@ -11,10 +11,11 @@ from aioengine import events
 from aioengine.core import CopyMove, Core, CoreLimits, DropMove, LoadMove, MergeMove, StopMove
 from aioengine.core.state import AdapterEntry, Request
 from aioengine.errors import AdapterLoadError, EngineDead
+from aioengine.info import mix_name
 from aioengine.request import RequestOptions, SamplingParams
 from aioengine.schedulers import SchedulerPolicy
 from aioengine.schedulers.policies.fcfs import FCFS
-from aioengine.step import Sampled, SequenceWork, StepBatch, StepResult
+from aioengine.step import AdapterSource, MixFiles, Sampled, SequenceWork, StepBatch, StepResult
 
 LIMITS = CoreLimits(
     num_slots=2,
@@ -32,6 +33,22 @@ LIMITS = CoreLimits(
 def next_token(history: list[int]) -> int:
     """A stand-in for the model: depends on everything before it, and never is the end of sequence."""
     return 2 + (sum(history) * 31 + len(history)) % 200
+
+
+class NoFiles:
+    """The files of a mix, which a test does not read."""
+
+    nbytes = 0
+
+    @property
+    def files(self) -> AdapterSource:
+        return MixFiles(())
+
+    def share(self) -> NoFiles:
+        return self
+
+    def release(self) -> None:
+        pass
 
 
 class Free:
@@ -59,6 +76,9 @@ class CoreSim:
         self.merges: list[AdapterEntry] = []
         self.unmergeable: set[str] = set()
         """Names of adapters that cannot be merged."""
+        self.mixes = 0
+        self.unsummable: set[str] = set()
+        """Names of adapters that are of such a kind, when they are read, that a step cannot add them up."""
         self.contents: dict[str, int] = {}
         """How often the files of adapters have changed in place, by name."""
         self.merged: tuple[int, str] | None = None
@@ -92,6 +112,16 @@ class CoreSim:
         entry = self.core.residency.declare(name, f"/adapters/{name}")
         self.core.residency.publish(entry, self.now)
         return entry
+
+    def mix(self, *names: str, weight: float = 0.5) -> str:
+        """Return the name of the mix of these adapters' current versions."""
+        residency = self.core.residency
+        parts = [(residency.current[name], weight) for name in names]
+        name = mix_name((f"{entry.label}@{entry.version}", weight) for entry, weight in parts)
+        if name not in residency.current:
+            self.mixes += 1
+            residency.declare_mix(name, parts, NoFiles(), self.mixes, self.now)
+        return name
 
     def add(
         self,
@@ -199,6 +229,7 @@ class CoreSim:
             self.core.adapter_load_failed(entry, self.now, error, "io")
         else:
             changed = self.contents.get(entry.label, 0)
+            entry.summable = entry.label not in self.unsummable
             self.on_cpu.add(entry.uid)
             self.digests[entry.uid] = digest = f"{entry.label}-{entry.version}" + "'" * changed
             self.core.adapter_loaded(

@@ -27,6 +27,14 @@ def least_recently_used(entries: Sequence[AdapterEntry]) -> Sequence[AdapterEntr
     return sorted(entries, key=lambda entry: entry.last_used)
 
 
+def _later(entry: AdapterEntry, newcomer: AdapterEntry) -> bool:
+    """Whether a request for ``newcomer`` came before those for ``entry``, of the same time. It only matters
+    to parts of mixes: two mixes that need each other's would both wait for ever."""
+    mine, theirs = newcomer.head, entry.head
+    mixed = newcomer.mixes or entry.mixes
+    return bool(mixed) and mine is not None and theirs is not None and mine.seq < theirs.seq
+
+
 class CpuCache:
     """At most ``capacity`` adapters with at most ``max_bytes`` (None: no bound) together."""
 
@@ -43,6 +51,8 @@ class CpuCache:
         self._largest: int | None = None
         """The largest of those; None when it must be computed again."""
         self._order = order
+        self.reserved: set[int] = set()
+        """Uids of adapters that are not evicted, because the mix whose turn it is needs them all at once."""
 
     @property
     def room(self) -> int:
@@ -125,7 +135,9 @@ class CpuCache:
             if entry.location is Location.SLOT and entry.uid in keep:
                 continue
             needed = entry.needed_since
-            earlier = needed is not None and needed <= limit
+            earlier = needed is not None and (
+                needed < limit or (needed == limit and not _later(entry, newcomer))
+            )
             if earlier and entry not in offered:
                 beyond = self._beyond_their_share(newcomer) if beyond is None else beyond
                 if entry.uid not in beyond:
@@ -149,11 +161,11 @@ class CpuCache:
 
         None if the tenant that has waited longest for ``newcomer`` has its share.
         """
-        if newcomer.waiting.head is None:
+        if newcomer.head is None:
             return set()
         places: dict[str | None, set[int]] = {newcomer.wanted_by: set()}
         for entry in self.entries.values():
-            if entry is newcomer or not (entry.running or entry.waiting.head):
+            if entry is newcomer or not (entry.running or entry.head):
                 continue
             who = entry.wanted_by
             if who in places:
@@ -182,9 +194,8 @@ class CpuCache:
         self._counted[entry.uid] = nbytes
         self._largest = None
 
-    @staticmethod
-    def _movable(entry: AdapterEntry) -> bool:
-        if entry.pinned or entry.running:
+    def _movable(self, entry: AdapterEntry) -> bool:
+        if entry.pinned or entry.running or entry.uid in self.reserved:
             return False
         if entry.location is Location.SLOT:
             return True

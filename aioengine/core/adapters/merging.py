@@ -113,7 +113,9 @@ class Merging:
         entry = self.entry
         if entry is None or entry.slot is None or not work:
             return None
-        return entry.uid if work[0].slot == work[-1].slot == entry.slot else None
+        if not work[0].slot == work[-1].slot == entry.slot or any(row.parts for row in work):
+            return None
+        return entry.uid
 
     def take_moves(self) -> list[MergeMove]:
         moves, self._moves = self._moves, []

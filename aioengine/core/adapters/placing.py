@@ -6,12 +6,14 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from itertools import chain
 
 from aioengine.core.adapters.arena import rounded
+from aioengine.core.adapters.assembly import Assembly
+from aioengine.core.adapters.mix import fit_beside_pinned
 from aioengine.core.adapters.residency import Residency
 from aioengine.core.adapters.room import find_room
 from aioengine.core.adapters.slots import Slot, SlotTable, may_leave
 from aioengine.core.border import Border
 from aioengine.core.guard import Resolved
-from aioengine.core.state import AdapterEntry
+from aioengine.core.state import AdapterEntry, Request
 from aioengine.schedulers.policy import Location, Place
 
 WANT_PATIENCE_SECONDS = 1.0
@@ -27,8 +29,9 @@ Refusal = tuple[str, str]
 class Placing:
     """Turns decisions into the moves of a ``Residency``."""
 
-    def __init__(self, residency: Residency, border: Border | None = None) -> None:
+    def __init__(self, residency: Residency, assembly: Assembly, border: Border | None = None) -> None:
         self._residency = residency
+        self._assembly = assembly
         self._border = border
         """None unless adapters and KV blocks share a memory."""
         self.short: float | None = None
@@ -38,9 +41,12 @@ class Placing:
         self._closed: set[int] = set()
         self._pinned_wait = False
 
-    def is_closed(self, entry: AdapterEntry | None) -> bool:
-        """Whether its slot admits no requests, because a pinned adapter waits for the slot."""
-        return entry is not None and entry.uid in self._closed
+    def is_closed(self, request: Request) -> bool:
+        """Whether its slots admit no requests, because a pinned adapter or a mix waits for one of them."""
+        adapter = request.adapter
+        if adapter is not None and any(member.uid in self._closed for member in adapter.members):
+            return True
+        return self._assembly.is_closed_to(request)
 
     @property
     def pinned_wait(self) -> bool:
@@ -49,7 +55,7 @@ class Placing:
 
     @property
     def any_closed(self) -> bool:
-        return bool(self._closed)
+        return bool(self._closed) or self._assembly.closes
 
     def place_pinned(self, now: float) -> None:
         """Place each pinned adapter as soon as a slot can be had, whether or not the policy asks for it. If
@@ -59,12 +65,13 @@ class Placing:
         self._pinned_wait = False
         for entry in self._pinned_outside():
             self._pinned_wait = True
-            room = self._slots.room_beside_pinned()
-            if self._slots.arena is not None and rounded(entry.slot_nbytes) > room:
+            room, arena = self._slots.room_beside_pinned(), self._slots.arena
+            fits = rounded(entry.slot_nbytes) <= room
+            if arena is not None and not (fits and fit_beside_pinned([entry], self._slots, arena)):
                 if entry.error is None:
                     self._residency.pin_refused(entry, now, int(room))
             elif now >= _retry_at(entry):
-                keep = self._slots.superseded()
+                keep = self._slots.superseded() | self._assembly.kept
                 if self._start(entry, None, (), self._slots.victims(keep), (), keep, now) is not None:
                     self._close_for(entry, keep)
 
@@ -74,14 +81,17 @@ class Placing:
         if arena is not None:
             idle = sum(rounded(s.entry.slot_nbytes) for s in self._slots.victims(keep) if s.entry is not None)
             missing = max(rounded(entry.slot_nbytes) - arena.free - idle, 1)
-        while missing > 0 and (busy := self._slots.least_busy(self._closed)) is not None:
+        while missing > 0 and (busy := self._slots.least_busy(self._closed | keep)) is not None:
             self._closed.add(busy)
             missing -= 1 if arena is None else rounded(self._residency.entries[busy].slot_nbytes)
 
     def next_retry(self, now: float) -> float | None:
-        """Return when a pinned adapter whose copy has failed may be copied again; None if there is none."""
-        due = map(_retry_at, self._pinned_outside())
-        return min((at for at in due if at > now), default=None)
+        """Return when a pinned adapter whose copy has failed may be copied again, or a mix has waited long;
+        None if there is none."""
+        due = [at for at in map(_retry_at, self._pinned_outside()) if at > now]
+        if (at := self._assembly.next_due(now)) is not None:
+            due.append(at)
+        return min(due, default=None)
 
     def _pinned_outside(self) -> Sequence[AdapterEntry]:
         """Return the pinned adapters that wait for a slot, in the order in which they were read."""
@@ -93,14 +103,24 @@ class Placing:
         """Start what can be started of ``place`` and ``prefetch``, in order; ``admitting`` are the uids of
         adapters that the same decision admits requests to. Returns what was refused."""
         refused: list[Refusal] = []
-        self.short = None
-        if self._border is None and not self._residency.any_wanted and not decision.moves:
+        self.short = self._assembly.short
+        reads = self._residency.any_wanted or self._assembly.any_waits
+        if self._border is None and not reads and not decision.moves:
             return refused  # as in most steps
-        self._residency.start_wanted(now, admitting, waited=WANT_PATIENCE_SECONDS)
+        kept = self._assembly.kept
+        if kept:  # the policy cannot know
+            decision = decision._replace(
+                evict=[entry for entry in decision.evict if entry.uid not in kept],
+                discard=[entry for entry in decision.discard if entry.uid not in kept],
+            )
+            admitting = admitting | kept
+        self._start_reads(now, admitting, waited=WANT_PATIENCE_SECONDS)
         given = _GivenUp(decision.evict, self._slots, admitting, refused)
         if self._border is not None:
             self._border.offered = given.slots
         for entry, place in decision.place:
+            if self._assembly.keeps_from_slots(entry) or self._is_kept(place, kept):
+                continue
             reason = self._place(entry, place, now, admitting, given)
             if reason is not None:
                 refused.append((reason, str(place)))
@@ -109,9 +129,22 @@ class Placing:
         for entry in decision.prefetch:
             if entry.location is Location.DISK:
                 self._residency.start_load(entry, now, admitting)
-        self._residency.start_wanted(now, admitting)
+        self._start_reads(now, admitting)
         refused += self._discard(decision.discard, now, admitting)
         return refused
+
+    def _start_reads(self, now: float, keep: set[int], *, waited: float = 0.0) -> None:
+        """Begin the reads that callers or mixes have waited for for so many seconds."""
+        self._residency.start_wanted(now, keep, waited=waited)
+        for entry in self._assembly.reads(now, waited=waited):
+            self._residency.start_load(entry, now, keep)
+
+    def _is_kept(self, place: Place, kept: set[int]) -> bool:
+        """Whether the slot is one that a mix's part may not leave."""
+        if not kept or place.slot is None or not 0 <= place.slot < len(self._slots.slots):
+            return False
+        entry = self._slots.slots[place.slot].entry
+        return entry is not None and entry.uid in kept
 
     def _discard(self, entries: Sequence[AdapterEntry], now: float, admitting: set[int]) -> list[Refusal]:
         """Empty the slots of these adapters. Returns those that may not leave; those in no slot are

@@ -9,13 +9,14 @@ the others leave.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 
 from aioengine import events
 from aioengine.core.adapters.arena import Arena, Window, rounded
 from aioengine.core.adapters.cpu_cache import CpuCache, Order, least_recently_used
 from aioengine.core.adapters.failures import Failures
 from aioengine.core.adapters.known import KnownAdapters
+from aioengine.core.adapters.mix import MixEntry
 from aioengine.core.adapters.moves import CopyMove, DropMove, LoadMove, Move, ReleaseMove, StopMove
 from aioengine.core.adapters.pins import Pins
 from aioengine.core.adapters.slots import Slot, SlotTable
@@ -91,6 +92,27 @@ class Residency:
         self.entries[entry.uid] = entry
         return entry
 
+    def declare_mix(
+        self,
+        name: str,
+        parts: Sequence[tuple[AdapterEntry, float]],
+        files: AdapterFiles,
+        version: int,
+        now: float,
+    ) -> MixEntry:
+        """Declare a mix of these adapters, and let requests use it. It runs in their slots; ``files`` are
+        released when it is gone."""
+        mix = MixEntry(self._next_uid, name, version, parts, files)
+        self._next_uid += 1
+        self.entries[mix.uid] = mix
+        for part in mix.members:
+            part.mixes[mix.uid] = mix
+        self.current[name] = mix
+        self._emit(
+            events.AdapterRegistered(time=now, adapter=name, version=version, path=mix.path, replaces=None)
+        )
+        return mix
+
     def _next_version(self, name: str) -> int:
         """Return a number that no version of this name had. Clients may think up any number of names, so
         only the latest have their own last number; all others have one together."""
@@ -136,6 +158,11 @@ class Residency:
     def retire(self, entry: AdapterEntry, now: float) -> None:
         """Accept no new requests on it; it is freed when the accepted ones have ended (see ``sweep``)."""
         entry.retired = True
+        if isinstance(entry, MixEntry):
+            self._retired[entry.uid] = entry
+            if self.current.get(entry.name) is entry:
+                del self.current[entry.name]
+            return
         if entry.pinned:
             self.pins.unpin(entry, now)
         self.forget_want(entry)
@@ -152,23 +179,40 @@ class Residency:
 
     def sweep(self, now: float) -> None:
         """Free every retired adapter that nothing uses any more, and cancel its reads."""
-        for entry in list(self._retired.values()):
-            if entry.location is Location.LOADING and not entry.waiting:
+        for entry in sorted(self._retired.values(), key=lambda entry: not entry.parts):  # mixes before parts
+            if isinstance(entry, MixEntry):
+                if not entry.uses and not entry.running:
+                    self._free_mix(entry, now)
+                continue
+            if entry.location is Location.LOADING and not entry.is_wanted:
                 self.load_cancelled(entry)
                 self._moves.append(StopMove(entry))
-            if entry.waiting or entry.running or self._copying(entry):
+            if entry.is_wanted or entry.running or self._copying(entry):
                 continue
+            for mix in list(entry.mixes.values()):  # they have no requests
+                assert isinstance(mix, MixEntry)
+                if not mix.retired:
+                    self.retire(mix, now)
+                self._free_mix(mix, now)
             if entry.slot is not None:
                 self.evict_slot(self.slots.slots[entry.slot], now)
             if entry.location is Location.CPU:
                 self._evict_cpu(entry, now)
-            del self._retired[entry.uid]
-            del self.entries[entry.uid]
-            if entry.files is not None:
-                self._moves.append(ReleaseMove(entry.files))
-            if self.is_known(entry):
-                del self.by_policy_name[entry.name]
-            self._emit(events.AdapterUnloaded(time=now, adapter=entry.label, version=entry.version))
+            self._free(entry, now)
+
+    def _free_mix(self, mix: MixEntry, now: float) -> None:
+        for part in mix.members:
+            del part.mixes[mix.uid]
+        self._free(mix, now)
+
+    def _free(self, entry: AdapterEntry, now: float) -> None:
+        del self._retired[entry.uid]
+        del self.entries[entry.uid]
+        if entry.files is not None:
+            self._moves.append(ReleaseMove(entry.files))
+        if self.is_known(entry):
+            del self.by_policy_name[entry.name]
+        self._emit(events.AdapterUnloaded(time=now, adapter=entry.label, version=entry.version))
 
     def replaced(self) -> list[AdapterEntry]:
         """Return the versions that requests wait for or run on although there is a later one."""
@@ -321,7 +365,7 @@ class Residency:
     ) -> None:
         self.load_cancelled(entry)
         self.forget_want(entry)
-        if isinstance(error, AdapterError) and len(entry.waiting):  # what is loaded by name is always read
+        if isinstance(error, AdapterError) and entry.is_wanted:  # what is loaded by name is always read
             self.failures.add(entry.label, error, now)
         self._failed(entry, now, error, reason)
         lost = entry.found and not entry.pinned and reason in ("io", "invalid")
@@ -357,9 +401,8 @@ class Residency:
 
     def pin_refused(self, entry: AdapterEntry, now: float, room: int) -> None:
         """Fail a pinned adapter that gets no slot, because other pinned ones leave only ``room`` bytes."""
-        text = (
-            f"it takes {entry.slot_nbytes:,} bytes in a slot, and the pinned adapters leave {room:,} bytes; "
-        )
+        text = f"it takes {entry.slot_nbytes:,} bytes in a slot, and the pinned adapters leave {room:,} bytes"
+        text += "; " if rounded(entry.slot_nbytes) > room else ", in several pieces; "
         text += "unpin one, or raise LoRAConfig.slot_memory"
         self._failed(entry, now, AdapterTooLarge(text, name=entry.label, path=entry.path), "too_large")
 
@@ -382,7 +425,7 @@ class Residency:
         """Forget everything in the CPU cache, in slots and under way, because the device's processes are
         gone. Adapters that were asked for by name, and pinned ones, are read again."""
         for entry in self.entries.values():
-            if entry.location is Location.LOADING:
+            if entry.location is Location.LOADING and not entry.parts:
                 self.load_cancelled(entry)
         for entry in list(self.cpu.entries.values()):
             if self._copying(entry) and entry.slot is not None:
@@ -502,11 +545,17 @@ class Residency:
     def check(self) -> None:
         self.slots.check()
         self.cpu.check()
-        loading = sum(e.location is Location.LOADING and not e.stalled for e in self.entries.values())
+        plain = [entry for entry in self.entries.values() if not entry.parts]
+        loading = sum(e.location is Location.LOADING and not e.stalled for e in plain)
         assert loading == self._loads <= self._max_loads
         for name, entry in self.current.items():
-            assert self.by_policy_name[name] is entry
+            assert entry.parts or self.by_policy_name[name] is entry
         for entry in self.entries.values():
+            assert all(mix.uid in self.entries and entry in mix.members for mix in entry.mixes.values())
+            if entry.parts:
+                assert entry.slot is None and (not entry.running or entry.location is Location.SLOT)
+                assert all(part.mixes[entry.uid] is entry for part in entry.members)
+        for entry in plain:
             if entry.waiting or entry.running:
                 assert self.by_policy_name[entry.name] is entry
             outside = entry.location is Location.DISK or entry.stalled

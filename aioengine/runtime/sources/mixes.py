@@ -1,14 +1,16 @@
 """Mixes: requests that name several adapters with weights, or one with a scale.
 
-A mix is a separate adapter, made when a request first asks for it. It is read from the files of its parts,
-and takes a place in the CPU cache and a slot like any other, so policies need not know about mixes. It is
-made of the versions that were current when the request came.
+A mix is made when a request first asks for it, of the versions that were current then. It takes no memory:
+its requests run in the slots of its parts, which a step adds up. If one of these has more than A and B (DoRA,
+biases, ...), or they are more than there are slots, it is read from their files as one adapter, which takes a
+place in the CPU cache and a slot like any other.
 """
 
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 
+from aioengine.core.adapters.mix import MixEntry
 from aioengine.core.adapters.residency import Residency
 from aioengine.core.state import AdapterEntry, AdapterFiles
 from aioengine.errors import AdapterInvalid, EngineOverloaded
@@ -29,18 +31,18 @@ class Mix:
     def __init__(self, parts: list[tuple[AdapterEntry, float]]) -> None:
         self.name = mix_name((f"{entry.label}@{entry.version}", weight) for entry, weight in parts)
         self.labels = {entry.label for entry, _ in parts}
-        self._parts = parts
+        self.parts = parts
         self._shared: dict[int, AdapterFiles] = {}
 
     def hold(self) -> None:
         """Keep the files of parts that were given in memory, until :meth:`release`."""
-        self._shared = {e.uid: e.files.share() for e, _ in self._parts if e.files is not None}
+        self._shared = {e.uid: e.files.share() for e, _ in self.parts if e.files is not None}
 
     @property
     def files(self) -> MixFiles:
         parts = (
             MixPart(entry.label, entry.path, weight, entry.digest or entry.expected, self._held(entry))
-            for entry, weight in self._parts
+            for entry, weight in self.parts
         )
         return MixFiles(tuple(parts))
 
@@ -53,7 +55,7 @@ class Mix:
 
     @property
     def outdated(self) -> bool:
-        return any(entry.retired for entry, _ in self._parts)
+        return any(entry.retired for entry, _ in self.parts)
 
     def release(self) -> None:
         for files in self._shared.values():
@@ -66,12 +68,19 @@ class Mixes:
     Only a tenant's own mixes count against its bound. There is no bound on the mixes of all tenants that are
     in use, because each has a request, and requests have bounds.
 
-    ``acquire`` finds the version that a name stands for.
+    ``acquire`` finds the version that a name stands for. ``read_once`` waits until a version has been read,
+    if it never was: only then it is known what it is made of.
     """
 
-    def __init__(self, residency: Residency, acquire: Callable[..., Awaitable[AdapterEntry]]) -> None:
+    def __init__(
+        self,
+        residency: Residency,
+        acquire: Callable[..., Awaitable[AdapterEntry]],
+        read_once: Callable[[AdapterEntry], Awaitable[None]],
+    ) -> None:
         self._residency = residency
         self._acquire = acquire
+        self._read_once = read_once
         self._known: dict[str, AdapterEntry] = {}
         self._of: dict[str | None, dict[str, None]] = {}
         """Each tenant's mixes by name, the least recently asked for first."""
@@ -86,6 +95,7 @@ class Mixes:
             wanted := next((name for name in weights if not self._is_up_to_date(name, parts)), None)
         ) is not None:
             parts[wanted] = await self._acquire(wanted, tenant)
+            await self._read_once(parts[wanted])
         mix = Mix([(parts[name], weight) for name, weight in weights.items()])
         name = mix.name
         self._residency.failures.check(name, now)
@@ -98,11 +108,19 @@ class Mixes:
             self._forget(name)
             self._made += 1
             mix.hold()
-            known = self._residency.declare(name, "mix:" + name, files=mix, version=self._made)
-            self._residency.publish(known, now)
+            known = self._declare(mix, now)
         self._forget(name)
         self._known[name], self._owners[name] = known, tenant
         self._of.setdefault(tenant, {})[name] = None
+        return known
+
+    def _declare(self, mix: Mix, now: float) -> AdapterEntry:
+        residency = self._residency
+        together = len({entry.uid for entry, _ in mix.parts}) == len(mix.parts) <= len(residency.slots.slots)
+        if together and all(entry.summable for entry, _ in mix.parts):
+            return residency.declare_mix(mix.name, mix.parts, mix, self._made, now)
+        known = residency.declare(mix.name, "mix:" + mix.name, files=mix, version=self._made)
+        residency.publish(known, now)
         return known
 
     def _is_up_to_date(self, name: str, parts: Mapping[str, AdapterEntry]) -> bool:
@@ -124,7 +142,7 @@ class Mixes:
     def _drop_outdated(self, now: float) -> None:
         for name, entry in list(self._known.items()):
             old = isinstance(entry.files, Mix) and entry.files.outdated
-            if entry.retired or (old and not entry.running and not entry.waiting):
+            if entry.retired or (old and not _is_used(entry)):
                 self._retire(name, now)
 
     def _make_room(self, tenant: str | None, now: float) -> None:
@@ -146,7 +164,7 @@ class Mixes:
     def _idle(self, names: Iterable[str]) -> str | None:
         """Return the first that no request uses."""
         known = self._known
-        return next((name for name in names if not known[name].running and not known[name].waiting), None)
+        return next((name for name in names if not _is_used(known[name])), None)
 
     def _retire(self, name: str, now: float) -> None:
         entry = self._known[name]
@@ -160,6 +178,10 @@ class Mixes:
             del self._of[tenant][name]
             if not self._of[tenant]:
                 del self._of[tenant]
+
+
+def _is_used(entry: AdapterEntry) -> bool:
+    return bool(entry.running or entry.waiting or (isinstance(entry, MixEntry) and entry.uses))
 
 
 _NOBODY = object()

@@ -9,7 +9,7 @@ from itertools import islice
 from aioengine.adapters.names import NAME_RULE
 from aioengine.adapters.resolvers.base import AdapterResolver
 from aioengine.core.state import AdapterEntry
-from aioengine.errors import AdapterNotFound
+from aioengine.errors import AdapterError, AdapterNotFound
 from aioengine.runtime.loop import Stepper
 from aioengine.runtime.sources.lookup import Resolution
 from aioengine.runtime.sources.mixes import Mixes
@@ -27,7 +27,7 @@ class AdapterNames:
         self.lookups = Resolution(stepper, resolver, resolve_timeout)
         self.fetched: dict[str, str | None] = {}
         """Names whose folder is found by a look-up: the source ("hf:", a URL), or None for the resolver."""
-        self.mixes = Mixes(self._residency, self.acquire)
+        self.mixes = Mixes(self._residency, self.acquire, self._read_once)
 
     def is_registered(self, name: str) -> bool:
         return name in self._residency.current
@@ -110,6 +110,27 @@ class AdapterNames:
             raise self._not_found(name)
         self.fetched[name] = source
         return self.publish(name, where, found=True)
+
+    async def _read_once(self, entry: AdapterEntry) -> None:
+        """Wait until a version has been read, if it never was. A replaced one is read for its requests."""
+        if entry.digest or entry.retired:
+            return
+
+        def is_read() -> bool:
+            if entry.error is not None and entry.wanted_since is None and not entry.digest:
+                raise entry.error
+            return bool(entry.digest) or entry.retired
+
+        first = entry.wanted_since is None
+        if first:
+            self._residency.want(entry, _now())
+            self._stepper.wake()
+        try:
+            await self._stepper.until(is_read, entry.label)
+        except AdapterError as error:
+            if first:  # one caller counts it for all
+                self._residency.failures.add(entry.label, error, _now())
+            raise
 
     def _version(self, name: str) -> AdapterEntry:
         """Return the version that "name@version" stands for: the current one, or one that was replaced and

@@ -1,0 +1,426 @@
+"""Mixes in the core: requests that need several slots at once."""
+
+from __future__ import annotations
+
+import os
+import random
+from typing import Any
+
+import pytest
+from support.core_sim import LIMITS, CoreSim
+
+from aioengine import events
+from aioengine.core.adapters.assembly import MIX_PATIENCE_SECONDS
+from aioengine.core.limits import CoreLimits
+from aioengine.core.state import Status
+from aioengine.errors import AdapterChanged, AdapterLoadError, AdapterTooLarge, EngineOverloaded
+from aioengine.schedulers import Decision, PolicyEvent, SchedulerPolicy, SchedulerView, available_policies
+from aioengine.schedulers.policies.fcfs import FCFS
+from aioengine.schedulers.registry import load_policy
+
+POLICIES = sorted(available_policies().keys() - {"oracle", "belady"})
+
+
+def make(*names: str, limits: CoreLimits = LIMITS) -> CoreSim:
+    sim = CoreSim(limits, FCFS())
+    for name in names:
+        sim.register(name)
+    return sim
+
+
+def moved(sim: CoreSim) -> list[str]:
+    """The adapters that were read or copied, in order."""
+    kinds = (events.AdapterLoading, events.AdapterPlacing)
+    return [event.adapter for event in sim.events if isinstance(event, kinds)]
+
+
+def test_parts_in_slots_need_no_load() -> None:
+    sim = make("a", "b")
+    for name in ("a", "b"):
+        sim.add(name)
+    sim.run()
+    sim.events.clear()
+    request = sim.add(sim.mix("a", "b", weight=0.3), max_tokens=2)
+    batch = sim.settle()
+    assert batch is not None and not moved(sim)
+    slots = [sim.core.residency.current[name].slot for name in ("a", "b")]
+    assert [work.parts for work in batch.sequences] == [((slots[0], 0.3), (slots[1], 0.3))]
+    assert batch.contents().adapters == 2
+    sim.run()
+    assert sim.ended[request.id] == "length" and not moved(sim)
+    assert sim.core.residency.current["a"].running == 0
+
+
+def test_all_or_none() -> None:
+    """One slot becomes idle long before the other: it is not taken alone."""
+    sim = make("a", "b", "c", "d")
+    sim.add("a", max_tokens=3)
+    sim.add("b", max_tokens=40)
+    sim.settle()
+    sim.add(sim.mix("c", "d"))
+    placed: list[str] = []
+    while sim.core.requests:
+        sim.schedule()
+        placed = [event.adapter for event in sim.events if isinstance(event, events.AdapterPlacing)]
+        assert placed[2:] in ([], ["c", "d"]), "both in one decision"
+        if sim.batch is not None:
+            sim.finish_step()
+        while sim.loads:
+            sim.finish_load()
+        while sim.copies:
+            sim.finish_copy()
+        sim.core.check()
+        sim.now += 0.01
+    assert len(placed) == 4
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_steady_traffic_does_not_keep_a_mix_out(name: str) -> None:
+    """Both slots have requests all the time, and each policy thinks of one slot at a time."""
+    sim = CoreSim(LIMITS._replace(max_num_seqs=8, num_blocks=64), load_policy(name))
+    for adapter in "abcd":
+        sim.register(adapter)
+    mix = None
+    for step in range(1000):
+        if step % 2 == 0:
+            sim.add("ab"[step // 2 % 2], max_tokens=5, tenant="t" if step % 4 else None)
+        if step == 50:
+            mix = sim.add(sim.mix("c", "d"), tenant="m")
+        sim.settle(step_seconds=0.05)
+        if mix is not None and mix.id in sim.ended:
+            break
+    assert mix is not None and sim.ended[mix.id] == "length"
+    assert sim.now - mix.arrival < 10
+
+
+def test_a_part_is_freed_with_the_last_request_of_its_mixes() -> None:
+    sim = make("a", "b")
+    request = sim.add(sim.mix("a", "b"), max_tokens=6)
+    for _ in range(3):
+        sim.settle()
+    residency = sim.core.residency
+    part = residency.current["a"]
+    residency.retire(part, sim.now)
+    sim.settle()
+    assert request.status.name == "RUNNING" and part.uid in residency.entries
+    sim.run()
+    sim.settle()
+    assert part.uid not in residency.entries and sorted(residency.current) == ["b"]
+
+
+def test_a_part_that_fails_fails_its_mixes_alone() -> None:
+    sim = make("a", "b", "c")
+    failed = [sim.add(sim.mix("a", "b")), sim.add("a"), sim.add(sim.mix("a"))]
+    fine = sim.add(sim.mix("b", "c"))
+    errors = {}
+    for request in failed:
+        request.sink = Keep(errors, request.id)  # type: ignore[assignment]
+    sim.schedule()
+    sim.finish_load([entry.label for entry in sim.loads].index("a"), fail=True)
+    assert [sim.ended[request.id] for request in failed] == ["error"] * 3
+    assert all(isinstance(error, AdapterLoadError) and error.name == "a" for error in errors.values())
+    sim.run()
+    assert sim.ended[fine.id] == "length"
+
+
+class Keep:
+    """Keeps the error that a request ends with."""
+
+    takes_many = False
+
+    def __init__(self, errors: dict[str, Exception | None], request_id: str) -> None:
+        self._errors, self._id = errors, request_id
+
+    def end(self, reason: str, error: Exception | None) -> None:
+        self._errors[self._id] = error
+
+
+def test_what_becomes_another_kind_of_adapter_fails() -> None:
+    """The files of a part change while it is on disk, to what a step cannot add up."""
+    sim = make("a", "b")
+    errors: dict[str, Exception | None] = {}
+    lost = [sim.add(sim.mix("a", "b")), sim.add(sim.mix("a"))]
+    for request in lost:
+        request.sink = Keep(errors, request.id)  # type: ignore[assignment]
+    kept = sim.add("a")
+    sim.unsummable = {"a"}
+    sim.run()
+    assert sim.ended == {lost[0].id: "error", lost[1].id: "error", kept.id: "length"}
+    assert all(isinstance(error, AdapterChanged) for error in errors.values())
+    sim.settle()
+    assert sorted(sim.core.residency.current) == ["a", "b"]
+
+
+def test_pinned_adapters_that_leave_too_few_slots() -> None:
+    sim = make("a", "b", "c")
+    sim.core.residency.want(sim.core.residency.current["a"], sim.now, pin=True)
+    for _ in range(3):
+        sim.settle()
+    errors: dict[str, Exception | None] = {}
+    lost, kept = sim.add(sim.mix("b", "c")), sim.add(sim.mix("a", "b"))
+    lost.sink = Keep(errors, lost.id)  # type: ignore[assignment]
+    sim.run()
+    assert sim.ended == {lost.id: "error", kept.id: "length"}
+    assert isinstance(errors[lost.id], EngineOverloaded)
+    assert "needs 2 slots at a time, and there are 1" in str(errors[lost.id])
+
+
+def test_parts_that_can_never_be_in_slots_together() -> None:
+    sim = make("a", "b", limits=LIMITS._replace(slot_memory=2048))
+    sim.sizes = {"a": 1500, "b": 1000}
+    errors: dict[str, Exception | None] = {}
+    request = sim.add(sim.mix("a", "b"))
+    request.sink = Keep(errors, request.id)  # type: ignore[assignment]
+    alone = sim.add("a")
+    sim.run()
+    assert sim.ended == {request.id: "error", alone.id: "length"}
+    assert isinstance(errors[request.id], AdapterTooLarge) and "2,560 bytes" in str(errors[request.id])
+
+
+def test_equal_prefixes_are_shared_by_the_same_mix_only() -> None:
+    sim = make("a", "b")
+    prompt = list(range(2, 14))
+    names = [sim.mix("a", "b"), sim.mix("a", "b", weight=0.25), sim.mix("a"), "a"]
+    for name in names:
+        request = sim.add(name, prompt=prompt)
+        sim.run()
+        assert request.cached_tokens == 0
+        request = sim.add(name, prompt=prompt)
+        sim.run()
+        assert request.cached_tokens == 8
+
+
+def test_time_alone_makes_a_mix_urgent() -> None:
+    """Nothing happens but that tokens come; the core says when it must be asked again."""
+    sim = make("a", "b", "c", "d", limits=LIMITS._replace(max_num_seqs=4))
+    for name in ("a", "b"):
+        sim.add(name, max_tokens=30)
+    for _ in range(4):
+        sim.settle()
+    mix = sim.add(sim.mix("c", "d"))
+    for _ in range(4):
+        sim.settle()
+    assert sim.core.next_due() == mix.arrival + MIX_PATIENCE_SECONDS
+    sim.now = mix.arrival + MIX_PATIENCE_SECONDS
+    late = sim.add("a", max_tokens=30)
+    sim.settle()
+    assert late.status is Status.WAITING, "its slot is closed"
+    sim.run()
+    assert sim.ended[mix.id] == sim.ended[late.id] == "length"
+
+
+def test_policies_see_a_mix_while_it_waits_beside_the_queues_and_while_it_runs_as_a_request() -> None:
+    seen: list[str] = []
+
+    class Watching(FCFS):
+        def on_event(self, event: PolicyEvent) -> None:
+            if event.request is not None:
+                seen.append(f"{event.kind.removeprefix('request_')} {event.adapter}")
+            super().on_event(event)
+
+    sim = CoreSim(LIMITS, Watching())
+    for name in "ab":
+        sim.register(name)
+    sim.add(sim.mix("a", "b", weight=0.25))
+    view = sim.core._view
+    sim.core.schedule(0.0)
+    (mix,) = view.mixes
+    assert (mix.weights, mix.missing, mix.waiting) == ({"a": 0.25, "b": 0.25}, ["a", "b"], 1)
+    assert not list(view.waiting) and not list(view.waiting_adapters) and not seen
+    assert sorted(view.adapters) == ["a", "b"]
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_steady_requests_for_a_part_keep_no_adapter_out(name: str) -> None:
+    """Two slots; requests for a, scaled ones, mixes of a and b; c comes in as it does without the mixes."""
+    took = [_steps_until_served(name, mixed=mixed) for mixed in (False, True)]
+    assert took[1] <= took[0] + 150
+
+
+def _steps_until_served(name: str, *, mixed: bool) -> int:
+    sim = CoreSim(LIMITS._replace(num_blocks=64), load_policy(name))
+    for adapter in "abc":
+        sim.register(adapter)
+    wanted = None
+    for step in range(1000):
+        if step % 2 == 0:
+            sim.add("ab"[step // 2 % 2], max_tokens=3)
+        if mixed and step % 3 == 0:
+            sim.add(sim.mix("a"), max_tokens=3)
+        if mixed and step % 3 == 1:
+            sim.add(sim.mix("a", "b"), max_tokens=3)
+        if step == 20:
+            wanted = sim.add("c")
+        sim.settle(step_seconds=0.1)
+        if wanted is not None and wanted.admitted is not None:
+            return step
+    return 1000
+
+
+def test_a_slow_read_of_a_part_is_in_nobody_s_way() -> None:
+    sim = make("a", "b", "c", "d")
+    sim.add(sim.mix("a", "b"))
+    other = sim.add(sim.mix("c", "d"))
+    plain = sim.add("b")
+    sim.schedule()
+    for _ in range(20):
+        slow = [index for index, entry in enumerate(sim.loads) if entry.label != "a"]
+        if slow:
+            sim.finish_load(slow[0])
+        elif len(sim.loads) == 1 and not sim.loads[0].stalled:
+            sim.core.adapter_load_stalled(sim.loads[0])
+        while sim.copies:
+            sim.finish_copy()
+        if sim.batch is not None:
+            sim.finish_step()
+        sim.now += 0.1
+        sim.schedule()
+        sim.core.check()
+    assert sim.ended == {plain.id: "length", other.id: "length"}
+
+
+class Nothing(SchedulerPolicy):
+    """Decides nothing, ever."""
+
+    def schedule(self, view: SchedulerView) -> Decision:
+        return Decision()
+
+
+def test_a_policy_that_starves_adapters_starves_no_mix_behind_them() -> None:
+    sim = CoreSim(LIMITS, Nothing())
+    for name in "abc":
+        sim.register(name)
+    alone = sim.add("c")
+    for _ in range(100):
+        sim.settle(step_seconds=0.2)
+    assert alone.admitted is None, "the policy's own fault"
+    mix = sim.add(sim.mix("a", "b"))
+    for _ in range(50):
+        sim.settle(step_seconds=0.2)
+    assert sim.ended == {alone.id: "length", mix.id: "length"}
+
+
+@pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.parametrize("shape", ["fixed", "bytes", "shared"])
+def test_everybody_s_turn_comes(name: str, shape: str) -> None:
+    """Clients that ask again and again, for adapters, scaled ones and mixes of two to four, in one to four
+    slots, beside pinned adapters and reads that never end: every request begins soon, or fails for a
+    reason. Policies that let requests wait for ever by themselves do it with mixes, too."""
+    bound = load_policy(name).starvation_bound
+    for seed in range(int(os.environ.get("AIOENGINE_MIX_SEEDS", "1"))):
+        world = World(name, shape, random.Random(f"{name} {shape} {seed}"))
+        for _ in range(200):
+            world.step()
+        world.finish()
+        assert world.longest["mix"] <= 150, (seed, world.longest)
+        assert bound.startswith("none") or world.longest["plain"] <= 200, (seed, world.longest)
+
+
+class World:
+    """A core with clients that each have one request at a time."""
+
+    def __init__(self, policy: str, shape: str, rng: random.Random) -> None:
+        self.rng = rng
+        slots = rng.randint(1, 4)
+        limits = LIMITS._replace(
+            num_slots=slots,
+            cpu_capacity=slots + rng.randint(0, 3),
+            num_blocks=40,
+            max_num_seqs=rng.randint(2, 6),
+        )
+        if shape == "bytes":
+            limits = limits._replace(slot_memory=256 * rng.randint(5, 16))
+        elif shape == "shared":
+            limits = limits._replace(num_blocks=36, shared_block_bytes=256 * 4)
+        self.sim = sim = CoreSim(limits, load_policy(policy))
+        self.names = "abcdef"
+        for adapter in self.names:
+            sim.register(adapter)
+            sim.sizes[adapter] = rng.choice([200, 500, 900, 1200])
+        self.hung = set(rng.sample(self.names, rng.choice([0, 0, 1])))
+        self._since: dict[int, int] = {}
+        """Steps at which the reads under way began, by uid."""
+        self.pinned = rng.sample(self.names, rng.randint(0, max(0, slots - 1)))
+        self.clients: list[dict[str, Any]] = []
+        for index in range(rng.randint(3, 9)):
+            kind = rng.choice(["plain", "plain", "any", "scale", "mix", "mix", "one mix"])
+            own = rng.sample(self.names, rng.randint(2, 4)) if "mix" in kind else rng.choice(self.names)
+            self.clients.append(
+                {
+                    "kind": kind,
+                    "own": own,
+                    "pause": rng.choice([0, 0, 3, 20]),
+                    "tenant": rng.choice([None, "x", "y"]),
+                    "length": rng.choice([1, 4, 10]),
+                    "next": rng.randint(0, 30),
+                    "request": None,
+                    "at": 0,
+                }
+            )
+        self.steps = 0
+        self.longest = {"plain": 0, "mix": 0}
+        self.who = ""
+
+    def ask(self, client: dict[str, Any]) -> None:
+        kind, own, rng, sim = client["kind"], client["own"], self.rng, self.sim
+        if kind == "any":
+            wanted = rng.choice([None, *self.names])
+        elif kind == "plain":
+            wanted = own
+        elif kind == "scale":
+            wanted = sim.mix(own)
+        else:
+            wanted = sim.mix(*(own if kind == "one mix" else rng.sample(self.names, rng.randint(2, 4))))
+        client["request"] = sim.add(wanted, max_tokens=client["length"], tenant=client["tenant"])
+        client["at"] = self.steps
+
+    def step(self, *, ask: bool = True) -> None:
+        sim, core = self.sim, self.sim.core
+        self.steps += 1
+        if self.steps == 30:  # in the middle of the memory
+            for name in self.pinned:
+                core.residency.want(core.residency.current[name], sim.now, pin=True)
+        for client in self.clients:
+            request = client["request"]
+            if request is None:
+                if ask and self.steps >= client["next"]:
+                    self.ask(client)
+                continue
+            waited = self.steps - client["at"]
+            if request.admitted is None and request.status is not Status.ENDED:
+                kind = "mix" if "mix" in client["kind"] else "plain"
+                self.longest[kind] = max(self.longest[kind], waited)
+            elif request.status is Status.ENDED:
+                failed = sim.ended[request.id] == "error"
+                client["request"], client["next"] = None, self.steps + (20 if failed else client["pause"])
+        self.read()
+        while sim.copies:
+            sim.finish_copy()
+        sim.schedule()
+        core.check()
+        sim.now += 0.2
+        if sim.batch is not None:
+            sim.finish_step()
+            core.check()
+
+    def read(self) -> None:
+        """End the reads, except those that hang. These stall after five steps, and fail after 25."""
+        sim = self.sim
+        for entry in list(sim.loads):
+            since = self._since.setdefault(entry.uid, self.steps)
+            if entry.label in self.hung:
+                if self.steps - since == 5:
+                    sim.core.adapter_load_stalled(entry)
+                if self.steps - since < 25:
+                    continue
+            del self._since[entry.uid]
+            sim.finish_load(sim.loads.index(entry), fail=entry.label in self.hung)
+            sim.core.check()
+
+    def finish(self) -> None:
+        for _ in range(400):
+            if not self.sim.core.requests:
+                break
+            self.step(ask=False)
+        assert not self.sim.core.requests or self.hung
+        assert all(entry.running == 0 for entry in self.sim.core.residency.entries.values())
