@@ -6,6 +6,7 @@ import asyncio
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -25,6 +26,8 @@ from aioengine.kernels.blocks import BlockWeight
 from aioengine.model.experts.spec import MixtureSpec
 from aioengine.model.files.packing import MXFP4
 from aioengine.model.files.resolve import read_spec
+from aioengine.model.parallel.group import Shard
+from aioengine.model.parallel.partition import Partition
 from aioengine.model.spec import Quantization
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
@@ -97,6 +100,19 @@ async def test_tokens_are_those_of_the_expanded_model(
         for (name, tokens), output in zip(work, outputs, strict=True):
             logits = model.logits([*tokens, *output.token_ids[:-1]], name)[len(tokens) - 1 :]
             assert output.token_ids == logits.argmax(-1).tolist(), name
+
+
+@pytest.mark.usefixtures("preloaded_workers")
+async def test_two_ranks_keep_their_parts_as_stored(tmp_path: Path) -> None:
+    model = checkpoint(tmp_path)
+    whole = read_spec(model.folder, "native")
+    assert Partition(whole, Shard(1, 2)).local.packed == whole.packed
+    params, tokens = SamplingParams(max_tokens=6, ignore_eos=True), prompt(0, 20)
+    ranks: dict[str, Any] = {"executor": "process", "tensor_parallel_size": 2, "block_size": 16}
+    async with engine_of(model.folder, model_impl="native", **ranks) as engine:
+        output = await engine.complete(tokens, params)
+    logits = model.logits([*tokens, *output.token_ids[:-1]], None)[len(tokens) - 1 :]
+    assert output.token_ids == logits.argmax(-1).tolist()
 
 
 def test_experts_stay_as_stored_and_the_plan_is_to_the_byte(tmp_path: Path) -> None:

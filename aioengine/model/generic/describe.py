@@ -122,7 +122,7 @@ def _trace(found: Found, model: Any) -> tuple[Trace, bool]:
         )
     raise ConfigError(
         f"{found.path}: {type(model).__name__} cannot be examined before it is loaded, but the memory plan "
-        f"needs that:  {'; '.join(errors)}"
+        f"needs that; use a model of another class. What its code raises: {'; '.join(errors)}"
     )
 
 
