@@ -90,7 +90,7 @@ class World:
     def __init__(self, stepper: Stepper) -> None:
         self.stepper = stepper
         self.ends: dict[str, tuple[float, str]] = {}
-        stepper.listeners.append(self._listen)
+        stepper.listen(self._listen)
 
     def _listen(self, event: Event) -> None:
         if isinstance(event, RequestEnded):

@@ -196,7 +196,7 @@ def test_where_it_cannot_be_had(fields: dict[str, Any], says: str) -> None:
 
 def test_what_happens_while_a_step_is_taken_in_does_not_take_its_follower_back() -> None:
     async def main(stepper: Stepper, device: Overlapping) -> None:
-        stepper.listeners.append(lambda event: stepper.wake())
+        stepper.listen(lambda event: stepper.wake())
         add(stepper, "r", 20)
         await asyncio.sleep(1)
         assert not stepper.core.requests and stepper.dead is None

@@ -110,7 +110,7 @@ def test_retries_are_told_while_the_load_goes_on_in_virtual_time() -> None:
     seen: list[Event] = []
 
     async def main(stepper: Stepper) -> None:
-        stepper.listeners.append(seen.append)
+        stepper.listen(seen.append)
         stepper.core.residency.publish(stepper.core.residency.declare("a", "/a"), 0.0)
         add(stepper, "r", "a")
         await asyncio.sleep(100 + 200 + 1)
