@@ -53,8 +53,10 @@ inline void add_lanes(const uint32_t* h, long h_stride, const uint32_t* turned, 
   rf acc[R][PER_VECTOR];
 #pragma GCC unroll 8
   for (int r = 0; r < R; r++)
-#pragma GCC unroll 4
-    for (int c = 0; c < PER_VECTOR; c++) acc[r][c] = load_register<rf>((const float*)&y[r] + c * WIDTH);
+    if constexpr (PER_VECTOR == 1)
+      acc[r][0] = y[r];  // from address to address, y would have to be in memory
+    else
+      for (int c = 0; c < PER_VECTOR; c++) acc[r][c] = load_register<rf>((const float*)&y[r] + c * WIDTH);
   for (long k = 0; k < lanes; k++) {
     const auto row = [&](int r) { return h + r * h_stride + k * EACH; };
     const auto column = [&](int c) { return load_register<ru>(turned + k * LANES + c * WIDTH); };
@@ -62,8 +64,10 @@ inline void add_lanes(const uint32_t* h, long h_stride, const uint32_t* turned, 
   }
 #pragma GCC unroll 8
   for (int r = 0; r < R; r++)
-#pragma GCC unroll 4
-    for (int c = 0; c < PER_VECTOR; c++) store_register((float*)&y[r] + c * WIDTH, acc[r][c]);
+    if constexpr (PER_VECTOR == 1)
+      y[r] = acc[r][0];
+    else
+      for (int c = 0; c < PER_VECTOR; c++) store_register((float*)&y[r] + c * WIDTH, acc[r][c]);
 }
 
 // `rows` <= 16 rows of B as lanes [rank][16 rows]: where they lie, or in `room`, which has room for whole lanes of int8.

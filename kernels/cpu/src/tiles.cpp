@@ -57,6 +57,7 @@ void finish(const Linear& l, const vf (&sums)[PANELS][ROWS], const Delta* delta,
 #pragma GCC unroll 8
       for (int r = 0; r < R; r++) Out::store16(out + r * stride, y[r]);
     } else {
+#pragma GCC unroll 8
       for (int r = 0; r < R; r++) {
         elem last[LANES];
         Out::store16(last, y[r]);
