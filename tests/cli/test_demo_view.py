@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 
+import msgspec
 from rich.console import Console
 
 from aioengine import events
 from aioengine.cli.demo.board import Board
 from aioengine.cli.demo.jobs import Job
+from aioengine.cli.demo.on_fleet import moved_since
 from aioengine.cli.demo.view import live_board, print_fleet_summary, print_summary
 from aioengine.info import EngineStats, SlotInfo
 
@@ -23,6 +25,14 @@ def stats() -> EngineStats:
     free = SlotInfo(index=1, state="FREE", adapter=None, version=None, running=0, pinned=False)
     values = {**dict.fromkeys(names, 0), "slot_loads": 3, "slot_hits": 1, "slot_misses": 3}
     return EngineStats(slots=(held, free), **values)
+
+
+def fleet_stats() -> EngineStats:
+    """The slots of two replicas, of which each counts its own; the second has "sql"."""
+    found = stats()
+    held, free = (msgspec.structs.replace(slot, index=0) for slot in found.slots)
+    slots = (msgspec.structs.replace(free, replica="r0"), msgspec.structs.replace(held, replica="r1"))
+    return msgspec.structs.replace(found, slots=slots)
 
 
 def admitted(key: str, adapter: str | None, slot: int | None) -> events.RequestAdmitted:
@@ -95,10 +105,17 @@ def test_a_fleet_shows_replicas_and_their_slots() -> None:
     row.state, row.replica, row.tokens = "running", 1, 7
     console = Console(width=80)
     with console.capture() as capture:
-        console.print(live_board(board, stats(), slots_each=1))
+        console.print(live_board(board, fleet_stats(), ["r0", "r1"]))
         row.state = "done"
         print_fleet_summary(console, board, 2, 1.5)
     shown = capture.get()
-    assert "replica 0, slot 0" in shown and "replica 1, slot 0" in shown
+    assert "replica 0, slot 0  free" in shown and "replica 1, slot 0  sql" in shown
     assert "r 1" in shown
     assert re.search(r"1\W+1\W+7\W+sql", shown), "replica 1 had one request, of seven tokens"
+
+
+def test_each_move_is_said_once() -> None:
+    """However often one looks, and although each replica counts its own slots."""
+    before: dict[str, str | None] = {}
+    said = [moved_since(before, fleet_stats().slots, ["r0", "r1"]) for _ in range(3)]
+    assert said == [["sql: into replica 1, slot 0"], [], []]

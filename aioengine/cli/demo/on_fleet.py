@@ -14,11 +14,12 @@ from aioengine.request import SamplingParams
 from aioengine.runtime.tasks import end_tasks
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Iterable, Sequence
 
     from rich.console import Console
 
     from aioengine.fleet.door.client import FleetClient
+    from aioengine.info import SlotInfo
 
 LOOK_SECONDS = 0.1
 
@@ -65,18 +66,14 @@ async def _watched(client: FleetClient, board: Board, console: Console) -> Async
 
     from aioengine.cli.demo.view import live_board
 
-    each = len(client.stats().slots) // max(len(client.members.members), 1)
-    before: dict[int, str | None] = {}
+    before: dict[str, str | None] = {}
 
     def look(live: Live | None) -> None:
-        stats = client.stats()
-        for slot in stats.slots:
-            if slot.adapter is not None and before.get(slot.index) != slot.adapter:
-                where = f"replica {slot.index // each}, slot {slot.index % each}"
-                board.moved(f"{slot.adapter}: into {where}")
-            before[slot.index] = slot.adapter
+        stats, replicas = client.stats(), list(client.members.members)
+        for move in moved_since(before, stats.slots, replicas):
+            board.moved(move)
         if live is not None:
-            live.update(live_board(board, stats, slots_each=each), refresh=True)
+            live.update(live_board(board, stats, replicas), refresh=True)
 
     async def always(live: Live | None) -> None:
         while True:
@@ -90,6 +87,21 @@ async def _watched(client: FleetClient, board: Board, console: Console) -> Async
         finally:
             await end_tasks([task])
             look(live)
+
+
+def moved_since(
+    before: dict[str, str | None], slots: Iterable[SlotInfo], replicas: Sequence[str]
+) -> list[str]:
+    """Return the adapters that have come into slots since the last call with the same ``before``."""
+    from aioengine.cli.demo.view import place_of
+
+    found = []
+    for slot in slots:
+        place = place_of(slot, replicas)
+        if slot.adapter is not None and before.get(place) != slot.adapter:
+            found.append(f"{slot.adapter}: into {place}")
+        before[place] = slot.adapter
+    return found
 
 
 def _number(client: FleetClient, replica: str | None) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from statistics import median
 
 from rich.box import Box
@@ -12,7 +13,7 @@ from rich.text import Text
 
 from aioengine.cli.demo.board import Board, Row
 from aioengine.cli.tables import box_for
-from aioengine.info import EngineStats
+from aioengine.info import EngineStats, SlotInfo
 
 _COLOURS = {
     "base": "white",
@@ -28,11 +29,11 @@ def _colour(adapter: str | None) -> str:
     return _COLOURS.get(adapter or "base", "blue")
 
 
-def live_board(board: Board, stats: EngineStats, slots_each: int | None = None) -> RenderableType:
+def live_board(board: Board, stats: EngineStats, replicas: Sequence[str] | None = None) -> RenderableType:
     """Draw the requests with the ends of their answers, the slots, and the latest adapter moves.
 
     Args:
-        slots_each: Slots of each replica of a fleet; None: there is one engine.
+        replicas: The replicas of a fleet, in the order of their numbers; None: there is one engine.
     """
     requests = Table.grid(padding=(0, 1), expand=True)
     requests.add_column(width=1)
@@ -53,11 +54,8 @@ def live_board(board: Board, stats: EngineStats, slots_each: int | None = None) 
     for slot in stats.slots:
         name = slot.adapter or "free"
         text = Text(name, style=_colour(slot.adapter) if slot.adapter else "dim")
-        place = f"slot {slot.index}"
-        if slots_each is not None:
-            place = f"replica {slot.index // slots_each}, slot {slot.index % slots_each}"
-        slots.add_row(place, text, slot.state.lower(), f"{slot.running} running")
-    swaps = f": {stats.slot_loads} loads, {stats.slot_evictions} evictions" if slots_each is None else ""
+        slots.add_row(place_of(slot, replicas), text, slot.state.lower(), f"{slot.running} running")
+    swaps = f": {stats.slot_loads} loads, {stats.slot_evictions} evictions" if replicas is None else ""
     return Group(
         Panel(requests, title="requests", title_align="left", border_style="dim"),
         Panel(slots, title=f"slots{swaps}", title_align="left", border_style="dim"),
@@ -69,6 +67,13 @@ def live_board(board: Board, stats: EngineStats, slots_each: int | None = None) 
             height=2 + (board.moves.maxlen or 0),
         ),
     )
+
+
+def place_of(slot: SlotInfo, replicas: Sequence[str] | None) -> str:
+    """Name a slot; see :func:`live_board`."""
+    if replicas is None or slot.replica not in replicas:
+        return f"slot {slot.index}"
+    return f"replica {replicas.index(slot.replica)}, slot {slot.index}"
 
 
 def _tail(row: Row) -> str:

@@ -148,7 +148,7 @@ class _EndedBySigterm:
     def __exit__(self, kind: object, error: object, trace: object) -> None:
         self._loop.remove_signal_handler(signal.SIGTERM)
         if self._told and isinstance(error, asyncio.CancelledError):
-            raise ConfigError("stopped by SIGTERM before the fleet served")
+            raise ConfigError("stopped by SIGTERM")
 
     def _stop(self) -> None:
         self._told = True

@@ -25,10 +25,8 @@ from aioengine.schedulers.routing.routers.common import (
     candidates,
 )
 
-DEFAULT_TOKEN_SECONDS = 1e-4
-DEFAULT_LOAD_SECONDS = 0.25
-DEFAULT_SLOT_SECONDS = 0.02
-"""Seconds of a load while no replica has measured one."""
+_DEFAULTS = {"seconds_per_token": 1e-4, "load_seconds": 0.25, "slot_seconds": 0.02}
+"""Speeds while no replica has measured one."""
 CROWDING = 0.05
 """Share of additional time that a request takes in a full batch."""
 MAX_HOLDERS = 4
@@ -48,7 +46,6 @@ SERVICE_MEMORY = 0.02
 
 _QUEUE = attrgetter("queue_seconds")
 _REQUESTS = attrgetter("waiting", "running", "max_running")
-_SPEEDS = attrgetter("seconds_per_token", "slot_seconds", "load_seconds")
 
 
 class Affinity(RouterPolicy):
@@ -87,11 +84,8 @@ class Affinity(RouterPolicy):
         self._found: Sequence[ReplicaView] = ()
         self._index: dict[str, ReplicaView] = {}
         self._places: dict[str, int] = {}
-        self._token_seconds = DEFAULT_TOKEN_SECONDS
-        self._slot_seconds = DEFAULT_SLOT_SECONDS
-        self._disk_seconds = DEFAULT_LOAD_SECONDS
-        """Seconds as the fastest of the replicas has measured them, assumed for those that have not.
-        Otherwise a replica would be cheaper only because it has measured what it does."""
+        self._assumed: dict[str, float] = {}
+        """Speeds that this decision assumes for replicas that have not measured theirs."""
         self._homes: dict[str, int] = {}
         """Adapters with more than one home."""
         self._started: dict[str, float] = {}
@@ -103,6 +97,7 @@ class Affinity(RouterPolicy):
         if not found:
             return Route()
         index = self._by_id(found)
+        self._assumed.clear()
         queues = list(map(_QUEUE, found))
         near = _two_shortest(list(index), queues)
         cached = cached_tokens(request, view)
@@ -157,7 +152,6 @@ class Affinity(RouterPolicy):
         are for its adapter. They are the work before it, its own prompt, and the wait until other requests
         end if the batch is full."""
         service, adapter = self._service, request.adapter
-        self._learn([index[replica_id] for replica_id in replicas])
         costs, loads = {}, {}
         for replica_id in replicas:
             replica = index[replica_id]
@@ -170,28 +164,32 @@ class Affinity(RouterPolicy):
             tokens = request.prompt_tokens
             if cached:
                 tokens = max(tokens - cached.get(replica_id, 0), 1)
-            seconds += replica.queue_seconds + tokens * (replica.seconds_per_token or self._token_seconds)
+            seconds += replica.queue_seconds + tokens * (
+                replica.seconds_per_token or self._fastest("seconds_per_token")
+            )
             load = 0.0 if adapter is None else self._load(replica, adapter, at_home=replica_id in homes)
             costs[replica_id], loads[replica_id] = seconds + load, load
         return costs, loads
 
-    def _learn(self, replicas: Collection[ReplicaView]) -> None:
-        """Take in what these have measured."""
-        tokens, slots, disks = zip(*map(_SPEEDS, replicas), strict=True)
-        self._token_seconds = min(filter(None, tokens), default=self._token_seconds)
-        self._slot_seconds = min(filter(None, slots), default=self._slot_seconds)
-        self._disk_seconds = min(filter(None, disks), default=self._disk_seconds)
+    def _fastest(self, speed: str) -> float:
+        """Return the shortest time that a replica has measured. It is assumed for those that have not, which
+        would otherwise be dearer only because they have done nothing yet."""
+        known = self._assumed.get(speed)
+        if known is None:
+            measured = filter(None, map(attrgetter(speed), self._found))
+            known = self._assumed[speed] = min(measured, default=_DEFAULTS[speed])
+        return known
 
     def _load(self, replica: ReplicaView, adapter: str, *, at_home: bool) -> float:
         where = replica.location(adapter)
         if where is Location.SLOT:
             return 0.0
-        slot = replica.slot_seconds or self._slot_seconds
+        slot = replica.slot_seconds or self._fastest("slot_seconds")
         # Adapters that already wait for a slot come first, and each waits until one is free.
         slot += replica.adapters_waiting * (slot + self._service / max(replica.slots, 1))
         if where is Location.CPU:
             return slot
-        disk = replica.load_seconds or self._disk_seconds
+        disk = replica.load_seconds or self._fastest("load_seconds")
         if where is Location.LOADING:
             return slot + disk / 2
         return slot + disk * (1.0 if at_home else self._margin)
@@ -224,7 +222,7 @@ class Affinity(RouterPolicy):
         """Return how many homes the adapter needs, by the time of its tokens or by its concurrent requests.
         All replicas are assumed to be as fast and as large as the first one."""
         first = view.accepting[0]
-        share = adapter.demand * (first.seconds_per_token or self._token_seconds)
+        share = adapter.demand * (first.seconds_per_token or self._fastest("seconds_per_token"))
         share = max(share, adapter.in_flight / first.max_running) / self._home_share
         if share <= SHRINK:
             self._homes.pop(name, None)
