@@ -8,8 +8,11 @@ import re
 import signal
 import socket
 import ssl
+import subprocess
+import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import openai
@@ -132,6 +135,26 @@ async def test_a_hung_replica(fleet: FleetServer, undisturbed: list[list[int]]) 
     pid = fleet.replicas()[0].pid
     assert await disturbed(fleet, pid, signal.SIGSTOP) == undisturbed
     await asyncio.to_thread(until, lambda: not psutil.pid_exists(pid), 60)
+
+
+async def test_replicas_are_replaced_one_after_the_other(
+    fleet: FleetServer, undisturbed: list[list[int]], tls: dict[str, str]
+) -> None:
+    """There is no CPU for a new one until an old one is gone. No request fails meanwhile."""
+    before = {process.pid for process in fleet.replicas()}
+    environment = {"RAY_ADDRESS": fleet.address, "RAY_AUTH_MODE": "token", **tls}
+    program = Path(__file__).parents[1] / "support" / "replaced_replicas.py"
+    rolling = await asyncio.create_subprocess_exec(
+        sys.executable, str(program), env={**os.environ, **environment}, stderr=subprocess.PIPE
+    )
+    waiting, ended = asyncio.create_task(rolling.communicate()), False
+    async with client_of(fleet) as client:
+        while not ended:
+            ended = waiting.done() and fleet.healthy()
+            streams = [streamed(client, index, [0] * STREAMS) for index in range(8)]
+            assert await asyncio.gather(*streams) == undisturbed[:8]
+    assert rolling.returncode == 0, (await waiting)[1]
+    assert not before & {process.pid for process in fleet.replicas()}
 
 
 def test_sigterm_leaves_no_process(shared_fleet: FleetServer) -> None:
