@@ -23,7 +23,7 @@ from aioengine.core.adapters.arena import Arena, rounded
 from aioengine.core.adapters.assembly import Assembly
 from aioengine.core.adapters.cpu_cache import least_recently_used
 from aioengine.core.adapters.merging import Merging
-from aioengine.core.adapters.mix import MixEntry, fit_beside_pinned, shut_out
+from aioengine.core.adapters.mix import MixEntry, all_shut_out, fit_beside_pinned
 from aioengine.core.adapters.moves import Move
 from aioengine.core.adapters.placing import Placing
 from aioengine.core.adapters.residency import Residency
@@ -447,8 +447,8 @@ class Core:
     def _fail_shut_out(self, now: float) -> None:
         """Fail the requests for adapters that can never run, because pinned ones leave no slot, or no room in
         the slots' memory, and those for mixes whose parts cannot all be there at a time."""
-        for mix in list(self.queues.mixes.values()):
-            if (never := shut_out(mix, self.slots, self.cpu)) is not None:
+        if self.queues.mixes:
+            for mix, never in all_shut_out(self.queues.mixes.values(), self.slots, self.cpu):
                 self._fail_waiting(mix, now, never)
         room = self.slots.room_beside_pinned() if self.residency.pins.count else inf
         if room == inf:

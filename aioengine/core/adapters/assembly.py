@@ -168,6 +168,9 @@ class Assembly:
     def _choose(self, now: float) -> AdapterEntry | None:
         """Return whose turn it is."""
         cold = self._first_cold()
+        held = [slot.entry for slot in self._slots.slots if slot.entry is not None]
+        idle = sum(not (entry.running or entry.pinned or entry.is_wanted) for entry in held)
+        at_once = len(self._slots.slots) - len(held) + idle
         for seq, mix in self._waiting():
             if _is_loading(mix):
                 continue  # others need not wait for its reads
@@ -179,8 +182,12 @@ class Assembly:
             if any(part.location is Location.DISK for part in missing):
                 if late and now >= self._no_room_until and self._lacks_room(mix, now):
                     return mix
-            elif late if not missing else self._plan(mix, missing, (), at_once=not late) is not None:
+            elif not missing and late:
                 return mix
+            elif missing and (late or len(missing) <= at_once):
+                plan = self._plan(mix, missing, (), at_once=not late)
+                if plan is not None:
+                    return mix
         return None
 
     def _waiting(self) -> Iterable[tuple[int, AdapterEntry]]:

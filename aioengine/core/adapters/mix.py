@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from hashlib import sha256
 
 from aioengine.core.adapters.arena import Arena, rounded
@@ -23,7 +23,7 @@ class MixEntry(AdapterEntry):
     ``waiting`` has the requests for a mix of several.
     """
 
-    __slots__ = ("uses",)
+    __slots__ = ("fitted", "uses")
 
     def __init__(
         self,
@@ -36,6 +36,8 @@ class MixEntry(AdapterEntry):
         self.parts = tuple(parts)
         self.uses = 0
         """Number of requests for it that have not ended."""
+        self.fitted: object = None
+        """Pinned adapters and sizes with which its parts were found to fit; see :func:`shut_out`."""
         super().__init__(uid, name, version, "mix:" + name, files=files, parts=self.parts)
 
     @property
@@ -80,6 +82,27 @@ class MixEntry(AdapterEntry):
     def missing(self) -> list[AdapterEntry]:
         """The parts that have no slot and are not on the way to one."""
         return [part for part, _ in self.parts if part.slot is None]
+
+
+def all_shut_out(
+    mixes: Iterable[AdapterEntry], slots: SlotTable, cpu: CpuCache
+) -> list[tuple[AdapterEntry, AioEngineError]]:
+    """Return the mixes whose parts can never be in slots, or in the CPU cache, at the same time, as long as
+    the pinned adapters stay; and the reasons. Each is looked at again when these or its sizes change."""
+    found: list[tuple[AdapterEntry, AioEngineError]] = []
+    pinned = [(s.index, s.offset) for s in slots.slots if s.entry is not None and s.entry.pinned]
+    stay = pinned, [entry.uid for entry in _pinned(cpu)]
+    for mix in mixes:
+        assert isinstance(mix, MixEntry)
+        key = stay, [(part.slot_nbytes, part.nbytes) for part in mix.members]
+        if mix.fitted == key:
+            continue
+        error = shut_out(mix, slots, cpu)
+        if error is None:
+            mix.fitted = key
+        else:
+            found.append((mix, error))
+    return found
 
 
 def shut_out(mix: AdapterEntry, slots: SlotTable, cpu: CpuCache) -> AioEngineError | None:

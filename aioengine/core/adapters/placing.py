@@ -137,7 +137,8 @@ class Placing:
         """Begin the reads that callers or mixes have waited for for so many seconds."""
         self._residency.start_wanted(now, keep, waited=waited)
         for entry in self._assembly.reads(now, waited=waited):
-            self._residency.start_load(entry, now, keep)
+            if self._residency.start_load(entry, now, keep) in ("loads_at_limit", "cpu_cache_full"):
+                return  # nor is there room for the parts of later mixes
 
     def _is_kept(self, place: Place, kept: set[int]) -> bool:
         """Whether the slot is one that a mix's part may not leave."""
