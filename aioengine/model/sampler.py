@@ -301,6 +301,10 @@ class _Draw:
         temperature = torch.tensor([max(p.temperature, tiny) for p in self._params], dtype=x.dtype)
         # The maximum comes off first, so that a tiny temperature cannot overflow it.
         self._x = x.sub_(x.amax(dim=-1, keepdim=True)).div_(_sent(temperature, x)[:, None])
+        vocab = x.shape[1]
+        has_all = any(not 0 < p.top_k < vocab for p in self._params)
+        self._mass = _mass(self._x) if has_all else x.new_zeros(len(rows), dtype=torch.float64)
+        """Mass of each row's whole vocabulary; not needed where top-k leaves less in all of them."""
         self.everyone = list(range(len(rows)))
         self.width = min(_FIRST_CANDIDATES, x.shape[1])
 
@@ -309,16 +313,20 @@ class _Draw:
         certain; on the device."""
         x, params = _rows(self._x, pending), [self._params[i] for i in pending]
         vocab = x.shape[1]
-        values, ids = _by_id(*_largest(x, width))
+        if width < vocab:
+            values, ids = _by_id(*_largest(x, width))
+        else:  # topk takes several times as long for so many
+            values, ids = x.sort(dim=-1, descending=True, stable=True)
+        all_mass = _rows(self._mass, pending)
         ends = values.double().exp_().cumsum(dim=-1)
-        keep, known = _kept(x, values, ends, params)
+        keep, known = _kept(values, ends, params, vocab, all_mass)
         target = _sent(torch.tensor([self._draws[i] for i in pending], dtype=torch.float64), x)
         row = torch.arange(len(pending), device=x.device)
         mass = ends[row, keep - 1]
         plain = [not _is_filtered(p, vocab) for p in params]
         if width < vocab and any(plain):  # no filter: the mass is known, and most draws are near the top
             unfiltered = _sent(torch.tensor(plain), x)
-            mass = torch.where(unfiltered, _mass(x), mass)
+            mass = torch.where(unfiltered, all_mass, mass)
             known |= unfiltered & (target * mass < ends[:, -1])
         target *= mass
         rank = torch.minimum((ends <= target[:, None]).sum(dim=-1), keep - 1)
@@ -330,7 +338,7 @@ class _Draw:
         """Return the tokens of all rows, where those of the first look are certain only as ``known`` says."""
         pending, width = [i for i in self.everyone if not known[i]], self.width
         while pending:
-            width = min(width * 8, self._x.shape[1])
+            width = _wider(width, self._x.shape[1])
             size = max(1, _WIDE_CELLS // width)
             pieces = [pending[at : at + size] for at in range(0, len(pending), size)]
             found = torch.cat([torch.stack(self.look(piece, width)) for piece in pieces], dim=1).tolist()
@@ -339,21 +347,29 @@ class _Draw:
         return tokens
 
 
-def _kept(x: Tensor, values: Tensor, ends: Tensor, params: Sequence[SamplingParams]) -> tuple[Tensor, Tensor]:
+def _wider(width: int, vocab: int) -> int:
+    """Return how many tokens to look at after ``width``: all, where to find the most likely ones would take
+    as long as to sort all."""
+    return width * 8 if width * 8 * _BLOCK <= vocab else vocab
+
+
+def _kept(
+    values: Tensor, ends: Tensor, params: Sequence[SamplingParams], vocab: int, mass: Tensor
+) -> tuple[Tensor, Tensor]:
     """Return how many of the most likely tokens each row keeps, and whether ``values`` suffice to know it.
 
-    ``values`` [N, width] are the row's largest of ``x``, descending; ``ends`` the running sums of
-    their exponentials.
+    ``values`` [N, width] are the row's largest scores, descending; ``ends`` the running sums of their
+    exponentials; ``mass`` [N] the sums of all.
     """
-    width, vocab = values.shape[1], x.shape[1]
+    width = values.shape[1]
     limits = [min(p.top_k or vocab, vocab) for p in params]
     top_ps = [p.top_p if p.top_p < 1.0 else math.inf for p in params]
     floors = [math.log(p.min_p) if p.min_p > 0 else -math.inf for p in params]
-    limit, top_p, floor = _sent(torch.tensor([limits, top_ps, floors], dtype=torch.float64), x)
+    limit, top_p, floor = _sent(torch.tensor([limits, top_ps, floors], dtype=torch.float64), values)
     # top-p's mass is a share of what top-k left.
     total = ends.gather(1, limit.clamp(max=width).long()[:, None] - 1)[:, 0]
     if width < vocab and max(limits) == vocab:
-        total = torch.where(limit == vocab, _mass(x), total)
+        total = torch.where(limit == vocab, mass, total)
 
     # A token is in the nucleus if the more likely ones do not reach top_p yet; the first always is.
     nucleus = 1 + (ends[:, :-1] < (top_p * total)[:, None]).sum(dim=-1)

@@ -254,6 +254,11 @@ async def all_fields(target: Target) -> str:
     return statuses(await asyncio.gather(*(target.ask(**ask) for _ in range(2))))
 
 
+async def hot_choices(target: Target) -> str:
+    """Ask for 64 choices of tokens that are nearly all equally likely."""
+    return statuses([await target.ask(n=64, max_tokens=8, temperature=2)])
+
+
 async def large_integers(target: Target) -> str:
     """Send integers of 6,000 digits in a schema, in tools, and in the history of calls."""
     large = "1" + "0" * 6_000

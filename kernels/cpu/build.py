@@ -15,6 +15,7 @@ import shutil
 import signal
 import subprocess
 import tempfile
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -116,8 +117,17 @@ def _cached(level: str, flags: Sequence[str], extra_flags: Sequence[str]) -> Pat
     path = _cache_folder() / f"cpu-{level}-{_key(command, sources)}.so"
     if not path.exists():
         logger.info("compiling the CPU kernels (%s) with %s, once", level, compiler)
+        began, used = time.monotonic(), _processor_seconds()
         _compile(command, sources, path)
+        took = time.monotonic() - began, _processor_seconds() - used
+        logger.info("compiled the CPU kernels in %.0f s, with %.0f s of processor time", *took)
     return path
+
+
+def _processor_seconds() -> float:
+    """Return the processor time of this process's children that have ended."""
+    times = os.times()
+    return times.children_user + times.children_system
 
 
 def obstacle() -> str | None:
