@@ -135,7 +135,7 @@ class Blocks {
     const auto [begin, end, first, panels, adjoining] = block;
     const long lanes = l_.k / multiply_.per_lane, column = first * LANES;
     fetcher_.begin();
-    if (adapters_ != nullptr) want_adapters(begin, end, column, panels);
+    if (adapters_ != nullptr) find_short_segments(begin, end), want_adapters(column, panels);
     fetcher_.want(next.begin, next.bytes);
     if (--left_ == 0) want_next_linear();
     fetcher_.ready((end - begin + ROWS - 1) / ROWS * lanes);
@@ -143,7 +143,7 @@ class Blocks {
     adapted_rows(w, begin, end, column, panels);
     waiting_ += panels;
     if (adjoining > 0 && waiting_ < most_waiting_) return;
-    add_to_short_segments(begin, end, column + (panels - waiting_) * LANES, waiting_);
+    add_to_short_segments(column + (panels - waiting_) * LANES, waiting_);
     waiting_ = 0;
   }
 
@@ -195,21 +195,28 @@ class Blocks {
   }
 
   // Short segments would make tiles too small: they are added when some blocks are computed, and their matrices come out
-  // of memory meanwhile.
-  void want_adapters(long begin, long end, long column, long panels) {
-    const Adapters& a = *adapters_;
-    each_segment(begin, end, false, [&](const Segment& g, long, long) {
-      for (long j = 0; j < a.slices; j++) {
-        const long low = column > a.slice[j].offset ? column - a.slice[j].offset : 0;
-        const long top = column + panels * LANES - a.slice[j].offset;
-        const long high = top < a.slice[j].out ? top : a.slice[j].out;
-        const B<Out> b = matrix(j, g.slot, low);
-        if (low < high && b.rank > 0) fetcher_.want(b.at, (high - low) * b.row_bytes());
-      }
-    });
+  // of memory meanwhile. Those of some rows are found once for all columns.
+  void find_short_segments(long begin, long end) {
+    if (begin == short_begin_) return;
+    short_begin_ = begin;
+    short_.clear();
+    for (long j = 0; j < adapters_->slices; j++)
+      each_segment(begin, end, false, [&](const Segment& g, long from, long to) {
+        const B<Out> b = matrix(j, g.slot, 0);
+        if (b.rank > 0) short_.push_back({b, j, from, to});
+      });
   }
 
-  void add_to_short_segments(long begin, long end, long column, long panels) {
+  void want_adapters(long column, long panels) {
+    for (const Short& s : short_) {
+      const Slice& slice = adapters_->slice[s.slice];
+      const long low = column > slice.offset ? column - slice.offset : 0, top = column + panels * LANES - slice.offset;
+      const long high = top < slice.out ? top : slice.out;
+      if (low < high) fetcher_.want(s.b.from(low).at, (high - low) * s.b.row_bytes());
+    }
+  }
+
+  void add_to_short_segments(long column, long panels) {
     const Adapters& a = *adapters_;
     const long width = a.width / Out::PER_LANE, h_stride = a.slices * width;
     for (long p = 0, count; p < panels; p += count) {
@@ -217,13 +224,12 @@ class Blocks {
       count = 1;
       while (p + count < panels && slice_at(column + (p + count) * LANES) == j) count++;
       if (j < 0) continue;
-      const long within = column + p * LANES - a.slice[j].offset;
-      each_segment(begin, end, false, [&](const Segment& g, long low, long high) {
-        const B<Out> b = matrix(j, g.slot, within);
-        if (b.rank == 0) return;
-        expand_panels<Out>((const uint32_t*)a.h + low * h_stride + j * width, h_stride, b, high - low, count,
-                           (elem*)l_.y + low * l_.y_stride + column + p * LANES, l_.y_stride, b_.data());
-      });
+      const long first = column + p * LANES;
+      for (const Short& s : short_)
+        if (s.slice == j)
+          expand_panels<Out>((const uint32_t*)a.h + s.begin * h_stride + j * width, h_stride,
+                             s.b.from(first - a.slice[j].offset), s.end - s.begin, count,
+                             (elem*)l_.y + s.begin * l_.y_stride + first, l_.y_stride, b_.data());
     }
   }
 
@@ -275,6 +281,13 @@ class Blocks {
   long left_;  // blocks
   Fetcher fetcher_;
   long waiting_ = 0, most_waiting_ = 0;  // panels to which short segments are still to be added
+  // Rows of a segment in a block, and a slice's B.
+  struct Short {
+    B<Out> b;
+    long slice, begin, end;
+  };
+  std::vector<Short> short_;
+  long short_begin_ = -1;
   std::vector<uint32_t> b_;
 };
 
