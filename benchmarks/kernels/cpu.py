@@ -3,6 +3,7 @@
     python -m benchmarks.kernels.cpu                      # everything, some minutes
     python -m benchmarks.kernels.cpu profile adapters     # these tables only
     python -m benchmarks.kernels.cpu batch --quantization none int8
+    python -m benchmarks.kernels.cpu ranks --processor    # on a busy machine
 
 ``profile``   a decode step by phase, beside what the machine's memory and arithmetic allow
 ``adapters``  a decode step with 1 to 32 distinct adapters in the batch
@@ -32,7 +33,7 @@ from benchmarks.kernels.floors import DECODE, LONG_PROMPT, measure_floors, profi
 from benchmarks.kernels.steps import Steps
 from benchmarks.kernels.whole import engine_table, start_table
 from benchmarks.shared.report import arguments, console, cpu_name, new_table
-from benchmarks.shared.turns import median_seconds
+from benchmarks.shared.turns import least_processor_seconds, median_seconds
 
 CONTEXT = 160
 
@@ -45,10 +46,11 @@ def growth_table(
     args: argparse.Namespace,
 ) -> Table:
     """Make a table of tokens per second of each case, and its time relative to the first."""
-    table = new_table(title, what, "ms (median)", "tok/s", "time, of the first", texts=0)
-    medians = median_seconds(cases, args.repeats)
-    first = next(iter(medians.values()))
-    for name, seconds in medians.items():
+    measure, kind = (least_processor_seconds, "least") if args.processor else (median_seconds, "median")
+    table = new_table(title, what, f"ms ({kind})", "tok/s", "time, of the first", texts=0)
+    found = measure(cases, args.repeats)
+    first = next(iter(found.values()))
+    for name, seconds in found.items():
         table.add_row(name, f"{seconds * 1e3:.1f}", f"{tokens[name] / seconds:.0f}", f"{seconds / first:.2f}")
     return table
 
@@ -137,7 +139,12 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--quantization", nargs="+", default=["none", "int8"], metavar="Q")
     parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument(
+        "--processor", action="store_true", help="one thread's processor time, for a busy machine"
+    )
     args = parser.parse_args()
+    if args.processor:
+        torch.set_num_threads(1)
     wanted = args.tables or known
 
     out = console()
