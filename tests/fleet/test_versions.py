@@ -275,10 +275,16 @@ def test_what_is_forgotten_counts_as_spent(spent: list[tuple[str, int]], remembe
             assert all(found.of(name) >= number for name, number in spent)
 
 
-def test_what_has_no_number_is_named_so_until_it_has_one() -> None:
+def test_what_has_no_number_is_the_current_version() -> None:
+    """As is a version that the replica does not know, if its content is compared."""
     known = ReplicaVersions(())
     assert known.own("sql@0") == "sql" and known.number("sql", 1) == 0
     known.note(1, adapter_info("sql", version=2))
     assert (known.number("sql", 1), known.number("sql", 2)) == (0, 1)
+    assert (known.own("sql@0"), known.own("sql@1"), known.own("sql@3", compared=True)) == (
+        "sql",
+        "sql@2",
+        "sql",
+    )
     with pytest.raises(AdapterNotFound, match="gone"):
-        known.own("sql@0")
+        known.own("sql@3")
