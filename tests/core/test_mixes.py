@@ -279,6 +279,26 @@ def test_a_slow_read_of_a_part_is_in_nobody_s_way() -> None:
     assert sim.ended == {plain.id: "length", other.id: "length"}
 
 
+def test_a_mix_that_nobody_waits_for_any_more_keeps_no_place_in_the_cpu_cache() -> None:
+    """It leaves while one of its parts is read."""
+    sim = make("a", "b", "c", limits=LIMITS._replace(cpu_capacity=2))
+    running = sim.add("a", max_tokens=40)
+    while not running.tokens[running.prompt_len :]:
+        sim.settle()
+    mix = sim.add(sim.mix("a", "b"))
+    for _ in range(3):
+        sim.schedule()
+        sim.finish_step()
+        sim.now += MIX_PATIENCE_SECONDS
+    assert [entry.label for entry in sim.loads] == ["b"]
+    sim.core.end(mix, "abort", sim.now)
+    sim.core.end(running, "abort", sim.now)
+    sim.finish_load()
+    alone = sim.add("c")
+    sim.run(steps=20)
+    assert sim.ended[alone.id] == "length"
+
+
 class Nothing(SchedulerPolicy):
     """Decides nothing, ever."""
 

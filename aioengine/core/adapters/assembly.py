@@ -133,6 +133,7 @@ class Assembly:
     def arrange(self, now: float) -> None:
         """Go on with the turn under way, or begin the next one. No step may be in flight."""
         if self._turn is None and not self._queues.mixes:
+            self._residency.cpu.reserved = set()
             return  # as nearly always
         before, self._leaving, self._since = self._leaving, set(), None
         turn, window = self._turn, self._window
