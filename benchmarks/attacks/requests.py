@@ -25,7 +25,7 @@ async def guided(target: Target, *outputs: dict[str, Any], **fields: Any) -> str
 
 
 async def nothing(_: Target) -> str:
-    await asyncio.sleep(2)
+    await asyncio.sleep(1)
     return "none"
 
 
@@ -145,7 +145,7 @@ async def tenant_flood(target: Target) -> str:
     body = {"max_tokens": 200, "ignore_eos": True}
     asks = [target.post("/v1/completions", {**body, "prompt": f"Number {i}"}) for i in range(1_500)]
     flood = [asyncio.create_task(ask) for ask in asks]
-    await asyncio.sleep(3)
+    await asyncio.sleep(2)
     began = time.monotonic()
     answer = await target.post("/v1/completions", body | {"prompt": "b", "max_tokens": 2}, headers=key("b"))
     took = time.monotonic() - began
@@ -191,7 +191,7 @@ async def address_flood(target: Target) -> str:
     body = {"max_tokens": 200, "ignore_eos": True}
     asks = [target.post("/v1/completions", {**body, "prompt": f"Number {i}"}) for i in range(1_500)]
     flood = [asyncio.create_task(ask) for ask in asks]
-    await asyncio.sleep(3)
+    await asyncio.sleep(2)
     done = [task.result().status_code for task in flood if task.done() and task.exception() is None]
     for task in flood:
         task.cancel()
@@ -200,7 +200,7 @@ async def address_flood(target: Target) -> str:
 
 
 async def made_up(target: Target) -> str:
-    """Send requests of all kinds for 8 seconds, from a process of its own."""
+    """Send requests of all kinds for 5 seconds, from a process of its own."""
     words = [
         "-m",
         "benchmarks.attacks.made_up",
@@ -209,7 +209,7 @@ async def made_up(target: Target) -> str:
         "--key",
         "key-of-a",
         "--seconds",
-        "8",
+        "5",
     ]
     process = await asyncio.create_subprocess_exec(sys.executable, *words, stdout=asyncio.subprocess.PIPE)
     try:
@@ -256,7 +256,7 @@ async def all_fields(target: Target) -> str:
 
 async def hot_choices(target: Target) -> str:
     """Ask for 64 choices of tokens that are nearly all equally likely."""
-    return statuses([await target.ask(n=64, max_tokens=8, temperature=2)])
+    return statuses([await target.ask(n=64, max_tokens=4, temperature=2)])
 
 
 async def large_integers(target: Target) -> str:
