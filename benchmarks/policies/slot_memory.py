@@ -162,6 +162,8 @@ def lines(found: Found, note: str) -> bytes:
         drawn, panels = new_figure(title, height=3.2, columns=len(found))
         for panel, (policy, sizes) in zip(panels, found.items(), strict=True):
             for place, kind in enumerate((KINDS[1], FORESIGHT[1], KINDS[2])):
+                if kind not in next(iter(sizes.values())):
+                    continue
                 points = [_mean_and_half(ratios(size, kind, COPIES)) for size in sizes.values()]
                 panel.errorbar(
                     range(len(sizes)), [mean for mean, _ in points], yerr=[half for _, half in points],
@@ -196,6 +198,7 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=1500, help="requests")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--preset", default="llama3-8b-h100")
+    parser.add_argument("--no-foresight", action="store_true", help="it takes long for many requests")
     parser.add_argument("--figure", type=Path, help="SVG to draw: over the sizes, if there are several")
     args = parser.parse_args()
 
@@ -207,7 +210,7 @@ def main() -> None:
     errors = Console(stderr=True)
     found: dict[str, dict[int, dict[str, Columns]]] = {policy: {} for policy in args.policies}
     for slots in track(args.slots, console=errors, disable=not errors.is_terminal):
-        least = foresight(setting, args.seeds, slots)
+        least = {} if args.no_foresight else foresight(setting, args.seeds, slots)
         for policy, sizes in found.items():
             sizes[slots] = {**measured(setting, policy, args.seeds, slots, args.most), **least}
     for policy, sizes in found.items():
@@ -219,7 +222,9 @@ def main() -> None:
                     interval(ratios(kinds, kind, name)) if name in columns and kind != KINDS[0] else ""
                     for name in (COPIES, P99)
                 ]
-                table.add_row(policy, memory, kind, *values, *shares, end_section=kind == FORESIGHT[-1])
+                table.add_row(
+                    policy, memory, kind, *values, *shares, end_section=kind == next(reversed(kinds))
+                )
     Console(width=160).print(table)
     if args.figure is not None:
         note = f"{title}; means over {args.seeds} seeds, with their 95% intervals."
