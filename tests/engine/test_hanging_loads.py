@@ -32,6 +32,7 @@ class Found(NamedTuple):
     digest: str = "x"
     labels: int = 0
     invocation: tuple[int, ...] = ()
+    summable: bool = True
 
 
 class Loader(BaseLoader[Found]):
