@@ -30,9 +30,9 @@ import torch
 from rich.table import Table
 
 from benchmarks.kernels.floors import DECODE, LONG_PROMPT, measure_floors, profile_table
-from benchmarks.kernels.steps import Steps
 from benchmarks.kernels.whole import engine_table, start_table
 from benchmarks.shared.report import arguments, console, cpu_name, new_table
+from benchmarks.shared.steps import Steps
 from benchmarks.shared.turns import least_processor_seconds, median_seconds
 
 CONTEXT = 160

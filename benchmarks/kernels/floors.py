@@ -13,8 +13,8 @@ from rich.table import Table
 from aioengine.kernels.cpu.shared_library import load, threads
 from aioengine.kernels.cpu.structs import PHASES
 from aioengine.model.spec import LORA_MODULES, ModelSpec
-from benchmarks.kernels.steps import Steps
 from benchmarks.shared.report import new_table
+from benchmarks.shared.steps import Steps
 
 LANES = 16
 READ_BYTES = 512 * 2**20

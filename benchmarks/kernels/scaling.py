@@ -24,8 +24,8 @@ from rich.table import Table
 
 from aioengine.kernels.cpu.structs import PHASES
 from benchmarks.kernels.floors import ADAPTERS, CONTEXT, ROWS, Floors, measure_floors, phase_work
-from benchmarks.kernels.steps import Steps
 from benchmarks.shared.report import arguments, console, cpu_name, new_table
+from benchmarks.shared.steps import Steps
 
 OPERATIONS_OF_A_LAYER = 13
 """Approximate number of operations after which the threads of a step wait for each other."""

@@ -13,7 +13,7 @@ from aioengine.adapters.store import AdapterStore
 from aioengine.lab.calibration.random_adapters import write_random_adapter
 from aioengine.model.files.resolve import read_spec, resolve_model
 from aioengine.model.runner import ModelRunner
-from aioengine.model.spec import LORA_MODULES
+from aioengine.model.spec import ModelImpl
 from aioengine.request import SamplingParams
 from aioengine.step import SequenceWork, StepBatch
 
@@ -34,9 +34,10 @@ class Steps:
         quantization: str = "none",
         int8_cache: bool = False,
         lora_dtype: torch.dtype = torch.bfloat16,
+        model_impl: ModelImpl = "auto",
     ) -> None:
-        path = resolve_model(model)
-        self.spec = read_spec(path)
+        self._path = path = resolve_model(model)
+        self.spec = read_spec(path, model_impl)
         self.rank = rank
         self.runner = ModelRunner(
             self.spec,
@@ -62,13 +63,13 @@ class Steps:
         store = AdapterStore(
             self.spec,
             max_rank=self.rank,
-            target_modules=LORA_MODULES,
+            target_modules=self.spec.targets(None),
             dtype=slots.dtype,
             affine_dtype=torch.bfloat16,
             weights=self.runner.decoder.base_weight,
         )
         with tempfile.TemporaryDirectory() as folder:
-            path = write_random_adapter(Path(folder) / "adapter", self.spec, self.rank, seed=0)
+            path = write_random_adapter(Path(folder) / "adapter", read_spec(self._path), self.rank, seed=0)
             image = store.read("adapter", str(path))
             for slot in range(count):
                 slots.write(slot, image)
