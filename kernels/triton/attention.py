@@ -60,7 +60,7 @@ def paged_attention(qkv: Tensor, cache: LayerCache, plan: AttentionPlan, scores:
     """Attend to what is stored; see :class:`Backend`."""
     kv_heads, d = cache.keys.shape[2:]
     make = qkv.new_zeros if plan.padded else qkv.new_empty
-    out = make(len(qkv), (qkv.shape[1] - 2 * kv_heads) * d)
+    out = make(qkv.shape[0], (qkv.shape[1] - 2 * kv_heads) * d)
     work = plan.derive(QueryTiles)
     bits = 8 * qkv.element_size()
     for tiles in work.of(qkv.shape[1] // kv_heads - 2, rows_of_prompts(bits, d, capability(qkv.device))):
@@ -84,15 +84,15 @@ def attend(
     _, block_size, kv_heads, d = keys.shape
     block_n, splits, num_warps, num_stages = config
     block_d = max(16, power_of_two(d))
-    most_parts = -(-tiles.longest // PART)
-    parts = len(tiles.table) * kv_heads * most_parts if splits > 1 else 0
+    most_parts, count = -(-tiles.longest // PART), tiles.table.shape[0]
+    parts = count * kv_heads * most_parts if splits > 1 else 0
     scratch = out.new_empty(parts * tiles.block_m * (block_d + 2), dtype=torch.float32)
     partials, stats = scratch[: parts * tiles.block_m * block_d], scratch[parts * tiles.block_m * block_d :]
     with on(qkv.device):
-        attention_kernel[len(tiles.table), kv_heads, splits](
+        attention_kernel[count, kv_heads, splits](
             *(qkv, keys, values, keys.stride(0), plan.tables, tiles.table, out),
             *(partials, stats, qkv if sinks is None else sinks),
-            plan.derive(QueryTiles).arrivals(len(tiles.table) * kv_heads),
+            plan.derive(QueryTiles).arrivals(count * kv_heads),
             *(most_parts, qkv.stride(0), plan.tables.stride(0), window or 0),
             *(
                 (d**-0.5 if scale is None else scale) * math.log2(math.e),

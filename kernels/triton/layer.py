@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from aioengine.kernels.backend import HeadNorms, LayerCache, Norm, Rotation
@@ -35,7 +34,7 @@ def add_rms_norm(hidden: Tensor, delta: Tensor | None, norm: Norm, factor: float
     weight, eps, offset = norm
     rows, size = hidden.shape
     assert hidden.is_contiguous() and (delta is None or delta.is_contiguous())
-    out = torch.empty_like(hidden)
+    out = hidden.new_empty(hidden.shape)
     if rows == 0:
         return out
     with on(hidden.device):

@@ -8,7 +8,7 @@ https://arxiv.org/abs/2311.03285).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import functools
 from typing import NamedTuple
 
 import torch
@@ -54,16 +54,16 @@ def shrink(x: Tensor, pool: LoRAPool, batch: LoRABatch, config: ShrinkConfig) ->
     n_slices, width = len(pool.modules), batch.width
     if not batch.segments:
         return x.new_zeros(len(x), n_slices, width)
-    h = x.new_empty(len(x), n_slices, width)
+    h = x.new_empty(x.shape[0], n_slices, width)
     _clear_others(h, batch)
     plan, slots = batch.derive(TilePlan), pool.slots
     tiles = plan.tiles(config.block_m)
-    columns = n_slices * -(-width // config.block_r)
-    split = config.split_k > 1 and columns * len(tiles) < _PROGRAMS
-    programs, outputs = (config.split_k, columns * len(tiles)) if split else (1, 0)
+    columns, count = n_slices * -(-width // config.block_r), tiles.shape[0]
+    split = config.split_k > 1 and columns * count < _PROGRAMS
+    programs, outputs = (config.split_k, columns * count) if split else (1, 0)
     x = _adjoining(x)
     with on(x.device):
-        shrink_kernel[columns * programs, len(tiles)](
+        shrink_kernel[columns * programs, count](
             *(x, slots.memory, slots.floats(torch.float32), slots.device_table, h, tiles),
             x.new_empty(outputs * programs * config.block_m * config.block_r, dtype=torch.float32),
             plan.arrivals(outputs),
@@ -87,11 +87,11 @@ def expand(h: Tensor, pool: LoRAPool, y: Tensor, batch: LoRABatch, config: Expan
         return
     assert y.stride(1) == 1, "columns of y must adjoin"
     tiles, slots = batch.derive(TilePlan).tiles(config.block_m), pool.slots
-    h = _adjoining(h)
+    h, count = _adjoining(h), tiles.shape[0]
     for first, slices in _launches(pool.widths, pool.b_offsets):
         with on(y.device):
-            expand_kernel[slices.blocks(config.block_n), len(tiles)](
-                *(h[:, first:], y, tiles, slots.memory, slots.device_table),
+            expand_kernel[slices.blocks(config.block_n), count](
+                *(h[:, first:] if first else h, y, tiles, slots.memory, slots.device_table),
                 *(slots.device_table.stride(0), pool.first + first, slots.unit),
                 *(*slices.widths, *slices.offsets, h.stride(0), y.stride(0), h.shape[2]),
                 BLOCK_M=config.block_m,
@@ -156,12 +156,15 @@ class _Slices(NamedTuple):
         return sum(-(-width // block_n) for width in self.widths)
 
 
-def _launches(widths: Sequence[int], offsets: Sequence[int]) -> Iterator[tuple[int, _Slices]]:
+@functools.cache  # called in every layer of every step
+def _launches(widths: tuple[int, ...], offsets: tuple[int, ...]) -> list[tuple[int, _Slices]]:
     """Group the slices into as few launches as possible, each with the number of its first slice."""
+    found = []
     for first in range(0, len(widths), MAX_SLICES):
         chosen = slice(first, first + MAX_SLICES)
         missing = [0] * (MAX_SLICES - len(widths[chosen]))
-        yield first, _Slices([*widths[chosen], *missing], [*offsets[chosen], *missing])
+        found.append((first, _Slices([*widths[chosen], *missing], [*offsets[chosen], *missing])))
+    return found
 
 
 def _clear_others(h: Tensor, batch: LoRABatch) -> None:
@@ -171,7 +174,8 @@ def _clear_others(h: Tensor, batch: LoRABatch) -> None:
         if start > end:
             h[end:start] = 0
         end = stop
-    h[end:] = 0
+    if end < h.shape[0]:
+        h[end:] = 0
 
 
 def _weighted(h: Tensor, batch: LoRABatch) -> Tensor:
@@ -181,6 +185,8 @@ def _weighted(h: Tensor, batch: LoRABatch) -> Tensor:
 
 def _adjoining(tensor: Tensor) -> Tensor:
     """Return the tensor, or a copy if the elements of a row are not adjacent."""
+    if tensor.is_contiguous():
+        return tensor
     inner = 1
     for size, stride in zip(tensor.shape[:0:-1], tensor.stride()[:0:-1], strict=True):
         if size != 1 and stride != inner:

@@ -64,6 +64,6 @@ class TilePlan:
     def arrivals(self, count: int) -> Tensor:
         """Return [>= count] int32 zeros. A kernel that counts in them sets them to zero again, for the next
         layer."""
-        if len(self._arrivals) < count:
+        if self._arrivals.shape[0] < count:
             self._arrivals = torch.zeros(count, dtype=torch.int32, device=self._device)
         return self._arrivals

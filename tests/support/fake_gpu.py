@@ -32,6 +32,8 @@ class FakeGpu:
         self.faults: list[str] = []
         """Arguments on another device, and grids that no GPU takes."""
         self.step = -1
+        self.checks = True
+        """Whether arguments and grids are looked at, which takes longer than a launch."""
 
     def reset(self) -> None:
         """Forget launches and faults, but not what is compiled."""
@@ -44,6 +46,8 @@ class FakeGpu:
 
     def launched(self, name: str, grid: Sequence[int], arguments: Sequence[object]) -> None:
         self.launches[name] += 1
+        if not self.checks:
+            return
         for value in arguments:
             if isinstance(value, torch.Tensor) and value.device.type != "meta":
                 self.faults.append(f"{name}: a tensor on {value.device}")
