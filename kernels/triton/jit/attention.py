@@ -214,7 +214,8 @@ def attention_kernel(
     # Masks are for the blocks at the window's edge, and for those that not every token sees to their end:
     # there are few, for which two stages are enough, and one where those of more would not fit in registers.
     WIDENED: tl.constexpr = keys_ptr.dtype.element_ty == tl.uint8
-    EDGE_STAGES: tl.constexpr = 1 if WIDENED or (WINDOWED and BLOCK_M >= 64) else 2
+    FULL: tl.constexpr = qkv_ptr.dtype.element_ty == tl.float32
+    EDGE_STAGES: tl.constexpr = 1 if WIDENED or FULL or (WINDOWED and BLOCK_M >= 64) else 2
     clear = begin
     if WINDOWED:
         clear = tl.cdiv(tl.maximum(stop - window, 0), BLOCK_N) * BLOCK_N
