@@ -343,6 +343,7 @@ class Found(NamedTuple):
     digest: str
     labels: int = 0
     invocation: tuple[int, ...] = ()
+    summable: bool = True
 
 
 class FaultyLoader(BaseLoader[Found]):
