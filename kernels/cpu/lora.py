@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from ctypes import Array, byref
 
 import torch
@@ -107,10 +107,10 @@ def slots_struct(slots: SlotMemory) -> structs.Slots:
     return structs.Slots(slots.memory.data_ptr(), slots.table.data_ptr(), *fields)
 
 
-def turn(memory: Tensor, rows: Tensor, outputs: Tensor) -> None:
+def turn(memory: Tensor, rows: Tensor, outputs: Sequence[int]) -> None:
     """Turn the matrices B of a slot, whose table is ``rows`` [places, columns], in the calling thread; they
     have so many ``outputs`` [places]."""
-    matrices = torch.stack([rows[:, Column.B], outputs, rows[:, Column.B_RANK]], dim=1)
+    matrices = torch.stack([rows[:, Column.B], torch.tensor(outputs), rows[:, Column.B_RANK]], dim=1)
     load().aio_turn(memory.data_ptr(), memory.itemsize, matrices.data_ptr(), len(matrices))
 
 

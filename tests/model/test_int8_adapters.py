@@ -151,7 +151,7 @@ def test_steps_compute_with_what_the_slots_hold(
                     for target, source in zip(targets, sources, strict=True):
                         target.copy_(source)
                 if turned:
-                    turn(memory.memory, memory.table[slot], torch.tensor(outputs))
+                    turn(memory.memory, memory.table[slot], outputs)
             memory.turned = turned
         sequences = [driver.add(range(5, 9 + 3 * slot), slot) for slot in range(-1, len(ADAPTERS))]
         for _ in range(2):

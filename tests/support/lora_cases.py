@@ -143,7 +143,7 @@ def turned(pool: LoRAPool) -> LoRAPool:
     slots = copy.copy(pool.slots)
     slots.memory, slots.turned = pool.slots.memory.clone(), True
     for rows in slots.table:
-        turn(slots.memory, rows, torch.tensor(pool.widths))
+        turn(slots.memory, rows, pool.widths)
     return pool._replace(slots=slots)
 
 

@@ -67,7 +67,7 @@ class LoRASlots:
         self.memory = SlotMemory(
             memory, max_loras, places, max_rank, aligned=aligned, dtype=affine_dtype, turned=turned
         )
-        self._outputs = torch.tensor([place.shape.out_features for place in layout.places.values()])
+        self._outputs = [place.shape.out_features for place in layout.places.values()]
         """Of the matrices B, by place."""
         self._copier: SlotCopier = StreamCopier(device) if device.type == "cuda" else SerialCopier()
         self._has_affine = [False] * max_loras
