@@ -180,11 +180,17 @@ class AdapterEntry:
 
     @property
     def head(self) -> Request | None:
-        """The request that has waited longest for it, or for a mix that it is a part of."""
+        """The request that has waited longest for it, or for a mix that it is a part of. Mixes that wait for
+        another part, whose read stalls, do not count: meanwhile its place is for others."""
         if not self.mixes:
             return self.waiting.head
-        heads = [entry.waiting.head for entry in (self, *self.mixes.values())]
+        heads = [mix.waiting.head for mix in self.mixes.values() if not mix.waits_for_other(self)]
+        heads.append(self.waiting.head)
         return min((head for head in heads if head is not None), key=lambda r: r.seq, default=None)
+
+    def waits_for_other(self, part: AdapterEntry) -> bool:
+        """Whether the read of a part other than this one stalls."""
+        return any(other.stalled and other is not part for other, _ in self.parts)
 
     @property
     def is_wanted(self) -> bool:

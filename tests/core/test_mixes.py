@@ -12,10 +12,11 @@ from support.core_sim import LIMITS, CoreSim
 from aioengine import events
 from aioengine.core.adapters.assembly import MIX_PATIENCE_SECONDS
 from aioengine.core.limits import CoreLimits
-from aioengine.core.state import Status
+from aioengine.core.state import Request, Status
 from aioengine.errors import AdapterChanged, AdapterLoadError, AdapterTooLarge, EngineOverloaded
 from aioengine.schedulers import Decision, PolicyEvent, SchedulerPolicy, SchedulerView, available_policies
 from aioengine.schedulers.policies.fcfs import FCFS
+from aioengine.schedulers.policy import Location
 from aioengine.schedulers.registry import load_policy
 
 POLICIES = sorted(available_policies().keys() - {"oracle", "belady"})
@@ -324,8 +325,9 @@ def test_a_policy_that_starves_adapters_starves_no_mix_behind_them() -> None:
 @pytest.mark.parametrize("shape", ["fixed", "bytes", "shared"])
 def test_everybody_s_turn_comes(name: str, shape: str) -> None:
     """Clients that ask again and again, for adapters, scaled ones and mixes of two to four, in one to four
-    slots, beside pinned adapters and reads that never end: every request begins soon, or fails for a
-    reason. Policies that let requests wait for ever by themselves do it with mixes, too."""
+    slots, beside pinned adapters, which are replaced, and reads that never end: every request begins soon, or
+    fails for a reason, and every pinned adapter gets a slot. Policies that let requests wait for ever by
+    themselves do it with mixes, too."""
     bound = load_policy(name).starvation_bound
     for seed in range(int(os.environ.get("AIOENGINE_MIX_SEEDS", "1"))):
         world = World(name, shape, random.Random(f"{name} {shape} {seed}"))
@@ -334,6 +336,7 @@ def test_everybody_s_turn_comes(name: str, shape: str) -> None:
         world.finish()
         assert world.longest["mix"] <= 150, (seed, world.longest)
         assert bound.startswith("none") or world.longest["plain"] <= 200, (seed, world.longest)
+        assert world.longest["pin"] <= 150, (seed, world.longest)
 
 
 class World:
@@ -346,7 +349,7 @@ class World:
             num_slots=slots,
             cpu_capacity=slots + rng.randint(0, 3),
             num_blocks=40,
-            max_num_seqs=rng.randint(2, 6),
+            max_num_seqs=rng.randint(1, 6),
         )
         if shape == "bytes":
             limits = limits._replace(slot_memory=256 * rng.randint(5, 16))
@@ -357,29 +360,43 @@ class World:
         for adapter in self.names:
             sim.register(adapter)
             sim.sizes[adapter] = rng.choice([200, 500, 900, 1200])
+        self.stays_hung = False
+        """Whether what hangs does so for ever."""
         self.hung = set(rng.sample(self.names, rng.choice([0, 0, 1])))
         self._since: dict[int, int] = {}
         """Steps at which the reads under way began, by uid."""
         self.pinned = rng.sample(self.names, rng.randint(0, max(0, slots - 1)))
+        self.outside: dict[str, int] = {}
+        """Steps for which pinned adapters have been in no slot."""
         self.clients: list[dict[str, Any]] = []
-        for index in range(rng.randint(3, 9)):
+        tenants = rng.choice([[None], ["x"], [None, "x", "y"]])
+        crowd = rng.choice(["", "", "one mix in all slots", "mixes that hang"])
+        if crowd == "mixes that hang":
+            self.hung, self.stays_hung = {rng.choice(self.names)}, True
+            self.pinned = []
+        others = [name for name in self.names if name not in self.hung]
+        unpinned = [name for name in self.names if name not in self.pinned]
+        for index in range(rng.randint(3, 9) if not crowd else rng.randint(7, 10)):
             kind = rng.choice(["plain", "plain", "any", "scale", "mix", "mix", "one mix"])
             own = rng.sample(self.names, rng.randint(2, 4)) if "mix" in kind else rng.choice(self.names)
+            if crowd == "one mix in all slots":
+                kind, own = "one mix", unpinned[: max(slots, 2)]
+            elif crowd == "mixes that hang" and index < 5:
+                kind, own = "hung mix", [*self.hung, others[index]]
             self.clients.append(
                 {
                     "kind": kind,
                     "own": own,
-                    "pause": rng.choice([0, 0, 3, 20]),
-                    "tenant": rng.choice([None, "x", "y"]),
+                    "pause": rng.choice([0, 0, 3, 20]) if not crowd else 0,
+                    "tenant": rng.choice(tenants),
                     "length": rng.choice([1, 4, 10]),
-                    "next": rng.randint(0, 30),
+                    "next": 0 if kind == "hung mix" else rng.randint(0, 30),
                     "request": None,
                     "at": 0,
                 }
             )
         self.steps = 0
-        self.longest = {"plain": 0, "mix": 0}
-        self.who = ""
+        self.longest = {"plain": 0, "mix": 0, "pin": 0}
 
     def ask(self, client: dict[str, Any]) -> None:
         kind, own, rng, sim = client["kind"], client["own"], self.rng, self.sim
@@ -390,7 +407,8 @@ class World:
         elif kind == "scale":
             wanted = sim.mix(own)
         else:
-            wanted = sim.mix(*(own if kind == "one mix" else rng.sample(self.names, rng.randint(2, 4))))
+            own = rng.sample(self.names, rng.randint(2, 4)) if kind == "mix" else own
+            wanted = sim.mix(*own)
         client["request"] = sim.add(wanted, max_tokens=client["length"], tenant=client["tenant"])
         client["at"] = self.steps
 
@@ -400,6 +418,14 @@ class World:
         if self.steps == 30:  # in the middle of the memory
             for name in self.pinned:
                 core.residency.want(core.residency.current[name], sim.now, pin=True)
+        if self.steps % 40 == 20 and self.pinned:
+            name = self.rng.choice(self.pinned)
+            core.residency.want(core.residency.declare(name, f"/adapters/{name}"), sim.now)
+        for name in self.pinned:
+            entry = core.residency.current[name]
+            waits = entry.pinned and entry.location is not Location.SLOT and entry.error is None
+            self.outside[name] = self.outside.get(name, 0) + 1 if waits else 0
+            self.longest["pin"] = max(self.longest["pin"], self.outside[name])
         for client in self.clients:
             request = client["request"]
             if request is None:
@@ -409,7 +435,8 @@ class World:
             waited = self.steps - client["at"]
             if request.admitted is None and request.status is not Status.ENDED:
                 kind = "mix" if "mix" in client["kind"] else "plain"
-                self.longest[kind] = max(self.longest[kind], waited)
+                if not self.hangs(request):
+                    self.longest[kind] = max(self.longest[kind], waited)
             elif request.status is Status.ENDED:
                 failed = sim.ended[request.id] == "error"
                 client["request"], client["next"] = None, self.steps + (20 if failed else client["pause"])
@@ -423,15 +450,20 @@ class World:
             sim.finish_step()
             core.check()
 
+    def hangs(self, request: Request) -> bool:
+        """Whether it needs what hangs for ever."""
+        members = () if request.adapter is None else request.adapter.members
+        return self.stays_hung and any(member.label in self.hung for member in members)
+
     def read(self) -> None:
-        """End the reads, except those that hang. These stall after five steps, and fail after 25."""
+        """End the reads, except those that hang. These stall after five steps, and most fail after 25."""
         sim = self.sim
         for entry in list(sim.loads):
             since = self._since.setdefault(entry.uid, self.steps)
             if entry.label in self.hung:
                 if self.steps - since == 5:
                     sim.core.adapter_load_stalled(entry)
-                if self.steps - since < 25:
+                if self.stays_hung or self.steps - since < 25:
                     continue
             del self._since[entry.uid]
             sim.finish_load(sim.loads.index(entry), fail=entry.label in self.hung)
@@ -439,7 +471,7 @@ class World:
 
     def finish(self) -> None:
         for _ in range(400):
-            if not self.sim.core.requests:
+            if all(self.hangs(request) for request in self.sim.core.requests.values()):
                 break
             self.step(ask=False)
         assert not self.sim.core.requests or self.hung

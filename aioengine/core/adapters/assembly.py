@@ -14,6 +14,7 @@ one turn at a time, and these rules:
 - A policy may leave an adapter without a slot for ever. If a mix has waited behind it for
   ``MIX_LIMIT_SECONDS``, that adapter gets a turn, as a mix of one.
 - A read that stalls, or pinned adapters that are in the way, delay only the mixes that need them.
+- No turn begins while a pinned adapter waits for a slot that it could have.
 
 So each request for a mix begins after the mixes and adapters that were waited for before it had their turns.
 A turn takes at most two of the longest generations (to empty the slots, and for places in the batch), the
@@ -62,6 +63,8 @@ class Assembly:
         """Uids of adapters that leave their slots for those whose turn it is."""
         self._since: Request | None = None
         """The oldest request for those, while others leave."""
+        self.pin_waits = False
+        """Whether a pinned adapter takes the next slots that become idle."""
         self._no_room_until = 0.0
         """Until then no slot is closed to make room in the CPU cache, because that was of no use."""
 
@@ -157,7 +160,8 @@ class Assembly:
         for mix in self._queues.mixes.values():
             if now - _arrival(mix) < waited:
                 return
-            yield from (part for part in mix.members if part.location is Location.DISK)
+            if not any(part.stalled for part in mix.members):  # otherwise the others have time
+                yield from (part for part in mix.members if part.location is Location.DISK)
 
     def next_due(self, now: float) -> float | None:
         """Return when the next mix will have waited long."""
@@ -168,6 +172,8 @@ class Assembly:
 
     def _choose(self, now: float) -> AdapterEntry | None:
         """Return whose turn it is."""
+        if self.pin_waits:
+            return None
         cold = self._first_cold()
         held = [slot.entry for slot in self._slots.slots if slot.entry is not None]
         idle = sum(not (entry.running or entry.pinned or entry.is_wanted) for entry in held)

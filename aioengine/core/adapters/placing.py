@@ -62,7 +62,7 @@ class Placing:
         no slot is idle, one is closed: it admits no requests until it is idle. Otherwise steady traffic would
         keep the adapter out for ever. One that other pinned adapters leave no room for fails."""
         self._closed.clear()
-        self._pinned_wait = False
+        self._pinned_wait = self._assembly.pin_waits = False
         for entry in self._pinned_outside():
             self._pinned_wait = True
             room, arena = self._slots.room_beside_pinned(), self._slots.arena
@@ -74,6 +74,7 @@ class Placing:
                 keep = self._slots.superseded() | self._assembly.kept
                 if self._start(entry, None, (), self._slots.victims(keep), (), keep, now) is not None:
                     self._close_for(entry, keep)
+                    self._assembly.pin_waits = True
 
     def _close_for(self, entry: AdapterEntry, keep: set[int]) -> None:
         """Close the slots of the least busy adapters: one, or as many as the bytes of ``entry`` take."""
