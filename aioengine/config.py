@@ -191,11 +191,11 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """Whether the next step is formed, and given to the device, while a step computes (docs/overlap.md). It
     changes no token. "auto": where it is faster, which has been seen nowhere yet, so it is off. True: the
     engine does not start where it cannot be had."""
-    bind_threads: Literal["auto"] | bool = "auto"
-    """Whether each thread of a step stays on a physical core of its own while the step lasts, and weights are
-    in the memory of the core that reads them (docs/performance.md). Only in the compiled CPU step. "auto": on
-    a machine with several NUMA nodes whose cores the engine has all of. True: the engine does not start where
-    there are not enough cores."""
+    bind_threads: bool = True
+    """In the compiled CPU step, on several NUMA nodes whose cores the engine takes all of: each thread stays
+    on a physical core while the step lasts, and weights are in the memory of the core that reads them. Where
+    another engine, or process, computes on the same cores, set False, or give each its own (a cpuset). Not
+    with ``executor="ray"``, whose ranks may be on several machines. See docs/performance.md."""
     device: Device = "auto"
     max_model_len: int | None = None
     """Longest prompt plus output, in tokens; None means the model's own limit (at most 8192)."""
@@ -307,13 +307,6 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
                 f"overlap=True: speculation={self.speculation!r} needs the tokens of a step to form the next "
                 "one; set overlap='auto', or speculation='none'"
             )
-        if not isinstance(self.bind_threads, bool) and self.bind_threads != "auto":
-            raise ConfigError(f"bind_threads={self.bind_threads!r}: must be 'auto', True or False")
-        if self.bind_threads is True and self.device == "cuda":
-            raise ConfigError(
-                "bind_threads=True: device='cuda' does not compute in threads; set device='cpu', or "
-                "bind_threads='auto'"
-            )
         _choice(self, "kv_cache_dtype", get_args(KVCacheDType))
         if self.kv_cache_dtype == "int8" and self.device == "cuda":
             raise ConfigError(
@@ -365,6 +358,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             checks.check_number(
                 "max_prefix_pins_per_tenant", self.max_prefix_pins_per_tenant, low=0.0, high=1.0
             )
+        _boolean(self, "bind_threads")
         _boolean(self, "cuda_graphs")
         if self.executor == "thread" and self.tensor_parallel_size > 1:
             raise ConfigError(

@@ -89,7 +89,7 @@ class EngineFlags:
     overlap: Annotated[bool | None, _IN_MORE] = None
     """Form the next step while a step computes."""
     bind_threads: Annotated[bool | None, _IN_MORE] = None
-    """Keep each thread of a step on a core (where there are several NUMA nodes)."""
+    """Keep each thread of a step on a core where there are several NUMA nodes."""
     speculation: Annotated[SpeculationName | None, _IN_MORE] = None
     """Check several proposed tokens in one step, from ngrams or suffixes."""
     chat_template: Annotated[str | None, _IN_MORE] = None

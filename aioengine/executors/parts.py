@@ -116,7 +116,7 @@ def build_parts(
         if graphs
         else None,
         merges=lora is not None and lora.merge,
-        bind_threads=config.bind_threads,
+        bind_threads=config.bind_threads and config.executor != "ray",
     )
     check_invariant(config, runner.variance)
     allocate: Allocate = pageable

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import msgspec
 import torch
@@ -31,7 +31,7 @@ from aioengine.model.files.quantization import with_quantization
 from aioengine.model.files.weights import load_weights
 from aioengine.model.generic.spec import GenericSpec
 from aioengine.model.kv_cache import KVCache
-from aioengine.model.parallel.group import Group, Shard, SoloGroup
+from aioengine.model.parallel.group import Group, SoloGroup
 from aioengine.model.penalties import Penalties
 from aioengine.model.pooling import Kind, Pooled, model_pooling, pool
 from aioengine.model.sampler import sample as default_sample
@@ -71,7 +71,8 @@ class ModelRunner:
     weights are kept, and ``int8_cache`` and ``fp8_cache`` keep keys and values as int8 or float8;
     ``max_model_len`` is the longest sequence (it matters to models that transformers runs); ``progress`` is
     told how far the weights are read; ``max_num_seqs`` is how many sequences a step has at most, as far as
-    memory is prepared for them; ``bind_threads`` is whether the compiled step's threads stay on a core each.
+    memory is prepared for them; ``bind_threads`` is whether the compiled step's threads stay on a core each
+    where there are several NUMA nodes, which is for groups whose ranks are all on this machine.
     With ``fixed_decode``, decode steps within these limits are recorded and played back if the kernels allow
     for it, by ``record`` (None: as CUDA graphs). With a ``group`` of several ranks, this is one rank's share
     of the model, and all ranks must be built and execute the same steps; only rank 0 samples. With ``merges``
@@ -108,7 +109,7 @@ class ModelRunner:
         fixed_decode: DecodeLimits | None = None,
         record: Record | None = None,
         merges: bool = False,
-        bind_threads: Literal["auto"] | bool = "auto",
+        bind_threads: bool = True,
     ) -> None:
         if sample is None:
             sample = functools.partial(default_sample, penalties=Penalties(max_num_seqs))
@@ -126,15 +127,28 @@ class ModelRunner:
         else:
             backend = fastest_kernels(spec, dtype, self.device, block_size=block_size, ranks=ranks)
         self.decoder: Decoder | GenericModel
-        self._processors = _processors(backend.name, bind_threads, self.group.shard)
-        """Of the compiled step's threads, if they are bound to some."""
         coverage.check_kv_cache("int8" if int8_cache else "fp8" if fp8_cache else "auto", spec, backend.name)
         if not isinstance(spec, GenericSpec):
             self.decoder = Decoder(spec, dtype, self.device, backend, self.group)
-            for weight in self.decoder.linear_weights() if self._processors else ():
-                _touch(weight, self._processors)
-            load_weights(self.decoder, weights, progress)
             spec = self.decoder.spec
+        self._uncovered: str | None = f"backend {backend.name!r}"
+        """Why there is no compiled step; None if there is one."""
+        if backend.name == "cpu":
+            self._uncovered = coverage.not_covered(
+                spec,
+                dtype=_name(dtype),
+                lora_dtype=_name(lora_dtype or dtype) if max_loras > 0 else None,
+                block_size=block_size,
+                shard=self.group.shard,
+            )
+        self.processors: Sequence[int] = ()
+        """Those that the compiled step's threads are bound to; none: they are not."""
+        if bind_threads and self._uncovered is None:
+            self.processors = _processors(self.group.shard.rank, ranks)
+        if not isinstance(spec, GenericSpec):
+            for weight in self.decoder.linear_weights() if self.processors else ():
+                _touch(weight, self.processors)
+            load_weights(self.decoder, weights, progress)
         self.shared: SharedMemory | None = None
         """The memory of adapters and KV blocks, if they share one."""
         if shared_block_bytes is not None:
@@ -181,7 +195,7 @@ class ModelRunner:
         """The compiled step, where there is one."""
         self.variance: str | None = None
         """Why a token's bits depend on its batch (docs/determinism.md); None: they do not."""
-        self._forward = self._merged_forward = self._choose_forward(block_size, quantization)
+        self._forward = self._merged_forward = self._choose_forward(quantization)
         self.merged: MergedDecoder | None = None
         """Weights with an adapter added to them, if there are any."""
         if merges:
@@ -214,26 +228,16 @@ class ModelRunner:
 
         return f"cpu-{next(iter(levels()))}" + ("" if self.native is not None else " (torch steps)")
 
-    def _choose_forward(self, block_size: int, quantization: Quantization) -> Forward:
+    def _choose_forward(self, quantization: Quantization) -> Forward:
         """``forward`` and ``layers_forward`` of the compiled step where there is one, else the decoder's."""
-        reason: str | None = f"backend {self.decoder.kernels.name!r}"
-        slots = self.lora_slots
-        if self.decoder.kernels.name == "cpu":
-            reason = coverage.not_covered(
-                self.decoder.spec,
-                dtype=_name(self.dtype),
-                lora_dtype=None if slots is None else _name(slots.dtype),
-                block_size=block_size,
-                shard=self.group.shard,
-            )
+        reason = self._uncovered
         self.variance = coverage.variance(reason, self.group.shard.size)
         if not isinstance(self.decoder, Decoder):
             return self.decoder.forward, self.decoder.layers_forward
-        self._compiled = reason is None
         if reason is None:
             from aioengine.model.native import pack
 
-            pack(self.decoder, quantization, self._processors)
+            pack(self.decoder, quantization, self.processors)
             return self._forward_of(self.decoder)
         if self.decoder.kernels.name == "cpu":
             logger.info("the compiled CPU step does not cover %s; steps run through torch", reason)
@@ -251,10 +255,10 @@ class ModelRunner:
 
     def _forward_of(self, decoder: Decoder) -> Forward:
         kv_cache, lora_slots = self.kv_cache, self.lora_slots
-        if self._compiled:
+        if self._uncovered is None:
             from aioengine.model.native import NativeForward
 
-            native = NativeForward(decoder, kv_cache, lora_slots, self._processors)
+            native = NativeForward(decoder, kv_cache, lora_slots, self.processors)
             self.native = self.native or native
             return native.forward, native.layers_forward
         # Not through self: memory in a reference cycle would not be free when the runner is gone.
@@ -435,20 +439,10 @@ class ModelRunner:
         return LoRABatch(slots, counts, ranks, self.device, slot_affine=affine)
 
 
-def _processors(backend: str, bind: Literal["auto"] | bool, shard: Shard) -> Sequence[int]:
-    """Return the processors that the threads of the compiled step are bound to, if they are."""
-    if backend == "cpu":
-        from aioengine.kernels.cpu.nodes import processors_of_threads
+def _processors(rank: int, ranks: int) -> Sequence[int]:
+    from aioengine.kernels.cpu.nodes import permitted, processors_of_threads
 
-        if (found := processors_of_threads(bind, shard.rank, shard.size)) or bind is not True:
-            return found
-    elif bind is not True:
-        return ()
-    raise ConfigError(
-        "bind_threads=True: only threads of the compiled CPU step can be bound, on Linux, if each of them "
-        "can have a core of its own (docs/performance.md); set OMP_NUM_THREADS to fewer, or "
-        "bind_threads='auto'"
-    )
+    return permitted(processors_of_threads(rank, ranks))
 
 
 def _touch(weight: Tensor, processors: Sequence[int]) -> None:

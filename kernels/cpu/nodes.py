@@ -8,11 +8,11 @@ that it reads in steps (:func:`touch`). Pages are not moved afterwards: containe
 from __future__ import annotations
 
 import functools
+import logging
 import os
 from collections.abc import Iterable, Sequence
 from ctypes import c_int32
 from pathlib import Path
-from typing import Literal
 
 from torch import Tensor
 
@@ -20,23 +20,40 @@ from aioengine.kernels.cpu.cores import cores
 from aioengine.kernels.cpu.packed import PANEL
 from aioengine.kernels.cpu.shared_library import load, threads
 
+logger = logging.getLogger("aioengine")
+
 Nodes = Sequence[Sequence[int]]
 """For each NUMA node, a processor of each physical core that this process may compute on."""
 
 
-def processors_of_threads(bind: Literal["auto"] | bool, rank: int = 0, ranks: int = 1) -> list[int]:
-    """Return the processor of each thread of this rank's steps; none if they are not to be bound.
+def processors_of_threads(rank: int = 0, ranks: int = 1) -> list[int]:
+    """Return the processor of each thread of this rank's steps, where all ranks are on this machine; none if
+    they are not to be bound.
 
-    "auto" binds them if there are several nodes, and the ranks' threads take all cores: otherwise somebody
-    else is expected on the others, who may have bound threads to the same ones. True binds them wherever
-    every thread can have a core of its own.
+    They are if there are several nodes, and the ranks' threads take all cores: otherwise somebody else is
+    expected on the others, who may have bound threads to the same ones.
     """
     count = threads()
-    if bind is False or not hasattr(os, "sched_setaffinity"):
+    if not hasattr(os, "sched_setaffinity") or len(nodes := _nodes()) < 2:
         return []
-    nodes = _nodes()
     taken = (count + 1) * ranks > sum(map(len, nodes)) and cores().quota >= count
-    return spread(nodes, count, rank, ranks) if bind is True or (len(nodes) > 1 and taken) else []
+    return spread(nodes, count, rank, ranks) if taken else []
+
+
+def permitted(processors: Sequence[int]) -> Sequence[int]:
+    """Return ``processors`` if the system lets threads stay on them, which is tried; else none, and warn."""
+    if not processors:
+        return ()
+    array, on = ((c_int32 * len(processors))(*found) for found in (processors, ()))
+    load().aio_probe_bound(array, len(array), on)
+    if list(on) == list(processors):
+        return processors
+    logger.warning(
+        "the system does not let the threads of steps stay on processors %s (they were on %s): they are not "
+        "bound, and weights may be far from the cores that read them (docs/performance.md)",
+        *(list(processors), list(on)),
+    )
+    return ()
 
 
 def spread(nodes: Nodes, count: int, rank: int = 0, ranks: int = 1) -> list[int]:

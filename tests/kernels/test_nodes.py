@@ -7,6 +7,7 @@ import random
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,12 +16,14 @@ from support.tiny_models import build_model
 
 from aioengine.config import EngineConfig
 from aioengine.errors import ConfigError
+from aioengine.executors.parts import build_parts, plan_parts
 from aioengine.kernels.cpu import build, nodes
 from aioengine.kernels.cpu.cores import Cores
-from aioengine.kernels.cpu.nodes import find_nodes, processors_of_threads, spread, touch
+from aioengine.kernels.cpu.nodes import find_nodes, permitted, processors_of_threads, spread, touch
 from aioengine.model.buffer import Buffer
 from aioengine.model.files.resolve import read_spec
 from aioengine.model.runner import ModelRunner
+from aioengine.model.spec import ModelImpl
 from aioengine.request import SamplingParams
 from aioengine.step import Sampled, SequenceWork, StepBatch
 
@@ -112,18 +115,15 @@ TWO, ONE = ((0, 1), (2, 3)), ((0, 1, 2, 3),)
 
 @needs_linux
 @pytest.mark.parametrize(
-    ("machine", "threads", "quota", "bind", "ranks", "expected"),
+    ("machine", "threads", "quota", "ranks", "expected"),
     [
-        (TWO, 4, 8.0, "auto", 1, [0, 1, 2, 3]),
-        (ONE, 4, 8.0, "auto", 1, []),  # on one node nothing changes
-        (TWO, 2, 8.0, "auto", 1, []),  # others are expected on the rest of the cores
-        (TWO, 4, 2.5, "auto", 1, []),  # a container that has a part of the machine's time
-        (TWO, 2, 8.0, "auto", 2, [0, 1]),
-        (TWO, 1, 8.0, "auto", 3, [0]),  # a core is left over
-        (TWO, 4, 8.0, False, 1, []),
-        (ONE, 2, 8.0, True, 1, [0, 2]),
-        (TWO, 2, 8.0, True, 1, [0, 2]),  # the memory of both nodes
-        (TWO, 5, 8.0, True, 1, []),
+        (TWO, 4, 8.0, 1, [0, 1, 2, 3]),
+        (ONE, 4, 8.0, 1, []),  # on one node nothing changes
+        (TWO, 2, 8.0, 1, []),  # others are expected on the rest of the cores
+        (TWO, 4, 2.5, 1, []),  # a container that has a part of the machine's time
+        (TWO, 2, 8.0, 2, [0, 1]),
+        (TWO, 1, 8.0, 3, [0]),  # a core is left over
+        (TWO, 5, 8.0, 1, []),
     ],
 )
 def test_who_is_bound(
@@ -131,14 +131,13 @@ def test_who_is_bound(
     machine: nodes.Nodes,
     threads: int,
     quota: float,
-    bind: bool,
     ranks: int,
     expected: list[int],
 ) -> None:
     monkeypatch.setattr(nodes, "_nodes", lambda: machine)
     monkeypatch.setattr(nodes, "threads", lambda: threads)
     monkeypatch.setattr(nodes, "cores", lambda: Cores(4, 4, quota))
-    assert processors_of_threads(bind, 0, ranks) == expected
+    assert processors_of_threads(0, ranks) == expected
 
 
 @needs_linux
@@ -160,6 +159,19 @@ def test_a_processor_that_is_not_there_binds_nobody(masks: None) -> None:
         array, on = torch.tensor([number], dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
         nodes.load().aio_probe_bound(array.data_ptr(), 1, on.data_ptr())
         assert on.item() in mine
+
+
+@needs_linux
+@needs_compiler
+def test_processors_are_used_if_the_system_keeps_threads_there(
+    masks: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    mine = sorted(os.sched_getaffinity(0))
+    assert permitted([]) == () and permitted(mine) == mine and not caplog.messages
+    for number in (1023, 5000):  # not there, and beyond what the library can ask for
+        caplog.clear()
+        assert permitted([mine[0], number]) == ()
+        assert len(caplog.messages) == 1 and f"[{mine[0]}, {number}]" in caplog.text
 
 
 @needs_linux
@@ -189,7 +201,9 @@ def resident_bytes() -> int:
 @needs_linux
 @needs_compiler
 @pytest.mark.parametrize("quantization", ["none", "int8", "int4"])
-def test_a_bound_step_gives_the_same_bits(masks: None, tmp_path: Path, quantization: str) -> None:
+def test_a_bound_step_gives_the_same_bits(
+    masks: None, several_nodes: list[int], tmp_path: Path, quantization: str
+) -> None:
     model = build_model(tmp_path, "llama")
     assert torch.equal(logits(model, quantization, True), logits(model, quantization, False))
 
@@ -205,7 +219,7 @@ def logits(model: Path, quantization: str, bind: bool) -> torch.Tensor:
         *(read_spec(model), model), dtype=torch.bfloat16, device="cpu", num_blocks=8, block_size=16,
         max_loras=1, max_lora_rank=8, quantization=quantization, sample=sample, bind_threads=bind,
     )  # fmt: skip
-    assert runner.native is not None and runner.lora_slots is not None
+    assert runner.native is not None and runner.lora_slots is not None and bool(runner.processors) is bind
     fill_slot(runner.lora_slots, 0, 8, torch.Generator().manual_seed(0))
     ids = list(range(5, 25))
     work = SequenceWork("0", 0, ids, 0, [0, 1], True, SamplingParams(), 0, ids, len(ids))
@@ -223,21 +237,73 @@ def masks() -> Iterable[None]:
         assert os.sched_getaffinity(task) == kept.get(task, mine)
 
 
-def test_what_cannot_be_had_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ConfigError, match="bind_threads='yes': must be 'auto', True or False"):
-        EngineConfig(model="m", bind_threads="yes")  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match="set device='cpu'"):
-        EngineConfig(model="m", bind_threads=True, device="cuda")
+@pytest.fixture
+def several_nodes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Processors for the threads of a step, as on a machine with several nodes. Here there may be fewer."""
+    mine = sorted(os.sched_getaffinity(0))
+    found = [mine[i % len(mine)] for i in range(nodes.threads())]
+    monkeypatch.setattr(nodes, "processors_of_threads", lambda rank, ranks: found)
+    return found
+
+
+@needs_linux
+@needs_compiler
+@pytest.mark.parametrize(
+    ("impl", "dtype", "block_size", "lora_dtype", "bound"),
+    [
+        ("native", torch.float32, 16, None, True),
+        ("native", torch.float16, 16, None, False),
+        ("native", torch.float32, 8, None, False),
+        ("native", torch.float32, 16, torch.bfloat16, False),
+        ("transformers", torch.float32, 16, None, False),
+    ],
+)
+def test_only_threads_of_the_compiled_step_are_bound(
+    several_nodes: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    impl: ModelImpl,
+    dtype: torch.dtype,
+    block_size: int,
+    lora_dtype: torch.dtype | None,
+    bound: bool,
+) -> None:
+    """Elsewhere no weight is written to, either, by a thread that will not read it."""
+    touched = []
+    monkeypatch.setattr(nodes, "touch", lambda *_: touched.append(1))
     model = build_model(tmp_path, "llama")
-    with pytest.raises(ConfigError, match="a core of its own"):
-        ModelRunner(
-            *(read_spec(model), model), dtype=torch.bfloat16, device="cpu", num_blocks=8, block_size=16,
-            kernels="torch", bind_threads=True,
-        )  # fmt: skip
-    if build.shutil.which("c++") is not None:
-        monkeypatch.setattr(nodes, "threads", lambda: 4096)
-        with pytest.raises(ConfigError, match="OMP_NUM_THREADS"):
-            ModelRunner(
-                *(read_spec(model), model), dtype=torch.bfloat16, device="cpu", num_blocks=8, block_size=16,
-                bind_threads=True,
-            )  # fmt: skip
+    runner = ModelRunner(
+        *(read_spec(model, impl), model), dtype=dtype, device="cpu", num_blocks=8, block_size=block_size,
+        max_loras=1, max_lora_rank=8, lora_dtype=lora_dtype,
+    )  # fmt: skip
+    assert (runner.native is not None, bool(touched)) == (bound, bound)
+    assert list(runner.processors) == (several_nodes if bound else [])
+
+
+@needs_linux
+@needs_compiler
+@pytest.mark.parametrize(
+    ("settings", "bound"), [({}, True), ({"bind_threads": False}, False), ({"executor": "ray"}, False)]
+)
+def test_engines_whose_ranks_are_all_here_are_bound(
+    several_nodes: list[int], tmp_path: Path, settings: dict[str, Any], bound: bool
+) -> None:
+    config = EngineConfig(model=str(build_model(tmp_path, "llama")), device="cpu", **settings)
+    assert list(build_parts(config, plan_parts(config)).runner.processors) == (several_nodes if bound else [])
+
+
+@needs_linux
+@needs_compiler
+def test_an_engine_starts_where_the_system_keeps_no_thread_in_place(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(nodes, "processors_of_threads", lambda rank, ranks: [1023] * nodes.threads())
+    config = EngineConfig(model=str(build_model(tmp_path, "llama")), device="cpu")
+    assert build_parts(config, plan_parts(config)).runner.processors == ()
+    assert sum("they are not bound" in message for message in caplog.messages) == 1
+
+
+def test_it_is_on_or_off() -> None:
+    assert EngineConfig(model="m").bind_threads
+    with pytest.raises(ConfigError, match="bind_threads='auto': must be"):
+        EngineConfig(model="m", bind_threads="auto")  # type: ignore[arg-type]
