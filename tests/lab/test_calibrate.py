@@ -139,6 +139,24 @@ def test_probe_keeps_moves_that_succeed_and_counts_waits_between_moves() -> None
     assert probe.moves == [ProbedMove("disk", 1.0, 3.0, 100), ProbedMove("slot", 4.0, 4.5, 100)]
 
 
+@pytest.mark.parametrize(
+    "end",
+    [
+        events.AdapterUnloaded(time=2.0, adapter="a", version=1),
+        events.EngineRestarted(time=2.0, seconds=1.0, error=OSError()),
+    ],
+    ids=lambda end: type(end).__name__,
+)
+@pytest.mark.parametrize("placing", [False, True])
+def test_probe_counts_waits_after_a_move_that_was_given_up(end: events.Event, placing: bool) -> None:
+    probe = Probe()
+    probe.waits = told = Told()
+    begun = events.AdapterPlacing(time=1.0, slot=0, adapter="a", version=1)
+    probe.handle(begun if placing else events.AdapterLoading(time=1.0, adapter="a", version=1))
+    probe.handle(end)
+    assert told.told == ["pause", "go_on"] and probe.moves == []
+
+
 # From end to end
 
 TINY = Design(

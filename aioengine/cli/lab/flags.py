@@ -164,7 +164,7 @@ def make_experiment(
     Raises ConfigError for errors in the file or the flags, and for a flag that changes nothing.
     """
     from aioengine.lab.runs.effects import check_effect, set_fields
-    from aioengine.lab.runs.experiment import Experiment
+    from aioengine.lab.runs.experiment import Experiment, refuse_fleet
 
     values = _read(file)
     given = _given(own)
@@ -176,6 +176,8 @@ def make_experiment(
     values = {**values, **given, "workload": {**spec, **asked}}
     source = "flags" if file is None else f"{file} and flags" if asked or given else str(file)
     try:
+        if values.get("replicas") is None:
+            refuse_fleet(given)
         experiment = Experiment.from_dict(values, source=source)
         in_file = base is not None or (file is not None and file.suffix == ".toml")
         check_effect(experiment, {*given, *asked, *(set_fields(experiment.workload) if in_file else ())})

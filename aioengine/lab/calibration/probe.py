@@ -88,9 +88,11 @@ class Probe:
                 self._moved("disk", event)
             case events.AdapterPlaced():
                 self._moved("slot", event)
-            case events.AdapterFailed():
+            case events.AdapterFailed() | events.AdapterUnloaded():  # the latter also ends a cancelled move
                 for stage in ("disk", "slot"):
                     self._open.pop((stage, event.adapter, event.version), None)
+            case events.EngineRestarted():
+                self._open.clear()
             case _:
                 return
         if self._open:

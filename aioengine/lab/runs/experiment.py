@@ -107,9 +107,7 @@ class Experiment(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
             raise ConfigError(f"on_too_long={self.on_too_long!r}: must be one of {known}")
         check_seconds("sample_seconds", self.sample_seconds)
         if self.replicas is None:
-            for name in OF_A_FLEET:
-                if (value := getattr(self, name)) is not None:
-                    raise ConfigError(f"{name}={value!r}: is for a fleet; give replicas")
+            refuse_fleet({name: getattr(self, name) for name in OF_A_FLEET})
         else:
             self._check_fleet(self.replicas)
         slots, cpu_loras = self.slots, self.cpu_loras
@@ -189,7 +187,14 @@ class Experiment(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], *, source: str = "experiment") -> Self:
-        """Make an experiment from plain data. Raises ConfigError, which names ``source`` and the field."""
+        """Make an experiment from plain data. Raises ConfigError, which names ``source`` and the field.
+
+        Without replicas, values that fleets have by default are left out: experiments were once written with
+        them.
+        """
+        if values.get("replicas") is None:
+            kept = values.keys() - {name for name, value in OF_A_FLEET.items() if values.get(name) == value}
+            values = {name: value for name, value in values.items() if name in kept}
         workload = values.get("workload")
         if isinstance(workload, Mapping):
             refuse_unknown(WorkloadSpec, workload, f"{source}, workload")
@@ -212,3 +217,11 @@ OF_A_FLEET: Mapping[str, Any] = {
     "faults": None,
 }
 """Fields that mean something only with replicas, and their values where a fleet does not say."""
+
+
+def refuse_fleet(values: Mapping[str, Any]) -> None:
+    """Raise ConfigError for the first of these values, of an experiment without replicas, that is about a
+    fleet."""
+    for name in OF_A_FLEET:
+        if (value := values.get(name)) is not None:
+            raise ConfigError(f"{name}={value!r}: is for a fleet; give replicas")
