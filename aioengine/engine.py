@@ -212,7 +212,7 @@ class AsyncEngine:
         )
         self.build = assemble.build_labels(self._info)
         """Labels of the metric ``aioengine_build_info``, which say what runs here."""
-        self._event_streams, self._streams_listen = EventStreams(), False
+        self._event_streams = EventStreams(self._stepper.listen)
         self._metrics: EngineMetrics = EngineMetrics(
             max_adapter_labels=self.config.max_adapter_labels,
             snapshot=self.stats,
@@ -737,9 +737,10 @@ class AsyncEngine:
 
     def add_listener(self, listener: Callable[[Event], None], *types: type[Event]) -> Callable[[], None]:
         """Deliver every event to ``listener``, or those of the given types, on the loop; returns a function
-        that removes it.
+        that ends this.
 
-        A listener must be quick. Its exceptions are logged and ignored.
+        A listener must be quick. Its exceptions are logged and ignored. Raises ConfigError for a type that is
+        no class of :mod:`aioengine.events`.
         """
         self._check_started()
         return self._stepper.listen(listener, *types)
@@ -755,11 +756,7 @@ class AsyncEngine:
         :class:`~aioengine.events.EventsLost` in their place. The iterator ends when the engine has stopped.
         """
         self._check_started()
-        stream = self._event_streams.open(types, buffer)
-        if not self._streams_listen:
-            self._streams_listen = True
-            self._stepper.listen(self._event_streams)
-        return stream
+        return self._event_streams.open(types, buffer)
 
     @property
     def metrics(self) -> EngineMetrics:

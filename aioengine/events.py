@@ -269,8 +269,8 @@ class StepFinished(Event, frozen=True, kw_only=True, gc=False):
 
 
 class StepsFinished(Event, frozen=True, kw_only=True, gc=False):
-    """End of a step, or of several in a row with the same contents. Only listeners that name this type get
-    it; it takes the place of their :class:`StepFinished`."""
+    """End of a step, or of several in a row with the same contents. Only who names this type gets it;
+    it takes the place of :class:`StepFinished`, also for who names both, or :class:`Event`."""
 
     first: int
     """Number of the first of them."""

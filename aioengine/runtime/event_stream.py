@@ -6,8 +6,9 @@ import asyncio
 import logging
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any, Generic, Protocol, Self, TypeVar
-from weakref import WeakSet
+from weakref import WeakMethod, WeakSet, finalize
 
 from aioengine.checks import check_integer
 from aioengine.errors import ConfigError
@@ -38,31 +39,56 @@ class NoteSteps(Protocol):
     ) -> None: ...
 
 
+class Listen(Protocol):
+    """Has a listener called for events of these types, or for all; returns a function that ends it."""
+
+    def __call__(self, listener: Listener, *types: type[Event]) -> Callable[[], None]: ...
+
+
+class Registration:
+    """Listener with the types that it was added for; the same listener may be added several times."""
+
+    __slots__ = ("listener", "types")
+
+    def __init__(self, listener: Listener, types: tuple[type[Event], ...]) -> None:
+        for kind in types:
+            if not (isinstance(kind, type) and issubclass(kind, Event)):
+                raise ConfigError(f"{kind!r}: must be a class of aioengine.events")
+        self.listener = listener
+        self.types = types or (Event,)
+
+    def wants(self, kind: type[Event]) -> bool:
+        if kind is StepsFinished:
+            return kind in self.types
+        if kind is StepFinished and StepsFinished in self.types:
+            return False
+        return issubclass(kind, self.types)
+
+
 class Listeners:
     """Callbacks for events, each for all of them or for some types, called in the order of their coming."""
 
     def __init__(self) -> None:
-        self._all: list[tuple[Listener, tuple[type[Event], ...]]] = []
+        self._all: list[Registration] = []
         self._of: dict[type[Event], tuple[Listener, ...]] = {}
 
-    def add(self, listener: Listener, types: tuple[type[Event], ...]) -> None:
-        self._all.append((listener, types or (Event,)))
+    def add(self, listener: Listener, types: tuple[type[Event], ...]) -> Registration:
+        """Add a listener. Raises ConfigError for what is no type of events."""
+        added = Registration(listener, types)
+        self._all.append(added)
         self._of = {}
+        return added
 
-    def remove(self, listener: Listener) -> None:
-        """Remove a listener, if it is there."""
-        self._all = [item for item in self._all if item[0] != listener]
+    def remove(self, added: Registration) -> None:
+        """Remove what ``add`` returned, if it is there."""
+        self._all = [item for item in self._all if item is not added]
         self._of = {}
 
     def of(self, kind: type[Event]) -> tuple[Listener, ...]:
         """Return the listeners that want events of this type."""
         found = self._of.get(kind)
         if found is None:
-            found = self._of[kind] = tuple(
-                listener
-                for listener, types in self._all
-                if kind in types or (kind is not StepsFinished and issubclass(kind, types))
-            )
+            found = self._of[kind] = tuple([item.listener for item in self._all if item.wants(kind)])
         return found
 
     def of_steps(
@@ -105,9 +131,14 @@ class EventStream(Generic[E]):
     Cancelling the task that waits for an event loses none.
     """
 
-    def __init__(self, types: tuple[type[E], ...], buffer: int, closed: Callable[[Any], None]) -> None:
-        self._types = types
-        self._closed = closed
+    def __init__(self, buffer: int, types: tuple[type[E], ...], listen: Listen) -> None:
+        offer = WeakMethod(self.offer)  # so that a stream that its reader has dropped is freed
+
+        def deliver(event: Event) -> None:
+            if (to := offer()) is not None:
+                to(event)
+
+        self._leave = listen(deliver, *types)
         self._events: deque[E] = deque()
         self._buffer = buffer
         self._lost = 0
@@ -115,9 +146,9 @@ class EventStream(Generic[E]):
         self._ready = asyncio.Event()
         self._open = True
 
-    def offer(self, event: Event) -> None:
-        """Add the event if its type is wanted."""
-        if not self._open or not isinstance(event, self._types):
+    def offer(self, event: Any) -> None:
+        """Add an event, which is of the types that the stream was made for."""
+        if not self._open:
             return
         if len(self._events) >= self._buffer:
             self._lost += 1
@@ -150,7 +181,7 @@ class EventStream(Generic[E]):
         self._events.clear()
         self._lost = 0
         self.end()
-        self._closed(self)
+        self._leave()
 
     async def __aenter__(self) -> Self:
         return self
@@ -160,33 +191,29 @@ class EventStream(Generic[E]):
 
 
 class EventStreams:
-    """The open streams of an engine; an event listener."""
+    """The open streams of an engine, each a listener for its types."""
 
-    def __init__(self) -> None:
-        # Weak references, so that a stream that its reader has dropped is freed, closed or not.
+    def __init__(self, listen: Listen) -> None:
+        self._listen = listen
+        self._loop = asyncio.get_running_loop()
         self._streams: WeakSet[EventStream[Any]] = WeakSet()
         self._ended = False
-
-    def __len__(self) -> int:
-        return len(self._streams)
 
     def open(self, types: tuple[type[E], ...], buffer: int) -> EventStream[E]:
         """Open a stream of these event types; of all, if none are given. Raises ConfigError for other
         types."""
         check_integer("buffer", buffer, low=1)
-        for kind in types:
-            if not (isinstance(kind, type) and issubclass(kind, Event)):
-                raise ConfigError(f"events({kind!r}): must be a class of aioengine.events")
-        wanted: tuple[Any, ...] = types or (Event,)
-        stream: EventStream[E] = EventStream(wanted, buffer, self._streams.discard)
+        stream: EventStream[E] = EventStream(buffer, types, self._listen)
+        finalize(stream, self._later, stream._leave).atexit = False
         self._streams.add(stream)
         if self._ended:
             stream.end()
         return stream
 
-    def __call__(self, event: Event) -> None:
-        for stream in self._streams:
-            stream.offer(event)
+    def _later(self, leave: Callable[[], None]) -> None:
+        """Call ``leave`` on the loop: garbage is collected in any thread, in the middle of anything."""
+        with suppress(RuntimeError):  # the loop is closed
+            self._loop.call_soon_threadsafe(leave)
 
     def end(self) -> None:
         """End all streams; streams opened later end at once."""

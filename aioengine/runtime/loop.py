@@ -347,12 +347,13 @@ class Stepper:
                 self._deliver(event)
 
     def listen(self, listener: Listener, *types: type[events.Event]) -> Callable[[], None]:
-        """Call ``listener`` for every event, or for those of these types; returns a function that ends it."""
-        self._listeners.add(listener, types)
+        """Call ``listener`` for every event, or for those of these types; returns a function that ends it.
+        Raises ConfigError for what is no type of events."""
+        added = self._listeners.add(listener, types)
         self._look_at_listeners()
 
         def end() -> None:
-            self._listeners.remove(listener)
+            self._listeners.remove(added)
             self._look_at_listeners()
 
         return end

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import gc
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -28,8 +30,9 @@ from aioengine.events import (
     FirstToken,
     RequestEnded,
     StepFinished,
+    StepsFinished,
 )
-from aioengine.runtime.event_stream import EventStream, EventStreams
+from aioengine.runtime.event_stream import EventStream, EventStreams, Listeners
 
 
 async def test_the_life_of_an_adapter(tiny: Tiny, make_engine: MakeEngine) -> None:
@@ -143,21 +146,65 @@ async def test_cancelling_a_wait_loses_nothing(tiny: Tiny, make_engine: MakeEngi
 
 
 async def test_closed_dropped_and_cancelled_streams_are_gone() -> None:
-    streams = EventStreams()
-    closed = streams.open((Event,), 10)
-    streams(Event(time=1.0))
+    """A stream listens to its own types alone, until it ends."""
+    listeners = Listeners()
+
+    def listen(listener: Callable[[Event], None], *types: type[Event]) -> Callable[[], None]:
+        return functools.partial(listeners.remove, listeners.add(listener, types))
+
+    streams = EventStreams(listen)
+    closed = streams.open((), 10)
+    assert listeners.of(StepFinished) and listeners.of(FirstToken)
     await closed.aclose()
     assert [e async for e in closed] == []
-    assert len(streams) == 0
-    task = asyncio.create_task(read(streams.open((Event,), 10)))
+    assert not listeners.of(StepFinished)
+    task = asyncio.create_task(read(streams.open((AdapterEvent,), 10)))
     await asyncio.sleep(0)
-    assert len(streams) == 1
+    assert len(listeners.of(AdapterPinned)) == 1
+    assert not listeners.of(StepFinished) and not listeners.of(FirstToken)
     task.cancel()
     await asyncio.wait([task])
     del task
-    streams.open((Event,), 10)  # dropped at once
+    streams.open((AdapterPinned,), 10)  # dropped at once
     gc.collect()
-    assert len(streams) == 0
+    await asyncio.sleep(0)
+    assert not listeners.of(AdapterPinned)
+
+
+async def test_a_stream_of_equal_steps(tiny: Tiny, make_engine: MakeEngine) -> None:
+    """And who also names the single ones hears of each step once."""
+    heard: list[Event] = []
+    async with make_engine(tiny) as engine:
+        steps, single = engine.events(StepsFinished), engine.events(StepFinished)
+        engine.add_listener(heard.append, Event, StepsFinished, StepFinished)
+        await engine.complete([4, 5], greedy(5))
+    found = [e async for e in steps]
+    seconds = [s for e in found if isinstance(e, StepsFinished) for s in e.seconds]
+    assert seconds == [e.seconds async for e in single if isinstance(e, StepFinished)] and seconds
+    assert [e for e in heard if isinstance(e, (StepFinished, StepsFinished))] == found
+    assert any(isinstance(e, RequestEnded) for e in heard)
+
+
+async def test_a_refused_listener_leaves_nothing_behind(tiny: Tiny, make_engine: MakeEngine) -> None:
+    heard: list[Event] = []
+    async with make_engine(tiny) as engine:
+        for kind in ([FirstToken], "FirstToken", None, int):
+            with pytest.raises(ConfigError, match=r"must be a class of aioengine\.events"):
+                engine.add_listener(heard.append, RequestEnded, kind)  # type: ignore[arg-type]
+        assert len((await engine.complete([4, 5], greedy(2))).token_ids) == 2
+    assert heard == []
+
+
+async def test_each_registration_of_a_listener_ends_alone(tiny: Tiny, make_engine: MakeEngine) -> None:
+    heard: list[Event] = []
+    async with make_engine(tiny) as engine:
+        ends = [engine.add_listener(heard.append, kind) for kind in (FirstToken, RequestEnded, RequestEnded)]
+        for end, left in zip(ends, ([RequestEnded] * 2, [RequestEnded], []), strict=True):
+            end()
+            end()  # does nothing
+            await engine.complete([4, 5], greedy(2))
+            assert [type(e) for e in heard] == left
+            heard.clear()
 
 
 async def test_what_cannot_be_asked_for(tiny: Tiny, make_engine: MakeEngine) -> None:
