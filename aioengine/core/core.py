@@ -489,6 +489,7 @@ class Core:
         self.residency.step_is_over()
         changed = self._changes != self._arranged_at
         if changed:
+            self.residency.hold_back_pins()
             self._fail_shut_out(now)
         self.residency.sweep(
             now

@@ -72,6 +72,7 @@ class AdapterEntry:
         "pinned",
         "rank",
         "retired",
+        "retired_at",
         "running",
         "slot",
         "slot_nbytes",
@@ -82,6 +83,7 @@ class AdapterEntry:
         "version",
         "waiting",
         "wanted_since",
+        "yields",
     )
 
     def __init__(
@@ -132,9 +134,13 @@ class AdapterEntry:
         self.mergeable = False
         """Whether it may be merged with the base model's weights: it only adds to linears of layers."""
         self.pinned = False
+        self.yields = False
+        """Whether mixes that were accepted with its predecessor wait: until they have begun, its pin keeps
+        nobody out."""
         self.retired = False
         """Whether it is unloaded or replaced: it accepts no new requests, and is freed when the accepted ones
         have ended."""
+        self.retired_at = 0.0
         self.waiting: ArrivalQueue[Request] = ArrivalQueue()
         self.running = 0
         self.last_tenant: str | None = None
@@ -187,6 +193,11 @@ class AdapterEntry:
         heads = [mix.waiting.head for mix in self.mixes.values() if not mix.waits_for_other(self)]
         heads.append(self.waiting.head)
         return min((head for head in heads if head is not None), key=lambda r: r.seq, default=None)
+
+    @property
+    def stays(self) -> bool:
+        """Whether it may not leave its slot and the CPU cache, because it is pinned."""
+        return self.pinned and not self.yields
 
     def waits_for_other(self, part: AdapterEntry) -> bool:
         """Whether the read of a part other than this one stalls."""

@@ -166,6 +166,38 @@ def test_pinned_adapters_that_leave_too_few_slots() -> None:
     assert "needs 2 slots at a time, and there are 1" in str(errors[lost.id])
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_no_mix_fails_because_a_pinned_part_is_replaced(seed: int) -> None:
+    """Mixes of what is current wait for slots that are busy, and pinned parts get new versions."""
+    rng = random.Random(seed)
+    slots = rng.randint(2, 4)
+    limits = LIMITS._replace(num_slots=slots, cpu_capacity=slots + rng.randint(0, 2), num_blocks=64)
+    sim = make(*"abcdef", limits=limits._replace(slot_memory=rng.choice([None, 1024 * slots])))
+    residency = sim.core.residency
+    pinned = list("abc"[: rng.randint(1, slots - 1)])
+    for name in pinned:
+        residency.want(residency.current[name], sim.now, pin=True)
+        for _ in range(3):
+            sim.settle()
+    requests = [sim.add(rng.choice("abcdef"), max_tokens=rng.randint(10, 40)) for _ in range(slots)]
+    for _ in range(rng.randint(0, 4)):
+        sim.settle()
+    for _ in range(rng.randint(1, 3)):
+        parts = rng.sample(pinned, rng.randint(1, len(pinned)))
+        room = slots - len(pinned)
+        parts += rng.sample("def", rng.randint(1, room))
+        requests.append(sim.add(sim.mix(*parts)))
+    for name in pinned:
+        for _ in range(rng.randint(0, 2)):
+            residency.want(residency.declare(name, f"/adapters/{name}"), sim.now)
+            sim.settle(step_seconds=rng.choice([0.01, 0.5]))
+    sim.run(step_seconds=0.1)
+    assert [sim.ended[request.id] for request in requests] == ["length"] * len(requests)
+    for _ in range(8):
+        sim.settle(step_seconds=0.1)
+    assert all(residency.current[name].location is Location.SLOT for name in pinned)
+
+
 def test_parts_that_can_never_be_in_slots_together() -> None:
     sim = make("a", "b", limits=LIMITS._replace(slot_memory=2048))
     sim.sizes = {"a": 1500, "b": 1000}

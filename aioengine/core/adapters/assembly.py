@@ -176,7 +176,7 @@ class Assembly:
             return None
         cold = self._first_cold()
         held = [slot.entry for slot in self._slots.slots if slot.entry is not None]
-        idle = sum(not (entry.running or entry.pinned or entry.is_wanted) for entry in held)
+        idle = sum(not (entry.running or entry.stays or entry.is_wanted) for entry in held)
         at_once = len(self._slots.slots) - len(held) + idle
         for seq, mix in self._waiting():
             if _is_loading(mix):
@@ -265,7 +265,7 @@ class Assembly:
         own = turn.members
         held = [(s, s.entry) for s in self._slots.slots if s.entry is not None and s.entry not in own]
         if at_once:
-            may_go = [s for s, entry in held if s.idle and not entry.pinned and not entry.is_wanted]
+            may_go = [s for s, entry in held if s.idle and not entry.stays and not entry.is_wanted]
             may_go.sort(key=lambda s: s.last_used)
         else:
             since = _arrival(turn)
@@ -280,7 +280,7 @@ class Assembly:
                     slot.index,
                 )
                 for slot, entry in held
-                if not entry.pinned
+                if not entry.stays
             ]
             may_go = [self._slots.slots[row[-1]] for row in sorted(rows)]
         free = sum(slot.entry is None for slot in self._slots.slots)
@@ -296,9 +296,7 @@ class Assembly:
         if self._border is not None:  # sequences hold the memory, until they end
             return may_go if self._border.is_in_use else None
         # The parts that are there lie in the way, and must be copied again.
-        there = [
-            s for s in self._slots.slots if s.entry is not None and s.entry in own and not s.entry.pinned
-        ]
+        there = [s for s in self._slots.slots if s.entry is not None and s.entry in own and not s.entry.stays]
         together = [*missing, *(s.entry for s in there if s.entry is not None)]
         return [*may_go, *there] if self._has_room(together, [*may_go, *there], cached=True) else None
 

@@ -195,7 +195,7 @@ class CpuCache:
         self._largest = None
 
     def _movable(self, entry: AdapterEntry) -> bool:
-        if entry.pinned or entry.running or entry.uid in self.reserved:
+        if entry.stays or entry.running or entry.uid in self.reserved:
             return False
         if entry.location is Location.SLOT:
             return True

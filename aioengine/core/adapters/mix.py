@@ -90,7 +90,7 @@ def all_shut_out(
     """Return the mixes whose parts can never be in slots, or in the CPU cache, at the same time, as long as
     the pinned adapters stay; and the reasons. Each is looked at again when these or its sizes change."""
     found: list[tuple[AdapterEntry, AioEngineError]] = []
-    pinned = [(s.index, s.offset) for s in slots.slots if s.entry is not None and s.entry.pinned]
+    pinned = [(s.index, s.offset) for s in slots.slots if s.entry is not None and s.entry.stays]
     stay = pinned, [entry.uid for entry in _pinned(cpu)]
     for mix in mixes:
         assert isinstance(mix, MixEntry)
@@ -109,7 +109,7 @@ def shut_out(mix: AdapterEntry, slots: SlotTable, cpu: CpuCache) -> AioEngineErr
     """Return why a mix's parts can never be in slots, or in the CPU cache, at the same time, as long as the
     pinned adapters stay; None if they can."""
     members, why = mix.members, ""
-    held = [s.entry for s in slots.slots if s.entry is not None and s.entry.pinned]
+    held = [s.entry for s in slots.slots if s.entry is not None and s.entry.stays]
     others = [entry for entry in held if entry not in members]
     if len(members) > (left := len(slots.slots) - len(others)):
         why = f"{len(members)} slots at a time, and there are {left}; raise LoRAConfig.max_loras"
@@ -134,20 +134,20 @@ def shut_out(mix: AdapterEntry, slots: SlotTable, cpu: CpuCache) -> AioEngineErr
 
 
 def _pinned(cpu: CpuCache) -> list[AdapterEntry]:
-    return [entry for entry in cpu.entries.values() if entry.pinned]
+    return [entry for entry in cpu.entries.values() if entry.stays]
 
 
 def fit_beside_pinned(entries: Sequence[AdapterEntry], slots: SlotTable, arena: Arena) -> bool:
     """Whether these adapters have room in the slots' memory together when nobody else is there but pinned
     adapters, which do not move."""
     if arena.limit != arena.size or not arena.size:  # shared with KV blocks: there all are moved together
-        held = (s.entry for s in slots.slots if s.entry is not None and s.entry.pinned)
+        held = (s.entry for s in slots.slots if s.entry is not None and s.entry.stays)
         everyone = {entry.uid: entry for entry in (*entries, *held)}.values()
         return sum(rounded(entry.slot_nbytes) for entry in everyone) <= arena.limit
     left = [
-        s.offset for s in slots.slots if s.entry is not None and not s.entry.pinned and s.offset is not None
+        s.offset for s in slots.slots if s.entry is not None and not s.entry.stays and s.offset is not None
     ]
-    outside = [entry for entry in entries if not (entry.pinned and entry.slot is not None)]
+    outside = [entry for entry in entries if not (entry.stays and entry.slot is not None)]
     return fits(arena, left, outside) is not None
 
 

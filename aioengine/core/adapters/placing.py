@@ -284,7 +284,7 @@ class _GivenUp:
 
 
 def _waits_for_slot(entry: AdapterEntry) -> bool:
-    return entry.pinned and entry.slot is None and entry.location is Location.CPU
+    return entry.stays and entry.slot is None and entry.location is Location.CPU
 
 
 def _retry_at(entry: AdapterEntry) -> float:

@@ -157,7 +157,7 @@ class Residency:
 
     def retire(self, entry: AdapterEntry, now: float) -> None:
         """Accept no new requests on it; it is freed when the accepted ones have ended (see ``sweep``)."""
-        entry.retired = True
+        entry.retired, entry.retired_at = True, now
         if isinstance(entry, MixEntry):
             self._retired[entry.uid] = entry
             if self.current.get(entry.name) is entry:
@@ -176,6 +176,19 @@ class Residency:
         self.slots.retired(entry)
         if renamed:
             self._tell("adapter_retired", now, adapter=entry.name, was=entry.label)
+
+    def hold_back_pins(self) -> None:
+        """Let pinned versions make way for the mixes that were accepted with their predecessors: beside both
+        there may be no room for the other parts, ever."""
+        if not self.pins.count:
+            return
+        before = {
+            entry.label
+            for entry in self._retired.values()
+            if any(_waits_since(mix, entry.retired_at) for mix in entry.mixes.values())
+        }
+        for entry in self.cpu.entries.values():
+            entry.yields = entry.pinned and entry.label in before
 
     def sweep(self, now: float) -> None:
         """Free every retired adapter that nothing uses any more, and cancel its reads."""
@@ -581,6 +594,8 @@ class Residency:
         if self.is_known(entry):
             self._tell("adapter_dropped", now, adapter=entry.name)
         self._emit(_evicted(entry, now, None))
+        if entry.yields and entry.pinned:
+            self.want(entry, now)  # it comes back when there is room
 
     def _failed(self, entry: AdapterEntry, now: float, error: Exception, reason: events.LoadFailure) -> None:
         entry.error = error
@@ -593,6 +608,11 @@ class Residency:
                 error=error,
             )
         )
+
+
+def _waits_since(mix: AdapterEntry, time: float) -> bool:
+    """Whether a request waits for the mix that came no later."""
+    return mix.oldest_arrival is not None and mix.oldest_arrival <= time
 
 
 def _evicted(entry: AdapterEntry, now: float, slot: int | None) -> events.AdapterEvicted:
