@@ -144,10 +144,16 @@ class EngineReplica:
                 raise EngineStopped("the replica is draining")
             params = await self._params(order)
             known, scored = len(options.output), False  # log-probabilities that the door has already
-            asked = {self._versions.own(name, compared=order.content != ""): name for name in names}
+            owns = [self._versions.own(name, compared=order.content != "") for name in names]
+            asked = dict(zip(owns, names, strict=True))
             mix = options.mix and {own: options.mix[name] for own, name in asked.items()}
+            # Where the current version is compared, because the other is not known: its number.
+            names = [name if "@" in own else own for own, name in zip(owns, names, strict=True)]
             # Nothing is awaited until the engine takes the same, unless it must look for an adapter.
             versions = self._versions.current(names, find)
+            held = find(names[0]) if order.content and not options.mix else None
+            if held is not None and held.digest not in ("", order.content):
+                raise gone(names[0])
             outputs = self.engine.generate(
                 order.prompt,
                 params,

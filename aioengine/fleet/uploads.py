@@ -9,7 +9,7 @@ import os
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Collection, Mapping
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import TYPE_CHECKING
 
 from aioengine.errors import AdapterConflict, AdapterInvalid, AdapterLoadError, ConfigError
@@ -70,7 +70,7 @@ class Uploads:
         digest = await asyncio.to_thread(_digest, config, weights)
         folder = f"{root}/{digest}"
         try:
-            async with self.held(folder):
+            async with self.held(folder, name):
                 await asyncio.to_thread(_store, root, folder, name, config, weights)
                 try:
                     yield folder
@@ -86,12 +86,21 @@ class Uploads:
             if self._task is None or self._task.done():
                 self._task = asyncio.get_running_loop().create_task(self._remove_while_due(used))
 
-    def held(self, path: str | os.PathLike[str] | None) -> AbstractAsyncContextManager[object]:
-        """Return a context of a load from ``path``: if an upload is there, no door removes it meanwhile."""
+    @asynccontextmanager
+    async def held(self, path: str | os.PathLike[str] | None, name: str) -> AsyncIterator[None]:
+        """Load ``name`` from ``path`` in the block: if an upload is there, no door removes it meanwhile."""
         where = "" if path is None else os.fspath(path)
         if self._root is None or not where.startswith(f"{self._root}/"):
-            return nullcontext()
-        return self.alone(f"upload*{_name(where)}")  # no adapter has such a name
+            yield
+            return
+        right = f"upload*{_name(where)}"  # no adapter has such a name
+        try:
+            async with self.alone(right):
+                yield
+        except AdapterLoadError as error:
+            if error.name != right:
+                raise
+            raise AdapterLoadError(error.reason, name=name, path=where, transient=error.transient) from error
 
     async def _remove_invalid(self, root: str, name: str, used: Callable[[], Collection[str]]) -> None:
         if name in map(_name, used()):
@@ -123,7 +132,7 @@ class Uploads:
             async with self._removing:
                 written = await asyncio.to_thread(_written, root)
                 for name in self._to_remove(written, set(map(_name, used()))):
-                    async with self.held(f"{root}/{name}"):
+                    async with self.held(f"{root}/{name}", name):
                         # It may have been written again, or used, since it was listed.
                         at = await asyncio.to_thread(_written_at, root, name)
                         if at == written[name] and name in self._unused and name not in map(_name, used()):

@@ -116,6 +116,8 @@ def test_a_fleet_shows_replicas_and_their_slots() -> None:
 
 def test_each_move_is_said_once() -> None:
     """However often one looks, and although each replica counts its own slots."""
-    before: dict[str, str | None] = {}
+    before: dict[tuple[str | None, int], str | None] = {}
     said = [moved_since(before, fleet_stats().slots, ["r0", "r1"]) for _ in range(3)]
     assert said == [["sql: into replica 1, slot 0"], [], []]
+    left = [slot for slot in fleet_stats().slots if slot.replica == "r1"]
+    assert moved_since(before, left, ["r1"]) == [], "it has another number now, and the same adapter"

@@ -269,3 +269,24 @@ async def test_a_name_with_latest(tiny: Tiny, make_engine: MakeEngine) -> None:
         for gone in ("x@1", "x@3", "y@1", "y@latest", "x@"):
             with pytest.raises(AdapterNotFound):
                 await engine.complete(PROMPT, greedy(1), adapter=gone)
+
+
+async def test_two_versions_of_one_adapter_are_in_the_order_of_their_content(
+    tiny: Tiny, make_engine: MakeEngine
+) -> None:
+    """However an engine counts them: so a sum has one digest on all engines of a fleet."""
+    found: list[tuple[str, list[int]]] = []
+    for names in (("rank-3", "qv-only"), ("qv-only", "rank-3")):
+        async with make_engine(tiny, max_loras=4, max_cpu_loras=6) as engine:
+            await engine.load_adapter("b", tiny.adapters["rank-4"])
+            await engine.load_adapter("a", tiny.adapters[names[0]])
+            await engine.prepare_adapter("a", tiny.adapters[names[1]])
+            needs = engine.generate([4, 5], greedy(60), adapter="a")
+            await anext(needs)
+            engine.commit_adapter("a")
+            called = dict(zip(names, ("a@1", "a"), strict=True))
+            mix = {called["rank-3"]: 0.5, called["qv-only"]: 0.25, "b": 0.75}
+            output = await engine.complete([4, 5, 6], greedy(6), adapter=mix)
+            found.append((output.adapter_digest, output.token_ids))
+            await needs.aclose()
+    assert found[0] == found[1] and len(found[0][0]) == 64

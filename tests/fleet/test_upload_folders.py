@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
-from contextlib import suppress
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -19,7 +20,7 @@ from support.fleet_here import fleet_here, small_engine
 from support.registry_actor import RegistryActor
 from support.waiting import until
 
-from aioengine.errors import AdapterConflict, AdapterInvalid
+from aioengine.errors import AdapterConflict, AdapterInvalid, AdapterLoadError
 from aioengine.fleet import uploads
 from aioengine.fleet.config import FleetConfig
 from aioengine.fleet.door.entries import KnownEntries
@@ -231,3 +232,22 @@ async def test_a_registry_below_the_home_folder(tmp_path: Path, monkeypatch: pyt
     folder = await stored(Uploads("~/registry"))
     root = fsspec.core.url_to_fs("~/registry")[1]
     assert Path(folder).parent == Path(root) / "uploads" == tmp_path / "registry" / "uploads"
+
+
+@pytest.mark.parametrize("own", [True, False], ids=["the upload's", "the adapter's"])
+async def test_an_error_names_the_adapter_and_not_the_right_to_its_folder(own: bool, tmp_path: Path) -> None:
+    door = Uploads(str(tmp_path))
+
+    @asynccontextmanager
+    async def lost(name: str) -> AsyncIterator[None]:
+        if own:
+            raise AdapterLoadError("the registry does not answer", name=name, transient=True)
+        yield
+
+    door.alone = lost
+    with pytest.raises(AdapterLoadError) as told:
+        async with door.held(f"{tmp_path}/uploads/abab", "sql"):
+            raise AdapterLoadError("its files cannot be read", name="sql", path="there")
+    error = told.value
+    assert (error.name, error.path) == ("sql", f"{tmp_path}/uploads/abab" if own else "there")
+    assert error.transient == own and "upload*" not in str(error)

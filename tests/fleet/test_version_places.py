@@ -16,6 +16,7 @@ from aioengine.errors import (
     AdapterChanged,
     AdapterNotFound,
     AioEngineError,
+    EngineDead,
     EngineOverloaded,
     EngineStopped,
 )
@@ -27,6 +28,7 @@ from aioengine.fleet.door.dispatcher import Dispatcher
 from aioengine.fleet.door.entries import listed
 from aioengine.fleet.door.members import Member, Members
 from aioengine.fleet.registry import Entry
+from aioengine.fleet.versions import gone
 from aioengine.fleet.wire import Delta, Residency, pack_error
 from aioengine.info import AdapterInfo, AdapterLocation
 from aioengine.lab.simulation.clock import run_in_virtual_time
@@ -47,8 +49,8 @@ def info(version: int, location: AdapterLocation = "cpu") -> AdapterInfo:
     )
 
 
-def members_of(**held: list[AdapterInfo]) -> tuple[Members, dict[str, Any]]:
-    members = Members(FleetConfig(engine=EngineConfig(model="tiny")), None, door="door")
+def members_of(router: str = "affinity", /, **held: list[AdapterInfo]) -> tuple[Members, dict[str, Any]]:
+    members = Members(FleetConfig(engine=EngineConfig(model="tiny"), router=router), None, door="door")
     channels: dict[str, Any] = {}
     for name, infos in held.items():
         channel: Any = SimpleNamespace(replica=name, calls={}, send=lambda order: None, leaving=False)
@@ -225,3 +227,86 @@ async def test_a_call_that_nobody_waits_for_is_not_sent() -> None:
     members._tell_change()
     await asyncio.gather(*members._tasks)
     assert call.replica is None and not members.state.in_flight
+
+
+@pytest.mark.parametrize(
+    ("error", "others", "ends"),
+    [
+        (gone("sql@0"), 5, None),  # a refusal is no loss
+        (EngineStopped("it drains"), 5, None),
+        (EngineDead("its engine has failed"), 4, EngineDead),  # with the request, maybe because of it
+        (gone("sql@0"), 4, AdapterChanged),  # nobody has its content
+    ],
+    ids=["another content", "drained", "dead", "no content"],
+)
+async def test_refusals_do_not_use_up_the_limit_of_losses(
+    error: AioEngineError, others: int, ends: type[AioEngineError] | None
+) -> None:
+    """A call has begun on a replica that is lost. Four others refuse it; there may be a fifth."""
+    members, channels = members_of(**{f"r{number}": [] for number in range(others + 1)})
+    dispatcher, call = Dispatcher(members), call_of("sql")
+    call.versions = ()
+    await dispatcher.place(call)
+    assert call.replica is not None
+    members.on_delta(channels[call.replica], call, Delta(1, [9], versions=["sql@0"], content="one"), 1.0)
+    assert (await call.next()).token_ids_delta == [9]
+    first = call.replica
+    members.state.leave(first)
+    del members.members[first]
+    members.on_loss(call, first, "lost")
+    for _ in range(4):
+        await asyncio.gather(*members._tasks)
+        if call.ended:
+            break
+        members.on_delta(channels[call.replica], call, Delta(1, error=pack_error(error)), 1.0)
+    await asyncio.gather(*members._tasks)
+    if ends is None:
+        assert not call.ended and call.replica is not None
+        members.on_delta(channels[call.replica], call, Delta(1, [9], finish="length"), 1.0)
+        assert (await call.next()).finished
+    else:
+        with pytest.raises(ends):
+            await call.next()
+
+
+@pytest.mark.parametrize("router", ["affinity", "shuffle"])
+async def test_a_call_that_has_begun_goes_where_its_content_is(router: str) -> None:
+    """If that is known, and the router may choose it; the others may have to read it, and find another."""
+    has, no = ([adapter_info("sql", version=v, digest=d)] for v, d in ((5, "one"), (5, "two")))
+    members, _ = members_of(router, r0=no, r1=no, r2=has, r3=no, r4=no)
+    dispatcher, call = Dispatcher(members), call_of("sql@0")
+    call.versions, call.content = ["sql@0"], "one"
+    call.take(Delta(1, [9]), 0.0)
+    call.tried = frozenset({"r0"})
+    await dispatcher.place(call)
+    assert call.replica == "r2" or router == "shuffle"
+    members.state.failed("1")
+    members.members["r2"].residency = Residency([], no)
+    call.tried = call.tried | {"r2"}
+    await dispatcher.place(call)
+    assert call.replica in ("r1", "r3", "r4")
+
+
+@pytest.mark.parametrize("certain", [True, False])
+async def test_what_has_neither_number_nor_content_does_not_go_on(certain: bool) -> None:
+    """A mix named one version twice, and another adapter has no number: the sum has other parts elsewhere."""
+    members, channels = members_of(r0=[], r1=[])
+    dispatcher = Dispatcher(members)
+    mix = {"sql": 0.25, "sql@1": 0.25, "u": 0.5}
+    call = Call(1, "r", [5, 6], SamplingParams(seed=1), RequestOptions(mix=mix), 0.0)
+    await dispatcher.place(call)
+    assert call.replica is not None
+    said = ["sql@1", "sql@1", "u@3" if certain else "u@0"]
+    dispatcher.version_of = {"sql": 1, "u": 3}.get
+    members.on_delta(channels[call.replica], call, Delta(1, [9], versions=said, content="one"), 1.0)
+    assert (await call.next()).token_ids_delta == [9]
+    first = call.replica
+    members.state.leave(first)
+    del members.members[first]
+    members.on_loss(call, first, "lost")
+    await asyncio.gather(*members._tasks)
+    if certain:
+        assert call.replica not in (None, first) and call.options.mix == {"sql@1": 0.5, "u@3": 0.5}
+    else:
+        with pytest.raises(AdapterChanged, match="repeat"):
+            await call.next()

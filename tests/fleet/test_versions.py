@@ -25,7 +25,15 @@ from aioengine.fleet.door.adapters import FleetAdapters
 from aioengine.fleet.door.members import Member, Members
 from aioengine.fleet.registry import AdapterRegistry, Entry
 from aioengine.fleet.versions import ReplicaVersions, SpentVersions
-from aioengine.fleet.wire import Delta, Submit, decode_frame, encode_orders, pack_params, unpack_error
+from aioengine.fleet.wire import (
+    Delta,
+    Residency,
+    Submit,
+    decode_frame,
+    encode_orders,
+    pack_params,
+    unpack_error,
+)
 from aioengine.info import AdapterInfo
 from aioengine.request import RequestOptions
 
@@ -136,6 +144,41 @@ async def test_an_error_names_what_was_asked_for(real: Any, adapters: Path, name
     error = unpack_error(found[0].error)
     assert isinstance(error, AdapterNotFound) and error.name == "sql@7" and "gone" in str(error)
     await frames.aclose()
+
+
+@pytest.mark.parametrize("same", [True, False], ids=["the same content", "another one"])
+async def test_what_has_begun_elsewhere_is_compared_before_it_runs(
+    real: Any, adapters: Path, same: bool
+) -> None:
+    """With the version that is here, whose number the replica says."""
+    replica = real[0]
+    await replica.adapter("sync", {"entries": [Entry("sql", str(adapters / "a"), 4)]})
+    info = await replica.engine.load_adapter("sql")
+    frames = replica.channel("door")
+    await anext(frames)
+    options, content = RequestOptions(adapter="sql@3", output=(7,)), info.digest if same else "0" * 64
+    order = Submit(1, "r", [5, 6], pack_params(greedy(3)), options, content=content)
+    await replica.submit("door", encode_orders([order]))
+    found: list[Delta] = []
+    while not found:
+        found = decode_frame(await anext(frames)).deltas
+    if same:
+        assert (found[0].versions, found[0].content) == (["sql@4"], content) and not found[0].error
+    else:
+        error = unpack_error(found[0].error)
+        assert isinstance(error, AdapterNotFound) and error.name == "sql@3"
+        assert replica.engine.stats().prompt_tokens == 0, "nothing was computed"
+    await frames.aclose()
+
+
+async def test_no_client_asks_for_version_zero() -> None:
+    """Replicas say so where there is no number, and a door must not hand it on."""
+    door = Door(r0=Replica())
+    await door.adapters.start(RegistryActor())
+    residency = Residency([], [adapter_info("fixed", version=0)])
+    door.members.members["r0"].residency = residency
+    with pytest.raises(AdapterNotFound, match="no version 0"):
+        await door.adapters.is_current("fixed@0")
 
 
 async def test_an_adapter_that_nobody_has_loaded_has_no_numbers() -> None:

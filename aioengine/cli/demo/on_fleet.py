@@ -66,7 +66,7 @@ async def _watched(client: FleetClient, board: Board, console: Console) -> Async
 
     from aioengine.cli.demo.view import live_board
 
-    before: dict[str, str | None] = {}
+    before: dict[tuple[str | None, int], str | None] = {}
 
     def look(live: Live | None) -> None:
         stats, replicas = client.stats(), list(client.members.members)
@@ -90,17 +90,17 @@ async def _watched(client: FleetClient, board: Board, console: Console) -> Async
 
 
 def moved_since(
-    before: dict[str, str | None], slots: Iterable[SlotInfo], replicas: Sequence[str]
+    before: dict[tuple[str | None, int], str | None], slots: Iterable[SlotInfo], replicas: Sequence[str]
 ) -> list[str]:
     """Return the adapters that have come into slots since the last call with the same ``before``."""
     from aioengine.cli.demo.view import place_of
 
     found = []
     for slot in slots:
-        place = place_of(slot, replicas)
-        if slot.adapter is not None and before.get(place) != slot.adapter:
-            found.append(f"{slot.adapter}: into {place}")
-        before[place] = slot.adapter
+        key = slot.replica, slot.index  # replicas get other numbers when one leaves
+        if slot.adapter is not None and before.get(key) != slot.adapter:
+            found.append(f"{slot.adapter}: into {place_of(slot, replicas)}")
+        before[key] = slot.adapter
     return found
 
 

@@ -60,7 +60,7 @@ class Call:
         self.outdated = False
         """Whether a replica did not know its versions, so that only those that have them can run it."""
         self.migrations = 0
-        """How often it continued on another replica after it had begun."""
+        """How often it lost its replica after it had begun. One that refuses it is not lost."""
         self.tokens: list[int] = list(options.output)
         self.spans: CallSpans | None = None
         """Set if it is traced."""

@@ -327,7 +327,7 @@ class FleetClient:
         """Load an adapter as ``AsyncEngine.load_adapter`` does, for the whole fleet; see
         :meth:`aioengine.fleet.door.adapters.FleetAdapters.load`."""
         self._check_lora()
-        async with self._uploads.held(path):
+        async with self._uploads.held(path, name):
             return await self._adapters.load(name, path, pin=pin, force_pin=force_pin, replace=replace)
 
     async def load_adapter_files(

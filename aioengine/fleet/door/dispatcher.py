@@ -61,8 +61,10 @@ class Dispatcher:
         rejects it, EngineStopped if no replica comes, DeadlineExceeded."""
         loop = asyncio.get_running_loop()
         until = loop.time() + self._config.replica_wait_seconds
+        anywhere = False
         while not call.ended:
-            request = self._route_request(call)
+            unlike = frozenset[str]() if anywhere else self._without_content(call)
+            request = self._route_request(call, unlike)
             began = time.perf_counter()
             route = self.guard.route(request, self._state.view)
             if len(self.route_seconds) < 100_000:
@@ -70,6 +72,9 @@ class Dispatcher:
             if route.replicas:
                 self._send(call, request, route.replicas[0])
                 return
+            if unlike:
+                anywhere = True
+                continue
             if any(view.replica_id not in request.tried for view in self._state.view.accepting):
                 raise errors.EngineOverloaded(
                     f"the router rejects the request: {route.reject}", bound="server"
@@ -125,8 +130,8 @@ class Dispatcher:
         for member in members:
             member.channel.send(LimitWaiting(limits))
 
-    def _route_request(self, call: Call) -> RouteRequest:
-        tried = call.tried
+    def _route_request(self, call: Call, unlike: frozenset[str]) -> RouteRequest:
+        tried = call.tried | unlike
         if self._replaced(call):
             tried = tried | (self._members.members.keys() - self._with_versions(call))
         if call.route is None or call.route.tried != tried:
@@ -177,6 +182,22 @@ class Dispatcher:
             return call.wanted if named is None else named
         return f"{named}@{version}"
 
+    def _without_content(self, call: Call) -> frozenset[str]:
+        """Return the replicas that may refuse a call because of its content, if there are others that have it
+        now and were not tried. None of them, if all may: those that have not read it may find the same."""
+        if not (call.begun and call.content):
+            return frozenset()
+        having = {
+            replica
+            for replica, member in self._members.members.items()
+            for info in member.residency.versions
+            if info.digest == call.content
+            and info.name == call.adapter
+            and (info in member.residency.adapters or f"{info.name}@{info.version}" in call.versions)
+        }
+        accepting = {view.replica_id for view in self._state.view.accepting}
+        return frozenset(accepting - having) if having & accepting - call.tried else frozenset()
+
     def _with_versions(self, call: Call) -> set[str]:
         """Return the replicas that have all replaced versions that a call needs."""
         return set(self._members.members).intersection(*map(self._members.with_version, self._replaced(call)))
@@ -216,6 +237,10 @@ class Dispatcher:
             if len(mix) < len(begun):
                 call.content = ""  # that of a sum with other parts
         call.versions = list(dict.fromkeys(begun))
+        if not call.content:
+            for version in call.versions:
+                if version.endswith("@0"):  # nothing would say what it stands for
+                    raise _changed(version)
         call.options = msgspec.structs.replace(options, adapter=None if mix else begun[0], mix=mix)
         # In the order of the mix, in which the next replica names them.
         call.began_with = list(call.options.mix or call.versions)
@@ -269,7 +294,9 @@ class Dispatcher:
             if elsewhere and self._others(call):
                 del channel.calls[call.key]
                 self._state.failed(str(call.key))
-                self._again(call, channel.replica, "refused")
+                self._again(
+                    call, channel.replica, "dead" if isinstance(error, errors.EngineDead) else "refused"
+                )
                 return
         call.take(delta, now)
         if delta.versions:
@@ -302,7 +329,7 @@ class Dispatcher:
             except errors.AioEngineError as error:
                 call.fail(error)
                 return
-            call.migrations += 1
+            call.migrations += how != "refused"
             self.migrations[how] += 1
             if call.migrations > self._config.migration_limit:
                 call.fail(

@@ -82,6 +82,8 @@ class KnownEntries:
         requests still need on some replicas, which ``having`` finds. Raises AdapterNotFound if it is
         neither."""
         name, _, version = adapter.rpartition("@")
+        if version == "0":  # replicas say so where there is no number
+            raise AdapterNotFound("there is no version 0: the first one is 1", name=adapter)
         for looked in (False, True):
             current = self.version(name)
             if current is not None and version == str(current):

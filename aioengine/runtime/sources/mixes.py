@@ -96,7 +96,9 @@ class Mixes:
         ) is not None:
             parts[wanted] = await self._acquire(wanted, tenant)
             await self._read_once(parts[wanted])
-        mix = Mix([(parts[name], weight) for name, weight in weights.items()])
+        # Two versions of one adapter are in the order of their content: each engine counts its own.
+        in_order = [(parts[name], weight) for name, weight in weights.items()]
+        mix = Mix(sorted(in_order, key=lambda part: (part[0].label, part[0].digest, part[1])))
         name = mix.name
         self._residency.failures.check(name, now)
         known = self._known.get(name)
