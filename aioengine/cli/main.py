@@ -23,7 +23,7 @@ from cyclopts import App, CycloptsError, Group, UnknownCommandError
 
 from aioengine import errors
 from aioengine.cli.common import CommonFlags
-from aioengine.cli.config.sources import use_sources
+from aioengine.cli.config.sources import take_unknown_variables, use_sources
 from aioengine.cli.flags import in_flags
 from aioengine.cli.generate.request_lines import LINE_FORMAT
 from aioengine.cli.help import EXIT_CODES, HELP_ALL, HELP_FLAGS, CompactFormatter
@@ -265,6 +265,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         if common.debug:
             traceback.print_exc()
+        for complaint in take_unknown_variables():  # one of them may be the cause
+            print(f"aioengine: {complaint}", file=sys.stderr)
         print(f"aioengine: {_one_line(error)}", file=sys.stderr)
         refused = isinstance(error, (errors.AioEngineError, CycloptsError)) and not isinstance(
             error, _WHILE_RUNNING

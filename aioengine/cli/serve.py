@@ -18,7 +18,7 @@ from cyclopts import Group, Parameter
 from aioengine.cli.background_stderr import BackgroundFile, background_stderr
 from aioengine.cli.common import CommonFlags
 from aioengine.cli.config.reload import Reloader, bounded
-from aioengine.cli.config.sources import unknown_variables
+from aioengine.cli.config.sources import take_unknown_variables
 from aioengine.cli.flags import EngineFlags, check_folders, in_flags
 from aioengine.cli.fleet.flags import FleetFlags
 from aioengine.cli.help import FOLDED
@@ -193,7 +193,7 @@ def serve(
     reloader = Reloader(engine_flags, flags, checked.listen.tls)
     with background_stderr() as log:
         configure_logging(flags.log_format, level)
-        for complaint in unknown_variables:
+        for complaint in take_unknown_variables():
             logger.warning("%s", complaint)
         return run(_serve(checked, flags, record, log, reloader))
 

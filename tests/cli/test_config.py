@@ -77,12 +77,41 @@ def test_mistyped_variables_are_named(
     assert "AIOENGINE_KERNELS" not in said
 
 
+@pytest.mark.parametrize(
+    ("command", "status"), [("show", 0), ("check --port 0", 0), ("check --port x", 2), ("check --prt 1", 2)]
+)
+@pytest.mark.parametrize("line", ["", "[server]\nprt = 1\n", "[server]\nport = 0\n", "seeed = 1\n"])
+def test_mistyped_variables_are_named_once_whatever_else_is_wrong(
+    line: str,
+    command: str,
+    status: int,
+    tmp_path: Path,
+    tiny_text: Tiny,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    path = tmp_path / "other.toml"
+    path.write_text(f'model = "{tiny_text.model}"\n{line}')
+    monkeypatch.setenv("AIOENGINE_MAX_LORSA", "1")
+    found = main(["config", *command.split(), "--config", str(path)])
+    assert found == (2 if "prt" in line or "seeed" in line else status)
+    assert capsys.readouterr().err.count("(did you mean 'AIOENGINE_MAX_LORAS'?)") == 1
+
+
 def test_a_variable_that_kubernetes_makes_of_a_service_is_explained(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("AIOENGINE_PORT", "tcp://10.0.0.1:80")
     assert main(["serve"]) == 2
     assert "enableServiceLinks: false" in capsys.readouterr().err
+
+
+def test_a_variable_that_kubernetes_makes_of_a_service_is_not_used_beside_the_flag(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AIOENGINE_PORT", "tcp://10.0.0.1:80")
+    monkeypatch.setenv("AIOENGINE_PORT_80_TCP_PORT", "80")
+    assert shown(capsys, "--port", "2345")["server"]["port"] == 2345  # type: ignore[index]
 
 
 @pytest.mark.parametrize("change", ["\ufeff{}", "{}"], ids=["byte order mark", "line ends"])

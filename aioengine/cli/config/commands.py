@@ -16,7 +16,7 @@ import msgspec
 
 from aioengine.cli.common import CommonFlags
 from aioengine.cli.config.reload import bounded
-from aioengine.cli.config.sources import unknown_variables
+from aioengine.cli.config.sources import take_unknown_variables
 from aioengine.cli.flags import EngineFlags
 from aioengine.cli.fleet.flags import ELSEWHERE, FleetFlags
 from aioengine.cli.serve import ServerFlags, check_all
@@ -65,8 +65,7 @@ def check(
         device = "cuda" if config.device == "cuda" else "cpu"
         # This machine's memory and devices may not be those of the one that serves.
         plan_memory(spec, config, device=device, available_bytes=sys.maxsize)
-    for complaint in unknown_variables:
-        print(f"aioengine: {complaint}", file=sys.stderr)
+    _tell_unknown_variables()
     print("the configuration is good")
     return 0
 
@@ -82,6 +81,7 @@ def show(
 
     Fields with their default are comments; API keys are left out.
     """
+    _tell_unknown_variables()
     flags = server or ServerFlags()
     engine_flags = engine or EngineFlags()
     config = bounded(engine_flags.engine_config())
@@ -107,6 +107,11 @@ def show(
         {field.name: field.default for field in dataclasses.fields(ServerFlags)},
     )
     return 0
+
+
+def _tell_unknown_variables() -> None:
+    for complaint in take_unknown_variables():
+        print(f"aioengine: {complaint}", file=sys.stderr)
 
 
 def schema(*, common: CommonFlags | None = None) -> int:

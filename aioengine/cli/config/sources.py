@@ -36,27 +36,52 @@ _NO_FLAGS = {
 """Variables that are read elsewhere: keys, and how kernels are chosen and built."""
 _SERVICE_LINKS = ("tcp://", "udp://", "sctp://")
 
-unknown_variables: list[str] = []
-"""What to tell about variables with the prefix that nobody reads; known once the flags are parsed."""
+_unknown_variables: list[str] = []
+"""What is still to be told about variables with the prefix that nobody reads."""
+
+
+def take_unknown_variables() -> list[str]:
+    """Return what to tell about variables with the prefix that nobody reads, and forget it. It is known once
+    the flags are parsed."""
+    taken = _unknown_variables.copy()
+    _unknown_variables.clear()
+    return taken
 
 
 class _Variables(Env):
     """The environment as a source of flags. A mistyped variable would have no effect without a word."""
 
     def __call__(self, app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
-        if (port := os.environ.get(f"{PREFIX}PORT", "")).startswith(_SERVICE_LINKS):
-            raise ConfigError(
-                f"{PREFIX}PORT={port!r}: Kubernetes makes this variable of a Service called 'aioengine'; set "
-                "enableServiceLinks: false in the pod, or call the Service otherwise"
-            )
         super().__call__(app, commands, arguments)
         known = {_variable(name) for argument in arguments for name in argument.names} | _NO_FLAGS
         given = sorted(name for name in os.environ if name.startswith(self.prefix))
-        unknown_variables[:] = [
+        _unknown_variables[:] = [
             f"{name}: no flag has this variable{nearest(name, sorted(known))}; it has no effect"
             for name in given
             if name not in known
         ]
+        used = (token for argument in arguments for token in argument.tokens)
+        for token in used:
+            if token.keyword == f"{PREFIX}PORT" and token.value.startswith(_SERVICE_LINKS):
+                raise ConfigError(
+                    f"{PREFIX}PORT={token.value!r}: Kubernetes makes this variable of a Service called "
+                    "'aioengine'; set enableServiceLinks: false in the pod, call the Service otherwise, or give "
+                    "--port"
+                )
+
+
+class _File:
+    """The table ``[server]`` of a configuration file as a source of flags. It is read once the variables are,
+    so that what is wrong with these is known if the file is wrong, too."""
+
+    def __init__(self, file: str) -> None:
+        self._file = file
+
+    def __call__(self, app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
+        table = _flags(self._file)
+        for name in reversed(commands):  # cyclopts wants it below the names of the commands
+            table = {name: table}
+        Dict(table, source=f"[server] of {self._file}")(app, commands, arguments)
 
 
 def _variable(flag: str) -> str:
@@ -66,22 +91,18 @@ def _variable(flag: str) -> str:
 def use_sources(app: App, tokens: Sequence[str]) -> None:
     """Let the command that ``tokens`` name take its flags from the environment and the file, too.
 
-    A flag overrides its variable, and the variable overrides the file. Raises ConfigError if ``[server]`` is
-    no table, or has a field that is no flag of ``aioengine serve``.
+    A flag overrides its variable, and the variable overrides the file. Parsing raises ConfigError if
+    ``[server]`` is no table, or has a field that is no flag of ``aioengine serve``.
     """
+    _unknown_variables.clear()
     path = next((names for names in _CONFIGURED if tuple(tokens[: len(names)]) == names), None)
     if path is None:
         return
     command = app
     for name in path:
         command = command[name]
-    sources: list[Any] = [_Variables(PREFIX, command=False)]
     file = _config_file(tokens[len(path) :])
-    table = {} if file is None else _flags(file)
-    if table:
-        for name in reversed(path):  # cyclopts wants it below the names of the commands
-            table = {name: table}
-        sources.append(Dict(table, source=f"[server] of {file}"))
+    sources = [_Variables(PREFIX, command=False), *([] if file is None else [_File(file)])]
     command.config = tuple(sources)
 
 
