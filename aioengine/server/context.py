@@ -52,9 +52,9 @@ class Context:
         self.change(settings)
         self.created = int(time.time())
         self.scores = Scores(settings.retry_after)
-        self._starts = Starts()
         self.open_requests: set[RequestRecord] = set()
         """Open requests, without probes and pages."""
+        self._starts = Starts(lambda: len(self.open_requests))
         self.draining = False
         """Whether new requests are refused; set by whoever runs the server."""
         self._draw = random.Random().getrandbits  # SystemRandom releases the GIL at each call
@@ -333,7 +333,7 @@ class Context:
             record,
             reply_id=record.completion_id,
             scores=self.scores,
-            turn=partial(self._starts.turn, options.tenant) if len(of_choices) > 1 else None,
+            turn=partial(self._starts.turn, options.tenant, record) if len(of_choices) > 1 else None,
             constrain=None if form is None else constrain,
         )
         if record.admission is not None:

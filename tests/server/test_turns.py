@@ -10,6 +10,7 @@ from typing import Any, cast
 
 import pytest
 
+from aioengine.server.transport.starts import Starts
 from aioengine.server.transport.turns import FEWEST, PATIENCE, PER_PASS, Turns
 
 COST = 0.0005
@@ -138,3 +139,37 @@ def test_passes_whose_answers_take_long_have_fewer_turns() -> None:
     waits = [after - before for before, after in itertools.pairwise(seen)]
     assert max(waits[:5]) > 10 * 0.02
     assert max(waits[10:]) < (FEWEST + 1) * 0.02
+
+
+class RestCounter(asyncio.SelectorEventLoop):
+    """A loop that skips rests and counts them."""
+
+    rests = 0
+
+    def call_later(self, delay: float, callback: Any, *args: Any, context: Any = None) -> Any:
+        self.rests += 1
+        return self.call_soon(callback, *args, context=context)
+
+
+@pytest.mark.parametrize(("requests", "others", "rests"), [(1, 0, False), (3, 0, False), (1, 1, True)])
+def test_starts_rest_for_other_requests_only(requests: int, others: int, rests: bool) -> None:
+    """Not for those that wait to begin, which a rest would only delay."""
+    now, begun = 0.0, 0
+    loop = RestCounter()
+    starts = Starts(lambda: requests + others, lambda: now)
+
+    async def begin(request: int) -> None:
+        nonlocal now, begun
+        await starts.turn(f"owner {request}", request)
+        now += COST
+        begun += 1
+
+    async def begin_all() -> None:
+        await asyncio.gather(*(begin(index % requests) for index in range(1500)))
+
+    try:
+        loop.run_until_complete(begin_all())
+    finally:
+        loop.close()
+    assert begun == 1500
+    assert (loop.rests > 0) is rests
