@@ -39,7 +39,6 @@ class TokenConstraint(Protocol):
         end are not allowed. The answer must depend on ``output`` alone. To let the output end, allow an
         end-of-sequence token. The request fails if no token is allowed, or if this method raises.
         """
-        ...
 
 
 class StartedConstraint(TokenConstraint, Protocol):
@@ -52,15 +51,12 @@ class StartedConstraint(TokenConstraint, Protocol):
     @property
     def slow(self) -> bool:
         """Whether steps should not wait for it at all, unless they contain no other request."""
-        ...
 
     def begin(self, output: Sequence[int]) -> None:
         """Begin to compute ``allowed(output)``. Called before the forward pass; returns at once."""
-        ...
 
     def poll(self, output: Sequence[int], seconds: float) -> bytes | None:
         """Return ``allowed(output)`` if it is known within ``seconds``; else None."""
-        ...
 
 
 class ForcingConstraint(StartedConstraint, Protocol):
@@ -70,7 +66,6 @@ class ForcingConstraint(StartedConstraint, Protocol):
     def forced(self) -> Sequence[int]:
         """Tokens that must follow, one after another, after the only token that the last answer of ``poll``
         allows; none if that allows several, or nothing is known. They are chosen without asking again."""
-        ...
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -228,12 +223,14 @@ class RequestOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     replay: bool = False
 
     def __post_init__(self) -> None:
-        msgspec.structs.force_setattr(self, "cache_pins", _tuple("cache_pins", self.cache_pins))
-        if len(self.cache_pins) > MAX_PINS or not all(isinstance(pin, CachePin) for pin in self.cache_pins):
-            raise RequestInvalid(f"cache_pins={self.cache_pins!r}: must be at most {MAX_PINS} CachePin")
-        msgspec.structs.force_setattr(self, "output", _tuple("output", self.output))
-        for token in self.output:
-            _check_int("output", token, low=0)
+        if self.cache_pins != ():
+            msgspec.structs.force_setattr(self, "cache_pins", _tuple("cache_pins", self.cache_pins))
+            if len(self.cache_pins) > MAX_PINS or not all(isinstance(p, CachePin) for p in self.cache_pins):
+                raise RequestInvalid(f"cache_pins={self.cache_pins!r}: must be at most {MAX_PINS} CachePin")
+        if self.output != ():
+            msgspec.structs.force_setattr(self, "output", _tuple("output", self.output))
+            for token in self.output:
+                _check_int("output", token, low=0)
         if not isinstance(self.replay, bool):
             raise RequestInvalid(f"replay={self.replay!r}: must be True or False")
         check_text("adapter", self.adapter)
@@ -303,7 +300,7 @@ def split_keywords(keywords: RequestKeywords) -> tuple[str | None, RequestOption
     Raises RequestInvalid for a value that is out of range, and TypeError for a keyword that is not known.
     """
     values: dict[str, Any] = {**keywords}
-    for name in values.keys() - RequestKeywords.__annotations__.keys() - CallKeywords.__annotations__.keys():
+    for name in values.keys() - _KEYWORDS:
         raise TypeError(f"unexpected keyword argument {name!r}")
     request_id = values.pop("request_id", None)
     if isinstance(values.get("adapter"), Mapping):
@@ -398,3 +395,4 @@ def _checked_bias(bias: object) -> dict[int, float]:
 
 _check_int = functools.partial(check_integer, error=RequestInvalid)
 _check_float = functools.partial(check_number, error=RequestInvalid)
+_KEYWORDS = RequestKeywords.__annotations__.keys() | CallKeywords.__annotations__.keys()
