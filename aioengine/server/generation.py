@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import time
 from array import array
 from collections import Counter
 from collections.abc import (
@@ -136,6 +137,7 @@ class Generation:
         options: Options of all choices.
         turn: Waits until a choice may begin; None if it may at once.
         constrain: Builds a constraint for one choice; None if the choices are unconstrained.
+        clock: Returns the seconds by which the deadline of ``options`` counts, from now on.
     """
 
     def __init__(
@@ -151,6 +153,7 @@ class Generation:
         scores: Scores | None = None,
         turn: Callable[[], Awaitable[None]] | None = None,
         constrain: Callable[[], Awaitable[TokenConstraint]] | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         assert prompts and len(params) % len(prompts) == 0
         self.request_id = request_id
@@ -161,6 +164,7 @@ class Generation:
         self._record = record
         self._turn = turn
         self._constrain = constrain
+        self._clock, self._began = clock, clock()
         self._last: list[RequestOutput | None] = [None] * len(params)
         self._so_far: dict[int, SoFar] = {}
         """Functions that return the outputs so far of choices whose ends are waited for."""
@@ -206,21 +210,29 @@ class Generation:
         cancellation stops all of it."""
         if self._constrain is None:
             return
-        loop = asyncio.get_running_loop()
-        began, deadline = loop.time(), self._options.deadline
         made = self._params
         try:
-            async with asyncio.timeout(deadline):
+            async with asyncio.timeout(self._time_left()):
                 made = [
                     msgspec.structs.replace(params, constraint=await self._constrain())
                     for params in self._params
                 ]
         except TimeoutError:
-            raise DeadlineExceeded(f"its grammar was not compiled within {deadline:g} s") from None
+            late = f"its grammar was not compiled within {self._options.deadline:g} s"
+            raise DeadlineExceeded(late) from None
         self._params = made
-        if deadline is not None:
-            left = max(0.001, deadline - (loop.time() - began))
-            self._options = msgspec.structs.replace(self._options, deadline=left)
+
+    def _time_left(self) -> float | None:
+        """Return the seconds until the deadline; a moment once it has passed, so that the engine says it."""
+        deadline = self._options.deadline
+        return None if deadline is None else max(0.001, self._began + deadline - self._clock())
+
+    def _options_now(self) -> RequestOptions:
+        """Return the options of a choice that begins now: its deadline counts from then, and the request's
+        from the start, with what was waited for."""
+        if self._turn is None and self._constrain is None:
+            return self._options  # nothing was
+        return msgspec.structs.replace(self._options, deadline=self._time_left())
 
     async def outputs(self, index: int) -> AsyncGenerator[RequestOutput, None]:
         """Yield the outputs of one choice. Closing it aborts the engine's request. Raises what the engine
@@ -229,7 +241,7 @@ class Generation:
         if self._turn is not None:
             await self._turn()
         async with self._room.holding(len(prompt)):
-            keywords = as_keywords(self._options)
+            keywords = as_keywords(self._options_now())
             keywords["request_id"] = self._id_of(index)
             stream = self._engine.generate(prompt, self._params[index], **keywords)
             try:
@@ -258,8 +270,9 @@ class Generation:
             await self._turn()
         async with self._room.holding(len(prompt)):
             try:
+                options, own = self._options_now(), self._id_of(index)
                 found = await self._engine.complete(
-                    prompt, params, options=self._options, follow=follow, request_id=self._id_of(index)
+                    prompt, params, options=options, follow=follow, request_id=own
                 )
                 self._last[index] = found
                 return found
