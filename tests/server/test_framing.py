@@ -31,7 +31,10 @@ async def answered(url: str, data: bytes) -> list[int]:
 
 TWICE = [b"\r\n".join(pair) for pair in itertools.product([LENGTH, CHUNKED, b"content-length: 0"], repeat=2)]
 ODD_LENGTHS = [b"+5", b"-1", b"0x5", b"5,5", b"5 5", b"", b"5;", b"5.0", b"1e1", b"\xb2", b"%d" % 2**64]
-ODD_CODINGS = [b"identity", b"chunked, identity", b"xchunked", b"chunkedx", b"\x0bchunked", b'"chunked"']
+ODD_CODINGS = [b"identity", b"xchunked", b"chunkedx", b'"chunked"', b"chunked;q=1"]
+ODD_CODINGS += [b"gzip, chunked", b"gzip,chunked", b"gzip"]
+ODD_CODINGS += [b"deflate\r\ntransfer-encoding: chunked"]
+BAD_CODINGS = [b"chunked, identity", b"chunked\r\ntransfer-encoding: identity", b"\x0bchunked", b"chunked, chunked", b"", b"chunked,", b", chunked"]
 ODD_LINES = [
     b"content-length : 5",
     b" content-length: 5",
@@ -39,9 +42,8 @@ ODD_LINES = [
     b"content-length\0: 5",
 ]
 ODD_LINES += [b"transfer-encoding : chunked", b"x: y\rtransfer-encoding: chunked", b": 5", b"content-length"]
-REFUSED = [framing for framing in TWICE if framing != CHUNKED + b"\r\n" + CHUNKED]
-REFUSED += [b"content-length: " + value for value in ODD_LENGTHS]
-REFUSED += [b"transfer-encoding: " + value for value in ODD_CODINGS]
+REFUSED = TWICE + [b"content-length: " + value for value in ODD_LENGTHS]
+REFUSED += [b"transfer-encoding: " + value for value in BAD_CODINGS]
 REFUSED += ODD_LINES
 
 
@@ -51,6 +53,37 @@ async def test_a_request_without_a_certain_end_is_the_last(body: bytes, serve: S
         for framing in REFUSED:
             found = await answered(served.url, HEAD + framing + b"\r\n\r\n" + body + NEXT * 3)
             assert found == [400], (framing, found)
+
+
+@pytest.mark.parametrize("body", [AS_CHUNKS, BODY, b""])
+async def test_codings_that_nobody_knows_are_refused(body: bytes, serve: Serve) -> None:
+    async with serve() as served:
+        for coding in ODD_CODINGS:
+            for more in (b"", b"connection: upgrade\r\nupgrade: h2c\r\n"):
+                head = HEAD + more + b"transfer-encoding: " + coding + b"\r\n\r\n"
+                found = await answered(served.url, head + body + NEXT * 3)
+                assert found == [501], (coding, more, found)
+
+
+@pytest.mark.parametrize(
+    ("hosts", "version", "statuses"),
+    [
+        ([], b"1.1", [400]),
+        ([b"x", b"y"], b"1.1", [400]),
+        ([b"x", b"x"], b"1.1", [400]),
+        ([b"x", b"y"], b"1.0", [400]),
+        ([], b"1.0", [200]),
+        ([b"x"], b"1.0", [200]),
+        ([b"x"], b"1.1", [200] * 4),
+    ],
+)
+async def test_a_request_has_one_host(
+    hosts: list[bytes], version: bytes, statuses: list[int], serve: Serve
+) -> None:
+    lines = [b"GET /health HTTP/" + version, *(b"hOsT: " + host for host in hosts), b"", b""]
+    last = b"GET /health HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n"
+    async with serve() as served:
+        assert await answered(served.url, b"\r\n".join(lines) + NEXT * 2 + last) == statuses
 
 
 SIZES = [

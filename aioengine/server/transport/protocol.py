@@ -15,6 +15,7 @@ from aioengine.server.access.addresses import network_of
 from aioengine.server.transport.answer_transport import AnswerTransport
 from aioengine.server.transport.crowd import Crowd
 from aioengine.server.transport.declined_upgrade import body_parser, framing
+from aioengine.server.transport.head_checks import find_fault
 from aioengine.server.transport.old_http import end_with_connection
 from aioengine.server.transport.reader_watch import ReaderWatch, unread_bytes
 from aioengine.server.transport.turns import Turns
@@ -288,8 +289,9 @@ class BoundedProtocol(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         self._stop_watch()
         version = self.parser.get_http_version()
-        if version not in ("1.0", "1.1"):
-            self._refuse(505, b"HTTP Version Not Supported")
+        fault = find_fault(version, self.headers)
+        if fault is not None:
+            self._refuse(*fault)
         self._has_headers, self._unseen = True, 0
         if self.is_closing:
             return
