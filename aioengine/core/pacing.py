@@ -145,8 +145,9 @@ class Pacer:
             deviation = min(max(deviation, -bound), bound)
         self._steps += 1
         self._note_excess(seconds, expected)
-        rate = max(_RISE if deviation > 0 else _FALL_AGAIN if self._fell else _FALL, 1 / self._steps)
-        self._fell = deviation < _FELL
+        fell_before, self._fell = self._fell, deviation < _FELL
+        fall = _FALL_AGAIN if fell_before and self._fell else _FALL
+        rate = max(_RISE if deviation > 0 else fall, 1 / self._steps)
         if self._steps > 1 and deviation > math.log(_SUDDEN):
             self._before, rate = self._coefficients, max(rate, _SUDDEN_RISE)
         common = 1.0 if self._steps == 1 else _COMMON

@@ -65,8 +65,8 @@ class _Variables(Env):
             if token.keyword == f"{PREFIX}PORT" and token.value.startswith(_SERVICE_LINKS):
                 raise ConfigError(
                     f"{PREFIX}PORT={token.value!r}: Kubernetes makes this variable of a Service called "
-                    "'aioengine'; set enableServiceLinks: false in the pod, call the Service otherwise, or give "
-                    "--port"
+                    "'aioengine'; set enableServiceLinks: false in the pod, call the Service otherwise, or "
+                    "give --port"
                 )
 
 

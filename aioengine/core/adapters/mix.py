@@ -23,7 +23,7 @@ class MixEntry(AdapterEntry):
     ``waiting`` has the requests for a mix of several.
     """
 
-    __slots__ = ("fitted", "uses")
+    __slots__ = ("_digest", "_digested", "fitted", "uses")
 
     def __init__(
         self,
@@ -38,6 +38,9 @@ class MixEntry(AdapterEntry):
         """Number of requests for it that have not ended."""
         self.fitted: object = None
         """Pinned adapters and sizes with which its parts were found to fit; see :func:`shut_out`."""
+        self._digested: list[str] | None = None
+        """The parts' digests that ``_digest`` was made of."""
+        self._digest = ""
         super().__init__(uid, name, version, "mix:" + name, files=files, parts=self.parts)
 
     @property
@@ -61,10 +64,13 @@ class MixEntry(AdapterEntry):
     def digest(self) -> str:
         """The digest of its content; "" while that of a part is not known."""
         digests = [part.digest for part, _ in self.parts]
-        if not all(digests):
-            return ""
-        weights = [weight for _, weight in self.parts]
-        return sha256(repr(list(zip(digests, weights, strict=True))).encode()).hexdigest()
+        if digests != self._digested:  # each output has it
+            self._digested, self._digest = digests, ""
+            if all(digests):
+                weights = [weight for _, weight in self.parts]
+                content = repr(list(zip(digests, weights, strict=True)))
+                self._digest = sha256(content.encode()).hexdigest()
+        return self._digest
 
     @digest.setter
     def digest(self, value: str) -> None:
