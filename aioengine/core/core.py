@@ -359,9 +359,13 @@ class Core:
         seconds: float,
         slot_nbytes: int | None = None,
         mergeable: bool = False,
+        labels: int = 0,
+        invocation: Sequence[int] = (),
+        summable: bool = True,
     ) -> AdapterError | None:
         """Take in an adapter that has been read. ``slot_nbytes``: its bytes in a slot; None: ``nbytes``.
-        ``mergeable``: whether the device may merge it with the base model's weights.
+        ``mergeable``: whether the device may merge it with the base model's weights. ``labels``,
+        ``invocation`` and ``summable`` are as in ``AdapterEntry``.
 
         Returns the reason if it can never be kept; the requests that wait for it fail with this reason.
 
@@ -380,6 +384,7 @@ class Core:
             self._fail_waiting(entry, now, error)
         else:
             entry.slot_nbytes = slot_nbytes
+            entry.labels, entry.invocation, entry.summable = labels, invocation, summable
             self.residency.loaded(entry, now, rank=rank, nbytes=nbytes, digest=digest, seconds=seconds)
             if entry.digest == digest:  # else it was dropped at once
                 self.merging.loaded(entry, now, mergeable=mergeable)

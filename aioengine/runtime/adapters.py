@@ -205,18 +205,17 @@ class AdapterOps:
                 raise entry.error
             return False
 
-        self._residency.want(entry, _now(), pin=pin)
-        self._stepper.wake()
-        try:
-            await self._stepper.until(is_read, entry.label)
-        except BaseException:
-            if self._residency.current.get(entry.label) is entry:
-                if not entry.pinned:  # a pinned adapter is read again after a loss of the device
-                    self._residency.forget_want(entry)
-            elif not entry.retired:
-                self._residency.retire(entry, _now())
-                self._stepper.wake()
-            raise
+        with self._names.reading(entry):
+            self._residency.want(entry, _now(), pin=pin)
+            self._stepper.wake()
+            try:
+                await self._stepper.until(is_read, entry.label)
+            except BaseException:
+                entry.pin_when_read = False  # others may still want it, but without a pin
+                if self._residency.current.get(entry.label) is not entry and not entry.retired:
+                    self._residency.retire(entry, _now())
+                    self._stepper.wake()
+                raise
 
     # Replacing in two steps
 

@@ -136,7 +136,6 @@ class AdapterMoves:
             failure.__cause__ = error
             self._core.adapter_load_failed(entry, loop.time(), failure, "internal")
         else:
-            entry.labels, entry.invocation, entry.summable = done.labels, done.invocation, done.summable
             refused = self._core.adapter_loaded(
                 entry,
                 loop.time(),
@@ -146,6 +145,9 @@ class AdapterMoves:
                 seconds=done.seconds,
                 slot_nbytes=done.slot_nbytes,
                 mergeable=done.mergeable,
+                labels=done.labels,
+                invocation=done.invocation,
+                summable=done.summable,
             )
             if refused is not None:
                 log_failure(self._core.residency.failures, entry.label, refused)

@@ -152,6 +152,26 @@ def test_what_becomes_another_kind_of_adapter_fails() -> None:
     assert sorted(sim.core.residency.current) == ["a", "b"]
 
 
+def test_content_that_is_refused_changes_nothing() -> None:
+    sim = make("a", "b")
+    sim.add(sim.mix("a", "b"))
+    sim.run()
+    entry = sim.core.residency.current["a"]
+    sim.lose_device()
+    sim.core.residency.expect("a", entry.digest)
+    errors: dict[str, Exception | None] = {}
+    request = sim.add(sim.mix("a", "b"))
+    request.sink = Keep(errors, request.id)  # type: ignore[assignment]
+    sim.unsummable, sim.contents = {"a"}, {"a": 1}
+    sim.run()
+    assert "its files have changed since it was loaded" in str(errors[request.id])
+    sim.unsummable, sim.contents = set(), {}
+    again = sim.add(sim.mix("a", "b"))
+    assert entry.summable and again.adapter is request.adapter
+    sim.run()
+    assert sim.ended[again.id] == "length"
+
+
 def test_pinned_adapters_that_leave_too_few_slots() -> None:
     sim = make("a", "b", "c")
     sim.core.residency.want(sim.core.residency.current["a"], sim.now, pin=True)

@@ -229,7 +229,6 @@ class CoreSim:
             self.core.adapter_load_failed(entry, self.now, error, "io")
         else:
             changed = self.contents.get(entry.label, 0)
-            entry.summable = entry.label not in self.unsummable
             self.on_cpu.add(entry.uid)
             self.digests[entry.uid] = digest = f"{entry.label}-{entry.version}" + "'" * changed
             self.core.adapter_loaded(
@@ -240,6 +239,7 @@ class CoreSim:
                 digest=digest,
                 seconds=0.1,
                 mergeable=entry.label not in self.unmergeable,
+                summable=entry.label not in self.unsummable,
             )
         self.take_events()
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from itertools import islice
 
 from aioengine.adapters.names import NAME_RULE
@@ -14,6 +15,15 @@ from aioengine.runtime.loop import Stepper
 from aioengine.runtime.sources.lookup import Resolution
 from aioengine.runtime.sources.mixes import Mixes
 from aioengine.schedulers.policy import Location
+
+
+class _Readers:
+    """The callers that wait for one version to be read."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.error: AdapterError | None = None
+        """The last error that was counted, for all of them."""
 
 
 class AdapterNames:
@@ -27,6 +37,8 @@ class AdapterNames:
         self.lookups = Resolution(stepper, resolver, resolve_timeout)
         self.fetched: dict[str, str | None] = {}
         """Names whose folder is found by a look-up: the source ("hf:", a URL), or None for the resolver."""
+        self._readers: dict[int, _Readers] = {}
+        """By uid."""
         self.mixes = Mixes(self._residency, self.acquire, self._read_once)
 
     def is_registered(self, name: str) -> bool:
@@ -112,7 +124,10 @@ class AdapterNames:
         return self.publish(name, where, found=True)
 
     async def _read_once(self, entry: AdapterEntry) -> None:
-        """Wait until a version has been read, if it never was. A replaced one is read for its requests."""
+        """Wait until a version has been read, if it never was. A replaced one is read for its requests.
+
+        A failure counts once, whoever of several callers is still there.
+        """
         if entry.digest or entry.retired:
             return
 
@@ -121,16 +136,32 @@ class AdapterNames:
                 raise entry.error
             return bool(entry.digest) or entry.retired
 
-        first = entry.wanted_since is None
-        if first:
-            self._residency.want(entry, _now())
-            self._stepper.wake()
+        with self.reading(entry) as readers:
+            if entry.wanted_since is None:
+                self._residency.want(entry, _now())
+                self._stepper.wake()
+            try:
+                await self._stepper.until(is_read, entry.label)
+            except AdapterError as error:
+                if readers.error is not error:
+                    readers.error = error
+                    self._residency.failures.add(entry.label, error, _now())
+                raise
+
+    @contextmanager
+    def reading(self, entry: AdapterEntry) -> Iterator[_Readers]:
+        """Context of a caller that waits for a version to be read. When the last one leaves, whether it was
+        read or they gave up, nobody wants it any more."""
+        readers = self._readers.setdefault(entry.uid, _Readers())
+        readers.count += 1
         try:
-            await self._stepper.until(is_read, entry.label)
-        except AdapterError as error:
-            if first:  # one caller counts it for all
-                self._residency.failures.add(entry.label, error, _now())
-            raise
+            yield readers
+        finally:
+            readers.count -= 1
+            if not readers.count:
+                del self._readers[entry.uid]
+                if not entry.pinned:  # a pinned adapter is read again after a loss of the device
+                    self._residency.forget_want(entry)
 
     def _version(self, name: str) -> AdapterEntry:
         """Return the version that "name@version" stands for: the current one, or one that was replaced and
