@@ -105,6 +105,7 @@ INNER_ROOMS: dict[str, set[str]] = {
         "files.methods",
         "generic",
         "parallel",
+        "sampling",
         "slots",
         "text",
     },

@@ -8,6 +8,8 @@ put through the inverse CDF. So a request draws the same tokens in any batch and
 Top-k, top-p and min-p each keep the n most likely tokens for some n, so together they keep the
 smallest n. Tokens are ranked by descending probability, equals by ascending id, and drawn in rank order:
 so a draw lands near the top, where few edges between tokens lie that a rounding could move it across.
+Where the most likely few do not decide, a CPU finds the token by sums over buckets (`sampling/ranks.py`) and
+a GPU sorts the row.
 
 On a GPU the host waits once, for the tokens of all rows together; and once more for log-probabilities, for
 each time that draws have to look at more tokens than before, and for constraints.
@@ -26,6 +28,7 @@ from torch import Tensor
 from aioengine.kernels.transfer import send
 from aioengine.model.constraints import Masks, collect
 from aioengine.model.penalties import Penalties
+from aioengine.model.sampling.ranks import Ranks
 from aioengine.request import SamplingParams, TokenLogprob
 from aioengine.step import Sampled, SequenceWork
 
@@ -337,8 +340,13 @@ class _Draw:
     def finish(self, tokens: list[int], known: Sequence[int]) -> list[int]:
         """Return the tokens of all rows, where those of the first look are certain only as ``known`` says."""
         pending, width = [i for i in self.everyone if not known[i]], self.width
+        vocab = self._x.shape[1]
         while pending:
-            width = _wider(width, self._x.shape[1])
+            width = _wider(width, vocab)
+            if width == vocab and self._x.device.type == "cpu":
+                drawn = [Ranks(self._x[i]).draw(self._params[i], self._draws[i]) for i in pending]
+                _assign(tokens, pending, drawn)
+                break
             size = max(1, _WIDE_CELLS // width)
             pieces = [pending[at : at + size] for at in range(0, len(pending), size)]
             found = torch.cat([torch.stack(self.look(piece, width)) for piece in pieces], dim=1).tolist()
