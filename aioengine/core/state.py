@@ -166,7 +166,7 @@ class AdapterEntry:
     @property
     def members(self) -> Sequence[AdapterEntry]:
         """The adapters whose slots its requests run in: itself, or a mix's parts."""
-        return [part for part, _ in self.parts] if self.parts else (self,)
+        return (self,)
 
     @property
     def home(self) -> AdapterEntry:

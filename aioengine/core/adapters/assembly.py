@@ -23,8 +23,10 @@ copies, and reads to the CPU cache that other adapters filled.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from heapq import merge
+from math import inf
 from operator import attrgetter
 
 from aioengine.core.adapters.arena import rounded
@@ -118,16 +120,19 @@ class Assembly:
         if not self._queues.mixes:
             return iter(window)
         cold = self._first_cold()
-        late = cold is not None and now - cold.arrival >= MIX_PATIENCE_SECONDS
+        before = inf  # later requests begin only in a turn
+        if cold is not None and now - cold.arrival >= MIX_PATIENCE_SECONDS:
+            before = cold.seq
+        in_slots = {part for part in self._queues.parts if part.location is Location.SLOT}
         here: list[Sequence[Request] | Iterator[Request]] = [window]
-        for mix in self._queues.mixes.values():
-            if mix.location is Location.SLOT:
+        for seq, mix in self._waiting():
+            if seq > before:
+                break
+            if in_slots.issuperset(mix.members):
                 here.append(
                     request
                     for request in mix.waiting
-                    if request not in window
-                    and not (late and cold is not None and cold.seq < request.seq)
-                    and not self.is_closed_to(request)
+                    if request.seq < before and request not in window and not self.is_closed_to(request)
                 )
         return merge(*here, key=_seq)
 
@@ -156,19 +161,28 @@ class Assembly:
         self._residency.cpu.reserved = reserved
 
     def reads(self, now: float, *, waited: float) -> Iterator[AdapterEntry]:
-        """Yield the parts to read of the mixes that have waited for so many seconds."""
+        """Yield the parts to read of the mixes that have waited for so many seconds, each once."""
+        on_disk = {part for part in self._queues.parts if part.location is Location.DISK}
         for mix in self._queues.mixes.values():
-            if now - _arrival(mix) < waited:
+            if not on_disk or now - _arrival(mix) < waited:
                 return
             if not any(part.stalled for part in mix.members):  # otherwise the others have time
-                yield from (part for part in mix.members if part.location is Location.DISK)
+                for part in mix.members:
+                    if part in on_disk:
+                        on_disk.remove(part)
+                        yield part
 
     def next_due(self, now: float) -> float | None:
         """Return when the next mix will have waited long."""
-        arrivals = [_arrival(mix) for mix in self._queues.mixes.values()]
-        times = [since + wait for since in arrivals for wait in (MIX_PATIENCE_SECONDS, MIX_LIMIT_SECONDS)]
-        times += [self._no_room_until] if arrivals else []
-        return min((at for at in times if at > now), default=None)
+        mixes = self._queues.mixes.values()
+        if not mixes:
+            return None
+        times = [self._no_room_until] if self._no_room_until > now else []
+        for until in (_patient_until, _limit_of):
+            first = bisect_right(mixes, now, key=until)
+            if first < len(mixes):
+                times.append(until(mixes[first]))
+        return min(times, default=None)
 
     def _choose(self, now: float) -> AdapterEntry | None:
         """Return whose turn it is."""
@@ -347,6 +361,14 @@ def _arrival(entry: AdapterEntry) -> float:
     oldest = entry.oldest_arrival
     assert oldest is not None
     return oldest
+
+
+def _patient_until(entry: AdapterEntry) -> float:
+    return _arrival(entry) + MIX_PATIENCE_SECONDS
+
+
+def _limit_of(entry: AdapterEntry) -> float:
+    return _arrival(entry) + MIX_LIMIT_SECONDS
 
 
 def _is_loading(entry: AdapterEntry) -> bool:

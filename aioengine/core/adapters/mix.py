@@ -23,7 +23,7 @@ class MixEntry(AdapterEntry):
     ``waiting`` has the requests for a mix of several.
     """
 
-    __slots__ = ("_digest", "_digested", "fitted", "uses")
+    __slots__ = ("_digest", "_digested", "_members", "fitted", "uses")
 
     def __init__(
         self,
@@ -34,6 +34,7 @@ class MixEntry(AdapterEntry):
         files: AdapterFiles,
     ) -> None:
         self.parts = tuple(parts)
+        self._members = tuple(part for part, _ in parts)
         self.uses = 0
         """Number of requests for it that have not ended."""
         self.fitted: object = None
@@ -42,6 +43,10 @@ class MixEntry(AdapterEntry):
         """The parts' digests that ``_digest`` was made of."""
         self._digest = ""
         super().__init__(uid, name, version, "mix:" + name, files=files, parts=self.parts)
+
+    @property
+    def members(self) -> Sequence[AdapterEntry]:
+        return self._members
 
     @property
     def location(self) -> Location:
