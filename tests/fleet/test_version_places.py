@@ -266,7 +266,7 @@ async def test_refusals_do_not_use_up_the_limit_of_losses(
         assert (await call.next()).finished
     else:
         with pytest.raises(ends):
-            await call.next()
+            await asyncio.wait_for(call.next(), 10)
 
 
 @pytest.mark.parametrize("router", ["affinity", "shuffle"])
@@ -309,4 +309,4 @@ async def test_what_has_neither_number_nor_content_does_not_go_on(certain: bool)
         assert call.replica not in (None, first) and call.options.mix == {"sql@1": 0.5, "u@3": 0.5}
     else:
         with pytest.raises(AdapterChanged, match="repeat"):
-            await call.next()
+            await asyncio.wait_for(call.next(), 10)
