@@ -193,9 +193,11 @@ class Assembly:
         idle = sum(not (entry.running or entry.stays or entry.is_wanted) for entry in held)
         at_once = len(self._slots.slots) - len(held) + idle
         for seq, mix in self._waiting():
+            waited = now - _arrival(mix)
+            if waited < MIX_PATIENCE_SECONDS and not at_once:
+                return None  # no slot is idle, and those after it have waited less
             if _is_loading(mix):
                 continue  # others need not wait for its reads
-            waited = now - _arrival(mix)
             if cold is not None and cold.seq < seq:
                 return None if waited < MIX_LIMIT_SECONDS or cold.adapter is None else cold.adapter.home
             missing = [part for part in mix.members if part.slot is None]
