@@ -36,7 +36,10 @@ _RISE, _FALL, _FALL_AGAIN = 0.5, 0.2, 0.4
 another. Upward is larger, because too small a chunk is the safer error; but one that was too small again was
 no accident."""
 _FELL = -0.1
-"""A downward deviation that counts as one, as a logarithm: a tenth of the time."""
+"""A downward deviation that counts as one, as a logarithm: a tenth of the time, or one and a half of the
+deviations' mean, if that is more."""
+_SPREAD_STEPS = 32
+"""Steps over which that mean is taken, roughly."""
 _SUDDEN = 1.5
 """A step that takes more than this many times its expected time is taken for a slower machine:
 ``_SUDDEN_RISE`` of the deviation is learned. If the next step fits better to what was known before, it was an
@@ -114,6 +117,8 @@ class Pacer:
         self._steps = 0
         self._fell = False
         """Whether the last step took less time than expected."""
+        self._spread = 0.0
+        """Mean size of the deviations, as logarithms."""
         self._before: list[float] | None = None
         """The coefficients before the last step, if that took suddenly long."""
         self._excesses: list[tuple[int, float]] = []
@@ -145,7 +150,8 @@ class Pacer:
             deviation = min(max(deviation, -bound), bound)
         self._steps += 1
         self._note_excess(seconds, expected)
-        fell_before, self._fell = self._fell, deviation < _FELL
+        fell_before, self._fell = self._fell, deviation < min(_FELL, -1.5 * self._spread)
+        self._spread += (abs(deviation) - self._spread) / _SPREAD_STEPS
         fall = _FALL_AGAIN if fell_before and self._fell else _FALL
         rate = max(_RISE if deviation > 0 else fall, 1 / self._steps)
         if self._steps > 1 and deviation > math.log(_SUDDEN):
