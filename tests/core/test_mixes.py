@@ -10,7 +10,7 @@ import pytest
 from support.core_sim import LIMITS, CoreSim
 
 from aioengine import events
-from aioengine.core.adapters.assembly import MIX_PATIENCE_SECONDS
+from aioengine.core.adapters.assembly import MIX_LIMIT_SECONDS, MIX_PATIENCE_SECONDS
 from aioengine.core.limits import CoreLimits
 from aioengine.core.state import Request, Status
 from aioengine.errors import AdapterChanged, AdapterLoadError, AdapterTooLarge, EngineOverloaded
@@ -371,6 +371,22 @@ def test_a_policy_that_starves_adapters_starves_no_mix_behind_them() -> None:
     for _ in range(50):
         sim.settle(step_seconds=0.2)
     assert sim.ended == {alone.id: "length", mix.id: "length"}
+
+
+def test_an_adapter_whose_read_has_just_begun_gets_no_turn() -> None:
+    """It is waited for alone, and is a part of a mix, for which it is read first."""
+    sim = CoreSim(LIMITS._replace(max_loads=1), Nothing())
+    for name in "abcde":
+        sim.register(name)
+    sim.core.residency.want(sim.core.residency.current["e"], sim.now)
+    requests = [sim.add(wanted) for wanted in (sim.mix("d", "a"), "d", sim.mix("b", "c"))]
+    sim.schedule()
+    sim.now += MIX_LIMIT_SECONDS
+    sim.finish_load()
+    sim.schedule()
+    sim.core.check()
+    sim.run(steps=200, step_seconds=0.2)
+    assert [sim.ended[request.id] for request in requests] == ["length"] * 3
 
 
 @pytest.mark.parametrize("name", POLICIES)

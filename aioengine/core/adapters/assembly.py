@@ -254,6 +254,8 @@ class Assembly:
             if turn.location is Location.SLOT:
                 self._window = list(turn.waiting)[: self._most]
             return True
+        if _is_loading(turn):
+            return False  # its read has begun for another mix
         on_disk = any(part.location is Location.DISK for part in missing)
         if on_disk and not self._lacks_room(turn, now):
             return False
