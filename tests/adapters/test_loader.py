@@ -102,6 +102,7 @@ class FakeStore:
             labels=0,
             invocation=(),
             mergeable=False,
+            summable=True,
         )
 
     def put(self, uid: int, packed: Any) -> None:

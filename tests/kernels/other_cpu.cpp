@@ -11,7 +11,7 @@ struct Where {
 struct Slots {
   const void* memory;
   const Where* table;
-  int64_t places, int8;
+  int64_t places, int8, turned;
 };
 
 struct Part {
@@ -182,21 +182,23 @@ static void attention(bool bf16, bool int8) {
     }
 }
 
-// Tokens 1 to 3 use slot 1, with rank 3 of 4.
+// Tokens 1 to 3 use slot 1, with rank 3 of 4 and a weight of a half.
 static void shrink(bool bf16) {
   const long tokens = 4, n_in = 32, max_rank = 4, stride = max_rank * n_in;
   Values x(bf16, tokens * n_in), a(bf16, 2 * stride), h(bf16, tokens * max_rank);
   for (long i = 0; i < n_in; i++) a.set(stride + 3 * n_in + i, 0.0f);
   for (long i = 0; i < tokens * max_rank; i++) h.set(i, 0.0f);
-  const int32_t segment[] = {1, 1, 4, 3};
+  const float weight = 0.5f;
+  int32_t segment[] = {1, 1, 4, 3, 0};
+  std::memcpy(segment + 4, &weight, sizeof(weight));
   const Where table[] = {{0, 0, 0, 0, -1, -1}, {stride, 3, 0, 0, -1, -1}};
-  const Slots slots{a.data(), table, 1, 0};
+  const Slots slots{a.data(), table, 1, 0, 0};
   aio_lora_shrink(bf16, x.data(), n_in, &slots, 0, h.data(), n_in, 1, max_rank, segment, 1, 2);
   for (long t = 0; t < tokens; t++)
     for (long r = 0; r < max_rank; r++) {
       float sum = 0;
       for (long j = 0; j < n_in && t > 0; j++) sum += x[t * n_in + j] * a[stride + r * n_in + j];
-      expect("shrink", bf16, h[t * max_rank + r], sum, 4);
+      expect("shrink", bf16, h[t * max_rank + r], weight * sum, 4);
     }
 }
 
