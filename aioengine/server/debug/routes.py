@@ -45,6 +45,8 @@ class Now(msgspec.Struct, kw_only=True):
 
     time: float
     """Unix time."""
+    uptime: float
+    """Seconds since the server was made, by a clock that never jumps."""
     state: str
     model: str
     step_age: float
@@ -56,12 +58,14 @@ class Now(msgspec.Struct, kw_only=True):
 
 def debug_routes(context: Context) -> list[HTTPRouteHandler]:
     engine = context.engine
+    made = time.monotonic()
 
     @get("/debug/requests", include_in_schema=False)
     async def requests(request: Request[Any, Any, Any]) -> Response[Now]:
         found = list(context.open_requests)
         now = Now(
             time=time.time(),
+            uptime=time.monotonic() - made,
             state="degraded" if engine.degraded else engine.state,
             model=context.model_names[0],
             step_age=engine.step_age(),
