@@ -5,7 +5,9 @@ The file is long because a plan, its table and its errors name every part of the
 
 from __future__ import annotations
 
+import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
@@ -424,15 +426,39 @@ def memory_taken(plan: MemoryPlan) -> int | None:
 
 
 def available_memory(device: str) -> int:
-    """Return the free bytes on the device; for "cpu", those within the system's and a container's limit."""
+    """Return the free bytes on the device; for "cpu", those within the limits of the system and of the
+    process's control groups."""
     if device == "cuda":
         import torch  # only a CUDA plan needs it
 
         return int(torch.cuda.mem_get_info()[0])
-    free = int(psutil.virtual_memory().available)
+    return min([int(psutil.virtual_memory().available), *rooms_in_groups()])
+
+
+def rooms_in_groups(root: Path = Path("/")) -> Iterator[int]:
+    """Yield the bytes that are left in this process's control groups and those above them, where they have a
+    limit: a container's, or that of systemd's ``MemoryMax=``. ``root`` has the files of the system."""
+    for line in _read(root / "proc/self/cgroup").splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        if controllers:  # version 1, where no limit is a very large number
+            names, reclaimed = ("memory.limit_in_bytes", "memory.usage_in_bytes"), "total_inactive_file"
+        else:
+            names, reclaimed = ("memory.max", "memory.current"), "inactive_file"
+        top = root / "sys/fs/cgroup" / ("memory" if controllers else "")
+        group = top / path.lstrip("/")
+        # In a container the path may be the host's, while the files are those of its own group.
+        for folder in (parent for parent in (group, *group.parents) if parent.is_relative_to(top)):
+            limit, used = (_read(folder / name) for name in names)
+            if limit.isdigit() and used.isdigit():
+                # What was read from files counts as used, and is given back when memory is short.
+                kept = re.search(rf"^{reclaimed} (\d+)$", _read(folder / "memory.stat"), re.MULTILINE)
+                yield max(0, int(limit) - int(used) + (int(kept[1]) if kept else 0))
+
+
+def _read(path: Path) -> str:
     try:
-        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
-        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
-    except (OSError, ValueError):
-        return free
-    return free if limit == "max" else min(free, max(int(limit) - used, 0))
+        return path.read_text(encoding="ascii").strip()
+    except OSError:
+        return ""

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import tempfile
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import msgspec
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from support.engine_fixtures import MakeEngine, Tiny, greedy, prompt_of
 
 from aioengine import EngineConfig, LoRAConfig
@@ -17,7 +21,7 @@ from aioengine.executors.parts import build_parts, plan_parts
 from aioengine.executors.process.device import ProcessDevice
 from aioengine.executors.process.wire import Measure, Measured
 from aioengine.executors.thread import ThreadDevice
-from aioengine.memory_plan import MemoryPlan, plan_from_config, plan_memory
+from aioengine.memory_plan import MemoryPlan, plan_from_config, plan_memory, rooms_in_groups
 from aioengine.model.files.resolve import read_spec
 
 
@@ -262,3 +266,45 @@ class _Answers:
     async def of(self, kind: type[Measured]) -> list[Measured]:
         assert kind is Measured
         return self._answers
+
+
+class Group(NamedTuple):
+    """A control group: bytes; ``limit`` None is none."""
+
+    limit: int | None
+    used: int
+    reclaimable: int
+
+
+sizes = st.integers(0, 2**40)
+groups = st.lists(st.builds(Group, st.none() | sizes, sizes, sizes), max_size=4)
+
+
+@given(groups=groups, first=st.booleans(), inside=st.booleans())
+def test_limits_of_control_groups_are_seen(groups: list[Group], first: bool, inside: bool) -> None:
+    """Of both versions, in any group above the process; in a container (``inside``) only the top is there."""
+    unlimited = str(2**63 - 4096) if first else "max"
+    shown = groups[:1] if inside else groups
+    with tempfile.TemporaryDirectory() as made:
+        root = Path(made)
+        path = "/".join(f"group{depth}" for depth in range(1, max(1, len(groups))))
+        (root / "proc/self").mkdir(parents=True)
+        (root / "proc/self/cgroup").write_text(f"7:cpu:/elsewhere\n{'4:memory' if first else '0:'}:/{path}\n")
+        folder = root / "sys/fs/cgroup" / ("memory" if first else "")
+        for depth, group in enumerate(shown):
+            folder = folder / f"group{depth}" if depth else folder
+            folder.mkdir(parents=True)
+            names = ("limit_in_bytes", "usage_in_bytes", "total_") if first else ("max", "current", "")
+            (folder / f"memory.{names[0]}").write_text(
+                f"{unlimited if group.limit is None else group.limit}\n"
+            )
+            (folder / f"memory.{names[1]}").write_text(f"{group.used}\n")
+            text = f"inactive_anon 5\n{names[2]}inactive_file {group.reclaimable}\nactive_file 7\n"
+            (folder / "memory.stat").write_text(text)
+        found = [room for room in rooms_in_groups(root) if room < 2**60]
+    left = [max(0, g.limit - g.used + g.reclaimable) for g in shown if g.limit is not None]
+    assert sorted(found) == sorted(left)
+
+
+def test_a_system_without_control_groups_has_no_limits(tmp_path: Path) -> None:
+    assert list(rooms_in_groups(tmp_path)) == []
