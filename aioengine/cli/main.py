@@ -28,6 +28,7 @@ from aioengine.cli.flags import in_flags
 from aioengine.cli.generate.request_lines import LINE_FORMAT
 from aioengine.cli.help import EXIT_CODES, HELP_ALL, HELP_FLAGS, CompactFormatter
 from aioengine.cli.process import EXIT_FAILED, EXIT_INTERRUPTED, process
+from aioengine.cli.serving.log import print_error
 
 EXIT_OK, EXIT_REFUSED = 0, 2
 
@@ -266,8 +267,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if common.debug:
             traceback.print_exc()
         for complaint in take_unknown_variables():  # one of them may be the cause
-            print(f"aioengine: {complaint}", file=sys.stderr)
-        print(f"aioengine: {_one_line(error)}", file=sys.stderr)
+            print_error(complaint)
+        print_error(_one_line(error))
         refused = isinstance(error, (errors.AioEngineError, CycloptsError)) and not isinstance(
             error, _WHILE_RUNNING
         )

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 
 import pytest
+from support.cli_programs import run_program, run_script
 
 from aioengine.cli.serving.log import JsonFormatter, TextFormatter
 
@@ -25,3 +27,35 @@ def test_warnings_name_flags(formatter: logging.Formatter) -> None:
 def test_what_requests_say_is_left_alone() -> None:
     record = logging.LogRecord("aioengine", logging.INFO, "", 0, "a: LoRAConfig.max_loras", (), None)
     assert TextFormatter().format(record).endswith("a: LoRAConfig.max_loras")
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--grace-seconds", "-1"], "--grace-seconds -1"),
+        (["--model", "/nowhere/model"], "/nowhere/model"),
+    ],
+)
+def test_all_of_a_json_log_is_json(flags: list[str], says: str) -> None:
+    """What ends the server before it serves, and warnings of the interpreter, are lines of it as well."""
+    done = run_program(
+        "serve", "--log-format", "json", "--port", "0", *flags, env=os.environ | {"AIOENGINE_PRT": "1"}
+    )
+    lines = [json.loads(line) for line in done.stderr.splitlines()]
+    assert done.returncode == 2 and lines[-1]["level"] == "error" and says in lines[-1]["message"]
+    assert any("AIOENGINE_PRT" in line["message"] for line in lines)
+
+
+def test_warnings_and_threads_that_fail_are_lines_of_the_log() -> None:
+    script = """
+import threading, warnings
+from aioengine.cli.serving.log import configure_logging
+configure_logging("json", "info")
+warnings.warn("of a library")
+thread = threading.Thread(target=lambda: 1 / 0, name="reader")
+thread.start()
+thread.join()
+"""
+    warned, failed = [json.loads(line) for line in run_script(script).stderr.splitlines()]
+    assert "of a library" in warned["message"] and warned["level"] == "warning"
+    assert failed["message"].startswith("thread reader failed: ZeroDivisionError") and failed["exception"]

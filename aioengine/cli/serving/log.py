@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import threading
 from datetime import UTC, datetime
 
 import msgspec
@@ -62,6 +63,23 @@ def configure_logging(form: str, level: str) -> None:
     else:
         handler.setFormatter(TextFormatter())
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
+    logging.captureWarnings(True)
+    threading.excepthook = _log_failure
     logging.getLogger("uvicorn").setLevel(max(logging.WARNING, logging.getLogger().level))
     for chatty in ("httpx", "httpcore", "asyncio"):
         logging.getLogger(chatty).setLevel(max(logging.WARNING, logging.getLogger().level))
+
+
+def _log_failure(failure: threading.ExceptHookArgs) -> None:
+    name = "that has ended" if failure.thread is None else failure.thread.name
+    found = failure.exc_value
+    logging.getLogger("aioengine").error("thread %s failed: %r", name, found, exc_info=found)
+
+
+def print_error(text: str) -> None:
+    """Print an error that ends a command: for people or, where the log is JSON, as a line of it."""
+    if any(isinstance(handler.formatter, JsonFormatter) for handler in logging.getLogger().handlers):
+        fields = {"name": "aioengine", "levelno": logging.ERROR, "levelname": "ERROR", "msg": text}
+        print(JsonFormatter().format(logging.makeLogRecord(fields)), file=sys.stderr)
+    else:
+        print(f"aioengine: {text}", file=sys.stderr)
