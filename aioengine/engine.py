@@ -9,12 +9,14 @@ import asyncio
 import os
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Self, TypeVar, Unpack
 
 import msgspec
 
 from aioengine import __version__
+from aioengine.adapters.read_threads import ReadThreads
 from aioengine.adapters.resolvers.base import AdapterResolver
 from aioengine.config import EngineConfig
 from aioengine.core import Core
@@ -494,8 +496,8 @@ class AsyncEngine:
         self._check_running()
         if self._label_names is None:
             path = self._built.model_path
-            loop = asyncio.get_running_loop()
-            self._label_names = await loop.run_in_executor(self._work, read_label_names, path)
+            # Not in the engine's own thread, which is waited for at the end: the disk may hang.
+            self._label_names = await ReadThreads("aioengine-labels").run(partial(read_label_names, path))
         return self._label_names
 
     async def abort(self, request_id: str) -> bool:

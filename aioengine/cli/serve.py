@@ -185,11 +185,13 @@ def serve(
     finish; a second SIGTERM ends them. With --adapter-root, adapters can be loaded over HTTP.
     """
     flags, engine_flags = server or ServerFlags(), engine or EngineFlags()
+    level = common.log_level if common is not None and common.log_level is not None else "info"
+    if flags.log_format == "json":  # so that an error that ends it before it starts is JSON, too
+        configure_logging(flags.log_format, level)
     checked = check_all(flags, engine_flags, fleet or FleetFlags())
     record = recording or RecordFlags()
     if checked.replicas is not None and record.record is not None:
         raise ConfigError("--record: records one engine's requests; remove --replicas, or --record")
-    level = common.log_level if common is not None and common.log_level is not None else "info"
     reloader = Reloader(engine_flags, flags, checked.listen.tls)
     with background_stderr() as log:
         configure_logging(flags.log_format, level)
@@ -268,6 +270,7 @@ async def _serve(
             client.metrics.export_process()
             if checked.listen.tls is not None:
                 client.metrics.http.certificate = checked.listen.tls
+            client.metrics.http.loaded["config"] = lambda: reloader.good
             app = create_app(client, checked.settings, tracer_provider=traces)
             await app.context.defaults()
             entrance.open(app)

@@ -151,7 +151,10 @@ class ServerApp:
         if self._tells_active:
             return
         with contextlib.suppress(EngineStopped):  # not started yet: the next request does it
-            self.context.engine.metrics.http.active = lambda: self._active
+            http = self.context.engine.metrics.http
+            http.active = lambda: self._active
+            if (keys := self._gate.keys_file) is not None:
+                http.loaded["keys"] = lambda: keys.good
             self._tells_active = True
 
     def close(self) -> None:

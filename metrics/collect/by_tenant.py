@@ -58,6 +58,8 @@ class HttpMetrics:
         """Function that counts the requests that have not been answered in full; called at each scrape."""
         self.certificate: Expires | None = None
         """The server's TLS certificate, if it has one."""
+        self.loaded: dict[str, Callable[[], bool]] = {}
+        """Functions that tell whether the server runs with what a file holds now; by what the file is for."""
 
     def responded(self, route: str, status: int, code: str | None, tenant: str | None) -> None:
         """Count an answer. ``route`` and ``code`` (of an error) are from fixed sets. ``status`` is 499 if the
@@ -70,3 +72,4 @@ class HttpMetrics:
         yield gauge(engine, d.HTTP_ACTIVE, ((), self.active()))
         expires = [] if self.certificate is None else [((), self.certificate.expires)]
         yield gauge(engine, d.TLS_EXPIRES, *expires)
+        yield gauge(engine, d.CONFIG_LOADED, *(((file,), good()) for file, good in self.loaded.items()))

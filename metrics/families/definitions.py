@@ -303,6 +303,13 @@ TLS_EXPIRES = Definition(
     "gauge",
     "Unix time at which the server's TLS certificate expires.",
 )
+CONFIG_LOADED = Definition(
+    "aioengine_config_last_reload_successful",
+    "gauge",
+    "1 while the server runs with what the file holds: keys (the keys file), config (all that SIGHUP reads). "
+    "0 if the file was refused, or cannot be read.",
+    ("file",),
+)
 
 # Policy
 

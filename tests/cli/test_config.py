@@ -8,16 +8,20 @@ import json
 import signal
 import tomllib
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import httpx
 import jsonschema
 import pytest
 from support.engine_fixtures import Tiny, tiny_text
+from support.hanging_files import hanging
 from support.server_process import Serving, serving
 from support.tiny_models import build_adapter
 
+from aioengine.cli.config import reload as reloads
 from aioengine.cli.config.commands import file_schema
+from aioengine.cli.flags import EngineFlags
 from aioengine.cli.main import main
 from aioengine.cli.serve import ServerFlags
 from aioengine.errors import ConfigError
@@ -25,6 +29,8 @@ from aioengine.server.settings import ServerSettings
 from aioengine.server.table import SERVER_FIELDS, settings_from
 
 __all__ = ["tiny_text"]
+
+LOADED = 'aioengine_config_last_reload_successful{engine="default",file="config"}'
 
 
 @pytest.fixture
@@ -312,10 +318,24 @@ async def test_sighup_reads_the_file_again(file: Path, tiny_text: Tiny, tmp_path
             ):
                 said = await reload(wrong, "stays as it was")
                 assert why in said[-1]
-                assert f"{limit}17.0" in (await http.get("/metrics")).text
+                text = (await http.get("/metrics")).text
+                assert f"{limit}17.0" in text and f"{LOADED} 0.0" in text
             assert (await reload(changed, "need a restart"))[-2].endswith("; changed: nothing")
+            assert f"{LOADED} 1.0" in (await http.get("/metrics")).text
             assert (await reload(f"{changed}[fleet]\nreplicas = 2\n", "need a restart"))[-1].endswith(
                 "[fleet]"
             )
         server.process.send_signal(signal.SIGTERM)
         assert await server.end() == 0
+
+
+async def test_a_file_on_a_disk_that_hangs_is_given_up(
+    file: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(reloads, "READ_SECONDS", 0.01)
+    flags = EngineFlags(config=file)
+    reloader = reloads.Reloader(flags, ServerFlags())
+    engine: Any = SimpleNamespace(config=flags.engine_config())
+    with hanging(file):
+        await reloader.reload(engine, app=cast(Any, None))
+    assert "stays as it was: its files could not be read within 0.01 s" in caplog.text and not reloader.good

@@ -12,11 +12,14 @@ from pathlib import Path
 import httpx
 import pytest
 from support.engine_fixtures import Tiny, tiny_text
+from support.hanging_files import hanging
 from support.process_harness import worker_pids
 from support.server_process import serving
+from support.waiting import until
 
 from aioengine.cli.serving.lifetime import LINGER_SECONDS
 from aioengine.cli.serving.systemd import Systemd
+from aioengine.server.access.keys import hash_key
 from aioengine.server.pace import MAX_QUEUES, Pace
 
 __all__ = ["tiny_text"]
@@ -84,6 +87,20 @@ async def test_systemd_is_told_and_fed(tiny_text: Tiny, tmp_path: Path) -> None:
                 assert (await http.get("/ready")).status_code == 503
                 body = {"model": tiny_text.model.name, "prompt": "x", "max_tokens": 1}
                 assert (await http.post("/v1/completions", json=body)).status_code == 200
+            assert await server.end() == 0
+
+
+async def test_files_on_a_disk_that_hangs_do_not_hold_up_the_end(tiny_text: Tiny, tmp_path: Path) -> None:
+    keys, config = tmp_path / "keys.toml", tmp_path / "server.toml"
+    key = f'[[keys]]\nhash = "{hash_key("k")}"\ntenant = "t"\n'
+    await asyncio.to_thread(keys.write_text, key)
+    await asyncio.to_thread(config.write_text, "max_waiting = 5\n")
+    async with serving(tiny_text.model, "--keys", str(keys), "--config", str(config)) as server:
+        with hanging(keys) as of_keys, hanging(config) as of_config:
+            server.process.send_signal(signal.SIGHUP)
+            await until(of_keys.is_read)
+            await until(of_config.is_read)
+            server.process.send_signal(signal.SIGTERM)
             assert await server.end() == 0
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +106,13 @@ def test_the_runbook_has_a_section_for_every_alert() -> None:
     assert {section.split()[0] for section in sections} == {alert["alert"] for alert in ALERTS}
     for section in sections:
         assert all(f"**{part}:**" in section for part in ("Means", "Look at", "Do")), section
+
+
+def test_every_alert_leads_to_its_section_of_the_runbook() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    page = f"{project['urls']['Documentation']}/runbook.md"
+    for alert in ALERTS:  # an anchor is the section's title in small letters
+        assert alert["annotations"]["runbook_url"] == f"{page}#{alert['alert'].lower()}"
 
 
 def test_the_runbook_speaks_of_metrics_that_there_are() -> None:

@@ -16,6 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from support.engine_fixtures import Tiny
+from support.hanging_files import hanging
 from support.server_fixtures import MODEL, Serve, until
 
 from aioengine import FilesystemResolver
@@ -29,6 +30,7 @@ from aioengine.server.access.limits import Admission, Bucket, Meter
 from aioengine.server.access.scopes import check_routes
 from aioengine.server.errors import ApiError
 
+LOADED = "aioengine_config_last_reload_successful"
 OK = {"model": MODEL, "prompt": "Hello", "max_tokens": 2}
 
 
@@ -485,6 +487,10 @@ async def test_changes_are_read_and_broken_files_are_not(
                 while await status(key) != wanted:
                     await asyncio.sleep(0.005)
 
+        def loaded() -> bool:
+            text = served.engine.metrics.expose()[0].decode()
+            return f'{LOADED}{{engine="default",file="keys"}} 1.0' in text
+
         ask = await served.http.post("/v1/completions", json=OK, headers=bearer("old"))
         assert (ask.status_code, await status("new")) == (200, 401)
         file.write_text(keys_text(old, {"KEY": "new", "tenant": "t"}, t={"requests_per_minute": 2}))
@@ -494,19 +500,48 @@ async def test_changes_are_read_and_broken_files_are_not(
 
         file.write_text("[[keys]]\nhash = 'sk-plain'\ntenant = 't'\n")
         await until(lambda: any("stay as they were" in record.getMessage() for record in caplog.records))
-        assert await status("old") == 200
+        assert await status("old") == 200 and not loaded()
         file.unlink()
         await until(lambda: any("cannot be read" in record.getMessage() for record in caplog.records))
         assert await status("new") == 200
         file.write_text(keys_text({"KEY": "new", "tenant": "t"}))
         await becomes("old", 401)
-        assert await status("new") == 200
+        assert await status("new") == 200 and loaded()
         past = datetime.now(UTC) - timedelta(seconds=1)
         file.write_text(keys_text({"KEY": "new", "tenant": "t", "expires": past}))
         await becomes("new", 401)
     complaints = [r for r in caplog.records if "stay as they were" in r.getMessage()]
     assert len(complaints) <= 4, "each complaint is logged once, not each time"
     assert not any("sk-plain" in record.getMessage() for record in caplog.records)
+
+
+async def test_a_disk_that_hangs_is_told_and_leaves_the_keys(
+    serve: Serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(keys_watch, "POLL_SECONDS", 0.005)
+    monkeypatch.setattr(keys_watch, "SLOW_SECONDS", 0.01)
+    file, old = tmp_path / "keys.toml", keys_text({"KEY": "old", "tenant": "t"})
+    file.write_text(old)
+
+    def told(text: str) -> bool:
+        return any(text in record.getMessage() for record in caplog.records)
+
+    async with serve(settings={"keys_file": str(file)}) as served:
+        assert (await served.http.get("/v1/models", headers=bearer("old"))).status_code == 200
+        with hanging(file) as disk:
+            await until(lambda: told("takes longer than 0.01 s"))
+            assert (
+                f'{LOADED}{{engine="default",file="keys"}} 0.0' in served.engine.metrics.expose()[0].decode()
+            )
+            assert (await served.http.get("/v1/models", headers=bearer("old"))).status_code == 200
+            await until(disk.is_read)
+            fresh = tmp_path / "fresh"
+            fresh.write_text(keys_text({"KEY": "new", "tenant": "t"}))
+            fresh.replace(file)
+            disk.answer(old.encode())
+        async with asyncio.timeout(60):
+            while (await served.http.get("/v1/models", headers=bearer("new"))).status_code != 200:
+                await asyncio.sleep(0.005)
 
 
 @pytest.mark.parametrize("change", ["gone", "expired", "scope", "model"])

@@ -6,11 +6,12 @@ import asyncio
 import contextlib
 import dataclasses
 import logging
-from collections.abc import Mapping, Set
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, Self
+from collections.abc import Callable, Mapping, Set
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, Self, TypeVar
 
 import msgspec
 
+from aioengine.adapters.read_threads import ReadThreads
 from aioengine.cli.config.file import fleet_table, server_table
 from aioengine.cli.flags import EngineFlags, check_folders
 from aioengine.config import WAITING_BOUNDS, EngineConfig
@@ -22,8 +23,12 @@ if TYPE_CHECKING:
     from aioengine.server.settings import ServerSettings
     from aioengine.server.transport.tls import Certificate, Loaded
 
+T = TypeVar("T")
+
 logger = logging.getLogger("aioengine.server")
 
+READ_SECONDS = 30.0
+"""Files that take longer to read are given up: their disk may hang."""
 DEFAULT_BOUNDS = {"max_waiting": 1024, "max_waiting_tokens": 2**20}
 """Bounds of a server on requests that wait, where the configuration has none."""
 RELOADABLE = (*WAITING_BOUNDS, "policy")
@@ -88,12 +93,15 @@ class Reloader:
         self._server = self._server_table()
         self._fleet = fleet_table(flags.config)
         self._adapters = flags.adapters()
+        self.good = True
+        """Whether the server runs with what was read last."""
 
     async def reload(self, engine: AsyncEngine, app: ServerApp) -> None:
         """Apply the changes. Log which were applied, which need a restart, and what is wrong."""
         before = engine.config
+        self.good = False
         try:
-            found = await asyncio.to_thread(self._read)
+            found = await _read_in_time(self._read)
             settings = found.flags.settings()
             adapters = _AdapterChanges.between(self._adapters, found.adapters)
             config = bounded(found.config)
@@ -105,6 +113,7 @@ class Reloader:
         except AioEngineError as error:
             logger.error("the configuration stays as it was: %s", error)
             return
+        self.good = True
         # Nothing can fail from here on.
         engine.change_limits(**{name: getattr(config, name) for name in WAITING_BOUNDS})
         app.change(settings)
@@ -140,11 +149,13 @@ class Reloader:
         """Read the TLS certificate again, and log the result. For a fleet, which can reload nothing else."""
         if self._certificate is None:
             return
+        self.good = False
         try:
-            context = await asyncio.to_thread(self._certificate.renewed)
+            context = await _read_in_time(self._certificate.renewed)
         except ConfigError as error:
             logger.error("the TLS certificate stays as it was: %s", error)
             return
+        self.good = True
         new = self._certificate.use(context)
         logger.info("read the TLS certificate again; it is %s", "a new one" if new else "the same")
 
@@ -178,6 +189,16 @@ class Reloader:
     def _server_table(self) -> Mapping[str, Any]:
         config = self._engine_flags.config
         return {} if config is None else server_table(str(config))
+
+
+async def _read_in_time(read: Callable[[], T]) -> T:
+    """Return ``read()``, from a thread that can be abandoned. Raises ConfigError if it takes too long."""
+    reading = ReadThreads("aioengine-reload").start(read)
+    await asyncio.wait({reading}, timeout=READ_SECONDS)
+    if not reading.done():
+        reading.cancel()
+        raise ConfigError(f"its files could not be read within {READ_SECONDS:g} s; does their disk hang?")
+    return reading.result()
 
 
 class _AdapterChanges(NamedTuple):

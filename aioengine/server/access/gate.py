@@ -58,6 +58,11 @@ class Gate:
         """Whether clients without a key are accepted, at least for some routes."""
         return self._auth.is_open
 
+    @property
+    def keys_file(self) -> KeysWatch | None:
+        """The watched keys file, if there is one."""
+        return self._watch
+
     def watch(self) -> None:
         """Watch the keys file from now on until :meth:`close`, and pass on its bounds. Call before each
         request."""

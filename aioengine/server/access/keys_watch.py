@@ -5,23 +5,26 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from aioengine.adapters.read_threads import ReadThreads
 from aioengine.errors import ConfigError
 from aioengine.server.access.keys import KeysFile, read_keys_file
 
 logger = logging.getLogger("aioengine.server")
 
 POLL_SECONDS = 1.0
+SLOW_SECONDS = 10.0
+"""A read that takes longer is complained about: meanwhile no key can be revoked."""
 
 
 class KeysWatch:
     """Watches the keys file. Reads ``path`` at once and passes its content to ``use``; raises ConfigError if
     that fails.
 
-    While :meth:`run` runs, each change is passed to ``use`` within about ``POLL_SECONDS``. A broken or
-    missing file leaves the keys as they were, and the log says why. ``then`` is called after each check.
+    While :meth:`run` runs, each change is passed to ``use`` within about ``POLL_SECONDS``. A file that is
+    broken, missing, or on a disk that hangs leaves the keys as they were, and the log says why. ``then`` is
+    called after each check.
     """
 
     def __init__(
@@ -32,27 +35,39 @@ class KeysWatch:
         self._then = then
         self._seen: tuple[int, ...] | None = None
         self._complaint = ""
+        """Why the keys in use are not those of the file; empty if they are."""
         use(self._read())
 
+    @property
+    def good(self) -> bool:
+        """Whether the keys in use are those of the file."""
+        return not self._complaint
+
     async def run(self) -> None:
-        """Check until cancelled, in a separate thread, because files may be slow and shared pools full."""
-        loop = asyncio.get_running_loop()
-        thread = ThreadPoolExecutor(1, thread_name_prefix="aioengine-keys")
-        try:
-            while True:
-                await asyncio.sleep(POLL_SECONDS)
-                try:
-                    found = await loop.run_in_executor(thread, self._changed)
-                except ConfigError as error:
-                    self._complain(str(error))
-                else:
-                    if found is not None:
-                        self._use(found)
-                        self._complaint = ""
-                        logger.info("read %s again: %d keys", self._path, len(found.keys))
+        """Check until cancelled, in a thread that can be abandoned, because the file's disk may hang."""
+        clock = asyncio.get_running_loop().time
+        threads = ReadThreads("aioengine-keys")
+        while True:
+            await asyncio.sleep(POLL_SECONDS)
+            reading, since, before = threads.start(self._changed), clock(), self._complaint
+            while not reading.done():
+                await asyncio.wait({reading}, timeout=POLL_SECONDS)
+                if not reading.done() and clock() - since >= SLOW_SECONDS:
+                    self._complain(f"reading keys file {self._path} takes longer than {SLOW_SECONDS:g} s")
                 self._then()
-        finally:
-            thread.shutdown(wait=False, cancel_futures=True)
+            try:
+                found = reading.result()
+            except Exception as error:  # later changes must be read, whatever it is
+                self._complain(str(error) if isinstance(error, ConfigError) else f"{self._path}: {error!r}")
+                continue
+            if found is not None:
+                self._use(found)
+                self._complaint = ""
+                logger.info("read %s again: %d keys", self._path, len(found.keys))
+                self._then()
+            elif self._complaint != before:
+                self._complaint = before
+                logger.info("%s can be read again, and has not changed", self._path)
 
     def _complain(self, text: str) -> None:
         if text != self._complaint:
