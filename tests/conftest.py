@@ -11,6 +11,7 @@ import functools
 import gc
 import logging
 import os
+import sys
 from collections import Counter
 from collections.abc import Generator, Iterator
 from pathlib import Path
@@ -75,6 +76,20 @@ def _logging_as_before() -> Iterator[None]:
     loggers[0].handlers[:] = handlers
     for logger, level in zip(loggers, levels, strict=True):
         logger.setLevel(level)
+
+
+@pytest.fixture(autouse=True)
+def _joins_no_ray() -> Iterator[None]:
+    """Most of Ray's functions start Ray where it is not there yet, and tests after that would run in it."""
+    before = _has_joined_ray()
+    yield
+    if _has_joined_ray() and not before:
+        sys.modules["ray"].shutdown()
+        pytest.fail("the test has left this process joined to Ray")
+
+
+def _has_joined_ray() -> bool:
+    return "ray" in sys.modules and sys.modules["ray"].is_initialized()
 
 
 def _processor_seconds() -> float:

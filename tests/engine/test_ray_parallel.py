@@ -8,7 +8,7 @@ import signal
 from collections.abc import Iterator
 
 import pytest
-from support.engine_fixtures import MakeEngine, Tiny, greedy, prompt_of
+from support.engine_fixtures import MakeEngine, Tiny, greedy, prompt_of, refused
 from support.failure_harness import error_of, until
 from support.fleet_process import needs_ray
 from support.ray_nodes import Nodes
@@ -66,9 +66,7 @@ async def test_more_ranks_than_the_cluster_has_room_for(
     nodes: Nodes, tiny: Tiny, make_engine: MakeEngine
 ) -> None:
     engine = make_engine(tiny, executor="ray", tensor_parallel_size=4)
-    with pytest.raises(ConfigError, match=r"4 ranks need 4 CPU, and the Ray cluster has 2"):
-        await engine.start()
-    await engine.stop()
+    await refused(engine, ConfigError, r"4 ranks need 4 CPU, and the Ray cluster has 2")
 
 
 async def test_room_that_others_use(
@@ -79,17 +77,17 @@ async def test_room_that_others_use(
     from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group
 
     other = placement_group([{"CPU": 1.0}] * 2)
-    assert await asyncio.to_thread(other.wait, 30)
-    before = placement_group_table().keys()
-    monkeypatch.setattr(workers, "START_SECONDS", 0.5)
-    engine = make_engine(tiny, executor="ray", tensor_parallel_size=2)
-    with pytest.raises(ConfigError, match=r"no room for 2 ranks .* within 0\.5 s; other programs use it"):
-        await engine.start()
-    await engine.stop()
-    new = placement_group_table().keys() - before
-    await until(lambda: all(placement_group_table()[group]["state"] == "REMOVED" for group in new))
-    assert new and ray.is_initialized(), "this process was connected before"
-    remove_placement_group(other)
+    try:
+        assert await asyncio.to_thread(other.wait, 30)
+        before = placement_group_table().keys()
+        monkeypatch.setattr(workers, "START_SECONDS", 0.5)
+        engine = make_engine(tiny, executor="ray", tensor_parallel_size=2)
+        await refused(engine, ConfigError, r"no room for 2 ranks .* within 0\.5 s; other programs use it")
+        new = placement_group_table().keys() - before
+        await until(lambda: all(placement_group_table()[group]["state"] == "REMOVED" for group in new))
+        assert new and ray.is_initialized(), "this process was connected before"
+    finally:
+        remove_placement_group(other)
 
 
 async def test_an_actor_that_ends_before_it_connects(
@@ -107,7 +105,28 @@ async def test_an_actor_that_ends_before_it_connects(
     monkeypatch.setattr(workers, "_own_address", lambda: "127.0.0.1")
     monkeypatch.setattr(workers, "RankActor", Broken)
     engine = make_engine(tiny, executor="ray", tensor_parallel_size=2)
-    with pytest.raises(EngineDead, match=r"rank \d ended before it connected: .+"):
-        await asyncio.wait_for(engine.start(), 50)
-    await engine.stop()
+    async with asyncio.timeout(50):
+        await refused(engine, EngineDead, r"rank \d ended before it connected: .+")
     await until(lambda: not nodes.workers("Broken"))
+
+
+async def test_an_application_that_has_joined_a_cluster(
+    nodes: Nodes, tiny: Tiny, make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its ranks are there, whatever RAY_ADDRESS says; and if it leaves Ray first, their end starts none."""
+    import ray
+    from ray._private import auto_init_hook
+
+    assert auto_init_hook.enable_auto_connect
+    engine = make_engine(tiny, executor="ray")
+    with monkeypatch.context() as patch:
+        patch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+        await engine.start()
+    assert len(nodes.workers("RankActor")) == 1
+    try:
+        ray.shutdown()
+        await engine.stop()
+        assert not ray.is_initialized()
+    finally:
+        ray.init(nodes.address, ignore_reinit_error=True, log_to_driver=False)
+    await until(lambda: not nodes.workers("RankActor"))

@@ -8,7 +8,7 @@ import socket
 from typing import Any
 
 import pytest
-from support.engine_fixtures import MakeEngine, Tiny
+from support.engine_fixtures import MakeEngine, Tiny, refused
 
 from aioengine.errors import ConfigError
 
@@ -37,10 +37,7 @@ async def test_no_ray(
         importlib.metadata, "version", lambda name: version if name == "ray" else installed(name)
     )
     engine = make_engine(tiny, executor="ray", tensor_parallel_size=2)
-    with pytest.raises(ConfigError, match=said):
-        await engine.start()
-    monkeypatch.undo()
-    await engine.stop()
+    await refused(engine, ConfigError, said)
 
 
 @pytest.mark.parametrize(
@@ -56,7 +53,5 @@ async def test_a_cluster_that_does_not_answer(
         free = server.getsockname()[1]
     monkeypatch.setenv("RAY_ADDRESS", address.format(free=free))
     engine = make_engine(tiny, executor="ray", tensor_parallel_size=2)
-    with pytest.raises(ConfigError, match=f"RAY_ADDRESS={address.format(free=free)}: {said}"):
-        await engine.start()
-    await engine.stop()
+    await refused(engine, ConfigError, f"RAY_ADDRESS={address.format(free=free)}: {said}")
     assert not ray.is_initialized()

@@ -19,6 +19,15 @@ MAX_RUNNING = 8
 """Requests that a replica runs at once."""
 
 
+@pytest.fixture(autouse=True)
+def without_serve(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Replicas in this process do not ask Serve and Ray who they are: Ray would start for that, and stay."""
+    from aioengine.fleet import replica
+
+    for name in ("_own_id", "_own_actor"):
+        monkeypatch.setattr(replica, name, lambda: "own")
+
+
 @pytest.fixture(scope="package")
 def adapters(tiny_text: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An adapter root with "a", "b", and "broken"."""

@@ -11,16 +11,10 @@ from support.fleet_process import needs_ray
 from support.registry_actor import RegistryActor
 from support.small_fleet import Door, replica
 
-from aioengine.fleet import replica as replicas
 from aioengine.fleet.wire import Residency
 from aioengine.lab.simulation.clock import run_in_virtual_time
 
 needs_ray()
-
-
-@pytest.fixture(autouse=True)
-def without_serve(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(replicas, "_own_id", lambda: "own")
 
 
 @pytest.mark.parametrize("moment", ["waiting", "resuming"])

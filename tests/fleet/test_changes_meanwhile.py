@@ -15,7 +15,6 @@ from support.small_fleet import Door, replica
 
 from aioengine.errors import AdapterError, AdapterNotFound
 from aioengine.fleet import registry as registries
-from aioengine.fleet import replica as replicas
 from aioengine.fleet import versions
 from aioengine.fleet.door import entries
 from aioengine.fleet.registry import AdapterRegistry, Entry
@@ -23,11 +22,6 @@ from aioengine.fleet.versions import SpentVersions
 from aioengine.lab.simulation.clock import run_in_virtual_time
 
 needs_ray()
-
-
-@pytest.fixture(autouse=True)
-def without_serve(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(replicas, "_own_id", lambda: "own")
 
 
 def test_a_replica_that_joins_one_door_keeps_what_another_has_just_loaded() -> None:

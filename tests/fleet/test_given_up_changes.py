@@ -16,7 +16,6 @@ from support.registry_actor import RegistryActor
 
 from aioengine import EngineConfig
 from aioengine.errors import AdapterLoadError
-from aioengine.fleet import replica as replicas
 from aioengine.fleet.config import FleetConfig
 from aioengine.fleet.door.adapters import FleetAdapters
 from aioengine.fleet.door.members import Member, Members
@@ -108,11 +107,6 @@ class Door:
             await self.adapters.load("sql", path, pin=False, force_pin=False, replace=True)
         finally:
             await self.adapters.stop()
-
-
-@pytest.fixture(autouse=True)
-def without_serve(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(replicas, "_own_id", lambda: "own")
 
 
 class Given(NamedTuple):

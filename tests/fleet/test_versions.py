@@ -18,7 +18,6 @@ from support.registry_actor import RegistryActor
 
 from aioengine import EngineConfig
 from aioengine.errors import AdapterError, AdapterNotFound
-from aioengine.fleet import replica as replicas
 from aioengine.fleet import versions
 from aioengine.fleet.config import FleetConfig
 from aioengine.fleet.door.adapters import FleetAdapters
@@ -67,9 +66,8 @@ class Door:
 
 
 @pytest.fixture
-async def real(tiny_text: Tiny, monkeypatch: pytest.MonkeyPatch) -> Any:
+async def real(tiny_text: Tiny) -> Any:
     """Two replicas with an engine each, without Ray."""
-    monkeypatch.setattr(replicas, "_own_id", lambda: "own")
     engine = small_engine(tiny_text)
     made = []
     for _ in range(2):

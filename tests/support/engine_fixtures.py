@@ -119,6 +119,16 @@ def make_engine() -> MakeEngine:
     return make
 
 
+async def refused(engine: AsyncEngine, error: type[Exception], said: str) -> None:
+    """Check that it does not start, and why. It is stopped in any case: what a failed test left running would
+    fail others."""
+    try:
+        with pytest.raises(error, match=said):
+            await engine.start()
+    finally:
+        await engine.stop()
+
+
 def prompt_of(seed: int, length: int) -> list[int]:
     return random.Random(seed).choices(range(3, 255), k=length)
 

@@ -13,7 +13,6 @@ from support.engine_fixtures import Tiny
 from support.registry_actor import RegistryActor
 
 from aioengine import EngineConfig, LoRAConfig
-from aioengine.fleet import replica as replicas
 from aioengine.fleet.config import FleetConfig
 from aioengine.fleet.door import client as door_client
 from aioengine.fleet.door import discovery
@@ -99,8 +98,6 @@ def serve_names(names: set[str], patch: pytest.MonkeyPatch) -> None:
 @asynccontextmanager
 async def fleet_here(config: FleetConfig, patch: pytest.MonkeyPatch) -> AsyncIterator[FleetHere]:
     names = {f"r{number}" for number in range(config.replicas)}
-    patch.setattr(replicas, "_own_id", lambda: "own")
-    patch.setattr(replicas, "_own_actor", lambda: "own")
     registry = RegistryActor()
     patch.setattr(door_client, "registry_actor", lambda *_: registry)
 

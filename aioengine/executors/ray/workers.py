@@ -11,6 +11,7 @@ import secrets
 import socket
 import struct
 import time
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 from aioengine.errors import ConfigError, EngineDead
@@ -32,8 +33,9 @@ _ENVIRONMENT = {"RAY_worker_niceness": "0", "RAY_DEDUP_LOGS": "0", "RAY_USAGE_ST
 class RayWorkers(Workers):
     """Like :class:`~aioengine.executors.process.workers.Workers`, but each worker is a Ray actor, over TCP.
     Each actor has a CPU for every thread of its rank, and a GPU on CUDA. Ray is joined (``RAY_ADDRESS``) or
-    started on this machine, unless the application has done so; it stays until the application ends it. If
-    the start for which that was done fails, and no other engine uses it, it ends.
+    started on this machine; it stays until the application ends it. If the start for which that was done
+    fails, and no other engine uses it, it ends. In an application that has joined a cluster, the actors are
+    there, and ``RAY_ADDRESS`` is not read, as ``ray.init(address)`` does not read it either.
 
     Messages between the engine and its ranks are neither encrypted nor signed, like those between torch's own
     ranks. So the network between the nodes must be trusted.
@@ -137,7 +139,7 @@ class RayWorkers(Workers):
             places = ray.get([handle.place.remote() for handle in handles], timeout=START_SECONDS)
         except Exception as error:
             for handle in handles:
-                ray.kill(handle)
+                _if_joined(ray.kill, handle)
             raise EngineDead(f"a Ray actor could not be started: {type(error).__name__}: {error}") from error
         self._rendezvous = f"tcp://{places[0].host}:{places[0].free_port}" if self.size > 1 else ""
         return [_Actor(handle, place.pid) for handle, place in zip(handles, places, strict=True)]
@@ -148,8 +150,7 @@ class RayWorkers(Workers):
         if group is not None:
             from ray.util.placement_group import remove_placement_group
 
-            with contextlib.suppress(Exception):  # Ray itself may be gone
-                await asyncio.to_thread(remove_placement_group, group)
+            await asyncio.to_thread(_if_joined, remove_placement_group, group)
         _open.discard(self)
         if self.started:
             RayWorkers._to_be_ended = False
@@ -186,8 +187,7 @@ class _Actor:
     def kill(self) -> None:
         import ray
 
-        with contextlib.suppress(Exception):
-            ray.kill(self.handle)
+        _if_joined(ray.kill, self.handle)
 
 
 _open: set[RayWorkers] = set()
@@ -221,6 +221,16 @@ def _connect() -> bool:
         what = f"RAY_ADDRESS={where}: the cluster cannot be joined" if where else "Ray cannot be started"
         raise ConfigError(f"executor='ray': {what}: {first_line(error)}") from error
     return True
+
+
+def _if_joined(end: Callable[[Any], None], what: Any) -> None:
+    """Do ``end(what)``, unless the application has left Ray: Ray's functions would then start a new Ray on
+    this machine, or join another one."""
+    import ray
+
+    if ray.is_initialized():
+        with contextlib.suppress(Exception):  # Ray itself may be gone
+            end(what)
 
 
 def _own_address() -> str:
