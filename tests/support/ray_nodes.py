@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -42,9 +43,15 @@ class Nodes:
         return self.workers("EngineReplica")
 
     def workers(self, kind: str) -> dict[int, int]:
-        """The same, of the actors that have ``kind`` in their command line."""
-        found = psutil.Process().children(recursive=True)
-        return {p.pid: p.ppid() for p in found if kind in command_line(p)}
+        """The same, of the actors that have ``kind`` in their command line. Other clusters, which other tests
+        may have started from this process, have theirs."""
+        found: dict[int, int] = {}
+        for node in self._cluster.list_all_nodes():
+            for raylet in node.all_processes.get("raylet", ()):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    children = psutil.Process(raylet.process.pid).children(recursive=True)
+                    found |= {p.pid: raylet.process.pid for p in children if kind in command_line(p)}
+        return found
 
 
 @pytest.fixture(scope="session")
