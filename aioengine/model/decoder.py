@@ -316,12 +316,13 @@ class Decoder:
         hidden = self.embed(inputs, slots)
         delta: Tensor | None = None  # what is yet to be added to hidden, together with the next norm
         begin, end = self.adapted.split_outputs, self.adapted.split_inputs
+        tokens = hidden.shape[0]
         for i, layer in enumerate(self.layers):
             pools, lora = slots.layers[i] if slots else {}, inputs.lora
             kv = LayerCache(cache.k[i], cache.v[i])
 
             x = self._sum(hidden, delta, layer.attention_input)
-            qkv = begin(layer.qkv, x, pools.get("qkv"), lora).view(len(x), -1, spec.head_dim)
+            qkv = begin(layer.qkv, x, pools.get("qkv"), lora).view(tokens, -1, spec.head_dim)
             norms = layer.head_norms
             if norms is not None and self.partition.norm_parts > 1:
                 norm_heads(qkv, norms, self.adapted.group)

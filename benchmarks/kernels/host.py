@@ -54,7 +54,7 @@ def eager_step(layers: int) -> Work:
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Return memory for the result, which is all that the host has to do beside cuBLAS's launch."""
-    return x.new_empty(len(x), len(weight))
+    return x.new_empty(x.shape[0], weight.shape[0])
 
 
 def _new_empty(like: Tensor, *shape: Any, dtype: torch.dtype | None = None, **options: Any) -> Tensor:

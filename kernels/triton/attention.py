@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -11,7 +12,8 @@ from torch import Tensor
 from aioengine.kernels.backend import LayerCache, Scores
 from aioengine.kernels.plan.attention import AttentionPlan
 from aioengine.kernels.triton.jit.attention import attention_kernel
-from aioengine.kernels.triton.launch import capability, on, power_of_two
+from aioengine.kernels.triton.launch import capability, power_of_two
+from aioengine.kernels.triton.launcher import Launcher
 from aioengine.kernels.triton.query_tiles import FEW_ROWS, QueryTiles, Tiles, rows_of_prompts
 
 _PROGRAMS = 256
@@ -58,14 +60,18 @@ def default_config(head_dim: int, bits: int, splits: int, rows: int) -> Attentio
 
 def paged_attention(qkv: Tensor, cache: LayerCache, plan: AttentionPlan, scores: Scores) -> Tensor:
     """Attend to what is stored; see :class:`Backend`."""
-    kv_heads, d = cache.keys.shape[2:]
+    keys = cache.keys
+    window, scale, soft_cap, sinks = scores
+    kind = (qkv.shape, qkv.stride(0), qkv.dtype, keys.shape, keys.stride(0), window, scale, soft_cap)
+    made, key = plan.derive(_launches), (*kind, sinks is None)
+    launches = made.get(key)
+    if launches is None:
+        launches = made[key] = _prepare(qkv, cache, plan, scores)
+    kv_heads, d = keys.shape[2:]
     make = qkv.new_zeros if plan.padded else qkv.new_empty
     out = make(qkv.shape[0], (qkv.shape[1] - 2 * kv_heads) * d)
-    work = plan.derive(QueryTiles)
-    bits = 8 * qkv.element_size()
-    for tiles in work.of(qkv.shape[1] // kv_heads - 2, rows_of_prompts(bits, d, capability(qkv.device))):
-        config = attention_config(tiles, kv_heads, d, bits)
-        attend(qkv, cache, plan, scores, tiles, config, out)
+    for launch in launches:
+        launch(qkv, cache, sinks, out)
     return out
 
 
@@ -79,25 +85,58 @@ def attend(
     out: Tensor,
 ) -> None:
     """:func:`paged_attention` of some tiles, with a configuration of the caller's choice."""
-    keys, values = cache
-    window, scale, soft_cap, sinks = scores
-    _, block_size, kv_heads, d = keys.shape
-    block_n, splits, num_warps, num_stages = config
-    block_d = max(16, power_of_two(d))
-    most_parts, count = -(-tiles.longest // PART), tiles.table.shape[0]
-    parts = count * kv_heads * most_parts if splits > 1 else 0
-    scratch = out.new_empty(parts * tiles.block_m * (block_d + 2), dtype=torch.float32)
-    partials, stats = scratch[: parts * tiles.block_m * block_d], scratch[parts * tiles.block_m * block_d :]
-    with on(qkv.device):
-        attention_kernel[count, kv_heads, splits](
-            *(qkv, keys, values, keys.stride(0), plan.tables, tiles.table, out),
-            *(partials, stats, qkv if sinks is None else sinks),
-            plan.derive(QueryTiles).arrivals(count * kv_heads),
-            *(most_parts, qkv.stride(0), plan.tables.stride(0), window or 0),
-            *(
-                (d**-0.5 if scale is None else scale) * math.log2(math.e),
-                (soft_cap or 0.0) * math.log2(math.e),
-            ),
+    _Attention(qkv, cache, plan, scores, tiles, config)(qkv, cache, scores.sinks, out)
+
+
+def _launches(plan: AttentionPlan) -> dict[tuple[object, ...], list[_Attention]]:
+    """Return what is prepared for a step: nothing yet."""
+    return {}
+
+
+def _prepare(qkv: Tensor, cache: LayerCache, plan: AttentionPlan, scores: Scores) -> list[_Attention]:
+    kv_heads, d = cache.keys.shape[2:]
+    bits = 8 * qkv.element_size()
+    every = plan.derive(QueryTiles).of(
+        qkv.shape[1] // kv_heads - 2, rows_of_prompts(bits, d, capability(qkv.device))
+    )
+    configs = [attention_config(tiles, kv_heads, d, bits) for tiles in every]
+    return [
+        _Attention(qkv, cache, plan, scores, tiles, config)
+        for tiles, config in zip(every, configs, strict=True)
+    ]
+
+
+class _Attention:
+    """A launch over tiles of one step, for all layers that are alike: they differ in addresses alone."""
+
+    def __init__(
+        self,
+        qkv: Tensor,
+        cache: LayerCache,
+        plan: AttentionPlan,
+        scores: Scores,
+        tiles: Tiles,
+        config: AttentionConfig,
+    ) -> None:
+        keys = cache.keys
+        window, scale, soft_cap, sinks = scores
+        _, block_size, kv_heads, d = keys.shape
+        block_n, splits, num_warps, num_stages = config
+        block_d = max(16, power_of_two(d))
+        most_parts, count = -(-tiles.longest // PART), tiles.table.shape[0]
+        rows = count * kv_heads * most_parts * tiles.block_m if splits > 1 else 0
+        self._grid = count, kv_heads, splits
+        self._tables = plan.tables, tiles.table
+        self._partials, self._stats = rows * block_d, rows * 2
+        """Elements of the results of parts, and of what is known of their scores."""
+        self._nothing = qkv.new_empty(0, dtype=torch.float32)
+        self._arrivals = plan.derive(QueryTiles).arrivals(count * kv_heads)
+        self._numbers = (
+            *(keys.stride(0), most_parts, qkv.stride(0), plan.tables.stride(0), window or 0),
+            (d**-0.5 if scale is None else scale) * math.log2(math.e),
+            (soft_cap or 0.0) * math.log2(math.e),
+        )
+        self._launch = _launcher(
             GROUP=qkv.shape[1] // kv_heads - 2,
             D=d,
             BLOCK_SIZE=block_size,
@@ -113,3 +152,16 @@ def attend(
             num_warps=num_warps,
             num_stages=num_stages,
         )
+
+    def __call__(self, qkv: Tensor, cache: LayerCache, sinks: Tensor | None, out: Tensor) -> None:
+        partials = stats = self._nothing
+        if self._partials:
+            partials = out.new_empty(self._partials + self._stats, dtype=torch.float32)
+            stats = partials[self._partials :]
+        tensors = (*(qkv, *cache, *self._tables, out, partials, stats), qkv if sinks is None else sinks)
+        self._launch(self._grid, (*tensors, self._arrivals), self._numbers)
+
+
+@functools.cache
+def _launcher(**constants: int) -> Launcher:
+    return Launcher(attention_kernel, **constants)

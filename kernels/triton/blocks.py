@@ -10,6 +10,7 @@ are of 16 bits, as in Marlin (Frantar et al., 2024, arXiv:2408.11743), without i
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 from torch import Tensor
@@ -17,8 +18,8 @@ from torch import Tensor
 from aioengine.kernels.blocks import BlockWeight, StackedWeight
 from aioengine.kernels.triton import eight_bits
 from aioengine.kernels.triton.jit.blocks import FP8, INT4, INT8, MXFP4, block_linear_kernel
-from aioengine.kernels.triton.launch import on
-from aioengine.kernels.weight import Weight
+from aioengine.kernels.triton.launcher import Launcher
+from aioengine.kernels.weight import PlainWeight, Weight
 
 FORMATS = {"int4": INT4.value, "int8": INT8.value, "fp8": FP8.value, "mxfp4": MXFP4.value}
 """Formats that the kernel knows, by name."""
@@ -61,6 +62,8 @@ def covers(weight: BlockWeight) -> bool:
 
 def linear(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
     """``x W^T + bias``; see :class:`Backend`."""
+    if isinstance(weight, PlainWeight):
+        return weight.linear(x, bias)
     parts = weight.parts if isinstance(weight, StackedWeight) else [weight]
     if not any(isinstance(part, BlockWeight) and covers(part) for part in parts):
         return weight.linear(x, bias)
@@ -106,19 +109,32 @@ def multiply(x: Tensor, weight: BlockWeight, bias: Tensor | None, y: Tensor, con
     groups = weight.scale.shape[1]
     if x.stride(1) != 1:
         x = x.contiguous()
-    with on(x.device):
-        block_linear_kernel[-(-len(x) // config.block_m), -(-weight.n // config.block_n)](
+    kind = FORMATS[weight.format], weight.zero is not None, ordered, bias is not None
+    _launcher(kind, config)(
+        (-(-len(x) // config.block_m), -(-weight.n // config.block_n), 1),
+        (
             *(x, data, weight.scale, data if weight.zero is None else weight.zero),
             *(data if weight.group_of is None else weight.group_of, x if bias is None else bias, y),
+        ),
+        (
             *(len(x), weight.n, weight.k, x.stride(0), y.stride(0)),
             *(weight.k if ordered else weight.group or weight.k, groups, weight.middle),
-            FORMAT=FORMATS[weight.format],
-            ZEROS=weight.zero is not None,
-            ORDERED=ordered,
-            BIAS=bias is not None,
-            BLOCK_M=config.block_m,
-            BLOCK_N=config.block_n,
-            BLOCK_K=config.block_k,
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
-        )
+        ),
+    )
+
+
+@functools.cache
+def _launcher(kind: tuple[int, bool, bool, bool], config: BlockConfig) -> Launcher:
+    format, zeros, ordered, bias = kind
+    return Launcher(
+        block_linear_kernel,
+        FORMAT=format,
+        ZEROS=zeros,
+        ORDERED=ordered,
+        BIAS=bias,
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        BLOCK_K=config.block_k,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )

@@ -7,6 +7,7 @@ twice as many products of eight bits as of sixteen, which helps many rows; few r
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -14,7 +15,8 @@ from torch import Tensor
 
 from aioengine.kernels.blocks import BlockWeight
 from aioengine.kernels.triton.jit.eight_bits import eight_bits_kernel, round_rows_kernel
-from aioengine.kernels.triton.launch import capability, on
+from aioengine.kernels.triton.launch import capability
+from aioengine.kernels.triton.launcher import Launcher
 
 _CAPABILITY = {"int8": 80, "fp8": 89}
 """The compute capability from which on tensor cores take a format: A100, and L4 and H100."""
@@ -52,13 +54,9 @@ def round_rows(x: Tensor, format: str, group: int) -> Rows:
         x = x.contiguous()
     codes = torch.empty(tokens, k, dtype=torch.uint8, device=x.device)
     scales = torch.empty(tokens, groups, dtype=torch.float32, device=x.device)
-    with on(x.device):
-        round_rows_kernel[tokens, groups](
-            *(x, codes, scales, k, x.stride(0), groups, group),
-            FLOAT8=format == "fp8",
-            BLOCK=ROW_BLOCK if groups == 1 else BLOCK_K,
-            num_warps=4,
-        )
+    _rounding(format, ROW_BLOCK if groups == 1 else BLOCK_K)(
+        (tokens, groups, 1), (x, codes, scales), (k, x.stride(0), groups, group)
+    )
     return Rows(codes, scales, group)
 
 
@@ -67,16 +65,28 @@ def multiply(rows: Rows, weight: BlockWeight, bias: Tensor | None, y: Tensor) ->
     groups."""
     assert weight.scale is not None and rows.scales.shape[1] == weight.scale.shape[1]
     tokens = len(rows.codes)
-    with on(y.device):
-        eight_bits_kernel[-(-tokens // BLOCK_M), -(-weight.n // BLOCK_N)](
-            *(rows.codes, rows.scales, weight.data, weight.scale, y if bias is None else bias, y),
-            *(tokens, weight.n, weight.k, y.stride(0), rows.group, weight.scale.shape[1]),
-            FLOAT8=weight.format == "fp8",
-            WHOLE=weight.scale.shape[1] == 1,
-            BIAS=bias is not None,
-            BLOCK_M=BLOCK_M,
-            BLOCK_N=BLOCK_N,
-            BLOCK_K=BLOCK_K,
-            num_warps=WARPS,
-            num_stages=STAGES,
-        )
+    _products(weight.format, weight.scale.shape[1] == 1, bias is not None)(
+        (-(-tokens // BLOCK_M), -(-weight.n // BLOCK_N), 1),
+        (rows.codes, rows.scales, weight.data, weight.scale, y if bias is None else bias, y),
+        (tokens, weight.n, weight.k, y.stride(0), rows.group, weight.scale.shape[1]),
+    )
+
+
+@functools.cache
+def _rounding(format: str, block: int) -> Launcher:
+    return Launcher(round_rows_kernel, FLOAT8=format == "fp8", BLOCK=block, num_warps=4)
+
+
+@functools.cache
+def _products(format: str, whole: bool, bias: bool) -> Launcher:
+    return Launcher(
+        eight_bits_kernel,
+        FLOAT8=format == "fp8",
+        WHOLE=whole,
+        BIAS=bias,
+        BLOCK_M=BLOCK_M,
+        BLOCK_N=BLOCK_N,
+        BLOCK_K=BLOCK_K,
+        num_warps=WARPS,
+        num_stages=STAGES,
+    )

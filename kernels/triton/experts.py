@@ -6,6 +6,7 @@ arXiv:2211.15841). The blocks are rules that work everywhere; they have not been
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -17,7 +18,7 @@ from aioengine.kernels.portable import plain
 from aioengine.kernels.triton import blocks
 from aioengine.kernels.triton.jit.blocks import expert_blocks_kernel
 from aioengine.kernels.triton.jit.experts import expert_kernel
-from aioengine.kernels.triton.launch import on
+from aioengine.kernels.triton.launcher import Launcher
 from aioengine.kernels.weight import PlainWeight, Weight
 
 BLOCK_N, BLOCK_K = 64, 64
@@ -37,17 +38,9 @@ def expert_linear(x: Tensor, weight: Weight, bias: Tensor | None, plan: ExpertPl
         return y
     block_m = ROWS[_longest(plan) > ROWS[0]]
     tiles = _tiles([(expert, first, rows) for expert, first, rows in _pieces(plan, block_m)], x.device)
-    with on(x.device):
-        expert_kernel[-(-out // BLOCK_N), len(tiles)](
-            *(x.contiguous(), weight.data, weight.data if bias is None else bias, y),
-            *(tiles, weight.k, out),
-            BIAS=bias is not None,
-            BLOCK_M=block_m,
-            BLOCK_N=BLOCK_N,
-            BLOCK_K=BLOCK_K,
-            num_warps=4,
-            num_stages=3,
-        )
+    tensors = x.contiguous(), weight.data, weight.data if bias is None else bias, y, tiles
+    launch = _launcher(bias is not None, block_m)
+    launch((-(-out // BLOCK_N), len(tiles), 1), tensors, (weight.k, out))
     return y
 
 
@@ -68,20 +61,41 @@ def _of_blocks(x: Tensor, weight: StackedWeight, bias: Tensor | None, plan: Expe
         ],
         x.device,
     )
-    with on(x.device):
-        expert_blocks_kernel[-(-first.n // config.block_n), len(tiles)](
-            *(x.contiguous(), table, x if bias is None else bias, y, tiles),
-            *(first.k, out, first.n, first.group, first.scale.shape[1], first.middle),
-            FORMAT=blocks.FORMATS[first.format],
-            ZEROS=first.zero is not None,
-            BIAS=bias is not None,
-            BLOCK_M=config.block_m,
-            BLOCK_N=config.block_n,
-            BLOCK_K=config.block_k,
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
-        )
+    _blocks_launcher((blocks.FORMATS[first.format], first.zero is not None, bias is not None), config)(
+        (-(-first.n // config.block_n), len(tiles), 1),
+        (x.contiguous(), table, x if bias is None else bias, y, tiles),
+        (first.k, out, first.n, first.group, first.scale.shape[1], first.middle),
+    )
     return y
+
+
+@functools.cache
+def _launcher(bias: bool, block_m: int) -> Launcher:
+    return Launcher(
+        expert_kernel,
+        BIAS=bias,
+        BLOCK_M=block_m,
+        BLOCK_N=BLOCK_N,
+        BLOCK_K=BLOCK_K,
+        num_warps=4,
+        num_stages=3,
+    )
+
+
+@functools.cache
+def _blocks_launcher(kind: tuple[int, bool, bool], config: blocks.BlockConfig) -> Launcher:
+    format, zeros, bias = kind
+    return Launcher(
+        expert_blocks_kernel,
+        FORMAT=format,
+        ZEROS=zeros,
+        BIAS=bias,
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        BLOCK_K=config.block_k,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
 
 
 def _is_covered(weight: StackedWeight) -> bool:

@@ -1,17 +1,10 @@
-"""Helpers that all launches share."""
+"""Helpers that all launches share; :mod:`.launcher` launches."""
 
 from __future__ import annotations
 
-import contextlib
 import functools
-from contextlib import AbstractContextManager
 
 import torch
-
-
-def on(device: torch.device) -> AbstractContextManager[object]:
-    """Context in which Triton launches on ``device``, because it uses the current device."""
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 @functools.cache

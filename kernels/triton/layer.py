@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 from torch import Tensor
 
 from aioengine.kernels.backend import HeadNorms, LayerCache, Norm, Rotation
@@ -12,7 +14,8 @@ from aioengine.kernels.triton.jit.layer import (
     add_rms_norm_kernel,
     rope_store_kernel,
 )
-from aioengine.kernels.triton.launch import on, power_of_two
+from aioengine.kernels.triton.launch import power_of_two
+from aioengine.kernels.triton.launcher import Launcher
 
 SILU_COLUMNS = 1024
 ROPE_ELEMENTS = 2048
@@ -34,28 +37,23 @@ def add_rms_norm(hidden: Tensor, delta: Tensor | None, norm: Norm, factor: float
     weight, eps, offset = norm
     rows, size = hidden.shape
     assert hidden.is_contiguous() and (delta is None or delta.is_contiguous())
-    out = hidden.new_empty(hidden.shape)
-    if rows == 0:
-        return out
-    with on(hidden.device):
-        add_rms_norm_kernel[rows,](
-            *(
-                hidden,
-                hidden if delta is None else delta,
-                weight,
-                out,
-                size,
-                size,
-                eps,
-                offset or 0.0,
-                factor,
-            ),
-            ADD=delta is not None,
-            ROUNDED=offset is None,
-            BLOCK=power_of_two(size),
-            num_warps=norm_warps(size),
-        )
+    out = hidden.new_empty(rows, size)
+    if rows:
+        launch = _norm_launcher(size, delta is not None, offset is None)
+        tensors = hidden, hidden if delta is None else delta, weight, out
+        launch((rows, 1, 1), tensors, (size, size, eps, offset or 0.0, factor))
     return out
+
+
+@functools.cache
+def _norm_launcher(size: int, adds: bool, rounded: bool) -> Launcher:
+    return Launcher(
+        add_rms_norm_kernel,
+        ADD=adds,
+        ROUNDED=rounded,
+        BLOCK=power_of_two(size),
+        num_warps=norm_warps(size),
+    )
 
 
 def silu_and_mul(gate_up: Tensor) -> Tensor:
@@ -75,15 +73,17 @@ def clamped_swiglu(gate_up: Tensor, *, alpha: float, limit: float) -> Tensor:
 
 def _activate(gate_up: Tensor, kind: str, alpha: float = 1.0, limit: float = 0.0) -> Tensor:
     assert gate_up.is_contiguous()
-    rows, size = len(gate_up), gate_up.shape[1] // 2
+    rows, size = gate_up.shape[0], gate_up.shape[1] // 2
     out = gate_up.new_empty(rows, size)
-    if rows == 0:
-        return out
-    with on(out.device):
-        activate_kernel[rows, -(-size // SILU_COLUMNS)](
-            *(gate_up, out, size, alpha, limit), KIND=KINDS.index(kind), BLOCK=SILU_COLUMNS
-        )
+    if rows:
+        grid = rows, -(-size // SILU_COLUMNS), 1
+        _activations(kind)(grid, (gate_up, out), (size, alpha, limit))
     return out
+
+
+@functools.cache
+def _activations(kind: str) -> Launcher:
+    return Launcher(activate_kernel, KIND=KINDS.index(kind), BLOCK=SILU_COLUMNS)
 
 
 def rope_store(
@@ -92,41 +92,57 @@ def rope_store(
     """Norm, rotate and store; see :class:`Backend`."""
     keys, values = cache
     cos, sin, neighbours = rotation
-    assert qkv.is_contiguous() and keys[0].is_contiguous() and values.stride() == keys.stride()
-    assert cos.is_contiguous() and sin.is_contiguous()
+    assert qkv.is_contiguous() and cos.is_contiguous() and sin.is_contiguous()
+    strides = keys.stride()
+    assert values.stride() == strides
     tokens, all_heads, d = qkv.shape
     if tokens == 0:
         return
-    kv_heads = keys.shape[2]
-    heads, rotated = all_heads - 2 * kv_heads, cos.shape[-1]
-    block_h = rope_heads(d)
+    kv_heads, rotated = keys.shape[2], cos.shape[-1]
+    heads = all_heads - 2 * kv_heads
     if norms is not None and not len(norms.q) == len(norms.k) == d:
         _norm_(qkv.view(tokens, -1), 0, heads * d, norms.q, norms)
         _norm_(qkv.view(tokens, -1), heads * d, kv_heads * d, norms.k, norms)
         norms = None
     q_norm, k_norm, eps, offset = norms or (qkv, qkv, 0.0, None)
-    with on(qkv.device):
-        rope_store_kernel[tokens, -(-all_heads // block_h)](
-            *(qkv, q_norm, k_norm, cos, sin, plan.cells, keys, values, keys.stride(0)),
-            *(heads, kv_heads, d // 2, rotated, eps, offset or 0.0),
-            NORM=norms is not None,
-            ROUNDED=offset is None,
-            NEIGHBOURS=neighbours,
-            PARTIAL=2 * rotated < d,
-            BLOCK_SIZE=keys.shape[1],
-            BLOCK_H=block_h,
-            BLOCK_D=power_of_two(d // 2),
-        )
+    kind = norms is not None, offset is None, neighbours, 2 * rotated < d
+    launch, programs = _rope_launcher(keys.shape[1:], strides, all_heads, kind)
+    launch(
+        (tokens, programs, 1),
+        (qkv, q_norm, k_norm, cos, sin, plan.cells, keys, values),
+        (strides[0], heads, kv_heads, d // 2, rotated, eps, offset or 0.0),
+    )
+
+
+@functools.cache
+def _rope_launcher(
+    block: tuple[int, ...],
+    strides: tuple[int, ...],
+    all_heads: int,
+    kind: tuple[bool, bool, bool, bool],
+) -> tuple[Launcher, int]:
+    """Return a launcher, and the programs for a token; ``block`` [block_size, K, d]."""
+    block_size, kv_heads, d = block
+    assert strides[1:] == (kv_heads * d, d, 1), "blocks must be contiguous"
+    has_norms, rounded, neighbours, is_partial = kind
+    block_h = rope_heads(d)
+    launcher = Launcher(
+        rope_store_kernel,
+        NORM=has_norms,
+        ROUNDED=rounded,
+        NEIGHBOURS=neighbours,
+        PARTIAL=is_partial,
+        BLOCK_SIZE=block_size,
+        BLOCK_H=block_h,
+        BLOCK_D=power_of_two(d // 2),
+    )
+    return launcher, -(-all_heads // block_h)
 
 
 def _norm_(rows: Tensor, begin: int, width: int, weight: Tensor, norms: HeadNorms) -> None:
     """Norm ``width`` columns of ``rows`` [T, ...] from ``begin`` on, in place; ``weight`` [width]."""
     assert len(weight) == width, "norms are of one head, or of all"
     part = rows[:, begin : begin + width]
-    add_rms_norm_kernel[len(rows),](
-        *(part, part, weight, part, width, rows.stride(0), norms.eps, norms.offset or 0.0, 1.0),
-        ADD=False,
-        ROUNDED=norms.offset is None,
-        BLOCK=power_of_two(width),
-        num_warps=norm_warps(width),
-    )
+    launch = _norm_launcher(width, False, norms.offset is None)
+    numbers = width, rows.stride(0), norms.eps, norms.offset or 0.0, 1.0
+    launch((len(rows), 1, 1), (part, part, weight, part), numbers)

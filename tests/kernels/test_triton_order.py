@@ -44,8 +44,8 @@ def test_adapters_parts_of_inputs(dtype: torch.dtype, monkeypatch: pytest.Monkey
         torch.equal(a, b) for a, b in zip(adapted(case, case.batch, 0, len(case.x)), whole, strict=True)
     )
     for token in (3, 5, 45):
-        alone = LoRABatch([case.slot_of_token[token]], [1], case.ranks, DEVICE)
         for programs in (SHARED, ALONE):
+            alone = LoRABatch([case.slot_of_token[token]], [1], case.ranks, DEVICE)
             monkeypatch.setattr(lora, "_PROGRAMS", programs)
             found = adapted(case, alone, token, token + 1)
             assert all(torch.equal(a[0], b[token]) for a, b in zip(found, whole, strict=True)), token

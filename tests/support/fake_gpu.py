@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import collections
 import functools
+import importlib
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from types import SimpleNamespace
@@ -111,13 +112,12 @@ def _copy_without_cuda() -> None:
     transfer.torch = Torch()  # type: ignore[assignment]
 
 
-def run_on_fake_gpu(scenario: str, *arguments: str) -> Any:
-    """Run a function of ``gpu_without_gpu.scenarios`` in a process of its own; returns what it returned."""
+def run_on_fake_gpu(scenario: str, *arguments: str, file: str = "scenarios") -> Any:
+    """Run a function of a file of ``gpu_without_gpu`` in a process of its own; returns what it returned."""
     with ProcessPoolExecutor(1, CONTEXT) as process:
-        return msgspec.json.decode(process.submit(_play, scenario, arguments).result())
+        return msgspec.json.decode(process.submit(_play, file, scenario, arguments).result())
 
 
-def _play(scenario: str, arguments: Sequence[str]) -> bytes:
-    from gpu_without_gpu import scenarios
-
+def _play(file: str, scenario: str, arguments: Sequence[str]) -> bytes:
+    scenarios = importlib.import_module(f"gpu_without_gpu.{file}")
     return msgspec.json.encode(getattr(scenarios, scenario)(*arguments))

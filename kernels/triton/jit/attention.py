@@ -131,7 +131,6 @@ def attention_kernel(
     qkv_ptr,  # [T, heads + 2 * kv_heads, D], rows q_stride apart
     keys_ptr,  # [blocks, BLOCK_SIZE, kv_heads, D], blocks block_stride elements apart; bytes are float8
     values_ptr,
-    block_stride,
     tables_ptr,  # [sequences, table_stride] blocks
     tiles_ptr,  # [tiles, 4] sequence, first row, tokens (0: the row becomes 0, -1: none), first position
     out_ptr,  # [T, heads, D], contiguous
@@ -139,6 +138,7 @@ def attention_kernel(
     stats_ptr,  # [tiles, kv_heads, most_parts, 2, BLOCK_M] float32: the largest score, the sum of weights
     sinks_ptr,  # [heads] scores of keys without values, not read unless SINKS
     arrivals_ptr,  # [tiles, kv_heads] zeros, before and after
+    block_stride,
     most_parts,  # that any tile has
     q_stride,
     table_stride,
