@@ -290,6 +290,32 @@ def test_steady_requests_for_a_part_keep_no_adapter_out(name: str) -> None:
     assert took[1] <= took[0] + 150
 
 
+@pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.parametrize("length", [15, 70])
+def test_what_was_brought_in_for_an_earlier_request_is_not_taken_before_it_begins(
+    name: str, length: int
+) -> None:
+    """Two mixes take turns in both slots, each after 1.5 or 7 s; a request for an adapter comes."""
+    limits = LIMITS._replace(cpu_capacity=8, num_blocks=64, max_model_len=128)
+    sim = CoreSim(limits, load_policy(name))
+    for adapter in "abcde":
+        sim.register(adapter)
+    mixes: list[Request | None] = [None, None]
+    alone = None
+    for step in range(800):
+        for index, parts in enumerate(["ab", "cd"]):
+            before = mixes[index]
+            if before is None or before.status is Status.ENDED:
+                mixes[index] = sim.add(sim.mix(*parts), max_tokens=length)
+        if step == 100:
+            alone = sim.add("e")
+        sim.settle(step_seconds=0.1)
+        if alone is not None and alone.admitted is not None:
+            break
+    assert alone is not None and alone.admitted is not None
+    assert alone.admitted - alone.arrival < 0.1 * 3 * length + 2
+
+
 def _steps_until_served(name: str, *, mixed: bool) -> int:
     sim = CoreSim(LIMITS._replace(num_blocks=64), load_policy(name))
     for adapter in "abc":

@@ -8,7 +8,8 @@ one turn at a time, and these rules:
 - First come, first served: no mix gets a turn while a request for an adapter without a slot has waited
   longer.
 - A turn takes slots that nobody needs at once. Only after ``MIX_PATIENCE_SECONDS`` it closes others, as few
-  as possible: these admit only requests that came before the mix's, and are taken when all of them are idle.
+  as possible: these admit only requests that came before the mix's, and are taken when all of them are idle
+  and no such request waits, or ``MIX_LIMIT_SECONDS`` are over.
 - Once a request for an adapter without a slot has waited for ``MIX_PATIENCE_SECONDS``, no later request for a
   mix begins outside of a turn. So the slots that a policy closes become idle.
 - A policy may leave an adapter without a slot for ever. If a mix has waited behind it for
@@ -263,10 +264,13 @@ class Assembly:
         if slots is None:
             self._no_room_until = now + MIX_PATIENCE_SECONDS
             return False
-        if not on_disk and all(slot.idle for slot in slots) and self._copy(turn, slots, now):
-            return True
         self._leaving = {slot.entry.uid for slot in slots if slot.entry is not None}
-        self._since = turn.waiting.head
+        self._since = head = turn.waiting.head
+        assert head is not None
+        if now - head.arrival < MIX_LIMIT_SECONDS and any(_waits_before(head, slot.entry) for slot in slots):
+            return True
+        if not on_disk and all(slot.idle for slot in slots) and self._copy(turn, slots, now):
+            self._leaving, self._since = set(), None
         return True
 
     def _plan(
@@ -373,6 +377,12 @@ def _patient_until(entry: AdapterEntry) -> float:
 
 def _limit_of(entry: AdapterEntry) -> float:
     return _arrival(entry) + MIX_LIMIT_SECONDS
+
+
+def _waits_before(request: Request, entry: AdapterEntry | None) -> bool:
+    """Whether a request that came earlier waits for this adapter."""
+    head = None if entry is None else entry.waiting.head
+    return head is not None and head.seq < request.seq
 
 
 def _is_loading(entry: AdapterEntry) -> bool:
