@@ -199,6 +199,11 @@ class AdapterEntry:
         """Whether it may not leave its slot and the CPU cache, because it is pinned."""
         return self.pinned and not self.yields
 
+    @property
+    def stalls(self) -> bool:
+        """Whether the read of one of its members makes no progress."""
+        return any(member.stalled for member in self.members)
+
     def waits_for_other(self, part: AdapterEntry) -> bool:
         """Whether the read of a part other than this one stalls."""
         return any(other.stalled and other is not part for other, _ in self.parts)

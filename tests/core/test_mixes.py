@@ -218,6 +218,30 @@ def test_no_mix_fails_because_a_pinned_part_is_replaced(seed: int) -> None:
     assert all(residency.current[name].location is Location.SLOT for name in pinned)
 
 
+def test_a_read_that_hangs_keeps_no_new_version_of_a_pinned_adapter_out() -> None:
+    """A mix of the version before waits for the read."""
+    sim = make("a", "b")
+    residency = sim.core.residency
+    residency.want(residency.current["a"], sim.now, pin=True)
+    for _ in range(3):
+        sim.settle()
+    mix = sim.add(sim.mix("a", "b"))
+    sim.schedule()
+    hanging = sim.loads.pop()
+    sim.core.adapter_load_stalled(hanging)
+    residency.want(residency.declare("a", "/adapters/a"), sim.now)
+    for _ in range(10):
+        sim.settle(step_seconds=0.5)
+    new = residency.current["a"]
+    assert (new.version, new.location, mix.status) == (2, Location.SLOT, Status.WAITING)
+    sim.loads.append(hanging)
+    sim.run(step_seconds=0.1)
+    assert sim.ended == {mix.id: "length"}
+    for _ in range(3):
+        sim.settle()
+    assert new.location is Location.SLOT
+
+
 def test_parts_that_can_never_be_in_slots_together() -> None:
     sim = make("a", "b", limits=LIMITS._replace(slot_memory=2048))
     sim.sizes = {"a": 1500, "b": 1000}
@@ -467,7 +491,7 @@ class World:
         crowd = rng.choice(["", "", "one mix in all slots", "mixes that hang"])
         if crowd == "mixes that hang":
             self.hung, self.stays_hung = {rng.choice(self.names)}, True
-            self.pinned = []
+            self.pinned = [name for name in self.pinned if name not in self.hung]
         others = [name for name in self.names if name not in self.hung]
         unpinned = [name for name in self.names if name not in self.pinned]
         for index in range(rng.randint(3, 9) if not crowd else rng.randint(7, 10)):

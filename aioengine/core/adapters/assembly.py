@@ -167,7 +167,7 @@ class Assembly:
         for mix in self._queues.mixes.values():
             if not on_disk or now - _arrival(mix) < waited:
                 return
-            if not any(part.stalled for part in mix.members):  # otherwise the others have time
+            if not mix.stalls:  # otherwise the others have time
                 for part in mix.members:
                     if part in on_disk:
                         on_disk.remove(part)
@@ -226,7 +226,7 @@ class Assembly:
         for seq, mix in self._waiting():
             if now - _arrival(mix) < MIX_PATIENCE_SECONDS or (cold is not None and cold.seq < seq):
                 return None
-            if not any(part.stalled for part in mix.members):
+            if not mix.stalls:
                 return mix
         return None
 

@@ -99,14 +99,15 @@ def all_shut_out(
     mixes: Iterable[AdapterEntry], slots: SlotTable, cpu: CpuCache
 ) -> list[tuple[AdapterEntry, AioEngineError]]:
     """Return the mixes whose parts can never be in slots, or in the CPU cache, at the same time, as long as
-    the pinned adapters stay; and the reasons. Each is looked at again when these or its sizes change."""
+    the pinned adapters stay; and the reasons. Each is looked at again when these or its sizes change. A mix
+    that waits for a read which stalls is not looked at: more adapters may stay until that has ended."""
     found: list[tuple[AdapterEntry, AioEngineError]] = []
     pinned = [(s.index, s.offset) for s in slots.slots if s.entry is not None and s.entry.stays]
     stay = pinned, [entry.uid for entry in _pinned(cpu)]
     for mix in mixes:
         assert isinstance(mix, MixEntry)
         key = stay, [(part.slot_nbytes, part.nbytes) for part in mix.members]
-        if mix.fitted == key:
+        if mix.fitted == key or mix.stalls:
             continue
         error = shut_out(mix, slots, cpu)
         if error is None:

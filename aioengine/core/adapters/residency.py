@@ -179,7 +179,7 @@ class Residency:
 
     def hold_back_pins(self) -> None:
         """Let pinned versions make way for the mixes that were accepted with their predecessors: beside both
-        there may be no room for the other parts, ever."""
+        there may be no room for the other parts, ever. They do not while a part's read stalls."""
         if not self.pins.count:
             return
         before = {
@@ -611,8 +611,8 @@ class Residency:
 
 
 def _waits_since(mix: AdapterEntry, time: float) -> bool:
-    """Whether a request waits for the mix that came no later."""
-    return mix.oldest_arrival is not None and mix.oldest_arrival <= time
+    """Whether a request that came no later waits for the mix, and not for a read that stalls."""
+    return mix.oldest_arrival is not None and mix.oldest_arrival <= time and not mix.stalls
 
 
 def _evicted(entry: AdapterEntry, now: float, slot: int | None) -> events.AdapterEvicted:
