@@ -35,8 +35,11 @@ class Placing:
         self._border = border
         """None unless adapters and KV blocks share a memory."""
         self.short: float | None = None
-        """Arrival of the oldest request that has waited long and for whose adapter the shared memory had no
-        room: sequences of later requests must not take what becomes free. None: there is none."""
+        """Time since when an adapter has waited for room in the shared memory: the arrival of the oldest
+        request that has waited long, or the time when a pinned adapter found no room. Sequences of later
+        requests must not take what becomes free. None: there is none."""
+        self._pin_short: float | None = None
+        """Time since when a pinned adapter has found no room in it."""
         self._slots = residency.slots
         self._closed: set[int] = set()
         self._pinned_wait = False
@@ -63,6 +66,7 @@ class Placing:
         keep the adapter out for ever. One that other pinned adapters leave no room for fails."""
         self._closed.clear()
         self._pinned_wait = self._assembly.pin_waits = False
+        short, self._pin_short = self._pin_short, None
         for entry in self._pinned_outside():
             self._pinned_wait = True
             room, arena = self._slots.room_beside_pinned(), self._slots.arena
@@ -75,6 +79,8 @@ class Placing:
                 if self._start(entry, None, (), self._slots.victims(keep), (), keep, now) is not None:
                     self._close_for(entry, keep)
                     self._assembly.pin_waits = True
+                    if self._border is not None:
+                        self._pin_short = now if short is None else short
 
     def _close_for(self, entry: AdapterEntry, keep: set[int]) -> None:
         """Close the slots of the least busy adapters: one, or as many as the bytes of ``entry`` take."""
@@ -104,7 +110,8 @@ class Placing:
         """Start what can be started of ``place`` and ``prefetch``, in order; ``admitting`` are the uids of
         adapters that the same decision admits requests to. Returns what was refused."""
         refused: list[Refusal] = []
-        self.short = self._assembly.short
+        times = self._assembly.short, self._pin_short
+        self.short = min((at for at in times if at is not None), default=None)
         reads = self._residency.any_wanted or self._assembly.any_waits
         if self._border is None and not reads and not decision.moves:
             return refused  # as in most steps
