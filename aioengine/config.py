@@ -501,7 +501,7 @@ def _boolean(config: msgspec.Struct, field: str) -> None:
 
 def _choice(config: msgspec.Struct, field: str, allowed: tuple[Any, ...]) -> None:
     value = getattr(config, field)
-    if isinstance(value, bool) or value not in allowed:
+    if value not in allowed or type(value) is not type(allowed[0]):  # 16.0 is in (16,), and True in (1,)
         names = ", ".join(map(str, allowed))
         hint = "" if isinstance(value, bool) else checks.nearest(value, allowed)
         raise ConfigError(f"{field}={value!r}: allowed are {names}; choose one of them{hint}")

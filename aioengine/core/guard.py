@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
 from aioengine import events
 from aioengine.core.state import AdapterEntry, Request, Status
+from aioengine.schedulers.error_text import error_text
 from aioengine.schedulers.overruns import Overruns
 from aioengine.schedulers.policy import Decision, Place, PolicyEvent, SchedulerPolicy, SchedulerView
 
@@ -141,7 +142,7 @@ class PolicyGuard:
         try:
             decision = _well_formed(self.policy.schedule(view))
             if self._may_be_quiet and not any(decision):
-                self._quiet_until, self._quiet_since = self.policy.quiet_until(view), changes
+                self._quiet_until, self._quiet_since = _time(self.policy.quiet_until(view)), changes
         except BaseException as error:
             # Nothing is awaited here, so the policy itself raised this CancelledError.
             if isinstance(error, (KeyboardInterrupt, SystemExit)):
@@ -164,7 +165,7 @@ class PolicyGuard:
             return
         try:
             if self.policy.settled(view):
-                self._quiet_until, self._quiet_since = self.policy.quiet_until(view), changes
+                self._quiet_until, self._quiet_since = _time(self.policy.quiet_until(view)), changes
         except BaseException as error:
             if isinstance(error, (KeyboardInterrupt, SystemExit)):
                 raise
@@ -258,7 +259,7 @@ class PolicyGuard:
 
     def _failed(self, now: float, call: _Call, error: BaseException) -> None:
         where = self.name if call == "schedule" else f"{self.name}.{call}"
-        text = f"{where}: {type(error).__name__}: {error}"
+        text = f"{where}: {error_text(error)}"
         trace = None if self._has_failed else "".join(traceback.format_exception(error))
         self._has_failed = True
         self._emit(events.PolicyFailed(time=now, error=text, call=call, traceback=trace))
@@ -300,7 +301,7 @@ def _well_formed(answer: Any) -> Decision:
 
 def _rejection(item: Any) -> tuple[str, str]:
     if isinstance(item, tuple) and len(item) == 2 and all(isinstance(part, str) for part in item):
-        return item
+        return _plain(item[0]), _plain(item[1])
     raise TypeError(f"reject contains {item!r}, not a tuple of a request id and a reason")
 
 
@@ -308,15 +309,28 @@ def _place(item: Any) -> Place:
     adapter, slot = item if isinstance(item, tuple) and len(item) == 2 else (item, None)
     if not isinstance(adapter, str) or not (slot is None or type(slot) is int):
         raise TypeError(f"place contains {item!r}, not Place(adapter: str, slot: int | None)")
-    return Place(adapter, slot)
+    return Place(_plain(adapter), slot)
 
 
 def _strings(field: str, items: Any) -> list[str]:
     found = list(_items(field, items))
-    for item in found:
-        if not isinstance(item, str):
-            raise TypeError(f"{field} contains {item!r}, not a str")
+    for index, item in enumerate(found):
+        if type(item) is not str:
+            if not isinstance(item, str):
+                raise TypeError(f"{field} contains {item!r}, not a str")
+            found[index] = _plain(item)
     return found
+
+
+def _plain(text: str) -> str:
+    """Return the text itself: the methods of a class derived from ``str`` may raise where it is looked up."""
+    return text if type(text) is str else str.__str__(text)
+
+
+def _time(until: Any) -> float:
+    if not isinstance(until, (int, float)):
+        raise TypeError(f"quiet_until() returned {until!r}, not a time")
+    return float(until)
 
 
 def _keeps_its_word(policy: SchedulerPolicy, promise: str, *about: str) -> bool:

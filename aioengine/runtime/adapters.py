@@ -76,6 +76,8 @@ class AdapterOps:
         held: AdapterFiles | None = None,
     ) -> AdapterInfo:
         """Load an adapter. ``held`` has its files in memory; ``path`` is then only a name for messages."""
+        if pin and held is None and path is None:
+            self._names.check_known(name)  # or else its pin may be refused first
         with self._claimed(name, force=force_pin) if pin else nullcontext():
             async with self._locks.hold(name):
                 with self._under_way(name):

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
+from aioengine.schedulers.error_text import error_text
 from aioengine.schedulers.overruns import Overruns
 from aioengine.schedulers.routing import interface
 from aioengine.schedulers.routing.routers.least_loaded import LeastLoaded
@@ -88,7 +89,7 @@ class RouterGuard:
             try:
                 router.on_event(event)
             except Exception as error:
-                self._fail("raised", f"{type(router).__name__}.on_event: {type(error).__name__}: {error}")
+                self._fail("raised", f"{type(router).__name__}.on_event: {error_text(error)}")
 
     def _ask(
         self, router: interface.RouterPolicy, request: interface.RouteRequest, view: interface.FleetView
@@ -100,12 +101,12 @@ class RouterGuard:
             # Nothing is awaited here, so the router itself raised this CancelledError.
             if isinstance(error, (KeyboardInterrupt, SystemExit)):
                 raise
-            self._fail("raised", f"{name}: {type(error).__name__}: {error}")
+            self._fail("raised", f"{name}: {error_text(error)}")
             return None
         try:
             route = _usable(answer, request, view)
-        except (TypeError, ValueError) as error:
-            self._fail("nonsense", f"{name}: {error}")
+        except Exception as error:  # also of the answer's own methods
+            self._fail("nonsense", f"{name}: {error_text(error)}")
             return None
         if route is None and view.accepting and not _all_tried(request, view):
             self._fail("nonsense", f"{name}: named no replica that can take the request, and no reason why")
@@ -159,7 +160,7 @@ class PlacementGuard:
             if isinstance(error, (KeyboardInterrupt, SystemExit)):
                 raise
             kind = "nonsense" if isinstance(error, _Nonsense) else "raised"
-            self._fail(kind, f"{self.name}: {type(error).__name__.lstrip('_')}: {error}")
+            self._fail(kind, f"{self.name}: {error_text(error).lstrip('_')}")
             return None
         if self._timer is not None and (seconds := self._timer() - start) > PLAN_SECONDS:
             limit = f"more than {PLAN_SECONDS:g} s"

@@ -10,7 +10,7 @@ from support.core_sim import LIMITS, CoreSim
 
 from aioengine import events
 from aioengine.core import Core
-from aioengine.schedulers import Decision, SchedulerPolicy, SchedulerView
+from aioengine.schedulers import Decision, Place, SchedulerPolicy, SchedulerView
 from aioengine.schedulers.policies.fcfs import FCFS
 
 
@@ -96,3 +96,62 @@ def test_meddling_changes_nothing(case: str) -> None:
         return [request.tokens for request in requests]
 
     assert outputs(Meddles()) == outputs(FCFS())
+
+
+class _NoHash(str):
+    def __hash__(self) -> int:
+        raise RuntimeError("hash")
+
+
+class _NoText(Exception):
+    def __str__(self) -> str:
+        raise RuntimeError("str")
+
+
+def _raise_without_text(view: SchedulerView) -> Decision:
+    raise _NoText
+
+
+ANSWERS: dict[str, Callable[[SchedulerView], Decision]] = {
+    "ids that cannot be looked up": lambda view: Decision(
+        admit=[_NoHash(r.request_id) for r in view.waiting], place=[Place(_NoHash("a"))]
+    ),
+    "reasons and requests that cannot be looked up": lambda view: Decision(
+        reject=[(_NoHash("none"), _NoHash("because"))], preempt=[_NoHash("none")]
+    ),
+    "an error without a text": _raise_without_text,
+}
+
+
+@pytest.mark.parametrize("case", ANSWERS)
+def test_what_a_policy_returns_may_raise_later(case: str) -> None:
+    class Odd(SchedulerPolicy):
+        calls = 0
+
+        def schedule(self, view: SchedulerView) -> Decision:
+            self.calls += 1
+            return ANSWERS[case](view) if self.calls % 2 else FCFS().schedule(view)
+
+    sim = CoreSim(policy=Odd())
+    sim.register("a")
+    for name in (None, "a"):
+        sim.add(name)
+    sim.run()
+    assert set(sim.ended.values()) == {"length"}
+
+
+@pytest.mark.parametrize("until", [None, "later", 1j, object()], ids=repr)
+def test_a_policy_is_quiet_until_no_time(until: object) -> None:
+    class Odd(SchedulerPolicy):
+        def schedule(self, view: SchedulerView) -> Decision:
+            return FCFS().schedule(view)
+
+        def quiet_until(self, view: SchedulerView) -> float:
+            return until  # type: ignore[return-value]
+
+    sim = CoreSim(policy=Odd())
+    sim.add(max_tokens=5)
+    sim.run()
+    assert sim.ended == {"r1": "length"}
+    failed = sim.of(events.PolicyFailed)
+    assert failed and "quiet_until() returned" in failed[0].error  # type: ignore[attr-defined]

@@ -160,6 +160,19 @@ async def test_one_slot_stays_free_unless_it_is_forced(tiny: Tiny, make_engine: 
         assert "c" not in [a.name for a in engine.adapters()]
 
 
+@pytest.mark.parametrize("max_loras", [1, 2])
+async def test_an_unknown_name_is_not_found_even_if_nothing_more_can_be_pinned(
+    tiny: Tiny, make_engine: MakeEngine, max_loras: int
+) -> None:
+    async with make_engine(tiny, max_loras=max_loras) as engine:
+        if max_loras > 1:
+            await engine.load_adapter("a", tiny.adapters["rank-3"], pin=True)
+        for call in (engine.pin_adapter("none"), engine.load_adapter("none", pin=True)):
+            with pytest.raises(AdapterNotFound, match="none"):
+                await call
+        engine.check_invariants()
+
+
 async def test_pins_under_way_count(tiny: Tiny, make_engine: MakeEngine) -> None:
     async with make_engine(tiny) as engine:
         results = await asyncio.gather(
