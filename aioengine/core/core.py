@@ -656,8 +656,16 @@ class Core:
     def _begin(self, work: Sequence[SequenceWork]) -> None:
         """Count a step, and note which slots it uses."""
         self.step += 1
+        used: set[int] = set()
+        last = -1
+        for row in work:
+            if row.parts:
+                used.update(row.used)
+            elif row.slot != last:  # they are sorted by slot
+                last = row.slot
+                used.add(last)
         slots = self.slots.slots
-        for index in {slot for w in work for slot in (w.used if w.parts else (w.slot,))}:
+        for index in used:
             if index >= 0 and (entry := slots[index].entry) is not None:
                 slots[index].last_used = entry.last_used = self.now
 

@@ -65,7 +65,7 @@ class Resolved(NamedTuple):
         return bool(self.admit) and not (self.moves or self.preempt or self.reject or self.merge)
 
 
-_NOTHING = Resolved([], [], [], [], [], [], [], [])
+_EMPTY, _NOTHING = Decision(), Resolved([], [], [], [], [], [], [], [])
 
 
 class PolicyGuard:
@@ -150,7 +150,7 @@ class PolicyGuard:
             self._failed(view.now, "schedule", error)
             decision = self._in_its_place().schedule(view)
         self._measure(view.now, start)
-        return self._resolve(decision)
+        return _NOTHING if decision is _EMPTY else self._resolve(decision)
 
     def admitted(self, view: SchedulerView, decision: Resolved, before: int, changes: int) -> None:
         """Note that ``decision`` has been carried out, and that ``changes`` was ``before`` it. If its
@@ -287,6 +287,8 @@ class PolicyGuard:
 def _well_formed(answer: Any) -> Decision:
     if not isinstance(answer, Decision):
         raise TypeError(f"schedule() returned {type(answer).__name__}, not Decision")
+    if all(type(field) in (list, tuple) and not field for field in answer):
+        return _EMPTY
     return Decision(
         admit=_strings("admit", answer.admit),
         place=[_place(item) for item in _items("place", answer.place)],

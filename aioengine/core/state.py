@@ -482,7 +482,7 @@ class CoreRequestView:
     tenant = property(attrgetter("_r.options.tenant"))
     prompt_tokens = property(attrgetter("_r.prompt_len"))
     max_tokens = property(attrgetter("_r.params.max_tokens"))
-    output_tokens = property(attrgetter("_r.output_tokens"))
+    output_tokens = property(lambda self: len(self._r.tokens) - self._r.prompt_len)
     computed_tokens = property(attrgetter("_r.computed"))
 
     @property

@@ -81,6 +81,7 @@ class StepResults:
         before: list[tuple[AdapterEntry | None, float]] = []
         """Adapter and time of the previous token, for each token except a request's first."""
         advance, running, caching = self._advance, Status.RUNNING, self._blocks.prefix_caching
+        counts = self.counts_intervals
         rows = zip(requests, batch.sequences, result.sampled, strict=True)
         for index, (request, work, sampled) in enumerate(rows):
             if request.status is not running:
@@ -105,7 +106,8 @@ class StepResults:
                 token, gap, tokens = sampled.token, now - last, request.tokens
                 tokens.append(token)
                 request.last_token = now
-                before.append((request.adapter, last))
+                if counts:
+                    before.append((request.adapter, last))
                 if request.worst_gap is None or gap > request.worst_gap:
                     request.worst_gap = gap
                 finish: FinishReason | None = None
@@ -122,7 +124,7 @@ class StepResults:
                     finish = "stop"
                 if finish is not None:
                     self._end(request, finish, now)
-        return _intervals(Counter(before), now) if self.counts_intervals else ()
+        return _intervals(Counter(before), now) if counts else ()
 
     def steady_steps(self, requests: Sequence[Request], batch: StepBatch) -> int:
         """Return how many steps like ``batch``, it included, these requests are certain to decode in: none
@@ -189,7 +191,8 @@ class StepResults:
             else:
                 request.computed += count
             before = request.last_token or 0.0
-            befores.append((request.adapter, before))
+            if self.counts_intervals:
+                befores.append((request.adapter, before))
             gap = first - before
             if gap < longest:
                 gap = longest

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from heapq import merge
-from itertools import islice
+from itertools import chain, islice
 from operator import itemgetter
 from typing import NamedTuple
 
@@ -127,13 +127,23 @@ class Clients:
 
     Fed by ``on_event``; a change costs O(log waiting), and a change of a slot O(log clients) for each client
     that waits for its adapter. ``sync`` reads everything again if the policy has missed events. ``client_of``
-    returns the client of a request; it is called once for each.
+    returns the client of a request.
+
+    Args:
+        only_several: Whether nothing but ``several`` is asked for as long as that is false. Then little is
+            kept until a second client comes.
     """
 
-    def __init__(self, client_of: Callable[[RequestView], Hashable]) -> None:
+    def __init__(
+        self, client_of: Callable[[RequestView], Hashable], *, only_several: bool = False
+    ) -> None:
         self._client_of = client_of
         self._stale = True
         """Whether the state is incomplete, for example because this object was made late."""
+        self._names: set[Hashable] | None = set() if only_several else None
+        """The clients so far, at most one; None: all of the state is kept."""
+        self._waiting_ids: set[str] = set()
+        """The requests that wait, as long as there is one client."""
         self._count = self._turns = 0
         self._clear()
 
@@ -160,8 +170,8 @@ class Clients:
 
     @property
     def several(self) -> bool:
-        """Whether more than one client has requests."""
-        return len(self.by_name) > 1
+        """Whether more than one client has requests, or may have: a second one has come since ``sync``."""
+        return len(self.by_name) > 1 or (self._names is not None and len(self._names) > 1)
 
     @property
     def ready(self) -> Sequence[Client]:
@@ -227,6 +237,10 @@ class Clients:
 
     def on_event(self, event: PolicyEvent) -> None:
         request = event.request
+        if self._names is not None:
+            if request is not None:
+                self._note(event.kind, request, self._names)
+            return
         try:
             if request is not None:
                 self._happened(event.kind, request)
@@ -237,6 +251,15 @@ class Clients:
 
     def sync(self, view: SchedulerView) -> None:
         """Call before a decision."""
+        if self._names is not None:
+            if self._stale or len(self._waiting_ids) != len(view.waiting):
+                self._stale = False
+                self._waiting_ids = {request.request_id for request in view.waiting}
+                self._names.update(map(self._client_of, chain(view.running, view.waiting)))
+            if len(self._names) < 2:
+                return
+            self._names, self._stale = None, True
+            self._waiting_ids.clear()
         if self._stale or self._waiting != len(view.waiting):
             self._clear()
             self._stale = False
@@ -245,6 +268,15 @@ class Clients:
                 self._happened("request_admitted", request)
             for request in view.waiting:
                 self._happened("request_added", request)
+
+    def _note(self, kind: str, request: RequestView, names: set[Hashable]) -> None:
+        """Follow what happened to a request, as long as there is one client."""
+        if kind == "request_added":
+            names.add(self._client_of(request))
+        if kind == "request_added" or kind == "request_preempted":
+            self._waiting_ids.add(request.request_id)
+        else:
+            self._waiting_ids.discard(request.request_id)
 
     def _rename(self, was: Adapter, adapter: Adapter) -> None:
         concerned = {**self._waiting_for.get(was, {}), **self._running_on.get(was, {})}

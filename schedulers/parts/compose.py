@@ -246,8 +246,12 @@ class Composed(SchedulerPolicy):
         for name, adapter, oldest in islice(self._by_urgency(view), SCAN_LIMIT):
             if pool is None:
                 pool = SlotPool(view, self.replace, self._settling(view))
-                if pool.is_full and self._is_fixed and not (pool.any_wanted and view.free_seqs > 0):
-                    break  # slots could only be closed, to requests of which there are none
+                if pool.is_full and self._is_fixed:
+                    if pool.wanted_since == inf or view.free_seqs <= 0:
+                        break  # slots could only be closed, to requests of which there are none
+                    if self._closes_all(view, pool):
+                        closed.update(pool.closable)
+                        break
             waited = _waited(oldest, now)
             may_take, may_close = waited >= self._take_after, waited >= self._close_after
             if oldest is not None and oldest > soon:
@@ -284,6 +288,22 @@ class Composed(SchedulerPolicy):
             again = {item.adapter: self._refused.get(item.adapter, -1) + 1 for item in place}
             self._refused = {**waiting, **again}
         return place, evict, read, closed, pool
+
+    def _closes_all(self, view: SchedulerView, pool: SlotPool) -> bool:
+        """Whether every slot that may be closed surely is, where none is idle: there are as many adapters that
+        take one, and each of them has been waited for longer than any request waits for a slot."""
+        left, now = len(pool.closable), view.now
+        lacks: Callable[[AdapterView], bool] | None = None
+        for _, adapter, oldest in islice(self._by_urgency(view), SCAN_LIMIT):
+            if oldest is None or oldest >= pool.wanted_since or now - oldest < self._close_after:
+                return False
+            location = adapter.location
+            if location is Location.DISK:
+                lacks = lacks or _lacking_room(view)
+            left -= lacks(adapter) if location is Location.DISK and lacks else location is Location.CPU
+            if not left:
+                return True
+        return False
 
 
 def _is_full(view: SchedulerView) -> bool:

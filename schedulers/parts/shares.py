@@ -69,7 +69,7 @@ class Shares:
     """Gives tenants the guarantees of ``order.sharing``."""
 
     def __init__(self, order: Ordering, max_wait: float) -> None:
-        self.clients = Clients(lambda request: request.tenant)
+        self.clients = Clients(lambda request: request.tenant, only_several=True)
         self._order = order
         self._max_wait = max_wait
         self._equal = order.sharing == "equal"

@@ -91,8 +91,10 @@ class SlotPool:
         """Slots that are free, or whose adapters no request waits for."""
         self.is_full = not self._spare and not idle
         """Whether every slot is running, being filled, or pinned, so that none can be had at once."""
-        self.any_wanted = any(row[3] < inf for row in closable)
-        """Whether requests wait for an adapter whose slot may be closed."""
+        self.closable = [row[1] for row in closable]
+        """Adapters whose slots may be closed."""
+        self.wanted_since = min(map(_oldest_of, closable), default=inf)
+        """Arrival of the first request that waits for one of these; inf if none does."""
         self._free_bytes = self._unwanted_bytes = 0
         """Free bytes of the memory that slots share, with those of the adapters that may leave."""
         if self._memory is not None:

@@ -1,0 +1,74 @@
+"""Under an overload all slots that may be closed are found at once, as they would be one by one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from aioengine.lab import Experiment, WorkloadSpec, run
+from aioengine.schedulers import SchedulerView
+from aioengine.schedulers.parts.compose import Composed
+from aioengine.schedulers.parts.slot_pool import SlotPool
+
+FILES = ("requests.csv", "slots.csv", "moves.csv", "samples.csv")
+at_once = Composed._closes_all
+
+
+def overload(policy: str, limit: int = 60, rate: float = 60.0, **system: Any) -> Experiment:
+    workload = WorkloadSpec(
+        arrivals=f"gamma:rate={rate},cv=3",
+        limit=limit,
+        adapters=12,
+        popularity="zipf:0.8",
+        ranks="8:.7,16:.2,64:.1",
+        prompt_tokens="uniform:20..900",
+        output_tokens="uniform:1..80",
+    )
+    return Experiment(workload=workload, policy=policy, max_lora_rank=64, max_model_len=1200, **system)
+
+
+scenes = st.fixed_dictionaries(
+    {
+        "policy": st.sampled_from(["fcfs:max_wait=0.05", "sjf:max_wait=0.1", "edf+gdsf:max_wait=0.05", "fcfs"]),
+        "slots": st.integers(2, 4),
+        "cpu_loras": st.sampled_from([4, 6, 12]),
+        "max_cpu_lora_bytes": st.sampled_from([None, "1GiB"]),
+        "max_num_seqs": st.integers(3, 10),
+        "seed": st.integers(0, 3),
+        "rate": st.sampled_from([20.0, 60.0, 200.0]),
+    }
+)
+
+
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(scenes)
+def test_the_same_bytes_come_out(tmp_path_factory: pytest.TempPathFactory, scene: dict[str, Any]) -> None:
+    experiment = overload(**scene)
+    found = []
+    for one_by_one in (False, True):
+        folder = tmp_path_factory.mktemp("run")
+        with pytest.MonkeyPatch.context() as patch:
+            if one_by_one:
+                patch.setattr(Composed, "_closes_all", lambda self, view, pool: False)
+            run(experiment, folder)
+        found.append([(folder / name).read_bytes() for name in FILES])
+    assert found[0] == found[1]
+
+
+def test_it_is_so_more_often_than_not(tmp_path_factory: pytest.TempPathFactory) -> None:
+    answers: list[bool] = []
+
+    def counted(self: Composed, view: SchedulerView, pool: SlotPool) -> bool:
+        answers.append(at_once(self, view, pool))
+        return answers[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Composed, "_closes_all", counted)
+        run(
+            overload("fcfs:max_wait=0.05", 200, slots=3, cpu_loras=12, max_num_seqs=8),
+            tmp_path_factory.mktemp("run"),
+        )
+    assert sum(answers) > len(answers) / 2 > 5
