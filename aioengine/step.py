@@ -200,6 +200,16 @@ class StepContents(NamedTuple):
     """Whether it uses merged weights."""
 
 
+class CountedRows(NamedTuple):
+    """Sequences of a step that decode, and of which a simulated device needs no more than these numbers."""
+
+    sequences: int
+    positions: int
+    """Sum of the positions whose keys and values they read."""
+    slots: tuple[tuple[int, int], ...]
+    """Slots (-1: the base model) and numbers of sequences in them, in order."""
+
+
 class StepBatch(NamedTuple):
     """One model step. ``sequences`` are sorted by slot, base rows (-1) first; there may be none if there are
     ``moves``."""
@@ -216,6 +226,8 @@ class StepBatch(NamedTuple):
     merged: int | None = None
     """uid of the adapter whose merged weights it uses; all sequences are that adapter's. None: it uses the
     base model's weights."""
+    counted: CountedRows | None = None
+    """Further sequences; only of a device that is simulated."""
 
     def contents(self) -> StepContents:
         """Count what is in the step."""
@@ -229,9 +241,13 @@ class StepBatch(NamedTuple):
             tokens += count
             if count == 1 + len(work.draft) and work.start >= work.prompt_len:
                 decode += count
+        prefill, sequences = tokens - decode, len(self.sequences)
+        if self.counted is not None:
+            sequences += self.counted.sequences
+            decode += self.counted.sequences
+            slots.update([slot for slot, _ in self.counted.slots])
         used = tuple(sorted(slots - {-1}))
-        merged = self.merged is not None
-        return StepContents(len(self.sequences), len(used), tokens - decode, decode, used, merged)
+        return StepContents(sequences, len(used), prefill, decode, used, self.merged is not None)
 
     def after(self, before: Sequence[SequenceWork], sampled: Sequence[Sampled | None]) -> StepBatch:
         """Fill in the tokens, where this step follows one of the sequences ``before``, for which these were

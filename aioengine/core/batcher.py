@@ -15,6 +15,7 @@ from typing import Any
 from aioengine import events
 from aioengine.core.blocks import BlockManager
 from aioengine.core.border import Border
+from aioengine.core.decodes.counted import CountedDecodes
 from aioengine.core.guard import Tell
 from aioengine.core.pacing import Allowance, Floor, Pacer, StepWork
 from aioengine.core.prefixes.reached import pin_reached
@@ -74,6 +75,8 @@ class Batcher:
         self._emit = emit
         self._tell = tell
         self._refuse = refuse
+        self.counted: CountedDecodes | None = None
+        """The running requests whose decodes are counted; None: none ever is."""
         self.border = border
         """The border to the adapters' memory, which can give blocks; None if adapters have a separate
         memory."""
@@ -95,6 +98,9 @@ class Batcher:
         that need no more than a chunk together.
         """
         self._now = now
+        counted = self.counted
+        if counted is not None:
+            counted.begin(len(self.running) - len(counted))
         if self.blocks.window is not None:  # no step is in flight that has these blocks
             for request in self.running.values():
                 request.freed = self.blocks.give_back(request.blocks, request.freed, request.computed)
@@ -105,6 +111,8 @@ class Batcher:
         room = self.max_num_batched_tokens
         forced = list[Request]()
         for request in self.running.values():
+            if request.counted is not None:
+                continue
             if len(request.tokens) - request.computed > 1:
                 if request.computed < request.started:
                     prefills.append(request)
@@ -120,6 +128,10 @@ class Batcher:
         if self.preemptions > preemptions:
             decodes = [request for request in decodes if request.status is Status.RUNNING]
         room -= len(decodes)
+        if counted is not None:
+            room -= len(counted)
+            if not forced:
+                decodes = counted.join(decodes)
         if forced:
             work += self._unfinished(forced, decodes, room, slot_ranks)
             later = {request.seq for _, request, _ in work}
@@ -377,12 +389,20 @@ class Batcher:
         """Move a request from RUNNING to WAITING. Its KV blocks are freed (full blocks stay in the prefix
         cache), its output stays."""
         self.preemptions += 1
+        self.stop_counting(request)
         del self.running[request.seq]
         self.release(request)
         request.status = Status.WAITING
         self.queues.put_back(request)
         self._emit(events.RequestPreempted(time=now, request_id=request.id, adapter=label_of(request)))
         self._tell("request_preempted", now, request=request)
+
+    def stop_counting(self, request: Request) -> bool:
+        """Count no more steps of a request. Returns whether the step in flight is one of them."""
+        if self.counted is None or request.counted is None:
+            return False
+        self.counted.leave(request)
+        return self.counted.in_flight
 
     def advance(self, request: Request, tokens: int) -> None:
         """Count ``tokens`` as computed, and enter newly completed blocks in the prefix cache."""

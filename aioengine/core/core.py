@@ -31,6 +31,7 @@ from aioengine.core.batcher import Batcher
 from aioengine.core.blocks import BlockManager
 from aioengine.core.border import Border
 from aioengine.core.costs import MeasuredCosts
+from aioengine.core.decodes.counted import CountedDecodes
 from aioengine.core.guard import PolicyGuard, Resolved
 from aioengine.core.limits import CoreLimits
 from aioengine.core.pacing import Pacer, StepWork
@@ -52,7 +53,7 @@ from aioengine.errors import (
 from aioengine.request import RequestOptions, SamplingParams
 from aioengine.schedulers.policies.fcfs import FCFS
 from aioengine.schedulers.policy import CostsView, Location, PolicyEvent, SchedulerPolicy
-from aioengine.step import Sampled, SequenceWork, StepBatch, StepResult
+from aioengine.step import CountedRows, Sampled, SequenceWork, StepBatch, StepResult
 
 
 class Step(NamedTuple):
@@ -162,6 +163,7 @@ class Core:
             budget=limits.policy_time_budget,
             max_overruns=limits.policy_max_overruns,
         )
+        self._measures = costs is None
         self._costs = MeasuredCosts(self.residency.by_policy_name, limits, self.batcher.pacer)
         self._results = StepResults(
             blocks=self.blocks,
@@ -314,7 +316,7 @@ class Core:
             self.queues.remove(request)
         else:
             del self.running[request.seq]
-            if request in self._in_flight:
+            if self.batcher.stop_counting(request) or request in self._in_flight:
                 self._zombies.append(request)
             else:
                 self.batcher.release(request)
@@ -601,6 +603,9 @@ class Core:
         """Note that what is in flight is lost. Blocks and slots of its ended requests are released."""
         self._in_flight = []
         self._following = []
+        if self.batcher.counted is not None:
+            self.batcher.counted.in_flight = False
+            self.batcher.counted.leave_all()
         for request in self._zombies:
             self.batcher.release(request)
         self._zombies = []
@@ -648,16 +653,20 @@ class Core:
         ranks = self.slots.ranks()
         self._in_flight, work = self.batcher.form(admit, self.now, ranks)
         moves = () if self.border is None else tuple(self.border.take_moves())
-        if not work and not moves:
+        counted = None if self.batcher.counted is None else self.batcher.counted.rows()
+        if not work and not moves and counted is None:
             return None
-        self._begin(work)
-        return StepBatch(self.step, work, ranks, moves, merged=self.merging.covering(work))
+        self._begin(work, counted)
+        return StepBatch(self.step, work, ranks, moves, merged=self.merging.covering(work), counted=counted)
 
-    def _begin(self, work: Sequence[SequenceWork]) -> None:
+    def _begin(self, work: Sequence[SequenceWork], counted: CountedRows | None = None) -> None:
         """Count a step, and note which slots it uses."""
         self.step += 1
         used: set[int] = set()
         last = -1
+        if counted is not None and self.batcher.counted is not None:
+            self.batcher.counted.in_flight = True
+            used.update([slot for slot, _ in counted.slots])
         for row in work:
             if row.parts:
                 used.update(row.used)
@@ -677,6 +686,7 @@ class Core:
         Returns the times between these tokens and the ones before.
         """
         self.learn(batch, result.seconds)
+        self._counted_ended(batch, (now,))
         requests, self._in_flight, self._following = self._in_flight, self._following, []
         ended, self._zombies = self._zombies, []
         for request in ended:
@@ -698,10 +708,10 @@ class Core:
             or self._zombies
             or self._following
             or self._costs.learner is not None
-            or len(self._in_flight) != len(self.running)
+            or len(self._in_flight) + _sequences(batch.counted) != len(self.running)
         ):
             return None
-        steps = self._results.steady_steps(self._in_flight, batch)
+        steps = self._results.steady_steps(self._in_flight, batch, self.batcher.counted)
         return Steady(steps, self.again_until()) if steps > 1 else None
 
     def again_until(self) -> float:
@@ -715,17 +725,22 @@ class Core:
 
     def _repeat(self, batch: StepBatch) -> StepBatch | None:
         """Begin a repeated batch once more. Returns None if it would be another one now."""
-        requests, running = self._repeated, Status.RUNNING
-        if len(requests) != len(self.running) or not all(request.status is running for request in requests):
+        requests, running, counted = self._repeated, Status.RUNNING, self.batcher.counted
+        if counted is not None and not counted.are(batch.counted):
+            return None
+        several = len(requests) + _sequences(batch.counted)
+        if several != len(self.running) or not all(request.status is running for request in requests):
             return None
         if self.merging.covering(batch.sequences) != batch.merged:
             return None
         size = self.blocks.block_size
         for request in self.running.values():
-            if request.computed >= len(request.blocks) * size:
+            if request.counted is None and request.computed >= len(request.blocks) * size:
                 request.blocks += self.blocks.allocate(1)  # it is free: see ``steady``
+        if counted is not None:
+            counted.allocate()
         self._in_flight = requests
-        self._begin(batch.sequences)
+        self._begin(batch.sequences, batch.counted)
         return batch
 
     def steps_finished(
@@ -748,13 +763,38 @@ class Core:
         again = len(ends) - 1 + goes_on
         if again:
             self.now = ends[again - 1]
-            self._begin(batch.sequences)
+            self._begin(batch.sequences, batch.counted)
             self.step += again - 1
+        self._counted_ended(batch, ends, goes_on=goes_on)
         return found
+
+    def _counted_ended(self, batch: StepBatch, ends: Sequence[float], *, goes_on: bool = False) -> None:
+        counted = self.batcher.counted
+        if counted is not None and batch.counted is not None:
+            counted.in_flight = goes_on
+            counted.ended(ends, begun=len(ends) + goes_on)
 
     def counts_intervals(self, wanted: bool) -> None:
         """Set whether ``step_finished`` and ``steps_finished`` return the intervals; at first they do."""
         self._results.counts_intervals = wanted
+        if self.batcher.counted is not None:
+            self.batcher.counted.wanted = not wanted
+
+    def count_decodes(self, token: Sampled, final: Callable[[Request], int]) -> None:
+        """Count plain decodes (:mod:`aioengine.core.decodes.counted`), if nothing that this core does needs
+        to know each of them. The device gives ``token`` to each, and ``final`` tokens to a request."""
+        limits = self.limits
+        if not (
+            limits.prefix_caching
+            or limits.merges
+            or limits.window is not None
+            or limits.max_step_seconds is not None
+            or limits.speculation != "none"
+            or self.border is not None
+            or self._measures
+        ):
+            self.batcher.counted = CountedDecodes(self.blocks, token, final)
+            self.batcher.counted.wanted = not self._results.counts_intervals
 
     def learn(self, batch: StepBatch, seconds: float) -> None:
         """Learn from a step's time; ``step_finished`` does it too."""
@@ -814,6 +854,8 @@ class Core:
         self.blocks.check([*(r.held for r in holders), *self.held.tables])
         if self.border is not None:
             self.border.check()
+        if self.batcher.counted is not None:
+            self.batcher.counted.check(self.running.values())
         using: dict[int, int] = {}
         for request in holders:
             if request.adapter is not None:
@@ -836,6 +878,10 @@ class Core:
 def _is_hidden(request: Request) -> bool:
     """Whether policies do not see the request while it waits, because it is for a mix of several adapters."""
     return request.adapter is not None and len(request.adapter.parts) > 1
+
+
+def _sequences(rows: CountedRows | None) -> int:
+    return 0 if rows is None else rows.sequences
 
 
 def _speculation(limits: CoreLimits) -> Speculation | None:

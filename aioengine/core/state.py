@@ -247,6 +247,16 @@ class Sink(Protocol):
         """Note that the request has ended. Called once."""
 
 
+class Ledger(Protocol):
+    """Counts steps of requests in place of writing down what each step adds to them."""
+
+    ends: list[float]
+    """The end of each step."""
+
+    def write_down(self, request: Request) -> None:
+        """Bring a request up to date."""
+
+
 class Request:
     """A request from acceptance to its end."""
 
@@ -259,6 +269,7 @@ class Request:
         "cached_tokens",
         "committed",
         "computed",
+        "counted",
         "deadline",
         "drafting",
         "first_token",
@@ -268,6 +279,7 @@ class Request:
         "hashes",
         "id",
         "invoked",
+        "joined",
         "last_token",
         "most_tokens",
         "options",
@@ -279,6 +291,7 @@ class Request:
         "prompt_logprobs",
         "seed",
         "seq",
+        "since",
         "sink",
         "started",
         "status",
@@ -364,6 +377,12 @@ class Request:
         """State from which tokens are proposed; None until they are."""
         self.worst_gap: float | None = None
         """The longest time between two of its tokens; None before the second."""
+        self.counted: Ledger | None = None
+        """Where its steps are counted; None: each is written down at once."""
+        self.since = 0
+        """Number of the first of these steps that is not written down."""
+        self.joined = 0
+        """Its number among those that are counted; 0: it is not."""
         self.view = CoreRequestView(self)
 
     @property
@@ -373,7 +392,17 @@ class Request:
 
     @property
     def output_tokens(self) -> int:
-        return len(self.tokens) - self.prompt_len
+        return len(self.tokens) - self.prompt_len + self.unwritten
+
+    @property
+    def computed_tokens(self) -> int:
+        """Tokens whose KV is in its blocks."""
+        return self.computed + self.unwritten
+
+    @property
+    def unwritten(self) -> int:
+        """Steps that are counted and not written down, each of which has added a token."""
+        return 0 if self.counted is None else len(self.counted.ends) - self.since
 
     @property
     def made_tokens(self) -> int:
@@ -482,8 +511,14 @@ class CoreRequestView:
     tenant = property(attrgetter("_r.options.tenant"))
     prompt_tokens = property(attrgetter("_r.prompt_len"))
     max_tokens = property(attrgetter("_r.params.max_tokens"))
-    output_tokens = property(lambda self: len(self._r.tokens) - self._r.prompt_len)
-    computed_tokens = property(attrgetter("_r.computed"))
+    computed_tokens = property(attrgetter("_r.computed_tokens"))
+
+    @property
+    def output_tokens(self) -> int:
+        request = self._r
+        made = len(request.tokens) - request.prompt_len
+        counted = request.counted
+        return made if counted is None else made + len(counted.ends) - request.since
 
     @property
     def adapter(self) -> str | None:

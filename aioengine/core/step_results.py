@@ -13,6 +13,7 @@ from typing import NamedTuple, Protocol
 
 from aioengine import events
 from aioengine.core.blocks import BlockManager
+from aioengine.core.decodes.counted import CountedDecodes
 from aioengine.core.speculation.drafts import Speculation
 from aioengine.core.state import AdapterEntry, Request, Status, label_of
 from aioengine.errors import AdapterInvalid, AioEngineError, RequestInvalid
@@ -126,10 +127,12 @@ class StepResults:
                     self._end(request, finish, now)
         return _intervals(Counter(before), now) if counts else ()
 
-    def steady_steps(self, requests: Sequence[Request], batch: StepBatch) -> int:
-        """Return how many steps like ``batch``, it included, these requests are certain to decode in: none
-        ends before the last one, and there are blocks for all. 0 if one of them does more than decode
-        plainly."""
+    def steady_steps(
+        self, requests: Sequence[Request], batch: StepBatch, counted: CountedDecodes | None
+    ) -> int:
+        """Return how many steps like ``batch``, it included, these requests, and those that are counted, are
+        certain to decode in: none ends before the last one, and there are blocks for all. 0 if one of them
+        does more than decode plainly."""
         most = until_block = sys.maxsize
         blocks = self._blocks
         size, running = blocks.block_size, Status.RUNNING
@@ -150,9 +153,14 @@ class StepResults:
             left = len(request.blocks) * size - computed
             if left < until_block:
                 until_block = left
+        needed = 0
+        if counted:
+            most = min(most, counted.steps_left)
+            until_block = min(until_block, counted.until_block)
+            needed = counted.blocks_for(most)
         if most > until_block:
             ends = (blocks.blocks_for(r.computed + most) - len(r.blocks) for r in requests)
-            if sum(ends) > blocks.num_free:
+            if needed + sum(ends) > blocks.num_free:
                 most = until_block
         return most
 
@@ -181,6 +189,8 @@ class StepResults:
         todo: list[tuple[int, int, int, Request]] = []
         """(step, 0: needs a block, or 1: has filled one, place, request)"""
         for place, request in enumerate(running):
+            if request.counted is not None:
+                continue
             needs = len(request.blocks) * size - request.computed
             if needs < begun:
                 todo += [(step, 0, place, request) for step in range(needs, begun, size)]

@@ -144,6 +144,8 @@ class OutputStream:
     def so_far(self) -> RequestOutput:
         """Return the output so far, without waiting; its ``_delta`` fields have what is new."""
         request, entry = self.request, self.request.adapter
+        if request.counted is not None:
+            request.counted.write_down(request)
         tokens, pieces, logprobs = len(request.tokens), len(self._text.text), self._logprobs or ()
         return RequestOutput(
             request_id=request.id,

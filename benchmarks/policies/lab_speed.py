@@ -25,6 +25,7 @@ PARTS = {
     "the policy": ("schedulers/",),
     "batches: forming, taking in": (
         "core/batcher.py",
+        "core/decodes/",
         "core/step_results.py",
         "core/blocks.py",
         "aioengine/step.py",

@@ -134,9 +134,7 @@ class Clients:
             kept until a second client comes.
     """
 
-    def __init__(
-        self, client_of: Callable[[RequestView], Hashable], *, only_several: bool = False
-    ) -> None:
+    def __init__(self, client_of: Callable[[RequestView], Hashable], *, only_several: bool = False) -> None:
         self._client_of = client_of
         self._stale = True
         """Whether the state is incomplete, for example because this object was made late."""

@@ -32,7 +32,9 @@ def overload(policy: str, limit: int = 60, rate: float = 60.0, **system: Any) ->
 
 scenes = st.fixed_dictionaries(
     {
-        "policy": st.sampled_from(["fcfs:max_wait=0.05", "sjf:max_wait=0.1", "edf+gdsf:max_wait=0.05", "fcfs"]),
+        "policy": st.sampled_from(
+            ["fcfs:max_wait=0.05", "sjf:max_wait=0.1", "edf+gdsf:max_wait=0.05", "fcfs"]
+        ),
         "slots": st.integers(2, 4),
         "cpu_loras": st.sampled_from([4, 6, 12]),
         "max_cpu_lora_bytes": st.sampled_from([None, "1GiB"]),

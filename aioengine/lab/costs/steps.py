@@ -59,6 +59,15 @@ def step_shape(batch: StepBatch) -> StepShape:
             adapters.append((ranks[part], count))
     if last >= 0:
         adapters.append((ranks[last], tokens))
+    sequences = len(batch.sequences)
+    if batch.counted is not None:
+        counted, positions, slots = batch.counted
+        sequences, decode_rows, decode_kv = sequences + counted, decode_rows + counted, decode_kv + positions
+        by_slot = dict(slots)
+        for work in batch.sequences:
+            by_slot[work.slot] = by_slot.get(work.slot, 0) + len(work.tokens)
+        parts = [(part, len(work.tokens)) for work in batch.sequences for part, _ in work.parts[1:]]
+        adapters = [(ranks[slot], count) for slot, count in (*sorted(by_slot.items()), *parts) if slot >= 0]
     if batch.merged is not None:
         adapters.clear()
     return StepShape(
@@ -66,7 +75,7 @@ def step_shape(batch: StepBatch) -> StepShape:
         decode_kv,
         prefill_tokens,
         twice_pairs // 2,
-        len(batch.sequences),
+        sequences,
         tuple(adapters),
     )
 

@@ -12,6 +12,7 @@ from aioengine import events
 from aioengine.engine import AsyncEngine
 from aioengine.lab.runs.rows import Move, RequestRecord, Sample, Sink, SlotSpan, refused_request
 from aioengine.lab.workload.requests import Arrival, Objective
+from aioengine.schedulers.policy import SlotState
 
 BASE = "(base)"
 """The base model in ``Sample.service``; no adapter can have this name."""
@@ -267,8 +268,9 @@ class Recorder:
 
     def sample(self, now: float) -> None:
         """Record the interval since the last sample."""
-        stats, totals = self._engine.stats(), self._totals
-        for live in self._core.requests.values():
+        self._engine._stepper.catch_up()
+        core, totals = self._core, self._totals
+        for live in core.running.values():  # nothing is computed of the others
             request = self._requests.get(live.id)
             if request is not None and live.computed:
                 prompt = min(live.computed, live.prompt_len) - request.cached_tokens
@@ -276,16 +278,16 @@ class Recorder:
         self._sink.sample(
             Sample(
                 time=now - self._start,
-                running=stats.running,
-                waiting=stats.waiting,
+                running=len(core.running),
+                waiting=len(core.queues),
                 steps=totals.steps,
                 step_seconds=totals.seconds,
                 prefill_tokens=totals.prefill_tokens,
                 decode_tokens=totals.decode_tokens,
                 adapters=totals.adapters,
-                kv_used=1.0 - stats.kv_blocks_free / stats.kv_blocks,
-                slots_ready=sum(slot.state == "READY" for slot in stats.slots),
-                cpu_adapters=stats.cpu_adapters,
+                kv_used=1.0 - core.blocks.num_free / core.blocks.size,
+                slots_ready=sum([slot.state is SlotState.READY for slot in core.slots.slots]),
+                cpu_adapters=len(core.cpu.entries),
                 service=json.dumps(self._service, sort_keys=True, separators=(",", ":")),
             )
         )

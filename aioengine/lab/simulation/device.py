@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
+from aioengine.core.state import Request
 from aioengine.errors import AdapterLoadError, AdapterTooLarge
 from aioengine.executors.base import Device
 from aioengine.lab.costs.model import CostModel
@@ -42,7 +43,8 @@ class SimulatedDevice(Device):
         kv_bytes = local.kv_bytes_per_token(DTYPE_BYTES[local.dtype])
         self._byte_seconds = 2 * costs.steps.decode_kv / kv_bytes
         """Seconds for each byte that is moved on the device: it is read and written, as keys are read."""
-        self._token = Sampled(token)
+        self.token = Sampled(token)
+        """Token that every sequence gets before the end of its output."""
         self._end = Sampled(end_token)
         self._processor = Processor()
         self._disk = SharedStage(costs.disk)
@@ -72,14 +74,21 @@ class SimulatedDevice(Device):
         loop.go_to(end)
         return self._result(batch, end - begin)
 
+    def final(self, request: Request) -> int:
+        """Return the number of tokens, prompt included, with which a request ends."""
+        length, most = self.lengths.get(request.id), request.most_tokens
+        if length is None or length <= request.output_tokens:
+            return most
+        return min(most, request.prompt_len + length)
+
     def _work(self, batch: StepBatch) -> float:
         """Return the seconds of a step, its overhead included."""
-        seconds = self._step_seconds(step_shape(batch)) if batch.sequences else 0.0
+        seconds = self._step_seconds(step_shape(batch)) if batch.sequences or batch.counted else 0.0
         seconds += sum(move.nbytes for move in batch.moves) * self._byte_seconds
         return seconds + self._costs.step_overhead
 
     def _result(self, batch: StepBatch, took: float) -> StepResult:
-        token, end, lengths = self._token, self._end, self.lengths
+        token, end, lengths = self.token, self._end, self.lengths
         sampled: list[Sampled | None] = []
         for request_id, _, tokens, start, _, sample, _, _, _, prompt_len, *_ in batch.sequences:
             if sample:
@@ -110,7 +119,7 @@ class SimulatedDevice(Device):
             return None
 
         def last() -> list[Sampled | None]:
-            more, token, end = most - 1, self._token, self._end
+            more, token, end = most - 1, self.token, self._end
             return [end if first + more == lengths.get(request_id) else token for request_id, first in made]
 
         return RepeatedSteps(
@@ -120,7 +129,7 @@ class SimulatedDevice(Device):
             most=most,
             until=until,
             overhead=overhead,
-            token=self._token,
+            token=self.token,
             last=last,
             take=take,
         )

@@ -1,0 +1,1 @@
+"""Decodes that are counted, and not written down one by one."""
