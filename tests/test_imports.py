@@ -270,6 +270,27 @@ def test_files_are_short_or_say_why_not() -> None:
         assert said == (text.count("\n") > 400), f"{path}: more than 400 lines need a reason, others none"
 
 
+FILLED_LATER = {
+    "aioengine.executors.ray.workers._open",
+    "aioengine.fleet.door.discovery._latest",
+    "aioengine.fleet.door.discovery._watchers",
+}
+"""Collections that belong to the process, as its connection to Ray does."""
+
+
+def test_modules_hold_no_state() -> None:
+    """Two engines, or two command lines, in one process do not meet there."""
+    empty = re.compile(r"\[\]|\{\}|(\w+\.)*(list|dict|set|deque|Counter|defaultdict|Weak\w+)\(\w*\)")
+    found = set()
+    for module, path in MODULES.items():
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, (ast.Assign, ast.AnnAssign)) and node.value is not None:
+                target = node.targets[0] if isinstance(node, ast.Assign) else node.target
+                if empty.fullmatch(ast.unparse(node.value)):
+                    found.add(f"{module}.{ast.unparse(target)}")
+    assert found == FILLED_LATER
+
+
 def test_benchmarks_have_rooms_too() -> None:
     files = sorted((ROOT / "benchmarks").rglob("*.py"))
     rooms = {path.parent.name for path in files if path.name != "__init__.py"}

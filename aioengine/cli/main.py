@@ -23,7 +23,7 @@ from cyclopts import App, CycloptsError, Group, UnknownCommandError
 
 from aioengine import errors
 from aioengine.cli.common import CommonFlags
-from aioengine.cli.config.sources import take_unknown_variables, use_sources
+from aioengine.cli.config.sources import use_sources
 from aioengine.cli.flags import in_flags
 from aioengine.cli.generate.request_lines import LINE_FORMAT
 from aioengine.cli.help import EXIT_CODES, HELP_ALL, HELP_FLAGS, CompactFormatter
@@ -240,7 +240,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line (default: ``sys.argv``) and return the exit code."""
     _find_modules_here()
     tokens = list(sys.argv[1:] if arguments is None else arguments)
-    common = CommonFlags()
+    common, unknown = CommonFlags(), list[str]()
     try:
         app = build_app(full_help=HELP_ALL in tokens)
         # Listed commands are imported for their one-line descriptions.
@@ -250,11 +250,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         elif tokens[0] in GROUPS and (not tokens[1:] or tokens[1] in (*HELP_FLAGS, HELP_ALL)):
             for name in GROUPS[tokens[0]][0]:
                 app[tokens[0]][name]
-        use_sources(app, tokens)
-        command, bound, _ = app.parse_args(tokens)
+        use_sources(app, tokens, unknown)
+        command, bound, beside_flags = app.parse_args(tokens)
         common = bound.arguments.get("common") or common
         common.configure_logging()
-        result = command(*bound.args, **bound.kwargs)
+        result = command(*bound.args, **bound.kwargs, **dict.fromkeys(beside_flags, unknown))
     except KeyboardInterrupt:
         if process.ending is None:  # else the process says it when it exits
             print("aioengine: interrupted", file=sys.stderr)
@@ -266,7 +266,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         if common.debug:
             traceback.print_exc()
-        for complaint in take_unknown_variables():  # one of them may be the cause
+        for complaint in unknown:  # one of them may be the cause
             print_error(complaint)
         print_error(_one_line(error))
         refused = isinstance(error, (errors.AioEngineError, CycloptsError)) and not isinstance(

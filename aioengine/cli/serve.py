@@ -18,7 +18,7 @@ from cyclopts import Group, Parameter
 from aioengine.cli.background_stderr import BackgroundFile, background_stderr
 from aioengine.cli.common import CommonFlags
 from aioengine.cli.config.reload import Reloader, bounded
-from aioengine.cli.config.sources import take_unknown_variables
+from aioengine.cli.config.sources import Unknown
 from aioengine.cli.flags import EngineFlags, check_folders, in_flags
 from aioengine.cli.fleet.flags import FleetFlags
 from aioengine.cli.help import FOLDED
@@ -178,6 +178,7 @@ def serve(
     recording: RecordFlags | None = None,
     fleet: FleetFlags | None = None,
     common: CommonFlags | None = None,
+    unknown: Unknown = None,
 ) -> int:
     """Serve a model and its adapters over an OpenAI-compatible HTTP API.
 
@@ -195,8 +196,8 @@ def serve(
     reloader = Reloader(engine_flags, flags, checked.listen.tls)
     with background_stderr() as log:
         configure_logging(flags.log_format, level)
-        for complaint in take_unknown_variables():
-            logger.warning("%s", complaint)
+        while unknown:
+            logger.warning("%s", unknown.pop(0))
         return run(_serve(checked, flags, record, log, reloader))
 
 

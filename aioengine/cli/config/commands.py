@@ -16,7 +16,7 @@ import msgspec
 
 from aioengine.cli.common import CommonFlags
 from aioengine.cli.config.reload import bounded
-from aioengine.cli.config.sources import take_unknown_variables
+from aioengine.cli.config.sources import Unknown
 from aioengine.cli.flags import EngineFlags
 from aioengine.cli.fleet.flags import ELSEWHERE, FleetFlags
 from aioengine.cli.serve import ServerFlags, check_all
@@ -37,6 +37,7 @@ def check(
     engine: EngineFlags | None = None,
     fleet: FleetFlags | None = None,
     common: CommonFlags | None = None,
+    unknown: Unknown = None,
 ) -> int:
     """Check a configuration and its paths as serve would, without starting anything.
 
@@ -65,7 +66,7 @@ def check(
         device = "cuda" if config.device == "cuda" else "cpu"
         # This machine's memory and devices may not be those of the one that serves.
         plan_memory(spec, config, device=device, available_bytes=sys.maxsize)
-    _tell_unknown_variables()
+    _tell(unknown)
     print("the configuration is good")
     return 0
 
@@ -76,12 +77,13 @@ def show(
     engine: EngineFlags | None = None,
     fleet: FleetFlags | None = None,
     common: CommonFlags | None = None,
+    unknown: Unknown = None,
 ) -> int:
     """Print the effective configuration as TOML: the file, the environment and the flags together.
 
     Fields with their default are comments; API keys are left out.
     """
-    _tell_unknown_variables()
+    _tell(unknown)
     flags = server or ServerFlags()
     engine_flags = engine or EngineFlags()
     config = bounded(engine_flags.engine_config())
@@ -109,9 +111,9 @@ def show(
     return 0
 
 
-def _tell_unknown_variables() -> None:
-    for complaint in take_unknown_variables():
-        print(f"aioengine: {complaint}", file=sys.stderr)
+def _tell(unknown: list[str] | None) -> None:
+    while unknown:
+        print(f"aioengine: {unknown.pop(0)}", file=sys.stderr)
 
 
 def schema(*, common: CommonFlags | None = None) -> int:

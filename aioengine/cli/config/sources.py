@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any
 
-from cyclopts import App
+from cyclopts import App, Parameter
 from cyclopts.argument import ArgumentCollection
 from cyclopts.config import Dict, Env
 
@@ -36,26 +36,21 @@ _NO_FLAGS = {
 """Variables that are read elsewhere: keys, and how kernels are chosen and built."""
 _SERVICE_LINKS = ("tcp://", "udp://", "sctp://")
 
-_unknown_variables: list[str] = []
-"""What is still to be told about variables with the prefix that nobody reads."""
+Unknown = Annotated[list[str] | None, Parameter(parse=False)]
+"""What is to be told about variables that no flag has; who tells it removes it."""
 
 
-def take_unknown_variables() -> list[str]:
-    """Return what to tell about variables with the prefix that nobody reads, and forget it. It is known once
-    the flags are parsed."""
-    taken = _unknown_variables.copy()
-    _unknown_variables.clear()
-    return taken
-
-
-class _Variables(Env):
+class _Variables:
     """The environment as a source of flags. A mistyped variable would have no effect without a word."""
 
+    def __init__(self, unknown: list[str]) -> None:
+        self._unknown = unknown
+
     def __call__(self, app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
-        super().__call__(app, commands, arguments)
+        Env(PREFIX, command=False)(app, commands, arguments)
         known = {_variable(name) for argument in arguments for name in argument.names} | _NO_FLAGS
-        given = sorted(name for name in os.environ if name.startswith(self.prefix))
-        _unknown_variables[:] = [
+        given = sorted(name for name in os.environ if name.startswith(PREFIX))
+        self._unknown += [
             f"{name}: no flag has this variable{nearest(name, sorted(known))}; it has no effect"
             for name in given
             if name not in known
@@ -71,8 +66,8 @@ class _Variables(Env):
 
 
 class _File:
-    """The table ``[server]`` of a configuration file as a source of flags. It is read once the variables are,
-    so that what is wrong with these is known if the file is wrong, too."""
+    """The table ``[server]`` of a configuration file as a source of flags. It is read after the variables, so
+    that mistyped ones are known even if the file is wrong."""
 
     def __init__(self, file: str) -> None:
         self._file = file
@@ -88,13 +83,13 @@ def _variable(flag: str) -> str:
     return PREFIX + flag.strip("-").upper().replace("-", "_").replace(".", "_")
 
 
-def use_sources(app: App, tokens: Sequence[str]) -> None:
+def use_sources(app: App, tokens: Sequence[str], unknown: list[str]) -> None:
     """Let the command that ``tokens`` name take its flags from the environment and the file, too.
 
-    A flag overrides its variable, and the variable overrides the file. Parsing raises ConfigError if
-    ``[server]`` is no table, or has a field that is no flag of ``aioengine serve``.
+    A flag overrides its variable, and the variable overrides the file. Parsing adds to ``unknown`` what to
+    tell about variables that no flag has. It raises ConfigError if ``[server]`` is no table, or has a field
+    that is no flag of ``aioengine serve``.
     """
-    _unknown_variables.clear()
     path = next((names for names in _CONFIGURED if tuple(tokens[: len(names)]) == names), None)
     if path is None:
         return
@@ -102,7 +97,7 @@ def use_sources(app: App, tokens: Sequence[str]) -> None:
     for name in path:
         command = command[name]
     file = _config_file(tokens[len(path) :])
-    sources = [_Variables(PREFIX, command=False), *([] if file is None else [_File(file)])]
+    sources = [_Variables(unknown), *([] if file is None else [_File(file)])]
     command.config = tuple(sources)
 
 
