@@ -269,8 +269,8 @@ class StepFinished(Event, frozen=True, kw_only=True, gc=False):
 
 
 class StepsFinished(Event, frozen=True, kw_only=True, gc=False):
-    """End of a step, or of several in a row with the same contents. Only who names this type gets it;
-    it takes the place of :class:`StepFinished`, also for who names both, or :class:`Event`."""
+    """End of a step, or of several in a row with the same contents. Only listeners and streams that name this
+    type get it, and no :class:`StepFinished`, even if they name that type, too, or :class:`Event`."""
 
     first: int
     """Number of the first of them."""

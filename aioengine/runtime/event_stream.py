@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any, Generic, Protocol, Self, TypeVar
-from weakref import WeakMethod, WeakSet, finalize
+from weakref import WeakMethod, WeakSet
 
 from aioengine.checks import check_integer
 from aioengine.errors import ConfigError
@@ -131,14 +131,21 @@ class EventStream(Generic[E]):
     Cancelling the task that waits for an event loses none.
     """
 
-    def __init__(self, buffer: int, types: tuple[type[E], ...], listen: Listen) -> None:
-        offer = WeakMethod(self.offer)  # so that a stream that its reader has dropped is freed
-
+    def __init__(
+        self, buffer: int, types: tuple[type[E], ...], listen: Listen, loop: asyncio.AbstractEventLoop
+    ) -> None:
         def deliver(event: Event) -> None:
             if (to := offer()) is not None:
                 to(event)
 
-        self._leave = listen(deliver, *types)
+        leave = self._leave = listen(deliver, *types)
+
+        def leave_later(_: object) -> None:
+            with suppress(RuntimeError):  # the loop is closed
+                loop.call_soon_threadsafe(leave)
+
+        # Weak, so that a stream that its reader drops is freed: in any thread, in the middle of anything.
+        offer = WeakMethod(self.offer, leave_later)
         self._events: deque[E] = deque()
         self._buffer = buffer
         self._lost = 0
@@ -203,17 +210,11 @@ class EventStreams:
         """Open a stream of these event types; of all, if none are given. Raises ConfigError for other
         types."""
         check_integer("buffer", buffer, low=1)
-        stream: EventStream[E] = EventStream(buffer, types, self._listen)
-        finalize(stream, self._later, stream._leave).atexit = False
+        stream: EventStream[E] = EventStream(buffer, types, self._listen, self._loop)
         self._streams.add(stream)
         if self._ended:
             stream.end()
         return stream
-
-    def _later(self, leave: Callable[[], None]) -> None:
-        """Call ``leave`` on the loop: garbage is collected in any thread, in the middle of anything."""
-        with suppress(RuntimeError):  # the loop is closed
-            self._loop.call_soon_threadsafe(leave)
 
     def end(self) -> None:
         """End all streams; streams opened later end at once."""

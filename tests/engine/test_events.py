@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import gc
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -171,8 +172,27 @@ async def test_closed_dropped_and_cancelled_streams_are_gone() -> None:
     assert not listeners.of(AdapterPinned)
 
 
+async def test_a_stream_keeps_nothing_alive_that_keeps_it() -> None:
+    """As a listener does that belongs to what has the stream, beside the engine."""
+
+    class Owner:
+        def __init__(self) -> None:
+            self.listeners = Listeners()
+            self.events = EventStreams(self.listen).open((AdapterPinned,), 10)
+            self.listeners.add(self.handle, (FirstToken,))
+
+        def listen(self, listener: Callable[[Event], None], *types: type[Event]) -> Callable[[], None]:
+            return functools.partial(self.listeners.remove, self.listeners.add(listener, types))
+
+        def handle(self, event: Event) -> None: ...
+
+    owner = weakref.ref(Owner())
+    gc.collect()
+    assert owner() is None
+
+
 async def test_a_stream_of_equal_steps(tiny: Tiny, make_engine: MakeEngine) -> None:
-    """And who also names the single ones hears of each step once."""
+    """A listener that also names the single ones hears of each step once."""
     heard: list[Event] = []
     async with make_engine(tiny) as engine:
         steps, single = engine.events(StepsFinished), engine.events(StepFinished)
