@@ -223,11 +223,11 @@ class RequestOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     replay: bool = False
 
     def __post_init__(self) -> None:
-        if self.cache_pins != ():
+        if type(self.cache_pins) is not tuple or self.cache_pins:
             msgspec.structs.force_setattr(self, "cache_pins", _tuple("cache_pins", self.cache_pins))
             if len(self.cache_pins) > MAX_PINS or not all(isinstance(p, CachePin) for p in self.cache_pins):
                 raise RequestInvalid(f"cache_pins={self.cache_pins!r}: must be at most {MAX_PINS} CachePin")
-        if self.output != ():
+        if type(self.output) is not tuple or self.output:
             msgspec.structs.force_setattr(self, "output", _tuple("output", self.output))
             for token in self.output:
                 _check_int("output", token, low=0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
+import numpy
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -184,6 +185,7 @@ async def test_what_was_not_made_here_is_not_counted(tiny: Tiny, make_engine: Ma
         ([-1], {}, "output=-1"),
         (["a"], {}, "output='a'"),
         ("text", {}, "output='text': must be a list"),
+        (numpy.array([5, 6]), {}, "must be a list"),
         ([4, 9, 4], {"stop_token_ids": [9]}, "token 9 at 1 ends the output"),
         ([65, 66, 67], {"stop": ["bc"]}, "completes a stop string|ends it"),
     ],
