@@ -32,7 +32,7 @@ async def answered(url: str, data: bytes) -> list[int]:
 TWICE = [b"\r\n".join(pair) for pair in itertools.product([LENGTH, CHUNKED, b"content-length: 0"], repeat=2)]
 ODD_LENGTHS = [b"+5", b"-1", b"0x5", b"5,5", b"5 5", b"", b"5;", b"5.0", b"1e1", b"\xb2", b"%d" % 2**64]
 ODD_CODINGS = [b"identity", b"xchunked", b"chunkedx", b'"chunked"', b"chunked;q=1"]
-ODD_CODINGS += [b"gzip, chunked", b"gzip,chunked", b"gzip"]
+ODD_CODINGS += [b"gzip, chunked", b"gzip,chunked", b"gzip", b"chunked\t", b"chunked \t"]
 ODD_CODINGS += [b"deflate\r\ntransfer-encoding: chunked"]
 BAD_CODINGS = [b"chunked, identity", b"chunked\r\ntransfer-encoding: identity", b"chunked, chunked"]
 BAD_CODINGS += [b"\x0bchunked", b"", b"chunked,", b", chunked"]
