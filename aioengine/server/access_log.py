@@ -78,12 +78,10 @@ class RequestRecord(msgspec.Struct, kw_only=True, eq=False):
         self.reason = detail.message[:200]
 
     def left_out(self, requirements: Iterable[str]) -> None:
-        """Note what of the answer's schema is not enforced; of a long list, or a long first item, its
-        beginning."""
+        """Note what of the answer's schema is not enforced; of a long list its beginning."""
         text = ", ".join(requirements)
         if len(text) > _LONGEST_LIST:
-            whole = text[:_LONGEST_LIST].rpartition(", ")[0]
-            text = f"{whole}, ..." if whole else f"{text[:_LONGEST_LIST]}..."
+            text = f"{text[:_LONGEST_LIST].rpartition(', ')[0]}, ..."
         self.not_enforced = text or None
 
     def fields(self) -> dict[str, Any]:

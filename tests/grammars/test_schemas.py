@@ -296,6 +296,8 @@ def test_the_switches() -> None:
     unique = {"type": "array", "uniqueItems": True, "items": {"type": "string", "format": "binary"}}
     prepared = prepare_schema(unique, SchemaOptions())
     assert prepared.not_enforced == ("uniqueItems", "format 'binary'")
+    long = {"type": "string", "format": "\U000e0001" * 500}
+    assert len(prepare_schema(long, SchemaOptions()).not_enforced[0]) < 500, "fits into a header"
     assert takes(unique, '["a","a"]', SchemaOptions())
     overlapping = {"oneOf": [PAIR, {"type": "object", "properties": {"a": INTEGER}}]}
     assert prepare_schema(overlapping, SchemaOptions()).not_enforced == ("oneOf",)

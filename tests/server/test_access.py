@@ -18,7 +18,6 @@ from aioengine.cli.serve import ServerFlags
 from aioengine.errors import ConfigError
 from aioengine.events import RequestAdded
 from aioengine.server import ServerSettings, parse_keys
-from aioengine.server.access_log import RequestRecord
 
 KEYS = {"sk-one": "alice", "sk-two": "bob"}
 OK = {"model": MODEL, "prompt": "Hello", "max_tokens": 2}
@@ -293,19 +292,3 @@ async def test_connections_are_bounded(serve: Serve) -> None:
             await other.wait_closed()
         await until(lambda: True)
         assert (await served.http.get("/health")).status_code == 200
-
-
-@pytest.mark.parametrize(
-    ("requirements", "said"),
-    [
-        ([], None),
-        (["a"] * 3, "a, a, a"),
-        (["a" * 600], "a" * 500 + "..."),
-        (["a" * 600, "b"], "a" * 500 + "..."),
-        (["a", "b" * 600], "a, ..."),
-    ],
-)
-def test_of_what_is_not_enforced_the_beginning_is_kept(requirements: list[str], said: str | None) -> None:
-    record = RequestRecord(request_id="a", method="POST", path="/v1/completions")
-    record.left_out(requirements)
-    assert record.not_enforced == said
