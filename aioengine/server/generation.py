@@ -137,7 +137,7 @@ class Generation:
         options: Options of all choices.
         turn: Waits until a choice may begin; None if it may at once.
         constrain: Builds a constraint for one choice; None if the choices are unconstrained.
-        clock: Returns the seconds by which the deadline of ``options`` counts, from now on.
+        clock: Returns the time in seconds. The deadline of ``options`` counts from now on.
     """
 
     def __init__(
@@ -228,10 +228,10 @@ class Generation:
         return None if deadline is None else max(0.001, self._began + deadline - self._clock())
 
     def _options_now(self) -> RequestOptions:
-        """Return the options of a choice that begins now: its deadline counts from then, and the request's
-        from the start, with what was waited for."""
+        """Return the options of a choice that begins now. The engine counts a deadline from then on, so the
+        time that the choice has waited is taken off."""
         if self._turn is None and self._constrain is None:
-            return self._options  # nothing was
+            return self._options  # it has not waited
         return msgspec.structs.replace(self._options, deadline=self._time_left())
 
     async def outputs(self, index: int) -> AsyncGenerator[RequestOutput, None]:

@@ -41,7 +41,8 @@ def processors_of_threads(rank: int = 0, ranks: int = 1) -> list[int]:
 
 
 def permitted(processors: Sequence[int]) -> Sequence[int]:
-    """Return ``processors`` if the system lets threads stay on them, which is tried; else none, and warn."""
+    """Try whether the system lets threads stay on ``processors``. Return them if so; else warn, and return
+    none."""
     if not processors:
         return ()
     array, on = ((c_int32 * len(processors))(*found) for found in (processors, ()))

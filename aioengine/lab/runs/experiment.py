@@ -193,8 +193,7 @@ class Experiment(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         them.
         """
         if values.get("replicas") is None:
-            kept = values.keys() - {name for name, value in OF_A_FLEET.items() if values.get(name) == value}
-            values = {name: value for name, value in values.items() if name in kept}
+            values = {n: v for n, v in values.items() if n not in OF_A_FLEET or v != OF_A_FLEET[n]}
         workload = values.get("workload")
         if isinstance(workload, Mapping):
             refuse_unknown(WorkloadSpec, workload, f"{source}, workload")
