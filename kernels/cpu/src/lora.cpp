@@ -1,5 +1,4 @@
 // LoRA shrink and expand over segments of tokens that share an adapter, for several fused slices at once.
-//
 // LoRA: Hu et al., 2021, arXiv:2106.09685. Tokens grouped by adapter: Punica, Chen et al., 2023, arXiv:2310.18547.
 // A slot has A [rank, in] and B [out, rank] of every module that its adapter targets; a table says where. In int8 slots both
 // are whole numbers, which are exact in the type that is computed in; what A gives is multiplied by scales of its rows.
@@ -190,7 +189,8 @@ void shrink(const Shrink& s, const Segment* segments, long count, int threads) {
   constexpr bool INT8 = !std::is_same_v<E, elem>;
   struct Task {
     const Where* where;
-    long begin, end, slice, row, before; float weight;  // before: what all tasks before this one cost
+    long begin, end, slice, row, before;  // before: what all tasks before this one cost
+    float weight;
   };
   constexpr long TOKENS = 32;      // of a task, so that a long prompt is shared out too
   constexpr long TASKS_AHEAD = 3;  // between the rows in use and those that are fetched
