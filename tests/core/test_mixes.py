@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 import random
-from typing import Any
 
 import pytest
 from support.core_sim import LIMITS, CoreSim
+from support.mix_world import World
 
 from aioengine import events
 from aioengine.core.adapters.assembly import MIX_LIMIT_SECONDS, MIX_PATIENCE_SECONDS
@@ -113,41 +113,23 @@ def test_a_part_that_fails_fails_its_mixes_alone() -> None:
     sim = make("a", "b", "c")
     failed = [sim.add(sim.mix("a", "b")), sim.add("a"), sim.add(sim.mix("a"))]
     fine = sim.add(sim.mix("b", "c"))
-    errors = {}
-    for request in failed:
-        request.sink = Keep(errors, request.id)  # type: ignore[assignment]
     sim.schedule()
     sim.finish_load([entry.label for entry in sim.loads].index("a"), fail=True)
     assert [sim.ended[request.id] for request in failed] == ["error"] * 3
-    assert all(isinstance(error, AdapterLoadError) and error.name == "a" for error in errors.values())
+    assert all(isinstance(error, AdapterLoadError) and error.name == "a" for error in sim.errors.values())
     sim.run()
     assert sim.ended[fine.id] == "length"
-
-
-class Keep:
-    """Keeps the error that a request ends with."""
-
-    takes_many = False
-
-    def __init__(self, errors: dict[str, Exception | None], request_id: str) -> None:
-        self._errors, self._id = errors, request_id
-
-    def end(self, reason: str, error: Exception | None) -> None:
-        self._errors[self._id] = error
 
 
 def test_what_becomes_another_kind_of_adapter_fails() -> None:
     """The files of a part change while it is on disk, to what a step cannot add up."""
     sim = make("a", "b")
-    errors: dict[str, Exception | None] = {}
     lost = [sim.add(sim.mix("a", "b")), sim.add(sim.mix("a"))]
-    for request in lost:
-        request.sink = Keep(errors, request.id)  # type: ignore[assignment]
     kept = sim.add("a")
     sim.unsummable = {"a"}
     sim.run()
     assert sim.ended == {lost[0].id: "error", lost[1].id: "error", kept.id: "length"}
-    assert all(isinstance(error, AdapterChanged) for error in errors.values())
+    assert all(isinstance(error, AdapterChanged) for error in sim.errors.values())
     sim.settle()
     assert sorted(sim.core.residency.current) == ["a", "b"]
 
@@ -159,12 +141,10 @@ def test_content_that_is_refused_changes_nothing() -> None:
     entry = sim.core.residency.current["a"]
     sim.lose_device()
     sim.core.residency.expect("a", entry.digest)
-    errors: dict[str, Exception | None] = {}
     request = sim.add(sim.mix("a", "b"))
-    request.sink = Keep(errors, request.id)  # type: ignore[assignment]
     sim.unsummable, sim.contents = {"a"}, {"a": 1}
     sim.run()
-    assert "its files have changed since it was loaded" in str(errors[request.id])
+    assert "its files have changed since it was loaded" in str(sim.errors[request.id])
     sim.unsummable, sim.contents = set(), {}
     again = sim.add(sim.mix("a", "b"))
     assert entry.summable and again.adapter is request.adapter
@@ -177,13 +157,11 @@ def test_pinned_adapters_that_leave_too_few_slots() -> None:
     sim.core.residency.want(sim.core.residency.current["a"], sim.now, pin=True)
     for _ in range(3):
         sim.settle()
-    errors: dict[str, Exception | None] = {}
     lost, kept = sim.add(sim.mix("b", "c")), sim.add(sim.mix("a", "b"))
-    lost.sink = Keep(errors, lost.id)  # type: ignore[assignment]
     sim.run()
     assert sim.ended == {lost.id: "error", kept.id: "length"}
-    assert isinstance(errors[lost.id], EngineOverloaded)
-    assert "needs 2 slots at a time, and there are 1" in str(errors[lost.id])
+    assert isinstance(sim.errors[lost.id], EngineOverloaded)
+    assert "needs 2 slots at a time, and there are 1" in str(sim.errors[lost.id])
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -266,13 +244,12 @@ def test_sequences_do_not_keep_a_pinned_adapter_and_mixes_behind_it_out() -> Non
 def test_parts_that_can_never_be_in_slots_together() -> None:
     sim = make("a", "b", limits=LIMITS._replace(slot_memory=2048))
     sim.sizes = {"a": 1500, "b": 1000}
-    errors: dict[str, Exception | None] = {}
     request = sim.add(sim.mix("a", "b"))
-    request.sink = Keep(errors, request.id)  # type: ignore[assignment]
     alone = sim.add("a")
     sim.run()
     assert sim.ended == {request.id: "error", alone.id: "length"}
-    assert isinstance(errors[request.id], AdapterTooLarge) and "2,560 bytes" in str(errors[request.id])
+    error = sim.errors[request.id]
+    assert isinstance(error, AdapterTooLarge) and "2,560 bytes" in str(error)
 
 
 def test_equal_prefixes_are_shared_by_the_same_mix_only() -> None:
@@ -476,142 +453,3 @@ def test_everybody_s_turn_comes(name: str, shape: str) -> None:
         assert world.longest["mix"] <= 150, (seed, world.longest)
         assert bound.startswith("none") or world.longest["plain"] <= 200, (seed, world.longest)
         assert world.longest["pin"] <= 150, (seed, world.longest)
-
-
-class World:
-    """A core with clients that each have one request at a time."""
-
-    def __init__(self, policy: str, shape: str, rng: random.Random) -> None:
-        self.rng = rng
-        slots = rng.randint(1, 4)
-        limits = LIMITS._replace(
-            num_slots=slots,
-            cpu_capacity=slots + rng.randint(0, 3),
-            num_blocks=40,
-            max_num_seqs=rng.randint(1, 6),
-        )
-        if shape == "bytes":
-            limits = limits._replace(slot_memory=256 * rng.randint(5, 16))
-        elif shape == "shared":
-            limits = limits._replace(num_blocks=36, shared_block_bytes=256 * 4)
-        self.sim = sim = CoreSim(limits, load_policy(policy))
-        self.names = "abcdef"
-        for adapter in self.names:
-            sim.register(adapter)
-            sim.sizes[adapter] = rng.choice([200, 500, 900, 1200])
-        self.stays_hung = False
-        """Whether what hangs does so for ever."""
-        self.hung = set(rng.sample(self.names, rng.choice([0, 0, 1])))
-        self._since: dict[int, int] = {}
-        """Steps at which the reads under way began, by uid."""
-        self.pinned = rng.sample(self.names, rng.randint(0, max(0, slots - 1)))
-        self.outside: dict[str, int] = {}
-        """Steps for which pinned adapters have been in no slot."""
-        self.clients: list[dict[str, Any]] = []
-        tenants = rng.choice([[None], ["x"], [None, "x", "y"]])
-        crowd = rng.choice(["", "", "one mix in all slots", "mixes that hang"])
-        if crowd == "mixes that hang":
-            self.hung, self.stays_hung = {rng.choice(self.names)}, True
-            self.pinned = [name for name in self.pinned if name not in self.hung]
-        others = [name for name in self.names if name not in self.hung]
-        unpinned = [name for name in self.names if name not in self.pinned]
-        for index in range(rng.randint(3, 9) if not crowd else rng.randint(7, 10)):
-            kind = rng.choice(["plain", "plain", "any", "scale", "mix", "mix", "one mix"])
-            own = rng.sample(self.names, rng.randint(2, 4)) if "mix" in kind else rng.choice(self.names)
-            if crowd == "one mix in all slots":
-                kind, own = "one mix", unpinned[: max(slots, 2)]
-            elif crowd == "mixes that hang" and index < 5:
-                kind, own = "hung mix", [*self.hung, others[index]]
-            self.clients.append(
-                {
-                    "kind": kind,
-                    "own": own,
-                    "pause": rng.choice([0, 0, 3, 20]) if not crowd else 0,
-                    "tenant": rng.choice(tenants),
-                    "length": rng.choice([1, 4, 10]),
-                    "next": 0 if kind == "hung mix" else rng.randint(0, 30),
-                    "request": None,
-                    "at": 0,
-                }
-            )
-        self.steps = 0
-        self.longest = {"plain": 0, "mix": 0, "pin": 0}
-
-    def ask(self, client: dict[str, Any]) -> None:
-        kind, own, rng, sim = client["kind"], client["own"], self.rng, self.sim
-        if kind == "any":
-            wanted = rng.choice([None, *self.names])
-        elif kind == "plain":
-            wanted = own
-        elif kind == "scale":
-            wanted = sim.mix(own)
-        else:
-            own = rng.sample(self.names, rng.randint(2, 4)) if kind == "mix" else own
-            wanted = sim.mix(*own)
-        client["request"] = sim.add(wanted, max_tokens=client["length"], tenant=client["tenant"])
-        client["at"] = self.steps
-
-    def step(self, *, ask: bool = True) -> None:
-        sim, core = self.sim, self.sim.core
-        self.steps += 1
-        if self.steps == 30:  # in the middle of the memory
-            for name in self.pinned:
-                core.residency.want(core.residency.current[name], sim.now, pin=True)
-        if self.steps % 40 == 20 and self.pinned:
-            name = self.rng.choice(self.pinned)
-            core.residency.want(core.residency.declare(name, f"/adapters/{name}"), sim.now)
-        for name in self.pinned:
-            entry = core.residency.current[name]
-            waits = entry.pinned and entry.location is not Location.SLOT and entry.error is None
-            self.outside[name] = self.outside.get(name, 0) + 1 if waits else 0
-            self.longest["pin"] = max(self.longest["pin"], self.outside[name])
-        for client in self.clients:
-            request = client["request"]
-            if request is None:
-                if ask and self.steps >= client["next"]:
-                    self.ask(client)
-                continue
-            waited = self.steps - client["at"]
-            if request.admitted is None and request.status is not Status.ENDED:
-                kind = "mix" if "mix" in client["kind"] else "plain"
-                if not self.hangs(request):
-                    self.longest[kind] = max(self.longest[kind], waited)
-            elif request.status is Status.ENDED:
-                failed = sim.ended[request.id] == "error"
-                client["request"], client["next"] = None, self.steps + (20 if failed else client["pause"])
-        self.read()
-        while sim.copies:
-            sim.finish_copy()
-        sim.schedule()
-        core.check()
-        sim.now += 0.2
-        if sim.batch is not None:
-            sim.finish_step()
-            core.check()
-
-    def hangs(self, request: Request) -> bool:
-        """Whether it needs what hangs for ever."""
-        members = () if request.adapter is None else request.adapter.members
-        return self.stays_hung and any(member.label in self.hung for member in members)
-
-    def read(self) -> None:
-        """End the reads, except those that hang. These stall after five steps, and most fail after 25."""
-        sim = self.sim
-        for entry in list(sim.loads):
-            since = self._since.setdefault(entry.uid, self.steps)
-            if entry.label in self.hung:
-                if self.steps - since == 5:
-                    sim.core.adapter_load_stalled(entry)
-                if self.stays_hung or self.steps - since < 25:
-                    continue
-            del self._since[entry.uid]
-            sim.finish_load(sim.loads.index(entry), fail=entry.label in self.hung)
-            sim.core.check()
-
-    def finish(self) -> None:
-        for _ in range(400):
-            if all(self.hangs(request) for request in self.sim.core.requests.values()):
-                break
-            self.step(ask=False)
-        assert not self.sim.core.requests or self.hung
-        assert all(entry.running == 0 for entry in self.sim.core.residency.entries.values())

@@ -104,6 +104,8 @@ class CoreSim:
         self.intervals: tuple[events.TokenInterval, ...] = ()
         """Of the last step."""
         self.ended: dict[str, str] = {}
+        self.errors: dict[str, Exception] = {}
+        """The errors that requests ended with, by request."""
         self.count = 0
         self.sizes: dict[str, int] = {}
         """Bytes by name; 1000 if it is not here."""
@@ -284,6 +286,8 @@ class CoreSim:
             if isinstance(event, events.RequestEnded):
                 assert event.request_id not in self.ended, "a request ended twice"
                 self.ended[event.request_id] = event.reason
+                if event.error is not None:
+                    self.errors[event.request_id] = event.error
         self.events += self.core.outbox
         self.core.outbox.clear()
 
