@@ -40,8 +40,8 @@ import psutil
 from tokenizers import Tokenizer
 
 from aioengine import AsyncEngine, EngineConfig, LoRAConfig, SamplingParams
-from aioengine.lab.calibration.random_adapters import write_random_adapter
 from aioengine.model.files.resolve import read_spec, resolve_model
+from benchmarks.shared.engines import write_adapters
 
 START_SECONDS = 120
 SAMPLE_SECONDS = 0.1
@@ -91,10 +91,7 @@ def make_load(args: argparse.Namespace, folder: Path) -> Load:
         text = "".join(rng.choices(words, k=args.prompt_tokens))
         if len(tokenizer.encode(text).ids) == args.prompt_tokens:
             prompts.append(text)
-    adapters = {
-        f"random-{i}": write_random_adapter(folder / f"random-{i}", spec, args.rank, seed=i)
-        for i in range(args.adapters)
-    }
+    adapters = write_adapters(folder, spec, args.adapters, args.rank)
     return Load(
         args.model, args.rank, args.concurrency, args.prompt_tokens, args.output_tokens, adapters, prompts
     )

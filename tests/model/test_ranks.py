@@ -10,21 +10,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.fake_cuda import FakeCuda
+from support.sampler_rows import row, tokens
 
 from aioengine.model import sampler
-from aioengine.model.sampler import sample
 from aioengine.request import SamplingParams
-from aioengine.step import SequenceWork
 
 VOCAB = 20000
-
-
-def row(params: SamplingParams, seed: int) -> SequenceWork:
-    return SequenceWork("r", -1, [0], 0, [], True, params, seed, [0], 1)
-
-
-def tokens(logits: torch.Tensor, rows: Sequence[SequenceWork]) -> list[int]:
-    return [s.token for s in sample(logits, rows)]
 
 
 FILTERS = st.builds(
@@ -55,7 +46,7 @@ def test_tokens_are_those_of_a_gpu(
         logits = (logits / grain).round() * grain
     logits[torch.rand(logits.shape, generator=generator) < banned] = -math.inf
     logits[:, seed % VOCAB] = huge
-    rows = [row(each, seed + i) for i, each in enumerate(params)]
+    rows = [row(each, seed=seed + i) for i, each in enumerate(params)]
     with FakeCuda():
         expected = tokens(logits.to("cuda"), rows)
     assert tokens(logits, rows) == expected
@@ -66,7 +57,7 @@ def test_scores_that_have_become_infinite_give_the_same_token_too(top_p: float) 
     logits = torch.randn(2, VOCAB, generator=torch.Generator().manual_seed(3)) + 10
     penalty = SamplingParams(temperature=2.0, top_p=top_p, repetition_penalty=1e-40)
     no_end = SamplingParams(temperature=2.0, top_p=top_p, min_tokens=2, stop_token_ids=list(range(VOCAB)))
-    rows = [row(penalty, 1)._replace(history=[77]), row(no_end, 2)]
+    rows = [row(penalty, seed=1, history=[77]), row(no_end, seed=2)]
     with FakeCuda():
         expected = tokens(logits.to("cuda"), rows)
     assert tokens(logits, rows) == expected
@@ -85,7 +76,7 @@ def test_few_tokens_are_sorted(monkeypatch: pytest.MonkeyPatch, options: dict[st
     monkeypatch.setattr(torch.Tensor, "sort", sort)
     params = SamplingParams(temperature=2.0, **options)  # type: ignore[arg-type]
     logits = torch.randn(32, VOCAB, generator=torch.Generator().manual_seed(1))
-    drawn = tokens(logits, [row(params, seed) for seed in range(32)])
+    drawn = tokens(logits, [row(params, seed=seed) for seed in range(32)])
     assert len(set(drawn)) > 16, "flat"
     assert sum(sorts) < 32 * VOCAB / 4
 
@@ -96,7 +87,7 @@ def test_draws_on_an_edge_do_not_depend_on_batch_or_threads(monkeypatch: pytest.
     weights = (logits[0] - logits.max()).exp().double().sort(descending=True).values
     edges = (weights.cumsum(0) / weights.sum())[1000::9000].tolist()
     monkeypatch.setattr(sampler, "uniform", lambda seed, index: edges[seed])
-    rows = [row(SamplingParams(temperature=1.0), seed) for seed in range(len(edges))]
+    rows = [row(SamplingParams(temperature=1.0), seed=seed) for seed in range(len(edges))]
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(2)

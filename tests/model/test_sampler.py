@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.fake_cuda import FakeCuda
+from support.sampler_rows import row, tokens
 
 from aioengine.model import sampler
 from aioengine.model.penalties import Penalties
@@ -16,27 +17,6 @@ from aioengine.request import SamplingParams
 from aioengine.step import SequenceWork
 
 VOCABULARIES = (7, 100, 20000)  # below, around and beyond the sampler's block and candidate counts
-
-
-def row(
-    params: SamplingParams, *, seed: int = 0, history: Sequence[int] = (0,), prompt_len: int = 1
-) -> SequenceWork:
-    return SequenceWork(
-        request_id="r",
-        slot=-1,
-        tokens=[history[-1]],
-        start=len(history) - 1,
-        block_table=[],
-        sample=True,
-        params=params,
-        seed=seed,
-        history=history,
-        prompt_len=prompt_len,
-    )
-
-
-def tokens(logits: torch.Tensor, rows: Sequence[SequenceWork]) -> list[int]:
-    return [s.token for s in sample(logits, rows)]
 
 
 def ranked(scores: Sequence[float], params: SamplingParams) -> list[tuple[int, float]]:
