@@ -105,6 +105,24 @@ async def test_the_loop_goes_on_and_the_last_word_counts(router: Any, head: Head
     assert head.asked == ["b", "c"]
 
 
+async def test_serve_pauses_before_it_asks_again(router: Any) -> None:
+    """Serve's own loop would ask again at once, and for ever, while the replica that it got is of no use."""
+    pending: Any = SimpleNamespace(kwargs={"to": "a"}, routing_context=SimpleNamespace(should_backoff=False))
+    paused = []
+
+    async def pause(attempt: int) -> None:
+        paused.append(attempt)
+
+    router._backoff, router._replicas_list = pause, list(router._replicas.values())
+    router.num_routing_tasks_in_backoff = 0
+    router.num_routing_tasks_in_backoff_gauge = SimpleNamespace(set=lambda value: None)
+    chosen = router._choose_replicas_with_backoff(pending)
+    for _ in range(4):
+        assert [replica.replica_id.unique_id for replica in await anext(chosen)] == ["a"]
+    await chosen.aclose()
+    assert paused == [0, 1]
+
+
 async def test_what_is_known_is_taken_at_once(router: Any, head: Head) -> None:
     router._update_running_replicas([])
     assert known(router) == "" and not head.asked

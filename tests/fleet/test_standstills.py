@@ -14,37 +14,62 @@ from support.fleet_here import Stream, serve_names
 
 from aioengine import EngineConfig
 from aioengine.fleet.config import FleetConfig
-from aioengine.fleet.door.members import Members
-from aioengine.fleet.wire import Frame, Hello, encode_frame
+from aioengine.fleet.door.members import ARRIVE_SECONDS, Members
+from aioengine.fleet.wire import Frame, Hello, Status, Submit, decode_orders, encode_frame
 from aioengine.lab.simulation.clock import VirtualTimeLoop, run_in_virtual_time
+from aioengine.request import RequestOptions
 
 CONFIG = FleetConfig(engine=EngineConfig(model="tiny"), replicas=3)
+NEVER = 1e6
 HANDS_OVER = 0.01
 """Seconds from a frame's arrival, which Ray's threads see, to the door's task that reads it."""
 
 
 class Replicas:
-    """Serve's handle of replicas that report at intervals, each until a time."""
+    """Serve's handle of replicas that report at intervals, each until a time. Requests take ``on_the_way``
+    seconds to those that are ``far``."""
 
-    def __init__(self, until: dict[str, float]) -> None:
+    def __init__(self, until: dict[str, float], far: str = "", on_the_way: float = 0.0) -> None:
         self._until = until
+        self._far = far
+        self._on_the_way = on_the_way
+        self._received: dict[str, int] = {}
 
-    def options(self, **_: Any) -> Any:
-        return SimpleNamespace(remote=self._call)
+    def options(self, method_name: str, **_: Any) -> Any:
+        call = {"channel": self._channel, "submit": self._submit}.get(method_name, self._any)
+        return SimpleNamespace(remote=call)
 
-    def _call(self, *_: Any, to: str | None = None) -> Any:
-        return Stream(self._frames(to)) if to is not None else asyncio.sleep(0)
+    async def _any(self) -> None:
+        pass
+
+    def _channel(self, _door: str, to: str) -> Any:
+        return Stream(self._frames(to))
+
+    async def _submit(self, _door: str, orders: bytes, to: str) -> None:
+        await asyncio.sleep(self._on_the_way if to == self._far else 0.0)
+        self._received[to] += len(decode_orders(orders))
 
     async def _frames(self, replica: str) -> AsyncIterator[bytes]:
         loop = asyncio.get_running_loop()
-        hello = Hello(replica, 1, "node", "actor", 1, 1, 1, 1, "")
+        self._received[replica] = 0
+        hello: Hello | None = Hello(replica, 1, "node", "actor", 1, 1, 1, 1, "")
         sent = loop.time()
         while sent < self._until[replica]:
             await asyncio.sleep(sent - loop.time())  # what was sent while the door stood still is there
             await asyncio.sleep(HANDS_OVER)
-            yield encode_frame(Frame(hello=hello))
+            yield encode_frame(Frame(hello=hello, status=_status(sent, self._received[replica])))
+            hello = None
             sent += CONFIG.heartbeat_seconds
         await asyncio.Event().wait()
+
+
+def _status(sent_at: float, received: int) -> Status:
+    nothing = (0, 0, 0, 0, 0, 1, [], None, None, None, None)
+    return Status(sent_at, received, *nothing, step_age=0.0, draining=False, state="running")
+
+
+def _submit(key: int) -> Submit:
+    return Submit(key, f"request-{key}", [1], {}, RequestOptions())
 
 
 @settings(max_examples=30)
@@ -72,6 +97,43 @@ def test_a_door_that_was_stopped_loses_only_who_is_silent(
         await asyncio.sleep(max(0.0, (silent or 0.0) - loop.time()) + CONFIG.silent_seconds + 0.6)
         assert members.members.keys() == replicas.keys() - lost
         assert members.losses.total() == len(lost)
+        await members.stop(SystemError("the end"))  # type: ignore[arg-type]
+
+    with pytest.MonkeyPatch.context() as patch:
+        serve_names({"r0", "r1", "r2"}, patch)
+        run_in_virtual_time(main())
+
+
+@settings(max_examples=30)
+@given(
+    on_the_way=st.floats(0.0, ARRIVE_SECONDS - 1) | st.just(NEVER),
+    between=st.lists(st.floats(0.0, 3.0), min_size=1, max_size=6),
+    stop=st.floats(0.0, 20.0),
+)
+@example(on_the_way=NEVER, between=[0.0], stop=0.0)
+def test_a_replica_that_reports_and_gets_no_requests_is_lost(
+    on_the_way: float, between: list[float], stop: float
+) -> None:
+    """One batch of orders is on its way at a time; the door itself stands still for a while as well."""
+
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        assert isinstance(loop, VirtualTimeLoop)
+        members = Members(CONFIG, Replicas({"r0": 1e9, "r1": 1e9, "r2": 1e9}, "r1", on_the_way), door="door")
+        members.start()
+        await members.complete(10.0)
+        for number, seconds in enumerate(between):
+            await asyncio.sleep(seconds)
+            for replica in sorted(members.members):
+                channel = members.channel(replica)
+                assert channel is not None
+                if replica != "r1" or number == 0:
+                    channel.send(_submit(number))
+        loop.go_to(loop.time() + stop)  # as SIGSTOP, and then SIGCONT
+        await asyncio.sleep(ARRIVE_SECONDS + CONFIG.silent_seconds + 0.6)
+        assert members.losses.total() == (on_the_way == NEVER)
+        await asyncio.sleep(1.1)
+        assert members.members.keys() == {"r0", "r1", "r2"}  # it is tried again
         await members.stop(SystemError("the end"))  # type: ignore[arg-type]
 
     with pytest.MonkeyPatch.context() as patch:

@@ -5,12 +5,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
 from aioengine.fleet.door.call import Call
-from aioengine.fleet.wire import Frame, Order, decode_frame, encode_orders
+from aioengine.fleet.wire import Frame, Order, Submit, decode_frame, encode_orders
 
 logger = logging.getLogger("aioengine.fleet")
 
@@ -35,6 +36,9 @@ class Channel:
         self.calls: dict[int, Call] = {}
         """Calls that run on the replica, by key."""
         self.heard = asyncio.get_running_loop().time()
+        self._on_the_way: deque[float] = deque()
+        """When the requests were sent of which the replica has not yet said that they have arrived."""
+        self._arrived = 0
         self.leaving = False
         """Whether Serve has removed the replica. Then it gets no new calls, and is closed when its calls have
         ended."""
@@ -54,8 +58,25 @@ class Channel:
 
     def send(self, order: Order) -> None:
         """Send an order with the next batch; orders keep their sequence."""
+        if isinstance(order, Submit):
+            self._on_the_way.append(asyncio.get_running_loop().time())
         self._orders.append(order)
         self._wake.set()
+
+    def arrived(self, received: int) -> None:
+        """Note how many of this door's requests have arrived at the replica so far, as it reports."""
+        while self._arrived < received and self._on_the_way:
+            self._on_the_way.popleft()
+            self._arrived += 1
+
+    def sent_before(self, time: float) -> bool:
+        """Return whether a request was sent at ``time`` or earlier, and has not arrived."""
+        return bool(self._on_the_way) and self._on_the_way[0] <= time
+
+    def postpone(self, seconds: float) -> None:
+        """Note that this process stood still for so long: what came meanwhile is only read now."""
+        self.heard = min(self.heard + seconds, asyncio.get_running_loop().time())
+        self._on_the_way = deque(sent + seconds for sent in self._on_the_way)
 
     def close(self) -> None:
         """Stop listening. The replica then aborts this door's requests."""

@@ -25,6 +25,9 @@ logger = logging.getLogger("aioengine.fleet")
 
 WATCH_SECONDS = 0.25
 """Shortest time between two looks for replicas that do not report."""
+ARRIVE_SECONDS = 10.0
+"""How long a request may be on its way to a replica. Reports and requests go by different calls, so one that
+reports may get nothing any more."""
 
 
 class Member:
@@ -37,6 +40,8 @@ class Member:
         self.residency = Residency([], [])
         self.ready = True
         """Whether the replica knows the fleet's adapters."""
+        self.settled = False
+        """Whether it has reported since; from then on it gets requests, unless it is drained."""
 
     @property
     def leaves(self) -> bool:
@@ -93,19 +98,22 @@ class Members:
         self.spawn(self._watch())
 
     async def complete(self, within: float | None) -> None:
-        """Wait until all configured replicas have said hello or, where their number changes, until one has.
+        """Wait until all configured replicas may get requests or, where their number changes, until one may.
         Raises EngineStopped if that takes longer than ``within`` seconds."""
         wanted = self.config.replicas if self.config.autoscale is None else 1
         try:
             async with asyncio.timeout(within):
                 # The first call makes Serve's router, which then reports the ids of the replicas.
                 await self.handle.options(method_name="describe").remote()
-                while len(self.members) < wanted:
+                while self._settled() < wanted:
                     await self.change()
         except TimeoutError:
             raise EngineStopped(
-                f"{len(self.members)} of {wanted} replicas have reported within {within:g} s"
+                f"{self._settled()} of {wanted} replicas have reported within {within:g} s"
             ) from None
+
+    def _settled(self) -> int:
+        return sum(member.settled for member in self.members.values())
 
     async def stop(self, error: AioEngineError) -> None:
         self._unwatch()
@@ -207,6 +215,7 @@ class Members:
 
     def _report(self, member: Member, status: Status, residency: Residency | None) -> None:
         member.status = status
+        member.channel.arrived(status.received)
         tiers = None
         if residency is not None:
             member.residency = residency
@@ -239,7 +248,8 @@ class Members:
                 tiers,
             ),
         )
-        if self.state.view.replicas[replica].accepting and not was:
+        first, member.settled = not member.settled and member.ready, member.settled or member.ready
+        if first or (self.state.view.replicas[replica].accepting and not was):
             self._tell_change()
 
     # Losses
@@ -289,11 +299,13 @@ class Members:
         while True:
             heard = min((channel.heard for channel in self._channels.values()), default=loop.time())
             await self._sleep(max(heard + silent - WATCH_SECONDS - loop.time(), WATCH_SECONDS))
-            if self._unheard(silent - WATCH_SECONDS):
+            if self._unheard(silent - WATCH_SECONDS) or self._unreached(ARRIVE_SECONDS - WATCH_SECONDS):
                 await self._sleep(WATCH_SECONDS)
             self.state.check()
             for channel in self._unheard(self.config.silent_seconds):
                 self._lose(channel, "silent", f"no report for {loop.time() - channel.heard:.1f} s")
+            for channel in self._unreached(ARRIVE_SECONDS):
+                self._lose(channel, "lost", f"requests of {ARRIVE_SECONDS:g} s ago have not arrived")
 
     async def _sleep(self, seconds: float) -> None:
         """Sleep. If that takes much longer, this process was stopped, and ages of reports mean nothing."""
@@ -303,12 +315,17 @@ class Members:
         now = loop.time()
         if now - due > 1.0:
             for channel in self._channels.values():
-                channel.heard = min(channel.heard + now - due, now)
+                channel.postpone(now - due)
 
     def _unheard(self, seconds: float) -> list[Channel]:
         """Return the channels of members that have said nothing for so long."""
         since = asyncio.get_running_loop().time() - seconds
         return [c for c in self._channels.values() if c.replica in self.members and c.heard <= since]
+
+    def _unreached(self, seconds: float) -> list[Channel]:
+        """Return the channels of members to which requests have been on their way for so long."""
+        since = asyncio.get_running_loop().time() - seconds
+        return [c for c in self._channels.values() if c.replica in self.members and c.sent_before(since)]
 
     def close_if_left(self, channel: Channel) -> None:
         """Close the channel of a removed replica, because Serve waits for that before it ends the replica."""

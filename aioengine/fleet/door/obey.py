@@ -94,6 +94,10 @@ class ObeyingRouter(RequestRouter):  # type: ignore[misc] # Ray has no types for
     async def choose_replicas(
         self, candidate_replicas: list[Any], pending_request: Any = None
     ) -> list[list[Any]]:
-        to = None if pending_request is None else pending_request.kwargs.get("to")
+        to = None
+        if pending_request is not None:
+            to = pending_request.kwargs.get("to")
+            # Serve asks again at once, and for ever, if nobody has told it that there are no better choices.
+            pending_request.routing_context.should_backoff = True
         named = [replica for replica in candidate_replicas if replica.replica_id.unique_id == to]
         return [named or list(candidate_replicas)]
