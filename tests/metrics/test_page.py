@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import re
 import shutil
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any
 
 import msgspec
 import pytest
+import pytest_asyncio
 from support.engine_fixtures import MakeEngine, Tiny, greedy, make_engine, prompt_of, tiny, tiny_of  # noqa: F401
 from support.page_engine import Told
 
@@ -22,9 +23,10 @@ server = pytest.importorskip(
     "aioengine.metrics.page.server", reason="uvicorn is not installed", exc_type=ImportError
 )
 CHROMIUM = shutil.which("chromium")
-pytestmark = pytest.mark.skipif(
-    CHROMIUM is None, reason="chromium is not installed (Debian package chromium)"
-)
+pytestmark = [
+    pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed (Debian package chromium)"),
+    pytest.mark.asyncio(loop_scope="module"),
+]
 
 FLAGS = [
     *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"),
@@ -34,29 +36,41 @@ LIMIT = 20_000
 """Milliseconds that any one condition may take to become true."""
 
 
-@asynccontextmanager
-async def browser_page(url: str, expected: tuple[str, ...] = (), **context: Any) -> AsyncIterator[Any]:
-    """The page, opened; at the end nothing unexpected may be on its console as an error."""
-    errors: list[str] = []
+BrowserPage = Callable[..., AbstractAsyncContextManager[Any]]
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def browser() -> AsyncIterator[Any]:
     async with api.async_playwright() as playwright:
         browser = await playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        try:
-            page = await browser.new_page(viewport={"width": 1280, "height": 800}, **context)
+        yield browser
+        await browser.close()
+
+
+@pytest.fixture
+def browser_page(browser: Any) -> BrowserPage:
+    """``browser_page(url, expected=(), **context)``: the page, opened, with nothing that another one has
+    stored; at the end nothing unexpected may be on its console as an error."""
+
+    @asynccontextmanager
+    async def opened(url: str, expected: tuple[str, ...] = (), **context: Any) -> AsyncIterator[Any]:
+        errors: list[str] = []
+        async with await browser.new_page(viewport={"width": 1280, "height": 800}, **context) as page:
             page.set_default_timeout(LIMIT)
             page.on("console", lambda said: said.type in ("error", "warning") and errors.append(said.text))
             page.on("pageerror", lambda error: errors.append(str(error)))
             await page.goto(url)
             yield page
-        finally:
-            await browser.close()
-    assert [error for error in errors if not any(code in error for code in expected)] == []
+        assert [error for error in errors if not any(code in error for code in expected)] == []
+
+    return opened
 
 
 def shows(page: Any, selector: str, text: str) -> Any:
     return api.expect(page.locator(selector).first).to_contain_text(text, timeout=LIMIT)
 
 
-@pytest.fixture
+@pytest_asyncio.fixture(loop_scope="module")
 async def engine(make_engine: MakeEngine, tiny: Tiny) -> AsyncIterator[AsyncEngine]:  # noqa: F811
     async with make_engine(tiny) as engine:
         for name in ("rank-3", "rank-4", "qv-only"):
@@ -87,7 +101,7 @@ async def drawn(page: Any, adapters: list[str]) -> None:
             pass
 
 
-async def test_page_shows_a_swap_that_happens(engine: AsyncEngine) -> None:
+async def test_page_shows_a_swap_that_happens(engine: AsyncEngine, browser_page: BrowserPage) -> None:
     async with serve_page(engine, port=0) as url, browser_page(url) as page:
         await shows(page, "#connection", "Live")
         await shows(page, "#swaps", "None since")
@@ -113,7 +127,7 @@ async def test_page_shows_a_swap_that_happens(engine: AsyncEngine) -> None:
         assert not await page.evaluate(DRAWN, ["all-linear"])  # which was never in a slot
 
 
-async def test_a_strip_for_each_replica(engine: AsyncEngine) -> None:
+async def test_a_strip_for_each_replica(engine: AsyncEngine, browser_page: BrowserPage) -> None:
     told = Told(engine)
 
     def change(stats: EngineStats) -> EngineStats:
@@ -147,7 +161,11 @@ SHARED = {
 }
 
 
-async def test_the_memory_of_the_slots_is_drawn_to_scale(make_engine: MakeEngine, tiny: Tiny) -> None:  # noqa: F811
+async def test_the_memory_of_the_slots_is_drawn_to_scale(
+    make_engine: MakeEngine,  # noqa: F811
+    tiny: Tiny,  # noqa: F811
+    browser_page: BrowserPage,
+) -> None:
     async with (
         make_engine(tiny, **SHARED) as engine,
         serve_page(engine, port=0) as url,
@@ -174,14 +192,14 @@ async def test_the_memory_of_the_slots_is_drawn_to_scale(make_engine: MakeEngine
         assert said == await page.locator("#arena-sub").text_content()
 
 
-async def test_slots_of_one_size_have_no_strip(engine: AsyncEngine) -> None:
+async def test_slots_of_one_size_have_no_strip(engine: AsyncEngine, browser_page: BrowserPage) -> None:
     async with serve_page(engine, port=0) as url, browser_page(url) as page:
         await engine.complete(prompt_of(1, 6), greedy(4), adapter="rank-3")
         await shows(page, "#slot-names", "rank-3")
         await api.expect(page.locator("#memory")).to_be_hidden()
 
 
-async def test_loading_draining_and_queues(engine: AsyncEngine) -> None:
+async def test_loading_draining_and_queues(engine: AsyncEngine, browser_page: BrowserPage) -> None:
     told = Told(engine)
     async with serve_page(told, port=0) as url, browser_page(url) as page:  # type: ignore[arg-type]
         await shows(page, "#connection", "Live")
@@ -220,7 +238,7 @@ async def test_loading_draining_and_queues(engine: AsyncEngine) -> None:
         await shows(page, "#tip", "old version 7: draining")
 
 
-async def test_a_thousand_adapters(engine: AsyncEngine, tiny: Tiny) -> None:  # noqa: F811
+async def test_a_thousand_adapters(engine: AsyncEngine, tiny: Tiny, browser_page: BrowserPage) -> None:  # noqa: F811
     for index in range(997):
         engine.register_adapter(f"tenant-{index:04}", tiny.adapters["rank-3"])
     async with serve_page(engine, port=0) as url, browser_page(url) as page:
@@ -255,7 +273,7 @@ async def test_a_thousand_adapters(engine: AsyncEngine, tiny: Tiny) -> None:  # 
         await api.expect(rows).to_contain_text("tenant-0500")
 
 
-async def test_keyboard_reaches_the_filter(engine: AsyncEngine) -> None:
+async def test_keyboard_reaches_the_filter(engine: AsyncEngine, browser_page: BrowserPage) -> None:
     async with serve_page(engine, port=0) as url, browser_page(url) as page:
         await shows(page, "#count", "3")
         await page.keyboard.press("/")
@@ -269,7 +287,7 @@ async def test_keyboard_reaches_the_filter(engine: AsyncEngine) -> None:
         await api.expect(page.locator('th[data-sort="name"]')).to_have_attribute("aria-sort", "ascending")
 
 
-async def test_names_are_text_whatever_they_contain(engine: AsyncEngine) -> None:
+async def test_names_are_text_whatever_they_contain(engine: AsyncEngine, browser_page: BrowserPage) -> None:
     name = "<img src=x onerror=\"document.title='broken in'\">&amp;</script>"
     told = Told(engine)
 
@@ -284,11 +302,13 @@ async def test_names_are_text_whatever_they_contain(engine: AsyncEngine) -> None
         assert await page.locator("img").count() == 0 and await page.title() == "aioengine"
 
 
-async def test_lost_connection_is_plain_and_mends_itself(engine: AsyncEngine) -> None:
+async def test_lost_connection_is_plain_and_mends_itself(
+    engine: AsyncEngine, browser_page: BrowserPage
+) -> None:
     async with serve_page(engine, port=0) as url:
         port = int(url.rsplit(":", 1)[1].strip("/"))
-        browser = browser_page(url, ("ERR_CONNECTION_REFUSED", "ERR_INCOMPLETE_CHUNKED_ENCODING"))
-        page = await browser.__aenter__()
+        opened = browser_page(url, ("ERR_CONNECTION_REFUSED", "ERR_INCOMPLETE_CHUNKED_ENCODING"))
+        page = await opened.__aenter__()
         await shows(page, "#connection", "Live")
     try:
         await shows(page, "#connection", "Connection lost")
@@ -299,10 +319,10 @@ async def test_lost_connection_is_plain_and_mends_itself(engine: AsyncEngine) ->
             await shows(page, "#slot-names", "rank-3")
             assert await page.title() == "aioengine"
     finally:
-        await browser.__aexit__(None, None, None)
+        await opened.__aexit__(None, None, None)
 
 
-async def test_under_a_mount_path(engine: AsyncEngine) -> None:
+async def test_under_a_mount_path(engine: AsyncEngine, browser_page: BrowserPage) -> None:
     app = metrics_app(engine)
 
     async def outer(scope: Any, receive: Any, send: Any) -> None:
@@ -339,7 +359,9 @@ CONTRAST = """() => {
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
-async def test_text_is_readable_in_both_themes(engine: AsyncEngine, theme: str) -> None:
+async def test_text_is_readable_in_both_themes(
+    engine: AsyncEngine, theme: str, browser_page: BrowserPage
+) -> None:
     context = {"color_scheme": theme, "reduced_motion": "reduce"}
     async with serve_page(engine, port=0) as url, browser_page(url, **context) as page:
         for name in ("rank-3", "rank-4", "qv-only"):
@@ -350,7 +372,7 @@ async def test_text_is_readable_in_both_themes(engine: AsyncEngine, theme: str) 
         assert await page.evaluate(CONTRAST) == []
 
 
-async def test_closing_the_page_frees_the_engine(engine: AsyncEngine) -> None:
+async def test_closing_the_page_frees_the_engine(engine: AsyncEngine, browser_page: BrowserPage) -> None:
     app = metrics_app(engine)
     async with server.serve(app, "127.0.0.1", 0, before_shutdown=app.close) as url:
         async with browser_page(url) as page:
