@@ -172,6 +172,7 @@ class Digits:
         return None if is_late else self._mask
 
 
+@pytest.mark.usefixtures("preloaded_workers")
 @pytest.mark.parametrize("executor", ["thread", "process"])
 async def test_late_masks_change_no_token(executor: str, tiny_text: Tiny, make_engine: MakeEngine) -> None:
     """... neither the request's own nor others', across blocks, chunks of prompts and preemptions."""

@@ -278,6 +278,7 @@ async def test_biases_are_added_up(kinds: Tiny, make_engine: MakeEngine) -> None
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX")
+@pytest.mark.usefixtures("preloaded_workers")
 @pytest.mark.parametrize("fully", [False, True], ids=["half sharded", "fully sharded"])
 async def test_mixes_on_two_ranks(
     kinds: Tiny, make_engine: MakeEngine, nothing_left: NothingLeft, fully: bool

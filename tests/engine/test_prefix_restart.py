@@ -18,7 +18,10 @@ from support.waiting import until
 from aioengine.events import EngineRestarted, Event
 from aioengine.runtime.prefixes.files import PrefixFiles
 
-pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX")
+pytestmark = [
+    pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX"),
+    pytest.mark.usefixtures("preloaded_workers"),
+]
 PROCESS = {"executor": "process", "restart": "on-failure"}
 
 

@@ -71,6 +71,7 @@ async def load_errors(engine: AsyncEngine, tiny: Tiny, folder: Path) -> list[Bas
     return found
 
 
+@pytest.mark.usefixtures("preloaded_workers")
 async def test_tokens_and_errors_are_those_of_the_thread_executor(
     tiny: Tiny, make_engine: MakeEngine, nothing_left: NothingLeft, tmp_path: Path
 ) -> None:
@@ -101,6 +102,7 @@ async def test_tokens_and_errors_are_those_of_the_thread_executor(
     await nothing_left.check()
 
 
+@pytest.mark.usefixtures("preloaded_workers")
 async def test_requests_that_are_preempted_or_abandoned(
     tiny: Tiny, make_engine: MakeEngine, nothing_left: NothingLeft
 ) -> None:
@@ -120,6 +122,7 @@ async def test_requests_that_are_preempted_or_abandoned(
     await nothing_left.check()
 
 
+@pytest.mark.usefixtures("preloaded_workers")
 async def test_a_worker_that_is_killed_fails_all_at_once_and_leaves_nothing(
     tiny: Tiny, make_engine: MakeEngine, nothing_left: NothingLeft
 ) -> None:
@@ -214,6 +217,7 @@ async def test_stopped_or_cancelled_while_it_starts(
     await nothing_left.check()
 
 
+@pytest.mark.usefixtures("preloaded_workers")
 async def test_a_start_that_fails_says_what_it_would_in_this_process(
     tiny: Tiny, make_engine: MakeEngine, nothing_left: NothingLeft, tmp_path: Path
 ) -> None:

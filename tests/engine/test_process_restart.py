@@ -20,7 +20,10 @@ from aioengine.events import EngineRestarted, RequestEnded
 from aioengine.executors.process import device
 from aioengine.executors.process.restarts import RestartLimit
 
-pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX")
+pytestmark = [
+    pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX"),
+    pytest.mark.usefixtures("preloaded_workers"),
+]
 
 RESTARTS = "aioengine_executor_restarts_total"
 

@@ -36,6 +36,8 @@ MODULES = (
 )
 """What is imported beforehand. None of them starts a thread, which a fork would not have."""
 CONTEXT.set_forkserver_preload([*MODULES])
+_started: dict[int, tuple[str, Any]] = {}
+"""Module and process of each program, by its process id."""
 
 
 def processor_seconds() -> float:
@@ -107,7 +109,15 @@ def start(
     streams = {2: Inherited(errors)} if output is None else {1: Inherited(output), 2: Inherited(errors)}
     process = CONTEXT.Process(target=_run, args=(module, arguments, dict(environment), streams), daemon=True)
     process.start()
+    _started[process.pid] = module, process
     return Program(process)
+
+
+def module_of(pid: int) -> str | None:
+    """Return the module of a program that runs, which its command line does not say; None if it is no such
+    program."""
+    module, process = _started.get(pid, (None, None))
+    return None if process is None or process.exitcode is not None else module
 
 
 def _run(

@@ -24,7 +24,8 @@ def worker_pids(of: int | None = None) -> list[int]:
     found = []
     for child in psutil.Process(of).children(recursive=True):
         try:
-            if WORKERS.intersection(child.cmdline()) and child.status() != psutil.STATUS_ZOMBIE:
+            words = [*child.cmdline(), preloaded.module_of(child.pid)]
+            if WORKERS.intersection(words) and child.status() != psutil.STATUS_ZOMBIE:
                 found.append(child.pid)
         except psutil.NoSuchProcess:
             continue
@@ -90,6 +91,6 @@ def preloaded_workers(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def faulty(monkeypatch: pytest.MonkeyPatch) -> None:
+def faulty(preloaded_workers: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Workers run :mod:`support.faulty_worker`."""
     monkeypatch.setattr(spawn, "WORKER_MODULE", "support.faulty_worker")
