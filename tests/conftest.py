@@ -20,6 +20,7 @@ import pytest
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # the servers and workers that tests start share the cores as well
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # where a test has two threads, they wait asleep
 
 import torch
 from hypothesis import settings
