@@ -8,7 +8,7 @@ import json
 import os
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from datetime import timedelta
 from functools import partial
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 KEY_VARIABLE = "AIOENGINE_KEY"
 SHOWN_REQUESTS = 15
+NARROW = 100
+"""Columns; on a smaller screen ids are cut, and the routes are left out."""
 OTHER_LINES = 12
 """Lines of the screen that neither slots nor requests have: numbers, heads of tables, and gaps."""
 _COUNTED = (("requests/s", "requests_finished"), ("tokens/s", "output_tokens"), ("loads/s", "slot_loads"))
@@ -53,7 +55,7 @@ def top(
     key = key or os.environ.get(KEY_VARIABLE)
     console = output_console()
     if once:
-        console.print(frame(look(url, key), None))
+        console.print(frame(look(url, key), None, console.width))
         return 0
     run(_watch(console, partial(look, url, key), every))
     return 0
@@ -73,7 +75,7 @@ async def _watch(console: Console, see: Callable[[], dict[str, Any]], every: flo
     screen = Live(console=console, screen=True, auto_refresh=False) if console.is_terminal else None
     with screen or nullcontext():
         while True:
-            shown = frame(now, before, console.height if screen else None)
+            shown = frame(now, before, console.width, console.height if screen else None)
             if error is not None:
                 shown = Group(Text(f"{error}; this is {clock() - seen:.0f} s old:", style="bold red"), shown)
             if screen is None:
@@ -122,10 +124,10 @@ def _reason(error: urllib.error.HTTPError) -> str:
         return str(error)
 
 
-def frame(now: dict[str, Any], before: dict[str, Any] | None, height: int | None = None) -> Group:
+def frame(now: dict[str, Any], before: dict[str, Any] | None, width: int, height: int | None = None) -> Group:
     """Draw the server's state; rates are counted from ``before``, the previous answer.
 
-    ``height`` is that of the screen, in lines; None: there is no screen.
+    ``width`` is in columns, ``height`` in lines; without a height there is no screen.
     """
     from rich.console import Group
     from rich.text import Text
@@ -147,7 +149,7 @@ def frame(now: dict[str, Any], before: dict[str, Any] | None, height: int | None
         room = max(2, height - OTHER_LINES)
         most_slots = min(len(slots), max(room // 2, room - len(requests)))
         most_requests = room - most_slots
-    tables = [_slots(slots, most_slots), Text(), _requests(requests, most_requests)]
+    tables = [_slots(slots, most_slots, width), Text(), _requests(requests, most_requests, width)]
     return Group(*map(Text, lines), Text(), *tables)
 
 
@@ -160,39 +162,59 @@ def _rates(now: dict[str, Any], before: dict[str, Any] | None) -> str:
     return "   ".join(f"{rate:.1f} {name}" for name, rate in rates)
 
 
-def _slots(slots: list[dict[str, Any]], most: int) -> Any:
+def _slots(slots: list[dict[str, Any]], most: int, width: int) -> Any:
     """Return a table of the slots; if there are more than ``most``, of those in which most requests run."""
-    table = _table("slot", "state", "adapter", "running", "pinned")
     shown = slots
     if len(slots) > most:
         busiest = sorted(slots, key=lambda slot: (slot["running"], slot["adapter"] is not None), reverse=True)
         shown = busiest[:most]
-    for slot in shown:
-        adapter = "" if slot["adapter"] is None else f"{slot['adapter']} (v{slot['version']})"
-        pinned = "pinned" if slot["pinned"] else ""
-        table.add_row(str(slot["index"]), slot["state"].lower(), adapter, str(slot["running"]), pinned)
-    return _and_more(table, len(slots) - len(shown))
+    rows = [
+        {
+            "slot": str(slot["index"]),
+            "state": slot["state"].lower(),
+            "adapter": "" if slot["adapter"] is None else f"{slot['adapter']} (v{slot['version']})",
+            "running": str(slot["running"]),
+            "pinned": "pinned" if slot["pinned"] else "",
+        }
+        for slot in shown
+    ]
+    return _table(("slot", "state", "adapter", "running", "pinned"), rows, len(slots) - len(shown), width)
 
 
-def _requests(requests: list[dict[str, Any]], most: int) -> Any:
-    table = _table("seconds", "request", "route", "tenant", "adapter", "prompt", "output")
+def _requests(requests: list[dict[str, Any]], most: int, width: int) -> Any:
+    columns = ["seconds", "request", "route", "tenant", "adapter", "prompt", "output"]
+    if width < NARROW:
+        columns.remove("route")
+    rows = []
     for one in requests[:most]:
-        names = [one.get(name) for name in ("request_id", "route", "tenant", "adapter")]
-        tokens = [one.get("prompt_tokens"), one.get("output_tokens", 0)]
-        table.add_row(f"{one['seconds']:.1f}", *("" if v is None else str(v) for v in (*names, *tokens)))
-    return _and_more(table, len(requests) - most)
+        row = {name: "" if one.get(name) is None else str(one[name]) for name in columns}
+        request = str(one.get("request_id"))
+        row |= {"seconds": f"{one['seconds']:.1f}", "output": str(one.get("output_tokens", 0))}
+        row |= {"request": request[:8] if width < NARROW else request}
+        row |= {"prompt": str(one.get("prompt_tokens", ""))}
+        rows.append(row)
+    return _table(columns, rows, len(requests) - len(rows), width)
 
 
-def _and_more(table: Any, number: int) -> Any:
-    if number > 0:
-        table.add_row("", f"and {number} more")
-    return table
-
-
-def _table(*columns: str) -> Any:
+def _table(columns: Sequence[str], rows: list[dict[str, str]], more: int, width: int) -> Any:
+    """Return a table of ``rows``, with a last line for the number of ``more``. What clients and tenants name
+    is cut where the screen is narrow, so that the numbers are seen."""
     from rich.table import Table
 
-    table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
+    gap = 1 if width < NARROW else 3
+    table = Table(box=None, pad_edge=False, padding=(0, gap, 0, 0))
     for column in columns:
         table.add_column(column, overflow="ellipsis", no_wrap=True)
+    given = [column for column in columns if column in ("tenant", "adapter")]
+    others = [max(len(name), *(len(row[name]) for row in rows), 0) for name in columns if name not in given]
+    room = max(7, (width - sum(others) - gap * len(columns)) // len(given))
+    for row in rows:
+        cells = (row[name] if name not in given else _cut(row[name], room) for name in columns)
+        table.add_row(*cells)
+    if more > 0:
+        table.add_row(*("" for _ in columns[: columns.index(given[0])]), _cut(f"and {more} more", room))
     return table
+
+
+def _cut(text: str, most: int) -> str:
+    return text if len(text) <= most else f"{text[: most - 1]}…"

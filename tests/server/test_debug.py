@@ -43,7 +43,7 @@ async def test_open_requests_adapters_and_stacks(serve: Serve) -> None:
         assert adapter["name"] == "a" and adapter["location"] == "slot"
         seen = await asyncio.to_thread(look, served.url, "sk-root")
         picture = io.StringIO()
-        Console(file=picture, width=120).print(frame(seen, now))
+        Console(file=picture, width=120).print(frame(seen, now, 120))
         assert MODEL in picture.getvalue() and "tokens/s" in picture.getvalue()
         assert "alice" not in picture.getvalue() and "ready" in picture.getvalue()
         await stream.close()
