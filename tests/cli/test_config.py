@@ -76,8 +76,10 @@ def test_mistyped_variables_are_named(
     for name in names:
         monkeypatch.setenv(f"{name}X", "1")
     monkeypatch.setenv("AIOENGINE_KERNELS", "torch")
+    monkeypatch.setenv("AIOENGINE_UNKNOWN", "1")
     assert main(["config", "check", "--config", str(file)]) == 0
     said = capsys.readouterr().err
+    assert "AIOENGINE_UNKNOWN: no flag" in said, "a parameter of the command, and no flag"
     for name in names:
         assert f"{name}X: no flag has this variable (did you mean '{name}'?)" in said
     assert "AIOENGINE_KERNELS" not in said

@@ -48,7 +48,8 @@ class _Variables:
 
     def __call__(self, app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
         Env(PREFIX, command=False)(app, commands, arguments)
-        known = {_variable(name) for argument in arguments for name in argument.names} | _NO_FLAGS
+        flags = (argument for argument in arguments if argument.parse)
+        known = {_variable(name) for flag in flags for name in flag.names} | _NO_FLAGS
         given = sorted(name for name in os.environ if name.startswith(PREFIX))
         self._unknown += [
             f"{name}: no flag has this variable{nearest(name, sorted(known))}; it has no effect"
