@@ -251,8 +251,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     max_waiting_per_tenant: int | None = None
     """Bound on waiting requests of each tenant; None: no bound but ``max_waiting``."""
     max_waiting_per_adapter: int | None = None
-    """Bound on waiting requests for each adapter, shared between tenants as ``max_waiting`` is; None: no
-    bound."""
+    """Bound on waiting requests for each adapter, shared between tenants as ``max_waiting`` is. A mix counts
+    for each of its adapters. None: no bound."""
     max_waiting_tokens: int | None = None
     """Bound on the prompt tokens of waiting requests, shared between tenants in equal parts; one request of
     each tenant is accepted whatever its length. None: no bound."""

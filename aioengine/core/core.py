@@ -202,19 +202,19 @@ class Core:
     # Events in: requests
 
     def reserve(
-        self, tenant: str | None, adapter: str | None, now: float, tokens: int | None = None
+        self, tenant: str | None, adapters: Sequence[str], now: float, tokens: int | None = None
     ) -> Ticket:
-        """Reserve a waiting place for a later ``add_request``. ``tokens`` is the length of its prompt; if
-        that is not known yet, ``weigh`` follows.
+        """Reserve a waiting place for a later ``add_request``, for the adapters of these names. ``tokens`` is
+        the length of its prompt; if that is not known yet, ``weigh`` follows.
 
         Another tenant's request may be displaced for it: see :mod:`aioengine.core.waiting_room`.
 
         Raises EngineOverloaded if there is none.
         """
         try:
-            return self.room.enter(tenant, adapter, now, tokens)
+            return self.room.enter(tenant, adapters, now, tokens)
         except EngineOverloaded as error:
-            self._refused(error, tenant, adapter, now)
+            self._refused(error, tenant, adapters, now)
             raise
 
     def weigh(self, ticket: Ticket, tokens: int, now: float) -> None:
@@ -223,11 +223,14 @@ class Core:
         try:
             self.room.weigh(ticket, tokens, now)
         except EngineOverloaded as error:
-            self._refused(error, ticket.tenant, ticket.adapter, now)
+            self._refused(error, ticket.tenant, ticket.adapters, now)
             raise
 
-    def _refused(self, error: EngineOverloaded, tenant: str | None, adapter: str | None, now: float) -> None:
+    def _refused(
+        self, error: EngineOverloaded, tenant: str | None, adapters: Sequence[str], now: float
+    ) -> None:
         bound = "server" if error.bound is None else error.bound
+        adapter = adapters[0] if adapters else None
         self._emit(events.RequestRefused(time=now, adapter=adapter, tenant=tenant, bound=bound))
 
     def add_request(
@@ -253,8 +256,8 @@ class Core:
         """
         assert request_id not in self.requests
         if ticket is None:
-            label = None if adapter is None else adapter.label
-            ticket = self.reserve(options.tenant, label, now, len(prompt))
+            names = () if adapter is None else dict.fromkeys(member.label for member in adapter.members)
+            ticket = self.reserve(options.tenant, tuple(names), now, len(prompt))
         before = self._changes
         seed = params.seed if params.seed is not None else self._rng.getrandbits(63)
         request = Request(

@@ -13,8 +13,9 @@ O(log tenants).
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from math import inf
 
 from sortedcontainers import SortedSet
 
@@ -26,11 +27,11 @@ Tenant = str | None
 class Ticket:
     """A request's waiting place, held from before its prompt is tokenized until it first runs."""
 
-    __slots__ = ("_room", "adapter", "displaced", "tenant")
+    __slots__ = ("_room", "adapters", "displaced", "tenant")
 
-    def __init__(self, tenant: Tenant, adapter: str | None, room: WaitingRoom) -> None:
+    def __init__(self, tenant: Tenant, adapters: Sequence[str], room: WaitingRoom) -> None:
         self.tenant = tenant
-        self.adapter = adapter
+        self.adapters = adapters
         self.displaced: Callable[[EngineOverloaded, float], None] = lambda error, now: None
         """Called with the reason and the time when another tenant's request displaces this one."""
         self._room = room
@@ -41,7 +42,8 @@ class Ticket:
 
 
 class WaitingRoom:
-    """Places for waiting requests: ``max_waiting`` in all, and as many for each tenant and each adapter.
+    """Places for waiting requests: ``max_waiting`` in all, and as many for each tenant and each adapter. A
+    request for a mix counts for each of its adapters.
 
     None is no bound. Preempted requests count in all, but are never displaced, because their callers already
     have the first tokens.
@@ -78,8 +80,8 @@ class WaitingRoom:
     def __len__(self) -> int:
         return len(self._all) + self.returned
 
-    def enter(self, tenant: Tenant, adapter: str | None, now: float, tokens: int | None = None) -> Ticket:
-        """Take a place for a request of ``tenant`` for ``adapter`` (a registered name, None: the base model).
+    def enter(self, tenant: Tenant, adapters: Sequence[str], now: float, tokens: int | None = None) -> Ticket:
+        """Take a place for a request of ``tenant`` for ``adapters`` (different names; none: the base model).
 
         ``tokens`` is the length of its prompt; None if it is not known yet (then :meth:`weigh` follows).
         Raises EngineOverloaded, which says which bound is reached.
@@ -93,21 +95,23 @@ class WaitingRoom:
         if own is not None and has >= own:
             text = f"{has} requests of tenant {tenant!r} are waiting, and it may have {own}; retry later, or "
             raise EngineOverloaded(f"{text}raise max_waiting_per_tenant", bound="tenant", waiting=has)
-        victim: Ticket | None = None
-        named = ""
-        places = self._of_adapter.get(adapter) if adapter is not None else None
-        if places is not None and self.max_per_adapter is not None and len(places) >= self.max_per_adapter:
-            named = f"max_waiting_per_adapter={self.max_per_adapter} requests wait for {adapter!r}"
-            victim = _displaced_by(tenant, places, named, "adapter", len(places))
-        if self.max_waiting is not None and len(self) - (victim is not None) >= self.max_waiting:
+        victims: dict[Ticket, str] = {}
+        most = inf if self.max_per_adapter is None else self.max_per_adapter
+        for adapter in adapters:
+            places = self._of_adapter.get(adapter, _NO_PLACES)
+            if len(places) - sum(adapter in victim.adapters for victim in victims) >= most:
+                named = f"max_waiting_per_adapter={most} requests wait for {adapter!r}"
+                victims[_displaced_by(tenant, places, named, "adapter", len(places))] = named
+        if self.max_waiting is not None and len(self) - len(victims) >= self.max_waiting:
             named = f"{len(self)} requests are waiting and max_waiting={self.max_waiting}"
-            victim = _displaced_by(tenant, _Places() if victim else self._all, named, "server", len(self))
-        if victim is not None:
+            places = _NO_PLACES if victims else self._all
+            victims[_displaced_by(tenant, places, named, "server", len(self))] = named
+        for victim, named in victims.items():
             text = f"{named}; tenant {victim.tenant!r} has most, so another tenant's took this one's place"
             self._displace(victim, text, now)
-        ticket = Ticket(tenant, adapter, self)
+        ticket = Ticket(tenant, adapters, self)
         self._all.add(ticket)
-        if adapter is not None and self.max_per_adapter is not None:
+        for adapter in adapters if most < inf else ():
             self._of_adapter.setdefault(adapter, _Places()).add(ticket)
         if tokens is not None:
             self._tokens.add(ticket, tokens)
@@ -162,11 +166,12 @@ class WaitingRoom:
     def leave(self, ticket: Ticket) -> None:
         """Give the ticket's place back, if it has one."""
         self._tokens.remove(ticket)
-        if self._all.remove(ticket) and ticket.adapter in self._of_adapter:
-            places = self._of_adapter[ticket.adapter]
-            places.remove(ticket)
-            if not places:
-                del self._of_adapter[ticket.adapter]
+        if not self._all.remove(ticket):
+            return
+        for adapter in ticket.adapters:
+            places = self._of_adapter.get(adapter, _NO_PLACES)
+            if places.remove(ticket) and not places:
+                del self._of_adapter[adapter]
 
     def check(self) -> None:
         """Assert that all counts agree."""
@@ -174,8 +179,8 @@ class WaitingRoom:
             places.check()
         assert all(self._of_adapter.values())
         if self.max_per_adapter is not None:
-            named = [ticket for ticket in self._all.tickets() if ticket.adapter is not None]
-            assert len(named) == sum(map(len, self._of_adapter.values()))
+            named = Counter(adapter for ticket in self._all.tickets() for adapter in ticket.adapters)
+            assert named == {adapter: len(places) for adapter, places in self._of_adapter.items()}
         self._tokens.check()
 
 
@@ -241,6 +246,9 @@ class _Places:
         assert self._most == max(map(len, self._of.values()), default=0)
         counts = {tenant: count for count, tenants in self._having.items() for tenant in tenants}
         assert counts == {tenant: len(own) for tenant, own in self._of.items()}
+
+
+_NO_PLACES = _Places()
 
 
 class _Tokens:

@@ -63,7 +63,7 @@ class Submitter:
         due = None if options.deadline is None else arrival + options.deadline
         adapter: Wanted = options.adapter if options.mix is None else options.mix
         # Before the work of tokenizing.
-        counted = None if adapter is None else self._adapters.check_wanted(adapter)
+        counted = () if adapter is None else self._adapters.check_wanted(adapter)
         self._check_params(params)
         # A request that can never run must get this error, and not "try again later".
         tokens = self._token_ids(prompt, params)
@@ -170,11 +170,11 @@ class Submitter:
             if request_id not in self._core.requests:
                 return request_id
 
-    def _reserve(self, tenant: str | None, adapter: str | None, now: float, tokens: int | None) -> Ticket:
+    def _reserve(self, tenant: str | None, adapters: Sequence[str], now: float, tokens: int | None) -> Ticket:
         """Reserve a waiting place, before the prompt is tokenized and the adapter looked up. Raises
         EngineOverloaded if there is none."""
         try:
-            return self._core.reserve(tenant, adapter, now, tokens)
+            return self._core.reserve(tenant, adapters, now, tokens)
         finally:
             self._stepper.publish()  # another request may have lost its place, or this one was refused
 

@@ -132,7 +132,7 @@ class CoreMachine(RuleBasedStateMachine):
             if sim.core.room.max_tokens is not None:
                 self.check_tokens_refusal(error, tenant, len(prompt))
             else:
-                self.check_refusal(error, tenant, adapter)
+                self.check_refusal(error, tenant)
         sim.take_events()
 
     def check_tokens_refusal(self, error: EngineOverloaded, tenant: str | None, tokens: int) -> None:
@@ -148,14 +148,16 @@ class CoreMachine(RuleBasedStateMachine):
             assert sums.total() + tokens > (limits.max_waiting_tokens or 0) < more * len(sums)
             assert error.bound == ("server" if len(sums) == 1 else "tenant")
 
-    def check_refusal(self, error: EngineOverloaded, tenant: str | None, adapter: str | None) -> None:
+    def check_refusal(self, error: EngineOverloaded, tenant: str | None) -> None:
         """Whom it concerns had as many as it may, or no other tenant had many more."""
         limits, room = self.sim.core.limits, self.sim.core.room
         fresh = [request for request in self.sim.core.queues if request.ticket is not None]
-        places = [(r.options.tenant, None if r.adapter is None else r.adapter.label) for r in fresh]
-        places += [(t.tenant, t.adapter) for t in self.tickets if t not in self.lost]
+        places = [
+            (r.options.tenant, {m.label for m in r.adapter.members} if r.adapter else ()) for r in fresh
+        ]
+        places += [(t.tenant, t.adapters) for t in self.tickets if t not in self.lost]
         if error.bound == "adapter":
-            places = [place for place in places if place[1] == adapter]
+            places = [place for place in places if any(repr(name) in str(error) for name in place[1])]
             assert len(places) == limits.max_waiting_per_adapter
         else:
             assert error.bound == "tenant" or len(room) >= (limits.max_waiting or 0)
@@ -165,13 +167,13 @@ class CoreMachine(RuleBasedStateMachine):
         else:
             assert count[tenant] + 1 >= max(count.values(), default=0)
 
-    @rule(adapter=st.sampled_from([None, *NAMES]), tenant=st.sampled_from([None, "x", "x", "y"]))
-    def reserve(self, adapter: str | None, tenant: str | None) -> None:
+    @rule(names=st.sampled_from([(), *NAMES, *MIXES]), tenant=st.sampled_from([None, "x", "x", "y"]))
+    def reserve(self, names: str | tuple[str, ...], tenant: str | None) -> None:
         """A place for a request that is not there yet."""
         try:
-            ticket = self.sim.core.reserve(tenant, adapter, self.sim.now)
+            ticket = self.sim.core.reserve(tenant, tuple(names), self.sim.now)
         except EngineOverloaded as error:
-            self.check_refusal(error, tenant, adapter)
+            self.check_refusal(error, tenant)
         else:
             ticket.displaced = lambda error, now: self.lost.append(ticket)
             self.tickets.append(ticket)

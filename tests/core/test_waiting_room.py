@@ -102,6 +102,46 @@ def test_bounds_of_tenants_and_adapters_concern_nobody_else() -> None:
     assert refused == ["tenant", "tenant", "adapter"]
 
 
+def test_a_mix_counts_for_each_of_its_adapters() -> None:
+    sim = CoreSim(LIMITS._replace(max_waiting_per_adapter=2, max_num_seqs=1))
+    for name in "xyz":
+        sim.register(name)
+    running = sim.add(max_tokens=20)
+    sim.settle()
+    first = [sim.add(sim.mix("x", "y"), tenant="a"), sim.add("y", tenant="a")]
+    for wanted in (sim.mix("x", "y"), sim.mix("z", "y"), "y", sim.mix("y")):
+        with pytest.raises(EngineOverloaded, match=r"max_waiting_per_adapter=2 .*'y'") as caught:
+            sim.add(wanted, tenant="a")
+        assert (caught.value.bound, caught.value.waiting) == ("adapter", 2)
+    first += [sim.add("x", tenant="a"), sim.add(sim.mix("z"), tenant="a"), sim.add("z", tenant="a")]
+    with pytest.raises(EngineOverloaded, match="'x'"):
+        sim.add("x", tenant="a")
+    sim.core.check()
+    sim.core.end(first[0], "abort", sim.now)
+    first += [sim.add("x", tenant="a"), sim.add("y", tenant="a")]
+    sim.core.check()
+    sim.run()
+    assert all(sim.ended[request.id] == "length" for request in (running, *first[1:]))
+    assert not sim.core.room._of_adapter
+
+
+def test_a_mix_takes_a_place_of_each_of_its_adapters_or_none() -> None:
+    sim = CoreSim(LIMITS._replace(max_waiting_per_adapter=2, max_num_seqs=1))
+    for name in "vwxyz":
+        sim.register(name)
+    sim.add(max_tokens=20)
+    sim.settle()
+    hog = [sim.add(wanted, tenant="hog") for wanted in (*"vvwwzz", sim.mix("x", "y"), sim.mix("x", "y"))]
+    sim.add(sim.mix("v", "w"), tenant="b")
+    assert list(endings(sim)) == [hog[1].id, hog[3].id]
+    sim.add(sim.mix("x", "y"), tenant="b")
+    assert list(endings(sim))[2:] == [hog[7].id], "it had places of both"
+    with pytest.raises(EngineOverloaded, match="'x'"):
+        sim.add(sim.mix("z", "x"), tenant="c")
+    assert len(endings(sim)) == 3, "nobody makes way in vain"
+    sim.core.check()
+
+
 def test_nobody_makes_way_in_vain() -> None:
     """An adapter's bound would let the newcomer in, the server's does not."""
     sim = CoreSim(LIMITS._replace(max_waiting=4, max_waiting_per_adapter=2, max_num_seqs=4))
@@ -168,7 +208,7 @@ def test_a_prompt_longer_than_the_bound_is_accepted_alone() -> None:
 
 def test_tokens_that_are_known_later_are_counted_then() -> None:
     room = WaitingRoom(None, max_tokens_per_tenant=10)
-    first, second = room.enter("a", None, 0.0), room.enter("a", None, 0.0)
+    first, second = room.enter("a", (), 0.0), room.enter("a", (), 0.0)
     room.weigh(first, 8, 0.0)
     with pytest.raises(EngineOverloaded, match="8 tokens of tenant 'a'"):
         room.weigh(second, 3, 0.0)
@@ -184,12 +224,12 @@ def test_a_place_costs_the_same_however_many_are_taken() -> None:
     def seconds(waiting: int, times: int = 2000) -> float:
         room = WaitingRoom(max_waiting=waiting, max_per_adapter=waiting, max_tokens=waiting)
         for i in range(waiting):
-            room.enter("hog" if i % 2 else f"t{i % 997}", f"a{i % 1000}", 0.0, tokens=1)
+            room.enter("hog" if i % 2 else f"t{i % 997}", [f"a{i % 1000}"], 0.0, tokens=1)
         best = float("inf")
         for _ in range(5):
             start = time.perf_counter()
             for i in range(times):
-                ticket: Ticket = room.enter(f"n{i}", None, 0.0, tokens=1)
+                ticket: Ticket = room.enter(f"n{i}", (), 0.0, tokens=1)
                 ticket.leave()
             best = min(best, time.perf_counter() - start)
         return best

@@ -177,6 +177,25 @@ async def test_many_mixes_are_bounded(tiny: Tiny, make_engine: MakeEngine) -> No
         engine.check_invariants()
 
 
+async def test_a_mix_counts_for_each_of_its_adapters(tiny: Tiny, make_engine: MakeEngine) -> None:
+    async with make_engine(tiny, max_waiting_per_adapter=1, max_num_seqs=1) as engine:
+        for name in ("rank-3", "qv-only", "rank-4"):
+            engine.register_adapter(name, tiny.adapters[name])
+        mix = {"qv-only": 0.5, "rank-3@1": 0.25, "rank-3": 0.25}
+        running = engine.generate(PROMPT, greedy(100))
+        await anext(running)
+        waiting = asyncio.create_task(engine.complete(PROMPT, greedy(2), adapter=mix))
+        await until(lambda: engine.stats().waiting == 1)
+        for wanted in ("qv-only", "rank-3", "rank-3@1", {"rank-3": 2.0}, {"qv-only": 1.0, "rank-4": 1.0}):
+            with pytest.raises(EngineOverloaded, match="max_waiting_per_adapter=1"):
+                await engine.complete(PROMPT, greedy(1), adapter=wanted)
+        other = asyncio.create_task(engine.complete(PROMPT, greedy(1), adapter="rank-4"))
+        await until(lambda: engine.stats().waiting == 2)
+        await running.aclose()
+        await asyncio.gather(waiting, other)
+        engine.check_invariants()
+
+
 async def test_who_has_too_many_mixes_is_in_nobodys_way(
     tiny: Tiny, make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:

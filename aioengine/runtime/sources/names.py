@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import islice
 
@@ -55,9 +55,9 @@ class AdapterNames:
             raise self._not_found(name)
         return entry
 
-    def check_wanted(self, adapter: str | Mapping[str, float]) -> str:
-        """Check the adapter that a request asks for before any work is done for it. Returns the adapter's
-        name for bounds on waiting requests.
+    def check_wanted(self, adapter: str | Mapping[str, float]) -> Sequence[str]:
+        """Check what a request asks for before any work is done for it. Returns the names of the adapters
+        that it counts for in bounds on waiting requests.
 
         Raises AdapterNotFound for a name that is neither registered nor resolvable. For an adapter that has
         failed more than once in a row, raises its last error again for a while."""
@@ -65,7 +65,7 @@ class AdapterNames:
         for name in names:
             self.check_known(name)
             self.check_worth_a_try(name)
-        return names[0].partition("@")[0]
+        return tuple(dict.fromkeys(name.partition("@")[0] for name in names))
 
     async def acquire_wanted(self, adapter: str | Mapping[str, float], tenant: str | None) -> AdapterEntry:
         """Return the version, or the mix, that a request asks for."""
