@@ -539,9 +539,8 @@ class Core:
         if room <= 0 or not (self.assembly.any_waits or self.assembly.has_turn):
             return decision.admit
         gone = {request.seq for request in (*decision.admit, *decision.preempt)}
-        closed = self.placing.is_closed
-        able_to = (r for r in self.assembly.ready(self.now) if r.seq not in gone and not closed(r))
-        ready = list(islice(able_to, room))
+        able_to = self.assembly.ready(self.now, self.placing.is_closed)
+        ready = list(islice((request for request in able_to if request.seq not in gone), room))
         if not ready:
             return decision.admit
         in_order: list[Request] = []

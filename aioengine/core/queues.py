@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -28,8 +27,8 @@ class RequestQueues:
         """Requests for the base model or one adapter."""
         self.mixes: SortedDict[int, AdapterEntry] = SortedDict()
         """Mixes of several that requests wait for, by the ``seq`` of the oldest one."""
-        self.parts: dict[AdapterEntry, int] = {}
-        """The adapters that these mixes are made of, and how many of them each is in."""
+        self.parts: dict[AdapterEntry, None] = {}
+        """The adapters that these mixes are made of."""
         self._mixed = 0
         """Number of these requests."""
         self.base: ArrivalQueue[Request] = ArrivalQueue()
@@ -90,11 +89,18 @@ class RequestQueues:
         if head is not None:
             heads[head.seq] = adapter
             self._head_of[uid] = head.seq
-        if heads is self.mixes and adapter is not None and (old is None or head is None):
+        if heads is self.mixes and adapter is not None:
             for part in adapter.members:
-                count = self.parts.pop(part, 0) + (1 if head is not None else -1)
-                if count:
-                    self.parts[part] = count
+                if part.waiting_mixes is None:
+                    part.waiting_mixes = SortedDict()
+                if old is not None:
+                    del part.waiting_mixes[old]
+                if head is not None:
+                    part.waiting_mixes[head.seq] = adapter
+                if part.waiting_mixes:
+                    self.parts[part] = None
+                else:
+                    del self.parts[part]
 
     def check(self) -> None:
         found = {self.queue_of(adapter).head for adapter in self.heads.values()}
@@ -106,7 +112,9 @@ class RequestQueues:
             mix.waiting.head is not None and mix.waiting.head.seq == s for s, mix in self.mixes.items()
         )
         assert self._mixed == len(mixed)
-        assert self.parts == Counter(part for mix in self.mixes.values() for part in mix.members)
+        assert set(self.parts) == {part for mix in self.mixes.values() for part in mix.members}
+        for part in self.parts:
+            assert part.waiting_mixes == {s: mix for s, mix in self.mixes.items() if part in mix.members}
         assert self.room.returned == sum(request.ticket is None for request in self)
 
     def __iter__(self) -> Iterator[Request]:

@@ -8,8 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from enum import Enum, auto
+from itertools import islice
 from operator import attrgetter
 from typing import Literal, Protocol
+
+from sortedcontainers import SortedDict
 
 from aioengine.core.arrival_queue import ArrivalQueue
 from aioengine.core.blocks import BlockManager
@@ -20,6 +23,8 @@ from aioengine.events import EndReason
 from aioengine.request import CachePin, RequestOptions, SamplingParams, TokenLogprob
 from aioengine.schedulers.policy import Location
 from aioengine.step import AdapterSource, Sampled
+
+_seq = attrgetter("seq")
 
 
 class Status(Enum):
@@ -82,6 +87,7 @@ class AdapterEntry:
         "uid",
         "version",
         "waiting",
+        "waiting_mixes",
         "wanted_since",
         "yields",
     )
@@ -113,6 +119,8 @@ class AdapterEntry:
         """The adapters and weights that a mix is made of; of any other adapter, nothing."""
         self.mixes: dict[int, AdapterEntry] = {}
         """The mixes that it is a part of, by uid."""
+        self.waiting_mixes: SortedDict[int, AdapterEntry] | None = None
+        """Those that requests wait for, by the ``seq`` of the oldest one; None if there never were any."""
         self.summable = True
         """Whether a step can add it up with others: it is A and B, and nothing else."""
         self.held = False
@@ -188,11 +196,11 @@ class AdapterEntry:
     def head(self) -> Request | None:
         """The request that has waited longest for it, or for a mix that it is a part of. Mixes that wait for
         another part, whose read stalls, do not count: meanwhile its place is for others."""
-        if not self.mixes:
-            return self.waiting.head
-        heads = [mix.waiting.head for mix in self.mixes.values() if not mix.waits_for_other(self)]
-        heads.append(self.waiting.head)
-        return min((head for head in heads if head is not None), key=lambda r: r.seq, default=None)
+        heads = [self.waiting.head]
+        if self.waiting_mixes:
+            able = (mix for mix in self.waiting_mixes.values() if not mix.waits_for_other(self))
+            heads += [mix.waiting.head for mix in islice(able, 1)]
+        return min((head for head in heads if head is not None), key=_seq, default=None)
 
     @property
     def stays(self) -> bool:
@@ -211,7 +219,7 @@ class AdapterEntry:
     @property
     def is_wanted(self) -> bool:
         """Whether requests wait for it, or for a mix that it is a part of."""
-        return bool(self.waiting) or (bool(self.mixes) and any(mix.waiting for mix in self.mixes.values()))
+        return bool(self.waiting) or bool(self.waiting_mixes)
 
     @property
     def oldest_arrival(self) -> float | None:

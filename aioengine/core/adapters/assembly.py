@@ -24,9 +24,10 @@ copies, and reads to the CPU cache that other adapters filled.
 
 from __future__ import annotations
 
-from bisect import bisect_right
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from heapq import merge
+from itertools import takewhile
 from math import inf
 from operator import attrgetter
 
@@ -113,8 +114,10 @@ class Assembly:
 
     # Requests to begin
 
-    def ready(self, now: float) -> Iterator[Request]:
-        """Yield the requests for mixes that can begin, and those whose turn it is, in order of arrival."""
+    def ready(self, now: float, is_closed: Callable[[Request], bool]) -> Iterator[Request]:
+        """Yield the requests for mixes that can begin, and those whose turn it is, in order of arrival.
+        ``is_closed``: whether a request would run in a slot that admits none; if so, it admits no later one
+        for the same mix either."""
         turn, window = self._turn, self._window or []
         if turn is None or turn.location is not Location.SLOT:
             window = []  # a part has left for a sequence
@@ -125,16 +128,14 @@ class Assembly:
         if cold is not None and now - cold.arrival >= MIX_PATIENCE_SECONDS:
             before = cold.seq
         in_slots = {part for part in self._queues.parts if part.location is Location.SLOT}
+        in_window = {request.seq for request in window}
         here: list[Sequence[Request] | Iterator[Request]] = [window]
         for seq, mix in self._waiting():
             if seq > before:
                 break
             if in_slots.issuperset(mix.members):
-                here.append(
-                    request
-                    for request in mix.waiting
-                    if request.seq < before and request not in window and not self.is_closed_to(request)
-                )
+                able = takewhile(lambda r: r.seq < before and not is_closed(r), mix.waiting)
+                here.append(able if mix is not turn else (r for r in able if r.seq not in in_window))
         return merge(*here, key=_seq)
 
     # Turns
@@ -310,9 +311,12 @@ class Assembly:
         if any(part.location is Location.DISK for part in missing):  # the CPU cache has no room for it
             least = max(least, 1)
             may_go = [slot for slot in may_go if not slot.idle]  # these would have left the cache
-        for count in range(max(0, least), len(may_go) + 1):
-            if self._has_room(missing, may_go[:count], cached=not at_once):
-                return may_go[:count]
+        counts = range(max(0, least), len(may_go) + 1)
+        found = bisect_left(
+            counts, True, key=lambda n: self._has_room(missing, may_go[:n], cached=not at_once)
+        )
+        if found < len(counts):
+            return may_go[: counts[found]]
         if at_once or self._slots.arena is None or len(may_go) < least:
             return None
         if self._border is not None:  # sequences hold the memory, until they end

@@ -89,11 +89,6 @@ class MixEntry(AdapterEntry):
     def slots(self) -> Sequence[tuple[int, float]]:
         return tuple((-1 if part.slot is None else part.slot, weight) for part, weight in self.parts)
 
-    @property
-    def missing(self) -> list[AdapterEntry]:
-        """The parts that have no slot and are not on the way to one."""
-        return [part for part, _ in self.parts if part.slot is None]
-
 
 def all_shut_out(
     mixes: Iterable[AdapterEntry], slots: SlotTable, cpu: CpuCache

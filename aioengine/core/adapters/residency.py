@@ -185,7 +185,7 @@ class Residency:
         before = {
             entry.label
             for entry in self._retired.values()
-            if any(_waits_since(mix, entry.retired_at) for mix in entry.mixes.values())
+            if any(_waits_since(mix, entry.retired_at) for mix in (entry.waiting_mixes or {}).values())
         }
         for entry in self.cpu.entries.values():
             entry.yields = entry.pinned and entry.label in before
