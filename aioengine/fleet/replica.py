@@ -37,7 +37,6 @@ from aioengine.info import without_versions
 from aioengine.metrics.otlp import end_tracing, otlp_provider
 from aioengine.request import SamplingParams
 from aioengine.runtime.tasks import end_tasks
-from aioengine.schedulers.routing.replica import GUESSED_SECONDS_PER_TOKEN
 
 logger = logging.getLogger("aioengine.fleet")
 
@@ -47,7 +46,8 @@ STATUS_SECONDS = 0.05
 
 class EngineReplica:
     """The deployment's class. Serve makes it; every method is called over a handle. Most methods take ``to``,
-    which names the replica that must answer; only the request router uses it."""
+    which names the replica that must answer: the request router sends the call there. If that replica is
+    gone, Serve sends it to another, which raises LookupError: it must not answer in its place."""
 
     async def __init__(self, config: FleetConfig, digest: str) -> None:  # type: ignore[misc] # Serve awaits it
         self._config = config
@@ -86,6 +86,7 @@ class EngineReplica:
     async def channel(self, door: str, to: str | None = None) -> AsyncIterator[bytes]:
         """Yield a door's messages, as encoded frames, until the door stops listening. Then its requests
         end."""
+        _check_own(to)
         before = self._boxes.pop(door, None)
         if before is not None:
             await before.close()
@@ -112,6 +113,7 @@ class EngineReplica:
 
     async def submit(self, door: str, orders: bytes, to: str | None = None) -> None:
         """Carry out a door's orders. Raises LookupError if there is no channel to the door."""
+        _check_own(to)
         box = self._boxes.get(door)
         if box is None:
             raise LookupError(f"no channel to door {door}")
@@ -251,6 +253,7 @@ class EngineReplica:
     async def adapter(self, action: str, arguments: dict[str, Any], to: str | None = None) -> Any:
         """Call one of the engine's methods for adapters, by name. Returns its answer, or the error that it
         raised, because Ray would wrap a raised error."""
+        _check_own(to)
         calls: dict[str, Callable[..., Awaitable[Any]]] = {
             "load": self.engine.load_adapter,
             "unload": self.engine.unload_adapter,
@@ -325,11 +328,13 @@ class EngineReplica:
 
     async def scrape(self, accept: str, to: str | None = None) -> str:
         """Return the engine's metrics as text."""
+        _check_own(to)
         text, _ = await asyncio.to_thread(self.engine.metrics.expose, accept)
         return text.decode()
 
     async def describe(self, to: str | None = None) -> dict[str, Any]:
         """Describe the replica's state, for people."""
+        _check_own(to)
         load = self.engine.load()
         return {
             "replica": _own_id(),
@@ -345,6 +350,7 @@ class EngineReplica:
 
     async def drain(self, draining: bool = True, to: str | None = None) -> None:
         """Accept no new requests (or accept them again). Accepted requests finish."""
+        _check_own(to)
         self._draining = draining
 
     async def check_health(self) -> None:
@@ -359,20 +365,8 @@ class EngineReplica:
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """Return the fields of :class:`~aioengine.fleet.autoscaling.Load`. Serve calls this for the scaling
         policy."""
-        load = self.engine.load()
         slots = {slot.adapter for slot in self.engine.slots().slots}
-        waiting = {name for name in load.waiting_for if name is not None}
-        return {
-            "waiting": load.waiting,
-            "running": load.running,
-            "max_running": self._config.engine.max_num_seqs,
-            "queue_seconds": (load.waiting_tokens + load.running)
-            * (self._speed.token.seconds_per_token or GUESSED_SECONDS_PER_TOKEN),
-            "adapters_waiting": len(waiting - slots),
-            "load_seconds": self._speed.load or 0.0,
-            "slot_seconds": self._speed.slot or 0.0,
-            "service_seconds": self._speed.service or 0.0,
-        }
+        return self._speed.demand(self.engine.load(), slots, self._config.engine.max_num_seqs)
 
     async def stop(self) -> None:
         for box in list(self._boxes.values()):
@@ -392,6 +386,11 @@ def _own_id() -> str:
     from ray import serve
 
     return str(serve.get_replica_context().replica_id.unique_id)
+
+
+def _check_own(to: str | None) -> None:
+    if to is not None and to != _own_id():
+        raise LookupError(f"replica {to} is gone, and the call came to replica {_own_id()}")
 
 
 def _own_actor() -> str:

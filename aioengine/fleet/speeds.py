@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Set
+
 from aioengine import events
+from aioengine.info import EngineLoad
+from aioengine.schedulers.routing.replica import GUESSED_SECONDS_PER_TOKEN
 from aioengine.schedulers.routing.speed import TokenSpeed
 
 _SMOOTHING = 0.2
@@ -35,6 +39,20 @@ class Speeds:
                     self.service = _smooth(self.service, event.seconds - queued)
             case events.StepFinished() if event.prefill_tokens > event.decode_tokens:
                 self.token.add(event.seconds, event.prefill_tokens + event.decode_tokens)
+
+    def demand(self, load: EngineLoad, slots: Set[str | None], max_running: int) -> dict[str, float]:
+        """Return the fields of :class:`~aioengine.fleet.autoscaling.Load`, for the scaling policy."""
+        seconds_per_token = self.token.seconds_per_token or GUESSED_SECONDS_PER_TOKEN
+        return {
+            "waiting": load.waiting,
+            "running": load.running,
+            "max_running": max_running,
+            "queue_seconds": (load.waiting_tokens + load.running) * seconds_per_token,
+            "adapters_waiting": len(load.waiting_for.keys() - slots - {None}),
+            "load_seconds": self.load or 0.0,
+            "slot_seconds": self.slot or 0.0,
+            "service_seconds": self.service or 0.0,
+        }
 
 
 def _smooth(before: float | None, value: float) -> float:
