@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from aioengine.errors import AioEngineError, ConfigError, RequestInvalid
+from aioengine.schedulers.error_text import error_text as error_text
 from aioengine.schedulers.nearest import nearest as _nearest_name
 
 

@@ -1,4 +1,8 @@
-"""Masks of a step's constraints: begun before the forward pass, collected after it."""
+"""Masks of a step's constraints: begun before the forward pass, collected after it.
+
+Constraints are code of the application's, and a step is everybody's. So whatever a constraint raises or returns
+ends its own request at most; ``CancelledError``, which is no ``Exception``, would end the step loop.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,7 @@ import time
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple, cast
 
+from aioengine.checks import error_text
 from aioengine.request import StartedConstraint, TokenConstraint
 from aioengine.step import OutputView, SequenceWork
 
@@ -32,7 +37,7 @@ def begin(rows: Iterable[SequenceWork]) -> None:
     in :func:`collect`."""
     for row in rows:
         if row.sample and (constraint := _started(row)) is not None:
-            with contextlib.suppress(Exception):
+            with contextlib.suppress(BaseException):
                 constraint.begin(row.output)
 
 
@@ -46,18 +51,19 @@ def collect(rows: Sequence[SequenceWork], *, alone: bool) -> Masks:
             continue
         try:
             mask = _ask(row, constraint, until)
-        except Exception as error:
-            masks.failed[index] = f"its constraint failed: {type(error).__name__}: {error}"
-        else:
-            if mask is None:
-                masks.late.add(index)
-            else:
-                masks.found[index] = mask
-                # Log-probabilities need the logits at each place.
-                if (forced := getattr(constraint, "forced", ())) and row.params.logprobs is None:
-                    masks.forced[index] = forced
+            # Log-probabilities need the logits at each place.
+            forced = () if mask is None or row.params.logprobs is not None else _forced(constraint)
+        except BaseException as error:
+            masks.failed[index] = f"its constraint failed: {error_text(error)}"
+            continue
+        if mask is None:
+            masks.late.add(index)
+            continue
+        masks.found[index] = mask
+        if forced:
+            masks.forced[index] = forced
     if alone and rows and len(masks.late) == len(rows) and (first := _started(rows[0])) is not None:
-        with contextlib.suppress(Exception):  # it is asked again in the next step
+        with contextlib.suppress(BaseException):  # it is asked again in the next step
             first.poll(rows[0].output, ALONE_SECONDS)
     return masks
 
@@ -66,8 +72,22 @@ def _ask(row: SequenceWork, constraint: TokenConstraint, until: float) -> bytes 
     output = OutputView(row.history, row.prompt_len, row.draft)
     started = _started(row)
     if started is None:
-        return bytes(constraint.allowed(output))
-    return started.poll(output, 0.0 if started.slow else max(0.0, until - time.monotonic()))
+        return _mask(constraint.allowed(output))
+    mask = started.poll(output, 0.0 if started.slow else max(0.0, until - time.monotonic()))
+    return None if mask is None else _mask(mask)
+
+
+def _mask(answer: bytes) -> bytes:
+    if isinstance(answer, int):  # for which bytes() makes so many zeros
+        raise TypeError(f"it returned {answer!r}, not bytes")
+    return bytes(answer)
+
+
+def _forced(constraint: TokenConstraint) -> tuple[int, ...]:
+    forced = tuple(getattr(constraint, "forced", ()))
+    if not all(type(token) is int and token >= 0 for token in forced):
+        raise TypeError(f"its forced tokens {forced!r} are not all token ids")
+    return forced
 
 
 def _started(row: SequenceWork) -> StartedConstraint | None:

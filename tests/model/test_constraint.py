@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from typing import Any
 
@@ -104,6 +105,58 @@ def test_what_fails_harms_only_itself() -> None:
     assert found[1].logprob is None
     assert found[0] == sample(x[:1], rows[:1])[0]
     assert found[3] == sample(x[3:], rows[3:])[0]
+
+
+class NoText(Exception):
+    def __str__(self) -> str:
+        raise RuntimeError("no text")
+
+
+class Raises(Allow):
+    """Raises in each of its methods; ``forced`` is one of them."""
+
+    slow = False
+
+    def __init__(self, error: BaseException, where: str) -> None:
+        super().__init__(3)
+        self.error, self.where = error, where
+
+    def at(self, where: str) -> None:
+        if where == self.where:
+            raise self.error
+
+    def begin(self, output: Sequence[int]) -> None:
+        self.at("begin")
+
+    def poll(self, output: Sequence[int], seconds: float) -> bytes | None:
+        self.at("poll")
+        return self.mask
+
+    @property
+    def forced(self) -> Sequence[int]:
+        self.at("forced")
+        return ()
+
+
+@pytest.mark.parametrize("where", ["begin", "poll", "forced"])
+@pytest.mark.parametrize(
+    "error", [asyncio.CancelledError(), SystemExit(3), GeneratorExit(), NoText(), MemoryError()], ids=repr
+)
+def test_whatever_a_constraint_raises_fails_its_row_alone(error: BaseException, where: str) -> None:
+    rows = [row(SamplingParams(constraint=Raises(error, where))), row(SamplingParams(constraint=Allow(5)))]
+    constraints.begin(rows)
+    bad, good = sample(logits(2), rows)
+    assert good.token == 5 and good.error is None
+    assert bad.token == (3 if where == "begin" else -1)
+    assert where == "begin" or (bad.fault == "request" and type(error).__name__ in (bad.error or ""))
+
+
+@pytest.mark.parametrize("forced", [[-1], ["a"], [1.0], [True], None, 7])
+def test_forced_tokens_are_token_ids(forced: Any) -> None:
+    constraint = Allow(3)
+    constraint.forced = forced  # type: ignore[attr-defined]
+    bad, good = sample(logits(2), [row(SamplingParams(constraint=constraint)), row(SamplingParams())])
+    assert bad.fault == "request" and bad.error and good.error is None
 
 
 @pytest.mark.parametrize("slow", [False, True])
