@@ -53,13 +53,7 @@ from aioengine.runtime.loop import Stepper
 from aioengine.runtime.output import RequestOutput, SoFar
 from aioengine.runtime.prefixes.files import PrefixFiles, open_files
 from aioengine.runtime.prefixes.keeper import PrefixKeeper
-from aioengine.runtime.sources.held import HeldAdapters
-from aioengine.runtime.sources.names import AdapterNames
-from aioengine.runtime.stats import Counters, engine_load, slot_infos
-from aioengine.runtime.submit import Submitter
-from aioengine.runtime.tasks import run_to_completion
-from aioengine.runtime.text_work import TextWork
-from aioengine.runtime.vectors import (
+from aioengine.runtime.requests.vectors import (
     check_dimensions,
     check_documents,
     classification_of,
@@ -70,6 +64,12 @@ from aioengine.runtime.vectors import (
     score,
     tokenize_pair,
 )
+from aioengine.runtime.sources.held import HeldAdapters
+from aioengine.runtime.sources.names import AdapterNames
+from aioengine.runtime.stats import Counters, engine_load, slot_infos
+from aioengine.runtime.submit import Submitter
+from aioengine.runtime.tasks import run_to_completion
+from aioengine.runtime.text_work import TextWork
 from aioengine.runtime.warm_up import warm_up
 from aioengine.schedulers import SchedulerPolicy
 

@@ -20,7 +20,7 @@ from aioengine.grammars.schemas import PreparedSchema, SchemaOptions, prepare_sc
 from aioengine.request import TokenConstraint
 
 if TYPE_CHECKING:
-    from aioengine.client import EngineClient
+    from aioengine.runtime.client import EngineClient
 
 logger = logging.getLogger("aioengine.guided")
 

@@ -321,7 +321,8 @@ class MixPart(msgspec.Struct, array_like=True, frozen=True):
 
 
 class MixFiles(msgspec.Struct, array_like=True, frozen=True, tag="mix"):
-    """Adapters that are read and added up, in place of a folder; see :mod:`aioengine.adapters.peft.mix`."""
+    """Adapters that are read and added up, in place of a folder: see
+    :mod:`aioengine.adapters.peft.folding.mix`."""
 
     parts: tuple[MixPart, ...]
 

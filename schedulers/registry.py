@@ -48,7 +48,7 @@ _POLICIES = {
 _PARTS: dict[str, dict[str, str]] = {
     "order": {
         "fcfs": f"{_POLICY}.fcfs:FairArrival",
-        "vllm": f"{_POLICY}.vllm:VLLMOrder",
+        "vllm": f"{_POLICY}.other_engines:VLLMOrder",
         "slora": f"{_POLICY}.slora:SLoRA",
         "vtc": f"{_POLICY}.vtc:VTC",
         "drr": f"{_POLICY}.drr:DRR",
@@ -58,7 +58,7 @@ _PARTS: dict[str, dict[str, str]] = {
         "lpm": f"{_POLICY}.lpm:LPM",
         "session": f"{_POLICY}.lpm:Session",
         "toppings": f"{_POLICY}.toppings:Toppings",
-        "drainer": f"{_POLICY}.drainer:Drainer",
+        "drainer": f"{_POLICY}.other_engines:Drainer",
         "chameleon": f"{_POLICY}.chameleon:ChameleonOrder",
     },
     "replace": {

@@ -88,7 +88,7 @@ class AdapterStore:
         """Read a rank's share of an adapter. The other ranks may have to add to it before it is finished.
         Raises as :meth:`read`."""
         from aioengine.adapters.peft.dora_exchange import Draft  # these import torch
-        from aioengine.adapters.peft.mix import add_up
+        from aioengine.adapters.peft.folding.mix import add_up
         from aioengine.adapters.peft.read import read_adapter
 
         def read(name: str, path: str, files: HeldFiles | None) -> PackedAdapter:

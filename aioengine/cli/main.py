@@ -167,7 +167,7 @@ GROUPS = {
             "hash": "  aioengine keys hash < key.txt",
             "check": "  aioengine keys check keys.toml",
         },
-        "aioengine.cli.keys:",
+        "aioengine.cli.serving.keys:",
         "Create and check a server's API keys.",
     ),
     "lab": (

@@ -16,7 +16,7 @@ from sortedcontainers import SortedDict
 
 from aioengine.core.arrival_queue import ArrivalQueue
 from aioengine.core.blocks import BlockManager
-from aioengine.core.invocation import NOWHERE, last_occurrence
+from aioengine.core.prefixes.invocation import NOWHERE, last_occurrence
 from aioengine.core.speculation.drafting import Drafting
 from aioengine.core.waiting_room import Ticket
 from aioengine.events import EndReason

@@ -12,11 +12,11 @@ from typing import Any, NamedTuple, TypeVar
 
 import msgspec
 
-from aioengine.client import Usage
 from aioengine.errors import AdapterLoadError, ConfigError
 from aioengine.fleet.usage import SharedUsage
 from aioengine.fleet.versions import SpentVersions
 from aioengine.model.files.remote import check_protocol, why_failed, without_credentials
+from aioengine.runtime.client import Usage
 
 logger = logging.getLogger("aioengine.fleet")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from aioengine.client import Usage
+from aioengine.runtime.client import Usage
 
 DOOR_SECONDS = 30.0
 """Seconds without a call after which a door, with its open requests, counts as gone."""

@@ -16,11 +16,13 @@ import signal
 import socket
 import sys
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NoReturn
 
+from llguidance import LLTokenizer
+from llguidance._tokenizer import TokenizerWrapper
+
 from aioengine.grammars import child
-from aioengine.grammars.vocabulary import load_vocabulary
 from aioengine.grammars.wire import EXITED, HELLO, KILL, LENGTH, ORDER, START, text_frame
 
 
@@ -48,7 +50,7 @@ def _serve(control: socket.socket, memory: int, die_with_parent: Callable[[], No
     shared = mmap.mmap(memory, size)
     os.close(memory)
     try:
-        tokenizer = load_vocabulary(text, vocab, eos)
+        tokenizer = _load_vocabulary(text, vocab, eos)
     except Exception as error:
         control.sendall(text_frame(f"{type(error).__name__}: {error}"[:2000]))
         return
@@ -140,6 +142,38 @@ def _exactly(connection: socket.socket, count: int) -> bytes:
             raise EOFError
         data += part
     return bytes(data)
+
+
+def _load_vocabulary(text: str, vocab: int, eos: Sequence[int]) -> LLTokenizer:
+    """Build the vocabulary as llguidance sees it, from the content of a ``tokenizer.json``: text is never
+    written with added tokens. Raises ValueError for a kind of tokenizer that llguidance does not know."""
+    own = LLTokenizer(text, n_vocab=vocab, eos_token=list(eos) or None)
+    return LLTokenizer(TokenizerWrapper(_Literal(own)), n_vocab=vocab, eos_token=own.eos_tokens)
+
+
+class _Literal:
+    """Tokenizes text that a grammar forces as the model's tokenizer does, but without added tokens.
+
+    A tokenizer makes one token of a text such as "<think>" if that was added to its vocabulary. To a grammar
+    such a token is not text: ``"<think>"`` means these seven characters, and ``<[id]>`` the token. If forced
+    text were tokenized that way, the grammar would refuse the token that it has forced itself.
+    """
+
+    def __init__(self, own: LLTokenizer) -> None:
+        self._own = own
+        tokens = range(own.vocab_size)
+        self._added = frozenset(token for token in tokens if own.is_special_token(token))
+        # What llguidance asks for.
+        self.eos_token_id = own.eos_token
+        self.bos_token_id = None
+        self.special_token_ids = sorted(self._added)
+        self.tokens = [own.decode_bytes([token]) for token in tokens]
+
+    def __call__(self, text: str) -> list[int]:
+        if not isinstance(text, str):
+            raise TypeError("takes text")  # so that it is not called with bytes
+        tokens = self._own.tokenize_str(text)
+        return tokens if self._added.isdisjoint(tokens) else self._own.greedy_tokenize(text)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from aioengine.errors import ConfigError
 from aioengine.info import LoadProgress
 from aioengine.kernels import AttentionPlan, LoRABatch, Span, get_backend
 from aioengine.kernels.transfer import send
-from aioengine.model import constraints, coverage
+from aioengine.model import coverage
 from aioengine.model.cuda.attention import fastest_kernels
 from aioengine.model.decoder import Decoder, LastLayer, StepInputs
 from aioengine.model.drafted import sample_drafted
@@ -36,6 +36,7 @@ from aioengine.model.penalties import Penalties
 from aioengine.model.pooling import Kind, Pooled, model_pooling, pool
 from aioengine.model.sampler import sample as default_sample
 from aioengine.model.sampler import token_logprobs
+from aioengine.model.sampling import constraints
 from aioengine.model.slots.merged import MergedDecoder
 from aioengine.model.slots.pool import LoRASlots
 from aioengine.model.slots.shared import SharedMemory

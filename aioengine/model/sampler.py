@@ -26,8 +26,8 @@ import torch
 from torch import Tensor
 
 from aioengine.kernels.transfer import send
-from aioengine.model.constraints import Masks, collect
 from aioengine.model.penalties import Penalties
+from aioengine.model.sampling.constraints import Masks, collect
 from aioengine.model.sampling.ranks import Ranks
 from aioengine.request import SamplingParams, TokenLogprob
 from aioengine.step import Sampled, SequenceWork

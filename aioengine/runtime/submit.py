@@ -15,10 +15,10 @@ from aioengine.core.waiting_room import Ticket
 from aioengine.errors import DeadlineExceeded, EngineOverloaded, PromptTooLong, RequestInvalid
 from aioengine.request import Prompt, RequestOptions, SamplingParams, Wanted, check_text
 from aioengine.runtime.assemble import Built
-from aioengine.runtime.continuation import check_output, replayed
 from aioengine.runtime.loop import Stepper
 from aioengine.runtime.output_stream import OutputStream, OutputText
 from aioengine.runtime.prefixes.keeper import PrefixKeeper
+from aioengine.runtime.requests.continuation import check_output, replayed
 from aioengine.runtime.sources.names import AdapterNames
 from aioengine.runtime.text_work import SHORT, TextWork, size_of_json
 

@@ -14,7 +14,6 @@ from litestar.handlers import HTTPRouteHandler
 from litestar.routes import HTTPRoute
 
 from aioengine import __version__
-from aioengine.client import EngineClient, SharesLimits
 from aioengine.errors import EngineStopped
 from aioengine.grammars.fair_thread import in_own_thread
 from aioengine.metrics.asgi import metrics_app
@@ -28,6 +27,7 @@ from aioengine.metrics.page.plumbing import (
     in_parts,
     watch_of,
 )
+from aioengine.runtime.client import EngineClient, SharesLimits
 from aioengine.server import framework
 from aioengine.server.access.gate import Gate
 from aioengine.server.access.scopes import PAGE_ROUTE, check_routes

@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from aioengine.adapters.names import NAME_RULE
-from aioengine.client import EngineClient
 from aioengine.errors import ConfigError, PromptTooLong, RequestInvalid
 from aioengine.guided import Guide
 from aioengine.info import without_versions
 from aioengine.request import RequestOptions, SamplingParams, TokenConstraint, Wanted, for_choice
+from aioengine.runtime.client import EngineClient
+from aioengine.runtime.requests.vectors import read_label_names
 from aioengine.runtime.text_work import EACH, SHORT, size_of_all
-from aioengine.runtime.vectors import read_label_names
 from aioengine.server.access.auth import Identity
 from aioengine.server.access_log import RequestRecord
 from aioengine.server.errors import ApiError, model_not_found

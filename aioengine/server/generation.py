@@ -20,10 +20,10 @@ from typing import TypeVar, cast
 
 import msgspec
 
-from aioengine.client import EngineClient, as_keywords
 from aioengine.config import EngineConfig
 from aioengine.errors import DeadlineExceeded
 from aioengine.request import CachePin, RequestOptions, SamplingParams, TokenConstraint
+from aioengine.runtime.client import EngineClient, as_keywords
 from aioengine.runtime.output import RequestOutput, SoFar
 from aioengine.runtime.tasks import together
 from aioengine.runtime.text_work import SHORT

@@ -19,7 +19,7 @@ import triton
 
 from aioengine.kernels.blocks import BlockWeight
 from aioengine.kernels.triton import aot
-from aioengine.kernels.triton.blocks import FEW_ROWS, default_blocks
+from aioengine.kernels.triton.quantized.blocks import FEW_ROWS, default_blocks
 from aioengine.kernels.triton.table import SHORT, Key, default_expand, default_shrink
 from aioengine.lab.costs.roofline import H100_SXM, DeviceFigures
 from aioengine.model.spec import ModelSpec, RopeSpec

@@ -6,9 +6,9 @@ that are no multiples of 16. Whole steps are one call where a model allows for i
 
 from __future__ import annotations
 
-from aioengine.kernels.cpu.experts import expert_linear as expert_linear
 from aioengine.kernels.cpu.layer import add_rms_norm as add_rms_norm
 from aioengine.kernels.cpu.layer import clamped_swiglu as clamped_swiglu
+from aioengine.kernels.cpu.layer import expert_linear as expert_linear
 from aioengine.kernels.cpu.layer import gelu_and_mul as gelu_and_mul
 from aioengine.kernels.cpu.layer import paged_attention as paged_attention
 from aioengine.kernels.cpu.layer import rope_store as rope_store

@@ -1,4 +1,5 @@
-"""The operations of a layer between its linears, by the CPU library; see :class:`Backend`."""
+"""The operations of a layer between its linears, and the linears of experts, by the CPU library; see
+:class:`Backend`."""
 
 from __future__ import annotations
 
@@ -10,10 +11,14 @@ from torch import Tensor
 
 from aioengine.kernels.backend import HeadNorms, LayerCache, Norm, Rotation, Scores
 from aioengine.kernels.cpu import structs
-from aioengine.kernels.cpu.packed import DTYPES, is_bf16, pointer
+from aioengine.kernels.cpu.blocks import PackedBlocks
+from aioengine.kernels.cpu.packed import DTYPES, PANEL, PackedWeight, is_bf16, pointer
+from aioengine.kernels.cpu.quantized import QuantizedWeight
 from aioengine.kernels.cpu.shared_library import load, threads
 from aioengine.kernels.plan.attention import AttentionPlan
+from aioengine.kernels.plan.experts import ExpertPlan
 from aioengine.kernels.portable import plain
+from aioengine.kernels.weight import Weight
 
 _LANES = 16
 """Block sizes and head dimensions must be multiples of a vector's."""
@@ -156,3 +161,15 @@ def _block_bytes(keys: Tensor) -> int:
 def _ours(keys: Tensor) -> bool:
     """Whether a cache of this type and shape is in the library's layout."""
     return keys.dtype in DTYPES and keys.shape[1] % _LANES == 0 and keys.shape[3] % _LANES == 0
+
+
+def expert_linear(x: Tensor, weight: Weight, bias: Tensor | None, plan: ExpertPlan) -> Tensor:
+    """``y[s] = W[expert(s)] x[s]``, all experts in one call if they are packed; see :class:`Backend`."""
+    out = weight.n // plan.experts
+    if not isinstance(weight, (PackedWeight, QuantizedWeight, PackedBlocks)) or out % PANEL:
+        return plain.expert_linear(x, weight, bias, plan)
+    x = x.contiguous()
+    counts = torch.zeros(plan.experts + 1, dtype=torch.int32)
+    for expert, start, stop in plan.groups:
+        counts[expert + 1] = stop - start
+    return weight.experts(x, bias, counts.cumsum(0, dtype=torch.int32))

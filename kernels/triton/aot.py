@@ -17,10 +17,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from aioengine.kernels.triton import eight_bits
 from aioengine.kernels.triton.attention import PART, default_config
-from aioengine.kernels.triton.blocks import FEW_ROWS as FEW_TOKENS
-from aioengine.kernels.triton.blocks import FORMATS, BlockConfig, default_blocks
 from aioengine.kernels.triton.experts import BLOCK_K, BLOCK_N, ROWS
 from aioengine.kernels.triton.jit.attention import attention_kernel
 from aioengine.kernels.triton.jit.blocks import block_linear_kernel, expert_blocks_kernel
@@ -37,6 +34,9 @@ from aioengine.kernels.triton.jit.layer import (
 from aioengine.kernels.triton.jit.shrink import shrink_kernel
 from aioengine.kernels.triton.launch import power_of_two
 from aioengine.kernels.triton.layer import SILU_COLUMNS, norm_warps, rope_heads
+from aioengine.kernels.triton.quantized import eight_bits
+from aioengine.kernels.triton.quantized.blocks import FEW_ROWS as FEW_TOKENS
+from aioengine.kernels.triton.quantized.blocks import FORMATS, BlockConfig, default_blocks
 from aioengine.kernels.triton.query_tiles import FEW_ROWS, rows_of_prompts
 from aioengine.kernels.triton.table import (
     AFFINE_COLUMNS,

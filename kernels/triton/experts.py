@@ -15,10 +15,10 @@ from torch import Tensor
 from aioengine.kernels.blocks import BlockWeight, StackedWeight
 from aioengine.kernels.plan.experts import ExpertPlan
 from aioengine.kernels.portable import plain
-from aioengine.kernels.triton import blocks
 from aioengine.kernels.triton.jit.blocks import expert_blocks_kernel
 from aioengine.kernels.triton.jit.experts import expert_kernel
 from aioengine.kernels.triton.launcher import Launcher
+from aioengine.kernels.triton.quantized import blocks
 from aioengine.kernels.weight import PlainWeight, Weight
 
 BLOCK_N, BLOCK_K = 64, 64

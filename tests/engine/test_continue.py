@@ -15,7 +15,7 @@ from aioengine import AsyncEngine, RequestOutput, SamplingParams
 from aioengine.errors import RequestInvalid
 from aioengine.guided import Guide
 from aioengine.request import TokenConstraint
-from aioengine.runtime.continuation import replayed
+from aioengine.runtime.requests.continuation import replayed
 
 CASES: dict[str, dict[str, Any]] = {
     "greedy": {},

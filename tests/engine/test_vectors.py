@@ -22,7 +22,7 @@ from support.tiny_models import ALL_MODULES
 
 from aioengine import AsyncEngine, SamplingParams
 from aioengine.errors import AdapterInvalid, AdapterNotFound, AioEngineError, RequestInvalid
-from aioengine.runtime.vectors import cosines
+from aioengine.runtime.requests.vectors import cosines
 
 PROMPTS = [prompt_of(i, length) for i, length in enumerate((1, 5, 9, 30))]
 

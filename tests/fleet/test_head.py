@@ -13,7 +13,7 @@ from support.waiting import SECONDS, until
 from aioengine import EngineConfig
 from aioengine.errors import EngineDead, EngineStopped
 from aioengine.fleet import FleetConfig, cluster
-from aioengine.fleet.door import head
+from aioengine.fleet.door import hangs
 from aioengine.fleet.door.client import FleetClient
 
 pytest.importorskip("ray.exceptions", reason="Ray has no wheel for this system or Python")
@@ -21,8 +21,8 @@ pytest.importorskip("ray.exceptions", reason="Ray has no wheel for this system o
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(head, "WATCH_SECONDS", 0.02)
-    monkeypatch.setattr(head, "LOST_SECONDS", 0.1)
+    monkeypatch.setattr(hangs, "WATCH_SECONDS", 0.02)
+    monkeypatch.setattr(hangs, "LOST_SECONDS", 0.1)
 
 
 class Listener:
@@ -37,7 +37,7 @@ class Listener:
         return f"127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
 
     async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        if await reader.readexactly(len(head.PREFACE)) == head.PREFACE and not self.hangs:
+        if await reader.readexactly(len(hangs.PREFACE)) == hangs.PREFACE and not self.hangs:
             writer.write(b"\0")
         await reader.read()
         writer.close()
@@ -75,12 +75,12 @@ async def test_the_door_ends_when_its_requests_have() -> None:
 
 async def test_a_head_that_hangs_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
     listener = Listener()
-    watched = head.Head(await listener.open())
+    watched = hangs.Head(await listener.open())
     assert await watched.answers()
     listener.hangs = True
     with monkeypatch.context() as patch:
-        patch.setattr(head, "WATCH_SECONDS", 0.02)
-        patch.setattr(head, "LOST_SECONDS", 0.1)
+        patch.setattr(hangs, "WATCH_SECONDS", 0.02)
+        patch.setattr(hangs, "LOST_SECONDS", 0.1)
         assert "does not answer" in str(await watched.until_lost())
     listener.hangs = False
     assert await watched.is_back(lambda: True) and watched.failure is None
@@ -102,7 +102,7 @@ def test_a_head_that_hangs_does_not_keep_ray_from_its_end(monkeypatch: pytest.Mo
 
 @pytest.mark.usefixtures("quick")
 async def test_requests_that_take_too_long_are_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(head, "FINISH_SECONDS", 0.1)
+    monkeypatch.setattr(hangs, "FINISH_SECONDS", 0.1)
     listener = Listener()
     address = await listener.open()
     await listener.close()

@@ -6,9 +6,9 @@ from typing import NamedTuple
 
 import pytest
 
-from aioengine.client import Usage
 from aioengine.fleet.door.limits import SHARE_SECONDS
 from aioengine.fleet.usage import DOOR_SECONDS, SharedUsage
+from aioengine.runtime.client import Usage
 from aioengine.server.access.keys import Limits
 from aioengine.server.access.limits import Admission, Meter
 from aioengine.server.errors import ApiError

@@ -16,8 +16,8 @@ from aioengine.kernels.blocks import BlockWeight, StackedWeight
 from aioengine.kernels.portable.dequantize import codes
 from aioengine.kernels.portable.quantize import quantize
 
-blocks = pytest.importorskip("aioengine.kernels.triton.blocks")
-from aioengine.kernels.triton import eight_bits  # noqa: E402  (only where there is triton)
+blocks = pytest.importorskip("aioengine.kernels.triton.quantized.blocks")
+from aioengine.kernels.triton.quantized import eight_bits  # noqa: E402  (only where there is triton)
 
 pytestmark = needs_triton
 EXAMPLES = examples(6, 100)

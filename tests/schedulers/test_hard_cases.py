@@ -22,9 +22,9 @@ from aioengine.schedulers.parts.none import NoPreemption, NoPrefetch
 from aioengine.schedulers.policies.drr import DRR
 from aioengine.schedulers.policies.edf import EDF
 from aioengine.schedulers.policies.fcfs import FCFS
+from aioengine.schedulers.policies.other_engines import VLLMOrder
 from aioengine.schedulers.policies.priority import PreemptLower, Priority
 from aioengine.schedulers.policies.sjf import SJF
-from aioengine.schedulers.policies.vllm import VLLMOrder
 from aioengine.schedulers.policies.vtc import VTC
 
 STEP = 0.05

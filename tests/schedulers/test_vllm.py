@@ -10,7 +10,7 @@ from aioengine.core import CoreLimits
 from aioengine.schedulers.parts.compose import Composed
 from aioengine.schedulers.parts.lru import LRU
 from aioengine.schedulers.parts.none import NoPreemption, NoPrefetch
-from aioengine.schedulers.policies.vllm import VLLMOrder
+from aioengine.schedulers.policies.other_engines import VLLMOrder
 
 
 def sim_with(limits: CoreLimits, names: str) -> StrictSim:

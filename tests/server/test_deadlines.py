@@ -7,9 +7,9 @@ from typing import Any, cast
 
 import pytest
 
-from aioengine.client import EngineClient
 from aioengine.config import EngineConfig
 from aioengine.request import RequestOptions, SamplingParams, TokenConstraint
+from aioengine.runtime.client import EngineClient
 from aioengine.runtime.output import RequestOutput
 from aioengine.server.access_log import RequestRecord
 from aioengine.server.generation import Generation

@@ -19,7 +19,7 @@ from support.waiting import until
 
 from aioengine import SamplingParams
 from aioengine.errors import AdapterNotFound
-from aioengine.runtime.vectors import pooling_params
+from aioengine.runtime.requests.vectors import pooling_params
 
 TEXTS = ["one", "two words", "a third text"]
 

@@ -1,1 +1,1 @@
-"""Prefixes that stay in the prefix cache after their request has ended."""
+"""Prefixes: those that stay in the cache after their request, and where that of an activated adapter ends."""

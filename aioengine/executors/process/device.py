@@ -38,7 +38,7 @@ from aioengine.executors.process.worker_loader import WorkerLoader
 from aioengine.executors.process.workers import Workers
 from aioengine.info import LoadProgress
 from aioengine.memory_plan import MemoryPlan
-from aioengine.model import constraints
+from aioengine.model.sampling import constraints
 from aioengine.step import (
     LoadedAdapter,
     ReadOrder,

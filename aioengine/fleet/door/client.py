@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any, Unpack
 import msgspec
 
 from aioengine import errors
-from aioengine.client import UsageLedger, as_keywords
 from aioengine.events import Event
 from aioengine.fleet.cluster import tls_context
 from aioengine.fleet.config import FleetConfig
@@ -23,7 +22,7 @@ from aioengine.fleet.door.adapters import FleetAdapters
 from aioengine.fleet.door.call import Call, tokens_of
 from aioengine.fleet.door.dispatcher import Dispatcher
 from aioengine.fleet.door.grammars import FleetGrammars, SentGrammar
-from aioengine.fleet.door.head import Head
+from aioengine.fleet.door.hangs import Head
 from aioengine.fleet.door.limits import SharedLimits
 from aioengine.fleet.door.members import Members
 from aioengine.fleet.door.metrics import FleetMetrics
@@ -40,9 +39,10 @@ from aioengine.request import (
     check_text,
     split_keywords,
 )
+from aioengine.runtime.client import UsageLedger, as_keywords
 from aioengine.runtime.output import RequestOutput, SoFar
+from aioengine.runtime.requests.vectors import scaled_adapter
 from aioengine.runtime.text_work import TextWork
-from aioengine.runtime.vectors import scaled_adapter
 from aioengine.step import BytesLike
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ logger = logging.getLogger("aioengine.fleet")
 
 
 class FleetClient:
-    """Sends requests to the replicas of ``handle``, and is an :class:`~aioengine.client.EngineClient`.
+    """Sends requests to the replicas of ``handle``: an :class:`~aioengine.runtime.client.EngineClient`.
 
     Args:
         config: The configuration that the replicas were deployed with.

@@ -20,7 +20,7 @@ class SentGrammar:
 
 
 class FleetGrammars:
-    """A :class:`~aioengine.client.GrammarCompiler`."""
+    """A :class:`~aioengine.runtime.client.GrammarCompiler`."""
 
     def __init__(self, limits: GrammarLimits | None) -> None:
         self.limits = GrammarLimits() if limits is None else limits

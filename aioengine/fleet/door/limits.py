@@ -8,7 +8,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
-from aioengine.client import UsageLedger
+from aioengine.runtime.client import UsageLedger
 from aioengine.runtime.tasks import end_tasks
 
 logger = logging.getLogger("aioengine.fleet")

@@ -16,7 +16,7 @@ from aioengine.fleet.config import FleetConfig
 from aioengine.fleet.door.call import Call
 from aioengine.fleet.door.channel import Channel
 from aioengine.fleet.door.conflicts import Conflicts
-from aioengine.fleet.door.hung import Hung
+from aioengine.fleet.door.hangs import Hung
 from aioengine.fleet.wire import Delta, Frame, Hello, Residency, Status
 from aioengine.info import AdapterInfo, AdapterLocation, EngineStats, SlotInfo
 from aioengine.schedulers.routing import FleetState, ReplicaLimits, Report, Tiers

@@ -11,8 +11,8 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, M
 from hashlib import blake2b
 from typing import Any
 
-from aioengine.client import Usage
 from aioengine.errors import EngineStopped
+from aioengine.runtime.client import Usage
 from aioengine.server.access.addresses import client_of
 from aioengine.server.access.auth import Authenticator, Identity, check_host, refusal
 from aioengine.server.access.keys import SCOPES, KeyEntry, KeysFile, Limits, Scope, TenantLimits, hash_key

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from aioengine.client import Usage
+from aioengine.runtime.client import Usage
 from aioengine.server.access.keys import Limits
 from aioengine.server.errors import ApiError
 

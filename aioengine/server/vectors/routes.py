@@ -14,14 +14,14 @@ from litestar.params import JSONBody
 from litestar.response import Response
 
 from aioengine.runtime.output import RequestOutput
-from aioengine.runtime.text_work import size_of_all
-from aioengine.runtime.vectors import (
+from aioengine.runtime.requests.vectors import (
     classification_of,
     cosines,
     embedding_of,
     pooling_params,
     sigmoid,
 )
+from aioengine.runtime.text_work import size_of_all
 from aioengine.server.access_log import RequestRecord
 from aioengine.server.context import Context
 from aioengine.server.errors import ApiError

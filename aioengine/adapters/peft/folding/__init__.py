@@ -1,1 +1,1 @@
-"""Adapters of other PEFT methods that are LoRA adapters once their matrices are multiplied out."""
+"""Adapters that become one LoRA pair when they are read: those of other PEFT methods, and mixes."""

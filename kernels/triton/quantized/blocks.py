@@ -2,10 +2,11 @@
 Triton launch each; see :class:`Backend`.
 
 Weights stay as they are stored, and activations are not quantized, unless the weight allows for it and there
-are many rows (:mod:`aioengine.kernels.triton.eight_bits`). Where the inputs of a group are neighbours, codes
-are multiplied and their sums scaled, so a GPU differs from a CPU, which rounds each weight to the compute
-dtype, by that rounding. That reads a quarter or half of the bytes of 16-bit weights. The products themselves
-are of 16 bits, as in Marlin (Frantar et al., 2024, arXiv:2408.11743), without its order of weights.
+are many rows (:mod:`aioengine.kernels.triton.quantized.eight_bits`). Where the inputs of a group are
+neighbours, codes are multiplied and their sums scaled, so a GPU differs from a CPU, which rounds each weight
+to the compute dtype, by that rounding. That reads a quarter or half of the bytes of 16-bit weights. The
+products themselves are of 16 bits, as in Marlin (Frantar et al., 2024, arXiv:2408.11743), without its order
+of weights.
 """
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ from typing import NamedTuple
 from torch import Tensor
 
 from aioengine.kernels.blocks import BlockWeight, StackedWeight
-from aioengine.kernels.triton import eight_bits
 from aioengine.kernels.triton.jit.blocks import FP8, INT4, INT8, MXFP4, block_linear_kernel
 from aioengine.kernels.triton.launcher import Launcher
+from aioengine.kernels.triton.quantized import eight_bits
 from aioengine.kernels.weight import PlainWeight, Weight
 
 FORMATS = {"int4": INT4.value, "int8": INT8.value, "fp8": FP8.value, "mxfp4": MXFP4.value}

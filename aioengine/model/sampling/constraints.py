@@ -1,7 +1,7 @@
 """Masks of a step's constraints: begun before the forward pass, collected after it.
 
-Constraints are code of the application's, and a step is everybody's. So whatever a constraint raises or returns
-ends its own request at most; ``CancelledError``, which is no ``Exception``, would end the step loop.
+Constraints are code of the application, and a step is everybody's. So whatever a constraint raises or returns
+ends its own request at most. (``CancelledError``, which is no ``Exception``, would end the step loop.)
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 from aioengine.checks import error_text
 from aioengine.request import StartedConstraint, TokenConstraint
@@ -77,7 +77,7 @@ def _ask(row: SequenceWork, constraint: TokenConstraint, until: float) -> bytes 
     return None if mask is None else _mask(mask)
 
 
-def _mask(answer: bytes) -> bytes:
+def _mask(answer: Any) -> bytes:
     if isinstance(answer, int):  # for which bytes() makes so many zeros
         raise TypeError(f"it returned {answer!r}, not bytes")
     return bytes(answer)

@@ -1,0 +1,1 @@
+"""Parts of requests: outputs that another engine has begun, and vectors in place of text."""

@@ -1,0 +1,1 @@
+"""Linears whose weights are quantized, in Triton."""
