@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,8 @@ from support.tiny_models import build_adapter
 
 __all__ = ["tiny_of", "tiny_text"]
 
+OWN_NAME = f"fleet-{os.getpid()}"
+"""Of the shared fleet: other clusters of this machine may have fleets, too."""
 MAX_RUNNING = 8
 """Requests that a replica runs at once."""
 
@@ -61,8 +64,9 @@ def shared_fleet(
 ) -> Iterator[FleetServer]:
     flags = ["--adapter-root", str(adapters), "--otlp-endpoint", traces.url]
     flags += ["--registry", str(tmp_path_factory.mktemp("registry")), "--max-upload-bytes", "1000000"]
-    flags += ["--max-num-seqs", str(MAX_RUNNING)]
+    flags += ["--max-num-seqs", str(MAX_RUNNING), "--app-name", OWN_NAME]
     with fleet_server(tiny_text.model, *flags, OTEL_BSP_SCHEDULE_DELAY="200", **tls) as server:
+        server.name = OWN_NAME
         yield server
 
 

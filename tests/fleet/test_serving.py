@@ -17,7 +17,7 @@ from typing import Any
 import httpx
 import openai
 from support.engine_fixtures import Tiny
-from support.fleet_process import FleetServer, needs_ray, until
+from support.fleet_process import START_SECONDS, FleetServer, needs_ray, until
 from support.mixed_adapters import generated, scaled_model
 from support.otlp_collector import Collector
 
@@ -214,11 +214,11 @@ def test_the_commands(fleet: FleetServer, tls: dict[str, str]) -> None:
     def command(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
         clean = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
         return subprocess.run(
-            [sys.executable, "-m", "aioengine", "fleet", *words],
+            [sys.executable, "-m", "aioengine", "fleet", *words, "--app-name", fleet.name],
             capture_output=True,
             text=True,
             check=False,
-            timeout=60,
+            timeout=START_SECONDS,
             env={**clean, **tls, **environment},
         )
 
@@ -233,8 +233,8 @@ def test_the_commands(fleet: FleetServer, tls: dict[str, str]) -> None:
     assert refused.returncode == 2 and names[1] in refused.stderr
     assert re.search(r"^ *a .*\bslot\b", adapters, re.MULTILINE)
     assert "drains" in command("drain", names[0], **there).stdout
-    until(lambda: fleet.metric("aioengine_fleet_replica_up", replica=names[0]) == 0, 10)
+    until(lambda: fleet.metric("aioengine_fleet_replica_up", replica=names[0]) == 0)
     for index in range(4):
         fleet.complete(f"elsewhere {index}", max_tokens=2)
     command("drain", names[0], "--undo", **there)
-    until(fleet.healthy, 10)
+    until(fleet.healthy)

@@ -145,7 +145,7 @@ async def test_replicas_are_replaced_one_after_the_other(
     environment = {"RAY_ADDRESS": fleet.address, "RAY_AUTH_MODE": "token", **tls}
     program = Path(__file__).parents[1] / "support" / "replaced_replicas.py"
     rolling = await asyncio.create_subprocess_exec(
-        sys.executable, str(program), env={**os.environ, **environment}, stderr=subprocess.PIPE
+        sys.executable, str(program), fleet.name, env={**os.environ, **environment}, stderr=subprocess.PIPE
     )
     waiting, ended = asyncio.create_task(rolling.communicate()), False
     async with client_of(fleet) as client:

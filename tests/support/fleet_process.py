@@ -36,6 +36,8 @@ class FleetServer:
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
         self.url = ""
+        self.name = "aioengine"
+        """Of its application."""
         self.key = ""
         """What its client sends, if it asks for one."""
 

@@ -1,6 +1,9 @@
-"""A program that has Serve replace all replicas of the fleet of ``RAY_ADDRESS``, one after the other."""
+"""A program that has Serve replace all replicas of a fleet, by its name, one after the other. The fleet is on
+the cluster of ``RAY_ADDRESS``."""
 
 from __future__ import annotations
+
+import sys
 
 import msgspec
 
@@ -15,7 +18,7 @@ def main() -> None:
     import ray
     from ray import serve
 
-    found = ray.get(registry_actor("aioengine", None).configure.remote(b""))
+    found = ray.get(registry_actor(sys.argv[1], None).configure.remote(b""))
     config = msgspec.json.decode(found, type=FleetConfig)
     other = msgspec.structs.replace(config, step_seconds=config.step_seconds + 1)
     application = replica_application(other, inherit=True)
