@@ -146,6 +146,7 @@ async def test_parts_that_are_read_for_several_callers(
         with reads.hang("slow") as gate:
             first = asyncio.create_task(engine.complete(PROMPT, greedy(1), adapter="slow"))
             await gate.reached()
+            alone = asyncio.create_task(engine.complete(PROMPT, greedy(1), adapter="bad"))
             names = ("rank-3", "qv-only", "rank-4", "bad")
             lost = [begin(name, weight) for name in names for weight in (0.5, 0.25)]
             lost += [asyncio.create_task(engine.load_adapter("rank-4")), begin("qv-only", 1.0)]
@@ -155,8 +156,8 @@ async def test_parts_that_are_read_for_several_callers(
                 task.cancel()
             await asyncio.gather(*lost, return_exceptions=True)
             assert wanted("qv-only", "rank-4", "bad")
-        results = await asyncio.gather(first, *kept, return_exceptions=True)
-        assert [isinstance(result, AioEngineError) for result in results] == [False, False, True, False]
+        results = await asyncio.gather(first, *kept, alone, return_exceptions=True)
+        assert [isinstance(result, AioEngineError) for result in results] == [False, False, True, False, True]
         assert residency.failures.times("bad") == 1
         assert wanted() and "rank-3" not in reads.count
         await asyncio.gather(*(begin(name, 0.5) for name in ("rank-3", "qv-only", "rank-4")))

@@ -27,7 +27,11 @@ class Failures:
         self._by_name: dict[str, _Failure] = {}
 
     def add(self, name: str, error: AdapterError, now: float) -> None:
-        last = self._by_name.pop(name, None)
+        """Count a failure. Each error counts once, whoever of those that it concerns says so."""
+        last = self._by_name.get(name)
+        if last is not None and last.error is error:
+            return
+        self._by_name.pop(name, None)
         count = 1 if last is None else last.times + 1
         pause = 0.0 if count == 1 else min(LONGEST_SECONDS, FIRST_SECONDS * 2.0 ** min(count - 2, 10))
         while len(self._by_name) >= MAX_NAMES:

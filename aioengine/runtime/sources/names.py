@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import islice
@@ -17,15 +18,6 @@ from aioengine.runtime.sources.mixes import Mixes
 from aioengine.schedulers.policy import Location
 
 
-class _Readers:
-    """The callers that wait for one version to be read."""
-
-    def __init__(self) -> None:
-        self.count = 0
-        self.error: AdapterError | None = None
-        """The last error that was counted, for all of them."""
-
-
 class AdapterNames:
     """Versions of adapters by name: registered ones, those that a look-up finds, and mixes."""
 
@@ -37,8 +29,8 @@ class AdapterNames:
         self.lookups = Resolution(stepper, resolver, resolve_timeout)
         self.fetched: dict[str, str | None] = {}
         """Names whose folder is found by a look-up: the source ("hf:", a URL), or None for the resolver."""
-        self._readers: dict[int, _Readers] = {}
-        """By uid."""
+        self._readers: Counter[int] = Counter()
+        """Number of callers that wait for a version to be read, by uid."""
         self.mixes = Mixes(self._residency, self.acquire, self._read_once)
 
     def is_registered(self, name: str) -> bool:
@@ -124,10 +116,7 @@ class AdapterNames:
         return self.publish(name, where, found=True)
 
     async def _read_once(self, entry: AdapterEntry) -> None:
-        """Wait until a version has been read, if it never was. A replaced one is read for its requests.
-
-        A failure counts once, whoever of several callers is still there.
-        """
+        """Wait until a version has been read, if it never was. A replaced one is read for its requests."""
         if entry.digest or entry.retired:
             return
 
@@ -136,29 +125,26 @@ class AdapterNames:
                 raise entry.error
             return bool(entry.digest) or entry.retired
 
-        with self.reading(entry) as readers:
+        with self.reading(entry):
             if entry.wanted_since is None:
                 self._residency.want(entry, _now())
                 self._stepper.wake()
             try:
                 await self._stepper.until(is_read, entry.label)
             except AdapterError as error:
-                if readers.error is not error:
-                    readers.error = error
-                    self._residency.failures.add(entry.label, error, _now())
+                self._residency.failures.add(entry.label, error, _now())
                 raise
 
     @contextmanager
-    def reading(self, entry: AdapterEntry) -> Iterator[_Readers]:
+    def reading(self, entry: AdapterEntry) -> Iterator[None]:
         """Context of a caller that waits for a version to be read. When the last one leaves, whether it was
         read or they gave up, nobody wants it any more."""
-        readers = self._readers.setdefault(entry.uid, _Readers())
-        readers.count += 1
+        self._readers[entry.uid] += 1
         try:
-            yield readers
+            yield
         finally:
-            readers.count -= 1
-            if not readers.count:
+            self._readers[entry.uid] -= 1
+            if not self._readers[entry.uid]:
                 del self._readers[entry.uid]
                 if not entry.pinned:  # a pinned adapter is read again after a loss of the device
                     self._residency.forget_want(entry)
