@@ -40,7 +40,9 @@ _WIDE_CELLS = 1 << 21
 """Candidates, of all rows together, that are looked at in one piece after the first look: each takes up to 50
 bytes."""
 _BLOCK = 64
-_ARGMAX_BLOCK = 1024
+_ARGMAX_BLOCK = 512
+_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""Whole numbers by bytes."""
 
 
 def sample(logits: Tensor, rows: Sequence[SequenceWork], penalties: Penalties | None = None) -> list[Sampled]:
@@ -61,8 +63,6 @@ def sample(logits: Tensor, rows: Sequence[SequenceWork], penalties: Penalties | 
     if not rows:
         return []
     best = _argmax(logits)
-    top = logits.gather(1, best[:, None])[:, 0]
-    best.masked_fill_(~torch.isfinite(top), -1)
     changed = [i for i, row in enumerate(rows) if row.params.changes_logits or not row.params.greedy]
     results: dict[int, Sampled] = {}
     forced: dict[int, Sequence[int]] = {}
@@ -77,7 +77,7 @@ def sample(logits: Tensor, rows: Sequence[SequenceWork], penalties: Penalties | 
         tokens = best.tolist()
         finite = [token >= 0 for token in tokens]
     results |= {
-        i: Sampled(-1, error=f"the model's output is not finite: largest logit {top[i].item()}")
+        i: Sampled(-1, error=f"the model's output is not finite: largest logit {logits[i].max().item()}")
         for i in range(len(rows))
         if not finite[i]
     }
@@ -120,19 +120,40 @@ def uniform(seed: int, index: int) -> float:
 
 
 def _argmax(logits: Tensor) -> Tensor:
-    """Return the first index of each row's largest value; a NaN counts as the largest.
+    """Return the first index of each row's largest value; -1 if that is not finite. A NaN counts as the
+    largest."""
+    vocab = logits.shape[1]
+    block = min(vocab & -vocab, _ARGMAX_BLOCK)
+    if logits.device.type != "cpu" or block < _BLOCK:
+        return _finite(logits, logits.argmax(dim=-1))
+    blocks = logits.reshape(len(logits), -1, block)
+    if logits.sum(dim=-1).isfinite().all():
+        # Then all are finite, and in the order of their bits: torch compares whole numbers ten times faster.
+        bits = blocks.view(_BITS[logits.itemsize])
+        best = _first_largest(bits)
+        top = logits.gather(1, best[:, None])
+        if (top > 0).all():
+            return best
+        if (top < 0).all():  # all are negative: the closest to 0 has the least bits
+            return _first_largest(~bits)
+    return _finite(logits, _first_largest(blocks))
+
+
+def _first_largest(blocks: Tensor) -> Tensor:
+    """Return the first index of each row's largest value, of rows that are cut into blocks.
 
     On a CPU torch finds the largest value of a row several times faster than where it is: so the block that
     it is in comes first.
     """
-    vocab = logits.shape[1]
-    block = min(vocab & -vocab, _ARGMAX_BLOCK)
-    if logits.device.type != "cpu" or block < _BLOCK:
-        return logits.argmax(dim=-1)
-    blocks = logits.reshape(len(logits), -1, block)
     which = blocks.amax(dim=-1).argmax(dim=-1)
-    within = blocks[torch.arange(len(logits)), which].argmax(dim=-1)
-    return which * block + within
+    within = blocks[torch.arange(len(blocks)), which].argmax(dim=-1)
+    return which * blocks.shape[2] + within
+
+
+def _finite(logits: Tensor, best: Tensor) -> Tensor:
+    """Return ``best`` with -1 for the rows whose value there is not finite."""
+    top = logits.gather(1, best[:, None])[:, 0]
+    return best.masked_fill_(~torch.isfinite(top), -1)
 
 
 def _mix(z: int) -> int:

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Sequence
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.asked import Asked
 from support.fake_cuda import FakeCuda
 from support.sampler_rows import row, tokens
 
@@ -14,7 +16,7 @@ from aioengine.model import sampler
 from aioengine.model.penalties import Penalties
 from aioengine.model.sampler import sample, uniform
 from aioengine.request import SamplingParams
-from aioengine.step import SequenceWork
+from aioengine.step import Sampled, SequenceWork
 
 VOCABULARIES = (7, 100, 20000)  # below, around and beyond the sampler's block and candidate counts
 
@@ -55,6 +57,30 @@ def test_greedy_is_argmax(dtype: torch.dtype) -> None:
     mixed = [row(greedy) if i % 2 else row(SamplingParams(temperature=1.0)) for i in range(5)]
     assert tokens(logits, mixed)[1::2] == logits.argmax(-1).tolist()[1::2]
     assert torch.equal(logits, before)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    st.sampled_from([64, 192, 512, 1536]),
+    st.lists(
+        st.sets(st.sampled_from([-3.5, -1.0, -0.0, 0.0, 1e-3, 2.0, 3e4]), min_size=1), min_size=1, max_size=4
+    ),
+    st.sampled_from([None, None, math.nan, -math.nan, math.inf, -math.inf]),
+    st.randoms(use_true_random=False),
+)
+def test_the_first_of_the_largest(
+    dtype: torch.dtype, vocab: int, kinds: list[set[float]], odd: float | None, rng: random.Random
+) -> None:
+    """Of rows with few different values, of one sign or both, whatever another row holds."""
+    values = [[rng.choice(sorted(kind)) for _ in range(vocab)] for kind in kinds]
+    if odd is not None:
+        values[rng.randrange(len(kinds))][rng.randrange(vocab)] = odd
+    logits = torch.tensor(values).to(dtype)
+    for found, scores in zip(sample(logits, [row(SamplingParams())] * len(kinds)), values, strict=True):
+        largest = math.nan if any(map(math.isnan, scores)) else max(scores)
+        assert (found.error is None) == math.isfinite(largest)
+        assert found.token == (scores.index(largest) if math.isfinite(largest) else -1)
 
 
 def test_no_rows() -> None:
@@ -267,48 +293,39 @@ def test_greedy_takes_the_first_of_equal_tokens_wherever_they_are(dtype: torch.d
     assert tokens(logits, [row(SamplingParams()) for _ in places]) == [min(best) for best in places]
 
 
-def test_the_host_asks_for_tokens_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a GPU, each question would wait for the device."""
+def test_the_host_asks_for_tokens_once() -> None:
+    """On a GPU, where each question waits for the device."""
     asked: list[str] = []
 
-    def counted(name: str) -> None:
-        true = getattr(torch.Tensor, name)
+    def sample_there(logits: torch.Tensor, rows: Sequence[SequenceWork]) -> list[Sampled]:
+        with FakeCuda():
+            there = logits.to("cuda")
+            with Asked() as noted:
+                found = sample(there, rows)
+            asked[:] = noted.names
+            return found
 
-        def ask(self: torch.Tensor, *args: object) -> object:
-            asked.append(name)
-            return true(self, *args)
-
-        monkeypatch.setattr(torch.Tensor, name, ask)
-
-    for name in ("tolist", "item", "nonzero", "__bool__", "__int__", "__float__", "cpu"):
-        counted(name)
     logits = torch.randn(6, 20000, generator=torch.Generator().manual_seed(0)) * 4
     greedy, random = row(SamplingParams()), row(SamplingParams(temperature=0.5, top_p=0.9), seed=3)
     penalised = row(SamplingParams(repetition_penalty=1.5, logit_bias={5: 1.0}), history=[1, 2, 3])
-    sample(logits, [greedy] * 6)
+    sample_there(logits, [greedy] * 6)
     assert asked == ["tolist"]
-    asked.clear()
-    sample(logits, [greedy, random, greedy, random, random, greedy])
+    sample_there(logits, [greedy, random, greedy, random, random, greedy])
     assert asked == ["tolist"]
-    asked.clear()
     tied = torch.randn(64, 131072, generator=torch.Generator().manual_seed(1)).mul(4).bfloat16()
     limited = [row(SamplingParams(temperature=0.7, top_k=50, top_p=0.95), seed=s) for s in range(64)]
     values = tied.float().topk(50).values
     assert (values[:, 1:] == values[:, :-1]).any(dim=-1).sum() > 50  # so many rows have equal logits
-    asked.clear()
-    sample(tied, limited)
+    sample_there(tied, limited)
     assert asked == ["tolist"]
-    asked.clear()
-    sample(logits, [penalised, greedy, penalised, greedy, greedy, greedy])
+    sample_there(logits, [penalised, greedy, penalised, greedy, greedy, greedy])
     assert asked == ["tolist"]
-    asked.clear()
     logits[1] = math.nan
-    results = sample(logits, [greedy, random, random, penalised, greedy, random])
+    results = sample_there(logits, [greedy, random, random, penalised, greedy, random])
     assert asked == ["tolist", "item"], "one more to say what is wrong"
     assert [result.token >= 0 for result in results] == [True, False, True, True, True, True]
-    asked.clear()
     scored = row(SamplingParams(temperature=0.5, top_p=0.9, logprobs=5), seed=3)
-    sample(logits[2:], [greedy, scored, random, penalised])
+    sample_there(logits[2:], [greedy, scored, random, penalised])
     assert asked == ["tolist"] * 2, "log-probabilities are asked for together"
 
 
