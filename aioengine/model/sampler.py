@@ -42,7 +42,6 @@ bytes."""
 _BLOCK = 64
 _ARGMAX_BLOCK = 512
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-"""Whole numbers by bytes."""
 
 
 def sample(logits: Tensor, rows: Sequence[SequenceWork], penalties: Penalties | None = None) -> list[Sampled]:
@@ -57,8 +56,7 @@ def sample(logits: Tensor, rows: Sequence[SequenceWork], penalties: Penalties | 
     Returns:
         N results in the same order. A row whose largest logit is NaN or infinite, or whose constraint
         fails, has ``error`` set and token -1, one whose constraint is late has ``late``; the other rows are
-        not affected. Log-probabilities are
-        those of the unmodified logits, in float32.
+        not affected. Log-probabilities are those of the unmodified logits, in float32.
     """
     if not rows:
         return []
@@ -120,40 +118,32 @@ def uniform(seed: int, index: int) -> float:
 
 
 def _argmax(logits: Tensor) -> Tensor:
-    """Return the first index of each row's largest value; -1 if that is not finite. A NaN counts as the
-    largest."""
-    vocab = logits.shape[1]
-    block = min(vocab & -vocab, _ARGMAX_BLOCK)
-    if logits.device.type != "cpu" or block < _BLOCK:
-        return _finite(logits, logits.argmax(dim=-1))
-    blocks = logits.reshape(len(logits), -1, block)
-    if logits.sum(dim=-1).isfinite().all():
-        # Then all are finite, and in the order of their bits: torch compares whole numbers ten times faster.
-        bits = blocks.view(_BITS[logits.itemsize])
-        best = _first_largest(bits)
-        top = logits.gather(1, best[:, None])
-        if (top > 0).all():
-            return best
-        if (top < 0).all():  # all are negative: the closest to 0 has the least bits
-            return _first_largest(~bits)
-    return _finite(logits, _first_largest(blocks))
+    """Return the first index of each row's largest value (a NaN is the largest); -1 if it is not finite."""
+    block = min(logits.shape[1] & -logits.shape[1], _ARGMAX_BLOCK)
+    if logits.device.type == "cpu" and block >= _BLOCK:
+        blocks = logits.reshape(len(logits), -1, block)
+        if logits.sum(dim=-1).isfinite().all():
+            # Then all are, and in the order of their bits: torch compares whole numbers ten times faster.
+            bits = blocks.view(_BITS[logits.itemsize])
+            best = _first_largest(bits)
+            top = logits.gather(1, best[:, None])
+            if (top > 0).all():
+                return best
+            if (top < 0).all():  # all are negative: the closest to 0 has the least bits
+                return _first_largest(~bits)
+        best = _first_largest(blocks)
+    else:
+        best = logits.argmax(dim=-1)
+    top = logits.gather(1, best[:, None])[:, 0]
+    return best.masked_fill_(~torch.isfinite(top), -1)
 
 
 def _first_largest(blocks: Tensor) -> Tensor:
-    """Return the first index of each row's largest value, of rows that are cut into blocks.
-
-    On a CPU torch finds the largest value of a row several times faster than where it is: so the block that
-    it is in comes first.
-    """
+    """Return the first index of each row's largest value by way of the block that it is in: on a CPU torch
+    finds the largest value several times faster than where it is."""
     which = blocks.amax(dim=-1).argmax(dim=-1)
     within = blocks[torch.arange(len(blocks)), which].argmax(dim=-1)
     return which * blocks.shape[2] + within
-
-
-def _finite(logits: Tensor, best: Tensor) -> Tensor:
-    """Return ``best`` with -1 for the rows whose value there is not finite."""
-    top = logits.gather(1, best[:, None])[:, 0]
-    return best.masked_fill_(~torch.isfinite(top), -1)
 
 
 def _mix(z: int) -> int:

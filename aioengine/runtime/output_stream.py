@@ -17,8 +17,16 @@ if TYPE_CHECKING:
     from aioengine.model.text.detokenizer import TextStream
 
 
+_MOST_WAITING = 64
+"""Tokens that wait for their text at most: all of a long output at once would take too long."""
+
+
 class OutputText:
-    """The text of an output that grows token by token; empty if there is no tokenizer."""
+    """The text of an output that grows token by token; empty if there is no tokenizer.
+
+    Where no stop string is looked for, tokens wait for their text until somebody reads it: then the next step
+    computes already, and several tokens take little longer than one.
+    """
 
     def __init__(self, stream: TextStream | None, params: SamplingParams) -> None:
         self.text = GrowingText()
@@ -29,6 +37,8 @@ class OutputText:
         """Whether there is never any text."""
         self._params = params
         self._tokens = 0
+        self._waiting: list[int] = []
+        """Tokens that are not in the text yet."""
 
     def push(self, token: int, *, is_stop: bool) -> bool:
         """Add one token; returns True if the text now contains a stop string. ``is_stop``: the token ends the
@@ -37,6 +47,11 @@ class OutputText:
         if is_stop:
             self.stop = token
         if self._stream is None or (is_stop and not self._params.include_stop_str_in_output):
+            return False
+        if not self._params.stop:
+            self._waiting.append(token)
+            if len(self._waiting) == _MOST_WAITING:
+                self.settle()
             return False
         early = self._tokens <= self._params.min_tokens
         delta = self._stream.push([token], look=not early and not is_stop)
@@ -52,10 +67,17 @@ class OutputText:
             if self.push(token, is_stop=token in ends) and index < len(tokens) - 1:
                 raise RequestInvalid(f"output: token {index} completes a stop string, but more tokens follow")
 
+    def settle(self) -> None:
+        """Add the text of all tokens so far."""
+        if self._waiting and self._stream is not None:
+            self.text.add(self._stream.push(self._waiting, look=False).text)
+            self._waiting.clear()
+
     def finish(self) -> bool:
         """Finish the text. Returns True if it contains a stop string only now."""
         if self._stream is None or isinstance(self.stop, str):
             return False
+        self.settle()
         self.text.add(self._stream.finish())
         if self._stream.stopped is not None:
             self.stop = self._stream.stopped
@@ -74,6 +96,7 @@ class OutputStream:
     def __init__(self, request: Request, text: OutputText, *, replayed: int = 0) -> None:
         self.request = request
         self._text = text
+        text.settle()
         self._text_seen = len(text.text)
         """Pieces of the text that were passed on."""
         self._tokens_seen = request.prompt_len + request.given
@@ -100,7 +123,8 @@ class OutputStream:
         if self._replayed > 0:
             self._replayed -= 1
             self._tokens_seen += 1
-            self._text_seen = len(self._text.text)
+            text.settle()
+            self._text_seen = len(text.text)
             self._look()
         elif not self._read_at_end:
             self._ready.set()
@@ -146,6 +170,7 @@ class OutputStream:
         request, entry = self.request, self.request.adapter
         if request.counted is not None:
             request.counted.write_down(request)
+        self._text.settle()
         tokens, pieces, logprobs = len(request.tokens), len(self._text.text), self._logprobs or ()
         return RequestOutput(
             request_id=request.id,

@@ -48,11 +48,17 @@ class AttentionPlan(Derivable):
             [[*table, *[0] * (width - len(table))] for table in tables], dtype=torch.int32
         )
         """:attr:`tables` on the host."""
-        counts = torch.tensor([span.length for span in spans])
-        first = torch.tensor([span.start - span.row for span in spans])
-        sequence = torch.repeat_interleave(torch.arange(len(spans)), counts)
-        positions = torch.arange(len(sequence)) + first[sequence]
-        cells = locate(self.host_tables, block_size, sequence, positions)
+        if all(span.length == 1 for span in spans):  # decoding: numbers in Python take less than operations
+            places = [span.start for span in spans]
+            blocks = [table[at // block_size] for table, at in zip(tables, places, strict=True)]
+            inside = [block * block_size + at % block_size for block, at in zip(blocks, places, strict=True)]
+            positions, cells = torch.tensor(places), torch.tensor(inside)
+        else:
+            counts = torch.tensor([span.length for span in spans])
+            first = torch.tensor([span.start - span.row for span in spans])
+            sequence = torch.repeat_interleave(torch.arange(len(spans)), counts)
+            positions = torch.arange(len(sequence)) + first[sequence]
+            cells = locate(self.host_tables, block_size, sequence, positions)
         self.positions: Tensor
         """[T] absolute position of each token (int64)."""
         self.cells: Tensor

@@ -124,6 +124,26 @@ async def test_an_output_stays_what_it_was(source: Callable[[], OfEngine | OfFle
     assert kept[2].token_ids == [1, 2, 3, 4]
 
 
+async def test_the_text_is_made_when_it_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of many tokens a few at a time, so that none holds up the others for long."""
+    outputs, made = OfEngine(), list[int]()
+    push = Words.push
+
+    def noted(self: Words, tokens: list[int], *, look: bool) -> TextDelta:
+        made.append(len(tokens))
+        return push(self, tokens, look=look)
+
+    monkeypatch.setattr(Words, "push", noted)
+    outputs.add(0)
+    assert made == []
+    await outputs.next()
+    for token in range(1, 201):
+        outputs.add(token)
+    output = await outputs.next()
+    assert output.text == "".join(f" {token}" for token in range(201))
+    assert sum(made) == 201 and max(made) <= 64 and len(made) < 6
+
+
 def test_a_text_that_grows() -> None:
     text = GrowingText()
     for piece in ("a", "", "bc", "d"):
