@@ -10,7 +10,8 @@ import json
 import logging
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from aioengine.errors import ConfigError, RequestInvalid
@@ -99,6 +100,7 @@ class Guide:
         """Constrain the output to one of these texts."""
         if not options:
             raise RequestInvalid("choice=[]: must have at least one text")
+        self._grammars.check_size(options)
         marks = self._tokenizer.text_tokens
         grammar = await self.in_thread(lambda: _choice_grammar(options, marks), tenant)
         return await self.lark(grammar, tenant=tenant)
@@ -107,8 +109,12 @@ class Guide:
         """Constrain the output to a context-free grammar in Lark's notation, from its rule ``start``."""
         return await self._constraint(grammar, lambda: self._from.grammar_from_lark(grammar), tenant)
 
+    async def another(self, constraint: TokenConstraint, *, tenant: str | None = None) -> TokenConstraint:
+        """Make a constraint for the same grammar as one that this guide has made, with less work."""
+        return await self._grammars.constraint(constraint.text, tenant)  # type: ignore[attr-defined]
+
     async def _constraint(self, text: str, grammar: Callable[[], str], tenant: str | None) -> TokenConstraint:
-        self._grammars.check_size(text)  # before any work on it
+        self._grammars.check_size((text,))  # before any work on it
         try:
             whole = grammar()
         except (ValueError, TypeError, RecursionError) as error:
@@ -120,10 +126,25 @@ def _choice_grammar(options: Sequence[str], marks: Mapping[str, int]) -> str:
     """Write options as a grammar in Lark's notation. ``marks`` has the ids of texts that are tokens of their
     own, such as "<think>": each may come as that token, which is how a model writes it, or letter by letter.
     """
-    if not any(mark in text for mark in marks for text in options):
-        return "start: " + " | ".join(map(json.dumps, options))
-    split = re.compile(f"({'|'.join(map(re.escape, sorted(marks, key=len, reverse=True)))})")
+    # Lengths of the marks that begin with a character, the longest first.
+    sizes: defaultdict[str, list[int]] = defaultdict(list)
+    for size, first in sorted({(len(mark), mark[0]) for mark in marks if mark}, reverse=True):
+        sizes[first].append(size)
+    firsts = re.compile(f"[{re.escape(''.join(sizes))}]" if sizes else "(?!)")
     rules: dict[str, str] = {}
+
+    def parts(text: str) -> Iterator[str]:
+        """Split the text at its marks, of which there may be thousands, in time linear in the text."""
+        at = 0
+        for found in firsts.finditer(text):
+            begin = found.start()
+            ends = (begin + size for size in sizes[found[0]])
+            end = next((end for end in ends if begin >= at and text[begin:end] in marks), None)
+            if end is not None:
+                yield text[at:begin]
+                yield text[begin:end]
+                at = end
+        yield text[at:]
 
     def terminal(part: str) -> str:
         if part not in marks:
@@ -131,5 +152,5 @@ def _choice_grammar(options: Sequence[str], marks: Mapping[str, int]) -> str:
         rules[f"mark_{marks[part]}"] = f"<[{marks[part]}]> | {json.dumps(part)}"
         return f"mark_{marks[part]}"
 
-    written = [" ".join(terminal(part) for part in split.split(text) if part) or '""' for text in options]
+    written = [" ".join(terminal(part) for part in parts(text) if part) or '""' for text in options]
     return "\n".join(["start: " + " | ".join(written), *(f"{name}: {rule}" for name, rule in rules.items())])

@@ -45,20 +45,21 @@ class FairThread:
             self._queue.discard(tenant, item)
 
     async def _do_all(self) -> None:
-        loop = asyncio.get_running_loop()
         while True:
-            work, done = await self._queue.get()
-            try:
-                found = await loop.run_in_executor(self._pool, work)
-            except Exception as error:
-                if not done.done():
-                    done.set_exception(error)
-            else:
-                if not done.done():
-                    done.set_result(found)
-            finally:
-                if not done.done():  # this thread is cancelled
-                    done.set_exception(EngineStopped("the engine was stopped before the schema was read"))
+            await self._do(*await self._queue.get())
+
+    async def _do(self, work: Callable[[], Any], done: asyncio.Future[Any]) -> None:
+        try:
+            found = await asyncio.get_running_loop().run_in_executor(self._pool, work)
+        except Exception as error:
+            if not done.done():
+                done.set_exception(error)
+        else:
+            if not done.done():
+                done.set_result(found)
+        finally:
+            if not done.done():  # this thread is cancelled
+                done.set_exception(EngineStopped("the engine was stopped before the schema was read"))
 
     async def close(self) -> None:
         """Stop; waiting callers get EngineStopped."""

@@ -60,6 +60,13 @@ class GrammarLimits(msgspec.Struct, frozen=True, kw_only=True):
     """Seconds (wall time) that a compile waits for requests to end if there are too many processes."""
 
 
+def check_characters(texts: Iterable[str], most: int) -> None:
+    """Raise RequestInvalid if the texts of a grammar have more than ``most`` characters."""
+    size = sum(map(len, texts))
+    if size > most:
+        raise RequestInvalid(f"the grammar has {size} characters, and at most {most} are allowed")
+
+
 def check_lists(schema: Any) -> None:
     """Raise RequestInvalid if a schema's lists have too many items."""
     if isinstance(schema, dict):

@@ -45,7 +45,9 @@ class References:
     def behind(self, schema: Any, beside: AbstractSet[str]) -> Any:
         """Follow a schema that is only a reference, with keywords ``beside`` it."""
         for _ in range(MAX_DEPTH):
-            if not isinstance(schema, dict) or schema.keys() - beside != {"$ref"}:
+            if not isinstance(schema, dict) or "$ref" not in schema:
+                break
+            if any(key != "$ref" and key not in beside for key in schema):  # stops at the first
                 break
             schema = self.target(schema["$ref"])
         return schema

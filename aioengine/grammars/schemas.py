@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from aioengine.errors import RequestInvalid
-from aioengine.grammars.alternatives import are_disjoint, types
+from aioengine.grammars.alternatives import Alternatives, required_names, types
 from aioengine.grammars.limits import MAX_DEPTH, SchemaBudget, check_lists, check_properties
 from aioengine.grammars.references import References
 
@@ -136,6 +136,7 @@ class _Writer:
         self._pending: list[tuple[str, bool]] = []
         """Definitions that are still to be written."""
         self._references = References(root)
+        self._alternatives = Alternatives()
         self.not_enforced: dict[str, None] = {}
 
     def write(self) -> Schema:
@@ -302,7 +303,8 @@ class _Writer:
         if not self._begin(schema, depth):
             return
         yield schema
-        self._budget.take_names((*_names(schema), *_dict(schema, "patternProperties")))
+        self._budget.take_names((*_dict(schema, "properties"), *required_names(schema)))
+        self._budget.take_names(_dict(schema, "patternProperties"))
         for key in ("allOf", *_ALTERNATIVES):
             if key in schema:
                 for inner in _list(schema, key):
@@ -348,7 +350,8 @@ class _Writer:
     def _told_apart(self, alternatives: Sequence[Any]) -> bool:
         if not self._budget.take_pairs(len(alternatives) * (len(alternatives) - 1) // 2):
             return False
-        return are_disjoint(self._references.behind(schema, _ANNOTATIONS) for schema in alternatives)
+        behind = (self._references.behind(schema, _ANNOTATIONS) for schema in alternatives)
+        return self._alternatives.are_disjoint(behind)
 
     def _begin(self, schema: Any, depth: int) -> bool:
         """Count a schema; returns whether it has content. Raises RequestInvalid."""
@@ -356,9 +359,8 @@ class _Writer:
         if depth > MAX_DEPTH:
             raise RequestInvalid(f"the schema is nested more than {MAX_DEPTH} levels deep")
         if not isinstance(schema, (dict, bool)):
-            raise RequestInvalid(
-                f"the schema has {json.dumps(schema, default=str)[:100]} where a schema must be"
-            )
+            shown = "a list" if isinstance(schema, list) else repr(schema)[:100]
+            raise RequestInvalid(f"the schema has {shown} where a schema must be")
         return isinstance(schema, dict)
 
     def _leave_out(self, what: str, why: str = "it cannot be enforced token by token") -> None:
@@ -376,10 +378,8 @@ def _may_close(schema: Schema, declared: int | None = None) -> bool:
 
 def _names(schema: Schema) -> dict[str, None]:
     """Return the names of properties that a schema declares or requires, in order."""
-    required = schema.get("required")
     names = dict.fromkeys(_dict(schema, "properties"))
-    if isinstance(required, list):
-        names.update(dict.fromkeys(name for name in required if isinstance(name, str)))
+    names.update(dict.fromkeys(required_names(schema)))
     check_properties(names)
     return names
 

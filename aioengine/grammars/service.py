@@ -6,14 +6,14 @@ import asyncio
 import contextlib
 import logging
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from aioengine.errors import AioEngineError, EngineOverloaded, EngineStopped, RequestInvalid
 from aioengine.grammars import endings
 from aioengine.grammars.fair_queue import FairQueue
 from aioengine.grammars.fair_thread import in_own_thread
 from aioengine.grammars.jobs import Job, Outcome
-from aioengine.grammars.limits import GrammarLimits, MiB
+from aioengine.grammars.limits import GrammarLimits, MiB, check_characters
 from aioengine.grammars.matching import Grammar, GrammarConstraint, largest_of_most
 from aioengine.grammars.wire import COMPILED, text_frame
 from aioengine.grammars.zygote_process import ChildProcess, Tokens, ZygoteProcess, read_struct, read_text
@@ -81,11 +81,9 @@ class Grammars:
         """Number of texts that are being compiled or wait for it."""
         return len(self._jobs)
 
-    def check_size(self, text: str) -> None:
-        """Raise RequestInvalid if a grammar has too many characters."""
-        most = self.limits.max_characters
-        if len(text) > most:
-            raise RequestInvalid(f"the grammar has {len(text)} characters, and at most {most} are allowed")
+    def check_size(self, texts: Iterable[str]) -> None:
+        """Raise RequestInvalid if the texts of a grammar have too many characters."""
+        check_characters(texts, self.limits.max_characters)
 
     async def constraint(self, text: str, tenant: str | None) -> GrammarConstraint:
         """Build a constraint for one request. If the call is cancelled and no other request waits for this
@@ -99,7 +97,7 @@ class Grammars:
         """
         if self._is_closed:
             raise EngineStopped(_STOPPED)
-        self.check_size(text)
+        self.check_size((text,))
         grammar = self._kept.get(text)
         if grammar is None or grammar.failure is not None:
             grammar = await self._compiled(text, tenant)

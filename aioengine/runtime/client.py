@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Protocol, Unpack, cast, runtime_checkable
 
@@ -28,7 +28,7 @@ class GrammarCompiler(Protocol):
 
     limits: GrammarLimits
 
-    def check_size(self, text: str) -> None: ...
+    def check_size(self, texts: Iterable[str]) -> None: ...
     async def constraint(self, text: str, tenant: str | None) -> TokenConstraint: ...
 
 

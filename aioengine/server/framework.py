@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http
 from collections.abc import Callable, Sized
+from functools import partial
 from types import SimpleNamespace
 from typing import Any, TypeVar, cast
 
@@ -24,6 +25,7 @@ from aioengine.server.generation import Generation
 from aioengine.server.known_fields import UnknownFields
 from aioengine.server.settings import ServerSettings
 from aioengine.server.streaming import GenerationResponse, Reply, send_error
+from aioengine.server.transport.body import BoundedBody
 
 T = TypeVar("T")
 
@@ -143,7 +145,11 @@ def empty_body() -> ApiError:
 
 
 class Handled(Response[Any]):
-    """A response sent by a separate ASGI application: generated output in a route's format."""
+    """A response sent by a separate ASGI application: generated output in a route's format.
+
+    ``kept`` is the size of what the reply keeps of the request until its end. Nothing else of a request's
+    body may be kept once its constraints are built: many requests may wait, each for minutes.
+    """
 
     def __init__(
         self,
@@ -153,15 +159,18 @@ class Handled(Response[Any]):
         *,
         stream: bool | None,
         record: RequestRecord,
+        kept: int = 0,
     ) -> None:
         # Nothing of Response's own is used.
         settings = context.settings
+        self._kept = kept
         self._app = GenerationResponse(
             generation, reply, stream=bool(stream), settings=settings, record=record
         )
 
     def to_asgi_response(self, app: Any, request: Request[Any, Any, Any], **_kwargs: Any) -> Any:
-        request.scope["state"][BODY].release()  # it has become tokens
+        body: BoundedBody = request.scope["state"][BODY]
+        self._app.prepared = partial(body.release, self._kept)  # it has become tokens
         return self._app
 
 

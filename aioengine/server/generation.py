@@ -164,6 +164,8 @@ class Generation:
         self._record = record
         self._turn = turn
         self._constrain = constrain
+        self._has_waited = turn is not None or constrain is not None
+        """Whether a choice does not begin at once."""
         self._clock, self._began = clock, clock()
         self._last: list[RequestOutput | None] = [None] * len(params)
         self._so_far: dict[int, SoFar] = {}
@@ -220,6 +222,8 @@ class Generation:
         except TimeoutError:
             late = f"its grammar was not compiled within {self._options.deadline:g} s"
             raise DeadlineExceeded(late) from None
+        finally:
+            self._constrain = None  # it has what the client has sent
         self._params = made
 
     def _time_left(self) -> float | None:
@@ -230,8 +234,8 @@ class Generation:
     def _options_now(self) -> RequestOptions:
         """Return the options of a choice that begins now. The engine counts a deadline from then on, so the
         time that the choice has waited is taken off."""
-        if self._turn is None and self._constrain is None:
-            return self._options  # it has not waited
+        if not self._has_waited:
+            return self._options
         return msgspec.structs.replace(self._options, deadline=self._time_left())
 
     async def outputs(self, index: int) -> AsyncGenerator[RequestOutput, None]:

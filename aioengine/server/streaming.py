@@ -146,6 +146,8 @@ class GenerationResponse:
         self._settings = settings
         self._record = record
         self._started = False
+        self.prepared: Callable[[], None] = lambda: None
+        """Called once the request's constraints are built."""
 
     async def __call__(self, scope: Any, receive: Receive, send: Send) -> None:
         self._limit = None if watch_of(scope) else SendLimit(self._settings.send_timeout)
@@ -170,6 +172,7 @@ class GenerationResponse:
 
     async def _answer(self, send: Send) -> None:
         await self._generation.prepare()
+        self.prepared()
         await (self._stream(send) if self._is_stream else self._whole(send))
 
     async def _whole(self, send: Send) -> None:

@@ -431,19 +431,30 @@ LARGE: dict[str, Any] = {
     "required": {"required": [f"{i:0100d}" for i in range(1_000)], "properties": {"a": True}},
     "not": {"not": {"enum": [[i] for i in range(20_000)]}},
     "unknown": {"x" * 100_000: 1},
+    "types": {"type": ["object"] * 130_000, "properties": {}},
+    "one required": {"required": ["a"] * 2_000, "properties": {}},
+    "the same required": {"required": ["a"] * 130_000, "properties": {}},
+    "many keywords": {"$ref": "#/$defs/other", **{f"k{i}": 1 for i in range(60_000)}},
+    "constants": {
+        "required": list("abcdefghij"),
+        "properties": {n: {"enum": list(range(64))} for n in "abcdefghij"},
+    },
     "a long pointer": {"$ref": "#/$defs/" + "".join(f"%{ord(char):x}" for char in WORD)},
 }
 
 
-@pytest.mark.parametrize("how", ["allOf", "anyOf", "oneOf", "chain"])
+@pytest.mark.parametrize("how", ["allOf", "anyOf", "oneOf", "chain", "pairs"])
 @pytest.mark.parametrize("what", LARGE)
 def test_what_many_references_lead_to_is_not_written_without_bound(what: str, how: str) -> None:
     """A hundred kilobytes, and 9,000 references to it: a gigabyte, if it were written for each."""
     reference = {"$ref": "#/$defs/large"}
-    defs: dict[str, Any] = {"large": LARGE[what], WORD: PAIR}
+    defs: dict[str, Any] = {"large": LARGE[what], WORD: PAIR, "other": PAIR}
     if how == "chain":
         defs |= {f"{i}": {"allOf": [{"$ref": f"#/$defs/{i + 1}"}, reference]} for i in range(60)}
         schema: Any = {"allOf": [{"$ref": "#/$defs/0"}, True], "$defs": {**defs, "60": True}}
+    elif how == "pairs":
+        pairs = {f"p{i}": {"oneOf": [reference, reference]} for i in range(1_000)}
+        schema = {"properties": {f"g{i}": {"properties": pairs} for i in range(5)}, "$defs": defs}
     else:
         schema = {how: [reference] * 9_000, "properties": {"a": {how: [reference] * 99}}, "$defs": defs}
     begin = time.thread_time()

@@ -118,6 +118,8 @@ async def test_structured_outputs(wanted: dict[str, Any], pattern: str, serve: S
             },
             "response_format",
         ),
+        ({"tools": [{"type": "function", "function": {"name": "f\n"}}]}, "tools[0].function.name"),
+        ({"request_id": "x\n"}, "request_id"),
         ({"structured_outputs": {}}, "structured_outputs"),
         ({"structured_outputs": {"regex": "a", "choice": ["b"]}}, "structured_outputs"),
         ({"structured_outputs": {"regex": "("}}, "structured_outputs"),

@@ -13,6 +13,8 @@ Positive = Annotated[int, Meta(ge=1, le=2**63 - 1)]
 TokenId = Annotated[int, Meta(ge=0, lt=2**31)]
 StopString = Annotated[str, Meta(max_length=256)]
 Name = Annotated[str, Meta(max_length=256)]
+RequestId = Annotated[str, Meta(pattern=r"^[A-Za-z0-9._\-]{1,128}$(?!\n)")]
+"""End of an answer's id. ("$" alone would also match before a line's end.)"""
 Ignored = msgspec.Raw
 """Type of a field that is accepted and has no effect: its value is skipped, not decoded."""
 
@@ -127,7 +129,7 @@ class GenerationFields(ModelFields, kw_only=True, forbid_unknown_fields=True):
     ``stream``."""
     return_token_ids: bool | None = None
     """Also return the token ids of the prompt and the answer."""
-    request_id: Annotated[str, Meta(pattern=r"^[A-Za-z0-9._\-]{1,128}$")] | None = None
+    request_id: RequestId | None = None
     """End of the answer's id."""
     skip_special_tokens: bool | None = None
     priority: Annotated[int, Meta(ge=-(2**31), lt=2**31)] | None = None

@@ -35,15 +35,17 @@ def chat_routes(context: Context) -> list[HTTPRouteHandler]:
     ) -> Response[ChatCompletion]:
         record = record_of(request)
         chat = await start_chat(context, data, record, prefix="chatcmpl-")
+        echoed = _echoed(data.messages[-1]) if data.echo else ""
         reply = ChatReply(
             chat.generation.reply_id,
             ReplyOptions.of(data),
             parsers=chat.parsers,
             token_bytes=context.token_bytes(),
             with_logprobs=bool(data.logprobs),
-            echoed=_echoed(data.messages[-1]) if data.echo else "",
+            echoed=echoed,
         )
-        return Handled(context, chat.generation, reply, stream=data.stream, record=record)
+        stream, kept = data.stream, len(echoed)
+        return Handled(context, chat.generation, reply, stream=stream, record=record, kept=kept)
 
     return [chat_completions]
 

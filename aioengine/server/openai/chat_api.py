@@ -58,7 +58,7 @@ class Message(msgspec.Struct, kw_only=True):
     tool_call_id: str | None = None
 
 
-FunctionText = Annotated[str, Meta(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
+FunctionText = Annotated[str, Meta(pattern=r"^[A-Za-z0-9_.-]{1,64}$(?!\n)")]
 """A function's name."""
 
 

@@ -64,15 +64,17 @@ def completion_routes(context: Context) -> list[HTTPRouteHandler]:
             record,
             prefix="cmpl-",
         )
+        echoed = await context.texts_of(prompts, texts, owner=record.owner) if data.echo else None
         reply = CompletionReply(
             generation.reply_id,
             ReplyOptions.of(data),
             len(generation),
             logprobs=_count(data.logprobs),
-            echoed=await context.texts_of(prompts, texts, owner=record.owner) if data.echo else None,
+            echoed=echoed,
             token_bytes=context.token_bytes(),
         )
-        return Handled(context, generation, reply, stream=data.stream, record=record)
+        kept = sum(map(len, echoed or ()))
+        return Handled(context, generation, reply, stream=data.stream, record=record, kept=kept)
 
     return [completions]
 

@@ -27,7 +27,8 @@ class Compile(Protocol):
 
 
 class Form:
-    """A form that an answer must conform to.
+    """A form that an answer must conform to. What a client has sent for it is kept no longer than it takes
+    to build the first constraint: it may be large, and an answer may take minutes.
 
     Args:
         param: The request's field that asks for it.
@@ -47,29 +48,25 @@ class Form:
     ) -> None:
         self._param = param
         self._compile = compile
-        self._write = write
+        self._write: Callable[[], tuple[Any, Sequence[str]]] | None = write
         self._blame = blame
-        self._written: tuple[Any, Sequence[str]] | None = None
+        self._first: TokenConstraint | None = None
+        self.not_enforced: Sequence[str] = ()
+        """Requirements that are not enforced; known once a constraint was built."""
 
     async def constraint(self, guide: Guide, tenant: str | None) -> TokenConstraint:
-        """Build a constraint for one choice. Raises an ApiError that names the field."""
+        """Build a constraint for one choice, one after the other. Raises an ApiError that names the field."""
         try:
-            return await self._compile(guide, (await self._once_written(guide, tenant))[0], tenant=tenant)
+            if self._first is not None:
+                return await guide.another(self._first, tenant=tenant)
+            assert self._write is not None
+            wanted, self.not_enforced = await guide.in_thread(self._write, tenant)
+            self._first = await self._compile(guide, wanted, tenant=tenant)
+            self._write = None
+            return self._first
         except RequestInvalid as error:
             param = self._blame(str(error)) or self._param
             raise ApiError(400, f"{param}: {error}", param=param, code="invalid_value") from error
-
-    async def _once_written(self, guide: Guide, tenant: str | None) -> tuple[Any, Sequence[str]]:
-        if self._written is not None:
-            return self._written
-        written: tuple[Any, Sequence[str]] = await guide.in_thread(self._write, tenant)
-        self._written = written
-        return written
-
-    @property
-    def not_enforced(self) -> Sequence[str]:
-        """Requirements that are not enforced; known once a constraint was built."""
-        return () if self._written is None else self._written[1]
 
 
 def wanted_form(

@@ -38,6 +38,11 @@ class ResponsesReply:
         """Why the answer ended."""
         text = request.text
         choice = request.tool_choice
+        # As JSON, which takes less room than what it was decoded to.
+        text_json = _encode({"format": text.format if text and text.format else {"type": "text"}})
+        choice_json, tools_json = _encode("auto" if choice is None else choice), _encode(request.tools or [])
+        self.kept = len(text_json) + len(choice_json) + len(tools_json) + len(request.instructions or "")
+        """Size of what is kept of the request, because answers repeat it."""
         self._response: dict[str, Any] = {
             "id": response_id,
             "object": "response",
@@ -56,12 +61,9 @@ class ResponsesReply:
             "reasoning": {"effort": None, "summary": None},
             "store": False,
             "temperature": request.temperature,
-            # As JSON, which takes less room than what it was decoded to.
-            "text": msgspec.Raw(
-                _encode({"format": text.format if text and text.format else {"type": "text"}})
-            ),
-            "tool_choice": msgspec.Raw(_encode("auto" if choice is None else choice)),
-            "tools": msgspec.Raw(_encode(request.tools or [])),
+            "text": msgspec.Raw(text_json),
+            "tool_choice": msgspec.Raw(choice_json),
+            "tools": msgspec.Raw(tools_json),
             "top_p": request.top_p,
             "truncation": "disabled",
             "usage": None,

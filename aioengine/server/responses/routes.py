@@ -25,6 +25,6 @@ def responses_routes(context: Context) -> list[HTTPRouteHandler]:
         record = record_of(request)
         chat = await start_chat(context, to_chat(data), record, prefix="resp_")
         reply = ResponsesReply(chat.generation.reply_id, data, chat.parsers[0])
-        return Handled(context, chat.generation, reply, stream=data.stream, record=record)
+        return Handled(context, chat.generation, reply, stream=data.stream, record=record, kept=reply.kept)
 
     return [responses]

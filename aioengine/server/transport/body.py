@@ -96,10 +96,11 @@ class BoundedBody:
         self._complete = not message.get("more_body", False)
         return message
 
-    def release(self) -> None:
-        """Release the body's bytes; safe to call again."""
-        self._budget.hold(self._owner, -self._held, largest=self._limit)
-        self._held = 0
+    def release(self, kept: int = 0) -> None:
+        """Release the body's bytes, but ``kept`` of them, which are still in memory; safe to call again."""
+        held = min(self._held, max(kept - FREE_BYTES, 0))
+        self._budget.hold(self._owner, held - self._held, largest=self._limit)
+        self._held = held
 
     def _hold(self) -> None:
         more = max(self._size - FREE_BYTES, 0) - self._held

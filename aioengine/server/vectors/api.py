@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
-from aioengine.server.openai.api import Ignored, ModelFields, Positive
+from aioengine.server.openai.api import Ignored, ModelFields, Positive, RequestId
 
 MAX_INPUTS = 2048
 """Texts in one request; OpenAI's bound."""
@@ -21,7 +21,7 @@ class VectorFields(ModelFields, kw_only=True, forbid_unknown_fields=True):
     """Keep only this many last tokens of each text; -1 keeps as many as the context has room for."""
     add_special_tokens: bool | None = None
     """True if it is not given."""
-    request_id: Annotated[str, Meta(pattern=r"^[A-Za-z0-9._\-]{1,128}$")] | None = None
+    request_id: RequestId | None = None
     """End of the answer's id."""
     priority: Annotated[int, Meta(ge=-(2**31), lt=2**31)] | None = None
     """For scheduling policies that look at it; higher is more urgent."""

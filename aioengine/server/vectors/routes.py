@@ -41,14 +41,16 @@ def vector_routes(context: Context) -> list[HTTPRouteHandler]:
     ) -> Response[api.EmbeddingList]:
         record = record_of(request)
         prompts = await _prompts(context, data, data.input, record)
+        normalize, dimensions, encoding = data.normalize is not False, data.dimensions, data.encoding_format
+        shared = _shared(context, data.model)
 
         def vector(output: RequestOutput) -> Any:
-            found = embedding_of(output, normalize=data.normalize is not False, dimensions=data.dimensions)
-            return _encoded(found.vector, data.encoding_format)
+            found = embedding_of(output, normalize=normalize, dimensions=dimensions)
+            return _encoded(found.vector, encoding)
 
         def form(outputs: Sequence[RequestOutput], id_: str, usage: api.VectorUsage) -> api.EmbeddingList:
             items = [api.EmbeddingData(index=i, embedding=vector(output)) for i, output in enumerate(outputs)]
-            return api.EmbeddingList(data=items, **_shared(context, data, id_, usage))
+            return api.EmbeddingList(data=items, id=id_, usage=usage, **shared)
 
         return _handled(context, data, prompts, data.pooling or "auto", form, record, prefix="embd-")
 
@@ -58,11 +60,12 @@ def vector_routes(context: Context) -> list[HTTPRouteHandler]:
     ) -> Response[api.PoolingList]:
         record = record_of(request)
         prompts = await _prompts(context, data, data.input, record)
+        encoding, shared = data.encoding_format, _shared(context, data.model)
 
         def form(outputs: Sequence[RequestOutput], id_: str, usage: api.VectorUsage) -> api.PoolingList:
-            vectors = [_encoded(output.pooled or [], data.encoding_format) for output in outputs]
+            vectors = [_encoded(output.pooled or [], encoding) for output in outputs]
             items = [api.PoolingData(index=i, data=vector) for i, vector in enumerate(vectors)]
-            return api.PoolingList(data=items, **_shared(context, data, id_, usage))
+            return api.PoolingList(data=items, id=id_, usage=usage, **shared)
 
         return _handled(context, data, prompts, data.pooling or "auto", form, record, prefix="pool-")
 
@@ -73,6 +76,7 @@ def vector_routes(context: Context) -> list[HTTPRouteHandler]:
         record = record_of(request)
         prompts = await _prompts(context, data, data.input, record)
         names = await context.label_names()
+        shared = _shared(context, data.model)
 
         def item(index: int, output: RequestOutput) -> api.ClassData:
             found = classification_of(output, names)
@@ -85,7 +89,7 @@ def vector_routes(context: Context) -> list[HTTPRouteHandler]:
 
         def form(outputs: Sequence[RequestOutput], id_: str, usage: api.VectorUsage) -> api.ClassList:
             items = [item(i, output) for i, output in enumerate(outputs)]
-            return api.ClassList(data=items, **_shared(context, data, id_, usage))
+            return api.ClassList(data=items, id=id_, usage=usage, **shared)
 
         return _handled(context, data, prompts, "classify", form, record, prefix="classify-")
 
@@ -105,9 +109,11 @@ def vector_routes(context: Context) -> list[HTTPRouteHandler]:
                 code="invalid_value",
             )
 
+        shared = _shared(context, data.model)
+
         def form(scores: list[float], id_: str, usage: api.VectorUsage) -> api.ScoreList:
             items = [api.ScoreData(index=i, score=score) for i, score in enumerate(scores)]
-            return api.ScoreList(data=items, **_shared(context, data, id_, usage))
+            return api.ScoreList(data=items, id=id_, usage=usage, **shared)
 
         return await _scored(context, data, firsts, seconds, form, record_of(request), prefix="score-")
 
@@ -121,22 +127,25 @@ def vector_routes(context: Context) -> list[HTTPRouteHandler]:
         data: JSONBody[api.RerankRequest], request: Request[Any, Any, Any]
     ) -> Response[api.Ranked]:
         texts = [document if isinstance(document, str) else document.text for document in data.documents]
+        model, top_n = data.model, data.top_n or None
+        shown = None if data.return_documents is False else texts
 
         def form(scores: list[float], id_: str, usage: api.VectorUsage) -> api.Ranked:
-            best = sorted(range(len(scores)), key=lambda index: -scores[index])[: data.top_n or None]
-            shown = data.return_documents is not False
+            best = sorted(range(len(scores)), key=lambda index: -scores[index])[:top_n]
             results = [
                 api.RankedData(
                     index=index,
                     relevance_score=scores[index],
-                    document=api.Document(text=texts[index]) if shown else None,
+                    document=None if shown is None else api.Document(text=shown[index]),
                 )
                 for index in best
             ]
-            return api.Ranked(id=id_, model=data.model, results=results, usage=usage)
+            return api.Ranked(id=id_, model=model, results=results, usage=usage)
 
-        queries = [data.query] * len(texts)
-        return await _scored(context, data, queries, texts, form, record_of(request), prefix="rerank-")
+        queries, kept = [data.query] * len(texts), sum(map(len, shown or ()))
+        return await _scored(
+            context, data, queries, texts, form, record_of(request), prefix="rerank-", kept=kept
+        )
 
     return [embeddings, pooling, classify, score, rerank]
 
@@ -171,13 +180,15 @@ def _handled(
     record: RequestRecord,
     *,
     prefix: str,
+    kept: int = 0,
 ) -> Handled:
+    """Build the answer. ``form`` must keep nothing large of the request but what ``kept`` counts."""
     fields = GenerationFields(
         model=data.model, adapters=data.adapters, request_id=data.request_id, priority=data.priority
     )
     generation = context.generation(fields, prompts, pooling_params(pooling), None, record, prefix=prefix)
     reply = VectorReply(generation.reply_id, form)
-    return Handled(context, generation, reply, stream=False, record=record)
+    return Handled(context, generation, reply, stream=False, record=record, kept=kept)
 
 
 async def _scored(
@@ -189,9 +200,10 @@ async def _scored(
     record: RequestRecord,
     *,
     prefix: str,
+    kept: int = 0,
 ) -> Handled:
     """Score pairs: each by an adapter's head of one label, or, without a head, by the cosine of the two
-    vectors."""
+    vectors. ``form`` keeps ``kept`` characters of the request."""
     labels = await context.engine.head_labels(context.wanted(data, record))
     if labels > 1:
         raise ApiError(
@@ -210,18 +222,18 @@ async def _scored(
         ) -> api.VectorList | api.Ranked:
             return form([sigmoid((output.pooled or [0.0])[0]) for output in outputs], id_, usage)
 
-        return _handled(context, data, prompts, "classify", by_head, record, prefix=prefix)
+        return _handled(context, data, prompts, "classify", by_head, record, prefix=prefix, kept=kept)
     texts = list(dict.fromkeys((*firsts, *seconds)))  # each is computed once
     prompts = await _prompts(context, data, texts, record, most=2 * api.MAX_INPUTS)
+    place = {text: index for index, text in enumerate(texts)}
+    pairs = [(place[a], place[b]) for a, b in zip(firsts, seconds, strict=True)]
 
     def by_cosine(
         outputs: Sequence[RequestOutput], id_: str, usage: api.VectorUsage
     ) -> api.VectorList | api.Ranked:
-        place = {text: index for index, text in enumerate(texts)}
-        pairs = [(place[a], place[b]) for a, b in zip(firsts, seconds, strict=True)]
         return form(cosines([output.pooled or [] for output in outputs], pairs), id_, usage)
 
-    return _handled(context, data, prompts, "auto", by_cosine, record, prefix=prefix)
+    return _handled(context, data, prompts, "auto", by_cosine, record, prefix=prefix, kept=kept)
 
 
 async def _prompts(
@@ -273,5 +285,6 @@ def _encoded(vector: Sequence[float], encoding: str | None) -> Any:
     return base64.b64encode(struct.pack(f"<{len(vector)}f", *vector)).decode()
 
 
-def _shared(context: Context, data: api.VectorFields, id_: str, usage: api.VectorUsage) -> dict[str, Any]:
-    return {"id": id_, "model": data.model, "usage": usage, "created": context.created}
+def _shared(context: Context, model: str) -> dict[str, Any]:
+    """Return the fields of an answer that are known before its outputs."""
+    return {"model": model, "created": context.created}
