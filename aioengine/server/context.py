@@ -335,6 +335,7 @@ class Context:
             scores=self.scores,
             turn=partial(self._starts.turn, options.tenant, record) if len(of_choices) > 1 else None,
             constrain=None if form is None else constrain,
+            with_ids=bool(fields.return_token_ids),
         )
         if record.admission is not None:
             names = (options.adapter,) if options.mix is None else options.mix

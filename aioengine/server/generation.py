@@ -44,7 +44,7 @@ MAX_SCORES_HELD = 2**22
 """Maximum for all open requests together, of prompts and answers, at about 120 bytes each; one tenant may
 have half of what others leave."""
 VALUES_PER_SCORE = 16
-"""Numbers of a vector that take as much memory as a log-probability."""
+"""Numbers of a vector, or token ids, that take as much memory or time as a log-probability."""
 
 
 class Scores:
@@ -137,6 +137,7 @@ class Generation:
         options: Options of all choices.
         turn: Waits until a choice may begin; None if it may at once.
         constrain: Builds a constraint for one choice; None if the choices are unconstrained.
+        with_ids: Whether the answer has the token ids of each choice and of its prompt.
         clock: Returns the time in seconds. The deadline of ``options`` counts from now on.
     """
 
@@ -153,6 +154,7 @@ class Generation:
         scores: Scores | None = None,
         turn: Callable[[], Awaitable[None]] | None = None,
         constrain: Callable[[], Awaitable[TokenConstraint]] | None = None,
+        with_ids: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         assert prompts and len(params) % len(prompts) == 0
@@ -180,6 +182,7 @@ class Generation:
             if own.prompt_logprobs is not None
         )
         """Number of log-probabilities of the prompts that the request asks for."""
+        self._with_ids = with_ids
         self._scores = scores
         self._room = Room(engine.config)
         self._hold: Callable[[int], None] = lambda _more: None
@@ -298,6 +301,15 @@ class Generation:
             more += 1 + len(output.pooled) // VALUES_PER_SCORE
             output.pooled = cast("list[float]", array("d", output.pooled))  # a list takes four times as much
         self._hold(more)
+
+    def numbers(self, outputs: Sequence[RequestOutput] = ()) -> int:
+        """Return how many log-probabilities, or values that take as much, are to be formatted for the
+        prompts, and for the whole ``outputs``."""
+        ids = 0
+        if self._with_ids:
+            ids = sum(len(self._prompt(index)) for index in range(len(self)))
+            ids += sum(len(output.token_ids) for output in outputs)
+        return self.scored + ids // VALUES_PER_SCORE
 
     async def beside_the_loop(self, numbers: int, work: Callable[[], T]) -> T:
         """Run ``work()`` in a thread, in turns with other requests. It formats ``numbers`` log-probabilities

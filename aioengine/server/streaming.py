@@ -177,7 +177,8 @@ class GenerationResponse:
 
     async def _whole(self, send: Send) -> None:
         outputs = await self._generation.last_outputs()
-        numbers = self._generation.scored + sum(_numbers(output, output.logprobs) for output in outputs)
+        numbers = self._generation.numbers(outputs)
+        numbers += sum(_numbers(output, output.logprobs) for output in outputs)
         body = await self._formed(numbers, self._reply.whole, outputs, self._generation.usage)
         self._started = True
         await respond(send, 200, [(b"content-type", b"application/json")], body)
@@ -187,7 +188,7 @@ class GenerationResponse:
         writing = asyncio.Lock()  # one choice at a time; the output of the others is collected meanwhile
 
         async def choice(index: int) -> None:
-            numbers = self._generation.scored  # the prompt's come with the first
+            numbers = self._generation.numbers()  # the prompt's come with the first
             async with contextlib.aclosing(self._generation.outputs(index)) as outputs:
                 async for output in outputs:
                     numbers += _numbers(output, output.logprobs_delta)

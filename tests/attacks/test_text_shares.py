@@ -12,6 +12,7 @@ from support.server_fixtures import MODEL, Serve
 
 from aioengine import AsyncEngine
 from aioengine.errors import AioEngineError
+from aioengine.runtime.text_work import SHORT
 
 SIZE = 20_000
 HIDDEN = "x" * SIZE
@@ -67,6 +68,22 @@ async def test_all_that_a_template_may_write_counts(serve: Serve, monkeypatch: p
         sizes.clear()
         await served.http.post("/v1/embeddings", json={"model": "nobody", "input": ["a"] * 1000})
         assert max(sizes) > 10 * 1000  # each is a call of the tokenizer
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_many_ids_are_written_beside_the_loop(
+    stream: bool, serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A small request may ask for the ids of a long prompt, once for each of 128 choices."""
+    body = {"model": MODEL, "prompt": [5] * 400, "n": 16, "max_tokens": 1, "stream": stream}
+    async with serve(max_model_len=500) as served:
+        await served.http.post("/v1/completions", json={**body, "n": 1})
+        sizes = sizes_of(served.engine, monkeypatch)
+        for wanted in (False, True):
+            sizes.clear()
+            answer = await served.http.post("/v1/completions", json={**body, "return_token_ids": wanted})
+            assert answer.status_code == 200
+            assert any(size > SHORT for size in sizes) == wanted
 
 
 async def test_in_the_engine_too(
