@@ -196,10 +196,10 @@ class AdapterEntry:
     def head(self) -> Request | None:
         """The request that has waited longest for it, or for a mix that it is a part of. Mixes that wait for
         another part, whose read stalls, do not count: meanwhile its place is for others."""
-        heads = [self.waiting.head]
-        if self.waiting_mixes:
-            able = (mix for mix in self.waiting_mixes.values() if not mix.waits_for_other(self))
-            heads += [mix.waiting.head for mix in islice(able, 1)]
+        if not self.waiting_mixes:
+            return self.waiting.head
+        able = (mix for mix in self.waiting_mixes.values() if not mix.waits_for_other(self))
+        heads = [self.waiting.head, *(mix.waiting.head for mix in islice(able, 1))]
         return min((head for head in heads if head is not None), key=_seq, default=None)
 
     @property
