@@ -221,6 +221,29 @@ def test_a_read_that_hangs_keeps_no_new_version_of_a_pinned_adapter_out() -> Non
     assert new.location is Location.SLOT
 
 
+def test_replaced_parts_leave_their_slots_while_the_read_of_another_hangs() -> None:
+    sim = make("a", "b", "c", "d", limits=LIMITS._replace(cpu_capacity=6))
+    residency = sim.core.residency
+    for name in ("a", "b"):
+        sim.add(name)
+    sim.run()
+    mixes = [sim.add(sim.mix(name, "c")) for name in ("a", "b")]
+    sim.schedule()
+    hanging = sim.loads.pop()
+    sim.core.adapter_load_stalled(hanging)
+    for name in ("a", "b"):
+        residency.want(residency.declare(name, f"/adapters/{name}"), sim.now)
+    sim.settle()
+    others = [sim.add("d"), sim.add("a")]
+    for _ in range(40):
+        sim.settle(step_seconds=0.1)
+    assert [other.status for other in others] == [Status.ENDED] * 2
+    assert [mix.status for mix in mixes] == [Status.WAITING] * 2
+    sim.loads.append(hanging)
+    sim.run(step_seconds=0.1)
+    assert set(sim.ended.values()) == {"length"}
+
+
 def test_sequences_do_not_keep_a_pinned_adapter_and_mixes_behind_it_out() -> None:
     """It takes more than half of the memory that adapters share with the KV cache, which is always full."""
     limits = LIMITS._replace(num_slots=4, cpu_capacity=6, num_blocks=44, shared_block_bytes=1024)
