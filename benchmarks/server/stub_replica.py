@@ -51,7 +51,7 @@ class StubEngine:
         )
         self._running += 1
         try:
-            for _ in range(params.max_tokens - 1):
+            for _ in range(params.max_tokens - 1 - len(options["output"])):
                 yield output
                 await self._step.wait()
             yield SimpleNamespace(**{**vars(output), "finish_reason": "length"})
@@ -97,6 +97,9 @@ class StubEngine:
 class StubReplica(EngineReplica):
     async def start_engine(self) -> Any:
         return StubEngine()
+
+    async def adapter(self, action: str, arguments: dict[str, Any], to: str | None = None) -> Any:
+        return [] if action == "others" else None
 
 
 def serve() -> None:
