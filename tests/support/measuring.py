@@ -90,6 +90,7 @@ def _measure(run: Run) -> int:
     with FakeCuda() as world:
         cuda = {
             "is_available": lambda: True,
+            "current_device": lambda: 0,
             "get_device_name": lambda device=None: NAME,
             "get_device_capability": lambda device=None: (9, 0),
             "synchronize": lambda device=None: world.stream.synchronize(),
