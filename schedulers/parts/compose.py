@@ -349,10 +349,10 @@ def _fill(
     request."""
     fitting = [
         request
-        for name in closed
-        if name in tokens_left
+        for name, left in tokens_left.items()  # not in the order of a set, which differs from run to run
+        if name in closed
         for request in islice(view.waiting_for(name), FILL_LIMIT)
-        if request.max_tokens - request.output_tokens <= tokens_left[name] * within
+        if request.max_tokens - request.output_tokens <= left * within
     ]
     return sorted(fitting, key=lambda request: request.arrival)
 

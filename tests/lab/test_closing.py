@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 
 from aioengine.lab import Experiment, WorkloadSpec, run
 from aioengine.schedulers import SchedulerView
-from aioengine.schedulers.parts.compose import Composed
+from aioengine.schedulers.parts.compose import Composed, _fill
 from aioengine.schedulers.parts.slot_pool import SlotPool
 
 FILES = ("requests.csv", "slots.csv", "moves.csv", "samples.csv")
@@ -58,6 +59,17 @@ def test_the_same_bytes_come_out(tmp_path_factory: pytest.TempPathFactory, scene
             run(experiment, folder)
         found.append([(folder / name).read_bytes() for name in FILES])
     assert found[0] == found[1]
+
+
+def test_simultaneous_requests_for_closed_slots_come_in_an_order_that_no_set_determines() -> None:
+    names = [f"adapter-{number:03}" for number in range(40)]
+
+    def waiting_for(name: str) -> list[SimpleNamespace]:
+        return [SimpleNamespace(adapter=name, arrival=1.0, max_tokens=3, output_tokens=0)]
+
+    view: Any = SimpleNamespace(waiting_for=waiting_for)
+    found = _fill(view, set(names), dict.fromkeys(reversed(names), 5), 1.0)
+    assert [request.adapter for request in found] == names[::-1]
 
 
 def test_it_is_so_more_often_than_not(tmp_path_factory: pytest.TempPathFactory) -> None:
