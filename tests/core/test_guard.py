@@ -140,7 +140,7 @@ def test_what_a_policy_returns_may_raise_later(case: str) -> None:
     assert set(sim.ended.values()) == {"length"}
 
 
-@pytest.mark.parametrize("until", [None, "later", 1j, object()], ids=repr)
+@pytest.mark.parametrize("until", [None, "later", 1j, object()], ids=["none", "text", "complex", "object"])
 def test_a_policy_is_quiet_until_no_time(until: object) -> None:
     class Odd(SchedulerPolicy):
         def schedule(self, view: SchedulerView) -> Decision:
