@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -104,22 +105,25 @@ def test_a_door_that_was_stopped_loses_only_who_is_silent(
         run_in_virtual_time(main())
 
 
-@settings(max_examples=30)
+@settings(max_examples=40)
 @given(
     on_the_way=st.floats(0.0, ARRIVE_SECONDS - 1) | st.just(NEVER),
     between=st.lists(st.floats(0.0, 3.0), min_size=1, max_size=6),
     stop=st.floats(0.0, 20.0),
+    silent=st.floats(2.75, 40.0),
 )
-@example(on_the_way=NEVER, between=[0.0], stop=0.0)
+@example(on_the_way=NEVER, between=[0.0], stop=0.0, silent=2.75)
+@example(on_the_way=6.0, between=[0.0, 0.5], stop=0.0, silent=2.75)  # a batch waits for the one before it
 def test_a_replica_that_reports_and_gets_no_requests_is_lost(
-    on_the_way: float, between: list[float], stop: float
+    on_the_way: float, between: list[float], stop: float, silent: float
 ) -> None:
     """One batch of orders is on its way at a time; the door itself stands still for a while as well."""
+    config = msgspec.structs.replace(CONFIG, silent_seconds=silent)
 
     async def main() -> None:
         loop = asyncio.get_running_loop()
         assert isinstance(loop, VirtualTimeLoop)
-        members = Members(CONFIG, Replicas({"r0": 1e9, "r1": 1e9, "r2": 1e9}, "r1", on_the_way), door="door")
+        members = Members(config, Replicas({"r0": 1e9, "r1": 1e9, "r2": 1e9}, "r1", on_the_way), door="door")
         members.start()
         await members.complete(10.0)
         for number, seconds in enumerate(between):
@@ -127,13 +131,29 @@ def test_a_replica_that_reports_and_gets_no_requests_is_lost(
             for replica in sorted(members.members):
                 channel = members.channel(replica)
                 assert channel is not None
-                if replica != "r1" or number == 0:
-                    channel.send(_submit(number))
+                channel.send(_submit(number))
         loop.go_to(loop.time() + stop)  # as SIGSTOP, and then SIGCONT
-        await asyncio.sleep(ARRIVE_SECONDS + CONFIG.silent_seconds + 0.6)
+        await asyncio.sleep(ARRIVE_SECONDS + 3.5)
         assert members.losses.total() == (on_the_way == NEVER)
-        await asyncio.sleep(1.1)
+        await asyncio.sleep(2.1)
         assert members.members.keys() == {"r0", "r1", "r2"}  # it is tried again
+        await members.stop(SystemError("the end"))  # type: ignore[arg-type]
+
+    with pytest.MonkeyPatch.context() as patch:
+        serve_names({"r0", "r1", "r2"}, patch)
+        run_in_virtual_time(main())
+
+
+def test_a_replica_that_gets_nothing_is_tried_less_and_less() -> None:
+    async def main() -> None:
+        members = Members(CONFIG, Replicas({"r0": 1e9, "r1": 1e9, "r2": 1e9}, "r1", NEVER), door="door")
+        members.start()
+        await members.complete(10.0)
+        for number in range(2000):
+            if (channel := members.channel("r1")) is not None and "r1" in members.members:
+                channel.send(_submit(number))
+            await asyncio.sleep(0.5)
+        assert 1000 / (ARRIVE_SECONDS + 70) <= members.losses["lost"] <= 1000 / (ARRIVE_SECONDS + 60) + 7
         await members.stop(SystemError("the end"))  # type: ignore[arg-type]
 
     with pytest.MonkeyPatch.context() as patch:

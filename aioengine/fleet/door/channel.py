@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
@@ -36,9 +35,10 @@ class Channel:
         self.calls: dict[int, Call] = {}
         """Calls that run on the replica, by key."""
         self.heard = asyncio.get_running_loop().time()
-        self._on_the_way: deque[float] = deque()
-        """When the requests were sent of which the replica has not yet said that they have arrived."""
-        self._arrived = 0
+        self._sent = self._arrived = 0
+        """Number of requests that were sent, and that have arrived by the replica's last report."""
+        self._since = self.heard
+        """When the next one to arrive was sent or, if that is later, when the one before it arrived."""
         self.leaving = False
         """Whether Serve has removed the replica. Then it gets no new calls, and is closed when its calls have
         ended."""
@@ -59,24 +59,26 @@ class Channel:
     def send(self, order: Order) -> None:
         """Send an order with the next batch; orders keep their sequence."""
         if isinstance(order, Submit):
-            self._on_the_way.append(asyncio.get_running_loop().time())
+            if self._sent == self._arrived:
+                self._since = asyncio.get_running_loop().time()
+            self._sent += 1
         self._orders.append(order)
         self._wake.set()
 
     def arrived(self, received: int) -> None:
         """Note how many of this door's requests have arrived at the replica so far, as it reports."""
-        while self._arrived < received and self._on_the_way:
-            self._on_the_way.popleft()
-            self._arrived += 1
+        if received > self._arrived:
+            self._arrived, self._since = received, self.heard
 
-    def sent_before(self, time: float) -> bool:
-        """Return whether a request was sent at ``time`` or earlier, and has not arrived."""
-        return bool(self._on_the_way) and self._on_the_way[0] <= time
+    @property
+    def unreached(self) -> float:
+        """Seconds for which the replica has reported that nothing arrives, although requests were sent."""
+        return self.heard - self._since if self._sent > self._arrived else 0.0
 
     def postpone(self, seconds: float) -> None:
         """Note that this process stood still for so long: what came meanwhile is only read now."""
         self.heard = min(self.heard + seconds, asyncio.get_running_loop().time())
-        self._on_the_way = deque(sent + seconds for sent in self._on_the_way)
+        self._since += seconds
 
     def close(self) -> None:
         """Stop listening. The replica then aborts this door's requests."""

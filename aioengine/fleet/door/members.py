@@ -25,9 +25,11 @@ logger = logging.getLogger("aioengine.fleet")
 
 WATCH_SECONDS = 0.25
 """Shortest time between two looks for replicas that do not report."""
+MOST_PAUSE = 64.0
+"""Seconds until a lost replica is tried again, at most."""
 ARRIVE_SECONDS = 10.0
-"""How long a request may be on its way to a replica. Reports and requests go by different calls, so one that
-reports may get nothing any more."""
+"""How long a replica may report that nothing arrives, although requests were sent. Reports and requests go by
+different calls, so one that reports may get nothing any more."""
 
 
 class Member:
@@ -78,6 +80,8 @@ class Members:
         self._known: set[str] = set()
         """Replicas that exist, as Serve reports them."""
         self._hung = Hung()
+        self._unreached: Counter[str] = Counter()
+        """Losses of a replica to which nothing arrived, one after the other."""
         self._waking = False
         """Whether a call waits for the start of a replica."""
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -216,6 +220,8 @@ class Members:
     def _report(self, member: Member, status: Status, residency: Residency | None) -> None:
         member.status = status
         member.channel.arrived(status.received)
+        if status.received:
+            self._unreached.pop(member.channel.replica, None)
         tiers = None
         if residency is not None:
             member.residency = residency
@@ -280,14 +286,13 @@ class Members:
         self._tell_change()
 
     async def _reopen(self, replica: str) -> None:
-        """Try a lost replica again at intervals, as long as Serve keeps it, because it may only have been
-        disconnected or paused."""
-        while True:
-            await asyncio.sleep(1.0)
-            if replica not in self._known or replica in self._channels:
-                return
+        """Try a lost replica again after a pause, if Serve keeps it, because it may only have been
+        disconnected or paused. The pauses grow if nothing arrives there: each try costs requests time."""
+        await asyncio.sleep(min(2.0 ** self._unreached[replica], MOST_PAUSE))
+        if replica not in self._known:
+            self._unreached.pop(replica, None)
+        elif replica not in self._channels:
             self._open(replica)
-            return
 
     async def _watch(self) -> None:
         """Look for replicas that do not report, whenever one may be due.
@@ -298,14 +303,16 @@ class Members:
         silent = self.config.silent_seconds + 0.01
         while True:
             heard = min((channel.heard for channel in self._channels.values()), default=loop.time())
-            await self._sleep(max(heard + silent - WATCH_SECONDS - loop.time(), WATCH_SECONDS))
-            if self._unheard(silent - WATCH_SECONDS) or self._unreached(ARRIVE_SECONDS - WATCH_SECONDS):
+            due = min(heard + silent - loop.time(), ARRIVE_SECONDS / 4)
+            await self._sleep(max(due - WATCH_SECONDS, WATCH_SECONDS))
+            if self._unheard(silent - WATCH_SECONDS):
                 await self._sleep(WATCH_SECONDS)
             self.state.check()
             for channel in self._unheard(self.config.silent_seconds):
                 self._lose(channel, "silent", f"no report for {loop.time() - channel.heard:.1f} s")
-            for channel in self._unreached(ARRIVE_SECONDS):
-                self._lose(channel, "lost", f"requests of {ARRIVE_SECONDS:g} s ago have not arrived")
+            for channel in [c for c in self._channels.values() if c.unreached >= ARRIVE_SECONDS]:
+                self._unreached[channel.replica] += 1
+                self._lose(channel, "lost", f"nothing has arrived there for {channel.unreached:.1f} s")
 
     async def _sleep(self, seconds: float) -> None:
         """Sleep. If that takes much longer, this process was stopped, and ages of reports mean nothing."""
@@ -321,11 +328,6 @@ class Members:
         """Return the channels of members that have said nothing for so long."""
         since = asyncio.get_running_loop().time() - seconds
         return [c for c in self._channels.values() if c.replica in self.members and c.heard <= since]
-
-    def _unreached(self, seconds: float) -> list[Channel]:
-        """Return the channels of members to which requests have been on their way for so long."""
-        since = asyncio.get_running_loop().time() - seconds
-        return [c for c in self._channels.values() if c.replica in self.members and c.sent_before(since)]
 
     def close_if_left(self, channel: Channel) -> None:
         """Close the channel of a removed replica, because Serve waits for that before it ends the replica."""
