@@ -227,7 +227,7 @@ class StepBatch(NamedTuple):
     """uid of the adapter whose merged weights it uses; all sequences are that adapter's. None: it uses the
     base model's weights."""
     counted: CountedRows | None = None
-    """Further sequences; only of a device that is simulated."""
+    """Further sequences, whose steps are only counted; None on a device that is not simulated."""
 
     def contents(self) -> StepContents:
         """Count what is in the step."""

@@ -8,5 +8,7 @@ def error_text(error: BaseException) -> str:
     name = type(error).__name__
     try:
         return f"{name}: {error}"
-    except Exception as second:
+    except BaseException as second:  # a CancelledError that nobody has asked for, too
+        if isinstance(second, (KeyboardInterrupt, SystemExit)):
+            raise
         return f"{name} (its message raises {type(second).__name__})"

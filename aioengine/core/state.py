@@ -390,7 +390,7 @@ class Request:
         self.since = 0
         """Number of the first of these steps that is not written down."""
         self.joined = 0
-        """Its number among those that are counted; 0: it is not."""
+        """Its number among the requests that are counted; 0: it is not counted."""
         self.view = CoreRequestView(self)
 
     @property

@@ -123,7 +123,8 @@ def _argmax(logits: Tensor) -> Tensor:
     if logits.device.type == "cpu" and block >= _BLOCK:
         blocks = logits.reshape(len(logits), -1, block)
         if logits.sum(dim=-1).isfinite().all():
-            # Then all are, and in the order of their bits: torch compares whole numbers ten times faster.
+            # Only finite values have a finite sum. Positive ones are in the order of their bits, and torch
+            # compares whole numbers ten times faster.
             bits = blocks.view(_BITS[logits.itemsize])
             best = _first_largest(bits)
             top = logits.gather(1, best[:, None])
@@ -232,7 +233,7 @@ def _apply_constraints(scores: Tensor, rows: Sequence[SequenceWork], *, alone: b
     """
     vocab, device = scores.shape[1], scores.device
     width = -(-vocab // 8)
-    masks = collect(rows, alone=alone)
+    masks = collect(rows, alone=alone, vocab=vocab)
     if masks.found:
         places = list(masks.found)
         joined = bytearray().join(mask[:width].ljust(width, b"\0") for mask in masks.found.values())

@@ -106,7 +106,8 @@ async def build_with_workers(
     # Only the engine needs the policy, which a message might not be able to hold.
     theirs = msgspec.structs.replace(config, model=str(path.absolute()), policy="fcfs")
     files = None if config.kv_cache_dir is None else await loop.run_in_executor(work, ModelFiles, path)
-    device = ProcessDevice(theirs, RayWorkers if config.executor == "ray" else Workers)
+    kind = RayWorkers if config.executor == "ray" else Workers
+    device = ProcessDevice(theirs, kind, vocab=spec.vocab_size)
     reading = loop.run_in_executor(work, load_tokenizer, path, config.chat_template)
     plan = msgspec.msgpack.decode(await device.start(progress), type=MemoryPlan)
     plan = msgspec.structs.replace(plan, num_blocks=device.num_blocks)

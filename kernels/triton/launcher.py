@@ -85,7 +85,7 @@ class Launcher:
         runtime = _runtime()
         return bool(
             self._kernel.pre_run_hooks
-            or runtime.add_stages_inspection_hook
+            or getattr(runtime, "add_stages_inspection_hook", None)  # since Triton 3.6
             or getattr(runtime.launch_enter_hook, "calls", runtime.launch_enter_hook)
             or getattr(runtime.launch_exit_hook, "calls", runtime.launch_exit_hook)
         )

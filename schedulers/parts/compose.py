@@ -290,8 +290,8 @@ class Composed(SchedulerPolicy):
         return place, evict, read, closed, pool
 
     def _closes_all(self, view: SchedulerView, pool: SlotPool) -> bool:
-        """Whether every slot that may be closed surely is, where none is idle: as many adapters take one, and
-        each of them has been waited for longer than any request waits for a slot."""
+        """Whether all slots that may be closed surely are, if none is idle: at least as many adapters
+        need one, and each has been waited for longer than every request that waits for those slots."""
         left, now = len(pool.closable), view.now
         lacks: Callable[[AdapterView], bool] | None = None
         for _, adapter, oldest in islice(self._by_urgency(view), SCAN_LIMIT):

@@ -247,7 +247,7 @@ async def test_what_a_gpu_took_beyond_the_plan_is_a_metric(
 
 async def test_of_several_ranks_the_one_that_took_most_counts(tiny: Tiny) -> None:
     config = EngineConfig(model=str(tiny.model), executor="process")
-    device, plan = ProcessDevice(config), plan_from_config(config, available_bytes=2**33)
+    device, plan = ProcessDevice(config, vocab=1), plan_from_config(config, available_bytes=2**33)
     for takes, most in (([5, 7], 7), ([None], None)):
         device.workers = _Answers([Measured(3, each) for each in takes])  # type: ignore[assignment]
         assert await device.memory_taken(plan) == most

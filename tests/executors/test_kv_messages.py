@@ -35,7 +35,7 @@ class Starting(Workers):
 
 
 async def test_workers_that_are_being_started_are_not_asked_for_blocks() -> None:
-    device = ProcessDevice(EngineConfig(model="any", executor="process"), Starting)
+    device = ProcessDevice(EngineConfig(model="any", executor="process"), Starting, vocab=1)
     start = asyncio.create_task(device.start())
     await asyncio.sleep(0)
     with pytest.raises(EngineDead, match="being started"):

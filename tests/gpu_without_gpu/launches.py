@@ -139,6 +139,12 @@ def usual_ways() -> dict[str, list[int]]:
     again("pre-run hook", launch)
     kernel.pre_run_hooks.clear()
     again("as before", launch)
+    settings = launcher._runtime()
+    launcher._runtime = lambda: SimpleNamespace(  # type: ignore[assignment] # as Triton 3.4 has it
+        launch_enter_hook=settings.launch_enter_hook, launch_exit_hook=settings.launch_exit_hook
+    )
+    again("without later hooks", launch)
+    launcher._runtime = lambda: settings  # type: ignore[assignment]
     driver.set_active(here.driver())
     again("another driver", launch)
     here.backend = "hip"

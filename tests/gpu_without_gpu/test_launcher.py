@@ -22,6 +22,7 @@ def test_what_goes_the_usual_way() -> None:
         "hook": [1, 1],
         "pre-run hook": [1, 1],
         "as before": [0, 0],
+        "without later hooks": [0, 0],
         "another driver": [1, 0],
         "another maker": [1, 1],
         "another Triton": [1, 1],

@@ -151,12 +151,23 @@ def test_whatever_a_constraint_raises_fails_its_row_alone(error: BaseException, 
     assert where == "begin" or (bad.fault == "request" and type(error).__name__ in (bad.error or ""))
 
 
-@pytest.mark.parametrize("forced", [[-1], ["a"], [1.0], [True], None, 7])
-def test_forced_tokens_are_token_ids(forced: Any) -> None:
+def sample_forced(forced: Any) -> tuple[Sampled, Sampled]:
     constraint = Allow(3)
     constraint.forced = forced  # type: ignore[attr-defined]
-    bad, good = sample(logits(2), [row(SamplingParams(constraint=constraint)), row(SamplingParams())])
+    found, other = sample(logits(2), [row(SamplingParams(constraint=constraint)), row(SamplingParams())])
+    return found, other
+
+
+@pytest.mark.parametrize("forced", [[-1], ["a"], [1.0], [logits(1).shape[1]], [1, 2**40], None, 7])
+def test_forced_tokens_are_token_ids(forced: Any) -> None:
+    bad, good = sample_forced(forced)
     assert bad.fault == "request" and bad.error and good.error is None
+
+
+def test_forced_tokens_may_be_numbers_of_numpy() -> None:
+    last = logits(1).shape[1] - 1
+    found, _ = sample_forced(torch.tensor([1, last]).numpy())
+    assert found.forced == (1, last) and {type(token) for token in found.forced} == {int}
 
 
 @pytest.mark.parametrize("slow", [False, True])
@@ -298,7 +309,7 @@ def test_a_token_costs_the_same_after_any_number_of_them(constraint: Incremental
     for token in range(1000):
         before = history.read
         constraints.begin([work])
-        assert constraints.collect([work], alone=True).found
+        assert constraints.collect([work], alone=True, vocab=100).found
         reads.append(history.read - before)
         history.append(token)
     assert reads[0] == 19 and set(reads[1:]) == {1}

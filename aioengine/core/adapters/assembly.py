@@ -116,8 +116,8 @@ class Assembly:
 
     def ready(self, now: float, is_closed: Callable[[Request], bool]) -> Iterator[Request]:
         """Yield the requests for mixes that can begin, and those whose turn it is, in order of arrival.
-        ``is_closed``: whether a request would run in a slot that admits none; if so, it admits no later one
-        for the same mix either."""
+        ``is_closed``: whether a request would run in a slot that admits none; such a slot admits no later
+        request for the same mix either."""
         turn, window = self._turn, self._window or []
         if turn is None or turn.location is not Location.SLOT:
             window = []  # a part has left for a sequence

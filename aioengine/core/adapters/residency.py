@@ -201,9 +201,10 @@ class Residency:
                 self.load_cancelled(entry)
                 self._moves.append(StopMove(entry))
             if entry.is_wanted or entry.running or self._copying(entry):
-                if entry.head is None and entry.slot is not None and self.slots.slots[entry.slot].idle:
+                slot = None if entry.slot is None else self.slots.slots[entry.slot]
+                if slot is not None and slot.idle and entry.head is None:
                     # All who want it wait for a read that stalls. Policies leave such a slot to the core.
-                    self.evict_slot(self.slots.slots[entry.slot], now)
+                    self.evict_slot(slot, now)
                 continue
             for mix in list(entry.mixes.values()):  # they have no requests
                 assert isinstance(mix, MixEntry)

@@ -109,7 +109,8 @@ class CountedDecodes:
         return not self._requests if rows is None else rows.slots is self._slots
 
     def ended(self, ends: Sequence[float], *, begun: int) -> None:
-        """Count steps that ended at these times. ``begun`` have begun: as many, or one more."""
+        """Count steps that ended at these times. ``begun``: number of steps that have begun, which is as many
+        as have ended, or one more."""
         if not self._requests:
             return
         first = len(self.ends)
@@ -122,14 +123,14 @@ class CountedDecodes:
         self.allocate(first + begun - 1)
 
     def allocate(self, step: int | None = None) -> None:
-        """Give blocks to those that need them until this step (None: the next one). They are free."""
+        """Give blocks to those that need them until this step (None: the next one). So many are free."""
         step = len(self.ends) if step is None else step
         while growing := self._due(self._block, step):
             self._grow(growing)
 
     @property
     def steps_left(self) -> int:
-        """Number of steps, the one in flight included, that are the last one of nobody."""
+        """Number of steps, with the one in flight, in which no request ends."""
         return self._next(self._last) - len(self.ends)
 
     @property

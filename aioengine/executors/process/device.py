@@ -58,12 +58,13 @@ class ProcessDevice(Device):
     """Steps, reads and copies in worker processes. ``config.model`` is a path; ``kind`` says how the workers
     are started."""
 
-    def __init__(self, config: EngineConfig, kind: type[Workers] = Workers) -> None:
+    def __init__(self, config: EngineConfig, kind: type[Workers] = Workers, *, vocab: int) -> None:
         self._kind = kind
         self.can_restart = config.restart == "on-failure"
         self.workers: Workers
         """The workers that run now; set from the first start on."""
         self._config = config
+        self._vocab = vocab
         self._loader = WorkerLoader(Patience.of(config.lora, config.seed))
         self._limit = RestartLimit()
         self._lost: Callable[[EngineDead], None] | None = None
@@ -128,7 +129,7 @@ class ProcessDevice(Device):
         loop = asyncio.get_running_loop()
         asked = [batch.sequences[i] for i in places]
         alone = len(asked) == len(batch.sequences)
-        masks = await loop.run_in_executor(self._guides, _ask_constraints, asked, alone)
+        masks = await loop.run_in_executor(self._guides, _ask_constraints, asked, alone, self._vocab)
         found = {places[i]: mask for i, mask in masks.found.items()}
         failed = {places[i]: why for i, why in masks.failed.items()}
         workers.tell(Masks(batch.step, found | dict.fromkeys(failed, b"")))
@@ -221,6 +222,6 @@ async def _write(workers: Workers, blocks: list[int], contents: Sequence[dict[st
     await call.of(Done)
 
 
-def _ask_constraints(rows: Sequence[SequenceWork], alone: bool) -> constraints.Masks:
+def _ask_constraints(rows: Sequence[SequenceWork], alone: bool, vocab: int) -> constraints.Masks:
     constraints.begin(rows)
-    return constraints.collect(rows, alone=alone)
+    return constraints.collect(rows, alone=alone, vocab=vocab)

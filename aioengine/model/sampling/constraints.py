@@ -7,6 +7,7 @@ ends its own request at most. (``CancelledError``, which is no ``Exception``, wo
 from __future__ import annotations
 
 import contextlib
+import operator
 import time
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, cast
@@ -41,8 +42,9 @@ def begin(rows: Iterable[SequenceWork]) -> None:
                 constraint.begin(row.output)
 
 
-def collect(rows: Sequence[SequenceWork], *, alone: bool) -> Masks:
-    """Collect the masks of ``rows``, all of which will be sampled. ``alone``: the step has no other rows."""
+def collect(rows: Sequence[SequenceWork], *, alone: bool, vocab: int) -> Masks:
+    """Collect the masks of ``rows``, all of which will be sampled. ``alone``: the step has no other rows.
+    ``vocab``: number of logits; forced tokens must be below it."""
     masks = Masks({}, set(), {}, {})
     until = time.monotonic() + PATIENCE_SECONDS
     for index, row in enumerate(rows):
@@ -52,7 +54,7 @@ def collect(rows: Sequence[SequenceWork], *, alone: bool) -> Masks:
         try:
             mask = _ask(row, constraint, until)
             # Log-probabilities need the logits at each place.
-            forced = () if mask is None or row.params.logprobs is not None else _forced(constraint)
+            forced = () if mask is None or row.params.logprobs is not None else _forced(constraint, vocab)
         except BaseException as error:
             masks.failed[index] = f"its constraint failed: {error_text(error)}"
             continue
@@ -83,10 +85,10 @@ def _mask(answer: Any) -> bytes:
     return bytes(answer)
 
 
-def _forced(constraint: TokenConstraint) -> tuple[int, ...]:
-    forced = tuple(getattr(constraint, "forced", ()))
-    if not all(type(token) is int and token >= 0 for token in forced):
-        raise TypeError(f"its forced tokens {forced!r} are not all token ids")
+def _forced(constraint: TokenConstraint, vocab: int) -> tuple[int, ...]:
+    forced = tuple(map(operator.index, getattr(constraint, "forced", ())))
+    if not all(0 <= token < vocab for token in forced):
+        raise ValueError(f"its forced tokens {forced!r} are not all token ids below {vocab}")
     return forced
 
 
