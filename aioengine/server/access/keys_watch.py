@@ -44,30 +44,41 @@ class KeysWatch:
         return not self._complaint
 
     async def run(self) -> None:
-        """Check until cancelled, in a thread that can be abandoned, because the file's disk may hang."""
+        """Check until cancelled, in a thread that can be abandoned, because the file's disk may hang. There
+        is one such thread at a time. Whatever fails, the log says it, and the next check tries again."""
         clock = asyncio.get_running_loop().time
         threads = ReadThreads("aioengine-keys")
+        reading, since, before = None, clock(), ""
         while True:
-            await asyncio.sleep(POLL_SECONDS)
-            reading, since, before = threads.start(self._changed), clock(), self._complaint
-            while not reading.done():
+            if reading is None:
+                await asyncio.sleep(POLL_SECONDS)
+            try:
+                if reading is None:
+                    before = self._complaint
+                    reading, since = threads.start(self._changed), clock()
                 await asyncio.wait({reading}, timeout=POLL_SECONDS)
-                if not reading.done() and clock() - since >= SLOW_SECONDS:
+                if reading.done():
+                    done, reading = reading, None
+                    self._take(done.result(), before)
+                elif clock() - since >= SLOW_SECONDS:
                     self._complain(f"reading keys file {self._path} takes longer than {SLOW_SECONDS:g} s")
                 self._then()
-            try:
-                found = reading.result()
-            except Exception as error:  # later changes must be read, whatever it is
-                self._complain(str(error) if isinstance(error, ConfigError) else f"{self._path}: {error!r}")
-                continue
-            if found is not None:
-                self._use(found)
-                self._complaint = ""
-                logger.info("read %s again: %d keys", self._path, len(found.keys))
-                self._then()
-            elif self._complaint != before:
-                self._complaint = before
-                logger.info("%s can be read again, and has not changed", self._path)
+            except ConfigError as error:
+                self._complain(str(error))
+            except Exception as error:
+                self._seen = None  # read, and used, once more: it may be no fault of the file
+                self._complain(f"{self._path}: {error!r}")
+
+    def _take(self, found: KeysFile | None, before: str) -> None:
+        """Use what was read: None if the file has not changed. ``before`` was the complaint at the start."""
+        if found is not None:
+            self._use(found)
+            self._then()
+            self._complaint = ""
+            logger.info("read %s again: %d keys", self._path, len(found.keys))
+        elif self._complaint != before:
+            self._complaint = before
+            logger.info("%s can be read again, and has not changed", self._path)
 
     def _complain(self, text: str) -> None:
         if text != self._complaint:
@@ -80,7 +91,12 @@ class KeysWatch:
     def _read(self) -> KeysFile:
         # Before the content: what is written meanwhile makes another signature, and is read next time.
         self._seen = self._signature()
-        return read_keys_file(self._path)
+        try:
+            return read_keys_file(self._path)
+        except ConfigError as error:
+            if isinstance(error.__cause__, OSError):  # no word on the content: the next check reads it again
+                self._seen = None
+            raise
 
     def _signature(self) -> tuple[int, ...] | None:
         try:
