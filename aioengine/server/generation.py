@@ -302,14 +302,20 @@ class Generation:
             output.pooled = cast("list[float]", array("d", output.pooled))  # a list takes four times as much
         self._hold(more)
 
-    def numbers(self, outputs: Sequence[RequestOutput] = ()) -> int:
+    def numbers(self, outputs: Sequence[RequestOutput]) -> int:
         """Return how many log-probabilities, or values that take as much, are to be formatted for the
         prompts, and for the whole ``outputs``."""
-        ids = 0
-        if self._with_ids:
-            ids = sum(len(self._prompt(index)) for index in range(len(self)))
-            ids += sum(len(output.token_ids) for output in outputs)
-        return self.scored + ids // VALUES_PER_SCORE
+        ids = sum(len(output.token_ids) for output in outputs) if self._with_ids else 0
+        return (sum(map(self._prompt_values, range(len(self)))) + ids) // VALUES_PER_SCORE
+
+    def prompt_numbers(self, index: int) -> int:
+        """Return how many of them are to be formatted for the prompt of one choice."""
+        return self._prompt_values(index) // VALUES_PER_SCORE
+
+    def _prompt_values(self, index: int) -> int:
+        most_likely = self._params[index].prompt_logprobs
+        scored = 0 if most_likely is None else VALUES_PER_SCORE * (1 + most_likely)
+        return len(self._prompt(index)) * (scored + self._with_ids)
 
     async def beside_the_loop(self, numbers: int, work: Callable[[], T]) -> T:
         """Run ``work()`` in a thread, in turns with other requests. It formats ``numbers`` log-probabilities

@@ -188,7 +188,7 @@ class GenerationResponse:
         writing = asyncio.Lock()  # one choice at a time; the output of the others is collected meanwhile
 
         async def choice(index: int) -> None:
-            numbers = self._generation.numbers()  # the prompt's come with the first
+            numbers = self._generation.prompt_numbers(index)  # they come with the first
             async with contextlib.aclosing(self._generation.outputs(index)) as outputs:
                 async for output in outputs:
                     numbers += _numbers(output, output.logprobs_delta)

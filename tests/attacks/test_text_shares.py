@@ -13,6 +13,7 @@ from support.server_fixtures import MODEL, Serve
 from aioengine import AsyncEngine
 from aioengine.errors import AioEngineError
 from aioengine.runtime.text_work import SHORT
+from aioengine.server import streaming
 
 SIZE = 20_000
 HIDDEN = "x" * SIZE
@@ -75,6 +76,8 @@ async def test_many_ids_are_written_beside_the_loop(
     stream: bool, serve: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A small request may ask for the ids of a long prompt, once for each of 128 choices."""
+    if stream:  # each choice's first part has them once, and the tiny model has no longer prompts
+        monkeypatch.setattr(streaming, "FORMED_IN_THREAD", 16)
     body = {"model": MODEL, "prompt": [5] * 400, "n": 16, "max_tokens": 1, "stream": stream}
     async with serve(max_model_len=500) as served:
         await served.http.post("/v1/completions", json={**body, "n": 1})
@@ -84,6 +87,26 @@ async def test_many_ids_are_written_beside_the_loop(
             answer = await served.http.post("/v1/completions", json={**body, "return_token_ids": wanted})
             assert answer.status_code == 200
             assert any(size > SHORT for size in sizes) == wanted
+
+
+async def test_what_is_written_counts_once(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stream takes as much of a tenant's share as its parts alone, and not each part as much as all."""
+    monkeypatch.setattr(streaming, "FORMED_IN_THREAD", 16)
+    prompts = [[5] * 300, [6] * 400]
+    body = {"model": MODEL, "max_tokens": 1, "stream": True, "n": 2, "return_token_ids": True}
+    async with serve(max_model_len=500) as served:
+        await served.http.post("/v1/completions", json={**body, "prompt": "Hi"})
+        sizes = sizes_of(served.engine, monkeypatch)
+
+        async def written(prompt: Any) -> list[int]:
+            sizes.clear()
+            answer = await served.http.post("/v1/completions", json={**body, "prompt": prompt})
+            assert answer.status_code == 200 and "[DONE]" in answer.text
+            return sorted(size for size in sizes if size > SHORT)
+
+        alone = [size for prompt in prompts for size in await written(prompt)]
+        assert len(alone) == 4
+        assert await written(prompts) == sorted(alone)
 
 
 async def test_in_the_engine_too(
