@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+import shutil
 import sys
+import threading
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,10 +17,12 @@ import torch
 import transformers
 from safetensors.torch import load_file
 from support.engine_fixtures import MakeEngine, Tiny, greedy, prompt_of
+from support.hanging_files import hanging
 from support.mixed_adapters import scaled_model
 from support.peft_files import edit_config, edit_weights
 from support.process_harness import NothingLeft
 from support.tiny_models import ALL_MODULES
+from support.waiting import until
 
 from aioengine import AsyncEngine, SamplingParams
 from aioengine.errors import AdapterInvalid, AdapterNotFound, AioEngineError, RequestInvalid
@@ -107,6 +111,31 @@ async def test_classify_among_others(tiny: Tiny, make_engine: MakeEngine, heads:
         again = await engine.complete(PROMPTS[3], SamplingParams(max_tokens=0, pooling="last"))
         assert again.cached_tokens == 0 and again.finish_reason == "length"
         engine.check_invariants()
+
+
+async def test_names_of_labels_are_read_once(tiny: Tiny, make_engine: MakeEngine, tmp_path: Path) -> None:
+    """However many ask, and leave, while the folder's disk hangs."""
+    model = tmp_path / "model"
+    shutil.copytree(tiny.model, model)
+    config = json.loads((model / "config.json").read_text())
+
+    def threads() -> int:
+        return sum(thread.name.startswith("aioengine-labels") for thread in threading.enumerate())
+
+    async with make_engine(tiny._replace(model=model)) as engine:
+        with hanging(model / "config.json") as disk:
+            asks = [asyncio.create_task(engine.label_names()) for _ in range(50)]
+            await until(disk.is_read)
+            assert threads() == 1
+            for ask in asks[:20]:
+                ask.cancel()
+            await asyncio.wait(asks[:20])
+            asks.append(asyncio.create_task(engine.label_names()))
+            await asyncio.sleep(0)
+            assert threads() == 1 and all(ask.cancelled() for ask in asks[:20])
+            disk.answer(json.dumps({**config, "id2label": {"0": "no", "1": "yes"}}).encode())
+            assert await asyncio.gather(*asks[20:]) == [["no", "yes"]] * 31
+        assert await engine.label_names() == ["no", "yes"]
 
 
 async def test_embed(tiny: Tiny, make_engine: MakeEngine, embedder: Trained) -> None:
