@@ -29,6 +29,8 @@ NARROW = 100
 """Columns; on a smaller screen ids are cut, and the routes are left out."""
 OTHER_LINES = 12
 """Lines of the screen that neither slots nor requests have: numbers, heads of tables, and gaps."""
+SAME_START = 1.0
+"""Seconds by which the time at which a process began may seem to change, because clocks are corrected."""
 _COUNTED = (("requests/s", "requests_finished"), ("tokens/s", "output_tokens"), ("loads/s", "slot_loads"))
 
 
@@ -111,9 +113,11 @@ def look(url: str, key: str | None) -> dict[str, Any]:
     except (OSError, ValueError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", error)  # what urllib has put into an error of its own
         raise ConfigError(f"{url}: no aioengine server answers there: {reason or repr(error)}") from error
-    if not isinstance(found, dict) or not found.keys() >= {"stats", "requests", "uptime"}:
-        raise ConfigError(f"{url}: no aioengine server of this version answers there")
-    return found
+    try:
+        frame(found, found, NARROW)
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        raise ConfigError(f"{url}: no aioengine server of this version answers there") from error
+    return found  # type: ignore[no-any-return] # what can be drawn
 
 
 def _reason(error: urllib.error.HTTPError) -> str:
@@ -154,12 +158,14 @@ def frame(now: dict[str, Any], before: dict[str, Any] | None, width: int, height
 
 
 def _rates(now: dict[str, Any], before: dict[str, Any] | None) -> str:
-    """Return the rates since ``before``; nothing if that was another process."""
-    if before is None or now["uptime"] <= before["uptime"]:
+    """Return the rates since ``before``; nothing if that was another process, which began at another time."""
+    if before is None:
         return ""
     seconds = now["uptime"] - before["uptime"]
-    rates = [(name, (now["stats"][of] - before["stats"][of]) / seconds) for name, of in _COUNTED]
-    return "   ".join(f"{rate:.1f} {name}" for name, rate in rates)
+    more = [(name, now["stats"][of] - before["stats"][of]) for name, of in _COUNTED]
+    if seconds <= 0 or abs(now["time"] - before["time"] - seconds) > SAME_START:
+        return ""
+    return "   ".join(f"{count / seconds:.1f} {name}" for name, count in more)
 
 
 def _slots(slots: list[dict[str, Any]], most: int, width: int) -> Any:

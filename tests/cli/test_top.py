@@ -13,7 +13,7 @@ import signal
 import struct
 import sys
 import termios
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 import pytest
@@ -30,7 +30,9 @@ from aioengine.errors import ConfigError
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX")
 
 
-def seen(uptime: float = 1.0, slots: int = 2, requests: int = 0, finished: int = 0) -> dict[str, Any]:
+def seen(
+    uptime: float = 1.0, slots: int = 2, requests: int = 0, finished: int = 0, began: float = 0.0
+) -> dict[str, Any]:
     """What ``/debug/requests`` answers."""
     slot = {"state": "READY", "adapter": "a-rather-long-name-of-an-adapter", "version": 1, "pinned": True}
     request = {"request_id": "r" * 36, "route": "/v1/completions", "tenant": "t" * 30, "adapter": "a"}
@@ -54,7 +56,7 @@ def seen(uptime: float = 1.0, slots: int = 2, requests: int = 0, finished: int =
         "model": "tiny",
         "state": "running",
         "uptime": uptime,
-        "time": 0.0,
+        "time": began + uptime,
         "step_age": 0.25,
         "stats": stats,
         "requests": [{**request, "seconds": 9.0}] * requests,
@@ -122,6 +124,35 @@ async def test_whatever_answers_there_is_named(reply: bytes, says: str) -> None:
     assert str(caught.value).startswith(f"{server.url}: ") and says in str(caught.value)
 
 
+async def test_what_is_not_of_this_version_is_named() -> None:
+    """Whatever part is missing or of another kind: what :func:`look` returns can be drawn."""
+    whole = seen(requests=1)
+
+    def changed(part: Any) -> Iterator[Any]:
+        """``part`` with one of its values taken out, or replaced."""
+        for key in list(part) if isinstance(part, dict) else range(len(part)):
+            value = part[key]
+            for other in (None, [], {}, "x", -1, *(changed(value) if isinstance(value, dict | list) else ())):
+                copy = part.copy()
+                copy[key] = other
+                yield copy
+            if isinstance(part, dict):
+                yield {name: part[name] for name in part if name != key}
+
+    refused: list[str] = []
+    async with canned(None) as server:
+        for one in changed(whole):
+            server.reply = answer(one)
+            try:
+                found = await asyncio.to_thread(look, server.url, None)
+            except ConfigError as error:
+                refused.append(str(error))
+            else:
+                drawn(found, found, 120, 24)
+                drawn(found, None, 80)
+    assert len(refused) > 50 and all("of this version" in text for text in refused)
+
+
 @given(height=st.integers(15, 80), slots=st.integers(0, 200), requests=st.integers(0, 200))
 def test_both_tables_have_room_on_every_screen(height: int, slots: int, requests: int) -> None:
     lines = drawn(seen(slots=slots, requests=requests), None, 80, height).splitlines()
@@ -145,8 +176,10 @@ def test_a_narrow_terminal_still_shows_the_numbers(width: int) -> None:
 def test_rates_are_of_one_process_by_its_own_clock() -> None:
     first, later = seen(10.0, finished=5), seen(12.0, finished=25)
     assert "10.0 requests/s   100.0 tokens/s" in drawn(later, first, 120)
-    restarted = seen(1.0, finished=0)
-    assert "/s" not in drawn(restarted, later, 120)
+    for uptime in (1.0, 20.0):  # it may be up for longer than the one before was
+        for finished in (0, 100):
+            restarted = seen(uptime, finished=finished, began=60.0)
+            assert "/s" not in drawn(restarted, later, 120)
 
 
 @contextlib.asynccontextmanager
