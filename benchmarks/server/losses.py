@@ -37,6 +37,7 @@ async def loss(server: Server, victim: int, streams: int, tokens: int) -> tuple[
         _, late = await asyncio.wait(tasks, timeout=GIVE_UP_SECONDS)
         for task in late:
             task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)  # those that failed are not complete
         gaps = [later - earlier for each in times for earlier, later in pairwise(each)]
         return sum(len(each) == tokens for each in times), max(gaps, default=0.0)
 
