@@ -56,7 +56,7 @@ logger = logging.getLogger("aioengine")
 
 class ProcessDevice(Device):
     """Steps, reads and copies in worker processes. ``config.model`` is a path; ``kind`` says how the workers
-    are started."""
+    are started. ``vocab``: number of the model's logits."""
 
     def __init__(self, config: EngineConfig, kind: type[Workers] = Workers, *, vocab: int) -> None:
         self._kind = kind
