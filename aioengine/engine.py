@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Self, TypeVar, Unpack
 import msgspec
 
 from aioengine import __version__
-from aioengine.adapters.read_threads import ReadThreads
+from aioengine.adapters.read_threads import SharedRead
 from aioengine.adapters.resolvers.base import AdapterResolver
 from aioengine.config import EngineConfig
 from aioengine.core import Core
@@ -131,7 +131,7 @@ class AsyncEngine:
         self._state: EngineState = "new"
         self._shutdown_task: asyncio.Task[None] | None = None
         self._counters = Counters()
-        self._label_names: asyncio.Future[list[str]] | None = None
+        self._label_names: SharedRead[list[str]] | None = None
         self._prefix_files: PrefixFiles | None = None
         self._closers: list[Callable[[], Awaitable[None]]] = []
         self.text_work = TextWork()
@@ -494,13 +494,12 @@ class AsyncEngine:
     async def label_names(self) -> list[str]:
         """Return the model's ``id2label``; empty if it has none."""
         self._check_running()
-        reading = self._label_names
-        if reading is None or (reading.done() and reading.exception()):
-            # Not in the engine's own thread, which is waited for at the end: the disk may hang. In one thread
-            # for all callers, or each would leave one behind then.
-            read = partial(read_label_names, self._built.model_path)
-            reading = self._label_names = ReadThreads("aioengine-labels").start(read)
-        return await asyncio.shield(reading)
+        if self._label_names is None:
+            # Not in the engine's own thread, which is waited for at the end: the disk may hang.
+            self._label_names = SharedRead(
+                "aioengine-labels", partial(read_label_names, self._built.model_path)
+            )
+        return await self._label_names.result()
 
     async def abort(self, request_id: str) -> bool:
         """End a request; its reader gets a last output with ``finish_reason="abort"``.

@@ -14,7 +14,7 @@ import contextlib
 import itertools
 import threading
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 T = TypeVar("T")
 
@@ -120,3 +120,18 @@ def _for_the_loop(error: BaseException) -> Exception:
     wrapped = RuntimeError(f"the read raised {type(error).__name__}: {error}")
     wrapped.__cause__ = error
     return wrapped
+
+
+class SharedRead(Generic[T]):
+    """A read whose result is kept, in one thread however many ask for it while a disk hangs. After one that
+    has failed the next caller reads again. Calls are on one event loop."""
+
+    def __init__(self, name: str, read: Callable[[], T]) -> None:
+        self._name, self._read = name, read
+        self._reading: asyncio.Future[T] | None = None
+
+    async def result(self) -> T:
+        reading = self._reading
+        if reading is None or (reading.done() and reading.exception()):
+            reading = self._reading = ReadThreads(self._name).start(self._read)
+        return await asyncio.shield(reading)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from aioengine.adapters.names import NAME_RULE
+from aioengine.adapters.read_threads import SharedRead
 from aioengine.errors import ConfigError, PromptTooLong, RequestInvalid
 from aioengine.guided import Guide
 from aioengine.info import without_versions
@@ -61,7 +62,7 @@ class Context:
         self._guide: Guide | None = None
         self._tools_noted = False
         self._defaults: SamplingDefaults | None = None
-        self._label_names: list[str] | None = None
+        self._label_names = SharedRead("aioengine-labels", lambda: read_label_names(engine.model_path))
 
     def change(self, settings: ServerSettings) -> None:
         """Use other settings from now on."""
@@ -192,10 +193,7 @@ class Context:
 
     async def label_names(self) -> list[str]:
         """Return the model's ``id2label``; empty if it has none."""
-        if self._label_names is None:
-            path = self.engine.model_path
-            self._label_names = await self.engine.text_work.run(SHORT + 1, lambda: read_label_names(path))
-        return self._label_names
+        return await self._label_names.result()
 
     async def encode_chat(
         self,
