@@ -221,8 +221,11 @@ def test_a_mount_that_hangs_takes_so_many_threads_and_no_more(monkeypatch: pytes
 
 
 def test_the_pause_after_failures_grows_and_ends() -> None:
-    failures, error = Failures(), AdapterInvalid("bad", name="x", path="/x")
+    failures = Failures()
     now, pauses = 0.0, []
+
+    def error() -> AdapterInvalid:
+        return AdapterInvalid("bad", name="x", path="/x")
 
     def refused() -> bool:
         try:
@@ -232,12 +235,12 @@ def test_the_pause_after_failures_grows_and_ends() -> None:
         return False
 
     for _ in range(12):
-        failures.add("x", error, now)
+        failures.add("x", error(), now)
         begin = now
         while refused():
             now += 0.25
         pauses.append(now - begin)
-    failures.add("x", error, now)
+    failures.add("x", error(), now)
     with pytest.raises(AdapterInvalid, match=r"'x' \(/x\): bad \(failed 13 times.*30.0 s"):
         failures.check("x", now)
     assert pauses[:4] == [0.0, 0.5, 1.0, 2.0] and pauses[-1] == LONGEST_SECONDS
@@ -246,3 +249,13 @@ def test_the_pause_after_failures_grows_and_ends() -> None:
     for i in range(3000):
         failures.add(f"n{i}", AdapterLoadError("EIO", name=f"n{i}"), now)
     assert len(failures._by_name) == 1024
+
+
+def test_what_several_say_of_one_failure_counts_once() -> None:
+    failures, error = Failures(), AdapterInvalid("bad", name="x", path="/x")
+    for now in (0.0, 0.0, 0.001, 0.4):
+        failures.add("x", error, now)
+    assert failures.times("x") == 1
+    for now in (0.5, 1.5, 9.0):  # an application's resolver that raises one error again and again
+        failures.add("x", error, now)
+    assert failures.times("x") == 4

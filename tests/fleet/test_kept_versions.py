@@ -128,7 +128,7 @@ class Fleet:
             replica = Replica(f"r{number}", {name: [1] for name in (*NAMES, "u")})
             self.replicas[replica.name] = replica
             channel: Any = SimpleNamespace(replica=replica.name, calls={}, leaving=False, heard=0.0)
-            channel.send = replica.take
+            channel.send, channel.arrived = replica.take, lambda received: None
             self.channels[replica.name] = channel
             self.members.members[replica.name] = Member(channel, None)  # type: ignore[arg-type]
             self.members.members[replica.name].residency = replica.residency()

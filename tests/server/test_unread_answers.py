@@ -291,6 +291,9 @@ def test_each_part_of_a_large_event_has_its_own_time(seconds: float, is_watched:
         async def prepare(self) -> None:
             pass
 
+        def prompt_numbers(self, index: int) -> int:
+            return 0
+
         async def outputs(self, index: int) -> Any:
             yield SimpleNamespace(logprobs_delta=(), pooled=None)
 

@@ -16,6 +16,7 @@ at once."""
 class _Failure(NamedTuple):
     times: int
     error: AdapterError
+    at: float
     until: float
 
 
@@ -27,16 +28,17 @@ class Failures:
         self._by_name: dict[str, _Failure] = {}
 
     def add(self, name: str, error: AdapterError, now: float) -> None:
-        """Count a failure. Each error counts once, whoever of those that it concerns says so."""
+        """Count a failure. Those that waited for the same read say the same error at about the same time,
+        which counts once. (Later it is a new failure: an application may raise one error again and again.)"""
         last = self._by_name.get(name)
-        if last is not None and last.error is error:
+        if last is not None and last.error is error and now < last.at + FIRST_SECONDS:
             return
         self._by_name.pop(name, None)
         count = 1 if last is None else last.times + 1
         pause = 0.0 if count == 1 else min(LONGEST_SECONDS, FIRST_SECONDS * 2.0 ** min(count - 2, 10))
         while len(self._by_name) >= MAX_NAMES:
             del self._by_name[next(iter(self._by_name))]
-        self._by_name[name] = _Failure(count, error, now + pause)
+        self._by_name[name] = _Failure(count, error, now, now + pause)
 
     def times(self, name: str) -> int:
         """Number of failures in a row."""
