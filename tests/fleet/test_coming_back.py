@@ -39,3 +39,19 @@ async def test_requests_that_wait_for_it_get_the_current_version(
         assert (await answer).token_ids == (
             await fleet.replicas["r1"].engine.complete(PROMPT, greedy(6), adapter="sql")
         ).token_ids
+
+
+async def test_a_replica_that_knows_the_adapters_gets_requests_at_once(
+    tiny_text: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has reported while it was told of them: the first requests do not wait for its next report."""
+    config = FleetConfig(engine=small_engine(tiny_text), replicas=2)
+    async with fleet_here(config, monkeypatch) as fleet:
+        client, members = fleet.client, fleet.client.members
+        member = members.members["r0"]
+        assert member.status is not None
+        member.ready = False
+        members._report(member, member.status, None)
+        assert [view.replica_id for view in members.state.view.accepting] == ["r1"]
+        await client._adapters._sync(member)
+        assert {view.replica_id for view in members.state.view.accepting} == {"r0", "r1"}

@@ -287,6 +287,7 @@ class FleetAdapters:
         if late:
             logger.warning("replica %s has not taken all adapters within %g s", replica, SYNC_SECONDS)
         member.ready = True
+        self._members.settle(member)
 
     async def _tell(self, member: Member, entries: list[Entry], whole: bool) -> None:
         steps = [self._replicas.ask(member, "sync", entries=entries)]

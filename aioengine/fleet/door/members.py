@@ -28,8 +28,7 @@ WATCH_SECONDS = 0.25
 MOST_PAUSE = 64.0
 """Seconds until a lost replica is tried again, at most."""
 ARRIVE_SECONDS = 10.0
-"""How long a replica may report that nothing arrives, although requests were sent. Reports and requests go by
-different calls, so one that reports may get nothing any more."""
+"""How long a replica may report that nothing arrives of what was sent: requests go by other calls."""
 
 
 class Member:
@@ -52,8 +51,7 @@ class Member:
 
 
 class Members:
-    """The replicas of a fleet. All methods are called on one loop. ``door`` is this door's name among
-    others."""
+    """The replicas of a fleet. All methods are called on one loop. ``door``: this one's name among others."""
 
     def __init__(self, config: FleetConfig, handle: Any, *, door: str) -> None:
         self.config = config
@@ -81,7 +79,7 @@ class Members:
         """Replicas that exist, as Serve reports them."""
         self._hung = Hung()
         self._unreached: Counter[str] = Counter()
-        """Losses of a replica to which nothing arrived, one after the other."""
+        """Losses in a row of a replica to which nothing arrived."""
         self._waking = False
         """Whether a call waits for the start of a replica."""
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -258,6 +256,11 @@ class Members:
         if first or (self.state.view.replicas[replica].accepting and not was):
             self._tell_change()
 
+    def settle(self, member: Member) -> None:
+        """Let a replica that is ready now get requests at once, and not only from its next report on."""
+        if member.status is not None and self.members.get(member.channel.replica) is member:
+            self._report(member, member.status, None)
+
     # Losses
 
     def _channel_lost(self, channel: Channel, why: str) -> None:
@@ -286,8 +289,8 @@ class Members:
         self._tell_change()
 
     async def _reopen(self, replica: str) -> None:
-        """Try a lost replica again after a pause, if Serve keeps it, because it may only have been
-        disconnected or paused. The pauses grow if nothing arrives there: each try costs requests time."""
+        """Try a lost replica again after a pause, if Serve keeps it, because it may only have been paused.
+        The pauses grow if nothing arrives there: each try costs requests time."""
         await asyncio.sleep(min(2.0 ** self._unreached[replica], MOST_PAUSE))
         if replica not in self._known:
             self._unreached.pop(replica, None)
