@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import sys
 import tomllib
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -15,6 +16,8 @@ import msgspec
 from aioengine.errors import AioEngineError, ConfigError, RequestInvalid
 from aioengine.schedulers.error_text import error_text as error_text
 from aioengine.schedulers.nearest import nearest as _nearest_name
+
+_LARGEST = sys.float_info.max
 
 
 def check_integer(
@@ -46,7 +49,7 @@ def check_number(
 ) -> None:
     """Raise ``error``, naming ``field``, unless ``value`` is a finite number from ``low`` to ``high``; with
     ``above``, ``low`` itself is not allowed."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not abs(value) <= _LARGEST:
         raise error(f"{field}={value!r}: must be a finite number")
     if value < low or value > high or (above and value == low):
         if high == math.inf:
@@ -69,6 +72,15 @@ def check_seconds(
     wrong = isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0
     if wrong or (finite and value == math.inf):
         raise error(f"{field}={value!r}: must be more than 0 seconds{allowed}")
+
+
+def plain(value: object) -> float | int | str:
+    """Return a number or text of a class of its own, such as NumPy's, as one of Python's: msgspec calls this
+    for what it cannot encode. Raises TypeError for anything else."""
+    for kind in (float, int, str):
+        if isinstance(value, kind):
+            return kind(value)
+    raise TypeError(f"{type(value).__name__} cannot be sent")
 
 
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}

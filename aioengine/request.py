@@ -123,12 +123,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         set_ = msgspec.structs.force_setattr
         set_(self, "stop", (self.stop,) if isinstance(self.stop, str) else _tuple("stop", self.stop))
         set_(self, "stop_token_ids", _tuple("stop_token_ids", self.stop_token_ids))
-        _check_int(
-            "max_tokens",
-            self.max_tokens,
-            low=int(self.prompt_logprobs is None and self.pooling is None),
-            high=2**63 - 1,
-        )
+        least = int(self.prompt_logprobs is None and self.pooling is None)
+        _check_int("max_tokens", self.max_tokens, low=least, high=2**63 - 1)
         if self.pooling is not None:
             _check_pooling(self)
         _check_int("min_tokens", self.min_tokens, low=0, high=self.max_tokens)
@@ -147,6 +143,10 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         for text in self.stop:
             if not isinstance(text, str) or not text:
                 raise RequestInvalid(f"stop={text!r}: each stop string must be a non-empty str")
+            check_text("stop", text)
+        for field in ("include_stop_str_in_output", "ignore_eos", "skip_special_tokens"):
+            if not isinstance(value := getattr(self, field), bool):
+                raise RequestInvalid(f"{field}={value!r}: must be True or False")
         for token in self.stop_token_ids:
             _check_int("stop_token_ids", token, low=0)
         if self.logit_bias:

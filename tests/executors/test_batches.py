@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import msgspec
+import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.core_sim import LIMITS, CoreSim
 
+from aioengine.errors import RequestInvalid
 from aioengine.executors.process.step_delta import StepDecoder, StepEncoder
 from aioengine.executors.process.wire import Masks, Step, frame, requests
 from aioengine.request import SamplingParams
@@ -23,6 +26,10 @@ def over_the_wire(step: Step) -> Step:
 
 def plain(batch: StepBatch) -> object:
     return msgspec.to_builtins(batch)
+
+
+class Number(int):
+    """An integer of a class of its own."""
 
 
 class Both:
@@ -93,6 +100,39 @@ def test_what_a_step_takes_does_not_grow_with_the_history() -> None:
     second = both.send(StepBatch(2, [work("r", history, blocks)], [0]))
     assert first > 10_000
     assert second < 50
+
+
+floats, integers = st.floats(0.1, 1.0).map(np.float64), st.integers(0, 2**40).map(Number)
+
+
+@given(
+    st.fixed_dictionaries(
+        {},
+        optional={
+            **dict.fromkeys(
+                ("temperature", "top_p", "min_p", "presence_penalty"), floats | st.floats(0.1, 1)
+            ),
+            **dict.fromkeys(("top_k", "seed"), integers | st.integers(0, 2**40)),
+            "logit_bias": st.dictionaries(integers, floats, max_size=2),
+            "stop": st.text(min_size=1) | st.lists(st.sampled_from(["a", "\ud800", np.str_("b")])),
+            "stop_token_ids": st.lists(integers, max_size=2),
+            "ignore_eos": st.sampled_from([True, np.True_, None, 1]),
+        },
+    ),
+    st.sampled_from(["r", np.str_("r")]),
+    floats | st.just(0.5),
+)
+def test_whatever_parameters_are_taken_can_be_sent(values: dict[str, Any], name: str, weight: float) -> None:
+    """Numbers and texts of other classes are Python's on the other side. (An error here ends the engine.)"""
+    try:
+        params = SamplingParams(**values)
+    except RequestInvalid:
+        return
+    row = work(name, [1, 2], [0], params=params, seed=params.seed or 0, parts=((0, weight), (1, weight)))
+    step = over_the_wire(StepEncoder().encode(StepBatch(1, [row], [0, 0])))
+    assert step.opened[0].request_id == "r" and step.work[0].parts[0][1] == weight
+    for key, value in step.opened[0].params.items():
+        assert key == "stop" or value == values[key]
 
 
 def test_what_has_ended_is_forgotten_on_both_sides() -> None:

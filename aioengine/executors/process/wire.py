@@ -15,6 +15,7 @@ from typing import Any
 import msgspec
 
 from aioengine import errors
+from aioengine.checks import plain
 from aioengine.config import EngineConfig
 from aioengine.request import TokenLogprob
 from aioengine.step import AdapterSource, MemoryMove, Sampled
@@ -333,7 +334,7 @@ Request = Start | Build | Step | Masks | _OfAdapters | Measure | ReadKv | WriteK
 Answer = Planned | Stepped | ReadDone | Done | Failed | Measured | KvRead
 Report = Answer | Progress | Reading | Broken
 
-_encoder = msgspec.msgpack.Encoder()
+_encoder = msgspec.msgpack.Encoder(enc_hook=plain)
 requests: msgspec.msgpack.Decoder[Request] = msgspec.msgpack.Decoder(Request)
 reports: msgspec.msgpack.Decoder[Report] = msgspec.msgpack.Decoder(Report)
 
