@@ -1,19 +1,23 @@
-"""A replica's side of the channel to one door: the door's requests, and their new output."""
+"""A replica's side of the channels to doors: each door's requests, and their new output."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
-from contextlib import suppress
+from collections.abc import AsyncIterator, Coroutine
+from contextlib import asynccontextmanager, suppress
 
-from aioengine.fleet.wire import Delta
+from aioengine.fleet.wire import ChannelName, Delta
 from aioengine.runtime.tasks import end_tasks
 
 
 class Outbox:
     """Gathers deltas until the channel takes them, so that all deltas of one step are in one frame."""
 
-    def __init__(self) -> None:
+    def __init__(self, number: int = 0) -> None:
+        self.number = number
+        """Number of its channel among the door's."""
+        self.replaced = False
+        """Whether the door has opened a later channel."""
         self.received = 0
         """Number of requests from the door so far."""
         self.ended = 0
@@ -61,3 +65,47 @@ class Outbox:
     def _end(self, key: int) -> None:
         del self._tasks[key]
         self.ended += 1
+
+
+class Outboxes:
+    """The outboxes of a replica's doors, each of the door's latest channel. What belongs to an earlier one
+    may come late; its requests run elsewhere then, or were sent again."""
+
+    def __init__(self) -> None:
+        self._by_door: dict[str, Outbox] = {}
+
+    @asynccontextmanager
+    async def opened(self, channel: str) -> AsyncIterator[Outbox]:
+        """Give an outbox for a channel that begins, as soon as the requests of the door's earlier one have
+        ended. Raises LookupError if the door has a later one."""
+        door, number = ChannelName.of(channel)
+        before = self._by_door.get(door)
+        if before is not None and before.number > number:
+            raise LookupError(f"channel {channel}: the door has a later one")
+        box = self._by_door[door] = Outbox(number)
+        try:
+            if before is not None:
+                before.replaced = True
+                await before.close()
+            yield box
+        finally:
+            if self._by_door.get(door) is box:
+                del self._by_door[door]
+            await box.close()
+
+    def of(self, channel: str) -> Outbox:
+        """Return the outbox of a channel. Raises LookupError if it is not the door's latest one."""
+        door, number = ChannelName.of(channel)
+        box = self._by_door.get(door)
+        if box is None or box.number != number:
+            raise LookupError(f"channel {channel}: the door has not opened it, or has a later one")
+        return box
+
+    def wake(self) -> None:
+        """Have each channel send a frame."""
+        for box in self._by_door.values():
+            box.wake()
+
+    async def close(self) -> None:
+        for box in list(self._by_door.values()):
+            await box.close()

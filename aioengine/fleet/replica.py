@@ -14,7 +14,7 @@ from aioengine.engine import AsyncEngine
 from aioengine.errors import AdapterNotFound, AioEngineError, EngineDead, EngineStopped
 from aioengine.fleet.beliefs import Beliefs
 from aioengine.fleet.config import FleetConfig
-from aioengine.fleet.outbox import Outbox
+from aioengine.fleet.outbox import Outbox, Outboxes
 from aioengine.fleet.prepared import PreparedVersions
 from aioengine.fleet.registry import Entry
 from aioengine.fleet.speeds import Speeds
@@ -53,7 +53,7 @@ class EngineReplica:
         self._config = config
         self._digest = digest
         self._draining = False
-        self._boxes: dict[str, Outbox] = {}
+        self._boxes = Outboxes()
         self._grammars: Grammars | None = None
         self._speed = Speeds()
         self._versions = ReplicaVersions(config.adapters)
@@ -83,19 +83,15 @@ class EngineReplica:
 
     # Channels
 
-    async def channel(self, door: str, to: str | None = None) -> AsyncIterator[bytes]:
-        """Yield a door's messages, as encoded frames, until the door stops listening. Then its requests
-        end."""
+    async def channel(self, channel: str, to: str | None = None) -> AsyncIterator[bytes]:
+        """Yield a door's messages, as encoded frames, until the door stops listening or opens another
+        channel. Then its requests end. ``channel``: a ChannelName as text."""
         _check_own(to)
-        before = self._boxes.pop(door, None)
-        if before is not None:
-            await before.close()
-        box = self._boxes[door] = Outbox()
         loop = asyncio.get_running_loop()
         residency, due = -1, 0.0
-        try:
+        async with self._boxes.opened(channel) as box:
             yield encode_frame(Frame(hello=self._hello()))
-            while True:
+            while not box.replaced:
                 frame = Frame(deltas=box.take())
                 now = loop.time()
                 version = self.engine.slots().version
@@ -106,17 +102,11 @@ class EngineReplica:
                         residency, frame.residency = version, self._residency()
                 yield encode_frame(frame)
                 await box.filled(self._config.heartbeat_seconds)
-        finally:
-            if self._boxes.get(door) is box:
-                del self._boxes[door]
-            await box.close()
 
-    async def submit(self, door: str, orders: bytes, to: str | None = None) -> None:
-        """Carry out a door's orders. Raises LookupError if there is no channel to the door."""
+    async def submit(self, channel: str, orders: bytes, to: str | None = None) -> None:
+        """Carry out a door's orders. Raises LookupError if this is not the door's latest channel."""
         _check_own(to)
-        box = self._boxes.get(door)
-        if box is None:
-            raise LookupError(f"no channel to door {door}")
+        box = self._boxes.of(channel)
         for order in decode_orders(orders):
             match order:
                 case Submit():
@@ -282,8 +272,7 @@ class EngineReplica:
         except AioEngineError as error:
             return error
         finally:
-            for box in self._boxes.values():
-                box.wake()  # doors hear of the change at once
+            self._boxes.wake()  # doors hear of the change at once
 
     async def _version(self, name: str) -> int:
         return self._versions.highest(name)
@@ -369,8 +358,7 @@ class EngineReplica:
         return self._speed.demand(self.engine.load(), slots, self._config.engine.max_num_seqs)
 
     async def stop(self) -> None:
-        for box in list(self._boxes.values()):
-            await box.close()
+        await self._boxes.close()
         await end_tasks(self._unloads)
         await self.engine.stop()
         if self._traces is not None:

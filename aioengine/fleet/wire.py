@@ -8,15 +8,34 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple, Self
 
 import msgspec
 
+from aioengine.checks import plain
 from aioengine.errors import AioEngineError
-from aioengine.info import AdapterInfo, SlotInfo
+from aioengine.info import AdapterInfo, AdapterLocation, SlotInfo
 from aioengine.request import FinishReason, RequestOptions, SamplingParams, TokenLogprob
+from aioengine.schedulers.routing import Report, Tiers
 
 _DEFAULTS = msgspec.structs.asdict(SamplingParams())
+
+
+class ChannelName(NamedTuple):
+    """Name of a channel: its door, and its number among the door's channels to any replicas. What belongs to
+    an earlier channel may come late, and must not count for the one that has taken its place."""
+
+    door: str
+    number: int
+
+    def __str__(self) -> str:
+        return f"{self.door}#{self.number}"
+
+    @classmethod
+    def of(cls, text: str) -> Self:
+        """Parse a name. A door alone is its channel 0."""
+        door, _, number = text.partition("#")
+        return cls(door, int(number or 0))
 
 
 class Submit(msgspec.Struct, tag="submit", array_like=True):
@@ -85,6 +104,19 @@ class Residency(msgspec.Struct, array_like=True):
     def versions(self) -> list[AdapterInfo]:
         return [*self.adapters, *self.replaced]
 
+    @property
+    def tiers(self) -> Tiers:
+        """Where the newest version of each adapter is; older ones only finish requests."""
+        newest: dict[str, AdapterInfo] = {}
+        for info in self.adapters:
+            if info.name not in newest or info.version > newest[info.name].version:
+                newest[info.name] = info
+        held: dict[AdapterLocation, list[str]] = {"slot": [], "cpu": [], "loading": [], "disk": []}
+        for info in newest.values():
+            held[info.location].append(info.name)
+        nbytes = {info.name: info.bytes for info in newest.values() if info.bytes and info.location != "disk"}
+        return Tiers(held["slot"], held["cpu"], held["loading"], nbytes)
+
 
 class Status(msgspec.Struct, array_like=True):
     """State of a replica: the fields of ``aioengine.schedulers.routing.Report`` without ``tiers``."""
@@ -106,6 +138,25 @@ class Status(msgspec.Struct, array_like=True):
     draining: bool
     state: str
     """State of the engine."""
+
+    def report(self, tiers: Tiers | None) -> Report:
+        """Return it for routers. ``tiers``: where adapters are; None: where they were."""
+        return Report(
+            self.sent_at,
+            self.received,
+            self.ended,
+            self.waiting,
+            self.running,
+            self.waiting_tokens,
+            self.running_tokens,
+            self.free_kv_tokens,
+            dict(self.waiting_for),
+            self.load_seconds,
+            self.slot_seconds,
+            self.seconds_per_token,
+            self.service_seconds,
+            tiers,
+        )
 
 
 class Hello(msgspec.Struct, array_like=True):
@@ -131,12 +182,18 @@ class Frame(msgspec.Struct, array_like=True, omit_defaults=True):
     hello: Hello | None = None
 
 
-_encoder = msgspec.msgpack.Encoder()
+_encoder = msgspec.msgpack.Encoder(enc_hook=plain)
 _orders = msgspec.msgpack.Decoder(list[Order])
 _frames = msgspec.msgpack.Decoder(Frame)
 
 
-def encode_orders(orders: Sequence[Order]) -> bytes:
+def encode_order(order: Order) -> msgspec.Raw:
+    """Encode an order for a later batch. Raises what msgspec raises for what cannot be sent, such as a number
+    of more than 64 bits."""
+    return msgspec.Raw(_encoder.encode(order))
+
+
+def encode_orders(orders: Sequence[Order | msgspec.Raw]) -> bytes:
     return _encoder.encode(orders)
 
 

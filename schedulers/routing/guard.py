@@ -88,25 +88,24 @@ class RouterGuard:
         for router in {id(self._safe): self._safe, id(self.router): self.router}.values():
             try:
                 router.on_event(event)
-            except Exception as error:
+            except BaseException as error:  # as in _ask
+                if isinstance(error, (KeyboardInterrupt, SystemExit)):
+                    raise
                 self._fail("raised", f"{type(router).__name__}.on_event: {error_text(error)}")
 
     def _ask(
         self, router: interface.RouterPolicy, request: interface.RouteRequest, view: interface.FleetView
     ) -> interface.Route | None:
-        name = type(router).__name__
+        name, kind = type(router).__name__, "raised"
         try:
             answer = router.route(request, view)
-        except BaseException as error:
+            kind = "nonsense"
+            route = _usable(answer, request, view)
+        except BaseException as error:  # also of the answer's own methods
             # Nothing is awaited here, so the router itself raised this CancelledError.
             if isinstance(error, (KeyboardInterrupt, SystemExit)):
                 raise
-            self._fail("raised", f"{name}: {error_text(error)}")
-            return None
-        try:
-            route = _usable(answer, request, view)
-        except Exception as error:  # also of the answer's own methods
-            self._fail("nonsense", f"{name}: {error_text(error)}")
+            self._fail(kind, f"{name}: {error_text(error)}")
             return None
         if route is None and view.accepting and not _all_tried(request, view):
             self._fail("nonsense", f"{name}: named no replica that can take the request, and no reason why")

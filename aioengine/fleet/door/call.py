@@ -66,6 +66,8 @@ class Call:
         """Set if it is traced."""
         self.ended = False
         """Whether it has ended."""
+        self.wait: asyncio.Timeout | None = None
+        """Its wait for a replica, while there is none."""
         self._text = GrowingText()
         self._logprobs: list[TokenLogprob] | None = None if params.logprobs is None else []
         self._prompt_logprobs: list[TokenLogprob | None] | None = None
@@ -114,12 +116,20 @@ class Call:
         self._tell()
 
     def finish(self, reason: FinishReason, stop: str | int | None = None) -> None:
-        self._finish, self._stop, self.ended = reason, stop, True
+        self._finish, self._stop = reason, stop
+        self.end()
         self._tell()
 
     def fail(self, error: AioEngineError) -> None:
-        self._error, self.ended = error, True
+        self._error = error
+        self.end()
         self._tell()
+
+    def end(self) -> None:
+        """Note that it has ended; then it waits for no replica any more."""
+        self.ended = True
+        if self.wait is not None and not self.wait.expired():
+            self.wait.reschedule(0.0)
 
     def _tell(self) -> None:
         self._new = True

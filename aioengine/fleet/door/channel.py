@@ -5,14 +5,20 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
+from itertools import count
 from typing import Any
 
+import msgspec
+
 from aioengine.fleet.door.call import Call
-from aioengine.fleet.wire import Frame, Order, Submit, decode_frame, encode_orders
+from aioengine.fleet.wire import ChannelName, Frame, Order, Submit, decode_frame, encode_order, encode_orders
 
 logger = logging.getLogger("aioengine.fleet")
+
+_numbers = count(1)
+"""Numbers of this process's channels: a later one has a higher one."""
 
 
 class Channel:
@@ -43,26 +49,28 @@ class Channel:
         """Whether Serve has removed the replica. Then it gets no new calls, and is closed when its calls have
         ended."""
         self._handle = handle
-        self._door = door
+        self._name = str(ChannelName(door, next(_numbers)))
         self._frame = frame
         self._lost = lost
-        self._orders: list[Order] = []
+        self._orders: list[msgspec.Raw] = []
         self._wake = asyncio.Event()
         self._stream: Any = None
         self._closed = False
         loop = asyncio.get_running_loop()
         self._tasks = [
-            loop.create_task(self._guarded(self._read()), name=f"aioengine-channel-{replica}"),
-            loop.create_task(self._guarded(self._send()), name=f"aioengine-orders-{replica}"),
+            loop.create_task(self._guarded(self._read), name=f"aioengine-channel-{replica}"),
+            loop.create_task(self._guarded(self._send), name=f"aioengine-orders-{replica}"),
         ]
 
     def send(self, order: Order) -> None:
-        """Send an order with the next batch; orders keep their sequence."""
+        """Send an order with the next batch; orders keep their sequence. Raises what
+        :func:`~aioengine.fleet.wire.encode_order` raises: now, and not when others are in the same batch."""
+        encoded = encode_order(order)
         if isinstance(order, Submit):
             if self._sent == self._arrived:
                 self._since = asyncio.get_running_loop().time()
             self._sent += 1
-        self._orders.append(order)
+        self._orders.append(encoded)
         self._wake.set()
 
     def arrived(self, received: int) -> None:
@@ -93,9 +101,9 @@ class Channel:
         """Wait until the channel's tasks have ended, after :meth:`close`."""
         await asyncio.wait(self._tasks)
 
-    async def _guarded(self, work: Any) -> None:
+    async def _guarded(self, work: Callable[[], Awaitable[None]]) -> None:
         try:
-            await work
+            await work()
             why = "its channel ended"
         except asyncio.CancelledError:
             raise
@@ -107,7 +115,7 @@ class Channel:
 
     async def _read(self) -> None:
         call = self._handle.options(stream=True, method_name="channel")
-        self._stream = call.remote(self._door, to=self.replica)
+        self._stream = call.remote(self._name, to=self.replica)
         loop = asyncio.get_running_loop()
         async for data in self._stream:
             self.heard = loop.time()
@@ -122,4 +130,4 @@ class Channel:
             await self._wake.wait()
             self._wake.clear()
             orders, self._orders = self._orders, []
-            await submit.remote(self._door, encode_orders(orders), to=self.replica)
+            await submit.remote(self._name, encode_orders(orders), to=self.replica)

@@ -126,9 +126,13 @@ class FleetClient:
         if self._state == "stopped":
             return
         self._state = "stopped"
+        stopped = errors.EngineStopped("the server was stopped before the request finished")
+        for call in self._ids.values():
+            if not call.ended:  # also one that runs nowhere now
+                call.fail(stopped)
         await self._limits.stop()
         await self._adapters.stop()
-        await self.members.stop(errors.EngineStopped("the server was stopped before the request finished"))
+        await self.members.stop(stopped)
         for close in self._closers:
             await close()
         await self.text_work.close()

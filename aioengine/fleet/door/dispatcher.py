@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 import msgspec
 
 from aioengine import errors
+from aioengine.checks import error_text
 from aioengine.fleet.door.call import Call
 from aioengine.fleet.door.channel import Channel
 from aioengine.fleet.door.grammars import SentGrammar
@@ -96,15 +97,17 @@ class Dispatcher:
                 raise errors.EngineStopped("no replica of the fleet takes requests now; try again later")
             self._members.wake()
             try:
-                async with asyncio.timeout(due - now):
+                async with asyncio.timeout(due - now) as call.wait:
                     await self._members.change()
             except TimeoutError:
                 pass
+            finally:
+                call.wait = None
 
     def abandon(self, call: Call) -> None:
         """Give up a call that nobody waits for any more; if it runs, it is aborted. If it is on its way to
         another replica, it is not sent."""
-        call.ended = True
+        call.end()
         if call.replica is None:
             return
         channel = self._members.channel(call.replica)
@@ -270,10 +273,15 @@ class Dispatcher:
             where in (Location.SLOT, Location.CPU),
             call.content,
         )
+        try:
+            channel.send(order)
+        except (TypeError, ValueError, OverflowError, RecursionError) as error:
+            raise errors.RequestInvalid(
+                f"request {call.request_id!r} cannot be sent to a replica: {error_text(error)}"
+            ) from error
         self._state.sent(request, replica)
         call.replica = replica
         channel.calls[call.key] = call
-        channel.send(order)
 
     def _take(self, channel: Channel, call: Call, delta: Delta, now: float) -> None:
         """Take in a replica's report on a request, which came at ``now``."""

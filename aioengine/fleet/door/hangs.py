@@ -101,7 +101,9 @@ class Hung:
     async def end_all_but(self, kept: Set[str]) -> None:
         """Kill the hanging replicas that Serve does not list any more."""
         for replica in self._lost.keys() - kept:
-            hello = self._lost.pop(replica)
+            hello = self._lost.pop(replica, None)
+            if hello is None:  # meanwhile it has come back, or another call kills it
+                continue
             logger.warning(
                 "replica %s hangs, and Serve has given it up: process %d on %s is killed",
                 replica,

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 import msgspec
@@ -18,8 +18,8 @@ from aioengine.fleet.door.channel import Channel
 from aioengine.fleet.door.conflicts import Conflicts
 from aioengine.fleet.door.hangs import Hung
 from aioengine.fleet.wire import Delta, Frame, Hello, Residency, Status
-from aioengine.info import AdapterInfo, AdapterLocation, EngineStats, SlotInfo
-from aioengine.schedulers.routing import FleetState, ReplicaLimits, Report, Tiers
+from aioengine.info import EngineStats, SlotInfo
+from aioengine.schedulers.routing import FleetState, ReplicaLimits
 
 logger = logging.getLogger("aioengine.fleet")
 
@@ -48,6 +48,11 @@ class Member:
     def leaves(self) -> bool:
         """Whether it takes no new requests, because it is drained or about to go."""
         return self.channel.leaving or (self.status is not None and self.status.draining)
+
+    @property
+    def gets_none(self) -> bool:
+        """Whether it gets no requests now, because it leaves or does not know the fleet's adapters yet."""
+        return self.leaves or not self.ready
 
 
 class Members:
@@ -176,15 +181,16 @@ class Members:
     # What replicas say
 
     def _replicas_are(self, ids: set[str]) -> None:
-        self._known = ids
-        for replica in ids - self._channels.keys():
+        new, self._known = ids - self._known, ids
+        for replica in new - self._channels.keys():  # those that were lost are tried again in their time
             self._open(replica)
-        for replica in self._channels.keys() - ids:
-            channel = self._channels[replica]
-            channel.leaving = True
+        for replica, channel in list(self._channels.items()):
+            # One may come back, for example after Serve has changed its settings.
+            channel.leaving = replica not in ids
             if replica in self.members:
-                self.state.drain(replica)
+                self.state.drain(replica, self.members[replica].gets_none)
             self.close_if_left(channel)
+        self._tell_change()
         self.spawn(self._hung.end_all_but(ids))
 
     def _open(self, replica: str) -> None:
@@ -212,7 +218,7 @@ class Members:
         for listener in self.on_join:
             listener(member)
         # Before its first report: or else requests that wait for a replica would go there at once.
-        self.state.drain(channel.replica, channel.leaving or not member.ready)
+        self.state.drain(channel.replica, member.gets_none)
         self._tell_change()
 
     def _report(self, member: Member, status: Status, residency: Residency | None) -> None:
@@ -220,10 +226,8 @@ class Members:
         member.channel.arrived(status.received)
         if status.received:
             self._unreached.pop(member.channel.replica, None)
-        tiers = None
         if residency is not None:
             member.residency = residency
-            tiers = _tiers(residency.adapters)
             for listener in self.on_residency:
                 listener(member)
         replica = member.channel.replica
@@ -232,26 +236,8 @@ class Members:
             self._lose(member.channel, "hung" if hung else "dead", "its engine does not go on")
             return
         was = self.state.view.replicas[replica].accepting
-        self.state.drain(replica, status.draining or member.channel.leaving or not member.ready)
-        self.state.report(
-            replica,
-            Report(
-                status.sent_at,
-                status.received,
-                status.ended,
-                status.waiting,
-                status.running,
-                status.waiting_tokens,
-                status.running_tokens,
-                status.free_kv_tokens,
-                dict(status.waiting_for),
-                status.load_seconds,
-                status.slot_seconds,
-                status.seconds_per_token,
-                status.service_seconds,
-                tiers,
-            ),
-        )
+        self.state.drain(replica, member.gets_none)
+        self.state.report(replica, status.report(None if residency is None else residency.tiers))
         first, member.settled = not member.settled and member.ready, member.settled or member.ready
         if first or (self.state.view.replicas[replica].accepting and not was):
             self._tell_change()
@@ -259,7 +245,9 @@ class Members:
     def settle(self, member: Member) -> None:
         """Let a replica that is ready now get requests at once, and not only from its next report on."""
         if member.status is not None and self.members.get(member.channel.replica) is member:
-            self._report(member, member.status, None)
+            member.settled = True
+            self.state.drain(member.channel.replica, member.gets_none)
+            self._tell_change()
 
     # Losses
 
@@ -277,7 +265,9 @@ class Members:
         self.conflicts.forget(replica)
         channel.close()
         calls, channel.calls = channel.calls, {}
-        if not channel.leaving or calls:
+        if member is None:  # no loss: Serve lists a replica for some seconds after its end
+            logger.info("replica %s has not answered: %s", replica, why)
+        elif not channel.leaving or calls:
             self.losses[how] += 1
             logger.warning("replica %s is %s (%s); %d requests go elsewhere", replica, how, why, len(calls))
         for call in calls.values():
@@ -291,7 +281,7 @@ class Members:
     async def _reopen(self, replica: str) -> None:
         """Try a lost replica again after a pause, if Serve keeps it, because it may only have been paused.
         The pauses grow if nothing arrives there: each try costs requests time."""
-        await asyncio.sleep(min(2.0 ** self._unreached[replica], MOST_PAUSE))
+        await asyncio.sleep(min(2.0 ** min(self._unreached[replica], 10), MOST_PAUSE))
         if replica not in self._known:
             self._unreached.pop(replica, None)
         elif replica not in self._channels:
@@ -385,16 +375,3 @@ class Members:
             "kv_blocks_free": sum(status.free_kv_tokens for status in statuses) // block,
         }
         return EngineStats(slots=tuple(slots), block_size=block, merged=None, **values)
-
-
-def _tiers(adapters: Sequence[AdapterInfo]) -> Tiers:
-    """Return where a replica holds the newest version of each adapter; older ones only finish requests."""
-    newest: dict[str, AdapterInfo] = {}
-    for info in adapters:
-        if info.name not in newest or info.version > newest[info.name].version:
-            newest[info.name] = info
-    held: dict[AdapterLocation, list[str]] = {"slot": [], "cpu": [], "loading": [], "disk": []}
-    for info in newest.values():
-        held[info.location].append(info.name)
-    nbytes = {info.name: info.bytes for info in newest.values() if info.bytes and info.location != "disk"}
-    return Tiers(held["slot"], held["cpu"], held["loading"], nbytes)

@@ -5,6 +5,7 @@ A model keeps the truth beside the state: which replicas live, what each has rec
 
 from __future__ import annotations
 
+import asyncio
 import copy
 from collections.abc import Sequence
 from itertools import accumulate, cycle
@@ -25,6 +26,7 @@ from aioengine.schedulers.routing import (
     ReplicaLimits,
     Report,
     Route,
+    RouteEvent,
     RouteRequest,
     RouterGuard,
     RouterPolicy,
@@ -292,6 +294,25 @@ def test_a_broken_router_harms_nobody(answer: object, kind: str) -> None:
     route = guard.route(RouteRequest("q", "a", 10, 10), state.view)
     assert set(route.replicas) == {"r0", "r1"} and route.reject is None
     assert dict(guard.failures) == {kind: 1} and said[0][0] == kind and said[0][1].startswith("Broken")
+
+
+class Raising(Broken):
+    """Also raises what it should answer when it is told of an event."""
+
+    def on_event(self, event: RouteEvent) -> None:
+        assert isinstance(self.answer, BaseException)
+        raise self.answer
+
+
+@pytest.mark.parametrize("error", [RuntimeError("no"), asyncio.CancelledError(), GeneratorExit()])
+def test_whatever_a_router_raises_the_fleet_changes(error: BaseException) -> None:
+    """What raises it in the middle of a loss must not end the task that looks for losses."""
+    state, guard = fleet_of(), RouterGuard(Raising(error))
+    state.listeners.append(guard.tell)
+    state.leave("r0")
+    assert guard.failures == {"raised": 1} and state.view.replicas.keys() == {"r1", "r2"}
+    route = guard.route(RouteRequest("q", "a", 10, 10), state.view)
+    assert set(route.replicas) == {"r1", "r2"} and guard.failures == {"raised": 2}
 
 
 def test_a_slow_router_is_asked_no_more() -> None:

@@ -1,0 +1,53 @@
+"""Requests that end while they run nowhere: before their first replica, and between two."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+from support.engine_fixtures import Tiny, greedy
+from support.fleet_here import fleet_here, small_engine
+from support.waiting import until
+
+from aioengine.errors import EngineStopped
+from aioengine.fleet.config import FleetConfig
+
+pytest.importorskip("ray.serve", reason="Ray has no wheel for this system or Python")
+
+
+@pytest.mark.parametrize("begun", [False, True])
+@pytest.mark.parametrize("end", ["abort", "stop"])
+async def test_it_ends_at_once(
+    end: str, begun: bool, tiny_text: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = FleetConfig(engine=small_engine(tiny_text), replicas=1, replica_wait_seconds=1000.0)
+    async with fleet_here(config, monkeypatch) as fleet:
+        client, members = fleet.client, fleet.client.members
+        outputs = client.generate([5, 6, 7], greedy(50), request_id="x")
+        if begun:
+            await anext(outputs)
+        await fleet.replicas["r0"].drain()
+        await until(lambda: not members.state.view.accepting)
+        if begun:
+            monkeypatch.setattr(members, "_reopen", lambda replica: asyncio.sleep(0))
+            channel: Any = members.channel("r0")
+            members._lose(channel, "lost", "for this test")
+        finished = asyncio.create_task(_last(outputs))
+        await asyncio.sleep(0)
+        assert client.replica_of("x") is None
+        async with asyncio.timeout(10):
+            if end == "abort":
+                assert await client.abort("x")
+                assert (await finished).finish_reason == "abort"
+            else:
+                await client.stop()
+                with pytest.raises(EngineStopped, match="stopped before"):
+                    await finished
+
+
+async def _last(outputs: Any) -> Any:
+    last = None
+    async for output in outputs:
+        last = output
+    return last
