@@ -147,8 +147,8 @@ def empty_body() -> ApiError:
 class Handled(Response[Any]):
     """A response sent by a separate ASGI application: generated output in a route's format.
 
-    ``kept`` is the size of what the reply keeps of the request until its end. Nothing else of a request's
-    body may be kept once its constraints are built: many requests may wait, each for minutes.
+    ``kept`` is the number of bytes that the reply keeps of the request until its end. Nothing else of a
+    request's body may be kept once its constraints are built: many requests may wait, each for minutes.
     """
 
     def __init__(

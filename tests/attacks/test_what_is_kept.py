@@ -21,6 +21,8 @@ MOST = 200_000
 """Bytes that a waiting request may take besides those that the budget counts."""
 NUMBERS = [i + 0.5 for i in range(SIZE // 8)]
 TEXT = "some words " * (SIZE // 11)
+WIDE = "\U0001d538" * (SIZE // 4)
+"""Characters that take four bytes each."""
 USER = {"role": "user", "content": "Hi"}
 COMMENTED = {"type": "object", "properties": {"a": {"type": "integer"}}, "$comment": NUMBERS}
 """A small schema in a large text."""
@@ -66,11 +68,15 @@ def requests() -> Iterator[tuple[str, dict[str, Any]]]:
     yield "/score", {"text_1": TEXT, "text_2": [TEXT + "a", "b"], **CUT}
     for shown in (False, True):
         yield "/rerank", {"query": TEXT, "documents": [TEXT, "b"], "return_documents": shown, **CUT}
+    yield "/rerank", {"query": "a", "documents": [WIDE, "b"], "return_documents": True, **CUT}
+    yield "/v1/completions", {"prompt": WIDE, "echo": True, **few, **CUT}
 
 
 @pytest.fixture(scope="module")
 def cases() -> list[tuple[str, bytes]]:
-    return [(path, json.dumps({"model": MODEL, **body}).encode()) for path, body in requests()]
+    return [
+        (path, json.dumps({"model": MODEL, **body}, ensure_ascii=False).encode()) for path, body in requests()
+    ]
 
 
 async def test_only_what_counts_is_kept_of_requests_that_wait(

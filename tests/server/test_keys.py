@@ -598,6 +598,30 @@ async def test_whatever_fails_once_the_keys_are_watched_further(
     assert len(complaints) == 1, "it is told, and once"
 
 
+async def test_keys_expire_while_their_file_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(keys_watch, "POLL_SECONDS", 0.001)
+    file = tmp_path / "keys.toml"
+    file.write_text(keys_text({"KEY": "old", "tenant": "t"}))
+    checks = 0
+
+    def then() -> None:
+        nonlocal checks
+        checks += 1
+
+    watch = KeysWatch(str(file), lambda found: None, then)
+    running = asyncio.create_task(watch.run())
+    try:
+        file.unlink()
+        await until(lambda: not watch.good)
+        before = checks
+        await until(lambda: checks > before + 2)
+        assert not watch.good
+    finally:
+        running.cancel()
+
+
 @pytest.mark.parametrize("change", ["gone", "expired", "scope", "model"])
 @pytest.mark.parametrize("stream", [True, False])
 async def test_a_key_that_is_revoked_ends_its_requests(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from aioengine.adapters.read_threads import ReadThreads
@@ -63,11 +64,14 @@ class KeysWatch:
                 elif clock() - since >= SLOW_SECONDS:
                     self._complain(f"reading keys file {self._path} takes longer than {SLOW_SECONDS:g} s")
                 self._then()
-            except ConfigError as error:
-                self._complain(str(error))
             except Exception as error:
-                self._seen = None  # read, and used, once more: it may be no fault of the file
-                self._complain(f"{self._path}: {error!r}")
+                if isinstance(error, ConfigError):
+                    self._complain(str(error))
+                else:
+                    self._seen = None  # read, and used, once more: it may be no fault of the file
+                    self._complain(f"{self._path}: {error!r}")
+                with suppress(Exception):
+                    self._then()  # keys expire, whatever the file is like
 
     def _take(self, found: KeysFile | None, before: str) -> None:
         """Use what was read: None if the file has not changed. ``before`` was the complaint at the start."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from sys import getsizeof
 from typing import Any, NamedTuple
 
 import msgspec
@@ -44,7 +45,7 @@ def chat_routes(context: Context) -> list[HTTPRouteHandler]:
             with_logprobs=bool(data.logprobs),
             echoed=echoed,
         )
-        stream, kept = data.stream, len(echoed)
+        stream, kept = data.stream, getsizeof(echoed)
         return Handled(context, chat.generation, reply, stream=stream, record=record, kept=kept)
 
     return [chat_completions]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from sys import getsizeof
 from typing import Any
 
 import msgspec
@@ -73,7 +74,7 @@ def completion_routes(context: Context) -> list[HTTPRouteHandler]:
             echoed=echoed,
             token_bytes=context.token_bytes(),
         )
-        kept = sum(map(len, echoed or ()))
+        kept = sum(map(getsizeof, echoed or ()))
         return Handled(context, generation, reply, stream=data.stream, record=record, kept=kept)
 
     return [completions]

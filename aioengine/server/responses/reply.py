@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Sequence
+from sys import getsizeof
 from typing import Any, NamedTuple
 
 import msgspec
@@ -41,8 +42,10 @@ class ResponsesReply:
         # As JSON, which takes less room than what it was decoded to.
         text_json = _encode({"format": text.format if text and text.format else {"type": "text"}})
         choice_json, tools_json = _encode("auto" if choice is None else choice), _encode(request.tools or [])
-        self.kept = len(text_json) + len(choice_json) + len(tools_json) + len(request.instructions or "")
-        """Size of what is kept of the request, because answers repeat it."""
+        self.kept = (
+            len(text_json) + len(choice_json) + len(tools_json) + getsizeof(request.instructions or "")
+        )
+        """Bytes of what is kept of the request, because answers repeat it."""
         self._response: dict[str, Any] = {
             "id": response_id,
             "object": "response",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import struct
 from collections.abc import Callable, Sequence
+from sys import getsizeof
 from typing import Any, Literal
 
 import msgspec
@@ -142,7 +143,7 @@ def vector_routes(context: Context) -> list[HTTPRouteHandler]:
             ]
             return api.Ranked(id=id_, model=model, results=results, usage=usage)
 
-        queries, kept = [data.query] * len(texts), sum(map(len, shown or ()))
+        queries, kept = [data.query] * len(texts), sum(map(getsizeof, shown or ()))
         return await _scored(
             context, data, queries, texts, form, record_of(request), prefix="rerank-", kept=kept
         )
@@ -203,7 +204,7 @@ async def _scored(
     kept: int = 0,
 ) -> Handled:
     """Score pairs: each by an adapter's head of one label, or, without a head, by the cosine of the two
-    vectors. ``form`` keeps ``kept`` characters of the request."""
+    vectors. ``form`` keeps ``kept`` bytes of the request."""
     labels = await context.engine.head_labels(context.wanted(data, record))
     if labels > 1:
         raise ApiError(
