@@ -24,6 +24,7 @@ constexpr int KEYS = PANELS * LANES;   // keys in a chunk
 constexpr int REGISTERS_OF_KEYS = PANELS * PER_VECTOR;
 constexpr int MAX_ROWS = 32;          // query rows (token, head) of a task
 constexpr float NONE = -INFINITY;
+constexpr float LOG2_E = 1.44269504f;  // scores are multiplied by it, and e^x is then 2^x
 constexpr vi COUNT = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 
 struct Attention {
@@ -118,6 +119,7 @@ void accumulate(const uint32_t* weights, const Chunk& at, long count, long head_
 template <int R>
 void scores_int8(const uint32_t* q, const Chunk& at, long lanes, const Chunk* next, float* out) {
   constexpr int COLUMNS = PANELS * PER_VECTOR, SOME = at_once(R, COLUMNS);
+  for (int p = 0; next != nullptr && p < PANELS; p++) __builtin_prefetch(next->key_scales[p], 0, 2);
   for (int first = 0; first < COLUMNS; first += SOME) {
     ri acc[R][SOME];
     for (int r = 0; r < R; r++)
@@ -143,6 +145,7 @@ template <int R>
 void accumulate_int8(const uint32_t* weights, const Chunk& at, long count, long head_dim, const Chunk* next,
                      const float* decay, const float* factor, float* out) {
   constexpr int W = at_once(R, 4 * PER_VECTOR), EACH = Steps<Int16>::COUNT;
+  for (int p = 0; next != nullptr && p < PANELS; p++) __builtin_prefetch(next->value_scales[p], 0, 2);
   for (long d = 0; d < head_dim; d += W * WIDTH) {
     const int width = head_dim - d < W * WIDTH ? int((head_dim - d) / WIDTH) : W;
     ri acc[R][W];
@@ -177,9 +180,9 @@ struct Task {
 
 // A thread's working memory.
 struct Scratch {
-  std::vector<uint32_t> q, weights;
-  std::vector<float> out;
-  float scores[MAX_ROWS * KEYS];
+  uint32_t *q, *weights;
+  float* out;
+  alignas(64) float scores[MAX_ROWS * KEYS];
 };
 
 // Positions `at`.. of a task's sequence.
@@ -231,21 +234,21 @@ __attribute__((noinline)) void attend(const Attention& a, const Task& task, cons
   const int32_t* span = a.spans + task.sequence * 3;
   const long first_position = span[2] + task.token, last_position = first_position + task.tokens - 1;
 
-  uint32_t* q = scratch.q.data();
+  uint32_t* q = scratch.q;
   const int each = a.int8 ? Steps<Int16>::COUNT : Steps<T>::COUNT;  // words of a lane
   float scale[MAX_ROWS], factor[MAX_ROWS];
   for (long r = 0; r < rows; r++) {
     const long token = span[0] + task.token + r / group, head = head_begin + r % group;
     const elem* from = (const elem*)a.q + token * a.q_stride + head * a.head_dim;
-    scale[r] = a.scale;
+    scale[r] = CAPPED ? a.scale : a.scale * LOG2_E;
     uint32_t* const to = q + r * lanes * each;
     if (a.int8)
       write_laid_out<Int16>(to, lanes, [&](uint32_t* p) { scale[r] *= quantize_query<T>(from, a.head_dim, (int16_t*)p); });
     else
       lay_out<T>((const uint32_t*)from, lanes, to);
   }
-  const auto weights_of = [&](long r) { return scratch.weights.data() + r * (KEYS / (a.int8 ? 2 : T::PER_LANE)) * each; };
-  float* out = scratch.out.data();
+  const auto weights_of = [&](long r) { return scratch.weights + r * (KEYS / (a.int8 ? 2 : T::PER_LANE)) * each; };
+  float* out = scratch.out;
   std::memset(out, 0, rows * a.head_dim * sizeof(float));
   float highest[MAX_ROWS], decay[MAX_ROWS];
   rf total[MAX_ROWS][PER_VECTOR];
@@ -253,7 +256,7 @@ __attribute__((noinline)) void attend(const Attention& a, const Task& task, cons
   for (long r = 0; r < rows; r++) {
     highest[r] = NONE;
     if (a.sinks == nullptr) continue;
-    highest[r] = T::widen(((const elem*)a.sinks)[head_begin + r % group]);
+    highest[r] = T::widen(((const elem*)a.sinks)[head_begin + r % group]) * LOG2_E;
     total[r][0][0] = 1.0f;
   }
 
@@ -289,26 +292,27 @@ __attribute__((noinline)) void attend(const Attention& a, const Task& task, cons
       for (int i = 0; i < REGISTERS_OF_KEYS; i++) {
         score[i] = load_register<rf>(s + i * WIDTH) * scale[r];
         if (a.int8) score[i] *= Bf16::load_register(here.key_scales[i / PER_VECTOR] + i % PER_VECTOR * WIDTH);
-        if (CAPPED) score[i] = tanh_as<ri>(score[i] / a.soft_cap) * a.soft_cap;
+        if (CAPPED) score[i] = tanh_as<ri>(score[i] / a.soft_cap) * (a.soft_cap * LOG2_E);
         if (masked) {
           const ri key = load_register<ri>(&COUNT) + int32_t(at + i * WIDTH);
           score[i] = (key > int32_t(position)) | (key < int32_t(from)) ? rf{} + NONE : score[i];
         }
         top = larger(score[i], top);
       }
-      const float before = highest[r], now = std::fmax(before, max(top));
+      const float before = highest[r], most = max(top), now = most > before ? most : before;
       highest[r] = now;
       // Mostly no key of a chunk is above all before it; then a call is saved.
-      decay[r] = before == now ? 1.0f : before == NONE ? 0.0f : std::exp(before - now);
+      decay[r] = before == now ? 1.0f : before == NONE ? 0.0f : std::exp2(before - now);
       for (int i = 0; i < PER_VECTOR; i++) total[r][i] *= decay[r];
-      for (int i = 0; i < REGISTERS_OF_KEYS; i++) {
-        // A row that may see no key of this chunk, as the first ones under a window, adds nothing.
-        const rf weight = now == NONE ? rf{} : exp_negative_as<ri>(score[i] - now);
-        total[r][i % PER_VECTOR] += weight;
-        store_register(s + i * WIDTH, weight);
-      }
+      // A row that may see no key of this chunk, as the first ones under a window, adds nothing.
+      const float reference = now == NONE ? 0.0f : now;
       vf weight[PANELS];
-      for (int p = 0; p < PANELS; p++) weight[p] = loadf(s + p * LANES);
+#pragma GCC unroll 4
+      for (int i = 0; i < REGISTERS_OF_KEYS; i++) {
+        const rf one = exp2_negative_as<ri>(score[i] - reference);
+        total[r][i % PER_VECTOR] += one;
+        store_register((float*)weight + i * WIDTH, one);
+      }
       if (a.int8)
         write_laid_out<Int16>(weights_of(r), KEYS / 2, [&](uint32_t* p) {
           factor[r] = quantize_weights<PANELS>(weight, here.value_scales, (int16_t*)p);
@@ -357,11 +361,11 @@ void attention(const Attention& a, int threads) {
         tasks.push_back({s, t, left < tokens_at_once ? left : tokens_at_once, h});
       }
   together(threads, [&](const Member& me) {
-    Scratch scratch;
     constexpr int EACH = Steps<T>::COUNT > Steps<Int16>::COUNT ? Steps<T>::COUNT : Steps<Int16>::COUNT;
-    scratch.q.resize(MAX_ROWS * a.head_dim / T::PER_LANE * EACH);
-    scratch.weights.resize(MAX_ROWS * KEYS / T::PER_LANE * EACH);
-    scratch.out.resize(MAX_ROWS * a.head_dim);
+    constexpr long WORDS = MAX_ROWS / T::PER_LANE * EACH * long(sizeof(uint32_t));
+    Scratch scratch;
+    scratch.q = room<QUERIES>(WORDS * a.head_dim), scratch.weights = room<WEIGHTS>(WORDS * KEYS);
+    scratch.out = (float*)room<OUTPUTS>(MAX_ROWS * a.head_dim * long(sizeof(float)));
     // Tasks that a thread takes together: many, because what comes next is known only among them.
     const long at_once = 1 + long(tasks.size()) / (8 * me.count);
     for (long first; (first = me.team.take() * at_once) < long(tasks.size());) {

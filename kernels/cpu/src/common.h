@@ -264,6 +264,31 @@ static inline V exp_negative_as(V x) {
 #endif
 }
 
+// 2^x for x <= 0, likewise, with half as many instructions; 0 far below -126.
+template <class W, class V>
+static inline V exp2_negative_as(V x) {
+  const auto all = [](float f) { return V{} + f; };
+#if defined(__AVX512F__)
+  x = (V)_mm512_max_ps(_mm512_set1_ps(-160.0f), (__m512)x);  // NaN stays
+#else
+  const V low = all(-126.0f);
+  const W tiny = (W)(x < low);
+  x = (V)(((W)x & ~tiny) | ((W)low & tiny));
+#endif
+  const V magic = all(12582912.0f);
+  const V shifted = x + magic, n = shifted - magic, r = x - n;
+  constexpr float FACTORS[] = {9.6715129912e-3f, 5.5507335812e-2f, 2.4022242427e-1f, 6.9314700365e-1f, 1.0f};
+  V p = all(1.3264720328e-3f);
+#pragma GCC unroll 5
+  for (const float factor : FACTORS) p = multiply_add(p, r, all(factor));
+#if defined(__AVX512F__)
+  return (V)_mm512_scalef_ps((__m512)p, (__m512)n);
+#else
+  const W exponent = ((W)shifted - (W)magic) << 23;
+  return (V)(((W)p + exponent) & ~tiny);
+#endif
+}
+
 // From e^-2|x|, which cannot overflow.
 template <class W, class V>
 static inline V tanh_as(V x) {

@@ -28,14 +28,16 @@ constexpr int most_rows() {
   return rows;
 }
 
-// A thread's memory, kept from call to call: a step has some hundred of them.
-enum Room { ROWS_OF_INT8, EXPANDED, WIDENED, LAID_OUT, LAID_OUT_H, BEFORE };
+// A thread's memory, kept from call to call: a step has some hundred of them. It begins with a cache line, because a vector
+// that is in two of them takes twice as long to store.
+enum Room { ROWS_OF_INT8, EXPANDED, WIDENED, LAID_OUT, LAID_OUT_H, BEFORE, QUERIES, WEIGHTS, OUTPUTS };
 template <Room>
 inline uint32_t* room(long bytes) {
+  constexpr uintptr_t LINE = 64;
   static thread_local std::vector<uint32_t> kept;
-  const size_t lanes = (bytes + sizeof(uint32_t) - 1) / sizeof(uint32_t);
-  if (kept.size() < lanes) kept.resize(lanes);
-  return kept.data();
+  const size_t words = (bytes + LINE) / sizeof(uint32_t);
+  if (kept.size() < words) kept.resize(words);
+  return (uint32_t*)(((uintptr_t)kept.data() + LINE - 1) / LINE * LINE);
 }
 
 // How lanes of a type are multiplied, in the order in which dot() does it: in so many steps, each of which takes something
