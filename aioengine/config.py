@@ -205,7 +205,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """Maximum number of tokens computed in one step; longer prompts are prefilled in chunks."""
     max_step_seconds: float | None = None
     """Maximum seconds that a step in which requests decode should take. Prompts are cut into chunks
-    accordingly, by the times of earlier steps. None: 0.2 on a CPU, no bound on CUDA."""
+    accordingly, by the times of earlier steps, and where decodes alone take longer, requests of the tenants
+    with the most take turns. None: 0.2 on a CPU, no bound on CUDA."""
     block_size: int = 16
     """Tokens in a KV block."""
     kv_cache_memory: int | str | None = None

@@ -16,6 +16,7 @@ from aioengine import events
 from aioengine.core.blocks import BlockManager
 from aioengine.core.border import Border
 from aioengine.core.decodes.counted import CountedDecodes
+from aioengine.core.decodes.turns import Turns
 from aioengine.core.guard import Tell
 from aioengine.core.pacing import Allowance, Floor, Pacer, StepWork
 from aioengine.core.prefixes.reached import pin_reached
@@ -62,6 +63,7 @@ class Batcher:
         self.max_num_batched_tokens = max_num_batched_tokens
         self.pacer = pacer
         """None if the time of a step is not bounded."""
+        self._turns = None if pacer is None else Turns(pacer)
         self.speculation = speculation
         self._draft_constrained = draft_constrained
         self._max_model_len = max_model_len
@@ -89,7 +91,8 @@ class Batcher:
     ) -> tuple[list[Request], list[SequenceWork]]:
         """Form a batch: a token for each running request that decodes, then chunks of prompts of running
         requests and of those in ``admit``, in the policy's order; sorted by slot. Returns the requests and,
-        in the same order, the range of tokens to compute for each.
+        in the same order, the range of tokens to compute for each. Where decodes alone take too long,
+        requests of a tenant with many take turns.
 
         Without a pacer the running ones' chunks come first, in order of admission. With one, half of the
         tokens go to the oldest, so that it always advances; the rest go to the requests with the fewest
@@ -121,6 +124,12 @@ class Batcher:
             decodes.append(request)
             if len(request.tokens) > len(request.blocks) * size:
                 growing.append(request)
+        if self._turns is not None:
+            decodes, every = self._turns.choose(decodes, self.running.values()), len(decodes)
+            if len(decodes) < every:
+                chosen = {request.seq for request in decodes}
+                growing = [request for request in growing if request.seq in chosen]
+                forced = [request for request in forced if request.seq in chosen]
         # Growing one request may preempt another one of them, or itself.
         for request in growing:
             if request.status is Status.RUNNING:

@@ -1,4 +1,5 @@
-"""Bounds the time of a step by limiting how many prompt tokens go into it.
+"""Bounds the time of a step by limiting how many prompt tokens go into it (and, where tenants differ in how
+much they ask for, how many decodes: :mod:`aioengine.core.decodes.turns`).
 
 All requests in a step get their next token when the whole step is done, and new requests wait for its end
 too, so a long prompt computed in one piece delays all of them. Prompts are therefore cut into chunks that
@@ -201,6 +202,27 @@ class Pacer:
         _, token, pair, _, rank = self._coefficients
         each = token + (pair * decodes.decode_pairs + rank * decodes.ranks) / max(decodes.tokens, 1)
         return max(int(left / each), GRAIN)
+
+    @property
+    def decode_room(self) -> float:
+        """The seconds that decodes may take beside the fixed cost of their step, so that prompts have their
+        least share of the target. At least as many as that cost, so that no more than half of the time goes
+        to it."""
+        fixed = self._coefficients[0]
+        return max(self._target / (1 + LEAST_SHARE) - fixed, fixed)
+
+    def decode_costs(self, decodes: Iterable[Request]) -> list[float]:
+        """Return the seconds that one token of each request adds to a step."""
+        _, token, _, pair, rank = self._coefficients
+        costs: list[float] = []
+        adapters: set[int] = set()
+        for request in decodes:
+            seconds, entry = token + pair * request.computed, request.adapter
+            if entry is not None:
+                seconds += rank * entry.rank * (1 if entry.uid in adapters else 1 + _ADAPTER_TOKENS)
+                adapters.add(entry.uid)
+            costs.append(seconds)
+        return costs
 
     def allowance(self, decodes: StepWork, tokens: int) -> Allowance:
         """Return the allowance for prompts in a step with these decodes and room for this many more

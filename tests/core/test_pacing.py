@@ -2,119 +2,19 @@
 
 from __future__ import annotations
 
-import math
 import random
 import statistics
-from typing import NamedTuple
 
 import pytest
 from hypothesis import Phase, example, given, settings
 from hypothesis import strategies as st
-from support.core_sim import LIMITS, CoreSim
+from support.paced_sim import MACHINES, MIDDLING, PAIR_TOKENS, TARGET, Machine, PacedSim
 
 from aioengine import events
 from aioengine.core.pacing import GRAIN
-from aioengine.step import SequenceWork, StepBatch
 
 SETTINGS = settings(max_examples=20, deadline=None, phases=[Phase.explicit, Phase.reuse, Phase.generate])
 """To shrink a failing example takes minutes, and the machine's numbers say enough."""
-TARGET = 0.2
-PAIR_TOKENS = 1 / 3000
-"""What the core is told; the devices below differ from it."""
-
-
-class Machine(NamedTuple):
-    """Seconds of a step; the ratios are relative to what is plausible for any model."""
-
-    token: float
-    fixed: float
-    """In tokens, and so on."""
-    pair: float
-    decode_pair: float
-    rank: float
-    memory: float
-    """Tokens that are free, because weights are waited for meanwhile."""
-
-    def seconds(self, sequences: list[SequenceWork], ranks: list[int]) -> float:
-        tokens = sum(len(work.tokens) for work in sequences)
-        cost = self.fixed + max(tokens, self.memory)
-        for work in sequences:
-            count = len(work.tokens)
-            pairs = sum(work.start + i for i in range(count))
-            cost += pairs * (self.decode_pair if count == 1 else self.pair)
-            cost += 0 if work.slot < 0 else ranks[work.slot] * count * self.rank
-        return self.token * cost
-
-    def bound(self, batch: StepBatch) -> float:
-        """What a step may take at most: the target or, where decodes take it up, a third more than these
-        (without decodes, twice the fixed cost); and three of the smallest chunks on top."""
-        decodes = [work for work in batch.sequences if len(work.tokens) == 1 and work.start > 0]
-        ranks = list(batch.slot_ranks)
-        deepest = max(work.start for work in batch.sequences)
-        chunk = GRAIN * (1 + deepest * self.pair + max(ranks) * self.rank)
-        alone = self.seconds(decodes, ranks)
-        return max(TARGET, alone * (4 / 3 if decodes else 2)) + 3 * chunk * self.token
-
-
-MACHINES = st.builds(
-    Machine,
-    token=st.floats(math.log(5e-5), math.log(1e-2)).map(math.exp),
-    fixed=st.floats(2, 30),
-    pair=st.floats(0.3, 4).map(lambda x: x * PAIR_TOKENS),
-    decode_pair=st.floats(0.5, 10).map(lambda x: x * PAIR_TOKENS),
-    rank=st.floats(0.3, 5).map(lambda x: x * 0.004),
-    memory=st.floats(1, 30),
-)
-
-
-class PacedSim(CoreSim):
-    """Steps take what ``machine`` says, times ``slowness``; ``seconds`` has each."""
-
-    def __init__(self, machine: Machine, **limits: object) -> None:
-        super().__init__(
-            LIMITS._replace(
-                **{
-                    "num_blocks": 6000,
-                    "block_size": 16,
-                    "max_num_seqs": 32,
-                    "max_num_batched_tokens": 2048,
-                    "max_model_len": 9000,
-                    "max_step_seconds": TARGET,
-                    "pair_tokens": PAIR_TOKENS,
-                    **limits,
-                }
-            )
-        )
-        self.machine = machine
-        self.slowness = 1.0
-        self.forced = 0
-        """Tokens that are forced after each one of a constrained request."""
-        self.batches: list[StepBatch] = []
-        self.seconds: list[float] = []
-
-    def one_step(self) -> StepBatch | None:
-        while self.loads:
-            self.finish_load()
-        while self.copies:
-            self.finish_copy()
-        batch = self.schedule()
-        if batch is not None:
-            seconds = self.machine.seconds(list(batch.sequences), list(batch.slot_ranks)) * self.slowness
-            self.batches.append(batch)
-            self.seconds.append(seconds)
-            self.now += seconds
-            self.finish_step(seconds)
-        return batch
-
-    def prompt(
-        self, tokens: int, max_tokens: int = 1, adapter: str | None = None, *, constrained: bool = False
-    ) -> object:
-        self.count += 1
-        prompt = [self.count + 2] * tokens
-        return self.add(adapter, prompt=prompt, max_tokens=max_tokens, constrained=constrained)
-
-    def forced_after(self, history: list[int]) -> int:
-        return self.forced
 
 
 @SETTINGS
@@ -146,7 +46,7 @@ def test_forced_tokens_are_paced(
         batch = sim.one_step()
         assert batch is not None and started <= {work.request_id for work in batch.sequences}
         sim.core.check()
-    assert long.first_token is not None  # type: ignore[attr-defined]
+    assert long.first_token is not None
     over = [s / machine.bound(b) for b, s in zip(sim.batches, sim.seconds, strict=True)][before + 5 :]
     assert sum(ratio > 1.1 for ratio in over) <= 0.05 * len(over)
 
@@ -216,7 +116,7 @@ def test_a_short_prompt_passes_long_ones_and_none_stands_still(
         sim.one_step()
     short = sim.prompt(tokens, 3)
     before = len(sim.batches)
-    while short.first_token is None:  # type: ignore[attr-defined]
+    while short.first_token is None:
         sim.one_step()
     assert len(sim.batches) - before <= -(-tokens // GRAIN) + longs
     # Whatever comes, the oldest gets at least a smallest chunk in every step.
@@ -254,7 +154,7 @@ def test_short_prompts_share_steps(
         sim.one_step()
     shorts = [sim.prompt(tokens) for tokens in lengths]
     before = len(sim.batches)
-    while any(short.first_token is None for short in shorts):  # type: ignore[attr-defined]
+    while any(short.first_token is None for short in shorts):
         sim.one_step()
     # Any two steps in a row have more than one smallest chunk of them.
     assert len(sim.batches) - before <= 2 * sum(lengths) / GRAIN + 1
@@ -278,12 +178,9 @@ def test_one_word_behind_thirty_texts(decodes: int) -> None:
         sim.add(prompt=[*known, 1000 + own], max_tokens=1)
     last = sim.prompt(1)
     before = len(sim.batches)
-    while last.first_token is None:  # type: ignore[attr-defined]
+    while last.first_token is None:
         sim.one_step()
     assert len(sim.batches) - before <= 2
-
-
-MIDDLING = Machine(5e-4, 10, PAIR_TOKENS, 3 * PAIR_TOKENS, 0.004, 8)
 
 
 def test_a_step_that_takes_for_ever_is_soon_forgotten() -> None:
@@ -372,8 +269,8 @@ def test_without_a_target_prompts_are_computed_in_order() -> None:
         sim.one_step()
     assert [len(work.tokens) for work in sim.batches[0].sequences] == [2048]
     assert [len(work.tokens) for work in sim.batches[1].sequences] == [952, 1096]
-    assert first.first_token is not None  # type: ignore[attr-defined]
-    assert second.first_token is None  # type: ignore[attr-defined]
+    assert first.first_token is not None
+    assert second.first_token is None
 
 
 @SETTINGS
@@ -391,7 +288,7 @@ def test_outputs_do_not_depend_on_it(machine: Machine, requests: list[tuple[int,
         while sim.core.requests:
             sim.one_step()
             sim.core.check()
-        outputs.append([request.tokens for request in sent])  # type: ignore[attr-defined]
+        outputs.append([request.tokens for request in sent])
         admitted = [event for event in sim.events if isinstance(event, events.RequestAdmitted)]
         assert len({event.request_id for event in admitted}) == len(requests)
     assert outputs[0] == outputs[1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 import signal
 import ssl
 import sys
@@ -111,6 +112,59 @@ def loops() -> list[Callable[[], asyncio.AbstractEventLoop]]:
     import uvloop
 
     return [asyncio.new_event_loop, uvloop.new_event_loop]
+
+
+REQUEST = b"POST / HTTP/1.1\r\nhost: x\r\n"
+
+
+async def stall_after(sent: int, port: int, version: ssl.TLSVersion) -> bytes:
+    """Begin a handshake and the headers of a request, send ``sent`` bytes of them, and no more. Returns once
+    the server has closed the connection, with what it has said last."""
+    anything = ssl.create_default_context()
+    anything.check_hostname, anything.verify_mode = False, ssl.CERT_NONE
+    anything.maximum_version = version
+    incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+    client = anything.wrap_bio(incoming, outgoing)
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    try:
+        is_done = False
+        while not is_done:
+            with suppress(ssl.SSLWantReadError):
+                client.do_handshake()
+                client.write(REQUEST)
+                is_done = True
+            data = outgoing.read()
+            writer.write(data[:sent])
+            sent -= len(data)
+            if sent <= 0:
+                break
+            if not is_done:
+                incoming.write(await reader.read(2**16))
+        with suppress(ConnectionError):
+            return await reader.read()
+        return b""
+    finally:
+        writer.close()
+
+
+@pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
+@pytest.mark.parametrize("loop", loops())
+def test_a_client_that_stalls_anywhere_is_let_go(
+    loop: Callable[[], asyncio.AbstractEventLoop], version: ssl.TLSVersion, tmp_path: Path
+) -> None:
+    """In the handshake, in the headers, and when it should say that the connection ends: at 40 places."""
+    rng = random.Random(version.name)
+    certificate = Certificate(*map(str, self_signed(tmp_path, "one")))
+
+    async def run() -> None:
+        limits = ListenSettings(port=0, max_connections=200, header_timeout=0.4, tls=certificate)
+        async with asyncio.timeout(20), listening(cast(Any, App()), limits) as url:
+            port = int(url.rpartition(":")[2])
+            places = [0, 10**6, *(rng.randrange(1, 900) for _ in range(38))]
+            await asyncio.gather(*(stall_after(place, port, version) for place in places))
+
+    with asyncio.Runner(loop_factory=loop) as runner:
+        runner.run(run())
 
 
 @pytest.mark.parametrize("loop", loops())

@@ -57,6 +57,7 @@ class Certificate:
         be used."""
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.minimum_version = ssl.TLSVersion.TLSv1_2
+        context.options |= ssl.OP_NO_RENEGOTIATION  # each costs the server as much as a handshake
         context.set_alpn_protocols(["http/1.1"])
         try:
             context.load_cert_chain(self._cert, self._key, password=_refuse_password)

@@ -31,7 +31,8 @@ class TlsListener:
         bound: The socket; it is closed by whoever has bound it.
         context: What connections are secured with.
         make: Makes a connection's protocol.
-        timeout: Seconds from a connection's beginning to the end of its handshake.
+        timeout: Seconds from a connection's beginning to the end of its handshake, and in which a client has
+            to answer when the connection is closed.
         at_once: Connections accepted in one pass of the loop.
     """
 
@@ -93,8 +94,13 @@ class TlsListener:
                 accepted.close()
 
     async def _secured(self, accepted: socket.socket, protocol: BoundedProtocol) -> None:
+        # To its end a client may say nothing, too: by itself a loop would wait for that for half a minute.
         await self._loop.connect_accepted_socket(
-            lambda: protocol, accepted, ssl=self._context, ssl_handshake_timeout=self._timeout
+            lambda: protocol,
+            accepted,
+            ssl=self._context,
+            ssl_handshake_timeout=self._timeout,
+            ssl_shutdown_timeout=self._timeout,
         )
 
 
