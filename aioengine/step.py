@@ -19,6 +19,9 @@ SLOT_GRANULE = 256
 """Alignment in bytes of adapters in a memory that slots share, so that rows of any dtype are whole
 vectors."""
 
+STAGE_BYTES = 1 << 20
+"""Bytes of the memory through which an adapter is moved if its old and new place overlap."""
+
 
 def most_blocks(tokens: int, block_size: int, chunk: int, window: int | None) -> int:
     """Return the most KV blocks that a sequence of up to ``tokens`` holds at a time, if a step computes up to

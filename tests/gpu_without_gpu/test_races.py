@@ -7,8 +7,7 @@ import random
 from pathlib import Path
 
 import pytest
-import torch
-from support.core_on_cuda import SLOTS, CudaSim
+from support.core_on_cuda import SHARED, SLOTS, CudaSim, run
 from support.fake_cuda import Event, FakeCuda
 from support.tiny_models import build_model
 
@@ -25,33 +24,18 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build_model(tmp_path_factory.mktemp("model"), "llama", **small)
 
 
-def run(model: Path, slots: str, seed: int, *, played: bool, actions: int = 120) -> CudaSim:
-    """Take random actions, until two accesses race."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with FakeCuda() as world:
-            sim = CudaSim(world, model, slots, random.Random(seed), played=played)
-            for _ in range(actions):
-                sim.anything()
-                if world.races:
-                    break
-            sim.close()
-    finally:
-        torch.set_num_threads(threads)
-    return sim
-
-
 @pytest.mark.parametrize("played", [False, True], ids=["eager", "recorded"])
 @pytest.mark.parametrize("slots", SLOTS)
 def test_no_access_races_with_another(model: Path, slots: str, played: bool) -> None:
-    steps = placed = preempted = 0
+    steps = placed = preempted = moved = 0
     for seed in range(SEEDS):
-        sim = run(model, slots, seed, played=played)
+        sim = run(model, slots, seed, played=played, actions=120 if slots != SHARED else 600)
         steps, placed = steps + sim.core.step, placed + len(sim.of(AdapterPlaced))
         preempted += sim.core.batcher.preemptions
+        moved += sim.moves.total()
         assert sim.world.races == [] and sim.world.registered == {}
     assert steps > 5 * SEEDS / 2 and placed and preempted
+    assert bool(moved) == (slots == SHARED)
 
 
 def test_a_step_that_nobody_waits_for_is_noticed(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

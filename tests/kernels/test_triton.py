@@ -24,6 +24,7 @@ OPS = [
         ("kernels", "test_layer_ops.py"),
         ("kernels", "test_expert_ops.py"),
         ("kernels", "test_played_steps.py"),
+        ("kernels", "test_triton_memory.py"),
         ("kernels", "test_triton_blocks.py"),
         ("kernels", "test_triton_eight_bits.py"),
         ("kernels", "test_float8_cache.py"),

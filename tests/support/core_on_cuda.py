@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import gc
 import random
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -23,11 +23,13 @@ from aioengine.core import CopyMove
 from aioengine.core.adapters.arena import GRANULE
 from aioengine.core.limits import CoreLimits
 from aioengine.core.state import AdapterEntry
+from aioengine.model.buffer import Allocate
 from aioengine.model.decode_graphs import DecodeLimits, DecodeSteps
 from aioengine.model.decoder import StepInputs
 from aioengine.model.files.hf_config import read_spec
 from aioengine.model.runner import ModelRunner
 from aioengine.model.slots.image import AdapterImage
+from aioengine.model.slots.layout import SlotLayout
 from aioengine.model.slots.pinned import PinnedSlabs
 from aioengine.schedulers import Decision, SchedulerView
 from aioengine.schedulers.policies.fcfs import FCFS
@@ -35,7 +37,8 @@ from aioengine.step import StepBatch, StepResult
 
 NAMES = ("a", "b", "c", "d")
 RANKS = (8, 3, 5, 8)
-SLOTS = {"fixed": 2, "shared by adapters": 3, "shared with the KV cache": 3}
+SHARED = "shared with the KV cache"
+SLOTS = {"fixed": 2, "shared by adapters": 3, SHARED: 3}
 """Ways in which slots lie in memory, with the number of slots."""
 
 
@@ -44,6 +47,14 @@ class Queued(NamedTuple):
 
     batch: StepBatch
     told: Clock
+
+
+class Drawn(NamedTuple):
+    """A token, and what it follows."""
+
+    context: tuple[int, ...]
+    adapter: AdapterEntry | None
+    token: int
 
 
 class Preempting(FCFS):
@@ -69,8 +80,8 @@ class CudaSim(CoreSim):
         spec = read_spec(model)
         block_bytes = GRANULE * LIMITS.block_size
         assert block_bytes >= LIMITS.block_size * spec.kv_bytes_per_token(4)
-        shared = slots == "shared with the KV cache"
-        blocks = 200 if shared else LIMITS.num_blocks
+        shared = slots == SHARED
+        blocks = 32 + 24 * spec.num_layers if shared else LIMITS.num_blocks
         self.runner = ModelRunner(
             *(spec, model), dtype=torch.float32, device=torch.device("cuda", world.index), num_blocks=blocks,
             block_size=LIMITS.block_size, max_loras=SLOTS[slots], max_lora_rank=8, kernels="torch",
@@ -94,6 +105,11 @@ class CudaSim(CoreSim):
         """Copies that were ordered, by uid, and what the copying thread knows of."""
         self.copied: list[tuple[AdapterEntry, Clock]] = []
         self.mid_step = 0
+        self.held: dict[int, AdapterEntry] = {}
+        """What was written last into each slot."""
+        self.drawn: list[Drawn] = []
+        self.moves: Counter[str] = Counter()
+        """Moves in the memory that is shared with the KV cache: of adapters and of blocks."""
         for name, memory in (("KV cache", self.runner.kv_cache.k), ("KV cache", self.runner.kv_cache.v)):
             for tensor in memory:
                 world.watch(name, tensor, 256 if shared else tensor[0].nbytes)
@@ -156,10 +172,17 @@ class CudaSim(CoreSim):
         """Run the step that has waited longest, in its thread."""
         batch, told = self.queued.popleft()
         with self.world.in_thread("step", told):
+            whole = batch.after(*self.runner._last) if batch.follows else batch
+            held = dict(self.held)
             self.world.between = self._in_between
             result = self.runner.execute(batch)
             self.world.between = None
             self.done.append((batch, result, self.world.now()))
+        self.moves.update("block" if move.slot is None else "adapter" for move in batch.moves)
+        for work, sampled in zip(whole.sequences, result.sampled, strict=True):
+            if sampled is not None:
+                context = (*work.history[: work.start], *work.tokens)
+                self.drawn.append(Drawn(context, held.get(work.slot), sampled.token))
 
     def _in_between(self) -> None:
         if self.told and self.rng.random() < 0.02:
@@ -171,6 +194,7 @@ class CudaSim(CoreSim):
         move, told = self.told.pop(uid)
         with self.world.in_thread("copy", told):
             self.slots.write(move.slot, self.images[uid], move.offset)
+            self.held[move.slot] = move.entry
             self.copied.append((move.entry, self.world.now()))
 
     def close(self) -> None:
@@ -210,13 +234,8 @@ class CudaSim(CoreSim):
     def read(self, index: int) -> None:
         """Read an adapter from disk."""
         entry = self.loads[index]
-        number = NAMES.index(entry.label.split("@")[0])
         with self.world.in_thread("load", self.world.now()):
-            generator = torch.Generator().manual_seed(entry.uid)
-            image = random_image(
-                self.slots.layout, RANKS[number], generator, torch.float32,
-                affine=number == 1, allocate=self.slabs,
-            )  # fmt: skip
+            image = image_of(entry, self.slots.layout, self.slabs)
             told = self.world.now()
         self.world.hear(told)
         self.images[entry.uid] = image
@@ -269,6 +288,32 @@ class CudaSim(CoreSim):
     def _take_back(self) -> None:
         self.queued.pop()
         self.take_back()
+
+
+def image_of(entry: AdapterEntry, layout: SlotLayout, allocate: Allocate) -> AdapterImage:
+    """Return what the adapter's files have."""
+    number = NAMES.index(entry.label.split("@")[0])
+    generator = torch.Generator().manual_seed(entry.uid)
+    return random_image(
+        layout, RANKS[number], generator, torch.float32, affine=number == 1, allocate=allocate
+    )
+
+
+def run(model: Path, slots: str, seed: int, *, played: bool, actions: int = 120) -> CudaSim:
+    """Take random actions, until two accesses race."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with FakeCuda() as world:
+            sim = CudaSim(world, model, slots, random.Random(seed), played=played)
+            for _ in range(actions):
+                sim.anything()
+                if world.races:
+                    break
+            sim.close()
+    finally:
+        torch.set_num_threads(threads)
+    return sim
 
 
 def _tiles(inputs: StepInputs) -> list[int]:

@@ -14,6 +14,7 @@ from aioengine.checks import format_bytes
 from aioengine.config import EngineConfig
 from aioengine.model.experts.spec import MixtureSpec
 from aioengine.model.spec import ModelSpec
+from aioengine.step import STAGE_BYTES
 
 WORKSPACE_BYTES = 32 * 2**20
 """cuBLAS's workspace for each stream, on Hopper; PyTorch takes a quarter of that before it
@@ -75,6 +76,8 @@ class WorkingMemory(msgspec.Struct, frozen=True, kw_only=True):
     """NCCL's buffers."""
     attention: int
     """FlashInfer's workspace."""
+    moves: int
+    """What adapters move through in the memory that they share with KV blocks."""
 
     @property
     def nbytes(self) -> int:
@@ -91,6 +94,7 @@ class WorkingMemory(msgspec.Struct, frozen=True, kw_only=True):
             "workspaces": f"{self.workspaces // WORKSPACE_BYTES} x {format_bytes(WORKSPACE_BYTES)} of cuBLAS",
             "exchange": "NCCL's buffers (estimate)",
             "attention": "FlashInfer's workspace",
+            "moves": "what adapters are moved through",
         }
         return [(name, details[name], size) for name, size in msgspec.structs.asdict(self).items() if size]
 
@@ -140,6 +144,7 @@ def working_memory(
         workspaces=(1 + recorded + (lora is not None)) * WORKSPACE_BYTES,
         exchange=EXCHANGE_BYTES if size > 1 else 0,
         attention=ATTENTION_BYTES if find_spec("flashinfer") is not None else 0,
+        moves=STAGE_BYTES if lora is not None and lora.shares_memory else 0,
     )
 
 

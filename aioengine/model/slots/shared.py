@@ -8,10 +8,7 @@ import torch
 
 from aioengine.model.buffer import Buffer
 from aioengine.model.slots.pool import LoRASlots
-from aioengine.step import MemoryMove
-
-STAGE_BYTES = 1 << 20
-"""Bytes of the memory through which a move goes if its source and target overlap."""
+from aioengine.step import STAGE_BYTES, MemoryMove
 
 
 class SharedMemory:

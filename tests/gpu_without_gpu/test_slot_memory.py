@@ -1,0 +1,91 @@
+"""Slots by bytes, and one memory with the KV cache, on a fake GPU: tokens, moves, and their order."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from support.core_on_cuda import SHARED, SLOTS, Drawn, image_of, run
+from support.tiny_models import build_model
+from torch import Tensor
+
+from aioengine.model.buffer import pageable
+from aioengine.model.files.hf_config import read_spec
+from aioengine.model.runner import ModelRunner
+from aioengine.model.slots.pool import LoRASlots
+from aioengine.model.slots.shared import SharedMemory
+from aioengine.request import SamplingParams
+from aioengine.step import MemoryMove, Sampled, SequenceWork, StepBatch
+
+SEEDS = range(3, 23 if os.environ.get("AIOENGINE_FUZZ_RUNS") else 4)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    small = {"num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 32}
+    return build_model(tmp_path_factory.mktemp("model"), "llama", **small)
+
+
+class Alone:
+    """A runner on the CPU with one slot, which computes one sequence at a time from its beginning."""
+
+    def __init__(self, model: Path) -> None:
+        self._logits = torch.empty(0)
+        self._runner = ModelRunner(
+            *(read_spec(model), model), dtype=torch.float32, device="cpu", num_blocks=16, block_size=4,
+            max_loras=1, max_lora_rank=8, kernels="torch", sample=self._sample,
+        )  # fmt: skip
+
+    def _sample(self, logits: Tensor, rows: Sequence[SequenceWork]) -> list[Sampled]:
+        self._logits = logits
+        return [Sampled(0) for _ in rows]
+
+    def logits(self, drawn: Drawn) -> Tensor:
+        slots, context = self._runner.lora_slots, list(drawn.context)
+        assert slots is not None
+        rank = 0
+        if drawn.adapter is not None:
+            image = image_of(drawn.adapter, slots.layout, pageable)
+            slots.write(0, image)
+            rank = 8
+        slot = -1 if drawn.adapter is None else 0
+        params, table = SamplingParams(), list(range(16))
+        work = SequenceWork("", slot, context, 0, table, True, params, 0, context, len(context))
+        self._runner.execute(StepBatch(0, [work], [rank]))
+        return self._logits[0]
+
+
+@pytest.mark.parametrize("slots", SLOTS)
+def test_each_token_is_that_of_its_own_adapter_and_context(model: Path, slots: str) -> None:
+    """Whatever is swapped, moved, preempted and aborted around its sequence."""
+    alone, moves, adapters, count = Alone(model), Counter[str](), set[int](), 0
+    for seed in SEEDS:
+        sim = run(model, slots, seed, played=False, actions=600)
+        assert not sim.world.races
+        moves += sim.moves
+        for drawn in sim.drawn:
+            logits = alone.logits(drawn)
+            assert logits[drawn.token] > logits.max() - 1e-4 * logits.abs().max()
+            if drawn.adapter is not None:
+                adapters.add(drawn.adapter.uid)
+        count += len(sim.drawn)
+    assert count > 20 * len(SEEDS) and len(adapters) > 2
+    assert (moves["block"] > 0, moves["adapter"] > 0) == (slots == SHARED, slots == SHARED)
+
+
+def test_moves_beside_a_step_are_noticed(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a stream of their own, blocks and adapters would move while a step reads them."""
+
+    def beside(memory: SharedMemory, moves: Sequence[MemoryMove], slots: LoRASlots) -> None:
+        with torch.cuda.stream(torch.cuda.Stream()):  # type: ignore[no-untyped-call]
+            apply(memory, moves, slots)
+
+    apply = SharedMemory.apply
+    monkeypatch.setattr(SharedMemory, "apply", beside)
+    runs = map(functools.partial(run, model, SHARED, played=False, actions=600), SEEDS)
+    assert any(race.startswith("KV cache") for sim in runs for race in sim.world.races)
