@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from aioengine.errors import ConfigError
+from aioengine.errors import AioEngineError, ConfigError, EngineStopped
 from aioengine.fleet.cluster import (
     TRANSPORT,
     address,
@@ -45,6 +46,20 @@ def existing_fleet(name: str) -> Any:
     if not ray.is_initialized():
         _join(name, local_clusters() or ["auto"] if named is None else [named])
     return serve.get_deployment_handle("EngineReplica", name)
+
+
+@contextmanager
+def answering(name: str) -> Iterator[None]:
+    """Raise EngineStopped in place of what Ray and Serve raise while a fleet starts or ends."""
+    try:
+        yield
+    except AioEngineError:
+        raise
+    except Exception as error:
+        raise EngineStopped(
+            f"fleet {name!r} does not answer ({type(error).__name__}: {first_line(error)}); if it starts or "
+            "ends now, try again in a moment, else its server's log says why"
+        ) from error
 
 
 def local_clusters() -> list[str]:

@@ -176,6 +176,30 @@ def test_several_clusters_that_have_the_fleet(monkeypatch: pytest.MonkeyPatch) -
     assert not clusters.joined, "none is left joined"
 
 
+@pytest.mark.parametrize("command", [["status"], ["adapters"], ["drain", "r0"]], ids=str)
+@pytest.mark.parametrize(
+    "error", [KeyError("Deployment(...) does not exist."), TimeoutError(), RuntimeError("dead\nand more")]
+)
+def test_a_fleet_that_starts_or_ends_is_looked_at(
+    command: list[str],
+    error: Exception,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Its registry is there, but not its replicas."""
+
+    class Handle:
+        def broadcast(self, method: str) -> None:
+            raise error
+
+    Clusters(monkeypatch, one=["aioengine"])
+    monkeypatch.setattr("ray.serve.get_deployment_handle", lambda *names: Handle())
+    assert main(["fleet", *command]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("aioengine: fleet 'aioengine' does not answer (") and "try again" in said
+    assert "unexpected" not in said and "and more" not in said
+
+
 def test_no_cluster_that_has_the_fleet(monkeypatch: pytest.MonkeyPatch) -> None:
     Clusters(monkeypatch, one=["a", "b"], two=None, three=[])
     with pytest.raises(ConfigError) as refused:

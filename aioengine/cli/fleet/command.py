@@ -101,14 +101,16 @@ def _place(info: AdapterInfo | None) -> str:
 
 
 def _described(app_name: str) -> Sequence[dict[str, Any]]:
-    from aioengine.fleet.existing import existing_fleet
+    from aioengine.fleet.existing import answering, existing_fleet
 
-    handle = existing_fleet(app_name)
-    rows: list[dict[str, Any]] = handle.broadcast("describe").results(timeout_s=10)
+    with answering(app_name):
+        handle = existing_fleet(app_name)
+        rows: list[dict[str, Any]] = handle.broadcast("describe").results(timeout_s=10)
     return sorted(rows, key=lambda row: str(row["replica"]))
 
 
 def _call(app_name: str, method: str, *arguments: Any, to: str) -> None:
-    from aioengine.fleet.existing import existing_fleet
+    from aioengine.fleet.existing import answering, existing_fleet
 
-    existing_fleet(app_name).options(method_name=method).remote(*arguments, to=to).result(timeout_s=10)
+    with answering(app_name):
+        existing_fleet(app_name).options(method_name=method).remote(*arguments, to=to).result(timeout_s=10)
