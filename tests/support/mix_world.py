@@ -7,9 +7,19 @@ from typing import Any
 
 from support.core_sim import LIMITS, CoreSim
 
+from aioengine.core.limits import CoreLimits
 from aioengine.core.state import Request, Status
+from aioengine.schedulers.policies.fcfs import FCFS
 from aioengine.schedulers.policy import Location
 from aioengine.schedulers.registry import load_policy
+
+
+def core_with(*names: str, limits: CoreLimits = LIMITS) -> CoreSim:
+    """A core with these adapters, and the simplest policy."""
+    sim = CoreSim(limits, FCFS())
+    for name in names:
+        sim.register(name)
+    return sim
 
 
 class World:
