@@ -6,8 +6,8 @@ import asyncio
 import logging
 import os
 import platform
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import aclosing, suppress
+from collections.abc import AsyncIterator
+from contextlib import aclosing
 from typing import Any
 
 from aioengine.engine import AsyncEngine
@@ -15,8 +15,7 @@ from aioengine.errors import AdapterNotFound, AioEngineError, EngineDead, Engine
 from aioengine.fleet.beliefs import Beliefs
 from aioengine.fleet.config import FleetConfig
 from aioengine.fleet.outbox import Outbox, Outboxes
-from aioengine.fleet.prepared import PreparedVersions
-from aioengine.fleet.registry import Entry
+from aioengine.fleet.replica_adapters import ReplicaAdapters
 from aioengine.fleet.speeds import Speeds
 from aioengine.fleet.versions import ReplicaVersions, gone
 from aioengine.fleet.wire import (
@@ -36,7 +35,6 @@ from aioengine.grammars.service import Grammars
 from aioengine.info import without_versions
 from aioengine.metrics.otlp import end_tracing, otlp_provider
 from aioengine.request import SamplingParams
-from aioengine.runtime.tasks import end_tasks
 
 logger = logging.getLogger("aioengine.fleet")
 
@@ -57,9 +55,8 @@ class EngineReplica:
         self._grammars: Grammars | None = None
         self._speed = Speeds()
         self._versions = ReplicaVersions(config.adapters)
-        self._unloads: set[asyncio.Task[None]] = set()
         self.engine = await self.start_engine()
-        self._prepared = PreparedVersions(self.engine)
+        self._adapters = ReplicaAdapters(self.engine, self._versions)
         self.engine.add_listener(self._speed)
         self._beliefs = Beliefs()
         self.engine.add_listener(self._beliefs)
@@ -241,77 +238,15 @@ class EngineReplica:
     # Adapters
 
     async def adapter(self, action: str, arguments: dict[str, Any], to: str | None = None) -> Any:
-        """Call one of the engine's methods for adapters, by name. Returns its answer, or the error that it
-        raised, because Ray would wrap a raised error."""
+        """Do what :meth:`ReplicaAdapters.call` describes. Returns its answer, or the error that it raised,
+        because Ray would wrap a raised error."""
         _check_own(to)
-        calls: dict[str, Callable[..., Awaitable[Any]]] = {
-            "load": self.engine.load_adapter,
-            "unload": self.engine.unload_adapter,
-            "pin": self.engine.pin_adapter,
-            "unpin": self.engine.unpin_adapter,
-            "prepare": self._prepared.prepare,
-            "commit": self._prepared.commit,
-            "discard": self._prepared.discard,
-            "sync": self._sync,
-            "others": self._others,
-            "forget": self._forget,
-            "version": self._version,
-            "labels": self._labels,
-        }
-        version = arguments.pop("version", None)
-        digest = arguments.pop("digest", "")
         try:
-            answer = await calls[action](**arguments)
-            if digest:
-                self.engine.expect_adapter(arguments["name"], digest)
-            if version is not None:
-                self._versions.note(version, answer)
-            if action == "unload":
-                self._versions.forget(arguments["name"])
-            return answer
+            return await self._adapters.call(action, arguments)
         except AioEngineError as error:
             return error
         finally:
             self._boxes.wake()  # doors hear of the change at once
-
-    async def _version(self, name: str) -> int:
-        return self._versions.highest(name)
-
-    async def _labels(self, name: str) -> int:
-        return await self.engine.head_labels(self._versions.own(name))
-
-    async def _sync(self, entries: list[Entry]) -> None:
-        """Know the registry's adapters in the versions that it has."""
-        for entry in entries:
-            if self._versions.of(entry.name) < entry.version:
-                await self.engine.prepare_adapter(entry.name, entry.path, read=False)
-                self._versions.note(entry.version, self.engine.commit_adapter(entry.name))
-            if entry.digest:
-                self.engine.expect_adapter(entry.name, entry.digest)
-            if entry.pinned:
-                await self.engine.pin_adapter(entry.name)
-
-    async def _others(self, names: list[str]) -> list[str]:
-        """Return the adapters that the fleet once had, or has from now on, and that are not among these."""
-        return self._versions.others(names)
-
-    async def _forget(self, name: str) -> None:
-        """Unload an adapter that the fleet has no more."""
-        if self._versions.of(name):
-            self._versions.forget(name)
-            self._unload_soon(name)
-            await asyncio.sleep(0)  # it begins, and from then on requests are refused
-
-    def _unload_soon(self, name: str) -> None:
-        """Unload an adapter; requests that run on it may take long to finish."""
-
-        async def unload() -> None:
-            with suppress(AdapterNotFound):
-                await self.engine.unload_adapter(name)
-
-        task = asyncio.get_running_loop().create_task(unload(), name=f"aioengine-unload-{name}")
-        self._unloads.add(task)
-        task.add_done_callback(self._unloads.discard)
 
     # Watching
 
@@ -359,7 +294,7 @@ class EngineReplica:
 
     async def stop(self) -> None:
         await self._boxes.close()
-        await end_tasks(self._unloads)
+        await self._adapters.stop()
         await self.engine.stop()
         if self._traces is not None:
             await end_tracing(self._traces)

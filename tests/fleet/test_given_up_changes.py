@@ -145,7 +145,7 @@ def test_who_gives_up_leaves_nothing_prepared_and_disturbs_nobody(
         await asyncio.gather(*[one(number, change) for number, change in enumerate(changes)])
         await asyncio.sleep(30.0)
         assert [replica.engine.prepared for replica in made.values()] == [{}, {}]
-        assert all(not replica._prepared._changes for replica in made.values())
+        assert all(not replica._adapters.prepared._changes for replica in made.values())
         if all(change.cancelled is None for change in changes):
             [path] = {replica.engine.has["sql"] for replica in made.values()}
             assert path is not None

@@ -25,7 +25,7 @@ from aioengine.fleet.door.grammars import FleetGrammars, SentGrammar
 from aioengine.fleet.door.hangs import Head
 from aioengine.fleet.door.limits import SharedLimits
 from aioengine.fleet.door.members import Members
-from aioengine.fleet.door.metrics import FleetMetrics
+from aioengine.fleet.door.metrics import FleetMetrics, fleet_stats
 from aioengine.fleet.registry import registry_actor
 from aioengine.fleet.uploads import Uploads
 from aioengine.info import AdapterInfo, EngineState, EngineStats
@@ -374,7 +374,7 @@ class FleetClient:
 
     def stats(self) -> EngineStats:
         """Return the sums over all replicas; the slots are listed replica by replica."""
-        return self.members.stats()
+        return fleet_stats(self.members)
 
     def add_listener(self, listener: Callable[[Event], None], *types: type[Event]) -> Callable[[], None]:
         """Accept a listener that gets no events, because replicas send none: read :meth:`stats` and

@@ -9,8 +9,6 @@ from collections import Counter
 from collections.abc import Callable, Coroutine
 from typing import Any
 
-import msgspec
-
 from aioengine.errors import AioEngineError, EngineStopped
 from aioengine.fleet.config import FleetConfig
 from aioengine.fleet.door.call import Call
@@ -18,7 +16,6 @@ from aioengine.fleet.door.channel import Channel
 from aioengine.fleet.door.conflicts import Conflicts
 from aioengine.fleet.door.hangs import Hung
 from aioengine.fleet.wire import Delta, Frame, Hello, Residency, Status
-from aioengine.info import EngineStats, SlotInfo
 from aioengine.schedulers.routing import FleetState, ReplicaLimits
 
 logger = logging.getLogger("aioengine.fleet")
@@ -346,32 +343,3 @@ class Members:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
-
-    # Watching
-
-    def stats(self) -> EngineStats:
-        """Return sums over the replicas. Totals since their start are in the replicas' own metrics."""
-        slots: list[SlotInfo] = []
-        for member in self.members.values():
-            replica = member.channel.replica
-            slots += [msgspec.structs.replace(slot, replica=replica) for slot in member.residency.slots]
-        statuses = [m.status for m in self.members.values() if m.status is not None]
-        hellos = [m.hello for m in self.members.values()]
-        held = [info for member in self.members.values() for info in member.residency.versions]
-        block = self.config.engine.block_size
-        counted = dict.fromkeys(
-            name
-            for name in EngineStats.__struct_fields__
-            if name not in ("slots", "block_size", "merged")  # what is merged in one replica is not so in all
-        )
-        values: dict[str, int] = dict.fromkeys(counted, 0)
-        values |= {
-            "cpu_adapters": sum(info.location != "disk" for info in held),
-            "cpu_capacity": sum(hello.cpu_loras for hello in hellos),
-            "adapters": len({a.name for m in self.members.values() for a in m.residency.adapters}),
-            "running": sum(status.running for status in statuses),
-            "waiting": sum(status.waiting for status in statuses),
-            "kv_blocks": sum(hello.kv_tokens for hello in hellos) // block,
-            "kv_blocks_free": sum(status.free_kv_tokens for status in statuses) // block,
-        }
-        return EngineStats(slots=tuple(slots), block_size=block, merged=None, **values)

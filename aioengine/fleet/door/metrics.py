@@ -1,5 +1,5 @@
-"""One scrape for the whole fleet: the series of every replica, with a label ``replica``, and those of the
-door."""
+"""Numbers of the whole fleet: sums over the replicas, and one scrape with the series of every replica, with a
+label ``replica``, and those of the door."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ import asyncio
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
+import msgspec
 from prometheus_client import CollectorRegistry, Histogram
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -16,7 +18,7 @@ from prometheus_client.registry import Collector
 
 from aioengine.fleet.door.dispatcher import Dispatcher
 from aioengine.fleet.door.members import Members
-from aioengine.info import EngineState, is_mix
+from aioengine.info import EngineState, EngineStats, is_mix
 from aioengine.metrics.collect.by_tenant import HttpMetrics, TenantMetrics
 from aioengine.metrics.collect.on_loop import OnLoop
 from aioengine.metrics.collect.process import ProcessMetrics
@@ -249,3 +251,30 @@ def _labelled(line: str, label: str) -> str:
     if found[2] is None:
         return f"{found[1]}{{{label}}}{rest}"
     return f"{found[1]}{{{label}{'' if rest.startswith('}') else ','}{rest}"
+
+
+def fleet_stats(members: Members) -> EngineStats:
+    """Return sums over the replicas. Totals since their start are in the replicas' own metrics."""
+    there = list(members.members.values())
+    slots = tuple(
+        msgspec.structs.replace(slot, replica=member.channel.replica)
+        for member in there
+        for slot in member.residency.slots
+    )
+    statuses = [member.status for member in there if member.status is not None]
+    held = [info for member in there for info in member.residency.versions]
+    block = members.config.engine.block_size
+    fields = msgspec.structs.fields(EngineStats)
+    values: dict[str, Any] = {field.name: 0 for field in fields if field.required}
+    values |= {
+        "slots": slots,
+        "cpu_adapters": sum(info.location != "disk" for info in held),
+        "cpu_capacity": sum(member.hello.cpu_loras for member in there),
+        "adapters": len({info.name for member in there for info in member.residency.adapters}),
+        "running": sum(status.running for status in statuses),
+        "waiting": sum(status.waiting for status in statuses),
+        "block_size": block,
+        "kv_blocks": sum(member.hello.kv_tokens for member in there) // block,
+        "kv_blocks_free": sum(status.free_kv_tokens for status in statuses) // block,
+    }
+    return EngineStats(**values)

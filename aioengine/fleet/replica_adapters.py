@@ -1,0 +1,143 @@
+"""The adapters of a replica, as doors change them for the whole fleet."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from typing import Any
+
+from aioengine.engine import AsyncEngine
+from aioengine.errors import AdapterLoadError, AdapterNotFound
+from aioengine.fleet.registry import Entry
+from aioengine.fleet.versions import ReplicaVersions
+from aioengine.info import AdapterInfo
+from aioengine.runtime.tasks import end_tasks
+
+
+class ReplicaAdapters:
+    """What doors ask of a replica's engine, in the fleet's version numbers."""
+
+    def __init__(self, engine: AsyncEngine, versions: ReplicaVersions) -> None:
+        self._engine = engine
+        self._versions = versions
+        self.prepared = PreparedVersions(engine)
+        self._unloads: set[asyncio.Task[None]] = set()
+
+    async def call(self, action: str, arguments: dict[str, Any]) -> Any:
+        """Do what a door asks for. ``version`` and ``digest`` among the arguments are of what comes of it."""
+        calls: dict[str, Callable[..., Awaitable[Any]]] = {
+            "load": self._engine.load_adapter,
+            "unload": self._engine.unload_adapter,
+            "pin": self._engine.pin_adapter,
+            "unpin": self._engine.unpin_adapter,
+            "prepare": self.prepared.prepare,
+            "commit": self.prepared.commit,
+            "discard": self.prepared.discard,
+            "sync": self._sync,
+            "others": self._others,
+            "forget": self._forget,
+            "version": self._version,
+            "labels": self._labels,
+        }
+        version = arguments.pop("version", None)
+        digest = arguments.pop("digest", "")
+        answer = await calls[action](**arguments)
+        if digest:
+            self._engine.expect_adapter(arguments["name"], digest)
+        if version is not None:
+            self._versions.note(version, answer)
+        if action == "unload":
+            self._versions.forget(arguments["name"])
+        return answer
+
+    async def _version(self, name: str) -> int:
+        return self._versions.highest(name)
+
+    async def _labels(self, name: str) -> int:
+        return await self._engine.head_labels(self._versions.own(name))
+
+    async def _sync(self, entries: list[Entry]) -> None:
+        """Know the registry's adapters in the versions that it has."""
+        for entry in entries:
+            if self._versions.of(entry.name) < entry.version:
+                await self._engine.prepare_adapter(entry.name, entry.path, read=False)
+                self._versions.note(entry.version, self._engine.commit_adapter(entry.name))
+            if entry.digest:
+                self._engine.expect_adapter(entry.name, entry.digest)
+            if entry.pinned:
+                await self._engine.pin_adapter(entry.name)
+
+    async def _others(self, names: list[str]) -> list[str]:
+        """Return the adapters that the fleet once had, or has from now on, and that are not among these."""
+        return self._versions.others(names)
+
+    async def _forget(self, name: str) -> None:
+        """Unload an adapter that the fleet has no more."""
+        if self._versions.of(name):
+            self._versions.forget(name)
+            self._unload_soon(name)
+            await asyncio.sleep(0)  # it begins, and from then on requests are refused
+
+    def _unload_soon(self, name: str) -> None:
+        """Unload an adapter; requests that run on it may take long to finish."""
+
+        async def unload() -> None:
+            with suppress(AdapterNotFound):
+                await self._engine.unload_adapter(name)
+
+        task = asyncio.get_running_loop().create_task(unload(), name=f"aioengine-unload-{name}")
+        self._unloads.add(task)
+        task.add_done_callback(self._unloads.discard)
+
+    async def stop(self) -> None:
+        await end_tasks(self._unloads)
+
+
+class PreparedVersions:
+    """Versions that the engine has prepared, at most one for each adapter. Each belongs to one door's change,
+    and no other change uses or drops it. ``change`` is a change's name among those of all doors; the last one
+    that has begun is the one that may go on."""
+
+    def __init__(self, engine: AsyncEngine) -> None:
+        self._engine = engine
+        self._changes: dict[str, str] = {}
+        """By adapter: the change that prepares a version, or has prepared it."""
+
+    async def prepare(
+        self, name: str, change: str, path: str | None = None, read: bool = True
+    ) -> AdapterInfo:
+        """Prepare a version. Nothing of it stays if the change ends meanwhile."""
+        self._changes[name] = change
+        try:
+            info = await self._engine.prepare_adapter(name, path, read=read)
+            if self._changes.get(name) != change:
+                self._engine.discard_adapter(name)
+                raise _ended(name)
+            return info
+        except BaseException:
+            self._end(name, change)
+            raise
+
+    async def commit(self, name: str, change: str) -> AdapterInfo:
+        """Let new requests use what the change has prepared."""
+        if not self._end(name, change):
+            raise _ended(name)
+        return self._engine.commit_adapter(name)
+
+    async def discard(self, name: str, change: str) -> None:
+        """End the change: drop what it has prepared, or prepares."""
+        if self._end(name, change):
+            self._engine.discard_adapter(name)
+
+    def _end(self, name: str, change: str) -> bool:
+        """Return whether the change had not ended."""
+        if self._changes.get(name) != change:
+            return False
+        del self._changes[name]
+        return True
+
+
+def _ended(name: str) -> AdapterLoadError:
+    why = "the door that changes it has given that up, or another one changes it; repeat the change"
+    return AdapterLoadError(why, name=name, transient=True)
