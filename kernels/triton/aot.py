@@ -226,8 +226,7 @@ def of_blocks(dtype: str, bits: int) -> Iterator[Variant]:
             yield of_block("int4", dtype, config, zeros=True)
         for format, group in (("mxfp4", 32), ("int4", 128)):  # of experts
             config = default_blocks(rows, 4096, group, bits)
-            constants = {"FORMAT": FORMATS[format], "ZEROS": 0, "BIAS": 1}
-            constants |= {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k}
+            constants = {"FORMAT": FORMATS[format], "ZEROS": 0, "BIAS": 1, **config.blocks()}
             yield Variant(
                 "expert_blocks", dtype, tuple(constants.items()), config.num_warps, config.num_stages
             )
@@ -239,7 +238,7 @@ def of_block(
     format: str, dtype: str, config: BlockConfig, *, zeros: bool = False, ordered: bool = False
 ) -> Variant:
     constants = {"FORMAT": FORMATS[format], "ZEROS": int(zeros), "ORDERED": int(ordered), "BIAS": 0}
-    constants |= {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k}
+    constants |= config.blocks()
     return Variant("block_linear", dtype, tuple(constants.items()), config.num_warps, config.num_stages)
 
 

@@ -85,17 +85,7 @@ def _launcher(bias: bool, block_m: int) -> Launcher:
 @functools.cache
 def _blocks_launcher(kind: tuple[int, bool, bool], config: blocks.BlockConfig) -> Launcher:
     format, zeros, bias = kind
-    return Launcher(
-        expert_blocks_kernel,
-        FORMAT=format,
-        ZEROS=zeros,
-        BIAS=bias,
-        BLOCK_M=config.block_m,
-        BLOCK_N=config.block_n,
-        BLOCK_K=config.block_k,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-    )
+    return config.launcher(expert_blocks_kernel, FORMAT=format, ZEROS=zeros, BIAS=bias)
 
 
 def _is_covered(weight: StackedWeight) -> bool:

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from support import sampler_rows
 
 from aioengine.errors import RequestInvalid
 from aioengine.model.sampler import sample
 from aioengine.model.sampling import constraints
 from aioengine.request import SamplingParams
-from aioengine.step import OutputView, Sampled, SequenceWork
+from aioengine.step import OutputView, Sampled
 
 
 class Allow:
@@ -53,19 +55,7 @@ class Late(Allow):
         return self.mask if self.polled > 2 else None
 
 
-def row(params: SamplingParams, *, seed: int = 0, history: Sequence[int] = (7, 8, 9)) -> SequenceWork:
-    return SequenceWork(
-        request_id="r",
-        slot=-1,
-        tokens=[history[-1]],
-        start=len(history) - 1,
-        block_table=[],
-        sample=True,
-        params=params,
-        seed=seed,
-        history=list(history),
-        prompt_len=1,
-    )
+row = partial(sampler_rows.row, history=[7, 8, 9])
 
 
 def logits(rows: int, vocab: int = 300) -> torch.Tensor:

@@ -12,7 +12,7 @@ of weights.
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -37,6 +37,15 @@ class BlockConfig(NamedTuple):
     block_k: int
     num_warps: int
     num_stages: int
+
+    def blocks(self) -> dict[str, int]:
+        """Return the kernels' constants for the blocks."""
+        return {"BLOCK_M": self.block_m, "BLOCK_N": self.block_n, "BLOCK_K": self.block_k}
+
+    def launcher(self, kernel: Any, **constants: int) -> Launcher:
+        """Make a launcher for products that are cut so."""
+        options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        return Launcher(kernel, **constants, **self.blocks(), **options)
 
 
 def default_blocks(rows: int, n: int, group: int, bits: int, *, ordered: bool = False) -> BlockConfig:
@@ -127,15 +136,4 @@ def multiply(x: Tensor, weight: BlockWeight, bias: Tensor | None, y: Tensor, con
 @functools.cache
 def _launcher(kind: tuple[int, bool, bool, bool], config: BlockConfig) -> Launcher:
     format, zeros, ordered, bias = kind
-    return Launcher(
-        block_linear_kernel,
-        FORMAT=format,
-        ZEROS=zeros,
-        ORDERED=ordered,
-        BIAS=bias,
-        BLOCK_M=config.block_m,
-        BLOCK_N=config.block_n,
-        BLOCK_K=config.block_k,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-    )
+    return config.launcher(block_linear_kernel, FORMAT=format, ZEROS=zeros, ORDERED=ordered, BIAS=bias)
