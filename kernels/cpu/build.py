@@ -16,7 +16,7 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
@@ -35,9 +35,9 @@ FLAGS = (
 )
 SANITIZE = "AIOENGINE_CPU_SANITIZE"
 """Environment variable: 1 compiles with sanitizers, for tests. Their libraries must be preloaded."""
-_PORTABLE = ("-static-libstdc++", "-static-libgcc")
-"""Flags for libraries that are shipped to machines with an older C++ runtime. OpenMP is not linked in,
-because it must be torch's."""
+_RUNTIME = ("-static-libstdc++", "-static-libgcc")
+"""Flags that link the C++ runtime in: where a library is loaded there may be an older one, on another machine
+or in an environment that has its own. OpenMP is not linked in, because it must be torch's."""
 _SANITIZERS = (
     "-fsanitize=address,undefined",
     "-fno-sanitize-recover=all",
@@ -105,23 +105,36 @@ def prebuild(folder: Path, names: Sequence[str] | None = None, machine: str = ""
             raise ValueError(f"{name!r} is no level of {machine}; these are: {', '.join(known)}")
         logger.info("compiling the CPU kernels (%s) for a wheel", name)
         folder.mkdir(parents=True, exist_ok=True)
-        shutil.copy(_cached(name, known[name], _PORTABLE), folder / _prebuilt_name(name, machine))
+        shutil.copy(_cached(name, known[name], links=[_RUNTIME]), folder / _prebuilt_name(name, machine))
 
 
-def _cached(level: str, flags: Sequence[str], extra_flags: Sequence[str]) -> Path:
+def _cached(
+    level: str,
+    flags: Sequence[str],
+    extra_flags: Sequence[str] = (),
+    links: Sequence[Sequence[str]] = (_RUNTIME, ()),
+) -> Path:
+    """Return the library, linked with the first of ``links`` with which the compiler can do it: not every one
+    has the runtime as an archive."""
     compiler = _compiler()
     _check_executable(_cache_folder())
-    sanitizers = _SANITIZERS if os.environ.get(SANITIZE) == "1" else ()
-    command = [compiler, *FLAGS, *flags, *sanitizers, *extra_flags]
+    command = [compiler, *FLAGS, *flags, *extra_flags]
+    if os.environ.get(SANITIZE) == "1":
+        command, links = [*command, *_SANITIZERS], [()]
     sources = sorted(SOURCES.glob("*.cpp"))
-    path = _cache_folder() / f"cpu-{level}-{_key(command, sources)}.so"
-    if not path.exists():
+    version = _version(compiler)
+    paths = {
+        _cache_folder() / f"cpu-{level}-{_key([*command, *link], version, sources)}.so": link
+        for link in links
+    }
+    found = next((path for path in paths if path.exists()), None)
+    if found is None:
         logger.info("compiling the CPU kernels (%s) with %s, once", level, compiler)
         began, used = time.monotonic(), _processor_seconds()
-        _compile(command, sources, path)
+        found = _compile(command, sources, paths)
         took = time.monotonic() - began, _processor_seconds() - used
         logger.info("compiled the CPU kernels in %.0f s, with %.0f s of processor time", *took)
-    return path
+    return found
 
 
 def _processor_seconds() -> float:
@@ -201,12 +214,15 @@ def _digest_sources(digest: hashlib._Hash, sources: Sequence[Path]) -> None:
         digest.update(file.name.encode() + b"\0" + file.read_bytes())
 
 
-def _key(command: Sequence[str], sources: Sequence[Path]) -> str:
-    digest = hashlib.sha256("\0".join(command).encode())
+def _version(compiler: str) -> bytes:
     try:
-        digest.update(subprocess.run([command[0], "--version"], capture_output=True, check=False).stdout)
+        return subprocess.run([compiler, "--version"], capture_output=True, check=False).stdout
     except OSError as error:
-        raise Unavailable(f"{command[0]} cannot be run: {error}") from error
+        raise Unavailable(f"{compiler} cannot be run: {error}") from error
+
+
+def _key(command: Sequence[str], version: bytes, sources: Sequence[Path]) -> str:
+    digest = hashlib.sha256("\0".join(command).encode() + version)
     _digest_sources(digest, sources)
     return digest.hexdigest()[:16]
 
@@ -231,10 +247,12 @@ def _check_executable(folder: Path) -> None:
         )
 
 
-def _compile(command: list[str], sources: Sequence[Path], path: Path) -> None:
+def _compile(command: list[str], sources: Sequence[Path], paths: Mapping[Path, Sequence[str]]) -> Path:
+    """Make the first of ``paths`` that the compiler can link with these flags, and return it."""
+    cache = next(iter(paths)).parent
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache) as folder:
             objects = [Path(folder) / f"{source.stem}.o" for source in sources]
             # The largest file first; otherwise the others would end long before it.
             pairs = sorted(zip(sources, objects, strict=True), key=lambda pair: -pair[0].stat().st_size)
@@ -243,10 +261,19 @@ def _compile(command: list[str], sources: Sequence[Path], path: Path) -> None:
                 for _ in pool.map(partial(_run_compiler, folder), commands):
                     pass
             built = Path(folder) / "kernels.so"
-            _run_compiler(folder, [*command, *map(str, objects), "-o", str(built)])
-            os.replace(built, path)  # atomic, even if other processes compile, too
+            attempts = list(paths.items())
+            while True:
+                path, link = attempts.pop(0)
+                try:
+                    _run_compiler(folder, [*command, *link, *map(str, objects), "-o", str(built)])
+                except Unavailable:
+                    if not attempts:
+                        raise
+                else:
+                    os.replace(built, path)  # atomic, even if other processes compile, too
+                    return path
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise Unavailable(f"the kernels cannot be compiled into {path.parent}: {error}") from error
+        raise Unavailable(f"the kernels cannot be compiled into {cache}: {error}") from error
 
 
 def _run_compiler(folder: str, command: Sequence[str]) -> None:

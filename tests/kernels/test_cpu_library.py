@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import math
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -269,24 +270,46 @@ def test_a_compiler_that_fails_leaves_nothing(monkeypatch: pytest.MonkeyPatch, t
     assert list((tmp_path / "cache" / "aioengine" / "kernels").iterdir()) == []
 
 
-def test_it_is_compiled_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """By a compiler that only notes that it ran."""
-    compiler, notes = tmp_path / "c++", tmp_path / "notes"
-    compiler.write_text(
-        f'#!/bin/sh\n[ "$1" = --version ] && exit\necho >> {notes}\nfor last; do :; done\necho > "$last"\n'
-    )
-    compiler.chmod(0o755)
-    monkeypatch.setenv("CXX", str(compiler))
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+@pytest.fixture
+def runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Callable[[], int]]:
+    """Makes the compiler one that only notes that it ran, after a line of shell; returns how often it did."""
 
-    def runs() -> int:
-        return len(notes.read_text().splitlines())
+    def install(line: str = ":") -> Callable[[], int]:
+        compiler, notes = tmp_path / "c++", tmp_path / "notes"
+        compiler.write_text(
+            f'#!/bin/sh\n[ "$1" = --version ] && exit\necho >> {notes}\n{line}\n'
+            'for last; do :; done\necho > "$last"\n'
+        )
+        compiler.chmod(0o755)
+        monkeypatch.setenv("CXX", str(compiler))
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+        return lambda: len(notes.read_text().splitlines())
 
+    return install
+
+
+def test_it_is_compiled_once(runs: Callable[..., Callable[[], int]], tmp_path: Path) -> None:
+    """Also where a wheel is built after that."""
+    ran = runs()
     path = build.compiled("generic")
-    once = runs()
+    once = ran()
     assert path.exists() and once > 1
-    assert build.compiled("generic") == path and runs() == once
-    assert build.compiled("generic", extra_flags=["-O1"]) != path and runs() == 2 * once
+    assert build.compiled("generic") == path and ran() == once
+    build.prebuild(tmp_path / "wheel", ["generic"])
+    assert ran() == once and len(list((tmp_path / "wheel").iterdir())) == 1
+    assert build.compiled("generic", extra_flags=["-O1"]) != path and ran() == 2 * once
+
+
+def test_a_compiler_that_cannot_link_the_runtime_in(
+    runs: Callable[..., Callable[[], int]], tmp_path: Path
+) -> None:
+    """Its library is for this machine, and not for others."""
+    ran = runs('case "$*" in *-static-libstdc++*) echo "error: no archive" >&2; exit 1 ;; esac')
+    path = build.compiled("generic")
+    before = ran()
+    assert build.compiled("generic") == path and ran() == before
+    with pytest.raises(build.Unavailable, match="no archive"):
+        build.prebuild(tmp_path / "wheel", ["generic"])
 
 
 def test_one_openmp_runtime() -> None:
