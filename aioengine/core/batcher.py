@@ -141,6 +141,10 @@ class Batcher:
             room -= len(counted)
             if not forced:
                 decodes = counted.join(decodes)
+            ending = counted.ending(alone=not (decodes or prefills or admit))
+            if ending:  # in order of admission, as without counting
+                chosen = {request.seq for request in (*decodes, *ending)}
+                decodes = [request for seq, request in self.running.items() if seq in chosen]
         if forced:
             work += self._unfinished(forced, decodes, room, slot_ranks)
             later = {request.seq for _, request, _ in work}
@@ -437,6 +441,11 @@ class Batcher:
         request.committed = request.computed = 0
         if request.adapter is not None:
             request.adapter.count_run(-1)
+
+
+def decode_row(request: Request) -> SequenceWork:
+    """Make the work of a plain decode step."""
+    return _decode_part(request)[2]
 
 
 def _decode_part(request: Request) -> _Part:

@@ -27,7 +27,7 @@ from aioengine.core.adapters.mix import MixEntry, all_shut_out, fit_beside_pinne
 from aioengine.core.adapters.moves import Move
 from aioengine.core.adapters.placing import Placing
 from aioengine.core.adapters.residency import Residency
-from aioengine.core.batcher import Batcher
+from aioengine.core.batcher import Batcher, decode_row
 from aioengine.core.blocks import BlockManager
 from aioengine.core.border import Border
 from aioengine.core.costs import MeasuredCosts
@@ -164,6 +164,8 @@ class Core:
             max_overruns=limits.policy_max_overruns,
         )
         self._measures = costs is None
+        self._last_token: Callable[[Request], Sampled] = lambda request: Sampled(0)
+        """Returns the last token of a request whose decodes are counted."""
         self._costs = MeasuredCosts(self.residency.by_policy_name, limits, self.batcher.pacer)
         self._results = StepResults(
             blocks=self.blocks,
@@ -688,6 +690,7 @@ class Core:
         Returns the times between these tokens and the ones before.
         """
         self.learn(batch, result.seconds)
+        ending = self._counted_ending()
         self._counted_ended(batch, (now,))
         requests, self._in_flight, self._following = self._in_flight, self._following, []
         ended, self._zombies = self._zombies, []
@@ -696,6 +699,9 @@ class Core:
                 self._zombies.append(request)
             else:
                 self.batcher.release(request)
+        if ending:  # nothing else was in the step, but what is counted
+            requests, batch = ending, batch._replace(sequences=[decode_row(request) for request in ending])
+            result = StepResult([self._last_token(request) for request in ending], result.seconds)
         return self._results.take(requests, batch, result, now)
 
     def steady(self, batch: StepBatch) -> Steady | None:
@@ -770,6 +776,17 @@ class Core:
         self._counted_ended(batch, ends, goes_on=goes_on)
         return found
 
+    def _counted_ending(self) -> list[Request]:
+        """Return the counted requests that end in the step that has ended, in the order of its rows."""
+        counted = self.batcher.counted
+        if counted is None:
+            return []
+        ending = counted.take_ending()
+        if len(ending) > 1:
+            place = {seq: place for place, seq in enumerate(self.running)}
+            ending.sort(key=lambda request: (request.slot_at(request.computed), place[request.seq]))
+        return ending
+
     def _counted_ended(self, batch: StepBatch, ends: Sequence[float], *, goes_on: bool = False) -> None:
         counted = self.batcher.counted
         if counted is not None and batch.counted is not None:
@@ -782,9 +799,12 @@ class Core:
         if self.batcher.counted is not None:
             self.batcher.counted.wanted = not wanted
 
-    def count_decodes(self, token: Sampled, final: Callable[[Request], int]) -> None:
+    def count_decodes(
+        self, token: Sampled, final: Callable[[Request], int], last: Callable[[Request], Sampled]
+    ) -> None:
         """Count plain decodes (:mod:`aioengine.core.decodes.counted`), if nothing that this core does needs
-        to know each of them. The device gives ``token`` to each, and ``final`` tokens to a request."""
+        to know each of them. The device gives ``token`` to each but the last one, which it gives ``last``;
+        with that token a request has ``final`` tokens."""
         limits = self.limits
         if not (
             limits.prefix_caching
@@ -795,6 +815,7 @@ class Core:
             or self.border is not None
             or self._measures
         ):
+            self._last_token = last
             self.batcher.counted = CountedDecodes(self.blocks, token, final)
             self.batcher.counted.wanted = not self._results.counts_intervals
 

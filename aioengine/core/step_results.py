@@ -155,7 +155,7 @@ class StepResults:
                 until_block = left
         needed = 0
         if counted:
-            most = min(most, counted.steps_left)
+            most = min(most, counted.steps_left + (not requests))
             until_block = min(until_block, counted.until_block)
             needed = counted.blocks_for(most)
         if most > until_block:

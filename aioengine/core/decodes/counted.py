@@ -19,8 +19,8 @@ _Due = list[tuple[int, int, int, Request]]
 
 
 class CountedDecodes:
-    """The requests whose decodes are counted; each leaves before its last step. The cost of a step does not
-    grow with their number.
+    """The requests whose decodes are counted, but for the last one of each. The cost of a step does not grow
+    with their number.
 
     Steps are numbered from 0 on; those numbers begin anew when all requests have left.
 
@@ -52,6 +52,8 @@ class CountedDecodes:
         """The last step of each."""
         self._block: _Due = []
         """The next step for which each needs a block."""
+        self._ending: list[Request] = []
+        """Those that end in the step in flight."""
 
     def __len__(self) -> int:
         return len(self._requests)
@@ -59,13 +61,11 @@ class CountedDecodes:
     # Steps
 
     def begin(self, others: int) -> None:
-        """Prepare the step that is to be formed: those that end in it leave, and those that need a block get
-        one. If blocks might not suffice for these and ``others``, all leave."""
+        """Prepare the step that is to be formed: those that need a block for it get one. If blocks might not
+        suffice for these and ``others``, all leave."""
         if not self.wanted:
             self.leave_all()
         step = len(self.ends)
-        for request in self._due(self._last, step):
-            self.leave(request)
         growing = self._due(self._block, step)
         if growing and self._blocks.num_free < len(growing) + others:
             self.leave_all()
@@ -95,6 +95,26 @@ class CountedDecodes:
             block = step + len(request.blocks) * size - known + 1
             heappush(self._block, (block, request.seq, self._joined, request))
         return others
+
+    def ending(self, *, alone: bool) -> Sequence[Request]:
+        """Return those that end in the step that is being formed. They have left, unless that step is theirs
+        ``alone``."""
+        self._ending = self._due(self._last, len(self.ends))
+        if alone:
+            return ()
+        ending, self._ending = self._ending, []
+        for request in ending:
+            self.leave(request)
+        return ending
+
+    def take_ending(self) -> list[Request]:
+        """Return those that end in the step that has ended, which is not counted yet. They have left."""
+        ending = [request for request in self._ending if request.counted is not None]
+        ending += self._due(self._last, len(self.ends))
+        self._ending = []
+        for request in ending:
+            self.leave(request)
+        return ending
 
     def rows(self) -> CountedRows | None:
         """Return what a device has to know of them for the next step; None if there are none."""
@@ -130,8 +150,8 @@ class CountedDecodes:
 
     @property
     def steps_left(self) -> int:
-        """Number of steps, with the one in flight, in which no request ends."""
-        return self._next(self._last) - len(self.ends)
+        """Number of steps, the one in flight included, that are the last one of nobody."""
+        return 0 if self._ending else self._next(self._last) - len(self.ends)
 
     @property
     def until_block(self) -> int:

@@ -48,7 +48,7 @@ class StepsAhead(Ahead):
         """Steps that the device can go on repeating."""
         self._repeating: RepeatedSteps | None = None
         """Steps that the device repeats, some of which may have ended and not been taken in."""
-        core.count_decodes(device.token, device.final)
+        core.count_decodes(device.token, device.final, device.last)
 
     @property
     def repeated(self) -> StepBatch | None:

@@ -81,6 +81,10 @@ class SimulatedDevice(Device):
             return most
         return min(most, request.prompt_len + length)
 
+    def last(self, request: Request) -> Sampled:
+        """Return the token with which a request ends."""
+        return self._end if self.lengths.get(request.id) == request.output_tokens + 1 else self.token
+
     def _work(self, batch: StepBatch) -> float:
         """Return the seconds of a step, its overhead included."""
         seconds = self._step_seconds(step_shape(batch)) if batch.sequences or batch.counted else 0.0
