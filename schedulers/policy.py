@@ -301,6 +301,11 @@ class SchedulerView(Protocol):
     @property
     def running(self) -> Sequence[RequestView]: ...
     @property
+    def tokens_left(self) -> Mapping[str | None, int]:
+        """By adapter (None: the base model), the most tokens that one of its running requests has left to
+        generate; they come in order of admission."""
+
+    @property
     def mixes(self) -> Sequence[MixView]:
         """The mixes that requests wait for, the one with the oldest first."""
 

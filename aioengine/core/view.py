@@ -299,6 +299,19 @@ class CoreView:
         return list(map(_view, self._batcher.running.values()))
 
     @property
+    def tokens_left(self) -> dict[str | None, int]:
+        left: dict[str | None, int] = {}
+        for request in self._batcher.running.values():
+            entry, counted = request.adapter, request.counted
+            name = None if entry is None else entry.name if not entry.parts else entry.members[0].name
+            tokens = request.params.max_tokens + request.prompt_len - len(request.tokens)
+            if counted is not None:
+                tokens -= len(counted.ends) - request.since
+            if tokens > left.get(name, -1):
+                left[name] = tokens
+        return left
+
+    @property
     def mixes(self) -> Sequence[CoreMixView]:
         return [CoreMixView(entry) for entry in self._queues.mixes.values()]
 

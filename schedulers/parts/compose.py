@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import islice
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import chain, islice
 from math import inf
 
 from aioengine.schedulers.checks import at_least
 from aioengine.schedulers.parts.base import Ordering, Part, Preemption, Prefetch, Replacement
 from aioengine.schedulers.parts.shares import Shares
-from aioengine.schedulers.parts.slot_pool import SlotPool, tokens_left
+from aioengine.schedulers.parts.slot_pool import (
+    Claim,
+    SlotPool,
+    is_full,
+    lacking,
+    lacking_room,
+    may_admit,
+)
 from aioengine.schedulers.policy import (
     AdapterView,
     Decision,
@@ -78,6 +85,8 @@ class Composed(SchedulerPolicy):
         """Whether the last decision leaves nothing to decide once it is carried out."""
         self._is_fixed = False
         """Whether slots had a fixed size in the last decision."""
+        self._was_full = False
+        """Whether it found every slot running, being filled, or pinned."""
         self._refused: dict[str, int] = {}
         """Number of consecutive decisions that placed each adapter; it is placed again only if the core had
         no room for it."""
@@ -101,7 +110,7 @@ class Composed(SchedulerPolicy):
             listen(event)
 
     def schedule(self, view: SchedulerView) -> Decision:
-        self._settles, self._is_fixed = False, not view.memory.elastic
+        self._settles, self._is_fixed, self._was_full = False, not view.memory.elastic, False
         if self._shares is not None:
             self._shares.clients.sync(view)  # whether or not anybody waits: ``still_quiet`` counts on it
         if self._idle_if_none_waits and not view.waiting_adapters:
@@ -111,14 +120,18 @@ class Composed(SchedulerPolicy):
             return self._schedule_shared(view, self._shares)
         place, evict, read, closed, pool = self._assign_slots(view)
         room = view.free_seqs
-        names = _open_queues(view, place, closed.union(evict))
-        admit = self.order.admit(view, names, room) if room > 0 else ()
+        admit: Sequence[RequestView] = ()
+        if room > 0:
+            awaited = pool.awaited if pool is not None and self._by_oldest else None
+            names = _open_queues(view, place, closed.union(evict), awaited)
+            admit = self.order.admit(view, names, room)
         if view.load_room > len(read):
             read += self.prefetch.choose(view, (name for name, _, _ in self._by_urgency(view)))
-        room -= len(admit)
         self._settles = self._by_oldest and self._is_fixed and not closed
-        if room > 0 and pool is not None and closed:
-            admit = [*admit, *_fill(view, closed, pool.tokens_left, self.order.fill_within)[:room]]
+        if room > len(admit) and pool is not None and closed:
+            fill = closed.intersection(pool.awaited)
+            fitting = _fill(view, fill, view.tokens_left, self.order.fill_within)
+            admit = [*admit, *fitting[: room - len(admit)]]
         return Decision(
             admit=[request.request_id for request in admit],
             place=place,
@@ -139,7 +152,7 @@ class Composed(SchedulerPolicy):
         if view.load_room > len(read):
             read += self.prefetch.choose(view, iter(cold))
         if room > 0 and closed:
-            admit += _fill(view, closed, tokens_left(view), self.order.fill_within)[:room]
+            admit += _fill(view, closed, view.tokens_left, self.order.fill_within)[:room]
         return Decision(
             admit=[request.request_id for request in admit],
             place=place,
@@ -160,7 +173,7 @@ class Composed(SchedulerPolicy):
             return -inf  # what has found no room is tried anew
         if view.memory.shared and next(self.order.cold(view), None) is not None:
             return -inf  # what adapters may have of the memory becomes less as sequences grow
-        if self._is_fixed and self._by_oldest and _is_full(view):
+        if self._is_fixed and self._by_oldest and (self._was_full or is_full(view)):
             return inf  # slots could only be closed, which matters when a request comes
         now = view.now
         waits = {self.max_wait, self._take_after, self._close_after}
@@ -174,18 +187,20 @@ class Composed(SchedulerPolicy):
     def settled(self, view: SchedulerView) -> bool:
         # With all that could be admitted, no slot has become idle, and no adapter more urgent. More slots may
         # be closed now, but unless some were before, they have no requests left.
-        return self._settles or (self._goes_by_age(view) and _is_full(view) and not _may_admit(view))
+        if self._settles:
+            return True
+        return self._goes_by_age(view) and (self._was_full or is_full(view)) and not may_admit(view)
 
     def still_quiet(self, view: SchedulerView, request: RequestView) -> bool:
         if not self._goes_by_age(view):
             return False
         adapter = None if request.adapter is None else view.adapters[request.adapter]
         if adapter is None or adapter.location is Location.SLOT:
-            return view.free_seqs <= 0 and _is_full(view)
+            return view.free_seqs <= 0 and is_full(view)
         oldest = adapter.oldest_arrival
         if oldest is not None and oldest < request.arrival:
             return True  # what is done about others that wait for it was decided
-        return adapter.location is not Location.DISK and _is_full(view)
+        return adapter.location is not Location.DISK and is_full(view)
 
     def _goes_by_age(self, view: SchedulerView) -> bool:
         """Whether nothing but the ages of their oldest requests tells adapters apart."""
@@ -193,6 +208,8 @@ class Composed(SchedulerPolicy):
         return self._by_oldest and self._is_fixed and not several
 
     def cpu_victims(self, view: SchedulerView, candidates: Sequence[str]) -> Sequence[str]:
+        if type(self.replace).cpu_score is Replacement.cpu_score:
+            return ()  # they come in this order
         return sorted(candidates, key=lambda name: self.replace.cpu_score(view, view.adapters[name]))
 
     def _by_urgency(self, view: SchedulerView) -> Iterator[tuple[str, AdapterView, float | None]]:
@@ -200,6 +217,11 @@ class Composed(SchedulerPolicy):
         the others in the ordering's order."""
         aged: set[str] = set()
         adapters, now = view.adapters, view.now
+        if self._by_oldest:
+            for name in view.waiting_adapters:
+                if name is not None and (adapter := adapters[name]).slot is None:
+                    yield name, adapter, adapter.oldest_arrival
+            return
         for name in view.waiting_adapters:
             if name is None:
                 continue
@@ -234,24 +256,21 @@ class Composed(SchedulerPolicy):
         """Assign slots. Returns the slots for cold adapters, the adapters that may leave theirs, the adapters
         to read because a slot is available, the adapters whose slots are closed for cold ones, and the
         remaining slots."""
-        place: list[Place] = []
-        evict: list[str] = []
+        place, evict, read = list[Place](), list[str](), list[str]()
         waiting: dict[str, int] = {}
-        read: list[str] = []
         closed: set[str | None] = set()
         pool: SlotPool | None = None  # made only if there is a cold adapter
         now, load_room = view.now, view.load_room
         lacks: Callable[[AdapterView], bool] | None = None
         soon = inf if self._is_fixed else _soon(view)
-        for name, adapter, oldest in islice(self._by_urgency(view), SCAN_LIMIT):
+        cold = islice(self._by_urgency(view), SCAN_LIMIT)
+        for name, adapter, oldest in cold:
             if pool is None:
                 pool = SlotPool(view, self.replace, self._settling(view))
-                if pool.is_full and self._is_fixed:
-                    if pool.wanted_since == inf or view.free_seqs <= 0:
-                        break  # slots could only be closed, to requests of which there are none
-                    if self._closes_all(view, pool):
-                        closed.update(pool.closable)
-                        break
+                self._was_full = pool.is_full
+            if self._is_fixed and pool.is_full:
+                closed.update(pool.close_for(self._claims(view, chain([(name, adapter, oldest)], cold))))
+                break
             waited = _waited(oldest, now)
             may_take, may_close = waited >= self._take_after, waited >= self._close_after
             if oldest is not None and oldest > soon:
@@ -262,7 +281,7 @@ class Composed(SchedulerPolicy):
                 continue
             location = adapter.location
             if lacks is None and location is Location.DISK:
-                lacks = _lacking_room(view)
+                lacks = lacking_room(view)
             # The last decision placed these adapters; they are still cold, because there was no room.
             refused = self._refused.get(name, 0) if location is Location.CPU and may_close else 0
             if location is Location.CPU and not refused and (way := pool.take_unwanted(name)) is not None:
@@ -289,61 +308,44 @@ class Composed(SchedulerPolicy):
             self._refused = {**waiting, **again}
         return place, evict, read, closed, pool
 
-    def _closes_all(self, view: SchedulerView, pool: SlotPool) -> bool:
-        """Whether all slots that may be closed surely are, if none is idle: at least as many adapters
-        need one, and each has been waited for longer than every request that waits for those slots."""
-        left, now = len(pool.closable), view.now
+    def _claims(
+        self, view: SchedulerView, cold: Iterable[tuple[str, AdapterView, float | None]]
+    ) -> Iterator[Claim]:
+        """Yield the claims of cold adapters to slots that are busy, the most urgent first."""
+        now = view.now
         lacks: Callable[[AdapterView], bool] | None = None
-        for _, adapter, oldest in islice(self._by_urgency(view), SCAN_LIMIT):
-            if oldest is None or oldest >= pool.wanted_since or now - oldest < self._close_after:
-                return False
-            location = adapter.location
+        for _, adapter, oldest in cold:
+            waited, location = 0.0 if oldest is None else now - oldest, adapter.location
+            is_last = waited >= self.max_wait or waited < self._take_after
+            if oldest is None or waited < self._close_after:
+                if is_last:
+                    return
+                continue
+            missing: int | None = 0
             if location is Location.DISK:
-                lacks = lacks or _lacking_room(view)
-            left -= lacks(adapter) if location is Location.DISK and lacks else location is Location.CPU
-            if not left:
-                return True
-        return False
+                lacks = lacks or lacking_room(view)
+                missing = lacking(view, adapter) if lacks(adapter) else None
+            elif location is Location.LOADING:
+                missing = None
+            yield oldest, missing, is_last
 
 
-def _is_full(view: SchedulerView) -> bool:
-    """Whether every slot is running, being filled, or pinned."""
-    ready = SlotState.READY
-    for slot in view.slots:
-        if slot.adapter is None or (slot.state is ready and not slot.running and not slot.pinned):
-            return False
-    return True
-
-
-def _may_admit(view: SchedulerView) -> bool:
-    """Whether a request waits for the base model or an adapter in a slot, and there is a sequence for it."""
-    if view.free_seqs <= 0:
-        return False
-    adapters = view.adapters
-    return next(iter(view.waiting_for(None)), None) is not None or any(
-        slot.adapter is not None and adapters[slot.adapter].oldest_arrival is not None for slot in view.slots
-    )
-
-
-def _lacking_room(view: SchedulerView) -> Callable[[AdapterView], bool]:
-    """Return whether adapters have no room in the CPU cache without an eviction."""
-    places, most = view.cpu_room, view.cpu_bytes_room
-    if places <= 0:
-        return lambda adapter: True
-    return lambda adapter: most is not None and adapter.bytes > most
-
-
-def _open_queues(view: SchedulerView, place: list[Place], closed: set[str | None]) -> list[str | None]:
-    """Return the adapters whose requests may be admitted: the base model, and those that keep their slots."""
+def _open_queues(
+    view: SchedulerView, place: list[Place], closed: set[str | None], awaited: Sequence[str] | None = None
+) -> list[str | None]:
+    """Return the adapters whose requests may be admitted: the base model, and those that keep their slots.
+    ``awaited``: those in slots that requests wait for, if no others are wanted."""
     slots = view.slots
     leaving = closed | {slots[p.slot].adapter for p in place if p.slot is not None}
-    ready, draining = SlotState.READY, SlotState.DRAINING
-    held = [slot.adapter for slot in slots if (state := slot.state) is ready or state is draining]
+    held: Sequence[str | None] | None = awaited
+    if held is None:
+        ready, draining = SlotState.READY, SlotState.DRAINING
+        held = [slot.adapter for slot in slots if (state := slot.state) is ready or state is draining]
     return [None, *(name for name in held if name not in leaving)] if leaving else [None, *held]
 
 
 def _fill(
-    view: SchedulerView, closed: set[str | None], tokens_left: dict[str | None, int], within: float
+    view: SchedulerView, closed: set[str | None], tokens_left: Mapping[str | None, int], within: float
 ) -> list[RequestView]:
     """Return requests for closed slots that end before the running ones do, so that they delay no other
     request."""

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import cached_property
-from itertools import islice
+from itertools import chain, islice
 from math import inf
 from operator import itemgetter
 from typing import NamedTuple
@@ -49,6 +49,12 @@ class Way(NamedTuple):
 NO_WAY = Way((), None, ())
 
 
+Claim = tuple[float, int | None, bool]
+"""A cold adapter's claim to a slot that is busy: the arrival of the oldest request that waits for it; the
+bytes that must leave the CPU cache first, if more than 0 (None: it cannot be copied yet, so that no slot is
+closed for it); and whether no later adapter gets a slot if there is none for it."""
+
+
 class SlotPool:
     """The slots of one decision that can still be assigned.
 
@@ -62,7 +68,9 @@ class SlotPool:
     def __init__(self, view: SchedulerView, replace: Replacement, settling: set[str | None]) -> None:
         self._view = view
         self._replace = replace
-        adapters, ready = view.adapters, SlotState.READY
+        adapters, ready, draining = view.adapters, SlotState.READY, SlotState.DRAINING
+        self.awaited: list[str] = []
+        """Adapters in slots that requests wait for."""
         free: list[SlotView] = []
         unwanted: list[tuple[SlotView, AdapterView]] = []
         idle: list[_Row] = []
@@ -71,11 +79,13 @@ class SlotPool:
             name = slot.adapter
             if name is None:
                 free.append(slot)
-            elif slot.state is ready:
+            elif (state := slot.state) is ready or state is draining:
                 adapter = adapters[name]
-                if adapter.pinned:
-                    continue
                 oldest, running = adapter.oldest_arrival, adapter.running
+                if oldest is not None:
+                    self.awaited.append(name)
+                if state is draining or adapter.pinned:
+                    continue
                 if oldest is None and running == 0:
                     unwanted.append((slot, adapter))
                     continue
@@ -89,12 +99,9 @@ class SlotPool:
         self._unwanted = self._by_score(unwanted)
         self._spare = len(free) + len(unwanted)
         """Slots that are free, or whose adapters no request waits for."""
-        self.is_full = not self._spare and not idle
-        """Whether every slot is running, being filled, or pinned, so that none can be had at once."""
-        self.closable = [row[1] for row in closable]
-        """Adapters whose slots may be closed."""
-        self.wanted_since = min(map(_oldest_of, closable), default=inf)
-        """Arrival of the first request that waits for one of these; inf if none does."""
+        self._num_idle = len(idle)
+        """Idle slots that are left, of adapters that requests wait for."""
+        self._closable_rows = closable
         self._free_bytes = self._unwanted_bytes = 0
         """Free bytes of the memory that slots share, with those of the adapters that may leave."""
         if self._memory is not None:
@@ -104,6 +111,12 @@ class SlotPool:
         """Slots that adapters were given, or are closed for."""
         self._idle = _Candidates(idle, self._sort_idle, self._gone)
         self._closable = _Candidates(closable, self._sort_by_end, self._gone)
+
+    @property
+    def is_full(self) -> bool:
+        """Whether every slot is running, being filled, pinned, or assigned, so that none can be had at
+        once."""
+        return not self._spare and not self._num_idle
 
     def has_any(self, before: float | None, *, may_take: bool, may_close: bool) -> bool:
         """Whether there is a slot for an adapter that requests have waited for since ``before``."""
@@ -169,8 +182,10 @@ class SlotPool:
             if wanted is None:
                 return NO_WAY
             self._gone.add(wanted.slot)
-            place = None if wanted.slot.running else Place(adapter.name, wanted.slot.index)
-            return Way((wanted.name,), place, ())
+            if wanted.slot.running:
+                return Way((wanted.name,), None, ())
+            self._num_idle -= 1
+            return Way((wanted.name,), Place(adapter.name, wanted.slot.index), ())
         evict: list[str] = []
         if memory is not None:
             bytes_missing = memory.bytes_of(adapter.name) * (1 + refused)
@@ -184,6 +199,7 @@ class SlotPool:
             if wanted is None:
                 break
             self._gone.add(wanted.slot)
+            self._num_idle -= not wanted.slot.running
             found.append(wanted)
             missing -= wanted.adapter.bytes
             bytes_missing -= 0 if memory is None else memory.bytes_of(wanted.name)
@@ -200,15 +216,46 @@ class SlotPool:
         names = [wanted.name for wanted in found]
         return Way(names, Place(adapter.name) if idle else None, [*evict, *names] if idle else evict)
 
+    def close_for(self, claims: Iterator[Claim]) -> list[str]:
+        """Return the adapters whose slots are closed for these claims, if the pool is full: for each the slot
+        that will be idle soonest, of those that only later requests wait for, or several of them. None if
+        that would keep nobody out."""
+        rows, first = [row for row in self._closable_rows if row[0] not in self._gone], list[Claim]()
+        arrivals = sorted(map(_oldest_of, rows))
+        if not arrivals or arrivals[0] == inf or self._view.free_seqs <= 0:
+            return []
+        least = 0
+        for claim in claims:
+            first.append(claim)
+            if claim[0] >= arrivals[0]:
+                break
+            least += claim[1] is not None
+            if least == len(rows):
+                return [row[1] for row in rows]  # all of them, in whatever order
+        closed: list[str] = []
+        self._sort_by_end(rows)
+        for since, missing, is_last in chain(first, claims):
+            if not arrivals or arrivals[-1] <= since:
+                if is_last:
+                    break
+                continue
+            while missing is not None:
+                place = next((i for i, row in enumerate(rows) if row[3] > since), None)
+                if place is None:
+                    break
+                _, name, adapter, oldest = rows.pop(place)
+                del arrivals[bisect_left(arrivals, oldest)]
+                closed.append(name)
+                missing -= adapter.bytes
+                if missing <= 0:
+                    break
+        return closed
+
     def _next(self, oldest: float | None, *, take: bool, close: bool) -> _Wanted | None:
         """Return an idle slot, if only later requests wait for it; else the slot that will be idle
         soonest."""
         wanted = self._idle.first(oldest) if take else None
         return self._closable.first(oldest) if wanted is None and close else wanted
-
-    @cached_property
-    def tokens_left(self) -> dict[str | None, int]:
-        return tokens_left(self._view)
 
     def _by_score(self, slots: Iterable[tuple[SlotView, AdapterView]]) -> Iterator[SlotView]:
         """Sort lazily, so that nothing is scored when no slot is needed."""
@@ -220,7 +267,7 @@ class SlotPool:
         rows.sort(key=lambda row: (score(view, row[0], row[2]), row[0].index))
 
     def _sort_by_end(self, rows: list[_Row]) -> None:
-        left = self.tokens_left
+        left = self._view.tokens_left
         rows.sort(key=lambda row: (left.get(row[1], 0), row[0].last_used))
 
 
@@ -272,11 +319,28 @@ def lacking(view: SchedulerView, adapter: AdapterView) -> int:
     return 0 if room is None else adapter.bytes - room
 
 
-def tokens_left(view: SchedulerView) -> dict[str | None, int]:
-    """Return by adapter the most tokens that one of its running requests has left to generate."""
-    left: dict[str | None, int] = {}
-    for request in view.running:
-        name, tokens = request.adapter, request.max_tokens - request.output_tokens
-        if tokens > left.get(name, -1):
-            left[name] = tokens
-    return left
+def is_full(view: SchedulerView) -> bool:
+    """Whether every slot is running, being filled, or pinned."""
+    ready = SlotState.READY
+    for slot in view.slots:
+        if slot.adapter is None or (slot.state is ready and not slot.running and not slot.pinned):
+            return False
+    return True
+
+
+def may_admit(view: SchedulerView) -> bool:
+    """Whether a request waits for the base model or an adapter in a slot, and there is a sequence for it."""
+    if view.free_seqs <= 0:
+        return False
+    adapters = view.adapters
+    return next(iter(view.waiting_for(None)), None) is not None or any(
+        slot.adapter is not None and adapters[slot.adapter].oldest_arrival is not None for slot in view.slots
+    )
+
+
+def lacking_room(view: SchedulerView) -> Callable[[AdapterView], bool]:
+    """Return whether adapters have no room in the CPU cache without an eviction."""
+    places, most = view.cpu_room, view.cpu_bytes_room
+    if places <= 0:
+        return lambda adapter: True
+    return lambda adapter: most is not None and adapter.bytes > most

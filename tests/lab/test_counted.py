@@ -21,6 +21,8 @@ from aioengine.lab.simulation.clock import run_in_virtual_time
 from aioengine.lab.simulation.engine import SimulatedEngine
 from aioengine.lab.workload.requests import AdapterShape
 from aioengine.runtime.output import SoFar
+from aioengine.schedulers import Decision, SchedulerView
+from aioengine.schedulers.parts.compose import Composed
 from aioengine.step import StepBatch
 
 systems = st.fixed_dictionaries(
@@ -115,7 +117,7 @@ def seen_by(todo: Sequence[tuple[str, float]], *, counts: bool) -> list[tuple[fl
                     wanted = engine.complete(
                         [0] * (3 + 5 * number),
                         SamplingParams(max_tokens=90),
-                        adapter=(None, "a", "b")[number % 3],
+                        adapter=(None, "a", "b", {"a": 0.5, "b": 0.25})[number % 4],
                         request_id=f"r{number}",
                         follow=outputs.append,
                     )
@@ -145,3 +147,23 @@ def seen_by(todo: Sequence[tuple[str, float]], *, counts: bool) -> list[tuple[fl
 @given(deeds)
 def test_who_looks_in_between_sees_the_same(todo: Sequence[tuple[str, float]]) -> None:
     assert seen_by(todo, counts=True) == seen_by(todo, counts=False)
+
+
+def test_tokens_left_by_adapter_are_those_of_the_running_requests() -> None:
+    workload = WorkloadSpec(arrivals="poisson:rate=30", limit=100, adapters=8, output_tokens="uniform:50..90")
+    schedule = Composed.schedule
+    found: list[tuple[list[tuple[str | None, int]], list[tuple[str | None, int]]]] = []
+
+    def noted(self: Composed, view: SchedulerView) -> Decision:
+        left: dict[str | None, int] = {}
+        for request in view.running:
+            tokens = request.max_tokens - request.output_tokens
+            left[request.adapter] = max(tokens, left.get(request.adapter, 0))
+        found.append(([*view.tokens_left.items()], [*left.items()]))
+        return schedule(self, view)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Composed, "schedule", noted)
+        outcome(Experiment(workload=workload, slots=4, kv_cache_memory="2GiB"), counts=True)
+    assert all(seen == running for seen, running in found)
+    assert max(len(running) for _, running in found) > 3
