@@ -234,6 +234,10 @@ class StepBatch(NamedTuple):
 
     def contents(self) -> StepContents:
         """Count what is in the step."""
+        if self.counted is not None and not self.sequences:
+            counted = self.counted.sequences
+            here = tuple([slot for slot, _ in self.counted.slots if slot >= 0])
+            return StepContents(counted, len(here), 0, counted, here)
         slots: set[int] = set()
         tokens = decode = 0
         for work in self.sequences:

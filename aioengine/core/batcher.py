@@ -113,7 +113,8 @@ class Batcher:
         size = self.blocks.block_size
         room = self.max_num_batched_tokens
         forced = list[Request]()
-        for request in self.running.values():
+        others = self.running.values() if counted is None or len(counted) < len(self.running) else ()
+        for request in others:
             if request.counted is not None:
                 continue
             if len(request.tokens) - request.computed > 1:

@@ -666,21 +666,23 @@ class Core:
     def _begin(self, work: Sequence[SequenceWork], counted: CountedRows | None = None) -> None:
         """Count a step, and note which slots it uses."""
         self.step += 1
-        used: set[int] = set()
+        used: list[int] = []
         last = -1
         if counted is not None and self.batcher.counted is not None:
             self.batcher.counted.in_flight = True
-            used.update([slot for slot, _ in counted.slots])
+            used = [slot for slot, _ in counted.slots]
         for row in work:
             if row.parts:
-                used.update(row.used)
+                used += row.used
             elif row.slot != last:  # they are sorted by slot
                 last = row.slot
-                used.add(last)
-        slots = self.slots.slots
+                used.append(last)
+        slots, now = self.slots.slots, self.now
         for index in used:
-            if index >= 0 and (entry := slots[index].entry) is not None:
-                slots[index].last_used = entry.last_used = self.now
+            if index >= 0:
+                slot = slots[index]
+                if (entry := slot.entry) is not None:
+                    slot.last_used = entry.last_used = now
 
     def step_finished(
         self, batch: StepBatch, result: StepResult, now: float
@@ -742,7 +744,7 @@ class Core:
         if self.merging.covering(batch.sequences) != batch.merged:
             return None
         size = self.blocks.block_size
-        for request in self.running.values():
+        for request in self.running.values() if requests else ():
             if request.counted is None and request.computed >= len(request.blocks) * size:
                 request.blocks += self.blocks.allocate(1)  # it is free: see ``steady``
         if counted is not None:
@@ -838,9 +840,13 @@ class Core:
     def _cpu_order(self, entries: Sequence[AdapterEntry]) -> Sequence[AdapterEntry]:
         """Return the policy's order of eviction from the CPU cache. Adapters that it does not name follow by
         last use. Versions that were never published come first, because the policy does not know them."""
-        in_order = least_recently_used(entries)
-        unknown = [entry for entry in in_order if not self.residency.is_known(entry)]
-        rest = {entry.name: entry for entry in in_order if self.residency.is_known(entry)}
+        unknown: list[AdapterEntry] = []
+        rest: dict[str, AdapterEntry] = {}
+        for entry in least_recently_used(entries):
+            if self.residency.is_known(entry):
+                rest[entry.name] = entry
+            else:
+                unknown.append(entry)
         self._view.advance(self.now, self.step)
         named = self.guard.cpu_victims(self._view, list(rest)) if len(rest) > 1 else []
         first = [rest.pop(name) for name in dict.fromkeys(named) if name in rest]

@@ -234,10 +234,13 @@ class AdapterEntry:
     @property
     def needed_since(self) -> float | None:
         """Time since when a request or caller has waited for it to be in the CPU cache; None if none does."""
-        head, wanted = self.head, self.wanted_since
-        if head is None:
+        oldest, wanted = self.waiting.oldest, self.wanted_since
+        if self.waiting_mixes:
+            head = self.head
+            oldest = None if head is None else head.arrival
+        if oldest is None:
             return wanted
-        return head.arrival if wanted is None else min(head.arrival, wanted)
+        return oldest if wanted is None else min(oldest, wanted)
 
 
 class Sink(Protocol):

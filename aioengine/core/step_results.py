@@ -180,6 +180,8 @@ class StepResults:
             running: The same requests in order of admission, in which they get blocks.
             begun: Number of steps that have begun: one more than have ended, or as many.
         """
+        if not requests:  # all of them are counted
+            return [()] * len(ends)
         blocks = self._blocks
         count, size, caching = len(ends), blocks.block_size, blocks.prefix_caching
         first, last = ends[0], ends[-1]

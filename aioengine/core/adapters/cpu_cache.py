@@ -130,9 +130,10 @@ class CpuCache:
         tiers: dict[tuple[bool, bool, bool, bool], list[AdapterEntry]] = {}
         beyond: set[int] | None = None  # found when it is asked for the first time
         for entry in self.entries.values():
-            if entry is newcomer or not self._movable(entry):
+            if entry.running or entry is newcomer or not self._movable(entry):
                 continue
-            if entry.location is Location.SLOT and entry.uid in keep:
+            in_slot = entry.location is Location.SLOT
+            if in_slot and entry.uid in keep:
                 continue
             needed = entry.needed_since
             earlier = needed is not None and (
@@ -143,7 +144,7 @@ class CpuCache:
                 if entry.uid not in beyond:
                     continue
             alive = needed is not None or not entry.retired
-            tier = earlier, alive, entry.location is Location.SLOT, needed is not None
+            tier = earlier, alive, in_slot, needed is not None
             tiers.setdefault(tier, []).append(entry)
         all_ = [entry.uid for tier in tiers.values() for entry in tier]
         if self._lacking(newcomer, size - sum(self._counted[uid] for uid in all_), places=len(all_)):
@@ -165,9 +166,10 @@ class CpuCache:
             return set()
         places: dict[str | None, set[int]] = {newcomer.wanted_by: set()}
         for entry in self.entries.values():
-            if entry is newcomer or not (entry.running or entry.head):
+            head = entry.head
+            if entry is newcomer or (head is None and not entry.running):
                 continue
-            who = entry.wanted_by
+            who = entry.last_tenant if head is None else head.options.tenant
             if who in places:
                 places[who].add(entry.uid)
             else:

@@ -273,7 +273,7 @@ class _GivenUp:
         """Yield all slots that may be emptied, in the core's order."""
         if self._others is None:
             self._others = self._slots.victims(self._admitting)
-        return (slot for slot in self._others if slot.idle)
+        yield from (slot for slot in self._others if slot.idle)
 
     def slots(self) -> Iterator[Slot]:
         """Yield the slots that may be emptied now. A request may have started in one since the policy

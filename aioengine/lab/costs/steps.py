@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
+from functools import reduce
 from itertools import pairwise
+from operator import add
 from typing import Any, NamedTuple, Self
 
 import msgspec
@@ -39,9 +41,14 @@ class StepShape(NamedTuple):
 def step_shape(batch: StepBatch) -> StepShape:
     """Return the shape of a step; the calibration and the simulation both use this."""
     decode_rows = decode_kv = prefill_tokens = twice_pairs = 0
-    adapters: list[tuple[int, int]] = []
-    ranks = batch.slot_ranks
-    last, tokens = -1, 0  # sequences are sorted by slot
+    sequences, ranks = len(batch.sequences), batch.slot_ranks
+    slots: Sequence[tuple[int, int]] = ()
+    if batch.counted is not None:
+        decode_rows, decode_kv, slots = batch.counted
+        sequences += decode_rows
+    tokens = dict(slots)
+    parts: list[tuple[int, int]] = []
+    """The further slots of mixes."""
     for work in batch.sequences:
         count, start, slot = len(work.tokens), work.start, work.slot
         if count == 1 and start >= work.prompt_len:
@@ -50,26 +57,12 @@ def step_shape(batch: StepBatch) -> StepShape:
         else:
             prefill_tokens += count
             twice_pairs += count * (2 * start + count)
-        if slot != last:
-            if last >= 0:
-                adapters.append((ranks[last], tokens))
-            last, tokens = slot, 0
-        tokens += count
-        for part, _ in work.parts[1:]:
-            adapters.append((ranks[part], count))
-    if last >= 0:
-        adapters.append((ranks[last], tokens))
-    sequences = len(batch.sequences)
-    if batch.counted is not None:
-        counted, positions, slots = batch.counted
-        sequences, decode_rows, decode_kv = sequences + counted, decode_rows + counted, decode_kv + positions
-        by_slot = dict(slots)
-        for work in batch.sequences:
-            by_slot[work.slot] = by_slot.get(work.slot, 0) + len(work.tokens)
-        parts = [(part, len(work.tokens)) for work in batch.sequences for part, _ in work.parts[1:]]
-        adapters = [(ranks[slot], count) for slot, count in (*sorted(by_slot.items()), *parts) if slot >= 0]
-    if batch.merged is not None:
-        adapters.clear()
+        tokens[slot] = tokens.get(slot, 0) + count
+        if work.parts:
+            parts += [(part, count) for part, _ in work.parts[1:]]
+    if batch.sequences:
+        slots = (*sorted(tokens.items()), *parts)  # in one order, whether or not some are counted
+    adapters = [(ranks[slot], count) for slot, count in slots if slot >= 0 and batch.merged is None]
     return StepShape(
         decode_rows,
         decode_kv,
@@ -135,22 +128,33 @@ class StepCosts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         return msgspec.structs.replace(self, **changed)
 
 
+class _AdapterSeconds(dict[tuple[int, int], float]):
+    """Seconds of an adapter in a step, by its rank and its tokens; computed when they are first asked for."""
+
+    def __init__(self, costs: StepCosts) -> None:
+        super().__init__()
+        self._costs = costs
+
+    def __missing__(self, adapter: tuple[int, int]) -> float:
+        rank, tokens = adapter
+        seconds = curve_at(self._costs.adapter, rank) + curve_at(self._costs.lora_token, rank) * tokens
+        self[adapter] = seconds
+        return seconds
+
+
 class StepTimes:
     """Computes the seconds of many :class:`StepShape` values, and remembers the values of curves."""
 
     def __init__(self, costs: StepCosts) -> None:
         self._costs = costs
         self._linears: dict[int, float] = {}
-        self._ranks: dict[int, tuple[float, float]] = {}
-        """Costs of an adapter and of each of its tokens, by rank."""
+        self._adapters = _AdapterSeconds(costs)
 
     def __call__(self, shape: StepShape) -> float:
         rows, kv, prefill, pairs, sequences, adapters = shape
         c, linears = self._costs, self._of_linears(rows + prefill)
         seconds = c.step + linears + c.sequence * sequences + c.decode_kv * kv + c.prefill_pair * pairs
-        for part in self._of_adapters(adapters):
-            seconds += part
-        return seconds
+        return reduce(add, self._of_adapters(adapters), seconds)
 
     def _of_linears(self, tokens: int) -> float:
         seconds = self._linears.get(tokens)
@@ -159,18 +163,13 @@ class StepTimes:
             seconds = self._linears[tokens] = curve_at(c.linears, in_tiles(tokens, c.tile))
         return seconds
 
-    def _of_adapters(self, adapters: Sequence[tuple[int, int]]) -> Iterator[float]:
+    def _of_adapters(self, adapters: Sequence[tuple[int, int]]) -> list[float]:
         if not adapters:
-            return
-        c = self._costs
-        yield c.lora_step
-        largest = max(rank for rank, _ in adapters) if c.padded else 0
-        for own, count in adapters:
-            rank = largest or own
-            each = self._ranks.get(rank)
-            if each is None:
-                each = self._ranks[rank] = curve_at(c.adapter, rank), curve_at(c.lora_token, rank)
-            yield each[0] + each[1] * count
+            return []
+        if self._costs.padded:
+            largest = max(rank for rank, _ in adapters)
+            adapters = [(largest or own, count) for own, count in adapters]
+        return [self._costs.lora_step, *map(self._adapters.__getitem__, adapters)]
 
     def repeated(self, shape: StepShape) -> Iterator[float]:
         """Yield the seconds of a step of decodes, then of the one after it, in which each row reads one more
@@ -179,12 +178,9 @@ class StepTimes:
         c, tokens = self._costs, rows + prefill
         first = c.step + self._of_linears(tokens) + c.sequence * sequences
         last = c.prefill_pair * pairs
-        more = list(self._of_adapters(adapters))
+        more = self._of_adapters(adapters)
         while True:
-            seconds = first + c.decode_kv * kv + last
-            for part in more:
-                seconds += part
-            yield seconds
+            yield reduce(add, more, first + c.decode_kv * kv + last)
             kv += rows
 
 

@@ -120,24 +120,21 @@ class Processor:
     @contextmanager
     def disturbed(self, slowdown: float) -> Iterator[None]:
         """Make work take at least ``slowdown`` times as long while the context lasts."""
-        before = self._about_to_change()
-        self._paces.append(slowdown)
-        self._paced(before)
+        self._change([*self._paces, slowdown])
         try:
             yield
         finally:
-            before = self._about_to_change()
-            self._paces.remove(slowdown)
-            self._paced(before)
+            paces = [*self._paces]
+            paces.remove(slowdown)
+            self._change(paces)
 
-    def _about_to_change(self) -> float:
-        if self.before_change is not None:
+    def _change(self, paces: list[float]) -> None:
+        """Set the factors, and adjust the work under way to them."""
+        before, after = self.pace, max(paces)
+        if before != after and self.before_change is not None:
             self.before_change()
-        return self.pace
-
-    def _paced(self, before: float) -> None:
-        """Adjust to a pace that may differ from ``before``."""
-        if self._done is None or before == max(self._paces):
+        self._paces = paces
+        if self._done is None or before == after:
             return
         loop = asyncio.get_running_loop()
         self._left = max(self._left - (loop.time() - self._as_of) / before, 0.0)
