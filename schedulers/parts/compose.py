@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain, islice
 from math import inf
 
 from aioengine.schedulers.checks import at_least
 from aioengine.schedulers.parts.base import Ordering, Part, Preemption, Prefetch, Replacement
 from aioengine.schedulers.parts.shares import Shares
-from aioengine.schedulers.parts.slot_pool import (
-    Claim,
-    SlotPool,
-    is_full,
-    lacking,
-    lacking_room,
-    may_admit,
-)
+from aioengine.schedulers.parts.slot_pool import Claim, SlotPool, fill, lacking, lacking_room, needed_until
 from aioengine.schedulers.policy import (
     AdapterView,
     Decision,
@@ -37,10 +30,6 @@ SLOT_BOUND = (
 )
 EARLY = 1e-6
 """Seconds by which a policy is asked before its time, because sums of times are rounded."""
-SOON = 16
-"""Number of requests in the queue beyond which a request is not yet urgent."""
-FILL_LIMIT = 32
-"""Maximum waiting requests of a closed slot that one decision examines."""
 
 
 class Composed(SchedulerPolicy):
@@ -128,9 +117,8 @@ class Composed(SchedulerPolicy):
         if view.load_room > len(read):
             read += self.prefetch.choose(view, (name for name, _, _ in self._by_urgency(view)))
         self._settles = self._by_oldest and self._is_fixed and not closed
-        if room > len(admit) and pool is not None and closed:
-            fill = closed.intersection(pool.awaited)
-            fitting = _fill(view, fill, view.tokens_left, self.order.fill_within)
+        if room > len(admit) and pool is not None and (kept_out := closed.intersection(pool.awaited)):
+            fitting = fill(view, kept_out, pool.tokens_left, self.order.fill_within)
             admit = [*admit, *fitting[: room - len(admit)]]
         return Decision(
             admit=[request.request_id for request in admit],
@@ -152,7 +140,7 @@ class Composed(SchedulerPolicy):
         if view.load_room > len(read):
             read += self.prefetch.choose(view, iter(cold))
         if room > 0 and closed:
-            admit += _fill(view, closed, view.tokens_left, self.order.fill_within)[:room]
+            admit += fill(view, closed, view.tokens_left, self.order.fill_within)[:room]
         return Decision(
             admit=[request.request_id for request in admit],
             place=place,
@@ -173,7 +161,7 @@ class Composed(SchedulerPolicy):
             return -inf  # what has found no room is tried anew
         if view.memory.shared and next(self.order.cold(view), None) is not None:
             return -inf  # what adapters may have of the memory becomes less as sequences grow
-        if self._is_fixed and self._by_oldest and (self._was_full or is_full(view)):
+        if self._is_fixed and self._by_oldest and (self._was_full or _is_full(view)):
             return inf  # slots could only be closed, which matters when a request comes
         now = view.now
         waits = {self.max_wait, self._take_after, self._close_after}
@@ -189,18 +177,18 @@ class Composed(SchedulerPolicy):
         # be closed now, but unless some were before, they have no requests left.
         if self._settles:
             return True
-        return self._goes_by_age(view) and (self._was_full or is_full(view)) and not may_admit(view)
+        return self._goes_by_age(view) and (self._was_full or _is_full(view)) and not _may_admit(view)
 
     def still_quiet(self, view: SchedulerView, request: RequestView) -> bool:
         if not self._goes_by_age(view):
             return False
         adapter = None if request.adapter is None else view.adapters[request.adapter]
         if adapter is None or adapter.location is Location.SLOT:
-            return view.free_seqs <= 0 and is_full(view)
+            return view.free_seqs <= 0 and _is_full(view)
         oldest = adapter.oldest_arrival
         if oldest is not None and oldest < request.arrival:
             return True  # what is done about others that wait for it was decided
-        return adapter.location is not Location.DISK and is_full(view)
+        return adapter.location is not Location.DISK and _is_full(view)
 
     def _goes_by_age(self, view: SchedulerView) -> bool:
         """Whether nothing but the ages of their oldest requests tells adapters apart."""
@@ -262,14 +250,17 @@ class Composed(SchedulerPolicy):
         pool: SlotPool | None = None  # made only if there is a cold adapter
         now, load_room = view.now, view.load_room
         lacks: Callable[[AdapterView], bool] | None = None
-        soon = inf if self._is_fixed else _soon(view)
+        soon = inf if self._is_fixed else needed_until(view)
         cold = islice(self._by_urgency(view), SCAN_LIMIT)
         for name, adapter, oldest in cold:
             if pool is None:
                 pool = SlotPool(view, self.replace, self._settling(view))
                 self._was_full = pool.is_full
-            if self._is_fixed and pool.is_full:
-                closed.update(pool.close_for(self._claims(view, chain([(name, adapter, oldest)], cold))))
+            if self._is_fixed and not pool.num_idle:
+                claims = self._claims(view, chain([(name, adapter, oldest)], cold), pool, place, read)
+                closed.update(pool.close_for(claims))
+                while not pool.is_full and next(claims, None) is not None:
+                    pass  # the slots that can be had at once are still assigned
                 break
             waited = _waited(oldest, now)
             may_take, may_close = waited >= self._take_after, waited >= self._close_after
@@ -309,14 +300,26 @@ class Composed(SchedulerPolicy):
         return place, evict, read, closed, pool
 
     def _claims(
-        self, view: SchedulerView, cold: Iterable[tuple[str, AdapterView, float | None]]
+        self,
+        view: SchedulerView,
+        cold: Iterable[tuple[str, AdapterView, float | None]],
+        pool: SlotPool,
+        place: list[Place],
+        read: list[str],
     ) -> Iterator[Claim]:
-        """Yield the claims of cold adapters to slots that are busy, the most urgent first."""
-        now = view.now
+        """Yield the claims of cold adapters to slots that are busy, the most urgent first, if no slot is idle
+        of whose adapter there is need. Slots that can be had at once are assigned on the way."""
+        now, load_room = view.now, view.load_room
         lacks: Callable[[AdapterView], bool] | None = None
-        for _, adapter, oldest in cold:
+        for name, adapter, oldest in cold:
             waited, location = 0.0 if oldest is None else now - oldest, adapter.location
-            is_last = waited >= self.max_wait or waited < self._take_after
+            is_last = pool.is_full and (waited >= self.max_wait or waited < self._take_after)
+            if not pool.is_full:
+                if location is Location.CPU and (way := pool.take_unwanted(name)) is not None:
+                    place += [] if way.place is None else [way.place]
+                    continue
+                if location is Location.DISK and len(read) < load_room:
+                    read.append(name)
             if oldest is None or waited < self._close_after:
                 if is_last:
                     return
@@ -328,6 +331,25 @@ class Composed(SchedulerPolicy):
             elif location is Location.LOADING:
                 missing = None
             yield oldest, missing, is_last
+
+
+def _is_full(view: SchedulerView) -> bool:
+    """Whether every slot is running, being filled, or pinned."""
+    ready = SlotState.READY
+    for slot in view.slots:
+        if slot.adapter is None or (slot.state is ready and not slot.running and not slot.pinned):
+            return False
+    return True
+
+
+def _may_admit(view: SchedulerView) -> bool:
+    """Whether a request waits for the base model or an adapter in a slot, and there is a sequence for it."""
+    if view.free_seqs <= 0:
+        return False
+    adapters = view.adapters
+    return next(iter(view.waiting_for(None)), None) is not None or any(
+        slot.adapter is not None and adapters[slot.adapter].oldest_arrival is not None for slot in view.slots
+    )
 
 
 def _open_queues(
@@ -342,36 +364,6 @@ def _open_queues(
         ready, draining = SlotState.READY, SlotState.DRAINING
         held = [slot.adapter for slot in slots if (state := slot.state) is ready or state is draining]
     return [None, *(name for name in held if name not in leaving)] if leaving else [None, *held]
-
-
-def _fill(
-    view: SchedulerView, closed: set[str | None], tokens_left: Mapping[str | None, int], within: float
-) -> list[RequestView]:
-    """Return requests for closed slots that end before the running ones do, so that they delay no other
-    request."""
-    fitting = [
-        request
-        for name, left in tokens_left.items()  # not in the order of a set, which differs from run to run
-        if name in closed
-        for request in islice(view.waiting_for(name), FILL_LIMIT)
-        if request.max_tokens - request.output_tokens <= left * within
-    ]
-    return sorted(fitting, key=lambda request: request.arrival)
-
-
-def _soon(view: SchedulerView) -> float:
-    """Return the arrival of the last request that will be admitted soon, of those with adapters in slots.
-
-    Where many adapters share a memory, more of them are idle than can run. If an adapter that is needed soon
-    left for a later request, it would only have to be copied again.
-    """
-    count = 0
-    for request in islice(view.waiting, FILL_LIMIT * 2):
-        name = request.adapter
-        count += name is None or view.adapters[name].slot is not None
-        if count == SOON:
-            return request.arrival
-    return inf
 
 
 def _next_to_have_waited(view: SchedulerView, wait: float) -> float:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
 from itertools import chain, islice
 from math import inf
 from operator import itemgetter
@@ -15,10 +16,18 @@ from aioengine.schedulers.policy import (
     Location,
     MemoryView,
     Place,
+    RequestView,
     SchedulerView,
     SlotState,
     SlotView,
 )
+
+SOON = 16
+"""Number of requests in the queue beyond which a request is not yet urgent."""
+LOOKED_AT = 64
+"""Number of requests in the queue that are looked at for that."""
+FILL_LIMIT = 32
+"""Maximum waiting requests of a closed slot that one decision examines."""
 
 
 class _Wanted(NamedTuple):
@@ -99,7 +108,7 @@ class SlotPool:
         self._unwanted = self._by_score(unwanted)
         self._spare = len(free) + len(unwanted)
         """Slots that are free, or whose adapters no request waits for."""
-        self._num_idle = len(idle)
+        self.num_idle = len(idle)
         """Idle slots that are left, of adapters that requests wait for."""
         self._closable_rows = closable
         self._free_bytes = self._unwanted_bytes = 0
@@ -116,7 +125,7 @@ class SlotPool:
     def is_full(self) -> bool:
         """Whether every slot is running, being filled, pinned, or assigned, so that none can be had at
         once."""
-        return not self._spare and not self._num_idle
+        return not self._spare and not self.num_idle
 
     def has_any(self, before: float | None, *, may_take: bool, may_close: bool) -> bool:
         """Whether there is a slot for an adapter that requests have waited for since ``before``."""
@@ -184,7 +193,7 @@ class SlotPool:
             self._gone.add(wanted.slot)
             if wanted.slot.running:
                 return Way((wanted.name,), None, ())
-            self._num_idle -= 1
+            self.num_idle -= 1
             return Way((wanted.name,), Place(adapter.name, wanted.slot.index), ())
         evict: list[str] = []
         if memory is not None:
@@ -199,7 +208,7 @@ class SlotPool:
             if wanted is None:
                 break
             self._gone.add(wanted.slot)
-            self._num_idle -= not wanted.slot.running
+            self.num_idle -= not wanted.slot.running
             found.append(wanted)
             missing -= wanted.adapter.bytes
             bytes_missing -= 0 if memory is None else memory.bytes_of(wanted.name)
@@ -257,6 +266,10 @@ class SlotPool:
         wanted = self._idle.first(oldest) if take else None
         return self._closable.first(oldest) if wanted is None and close else wanted
 
+    @cached_property
+    def tokens_left(self) -> Mapping[str | None, int]:
+        return self._view.tokens_left
+
     def _by_score(self, slots: Iterable[tuple[SlotView, AdapterView]]) -> Iterator[SlotView]:
         """Sort lazily, so that nothing is scored when no slot is needed."""
         view, score = self._view, self._replace.score
@@ -267,7 +280,7 @@ class SlotPool:
         rows.sort(key=lambda row: (score(view, row[0], row[2]), row[0].index))
 
     def _sort_by_end(self, rows: list[_Row]) -> None:
-        left = self._view.tokens_left
+        left = self.tokens_left
         rows.sort(key=lambda row: (left.get(row[1], 0), row[0].last_used))
 
 
@@ -319,28 +332,39 @@ def lacking(view: SchedulerView, adapter: AdapterView) -> int:
     return 0 if room is None else adapter.bytes - room
 
 
-def is_full(view: SchedulerView) -> bool:
-    """Whether every slot is running, being filled, or pinned."""
-    ready = SlotState.READY
-    for slot in view.slots:
-        if slot.adapter is None or (slot.state is ready and not slot.running and not slot.pinned):
-            return False
-    return True
-
-
-def may_admit(view: SchedulerView) -> bool:
-    """Whether a request waits for the base model or an adapter in a slot, and there is a sequence for it."""
-    if view.free_seqs <= 0:
-        return False
-    adapters = view.adapters
-    return next(iter(view.waiting_for(None)), None) is not None or any(
-        slot.adapter is not None and adapters[slot.adapter].oldest_arrival is not None for slot in view.slots
-    )
-
-
 def lacking_room(view: SchedulerView) -> Callable[[AdapterView], bool]:
     """Return whether adapters have no room in the CPU cache without an eviction."""
     places, most = view.cpu_room, view.cpu_bytes_room
     if places <= 0:
         return lambda adapter: True
     return lambda adapter: most is not None and adapter.bytes > most
+
+
+def needed_until(view: SchedulerView) -> float:
+    """Return the arrival of the last request that will be admitted soon, of those with adapters in slots.
+
+    Where many adapters share a memory, more of them are idle than can run. If an adapter that is needed soon
+    left for a later request, it would only have to be copied again.
+    """
+    count = 0
+    for request in islice(view.waiting, LOOKED_AT):
+        name = request.adapter
+        count += name is None or view.adapters[name].slot is not None
+        if count == SOON:
+            return request.arrival
+    return inf
+
+
+def fill(
+    view: SchedulerView, closed: set[str | None], tokens_left: Mapping[str | None, int], within: float
+) -> list[RequestView]:
+    """Return requests for closed slots that end before the running ones do, so that they delay no other
+    request."""
+    fitting = [
+        request
+        for name, left in tokens_left.items()  # not in the order of a set, which differs from run to run
+        if name in closed
+        for request in islice(view.waiting_for(name), FILL_LIMIT)
+        if request.max_tokens - request.output_tokens <= left * within
+    ]
+    return sorted(fitting, key=lambda request: request.arrival)

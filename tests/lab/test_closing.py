@@ -11,11 +11,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from aioengine.lab import Experiment, WorkloadSpec, run
-from aioengine.schedulers.parts.compose import _fill
-from aioengine.schedulers.parts.slot_pool import Claim, SlotPool
+from aioengine.schedulers.parts.slot_pool import Claim, SlotPool, fill
 
 FILES = ("requests.csv", "slots.csv", "moves.csv", "samples.csv")
-close_for = SlotPool.close_for
+prepare, close_for = SlotPool.__init__, SlotPool.close_for
+
+
+def one_by_one(self: SlotPool, *args: Any) -> None:
+    """Prepare a pool that seems never to be without idle slots."""
+    prepare(self, *args)
+    self.num_idle = 1_000_000
 
 
 def overload(policy: str, limit: int = 60, rate: float = 60.0, **system: Any) -> Experiment:
@@ -51,11 +56,11 @@ scenes = st.fixed_dictionaries(
 def test_the_same_bytes_come_out(tmp_path_factory: pytest.TempPathFactory, scene: dict[str, Any]) -> None:
     experiment = overload(**scene)
     found = []
-    for one_by_one in (False, True):
+    for alone in (False, True):
         folder = tmp_path_factory.mktemp("run")
         with pytest.MonkeyPatch.context() as patch:
-            if one_by_one:
-                patch.setattr(SlotPool, "is_full", False)
+            if alone:
+                patch.setattr(SlotPool, "__init__", one_by_one)
             run(experiment, folder)
         found.append([(folder / name).read_bytes() for name in FILES])
     assert found[0] == found[1]
@@ -68,7 +73,7 @@ def test_simultaneous_requests_for_closed_slots_come_in_an_order_that_no_set_det
         return [SimpleNamespace(adapter=name, arrival=1.0, max_tokens=3, output_tokens=0)]
 
     view: Any = SimpleNamespace(waiting_for=waiting_for)
-    found = _fill(view, set(names), dict.fromkeys(reversed(names), 5), 1.0)
+    found = fill(view, set(names), dict.fromkeys(reversed(names), 5), 1.0)
     assert [request.adapter for request in found] == names[::-1]
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from functools import partial
+from types import coroutine
 from typing import Any, NamedTuple
 
 from aioengine.core import Core
@@ -18,6 +19,12 @@ from aioengine.step import StepBatch, StepResult
 SETTLING = 4
 """Turns of the loop in which callers that have their results go on, and moves of adapters begin. If these do
 not suffice, a step is executed as on a real device."""
+
+
+@coroutine
+def _turn() -> Generator[None, None, None]:
+    """Let the loop take a turn."""
+    yield
 
 
 class _Series(NamedTuple):
@@ -61,7 +68,7 @@ class StepsAhead(Ahead):
         for _ in range(SETTLING):
             if loop.next_timer() is not None:
                 break
-            await asyncio.sleep(0)
+            await _turn()
         series, self._series = self._series, None
         if series is not None and batch is series.batch:
             series.steps.go_on(self._core.again_until())
