@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -28,7 +29,7 @@ class AdapterStore:
     """The adapters in the CPU cache. ``weights`` gives the base model's linears, which DoRA needs; ``dtype``
     is the slots' dtype. If it is int8, ``affine_dtype`` is the dtype of gains and shifts; adapters are read
     and checked in it, and quantized once. ``allocate`` gives the memory of adapters; on ``stream`` a GPU
-    computes what DoRA needs of the weights.
+    does what reading an adapter takes of the base model's weights, so that it does not wait for steps.
 
     With a ``shard`` of several ranks, it reads and keeps only its rank's share of each adapter.
     ``max_tokens`` is the number of trained tokens that every slot has room for; ``elastic`` says that slots
@@ -104,12 +105,13 @@ class AdapterStore:
                 files=files,
             )
 
-        if isinstance(files, MixFiles):
-            parts = [(part, read(part.name, part.path, part.files)) for part in files.parts]
-            packed = add_up(name, path, self._order, parts)
-        else:
-            packed = read(name, path, files)
-        draft = Draft(packed, self._layout, self._weights, self._slot_dtype, self._stream)
+        with self._beside_steps():
+            if isinstance(files, MixFiles):
+                parts = [(part, read(part.name, part.path, part.files)) for part in files.parts]
+                packed = add_up(name, path, self._order, parts)
+            else:
+                packed = read(name, path, files)
+            draft = Draft(packed, self._layout, self._weights, self._slot_dtype)
         self._check_tokens(draft)
         return draft
 
@@ -132,7 +134,8 @@ class AdapterStore:
         from aioengine.model.slots.image import build_image
         from aioengine.model.slots.quantized import quantize_image
 
-        affine = output_affine(draft.packed, self._weights, self._dtype, draft.rows(), stream=self._stream)
+        with self._beside_steps():
+            affine = output_affine(draft.packed, self._weights, self._dtype, draft.rows())
         for (_, module), (_, shift) in affine.items():
             if self._layout.shard.rank > 0 and self._layout.partition.adds_up_adapted(module):
                 shift.zero_()  # or the sum over the ranks would have it several times
@@ -143,6 +146,12 @@ class AdapterStore:
             image = quantize_image(image, self._layout, self._allocate)
         packed = draft.packed
         return replace(image, head=packed.head, pooling=packed.pooling, invocation=packed.invocation)
+
+    def _beside_steps(self) -> AbstractContextManager[object]:
+        """Return a context for operations on the base model's weights, quantized ones expanded included."""
+        import torch
+
+        return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
 
     def _embedding(self, module: str) -> torch.Tensor:
         """Return the embedding [vocabulary, hidden], or the rank's rows of it."""

@@ -6,17 +6,21 @@ import contextlib
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 from support.fake_cuda import FakeCuda
 from support.random_slots import random_image
-from support.tiny_models import build_model
+from support.tiny_models import build_adapter, build_model
+from support.trained_tokens import build_trained
+from torch import Tensor
 
-from aioengine.adapters.peft.dora import rows_of, squares
+from aioengine.adapters.peft.dora import BaseWeights
+from aioengine.adapters.store import AdapterStore
 from aioengine.model.decode_graphs import CudaGraphs
 from aioengine.model.files.hf_config import read_spec
 from aioengine.model.pooling import Head
@@ -24,6 +28,7 @@ from aioengine.model.slots import pinned
 from aioengine.model.slots.copy import Copy, StreamCopier
 from aioengine.model.slots.pinned import PinnedSlabs
 from aioengine.model.slots.pool import LoRASlots
+from aioengine.model.slots.tokens import TokenTable, TokenTables, TrainedTokens
 from aioengine.model.spec import LORA_MODULES
 
 SECOND = torch.device("cuda", 1)
@@ -53,25 +58,33 @@ def test_writes_are_ordered_and_in_any_thread_of_the_right_device() -> None:
         assert not world.registered
 
 
-def test_a_trained_head_is_copied_like_the_slots(tmp_path: Path) -> None:
-    """On the copies' stream, so that no step waits for it, and ordered before the steps that read it."""
+def test_what_an_adapter_has_beside_its_slot_is_copied_like_the_slots(tmp_path: Path) -> None:
+    """A head, and trained tokens: on the copies' stream, so that no step waits for it and it waits for none,
+    and ordered before the steps that read it."""
     device = torch.device("cuda")
     spec = read_spec(build_model(tmp_path, "llama", num_hidden_layers=1))
+    rows = torch.randn(2, spec.hidden_size)
+    tokens = TrainedTokens(TokenTables(TokenTable((3, 7)), TokenTable((7,), 1), 2), rows)
     with FakeCuda() as world:
-        slots = LoRASlots(spec, 1, 4, LORA_MODULES, torch.float32, device)
-        image = random_image(slots.layout, 4, torch.Generator().manual_seed(0), torch.float32)
-        before = world.streams[0].clock["steps"]
+        slots = LoRASlots(spec, 1, 4, LORA_MODULES, torch.float32, device, max_tokens=2)
+        image = random_image(slots.layout, 4, torch.Generator().manual_seed(0), torch.float32, tokens=tokens)
+        before, waits = world.streams[0].clock["steps"], world.waits
         weight, bias = torch.randn(3, spec.hidden_size), torch.ones(3)
         with world.in_thread("copy", world.now()):
             slots.write(0, dataclasses.replace(image, head=Head(weight, bias)))
             told = world.now()
         assert world.streams[0].clock["steps"] == before
+        assert world.waits == waits + 1, "once, for the end of all copies"
         world.hear(told)
-        (head,) = slots.heads
+        (head,), (trained,) = slots.heads, slots.tokens
+        assert trained is not None
         assert head is not None and head.bias is not None and head.weight.is_cuda
         world.watch("head", head.weight)
         slots.before_step()
         assert (head.weight.tolist(), head.bias.tolist()) == (weight.tolist(), bias.tolist())
+        hidden = torch.zeros(3, spec.hidden_size, device=device)
+        trained.embed(torch.tensor([7, 4, 3], device=device), hidden)
+        assert torch.equal(hidden.cpu(), torch.stack([rows[1], torch.zeros_like(rows[0]), rows[0]]))
         slots.after_step()
         with world.in_thread("copy", {"main": 1}):
             slots.write(0, image)
@@ -109,21 +122,62 @@ def test_all_recordings_share_a_stream(monkeypatch: pytest.MonkeyPatch) -> None:
         assert seen == {"stream 1"} and len(world.streams) == 2
 
 
-def test_dora_computes_beside_the_steps_and_waits_once() -> None:
-    keys = [(layer, module) for layer in range(3) for module in ("q_proj", "o_proj")]
-    tensors = {key: (torch.randn(2, 6), torch.randn(8, 2)) for key in keys}
-    adapter = SimpleNamespace(name="a", path="/a", tensors=tensors, computed={}, magnitudes={}, biases={})
-    weights = {key: torch.randn(8, 6) for key in keys}
-    expected = {key: squares(weights[key], *tensors[key]) for key in keys}
+def test_dora_computes_beside_the_steps_and_waits_once(tmp_path: Path) -> None:
+    """Also where weights are quantized, which are expanded one after the other."""
+    spec = read_spec(build_model(tmp_path / "model", "llama", num_hidden_layers=2))
+    modules = ("q_proj", "o_proj", "down_proj")
+    built = build_adapter(
+        tmp_path / "model", tmp_path / "adapter", target_modules=list(modules), use_dora=True
+    )
+    whole = {
+        (layer, module): torch.randn(spec.linear(module).out_features, spec.linear(module).in_features)
+        for layer in range(2)
+        for module in modules
+    }
+
+    def read(weights: BaseWeights, stream: torch.cuda.Stream | None) -> Tensor:
+        store = AdapterStore(
+            spec, max_rank=16, target_modules=modules, dtype=torch.float32, weights=weights, stream=stream
+        )
+        return store.read("a", str(built)).data
+
+    biases = {key: torch.randn(len(weight)) for key, weight in whole.items()}
+    expected = read(lambda *key: (whole[key], biases[key]), None)
     with FakeCuda() as world:
-        there = {key: (weight.to("cuda"), torch.ones(8).to("cuda")) for key, weight in weights.items()}
+        there = {key: (weight.to("cuda"), biases[key].to("cuda")) for key, weight in whole.items()}
+
+        def expanded(*key: Any) -> tuple[Tensor, Tensor]:
+            weight, bias = there[key]
+            made = torch.empty_like(weight)
+            world.watch(str(key), made)
+            return made.copy_(weight), bias
+
         world.waits, before = 0, world.streams[0].clock["steps"]
-        stream = torch.cuda.Stream()
-        rows = rows_of(adapter, lambda *key: there[key], keys, stream)
-        assert world.waits == 1 and world.streams[0].clock["steps"] == before
-    for key, row in rows.items():
-        torch.testing.assert_close(row.squares, expected[key])
-        assert row.bias is not None and (row.bias == 1).all()
+        most = world.live.now
+        world.live.peak = most
+        found = read(expanded, torch.cuda.Stream())
+        assert world.waits == 1 and world.streams[0].clock["steps"] == before and not world.races
+        assert world.live.peak - most < 2.5 * max(weight.nbytes for weight in whole.values())
+    torch.testing.assert_close(found, expected)
+
+
+def test_whole_embeddings_are_compared_beside_the_steps(tmp_path: Path) -> None:
+    """Piece by piece: each would wait for a step."""
+    spec = read_spec(model := build_model(tmp_path / "model", "llama", num_hidden_layers=1))
+    built = build_trained(
+        model, tmp_path / "adapter", rows=(3, 9), modules_to_save=["lm_head"], target_modules=["q_proj"]
+    )
+    base = load_file(model / "model.safetensors")["lm_head.weight"]
+    with FakeCuda() as world:
+        there = base.to("cuda")
+        store = AdapterStore(
+            spec, max_rank=16, target_modules=["q_proj"], dtype=torch.float32, max_tokens=4,
+            weights=lambda *_: (there, None), stream=torch.cuda.Stream(),
+        )  # fmt: skip
+        before = world.streams[0].clock["steps"]
+        tokens = store.read("a", str(built)).tokens
+        assert tokens is not None and tokens.head.ids == (3, 9)
+        assert world.streams[0].clock["steps"] == before
 
 
 SIZES = st.lists(st.tuples(st.integers(1, 5000), st.integers(0, 4)), min_size=1, max_size=30)

@@ -16,7 +16,6 @@ added up later; there each rank applies the gain to its part, and one rank the s
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import NamedTuple, Protocol
@@ -69,29 +68,24 @@ class Rows(NamedTuple):
     """The base model's bias [out], in float32."""
 
 
-def rows_of(
-    adapter: OutputAdapter,
-    weights: BaseWeights,
-    keys: Iterable[Key],
-    stream: torch.cuda.Stream | None = None,
-) -> dict[Key, Rows]:
+def rows_of(adapter: OutputAdapter, weights: BaseWeights, keys: Iterable[Key]) -> dict[Key, Rows]:
     """Compute the rows of each (layer, module), or the part of them that ``weights`` has.
 
-    Where the weights are on a GPU, it computes on ``stream``, beside the model's steps, and the host waits
-    once, for all results together.
+    One weight after the other, since a quantized one is expanded for it. Where the weights are on a GPU, the
+    host waits once, for all results together.
     """
-    found = {key: weights(*key) for key in keys}
-    with contextlib.nullcontext() if stream is None else torch.cuda.stream(stream):
-        parts = [
-            squares(weight, *(adapter.computed.get(key) or adapter.tensors[key]))
-            for key, (weight, _) in found.items()
-        ]
-        parts += [bias.float() for _, bias in found.values() if bias is not None]
-        if any(part.is_cuda for part in parts):
-            parts = list(torch.cat(parts).cpu().split_with_sizes([len(part) for part in parts]))
-    pieces = iter(parts)
-    totals = dict(zip(found, pieces, strict=False))
-    biases = {key: next(pieces) for key, (_, bias) in found.items() if bias is not None}
+    totals: dict[Key, Tensor] = {}
+    biases: dict[Key, Tensor] = {}
+    for key in keys:
+        weight, bias = weights(*key)
+        totals[key] = squares(weight, *(adapter.computed.get(key) or adapter.tensors[key]))
+        if bias is not None:
+            biases[key] = bias.float()
+    parts = [*totals.values(), *biases.values()]
+    if any(part.is_cuda for part in parts):
+        parts = list(torch.cat(parts).cpu().split_with_sizes([len(part) for part in parts]))
+    totals = dict(zip(totals, parts, strict=False))
+    biases = dict(zip(biases, parts[len(totals) :], strict=True))
     return {key: Rows(total, biases.get(key)) for key, total in totals.items()}
 
 
@@ -100,17 +94,15 @@ def output_affine(
     weights: BaseWeights,
     dtype: torch.dtype,
     known: Mapping[Key, Rows] | None = None,
-    *,
-    stream: torch.cuda.Stream | None = None,
 ) -> dict[tuple[int, str], Tensor]:
     """Compute gain and shift [2, out] in ``dtype`` on the CPU, for each (layer, module) with DoRA or a bias.
 
-    ``known`` gives the rows that ``weights`` has only partly; ``stream`` is that of :func:`rows_of`.
-    Raises :class:`AdapterInvalid` if one is not finite in ``dtype``.
+    ``known`` gives the rows that ``weights`` has only partly. Raises :class:`AdapterInvalid` if one is not
+    finite in ``dtype``.
     """
     known = known or {}
     rest = [key for key in sorted(adapter.magnitudes) if key not in known]
-    known = {**known, **rows_of(adapter, weights, rest, stream)}
+    known = {**known, **rows_of(adapter, weights, rest)}
     result = {}
     for key in sorted({*adapter.magnitudes, *adapter.biases}):
         magnitude, bias = adapter.magnitudes.get(key), adapter.biases.get(key)

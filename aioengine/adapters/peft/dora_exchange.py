@@ -28,13 +28,12 @@ class Draft:
         layout: SlotLayout,
         weights: BaseWeights,
         dtype: torch.dtype,
-        stream: torch.cuda.Stream | None = None,
     ) -> None:
-        """``layout`` and ``dtype`` are the slots'; ``stream`` is that of :func:`rows_of`."""
+        """``layout`` and ``dtype`` are the slots'."""
         self.packed = packed
         split, partition = layout.shard.size > 1, layout.partition
         keys = sorted(key for key in packed.magnitudes if split and partition.splits_inputs(key[1]))
-        self._parts = rows_of(packed, weights, keys, stream)
+        self._parts = rows_of(packed, weights, keys)
         self._sizes = [len(part.squares) for part in self._parts.values()]
         self._total = torch.zeros(sum(self._sizes))
         self._layout = layout

@@ -15,7 +15,7 @@ from aioengine.model.pooling import Head, Kind
 from aioengine.model.slots.copy import Copy, SerialCopier, SlotCopier, StreamCopier
 from aioengine.model.slots.image import AdapterImage, elements_of
 from aioengine.model.slots.layout import FusedPlace, SlotLayout
-from aioengine.model.slots.tokens import SlotTokens
+from aioengine.model.slots.tokens import SlotTokens, ids_of
 from aioengine.model.spec import NO_LAYER, ModelSpec
 
 
@@ -161,9 +161,11 @@ class LoRASlots:
             )
         rows, counted = memory.rows(image.table, begin)
         copies = [Copy(memory.memory[begin:end], image.data), Copy(memory.device_table[slot], counted)]
-        head = image.head
+        head, trained, columns = image.head, image.tokens, self.layout.partition.vocabulary
+        ids = [] if trained is None else ids_of(trained, columns)
         parts = [] if head is None else [part for part in head if part is not None]
-        there = self._copier.write(copies, parts)
+        there = self._copier.write(copies, [*ids, *parts])
+        ids, there = there[: len(ids)], there[len(ids) :]
         if memory.turned:
             from aioengine.kernels.cpu.lora import turn
 
@@ -174,12 +176,9 @@ class LoRASlots:
         self.heads[slot] = None if head is None else Head(there[0], there[1] if len(there) > 1 else None)
         self.poolings[slot] = image.pooling
         self.tokens[slot] = None
-        if image.tokens is not None:
-            columns = self.layout.partition.vocabulary
-            rows_begin = begin + image.tokens_begin
-            self.tokens[slot] = SlotTokens(
-                image.tokens, memory, self.layout.spec.hidden_size, columns, rows_begin
-            )
+        if trained is not None:
+            size, rows_begin = self.layout.spec.hidden_size, begin + image.tokens_begin
+            self.tokens[slot] = SlotTokens(trained, ids, memory, size, columns, rows_begin)
 
     def relocate(self, slot: int, offset: int) -> None:
         """Note that the slot's adapter, which whoever calls has moved, begins at ``offset`` now, in bytes.

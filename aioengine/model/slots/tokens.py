@@ -7,6 +7,7 @@ embeddings in ``modules_to_save``. The rows lie behind everything else of the ad
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -42,10 +43,20 @@ class TrainedTokens(NamedTuple):
     """[num_rows, hidden]"""
 
 
+def ids_of(tables: TokenTables, columns: slice) -> list[Tensor]:
+    """Return the tokens whose embeddings are replaced, and those whose logits are, of the tokens ``columns``,
+    from the first of these on."""
+    headed = tables.head.ids
+    low, high = (bisect_left(headed, end) for end in (columns.start, columns.stop))
+    own = torch.tensor(headed[low:high], dtype=torch.long) - columns.start
+    return [torch.tensor(tables.embedding.ids, dtype=torch.long), own]
+
+
 class SlotTokens:
     """The trained tokens of a slot's adapter.
 
     Args:
+        ids: What :func:`ids_of` returns for ``tables`` and ``columns``, on the memory's device.
         memory: The memory of all slots.
         hidden: Size of a row.
         columns: The tokens whose logits this rank computes.
@@ -53,16 +64,19 @@ class SlotTokens:
     """
 
     def __init__(
-        self, tables: TokenTables, memory: SlotMemory, hidden: int, columns: slice, begin: int
+        self,
+        tables: TokenTables,
+        ids: Sequence[Tensor],
+        memory: SlotMemory,
+        hidden: int,
+        columns: slice,
+        begin: int,
     ) -> None:
         self.begin = begin
         self._memory, self._hidden = memory, hidden
-        device, (embedded, headed) = memory.memory.device, tables[:2]
-        self._first = embedded.first
-        self._ids = torch.tensor(embedded.ids, dtype=torch.long, device=device)
-        low, high = (bisect_left(headed.ids, end) for end in (columns.start, columns.stop))
-        self._head_first = headed.first + low
-        self._columns = torch.tensor(headed.ids[low:high], dtype=torch.long, device=device) - columns.start
+        self._ids, self._columns = ids
+        self._first = tables.embedding.first
+        self._head_first = tables.head.first + bisect_left(tables.head.ids, columns.start)
 
     @property
     def embeds(self) -> bool:
