@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 
 from aioengine.kernels.plan.derived import Derivable
+from aioengine.kernels.transfer import send
 
 _WIDTH = 16
 """``LoRABatch.width`` is a multiple of this, so that rows of A's outputs are whole vectors."""
@@ -136,7 +137,7 @@ def row_weights(batch: LoRABatch) -> torch.Tensor:
     weights = torch.ones(batch.num_tokens, 1, 1)
     for _, start, stop, _, weight in batch.segments:
         weights[start:stop] = weight
-    return weights.to(batch.device)
+    return send([weights], batch.device)[0]
 
 
 def _width(segments: Sequence[Segment]) -> int:

@@ -58,3 +58,23 @@ def test_a_step_waits_once(model: Path, name: str, dtype: torch.dtype) -> None:
             assert (world.waits, world.staged) == (1, 0)
             assert all((token is not None and token.error is None) == sample for token in result.sampled)
         del runner
+
+
+def test_mixes_are_not_waited_for(model: Path) -> None:
+    """The weights of their adapters are sent as all else of a step is."""
+    with FakeCuda() as world:
+        runner = ModelRunner(
+            *(read_spec(model), model), dtype=torch.float32, device="cuda", num_blocks=16, block_size=16,
+            max_loras=2, max_lora_rank=8, kernels="torch",
+        )  # fmt: skip
+        assert runner.lora_slots is not None
+        for slot in (0, 1):
+            fill_slot(runner.lora_slots, slot, 8, torch.Generator().manual_seed(slot))
+        ids = list(range(5, 25))
+        for parts in ([(0, 0.5), (1, 0.25)], [(1, 2.0)]):
+            row = SequenceWork("a", parts[0][0], ids, 0, [0, 1], True, SamplingParams(), 0, ids, 20)
+            world.waits = world.staged = 0
+            batch = StepBatch(0, [row._replace(parts=parts)], (8, 8))
+            assert runner.execute(batch).sampled[0] is not None
+            assert (world.waits, world.staged) == (1, 0)
+        del runner
