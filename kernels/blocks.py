@@ -12,6 +12,9 @@ from torch import Tensor
 from aioengine.kernels.portable.dequantize import GGUF_FORMATS, codes, dequantize, scales
 from aioengine.kernels.weight import Weight, linear_by_rows
 
+ALIGNMENT = 16
+"""Bytes that GPU kernels load at a time."""
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class BlockWeight:
@@ -82,7 +85,8 @@ class StackedWeight:
     @cached_property
     def addresses(self) -> Tensor | None:
         """[parts, 3] (int64) where each part has its data, scale and zero (0: none), on their device; None
-        unless all parts are codes in groups of neighbours, of one shape, and stored alike."""
+        unless all parts are codes in groups of neighbours, of one shape, stored alike, and begin at multiples
+        of ``ALIGNMENT`` bytes: kernels take that for granted, and only here it can be seen."""
         parts = [part for part in self.parts if isinstance(part, BlockWeight)]
         kinds = {(p.format, p.n, p.k, p.group, p.middle, p.zero is None, p.scale is None) for p in parts}
         ordered = any(part.group_of is not None or part.scale is None for part in parts)
@@ -90,6 +94,8 @@ class StackedWeight:
             return None
         tensors = ((part.data, part.scale, part.zero) for part in parts)
         found = [[0 if tensor is None else tensor.data_ptr() for tensor in row] for row in tensors]
+        if any(data % ALIGNMENT for data, _, _ in found):
+            return None
         return torch.tensor(found, device=parts[0].data.device)
 
     @property

@@ -5,6 +5,7 @@ In Triton's interpreter, by way of ``test_triton.py``, or on a GPU.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,12 @@ def weight_of(
     )
 
 
+def from_byte(begin: int, data: Tensor) -> Tensor:
+    """The same in memory of its own, from this byte after a multiple of 64 on."""
+    memory = torch.empty(64 + begin + data.numel(), dtype=torch.uint8, device=data.device)
+    return memory[-memory.data_ptr() % 64 + begin :][: data.numel()].view(data.shape).copy_(data)
+
+
 def expanded(weight: BlockWeight) -> Tensor:
     """[n, k] float64, never rounded to the weight's dtype unless inputs are ordered."""
     assert weight.scale is not None
@@ -111,12 +118,14 @@ def test_products_are_those_of_the_expanded_weight(data: st.DataObject) -> None:
     counts=st.lists(st.integers(0, 20), min_size=1, max_size=4),
     formats=st.lists(st.sampled_from([*blocks.FORMATS, "plain"]), min_size=1, max_size=2),
     biased=st.booleans(),
+    begin=st.sampled_from([0, 0, 16, 1, 8]),
     seed=st.integers(0, 1000),
 )
 def test_experts_are_multiplied_by_their_own_weights(
-    counts: list[int], formats: list[str], biased: bool, seed: int
+    counts: list[int], formats: list[str], biased: bool, begin: int, seed: int
 ) -> None:
-    """Each of the experts has as many parts; some have no rows, or all of them none."""
+    """Each of the experts has as many parts; some have no rows, or all of them none. Where the last one's
+    codes ``begin`` between vectors, which nothing but their addresses says, the kernel does not read them."""
     k, out, generator = 64, 24 * len(formats), torch.Generator().manual_seed(seed)
     parts: list[BlockWeight | PlainWeight] = []
     for i, format in enumerate(formats * len(counts)):
@@ -125,6 +134,9 @@ def test_experts_are_multiplied_by_their_own_weights(
         else:
             settings = {"zeros": False, "ordered": False, "seed": seed + i}
             parts.append(weight_of(format, 24, k, 32, torch.float32, **settings))
+    if isinstance(parts[-1], BlockWeight):
+        parts[-1] = dataclasses.replace(parts[-1], data=from_byte(begin, parts[-1].data))
+        assert StackedWeight(parts).addresses is None or begin % 16 == 0
     whole = torch.cat([expanded(p) if isinstance(p, BlockWeight) else p.data.double() for p in parts])
     x = torch.randn(sum(counts), k, generator=generator).to(DEVICE)
     bias = torch.randn(len(whole), generator=generator).to(DEVICE) if biased else None

@@ -125,7 +125,7 @@ def expert_blocks_kernel(
     else:
         scale_ptr = tl.load(parts_ptr + 3 * part + 1).to(tl.pointer_type(tl.float32))
     zero_ptr = tl.load(parts_ptr + 3 * part + 2).to(tl.pointer_type(tl.int16))
-    data_ptr = tl.multiple_of(data_ptr, 16)
+    data_ptr = tl.multiple_of(data_ptr, 16)  # see StackedWeight.addresses
     acc = _product(
         x_ptr + row[:, None] * k_in,
         inside_m,
