@@ -21,6 +21,7 @@ OPS = [
         ("kernels", "test_triton_ops.py"),
         ("kernels", "test_triton_order.py"),
         ("kernels", "test_triton_attention.py"),
+        ("kernels", "test_triton_far.py"),
         ("kernels", "test_layer_ops.py"),
         ("kernels", "test_expert_ops.py"),
         ("kernels", "test_played_steps.py"),
