@@ -10,6 +10,8 @@ from support.fake_cuda import FakeCuda
 from support.random_slots import fill_slot
 from support.tiny_models import build_model
 
+from aioengine.kernels import LoRABatch
+from aioengine.kernels.plan.lora import row_weights
 from aioengine.model.files.hf_config import read_spec
 from aioengine.model.runner import ModelRunner
 from aioengine.request import SamplingParams
@@ -60,21 +62,10 @@ def test_a_step_waits_once(model: Path, name: str, dtype: torch.dtype) -> None:
         del runner
 
 
-def test_mixes_are_not_waited_for(model: Path) -> None:
-    """The weights of their adapters are sent as all else of a step is."""
+def test_weights_of_mixes_are_not_waited_for() -> None:
+    """They are sent as all else of a step is."""
     with FakeCuda() as world:
-        runner = ModelRunner(
-            *(read_spec(model), model), dtype=torch.float32, device="cuda", num_blocks=16, block_size=16,
-            max_loras=2, max_lora_rank=8, kernels="torch",
-        )  # fmt: skip
-        assert runner.lora_slots is not None
-        for slot in (0, 1):
-            fill_slot(runner.lora_slots, slot, 8, torch.Generator().manual_seed(slot))
-        ids = list(range(5, 25))
-        for parts in ([(0, 0.5), (1, 0.25)], [(1, 2.0)]):
-            row = SequenceWork("a", parts[0][0], ids, 0, [0, 1], True, SamplingParams(), 0, ids, 20)
-            world.waits = world.staged = 0
-            batch = StepBatch(0, [row._replace(parts=parts)], (8, 8))
-            assert runner.execute(batch).sampled[0] is not None
-            assert (world.waits, world.staged) == (1, 0)
-        del runner
+        first, second = LoRABatch.mixed([[(0, 0.5), (1, 0.25)], []], [2, 1], [8, 8], "cuda").passes
+        weights = [row_weights(first), row_weights(second)]
+        assert (world.waits, world.staged) == (0, 0)
+        assert [each.flatten().tolist() for each in weights] == [[0.5, 0.5, 1.0], [0.25, 0.25, 1.0]]
