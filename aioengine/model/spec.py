@@ -95,6 +95,18 @@ class KVShape(NamedTuple):
         return self.key_heads * self.key_dim + self.value_heads * self.value_dim
 
 
+class BareParameter(NamedTuple):
+    """A parameter that PEFT's ``target_parameters`` may name, with the linears that are in it."""
+
+    owner: str
+    """Path of the module that has it, in transformers."""
+    name: str
+    experts: Sequence[Sequence[str]]
+    """For each expert PEFT's names of its linears, one below the other, or with alternating rows. Of what is
+    no expert's there is one entry."""
+    alternating: bool = False
+
+
 class RopeSpec(msgspec.Struct, frozen=True, kw_only=True):
     """Rotary position embedding. ``factor`` and the fields after it belong to the scaled variants.
 
@@ -256,6 +268,15 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
     def kind_of(self, module: str) -> str:
         """Return the name under which a module and others like it are counted together."""
         return module
+
+    def is_bare(self, module: str) -> bool:
+        """Return whether a module is a part of a parameter, which PEFT's ``target_modules`` cannot name."""
+        return False
+
+    def bare_parameters(self) -> Iterator[BareParameter]:
+        """Yield what PEFT's ``target_parameters`` may name; those of one module follow each other, in its
+        order. None of a model without experts that the native decoder runs."""
+        return iter(())
 
     def experts_in(self, linear: str) -> int:
         """Return the number of experts whose linears are one below the other in one of :meth:`fused`; 0: they

@@ -125,6 +125,10 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 
 
+WITHOUT_EFFECT = {"longcat_flash": ["classifier"], "llama4_text": ["router"]}
+"""What "all-linear" means, too, but peft cannot run, or runs without the adapter."""
+
+
 def config_of(family: str, **overrides: Any) -> Any:
     return transformers.AutoConfig.for_model(family, **{**FAMILIES.get(family, COMMON), **overrides})
 
@@ -165,28 +169,25 @@ class AnyModel:
 
 
 def build_any(root: Path, family: str, **overrides: Any) -> AnyModel:
-    """A model of ``family`` with the adapters "plain", on two kinds of linears, and "all-linear"."""
+    """A model of ``family`` with the adapters "plain", on two kinds of linears, and peft's own "all-linear",
+    which are experts and routers, too, in models in which these once were linears."""
     model = randomize(transformers.AutoModelForCausalLM.from_config(config_of(family, **overrides)))
     model.save_pretrained(root / "model")
     linears = [name for name, module in model.named_modules() if is_linear(module)]
     names = [name for name in linears if ".1." in name]
     beside = [name for name in names if name.rpartition(".")[0] == names[0].rpartition(".")[0]]
-    head = model.get_output_embeddings()
-    inner = [name for name in linears if model.get_submodule(name) is not head]
-    inner = [name for name in inner if "router" not in name]
-    if family in ("deepseek_v3", "longcat_flash"):  # peft takes what is called as its experts are for these
-        inner = [name for name in inner if ".mlp" not in name]
-    # In models with experts, peft's "all-linear" means these, which are no linears, as well.
-    everything = inner if any("experts" in name for name, _ in model.named_parameters()) else "all-linear"
     targets = {
         "plain": [name.rpartition(".")[2] for name in (names[0], beside[-1])],
-        "all-linear": everything,
+        "all-linear": "all-linear",
     }
     conv = any(isinstance(m, transformers.pytorch_utils.Conv1D) for m in model.modules())
     adapters = {}
     peft: Any = None
     for seed, (name, modules) in enumerate(targets.items()):
-        config = LoraConfig(r=4, lora_alpha=8, target_modules=modules, fan_in_fan_out=conv)
+        config = LoraConfig(
+            r=4, lora_alpha=8, target_modules=modules, fan_in_fan_out=conv,
+            exclude_modules=WITHOUT_EFFECT.get(family),
+        )  # fmt: skip
         if peft is None:
             peft = get_peft_model(model, config, adapter_name=name)
         else:

@@ -10,7 +10,7 @@ from support.any_models import COMMON, FAMILIES, config_of
 
 from aioengine.errors import ConfigError
 from aioengine.model.files.resolve import read_spec
-from aioengine.model.spec import SUPPORTED_ARCHITECTURES
+from aioengine.model.spec import SUPPORTED_ARCHITECTURES, ModelSpec
 
 REFUSED = {
     "t5": {"d_model": 32, "num_layers": 1, "vocab_size": 128},
@@ -37,13 +37,14 @@ def row(family: str, fields: dict[str, object]) -> str:
             return f"| {family} | | refused: {_reason(str(error), folder)} | |"
     if native:
         architecture = next(name for name, value in SUPPORTED_ARCHITECTURES.items() if value == family)
-        return f"| {family} | {architecture} | natively | {_modules(spec.targets(None))} |"
+        return f"| {family} | {architecture} | natively | {_modules(spec)} |"
     architecture, how = spec.ran_by.split(", by transformers, ")
-    return f"| {family} | {architecture} | {how} | {_modules(spec.targets(None))} |"
+    return f"| {family} | {architecture} | {how} | {_modules(spec)} |"
 
 
-def _modules(modules: tuple[str, ...]) -> str:
-    names = dict.fromkeys(module.partition(" ")[0].rpartition(".")[2] for module in modules)
+def _modules(spec: ModelSpec) -> str:
+    kinds = map(spec.kind_of, spec.targets(None))
+    names = dict.fromkeys(kind.partition(" ")[0].rpartition(".")[2] for kind in kinds)
     return ", ".join(f"`{name}`" for name in names)
 
 

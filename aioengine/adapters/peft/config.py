@@ -124,6 +124,10 @@ class PeftLoraConfig:
             return True  # a full name is not subject to layers_to_transform
         return named_by(module, self.target_modules) and self._in_layers(module)
 
+    def folds(self, module: str) -> bool:
+        """Whether it was made from a bare parameter that has ``module`` in it."""
+        return False
+
     @property
     def max_rank(self) -> int:
         """Largest rank of a module."""

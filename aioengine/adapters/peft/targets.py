@@ -62,6 +62,10 @@ _PART_NAMES = {
 HEAD_KINDS = ("head", "head_bias")
 MAX_LABELS = 1024
 """Maximum number of labels of a classification head, which is kept beside the slot."""
+_OF_EXPERTS = (
+    "experts are parameters of this model (target_parameters), no modules: load it with PEFT and save it "
+    "again, which converts it, and allow for twice its rank (LoRAConfig.max_lora_rank)"
+)
 _HEAD = re.compile(
     r"(?:base_model\.model\.)?(score|classifier)\.(?:modules_to_save\.(?:default\.)?)?(weight|bias)", re.ASCII
 )
@@ -198,9 +202,11 @@ class Layout:
         config, name = self._config, self._spec.module_name(layer, module)
         if config.feature_extraction:
             name = name.removeprefix(_INNER)
-        if config.targets(name, linear=module not in EMBEDDING_MODULES) or (
-            self.tied and module == "lm_head"
-        ):
+        if self._spec.is_bare(module):
+            targeted = config.folds(name)
+        else:
+            targeted = config.targets(name, linear=module not in EMBEDDING_MODULES)
+        if targeted or (self.tied and module == "lm_head"):
             rank, linear = config.rank(name), self._spec.linear(module)
             self.targets[layer, module] = Target(name, module, rank, config.scaling(name, rank), linear)
 
@@ -212,7 +218,9 @@ class Layout:
         if not any(".experts." in key for key in shapes):
             # Names such as gate_proj mean experts' linears only to libraries in which these are modules.
             spec = self._spec
-            others = {p: t for p, t in self.targets.items() if spec.kind_of(p[1]) == p[1]}
+            others = {
+                p: t for p, t in self.targets.items() if spec.kind_of(p[1]) == p[1] or spec.is_bare(p[1])
+            }
             self.targets = others or self.targets
         usual = self._usual_keys()
         parts: dict[str, Part] = {}
@@ -292,8 +300,8 @@ class Layout:
             )
         if module not in self._modules:
             self._folder.invalid(
-                f"{file}: {key!r}: the slots do not hold {module}; they hold {', '.join(self._modules)}: add "
-                f"{module} to LoRAConfig.target_modules"
+                f"{file}: {key!r}: the slots do not hold {module}; they hold {self._kinds(self._modules)}: "
+                f"add {module} to LoRAConfig.target_modules"
             )
         if (layer, module) not in self.targets:
             self._folder.invalid(
@@ -318,6 +326,10 @@ class Layout:
             kind = "base"
         return None if kind is None else (*place, kind)
 
+    def _kinds(self, modules: Sequence[str]) -> str:
+        """Return modules for messages; those that all experts have once."""
+        return ", ".join(dict.fromkeys(map(self._spec.kind_of, modules)))
+
     @property
     def _example(self) -> str:
         """Return the name of a linear, for messages."""
@@ -325,10 +337,12 @@ class Layout:
         return next((self._spec.module_name(*p) for p in places if p[1] not in EMBEDDING_MODULES), "<linear>")
 
     def _foreign(self, file: str, key: str) -> NoReturn:
+        if ".experts." in key and self._spec.impl == "transformers":
+            self._folder.invalid(f"{file}: {key[:200]!r}: {_OF_EXPERTS}")
         reason = next(
             (reason for part, reason in _FOREIGN_KEYS if part in key),
             f"unknown key; expected keys such as 'base_model.model.{self._example}.lora_<A|B>.weight' with "
-            f"a module of {', '.join(self._spec.targets(None))}",
+            f"a module of {self._kinds(self._spec.targets(None))}",
         )
         self._folder.invalid(f"{file}: {key[:200]!r}: {reason}")
 

@@ -54,8 +54,8 @@ _PROMPTS = frozenset(
 _UNSUPPORTED = {
     "layer_replication": f"layer replication changes the base model's depth: {MERGE}",
     "target_parameters": (
-        "LoRA on bare parameters is supported only in models whose experts the native decoder runs: train it "
-        'with target_modules that name linears (to PEFT, "all-linear" means experts, too), or ' + MERGE
+        "LoRA on bare parameters is supported only in models with experts, and in those that transformers "
+        "runs: train it with target_modules that name linears, or " + MERGE
     ),
     "megatron_config": f"Megatron parallel layers are not supported: {MERGE}",
     "use_qalora": f"QA-LoRA pools its inputs, which is not supported: {_TRAIN}",

@@ -22,7 +22,7 @@ def write_random_adapter(
     tensors = {}
     modules = set(spec.targets(None))
     for layer, module in spec.adaptable():
-        if module in modules:
+        if module in modules and not spec.is_bare(module):
             shape, key = spec.linear(module), f"base_model.model.{spec.module_name(layer, module)}"
             for name, size in (("A", (rank, shape.in_features)), ("B", (shape.out_features, rank))):
                 noise = torch.randn(*size, generator=generator) * 0.02

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import msgspec
 
 from aioengine.errors import ConfigError
-from aioengine.model.spec import EMBEDDING_MODULES, NO_LAYER, LinearShape, ModelSpec
+from aioengine.model.spec import EMBEDDING_MODULES, NO_LAYER, BareParameter, LinearShape, ModelSpec
 
 ROUTER, GATE_UP, DOWN = "router", "experts_gate_up", "experts_down"
 """The router, and two matrices with those of all experts one below the other."""
@@ -191,6 +191,23 @@ class MixtureSpec(ModelSpec, frozen=True, kw_only=True):
         if not known or dense != self.is_dense(layer) or name != self.module_name(layer, module):
             return None
         return layer, module
+
+    def bare_parameters(self) -> Iterator[BareParameter]:
+        names = self.names
+        for layer in range(self.num_layers):
+            if self.is_dense(layer):
+                continue
+            for parameter, kinds in (("gate_up_proj", (names.gate, names.up)), ("down_proj", (names.down,))):
+                experts = [
+                    [self.module_name(layer, f"experts.{expert}.{kind}") for kind in kinds]
+                    for expert in range(self.experts)
+                ]
+                owner = f"model.layers.{layer}.mlp.experts"
+                yield BareParameter(owner, parameter, experts, self.interleaved)
+        for layer, module in self.adaptable():
+            if layer != NO_LAYER and not module.startswith("experts.") and module not in EMBEDDING_MODULES:
+                name = self.module_name(layer, module)
+                yield BareParameter(name.replace(f".{names.block}.", ".mlp."), "weight", ((name,),))
 
     def num_parameters(self) -> int:
         linears = sum(

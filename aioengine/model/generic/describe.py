@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from aioengine.errors import ConfigError
 from aioengine.model.files.hf_config import special_tokens
 from aioengine.model.generic.classes import Found
-from aioengine.model.generic.spec import Adaptable, GenericSpec
+from aioengine.model.generic.spec import Adaptable, GenericSpec, Stack
 from aioengine.model.spec import DTYPE_BYTES, NO_LAYER, LinearShape, RopeSpec
 
 if TYPE_CHECKING:
@@ -48,7 +48,9 @@ def read_spec(path: Path, native_reason: str | None = None) -> GenericSpec:
     trace, flat = _trace(found, model)
     kept = trace.attended if flat else trace.updated
     text = found.text_config
-    linears, shapes = _linears(model, trace)
+    placed = _placed(model, trace)
+    linears, shapes = _linears(model, trace, placed)
+    stacks = _stacks(model, trace, placed, shapes)
     end = getattr(text, "eos_token_id", None)
     bos, eos = special_tokens(
         path / "config.json",
@@ -76,6 +78,7 @@ def read_spec(path: Path, native_reason: str | None = None) -> GenericSpec:
         eos_token_ids=eos,
         linears=linears,
         shapes=shapes,
+        stacks=stacks,
         kv=tuple(kept[layer] for layer in sorted(kept)),
         layer_ids=tuple(sorted(kept)),
         parameters=sum(parameter.numel() for parameter in model.parameters()),
@@ -126,28 +129,42 @@ def _trace(found: Found, model: Any) -> tuple[Trace, bool]:
     )
 
 
-def _linears(model: Any, trace: Trace) -> tuple[tuple[Adaptable, ...], dict[str, LinearShape]]:
+def _placed(model: Any, trace: Trace) -> Callable[[str], tuple[int, str]]:
+    """Return what tells a module's layer and its path below that from its name."""
+    from aioengine.model.generic.trace import is_linear
+
+    def parts(name: str) -> re.Match[str] | None:
+        return re.match(r"(.*?)\.(\d+)\.(.+)", name)
+
+    names = [n for n, m in model.named_modules() if is_linear(m) and trace.sees_all(n)]
+    prefixes = Counter(match[1] for match in map(parts, names) if match)
+    main = prefixes.most_common(1)[0][0] if prefixes else None
+
+    def place(name: str) -> tuple[int, str]:
+        match = parts(name)
+        return (int(match[2]), match[3]) if match and match[1] == main else (NO_LAYER, name)
+
+    return place
+
+
+def _linears(
+    model: Any, trace: Trace, placed: Callable[[str], tuple[int, str]]
+) -> tuple[tuple[Adaptable, ...], dict[str, LinearShape]]:
     from aioengine.model.generic.trace import is_linear
 
     modules = [(n, m) for n, m in model.named_modules() if is_linear(m) and trace.sees_all(n)]
     head = model.get_output_embeddings()
-    numbered = [re.match(r"(.*?)\.(\d+)\.(.+)", name) for name, _ in modules]
-    prefixes = Counter(match[1] for match in numbered if match)
-    main = prefixes.most_common(1)[0][0] if prefixes else None
     shapes: dict[str, LinearShape] = {}
     linears: list[Adaptable] = []
     groups: dict[tuple[int, str, int], list[str]] = {}
-    for (name, module), match in zip(modules, numbered, strict=True):
+    for name, module in modules:
         n_out, n_in = module.weight.shape
         if not isinstance(module, _nn().Linear):
             n_in, n_out = n_out, n_in
-        layer, key = NO_LAYER, "lm_head" if module is head else name
-        if match and match[1] == main:
-            layer, key = int(match[2]), match[3]
-        shape = LinearShape(n_in, n_out)
-        if shapes.setdefault(key, shape) != shape:
-            key = f"{key} ({n_in} to {n_out})"
-            shapes[key] = shape
+        layer, key = placed(name)
+        if layer == NO_LAYER and module is head:
+            key = "lm_head"
+        key = _known(shapes, key, LinearShape(n_in, n_out))
         group = groups.setdefault((layer, name.rpartition(".")[0], id(trace.inputs[name][0])), [])
         if not group or len(group) % _MAX_FUSED == 0:
             group.append(key)
@@ -155,6 +172,51 @@ def _linears(model: Any, trace: Trace) -> tuple[tuple[Adaptable, ...], dict[str,
             group.append(group[-1])
         linears.append(Adaptable(name, layer, key, group[-1]))
     return tuple(linears), shapes
+
+
+def _known(shapes: dict[str, LinearShape], key: str, shape: LinearShape) -> str:
+    """Note the shape of a module; return its name, to which sizes are added if another one has others."""
+    if shapes.setdefault(key, shape) != shape:
+        key = f"{key} ({shape.in_features} to {shape.out_features})"
+        shapes[key] = shape
+    return key
+
+
+def _stacks(
+    model: Any, trace: Trace, placed: Callable[[str], tuple[int, str]], shapes: dict[str, LinearShape]
+) -> tuple[Stack, ...]:
+    """Return the parameters of stacked experts [experts, n, m], and of the routers beside them, where each
+    token goes to the module once, as a row. Their shapes are added to ``shapes``."""
+    from aioengine.model.generic.trace import has_matrices
+
+    owners = [(n, m) for n, m in model.named_modules() if has_matrices(m) and trace.sees_all(n)]
+    found: list[Stack] = []
+    experts_of: dict[str, int] = {}
+
+    def add(owner: str, name: str, count: int, shape: LinearShape, turned: bool) -> None:
+        layer, key = placed(owner)
+        key = _known(shapes, f"{key}.{name}" if count else key, shape)
+        if experts_of.setdefault(key, count) != count:
+            key = f"{key} (of {count})"
+            shapes[key], experts_of[key] = shape, count
+        found.append(Stack(owner, name, layer, key, count, turned))
+
+    beside = set()
+    for owner, module in owners:
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.dim() == 3 and owner in trace.routed:
+                count, n, m = parameter.shape
+                turned = bool(getattr(module, "is_transposed", False))  # as PEFT asks
+                add(owner, name, count, LinearShape(n, m) if turned else LinearShape(m, n), turned)
+                beside.add(owner.rpartition(".")[0])
+    stacked = {stack.owner for stack in found}
+    for owner, module in owners:
+        weight = module._parameters.get("weight")
+        if owner.rpartition(".")[0] not in beside or owner in stacked or weight is None or weight.dim() != 2:
+            continue
+        if trace.inputs[owner][0].shape[-1] == weight.shape[1]:
+            add(owner, "weight", 0, LinearShape(weight.shape[1], weight.shape[0]), False)
+    return tuple(found)
 
 
 def _quantizable(

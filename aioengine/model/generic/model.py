@@ -24,6 +24,7 @@ from aioengine.model.generic import attention
 from aioengine.model.generic.caches import Pages, gathering, passing
 from aioengine.model.generic.classes import Found
 from aioengine.model.generic.linears import base_weight, hook
+from aioengine.model.generic.parameters import hook_parameters
 from aioengine.model.generic.quantized import Blocks, LibraryForms
 from aioengine.model.generic.spec import GenericSpec
 from aioengine.model.generic.step import Holder, Step
@@ -122,6 +123,7 @@ class GenericModel:
             if hasattr(module, "layer_idx"):
                 module.aioengine = attends
         self.hooks = hook(self.model, spec, slots, self.holder, kernels)
+        self.bare_hooks = hook_parameters(self.modules, spec, slots, self.holder, kernels)
         attention.register()
         self._packed: PackedLinears | None = None
         self._blocks: Blocks | None = None

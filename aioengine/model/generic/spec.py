@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import NamedTuple
 
 from aioengine.errors import ConfigError
-from aioengine.model.spec import KVShape, LinearShape, ModelSpec, Quantization
+from aioengine.model.spec import BareParameter, KVShape, LinearShape, ModelSpec, Quantization
 
 
 class Adaptable(NamedTuple):
@@ -22,7 +24,28 @@ class Adaptable(NamedTuple):
     """Linears of a layer that are in one group read the same input."""
 
 
-class GenericSpec(ModelSpec, frozen=True, kw_only=True):
+class Stack(NamedTuple):
+    """A parameter that no linear has, but that adapters may target: PEFT's ``target_parameters``."""
+
+    owner: str
+    """Path of the module that has it, as PEFT names it."""
+    parameter: str
+    layer: int
+    """``NO_LAYER`` outside of the layers."""
+    module: str
+    """Path below the layer. All parameters of one ``module`` have one shape."""
+    experts: int
+    """It has a matrix for each of so many experts; 0: it is the matrix of a router."""
+    turned: bool
+    """Whether matrices are [in, out]."""
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """What slots hold for it: a module for each matrix."""
+        return tuple(f"{self.module}.{e}" for e in range(self.experts)) or (self.module,)
+
+
+class GenericSpec(ModelSpec, frozen=True, kw_only=True, dict=True):
     """A decoder of transformers. It does not use the fields of :class:`ModelSpec` that say how a layer
     computes, because its modules know that."""
 
@@ -30,7 +53,9 @@ class GenericSpec(ModelSpec, frozen=True, kw_only=True):
     """The class that runs it."""
     linears: tuple[Adaptable, ...]
     shapes: dict[str, LinearShape]
-    """The shape of each module."""
+    """The shape of each module, and of the matrices of each stack."""
+    stacks: tuple[Stack, ...] = ()
+    """Parameters of routers and of all experts of a layer. Those of one module follow each other."""
     kv: tuple[KVShape, ...]
     """Shape of the keys and values of a token, for each layer that attends."""
     layer_ids: tuple[int, ...]
@@ -58,54 +83,104 @@ class GenericSpec(ModelSpec, frozen=True, kw_only=True):
         return f"{self.architecture}, by transformers, {how}{why}"
 
     def linear(self, module: str) -> LinearShape:
-        return self.shapes[module]
+        return self.shapes.get(module) or self.shapes[self.kind_of(module)]
 
     def targets(self, asked: Sequence[str] | None) -> tuple[str, ...]:
         """Return the modules whose path ends in one of the names in ``asked``. By default all linears but the
-        head, as PEFT's "all-linear" has it. Raises ConfigError for an unknown name, and if there are no
-        linears."""
+        head, as PEFT's "all-linear" has it, with routers and experts. What one expert has, all have. Raises
+        ConfigError for an unknown name, and if there are no linears."""
         if asked is None:
-            found = tuple(module for module in self.shapes if module != "lm_head")
+            found = [module for module in self.shapes if module != "lm_head"]
             if not found:
                 raise ConfigError(
                     f"lora: {self.architecture} has no linear that an adapter may be on: one through which "
                     "each token goes once, as a row; set lora=None to run it without adapters"
                 )
-            return found
-        chosen = tuple(m for m in self.shapes if m in asked or m.rpartition(".")[2] in asked)
-        missing = [
-            name for name in asked if not any(m == name or m.rpartition(".")[2] == name for m in chosen)
-        ]
-        if missing:
+            return self._expanded(found)
+        kinds = {name: self.kind_of(name) for name in asked}
+        wanted = set(kinds.values())
+        chosen = [module for module in self.shapes if not wanted.isdisjoint(self._known_as(module))]
+        known = {name for module in chosen for name in self._known_as(module)}
+        if missing := dict.fromkeys(name for name, kind in kinds.items() if kind not in known):
             raise ConfigError(
                 f"target_modules: {self.architecture} has no linear called {', '.join(missing)} that can be "
                 f"adapted; it has {', '.join(self.shapes) or 'none'}; leave target_modules out for all"
             )
-        return chosen
+        return self._expanded(chosen)
+
+    def _known_as(self, module: str) -> tuple[str, ...]:
+        """Return the names that mean a module: its path, its last part, and of an expert's, "experts"."""
+        path, _, last = module.rpartition(".")
+        return (module, last, path.rpartition(".")[2]) if module in self._stacked else (module, last)
+
+    def _expanded(self, modules: Sequence[str]) -> tuple[str, ...]:
+        stacked = self._stacked
+        return tuple(name for m in modules for name in (stacked[m].modules if m in stacked else (m,)))
+
+    @cached_property
+    def _stacked(self) -> dict[str, Stack]:
+        """One of the stacks of experts of each module."""
+        return {stack.module: stack for stack in self.stacks if stack.experts}
+
+    def kind_of(self, module: str) -> str:
+        path = module.rpartition(".")[0]
+        return path if path in self._stacked and module not in self.shapes else module
+
+    def is_bare(self, module: str) -> bool:
+        return module in self._bare
+
+    @cached_property
+    def _bare(self) -> frozenset[str]:
+        return frozenset(module for stack in self.stacks for module in stack.modules)
+
+    def experts_in(self, linear: str) -> int:
+        return self._stacked[linear].experts if linear in self._stacked else 0
+
+    def bare_parameters(self) -> Iterator[BareParameter]:
+        for x in self.linears:
+            yield BareParameter(x.name, "weight", ((x.name,),))
+        for stack in self.stacks:
+            names = tuple((self.module_name(stack.layer, module),) for module in stack.modules)
+            yield BareParameter(stack.owner, stack.parameter, names)
 
     def layers_with(self, module: str) -> int:
-        return sum(linear.module == module for linear in self.linears)
+        return self._layers_with[self.kind_of(module)]
+
+    @cached_property
+    def _layers_with(self) -> Counter[str]:
+        return Counter([x.module for x in self.linears] + [stack.module for stack in self.stacks])
 
     def fused(self, layer: int) -> Mapping[str, tuple[str, ...]]:
         groups: dict[str, tuple[str, ...]] = {}
         for linear in self.linears:
             if linear.layer == layer:
                 groups[linear.group] = (*groups.get(linear.group, ()), linear.module)
-        return groups
+        return groups | {stack.module: stack.modules for stack in self.stacks if stack.layer == layer}
 
     def adaptable(self) -> Iterator[tuple[int, str]]:
-        return ((linear.layer, linear.module) for linear in self.linears)
+        return iter(self._names)
 
     def module_name(self, layer: int, module: str) -> str:
-        """Return PEFT's name of a module. Raises KeyError if there is no such linear that adapters can
-        have."""
-        for linear in self.linears:
-            if (linear.layer, linear.module) == (layer, module):
-                return linear.name
-        raise KeyError((layer, module))
+        """Return PEFT's name of a module, which of an expert ends in its number. Raises KeyError if there is
+        no such linear that adapters can have."""
+        return self._names[layer, module]
 
     def find_module(self, name: str) -> tuple[int, str] | None:
-        return next(((x.layer, x.module) for x in self.linears if x.name == name), None)
+        return self._places.get(name)
+
+    @cached_property
+    def _names(self) -> dict[tuple[int, str], str]:
+        names = {(x.layer, x.module): x.name for x in self.linears}
+        for stack in self.stacks:
+            path = f"{stack.owner}.{stack.parameter}"
+            if not stack.experts:
+                names[stack.layer, stack.module] = stack.owner
+            names |= {(stack.layer, f"{stack.module}.{e}"): f"{path}.{e}" for e in range(stack.experts)}
+        return names
+
+    @cached_property
+    def _places(self) -> dict[str, tuple[int, str]]:
+        return {name: place for place, name in self._names.items()}
 
     def quantized_modules(self) -> Iterator[tuple[int, str]]:
         names = set(self.quantizable)

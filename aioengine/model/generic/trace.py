@@ -34,10 +34,14 @@ class Trace:
     updated: dict[int, KVShape] = field(default_factory=dict)
     """Keys and values that were put into the cache, by layer."""
     inputs: dict[str, list[Tensor]] = field(default_factory=dict)
-    """Inputs of each linear, one for each call; an unusual call has an empty tensor."""
+    """Inputs of each linear, and of each module with other matrices, one for each call; an unusual call has
+    an empty tensor."""
+
+    routed: set[str] = field(default_factory=set)
+    """Modules that got the tokens with two values for each: the numbers and weights of its experts."""
 
     def sees_all(self, name: str) -> bool:
-        """Whether a linear got every token, in every call."""
+        """Whether a module got every token, in every call."""
         calls = self.inputs.get(name, [])
         return bool(calls) and all(x.numel() // x.shape[-1] == _TOKENS for x in calls)
 
@@ -47,6 +51,14 @@ def is_linear(module: Any) -> bool:
     from transformers.pytorch_utils import Conv1D
 
     return isinstance(module, (torch.nn.Linear, Conv1D))
+
+
+def has_matrices(module: Any) -> bool:
+    """Whether a module that is no linear has a parameter of two or three dimensions, as routers and stacked
+    experts do."""
+    if is_linear(module) or isinstance(module, torch.nn.Embedding):
+        return False
+    return any(one.dim() in (2, 3) for one in module.parameters(recurse=False))
 
 
 class Attention:
@@ -197,22 +209,31 @@ class _Equal(TorchFunctionMode):
 
 @contextmanager
 def _watched(model: Any, trace: Trace) -> Iterator[None]:
-    def saw(name: str) -> Callable[..., None]:
+    def saw(name: str, linear: bool) -> Callable[..., None]:
         def hook(_: Any, arguments: tuple[Any, ...], output: Any) -> None:
-            usual = isinstance(output, Tensor) and len(arguments) == 1
+            usual = bool(arguments) and isinstance(arguments[0], Tensor)
+            if linear:
+                usual = usual and isinstance(output, Tensor) and len(arguments) == 1
+            elif usual and [_count(one) for one in arguments] == [_TOKENS] * 3:
+                trace.routed.add(name)
             trace.inputs.setdefault(name, []).append(arguments[0] if usual else torch.empty(0, 1))
 
         return hook
 
     handles = []
     for name, module in model.named_modules():
-        if is_linear(module):
-            handles.append(module.register_forward_hook(saw(name)))
+        if is_linear(module) or has_matrices(module):
+            handles.append(module.register_forward_hook(saw(name, is_linear(module))))
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _count(value: Any) -> int:
+    """Return the number of rows of a matrix; 0 if it is none."""
+    return len(value) if isinstance(value, Tensor) and value.dim() == 2 else 0
 
 
 @contextmanager

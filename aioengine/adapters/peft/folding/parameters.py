@@ -2,14 +2,15 @@
 one on the linears that are in them.
 
 PEFT has one A [experts * r, in] and one B [out, r * experts] for all experts of a layer; each expert's rank
-is r. Gate and up are one parameter there and two linears here, so both get a copy of its A; their rows of B
-follow each other, or alternate.
+is r. Gate and up are one parameter there, and two linears to the native decoder: both get a copy of its A,
+and their rows of B follow each other, or alternate.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
+from itertools import groupby
 from typing import NamedTuple
 
 import msgspec
@@ -21,13 +22,10 @@ from aioengine.adapters.peft.folding.fold import Folded
 from aioengine.adapters.peft.pack import contiguous
 from aioengine.adapters.peft.targets import WRAPPERS
 from aioengine.errors import AdapterTooLarge
-from aioengine.model.experts.spec import MixtureSpec
 from aioengine.model.slots.layout import SlotLayout
-from aioengine.model.spec import EMBEDDING_MODULES, NO_LAYER, ModelSpec
+from aioengine.model.spec import BareParameter, ModelSpec
 
 _FIELD = "target_parameters"
-_EXPERTS = ("gate_up_proj", "down_proj")
-"""The parameters of a layer's experts in transformers, in the order in which PEFT wraps them."""
 _PREFIX = "base_model.model."
 MAX_PARAMETERS = 2048
 
@@ -42,6 +40,9 @@ class _FoldedConfig(PeftLoraConfig):
 
     def targets(self, module: str, *, linear: bool = True) -> bool:
         return module in self.folded or self.as_trained.targets(module, linear=linear)
+
+    def folds(self, module: str) -> bool:
+        return module in self.folded
 
     def rank(self, module: str) -> int:
         found = self.folded.get(module)
@@ -65,7 +66,7 @@ class _Parameter(NamedTuple):
 
 
 class ParameterFold:
-    """An adapter with ``target_parameters`` on a model whose experts the engine runs itself."""
+    """An adapter with ``target_parameters`` on a model that has such parameters."""
 
     def __init__(self, config: PeftLoraConfig, wanted: Sequence[str], folder: AdapterFolder) -> None:
         self.config = config
@@ -75,7 +76,7 @@ class ParameterFold:
     @classmethod
     def of(cls, config: bytes, folder: AdapterFolder, spec: ModelSpec) -> ParameterFold | None:
         """Return how to fold the adapter that ``config``, the content of its configuration file, describes;
-        None if it has no ``target_parameters``, or there are no experts in the model.
+        None if it has no ``target_parameters``, or the model takes none.
 
         Raises AdapterInvalid for settings that are malformed or not supported.
         """
@@ -84,7 +85,7 @@ class ParameterFold:
             wanted = msgspec.json.decode(raw.get(_FIELD, msgspec.Raw(b"null")))
         except (msgspec.MsgspecError, UnicodeError, RecursionError):
             return None  # what is wrong with it is said when it is parsed
-        if not wanted or not isinstance(spec, MixtureSpec):
+        if not wanted or next(spec.bare_parameters(), None) is None:
             return None
         if not isinstance(wanted, list) or not all(isinstance(name, str) for name in wanted):
             folder.invalid(f"{CONFIG_FILE}: {_FIELD}: expected a list of strings")
@@ -107,7 +108,6 @@ class ParameterFold:
 
         Raises AdapterInvalid, and AdapterTooLarge for a rank that no slot has room for.
         """
-        assert isinstance(slot.spec, MixtureSpec)
         spec, known = slot.spec, {WRAPPERS.sub("", key): key for key in shapes}
         found = list(self._parameters(spec))
         keys: dict[str, tuple[_Parameter, str]] = {}
@@ -134,8 +134,10 @@ class ParameterFold:
             for names in parameter.experts
             for name in names
         }
-        if both := [name for name in folded if self.config.targets(name)]:
-            self._folder.invalid(f"{CONFIG_FILE}: {both[0]} is in {_FIELD} and in target_modules")
+        for name in folded:
+            place = spec.find_module(name)
+            if place is not None and not spec.is_bare(place[1]) and self.config.targets(name):
+                self._folder.invalid(f"{CONFIG_FILE}: {name} is in {_FIELD} and in target_modules")
         own = {field.name: getattr(self.config, field.name) for field in fields(PeftLoraConfig)}
         own["r"] = max([self.config.r, *(rank for rank, _ in folded.values())])
         return Folded(
@@ -143,39 +145,20 @@ class ParameterFold:
             lambda tensors: dict(_tensors(tensors, keys)),
         )
 
-    def _parameters(self, spec: MixtureSpec) -> Iterator[_Parameter]:
+    def _parameters(self, spec: ModelSpec) -> Iterator[_Parameter]:
         """The targeted parameters, by the rules of PEFT's ``_inject_parameters``."""
-        names = spec.names
-        for layer in range(spec.num_layers):
-            if not spec.is_dense(layer):
-                base = f"model.layers.{layer}.mlp.experts"
-                wanted = [name for name in _EXPERTS if self._targets(f"{base}.{name}")]
-                for inside, name in enumerate(wanted):
-                    kinds = (names.gate, names.up) if name == "gate_up_proj" else (names.down,)
-                    experts = [
-                        [spec.module_name(layer, f"experts.{expert}.{kind}") for kind in kinds]
-                        for expert in range(spec.experts)
-                    ]
-                    wrapped = ".base_layer" * (len(wanted) - 1 - inside)
-                    yield self._parameter(
-                        f"{base}{wrapped}", f"{base}.{name}", experts, alternating=spec.interleaved
-                    )
-        for layer, module in spec.adaptable():
-            if layer == NO_LAYER or module.startswith("experts.") or module in EMBEDDING_MODULES:
-                continue
-            name = spec.module_name(layer, module)
-            path = name.replace(f".{names.block}.", ".mlp.")  # transformers' own name
-            if self._targets(f"{path}.weight"):
-                yield self._parameter(path, f"{path}.weight", [[name]])
+        for owner, parameters in groupby(spec.bare_parameters(), lambda parameter: parameter.owner):
+            wanted = [one for one in parameters if self._targets(f"{owner}.{one.name}")]
+            for inside, one in enumerate(wanted):
+                yield self._parameter(f"{owner}{'.base_layer' * (len(wanted) - 1 - inside)}", one)
 
     def _targets(self, name: str) -> bool:
         return any(name == wanted or name.endswith(f".{wanted}") for wanted in self._wanted)
 
-    def _parameter(
-        self, key: str, name: str, experts: Sequence[Sequence[str]], *, alternating: bool = False
-    ) -> _Parameter:
+    def _parameter(self, key: str, of: BareParameter) -> _Parameter:
+        name = f"{of.owner}.{of.name}"
         rank = self.config.rank(name)
-        return _Parameter(key, experts, rank, self.config.scaling(name, rank), alternating)
+        return _Parameter(key, of.experts, rank, self.config.scaling(name, rank), of.alternating)
 
     def _check_room(self, parameter: _Parameter, slot: SlotLayout) -> None:
         for name in parameter.experts[0]:
@@ -205,7 +188,7 @@ def _spellings(key: str, part: str) -> list[str]:
     ]
 
 
-def _shape(parameter: _Parameter, part: str, spec: MixtureSpec) -> tuple[int, int]:
+def _shape(parameter: _Parameter, part: str, spec: ModelSpec) -> tuple[int, int]:
     places = [spec.find_module(name) for name in parameter.experts[0]]
     linears = [spec.linear(place[1]) for place in places if place is not None]
     rows = parameter.rank * len(parameter.experts)
