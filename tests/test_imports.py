@@ -124,6 +124,7 @@ INNER_ROOMS: dict[str, set[str]] = {
         "files.hf",
         "files.methods",
         "generic",
+        "generic.adapted",
         "parallel",
         "sampling",
         "slots",

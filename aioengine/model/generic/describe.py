@@ -223,7 +223,7 @@ def _quantizable(
     model: Any, linears: Sequence[Adaptable], shapes: Mapping[str, LinearShape]
 ) -> tuple[str, ...]:
     """Return the names for :attr:`GenericSpec.quantizable`: all linears that read the same input, or none."""
-    from aioengine.model.generic.linears import storable
+    from aioengine.model.generic.adapted.linears import storable
 
     exact = {name.rpartition(".")[0] for name in _in_float32(model)}
     can = [name for name in storable(dict(model.named_modules())) if name not in exact]

@@ -21,10 +21,10 @@ from aioengine.info import LoadProgress
 from aioengine.kernels import AttentionPlan, Backend, LoRABatch, Span
 from aioengine.model.decoder import LastLayer, StepInputs
 from aioengine.model.generic import attention
+from aioengine.model.generic.adapted.linears import base_weight, hook
+from aioengine.model.generic.adapted.parameters import hook_parameters
 from aioengine.model.generic.caches import Pages, gathering, passing
 from aioengine.model.generic.classes import Found
-from aioengine.model.generic.linears import base_weight, hook
-from aioengine.model.generic.parameters import hook_parameters
 from aioengine.model.generic.quantized import Blocks, LibraryForms
 from aioengine.model.generic.spec import GenericSpec
 from aioengine.model.generic.step import Holder, Step

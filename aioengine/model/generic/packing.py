@@ -20,7 +20,7 @@ from aioengine.kernels.cpu.adapted import AdaptedLinear, fits
 from aioengine.kernels.cpu.matrix import LibraryWeight
 from aioengine.kernels.cpu.packed import PackedWeight
 from aioengine.kernels.weight import linear_by_rows
-from aioengine.model.generic.linears import AdaptedForward, base_weight, storable
+from aioengine.model.generic.adapted.linears import AdaptedForward, base_weight, storable
 from aioengine.model.generic.quantized import LibraryForms, embed, stub
 from aioengine.model.generic.spec import GenericSpec
 from aioengine.model.generic.step import Holder, Step

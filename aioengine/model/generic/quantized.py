@@ -26,7 +26,7 @@ from aioengine.kernels.portable.quantize import quantize
 from aioengine.kernels.weight import PIECE_ELEMENTS, linear_by_rows
 from aioengine.model.buffer import Arena
 from aioengine.model.files.packing import Packing
-from aioengine.model.generic.linears import AdaptedForward, base_weight, storable
+from aioengine.model.generic.adapted.linears import AdaptedForward, base_weight, storable
 from aioengine.model.generic.spec import GenericSpec
 from aioengine.model.generic.step import Holder
 from aioengine.model.spec import Quantization
