@@ -17,13 +17,14 @@ from support.fleet_here import Stream, serve_names
 from aioengine import EngineConfig, SamplingParams
 from aioengine.errors import RequestInvalid
 from aioengine.fleet.config import FleetConfig
-from aioengine.fleet.door.call import Call
+from aioengine.fleet.door.call import Call, tokens_of
 from aioengine.fleet.door.dispatcher import Dispatcher
 from aioengine.fleet.door.members import Members
 from aioengine.fleet.outbox import Outbox, Outboxes
 from aioengine.fleet.wire import Delta, Frame, Hello, Status, Submit, decode_orders, encode_frame
 from aioengine.lab.simulation.clock import run_in_virtual_time
 from aioengine.request import RequestOptions
+from aioengine.runtime.text_work import TextWork
 
 TOKENS = 12
 STEP_SECONDS = 0.25
@@ -210,6 +211,13 @@ def test_what_cannot_be_sent_harms_no_other_request(
     with pytest.MonkeyPatch.context() as patch:
         serve_names({"r0", "r1"}, patch)
         run_in_virtual_time(main())
+
+
+@pytest.mark.parametrize("prompt", [[-1], [5] * 300 + [2**63], [2**31], [2**200]])
+async def test_ids_that_no_vocabulary_has_are_refused_at_the_door(prompt: list[int]) -> None:
+    """Prefixes are hashed there, as 64-bit numbers, before a replica sees the prompt."""
+    with pytest.raises(RequestInvalid, match=f"{prompt[-1]} is outside the vocabulary"):
+        await tokens_of(prompt, None, limit=1000, tokenizer=None, work=TextWork())
 
 
 @given(steps=st.lists(st.tuples(st.booleans(), st.integers(1, 4)), max_size=12))

@@ -180,7 +180,11 @@ async def tokens_of(
     if isinstance(prompt, list) and set(map(type, prompt)) <= {int}:
         if len(prompt) > limit:
             raise PromptTooLong(len(prompt), limit)
-        return list(prompt)  # type: ignore[arg-type] # all of them are ints
+        ids: list[int] = list(prompt)  # type: ignore[arg-type] # all of them are ints
+        for token in (min(ids, default=0), max(ids, default=0)):
+            if not 0 <= token < 2**31:  # replicas compare with the model's vocabulary
+                raise RequestInvalid(f"prompt token {token} is outside the vocabulary")
+        return ids
     if not isinstance(prompt, (str, list)):
         raise RequestInvalid(
             f"prompt must be str, list of token ids or list of messages, not {type(prompt).__name__}"
