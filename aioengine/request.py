@@ -386,8 +386,9 @@ def _checked_bias(bias: object) -> dict[int, float]:
         raise RequestInvalid(f"logit_bias={bias!r}: must map token ids to numbers in [-100, 100]")
     checked: dict[int, float] = {}
     for key, value in bias.items():
-        token = int(key) if isinstance(key, str) and key.isascii() and key.isdigit() else key
-        _check_int("logit_bias", token, low=0)
+        digits = isinstance(key, str) and len(key) < 20 and key.isascii() and key.isdigit()
+        token = int(key) if digits else key
+        _check_int("logit_bias", token, low=0, high=2**63 - 1)
         _check_float(f"logit_bias[{token}]", value, low=-100.0, high=100.0)
         checked[token] = value
     return checked

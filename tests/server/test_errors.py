@@ -40,6 +40,8 @@ LONG = {"max_model_len": 512}
         ({**OK, "logit_bias": {"5": 101}}, 400, "logit_bias[...]", "invalid_value"),
         ({**OK, "logit_bias": {"x": 1}}, 400, "logit_bias", "invalid_value"),
         ({**OK, "logit_bias": {"256": 1}}, 400, "logit_bias", "invalid_value"),
+        ({**OK, "logit_bias": {"9" * 30: 1}}, 400, "logit_bias", "invalid_value"),
+        ({**OK, "logit_bias": {"9" * 5000: 1}}, 400, "logit_bias", "invalid_value"),
         ({**OK, "stop_token_ids": [256]}, 400, "stop_token_ids", "invalid_value"),
         ({**OK, "stop": [""]}, 400, "stop", "invalid_value"),
         ({**OK, "stop": ["x"] * 17}, 400, "stop", "invalid_value"),
