@@ -57,14 +57,19 @@ class Narrow(Layer):
         self.cache = LayerCache(both[:, 0], both[:, 1])
 
 
+HEAD = 256
+"""Values of a head: many, because in the interpreter each token takes the same time."""
+
+
 def stored(values: Tensor) -> Tensor:
     """The bytes that a cache has of values, which are not rotated."""
-    d = 64
+    d = HEAD
     rows = values.view(-1, d)
     tokens = len(rows)
     qkv = torch.zeros(tokens, 3, d, dtype=values.dtype, device=DEVICE)
     qkv[:, 2] = rows
-    turned = Rotation(torch.ones(tokens, 1, 32, device=DEVICE), torch.zeros(tokens, 1, 32, device=DEVICE))
+    ones = torch.ones(tokens, 1, d // 2, device=DEVICE)
+    turned = Rotation(ones, torch.zeros_like(ones))
     blocks = -(-tokens // 16)
     keys, found = torch.zeros(2, blocks, 16, 1, d, dtype=torch.uint8, device=DEVICE)
     plan = AttentionPlan([Span(0, tokens, 0)], [list(range(blocks))], 16, DEVICE)
@@ -90,7 +95,7 @@ def test_float32_is_rounded_once() -> None:
     middles = (numbers[1:] + numbers[:-1]) / 2
     edges = torch.cat([numbers, middles, -middles])
     around = torch.cat([torch.nextafter(edges, edges + s) for s in (-1.0, 1.0)] + [edges])
-    values = torch.cat([around, around.new_zeros(-len(around) % 64)])
+    values = torch.cat([around, around.new_zeros(-len(around) % HEAD)])
     expected = values.to(torch.float8_e4m3fn).view(torch.uint8)
     assert stored(values.to(DEVICE)).equal(expected)
 
