@@ -27,20 +27,6 @@ from aioengine.adapters.peft.read import PackedAdapter
 from aioengine.errors import AdapterError, AdapterLoadError, AdapterTooLarge
 from aioengine.model.spec import LORA_MODULES
 
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("adapter")
-    make(folder, target_modules=["q_proj", "down_proj"])
-    return folder
-
-
-@pytest.fixture
-def adapter(saved: Path, tmp_path: Path) -> Path:
-    """A valid adapter that the test may damage."""
-    return Path(shutil.copytree(saved, tmp_path / "adapter"))
-
-
 ALL = list(LORA_MODULES)
 EQUIVALENT: dict[str, dict[str, Any]] = {
     "all modules": {"target_modules": ALL},

@@ -7,7 +7,6 @@ import hashlib
 import io
 import json
 import os
-import shutil
 import struct
 import subprocess
 import sys
@@ -27,18 +26,6 @@ from aioengine.model.spec import TARGETABLE_MODULES
 # B of q_proj at rank 16 has 65536 elements: as many as there are 16-bit floats, and more than one piece.
 WIDE = msgspec.structs.replace(SPEC, hidden_size=4096, num_heads=512, num_layers=1)
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("adapter")
-    make(folder, target_modules=["q_proj", "down_proj"])
-    return folder
-
-
-@pytest.fixture
-def adapter(saved: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(saved, tmp_path / "adapter"))
 
 
 def write(folder: Path, tensors: dict[str, torch.Tensor], **config: Any) -> None:

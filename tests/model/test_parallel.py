@@ -21,7 +21,6 @@ from support.parallel_ranks import (
     fail_on_rank_1,
     gather,
     hold,
-    is_compiled,
     play,
     refusal,
     traffic,
@@ -153,7 +152,15 @@ def alone(root: Path, model: str, kernels: str) -> Any:
     return play(SoloGroup(), script_of(root, model, kernels))
 
 
-def check(ranks: Ranks, root: Path, model: str, fully_sharded: bool, kernels: str = "torch") -> None:
+def check(
+    ranks: Ranks,
+    root: Path,
+    model: str,
+    fully_sharded: bool,
+    kernels: str = "torch",
+    *,
+    compiled: bool = False,
+) -> None:
     expected = alone(root, model, "torch")
     script = script_of(root, model, kernels)
     found, *others = ranks.run(play, script, fully_sharded=fully_sharded)
@@ -163,6 +170,7 @@ def check(ranks: Ranks, root: Path, model: str, fully_sharded: bool, kernels: st
     for ours, theirs in zip(found.logits, expected.logits, strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=2e-4, atol=2e-4)
     assert all(other.logits == [] and other.outputs == found.outputs for other in others)
+    assert {outcome.compiled for outcome in (found, *others)} == {compiled}
 
 
 @pytest.mark.parametrize("fully_sharded", [False, True])
@@ -197,8 +205,7 @@ COMPILED = ["qwen2", "qwen3", "one-kv-head", "gemma2", "gemma3", "phi3", "glm4",
 @pytest.mark.usefixtures("cpu_library")
 def test_so_they_do_in_compiled_steps(two: Ranks, root: Path, model: str, fully_sharded: bool) -> None:
     """The library comes back for what the ranks exchange in the middle of a step."""
-    assert two.run(is_compiled, script_of(root, model, "cpu"), fully_sharded=fully_sharded) == [True, True]
-    check(two, root, model, fully_sharded, "cpu")
+    check(two, root, model, fully_sharded, "cpu", compiled=True)
 
 
 @pytest.mark.parametrize("kernels", ["torch", "cpu"])
@@ -228,9 +235,9 @@ def test_quantized_weights_on_two_ranks(
     phase = Phase(loads, [(prompt(9 + slot, 8), slot) for slot in (-1, *loads)])
     plain = Script(model_of(root, model), [phase], max_loras=3)
     script = plain._replace(kernels="cpu", quantization=quantization)
-    assert two.run(is_compiled, script, fully_sharded=fully_sharded) == [True, True]
     exact = play(SoloGroup(), plain).logits[0]
-    found, _ = two.run(play, script, fully_sharded=fully_sharded)
+    found, other = two.run(play, script, fully_sharded=fully_sharded)
+    assert found.compiled and other.compiled
     shared, whole = (np.linalg.norm(o.logits[0] - exact) for o in (found, play(SoloGroup(), script)))
     assert 0 < shared < 1.2 * whole
 
@@ -239,7 +246,6 @@ def test_quantized_weights_on_two_ranks(
 @pytest.mark.usefixtures("cpu_library")
 def test_shares_that_compiled_steps_do_not_cover(three: Ranks, root: Path, fully_sharded: bool) -> None:
     """A third of the vocabulary is not in whole vectors: the library's operations, one by one."""
-    assert not any(three.run(is_compiled, script_of(root, "by-three", "cpu"), fully_sharded=fully_sharded))
     check(three, root, "by-three", fully_sharded, "cpu")
 
 
@@ -401,8 +407,9 @@ def test_fp8_ranks_have_parts_of_the_same_weights(two: Ranks, root: Path, name: 
     adapter = build_adapter(model, root / f"{name}-fp8", use_dora=True, target_modules=list(modules))
     phase = Phase({0: adapter}, [(prompt(1, 12), -1), (prompt(2, 9), 0)])
     script = Script(model, [phase], max_loras=1, target_modules=modules, kernels="cpu", quantization="fp8")
-    assert two.run(is_compiled, script) == [True, True]
-    assert two.run(play, script)[0].outputs == play(SoloGroup(), script).outputs
+    found, other = two.run(play, script)
+    assert found.compiled and other.compiled
+    assert found.outputs == play(SoloGroup(), script).outputs
 
 
 def test_a_model_that_does_not_divide_is_refused_with_the_sizes_that_do(root: Path) -> None:

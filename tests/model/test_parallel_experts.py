@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from support.any_models import config_of
 from support.moe_adapters import PARAMETERS, MoeModel
-from support.parallel_ranks import Phase, Ranks, Script, hold, is_compiled, play, traffic
+from support.parallel_ranks import Phase, Ranks, Script, hold, play, traffic
 from support.served_models import engine_of, prompt
 
 from aioengine import EngineConfig, LoRAConfig, SamplingParams
@@ -124,7 +124,8 @@ def alone(root: Path, case: str) -> Any:
 def check(ranks: Ranks, root: Path, case: str, fully_sharded: bool, kernels: str) -> None:
     expected = alone(root, case)
     script = script_of(model_of(root, case), kernels)
-    found, *_ = ranks.run(play, script, fully_sharded=fully_sharded)
+    found, *others = ranks.run(play, script, fully_sharded=fully_sharded)
+    assert {outcome.compiled for outcome in (found, *others)} == {kernels == "cpu"}
     assert found.outputs == expected.outputs
     for ours, theirs in zip(found.logits, expected.logits, strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=2e-4, atol=2e-4)
@@ -139,9 +140,6 @@ def test_two_ranks_give_the_tokens_and_logits_of_one(
 ) -> None:
     if kernels not in available_backends("cpu"):
         pytest.skip("the CPU library cannot be built here")
-    if kernels == "cpu":
-        script = script_of(model_of(root, case), kernels)
-        assert two.run(is_compiled, script, fully_sharded=fully_sharded) == [True, True]
     check(two, root, case, fully_sharded, kernels)
 
 

@@ -197,16 +197,19 @@ class CoreSim:
         sampled: list[Sampled | None] = []
         followed: dict[int, list[Sampled]] = {}
         for index, work in enumerate(batch.sequences):
+            if not work.sample:
+                sampled.append(None)
+                continue
             history = list(work.history)
             token = self.next_token(history)
-            sampled.append(Sampled(token) if work.sample else None)
+            sampled.append(Sampled(token))
             for proposed in work.draft:
                 if proposed != token:
                     break
                 history.append(token)
                 token = self.next_token(history)
                 followed.setdefault(index, []).append(Sampled(token))
-            if work.sample and work.params.constraint is not None:
+            if work.params.constraint is not None:
                 self._force([*history, token], followed.get(index, sampled))
         self._last = batch.sequences, sampled
         result = StepResult(sampled, seconds, followed=followed)

@@ -142,11 +142,13 @@ class Script(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What rank 0 saw; elsewhere empty."""
+    """What a rank saw."""
 
     outputs: list[list[int]]
     logits: list[NDArray[np.float32]]
-    """By step: [rows that sample, vocabulary]."""
+    """By step: [rows that sample, vocabulary]; of rank 0 alone."""
+    compiled: bool
+    """Whether steps were calls into the compiled library."""
 
 
 @dataclass
@@ -173,7 +175,8 @@ def play(group: Group, script: Script) -> Outcome:
         goals = {id(s): len(s.tokens) + phase.tokens for s in active}
         while pending := [s for s in active if len(s.tokens) < goals[id(s)]]:
             stage.step(pending, script.chunk)
-    return Outcome([s.tokens[s.prompt_len :] for s in everything], [x.numpy() for x in stage.logits])
+    outputs, logits = [s.tokens[s.prompt_len :] for s in everything], [x.numpy() for x in stage.logits]
+    return Outcome(outputs, logits, stage.runner.native is not None)
 
 
 class Held(NamedTuple):
@@ -184,11 +187,6 @@ class Held(NamedTuple):
     slot_bytes: int
     weight_bytes: int
     kv_bytes: int
-
-
-def is_compiled(group: Group, script: Script) -> bool:
-    """Whether steps are calls into the compiled library."""
-    return Stage(group, script).runner.native is not None
 
 
 def fail_in_exchange(group: Group, script: Script) -> str:
