@@ -287,14 +287,23 @@ def compile_variant(variant: Variant, capability: int) -> Usage:
         if name not in constants and name not in _ANY_NUMBER
     }
     source = ASTSource(kernel, signature, constexprs=constants, attrs=aligned)
-    compiled = triton.compile(
-        source,
-        target=GPUTarget("cuda", capability, 32),
-        options={"num_warps": variant.num_warps, "num_stages": variant.num_stages},
-    )
-    ptx = compiled.asm["ptx"]
-    registers, spilled = _assemble(ptx)
-    return Usage(registers, spilled, compiled.metadata.shared, ptx, compiled.asm["ttgir"])
+    with triton.knobs.runtime.scope():
+        triton.knobs.runtime.add_stages_inspection_hook = _reporting
+        compiled = triton.compile(
+            source,
+            target=GPUTarget("cuda", capability, 32),
+            options={"num_warps": variant.num_warps, "num_stages": variant.num_stages},
+        )
+    registers, spilled = map(int, compiled.asm["cubin"].split())
+    return Usage(registers, spilled, compiled.metadata.shared, compiled.asm["ptx"], compiled.asm["ttgir"])
+
+
+def _reporting(backend: object = None, stages: dict[str, Any] | None = None, *_: object) -> tuple[str, str]:
+    """Hook of Triton's compiler: where it would make a binary, ask the assembler for a thread's registers and
+    spilled bytes. Triton's cache keeps them as it would keep the binary, by another key."""
+    if stages is not None:
+        stages["cubin"] = lambda ptx, metadata: " ".join(map(str, _assemble(ptx))).encode()
+    return "usage", "usage"
 
 
 _KERNELS: Mapping[str, Any] = {
