@@ -20,6 +20,7 @@ from aioengine.core.decodes.turns import Turns
 from aioengine.core.guard import Tell
 from aioengine.core.pacing import Allowance, Floor, Pacer, StepWork
 from aioengine.core.prefixes.reached import pin_reached
+from aioengine.core.prefixes.under_way import is_under_way
 from aioengine.core.queues import RequestQueues
 from aioengine.core.speculation.drafts import Speculation
 from aioengine.core.state import Request, Status, label_of
@@ -98,7 +99,7 @@ class Batcher:
         tokens go to the oldest, so that it always advances; the rest go to the requests with the fewest
         tokens left, so that a short prompt does not wait for long ones. The oldest, the shortest and the
         first newcomer get a chunk, however little time there is, and so do further short ones and newcomers
-        that need no more than a chunk together.
+        that need no more than a chunk together. A newcomer waits if one before it computes what it can share.
         """
         self._now = now
         counted = self.counted
@@ -162,7 +163,7 @@ class Batcher:
         if self.preemptions > preemptions:  # short of blocks
             admit = ()
         allowance = Allowance(room)
-        oldest = None
+        oldest, prompts = None, list(prefills)
         if self.pacer is not None:
             allowance = self.pacer.allowance(StepWork.of((part for _, _, part in work), slot_ranks), room)
             if prefills:
@@ -173,9 +174,12 @@ class Batcher:
         for request in self._admissible(admit):
             while prefills and (oldest is None or prefills[0].remaining <= request.remaining):
                 self._compute(prefills.popleft(), allowance, short, work, now)
+            if prompts and is_under_way(request, prompts, self.blocks):
+                continue
             # Stop at the first that does not fit: it would starve if smaller ones passed it.
             if not allowance.has_room(request, new) or not self._start(request, now):
                 break
+            prompts.append(request)
             self._compute(request, allowance, new, work, now)
         for request in prefills:
             self._compute(request, allowance, short, work, now)
