@@ -25,11 +25,17 @@ LOOK_SECONDS = 0.1
 
 
 async def demo_on_fleet(config: FleetConfig, board: Board, params: SamplingParams, console: Console) -> int:
-    """Start the fleet, send the board's requests one after the other, and show their progress."""
+    """Start the fleet, send the board's requests one after the other, and show their progress, here and on
+    the live page."""
     from aioengine.cli.demo.view import print_fleet_summary, result_line
     from aioengine.cli.fleet.started import started_fleet
+    from aioengine.metrics.asgi import serve_page
 
-    async with started_fleet(config, lambda stage, done, total: None) as client:
+    async with (
+        started_fleet(config, lambda stage, done, total: None) as client,
+        serve_page(client, port=0) as page,
+    ):
+        print(f"Live page, as long as the demo runs: {page}", flush=True)
 
         async def ask(row: Row) -> None:
             row.state, sent = "waiting", time.perf_counter()
