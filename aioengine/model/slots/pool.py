@@ -161,7 +161,9 @@ class LoRASlots:
             )
         rows, counted = memory.rows(image.table, begin)
         copies = [Copy(memory.memory[begin:end], image.data), Copy(memory.device_table[slot], counted)]
-        head, trained, columns = image.head, image.tokens, self.layout.partition.vocabulary
+        head, trained = image.head, image.tokens
+        # Only where embeddings can be trained the layout knows them.
+        columns = slice(0) if trained is None else self.layout.partition.vocabulary
         ids = [] if trained is None else ids_of(trained, columns)
         parts = [] if head is None else [part for part in head if part is not None]
         there = self._copier.write(copies, [*ids, *parts])
