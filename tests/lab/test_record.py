@@ -13,6 +13,7 @@ from io import FileIO
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -34,7 +35,7 @@ def lines(path: Path) -> list[dict[str, Any]]:
 
 
 async def test_a_recording_is_a_trace(tiny: Tiny, make_engine: MakeEngine, tmp_path: Path) -> None:
-    path = tmp_path / "trace.jsonl"
+    path, due = tmp_path / "trace.jsonl", np.float64(60.0)
     before = time.time()
     async with TraceWriter(path) as writer, make_engine(tiny, max_loras=2) as engine:
         engine.register_adapter("sql", tiny.adapters["rank-3"])
@@ -42,7 +43,7 @@ async def test_a_recording_is_a_trace(tiny: Tiny, make_engine: MakeEngine, tmp_p
         await asyncio.sleep(0)  # accepted before the recording begins: not in it
         writer.attach(engine)
         await asyncio.gather(
-            engine.complete([4, 5, 6], greedy(9), adapter="sql", tenant="alice", priority=3, deadline=60.0),
+            engine.complete([4, 5, 6], greedy(9), adapter="sql", tenant="alice", priority=3, deadline=due),
             engine.complete([7, 8], greedy(2)),
             early,
         )

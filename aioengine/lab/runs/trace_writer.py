@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Self
 import msgspec
 
 from aioengine import events
+from aioengine.checks import plain
 from aioengine.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -78,7 +79,7 @@ class TraceWriter:
         self._size = 0
         self._pending = 0
         """Bytes that the thread has not written yet."""
-        self._encoder = msgspec.json.Encoder()
+        self._encoder = msgspec.json.Encoder(enc_hook=plain)
         self._queue: SimpleQueue[bytes | None] = SimpleQueue()
         self._timer: asyncio.TimerHandle | None = None
         self._detach: Callable[[], None] | None = None
