@@ -150,7 +150,7 @@ class CountedDecodes:
 
     @property
     def steps_left(self) -> int:
-        """Number of steps, the one in flight included, that are the last one of nobody."""
+        """Number of steps, with the one in flight, in which no request ends."""
         return 0 if self._ending else self._next(self._last) - len(self.ends)
 
     @property
