@@ -54,6 +54,9 @@ _OUTER = {"embed_tokens": "model.embed_tokens", "lm_head": "lm_head"}
 
 ModelImpl = Literal["auto", "native", "transformers"]
 
+MAX_LAYERS, MAX_EXPERTS = 1024, 4096
+"""What a configuration may ask for; more would take long to plan, and no such model is known."""
+
 SUPPORTED_ARCHITECTURES = {
     "LlamaForCausalLM": "llama",
     "MistralForCausalLM": "mistral",

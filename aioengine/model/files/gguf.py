@@ -34,7 +34,7 @@ from aioengine.model.files.gguf_families import (
 from aioengine.model.files.hf.families import TRAITS
 from aioengine.model.files.packing import MXFP4, Packing, of_gguf
 from aioengine.model.files.quantized import with_packed
-from aioengine.model.spec import ModelSpec, RopeSpec
+from aioengine.model.spec import MAX_LAYERS, ModelSpec, RopeSpec
 
 if TYPE_CHECKING:
     from gguf import ReaderTensor
@@ -141,6 +141,8 @@ def read_spec(source: str | PathLike[str] | GGUFFile) -> ModelSpec:
                 f"{file.path}: {arch}.{key}={found}: only the head dimension, {head_dim}, is supported"
             )
     layers = _uniform(file, f"{arch}.block_count")
+    if layers > MAX_LAYERS:
+        raise ConfigError(f"{file.path}: {arch}.block_count={layers}: must be <= {MAX_LAYERS}")
     own = windows(family, get, layers, file.path)
     rope = _read_rope(file, arch, rotary_dim)
     other, other_layers = other_rope(family, get, rope, own, layers)
@@ -393,7 +395,6 @@ def _llama3_rope(file: GGUFFile, theta: float, head_dim: int) -> RopeSpec:
     expected = 1.0 / ((1.0 - smooth) / factor + smooth)
     if divisors.shape != expected.shape or not torch.allclose(divisors, expected, rtol=1e-4):
         raise ConfigError(
-            f"{file.path}: {_ROPE_FACTORS} does not contain Llama 3's RoPE divisors, and others are not "
-            "supported"
+            f"{file.path}: {_ROPE_FACTORS} are not Llama 3's RoPE divisors, and others are not supported"
         )
     return RopeSpec(type="llama3", theta=theta, factor=factor, original_max_position=8192)

@@ -18,7 +18,7 @@ from aioengine.model.files.hf.rope import read_ropes
 from aioengine.model.files.packing import Packing
 from aioengine.model.files.quantized import QuantizedFolder, with_packed
 from aioengine.model.files.stacked_experts import packed_experts
-from aioengine.model.spec import DTYPE_BYTES, SUPPORTED_ARCHITECTURES, ModelSpec
+from aioengine.model.spec import DTYPE_BYTES, MAX_LAYERS, SUPPORTED_ARCHITECTURES, ModelSpec
 
 __all__ = ["NotNative", "read_spec", "special_tokens"]
 
@@ -39,7 +39,7 @@ def read_spec(model_dir: Path) -> ModelSpec:
     config.defaults = DEFAULTS[family]
 
     hidden_size = config.positive("hidden_size")
-    num_layers = config.positive("num_hidden_layers")
+    num_layers = config.positive("num_hidden_layers", most=MAX_LAYERS)
     num_heads = config.positive("num_attention_heads")
     num_kv_heads = config.positive("num_key_value_heads", default=num_heads)
     head_dim = config.positive("head_dim", default=hidden_size // num_heads)

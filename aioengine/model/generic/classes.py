@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import logging
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from aioengine.checks import read_json
 from aioengine.errors import ConfigError
+from aioengine.model.files.folder import INDEX, SINGLE, headers
+from aioengine.model.files.methods.scheme import Header
+from aioengine.model.spec import MAX_LAYERS
 
 if TYPE_CHECKING:
     import torch
@@ -21,6 +27,11 @@ def available() -> bool:
     from importlib.util import find_spec
 
     return find_spec("transformers") is not None
+
+
+_OTHER = "Use a model whose class is part of transformers"
+_EXTRA = re.compile("nextn|mtp")
+"""Settings that say that a checkpoint has layers for the tokens after the next one, too."""
 
 
 class Found:
@@ -65,7 +76,7 @@ class Found:
             what = f"model_type={raw.get('model_type')!r}, architectures={raw.get('architectures')!r}"
             raise ConfigError(
                 f"{self.path}/config.json: transformers {transformers.__version__} cannot make a model of it "
-                f"({what}): {one_line(error)}.{remote} Use a model whose class is part of transformers"
+                f"({what}): {one_line(error)}.{remote} {_OTHER if unknown else 'Correct config.json'}"
             ) from error
         self._class = found
         values = {key: value for key, value in raw.items() if key not in ("model_type", "auto_map")}
@@ -107,6 +118,9 @@ class Found:
         import transformers
 
         auto: Any = transformers.AutoModelForCausalLM
+        layers = getattr(self.text_config, "num_hidden_layers", 0)
+        if isinstance(layers, int) and layers > MAX_LAYERS:
+            raise ConfigError(f"{self.path}/config.json: num_hidden_layers={layers}: must be <= {MAX_LAYERS}")
         try:
             with torch.device("meta"):
                 if self._class is auto:
@@ -127,8 +141,10 @@ class Found:
         """
         import torch
 
+        stored = headers(self.path) if any((self.path / name).exists() for name in (SINGLE, INDEX)) else {}
+        log = _Report()
         try:
-            with _without_bars(), torch.device(device):
+            with _without_bars(), log, torch.device(device):
                 model, report = self._class.from_pretrained(
                     str(self.path),
                     config=self.config,
@@ -136,30 +152,70 @@ class Found:
                     trust_remote_code=False,
                     local_files_only=True,
                     output_loading_info=True,
+                    ignore_mismatched_sizes=True,  # they are looked at here
                 )
         except Exception as error:
             raise ConfigError(
-                f"{self.path}: transformers cannot load the weights: {one_line(error)}"
+                f"{self.path}: transformers cannot load the weights{log.converted}: {one_line(error)}; the "
+                "checkpoint is damaged, or does not belong to this config.json"
             ) from error
-        self._check(model, report)
+        self._check(model, report, stored)
         return _quiet(model).requires_grad_(False).to(device)
 
-    def _check(self, model: Any, report: Any) -> None:
-        """Check that the checkpoint has all parameters of the model, and no other ones of its layers."""
+    def _check(self, model: Any, report: Any, stored: Mapping[str, Header]) -> None:
+        """Check that the checkpoint has all parameters of the model as numbers of its shapes, and no other
+        ones of its layers."""
         missing, extra = sorted(report["missing_keys"]), sorted(report["unexpected_keys"])
+        for name, found, expected in sorted(report["mismatched_keys"]):
+            raise ConfigError(
+                f"{self.path}: {name}: expected shape {tuple(expected)} from the configuration, found "
+                f"{tuple(found)}; the weights do not belong to this config.json"
+            )
         if missing:
             raise ConfigError(
                 f"{self.path}: {len(missing)} parameters are missing: {', '.join(missing[:3])}; the weights "
                 "do not belong to this config.json"
             )
-        inside = {name for name, _ in model.named_modules() if name.rpartition(".")[2].isdecimal()}
+        for key, header in stored.items():
+            if key.endswith(".weight") and not header.dtype.startswith(("F", "BF")):
+                raise ConfigError(
+                    f"{self.path}: {key}: expected floating point, found {header.dtype}; the checkpoint is "
+                    "damaged, or quantized in a way that config.json does not name"
+                )
+        layers = {name for name, _ in model.named_modules() if name.rpartition(".")[2].isdecimal()}
+        counts = Counter(name.rpartition(".")[0] for name in layers)
+        values = self.text_config.to_dict().items()
+        more = max((value for name, value in values if _EXTRA.search(name) and type(value) is int), default=0)
         for key in extra:
             parts = key.split(".")
-            if any(".".join(parts[:end]) in inside for end in range(1, len(parts))):
-                raise ConfigError(
-                    f"{self.path}: unexpected parameter {key}; the {type(model).__name__} that config.json "
-                    "describes has no place for it"
-                )
+            for end, part in enumerate(parts[:-1]):
+                before = ".".join(parts[:end])
+                beyond = part.isdecimal() and before in counts and int(part) >= counts[before] + more
+                if f"{before}.{part}" in layers or beyond:
+                    raise ConfigError(
+                        f"{self.path}: unexpected parameter {key}; the {type(model).__name__} that "
+                        "config.json describes has no place for it"
+                    )
+
+
+class _Report(logging.Handler):
+    """Context that reads what transformers logs about parameters that it cannot convert."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.converted = ""
+        """Their names, for messages."""
+
+    def __enter__(self) -> None:
+        logging.getLogger("transformers").addHandler(self)
+
+    def __exit__(self, *_: object) -> None:
+        logging.getLogger("transformers").removeHandler(self)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        text = re.sub(r"\x1b\[[0-9;]*m", "", record.getMessage())
+        if names := re.findall(r"^(\S+) *\| *CONVERSION", text, re.MULTILINE):
+            self.converted = f" ({', '.join(names[:3])}: shapes or dtypes do not fit together)"
 
 
 def _quiet(model: Any) -> Any:

@@ -45,11 +45,13 @@ class ConfigFile:
             raise self.error(key, value, "must be a number > 0")
         return float(value)
 
-    def positive(self, key: str, *, default: int | None = None) -> int:
-        """Return an integer > 0."""
+    def positive(self, key: str, *, default: int | None = None, most: int | None = None) -> int:
+        """Return an integer > 0, and up to ``most``."""
         value = self.number(key, default=default)
         if value != int(value):
             raise self.error(key, value, "must be an integer")
+        if most is not None and value > most:
+            raise self.error(key, int(value), f"must be <= {most}")
         return int(value)
 
     def flag(self, key: str) -> bool:

@@ -7,6 +7,7 @@ from typing import Any
 from aioengine.model.experts.spec import ExpertNames
 from aioengine.model.files.hf.config_file import ConfigFile, NotNative
 from aioengine.model.files.hf.families import Family
+from aioengine.model.spec import MAX_EXPERTS
 
 MIXTRAL = ExpertNames(block="block_sparse_moe", gate="w1", up="w3", down="w2")
 _COUNTS = ("num_experts", "num_local_experts")
@@ -28,7 +29,7 @@ def read_experts(config: ConfigFile, family: Family, num_layers: int) -> dict[st
     if config.get("clip_qkv") is not None:
         raise config.error("clip_qkv", config.get("clip_qkv"), "only null is supported", NotNative)
     key = next((key for key in _COUNTS if key in config.raw), _COUNTS[family in ("mixtral", "gpt_oss")])
-    experts, chosen = config.positive(key), config.positive("num_experts_per_tok")
+    experts, chosen = config.positive(key, most=MAX_EXPERTS), config.positive("num_experts_per_tok")
     if chosen > experts:
         raise config.error("num_experts_per_tok", chosen, f"must be <= {key}={experts}")
     fields: dict[str, Any] = {"experts": experts, "experts_per_token": chosen}
