@@ -170,7 +170,9 @@ class NativeForward:
         width = max(batch.width for batch in inputs.lora.passes)
         h = scratch(self._slices * max(width, *(batch.width for batch in inputs.sample_lora.passes)))
         # Tables stay referenced by these names while the library reads them.
-        batches = [_Segments(batch) for batch in (inputs.lora, inputs.sample_lora)]
+        lora = _Segments(inputs.lora)
+        same = inputs.sample_lora is inputs.lora  # in decode steps
+        sample_lora = lora if same else _Segments(inputs.sample_lora)
         head = self._slots.outer.get("lm_head") if self._slots else None
         mixed = _mixture_scratch(spec, tokens, width, decoder.dtype)
         squares = torch.empty(tokens, 2)
@@ -182,8 +184,8 @@ class NativeForward:
             table_width=plan.tables.shape[1],
             samples=samples,
             threads=count,
-            lora=batches[0].struct,
-            sample_lora=batches[1].struct,
+            lora=lora.struct,
+            sample_lora=sample_lora.struct,
             **_pointers(
                 hidden=hidden,
                 cos=cos,

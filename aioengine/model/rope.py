@@ -22,6 +22,7 @@ class Ropes:
         self._frequencies = torch.stack(frequencies)[:, None, None].to(device)
         scaling = torch.tensor([attention_scaling(rope) for rope in spec.ropes])
         self._scaling = scaling.view(-1, 1, 1, 1).to(device)
+        self._scales = bool((scaling != 1.0).any())
 
     @property
     def half(self) -> int:
@@ -35,7 +36,8 @@ class Ropes:
         that the plan does not know of, and save nothing that can be measured.
         """
         angles = positions.to(torch.float32)[:, None, None] * self._frequencies
-        return angles.cos() * self._scaling, angles.sin() * self._scaling
+        cos, sin = angles.cos(), angles.sin()
+        return (cos.mul_(self._scaling), sin.mul_(self._scaling)) if self._scales else (cos, sin)
 
 
 def inverse_frequencies(spec: RopeSpec, dim: int) -> Tensor:

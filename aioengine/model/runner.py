@@ -409,23 +409,27 @@ class ModelRunner:
         spans: list[Span] = []
         sample_rows: list[int] = []
         asking: list[int] = []
+        end = 0
         for i, work in enumerate(batch.sequences):
-            spans.append(Span(len(token_ids), len(work.tokens), work.start))
-            token_ids.extend(work.tokens)
+            tokens = work.tokens
+            begin, end = end, end + len(tokens)
+            spans.append(Span(begin, end - begin, work.start))
+            token_ids += tokens
             if work.sample and work.params.pooling is None:
                 asking.append(i)
-                sample_rows.extend(range(len(token_ids) - 1 - len(work.draft), len(token_ids)))
+                if work.draft:
+                    sample_rows += range(end - 1 - len(work.draft), end)
+                else:
+                    sample_rows.append(end - 1)
         rows = torch.tensor(sample_rows, dtype=torch.long)
         ids, rows = send([torch.tensor(token_ids), rows], self.device)
         tables = [work.block_table for work in batch.sequences]
-        inputs = StepInputs(
-            token_ids=ids,
-            sample_rows=rows,
-            attention=AttentionPlan(spans, tables, self.kv_cache.block_size, self.device),
-            lora=self._lora_batch(batch, range(len(spans)), [span.length for span in spans]),
-            sample_lora=self._lora_batch(batch, asking, [1 + len(batch.sequences[i].draft) for i in asking]),
-        )
-        return inputs, asking
+        lora = sample_lora = self._lora_batch(batch, range(len(spans)), [span.length for span in spans])
+        if len(sample_rows) < len(token_ids):
+            counts = [1 + len(batch.sequences[i].draft) for i in asking]
+            sample_lora = self._lora_batch(batch, asking, counts)
+        plan = AttentionPlan(spans, tables, self.kv_cache.block_size, self.device)
+        return StepInputs(ids, rows, plan, lora, sample_lora), asking
 
     def _lora_batch(self, batch: StepBatch, sequences: Iterable[int], counts: list[int]) -> LoRABatch:
         """``counts`` tokens of each of ``sequences``, by index. Merged, nothing is added."""

@@ -73,11 +73,12 @@ def sample(logits: Tensor, rows: Sequence[SequenceWork], penalties: Penalties | 
         forced = {changed[i]: after for i, after in masks.forced.items()}
     else:
         tokens = best.tolist()
+        if min(tokens) >= 0 and all(row.params.logprobs is None for row in rows):
+            return [Sampled(token) for token in tokens]  # nearly always
         finite = [token >= 0 for token in tokens]
     results |= {
         i: Sampled(-1, error=f"the model's output is not finite: largest logit {logits[i].max().item()}")
-        for i in range(len(rows))
-        if not finite[i]
+        for i in (i for i, known in enumerate(finite) if not known)
     }
     scored = [i for i, row in enumerate(rows) if i not in results and row.params.logprobs is not None]
     logprobs: dict[int, TokenLogprob] = {}
@@ -122,7 +123,7 @@ def _argmax(logits: Tensor) -> Tensor:
     block = min(logits.shape[1] & -logits.shape[1], _ARGMAX_BLOCK)
     if logits.device.type == "cpu" and block >= _BLOCK:
         blocks = logits.reshape(len(logits), -1, block)
-        if logits.sum(dim=-1).isfinite().all():
+        if math.isfinite(logits.sum()):
             # Only finite values have a finite sum. Positive ones are in the order of their bits, and torch
             # compares whole numbers ten times faster.
             bits = blocks.view(_BITS[logits.itemsize])

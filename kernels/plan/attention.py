@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from functools import cached_property
 from typing import NamedTuple
@@ -44,9 +45,11 @@ class AttentionPlan(Derivable):
         self.block_size = block_size
         self.device = torch.device(device)
         width = max(len(table) for table in tables)
-        self.host_tables = torch.tensor(
-            [[*table, *[0] * (width - len(table))] for table in tables], dtype=torch.int32
-        )
+        padded = array("i")
+        for table in tables:
+            padded.extend(table)
+            padded.extend([0] * (width - len(table)))
+        self.host_tables = torch.frombuffer(padded, dtype=torch.int32).view(len(tables), width)
         """:attr:`tables` on the host."""
         if all(span.length == 1 for span in spans):  # decoding: numbers in Python take less than operations
             places = [span.start for span in spans]
@@ -70,11 +73,13 @@ class AttentionPlan(Derivable):
     @cached_property
     def span_table(self) -> Tensor:
         """[N, 3] row, length and start of each sequence (int32, on the host)."""
-        return torch.tensor(self.spans, dtype=torch.int32)
+        return torch.tensor([number for span in self.spans for number in span], dtype=torch.int32).view(-1, 3)
 
     @cached_property
     def last(self) -> Tensor:
         """[T] whether a token is its sequence's last in this step (uint8, on the host)."""
+        if len(self.spans) == len(self.positions):
+            return torch.ones(len(self.spans), dtype=torch.uint8)
         last = torch.zeros(len(self.positions), dtype=torch.uint8)
         last[[span.row + span.length - 1 for span in self.spans]] = 1
         return last

@@ -37,7 +37,9 @@ def begin(rows: Iterable[SequenceWork]) -> None:
     """Start the constraints of rows that will be sampled, if they can start early. Errors here appear again
     in :func:`collect`."""
     for row in rows:
-        if row.sample and (constraint := _started(row)) is not None:
+        if row.params.constraint is None or not row.sample:
+            continue
+        if (constraint := _started(row)) is not None:
             with contextlib.suppress(BaseException):
                 constraint.begin(row.output)
 
