@@ -85,6 +85,9 @@ class FleetConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
             )
         if not self.name:
             raise ConfigError("name='': must not be empty")
+        for name, path in self.adapters.items():
+            if not is_utf8(path):
+                raise ConfigError(f"adapters.{name}: the path {path!a} is no UTF-8; rename the folder")
         if self.otlp_endpoint is not None:
             check_endpoint(self.otlp_endpoint)
         check_policies(self.router, self.placement, self.autoscale)
@@ -155,6 +158,15 @@ class FleetConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
                 "and a table [fleet]"
             )
         return cls.from_toml(path)
+
+
+def is_utf8(text: str) -> bool:
+    """Whether messages can hold a text. Python has paths that they cannot, of bytes that are no UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def check_policies(router: str, placement: str, autoscale: str | None = None) -> None:

@@ -1,8 +1,11 @@
-"""Requests that end while they run nowhere: before their first replica, and between two."""
+"""What a door ends or refuses by itself: requests that run nowhere, before their first replica or between
+two, and paths that no message can hold."""
 
 from __future__ import annotations
 
 import asyncio
+import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,10 +13,22 @@ from support.engine_fixtures import Tiny, greedy
 from support.fleet_here import fleet_here, small_engine
 from support.waiting import until
 
-from aioengine.errors import EngineStopped
+from aioengine.errors import AdapterInvalid, EngineStopped
 from aioengine.fleet.config import FleetConfig
 
 pytest.importorskip("ray.serve", reason="Ray has no wheel for this system or Python")
+
+
+async def test_a_path_that_messages_cannot_hold_is_refused(
+    tiny_text: Tiny, adapters: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A replica could load it, and then could not say what it has."""
+    folder = tmp_path / "\udcff"
+    shutil.copytree(adapters / "a", folder)
+    async with fleet_here(FleetConfig(engine=small_engine(tiny_text)), monkeypatch) as fleet:
+        with pytest.raises(AdapterInvalid, match="no UTF-8"):
+            await fleet.client.load_adapter("sql", folder)
+        assert not fleet.client.adapters() and fleet.client.members.members.keys() == {"r0"}
 
 
 @pytest.mark.parametrize("begun", [False, True])

@@ -38,6 +38,7 @@ def config(**fields: Any) -> FleetConfig:
         ({"silent_seconds": 0.6}, "two heartbeats"),
         ({"name": ""}, "name=''"),
         ({"engine": "tiny"}, "engine='tiny': must be an EngineConfig"),
+        ({"adapters": {"sql": "/a/\udcff"}}, r"adapters\.sql: the path '/a/\\udcff' is no UTF-8"),
         ({"autoscale": "waiting"}, "did you mean 'waiting_work'"),
         ({"autoscale": "waiting_work:most=0"}, "least=1, most=0"),
         ({"autoscale": "waiting_work:most=2", "replicas": 3}, "replicas=3: must be within the bounds"),

@@ -13,13 +13,14 @@ from typing import Any, TypeVar
 
 from aioengine.errors import (
     AdapterError,
+    AdapterInvalid,
     AdapterLoadError,
     AdapterNotFound,
     AioEngineError,
     ConfigError,
     EngineStopped,
 )
-from aioengine.fleet.config import FleetConfig
+from aioengine.fleet.config import FleetConfig, is_utf8
 from aioengine.fleet.door.entries import KnownEntries, listed, numbered, source_of, version_of
 from aioengine.fleet.door.members import Member, Members
 from aioengine.fleet.door.replicas import Change, Replicas, by_load, first_of, holds
@@ -133,6 +134,8 @@ class FleetAdapters:
         the old one. If one fails, or reads something else, the old one stays everywhere, and an error is
         raised. A replica that reads it later accepts no other content."""
         where = None if path is None else os.fspath(path)
+        if where is not None and not is_utf8(where):
+            raise AdapterInvalid("its path is no UTF-8; rename the folder", name=name, path=ascii(where))
         async with self.changing(name) as change:
             known = self.known.by_name.get(name)
             if replace and (known is not None or where is not None):
