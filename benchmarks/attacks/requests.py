@@ -259,6 +259,16 @@ async def hot_choices(target: Target) -> str:
     return statuses([await target.ask(n=64, max_tokens=4, temperature=2)])
 
 
+async def long_answers(target: Target) -> str:
+    """Ask for as many long answers as run at once, from one address, and leave after six seconds."""
+    body = {"n": 16, "max_tokens": 4000, "ignore_eos": True}
+    asked = [asyncio.create_task(target.ask(**body)) for _ in range(4)]
+    await asyncio.wait(asked, timeout=6)
+    left = sum(task.cancel() for task in asked)
+    await asyncio.wait(asked)
+    return f"left ({left}x)"
+
+
 async def large_integers(target: Target) -> str:
     """Send integers of 6,000 digits in a schema, in tools, and in the history of calls."""
     large = "1" + "0" * 6_000

@@ -81,6 +81,7 @@ ATTACKS = [
     Attack("A4 integers of 6,000 digits", requests.large_integers, "400"),
     Attack("A4 2 x 16 choices, all lists as long as may be", requests.all_fields, "not measured"),
     Attack("A4 64 choices at temperature 2", requests.hot_choices, "not measured"),
+    Attack("A4 64 long answers of one address", requests.long_answers, "not measured"),
     Attack("A7 256 vectors in one request", requests.many_vectors, "15,990 ms, when busy"),
     Attack("A7 2 x 2,048 vectors", requests.many_inputs, "held 684 ms (8 x 2,048)"),
     Attack("A7 2,048 documents to be ranked", requests.many_documents, "not measured"),
