@@ -48,9 +48,11 @@ def check_refusal(model: Path, environment: dict[str, str]) -> set[psutil.Proces
 
 
 def test_on_a_cluster(nodes: Nodes, broken: Path) -> None:
+    kinds = ("EngineReplica", "ServeController", "AdapterRegistry")
+    before = {kind: nodes.workers(kind).keys() for kind in kinds}  # Serve's, where other tests ran it here
     check_refusal(broken, {**os.environ, "RAY_ADDRESS": nodes.address})
-    for kind in ("EngineReplica", "ServeController", "AdapterRegistry"):
-        until(lambda kind=kind: not nodes.workers(kind))  # type: ignore[misc]
+    for kind in kinds:
+        until(lambda kind=kind: nodes.workers(kind).keys() <= before[kind])  # type: ignore[misc]
 
 
 def test_with_a_ray_of_its_own(broken: Path) -> None:
