@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 import random
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
@@ -78,15 +79,14 @@ class TimedSim(StrictSim):
         def at(time: float, what: str, value: object) -> None:
             nonlocal number
             number += 1
-            due.append((time, number, what, value))
+            heapq.heappush(due, (time, number, what, value))
 
         for time, *rest in arrivals:
             at(time, "arrival", rest)
         while due:
-            due.sort(key=lambda item: item[:2])
             self.now = due[0][0]
             while due and due[0][0] <= self.now:
-                _time, _number, what, value = due.pop(0)
+                _time, _number, what, value = heapq.heappop(due)
                 if what == "arrival":
                     adapter, prompt, max_tokens = value  # type: ignore[misc]
                     self.add(adapter, prompt=prompt, max_tokens=max_tokens)

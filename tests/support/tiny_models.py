@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
-from support.quick_llama import QuickLlama
+from support.quick_llama import FAMILIES, QuickLlama
 from torch import Tensor
 
 CONFIGS: dict[str, type[transformers.PreTrainedConfig]] = {
@@ -156,13 +156,14 @@ def reference_generate(
     """The greedy continuation, end-of-sequence tokens ignored. Each token is the reference's: a guess of the
     rest saves most of its passes, not the check (Leviathan et al., Speculative Decoding, 2023)."""
     tokens = list(prompt_ids)
-    end = len(tokens) + max_new_tokens
+    end, guesses = len(tokens) + max_new_tokens, True
     while len(tokens) < end:
-        guess = _guess(model_dir, tokens, end - len(tokens) - 1, adapter_dir)
+        guess = _guess(model_dir, tokens, end - len(tokens) - 1, adapter_dir) if guesses else []
         greedy = reference_logits(model_dir, tokens + guess, adapter_dir).argmax(-1).tolist()
         true = greedy[len(tokens) - 1 :]
         right = next((i for i, token in enumerate(guess) if token != true[i]), len(guess))
         tokens += true[: right + 1]
+        guesses = right == len(guess)  # or it leaves out what this adapter changes
     return tokens[len(prompt_ids) :]
 
 
@@ -174,4 +175,4 @@ def _guess(model_dir: Path, tokens: Sequence[int], count: int, adapter_dir: Path
 @functools.cache
 def _quick(model_dir: Path, adapter_dir: Path | None) -> QuickLlama | None:
     model = reference_model(model_dir, adapter_dir)
-    return QuickLlama(model) if model.config.model_type == "llama" else None
+    return QuickLlama(model) if model.config.model_type in FAMILIES else None
