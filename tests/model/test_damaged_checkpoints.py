@@ -1,4 +1,4 @@
-"""Damaged checkpoints of models that transformers runs: refused with what is wrong, and where."""
+"""Damaged checkpoints, most of models that transformers runs: refused with what is wrong, and where."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from aioengine.errors import ConfigError
 
-pytestmark = pytest.mark.filterwarnings("ignore:Casting complex values:UserWarning")
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 FAMILIES = ["gpt_neox", "deepseek_v3"]
 """One whose files have its parameters, and one in which experts are stacked when they are loaded."""
 Tensors = dict[str, Tensor]
@@ -81,9 +81,9 @@ def saved(folder: Path, family: str, **more: Any) -> Path:
     return folder
 
 
-async def refused(folder: Path, *words: str) -> None:
+async def refused(folder: Path, *words: str, **fields: Any) -> None:
     with pytest.raises(ConfigError) as caught:
-        async with engine_of(folder):
+        async with engine_of(folder, **fields):
             raise AssertionError("it started")
     for word in words:
         assert word in str(caught.value)
@@ -112,6 +112,29 @@ async def test_a_layer_less_than_the_checkpoint_has(tmp_path: Path) -> None:
     path = saved(tmp_path, "gpt_neox") / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"num_hidden_layers": 1}))
     await refused(tmp_path, "unexpected parameter gpt_neox.layers.1.", "has no place for it")
+
+
+async def test_a_head_that_is_tied_but_stored_with_other_values(tmp_path: Path) -> None:
+    """transformers does not tie it then, so the native decoder must not either."""
+    path = saved(tmp_path, "llama", max_shard_size="20KB") / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"tie_word_embeddings": True}))
+    await refused(tmp_path, "lm_head.weight differs from model.embed_tokens.weight", model_impl="native")
+    equal = tmp_path / "equal"
+    file = saved(equal, "llama") / "model.safetensors"
+    tensors = load_file(file)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, file, metadata={"format": "pt"})
+    (equal / "config.json").write_text(path.read_text())
+    async with engine_of(equal, model_impl="native") as engine:
+        assert engine.info.model_impl == "native"
+
+
+async def test_sizes_of_zero(tmp_path: Path) -> None:
+    path = saved(tmp_path, "deepseek_v3") / "config.json"
+    text = json.loads(path.read_text())
+    for name in ("num_attention_heads", "hidden_size", "num_key_value_heads", "n_routed_experts"):
+        path.write_text(json.dumps(text | {name: 0}))
+        await refused(tmp_path, str(tmp_path))
 
 
 async def test_more_layers_than_any_model_has(tmp_path: Path) -> None:

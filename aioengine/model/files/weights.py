@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,6 +26,9 @@ from aioengine.model.files.quantized import QuantizedFolder, quantized_folder
 from aioengine.model.files.stacked_experts import StackedExperts
 from aioengine.model.parallel.ranges import Ranges, take
 from aioengine.model.spec import ModelSpec
+
+_ROWS = 8192
+"""Rows of two matrices that are compared at once."""
 
 
 class Stored(NamedTuple):
@@ -79,6 +83,8 @@ def load_weights(decoder: Decoder, path: Path, progress: LoadProgress | None = N
     Raises :class:`ConfigError`, naming the file and the key, unless every expected parameter arrives
     exactly once, in the expected shape, and nothing unknown does.
     """
+    if decoder.spec.tie_embeddings and path.suffix != ".gguf":
+        _check_tied(path)
     missing: dict[str, Tensor | BlockWeight] = {**decoder.parameters(), **decoder.block_weights()}
     done, total = 0, sum(parameter.nbytes for parameter in missing.values())
     seen: set[str] = set()
@@ -117,6 +123,33 @@ def load_weights(decoder: Decoder, path: Path, progress: LoadProgress | None = N
         raise ConfigError(
             f"{path}: {len(missing)} of {len(missing) + len(seen)} parameters are missing: {first}"
             f"{', ...' if len(missing) > 3 else ''}"
+        )
+
+
+def _check_tied(path: Path) -> None:
+    """Raise :class:`ConfigError` if a head that the configuration ties to the embeddings is stored with other
+    values. (transformers does not tie it then.)"""
+    names = ("lm_head.weight", "model.embed_tokens.weight")
+    found: dict[str, Any] = {}
+    with contextlib.ExitStack() as files:
+        for shard in shards(path):
+            check_exists(shard)
+            try:
+                file = files.enter_context(safe_open(shard, framework="pt"))
+            except (OSError, SafetensorError) as error:
+                raise unreadable(shard, error) from error
+            found |= {name: file.get_slice(name) for name in set(names).intersection(file.keys())}
+        if len(found) < len(names):
+            return
+        head, embeddings = (found[name] for name in names)
+        same = head.get_shape() == embeddings.get_shape() and all(
+            torch.equal(head[row : row + _ROWS], embeddings[row : row + _ROWS])
+            for row in range(0, head.get_shape()[0], _ROWS)
+        )
+    if not same:
+        raise ConfigError(
+            f"{path}: {names[0]} differs from {names[1]}, but config.json has tie_word_embeddings=true (or "
+            "leaves it out, where its family's default is true): set it to false, or delete the tensor"
         )
 
 

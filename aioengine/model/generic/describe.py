@@ -47,6 +47,11 @@ def read_spec(path: Path, native_reason: str | None = None) -> GenericSpec:
         raise found.no_keys_and_values(f"{type(model).__name__} is a recurrent or hybrid model")
     trace, flat = _trace(found, model)
     kept = trace.attended if flat else trace.updated
+    if not all(shape.elements for shape in kept.values()):
+        raise ConfigError(
+            f"{path}/config.json: {type(model).__name__} would have keys and values of size 0; correct the "
+            "numbers and sizes of its heads"
+        )
     text = found.text_config
     placed = _placed(model, trace)
     linears, shapes = _linears(model, trace, placed)

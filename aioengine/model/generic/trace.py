@@ -43,7 +43,7 @@ class Trace:
     def sees_all(self, name: str) -> bool:
         """Whether a module got every token, in every call."""
         calls = self.inputs.get(name, [])
-        return bool(calls) and all(x.numel() // x.shape[-1] == _TOKENS for x in calls)
+        return bool(calls) and all(x.numel() == _TOKENS * x.shape[-1] > 0 for x in calls)
 
 
 def is_linear(module: Any) -> bool:
