@@ -13,7 +13,7 @@
 ``batch``     ... of 1 to 64 sequences
 ``prefill``   prompts of 2,048 tokens
 ``prompt``    a prompt of 4,096 tokens by phase, beside the same limits
-``engine``    the whole engine: the share of time outside of model steps
+``engine``    the whole engine: the share of time outside of model steps, and its own processor time
 ``start``     from the start of a process to the first token, and the first request against later ones
 
 The cases of a table take turns, so that a drift of the machine's speed falls on all of them.

@@ -12,12 +12,13 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.table import Table
 
 from aioengine import AsyncEngine, EngineConfig, LoRAConfig, SamplingParams
 from aioengine.events import Event, StepFinished
+from aioengine.kernels.cpu.shared_library import load
 from aioengine.model import native, runner
 from aioengine.model.files.folder import SINGLE
 from aioengine.model.files.resolve import read_spec, resolve_model
@@ -29,29 +30,46 @@ RUNS = 3
 
 
 class Stopwatch:
-    """Sum of the times that a function of the package takes, from now on."""
+    """Sum of the times that a function of the package takes, from now on. By ``time.thread_time`` it is the
+    processor time of the thread that calls it, which a busy machine changes less."""
 
-    def __init__(self, owner: Any, name: str) -> None:
+    def __init__(self, owner: Any, name: str, clock: Callable[[], float] = time.perf_counter) -> None:
         self.seconds = 0.0
         inner: Callable[..., Any] = getattr(owner, name)
 
         def timed(*args: Any, **kwargs: Any) -> Any:
-            start = time.perf_counter()
+            start = clock()
             try:
                 return inner(*args, **kwargs)
             finally:
-                self.seconds += time.perf_counter() - start
+                self.seconds += clock() - start
 
         setattr(owner, name, timed)
 
 
+class Watched(NamedTuple):
+    """Parts of a step."""
+
+    forward: Stopwatch
+    """Model, with the tables for it."""
+    executed: Stopwatch
+    """All that the thread of the steps does, in its processor time."""
+    library: Stopwatch
+    """The compiled step in it."""
+
+
 async def engine_table(model: str, quantization: str) -> Table:
-    """Make a table of the share of whole runs in the model's forward pass, and of the rest."""
-    forward = Stopwatch(native.NativeForward, "forward")
+    """Make a table of the share of whole runs in the model's forward pass, and of the rest; "own" is the
+    processor time of the event loop's thread, and of the steps' beside the library, by step."""
+    watched = Watched(
+        Stopwatch(native.NativeForward, "forward"),
+        Stopwatch(runner.ModelRunner, "execute", time.thread_time),
+        Stopwatch(load(), "aio_step", time.thread_time),
+    )
     spec = read_spec(resolve_model(model))
     title = f"the engine around the model, {PROMPT} + {OUTPUT} tokens, {quantization}: shares of the time"
     columns = ("running", "adapters", "tok/s", "model", "batches and sampling", "core and policy")
-    table = new_table(title, *columns, "streams, loop", texts=0)
+    table = new_table(title, *columns, "streams, loop", "own, ms a step", texts=0)
     with tempfile.TemporaryDirectory() as folder:
         adapters = write_adapters(Path(folder), spec, ADAPTERS, RANK)
         for running in (32, 64):
@@ -61,33 +79,35 @@ async def engine_table(model: str, quantization: str) -> Table:
                     await engine.load_adapter(name, path)
                 for count in (0, ADAPTERS):
                     using = list(adapters)[:count] or [None]
-                    shares = [await _run(engine, prompts, using, forward) for _ in range(RUNS + 1)][1:]
-                    rate, *parts = (statistics.median(of) for of in zip(*shares, strict=True))
-                    table.add_row(str(running), str(count), f"{rate:.0f}", *(f"{part:.1%}" for part in parts))
+                    runs = [await _run(engine, prompts, using, watched) for _ in range(RUNS + 1)][1:]
+                    rate, own, *parts = (statistics.median(of) for of in zip(*runs, strict=True))
+                    shares = [f"{part:.1%}" for part in parts]
+                    table.add_row(str(running), str(count), f"{rate:.0f}", *shares, f"{own * 1e3:.2f}")
     return table
 
 
 async def _run(
-    engine: AsyncEngine, prompts: list[list[int]], adapters: Sequence[str | None], forward: Stopwatch
-) -> tuple[float, float, float, float, float]:
-    """Return tokens per second, and the shares of the forward pass, the rest of the executor, the core, the
-    rest."""
-    executor = core = 0.0
+    engine: AsyncEngine, prompts: list[list[int]], adapters: Sequence[str | None], watched: Watched
+) -> tuple[float, ...]:
+    """Return tokens per second, the engine's own processor seconds by step, and the shares of the forward
+    pass, the rest of the executor, the core, the rest."""
+    steps: list[StepFinished] = []
 
     def listen(event: Event) -> None:
-        nonlocal executor, core
         if isinstance(event, StepFinished):
-            executor += event.seconds
-            core += event.schedule_seconds
+            steps.append(event)
 
     remove = engine.add_listener(listen)
-    before, start = forward.seconds, time.perf_counter()
+    before = [each.seconds for each in watched]
+    start, loop = time.perf_counter(), time.thread_time()
     await run_once(engine, prompts, OUTPUT, adapters)
-    wall = time.perf_counter() - start
+    wall, loop = time.perf_counter() - start, time.thread_time() - loop
     remove()
-    model = forward.seconds - before
+    model, executed, library = (each.seconds - was for each, was in zip(watched, before, strict=True))
+    executor, core = sum(step.seconds for step in steps), sum(step.schedule_seconds for step in steps)
     parts = (model, executor - model, core, wall - executor - core)
-    return len(prompts) * OUTPUT / wall, *(part / wall for part in parts)  # type: ignore[return-value]
+    own = (loop + executed - library) / len(steps)
+    return len(prompts) * OUTPUT / wall, own, *(part / wall for part in parts)
 
 
 def _config(model: str, quantization: str, running: int) -> EngineConfig:
