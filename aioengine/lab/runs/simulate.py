@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import json
 import math
 import platform
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -37,8 +35,6 @@ from aioengine.schedulers.routing import load_autoscaler, load_placement, load_r
 
 NEVER = 1e12
 """Seconds; no request waits this long."""
-COLLECT_AFTER = 100_000
-"""New objects after which the garbage collector looks for cycles."""
 
 
 class RunResult(NamedTuple):
@@ -85,7 +81,7 @@ def run(
     try:
         out.mkdir(parents=True, exist_ok=True)
         _write_json(out / "experiment.json", _description(experiment, workload, costs))
-        with _fewer_collections(), CsvFiles(out) as files:
+        with CsvFiles(out) as files:
             replayed, fleet = run_in_virtual_time(
                 simulate(experiment, costs, workload, files, progress, watch)
             )
@@ -97,18 +93,6 @@ def run(
         summary["fleet"] = fleet
     _write_json(out / "summary.json", summary)
     return RunResult(out, replayed, summary)
-
-
-@contextmanager
-def _fewer_collections() -> Iterator[None]:
-    """Context in which the garbage collector looks for cycles less often: a run makes very many objects, and
-    few cycles."""
-    before = gc.get_threshold()
-    gc.set_threshold(max(before[0], COLLECT_AFTER) if before[0] else 0, *before[1:])
-    try:
-        yield
-    finally:
-        gc.set_threshold(*before)
 
 
 def fitting(experiment: Experiment, costs: CostModel) -> tuple[Workload, TooLong]:
