@@ -47,17 +47,24 @@ class Adapted(NamedTuple):
         """Whether the adapter in a slot is on this parameter; then it is on all experts."""
         return self.pool.where(self.place(slot), 0).a_rank > 0
 
-    def added(self, parts: Sequence[Part], like: Tensor) -> Tensor | None:
-        """Return what the adapters in these slots add to the parameter, in float32; None: nothing."""
-        total: Tensor | None = None
-        for slot, weight in parts:
-            if self.has(slot):
-                places = range(self.place(slot), self.place(slot) + max(self.stack.experts, 1))
-                own = [self.pool.b(place, 0).float() @ self.pool.a(place, 0).float() for place in places]
-                delta = weight * (torch.stack(own) if self.stack.experts else own[0])
-                delta = delta.transpose(-1, -2) if self.stack.turned else delta
-                total = delta if total is None else total + delta
-        return total
+    def on(self, parameter: Tensor, parts: Sequence[Part]) -> Tensor | None:
+        """Return a copy of the parameter with the adapters in these slots added; None: none is on it.
+
+        The sums of one expert after the other are in float32, so that no more than the copy takes memory.
+        """
+        held = [(slot, weight) for slot, weight in parts if self.has(slot)]
+        if not held:
+            return None
+        copy = parameter.detach().clone()
+        for expert, matrix in enumerate(copy if self.stack.experts else (copy,)):
+            delta: Tensor | None = None
+            for slot, weight in held:
+                place = self.place(slot) + expert
+                own = weight * (self.pool.b(place, 0).float() @ self.pool.a(place, 0).float())
+                delta = own if delta is None else delta + own
+            assert delta is not None
+            matrix.copy_(matrix + (delta.T if self.stack.turned else delta))
+        return copy
 
 
 class MergedForward:
@@ -106,9 +113,9 @@ class MergedForward:
         parameters = self._module._parameters
         own = dict(parameters)
         for name, one in self._adapted.items():
-            delta = one.added(parts, own[name])
-            if delta is not None:
-                parameters[name] = (own[name] + delta).to(own[name].dtype)
+            adapted = one.on(own[name], parts)
+            if adapted is not None:
+                parameters[name] = adapted
         try:
             yield
         finally:
