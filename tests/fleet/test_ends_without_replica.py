@@ -41,13 +41,13 @@ async def test_it_ends_at_once(
         client, members = fleet.client, fleet.client.members
         outputs = client.generate([5, 6, 7], greedy(50), request_id="x")
         if begun:
-            await anext(outputs)
-        await fleet.replicas["r0"].drain()
-        await until(lambda: not members.state.view.accepting)
-        if begun:
             monkeypatch.setattr(members, "_reopen", lambda replica: asyncio.sleep(0))
+            await anext(outputs)
             channel: Any = members.channel("r0")
             members._lose(channel, "lost", "for this test")
+        else:
+            await fleet.replicas["r0"].drain()
+            await until(lambda: not members.state.view.accepting)
         finished = asyncio.create_task(_last(outputs))
         await asyncio.sleep(0)
         assert client.replica_of("x") is None

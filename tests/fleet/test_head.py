@@ -56,7 +56,8 @@ async def test_the_door_ends_when_its_requests_have() -> None:
     client._state = "running"
     client.watch_head(address)
     dead = asyncio.ensure_future(client.until_dead())
-    client._ids["open"] = plan
+    call: Any = SimpleNamespace(ended=False, fail=lambda error: None)
+    client._ids["open"] = call
     await listener.close()
     await until(lambda: client.failure is not None)
     assert client.state == "draining" and not dead.done()
@@ -109,7 +110,8 @@ async def test_requests_that_take_too_long_are_given_up(monkeypatch: pytest.Monk
     plan: Any = None
     client = FleetClient(FleetConfig(engine=EngineConfig(model="tiny")), None, plan, None, None)
     client._state = "running"
-    client._ids["open"] = plan
+    call: Any = SimpleNamespace(ended=False, fail=lambda error: None)
+    client._ids["open"] = call
     client.watch_head(address)
     assert isinstance(await client.until_dead(), EngineDead)
     await client.stop()

@@ -28,7 +28,8 @@ from aioengine.kernels.weight import PlainWeight
 lora = pytest.importorskip("aioengine.kernels.triton.lora")
 from aioengine.kernels.triton.quantized import blocks, eight_bits  # noqa: E402  (only where there is triton)
 
-pytestmark = pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1, as test_triton.py sets it")
+if not INTERPRETED:
+    pytest.skip("needs TRITON_INTERPRET=1, as test_triton.py sets it", allow_module_level=True)
 EXAMPLES = examples(4, 40)
 APART = 2**28 + 64
 """Elements from one row to the next: the ninth is further away than an int32 says."""
