@@ -64,26 +64,14 @@ async def test_a_family(family: str, backend: str, tmp_path: Path, monkeypatch: 
     """All adapters side by side, with swaps; twice, so that slots and prefixes are reused."""
     monkeypatch.setenv("AIOENGINE_KERNELS", backend)
     model = build(tmp_path, family)
-    names = [None, *model.adapters]
-    prompts = [prompt(seed, 5 + 3 * seed) for seed in range(len(names))]
+    prompts = {name: prompt(seed, 5 + 3 * seed) for seed, name in enumerate((None, *model.adapters))}
     params = SamplingParams(max_tokens=NEW, ignore_eos=True, logprobs=1)
     lora = {"max_loras": 3, "max_cpu_loras": 3, "max_lora_rank": 8}
     async with engine_of(model.folder, lora=lora) as engine:
         assert engine.info.model_impl == "transformers"
         for name, folder in model.adapters.items():
             engine.register_adapter(name, folder)
-        for _ in range(2):
-            outputs = await asyncio.gather(
-                *(engine.complete(p, params, adapter=n) for n, p in zip(names, prompts, strict=True))
-            )
-            for name, tokens, output in zip(names, prompts, outputs, strict=True):
-                logits = model.logits([*tokens, *output.token_ids[:-1]], name)[len(tokens) - 1 :]
-                assert output.token_ids == logits.argmax(-1).tolist(), name
-                assert output.logprobs is not None
-                found = torch.tensor([entry.logprob for entry in output.logprobs])
-                expected = logits.log_softmax(-1).amax(-1)
-                torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * float(logits.abs().max()))
-        assert engine.stats().cached_tokens > 0
+        await model.check_served(engine, prompts, params)
         engine.check_invariants()
 
 
