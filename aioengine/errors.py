@@ -90,13 +90,22 @@ class EngineOverloaded(AioEngineError):
     ``bound`` names the bound: "server" (``max_waiting``), or that of the request's "tenant" or "adapter". A
     waiting request can get this error when another tenant's request displaces it; then ``bound`` is "tenant".
     None: another bound, which the message names. ``waiting`` is the number of requests that wait under that
-    bound (in a fleet: on that replica), if it is known.
+    bound (in a fleet: on that replica), if it is known. ``adapter`` is the one whose bound is reached; None
+    for the other bounds.
     """
 
-    def __init__(self, message: str, *, bound: Bound | None = None, waiting: int | None = None) -> None:
+    def __init__(
+        self,
+        message: str,
+        *,
+        bound: Bound | None = None,
+        waiting: int | None = None,
+        adapter: str | None = None,
+    ) -> None:
         super().__init__(message)
         self.bound = bound
         self.waiting = waiting
+        self.adapter = adapter
 
 
 class RequestRejected(AioEngineError):

@@ -38,6 +38,7 @@ class RequestRefused(Event, frozen=True, kw_only=True, gc=False):
     """A request was refused because a bound on waiting requests was reached."""
 
     adapter: str | None
+    """The adapter whose bound was reached. With another bound that of the request, of a mix the first."""
     tenant: str | None
     bound: Bound
     """The bound that was reached."""

@@ -232,7 +232,7 @@ class Core:
         self, error: EngineOverloaded, tenant: str | None, adapters: Sequence[str], now: float
     ) -> None:
         bound = "server" if error.bound is None else error.bound
-        adapter = adapters[0] if adapters else None
+        adapter = error.adapter or next(iter(adapters), None)
         self._emit(events.RequestRefused(time=now, adapter=adapter, tenant=tenant, bound=bound))
 
     def add_request(

@@ -101,7 +101,7 @@ class WaitingRoom:
             places = self._of_adapter.get(adapter, _NO_PLACES)
             if len(places) - sum(adapter in victim.adapters for victim in victims) >= most:
                 named = f"max_waiting_per_adapter={most} requests wait for {adapter!r}"
-                victims[_displaced_by(tenant, places, named, "adapter", len(places))] = named
+                victims[_displaced_by(tenant, places, named, "adapter", len(places), adapter)] = named
         if self.max_waiting is not None and len(self) - len(victims) >= self.max_waiting:
             named = f"{len(self)} requests are waiting and max_waiting={self.max_waiting}"
             places = _NO_PLACES if victims else self._all
@@ -307,10 +307,12 @@ class _Tokens:
         assert list(self._several) == sorted(several)
 
 
-def _displaced_by(newcomer: Tenant, places: _Places, named: str, bound: Bound, waiting: int) -> Ticket:
+def _displaced_by(
+    newcomer: Tenant, places: _Places, named: str, bound: Bound, waiting: int, adapter: str | None = None
+) -> Ticket:
     """Choose the ticket that the new request displaces. Raises EngineOverloaded if there is none."""
     ticket = places.to_displace(newcomer)
     if ticket is None:
         text = f"{named}; retry later, or raise this bound"
-        raise EngineOverloaded(text, bound=bound, waiting=waiting)
+        raise EngineOverloaded(text, bound=bound, waiting=waiting, adapter=adapter)
     return ticket

@@ -309,13 +309,14 @@ class ServerApp:
         if queue is None:
             seconds = self._pace.retry_after(self.context.engine.stats().waiting, now)
         else:
-            name = record.owner if queue.bound == "tenant" else record.adapter
+            name = record.owner if queue.bound == "tenant" else queue.adapter
             seconds = self._pace.retry_after(queue.waiting, now, (queue.bound, name))
         return b"retry-after", str(seconds).encode()
 
     def _count(self, record: RequestRecord) -> None:
         if record.output_tokens is not None and record.status == 200:
-            self._pace.answered(time.monotonic(), ("tenant", record.owner), ("adapter", record.adapter))
+            adapters = (("adapter", name) for name in dict.fromkeys(record.wanted))
+            self._pace.answered(time.monotonic(), ("tenant", record.owner), *adapters)
         with contextlib.suppress(EngineStopped):  # not started yet
             http = self.context.engine.metrics.http
             http.responded(record.route, record.status, record.error, record.tenant)

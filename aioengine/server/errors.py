@@ -64,6 +64,8 @@ class FullQueue(NamedTuple):
     bound: Literal["tenant", "adapter"]
     waiting: int
     """Requests that wait in it."""
+    adapter: str | None = None
+    """The adapter, if it is an adapter's; a mix has several."""
 
 
 class ApiError(Exception):
@@ -269,7 +271,7 @@ def _api_error(error: BaseException, retry_after: int) -> ApiError:
 def _full_queue(error: errors.EngineOverloaded) -> FullQueue | None:
     if error.waiting is None or (error.bound != "tenant" and error.bound != "adapter"):
         return None
-    return FullQueue(error.bound, error.waiting)
+    return FullQueue(error.bound, error.waiting, error.adapter)
 
 
 def _reason(error: errors.AdapterError) -> str:

@@ -112,7 +112,10 @@ def test_a_mix_counts_for_each_of_its_adapters() -> None:
     for wanted in (sim.mix("x", "y"), sim.mix("z", "y"), "y", sim.mix("y")):
         with pytest.raises(EngineOverloaded, match=r"max_waiting_per_adapter=2 .*'y'") as caught:
             sim.add(wanted, tenant="a")
-        assert (caught.value.bound, caught.value.waiting) == ("adapter", 2)
+        assert (caught.value.bound, caught.value.waiting, caught.value.adapter) == ("adapter", 2, "y")
+    sim.take_events()
+    refused = [(event.bound, event.adapter) for event in sim.of(events.RequestRefused)]  # type: ignore[attr-defined]
+    assert refused == [("adapter", "y")] * 4
     first += [sim.add("x", tenant="a"), sim.add(sim.mix("z"), tenant="a"), sim.add("z", tenant="a")]
     with pytest.raises(EngineOverloaded, match="'x'"):
         sim.add("x", tenant="a")
