@@ -196,8 +196,11 @@ class Batcher:
         """Form the step after ``step``, which is in flight, with all of its ``requests``: each decodes the
         token that ``step`` samples for it.
 
-        Returns None if one of them is not sure to decode then, or needs that token for more than its input.
+        Returns None if one of them is not sure to decode then, or needs that token for more than its input,
+        or if they would take turns.
         """
+        if self._turns is not None and len(self._turns.choose(list(requests), requests)) < len(requests):
+            return None
         work: list[SequenceWork] = []
         for request, before in zip(requests, step.sequences, strict=True):
             params, start = request.params, before.start + len(before.tokens)
