@@ -19,11 +19,14 @@ def is_under_way(request: Request, prompts: Sequence[Request], blocks: BlockMana
     compute it in blocks of its own. What has no more tokens left comes first in each step, so waiting for it
     makes no request slower.
     """
+    if not blocks.prefix_caching or not request.caches or request.unscored:
+        return False
     before = [other for other in prompts if other.caches and other.remaining <= request.remaining]
-    if not before or not request.caches or request.unscored:
+    if not before:
         return False
     last = len(request.find_cached(blocks)) - (-WORTH_WAITING // blocks.block_size) - 1
     hashes = request.hashes
     return last < len(hashes) and any(
-        last < len(other.hashes) and other.hashes[last] == hashes[last] for other in before
+        other.committed <= last < len(other.hashes) and other.hashes[last] == hashes[last]
+        for other in before  # with a window, one may have computed and lost what comes before its end
     )
