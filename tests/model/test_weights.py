@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from support.tiny_models import build_model
 
@@ -104,6 +107,30 @@ def test_a_checkpoint_that_does_not_fit_is_refused(
     edit(model, change)
     with pytest.raises(ConfigError, match=message):
         load(model)
+
+
+@settings(max_examples=40, deadline=None, phases=[Phase.generate])
+@given(data=st.data(), value=st.sampled_from([float("nan"), float("inf"), float("-inf"), 1e38]))
+def test_a_value_that_is_not_finite_is_refused_by_name(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject, value: float
+) -> None:
+    """Anywhere; 1e38 is a number in bfloat16 and float32, and none in float16."""
+    model = build_model(tmp_path_factory.mktemp("model"), "qwen3", num_hidden_layers=1)
+    tensors = load_file(model / "model.safetensors")
+    name = data.draw(st.sampled_from(sorted(tensors)))
+    tensors[name].view(-1)[data.draw(st.integers(0, tensors[name].numel() - 1))] = value
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        if value == 1e38 and dtype != torch.float16:
+            load(model, dtype)
+            continue
+        with pytest.raises(ConfigError, match=rf"{re.escape(name)}: a value is not finite in \w+;"):
+            load(model, dtype)
+
+
+def test_a_sum_that_overflows_is_none_of_its_values(model: Path) -> None:
+    edit(model, lambda tensors: tensors[Q0].fill_(60000.0))
+    load(model, torch.float16)
 
 
 def test_a_missing_or_broken_file_is_refused_by_name(model: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -114,6 +115,7 @@ def load_weights(decoder: Decoder, path: Path, progress: LoadProgress | None = N
                 _quantize(parameter, packing, stored, part, f"{path}: {name}")
         else:
             _fill(parameter, stored, part, f"{path}: {name}")
+            _check_finite(parameter, f"{path}: {name}")
         seen.add(name)
         done += parameter.nbytes
         if progress is not None:
@@ -194,6 +196,16 @@ def _pieces(stored: Stored | StoredBlocks, dtype: torch.dtype, rows: Ranges, whe
                 values = stored.read([slice(begin, end), slice(0, k)])
                 _check_floats(values, where)
                 yield values
+
+
+def _check_finite(tensor: Tensor, where: str) -> None:
+    """Raise ConfigError if not all values are finite. Their sum takes less time than to copy them, and is not
+    finite if one of them is not. It may overflow, too."""
+    if not math.isfinite(tensor.sum()) and not bool(tensor.isfinite().all()):
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        raise ConfigError(
+            f"{where}: a value is not finite in {dtype}; the checkpoint is damaged, or needs another dtype"
+        )
 
 
 def _check_floats(tensor: Tensor, where: str) -> None:
