@@ -497,7 +497,10 @@ FLEET = [
         "Replicas lost; requests that went on elsewhere; requests sent for an adapter that had left.",
         units.CountsPerSecond,
         [
-            Query(rate("aioengine_fleet_losses_total", "cause"), "lost {{cause}}"),
+            Query(  # each door counts each of them
+                f"max by (cause) (rate(aioengine_fleet_losses_total{{{HERE}}}[$__rate_interval]))",
+                "lost {{cause}}",
+            ),
             Query(rate("aioengine_fleet_migrations_total", "cause"), "moved {{cause}}"),
             Query(rate("aioengine_fleet_misroutes_total", "engine"), "misrouted"),
         ],
