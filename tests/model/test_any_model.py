@@ -13,7 +13,7 @@ import torch
 import transformers
 from peft import LoraConfig, get_peft_model
 from support.any_models import COMMON, FAMILIES, AnyModel, build_any, config_of, randomize
-from support.served_models import NEW, check, engine_of, prompt
+from support.served_models import NEW, check, engine_of, prompt, refused
 
 from aioengine import EngineConfig, LoRAConfig, SamplingParams
 from aioengine.errors import AdapterInvalid, ConfigError
@@ -114,14 +114,6 @@ def edit(folder: Path, **fields: Any) -> None:
 def save(folder: Path, model: Any) -> Path:
     randomize(model).save_pretrained(folder)
     return folder
-
-
-async def refused(folder: Path, *words: str, **fields: Any) -> None:
-    with pytest.raises(ConfigError) as caught:
-        async with engine_of(folder, **fields):
-            raise AssertionError("it started")
-    for word in words:
-        assert word in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -12,10 +12,8 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from support.any_models import config_of, randomize
-from support.served_models import engine_of
+from support.served_models import engine_of, refused
 from torch import Tensor
-
-from aioengine.errors import ConfigError
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 FAMILIES = ["gpt_neox", "deepseek_v3"]
@@ -79,14 +77,6 @@ def saved(folder: Path, family: str, **more: Any) -> Path:
     model: Any = transformers.AutoModelForCausalLM.from_config(config_of(family))
     randomize(model).save_pretrained(folder, **more)
     return folder
-
-
-async def refused(folder: Path, *words: str, **fields: Any) -> None:
-    with pytest.raises(ConfigError) as caught:
-        async with engine_of(folder, **fields):
-            raise AssertionError("it started")
-    for word in words:
-        assert word in str(caught.value)
 
 
 @pytest.mark.parametrize("damage", DAMAGES)

@@ -7,10 +7,12 @@ import random
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from support.any_models import AnyModel
 
 from aioengine import AsyncEngine, EngineConfig, LoRAConfig, SamplingParams
+from aioengine.errors import ConfigError
 
 NEW = 6
 """Tokens of an output."""
@@ -22,6 +24,15 @@ def engine_of(folder: Path, **fields: Any) -> AsyncEngine:
     defaults |= {"block_size": 4, "max_model_len": 64, "max_num_batched_tokens": 24, "max_num_seqs": 8}
     defaults |= {"kv_cache_memory": "1MiB"}
     return AsyncEngine(EngineConfig(model=str(folder), lora=lora, **{**defaults, **fields}))
+
+
+async def refused(folder: Path, *words: str, **fields: Any) -> None:
+    """Start an engine of a model that cannot be served: the error says the words."""
+    with pytest.raises(ConfigError) as caught:
+        async with engine_of(folder, **fields):
+            raise AssertionError("it started")
+    for word in words:
+        assert word in str(caught.value)
 
 
 def prompt(seed: int, length: int) -> list[int]:
