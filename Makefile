@@ -1,8 +1,10 @@
 # Everything runs in .venv, which is made and brought up to date as needed.
 #
 #   make demo         watch four adapters being served through two slots
-#   make test         the test suite, on WORKERS=2 processes, and then the tests that look at the clock;
+#   make test         the tests that are not slow, on WORKERS=2 processes, and then those that look at the clock;
 #                     ARGS="tests/core" runs a part
+#   make test-slow    the slow tests, likewise
+#   make test-all     both: what a change has to pass
 #   make fuzz         the core under random events and hostile policies, and the engine under faults in virtual time,
 #                     RUNS=5000 times each; every GPU kernel compiled; the CPU kernels' tests under the address and
 #                     undefined-behaviour sanitizers
@@ -43,7 +45,7 @@ PYTEST := $(BIN)/python -m pytest -p no:cloudcoil -p no:faker -p no:platformdirs
 SANITIZED := tests/kernels/test_cpu_library.py tests/kernels/test_quantized.py tests/kernels/test_lora_ops.py \
   tests/kernels/test_step.py
 
-.PHONY: demo test fuzz clients attack soak chaos lint typecheck docs bench wheel sbom lock clean
+.PHONY: demo test test-slow test-all fuzz clients attack soak chaos lint typecheck docs bench wheel sbom lock clean
 
 demo: $(VENV)/.demo
 	$(BIN)/aioengine demo $(ARGS)
@@ -51,10 +53,13 @@ demo: $(VENV)/.demo
 # First most tests, on two processes; then those that look at the clock, one by one. A test that fails is tried once more,
 # since other processes' turns are not ours to decide; the summary names it ("RERUN"), and its cause has to be found.
 # Pytest's status is 5 if there are none of a kind.
-test: $(VENV)/.dev
-	@$(PYTEST) -n $(WORKERS) --dist loadfile --no-loadscope-reorder --timed without --reruns 1 -rfER --durations 10 \
-	  $(ARGS); many=$$?; \
-	$(PYTEST) --timed only -rfER --durations 10 $(ARGS); alone=$$?; \
+test: SLOW := without
+test-slow: SLOW := only
+test-all: SLOW := with
+test test-slow test-all: $(VENV)/.dev
+	@$(PYTEST) -n $(WORKERS) --dist loadfile --no-loadscope-reorder --slow $(SLOW) --timed without --reruns 1 -rfER \
+	  --durations 10 $(ARGS); many=$$?; \
+	$(PYTEST) --slow $(SLOW) --timed only -rfER --durations 10 $(ARGS); alone=$$?; \
 	case "$$many $$alone" in "0 0" | "0 5" | "5 0") ;; *) exit 1 ;; esac
 
 # What is kept to find uses after return is not aligned for 64 byte vectors by some compilers (GCC bug 110027).

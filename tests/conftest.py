@@ -3,6 +3,7 @@
 One thread, because tiny tensors only lose by sharing the work. No limit, because it would say more of the
 machine than of the code. ``--timed`` picks or leaves out the tests that look at the clock, so that they can
 run when nothing else does; they are tried up to three times, since noise only ever makes things slower.
+``--slow`` picks or leaves out those that take long (CONTRIBUTING.md says which).
 Where several processes share the files, the long ones are given out first, so that all processes end at about
 the same time. The garbage collector begins with the tests, and does not look at the modules again and again.
 """
@@ -24,7 +25,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # the servers and workers that tests st
 
 import torch
 from hypothesis import settings
-from support import preloaded
+from support import preloaded, selection
 from support.quick_interpreter import quicken
 from support.ray_nodes import nodes
 
@@ -132,6 +133,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         for name, seconds in getattr(report, "user_properties", ()):
             if name == COST:
                 costs[report.nodeid.partition("::")[0]] += seconds
+    if config.getoption("slow") == "without":
+        terminalreporter.write_line("Slow tests were left out: `make test-all` has them.")
     if costs and config.getoption("durations"):
         terminalreporter.section("processor seconds")
         for file, seconds in costs.most_common(20):
@@ -140,7 +143,12 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--timed", choices=("with", "only", "without"), default="with", help="tests of time")
+    for kind in selection.KINDS:
+        parser.addoption(f"--{kind}", choices=selection.WANTED, default="with", help=f"tests that are {kind}")
+
+
+def _wanted(config: pytest.Config) -> dict[str, str]:
+    return {kind: config.getoption(kind) for kind in selection.KINDS}
 
 
 @pytest.hookimpl(wrapper=True)
@@ -164,17 +172,16 @@ def is_timed(path: Path) -> bool:
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """A file in which ``--timed`` leaves no test is not even imported."""
-    wanted = config.getoption("timed")
-    if wanted == "with" or collection_path.is_dir():
+    """A file of which no test is wanted is not even imported."""
+    if collection_path.suffix != ".py" or collection_path.is_dir():
         return None
-    if is_timed(collection_path):
-        return True if wanted == "without" else None
-    return True if wanted == "only" and "mark.timed" not in collection_path.read_text() else None
+    known = ["timed"] if is_timed(collection_path) else []
+    kept = selection.may_keep(collection_path.read_text(), _wanted(config), known)
+    return None if kept else True
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Marks the timed tests, keeps those that ``--timed`` asks for, and has the long files first."""
+    """Marks the timed tests, keeps those that are wanted, and has the long files first."""
     for item in items:
         if is_timed(item.path):
             item.add_marker("timed")
@@ -184,12 +191,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         tests = Counter(item.path for item in items)
         places = {path: place for place, path in enumerate(LONG)}
         items.sort(key=lambda item: (places.get(item.path, len(LONG)), -tests[item.path], item.path))
-    wanted = config.getoption("timed")
-    if wanted == "with":
-        return
+    wanted = _wanted(config)
     kept, left = [], []
     for item in items:
-        timed = item.get_closest_marker("timed") is not None
-        (kept if timed == (wanted == "only") else left).append(item)
-    config.hook.pytest_deselected(items=left)
-    items[:] = kept
+        names = {marker.name for marker in item.iter_markers()}
+        (kept if selection.keeps(names, wanted) else left).append(item)
+    if left:
+        config.hook.pytest_deselected(items=left)
+        items[:] = kept

@@ -57,6 +57,7 @@ def runs() -> list[measuring.Ended]:
     )
 
 
+@pytest.mark.slow
 def test_every_part_is_measured_beside_its_prediction(runs: list[measuring.Ended]) -> None:
     done = runs[0]
     assert done.code == 0 and not errors(done.printed), done.printed
@@ -69,6 +70,7 @@ def test_every_part_is_measured_beside_its_prediction(runs: list[measuring.Ended
     assert {row[2] for row in quantized} == {"0.50"}  # what the timer says
 
 
+@pytest.mark.slow
 def test_a_row_that_fails_loses_no_other(runs: list[measuring.Ended]) -> None:
     done = runs[1]
     assert done.code == 1
@@ -81,6 +83,7 @@ def test_a_row_that_fails_loses_no_other(runs: list[measuring.Ended]) -> None:
     ] * 2
 
 
+@pytest.mark.slow
 def test_after_a_fault_of_the_device_nothing_is_measured(runs: list[measuring.Ended]) -> None:
     """The process cannot use it any more, so that later rows would say nothing of the kernels."""
     done = runs[2]

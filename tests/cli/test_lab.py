@@ -46,6 +46,7 @@ def test_every_field_has_a_flag() -> None:
     assert system == set(Experiment.__struct_fields__)
 
 
+@pytest.mark.slow
 def test_a_run_of_several_routers_puts_them_side_by_side(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -154,6 +155,7 @@ def test_compare(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "2 slots: by whole answer, mean" in (again / "report.html").read_text()
 
 
+@pytest.mark.slow
 def test_no_cell_of_a_ranking_breaks_between_a_number_and_its_unit(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -247,6 +249,7 @@ def test_help_imports_nothing_heavy() -> None:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals")
+@pytest.mark.slow
 def test_ctrl_c_ends_a_comparison_and_its_workers(tmp_path: Path) -> None:
     """In a session of its own, so that the signal reaches all its processes, as at a terminal."""
     many = [argument if argument != "20" else "1000000" for argument in SMALL]
@@ -274,6 +277,7 @@ def test_ctrl_c_ends_a_comparison_and_its_workers(tmp_path: Path) -> None:
     assert all(worker.status() == psutil.STATUS_ZOMBIE for worker in alive)
 
 
+@pytest.mark.slow
 def test_the_example(tmp_path: Path) -> None:
     script = Path(__file__).resolve().parents[2] / "examples" / "lab_notebook.py"
     done = subprocess.run(

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from support.engine_fixtures import ADAPTERS, MakeEngine, Tiny, greedy, prompt_of
+from support.selection import mostly_slow
 from support.tiny_models import ALL_MODULES, build_adapter, build_model
 
 from aioengine import events
@@ -37,7 +38,7 @@ KV_TOKEN_BYTES = {"llama": 768, "mistral": 768, "qwen2": 768, "qwen3": 1536}
 
 
 @pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", mostly_slow(FAMILIES, "qwen3"))
 async def test_base_and_all_adapters_mixed(
     family: str, path: str, tiny_of: Callable[[str], Tiny], make_engine: MakeEngine
 ) -> None:

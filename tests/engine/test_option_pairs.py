@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from support.engine_fixtures import MakeEngine, Tiny, greedy, prompt_of
+from support.selection import mostly_slow
 
 from aioengine.errors import ConfigError
 
@@ -97,7 +98,7 @@ def references() -> dict[tuple[str, ...], list[list[int]]]:
     return {}
 
 
-@pytest.mark.parametrize("names", WORK, ids=", ".join)
+@pytest.mark.parametrize("names", mostly_slow(WORK, WORK[0], WORK[3], WORK[5]), ids=", ".join)
 async def test_tokens_do_not_depend_on_memory_speculation_or_processes(
     tiny: Tiny,
     make_engine: MakeEngine,

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from support.engine_fixtures import MakeEngine, Tiny, greedy, prompt_of
 from support.failure_harness import error_of, until
 from support.process_harness import NothingLeft, worker_pids
+from support.selection import mostly_slow
 from support.tiny_models import ALL_MODULES, build_adapter
 
 from aioengine import SamplingParams
@@ -25,7 +26,7 @@ pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX")
 
 
 @pytest.mark.usefixtures("faulty")
-@pytest.mark.parametrize("fully", [False, True], ids=["half sharded", "fully sharded"])
+@pytest.mark.parametrize("fully", mostly_slow([False, True], True), ids=["half sharded", "fully sharded"])
 async def test_two_ranks_give_the_tokens_of_one_while_adapters_swap(
     tiny_of: Callable[[str], Tiny], make_engine: MakeEngine, nothing_left: NothingLeft, fully: bool
 ) -> None:
@@ -86,7 +87,7 @@ def dora(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Tiny:
 
 
 @pytest.mark.usefixtures("faulty")
-@pytest.mark.parametrize("fully", [False, True], ids=["half sharded", "fully sharded"])
+@pytest.mark.parametrize("fully", mostly_slow([False, True], True), ids=["half sharded", "fully sharded"])
 async def test_an_adapter_is_on_all_ranks_or_on_none(
     dora: Tiny, make_engine: MakeEngine, nothing_left: NothingLeft, tmp_path: Path, fully: bool
 ) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from support.invariant_steps import InvariantSteps, make_sequences, random_steps
+from support.selection import mostly_slow
 from support.tiny_models import build_model
 from torch import Tensor
 
@@ -26,7 +27,7 @@ def model(family: str) -> Path:
     return build_model(Path(tempfile.mkdtemp()), family)
 
 
-@pytest.fixture(params=LEVELS)
+@pytest.fixture(params=mostly_slow(LEVELS, next(iter(build.levels()))))
 def level(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """The engine's own library is the one for this instruction set."""
     flags = build.levels()[request.param]
@@ -44,7 +45,7 @@ def _threads() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("level", "_threads")
-@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2"])
+@pytest.mark.parametrize("family", mostly_slow(["llama", "qwen2", "gemma2"], "gemma2"))
 @pytest.mark.parametrize(
     ("dtype", "quantization", "int8_cache", "lora_dtype"),
     [

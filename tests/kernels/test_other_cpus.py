@@ -21,6 +21,7 @@ def test_no_instructions_of_other_cpus_are_asked_for(monkeypatch: pytest.MonkeyP
         assert build.levels() == {"generic": ()}
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(COMPILER is None, reason="needs aarch64-linux-gnu-g++ (Debian: g++-aarch64-linux-gnu)")
 def test_it_compiles_for_aarch64_and_computes_there(tmp_path: Path) -> None:
     """With the library's own flags, but neither optimised, which takes minutes, nor shared."""

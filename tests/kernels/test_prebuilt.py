@@ -51,6 +51,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made
 
 
+@pytest.mark.slow
 def test_a_wheel_runs_without_a_compiler(wheel: Path, tmp_path: Path) -> None:
     assert "-py3-none-linux_" in wheel.name, "it is for any Python, and for one platform"
     site, cache = tmp_path / "site", tmp_path / "cache"
@@ -76,6 +77,7 @@ def test_a_wheel_runs_without_a_compiler(wheel: Path, tmp_path: Path) -> None:
     assert not cache.exists(), "nothing was compiled"
 
 
+@pytest.mark.slow
 def test_a_prebuilt_library_of_other_sources_is_not_used(
     wheel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

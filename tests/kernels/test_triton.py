@@ -9,17 +9,18 @@ import sys
 from pathlib import Path
 
 import pytest
+from support.selection import mostly_slow
 
 from aioengine.kernels import LoRABatch, available_backends, get_backend
 from aioengine.kernels.triton import table
 from aioengine.kernels.triton.plan import TilePlan, cut, padded
 from aioengine.kernels.triton.table import ExpandConfig, Key, ShrinkConfig, expand_config, shrink_config
 
-OPS = [
-    Path(__file__).parent.parent / folder / name
+ROOT = Path(__file__).resolve().parents[2]
+OPS = [f"tests/kernels/test_triton_{name}.py" for name in ("ops", "order")]
+MORE_OPS = [
+    f"tests/{folder}/{name}"
     for folder, name in (
-        ("kernels", "test_triton_ops.py"),
-        ("kernels", "test_triton_order.py"),
         ("kernels", "test_triton_attention.py"),
         ("kernels", "test_triton_far.py"),
         ("kernels", "test_layer_ops.py"),
@@ -42,17 +43,18 @@ def run(*arguments: str, **environment: str) -> str:
         text=True,
         check=False,
         env={**os.environ, **environment},
-        cwd=OPS[0].parents[2],
+        cwd=ROOT,
         timeout=600,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
 
-def test_operations_in_the_interpreter() -> None:
-    """All in one process, since half of the time of each would be its imports."""
+@pytest.mark.parametrize("files", mostly_slow([OPS, MORE_OPS], OPS), ids=["lora", "others"])
+def test_operations_in_the_interpreter(files: list[str]) -> None:
+    """Many in one process, since half of the time of each would be its imports."""
     pytest.importorskip("triton")
-    printed = run("-m", "pytest", "-p", "no:cacheprovider", *map(str, OPS), TRITON_INTERPRET="1")
+    printed = run("-m", "pytest", "-p", "no:cacheprovider", *files, TRITON_INTERPRET="1")
     assert "skipped" not in printed
 
 

@@ -9,6 +9,7 @@ import os
 import re
 
 import pytest
+from support.selection import mostly_slow
 
 from aioengine.kernels.triton.table import SHORT, Key, default_expand, default_shrink
 
@@ -40,8 +41,8 @@ def test_the_sample_is_of_what_is_used() -> None:
     assert set(sample()) <= set(aot.variants())
 
 
-@pytest.mark.parametrize("capability", aot.CAPABILITIES)
-@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+@pytest.mark.parametrize("capability", mostly_slow(aot.CAPABILITIES, 90))
+@pytest.mark.parametrize("variant", mostly_slow(VARIANTS, *VARIANTS[::8]), ids=str)
 def test_variant(variant: aot.Variant, capability: int) -> None:
     if not aot.compiles(variant, capability):
         return

@@ -71,6 +71,7 @@ def outcome(experiment: Experiment, *, counts: bool, seen: list[StepBatch] | Non
         return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None)
 @given(loads, systems)
 def test_the_same_bytes_come_out(load: dict[str, Any], system: dict[str, Any]) -> None:

@@ -246,6 +246,7 @@ scenes = st.fixed_dictionaries(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(scenes, st.integers(0, 3), st.sampled_from([2.0, 20.0, 60.0]), st.sampled_from([0, 0, 2]))
 def test_any_run_is_the_same_if_the_policy_is_always_asked(

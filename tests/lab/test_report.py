@@ -100,6 +100,7 @@ def test_what_is_not_there_is_named(tmp_path: Path) -> None:
         write_report(folder)
 
 
+@pytest.mark.slow
 def test_figures_for_a_paper(written: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With them the page and its figures are the same bytes as without: all depends on the files alone."""
     before = {path: path.read_bytes() for path in (written / "report.html", *written.glob("figures/*.png"))}

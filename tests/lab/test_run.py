@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from support.lab_sim import config, costs
+from support.selection import mostly_slow
 
 from aioengine.errors import AioEngineError, ConfigError, PolicyError
 from aioengine.lab.runs.experiment import Experiment
@@ -55,7 +56,10 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-@pytest.mark.parametrize("policy", ["fcfs", "vllm+lru", "vtc", "chameleon", "sjf+gdsf+popular", "oracle"])
+POLICIES = ["fcfs", "vllm+lru", "vtc", "chameleon", "sjf+gdsf+popular", "oracle"]
+
+
+@pytest.mark.parametrize("policy", mostly_slow(POLICIES, "fcfs", "oracle"))
 def test_the_same_files_every_time(policy: str, tmp_path: Path) -> None:
     first = run(experiment(policy=policy), tmp_path / "a")
     run(experiment(policy=policy), tmp_path / "b")
@@ -74,6 +78,7 @@ run(Experiment.read(sys.argv[1]), sys.argv[2])
 """
 
 
+@pytest.mark.slow
 def test_the_order_of_hashes_does_not_matter(tmp_path: Path) -> None:
     """And an experiment is repeated from what a run has left, in a process of its own."""
     run(experiment(policy="chameleon"), tmp_path / "0")
@@ -200,6 +205,7 @@ def most_held(requests: int, folder: Path) -> int:
     return max(held)
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_trace(tmp_path: Path) -> None:
     most_held(100, tmp_path)  # what is imported and cached once
     small, large = (most_held(requests, tmp_path) for requests in (250, 1000))

@@ -50,6 +50,7 @@ def test_the_alerts_fire_when_they_should() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+@pytest.mark.slow
 @needs_promtool
 @pytest.mark.parametrize("alert", ALERTS, ids=lambda rule: str(rule["alert"]))
 @pytest.mark.parametrize("becomes", ["vector(1)", "vector(1) > 2"])

@@ -13,6 +13,7 @@ import torch
 import transformers
 from peft import LoraConfig, get_peft_model
 from support.any_models import COMMON, FAMILIES, AnyModel, build_any, config_of, randomize
+from support.selection import mostly_slow
 from support.served_models import NEW, check, engine_of, prompt, refused
 
 from aioengine import EngineConfig, LoRAConfig, SamplingParams
@@ -33,7 +34,7 @@ ROOM = {"max_lora_rank": 8}
 """peft doubles the rank of a parameter that holds two linears."""
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", mostly_slow(FAMILIES, "gpt2", "falcon", "gemma2", "deepseek_v3"))
 async def test_a_family(family: str, tmp_path: Path) -> None:
     model = build_any(tmp_path, family)
     async with engine_of(model.folder, lora=ROOM) as engine:

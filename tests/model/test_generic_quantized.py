@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers
 from support.any_models import COMMON, AnyModel, build_any, config_of, randomize
+from support.selection import mostly_slow
 from support.served_models import check, engine_of, prompt
 from torch import Tensor
 from torch.nn import functional as F
@@ -45,6 +46,9 @@ MODELS: dict[str, dict[str, Any]] = {
 """Fused and tied weights, Conv1D, biases, a head that stays as it is, attention of its own."""
 
 
+MOST = mostly_slow(MODELS, "llama", "deepseek_v3")
+
+
 def runner_of(folder: Path, spec: GenericSpec, **fields: Any) -> ModelRunner:
     defaults: dict[str, Any] = {"dtype": torch.float32, "num_blocks": 20, "max_loras": 1, "max_lora_rank": 4}
     return ModelRunner(
@@ -79,7 +83,7 @@ def is_linear(module: Any) -> bool:
 
 
 @pytest.mark.parametrize("kernels", [pytest.param("cpu", marks=compiled), "torch"])
-@pytest.mark.parametrize("family", MODELS)
+@pytest.mark.parametrize("family", MOST)
 async def test_fp8(family: str, kernels: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tokens, with adapters and without, are those of transformers and peft with the weights in effect."""
     monkeypatch.setenv("AIOENGINE_KERNELS", kernels)
@@ -92,7 +96,7 @@ async def test_fp8(family: str, kernels: str, tmp_path: Path, monkeypatch: pytes
 
 @compiled
 @pytest.mark.parametrize("form", ["int8", "int4"])
-@pytest.mark.parametrize("family", MODELS)
+@pytest.mark.parametrize("family", MOST)
 async def test_codes_of_the_compiled_library(family: str, form: Quantization, tmp_path: Path) -> None:
     """It rounds activations to int8, too, so that log-probabilities differ a little."""
     model = build_any(tmp_path, family, **MODELS[family])
@@ -112,7 +116,7 @@ async def test_codes_of_the_compiled_library(family: str, form: Quantization, tm
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("family", MODELS)
+@pytest.mark.parametrize("family", MOST)
 def test_blocks_have_their_planned_bytes(family: str, form: Quantization, tmp_path: Path) -> None:
     """What is made for CUDA, by torch on a CPU; the probe compares it with the weights in effect."""
     model = build_any(tmp_path, family, **MODELS[family])
@@ -130,7 +134,7 @@ def test_blocks_have_their_planned_bytes(family: str, form: Quantization, tmp_pa
 
 @compiled
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("family", MODELS)
+@pytest.mark.parametrize("family", MOST)
 def test_the_plan_for_a_cpu_is_exact(family: str, form: Quantization, tmp_path: Path) -> None:
     model = build_any(tmp_path, family, **MODELS[family])
     spec = spec_of(model.folder)

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.selection import mostly_slow
 from support.tiny_models import ALL_MODULES, build_adapter, build_model, reference_generate, reference_logits
 from torch import Tensor
 
@@ -62,7 +63,7 @@ def expected_output(model: Path, tokens: tuple[int, ...], count: int, adapter: P
     return reference_generate(model, tokens, count, adapter)
 
 
-@pytest.fixture(scope="module", params=["llama", "llama-tied", "qwen2", "qwen3"])
+@pytest.fixture(scope="module", params=mostly_slow(["llama", "llama-tied", "qwen2", "qwen3"], "qwen2"))
 def served(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, dict[str, Path]]:

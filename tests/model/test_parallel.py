@@ -26,6 +26,7 @@ from support.parallel_ranks import (
     traffic,
 )
 from support.quantized_checkpoints import Quantize, float8, gptq, write_quantized
+from support.selection import mostly_slow, mostly_slow_rows
 from support.tiny_gguf import tiny_model, write_gguf
 from support.tiny_models import ALL_MODULES, build_adapter, build_model
 
@@ -173,10 +174,11 @@ def check(
     assert {outcome.compiled for outcome in (found, *others)} == {compiled}
 
 
+PLAIN = ["llama", "mistral", "qwen2", "qwen3", "one-kv-head", "granite", "phi3", "olmo3"]
+
+
 @pytest.mark.parametrize("fully_sharded", [False, True])
-@pytest.mark.parametrize(
-    "model", ["llama", "mistral", "qwen2", "qwen3", "one-kv-head", "granite", "phi3", "olmo3"]
-)
+@pytest.mark.parametrize("model", mostly_slow(PLAIN, "qwen3", "phi3"))
 def test_two_ranks_give_the_tokens_and_logits_of_one(
     two: Ranks, root: Path, model: str, fully_sharded: bool
 ) -> None:
@@ -184,7 +186,7 @@ def test_two_ranks_give_the_tokens_and_logits_of_one(
 
 
 @pytest.mark.parametrize("fully_sharded", [False, True])
-@pytest.mark.parametrize("model", ["by-three", "phi3-by-three"])
+@pytest.mark.parametrize("model", mostly_slow(["by-three", "phi3-by-three"], "by-three"))
 def test_three_ranks_give_the_tokens_and_logits_of_one(
     three: Ranks, root: Path, model: str, fully_sharded: bool
 ) -> None:
@@ -201,7 +203,7 @@ COMPILED = ["qwen2", "qwen3", "one-kv-head", "gemma2", "gemma3", "phi3", "glm4",
 
 
 @pytest.mark.parametrize("fully_sharded", [False, True])
-@pytest.mark.parametrize("model", COMPILED)
+@pytest.mark.parametrize("model", mostly_slow(COMPILED, "qwen3"))
 @pytest.mark.usefixtures("cpu_library")
 def test_so_they_do_in_compiled_steps(two: Ranks, root: Path, model: str, fully_sharded: bool) -> None:
     """The library comes back for what the ranks exchange in the middle of a step."""
@@ -224,7 +226,8 @@ def test_int8_adapters_on_two_ranks(two: Ranks, root: Path, kernels: str) -> Non
 
 @pytest.mark.parametrize("fully_sharded", [False, True])
 @pytest.mark.parametrize(
-    ("model", "quantization"), [("qwen2", "int8"), ("gemma3", "int8"), ("llama", "int4")]
+    ("model", "quantization"),
+    mostly_slow_rows([("qwen2", "int8"), ("gemma3", "int8"), ("llama", "int4")], ("qwen2", "int8")),
 )
 @pytest.mark.usefixtures("cpu_library")
 def test_quantized_weights_on_two_ranks(
@@ -242,7 +245,7 @@ def test_quantized_weights_on_two_ranks(
     assert 0 < shared < 1.2 * whole
 
 
-@pytest.mark.parametrize("fully_sharded", [False, True])
+@pytest.mark.parametrize("fully_sharded", mostly_slow([False, True], True))
 @pytest.mark.usefixtures("cpu_library")
 def test_shares_that_compiled_steps_do_not_cover(three: Ranks, root: Path, fully_sharded: bool) -> None:
     """A third of the vocabulary is not in whole vectors: the library's operations, one by one."""
@@ -383,7 +386,7 @@ QUANTIZED: dict[str, tuple[tuple[Quantize, dict[str, Any]], str]] = {
 }
 
 
-@pytest.mark.parametrize("case", QUANTIZED)
+@pytest.mark.parametrize("case", mostly_slow(QUANTIZED, "act-order"))
 def test_a_quantized_model_is_split_the_same_way(two: Ranks, tmp_path: Path, case: str) -> None:
     """Weights stay as stored where a rank's inputs are whole groups; they are expanded where it has parts."""
     (quantize, config), family = QUANTIZED[case]

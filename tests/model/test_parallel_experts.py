@@ -13,6 +13,7 @@ import pytest
 from support.any_models import config_of
 from support.moe_adapters import PARAMETERS, MoeModel
 from support.parallel_ranks import Phase, Ranks, Script, hold, play, traffic
+from support.selection import mostly_slow_rows
 from support.served_models import engine_of, prompt
 
 from aioengine import EngineConfig, LoRAConfig, SamplingParams
@@ -133,7 +134,11 @@ def check(ranks: Ranks, root: Path, case: str, fully_sharded: bool, kernels: str
 
 @pytest.mark.parametrize("fully_sharded", [False, True])
 @pytest.mark.parametrize(
-    ("case", "kernels"), [*((case, "cpu") for case in BY_TWO), ("qwen2_moe", "torch"), ("gpt_oss", "torch")]
+    ("case", "kernels"),
+    mostly_slow_rows(
+        [*((case, "cpu") for case in BY_TWO), ("qwen2_moe", "torch"), ("gpt_oss", "torch")],
+        ("qwen2_moe", "cpu"),
+    ),
 )
 def test_two_ranks_give_the_tokens_and_logits_of_one(
     two: Ranks, root: Path, case: str, kernels: str, fully_sharded: bool

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import pytest
+from support.selection import mostly_slow
 from support.strict_sim import StrictSim
 
 from aioengine import events
@@ -137,7 +138,7 @@ def seconds_of(
     return found, sim
 
 
-@pytest.mark.parametrize("flood", FLOODS)
+@pytest.mark.parametrize("flood", mostly_slow(FLOODS, "adapters", "long prompts"))
 @pytest.mark.parametrize("adapter", [None, "mine"])
 @pytest.mark.parametrize("policy", ["fcfs", "vtc", "drr"])
 def test_one_request_is_served_soon_while_another_tenant_floods(

@@ -9,6 +9,7 @@ import shutil
 import sys
 from pathlib import Path
 
+import pytest
 from support.engine_fixtures import Tiny
 from support.server_fixtures import MODEL, Serve
 
@@ -17,6 +18,7 @@ EXAMPLES = os.environ.get("AIOENGINE_API_EXAMPLES", "20")
 CHECKS = "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance"
 
 
+@pytest.mark.slow
 async def test_no_request_upsets_the_server(serve: Serve, tiny_text: Tiny, tmp_path: Path) -> None:
     """Deterministic, and over within a minute. Models are named that are there: or else every request with
     a good body would end at that."""

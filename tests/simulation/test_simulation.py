@@ -22,6 +22,7 @@ SEED = os.environ.get("AIOENGINE_FUZZ_SEED")
 ONE_SEED = pytest.mark.skipif(SEED is not None, reason="AIOENGINE_FUZZ_SEED asks for that scenario alone")
 
 
+@pytest.mark.slow
 def test_faults_by_seed() -> None:
     happened: Counter[type[events.Event]] = Counter()
     for seed in range(RUNS) if SEED is None else [int(SEED)]:
