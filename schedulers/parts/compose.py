@@ -256,10 +256,10 @@ class Composed(SchedulerPolicy):
             if pool is None:
                 pool = SlotPool(view, self.replace, self._settling(view))
                 self._was_full = pool.is_full
-            if self._is_fixed and not pool.num_idle:
+            if self._is_fixed and not pool.may_lose_idle(oldest, later=self._by_oldest):
                 claims = self._claims(view, chain([(name, adapter, oldest)], cold), pool, place, read)
                 closed.update(pool.close_for(claims))
-                while not pool.is_full and next(claims, None) is not None:
+                while pool.has_spare and next(claims, None) is not None:
                     pass  # the slots that can be had at once are still assigned
                 break
             waited = _waited(oldest, now)
@@ -307,14 +307,14 @@ class Composed(SchedulerPolicy):
         place: list[Place],
         read: list[str],
     ) -> Iterator[Claim]:
-        """Yield the claims of cold adapters to slots that are busy, the most urgent first, if no slot is idle
-        of whose adapter there is need. Slots that can be had at once are assigned on the way."""
+        """Yield the claims of cold adapters to slots that are busy, the most urgent first, if they may have
+        no idle slot of whose adapter there is need. Slots that can be had at once are assigned on the way."""
         now, load_room = view.now, view.load_room
         lacks: Callable[[AdapterView], bool] | None = None
         for name, adapter, oldest in cold:
             waited, location = 0.0 if oldest is None else now - oldest, adapter.location
-            is_last = pool.is_full and (waited >= self.max_wait or waited < self._take_after)
-            if not pool.is_full:
+            is_last = not pool.has_spare and (waited >= self.max_wait or waited < self._take_after)
+            if pool.has_spare:
                 if location is Location.CPU and (way := pool.take_unwanted(name)) is not None:
                     place += [] if way.place is None else [way.place]
                     continue

@@ -110,7 +110,7 @@ class SlotPool:
         """Slots that are free, or whose adapters no request waits for."""
         self.num_idle = len(idle)
         """Idle slots that are left, of adapters that requests wait for."""
-        self._closable_rows = closable
+        self._idle_rows, self._closable_rows = idle, closable
         self._free_bytes = self._unwanted_bytes = 0
         """Free bytes of the memory that slots share, with those of the adapters that may leave."""
         if self._memory is not None:
@@ -126,6 +126,16 @@ class SlotPool:
         """Whether every slot is running, being filled, pinned, or assigned, so that none can be had at
         once."""
         return not self._spare and not self.num_idle
+
+    @property
+    def has_spare(self) -> bool:
+        """Whether a slot is left that is free, or whose adapter no request waits for."""
+        return self._spare > 0
+
+    def may_lose_idle(self, before: float | None, *, later: bool) -> bool:
+        """Whether an adapter that requests have waited for since ``before``, or one of those that come after
+        it, may get an idle slot that others wait for. ``later``: they have been waited for no longer."""
+        return self.num_idle > 0 and not (later and not self._idle.has(before))
 
     def has_any(self, before: float | None, *, may_take: bool, may_close: bool) -> bool:
         """Whether there is a slot for an adapter that requests have waited for since ``before``."""
@@ -226,10 +236,11 @@ class SlotPool:
         return Way(names, Place(adapter.name) if idle else None, [*evict, *names] if idle else evict)
 
     def close_for(self, claims: Iterator[Claim]) -> list[str]:
-        """Return the adapters whose slots are closed for these claims, if the pool is full: for each the slot
-        that will be idle soonest, of those that only later requests wait for, or several of them. None if
-        that would keep nobody out."""
-        rows, first = [row for row in self._closable_rows if row[0] not in self._gone], list[Claim]()
+        """Return the adapters whose busy slots are closed for these claims, none of which may have an idle
+        one: for each the slot that will be idle soonest, of those that only later requests wait for, or
+        several of them. None if that would keep nobody out."""
+        gone = self._gone.union([row[0] for row in self._idle_rows])
+        rows, first = [row for row in self._closable_rows if row[0] not in gone], list[Claim]()
         arrivals = sorted(map(_oldest_of, rows))
         if not arrivals or arrivals[0] == inf or self._view.free_seqs <= 0:
             return []
