@@ -259,7 +259,7 @@ class Composed(SchedulerPolicy):
             if self._is_fixed and not pool.may_lose_idle(oldest, later=self._by_oldest):
                 claims = self._claims(view, chain([(name, adapter, oldest)], cold), pool, place, read)
                 closed.update(pool.close_for(claims))
-                while pool.has_spare and next(claims, None) is not None:
+                while pool.num_spare and next(claims, None) is not None:
                     pass  # the slots that can be had at once are still assigned
                 break
             waited = _waited(oldest, now)
@@ -313,8 +313,10 @@ class Composed(SchedulerPolicy):
         lacks: Callable[[AdapterView], bool] | None = None
         for name, adapter, oldest in cold:
             waited, location = 0.0 if oldest is None else now - oldest, adapter.location
-            is_last = not pool.has_spare and (waited >= self.max_wait or waited < self._take_after)
-            if pool.has_spare:
+            is_last = False
+            if not pool.num_spare:
+                is_last = waited >= self.max_wait or waited < self._take_after
+            else:
                 if location is Location.CPU and (way := pool.take_unwanted(name)) is not None:
                     place += [] if way.place is None else [way.place]
                     continue

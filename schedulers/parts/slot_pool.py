@@ -106,8 +106,8 @@ class SlotPool:
         self._memory = view.memory if view.memory.elastic else None
         self._free = free
         self._unwanted = self._by_score(unwanted)
-        self._spare = len(free) + len(unwanted)
-        """Slots that are free, or whose adapters no request waits for."""
+        self.num_spare = len(free) + len(unwanted)
+        """Slots that are left, free or with adapters that no request waits for."""
         self.num_idle = len(idle)
         """Idle slots that are left, of adapters that requests wait for."""
         self._idle_rows, self._closable_rows = idle, closable
@@ -125,12 +125,7 @@ class SlotPool:
     def is_full(self) -> bool:
         """Whether every slot is running, being filled, pinned, or assigned, so that none can be had at
         once."""
-        return not self._spare and not self.num_idle
-
-    @property
-    def has_spare(self) -> bool:
-        """Whether a slot is left that is free, or whose adapter no request waits for."""
-        return self._spare > 0
+        return not self.num_spare and not self.num_idle
 
     def may_lose_idle(self, before: float | None, *, later: bool) -> bool:
         """Whether an adapter that requests have waited for since ``before``, or one of those that come after
@@ -140,7 +135,7 @@ class SlotPool:
     def has_any(self, before: float | None, *, may_take: bool, may_close: bool) -> bool:
         """Whether there is a slot for an adapter that requests have waited for since ``before``."""
         return (
-            self._spare > 0
+            self.num_spare > 0
             or (may_close and self._closable.has(before))
             or (may_take and self._idle.has(before))
         )
@@ -148,16 +143,16 @@ class SlotPool:
     def has_idle(self, before: float | None) -> bool:
         """Whether there is a free slot, or an idle one that no request waits for or (given ``before``) only
         later requests."""
-        return self._spare > 0 or self._idle.has(before)
+        return self.num_spare > 0 or self._idle.has(before)
 
     def take_unwanted(self, name: str) -> Way | None:
         """Take a free slot, else the least valuable idle one that no request waits for; where slots share a
         memory, have as many such adapters leave as it takes. None if there is no room."""
-        if self._spare == 0:
+        if self.num_spare == 0:
             return None
         if self._memory is None:
             slot = self._free.pop(0) if self._free else next(self._unwanted)
-            self._spare -= 1
+            self.num_spare -= 1
             return Way((), Place(name, slot.index), ())
         need = self._memory.bytes_of(name)
         if need > self._free_bytes + self._unwanted_bytes:
@@ -165,7 +160,7 @@ class SlotPool:
         evict = self._evict_unwanted(self._memory, need)
         self._free_bytes -= need
         self._free.pop(0)
-        self._spare -= 1
+        self.num_spare -= 1
         return Way((), Place(name), evict)
 
     def _evict_unwanted(self, memory: MemoryView, need: int) -> list[str]:
@@ -227,7 +222,7 @@ class SlotPool:
             place = Place(adapter.name, found[0].slot.index) if idle else None
             return Way([wanted.name for wanted in found], place, ())
         if close:
-            self._spare = 0
+            self.num_spare = 0
         if bytes_missing > 0 and not refused:
             return Way((), None, evict)  # closing these would not be enough
         self._free_bytes = max(0, -bytes_missing)
@@ -260,10 +255,13 @@ class SlotPool:
                     break
                 continue
             while missing is not None:
-                place = next((i for i, row in enumerate(rows) if row[3] > since), None)
-                if place is None:
+                for row in rows:
+                    if row[3] > since:
+                        break
+                else:
                     break
-                _, name, adapter, oldest = rows.pop(place)
+                rows.remove(row)
+                _, name, adapter, oldest = row
                 del arrivals[bisect_left(arrivals, oldest)]
                 closed.append(name)
                 missing -= adapter.bytes
