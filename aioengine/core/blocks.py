@@ -118,7 +118,7 @@ class BlockManager:
 
     def can_allocate(self, new: int, shared: Sequence[int] = ()) -> bool:
         """Whether ``new`` blocks are free beside the ``shared`` ones from the cache."""
-        return self.num_free - self.revived(shared) >= new
+        return self.num_free - (self.revived(shared) if shared else 0) >= new
 
     def revived(self, shared: Sequence[int]) -> int:
         """Count those of ``blocks`` that are free now."""
@@ -209,6 +209,12 @@ class BlockManager:
         """Give back one reference on each block. The last blocks of a sequence are reused before its first,
         because a short prefix is worth more than a long one."""
         refs, hash_of = self._refs, self._hash_of
+        if not self.prefix_caching:  # each has one holder, and no contents that are known
+            for block in blocks:
+                assert refs[block] == 1, f"block {block} released twice"
+                refs[block] = 0
+            self._empty += reversed(blocks)
+            return
         for block in reversed(blocks):
             left = refs[block] - 1
             assert left >= 0, f"block {block} released twice"

@@ -520,9 +520,7 @@ class Core:
                 self.batcher.preempt(request, now)
             else:
                 self._refuse("preempt_not_running", request.id)
-        adapters = (request.adapter for request in decision.admit if request.adapter is not None)
-        admitting = {member.uid for adapter in adapters for member in adapter.members}
-        for reason, item in self.placing.apply(decision, now, admitting):
+        for reason, item in self.placing.apply(decision, now):
             self._refuse(reason, item)
         for reason, item in self.merging.apply(decision.merge, now):
             self._refuse(reason, item)

@@ -25,6 +25,10 @@ from aioengine.step import StepBatch, StepResult
 
 logger = logging.getLogger("aioengine")
 
+_LOOKED_AT = frozenset(
+    {events.RequestEnded, events.PolicyRefused, events.PolicyFailed, events.PolicyReplaced}
+)
+"""Events after which the loop itself has something to do."""
 POLICY_RETRY_SECONDS = 0.05
 """Pause before a policy is asked again, if it admitted nothing although nothing runs or loads."""
 
@@ -364,7 +368,8 @@ class Stepper:
     def _deliver(self, event: events.Event) -> None:
         kind = type(event)
         if kind is not events.StepFinished and kind is not events.StepsFinished:  # by far the most
-            self._look_at(event)
+            if kind in _LOOKED_AT:
+                self._look_at(event)
             self._waits.heard(event)
         self._listeners(event)
 

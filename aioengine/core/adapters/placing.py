@@ -106,8 +106,8 @@ class Placing:
             return ()
         return [entry for entry in self._residency.cpu.entries.values() if _waits_for_slot(entry)]
 
-    def apply(self, decision: Resolved, now: float, admitting: set[int]) -> list[Refusal]:
-        """Start what can be started of ``place`` and ``prefetch``, in order; ``admitting`` are the uids of
+    def apply(self, decision: Resolved, now: float) -> list[Refusal]:
+        """Start what can be started of ``place`` and ``prefetch``, in order, but nothing in the places of
         adapters that the same decision admits requests to. Returns what was refused."""
         refused: list[Refusal] = []
         times = self._assembly.short, self._pin_short
@@ -115,6 +115,8 @@ class Placing:
         reads = self._residency.any_wanted or self._assembly.any_waits
         if self._border is None and not reads and not decision.moves:
             return refused  # as in most steps
+        adapters = (request.adapter for request in decision.admit if request.adapter is not None)
+        admitting = {member.uid for adapter in adapters for member in adapter.members}
         kept = self._assembly.kept
         if kept:  # the policy cannot know
             decision = decision._replace(

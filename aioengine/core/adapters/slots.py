@@ -13,6 +13,7 @@ not free has a region of it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import inf
 
 from aioengine.core.adapters.arena import Arena, rounded
@@ -47,6 +48,8 @@ class SlotTable:
         self.slots = [Slot(index) for index in range(num_slots)]
         self.arena = arena
         """None: every slot has a fixed place, for an adapter of any size."""
+        self._ranks: Sequence[int] | None = None
+        """What ``ranks`` returns; None: it is to be made."""
 
     def begin(self, slot: Slot, entry: AdapterEntry, offset: int | None = None) -> None:
         """Begin to write ``entry`` into ``slot``. ``offset``: of the hole in the arena to use; None: the best
@@ -63,6 +66,7 @@ class SlotTable:
         slot.loading = True
         slot.state = SlotState.LOADING
         entry.slot = slot.index
+        self._ranks = None
 
     def activate(self, slot: Slot, now: float) -> None:
         assert slot.loading and slot.entry is not None
@@ -70,6 +74,7 @@ class SlotTable:
         slot.last_used = now
         slot.state = SlotState.DRAINING if slot.entry.retired else SlotState.READY
         slot.entry.location = Location.SLOT
+        self._ranks = None
 
     def retired(self, entry: AdapterEntry) -> None:
         """Note that an adapter accepts no new requests, and has another name now."""
@@ -98,6 +103,7 @@ class SlotTable:
 
     def _give_back(self, slot: Slot) -> None:
         slot.state, slot.name = SlotState.FREE, None
+        self._ranks = None
         if self.arena is not None and slot.offset is not None:
             self.arena.release(slot.offset)
             slot.offset = None
@@ -125,9 +131,11 @@ class SlotTable:
         could = [entry for entry in held if not entry.pinned and entry.uid not in keep]
         return min(could, key=lambda entry: entry.running).uid if could else None
 
-    def ranks(self) -> list[int]:
+    def ranks(self) -> Sequence[int]:
         """Return the rank in each usable slot, 0 elsewhere."""
-        return [0 if s.entry is None or s.loading else s.entry.rank for s in self.slots]
+        if self._ranks is None:
+            self._ranks = [0 if s.entry is None or s.loading else s.entry.rank for s in self.slots]
+        return self._ranks
 
     @property
     def free_slot(self) -> Slot | None:
@@ -142,6 +150,8 @@ class SlotTable:
         )
 
     def check(self) -> None:
+        known, self._ranks = self._ranks, None
+        assert known is None or known == self.ranks()
         held = [s.entry.uid for s in self.slots if s.entry is not None]
         assert len(held) == len(set(held)), "an adapter is in two slots"
         for slot in self.slots:

@@ -164,8 +164,8 @@ class CountedDecodes:
 
     def _grow(self, requests: Sequence[Request]) -> None:
         size = self._blocks.block_size
-        for request in requests:
-            request.blocks += self._blocks.allocate(1)
+        for request, block in zip(requests, self._blocks.allocate(len(requests)), strict=True):
+            request.blocks.append(block)
             at = request.since + len(request.blocks) * size - len(request.tokens) + 1
             heappush(self._block, (at, request.seq, request.joined, request))
 
