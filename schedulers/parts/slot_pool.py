@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from itertools import chain, islice
@@ -236,37 +235,31 @@ class SlotPool:
         several of them. None if that would keep nobody out."""
         gone = self._gone.union([row[0] for row in self._idle_rows])
         rows, first = [row for row in self._closable_rows if row[0] not in gone], list[Claim]()
-        arrivals = sorted(map(_oldest_of, rows))
-        if not arrivals or arrivals[0] == inf or self._view.free_seqs <= 0:
+        earliest = min(map(_oldest_of, rows), default=inf)
+        if earliest == inf or self._view.free_seqs <= 0:
             return []
         least = 0
         for claim in claims:
             first.append(claim)
-            if claim[0] >= arrivals[0]:
+            if claim[0] >= earliest:
                 break
             least += claim[1] is not None
             if least == len(rows):
                 return [row[1] for row in rows]  # all of them, in whatever order
         closed: list[str] = []
         self._sort_by_end(rows)
+        begin, before = 0, -inf  # no slot before ``begin`` is for a claim since ``before``, or later
         for since, missing, is_last in chain(first, claims):
-            if not arrivals or arrivals[-1] <= since:
-                if is_last:
-                    break
-                continue
-            while missing is not None:
-                for row in rows:
-                    if row[3] > since:
-                        break
-                else:
-                    break
-                rows.remove(row)
-                _, name, adapter, oldest = row
-                del arrivals[bisect_left(arrivals, oldest)]
+            begin, before = _next_after(rows, since, 0 if since < before else begin), since
+            if begin == len(rows) and is_last:
+                break
+            while missing is not None and begin < len(rows):
+                _, name, adapter, _ = rows.pop(begin)
                 closed.append(name)
                 missing -= adapter.bytes
                 if missing <= 0:
                     break
+                begin = _next_after(rows, since, begin)
         return closed
 
     def _next(self, oldest: float | None, *, take: bool, close: bool) -> _Wanted | None:
@@ -291,6 +284,14 @@ class SlotPool:
     def _sort_by_end(self, rows: list[_Row]) -> None:
         left = self.tokens_left
         rows.sort(key=lambda row: (left.get(row[1], 0), row[0].last_used))
+
+
+def _next_after(rows: list[_Row], since: float, begin: int) -> int:
+    """Return the place, from ``begin`` on, of the first slot that only requests after ``since`` wait for; the
+    number of slots if there is none."""
+    while begin < len(rows) and rows[begin][3] <= since:
+        begin += 1
+    return begin
 
 
 class _Candidates:
