@@ -207,7 +207,7 @@ class SlotLayout:
 
     def _first_of_b(self, module: str) -> int:
         """Return B's first output, counted from the first that the rank has."""
-        share = self.share(module)
+        share = self._shares[module]
         return int(share.b[0].start - share.outputs[0].start)
 
     @property
