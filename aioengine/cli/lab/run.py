@@ -101,7 +101,7 @@ def _run(experiment: Experiment, flags: RunFlags) -> int:
     from aioengine.lab.runs.simulate import run
 
     try:
-        with progress("simulating") as show, _fewer_collections():
+        with progress("simulating") as show, fewer_collections():
             result = run(
                 experiment,
                 flags.out,
@@ -129,7 +129,7 @@ def _run(experiment: Experiment, flags: RunFlags) -> int:
 
 
 @contextmanager
-def _fewer_collections() -> Iterator[None]:
+def fewer_collections() -> Iterator[None]:
     """Context in which the garbage collector looks for cycles less often: a run makes very many objects, and
     few cycles. The process is the command's own; :func:`aioengine.lab.run` leaves the collector alone."""
     before = gc.get_threshold()
