@@ -10,6 +10,7 @@ import httpx
 import pytest
 from support.bystander import bystander, memory
 from support.engine_fixtures import Tiny
+from support.selection import mostly_slow
 from support.server_process import serving
 
 TEMPLATES = {
@@ -22,7 +23,7 @@ TEMPLATES = {
 }
 
 
-@pytest.mark.parametrize("template", TEMPLATES)
+@pytest.mark.parametrize("template", mostly_slow(TEMPLATES, next(iter(TEMPLATES))))
 async def test_no_template_holds_others_up(template: str, tiny_text: Tiny, tmp_path: Path) -> None:
     model = Path(shutil.copytree(tiny_text.model, tmp_path / "model"))
     (model / "chat_template.jinja").write_text(TEMPLATES[template])

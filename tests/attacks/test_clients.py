@@ -10,9 +10,12 @@ import shutil
 from pathlib import Path
 
 import httpx
+import pytest
 from support.bystander import bystander, memory
 from support.engine_fixtures import Tiny
 from support.server_process import Serving, serving
+
+pytestmark = pytest.mark.slow
 
 FLAGS = ("--served-model-name", "tiny", "--kv-cache-memory", "16MiB")
 STREAM = {"model": "tiny", "prompt": "Hi", "max_tokens": 400, "ignore_eos": True, "stream": True}

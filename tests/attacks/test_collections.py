@@ -7,9 +7,12 @@ import json
 from pathlib import Path
 
 import httpx
+import pytest
 from support import collected
 from support.engine_fixtures import Tiny
 from support.server_process import serving
+
+pytestmark = pytest.mark.slow
 
 
 async def test_full_collections_visit_little(tiny_text: Tiny, tmp_path: Path) -> None:

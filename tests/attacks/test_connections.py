@@ -10,6 +10,7 @@ import pytest
 import pytest_asyncio
 from support.bystander import bystander, forget_peak, memory
 from support.engine_fixtures import Tiny
+from support.selection import mostly_slow
 from support.server_process import Serving, serving
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -138,7 +139,7 @@ ATTACKS = [
 ]
 
 
-@pytest.mark.parametrize("attack", ATTACKS)
+@pytest.mark.parametrize("attack", mostly_slow(ATTACKS, many_headers))
 async def test_a_flood_holds_up_nobody(attack: Callable[[Address], Awaitable[None]], server: Serving) -> None:
     forget_peak(server.process.pid)
     before = memory(server.process.pid)

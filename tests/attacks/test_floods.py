@@ -21,6 +21,8 @@ from support.server_process import Serving, serving
 
 from aioengine.server.access.keys import hash_key
 
+pytestmark = pytest.mark.slow
+
 BOUND = 4.0
 """Times the time alone that a request takes beside the flood, and a step and a read under way: SLACK."""
 SLACK = 1.0

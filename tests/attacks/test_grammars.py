@@ -20,7 +20,7 @@ from support.engine_fixtures import Tiny
 from support.server_process import Serving, serving
 
 MODEL = ("--served-model-name", "tiny")
-pytestmark = pytest.mark.asyncio(loop_scope="module")
+pytestmark = [pytest.mark.slow, pytest.mark.asyncio(loop_scope="module")]
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module", params=["thread", "process"])

@@ -21,6 +21,8 @@ from support.engine_fixtures import Tiny
 from support.peft_files import CONFIG, WEIGHTS, edit_config
 from support.server_process import serving
 
+pytestmark = pytest.mark.slow
+
 BIN = "adapter_model.bin"
 
 

@@ -9,6 +9,7 @@ import httpx
 import pytest
 from support.engine_fixtures import MakeEngine, Tiny, greedy
 from support.longest_hold import LongestHold
+from support.selection import mostly_slow
 from support.server_fixtures import Serve
 
 NAMES = 10_000
@@ -18,7 +19,7 @@ PATHS = ["/v1/models", "/v1/models/n7", "/v1/models/nobody", "/debug/adapters", 
 
 
 @pytest.mark.timed
-@pytest.mark.parametrize("path", [*PATHS, "/events", "POST"])
+@pytest.mark.parametrize("path", mostly_slow([*PATHS, "/events", "POST"], "/v1/models"))
 async def test_a_list_holds_nobody_up(path: str, serve: Serve, tiny_text: Tiny) -> None:
     async with serve(settings={"admin_keys": {"sk-admin": "ops"}}, key="sk-admin") as served:
         for index in range(NAMES):

@@ -15,6 +15,8 @@ from support import preloaded
 from support.engine_fixtures import Tiny
 from support.server_process import SMALL
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("log_format", ["text", "json"])
 async def test_a_log_that_nobody_reads_stops_nothing(log_format: str, tiny_text: Tiny) -> None:

@@ -7,6 +7,7 @@ import gc
 
 import pytest
 from support.longest_hold import LongestHold
+from support.selection import mostly_slow
 from support.server_fixtures import Serve
 
 LENGTH = 60_000
@@ -24,7 +25,7 @@ ROUTES = [
 
 
 @pytest.mark.timed
-@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("route", mostly_slow(ROUTES, ROUTES[0]))
 async def test_a_long_header_holds_nobody_up(route: str, serve: Serve) -> None:
     settings = {"max_upload_bytes": 1000}
     async with serve(settings=settings) as served:

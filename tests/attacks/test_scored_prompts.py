@@ -5,11 +5,14 @@ from __future__ import annotations
 import asyncio
 
 import httpx
+import pytest
 from support.bystander import bystander
 from support.engine_fixtures import Tiny
 from support.server_process import serving
 
 from aioengine.server.generation import MAX_SCORES
+
+pytestmark = pytest.mark.slow
 
 LENGTH, TOP = 490, 20
 MOST = MAX_SCORES // (LENGTH * (TOP + 1))

@@ -16,6 +16,8 @@ from support.server_fixtures import MODEL, Serve, until
 
 from aioengine import SamplingParams
 
+pytestmark = pytest.mark.slow
+
 SIZE = 300_000
 MOST = 200_000
 """Bytes that a waiting request may take besides those that the budget counts."""

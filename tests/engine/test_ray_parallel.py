@@ -18,7 +18,7 @@ from aioengine.executors.ray import workers
 from aioengine.executors.ray.actor import Place
 
 needs_ray()
-pytestmark = pytest.mark.timed  # Ray's processes take what a machine has
+pytestmark = [pytest.mark.slow, pytest.mark.timed]  # Ray's processes take what a machine has
 
 
 @pytest.fixture(scope="module", autouse=True)

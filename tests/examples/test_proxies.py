@@ -16,6 +16,8 @@ from support.engine_fixtures import Tiny, tiny_text
 from support.ports import held_port
 from support.server_process import Serving, serving
 
+pytestmark = pytest.mark.slow
+
 __all__ = ["tiny_text"]
 
 DEPLOY = Path(__file__).resolve().parents[2] / "examples" / "deploy"

@@ -15,6 +15,8 @@ from support.engine_fixtures import Tiny
 from support.fleet_process import SMALL, command_line, needs_ray, until
 from support.ray_nodes import Nodes
 
+pytestmark = pytest.mark.slow
+
 needs_ray()
 
 

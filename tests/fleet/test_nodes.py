@@ -19,6 +19,8 @@ from support.ray_nodes import Nodes
 from aioengine.fleet.registry import AdapterRegistry, Entry
 from aioengine.server.access.keys import hash_key
 
+pytestmark = pytest.mark.slow
+
 needs_ray()
 
 TOKENS = 200

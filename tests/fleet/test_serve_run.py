@@ -18,6 +18,8 @@ from support.ray_nodes import Nodes
 
 from aioengine.fleet.cluster import TRANSPORT
 
+pytestmark = pytest.mark.slow
+
 needs_ray()
 
 

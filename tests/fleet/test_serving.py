@@ -16,6 +16,7 @@ from typing import Any
 
 import httpx
 import openai
+import pytest
 from support.engine_fixtures import Tiny
 from support.fleet_process import START_SECONDS, FleetServer, needs_ray, until
 from support.mixed_adapters import generated, scaled_model
@@ -210,6 +211,7 @@ def test_a_mix_and_an_upload(fleet: FleetServer, tiny_text: Tiny, adapters: Path
         assert not [card["id"] for card in client.get("/v1/models").json()["data"] if "*" in card["id"]]
 
 
+@pytest.mark.slow
 def test_the_commands(fleet: FleetServer, tls: dict[str, str]) -> None:
     def command(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
         clean = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}

@@ -20,6 +20,8 @@ import psutil
 import pytest
 from support.fleet_process import FleetServer, command_line, needs_ray, until
 
+pytestmark = pytest.mark.slow
+
 needs_ray()
 
 STREAMS = 32
