@@ -283,6 +283,7 @@ def repack(folder: Path, change: Any, compression: int = zipfile.ZIP_STORED) -> 
                 archive.writestr(new, content)
 
 
+@pytest.mark.slow
 def test_a_bin_file_that_unpacks_to_more_than_it_is(adapter: Path) -> None:
     as_bin(adapter)
     repack(adapter, lambda name, data: [(name, data), (name + "x", bytes(1 << 26))], zipfile.ZIP_DEFLATED)

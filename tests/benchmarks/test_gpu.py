@@ -92,6 +92,7 @@ def test_after_a_fault_of_the_device_nothing_is_measured(runs: list[measuring.En
     assert "illegal memory access" in errors(done.printed)[0]
 
 
+@pytest.mark.slow
 def test_in_the_real_shapes_every_grid_is_legal_and_compiling_fits_into_the_time() -> None:
     """A kernel takes a second to compile, or less; what a part compiles must leave time to measure."""
     compiled = run_on_fake_gpu("measured_parts")
@@ -251,6 +252,7 @@ def test_a_time_far_above_its_prediction_is_bold() -> None:
 # Engines
 
 
+@pytest.mark.slow
 def test_the_engine_serves_random_weights(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

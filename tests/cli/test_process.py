@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from support.cli_programs import run_program, run_script, run_shell
+from support.selection import mostly_slow
 from support.tiny_chat import build_chat_model
 from support.tiny_models import build_adapter
 
@@ -37,7 +38,10 @@ run()
 """
 
 
-@pytest.mark.parametrize("module", ["aioengine.cli.main", "cyclopts", "uvloop", "aioengine.engine", "torch"])
+MODULES = ["aioengine.cli.main", "cyclopts", "uvloop", "aioengine.engine", "torch"]
+
+
+@pytest.mark.parametrize("module", mostly_slow(MODULES, "torch"))
 def test_interrupted_at_any_moment(module: str, model: Path) -> None:
     """As early as the first import of the command line, as late as the model's loading (torch)."""
     done = run_script(WHILE_IMPORTING, module, "generate", "Hello", "--model", str(model), *SMALL)
@@ -127,6 +131,7 @@ def test_a_reader_that_has_gone(command: str, model: Path) -> None:
     assert (done.returncode, done.stderr) == (141, "")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("redirection", "reason"), [(">&-", "Bad file descriptor"), ("> /dev/full", "No space left on device")]
 )
@@ -140,6 +145,7 @@ def test_output_that_cannot_be_written(redirection: str, reason: str, command: s
     assert done.stderr == f"aioengine: cannot write to standard output: {reason}\n"
 
 
+@pytest.mark.slow
 def test_the_reader_of_the_demo_goes_after_a_line(model: Path, tmp_path: Path) -> None:
     for seed, name in enumerate(("sql", "json", "sentiment", "pirate")):
         build_adapter(model, tmp_path / "adapters" / name, seed=seed, r=2)

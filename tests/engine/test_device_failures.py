@@ -12,6 +12,7 @@ from support.engine_fixtures import MakeEngine, Tiny, greedy, prompt_of
 from support.failure_harness import error_of, until
 from support.faulty_worker import BAD, fail_as
 from support.process_harness import NothingLeft
+from support.selection import mostly_slow
 from support.server_fixtures import served_by
 
 from aioengine.errors import (
@@ -34,7 +35,7 @@ KINDS = {"memory": DeviceOutOfMemory, "illegal": DeviceFault, "lost": DeviceLost
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX")
 @pytest.mark.usefixtures("faulty")
-@pytest.mark.parametrize("fault", KINDS)
+@pytest.mark.parametrize("fault", mostly_slow(KINDS, "memory", "illegal"))
 async def test_with_processes_only_what_ran_fails(
     fault: str,
     tiny: Tiny,

@@ -14,6 +14,7 @@ import torch
 from gguf.tensor_mapping import get_tensor_name_map
 from safetensors.torch import load_file, save_file
 from support.engine_fixtures import MakeEngine, Tiny, greedy, prompt_of
+from support.selection import mostly_slow
 from support.tiny_gguf import interleaved
 from support.tiny_models import build_model
 
@@ -107,7 +108,7 @@ def _add_metadata(writer: gguf.GGUFWriter, config: dict[str, Any], family: str) 
 
 
 @pytest.mark.parametrize("kind", ["F32", "Q8_0"])
-@pytest.mark.parametrize("family", ARCHITECTURES)
+@pytest.mark.parametrize("family", mostly_slow(ARCHITECTURES, *list(ARCHITECTURES)[:2]))
 async def test_a_gguf_file_is_the_model_that_it_was_made_of(
     family: str, kind: str, tmp_path: Path, make_engine: MakeEngine
 ) -> None:

@@ -13,6 +13,7 @@ from support.engine_fixtures import MakeEngine, Tiny, greedy, prompt_of
 from support.failure_harness import Reads, until
 from support.mixed_adapters import added_model, generated, scaled_model
 from support.process_harness import NothingLeft
+from support.selection import mostly_slow
 from support.tiny_models import build_adapter
 
 from aioengine.errors import (
@@ -299,7 +300,7 @@ async def test_biases_are_added_up(kinds: Tiny, make_engine: MakeEngine) -> None
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX")
 @pytest.mark.usefixtures("preloaded_workers")
-@pytest.mark.parametrize("fully", [False, True], ids=["half sharded", "fully sharded"])
+@pytest.mark.parametrize("fully", mostly_slow([False, True], True), ids=["half sharded", "fully sharded"])
 async def test_mixes_on_two_ranks(
     kinds: Tiny, make_engine: MakeEngine, nothing_left: NothingLeft, fully: bool
 ) -> None:

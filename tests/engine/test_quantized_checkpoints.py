@@ -22,6 +22,7 @@ from support.quantized_checkpoints import (
     write_blocks,
     write_quantized,
 )
+from support.selection import mostly_slow
 from support.tiny_gguf import tiny_model
 from support.tiny_models import build_adapter
 
@@ -115,7 +116,9 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pair]:
     return functools.cache(lambda kind: pair_of(kind, tmp_path_factory.mktemp(kind)))
 
 
-@pytest.mark.parametrize("kind", CHECKPOINTS)
+@pytest.mark.parametrize(
+    "kind", mostly_slow(CHECKPOINTS, "gptq-asymmetric-act-order", "float8-blocks", "Q6_K-tied")
+)
 async def test_tokens_are_those_of_the_expanded_weights(
     kind: str, pairs: Callable[[str], Pair], tmp_path: Path, make_engine: MakeEngine
 ) -> None:
@@ -123,7 +126,9 @@ async def test_tokens_are_those_of_the_expanded_weights(
     await check(pairs(kind), {"lora": {"r": 8}}, tmp_path, make_engine, block_size=16)
 
 
-@pytest.mark.parametrize("kind", ["gptq-asymmetric-act-order", "float8-blocks", "mixed", "Q6_K-tied"])
+@pytest.mark.parametrize(
+    "kind", mostly_slow(["gptq-asymmetric-act-order", "float8-blocks", "mixed", "Q6_K-tied"], "mixed")
+)
 async def test_so_they_are_where_the_compiled_step_is_not_and_with_dora(
     kind: str, pairs: Callable[[str], Pair], tmp_path: Path, make_engine: MakeEngine
 ) -> None:

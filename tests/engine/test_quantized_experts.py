@@ -11,6 +11,7 @@ import pytest
 import torch
 from support.moe_adapters import PARAMETERS, MoeModel
 from support.quantized_checkpoints import Quantize, awq, float8, gptq, int_quantized, pack_quantized
+from support.selection import mostly_slow
 from support.served_models import engine_of, prompt
 
 from aioengine import EngineConfig, SamplingParams
@@ -71,7 +72,7 @@ def build(root: Path, case: str) -> tuple[MoeModel, Path]:
 
 
 @pytest.mark.parametrize("backend", ["cpu", "torch"])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", mostly_slow(CASES, *list(CASES)[:2]))
 async def test_tokens_are_those_of_the_expanded_weights(
     case: str, backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -32,6 +32,7 @@ def test_the_reward_is_for_the_first_word(example: Any) -> None:
     assert example.begins_with_the(["The end", "", "Then", "In The", said], prompts=[]) == [1, 0, 0, 0, 1]
 
 
+@pytest.mark.slow
 def test_completions_are_the_present_adapters(example: Any, tmp_path: Path) -> None:
     folder = build_model(tmp_path / "model", "llama")
     base = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)

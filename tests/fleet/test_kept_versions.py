@@ -186,6 +186,7 @@ def _names(residency: Residency) -> set[str]:
     return {f"{info.name}@{info.version}" for info in residency.versions}
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=100)
 @given(WANTED, st.lists(EVENTS, min_size=3, max_size=14))
 @example({"a": 1.0}, [Event("token"), Event("lose"), Event("token")])

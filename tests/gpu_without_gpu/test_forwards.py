@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from support.fake_gpu import run_on_fake_gpu
 
 
@@ -11,6 +12,7 @@ def test_every_argument_is_on_the_device_and_every_grid_is_legal() -> None:
     assert len(faults) > 5 and not any(faults.values()), faults
 
 
+@pytest.mark.slow
 def test_nothing_is_compiled_after_the_start() -> None:
     """A kernel that is compiled while requests wait holds all of them up for up to a second."""
     at_start, later = run_on_fake_gpu("jit_keys", "2000")
@@ -31,6 +33,7 @@ def test_a_step_takes_few_launches() -> None:
     }
 
 
+@pytest.mark.slow
 def test_ranks_exchange_the_same_in_the_same_order_in_recorded_and_played_steps() -> None:
     """Or they would wait for each other for ever; a graph plays back what was recorded."""
     for mode, (first, second) in run_on_fake_gpu("exchanges", "60").items():

@@ -443,6 +443,7 @@ LARGE: dict[str, Any] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["allOf", "anyOf", "oneOf", "chain", "pairs"])
 @pytest.mark.parametrize("what", LARGE)
 def test_what_many_references_lead_to_is_not_written_without_bound(what: str, how: str) -> None:

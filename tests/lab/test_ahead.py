@@ -110,6 +110,7 @@ def outcome(
         return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None)
 @given(workloads, systems)
 def test_the_same_bytes_come_out(workload: dict[str, Any], system: dict[str, Any]) -> None:

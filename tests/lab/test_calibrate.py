@@ -274,6 +274,7 @@ def test_validation_is_refused_what_cannot_be_compared(model: Path, calibrated: 
         validate(experiment_of(calibrated), str(model), loads=(0.5, 0.0))
 
 
+@pytest.mark.slow
 def test_validation_of_a_tiny_model(model: Path, calibrated: Path) -> None:
     experiment = experiment_of(calibrated)
     as_given = validate(experiment, str(model), loads=(), repeats=2)

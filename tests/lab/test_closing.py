@@ -45,6 +45,7 @@ scenes = st.fixed_dictionaries(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(scenes)
 def test_the_same_bytes_come_out(tmp_path_factory: pytest.TempPathFactory, scene: dict[str, Any]) -> None:

@@ -216,6 +216,7 @@ def test_the_report_ranks(folder: Path) -> None:
     assert b"aioengine lab compare --experiment FOLDER/comparison.json" in first
 
 
+@pytest.mark.slow
 def test_figures_have_panels_for_up_to_four_numbers_of_slots(tmp_path: Path) -> None:
     many = msgspec.structs.replace(BASE, cpu_loras=6)
     compare(grid(experiment=many, policies=["fcfs", "oracle"], slots=[1, 2, 3, 4, 5]), tmp_path)

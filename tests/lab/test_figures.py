@@ -28,6 +28,7 @@ from aioengine.lab.report.style import (
 from aioengine.lab.runs.rows import SlotSpan
 
 
+@pytest.mark.slow
 def test_all_figures_twice_the_same(tmp_path: Path) -> None:
     run = load_run(write_files(tmp_path))
     first, again = list(draw_run(run)), list(draw_run(run))

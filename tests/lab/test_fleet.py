@@ -215,6 +215,7 @@ def test_bad_values_are_refused(fields: dict[str, Any], says: str) -> None:
         experiment(**fields)
 
 
+@pytest.mark.slow
 def test_routers_side_by_side(tmp_path: Path) -> None:
     several = Comparison(
         experiment=experiment(),

@@ -152,6 +152,7 @@ def test_nothing_to_do() -> None:
 POLICIES = ["fcfs", "vllm", "vtc", "sjf+gdsf", "chameleon", "slora", "drr", "edf"]
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=30)
 @given(st.integers(0, 10**6), st.sampled_from(POLICIES))
 def test_every_request_ends_once_and_tokens_add_up(seed: int, policy: str) -> None:

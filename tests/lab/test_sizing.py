@@ -117,6 +117,7 @@ def test_goodput_needs_to_be_told_by_when(tmp_path: Path) -> None:
         find_size(Experiment(workload=spec), parse_objectives(["goodput=0.9"]), tmp_path)
 
 
+@pytest.mark.slow
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "w.toml"
     file.write_text('[workload]\narrivals = "poisson:rate=4"\nlimit = 30\nadapters = 3\noutput_tokens = 20\n')
@@ -132,6 +133,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert main(["lab", "size", "--workload", str(tmp_path / "no.toml"), "--slo", "ttft_p99=1"]) == 2
 
 
+@pytest.mark.slow
 def test_memory_that_slots_share_is_searched_in_sixteenths(tmp_path: Path) -> None:
     objectives = parse_objectives(["ttft_p99=0.6"])
     bounds = Bounds(replicas=(1, 1), slots=(4, 4), cpu_loras=(4, 4))

@@ -238,6 +238,7 @@ async def test_loading_draining_and_queues(engine: AsyncEngine, browser_page: Br
         await shows(page, "#tip", "old version 7: draining")
 
 
+@pytest.mark.slow
 async def test_a_thousand_adapters(engine: AsyncEngine, tiny: Tiny, browser_page: BrowserPage) -> None:  # noqa: F811
     for index in range(997):
         engine.register_adapter(f"tenant-{index:04}", tiny.adapters["rank-3"])
@@ -302,6 +303,7 @@ async def test_names_are_text_whatever_they_contain(engine: AsyncEngine, browser
         assert await page.locator("img").count() == 0 and await page.title() == "aioengine"
 
 
+@pytest.mark.slow
 async def test_lost_connection_is_plain_and_mends_itself(
     engine: AsyncEngine, browser_page: BrowserPage
 ) -> None:
@@ -322,6 +324,7 @@ async def test_lost_connection_is_plain_and_mends_itself(
         await opened.__aexit__(None, None, None)
 
 
+@pytest.mark.slow
 async def test_under_a_mount_path(engine: AsyncEngine, browser_page: BrowserPage) -> None:
     app = metrics_app(engine)
 
@@ -358,6 +361,7 @@ CONTRAST = """() => {
 }"""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("theme", ["light", "dark"])
 async def test_text_is_readable_in_both_themes(
     engine: AsyncEngine, theme: str, browser_page: BrowserPage

@@ -156,6 +156,7 @@ async def an_emptied_slot_is_free(server: Prometheus, engine: AsyncEngine) -> No
     assert rows == {f"tiny {i:02}": "(free)" if i == index else adapter for i, adapter in slots.items()}
 
 
+@pytest.mark.slow
 async def test_a_dead_engine_raises_an_alert(model: Path, tmp_path: Path) -> None:
     """From the process that is killed to what arrives at the one who is on call."""
     flags = ("--executor", "process", "--keep-dead")

@@ -11,6 +11,7 @@ import torch
 from support.any_models import WITHOUT_EFFECT
 from support.mixed_adapters import scaled_model
 from support.moe_adapters import MoeModel
+from support.selection import mostly_slow
 from support.served_models import engine_of, prompt
 
 from aioengine import EngineConfig, LoRAConfig, SamplingParams
@@ -59,7 +60,7 @@ def build(root: Path, family: str) -> MoeModel:
 
 
 @pytest.mark.parametrize("backend", ["cpu", "torch"])
-@pytest.mark.parametrize("family", CASES)
+@pytest.mark.parametrize("family", mostly_slow(CASES, *list(CASES)[:2]))
 async def test_a_family(family: str, backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All adapters side by side, with swaps; twice, so that slots and prefixes are reused."""
     monkeypatch.setenv("AIOENGINE_KERNELS", backend)

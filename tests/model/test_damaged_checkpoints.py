@@ -12,6 +12,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from support.any_models import config_of, randomize
+from support.selection import mostly_slow
 from support.served_models import engine_of, refused
 from torch import Tensor
 
@@ -80,7 +81,7 @@ def saved(folder: Path, family: str, **more: Any) -> Path:
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", mostly_slow(FAMILIES, "gpt_neox"))
 async def test_a_damaged_tensor(family: str, damage: str, tmp_path: Path) -> None:
     file = saved(tmp_path, family) / "model.safetensors"
     tensors = load_file(file)

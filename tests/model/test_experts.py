@@ -10,6 +10,7 @@ import pytest
 import torch
 from support.mixed_adapters import scaled_model
 from support.moe_adapters import PARAMETERS, MoeModel
+from support.selection import mostly_slow
 from support.served_models import engine_of, prompt
 
 from aioengine import EngineConfig, SamplingParams
@@ -56,7 +57,7 @@ def build(root: Path, case: str) -> MoeModel:
 
 
 @pytest.mark.parametrize("backend", ["cpu", "torch"])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", mostly_slow(CASES, "qwen2_moe", "gpt_oss"))
 async def test_a_family(case: str, backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All forms of adapters in mixed batches, with swaps; twice, so that slots and prefixes are reused."""
     monkeypatch.setenv("AIOENGINE_KERNELS", backend)
@@ -123,7 +124,7 @@ def round_weights(model: Any, quantization: str) -> None:
 
 
 @pytest.mark.parametrize("quantization", FORMS)
-@pytest.mark.parametrize("case", ["mixtral", "qwen2_moe", "gpt_oss"])
+@pytest.mark.parametrize("case", mostly_slow(["mixtral", "qwen2_moe", "gpt_oss"], "gpt_oss"))
 @pytest.mark.usefixtures("cpu_library")
 async def test_quantized_experts(
     case: str, quantization: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -83,6 +83,7 @@ async def test_who_gets_which_answers_and_who_uses_it(serve: Serve) -> None:
     assert on_a_panel("aioengine_tenant_generation_tokens_total")
 
 
+@pytest.mark.slow
 async def test_which_adapter_fails_and_why_and_is_the_volume_gone(
     serve: Serve, tiny_text: Tiny, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -111,6 +112,7 @@ async def test_which_adapter_fails_and_why_and_is_the_volume_gone(
     assert on_a_panel("aioengine_lora_load_failures_total", "aioengine_lora_resolver_failures_total")
 
 
+@pytest.mark.slow
 async def test_what_runs_since_when_and_whether_it_leaks(tiny_text: Tiny, make_engine: MakeEngine) -> None:
     async with make_engine(tiny_text, name="night") as engine:
         engine.metrics.export_process()
@@ -158,6 +160,7 @@ async def test_what_is_pinned_how_full_it_is_and_what_caches_and_batches_bring(s
         assert on_a_panel(metric), metric
 
 
+@pytest.mark.slow
 async def test_its_state_its_restarts_and_how_long_until_the_drain_is_over(tiny_text: Tiny) -> None:
     flags = ["--executor", "process", "--restart", "on-failure", "--served-model-name", MODEL]
     async with (
