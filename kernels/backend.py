@@ -131,6 +131,13 @@ class Backend(Protocol):
     def soft_cap_(self, x: Tensor, cap: float) -> None:
         """``cap * tanh(x / cap)`` in place; ``x`` [N, size], contiguous."""
 
+    def argmax(self, logits: Tensor) -> Tensor:
+        """Return the first index of each row's largest value, a NaN being the largest; -1 if that is not
+        finite.
+
+        ``logits`` [N, size]; returns [N] of int64.
+        """
+
     def rope_store(
         self,
         qkv: Tensor,

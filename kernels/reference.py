@@ -6,6 +6,8 @@ grouped by adapter follows Punica: Chen et al., 2023, https://arxiv.org/abs/2310
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -76,6 +78,14 @@ def clamped_swiglu(gate_up: Tensor, *, alpha: float, limit: float) -> Tensor:
 def soft_cap_(x: Tensor, cap: float) -> None:
     """``cap * tanh(x / cap)``; see :class:`Backend`."""
     x.copy_(cap * torch.tanh(x.float() / cap))
+
+
+def argmax(logits: Tensor) -> Tensor:
+    """First index of each row's largest value, -1 if that is not finite; see :class:`Backend`."""
+    rows = [[float(value) for value in row] for row in logits]
+    largest = [math.nan if any(map(math.isnan, row)) else max(row) for row in rows]
+    best = [row.index(top) if math.isfinite(top) else -1 for row, top in zip(rows, largest, strict=True)]
+    return torch.tensor(best, dtype=torch.int64, device=logits.device)
 
 
 def rope_store(

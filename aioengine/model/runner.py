@@ -112,8 +112,6 @@ class ModelRunner:
         merges: bool = False,
         bind_threads: bool = True,
     ) -> None:
-        if sample is None:
-            sample = functools.partial(default_sample, penalties=Penalties(max_num_seqs))
         self.dtype = dtype
         self.device = torch.device(device)
         self.group = group or SoloGroup()
@@ -127,6 +125,9 @@ class ModelRunner:
             backend = get_backend(self.device.type, kernels)
         else:
             backend = fastest_kernels(spec, dtype, self.device, block_size=block_size, ranks=ranks)
+        if sample is None:
+            penalties = Penalties(max_num_seqs)
+            sample = functools.partial(default_sample, penalties=penalties, argmax=backend.argmax)
         self.decoder: Decoder | GenericModel
         coverage.check_kv_cache("int8" if int8_cache else "fp8" if fp8_cache else "auto", spec, backend.name)
         if not isinstance(spec, GenericSpec):

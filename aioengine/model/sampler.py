@@ -18,13 +18,14 @@ each time that draws have to look at more tokens than before, and for constraint
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import msgspec
 import torch
 from torch import Tensor
 
+from aioengine.kernels.portable import plain
 from aioengine.kernels.transfer import send
 from aioengine.model.penalties import Penalties
 from aioengine.model.sampling.constraints import Masks, collect
@@ -40,11 +41,14 @@ _WIDE_CELLS = 1 << 21
 """Candidates, of all rows together, that are looked at in one piece after the first look: each takes up to 50
 bytes."""
 _BLOCK = 64
-_ARGMAX_BLOCK = 512
-_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-def sample(logits: Tensor, rows: Sequence[SequenceWork], penalties: Penalties | None = None) -> list[Sampled]:
+def sample(
+    logits: Tensor,
+    rows: Sequence[SequenceWork],
+    penalties: Penalties | None = None,
+    argmax: Callable[[Tensor], Tensor] = plain.argmax,
+) -> list[Sampled]:
     """Sample one token for each row.
 
     Args:
@@ -52,6 +56,7 @@ def sample(logits: Tensor, rows: Sequence[SequenceWork], penalties: Penalties | 
         rows: the N sequences; uses ``params``, ``seed``, ``history``, ``prompt_len``, and ``draft``, which
             stands for tokens after the history.
         penalties: The same for successive steps, so that earlier tokens are not counted again.
+        argmax: That of :class:`~aioengine.kernels.Backend`.
 
     Returns:
         N results in the same order. A row whose largest logit is NaN or infinite, or whose constraint
@@ -60,7 +65,7 @@ def sample(logits: Tensor, rows: Sequence[SequenceWork], penalties: Penalties | 
     """
     if not rows:
         return []
-    best = _argmax(logits)
+    best = argmax(logits)
     changed = [i for i, row in enumerate(rows) if row.params.changes_logits or not row.params.greedy]
     results: dict[int, Sampled] = {}
     forced: dict[int, Sequence[int]] = {}
@@ -116,36 +121,6 @@ def token_logprobs(logits: Tensor, tokens: Sequence[int], most: int) -> list[Tok
 def uniform(seed: int, index: int) -> float:
     """Return the uniform number in [0, 1) of a request's ``index``-th output token; 53 random bits."""
     return (_mix(_mix(seed & _MASK) + (index + 1) * _GAMMA) >> 11) * 2.0**-53
-
-
-def _argmax(logits: Tensor) -> Tensor:
-    """Return the first index of each row's largest value (a NaN is the largest); -1 if it is not finite."""
-    block = min(logits.shape[1] & -logits.shape[1], _ARGMAX_BLOCK)
-    if logits.device.type == "cpu" and block >= _BLOCK:
-        blocks = logits.reshape(len(logits), -1, block)
-        if math.isfinite(logits.sum()):
-            # Only finite values have a finite sum. Positive ones are in the order of their bits, and torch
-            # compares whole numbers ten times faster.
-            bits = blocks.view(_BITS[logits.itemsize])
-            best = _first_largest(bits)
-            top = logits.gather(1, best[:, None])
-            if (top > 0).all():
-                return best
-            if (top < 0).all():  # all are negative: the closest to 0 has the least bits
-                return _first_largest(~bits)
-        best = _first_largest(blocks)
-    else:
-        best = logits.argmax(dim=-1)
-    top = logits.gather(1, best[:, None])[:, 0]
-    return best.masked_fill_(~torch.isfinite(top), -1)
-
-
-def _first_largest(blocks: Tensor) -> Tensor:
-    """Return the first index of each row's largest value by way of the block that it is in: on a CPU torch
-    finds the largest value several times faster than where it is."""
-    which = blocks.amax(dim=-1).argmax(dim=-1)
-    within = blocks[torch.arange(len(blocks)), which].argmax(dim=-1)
-    return which * blocks.shape[2] + within
 
 
 def _mix(z: int) -> int:

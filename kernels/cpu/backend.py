@@ -7,6 +7,7 @@ that are no multiples of 16. Whole steps are one call where a model allows for i
 from __future__ import annotations
 
 from aioengine.kernels.cpu.layer import add_rms_norm as add_rms_norm
+from aioengine.kernels.cpu.layer import argmax as argmax
 from aioengine.kernels.cpu.layer import clamped_swiglu as clamped_swiglu
 from aioengine.kernels.cpu.layer import expert_linear as expert_linear
 from aioengine.kernels.cpu.layer import gelu_and_mul as gelu_and_mul

@@ -75,6 +75,15 @@ def soft_cap_(x: Tensor, cap: float) -> None:
     load().aio_soft_cap(is_bf16(x), x.data_ptr(), x.numel(), cap, threads())
 
 
+def argmax(logits: Tensor) -> Tensor:
+    """First index of each row's largest value, -1 if that is not finite; see :class:`Backend`."""
+    if logits.dtype not in DTYPES or not logits.is_contiguous():
+        return plain.argmax(logits)
+    best = torch.empty(len(logits), dtype=torch.int64)
+    load().aio_argmax(is_bf16(logits), logits.data_ptr(), *logits.shape, best.data_ptr(), threads())
+    return best
+
+
 def rope_store(
     qkv: Tensor, norms: HeadNorms | None, rotation: Rotation, cache: LayerCache, plan: AttentionPlan
 ) -> None:

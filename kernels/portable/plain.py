@@ -14,6 +14,7 @@ from aioengine.kernels.portable.grouped import lora_affine as lora_affine
 from aioengine.kernels.portable.grouped import lora_embed as lora_embed
 from aioengine.kernels.portable.grouped import lora_expand as lora_expand
 from aioengine.kernels.portable.grouped import lora_shrink as lora_shrink
+from aioengine.kernels.portable.largest import argmax as argmax
 from aioengine.kernels.portable.sdpa import paged_attention as paged_attention
 from aioengine.kernels.weight import PIECE_ELEMENTS, PlainWeight, Weight
 

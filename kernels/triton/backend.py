@@ -3,6 +3,7 @@
 The linears are cuBLAS's, through torch, except those of quantized checkpoints.
 """
 
+from aioengine.kernels.portable.plain import argmax as argmax
 from aioengine.kernels.portable.plain import soft_cap_ as soft_cap_
 from aioengine.kernels.triton.attention import paged_attention as paged_attention
 from aioengine.kernels.triton.experts import expert_linear as expert_linear

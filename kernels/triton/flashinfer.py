@@ -20,6 +20,7 @@ from aioengine.kernels.backend import LayerCache, Scores
 from aioengine.kernels.plan.attention import AttentionPlan
 from aioengine.kernels.triton import attention
 from aioengine.kernels.triton.backend import add_rms_norm as add_rms_norm
+from aioengine.kernels.triton.backend import argmax as argmax
 from aioengine.kernels.triton.backend import clamped_swiglu as clamped_swiglu
 from aioengine.kernels.triton.backend import expert_linear as expert_linear
 from aioengine.kernels.triton.backend import gelu_and_mul as gelu_and_mul

@@ -6,7 +6,9 @@
 from __future__ import annotations
 
 import itertools
+import math
 import os
+import random
 from collections.abc import Iterator
 
 import pytest
@@ -126,6 +128,37 @@ def test_norm_and_activation(device: str, name: str, dtype: torch.dtype, rows: i
     backend.soft_cap_(found, 5.0)
     REFERENCE.soft_cap_(true, 5.0)
     close([found.cpu()], [true])
+
+
+@every_backend
+@settings(max_examples=EXAMPLES, deadline=None)
+@given(
+    st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    st.sampled_from([1, 15, 64, 511, 512, 530, 1536]),
+    st.lists(
+        st.sets(st.sampled_from([-3.5, -1.0, -0.0, 0.0, 1e-3, 2.0, 3e4, -math.inf]), min_size=1),
+        min_size=1,
+        max_size=5,
+    ),
+    st.sampled_from([None, None, math.nan, -math.nan, math.inf]),
+    st.randoms(use_true_random=False),
+)
+def test_the_first_of_the_largest(
+    device: str,
+    name: str,
+    dtype: torch.dtype,
+    size: int,
+    kinds: list[set[float]],
+    odd: float | None,
+    rng: random.Random,
+) -> None:
+    """Of rows with few different values, of one sign or both, whatever another row holds."""
+    values = [[rng.choice(sorted(kind)) for _ in range(size)] for kind in kinds]
+    if odd is not None:
+        values[rng.randrange(len(kinds))][rng.randrange(size)] = odd
+    logits = torch.tensor(values).to(dtype)
+    best = get_backend(device, name).argmax(logits.to(device)).tolist()
+    assert best == REFERENCE.argmax(logits).tolist()
 
 
 @every_backend

@@ -135,6 +135,7 @@ AIO_EXPORT void aio_gelu_and_mul(int bf16, const void* gate_up, void* out, long 
 AIO_EXPORT void aio_clamped_swiglu(int bf16, const void* gate_up, void* out, long rows, long size, float alpha,
                                    float limit, int threads);
 AIO_EXPORT void aio_soft_cap(int bf16, void* x, long count, float cap, int threads);
+AIO_EXPORT void aio_argmax(int bf16, const void* x, long rows, long size, int64_t* best, int threads);
 AIO_EXPORT void aio_lora_shrink(int bf16, const void* x, long x_stride, const aio::Slots* slots, long first, void* h,
                                 long k, long slices, long width, const int32_t* segments, long count, int threads);
 AIO_EXPORT void aio_lora_expand(int bf16, const void* h, const aio::Slots* slots, long first, const aio::Slice* slice,
