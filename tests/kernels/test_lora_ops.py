@@ -311,5 +311,28 @@ def test_turned_matrices_give_the_same_bits(dtype: torch.dtype, int8: bool, data
     same(AdaptedLinear(packed, None, pool)(case.x, batch), AdaptedLinear(packed, None, plain)(case.x, batch))
 
 
+@pytest.mark.skipif("cpu" not in OTHERS, reason="needs the CPU library")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_int8_gives_a_token_the_same_bits_alone(dtype: torch.dtype, data: st.DataObject) -> None:
+    """However many tokens of its adapter there are, and though some elements are much larger than others."""
+    case = data.draw(cases(dtype))
+    case.x[:, data.draw(st.integers(0, case.x.shape[1] - 1))] *= data.draw(st.sampled_from([1, 100, 1e4]))
+    pool, cpu = turned(case.int8_pool), get_backend("cpu", "cpu")
+    h = cpu.lora_shrink(case.x, pool, case.batch)
+    together = case.y.clone()
+    cpu.lora_expand(h, pool, together, case.batch)
+    exact = REFERENCE.lora_shrink(case.x, case.int8_pool, case.batch)
+    scale = exact.float().abs().max().clamp(min=1.0) if exact.numel() else 1.0
+    torch.testing.assert_close(h / scale, exact / scale, rtol=1e-2, atol=1e-2)
+    for t, slot in enumerate(case.slot_of_token):
+        one = LoRABatch([slot], [1], case.ranks)
+        y = case.y[t : t + 1].clone()
+        alone = cpu.lora_shrink(case.x[t : t + 1], pool, one)
+        cpu.lora_expand(alone, pool, y, one)
+        same(y[0], together[t])
+
+
 def same(found: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)

@@ -217,6 +217,23 @@ struct F32 {
   static inline vf round16(vf v) { return v; }
 };
 
+// As many of 16 elements as there are, the others zero.
+template <class T>
+inline vf load_some(const typename T::elem* p, long count) {
+  if (count >= LANES) return T::load16(p);
+  typename T::elem some[LANES] = {};
+  std::memcpy(some, p, count * sizeof *p);
+  return T::load16(some);
+}
+
+template <class T>
+inline void store_some(typename T::elem* p, vf v, long count) {
+  if (count >= LANES) return T::store16(p, v);
+  typename T::elem some[LANES];
+  T::store16(some, v);
+  std::memcpy(p, some, count * sizeof *p);
+}
+
 // Four unsigned bytes (of the first operand) times four signed ones; whole numbers are added, so nothing is rounded.
 struct Int8 {
   using elem = int8_t;

@@ -1,6 +1,7 @@
 // Adapters added to rows of a linear; expand.h says how.
 #include "expand.h"
 
+#include <type_traits>
 #include <vector>
 
 #include "transpose.h"
@@ -19,7 +20,9 @@ const uint32_t* panel(const B<T>& b, long rows, uint32_t* room) {
   const long words = (b.rank + Int8::PER_LANE - 1) / Int8::PER_LANE;
   // At the end of the room, so that they are read before they are written over.
   uint32_t* const turned = room + words * (TIMES - 1) * LANES;
-  if (!lies) transpose<Int8>((const int8_t*)b.at, b.rank, b.rank, rows, turned);
+  if (FIXED<T> && lies) return (const uint32_t*)b.at;
+  if (!lies) transpose<Int8>((const int8_t*)b.at, b.rank, b.rank, rows, FIXED<T> ? room : turned);
+  if (FIXED<T>) return room;
   const uint32_t* const bytes = lies ? (const uint32_t*)b.at : turned;
   for (long i = 0; i < words; i++) {
     vu wide[TIMES];
@@ -27,6 +30,22 @@ const uint32_t* panel(const B<T>& b, long rows, uint32_t* room) {
     for (long j = 0; j < TIMES; j++) store(room + (i * TIMES + j) * LANES, wide[j]);
   }
   return room;
+}
+
+template <class T>
+Given given(const void* h, long slices, long width, const Slots& slots, const Segment* segments, long count) {
+#if defined(AIO_FIXED)
+  if constexpr (FIXED<T>)
+    if (slots.int8 && count > 0) {
+      const long words = FixedGiven::words(width);
+      uint32_t* const out = room<FIXED_GIVEN>(segments[count - 1].end * slices * words * long(sizeof(uint32_t)));
+      for (const Segment* g = segments; g < segments + count; g++)
+        for (long i = g->begin * slices; i < g->end * slices; i++)
+          FixedGiven::make((const uint16_t*)h + i * width, width, out + i * words);
+      return {out, slices, words};
+    }
+#endif
+  return {(const uint32_t*)h, slices, width / T::PER_LANE};
 }
 
 namespace {
@@ -56,6 +75,11 @@ inline void expand_tile(const uint32_t* h, long h_stride, const uint32_t* b, lon
   for (int p = 0; p < P; p++)
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++) acc[p][r] = T::load16(y + r * y_stride + p * LANES);
+#if defined(AIO_FIXED)
+  if constexpr (FIXED<T> && std::is_same_v<E, Int8>)
+    add_fixed_lanes<R, P>(h, h_stride, b, lanes, acc);
+  else
+#endif
   for (long k = 0; k < lanes; k++, h += E::PER_LANE / T::PER_LANE)
 #pragma GCC unroll 4
     for (int p = 0; p < P; p++) add_lane<T, E, R>(h, h_stride, load(b + (p * lanes + k) * LANES), acc[p]);
@@ -68,7 +92,7 @@ inline void expand_tile(const uint32_t* h, long h_stride, const uint32_t* b, lon
 // The same for so many panels: with few rows of several at a time, or each product would wait for the one before.
 template <class T, class E, int R>
 void expand_tiles(const uint32_t* h, long h_stride, const B<T>& b, long panels, typename T::elem* y, long y_stride) {
-  constexpr int SOME = R <= 4 ? 4 : 2;
+  constexpr int SOME = R <= (FIXED<T> && std::is_same_v<E, Int8> ? 2 : 4) ? 4 : 2;
   const long lanes = b.rank / E::PER_LANE;
   const uint32_t* at = (const uint32_t*)b.at;
   long p = 0;
@@ -126,7 +150,7 @@ void expand_turned(const uint32_t* h, long h_stride, const B<T>& b, long panels,
     const uint32_t* const turned = panel(b.from(p * LANES), LANES, room);
     vf acc[R];
     for (int r = 0; r < R; r++) acc[r] = T::load16(y + r * y_stride);
-    add_lanes<T, R>(h, h_stride, turned, b.lanes, acc);
+    add_lanes<T, R>(h, h_stride, turned, b.lanes, b.int8, acc);
     for (int r = 0; r < R; r++) T::store16(y + r * y_stride, acc[r]);
   }
 }
@@ -138,6 +162,7 @@ void expand_panels_of(const uint32_t* h, long h_stride, const B<T>& b, long rows
                    long y_stride, uint32_t* room) {
   // Lanes are taken 8 at a time; where rows of B have not so many, 4 at the end, or all if they are one or two.
   [[maybe_unused]] const long lanes = b.rank / E::PER_LANE;
+  constexpr bool IS_FIXED = FIXED<T> && std::is_same_v<E, Int8>;
   [[maybe_unused]] const bool as_it_lies = b.rank % E::PER_LANE == 0 && (lanes % 4 == 0 || lanes <= 2);
   // Rows, as many as have room; for more of float32 and int8 it is too much code.
   constexpr long MOST = E::PER_LANE / T::PER_LANE == 4 && most_rows() > 4 ? 4 : most_rows();
@@ -150,12 +175,13 @@ void expand_panels_of(const uint32_t* h, long h_stride, const B<T>& b, long rows
 #undef CALL
       continue;
     }
-    if (as_it_lies) {
+    if constexpr (!IS_FIXED)
+      if (as_it_lies) {
 #define CALL(R) expand_rows<T, E, R <= MOST ? R : 1>(h, h_stride, b, panels, y, y_stride)
-      AIO_SWITCH_ROWS(count, CALL)
+        AIO_SWITCH_ROWS(count, CALL)
 #undef CALL
-      continue;
-    }
+        continue;
+      }
 #endif
 #define CALL(R) expand_turned<T, R <= MOST ? R : 1>(h, h_stride, b, panels, y, y_stride, room)
     AIO_SWITCH_ROWS(count, CALL)
@@ -176,6 +202,8 @@ void expand_panels(const uint32_t* h, long h_stride, const B<T>& b, long rows, l
 
 template const uint32_t* panel(const B<Bf16>&, long, uint32_t*);
 template const uint32_t* panel(const B<F32>&, long, uint32_t*);
+template Given given<Bf16>(const void*, long, long, const Slots&, const Segment*, long);
+template Given given<F32>(const void*, long, long, const Slots&, const Segment*, long);
 template void expand_panels(const uint32_t*, long, const B<Bf16>&, long, long, Bf16::elem*, long, uint32_t*);
 template void expand_panels(const uint32_t*, long, const B<F32>&, long, long, F32::elem*, long, uint32_t*);
 

@@ -6,6 +6,7 @@
 // Defined in expand.cpp.
 #pragma once
 
+#include "fixed.h"
 #include "ops.h"
 #include "registers.h"
 
@@ -16,10 +17,10 @@ namespace aio {
 template <class T>
 struct B {
   B(const void* at, long rank, const Slots& slots)
-      : at(at), rank(rank), lanes((rank + T::PER_LANE - 1) / T::PER_LANE), int8(slots.int8),
+      : at(at), rank(rank), lanes(whole(rank, slots.int8 && FIXED<T> ? Int8::PER_LANE : T::PER_LANE)), int8(slots.int8),
         turned(slots.turned && rank % (slots.int8 ? Int8::PER_LANE : T::PER_LANE) == 0) {}
   const void* at;
-  long rank, lanes;
+  long rank, lanes;  // lanes of int8 where it is multiplied as it lies
   bool int8, turned;
 
   long row_bytes() const { return rank * (int8 ? 1 : long(sizeof(typename T::elem))); }
@@ -28,7 +29,22 @@ struct B {
     found.at = (const char*)at + row * row_bytes();
     return found;
   }
+  static long whole(long n, long of) { return (n + of - 1) / of; }
 };
+
+// What A gave, as B is multiplied by it: a row's slices adjoin, each of so many words.
+struct Given {
+  const uint32_t* begin;
+  long slices, words;
+
+  const uint32_t* at(long row, long slice) const { return begin + (row * slices + slice) * words; }
+  long stride() const { return slices * words; }
+};
+
+// The same of h [tokens, slices, width], for the tokens of segments; made in the calling thread's room if B is int8 and is
+// multiplied as it lies.
+template <class T>
+Given given(const void* h, long slices, long width, const Slots& slots, const Segment* segments, long count);
 
 // Four int8 of each lane as lanes of T, one of which holds PER_LANE elements. Every int8 is exact in them.
 template <class T>
@@ -41,9 +57,22 @@ inline __attribute__((always_inline)) void widen(vu bytes, vu (&out)[Int8::PER_L
     out[j] = T::PER_LANE == 1 ? (vu)f[j] : ((vu)f[2 * j] >> 16) | ((vu)f[2 * j + 1] & 0xffff0000u);
 }
 
-// y += B h for R rows of so many lanes, h_stride apart, and a panel of B, turned.
+// y += B h for R rows of so many lanes, h_stride apart, and a panel of B as panel() gives it, which may be int8.
 template <class T, int R>
-inline void add_lanes(const uint32_t* h, long h_stride, const uint32_t* turned, long lanes, vf (&y)[R]) {
+inline void add_lanes(const uint32_t* h, long h_stride, const uint32_t* turned, long lanes, [[maybe_unused]] bool int8,
+                      vf (&y)[R]) {
+#if defined(AIO_FIXED)
+  if constexpr (FIXED<T>)
+    if (int8) {
+      vf panel[1][R];
+#pragma GCC unroll 8
+      for (int r = 0; r < R; r++) panel[0][r] = y[r];
+      add_fixed_lanes<R, 1>(h, h_stride, turned, lanes, panel);
+#pragma GCC unroll 8
+      for (int r = 0; r < R; r++) y[r] = panel[0][r];
+      return;
+    }
+#endif
   constexpr long EACH = Steps<T>::COUNT;
   if constexpr (EACH > 1) {
     uint32_t* const laid_out = room<LAID_OUT_H>(R * lanes * EACH * long(sizeof(uint32_t)));
@@ -70,7 +99,7 @@ inline void add_lanes(const uint32_t* h, long h_stride, const uint32_t* turned, 
       for (int c = 0; c < PER_VECTOR; c++) store_register((float*)&y[r] + c * WIDTH, acc[r][c]);
 }
 
-// `rows` <= 16 rows of B as lanes [rank][16 rows]: where they lie, or in `room`, which has room for whole lanes of int8.
+// `rows` <= 16 rows of B as its lanes [lanes][16 rows]: where they lie, or in `room`, which has room for whole lanes of int8.
 template <class T>
 const uint32_t* panel(const B<T>& b, long rows, uint32_t* room);
 

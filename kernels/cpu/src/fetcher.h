@@ -45,14 +45,15 @@ class Fetcher {
 
   // A block of so many steps begins. Call want() afterwards.
   void begin() {
-    ranges_.clear();
-    next_ = 0, at_ = 0, total_ = 0;
+    count_ = 0, next_ = 0, at_ = 0, total_ = 0;
   }
 
   void want(const void* from, long bytes) {
     if (bytes <= 0) return;
-    ranges_.push_back({from, bytes});
-    total_ += lines(ranges_.back());
+    if (count_ == ranges_.size()) ranges_.resize(2 * count_ + 16);
+    Fetch& range = ranges_[count_++];  // written by parts: push_back stored and reloaded it, which stalls
+    range.begin = from, range.bytes = bytes;
+    total_ += (bytes + 63) / 64;
   }
 
   // All is wanted; the block has so many steps.
@@ -77,7 +78,7 @@ class Fetcher {
   // Up to `count` lines that adjoin: where they begin, and how many; none if all are given out.
   inline __attribute__((always_inline)) const char* take(long count, long& taken) {
     taken = 0;
-    if (next_ == ranges_.size()) return nullptr;
+    if (next_ == count_) return nullptr;
     const Fetch& range = ranges_[next_];
     const char* from = (const char*)range.begin + at_ * 64;
     taken = lines(range) - at_;
@@ -97,7 +98,7 @@ class Fetcher {
   const Fetch* later_;
   long line_, left_, blocks_, half_;
   std::vector<Fetch> ranges_;
-  size_t next_ = 0;
+  size_t count_ = 0, next_ = 0;  // ranges that are wanted, and the one that is given out
   long at_ = 0, total_ = 0;
   bool twice_ = false;
 };

@@ -20,6 +20,7 @@ struct Delta {
   long h_stride;
   const uint32_t* b[PANELS];
   long slice[PANELS], lanes[PANELS];
+  bool int8;
 };
 
 // Rows of a tile's sums to y. `delta` may be null.
@@ -49,7 +50,7 @@ void finish(const Linear& l, const vf (&sums)[PANELS][ROWS], const Delta* delta,
       // As where it is added to stored results, because which of the two it is depends on a row's neighbours.
 #pragma GCC unroll 8
       for (int r = 0; r < R; r++) y[r] = Out::round16(y[r]);
-      add_lanes<Out, R>(h, delta->h_stride, delta->b[p], delta->lanes[p], y);
+      add_lanes<Out, R>(h, delta->h_stride, delta->b[p], delta->lanes[p], delta->int8, y);
     }
     const long stride = l.y_stride;
     elem* out = (elem*)l.y + row * stride + first;
@@ -126,6 +127,7 @@ class Blocks {
     if (adapters_ == nullptr) return;
     const long panel = adapters_->width / Out::PER_LANE * LANES;
     b_.resize(PANELS * panel);
+    given_ = given<Out>(adapters_->h, adapters_->slices, adapters_->width, *adapters_->slots, adapters_->segments, adapters_->count);
     const long fitting = MOST_WAITING_BYTES / (panel * adapters_->count * long(sizeof(uint32_t)) + 1);
     most_waiting_ = fitting < MOST_WAITING ? fitting : MOST_WAITING;
   }
@@ -218,7 +220,6 @@ class Blocks {
 
   void add_to_short_segments(long column, long panels) {
     const Adapters& a = *adapters_;
-    const long width = a.width / Out::PER_LANE, h_stride = a.slices * width;
     for (long p = 0, count; p < panels; p += count) {
       const long j = slice_at(column + p * LANES);
       count = 1;
@@ -227,8 +228,7 @@ class Blocks {
       const long first = column + p * LANES;
       for (const Short& s : short_)
         if (s.slice == j)
-          expand_panels<Out>((const uint32_t*)a.h + s.begin * h_stride + j * width, h_stride,
-                             s.b.from(first - a.slice[j].offset), s.end - s.begin, count,
+          expand_panels<Out>(given_.at(s.begin, j), given_.stride(), s.b.from(first - a.slice[j].offset), s.end - s.begin, count,
                              (elem*)l_.y + s.begin * l_.y_stride + first, l_.y_stride, b_.data());
     }
   }
@@ -258,15 +258,15 @@ class Blocks {
 
   Delta turned(const Segment& g, long column, long panels) {
     const Adapters& a = *adapters_;
-    const long width = a.width / Out::PER_LANE, panel = width * LANES;
-    Delta delta{(const uint32_t*)a.h, a.slices * width, {}, {}, {}};
+    const long panel = a.width / Out::PER_LANE * LANES;
+    Delta delta{given_.begin, given_.stride(), {}, {}, {}, a.slots->int8 != 0};
     for (long p = 0; p < panels; p++) {
       const long j = slice_at(column + p * LANES);
       delta.slice[p] = -1;
       if (j < 0) continue;
       const B<Out> b = matrix(j, g.slot, column + p * LANES - a.slice[j].offset);
       if (b.rank == 0) continue;
-      delta.slice[p] = j * width;
+      delta.slice[p] = j * given_.words;
       delta.lanes[p] = b.lanes;
       delta.b[p] = aio::panel(b, LANES, b_.data() + p * panel);
     }
@@ -277,6 +277,7 @@ class Blocks {
   const Linear& l_;
   const Multiply& multiply_;
   const Adapters* adapters_;
+  Given given_{};
   Panels next_;
   long left_;  // blocks
   Fetcher fetcher_;
