@@ -199,7 +199,10 @@ class EngineFlags:
         for item in self.lora_modules or ():
             name, equals, path = item.partition("=")
             if not (name and equals and path):
-                raise ConfigError(f"--lora-modules {item!r}: must be name=path")
+                raise ConfigError(
+                    f"--lora-modules {item!r}: must be name=path; put what follows these before them, or "
+                    "after --"
+                )
             if name in found:
                 raise ConfigError(f"--lora-modules: the name {name!r} is given twice")
             found[name] = path

@@ -87,6 +87,7 @@ def test_the_module_is_the_command() -> None:
         (["generate", "hi", "--temperature", "-1"], "temperature"),
         (["generate", "hi", "--adapter", "nobody"], "nobody"),
         (["generate", "hi", "--lora-modules", "nopath"], "name=path"),
+        (["generate", "--lora-modules", "a=b", "hi"], "after --"),
         (["generate", "hi", "--policy", "fcsf"], "fcfs"),
         (["demo", "--adapters", "/nowhere"], "/nowhere"),
         (["demo", "--requests", "0"], "--requests"),
