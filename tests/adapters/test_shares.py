@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file
 from support.peft_files import CONFIG, SPEC, WEIGHTS, edit_config, edit_weights, make, read
 from support.peft_methods import FOLDED, save
+from support.selection import mostly_slow
 from torch import Tensor
 
 from aioengine.adapters.peft.digest import content_digest
@@ -152,7 +153,7 @@ def bytes_read() -> int:
 
 
 @pytest.mark.parametrize(("size", "fully_sharded"), MODES)
-@pytest.mark.parametrize("case", ["all", "dora", "bias", "outer"])
+@pytest.mark.parametrize("case", mostly_slow(["all", "dora", "bias", "outer"], "dora"))
 def test_a_bad_value_is_found_wherever_it_is_as_by_one_rank(
     case: str, size: int, fully_sharded: bool, tmp_path: Path
 ) -> None:

@@ -91,6 +91,7 @@ async def test_json_in_texts_holds_up_nobody(server: Serving) -> None:
     seen.check()
 
 
+@pytest.mark.slow
 async def test_ignored_fields_are_not_kept_while_an_answer_is_streamed(server: Serving) -> None:
     body = {"model": "tiny", "prompt": "Hello", "max_tokens": 450, "ignore_eos": True, "stream": True}
     start = json.dumps(body)[:-1] + ', "metadata": ['

@@ -17,6 +17,7 @@ from aioengine.server.transport import body as module
 HEAD = b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
 
 
+@pytest.mark.slow
 async def test_bodies_in_flight_are_bounded(tiny_text: Tiny) -> None:
     """150 connections that stop short of 8 MB, of which the server allows as much as the test says."""
     flags = ["--served-model-name", "tiny", "--max-body-bytes", "8000000"]

@@ -105,6 +105,7 @@ def test_the_document_leaves_nothing_out() -> None:
         assert f"\n| {code} |" in document
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
 def test_completion(shell: str, tmp_path: Path) -> None:
     script = build_app().generate_completion(shell=shell)  # type: ignore[arg-type] # one of the literals

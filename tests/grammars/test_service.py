@@ -246,6 +246,7 @@ async def test_a_refusal_says_what_was_exceeded(text: str, limits: dict[str, Any
             await service.constraint(from_json(text), None)
 
 
+@pytest.mark.slow
 @pytest.mark.timed
 async def test_long_compiles_hold_up_neither_short_ones_nor_each_others_tenants() -> None:
     async with grammars() as service:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from support.random_slots import fill_slot
+from support.selection import mostly_slow
 from support.tiny_models import build_model
 from torch import Tensor
 
@@ -144,7 +145,7 @@ def test_int8_is_close_and_smaller(sequences: list[tuple[int, int]]) -> None:
     assert 0 < (weight - true).norm() < 0.02 * true.norm()
 
 
-@pytest.mark.parametrize("quantization", ["none", "int8", "int4"])
+@pytest.mark.parametrize("quantization", mostly_slow(["none", "int8", "int4"], "none"))
 @pytest.mark.parametrize("sequences", [FEW, LONG])
 def test_threads_change_nothing(sequences: list[tuple[int, int]], quantization: Quantization) -> None:
     """Not a bit, and more of them than processors only take longer."""
