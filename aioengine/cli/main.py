@@ -118,6 +118,7 @@ LAB_COMMANDS = {
   aioengine lab record requests.jsonl --model path/to/model --lora-modules sql=path/to/sql
   aioengine lab run --trace requests.jsonl ...""",
     "validate": """\
+  aioengine lab validate --calibrate this-machine.json
   aioengine lab validate --preset this-machine.json
   aioengine lab validate --preset this-machine.json --loads 0.5 --repeats 5""",
 }

@@ -204,6 +204,8 @@ def test_policies_with_commas() -> None:
         (["compare", *SMALL, "--rank-by", "ttft_seconds.p98"], "ttft_seconds.p9"),
         (["report", "/nowhere"], "experiment.json"),
         (["validate", "--loads", ""], "--loads"),
+        (["validate", "--calibrate", "c.json", "--preset", "smollm2-135m-cpu"], "--preset has no effect"),
+        (["validate", "--calibrate", "no/c.json"], "there is no folder no"),
     ],
 )
 def test_what_is_refused_says_so_in_one_line(

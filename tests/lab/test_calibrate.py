@@ -16,11 +16,12 @@ from support.tiny_models import build_model
 from aioengine import events
 from aioengine.errors import ConfigError
 from aioengine.lab.calibration.calibrate import calibrate, calibrate_async
+from aioengine.lab.calibration.compared import METRICS
 from aioengine.lab.calibration.design import Design
 from aioengine.lab.calibration.probe import Probe, ProbedMove, ProbedStep
 from aioengine.lab.calibration.processor_waits import Waits
 from aioengine.lab.calibration.timings import Intervals, fit_overhead, move_points, serving_level, slowdown
-from aioengine.lab.calibration.validate import METRICS, validate, validation_experiment
+from aioengine.lab.calibration.validate import validate, validation_experiment
 from aioengine.lab.costs.model import CostModel
 from aioengine.lab.costs.steps import StepCosts, StepShape
 from aioengine.lab.runs.experiment import Experiment
@@ -296,3 +297,26 @@ def test_validation_of_a_tiny_model(model: Path, calibrated: Path) -> None:
     assert loaded.comparisons[0].requests_per_second is not None
     again = validate(experiment, str(model), loads=(0.5,), repeats=1)
     assert again.comparisons[0].simulated == loaded.comparisons[0].simulated
+
+
+def test_a_calibration_in_turns_with_the_live_runs(model: Path, tmp_path: Path) -> None:
+    """Every step is timed before, between and after the runs; the simulation has that cost model."""
+    path, told = tmp_path / "turns.json", []
+    experiment = experiment_of(tmp_path / "no such preset.json")
+    found = validate(
+        experiment,
+        str(model),
+        loads=(0.3, 0.6),
+        repeats=1,
+        calibrate=path,
+        design=TINY,
+        progress=lambda done, total, what: told.append((done, total)),
+    )
+    assert found.preset == str(path) and [one.load for one in found.comparisons] == ["30%", "60%"]
+    assert told == [(0, 2), (0, 2), (1, 2), (2, 2)]
+    costs = CostModel.read(path)
+    assert found.rounds == costs.sources["rounds"] and "as long as their mean" in found.rounds
+    again = validate(experiment_of(path), str(model), loads=(), repeats=1)
+    assert again.preset == str(path) and not again.rounds
+    with pytest.raises(ConfigError, match="there is no folder"):
+        validate(experiment, str(model), calibrate=tmp_path / "no" / "costs.json", design=TINY)

@@ -7,9 +7,14 @@ import hashlib
 import os
 import threading
 import time
+from collections.abc import Iterator
+from itertools import repeat
 from pathlib import Path
+from statistics import fmean
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from aioengine.lab.calibration.design import Design, Part
 from aioengine.lab.calibration.direct_steps import Row, Timing
@@ -24,16 +29,17 @@ SMALL = StepShape(4, 400, 0, 0, 4)
 
 
 class Disturbed:
-    """Steps of one second each, beside which others run in the rounds that ``waits`` says."""
+    """Steps of one second each, or as given, beside which others run in the rounds that ``waits`` says."""
 
-    def __init__(self, *waits: float) -> None:
+    def __init__(self, *waits: float, seconds: Iterator[float] | None = None) -> None:
         self.waits = iter(waits)
+        self.seconds = repeat(1.0) if seconds is None else seconds
         self.timed: list[tuple[Row, ...]] = []
 
     async def time(self, rows: tuple[Row, ...]) -> Timing:
         self.timed.append(rows)
         waited = next(self.waits)
-        return Timing(SMALL, 1.0 + waited, waited)
+        return Timing(SMALL, next(self.seconds) + waited, waited)
 
 
 def rounds(
@@ -42,7 +48,13 @@ def rounds(
     timing = Rounds(
         [Part(str(i), (Row(i + 1, 0),)) for i in range(parts)], repeats=repeats, seconds=seconds, seed=0
     )
-    return timing, asyncio.run(timing.run(steps, lambda turn, what: None))  # type: ignore[arg-type]
+
+    async def run() -> None:
+        while timing.goes_on:
+            await timing.run(steps, lambda what: None)  # type: ignore[arg-type]
+
+    asyncio.run(run())
+    return timing, timing.points()
 
 
 def test_what_others_disturb_is_timed_again() -> None:
@@ -56,6 +68,21 @@ def test_if_others_always_disturb_the_calmest_counts() -> None:
     steps = Disturbed(0.5, 0.3, 0.4, 0.9, 0.8, 0.7)
     assert rounds(steps, repeats=2)[1] == [Timed(SMALL, 1.3)]
     assert not [*steps.waits]
+
+
+@given(st.lists(st.floats(0.8, 1.3), min_size=2, max_size=6), st.integers(1, 4))
+def test_the_machine_may_be_faster_in_one_round_than_in_another(paces: list[float], parts: int) -> None:
+    """A point is the mean over all rounds, and each round's pace can be told."""
+    steps = Disturbed(*[0.0] * parts * len(paces), seconds=(pace for pace in paces for _ in range(parts)))
+    timing, points = rounds(steps, repeats=len(paces), parts=parts)
+    mean = fmean(paces)
+    assert [point.seconds for point in points] == [pytest.approx(mean)] * parts
+    assert timing.paces() == pytest.approx([pace / mean for pace in paces])
+
+
+def test_a_timing_far_from_the_others_does_not_count() -> None:
+    steps = Disturbed(*[0.0] * 5, seconds=iter([1.0, 9.0, 1.2, 1.1, 1.3]))
+    assert rounds(steps, repeats=5)[1] == [Timed(SMALL, pytest.approx(1.15))]
 
 
 def test_every_round_is_in_another_order_and_time_is_bounded() -> None:

@@ -17,16 +17,19 @@ from aioengine.config import DType
 from aioengine.errors import ConfigError
 
 if TYPE_CHECKING:
-    from aioengine.lab.calibration.validate import Validation
+    from aioengine.lab.calibration.compared import Validation
 
+DEFAULT_PRESET = "smollm2-135m-cpu"
 _VALIDATE = Group("Validation", sort_key=4)
 
 
 @Parameter(name="*", group=_VALIDATE)
 @dataclass(frozen=True, kw_only=True)
 class ValidateFlags:
-    preset: str = "smollm2-135m-cpu"
-    """Cost model of this machine: a file of lab calibrate, or a preset's name."""
+    preset: str | None = None
+    """Cost model of this machine: a file of lab calibrate, or a preset (smollm2-135m-cpu)."""
+    calibrate: Annotated[Path | None, Parameter(show_default=False)] = None
+    """Make the cost model meanwhile, in turns with the live runs, and write it to this file."""
     model: str = DEFAULT_MODEL
     """The model that the cost model was calibrated with."""
     loads: Annotated[str, Parameter(metavar="A,B,...")] = "0.4,0.8"
@@ -48,7 +51,7 @@ class ValidateFlags:
 def validate(*, flags: ValidateFlags | None = None, common: CommonFlags | None = None) -> int:
     """Run the same workload live and simulated, and print the differences.
 
-    It takes some minutes. No other program should run on the machine meanwhile.
+    It takes some minutes, ten with --calibrate. No other program should run on the machine meanwhile.
     """
     flags = flags or ValidateFlags()
     from aioengine.cli.lab.progress import progress
@@ -58,13 +61,16 @@ def validate(*, flags: ValidateFlags | None = None, common: CommonFlags | None =
     from aioengine.cli.loop import run
     from aioengine.lab.calibration.validate import validate_async, validation_experiment
 
+    if flags.calibrate is not None and flags.preset is not None:
+        raise ConfigError("--calibrate makes the cost model, so --preset has no effect: give one of them")
+    preset = flags.preset or DEFAULT_PRESET
     loads = (numbers("--loads", [flags.loads], float) or []) if flags.loads else []
     if flags.experiment is None:
         if not loads:
             raise ConfigError("--loads '': needs the arrivals of an --experiment")
-        experiment = validation_experiment(flags.preset, seed=flags.seed or 0)
+        experiment = validation_experiment(preset, seed=flags.seed or 0)
     else:
-        own = {"seed": flags.seed, "preset": flags.preset}
+        own = {"seed": flags.seed, "preset": preset}
         experiment = make_experiment(flags.experiment, WorkloadFlags(), SystemFlags(), own)
     with progress("validating") as show:
         found = run(
@@ -73,6 +79,7 @@ def validate(*, flags: ValidateFlags | None = None, common: CommonFlags | None =
                 flags.model,
                 loads=loads,
                 repeats=flags.repeats,
+                calibrate=flags.calibrate,
                 dtype=flags.dtype,
                 device=flags.device,
                 progress=show,
@@ -89,7 +96,7 @@ def _print(found: Validation) -> None:
     from rich.table import Table
 
     from aioengine.cli.tables import box_for, output_console
-    from aioengine.lab.calibration.validate import DISTURBED
+    from aioengine.lab.calibration.processor_waits import DISTURBED
 
     console = output_console()
     table = Table(title=f"{found.preset}: live and simulated", title_justify="left", box=box_for(console))
@@ -103,6 +110,8 @@ def _print(found: Validation) -> None:
     console.print(table)
     steps = ", ".join(f"{one.step_error:+.1%} at {one.load}" for one in found.comparisons)
     print(f"error of the steps' time: {steps}; the last column is the error without it")
+    if found.rounds:
+        print(f"rounds of the calibration: {found.rounds}")
     waited = max(share for one in found.comparisons for share in one.waited)
     if waited > DISTURBED:
         print(

@@ -6,9 +6,10 @@ import asyncio
 import platform
 import tempfile
 from collections.abc import Sequence
+from contextlib import AsyncExitStack
 from importlib.metadata import version
 from pathlib import Path
-from typing import Unpack
+from typing import Self, Unpack
 
 import msgspec
 
@@ -16,7 +17,7 @@ from aioengine.config import EngineConfig, ExecutorName, LoRAConfig
 from aioengine.errors import ConfigError
 from aioengine.lab.calibration.design import Design
 from aioengine.lab.calibration.direct_steps import DirectSteps
-from aioengine.lab.calibration.fit import Timed, fit_stage, fit_steps
+from aioengine.lab.calibration.fit import fit_stage, fit_steps
 from aioengine.lab.calibration.live_settings import LiveSettings, Progress
 from aioengine.lab.calibration.probe import ProbedEngine, ProbedMove
 from aioengine.lab.calibration.random_adapters import write_random_adapter
@@ -67,53 +68,102 @@ async def calibrate_async(
     **settings: Unpack[LiveSettings],
 ) -> CostModel:
     """:func:`calibrate` for use on a running event loop; it can be cancelled."""
-    if out is not None and not out.parent.is_dir():
-        raise ConfigError(f"{out}: there is no folder {out.parent}")
-    with needs_extra():  # rather now than after minutes
-        import scipy.optimize  # noqa: F401
-    design = Design() if design is None else design
+    if out is not None:
+        check_can_write(out)
     name = name or (Path(model).name if out is None else out.stem)
-    executor: ExecutorName = "process" if settings.get("tensor_parallel_size", 1) > 1 else "thread"
-    config = EngineConfig(model=model, executor=executor, **settings)
-    with tempfile.TemporaryDirectory(prefix="aioengine-calibrate-") as folder:
-        costs = await _Calibration(design, Path(folder), progress).run(config, name)
+    async with Calibration(model, name=name, design=design, progress=progress, **settings) as calibration:
+        while calibration.goes_on:
+            await calibration.turn()
+        costs = calibration.costs()
     if out is not None:
         costs.write(out)
     return costs
 
 
-class _Calibration:
-    """Runs a design."""
+def check_can_write(out: Path) -> None:
+    """Raise ConfigError if there is no folder for this file."""
+    if not out.parent.is_dir():
+        raise ConfigError(f"{out}: there is no folder {out.parent}")
 
-    def __init__(self, design: Design, folder: Path, progress: Progress | None) -> None:
-        self._design = design
-        self._folder = folder
+
+class Calibration:
+    """A live engine that is timed in turns, and the cost model that follows from all of them. It is an async
+    context; other things may be done between two turns.
+
+    Raises ConfigError if the model is not available or does not fit.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        name: str,
+        design: Design | None = None,
+        progress: Progress | None = None,
+        **settings: Unpack[LiveSettings],
+    ) -> None:
+        executor: ExecutorName = "process" if settings.get("tensor_parallel_size", 1) > 1 else "thread"
+        self._config = EngineConfig(model=model, executor=executor, **settings)
+        self._name = name
+        self._design = Design() if design is None else design
         self._progress = progress
-        self._done = self._total = 0
+        self._turns = 0
+        self._open = AsyncExitStack()
 
-    async def run(self, config: EngineConfig, name: str) -> CostModel:
+    async def __aenter__(self) -> Self:
+        async with AsyncExitStack() as opened:
+            await self._start(opened)
+            self._open = opened.pop_all()
+        return self
+
+    async def __aexit__(self, *failure: object) -> None:
+        await self._open.aclose()
+
+    async def _start(self, opened: AsyncExitStack) -> None:
+        with needs_extra():  # rather now than after minutes
+            import scipy.optimize  # noqa: F401
         design = self._design
-        async with ProbedEngine(self._for_timing(config)) as engine:
-            parts = design.parts(engine.plan.max_model_len)
-            await self._write_adapters(engine.model_spec)
-            # In this order none leaves something in a slot that has to be cleared for the next.
-            loads = [self._path(rank, i) for rank in sorted(design.ranks) for i in range(design.loads)]
-            turns = len(design.live_rows) + len(loads)
-            self._total = turns + design.repeats * len(parts)
-            serving = Serving(engine, design)
-            await serving.run(loads, self._tell)
-            self._done = turns
-            steps = DirectSteps(engine, seed=design.seed)
-            await steps.fill(design.tokens, design.max_num_batched_tokens)
-            for rank in design.ranks:
-                for i, adapter in enumerate(design.names(rank)):
-                    await steps.place(adapter, self._path(rank, i))
-            rounds = Rounds(parts, repeats=design.repeats, seconds=design.seconds, seed=design.seed)
-            points = await rounds.run(steps, self._tell)
-            self._done = self._total
-            self._tell(0, "done")
-            found = _fit(points, rounds.disturbed, serving, name, engine.model_spec, engine.plan)
-            return msgspec.structs.replace(found, quantization=config.quantization)
+        self._folder = Path(opened.enter_context(tempfile.TemporaryDirectory(prefix="aioengine-calibrate-")))
+        engine = await opened.enter_async_context(ProbedEngine(self._for_timing(self._config)))
+        self._engine = engine
+        parts = design.parts(engine.plan.max_model_len)
+        await self._write_adapters(engine.model_spec)
+        # In this order none leaves something in a slot that has to be cleared for the next.
+        loads = [self._path(rank, i) for rank in sorted(design.ranks) for i in range(design.loads)]
+        self._moved = len(loads)
+        self._total = self._moved + design.repeats * (len(design.live_rows) + len(parts))
+        self._serving = Serving(engine, design)
+        await self._serving.move(loads, self._tell)
+        self._steps = DirectSteps(engine, seed=design.seed)
+        await self._steps.fill(design.tokens, design.max_num_batched_tokens)
+        for rank in design.ranks:
+            for i, adapter in enumerate(design.names(rank)):
+                await self._steps.place(adapter, self._path(rank, i))
+        self._rounds = Rounds(parts, repeats=design.repeats, seconds=design.seconds, seed=design.seed)
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether the design needs another turn, and has time for it."""
+        return self._rounds.goes_on
+
+    async def turn(self) -> None:
+        """Time every step that still needs it once, and then serve for some seconds: so steps alone and steps
+        in serving are of the same minutes, in which the machine may be faster or slower than in others."""
+        design = self._design
+        served = self._moved + min(self._turns, design.repeats) * len(design.live_rows)
+        await self._rounds.run(self._steps, lambda what: self._tell(served + self._rounds.done, what))
+        if self._turns < design.repeats:
+            done = served + self._rounds.done
+            await self._serving.decode(lambda turn, what: self._tell(done + turn, what))
+        self._turns += 1
+        if not self.goes_on:
+            self._tell(self._total, "done")
+
+    def costs(self) -> CostModel:
+        """Fit a cost model to what was timed up to now; a turn at least."""
+        engine = self._engine
+        found = _fit(self._rounds, self._serving, self._name, engine.model_spec, engine.plan)
+        return msgspec.structs.replace(found, quantization=self._config.quantization)
 
     def _for_timing(self, config: EngineConfig) -> EngineConfig:
         design = self._design
@@ -141,14 +191,13 @@ class _Calibration:
     def _path(self, rank: int, i: int) -> Path:
         return self._folder / f"{rank}-{i}"
 
-    def _tell(self, turn: int, what: str) -> None:
+    def _tell(self, done: int, what: str) -> None:
         if self._progress is not None:
-            self._progress(self._done + turn, self._total, what)
+            self._progress(done, self._total, what)
 
 
-def _fit(
-    points: Sequence[Timed], disturbed: int, serving: Serving, name: str, spec: ModelSpec, plan: MemoryPlan
-) -> CostModel:
+def _fit(rounds: Rounds, serving: Serving, name: str, spec: ModelSpec, plan: MemoryPlan) -> CostModel:
+    points, paces = rounds.points(), rounds.paces()
     found = fit_steps(points)
     overhead, each = fit_overhead(serving.alone)
     level = serving_level(found.costs, serving.calm)
@@ -159,7 +208,9 @@ def _fit(
         source=f"measured: {machine()}; {versions()}",
         estimate=False,
         sources={
-            "steps": f"{len(points)} kinds; other programs disturbed {disturbed} timings, which do not count",
+            "steps": f"{len(points)} kinds; {rounds.disturbed} timings were disturbed and do not count",
+            "rounds": f"{len(paces)}, {min(paces, default=1):.3g} to {max(paces, default=1):.3g} times as "
+            "long as their mean",
             "between steps": f"{len(serving.alone)} steps in serving",
             "in serving": f"{len(serving.calm)} undisturbed steps, {level:.3g} times as long as alone",
         },

@@ -7,6 +7,8 @@ from pathlib import Path
 
 CALM = 0.02
 """A timing counts if the threads waited for a processor for at most this share of it."""
+DISTURBED = 0.05
+"""Limit of this share for steps in serving, where the engine's own threads also wait for each other."""
 _TASKS = Path("/proc/self/task")
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from aioengine.lab.calibration.design import Design
 from aioengine.lab.calibration.probe import ProbedEngine, ProbedMove, ProbedStep
-from aioengine.lab.calibration.processor_waits import Waits, is_calm
+from aioengine.lab.calibration.processor_waits import DISTURBED, Waits
 from aioengine.request import SamplingParams
 
 BESIDE_ROWS = 8
@@ -34,22 +34,13 @@ class Serving:
         self._design = design
         self._random = random.Random(design.seed)
 
-    async def run(self, paths: list[Path], tell: Callable[[int, str], None]) -> None:
-        """Move the adapters at ``paths``. Takes ``len(live_rows) + len(paths)`` turns, and reports each."""
-        design, probe = self._design, self._engine.probe
-        probe.pause()
+    async def move(self, paths: list[Path], tell: Callable[[int, str], None]) -> None:
+        """Load and copy the adapters at ``paths`` beside decodes, and report each before."""
+        probe = self._engine.probe
         await self._decode(1)  # warm-up
         probe.steps.clear()
-        for turn, rows in enumerate(design.live_rows):
-            tell(turn, f"{rows} rows, as in serving")
-            waits = Waits()
-            await self._decode(rows)
-            self.alone += probe.steps
-            if is_calm(waits.seconds(), sum(step.seconds for step in probe.steps)):
-                self.calm += probe.steps
-            probe.steps.clear()
         async with self._decoding(BESIDE_ROWS):
-            for turn, path in enumerate(paths, len(design.live_rows)):
+            for turn, path in enumerate(paths):
                 tell(turn, "an adapter that is loaded beside decodes")
                 name = f"load-{turn}"
                 await self._engine.load_adapter(name, path)
@@ -58,6 +49,19 @@ class Serving:
                 await probe.grow(CALM_STEPS)
                 await self._engine.unload_adapter(name)
         self.beside, self.moves = [*probe.steps], [*probe.moves]
+
+    async def decode(self, tell: Callable[[int, str], None]) -> None:
+        """Decode ``live_rows`` sequences at a time, and report each number before."""
+        probe = self._engine.probe
+        for turn, rows in enumerate(self._design.live_rows):
+            tell(turn, f"{rows} rows, as in serving")
+            probe.pause()
+            probe.steps.clear()
+            waits = Waits()
+            await self._decode(rows)
+            self.alone += probe.steps
+            if waits.seconds() <= DISTURBED * sum(step.seconds for step in probe.steps):
+                self.calm += probe.steps
 
     async def _complete(self, tokens: int) -> None:
         vocab = self._engine.model_spec.vocab_size

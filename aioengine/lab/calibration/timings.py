@@ -13,6 +13,15 @@ from aioengine.lab.costs.model import CostModel
 from aioengine.lab.costs.steps import StepCosts, StepTimes
 
 MAX_SLOWDOWN = 5.0
+RARE = 3.0
+"""A timing that is longer than this multiple of the median was disturbed by something else."""
+
+
+def usual_mean(timings: Sequence[float]) -> float:
+    """Return the mean without timings of :data:`RARE` length. It is not the median, because a machine's speed
+    varies by the second, and what it takes on the whole is asked."""
+    most = RARE * statistics.median(timings)
+    return statistics.fmean(seconds for seconds in timings if seconds <= most)
 
 
 class Intervals:
@@ -45,13 +54,13 @@ def fit_overhead(steps: Iterable[ProbedStep]) -> tuple[float, float]:
 
 def serving_level(costs: StepCosts, steps: Iterable[ProbedStep]) -> float:
     """Return how many times as long steps of decodes take in serving as ``costs`` has them, which was fitted
-    to steps alone: the median over the numbers of sequences, of the medians of each."""
+    to steps alone: the median over the numbers of sequences, of the means of each."""
     times = StepTimes(costs)
     ratios: dict[int, list[float]] = defaultdict(list)
     for step in steps:
         if not step.shape.prefill_tokens:
             ratios[step.shape.sequences].append(step.seconds / times(step.shape))
-    return statistics.median(map(statistics.median, ratios.values())) if ratios else 1.0
+    return statistics.median(map(usual_mean, ratios.values())) if ratios else 1.0
 
 
 def move_points(moves: Iterable[ProbedMove], stage: str) -> list[tuple[float, float]]:

@@ -5,20 +5,30 @@ from __future__ import annotations
 import asyncio
 import statistics
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial
-from itertools import chain
+from itertools import product
 from pathlib import Path
-from typing import Any, NamedTuple, Unpack
+from typing import NamedTuple, Unpack
 
 import msgspec
 
 from aioengine.config import EngineConfig
 from aioengine.engine import AsyncEngine
 from aioengine.errors import ConfigError
+from aioengine.lab.calibration.calibrate import Calibration, check_can_write
+from aioengine.lab.calibration.compared import (
+    Comparison,
+    Kept,
+    Validation,
+    errors,
+    measured,
+    relative_error,
+)
+from aioengine.lab.calibration.design import Design
 from aioengine.lab.calibration.live_settings import LiveSettings, Progress
-from aioengine.lab.calibration.probe import ProbedEngine
-from aioengine.lab.calibration.processor_waits import Waits
+from aioengine.lab.calibration.probe import ProbedEngine, ProbedStep
+from aioengine.lab.calibration.processor_waits import DISTURBED, Waits
 from aioengine.lab.calibration.random_adapters import write_random_adapter
 from aioengine.lab.calibration.timings import Intervals
 from aioengine.lab.costs.model import CostModel, ModelShape
@@ -26,7 +36,6 @@ from aioengine.lab.costs.presets import load_costs
 from aioengine.lab.costs.steps import StepTimes
 from aioengine.lab.runs.experiment import Experiment
 from aioengine.lab.runs.replay import replay
-from aioengine.lab.runs.rows import Move, RequestRecord, Sample, SlotSpan
 from aioengine.lab.runs.simulate import simulate
 from aioengine.lab.simulation.clock import run_in_virtual_time
 from aioengine.lab.workload.requests import Workload
@@ -37,69 +46,6 @@ from aioengine.runtime.tasks import run_to_completion
 ALL_AT_ONCE = "poisson:rate=100000"
 IDLE_SECONDS = 0.02
 """A step that begins later after the one before does not follow it: the engine had nothing to do."""
-DISTURBED = 0.05
-"""Share of the time in steps. A live run in which threads waited longer for processors is repeated, once."""
-
-
-class Measured(msgspec.Struct, frozen=True, kw_only=True):
-    """Figures of a run that are compared. A mean over no requests is 0."""
-
-    output_tokens_per_second: float
-    """From the start to the end of the last request."""
-    median_ttft: float
-    """Seconds."""
-    mean_inter_token: float
-    """Seconds: the mean over requests of the time between the first token and the last, a token."""
-
-
-METRICS = Measured.__struct_fields__
-
-
-class Comparison(msgspec.Struct, frozen=True, kw_only=True):
-    """One load. ``error`` is (simulated - live) / live of each metric."""
-
-    load: str
-    """"40%" of what the simulated engine can do, or "as given"."""
-    requests_per_second: float | None
-    live: Measured
-    """Over the requests of all runs."""
-    runs: tuple[Measured, ...]
-    """Each live run."""
-    waited: tuple[float, ...]
-    """Time that threads waited for a processor in each live run while no adapter was moved, as a share of the
-    time in those steps. It shows how much other processes took."""
-    simulated: Measured
-    error: dict[str, float]
-    step_error: float
-    """The error of the cost model alone, in the time of the live runs' steps, each to the beginning of the
-    next, while no adapter was moved."""
-    error_as_live: dict[str, float]
-    """``error``, with all steps longer or shorter by one factor, so that they take as long as the live ones.
-    What is left of ``error`` has other causes. Near saturation a small error of the steps is a large one of
-    the figures, because sequences that take longer run beside more others."""
-
-
-class Validation(msgspec.Struct, frozen=True, kw_only=True):
-    preset: str
-    comparisons: tuple[Comparison, ...]
-
-    @property
-    def worst(self) -> float:
-        """Largest absolute error."""
-        return max(abs(error) for one in self.comparisons for error in one.error.values())
-
-    def rows(self) -> list[tuple[str, str, float, float, float]]:
-        """(load, metric, live, simulated, error), for a table."""
-        return [
-            (one.load, metric, getattr(one.live, metric), getattr(one.simulated, metric), one.error[metric])
-            for one in self.comparisons
-            for metric in METRICS
-        ]
-
-    def to_dict(self) -> dict[str, Any]:
-        values = msgspec.to_builtins(self)
-        assert isinstance(values, dict)
-        return values
 
 
 def validation_experiment(preset: str = "smollm2-135m-cpu", *, seed: int = 0) -> Experiment:
@@ -136,6 +82,8 @@ def validate(
     *,
     loads: Sequence[float] = (0.4, 0.8),
     repeats: int = 3,
+    calibrate: Path | None = None,
+    design: Design | None = None,
     progress: Progress | None = None,
     **settings: Unpack[LiveSettings],
 ) -> Validation:
@@ -152,11 +100,24 @@ def validate(
             once; the requests then come as a Poisson process. Empty: the workload as it is given.
         repeats: Runs of each load, live on a fresh engine and simulated, each with a workload of its own (of
             the experiment's seed, the next, ...). What is compared is over the requests of all of them.
+        calibrate: File for a cost model that is made meanwhile, in turns with the live runs, and takes the
+            place of the experiment's preset: then both are of the same minutes, in which the machine may be
+            faster or slower than in others. None of its timings is of the workload.
+        design: What ``calibrate`` times; the default is that of ``lab calibrate``.
 
     Raises ConfigError if the preset, the model or the workload cannot be used.
     """
     return asyncio.run(
-        validate_async(experiment, model, loads=loads, repeats=repeats, progress=progress, **settings)
+        validate_async(
+            experiment,
+            model,
+            loads=loads,
+            repeats=repeats,
+            calibrate=calibrate,
+            design=design,
+            progress=progress,
+            **settings,
+        )
     )
 
 
@@ -166,6 +127,8 @@ async def validate_async(
     *,
     loads: Sequence[float] = (0.4, 0.8),
     repeats: int = 3,
+    calibrate: Path | None = None,
+    design: Design | None = None,
     progress: Progress | None = None,
     **settings: Unpack[LiveSettings],
 ) -> Validation:
@@ -174,41 +137,96 @@ async def validate_async(
         raise ConfigError(f"repeats={repeats}: must be at least 1")
     if not all(load > 0 for load in loads):
         raise ConfigError(f"loads={', '.join(f'{load:g}' for load in loads)}: each must be more than 0")
-    costs = load_costs(experiment.preset)
     seeds = [msgspec.structs.replace(experiment, seed=experiment.seed + i) for i in range(repeats)]
-    offered: list[tuple[str, float | None]] = [("as given", None)]
-    if loads:
-        capacity = statistics.fmean(
-            [await run_to_completion(asyncio.to_thread(_capacity, one, costs)) for one in seeds]
-        )
-        offered = [(f"{share:.0%}", share * capacity) for share in loads]
-    config = msgspec.structs.replace(experiment.engine_config(), model=model, **settings)
-    config = costs.engine_config(config)
+    if calibrate is None:
+        costs = load_costs(experiment.preset)
+        offers = await _offers(seeds, loads, costs)
+        lives = await _run_all(offers, model, costs, settings, progress)
+        return await _compare_all(experiment.preset, offers, lives, costs)
+    check_can_write(calibrate)
+    turns = max(len(loads), 1) * repeats + 1
+    design = msgspec.structs.replace(design or Design(), repeats=turns, seconds=float("inf"))
+    async with Calibration(model, name=calibrate.stem, design=design, **settings) as calibration:
+        if progress is not None:
+            progress(0, turns - 1, "calibrating")
+        await calibration.turn()
+        costs = calibration.costs()
+        offers = await _offers(seeds, loads, costs)
+        lives = await _run_all(offers, model, costs, settings, progress, calibration.turn)
+        costs = calibration.costs()
+    costs.write(calibrate)
+    found = await _compare_all(str(calibrate), offers, lives, costs)
+    return msgspec.structs.replace(found, rounds=costs.sources["rounds"])
+
+
+class _Load(NamedTuple):
+    name: str
+    rate: float | None
+    """Requests a second; None: as the workload has them."""
+    offers: list[tuple[Experiment, Workload]]
+    """What each run is offered."""
+
+
+async def _offers(seeds: Sequence[Experiment], loads: Sequence[float], costs: CostModel) -> list[_Load]:
+    if not loads:
+        return [_Load("as given", None, [(one, one.open_workload()) for one in seeds])]
+    capacity = statistics.fmean(
+        [await run_to_completion(asyncio.to_thread(_capacity, one, costs)) for one in seeds]
+    )
     found = []
-    for i, (load, rate) in enumerate(offered):
-        live: list[_Live] = []
-        simulated: list[_Kept] = []
-        offers: list[tuple[Experiment, Workload]] = []
-        for repeat, one in enumerate(seeds):
-            if progress is not None:
-                progress(i * repeats + repeat, len(offered) * repeats, f"load {load}, live run {repeat + 1}")
-            chosen = one if rate is None else _with_arrivals(one, f"poisson:rate={rate:.6g}")
-            workload = chosen.open_workload()
-            offers.append((chosen, workload))
-            simulated.append(await run_to_completion(asyncio.to_thread(_simulated, chosen, workload, costs)))
-            run = await _live(config, costs, workload, chosen.seed)
-            if run.waited > DISTURBED:  # once more; the calmer one counts
-                again = await _live(config, costs, workload, chosen.seed)
-                run = min(run, again, key=lambda run: run.waited)
-            live.append(run)
-        compared = _compare(load, rate, live, simulated)
-        as_live = _with_longer_steps(costs, 1 / (1 + compared.step_error))
-        others = [await run_to_completion(asyncio.to_thread(_simulated, *offer, as_live)) for offer in offers]
-        left = _errors(_measured(others), compared.live)
-        found.append(msgspec.structs.replace(compared, error_as_live=left))
+    for share in loads:
+        rate = share * capacity
+        chosen = [_with_arrivals(one, f"poisson:rate={rate:.6g}") for one in seeds]
+        found.append(_Load(f"{share:.0%}", rate, [(one, one.open_workload()) for one in chosen]))
+    return found
+
+
+async def _run_all(
+    loads: Sequence[_Load],
+    model: str,
+    costs: CostModel,
+    settings: LiveSettings,
+    progress: Progress | None,
+    between: Callable[[], Awaitable[None]] | None = None,
+) -> list[list[_Live]]:
+    """Run every load live, in turns, and return the runs of each load. After each run await ``between``."""
+    found: list[list[_Live]] = [[] for _ in loads]
+    repeats = len(loads[0].offers)
+    for repeat, of_load in product(range(repeats), range(len(loads))):
+        load = loads[of_load]
+        if progress is not None:
+            done = repeat * len(loads) + of_load
+            progress(done, len(loads) * repeats, f"load {load.name}, live run {repeat + 1}")
+        chosen, workload = load.offers[repeat]
+        config = msgspec.structs.replace(chosen.engine_config(), model=model, **settings)
+        config = costs.engine_config(config)
+        run = await _live(config, costs, workload, chosen.seed)
+        if run.waited > DISTURBED:  # once more; the calmer one counts
+            again = await _live(config, costs, workload, chosen.seed)
+            run = min(run, again, key=lambda run: run.waited)
+        found[of_load].append(run)
+        if between is not None:
+            await between()
     if progress is not None:
-        progress(len(offered) * repeats, len(offered) * repeats, "done")
-    return Validation(preset=experiment.preset, comparisons=tuple(found))
+        progress(len(loads) * repeats, len(loads) * repeats, "done")
+    return found
+
+
+async def _compare_all(
+    preset: str, loads: Sequence[_Load], lives: Sequence[Sequence[_Live]], costs: CostModel
+) -> Validation:
+    """Simulate the same, and compare."""
+    found = []
+    for load, live in zip(loads, lives, strict=True):
+        compared = _compare(load, live, await _simulated_all(load, costs), costs)
+        as_live = _with_longer_steps(costs, 1 / (1 + compared.step_error))
+        left = errors(measured(await _simulated_all(load, as_live)), compared.live)
+        found.append(msgspec.structs.replace(compared, error_as_live=left))
+    return Validation(preset=preset, comparisons=tuple(found))
+
+
+async def _simulated_all(load: _Load, costs: CostModel) -> list[Kept]:
+    return [await run_to_completion(asyncio.to_thread(_simulated, *offer, costs)) for offer in load.offers]
 
 
 def _with_arrivals(experiment: Experiment, arrivals: str) -> Experiment:
@@ -229,19 +247,17 @@ def _with_longer_steps(costs: CostModel, factor: float) -> CostModel:
     return msgspec.structs.replace(costs, steps=steps, step_overhead=overhead)
 
 
-def _simulated(experiment: Experiment, workload: Workload, costs: CostModel) -> _Kept:
-    kept = _Kept()
+def _simulated(experiment: Experiment, workload: Workload, costs: CostModel) -> Kept:
+    kept = Kept()
     run_in_virtual_time(simulate(experiment, costs, workload, kept))
     return kept
 
 
 class _Live(NamedTuple):
-    kept: _Kept
+    kept: Kept
     waited: float
-    step_seconds: float
-    """Seconds that steps took, each to the beginning of the next, while no adapter was moved..."""
-    expected: float
-    """...and what the cost model says of them."""
+    steps: list[ProbedStep]
+    """Steps that others followed, while no adapter was moved."""
 
 
 async def _live(config: EngineConfig, costs: CostModel, workload: Workload, seed: int) -> _Live:
@@ -252,7 +268,7 @@ async def _live(config: EngineConfig, costs: CostModel, workload: Workload, seed
 async def _live_run(
     config: EngineConfig, costs: CostModel, workload: Workload, seed: int, folder: Path
 ) -> _Live:
-    kept = _Kept()
+    kept = Kept()
     async with ProbedEngine(config) as engine:
         found = ModelShape.of(engine.model_spec, engine.plan.dtype)
         if found != costs.model:
@@ -269,11 +285,8 @@ async def _live_run(
         steps = engine.probe.steps
     moving = Intervals(engine.probe.moves)
     following = [s for s in steps if s.wall - s.seconds < IDLE_SECONDS and not moving.overlap(s)]
-    times = StepTimes(costs.steps)
-    expected = sum(times(step.shape) + costs.step_overhead for step in following)
     computed = sum(step.seconds for step in following)
-    took = sum(step.wall for step in following)
-    return _Live(kept, waited / computed if computed else 0.0, took, expected)
+    return _Live(kept, waited / computed if computed else 0.0, following)
 
 
 def _sizes(model: ModelShape) -> str:
@@ -288,62 +301,19 @@ async def _write_adapters(engine: AsyncEngine, workload: Workload, folder: Path)
     return paths
 
 
-def _compare(
-    load: str, rate: float | None, runs: Sequence[_Live], simulations: Sequence[_Kept]
-) -> Comparison:
-    live, simulated = _measured([run.kept for run in runs]), _measured(simulations)
+def _compare(load: _Load, runs: Sequence[_Live], simulations: Sequence[Kept], costs: CostModel) -> Comparison:
+    live, simulated = measured([run.kept for run in runs]), measured(simulations)
+    times = StepTimes(costs.steps)
+    steps = [step for run in runs for step in run.steps]
+    expected = sum(times(step.shape) + costs.step_overhead for step in steps)
     return Comparison(
-        load=load,
-        requests_per_second=rate,
+        load=load.name,
+        requests_per_second=load.rate,
         live=live,
-        runs=tuple(_measured([run.kept]) for run in runs),
+        runs=tuple(measured([run.kept]) for run in runs),
         waited=tuple(run.waited for run in runs),
         simulated=simulated,
-        error=_errors(simulated, live),
-        step_error=_error(sum(run.expected for run in runs), sum(run.step_seconds for run in runs)),
+        error=errors(simulated, live),
+        step_error=relative_error(expected, sum(step.wall for step in steps)),
         error_as_live={},
-    )
-
-
-def _errors(found: Measured, truth: Measured) -> dict[str, float]:
-    return {metric: _error(getattr(found, metric), getattr(truth, metric)) for metric in METRICS}
-
-
-def _error(found: float, truth: float) -> float:
-    return (found - truth) / truth if truth else 0.0
-
-
-class _Kept:
-    """A sink that keeps the requests that have finished."""
-
-    def __init__(self) -> None:
-        self.requests: list[RequestRecord] = []
-
-    def request(self, record: RequestRecord) -> None:
-        if record.error is None and record.first_token is not None:
-            self.requests.append(record)
-
-    def span(self, record: SlotSpan) -> None: ...
-    def move(self, record: Move) -> None: ...
-    def sample(self, record: Sample) -> None: ...
-
-    @property
-    def seconds(self) -> float:
-        return max((record.ended for record in self.requests), default=0.0)
-
-
-def _measured(runs: Sequence[_Kept]) -> Measured:
-    """Over the requests of all of them."""
-    ttfts, gaps, tokens = [], [], 0
-    for record in chain.from_iterable(run.requests for run in runs):
-        assert record.first_token is not None
-        tokens += record.output_tokens
-        ttfts.append(record.first_token - record.arrival)
-        if record.output_tokens > 1:
-            gaps.append((record.ended - record.first_token) / (record.output_tokens - 1))
-    seconds = sum(run.seconds for run in runs)
-    return Measured(
-        output_tokens_per_second=tokens / seconds if seconds else 0.0,
-        median_ttft=statistics.median(ttfts) if ttfts else 0.0,
-        mean_inter_token=statistics.fmean(gaps) if gaps else 0.0,
     )
