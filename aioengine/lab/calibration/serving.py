@@ -8,9 +8,14 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+from aioengine.lab.calibration.compared import Kept
 from aioengine.lab.calibration.design import Design
 from aioengine.lab.calibration.probe import ProbedEngine, ProbedMove, ProbedStep
 from aioengine.lab.calibration.processor_waits import DISTURBED, Waits
+from aioengine.lab.runs.replay import replay
+from aioengine.lab.workload.draw import OfferedWorkload
+from aioengine.lab.workload.requests import Workload
+from aioengine.lab.workload.spec import WorkloadSpec
 from aioengine.request import SamplingParams
 
 BESIDE_ROWS = 8
@@ -37,7 +42,8 @@ class Serving:
     async def move(self, paths: list[Path], tell: Callable[[int, str], None]) -> None:
         """Load and copy the adapters at ``paths`` beside decodes, and report each before."""
         probe = self._engine.probe
-        await self._decode(1)  # warm-up
+        await self._complete(self._design.live_steps)  # warm-up
+        probe.pause()
         probe.steps.clear()
         async with self._decoding(BESIDE_ROWS):
             for turn, path in enumerate(paths):
@@ -51,14 +57,16 @@ class Serving:
         self.beside, self.moves = [*probe.steps], [*probe.moves]
 
     async def decode(self, tell: Callable[[int, str], None]) -> None:
-        """Decode ``live_rows`` sequences at a time, and report each number before."""
+        """Serve ``live_rows`` requests at a time, and report each number before. They are sent and recorded
+        as in any live run, because the loop's work for that is a part of the time between steps."""
         probe = self._engine.probe
         for turn, rows in enumerate(self._design.live_rows):
             tell(turn, f"{rows} rows, as in serving")
             probe.pause()
             probe.steps.clear()
             waits = Waits()
-            await self._decode(rows)
+            await replay(self._engine, self._workload(rows), Kept(), seed=self._random.randrange(2**31))
+            probe.pause()
             self.alone += probe.steps
             if waits.seconds() <= DISTURBED * sum(step.seconds for step in probe.steps):
                 self.calm += probe.steps
@@ -72,11 +80,14 @@ class Serving:
     def _context(self) -> int:
         return min(self._design.contexts[0], self._engine.plan.max_model_len // 2)
 
-    async def _decode(self, rows: int) -> None:
-        async with asyncio.TaskGroup() as group:
-            for _ in range(rows):
-                group.create_task(self._complete(self._design.live_steps))
-        self._engine.probe.pause()
+    def _workload(self, rows: int) -> Workload:
+        spec = WorkloadSpec(
+            arrivals="poisson:rate=100000",
+            limit=rows,
+            prompt_tokens=self._context,
+            output_tokens=self._design.live_steps,
+        )
+        return OfferedWorkload(spec, self._design.seed)
 
     @asynccontextmanager
     async def _decoding(self, rows: int) -> AsyncIterator[None]:
