@@ -8,23 +8,26 @@ from pathlib import Path
 
 import msgspec
 import pytest
+import uvloop
 from hypothesis import given
 from hypothesis import strategies as st
 from support.made_costs import costs_of
 from support.tiny_models import build_model
 
 from aioengine import events
+from aioengine.config import EngineConfig
 from aioengine.errors import ConfigError
 from aioengine.lab.calibration.calibrate import calibrate, calibrate_async
 from aioengine.lab.calibration.compared import METRICS
 from aioengine.lab.calibration.design import Design
-from aioengine.lab.calibration.probe import Probe, ProbedMove, ProbedStep
+from aioengine.lab.calibration.probe import Probe, ProbedEngine, ProbedMove, ProbedStep
 from aioengine.lab.calibration.processor_waits import Waits
 from aioengine.lab.calibration.timings import Intervals, fit_overhead, move_points, serving_level, slowdown
 from aioengine.lab.calibration.validate import validate, validation_experiment
 from aioengine.lab.costs.model import CostModel
 from aioengine.lab.costs.steps import StepCosts, StepShape
 from aioengine.lab.runs.experiment import Experiment
+from aioengine.request import SamplingParams
 from aioengine.step import StepBatch
 
 # From a probe to points
@@ -55,6 +58,30 @@ def test_overhead_has_a_part_for_each_sequence() -> None:
         for rows in (1, 2, 8, 64)
     ]
     assert fit_overhead(steps) == (pytest.approx(0.002, rel=1e-3), pytest.approx(0.0001, rel=1e-3))
+
+
+@given(st.floats(0.0003, 0.002), st.floats(0.00001, 0.0001), st.floats(-0.001, 0.0), st.floats(0.01, 0.1))
+def test_a_step_that_seems_to_be_followed_at_once_does_not_decide(
+    constant: float, each: float, short: float, long: float
+) -> None:
+    steps = [
+        ProbedStep(SMALL._replace(sequences=rows), 0.0, 0.01 + gap, 0.01)
+        for rows in (1, 4, 16, 64)
+        for gap in (*(constant + each * rows,) * 20, short, long)
+    ]
+    found, slope = fit_overhead(steps)
+    for rows in (1, 16, 64):
+        assert found + slope * rows == pytest.approx(constant + each * rows, rel=0.06)
+
+
+def test_steps_are_timed_finer_than_uvloop_tells_the_time(model: Path) -> None:
+    async def serve() -> list[float]:
+        async with ProbedEngine(EngineConfig(model=str(model), kv_cache_memory="8MiB")) as engine:
+            await engine.complete([1, 2, 3], SamplingParams(max_tokens=20, ignore_eos=True))
+            return [step.wall - step.seconds for step in engine.probe.steps]
+
+    gaps = uvloop.run(serve())
+    assert len(gaps) > 10 and min(gaps) > 0, "a step's own time is within the time to the next"
 
 
 @given(
@@ -204,7 +231,7 @@ def test_calibration_of_a_tiny_model(model: Path, calibrated: Path) -> None:
     assert costs.model.num_layers == 3 and costs.model.dtype == "float32"
     assert costs.fit is not None and costs.fit.steps > 10
     assert 0 < costs.fit.median_error <= costs.fit.p90_error
-    assert 0 < costs.step_overhead < 0.1
+    assert 0 < costs.step_overhead + costs.steps.sequence < 0.1
     assert costs.disk.slowdown >= 1 and costs.slot.slowdown >= 1
     assert [rank for rank, _ in costs.steps.adapter] == [4, 8]
     assert 1e-5 < costs.step_seconds(SMALL) < 1

@@ -48,8 +48,12 @@ class Intervals:
 
 
 def fit_overhead(steps: Iterable[ProbedStep]) -> tuple[float, float]:
-    """Fit the time between steps: a constant and a part for each sequence, in seconds."""
-    return fit_line([(step.shape.sequences, max(step.wall - step.seconds, 1e-9)) for step in steps])
+    """Fit the time between steps: a constant and a part for each sequence, in seconds. Each number of
+    sequences counts with its mean, because errors are relative, and single times may be close to 0."""
+    gaps: dict[int, list[float]] = defaultdict(list)
+    for step in steps:
+        gaps[step.shape.sequences].append(max(step.wall - step.seconds, 0.0))
+    return fit_line([(sequences, max(usual_mean(times), 1e-6)) for sequences, times in gaps.items()])
 
 
 def serving_level(costs: StepCosts, steps: Iterable[ProbedStep]) -> float:
