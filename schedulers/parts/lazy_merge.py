@@ -61,12 +61,15 @@ def _by_first(view: SchedulerView, names: Iterable[str | None]) -> Sequence[str 
     firsts: dict[float, str | None] = {}
     count, known = 0, view.adapters
     for name in names:
-        if name is not None and name not in known:
-            continue
-        for request in view.waiting_for(name):
-            firsts[request.arrival] = name
+        if name is None:
+            base = next(iter(view.waiting_for(None)), None)
+            first = None if base is None else base.arrival
+        else:
+            adapter = known.get(name)
+            first = None if adapter is None else adapter.oldest_arrival
+        if first is not None:
+            firsts[first] = name
             count += 1
-            break
     return [firsts[first] for first in sorted(firsts)] if len(firsts) == count else None
 
 
