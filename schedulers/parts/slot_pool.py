@@ -104,7 +104,7 @@ class SlotPool:
                     closable.append(wanted)
         self._memory = view.memory if view.memory.elastic else None
         self._free = free
-        self._unwanted = self._by_score(unwanted)
+        self._unwanted = _by_score(view, replace, unwanted)
         self.num_spare = len(free) + len(unwanted)
         """Slots that are left, free or with adapters that no request waits for."""
         self.num_idle = len(idle)
@@ -117,8 +117,8 @@ class SlotPool:
             self._unwanted_bytes = sum(self._memory.bytes_of(adapter.name) for _, adapter in unwanted)
         self._gone: set[SlotView] = set()
         """Slots that adapters were given, or are closed for."""
-        self._idle = _Candidates(idle, self._sort_idle, self._gone)
-        self._closable = _Candidates(closable, self._sort_by_end, self._gone)
+        self._idle = _Candidates(idle, self._gone)
+        self._closable = _Candidates(closable, self._gone)
 
     @property
     def is_full(self) -> bool:
@@ -265,17 +265,12 @@ class SlotPool:
     def _next(self, oldest: float | None, *, take: bool, close: bool) -> _Wanted | None:
         """Return an idle slot, if only later requests wait for it; else the slot that will be idle
         soonest."""
-        wanted = self._idle.first(oldest) if take else None
-        return self._closable.first(oldest) if wanted is None and close else wanted
+        wanted = self._idle.first(oldest, self._sort_idle) if take else None
+        return self._closable.first(oldest, self._sort_by_end) if wanted is None and close else wanted
 
     @cached_property
     def tokens_left(self) -> Mapping[str | None, int]:
         return self._view.tokens_left
-
-    def _by_score(self, slots: Iterable[tuple[SlotView, AdapterView]]) -> Iterator[SlotView]:
-        """Sort lazily, so that nothing is scored when no slot is needed."""
-        view, score = self._view, self._replace.score
-        yield from (s for s, _ in sorted(slots, key=lambda pair: (score(view, *pair), pair[0].index)))
 
     def _sort_idle(self, rows: list[_Row]) -> None:
         view, score = self._view, self._replace.score
@@ -284,6 +279,14 @@ class SlotPool:
     def _sort_by_end(self, rows: list[_Row]) -> None:
         left = self.tokens_left
         rows.sort(key=lambda row: (left.get(row[1], 0), row[0].last_used))
+
+
+def _by_score(
+    view: SchedulerView, replace: Replacement, slots: Iterable[tuple[SlotView, AdapterView]]
+) -> Iterator[SlotView]:
+    """Sort lazily, so that nothing is scored when no slot is needed."""
+    score = replace.score
+    yield from (s for s, _ in sorted(slots, key=lambda pair: (score(view, *pair), pair[0].index)))
 
 
 def _next_after(rows: list[_Row], since: float, begin: int) -> int:
@@ -295,11 +298,15 @@ def _next_after(rows: list[_Row], since: float, begin: int) -> int:
 
 
 class _Candidates:
-    """Slots in the order to take them, sorted when the first is asked for. Those in ``gone`` are skipped."""
+    """Slots in the order to take them, sorted when the first is asked for. Those in ``gone`` are skipped.
 
-    def __init__(self, rows: list[_Row], sort: Callable[[list[_Row]], None], gone: set[SlotView]) -> None:
+    Nothing here refers to the pool: a pool is made for each decision, and must be freed without a search for
+    cycles.
+    """
+
+    def __init__(self, rows: list[_Row], gone: set[SlotView]) -> None:
         self._rows = rows
-        self._sort: Callable[[list[_Row]], None] | None = sort
+        self._is_sorted = False
         self._gone = gone
         self._begin = 0
         """Rows before it are gone."""
@@ -317,13 +324,13 @@ class _Candidates:
             rows.pop()
         return bool(rows) and rows[-1][3] > before
 
-    def first(self, before: float | None) -> _Wanted | None:
-        """Return the first that only requests after ``before`` wait for."""
+    def first(self, before: float | None, sort: Callable[[list[_Row]], None]) -> _Wanted | None:
+        """Return the first, in the order of ``sort``, that only requests after ``before`` wait for."""
         if before is None or not self.has(before):
             return None
-        if self._sort is not None:
-            self._sort(self._rows)
-            self._sort = None
+        if not self._is_sorted:
+            sort(self._rows)
+            self._is_sorted = True
         rows, gone = self._rows, self._gone
         while rows[self._begin][0] in gone:
             self._begin += 1
