@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -88,3 +90,14 @@ def test_it_is_so_in_many_decisions(tmp_path_factory: pytest.TempPathFactory) ->
         )
     assert found.count(3) > 5, "all slots"
     assert any(0 < closed < 3 for closed in found), "some slots"
+
+
+def test_a_decision_leaves_nothing_to_the_garbage_collector(tmp_path: Path) -> None:
+    gc.collect()
+    gc.disable()
+    try:
+        run(overload("fcfs:max_wait=0.05", 100, slots=3, cpu_loras=12, max_num_seqs=8), tmp_path)
+        left = [thing for thing in gc.get_objects() if isinstance(thing, SlotPool)]
+    finally:
+        gc.enable()
+    assert not left
