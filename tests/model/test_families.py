@@ -39,7 +39,7 @@ if INTERPRETED:  # which is slow; tests/kernels/test_layer_ops.py has the operat
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("case", mostly_slow(CASES, "phi3", "gemma2"))
+@pytest.mark.parametrize("case", mostly_slow(CASES, "gemma2"))
 async def test_a_family(case: str, backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Base rows, an adapter on some linears and one on all: mixed batches, swaps and shared prefixes."""
     monkeypatch.setenv("AIOENGINE_KERNELS", backend)
