@@ -114,8 +114,9 @@ def bind(settings: ListenSettings) -> socket.socket:
 
 
 def _cannot_listen(settings: ListenSettings, error: BaseException | None) -> ConfigError:
+    why = str(error).rstrip(".")
     return ConfigError(
-        f"cannot listen on {settings.host} port {settings.port}: {error}; choose another host or port"
+        f"cannot listen on {settings.host} port {settings.port}: {why}; choose another host or port"
     )
 
 
