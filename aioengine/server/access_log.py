@@ -35,6 +35,8 @@ class RequestRecord(msgspec.Struct, kw_only=True, eq=False):
     wanted: tuple[str | None, ...] = ()
     """What its key must be allowed to use: the adapter, or each one of a mix, without versions; None is the
     base model."""
+    named_in: str = "model"
+    """The field of its body that names these."""
     stream: bool = False
     trace_id: str | None = None
     """Trace id of its span, where requests are traced."""
@@ -96,7 +98,7 @@ class RequestRecord(msgspec.Struct, kw_only=True, eq=False):
 _NOT_LOGGED = frozenset(
     (
         *("started", "owner", "identity", "admission", "ended", "queue", "counted", "body_size", "route"),
-        *("so_far", "wanted"),
+        *("so_far", "wanted", "named_in"),
     )
 )
 _LOGGED = tuple(name for name in RequestRecord.__struct_fields__ if name not in _NOT_LOGGED)

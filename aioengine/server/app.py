@@ -226,7 +226,7 @@ class ServerApp:
         except Exception as error:
             if started:
                 raise
-            api_error = to_api_error(error, self._settings)
+            api_error = to_api_error(error, self._settings, record.named_in)
             record.refused(api_error)
             await send_error(tagged_send, api_error, path)
         finally:

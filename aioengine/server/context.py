@@ -105,8 +105,8 @@ class Context:
         """Bound on bodies; by default 64 bytes a token of the longest prompt, and 1 MiB for the rest."""
         return self.settings.max_body_bytes or 2**20 + 64 * self.engine.plan.max_model_len
 
-    def adapter_of(self, model: str, identity: Identity) -> str | None:
-        """Return the adapter that a request's ``model`` names; None for the base model.
+    def adapter_of(self, model: str, identity: Identity, field: str = "model") -> str | None:
+        """Return the adapter that a request's ``field`` names; None for the base model.
 
         If ``identity`` may not use it, raises the same ApiError as for an unknown model, without checking
         whether it exists.
@@ -118,9 +118,9 @@ class Context:
         # Otherwise any text, however long, would be logged as the adapter's name.
         name = None if adapter is None else _VERSION.sub("", adapter)
         if name is not None and NAME_RULE.fullmatch(name) is None:
-            raise model_not_found(model[:300])
+            raise model_not_found(model[:300], field)
         if not identity.models.allow(name):
-            raise model_not_found(model)
+            raise model_not_found(model, field)
         return adapter
 
     @property
@@ -361,8 +361,9 @@ class Context:
             )
         if not mix:
             raise ApiError(400, "adapters: is empty", param="adapters", code="invalid_value")
+        record.named_in = "adapters"
         for name in mix:
-            if self.adapter_of(name, record.identity) is None:
+            if self.adapter_of(name, record.identity, record.named_in) is None:
                 raise ApiError(
                     400, f"adapters: {name!r} is the base model; name adapters only", param="adapters"
                 )

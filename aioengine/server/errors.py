@@ -155,8 +155,8 @@ class ClientDisconnected(Exception):
     """The client went away before its answer was complete."""
 
 
-def model_not_found(name: str) -> ApiError:
-    return ApiError(404, f"The model {name!r} does not exist", param="model", code="model_not_found")
+def model_not_found(name: str, param: str = "model") -> ApiError:
+    return ApiError(404, f"The model {name!r} does not exist", param=param, code="model_not_found")
 
 
 def unsupported(field: str, why: str) -> ApiError:
@@ -202,11 +202,14 @@ _OVERLOADED = {
 """Messages by the owner of the bound that is reached."""
 
 
-def to_api_error(error: BaseException, settings: ServerSettings) -> ApiError:
-    """Convert an exception to the client's error; internal errors are logged."""
+def to_api_error(error: BaseException, settings: ServerSettings, named_in: str = "model") -> ApiError:
+    """Convert an exception to the client's error; internal errors are logged. ``named_in`` is the field of
+    the body that names the adapters."""
     if isinstance(error, ApiError):
         return error
     found = _api_error(error, settings.retry_after)
+    if isinstance(error, errors.AdapterError) and found.detail.param == "model":
+        found.detail.param = named_in
     if settings.reword is not None and isinstance(error, errors.AioEngineError):
         found.detail.message = settings.reword(found.detail.message)
     return found

@@ -104,6 +104,8 @@ async def test_every_endpoint_refuses_the_same(served: Served, path: str) -> Non
     for fields, status in wrong:
         found = await served.http.post(path, json={"model": MODEL, **body, **fields})
         assert found.status_code == status, (fields, found.text)
+        if status == 404 and path != "/v1/messages":  # Anthropic's errors name no field
+            assert found.json()["error"]["param"] == ("adapters" if "adapters" in fields else "model")
 
 
 @pytest.mark.parametrize("path", BODIES)
