@@ -6,7 +6,8 @@
     python -m benchmarks.kernels.cpu ranks --processor    # on a busy machine
 
 ``profile``   a decode step by phase, beside what the machine's memory and arithmetic allow
-``adapters``  a decode step with 1 to 32 distinct adapters in the batch
+``adapters``  a decode step with 1 to 32 distinct adapters in the batch; in one place: without the time
+              that memory takes
 ``ranks``     ... with 8 adapters of rank 8 to 256
 ``context``   ... after 128 to 4,096 tokens
 ``cache``     ... the same with an int8 KV cache
@@ -56,9 +57,18 @@ def growth_table(
 
 
 def adapters_table(args: argparse.Namespace, quantization: str) -> Table:
-    steps = Steps(args.model, kv_tokens=32 * 256, slots=32, quantization=quantization)
+    def made(lora_dtype: torch.dtype = torch.bfloat16, *, one_place: bool = False) -> Steps:
+        return Steps(
+            args.model, kv_tokens=32 * 256, slots=32, quantization=quantization, lora_dtype=lora_dtype,
+            one_place=one_place,
+        )  # fmt: skip
+
+    steps = made()
     cases = {"base": steps.decode(32, CONTEXT)}
     cases |= {str(n): steps.decode(32, CONTEXT, n) for n in (1, 2, 4, 8, 16, 32)}
+    cases["32, one place"] = made(one_place=True).decode(32, CONTEXT, 32)
+    cases["32, int8"] = made(torch.int8).decode(32, CONTEXT, 32)
+    cases["32, int8, one place"] = made(torch.int8, one_place=True).decode(32, CONTEXT, 32)
     title = f"decode, 32 sequences, rank 16, {_weights(quantization)}: by distinct adapters"
     return growth_table(title, "adapters", cases, dict.fromkeys(cases, 32), args)
 

@@ -22,7 +22,10 @@ GREEDY = SamplingParams()
 
 
 class Steps:
-    """A model with random adapters in ``slots`` slots, and a KV cache of ``kv_tokens``."""
+    """A model with random adapters in ``slots`` slots, and a KV cache of ``kv_tokens``.
+
+    ``one_place``: all slots' adapters lie where the first one's does, so that memory is read once for all.
+    """
 
     def __init__(
         self,
@@ -35,6 +38,7 @@ class Steps:
         int8_cache: bool = False,
         lora_dtype: torch.dtype = torch.bfloat16,
         model_impl: ModelImpl = "auto",
+        one_place: bool = False,
     ) -> None:
         self._path = path = resolve_model(model)
         self.spec = read_spec(path, model_impl)
@@ -55,6 +59,9 @@ class Steps:
         for cache in (*self.runner.kv_cache.k, *self.runner.kv_cache.v):
             cache.fill_(1 if int8_cache else 0.5)  # memory that was never written would be read from one page
         self._write_adapters(slots)
+        if one_place and self.runner.lora_slots is not None:
+            table = self.runner.lora_slots.memory.table
+            table[:] = table[0].clone()
 
     def _write_adapters(self, count: int) -> None:
         slots = self.runner.lora_slots

@@ -181,12 +181,15 @@ class FixedTokens {
 
   void add_products(long tokens, long first, const int8_t* const (&a)[4], const int8_t* later, vf* acc) const {
     const uint32_t* const row = rows_ + (first - begin_) * words_;
-    for (long t = 0; t < tokens; t += 2)
-      tokens - t == 1 ? add_fixed<1>(row + t * words_, words_, a, k_, later, acc + 4 * t)
-                      : add_fixed<2>(row + t * words_, words_, a, k_, later, acc + 4 * t);
+    switch (tokens) {
+      case 1: return add_fixed<1>(row, words_, a, k_, later, acc);
+      case 2: return add_fixed<2>(row, words_, a, k_, later, acc);
+      case 3: return add_fixed<3>(row, words_, a, k_, later, acc);
+      default: return add_fixed<4>(row, words_, a, k_, later, acc);
+    }
   }
 
-  float scale(long t) const { return FixedInput::scale(rows_ + (t - begin_) * words_); }
+  float scale(long t) const { return FixedInput::scale(rows_ + (t - begin_) * words_, k_); }
 
  private:
   const typename T::elem* x_;
