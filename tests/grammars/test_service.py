@@ -225,6 +225,7 @@ async def _outcome(service: Grammars, text: str, tenant: str | None) -> type[Aio
     return None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("text", "limits", "what"),
     [

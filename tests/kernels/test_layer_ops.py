@@ -87,6 +87,7 @@ def test_attention_equals_the_reference(device: str, name: str, case: LayerCase)
     close(run(get_backend(device, name), case, device), run(REFERENCE, case))
 
 
+@pytest.mark.slow
 @every_backend
 @pytest.mark.parametrize(
     ("window", "soft_cap", "sinks"), [(None, 3.0, False), (None, None, True), (100, None, False)]

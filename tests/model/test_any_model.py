@@ -131,7 +131,7 @@ def save(folder: Path, model: Any) -> Path:
         ("vit", {"hidden_size": 32}, "no causal language model"),
     ],
 )
-@pytest.mark.parametrize("impl", ["transformers", "auto"])
+@pytest.mark.parametrize("impl", mostly_slow(["transformers", "auto"], "auto"))
 async def test_what_is_refused_before_weights_are_read(
     family: str, fields: dict[str, Any], word: str, impl: str, tmp_path: Path
 ) -> None:
@@ -204,7 +204,7 @@ async def test_weights_that_do_not_belong_to_the_configuration(tmp_path: Path) -
         {"lora": {"target_modules": ["gate_proj"]}},
     ],
 )
-@pytest.mark.parametrize("impl", ["transformers", "auto"])
+@pytest.mark.parametrize("impl", mostly_slow(["transformers", "auto"], "auto"))
 async def test_what_only_the_native_decoder_has(fields: dict[str, Any], impl: str, tmp_path: Path) -> None:
     config_of("gpt2").save_pretrained(tmp_path)
     with pytest.raises(ConfigError) as caught:

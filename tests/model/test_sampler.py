@@ -59,6 +59,7 @@ def test_greedy_is_argmax(dtype: torch.dtype) -> None:
     assert torch.equal(logits, before)
 
 
+@pytest.mark.slow
 @settings(max_examples=100, deadline=None)
 @given(
     st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),

@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 from support.any_models import COMMON, MIXED, build_any
+from support.selection import mostly_slow_rows
 from support.served_models import check, engine_of
 from torch import Tensor
 from transformers.models import llama
@@ -45,20 +46,24 @@ def whole(
 
 @pytest.mark.parametrize(
     ("family", "fields"),
-    [
-        ("llama", {"attention_bias": True, "mlp_bias": True}),
+    mostly_slow_rows(
+        [
+            ("llama", {"attention_bias": True, "mlp_bias": True}),
+            ("qwen3", {}),
+            ("gemma2", {"sliding_window": 6, "attn_logit_softcapping": 2.0}),
+            ("gemma3_text", MIXED),
+            ("granite", {"attention_multiplier": 0.2, "residual_multiplier": 0.7}),
+            ("olmo2", {}),
+            ("exaone4", MIXED),
+            ("smollm3", {"no_rope_layer_interval": 2}),
+            ("phi3", {}),
+            ("glm4", {"head_dim": 32}),
+            ("seed_oss", {}),
+            ("ernie4_5", {}),
+        ],
         ("qwen3", {}),
-        ("gemma2", {"sliding_window": 6, "attn_logit_softcapping": 2.0}),
-        ("gemma3_text", MIXED),
-        ("granite", {"attention_multiplier": 0.2, "residual_multiplier": 0.7}),
-        ("olmo2", {}),
-        ("exaone4", MIXED),
-        ("smollm3", {"no_rope_layer_interval": 2}),
         ("phi3", {}),
-        ("glm4", {"head_dim": 32}),
-        ("seed_oss", {}),
-        ("ernie4_5", {}),
-    ],
+    ),
 )
 async def test_families(family: str, fields: dict[str, Any], tmp_path: Path) -> None:
     model = build_any(tmp_path, family, **{**WIDE, **fields})

@@ -140,7 +140,7 @@ def seconds_of(
 
 @pytest.mark.parametrize("flood", mostly_slow(FLOODS, "adapters", "long prompts"))
 @pytest.mark.parametrize("adapter", [None, "mine"])
-@pytest.mark.parametrize("policy", ["fcfs", "vtc", "drr"])
+@pytest.mark.parametrize("policy", mostly_slow(["fcfs", "vtc", "drr"], "fcfs", "vtc"))
 def test_one_request_is_served_soon_while_another_tenant_floods(
     policy: str, adapter: str | None, flood: str
 ) -> None:
