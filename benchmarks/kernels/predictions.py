@@ -18,7 +18,7 @@ import torch
 import triton
 
 from aioengine.kernels.blocks import BlockWeight
-from aioengine.kernels.triton import aot
+from aioengine.kernels.triton import aot, targets
 from aioengine.kernels.triton.quantized.blocks import FEW_ROWS, default_blocks
 from aioengine.kernels.triton.table import SHORT, Key, default_expand, default_shrink
 from aioengine.lab.costs.roofline import H100_SXM, DeviceFigures
@@ -241,7 +241,7 @@ def occupancy(gpu: Gpu, registers: int, shared: int, warps: int) -> float:
 
     Registers are given out in units of 256 for a warp, and a block takes a KiB of shared memory more.
     """
-    by_registers = aot.FILE_REGISTERS // (math.ceil(registers * 32 / 256) * 256 * warps)
+    by_registers = targets.FILE_REGISTERS // (math.ceil(registers * 32 / 256) * 256 * warps)
     by_shared = gpu.shared // (shared + 1024)
     return min(by_registers, by_shared, 64 // warps, 32) * warps / 64
 

@@ -1,20 +1,13 @@
 """Compiles the kernels for a GPU, which this machine need not have, and reads the resources that each needs.
 
-For tests and ``python -m benchmarks.kernels.gpu --compile``; serving does not need it. Uses the ptxas that
-comes with triton.
+For tests and ``python -m benchmarks.kernels.gpu --compile``; serving does not need it.
 """
 
 from __future__ import annotations
 
-import re
-import subprocess
-import tempfile
-from collections.abc import Iterator, Mapping
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import triton
-from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from aioengine.kernels.triton.attention import PART, default_config
@@ -48,19 +41,7 @@ from aioengine.kernels.triton.table import (
     default_expand,
     default_shrink,
 )
-
-CAPABILITIES = (80, 90)
-"""Compute capabilities: A100 (8.0), H100 and H200 (9.0)."""
-
-SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024}
-"""Shared memory that one block may have, by compute capability (CUDA C++ Programming Guide, technical
-specifications)."""
-
-REGISTERS = 255
-"""Registers that a thread may have."""
-
-FILE_REGISTERS = 64 * 1024
-"""Registers of a multiprocessor, for all threads in it."""
+from aioengine.kernels.triton.targets import DATA_CENTERS, GPUS, Gpu, Usage, usage_of
 
 RANKS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 320, 512)
 WIDTHS = (512, 1024, 2048, 4096, 8192, 16384, 32768)
@@ -93,34 +74,6 @@ class Variant(NamedTuple):
         blocks = " ".join(f"{name}={value}" for name, value in self.constants)
         narrow = " int8" * self.int8 + " fp8" * self.fp8
         return f"{self.kernel} {self.dtype}{narrow} {blocks} warps={self.num_warps} stages={self.num_stages}"
-
-
-class Usage(NamedTuple):
-    """Resources that a block of a compiled kernel takes, and what it was compiled to."""
-
-    registers: int
-    """Registers of a thread."""
-    spilled_bytes: int
-    """Bytes that a thread stores and loads because its registers did not fit."""
-    shared_bytes: int
-    ptx: str
-    ttgir: str
-    """Triton's own form of it, in which tensors have layouts."""
-
-    def in_loops(self, operation: str) -> list[str]:
-        """Return the lines of ``ttgir`` with this operation that each turn of a loop passes."""
-        found, blocks = [], list[str]()
-        for line in self.ttgir.splitlines():
-            inner = [block for block in blocks if block in ("scf.for", "scf.if")]
-            if inner[-1:] == ["scf.for"] and re.search(rf"\b{re.escape(operation)}\b", line):
-                found.append(line.strip())
-            opened = line.count("{") - line.count("}")
-            if opened > 0:
-                kind = re.search(r"scf\.(for|if)\b", line)
-                blocks += [kind[0] if kind else ""] * opened
-            elif opened < 0:
-                del blocks[opened:]
-        return found
 
 
 def variants() -> list[Variant]:
@@ -162,11 +115,14 @@ def of_expand(dtype: str, config: ExpandConfig, *, int8: bool = False) -> Varian
     return Variant("expand", dtype, tuple(blocks.items()), config.num_warps, config.num_stages, int8)
 
 
-def of_attention(dtype: str, bits: int, head_dim: int, group: int) -> Iterator[Variant]:
-    """Decoding with the keys whole and split, and prompts."""
-    of_prompts = [(rows_of_prompts(bits, head_dim, capability), 1) for capability in CAPABILITIES]
+def of_attention(
+    dtype: str, bits: int, head_dim: int, group: int, gpus: Sequence[Gpu] = DATA_CENTERS
+) -> Iterator[Variant]:
+    """Decoding with the keys whole and split, and prompts, as these GPUs do it, which have the limits of the
+    first."""
+    of_prompts = [(rows_of_prompts(bits, head_dim, gpu.capability), 1) for gpu in gpus]
     for rows, splits in dict.fromkeys([(FEW_ROWS, 1), (FEW_ROWS, 8), *of_prompts]):
-        block_n, _, num_warps, num_stages = default_config(head_dim, bits, splits, rows)
+        block_n, _, num_warps, num_stages = default_config(head_dim, bits, splits, rows, gpus[0].limits)
         constants = {"GROUP": group, "D": head_dim, "BLOCK_SIZE": 16, "SPLITS": splits, "BLOCK_M": rows}
         constants |= {
             "BLOCK_N": block_n,
@@ -266,9 +222,9 @@ def compiles(variant: Variant, capability: int) -> bool:
     return variant.kernel != "eight_bits" or not variant.fp8 or capability >= 89
 
 
-def compile_variant(variant: Variant, capability: int) -> Usage:
-    """Compile (a second or so) for NVIDIA GPUs of this compute capability; tensors 16-byte aligned, sizes
-    multiples of 16, as model dimensions are.
+def compile_variant(variant: Variant, gpu: int | str) -> Usage:
+    """Compile (a second or so, for AMD some) for a GPU of :data:`GPUS`, or the compute capability of one of
+    NVIDIA's; tensors 16-byte aligned, sizes multiples of 16, as model dimensions are.
 
     Raises what triton raises if it does not compile, and RuntimeError if ptxas fails.
     """
@@ -287,23 +243,8 @@ def compile_variant(variant: Variant, capability: int) -> Usage:
         if name not in constants and name not in _ANY_NUMBER
     }
     source = ASTSource(kernel, signature, constexprs=constants, attrs=aligned)
-    with triton.knobs.runtime.scope():
-        triton.knobs.runtime.add_stages_inspection_hook = _reporting
-        compiled = triton.compile(
-            source,
-            target=GPUTarget("cuda", capability, 32),
-            options={"num_warps": variant.num_warps, "num_stages": variant.num_stages},
-        )
-    registers, spilled = map(int, compiled.asm["cubin"].split())
-    return Usage(registers, spilled, compiled.metadata.shared, compiled.asm["ptx"], compiled.asm["ttgir"])
-
-
-def _reporting(backend: object = None, stages: dict[str, Any] | None = None, *_: object) -> tuple[str, str]:
-    """Hook of Triton's compiler: where it would make a binary, ask the assembler for a thread's registers and
-    spilled bytes. Triton's cache keeps them as it would keep the binary, by another key."""
-    if stages is not None:
-        stages["cubin"] = lambda ptx, metadata: " ".join(map(str, _assemble(ptx))).encode()
-    return "usage", "usage"
+    target = GPUS[gpu if isinstance(gpu, str) else f"sm_{gpu}"].target
+    return usage_of(source, target, variant.num_warps, variant.num_stages)
 
 
 _KERNELS: Mapping[str, Any] = {
@@ -345,30 +286,3 @@ def _type(argument: str, dtype: str, constants: Mapping[str, int]) -> str:
     if argument.endswith("_ptr"):
         return _POINTERS.get(argument, f"*{dtype}")
     return "fp32" if argument in _FLOATS else "i32"
-
-
-def _assemble(ptx: str) -> tuple[int, int]:
-    """Return a thread's registers and spilled bytes, by the first ptxas that knows this PTX version."""
-    target = re.search(r"^\.target (sm_\w+)", ptx, re.MULTILINE)
-    assert target is not None
-    folder = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-    errors = []
-    for ptxas in sorted(folder.glob("ptxas*")):
-        with tempfile.TemporaryDirectory() as scratch:
-            source = Path(scratch) / "kernel.ptx"
-            source.write_text(ptx, encoding="utf-8")
-            command = [
-                str(ptxas),
-                "-v",
-                f"-arch={target[1]}",
-                str(source),
-                "-o",
-                str(source.with_suffix(".o")),
-            ]
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-        registers = re.search(r"Used (\d+) registers", done.stderr)
-        if done.returncode == 0 and registers is not None:
-            spilled = re.findall(r"(\d+) bytes spill (?:stores|loads)", done.stderr)
-            return int(registers[1]), sum(map(int, spilled))
-        errors.append(f"{ptxas.name}: {done.stderr.strip()}")
-    raise RuntimeError(f"no ptxas in {folder} takes the kernel: {'; '.join(errors) or 'there is none'}")

@@ -12,7 +12,7 @@ from torch import Tensor
 from aioengine.kernels.backend import LayerCache, Scores
 from aioengine.kernels.plan.attention import AttentionPlan
 from aioengine.kernels.triton.jit.attention import attention_kernel
-from aioengine.kernels.triton.launch import capability, power_of_two
+from aioengine.kernels.triton.launch import Limits, capability, limits, power_of_two
 from aioengine.kernels.triton.launcher import Launcher
 from aioengine.kernels.triton.query_tiles import FEW_ROWS, QueryTiles, Tiles, rows_of_prompts
 
@@ -23,6 +23,10 @@ _MAX_SPLITS = 16
 PART = 512
 """Keys in a part, which is computed separately and then joined with the earlier parts. The number is fixed,
 because bits depend on it. A program computes one part or several."""
+
+
+_FIVE_STAGES = 96 * 1024
+"""Shared memory in which 16-bit heads of 128 have five stages."""
 
 
 class AttentionConfig(NamedTuple):
@@ -36,7 +40,9 @@ class AttentionConfig(NamedTuple):
     num_stages: int
 
 
-def attention_config(tiles: Tiles, kv_heads: int, head_dim: int, bits: int) -> AttentionConfig:
+def attention_config(
+    tiles: Tiles, kv_heads: int, head_dim: int, bits: int, limits: Limits
+) -> AttentionConfig:
     """Choose the configuration. Keys are split only for decoding, where otherwise most of a GPU would be
     idle."""
     splits = 1
@@ -44,18 +50,20 @@ def attention_config(tiles: Tiles, kv_heads: int, head_dim: int, bits: int) -> A
         programs = len(tiles.table) * kv_heads
         wanted = min(_MAX_SPLITS, -(-_PROGRAMS // programs), -(-tiles.longest // PART))
         splits = power_of_two(wanted)
-    return default_config(head_dim, bits, splits, tiles.block_m)
+    return default_config(head_dim, bits, splits, tiles.block_m, limits)
 
 
-def default_config(head_dim: int, bits: int, splits: int, rows: int) -> AttentionConfig:
+def default_config(head_dim: int, bits: int, splits: int, rows: int, limits: Limits) -> AttentionConfig:
     """Choose as many keys at a time as registers allow: float32 products use no tensor cores, and need many
     registers. With five stages, two blocks of keys and values are under way at a time, behind the reads of
-    the block table. (Larger heads would leave no room for a second program.)"""
+    the block table; with three, one block. (Larger heads would leave no room for a second program.)"""
     block_d = power_of_two(head_dim)
     block_n = max(16, min(64, (8192 if bits == 16 else 2048) // block_d))
+    many = 256 // limits.warp_size
     if bits > 16:
-        return AttentionConfig(block_n, splits, 4 if block_d <= 64 else 8, 2)
-    return AttentionConfig(block_n, splits, 8 if rows >= 64 else 4, 5 if block_d <= 128 else 2)
+        return AttentionConfig(block_n, splits, 4 if block_d <= 64 else many, 2)
+    stages = 5 if limits.shared_bytes >= _FIVE_STAGES else 3
+    return AttentionConfig(block_n, splits, many if rows >= 64 else 4, stages if block_d <= 128 else 2)
 
 
 def paged_attention(qkv: Tensor, cache: LayerCache, plan: AttentionPlan, scores: Scores) -> Tensor:
@@ -99,7 +107,7 @@ def _prepare(qkv: Tensor, cache: LayerCache, plan: AttentionPlan, scores: Scores
     every = plan.derive(QueryTiles).of(
         qkv.shape[1] // kv_heads - 2, rows_of_prompts(bits, d, capability(qkv.device))
     )
-    configs = [attention_config(tiles, kv_heads, d, bits) for tiles in every]
+    configs = [attention_config(tiles, kv_heads, d, bits, limits(qkv.device)) for tiles in every]
     return [
         _Attention(qkv, cache, plan, scores, tiles, config)
         for tiles, config in zip(every, configs, strict=True)

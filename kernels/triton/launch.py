@@ -3,11 +3,36 @@
 from __future__ import annotations
 
 import functools
+from typing import NamedTuple
 
 import torch
 
 OLDEST = 80
 """The lowest compute capability with bfloat16, copies that nothing waits for, and enough shared memory."""
+
+
+class Limits(NamedTuple):
+    """What a GPU has for the programs of a launch."""
+
+    shared_bytes: int
+    """Shared memory of a program: from 64 KiB (AMD's MI200 and MI300) by way of 99 KiB (8.6, 8.9, 12.0) to
+    227 KiB (9.0)."""
+    warp_size: int
+    """Threads of a warp: 32, or 64 on AMD's GPUs for data centers."""
+
+
+HOPPER = Limits(227 * 1024, 32)
+
+
+@functools.cache
+def limits(device: torch.device) -> Limits:
+    """Return what the driver says of a GPU; where there is none (the interpreter), an H100's."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return HOPPER
+    found = torch.cuda.get_device_properties(device)
+    # An NVIDIA GPU has more than this if a launch asks for it, as Triton's do. On AMD torch has one number.
+    shared_bytes = getattr(found, "shared_memory_per_block_optin", found.shared_memory_per_block)
+    return Limits(shared_bytes, found.warp_size)
 
 
 @functools.cache
@@ -29,7 +54,8 @@ def power_of_two(number: int) -> int:
 
 def check_launch() -> None:
     """Compile and launch a kernel on the current GPU. Raises any error of these, and RuntimeError if the GPU
-    is too old for the other kernels.
+    is too old for the other kernels, or one of AMD's for graphics, on which they would not fit into
+    registers.
 
     An import of triton does not show that it works: its first launch needs a C compiler, the headers of
     Python, and a GPU that its compiler knows.
@@ -37,6 +63,8 @@ def check_launch() -> None:
     found = capability(torch.device("cuda"))
     if found < OLDEST:
         raise RuntimeError(f"compute capability {found / 10}: they need {OLDEST / 10} (A100) or later")
+    if torch.version.hip is not None and limits(torch.device("cuda")).warp_size != 64:
+        raise RuntimeError("of AMD's GPUs they need one with 64 threads in a warp (MI200, MI300)")
     from aioengine.kernels.triton.jit.probe import probe_kernel
 
     out = torch.zeros(1, dtype=torch.int32, device="cuda")

@@ -9,7 +9,7 @@ import pytest
 import triton
 from support.fake_gpu import run_on_fake_gpu
 
-from aioengine.kernels.triton import aot
+from aioengine.kernels.triton import aot, targets
 from benchmarks.kernels import predictions
 from benchmarks.kernels.predictions import GPUS, LLAMA_8B, Kernel, Step
 
@@ -84,7 +84,7 @@ def test_occupancy_is_bound_by_what_runs_out_first() -> None:
     assert predictions.occupancy(gpu, 64, 0, 8) == 0.5  # registers: 4 blocks of 8 warps
     assert predictions.occupancy(gpu, 255, 0, 8) == 0.125
     assert predictions.occupancy(gpu, 32, 100 * 1024, 4) == 0.125  # shared memory: 2 blocks of 4 warps
-    assert aot.FILE_REGISTERS == 65536
+    assert targets.FILE_REGISTERS == 65536
 
 
 def test_nothing_is_predicted_for_other_gpus() -> None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from aioengine.kernels import dispatch
-from aioengine.kernels.triton import launch
+from aioengine.kernels.triton import attention, launch
 
 
 @pytest.fixture
@@ -56,6 +57,50 @@ def test_numbers_of_amd_s_gpus_are_none_of_nvidia_s(
     monkeypatch.setattr(torch.version, "hip", hip)
     assert launch.capability(torch.device("cuda")) == expected
     launch.capability.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [
+        (
+            {"shared_memory_per_block": 49152, "shared_memory_per_block_optin": 101376, "warp_size": 32},
+            101376,
+        ),
+        ({"shared_memory_per_block": 65536, "warp_size": 64}, 65536),  # torch for AMD
+    ],
+)
+def test_shared_memory_is_what_the_driver_says(
+    monkeypatch: pytest.MonkeyPatch, said: dict[str, int], expected: int
+) -> None:
+    launch.limits.cache_clear()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    properties = SimpleNamespace(shared_memory_per_block=65536, **said)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device=None: properties)
+    found = launch.limits(torch.device("cuda"))
+    assert found == (expected, said["warp_size"])
+    for head_dim in (64, 128, 256):
+        for rows in (16, 64):
+            config = attention.default_config(head_dim, 16, 1, rows, found)
+            assert config.num_warps * found.warp_size <= 256
+            assert head_dim > 128 or config.num_stages == (5 if expected > 65536 else 3)
+    launch.limits.cache_clear()
+
+
+def test_a_gpu_of_amd_s_for_graphics_gives_way_to_torch(
+    forgetful: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Attention does not fit into the registers of its warps of 32: 800 would be spilled of 256."""
+    for cached in (launch.limits, launch.capability):
+        cached.cache_clear()
+    said = SimpleNamespace(shared_memory_per_block=65536, warp_size=32)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device=None: said)
+    with caplog.at_level(logging.WARNING, logger="aioengine"):
+        assert dispatch.get_backend("cuda").name == "torch"
+    assert "MI200, MI300" in caplog.text
+    for cached in (launch.limits, launch.capability):
+        cached.cache_clear()
 
 
 def test_a_gpu_that_is_too_old_gives_way_to_torch(

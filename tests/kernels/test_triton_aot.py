@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterator
 
 import pytest
 from support.selection import mostly_slow
@@ -14,6 +15,7 @@ from support.selection import mostly_slow
 from aioengine.kernels.triton.table import SHORT, Key, default_expand, default_shrink
 
 aot = pytest.importorskip("aioengine.kernels.triton.aot")
+targets = pytest.importorskip("aioengine.kernels.triton.targets")
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing"
 )
@@ -34,26 +36,28 @@ def sample() -> list[aot.Variant]:
     return chosen
 
 
-VARIANTS = aot.variants() if os.environ.get("AIOENGINE_FUZZ_RUNS") else sample()
+ALL = bool(os.environ.get("AIOENGINE_FUZZ_RUNS"))
+VARIANTS = aot.variants() if ALL else sample()
 
 
 def test_the_sample_is_of_what_is_used() -> None:
     assert set(sample()) <= set(aot.variants())
 
 
-@pytest.mark.parametrize("capability", mostly_slow(aot.CAPABILITIES, 90))
+@pytest.mark.parametrize("capability", mostly_slow([80, 90], 90))
 @pytest.mark.parametrize("variant", mostly_slow(VARIANTS, *VARIANTS[::8]), ids=str)
 def test_variant(variant: aot.Variant, capability: int) -> None:
     if not aot.compiles(variant, capability):
         return
     usage = aot.compile_variant(variant, capability)
     assert usage.spilled_bytes == 0
-    assert usage.registers <= aot.REGISTERS
-    assert usage.shared_bytes <= aot.SHARED_BYTES[capability]
+    assert usage.registers <= targets.REGISTERS
+    shared_bytes = targets.GPUS[f"sm_{capability}"].limits.shared_bytes
+    assert usage.shared_bytes <= shared_bytes
     if dict(variant.constants).get("BLOCK_M") == SHORT and variant.dtype != "fp32":
         # Decoding waits for memory: room for two blocks on a multiprocessor, so that one is always asking.
-        assert 2 * usage.shared_bytes <= aot.SHARED_BYTES[capability]
-        assert 2 * usage.registers * 32 * variant.num_warps <= aot.FILE_REGISTERS
+        assert 2 * usage.shared_bytes <= shared_bytes
+        assert 2 * usage.registers * 32 * variant.num_warps <= targets.FILE_REGISTERS
 
     if variant.kernel in ("shrink", "expand"):
         copies = re.findall(r"cp\.async\.c[ag]\.shared\.global \[.*?\], \[.*?\], (\w+)", usage.ptx)
@@ -97,6 +101,50 @@ def test_variant(variant: aot.Variant, capability: int) -> None:
             usage.ptx,
             re.DOTALL,
         )
+
+
+def largest(gpu: targets.Gpu) -> Iterator[aot.Variant]:
+    """What takes most of a GPU with little shared memory: attention, prompts with adapters of rank 256, and
+    products with quantized weights."""
+    heads = (64, 128, 256) if ALL else (128,)
+    for dtype, bits in (("bf16", 16), ("fp16", 16), ("fp32", 32)) if ALL else (("bf16", 16),):
+        for head_dim in heads:
+            every = list(aot.of_attention(dtype, bits, head_dim, 4, [gpu]))
+            plain = [v for v in every if not v.fp8 and not dict(v.constants)["WINDOWED"]]
+            yield from every if ALL else plain[1:]
+        for rank in (16, 64, 256) if ALL else (256,):
+            for longest in (1, 2048):
+                shrink = default_shrink(Key.of("shrink", bits, rank, 4096, longest))
+                yield list(aot.of_shrink(dtype, shrink))[-1]
+                yield aot.of_expand(dtype, default_expand(Key.of("expand", bits, rank, 4096, longest)))
+        blocks = list(aot.of_blocks(dtype, bits))
+        yield from blocks if ALL else [max(blocks, key=lambda block: dict(block.constants)["BLOCK_K"])]
+        yield from aot.of_eight_bits(dtype)
+
+
+SMALL = {"sm_86", "sm_89", "sm_120", "gfx90a", "gfx942"} if ALL else {"sm_120", "gfx942"}
+
+
+@pytest.mark.parametrize(
+    ("name", "variant"),
+    [
+        pytest.param(name, variant, id=f"{name}-{variant}")
+        for name in sorted(SMALL)
+        for variant in largest(targets.GPUS[name])
+    ],
+)
+def test_what_is_chosen_fits_where_shared_memory_is_small(name: str, variant: aot.Variant) -> None:
+    """GPUs with 99 KiB, and AMD's with 64."""
+    gpu = targets.GPUS[name]
+    if not aot.compiles(variant, gpu.capability):
+        return
+    usage = aot.compile_variant(variant, name)
+    assert usage.shared_bytes <= gpu.limits.shared_bytes
+    blocks = dict(variant.constants)
+    if blocks.get("BLOCK_D", 0) <= 128:
+        assert usage.spilled_bytes == 0
+    if variant.kernel in ("attention", "expand", "shrink", "block_linear") and variant.dtype != "fp32":
+        assert re.search(r"mma\.sync|wgmma|v_mfma", usage.ptx), "on tensor cores"
 
 
 KEYS = r"tensor<\d+x\d+x(bf16|f16|i8), #blocked\d*> -> tensor<\d+x\d+x(bf16|f16|i8), #linear"

@@ -14,11 +14,12 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any, NamedTuple
 from unittest import mock
 
 NAME = "NVIDIA H100 80GB HBM3"
+LIMITS = {"shared_memory_per_block": 48 * 1024, "shared_memory_per_block_optin": 227 * 1024, "warp_size": 32}
 TESTS = Path(__file__).parents[1]
 CHECKED = ((0, 1), (60, 1), (0, 18), (5, 2))
 """Sequences beside the oracle: one beyond its window, and one of more than a tile."""
@@ -93,6 +94,7 @@ def _measure(run: Run) -> int:
             "current_device": lambda: 0,
             "get_device_name": lambda device=None: NAME,
             "get_device_capability": lambda device=None: (9, 0),
+            "get_device_properties": lambda device=None: SimpleNamespace(**LIMITS),
             "synchronize": lambda device=None: world.stream.synchronize(),
         }
         world.enter_context(mock.patch.multiple(torch.cuda, **cuda))
