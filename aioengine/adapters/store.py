@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from threading import Lock
 from typing import TYPE_CHECKING
 
 from aioengine.errors import AdapterTooLarge
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from aioengine.adapters.peft.dora_exchange import Draft
     from aioengine.adapters.peft.read import PackedAdapter
     from aioengine.adapters.read_threads import Progress
+    from aioengine.kernels.weight import WeightRows
     from aioengine.model.buffer import Allocate
     from aioengine.model.slots.image import AdapterImage
     from aioengine.step import AdapterSource, HeldFiles
@@ -70,6 +72,8 @@ class AdapterStore:
         self._dtype = affine_dtype if holds.int8 and affine_dtype is not None else dtype
         self._stream = stream
         self._weights = weights
+        # What it takes of a GPU's memory is planned once, and all computes on the same stream.
+        self._one_at_a_time: AbstractContextManager[object] = nullcontext() if stream is None else Lock()
         self._allow_nonfinite = allow_nonfinite
         self._images: dict[int, AdapterImage] = {}
 
@@ -111,7 +115,8 @@ class AdapterStore:
                 packed = add_up(name, path, self._order, parts)
             else:
                 packed = read(name, path, files)
-            draft = Draft(packed, self._layout, self._weights, self._slot_dtype)
+            with self._one_at_a_time:
+                draft = Draft(packed, self._layout, self._weights, self._slot_dtype)
         self._check_tokens(draft)
         return draft
 
@@ -134,7 +139,7 @@ class AdapterStore:
         from aioengine.model.slots.image import build_image
         from aioengine.model.slots.quantized import quantize_image
 
-        with self._beside_steps():
+        with self._one_at_a_time, self._beside_steps():
             affine = output_affine(draft.packed, self._weights, self._dtype, draft.rows())
         for (_, module), (_, shift) in affine.items():
             if self._layout.shard.rank > 0 and self._layout.partition.adds_up_adapted(module):
@@ -155,7 +160,7 @@ class AdapterStore:
 
     def _embedding(self, module: str) -> torch.Tensor:
         """Return the embedding [vocabulary, hidden], or the rank's rows of it."""
-        weight, _ = self._weights(NO_LAYER, module)
+        weight = self._weights(NO_LAYER, module)[0].whole()
         return weight.T if module == "embed_tokens" else weight
 
     def put(self, uid: int, image: AdapterImage) -> None:
@@ -182,5 +187,5 @@ class AdapterStore:
         return len(self._images)
 
 
-def _no_weights(layer: int, module: str) -> tuple[torch.Tensor, torch.Tensor | None]:
+def _no_weights(layer: int, module: str) -> tuple[WeightRows, torch.Tensor | None]:
     raise RuntimeError(f"the base model's {module} of layer {layer} is gone: the engine has stopped")

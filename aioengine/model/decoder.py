@@ -12,6 +12,7 @@ from torch import Tensor
 from aioengine.kernels import AttentionPlan, LoRABatch, PlainWeight, Weight
 from aioengine.kernels.backend import Backend, HeadNorms, LayerCache, Norm, Rotation, Scores
 from aioengine.kernels.blocks import BlockWeight, StackedWeight
+from aioengine.kernels.weight import WeightRows
 from aioengine.model.adapted import AdaptedLinears
 from aioengine.model.buffer import Arena
 from aioengine.model.experts.layer import Mixing, Mixture
@@ -253,22 +254,22 @@ class Decoder:
                         yield name(i, module), weight, row, row + rows
                     row += rows
 
-    def base_weight(self, layer: int, module: str) -> tuple[Tensor, Tensor | None]:
+    def base_weight(self, layer: int, module: str) -> tuple[WeightRows, Tensor | None]:
         """Weight [out, in] and bias [out] of what LoRA can target; an embedding transposed.
 
         Of several ranks, each has its part: ``partition.outputs`` and ``inputs`` say which.
         """
         if module in ("embed_tokens", "lm_head"):
-            whole = _whole(self.embed_tokens if module == "embed_tokens" else self.head.weight)
-            held = whole[: len(range(self.partition.whole.vocab_size)[self.partition.vocabulary])]
-            return (held if module == "lm_head" else held.T), None
+            weight = self.embed_tokens if module == "embed_tokens" else self.head.weight
+            held = len(range(self.partition.whole.vocab_size)[self.partition.vocabulary])
+            return WeightRows(weight, 0, held, turned=module == "embed_tokens"), None
         for fused, linear in self.layers[layer].linears.items():
             row = 0
             for member in self.spec.fused(layer)[fused]:
                 end = row + self.spec.linear(member).out_features
                 if member == module:
                     bias = None if linear.bias is None else linear.bias[row:end]
-                    return linear.weight.rows(row, end), bias
+                    return WeightRows(linear.weight, row, end), bias
                 row = end
         raise KeyError(module)
 
@@ -386,7 +387,3 @@ class Decoder:
         if not len(logits):
             return logits.new_empty(0, vocabulary)
         return self.adapted.group.all_gather(logits, dim=-1)[:, :vocabulary]
-
-
-def _whole(weight: Weight) -> Tensor:
-    return weight.rows(0, weight.n)

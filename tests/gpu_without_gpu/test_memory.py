@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import msgspec
 import pytest
@@ -15,9 +17,13 @@ from support.fake_gpu import run_on_fake_gpu
 from support.tiny_models import build_model
 
 from aioengine import EngineConfig, LoRAConfig
+from aioengine.adapters.peft.dora import rows_of
 from aioengine.errors import ConfigError
 from aioengine.executors.base import Device
 from aioengine.executors.parts import PartsPlan, build_parts
+from aioengine.kernels.blocks import BlockWeight
+from aioengine.kernels.portable.quantize import quantize
+from aioengine.kernels.weight import PlainWeight, Weight, WeightRows
 from aioengine.memory_plan import memory_taken, plan_memory
 from aioengine.model.cuda.working_memory import WORKSPACE_BYTES, working_memory
 from aioengine.model.files.hf_config import read_spec
@@ -85,6 +91,39 @@ def _llama(vocab: int = 128256) -> ModelSpec:
     from gpu_without_gpu.scenarios import llama
 
     return llama(vocab_size=vocab, num_layers=32)  # type: ignore[return-value]
+
+
+@settings(max_examples=4, deadline=None)
+@given(
+    format=st.sampled_from(["int4", "int8", "fp8"]),
+    module=st.sampled_from(["q_proj", "down_proj"]),
+    rank=st.sampled_from([8, 64]),
+)
+def test_reading_an_adapter_takes_what_is_planned(format: str, module: str, rank: int) -> None:
+    """Norms of DoRA over a quantized weight, of which a piece is expanded at a time."""
+    spec = msgspec.structs.replace(_llama(), num_layers=2)
+    lora = LoRAConfig(max_loras=4, max_lora_rank=rank, target_modules=[module])
+    plain = _planned(spec, EngineConfig(model="none", lora=lora)).reads
+    packed = {f"model.layers.{layer}.self_attn.q_proj": None for layer in range(2)}
+    spec = msgspec.structs.replace(spec, packed=packed)
+    planned = _planned(spec, EngineConfig(model="none", lora=lora)).reads
+    assert _planned(spec, EngineConfig(model="none", lora=None)).reads == 0
+    n, k = spec.linear(module).out_features, spec.linear(module).in_features
+    made = quantize(format, torch.randn(256, k), 128)
+    made = {name: tensor.repeat(n // 256, 1) for name, tensor in made.items()}
+    a, b = torch.randn(rank, k), torch.randn(n, rank)
+    for expands, limit in ((False, plain), (True, planned)):
+        with FakeCuda() as world:
+            on_device = {name: tensor.to("cuda") for name, tensor in made.items()}
+            weight: Weight = BlockWeight(format, k=k, dtype=torch.bfloat16, group=128, **on_device)
+            if not expands:
+                weight = PlainWeight(torch.zeros(n, k, dtype=torch.bfloat16, device="cuda"))
+            adapter: Any = SimpleNamespace(computed={}, tensors={(layer, module): (a, b) for layer in (0, 1)})
+            world.live.peak = before = world.live.now
+            bias = torch.zeros(n, device="cuda")
+            rows = WeightRows(weight, 0, n), bias
+            rows_of(adapter, lambda *_, rows=rows: rows, list(adapter.tensors))  # type: ignore[misc]
+            assert world.live.peak - before <= limit
 
 
 def test_graphs_streams_and_ranks_are_counted() -> None:

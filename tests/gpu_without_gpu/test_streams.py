@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -21,6 +20,9 @@ from torch import Tensor
 
 from aioengine.adapters.peft.dora import BaseWeights
 from aioengine.adapters.store import AdapterStore
+from aioengine.kernels.blocks import BlockWeight
+from aioengine.kernels.portable.quantize import quantize
+from aioengine.kernels.weight import WeightRows
 from aioengine.model.decode_graphs import CudaGraphs
 from aioengine.model.files.hf_config import read_spec
 from aioengine.model.pooling import Head
@@ -123,17 +125,19 @@ def test_all_recordings_share_a_stream(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_dora_computes_beside_the_steps_and_waits_once(tmp_path: Path) -> None:
-    """Also where weights are quantized, which are expanded one after the other."""
+    """Also where weights are quantized, which are expanded piece after piece."""
     spec = read_spec(build_model(tmp_path / "model", "llama", num_hidden_layers=2))
     modules = ("q_proj", "o_proj", "down_proj")
     built = build_adapter(
         tmp_path / "model", tmp_path / "adapter", target_modules=list(modules), use_dora=True
     )
-    whole = {
-        (layer, module): torch.randn(spec.linear(module).out_features, spec.linear(module).in_features)
-        for layer in range(2)
-        for module in modules
-    }
+
+    def quantized(module: str) -> BlockWeight:
+        n, k = spec.linear(module).out_features, spec.linear(module).in_features
+        made = quantize("int8", torch.randn(n + 8, k), k)
+        return BlockWeight("int8", k=k, dtype=torch.float32, group=k, **made)
+
+    there = {(layer, module): quantized(module) for layer in range(2) for module in modules}
 
     def read(weights: BaseWeights, stream: torch.cuda.Stream | None) -> Tensor:
         store = AdapterStore(
@@ -141,23 +145,22 @@ def test_dora_computes_beside_the_steps_and_waits_once(tmp_path: Path) -> None:
         )
         return store.read("a", str(built)).data
 
-    biases = {key: torch.randn(len(weight)) for key, weight in whole.items()}
-    expected = read(lambda *key: (whole[key], biases[key]), None)
-    with FakeCuda() as world:
-        there = {key: (weight.to("cuda"), biases[key].to("cuda")) for key, weight in whole.items()}
+    def rows(layer: int, module: str) -> tuple[WeightRows, Tensor]:
+        weight = there[layer, module]
+        return WeightRows(weight, 8, weight.n), biases[layer, module]
 
-        def expanded(*key: Any) -> tuple[Tensor, Tensor]:
-            weight, bias = there[key]
-            made = torch.empty_like(weight)
-            world.watch(str(key), made)
-            return made.copy_(weight), bias
-
+    biases = {key: torch.randn(weight.n - 8) for key, weight in there.items()}
+    expected = read(rows, None)
+    with FakeCuda() as world, pytest.MonkeyPatch.context() as patch:
+        patch.setattr("aioengine.kernels.weight.PIECE_ELEMENTS", 512)
+        for key, weight in there.items():
+            moved = {name: tensor.to("cuda") for name, tensor in weight.tensors().items()}
+            there[key], biases[key] = dataclasses.replace(weight, **moved), biases[key].to("cuda")
         world.waits, before = 0, world.streams[0].clock["steps"]
-        most = world.live.now
-        world.live.peak = most
-        found = read(expanded, torch.cuda.Stream())
+        world.live.peak = most = world.live.now
+        found = read(rows, torch.cuda.Stream())
         assert world.waits == 1 and world.streams[0].clock["steps"] == before and not world.races
-        assert world.live.peak - most < 2.5 * max(weight.nbytes for weight in whole.values())
+        assert world.live.peak - most < 2 * max(4 * weight.n * weight.k for weight in there.values())
     torch.testing.assert_close(found, expected)
 
 
@@ -172,7 +175,7 @@ def test_whole_embeddings_are_compared_beside_the_steps(tmp_path: Path) -> None:
         there = base.to("cuda")
         store = AdapterStore(
             spec, max_rank=16, target_modules=["q_proj"], dtype=torch.float32, max_tokens=4,
-            weights=lambda *_: (there, None), stream=torch.cuda.Stream(),
+            weights=lambda *_: (WeightRows.of(there), None), stream=torch.cuda.Stream(),
         )  # fmt: skip
         before = world.streams[0].clock["steps"]
         tokens = store.read("a", str(built)).tokens

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from aioengine.adapters.peft.dora import output_affine, squares
 from aioengine.errors import AdapterInvalid
+from aioengine.kernels.weight import PlainWeight, WeightRows
 
 KEY = (0, "q_proj")
 
@@ -26,9 +27,10 @@ def test_squares_of_the_rows_of_a_weight_in_any_layout(
 ) -> None:
     n_out, n_in = shape
     weight = randn(n_in, n_out).to(dtype).T if transposed else randn(n_out, n_in).to(dtype)
+    rows = WeightRows(PlainWeight(weight.T), 0, n_in, turned=True) if transposed else WeightRows.of(weight)
     a, b = randn(4, n_in, seed=1).to(dtype), randn(n_out, 4, seed=2).to(dtype)
     expected = (weight.double() + b.double() @ a.double()).square().sum(1)
-    torch.testing.assert_close(squares(weight, a, b), expected.float(), rtol=2e-5, atol=1e-5)
+    torch.testing.assert_close(squares(rows, a, b), expected.float(), rtol=2e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("base_bias", [False, True])
@@ -42,7 +44,7 @@ def test_gain_and_shift_give_the_adapted_linear(base_bias: bool, dora: bool, lor
         name="a", path="/a", tensors={KEY: (a, b)}, computed={},
         magnitudes={KEY: magnitude} if dora else {}, biases={KEY: trained_bias} if lora_bias else {},
     )  # fmt: skip
-    found = output_affine(adapter, lambda *key: {KEY: (weight, bias)}[key], torch.float32)
+    found = output_affine(adapter, lambda *key: {KEY: (WeightRows.of(weight), bias)}[key], torch.float32)
     assert found.keys() == ({KEY} if dora or lora_bias else set())
     gain, shift = found.get(KEY, torch.zeros(2, 8))
 
@@ -64,7 +66,7 @@ def test_a_scale_close_to_one_survives_bfloat16() -> None:
         name="a", path="/a", tensors={KEY: (torch.zeros(1, 16), torch.zeros(8, 1))}, computed={},
         magnitudes={KEY: weight.norm(dim=1) * 1.0003}, biases={},
     )  # fmt: skip
-    found = output_affine(adapter, lambda *_: (weight, None), torch.bfloat16)
+    found = output_affine(adapter, lambda *_: (WeightRows.of(weight), None), torch.bfloat16)
     torch.testing.assert_close(found[KEY][0].float(), torch.full((8,), 3e-4), rtol=0.01, atol=0)
 
 
@@ -74,4 +76,4 @@ def test_what_is_not_finite_is_refused_by_name_and_place() -> None:
         computed={}, magnitudes={KEY: torch.ones(8)}, biases={},
     )  # fmt: skip
     with pytest.raises(AdapterInvalid, match=r"sql.*/adapters/sql.*q_proj of layer 0.*not finite"):
-        output_affine(adapter, lambda *_: (torch.zeros(8, 6), None), torch.float32)
+        output_affine(adapter, lambda *_: (WeightRows.of(torch.zeros(8, 6)), None), torch.float32)

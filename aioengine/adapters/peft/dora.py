@@ -24,16 +24,15 @@ import torch
 from torch import Tensor
 
 from aioengine.errors import AdapterInvalid
+from aioengine.kernels.weight import PIECE_ELEMENTS, WeightRows
 from aioengine.model.slots.image import SERIAL_ELEMENTS
 
-BaseWeights = Callable[[int, str], tuple[Tensor, Tensor | None]]
+BaseWeights = Callable[[int, str], tuple[WeightRows, Tensor | None]]
 """``weights(layer, module)``: the base model's weight [out, in] and bias [out], or the rank's shares of
 these."""
 
 Key = tuple[int, str]
 """Layer and module."""
-
-_CUDA_ELEMENTS = 1 << 24
 
 
 class OutputAdapter(Protocol):
@@ -71,8 +70,8 @@ class Rows(NamedTuple):
 def rows_of(adapter: OutputAdapter, weights: BaseWeights, keys: Iterable[Key]) -> dict[Key, Rows]:
     """Compute the rows of each (layer, module), or the part of them that ``weights`` has.
 
-    One weight after the other, since a quantized one is expanded for it. Where the weights are on a GPU, the
-    host waits once, for all results together.
+    Piece by piece, since a quantized weight is expanded for it. Where the weights are on a GPU, the host
+    waits once, for all results together.
     """
     totals: dict[Key, Tensor] = {}
     biases: dict[Key, Tensor] = {}
@@ -128,18 +127,24 @@ def output_affine(
     return result
 
 
-def squares(weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
+def squares(weight: WeightRows, a: Tensor, b: Tensor) -> Tensor:
     """Compute the sum of squares of each row of ``weight + b @ a``: [out] in float32, on the weight's device.
 
     ``weight`` [out, in], ``a`` [r, in], ``b`` [out, r]. With w and b a row of each, the square is
     ``w.w + 2 b.(A w) + b.(A A^T) b``, so no temporary of the weight's size is needed: the weight is read in
     tiles.
     """
-    a, b = (x.to(weight.device, non_blocking=True).float() for x in (a, b))
-    total = (_products(b, _products(a, a)) * b).sum(1)
-    for rows, columns in _tiles(weight):
-        tile = weight[rows, columns].float()
-        total[rows] += 2 * (_products(tile, a[:, columns]) * b[rows]).sum(1) + tile.square().sum(1)
+    total = torch.empty(0)
+    for number, (first, piece) in enumerate(weight.pieces()):
+        if number == 0:
+            a, b = (x.to(piece.device, non_blocking=True).float() for x in (a, b))
+            total = (_products(b, _products(a, a)) * b).sum(1)
+        height, width = piece.shape
+        row, column = (0, first) if weight.turned else (first, 0)
+        inputs, own, rest = a[:, column : column + width], b[row : row + height], total[row : row + height]
+        for rows, columns in _tiles(piece):
+            tile = piece[rows, columns].float()
+            rest[rows] += 2 * (_products(tile, inputs[:, columns]) * own[rows]).sum(1) + tile.square().sum(1)
     return total.clamp_(min=0)
 
 
@@ -157,7 +162,7 @@ def _products(x: Tensor, y: Tensor) -> Tensor:
 def _tiles(weight: Tensor) -> Iterator[tuple[slice, slice]]:
     """Yield tiles that cover a matrix in the order of its memory (an embedding comes transposed)."""
     n_out, n_in = weight.shape
-    size = _CUDA_ELEMENTS if weight.is_cuda else SERIAL_ELEMENTS
+    size = PIECE_ELEMENTS if weight.is_cuda else SERIAL_ELEMENTS
     if weight.stride(1) == 1:
         width = min(n_in, size)
         height = max(1, size // width)

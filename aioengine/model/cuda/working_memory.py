@@ -11,7 +11,7 @@ from importlib.util import find_spec
 import msgspec
 
 from aioengine.checks import format_bytes
-from aioengine.config import EngineConfig
+from aioengine.config import EngineConfig, LoRAConfig
 from aioengine.model.experts.spec import MixtureSpec
 from aioengine.model.spec import ModelSpec
 from aioengine.step import STAGE_BYTES
@@ -54,7 +54,10 @@ _SCRATCH_BYTES = 16 * 2**20
 ATTENTION_BYTES = 128 * 2**20
 """FlashInfer's workspace (``kernels.triton.flashinfer``), where it is installed and may be chosen."""
 
-EXPANDED_BYTES = 2**22 * 20
+_PIECE_ELEMENTS = 2**22
+"""``weight.PIECE_ELEMENTS``, without torch."""
+
+EXPANDED_BYTES = _PIECE_ELEMENTS * 20
 """Bytes of a quantized checkpoint's weight that torch expands at a time; see ``weight.PIECE_ELEMENTS``.
 Counted also where the kernels read all of its weights as they are stored."""
 
@@ -78,6 +81,8 @@ class WorkingMemory(msgspec.Struct, frozen=True, kw_only=True):
     """FlashInfer's workspace."""
     moves: int
     """What adapters move through in the memory that they share with KV blocks."""
+    reads: int
+    """What DoRA computes of the base model's weights in, while an adapter is read."""
 
     @property
     def nbytes(self) -> int:
@@ -95,6 +100,7 @@ class WorkingMemory(msgspec.Struct, frozen=True, kw_only=True):
             "exchange": "NCCL's buffers (estimate)",
             "attention": "FlashInfer's workspace",
             "moves": "what adapters are moved through",
+            "reads": "DoRA's norms, of one adapter at a time",
         }
         return [(name, details[name], size) for name, size in msgspec.structs.asdict(self).items() if size]
 
@@ -145,6 +151,7 @@ def working_memory(
         exchange=EXCHANGE_BYTES if size > 1 else 0,
         attention=ATTENTION_BYTES if find_spec("flashinfer") is not None else 0,
         moves=STAGE_BYTES if lora is not None and lora.shares_memory else 0,
+        reads=0 if lora is None else _read_bytes(local, lora),
     )
 
 
@@ -169,6 +176,17 @@ def token_bytes(local: ModelSpec, dtype_bytes: int, max_rank: int) -> int:
     numbers = 3 * hidden + qkv + q + max(qkv + q, mlp, hidden + local.intermediate_size) + 2 * width
     rotations = 2 * max(2, len(local.ropes)) * local.head_dim * 4  # one or two; the lab's shapes don't say
     return numbers * dtype_bytes + wide + rotations + 128
+
+
+def _read_bytes(local: ModelSpec, lora: LoRAConfig) -> int:
+    """Return the most that :func:`aioengine.adapters.peft.dora.rows_of` takes: a piece of a weight, expanded,
+    in float32 and squared; A and B as they are and in float32; and the sums and biases of all rows."""
+    shapes = {module: local.linear(module) for module in local.targets(lora.target_modules)}
+    piece = _PIECE_ELEMENTS * 2 * 4 + EXPANDED_BYTES * bool(local.packed)
+    matrices = max(sum(shape) for shape in shapes.values()) * lora.max_lora_rank * 2 * 4
+    rows = sum(shape.out_features * local.layers_with(module) for module, shape in shapes.items())
+    widest = max(shape.out_features for shape in shapes.values())
+    return piece + matrices + (4 * rows + 3 * lora.max_lora_rank * widest) * 4
 
 
 def _split_bytes(local: ModelSpec, max_model_len: int) -> int:

@@ -19,6 +19,7 @@ from torch import Tensor
 from aioengine.errors import ConfigError
 from aioengine.info import LoadProgress
 from aioengine.kernels import AttentionPlan, Backend, LoRABatch, Span
+from aioengine.kernels.weight import WeightRows
 from aioengine.model.decoder import LastLayer, StepInputs
 from aioengine.model.generic import attention
 from aioengine.model.generic.adapted.linears import base_weight, hook
@@ -189,16 +190,17 @@ class GenericModel:
         """Whether the model attends by itself."""
         self._attention.use(None if own else attention.NAME)
 
-    def base_weight(self, layer: int, module: str) -> tuple[Tensor, Tensor | None]:
+    def base_weight(self, layer: int, module: str) -> tuple[WeightRows, Tensor | None]:
         """Return a weight of the base model, as :meth:`Decoder.base_weight` does."""
         name = self.spec.module_name(layer, module)
         packed = None if self._packed is None else self._packed.by_name.get(name)
         if packed is not None:
-            return packed.weight(), packed.bias()
+            return WeightRows.of(packed.weight()), packed.bias()
         blocks = None if self._blocks is None else self._blocks.by_name.get(name)
         if blocks is not None:
-            return blocks.weight.rows(0, blocks.weight.n), blocks.bias
-        return base_weight(self.modules[name])
+            return WeightRows(blocks.weight, 0, blocks.weight.n), blocks.bias
+        weight, bias = base_weight(self.modules[name])
+        return WeightRows.of(weight), bias
 
     def forward(self, inputs: StepInputs) -> Tensor:
         """Return the logits of ``inputs.sample_rows``: [N, vocab] in the compute dtype."""
