@@ -129,9 +129,10 @@ SMALL = {"sm_86", "sm_89", "sm_120", "gfx90a", "gfx942"} if ALL else {"sm_120", 
 @pytest.mark.parametrize(
     ("name", "variant"),
     [
-        pytest.param(name, variant, id=f"{name}-{variant}")
+        pytest.param(name, variant, id=f"{name}-{variant}", marks=() if fast else pytest.mark.slow)
         for name in sorted(SMALL)
         for variant in largest(targets.GPUS[name])
+        for fast in [variant.kernel == "eight_bits"]
     ],
 )
 def test_what_is_chosen_fits_where_shared_memory_is_small(name: str, variant: aot.Variant) -> None:
