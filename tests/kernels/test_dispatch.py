@@ -74,7 +74,7 @@ def test_shared_memory_is_what_the_driver_says(
 ) -> None:
     launch.limits.cache_clear()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    properties = SimpleNamespace(shared_memory_per_block=65536, **said)
+    properties = SimpleNamespace(**said)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device=None: properties)
     found = launch.limits(torch.device("cuda"))
     assert found == (expected, said["warp_size"])
