@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from aioengine.adapters.peft.dora_exchange import Draft
     from aioengine.adapters.peft.read import PackedAdapter
     from aioengine.adapters.read_threads import Progress
-    from aioengine.kernels.weight import WeightRows
     from aioengine.model.buffer import Allocate
+    from aioengine.model.linear import WeightRows
     from aioengine.model.slots.image import AdapterImage
     from aioengine.step import AdapterSource, HeldFiles
 

@@ -12,14 +12,13 @@ from torch import Tensor
 from aioengine.kernels import AttentionPlan, LoRABatch, PlainWeight, Weight
 from aioengine.kernels.backend import Backend, HeadNorms, LayerCache, Norm, Rotation, Scores
 from aioengine.kernels.blocks import BlockWeight, StackedWeight
-from aioengine.kernels.weight import WeightRows
 from aioengine.model.adapted import AdaptedLinears
 from aioengine.model.buffer import Arena
 from aioengine.model.experts.layer import Mixing, Mixture
 from aioengine.model.experts.spec import PLAIN, MixtureSpec
 from aioengine.model.files.packing import Packing
 from aioengine.model.kv_cache import KVCache
-from aioengine.model.linear import Linear, Mlp, activation
+from aioengine.model.linear import Linear, Mlp, WeightRows, activation
 from aioengine.model.parallel.group import Group, SoloGroup
 from aioengine.model.parallel.head_norms import norm_heads
 from aioengine.model.parallel.partition import Partition

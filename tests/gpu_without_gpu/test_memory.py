@@ -23,10 +23,11 @@ from aioengine.executors.base import Device
 from aioengine.executors.parts import PartsPlan, build_parts
 from aioengine.kernels.blocks import BlockWeight
 from aioengine.kernels.portable.quantize import quantize
-from aioengine.kernels.weight import PlainWeight, Weight, WeightRows
+from aioengine.kernels.weight import PlainWeight, Weight
 from aioengine.memory_plan import memory_taken, plan_memory
 from aioengine.model.cuda.working_memory import WORKSPACE_BYTES, working_memory
 from aioengine.model.files.hf_config import read_spec
+from aioengine.model.linear import WeightRows
 from aioengine.model.penalties import Penalties
 from aioengine.model.sampler import sample
 from aioengine.model.spec import ModelSpec

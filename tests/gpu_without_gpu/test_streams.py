@@ -22,9 +22,9 @@ from aioengine.adapters.peft.dora import BaseWeights
 from aioengine.adapters.store import AdapterStore
 from aioengine.kernels.blocks import BlockWeight
 from aioengine.kernels.portable.quantize import quantize
-from aioengine.kernels.weight import WeightRows
 from aioengine.model.decode_graphs import CudaGraphs
 from aioengine.model.files.hf_config import read_spec
+from aioengine.model.linear import WeightRows
 from aioengine.model.pooling import Head
 from aioengine.model.slots import pinned
 from aioengine.model.slots.copy import Copy, StreamCopier
@@ -152,7 +152,7 @@ def test_dora_computes_beside_the_steps_and_waits_once(tmp_path: Path) -> None:
     biases = {key: torch.randn(weight.n - 8) for key, weight in there.items()}
     expected = read(rows, None)
     with FakeCuda() as world, pytest.MonkeyPatch.context() as patch:
-        patch.setattr("aioengine.kernels.weight.PIECE_ELEMENTS", 512)
+        patch.setattr("aioengine.model.linear.PIECE_ELEMENTS", 512)
         for key, weight in there.items():
             moved = {name: tensor.to("cuda") for name, tensor in weight.tensors().items()}
             there[key], biases[key] = dataclasses.replace(weight, **moved), biases[key].to("cuda")

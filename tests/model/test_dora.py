@@ -10,7 +10,8 @@ from torch import Tensor
 
 from aioengine.adapters.peft.dora import output_affine, squares
 from aioengine.errors import AdapterInvalid
-from aioengine.kernels.weight import PlainWeight, WeightRows
+from aioengine.kernels.weight import PlainWeight
+from aioengine.model.linear import WeightRows
 
 KEY = (0, "q_proj")
 

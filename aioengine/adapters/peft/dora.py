@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from aioengine.errors import AdapterInvalid
-from aioengine.kernels.weight import PIECE_ELEMENTS, WeightRows
+from aioengine.model.linear import WeightRows
 from aioengine.model.slots.image import SERIAL_ELEMENTS
 
 BaseWeights = Callable[[int, str], tuple[WeightRows, Tensor | None]]
@@ -33,6 +33,9 @@ these."""
 
 Key = tuple[int, str]
 """Layer and module."""
+
+_CUDA_ELEMENTS = 1 << 22
+"""Of a tile on a GPU; counted in :mod:`aioengine.model.cuda.working_memory`."""
 
 
 class OutputAdapter(Protocol):
@@ -162,7 +165,7 @@ def _products(x: Tensor, y: Tensor) -> Tensor:
 def _tiles(weight: Tensor) -> Iterator[tuple[slice, slice]]:
     """Yield tiles that cover a matrix in the order of its memory (an embedding comes transposed)."""
     n_out, n_in = weight.shape
-    size = PIECE_ELEMENTS if weight.is_cuda else SERIAL_ELEMENTS
+    size = _CUDA_ELEMENTS if weight.is_cuda else SERIAL_ELEMENTS
     if weight.stride(1) == 1:
         width = min(n_in, size)
         height = max(1, size // width)

@@ -19,7 +19,6 @@ from torch import Tensor
 from aioengine.errors import ConfigError
 from aioengine.info import LoadProgress
 from aioengine.kernels import AttentionPlan, Backend, LoRABatch, Span
-from aioengine.kernels.weight import WeightRows
 from aioengine.model.decoder import LastLayer, StepInputs
 from aioengine.model.generic import attention
 from aioengine.model.generic.adapted.linears import base_weight, hook
@@ -31,6 +30,7 @@ from aioengine.model.generic.spec import GenericSpec
 from aioengine.model.generic.step import Holder, Step
 from aioengine.model.generic.trace import Attention, cache_argument
 from aioengine.model.kv_cache import KVCache
+from aioengine.model.linear import WeightRows
 from aioengine.model.slots.pool import LoRASlots
 from aioengine.model.spec import Quantization
 
