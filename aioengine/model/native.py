@@ -30,6 +30,7 @@ from aioengine.model.experts.spec import PLAIN, MixtureSpec
 from aioengine.model.kv_cache import KVCache
 from aioengine.model.linear import Linear
 from aioengine.model.parallel.exchange import SUMMED, Scratch, StepExchange, between
+from aioengine.model.rope import Ropes
 from aioengine.model.slots.pool import LoRASlots
 from aioengine.model.spec import ModelSpec, Quantization
 
@@ -65,6 +66,14 @@ class NativeForward:
         self._wide = max(2 * inner, (spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim)
         self._narrow = max(inner, spec.num_heads * spec.head_dim)
         self._slices = max((len(pool.modules) for pool in self._pools), default=0)
+        self._workspace: _Workspace | None = None
+        """That of the last step, for as long as others are as large."""
+        self._angles = _Angles(decoder.ropes)
+        self._embeds_plainly = bool(self._model.embedding)
+        self._finds = not self._parallel and spec.logit_divisor == 1 and spec.logit_cap is None
+        """Whether steps find the most likely tokens: where nothing is done to the head's outputs."""
+        self._found: tuple[Tensor, Tensor] | None = None
+        """Logits of the last step and their most likely tokens, until somebody asks for these."""
 
     def _layer_structs(self, cache: KVCache) -> list[structs.Layer]:
         found = []
@@ -138,6 +147,9 @@ class NativeForward:
             swiglu_alpha=spec.swiglu_alpha,
             swiglu_limit=spec.swiglu_limit,
             norm=decoder.norm.data_ptr(),
+            rotations=len(spec.ropes),
+            embedding=self._embedding(),
+            embedding_packed=isinstance(decoder.embed_tokens, PackedWeight),
             head=self._matrix(decoder.head, "lm_head"),
             lora_head=self._pool(self._slots.outer if self._slots else {}, "lm_head"),
             slots=structs.Slots() if self._slots is None else slots_struct(self._slots.memory),
@@ -147,70 +159,104 @@ class NativeForward:
     def forward(self, inputs: StepInputs) -> Tensor:
         """Return the logits of ``inputs.sample_rows``: [N, vocab] in the compute dtype."""
         decoder = self._decoder
+        self._found = None
         logits = torch.empty(len(inputs.sample_rows), decoder.spec.vocab_size, dtype=decoder.dtype)
         self._run(inputs, logits)
-        return decoder.finish_logits(logits)
+        finished = decoder.finish_logits(logits)
+        if self._finds:
+            assert self._workspace is not None
+            self._found = finished, self._workspace.best
+        return finished
+
+    def argmax(self, logits: Tensor) -> Tensor:
+        """Do what the backend's ``argmax`` does. Of the last step's logits it is known already, once, and
+        until the next step."""
+        found, self._found = self._found, None
+        if found is not None and found[0] is logits:
+            best = found[1]
+            return best if len(best) == len(logits) else best[: len(logits)]
+        return self._decoder.kernels.argmax(logits)
 
     def layers_forward(self, inputs: StepInputs) -> LastLayer:
         """Do what :meth:`Decoder.layers_forward` does."""
         return self._run(inputs, torch.empty(0, dtype=self._decoder.dtype))
 
     def _run(self, inputs: StepInputs, logits: Tensor) -> LastLayer:
-        """Fill in ``logits``, the head's outputs for ``inputs.sample_rows``; what it returns is of use only
-        if that is empty, so that the head is left out."""
-        decoder, spec, plan = self._decoder, self._decoder.spec, inputs.attention
-        hidden = decoder.embed(inputs, self._slots)
-        tokens, samples, count = len(hidden), len(logits), threads()
-        cos, sin = decoder.ropes.cos_sin(plan.positions)
-
-        def scratch(width: int) -> Tensor:
-            return torch.empty(tokens, width, dtype=decoder.dtype)
-
-        x, wide, narrow = scratch(spec.hidden_size), scratch(self._wide), scratch(self._narrow)
-        width = max(batch.width for batch in inputs.lora.passes)
-        h = scratch(self._slices * max(width, *(batch.width for batch in inputs.sample_lora.passes)))
+        """Fill in ``logits``, the head's outputs for ``inputs.sample_rows``. What it returns is of use only
+        if that is empty, so that the head is left out, and only until the next step."""
+        decoder, plan = self._decoder, inputs.attention
+        lora, sample_lora = inputs.lora, inputs.sample_lora
+        width = max(batch.width for of in (lora, sample_lora) for batch in of.passes)
+        space = self._workspace
+        if space is None or space.size != (len(inputs.token_ids), width):
+            space = self._workspace = None  # its memory is free before more is taken
+            space = self._workspace = self._make_workspace(len(inputs.token_ids), width)
+        step = space.step
         # Tables stay referenced by these names while the library reads them.
-        lora = _Segments(inputs.lora)
-        same = inputs.sample_lora is inputs.lora  # in decode steps
-        sample_lora = lora if same else _Segments(inputs.sample_lora)
+        tables, spans = plan.tables, plan.span_table
+        segments = space.segments(lora)
+        # In decode steps both are the same.
+        sample_segments = segments if sample_lora is lora else _Segments(sample_lora)
+        step.sequences, step.table_width = tables.shape
+        step.samples, step.threads = len(logits), threads()
+        step.tables, step.spans, step.logits = tables.data_ptr(), spans.data_ptr(), logits.data_ptr()
+        step.token_ids, step.sample_rows = inputs.token_ids.data_ptr(), inputs.sample_rows.data_ptr()
+        step.lora, step.sample_lora = segments.struct, sample_segments.struct
+        step.embedded = not self._embeds(lora)
+        if step.embedded:
+            space.hidden.copy_(decoder.embed(inputs, self._slots))
+        angles = self._angles.until(step.table_width * plan.block_size)
+        if angles is None:
+            for own, computed in zip(space.angles, decoder.ropes.cos_sin(plan.positions), strict=True):
+                own.copy_(computed)
+        step.angles_cos, step.angles_sin, step.positions = angles or (None, None, 0)
+        step.seconds = pointer(self.seconds)
+        bound = len(self._processors) == step.threads
+        step.processors = ctypes.addressof(self._processors) if bound else None
+        if not self._parallel:
+            self._library.aio_step(ctypes.byref(self._model), ctypes.byref(step))
+            return LastLayer(space.hidden, space.scratch.x)
         head = self._slots.outer.get("lm_head") if self._slots else None
-        mixed = _mixture_scratch(spec, tokens, width, decoder.dtype)
-        squares = torch.empty(tokens, 2)
-        shared = Scratch(x, h, mixed.get("rows_h"), squares)
-        exchange = StepExchange(decoder.adapted, self._pools, head, inputs, shared)
-        step = structs.Step(
-            tokens=tokens,
-            sequences=len(plan.spans),
-            table_width=plan.tables.shape[1],
-            samples=samples,
-            threads=count,
-            lora=lora.struct,
-            sample_lora=sample_lora.struct,
-            **_pointers(
-                hidden=hidden,
-                cos=cos,
-                sin=sin,
-                cells=plan.cells,
-                last=plan.last,
-                tables=plan.tables,
-                spans=plan.span_table,
-                sample_rows=inputs.sample_rows,
-                logits=logits,
-                x=x,
-                wide=wide,
-                narrow=narrow,
-                h=h,
-                squares=squares,
-                **mixed,
-            ),
-            seconds=pointer(self.seconds),
-            exchange=structs.ExchangeFunction(exchange if self._parallel else 0),
-            processors=ctypes.addressof(self._processors) if len(self._processors) == count else None,
-        )
+        exchange = StepExchange(decoder.adapted, self._pools, head, inputs, space.scratch)
+        step.exchange = structs.ExchangeFunction(exchange)
         self._library.aio_step(ctypes.byref(self._model), ctypes.byref(step))
         if exchange.error is not None:
             raise exchange.error
-        return LastLayer(hidden, x)
+        return LastLayer(space.hidden, space.scratch.x)
+
+    def _make_workspace(self, tokens: int, width: int) -> _Workspace:
+        decoder, spec = self._decoder, self._decoder.spec
+        sizes = {"hidden": spec.hidden_size, "x": spec.hidden_size, "h": self._slices * width}
+        sizes |= {"wide": self._wide, "narrow": self._narrow}
+        memory = {name: torch.empty(tokens, size, dtype=decoder.dtype) for name, size in sizes.items()}
+        memory |= _mixture_scratch(spec, tokens, width, decoder.dtype)
+        memory["squares"] = torch.empty(tokens, 2)
+        for name in ("cos", "sin"):
+            memory[name] = torch.empty(len(spec.ropes), tokens, 1, decoder.ropes.half)
+        memory |= {name: torch.empty(tokens, dtype=torch.int64) for name in ("cells", "best")}
+        memory["last"] = torch.empty(tokens, dtype=torch.uint8)
+        space = _Workspace((tokens, width), memory)
+        if not self._finds:
+            space.step.best = None
+        return space
+
+    def _embedding(self) -> int | None:
+        """Address of the embeddings, if a step begins with rows of them as they are."""
+        weight, decoder = self._decoder.embed_tokens, self._decoder
+        if self._parallel or decoder.spec.embedding_scale != 1:
+            return None
+        plain = isinstance(weight, (PackedWeight, PlainWeight)) and weight.data.dtype == decoder.dtype
+        return weight.data.data_ptr() if plain else None
+
+    def _embeds(self, batch: LoRABatch) -> bool:
+        """Whether the library looks the embeddings up: no adapter of the batch changes them."""
+        if not self._embeds_plainly:
+            return False
+        slots = self._slots
+        if slots is None or not batch.segments:
+            return True
+        changed = any(tokens.embeds for _, tokens in slots.trained(batch))
+        return "embed_tokens" not in slots.outer and not changed
 
     def _matrix(self, linear: Linear, name: str) -> structs.Matrix:
         weight, bias = linear.weight, linear.bias
@@ -234,6 +280,52 @@ class NativeForward:
             id=len(self._pools) - 1,
             slice=(structs.LoraSlice * structs.MAX_SLICES)(*slices),
         )
+
+
+class _Workspace:
+    """Memory of a step, by the fields of ``structs.Step``, and that struct, for steps of this ``size``:
+    tokens, and the width of A's outputs."""
+
+    def __init__(self, size: tuple[int, int], memory: Mapping[str, Tensor]) -> None:
+        self.size = size
+        self._memory = memory
+        self.step: structs.Step = structs.Step(tokens=size[0], **_pointers(**memory))
+        self.hidden, self.best = memory["hidden"], memory["best"]
+        self.angles = memory["cos"], memory["sin"]
+        self.scratch = Scratch(memory["x"], memory["h"].view(-1), memory.get("rows_h"), memory["squares"])
+        self._segments: tuple[LoRABatch, _Segments] | None = None
+
+    def segments(self, batch: LoRABatch) -> _Segments:
+        """Make the batch's tables, or return those of the step before if they are the same."""
+        if self._segments is not None:
+            last, found = self._segments
+            same = (last.segments, last.affine) == (batch.segments, batch.affine)
+            if same and not batch.more and not last.more:
+                return found
+        found = _Segments(batch)
+        self._segments = batch, found
+        return found
+
+
+class _Angles:
+    """Cosines and sines of the first positions, computed once: as many as steps need, up to a number."""
+
+    MOST = 2**14
+
+    def __init__(self, ropes: Ropes) -> None:
+        self._ropes = ropes
+        self._cos, self._sin = ropes.cos_sin(torch.arange(0))
+
+    def until(self, positions: int) -> tuple[int, int, int] | None:
+        """Return the addresses of cosines and sines, and of how many positions they are; None if these are
+        too few."""
+        if positions > self.MOST:
+            return None
+        known = self._cos.shape[1]
+        if positions > known:
+            known = min(max(positions, 2 * known), self.MOST)
+            self._cos, self._sin = self._ropes.cos_sin(torch.arange(known))
+        return self._cos.data_ptr(), self._sin.data_ptr(), known
 
 
 def _mixture_scratch(spec: ModelSpec, tokens: int, width: int, dtype: torch.dtype) -> dict[str, Tensor]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import logging
 import time
+from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from itertools import accumulate
@@ -125,9 +126,6 @@ class ModelRunner:
             backend = get_backend(self.device.type, kernels)
         else:
             backend = fastest_kernels(spec, dtype, self.device, block_size=block_size, ranks=ranks)
-        if sample is None:
-            penalties = Penalties(max_num_seqs)
-            sample = functools.partial(default_sample, penalties=penalties, argmax=backend.argmax)
         self.decoder: Decoder | GenericModel
         coverage.check_kv_cache("int8" if int8_cache else "fp8" if fp8_cache else "auto", spec, backend.name)
         if not isinstance(spec, GenericSpec):
@@ -207,7 +205,10 @@ class ModelRunner:
             self.variance = self.variance or coverage.MERGES
         self.pooling: Kind = model_pooling(weights)
         """Pooling of requests for which neither the request nor its adapter chooses one."""
-        self._sample = sample
+        argmax = backend.argmax if self.native is None else self.native.argmax
+        self._sample = sample or functools.partial(
+            default_sample, penalties=Penalties(max_num_seqs), argmax=argmax
+        )
         self._last: tuple[Sequence[SequenceWork], Sequence[Sampled | None]] = ((), ())
         """The sequences of the last step, and what was sampled for each."""
         self.decode_steps: DecodeSteps | None = None
@@ -422,8 +423,7 @@ class ModelRunner:
                     sample_rows += range(end - 1 - len(work.draft), end)
                 else:
                     sample_rows.append(end - 1)
-        rows = torch.tensor(sample_rows, dtype=torch.long)
-        ids, rows = send([torch.tensor(token_ids), rows], self.device)
+        ids, rows = send([_tensor(token_ids), _tensor(sample_rows)], self.device)
         tables = [work.block_table for work in batch.sequences]
         lora = sample_lora = self._lora_batch(batch, range(len(spans)), [span.length for span in spans])
         if len(sample_rows) < len(token_ids):
@@ -443,6 +443,13 @@ class ModelRunner:
             return LoRABatch.mixed(parts, counts, ranks, self.device, slot_affine=affine)
         slots = [work.slot if batch.merged is None else -1 for work in rows]
         return LoRABatch(slots, counts, ranks, self.device, slot_affine=affine)
+
+
+def _tensor(numbers: list[int]) -> Tensor:
+    """Make an int64 tensor: by way of a buffer, which takes a third of the time."""
+    if not numbers:
+        return torch.empty(0, dtype=torch.long)
+    return torch.frombuffer(array("q", numbers), dtype=torch.long)
 
 
 def _processors(rank: int, ranks: int) -> Sequence[int]:

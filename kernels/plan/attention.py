@@ -5,6 +5,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Sequence
 from functools import cached_property
+from itertools import chain
 from typing import NamedTuple
 
 import torch
@@ -43,6 +44,7 @@ class AttentionPlan(Derivable):
         super().__init__()
         self.spans: tuple[Span, ...] = tuple(spans)
         self.block_size = block_size
+        self._tables = tables
         self.device = torch.device(device)
         width = max(len(table) for table in tables)
         padded = array("i")
@@ -51,29 +53,44 @@ class AttentionPlan(Derivable):
             padded.extend([0] * (width - len(table)))
         self.host_tables = torch.frombuffer(padded, dtype=torch.int32).view(len(tables), width)
         """:attr:`tables` on the host."""
+        if self.device.type != "cpu":
+            sent = send([*self._host_places, self.host_tables], self.device)
+            self.positions, self.cells, self.tables = sent
+        else:  # places when they are asked for: the compiled step finds them itself
+            self.tables = self.host_tables
+
+    tables: Tensor
+    """[N, width] block tables, padded (int32)."""
+
+    @cached_property
+    def positions(self) -> Tensor:
+        """[T] absolute position of each token (int64)."""
+        return self._host_places[0]
+
+    @cached_property
+    def cells(self) -> Tensor:
+        """[T] the cell where each token's key and value are stored (int64); below 0: nowhere."""
+        return self._host_places[1]
+
+    @cached_property
+    def _host_places(self) -> tuple[Tensor, Tensor]:
+        spans, size = self.spans, self.block_size
         if all(span.length == 1 for span in spans):  # decoding: numbers in Python take less than operations
             places = [span.start for span in spans]
-            blocks = [table[at // block_size] for table, at in zip(tables, places, strict=True)]
-            inside = [block * block_size + at % block_size for block, at in zip(blocks, places, strict=True)]
-            positions, cells = torch.tensor(places), torch.tensor(inside)
-        else:
-            counts = torch.tensor([span.length for span in spans])
-            first = torch.tensor([span.start - span.row for span in spans])
-            sequence = torch.repeat_interleave(torch.arange(len(spans)), counts)
-            positions = torch.arange(len(sequence)) + first[sequence]
-            cells = locate(self.host_tables, block_size, sequence, positions)
-        self.positions: Tensor
-        """[T] absolute position of each token (int64)."""
-        self.cells: Tensor
-        """[T] the cell where each token's key and value are stored (int64); below 0: nowhere."""
-        self.tables: Tensor
-        """[N, width] block tables, padded (int32)."""
-        self.positions, self.cells, self.tables = send([positions, cells, self.host_tables], self.device)
+            blocks = [table[at // size] for table, at in zip(self._tables, places, strict=True)]
+            inside = [block * size + at % size for block, at in zip(blocks, places, strict=True)]
+            return torch.tensor(places), torch.tensor(inside)
+        counts = torch.tensor([span.length for span in spans])
+        first = torch.tensor([span.start - span.row for span in spans])
+        sequence = torch.repeat_interleave(torch.arange(len(spans)), counts)
+        positions = torch.arange(len(sequence)) + first[sequence]
+        return positions, locate(self.host_tables, size, sequence, positions)
 
     @cached_property
     def span_table(self) -> Tensor:
         """[N, 3] row, length and start of each sequence (int32, on the host)."""
-        return torch.tensor([number for span in self.spans for number in span], dtype=torch.int32).view(-1, 3)
+        numbers = array("i", chain.from_iterable(self.spans))
+        return torch.frombuffer(numbers, dtype=torch.int32).view(-1, 3)
 
     @cached_property
     def last(self) -> Tensor:

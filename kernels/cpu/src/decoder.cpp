@@ -6,6 +6,7 @@
 // The file is long because it has the structs that Python fills in, and every operation of a layer in the order of a step.
 #include <omp.h>
 
+#include <algorithm>
 #include <cstring>
 #include <vector>
 
@@ -56,6 +57,9 @@ struct Model {
   int64_t activation, norm_rounded;  // an Activation
   double eps, norm_offset, residual_scale, attention_scale, attention_cap, swiglu_alpha, swiglu_limit;
   const void* norm;
+  int64_t rotations;         // different ones of the layers
+  const void* embedding;     // [vocabulary, hidden]
+  int64_t embedding_packed;  // as the linears are
   Matrix head;
   LoraPool lora_head;
   aio::Slots slots;
@@ -77,14 +81,21 @@ struct LoraBatch {
 
 struct Step {
   int64_t tokens, sequences, table_width, samples, threads;
-  void* hidden;  // [tokens, hidden]: the embeddings, overwritten
-  const float *cos, *sin;  // [rotations, tokens, rope_half]
-  const int64_t* cells;
-  const uint8_t* last;
+  const int64_t* token_ids;
   const int32_t *tables, *spans;
+  const float *angles_cos, *angles_sin;  // [rotations, positions, rope_half]; null: the tokens' are filled in
+  int64_t positions;
+  int64_t embedded;  // whether `hidden` is filled in
+  // What the step makes of these: the tokens' embeddings, overwritten; [rotations, tokens, rope_half]; the places of their
+  // keys; whether they are the last of their sequences.
+  void* hidden;
+  float *cos, *sin;
+  int64_t* cells;
+  uint8_t* last;
   const int64_t* sample_rows;
   LoraBatch lora, sample_lora;
-  void* logits;  // [samples, head.n]
+  void* logits;   // [samples, head.n]
+  int64_t* best;  // [samples] the most likely tokens, as aio_argmax finds them; null: they are not asked for
   void *x, *wide, *narrow, *h;  // scratch: tokens x hidden, x the widest linear, x intermediate or heads, x 3 widths
   // Scratch of mixtures, with R = tokens x per_token: R x hidden, R x 2 size, R x size, R x 2 widths; tokens x experts and
   // R and tokens floats; 8 R + experts + 1 integers.
@@ -258,6 +269,31 @@ struct Run {
     });
   }
 
+  // What the tokens are, where they are and what follows from that.
+  void tokens() const {
+    const aio::Range mine = me.share(s.tokens);
+    const size_t row = m.hidden * element(), half = m.rope_half;
+    for (long i = 0; i < s.sequences; i++) {
+      const int32_t *span = s.spans + 3 * i, *table = s.tables + i * s.table_width;
+      const long first = span[0], end = first + span[1];
+      for (long t = std::max(first, mine.begin); t < std::min(end, mine.end); t++) {
+        const long at = span[2] + t - first;
+        s.cells[t] = table[at / m.block_size] * m.block_size + at % m.block_size;
+        s.last[t] = t == end - 1;
+        for (long r = 0; r < m.rotations && s.angles_cos != nullptr; r++) {
+          const long from = (r * s.positions + at) * half, to = (r * s.tokens + t) * half;
+          std::memcpy(s.cos + to, s.angles_cos + from, half * sizeof(float));
+          std::memcpy(s.sin + to, s.angles_sin + from, half * sizeof(float));
+        }
+        if (!s.embedded && !m.embedding_packed)
+          std::memcpy((char*)s.hidden + t * row, (const char*)m.embedding + s.token_ids[t] * row, row);
+      }
+    }
+    me.wait();
+    if (!s.embedded && m.embedding_packed)
+      aio_gather(m.bf16, m.embedding, s.token_ids, s.hidden, s.tokens, m.hidden, threads);
+  }
+
   // `delta` is what the layer before left to be normed and added to the hidden state; this layer's is in x. `next` is what
   // the adapters do next.
   void layer(const Layer& l, void* delta, const void* delta_weight, const Adapted& next) const {
@@ -366,6 +402,7 @@ struct Run {
 
   void operator()() const {
     const Adapted head{&m.head, &m.lora_head};
+    timed(ROPE, [&] { tokens(); });
     void* delta = nullptr;
     const void* delta_weight = nullptr;
     for (long i = 0; i < m.layers; i++) {
@@ -392,6 +429,8 @@ struct Run {
     const Matrix no_matrix{};
     const LoraPool no_pool{};
     linear(HEAD, head, s.sample_lora, s.x, s.logits, s.samples, {&no_matrix, &no_pool});
+    if (s.best != nullptr)
+      timed(HEAD, [&] { aio_argmax(m.bf16, s.logits, s.samples, m.head.n, s.best, threads); });
   }
 };
 
