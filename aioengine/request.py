@@ -68,7 +68,7 @@ class ForcingConstraint(StartedConstraint, Protocol):
         allows; none if that allows several, or nothing is known. They are chosen without asking again."""
 
 
-class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, dict=True):
     """Parameters that say how tokens are chosen, and when to stop.
 
     ``temperature=0`` (the default) is greedy. The filters apply in this order: logit bias, penalties,
@@ -168,6 +168,12 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         return (
             self.has_penalties or bool(self.logit_bias) or self.constraint is not None or self.min_tokens > 0
         )
+
+    @functools.cached_property
+    def is_plain(self) -> bool:
+        """Whether the most likely tokens are asked for, and nothing else."""
+        scores = self.logprobs is not None or self.prompt_logprobs is not None
+        return self.greedy and not (self.changes_logits or scores or self.pooling is not None)
 
 
 def for_choice(params: SamplingParams, choice: int) -> SamplingParams:

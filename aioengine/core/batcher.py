@@ -164,7 +164,7 @@ class Batcher:
             admit = ()
         allowance = Allowance(room)
         oldest, prompts = None, list(prefills)
-        if self.pacer is not None:
+        if self.pacer is not None and (prefills or admit):
             allowance = self.pacer.allowance(StepWork.of((part for _, _, part in work), slot_ranks), room)
             if prefills:
                 oldest = prefills.popleft()

@@ -245,8 +245,9 @@ class NativeForward:
         weight, decoder = self._decoder.embed_tokens, self._decoder
         if self._parallel or decoder.spec.embedding_scale != 1:
             return None
-        plain = isinstance(weight, (PackedWeight, PlainWeight)) and weight.data.dtype == decoder.dtype
-        return weight.data.data_ptr() if plain else None
+        if isinstance(weight, (PackedWeight, PlainWeight)) and weight.data.dtype == decoder.dtype:
+            return weight.data.data_ptr()
+        return None
 
     def _embeds(self, batch: LoRABatch) -> bool:
         """Whether the library looks the embeddings up: no adapter of the batch changes them."""

@@ -297,6 +297,7 @@ class ModelRunner:
         began = time.perf_counter()
         if batch.follows:
             batch = batch.after(*self._last)
+        plain = all(work.params.is_plain for work in batch.sequences)  # nearly always
         sampled: list[Sampled | None] = [None] * len(batch.sequences)
         followed: dict[int, list[Sampled]] = {}
         scored: dict[int, list[TokenLogprob]] = {}
@@ -304,7 +305,7 @@ class ModelRunner:
         if batch.moves:
             self._move(batch)
         if batch.sequences:
-            if self.group.shard.rank == 0:
+            if self.group.shard.rank == 0 and not plain:
                 constraints.begin(batch.sequences)
             if self.lora_slots is not None:
                 self.lora_slots.before_step()
@@ -324,7 +325,7 @@ class ModelRunner:
                         sampled[i] = token
                 else:
                     self._wait()
-        for i, work in enumerate(batch.sequences):
+        for i, work in enumerate(() if plain else batch.sequences):
             if work.sample and work.params.pooling is not None:
                 error = pooled[i].error if i in pooled else None
                 sampled[i] = Sampled(-1, error=error, fault="request")

@@ -66,6 +66,10 @@ def sample(
     if not rows:
         return []
     best = argmax(logits)
+    if all(row.params.is_plain for row in rows):  # nearly always
+        tokens = best.tolist()
+        if min(tokens) >= 0:
+            return [Sampled(token) for token in tokens]
     changed = [i for i, row in enumerate(rows) if row.params.changes_logits or not row.params.greedy]
     results: dict[int, Sampled] = {}
     forced: dict[int, Sequence[int]] = {}
@@ -78,8 +82,6 @@ def sample(
         forced = {changed[i]: after for i, after in masks.forced.items()}
     else:
         tokens = best.tolist()
-        if min(tokens) >= 0 and all(row.params.logprobs is None for row in rows):
-            return [Sampled(token) for token in tokens]  # nearly always
         finite = [token >= 0 for token in tokens]
     results |= {
         i: Sampled(-1, error=f"the model's output is not finite: largest logit {logits[i].max().item()}")

@@ -50,7 +50,8 @@ class AttentionPlan(Derivable):
         padded = array("i")
         for table in tables:
             padded.extend(table)
-            padded.extend([0] * (width - len(table)))
+            if len(table) < width:
+                padded.extend([0] * (width - len(table)))
         self.host_tables = torch.frombuffer(padded, dtype=torch.int32).view(len(tables), width)
         """:attr:`tables` on the host."""
         if self.device.type != "cpu":
