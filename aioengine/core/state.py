@@ -252,7 +252,7 @@ class Sink(Protocol):
 
     @property
     def takes_many(self) -> bool:
-        """Whether tokens need not be pushed, except the last one."""
+        """Whether few tokens need to be pushed: the last one, and now and then one before it."""
 
     def end(self, reason: EndReason, error: Exception | None) -> None:
         """Note that the request has ended. Called once."""

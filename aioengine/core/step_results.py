@@ -26,6 +26,10 @@ _interval: Callable[[tuple[str | None, float, int]], events.TokenInterval] = par
 """Makes one of its fields; there are very many."""
 
 
+TAKEN = 64
+"""Tokens of a request of which one is pushed at least, even if its sink takes many."""
+
+
 class End(Protocol):
     """Ends a request: ``Core.end``."""
 
@@ -119,7 +123,7 @@ class StepResults:
                 sink = request.sink
                 if (
                     sink is not None
-                    and (finish is not None or not sink.takes_many)
+                    and (finish is not None or not sink.takes_many or len(tokens) % TAKEN == 0)
                     and sink.push(sampled, now, is_stop=finish == "stop")
                 ):
                     finish = "stop"

@@ -9,7 +9,8 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Awaitable, Callable, Generator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from aioengine.adapters.loader import AdapterLoader
@@ -31,17 +32,40 @@ T = TypeVar("T")
 class ThreadStep:
     """A :class:`~aioengine.executors.base.QueuedStep`."""
 
-    def __init__(self, future: Future[StepResult]) -> None:
-        self._future = future
-        self._on_loop = asyncio.wrap_future(future)
-        # The step before may have failed: then nobody waits for this one, which fails as well.
-        self._on_loop.add_done_callback(lambda done: done.cancelled() or done.exception())
+    def __init__(self, thread: ThreadPoolExecutor, work: Callable[[], StepResult]) -> None:
+        # Not asyncio.wrap_future, which takes several times as long.
+        self._loop = asyncio.get_running_loop()
+        self._done: asyncio.Future[StepResult] = self._loop.create_future()
+        self._queued = thread.submit(self._run, work)
+        self._done.add_done_callback(self._ended)
+
+    def _run(self, work: Callable[[], StepResult]) -> None:
+        try:
+            result = work()
+        except BaseException as error:
+            self._tell(self._done.set_exception, error)
+        else:
+            self._tell(self._done.set_result, result)
+
+    def _tell(self, end: Callable[[Any], None], value: object) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop is closed
+            self._loop.call_soon_threadsafe(self._end, end, value)
+
+    def _end(self, end: Callable[[Any], None], value: object) -> None:
+        if not self._done.done():
+            end(value)
+
+    def _ended(self, done: asyncio.Future[StepResult]) -> None:
+        if done.cancelled():
+            self._queued.cancel()
+        else:
+            done.exception()  # if the step before has failed, nobody waits for this one, which fails as well
 
     def __await__(self) -> Generator[Any, None, StepResult]:
-        return self._on_loop.__await__()
+        return self._done.__await__()
 
     def take_back(self) -> bool:
-        return self._future.cancel()
+        return self._queued.cancel() and self._done.cancel()
 
 
 class ThreadDevice(Device):
@@ -65,7 +89,7 @@ class ThreadDevice(Device):
         return await self.queue(batch)
 
     def queue(self, batch: StepBatch) -> ThreadStep:
-        return ThreadStep(self._step_thread.submit(self._step, batch))
+        return ThreadStep(self._step_thread, partial(self._step, batch))
 
     def _step(self, batch: StepBatch) -> StepResult:
         with typed_failures():

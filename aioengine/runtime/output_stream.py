@@ -35,6 +35,8 @@ class OutputText:
         self._stream = stream
         self.is_empty = stream is None
         """Whether there is never any text."""
+        self.waits = stream is not None and not params.stop
+        """Whether tokens change nothing until the text is read."""
         self._params = params
         self._tokens = 0
         self._waiting: list[int] = []
@@ -110,12 +112,15 @@ class OutputStream:
         self._read_at_end = False
         """Whether its reader waits for the end."""
         self.takes_many = False
-        """Whether nobody looks at it before its end, and tokens change nothing but ``request.tokens``."""
+        """Whether nobody waits for it before its end, and tokens change nothing but ``request.tokens``."""
+        self._pushed = self._tokens_seen
+        """Tokens of the request that have been pushed."""
         self._ready = asyncio.Event()
         self._ended = asyncio.Event()
 
     def push(self, sampled: Sampled, now: float, *, is_stop: bool) -> bool:
-        """Add one token; see :meth:`OutputText.push`."""
+        """Add one token, which is the last of ``request.tokens``; see :meth:`OutputText.push`."""
+        self._catch_up(1)
         if self._logprobs is not None and sampled.logprob is not None:
             self._logprobs.append(sampled.logprob)
         text = self._text
@@ -130,14 +135,27 @@ class OutputStream:
             self._ready.set()
         return stopped
 
+    def _catch_up(self, but: int = 0) -> None:
+        """Add the tokens that were not pushed, except the last ``but``."""
+        tokens = self.request.tokens
+        until = len(tokens) - but
+        if self._pushed < until and not self._text.is_empty:
+            for token in tokens[self._pushed : until]:
+                self._text.push(token, is_stop=False)
+        self._pushed = len(tokens)
+
     def _look(self) -> None:
         """Find out whether it ``takes_many``, after a change."""
         self.takes_many = (
-            self._read_at_end and self._text.is_empty and self._logprobs is None and not self._replayed
+            self._read_at_end
+            and (self._text.is_empty or self._text.waits)
+            and self._logprobs is None
+            and not self._replayed
         )
 
     def end(self, reason: EndReason, error: Exception | None) -> None:
         """End the stream, with the fields of :class:`~aioengine.events.RequestEnded`."""
+        self._catch_up()
         if reason == "error":
             self._error = error
         else:
@@ -170,6 +188,7 @@ class OutputStream:
         request, entry = self.request, self.request.adapter
         if request.counted is not None:
             request.counted.write_down(request)
+        self._catch_up()
         self._text.settle()
         tokens, pieces, logprobs = len(request.tokens), len(self._text.text), self._logprobs or ()
         return RequestOutput(
