@@ -30,7 +30,7 @@ from aioengine.model.experts.spec import PLAIN, MixtureSpec
 from aioengine.model.kv_cache import KVCache
 from aioengine.model.linear import Linear
 from aioengine.model.parallel.exchange import SUMMED, Scratch, StepExchange, between
-from aioengine.model.rope import Ropes
+from aioengine.model.rope import KnownAngles
 from aioengine.model.slots.pool import LoRASlots
 from aioengine.model.spec import ModelSpec, Quantization
 
@@ -68,7 +68,7 @@ class NativeForward:
         self._slices = max((len(pool.modules) for pool in self._pools), default=0)
         self._workspace: _Workspace | None = None
         """That of the last step, for as long as others are as large."""
-        self._angles = _Angles(decoder.ropes)
+        self._angles = KnownAngles(decoder.ropes)
         self._embeds_plainly = bool(self._model.embedding)
         self._finds = not self._parallel and spec.logit_divisor == 1 and spec.logit_cap is None
         """Whether steps find the most likely tokens: where nothing is done to the head's outputs."""
@@ -306,27 +306,6 @@ class _Workspace:
         found = _Segments(batch)
         self._segments = batch, found
         return found
-
-
-class _Angles:
-    """Cosines and sines of the first positions, computed once: as many as steps need, up to a number."""
-
-    MOST = 2**14
-
-    def __init__(self, ropes: Ropes) -> None:
-        self._ropes = ropes
-        self._cos, self._sin = ropes.cos_sin(torch.arange(0))
-
-    def until(self, positions: int) -> tuple[int, int, int] | None:
-        """Return the addresses of cosines and sines, and of how many positions they are; None if these are
-        too few."""
-        if positions > self.MOST:
-            return None
-        known = self._cos.shape[1]
-        if positions > known:
-            known = min(max(positions, 2 * known), self.MOST)
-            self._cos, self._sin = self._ropes.cos_sin(torch.arange(known))
-        return self._cos.data_ptr(), self._sin.data_ptr(), known
 
 
 def _mixture_scratch(spec: ModelSpec, tokens: int, width: int, dtype: torch.dtype) -> dict[str, Tensor]:

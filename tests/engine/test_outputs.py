@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import tracemalloc
 from collections.abc import Callable
 
@@ -142,6 +143,25 @@ async def test_the_text_is_made_when_it_is_read(monkeypatch: pytest.MonkeyPatch)
     output = await outputs.next()
     assert output.text == "".join(f" {token}" for token in range(201))
     assert sum(made) == 201 and max(made) <= 64 and len(made) < 6
+
+
+@pytest.mark.parametrize("pushed", [1, 7, 64, 1000])
+async def test_a_reader_of_the_whole_output_needs_few_of_its_tokens(pushed: int) -> None:
+    """All of its text is there, whichever tokens were pushed and whenever it was looked at."""
+    params = SamplingParams(max_tokens=500)
+    request: Request = CoreSim().add(prompt=[5, 6, 7])
+    stream = OutputStream(request, OutputText(Words(), params))  # type: ignore[arg-type]
+    last = asyncio.ensure_future(stream.last())
+    await asyncio.sleep(0)
+    assert stream.takes_many
+    for token in range(200):
+        request.tokens.append(token)
+        if token % pushed == pushed - 1:
+            stream.push(Sampled(token), 0.0, is_stop=False)
+        if token % 90 == 89:
+            assert stream.so_far().text == "".join(f" {token}" for token in range(token + 1))
+    stream.end("abort", None)
+    assert (await last).text == "".join(f" {token}" for token in range(200))
 
 
 def test_a_text_that_grows() -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from aioengine.errors import ConfigError
 from aioengine.kernels.cpu import build
-from aioengine.model import coverage
+from aioengine.model import coverage, rope
 from aioengine.model.files.resolve import read_spec
 from aioengine.model.runner import ModelRunner
 from aioengine.model.spec import Quantization
@@ -109,6 +109,34 @@ def test_so_is_one_operation_by_operation(
     found = Run(dtype, "cpu", ranks, whole=False)(sequences)
     bound = 1e-4 if dtype == torch.float32 else 0.05
     assert (found - expected).norm() < bound * expected.norm()
+
+
+@pytest.mark.parametrize("sequences", [FEW, LONG])
+def test_angles_that_are_not_kept_are_the_same(
+    sequences: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = Run(torch.bfloat16, "cpu", (16, 8))([(min(slot, 1), tokens) for slot, tokens in sequences])
+    monkeypatch.setattr(rope, "KNOWN_POSITIONS", 0)
+    assert torch.equal(kept, Run(torch.bfloat16, "cpu", (16, 8))([(min(s, 1), n) for s, n in sequences]))
+
+
+class Greedy(Run):
+    """Asks for the most likely tokens, again, and for those of other logits."""
+
+    def _sample(self, logits: Tensor, rows: Sequence[SequenceWork]) -> list[Sampled]:
+        assert self.runner.native is not None
+        argmax = self.runner.native.argmax
+        self.best = [argmax(of).tolist() for of in (logits, logits, -logits, logits)]
+        return super()._sample(logits, rows)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_step_finds_the_most_likely_tokens(dtype: torch.dtype) -> None:
+    run = Greedy(dtype, "cpu", (16, 8, 4, 2))
+    for sequences in (FEW, FEW[:2], LONG, FEW):
+        logits = run(sequences)
+        most, least = logits.argmax(-1).tolist(), (-logits).argmax(-1).tolist()
+        assert run.best == [most, most, least, most]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
