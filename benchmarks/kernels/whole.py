@@ -60,7 +60,8 @@ class Watched(NamedTuple):
 
 async def engine_table(model: str, quantization: str) -> Table:
     """Make a table of the share of whole runs in the model's forward pass, and of the rest; "own" is the
-    processor time of the event loop's thread, and of the steps' beside the library, by step."""
+    processor time of the event loop's thread and, after it, of the steps' thread beside the library, by
+    step."""
     watched = Watched(
         Stopwatch(native.NativeForward, "forward"),
         Stopwatch(runner.ModelRunner, "execute", time.thread_time),
@@ -80,17 +81,18 @@ async def engine_table(model: str, quantization: str) -> Table:
                 for count in (0, ADAPTERS):
                     using = list(adapters)[:count] or [None]
                     runs = [await _run(engine, prompts, using, watched) for _ in range(RUNS + 1)][1:]
-                    rate, own, *parts = (statistics.median(of) for of in zip(*runs, strict=True))
+                    rate, loop, thread, *parts = (statistics.median(of) for of in zip(*runs, strict=True))
                     shares = [f"{part:.1%}" for part in parts]
-                    table.add_row(str(running), str(count), f"{rate:.0f}", *shares, f"{own * 1e3:.2f}")
+                    own = f"{loop * 1e3:.2f} + {thread * 1e3:.2f}"
+                    table.add_row(str(running), str(count), f"{rate:.0f}", *shares, own)
     return table
 
 
 async def _run(
     engine: AsyncEngine, prompts: list[list[int]], adapters: Sequence[str | None], watched: Watched
 ) -> tuple[float, ...]:
-    """Return tokens per second, the engine's own processor seconds by step, and the shares of the forward
-    pass, the rest of the executor, the core, the rest."""
+    """Return tokens per second, the engine's own processor seconds by step in both threads, and the shares of
+    the forward pass, the rest of the executor, the core, the rest."""
     steps: list[StepFinished] = []
 
     def listen(event: Event) -> None:
@@ -106,8 +108,8 @@ async def _run(
     model, executed, library = (each.seconds - was for each, was in zip(watched, before, strict=True))
     executor, core = sum(step.seconds for step in steps), sum(step.schedule_seconds for step in steps)
     parts = (model, executor - model, core, wall - executor - core)
-    own = (loop + executed - library) / len(steps)
-    return len(prompts) * OUTPUT / wall, own, *(part / wall for part in parts)
+    own = (loop / len(steps), (executed - library) / len(steps))
+    return len(prompts) * OUTPUT / wall, *own, *(part / wall for part in parts)
 
 
 def _config(model: str, quantization: str, running: int) -> EngineConfig:
