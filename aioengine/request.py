@@ -165,9 +165,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     @property
     def changes_logits(self) -> bool:
         """Whether the token is chosen from changed logits, not from the model's own."""
-        return (
-            self.has_penalties or bool(self.logit_bias) or self.constraint is not None or self.min_tokens > 0
-        )
+        return bool(self.min_tokens or self.logit_bias) or self.constraint is not None or self.has_penalties
 
     @functools.cached_property
     def is_plain(self) -> bool:
@@ -177,8 +175,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
 
 
 def for_choice(params: SamplingParams, choice: int) -> SamplingParams:
-    """Return the parameters of one of several answers, which is numbered from 0. If the request has a seed,
-    each answer gets another one; the first answer equals that of a request for only one."""
+    """Return the parameters of one of several answers, from 0 on: all but the first have another seed."""
     if params.seed is None or choice == 0:
         return params
     # The odd multiplier (2**64 / golden ratio) keeps answers to requests with seeds 1, 2, 3, ... different.
@@ -257,10 +254,8 @@ class RequestOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
 
 
 LATEST = "@latest"  # in place of a version: the current one
-MAX_PINS = 4
-"""Maximum number of ``cache_pins`` of a request."""
-MAX_MIXED = 8
-"""Maximum number of adapters in one mix."""
+MAX_PINS = 4  # cache_pins of a request
+MAX_MIXED = 8  # adapters in one mix
 
 
 def _checked_mix(weights: Mapping[str, float]) -> dict[str, float]:
