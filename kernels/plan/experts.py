@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import cached_property
-from itertools import accumulate, groupby
+from itertools import groupby
 from typing import NamedTuple
 
 import torch
@@ -31,18 +31,23 @@ class ExpertPlan:
         self.experts = experts
         self.per_token = chosen.shape[1]
         self.device = chosen.device
-        self.order = chosen.flatten().argsort(stable=True)
-        """[T * k] the rows' places in ``chosen``, flattened."""
+        self._sorted, self.order = chosen.flatten().sort(stable=True)
+        """[T * k] the rows' experts, and their places in ``chosen``, flattened."""
         self.tokens = self.order // self.per_token
         """[T * k] the rows' tokens."""
-        counts = torch.bincount(chosen.flatten(), minlength=experts).tolist()
-        ends = list(accumulate(counts))
-        self.groups: tuple[Group, ...] = tuple(
-            Group(expert, end - count, end)
-            for expert, (count, end) in enumerate(zip(counts, ends, strict=True))
-            if count
-        )
-        """The experts that have rows; on the host."""
+
+    @cached_property
+    def ends(self) -> Tensor:
+        """[experts] the row after the last one of each expert; nothing is read on the host."""
+        every = torch.arange(self.experts, device=self.device)
+        return torch.searchsorted(self._sorted, every, right=True)
+
+    @cached_property
+    def groups(self) -> tuple[Group, ...]:
+        """The experts that have rows; on the host, which waits for a device."""
+        ends = self.ends.tolist()
+        rows = zip(range(self.experts), [0, *ends[:-1]], ends, strict=True)
+        return tuple(Group(*row) for row in rows if row[1] < row[2])
 
     @cached_property
     def _host_tokens(self) -> Tensor:

@@ -7,7 +7,6 @@ arXiv:2211.15841). The blocks are rules that work everywhere; they have not been
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -16,14 +15,17 @@ from aioengine.kernels.blocks import BlockWeight, StackedWeight
 from aioengine.kernels.plan.experts import ExpertPlan
 from aioengine.kernels.portable import plain
 from aioengine.kernels.triton.jit.blocks import expert_blocks_kernel
-from aioengine.kernels.triton.jit.experts import expert_kernel
+from aioengine.kernels.triton.jit.experts import expert_kernel, tiles_kernel
+from aioengine.kernels.triton.launch import power_of_two
 from aioengine.kernels.triton.launcher import Launcher
 from aioengine.kernels.triton.quantized import blocks
 from aioengine.kernels.weight import PlainWeight, Weight
 
 BLOCK_N, BLOCK_K = 64, 64
 ROWS = (16, 64)
-"""Rows of a tile, if the expert that has most has no more, and otherwise."""
+"""Rows of a tile, if an expert has usually no more, and otherwise."""
+TILES = 16
+"""Tiles that a program cuts."""
 
 
 def expert_linear(x: Tensor, weight: Weight, bias: Tensor | None, plan: ExpertPlan) -> Tensor:
@@ -34,10 +36,10 @@ def expert_linear(x: Tensor, weight: Weight, bias: Tensor | None, plan: ExpertPl
         return plain.expert_linear(x, weight, bias, plan)
     out = weight.n // plan.experts
     y = x.new_empty(len(x), out)
-    if not plan.groups:
+    if not len(x):
         return y
-    block_m = ROWS[_longest(plan) > ROWS[0]]
-    tiles = _tiles([(expert, first, rows) for expert, first, rows in _pieces(plan, block_m)], x.device)
+    block_m = ROWS[_usual(plan, x) > ROWS[0]]
+    tiles = _tiles(plan, block_m)
     tensors = x.contiguous(), weight.data, weight.data if bias is None else bias, y, tiles
     launch = _launcher(bias is not None, block_m)
     launch((-(-out // BLOCK_N), len(tiles), 1), tensors, (weight.k, out))
@@ -50,17 +52,10 @@ def _of_blocks(x: Tensor, weight: StackedWeight, bias: Tensor | None, plan: Expe
     assert isinstance(first, BlockWeight) and first.scale is not None and table is not None
     out, count = weight.n // plan.experts, len(weight.parts) // plan.experts
     y = x.new_empty(len(x), out)
-    if not plan.groups:
+    if not len(x):
         return y
-    config = blocks.config_of(first, _longest(plan), x)
-    tiles = _tiles(
-        [
-            (expert * count + i, start, rows, i * first.n)
-            for expert, start, rows in _pieces(plan, config.block_m)
-            for i in range(count)
-        ],
-        x.device,
-    )
+    config = blocks.config_of(first, _usual(plan, x), x)
+    tiles = _tiles(plan, config.block_m, count, first.n)
     _blocks_launcher((blocks.FORMATS[first.format], first.zero is not None, bias is not None), config)(
         (-(-first.n // config.block_n), len(tiles), 1),
         (x.contiguous(), table, x if bias is None else bias, y, tiles),
@@ -93,18 +88,22 @@ def _is_covered(weight: StackedWeight) -> bool:
     return isinstance(first, BlockWeight) and blocks.covers(first) and weight.addresses is not None
 
 
-def _longest(plan: ExpertPlan) -> int:
-    """The most rows of an expert."""
-    return max(stop - start for _, start, stop in plan.groups)
+def _usual(plan: ExpertPlan, x: Tensor) -> int:
+    """Rows of an expert, if all have as many."""
+    return -(-len(x) // plan.experts)
 
 
-def _pieces(plan: ExpertPlan, most: int) -> Iterator[tuple[int, int, int]]:
-    """Experts with ``most`` of their rows: the first of these, and how many."""
-    for expert, start, stop in plan.groups:
-        for first in range(start, stop, most):
-            yield expert, first, min(most, stop - first)
+def _tiles(plan: ExpertPlan, most: int, parts: int = 1, outputs: int = 0) -> Tensor:
+    """Cut the rows of each expert into tiles of at most ``most``, with each of its ``parts``: [tiles, 4], see
+    the kernel. The device does it, so the host only knows how many there may be."""
+    rows = len(plan.order)
+    count = min(rows, rows // most + plan.experts) * parts
+    tiles = torch.empty(count, 4, dtype=torch.int32, device=plan.device)
+    launch = _cutter(most, power_of_two(plan.experts))
+    launch((-(-count // TILES), 1, 1), (plan.ends, tiles), (count, plan.experts, parts, outputs))
+    return tiles
 
 
-def _tiles(rows: Sequence[tuple[int, ...]], device: torch.device) -> Tensor:
-    found = torch.tensor(rows, dtype=torch.int32, pin_memory=device.type == "cuda")
-    return found.to(device, non_blocking=True)
+@functools.cache
+def _cutter(most: int, experts: int) -> Launcher:
+    return Launcher(tiles_kernel, ROWS=most, EXPERTS=experts, BLOCK=TILES)

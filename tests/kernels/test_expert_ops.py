@@ -70,6 +70,7 @@ def test_linears_equal_the_reference(
     found = get_backend(device, name).expert_linear(
         x[plan.tokens].to(device), PlainWeight(weight.to(device)), there_bias, there
     )
+    assert name != "triton" or "groups" not in vars(there), "the host knows no counts"
     if name == "cpu" and PackedWeight.fits(n, k, dtype):
         packed = PackedWeight.pack(weight.clone())
         whole = get_backend(device, name).expert_linear(x[plan.tokens], packed, bias, plan)
