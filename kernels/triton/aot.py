@@ -11,13 +11,13 @@ from typing import Any, NamedTuple
 from triton.compiler import ASTSource
 
 from aioengine.kernels.triton.attention import PART, default_config
-from aioengine.kernels.triton.experts import BLOCK_K, BLOCK_N, ROWS
+from aioengine.kernels.triton.experts import BLOCK_K, BLOCK_N, ROWS, TILES
 from aioengine.kernels.triton.jit.attention import attention_kernel
 from aioengine.kernels.triton.jit.blocks import block_linear_kernel, expert_blocks_kernel
 from aioengine.kernels.triton.jit.eight_bits import eight_bits_kernel, round_rows_kernel
 from aioengine.kernels.triton.jit.elementwise import affine_kernel, embed_kernel
 from aioengine.kernels.triton.jit.expand import expand_kernel
-from aioengine.kernels.triton.jit.experts import expert_kernel
+from aioengine.kernels.triton.jit.experts import expert_kernel, tiles_kernel
 from aioengine.kernels.triton.jit.layer import (
     KINDS,
     activate_kernel,
@@ -45,6 +45,8 @@ from aioengine.kernels.triton.targets import DATA_CENTERS, GPUS, Gpu, Usage, usa
 
 RANKS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 320, 512)
 WIDTHS = (512, 1024, 2048, 4096, 8192, 16384, 32768)
+EXPERTS = 512
+"""The most experts of a layer."""
 HIDDEN = 16384
 """The largest hidden size."""
 HEAD_DIMS = (64, 80, 96, 128, 256)
@@ -166,6 +168,10 @@ def of_elementwise(dtype: str) -> tuple[Variant, ...]:
             for rows in ROWS
             for bias in (0, 1)
         ),
+        *(
+            Variant("tiles", dtype, (("ROWS", rows), ("EXPERTS", EXPERTS), ("BLOCK", TILES)), 4, 3)
+            for rows in ROWS
+        ),
         Variant("embed", dtype, (("BLOCK_M", SHORT), ("BLOCK_R", EMBED_RANKS), ("INT8", 0)), 4, 3),
     )
 
@@ -233,7 +239,7 @@ def compile_variant(variant: Variant, gpu: int | str) -> Usage:
     signature = {name: _type(name, variant.dtype, constants) for name in kernel.arg_names}
     if variant.int8:
         signature["memory_ptr"] = "*i8"
-    if constants.get("FORMAT") == FORMATS["mxfp4"]:
+    if constants.get("FORMAT") == FORMATS["mxfp4"] and "scale_ptr" in signature:  # experts have addresses
         signature["scale_ptr"] = "*u8"
     if variant.fp8 and "keys_ptr" in signature:
         signature |= dict.fromkeys(("keys_ptr", "values_ptr"), "*u8")
@@ -253,6 +259,7 @@ _KERNELS: Mapping[str, Any] = {
     "affine": affine_kernel,
     "embed": embed_kernel,
     "expert": expert_kernel,
+    "tiles": tiles_kernel,
     "attention": attention_kernel,
     "add_rms_norm": add_rms_norm_kernel,
     "activate": activate_kernel,
@@ -268,7 +275,7 @@ _POINTERS = {
     "group_of_ptr": "*i32",
     "scale_ptr": "*fp32",
     **dict.fromkeys(("tiles_ptr", "tables_ptr", "arrivals_ptr"), "*i32"),
-    **dict.fromkeys(("ids_ptr", "cells_ptr", "table_ptr", "parts_ptr"), "*i64"),
+    **dict.fromkeys(("ids_ptr", "cells_ptr", "table_ptr", "parts_ptr", "ends_ptr"), "*i64"),
     **dict.fromkeys(
         ("scales_ptr", "row_scales_ptr", "partials_ptr", "stats_ptr", "cos_ptr", "sin_ptr"), "*fp32"
     ),
@@ -276,7 +283,7 @@ _POINTERS = {
 _FLOATS = ("eps", "scale", "soft_cap", "offset", "factor", "alpha", "limit")
 _ANY_NUMBER = (
     *(*_FLOATS, "heads", "kv_heads", "window", "table_stride", "most_parts", "place"),
-    *("tokens", "middle", "group", "groups"),
+    *("tokens", "middle", "group", "groups", "tiles", "experts", "parts", "outputs"),
 )
 
 

@@ -32,6 +32,8 @@ def sample() -> list[aot.Variant]:
     chosen += [v for v in aot.of_attention("bf16", 16, 64, 3) if dict(v.constants)["SINKS"]]
     chosen += [*aot.of_attention("fp32", 32, 128, 4), *aot.of_rope("bf16", 128), aot.of_norm("bf16", 4096)]
     chosen += [*list(aot.of_blocks("bf16", 16))[::4], *aot.of_eight_bits("bf16")]
+    mxfp4 = aot.FORMATS["mxfp4"]
+    chosen += [v for v in aot.of_blocks("bf16", 16) if dict(v.constants)["FORMAT"] == mxfp4]
     chosen.append(aot.of_expand("fp32", default_expand(Key.of("expand", 32, 64, 4096, 2048))))
     return chosen
 
@@ -167,7 +169,7 @@ def check_layouts(variant: aot.Variant, capability: int, usage: aot.Usage) -> No
         return
     blocks = dict(variant.constants)
     if variant.kernel != "attention":
-        accounted = {"expand": 1, "block_linear": 5 if blocks.get("ORDERED") else 1}
+        accounted = {"expand": 1, "expert_blocks": 1, "block_linear": 5 if blocks.get("ORDERED") else 1}
         assert len(conversions) <= accounted.get(variant.kernel, 0), conversions
         return
     keys = [line for line in conversions if re.search(KEYS, line)]

@@ -114,6 +114,8 @@ def expert_blocks_kernel(
     first = tl.load(tiles_ptr + 4 * tile + 1)
     rows = tl.load(tiles_ptr + 4 * tile + 2)
     column = tl.load(tiles_ptr + 4 * tile + 3)
+    if rows == 0:  # left over
+        return
     m = tl.arange(0, BLOCK_M)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     row = (first + m).to(tl.int64)
@@ -237,8 +239,10 @@ def _scale(scale_ptr, place, inside, FORMAT: tl.constexpr):
     """The scales of a group of each row."""
     if FORMAT == MXFP4:
         exponents = tl.load(scale_ptr + place, mask=inside, other=0).to(tl.int32)
-        return tl.maximum(exponents << 23, 1 << 22).to(tl.float32, bitcast=True)
-    return tl.load(scale_ptr + place, mask=inside, other=0.0)
+        found = tl.maximum(exponents << 23, 1 << 22).to(tl.float32, bitcast=True)
+    else:  # not after a return: the compiler would look at this for exponents, too
+        found = tl.load(scale_ptr + place, mask=inside, other=0.0)
+    return found
 
 
 @triton.jit
