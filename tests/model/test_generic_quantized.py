@@ -72,7 +72,7 @@ def take_effective(model: AnyModel, runner: ModelRunner) -> None:
             continue
         module = model.reference.base_model.model.get_submodule(linear.name)
         parameter = getattr(module, "base_layer", module).weight
-        weight, _ = decoder.base_weight(linear.layer, linear.module)
+        weight = decoder.base_weight(linear.layer, linear.module)[0].whole()
         weight = weight if weight.shape == parameter.shape and is_linear(module) else weight.T
         assert not torch.equal(parameter.data, weight)
         parameter.data.copy_(weight)

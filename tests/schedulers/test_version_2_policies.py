@@ -94,12 +94,11 @@ def test_nobody_is_put_off_for_longer_than_age(policy: str) -> None:
 
 def test_low_ranks_go_before_high_ones() -> None:
     sim = sim_of("toppings", ONE._replace(num_slots=3))
-    for name in ("high", "low"):
+    sim.ranks = {"high": 64, "low": 8}
+    for name in sim.ranks:
         sim.register(name)
         sim.add(name, max_tokens=1)
         sim.run()
-    for name, rank in (("high", 64), ("low", 8)):
-        sim.core.residency.current[name].rank = rank
     sim.events.clear()
     busy = sim.add(max_tokens=8)
     sim.settle()
@@ -112,10 +111,10 @@ def test_low_ranks_go_before_high_ones() -> None:
 def test_nobody_joins_a_step_that_would_take_too_long() -> None:
     limits = ONE._replace(num_slots=2, max_num_seqs=4)
     sim = sim_of("toppings:max_step=0.03", limits)
+    sim.ranks = {"high": 64}
     sim.register("high")
     sim.add("high", max_tokens=1)
     sim.run()
-    sim.core.residency.current["high"].rank = 64
     base = sim.add(max_tokens=10)
     high = sim.add("high", max_tokens=2)
     sim.settle()

@@ -107,6 +107,7 @@ class CoreSim:
         self.errors: dict[str, Exception] = {}
         """The errors that requests ended with, by request."""
         self.count = 0
+        self.ranks: dict[str, int] = {}
         self.sizes: dict[str, int] = {}
         """Bytes by name; 1000 if it is not here."""
 
@@ -239,7 +240,7 @@ class CoreSim:
             self.core.adapter_loaded(
                 entry,
                 self.now,
-                rank=8,
+                rank=self.ranks.get(entry.label, 8),
                 nbytes=self.sizes.get(entry.label, 1000),
                 digest=digest,
                 seconds=0.1,
