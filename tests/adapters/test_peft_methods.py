@@ -26,6 +26,7 @@ MARKS = (
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
+@pytest.mark.slow
 def test_the_page_says_what_becomes_of_each() -> None:
     """The installed PEFT may be another than the one that the page was written with: what only one of them
     has is not compared, and a method that is new is refused."""

@@ -110,6 +110,7 @@ def test_digest_is_sha256_of_both_files(adapter: Path) -> None:
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="counts threads in /proc")
+@pytest.mark.slow
 def test_reading_starts_no_team_of_threads(tmp_path: Path) -> None:
     """A team per loader thread would take the cores from the model's step."""
     a, b = torch.randn(16, 4096), torch.randn(4096, 16)

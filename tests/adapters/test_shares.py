@@ -154,6 +154,7 @@ def bytes_read() -> int:
 
 @pytest.mark.parametrize(("size", "fully_sharded"), MODES)
 @pytest.mark.parametrize("case", mostly_slow(["all", "dora", "bias", "outer"], "dora"))
+@pytest.mark.slow
 def test_a_bad_value_is_found_wherever_it_is_as_by_one_rank(
     case: str, size: int, fully_sharded: bool, tmp_path: Path
 ) -> None:

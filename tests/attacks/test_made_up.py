@@ -20,6 +20,7 @@ from benchmarks.attacks.made_uploads import upload
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.slow
 async def test_each_is_answered_or_refused_with_a_reason(tiny_text: Tiny) -> None:
     flags = ["--served-model-name", "tiny", "--max-upload-bytes", "1000000", "--max-body-bytes", "4000000"]
     flags += ["--adapter-root", str(tiny_text.adapters["a"].parent), "--default-max-tokens", "50"]

@@ -58,6 +58,7 @@ def numeric_fields(struct: type[msgspec.Struct]) -> Iterator[str]:
 
 
 @pytest.mark.parametrize("path", REQUESTS)
+@pytest.mark.slow
 async def test_odd_values_are_refused_or_harmless(path: str, serve: Serve) -> None:
     struct, base = REQUESTS[path]
     async with serve() as served:

@@ -130,6 +130,7 @@ TITLE = json.dumps({"title": "A", "columns": ["case", "ms"]})
 ROW = json.dumps({"cells": ["one", "1.00"]})
 
 
+@pytest.mark.slow
 def test_what_was_measured_before_a_crash_or_the_limit_is_kept(tmp_path: Path) -> None:
     begin = f"print({TITLE!r}); print({ROW!r}, flush=True); "
     fifo = tmp_path / "fifo"

@@ -79,6 +79,7 @@ def test_conditions_that_cannot_be(
     assert says in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_run_and_the_same_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out, again = tmp_path / "out", tmp_path / "again"
     assert main(["lab", "run", *SMALL, *SYSTEM, "--slots", "2", "--policy", "vtc", "--out", str(out)]) == 0

@@ -116,6 +116,7 @@ process.exit(0)
 
 
 @pytest.mark.parametrize("command", ["policies", "generate"])
+@pytest.mark.slow
 def test_a_reader_that_has_gone(command: str, model: Path) -> None:
     """Nobody reads: quietly 141, as for any tool in a pipe. A batch stops, though nothing else ends it."""
     read, write = os.pipe()

@@ -32,6 +32,7 @@ def kill_workers(parent: int) -> None:
         os.kill(pid, signal.SIGKILL)
 
 
+@pytest.mark.slow
 async def test_a_server_whose_engine_is_dead_ends(tiny_text: Tiny) -> None:
     async with serving(tiny_text.model, "--executor", "process") as server:
         kill_workers(server.process.pid)
@@ -51,6 +52,7 @@ async def test_a_server_whose_engine_is_dead_ends(tiny_text: Tiny) -> None:
     assert any("SIGKILL" in line for line in said)
 
 
+@pytest.mark.slow
 async def test_it_stays_if_it_is_to(tiny_text: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     async with serving(tiny_text.model, "--executor", "process", "--keep-dead") as server:
         kill_workers(server.process.pid)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import pytest
+
 PROGRAM = """
 import sys
 sys.modules["numpy"] = None  # as if it were not installed
@@ -23,6 +25,7 @@ def warned(run: str) -> bool:
     return "Failed to initialize NumPy" in done.stderr
 
 
+@pytest.mark.slow
 def test_the_program_is_silent_where_numpy_is_missing() -> None:
     assert not warned('runpy.run_module("aioengine", run_name="__main__", alter_sys=True)')
 

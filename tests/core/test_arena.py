@@ -13,6 +13,7 @@ from aioengine.core.adapters.arena import GRANULE, Arena, compaction, rounded
 SIZES = [rounded(n) for n in (GRANULE, 8 * 2500, 16 * 2500, 64 * 2500)]
 
 
+@pytest.mark.slow
 def test_a_million_random_placements_keep_the_stated_bound() -> None:
     """Adapters of mixed ranks come and go; where one does not fit, less is free than the bound says."""
     rng = random.Random(0)

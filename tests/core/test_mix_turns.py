@@ -147,6 +147,7 @@ def test_an_adapter_whose_read_has_just_begun_gets_no_turn() -> None:
 
 @pytest.mark.parametrize("name", POLICIES)
 @pytest.mark.parametrize("shape", ["fixed", "bytes", "shared"])
+@pytest.mark.slow
 def test_everybody_s_turn_comes(name: str, shape: str) -> None:
     """Clients that ask again and again, for adapters, scaled ones and mixes of two to four, in one to four
     slots, beside pinned adapters, which are replaced, and reads that never end: every request begins soon, or

@@ -25,6 +25,7 @@ SETTINGS = settings(max_examples=20, deadline=None, phases=[Phase.explicit, Phas
     others=st.integers(0, 4),
     adapter=st.sampled_from([None, "a"]),
 )
+@pytest.mark.slow
 def test_forced_tokens_are_paced(
     machine: Machine, forced: int, constrained: int, others: int, adapter: str | None
 ) -> None:

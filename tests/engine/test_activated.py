@@ -55,6 +55,7 @@ PROMPTS = {
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("tokens", [16, 64])
+@pytest.mark.slow
 async def test_tokens_are_those_of_peft(tokens: int, activated: Tiny, make_engine: MakeEngine) -> None:
     """Mixed batches of base, plain and activated adapters, chunked prefill, two slots for three adapters."""
     who = (None, "rank-3", "check", "judge")

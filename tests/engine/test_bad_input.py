@@ -179,6 +179,7 @@ BAD: dict[str, tuple[Callable[[Path], Any], type[AioEngineError], tuple[str, ...
 
 @pytest.mark.parametrize("how", ["load", "first use"])
 @pytest.mark.parametrize("case", BAD)
+@pytest.mark.slow
 async def test_bad_adapters(case: str, how: str, tiny: Tiny, make_engine: MakeEngine, tmp_path: Path) -> None:
     spoil, error_type, words = BAD[case]
     folder = shutil.copytree(tiny.adapters["rank-4" if case != "wrong shape" else "rank-3"], tmp_path / "bad")

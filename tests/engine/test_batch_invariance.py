@@ -46,6 +46,7 @@ def bits(output: RequestOutput) -> Sequence[object]:
 
 
 @pytest.mark.parametrize("quantization", ["none", "int8", "int4"])
+@pytest.mark.slow
 async def test_a_crowd_changes_no_bit(quantization: str, tiny: Tiny, make_engine: MakeEngine) -> None:
     fields = {
         **COMPILED,

@@ -41,6 +41,7 @@ async def outputs_of(
 
 @pytest.mark.parametrize("replay", [False, True], ids=["at once", "replayed"])
 @pytest.mark.parametrize("case", CASES)
+@pytest.mark.slow
 async def test_every_cut_is_exact(case: str, replay: bool, tiny_text: Tiny, make_engine: MakeEngine) -> None:
     params = SamplingParams(**{"max_tokens": 24, "ignore_eos": True, **CASES[case]})
     prompt = prompt_of(1, 21)

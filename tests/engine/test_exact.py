@@ -83,6 +83,7 @@ def special(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("path", PATHS)
+@pytest.mark.slow
 async def test_dora_biases_and_embeddings_mixed_with_plain_adapters(
     path: str, special: Tiny, make_engine: MakeEngine
 ) -> None:

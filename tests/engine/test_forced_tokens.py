@@ -73,6 +73,7 @@ async def answers(engine: AsyncEngine, *, forced: bool) -> tuple[list[Sequence[o
     ],
     ids=["plain", "speculation", "process", "preemptions"],
 )
+@pytest.mark.slow
 async def test_no_token_changes(fields: dict[str, Any], tiny_text: Tiny, make_engine: MakeEngine) -> None:
     async with make_engine(tiny_text, **{**FIELDS, **fields}) as engine:
         engine.register_adapter("a", tiny_text.adapters["a"])

@@ -83,6 +83,7 @@ MARKED: list[tuple[str, Any, Sequence[str]]] = [
 
 
 @pytest.mark.parametrize(("kind", "wanted", "allowed"), MARKED)
+@pytest.mark.slow
 async def test_texts_that_are_tokens_of_their_own(
     tiny_marks: Tiny, make_engine: MakeEngine, kind: str, wanted: Any, allowed: Sequence[str]
 ) -> None:

@@ -88,6 +88,7 @@ def merged_by_peft(model: Path, adapter: Path, count: int) -> list[int]:
     ("path", "family"),
     [("torch", "llama"), ("compiled", "llama"), ("compiled", "qwen2"), ("compiled", "gemma2")],
 )
+@pytest.mark.slow
 async def test_tokens_are_those_of_pefts_merge(
     path: str, family: str, tiny_of: Callable[[str], Tiny], make_engine: MakeEngine
 ) -> None:

@@ -277,6 +277,7 @@ def kinds(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Tiny:
 
 
 @pytest.mark.parametrize("weight", [0.5, -1.5, 0.0])
+@pytest.mark.slow
 async def test_a_scale_is_peft_s_own(kinds: Tiny, make_engine: MakeEngine, weight: float) -> None:
     async with make_engine(kinds) as engine:
         for name in KINDS:

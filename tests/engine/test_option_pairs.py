@@ -99,6 +99,7 @@ def references() -> dict[tuple[str, ...], list[list[int]]]:
 
 
 @pytest.mark.parametrize("names", mostly_slow(WORK, WORK[0], WORK[3], WORK[5]), ids=", ".join)
+@pytest.mark.slow
 async def test_tokens_do_not_depend_on_memory_speculation_or_processes(
     tiny: Tiny,
     make_engine: MakeEngine,

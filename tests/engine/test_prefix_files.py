@@ -39,6 +39,7 @@ needs_compiler = pytest.mark.skipif(build.shutil.which("c++") is None, reason="n
     ],
     ids=str,
 )
+@pytest.mark.slow
 async def test_a_prefix_is_back_after_a_restart_with_the_same_bits(
     fields: dict[str, Any], tiny: Tiny, make_engine: MakeEngine, tmp_path: Path
 ) -> None:

@@ -252,6 +252,7 @@ async def test_how_threads_wait_is_the_workers_business_or_the_users(
             await starting
 
 
+@pytest.mark.slow
 async def test_two_engines_at_once_and_signals_for_the_terminal(
     tiny: Tiny, make_engine: MakeEngine, nothing_left: NothingLeft
 ) -> None:
@@ -268,6 +269,7 @@ async def test_two_engines_at_once_and_signals_for_the_terminal(
     await nothing_left.check()
 
 
+@pytest.mark.slow
 def test_on_uvloop(tiny: Tiny, make_engine: MakeEngine) -> None:
     import uvloop
 
@@ -303,6 +305,7 @@ PROGRAM = """
 """
 
 
+@pytest.mark.slow
 def test_a_program_without_a_main_guard_that_is_killed_takes_its_workers_along(
     tiny: Tiny, tmp_path: Path
 ) -> None:

@@ -57,6 +57,7 @@ async def test_two_ranks_give_the_tokens_of_one_while_adapters_swap(
 
 @pytest.mark.usefixtures("preloaded_workers")
 @pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
+@pytest.mark.slow
 async def test_a_crowd_changes_no_bit_on_two_ranks(tiny: Tiny, make_engine: MakeEngine) -> None:
     kinds = [SamplingParams(max_tokens=9, ignore_eos=True, logprobs=2, temperature=t, seed=3) for t in (0, 1)]
     names = ("rank-3", "qv-only", "patterns")
@@ -88,6 +89,7 @@ def dora(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Tiny:
 
 @pytest.mark.usefixtures("faulty")
 @pytest.mark.parametrize("fully", mostly_slow([False, True], True), ids=["half sharded", "fully sharded"])
+@pytest.mark.slow
 async def test_an_adapter_is_on_all_ranks_or_on_none(
     dora: Tiny, make_engine: MakeEngine, nothing_left: NothingLeft, tmp_path: Path, fully: bool
 ) -> None:

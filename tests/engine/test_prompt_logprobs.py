@@ -56,6 +56,7 @@ def check(output: RequestOutput, tiny: Tiny, prompt: Sequence[int], name: str | 
 
 
 @pytest.mark.parametrize("path", PATHS)
+@pytest.mark.slow
 async def test_values_are_those_of_transformers_and_peft(
     path: str, tiny: Tiny, make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:

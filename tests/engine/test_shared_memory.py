@@ -40,6 +40,7 @@ EXECUTORS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("executor", EXECUTORS)
+@pytest.mark.slow
 async def test_tokens_are_those_of_peft_while_blocks_and_adapters_move(
     tiny_of: Callable[[str], Tiny], make_engine: MakeEngine, executor: str
 ) -> None:

@@ -70,6 +70,7 @@ def counted(engine: AsyncEngine) -> list[TokensProposed]:
 
 @needs_compiler
 @pytest.mark.parametrize("quantization", ["none", "int8"])
+@pytest.mark.slow
 async def test_no_token_changes(quantization: str, tiny: Tiny, make_engine: MakeEngine) -> None:
     """With random arrivals, swaps, preemptions, aborts, and outputs of earlier rounds."""
     fields = {**FIELDS, "quantization": quantization, "kv_cache_dtype": CACHE[quantization]}

@@ -66,6 +66,7 @@ def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 
 @pytest.mark.parametrize("path", [path for path in PATHS if path != "ranks"])
+@pytest.mark.slow
 async def test_tokens_are_those_of_peft(
     path: str, trained: Tiny, make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -74,6 +75,7 @@ async def test_tokens_are_those_of_peft(
     await check(path, trained, make_engine)
 
 
+@pytest.mark.slow
 async def test_ranks_share_them(tmp_path: Path, make_engine: MakeEngine) -> None:
     """Whole matrices are refused there, and everything else is the same."""
     trained = build(tmp_path, True)

@@ -36,6 +36,7 @@ NEW = 40
         ("cpu", 16, {"executor": "process", "tensor_parallel_size": 2}),
     ],
 )
+@pytest.mark.slow
 async def test_tokens_are_those_of_the_whole_cache(
     backend: str, block_size: int, options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -10,6 +10,7 @@ from support.engine_fixtures import MakeEngine, Tiny, greedy
 from aioengine.guided import Guide
 
 
+@pytest.mark.slow
 async def test_workers_never_wait_for_who_reads_their_output(
     tiny: Tiny,
     make_engine: MakeEngine,

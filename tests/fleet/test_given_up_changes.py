@@ -123,6 +123,7 @@ CHANGES = st.lists(st.builds(Given, TIMES, st.floats(0, 1), st.none() | TIMES), 
 
 @settings(max_examples=60)
 @given(changes=CHANGES, reads=st.tuples(st.floats(0, 10), st.floats(0, 10)))
+@pytest.mark.slow
 def test_who_gives_up_leaves_nothing_prepared_and_disturbs_nobody(
     changes: list[Given], reads: tuple[float, float]
 ) -> None:

@@ -119,6 +119,7 @@ CHANGES = st.builds(
 
 
 @given(st.lists(CHANGES, min_size=1, max_size=6))
+@pytest.mark.slow
 def test_changes_wait_for_each_other_and_for_nobody_else(changes: list[Change]) -> None:
     """Who is cancelled, however far it has come, blocks nobody; who dies blocks others for a lease. Who is
     cut off goes on for a lease at most, and ends its change by itself."""

@@ -71,6 +71,7 @@ async def test_mixes_and_scales(fleet: FleetHere, tiny_text: Tiny, adapters: Pat
         await complete(fleet, {"a": 0.5, "nobody": 0.5})
 
 
+@pytest.mark.slow
 async def test_versions(fleet: FleetHere, tiny_text: Tiny, adapters: Path) -> None:
     """A replaced version lives where requests still wait for it, and only there."""
     of_a, of_b = (of_peft(tiny_text, adapters, {name: 1.0}) for name in "ab")

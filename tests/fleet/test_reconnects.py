@@ -184,6 +184,7 @@ numbers = st.sampled_from([0, 5, 2**63, 2**64, 2**200])
     expected=st.none() | numbers.map(lambda number: number + 1),
 )
 @example(prompt=[2**64], params={}, priority=0, expected=None)
+@pytest.mark.slow
 def test_what_cannot_be_sent_harms_no_other_request(
     prompt: list[int], params: dict[str, Any], priority: int, expected: int | None
 ) -> None:

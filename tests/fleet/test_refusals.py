@@ -106,6 +106,7 @@ def test_an_address_that_is_none(where: str) -> None:
 
 
 @pytest.mark.parametrize("tls", [False, True])
+@pytest.mark.slow
 def test_an_address_of_something_else(tls: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Ray would try for a minute, and end the process."""
     pytest.importorskip("grpc")

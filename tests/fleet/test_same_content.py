@@ -31,6 +31,7 @@ WANTED: list[tuple[bool, Wanted]] = [
 @pytest.mark.parametrize(("named", "wanted"), WANTED, ids=str)
 @pytest.mark.parametrize("loaded", [False, True], ids=["", "then loaded"])
 @pytest.mark.parametrize("changed", [False, True], ids=["the same", "changed"])
+@pytest.mark.slow
 async def test_another_replica_finds_other_content(
     named: bool,
     changed: bool,

@@ -6,6 +6,7 @@ import pytest
 from support.fake_gpu import run_on_fake_gpu
 
 
+@pytest.mark.slow
 def test_every_argument_is_on_the_device_and_every_grid_is_legal() -> None:
     """And nothing is read on the host, which fails on the meta device."""
     faults = run_on_fake_gpu("forwards")

@@ -100,6 +100,7 @@ def _llama(vocab: int = 128256) -> ModelSpec:
     module=st.sampled_from(["q_proj", "down_proj"]),
     rank=st.sampled_from([8, 64]),
 )
+@pytest.mark.slow
 def test_reading_an_adapter_takes_what_is_planned(format: str, module: str, rank: int) -> None:
     """Norms of DoRA over a quantized weight, of which a piece is expanded at a time."""
     spec = msgspec.structs.replace(_llama(), num_layers=2)

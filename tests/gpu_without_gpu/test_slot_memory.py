@@ -61,6 +61,7 @@ class Alone:
 
 
 @pytest.mark.parametrize("slots", SLOTS)
+@pytest.mark.slow
 def test_each_token_is_that_of_its_own_adapter_and_context(model: Path, slots: str) -> None:
     """Whatever is swapped, moved, preempted and aborted around its sequence."""
     alone, moves, adapters, count = Alone(model), Counter[str](), set[int](), 0

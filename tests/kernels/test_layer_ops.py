@@ -82,6 +82,7 @@ def cases(draw: st.DrawFn, longest: int) -> LayerCase:
 @every_backend
 @settings(max_examples=EXAMPLES, deadline=None)
 @given(case=cases(longest=20 if INTERPRETED else 90))
+@pytest.mark.slow
 def test_attention_equals_the_reference(device: str, name: str, case: LayerCase) -> None:
     """Whatever lies in the cells of others, and beyond a sequence's end: it is all NaN."""
     close(run(get_backend(device, name), case, device), run(REFERENCE, case))
@@ -144,6 +145,7 @@ def test_norm_and_activation(device: str, name: str, dtype: torch.dtype, rows: i
     st.sampled_from([None, None, math.nan, -math.nan, math.inf]),
     st.randoms(use_true_random=False),
 )
+@pytest.mark.slow
 def test_the_first_of_the_largest(
     device: str,
     name: str,

@@ -73,6 +73,7 @@ def test_reference_is_the_definition(case: Case) -> None:
 @pytest.mark.parametrize("name", OTHERS)
 @settings(max_examples=150, deadline=None)
 @given(case=cases())
+@pytest.mark.slow
 def test_backends_equal_the_reference(name: str, case: Case) -> None:
     h, y = apply(get_backend("cpu", name), case)
     expected_h, expected_y = apply(REFERENCE, case)
@@ -103,6 +104,7 @@ def test_int8_matrices_are_whole_numbers_times_scales(case: Case) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
+@pytest.mark.slow
 def test_backends_equal_the_reference_in_int8(name: str, dtype: torch.dtype, data: st.DataObject) -> None:
     case = data.draw(cases(dtype))
     tolerance = 1e-4 if dtype == torch.float32 else 1e-2
@@ -261,6 +263,7 @@ def test_the_backend_is_chosen_by_name_then_environment_then_default(
 @pytest.mark.parametrize("int8", [False, True])
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
+@pytest.mark.slow
 def test_a_packed_linear_with_its_adapters(dtype: torch.dtype, int8: bool, data: st.DataObject) -> None:
     """It is the linear, and then the adapters, however often it is used."""
     from aioengine.kernels.cpu.adapted import AdaptedLinear, fits
@@ -289,6 +292,7 @@ def test_a_packed_linear_with_its_adapters(dtype: torch.dtype, int8: bool, data:
 @pytest.mark.parametrize("int8", [False, True])
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
+@pytest.mark.slow
 def test_turned_matrices_give_the_same_bits(dtype: torch.dtype, int8: bool, data: st.DataObject) -> None:
     from aioengine.kernels.cpu.adapted import AdaptedLinear
     from aioengine.kernels.cpu.packed import PackedWeight
@@ -315,6 +319,7 @@ def test_turned_matrices_give_the_same_bits(dtype: torch.dtype, int8: bool, data
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
+@pytest.mark.slow
 def test_int8_gives_a_token_the_same_bits_alone(dtype: torch.dtype, data: st.DataObject) -> None:
     """However many tokens of its adapter there are, and though some elements are much larger than others."""
     case = data.draw(cases(dtype))

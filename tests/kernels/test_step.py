@@ -86,6 +86,7 @@ class Run:
     ],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.slow
 def test_a_step_is_that_of_torch(
     dtype: torch.dtype, ranks: tuple[int, ...], sequences: list[tuple[int, int]]
 ) -> None:

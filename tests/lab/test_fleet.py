@@ -135,6 +135,7 @@ def test_plans_are_carried_out(placement: str) -> None:
     assert bool(found.moves.get("load")) == (placement != "none")
 
 
+@pytest.mark.slow
 def test_replicas_come_with_a_burst_and_go_after_it() -> None:
     burst = [Arrival(0.02 * i, None, 20, 60) for i in range(600)]
     quiet = [Arrival(30.0 + 10 * i, None, 20, 60) for i in range(20)]

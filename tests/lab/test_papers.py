@@ -39,6 +39,7 @@ def shortened(command: list[str], **values: str) -> list[str]:
     return command
 
 
+@pytest.mark.slow
 def test_the_tutorial_runs_as_it_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -91,6 +92,7 @@ async def test_the_same_file_in_the_lab_and_live(
         ("llmd", ["round_robin", "prefix", "affinity"]),
     ],
 )
+@pytest.mark.slow
 def test_papers_print_a_table(
     paper: str,
     rows: list[str],

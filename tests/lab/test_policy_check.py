@@ -86,6 +86,7 @@ def test_built_in_policies_keep_the_contract(name: str) -> None:
     assert found.decisions > 100
 
 
+@pytest.mark.slow
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "mine.py"
     file.write_text(

@@ -62,6 +62,7 @@ def files_of(folder: Path, policy: str, slot_memory: str | None = None, **fields
         ("drainer:patience=0.3", {"slot_memory": "shared", "ranks": MIXED}),
     ],
 )
+@pytest.mark.slow
 def test_the_same_bytes_come_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, policy: str, fields: dict[str, Any]
 ) -> None:

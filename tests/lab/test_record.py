@@ -313,6 +313,7 @@ async def test_a_disk_that_hangs_is_given_up(
     assert caplog.text.count("has ended") == 1
 
 
+@pytest.mark.slow
 def test_the_flag(tiny: Tiny, tmp_path: Path) -> None:
     path = tmp_path / "trace.jsonl"
     flags = [

@@ -49,6 +49,7 @@ class Links(HTMLParser):
         self.sources += [value or "" for name, value in attrs if name in ("src", "srcset", "href")]
 
 
+@pytest.mark.slow
 def test_the_page_is_whole_and_escaped(written: Path) -> None:
     text = (written / "report.html").read_text()
     links = Links()

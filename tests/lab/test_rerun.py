@@ -107,6 +107,7 @@ def test_the_command_gives_the_same_experiment(folder: Path) -> None:
     assert (again / "experiment.json").read_bytes() == (folder / "experiment.json").read_bytes()
 
 
+@pytest.mark.slow
 def test_a_new_study_runs_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     study = tmp_path / "my_study"
     assert main(["lab", "new", str(study)]) == 0

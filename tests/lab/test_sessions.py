@@ -170,6 +170,7 @@ def test_lengths_as_share_gpt_has_them(tmp_path: Path) -> None:
         OfferedWorkload(WorkloadSpec(trace=str(trace)), 0)
 
 
+@pytest.mark.slow
 def test_a_workload_is_described(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     spec = WorkloadSpec(
         arrivals="poisson:rate=5", limit=500, adapters=10, popularity="zipf:1.5", base_share=0.2

@@ -83,6 +83,7 @@ def test_a_run_of_a_policy_that_does_not_fail_is_valid(tmp_path: Path) -> None:
     assert found["fallback_steps"] == found["failures"] == 0
 
 
+@pytest.mark.slow
 def test_a_comparison_ranks_no_policy_that_failed(
     policies: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -101,6 +102,7 @@ def test_a_policy_that_only_swaps_is_stopped(policies: str, tmp_path: Path) -> N
         run(experiment(policy=f"{policies}:Spins"), tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_the_rankings_axis_holds_the_highest_load(tmp_path: Path) -> None:
     command = ["lab", "compare", *FLAGS[:-1], "--scale", "1,2,40", "--policy", "fcfs,vllm+lru"]
     assert main([*command, "--seeds", "2", "--jobs", "1", "--out", str(tmp_path)]) == 0

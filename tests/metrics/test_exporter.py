@@ -58,6 +58,7 @@ def test_closing_frees_the_port_and_the_thread() -> None:
     serve_metrics(metrics().registry, port).close()
 
 
+@pytest.mark.slow
 async def test_scrapes_from_threads_while_the_engine_runs(tiny: Tiny, make_engine: MakeEngine) -> None:
     """Each must be of one moment: the slots add up, loads less evictions are the slots in use, and a
     histogram's count is its last bucket."""

@@ -46,6 +46,7 @@ async def test_one_engine_is_one_target() -> None:
 
 
 @pytest.mark.skipif(MISSING, reason="needs prometheus, of Debian's package prometheus")
+@pytest.mark.slow
 async def test_prometheus_scrapes_each_replica(tmp_path: Path) -> None:
     engine = FakeEngine()
     engine.metrics = Several()

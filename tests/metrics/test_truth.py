@@ -128,6 +128,7 @@ def random_run(seed: int) -> tuple[Samples, list[e.Event]]:
     return found, sim.events
 
 
+@pytest.mark.slow
 def test_the_core_under_random_events() -> None:
     kinds: set[type[e.Event]] = set()
     results: set[str] = set()

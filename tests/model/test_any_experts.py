@@ -61,6 +61,7 @@ def build(root: Path, family: str) -> MoeModel:
 
 @pytest.mark.parametrize("backend", ["cpu", "torch"])
 @pytest.mark.parametrize("family", mostly_slow(CASES, *list(CASES)[:2]))
+@pytest.mark.slow
 async def test_a_family(family: str, backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All adapters side by side, with swaps; twice, so that slots and prefixes are reused."""
     monkeypatch.setenv("AIOENGINE_KERNELS", backend)

@@ -205,6 +205,7 @@ async def test_weights_that_do_not_belong_to_the_configuration(tmp_path: Path) -
     ],
 )
 @pytest.mark.parametrize("impl", mostly_slow(["transformers", "auto"], "auto"))
+@pytest.mark.slow
 async def test_what_only_the_native_decoder_has(fields: dict[str, Any], impl: str, tmp_path: Path) -> None:
     config_of("gpt2").save_pretrained(tmp_path)
     with pytest.raises(ConfigError) as caught:
@@ -314,6 +315,7 @@ async def test_embeddings_and_prompt_logprobs(tmp_path: Path) -> None:
     torch.testing.assert_close(torch.tensor(values), expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 async def test_in_a_process_of_its_own(tmp_path: Path) -> None:
     model = build_any(tmp_path, "gpt2")
     async with engine_of(model.folder, executor="process") as engine:

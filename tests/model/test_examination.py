@@ -90,6 +90,7 @@ def choosing(request: pytest.FixtureRequest, tmp_path: Path) -> AnyModel:
     return build_any(tmp_path, ChoosingConfig.model_type, **COMMON, way=request.param)
 
 
+@pytest.mark.slow
 async def test_they_are_served(choosing: AnyModel, tmp_path: Path) -> None:
     found, plain = (
         read_spec(folder, "transformers")

@@ -58,6 +58,7 @@ def build(root: Path, case: str) -> MoeModel:
 
 @pytest.mark.parametrize("backend", ["cpu", "torch"])
 @pytest.mark.parametrize("case", mostly_slow(CASES, "qwen2_moe", "gpt_oss"))
+@pytest.mark.slow
 async def test_a_family(case: str, backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All forms of adapters in mixed batches, with swaps; twice, so that slots and prefixes are reused."""
     monkeypatch.setenv("AIOENGINE_KERNELS", backend)

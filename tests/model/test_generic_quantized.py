@@ -84,6 +84,7 @@ def is_linear(module: Any) -> bool:
 
 @pytest.mark.parametrize("kernels", [pytest.param("cpu", marks=compiled), "torch"])
 @pytest.mark.parametrize("family", MOST)
+@pytest.mark.slow
 async def test_fp8(family: str, kernels: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tokens, with adapters and without, are those of transformers and peft with the weights in effect."""
     monkeypatch.setenv("AIOENGINE_KERNELS", kernels)

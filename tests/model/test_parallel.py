@@ -179,6 +179,7 @@ PLAIN = ["llama", "mistral", "qwen2", "qwen3", "one-kv-head", "granite", "phi3",
 
 @pytest.mark.parametrize("fully_sharded", [False, True])
 @pytest.mark.parametrize("model", mostly_slow(PLAIN, "qwen3", "phi3"))
+@pytest.mark.slow
 def test_two_ranks_give_the_tokens_and_logits_of_one(
     two: Ranks, root: Path, model: str, fully_sharded: bool
 ) -> None:
@@ -187,6 +188,7 @@ def test_two_ranks_give_the_tokens_and_logits_of_one(
 
 @pytest.mark.parametrize("fully_sharded", [False, True])
 @pytest.mark.parametrize("model", mostly_slow(["by-three", "phi3-by-three"], "by-three"))
+@pytest.mark.slow
 def test_three_ranks_give_the_tokens_and_logits_of_one(
     three: Ranks, root: Path, model: str, fully_sharded: bool
 ) -> None:

@@ -150,6 +150,7 @@ def test_two_ranks_give_the_tokens_and_logits_of_one(
 
 @pytest.mark.parametrize("fully_sharded", [False, True])
 @pytest.mark.parametrize("case", [case for case in CASES if case not in BY_TWO])
+@pytest.mark.slow
 def test_three_ranks_give_the_tokens_and_logits_of_one(
     three: Ranks, root: Path, case: str, fully_sharded: bool
 ) -> None:

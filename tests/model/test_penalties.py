@@ -87,6 +87,7 @@ def test_it_is_the_list_that_it_stands_for(
 
 @settings(max_examples=40, deadline=None)
 @given(st.lists(st.sets(st.integers(0, 5), min_size=1), min_size=1, max_size=8), st.data())
+@pytest.mark.slow
 def test_requests_that_come_go_and_change_places(steps: list[set[int]], data: st.DataObject) -> None:
     """What stays on the device from step to step is that of these requests and parameters, or sent anew."""
     histories: dict[int, list[int]] = {}

@@ -158,6 +158,7 @@ def way_of(folder: Path, dtype: torch.dtype = torch.float32) -> Way:
         ("olmo2", {}),
     ],
 )
+@pytest.mark.slow
 async def test_families_whose_sizes_the_library_takes(
     family: str, fields: dict[str, Any], tmp_path: Path
 ) -> None:

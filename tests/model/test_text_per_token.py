@@ -118,6 +118,7 @@ def unbounded() -> dict[str, tokenizers.Tokenizer]:
 
 @pytest.mark.parametrize("name", BOUNDED)
 @given(text=TEXTS, repeated=st.integers(1, 20))
+@pytest.mark.slow
 def test_no_text_has_fewer_tokens_than_is_said(name: str, text: str, repeated: int) -> None:
     tokenizer = Tokenizer.from_tokenizer(BOUNDED[name])
     for whole in (text * repeated, " " * 40 * repeated, f"{text}{SPECIAL[-1]}" * repeated):
@@ -147,6 +148,7 @@ def test_where_nothing_is_known_nothing_is_refused(name: str) -> None:
         assert (refused.value.tokens, refused.value.at_least) == (len(tokens), False)
 
 
+@pytest.mark.slow
 def test_no_character_shrinks_more_than_four_times() -> None:
     for code in range(0x110000):
         if 0xD800 <= code < 0xE000:

@@ -122,6 +122,7 @@ class OtherForCausalLM(transformers.LlamaForCausalLM):
 
 
 @pytest.mark.parametrize("way", WAYS)
+@pytest.mark.slow
 async def test_layers_that_add_otherwise_keep_their_own_code(way: str, tmp_path: Path) -> None:
     auto: Any = transformers
     auto.AutoConfig.register(OtherConfig.model_type, OtherConfig, exist_ok=True)

@@ -141,6 +141,7 @@ def seconds_of(
 @pytest.mark.parametrize("flood", mostly_slow(FLOODS, "adapters", "long prompts"))
 @pytest.mark.parametrize("adapter", [None, "mine"])
 @pytest.mark.parametrize("policy", mostly_slow(["fcfs", "vtc", "drr"], "fcfs", "vtc"))
+@pytest.mark.slow
 def test_one_request_is_served_soon_while_another_tenant_floods(
     policy: str, adapter: str | None, flood: str
 ) -> None:
@@ -197,6 +198,7 @@ def test_preempted_requests_are_few_and_all_end() -> None:
 
 
 @pytest.mark.parametrize("policy", ["fcfs", "vtc", "drr"])
+@pytest.mark.slow
 def test_more_tenants_than_slots_take_turns(policy: str) -> None:
     sim = Clock(LIMITS, policy)
     for i in range(12):

@@ -214,6 +214,7 @@ def swaps_and_p99(
 
 
 @pytest.mark.parametrize("rate", mostly_slow([9.0, 11.0, 20.0], 11.0))
+@pytest.mark.slow
 def test_no_thrash_with_64_adapters_over_8_slots(rate: float) -> None:
     """From a load that the slots can carry to one far beyond it."""
     seeds = range(1, 6)  # a single run has too few requests in its slowest hundredth

@@ -212,6 +212,7 @@ def test_discard_empties_the_slot_as_soon_as_the_last_request_has_ended() -> Non
 @pytest.mark.parametrize(
     "name", ["lpm", "session", "toppings:max_step=0.03", "drainer", "admission", "joint", "discard", "dlora"]
 )
+@pytest.mark.slow
 def test_they_keep_the_contract(name: str) -> None:
     found = check_policy_contract(lambda: load_policy(name), runs=1, turns=30)
     assert found.sound, found.broken

@@ -142,6 +142,7 @@ def calls(name: str, waiting: int) -> float:
 
 
 @pytest.mark.parametrize("name", sorted(set(available_policies()) - {"oracle", "belady"}))
+@pytest.mark.slow
 def test_a_decision_costs_no_more_with_a_longer_queue(name: str) -> None:
     few, many = calls(name, 600), calls(name, 2400)
     # A bounded number of requests may change lanes in chameleon. To look at 1,800 more would be 5,000 calls.

@@ -42,6 +42,7 @@ async def test_a_key_lets_in_and_names_the_tenant(serve: Serve) -> None:
     "header",
     [None, "", "Bearer", "Bearer sk-on", "Bearer sk-one2", "sk-one", "Basic x", "Basic !!"],
 )
+@pytest.mark.slow
 async def test_everything_else_is_kept_out(header: str | None, serve: Serve) -> None:
     async with serve(settings={"api_keys": KEYS}) as served:
         headers = {} if header is None else {"authorization": header}

@@ -127,6 +127,7 @@ async def test_a_conversation_keeps_its_growing_beginning(serve: Serve) -> None:
         ({"system": [text("Be brief.", None)]}, ""),
     ],
 )
+@pytest.mark.slow
 async def test_the_prompt_up_to_the_breakpoint_is_kept_and_no_more(
     fields: dict[str, Any], prefix: str, serve: Serve, tmp_path: Path
 ) -> None:

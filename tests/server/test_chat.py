@@ -137,6 +137,7 @@ async def test_without_max_tokens_the_context_is_the_bound(serve: Serve) -> None
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content"),
     ],
 )
+@pytest.mark.slow
 async def test_what_would_change_the_answer_is_refused(
     fields: dict[str, object], param: str, serve: Serve
 ) -> None:

@@ -364,6 +364,7 @@ GET = b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n"
 
 
 @pytest.mark.parametrize("begun", [b"", b"GET /hea"])
+@pytest.mark.slow
 async def test_what_comes_while_the_loop_is_busy_comes_in_time(begun: bytes, serve: Serve) -> None:
     """A timer is due when the loop goes on, and the rest of the request is there, but not read yet."""
     loop = asyncio.get_running_loop()

@@ -62,6 +62,7 @@ LONG = {"max_model_len": 512}
     ],
 )
 @pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.slow
 async def test_refusals(
     body: Any, status: int, param: str | None, code: str | None, stream: bool, serve: Serve
 ) -> None:

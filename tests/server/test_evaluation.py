@@ -150,6 +150,7 @@ async def test_prompt_logprobs(count: int, tiny_text: Tiny, serve: Serve) -> Non
         ("chat/completions", {"messages": USER, "max_tokens": 0}, "max_tokens"),
     ],
 )
+@pytest.mark.slow
 async def test_refusals(path: str, fields: dict[str, Any], param: str, serve: Serve) -> None:
     async with serve() as served:
         answer = await served.http.post(f"/v1/{path}", json={**BASE, **fields})

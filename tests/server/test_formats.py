@@ -139,6 +139,7 @@ async def streamed(served: Served, path: str, body: dict[str, Any]) -> list[dict
 
 
 @pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.slow
 async def test_an_answer_is_taken_apart(
     name: str, built: Callable[[str], Tiny], make_engine: MakeEngine
 ) -> None:
@@ -170,6 +171,7 @@ async def test_an_answer_is_taken_apart(
 
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "paint"}}])
+@pytest.mark.slow
 async def test_required_calls_are_in_the_familys_form(
     choice: Any, name: str, built: Callable[[str], Tiny], make_engine: MakeEngine
 ) -> None:

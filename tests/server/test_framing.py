@@ -78,6 +78,7 @@ async def test_codings_that_nobody_knows_are_refused(body: bytes, serve: Serve) 
         ([b"x"], b"1.1", [200] * 4),
     ],
 )
+@pytest.mark.slow
 async def test_a_request_has_one_host(
     hosts: list[bytes], version: bytes, statuses: list[int], serve: Serve
 ) -> None:

@@ -154,6 +154,7 @@ async def test_structured_outputs(wanted: dict[str, Any], pattern: str, serve: S
         ({"structured_outputs": {"regex": "a"}, "tools": TOOLS, "tool_choice": "required"}, "tool_choice"),
     ],
 )
+@pytest.mark.slow
 async def test_bad_formats_are_refused(fields: dict[str, Any], param: str | None, serve: Serve) -> None:
     async with serve(max_model_len=400) as served:
         with pytest.raises(openai.BadRequestError) as caught:

@@ -624,6 +624,7 @@ async def test_keys_expire_while_their_file_is_missing(
 
 @pytest.mark.parametrize("change", ["gone", "expired", "scope", "model"])
 @pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.slow
 async def test_a_key_that_is_revoked_ends_its_requests(
     change: str, stream: bool, serve: Serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

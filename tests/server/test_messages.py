@@ -227,6 +227,7 @@ async def test_a_failure_is_the_last_event(serve: Serve) -> None:
         ({"unknown": 1}, "unknown"),
     ],
 )
+@pytest.mark.slow
 async def test_what_is_not_supported_is_refused(fields: Any, text: str, serve: Serve) -> None:
     async with serve() as served, client_of(served) as client:
         with pytest.raises(anthropic.BadRequestError, match=text) as caught:

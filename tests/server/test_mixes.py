@@ -90,6 +90,7 @@ async def test_every_endpoint(served: Served, mix: dict[str, float]) -> None:
 
 
 @pytest.mark.parametrize("path", [*BODIES, "/classify", "/v1/messages/count_tokens"])
+@pytest.mark.slow
 async def test_every_endpoint_refuses_the_same(served: Served, path: str) -> None:
     body = {"input": TEXT} if path == "/classify" else BODIES.get(path, {"messages": CHAT})
     wrong: list[tuple[dict[str, Any], int]] = [

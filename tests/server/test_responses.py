@@ -192,6 +192,7 @@ async def test_a_failure_is_the_last_event(serve: Serve) -> None:
         ({"unknown": 1}, "unknown"),
     ],
 )
+@pytest.mark.slow
 async def test_what_is_not_supported_is_refused(fields: Any, param: str, serve: Serve) -> None:
     async with serve(max_model_len=400) as served:
         with pytest.raises(openai.BadRequestError) as caught:

@@ -84,6 +84,7 @@ async def test_the_grace_has_an_end(tiny_text: Tiny) -> None:
     assert [line["error"] for line in server.lines if line["message"] == "request"] == ["unavailable"]
 
 
+@pytest.mark.slow
 async def test_an_engine_that_has_failed_is_told_of_by_the_exit_code(tiny_text: Tiny) -> None:
     async with serving(tiny_text.model, "--executor", "process") as server:
         for pid in worker_pids(server.process.pid):
@@ -128,6 +129,7 @@ def port() -> Iterator[int]:
         yield found
 
 
+@pytest.mark.slow
 async def test_probes_are_answered_while_the_engine_starts(
     tiny_text: Tiny, tmp_path: Path, port: int
 ) -> None:

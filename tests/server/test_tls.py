@@ -145,6 +145,7 @@ async def stall_after(sent: int, port: int, version: ssl.TLSVersion) -> None:
 
 @pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
 @pytest.mark.parametrize("loop", loops())
+@pytest.mark.slow
 def test_a_client_that_stalls_anywhere_is_let_go(
     loop: Callable[[], asyncio.AbstractEventLoop], version: ssl.TLSVersion, tmp_path: Path
 ) -> None:

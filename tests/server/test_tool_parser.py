@@ -159,6 +159,7 @@ PARTS = (
 @pytest.mark.parametrize("name", TOOLS)
 @settings(derandomize=True, max_examples=100, deadline=None)
 @given(parts=st.lists(st.sampled_from(PARTS), max_size=8), single=st.booleans(), data=st.data())
+@pytest.mark.slow
 def test_the_cuts_change_nothing_and_no_text_is_lost(
     name: str, reasoning: str, parts: list[str], single: bool, data: st.DataObject
 ) -> None:
@@ -174,6 +175,7 @@ def test_the_cuts_change_nothing_and_no_text_is_lost(
 
 
 @pytest.mark.parametrize("name", TOOLS)
+@pytest.mark.slow
 def test_long_answers_take_time_in_proportion(name: str) -> None:
     """Whatever they consist of, in one piece and in many."""
     for part in (

@@ -134,6 +134,7 @@ BUGS = [
 
 @ONE_SEED
 @pytest.mark.parametrize("bug", BUGS)
+@pytest.mark.slow
 def test_bugs_are_found(bug: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch) -> None:
     bug(monkeypatch)
     for seed in range(200):
