@@ -288,6 +288,7 @@ FILLED_LATER = {
 """Collections that belong to the process, as its connection to Ray does."""
 
 
+@pytest.mark.slow
 def test_modules_hold_no_state() -> None:
     """Two engines, or two command lines, in one process do not meet there."""
     empty = re.compile(r"\[\]|\{\}|(\w+\.)*(list|dict|set|deque|Counter|defaultdict|Weak\w+)\(\w*\)")
@@ -337,6 +338,7 @@ def top_names(path: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("folder", ["benchmarks", "examples", "docs"])
+@pytest.mark.slow
 def test_what_nothing_else_imports_imports_names_that_are_there(folder: str) -> None:
     """Nobody runs these every day, and mypy looks at the package alone."""
     known = functools.cache(lambda module: top_names(MODULES[module]))

@@ -125,6 +125,7 @@ def test_a_tensor_of_many_dimensions(adapter: Path, dims: int) -> None:
     ],
     ids=range(9),
 )
+@pytest.mark.slow
 def test_a_header_that_is_large_in_some_way(adapter: Path, header: object) -> None:
     write_header(adapter, header, bytes(8))
     assert isinstance(refusal(adapter), AdapterInvalid)
@@ -209,6 +210,7 @@ def test_a_device_is_not_read(adapter: Path, file: str) -> None:
     ],
     ids=range(12),
 )
+@pytest.mark.slow
 def test_a_configuration_that_is_large_in_some_way(adapter: Path, text: str) -> None:
     (adapter / CONFIG).write_text(text)
     assert isinstance(refusal(adapter), AdapterInvalid)
@@ -391,6 +393,7 @@ FIELDS = [
 
 @settings(max_examples=150, deadline=None)
 @given(fields=st.dictionaries(st.sampled_from(FIELDS), anything | st.text(max_size=30), max_size=3))
+@pytest.mark.slow
 def test_any_configuration_is_read_or_refused(saved: Path, fields: dict[str, Any]) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(shutil.copytree(saved, Path(name) / "sql"))
@@ -405,6 +408,7 @@ def test_any_configuration_is_read_or_refused(saved: Path, fields: dict[str, Any
     size=st.sampled_from([0, 1, 512, 1024, 1 << 20]),
     length=st.none() | st.integers(0, 2**64 - 1),
 )
+@pytest.mark.slow
 def test_any_header_is_refused(saved: Path, header: dict[str, Any], size: int, length: int | None) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(shutil.copytree(saved, Path(name) / "sql"))
@@ -429,6 +433,7 @@ def test_any_truncation_is_refused(saved: Path, cut: float, file: str, known: bo
             read(folder, known=contents)
 
 
+@pytest.mark.slow
 def test_the_tests_measure_what_they_say() -> None:
     with memory() as peak:
         bytearray(8 << 20)

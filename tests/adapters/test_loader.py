@@ -139,6 +139,7 @@ def hanging() -> Any:
     read.release.set()
 
 
+@pytest.mark.slow
 async def test_a_read_that_hangs_is_given_up_and_others_go_on(hanging: Hanging) -> None:
     threads = set(threading.enumerate())
     store = FakeStore(dead=hanging)
@@ -159,6 +160,7 @@ async def test_a_read_that_hangs_is_given_up_and_others_go_on(hanging: Hanging) 
     assert (await load(loader, 0, "dead")).digest == "dead"
 
 
+@pytest.mark.slow
 async def test_when_many_reads_hang_no_more_are_started(
     hanging: Hanging, monkeypatch: pytest.MonkeyPatch
 ) -> None:

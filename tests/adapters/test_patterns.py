@@ -134,6 +134,7 @@ atoms = st.sampled_from(
 
 @settings(max_examples=500, deadline=None)
 @given(st.lists(atoms, max_size=9).map("".join), st.booleans())
+@pytest.mark.slow
 def test_what_is_matched_is_what_re_matches(text: str, whole: bool) -> None:
     try:
         pattern = Pattern(text, whole=whole)

@@ -62,6 +62,7 @@ EQUIVALENT: dict[str, dict[str, Any]] = {
 
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out")
 @pytest.mark.parametrize("options", EQUIVALENT.values(), ids=EQUIVALENT.keys())
+@pytest.mark.slow
 def test_same_deltas_as_peft(tmp_path: Path, options: dict[str, Any]) -> None:
     make(tmp_path, **options)
     expected = peft_deltas(tmp_path)
@@ -330,6 +331,7 @@ def read_or_refuse(folder: Path) -> PackedAdapter | None:
 
 @fuzz
 @given(fields=st.dictionaries(st.sampled_from(FIELDS), json_values, min_size=1, max_size=3))
+@pytest.mark.slow
 def test_any_config_is_read_or_refused(adapter: Path, saved: Path, fields: dict[str, Any]) -> None:
     shutil.copy(saved / CONFIG, adapter / CONFIG)
     edit_config(adapter, **fields)
@@ -338,6 +340,7 @@ def test_any_config_is_read_or_refused(adapter: Path, saved: Path, fields: dict[
 
 @fuzz
 @given(data=st.data())
+@pytest.mark.slow
 def test_any_bytes_are_read_or_refused(adapter: Path, saved: Path, data: st.DataObject) -> None:
     file = data.draw(st.sampled_from([CONFIG, WEIGHTS]))
     content = bytearray((saved / file).read_bytes())

@@ -59,6 +59,7 @@ def to_pickle(folder: Path) -> None:
 
 @pytest.mark.parametrize(("size", "fully_sharded"), MODES)
 @pytest.mark.parametrize("case", CASES)
+@pytest.mark.slow
 def test_a_share_is_the_part_of_the_whole_that_the_slot_holds(
     case: str, size: int, fully_sharded: bool, tmp_path: Path
 ) -> None:
@@ -110,6 +111,7 @@ def equal(ours: object, theirs: object) -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="counts what a thread has read in /proc")
 @pytest.mark.parametrize(("size", "fully_sharded"), MODES)
 @pytest.mark.parametrize("case", ["all", "ranks", "outer"])
+@pytest.mark.slow
 def test_a_rank_reads_its_share_and_nothing_else(
     case: str, size: int, fully_sharded: bool, tmp_path: Path
 ) -> None:

@@ -26,6 +26,7 @@ __all__ = ["s3", "s3_server"]
 FILES = {"adapter_config.json": b"{}", "adapter_model.safetensors": b"weights"}
 
 
+@pytest.mark.slow
 async def test_an_engine_serves_an_adapter_from_s3(s3: Any, tiny: Tiny) -> None:
     source = tiny.adapters["qv-only"]
     put(s3, "team/sql", {path.name: path.read_bytes() for path in source.iterdir()})
@@ -48,6 +49,7 @@ async def test_an_engine_serves_an_adapter_from_s3(s3: Any, tiny: Tiny) -> None:
             await engine.complete([5], params, adapter="none")
 
 
+@pytest.mark.slow
 async def test_gone_denied_and_unknown(s3: Any, s3_server: str) -> None:
     sources = AdapterSources()
     put(s3, "b", FILES)

@@ -82,6 +82,7 @@ async def test_odd_values_are_refused_or_harmless(path: str, serve: Serve) -> No
 
 
 @pytest.mark.parametrize("path", ["/v1/load_lora_adapter", "/v1/unload_lora_adapter"])
+@pytest.mark.slow
 async def test_odd_values_for_adapters_are_refused(path: str, serve: Serve, tmp_path: Path) -> None:
     struct = LoadRequest if "unload" not in path else UnloadRequest
     base = {"lora_name": "x", "lora_path": "x"} if struct is LoadRequest else {"lora_name": "x"}

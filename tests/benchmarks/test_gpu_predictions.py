@@ -36,6 +36,7 @@ def test_its_kernels_are_the_compiled_ones(name: str, capability: int) -> None:
         assert row.split(" | ")[:3] in [line.split(" | ")[:3] for line in COMPILED]
 
 
+@pytest.mark.slow
 def test_the_launches_that_it_counts_are_taken() -> None:
     """Beside the kernels of a layer, its four products are cuBLAS's."""
     taken = run_on_fake_gpu("launches")

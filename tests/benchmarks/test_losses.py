@@ -14,6 +14,7 @@ import pytest
 from benchmarks.server import losses
 
 
+@pytest.mark.slow
 async def test_streams_that_fail_are_counted_and_silent(monkeypatch: pytest.MonkeyPatch) -> None:
     async def fail(client: httpx.AsyncClient, index: int, tokens: int, at: list[float]) -> None:
         at += [0.0, 0.25][: 1 + index % 2]

@@ -40,6 +40,7 @@ def feed(monkeypatch: pytest.MonkeyPatch, *lines: object) -> None:
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
 
 
+@pytest.mark.slow
 def test_help_does_not_import_torch() -> None:
     script = (
         "import sys; from aioengine.cli.main import main\n"
@@ -94,6 +95,7 @@ def test_the_module_is_the_command() -> None:
         (["nonsense"], "nonsense"),
     ],
 )
+@pytest.mark.slow
 def test_what_is_refused_says_so_in_one_line(
     arguments: list[str], part: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -128,6 +130,7 @@ def test_an_error_that_is_not_ours_is_one_line_too(
     assert capsys.readouterr().err == "aioengine: unexpected MemoryError: no room (--debug shows where)\n"
 
 
+@pytest.mark.slow
 def test_a_model_that_only_the_hub_has(tmp_path: Path) -> None:
     offline = {**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
     done = run_program("plan", "--model", "nobody/nothing", env=offline)
@@ -138,6 +141,7 @@ def test_a_model_that_only_the_hub_has(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_log_level(capsys: pytest.CaptureFixture[str]) -> None:
     """In a process of its own, since it configures logging."""
     script = (
@@ -194,6 +198,7 @@ def test_policies(capsys: pytest.CaptureFixture[str]) -> None:
         assert "lab only" in "".join(lines[at : at + 4])
 
 
+@pytest.mark.slow
 def test_generate(model: Path, adapters: Path, capsys: pytest.CaptureFixture[str]) -> None:
     common = ["--model", str(model), *SMALL, "--max-tokens", "12", "--ignore-eos"]
     assert main(["generate", "Hello", *common]) == 0
@@ -321,6 +326,7 @@ def test_no_prompt_at_all(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
     assert "PROMPT" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_demo_swaps_and_finishes(model: Path, adapters: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["demo", "--model", str(model), "--adapters", str(adapters)]
     assert main([*arguments, "--max-tokens", "6"]) == 0
@@ -332,6 +338,7 @@ def test_demo_swaps_and_finishes(model: Path, adapters: Path, capsys: pytest.Cap
     assert "12 requests" in out and "hit rate" in out
 
 
+@pytest.mark.slow
 def test_demo_fails_if_a_request_fails(
     model: Path, adapters: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

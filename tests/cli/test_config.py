@@ -89,6 +89,7 @@ def test_mistyped_variables_are_named(
     ("command", "status"), [("show", 0), ("check --port 0", 0), ("check --port x", 2), ("check --prt 1", 2)]
 )
 @pytest.mark.parametrize("line", ["", "[server]\nprt = 1\n", "[server]\nport = 0\n", "seeed = 1\n"])
+@pytest.mark.slow
 def test_mistyped_variables_are_named_once_whatever_else_is_wrong(
     line: str,
     command: str,
@@ -160,6 +161,7 @@ def test_keys_are_not_shown(file: Path, capsys: pytest.CaptureFixture[str]) -> N
         ("[server]\ntls_cert = '/nowhere.pem'\ntls_key = '/nowhere.pem'", "No such file"),
     ],
 )
+@pytest.mark.slow
 def test_what_is_wrong_is_named(
     line: str, says: str, tmp_path: Path, tiny_text: Tiny, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -264,6 +266,7 @@ class Reloaded:
                 await asyncio.sleep(0.01)
 
 
+@pytest.mark.slow
 async def test_sighup_reads_the_file_again(file: Path, tiny_text: Tiny, tmp_path: Path) -> None:
     text = await asyncio.to_thread(file.read_text)
     adapter = tiny_text.adapters["a"]

@@ -30,6 +30,7 @@ def help_of(
 
 
 @pytest.mark.parametrize("command", PAGES)
+@pytest.mark.slow
 def test_it_fits_a_screen(
     command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -46,6 +47,7 @@ DEEPER = ["lab run", "lab size", "fleet drain", "fleet status", "keys check", "k
 
 
 @pytest.mark.parametrize("command", [*COMMANDS, *DEEPER])
+@pytest.mark.slow
 def test_each_flag_is_described_in_plain_text(
     command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -76,6 +78,7 @@ def test_no_arguments_are_a_question_for_help(capsys: pytest.CaptureFixture[str]
 
 
 @pytest.mark.parametrize("command", ["generate", "plan"])
+@pytest.mark.slow
 def test_all_flags(command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     short = help_of(command, capsys, monkeypatch)
     full = help_of(command, capsys, monkeypatch, "--help-all")
@@ -119,6 +122,7 @@ def test_completion(shell: str, tmp_path: Path) -> None:
         assert (checked.returncode, checked.stderr) == (0, b"")
 
 
+@pytest.mark.slow
 def test_completion_in_bash(tmp_path: Path) -> None:
     bash = shutil.which("bash")
     if bash is None:
@@ -134,6 +138,7 @@ def test_completion_in_bash(tmp_path: Path) -> None:
     assert done.stdout == "--max-lora-rank\n"
 
 
+@pytest.mark.slow
 def test_colour_only_where_it_is_wanted() -> None:
     plain = run_program("--help")
     assert "\x1b[" not in plain.stdout

@@ -134,6 +134,7 @@ class Deadly(FCFS):
 """
 
 
+@pytest.mark.slow
 def test_compare(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out, again = tmp_path / "out", tmp_path / "again"
     (tmp_path / "deadly.py").write_text(DEADLY)
@@ -209,6 +210,7 @@ def test_policies_with_commas() -> None:
         (["validate", "--calibrate", "no/c.json"], "there is no folder no"),
     ],
 )
+@pytest.mark.slow
 def test_what_is_refused_says_so_in_one_line(
     arguments: list[str],
     part: str,
@@ -241,6 +243,7 @@ def test_without_the_extra() -> None:
     assert "pip install 'aioengine[lab]'" in done.stderr
 
 
+@pytest.mark.slow
 def test_help_imports_nothing_heavy() -> None:
     script = (
         "import sys; from aioengine.cli.main import main, LAB_COMMANDS\n"

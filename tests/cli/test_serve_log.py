@@ -36,6 +36,7 @@ def test_what_requests_say_is_left_alone() -> None:
         (["--model", "/nowhere/model"], "/nowhere/model"),
     ],
 )
+@pytest.mark.slow
 def test_all_of_a_json_log_is_json(flags: list[str], says: str) -> None:
     """What ends the server before it serves, and warnings of the interpreter, are lines of it as well."""
     done = run_program(

@@ -65,6 +65,7 @@ async def test_it_stays_if_it_is_to(tiny_text: Tiny, monkeypatch: pytest.MonkeyP
         assert await server.end() == 1
 
 
+@pytest.mark.slow
 async def test_systemd_is_told_and_fed(tiny_text: Tiny, tmp_path: Path) -> None:
     path = tmp_path / "notify"
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as receiver:
@@ -92,6 +93,7 @@ async def test_systemd_is_told_and_fed(tiny_text: Tiny, tmp_path: Path) -> None:
             assert await server.end() == 0
 
 
+@pytest.mark.slow
 async def test_files_on_a_disk_that_hangs_do_not_hold_up_the_end(tiny_text: Tiny, tmp_path: Path) -> None:
     keys, config = tmp_path / "keys.toml", tmp_path / "server.toml"
     key = f'[[keys]]\nhash = "{hash_key("k")}"\ntenant = "t"\n'

@@ -124,6 +124,7 @@ async def test_whatever_answers_there_is_named(reply: bytes, says: str) -> None:
     assert str(caught.value).startswith(f"{server.url}: ") and says in str(caught.value)
 
 
+@pytest.mark.slow
 async def test_what_is_not_of_this_version_is_named() -> None:
     """Whatever part is missing or of another kind: what :func:`look` returns can be drawn."""
     whole = seen(requests=1)
@@ -154,6 +155,7 @@ async def test_what_is_not_of_this_version_is_named() -> None:
 
 
 @given(height=st.integers(15, 80), slots=st.integers(0, 200), requests=st.integers(0, 200))
+@pytest.mark.slow
 def test_both_tables_have_room_on_every_screen(height: int, slots: int, requests: int) -> None:
     lines = drawn(seen(slots=slots, requests=requests), None, 80, height).splitlines()
     assert len(lines) <= height

@@ -30,5 +30,6 @@ def test_the_program_is_silent_where_numpy_is_missing() -> None:
     assert not warned('runpy.run_module("aioengine", run_name="__main__", alter_sys=True)')
 
 
+@pytest.mark.slow
 def test_the_library_leaves_warnings_as_they_are() -> None:
     assert warned("import aioengine")

@@ -73,6 +73,7 @@ def test_what_is_tried_in_a_copy_stays_there() -> None:
 
 @settings(max_examples=300, deadline=None)
 @given(st.data())
+@pytest.mark.slow
 def test_compaction_finds_the_window_with_the_least_to_move(data: st.DataObject) -> None:
     """Against trying every window."""
     parts = data.draw(st.lists(st.tuples(st.sampled_from("hfm"), st.integers(1, 4)), min_size=1, max_size=9))

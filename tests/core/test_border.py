@@ -171,6 +171,7 @@ def test_an_adapter_beyond_what_a_request_leaves_is_refused() -> None:
 
 
 @pytest.mark.parametrize("policy", ["fcfs", "slora", "vtc", "chameleon", "vllm"])
+@pytest.mark.slow
 def test_every_policy_serves_all_and_every_key_is_what_was_computed(policy: str) -> None:
     rng = random.Random(policy)
     sim = CoreSim(SHARED, load_policy(policy))
@@ -219,6 +220,7 @@ def test_packing_overwrites_nobody(data: st.DataObject) -> None:
 
 @given(st.data())
 @settings(max_examples=200, deadline=None)
+@pytest.mark.slow
 def test_lent_blocks_keep_what_sequences_hold(data: st.DataObject) -> None:
     blocks = BlockManager(12, 4)
     held: list[list[int]] = []

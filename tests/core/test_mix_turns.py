@@ -64,6 +64,7 @@ def test_steady_requests_for_a_part_keep_no_adapter_out(name: str) -> None:
 
 @pytest.mark.parametrize("name", POLICIES)
 @pytest.mark.parametrize("length", [15, 70])
+@pytest.mark.slow
 def test_what_was_brought_in_for_an_earlier_request_is_not_taken_before_it_begins(
     name: str, length: int
 ) -> None:

@@ -54,6 +54,7 @@ def test_forced_tokens_are_paced(
 
 @SETTINGS
 @given(machine=MACHINES, seed=st.integers(0, 2**32 - 1))
+@pytest.mark.slow
 def test_steps_stay_within_the_target(machine: Machine, seed: int) -> None:
     rng = random.Random(seed)
     sim = PacedSim(machine)
@@ -107,6 +108,7 @@ def test_the_time_is_made_use_of(machine: Machine) -> None:
 
 @SETTINGS
 @given(machine=MACHINES, tokens=st.integers(2, 64), longs=st.integers(1, 4))
+@pytest.mark.slow
 def test_a_short_prompt_passes_long_ones_and_none_stands_still(
     machine: Machine, tokens: int, longs: int
 ) -> None:
@@ -207,6 +209,7 @@ DROPS = st.floats(1.6, 8.0)
 
 @SETTINGS
 @given(machine=MACHINES, drop=DROPS, decodes=st.integers(1, 8))
+@pytest.mark.slow
 def test_a_slower_machine_is_believed_at_once(machine: Machine, drop: float, decodes: int) -> None:
     """The step in which it becomes slower was formed before. The next is as long as the target or, where the
     machine is more than four times slower, as this is believed; and the third is."""
@@ -231,6 +234,7 @@ def test_a_slower_machine_is_believed_at_once(machine: Machine, drop: float, dec
 
 @SETTINGS
 @given(machine=MACHINES, drop=st.floats(3.0, 8.0), every=st.integers(4, 16), seed=st.integers(0, 2**32 - 1))
+@pytest.mark.slow
 def test_a_machine_that_is_slow_again_and_again_gets_shorter_steps(
     machine: Machine, drop: float, every: int, seed: int
 ) -> None:

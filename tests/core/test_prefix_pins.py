@@ -252,6 +252,7 @@ def test_pins_hold_their_bounds_and_their_times(asked: list[Ask], most: int, eac
 
 
 @given(st.data())
+@pytest.mark.slow
 def test_blocks_are_kept_exactly_while_their_contents_are_pinned(data: st.DataObject) -> None:
     blocks = BlockManager(data.draw(st.integers(4, 16)), 2, pins=PrefixPins(data.draw(st.integers(0, 8)), 6))
     held: list[list[int]] = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from support.core_sim import LIMITS, CoreSim
@@ -30,6 +31,7 @@ SENT = st.builds(
 
 
 @given(st.lists(SENT, min_size=2, max_size=20))
+@pytest.mark.slow
 def test_all_that_may_be_shared_is_and_nothing_else(requests: list[Sent]) -> None:
     sim = CoreSim(LIMITS._replace(num_blocks=1000, cpu_capacity=100))
     size = LIMITS.block_size

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections import Counter
 
+import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from support.paced_sim import MACHINES, MIDDLING, TARGET, Machine, PacedSim
@@ -91,6 +92,7 @@ def test_nor_is_one_who_asks_again_and_again(machine: Machine, slowness: float, 
     rows=st.lists(st.integers(1, 40), min_size=2, max_size=8),
     seed=st.integers(0, 2**32 - 1),
 )
+@pytest.mark.slow
 def test_none_stands_still(machine: Machine, slowness: float, rows: list[int], seed: int) -> None:
     """A tenant's requests take turns, each tenant has one in each step, and all that have begun are in a step
     if none has few."""
@@ -164,6 +166,7 @@ def test_short_steps_have_all(machine: Machine, slowness: float) -> None:
 
 @SETTINGS
 @given(machine=MACHINES, slowness=SLOWNESS)
+@pytest.mark.slow
 def test_at_most_half_of_the_throughput_is_given_up(machine: Machine, slowness: float) -> None:
     speeds = []
     for tenant in ("flood", "own"):

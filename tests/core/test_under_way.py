@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 
+import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from support.paced_sim import MACHINES, MIDDLING, TARGET, Machine, PacedSim
@@ -23,6 +24,7 @@ WINDOWS = st.sampled_from([None, 30, 200])
     window=WINDOWS,
     together=st.booleans(),
 )
+@pytest.mark.slow
 def test_a_prompt_is_computed_once_for_all_choices(
     machine: Machine,
     target: float | None,
@@ -56,6 +58,7 @@ def test_a_prompt_is_computed_once_for_all_choices(
     blocks=st.integers(60, 400),
     window=WINDOWS,
 )
+@pytest.mark.slow
 def test_all_end_with_the_same_outputs(
     machine: Machine, target: float | None, seed: int, blocks: int, window: int | None
 ) -> None:

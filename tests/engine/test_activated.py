@@ -71,6 +71,7 @@ async def test_tokens_are_those_of_peft(tokens: int, activated: Tiny, make_engin
     assert activated.expected(PROMPTS["nowhere"], 12, "check") == activated.expected(PROMPTS["nowhere"], 12)
 
 
+@pytest.mark.slow
 async def test_a_conversation_computes_its_beginning_once(activated: Tiny, make_engine: MakeEngine) -> None:
     """Base, check, another check, base again: nothing that stands before the invocation is computed again."""
     async with make_engine(activated) as engine:
@@ -114,6 +115,7 @@ async def test_prompt_logprobs(activated: Tiny, make_engine: MakeEngine) -> None
         assert found == pytest.approx(expected, abs=1e-4)
 
 
+@pytest.mark.slow
 async def test_another_process_learns_of_the_invocation(activated: Tiny, make_engine: MakeEngine) -> None:
     async with make_engine(activated, executor="process", tensor_parallel_size=2) as engine:
         register(engine, activated, "check")
@@ -131,6 +133,7 @@ async def test_another_process_learns_of_the_invocation(activated: Tiny, make_en
         ({"use_dora": True, "lora_bias": False}, "use_dora"),
     ],
 )
+@pytest.mark.slow
 async def test_refused(
     fields: dict[str, Any], words: str, activated: Tiny, make_engine: MakeEngine, tmp_path: Path
 ) -> None:

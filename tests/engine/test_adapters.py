@@ -203,6 +203,7 @@ async def test_a_load_that_was_given_up_can_be_asked_for_again(tiny: Tiny, make_
         assert (await engine.load_adapter("x")).location == "cpu"
 
 
+@pytest.mark.slow
 async def test_unload_frees_slot_and_memory_before_it_returns(tiny: Tiny, make_engine: MakeEngine) -> None:
     """Idle or under load, with and without force: when the call returns, nothing is held any more."""
     async with make_engine(tiny, max_model_len=512) as engine:

@@ -60,6 +60,7 @@ async def others_undisturbed(engine: AsyncEngine, tiny: Tiny) -> AsyncIterator[N
         (None, "must be str"),
     ],
 )
+@pytest.mark.slow
 async def test_bad_prompts(prompt: Any, message: str, tiny: Tiny, make_engine: MakeEngine) -> None:
     async with make_engine(tiny) as engine, others_undisturbed(engine, tiny):
         with pytest.raises(RequestInvalid, match=message):

@@ -83,6 +83,7 @@ async def test_a_crowd_changes_no_bit(quantization: str, tiny: Tiny, make_engine
 
 
 @pytest.mark.parametrize("quantization", ["none", "int8"])
+@pytest.mark.slow
 async def test_a_request_goes_on_elsewhere_without_a_replay(
     quantization: str, tiny: Tiny, make_engine: MakeEngine
 ) -> None:

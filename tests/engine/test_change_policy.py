@@ -12,6 +12,7 @@ from aioengine.errors import PolicyError
 from aioengine.schedulers import available_policies
 
 
+@pytest.mark.slow
 async def test_any_policy_after_any_other(tiny: Tiny, make_engine: MakeEngine) -> None:
     """None of them minds that it has not seen the beginning, and no token is another."""
     names = ("rank-3", "rank-4", "qv-only")

@@ -37,6 +37,7 @@ def loftq(
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("init", INITS)
+@pytest.mark.slow
 async def test_on_its_own_base(
     tiny: Tiny, tmp_path: Path, make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch, init: str
 ) -> None:

@@ -98,6 +98,7 @@ async def regex(engine: AsyncEngine) -> TokenConstraint:
 
 @pytest.mark.parametrize("replay", [False, True], ids=["at once", "replayed"])
 @pytest.mark.parametrize("make", [letters, regex])
+@pytest.mark.slow
 async def test_constraints_go_on(make: Make, replay: bool, tiny_text: Tiny, make_engine: MakeEngine) -> None:
     async with make_engine(tiny_text) as first, make_engine(tiny_text) as second:
         params = [
@@ -141,6 +142,7 @@ def test_nothing_is_forced_within_a_replay(replay: int, lengths: list[int]) -> N
 
 
 @pytest.mark.parametrize("replay", [False, True], ids=["at once", "replayed"])
+@pytest.mark.slow
 async def test_stop_strings_over_the_cut(replay: bool, tiny_text: Tiny, make_engine: MakeEngine) -> None:
     async with make_engine(tiny_text) as engine:
         ascii_only: dict[str, Any] = {"max_tokens": 30, "temperature": 1.0, "seed": 4, "constraint": Ascii()}

@@ -36,6 +36,7 @@ KINDS = {"memory": DeviceOutOfMemory, "illegal": DeviceFault, "lost": DeviceLost
 @pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX")
 @pytest.mark.usefixtures("faulty")
 @pytest.mark.parametrize("fault", mostly_slow(KINDS, "memory", "illegal"))
+@pytest.mark.slow
 async def test_with_processes_only_what_ran_fails(
     fault: str,
     tiny: Tiny,

@@ -84,6 +84,7 @@ async def test_breaking_out_of_the_loop_frees_everything(tiny: Tiny, make_engine
         await until_idle(engine)
 
 
+@pytest.mark.slow
 async def test_cancelling_at_any_moment_frees_everything(tiny: Tiny, make_engine: MakeEngine) -> None:
     """Cancel after k trips round the loop, for k from before the start until it finishes by itself."""
     async with make_engine(tiny, max_loras=1, max_cpu_loras=1) as engine:

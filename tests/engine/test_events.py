@@ -146,6 +146,7 @@ async def test_cancelling_a_wait_loses_nothing(tiny: Tiny, make_engine: MakeEngi
         assert isinstance(event, RequestEnded) and event.request_id == "r"
 
 
+@pytest.mark.slow
 async def test_closed_dropped_and_cancelled_streams_are_gone() -> None:
     """A stream listens to its own types alone, until it ends."""
     listeners = Listeners()
@@ -172,6 +173,7 @@ async def test_closed_dropped_and_cancelled_streams_are_gone() -> None:
     assert not listeners.of(AdapterPinned)
 
 
+@pytest.mark.slow
 async def test_a_stream_keeps_nothing_alive_that_keeps_it() -> None:
     """As a listener does that belongs to what has the stream, beside the engine."""
 

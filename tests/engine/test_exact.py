@@ -157,6 +157,7 @@ async def test_a_new_version_never_sees_the_old_versions_cache(tiny: Tiny, make_
     assert third.cached_tokens == 20, "the same content under any name is the same cache"
 
 
+@pytest.mark.slow
 async def test_requests_join_and_leave_a_running_batch(tiny: Tiny, make_engine: MakeEngine) -> None:
     async with make_engine(tiny, max_loras=3) as engine:
         for name, folder in tiny.adapters.items():

@@ -142,6 +142,7 @@ FILES: dict[str, tuple[Callable[[Path], Any], type[AioEngineError], str]] = {
 
 
 @pytest.mark.parametrize("case", FILES)
+@pytest.mark.slow
 async def test_files(case: str, tiny: Tiny, make_engine: MakeEngine, folder: Path) -> None:
     """Its requests fail, each once; it stays registered, and works when it has been repaired."""
     spoil, kind, word = FILES[case]
@@ -200,6 +201,7 @@ async def test_permission_denied(
         assert len(opened) == 1, "a retry would be of no use"
 
 
+@pytest.mark.slow
 async def test_a_disk_that_errs_once(
     tiny: Tiny, make_engine: MakeEngine, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -228,6 +230,7 @@ async def test_a_disk_that_always_errs(
         assert len(opened) == 2
 
 
+@pytest.mark.slow
 async def test_a_disk_that_hangs(tiny: Tiny, make_engine: MakeEngine, reads: Reads, folder: Path) -> None:
     """Its requests fail after the timeout, and the place for a read is free again. While it hangs others of
     this folder fail at once; when it has ended the folder is read again."""
@@ -260,6 +263,7 @@ async def load_or_error(engine: AsyncEngine, name: str) -> AdapterInfo | Adapter
         return error
 
 
+@pytest.mark.slow
 async def test_stopping_does_not_wait_for_a_disk_that_hangs(
     tiny: Tiny, make_engine: MakeEngine, reads: Reads
 ) -> None:
@@ -351,6 +355,7 @@ async def test_unloaded_while_it_is_read(
 
 @pytest.mark.parametrize("registered", [False, True])
 @pytest.mark.parametrize("force", [False, True])
+@pytest.mark.slow
 async def test_unloading_does_not_wait_for_a_disk_that_hangs(
     registered: bool, force: bool, tiny: Tiny, make_engine: MakeEngine, reads: Reads, folder: Path
 ) -> None:
@@ -579,6 +584,7 @@ async def test_many_requests_for_a_cold_adapter_wait_for_one_read(
         assert sum(isinstance(e, AdapterLoading) and e.adapter == "x" for e in seen) == 1
 
 
+@pytest.mark.slow
 async def test_everything_at_once_leaves_nothing(
     tiny: Tiny, make_engine: MakeEngine, reads: Reads, tmp_path: Path
 ) -> None:

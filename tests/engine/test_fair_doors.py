@@ -14,6 +14,7 @@ from aioengine.schedulers import load_policy
 
 @pytest.mark.parametrize("policy", mostly_slow(["fcfs", "vtc", "drr"], "fcfs"))
 @pytest.mark.parametrize(("count", "unique"), [(900, False), (5000, True)])
+@pytest.mark.slow
 async def test_a_flood_of_one_tenant_holds_up_no_other(
     tiny: Tiny, make_engine: MakeEngine, policy: str, count: int, unique: bool
 ) -> None:

@@ -200,6 +200,7 @@ async def test_checked_as_files_are(tiny: Tiny, make_engine: MakeEngine) -> None
 
 
 @pytest.mark.usefixtures("faulty")
+@pytest.mark.slow
 async def test_in_a_process_that_is_started_again(
     tiny: Tiny, make_engine: MakeEngine, nothing_left: NothingLeft
 ) -> None:

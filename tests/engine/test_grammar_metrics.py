@@ -10,6 +10,7 @@ from aioengine.grammars.limits import GrammarLimits
 from aioengine.guided import Guide
 
 
+@pytest.mark.slow
 async def test_compiles_are_counted_by_outcome(tiny_text: Tiny, make_engine: MakeEngine) -> None:
     limits = GrammarLimits(quick_seconds=0.1, compile_seconds=0.2)
     async with make_engine(tiny_text) as engine:

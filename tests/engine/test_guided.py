@@ -104,6 +104,7 @@ async def test_a_choice_may_come_as_the_token_that_it_is(tiny_marks: Tiny, make_
         assert (output.text, output.token_ids[0]) == (THINK, 256)
 
 
+@pytest.mark.slow
 async def test_thousands_of_marks_cost_no_more_than_one(tiny_text: Tiny, make_engine: MakeEngine) -> None:
     """Some tokenizers have thousands of tokens "<unused17>", and a text may begin one again and again."""
     marks = {f"<unused{i}>": 100 + i % 100 for i in range(3_000)}
@@ -193,6 +194,7 @@ class Digits:
 
 @pytest.mark.usefixtures("preloaded_workers")
 @pytest.mark.parametrize("executor", ["thread", "process"])
+@pytest.mark.slow
 async def test_late_masks_change_no_token(executor: str, tiny_text: Tiny, make_engine: MakeEngine) -> None:
     """... neither the request's own nor others', across blocks, chunks of prompts and preemptions."""
     fields: dict[str, Any] = {
@@ -232,6 +234,7 @@ async def test_late_masks_change_no_token(executor: str, tiny_text: Tiny, make_e
         (lambda guide: guide.choice([]), "choice"),
     ],
 )
+@pytest.mark.slow
 async def test_bad_grammars_are_refused(
     make: Any, what: str, tiny_text: Tiny, make_engine: MakeEngine
 ) -> None:

@@ -40,6 +40,7 @@ from aioengine.model.files.resolve import read_spec
     ],
 )
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+@pytest.mark.slow
 def test_the_plan_is_what_is_allocated(
     family: str, lora: dict[str, Any], tiny_of: Callable[[str], Tiny]
 ) -> None:
@@ -281,6 +282,7 @@ groups = st.lists(st.builds(Group, st.none() | sizes, sizes, sizes), max_size=4)
 
 
 @given(groups=groups, first=st.booleans(), inside=st.booleans())
+@pytest.mark.slow
 def test_limits_of_control_groups_are_seen(groups: list[Group], first: bool, inside: bool) -> None:
     """Of both versions, in any group above the process; in a container (``inside``) only the top is there."""
     unlimited = str(2**63 - 4096) if first else "max"

@@ -112,6 +112,7 @@ async def test_tokens_are_those_of_pefts_merge(
 
 
 @pytest.mark.parametrize("path", PATHS)
+@pytest.mark.slow
 async def test_others_run_beside_it_with_their_own_weights(
     path: str, tiny: Tiny, make_engine: MakeEngine
 ) -> None:

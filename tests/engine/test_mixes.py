@@ -302,6 +302,7 @@ async def test_biases_are_added_up(kinds: Tiny, make_engine: MakeEngine) -> None
 @pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX")
 @pytest.mark.usefixtures("preloaded_workers")
 @pytest.mark.parametrize("fully", mostly_slow([False, True], True), ids=["half sharded", "fully sharded"])
+@pytest.mark.slow
 async def test_mixes_on_two_ranks(
     kinds: Tiny, make_engine: MakeEngine, nothing_left: NothingLeft, fully: bool
 ) -> None:

@@ -143,6 +143,7 @@ async def crowd(engine: AsyncEngine, seed: int) -> list[Any]:
 
 
 @pytest.mark.skipif(build.shutil.which("c++") is None, reason="needs a C++ compiler")
+@pytest.mark.slow
 async def test_tokens_are_the_same(
     tiny: Tiny, make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -69,6 +69,7 @@ async def test_a_prefix_is_back_after_a_restart_with_the_same_bits(
         assert moves.engine.metrics.registry.get_sample_value("aioengine_prefix_files_total", labels) == 1
 
 
+@pytest.mark.slow
 async def test_a_thread_and_a_process_have_the_same_files_and_ranks_others(
     tiny: Tiny, make_engine: MakeEngine, tmp_path: Path
 ) -> None:

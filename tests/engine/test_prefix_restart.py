@@ -52,6 +52,7 @@ async def save(make_engine: MakeEngine, tiny: Tiny, folder: Path) -> None:
 
 
 @pytest.mark.usefixtures("faulty")
+@pytest.mark.slow
 async def test_a_request_for_a_saved_prefix_waits_for_the_workers_and_does_not_harm_them(
     tiny: Tiny,
     make_engine: MakeEngine,
@@ -81,6 +82,7 @@ async def test_a_request_for_a_saved_prefix_waits_for_the_workers_and_does_not_h
     await nothing_left.check()
 
 
+@pytest.mark.slow
 async def test_workers_that_have_loaded_other_files_name_no_prefix(
     tiny: Tiny, make_engine: MakeEngine, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -105,6 +107,7 @@ async def test_workers_that_have_loaded_other_files_name_no_prefix(
     assert len(files(tmp_path / "kv")) == 1
 
 
+@pytest.mark.slow
 async def test_a_read_that_began_before_the_workers_were_lost_is_not_for_the_next(
     tiny: Tiny, make_engine: MakeEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

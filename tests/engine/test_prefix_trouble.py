@@ -94,6 +94,7 @@ async def test_files_that_the_model_was_not_loaded_from_name_no_prefix(
     ],
     ids=["read", "write", "copy in", "copy out"],
 )
+@pytest.mark.slow
 async def test_no_error_of_a_copy_fails_a_request(
     where: tuple[Any, str],
     error: Exception,

@@ -72,6 +72,7 @@ async def load_errors(engine: AsyncEngine, tiny: Tiny, folder: Path) -> list[Bas
 
 
 @pytest.mark.usefixtures("preloaded_workers")
+@pytest.mark.slow
 async def test_tokens_and_errors_are_those_of_the_thread_executor(
     tiny: Tiny, make_engine: MakeEngine, nothing_left: NothingLeft, tmp_path: Path
 ) -> None:
@@ -103,6 +104,7 @@ async def test_tokens_and_errors_are_those_of_the_thread_executor(
 
 
 @pytest.mark.usefixtures("preloaded_workers")
+@pytest.mark.slow
 async def test_requests_that_are_preempted_or_abandoned(
     tiny: Tiny, make_engine: MakeEngine, nothing_left: NothingLeft
 ) -> None:
@@ -156,6 +158,7 @@ async def test_a_worker_that_is_killed_while_it_is_idle_or_reads(
 
 
 @pytest.mark.usefixtures("faulty")
+@pytest.mark.slow
 async def test_a_read_that_hangs_is_given_up_and_others_go_on(
     tiny: Tiny, make_engine: MakeEngine, nothing_left: NothingLeft
 ) -> None:

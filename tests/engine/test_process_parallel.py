@@ -135,6 +135,7 @@ async def test_an_adapter_is_on_all_ranks_or_on_none(
 
 
 @pytest.mark.usefixtures("faulty")
+@pytest.mark.slow
 async def test_a_rank_that_is_killed_or_fails_takes_the_other_along(
     tiny: Tiny, make_engine: MakeEngine, nothing_left: NothingLeft
 ) -> None:

@@ -37,6 +37,7 @@ def kill_worker() -> None:
     os.kill(pid, signal.SIGKILL)
 
 
+@pytest.mark.slow
 async def test_only_what_ran_fails_and_the_adapters_come_back(
     tiny: Tiny, make_engine: MakeEngine, nothing_left: NothingLeft
 ) -> None:

@@ -103,6 +103,7 @@ async def test_adapters_of_the_head_and_of_the_embedding(
 
 @settings(max_examples=15, deadline=None)
 @given(data=st.data())
+@pytest.mark.slow
 def test_chunks_and_company_change_nothing(
     data: st.DataObject, tiny: Tiny, make_chunked: Callable[[int], AsyncEngine]
 ) -> None:
@@ -189,6 +190,7 @@ async def ends_of(engine: AsyncEngine, prompt: list[int]) -> int:
 
 
 @pytest.mark.parametrize("executor", ["thread", "process"])
+@pytest.mark.slow
 async def test_no_stop_token_comes_before_min_tokens(
     executor: str, tiny: Tiny, make_engine: MakeEngine
 ) -> None:

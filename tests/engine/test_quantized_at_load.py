@@ -51,6 +51,7 @@ def write_rounded(model: Path, folder: Path, form: Quantization) -> Path:
 
 @pytest.mark.parametrize("block_size", [16, 4], ids=["compiled", "torch"])
 @pytest.mark.parametrize("family", ["llama", "phi3"])
+@pytest.mark.slow
 async def test_fp8_in_the_compiled_step_and_without_it(
     family: str, block_size: int, tmp_path: Path, make_engine: MakeEngine
 ) -> None:

@@ -119,6 +119,7 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pair]:
 @pytest.mark.parametrize(
     "kind", mostly_slow(CHECKPOINTS, "gptq-asymmetric-act-order", "float8-blocks", "Q6_K-tied")
 )
+@pytest.mark.slow
 async def test_tokens_are_those_of_the_expanded_weights(
     kind: str, pairs: Callable[[str], Pair], tmp_path: Path, make_engine: MakeEngine
 ) -> None:
@@ -129,6 +130,7 @@ async def test_tokens_are_those_of_the_expanded_weights(
 @pytest.mark.parametrize(
     "kind", mostly_slow(["gptq-asymmetric-act-order", "float8-blocks", "mixed", "Q6_K-tied"], "mixed")
 )
+@pytest.mark.slow
 async def test_so_they_are_where_the_compiled_step_is_not_and_with_dora(
     kind: str, pairs: Callable[[str], Pair], tmp_path: Path, make_engine: MakeEngine
 ) -> None:

@@ -73,6 +73,7 @@ def build(root: Path, case: str) -> tuple[MoeModel, Path]:
 
 @pytest.mark.parametrize("backend", ["cpu", "torch"])
 @pytest.mark.parametrize("case", mostly_slow(CASES, *list(CASES)[:2]))
+@pytest.mark.slow
 async def test_tokens_are_those_of_the_expanded_weights(
     case: str, backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -107,6 +108,7 @@ async def test_tokens_are_those_of_the_expanded_weights(
 
 
 @pytest.mark.parametrize("case", CASES)
+@pytest.mark.slow
 def test_the_plan_is_to_the_byte(case: str, tmp_path: Path) -> None:
     _, packed = build(tmp_path, case)
     config = EngineConfig(

@@ -146,6 +146,7 @@ async def test_a_deadline_covers_the_search(resolving: MakeResolving) -> None:
         assert resolver.cancelled == ["r"]
 
 
+@pytest.mark.slow
 async def test_a_search_has_a_time_limit(tiny: Tiny, resolving: MakeResolving) -> None:
     """What hangs fails, makes room for others, and is not asked for at every request after that."""
     names = ["a", "b"]
@@ -246,6 +247,7 @@ async def test_lookups_at_once_are_bounded(
 
 
 @pytest.mark.parametrize("hang", [True, False])
+@pytest.mark.slow
 async def test_a_flood_of_names_delays_no_other_tenants_lookup(
     tiny: Tiny, resolving: MakeResolving, hang: bool
 ) -> None:

@@ -68,6 +68,7 @@ async def company(engine: AsyncEngine, seed: int) -> list[RequestOutput]:
 
 
 @pytest.mark.parametrize("block_size", [4, 16], ids=["torch", "compiled"])
+@pytest.mark.slow
 async def test_each_step_is_sampled_from_the_trained_adapter(
     block_size: int, tiny: Tiny, make_engine: MakeEngine, policy: Any
 ) -> None:

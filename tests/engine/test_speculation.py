@@ -115,6 +115,7 @@ async def test_no_token_changes(quantization: str, tiny: Tiny, make_engine: Make
 
 @pytest.mark.usefixtures("preloaded_workers")
 @needs_compiler
+@pytest.mark.slow
 async def test_text_stops_and_guided_decoding(tiny_text: Tiny, make_engine: MakeEngine) -> None:
     """A stop string in the middle of what was accepted; a grammar whose masks come from its process."""
     pytest.importorskip("llguidance")

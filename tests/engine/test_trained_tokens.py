@@ -202,6 +202,7 @@ async def test_any_tokens(
     assert output.token_ids == tiny.expected(prompt, 6, "x")
 
 
+@pytest.mark.slow
 async def test_a_slot_without_room_says_what_to_set(trained: Tiny, make_engine: MakeEngine) -> None:
     """r=16 in all modules with DoRA leaves no room in a slot."""
     folder = trained.adapters["both"].parent / "full"
@@ -218,6 +219,7 @@ async def test_a_slot_without_room_says_what_to_set(trained: Tiny, make_engine: 
             await engine.load_adapter("full", folder)
 
 
+@pytest.mark.slow
 async def test_a_scale_keeps_them_and_a_mix_refuses_them(trained: Tiny, make_engine: MakeEngine) -> None:
     prompt = [*ROWS, 200, 7, 33, 120, 9, 4, 31, 77, 3, 60, 64]
     async with make_engine(trained, max_trained_tokens=12) as engine:

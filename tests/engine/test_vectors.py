@@ -232,6 +232,7 @@ async def test_preempted_in_the_middle(
 
 
 @pytest.mark.usefixtures("faulty")
+@pytest.mark.slow
 async def test_two_ranks(
     tiny: Tiny, make_engine: MakeEngine, nothing_left: NothingLeft, heads: dict[int, Trained]
 ) -> None:

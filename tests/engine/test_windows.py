@@ -70,6 +70,7 @@ async def test_tokens_are_those_of_the_whole_cache(
 
 
 @pytest.mark.parametrize("executor", ["thread", "process"])
+@pytest.mark.slow
 async def test_in_int8_it_is_the_whole_cache_too(
     executor: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -26,6 +26,7 @@ def load(name: str) -> ModuleType:
     return module
 
 
+@pytest.mark.slow
 async def test_the_application_and_its_client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("fastapi")
     model = build_chat_model(tmp_path / "model")

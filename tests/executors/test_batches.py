@@ -7,6 +7,7 @@ from typing import Any
 
 import msgspec
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.core_sim import LIMITS, CoreSim
@@ -48,6 +49,7 @@ class Both:
 
 @settings(deadline=None, derandomize=True)
 @given(st.integers(0, 2**32 - 1))
+@pytest.mark.slow
 def test_both_sides_agree_on_every_batch(seed: int) -> None:
     """With prompts in chunks, preemptions, and ends at any time."""
     rng = random.Random(seed)

@@ -109,6 +109,7 @@ def test_a_replica_that_joins_one_door_keeps_what_another_is_loading(step: str) 
     ),
     delays=st.lists(st.integers(0, 9), min_size=1),
 )
+@pytest.mark.slow
 def test_whatever_doors_do_at_once_a_replica_has_what_the_registry_has(
     works: list[list[tuple[str, str, int]]], delays: list[int]
 ) -> None:
@@ -172,6 +173,7 @@ class Counting:
 
 
 @pytest.mark.parametrize("seconds", [0.0, 0.3, 60.0], ids=["at once", "slow", "silent"])
+@pytest.mark.slow
 def test_however_many_ask_for_wrong_versions_the_registry_is_asked_once_a_second(seconds: float) -> None:
     """Some of them go away before they are answered."""
 
@@ -256,6 +258,7 @@ def test_no_number_is_free_again_because_another_has_forgotten_it(
         max_size=12,
     )
 )
+@pytest.mark.slow
 def test_a_registry_gives_out_no_number_that_it_has_heard_of(
     steps: list[tuple[str, int, SpentVersions]],
 ) -> None:

@@ -27,6 +27,7 @@ print(sorted({"torch", "transformers", "numpy"} & set(sys.modules)))
 
 
 @pytest.mark.parametrize("device", ["cpu", "auto"])
+@pytest.mark.slow
 def test_a_door_needs_no_torch(device: str, tiny_text: Tiny) -> None:
     if device == "auto" and _may_have_gpu():
         pytest.skip("here the plan has to ask torch whether there is a GPU")

@@ -33,6 +33,7 @@ async def test_a_path_that_messages_cannot_hold_is_refused(
 
 @pytest.mark.parametrize("begun", [False, True])
 @pytest.mark.parametrize("end", ["abort", "stop"])
+@pytest.mark.slow
 async def test_it_ends_at_once(
     end: str, begun: bool, tiny_text: Tiny, monkeypatch: pytest.MonkeyPatch
 ) -> None:

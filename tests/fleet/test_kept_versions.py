@@ -221,6 +221,7 @@ def test_tokens_are_all_of_the_content_that_made_the_first(
 
 @pytest.mark.parametrize("lives", [True, False], ids=["the version lives", "the version is gone"])
 @pytest.mark.parametrize("wanted", ["a", {"a": 0.5}, {"a": 0.5, "b": 0.25}], ids=str)
+@pytest.mark.slow
 async def test_a_replica_knows_the_version_better_than_the_door(
     wanted: Wanted, lives: bool, tiny_text: Tiny, adapters: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

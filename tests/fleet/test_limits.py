@@ -60,6 +60,7 @@ def flooded(doors: Doors, seconds: float, *, every: float, tokens: int) -> Let:
     return Let(requests, requests * tokens)
 
 
+@pytest.mark.slow
 def test_rates_hold_for_all_doors_together() -> None:
     per_minute = Limits(requests_per_minute=60)
     alone = flooded(Doors(1, per_minute), 300.0, every=0.02, tokens=10)

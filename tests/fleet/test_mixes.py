@@ -51,6 +51,7 @@ async def complete(fleet: FleetHere, adapter: str | dict[str, float] | None) -> 
     return found
 
 
+@pytest.mark.slow
 async def test_mixes_and_scales(fleet: FleetHere, tiny_text: Tiny, adapters: Path) -> None:
     for mix in MIXES:
         expected = of_peft(tiny_text, adapters, mix)
@@ -119,6 +120,7 @@ async def test_no_part_of_a_mix_has_changed_files(fleet: FleetHere, tmp_path: Pa
     assert not all(found)
 
 
+@pytest.mark.slow
 async def test_uploads(
     fleet: FleetHere, tiny_text: Tiny, adapters: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -137,6 +137,7 @@ async def _tokens(dispatcher: Dispatcher, call: Call, after: float) -> list[int]
     afters=st.lists(st.floats(0.0, 6.0), min_size=1, max_size=4),
 )
 @example(replicas=1, cuts=[1.0], lag=0.5, delays=[3.0, 0.0], afters=[0.5])
+@pytest.mark.slow
 def test_each_token_comes_once(
     replicas: int, cuts: list[float], lag: float, delays: list[float], afters: list[float]
 ) -> None:
@@ -222,6 +223,7 @@ async def test_ids_that_no_vocabulary_has_are_refused_at_the_door(prompt: list[i
 
 
 @given(steps=st.lists(st.tuples(st.booleans(), st.integers(1, 4)), max_size=12))
+@pytest.mark.slow
 def test_only_the_latest_channel_of_a_door_takes_orders(steps: list[tuple[bool, int]]) -> None:
     """``steps``: whether a channel is opened or gets an order, and its number."""
 

@@ -224,6 +224,7 @@ def test_another_version_of_ray(monkeypatch: pytest.MonkeyPatch) -> None:
         require_ray()
 
 
+@pytest.mark.slow
 def test_the_command_refuses(
     tiny_text: Tiny, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

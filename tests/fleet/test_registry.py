@@ -186,6 +186,7 @@ async def test_a_door_hears_of_what_others_have_changed_and_of_nothing_else(
     changes=st.lists(st.tuples(st.sampled_from(["put", "remove", "look", "restart"]), st.integers(0, 5))),
     kept=st.integers(1, 4),
 )
+@pytest.mark.slow
 def test_a_door_that_looks_knows_what_there_is(changes: list[tuple[str, int]], kept: int) -> None:
     """Whatever was changed since it looked last, and however little of that is remembered."""
 

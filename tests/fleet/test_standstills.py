@@ -114,6 +114,7 @@ def test_a_door_that_was_stopped_loses_only_who_is_silent(
 )
 @example(on_the_way=NEVER, between=[0.0], stop=0.0, silent=2.75)
 @example(on_the_way=6.0, between=[0.0, 0.5], stop=0.0, silent=2.75)  # a batch waits for the one before it
+@pytest.mark.slow
 def test_a_replica_that_reports_and_gets_no_requests_is_lost(
     on_the_way: float, between: list[float], stop: float, silent: float
 ) -> None:

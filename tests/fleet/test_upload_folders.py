@@ -72,6 +72,7 @@ async def test_an_upload_in_use_is_kept(
 
 
 @given(st.lists(st.tuples(st.floats(0, 3 * KEEP_SECONDS), st.booleans()), min_size=1, max_size=8))
+@pytest.mark.slow
 def test_an_upload_is_kept_for_a_while_after_its_last_use(uploaded: list[tuple[float, bool]]) -> None:
     """Each element is a later upload: seconds since the one before, and whether the first one is in use."""
 
@@ -124,6 +125,7 @@ LOADS = st.builds(Loaded, st.floats(0, 2 * KEEP_SECONDS), st.integers(0, 1), st.
         Loaded(KEEP_SECONDS, 0, 2, uploads=True),
     ]
 )
+@pytest.mark.slow
 def test_what_one_door_loads_another_does_not_remove_too_soon(loads: list[Loaded]) -> None:
     """Each hears of the other's changes, and removes what it knows to be unused, when it makes one."""
 

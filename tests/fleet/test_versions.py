@@ -250,6 +250,7 @@ class Replica:
     kept=True,
     remembered=1,
 )
+@pytest.mark.slow
 def test_a_number_never_names_two_contents(
     changes: list[tuple[str, int, str]], kept: bool, remembered: int
 ) -> None:

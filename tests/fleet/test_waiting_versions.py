@@ -21,6 +21,7 @@ pytest.importorskip("ray.serve", reason="Ray has no wheel for this system or Pyt
 PROMPT = [5, 6, 7, 8]
 
 
+@pytest.mark.slow
 async def test_a_version_that_waits_on_disk_lives(
     tiny_text: Tiny, adapters: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

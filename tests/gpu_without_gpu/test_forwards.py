@@ -20,6 +20,7 @@ def test_nothing_is_compiled_after_the_start() -> None:
     assert later == [] and at_start >= 10
 
 
+@pytest.mark.slow
 def test_a_step_takes_few_launches() -> None:
     """A layer: two norms, rotation, attention (once more beside decodes for a prompt), activation; and with
     adapters a shrink and an expand for each of four linears, whatever their number."""

@@ -42,6 +42,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build_model(tmp_path_factory.mktemp("model"), "llama", num_hidden_layers=1)
 
 
+@pytest.mark.slow
 def test_the_layers_take_what_is_planned() -> None:
     """Prompts, mixed steps and long contexts of several models; nothing is planned that is never taken."""
     found = run_on_fake_gpu("working_memory")
@@ -67,6 +68,7 @@ PARAMS = st.builds(
 
 @settings(max_examples=8, deadline=None)
 @given(st.lists(PARAMS, min_size=1, max_size=3), st.sampled_from([torch.bfloat16, torch.float32]))
+@pytest.mark.slow
 def test_sampling_takes_what_is_planned(params: list[SamplingParams], dtype: torch.dtype) -> None:
     rows, vocab = 12, 32768
     planned = _planned(_llama(vocab), EngineConfig(model="none", max_num_seqs=rows), dtype.itemsize)

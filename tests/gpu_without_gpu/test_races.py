@@ -38,6 +38,7 @@ def test_no_access_races_with_another(model: Path, slots: str, played: bool) -> 
     assert bool(moved) == (slots == SHARED)
 
 
+@pytest.mark.slow
 def test_a_step_that_nobody_waits_for_is_noticed(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A step without samples came back while the device still computed. If its request was then aborted,
     another adapter was written into the slot that the step read."""
@@ -81,6 +82,7 @@ def _place_all(sim: CudaSim) -> None:
     sim.now += 0.01
 
 
+@pytest.mark.slow
 def test_a_write_that_returns_too_early_is_noticed(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Event, "synchronize", lambda self: None)
     monkeypatch.setattr(StreamCopier, "before_step", lambda self: None)

@@ -79,6 +79,7 @@ def test_each_token_is_that_of_its_own_adapter_and_context(model: Path, slots: s
     assert (moves["block"] > 0, moves["adapter"] > 0) == (slots == SHARED, slots == SHARED)
 
 
+@pytest.mark.slow
 def test_moves_beside_a_step_are_noticed(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a stream of their own, blocks and adapters would move while a step reads them."""
 

@@ -39,6 +39,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", PARAMS)
+@pytest.mark.slow
 def test_a_step_waits_once(model: Path, name: str, dtype: torch.dtype) -> None:
     """For its tokens or, without any, for its end: so its inputs may be overwritten afterwards."""
     with FakeCuda() as world:

@@ -161,6 +161,7 @@ def _declared_only(members: list[dict[str, Any]], value: Any, root: Any) -> bool
 
 @settings(derandomize=True, max_examples=150, deadline=None)
 @given(documents.filter(lambda found: not is_circular(found)), st.randoms(use_true_random=False))
+@pytest.mark.slow
 def test_closing_is_sound_and_leaves_what_is_declared(schema: Any, random: Any) -> None:
     try:
         written = closed(schema)
@@ -187,6 +188,7 @@ def takes(schema: Any, text: str, options: SchemaOptions = STRICT) -> bool:
 
 @settings(derandomize=True, max_examples=60, deadline=None)
 @given(documents.filter(lambda found: not is_circular(found)))
+@pytest.mark.slow
 def test_what_can_be_compiled_can_be_compiled_closed(schema: Any) -> None:
     try:
         was_usable = not matcher(schema, SchemaOptions(lenient=False, open_objects=True)).is_error()
@@ -413,6 +415,7 @@ def told_by_the_last(alternatives: int, names: int) -> Any:
     ],
     ids=["references", "alternatives", "properties", "constants", "required"],
 )
+@pytest.mark.slow
 def test_the_work_is_bounded(schema: Any) -> None:
     """The time grows with the schema and not with its square, which would be four seconds and more."""
     begin = time.thread_time()

@@ -118,6 +118,7 @@ GRAMMARS = [
 
 
 @pytest.mark.parametrize("text", GRAMMARS)
+@pytest.mark.slow
 async def test_masks_are_those_of_the_parser(text: str) -> None:
     """... along random outputs of several requests that take turns, with jumps to others."""
     async with grammars() as service:
@@ -138,6 +139,7 @@ async def test_masks_are_those_of_the_parser(text: str) -> None:
 
 
 @pytest.mark.parametrize("text", [*GRAMMARS, from_regex("abcdefgh[xy]zzzz(pq|rstuvw){3}" + "l" * 50)])
+@pytest.mark.slow
 async def test_forced_tokens_are_the_only_ones_at_their_places(text: str) -> None:
     async with grammars() as service:
         forced = 0
@@ -267,6 +269,7 @@ async def test_long_compiles_hold_up_neither_short_ones_nor_each_others_tenants(
             attack.cancel()
 
 
+@pytest.mark.slow
 async def test_who_asks_for_too_many_is_told_so() -> None:
     limits = bounds(quick_seconds=0.2, compile_seconds=0.5, max_queued=2)
     async with grammars(limits) as service:
@@ -277,6 +280,7 @@ async def test_who_asks_for_too_many_is_told_so() -> None:
         assert EngineOverloaded in [await outcome for outcome in outcomes]
 
 
+@pytest.mark.slow
 async def test_what_is_slow_for_one_token_is_given_up() -> None:
     limits = bounds(mask_seconds=0.01)
     async with grammars(limits) as service:
@@ -316,6 +320,7 @@ async def test_a_tenant_with_its_share_in_use_is_refused_soon_and_others_are_not
         assert all(constraint.allowed([]) for constraint in used)
 
 
+@pytest.mark.slow
 async def test_all_together_take_bounded_memory() -> None:
     async with grammars(bounds(total_memory=24 * MiB)) as service:
         small = await service.constraint(from_regex("small"), None)
@@ -397,6 +402,7 @@ async def test_it_may_be_cancelled_at_any_point(moment: Moment) -> None:
         assert (await service.constraint(from_regex("ab"), None)).allowed([])
 
 
+@pytest.mark.slow
 async def test_its_compile_may_be_cancelled_at_any_time() -> None:
     async with grammars() as service:
         for i in range(40):
@@ -517,6 +523,7 @@ asyncio.run(main())
 """
 
 
+@pytest.mark.slow
 async def test_all_end_with_a_parent_that_is_killed() -> None:
     script = _ENGINE.format(path=sys.path)
     engine = await asyncio.create_subprocess_exec(

@@ -178,6 +178,7 @@ def test_experts_are_each_its_own_parts(
 
 
 @pytest.mark.parametrize("format", ALL)
+@pytest.mark.slow
 def test_plain_torch_expands_few_rows_of_experts_at_a_time(
     format: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -190,6 +190,7 @@ def attend(
     ("heads", "kv", "d", "block"),
     [(9, 3, 64, 16), (4, 4, 32, 32), (8, 1, 128, 16), (64, 1, 16, 16), (5, 5, 80, 48)],
 )
+@pytest.mark.slow
 def test_attention(
     lib: ctypes.CDLL, dtype: torch.dtype, window: int | None, heads: int, kv: int, d: int, block: int
 ) -> None:

@@ -69,6 +69,7 @@ def unpack(packed: Int4Weight) -> Tensor:
     bias=st.booleans(),
     int8=st.booleans(),
 )
+@pytest.mark.slow
 def test_it_is_the_product_with_what_it_stands_for(
     dtype: torch.dtype, rows: int, panels: int, width: int, bias: bool, int8: bool
 ) -> None:
@@ -96,6 +97,7 @@ def test_it_is_the_product_with_what_it_stands_for(
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("int8", [False, True])
 @pytest.mark.parametrize("k", [16, 48, 96, 576])
+@pytest.mark.slow
 def test_rows_are_the_weight_in_effect(dtype: torch.dtype, int8: bool, k: int) -> None:
     x, w, _ = inputs(5, 64, k, dtype)
     packed = pack(w, int8=int8)

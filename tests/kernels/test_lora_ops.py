@@ -48,6 +48,7 @@ def cases(
 
 @settings(max_examples=60, deadline=None)
 @given(cases())
+@pytest.mark.slow
 def test_reference_is_the_definition(case: Case) -> None:
     h, y = apply(REFERENCE, case)
     max_rank = case.a.shape[1] // len(case.b)
@@ -83,6 +84,7 @@ def test_backends_equal_the_reference(name: str, case: Case) -> None:
 
 @settings(max_examples=40, deadline=None)
 @given(cases())
+@pytest.mark.slow
 def test_int8_matrices_are_whole_numbers_times_scales(case: Case) -> None:
     batch, pool = case.batch, case.int8_pool
     h = REFERENCE.lora_shrink(case.x, pool, batch)
@@ -122,6 +124,7 @@ def test_backends_equal_the_reference_in_int8(name: str, dtype: torch.dtype, dat
     "sequences",
     [[(-1, 1), (2, 3000)], [(0, 1), (1, 900), (3, 1100)], [(-1, 2500)], [(s, 40) for s in range(50)]],
 )
+@pytest.mark.slow
 def test_thousands_of_tokens(name: str, dtype: torch.dtype, sequences: list[tuple[int, int]]) -> None:
     case = make_case(sequences, [320, 16, 100, 1] * 13, 320, dtype=dtype)
     for found, expected in zip(apply(get_backend("cpu", name), case), apply(REFERENCE, case), strict=True):
@@ -133,6 +136,7 @@ def test_thousands_of_tokens(name: str, dtype: torch.dtype, sequences: list[tupl
 @pytest.mark.parametrize("name", OTHERS)
 @settings(max_examples=40, deadline=None)
 @given(case=cases(dtype=torch.bfloat16))
+@pytest.mark.slow
 def test_backends_are_close_to_the_reference_in_bfloat16(name: str, case: Case) -> None:
     _, y = apply(get_backend("cpu", name), case)
     _, expected = apply(REFERENCE, case)
@@ -179,6 +183,7 @@ def test_a_token_that_is_not_finite_stays_alone(name: str) -> None:
 @pytest.mark.parametrize("name", OTHERS)
 @settings(max_examples=60, deadline=None)
 @given(case=cases(), data=st.data())
+@pytest.mark.slow
 def test_embedding_is_shrink_of_one_hot_tokens(name: str, case: Case, data: st.DataObject) -> None:
     vocabulary = case.a.shape[2]
     token_ids = torch.tensor(

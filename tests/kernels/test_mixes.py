@@ -88,6 +88,7 @@ def close(found: Tensor, expected: Tensor, tolerance: float) -> None:
 @pytest.mark.parametrize("name", BACKENDS)
 @settings(max_examples=40, deadline=None)
 @given(case=mixed())
+@pytest.mark.slow
 def test_every_backend_adds_them_up(name: str, case: Mixed) -> None:
     close(case.apply(get_backend("cpu", name)), case.expected, 1e-5)
 
@@ -96,6 +97,7 @@ def test_every_backend_adds_them_up(name: str, case: Mixed) -> None:
 @pytest.mark.parametrize("int8", [False, True])
 @settings(max_examples=20, deadline=None)
 @given(data=st.data())
+@pytest.mark.slow
 def test_in_bfloat16_and_int8(name: str, int8: bool, data: st.DataObject) -> None:
     case = data.draw(mixed(torch.bfloat16, int8=int8))
     close(case.apply(get_backend("cpu", name)), case.expected, 0.05)

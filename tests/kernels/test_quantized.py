@@ -78,6 +78,7 @@ def linear(
     bias=st.booleans(),
     int8=st.booleans(),
 )
+@pytest.mark.slow
 def test_it_is_the_reference(
     level: str, dtype: torch.dtype, rows: int, panels: int, width: int, block: int, bias: bool, int8: bool
 ) -> None:

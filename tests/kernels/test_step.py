@@ -175,6 +175,7 @@ def test_int8_is_close_and_smaller(sequences: list[tuple[int, int]]) -> None:
 
 @pytest.mark.parametrize("quantization", mostly_slow(["none", "int8", "int4"], "none"))
 @pytest.mark.parametrize("sequences", [FEW, LONG])
+@pytest.mark.slow
 def test_threads_change_nothing(sequences: list[tuple[int, int]], quantization: Quantization) -> None:
     """Not a bit, and more of them than processors only take longer."""
     run = Run(torch.bfloat16, "cpu", (64, 5, 16, 33), quantization)

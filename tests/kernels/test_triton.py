@@ -71,6 +71,7 @@ def test_the_backend_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert get_backend("cpu", "triton").name == "triton"
 
 
+@pytest.mark.slow
 def test_plain_torch_serves_a_gpu_without_triton() -> None:
     script = (
         "import sys; sys.modules['triton'] = None\n"
@@ -168,6 +169,7 @@ def test_a_table_that_cannot_be_used(table_file: Path, text: str | None, message
         shrink_config(16, 16, 64, 1)
 
 
+@pytest.mark.slow
 def test_a_table_that_cannot_be_used_is_refused_at_the_start(tmp_path: Path) -> None:
     pytest.importorskip("triton")
     script = (

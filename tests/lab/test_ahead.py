@@ -153,6 +153,7 @@ def test_steps_are_taken_at_once_while_savings_are_counted_and_after_a_merge() -
     assert jumped[0] < taken[0] / 10
 
 
+@pytest.mark.slow
 def test_replicas_do_not_interrupt_each_other() -> None:
     workload = WorkloadSpec(
         arrivals="poisson:rate=8", limit=60, adapters=5, prompt_tokens="uniform:20..200", output_tokens=200
@@ -222,6 +223,7 @@ def seen(deeds: Sequence[Deed], *, ahead: bool) -> list[tuple[float, ...]]:
 
 @settings(max_examples=60, deadline=None)
 @given(deeds)
+@pytest.mark.slow
 def test_who_looks_in_between_sees_the_same(deeds: Sequence[Deed]) -> None:
     assert seen(deeds, ahead=True) == seen(deeds, ahead=False)
 

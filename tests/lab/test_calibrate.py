@@ -239,6 +239,7 @@ def test_calibration_of_a_tiny_model(model: Path, calibrated: Path) -> None:
     assert 0 < costs.slot.seconds(10_000) < 1 and 0 < costs.disk.seconds(10_000) < 1
 
 
+@pytest.mark.slow
 def test_a_cost_model_says_how_its_weights_were_quantized(model: Path, tmp_path: Path) -> None:
     """Simulated engines have the memory, and validations the live engine, that it was calibrated with."""
     costs = calibrate(str(model), tmp_path / "int8.json", design=TINY, quantization="int8")
@@ -326,6 +327,7 @@ def test_validation_of_a_tiny_model(model: Path, calibrated: Path) -> None:
     assert again.comparisons[0].simulated == loaded.comparisons[0].simulated
 
 
+@pytest.mark.slow
 def test_a_calibration_in_turns_with_the_live_runs(model: Path, tmp_path: Path) -> None:
     """Every step is timed before, between and after the runs; the simulation has that cost model."""
     path, told = tmp_path / "turns.json", []

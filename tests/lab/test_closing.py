@@ -92,6 +92,7 @@ def test_it_is_so_in_many_decisions(tmp_path_factory: pytest.TempPathFactory) ->
     assert any(0 < closed < 3 for closed in found), "some slots"
 
 
+@pytest.mark.slow
 def test_a_decision_leaves_nothing_to_the_garbage_collector(tmp_path: Path) -> None:
     gc.collect()
     gc.disable()

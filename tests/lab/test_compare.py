@@ -183,6 +183,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.mark.slow
 def test_a_run_of_a_grid_is_the_run_alone(folder: Path, tmp_path: Path) -> None:
     name = load_results(folder)["folder"][-1]
     again = run(Experiment.read(folder / "runs" / name / "experiment.json"), tmp_path)
@@ -193,6 +194,7 @@ def test_a_run_of_a_grid_is_the_run_alone(folder: Path, tmp_path: Path) -> None:
     assert (row["policy"], row["scale"], row["seed"]) == ("oracle", 2.0, 4)
 
 
+@pytest.mark.slow
 def test_a_comparison_is_repeated_from_its_file(folder: Path, tmp_path: Path) -> None:
     again = read_comparison(folder / "comparison.json")
     assert again == grid(policies=["vllm+lru", "oracle"], scales=[1.0, 2.0], seeds=[3, 4])
@@ -201,6 +203,7 @@ def test_a_comparison_is_repeated_from_its_file(folder: Path, tmp_path: Path) ->
         assert (tmp_path / name).read_bytes() == (folder / name).read_bytes()
 
 
+@pytest.mark.slow
 def test_the_report_ranks(folder: Path) -> None:
     found = load_compare(folder, "output_tokens_per_second")
     best = found.of("output_tokens_per_second", slots=2, scale=2.0).sort("mean", descending=True)
@@ -228,6 +231,7 @@ def test_figures_have_panels_for_up_to_four_numbers_of_slots(tmp_path: Path) -> 
     assert all(a != b for a, b in zip(*marks, strict=True)), "beside each other"
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_stops_no_other(tmp_path: Path) -> None:
     (tmp_path / "deadly.py").write_text(
         "import os\nfrom aioengine.schedulers.policies.fcfs import FCFS\n"
@@ -247,6 +251,7 @@ def test_a_run_that_fails_stops_no_other(tmp_path: Path) -> None:
     assert b"3 of 4 runs failed" in write_compare_report(out).read_bytes()
 
 
+@pytest.mark.slow
 def test_what_no_run_can_do_without_is_known_before_any_begins(tmp_path: Path) -> None:
     compare(grid(seeds=[0, 1]), tmp_path)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*.*") if path.is_file()}
@@ -255,6 +260,7 @@ def test_what_no_run_can_do_without_is_known_before_any_begins(tmp_path: Path) -
     assert {path: path.read_bytes() for path in tmp_path.rglob("*.*") if path.is_file()} == before
 
 
+@pytest.mark.slow
 def test_runs_of_an_earlier_comparison_are_removed_and_no_others(tmp_path: Path) -> None:
     run(BASE, tmp_path / "runs" / "0000-mine")
     compare(grid(seeds=[0, 1]), tmp_path)

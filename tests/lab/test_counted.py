@@ -146,6 +146,7 @@ def seen_by(todo: Sequence[tuple[str, float]], *, counts: bool) -> list[tuple[fl
 
 @settings(max_examples=40, deadline=None)
 @given(deeds)
+@pytest.mark.slow
 def test_who_looks_in_between_sees_the_same(todo: Sequence[tuple[str, float]]) -> None:
     assert seen_by(todo, counts=True) == seen_by(todo, counts=False)
 

@@ -98,6 +98,7 @@ def refusal(spec: WorkloadSpec, field: str) -> str:
     return ""
 
 
+@pytest.mark.slow
 def test_each_field_changes_the_workload_or_is_refused(trace: str) -> None:
     assert {*CHANGES, "trace"} == set(WorkloadSpec.__struct_fields__)
     kept, refused = 0, 0
@@ -192,6 +193,7 @@ SMALL = ["--arrivals", "poisson:rate=20", "--limit", "5"]
         (["report", "RUN", "--rank-by", "latency_seconds.mean"], "has no ranking"),
     ],
 )
+@pytest.mark.slow
 def test_commands_refuse_what_changes_nothing(
     command: list[str], says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -48,6 +48,7 @@ def test_a_run_without_anything(tmp_path: Path) -> None:
     assert len(list(draw_run(run))) == len(PLOTS)
 
 
+@pytest.mark.slow
 def test_a_timeline_of_many_stays_shows_a_part(tmp_path: Path) -> None:
     spans = [SlotSpan(i % 2, f"adapter-{i % 30}", i * 1.0, i + 0.1, i + 1.0, 1) for i in range(600)]
     figures = {figure.name: figure for figure in draw_run(load_run(write_files(tmp_path, spans=spans)))}
@@ -104,6 +105,7 @@ def test_titles_are_broken_before_they_leave_the_figure(word: str) -> None:
     assert box.width > 0.85 * WIDTH * DPI, "nor long before"
 
 
+@pytest.mark.slow
 def test_no_word_of_a_title_is_left_alone_nor_a_unit() -> None:
     with drawing(LIGHT):
         for count in range(1, 60):

@@ -60,6 +60,7 @@ def spread(count: int = 60, *, every: float = 0.05, output: int = 40) -> Fixed:
 
 
 @pytest.mark.parametrize("router", sorted(available_routers()))
+@pytest.mark.slow
 def test_every_router_serves_all(router: str) -> None:
     found, kept = play_fleet(spread(), router=router)
     assert found.replayed.finished == len(kept.requests) == 60
@@ -79,6 +80,7 @@ def test_a_killed_replica_loses_nothing() -> None:
     )
 
 
+@pytest.mark.slow
 def test_a_partition_is_routed_around_and_heals() -> None:
     faults = [Fault(1.0, "cut", 1), Fault(12.0, "heal", 1)]
     conditions = Conditions(faults=faults, silent_after=2.0, detect_seconds=0.05)
@@ -119,6 +121,7 @@ def test_a_request_whose_replicas_die_is_given_up_in_the_end(limit: int, error: 
 
 
 @pytest.mark.parametrize("router", ["affinity", "least_loaded", "hrw"])
+@pytest.mark.slow
 def test_old_knowledge_and_skewed_clocks_do_no_harm(router: str) -> None:
     """The door counts for itself: bursts are spread although reports are seconds old."""
     burst = Fixed([Arrival(0.0, None, 50, 20) for _ in range(30)] + list(spread()), ADAPTERS)
@@ -129,6 +132,7 @@ def test_old_knowledge_and_skewed_clocks_do_no_harm(router: str) -> None:
 
 
 @pytest.mark.parametrize("placement", ["none", "hrw"])
+@pytest.mark.slow
 def test_plans_are_carried_out(placement: str) -> None:
     found, _ = play_fleet(spread(220), placement=placement)
     assert found.replayed.finished == 220
@@ -181,6 +185,7 @@ def experiment(**fields: Any) -> Experiment:
     return Experiment(**{"workload": workload, "slots": 2, "cpu_loras": 4, "replicas": 3, **fields})
 
 
+@pytest.mark.slow
 def test_the_summary_keeps_its_keys_and_gains_the_fleet(tmp_path: Path) -> None:
     alone = run(experiment(replicas=None), tmp_path / "alone").summary
     first = run(experiment(placement="hrw"), tmp_path / "a")

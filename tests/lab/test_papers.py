@@ -107,6 +107,7 @@ def test_papers_print_a_table(
         assert re.search(r"\d", line.split("│")[-2]), line
 
 
+@pytest.mark.slow
 def test_service_of_backlogged_clients_in_the_quick_run(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

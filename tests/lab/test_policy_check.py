@@ -80,6 +80,7 @@ def test_items_that_the_core_refuses_are_listed_and_are_no_fault() -> None:
 
 
 @pytest.mark.parametrize("name", ["fcfs", "chameleon", "vtc"])
+@pytest.mark.slow
 def test_built_in_policies_keep_the_contract(name: str) -> None:
     found = check_policy_contract(lambda: load_policy(name), runs=1, turns=25)
     assert found.sound, found.broken

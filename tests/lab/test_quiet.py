@@ -185,6 +185,7 @@ def test_a_request_for_an_adapter_that_others_wait_for_is_no_question() -> None:
 @pytest.mark.parametrize("policy", ["fcfs:max_wait=0.5", "drainer:patience=0.3"])
 @pytest.mark.parametrize("names", ["a", "ab"])
 @pytest.mark.parametrize("wanted", ["a", "b", "c", None])
+@pytest.mark.slow
 def test_a_policy_that_comes_while_nobody_waits_knows_who_runs(
     policy: str, names: str, wanted: str | None
 ) -> None:

@@ -166,6 +166,7 @@ async def test_a_request_without_end_is_left_out(tmp_path: Path, caplog: pytest.
 
 
 @given(st.data())
+@pytest.mark.slow
 def test_any_order_of_ends_gives_the_order_of_arrival(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
 ) -> None:

@@ -118,6 +118,7 @@ class Unwilling(SchedulerPolicy):
         return Decision()
 
 
+@pytest.mark.slow
 def test_a_run_that_stands_still_is_given_up() -> None:
     with pytest.raises(RunStalled, match="1 requests wait"):
         play(Fixed([arrive(0.0)]), Unwilling())

@@ -86,6 +86,7 @@ def test_the_timeline_has_every_stay_and_fetches_nothing(written: Path) -> None:
 
 
 @given(st.recursive(st.text(), lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner)))
+@pytest.mark.slow
 def test_no_text_leaves_the_script_that_it_stands_in(data: object) -> None:
     text = in_script(data)
     assert not set("<>&") & set(text)

@@ -63,6 +63,7 @@ def test_what_has_changed_is_said(folder: Path, capsys: pytest.CaptureFixture[st
     assert "requests.csv: line 2 was" in said.err
 
 
+@pytest.mark.slow
 def test_a_folder_from_when_a_fleets_defaults_were_written(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -60,6 +60,7 @@ POLICIES = ["fcfs", "vllm+lru", "vtc", "chameleon", "sjf+gdsf+popular", "oracle"
 
 
 @pytest.mark.parametrize("policy", mostly_slow(POLICIES, "fcfs", "oracle"))
+@pytest.mark.slow
 def test_the_same_files_every_time(policy: str, tmp_path: Path) -> None:
     first = run(experiment(policy=policy), tmp_path / "a")
     run(experiment(policy=policy), tmp_path / "b")

@@ -37,12 +37,14 @@ def test_the_rate_is_kept(text: str) -> None:
 
 
 @pytest.mark.parametrize("text", PROCESSES)
+@pytest.mark.slow
 def test_scale_multiplies_the_rate(text: str) -> None:
     faster = times(text, 100_000, scale=3.0)
     assert len(faster) / faster[-1] == pytest.approx(6.0, rel=0.06)
 
 
 @pytest.mark.parametrize("cv", [0.25, 0.5, 1.0, 2.0, 4.0])
+@pytest.mark.slow
 def test_gamma_has_its_coefficient_of_variation(cv: float) -> None:
     found = gaps(f"gamma:rate=2,cv={cv}")
     assert pstdev(found) / mean(found) == pytest.approx(cv, rel=0.05)
@@ -91,6 +93,7 @@ def test_they_are_the_same_for_ever() -> None:
     }
 
 
+@pytest.mark.slow
 def test_normal_and_gamma_have_their_moments() -> None:
     rng = stream(3, "moments")
     drawn = [normal(rng) for _ in range(50_000)]

@@ -151,6 +151,7 @@ json_rows = st.builds(
 
 
 @given(st.lists(json_rows, min_size=1, max_size=20))
+@pytest.mark.slow
 def test_json_rows_read_back(scratch: Path, rows: list[JsonRow]) -> None:
     rows.sort(key=lambda row: row.time)
     scratch.write_bytes(b"\n".join(map(msgspec.json.encode, rows)))
@@ -198,6 +199,7 @@ def long_trace(path: Path, rows: int) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_a_trace(tmp_path: Path) -> None:
     def peak(rows: int) -> int:
         path = long_trace(tmp_path / f"{rows}.csv", rows)

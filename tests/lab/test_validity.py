@@ -64,6 +64,7 @@ def experiment(**fields: object) -> Experiment:
 
 
 @pytest.mark.parametrize(("name", "decided"), [("Raises", True), ("Deaf", False)])
+@pytest.mark.slow
 def test_a_run_of_a_policy_that_fails_is_not_valid(
     policies: str, name: str, decided: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -97,6 +98,7 @@ def test_a_comparison_ranks_no_policy_that_failed(
     assert main([*command, "--allow-fallback"]) == 0
 
 
+@pytest.mark.slow
 def test_a_policy_that_only_swaps_is_stopped(policies: str, tmp_path: Path) -> None:
     with pytest.raises(RunStalled, match=r"no request had a token in the last .* moves.*slots: adapter-"):
         run(experiment(policy=f"{policies}:Spins"), tmp_path / "out")
@@ -127,6 +129,7 @@ def test_prompts_have_no_prefix_in_common(tmp_path: Path) -> None:
         assert {row["cached_tokens"] for row in csv.DictReader(file)} == {"0"}
 
 
+@pytest.mark.slow
 def test_without_ageing(policies: str, tmp_path: Path) -> None:
     assert ageing_text(["fcfs", "vtc:max_wait=3"], True).endswith(
         "after 1 s in fcfs, after 3 s in vtc:max_wait=3"

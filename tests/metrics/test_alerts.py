@@ -45,6 +45,7 @@ def test_promtool_finds_no_fault() -> None:
 
 
 @needs_promtool
+@pytest.mark.slow
 def test_the_alerts_fire_when_they_should() -> None:
     done = promtool("test", "rules", TESTS_FILE)
     assert done.returncode == 0, done.stdout + done.stderr

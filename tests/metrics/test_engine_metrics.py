@@ -42,6 +42,7 @@ def adapters(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
     return {n: build_adapter(model, folder / n, seed=i, r=4) for i, n in enumerate("abc")}
 
 
+@pytest.mark.slow
 async def test_swaps_requests_and_occupancy(model: Path, adapters: dict[str, Path]) -> None:
     config = EngineConfig(
         model=str(model),

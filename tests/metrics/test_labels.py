@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from support.metric_script import (
     added,
     admitted,
@@ -62,6 +63,7 @@ def test_the_least_used_adapter_makes_way_for_one_with_more_than_twice_its_reque
     assert prompt_tokens(made) == {"often": 10, "new": 5, "other": 20}
 
 
+@pytest.mark.slow
 def test_equal_use_does_not_pass_a_label_to_and_fro() -> None:
     made = metrics(labels=1)
     request(made, "a")

@@ -101,6 +101,7 @@ async def drawn(page: Any, adapters: list[str]) -> None:
             pass
 
 
+@pytest.mark.slow
 async def test_page_shows_a_swap_that_happens(engine: AsyncEngine, browser_page: BrowserPage) -> None:
     async with serve_page(engine, port=0) as url, browser_page(url) as page:
         await shows(page, "#connection", "Live")
@@ -127,6 +128,7 @@ async def test_page_shows_a_swap_that_happens(engine: AsyncEngine, browser_page:
         assert not await page.evaluate(DRAWN, ["all-linear"])  # which was never in a slot
 
 
+@pytest.mark.slow
 async def test_a_strip_for_each_replica(engine: AsyncEngine, browser_page: BrowserPage) -> None:
     told = Told(engine)
 
@@ -161,6 +163,7 @@ SHARED = {
 }
 
 
+@pytest.mark.slow
 async def test_the_memory_of_the_slots_is_drawn_to_scale(
     make_engine: MakeEngine,  # noqa: F811
     tiny: Tiny,  # noqa: F811
@@ -192,6 +195,7 @@ async def test_the_memory_of_the_slots_is_drawn_to_scale(
         assert said == await page.locator("#arena-sub").text_content()
 
 
+@pytest.mark.slow
 async def test_slots_of_one_size_have_no_strip(engine: AsyncEngine, browser_page: BrowserPage) -> None:
     async with serve_page(engine, port=0) as url, browser_page(url) as page:
         await engine.complete(prompt_of(1, 6), greedy(4), adapter="rank-3")
@@ -199,6 +203,7 @@ async def test_slots_of_one_size_have_no_strip(engine: AsyncEngine, browser_page
         await api.expect(page.locator("#memory")).to_be_hidden()
 
 
+@pytest.mark.slow
 async def test_loading_draining_and_queues(engine: AsyncEngine, browser_page: BrowserPage) -> None:
     told = Told(engine)
     async with serve_page(told, port=0) as url, browser_page(url) as page:  # type: ignore[arg-type]
@@ -274,6 +279,7 @@ async def test_a_thousand_adapters(engine: AsyncEngine, tiny: Tiny, browser_page
         await api.expect(rows).to_contain_text("tenant-0500")
 
 
+@pytest.mark.slow
 async def test_keyboard_reaches_the_filter(engine: AsyncEngine, browser_page: BrowserPage) -> None:
     async with serve_page(engine, port=0) as url, browser_page(url) as page:
         await shows(page, "#count", "3")
@@ -288,6 +294,7 @@ async def test_keyboard_reaches_the_filter(engine: AsyncEngine, browser_page: Br
         await api.expect(page.locator('th[data-sort="name"]')).to_have_attribute("aria-sort", "ascending")
 
 
+@pytest.mark.slow
 async def test_names_are_text_whatever_they_contain(engine: AsyncEngine, browser_page: BrowserPage) -> None:
     name = "<img src=x onerror=\"document.title='broken in'\">&amp;</script>"
     told = Told(engine)
@@ -376,6 +383,7 @@ async def test_text_is_readable_in_both_themes(
         assert await page.evaluate(CONTRAST) == []
 
 
+@pytest.mark.slow
 async def test_closing_the_page_frees_the_engine(engine: AsyncEngine, browser_page: BrowserPage) -> None:
     app = metrics_app(engine)
     async with server.serve(app, "127.0.0.1", 0, before_shutdown=app.close) as url:

@@ -63,6 +63,7 @@ async def work(engine: AsyncEngine) -> int:
     return len(names)
 
 
+@pytest.mark.slow
 async def test_prometheus_knows_what_the_engine_knows(engine: AsyncEngine, tmp_path: Path) -> None:
     engine.metrics.export_process()
     with serve_metrics(engine, 0) as exporter:

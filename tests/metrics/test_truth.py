@@ -174,6 +174,7 @@ async def scripted_run(engine: AsyncEngine, tiny: Tiny) -> None:
     await engine.unpin_adapter("qv-only")
 
 
+@pytest.mark.slow
 async def test_an_engine(tiny: Tiny, make_engine: MakeEngine) -> None:
     async with make_engine(tiny, max_loras=2, max_cpu_loras=3) as engine:
         record: list[e.Event] = []

@@ -78,6 +78,7 @@ async def test_a_family(family: str, backend: str, tmp_path: Path, monkeypatch: 
 
 
 @pytest.mark.parametrize("family", ["deepseek_v3", "longcat_flash"])
+@pytest.mark.slow
 async def test_mixes(family: str, tmp_path: Path) -> None:
     """Sums of two adapters on the same experts, beside one of them alone, against peft."""
     model = build(tmp_path, family)
@@ -101,6 +102,7 @@ async def test_mixes(family: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("modules", [None, ["experts"], ["gate", "o_proj"], ["down_proj"]])
+@pytest.mark.slow
 def test_the_plan_is_exact(modules: list[str] | None, tmp_path: Path) -> None:
     model = MoeModel(tmp_path, "deepseek_v3", **CASES["deepseek_v3"])
     spec = read_spec(model.folder, "transformers")

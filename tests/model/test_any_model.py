@@ -35,6 +35,7 @@ ROOM = {"max_lora_rank": 8}
 
 
 @pytest.mark.parametrize("family", mostly_slow(FAMILIES, "gpt2", "falcon", "gemma2", "deepseek_v3"))
+@pytest.mark.slow
 async def test_a_family(family: str, tmp_path: Path) -> None:
     model = build_any(tmp_path, family)
     async with engine_of(model.folder, lora=ROOM) as engine:
@@ -238,6 +239,7 @@ async def test_adapters_that_do_not_fit_are_refused_by_name(tmp_path: Path) -> N
         ({"target_modules": ["c_attn", "lm_head"]}, "slots do not hold lm_head.*LoRAConfig.target_modules"),
     ],
 )
+@pytest.mark.slow
 async def test_adapters_that_only_native_models_take_are_refused_with_the_reason(
     settings: dict[str, Any], words: str, tmp_path: Path
 ) -> None:

@@ -152,6 +152,7 @@ def test_chunked_prefill_gives_the_same_tokens(
 
 
 @pytest.mark.parametrize("variant", ["llama", "mistral-sliding", "qwen2-sliding", "gemma2", "olmo3"])
+@pytest.mark.slow
 def test_prefill_and_decode_mix_in_a_batch(
     variant: str, models: Callable[[str], Path], make_driver: MakeDriver
 ) -> None:

@@ -159,6 +159,7 @@ needs_model = pytest.mark.skipif(
 
 
 @needs_model
+@pytest.mark.slow
 def test_the_real_model_answers() -> None:
     folder = embedded_model_dir()
     tokenizer: Any = AutoTokenizer.from_pretrained(folder)
@@ -175,6 +176,7 @@ def test_the_real_model_answers() -> None:
 
 
 @needs_model
+@pytest.mark.slow
 def test_the_real_tokenizer() -> None:
     folder = embedded_model_dir()
     raw = Tokenizer.from_file(str(folder / "tokenizer.json"))

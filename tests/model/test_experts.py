@@ -81,6 +81,7 @@ async def test_a_family(case: str, backend: str, tmp_path: Path, monkeypatch: py
 
 @pytest.mark.parametrize("backend", ["cpu", "torch"])
 @pytest.mark.usefixtures("cpu_library")
+@pytest.mark.slow
 async def test_mixes(backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Routers, experts and attention: each part in its slot, beside other adapters, against peft."""
     monkeypatch.setenv("AIOENGINE_KERNELS", backend)
@@ -163,6 +164,7 @@ async def test_quantized_experts(
 @pytest.mark.parametrize("quantization", ["none", *FORMS, "fp8"])
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.usefixtures("cpu_library")
+@pytest.mark.slow
 def test_the_plan_is_to_the_byte(case: str, quantization: Any, tmp_path: Path) -> None:
     family, fields = CASES[case]
     folder = MoeModel(tmp_path, family, **fields).folder

@@ -98,6 +98,7 @@ async def test_fp8(family: str, kernels: str, tmp_path: Path, monkeypatch: pytes
 @compiled
 @pytest.mark.parametrize("form", ["int8", "int4"])
 @pytest.mark.parametrize("family", MOST)
+@pytest.mark.slow
 async def test_codes_of_the_compiled_library(family: str, form: Quantization, tmp_path: Path) -> None:
     """It rounds activations to int8, too, so that log-probabilities differ a little."""
     model = build_any(tmp_path, family, **MODELS[family])
@@ -118,6 +119,7 @@ async def test_codes_of_the_compiled_library(family: str, form: Quantization, tm
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("family", MOST)
+@pytest.mark.slow
 def test_blocks_have_their_planned_bytes(family: str, form: Quantization, tmp_path: Path) -> None:
     """What is made for CUDA, by torch on a CPU; the probe compares it with the weights in effect."""
     model = build_any(tmp_path, family, **MODELS[family])
@@ -136,6 +138,7 @@ def test_blocks_have_their_planned_bytes(family: str, form: Quantization, tmp_pa
 @compiled
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("family", MOST)
+@pytest.mark.slow
 def test_the_plan_for_a_cpu_is_exact(family: str, form: Quantization, tmp_path: Path) -> None:
     model = build_any(tmp_path, family, **MODELS[family])
     spec = spec_of(model.folder)
@@ -169,6 +172,7 @@ def test_what_cannot_be_quantized_is_refused(form: Quantization, tmp_path: Path)
 
 @pytest.mark.parametrize("form", ["int8", "int4"])
 @pytest.mark.parametrize("fields", [{"kernels": "torch"}, {"dtype": torch.float16}], ids=["torch", "float16"])
+@pytest.mark.slow
 def test_codes_need_the_compiled_library(form: Quantization, fields: dict[str, Any], tmp_path: Path) -> None:
     model = build_any(tmp_path, "gpt2", n_embd=64)
     with pytest.raises(ConfigError, match=r"compiled library .* set quantization='none'"):
@@ -202,6 +206,7 @@ class PeekingForCausalLM(transformers.LlamaForCausalLM):
 
 
 @pytest.mark.parametrize("kernels", [pytest.param("cpu", marks=compiled), "torch"])
+@pytest.mark.slow
 def test_a_weight_that_is_read_beside_its_linear_is_found(kernels: str, tmp_path: Path) -> None:
     auto: Any = transformers
     auto.AutoConfig.register(PeekingConfig.model_type, PeekingConfig, exist_ok=True)

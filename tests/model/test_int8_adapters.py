@@ -65,6 +65,7 @@ def matrices(slots: LoRASlots, slot: int) -> list[tuple[Tensor, Tensor]]:
 
 @settings(max_examples=20, deadline=None)
 @given(st.sampled_from([1, 3, 8, 16]), st.sampled_from([torch.float32, torch.bfloat16]), st.booleans())
+@pytest.mark.slow
 def test_nothing_is_off_by_more_than_half_a_step(
     spec: ModelSpec, rank: int, dtype: torch.dtype, affine: bool
 ) -> None:
@@ -123,6 +124,7 @@ class Logits:
 
 
 @pytest.mark.parametrize("kernels", [None, *available_backends("cpu")])
+@pytest.mark.slow
 def test_steps_compute_with_what_the_slots_hold(
     root: Path, kernels: str | None, make_driver: MakeDriver
 ) -> None:

@@ -77,6 +77,7 @@ def check_content(
 
 @pytest.mark.parametrize("nbytes", [None, 2**20])
 @pytest.mark.parametrize("seed", range(6))
+@pytest.mark.slow
 def test_a_slot_holds_exactly_what_was_written_last(spec: ModelSpec, seed: int, nbytes: int | None) -> None:
     """Adapters of any ranks, modules and affines follow each other; nothing remains of the earlier ones."""
     rng = random.Random(seed)
@@ -183,6 +184,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(spec: ModelSpec
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("rank", [1, 3, 32])
+@pytest.mark.slow
 def test_copies_are_cut_into_what_torch_does_in_the_calling_thread(
     spec: ModelSpec, dtype: torch.dtype, rank: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

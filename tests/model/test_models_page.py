@@ -6,6 +6,8 @@ import re
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "models.md"
 BEGIN, END = (
@@ -22,6 +24,7 @@ def written(page: str) -> str:
     return before + BEGIN + table() + END + rest.split(END)[1]
 
 
+@pytest.mark.slow
 def test_the_table_is_what_the_code_makes() -> None:
     page = PAGE.read_text(encoding="utf-8")
     assert written(page) == page, "run python tests/model/test_models_page.py"

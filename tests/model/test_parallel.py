@@ -197,6 +197,7 @@ def test_three_ranks_give_the_tokens_and_logits_of_one(
 
 
 @pytest.mark.parametrize("fully_sharded", [False, True])
+@pytest.mark.slow
 def test_so_they_do_with_the_reference_kernels(two: Ranks, root: Path, fully_sharded: bool) -> None:
     check(two, root, "qwen2", fully_sharded, "reference")
 
@@ -207,6 +208,7 @@ COMPILED = ["qwen2", "qwen3", "one-kv-head", "gemma2", "gemma3", "phi3", "glm4",
 @pytest.mark.parametrize("fully_sharded", [False, True])
 @pytest.mark.parametrize("model", mostly_slow(COMPILED, "qwen3"))
 @pytest.mark.usefixtures("cpu_library")
+@pytest.mark.slow
 def test_so_they_do_in_compiled_steps(two: Ranks, root: Path, model: str, fully_sharded: bool) -> None:
     """The library comes back for what the ranks exchange in the middle of a step."""
     check(two, root, model, fully_sharded, "cpu", compiled=True)
@@ -214,6 +216,7 @@ def test_so_they_do_in_compiled_steps(two: Ranks, root: Path, model: str, fully_
 
 @pytest.mark.parametrize("kernels", ["torch", "cpu"])
 @pytest.mark.usefixtures("cpu_library")
+@pytest.mark.slow
 def test_int8_adapters_on_two_ranks(two: Ranks, root: Path, kernels: str) -> None:
     """Each rank's share has scales of its own, so logits are close to those of whole adapters, not equal."""
     expected = alone(root, "qwen2", "torch")
@@ -249,6 +252,7 @@ def test_quantized_weights_on_two_ranks(
 
 @pytest.mark.parametrize("fully_sharded", mostly_slow([False, True], True))
 @pytest.mark.usefixtures("cpu_library")
+@pytest.mark.slow
 def test_shares_that_compiled_steps_do_not_cover(three: Ranks, root: Path, fully_sharded: bool) -> None:
     """A third of the vocabulary is not in whole vectors: the library's operations, one by one."""
     check(three, root, "by-three", fully_sharded, "cpu")

@@ -140,6 +140,7 @@ def check(ranks: Ranks, root: Path, case: str, fully_sharded: bool, kernels: str
         ("qwen2_moe", "cpu"),
     ),
 )
+@pytest.mark.slow
 def test_two_ranks_give_the_tokens_and_logits_of_one(
     two: Ranks, root: Path, case: str, kernels: str, fully_sharded: bool
 ) -> None:
@@ -231,6 +232,7 @@ def test_experts_that_do_not_divide_are_refused_with_the_sizes_that_do(tmp_path:
     Partition(read_spec(tmp_path, "native"), Shard(0, 4))  # no layer has an MLP of that size
 
 
+@pytest.mark.slow
 async def test_an_engine_with_a_process_for_each_rank(root: Path) -> None:
     """Mixed batches, with swaps, and norms of DoRA that the engine carries from rank to rank."""
     model = model_of(root, "qwen2_moe")

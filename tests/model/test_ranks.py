@@ -36,6 +36,7 @@ FILTERS = st.builds(
     huge=st.sampled_from([0.0, 15.0, 3e38]),
     seed=st.integers(0, 2**64 - 1),
 )
+@pytest.mark.slow
 def test_tokens_are_those_of_a_gpu(
     params: Sequence[SamplingParams], spread: float, grain: float, banned: float, huge: float, seed: int
 ) -> None:

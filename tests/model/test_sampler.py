@@ -98,6 +98,7 @@ def test_no_rows() -> None:
     min_p=st.sampled_from([0.0, 0.02, 0.4, 1.0]),
     seed=st.integers(-(2**63), 2**64 - 1),
 )
+@pytest.mark.slow
 def test_filters_agree_with_a_slow_oracle(
     vocab: int,
     spread: float,
@@ -123,6 +124,7 @@ def test_filters_agree_with_a_slow_oracle(
 @pytest.mark.parametrize(
     "options", [{}, {"top_k": 5}, {"top_p": 0.8}, {"min_p": 0.1}, {"top_k": 6, "top_p": 0.9}]
 )
+@pytest.mark.slow
 def test_distribution(options: dict[str, float]) -> None:
     """Pearson's chi-square over 20,000 seeds stays below the 99.9% quantile."""
     params = SamplingParams(temperature=1.3, **options)  # type: ignore[arg-type]
@@ -331,6 +333,7 @@ def test_the_host_asks_for_tokens_once() -> None:
 
 
 @given(st.data())
+@pytest.mark.slow
 def test_penalties_kept_from_step_to_step_are_those_of_the_whole_history(data: st.DataObject) -> None:
     vocab = 12
     ids = st.lists(st.integers(0, vocab - 1), min_size=1, max_size=8)

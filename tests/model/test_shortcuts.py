@@ -239,6 +239,7 @@ class ClampedForCausalLM(transformers.LlamaForCausalLM):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.slow
 def test_mlps_that_cut_off_or_scale_keep_their_own_code(dtype: torch.dtype, tmp_path: Path) -> None:
     auto: Any = transformers
     auto.AutoConfig.register(ClampedConfig.model_type, ClampedConfig, exist_ok=True)

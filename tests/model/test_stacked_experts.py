@@ -78,6 +78,7 @@ def test_values_are_those_of_transformers(n: int, groups: int, data: st.DataObje
 
 
 @pytest.mark.parametrize("backend", ["cpu", "torch"])
+@pytest.mark.slow
 async def test_tokens_are_those_of_the_expanded_model(
     backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -103,6 +104,7 @@ async def test_tokens_are_those_of_the_expanded_model(
 
 
 @pytest.mark.usefixtures("preloaded_workers")
+@pytest.mark.slow
 async def test_two_ranks_keep_their_parts_as_stored(tmp_path: Path) -> None:
     model = checkpoint(tmp_path)
     whole = read_spec(model.folder, "native")
@@ -132,6 +134,7 @@ def test_experts_stay_as_stored_and_the_plan_is_to_the_byte(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("form", ["int8", "fp8"])
+@pytest.mark.slow
 async def test_a_checkpoint_may_be_quantized_anew(form: Quantization, tmp_path: Path) -> None:
     model = checkpoint(tmp_path)
     params, tokens = SamplingParams(max_tokens=1, logprobs=1), prompt(0, 20)

@@ -163,6 +163,7 @@ def test_no_character_shrinks_more_than_four_times() -> None:
 
 @pytest.mark.parametrize("name", mostly_slow([*BOUNDED, *unbounded()], *list(BOUNDED)[:4]))
 @given(text=TEXTS, special=st.booleans())
+@pytest.mark.slow
 def test_the_ids_are_the_library_s(name: str, text: str, special: bool) -> None:
     library = {**BOUNDED, **unbounded()}[name]
     tokenizer = Tokenizer.from_tokenizer(library)

@@ -90,6 +90,7 @@ def cut(draw: st.DrawFn, ids: list[int]) -> list[list[int]]:
 
 @settings(deadline=None, derandomize=True, max_examples=400)
 @given(data=chunked_ids(), skip=st.booleans())
+@pytest.mark.slow
 def test_deltas_add_up_to_the_decoded_whole(
     data: tuple[tokenizers.Tokenizer, list[list[int]]], skip: bool
 ) -> None:
@@ -114,6 +115,7 @@ def test_deltas_add_up_to_the_decoded_whole(
         max_size=3,
     ),
 )
+@pytest.mark.slow
 def test_stop_strings_cut_at_the_earliest(
     data: tuple[tokenizers.Tokenizer, list[list[int]]], stop: list[str]
 ) -> None:

@@ -111,6 +111,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused(
 
 @settings(max_examples=40, deadline=None, phases=[Phase.generate])
 @given(data=st.data(), value=st.sampled_from([float("nan"), float("inf"), float("-inf"), 1e38]))
+@pytest.mark.slow
 def test_a_value_that_is_not_finite_is_refused_by_name(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject, value: float
 ) -> None:

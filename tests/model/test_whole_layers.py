@@ -65,6 +65,7 @@ def whole(
         ("phi3", {}),
     ),
 )
+@pytest.mark.slow
 async def test_families(family: str, fields: dict[str, Any], tmp_path: Path) -> None:
     model = build_any(tmp_path, family, **{**WIDE, **fields})
     assert whole(model.folder) == [True, True]
@@ -155,6 +156,7 @@ class BetweenForCausalLM(transformers.LlamaForCausalLM):
 
 
 @pytest.mark.parametrize("way", BETWEEN)
+@pytest.mark.slow
 async def test_a_layer_that_gets_something_else_than_the_one_before_has_given(
     way: str, tmp_path: Path
 ) -> None:

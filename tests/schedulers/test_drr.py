@@ -98,6 +98,7 @@ def unfairness(policy: SchedulerPolicy, seqs: int, largest: int) -> float:
 
 @pytest.mark.parametrize("quantum", [1, 10, 64])
 @pytest.mark.parametrize("seqs", [1, 3])
+@pytest.mark.slow
 def test_unfairness_is_within_the_bound(quantum: int, seqs: int) -> None:
     largest = 32
     bound = quantum + 2 * largest

@@ -160,6 +160,7 @@ def test_one_request_is_served_soon_while_another_tenant_floods(
 
 @pytest.mark.parametrize("policy", ["fcfs", "vtc", "drr"])
 @pytest.mark.parametrize("others", [1, 5])
+@pytest.mark.slow
 def test_tenants_whose_requests_end_with_their_first_step_take_turns(policy: str, others: int) -> None:
     """Nobody has more running requests then, so their number alone would let the longest queue go first."""
     sim = StrictSim(LIMITS._replace(max_num_seqs=1), load_policy(policy))
@@ -177,6 +178,7 @@ def test_tenants_whose_requests_end_with_their_first_step_take_turns(policy: str
     assert late.id in sim.ended
 
 
+@pytest.mark.slow
 def test_the_case_is_one() -> None:
     beside, _ = seconds_of("fcfs:fair=false", FLOODS["sequences"], None)
     assert beside[0] > 100 * 0.41
@@ -212,6 +214,7 @@ def test_more_tenants_than_slots_take_turns(policy: str) -> None:
 
 @pytest.mark.parametrize("tenant", [None, "a"])
 @pytest.mark.parametrize("policy", ["fcfs", "fcfs+gdsf"])
+@pytest.mark.slow
 def test_with_one_tenant_nothing_changes(policy: str, tenant: str | None) -> None:
     def told(fair: bool) -> list[str]:
         name = policy if fair else policy.replace("fcfs", f"{__name__}:Unfair", 1)

@@ -141,6 +141,7 @@ def test_a_cold_request_is_served_within_the_ageing_bound(name: str) -> None:
     assert b.first_token - arrival <= 2 * max_wait + (tokens + 5) * STEP
 
 
+@pytest.mark.slow
 def test_vllm_starves_it() -> None:
     bound = 1.0 + 13 * STEP
     b, _arrival = flood_one_slot(vllm(), seconds=100 * bound)
@@ -151,6 +152,7 @@ def test_vllm_starves_it() -> None:
 
 
 @pytest.mark.parametrize("name", BUILT_IN)
+@pytest.mark.slow
 def test_base_requests_are_as_fast_as_without_adapters(name: str) -> None:
     def base_admissions(with_adapters: bool) -> tuple[list[float], StrictSim]:
         limits = LIMITS._replace(num_slots=2, max_num_seqs=64, num_blocks=400, max_num_batched_tokens=200)
@@ -260,6 +262,7 @@ def service_gap(policy: SchedulerPolicy) -> tuple[float, float, float]:
     return gap, bound, service(flood)
 
 
+@pytest.mark.slow
 def test_vtc_keeps_a_flooding_tenant_within_the_bound() -> None:
     gap, bound, served = service_gap(composed(VTC()))
     assert gap <= bound

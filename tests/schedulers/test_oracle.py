@@ -150,6 +150,7 @@ def trace_in_engine(policy: Composed, trace: Sequence[str]) -> int:
 
 
 @pytest.mark.parametrize("seed", range(3))
+@pytest.mark.slow
 def test_in_the_engine_as_in_theory(seed: int) -> None:
     trace = random_trace(seed, names=8, length=80)
     future = [(float(now), name) for now, name in enumerate(trace, start=1)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -39,6 +40,7 @@ def asked(overruns: Asked, times: int) -> bool:
     seed=st.integers(0, 10**6),
     stopped=st.floats(0, 10_000),
 )
+@pytest.mark.slow
 def test_a_busy_machine_replaces_nothing(share: float, longest: float, seed: int, stopped: float) -> None:
     """However long the process waits for a processor in the middle of some decisions: it waits as long for
     each second that it computes between them. Once it is stopped, within a decision."""
@@ -90,6 +92,7 @@ def test_what_waits_less_is_not(every: int, waits: float, between: float) -> Non
 
 
 @given(between=st.integers(0, FORGIVEN_AFTER - 1), waited=st.floats(0, 1))
+@pytest.mark.slow
 def test_what_computes_too_long_is_replaced(between: int, waited: float) -> None:
     overruns = Asked(BUDGET, MOST)
     for number in range(1, MOST + 1):

@@ -108,6 +108,7 @@ def test_options() -> None:
         ({"name": "oracle"}, "future"),
     ],
 )
+@pytest.mark.slow
 def test_what_cannot_be_is_refused_with_the_reason(spec: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         load_policy(spec)
@@ -123,6 +124,7 @@ def test_the_engine_takes_all_forms(tmp_path: Path) -> None:
         AsyncEngine(EngineConfig(model="m", policy={"ordr": "edf"}))
 
 
+@pytest.mark.slow
 def test_an_installed_package_adds_its_names(tmp_path: Path) -> None:
     package = Path(__file__).parents[2] / "examples" / "policy_package"
     source = tmp_path / "source"
@@ -237,6 +239,7 @@ def test_files_of_one_name_are_not_mixed_up(in_folder: Path) -> None:
         ("fails.py:Mine", r"fails\.py failed: ZeroDivisionError: division by zero"),
     ],
 )
+@pytest.mark.slow
 def test_files_that_do_not_do(spec: str, message: str, in_folder: Path) -> None:
     (in_folder / "broken.py").write_text("class Mine(:\n")
     (in_folder / "fails.py").write_text("1 / 0\n")

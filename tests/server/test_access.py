@@ -83,6 +83,7 @@ ADMINS = {"sk-admin": "ops"}
         ({"sk-admin": "ops"}, "sk-admin", 200, None),
     ],
 )
+@pytest.mark.slow
 async def test_with_admin_keys_only_they_load_and_unload(
     keys: dict[str, str],
     key: str,

@@ -144,6 +144,7 @@ async def test_the_prompt_up_to_the_breakpoint_is_kept_and_no_more(
         assert served.engine.stats().kv_blocks_pinned == len(prefix) // 4
 
 
+@pytest.mark.slow
 async def test_tenants_keep_their_own_within_their_bounds(serve: Serve) -> None:
     keys = {"sk-one": "alice", "sk-two": "bob"}
     async with serve(settings={"api_keys": keys}, max_prefix_pins_per_tenant=0.01) as served:
@@ -160,6 +161,7 @@ async def test_tenants_keep_their_own_within_their_bounds(serve: Serve) -> None:
         assert counts(answer.usage)[:2] == (0, 0)
 
 
+@pytest.mark.slow
 async def test_what_is_kept_for_an_hour_is_back_after_a_restart(serve: Serve, tmp_path: Path) -> None:
     system: Any = [text("You are kind.", {**KEEP, "ttl": "1h"}), text("Very.", KEEP)]
     ask: Any = [user(text("Who are you?"))]
@@ -188,6 +190,7 @@ async def test_what_is_kept_for_an_hour_is_back_after_a_restart(serve: Serve, tm
         (1, "cache_control"),
     ],
 )
+@pytest.mark.slow
 async def test_bad_breakpoints_are_refused(control: Any, reason: str, serve: Serve) -> None:
     async with serve() as served, client_of(served) as client:
         ask: Any = [user(text("Hi", control))]

@@ -70,6 +70,7 @@ async def test_the_second_turn_finds_the_first_in_the_cache(serve: Serve) -> Non
 
 
 @pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.slow
 async def test_logprobs(stream: bool, serve: Serve) -> None:
     async with serve() as served:
         expected = await served.engine.complete(MESSAGES, greedy(8))

@@ -207,6 +207,7 @@ def test_the_sync_client_works(serve: Serve) -> None:
         ({"best_of": 3}, "best_of"),
     ],
 )
+@pytest.mark.slow
 async def test_what_would_change_the_answer_is_refused(
     fields: dict[str, object], param: str, serve: Serve
 ) -> None:

@@ -40,6 +40,7 @@ def steps_until_freed(engine: AsyncEngine) -> list[str]:
 
 @pytest.mark.parametrize("stream", [True, False])
 @pytest.mark.parametrize("n", [1, 3])
+@pytest.mark.slow
 async def test_a_client_that_goes_away_frees_its_blocks(stream: bool, n: int, serve: Serve) -> None:
     async with serve(max_model_len=500) as served:
         seen = steps_until_freed(served.engine)
@@ -171,6 +172,7 @@ async def test_a_client_that_takes_nothing_is_let_go(tiny_text: Tiny, make_engin
         assert engine.stats().requests_aborted + engine.stats().requests_finished == 1
 
 
+@pytest.mark.slow
 async def test_a_thousand_idle_connections_are_nothing_to_the_others(serve: Serve) -> None:
     async with serve() as served:
         host, _, port = served.url.removeprefix("http://").rpartition(":")
@@ -189,6 +191,7 @@ async def test_a_thousand_idle_connections_are_nothing_to_the_others(serve: Serv
             writer.close()
 
 
+@pytest.mark.slow
 async def test_draining_finishes_what_was_accepted(serve: Serve) -> None:
     async with serve(max_model_len=500) as served:
         stream = await served.client.completions.create(
@@ -262,6 +265,7 @@ async def test_small_parts_of_an_answer_do_not_wait_for_each_other() -> None:
 
 @pytest.mark.parametrize("chunked", [True, False])
 @pytest.mark.parametrize("cut", [None, 60, -3, -60])
+@pytest.mark.slow
 async def test_an_offer_of_another_protocol_is_declined(cut: int | None, chunked: bool, serve: Serve) -> None:
     """As Java's client makes it with every request; the body comes all the same."""
     async with serve() as served:
@@ -335,6 +339,7 @@ CHUNKED = b"transfer-encoding: chunked\r\n\r\n2\r\n{}\r\n"
     ],
     ids=["headers", "value", "name", "trailers", "trailer", "extension"],
 )
+@pytest.mark.slow
 async def test_no_part_of_a_request_grows_for_ever(rest: bytes, serve: Serve) -> None:
     """It never comes to its end."""
     async with serve(listen={"header_timeout": 600}, settings={"read_timeout": 600}) as served:

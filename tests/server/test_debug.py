@@ -16,6 +16,7 @@ from aioengine.errors import ConfigError
 KEYS = {"api_keys": {"sk-user": "alice"}, "admin_keys": {"sk-root": "ops"}}
 
 
+@pytest.mark.slow
 async def test_only_admins_see_it(serve: Serve) -> None:
     async with serve(settings=KEYS) as served:
         for path in ("/debug/requests", "/debug/adapters", "/debug/stacks"):

@@ -101,6 +101,7 @@ async def test_the_client_knows_the_errors(serve: Serve) -> None:
         ("GET", "/v1/models/nobody", 404),
     ],
 )
+@pytest.mark.slow
 async def test_paths_and_methods(method: str, path: str, status: int, serve: Serve) -> None:
     async with serve() as served:
         answer = await served.http.request(method, path)
@@ -123,6 +124,7 @@ async def test_a_long_name_is_not_sent_back(serve: Serve, caplog: pytest.LogCapt
     assert all(len(record.getMessage()) < 1000 for record in caplog.records)
 
 
+@pytest.mark.slow
 async def test_what_is_overloaded_is_said(serve: Serve, tiny_text: Tiny) -> None:
     """Where no bound on waiting requests is reached, but another."""
     mixes = [{"a": 1.0, "b": index / 100} for index in range(MAX_MIXES + 20)]
@@ -171,6 +173,7 @@ class RejectsAll(FCFS):
 
 
 @pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.slow
 async def test_a_request_that_the_policy_rejects_is_told_when_to_come_back(
     tiny_text: Tiny, make_engine: MakeEngine, stream: bool
 ) -> None:
@@ -184,6 +187,7 @@ async def test_a_request_that_the_policy_rejects_is_told_when_to_come_back(
         assert caught.value.code == "request_rejected"
 
 
+@pytest.mark.slow
 async def test_who_has_a_short_queue_may_soon_come_back(serve: Serve) -> None:
     keys = {"ka": "a", "kb": "b"}
     bounds = {"max_waiting_per_tenant": 60, **LONG}

@@ -47,6 +47,7 @@ def expected(tiny: Tiny, ids: list[int], adapter: str | None = None) -> list[flo
 
 
 @pytest.mark.parametrize("adapter", [None, "a"])
+@pytest.mark.slow
 async def test_what_lm_eval_sends(adapter: str | None, tiny_text: Tiny, serve: Serve) -> None:
     """Its request for log-likelihoods, and its way of reading the answer."""
     prompts = [[72, 101, 108, 108, 111, 9], [1, 2, 3, 4]]
@@ -74,6 +75,7 @@ async def test_a_token_that_ends_the_answer_is_counted(serve: Serve) -> None:
 
 
 @pytest.mark.parametrize("n", [1, 2])
+@pytest.mark.slow
 async def test_echo(n: int, serve: Serve) -> None:
     prompts = ["Grüße", "abc"]
     async with serve() as served:
@@ -107,6 +109,7 @@ async def test_echo(n: int, serve: Serve) -> None:
 
 
 @pytest.mark.parametrize("count", [0, 3])
+@pytest.mark.slow
 async def test_prompt_logprobs(count: int, tiny_text: Tiny, serve: Serve) -> None:
     async with serve() as served:
         [choice] = (await posted(served, prompt="Hello", prompt_logprobs=count, max_tokens=0))["choices"]
@@ -183,6 +186,7 @@ def test_memory_for_scores_is_bounded_and_shared_fairly() -> None:
 
 
 @pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.slow
 async def test_an_answer_that_grows_too_large_fails(
     stream: bool, serve: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -303,6 +307,7 @@ async def test_small_fields(serve: Serve) -> None:
         ({"num_ctx": 5}, "num_ctx", None),
     ],
 )
+@pytest.mark.slow
 async def test_an_unknown_field_is_refused_with_the_nearest_name(
     fields: dict[str, Any], param: str, meant: str | None, serve: Serve, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -316,6 +321,7 @@ async def test_an_unknown_field_is_refused_with_the_nearest_name(
     assert f"param={param} " in line and "reason='" in line and "unknown field" in line
 
 
+@pytest.mark.slow
 async def test_unknown_fields_can_be_ignored(serve: Serve, caplog: pytest.LogCaptureFixture) -> None:
     tool = {"type": "function", "cache_control": {"a": 1}, "function": {"name": "f", "x": [1, {"y": 2}]}}
     extra: dict[str, Any] = {

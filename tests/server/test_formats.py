@@ -196,6 +196,7 @@ async def test_required_calls_are_in_the_familys_form(
         assert written.startswith(begin[name])
 
 
+@pytest.mark.slow
 async def test_reasoning_that_the_prompt_begins(
     built: Callable[[str], Tiny], make_engine: MakeEngine
 ) -> None:
@@ -218,6 +219,7 @@ async def test_reasoning_that_the_prompt_begins(
 
 
 @pytest.mark.parametrize("flag", ["none", "hermes"])
+@pytest.mark.slow
 async def test_flags_override_the_template(
     flag: str, built: Callable[[str], Tiny], make_engine: MakeEngine
 ) -> None:

@@ -49,6 +49,7 @@ REFUSED += ODD_LINES
 
 
 @pytest.mark.parametrize("body", [AS_CHUNKS, BODY, b""])
+@pytest.mark.slow
 async def test_a_request_without_a_certain_end_is_the_last(body: bytes, serve: Serve) -> None:
     async with serve() as served:
         for framing in REFUSED:
@@ -57,6 +58,7 @@ async def test_a_request_without_a_certain_end_is_the_last(body: bytes, serve: S
 
 
 @pytest.mark.parametrize("body", [AS_CHUNKS, BODY, b""])
+@pytest.mark.slow
 async def test_codings_that_nobody_knows_are_refused(body: bytes, serve: Serve) -> None:
     async with serve() as served:
         for coding in ODD_CODINGS:
@@ -113,6 +115,7 @@ async def test_a_chunk_without_a_certain_size_is_the_last(serve: Serve) -> None:
 
 
 @pytest.mark.parametrize("seed", range(4))
+@pytest.mark.slow
 async def test_each_request_of_many_ends_where_it_says(seed: int, serve: Serve) -> None:
     """With extensions of chunks, zeros before sizes, trailers, and bodies that look like requests."""
     draw = random.Random(seed)
@@ -151,6 +154,7 @@ async def test_each_request_of_many_ends_where_it_says(seed: int, serve: Serve) 
         (b"CONNECT x:443 HTTP/1.1\r\n\r\n", (400, 404, 405)),
     ],
 )
+@pytest.mark.slow
 async def test_other_protocols_are_refused(data: bytes, status: tuple[int, ...], serve: Serve) -> None:
     async with serve() as served:
         [found] = await answered(served.url, data + NEXT * 3)
@@ -158,6 +162,7 @@ async def test_other_protocols_are_refused(data: bytes, status: tuple[int, ...],
 
 
 @pytest.mark.parametrize(("version", "statuses"), [(b"1.0", [200]), (b"1.1", [100, 200])])
+@pytest.mark.slow
 async def test_only_new_clients_are_told_to_go_on(version: bytes, statuses: list[int], serve: Serve) -> None:
     head = HEAD.replace(b"1.1", version) + b"expect: 100-continue\r\nconnection: close\r\n"
     async with serve() as served:

@@ -36,6 +36,7 @@ async def ask(served: Served, **fields: Any) -> tuple[str, int]:
     return answer["choices"][0]["text"], answer["usage"]["completion_tokens"]
 
 
+@pytest.mark.slow
 async def test_the_models_defaults_and_what_wins_over_them(
     tiny_text: Tiny, make_engine: MakeEngine, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -50,6 +50,7 @@ def chat(**fields: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.slow
 async def test_a_schema_is_kept(stream: bool, serve: Serve) -> None:
     format_: Any = {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA, "strict": True}}
     async with serve(max_model_len=400) as served:
@@ -90,6 +91,7 @@ async def test_json_object(serve: Serve) -> None:
         ({"json": {"const": 5}}, "5"),
     ],
 )
+@pytest.mark.slow
 async def test_structured_outputs(wanted: dict[str, Any], pattern: str, serve: Serve) -> None:
     async with serve(max_model_len=400) as served:
         answer = await served.client.completions.create(
@@ -164,6 +166,7 @@ async def test_bad_formats_are_refused(fields: dict[str, Any], param: str | None
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "paint"}}])
+@pytest.mark.slow
 async def test_a_call_can_be_demanded(choice: Any, stream: bool, serve: Serve) -> None:
     async with serve(max_model_len=400) as served:
         arguments = chat(tools=TOOLS, tool_choice=choice, seed=5)
@@ -206,6 +209,7 @@ BOOLEAN = {"type": "object", "properties": {"x": {"type": "boolean"}}, "required
 
 
 @pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.slow
 async def test_one_call_unless_more_are_asked_for(stream: bool, serve: Serve) -> None:
     # "[" begins a list and "," goes on with it, so that the random model never ends one by itself.
     wanted: Any = chat(tools=[with_parameters(BOOLEAN)], tool_choice="required", logit_bias={"11": 50})
@@ -227,6 +231,7 @@ async def test_one_call_unless_more_are_asked_for(stream: bool, serve: Serve) ->
 
 
 @pytest.mark.parametrize("parameters", [None, {}, {"type": "object"}, {"type": "object", "properties": {}}])
+@pytest.mark.slow
 async def test_a_function_without_parameters_gets_none(parameters: Any, serve: Serve) -> None:
     async with serve(max_model_len=400) as served:
         for choice in ("required", named("f")):
@@ -246,6 +251,7 @@ async def test_a_format_of_text_has_no_effect_on_calls(serve: Serve) -> None:
         assert await answers(served, False, **wanted) == ('"text"', [], "stop")
 
 
+@pytest.mark.slow
 async def test_only_allowed_tools_are_called(serve: Serve) -> None:
     async with serve(max_model_len=400) as served:
         for seed in range(4):
@@ -256,6 +262,7 @@ async def test_only_allowed_tools_are_called(serve: Serve) -> None:
         assert (await answers(served, False, **wanted))[2] in ("stop", "length")
 
 
+@pytest.mark.slow
 async def test_undeclared_properties_are_left_out(serve: Serve) -> None:
     """Unless the server is told otherwise, and then not of a schema that is strict."""
     format_: Any = {"type": "json_schema", "json_schema": {"name": "x", "schema": BOOLEAN}}
@@ -272,6 +279,7 @@ async def test_undeclared_properties_are_left_out(serve: Serve) -> None:
                     assert set(json.loads(calls[0].function.arguments if calls else text)) == {"x"}
 
 
+@pytest.mark.slow
 async def test_what_is_not_enforced_is_said(serve: Serve, caplog: pytest.LogCaptureFixture) -> None:
     schema = {"type": "array", "uniqueItems": True, "items": {"const": 1}, "maxItems": 2}
     format_ = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
@@ -333,6 +341,7 @@ def hermes(tiny_text: Tiny, tmp_path: Path) -> Tiny:
 
 
 @pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.slow
 async def test_tagged_calls_are_taken_out_of_the_text(
     stream: bool, hermes: Tiny, make_engine: MakeEngine
 ) -> None:
@@ -376,6 +385,7 @@ async def test_tagged_calls_are_taken_out_of_the_text(
 
 
 @pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.slow
 async def test_a_single_tagged_call_ends_the_answer(
     stream: bool, hermes: Tiny, make_engine: MakeEngine
 ) -> None:
@@ -409,6 +419,7 @@ async def test_history_as_clients_write_it(hermes: Tiny, make_engine: MakeEngine
         assert back.json()["prompt"] == "user:Hi;assistant:({});tool:ok;assistant:No.;assistant:Never.;"
 
 
+@pytest.mark.slow
 async def test_a_template_that_hides_tools_is_told_of_once(
     tiny_text: Tiny, hermes: Tiny, make_engine: MakeEngine, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -84,6 +84,7 @@ entries = st.fixed_dictionaries(
 
 
 @given(st.lists(entries, min_size=1, max_size=5, unique_by=lambda entry: entry["hash"]))
+@pytest.mark.slow
 def test_what_is_written_is_what_is_read(written: list[dict[str, Any]]) -> None:
     read = parse_keys_file(keys_text(*written).encode(), source="x")
     assert len(read.keys) == len(written)
@@ -197,6 +198,7 @@ ROUTES = [
 ]
 
 
+@pytest.mark.slow
 async def test_every_set_of_scopes_on_every_route(serve: Serve, tmp_path: Path) -> None:
     sets = [set(s) for n in range(1, len(SCOPES) + 1) for s in itertools.combinations(SCOPES, n)]
     file = tmp_path / "keys.toml"
@@ -453,6 +455,7 @@ async def test_limits_of_an_adapter_are_of_its_versions_and_mixes_too(serve: Ser
         await until(lambda: served.app.active == 0)
 
 
+@pytest.mark.slow
 async def test_a_tenants_bound_on_waiting_requests_is_the_engines(serve: Serve, tmp_path: Path) -> None:
     file = tmp_path / "keys.toml"
     entries = [{"KEY": "a", "tenant": "alice"}, {"KEY": "b", "tenant": "bob"}]
@@ -666,6 +669,7 @@ async def test_a_key_that_is_revoked_ends_its_requests(
 @pytest.mark.parametrize(
     "asked", [{"model": "a@1"}, {"adapters": {"a": 0.7, "b": 0.3}}, {"adapters": {"a": 0.5}}]
 )
+@pytest.mark.slow
 async def test_access_to_versions_and_mixes_is_that_to_their_adapters(
     asked: dict[str, Any], serve: Serve, tiny_text: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -97,6 +97,7 @@ async def test_events_of_a_text(serve: Serve) -> None:
 
 
 @pytest.mark.parametrize("choice", [{"type": "any"}, {"type": "tool", "name": "paint"}])
+@pytest.mark.slow
 async def test_calls(choice: Any, serve: Serve) -> None:
     async with serve(max_model_len=500) as served, client_of(served) as client:
         fields: Any = {"model": MODEL, "messages": USER, "max_tokens": 300}
@@ -119,6 +120,7 @@ async def test_calls(choice: Any, serve: Serve) -> None:
             assert block.input in ({"color": "red"}, {"color": "green"})
 
 
+@pytest.mark.slow
 async def test_stop_sequences_and_formats(serve: Serve) -> None:
     async with serve(max_model_len=500) as served, client_of(served) as client:
         free = await client.messages.create(model=MODEL, messages=USER, max_tokens=20, extra_body=GREEDY)

@@ -69,6 +69,7 @@ def same(value: Any) -> Any:
 
 
 @pytest.mark.parametrize("mix", MIXES)
+@pytest.mark.slow
 async def test_every_endpoint(served: Served, mix: dict[str, float]) -> None:
     engine = served.engine
     chat = (await engine.complete(CHAT, greedy(6), adapter=mix)).text
@@ -110,6 +111,7 @@ async def test_every_endpoint_refuses_the_same(served: Served, path: str) -> Non
 
 
 @pytest.mark.parametrize("path", BODIES)
+@pytest.mark.slow
 async def test_versions(served: Served, path: str) -> None:
     plain = of(path, await answer(served, path, model="a"))
     for name in ("a@1", "a@latest"):

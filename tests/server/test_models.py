@@ -79,6 +79,7 @@ async def test_adapters_are_loaded_and_unloaded_as_vllm_does(serve: Serve, root:
         assert '"param":"lora_name"' in bad[1]
 
 
+@pytest.mark.slow
 async def test_a_refusal_names_what_whoever_serves_can_change(
     serve: Serve, root: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -98,6 +99,7 @@ async def test_a_refusal_names_what_whoever_serves_can_change(
         caplog.clear()
 
 
+@pytest.mark.slow
 async def test_a_search_for_a_folder_has_a_time_limit(
     serve: Serve, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

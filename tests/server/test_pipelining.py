@@ -38,6 +38,7 @@ async def connected(url: str) -> tuple[asyncio.StreamReader, asyncio.StreamWrite
 
 
 @pytest.mark.parametrize("seed", range(6))
+@pytest.mark.slow
 async def test_each_is_answered_in_its_turn_however_they_are_cut(seed: int, serve: Serve) -> None:
     draw = random.Random(seed)
     chosen = draw.choices(REQUESTS, k=30)
@@ -57,6 +58,7 @@ async def test_each_is_answered_in_its_turn_however_they_are_cut(seed: int, serv
 
 
 @pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.slow
 async def test_http_1_0_gets_no_chunks(stream: bool, serve: Serve) -> None:
     body = json.dumps({"model": MODEL, "prompt": "Hello", "max_tokens": 3, "stream": stream}).encode()
     head = b"POST /v1/completions HTTP/1.0\r\nhost: x\r\ncontent-type: application/json\r\n"
@@ -87,6 +89,7 @@ async def test_an_answer_in_one_piece_is_written_in_one(serve: Serve) -> None:
 
 @pytest.mark.parametrize("close", [True, False])
 @pytest.mark.parametrize("length", [b"content-length: 9000000", b"transfer-encoding: chunked"])
+@pytest.mark.slow
 async def test_413_reaches_who_sends_the_whole_body_first(close: bool, length: bytes, serve: Serve) -> None:
     async with serve(settings={"max_body_bytes": 1000}) as served:
         reader, writer = await connected(served.url)
@@ -108,6 +111,7 @@ async def test_413_reaches_who_sends_the_whole_body_first(close: bool, length: b
 
 
 @pytest.mark.parametrize(("size", "status"), [(9_000_000, b"413"), (len(BODY), b"100")])
+@pytest.mark.slow
 async def test_who_asks_before_sending_is_told(size: int, status: bytes, serve: Serve) -> None:
     async with serve(settings={"max_body_bytes": 1000}) as served:
         reader, writer = await connected(served.url)
@@ -132,6 +136,7 @@ async def test_who_asks_before_sending_is_told(size: int, status: bytes, serve: 
         (HEAD + b"content-length: 1\r\ncontent-length: 2\r\n\r\n", b"400"),
     ],
 )
+@pytest.mark.slow
 async def test_refused_by_the_protocol(request_: bytes, status: bytes, serve: Serve) -> None:
     async with serve() as served:
         reader, writer = await connected(served.url)

@@ -46,6 +46,7 @@ async def test_a_salt_divides_a_tenants_requests(serve: Serve) -> None:
 SALTS = (None, "alice", "bob", "x", '["bob",null]', '"bob"', 'bob","x', "0:", "3:bobx", "null", "[null,null]")
 
 
+@pytest.mark.slow
 async def test_no_salt_reaches_another_tenants_blocks(serve: Serve) -> None:
     # Admin keys alone: whoever shows none is let in, and has no tenant.
     async with serve(settings={"admin_keys": {"sk-one": "alice", "sk-two": "bob"}}) as served:
@@ -72,6 +73,7 @@ async def test_without_keys_all_share(serve: Serve) -> None:
 
 
 @pytest.mark.parametrize("salt", ["", "x" * 257, 7, ["x"]])
+@pytest.mark.slow
 async def test_a_salt_is_a_short_text(salt: Any, serve: Serve) -> None:
     async with serve() as served:
         body = {"model": MODEL, "prompt": "x", "cache_salt": salt}

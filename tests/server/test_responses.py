@@ -39,6 +39,7 @@ INPUT: list[Any] = [
 ]
 
 
+@pytest.mark.slow
 async def test_equals_the_chat(serve: Serve) -> None:
     async with serve() as served:
         chat = await served.client.chat.completions.create(
@@ -120,6 +121,7 @@ async def test_events_of_calls(serve: Serve) -> None:
         ),
     ],
 )
+@pytest.mark.slow
 async def test_a_call_can_be_chosen(choice: Any, name: str, serve: Serve) -> None:
     async with serve(max_model_len=500) as served:
         async with served.client.responses.stream(
@@ -150,6 +152,7 @@ async def test_a_format_of_text_has_no_effect_on_calls(serve: Serve) -> None:
         assert [item.type for item in answer.output] == ["function_call"]
 
 
+@pytest.mark.slow
 async def test_a_failure_is_the_last_event(serve: Serve) -> None:
     async with serve(max_model_len=500) as served:
         stream = await served.client.responses.create(

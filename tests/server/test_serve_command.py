@@ -22,6 +22,7 @@ from support.server_process import SMALL, serving
 from aioengine.cli.main import main
 
 
+@pytest.mark.slow
 async def test_sigterm_finishes_what_was_accepted(tiny_text: Tiny, tmp_path: Path) -> None:
     keys = tmp_path / "keys"
     keys.write_text("# for the team\nteam:sk-secret\n")
@@ -51,6 +52,7 @@ async def test_sigterm_finishes_what_was_accepted(tiny_text: Tiny, tmp_path: Pat
     assert "sk-" not in json.dumps(server.lines)
 
 
+@pytest.mark.slow
 async def test_a_second_signal_gives_up(tiny_text: Tiny) -> None:
     async with serving(tiny_text.model, "--served-model-name", "tiny") as server:
         client = openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
@@ -68,6 +70,7 @@ async def test_a_second_signal_gives_up(tiny_text: Tiny) -> None:
         await client.close()
 
 
+@pytest.mark.slow
 async def test_the_grace_has_an_end(tiny_text: Tiny) -> None:
     async with serving(tiny_text.model, "--served-model-name", "tiny", "--grace-seconds", "0.01") as server:
         client = openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
@@ -97,6 +100,7 @@ async def test_an_engine_that_has_failed_is_told_of_by_the_exit_code(tiny_text: 
     assert server.lines[-1]["level"] == "error"
 
 
+@pytest.mark.slow
 def test_what_is_refused_is_refused_before_the_model_is_loaded(
     tiny_text: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -37,6 +37,7 @@ async def subject_at(port: int) -> str:
     return x509.load_der_x509_certificate(shown).subject.rfc4514_string()
 
 
+@pytest.mark.slow
 async def test_a_certificate_is_renewed_while_a_stream_goes_on(tiny_text: Tiny, tmp_path: Path) -> None:
     cert, key = self_signed(tmp_path, "first")
     trusted = ssl.create_default_context(cafile=str(cert))
@@ -83,6 +84,7 @@ def test_when_a_certificate_expires(until: datetime, tmp_path_factory: pytest.Te
     assert certificate.expires == until.timestamp()
 
 
+@pytest.mark.slow
 async def test_a_handshake_that_does_not_come_is_not_waited_for(tiny_text: Tiny, tmp_path: Path) -> None:
     cert, key = self_signed(tmp_path, "one")
     flags = ["--tls-cert", str(cert), "--tls-key", str(key), "--header-timeout", "0.5"]

@@ -221,6 +221,7 @@ calls_with = st.lists(st.dictionaries(texts, st.one_of(texts, st.lists(texts, ma
 
 @settings(derandomize=True, max_examples=200)
 @given(calls_with, st.booleans(), st.data())
+@pytest.mark.slow
 def test_listed_calls_come_when_complete(wanted: list[Any], escape: bool, data: st.DataObject) -> None:
     calls = [json.dumps({"name": "f", "arguments": found}, ensure_ascii=escape) for found in wanted]
     text = "[" + ",".join(calls) + "]"

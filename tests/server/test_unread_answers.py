@@ -69,6 +69,7 @@ def loops() -> list[Callable[[], asyncio.AbstractEventLoop]]:
 
 
 @pytest.mark.parametrize("loop", loops())
+@pytest.mark.slow
 def test_a_client_that_reads_nothing_is_cut_off(loop: Callable[[], asyncio.AbstractEventLoop]) -> None:
     """Its connection is the only one that there may be, so others are answered once it is gone."""
 

@@ -105,6 +105,7 @@ async def test_in_every_form(serve: Serve, tiny_text: Tiny) -> None:
         served.engine.check_invariants()
 
 
+@pytest.mark.slow
 async def test_refused(serve: Serve, tiny_text: Tiny) -> None:
     good = {name: (tiny_text.adapters["a"] / name).read_bytes() for name in (CONFIG, WEIGHTS)}
     async with serve() as served:
@@ -195,6 +196,7 @@ def test_long_names(form: int) -> None:
 
 @settings(max_examples=300, deadline=None)
 @given(st.data())
+@pytest.mark.slow
 def test_damaged_bytes_are_refused(data: st.DataObject) -> None:
     """Whatever is wrong with them, or they are read."""
     sound, kind = data.draw(

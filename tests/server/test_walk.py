@@ -127,6 +127,7 @@ async def stream(served: Served, model: str) -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux" or "cpu" not in available_backends("cpu"), reason="of the CPU")
+@pytest.mark.slow
 async def test_the_files_are_those_that_a_request_and_an_adapter_touch(
     tiny_text: Tiny, make_engine: MakeEngine, calls: Calls, tmp_path: Path
 ) -> None:

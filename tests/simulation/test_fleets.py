@@ -31,6 +31,7 @@ END = 6.0
 
 
 @pytest.mark.parametrize("seed", range(SEEDS))
+@pytest.mark.slow
 def test_seed(seed: int) -> None:
     rng = random.Random(seed)
     replicas = rng.randint(1, 4)
