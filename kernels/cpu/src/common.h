@@ -250,60 +250,65 @@ struct Int8 {
   }
 };
 
-// e^x for x <= 0, a vector of any length V, with whole numbers in W: 2^n times a polynomial on [-ln2/2, ln2/2] (relative
-// error below 2e-7); 0 far below -87.
+constexpr float MAGIC = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
+
+// What exponentials of x <= 0 have in common, for a vector of any length V with whole numbers in W: `x` bounded so that no
+// exponent wraps, and 2^n times a polynomial, 0 where x was far below `low`.
+template <class W, class V>
+struct Exponential {
+  V x;
+  W tiny = {};
+
+  Exponential(V from, [[maybe_unused]] float low) : x(from) {
+#if defined(__AVX512F__)
+    static_assert(sizeof(V) == sizeof(__m512));
+    x = (V)_mm512_max_ps(_mm512_set1_ps(-160.0f), (__m512)x);  // NaN stays
+#else
+    tiny = (W)(x < low);
+    x = (V)(((W)x & ~tiny) | ((W)(V{} + low) & tiny));
+#endif
+  }
+
+  // `shifted` is n + MAGIC.
+  V times_two_to(V shifted, V p) const {
+#if defined(__AVX512F__)
+    return (V)_mm512_scalef_ps((__m512)p, (__m512)(shifted - MAGIC));
+#else
+    const W exponent = ((W)shifted - (W)(V{} + MAGIC)) << 23;
+    return (V)(((W)p + exponent) & ~tiny);
+#endif
+  }
+};
+
+// The polynomial with these factors, the highest first.
+template <class V, int N>
+static inline V polynomial(V r, float highest, const float (&factors)[N]) {
+  V p = V{} + highest;
+#pragma GCC unroll 5
+  for (const float factor : factors) p = multiply_add(p, r, V{} + factor);
+  return p;
+}
+
+// e^x for x <= 0: 2^n times a polynomial on [-ln2/2, ln2/2] (relative error below 2e-7); 0 far below -87.
 template <class W, class V>
 static inline V exp_negative_as(V x) {
-  const auto all = [](float f) { return V{} + f; };
-#if defined(__AVX512F__)
-  static_assert(sizeof(V) == sizeof(__m512));
-  x = (V)_mm512_max_ps(_mm512_set1_ps(-150.0f), (__m512)x);  // NaN stays
-#else
-  const V low = all(-87.0f);
-  const W tiny = (W)(x < low);
-  x = (V)(((W)x & ~tiny) | ((W)low & tiny));
-#endif
-  const V magic = all(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
-  const V shifted = multiply_add(x, all(1.44269504f), magic);
-  const V n = shifted - magic;
-  V r = multiply_add(n, all(-0.693359375f), x);
-  r = multiply_add(n, all(2.12194440e-4f), r);
-  constexpr float FACTORS[] = {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f};
-  V p = all(1.9875691500e-4f);
-#pragma GCC unroll 5
-  for (const float factor : FACTORS) p = multiply_add(p, r, all(factor));
-  p = multiply_add(p * r, r, r) + 1.0f;
-#if defined(__AVX512F__)
-  return (V)_mm512_scalef_ps((__m512)p, (__m512)n);
-#else
-  const W exponent = ((W)shifted - (W)magic) << 23;
-  return (V)(((W)p + exponent) & ~tiny);
-#endif
+  const Exponential<W, V> power(x, -87.0f);
+  const V shifted = multiply_add(power.x, V{} + 1.44269504f, V{} + MAGIC), n = shifted - MAGIC;
+  V r = multiply_add(n, V{} - 0.693359375f, power.x);
+  r = multiply_add(n, V{} + 2.12194440e-4f, r);
+  const V p = polynomial(
+      r, 1.9875691500e-4f, {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f});
+  return power.times_two_to(shifted, multiply_add(p * r, r, r) + 1.0f);
 }
 
 // 2^x for x <= 0, likewise, with half as many instructions; 0 far below -126.
 template <class W, class V>
 static inline V exp2_negative_as(V x) {
-  const auto all = [](float f) { return V{} + f; };
-#if defined(__AVX512F__)
-  x = (V)_mm512_max_ps(_mm512_set1_ps(-160.0f), (__m512)x);  // NaN stays
-#else
-  const V low = all(-126.0f);
-  const W tiny = (W)(x < low);
-  x = (V)(((W)x & ~tiny) | ((W)low & tiny));
-#endif
-  const V magic = all(12582912.0f);
-  const V shifted = x + magic, n = shifted - magic, r = x - n;
-  constexpr float FACTORS[] = {9.6715129912e-3f, 5.5507335812e-2f, 2.4022242427e-1f, 6.9314700365e-1f, 1.0f};
-  V p = all(1.3264720328e-3f);
-#pragma GCC unroll 5
-  for (const float factor : FACTORS) p = multiply_add(p, r, all(factor));
-#if defined(__AVX512F__)
-  return (V)_mm512_scalef_ps((__m512)p, (__m512)n);
-#else
-  const W exponent = ((W)shifted - (W)magic) << 23;
-  return (V)(((W)p + exponent) & ~tiny);
-#endif
+  const Exponential<W, V> power(x, -126.0f);
+  const V shifted = power.x + MAGIC, r = power.x - (shifted - MAGIC);
+  const V p = polynomial(
+      r, 1.3264720328e-3f, {9.6715129912e-3f, 5.5507335812e-2f, 2.4022242427e-1f, 6.9314700365e-1f, 1.0f});
+  return power.times_two_to(shifted, p);
 }
 
 // From e^-2|x|, which cannot overflow.
