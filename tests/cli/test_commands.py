@@ -257,6 +257,14 @@ def test_errors_name_flags(
     assert "raise --max-lora-rank" in message
 
 
+def test_a_prompt_whose_adapter_cannot_be_loaded_is_told_why_once(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    assert main(["generate", "Hello", "--model", str(model), *SMALL, "--adapter", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert error.count("adapter_config.json") == error.count("\n") == 1 and not caplog.records
+
+
 def test_generate_json_lines(
     model: Path,
     adapters: Path,

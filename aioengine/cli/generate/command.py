@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -121,6 +124,21 @@ def _find_adapter(adapter: str, adapters: dict[str, str], config: EngineConfig) 
     return name
 
 
+@contextmanager
+def _no_failed_loads_logged() -> Iterator[None]:
+    """Context in which the log does not have loads that fail: the request's error says the same."""
+
+    def is_other(record: logging.LogRecord) -> bool:
+        return "reason" not in getattr(record, "data", {})
+
+    logger = logging.getLogger("aioengine")
+    logger.addFilter(is_other)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_other)
+
+
 async def _print_text(
     config: EngineConfig, adapters: dict[str, str], request: Request, recording: RecordFlags
 ) -> int:
@@ -132,7 +150,8 @@ async def _print_text(
         outputs = engine.generate(
             request.prompt, request.params, adapter=request.adapter, **request.scheduling
         )
-        async for out in outputs:
-            print(out.text_delta, end="", flush=True)
+        with _no_failed_loads_logged():
+            async for out in outputs:
+                print(out.text_delta, end="", flush=True)
     print()
     return 0
