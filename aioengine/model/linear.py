@@ -54,7 +54,8 @@ def activation(spec: ModelSpec, kernels: Backend) -> Callable[[Tensor], Tensor]:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class WeightRows:
-    """Rows of a weight as a matrix [out, in]; ``turned``: these are its columns, as an embedding's are."""
+    """Rows of a weight, at least one, as a matrix [out, in]; ``turned``: these are its columns, as an
+    embedding's are."""
 
     weight: Weight
     begin: int

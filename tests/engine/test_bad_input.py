@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import json
 import shutil
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
 import torch
 from safetensors.torch import load_file, save_file
 from support.engine_fixtures import MakeEngine, Tiny, greedy, prompt_of
@@ -65,6 +66,53 @@ async def test_bad_prompts(prompt: Any, message: str, tiny: Tiny, make_engine: M
     async with make_engine(tiny) as engine, others_undisturbed(engine, tiny):
         with pytest.raises(RequestInvalid, match=message):
             await engine.complete(prompt, greedy())
+
+
+async def test_no_token_beyond_the_vocabulary_gets_into_a_step(
+    tiny_text: Tiny, make_engine: MakeEngine, tmp_path: Path
+) -> None:
+    """Nothing looks there: the compiled step reads embeddings wherever a token says. A tokenizer may have
+    more tokens than the model."""
+    model = Path(shutil.copytree(tiny_text.model, tmp_path / "model"))
+    more = tokenizers.Tokenizer.from_file(str(model / "tokenizer.json"))
+    assert more.add_tokens(["far"]) == 1
+    more.save(str(model / "tokenizer.json"))
+    chat: Any = [{"role": "user", "content": "far"}]
+    async with make_engine(tiny_text._replace(model=model)) as engine:
+        for prompt in ("how far", chat, [1, 256], [1, -1]):
+            with pytest.raises(RequestInvalid, match="outside the vocabulary"):
+                await engine.complete(prompt, greedy(2))
+            with pytest.raises(RequestInvalid, match="outside the vocabulary"):
+                await engine.embed(prompt)
+        for token in (256, -1):
+            with pytest.raises(RequestInvalid, match=r"outside the vocabulary|must be >= 0"):
+                await engine.complete([1], greedy(4), output=[2, token])
+        with pytest.raises(RequestInvalid, match="outside the vocabulary"):
+            await engine.score("near", ["far"])
+        forced = Forced([5, 256])
+        with pytest.raises(AioEngineError, match="not all token ids below 256"):
+            await engine.complete([1], SamplingParams(constraint=forced))
+        assert len((await engine.complete("near", greedy(2))).token_ids) == 2
+
+
+class Forced:
+    """A constraint that allows its first token, and says that the others have to follow."""
+
+    slow = False
+
+    def __init__(self, tokens: list[int]) -> None:
+        first, *self.forced = tokens
+        self._mask = bytearray(32)
+        self._mask[first // 8] = 1 << first % 8
+
+    def begin(self, output: Sequence[int]) -> None:
+        pass
+
+    def poll(self, output: Sequence[int], timeout: float) -> bytes:
+        return bytes(self._mask)
+
+    def allowed(self, output: Sequence[int]) -> bytes:
+        return bytes(self._mask)
 
 
 async def test_an_empty_text_is_an_empty_prompt(tiny_text: Tiny, make_engine: MakeEngine) -> None:

@@ -81,7 +81,7 @@ struct LoraBatch {
 
 struct Step {
   int64_t tokens, sequences, table_width, samples, threads;
-  const int64_t* token_ids;
+  const int64_t* token_ids;  // all in the vocabulary: the engine refuses others where they come in
   const int32_t *tables, *spans;
   const float *angles_cos, *angles_sin;  // [rotations, positions, rope_half]; null: the tokens' are filled in
   int64_t positions;
