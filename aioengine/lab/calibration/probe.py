@@ -128,9 +128,8 @@ class _ProbedDevice(Device):
         self._probe = probe
 
     async def execute(self, batch: StepBatch) -> StepResult:
-        start = (
-            time.monotonic()
-        )  # uvloop's time is in whole milliseconds, longer than what is between two steps
+        # Not uvloop's time: it is in whole milliseconds, which are longer than what is between two steps.
+        start = time.monotonic()
         self._probe.begins(start)
         result = await self._device.execute(batch)
         self._probe.ended(batch, start, result.seconds)
