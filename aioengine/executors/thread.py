@@ -43,7 +43,7 @@ class ThreadStep:
         try:
             result = work()
         except BaseException as error:
-            self._tell(self._done.set_exception, error)
+            self._tell(self._done.set_exception, _as_failure(error))
         else:
             self._tell(self._done.set_result, result)
 
@@ -66,6 +66,16 @@ class ThreadStep:
 
     def take_back(self) -> bool:
         return self._queued.cancel() and self._done.cancel()
+
+
+def _as_failure(error: BaseException) -> Exception:
+    """Return what a step raised. An error that a future does not take (StopIteration), or that would end the
+    loop without a word to anybody who waits (all that are no Exception), is the cause of another one."""
+    if isinstance(error, Exception) and not isinstance(error, StopIteration):
+        return error
+    found = RuntimeError(f"a step raised {error!r}")
+    found.__cause__ = error
+    return found
 
 
 class ThreadDevice(Device):

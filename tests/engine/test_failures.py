@@ -565,6 +565,22 @@ async def test_who_waits_for_an_adapter_when_the_engine_dies_is_told(
         engine.check_invariants()
 
 
+@pytest.mark.parametrize("kind", [StopIteration, asyncio.CancelledError, GeneratorExit, SystemExit])
+async def test_whatever_a_step_raises_is_told_to_who_waits(
+    kind: type[BaseException], tiny: Tiny, make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from aioengine.model.runner import ModelRunner
+
+    def broken(*_: Any) -> None:
+        raise kind("deep inside")
+
+    async with make_engine(tiny, executor="thread") as engine:
+        monkeypatch.setattr(ModelRunner, "execute", broken)
+        async with asyncio.timeout(60):
+            with pytest.raises(EngineDead, match=rf"a step raised {kind.__name__}\('deep inside'\)"):
+                await engine.complete([4], greedy(4))
+
+
 async def test_many_requests_for_a_cold_adapter_wait_for_one_read(
     tiny: Tiny, make_engine: MakeEngine, reads: Reads, folder: Path
 ) -> None:
