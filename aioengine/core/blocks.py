@@ -37,6 +37,7 @@ class BlockManager:
         self.window = window
         """Tokens that every layer looks back at most; None: some layer sees all."""
         self._refs = [0] * num_blocks
+        """Holders of each block, where blocks can be shared: with prefix caching."""
         self._hash_of: list[bytes | None] = [None] * num_blocks
         self._block_of: dict[bytes, int] = {}
         self._empty = list(range(num_blocks))
@@ -56,6 +57,11 @@ class BlockManager:
     def num_free(self) -> int:
         """Number of blocks that no sequence references; their contents may still be cached."""
         return len(self._empty) + len(self._cached) + len(self._kept)
+
+    @property
+    def free(self) -> set[int]:
+        """The blocks that no sequence references, for checks."""
+        return {*self._empty, *self._cached, *self._kept}
 
     @property
     def num_cached(self) -> int:
@@ -132,6 +138,8 @@ class BlockManager:
     def allocate(self, new: int, shared: Sequence[int] = ()) -> list[int]:
         """Take a reference on each of ``shared`` and on ``new`` fresh blocks; returns their ids."""
         assert self.can_allocate(new, shared)
+        if not self.prefix_caching:
+            return self._take_free(new)
         refs = self._refs
         for block in shared:
             if refs[block] == 0:
@@ -169,8 +177,8 @@ class BlockManager:
         """
         assert self.can_allocate(count)
         first, end = self.lent, self.lent + count
-        empty = [b for b in range(first, end) if self._refs[b] == 0 and self._hash_of[b] is None]
-        lent = set(empty)
+        lent = {block for block in self._empty if first <= block < end}
+        empty = sorted(lent)
         self._empty = [block for block in self._empty if block not in lent]
         vacant = {*empty, *self._take_free(count - len(empty))}
         moves = [
@@ -187,10 +195,10 @@ class BlockManager:
             self._hash_of[block] = None
             if digest is not None:
                 self._block_of[digest] = to
-            if self._refs[to] == 0:
-                freed = self._list_of(to)
-                del freed[block]
-                freed[to] = None
+                if self._refs[to] == 0:
+                    freed = self._list_of(to)
+                    del freed[block]
+                    freed[to] = None
         self.lent = end
         return moves
 
@@ -208,13 +216,11 @@ class BlockManager:
     def release(self, blocks: Sequence[int]) -> None:
         """Give back one reference on each block. The last blocks of a sequence are reused before its first,
         because a short prefix is worth more than a long one."""
-        refs, hash_of = self._refs, self._hash_of
         if not self.prefix_caching:  # each has one holder, and no contents that are known
-            for block in blocks:
-                assert refs[block] == 1, f"block {block} released twice"
-                refs[block] = 0
             self._empty += reversed(blocks)
+            assert len(self._empty) <= self.size, "a block was released twice"
             return
+        refs, hash_of = self._refs, self._hash_of
         for block in reversed(blocks):
             left = refs[block] - 1
             assert left >= 0, f"block {block} released twice"
@@ -292,15 +298,17 @@ class BlockManager:
         self._block_of.clear()
 
     def check(self, held: Sequence[Sequence[int]]) -> None:
-        """Assert that the reference counts are exactly those of ``held`` (one list for each holder)."""
+        """Assert that what is held is exactly ``held`` (one list for each holder)."""
         counts = [0] * self.num_blocks
         for blocks in held:
             for block in blocks:
                 counts[block] += 1
-        assert counts == self._refs, "block reference counts do not match their holders"
+        if self.prefix_caching:
+            assert counts == self._refs, "block reference counts do not match their holders"
+        assert self.prefix_caching or max(counts, default=0) <= 1, "a block has two holders"
         assert not any(counts[: self.lent]), "a sequence holds a block that is lent"
         free = {b for b, n in enumerate(counts) if n == 0 and b >= self.lent}
-        assert len(free) == self.num_free and free == {*self._empty, *self._cached, *self._kept}
+        assert len(free) == self.num_free and free == self.free
         assert {b for b in free if self._hash_of[b] is None} == {*self._empty}
         assert not any(self._hash_of[: self.lent])
         assert all(self._hash_of[b] == digest for digest, b in self._block_of.items())

@@ -11,8 +11,9 @@ from aioengine import events
 from aioengine.core.blocks import BlockManager
 
 
-def test_allocate_and_release_are_a_pair() -> None:
-    blocks = BlockManager(4, 2)
+@pytest.mark.parametrize("caching", [True, False])
+def test_allocate_and_release_are_a_pair(caching: bool) -> None:
+    blocks = BlockManager(4, 2, prefix_caching=caching)
     held = blocks.allocate(3)
     assert len(set(held)) == 3
     assert blocks.num_free == 1
@@ -58,10 +59,10 @@ def test_prefix_caching_can_be_turned_off() -> None:
     assert blocks.match(hashes, 2) == []
 
 
-@given(st.integers(0, 2**32 - 1))
-def test_random_use_keeps_the_counts_right(seed: int) -> None:
+@given(st.integers(0, 2**32 - 1), st.booleans())
+def test_random_use_keeps_the_counts_right(seed: int, caching: bool) -> None:
     rng = random.Random(seed)
-    blocks = BlockManager(rng.randint(1, 12), 2)
+    blocks = BlockManager(rng.randint(1, 12), 2, prefix_caching=caching)
     held: list[list[int]] = []
     for _ in range(60):
         if held and rng.random() < 0.45:

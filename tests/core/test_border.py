@@ -222,7 +222,7 @@ def test_packing_overwrites_nobody(data: st.DataObject) -> None:
 @settings(max_examples=200, deadline=None)
 @pytest.mark.slow
 def test_lent_blocks_keep_what_sequences_hold(data: st.DataObject) -> None:
-    blocks = BlockManager(12, 4)
+    blocks = BlockManager(12, 4, prefix_caching=data.draw(st.booleans()))
     held: list[list[int]] = []
     keys: dict[bytes, None] = {}
     for step in range(data.draw(st.integers(1, 25))):

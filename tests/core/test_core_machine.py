@@ -366,11 +366,12 @@ class CoreMachine(RuleBasedStateMachine):
             assert len(core.room) - core.room.returned <= core.limits.max_waiting
         cpu = {e.uid for e in self.sim.core.cpu.entries.values() if e.location is not Location.LOADING}
         assert cpu <= self.sim.on_cpu
+        free = core.blocks.free
         for batch in (self.sim.batch, self.sim.following):
             if batch is None:
                 continue
             for work in batch.sequences:  # what it reads and writes is not given to anybody else
-                assert all(core.blocks._refs[block] > 0 for block in work.block_table)
+                assert free.isdisjoint(work.block_table)
                 for index in work.used:
                     slot = core.slots.slots[index]
                     assert index < 0 or (slot.entry, slot.offset) == self.in_flight[index], "it was moved"
