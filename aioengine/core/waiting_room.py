@@ -258,8 +258,8 @@ class _Tokens:
         self.total = 0
         self._of: dict[Tenant, OrderedDict[Ticket, int]] = {}
         self._sums: dict[Tenant, int] = {}
-        self._several: SortedSet[tuple[int, str]] = SortedSet()
-        """(tokens, tenant): those that still have a request if one is displaced."""
+        self._several: SortedSet[tuple[int, str]] | None = None
+        """(tokens, tenant): those that still have a request if one is displaced. None until that is asked."""
 
     def __len__(self) -> int:
         """Number of tenants."""
@@ -286,6 +286,8 @@ class _Tokens:
     def to_displace(self, part: float, newcomer: Ticket) -> Ticket | None:
         """Return the newest ticket of the tenant with the most tokens, if these are more than ``part`` and it
         has another ticket."""
+        if self._several is None:
+            self._several = SortedSet(self._having_several())
         if not self._several or self._several[-1][0] <= part:
             return None
         own = self._of[self._several[-1][1] or None]
@@ -295,16 +297,20 @@ class _Tokens:
         self.total += tokens
         before = self._sums.get(tenant, 0)
         self._sums[tenant] = before + tokens
+        if self._several is None:
+            return
         if tickets_before > 1:
             self._several.remove((before, tenant or ""))
         if len(self._of[tenant]) > 1:
             self._several.add((before + tokens, tenant or ""))
 
+    def _having_several(self) -> list[tuple[int, str]]:
+        return [(self._sums[tenant], tenant or "") for tenant, own in self._of.items() if len(own) > 1]
+
     def check(self) -> None:
         assert self._sums == {tenant: sum(own.values()) for tenant, own in self._of.items()}
         assert self.total == sum(self._sums.values())
-        several = [(self._sums[tenant], tenant or "") for tenant, own in self._of.items() if len(own) > 1]
-        assert list(self._several) == sorted(several)
+        assert self._several is None or list(self._several) == sorted(self._having_several())
 
 
 def _displaced_by(
