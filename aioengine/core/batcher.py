@@ -404,7 +404,12 @@ class Batcher:
         by_tenant: dict[str | None, list[Request]] = {}
         for request in self.running.values():
             by_tenant.setdefault(request.options.tenant, []).append(request)
-        return max(by_tenant.values(), key=lambda requests: sum(len(r.blocks) - r.freed for r in requests))
+        return max(by_tenant.values(), key=lambda requests: sum(map(self._num_blocks, requests)))
+
+    def _num_blocks(self, request: Request) -> int:
+        """Count the blocks that a request holds."""
+        later = 0 if self.counted is None or request.counted is None else self.counted.taken(request)
+        return len(request.blocks) - request.freed + later
 
     def preempt(self, request: Request, now: float) -> None:
         """Move a request from RUNNING to WAITING. Its KV blocks are freed (full blocks stay in the prefix

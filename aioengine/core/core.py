@@ -878,11 +878,14 @@ class Core:
         self.residency.check()
         self.merging.check()
         holders = [*self.running.values(), *self._zombies]
-        self.blocks.check([*(r.held for r in holders), *self.held.tables])
+        counted = self.batcher.counted
+        self.blocks.check(
+            [*(r.held for r in holders), *self.held.tables, [] if counted is None else counted.blocks]
+        )
         if self.border is not None:
             self.border.check()
-        if self.batcher.counted is not None:
-            self.batcher.counted.check(self.running.values())
+        if counted is not None:
+            counted.check(self.running.values())
         using: dict[int, int] = {}
         for request in holders:
             if request.adapter is not None:

@@ -45,13 +45,21 @@ class CountedDecodes:
         self._joined = 0
         self._positions = 0
         """Sum of the positions that they read in the next step."""
-        self._by_slot: dict[int, int] = {}
+        self._by_slot: dict[int, dict[int, int]] = {}
+        """By slot: for each request in it (its ``seq``), the step that has no token left for it to make."""
+        self._longest: dict[int, int] = {}
+        """The last of these steps of each slot."""
         self._slots: tuple[tuple[int, int], ...] | None = None
-        """The same, sorted; None: to be made."""
+        """The slots and their numbers of requests, sorted; None: to be made."""
         self._last: _Due = []
         """The last step of each."""
-        self._block: _Due = []
-        """The next step for which each needs a block."""
+        self.blocks: list[int] = []
+        """Blocks that they have needed since they joined. A request gets its own when it leaves: nobody reads
+        them before."""
+        self._needing = [0] * blocks.block_size
+        """Numbers of those that need a block for a step, by the step's number modulo the block size."""
+        self._given = 0
+        """The last step for which those that need a block have one."""
         self._ending: list[Request] = []
         """Those that end in the step in flight."""
 
@@ -66,11 +74,11 @@ class CountedDecodes:
         if not self.wanted:
             self.leave_all()
         step = len(self.ends)
-        growing = self._due(self._block, step)
-        if growing and self._blocks.num_free < len(growing) + others:
+        count = self._needed(step)
+        if count and self._blocks.num_free < count + others:
             self.leave_all()
         else:
-            self._grow(growing)
+            self._take(count, step)
 
     def join(self, decodes: Iterable[Request]) -> list[Request]:
         """Take in those of ``decodes`` that do nothing else, from the step on that is being formed. Returns
@@ -81,7 +89,8 @@ class CountedDecodes:
         step, size = len(self.ends), self._blocks.block_size
         for request in decodes:
             known = len(request.tokens)
-            if not _is_plain(request) or (left := self._final(request) - known) < 2:
+            spare = len(request.blocks) * size - known
+            if not _is_plain(request) or spare >= size or (left := self._final(request) - known) < 2:
                 others.append(request)
                 continue
             self._joined += 1
@@ -89,11 +98,13 @@ class CountedDecodes:
             self._requests[request.seq] = request
             self._positions += known
             slot = _slot_of(request)
-            self._by_slot[slot] = self._by_slot.get(slot, 0) + 1
+            end = step + request.params.max_tokens + request.prompt_len - known
+            self._by_slot.setdefault(slot, {})[request.seq] = end
+            if end > self._longest.get(slot, -1):
+                self._longest[slot] = end
             self._slots = None
             heappush(self._last, (step + left - 1, request.seq, self._joined, request))
-            block = step + len(request.blocks) * size - known + 1
-            heappush(self._block, (block, request.seq, self._joined, request))
+            self._needing[(step + spare + 1) % size] += 1
         return others
 
     def ending(self, *, alone: bool) -> Sequence[Request]:
@@ -121,7 +132,7 @@ class CountedDecodes:
         if not self._requests:
             return None
         if self._slots is None:
-            self._slots = tuple(sorted(self._by_slot.items()))
+            self._slots = tuple(sorted([(slot, len(own)) for slot, own in self._by_slot.items()]))
         return CountedRows(len(self._requests), self._positions, self._slots)
 
     def are(self, rows: CountedRows | None) -> bool:
@@ -143,10 +154,9 @@ class CountedDecodes:
         self.allocate(first + begun - 1)
 
     def allocate(self, step: int | None = None) -> None:
-        """Give blocks to those that need them until this step (None: the next one). So many are free."""
+        """Take the blocks that they need until this step (None: the next one). So many are free."""
         step = len(self.ends) if step is None else step
-        while growing := self._due(self._block, step):
-            self._grow(growing)
+        self._take(self._needed(step), step)
 
     @property
     def steps_left(self) -> int:
@@ -156,18 +166,36 @@ class CountedDecodes:
     @property
     def until_block(self) -> int:
         """Number of steps, the one in flight included, until one of them needs a block."""
-        return self._next(self._block) - len(self.ends)
+        step, size = self._given + 1, self._blocks.block_size
+        while not self._needing[step % size]:
+            step += 1
+        return step - len(self.ends)
 
     def blocks_for(self, steps: int) -> int:
         """Return a bound on the blocks that so many steps take."""
         return len(self._requests) * (steps // self._blocks.block_size + 1)
 
-    def _grow(self, requests: Sequence[Request]) -> None:
+    def left(self) -> dict[int | None, int]:
+        """Return, by slot, the most tokens that one of its requests may still make."""
+        ended = len(self.ends)
+        return {slot: end - ended for slot, end in self._longest.items()}
+
+    def taken(self, request: Request) -> int:
+        """Count the blocks that a request has needed since it joined."""
         size = self._blocks.block_size
-        for request, block in zip(requests, self._blocks.allocate(len(requests)), strict=True):
-            request.blocks.append(block)
-            at = request.since + len(request.blocks) * size - len(request.tokens) + 1
-            heappush(self._block, (at, request.seq, request.joined, request))
+        first = request.since + len(request.blocks) * size - len(request.tokens) + 1
+        return max(0, (self._given - first) // size + 1)
+
+    def _needed(self, step: int) -> int:
+        """Count the blocks that are needed until this step."""
+        size = self._blocks.block_size
+        return sum([self._needing[at % size] for at in range(self._given + 1, step + 1)])
+
+    def _take(self, count: int, step: int) -> None:
+        if count:
+            self.blocks += self._blocks.allocate(count)
+        if step > self._given:
+            self._given = step
 
     @staticmethod
     def _due(heap: _Due, step: int) -> list[Request]:
@@ -204,17 +232,25 @@ class CountedDecodes:
 
     def leave(self, request: Request) -> None:
         """Write down what was counted for a request, and count no more."""
+        size, taken = self._blocks.block_size, self.taken(request)
+        self._needing[(request.since + len(request.blocks) * size - len(request.tokens) + 1) % size] -= 1
+        if taken:
+            request.blocks += self.blocks[-taken:]
+            del self.blocks[-taken:]
         self.write_down(request)
         del self._requests[request.seq]
         self._positions -= len(request.tokens)
         slot = _slot_of(request)
-        self._by_slot[slot] -= 1
-        if not self._by_slot[slot]:
-            del self._by_slot[slot]
+        own = self._by_slot[slot]
+        end = own.pop(request.seq)
+        if not own:
+            del self._by_slot[slot], self._longest[slot]
+        elif end == self._longest[slot]:
+            self._longest[slot] = max(own.values())
         self._slots = None
         request.counted, request.joined = None, 0
         if not self._requests:
-            self.ends, self._gaps, self._last, self._block = [], [], [], []
+            self.ends, self._gaps, self._last, self._given = [], [], [], 0
 
     def leave_all(self) -> None:
         """Write everything down; no step may be in flight, unless it is lost."""
@@ -227,6 +263,9 @@ class CountedDecodes:
         assert {request.seq for request in counted} == self._requests.keys()
         assert all(request.status is Status.RUNNING for request in counted)
         assert self._positions == sum(request.prompt_len + request.output_tokens for request in counted)
+        assert len(self.blocks) == sum(map(self.taken, counted))
+        assert sum(self._needing) == len(counted)
+        assert self._longest == {slot: max(own.values()) for slot, own in self._by_slot.items()}
 
 
 def _is_plain(request: Request) -> bool:
