@@ -335,6 +335,7 @@ class Core:
         if isinstance(request.adapter, MixEntry):
             request.adapter.uses -= 1
         del self.requests[request.id]
+        request.drop_view()
         sink, request.sink = request.sink, None
         if sink is not None:
             sink.end(reason, error)

@@ -272,6 +272,7 @@ class Request:
     """A request from acceptance to its end."""
 
     __slots__ = (
+        "_view",
         "adapter",
         "admitted",
         "arrival",
@@ -309,7 +310,6 @@ class Request:
         "stops",
         "ticket",
         "tokens",
-        "view",
         "worst_gap",
     )
 
@@ -394,7 +394,18 @@ class Request:
         """Number of the first of these steps that is not written down."""
         self.joined = 0
         """Its number among the requests that are counted; 0: it is not counted."""
-        self.view = CoreRequestView(self)
+        self._view: CoreRequestView | None = None
+
+    @property
+    def view(self) -> CoreRequestView:
+        """How policies see it."""
+        if self._view is None:
+            self._view = CoreRequestView(self)
+        return self._view
+
+    def drop_view(self) -> None:
+        """Give up the view, so that an ended request is freed at once, and not by the garbage collector."""
+        self._view = None
 
     @property
     def held(self) -> list[int]:

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from aioengine.core.state import Request
 from aioengine.lab import Experiment, WorkloadSpec, run
 from aioengine.schedulers.parts.slot_pool import Claim, SlotPool, fill
 
@@ -93,12 +94,12 @@ def test_it_is_so_in_many_decisions(tmp_path_factory: pytest.TempPathFactory) ->
 
 
 @pytest.mark.slow
-def test_a_decision_leaves_nothing_to_the_garbage_collector(tmp_path: Path) -> None:
+def test_decisions_and_requests_leave_nothing_to_the_garbage_collector(tmp_path: Path) -> None:
     gc.collect()
     gc.disable()
     try:
         run(overload("fcfs:max_wait=0.05", 100, slots=3, cpu_loras=12, max_num_seqs=8), tmp_path)
-        left = [thing for thing in gc.get_objects() if isinstance(thing, SlotPool)]
+        left = [thing for thing in gc.get_objects() if isinstance(thing, SlotPool | Request)]
     finally:
         gc.enable()
     assert not left
