@@ -233,33 +233,41 @@ class SlotPool:
         """Return the adapters whose busy slots are closed for these claims, none of which may have an idle
         one: for each the slot that will be idle soonest, of those that only later requests wait for, or
         several of them. None if that would keep nobody out."""
-        gone = self._gone.union([row[0] for row in self._idle_rows])
-        rows, first = [row for row in self._closable_rows if row[0] not in gone], list[Claim]()
-        earliest = min(map(_oldest_of, rows), default=inf)
-        if earliest == inf or self._view.free_seqs <= 0:
+        if self._view.free_seqs <= 0:
             return []
-        least = 0
+        rows, first = self._closable_rows.copy(), list[Claim]()
+        if self._gone or self._idle_rows:
+            gone = self._gone.union([row[0] for row in self._idle_rows])
+            rows = [row for row in rows if row[0] not in gone]
+        earliest = min(map(_oldest_of, rows), default=inf)
+        if earliest == inf:
+            return []
+        least, left = 0, len(rows)
         for claim in claims:
             first.append(claim)
             if claim[0] >= earliest:
                 break
             least += claim[1] is not None
-            if least == len(rows):
+            if least == left:
                 return [row[1] for row in rows]  # all of them, in whatever order
         closed: list[str] = []
         self._sort_by_end(rows)
         begin, before = 0, -inf  # no slot before ``begin`` is for a claim since ``before``, or later
         for since, missing, is_last in chain(first, claims):
-            begin, before = _next_after(rows, since, 0 if since < before else begin), since
-            if begin == len(rows) and is_last:
+            begin, before = 0 if since < before else begin, since
+            while begin < left and rows[begin][3] <= since:
+                begin += 1
+            if begin == left and is_last:
                 break
-            while missing is not None and begin < len(rows):
+            while missing is not None and begin < left:
                 _, name, adapter, _ = rows.pop(begin)
+                left -= 1
                 closed.append(name)
-                missing -= adapter.bytes
+                missing -= adapter.bytes if missing > 0 else 0
                 if missing <= 0:
                     break
-                begin = _next_after(rows, since, begin)
+                while begin < left and rows[begin][3] <= since:
+                    begin += 1
         return closed
 
     def _next(self, oldest: float | None, *, take: bool, close: bool) -> _Wanted | None:
@@ -287,14 +295,6 @@ def _by_score(
     """Sort lazily, so that nothing is scored when no slot is needed."""
     score = replace.score
     yield from (s for s, _ in sorted(slots, key=lambda pair: (score(view, *pair), pair[0].index)))
-
-
-def _next_after(rows: list[_Row], since: float, begin: int) -> int:
-    """Return the place, from ``begin`` on, of the first slot that only requests after ``since`` wait for; the
-    number of slots if there is none."""
-    while begin < len(rows) and rows[begin][3] <= since:
-        begin += 1
-    return begin
 
 
 class _Candidates:
