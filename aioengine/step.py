@@ -2,6 +2,8 @@
 
 Nothing here refers to live objects, so that a step can cross a process boundary unchanged; only a request's
 ``params.constraint`` is its caller's object.
+
+The file is long because a step's parts refer to each other.
 """
 
 from __future__ import annotations
@@ -178,6 +180,50 @@ class SequenceWork(NamedTuple):
         return OutputView(self.history, self.prompt_len)
 
 
+class Decodes(Sequence[SequenceWork]):
+    """The sequences of a decode step that has those of an earlier one, ``rows``, in the same order: ``steps``
+    later, each computes the token that was sampled for it in the step before.
+
+    A row is made when somebody reads it. ``rows`` are plain decodes; their histories and block tables grow
+    meanwhile.
+    """
+
+    __slots__ = ("_made", "contents", "rows", "steps")
+
+    def __init__(self, rows: Sequence[SequenceWork], steps: int, contents: StepContents) -> None:
+        self.rows = rows
+        self.steps = steps
+        self.contents = contents
+        """That of each of these steps."""
+        self._made: list[SequenceWork] | None = None
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @overload
+    def __getitem__(self, index: int) -> SequenceWork: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[SequenceWork]: ...
+    def __getitem__(self, index: int | slice) -> SequenceWork | list[SequenceWork]:
+        return self._all()[index]
+
+    def __iter__(self) -> Iterator[SequenceWork]:
+        return iter(self._all())
+
+    def _all(self) -> list[SequenceWork]:
+        if self._made is None:
+            self._made = [self._later(row) for row in self.rows]
+        return self._made
+
+    def _later(self, row: SequenceWork) -> SequenceWork:
+        at = row.start + self.steps
+        return row._replace(tokens=[row.history[at]], start=at)
+
+    def next(self) -> Decodes:
+        """Return those of the step after this one."""
+        return Decodes(self.rows, self.steps + 1, self.contents)
+
+
 class MemoryMove(NamedTuple):
     """Move of bytes, before a step, in the memory that adapters and KV blocks share. For an adapter, the old
     and the new place may overlap."""
@@ -234,6 +280,8 @@ class StepBatch(NamedTuple):
 
     def contents(self) -> StepContents:
         """Count what is in the step."""
+        if type(self.sequences) is Decodes:
+            return self.sequences.contents
         if self.counted is not None and not self.sequences:
             counted = self.counted.sequences
             here = tuple([slot for slot, _ in self.counted.slots if slot >= 0])

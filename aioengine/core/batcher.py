@@ -16,6 +16,7 @@ from aioengine import events
 from aioengine.core.blocks import BlockManager
 from aioengine.core.border import Border
 from aioengine.core.decodes.counted import CountedDecodes
+from aioengine.core.decodes.repeated import RepeatedDecodes
 from aioengine.core.decodes.turns import Turns
 from aioengine.core.guard import Tell
 from aioengine.core.pacing import Allowance, Floor, Pacer, StepWork
@@ -25,7 +26,7 @@ from aioengine.core.queues import RequestQueues
 from aioengine.core.speculation.drafts import Speculation
 from aioengine.core.state import Request, Status, label_of
 from aioengine.schedulers.policy import Location
-from aioengine.step import UNKNOWN, SequenceWork, StepBatch
+from aioengine.step import UNKNOWN, Decodes, SequenceWork, StepBatch
 
 _Part = tuple[int, Request, SequenceWork]
 """A request in the batch: its slot, the request, and the range of tokens to compute."""
@@ -83,6 +84,18 @@ class Batcher:
         self.border = border
         """The border to the adapters' memory, which can give blocks; None if adapters have a separate
         memory."""
+        self.repeated: RepeatedDecodes | None = None
+        """Decode steps of the same requests; None where something may change from step to step."""
+        if speculation is None and border is None and blocks.window is None:
+            self.repeated = RepeatedDecodes(blocks, running, self._turns)
+
+    def repeat(self, now: float, changes: int) -> Decodes | None:
+        """Form the last batch once more, a token later, if that is what ``form`` would do without newcomers.
+        ``changes`` is the number of events so far."""
+        if self.repeated is None:
+            return None
+        self._now = now
+        return self.repeated.next(changes)
 
     def form(
         self,

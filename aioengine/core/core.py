@@ -53,7 +53,7 @@ from aioengine.errors import (
 from aioengine.request import RequestOptions, SamplingParams
 from aioengine.schedulers.policies.fcfs import FCFS
 from aioengine.schedulers.policy import CostsView, Location, PolicyEvent, SchedulerPolicy
-from aioengine.step import CountedRows, Sampled, SequenceWork, StepBatch, StepResult
+from aioengine.step import CountedRows, Decodes, Sampled, SequenceWork, StepBatch, StepResult
 
 
 class Step(NamedTuple):
@@ -580,6 +580,8 @@ class Core:
         due = self.next_due()
         if due is not None and due <= now:
             return None
+        if self.batcher.repeated is not None:  # tables of blocks become other ones
+            self.batcher.repeated.spoil()
         work = self.batcher.follow(self._in_flight, batch)
         if work is None:
             return None
@@ -648,6 +650,16 @@ class Core:
     # The batch
 
     def _form_batch(self, admit: Sequence[Request]) -> StepBatch | None:
+        repeated = self.batcher.repeated
+        rows = None
+        if not admit and self.merging.entry is None:
+            rows = self.batcher.repeat(self.now, self._changes)
+        if rows is not None and repeated is not None:
+            self._in_flight = repeated.requests
+            self._begin(rows.rows)
+            batch = StepBatch(self.step, rows, self.slots.ranks())
+            repeated.begun(batch)
+            return batch
         if self.placing.any_closed:
             admit = [request for request in admit if not self.placing.is_closed(request)]
         if self.placing.short is not None and self.running:
@@ -658,9 +670,19 @@ class Core:
         moves = () if self.border is None else tuple(self.border.take_moves())
         counted = None if self.batcher.counted is None else self.batcher.counted.rows()
         if not work and not moves and counted is None:
+            if repeated is not None:
+                repeated.spoil()
             return None
         self._begin(work, counted)
-        return StepBatch(self.step, work, ranks, moves, merged=self.merging.covering(work), counted=counted)
+        merged = self.merging.covering(work)
+        batch = StepBatch(self.step, work, ranks, moves, merged=merged, counted=counted)
+        if repeated is not None:
+            plain = merged is None and counted is None and not self.batcher.has_prompts
+            if plain and len(work) == len(self.running):
+                repeated.note(batch, self._in_flight, self._changes)
+            else:
+                repeated.spoil()
+        return batch
 
     def _begin(self, work: Sequence[SequenceWork], counted: CountedRows | None = None) -> None:
         """Count a step, and note which slots it uses."""
@@ -703,7 +725,10 @@ class Core:
         if ending:  # nothing else was in the step, but what is counted
             requests, batch = ending, batch._replace(sequences=[decode_row(request) for request in ending])
             result = StepResult([self._last_token(request) for request in ending], result.seconds)
-        return self._results.take(requests, batch, result, now)
+        intervals = self._results.take(requests, batch, result, now)
+        if self.batcher.repeated is not None and not self._results.all_decoded:
+            self.batcher.repeated.spoil()
+        return intervals
 
     def steady(self, batch: StepBatch) -> Steady | None:
         """Return which repetitions of ``batch``, which is in flight, are certain, if all running requests
@@ -759,6 +784,8 @@ class Core:
         sequence got ``token`` in each step. With ``goes_on`` one more repetition, which is certain too, is in
         flight then, as ``batch``. Returns the intervals of each, as ``step_finished`` does."""
         requests = self._in_flight
+        if self.batcher.repeated is not None:
+            self.batcher.repeated.spoil()
         if not goes_on:
             self._repeated = requests
         if self._zombies:  # the steps before were taken in when one of the requests was ended
@@ -824,8 +851,12 @@ class Core:
         """Learn from a step's time; ``step_finished`` does it too."""
         learner = self._costs.learner
         if learner is not None and batch.sequences and not batch.moves:
+            rows, repeated = batch.sequences, self.batcher.repeated
+            if type(rows) is Decodes and repeated is not None:
+                learner.learn(repeated.work(rows), seconds)
+                return
             ranks = batch.slot_ranks if batch.merged is None else [0] * len(batch.slot_ranks)
-            learner.learn(StepWork.of(batch.sequences, ranks), seconds)
+            learner.learn(StepWork.of(rows, ranks), seconds)
 
     # Telling others
 

@@ -211,6 +211,12 @@ class Pacer:
         fixed = self._coefficients[0]
         return max(self._target / (1 + LEAST_SHARE) - fixed, fixed)
 
+    def decode_seconds(self, decodes: StepWork) -> float:
+        """Return the seconds that decodes take beside the fixed cost of their step: the sum of their
+        ``decode_costs``."""
+        _, token, _, pair, rank = self._coefficients
+        return token * decodes.tokens + pair * decodes.decode_pairs + rank * decodes.ranks
+
     def decode_costs(self, decodes: Iterable[Request]) -> list[float]:
         """Return the seconds that one token of each request adds to a step."""
         _, token, _, pair, rank = self._coefficients

@@ -18,7 +18,7 @@ from aioengine.core.speculation.drafts import Speculation
 from aioengine.core.state import AdapterEntry, Request, Status, label_of
 from aioengine.errors import AdapterInvalid, AioEngineError, RequestInvalid
 from aioengine.request import FinishReason
-from aioengine.step import Sampled, SequenceWork, StepBatch, StepResult
+from aioengine.step import Decodes, Sampled, SequenceWork, StepBatch, StepResult
 
 _interval: Callable[[tuple[str | None, float, int]], events.TokenInterval] = partial(
     tuple.__new__, events.TokenInterval
@@ -75,6 +75,8 @@ class StepResults:
         self._note = note
         self.counts_intervals = True
         """Whether anybody wants the times between tokens; otherwise none are returned."""
+        self.all_decoded = False
+        """Whether all requests of the last step got a token each, and nothing else."""
 
     def take(
         self, requests: Sequence[Request], batch: StepBatch, result: StepResult, now: float
@@ -87,9 +89,12 @@ class StepResults:
         """Adapter and time of the previous token, for each token except a request's first."""
         advance, running, caching = self._advance, Status.RUNNING, self._blocks.prefix_caching
         counts = self.counts_intervals
-        rows = zip(requests, batch.sequences, result.sampled, strict=True)
+        self.all_decoded = True
+        works = batch.sequences if type(batch.sequences) is not Decodes else batch.sequences.rows
+        rows = zip(requests, works, result.sampled, strict=True)
         for index, (request, work, sampled) in enumerate(rows):
             if request.status is not running:
+                self.all_decoded = False
                 continue
             last = request.last_token
             if (
@@ -101,7 +106,8 @@ class StepResults:
                 or work.draft
                 or work.score
             ):
-                self._take_row(index, request, work, result, now, before)
+                self.all_decoded = False
+                self._take_row(index, request, batch.sequences[index], result, now, before)
             else:
                 # Fast path for nearly all tokens: does the same as _take_row and _take.
                 if caching:

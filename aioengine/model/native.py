@@ -23,6 +23,7 @@ from aioengine.kernels.cpu.nodes import touch
 from aioengine.kernels.cpu.packed import PackedWeight, pointer
 from aioengine.kernels.cpu.quantized import QuantizedWeight
 from aioengine.kernels.cpu.shared_library import has_int8_products, load, threads
+from aioengine.kernels.plan.decodes import DecodeTables
 from aioengine.model.buffer import Arena
 from aioengine.model.decoder import Decoder, LastLayer, StepInputs
 from aioengine.model.experts.layer import Mixture
@@ -73,7 +74,9 @@ class NativeForward:
         self._finds = not self._parallel and spec.logit_divisor == 1 and spec.logit_cap is None
         """Whether steps find the most likely tokens: where nothing is done to the head's outputs."""
         self._found: tuple[Tensor, Tensor] | None = None
-        """Logits of the last step and their most likely tokens, until somebody asks for these."""
+        """Logits of the last step and their most likely tokens, until they are asked for."""
+        self._last: tuple[structs.Step, Tensor, tuple[object, ...]] | None = None
+        """The last step, its logits, and what else it refers to; None if it cannot be done again."""
 
     def _layer_structs(self, cache: KVCache) -> list[structs.Layer]:
         found = []
@@ -159,7 +162,7 @@ class NativeForward:
     def forward(self, inputs: StepInputs) -> Tensor:
         """Return the logits of ``inputs.sample_rows``: [N, vocab] in the compute dtype."""
         decoder = self._decoder
-        self._found = None
+        self._found = self._last = None
         logits = torch.empty(len(inputs.sample_rows), decoder.spec.vocab_size, dtype=decoder.dtype)
         self._run(inputs, logits)
         finished = decoder.finish_logits(logits)
@@ -168,9 +171,23 @@ class NativeForward:
             self._found = finished, self._workspace.best
         return finished
 
+    def decode_again(self, tables: DecodeTables, steps: int) -> Tensor | None:
+        """Decode with the sequences of the last step, which was a decode step, too: what ``tables`` has now.
+        Returns the logits, whose ``argmax`` is in ``tables.found``; None if ``forward`` has to do it."""
+        angles = self._angles.until(tables.positions(steps))
+        if self._last is None or angles is None or not self._finds:
+            return None
+        step, logits, _ = self._last
+        step.token_ids, step.spans, step.tables = tables.ids, tables.spans, tables.tables
+        step.table_width, step.best = tables.width, tables.best.data_ptr()
+        step.angles_cos, step.angles_sin, step.positions = angles
+        step.seconds = pointer(self.seconds)
+        self._library.aio_step(ctypes.byref(self._model), ctypes.byref(step))
+        self._found = logits, tables.best
+        return logits
+
     def argmax(self, logits: Tensor) -> Tensor:
-        """Do what the backend's ``argmax`` does. Of the last step's logits it is known already, once, and
-        until the next step."""
+        """Do what the backend's ``argmax`` does. Of the last step's logits it is known already, once."""
         found, self._found = self._found, None
         if found is not None and found[0] is logits:
             best = found[1]
@@ -187,16 +204,14 @@ class NativeForward:
         decoder, plan = self._decoder, inputs.attention
         lora, sample_lora = inputs.lora, inputs.sample_lora
         width = max(batch.width for of in (lora, sample_lora) for batch in of.passes)
-        space = self._workspace
+        space, self._last = self._workspace, None
         if space is None or space.size != (len(inputs.token_ids), width):
             space = self._workspace = None  # its memory is free before more is taken
             space = self._workspace = self._make_workspace(len(inputs.token_ids), width)
         step = space.step
-        # Tables stay referenced by these names while the library reads them.
-        tables, spans = plan.tables, plan.span_table
+        tables, spans = plan.tables, plan.span_table  # referenced while the library reads them
         segments = space.segments(lora)
-        # In decode steps both are the same.
-        sample_segments = segments if sample_lora is lora else _Segments(sample_lora)
+        sample_segments = segments if sample_lora is lora else _Segments(sample_lora)  # of decodes the same
         step.sequences, step.table_width = tables.shape
         step.samples, step.threads = len(logits), threads()
         step.tables, step.spans, step.logits = tables.data_ptr(), spans.data_ptr(), logits.data_ptr()
@@ -211,6 +226,10 @@ class NativeForward:
                 own.copy_(computed)
         step.angles_cos, step.angles_sin, step.positions = angles or (None, None, 0)
         step.seconds = pointer(self.seconds)
+        step.best = space.best.data_ptr() if self._finds else None
+        decodes = len(logits) == len(inputs.token_ids) == len(tables)
+        if decodes and not (step.embedded or angles is None or self._parallel):
+            self._last = step, logits, (segments, inputs)
         bound = len(self._processors) == step.threads
         step.processors = ctypes.addressof(self._processors) if bound else None
         if not self._parallel:
@@ -235,10 +254,7 @@ class NativeForward:
             memory[name] = torch.empty(len(spec.ropes), tokens, 1, decoder.ropes.half)
         memory |= {name: torch.empty(tokens, dtype=torch.int64) for name in ("cells", "best")}
         memory["last"] = torch.empty(tokens, dtype=torch.uint8)
-        space = _Workspace((tokens, width), memory)
-        if not self._finds:
-            space.step.best = None
-        return space
+        return _Workspace((tokens, width), memory)
 
     def _embedding(self) -> int | None:
         """Address of the embeddings, if a step begins with rows of them as they are."""

@@ -22,6 +22,7 @@ from torch import Tensor
 from aioengine.errors import ConfigError
 from aioengine.info import LoadProgress
 from aioengine.kernels import AttentionPlan, LoRABatch, Span, get_backend
+from aioengine.kernels.plan.decodes import DecodeTables
 from aioengine.kernels.transfer import send
 from aioengine.model import coverage
 from aioengine.model.cuda.attention import fastest_kernels
@@ -43,7 +44,7 @@ from aioengine.model.slots.pool import LoRASlots
 from aioengine.model.slots.shared import SharedMemory
 from aioengine.model.spec import ModelSpec, Quantization
 from aioengine.request import TokenLogprob
-from aioengine.step import Sampled, SequenceWork, StepBatch, StepResult
+from aioengine.step import Decodes, Sampled, SequenceWork, StepBatch, StepResult
 
 if TYPE_CHECKING:
     from aioengine.model.decode_graphs import DecodeLimits, DecodeSteps, Record
@@ -211,6 +212,9 @@ class ModelRunner:
         )
         self._last: tuple[Sequence[SequenceWork], Sequence[Sampled | None]] = ((), ())
         """The sequences of the last step, and what was sampled for each."""
+        self._plain_sampler = sample is None
+        self._tables: tuple[Sequence[SequenceWork], DecodeTables] | None = None
+        """The rows of repeated decodes, and their tables."""
         self.decode_steps: DecodeSteps | None = None
         """Decode steps that are played back, if there are any."""
         if fixed_decode is not None and self._can_record:
@@ -297,6 +301,10 @@ class ModelRunner:
         began = time.perf_counter()
         if batch.follows:
             batch = batch.after(*self._last)
+        again = self._decode_again(batch)
+        if again is not None:
+            self._last = batch.sequences, again
+            return StepResult(again, time.perf_counter() - began)
         plain = all(work.params.is_plain for work in batch.sequences)  # nearly always
         sampled: list[Sampled | None] = [None] * len(batch.sequences)
         followed: dict[int, list[Sampled]] = {}
@@ -332,6 +340,34 @@ class ModelRunner:
         values = {i: part.values for i, part in pooled.items()}
         self._last = batch.sequences, sampled
         return StepResult(sampled, time.perf_counter() - began, scored, followed, values)
+
+    def _decode_again(self, batch: StepBatch) -> Sequence[Sampled] | None:
+        """Return the tokens of a step that decodes with the sequences of the last one; None if it is not such
+        a step, or not in the compiled library."""
+        rows, native, (before, _) = batch.sequences, self.native, self._last
+        if type(rows) is not Decodes or native is None or batch.moves or batch.merged is not None:
+            return None
+        first, steps = (before.rows, before.steps) if type(before) is Decodes else (before, 0)
+        if first is not rows.rows or steps + 1 != rows.steps:
+            return None
+        if self._tables is None or self._tables[0] is not first:
+            starts, known = [row.start for row in first], [row.block_table for row in first]
+            self._tables = first, DecodeTables(starts, known, self.kv_cache.block_size)
+        tables = self._tables[1]
+        tables.write(rows.steps, [row.history[row.start + rows.steps] for row in first])
+        if self.lora_slots is not None:
+            self.lora_slots.before_step()
+        logits = native.decode_again(tables, rows.steps)
+        if logits is None:
+            return None
+        if self.lora_slots is not None:
+            self.lora_slots.after_step()
+        if self._plain_sampler and all(row.params.is_plain for row in first):
+            tokens = tables.found.tolist()
+            if min(tokens) >= 0:
+                return [Sampled(token) for token in tokens]
+        with torch.inference_mode():
+            return self._sample(logits, rows)
 
     def _move(self, batch: StepBatch) -> None:
         """Carry out the step's moves within the memory that adapters and KV blocks share."""

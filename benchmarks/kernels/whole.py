@@ -52,6 +52,8 @@ class Watched(NamedTuple):
 
     forward: Stopwatch
     """Model, with the tables for it."""
+    again: Stopwatch
+    """The model, where a step repeats the one before."""
     executed: Stopwatch
     """All that the thread of the steps does, in its processor time."""
     library: Stopwatch
@@ -64,6 +66,7 @@ async def engine_table(model: str, quantization: str) -> Table:
     step."""
     watched = Watched(
         Stopwatch(native.NativeForward, "forward"),
+        Stopwatch(native.NativeForward, "decode_again"),
         Stopwatch(runner.ModelRunner, "execute", time.thread_time),
         Stopwatch(load(), "aio_step", time.thread_time),
     )
@@ -105,7 +108,10 @@ async def _run(
     await run_once(engine, prompts, OUTPUT, adapters)
     wall, loop = time.perf_counter() - start, time.thread_time() - loop
     remove()
-    model, executed, library = (each.seconds - was for each, was in zip(watched, before, strict=True))
+    forward, again, executed, library = (
+        each.seconds - was for each, was in zip(watched, before, strict=True)
+    )
+    model = forward + again
     executor, core = sum(step.seconds for step in steps), sum(step.schedule_seconds for step in steps)
     parts = (model, executor - model, core, wall - executor - core)
     own = (loop / len(steps), (executed - library) / len(steps))

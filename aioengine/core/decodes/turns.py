@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
-from aioengine.core.pacing import Pacer
+from aioengine.core.pacing import Pacer, StepWork
 from aioengine.core.state import Request
 
 REMEMBERED = 64
@@ -56,6 +56,10 @@ class Turns:
         if not any(2 * counts[tenant] <= most for tenant in self._seen.keys() - shortened):
             return decodes
         return [request for request in decodes if request.seq in chosen]
+
+    def all_fit(self, decodes: StepWork) -> bool:
+        """Whether all decodes of a step fit in its time, so that ``choose`` would choose all of them."""
+        return self._pacer.decode_seconds(decodes) <= self._pacer.decode_room
 
     @staticmethod
     def _ranked(decodes: Sequence[Request]) -> list[tuple[int, float, int]]:
