@@ -58,6 +58,11 @@ class Device(ABC):
     async def execute(self, batch: StepBatch) -> StepResult:
         """Run one step. At most one is in flight."""
 
+    def begin(self, batch: StepBatch, ended: Callable[[StepResult | BaseException], None]) -> bool:
+        """Do what ``execute`` does, and call ``ended`` on the loop with the result or the error. Returns
+        False, and does nothing, if the device can only ``execute``."""
+        return False
+
     def queue(self, batch: StepBatch) -> QueuedStep:
         """Run one step after the one in flight, if there is one; ``batch`` may follow that one.
 

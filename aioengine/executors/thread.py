@@ -98,6 +98,24 @@ class ThreadDevice(Device):
     async def execute(self, batch: StepBatch) -> StepResult:
         return await self.queue(batch)
 
+    def begin(self, batch: StepBatch, ended: Callable[[StepResult | BaseException], None]) -> bool:
+        self._step_thread.submit(self._run, batch, ended, asyncio.get_running_loop())
+        return True
+
+    def _run(
+        self,
+        batch: StepBatch,
+        ended: Callable[[StepResult | BaseException], None],
+        loop: asyncio.AbstractEventLoop,
+    ) -> None:
+        result: StepResult | BaseException
+        try:
+            result = self._step(batch)
+        except BaseException as error:
+            result = error
+        with contextlib.suppress(RuntimeError):  # the loop is closed
+            loop.call_soon_threadsafe(ended, result)
+
     def queue(self, batch: StepBatch) -> ThreadStep:
         return ThreadStep(self._step_thread, partial(self._step, batch))
 

@@ -2,6 +2,8 @@
 
 One task, woken by events and asleep when there is nothing to do. The core is touched on the event
 loop's thread only; model steps, reads and copies run elsewhere and are awaited.
+
+The file is long because the loop, its end and the device's loss share one state.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 from aioengine import events
@@ -198,18 +201,21 @@ class Stepper:
         if self._lost is not None:
             await self._recover(self._lost)
             return
-        start = self._timer()
-        again = None if self._ahead is None else self._ahead.repeated
-        batch, moves = self.core.schedule(loop.time(), again)
-        decided = self._timer() - start, self.core.guard.seconds
-        for move in moves:
-            self._moves.start(move)
-        self.publish()
-        self._idle.look(self.core.now, idle=batch is None and not self._moves.under_way)
+        batch, decided = self._decide(loop)
         if batch is None:
             await self._sleep(loop)
             return
         if self._ahead is not None and await self._ahead.run(batch, decided):
+            return
+        over: asyncio.Future[None] = loop.create_future()
+        if not self._overlap and self._begin(over, batch, decided):
+            try:
+                await over
+            except EngineDead as error:
+                self._step_began = None
+                await self._recover(error)
+            finally:
+                self._step_began = None
             return
         running = self._device.queue(batch) if self._overlap else self._device.execute(batch)
         while True:
@@ -232,6 +238,48 @@ class Stepper:
             batch, running, seconds = following
             decided = seconds, 0.0
             await asyncio.sleep(0)  # it may be done already, and readers get each token before the next
+
+    def _decide(self, loop: asyncio.AbstractEventLoop) -> tuple[StepBatch | None, Decided]:
+        """Ask the core for the next step, and begin the moves that it wants."""
+        start = self._timer()
+        again = None if self._ahead is None else self._ahead.repeated
+        batch, moves = self.core.schedule(loop.time(), again)
+        decided = self._timer() - start, self.core.guard.seconds
+        for move in moves:
+            self._moves.start(move)
+        self.publish()
+        self._idle.look(self.core.now, idle=batch is None and not self._moves.under_way)
+        return batch, decided
+
+    def _begin(self, over: asyncio.Future[None], batch: StepBatch, decided: Decided) -> bool:
+        """Run ``batch`` and the steps after it, each begun where the result of the one before comes in, so
+        that a step takes one turn of the event loop. ``over`` is done when none follows, or one has failed.
+        Returns False if the device can only ``execute``."""
+        self._step_began = asyncio.get_running_loop().time()
+        return self._device.begin(batch, partial(self._came, over, batch, decided))
+
+    def _came(
+        self,
+        over: asyncio.Future[None],
+        batch: StepBatch,
+        decided: Decided,
+        result: StepResult | BaseException,
+    ) -> None:
+        if over.done():  # the loop was cancelled
+            return
+        try:
+            if isinstance(result, BaseException):
+                raise result
+            self._step_began = None
+            self._finished(batch, result, decided)
+            if self.core.running and not self._stopping and self._lost is None:
+                self._wake.clear()
+                following, decided = self._decide(asyncio.get_running_loop())
+                if following is not None and self._begin(over, following, decided):
+                    return
+            over.set_result(None)
+        except BaseException as error:
+            over.set_exception(error)
 
     def _queue_next(self, batch: StepBatch) -> None:
         """Give the device the step after ``batch`` as well, if it is certain already."""
