@@ -26,6 +26,9 @@ from aioengine.metrics.families import definitions as d
 from aioengine.metrics.families.exposition import OPENMETRICS, TEXT, TextWriter, to_metric
 from aioengine.metrics.families.storage import Counters, Family, Histograms
 
+_STEPS_TOGETHER = 64
+"""Finished steps that wait to be counted at most, if nothing else happens and nobody reads."""
+
 
 class EngineMetrics(Collector):
     """Collects one engine's metrics; ``registry`` is a separate registry that has them all.
@@ -132,6 +135,8 @@ class EngineMetrics(Collector):
     def handle(self, event: events.Event) -> None:
         """Count one event; kinds that no metric needs are ignored."""
         self._pending.append(event)
+        if type(event) is events.StepFinished and len(self._pending) < _STEPS_TOGETHER:
+            return  # the next step waits for this one; whoever reads metrics applies what there is
         if not self._applying:
             self._applying = self._on_loop.soon(self._apply)
             if not self._applying:
