@@ -1,4 +1,8 @@
-"""StepResults: applies the result of a step to the requests that were in it."""
+"""StepResults: applies the result of a step to the requests that were in it.
+
+The file is long because tokens come in three ways: of each row for itself, of a step that repeats the one
+before, and of many steps at a time.
+"""
 
 from __future__ import annotations
 
@@ -77,6 +81,10 @@ class StepResults:
         """Whether anybody wants the times between tokens; otherwise none are returned."""
         self.all_decoded = False
         """Whether all requests of the last step got a token each, and nothing else."""
+        self._last = 0.0
+        """Time of the tokens before those of a step that repeats the one before."""
+        self._counted: tuple[Sequence[SequenceWork], Counter[AdapterEntry | None]] | None = None
+        """Rows of such steps, and the numbers of requests by adapter."""
 
     def take(
         self, requests: Sequence[Request], batch: StepBatch, result: StepResult, now: float
@@ -85,13 +93,14 @@ class StepResults:
 
         Returns the times between its tokens and the ones before.
         """
+        if type(batch.sequences) is Decodes and self._take_decodes(requests, result.sampled, now):
+            return self._same_intervals(requests, batch.sequences, now)
         before: list[tuple[AdapterEntry | None, float]] = []
         """Adapter and time of the previous token, for each token except a request's first."""
         advance, running, caching = self._advance, Status.RUNNING, self._blocks.prefix_caching
         counts = self.counts_intervals
         self.all_decoded = True
-        works = batch.sequences if type(batch.sequences) is not Decodes else batch.sequences.rows
-        rows = zip(requests, works, result.sampled, strict=True)
+        rows = zip(requests, batch.sequences, result.sampled, strict=True)
         for index, (request, work, sampled) in enumerate(rows):
             if request.status is not running:
                 self.all_decoded = False
@@ -107,7 +116,7 @@ class StepResults:
                 or work.score
             ):
                 self.all_decoded = False
-                self._take_row(index, request, batch.sequences[index], result, now, before)
+                self._take_row(index, request, work, result, now, before)
             else:
                 # Fast path for nearly all tokens: does the same as _take_row and _take.
                 if caching:
@@ -136,6 +145,51 @@ class StepResults:
                 if finish is not None:
                     self._end(request, finish, now)
         return _intervals(Counter(before), now) if counts else ()
+
+    def _take_decodes(self, requests: Sequence[Request], found: Sequence[Sampled | None], now: float) -> bool:
+        """Take in a step that repeats the one before, in which each request got a token as well: does the
+        same as ``take``. Returns False, and does nothing, if a request has ended or has no token."""
+        running, caching = Status.RUNNING, self._blocks.prefix_caching
+        for request, sampled in zip(requests, found, strict=True):
+            if request.status is not running or sampled is None or sampled[0] < 0:
+                return False
+        self.all_decoded = True
+        last = self._last = requests[0].last_token or 0.0
+        gap = now - last
+        for request, sampled in zip(requests, found, strict=True):
+            assert sampled is not None
+            token, tokens, worst, sink = sampled[0], request.tokens, request.worst_gap, request.sink
+            if caching:
+                self._advance(request, 1)
+            else:
+                request.computed += 1
+            tokens.append(token)
+            request.last_token = now
+            if worst is None or gap > worst:
+                request.worst_gap = gap
+            count = len(tokens)
+            if count >= request.most_tokens or token in request.stops:
+                stops = token in request.stops
+                stopped = sink is not None and sink.push(sampled, now, is_stop=stops)
+                self._end(request, "stop" if stops or stopped else "length", now)
+            elif (
+                sink is not None
+                and (not sink.takes_many or count % TAKEN == 0)
+                and sink.push(sampled, now, is_stop=False)
+            ):
+                self._end(request, "stop", now)
+        return True
+
+    def _same_intervals(
+        self, requests: Sequence[Request], decodes: Decodes, now: float
+    ) -> tuple[events.TokenInterval, ...]:
+        """Return the times between the tokens of such a step and the ones before, which all took as long."""
+        if not self.counts_intervals:
+            return ()
+        if self._counted is None or self._counted[0] is not decodes.rows:
+            counts = Counter(request.adapter for request in requests)
+            self._counted = decodes.rows, counts
+        return _intervals({(entry, self._last): tokens for entry, tokens in self._counted[1].items()}, now)
 
     def steady_steps(
         self, requests: Sequence[Request], batch: StepBatch, counted: CountedDecodes | None
