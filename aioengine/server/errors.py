@@ -222,7 +222,8 @@ def _api_error(error: BaseException, retry_after: int) -> ApiError:
         case msgspec.ValidationError():
             return validation_error(error)
         case msgspec.DecodeError():
-            return ApiError(400, f"the body is not valid JSON: {error}", code="invalid_json")
+            hint = "; it must be UTF-8 without a byte order mark" if str(error).endswith("(byte 0)") else ""
+            return ApiError(400, f"the body is not valid JSON: {error}{hint}", code="invalid_json")
         case UnicodeDecodeError():
             return ApiError(400, f"the body is not UTF-8: {error.reason}", code="invalid_json")
         case RecursionError():  # caused by the body: no code here is recursive

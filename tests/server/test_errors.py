@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from typing import Any
 
 import httpx
@@ -90,6 +91,18 @@ async def test_the_client_knows_the_errors(serve: Serve) -> None:
             await served.client.completions.create(model=MODEL, prompt="x", max_tokens="many")  # type: ignore[call-overload]
         assert wrong.value.param == "max_tokens"
         assert "Expected `int" in str(wrong.value)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32"])
+async def test_a_body_in_another_encoding_is_told_which_one_to_use(encoding: str, serve: Serve) -> None:
+    async with serve() as served:
+        answer = await served.http.post(
+            "/v1/completions",
+            content=json.dumps(OK).encode(encoding),
+            headers={"content-type": "application/json"},
+        )
+        assert answer.status_code == 400
+        assert "must be UTF-8 without a byte order mark" in answer.json()["error"]["message"]
 
 
 @pytest.mark.parametrize(

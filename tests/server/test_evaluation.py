@@ -142,7 +142,13 @@ async def test_prompt_logprobs(count: int, tiny_text: Tiny, serve: Serve) -> Non
         (
             "completions",
             {"prompt": "x", "guided_choice": ["a"], "structured_outputs": {"regex": "a"}},
-            "guided_json",
+            "guided_choice",
+        ),
+        ("completions", {"prompt": "x", "guided_choice": ["a"], "guided_regex": "a"}, "guided_choice"),
+        (
+            "completions",
+            {"prompt": "x", "structured_outputs": {"choice": ["a"], "regex": "a"}},
+            "structured_outputs",
         ),
         (
             "chat/completions",

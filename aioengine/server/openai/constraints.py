@@ -46,7 +46,7 @@ class Form:
         write: Callable[[], tuple[Any, Sequence[str]]],
         blame: Callable[[str], str | None] = lambda _reason: None,
     ) -> None:
-        self._param = param
+        self.param = param
         self._compile = compile
         self._write: Callable[[], tuple[Any, Sequence[str]]] | None = write
         self._blame = blame
@@ -65,7 +65,7 @@ class Form:
             self._write = None
             return self._first
         except RequestInvalid as error:
-            param = self._blame(str(error)) or self._param
+            param = self._blame(str(error)) or self.param
             raise ApiError(400, f"{param}: {error}", param=param, code="invalid_value") from error
 
 
@@ -91,7 +91,8 @@ def wanted_form(
         grammar=fields.guided_grammar,
     )
     if older != StructuredOutputs():
-        found["guided_json"] = _of_outputs(older, options, "guided_{}")
+        form = _of_outputs(older, options, "guided_{}")
+        found[form.param] = form
     if tools is not None and not tools.is_free:
         found.pop("response_format", None)  # a format of the text, and calls have none
         found["tool_choice"] = _of_tools(tools, options, formats)
@@ -149,10 +150,11 @@ def _of_outputs(wanted: StructuredOutputs, options: SchemaOptions, param: str = 
     if (grammar := wanted.grammar) is not None:
         found.append(Form(param.format("grammar"), Guide.lark, lambda: (grammar, ())))
     if len(found) != 1:
+        given = ", ".join(dict.fromkeys(form.param for form in found)) or param
         raise ApiError(
             400,
-            "structured_outputs: give exactly one of json, regex, choice and grammar",
-            param="structured_outputs",
+            f"{given}: give exactly one of json, regex, choice and grammar",
+            param=found[-1].param if found else param,
             code="invalid_value",
         )
     return found[0]
