@@ -112,7 +112,7 @@ class ThreadDevice(Device):
         try:
             result = self._step(batch)
         except BaseException as error:
-            result = error
+            result = _as_failure(error)
         with contextlib.suppress(RuntimeError):  # the loop is closed
             loop.call_soon_threadsafe(ended, result)
 
