@@ -9,7 +9,7 @@ namespace aio {
 namespace {
 
 constexpr long ROW_BLOCK = 128;  // rows of x, at most, that stay in the L2 cache while the panels pass by
-constexpr long LONG = 16;        // rows of a segment in a block from which on they get tiles of their own
+constexpr long LONG = 16;        // rows of a segment in a block from which on B is added while the sums are in the caches
 // Panels that short segments are added to together, because each time costs a call: so many, or as fit into so many bytes.
 constexpr long MOST_WAITING = 4 * PANELS, MOST_WAITING_BYTES = 256 << 10;
 
@@ -23,16 +23,17 @@ struct Delta {
   bool int8;
 };
 
-// Rows of a tile's sums to y. `delta` may be null.
+// R rows of a tile's sums, from `skip` on, to y, where they begin with `row`. `delta` may be null.
 template <class Out, int R>
-void finish(const Linear& l, const vf (&sums)[PANELS][ROWS], const Delta* delta, long row, long column, long panels) {
+void finish(const Linear& l, const vf (&sums)[PANELS][ROWS], long skip, const Delta* delta, long row, long column,
+            long panels) {
   using elem = typename Out::elem;
   for (long p = 0; p < panels; p++) {
     const long first = column + p * LANES, count = l.n - first < LANES ? l.n - first : LANES;
     // Loops over rows are unrolled, or y would have to leave the registers.
     vf y[R];
 #pragma GCC unroll 8
-    for (int r = 0; r < R; r++) y[r] = sums[p][r];
+    for (int r = 0; r < R; r++) y[r] = sums[p][skip + r];
     if (l.column_scale != nullptr) {
       const vf scale = loadf(l.column_scale + first);
 #pragma GCC unroll 8
@@ -137,12 +138,12 @@ class Blocks {
     const auto [begin, end, first, panels, adjoining] = block;
     const long lanes = l_.k / multiply_.per_lane, column = first * LANES;
     fetcher_.begin();
-    if (adapters_ != nullptr) find_short_segments(begin, end), want_adapters(column, panels);
+    if (adapters_ != nullptr) find_segments(begin, end), want_adapters(column, panels);
     fetcher_.want(next.begin, next.bytes);
     if (--left_ == 0) want_next_linear();
     fetcher_.ready((end - begin + ROWS - 1) / ROWS * lanes);
-    if (adapters_ == nullptr) return rows(w, nullptr, begin, end, column, panels);
-    adapted_rows(w, begin, end, column, panels);
+    rows(w, begin, end, column, panels);
+    if (adapters_ == nullptr) return;
     waiting_ += panels;
     if (adjoining > 0 && waiting_ < most_waiting_) return;
     add_to_short_segments(column + (panels - waiting_) * LANES, waiting_);
@@ -152,40 +153,28 @@ class Blocks {
  private:
   using elem = typename Out::elem;
 
-  void rows(const uint32_t* w, const Delta* delta, long begin, long end, long column, long panels) {
+  // Tiles are as high as without adapters, wherever segments begin: a tile of a few rows takes longer for each of them.
+  void rows(const uint32_t* w, long begin, long end, long column, long panels) {
     const Products* const tile = multiply_.tile[panels - 1];
     const long most = panels == PANELS ? ROWS : FEW_ROWS;
-    const bool finished = l_.bias == nullptr && delta == nullptr && column + panels * LANES <= l_.n;
-    for (long row = begin; row < end; row += most) {
-      const long count = end - row < most ? end - row : most;
+    const bool plain = l_.bias == nullptr && column + panels * LANES <= l_.n;
+    auto next = long_.cbegin();  // the segment that is not passed yet
+    Delta delta;                 // its own, once its rows have begun
+    for (long row = begin, after; row < end; row = after) {
+      after = end - row < most ? end : row + most;
+      const bool finished = plain && (next == long_.cend() || next->begin >= after);
       vf sums[PANELS][ROWS];
-      tile[count - 1](l_, w, fetcher_, row, column, finished ? nullptr : sums);
-      if (finished) continue;
-#define CALL(R) finish<Out, R <= ROWS ? R : 1>(l_, sums, delta, row, column, panels)
-      AIO_SWITCH_ROWS(count, CALL)
+      tile[after - row - 1](l_, w, fetcher_, row, column, finished ? nullptr : sums);
+      for (long from = row, to = after; !finished && from < after; from = to, to = after) {
+        const bool adapted = next != long_.cend() && next->begin <= from;
+        if (next != long_.cend() && (adapted ? next->end : next->begin) < after) to = adapted ? next->end : next->begin;
+        if (adapted && next->begin == from) delta = turned(*next->segment, column, panels);
+#define CALL(R) finish<Out, R <= ROWS ? R : 1>(l_, sums, from - row, adapted ? &delta : nullptr, from, column, panels)
+        AIO_SWITCH_ROWS(to - from, CALL)
 #undef CALL
+        if (adapted && next->end == to) next++;
+      }
     }
-  }
-
-  // Calls `use(segment, from, to)` with the rows of the block's segments, those that are long or those that are not.
-  template <class Use>
-  void each_segment(long begin, long end, bool are_long, const Use& use) const {
-    for (const Segment* g = first(begin); g < last() && g->begin < end; g++) {
-      const long from = g->begin > begin ? g->begin : begin, to = g->end < end ? g->end : end;
-      if ((to - from >= LONG) == are_long) use(*g, from, to);
-    }
-  }
-
-  // Rows are cut where long segments begin and end, so that what is in registers is one adapter's.
-  void adapted_rows(const uint32_t* w, long begin, long end, long column, long panels) {
-    long row = begin;
-    each_segment(begin, end, true, [&](const Segment& g, long from, long to) {
-      if (row < from) rows(w, nullptr, row, from, column, panels);
-      const Delta delta = turned(g, column, panels);
-      rows(w, &delta, from, to, column, panels);
-      row = to;
-    });
-    if (row < end) rows(w, nullptr, row, end, column, panels);
   }
 
   // What this thread needs first of the linear that follows.
@@ -196,17 +185,23 @@ class Blocks {
       fetcher_.want((const char*)next_.begin + share[0].first * next_.panel_bytes, share[0].panels * next_.panel_bytes);
   }
 
-  // Short segments would make tiles too small: they are added when some blocks are computed, and their matrices come out
-  // of memory meanwhile. Those of some rows are found once for all columns.
-  void find_short_segments(long begin, long end) {
-    if (begin == short_begin_) return;
-    short_begin_ = begin;
-    short_.clear();
-    for (long j = 0; j < adapters_->slices; j++)
-      each_segment(begin, end, false, [&](const Segment& g, long from, long to) {
-        const B<Out> b = matrix(j, g.slot, 0);
+  // Finds the segments of some rows, once for all columns. Short ones are added when some blocks are computed, and their
+  // matrices come out of memory meanwhile.
+  void find_segments(long begin, long end) {
+    if (begin == begin_) return;
+    begin_ = begin;
+    long_.clear(), short_.clear();
+    for (const Segment* g = first(begin); g < last() && g->begin < end; g++) {
+      const long from = g->begin > begin ? g->begin : begin, to = g->end < end ? g->end : end;
+      if (to - from >= LONG) {
+        long_.push_back({g, from, to});
+        continue;
+      }
+      for (long j = 0; j < adapters_->slices; j++) {
+        const B<Out> b = matrix(j, g->slot, 0);
         if (b.rank > 0) short_.push_back({b, j, from, to});
-      });
+      }
+    }
   }
 
   void want_adapters(long column, long panels) {
@@ -282,13 +277,19 @@ class Blocks {
   long left_;  // blocks
   Fetcher fetcher_;
   long waiting_ = 0, most_waiting_ = 0;  // panels to which short segments are still to be added
-  // Rows of a segment in a block, and a slice's B.
+  // Rows of a segment in a block.
+  struct Long {
+    const Segment* segment;
+    long begin, end;
+  };
+  // The same with a slice's B.
   struct Short {
     B<Out> b;
     long slice, begin, end;
   };
+  std::vector<Long> long_;
   std::vector<Short> short_;
-  long short_begin_ = -1;
+  long begin_ = -1;  // the first row of those in which they are
   std::vector<uint32_t> b_;
 };
 
