@@ -30,7 +30,10 @@ WIDTHS = [(32, 16, 16), (40, 40), (24,), (7, 50, 3)]
 
 @st.composite
 def cases(
-    draw: st.DrawFn, dtype: torch.dtype = torch.float32, all_widths: Sequence[tuple[int, ...]] = WIDTHS
+    draw: st.DrawFn,
+    dtype: torch.dtype = torch.float32,
+    all_widths: Sequence[tuple[int, ...]] = WIDTHS,
+    inputs: Sequence[int] = (24,),
 ) -> Case:
     max_rank = draw(st.sampled_from([1, 4, 16, 64, 320, 512]))
     slots = draw(st.integers(1, 6))
@@ -42,7 +45,7 @@ def cases(
     targeted = draw(st.lists(st.sampled_from(range(len(widths))), min_size=1, unique=True).map(sorted))
     return make_case(
         sequences, ranks, max_rank, widths=widths, targeted=targeted, dtype=dtype,
-        slot_affine=slot_affine, seed=draw(st.integers(0, 1000)),
+        slot_affine=slot_affine, seed=draw(st.integers(0, 1000)), n_in=draw(st.sampled_from(inputs)),
     )  # fmt: skip
 
 
@@ -342,6 +345,28 @@ def test_int8_gives_a_token_the_same_bits_alone(dtype: torch.dtype, data: st.Dat
         alone = cpu.lora_shrink(case.x[t : t + 1], pool, one)
         cpu.lora_expand(alone, pool, y, one)
         same(y[0], together[t])
+
+
+@pytest.mark.skipif("cpu" not in OTHERS, reason="needs the CPU library")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("int8", [False, True])
+@settings(max_examples=20, deadline=None)
+@given(data=st.data())
+def test_a_packed_linear_gives_a_token_the_same_bits_alone(
+    dtype: torch.dtype, int8: bool, data: st.DataObject
+) -> None:
+    """Whichever tokens of other adapters it shares a tile with."""
+    from aioengine.kernels.cpu.adapted import AdaptedLinear
+    from aioengine.kernels.cpu.packed import PackedWeight
+
+    case = data.draw(cases(dtype, [(32, 16, 16), (48,), (96, 48)], (24, 100, 130)))
+    pool = turned(case.int8_pool if int8 else case.pool)
+    weight = torch.randn(case.y.shape[1], case.x.shape[1], generator=torch.Generator().manual_seed(1))
+    adapted = AdaptedLinear(PackedWeight.pack(weight.to(dtype)), None, pool)
+    together = adapted(case.x, case.batch)
+    for t, slot in enumerate(case.slot_of_token):
+        one = LoRABatch([slot], [1], case.ranks, slot_affine=case.slot_affine)
+        same(adapted(case.x[t : t + 1], one)[0], together[t])
 
 
 def same(found: Tensor, expected: Tensor) -> None:

@@ -155,21 +155,30 @@ inline void add_products(long tokens, const typename T::elem* x, long x_stride, 
   }
 }
 
-template <class T, class E>
-inline void widen_row(const E* from, long k, typename T::elem* to) {
-  long i = 0;
-  for (; i + LANES * T::PER_LANE <= k; i += LANES * T::PER_LANE) store((uint32_t*)(to + i), load_as<T>(from + i));
-  if (i < k) {
-    const vu tail = load_tail_as<T>(from + i, k - i);
-    std::memcpy(to + i, &tail, (k - i) * sizeof *to);
+// Rows of int8 as T's elements.
+template <class T>
+struct NotFixed {
+  using Wide = typename T::elem;
+
+  NotFixed(const void*, long, long) {}
+
+  static void widen(const int8_t* from, long k, const int8_t*, Wide* to) {
+    long i = 0;
+    for (; i + LANES * T::PER_LANE <= k; i += LANES * T::PER_LANE) store((uint32_t*)(to + i), load_as<T>(from + i));
+    if (i < k) {
+      const vu tail = load_tail_as<T>(from + i, k - i);
+      std::memcpy(to + i, &tail, (k - i) * sizeof *to);
+    }
   }
-}
+};
 
 #if defined(AIO_FIXED)
 // A thread's tokens as int8 is multiplied by them where T's rows are FIXED.
 template <class T>
 class FixedTokens {
  public:
+  using Wide = int16_t;
+
   FixedTokens(const void* x, long x_stride, long k) : x_((const typename T::elem*)x), x_stride_(x_stride), k_(k) {}
 
   void use(long begin, long end) {
@@ -179,7 +188,8 @@ class FixedTokens {
     for (long t = begin; t < end; t++) FixedInput::make(x_ + t * x_stride_, k_, rows_ + (t - begin) * words_);
   }
 
-  void add_products(long tokens, long first, const int8_t* const (&a)[4], const int8_t* later, vf* acc) const {
+  template <class E>
+  void add_products(long tokens, long first, const E* const (&a)[4], const int8_t* later, vf* acc) const {
     const uint32_t* const row = rows_ + (first - begin_) * words_;
     switch (tokens) {
       case 1: return add_fixed<1>(row, words_, a, k_, later, acc);
@@ -187,6 +197,11 @@ class FixedTokens {
       case 3: return add_fixed<3>(row, words_, a, k_, later, acc);
       default: return add_fixed<4>(row, words_, a, k_, later, acc);
     }
+  }
+
+  static void widen(const int8_t* from, long k, const int8_t* later, Wide* to) {
+    for (long i = 0; i < k; i += 64) __builtin_prefetch(later + i, 0, 2);
+    FixedInput::widen(from, k, to);
   }
 
   float scale(long t) const { return FixedInput::scale(rows_ + (t - begin_) * words_, k_); }
@@ -201,9 +216,6 @@ class FixedTokens {
 template <class T>
 struct FixedTokens {};
 #endif
-struct NotFixed {
-  NotFixed(const void*, long, long) {}
-};
 
 struct Shrink {
   const void* x;
@@ -247,8 +259,9 @@ void shrink(const Shrink& s, const Segment* segments, long count, int threads) {
            tasks.begin();
   };
   together(threads, [&](const Member& me) {
-    std::vector<elem> wide(INT8 && !IS_FIXED ? 4 * s.k : 0);
-    std::conditional_t<IS_FIXED, FixedTokens<T>, NotFixed> fixed(s.x, s.x_stride, s.k);
+    using Tokens = std::conditional_t<IS_FIXED, FixedTokens<T>, NotFixed<T>>;
+    using Wide = typename Tokens::Wide;
+    Tokens fixed(s.x, s.x_stride, s.k);
     const Range costs = me.share(cost), mine = {first_from(costs.begin), first_from(costs.end)};
     for (long i = mine.begin; i < mine.end; i++) {
       const Task& task = tasks[i];
@@ -263,15 +276,18 @@ void shrink(const Shrink& s, const Segment* segments, long count, int threads) {
       const E* const later = rows_of(tasks[i + ahead < mine.end ? i + ahead : i]);
       const float* const scale = INT8 ? (const float*)s.slots->at(task.where->scale, 1) + task.row : nullptr;
       if constexpr (IS_FIXED) fixed.use(task.begin, task.end);
-      // Products of some tokens with 4 rows of A from r on.
-      const auto add = [&](long tokens, long t, long r, vf* acc) {
+      // Products of some tokens with 4 of the task's rows, from r on, which lie `stride` apart.
+      const auto add = [&](long tokens, long t, const auto* a, long stride, long r, vf* acc) {
+        using Row = std::decay_t<decltype(*a)>;
+        const Row* rows[4];
+        for (int j = 0; j < 4; j++) rows[j] = a + (r + j < task.rows ? r + j : r) * stride;
         const elem* const x = (const elem*)s.x + t * s.x_stride;
-        const E* a[4];
-        for (int j = 0; j < 4; j++) a[j] = first + (r + j < task.rows ? r + j : r) * s.k;
         if constexpr (IS_FIXED)
-          fixed.add_products(tokens, t, a, later + r * s.k, acc);
+          fixed.add_products(tokens, t, rows, later + r * s.k, acc);
+        else if constexpr (std::is_same_v<Row, E>)
+          add_products<T, E>(tokens, x, s.x_stride, rows, s.k, later + r * s.k, acc);
         else
-          add_products<T, E>(tokens, x, s.x_stride, a, s.k, later + r * s.k, acc);
+          add_products<T, Row>(tokens, x, s.x_stride, rows, s.k, a, acc);
       };
       const auto scaled = [&](vf found, vf of_tokens, vf of_rows) {
         if (IS_FIXED) found *= of_tokens;
@@ -281,30 +297,28 @@ void shrink(const Shrink& s, const Segment* segments, long count, int threads) {
       };
       if (task.end - task.begin == 1) {
         vf acc[16] = {}, of_token = {};
-        for (long r = 0; r < task.rows; r += 4) add(1, task.begin, r, acc + r);
+        for (long r = 0; r < task.rows; r += 4) add(1, task.begin, first, s.k, r, acc + r);
         if constexpr (IS_FIXED) of_token = splatf(fixed.scale(task.begin));
         const vf found = scaled(sums(acc), of_token, INT8 ? load_some<F32>(scale, task.rows) : vf{});
         store_some<T>(output(task.begin) + task.row, found, task.rows);
         continue;
       }
-      const bool widened = INT8 && !IS_FIXED && task.end - task.begin > 4;  // once for all tokens
-      const elem* w[4];
+      // Rows of int8 are widened once for all tokens, and the later ones are fetched meanwhile.
+      const bool widened = INT8 && task.end - task.begin > 4;
+      const long stride = IS_FIXED ? (s.k + 2 * LANES - 1) / (2 * LANES) * (2 * LANES) : s.k;
+      Wide* const wide = widened ? (Wide*)room<WIDE_A>(4 * stride * long(sizeof(Wide))) : nullptr;
       vf of_rows = splatf(1.0f), of_tokens = of_rows;
-      for (int r = 0; r < 4; r++) {
-        w[r] = wide.data() + (r < task.rows ? r : 0) * s.k;
-        if (!INT8 || r >= task.rows) continue;
-        if (widened) widen_row<T>(first + r * s.k, s.k, wide.data() + r * s.k);
-        for (int u = 0; u < 4; u++) of_rows[u * 4 + r] = scale[r];
-      }
+      if constexpr (INT8)
+        for (int r = 0; r < task.rows; r++) {
+          if (widened) Tokens::widen(first + r * s.k, s.k, later + r * s.k, wide + r * stride);
+          for (int u = 0; u < 4; u++) of_rows[u * 4 + r] = scale[r];
+        }
       for (long t = task.begin; t < task.end; t += 4) {
         const long tokens = task.end - t < 4 ? task.end - t : 4;
         vf acc[16];
 #pragma GCC unroll 16
         for (int j = 0; j < 16; j++) acc[j] = vf{};
-        if (widened)
-          add_products<T, elem>(tokens, (const elem*)s.x + t * s.x_stride, s.x_stride, w, s.k, w[0], acc);
-        else
-          add(tokens, t, 0, acc);
+        widened ? add(tokens, t, wide, stride, 0, acc) : add(tokens, t, first, s.k, 0, acc);
         if constexpr (IS_FIXED)
           for (int j = 0; j < 4 * tokens; j++) of_tokens[j] = fixed.scale(t + j / 4);
         elem narrow[LANES];
