@@ -70,7 +70,6 @@ class NativeForward:
         self._workspace: _Workspace | None = None
         """That of the last step, for as long as others are as large."""
         self._angles = KnownAngles(decoder.ropes)
-        self._embeds_plainly = bool(self._model.embedding)
         self._finds = not self._parallel and spec.logit_divisor == 1 and spec.logit_cap is None
         """Whether steps find the most likely tokens: where nothing is done to the head's outputs."""
         self._found: tuple[Tensor, Tensor] | None = None
@@ -166,21 +165,24 @@ class NativeForward:
         logits = torch.empty(len(inputs.sample_rows), decoder.spec.vocab_size, dtype=decoder.dtype)
         self._run(inputs, logits)
         finished = decoder.finish_logits(logits)
-        if self._finds:
-            assert self._workspace is not None
+        if self._finds and self._workspace is not None:
             self._found = finished, self._workspace.best
         return finished
 
     def decode_again(self, tables: DecodeTables, steps: int) -> Tensor | None:
         """Decode with the sequences of the last step, which was a decode step, too: what ``tables`` has now.
         Returns the logits, whose ``argmax`` is in ``tables.found``; None if ``forward`` has to do it."""
-        angles = self._angles.until(tables.positions(steps))
-        if self._last is None or angles is None or not self._finds:
+        if self._last is None or not self._finds:
             return None
         step, logits, _ = self._last
-        step.token_ids, step.spans, step.tables = tables.ids, tables.spans, tables.tables
-        step.table_width, step.best = tables.width, tables.best.data_ptr()
-        step.angles_cos, step.angles_sin, step.positions = angles
+        positions = tables.positions(steps)
+        if positions > step.positions or tables.known_to is not step:
+            if (angles := self._angles.until(positions)) is None:
+                return None
+            step.angles_cos, step.angles_sin, step.positions = angles
+            step.token_ids, step.spans, step.tables = tables.ids, tables.spans, tables.tables
+            step.table_width, step.best = tables.width, tables.best.data_ptr()
+            tables.known_to = step
         step.seconds = pointer(self.seconds)
         self._library.aio_step(ctypes.byref(self._model), ctypes.byref(step))
         self._found = logits, tables.best
@@ -190,8 +192,7 @@ class NativeForward:
         """Do what the backend's ``argmax`` does. Of the last step's logits it is known already, once."""
         found, self._found = self._found, None
         if found is not None and found[0] is logits:
-            best = found[1]
-            return best if len(best) == len(logits) else best[: len(logits)]
+            return found[1] if len(found[1]) == len(logits) else found[1][: len(logits)]
         return self._decoder.kernels.argmax(logits)
 
     def layers_forward(self, inputs: StepInputs) -> LastLayer:
@@ -199,8 +200,8 @@ class NativeForward:
         return self._run(inputs, torch.empty(0, dtype=self._decoder.dtype))
 
     def _run(self, inputs: StepInputs, logits: Tensor) -> LastLayer:
-        """Fill in ``logits``, the head's outputs for ``inputs.sample_rows``. What it returns is of use only
-        if that is empty, so that the head is left out, and only until the next step."""
+        """Fill in ``logits``, the head's outputs for ``inputs.sample_rows``; empty: without the head. What it
+        returns is of use only then, and until the next step."""
         decoder, plan = self._decoder, inputs.attention
         lora, sample_lora = inputs.lora, inputs.sample_lora
         width = max(batch.width for of in (lora, sample_lora) for batch in of.passes)
@@ -267,11 +268,9 @@ class NativeForward:
 
     def _embeds(self, batch: LoRABatch) -> bool:
         """Whether the library looks the embeddings up: no adapter of the batch changes them."""
-        if not self._embeds_plainly:
-            return False
         slots = self._slots
-        if slots is None or not batch.segments:
-            return True
+        if not self._model.embedding or slots is None or not batch.segments:
+            return bool(self._model.embedding)
         changed = any(tokens.embeds for _, tokens in slots.trained(batch))
         return "embed_tokens" not in slots.outer and not changed
 
@@ -325,7 +324,7 @@ class _Workspace:
 
 
 def _mixture_scratch(spec: ModelSpec, tokens: int, width: int, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Return the memory in which tokens go through experts, by the fields of ``structs.Step``."""
+    """Return memory for the experts, by the fields of ``structs.Step``."""
     if not isinstance(spec, MixtureSpec):
         return {}
     rows = tokens * spec.experts_per_token

@@ -213,8 +213,8 @@ class ModelRunner:
         self._last: tuple[Sequence[SequenceWork], Sequence[Sampled | None]] = ((), ())
         """The sequences of the last step, and what was sampled for each."""
         self._plain_sampler = sample is None
-        self._tables: tuple[Sequence[SequenceWork], DecodeTables] | None = None
-        """The rows of repeated decodes, and their tables."""
+        self._tables: tuple[DecodeTables, bool] | None = None
+        """Tables of decodes that are repeated, and whether all of these ask for the most likely tokens."""
         self.decode_steps: DecodeSteps | None = None
         """Decode steps that are played back, if there are any."""
         if fixed_decode is not None and self._can_record:
@@ -346,26 +346,30 @@ class ModelRunner:
         a step, or not in the compiled library."""
         rows, native, (before, _) = batch.sequences, self.native, self._last
         if type(rows) is not Decodes or native is None or batch.moves or batch.merged is not None:
+            self._tables = None
             return None
         first, steps = (before.rows, before.steps) if type(before) is Decodes else (before, 0)
         if first is not rows.rows or steps + 1 != rows.steps:
+            self._tables = None
             return None
-        if self._tables is None or self._tables[0] is not first:
+        if self._tables is None:
             starts, known = [row.start for row in first], [row.block_table for row in first]
-            self._tables = first, DecodeTables(starts, known, self.kv_cache.block_size)
-        tables = self._tables[1]
+            made = DecodeTables(starts, known, self.kv_cache.block_size)
+            self._tables = made, all(row.params.is_plain for row in first)
+        tables, plain = self._tables
         tables.write(rows.steps, [row.history[row.start + rows.steps] for row in first])
         if self.lora_slots is not None:
             self.lora_slots.before_step()
         logits = native.decode_again(tables, rows.steps)
         if logits is None:
+            self._tables = None
             return None
         if self.lora_slots is not None:
             self.lora_slots.after_step()
-        if self._plain_sampler and all(row.params.is_plain for row in first):
+        if plain and self._plain_sampler:
             tokens = tables.found.tolist()
             if min(tokens) >= 0:
-                return [Sampled(token) for token in tokens]
+                return list(map(Sampled, tokens))
         with torch.inference_mode():
             return self._sample(logits, rows)
 

@@ -32,6 +32,8 @@ class DecodeTables:
         """[N] room for the most likely tokens."""
         self.best = torch.frombuffer(self.found, dtype=torch.int64)
         """The same as a tensor."""
+        self.known_to: object = None
+        """Whoever has the addresses as they are; None once they are others."""
         self._beginning: list[list[int]] = [[] for _ in range(block_size)]
         """By number of the step, modulo ``block_size``: the sequences that begin a block in it."""
         for place, start in enumerate(starts):
@@ -81,6 +83,7 @@ class DecodeTables:
     def _widen(self, steps: int) -> None:
         needed = (self._highest + steps) // self._block_size + 1
         self._width = needed + SPARE_BLOCKS
+        self.known_to = None
         self._cells = array("i", bytes(4 * len(self._tables) * self._width))
         for place, table in enumerate(self._tables):
             known = table[:needed]

@@ -91,14 +91,14 @@ def test_a_sequence_of_other_steps_is_not_continued() -> None:
     kept, anew = runner(), runner()
     sim = CoreSim(LIMITS._replace(num_blocks=BLOCKS, block_size=16))
     sim.core.add_request(
-        "r", [5, 6, 7], SamplingParams(max_tokens=40, temperature=0.0), RequestOptions(), 0.0
+        "r", [5, 6, 7], SamplingParams(max_tokens=55, ignore_eos=True), RequestOptions(), 0.0
     )
-    for step in range(12):
+    for step in range(50):
         batch = sim.core.schedule(0.0).batch
         assert batch is not None
         plain = batch._replace(sequences=list(batch.sequences))
         expected = anew.execute(plain)
-        if step % 3 == 2:
+        if step % 5 == 2:
             other = plain.sequences[0]._replace(request_id="other", block_table=[0])
             kept.execute(StepBatch(0, [other._replace(tokens=[9], start=0)], batch.slot_ranks))
         found = kept.execute(batch)
