@@ -143,8 +143,10 @@ class Pacer:
         if not 0 < seconds < math.inf:
             return
         self._forget_accident(work, seconds)
-        terms = [c * x for c, x in zip(self._coefficients, work, strict=True)]
-        expected = sum(terms)
+        # Term by term, without lists and loops: each step waits for this.
+        c0, c1, c2, c3, c4 = self._coefficients
+        t0, t1, t2, t3, t4 = c0 * work[0], c1 * work[1], c2 * work[2], c3 * work[3], c4 * work[4]
+        expected = t0 + t1 + t2 + t3 + t4
         deviation = math.log(seconds / expected)
         if self._steps > 0:
             bound = math.log(_BELIEVED)
@@ -158,10 +160,14 @@ class Pacer:
         if self._steps > 1 and deviation > math.log(_SUDDEN):
             self._before, rate = self._coefficients, max(rate, _SUDDEN_RISE)
         common = 1.0 if self._steps == 1 else _COMMON
-        own = (1 - common) * expected / sum(term * term for term in terms)
+        own = (1 - common) * expected / (t0 * t0 + t1 * t1 + t2 * t2 + t3 * t3 + t4 * t4)
+        learned, exp = rate * deviation, math.exp
         self._coefficients = [
-            c * math.exp(rate * deviation * (common + own * term))
-            for c, term in zip(self._coefficients, terms, strict=True)
+            c0 * exp(learned * (common + own * t0)),
+            c1 * exp(learned * (common + own * t1)),
+            c2 * exp(learned * (common + own * t2)),
+            c3 * exp(learned * (common + own * t3)),
+            c4 * exp(learned * (common + own * t4)),
         ]
         self._largest = max(self._largest, work.tokens)
 
