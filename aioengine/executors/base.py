@@ -58,7 +58,7 @@ class Device(ABC):
     async def execute(self, batch: StepBatch) -> StepResult:
         """Run one step. At most one is in flight."""
 
-    def begin(self, batch: StepBatch, ended: Callable[[StepResult | BaseException], None]) -> bool:
+    def begin(self, batch: StepBatch, ended: Callable[[StepResult | Exception], None]) -> bool:
         """Do what ``execute`` does, and call ``ended`` on the loop with the result or the error. Returns
         False, and does nothing, if the device can only ``execute``."""
         return False

@@ -98,17 +98,17 @@ class ThreadDevice(Device):
     async def execute(self, batch: StepBatch) -> StepResult:
         return await self.queue(batch)
 
-    def begin(self, batch: StepBatch, ended: Callable[[StepResult | BaseException], None]) -> bool:
+    def begin(self, batch: StepBatch, ended: Callable[[StepResult | Exception], None]) -> bool:
         self._step_thread.submit(self._run, batch, ended, asyncio.get_running_loop())
         return True
 
     def _run(
         self,
         batch: StepBatch,
-        ended: Callable[[StepResult | BaseException], None],
+        ended: Callable[[StepResult | Exception], None],
         loop: asyncio.AbstractEventLoop,
     ) -> None:
-        result: StepResult | BaseException
+        result: StepResult | Exception
         try:
             result = self._step(batch)
         except BaseException as error:

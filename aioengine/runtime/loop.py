@@ -263,12 +263,12 @@ class Stepper:
         over: asyncio.Future[None],
         batch: StepBatch,
         decided: Decided,
-        result: StepResult | BaseException,
+        result: StepResult | Exception,
     ) -> None:
         if over.done():  # the loop was cancelled
             return
         try:
-            if isinstance(result, BaseException):
+            if isinstance(result, Exception):
                 raise result
             self._step_began = None
             self._finished(batch, result, decided)
@@ -278,7 +278,7 @@ class Stepper:
                 if following is not None and self._begin(over, following, decided):
                     return
             over.set_result(None)
-        except BaseException as error:
+        except Exception as error:
             over.set_exception(error)
 
     def _queue_next(self, batch: StepBatch) -> None:
