@@ -726,8 +726,8 @@ class Core:
             requests, batch = ending, batch._replace(sequences=[decode_row(request) for request in ending])
             result = StepResult([self._last_token(request) for request in ending], result.seconds)
         intervals = self._results.take(requests, batch, result, now)
-        if self.batcher.repeated is not None and not self._results.all_decoded:
-            self.batcher.repeated.spoil()
+        if self.batcher.repeated is not None:
+            self.batcher.repeated.ended(self._changes, all_decoded=self._results.all_decoded)
         return intervals
 
     def steady(self, batch: StepBatch) -> Steady | None:

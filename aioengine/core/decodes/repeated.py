@@ -41,8 +41,14 @@ class RepeatedDecodes:
         self._batch, self.requests, self._changes, self._growing = batch, requests, changes, []
 
     def spoil(self) -> None:
-        """Form the next step anew."""
-        self._batch = None
+        """Form the next step anew. Requests that have ended are not held."""
+        self._batch, self.requests, self._growing = None, [], []
+
+    def ended(self, changes: int, *, all_decoded: bool) -> None:
+        """Note that the step has ended. The next one may repeat it if all its requests decoded in it, and
+        nothing else has happened."""
+        if changes != self._changes or not all_decoded:
+            self.spoil()
 
     def next(self, changes: int) -> Decodes | None:
         """Return the rows of the next step, and give their requests the blocks for it; None if it is to be
@@ -57,7 +63,7 @@ class RepeatedDecodes:
             rows = Decodes(last, 1, batch.contents())
             self._begin(batch)
         else:
-            self._batch = None
+            self.spoil()
             return None
         if self._turns is not None and not self._turns.all_fit(self.work(rows)):
             return None
