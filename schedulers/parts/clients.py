@@ -204,7 +204,9 @@ class Clients:
         now = dict.fromkeys(adapters)
         now.pop(None, None)
         before, self.in_slots = self.in_slots, now
-        for adapter in (before.keys() - now.keys()) | (now.keys() - before.keys()):
+        # Not in the order of a set, which differs from process to process, and with it the orders below.
+        changed = [adapter for adapter in (*before, *now) if (adapter in before) != (adapter in now)]
+        for adapter in changed:
             more = 1 if adapter in now else -1
             for client in self.waiting_for(adapter):
                 was_cold = client.waits_for_cold

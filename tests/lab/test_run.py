@@ -79,10 +79,15 @@ run(Experiment.read(sys.argv[1]), sys.argv[2])
 """
 
 
+MANY_SLOTS = {"slots": 16, "cpu_loras": 64, "max_num_seqs": 4}
+
+
+@pytest.mark.parametrize(("policy", "fields"), [("chameleon", {}), ("fcfs+gdsf", MANY_SLOTS)])
 @pytest.mark.slow
-def test_the_order_of_hashes_does_not_matter(tmp_path: Path) -> None:
+def test_the_order_of_hashes_does_not_matter(policy: str, fields: dict[str, Any], tmp_path: Path) -> None:
     """And an experiment is repeated from what a run has left, in a process of its own."""
-    run(experiment(policy="chameleon"), tmp_path / "0")
+    crowd = workload(adapters=20, limit=300, popularity="uniform") if fields else workload()
+    run(experiment(policy=policy, workload=crowd, **fields), tmp_path / "0")
     for seed in ("1", "2"):
         subprocess.run(
             [sys.executable, "-c", _SCRIPT, str(tmp_path / "0" / "experiment.json"), str(tmp_path / seed)],

@@ -126,3 +126,12 @@ def test_requests_for_some_adapters_come_in_order_of_arrival(
     wanted = {f"x{name}" for name in names}
     found = list(client.waiting_for(wanted))
     assert found == sorted((e for e in entries if e.request.adapter in wanted), key=lambda e: e[:2])
+
+
+def test_idle_adapters_are_in_the_order_of_their_slots() -> None:
+    """Whatever the hashes of their names: a simulation is the same in every process."""
+    clients, names = Clients(lambda request: request.tenant), [f"adapter-{i}" for i in range(30)]
+    clients.set_slots(names[:20])
+    assert [*clients.idle] == names[:20]
+    clients.set_slots([*names[20:], *names[10:20]])
+    assert [*clients.idle] == [*names[10:20], *names[20:]]
