@@ -137,7 +137,7 @@ def compare(
 
     # What all runs need is checked before any of them begins.
     experiment = comparison.experiment
-    _, too_long = fitting(experiment, load_costs(experiment.preset))
+    _, too_long = fitting(experiment, load_costs(experiment.preset).plan(experiment.engine_config()))
     if too_long.requests:
         say(too_long_text(experiment, too_long))
     ageing_text(comparison.policies, experiment.ageing)

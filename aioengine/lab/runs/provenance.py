@@ -7,6 +7,7 @@ import platform
 import shlex
 import tempfile
 from collections.abc import Callable, Sequence
+from functools import cache
 from hashlib import sha256
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -156,6 +157,7 @@ def _policy_file(policy: Policy) -> str | None:
     return path if path.endswith(".py") else None
 
 
+@cache  # it takes a millisecond, and a comparison has hundreds of runs
 def _version(package: str) -> str | None:
     try:
         return version(package)

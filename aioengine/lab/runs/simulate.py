@@ -29,6 +29,7 @@ from aioengine.lab.simulation.engine import SimulatedEngine
 from aioengine.lab.workload.context import COUNTED, TooLong, Truncated, count_too_long
 from aioengine.lab.workload.extra import needs_extra
 from aioengine.lab.workload.requests import Workload
+from aioengine.memory_plan import MemoryPlan
 from aioengine.schedulers import SchedulerPolicy, load_policy
 from aioengine.schedulers.parts.compose import Composed
 from aioengine.schedulers.routing import load_autoscaler, load_placement, load_router
@@ -73,17 +74,19 @@ def run(
 
     out = Path(out)
     costs = load_costs(experiment.preset)
-    workload, too_long = fitting(experiment, costs)
+    plan = costs.plan(experiment.engine_config())
+    workload, too_long = fitting(experiment, plan)
     if too_long.requests:
         say(too_long_text(experiment, too_long))
     watch = PolicyWatch()
-    run_in_virtual_time(_start(experiment, costs))  # a run that is not possible overwrites no earlier files
+    # A run that is not possible overwrites no earlier files.
+    run_in_virtual_time(_start(experiment, costs, plan))
     try:
         out.mkdir(parents=True, exist_ok=True)
         _write_json(out / "experiment.json", _description(experiment, workload, costs))
         with CsvFiles(out) as files:
             replayed, fleet = run_in_virtual_time(
-                simulate(experiment, costs, workload, files, progress, watch)
+                simulate(experiment, costs, workload, files, progress, watch, plan=plan)
             )
     except OSError as error:
         raise ConfigError(f"cannot write the run's files into {out}: {error.strerror or error}") from error
@@ -95,14 +98,15 @@ def run(
     return RunResult(out, replayed, summary)
 
 
-def fitting(experiment: Experiment, costs: CostModel) -> tuple[Workload, TooLong]:
-    """Return the workload as the experiment wants it, and how much of it is longer than the model's context.
+def fitting(experiment: Experiment, plan: MemoryPlan) -> tuple[Workload, TooLong]:
+    """Return the workload as the experiment wants it, and how much of it is longer than the model's context,
+    which is in the ``plan`` of its engine.
 
     Raises ConfigError if something is and ``on_too_long`` is "fail", and what
     :meth:`Experiment.open_workload` raises.
     """
     workload = experiment.open_workload()
-    limit = costs.plan(experiment.engine_config()).max_model_len
+    limit = plan.max_model_len
     found = count_too_long(workload, limit, None if experiment.on_too_long == "fail" else COUNTED)
     if found.requests and experiment.on_too_long == "fail":
         raise ConfigError(f"on_too_long='fail': {found}")
@@ -128,17 +132,21 @@ async def simulate(
     sink: Sink,
     progress: Progress | None = None,
     watch: PolicyWatch | None = None,
+    *,
+    plan: MemoryPlan | None = None,
 ) -> tuple[Replayed, dict[str, Any] | None]:
     """Run an experiment on a loop in virtual time. Returns its result, and the part ``fleet`` of summary.json
     if there is a fleet.
 
-    ``watch`` is told of the policy's failures and of its replacement, on all replicas.
+    ``watch`` is told of the policy's failures and of its replacement, on all replicas. ``plan`` is the memory
+    of an engine, if it is known already.
     """
     spec = experiment.policy if experiment.ageing else without_ageing(experiment.policy)
     if experiment.replicas is not None:
-        return await _simulate_fleet(experiment, spec, costs, workload, sink, progress, watch)
+        return await _simulate_fleet(experiment, spec, costs, workload, sink, progress, watch, plan)
     policy = lab_policy(spec, workload, start=asyncio.get_running_loop().time())
-    async with SimulatedEngine(experiment.engine_config(), costs, policy, metrics=False) as engine:
+    config = experiment.engine_config()
+    async with SimulatedEngine(config, costs, policy, metrics=False, plan=plan) as engine:
         if watch is not None:
             engine.add_listener(watch, *watch.HEARD)
         replayed = await replay(
@@ -161,13 +169,14 @@ async def _simulate_fleet(
     sink: Sink,
     progress: Progress | None,
     watch: PolicyWatch | None,
+    plan: MemoryPlan | None,
 ) -> tuple[Replayed, dict[str, Any]]:
     assert experiment.replicas is not None
     router, placement, start_seconds = experiment.router, experiment.placement, experiment.start_seconds
     assert router is not None and placement is not None and start_seconds is not None
     start = asyncio.get_running_loop().time()
     config = experiment.engine_config()
-    plan = costs.plan(config)
+    plan = plan or costs.plan(config)
 
     def make_engine() -> SimulatedEngine:
         policy = lab_policy(spec, workload, start=start)
@@ -206,9 +215,10 @@ async def _simulate_fleet(
     return found.replayed, fleet
 
 
-async def _start(experiment: Experiment, costs: CostModel) -> None:
+async def _start(experiment: Experiment, costs: CostModel, plan: MemoryPlan) -> None:
     """Start the engine, and end it again: raises what keeps it from running."""
-    async with SimulatedEngine(experiment.engine_config(), costs, check_policy(experiment.policy)):
+    config, policy = experiment.engine_config(), check_policy(experiment.policy)
+    async with SimulatedEngine(config, costs, policy, metrics=False, plan=plan):
         pass
 
 
