@@ -12,9 +12,10 @@ contents (:mod:`aioengine.core.prefixes.pins`) are reused only when no others ar
 from __future__ import annotations
 
 from array import array
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Container, Sequence
 from hashlib import blake2b
+from itertools import chain
 
 from aioengine.core.prefixes.pins import PrefixPins
 
@@ -299,15 +300,13 @@ class BlockManager:
 
     def check(self, held: Sequence[Sequence[int]]) -> None:
         """Assert that what is held is exactly ``held`` (one list for each holder)."""
-        counts = [0] * self.num_blocks
-        for blocks in held:
-            for block in blocks:
-                counts[block] += 1
+        taken = Counter(chain.from_iterable(held))
         if self.prefix_caching:
+            counts = [taken[block] for block in range(self.num_blocks)]
             assert counts == self._refs, "block reference counts do not match their holders"
-        assert self.prefix_caching or max(counts, default=0) <= 1, "a block has two holders"
-        assert not any(counts[: self.lent]), "a sequence holds a block that is lent"
-        free = {b for b, n in enumerate(counts) if n == 0 and b >= self.lent}
+        assert self.prefix_caching or taken.total() == len(taken), "a block has two holders"
+        assert min(taken, default=self.lent) >= self.lent, "a sequence holds a block that is lent"
+        free = {*range(self.lent, self.num_blocks)}.difference(taken)
         assert len(free) == self.num_free and free == self.free
         assert {b for b in free if self._hash_of[b] is None} == {*self._empty}
         assert not any(self._hash_of[: self.lent])
