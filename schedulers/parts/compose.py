@@ -9,7 +9,7 @@ from math import inf
 from aioengine.schedulers.checks import at_least
 from aioengine.schedulers.parts.base import Ordering, Part, Preemption, Prefetch, Replacement
 from aioengine.schedulers.parts.shares import Shares
-from aioengine.schedulers.parts.slot_pool import Claim, SlotPool, fill, lacking, lacking_room, needed_until
+from aioengine.schedulers.parts.slot_pool import Claim, SlotPool, fill, lacking_room, needed_until
 from aioengine.schedulers.policy import (
     AdapterView,
     Decision,
@@ -310,7 +310,7 @@ class Composed(SchedulerPolicy):
         """Yield the claims of cold adapters to slots that are busy, the most urgent first, if they may have
         no idle slot of whose adapter there is need. Slots that can be had at once are assigned on the way."""
         now, load_room = view.now, view.load_room
-        lacks: Callable[[AdapterView], bool] | None = None
+        places, most = view.cpu_room, view.cpu_bytes_room
         for name, adapter, oldest in cold:
             waited, location = 0.0 if oldest is None else now - oldest, adapter.location
             is_last = False
@@ -327,9 +327,9 @@ class Composed(SchedulerPolicy):
                     return
                 continue
             missing: int | None = 0
-            if location is Location.DISK:
-                lacks = lacks or lacking_room(view)
-                missing = lacking(view, adapter) if lacks(adapter) else None
+            if location is Location.DISK:  # it takes the place of another one, if there is no room for it
+                short = 0 if most is None else adapter.bytes - most
+                missing = short if places <= 0 or short > 0 else None
             elif location is Location.LOADING:
                 missing = None
             yield oldest, missing, is_last
