@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from importlib import import_module
 
-from cyclopts import App, CycloptsError, Group, UnknownCommandError
+from cyclopts import App, CycloptsError, Group, UnknownCommandError, UnusedCliTokensError
 
 from aioengine import errors
 from aioengine.cli.common import CommonFlags
@@ -287,6 +287,9 @@ def _find_modules_here() -> None:
 
 def _one_line(error: Exception) -> str:
     text = " ".join(str(error).split())
+    if isinstance(error, UnusedCliTokensError):
+        command = " ".join(("aioengine", *(error.command_chain or ())))
+        text = f"{' '.join(error.unused_tokens or ())!r}: {command} takes no such value; see --help"
     if isinstance(error, (errors.AioEngineError, CycloptsError)):
         return in_flags(text)
     return f"unexpected {type(error).__name__}: {text} (--debug shows where)"

@@ -83,6 +83,8 @@ def test_the_module_is_the_command() -> None:
         (["plan", "--model", __file__], "not a .gguf file"),
         (["genrate"], "generate"),
         (["--debug", "plan"], "after the command"),
+        (["top", "http://localhost:1"], "'http://localhost:1': aioengine top takes no such value"),
+        (["lab", "calibrate", "here"], "'here': aioengine lab calibrate takes no such value"),
         (["generate", "hi", "--n", "2"], "--json"),
         (["generate", "hi", "--n", "0", "--json"], "n=0"),
         (["generate", "hi", "--temperature", "-1"], "temperature"),

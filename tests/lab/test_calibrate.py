@@ -258,8 +258,11 @@ def test_a_cost_model_says_how_its_weights_were_quantized(model: Path, tmp_path:
 
 
 def test_calibration_refuses_what_it_cannot_write(model: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="there is no folder"):
-        calibrate(str(model), tmp_path / "no" / "costs.json", design=TINY)
+    for out, why in ((tmp_path / "no" / "costs.json", "there is no folder"), (tmp_path, "is a folder")):
+        with pytest.raises(ConfigError, match=why):
+            calibrate(str(model), out, design=TINY)
+        with pytest.raises(ConfigError, match=why):
+            validate(validation_experiment(), str(model), calibrate=out, design=TINY)
 
 
 async def test_a_calibration_that_is_cancelled_leaves_nothing(

@@ -81,9 +81,12 @@ async def calibrate_async(
 
 
 def check_can_write(out: Path) -> None:
-    """Raise ConfigError if there is no folder for this file."""
+    """Raise ConfigError if there is no folder for this file, or one in its place: rather now than after
+    minutes."""
     if not out.parent.is_dir():
         raise ConfigError(f"{out}: there is no folder {out.parent}")
+    if out.is_dir():
+        raise ConfigError(f"{out}: is a folder; name a file in it")
 
 
 class Calibration:
