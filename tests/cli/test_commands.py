@@ -89,6 +89,7 @@ def test_the_module_is_the_command() -> None:
         (["generate", "hi", "--n", "0", "--json"], "n=0"),
         (["generate", "hi", "--temperature", "-1"], "temperature"),
         (["generate", "hi", "--adapter", "nobody"], "nobody"),
+        (["generate", "hi", "--adapter", ""], "--adapter '': is empty"),
         (["generate", "hi", "--lora-modules", "nopath"], "name=path"),
         (["generate", "--lora-modules", "a=b", "hi"], "after --"),
         (["generate", "hi", "--policy", "fcsf"], "fcfs"),

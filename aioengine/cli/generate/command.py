@@ -107,6 +107,8 @@ def _find_adapter(adapter: str, adapters: dict[str, str], config: EngineConfig) 
         adapters[name] = adapter
         return name
     path = Path(adapter)
+    if not adapter:
+        raise RequestInvalid("--adapter '': is empty; give a name, a folder, or hf:owner/name")
     if not path.is_dir():
         if config.lora is not None and config.lora.adapter_root is not None:
             return adapter
