@@ -26,7 +26,7 @@ def over_the_wire(step: Step) -> Step:
 
 
 def plain(batch: StepBatch) -> object:
-    return msgspec.to_builtins(batch)
+    return msgspec.to_builtins(batch._replace(sequences=list(batch.sequences)))
 
 
 class Number(int):
