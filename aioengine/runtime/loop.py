@@ -272,7 +272,8 @@ class Stepper:
                 raise result
             self._step_began = None
             self._finished(batch, result, decided)
-            if self.core.running and not self._stopping and self._lost is None:
+            # Also if nothing runs now: what the last request kept is given up before its reader goes on.
+            if not self._stopping and self._lost is None:
                 self._wake.clear()
                 following, decided = self._decide(asyncio.get_running_loop())
                 if following is not None and self._begin(over, following, decided):
