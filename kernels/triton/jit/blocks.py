@@ -195,7 +195,6 @@ def _product(
             inside = inside_n[:, None] & (half < (k_in - start) // 2)[None, :]
             packed = tl.load(data_at + start // 2, mask=inside, other=0).to(tl.int32)
             # A byte has the codes of two neighbours.
-            even, odd = tl.split(tl.reshape(x, (BLOCK_M, HALF, 2)))
             if FORMAT == MXFP4:
                 low = from_float4(packed)
                 high = from_float4(packed >> 4)
@@ -213,8 +212,13 @@ def _product(
                     zero = _zero(zero_ptr, place, inside_n, middle, ZEROS)[:, None]
                     low -= zero
                     high -= zero
-            part = add_dot(tl.zeros((BLOCK_M, BLOCK_N), tl.float32), even, tl.trans(low.to(dtype)))
-            part = add_dot(part, odd, tl.trans(high.to(dtype)))
+            if dtype == tl.float32:  # not for tensor cores: halves leave registers free
+                even, odd = tl.split(tl.reshape(x, (BLOCK_M, HALF, 2)))
+                part = add_dot(tl.zeros((BLOCK_M, BLOCK_N), tl.float32), even, tl.trans(low))
+                part = add_dot(part, odd, tl.trans(high))
+            else:  # one product, because sums of a second one would change their layout on Hopper
+                value = tl.reshape(tl.join(low.to(dtype), high.to(dtype)), (BLOCK_N, BLOCK_K))
+                part = add_dot(tl.zeros((BLOCK_M, BLOCK_N), tl.float32), x, tl.trans(value))
         else:
             inside = inside_n[:, None] & (k < k_in - start)[None, :]
             value = _values(tl.load(data_at + start, mask=inside, other=0), FORMAT)
