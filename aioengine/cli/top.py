@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 KEY_VARIABLE = "AIOENGINE_KEY"
 SHOWN_REQUESTS = 15
-NARROW = 100
+NARROW = 104
 """Columns; on a smaller screen ids are cut, and the routes are left out."""
 OTHER_LINES = 12
 """Lines of the screen that neither slots nor requests have: numbers, heads of tables, and gaps."""

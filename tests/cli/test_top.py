@@ -17,7 +17,7 @@ from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from rich.console import Console
 from support import preloaded
@@ -166,6 +166,7 @@ def test_both_tables_have_room_on_every_screen(height: int, slots: int, requests
 
 
 @given(width=st.integers(20, 200))
+@example(width=100)  # nearly wide enough for whole ids
 def test_a_narrow_terminal_still_shows_the_numbers(width: int) -> None:
     text = drawn(seen(slots=3, requests=2), None, width, 24)
     if width >= 60:
