@@ -54,7 +54,6 @@ OPTIONS = {"WINDOWED": (64, 128, 256), "CAPPED": (256,), "SINKS": (64,)}
 """Head sizes of models with windows, that cap their scores, and that have sinks."""
 GROUPS = (1, 3, 4, 7, 8)
 """Query heads of a key head."""
-_EXPERT_BLOCKS = (("BLOCK_N", BLOCK_N), ("BLOCK_K", BLOCK_K))
 _DTYPES = {"bf16": 16, "fp16": 16, "fp32": 32}
 
 
@@ -157,6 +156,7 @@ def of_rope(dtype: str, head_dim: int) -> Iterator[Variant]:
 
 def of_elementwise(dtype: str) -> tuple[Variant, ...]:
     """Activation, affine, embedding, and the experts' linears."""
+    of_experts = ("BLOCK_N", BLOCK_N), ("BLOCK_K", BLOCK_K[_DTYPES[dtype]])
     return (
         *(
             Variant("activate", dtype, (("KIND", kind), ("BLOCK", SILU_COLUMNS)), 4, 3)
@@ -164,7 +164,7 @@ def of_elementwise(dtype: str) -> tuple[Variant, ...]:
         ),
         Variant("affine", dtype, (("BLOCK_M", SHORT), ("BLOCK_N", AFFINE_COLUMNS)), 4, 3),
         *(
-            Variant("expert", dtype, (("BIAS", bias), ("BLOCK_M", rows), *_EXPERT_BLOCKS), 4, 3)
+            Variant("expert", dtype, (("BIAS", bias), ("BLOCK_M", rows), *of_experts), 4, 3)
             for rows in ROWS
             for bias in (0, 1)
         ),

@@ -55,13 +55,14 @@ def attention_config(
 
 def default_config(head_dim: int, bits: int, splits: int, rows: int, limits: Limits) -> AttentionConfig:
     """Choose as many keys at a time as registers allow: float32 products use no tensor cores, and need many
-    registers. With five stages, two blocks of keys and values are under way at a time, behind the reads of
-    the block table; with three, one block. (Larger heads would leave no room for a second program.)"""
+    registers, of large heads all that are left without a second stage. With five stages, two blocks of keys
+    and values are under way at a time, behind the reads of the block table; with three, one block. (Larger
+    heads would leave no room for a second program.)"""
     block_d = power_of_two(head_dim)
     block_n = max(16, min(64, (8192 if bits == 16 else 2048) // block_d))
     many = 256 // limits.warp_size
     if bits > 16:
-        return AttentionConfig(block_n, splits, 4 if block_d <= 64 else many, 2)
+        return AttentionConfig(block_n, splits, 4 if block_d <= 64 else many, 2 if block_d <= 128 else 1)
     stages = 5 if limits.shared_bytes >= _FIVE_STAGES else 3
     return AttentionConfig(block_n, splits, many if rows >= 64 else 4, stages if block_d <= 128 else 2)
 

@@ -21,7 +21,9 @@ from aioengine.kernels.triton.launcher import Launcher
 from aioengine.kernels.triton.quantized import blocks
 from aioengine.kernels.weight import PlainWeight, Weight
 
-BLOCK_N, BLOCK_K = 64, 64
+BLOCK_N, BLOCK_K = 64, {16: 64, 32: 32}
+"""Outputs and, by the bits of an element, inputs of a block. float32's products use no tensor cores, and take
+registers for their inputs."""
 ROWS = (16, 64)
 """Rows of a tile, if an expert has usually no more, and otherwise."""
 TILES = 16
@@ -41,7 +43,7 @@ def expert_linear(x: Tensor, weight: Weight, bias: Tensor | None, plan: ExpertPl
     block_m = ROWS[_usual(plan, x) > ROWS[0]]
     tiles = _tiles(plan, block_m)
     tensors = x.contiguous(), weight.data, weight.data if bias is None else bias, y, tiles
-    launch = _launcher(bias is not None, block_m)
+    launch = _launcher(bias is not None, block_m, BLOCK_K[8 * x.element_size()])
     launch((-(-out // BLOCK_N), len(tiles), 1), tensors, (weight.k, out))
     return y
 
@@ -65,13 +67,13 @@ def _of_blocks(x: Tensor, weight: StackedWeight, bias: Tensor | None, plan: Expe
 
 
 @functools.cache
-def _launcher(bias: bool, block_m: int) -> Launcher:
+def _launcher(bias: bool, block_m: int, block_k: int) -> Launcher:
     return Launcher(
         expert_kernel,
         BIAS=bias,
         BLOCK_M=block_m,
         BLOCK_N=BLOCK_N,
-        BLOCK_K=BLOCK_K,
+        BLOCK_K=block_k,
         num_warps=4,
         num_stages=3,
     )

@@ -107,20 +107,22 @@ def _chosen(
 
 def default_shrink(key: Key) -> ShrinkConfig:
     """Choose blocks with enough bytes in flight to keep the memory busy, within a third of an A100's shared
-    memory."""
+    memory. Products of float32 use no tensor cores, and take registers for their inputs, too."""
     block_m = 16 if key.phase == "decode" else 64
-    block_r = min(64, max(_SMALLEST, key.rank))
+    full = key.bits > 16
+    block_r = min(32 if full and block_m == 64 else 64, max(_SMALLEST, key.rank))
     rows = block_m + block_r
-    block_k = 128 * 16 // key.bits
+    block_k = 32 if full else 128
     split_k = 8 if key.width >= 8 * block_k else 1
     stages = 6 if rows <= 32 else 3 if rows <= 80 else 2
-    return ShrinkConfig(block_m, block_r, block_k, split_k, 8 if rows * key.bits > 80 * 16 else 4, stages)
+    return ShrinkConfig(block_m, block_r, block_k, split_k, 8 if rows > 80 and not full else 4, stages)
 
 
 def default_expand(key: Key) -> ExpandConfig:
     block_m = 16 if key.phase == "decode" else 64
-    block_r = min(64 * 16 // key.bits, max(_SMALLEST, key.rank))
-    return ExpandConfig(block_m, 128 * 16 // key.bits, block_r, 4 if block_m == 16 else 8, 2)
+    full = key.bits > 16
+    block_r = min(_SMALLEST if full else 64, max(_SMALLEST, key.rank))
+    return ExpandConfig(block_m, 64 if full else 128, block_r, 4 if full or block_m == 16 else 8, 2)
 
 
 @functools.cache

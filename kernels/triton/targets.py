@@ -16,6 +16,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from aioengine.kernels.triton.launch import HOPPER, OLDEST, Limits
+from aioengine.kernels.triton.launcher import OPTIONS
 
 
 class Gpu(NamedTuple):
@@ -90,9 +91,8 @@ def usage_of(source: ASTSource, target: GPUTarget, num_warps: int, num_stages: i
     """Compile a kernel up to its assembler; raises what triton does, and RuntimeError if ptxas fails."""
     with triton.knobs.runtime.scope():
         triton.knobs.runtime.add_stages_inspection_hook = _reporting
-        compiled = triton.compile(
-            source, target=target, options={"num_warps": num_warps, "num_stages": num_stages}
-        )
+        options = {"num_warps": num_warps, "num_stages": num_stages, **OPTIONS}
+        compiled = triton.compile(source, target=target, options=options)
     asm = compiled.asm
     if target.backend == "cuda":
         registers, spilled = map(int, asm["cubin"].split())

@@ -85,7 +85,7 @@ def _ways() -> Iterator[list[object]]:
 def _same(launch: Launcher, tensors: tuple[Any, ...], numbers: tuple[Any, ...]) -> str:
     """Launch in both ways; returns how the launches differ, "" if they do not."""
     launch(GRID, tensors, numbers)
-    kernel[GRID](*tensors, *numbers, BLOCK=64, FLAG=True, num_warps=4)
+    kernel[GRID](*tensors, *numbers, BLOCK=64, FLAG=True, num_warps=4, enable_fp_fusion=True)
     (mine, got), (usual, expected) = Compiled.log[-2:]
     hooks = slice(6, 9)  # nothing here, and Triton's empty chains of hooks
     wrong = mine is not usual or got[:6] != expected[:6] or len(got) != len(expected)

@@ -52,8 +52,12 @@ def test_variant(variant: aot.Variant, capability: int) -> None:
     if not aot.compiles(variant, capability):
         return
     usage = aot.compile_variant(variant, capability)
-    # Heads of 256 do not fit into registers in prompts (24 bytes, 356 with a float8 cache) and in float32.
-    assert usage.spilled_bytes <= (2048 if dict(variant.constants).get("BLOCK_D", 0) > 128 else 0)
+    blocks = dict(variant.constants)
+    # Heads of 256 do not fit into registers in prompts: they spill up to 328 bytes, 532 with a float8 cache.
+    # Elsewhere the assembler at times spills a few bytes for the sake of one more block, with registers left.
+    large = variant.kernel == "attention" and blocks["BLOCK_D"] > 128 and blocks["BLOCK_M"] >= 64
+    few = 16 if usage.registers <= 168 else 0
+    assert usage.spilled_bytes <= ((532 if variant.fp8 else 328) if large else few)
     assert usage.registers <= targets.REGISTERS
     shared_bytes = targets.GPUS[f"sm_{capability}"].limits.shared_bytes
     assert usage.shared_bytes <= shared_bytes
@@ -64,14 +68,16 @@ def test_variant(variant: aot.Variant, capability: int) -> None:
 
     if variant.kernel in ("shrink", "expand"):
         copies = re.findall(r"cp\.async\.c[ag]\.shared\.global \[.*?\], \[.*?\], (\w+)", usage.ptx)
-        assert "0x10" in copies, "A and B come 16 bytes at a time, without waiting"
+        wide = 16
+        if variant.int8 and variant.kernel == "expand":  # there may be fewer bytes for each thread
+            wide = min(wide, blocks["BLOCK_N"] * blocks["BLOCK_R"] // (32 * variant.num_warps))
+        assert f"{wide:#x}" in copies, "A and B come 16 bytes at a time, without waiting"
         if variant.kernel == "shrink":
             assert set(copies) == {"0x10"}, "and so does x; h may be too small for that"
             # In an expand, B of a rank that is no multiple of 8 has rows that are no whole vectors.
             assert not re.search(r"ld\.global\S*[bu]16 ", usage.ptx)
         tensor_cores = "mma.sync" in usage.ptx or "wgmma.mma_async" in usage.ptx
         assert tensor_cores == (variant.dtype != "fp32")
-    blocks = dict(variant.constants)
     if variant.kernel == "block_linear" and blocks["BLOCK_K"] >= 64:
         copies = re.findall(r"cp\.async\.c[ag]\.shared\.global \[.*?\], \[.*?\], (\w+)", usage.ptx)
         assert "0x10" in copies, "weights and x, too"
@@ -84,9 +90,8 @@ def test_variant(variant: aot.Variant, capability: int) -> None:
         assert re.search(products, usage.ptx), "in eight bits on tensor cores"
     if variant.kernel == "attention":
         size = "0x(8|10)" if variant.fp8 else "0x10"
-        assert re.search(rf"cp\.async\.c[ag]\.shared\.global \[.*?\], \[.*?\], {size}", usage.ptx), (
-            "keys and values, too"
-        )
+        copies = re.search(rf"cp\.async\.c[ag]\.shared\.global \[.*?\], \[.*?\], {size}", usage.ptx)
+        assert bool(copies) == (variant.num_stages > 1), "keys and values, too"
         assert not re.search(r"ld\.global\S*[bu]8 ", usage.ptx)
         if variant.dtype != "fp32" and blocks["BLOCK_D"] <= 128:
             waits = re.findall(r"cp\.async\.wait_group\s+(\d+)", usage.ptx)
@@ -96,7 +101,6 @@ def test_variant(variant: aot.Variant, capability: int) -> None:
         tensor_cores = "mma.sync" in usage.ptx or "wgmma.mma_async" in usage.ptx
         assert tensor_cores == (variant.dtype != "fp32")
     check_layouts(variant, capability, usage)
-    blocks = dict(variant.constants)
     if blocks.get("SPLIT", 0) or blocks.get("SPLITS", 1) > 1:
         # All threads' stores come before the count that announces them, and their loads after it.
         assert re.search(
@@ -175,7 +179,8 @@ def check_layouts(variant: aot.Variant, capability: int, usage: aot.Usage) -> No
     weights = [line for line in conversions if re.search(WEIGHTS, line)]
     edges = 1 + blocks["WINDOWED"]
     assert len(keys) + len(weights) == len(conversions), conversions
-    assert len(keys) <= edges * (variant.fp8 or (blocks["WINDOWED"] and blocks["BLOCK_M"] >= 64))
+    many, padded = blocks["BLOCK_M"] >= 64, blocks["D"] < blocks["BLOCK_D"]
+    assert len(keys) <= edges * (variant.fp8 or (many and (blocks["WINDOWED"] or padded)))
     assert len(weights) <= 1 + edges
     if blocks["BLOCK_M"] == 128 and not variant.fp8:
         steady = [loop for loop in loops(usage.ptx) if "cp.async" in loop and "wgmma" in loop]
@@ -208,3 +213,9 @@ def test_ranks_of_whole_words_are_loaded_without_waiting() -> None:
         ]
         waiting = [bool(re.search(r"ld\.global\S*[bu]16 ", loop)) for loop in loops(usage.ptx)]
         assert waiting.count(True) == 1 and {max(each) for each in sizes if each} == {4, 16}
+
+
+def test_products_are_added_before_they_are_rounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever Triton's default is."""
+    monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "0")
+    assert "fma.rn.f32" in aot.compile_variant(next(aot.of_rope("bf16", 128)), 90).ptx

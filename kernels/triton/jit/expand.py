@@ -69,11 +69,13 @@ def expand_kernel(
     b_ptr = memory_ptr + tl.load(row + B) * unit
     h_mask, b_mask = (m < tokens)[:, None], (n < outputs)[:, None]
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    if rank % 8 == 0:  # rows of whole vectors, which are loaded as such
-        whole = tl.multiple_of(rank // 8 * 8, 8)
+    VECTOR: tl.constexpr = 128 // memory_ptr.dtype.element_ty.primitive_bitwidth
+    WORD: tl.constexpr = VECTOR // 4
+    if rank % VECTOR == 0:  # rows of whole vectors, which are loaded as such
+        whole = tl.multiple_of(rank // VECTOR * VECTOR, VECTOR)
         acc = _product(acc, h_at, b_ptr + n[:, None] * whole, h_mask, b_mask, whole, BLOCK_R)
-    elif rank % 2 == 0:  # the least that is copied without waiting, of 16-bit numbers
-        whole = tl.multiple_of(rank // 2 * 2, 2)
+    elif rank % WORD == 0:  # the least that is copied without waiting
+        whole = tl.multiple_of(rank // WORD * WORD, WORD)
         acc = _product(acc, h_at, b_ptr + n[:, None] * whole, h_mask, b_mask, whole, BLOCK_R)
     else:
         acc = _product(acc, h_at, b_ptr + n[:, None] * rank, h_mask, b_mask, rank, BLOCK_R)
