@@ -20,7 +20,6 @@ from aioengine.fleet.cluster import (
 )
 from aioengine.fleet.registry import NAMESPACE, fleets_of_cluster
 
-_TOKEN = Path.home() / ".ray" / "auth_token"
 _FLAG = b"--gcs-address="
 WHERE = (
     "--app-name names another fleet, RAY_ADDRESS another cluster (the fleet's server logs it when it starts)"
@@ -37,8 +36,6 @@ def existing_fleet(name: str) -> Any:
     named = address()
     if named is not None:
         check_address(named)
-    if _TOKEN.is_file():  # a cluster that was started on this machine requires it
-        os.environ.setdefault("RAY_AUTH_MODE", "token")
     import ray
     from ray import serve
 

@@ -7,6 +7,7 @@ import importlib.util
 import os
 import socket
 import ssl
+import sys
 from pathlib import Path
 
 from aioengine.errors import ConfigError
@@ -15,6 +16,8 @@ RAY_VERSION = (2, 60)
 INSTALL = "pip install 'aioengine[fleet]'"
 CONNECT_SECONDS = 5.0
 _CERTIFICATES = ("CA_CERT", "SERVER_KEY", "SERVER_CERT")
+_QUESTION = "/ray.rpc.NodeInfoGcsService/GetClusterId"
+"""What Ray itself asks a head first. Without its field, the question has no bytes."""
 
 
 def check_installed(what: str) -> None:
@@ -35,7 +38,8 @@ def address() -> str | None:
 
 
 def check_address(where: str) -> None:
-    """Check that Ray's head answers there. Raises ConfigError.
+    """Check that Ray's head answers there, and takes this user's token if it asks for one; from then on Ray
+    shows the token. Raises ConfigError.
 
     Ray itself would try for a minute, and then end this process.
     """
@@ -52,12 +56,58 @@ def check_address(where: str) -> None:
             f"RAY_ADDRESS={where}: nothing answers there ({error}); start Ray with `ray start --head`, or "
             "unset RAY_ADDRESS to start Ray on this machine"
         ) from error
-    if not _speaks_grpc(where):
+    _show_token()
+    answer = _ask(where)
+    if answer == "UNAUTHENTICATED":
+        asks = f"RAY_ADDRESS={where}: the cluster asks for a token, and"
+        if not _token():
+            raise ConfigError(
+                f"{asks} there is none in {_token_file()}; copy that file from the cluster's head, or set "
+                "RAY_AUTH_TOKEN"
+            )
+        if not _shows_token():
+            raise ConfigError(f"{asks} RAY_AUTH_MODE={os.environ['RAY_AUTH_MODE']} shows none; unset it")
+        held = "RAY_AUTH_TOKEN" if os.environ.get("RAY_AUTH_TOKEN") else str(_token_file())
+        raise ConfigError(f"{asks} refuses the one in {held}; take the one of the cluster's head")
+    if answer in ("UNAVAILABLE", "DEADLINE_EXCEEDED", "UNIMPLEMENTED"):
         tls = "with TLS, as RAY_USE_TLS says" if _has_tls() else "without TLS, as RAY_USE_TLS is not set"
         raise ConfigError(
             f"RAY_ADDRESS={where}: what listens there does not answer as Ray's head does ({tls}); give the "
             "address that `ray start --head` has printed, and the cluster's own RAY_USE_TLS and certificates"
         )
+
+
+def _show_token() -> None:
+    """Have this process show this user's token, if there is one, as it does where it starts Ray itself. Ray
+    shows none to a cluster that is named by its address, unless ``RAY_AUTH_MODE`` says so."""
+    if "RAY_AUTH_MODE" in os.environ or not _token():
+        return
+    os.environ["RAY_AUTH_MODE"] = "token"
+    _read_again()
+
+
+def _read_again() -> None:
+    """Have Ray read its variables, if this process has imported it, because it reads them at import."""
+    if "ray" in sys.modules:
+        from ray._raylet import Config
+
+        Config.initialize("")
+
+
+def _shows_token() -> bool:
+    return os.environ.get("RAY_AUTH_MODE", "").lower() == "token"
+
+
+def _token_file() -> Path:
+    return Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
+
+
+def _token() -> str:
+    """Return this user's token, which Ray makes where it first starts; "" if there is none."""
+    try:
+        return (os.environ.get("RAY_AUTH_TOKEN") or _token_file().read_text()).strip()
+    except (OSError, UnicodeDecodeError):
+        return ""
 
 
 def _has_tls() -> bool:
@@ -76,9 +126,9 @@ def tls_context() -> ssl.SSLContext | None:
     return context
 
 
-def _speaks_grpc(where: str) -> bool:
-    """Whether a server of gRPC is there, with TLS if this process is told to use it. Raises ConfigError if
-    a certificate cannot be read."""
+def _ask(where: str) -> str:
+    """Ask the head for its cluster's id, with TLS and the token if this process is told to use them. Returns
+    "OK", or gRPC's name of what is wrong. Raises ConfigError if a certificate cannot be read."""
     import grpc
 
     if _has_tls():
@@ -89,12 +139,15 @@ def _speaks_grpc(where: str) -> bool:
         channel = grpc.secure_channel(where, grpc.ssl_channel_credentials(*files))
     else:
         channel = grpc.insecure_channel(where)
+    metadata = [("authorization", f"Bearer {_token()}")] if _shows_token() else []
     with channel:
         try:
-            grpc.channel_ready_future(channel).result(timeout=CONNECT_SECONDS)
-        except grpc.FutureTimeoutError:
-            return False
-    return True
+            channel.unary_unary(_QUESTION)(
+                b"", timeout=CONNECT_SECONDS, metadata=metadata, wait_for_ready=True
+            )
+        except grpc.RpcError as error:
+            return str(error.code().name)
+    return "OK"
 
 
 def first_line(error: BaseException) -> str:

@@ -90,7 +90,9 @@ class FleetClient:
         self._door = door
         self.members = Members(config, handle, door=door)
         self._dispatcher = Dispatcher(self.members)
-        self.metrics = FleetMetrics(self.members, self._dispatcher, lambda: self.state)
+        self.metrics = FleetMetrics(
+            self.members, self._dispatcher, lambda: "degraded" if self.degraded else self.state
+        )
         self._adapters = FleetAdapters(config, self.members)
         known = self._adapters.known
         self._dispatcher.version_of, self._dispatcher.digest_of = known.version, known.digest

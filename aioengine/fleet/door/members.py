@@ -74,6 +74,7 @@ class Members:
         self.on_loss: Callable[[Call, str, str], None] = lambda call, replica, how: None
         """Callback for each request whose replica is lost."""
         self.door = door
+        self._least = config.bounds[0]
         self._channels: dict[str, Channel] = {}
         self._changed = asyncio.Event()
         """Set and replaced whenever a replica appears or disappears."""
@@ -136,13 +137,17 @@ class Members:
     @property
     def asleep(self) -> bool:
         """Whether there is no replica because there are no requests; the next request starts one."""
-        return self.config.autoscale is not None and not self._known
+        return self._least == 0 and not self._known
+
+    @property
+    def wanted(self) -> int:
+        """Number of replicas that should exist: where it changes, those that Serve lists, and the least."""
+        return self.config.replicas if self.config.autoscale is None else max(self._least, len(self._known))
 
     @property
     def missing(self) -> int:
         """Number of replicas that should exist and do not report."""
-        wanted = self.config.replicas if self.config.autoscale is None else len(self._known)
-        return max(wanted - len(self.members), 0)
+        return max(self.wanted - len(self.members), 0)
 
     # For whoever sends requests
 

@@ -18,7 +18,7 @@ from prometheus_client.registry import Collector
 
 from aioengine.fleet.door.dispatcher import Dispatcher
 from aioengine.fleet.door.members import Members
-from aioengine.info import EngineState, EngineStats, is_mix
+from aioengine.info import EngineStats, is_mix
 from aioengine.metrics.collect.by_tenant import HttpMetrics, TenantMetrics
 from aioengine.metrics.collect.on_loop import OnLoop
 from aioengine.metrics.collect.process import ProcessMetrics
@@ -38,9 +38,9 @@ _BUCKETS = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 5e-3, 2e-2)
 
 class FleetMetrics:
     """Metrics of a fleet, with the interface that a server needs. Any thread except the loop's may scrape
-    it. ``state`` returns the door's state."""
+    it. ``state`` returns the door's state, or "degraded"."""
 
-    def __init__(self, members: Members, dispatcher: Dispatcher, state: Callable[[], EngineState]) -> None:
+    def __init__(self, members: Members, dispatcher: Dispatcher, state: Callable[[], str]) -> None:
         self.registry = CollectorRegistry()
         self.registry.register(_Everything(self))
         self.own = CollectorRegistry()
@@ -174,7 +174,7 @@ class _Door(Collector):
         conflicts.add_metric([self._engine, DOOR], members.conflicts.count)
         yield conflicts
         wanted = self._gauge("replicas_wanted", "Replicas that the fleet should have.")
-        wanted.add_metric([self._engine, DOOR], members.config.replicas)
+        wanted.add_metric([self._engine, DOOR], members.wanted)
         yield wanted
         yield from self._replicas()
         yield from self._copies()

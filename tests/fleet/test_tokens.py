@@ -1,0 +1,109 @@
+"""Clusters that ask for a token, as Ray's do that were started on this machine."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from aioengine.errors import ConfigError
+from aioengine.executors.ray import address
+from aioengine.executors.ray.address import check_address
+
+grpc: Any = pytest.importorskip("grpc")
+
+RIGHT, WRONG = "0123456789abcdef", "f" * 16
+
+
+@pytest.fixture
+def home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """The user's folder; the user has no token."""
+    monkeypatch.setattr(os, "environ", {k: v for k, v in os.environ.items() if not k.startswith("RAY_")})
+    monkeypatch.setattr(Path, "home", lambda: tmp_path)
+    monkeypatch.setattr(address, "_read_again", lambda: None)
+    (tmp_path / ".ray").mkdir()
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def heads() -> Iterator[dict[bool, str]]:
+    """Addresses of a head that asks for a token, and of one that does not."""
+
+    def head(asks: bool) -> Any:
+        def answer(_request: bytes, context: Any) -> bytes:
+            shown = dict(context.invocation_metadata()).get("authorization")
+            if asks and shown != f"Bearer {RIGHT}":
+                context.abort(grpc.StatusCode.UNAUTHENTICATED, "InvalidAuthToken")
+            return b""
+
+        methods = {"GetClusterId": grpc.unary_unary_rpc_method_handler(answer)}
+        server = grpc.server(ThreadPoolExecutor(1))
+        handler = grpc.method_handlers_generic_handler("ray.rpc.NodeInfoGcsService", methods)
+        server.add_generic_rpc_handlers((handler,))
+        return server
+
+    servers = {asks: head(asks) for asks in (True, False)}
+    found = {asks: f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}" for asks, server in servers.items()}
+    for server in servers.values():
+        server.start()
+    yield found
+    for server in servers.values():
+        server.stop(None)
+
+
+def hold(token: str, where: str, home: Path) -> None:
+    if where == "variable":
+        os.environ["RAY_AUTH_TOKEN"] = token
+    else:
+        file = home / (".ray/auth_token" if where == "file" else "elsewhere")
+        file.write_text(f"{token}\n")
+        if where == "other file":
+            os.environ["RAY_AUTH_TOKEN_PATH"] = str(file)
+
+
+@pytest.mark.parametrize("where", ["variable", "file", "other file"])
+def test_this_users_token_is_shown(where: str, home: Path, heads: dict[bool, str]) -> None:
+    """Also to a head that asks for none, as Ray does."""
+    hold(RIGHT, where, home)
+    for head in heads.values():
+        check_address(head)
+        assert os.environ["RAY_AUTH_MODE"] == "token", "so that Ray shows it, too"
+
+
+@pytest.mark.parametrize(
+    ("token", "mode", "said"),
+    [
+        (None, None, r"asks for a token, and there is none in .*auth_token; copy"),
+        (None, "token", r"asks for a token, and there is none in .*auth_token; copy"),
+        (RIGHT, "disabled", "asks for a token, and RAY_AUTH_MODE=disabled shows none"),
+        (WRONG, None, r"asks for a token, and refuses the one in .*auth_token"),
+        (WRONG, "token", r"asks for a token, and refuses the one in .*auth_token"),
+    ],
+)
+def test_a_cluster_that_refuses(
+    token: str | None, mode: str | None, said: str, home: Path, heads: dict[bool, str]
+) -> None:
+    """Ray would try for half a minute, and not say why."""
+    if token is not None:
+        hold(token, "file", home)
+    if mode is not None:
+        os.environ["RAY_AUTH_MODE"] = mode
+    with pytest.raises(ConfigError, match=f"^RAY_ADDRESS={re.escape(heads[True])}: the cluster {said}"):
+        check_address(heads[True])
+    check_address(heads[False])
+
+
+def test_another_server_of_grpc_is_no_head(home: Path) -> None:
+    server = grpc.server(ThreadPoolExecutor(1))
+    where = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+    server.start()
+    try:
+        with pytest.raises(ConfigError, match=f"RAY_ADDRESS={where}: what listens there does not answer"):
+            check_address(where)
+    finally:
+        server.stop(None)
