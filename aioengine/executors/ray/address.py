@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import importlib.util
 import os
@@ -89,9 +90,7 @@ def _show_token() -> None:
 def _read_again() -> None:
     """Have Ray read its variables, if this process has imported it, because it reads them at import."""
     if "ray" in sys.modules:
-        from ray._raylet import Config
-
-        Config.initialize("")
+        importlib.import_module("ray._raylet").Config.initialize("")
 
 
 def _shows_token() -> bool:
