@@ -42,6 +42,7 @@ GPUS = {
     "sm_86": _nvidia(86, _SMALL),  # A10, RTX 3090
     "sm_89": _nvidia(89, _SMALL),  # L4, RTX 4090
     "sm_90": _nvidia(90, HOPPER),  # H100, H200
+    "sm_100": _nvidia(100, HOPPER),  # B200
     "sm_120": _nvidia(120, _SMALL),  # RTX 5090
     "gfx90a": _amd("gfx90a"),  # MI200
     "gfx942": _amd("gfx942"),  # MI300

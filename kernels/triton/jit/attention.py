@@ -216,7 +216,7 @@ def attention_kernel(
     WIDENED: tl.constexpr = keys_ptr.dtype.element_ty == tl.uint8
     FULL: tl.constexpr = qkv_ptr.dtype.element_ty == tl.float32
     PADDED: tl.constexpr = D < BLOCK_D and BLOCK_M == 64
-    EDGE_STAGES: tl.constexpr = 1 if WIDENED or FULL or PADDED or (WINDOWED and BLOCK_M >= 64) else 2
+    EDGE_STAGES: tl.constexpr = 1 if (WIDENED or FULL) or (PADDED or (WINDOWED and BLOCK_M >= 64)) else 2
     clear = begin
     if WINDOWED:
         clear = tl.cdiv(tl.maximum(stop - window, 0), BLOCK_N) * BLOCK_N

@@ -65,8 +65,9 @@ def _products(a, b, FLOAT8: tl.constexpr):
         return tl.dot(wide_a.to(tl.float64), tl.trans(wide_b).to(tl.float64), out_dtype=tl.float64).to(
             tl.float32
         )
-    if FLOAT8:
-        return tl.dot(a.to(tl.float8e4nv, bitcast=True), tl.trans(b.to(tl.float8e4nv, bitcast=True)))
+    if FLOAT8:  # without the limit, the compiler may have tensor cores add up all inputs after all
+        a = a.to(tl.float8e4nv, bitcast=True)
+        return tl.dot(a, tl.trans(b.to(tl.float8e4nv, bitcast=True)), max_num_imprecise_acc=a.shape[1])
     return tl.dot(a.to(tl.int8, bitcast=True), tl.trans(b.to(tl.int8, bitcast=True)), out_dtype=tl.int32).to(
         tl.float32
     )

@@ -80,11 +80,12 @@ def shrink_kernel(
         x = tl.load(x_at + start, mask=inside & (m < tokens)[:, None], other=0.0)
         a = tl.load(a_at + start, mask=inside & (r < rank)[:, None], other=0.0)
         acc = add_product(acc, x, a)
-        # One loop over all parts, or the loads of the next would wait for the last of this.
-        if programs < PARTS:
-            whole = (block + 1) % blocks == 0
-            total += tl.where(whole, acc, 0.0)
-            acc = tl.where(whole, 0.0, acc)
+        # One loop over all parts, or the loads of the next would wait for the last of this. (Triton 3.9 does
+        # not compile a tl.where here for B200, which keeps sums in a memory of their own.)
+        if programs < PARTS:  # noqa: SIM102  (the compiler knows this one)
+            if (block + 1) % blocks == 0:
+                total += acc
+                acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
     total += acc
 
     if SPLIT:
