@@ -203,10 +203,19 @@ def test_what_a_path_may_be(tmp_path: Path) -> None:
         checked_path("a", "nothing://x")
 
 
-@pytest.mark.parametrize("path", ["../secret/a", "s3://other/a", "/etc", ""])
+@pytest.mark.parametrize(
+    "path",
+    [
+        *("../secret/a", "s3://other/a", "/etc", ""),
+        *(f"x/{part}/a" for part in ("%2e%2e", ".%2E", "..%2f..", ".\t.", ".\n.", "b?c", "b#c", "b;c")),
+        *("x::file/a", "::a", "simplecache::x", "x\x7f/a", "x/\\../a", " x", "x /a", "*/a", "[a]"),
+    ],
+)
 def test_only_what_is_below_the_root_is_loaded_over_http(path: str) -> None:
     assert source_below("s3://lora/team/", "a", "s3://lora/team/x") == "s3://lora/team/x"
     assert source_below("s3://lora/team", "a", "./x/y/") == "s3://lora/team/x/y"
+    for odd in ("run=5,é/a", "x/a b:c@1+2~3"):
+        assert source_below("s3://lora/team", "a", odd) == f"s3://lora/team/{odd}"
     assert source_below("/adapters", "a", path) is None
     with pytest.raises(AdapterNotFound, match="not a path below"):
         source_below("s3://lora/team", "a", path)

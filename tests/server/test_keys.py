@@ -305,12 +305,17 @@ async def test_a_key_sees_and_uses_its_models_only(serve: Serve, tiny_text: Tiny
         assert "late" not in [info.name for info in served.engine.adapters()], "it was looked for"
         assert (await ask("all", "late")).status_code == 200
 
-        async def load(name: str, kind: str = "load") -> int:
-            body = {"lora_name": name, **({"lora_path": "team/y"} if kind == "load" else {})}
+        async def load(name: str, kind: str = "load", path: str = "team/y") -> int:
+            body = {"lora_name": name, **({"lora_path": path} if kind == "load" else {})}
             answer = await served.http.post(f"/v1/{kind}_lora_adapter", json=body, headers=bearer("loader"))
             return answer.status_code
 
         assert [await load("team/z"), await load("z"), await load("b")] == [200, 403, 403]
+        # Nor may a key give its own name to another's adapter, nor see whether there is one.
+        for path in ("late", "nothing", str(folders / "late"), f"{folders}/team/../late"):
+            assert await load("team/w", path=path) == 403
+        assert await load("team/w", path="team/../late") == 404
+        assert "team/w" not in [info.name for info in served.engine.adapters()]
         assert [await load("team/z", "unload"), await load("b", "unload"), await load("none", "unload")] == [
             200,
             404,

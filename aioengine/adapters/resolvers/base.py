@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
@@ -23,6 +24,7 @@ T = TypeVar("T")
 WEIGHTS_FILES = (SAFETENSORS_FILE, BIN_FILE)
 """Names of weights files; the first that exists is read."""
 ADAPTER_FILES = (CONFIG_FILE, *WEIGHTS_FILES)
+_URL_PART = re.compile(r"[\w.:+@=,~-]+(?: +[\w.:+@=,~-]+)*")
 MAX_THREADS = 256
 """Maximum look-ups of one resolver at once, abandoned ones included. There is at most one for each name;
 further names are refused."""
@@ -136,6 +138,12 @@ def is_plain_name(name: str) -> bool:
     if len(name) > 4096 or "\\" in name or "\0" in name:
         return False
     return all(part not in ("", ".", "..") for part in name.split("/"))
+
+
+def is_plain_path(path: str) -> bool:
+    """Whether ``path`` is safe below a URL, too: there "%2e%2e" is "..", "?" and "#" end the path, tabs and
+    line ends are dropped, and fsspec splits at "::"."""
+    return is_plain_name(path) and "::" not in path and all(map(_URL_PART.fullmatch, path.split("/")))
 
 
 def too_large(file: str, size: int, max_bytes: int) -> str | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from aioengine.adapters.resolvers.base import SharedLookups, is_plain_name
+from aioengine.adapters.resolvers.base import SharedLookups, is_plain_path
 from aioengine.adapters.resolvers.fsspec import FsspecResolver
 from aioengine.adapters.resolvers.hub import HubResolver, parse_hub_path
 from aioengine.errors import AdapterInvalid, AdapterNotFound, ConfigError
@@ -38,13 +38,13 @@ def checked_source(name: str, path: str) -> str:
 def source_below(root: str, name: str, path: str) -> str | None:
     """Return the URL of ``path`` below the URL ``root``, or None if ``root`` is a folder on this machine.
 
-    Raises AdapterNotFound for a path that is not below it.
+    Raises AdapterNotFound for a path that is not below it, or that means something else in a URL.
     """
     if not is_source(root):
         return None
     root = root.rstrip("/")
     below = path.removeprefix(f"{root}/").removeprefix("./").rstrip("/")
-    if not is_plain_name(below):
+    if not is_plain_path(below):
         raise AdapterNotFound("not a path below adapter_root", name=name, path=path)
     return f"{root}/{below}"
 

@@ -30,7 +30,8 @@ class LoadRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     lora_name: str | None = None
     """The adapter's name in requests."""
     lora_path: str | None = None
-    """Its folder, relative to the server's adapter root or absolute within it."""
+    """Its folder, relative to the server's adapter root or absolute within it. The key must be allowed to use
+    the adapter that is found there by its name."""
     load_inplace: bool | None = None
     """Replace the adapter of this name; requests that were accepted before finish on the old version."""
 
@@ -45,13 +46,7 @@ def check_may_load(context: Context, request: Request[Any, Any, Any], name: str,
     """Raise ApiError if the request's key may not load an adapter of this name, if there is one that it does
     not ``replace``, or if there are too many others."""
     if not record_of(request).identity.models.allow(name):
-        raise ApiError(
-            403,
-            f"this API key may not load an adapter that is called {name!r}",
-            type="permission_error",
-            param="lora_name",
-            code="adapter_not_allowed",
-        )
+        raise _not_allowed(f"that is called {name!r}", "lora_name")
     is_known = context.engine.find_adapter(name) is not None
     if is_known and not replace:
         raise ApiError(400, f"The lora adapter '{name}' has already been loaded.", param="lora_name")
@@ -64,6 +59,7 @@ def adapter_routes(context: Context) -> list[HTTPRouteHandler]:
     lora = context.engine.config.lora
     root = None if lora is None else lora.adapter_root
     where = None if root is None else _Root(root)
+    timeout = None if lora is None else lora.load_timeout
 
     @post(
         "/v1/load_lora_adapter",
@@ -83,7 +79,10 @@ def adapter_routes(context: Context) -> list[HTTPRouteHandler]:
             raise ApiError(400, f"{name!r} is the base model's name", param="lora_name")
         check_may_load(context, request, name, replace=bool(data.load_inplace))
         try:
-            folder = await within(None if lora is None else lora.load_timeout, name, allowed.find(name, path))
+            below = allowed.below(name, path)
+            if not record_of(request).identity.models.allow(below):
+                raise _not_allowed(f"from {path[:300]!r}", "lora_path")
+            folder = await within(timeout, name, allowed.find(name, below))
         except AdapterNotFound as error:
             raise ApiError(
                 404,
@@ -134,11 +133,23 @@ class _Root:
         self._root = root
         self._folders = None if source_below(root, "", "any") is not None else FilesystemResolver(root)
 
-    async def find(self, name: str, path: str) -> str:
+    def below(self, name: str, path: str) -> str:
+        """Return the path relative to the root. Raises AdapterNotFound if it is not below a URL; ``find``
+        says whether it is below a folder."""
+        if self._folders is None:
+            return str(source_below(self._root, name, path)).removeprefix(self._root.rstrip("/") + "/")
+        return _relative(path, self._folders.root)
+
+    async def find(self, name: str, below: str) -> str:
         """Return the folder or the URL. Raises AdapterNotFound if it is not below the root."""
         if self._folders is None:
-            return str(source_below(self._root, name, path))
-        return str(await self._folders.resolve(_relative(path, self._folders.root)))
+            return str(source_below(self._root, name, below))
+        return str(await self._folders.resolve(below))
+
+
+def _not_allowed(what: str, param: str) -> ApiError:
+    text = f"this API key may not load an adapter {what}"
+    return ApiError(403, text, type="permission_error", param=param, code="adapter_not_allowed")
 
 
 def _allowed(root: _Root | None) -> _Root:
