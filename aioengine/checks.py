@@ -29,13 +29,11 @@ def check_integer(
     error: type[AioEngineError] = ConfigError,
 ) -> None:
     """Raise ``error``, naming ``field``, unless ``value`` is an integer in ``low..high``."""
-    is_integer = isinstance(value, int) and not isinstance(value, bool)
-    if is_integer and (low is None or value >= low) and (high is None or value <= high):  # type: ignore[operator]
-        return
     bound = "" if low is None else f">= {low}" if high is None else f"in {low}..{high}"
-    if not is_integer:
+    if not isinstance(value, int) or isinstance(value, bool):
         raise error(f"{field}={value!r}: must be an integer {bound}".rstrip())
-    raise error(f"{field}={value}: must be {bound}")
+    if (low is not None and value < low) or (high is not None and value > high):
+        raise error(f"{field}={value}: must be {bound}")
 
 
 def check_number(

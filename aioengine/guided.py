@@ -111,7 +111,7 @@ class Guide:
 
     async def another(self, constraint: TokenConstraint, *, tenant: str | None = None) -> TokenConstraint:
         """Make a constraint for the same grammar as one that this guide has made, with less work."""
-        return await self._grammars.constraint(constraint.text, tenant)  # type: ignore[attr-defined]
+        return await self._grammars.constraint(constraint.text, tenant)  # type: ignore[attr-defined] # they made it
 
     async def _constraint(self, text: str, grammar: Callable[[], str], tenant: str | None) -> TokenConstraint:
         self._grammars.check_size((text,))  # before any work on it

@@ -91,7 +91,7 @@ class OutputView(Sequence[int]):
             return NotImplemented
         return len(self) == len(other) and self.common(other) == len(self)
 
-    __hash__ = None  # type: ignore[assignment]
+    __hash__ = None  # type: ignore[assignment] # so Python marks what has no hash
 
     def __repr__(self) -> str:
         return f"OutputView({self[:]})"

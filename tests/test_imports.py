@@ -280,6 +280,17 @@ def test_files_are_short_or_say_why_not() -> None:
         assert said == (text.count("\n") > 400), f"{path}: more than 400 lines need a reason, others none"
 
 
+def test_each_ignored_type_error_has_a_reason() -> None:
+    found = [
+        f"{path}:{number}"
+        for folder in FOLDERS.values()
+        for path in folder.rglob("*.py")
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
+        if re.search(r"# type: ignore(?!\[[\w,-]+\] # \w)", line)
+    ]
+    assert found == []
+
+
 FILLED_LATER = {
     "aioengine.executors.ray.workers._open",
     "aioengine.fleet.door.discovery._latest",

@@ -35,7 +35,7 @@ def bench(
     requests: Annotated[int, _IN_WORK] = 32,
     prompt_tokens: Annotated[int, _IN_WORK] = 128,
     output_tokens: Annotated[int, _IN_WORK] = 64,
-    adapters: Annotated[list[int] | None, Parameter(group=_WORK, negative="", consume_multiple=True)] = None,
+    adapters: Annotated[list[int] | None, Parameter(group=_WORK, negative="", consume_multiple=1)] = None,
     rank: Annotated[int, _IN_WORK] = 16,
     repeats: Annotated[int, _IN_WORK] = 3,
     engine: EngineFlags | None = None,

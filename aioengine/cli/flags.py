@@ -39,8 +39,8 @@ _MORE_ENGINE = Group(f"{FOLDED} engine flags", sort_key=30)
 _MORE_LORA = Group(f"{FOLDED} adapter flags", sort_key=31)
 
 _IN_LORA, _IN_MORE, _IN_MORE_LORA = (Parameter(group=g) for g in (_LORA, _MORE_ENGINE, _MORE_LORA))
-_MODULES = Parameter(group=_LORA, metavar="NAME=PATH", consume_multiple=True, negative="")
-_TARGETS = Parameter(group=_MORE_LORA, consume_multiple=True, negative="")
+_MODULES = Parameter(group=_LORA, metavar="NAME=PATH", consume_multiple=1, negative="")
+_TARGETS = Parameter(group=_MORE_LORA, consume_multiple=1, negative="")
 
 
 @Parameter(name="*", group=_ENGINE)

@@ -19,7 +19,14 @@ from collections.abc import Sequence
 from contextlib import suppress
 from importlib import import_module
 
-from cyclopts import App, CycloptsError, Group, UnknownCommandError, UnusedCliTokensError
+from cyclopts import (
+    App,
+    CycloptsError,
+    Group,
+    MissingArgumentError,
+    UnknownCommandError,
+    UnusedCliTokensError,
+)
 
 from aioengine import errors
 from aioengine.cli.common import CommonFlags
@@ -107,7 +114,7 @@ LAB_COMMANDS = {
   aioengine lab workload azure_code.csv""",
     "size": """\
   aioengine lab size --workload workload.toml --slo ttft_p99=2.0 itl_p95=0.05
-  aioengine lab size --workload azure_code.csv --slo ttft_p99=2.0 --replicas 1 --limit 2000""",
+  aioengine lab size --workload azure_code.csv --slo ttft_p99=2.0 --replicas 1""",
     "report": """\
   aioengine lab report results
   aioengine lab report results --rank-by latency_seconds.mean""",
@@ -290,6 +297,13 @@ def _one_line(error: Exception) -> str:
     if isinstance(error, UnusedCliTokensError):
         command = " ".join(("aioengine", *(error.command_chain or ())))
         text = f"{' '.join(error.unused_tokens or ())!r}: {command} takes no such value; see --help"
+    if isinstance(error, MissingArgumentError) and error.argument is not None:
+        command = " ".join(("aioengine", *(error.command_chain or ())))
+        name = error.argument.name
+        if error.argument.field_info.is_positional:
+            name = name.lstrip("-").upper()
+        missing = f"{name} is not given" if error.keyword is None else f"{error.keyword} has no value"
+        text = f"{missing}; see {command} --help"
     if isinstance(error, (errors.AioEngineError, CycloptsError)):
         return in_flags(text)
     return f"unexpected {type(error).__name__}: {text} (--debug shows where)"

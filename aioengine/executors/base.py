@@ -59,8 +59,13 @@ class Device(ABC):
         """Run one step. At most one is in flight."""
 
     def begin(self, batch: StepBatch, ended: Callable[[StepResult | Exception], None]) -> bool:
-        """Do what ``execute`` does, and call ``ended`` on the loop with the result or the error. Returns
-        False, and does nothing, if the device can only ``execute``."""
+        """Do what ``execute`` does, and call ``ended`` on the loop with the result or the error, after this
+        has returned.
+
+        Returns False, and does nothing, if the device can only ``execute``. It may say so for the first step
+        of a run of steps, but not for one that is begun within ``ended``: then the core waits for a result
+        already, and the engine would be dead.
+        """
         return False
 
     def queue(self, batch: StepBatch) -> QueuedStep:

@@ -123,7 +123,7 @@ def build_parts(
     stream: torch.cuda.Stream | None = None
     if plan.device == "cuda":
         allocate = PinnedSlabs(runner.device, min(plan.cpu_cache_bytes, FIRST_SLAB_BYTES))
-        stream = torch.cuda.Stream(runner.device)  # type: ignore[no-untyped-call]
+        stream = torch.cuda.Stream(runner.device)  # type: ignore[no-untyped-call] # torch has no types for it
     store = AdapterStore(
         planned.spec,
         max_rank=max_rank,

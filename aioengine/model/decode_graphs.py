@@ -213,7 +213,7 @@ class CudaGraphs:
         """Run ``step`` once, which compiles kernels, and record it."""
         with torch.cuda.device(self._device):
             if self._aside is None:
-                self._aside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+                self._aside = torch.cuda.Stream()  # type: ignore[no-untyped-call] # torch has no types for it
             current, aside = torch.cuda.current_stream(), self._aside
             aside.wait_stream(current)
             with torch.cuda.stream(aside):

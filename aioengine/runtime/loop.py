@@ -276,7 +276,9 @@ class Stepper:
             if not self._stopping and self._lost is None:
                 self._wake.clear()
                 following, decided = self._decide(asyncio.get_running_loop())
-                if following is not None and self._begin(over, following, decided):
+                if following is not None:
+                    if not self._begin(over, following, decided):
+                        raise RuntimeError("the device began a step, but refused the one after it")
                     return
             over.set_result(None)
         except Exception as error:

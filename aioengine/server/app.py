@@ -251,10 +251,9 @@ class ServerApp:
         # Without the mount point, because routes are matched below it.
         inner = {**scope, "path": path, "root_path": "", "state": {framework.RECORD: record}}
         if scope["method"] == "HEAD":
-            await self._routes({**inner, "method": "GET"}, receive, _without_body(send))  # type: ignore[arg-type]
-            return
+            inner["method"], send = "GET", _without_body(send)
         if scope["method"] != "POST":
-            await self._routes(inner, receive, send)  # type: ignore[arg-type]
+            await self._routes(inner, receive, send)  # type: ignore[arg-type] # Litestar's types of ASGI
             return
         if self.context.draining:
             raise ApiError(
@@ -283,7 +282,7 @@ class ServerApp:
         self._active += 1
         self._idle.clear()
         try:
-            await self._direct.get(path, self._routes)(inner, body, send)  # type: ignore[arg-type]
+            await self._direct.get(path, self._routes)(inner, body, send)  # type: ignore[arg-type] # as above
         finally:
             body.release()
             self.context.open_requests.discard(record)

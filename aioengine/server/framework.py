@@ -200,7 +200,7 @@ def admission(gate: Gate) -> Any:
         scope = request.scope
         record: RequestRecord = scope["state"][RECORD]
         record.route = scope["path_template"]
-        gate.admit(record.route, scope, record)  # type: ignore[arg-type]
+        gate.admit(record.route, scope, record)  # type: ignore[arg-type] # Litestar's type of an ASGI scope
 
     return check
 

@@ -133,5 +133,5 @@ def _integer(number: int) -> str:
 
 
 def _number(value: float) -> str:
-    text: str = floatToGoString(value)  # type: ignore[no-untyped-call]
+    text: str = floatToGoString(value)  # type: ignore[no-untyped-call] # it has no types
     return text

@@ -75,7 +75,7 @@ class View:
     def changed(self) -> Collection[str]:
         if self._changed is not None:
             return self._changed
-        return [name for name, found in self._adapters.items() if found._changed()]  # type: ignore[attr-defined]
+        return [name for name, found in self._adapters.items() if found._changed()]  # type: ignore[attr-defined] # a live view's are Adapters
 
     def cached_blocks(self, prefixes: Sequence[int]) -> Mapping[str, int]:
         return {} if self._prefixes is None or not prefixes else self._prefixes.lookup(prefixes)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 import os
 import subprocess
 import sys
+from operator import getitem
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,7 @@ from support.cli_programs import run_program
 from support.tiny_chat import build_chat_model
 from support.tiny_models import build_adapter
 
-from aioengine.cli.main import main
+from aioengine.cli.main import COMMANDS, GROUPS, build_app, main
 
 SMALL = ["--kv-cache-memory", "8MiB", "--dtype", "float32", "--device", "cpu"]
 
@@ -106,6 +108,29 @@ def test_what_is_refused_says_so_in_one_line(
     error = capsys.readouterr().err
     assert part in error
     assert error.startswith("aioengine: ") and error.count("\n") == 1
+
+
+def test_what_is_missing_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["lab", "size", "--workload", "w.toml"]) == 2
+    assert capsys.readouterr().err == "aioengine: --slo is not given; see aioengine lab size --help\n"
+    assert main(["lab", "new"]) == 2
+    assert capsys.readouterr().err == "aioengine: FOLDER is not given; see aioengine lab new --help\n"
+    assert main(["plan", "--lora-modules"]) == 2
+    assert capsys.readouterr().err == "aioengine: --lora-modules has no value; see aioengine plan --help\n"
+
+
+def test_every_flag_that_takes_several_values_takes_at_least_one() -> None:
+    app = build_app()
+    commands = [[name] for name in COMMANDS if name not in GROUPS]
+    commands += [[group, name] for group, (names, *_) in GROUPS.items() for name in names]
+    several = [
+        (argument.name, argument.parameter.consume_multiple)
+        for command in commands
+        for argument in functools.reduce(getitem, command, app).assemble_argument_collection()
+        if argument.parameter.consume_multiple
+    ]
+    assert {"--lora-modules", "--target-modules", "--adapters", "--slo"} <= {name for name, _ in several}
+    assert {least for _, (least, _) in several} == {1}
 
 
 def test_debug_adds_the_traceback_and_changes_nothing_else(capsys: pytest.CaptureFixture[str]) -> None:

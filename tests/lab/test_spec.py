@@ -214,7 +214,7 @@ def test_a_trace_is_checked_when_it_is_opened(trace: str) -> None:
 
 
 WRONG: list[tuple[dict[str, Any], str]] = [
-    ({"arrivals": None}, "give a trace's path, or arrivals such as"),
+    ({"arrivals": None}, "give trace (a path), arrivals (such as"),
     ({"arrivals": "poison:rate=2"}, "did you mean 'poisson'?"),
     ({"limit": None}, "give limit or seconds"),
     ({"limit": 0}, "limit=0: must be in 1.."),
@@ -335,6 +335,10 @@ def test_a_workload_in_a_file(tmp_path: Path) -> None:
     other.write_text('{"experiment": {"workload": {"arrivals": "poisson:rate=1", "limit": 3}}}')
     assert read_workload(other) == WorkloadSpec(arrivals="poisson:rate=1", limit=3)
     assert read_workload(trace) == WorkloadSpec(trace=str(trace))
+    with pytest.raises(ConfigError, match=r"nothing\.csv: there is no such file"):
+        read_workload(tmp_path / "nothing.csv")
+    with pytest.raises(ConfigError, match="is not a regular file"):
+        read_workload("/dev/null")
 
 
 @pytest.mark.parametrize(

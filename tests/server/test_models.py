@@ -188,7 +188,10 @@ async def test_tokenize_and_back(serve: Serve) -> None:
         assert (await post("/detokenize", model="a", tokens=found["tokens"]))["prompt"] == text
         chat = await post("/tokenize", messages=[{"role": "user", "content": "Hi"}])
         assert (await post("/detokenize", tokens=chat["tokens"]))["prompt"] == "<user>Hi"
-        assert (await post("/detokenize", tokens=[10**9]))["prompt"] == ""
+        for unknown in (served.engine.tokenizer.vocab_size, 2**31 - 1):
+            error = (await post("/detokenize", tokens=[*found["tokens"], unknown, unknown]))["error"]
+            assert (error["param"], error["code"]) == ("tokens", "invalid_value")
+            assert error["message"].startswith(f"tokens[{found['count']}]={unknown}: ")
         both = await post("/tokenize", prompt="x", messages=[{"role": "user", "content": "Hi"}])
         assert both["error"]["param"] == "prompt"
 

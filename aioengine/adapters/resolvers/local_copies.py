@@ -17,7 +17,7 @@ from typing import NamedTuple
 try:
     import fcntl
 except ImportError:  # on Windows
-    fcntl = None  # type: ignore[assignment]
+    fcntl = None  # type: ignore[assignment] # no module, so no locks
 
 logger = logging.getLogger("aioengine")
 

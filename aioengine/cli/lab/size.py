@@ -37,7 +37,7 @@ _SIZE = Group("Size", sort_key=4)
 class SizeFlags:
     workload: Annotated[Path, Parameter(show_default=False)]
     """Workload: TOML or JSON with its fields, an experiment.json, or a trace."""
-    slo: Annotated[list[str], Parameter(consume_multiple=True, show_default=False, negative="")]
+    slo: Annotated[list[str], Parameter(consume_multiple=1, show_default=False, negative="")]
     """Objectives: ttft_p99=2.0, itl_p95=0.05, latency_mean=8, goodput=0.95, served=0.99."""
     policy: str | None = None
     """Name in aioengine policies (fcfs)."""

@@ -223,9 +223,9 @@ def _join(shard: Shard, device: str, rendezvous: str) -> Group:
     if rendezvous.startswith("tcp://"):
         host, _, port = rendezvous.removeprefix("tcp://").rpartition(":")
         first = shard.rank == 0
-        store = distributed.TCPStore(host, int(port), shard.size, is_master=first)  # type: ignore[attr-defined]
+        store = distributed.TCPStore(host, int(port), shard.size, is_master=first)  # type: ignore[attr-defined] # its stubs hide it
     else:
-        store = distributed.FileStore(rendezvous, shard.size)  # type: ignore[attr-defined] # its stubs hide it
+        store = distributed.FileStore(rendezvous, shard.size)  # type: ignore[attr-defined] # likewise
     distributed.init_process_group(
         "nccl" if device == "cuda" else "gloo", store=store, rank=shard.rank, world_size=shard.size
     )

@@ -111,7 +111,7 @@ def _duration(requests: pl.DataFrame) -> float:
     """Return the seconds from the first arrival to the last end."""
     if requests.is_empty():
         return 0.0
-    return float(requests["ended"].max()) - float(requests["arrival"].min())  # type: ignore[arg-type]
+    return float(requests["ended"].max()) - float(requests["arrival"].min())  # type: ignore[arg-type] # floats
 
 
 def _deadlines(requests: pl.DataFrame) -> dict[str, Any]:

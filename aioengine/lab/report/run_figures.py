@@ -40,7 +40,7 @@ class Run(NamedTuple):
     def end(self) -> float:
         """End of the run, in seconds; more than 0."""
         ends = [self.frames.samples["time"].max(), self.frames.requests["ended"].max()]
-        return max([float(end) for end in ends if end is not None], default=0.0) or 1.0  # type: ignore[arg-type]
+        return max([float(end) for end in ends if end is not None], default=0.0) or 1.0  # type: ignore[arg-type] # floats
 
 
 class Plot(NamedTuple):

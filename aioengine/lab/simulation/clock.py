@@ -113,7 +113,7 @@ class VirtualTimeLoop(asyncio.SelectorEventLoop):
         timers = self._scheduled
         while timers and timers[0].cancelled():  # as the loop drops them in its turns
             self._timer_cancelled_count -= 1
-            heappop(timers)._scheduled = False  # type: ignore[attr-defined]
+            heappop(timers)._scheduled = False  # type: ignore[attr-defined] # as asyncio's loop does
         return timers[0].when() if timers else inf
 
     def go_to(self, now: float) -> None:

@@ -23,8 +23,10 @@ def read_workload(path: str | Path) -> WorkloadSpec:
     """
     path = Path(path)
     if path.suffix not in (".toml", ".json"):
-        if not path.is_file():
+        if not path.exists():
             raise ConfigError(f"workload {path}: there is no such file")
+        if not path.is_file():
+            raise ConfigError(f"workload {path}: is not a regular file, which can be read several times")
         return WorkloadSpec(trace=str(path))
     values = _read(path)
     for key in ("comparison", "experiment", "workload"):

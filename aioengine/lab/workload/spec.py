@@ -165,7 +165,7 @@ class WorkloadSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         check_sessions(self.sessions, self.shared_prefix)
         if self.trace is None and self.arrivals is None and self.concurrency is None:
             raise ConfigError(
-                "trace=None and arrivals=None: give a trace's path, or arrivals such as 'poisson:rate=2'"
+                "no requests: give trace (a path), arrivals (such as 'poisson:rate=2') or concurrency"
             )
         if self.trace is not None:
             _text(self, "trace")

@@ -116,7 +116,8 @@ def family_of(arch: str, get: Get) -> Family:
     if found == "llama" and get("expert_count", 0):
         return "mixtral"
     if get("attention.sliding_window", 0):
-        return {"llama": "mistral", "olmo2": "olmo3"}.get(found, found)  # type: ignore[return-value]
+        with_windows: dict[Family, Family] = {"llama": "mistral", "olmo2": "olmo3"}
+        return with_windows.get(found, found)
     return found
 
 

@@ -28,7 +28,7 @@ class EngineCache(Cache):
     get_conv_state = get_recurrent_state = has_previous_state = _refuse
 
 
-class PassingLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
+class PassingLayer(CacheLayerMixin):  # type: ignore[no-untyped-call] # transformers has no types for it
     """Returns its inputs unchanged, because the attention stores the keys and values."""
 
     is_sliding = False
@@ -61,13 +61,13 @@ class Pages:
         self.context = locate(plan.host_tables, plan.block_size, torch.tensor(index), every).to(plan.device)
 
 
-class GatheringLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
+class GatheringLayer(CacheLayerMixin):  # type: ignore[no-untyped-call] # transformers has no types for it
     """Stores into a layer's pages, and gathers the sequence's keys and values from them."""
 
     is_sliding = False
 
     def __init__(self, pages: Pages, keys: Tensor, values: Tensor) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()  # type: ignore[no-untyped-call] # as above
         self._pages = pages
         self._keys, self._values = keys, values
         self._length = pages.past
@@ -97,7 +97,7 @@ class GatheringLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
 
 
 def _passing_layer() -> PassingLayer:
-    return PassingLayer()  # type: ignore[no-untyped-call]
+    return PassingLayer()  # type: ignore[no-untyped-call] # its base has no types
 
 
 def passing(layers: int) -> EngineCache:

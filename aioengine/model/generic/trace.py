@@ -111,9 +111,9 @@ def _observe(model: Any, own_attention: bool) -> Trace:
     device = next(model.parameters()).device
     past = _PAST if own_attention else 0
 
-    class Layer(PassingLayer):  # type: ignore[no-untyped-call]
+    class Layer(PassingLayer):  # type: ignore[no-untyped-call] # transformers has no types for it
         def __init__(self, number: int) -> None:
-            super().__init__()  # type: ignore[no-untyped-call]
+            super().__init__()  # type: ignore[no-untyped-call] # as above
             self._number = number
             self._length = past
 

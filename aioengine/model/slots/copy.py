@@ -80,17 +80,17 @@ class StreamCopier:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call] # torch has no types for it
         # The table was zeroed on the stream that is current now.
         self._stream.wait_stream(torch.cuda.current_stream(device))
         self._written: torch.cuda.Event | None = None
-        self._stepped = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        self._stepped = torch.cuda.Event()  # type: ignore[no-untyped-call] # torch has no types for it
         """Recorded after each step; before the first one, waiting for it is waiting for nothing."""
 
     def write(self, copies: Sequence[Copy], new: Sequence[Tensor] = ()) -> list[Tensor]:
         # A new thread's device is the first one, where this process may have no business.
         with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
-            done = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+            done = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call] # torch has no types for it
             self._stream.wait_event(self._stepped)
             try:
                 for to, source in copies:

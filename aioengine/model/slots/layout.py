@@ -229,4 +229,4 @@ class SlotLayout:
             == (other.max_rank, other.modules, other.spec, other.shard, other.holds, other.max_tokens)
         )
 
-    __hash__ = None  # type: ignore[assignment]
+    __hash__ = None  # type: ignore[assignment] # so Python marks what has no hash

@@ -112,7 +112,7 @@ class _Slab:
         """Lock it, and return whether that was possible."""
         with torch.cuda.device(device):
             address = self._buffer.tensor.data_ptr()
-            runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+            runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call] # torch has no types for it
             if int(runtime.cudaHostRegister(address, self.nbytes, _PORTABLE)) != 0:
                 # The thread's next launch would report the error once more.
                 with suppress(RuntimeError):
@@ -146,5 +146,5 @@ class _Slab:
 
 def _unlock(buffer: Buffer, device: torch.device) -> None:
     with torch.cuda.device(device):
-        runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+        runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call] # torch has no types for it
         runtime.cudaHostUnregister(buffer.tensor.data_ptr())

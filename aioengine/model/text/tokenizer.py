@@ -181,6 +181,16 @@ class Tokenizer:
         texts: list[str] = self._tokenizer.decode_batch([token_ids], skip_special_tokens=skip_special_tokens)
         return texts[0]
 
+    def first_unknown(self, token_ids: Sequence[int]) -> int | None:
+        """Return the index of the first id that stands for no token; None if all do. A model may have more
+        ids than its tokenizer."""
+        known: set[int] = set()
+        for index, token in enumerate(token_ids):
+            if token not in known and self._tokenizer.id_to_token(token) is None:
+                return index
+            known.add(token)
+        return None
+
     def detokenizer(self, skip_special_tokens: bool = True) -> Detokenizer:
         return Detokenizer(self._tokenizer, skip_special_tokens, self._special_ids)
 

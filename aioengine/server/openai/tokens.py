@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from functools import partial
+from typing import TYPE_CHECKING, Annotated, Any
 
 import msgspec
 from litestar import Request, get, post
@@ -18,6 +19,9 @@ from aioengine.server.openai.chat import to_template, tools_to_template
 from aioengine.server.openai.chat_api import MAX_MESSAGES, MAX_TOOLS, CustomTool, Message, Tool
 from aioengine.server.openai.logprobs import TokenBytes
 from aioengine.server.openai.tools import plan_tools
+
+if TYPE_CHECKING:
+    from aioengine.model.text.tokenizer import Tokenizer
 
 
 class TokenizeRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
@@ -107,18 +111,25 @@ def token_routes(context: Context) -> list[HTTPRouteHandler]:
             raise ApiError(
                 400, f"tokens: may have at most {limit} entries", param="tokens", code="invalid_value"
             )
-        tokenizer = context.tokenizer
         work = context.engine.text_work
-        owner = record_of(request).owner
-        return Detokenized(
-            await work.run(len(data.tokens), lambda: tokenizer.decode(data.tokens, False), owner)
-        )
+        decode = partial(_decode, context.tokenizer, data.tokens)
+        return Detokenized(await work.run(len(data.tokens), decode, record_of(request).owner))
 
     return [tokenizer_info, tokenize, detokenize]
 
 
 def _strings(tokens: list[int], token_bytes: TokenBytes) -> list[str]:
     return [token_bytes(token).decode(errors="replace") for token in tokens]
+
+
+def _decode(tokenizer: Tokenizer, tokens: list[int]) -> str:
+    """Return the text of tokens, special ones too. Raises ApiError for an id that stands for no token, which
+    would only be missing in the text."""
+    unknown = tokenizer.first_unknown(tokens)
+    if unknown is not None:
+        message = f"tokens[{unknown}]={tokens[unknown]}: the tokenizer has no such token"
+        raise ApiError(400, message, param="tokens", code="invalid_value")
+    return tokenizer.decode(tokens, False)
 
 
 def _check_model(context: Context, model: str | None, request: Request[Any, Any, Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Literal
 
 from aioengine.server.errors import ApiError, unsupported
 from aioengine.server.openai import chat_api
@@ -153,9 +154,11 @@ def _tool(tool: api.ResponsesTool, where: str) -> chat_api.Tool:
     )
 
 
-def _choice(choice: str | api.ResponsesToolChoice | None) -> chat_api.ToolChoice | None:
+def _choice(
+    choice: Literal["none", "auto", "required"] | api.ResponsesToolChoice | None,
+) -> chat_api.ToolChoice | None:
     if not isinstance(choice, api.ResponsesToolChoice):
-        return choice  # type: ignore[return-value]
+        return choice
     if choice.type == "allowed_tools":
         named = [_named(tool, f"tool_choice.tools[{i}]") for i, tool in enumerate(choice.tools or ())]
         if not named or choice.mode is None:

@@ -106,10 +106,10 @@ class BoundedProtocol(HttpToolsProtocol):
 
     # The connection
 
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override] # as uvicorn does
         self._real = transport
         self.reader = ReaderWatch(transport, self.send_timeout, self.loop)
-        super().connection_made(AnswerTransport(transport, self))  # type: ignore[arg-type]
+        super().connection_made(AnswerTransport(transport, self))  # type: ignore[arg-type] # it has what is used
         if self.counted_as is None and not self.enter(self.owner):
             self._answer(503, b"Service Unavailable", b"retry-after: 1\r\n")
             self._real.close()
@@ -271,7 +271,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._has_headers, self._unseen = False, 0
         self._watch(self.header_timeout)
         super().on_message_begin()
-        self.scope["extensions"] = {WATCH: self.reader, DEPARTURE: self._departure}  # type: ignore[dict-item]
+        self.scope["extensions"] = {WATCH: self.reader, DEPARTURE: self._departure}  # type: ignore[dict-item] # for this server's own code
 
     def on_url(self, url: bytes) -> None:
         super().on_url(url)
