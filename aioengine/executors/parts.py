@@ -36,6 +36,11 @@ class Parts(NamedTuple):
     store: AdapterStore
 
 
+def _index_of_device(config: EngineConfig, shard: Shard) -> int:
+    """Return the number of a rank's GPU among those that its process sees: Ray shows it its own alone."""
+    return 0 if config.executor == "ray" else shard.rank
+
+
 def plan_parts(config: EngineConfig, shard: Shard = SOLO, progress: LoadProgress | None = None) -> PartsPlan:
     """Plan what one rank's process allocates.
 
@@ -46,12 +51,13 @@ def plan_parts(config: EngineConfig, shard: Shard = SOLO, progress: LoadProgress
     if device == "cuda" and shard.size > 1:
         import torch  # only an engine that starts needs it
 
-        if shard.rank >= torch.cuda.device_count():
+        index = _index_of_device(config, shard)
+        if index >= torch.cuda.device_count():
             raise ConfigError(
                 f"tensor_parallel_size={shard.size}: there are {torch.cuda.device_count()} CUDA devices, and "
                 "every rank needs one; lower tensor_parallel_size"
             )
-        torch.cuda.set_device(shard.rank)
+        torch.cuda.set_device(index)
     path = resolve_model(config.model, progress)
     spec = read_spec(path, config.model_impl, config.quantization)
     spec = with_quantization(spec, config.quantization, device, config.tensor_parallel_size)
@@ -82,7 +88,7 @@ def build_parts(
     plan = planned.memory
     group = SoloGroup() if group is None else group
     one_of_many = plan.device == "cuda" and group.shard.size > 1
-    device = f"cuda:{group.shard.rank}" if one_of_many else plan.device
+    device = f"cuda:{_index_of_device(config, group.shard)}" if one_of_many else plan.device
     graphs = plan.device == "cuda" and config.cuda_graphs
     lora = config.lora
     lora_dtype = getattr(torch, plan.lora_dtype)

@@ -217,8 +217,6 @@ def _join(shard: Shard, device: str, rendezvous: str) -> Group:
     import torch
     from torch import distributed
 
-    if device == "cuda":
-        torch.cuda.set_device(shard.rank % torch.cuda.device_count())
     store: Any
     if rendezvous.startswith("tcp://"):
         host, _, port = rendezvous.removeprefix("tcp://").rpartition(":")

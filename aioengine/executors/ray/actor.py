@@ -29,8 +29,13 @@ class RankActor:
 
     def run(self, host: str, port: int, greeting: bytes) -> None:
         """Serve the engine that listens at this address, until it is gone; then this process ends."""
+        import ray
+
         from aioengine.executors.process.worker import Worker
 
+        # Ray has done this, unless it was told not to; a rank takes the first GPU that it sees.
+        if gpus := ray.get_gpu_ids():
+            os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, gpus))
         connection = socket.create_connection((host, port), timeout=30)
         connection.settimeout(None)
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
