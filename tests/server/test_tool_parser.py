@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from support.byte_tokens import TOKENS, llguidance
 from support.machine import slowness
@@ -18,7 +18,7 @@ from aioengine.grammars.schemas import SchemaOptions
 from aioengine.server.formats.call_text import MAX_CALLS
 from aioengine.server.formats.json_calls import WRITTEN as JSON_WRITTEN
 from aioengine.server.formats.json_calls import json_calls
-from aioengine.server.formats.registry import REASONING, TOOLS, AnswerFormats
+from aioengine.server.formats.registry import REASONING, TOOLS, AnswerFormats, arguments_parser
 from aioengine.server.formats.source import AnswerParser
 from aioengine.server.openai.chat_api import Function, Tool
 from aioengine.server.openai.tools import ToolPlan, plan_tools
@@ -277,3 +277,35 @@ def test_calls_that_are_held_to_a_familys_form_are_parsed(name: str) -> None:
     if written.most > 1:
         alone, _ = plan_tools(tools, "required").grammar(SchemaOptions(), written, {})
         assert not takes(alone, text) and takes(alone, written.begin + calls[0] + written.end)
+
+
+numbers = st.from_regex(
+    r"-?(0|[1-9][0-9]{0,30})(\.[0-9]{1,30})?([eE][+-]?[0-9]{1,4})?",
+    fullmatch=True,
+    alphabet="-+.eE0123456789",
+)
+
+
+@settings(derandomize=True, max_examples=60, deadline=None)
+@given(st.sampled_from([*TEMPLATES, ""]).filter(lambda name: name != "gemma"), numbers, texts)
+@example("", "1e999", "")
+@example("hermes", "9" * 5000, r"\ ")
+@example("llama3", "[" * 300 + "]" * 300, ' "{" ')
+def test_arguments_are_passed_on_as_they_are_written(name: str, number: str, text: str) -> None:
+    """Whatever JSON can hold: numbers that no float has, which a grammar lets a model write."""
+    written = f'{{ "x": {number},\n"y" : {json.dumps(text)} }}'
+    expected = f'{{"x":{number},"y":{json.dumps(text)}}}'
+    formats = AnswerFormats.chosen(TEMPLATES.get(name), "auto", "auto")
+    form = formats.required
+    answer = form.begin + form.opening.format("f") + written + form.closing + form.end
+    parsers = [formats.held(NAMES, single=True)]
+    if formats.tools is None:
+        found = arguments_parser("f").push(written)
+        assert [call.function.arguments for call in found.calls] == [expected]
+    else:
+        free = formats.free(NAMES, single=True, is_thinking=False)
+        assert free is not None
+        parsers.append(free)
+    for parser in parsers:
+        calls = [*parser.push(answer).calls, *parser.finish().calls]
+        assert [(call.function.name, call.function.arguments) for call in calls] == [("f", expected)]

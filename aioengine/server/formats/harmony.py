@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable
 
 from aioengine.server.formats.call_text import CallText
-from aioengine.server.formats.source import Marks, Reasoning, Source, Steps, decoded, tool_call
+from aioengine.server.formats.source import Marks, Reasoning, Source, Steps, arguments_call
 
 CHANNEL, MESSAGE, START, CALL = "<|channel|>", "<|message|>", "<|start|>", "<|call|>"
 _BEGIN = Marks(CHANNEL, START)
@@ -38,11 +38,7 @@ def harmony(names: frozenset[str], reasons: bool = True) -> Callable[[Source], S
             channel, recipient = _CHANNEL_NAME.search(header), _RECIPIENT.search(header)
             if recipient and recipient[1] in names:
                 body, mark = yield from source.read_until(_BODY_END)
-                arguments = decoded(body or "{}")
-                if isinstance(arguments, dict):
-                    yield tool_call(recipient[1], arguments)
-                else:
-                    yield header + MESSAGE + body
+                yield arguments_call(recipient[1], body or "{}") or header + MESSAGE + body
             elif reasons and channel and channel[1] == "analysis":
                 mark = yield from source.until(_BODY_END, Reasoning)
             else:

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from aioengine.server.formats.call_text import CallText
-from aioengine.server.formats.source import Source, Steps, decoded, tool_call
+from aioengine.server.formats.source import Source, Steps, arguments_call, call_of
 
 
 def json_calls(source: Source) -> Steps[None]:
@@ -14,10 +14,10 @@ def json_calls(source: Source) -> Steps[None]:
     yield from source.literal("[")
     while True:
         body, is_complete = yield from source.json_object()
-        call = decoded(body) if is_complete else None
-        if not isinstance(call, dict):
+        call = call_of(body, None) if is_complete else None
+        if call is None:
             return
-        yield tool_call(call["name"], call["arguments"])
+        yield call
         if not (yield from source.literal(",")):
             return
 
@@ -28,9 +28,9 @@ def named_call(name: str) -> Callable[[Source], Steps[None]]:
     def steps(source: Source) -> Steps[None]:
         yield from source.blank()
         body, _ = yield from source.json_object()
-        arguments = decoded(body)
-        if isinstance(arguments, dict):
-            yield tool_call(name, arguments)
+        call = arguments_call(name, body)
+        if call is not None:
+            yield call
 
     return steps
 

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable
 
 from aioengine.server.formats.call_text import CallText
-from aioengine.server.formats.source import Marks, Source, Steps, call_of, decoded, tool_call
+from aioengine.server.formats.source import Marks, Source, Steps, arguments_call, call_of
 
 OPEN, ARGUMENTS = "[TOOL_CALLS]", "[ARGS]"
 _CALL_ID = "[CALL_ID]"
@@ -49,11 +49,8 @@ def mistral(names: frozenset[str]) -> Callable[[Source], Steps[None]]:
             read += ARGUMENTS
         space = yield from source.blank()
         body, is_complete = yield from source.json_object()
-        arguments = decoded(body) if is_complete else None
-        if name in names and isinstance(arguments, dict):
-            yield tool_call(name, arguments)
-        else:
-            yield read + space + body
+        call = arguments_call(name, body) if is_complete and name in names else None
+        yield call or read + space + body
 
     def steps(source: Source) -> Steps[None]:
         while (yield from source.until(_MARKS)):

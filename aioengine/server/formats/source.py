@@ -178,6 +178,10 @@ class Source:
 
 _BLANK = re.compile(r"\s*")
 _JSON_MARKS = re.compile(r'[\\"{}\[\]<\n]')
+_SPACE = re.compile(r'("(?:[^"\\]|\\.)*")|\s+')
+"""White space outside of texts, or a text, which is a group."""
+_FIELDS = msgspec.json.Decoder(dict[str, msgspec.Raw])
+_NULL, _NOTHING = msgspec.Raw(b"null"), msgspec.Raw(b"{}")
 
 
 class AnswerParser:
@@ -247,13 +251,29 @@ def plain(source: Source) -> Steps[None]:
     yield from source.until(NO_MARKS)
 
 
-def call_of(body: str, names: frozenset[str]) -> ToolCall | None:
-    """Convert JSON with "name" and "arguments" or "parameters" to a call; None for any other text."""
-    value = decoded(body)
-    if not isinstance(value, dict) or value.get("name") not in names:
+def call_of(body: str, names: frozenset[str] | None) -> ToolCall | None:
+    """Convert JSON with "name" and "arguments" or "parameters" to a call of one of ``names`` (None: of any);
+    None for any other text."""
+    try:
+        fields = _FIELDS.decode(body)
+        name = msgspec.json.decode(fields.get("name", _NULL))
+    except (msgspec.DecodeError, RecursionError):
         return None
-    arguments = value.get("arguments", value.get("parameters", {}))
-    return tool_call(value["name"], arguments) if isinstance(arguments, dict) else None
+    if not isinstance(name, str) or (names is not None and name not in names):
+        return None
+    arguments = fields.get("arguments", fields.get("parameters", _NOTHING))
+    return arguments_call(name, str(arguments, "utf-8"))
+
+
+def arguments_call(name: str, arguments: str) -> ToolCall | None:
+    """Make a call with these arguments as they are written, without white space: numbers keep their digits,
+    and may be larger than those that can be decoded here. None if they are not a JSON object."""
+    text = arguments.strip()
+    try:
+        _FIELDS.decode(text)
+    except (msgspec.DecodeError, RecursionError):
+        return None
+    return _call(name, _SPACE.sub(r"\1", text))
 
 
 def decoded(text: str) -> Any:
@@ -265,5 +285,8 @@ def decoded(text: str) -> Any:
 
 
 def tool_call(name: str, arguments: Any) -> ToolCall:
-    text = msgspec.json.encode(arguments).decode()
-    return ToolCall(id=f"call_{uuid.uuid4().hex[:24]}", function=FunctionCall(name=name, arguments=text))
+    return _call(name, msgspec.json.encode(arguments).decode())
+
+
+def _call(name: str, arguments: str) -> ToolCall:
+    return ToolCall(id=f"call_{uuid.uuid4().hex[:24]}", function=FunctionCall(name=name, arguments=arguments))
