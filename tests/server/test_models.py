@@ -99,6 +99,20 @@ async def test_a_refusal_names_what_whoever_serves_can_change(
         caplog.clear()
 
 
+async def test_two_that_load_one_name_do_not_learn_each_others_path(
+    serve: Serve, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(root / "team" / "a", root / "team" / "b")
+    both, find = threading.Barrier(2, timeout=60), FilesystemResolver.find
+    monkeypatch.setattr(FilesystemResolver, "find", lambda self, name: (both.wait(), find(self, name))[1])
+    async with serve(adapter_root=str(root)) as served:
+        loads = [{"lora_name": "new", "lora_path": f"team/{name}"} for name in "ab"]
+        asked = [served.http.post("/v1/load_lora_adapter", json=load) for load in loads]
+        answers = sorted(await asyncio.gather(*asked), key=lambda answer: answer.status_code)
+        assert [answer.status_code for answer in answers] == [200, 400]
+        assert "'new' has already been loaded" in answers[1].text and "root" not in answers[1].text
+
+
 @pytest.mark.slow
 async def test_a_search_for_a_folder_has_a_time_limit(
     serve: Serve, root: Path, monkeypatch: pytest.MonkeyPatch

@@ -16,7 +16,7 @@ from aioengine import FilesystemResolver
 from aioengine.adapters.names import NAME_RULE, NAME_RULE_TEXT
 from aioengine.adapters.resolvers.base import within
 from aioengine.adapters.resolvers.sources import source_below
-from aioengine.errors import AdapterError, AdapterNotFound
+from aioengine.errors import AdapterConflict, AdapterError, AdapterNotFound
 from aioengine.server.context import Context
 from aioengine.server.errors import ApiError, to_api_error
 from aioengine.server.framework import RESPONSES, record_of
@@ -49,10 +49,26 @@ def check_may_load(context: Context, request: Request[Any, Any, Any], name: str,
         raise _not_allowed(f"that is called {name!r}", "lora_name")
     is_known = context.engine.find_adapter(name) is not None
     if is_known and not replace:
-        raise ApiError(400, f"The lora adapter '{name}' has already been loaded.", param="lora_name")
+        raise _already_loaded(name)
     if not is_known and (count := context.engine.count_adapters()) >= MAX_ADAPTERS:
         text = f"there are {count} adapters, which is the maximum; unload some first"
         raise ApiError(400, text, param="lora_name", code="too_many_adapters")
+
+
+def load_error(context: Context, error: AdapterError, *, replace: bool) -> ApiError:
+    """Convert an error of loading an adapter that was not there when :func:`check_may_load` looked. The
+    message does not say where another request has loaded it from meanwhile."""
+    if (
+        isinstance(error, AdapterConflict)
+        and not replace
+        and context.engine.find_adapter(error.name) is not None
+    ):
+        return _already_loaded(error.name)
+    return to_api_error(error, context.settings)
+
+
+def _already_loaded(name: str) -> ApiError:
+    return ApiError(400, f"The lora adapter '{name}' has already been loaded.", param="lora_name")
 
 
 def adapter_routes(context: Context) -> list[HTTPRouteHandler]:
@@ -93,8 +109,9 @@ def adapter_routes(context: Context) -> list[HTTPRouteHandler]:
         try:
             await context.engine.load_adapter(name, folder, replace=bool(data.load_inplace))
         except AdapterError as error:
-            api_error = to_api_error(error, context.settings)
-            api_error.detail.param = "lora_path"
+            api_error = load_error(context, error, replace=bool(data.load_inplace))
+            if api_error.detail.param != "lora_name":
+                api_error.detail.param = "lora_path"
             raise api_error from error
         return f"Success: LoRA adapter '{name}' added successfully."
 

@@ -24,9 +24,9 @@ from aioengine.adapters.names import NAME_RULE, NAME_RULE_TEXT
 from aioengine.adapters.read_threads import ReadThreads
 from aioengine.errors import AdapterError
 from aioengine.server.context import Context
-from aioengine.server.errors import ApiError, to_api_error
+from aioengine.server.errors import ApiError
 from aioengine.server.framework import RESPONSES
-from aioengine.server.openai.adapters import check_may_load
+from aioengine.server.openai.adapters import check_may_load, load_error
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 MAX_MEMBERS = 1000
@@ -87,7 +87,7 @@ def upload_routes(context: Context) -> list[HTTPRouteHandler]:
             config, weights = await threads.run(lambda: unpack(body, kind, most))
             info = await context.engine.load_adapter_files(lora_name, config, weights, replace=replace)
         except AdapterError as error:
-            raise to_api_error(error, context.settings) from error
+            raise load_error(context, error, replace=replace) from error
         return Uploaded(
             name=info.name, version=info.version, digest=info.digest, rank=info.rank, bytes=info.bytes
         )
