@@ -10,10 +10,11 @@ class ShortestFirst(SchedulerPolicy):
 
     def schedule(self, view: SchedulerView) -> Decision:
         queue = sorted(view.waiting, key=lambda request: request.max_tokens)
-        ready = {slot.adapter for slot in view.slots if slot.state == "READY"} | {None}
-        admit = [r for r in queue if r.adapter in ready][: view.free_seqs]
-        wanted = dict.fromkeys(r.adapter for r in queue[: view.free_seqs] if r.adapter)
+        usable = {s.adapter for s in view.slots if s.state in ("READY", "DRAINING")} | {None}
+        admit = [r for r in queue if r.adapter in usable][: view.free_seqs]
+        wanted = dict.fromkeys(r.adapter for r in queue if r.adapter)
         cold = [name for name in wanted if view.adapters[name].slot is None]
+        cold.sort(key=lambda name: view.adapters[name].location != "CPU")  # these need no read
         keep = {r.adapter for r in admit if r.adapter}
         idle = [s.index for s in view.slots if is_idle(s) and s.adapter not in keep]
         place = [Place(name, slot) for name, slot in zip(cold, idle, strict=False)]

@@ -25,8 +25,9 @@ unchanged."""
 
 
 class SlotState(StrEnum):
-    """FREE: empty. LOADING: being written. READY: usable. DRAINING: usable by the requests that run in it
-    now, closed to new ones, and free when these have ended."""
+    """FREE: empty. LOADING: being written. READY: usable. DRAINING: holds a version that has been replaced
+    or is being unloaded; usable by the requests that were accepted for it, those that still wait, too, and
+    free when all of them have ended."""
 
     FREE = "FREE"
     LOADING = "LOADING"

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import random
+import re
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from aioengine.cli.main import main
 from aioengine.lab.policy_check.check import Checked, check_policy_contract
 from aioengine.lab.policy_check.world import SCENARIOS
+from aioengine.lab.runs.study import POLICY
 from aioengine.schedulers import Decision, PolicyEvent, SchedulerPolicy, SchedulerView, load_policy
 from aioengine.schedulers.policies.fcfs import FCFS
 
@@ -18,6 +22,26 @@ FEW = [scenario for scenario in SCENARIOS if scenario.name in ("one slot", "adap
 
 def checked(make: type[SchedulerPolicy]) -> Checked:
     return check_policy_contract(make, runs=1, turns=40, scenarios=FEW)
+
+
+def documented() -> Iterator[object]:
+    """The policies that the docs show, and the one with which a study begins."""
+    root = Path(__file__).resolve().parents[2]
+    blocks = re.findall(r"```python\n(.*?)```", (root / "docs/policies.md").read_text("utf-8"), re.DOTALL)
+    sources = {
+        "ShortestFirst": (root / "examples/my_policy.py").read_text("utf-8"),
+        "TakeTurns": next(block for block in blocks if "class TakeTurns" in block),
+        "MyPolicy": POLICY,
+    }
+    for name, source in sources.items():
+        scope: dict[str, Any] = {}
+        exec(compile(source, name, "exec"), scope)
+        yield pytest.param(scope[name], id=name)
+
+
+@pytest.mark.parametrize("policy", list(documented()))
+def test_policies_to_copy_from_keep_the_contract(policy: type[SchedulerPolicy]) -> None:
+    assert check_policy_contract(policy, runs=4, turns=60, scenarios=FEW).broken == ()
 
 
 class Raises(FCFS):
