@@ -59,7 +59,7 @@ def test_variant(variant: aot.Variant, capability: int) -> None:
     # Heads of 256 do not fit into registers in prompts: they spill up to 328 bytes, 532 with a float8 cache.
     # Elsewhere the assembler at times spills a few bytes for the sake of one more block, with registers left.
     large = variant.kernel == "attention" and blocks["BLOCK_D"] > 128 and blocks["BLOCK_M"] >= 64
-    few = 16 if usage.registers <= 168 else 0
+    few = 24 if usage.registers <= 168 else 0
     assert usage.spilled_bytes <= ((532 if variant.fp8 else 328) if large else few)
     assert usage.registers <= targets.REGISTERS
     shared_bytes = targets.GPUS[f"sm_{capability}"].limits.shared_bytes
