@@ -273,16 +273,21 @@ def _remove(name: str) -> None:
 
 
 def _check_cluster(config: FleetConfig) -> None:
-    """Raise ConfigError if the cluster has too few CPUs for the replicas."""
+    """Raise ConfigError if the cluster has too few CPUs or GPUs for the replicas."""
     import ray
 
-    most = config.bounds[1]
-    needed, there = most * config.cpus_per_replica, ray.cluster_resources().get("CPU", 0)
-    if there < needed:
-        raise ConfigError(
-            f"replicas={most}: {needed} CPUs are needed (cpus_per_replica="
-            f"{config.cpus_per_replica}), but the Ray cluster has {there:g}; lower replicas, or add nodes"
-        )
+    most, there = config.bounds[1], ray.cluster_resources()
+    gpus = config.gpus_per_replica
+    for kind, each, why, way_out in (
+        ("CPU", config.cpus_per_replica, f"cpus_per_replica={config.cpus_per_replica}", ""),
+        ("GPU", gpus, f"{gpus} for each", ", set device='cpu'"),
+    ):
+        needed, found = most * each, there.get(kind, 0)
+        if found < needed:
+            raise ConfigError(
+                f"replicas={most}: {needed} {kind}s are needed ({why}), but the Ray cluster has {found:g}; "
+                f"lower replicas{way_out}, or add nodes"
+            )
 
 
 def _differences(one: dict[str, Any], other: dict[str, Any], prefix: str = "") -> str:

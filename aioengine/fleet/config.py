@@ -12,6 +12,7 @@ import msgspec
 from aioengine.checks import check_integer, check_seconds, read_toml, refuse_unknown
 from aioengine.config import EngineConfig
 from aioengine.errors import ConfigError
+from aioengine.memory_plan import resolve_device
 from aioengine.metrics.otlp import check_endpoint
 from aioengine.schedulers.routing import load_autoscaler, load_placement, load_router
 
@@ -105,6 +106,15 @@ class FleetConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
             return self.replicas, self.replicas
         policy = load_autoscaler(self.autoscale)
         return policy.least, policy.most
+
+    @property
+    def gpus_per_replica(self) -> int:
+        """GPUs that a replica asks Ray for, which shows it no others."""
+        device = self.engine.device
+        if device == "cpu" or (device == "auto" and resolve_device(device) == "cpu"):
+            return 0
+        # Ranks that are actors of Ray ask for their own.
+        return 1 if self.engine.executor == "ray" else self.engine.tensor_parallel_size
 
     @property
     def replays(self) -> bool:

@@ -69,8 +69,8 @@ def _replicas(config: FleetConfig, *, inherit: bool = False) -> Any:
     if not inherit:
         variables = {**TRANSPORT, "OMP_NUM_THREADS": str(config.cpus_per_replica)}
         options["runtime_env"] = {"env_vars": variables}
-    if config.engine.device == "cuda":
-        options["num_gpus"] = 1
+    if gpus := config.gpus_per_replica:
+        options["num_gpus"] = gpus
     number: dict[str, Any] = {"num_replicas": config.replicas}
     if config.autoscale is not None:
         number = {"autoscaling_config": _autoscaling(config)}

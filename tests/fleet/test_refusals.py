@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from support.certificates import ray_tls
 from support.engine_fixtures import Tiny
 
@@ -20,6 +21,7 @@ from aioengine.errors import ConfigError
 from aioengine.fleet import FleetConfig, cluster, existing
 from aioengine.fleet.cluster import check_address, check_cpus, require_ray
 from aioengine.fleet.config import CONFIG_VARIABLE
+from aioengine.fleet.deployment import replica_application
 from aioengine.fleet.existing import local_clusters
 from aioengine.server.table import settings_from
 
@@ -222,6 +224,33 @@ def test_another_version_of_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "2.9.3")
     with pytest.raises(ConfigError, match=r"Ray 2\.9\.3 is installed, but a fleet needs 2\.60: pip install"):
         require_ray()
+
+
+@pytest.mark.parametrize(
+    ("device", "found", "ranks", "gpus"),
+    [
+        ("cpu", True, 1, 0),
+        ("auto", False, 1, 0),
+        ("auto", True, 1, 1),
+        ("auto", True, 4, 4),
+        ("cuda", True, 2, 2),
+    ],
+)
+def test_replicas_ask_for_their_gpus(
+    monkeypatch: pytest.MonkeyPatch, device: Any, found: bool, ranks: int, gpus: int
+) -> None:
+    """Ray hides the others, also from a replica that has not asked for any."""
+    ray = pytest.importorskip("ray")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: found)
+    engine = EngineConfig(model="tiny", device=device, executor="process", tensor_parallel_size=ranks)
+    fleet = FleetConfig(engine=engine, replicas=2)
+    options = replica_application(fleet)._bound_deployment.ray_actor_options
+    assert options.get("num_gpus", 0) == gpus
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 8.0, "GPU": 1.0})
+    if gpus:
+        needed = rf"replicas=2: {2 * gpus} GPUs are needed \({gpus} for each\), but the Ray cluster has 1; "
+        with pytest.raises(ConfigError, match=needed):
+            cluster.open_door(fleet, lambda: None)
 
 
 @pytest.mark.slow
