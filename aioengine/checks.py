@@ -10,6 +10,7 @@ import tomllib
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
+from urllib.parse import unquote, urlsplit
 
 import msgspec
 
@@ -100,6 +101,17 @@ def parse_bytes(value: int | str, *, field: str, also: str | None = None) -> int
     if number <= 0:
         raise ConfigError(f"{field}={value!r}: must be more than zero bytes")
     return number
+
+
+def file_url_path(text: str) -> str | None:
+    """Return the path in a URL "file:///absolute/path", or None for other text. Raises ValueError if it names
+    another machine."""
+    if not text.lower().startswith("file://"):
+        return None
+    url = urlsplit(text)
+    if url.netloc not in ("", "localhost"):
+        raise ValueError(f"file://{url.netloc}: must be file:///absolute/path")
+    return unquote(url.path)
 
 
 def format_bytes(value: float) -> str:

@@ -91,7 +91,7 @@ class LoRAConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     (docs/merging.md)."""
     adapter_root: str | None = None
     """A folder, or a URL such as s3://bucket/adapters, whose subfolders are found by name: an adapter that
-    is not registered is looked for here when a request names it."""
+    is not registered is looked for here when a request names it. "file:///adapters" is the folder."""
 
     def __post_init__(self) -> None:
         set_ = msgspec.structs.force_setattr
@@ -102,6 +102,11 @@ class LoRAConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         root = self.adapter_root
         if root is not None and (not isinstance(root, str) or not root or "\0" in root):
             raise ConfigError(f"adapter_root={root!r}: must be a folder's path, or None")
+        if root is not None:
+            try:
+                set_(self, "adapter_root", checks.file_url_path(root) or root)
+            except ValueError as error:
+                raise ConfigError(f"adapter_root={root!r}: {error}") from error
         if self.load_timeout is not None:
             checks.check_seconds("load_timeout", self.load_timeout, ", or None", finite=True)
         if self.slot_memory is not None and not self.shares_memory:

@@ -203,6 +203,15 @@ def test_what_a_path_may_be(tmp_path: Path) -> None:
         checked_path("a", "nothing://x")
 
 
+def test_a_root_that_is_a_file_url_is_a_folder() -> None:
+    """So that links out of it are not followed, as in any folder."""
+    assert LoRAConfig(adapter_root="file:///srv/my%20loras").adapter_root == "/srv/my loras"
+    assert LoRAConfig(adapter_root="s3://lora/a%20b").adapter_root == "s3://lora/a%20b"
+    for url in ("file://host/loras", "file://[/loras"):
+        with pytest.raises(ConfigError, match="adapter_root="):
+            LoRAConfig(adapter_root=url)
+
+
 @pytest.mark.parametrize(
     "path",
     [

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
 
 from aioengine.adapters.resolvers.base import SharedLookups, is_plain_path
 from aioengine.adapters.resolvers.fsspec import FsspecResolver
 from aioengine.adapters.resolvers.hub import HubResolver, parse_hub_path
+from aioengine.checks import file_url_path
 from aioengine.errors import AdapterInvalid, AdapterNotFound, ConfigError
 from aioengine.model.files.hub import PREFIX, has_hub, is_source
 from aioengine.model.files.remote import check_protocol
@@ -26,13 +26,14 @@ def checked_source(name: str, path: str) -> str:
         if not has_hub():
             raise ConfigError(f"adapter {name!r} ({path}): needs pip install 'aioengine[hub]'")
         return path
-    if not path.lower().startswith("file:"):
+    try:
+        local = file_url_path(path)
+    except ValueError as error:
+        raise AdapterInvalid(str(error), name=name, path=path) from error
+    if local is None:
         check_protocol(path)
         return path.rstrip("/")
-    url = urlsplit(path)
-    if url.netloc not in ("", "localhost"):
-        raise AdapterInvalid(f"file://{url.netloc}: must be file:///absolute/path", name=name, path=path)
-    return unquote(url.path)
+    return local
 
 
 def source_below(root: str, name: str, path: str) -> str | None:
