@@ -478,8 +478,10 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], *, source: str = "configuration") -> Self:
-        """Build the configuration from plain data, such as a parsed TOML file. Unknown fields are refused by
-        name."""
+        """Build the configuration from plain data, such as a parsed TOML file.
+
+        Raises ConfigError, which begins with ``source``, for an unknown field or a wrong value.
+        """
         for key in values:
             if key in LoRAConfig.__struct_fields__ and key not in cls.__struct_fields__:
                 raise ConfigError(f"{source}: {key!r} belongs to the table lora: put it below a line [lora]")

@@ -785,7 +785,7 @@ class AsyncEngine:
         return self._stepper.dead or (self._stepper.failure if self.degraded else None)
 
     def step_age(self) -> float:
-        """Seconds since the step that runs now began; 0 if none does."""
+        """Return the seconds since the step that runs now began; 0 if none does."""
         self._check_started()
         return self._stepper.step_age()
 
@@ -813,7 +813,7 @@ class AsyncEngine:
         return self._built.model_path
 
     def grammars(self, limits: GrammarLimits | None = None) -> Grammars:
-        """A compiler of grammars for this model, which ends with the engine; see
+        """Return a compiler of grammars for this model, which ends with the engine; see
         :class:`~aioengine.guided.Guide`. Raises ConfigError if the model has no tokenizer."""
         from aioengine.grammars.service import Grammars
         from aioengine.grammars.zygote_process import Tokens

@@ -90,6 +90,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     top_k: int = 0
     """Keep the k most likely tokens; 0 keeps all."""
     top_p: float = 1.0
+    """Keep the most likely tokens whose probabilities add up to this; 1 keeps all."""
     min_p: float = 0.0
     """Drop tokens less likely than ``min_p`` times the most likely one."""
     repetition_penalty: float = 1.0
@@ -193,7 +194,7 @@ class CachePin(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """
 
     tokens: int
-    """The first tokens of the prompt, as many as this; beyond its end: all of it."""
+    """Number of tokens from the prompt's beginning; more than it has mean all of it."""
     seconds: float = 300.0
     save: bool = False
     """Also write the prefix to a file, and read it from there when it is needed again: see
@@ -368,8 +369,7 @@ def _check_pooling(params: SamplingParams) -> None:
         )
     if params.max_tokens or params.prompt_logprobs is not None or params.constraint is not None:
         raise RequestInvalid(
-            "pooling returns a vector and no tokens: it needs max_tokens=0, without prompt_logprobs and "
-            "constraint"
+            "pooling returns a vector and no tokens: it needs max_tokens=0, no prompt_logprobs, no constraint"
         )
 
 

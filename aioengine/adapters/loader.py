@@ -79,7 +79,7 @@ class Backoff:
         self._rng = random.Random(seed)
 
     def seconds(self, failed: int) -> float:
-        """How long to wait after ``failed`` attempts, 1 or more."""
+        """Return how long to wait after ``failed`` attempts, 1 or more."""
         return self._base * float(2 ** (failed - 1)) * self._rng.uniform(0.5, 1.0)
 
     async def run(self, attempt: Callable[[], Awaitable[T]], retrying: Retrying) -> T:

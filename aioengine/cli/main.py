@@ -189,7 +189,7 @@ function has this name, too), and the help."""
 
 
 def build_app(*, full_help: bool = False) -> App:
-    """The command tree. A command's module is imported when it, or its help, is used.
+    """Build the command tree. A command's module is imported when it, or its help, is used.
 
     Args:
         full_help: Help shows the folded groups of flags too.

@@ -53,12 +53,11 @@ def _shares(ranks: str, found: MemoryPlan) -> dict[int, float]:
     from aioengine.lab.workload.distributions import parse_ranks
 
     if not found.num_slots:
-        raise ConfigError(f"--ranks {ranks}: there are no adapters, because max_loras is 0; raise max_loras")
+        raise ConfigError(f"--ranks {ranks}: there are no adapters, because --max-loras is 0; raise it")
     shares = parse_ranks("ranks", ranks).shares
     if max(shares) > found.max_rank:
         raise ConfigError(
-            f"--ranks {ranks}: rank {max(shares)} is above max_lora_rank={found.max_rank}; raise "
-            "max_lora_rank"
+            f"--ranks {ranks}: rank {max(shares)} is above the slots' {found.max_rank}; raise --max-lora-rank"
         )
     return shares
 

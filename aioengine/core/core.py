@@ -631,12 +631,12 @@ class Core:
             self.border.forget()
 
     def next_due(self) -> float | None:
-        """The time when ``schedule`` must be called even if nothing else happens."""
+        """Return the time when ``schedule`` must be called even if nothing else happens."""
         times = self.next_deadline(), self.placing.next_retry(self.now), self.blocks.pins.next_end
         return min((at for at in times if at is not None), default=None)
 
     def next_deadline(self) -> float | None:
-        """The earliest deadline of a request."""
+        """Return the earliest deadline of a request."""
         return self._deadlines.peekitem(0)[0][0] if self._deadlines else None
 
     def expire(self, now: float) -> None:

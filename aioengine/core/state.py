@@ -459,7 +459,8 @@ class Request:
         return min(left, self.adapted_from - self.computed)
 
     def slot_at(self, position: int) -> int:
-        """The slot that computes the token at ``position``, of a mix the first one; -1 for the base model."""
+        """Return the slot that computes the token at ``position``, of a mix the first one; -1 for the base
+        model."""
         entry = self.adapter
         if entry is None or (entry.invocation and position < self.adapted_from):
             return -1

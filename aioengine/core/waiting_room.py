@@ -266,7 +266,7 @@ class _Tokens:
         return len(self._of)
 
     def of(self, tenant: Tenant) -> int | None:
-        """A tenant's tokens; None if it has no ticket."""
+        """Return a tenant's tokens; None if it has no ticket."""
         return self._sums.get(tenant)
 
     def add(self, ticket: Ticket, tokens: int) -> None:

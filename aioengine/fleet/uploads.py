@@ -88,7 +88,8 @@ class Uploads:
 
     @asynccontextmanager
     async def held(self, path: str | os.PathLike[str] | None, name: str) -> AsyncIterator[None]:
-        """Load ``name`` from ``path`` in the block: if an upload is there, no door removes it meanwhile."""
+        """Load ``name`` from ``path`` in the block: if an upload is there, no door removes it meanwhile.
+        Raises AdapterLoadError."""
         where = "" if path is None else os.fspath(path)
         if self._root is None or not where.startswith(f"{self._root}/"):
             yield

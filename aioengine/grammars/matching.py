@@ -310,7 +310,8 @@ class GrammarConstraint:
         return ask.mask
 
     def allowed(self, output: Sequence[int]) -> bytes:
-        """Return the mask as :meth:`poll` does, without a time limit."""
+        """Return the mask as :meth:`poll` does, but wait for it. Raises ValueError if it does not come within
+        ``PATIENCE_SECONDS``."""
         until = time.monotonic() + PATIENCE_SECONDS
         while (mask := self.poll(output, 0.1)) is None:
             if time.monotonic() > until:

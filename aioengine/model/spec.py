@@ -308,7 +308,7 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
         return tuple(module for modules in self.layer_linears.values() for module in modules)
 
     def adaptable(self) -> Iterator[tuple[int, str]]:
-        """(layer, module) of all that an adapter may target, those outside of layers first."""
+        """Return (layer, module) of all that an adapter may target, those outside of layers first."""
         yield from ((NO_LAYER, module) for module in EMBEDDING_MODULES)
         yield from ((layer, module) for layer in range(self.num_layers) for module in self.layer_modules)
 
@@ -383,7 +383,7 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
         return "all positions, since only some layers have windows" if self.sliding_windows else ""
 
     def num_parameters(self) -> int:
-        """Number of parameters that the decoder allocates (tied embeddings counted once)."""
+        """Return the number of parameters that the decoder allocates (tied embeddings counted once)."""
         linears = sum(n_in * n_out for n_in, n_out in map(self.linear, LORA_MODULES))
         bias = self.qkv_bias * (self.q_size + 2 * self.kv_size) + self.o_bias * self.hidden_size
         bias += self.mlp_bias * (2 * self.intermediate_size + self.hidden_size)

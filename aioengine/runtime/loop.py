@@ -144,7 +144,7 @@ class Stepper:
             raise EngineStopped("the engine was stopped before the call was complete")
 
     def step_age(self) -> float:
-        """Seconds since the step that runs now began; 0 if none does."""
+        """Return the seconds since the step that runs now began; 0 if none does."""
         began = self._step_began
         return 0.0 if began is None else asyncio.get_running_loop().time() - began
 

@@ -170,7 +170,7 @@ class Context:
         return await work.run(size_of_all(texts), lambda: encode(texts), owner)
 
     async def encode_pairs(self, pairs: Sequence[tuple[str, str]], *, owner: str | None) -> list[list[int]]:
-        """Encode pairs of texts as :meth:`encode` does single ones."""
+        """Encode pairs of texts as :meth:`encode` does single ones. Raises ApiError if they are too long."""
         tokenizer, limit = self.tokenizer, self.engine.plan.max_model_len
 
         def encode() -> list[list[int]]:

@@ -99,7 +99,7 @@ def parse_keys(entries: Sequence[str], *, source: str) -> dict[str, str]:
     """Parse ``KEY`` or ``TENANT:KEY`` to key -> tenant.
 
     A key without a tenant gets one made from the key's digest, so that metrics and logs can distinguish
-    tenants without holding keys. Errors name ``source`` and never the key.
+    tenants without holding keys. Raises ConfigError, which names ``source`` and never the key.
     """
     keys: dict[str, str] = {}
     for entry in entries:

@@ -69,7 +69,7 @@ class Draft:
         self._total[begin // _FLOAT :][: len(values)] += values
 
     def rows(self) -> dict[tuple[int, str], Rows]:
-        """The complete rows by (layer, module), once every rank's part has been added."""
+        """Return the complete rows by (layer, module), once every rank's part has been added."""
         totals = self._total.split_with_sizes(self._sizes)
         items = zip(self._parts.items(), totals, strict=True)
         return {key: part._replace(squares=total) for (key, part), total in items}

@@ -132,7 +132,7 @@ class AdapterFolder:
         return repr(sorted((file, *version) for file, version in self._versions.items()))
 
     def weights_file(self) -> str:
-        """The name of the weights file, whether it exists or not."""
+        """Return the name of the weights file, whether it exists or not."""
         with self.progress:
             safetensors = os.path.lexists(self._join(SAFETENSORS_FILE))
             return BIN_FILE if not safetensors and os.path.lexists(self._join(BIN_FILE)) else SAFETENSORS_FILE

@@ -53,7 +53,7 @@ class Packed(NamedTuple):
 
 
 def largest_magnitude(tensors: Sequence[Tensor]) -> float:
-    """The largest absolute value; infinity or NaN if there is one."""
+    """Return the largest absolute value; infinity or NaN if there is one."""
     largest = 0.0
     for tensor in tensors:
         for piece in _pieces(tensor):

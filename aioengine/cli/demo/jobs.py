@@ -42,7 +42,7 @@ class Job(NamedTuple):
 
 
 def default_folder() -> Path:
-    """``examples/adapters`` of the source checkout that this package belongs to."""
+    """Return ``examples/adapters`` of the source checkout that this package belongs to."""
     return Path(aioengine.__file__).resolve().parent.parent / "examples" / "adapters"
 
 

@@ -90,14 +90,14 @@ class CpuCache:
         self._largest = None
 
     def pinned_bytes(self, besides: AdapterEntry) -> int:
-        """Bytes of pinned adapters."""
+        """Return the bytes of the pinned adapters but one."""
         return sum(e.nbytes for e in self.entries.values() if e.pinned and e is not besides)
 
     def can_ever_hold(self, entry: AdapterEntry, nbytes: int) -> bool:
         return self.max_bytes is None or nbytes + self.pinned_bytes(entry) <= self.max_bytes
 
     def refusal(self, entry: AdapterEntry, nbytes: int) -> AdapterTooLarge | None:
-        """The reason why the adapter can never be kept; None if it can."""
+        """Return the reason why the adapter can never be kept; None if it can."""
         if self.can_ever_hold(entry, nbytes):
             return None
         pinned = self.pinned_bytes(entry)
@@ -113,7 +113,7 @@ class CpuCache:
     def victims(
         self, newcomer: AdapterEntry, now: float, keep: set[int], offered: Collection[AdapterEntry] = ()
     ) -> list[AdapterEntry] | None:
-        """Adapters to evict, in order, so that ``newcomer`` fits; None if it cannot fit now.
+        """Return the adapters to evict, in order, so that ``newcomer`` fits; None if it cannot fit now.
 
         The newcomer may be in the cache already; then only its bytes can be too many.
 

@@ -340,7 +340,7 @@ reports: msgspec.msgpack.Decoder[Report] = msgspec.msgpack.Decoder(Report)
 
 
 def frame(message: Request | Report) -> bytes:
-    """Encode a message for the wire."""
+    """Encode a message for the wire. Raises ValueError if it is larger than ``MAX_BYTES``."""
     body = _encoder.encode(message)
     if len(body) > MAX_BYTES:
         raise ValueError(f"a message of {len(body):,} bytes: at most {MAX_BYTES:,} can be sent")

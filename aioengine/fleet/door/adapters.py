@@ -266,7 +266,8 @@ class FleetAdapters:
 
     @asynccontextmanager
     async def changing(self, name: str) -> AsyncIterator[Change]:
-        """One change of an adapter at a time, whichever door asks for it."""
+        """Let one change of an adapter be made at a time, whichever door asks for it. Raises EngineStopped if
+        there is no replica."""
         owner = f"{self._members.door}-{next(self._owners)}"
         async with lease(self.registry, name, owner) as lost:
             await self._registry(name, self.known.refresh(self.registry), _UNKNOWN)

@@ -60,7 +60,7 @@ class Replicas:
 
     async def labels(self, adapter: str, members: Sequence[Member], infos: Sequence[AdapterInfo]) -> int:
         """Return the labels of an adapter's head from the first of ``infos`` that has been read, or else from
-        one of these replicas that lives, which reads it."""
+        one of these replicas that lives, which reads it. Raises that replica's error, or EngineStopped."""
         for info in infos:
             if info.bytes:
                 return info.labels

@@ -67,7 +67,7 @@ async def calibrate_async(
     progress: Progress | None = None,
     **settings: Unpack[LiveSettings],
 ) -> CostModel:
-    """:func:`calibrate` for use on a running event loop; it can be cancelled."""
+    """Do what :func:`calibrate` does on a running event loop; it can be cancelled."""
     if out is not None:
         check_can_write(out)
     name = name or (Path(model).name if out is None else out.stem)

@@ -38,7 +38,7 @@ class Intervals:
                 self._ends.append(move.end)
 
     def overlap(self, step: ProbedStep) -> float:
-        """Seconds of the step in which something was moved."""
+        """Return the seconds of the step in which something was moved."""
         found = 0.0
         for i in range(bisect_left(self._ends, step.start), len(self._starts)):
             if self._starts[i] >= step.until:

@@ -132,7 +132,7 @@ async def validate_async(
     progress: Progress | None = None,
     **settings: Unpack[LiveSettings],
 ) -> Validation:
-    """:func:`validate` where a loop is running; it can be cancelled."""
+    """Do what :func:`validate` does where a loop is running; it can be cancelled."""
     if repeats < 1:
         raise ConfigError(f"repeats={repeats}: must be at least 1")
     if not all(load > 0 for load in loads):

@@ -82,7 +82,7 @@ def draw_latency(run: Run, theme: style.Theme) -> Figure:
 
 
 def cdf(axes: Any, values: pl.Series, label: str, color: str, **kwargs: Any) -> None:
-    """The share of values up to each value, as a step line."""
+    """Draw the share of values up to each value, as a step line."""
     import numpy as np
 
     ordered = np.sort(values.drop_nulls().to_numpy())

@@ -143,7 +143,7 @@ class TraceWriter:
         self._size = 0
 
     def handle(self, event: events.Event) -> None:
-        """A listener of the engine's events."""
+        """Listen to the engine's events."""
         if isinstance(event, events.RequestAdded):
             self._added(event)
         elif isinstance(event, events.RequestEnded):

@@ -92,5 +92,5 @@ class SimulatedEngine(AsyncEngine):
         self._device.lengths[request_id] = tokens
 
     def forget_length(self, request_id: str) -> None:
-        """The request has ended."""
+        """Note that the request has ended."""
         self._device.lengths.pop(request_id, None)

@@ -108,7 +108,7 @@ class Diurnal(ArrivalProcess):
 
 
 def parse_arrivals(field: str, text: str, *, scale: float = 1.0) -> ArrivalProcess:
-    """ "poisson:rate=2", "gamma:rate=2,cv=4", "onoff:rate=2,on=10,off=30",
+    """Parse "poisson:rate=2", "gamma:rate=2,cv=4", "onoff:rate=2,on=10,off=30",
     "diurnal:rate=2,period=86400,depth=0.8"; ``scale`` multiplies the rate. Raises ConfigError."""
     name, values = parse_form(field, text, FORMS)
     values["rate"] *= scale

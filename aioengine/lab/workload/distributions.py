@@ -79,18 +79,18 @@ class Shares(Distribution):
 
 
 def parse_lengths(field: str, value: int | str) -> Distribution:
-    """Tokens: 128, "128", "uniform:8..512" or "lognormal:median=200,sigma=0.8". Raises ConfigError."""
+    """Parse tokens: 128, "128", "uniform:8..512" or "lognormal:median=200,sigma=0.8". Raises ConfigError."""
     text = str(value)
     return _parse(field, text, lambda number: parse_whole(field, text, number, low=1, high=MAX_TOKENS))
 
 
 def parse_sizes(field: str, value: int | str) -> Distribution:
-    """Bytes, in the same forms; "64MiB" and "uniform:8MiB..64MiB" too. Raises ConfigError."""
+    """Parse bytes, in the same forms; "64MiB" and "uniform:8MiB..64MiB" too. Raises ConfigError."""
     return _parse(field, str(value), lambda number: parse_bytes(number, field=field), default_max=2.0**50)
 
 
 def parse_ranks(field: str, value: int | str) -> Shares:
-    """16, "16" or "8:0.5,16:0.3,64:0.2". Raises ConfigError."""
+    """Parse 16, "16" or "8:0.5,16:0.3,64:0.2". Raises ConfigError."""
     return Shares(parse_shares(field, str(value), low=1, high=MAX_RANK))
 
 

@@ -277,6 +277,6 @@ class _Choices:
 
 
 def numbered(prefix: str, count: int, *, width: int = 1) -> list[str]:
-    """ "adapter-000", "adapter-001", ...: they sort in this order."""
+    """Return "adapter-000", "adapter-001", ..., which sort in this order."""
     width = max(width, len(str(count - 1)))
     return [f"{prefix}-{index:0{width}}" for index in range(count)]

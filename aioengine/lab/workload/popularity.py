@@ -88,8 +88,8 @@ def power(count: int, alpha: float) -> list[float]:
 
 
 def parse_popularity(field: str, text: str) -> Form:
-    """ "uniform", "zipf:1.0", "power:alpha=0.5", "shift:alpha=1.0,every=60", "drift:alpha=1.0,every=10",
-    "flip:alpha=1.0,every=300" or "tenant". ConfigError."""
+    """Parse "uniform", "zipf:1.0", "power:alpha=0.5", "shift:alpha=1.0,every=60",
+    "drift:alpha=1.0,every=10", "flip:alpha=1.0,every=300" or "tenant". Raises ConfigError."""
     return parse_form(field, text, FORMS)
 
 
@@ -113,7 +113,7 @@ def make_popularity(form: Form, count: int, tenants: int, seed: int) -> Populari
 
 
 def check_tenants(count: int, tenants: int) -> None:
-    """ConfigError if not every tenant could have an adapter of its own."""
+    """Raise ConfigError if not every tenant could have an adapter of its own."""
     if not 1 <= tenants <= count:
         raise ConfigError(
             f"popularity='tenant' with tenants={tenants} and adapters={count}: every tenant must have an "
@@ -197,5 +197,5 @@ BURST_FORMS = {
 
 
 def parse_bursts(field: str, text: str) -> Form:
-    """ "bursts:factor=5,on=10,off=60". Raises ConfigError."""
+    """Parse "bursts:factor=5,on=10,off=60". Raises ConfigError."""
     return parse_form(field, text, BURST_FORMS)

@@ -72,12 +72,12 @@ class Deadlines(NamedTuple):
     per_token: float
 
     def of(self, output_tokens: int) -> float:
-        """Seconds from arrival."""
+        """Return the seconds from arrival."""
         return self.base + self.per_token * output_tokens
 
 
 def parse_view(field: str, text: str) -> LengthView:
-    """ "known", "hidden:max=4096" or "predicted:error=0.5,max=4096". Raises ConfigError."""
+    """Parse "known", "hidden:max=4096" or "predicted:error=0.5,max=4096". Raises ConfigError."""
     name, values = parse_form(field, text, FORMS)
     match name:
         case "known":
@@ -89,7 +89,8 @@ def parse_view(field: str, text: str) -> LengthView:
 
 
 def parse_deadline(field: str, value: float | str) -> Deadlines:
-    """Seconds, or "proportional:0.5+0.05" (for each request, and for each token). Raises ConfigError."""
+    """Parse seconds, or "proportional:0.5+0.05" (for each request, and for each token). Raises
+    ConfigError."""
     text = str(value)
     name, colon, rest = text.partition(":")
     if not colon:

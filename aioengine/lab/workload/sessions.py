@@ -82,7 +82,8 @@ class Sessions:
             self._groups = Weighted(zipf(int(common["groups"]), common["alpha"]))
 
     def draw(self, first: tuple[int, int], lengths: Callable[[], tuple[int, int]]) -> Iterator[Turn]:
-        """One session. ``first`` is the length of its first question and answer; ``lengths`` draws others."""
+        """Draw one session. ``first`` is the length of its first question and answer; ``lengths`` draws
+        others."""
         rng, number = self._rng, self._count
         self._count += 1
         turns = self._number_of_turns(rng)

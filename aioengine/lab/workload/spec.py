@@ -207,7 +207,7 @@ class WorkloadSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         return values
 
     def tenant_weights(self) -> list[float]:
-        """Each tenant's share of the requests; they add up to 1."""
+        """Return each tenant's share of the requests; they add up to 1."""
         _text(self, "tenant_shares")
         text = self.tenant_shares
         if text[0].isalpha():

@@ -44,7 +44,10 @@ class Form(NamedTuple):
 
 
 def parse_form(field: str, text: str, forms: Forms) -> Form:
-    """ "name", "name:number" or "name:key=number,..."; ConfigError names ``field`` and what it allows."""
+    """Parse "name", "name:number" or "name:key=number,...".
+
+    Raises ConfigError, which names ``field`` and what it allows.
+    """
     name, colon, rest = text.partition(":")
     if name not in forms:
         known = ", ".join(map(usage, forms, forms.values()))
@@ -73,7 +76,8 @@ def parse_form(field: str, text: str, forms: Forms) -> Form:
 
 
 def parse_shares(field: str, text: str, *, low: int, high: int) -> dict[int, float]:
-    """ "16", or "8:0.5,64:0.5": whole numbers with their shares, which are scaled to a sum of 1."""
+    """Parse "16", or "8:0.5,64:0.5": whole numbers with their shares, which are scaled to a sum of 1. Raises
+    ConfigError."""
     shares: dict[int, float] = {}
     for part in text.split(","):
         number, colon, share = part.partition(":")
@@ -87,7 +91,7 @@ def parse_shares(field: str, text: str, *, low: int, high: int) -> dict[int, flo
 
 
 def normalised(field: str, text: str, weights: Iterable[float]) -> list[float]:
-    """Scaled to a sum of 1; ConfigError if one is negative or all are 0."""
+    """Scale weights to a sum of 1. Raises ConfigError if one is negative or all are 0."""
     found = list(weights)
     total = math.fsum(found)
     if min(found) < 0 or not 0 < total < math.inf:
@@ -96,7 +100,7 @@ def normalised(field: str, text: str, weights: Iterable[float]) -> list[float]:
 
 
 def parse_number(field: str, text: str, number: str) -> float:
-    """A finite number that is part of ``text``."""
+    """Parse a finite number that is part of ``text``. Raises ConfigError."""
     try:
         value = float(number)
     except ValueError:
@@ -107,7 +111,7 @@ def parse_number(field: str, text: str, number: str) -> float:
 
 
 def parse_whole(field: str, text: str, number: str, *, low: int, high: int) -> int:
-    """A whole number that is part of ``text``, in ``low..high``."""
+    """Parse a whole number that is part of ``text``. Raises ConfigError if it is not in ``low..high``."""
     try:
         value = int(number)
     except ValueError:

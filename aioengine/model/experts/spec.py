@@ -87,7 +87,7 @@ class MixtureSpec(ModelSpec, frozen=True, kw_only=True):
         """Return the modules that slots hold, as :meth:`ModelSpec.targets` does.
 
         ``gate_proj`` means all that are called so, ``experts`` all linears of the experts. What one expert
-        has, all have.
+        has, all have. Raises ConfigError as that method does.
         """
         known = (*self.layer_modules, *EMBEDDING_MODULES)
         if asked is None:

@@ -92,6 +92,7 @@ def embedded_gguf() -> Path:
     """Return the GGUF file in the installed package, found without importing the package.
 
     Its module imports llama-cpp-python, which is neither needed here nor quick to install.
+    Raises ConfigError if the package is not installed.
     """
     found = importlib.util.find_spec(_PACKAGE)
     folders = found.submodule_search_locations if found is not None else None

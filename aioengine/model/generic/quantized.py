@@ -126,7 +126,8 @@ class Blocks:
 
 
 def blocks_of(name: str, packing: Packing, weight: Tensor, device: torch.device) -> BlockWeight:
-    """Quantize ``weight`` [n, k] onto ``device``, some rows at a time."""
+    """Quantize ``weight`` [n, k] onto ``device``, some rows at a time. Raises ConfigError if a value is not
+    finite."""
     k = weight.shape[1]
     group = packing.group or k
     made: list[Mapping[str, Tensor]] = [

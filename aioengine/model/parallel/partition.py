@@ -99,7 +99,7 @@ class Partition:
         return tuple(found)
 
     def inputs(self, module: str) -> slice:
-        """The inputs that the rank has."""
+        """Return the inputs that the rank has."""
         if not self.splits_inputs(module):
             return slice(0, self.whole.linear(module).in_features)
         return self._range(module, self.local.linear(module).in_features)

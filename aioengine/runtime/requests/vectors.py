@@ -104,7 +104,7 @@ def label_names(names: Sequence[str], count: int) -> list[str]:
 
 
 def read_label_names(model: Path | None) -> list[str]:
-    """The ``id2label`` of the model's ``config.json``; empty if it has none. Blocking."""
+    """Return the ``id2label`` of the model's ``config.json``; empty if it has none. Blocking."""
     try:
         file = None if model is None else model / "config.json"
         if file is None or file.stat().st_size > _MAX_CONFIG_BYTES:
@@ -127,7 +127,7 @@ async def score(
 ) -> requests.Scores:
     """Score documents against a query. With a head of one label, the head scores each pair (a cross-encoder).
     Without a head, the score is the cosine of the two vectors, computed in the threads of ``work``. ``pair``
-    tokenizes two texts together."""
+    tokenizes two texts together. Raises RequestInvalid if the head has several labels."""
     if labels > 1:
         raise RequestInvalid(
             f"the adapter's head has {labels} labels, but a score needs a head of one label, or none; use "

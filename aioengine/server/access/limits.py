@@ -29,7 +29,7 @@ class Bucket:
         self.per_minute, self._level, self._at = per_minute, per_minute - spent, now
 
     def wait(self, now: float) -> float:
-        """Seconds until 1 can be taken; 0 if it can be now."""
+        """Return the seconds until 1 can be taken; 0 if it can be now."""
         return max(0.0, 1 - self._filled(now)) * 60 / self.per_minute
 
     def take(self, amount: int, now: float) -> None:

@@ -35,7 +35,8 @@ class ConfigFile:
         return kind(f"{self.path}: {self.scope}{key}={value!r}: {problem}")
 
     def number(self, key: str, *, default: float | None = None) -> float:
-        """Return a finite number > 0; ``default`` stands in for an absent key and for null."""
+        """Return a finite number > 0; ``default`` stands in for an absent key and for null. Raises
+        ConfigError."""
         value = self.get(key)
         value = default if value is None else value
         if value is None:
