@@ -21,6 +21,8 @@ pytestmark = pytest.mark.slow
 SIZE = 300_000
 MOST = 200_000
 """Bytes that a waiting request may take besides those that the budget counts."""
+LOOKS = 100
+"""How often it is looked for more than that: what is kept is still there after a while."""
 NUMBERS = [i + 0.5 for i in range(SIZE // 8)]
 TEXT = "some words " * (SIZE // 11)
 WIDE = "\U0001d538" * (SIZE // 4)
@@ -103,12 +105,19 @@ async def test_only_what_counts_is_kept_of_requests_that_wait(
                 waiting = served.engine.stats().waiting
                 sent = asyncio.create_task(served.http.post(path, content=body, headers=headers))
                 await until(lambda waiting=waiting: served.engine.stats().waiting > waiting)
-                gc.collect()
-                grown = tracemalloc.get_traced_memory()[0] - before
-                counted = served.app._bodies.held - counted
-                print(f"{path} {body[:90]!r}: {grown} bytes, {counted} counted")
-                if grown - counted > MOST:
-                    too_much.append((path, body[:200], grown, counted))
+
+                # A thread lets go of what it has worked on only after its result is there, and the processor
+                # may be elsewhere then; others of the same body may still be tokenized.
+                for _ in range(LOOKS):
+                    gc.collect()
+                    grown = tracemalloc.get_traced_memory()[0] - before
+                    held = served.app._bodies.held - counted
+                    if grown - held <= MOST:
+                        break
+                    await asyncio.sleep(0.01)
+                else:
+                    too_much.append((path, body[:200], grown, held))
+                print(f"{path} {body[:90]!r}: {grown} bytes, {held} counted")
                 sent.cancel()
                 await until(lambda waiting=waiting: served.engine.stats().waiting == waiting)
         finally:
