@@ -319,26 +319,25 @@ def registry_actor(application: str, checkpoint: str | None) -> Any:
 async def lease(actor: Any, name: str, owner: str) -> AsyncIterator[Callable[[], bool]]:
     """Change an adapter while nobody else does. Raises AdapterLoadError, and ends the change, once this door
     has not renewed its right in time, whether the registry answers or not, because another one may change the
-    adapter then. Gives a function that returns whether that has happened."""
+    adapter then; also if the registry hangs before. Gives a function that returns whether that has
+    happened."""
     keeping: asyncio.Task[None] | None = None
-    loop, right = asyncio.get_running_loop(), asyncio.timeout(None)
+    loop, right, begun = asyncio.get_running_loop(), asyncio.timeout(None), False
     try:
-        asked = loop.time()
-        while not await actor.begin.remote(name, owner):
-            asked = loop.time()
         async with right:
-            right.reschedule(asked + LEASE_SECONDS)  # not later than it ends for the registry
+            while not begun:
+                right.reschedule(loop.time() + LEASE_SECONDS)  # not later than it ends for the registry
+                begun = await actor.begin.remote(name, owner)
             keeping = loop.create_task(_keep(actor, name, owner, right))
             yield right.expired
     except TimeoutError:
         if not right.expired():
             raise
-        raise AdapterLoadError(
-            f"this door did not reach the registry for {LEASE_SECONDS:g} s, and another one may have "
-            "changed it; repeat the change",
-            name=name,
-            transient=True,
-        ) from None
+        seconds = f"{LEASE_SECONDS:g} s"
+        why = f"this door did not reach the registry for {seconds}, and another one may have changed it"
+        if not begun:
+            why = f"the fleet's registry has not answered for {seconds}; nothing was changed"
+        raise AdapterLoadError(f"{why}; repeat the change", name=name, transient=True) from None
     finally:
         if keeping is not None:
             keeping.cancel()

@@ -85,11 +85,14 @@ class Door:
     async def change(self) -> None:
         await self._adapters.start(self)
         try:
-            await self._adapters.load("sql", "sql", pin=False, force_pin=False, replace=True)
+            await self.load()
             self.ended = asyncio.get_running_loop().time()
         finally:
             with suppress(ConnectionError):
                 await self._adapters.stop()
+
+    async def load(self) -> None:
+        await self._adapters.load("sql", "sql", pin=False, force_pin=False, replace=True)
 
     def cut(self, how: str) -> None:
         """From now on the registry does not hear what it says: calls fail at once, or (``how`` is "hangs")
@@ -193,5 +196,28 @@ def test_who_has_lost_the_right_ends_the_change(takes: float | None) -> None:
         assert told.value.transient and busy.most == 1
         assert loop.time() == LEASE_SECONDS + 11.0, "it has ended before"
         await changed
+
+    run_in_virtual_time(main())
+
+
+def test_a_registry_that_hangs_is_said() -> None:
+    """Ray does not restart it: a change must not wait for ever, and nothing may have begun."""
+
+    async def main() -> None:
+        loop, actor, busy = asyncio.get_running_loop(), RegistryActor(), Busy()
+        door, other = Door("door", actor, busy, 1.0), Door("other", actor, busy, 1.0)
+        await door.change()
+        begun = loop.time()
+        door.cut("hangs")
+        with pytest.raises(AdapterLoadError, match="has not answered for 30 s; nothing was changed") as told:
+            await door.load()
+        assert told.value.transient and not busy.now
+        assert loop.time() - begun == LEASE_SECONDS + WAIT_SECONDS
+        await other.change()
+        door.reaches.set()  # what it has asked for then begins and ends
+        await asyncio.sleep(1.0)
+        begun = loop.time()
+        await other.load()
+        assert loop.time() - begun < 1.2
 
     run_in_virtual_time(main())
