@@ -69,6 +69,7 @@ ROOMS: dict[str, set[str]] = {
         "schedulers",
     },
     "fleet": {
+        "adapters",
         "engine",
         "executors",
         "grammars",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any, Self
 
 import msgspec
 
+from aioengine.adapters.names import NAME_RULE, NAME_RULE_TEXT
 from aioengine.checks import check_integer, check_seconds, read_toml, refuse_unknown
 from aioengine.config import EngineConfig
 from aioengine.errors import ConfigError
@@ -84,9 +86,18 @@ class FleetConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
                 f"silent_seconds={self.silent_seconds}: must be at least two heartbeats "
                 f"(heartbeat_seconds={self.heartbeat_seconds})"
             )
-        if not self.name:
-            raise ConfigError("name='': must not be empty")
+        if not 0 <= self.replica_wait_seconds < math.inf:  # NaN is refused, too
+            raise ConfigError(f"replica_wait_seconds={self.replica_wait_seconds}: must be 0 or more seconds")
+        for field, text in (("name", self.name), ("registry", self.registry)):
+            if text == "":
+                raise ConfigError(f"{field}='': must not be empty")
+            if text is not None and not is_utf8(text):
+                raise ConfigError(f"{field}={text!a}: must be UTF-8")
         for name, path in self.adapters.items():
+            if NAME_RULE.fullmatch(name) is None or not path:
+                raise ConfigError(
+                    f"adapters.{name!a}={path!a}: a name is {NAME_RULE_TEXT}; a path is not empty"
+                )
             if not is_utf8(path):
                 raise ConfigError(f"adapters.{name}: the path {path!a} is no UTF-8; rename the folder")
         if self.otlp_endpoint is not None:

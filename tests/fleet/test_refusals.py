@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import math
 import os
 import socket
 import subprocess
@@ -38,7 +39,16 @@ def config(**fields: Any) -> FleetConfig:
         ({"placement": "hrv"}, "did you mean 'hrw'"),
         ({"migration_limit": -1}, "migration_limit=-1"),
         ({"silent_seconds": 0.6}, "two heartbeats"),
-        ({"name": ""}, "name=''"),
+        ({"name": ""}, "name='': must not be empty"),
+        ({"name": "\udcff"}, r"name='\\udcff': must be UTF-8"),
+        ({"registry": ""}, "registry='': must not be empty"),  # it would be the root of the disk
+        ({"registry": "a\udcff"}, r"registry='a\\udcff': must be UTF-8"),
+        *[
+            ({"replica_wait_seconds": value}, f"replica_wait_seconds={value}: must be 0 or more seconds")
+            for value in (-1.0, math.nan, math.inf)
+        ],
+        *[({"adapters": {name: "x"}}, r"adapters\..*a name is 1 to 255") for name in ("", "sql@1", "s q l")],
+        ({"adapters": {"sql": ""}}, r"adapters\.'sql'='': .*a path is not empty"),
         ({"engine": "tiny"}, "engine='tiny': must be an EngineConfig"),
         ({"adapters": {"sql": "/a/\udcff"}}, r"adapters\.sql: the path '/a/\\udcff' is no UTF-8"),
         ({"autoscale": "waiting"}, "did you mean 'waiting_work'"),
