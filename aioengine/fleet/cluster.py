@@ -44,6 +44,9 @@ _LOCAL = {
 """Ray's settings where it is started here. Without the memory monitor, because when the machine's memory is
 95% full, by whatever program, it ends all replicas at once, and Serve's controller and the registry with
 them. A replica's memory is planned before it starts, and does not grow much."""
+ANSWER_SECONDS = 120.0
+"""How long the registry's answer to a new door may take. The first one waits for the start of its process, on
+whatever machine, and for its checkpoint."""
 HANGS_SECONDS = 20.0
 """How long the end of Ray may take until its head counts as hung."""
 OBJECT_STORE_BYTES = 100 * 2**20
@@ -175,9 +178,7 @@ class Door:
         self._registry = registry
 
     def open(self) -> Self:
-        import ray
-
-        ray.get(self._registry.join.remote(self.name, msgspec.json.encode(self._config)))
+        _answer(self._registry.join.remote(self.name, msgspec.json.encode(self._config)), self._config.name)
         return self
 
     def close(self) -> None:
@@ -192,6 +193,24 @@ class Door:
         if left == 0:
             _remove(self._config.name)
             ray.kill(self._registry)
+
+
+def _answer(call: Any, fleet: str) -> Any:
+    """Return what the registry answers. Blocks. Raises ConfigError: that of the actor, or another one if it
+    hangs, because Ray only starts those again that have ended."""
+    import ray
+    from ray.exceptions import GetTimeoutError
+
+    try:
+        return ray.get(call, timeout=ANSWER_SECONDS)
+    except GetTimeoutError:
+        raise ConfigError(
+            f"the registry of the fleet {fleet!r} has not answered for {ANSWER_SECONDS:g} s; look for its "
+            "process (ray::AdapterRegistry) on the node of Ray's head, and end it if it hangs: Ray starts it "
+            "again, and what was loaded comes back from --registry or from the other doors"
+        ) from None
+    except Exception as error:
+        raise config_error_in(error) or error from None
 
 
 def open_door(config: FleetConfig, application: Callable[[], Any]) -> Door:
@@ -212,12 +231,12 @@ def open_door(config: FleetConfig, application: Callable[[], Any]) -> Door:
     quiet = {"log_level": "WARNING", "enable_access_log": False}
     serve.start(proxy_location="Disabled", logging_config=quiet)
     try:
-        found = ray.get(told)
-    except Exception as error:
+        found = _answer(told, config.name)
+    except Exception:
         if config.name not in serve.status().applications:  # else another door uses it and the registry
             _remove(config.name)
             ray.kill(registry)
-        raise config_error_in(error) or error from None
+        raise
     if found != wanted:
         differs = _differences(msgspec.json.decode(found), msgspec.json.decode(wanted))
         raise ConfigError(

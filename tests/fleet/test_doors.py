@@ -48,7 +48,7 @@ class Ray:
         monkeypatch.setattr(serve, "delete", self.ended.append)
         monkeypatch.setattr(cluster, "registry_actor", lambda *_: self.registry)
 
-    def _get(self, call: object, timeout: float | None = None) -> object:
+    def _get(self, call: object, timeout: float) -> object:
         if isinstance(self.answer, Exception):
             raise self.answer
         return self.answer
@@ -68,11 +68,15 @@ def test_a_registry_that_fails(
     applications: dict[str, str], ended: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A door that does not open leaves nothing behind, and ends nothing that another door uses."""
-    ray = Ray(monkeypatch, applications)
-    ray.answer = ConfigError("registry='s3://lora': cannot be read")
-    with pytest.raises(ConfigError, match="cannot be read"):
-        open_door(CONFIG, lambda: pytest.fail("it must not be started"))
-    assert ray.ended == ended
+    from ray.exceptions import GetTimeoutError
+
+    failed = ConfigError("registry='s3://lora': cannot be read")
+    for answer, said in ((failed, "cannot be read"), (GetTimeoutError(), "'aioengine' has not answered for")):
+        ray = Ray(monkeypatch, applications)
+        ray.answer = answer
+        with pytest.raises(ConfigError, match=said):
+            open_door(CONFIG, lambda: pytest.fail("it must not be started"))
+        assert ray.ended == ended
 
 
 @pytest.mark.parametrize("applications", [{}, None])
