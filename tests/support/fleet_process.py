@@ -83,14 +83,15 @@ class FleetServer:
             usage: dict[str, Any] = answer.json()["usage"]
             return usage
 
-    def metrics(self) -> str:
+    def metrics(self, source: str | None = None) -> str:
+        """Of all, or of one replica or the door."""
         with self.client() as client:
-            return client.get("/metrics").text
+            return client.get("/metrics", params={} if source is None else {"replica": source}).text
 
-    def metric(self, name: str, **labels: str) -> float:
+    def metric(self, name: str, *, source: str | None = None, **labels: str) -> float:
         """The sum of the samples that have these labels."""
         total = 0.0
-        for line in self.metrics().splitlines():
+        for line in self.metrics(source).splitlines():
             if line.startswith(f"{name}{{") and all(f'{k}="{v}"' in line for k, v in labels.items()):
                 total += float(line.rsplit(" ", 1)[1])
         return total
