@@ -23,8 +23,10 @@ MAX_MOVES = 1000
 """Maximum number of moves of one plan that are carried out; the rest is left to the next plan."""
 NO_REPLICA = "no replica accepts requests now"
 
+FAILURES = ("raised", "nonsense", "slow", "replaced")
+"""Kinds of failures."""
 Failed = Callable[[str, str], None]
-"""Callback for a failure: its kind ("raised", "nonsense", "slow", "replaced") and a description."""
+"""Callback for a failure: its kind, one of ``FAILURES``, and a description."""
 
 
 class RouterGuard:
@@ -53,7 +55,7 @@ class RouterGuard:
         self.router = router
         self.name = type(router).__name__
         self.failures: Counter[str] = Counter()
-        """Failures by kind, as :data:`Failed` lists them."""
+        """Failures by kind, one of ``FAILURES``."""
         self.reasons: Counter[str] = Counter()
         """Decisions by the reason that the router gave; rejected ones as "rejected". At most ``MAX_REASONS``,
         and "other"."""

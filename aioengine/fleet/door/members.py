@@ -20,6 +20,8 @@ from aioengine.schedulers.routing import FleetState, ReplicaLimits
 
 logger = logging.getLogger("aioengine.fleet")
 
+CAUSES = ("lost", "silent", "hung", "dead")
+"""Ways in which a replica is lost."""
 WATCH_SECONDS = 0.25
 """Shortest time between two looks for replicas that do not report."""
 MOST_PAUSE = 64.0
@@ -61,7 +63,7 @@ class Members:
         self.state = FleetState(time.monotonic, silent_after=config.silent_seconds)
         self.members: dict[str, Member] = {}
         self.losses: Counter[str] = Counter()
-        """Number of lost replicas, by cause."""
+        """Number of lost replicas, by one of ``CAUSES``."""
         self.conflicts = Conflicts()
         self.on_join: list[Callable[[Member], None]] = []
         """Callbacks for each replica that has said hello."""

@@ -6,7 +6,7 @@ from __future__ import annotations
 import asyncio
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import msgspec
@@ -17,7 +17,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector
 
 from aioengine.fleet.door.dispatcher import Dispatcher
-from aioengine.fleet.door.members import Members
+from aioengine.fleet.door.members import CAUSES, Members
 from aioengine.info import EngineStats, is_mix
 from aioengine.metrics.collect.by_tenant import HttpMetrics, TenantMetrics
 from aioengine.metrics.collect.on_loop import OnLoop
@@ -26,6 +26,7 @@ from aioengine.metrics.collect.snapshot import engine_state, gauge
 from aioengine.metrics.families.definitions import LOG_DROPPED
 from aioengine.metrics.families.exposition import TextWriter
 from aioengine.metrics.families.storage import Family
+from aioengine.schedulers.routing.guard import FAILURES
 
 SCRAPE_SECONDS = 3.0
 """Seconds after which a replica is left out of a scrape."""
@@ -151,14 +152,16 @@ class _Door(Collector):
     def collect(self) -> Iterator[Metric]:
         members, sent = self._members, self._dispatcher
         yield self._counts("decisions", "Routing decisions by reason.", "reason", sent.guard.reasons)
-        yield self._counts("router_failures", "What the router got wrong.", "kind", sent.guard.failures)
+        yield self._counts(
+            "router_failures", "What the router got wrong.", "kind", _all(FAILURES, sent.guard.failures)
+        )
         yield self._counts(
             "migrations",
             "Requests that went on at another replica, by what became of theirs.",
             "cause",
-            sent.migrations,
+            _all((*CAUSES, "refused"), sent.migrations),
         )
-        yield self._counts("losses", "Replicas that were lost.", "cause", members.losses)
+        yield self._counts("losses", "Replicas that were lost.", "cause", _all(CAUSES, members.losses))
         misroutes = CounterMetricFamily(
             "aioengine_fleet_misroutes",
             "Requests that went to a replica for an adapter in its memory, which was not there any more.",
@@ -214,6 +217,12 @@ class _Door(Collector):
 
     def _gauge(self, name: str, help_: str, *labels: str) -> GaugeMetricFamily:
         return GaugeMetricFamily(f"aioengine_fleet_{name}", help_, labels=["engine", "replica", *labels])
+
+
+def _all(labels: Iterable[str], counted: Mapping[str, int]) -> dict[str, int]:
+    """Return what was counted, and 0 for the other labels: Prometheus sees no increase in a series that
+    begins with its first event."""
+    return {**dict.fromkeys(labels, 0), **counted}
 
 
 def _merged(texts: list[tuple[str, str]], *, openmetrics: bool) -> str:
