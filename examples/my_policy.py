@@ -14,7 +14,8 @@ class ShortestFirst(SchedulerPolicy):
         admit = [r for r in queue if r.adapter in usable][: view.free_seqs]
         wanted = dict.fromkeys(r.adapter for r in queue if r.adapter)
         cold = [name for name in wanted if view.adapters[name].slot is None]
-        cold.sort(key=lambda name: view.adapters[name].location != "CPU")  # these need no read
+        if not view.running:  # those on the CPU first: it may have no room for another one
+            cold.sort(key=lambda name: view.adapters[name].location != "CPU")
         keep = {r.adapter for r in admit if r.adapter}
         idle = [s.index for s in view.slots if is_idle(s) and s.adapter not in keep]
         place = [Place(name, slot) for name, slot in zip(cold, idle, strict=False)]

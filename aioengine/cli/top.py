@@ -106,7 +106,7 @@ def look(url: str, key: str | None) -> dict[str, Any]:
     except urllib.error.HTTPError as error:
         why = f"no aioengine server answers there: {error}"
         if error.code in (401, 403):
-            why = "a key with the scope admin is needed: --key, or AIOENGINE_KEY"
+            why = "a key with the scope admin is needed: --key, or AIOENGINE_KEY (`aioengine keys new`)"
         elif error.code in (429, 503):
             why = _reason(error)
         raise ConfigError(f"{url}: {why}") from error
