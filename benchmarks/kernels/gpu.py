@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -254,8 +255,16 @@ def _ordered(start: Config, key: Key, found: Mapping[str, Mapping[str, int]]) ->
 
 
 def descend(start: Config, key: Key, run: Callable[[Config], object], timer: Timer) -> Config:
-    """Halve and double one field after the other as long as that is faster by 1% at least."""
-    best, least, improved = start, timer(partial(run, start)), True
+    """Halve and double one field after the other as long as that is faster by 1% at least. With the order
+    that is best for decoding the start may be too large for the GPU; whatever fits is faster."""
+
+    def seconds_of(config: Config) -> float:
+        try:
+            return timer(partial(run, config))
+        except (triton.OutOfResources, triton.CompilationError):
+            return math.inf
+
+    best, least, improved = start, seconds_of(start), True
     while improved:
         improved = False
         for field in start._fields:
@@ -267,10 +276,7 @@ def descend(start: Config, key: Key, run: Callable[[Config], object], timer: Tim
             steps = (value - 1, value + 1) if field == "num_stages" else (value // 2, value * 2)
             for candidate in (step for step in steps if low <= step <= high):
                 config = best._replace(**{field: candidate})
-                try:
-                    seconds = timer(partial(run, config))
-                except (triton.OutOfResources, triton.CompilationError):
-                    continue
+                seconds = seconds_of(config)
                 if seconds < 0.99 * least:
                     best, least, improved = config, seconds, True
     return best
