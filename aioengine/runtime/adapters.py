@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager, nullcontext
 
 from aioengine.adapters.names import check_same_path, checked_path
+from aioengine.core.adapters.failures import frameless
 from aioengine.core.state import AdapterEntry, AdapterFiles
 from aioengine.errors import (
     AdapterLoadError,
@@ -101,7 +102,7 @@ class AdapterOps:
         def is_read() -> bool:
             self._names.check_lives(entry)
             if entry.error is not None and not entry.digest:
-                raise entry.error
+                raise frameless(entry.error)
             return bool(entry.digest)
 
         await self._stepper.until(is_read, entry.label)  # a replaced version is read for the requests on it
@@ -129,7 +130,7 @@ class AdapterOps:
         if entry.location is Location.SLOT or not entry.pinned:
             return True
         if entry.error is not None:
-            raise entry.error
+            raise frameless(entry.error)
         return False
 
     async def _load_version(
@@ -204,7 +205,7 @@ class AdapterOps:
                 return True
             self._check_not_unloaded(entry.label)
             if entry.error is not None:
-                raise entry.error
+                raise frameless(entry.error)
             return False
 
         with self._names.reading(entry):

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
+import gc
 import io
 import json
 import os
 import pickle
 import shutil
 import struct
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import pytest
@@ -634,3 +637,40 @@ async def test_everything_at_once_leaves_nothing(
             results = await asyncio.gather(*tasks, return_exceptions=True)
         assert all(isinstance(result, AioEngineError) for result in results)
         await asyncio.gather(*(engine.unload_adapter(name) for name in names))
+
+
+async def test_what_a_failed_read_has_read_is_not_kept(
+    tiny: Tiny, make_engine: MakeEngine, tmp_path: Path
+) -> None:
+    """Failures are remembered by name, and with a traceback the file's content would be, too."""
+
+    def frames() -> list[str]:
+        gc.collect()
+        found = [item for item in gc.get_objects() if isinstance(item, TracebackType)]
+        return [name for item in found if "aioengine" in (name := item.tb_frame.f_code.co_filename)]
+
+    def broken(number: int) -> Path:
+        folder = tmp_path / f"broken-{number}"
+        shutil.copytree(tiny.adapters["qv-only"], folder)
+        os.truncate(folder / WEIGHTS, os.path.getsize(folder / WEIGHTS) - 8)
+        return folder
+
+    async def fail(engine: AsyncEngine, number: int) -> None:
+        folder, name = broken(number), f"broken-{number}"
+        attempts: list[Callable[[], Awaitable[object]]] = [
+            lambda: engine.load_adapter(name, folder),
+            lambda: engine.load_adapter_files(name, *((folder / f).read_bytes() for f in (CONFIG, WEIGHTS))),
+            lambda: engine.complete([1, 2, 3], greedy(1), adapter=name),
+            lambda: asyncio.gather(*(engine.complete([1], greedy(1), adapter=name) for _ in range(3))),
+        ]
+        if number >= 2:
+            engine.register_adapter(name, folder)
+        with contextlib.suppress(AdapterInvalid):
+            await attempts[number]()
+            pytest.fail("it was read")
+
+    async with make_engine(tiny, max_loras=3, max_cpu_loras=4) as engine:
+        before = frames()
+        for number in range(4):
+            await fail(engine, number)
+            await until(lambda: frames() == before)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import copy
+from typing import NamedTuple, TypeVar
 
 from aioengine.errors import AdapterError
 
@@ -11,6 +12,24 @@ LONGEST_SECONDS = 30.0
 MAX_NAMES = 1024
 """Maximum number of remembered names. The oldest failures are forgotten first; those adapters are tried again
 at once."""
+
+
+E = TypeVar("E", bound=BaseException)
+
+
+def frameless(error: E) -> E:
+    """Return a copy of an error that is kept, or is raised because it was kept. Tracebacks, and those of its
+    causes, would keep all that their frames hold: the content of a file, the body of a request."""
+    found = copy.copy(error)
+    found.__cause__ = error.__cause__
+    causes, seen = [error.__cause__], set[int]()
+    while causes:
+        cause = causes.pop()
+        if cause is not None and id(cause) not in seen:
+            seen.add(id(cause))
+            cause.__traceback__ = None
+            causes += [cause.__cause__, cause.__context__]
+    return found
 
 
 class _Failure(NamedTuple):
@@ -28,8 +47,8 @@ class Failures:
         self._by_name: dict[str, _Failure] = {}
 
     def add(self, name: str, error: AdapterError, now: float) -> None:
-        """Count a failure. Those that waited for the same read say the same error at about the same time,
-        which counts once. (Later it is a new failure: an application may raise one error again and again.)"""
+        """Count a failure. ``error`` is kept, so it must be :func:`frameless`. Those that waited for the same
+        read say the same error at about the same time, which counts once."""
         last = self._by_name.get(name)
         if last is not None and last.error is error and now < last.at + FIRST_SECONDS:
             return
@@ -41,7 +60,7 @@ class Failures:
         self._by_name[name] = _Failure(count, error, now, now + pause)
 
     def times(self, name: str) -> int:
-        """Return the number of failures in a row."""
+        """Number of failures in a row."""
         failure = self._by_name.get(name)
         return 0 if failure is None else failure.times
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection, Sequence
 from aioengine import events
 from aioengine.core.adapters.arena import Arena, Window, rounded
 from aioengine.core.adapters.cpu_cache import CpuCache, Order, least_recently_used
-from aioengine.core.adapters.failures import Failures
+from aioengine.core.adapters.failures import Failures, frameless
 from aioengine.core.adapters.known import KnownAdapters
 from aioengine.core.adapters.mix import MixEntry
 from aioengine.core.adapters.moves import CopyMove, DropMove, LoadMove, Move, ReleaseMove, StopMove
@@ -382,9 +382,9 @@ class Residency:
     ) -> None:
         self.load_cancelled(entry)
         self.forget_want(entry)
-        if isinstance(error, AdapterError) and entry.is_wanted:  # what is loaded by name is always read
-            self.failures.add(entry.label, error, now)
         self._failed(entry, now, error, reason)
+        if isinstance(entry.error, AdapterError) and entry.is_wanted:  # what is loaded by name is always read
+            self.failures.add(entry.label, entry.error, now)
         lost = entry.found and not entry.pinned and reason in ("io", "invalid")
         if self._is_candidate(entry) or (lost and not entry.retired):
             self.retire(entry, now)
@@ -602,14 +602,14 @@ class Residency:
             self.want(entry, now)  # it comes back when there is room
 
     def _failed(self, entry: AdapterEntry, now: float, error: Exception, reason: events.LoadFailure) -> None:
-        entry.error = error
+        kept = entry.error = frameless(error)
         self._emit(
             events.AdapterFailed(
                 time=now,
                 adapter=entry.label,
                 version=entry.version,
                 reason=reason,
-                error=error,
+                error=kept,
             )
         )
 

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from aioengine import errors, events
 from aioengine.adapters.resolvers.base import AdapterResolver, is_plain_name, within
 from aioengine.adapters.resolvers.sources import AdapterSources
+from aioengine.core.adapters.failures import frameless
 from aioengine.runtime.loop import Stepper
 from aioengine.runtime.transfers import log_failure
 
@@ -185,7 +186,7 @@ class Resolution:
             self._stepper.report(_failure(lookup.key[0], error))
         if isinstance(error, (errors.AdapterInvalid, errors.AdapterLoadError)):
             failures = self._stepper.core.residency.failures
-            failures.add(lookup.key[0], error, asyncio.get_running_loop().time())
+            failures.add(lookup.key[0], frameless(error), asyncio.get_running_loop().time())
             log_failure(failures, lookup.key[0], error)
         self._stepper.ask_again(lookup.key[0])
         self._begin_next()

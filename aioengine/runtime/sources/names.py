@@ -10,6 +10,7 @@ from itertools import islice
 
 from aioengine.adapters.names import NAME_RULE
 from aioengine.adapters.resolvers.base import AdapterResolver
+from aioengine.core.adapters.failures import frameless
 from aioengine.core.state import AdapterEntry
 from aioengine.errors import AdapterError, AdapterNotFound
 from aioengine.runtime.loop import Stepper
@@ -122,18 +123,16 @@ class AdapterNames:
 
         def is_read() -> bool:
             if entry.error is not None and entry.wanted_since is None and not entry.digest:
-                raise entry.error
+                if isinstance(entry.error, AdapterError):
+                    self._residency.failures.add(entry.label, entry.error, _now())
+                raise frameless(entry.error)
             return bool(entry.digest) or entry.retired
 
         with self.reading(entry):
             if entry.wanted_since is None:
                 self._residency.want(entry, _now())
                 self._stepper.wake()
-            try:
-                await self._stepper.until(is_read, entry.label)
-            except AdapterError as error:
-                self._residency.failures.add(entry.label, error, _now())
-                raise
+            await self._stepper.until(is_read, entry.label)
 
     @contextmanager
     def reading(self, entry: AdapterEntry) -> Iterator[None]:
