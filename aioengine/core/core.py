@@ -19,11 +19,12 @@ from typing import NamedTuple
 from sortedcontainers import SortedDict
 
 from aioengine import events
-from aioengine.core.adapters.arena import Arena, rounded
+from aioengine.core.adapters.arena import Arena
 from aioengine.core.adapters.assembly import Assembly
+from aioengine.core.adapters.beside_pinned import adapters_shut_out, mixes_shut_out
 from aioengine.core.adapters.cpu_cache import least_recently_used
 from aioengine.core.adapters.merging import Merging
-from aioengine.core.adapters.mix import MixEntry, all_shut_out, fit_beside_pinned
+from aioengine.core.adapters.mix import MixEntry
 from aioengine.core.adapters.moves import Move
 from aioengine.core.adapters.placing import Placing
 from aioengine.core.adapters.residency import Residency
@@ -461,31 +462,11 @@ class Core:
         """Fail the requests for adapters that can never run, because pinned ones leave no slot, or no room in
         the slots' memory, and those for mixes whose parts cannot all be there at a time."""
         if self.queues.mixes:
-            for mix, never in all_shut_out(self.queues.mixes.values(), self.slots, self.cpu):
+            for mix, never in mixes_shut_out(self.queues.mixes.values(), self.slots, self.cpu):
                 self._fail_waiting(mix, now, never)
-        room = self.slots.room_beside_pinned() if self.residency.pins.count else inf
-        if room == inf:
-            return
-        pinned = [s.entry.label for s in self.slots.slots if s.entry is not None and s.entry.pinned]
-        for entry in list(self.queues.heads.values()):
-            if entry is None or entry.slot is not None or self._may_get_in(entry, room):
-                continue
-            where = "every slot holds a pinned adapter"
-            setting = "max_loras"
-            if room > 0:
-                where = f"it takes {entry.slot_nbytes:,} bytes, and pinned adapters leave {room:,} bytes"
-                where += "" if rounded(entry.slot_nbytes) > room else " in several pieces"
-                setting = "slot_memory"
-            text = f"adapter {entry.label!r} ({entry.path}) cannot get a slot, because {where} "
-            text += f"({', '.join(pinned)}); unpin one, or raise LoRAConfig.{setting}"
-            self._fail_waiting(entry, now, EngineOverloaded(text))
-
-    def _may_get_in(self, entry: AdapterEntry, room: float) -> bool:
-        """Whether an adapter may get a slot while pinned ones, which leave ``room`` bytes, stay."""
-        arena = self.slots.arena
-        if rounded(entry.slot_nbytes) > room:
-            return False
-        return arena is None or fit_beside_pinned([entry], self.slots, arena)
+        if self.residency.pins.count:
+            for entry, error in adapters_shut_out(self.queues.heads.values(), self.slots):
+                self._fail_waiting(entry, now, error)
 
     # Scheduling
 

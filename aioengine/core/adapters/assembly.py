@@ -32,7 +32,7 @@ from math import inf
 from operator import attrgetter
 
 from aioengine.core.adapters.arena import rounded
-from aioengine.core.adapters.mix import fits
+from aioengine.core.adapters.beside_pinned import fits
 from aioengine.core.adapters.residency import Residency
 from aioengine.core.adapters.slots import Slot
 from aioengine.core.border import Border

@@ -7,7 +7,7 @@ from itertools import chain
 
 from aioengine.core.adapters.arena import rounded
 from aioengine.core.adapters.assembly import Assembly
-from aioengine.core.adapters.mix import fit_beside_pinned
+from aioengine.core.adapters.beside_pinned import fit_beside_pinned
 from aioengine.core.adapters.residency import Residency
 from aioengine.core.adapters.room import find_room
 from aioengine.core.adapters.slots import Slot, SlotTable, may_leave
