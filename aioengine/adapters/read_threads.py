@@ -73,6 +73,7 @@ class ReadThreads:
         ended: asyncio.Future[None] = loop.create_future()
 
         def deliver(value: T | None, error: Exception | None) -> None:
+            nonlocal result
             thread.join()  # it ends at once; so it is gone when the caller sees the result
             self._running.pop(number, None)
             self._abandoned.pop(number, None)
@@ -83,6 +84,7 @@ class ReadThreads:
                 result.set_result(value)  # type: ignore[arg-type] # a T, for there is no error
             else:
                 result.set_exception(error)
+                del result  # it has the error, whose frames refer to this function: leave no cycle
 
         def body() -> None:
             value: T | None = None

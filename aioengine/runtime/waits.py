@@ -37,6 +37,7 @@ class Waits:
             del waiting[done]
             if not waiting and self._waiting.get(adapter) is waiting:
                 del self._waiting[adapter]
+            del done  # its error has this frame: leave no cycle, which would keep all callers' frames
 
     def heard(self, event: events.Event) -> None:
         """Check the callers that this event may concern."""
@@ -59,7 +60,7 @@ class Waits:
                 if happened():
                     done.set_result(None)
             except Exception as error:
-                done.set_exception(error)
+                done.set_exception(error.with_traceback(None))  # for it has this frame
 
     def fail(self, error: AioEngineError) -> None:
         """Fail all callers."""
