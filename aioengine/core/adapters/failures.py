@@ -60,7 +60,7 @@ class Failures:
         self._by_name[name] = _Failure(count, error, now, now + pause)
 
     def times(self, name: str) -> int:
-        """Number of failures in a row."""
+        """Return the number of failures in a row."""
         failure = self._by_name.get(name)
         return 0 if failure is None else failure.times
 
