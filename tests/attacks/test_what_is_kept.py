@@ -111,13 +111,13 @@ async def test_only_what_counts_is_kept_of_requests_that_wait(
                 for _ in range(LOOKS):
                     gc.collect()
                     grown = tracemalloc.get_traced_memory()[0] - before
-                    held = served.app._bodies.held - counted
-                    if grown - held <= MOST:
+                    told = served.app._bodies.held - counted
+                    if grown - told <= MOST:
                         break
                     await asyncio.sleep(0.01)
                 else:
-                    too_much.append((path, body[:200], grown, held))
-                print(f"{path} {body[:90]!r}: {grown} bytes, {held} counted")
+                    too_much.append((path, body[:200], grown, told))
+                print(f"{path} {body[:90]!r}: {grown} bytes, {told} counted")
                 sent.cancel()
                 await until(lambda waiting=waiting: served.engine.stats().waiting == waiting)
         finally:
