@@ -8,7 +8,6 @@ import os
 import shutil
 import struct
 import time
-import zipfile
 
 from benchmarks.attacks.target import CONFIG, WEIGHTS, Target, filled, statuses
 
@@ -28,34 +27,6 @@ async def many_dimensions(target: Target, count: int = 40_000, size: int = 2**63
 
 async def many_empty_dimensions(target: Target) -> str:
     return await many_dimensions(target, 2_000_001, 0)
-
-
-async def zip_bomb(target: Target) -> str:
-    import torch
-
-    folder = target.adapter("zip")
-    (folder / WEIGHTS).unlink()
-    torch.save({"a": torch.zeros(10)}, folder / "plain.bin")
-    with (
-        zipfile.ZipFile(folder / "plain.bin") as plain,
-        zipfile.ZipFile(folder / "adapter_model.bin", "w", zipfile.ZIP_DEFLATED) as bomb,
-    ):
-        for item in plain.namelist():
-            if item.endswith("/data/0"):
-                with bomb.open(item, "w", force_zip64=True) as file:
-                    for _ in range(128):
-                        file.write(bytes(2**24))
-            else:
-                bomb.writestr(item, plain.read(item))
-    return await target.load("zip")
-
-
-async def sparse_pickle(target: Target) -> str:
-    folder = target.adapter("sparse")
-    (folder / WEIGHTS).unlink()
-    (folder / "adapter_model.bin").touch()
-    os.truncate(folder / "adapter_model.bin", 2**31)
-    return await target.load("sparse")
 
 
 async def longer_than_its_header(target: Target) -> str:

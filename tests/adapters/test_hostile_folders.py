@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
 import re
 import shutil
 import struct
@@ -12,17 +11,14 @@ import tempfile
 import threading
 import time
 import tracemalloc
-import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file
 from support.peft_files import CONFIG, PREFIX, WEIGHTS, edit_config, make, read
 
 from aioengine.adapters.peft.fast_pack import KnownContents
@@ -243,118 +239,6 @@ def test_patterns_match_in_linear_time(adapter: Path, field: str, pattern: str) 
         if longest() < 0.1 and time.perf_counter() - began < 5:
             return
     raise AssertionError(f"{attempt + 1} times: the lock was held for {longest()} seconds")
-
-
-# torch.save files
-
-
-def as_bin(folder: Path) -> dict[str, torch.Tensor]:
-    tensors = load_file(folder / WEIGHTS)
-    (folder / WEIGHTS).unlink()
-    torch.save(tensors, folder / BIN)
-    return tensors
-
-
-def test_a_bin_file_says_the_same_however_its_tensors_lie(adapter: Path) -> None:
-    """Parameters, parts of a storage, transposed, expanded, and in the order of a module's state."""
-    expected = read(adapter)
-    tensors = as_bin(adapter)
-    shapes = {key: tensor.shape for key, tensor in tensors.items()}
-    large = torch.cat([tensor.flatten() for tensor in tensors.values()])
-    parts = large.split([tensor.numel() for tensor in tensors.values()])
-    for saved in (
-        {key: torch.nn.Parameter(tensor) for key, tensor in tensors.items()},
-        {key: part.view(shapes[key]) for key, part in zip(tensors, parts, strict=True)},
-        {key: tensor.T.contiguous().T for key, tensor in tensors.items()},
-    ):
-        torch.save(saved, adapter / BIN)
-        actual = read(adapter)
-        for place, pair in expected.tensors.items():
-            assert all(map(torch.equal, pair, actual.tensors[place]))
-    torch.save({key: torch.zeros(1).expand(shape) for key, shape in shapes.items()}, adapter / BIN)
-    assert all(not pair[0].any() for pair in read(adapter).tensors.values())
-
-
-def repack(folder: Path, change: Any, compression: int = zipfile.ZIP_STORED) -> None:
-    """The archive again, each record as ``change(name, data)`` gives it."""
-    with zipfile.ZipFile(folder / BIN) as archive:
-        records = {name: archive.read(name) for name in archive.namelist()}
-    with zipfile.ZipFile(folder / BIN, "w", compression) as archive:
-        for name, data in records.items():
-            for new, content in change(name, data):
-                archive.writestr(new, content)
-
-
-@pytest.mark.slow
-def test_a_bin_file_that_unpacks_to_more_than_it_is(adapter: Path) -> None:
-    as_bin(adapter)
-    repack(adapter, lambda name, data: [(name, data), (name + "x", bytes(1 << 26))], zipfile.ZIP_DEFLATED)
-    assert "compressed" in str(refusal(adapter))
-
-
-def test_a_sparse_bin_file(adapter: Path) -> None:
-    as_bin(adapter)
-    os.truncate(adapter / BIN, 2 << 30)
-    assert isinstance(refusal(adapter), AdapterInvalid)
-    with open(adapter / BIN, "wb") as file:
-        file.truncate(2 << 30)
-    assert isinstance(refusal(adapter), AdapterInvalid)
-
-
-def test_a_bin_file_with_an_unused_record(adapter: Path) -> None:
-    as_bin(adapter)
-    repack(
-        adapter, lambda name, data: [(name, data), *([("x/data/99", bytes(20 << 20))] * name.endswith("pkl"))]
-    )
-    assert "20971520" in str(refusal(adapter)) or "bytes for tensors" in str(refusal(adapter))
-
-
-def nested(levels: int) -> bytes:
-    """A pickle of {t: 0} with t a tuple of two tuples of two tuples ...; to hash it takes 2**levels steps."""
-    code = b"\x80\x02})"
-    for level in range(levels):
-        put = b"q" + bytes([level])
-        code += put + b"h" + bytes([level]) + b"\x86"
-    return code + b"K\x00s."
-
-
-PICKLES = {
-    "hash": nested(60),
-    "bytearray": pickle.dumps({"x": bytearray}, 2)[:-1] + b".",
-    "allocate": b"\x80\x02cbuiltins\nbytearray\n\x8a\x05\x00\x00\x00\x00\x10\x85R.",
-    "code": b"\x80\x02cos\nsystem\nX\x04\x00\x00\x00true\x85R.",
-    "empty": b"",
-    "no end": b"\x80\x02}",
-    "underflow": b"\x80\x02s.",
-    "unknown": b"\xff\xff",
-    "list": b"\x80\x02].",
-    "huge int": b"\x80\x02L" + b"9" * 100_000 + b"L\n.",
-    "many": b"\x80\x02" + b"}" * 900_000 + b".",
-}
-
-
-@pytest.mark.parametrize("name", PICKLES)
-def test_a_bin_file_describes_tensors_and_nothing_else(adapter: Path, name: str) -> None:
-    as_bin(adapter)
-    repack(adapter, lambda file, data: [(file, PICKLES[name] if file.endswith("data.pkl") else data)])
-    assert isinstance(refusal(adapter), AdapterInvalid)
-
-
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(data=st.data())
-def test_a_bin_file_with_changed_bytes_is_read_or_refused(saved: Path, data: st.DataObject) -> None:
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(shutil.copytree(saved, Path(name) / "sql"))
-        as_bin(folder)
-        content = bytearray((folder / BIN).read_bytes())
-        pickled = content.index(b"data.pkl")
-        for _ in range(data.draw(st.integers(1, 4))):
-            begin = data.draw(st.sampled_from([pickled, len(content) - 900]))
-            content[data.draw(st.integers(begin, min(begin + 900, len(content) - 1)))] = data.draw(
-                st.integers(0, 255)
-            )
-        (folder / BIN).write_bytes(content[: data.draw(st.sampled_from([len(content), len(content) - 7]))])
-        read_or_refuse(folder)
 
 
 def read_or_refuse(folder: Path, **options: Any) -> None:

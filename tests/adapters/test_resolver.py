@@ -397,13 +397,6 @@ async def test_what_is_missing(store: Any, tmp_path: Path) -> None:
             await resolver.resolve(name)
 
 
-async def test_old_weights_are_fetched_if_there_are_no_others(store: Any, tmp_path: Path) -> None:
-    store.pipe("/bucket/a/adapter_config.json", b"{}")
-    store.pipe("/bucket/a/adapter_model.bin", b"x")
-    folder = await FsspecResolver("memory://bucket", cache_dir=tmp_path).resolve("a")
-    assert {p.name for p in folder.iterdir()} == {"adapter_config.json", "adapter_model.bin"}
-
-
 async def test_sizes_are_bounded(store: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     put(store, "a", b"12345")
     with pytest.raises(AdapterInvalid, match="max_bytes"):

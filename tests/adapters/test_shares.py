@@ -52,11 +52,6 @@ def read_share(folder: Path, order: SlotOrder, **options: Any) -> PackedAdapter:
     return read(folder, target_modules=TARGETABLE_MODULES, order=order, **options)
 
 
-def to_pickle(folder: Path) -> None:
-    torch.save(load_file(folder / WEIGHTS), folder / "adapter_model.bin")
-    (folder / WEIGHTS).unlink()
-
-
 @pytest.mark.parametrize(("size", "fully_sharded"), MODES)
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.slow
@@ -72,8 +67,6 @@ def test_a_share_is_the_part_of_the_whole_that_the_slot_holds(
             check_share(packed, whole, order.layout)
         images = [build_image(order.layout, packed, {}, torch.float32) for packed in shares]
         assert torch.equal(images[0].data, images[1].data)
-    to_pickle(tmp_path)
-    check_share(read_share(tmp_path, order), whole, order.layout)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -231,8 +224,6 @@ def test_the_digest_is_that_of_a_rank_that_reads_everything(tmp_path: Path) -> N
     assert content_digest("sql", str(tmp_path), Event()) == (whole.digest, whole.version)
     os.utime(tmp_path / WEIGHTS, ns=(1, 1))
     assert read_share(tmp_path, order_of(1, 2, True)).version != whole.version
-    to_pickle(tmp_path)
-    assert content_digest("sql", str(tmp_path), Event()).digest == read(tmp_path).digest
     edit_config(tmp_path, inference_mode=False)
     assert content_digest("sql", str(tmp_path), Event()).digest != whole.digest
 

@@ -8,14 +8,11 @@ import os
 import shutil
 import struct
 import time
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
 import httpx
 import pytest
-import torch
-from safetensors.torch import load_file
 from support.bystander import bystander, memory
 from support.engine_fixtures import Tiny
 from support.peft_files import CONFIG, WEIGHTS, edit_config
@@ -39,19 +36,6 @@ def many_dimensions(folder: Path) -> None:
     header = {"a": {"dtype": "F32", "shape": [2**40] * 40_000, "data_offsets": [0, 0]}}
     raw = json.dumps(header).encode()
     (folder / WEIGHTS).write_bytes(struct.pack("<Q", len(raw)) + raw)
-
-
-def zip_bomb(folder: Path) -> None:
-    torch.save(load_file(folder / WEIGHTS), folder / "small")
-    (folder / WEIGHTS).unlink()
-    with (
-        zipfile.ZipFile(folder / "small") as small,
-        zipfile.ZipFile(folder / BIN, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as bomb,
-    ):
-        for info in small.infolist():
-            data = small.read(info)
-            bomb.writestr(info.filename, bytes(512 << 20) if info.filename.endswith("data/0") else data)
-    (folder / "small").unlink()
 
 
 def truncated(folder: Path) -> None:
@@ -84,7 +68,6 @@ HOSTILE: tuple[Callable[[Path], None], ...] = (
     slow_pattern,
     slow_rank_pattern,
     many_dimensions,
-    zip_bomb,
     truncated,
     sparse,
     pipe_for_weights,

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Container, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Container, Mapping, Sequence, Set
+from dataclasses import dataclass, replace
 from typing import NoReturn, TypeVar
 
 import msgspec
@@ -98,6 +98,20 @@ class PeftLoraConfig:
     the file has, in its order."""
     saved: frozenset[str]
     """Names or endings of the names of embeddings and heads that the file has as a whole."""
+    unmatched: str
+    """A regular expression that chooses modules and that RE2 does not take, with the reason: the file's
+    tensors say which modules the adapter is on. "" if there is none."""
+
+    def on(self, modules: Set[str]) -> PeftLoraConfig:
+        """Return the configuration with ``modules``, by their full names, as its targets."""
+        return replace(
+            self,
+            target_modules=frozenset(modules),
+            exclude_modules=frozenset(),
+            layers=frozenset(),
+            layer_patterns=(),
+            unmatched="",
+        )
 
     def tokens_of(self, module: str) -> tuple[int, ...]:
         """Return the trained tokens of a module."""
@@ -193,6 +207,13 @@ def parse_config(data: bytes, *, name: str, path: str) -> PeftLoraConfig:
             "target_modules is missing; expected a list of names, a regex or "
             f"{ALL_LINEAR!r}: save the adapter with PEFT again"
         )
+    try:
+        targets = None if target is None else _modules("target_modules", target, invalid)
+        excluded = _modules("exclude_modules", raw.get("exclude_modules") or [], invalid)
+        chosen = _layer_patterns(layer_patterns, invalid)
+        unmatched = ""
+    except PatternError as error:
+        targets, excluded, chosen, unmatched = None, frozenset(), (), str(error)
     use_dora = _bool("use_dora", raw.get("use_dora"), invalid)
     lora_bias = _bool("lora_bias", raw.get("lora_bias"), invalid)
     if use_dora and lora_bias:
@@ -211,17 +232,10 @@ def parse_config(data: bytes, *, name: str, path: str) -> PeftLoraConfig:
         use_rslora=_bool("use_rslora", raw.get("use_rslora"), invalid),
         rank_patterns=_patterns("rank_pattern", raw.get("rank_pattern"), _rank, invalid),
         alpha_patterns=_patterns("alpha_pattern", raw.get("alpha_pattern"), _number, invalid),
-        target_modules=None if target is None else _modules("target_modules", target, invalid),
-        exclude_modules=_modules("exclude_modules", raw.get("exclude_modules") or [], invalid),
+        target_modules=targets,
+        exclude_modules=excluded,
         layers=_layers(layers, invalid),
-        layer_patterns=_bounded(
-            "layers_pattern",
-            [
-                _regex("layers_pattern", pattern, invalid, before=r"(?:^|.*?\.)", after=r"\.(?:[0-9]+)\.")
-                for pattern in _strings("layers_pattern", layer_patterns, invalid)[: MAX_PATTERNS + 1]
-            ],
-            invalid,
-        ),
+        layer_patterns=chosen,
         use_dora=use_dora,
         lora_bias=lora_bias,
         ensure_weight_tying=_bool("ensure_weight_tying", raw.get("ensure_weight_tying"), invalid),
@@ -230,6 +244,7 @@ def parse_config(data: bytes, *, name: str, path: str) -> PeftLoraConfig:
         invocation=_invocation(raw, invalid),
         tokens=tokens,
         saved=saved,
+        unmatched=unmatched,
     )
 
 
@@ -319,15 +334,6 @@ def _strings(field: str, value: object, invalid: Invalid) -> list[str]:
     return value
 
 
-def _regex(
-    field: str, pattern: str, invalid: Invalid, *, before: str = "", after: str = "", whole: bool = False
-) -> Pattern:
-    try:
-        return Pattern(pattern, before=before, after=after, whole=whole)
-    except PatternError as error:
-        invalid(f"{field}: the regular expression {short(pattern)} {error}; name the modules instead")
-
-
 def _bounded(field: str, patterns: Sequence[Pattern], invalid: Invalid) -> tuple[Pattern, ...]:
     """Check the number of patterns: each is matched against each module."""
     if len(patterns) > MAX_PATTERNS or sum(not pattern.plain for pattern in patterns) > MAX_EXPRESSIONS:
@@ -335,10 +341,27 @@ def _bounded(field: str, patterns: Sequence[Pattern], invalid: Invalid) -> tuple
     return tuple(patterns)
 
 
+def _pattern(field: str, text: str, *, before: str = "", after: str = "", whole: bool = False) -> Pattern:
+    """Compile an expression; a PatternError names it and its field."""
+    try:
+        return Pattern(text, before=before, after=after, whole=whole)
+    except PatternError as error:
+        raise PatternError(f"{field}: RE2 does not take the expression {short(text)} ({error})") from error
+
+
 def _modules(field: str, value: object, invalid: Invalid) -> Pattern | frozenset[str]:
+    """Parse module names, or an expression. Raises PatternError."""
     if isinstance(value, str):
-        return _regex(field, value, invalid, whole=True)
+        return _pattern(field, value, whole=True)
     return frozenset(_strings(field, value, invalid))
+
+
+def _layer_patterns(value: object, invalid: Invalid) -> tuple[Pattern, ...]:
+    """Parse ``layers_pattern``. Raises PatternError."""
+    field = "layers_pattern"
+    texts = _strings(field, value, invalid)[: MAX_PATTERNS + 1]
+    found = [_pattern(field, text, before=r"(?:^|.*?\.)", after=r"\.(?:[0-9]+)\.") for text in texts]
+    return _bounded(field, found, invalid)
 
 
 def _layers(value: object, invalid: Invalid) -> frozenset[int]:
@@ -357,7 +380,10 @@ def _patterns(
     if not isinstance(value, dict):
         invalid(f"{field}={short(value)}: expected an object of module pattern -> value")
     keys = list(value)[: MAX_PATTERNS + 1]
-    patterns = [_regex(field, key, invalid, before=r"(.*\.)?(", after=")$") for key in keys]
+    try:
+        patterns = [_pattern(field, key, before=r"(.*\.)?(", after=")$") for key in keys]
+    except PatternError as error:
+        invalid(f"{error}; name the modules instead")
     return tuple(
         (pattern, check(f"{field}[{key[:80]!r}]", value[key], invalid))
         for key, pattern in zip(keys, _bounded(field, patterns, invalid), strict=True)

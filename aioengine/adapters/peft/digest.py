@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from threading import Event
 from typing import NamedTuple
 
-from aioengine.adapters.peft.folder import CONFIG_FILE
+from aioengine.adapters.peft.folder import CONFIG_FILE, SAFETENSORS_FILE
 from aioengine.adapters.peft.held import folder_of
 from aioengine.errors import AdapterChanged
 from aioengine.step import AdapterSource, MixFiles, MixPart
@@ -41,7 +41,7 @@ def content_digest(
     folder.check()
     sha = hashlib.sha256()
     piece = memoryview(bytearray(_PIECE_BYTES))
-    for file in (CONFIG_FILE, folder.weights_file()):
+    for file in (CONFIG_FILE, SAFETENSORS_FILE):
         with folder.open(file) as opened:
             for begin in range(0, opened.size, _PIECE_BYTES):
                 if unwanted.is_set():

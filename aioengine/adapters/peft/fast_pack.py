@@ -24,6 +24,9 @@ from aioengine.model.slots.image import SERIAL_ELEMENTS, ImageShape, image_memor
 from aioengine.model.slots.layout import SlotLayout
 from aioengine.model.spec import NO_LAYER
 
+MAX_WARNINGS = 64
+"""Maximum number of warnings about expressions that RE2 does not take."""
+
 
 class Contents(NamedTuple):
     """Contents of a safetensors file by its header, and which parts of it are read."""
@@ -65,6 +68,7 @@ class KnownContents:
     SIZE = 8
 
     def __init__(self) -> None:
+        self._said: set[str] = set()
         self._by_text: dict[tuple[PeftLoraConfig, bytes, int], Contents] = {}
         self._lock = Lock()
 
@@ -76,6 +80,13 @@ class KnownContents:
             while len(self._by_text) >= self.SIZE:
                 del self._by_text[next(iter(self._by_text))]
             self._by_text[key] = contents
+
+    def is_new(self, text: str) -> bool:
+        """Whether a warning is given for the first time. None is new after the first few."""
+        with self._lock:
+            new = text not in self._said and len(self._said) < MAX_WARNINGS
+            self._said |= {text} if new else set()
+        return new
 
 
 class Shortcut:

@@ -23,6 +23,11 @@ from aioengine.errors import AdapterInvalid, AdapterLoadError
 CONFIG_FILE = "adapter_config.json"
 SAFETENSORS_FILE = "adapter_model.safetensors"
 BIN_FILE = "adapter_model.bin"
+NO_WEIGHTS = (
+    f"there is no {SAFETENSORS_FILE}: save the adapter with PEFT's save_pretrained(..., "
+    f"safe_serialization=True). A {BIN_FILE} is not read; convert it with safetensors.torch.save_file("
+    f"torch.load({BIN_FILE!r}, weights_only=True), {SAFETENSORS_FILE!r})"
+)
 MAX_CONFIG_BYTES = 256 << 10
 """A longer configuration is neither fetched nor read."""
 
@@ -131,12 +136,6 @@ class AdapterFolder:
         """Version of the opened files' content, known without reading it."""
         return repr(sorted((file, *version) for file, version in self._versions.items()))
 
-    def weights_file(self) -> str:
-        """Return the name of the weights file, whether it exists or not."""
-        with self.progress:
-            safetensors = os.path.lexists(self._join(SAFETENSORS_FILE))
-            return BIN_FILE if not safetensors and os.path.lexists(self._join(BIN_FILE)) else SAFETENSORS_FILE
-
     def has(self, file: str) -> bool:
         """Return whether there is a file of this name, readable or not."""
         with self.progress:
@@ -184,11 +183,7 @@ class AdapterFolder:
                 )
 
     def missing(self, file: str) -> AdapterInvalid:
-        reason = (
-            why_no_adapter(self.path)
-            if file == CONFIG_FILE
-            else f"it has neither {SAFETENSORS_FILE} nor {BIN_FILE}; save the adapter with save_pretrained"
-        )
+        reason = why_no_adapter(self.path) if file == CONFIG_FILE else NO_WEIGHTS
         return AdapterInvalid(reason, name=self.name, path=self.path)
 
     def unreadable(self, what: str, error: OSError | ValueError) -> AdapterLoadError:

@@ -75,9 +75,6 @@ class HeldFolder(AdapterFolder):
     def check(self) -> None:
         pass
 
-    def weights_file(self) -> str:
-        return SAFETENSORS_FILE
-
     def has(self, file: str) -> bool:
         return file in (CONFIG_FILE, SAFETENSORS_FILE)
 

@@ -6,8 +6,8 @@ Everything here blocks and is meant for a loader thread; reading and hashing rel
 from __future__ import annotations
 
 import hashlib
-import math
-from collections.abc import Callable, Mapping
+import logging
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -24,9 +24,8 @@ from aioengine.adapters.peft.folding.fold import Fold
 from aioengine.adapters.peft.folding.parameters import ParameterFold
 from aioengine.adapters.peft.held import folder_of
 from aioengine.adapters.peft.pack import Packed, Packer, SlotOrder, contiguous
-from aioengine.adapters.peft.pickled_file import PickledFile
 from aioengine.adapters.peft.shard_reads import Cut
-from aioengine.adapters.peft.targets import Layout, Part, max_data_bytes
+from aioengine.adapters.peft.targets import Layout, Part, max_data_bytes, modules_of
 from aioengine.adapters.peft.weights_file import SafetensorsHeader, Weights, tensors_of
 from aioengine.adapters.read_threads import Progress
 from aioengine.errors import AdapterInvalid
@@ -36,8 +35,7 @@ from aioengine.model.slots.image import ImageShape
 from aioengine.model.slots.tokens import TrainedTokens
 from aioengine.step import HeldFiles
 
-_BIN_BYTES_BESIDE = 8 << 20
-"""Bytes that a ``torch.save`` file may hold beside its tensors: names, headers, alignment, unused data."""
+logger = logging.getLogger("aioengine")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -175,15 +173,20 @@ class _Reader:
         config = (
             fold.config if fold else parse_config(config_bytes, name=self.folder.name, path=self.folder.path)
         )
+        if config.unmatched and self.known.is_new(config.unmatched):
+            logger.warning(
+                "adapter %r (%s): %s: %s; the names of the file's tensors say which modules it is on",
+                self.folder.name,
+                self.folder.path,
+                folders.CONFIG_FILE,
+                config.unmatched,
+            )
         digest = hashlib.sha256(config_bytes)
-        name = self.folder.weights_file()
-        with self.folder.open(name) as file:
+        with self.folder.open(folders.SAFETENSORS_FILE) as file:
             if fold is not None:
                 packed = self._folded(file, fold, digest)
-            elif name == folders.SAFETENSORS_FILE:
-                packed = self._safetensors(file, config, digest)
             else:
-                packed = self._pickled(file, config, digest)
+                packed = self._safetensors(file, config, digest)
         pooling = self._pooling() if config.feature_extraction else None
         return packed, "" if self._shared else digest.hexdigest(), pooling, config.invocation
 
@@ -249,27 +252,7 @@ class _Reader:
             buffer.tensor, allow_nonfinite=self.allow_nonfinite, allocate=self.order.allocate
         )
 
-    def _pickled(self, file: folders.OpenFile, config: PeftLoraConfig, digest: hashlib._Hash) -> Packed:
-        layout = self._layout(config)
-        pickled = PickledFile(self.folder, file)
-        parts = layout.parts(file.name, {key: tensor.shape for key, tensor in pickled.tensors.items()})
-        held = sum(math.prod(tensor.shape) * tensor.dtype.itemsize for tensor in pickled.tensors.values())
-        if file.size > held + _BIN_BYTES_BESIDE:
-            self.folder.invalid(
-                f"{file.name}: has {file.size} bytes for tensors of {held} bytes; save the adapter again "
-                "with PEFT"
-            )
-        buffer = Buffer(file.size)
-        file.seek(0)
-        file.read_into(buffer.view)
-        digest.update(buffer.view)
-        return self._pack_whole(file, layout, parts, pickled.views(buffer))
-
     def _folded(self, file: folders.OpenFile, fold: Fold | ParameterFold, digest: hashlib._Hash) -> Packed:
-        if file.name != folders.SAFETENSORS_FILE:
-            self.folder.invalid(
-                f"{file.name}: save the adapter again with PEFT, as {folders.SAFETENSORS_FILE}"
-            )
         header = SafetensorsHeader.read(self.folder, file)
         entries = header.entries(self.folder, file)
         slot = self.order.layout
@@ -283,7 +266,7 @@ class _Reader:
         digest.update(header.raw)
         digest.update(buffer.view)
         tensors = folded.tensors(tensors_of(buffer, entries).tensors)
-        layout = self._layout(folded.config)
+        layout = self._layout(folded.config, tensors)
         parts = layout.parts(file.name, {key: tensor.shape for key, tensor in tensors.items()})
         return self._pack_whole(file, layout, parts, Weights(tensors, list(tensors.values())))
 
@@ -298,8 +281,10 @@ class _Reader:
             weights = Weights(tensors, list(tensors.values()))
         return self._packer(file, layout, parts, weights, cuts).pack()
 
-    def _layout(self, config: PeftLoraConfig) -> Layout:
+    def _layout(self, config: PeftLoraConfig, keys: Iterable[str]) -> Layout:
         slot = self.order.layout
+        if config.unmatched:
+            config = config.on(modules_of(keys))
         return Layout(self.folder, config, slot.spec, max_rank=slot.max_rank, target_modules=slot.modules)
 
     def _contents(
@@ -308,8 +293,10 @@ class _Reader:
         key = (config, header.raw, header.data_bytes)
         contents = self.known.get(key)
         if contents is None:
-            layout, entries = self._layout(config), header.entries(self.folder, file)
-            parts = layout.parts(file.name, {e.key: e.shape for e in entries})
+            entries = header.entries(self.folder, file)
+            shapes = {entry.key: entry.shape for entry in entries}
+            layout = self._layout(config, shapes)
+            parts = layout.parts(file.name, shapes)
             contents = Contents.of(self.order, self.dtype, entries, parts, layout)
             self.known.put(key, contents)
         return contents

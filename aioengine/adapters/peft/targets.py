@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple, NoReturn
 
 from aioengine.adapters.peft.config import PeftLoraConfig
@@ -98,6 +98,12 @@ _FOREIGN_KEYS = (
     ),
     (".bias", f"trained biases of the base model are not supported: {MERGE}"),
 )
+
+
+def modules_of(keys: Iterable[str]) -> set[str]:
+    """Return the names of the modules that a file's keys name."""
+    found = (_KEY.fullmatch(WRAPPERS.sub("", key)) for key in keys)
+    return {match[1] for match in found if match is not None}
 
 
 def max_data_bytes(spec: ModelSpec, max_rank: int, target_modules: Sequence[str]) -> int:

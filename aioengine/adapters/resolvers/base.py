@@ -14,16 +14,14 @@ from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from aioengine.adapters.peft.folder import BIN_FILE, CONFIG_FILE, MAX_CONFIG_BYTES, SAFETENSORS_FILE
+from aioengine.adapters.peft.folder import CONFIG_FILE, MAX_CONFIG_BYTES, SAFETENSORS_FILE
 from aioengine.adapters.read_threads import ReadThreads
 from aioengine.checks import format_bytes
 from aioengine.errors import AdapterLoadError, AdapterNotFound, ConfigError
 
 T = TypeVar("T")
 
-WEIGHTS_FILES = (SAFETENSORS_FILE, BIN_FILE)
-"""Names of weights files; the first that exists is read."""
-ADAPTER_FILES = (CONFIG_FILE, *WEIGHTS_FILES)
+ADAPTER_FILES = (CONFIG_FILE, SAFETENSORS_FILE)
 _URL_PART = re.compile(r"[\w.:+@=,~-]+(?: +[\w.:+@=,~-]+)*")
 MAX_THREADS = 256
 """Maximum look-ups of one resolver at once, abandoned ones included. There is at most one for each name;

@@ -8,8 +8,8 @@ import shutil
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from aioengine.adapters.peft.folder import CONFIG_FILE, MAX_CONFIG_BYTES
-from aioengine.adapters.resolvers.base import WEIGHTS_FILES, BlockingResolver, is_plain_name, too_large
+from aioengine.adapters.peft.folder import CONFIG_FILE, MAX_CONFIG_BYTES, NO_WEIGHTS, SAFETENSORS_FILE
+from aioengine.adapters.resolvers.base import BlockingResolver, is_plain_name, too_large
 from aioengine.adapters.resolvers.local_copies import LocalCopies
 from aioengine.checks import format_bytes, parse_bytes
 from aioengine.errors import AdapterError, AdapterInvalid, AdapterLoadError, AdapterNotFound, ConfigError
@@ -118,9 +118,9 @@ class FsspecResolver(BlockingResolver):
         if config is None:
             raise AdapterNotFound(f"there is no {CONFIG_FILE}{self._nothing_at_all()}", name=name, path=where)
         self._seen = True
-        weights = next((found for file in WEIGHTS_FILES if (found := self._info(folder, file))), None)
+        weights = self._info(folder, SAFETENSORS_FILE)
         if weights is None:
-            raise AdapterInvalid(f"there is none of {', '.join(WEIGHTS_FILES)}", name=name, path=where)
+            raise AdapterInvalid(NO_WEIGHTS, name=name, path=where)
         for found in (config, weights):
             if (reason := too_large(found.file, found.size, self._max_bytes)) is not None:
                 raise AdapterInvalid(reason, name=name, path=where)

@@ -20,7 +20,7 @@ from aioengine.adapters.peft.config import PeftLoraConfig, parse_config
 from aioengine.adapters.peft.folder import CONFIG_FILE, AdapterFolder
 from aioengine.adapters.peft.folding.fold import Folded
 from aioengine.adapters.peft.pack import contiguous
-from aioengine.adapters.peft.targets import WRAPPERS
+from aioengine.adapters.peft.targets import WRAPPERS, modules_of
 from aioengine.errors import AdapterTooLarge
 from aioengine.model.slots.layout import SlotLayout
 from aioengine.model.spec import BareParameter, ModelSpec
@@ -109,6 +109,7 @@ class ParameterFold:
         Raises AdapterInvalid, and AdapterTooLarge for a rank that no slot has room for.
         """
         spec, known = slot.spec, {WRAPPERS.sub("", key): key for key in shapes}
+        config = self.config.on(modules_of(shapes)) if self.config.unmatched else self.config
         found = list(self._parameters(spec))
         keys: dict[str, tuple[_Parameter, str]] = {}
         for parameter in found:
@@ -136,12 +137,12 @@ class ParameterFold:
         }
         for name in folded:
             place = spec.find_module(name)
-            if place is not None and not spec.is_bare(place[1]) and self.config.targets(name):
+            if place is not None and not spec.is_bare(place[1]) and config.targets(name):
                 self._folder.invalid(f"{CONFIG_FILE}: {name} is in {_FIELD} and in target_modules")
-        own = {field.name: getattr(self.config, field.name) for field in fields(PeftLoraConfig)}
-        own["r"] = max([self.config.r, *(rank for rank, _ in folded.values())])
+        own = {field.name: getattr(config, field.name) for field in fields(PeftLoraConfig)}
+        own["r"] = max([config.r, *(rank for rank, _ in folded.values())])
         return Folded(
-            _FoldedConfig(**own, folded=folded, as_trained=self.config),
+            _FoldedConfig(**own, folded=folded, as_trained=config),
             lambda tensors: dict(_tensors(tensors, keys)),
         )
 
