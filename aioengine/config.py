@@ -42,6 +42,10 @@ WAITING_BOUNDS = (
 
 _OTHER_TABLES = ("server", "fleet", "adapters")
 """Tables of a configuration file that are not the engine's."""
+REMOVED = {
+    "overlap": "it made nothing faster; leave it out, no token changes",
+}
+"""Fields of earlier versions, and what to do without them."""
 ALLOWED_RANKS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 320, 512)
 
 
@@ -179,10 +183,6 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """Propose tokens and check several of them in one step, which changes no token (docs/speculation.md).
     "ngram": from the request's own text; "suffix": also from earlier outputs of the same adapter and tenant.
     Only where the engine is batch-invariant."""
-    overlap: Literal["auto"] | bool = "auto"
-    """Whether the next step is formed, and given to the device, while a step computes (docs/overlap.md). It
-    changes no token. "auto": where it is faster, which has been seen nowhere yet, so it is off. True: the
-    engine does not start where it cannot be had."""
     bind_threads: bool = True
     """In the compiled CPU step, on several NUMA nodes whose cores the engine takes all of: each thread stays
     on a physical core while the step lasts, and weights are in the memory of the core that reads them. Where
@@ -351,6 +351,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         Raises ConfigError, which begins with ``source``, for an unknown field or a wrong value.
         """
         for key in values:
+            if key in REMOVED:
+                raise ConfigError(f"{source}: {key!r} was removed: {REMOVED[key]}")
             if key in LoRAConfig.__struct_fields__ and key not in cls.__struct_fields__:
                 raise ConfigError(f"{source}: {key!r} belongs to the table lora: put it below a line [lora]")
         lora = values.get("lora")
@@ -391,16 +393,6 @@ CONFLICTS = (
         lambda c: c.batch_invariant is True and c.device == "cuda",
         "batch_invariant=True: on CUDA the linears are cuBLAS's, whose order of sums depends on the batch; "
         "set device='cpu', or batch_invariant='auto'",
-    ),
-    Conflict(
-        lambda c: c.overlap is True and c.executor != "thread",
-        "overlap=True: executor={executor!r} is given one step at a time; set executor='thread', or "
-        "overlap='auto'",
-    ),
-    Conflict(
-        lambda c: c.overlap is True and c.speculation != "none",
-        "overlap=True: speculation={speculation!r} needs the tokens of a step to form the next one; set "
-        "overlap='auto', or speculation='none'",
     ),
     Conflict(
         lambda c: c.kv_cache_dtype == "int8" and c.device == "cuda",

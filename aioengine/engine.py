@@ -186,7 +186,6 @@ class AsyncEngine:
             self._core,
             built.device,
             timer=built.timer,
-            overlap=self.config.overlap is True,
             ahead=built.ahead,
         )
         timeout = None if self.config.lora is None else self.config.lora.load_timeout

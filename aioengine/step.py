@@ -2,8 +2,6 @@
 
 Nothing here refers to live objects, so that a step can cross a process boundary unchanged; only a request's
 ``params.constraint`` is its caller's object.
-
-The file is long because a step's parts refer to each other.
 """
 
 from __future__ import annotations
@@ -33,10 +31,6 @@ def most_blocks(tokens: int, block_size: int, chunk: int, window: int | None) ->
         return whole
     # The first block, and those that are partly behind the window or partly beyond the chunk.
     return min(whole, 2 + -(-(window + chunk - 1) // block_size))
-
-
-UNKNOWN = -1
-"""Stands for a token that the step before has not sampled yet."""
 
 
 class OutputView(Sequence[int]):
@@ -105,40 +99,6 @@ class OutputView(Sequence[int]):
         pairs = zip(self[same:], other[same:], strict=False)
         differs = (place for place, (mine, theirs) in enumerate(pairs, same) if mine != theirs)
         return next(differs, min(len(self), len(other)))
-
-
-class FollowedHistory(Sequence[int]):
-    """The first ``length`` tokens of ``base``, to which its owner may add at any time, and ``token``; no
-    copy."""
-
-    __slots__ = ("base", "length", "token")
-
-    def __init__(self, base: Sequence[int], length: int, token: int) -> None:
-        self.base, self.length, self.token = base, length, token
-
-    def __len__(self) -> int:
-        return self.length + 1
-
-    @overload
-    def __getitem__(self, index: int) -> int: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[int]: ...
-    def __getitem__(self, index: int | slice) -> int | list[int]:
-        if isinstance(index, slice):
-            first, end, step = index.indices(len(self))
-            if step != 1:
-                return [self[i] for i in range(first, end, step)]
-            last = [self.token] if first <= self.length < end else []
-            return [*self.base[first : min(end, self.length)], *last]
-        place = range(len(self))[index]
-        return self.token if place == self.length else self.base[place]
-
-
-def same_history(one: Sequence[int], other: Sequence[int]) -> bool:
-    """Whether both are of one request: then the longer one begins with the shorter one."""
-    # Not isinstance, which is slow for a Sequence, and this is asked for each row of a step.
-    one = one.base if type(one) is FollowedHistory else one
-    return one is (other.base if type(other) is FollowedHistory else other)
 
 
 class SequenceWork(NamedTuple):
@@ -269,9 +229,6 @@ class StepBatch(NamedTuple):
     """Rank of the adapter in each slot (0 where there is none), for all ``max_loras`` slots."""
     moves: Sequence[MemoryMove] = ()
     """Moves to carry out before the step, in order."""
-    follows: bool = False
-    """Whether each sequence has one token, and that is the token that the step before samples for it.
-    ``tokens`` then has ``UNKNOWN`` in its place, and ``history`` may end before it."""
     merged: int | None = None
     """uid of the adapter whose merged weights it uses; all sequences are that adapter's. None: it uses the
     base model's weights."""
@@ -303,21 +260,6 @@ class StepBatch(NamedTuple):
             slots.update([slot for slot, _ in self.counted.slots])
         used = tuple(sorted(slots - {-1}))
         return StepContents(sequences, len(used), prefill, decode, used, self.merged is not None)
-
-    def after(self, before: Sequence[SequenceWork], sampled: Sequence[Sampled | None]) -> StepBatch:
-        """Fill in the tokens, where this step follows one of the sequences ``before``, for which these were
-        ``sampled``. Histories end with them, whatever their owner adds meanwhile."""
-        found = zip(before, sampled, strict=True)
-        # A sequence without a token has ended, so that any token will do.
-        tokens = {row.request_id: max(token.token, 0) for row, token in found if token is not None}
-        work = []
-        for row in self.sequences:
-            token = tokens[row.request_id]
-            history = row.history
-            if row.params.changes_logits or not row.params.greedy:
-                history = FollowedHistory(history, row.start, token)
-            work.append(row._replace(tokens=(token,), history=history))
-        return self._replace(sequences=work, follows=False)
 
 
 class Sampled(NamedTuple):

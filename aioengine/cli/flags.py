@@ -86,8 +86,6 @@ class EngineFlags:
     """Weights of the linears in fewer bits: int8, int4 or fp8."""
     batch_invariant: Annotated[bool | None, _IN_MORE] = None
     """Refuse to start if a request's tokens would depend on its batch."""
-    overlap: Annotated[bool | None, _IN_MORE] = None
-    """Form the next step while a step computes."""
     bind_threads: Annotated[bool | None, _IN_MORE] = None
     """Keep each thread of a step on a core where there are several NUMA nodes."""
     speculation: Annotated[SpeculationName | None, _IN_MORE] = None

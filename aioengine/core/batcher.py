@@ -26,7 +26,7 @@ from aioengine.core.queues import RequestQueues
 from aioengine.core.speculation.drafts import Speculation
 from aioengine.core.state import Request, Status, label_of
 from aioengine.schedulers.policy import Location
-from aioengine.step import UNKNOWN, Decodes, SequenceWork, StepBatch
+from aioengine.step import Decodes, SequenceWork
 
 _Part = tuple[int, Request, SequenceWork]
 """A request in the batch: its slot, the request, and the range of tokens to compute."""
@@ -204,47 +204,6 @@ class Batcher:
         self.has_prompts = bool(forced) or len(work) > len(decodes)
         work.sort(key=_slot_of)
         return [request for _, request, _ in work], [part for _, _, part in work]
-
-    def follow(self, requests: Sequence[Request], step: StepBatch) -> list[SequenceWork] | None:
-        """Form the step after ``step``, which is in flight, with all of its ``requests``: each decodes the
-        token that ``step`` samples for it.
-
-        Returns None if one of them is not sure to decode then, or needs that token for more than its input,
-        or if they would take turns.
-        """
-        if self._turns is not None and len(self._turns.choose(list(requests), requests)) < len(requests):
-            return None
-        work: list[SequenceWork] = []
-        for request, before in zip(requests, step.sequences, strict=True):
-            params, start = request.params, before.start + len(before.tokens)
-            if (
-                not before.sample
-                or request.status is not Status.RUNNING
-                or start + 1 >= request.most_tokens  # it ends with that token
-                or params.constraint is not None
-                or params.has_penalties
-                or params.pooling is not None
-                or request.prompt_logprobs is not None
-                or request.slot_at(start) != before.slot
-                or not self._has_block_at(request, start)
-            ):
-                return None
-            work.append(
-                before._replace(
-                    tokens=(UNKNOWN,), start=start, block_table=request.blocks, history=request.tokens
-                )
-            )
-        return work
-
-    def _has_block_at(self, request: Request, position: int) -> bool:
-        """Give it a block for ``position`` if it has none there and one is free. Its list of blocks is then
-        another one, since a step that is in flight reads the one before."""
-        if position < len(request.blocks) * self.blocks.block_size:
-            return True
-        if self.border is not None or not self.blocks.can_allocate(1):
-            return False
-        request.blocks = [*request.blocks, *self.blocks.allocate(1)]
-        return True
 
     def _unfinished(
         self, forced: Sequence[Request], decodes: Sequence[Request], room: int, slot_ranks: Sequence[int]

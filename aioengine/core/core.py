@@ -71,7 +71,7 @@ class Core:
     ``timer`` and ``processor`` measure the policy's decisions; the core itself has no clock. ``costs`` tells
     policies how long steps and moves take, where that is known beforehand; otherwise times are measured. Each
     batch that ``schedule`` returns must come back through ``step_finished`` before ``schedule`` is called
-    again. While it is in flight, ``schedule_next`` may form the one batch that follows it.
+    again.
     """
 
     def __init__(
@@ -193,9 +193,7 @@ class Core:
         """Value of ``_changes`` when pinned adapters were last placed."""
         self._deadlines: SortedDict[tuple[float, int], Request] = SortedDict()
         self._in_flight: list[Request] = []
-        """The requests of the step in flight or, if there are two, of the first one."""
-        self._following: list[Request] = []
-        """The requests of the second step in flight; they are among those of the first one."""
+        """The requests of the step in flight."""
         self._repeated: list[Request] = []
         """The requests of the steps that ``steps_finished`` took in last."""
         self._zombies: list[Request] = []
@@ -539,44 +537,6 @@ class Core:
             room -= able
         return admit
 
-    def schedule_next(self, batch: StepBatch, now: float) -> StepBatch | None:
-        """Form the step after ``batch``, which is in flight, before its tokens are known.
-
-        That is done only where ``schedule`` would find nothing to decide: nobody waits, the policy has said
-        that it has nothing to do, and all requests decode. Returns None otherwise. If a request ends with
-        ``batch``, what the next step computes for it is dropped. The step must come back through
-        ``step_finished`` after ``batch``, or be given up by ``take_back``.
-        """
-        assert not self._following
-        if (
-            not self._in_flight  # it only moves memory
-            or self._speculation is not None
-            or self.queues
-            or self._zombies
-            or self.placing.pinned_wait
-            or len(self._in_flight) != len(self.running)
-            or not self.guard.is_quiet(now, self._changes)
-        ):
-            return None
-        due = self.next_due()
-        if due is not None and due <= now:
-            return None
-        if self.batcher.repeated is not None:  # tables of blocks become other ones
-            self.batcher.repeated.spoil()
-        work = self.batcher.follow(self._in_flight, batch)
-        if work is None:
-            return None
-        self.now = now
-        self._following = self._in_flight
-        self._begin(work)
-        return StepBatch(self.step, work, batch.slot_ranks, follows=True, merged=batch.merged)
-
-    def take_back(self) -> None:
-        """Give up the batch of ``schedule_next``, which no device has begun."""
-        assert self._following
-        self._following = []
-        self.step -= 1
-
     def _reject(self, request: Request, reason: str, now: float) -> None:
         """End a request by the policy's decision, if it has never run."""
         if request.status is not Status.WAITING or request.admitted is not None:
@@ -588,7 +548,6 @@ class Core:
     def step_lost(self) -> None:
         """Note that what is in flight is lost. Blocks and slots of its ended requests are released."""
         self._in_flight = []
-        self._following = []
         if self.batcher.counted is not None:
             self.batcher.counted.in_flight = False
             self.batcher.counted.leave_all()
@@ -615,6 +574,10 @@ class Core:
         """Return the time when ``schedule`` must be called even if nothing else happens."""
         times = self.next_deadline(), self.placing.next_retry(self.now), self.blocks.pins.next_end
         return min((at for at in times if at is not None), default=None)
+
+    def next_ask(self) -> float:
+        """Return the time before which the policy has nothing to decide, unless something happens."""
+        return self.guard.quiet_until(self._changes)
 
     def next_deadline(self) -> float | None:
         """Return the earliest deadline of a request."""
@@ -696,13 +659,10 @@ class Core:
         self.learn(batch, result.seconds)
         ending = self._counted_ending()
         self._counted_ended(batch, (now,))
-        requests, self._in_flight, self._following = self._in_flight, self._following, []
+        requests, self._in_flight = self._in_flight, []
         ended, self._zombies = self._zombies, []
         for request in ended:
-            if request in self._in_flight:
-                self._zombies.append(request)
-            else:
-                self.batcher.release(request)
+            self.batcher.release(request)
         if ending:  # nothing else was in the step, but what is counted
             requests, batch = ending, batch._replace(sequences=[decode_row(request) for request in ending])
             result = StepResult([self._last_token(request) for request in ending], result.seconds)
@@ -721,7 +681,6 @@ class Core:
             or self.border is not None
             or self.blocks.window is not None  # blocks are given back from step to step
             or self._zombies
-            or self._following
             or self._costs.learner is not None
             or len(self._in_flight) + _sequences(batch.counted) != len(self.running)
         ):

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Callable, Generator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from aioengine.errors import EngineDead
 from aioengine.memory_plan import MemoryPlan
@@ -12,15 +12,6 @@ from aioengine.step import LoadedAdapter, ReadOrder, StepBatch, StepResult
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-
-class QueuedStep(Protocol):
-    """A step that a device will run after the one before. Awaiting it gives its result."""
-
-    def __await__(self) -> Generator[Any, None, StepResult]: ...
-
-    def take_back(self) -> bool:
-        """Give it up if it has not begun; returns whether it was given up."""
 
 
 class Device(ABC):
@@ -37,8 +28,6 @@ class Device(ABC):
     """Names of the kernels that compute the steps, for display."""
     variance: str | None = None
     """Reason why a token's bits depend on its batch; None if they do not."""
-    overlaps: bool = False
-    """Whether it has ``queue``, by which a step may be given to it while one is in flight."""
     can_restart: bool = False
     """Whether ``restart`` may bring it back."""
 
@@ -67,13 +56,6 @@ class Device(ABC):
         already, and the engine would be dead.
         """
         return False
-
-    def queue(self, batch: StepBatch) -> QueuedStep:
-        """Run one step after the one in flight, if there is one; ``batch`` may follow that one.
-
-        Used with ``EngineConfig.overlap``, where ``overlaps``: the next step is formed while one computes.
-        """
-        raise NotImplementedError
 
     @abstractmethod
     async def load(self, order: ReadOrder) -> LoadedAdapter:

@@ -8,10 +8,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Awaitable, Callable, Generator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from aioengine.adapters.loader import AdapterLoader
 from aioengine.errors import DeviceError, EngineDead
@@ -29,45 +28,6 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-class ThreadStep:
-    """A :class:`~aioengine.executors.base.QueuedStep`."""
-
-    def __init__(self, thread: ThreadPoolExecutor, work: Callable[[], StepResult]) -> None:
-        # Not asyncio.wrap_future, which takes several times as long.
-        self._loop = asyncio.get_running_loop()
-        self._done: asyncio.Future[StepResult] = self._loop.create_future()
-        self._queued = thread.submit(self._run, work)
-        self._done.add_done_callback(self._ended)
-
-    def _run(self, work: Callable[[], StepResult]) -> None:
-        try:
-            result = work()
-        except BaseException as error:
-            self._tell(self._done.set_exception, _as_failure(error))
-        else:
-            self._tell(self._done.set_result, result)
-
-    def _tell(self, end: Callable[[Any], None], value: object) -> None:
-        with contextlib.suppress(RuntimeError):  # the loop is closed
-            self._loop.call_soon_threadsafe(self._end, end, value)
-
-    def _end(self, end: Callable[[Any], None], value: object) -> None:
-        if not self._done.done():
-            end(value)
-
-    def _ended(self, done: asyncio.Future[StepResult]) -> None:
-        if done.cancelled():
-            self._queued.cancel()
-        else:
-            done.exception()  # if the step before has failed, nobody waits for this one, which fails as well
-
-    def __await__(self) -> Generator[Any, None, StepResult]:
-        return self._done.__await__()
-
-    def take_back(self) -> bool:
-        return self._queued.cancel() and self._done.cancel()
-
-
 def _as_failure(error: BaseException) -> Exception:
     """Return what a step raised. An error that a future does not take (StopIteration), or that would end the
     loop without a word to anybody who waits (all that are no Exception), is the cause of another one."""
@@ -80,8 +40,6 @@ def _as_failure(error: BaseException) -> Exception:
 
 class ThreadDevice(Device):
     """Steps in one thread, copies into slots in another, and each read of ``loader`` in its own."""
-
-    overlaps = True
 
     def __init__(self, runner: ModelRunner, loader: AdapterLoader) -> None:
         self.runner = runner
@@ -96,7 +54,18 @@ class ThreadDevice(Device):
         self._merge_thread = ThreadPoolExecutor(1, thread_name_prefix="aioengine-merge")
 
     async def execute(self, batch: StepBatch) -> StepResult:
-        return await self.queue(batch)
+        done: asyncio.Future[StepResult] = asyncio.get_running_loop().create_future()
+
+        def ended(result: StepResult | Exception) -> None:
+            if done.done():
+                return
+            if isinstance(result, Exception):
+                done.set_exception(result)
+            else:
+                done.set_result(result)
+
+        self.begin(batch, ended)
+        return await done
 
     def begin(self, batch: StepBatch, ended: Callable[[StepResult | Exception], None]) -> bool:
         self._step_thread.submit(self._run, batch, ended, asyncio.get_running_loop())
@@ -115,9 +84,6 @@ class ThreadDevice(Device):
             result = _as_failure(error)
         with contextlib.suppress(RuntimeError):  # the loop is closed
             loop.call_soon_threadsafe(ended, result)
-
-    def queue(self, batch: StepBatch) -> ThreadStep:
-        return ThreadStep(self._step_thread, partial(self._step, batch))
 
     def _step(self, batch: StepBatch) -> StepResult:
         with typed_failures():

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from aioengine.kernels.transfer import send
 from aioengine.request import SamplingParams
-from aioengine.step import SequenceWork, same_history
+from aioengine.step import SequenceWork
 
 
 class SeenTokens:
@@ -101,7 +101,7 @@ class CountTables:
         before, self._rows, fresh = self._rows, {}, []
         for _, work in active:
             row = before.get(work.request_id)
-            if row is not None and same_history(row.history, work.history):
+            if row is not None and row.history is work.history:
                 self._rows[work.request_id] = row
             else:  # also another request of that id
                 fresh.append(work)
@@ -174,7 +174,7 @@ class Penalties:
         for i, row in enumerate(rows):
             if row.params.has_penalties:
                 seen = self._seen.get(row.request_id) or before.get(row.request_id)
-                if seen is None or not same_history(seen.history, row.history):  # another request of that id
+                if seen is None or seen.history is not row.history:  # another request of that id
                     seen = SeenTokens(row.history)
                 seen.update(row.history, row.prompt_len)
                 self._seen[row.request_id] = seen

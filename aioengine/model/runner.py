@@ -299,8 +299,6 @@ class ModelRunner:
         """Run one step: sample a token for the sequences that ask for one, and score tokens for those that
         ask for that, on rank 0."""
         began = time.perf_counter()
-        if batch.follows:
-            batch = batch.after(*self._last)
         again = self._decode_again(batch)
         if again is not None:
             self._last = batch.sequences, again

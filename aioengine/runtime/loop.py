@@ -13,17 +13,18 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
+from math import inf
 from typing import Any, Protocol
 
 from aioengine import events
 from aioengine.core import Core, DropMove, StopMove
 from aioengine.core.state import Request, Status
 from aioengine.errors import EngineDead, EngineStopped
-from aioengine.executors.base import Device, QueuedStep
+from aioengine.executors.base import Device
 from aioengine.runtime.event_stream import NO_TIME, Decided, Listener, Listeners, NoteSteps, Took
 from aioengine.runtime.transfers import AdapterMoves
 from aioengine.runtime.waits import Waits
-from aioengine.runtime.watches import IdleWatch, LoopLagMeter
+from aioengine.runtime.watches import IDLE_WARNING_SECONDS, IdleWatch, LoopLagMeter
 from aioengine.step import StepBatch, StepResult
 
 logger = logging.getLogger("aioengine")
@@ -33,7 +34,7 @@ _LOOKED_AT = frozenset(
 )
 """Events after which the loop itself has something to do."""
 POLICY_RETRY_SECONDS = 0.05
-"""Pause before a policy is asked again, if it admitted nothing although nothing runs or loads."""
+"""Pause before a policy is asked again, if requests wait and nothing runs."""
 
 
 class Ahead(Protocol):
@@ -62,11 +63,7 @@ MakeAhead = Callable[[Core, NoteSteps, Callable[[], None]], Ahead]
 
 
 class Stepper:
-    """Drives a core with a device.
-
-    With ``overlap`` the core forms a step while the one before computes, where that is possible; any change
-    to the core takes it back if it has not begun.
-    """
+    """Drives a core with a device."""
 
     def __init__(
         self,
@@ -74,7 +71,6 @@ class Stepper:
         device: Device,
         *,
         timer: Callable[[], float] = time.perf_counter,
-        overlap: bool = False,
         ahead: MakeAhead | None = None,
     ) -> None:
         self.core = core
@@ -82,10 +78,6 @@ class Stepper:
         self.dead: EngineDead | None = None
         self._device = device
         self._timer = timer
-        self._overlap = overlap and device.overlaps
-        self._next: tuple[StepBatch, QueuedStep, float] | None = None
-        """A step that was given to the device while the one before was in flight, and the seconds that it
-        took to form it."""
         self._ahead = None if ahead is None else ahead(core, self._note_steps, self.publish)
         """None: time goes on while the loop is busy."""
         self._moves = AdapterMoves(core, device, changed=self._moved)
@@ -116,10 +108,8 @@ class Stepper:
         if self.dead is not None:
             self._free_retired()
             return
-        if not (arrived and self._ahead is not None and self._ahead.goes_on()):
-            self._take_back()
-            if self._ahead is not None:
-                self._ahead.interrupt()
+        if self._ahead is not None and not (arrived and self._ahead.goes_on()):
+            self._ahead.interrupt()
         self.publish()
         self._wake.set()
 
@@ -208,7 +198,7 @@ class Stepper:
         if self._ahead is not None and await self._ahead.run(batch, decided):
             return
         over: asyncio.Future[None] = loop.create_future()
-        if not self._overlap and self._begin(over, batch, decided):
+        if self._begin(over, batch, decided):
             try:
                 await over
             except EngineDead as error:
@@ -217,27 +207,16 @@ class Stepper:
             finally:
                 self._step_began = None
             return
-        running = self._device.queue(batch) if self._overlap else self._device.execute(batch)
-        while True:
-            self._step_began = loop.time()
-            if self._overlap:
-                self._queue_next(batch)
-            try:
-                result = await running
-            except EngineDead as error:
-                self._next = None
-                self._step_began = None
-                await self._recover(error)
-                return
-            finally:
-                self._step_began = None
-            following, self._next = self._next, None  # it cannot be taken back any more
-            self._finished(batch, result, decided)
-            if following is None:
-                return
-            batch, running, seconds = following
-            decided = seconds, 0.0
-            await asyncio.sleep(0)  # it may be done already, and readers get each token before the next
+        self._step_began = loop.time()
+        try:
+            result = await self._device.execute(batch)
+        except EngineDead as error:
+            self._step_began = None
+            await self._recover(error)
+            return
+        finally:
+            self._step_began = None
+        self._finished(batch, result, decided)
 
     def _decide(self, loop: asyncio.AbstractEventLoop) -> tuple[StepBatch | None, Decided]:
         """Ask the core for the next step, and begin the moves that it wants."""
@@ -284,19 +263,6 @@ class Stepper:
         except Exception as error:
             over.set_exception(error)
 
-    def _queue_next(self, batch: StepBatch) -> None:
-        """Give the device the step after ``batch`` as well, if it is certain already."""
-        start = self._timer()
-        following = self.core.schedule_next(batch, asyncio.get_running_loop().time())
-        if following is not None:
-            self._next = following, self._device.queue(following), self._timer() - start
-
-    def _take_back(self) -> None:
-        """Have the core decide anew, unless the step that it has formed runs already."""
-        if self._next is not None and self._next[1].take_back():
-            self._next = None
-            self.core.take_back()
-
     def _finished(self, batch: StepBatch, result: StepResult, decided: Decided) -> None:
         now = asyncio.get_running_loop().time()
         took = now, result.seconds, self.core.step_finished(batch, result, now)
@@ -312,8 +278,9 @@ class Stepper:
         """Sleep until something happens or is due."""
         due = self.core.next_due()
         timeout = None if due is None else max(due - loop.time(), 0.0)
-        if self.core.queues and not self._moves.under_way:
-            timeout = POLICY_RETRY_SECONDS if timeout is None else min(timeout, POLICY_RETRY_SECONDS)
+        if self.core.queues:
+            ask = max(self.core.next_ask() - loop.time(), POLICY_RETRY_SECONDS)
+            timeout = min(ask, IDLE_WARNING_SECONDS, inf if timeout is None else timeout)
         await self._woken(timeout)
 
     async def _woken(self, within: float | None) -> None:

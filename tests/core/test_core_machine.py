@@ -206,33 +206,6 @@ class CoreMachine(RuleBasedStateMachine):
                 self.in_flight = [(slot.entry, slot.offset) for slot in slots]
         sim.now += seconds
 
-    @rule(steps=st.integers(3, 16), seconds=st.sampled_from([0.01, 0.2]))
-    def overlap(self, steps: int, seconds: float) -> None:
-        """Each step is formed while the one before is in flight, where that can be done. The last two of them
-        may be in flight when the next rule comes."""
-        sim = self.sim
-        for _ in range(steps):
-            before = sim.batch
-            if before is None:
-                self.step(seconds)
-            elif sim.following is not None:
-                self.step(seconds)
-                self.holds()
-            else:
-                following = sim.schedule_next()
-                if following is None:
-                    self.step(seconds)
-                    continue
-                for work, last in zip(following.sequences, before.sequences, strict=True):
-                    assert (work.request_id, work.slot) == (last.request_id, last.slot)
-                    assert work.start == last.start + len(last.tokens)
-                assert following.merged == before.merged
-
-    @precondition(lambda self: self.sim.following is not None)
-    @rule()
-    def take_the_next_step_back(self) -> None:
-        self.sim.take_back()
-
     @precondition(
         lambda self: self.seen and self.sim.core.border is None and self.sim.core.blocks.window is None
     )
@@ -367,9 +340,7 @@ class CoreMachine(RuleBasedStateMachine):
         cpu = {e.uid for e in self.sim.core.cpu.entries.values() if e.location is not Location.LOADING}
         assert cpu <= self.sim.on_cpu
         free = core.blocks.free
-        for batch in (self.sim.batch, self.sim.following):
-            if batch is None:
-                continue
+        if (batch := self.sim.batch) is not None:
             for work in batch.sequences:  # what it reads and writes is not given to anybody else
                 assert free.isdisjoint(work.block_table)
                 for index in work.used:

@@ -251,19 +251,6 @@ def test_a_lost_device_has_lost_the_merged_weights() -> None:
         assert batch is None or batch.merged is None
 
 
-def test_a_step_that_follows_uses_the_same_weights() -> None:
-    sim, wanted = sim_of("a")
-    entry = merged(sim, wanted, "a")
-    sim.core.guard.change(FCFS())
-    sim.settle()
-    batch = sim.schedule()
-    following = sim.schedule_next()
-    assert batch is not None and following is not None
-    assert batch.merged == following.merged == entry.uid
-    sim.finish_step()
-    sim.finish_step()
-
-
 @pytest.mark.parametrize("merges", [False, True])
 def test_measured_costs_of_a_merge_and_of_merged_steps(merges: bool) -> None:
     sim, wanted = sim_of("a", limits=LIMITS._replace(merges=merges))

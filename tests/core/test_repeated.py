@@ -40,17 +40,12 @@ def driven(seed: int, *, repeats: bool) -> tuple[list[Any], int]:
         if batch is None:
             continue
         repeated += type(batch.sequences) is Decodes
-        following = None
-        if rng.random() < 0.15:
-            following = sim.schedule_next()
         if rng.random() < 0.03 and sim.core.running:
             sim.core.end(rng.choice(list(sim.core.running.values())), "abort", sim.now)
         rows = [_plain(row) for row in batch.sequences]
         steps.append((batch._replace(sequences=rows), batch.contents()))
         sim.finish_step(seconds=0.001 * len(rows))
         steps.append(sim.intervals)
-        if following is not None and sim.batch is not None:
-            sim.finish_step()
         sim.core.check()
     steps.append((sim.ended, [type(event) for event in sim.events]))
     return steps, repeated

@@ -116,26 +116,6 @@ def test_none_stands_still(machine: Machine, slowness: float, rows: list[int], s
         sim.core.check()
 
 
-def test_they_begin_also_while_steps_are_formed_ahead() -> None:
-    """Nothing else than the length of the steps ends a row of steps of which each was formed before the one
-    before it has ended."""
-    sim = flooded(MIDDLING, 0.1, 40)
-    own = sim.prompt(20, 400, tenant="own")
-    while own.first_token is None:
-        sim.one_step()
-    ahead, rows = 0, list[int]()
-    for step in range(60):
-        sim.slowness = 0.1 if step < 20 else 20.0
-        batch = sim.batch or sim.schedule()
-        assert batch is not None
-        ahead += sim.schedule_next() is not None
-        rows.append(len(batch.sequences))
-        sim.finish_step(sim.machine.seconds(list(batch.sequences), list(batch.slot_ranks)) * sim.slowness)
-        sim.core.check()
-    assert ahead > 15 and set(rows[:20]) == {41}
-    assert max(rows[40:]) < 20, rows
-
-
 @SETTINGS
 @given(machine=MACHINES, slowness=SLOWNESS, tenants=st.integers(1, 8), each=st.integers(1, 8))
 def test_equals_run_together(machine: Machine, slowness: float, tenants: int, each: int) -> None:

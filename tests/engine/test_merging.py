@@ -33,7 +33,6 @@ PATHS: dict[str, dict[str, Any]] = {
     "compiled": {"block_size": 16},
     "int8-adapters": {"block_size": 16, "lora_dtype": "int8"},
     "shared-memory": {"block_size": 16, "slot_memory": "shared", "kv_cache_memory": "2MiB"},
-    "overlap": {"block_size": 16, "overlap": True},
 }
 
 

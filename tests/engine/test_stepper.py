@@ -20,6 +20,7 @@ from aioengine.runtime.loop import Stepper
 from aioengine.runtime.watches import IDLE_WARNING_SECONDS
 from aioengine.schedulers import Decision, SchedulerPolicy, SchedulerView
 from aioengine.schedulers.policies.fcfs import FCFS
+from aioengine.schedulers.policy import Location
 from aioengine.step import LoadedAdapter, ReadOrder
 
 
@@ -90,6 +91,39 @@ def test_a_wait_that_ends_is_not_reported(caplog: pytest.LogCaptureFixture) -> N
     with caplog.at_level(logging.WARNING, logger="aioengine"):
         run(policy, main)
     assert not caplog.messages
+
+
+class HoldsBack(FCFS):
+    """Reads adapters at once, and places each only when a request has waited a second for it."""
+
+    def schedule(self, view: SchedulerView) -> Decision:
+        decision = super().schedule(view)
+        since = {place.adapter: view.adapters[place.adapter].oldest_arrival for place in decision.place}
+        due = {name for name, arrival in since.items() if arrival is not None and view.now >= arrival + 1}
+        return decision._replace(
+            place=[place for place in decision.place if place.adapter in due],
+            prefetch=[*decision.prefetch, *(name for name in since if name not in due)],
+        )
+
+
+def test_a_policy_that_waits_is_asked_again_although_a_read_has_just_ended() -> None:
+    class Reads(Steady):
+        async def load(self, order: ReadOrder) -> LoadedAdapter:
+            await asyncio.sleep(0.2)
+            return LoadedAdapter(4, 100, "digest", 0.2)
+
+        async def place(self, uid: int, slot: int, offset: int | None = None) -> float:
+            return 0.0
+
+    async def main(stepper: Stepper) -> None:
+        stepper.core.residency.publish(stepper.core.residency.declare("a", "/a"), 0.0)
+        add(stepper, "r", "a")
+        await asyncio.sleep(0.99)
+        assert stepper.core.residency.current["a"].location is Location.CPU
+        await asyncio.sleep(0.16)
+        assert not stepper.core.requests
+
+    run(HoldsBack(), main, Reads())
 
 
 def test_retries_are_told_while_the_load_goes_on_in_virtual_time() -> None:

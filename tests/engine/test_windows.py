@@ -29,7 +29,6 @@ NEW = 40
     ("backend", "block_size", "options"),
     [
         ("cpu", 16, {}),
-        ("cpu", 16, {"overlap": True}),
         ("torch", 4, {}),
         ("cpu", 16, {"speculation": "ngram"}),
         ("cpu", 16, {"executor": "process"}),

@@ -29,7 +29,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_no_access_races_with_another(model: Path, slots: str, played: bool) -> None:
     steps = placed = preempted = moved = 0
     for seed in range(SEEDS):
-        sim = run(model, slots, seed, played=played, actions=120 if slots != SHARED else 600)
+        sim = run(model, slots, seed, played=played, actions=200 if slots != SHARED else 600)
         steps, placed = steps + sim.core.step, placed + len(sim.of(AdapterPlaced))
         preempted += sim.core.batcher.preemptions
         moved += sim.moves.total()

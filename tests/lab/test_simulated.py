@@ -21,6 +21,8 @@ from aioengine.lab.simulation.clock import run_in_virtual_time
 from aioengine.lab.simulation.engine import SimulatedEngine
 from aioengine.lab.simulation.transfers import Processor, SharedStage
 from aioengine.lab.workload.requests import AdapterShape
+from aioengine.schedulers import Decision, SchedulerView
+from aioengine.schedulers.policies.fcfs import FCFS
 
 # Transfers
 
@@ -257,3 +259,27 @@ def test_stopped_in_the_middle_of_everything() -> None:
         assert [type(error).__name__ for error in errors] == ["EngineStopped"] * 3
 
     on_engine(main)
+
+
+class HoldsBack(FCFS):
+    """Places an adapter only when a request has waited a while for it; reads it at once."""
+
+    def schedule(self, view: SchedulerView) -> Decision:
+        decision = super().schedule(view)
+        since = {place.adapter: view.adapters[place.adapter].oldest_arrival for place in decision.place}
+        due = {name for name, arrival in since.items() if arrival is not None and view.now >= arrival + 3}
+        return decision._replace(
+            place=[place for place in decision.place if place.adapter in due],
+            prefetch=[*decision.prefetch, *(name for name in since if name not in due)],
+        )
+
+
+def test_a_policy_that_waits_on_purpose_is_asked_again_on_an_idle_engine() -> None:
+    async def main() -> float:
+        async with SimulatedEngine(config(), costs(), policy=HoldsBack()) as engine:
+            engine.add_adapters([AdapterShape("a", rank=8, nbytes=10 * MB)])
+            params = SamplingParams(max_tokens=1, ignore_eos=True)
+            await asyncio.wait_for(engine.complete([0, 0], params, adapter="a"), 60)
+            return asyncio.get_running_loop().time()
+
+    assert run_in_virtual_time(main()) == pytest.approx(3 + SLOT.latency + 0.01 + STEP, abs=0.06)

@@ -1,4 +1,4 @@
-"""Penalties from step to step: what a step costs depends on its new tokens, overlapped or not."""
+"""Penalties from step to step: what a step costs depends on its new tokens."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from support.fake_cuda import FakeCuda
 
 from aioengine.model.penalties import Penalties
 from aioengine.request import SamplingParams
-from aioengine.step import UNKNOWN, FollowedHistory, Sampled, SequenceWork, StepBatch, same_history
+from aioengine.step import SequenceWork
 
 VOCAB = 64
 PARAMS = SamplingParams(repetition_penalty=1.3, frequency_penalty=0.2, presence_penalty=0.1)
@@ -34,10 +34,8 @@ class Read(list[int]):
         return super().__iter__()
 
 
-def step(history: list[int], start: int, *, follows: bool) -> StepBatch:
-    tokens = [UNKNOWN] if follows else [0]
-    work = SequenceWork("r", -1, tokens, start, [0], True, PARAMS, 0, history, 5)
-    return StepBatch(start, [work], [], follows=follows)
+def row(history: list[int]) -> SequenceWork:
+    return SequenceWork("r", -1, [0], len(history) - 1, [0], True, PARAMS, 0, history, 5)
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
@@ -45,44 +43,16 @@ def test_steps_that_follow_each_other_read_each_token_once(device: str) -> None:
     length, steps = 400, 20
     history, whole = Read(i % VOCAB for i in range(length)), Penalties()
     with FakeCuda():
-        penalties, batch = Penalties(), step(history, length - 1, follows=False)
+        penalties = Penalties()
         for number in range(steps):
             history.count = 0
             scores = torch.ones(1, VOCAB).to(device)
-            penalties.apply(scores, batch.sequences)
+            penalties.apply(scores, [row(history)])
             assert history.count <= (2 * length if number == 0 else 8)
-            known = [*list.__iter__(history), 7][: length + number]
-            expected, work = torch.ones(1, VOCAB).to(device), batch.sequences[0]._replace(history=known)
-            whole.apply(expected, [work])  # another list each time: it is counted anew
+            expected = torch.ones(1, VOCAB).to(device)
+            whole.apply(expected, [row([*list.__iter__(history)])])  # another list each time: counted anew
             assert scores.tolist() == expected.tolist()
-            # The next step is formed before the owner adds the token, and runs before or after that.
-            following = step(history, length + number, follows=True)
-            if number % 2:
-                history.append(7)
-            batch = following.after(batch.sequences, [Sampled(7)])
-            if not number % 2:
-                history.append(7)
-
-
-@settings(max_examples=100, deadline=None)
-@given(st.lists(st.integers(0, 9), max_size=12), st.integers(0, 12), st.integers(0, 9), st.data())
-def test_it_is_the_list_that_it_stands_for(
-    base: list[int], length: int, token: int, data: st.DataObject
-) -> None:
-    length = min(length, len(base))
-    view, plain = FollowedHistory(base, length, token), [*base[:length], token]
-    base.append(99)  # its owner adds to it
-    assert list(view) == plain and len(view) == len(plain)
-    indices = st.none() | st.integers(-15, 15)
-    cut = slice(data.draw(indices), data.draw(indices), data.draw(st.sampled_from([None, 1, 2, -1])))
-    assert view[cut] == plain[cut]
-    for i in (*range(-len(plain), len(plain)),):
-        assert view[i] == plain[i]
-    for i in (len(plain), -len(plain) - 1):
-        with pytest.raises(IndexError):
-            view[i]
-    assert same_history(view, base) and same_history(base, FollowedHistory(base, 0, 1))
-    assert not same_history(view, [*base])
+            history.append(7)
 
 
 @settings(max_examples=40, deadline=None)

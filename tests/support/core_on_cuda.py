@@ -172,14 +172,13 @@ class CudaSim(CoreSim):
         """Run the step that has waited longest, in its thread."""
         batch, told = self.queued.popleft()
         with self.world.in_thread("step", told):
-            whole = batch.after(*self.runner._last) if batch.follows else batch
             held = dict(self.held)
             self.world.between = self._in_between
             result = self.runner.execute(batch)
             self.world.between = None
             self.done.append((batch, result, self.world.now()))
         self.moves.update("block" if move.slot is None else "adapter" for move in batch.moves)
-        for work, sampled in zip(whole.sequences, result.sampled, strict=True):
+        for work, sampled in zip(batch.sequences, result.sampled, strict=True):
             if sampled is not None:
                 context = (*work.history[: work.start], *work.tokens)
                 self.drawn.append(Drawn(context, held.get(work.slot), sampled.token))
@@ -219,15 +218,11 @@ class CudaSim(CoreSim):
             self.queued.append(Queued(batch, self.world.now()))
         self._take_moves(before)
 
-    def form_next(self) -> None:
-        if (batch := self.schedule_next()) is not None:
-            self.queued.append(Queued(batch, self.world.now()))
-
     def take_in(self) -> None:
         """Give the core the result of the oldest step."""
         batch, result, told = self.done.popleft()
         self.world.hear(told)
-        self.batch, self.following = self.following, None
+        self.batch = None
         self.core.step_finished(batch, result, self.now)
         self.take_events()
 
@@ -254,12 +249,8 @@ class CudaSim(CoreSim):
         can: list[Callable[[], object]] = [self._add] * 3
         if self.batch is None:
             can += [self.form] * 8
-        elif self.following is None and not self.done:
-            can += [self.form_next] * 2
         if self.queued:
             can += [self.compute] * 8
-        if self.following is not None and self.queued and self.queued[-1].batch.follows:
-            can.append(self._take_back)
         if self.done:
             can += [self.take_in] * 8
         if self.loads:
@@ -284,10 +275,6 @@ class CudaSim(CoreSim):
         request = self.rng.choice(list(self.core.requests.values()))
         self.core.end(request, "abort", self.now)
         self.take_events()
-
-    def _take_back(self) -> None:
-        self.queued.pop()
-        self.take_back()
 
 
 def image_of(entry: AdapterEntry, layout: SlotLayout, allocate: Allocate) -> AdapterImage:

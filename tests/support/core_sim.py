@@ -15,7 +15,7 @@ from aioengine.info import mix_name
 from aioengine.request import RequestOptions, SamplingParams
 from aioengine.schedulers import SchedulerPolicy
 from aioengine.schedulers.policies.fcfs import FCFS
-from aioengine.step import AdapterSource, MixFiles, Sampled, SequenceWork, StepBatch, StepResult
+from aioengine.step import AdapterSource, MixFiles, Sampled, StepBatch, StepResult
 
 LIMITS = CoreLimits(
     num_slots=2,
@@ -94,10 +94,6 @@ class CoreSim:
         self.digests: dict[int, str] = {}
         """Of what was read last, by uid."""
         self.batch: StepBatch | None = None
-        self.following: StepBatch | None = None
-        """The step after ``batch``, if it was formed beforehand."""
-        self._last: tuple[Sequence[SequenceWork], Sequence[Sampled | None]] = ((), ())
-        """The sequences of the last step, and what was sampled for each."""
         self._read: list[AdapterEntry | None] = []
         """What the slots held when the batch was made."""
         self.events: list[events.Event] = []
@@ -175,24 +171,13 @@ class CoreSim:
         self._read = [slot.entry for slot in self.core.slots.slots]
         return self.batch
 
-    def schedule_next(self) -> StepBatch | None:
-        assert self.batch is not None and self.following is None
-        self.following = self.core.schedule_next(self.batch, self.now)
-        return self.following
-
-    def take_back(self) -> None:
-        self.following = None
-        self.core.take_back()
-
     def finish_step(self, seconds: float = 0.01) -> None:
-        batch, self.batch, self.following = self.batch, self.following, None
+        batch, self.batch = self.batch, None
         assert batch is not None
         if batch.merged is not None:
             assert self.merged == (batch.merged, self.digests[batch.merged]), "the device has other weights"
             holders = [self._read[work.slot] for work in batch.sequences]
             assert all(entry is not None and entry.uid == batch.merged for entry in holders)
-        if batch.follows:
-            batch = batch.after(*self._last)
         if self.memory is not None:
             self.memory.execute(batch, self._read)
         sampled: list[Sampled | None] = []
@@ -212,7 +197,6 @@ class CoreSim:
                 followed.setdefault(index, []).append(Sampled(token))
             if work.params.constraint is not None:
                 self._force([*history, token], followed.get(index, sampled))
-        self._last = batch.sequences, sampled
         result = StepResult(sampled, seconds, followed=followed)
         self.intervals = self.core.step_finished(batch, result, self.now)
         self.take_events()
@@ -275,7 +259,7 @@ class CoreSim:
         self.merges.clear()
         self._merging.clear()
         self.merged = None
-        self.batch = self.following = None
+        self.batch = None
         self.loads.clear()
         self.copies.clear()
         self._copy_moves = {}
