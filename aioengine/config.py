@@ -42,14 +42,41 @@ WAITING_BOUNDS = (
 
 _OTHER_TABLES = ("server", "fleet", "adapters")
 """Tables of a configuration file that are not the engine's."""
-REMOVED = {
-    "overlap": "it made nothing faster; leave it out, no token changes",
-}
-"""Fields of earlier versions, and what to do without them."""
 ALLOWED_RANKS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 320, 512)
 
 
-class LoRAConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+REMOVED = {
+    "overlap": "it made nothing faster; leave it out, no token changes",
+    "merge": "adapters are no longer merged with the base model's weights. Leave it out; an adapter that all "
+    "requests use can be merged with PEFT's merge_and_unload, and served as the model",
+    "policy='dlora'": "it merged adapters with the base model's weights. Set policy='fcfs'",
+}
+"""Fields, and values of fields, that earlier versions had: why they went, and what to do instead."""
+
+
+def refuse_removed(values: Mapping[str, object], source: str = "") -> None:
+    """Raise ConfigError if one of ``values``, by their fields' names, was removed. The error begins with
+    ``source``."""
+    for name, value in values.items():
+        named = value.partition(":")[0] if isinstance(value, str) else value
+        for removed in (name, f"{name}={named!r}"):
+            if removed in REMOVED:
+                raise ConfigError(f"{source}{removed} was removed: {REMOVED[removed]}")
+
+
+class _ConfigType(msgspec.StructMeta):
+    """The class of structs that refuse removed fields by name."""
+
+    def __call__(cls, *args: Any, **fields: Any) -> Any:
+        refuse_removed(fields)
+        return super().__call__(*args, **fields)
+
+
+class _Config(msgspec.Struct, metaclass=_ConfigType):
+    """A configuration."""
+
+
+class LoRAConfig(_Config, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How many adapters the device and the CPU hold, and how large each may be."""
 
     max_loras: Count = 4
@@ -91,11 +118,6 @@ class LoRAConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     allow_nonfinite: bool = False
     """Accept adapters whose weights contain NaN or infinity. Requests for them fail when such a value reaches
     their logits."""
-    merge: bool = False
-    """Keep a second copy of the linears' weights, to which one adapter is added. Steps in which only that
-    adapter runs use it, and cost no more than the base model's. The policy chooses the adapter (``policy =
-    "dlora"``). Only on a CPU, with ``executor="thread"`` and plain weights; tokens then depend on the batch
-    (docs/merging.md)."""
     adapter_root: FolderPath | None = None
     """A folder, or a URL such as s3://bucket/adapters, whose subfolders are found by name: an adapter that
     is not registered is looked for here when a request names it. "file:///adapters" is the folder."""
@@ -154,7 +176,7 @@ class LoRAConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         return LORA_MODULES if self.target_modules is None else tuple(self.target_modules)
 
 
-class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class EngineConfig(_Config, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Everything that an engine needs to know before it starts."""
 
     model: Annotated[
@@ -279,41 +301,11 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             self._check_kv_cache_dir(self.kv_cache_dir)
         if self.lora is not None and not isinstance(self.lora, LoRAConfig):
             raise ConfigError(f"lora={self.lora!r}: must be a LoRAConfig, or None for no adapters")
-        if self.lora is not None and self.lora.merge:
-            self._check_merge()
         if not isinstance(self.policy, (str, dict)) or not self.policy:
             raise ConfigError(
                 f"policy={self.policy!r}: must be a name, 'package.module:Class' or a table; pass a "
                 "policy instance to AsyncEngine(config, policy=...)"
             )
-
-    def _check_merge(self) -> None:
-        asked = {
-            "batch_invariant": (
-                self.batch_invariant is True,
-                "tokens depend on whether a step's adapter is alone, and merged",
-                "'auto'",
-            ),
-            "speculation": (
-                self.speculation != "none",
-                "proposals need tokens that do not depend on the batch, and merged ones do",
-                "'none'",
-            ),
-            "quantization": (
-                self.quantization != "none",
-                "the sum of quantized weights and an adapter could not be stored without a loss",
-                "'none'",
-            ),
-            "executor": (self.executor != "thread", "only the thread executor merges", "'thread'"),
-            "device": (self.device == "cuda", "only a CPU has merged weights", "'cpu'"),
-        }
-        for field, (refused, reason, instead) in asked.items():
-            if refused:
-                value = getattr(self, field)
-                raise ConfigError(
-                    f"lora.merge=True with {field}={value!r}: {reason}; set {field}={instead}, or "
-                    "lora.merge=False"
-                )
 
     def _check_kv_cache_dir(self, folder: str) -> None:
         if not isinstance(folder, str) or not folder or "\0" in folder:
@@ -350,13 +342,13 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
         Raises ConfigError, which begins with ``source``, for an unknown field or a wrong value.
         """
+        refuse_removed(values, f"{source}: ")
         for key in values:
-            if key in REMOVED:
-                raise ConfigError(f"{source}: {key!r} was removed: {REMOVED[key]}")
             if key in LoRAConfig.__struct_fields__ and key not in cls.__struct_fields__:
                 raise ConfigError(f"{source}: {key!r} belongs to the table lora: put it below a line [lora]")
         lora = values.get("lora")
         if isinstance(lora, Mapping):
+            refuse_removed(lora, f"{source}, table lora: ")
             values = {**values, "lora": checks.from_plain(LoRAConfig, lora, f"{source}, table lora")}
         return checks.from_plain(cls, values, source)
 

@@ -164,18 +164,6 @@ class AdapterEvicted(AdapterEvent, frozen=True, kw_only=True, gc=False):
     """Bytes on the CPU."""
 
 
-class AdapterMerged(AdapterEvent, frozen=True, kw_only=True, gc=False):
-    """Merged weights are there: steps in which only this adapter runs use them from now on."""
-
-    seconds: float
-    """Seconds that it took to make them, beside the steps."""
-
-
-class AdapterUnmerged(AdapterEvent, frozen=True, kw_only=True, gc=False):
-    """An adapter's merged weights are gone: another adapter takes their memory, or this version was freed, or
-    the device was lost."""
-
-
 class AdapterFailed(AdapterEvent, frozen=True, kw_only=True, gc=False):
     reason: LoadFailure
     error: Exception
@@ -261,8 +249,6 @@ class StepFinished(Event, frozen=True, kw_only=True, gc=False):
     decode_tokens: int
     slots: tuple[int, ...]
     """The slots that it used."""
-    merged: bool = False
-    """Whether it used the merged weights of its adapter."""
     policy_seconds: float = 0.0
     """The policy's part of ``schedule_seconds``."""
     intervals: tuple[TokenInterval, ...] = ()
@@ -282,7 +268,6 @@ class StepsFinished(Event, frozen=True, kw_only=True, gc=False):
     prefill_tokens: int
     decode_tokens: int
     slots: tuple[int, ...]
-    merged: bool = False
 
 
 class EventsLost(Event, frozen=True, kw_only=True, gc=False):

@@ -145,8 +145,6 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     """Adapters read from disk."""
     cpu_evictions: int
     load_failures: int
-    merged: str | None = None
-    """The adapter whose merged weights are there (``LoRAConfig.merge``)."""
     slot_memory: int = 0
     """Bytes of the slots' memory, on each device."""
     shared_memory: int = 0

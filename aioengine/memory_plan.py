@@ -14,10 +14,10 @@ import msgspec
 import psutil
 
 from aioengine.checks import format_bytes
-from aioengine.config import EngineConfig, LoRAConfig
+from aioengine.config import EngineConfig
 from aioengine.errors import ConfigError
 from aioengine.info import LoadProgress
-from aioengine.model.coverage import check_int8_adapters, check_kv_cache, check_merge
+from aioengine.model.coverage import check_int8_adapters, check_kv_cache
 from aioengine.model.cuda.working_memory import WorkingMemory, working_memory
 from aioengine.model.files.quantization import with_quantization
 from aioengine.model.files.resolve import read_spec, resolve_model
@@ -58,8 +58,6 @@ class MemoryPlan(msgspec.Struct, frozen=True, kw_only=True):
     """One slot's share by targeted module, over all layers: A and B, and with int8 their scales."""
     slot_affine_bytes: int
     """One slot's share for DoRA and ``lora_bias``: a gain and a shift for every output of the modules."""
-    merged_bytes: int = 0
-    """The second copy of the weights that adapters may target, with one of them added; 0: there is none."""
     slot_token_bytes: int = 0
     """One slot's share for the rows of ``max_trained_tokens``."""
     num_blocks: int
@@ -136,8 +134,7 @@ class MemoryPlan(msgspec.Struct, frozen=True, kw_only=True):
     def total_bytes(self) -> int:
         """Bytes that are taken from the device's memory (on a CPU the adapter cache included)."""
         cache = self.cpu_cache_bytes if self.device == "cpu" else 0
-        weights = self.weights_bytes + self.merged_bytes
-        return weights + self.slot_pool_bytes + self.kv_bytes + cache + self.working_bytes
+        return self.weights_bytes + self.slot_pool_bytes + self.kv_bytes + cache + self.working_bytes
 
     @property
     def working_bytes(self) -> int:
@@ -149,8 +146,6 @@ class MemoryPlan(msgspec.Struct, frozen=True, kw_only=True):
         if self.stored:
             detail = f"{', '.join(self.stored)} as stored, the rest {self.dtype}"
         rows = [("base weights", detail, self.weights_bytes)]
-        if self.merged_bytes:
-            rows.append(("merged weights", "the linears once more, for one adapter", self.merged_bytes))
         fixed = self.slot_memory is None and not self.shared
         parts = dict(self.slot_bytes_by_module) if fixed else {}
         if self.num_slots and fixed:
@@ -211,7 +206,6 @@ def plan_memory(
     lora = config.lora
     lora_dtype = dtype if lora is None or lora.lora_dtype == "auto" else lora.lora_dtype
     max_model_len = resolve_max_model_len(config, spec)
-    check_merge(config, spec)
     holds = Elements(lora_dtype == "int8", DTYPE_BYTES[dtype] if lora_dtype == "int8" else 1)
     if holds.int8:
         check_int8_adapters(dtype)
@@ -242,7 +236,6 @@ def plan_memory(
         slot_bytes_by_module=by_module,
         slot_affine_bytes=affine_bytes,
         slot_token_bytes=token_bytes,
-        merged_bytes=_merged_bytes(local, lora) * DTYPE_BYTES[dtype],
         num_blocks=0,
         block_size=config.block_size,
         block_bytes=block_bytes,
@@ -363,16 +356,12 @@ def _does_not_fit(plan: MemoryPlan, kv_bytes: int, left: int, first: str) -> Con
     if plan.working is not None:
         steps = f", steps {format_bytes(plan.working_bytes)}"
         knobs.append((plan.working_bytes, "lower max_num_batched_tokens or max_num_seqs"))
-    merged = ""
-    if plan.merged_bytes:
-        merged = f", merged weights {format_bytes(plan.merged_bytes)}"
-        knobs.append((plan.merged_bytes, "set lora.merge=False"))
     knobs.sort(key=lambda knob: -knob[0])  # what takes most, first
     total = plan.total_bytes + kv_bytes
     return ConfigError(
         f"the plan needs {format_bytes(total)} on {plan.device}{_each(plan)} but "
         f"{format_bytes(plan.available_bytes)} are available, {format_bytes(kv_bytes - left)} too little: "
-        f"base weights {format_bytes(plan.weights_bytes)}{merged}, "
+        f"base weights {format_bytes(plan.weights_bytes)}, "
         f"slot pool {format_bytes(plan.slot_pool_bytes)}, KV blocks {format_bytes(kv_bytes)}, "
         f"CPU adapter cache {format_bytes(plan.cpu_cache_bytes)}{steps}; "
         + ", or ".join(text for _, text in knobs)
@@ -381,18 +370,6 @@ def _does_not_fit(plan: MemoryPlan, kv_bytes: int, left: int, first: str) -> Con
 
 def _each(plan: MemoryPlan) -> str:
     return f" for each of {plan.num_ranks} ranks" if plan.num_ranks > 1 else ""
-
-
-def _merged_bytes(spec: ModelSpec, lora: LoRAConfig | None) -> int:
-    """Return the numbers in the weights of the linears that adapters may target, if they may be merged."""
-    if lora is None or not lora.merge:
-        return 0
-    targets, total = spec.targets(lora.target_modules), 0
-    for layer in range(spec.num_layers):
-        for modules in spec.fused(layer).values():
-            if not set(modules).isdisjoint(targets):
-                total += sum(n_in * n_out for n_in, n_out in map(spec.linear, modules))
-    return total
 
 
 def _slot_bytes(slot: SlotLayout | None, dtype_bytes: int) -> tuple[dict[str, int], int, int]:

@@ -205,8 +205,6 @@ class StepContents(NamedTuple):
     decode_tokens: int
     slots: tuple[int, ...]
     """The slots that it uses."""
-    merged: bool = False
-    """Whether it uses merged weights."""
 
 
 class CountedRows(NamedTuple):
@@ -229,9 +227,6 @@ class StepBatch(NamedTuple):
     """Rank of the adapter in each slot (0 where there is none), for all ``max_loras`` slots."""
     moves: Sequence[MemoryMove] = ()
     """Moves to carry out before the step, in order."""
-    merged: int | None = None
-    """uid of the adapter whose merged weights it uses; all sequences are that adapter's. None: it uses the
-    base model's weights."""
     counted: CountedRows | None = None
     """Further sequences, whose steps are only counted; None on a device that is not simulated."""
 
@@ -259,7 +254,7 @@ class StepBatch(NamedTuple):
             decode += self.counted.sequences
             slots.update([slot for slot, _ in self.counted.slots])
         used = tuple(sorted(slots - {-1}))
-        return StepContents(sequences, len(used), prefill, decode, used, self.merged is not None)
+        return StepContents(sequences, len(used), prefill, decode, used)
 
 
 class Sampled(NamedTuple):
@@ -344,8 +339,6 @@ class LoadedAdapter(NamedTuple):
     """Bytes that it takes in a slot, on the rank with the largest share; None: ``nbytes``."""
     invocation: Sequence[int] = ()
     """If it is an activated LoRA adapter, it is applied from these tokens on; none: to all tokens."""
-    mergeable: bool = False
-    """Whether the device may merge it with the base model's weights."""
     summable: bool = True
     """Whether a step can add it up with others, because it is A and B, and nothing else."""
 

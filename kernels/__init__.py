@@ -9,7 +9,7 @@ from aioengine.kernels.plan.attention import AttentionPlan, Span
 from aioengine.kernels.plan.experts import ExpertPlan
 from aioengine.kernels.plan.lora import LoRABatch, Segment
 from aioengine.kernels.slots import LoRAPool, SlotMemory
-from aioengine.kernels.weight import MergeableWeight, PlainWeight, Weight
+from aioengine.kernels.weight import PlainWeight, Weight
 
 __all__ = [
     "AttentionPlan",
@@ -19,7 +19,6 @@ __all__ = [
     "LayerCache",
     "LoRABatch",
     "LoRAPool",
-    "MergeableWeight",
     "Norm",
     "PlainWeight",
     "Rotation",

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol, Self, runtime_checkable
+from typing import Protocol
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -55,27 +54,6 @@ def linear_by_rows(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
     return y
 
 
-@runtime_checkable
-class MergeableWeight(Weight, Protocol):
-    """A weight that can be copied with an adapter's product added to it."""
-
-    @property
-    def data(self) -> Tensor:
-        """Its memory."""
-
-    def like(self, memory: Tensor) -> Self:
-        """Return a weight of the same form and size in ``memory`` (uint8), with what is there."""
-
-    def add_low_rank(self, out: Self, first: int, b: Tensor, a: Tensor) -> None:
-        """Write rows ``first``, ... of ``W + (a b)^T`` to the same rows of ``out``, which is :meth:`like`
-        this one. ``b`` [r, rows] and ``a`` [k, r], an adapter's matrices transposed, are float32; with r = 0
-        the rows are copied. The sums are float32, rounded once."""
-
-
-_PIECE = 256
-"""Number of rows that are added at a time."""
-
-
 @dataclass(frozen=True, slots=True, eq=False)
 class PlainWeight:
     """A weight as torch has it."""
@@ -103,12 +81,3 @@ class PlainWeight:
 
     def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(x, self.data, bias)
-
-    def like(self, memory: Tensor) -> PlainWeight:
-        return PlainWeight(memory.view(self.data.dtype).view(self.data.shape))
-
-    def add_low_rank(self, out: PlainWeight, first: int, b: Tensor, a: Tensor) -> None:
-        for begin in range(0, b.shape[1], _PIECE):
-            part = b[:, begin : begin + _PIECE].T
-            rows = slice(first + begin, first + begin + len(part))
-            out.data[rows] = torch.addmm(self.data[rows].float(), part, a.T)

@@ -108,7 +108,6 @@ class EngineMetrics(Collector):
             events.AdapterShifted: lambda e: self._swaps.inc(("move",)),
             events.AdapterPlaced: self._adapter_placed,
             events.AdapterEvicted: self._adapter_evicted,
-            events.AdapterMerged: lambda e: self._merge_seconds.at().observe(e.seconds),
             events.AdapterFailed: self._adapter_failed,
             events.ResolverFailed: lambda e: self._resolver_failures.inc((e.reason,)),
             events.AdapterUnloaded: self._adapter_unloaded,
@@ -210,8 +209,6 @@ class EngineMetrics(Collector):
         self._load_failures = Counters(d.LORA_LOAD_FAILURES, *((reason,) for reason in reasons))
         self._resolver_failures = Counters(d.LORA_RESOLVER_FAILURES, ("invalid",), ("io",), ("internal",))
         self._slot_busy = Counters(d.LORA_SLOT_BUSY)
-        self._merge_seconds = Histograms(d.LORA_MERGE_SECONDS)
-        self._merged_steps = Counters(d.LORA_MERGED_STEPS)
 
     def _define_engine(self) -> None:
         self._refused = Counters(d.REFUSED, ("server",), ("tenant",), ("adapter",))
@@ -313,8 +310,6 @@ class EngineMetrics(Collector):
         self._step_tokens.inc(("decode",), event.decode_tokens)
         self._schedule.at().observe(event.schedule_seconds)
         self._decisions.at().observe(event.policy_seconds)
-        if event.merged:
-            self._merged_steps.inc()
         self._batch_sequences.at().observe(event.sequences)
         self._batch_adapters.at().observe(event.adapters)
         for slot in event.slots:

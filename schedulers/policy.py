@@ -19,8 +19,8 @@ from math import inf
 from typing import Literal, NamedTuple, Protocol
 
 API_VERSION = 2
-"""Version 2 has ``RequestView.cached_tokens``, ``Decision.reject``, ``evict`` and ``merge``, and
-``SchedulerView.costs``, ``memory``, ``merging`` and ``mixes``. Policies that were written for version 1 run
+"""Version 2 has ``RequestView.cached_tokens``, ``Decision.reject`` and ``evict``, and
+``SchedulerView.costs``, ``memory`` and ``mixes``. Policies that were written for version 1 run
 unchanged."""
 
 
@@ -149,10 +149,6 @@ class AdapterView(Protocol):
     def slot_seconds(self) -> float | None:
         """Seconds of its last copy into a slot."""
 
-    @property
-    def mergeable(self) -> bool:
-        """Whether it may be merged with the base model's weights; False until it has been read once."""
-
 
 class CostsView(Protocol):
     """Costs in seconds, measured in the engine and modelled in the lab. None if not known yet.
@@ -181,26 +177,6 @@ class CostsView(Protocol):
         """Return the seconds to move an adapter from disk to the CPU ("disk"), or from the CPU into a slot
         ("slot"), without other moves at the same time. In the engine: the last measured time, else the
         average of other adapters."""
-
-    def merge(self, adapter: str) -> float | None:
-        """Return the seconds to merge an adapter with the base model's weights, beside the steps. What that
-        saves is the difference between ``step`` with its rank and without any."""
-
-
-class MergingView(Protocol):
-    """Merged weights: see ``Decision.merge``."""
-
-    @property
-    def possible(self) -> bool:
-        """Whether the engine has memory for them (``LoRAConfig.merge``)."""
-
-    @property
-    def adapter(self) -> str | None:
-        """The adapter whose merged weights are there."""
-
-    @property
-    def under_way(self) -> str | None:
-        """The adapter that is being merged."""
 
 
 class MemoryView(Protocol):
@@ -347,10 +323,6 @@ class SchedulerView(Protocol):
     def memory(self) -> MemoryView:
         """The memory of the slots."""
 
-    @property
-    def merging(self) -> MergingView:
-        """The adapter that is merged with the base model's weights."""
-
 
 class WaitingView(Protocol):
     """Waiting requests in arrival order."""
@@ -388,11 +360,6 @@ class Decision(NamedTuple):
     reject: Sequence[tuple[str, str]] = ()
     """(request id, reason) of waiting requests to end with ``RequestRejected``. Only requests that never ran;
     a request that has delivered output is served to its end."""
-    merge: Sequence[str] = ()
-    """Adapters to merge with the base model's weights, at most one at a time, beside the steps; the weights
-    that were merged before are gone. From then on, until another adapter is named, a step in which only this
-    adapter runs uses the merged weights. Every other step uses the base model's, so nobody waits for a
-    switch. Only where the engine has memory for it (``LoRAConfig.merge``)."""
     evict: Sequence[str] = ()
     """Adapters that may leave their slots for those in ``place``, in this order. Only as many leave as
     needed, and never one that is running, pinned or being copied. If these are too few, the core evicts the

@@ -43,7 +43,6 @@ _POLICIES = {
     "oracle": f"{_POLICY}.oracle:Oracle",
     "admission": f"{_POLICY}.admission:Admission",
     "joint": f"{_POLICY}.joint:Joint",
-    "dlora": f"{_POLICY}.dlora:DLoRA",
 }
 _PARTS: dict[str, dict[str, str]] = {
     "order": {

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import ast
+import re
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +9,7 @@ import pytest
 
 from aioengine import AsyncEngine, EngineConfig, LoRAConfig
 from aioengine.checks import parse_bytes
+from aioengine.config import REMOVED
 from aioengine.errors import ConfigError, PolicyError
 
 
@@ -171,3 +174,21 @@ def test_a_policy_by_path_and_by_instance() -> None:
     AsyncEngine(EngineConfig(model="m"), policy=FCFS(max_wait=2))
     with pytest.raises(PolicyError, match="must be a SchedulerPolicy"):
         AsyncEngine(EngineConfig(model="m"), policy="fcfs")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("removed", REMOVED)
+def test_what_was_removed_is_refused_with_what_to_do(removed: str) -> None:
+    name, _, text = removed.partition("=")
+    value = ast.literal_eval(text) if text else "anything"
+    tables = [{"model": "m", name: value}, {"model": "m", "lora": {name: value}}]
+    for values in tables:
+        with pytest.raises(ConfigError, match=f"{re.escape(removed)} was removed: "):
+            EngineConfig.from_dict(values)
+    for kind in (EngineConfig, LoRAConfig):
+        with pytest.raises(ConfigError, match=f"{re.escape(removed)} was removed: "):
+            kind(**{name: value})
+
+
+def test_options_of_a_removed_policy() -> None:
+    with pytest.raises(ConfigError, match=r"policy='dlora' was removed: .*fcfs"):
+        EngineConfig(model="m", policy="dlora:alone=2")

@@ -183,17 +183,12 @@ class BaseLoader(ABC, Generic[R]):
             found.labels,
             self._slot_nbytes(found),
             found.invocation,
-            self._mergeable(found),
             found.summable,
         )
 
     def _slot_nbytes(self, found: R) -> int | None:
         """Bytes that it takes in a slot, on the rank with the largest share; None: all that was read."""
         return None
-
-    def _mergeable(self, found: R) -> bool:
-        """Whether the device may merge it with the base model's weights."""
-        return False
 
     async def _attempt(self, name: str, path: str, progress: Progress, files: AdapterSource | None) -> R:
         progress.running = progress.waiting = True
@@ -288,9 +283,6 @@ class AdapterLoader(BaseLoader["AdapterImage"]):
 
     def _slot_nbytes(self, found: AdapterImage) -> int:
         return found.data.nbytes
-
-    def _mergeable(self, found: AdapterImage) -> bool:
-        return found.mergeable
 
     async def _read(
         self, name: str, path: str, progress: Progress, files: AdapterSource | None

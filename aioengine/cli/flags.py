@@ -158,8 +158,6 @@ class EngineFlags:
     """Retries of a read that failed for a transient reason."""
     load_timeout: Annotated[float | None, _IN_MORE_LORA] = None
     """Maximum seconds of a load."""
-    merge: Annotated[bool | None, _IN_MORE_LORA] = None
-    """Keep weights for an adapter that is alone for long; needs a policy that merges (dlora)."""
     allow_nonfinite: Annotated[bool | None, _IN_MORE_LORA] = None
     """Accept weights that contain NaN or infinity."""
     fully_sharded_loras: Annotated[bool | None, _IN_MORE_LORA] = None

@@ -18,6 +18,7 @@ import traceback
 from collections.abc import Sequence
 from contextlib import suppress
 from importlib import import_module
+from itertools import pairwise
 
 from cyclopts import (
     App,
@@ -36,6 +37,7 @@ from aioengine.cli.generate.request_lines import LINE_FORMAT
 from aioengine.cli.help import EXIT_CODES, HELP_ALL, HELP_FLAGS, CompactFormatter
 from aioengine.cli.process import EXIT_FAILED, EXIT_INTERRUPTED, process
 from aioengine.cli.serving.log import print_error
+from aioengine.config import refuse_removed
 
 EXIT_OK, EXIT_REFUSED = 0, 2
 
@@ -258,6 +260,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         elif tokens[0] in GROUPS and (not tokens[1:] or tokens[1] in (*HELP_FLAGS, HELP_ALL)):
             for name in GROUPS[tokens[0]][0]:
                 app[tokens[0]][name]
+        _refuse_removed_flags(tokens)
         use_sources(app, tokens, unknown)
         command, bound, beside_flags = app.parse_args(tokens)
         common = bound.arguments.get("common") or common
@@ -282,6 +285,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         return EXIT_REFUSED if refused else EXIT_FAILED
     return result if isinstance(result, int) else EXIT_OK
+
+
+def _refuse_removed_flags(tokens: Sequence[str]) -> None:
+    for token, following in pairwise([*tokens, ""]):
+        if token == "--":
+            return
+        if token.startswith("--"):
+            name, equals, value = token.removeprefix("--").partition("=")
+            refuse_removed({name.replace("-", "_"): value if equals else following}, f"{token}: ")
 
 
 def _find_modules_here() -> None:

@@ -23,7 +23,6 @@ from aioengine.core.adapters.arena import Arena
 from aioengine.core.adapters.assembly import Assembly
 from aioengine.core.adapters.beside_pinned import adapters_shut_out, mixes_shut_out
 from aioengine.core.adapters.cpu_cache import least_recently_used
-from aioengine.core.adapters.merging import Merging
 from aioengine.core.adapters.mix import MixEntry
 from aioengine.core.adapters.moves import Move
 from aioengine.core.adapters.placing import Placing
@@ -128,7 +127,6 @@ class Core:
         self.queues = RequestQueues(self.room)
         self.assembly = Assembly(self.residency, self.queues, self.border, limits.max_num_seqs)
         self.placing = Placing(self.residency, self.assembly, self.border)
-        self.merging = Merging(limits.merges, self.residency.entries, self._emit)
         self.slots = self.residency.slots
         self.cpu = self.residency.cpu
         self.by_policy_name = self.residency.by_policy_name
@@ -181,7 +179,6 @@ class Core:
             self.queues,
             self.batcher,
             costs or self._costs,
-            self.merging,
             limits.slot_bytes,
             self.border,
         )
@@ -365,14 +362,12 @@ class Core:
         digest: str,
         seconds: float,
         slot_nbytes: int | None = None,
-        mergeable: bool = False,
         labels: int = 0,
         invocation: Sequence[int] = (),
         summable: bool = True,
     ) -> AdapterError | None:
         """Take in an adapter that has been read. ``slot_nbytes``: its bytes in a slot; None: ``nbytes``.
-        ``mergeable``: whether the device may merge it with the base model's weights. ``labels``,
-        ``invocation`` and ``summable`` are as in ``AdapterEntry``.
+        ``labels``, ``invocation`` and ``summable`` are as in ``AdapterEntry``.
 
         Returns the reason if it can never be kept; the requests that wait for it fail with this reason.
 
@@ -393,8 +388,6 @@ class Core:
             entry.slot_nbytes = slot_nbytes
             entry.labels, entry.invocation, entry.summable = labels, invocation, summable
             self.residency.loaded(entry, now, rank=rank, nbytes=nbytes, digest=digest, seconds=seconds)
-            if entry.digest == digest:  # else it was dropped at once
-                self.merging.loaded(entry, now, mergeable=mergeable)
             if entry.mixes and not entry.summable:
                 self._fail_mixes(entry, now)
         return error
@@ -419,17 +412,6 @@ class Core:
     def adapter_placed(self, entry: AdapterEntry, now: float, seconds: float) -> None:
         if self.residency.placed(entry, now, seconds):
             self._tell("adapter_placed", now, adapter=entry.name)
-
-    def adapter_merged(self, entry: AdapterEntry, now: float, seconds: float) -> None:
-        """Note that the device has merged an adapter with the base model's weights."""
-        self._changes += 1
-        self._costs.merged(seconds)
-        self.merging.merged(entry, now, seconds)
-
-    def adapter_merge_failed(self, entry: AdapterEntry) -> None:
-        """Note that the device could not merge an adapter; its requests run without."""
-        self._changes += 1
-        self.merging.failed(entry)
 
     def adapter_place_failed(self, entry: AdapterEntry, now: float, error: Exception) -> None:
         self.residency.place_failed(entry, now, error)
@@ -486,7 +468,6 @@ class Core:
         self.residency.sweep(
             now
         )  # after the calls that end requests: one may be the last of a retired adapter
-        self.merging.sweep(now)
         if changed or self.placing.pinned_wait:
             self.placing.place_pinned(now)
             self._arranged_at = self._changes
@@ -502,8 +483,6 @@ class Core:
                 self._refuse("preempt_not_running", request.id)
         for reason, item in self.placing.apply(decision, now):
             self._refuse(reason, item)
-        for reason, item in self.merging.apply(decision.merge, now):
-            self._refuse(reason, item)
         admit = self._with_mixes(decision)
         batch = None if admit or again is None else self._repeat(again)
         if batch is None:
@@ -511,7 +490,7 @@ class Core:
             batch = self._form_batch(admit)
             if decision.admit:
                 self.guard.admitted(self._view, decision, before, self._changes)
-        return Step(batch, [*self.merging.take_moves(), *self.residency.take_moves()])
+        return Step(batch, self.residency.take_moves())
 
     def _with_mixes(self, decision: Resolved) -> list[Request]:
         """Return the requests to admit: those for mixes come before the later ones of the policy's."""
@@ -566,7 +545,6 @@ class Core:
         self.held.clear()
         self.blocks.forget()
         self.residency.device_lost(now)
-        self.merging.device_lost(now)
         if self.border is not None:
             self.border.forget()
 
@@ -596,7 +574,7 @@ class Core:
     def _form_batch(self, admit: Sequence[Request]) -> StepBatch | None:
         repeated = self.batcher.repeated
         rows = None
-        if not admit and self.merging.entry is None:
+        if not admit:
             rows = self.batcher.repeat(self.now, self._changes)
         if rows is not None and repeated is not None:
             self._in_flight = repeated.requests
@@ -618,10 +596,9 @@ class Core:
                 repeated.spoil()
             return None
         self._begin(work, counted)
-        merged = self.merging.covering(work)
-        batch = StepBatch(self.step, work, ranks, moves, merged=merged, counted=counted)
+        batch = StepBatch(self.step, work, ranks, moves, counted=counted)
         if repeated is not None:
-            plain = merged is None and counted is None and not self.batcher.has_prompts
+            plain = counted is None and not self.batcher.has_prompts
             if plain and len(work) == len(self.running):
                 repeated.note(batch, self._in_flight, self._changes)
             else:
@@ -705,8 +682,6 @@ class Core:
         several = len(requests) + _sequences(batch.counted)
         if several != len(self.running) or not all(request.status is running for request in requests):
             return None
-        if self.merging.covering(batch.sequences) != batch.merged:
-            return None
         size = self.blocks.block_size
         for request in self.running.values() if requests else ():
             if request.counted is None and request.computed >= len(request.blocks) * size:
@@ -776,7 +751,6 @@ class Core:
         limits = self.limits
         if not (
             limits.prefix_caching
-            or limits.merges
             or limits.window is not None
             or limits.max_step_seconds is not None
             or limits.speculation != "none"
@@ -795,8 +769,7 @@ class Core:
             if type(rows) is Decodes and repeated is not None:
                 learner.learn(repeated.work(rows), seconds)
                 return
-            ranks = batch.slot_ranks if batch.merged is None else [0] * len(batch.slot_ranks)
-            learner.learn(StepWork.of(rows, ranks), seconds)
+            learner.learn(StepWork.of(rows, batch.slot_ranks), seconds)
 
     # Telling others
 
@@ -848,7 +821,6 @@ class Core:
     def check(self) -> None:
         """Assert every invariant; for tests, and cheap enough to run whenever the engine is idle."""
         self.residency.check()
-        self.merging.check()
         holders = [*self.running.values(), *self._zombies]
         counted = self.batcher.counted
         self.blocks.check(

@@ -30,7 +30,6 @@ class MeasuredCosts:
         """Learner of step times; None until a policy asks for them."""
         self._adapters = adapters
         self._limits = limits
-        self._merges, self._merge_seconds = 0, 0.0
 
     def step(self, tokens: int, ranks: Sequence[int] = (), *, context: int = 0) -> float | None:
         share = tokens / len(ranks) if ranks else 0.0
@@ -50,17 +49,6 @@ class MeasuredCosts:
             return own
         known = [took for other in self._adapters.values() if (took := _took(other, stage)) is not None]
         return fmean(known) if known else None
-
-    def merge(self, adapter: str) -> float | None:
-        entry = self._adapters.get(adapter)
-        if entry is not None and entry.merge_seconds is not None:
-            return entry.merge_seconds
-        return self._merge_seconds / self._merges if self._merges else None
-
-    def merged(self, seconds: float) -> None:
-        """Learn how long a merge took."""
-        self._merges += 1
-        self._merge_seconds += seconds
 
     def _seconds(self, work: Iterable[StepWork]) -> float | None:
         if self.learner is None:

@@ -52,7 +52,6 @@ class Resolved(NamedTuple):
     reject: list[tuple[Request, str]]
     evict: list[AdapterEntry]
     discard: list[AdapterEntry]
-    merge: list[AdapterEntry]
 
     @property
     def moves(self) -> bool:
@@ -62,10 +61,10 @@ class Resolved(NamedTuple):
     @property
     def only_admits(self) -> bool:
         """Whether it does nothing but admit requests."""
-        return bool(self.admit) and not (self.moves or self.preempt or self.reject or self.merge)
+        return bool(self.admit) and not (self.moves or self.preempt or self.reject)
 
 
-_EMPTY, _NOTHING = Decision(), Resolved([], [], [], [], [], [], [], [])
+_EMPTY, _NOTHING = Decision(), Resolved([], [], [], [], [], [], [])
 
 
 class PolicyGuard:
@@ -215,7 +214,6 @@ class PolicyGuard:
             reject,
             self._known(decision.evict, self._adapters, "evict_unknown_adapter"),
             self._known(decision.discard, self._adapters, "discard_unknown_adapter"),
-            self._known(decision.merge, self._adapters, "merge_unknown_adapter"),
         )
 
     def _known(self, names: Sequence[str], known: Mapping[str, T], otherwise: str) -> list[T]:
@@ -295,7 +293,6 @@ def _well_formed(answer: Any) -> Decision:
         prefetch=_strings("prefetch", answer.prefetch),
         preempt=_strings("preempt", answer.preempt),
         reject=[_rejection(item) for item in _items("reject", answer.reject)],
-        merge=_strings("merge", answer.merge),
         evict=_strings("evict", answer.evict),
         discard=_strings("discard", answer.discard),
     )

@@ -46,8 +46,6 @@ class CoreLimits(NamedTuple):
     """Blocks with pinned contents, in all."""
     max_pinned_blocks_per_tenant: int | None = None
     """None: as many as in all."""
-    merges: bool = False
-    """Whether the device has memory for the merged weights of an adapter."""
     draft_constrained: bool = True
     """Whether tokens are proposed to requests with a constraint, too."""
 

@@ -65,9 +65,6 @@ class AdapterEntry:
         "last_tenant",
         "last_used",
         "location",
-        "merge_failed",
-        "merge_seconds",
-        "mergeable",
         "mixes",
         "name",
         "nbytes",
@@ -139,8 +136,6 @@ class AdapterEntry:
         """Labels of its classification head."""
         self.invocation: Sequence[int] = ()
         """If it is an activated LoRA adapter, it is applied from these tokens on."""
-        self.mergeable = False
-        """Whether it may be merged with the base model's weights: it only adds to linears of layers."""
         self.pinned = False
         self.yields = False
         """Whether mixes that were accepted with its predecessor wait: until they have begun, its pin keeps
@@ -167,9 +162,6 @@ class AdapterEntry:
         """Time of the last failed copy into a slot."""
         self.disk_seconds: float | None = None
         self.slot_seconds: float | None = None
-        self.merge_seconds: float | None = None
-        self.merge_failed: str | None = None
-        """Digest of the content that the device could not merge."""
 
     @property
     def members(self) -> Sequence[AdapterEntry]:

@@ -12,7 +12,6 @@ from types import MappingProxyType
 
 from aioengine.core.adapters.arena import rounded
 from aioengine.core.adapters.known import CoreAdapterView
-from aioengine.core.adapters.merging import Merging
 from aioengine.core.adapters.residency import Residency
 from aioengine.core.adapters.slots import Slot, SlotTable, may_leave
 from aioengine.core.arrival_queue import ArrivalQueue
@@ -168,29 +167,6 @@ class CoreMemoryView:
         return rounded(entry.slot_nbytes) if entry.slot_nbytes else 0
 
 
-class CoreMergingView:
-    """The :class:`~aioengine.schedulers.policy.MergingView` of a core's :class:`Merging`."""
-
-    __slots__ = ("_merging",)
-
-    def __init__(self, merging: Merging) -> None:
-        self._merging = merging
-
-    @property
-    def possible(self) -> bool:
-        return self._merging.possible
-
-    @property
-    def adapter(self) -> str | None:
-        entry = self._merging.entry
-        return None if entry is None else entry.name
-
-    @property
-    def under_way(self) -> str | None:
-        entry = self._merging.under_way
-        return None if entry is None else entry.name
-
-
 class CoreMixView:
     """The :class:`~aioengine.schedulers.policy.MixView` of a mix."""
 
@@ -228,7 +204,6 @@ class CoreView:
         "_batcher",
         "_costs",
         "_memory",
-        "_merging",
         "_now",
         "_queues",
         "_residency",
@@ -243,7 +218,6 @@ class CoreView:
         queues: RequestQueues,
         batcher: Batcher,
         costs: CostsView,
-        merging: Merging,
         slot_bytes: int = 0,
         border: Border | None = None,
     ) -> None:
@@ -254,7 +228,6 @@ class CoreView:
         self._memory = CoreMemoryView(
             residency.slots, residency.by_policy_name, slot_bytes, border, batcher.blocks, costs
         )
-        self._merging = CoreMergingView(merging)
         self._slots = tuple(CoreSlotView(slot) for slot in residency.slots.slots)
         self._adapters = MappingProxyType(residency.by_policy_name.views)
         self._waiting_adapters = _WaitingAdapters(queues)
@@ -360,7 +333,3 @@ class CoreView:
     @property
     def memory(self) -> CoreMemoryView:
         return self._memory
-
-    @property
-    def merging(self) -> CoreMergingView:
-        return self._merging

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from aioengine.errors import EngineDead
@@ -67,12 +67,6 @@ class Device(ABC):
     @abstractmethod
     async def place(self, uid: int, slot: int, offset: int | None = None) -> float:
         """Copy an adapter from the CPU cache into a slot that nothing reads; returns the seconds it took."""
-
-    def merge(self, uid: int) -> Awaitable[float]:
-        """Begin to make the base model's weights with an adapter of the CPU cache added to them, beside the
-        steps; awaiting it gives the seconds that it took. From then on ``StepBatch.merged`` may name the
-        adapter. Only where ``LoRAConfig.merge`` asked for memory; at most one is under way."""
-        raise NotImplementedError
 
     @abstractmethod
     def drop(self, uid: int) -> None:

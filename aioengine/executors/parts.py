@@ -9,7 +9,7 @@ from aioengine.config import EngineConfig
 from aioengine.errors import ConfigError
 from aioengine.info import LoadProgress
 from aioengine.memory_plan import MemoryPlan, plan_memory, resolve_device
-from aioengine.model.coverage import check_invariant, check_merge
+from aioengine.model.coverage import check_invariant
 from aioengine.model.files.quantization import with_quantization
 from aioengine.model.files.resolve import read_spec, resolve_model
 from aioengine.model.parallel.group import SOLO, Group, Shard, SoloGroup
@@ -61,7 +61,6 @@ def plan_parts(config: EngineConfig, shard: Shard = SOLO, progress: LoadProgress
     path = resolve_model(config.model, progress)
     spec = read_spec(path, config.model_impl, config.quantization)
     spec = with_quantization(spec, config.quantization, device, config.tensor_parallel_size)
-    check_merge(config, spec, device)
     return PartsPlan(path, spec, plan_memory(spec, config, device=device))
 
 
@@ -121,7 +120,6 @@ def build_parts(
         )
         if graphs
         else None,
-        merges=lora is not None and lora.merge,
         bind_threads=config.bind_threads and config.executor != "ray",
     )
     check_invariant(config, runner.variance)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, TypeVar
 
@@ -51,7 +51,6 @@ class ThreadDevice(Device):
         self.kv_layout = f"{runner.kernels}, {runner.kv_cache.layout}"
         self._step_thread = ThreadPoolExecutor(1, thread_name_prefix="aioengine-step")
         self._copy_thread = ThreadPoolExecutor(1, thread_name_prefix="aioengine-copy")
-        self._merge_thread = ThreadPoolExecutor(1, thread_name_prefix="aioengine-merge")
 
     async def execute(self, batch: StepBatch) -> StepResult:
         done: asyncio.Future[StepResult] = asyncio.get_running_loop().create_future()
@@ -114,11 +113,6 @@ class ThreadDevice(Device):
         slots.write(slot, adapter, offset)
         return time.perf_counter() - start
 
-    def merge(self, uid: int) -> Awaitable[float]:
-        adapter, merged = self.store.get(uid), self.runner.merged
-        assert merged is not None, "an adapter was merged while lora.merge is off"
-        return asyncio.wrap_future(self._merge_thread.submit(merged.merge, uid, adapter))
-
     async def _copy(self, thread: ThreadPoolExecutor, work: Callable[[], T]) -> T:
         """Copy to or from the device's memory in a thread.
 
@@ -149,12 +143,8 @@ class ThreadDevice(Device):
         self.store.drop(uid)
 
     async def close(self) -> None:
-        with contextlib.suppress(AttributeError):  # closed twice
-            if self.runner.merged is not None:
-                self.runner.merged.close()
         self._step_thread.shutdown(wait=True)
         self._copy_thread.shutdown(wait=True)
-        self._merge_thread.shutdown(wait=True)
         with contextlib.suppress(AttributeError):  # closed twice
             del self.runner
         await self._loader.close()

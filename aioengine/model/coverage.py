@@ -7,15 +7,10 @@ import os
 
 from aioengine.config import EngineConfig
 from aioengine.errors import ConfigError
-from aioengine.model.experts.spec import MixtureSpec
 from aioengine.model.parallel.group import Shard
 from aioengine.model.parallel.partition import Partition
 from aioengine.model.spec import ModelSpec
 
-MERGES = (
-    "an adapter that is merged with the base model's weights (lora.merge) is rounded with them, and whether "
-    "a step uses them depends on its batch"
-)
 PANEL = 16
 """Divisor that sizes must have: the lanes of a vector, and the number of outputs that are packed together."""
 DTYPES = ("bfloat16", "float32")
@@ -52,25 +47,6 @@ def not_covered(
         if share % PANEL:
             return f"a rank's share of the hidden size, {share}, no multiple of {PANEL}"
     return None
-
-
-def check_merge(config: EngineConfig, spec: ModelSpec, device: str | None = None) -> None:
-    """Raise ConfigError where ``config`` asks for merged weights that this model or device cannot have."""
-    if config.lora is None or not config.lora.merge:
-        return
-    reason = None
-    if spec.impl != "native":
-        reason = "transformers runs this model"
-    elif isinstance(spec, MixtureSpec):
-        reason = "this model has experts"
-    elif set(spec.layer_modules).isdisjoint(spec.targets(config.lora.target_modules)):
-        reason = "no linear of a layer is among target_modules"
-    elif spec.packed:
-        reason = "the checkpoint's weights are quantized, and the sum could not be stored without a loss"
-    elif device == "cuda":
-        reason = "only a CPU has it"
-    if reason is not None:
-        raise ConfigError(f"lora.merge=True: {reason}; set merge=False")
 
 
 def check_kv_cache(dtype: str, spec: ModelSpec, backend: str) -> None:
@@ -163,8 +139,5 @@ def planned_variance(
             shard=shard,
         )
     found = variance(reason, size)
-    if lora is not None and lora.merge:
-        check_merge(config, spec, device)
-        found = found or MERGES
     check_invariant(config, found)
     return found

@@ -39,7 +39,6 @@ from aioengine.model.pooling import Kind, Pooled, model_pooling, pool
 from aioengine.model.sampler import sample as default_sample
 from aioengine.model.sampler import token_logprobs
 from aioengine.model.sampling import constraints
-from aioengine.model.slots.merged import MergedDecoder
 from aioengine.model.slots.pool import LoRASlots
 from aioengine.model.slots.shared import SharedMemory
 from aioengine.model.spec import ModelSpec, Quantization
@@ -78,8 +77,7 @@ class ModelRunner:
     where there are several NUMA nodes, which is for groups whose ranks are all on this machine.
     With ``fixed_decode``, decode steps within these limits are recorded and played back if the kernels allow
     for it, by ``record`` (None: as CUDA graphs). With a ``group`` of several ranks, this is one rank's share
-    of the model, and all ranks must be built and execute the same steps; only rank 0 samples. With ``merges``
-    there are weights for a merged adapter; see :func:`aioengine.model.coverage.check_merge`.
+    of the model, and all ranks must be built and execute the same steps; only rank 0 samples.
     Raises :class:`~aioengine.errors.ConfigError` if the weights do not fit ``spec``, if that cannot be
     divided, or if they cannot be quantized here.
     """
@@ -111,7 +109,6 @@ class ModelRunner:
         max_num_seqs: int = 8,
         fixed_decode: DecodeLimits | None = None,
         record: Record | None = None,
-        merges: bool = False,
         bind_threads: bool = True,
     ) -> None:
         self.dtype = dtype
@@ -196,14 +193,7 @@ class ModelRunner:
         """The compiled step, where there is one."""
         self.variance: str | None = None
         """Why a token's bits depend on its batch (docs/determinism.md); None: they do not."""
-        self._forward = self._merged_forward = self._choose_forward(quantization)
-        self.merged: MergedDecoder | None = None
-        """Weights with an adapter added to them, if there are any."""
-        if merges:
-            assert isinstance(self.decoder, Decoder) and self.lora_slots is not None
-            self.merged = MergedDecoder(self.decoder, self.lora_slots)
-            self._merged_forward = self._forward_of(self.merged.decoder)
-            self.variance = self.variance or coverage.MERGES
+        self._forward = self._choose_forward(quantization)
         self.pooling: Kind = model_pooling(weights)
         """Pooling of requests for which neither the request nor its adapter chooses one."""
         argmax = backend.argmax if self.native is None else self.native.argmax
@@ -343,7 +333,7 @@ class ModelRunner:
         """Return the tokens of a step that decodes with the sequences of the last one; None if it is not such
         a step, or not in the compiled library."""
         rows, native, (before, _) = batch.sequences, self.native, self._last
-        if type(rows) is not Decodes or native is None or batch.moves or batch.merged is not None:
+        if type(rows) is not Decodes or native is None or batch.moves:
             self._tables = None
             return None
         first, steps = (before.rows, before.steps) if type(before) is Decodes else (before, 0)
@@ -393,10 +383,7 @@ class ModelRunner:
         these sequences. Fills in ``scored`` and ``pooled``."""
         pools = any(work.params.pooling is not None for work in batch.sequences)
         forward, layers_forward = self._forward
-        if batch.merged is not None:
-            assert self.merged is not None and self.merged.uid == batch.merged
-            forward, layers_forward = self._merged_forward
-        elif self.decode_steps is not None and not pools:
+        if self.decode_steps is not None and not pools:
             logits = self.decode_steps.run(batch.sequences, batch.slot_ranks)
             if logits is not None:
                 return logits, [i for i, work in enumerate(batch.sequences) if work.sample]
@@ -472,7 +459,7 @@ class ModelRunner:
         return StepInputs(ids, rows, plan, lora, sample_lora), asking
 
     def _lora_batch(self, batch: StepBatch, sequences: Iterable[int], counts: list[int]) -> LoRABatch:
-        """``counts`` tokens of each of ``sequences``, by index. Merged, nothing is added."""
+        """``counts`` tokens of each of ``sequences``, by index."""
         # Without slots every sequence must be a base row; LoRABatch refuses anything else.
         ranks = batch.slot_ranks if self.lora_slots is not None else ()
         affine = self.lora_slots.has_affine if self.lora_slots is not None else ()
@@ -480,7 +467,7 @@ class ModelRunner:
         if any(work.parts for work in rows):
             parts = [work.parts or (() if work.slot < 0 else ((work.slot, 1.0),)) for work in rows]
             return LoRABatch.mixed(parts, counts, ranks, self.device, slot_affine=affine)
-        slots = [work.slot if batch.merged is None else -1 for work in rows]
+        slots = [work.slot for work in rows]
         return LoRABatch(slots, counts, ranks, self.device, slot_affine=affine)
 
 

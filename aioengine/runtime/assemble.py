@@ -264,7 +264,6 @@ def core_limits(config: EngineConfig, parts: Built) -> CoreLimits:
         max_pinned_blocks=int(parts.plan.num_blocks * config.max_prefix_pins),
         max_pinned_blocks_per_tenant=_share(parts.plan.num_blocks, config.max_prefix_pins_per_tenant),
         draft_constrained=config.executor == "thread",
-        merges=lora is not None and lora.merge,
     )
 
 

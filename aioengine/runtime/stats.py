@@ -100,7 +100,6 @@ class Counters:
             cpu_evictions=n["cpu_evictions"],
             load_failures=n["load_failures"],
             slot_hits=n["slot_hits"],
-            merged=None if core.merging.entry is None else core.merging.entry.label,
             **_slot_memory(core),
             memory_unplanned=self.memory_unplanned,
             slot_misses=n["slot_misses"],

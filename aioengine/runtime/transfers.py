@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 from aioengine import errors, events
-from aioengine.core import CopyMove, Core, DropMove, LoadMove, MergeMove, Move, ReleaseMove, StopMove
+from aioengine.core import CopyMove, Core, DropMove, LoadMove, Move, ReleaseMove, StopMove
 from aioengine.core.adapters.failures import Failures
 from aioengine.core.state import AdapterEntry
 from aioengine.executors.base import Device
@@ -41,11 +41,10 @@ class AdapterMoves:
         self._reads: dict[int, asyncio.Task[None]] = {}
         """The load under way, by adapter uid."""
         self._copies: set[asyncio.Task[None]] = set()
-        self._merges: set[asyncio.Task[None]] = set()
 
     @property
     def under_way(self) -> bool:
-        """Whether a read or a copy is; no request waits for a merge."""
+        """Whether a read or a copy is."""
         return bool(self._loads or self._copies)
 
     def start(self, move: Move) -> None:
@@ -61,16 +60,12 @@ class AdapterMoves:
                 self._reads.pop(entry.uid).cancel()
             case CopyMove(entry, slot, offset):
                 self._spawn(self._copy(entry, slot, offset), f"aioengine-copy-{entry.label}", self._copies)
-            case MergeMove(entry):
-                merged = self._device.merge(entry.uid)  # now: it may leave the CPU cache before the task runs
-                self._spawn(self._merge(entry, merged), f"aioengine-merge-{entry.label}", self._merges)
 
     async def stop(self) -> None:
-        """Cancel the loads, one of which may hang, and the merges, and wait for the copies, which cannot be
-        interrupted."""
-        for task in self._loads | self._merges:
+        """Cancel the loads, one of which may hang, and wait for the copies, which cannot be interrupted."""
+        for task in self._loads:
             task.cancel()
-        while tasks := self._loads | self._copies | self._merges:
+        while tasks := self._loads | self._copies:
             await asyncio.wait(tasks)
         for entry in self._core.residency.entries.values():
             if entry.location is Location.LOADING:
@@ -81,7 +76,7 @@ class AdapterMoves:
 
     def device_lost(self) -> None:
         """Forget the moves under way; call after ``core.device_lost``."""
-        for task in self._loads | self._copies | self._merges:
+        for task in self._loads | self._copies:
             task.cancel()
         self._reads.clear()
 
@@ -144,7 +139,6 @@ class AdapterMoves:
                 digest=done.digest,
                 seconds=done.seconds,
                 slot_nbytes=done.slot_nbytes,
-                mergeable=done.mergeable,
                 labels=done.labels,
                 invocation=done.invocation,
                 summable=done.summable,
@@ -172,18 +166,6 @@ class AdapterMoves:
             self._core.adapter_place_failed(entry, loop.time(), failure)
         else:
             self._core.adapter_placed(entry, loop.time(), seconds)
-        self._changed(entry.label)
-
-    async def _merge(self, entry: AdapterEntry, merged: Awaitable[float]) -> None:
-        try:
-            seconds = await merged
-        except (errors.EngineDead, errors.EngineStopped):
-            return
-        except Exception:
-            logger.exception("adapter %r could not be merged; it runs without", entry.label)
-            self._core.adapter_merge_failed(entry)
-        else:
-            self._core.adapter_merged(entry, asyncio.get_running_loop().time(), seconds)
         self._changed(entry.label)
 
 

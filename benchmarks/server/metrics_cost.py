@@ -51,7 +51,7 @@ def prepared(names: list[str], slots: int, running: int, labels: int) -> EngineM
     """Make metrics with a history for every adapter; the snapshot is rebuilt at each scrape."""
 
     def snapshot() -> EngineStats:
-        fields = {name: 1 for name in EngineStats.__struct_fields__ if name not in ("slots", "merged")}
+        fields = {name: 1 for name in EngineStats.__struct_fields__ if name != "slots"}
         held = [
             SlotInfo(index=i, state="READY", adapter=names[i], version=1, running=1, pinned=False)
             for i in range(slots)

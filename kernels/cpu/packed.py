@@ -69,22 +69,6 @@ class PackedWeight:
         )
         return y
 
-    def like(self, memory: Tensor) -> PackedWeight:
-        """Return a weight of the same form and size in ``memory`` (uint8), with what is there."""
-        return PackedWeight(memory.view(self.data.dtype), self.n, self.k)
-
-    def add_low_rank(self, out: PackedWeight, first: int, b: Tensor, a: Tensor) -> None:
-        """See :class:`MergeableWeight`; in the calling thread alone. ``first`` and the rows are multiples of
-        16."""
-        rank, rows = b.shape
-        assert first % PANEL == 0 and rows % PANEL == 0 and self.k % 4 == 0
-        assert a.is_contiguous() and b.is_contiguous() and a.dtype == b.dtype == torch.float32
-        begin = first * self.k * self.data.itemsize
-        load().aio_merge(
-            *(is_bf16(self.data), self.data.data_ptr() + begin, out.data.data_ptr() + begin),
-            *(a.data_ptr(), b.data_ptr(), rows, self.k, rank),
-        )
-
     def experts(self, x: Tensor, bias: Tensor | None, begins: Tensor) -> Tensor:
         """``x W^T + bias`` for ``x`` [T, k] that is sorted by expert, of which each row takes an expert's
         outputs: [T, n / experts].

@@ -20,7 +20,6 @@ _SIGNATURES = {
     "aio_pack": (c_int, c_void_p, c_void_p, c_long, c_long, c_int),
     "aio_unpack": (c_int, c_void_p, c_void_p, c_long, c_long, c_long),
     "aio_gather": (c_int, c_void_p, c_void_p, c_void_p, c_long, c_long, c_int),
-    "aio_merge": (c_int, c_void_p, c_void_p, c_void_p, c_void_p, c_long, c_long, c_long),
     "aio_linear": (
         *(c_int, c_void_p, c_long, c_void_p, c_void_p, c_void_p, c_long),
         *(c_long, c_long, c_long, c_int),

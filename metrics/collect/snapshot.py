@@ -45,7 +45,6 @@ def gauges(
         (("fragmented",), stats.slot_memory_fragmented),
         *([(("kv",), stats.shared_memory - stats.slot_memory)] if stats.shared_memory else ()),
     )
-    yield gauge(engine, d.LORA_MERGED, *([] if stats.merged is None else [((stats.merged,), 1)]))
     yield gauge(engine, d.LORA_ADAPTERS, ((), stats.adapters))
     yield gauge(engine, d.LORA_CPU_ADAPTERS, ((), stats.cpu_adapters))
     yield gauge(engine, d.REQUESTS_RUNNING, ((), stats.running))

@@ -135,17 +135,6 @@ LORA_RESOLVER_FAILURES = Definition(
     "be read: invalid, io or internal. A name that does not exist is none.",
     ("reason",),
 )
-LORA_MERGED = Definition(
-    "aioengine_lora_merged", "gauge", "1 for the adapter whose merged weights are there.", ("adapter",)
-)
-LORA_MERGE_SECONDS = Definition(
-    "aioengine_lora_merge_seconds",
-    "histogram",
-    "Time to make the merged weights of an adapter, beside the steps.",
-    (),
-    SWAP_SECONDS,
-)
-LORA_MERGED_STEPS = Definition("aioengine_lora_merged_steps", "counter", "Steps that used merged weights.")
 LORA_CPU_ADAPTERS_LIMIT = Definition(
     "aioengine_lora_cpu_adapters_limit", "gauge", "Most adapters that the CPU cache may hold."
 )

@@ -101,7 +101,6 @@ class FakeStore:
             digest=name,
             labels=0,
             invocation=(),
-            mergeable=False,
             summable=True,
         )
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from aioengine.cli.flags import DEFAULT_MODEL, EngineFlags, in_flags
+from aioengine.cli.main import main
 from aioengine.config import EngineConfig, LoRAConfig
 from aioengine.errors import ConfigError
 
@@ -140,3 +141,9 @@ def test_adapters_by_name() -> None:
 def test_bad_adapters(given: list[str]) -> None:
     with pytest.raises(ConfigError, match="--lora-modules"):
         EngineFlags(lora_modules=given).adapters()
+
+
+@pytest.mark.parametrize("flags", [["--merge"], ["--policy", "dlora"], ["--policy=dlora:alone=3"]])
+def test_removed_flags_say_so(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["serve", *flags]) == 2
+    assert " was removed: " in capsys.readouterr().err

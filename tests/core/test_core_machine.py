@@ -19,7 +19,6 @@ from aioengine.core.waiting_room import Ticket
 from aioengine.errors import EngineOverloaded
 from aioengine.request import CachePin
 from aioengine.schedulers import Location, SlotState
-from aioengine.schedulers.policies.dlora import DLoRA
 from aioengine.schedulers.policies.fcfs import FCFS
 
 NAMES = ("a", "b", "c", "d")
@@ -39,7 +38,6 @@ class CoreMachine(RuleBasedStateMachine):
         speculation=st.sampled_from(["none", "none", "ngram", "suffix"]),
         window=st.sampled_from([None, None, 1, 5, 8, 13]),
         pinned=st.sampled_from([0, 3, 3, 9]),
-        merges=st.booleans(),
     )
     def start(
         self,
@@ -52,15 +50,13 @@ class CoreMachine(RuleBasedStateMachine):
         speculation: Literal["none", "ngram", "suffix"],
         window: int | None,
         pinned: int,
-        merges: bool,
     ) -> None:
         self.hostile = hostile
         self.versions: list[AdapterEntry] = []
         """Declared, and not published by hand."""
-        kind = FCFS if seed % 2 else DLoRA
-        policy = Hostile(seed) if hostile else kind(max_wait=0.5)
+        policy = Hostile(seed) if hostile else FCFS(max_wait=0.5)
         limits = LIMITS._replace(num_blocks=blocks, cpu_max_bytes=max_bytes, speculation=speculation)
-        limits = limits._replace(merges=merges, max_pinned_blocks=pinned, max_pinned_blocks_per_tenant=5)
+        limits = limits._replace(max_pinned_blocks=pinned, max_pinned_blocks_per_tenant=5)
         limits = limits._replace(window=window, num_blocks=max(blocks if window is None else blocks // 2, 9))
         if slot_memory == "shared":
             limits = limits._replace(
@@ -77,7 +73,6 @@ class CoreMachine(RuleBasedStateMachine):
             limits = limits._replace(max_waiting=6, max_waiting_per_tenant=5, max_waiting_per_adapter=4)
         # Texts that repeat themselves, so that some of what is proposed is right.
         self.sim = CoreSim(limits, policy, lambda history: 2 + history[-1] % 5 + len(history) % 4 // 3)
-        self.sim.unmergeable = {"c"}
         self.copied: list[Held] = []
         """Prefixes that are copied to or from files."""
         self.seen: list[bytes] = []
@@ -233,12 +228,11 @@ class CoreMachine(RuleBasedStateMachine):
     def resize(self, name: str, nbytes: int) -> None:
         self.sim.sizes[name] = nbytes
 
-    @rule(name=st.sampled_from(NAMES), mergeable=st.booleans())
-    def change_files_in_place(self, name: str, mergeable: bool) -> None:
+    @rule(name=st.sampled_from(NAMES), summable=st.booleans())
+    def change_files_in_place(self, name: str, summable: bool) -> None:
         """They are read when the adapter has left the CPU cache."""
         self.sim.contents[name] = self.sim.contents.get(name, 0) + 1
-        (self.sim.unmergeable.discard if mergeable else self.sim.unmergeable.add)(name)
-        (self.sim.unsummable.discard if mergeable else self.sim.unsummable.add)(name)
+        (self.sim.unsummable.discard if summable else self.sim.unsummable.add)(name)
 
     @precondition(lambda self: self.sim.loads)
     @rule(which=st.integers(0, 100), fail=st.sampled_from([False, False, False, True]))
@@ -257,12 +251,6 @@ class CoreMachine(RuleBasedStateMachine):
     @rule(which=st.integers(0, 100), fail=st.sampled_from([False, False, False, True]))
     def finish_copy(self, which: int, fail: bool) -> None:
         self.sim.finish_copy(which % len(self.sim.copies), fail=fail)
-
-    @precondition(lambda self: self.sim.merges)
-    @rule(fail=st.sampled_from([False, False, False, True]))
-    def finish_merge(self, fail: bool) -> None:
-        assert len(self.sim.merges) == 1
-        self.sim.finish_merge(fail=fail)
 
     @rule(again=st.booleans())
     def lose_device(self, again: bool) -> None:
@@ -355,11 +343,6 @@ class CoreMachine(RuleBasedStateMachine):
         assert len(batch.sequences) <= LIMITS.max_num_seqs
         blocks = [b for w in batch.sequences for b in w.block_table[w.start // LIMITS.block_size :]]
         assert len(blocks) == len(set(blocks)), "two sequences would write one block"
-        merged = core.merging.entry
-        alone = {w.slot for w in batch.sequences} == {None if merged is None else merged.slot}
-        alone = alone and not any(w.parts for w in batch.sequences)
-        assert (batch.merged is not None) == alone, "if and only if all are its requests"
-        assert merged is None or batch.merged is None or self.sim.merged == (batch.merged, merged.digest)
         for work in batch.sequences:
             request = core.requests[work.request_id]
             assert request.status is Status.RUNNING

@@ -28,9 +28,7 @@ class With(SchedulerPolicy):
 
     def schedule(self, view: SchedulerView) -> Decision:
         extra = self.extra(view)
-        return self.inner.schedule(view)._replace(
-            reject=extra.reject, merge=extra.merge, discard=extra.discard
-        )
+        return self.inner.schedule(view)._replace(reject=extra.reject, discard=extra.discard)
 
 
 def refusals(sim: CoreSim) -> list[tuple[str, str]]:
@@ -75,15 +73,6 @@ def test_a_malformed_rejection_is_the_policy_s_failure(reject: object) -> None:
     assert sim.ended == {"r1": "length"}
     [first, *_] = [e for e in sim.events if isinstance(e, events.PolicyFailed)]
     assert "reject" in first.error
-
-
-def test_merging_is_refused_by_name() -> None:
-    sim = CoreSim(policy=With(lambda view: Decision(merge=["a"])))
-    sim.register("a")
-    sim.add("a")
-    sim.run()
-    assert set(refusals(sim)) == {("merge_not_supported", "a")}
-    assert sim.ended == {"r1": "length"}
 
 
 def test_only_what_nothing_uses_is_discarded() -> None:

@@ -17,9 +17,7 @@ from support.core_sim import LIMITS, CoreSim
 from support.lab_sim import config, costs
 
 from aioengine import RequestOutput, SamplingParams, events
-from aioengine.core.adapters.merging import Merging
 from aioengine.core.core import Core, Step
-from aioengine.core.state import AdapterEntry
 from aioengine.lab import Experiment, WorkloadSpec, run
 from aioengine.lab.costs.model import Stage
 from aioengine.lab.simulation.clock import VirtualTimeLoop, run_in_virtual_time
@@ -39,8 +37,6 @@ POLICIES = [
     "chameleon",
     "vtc",
     "admission",
-    "dlora",
-    "dlora:alone=0.1,payback=0.01",
 ]
 workloads = st.fixed_dictionaries(
     {
@@ -70,7 +66,6 @@ systems = st.fixed_dictionaries(
         "replicas": st.sampled_from([None, None, 2, 5]),
         "router": st.sampled_from(["affinity", "round_robin", "tiers"]),
         "seed": st.integers(0, 3),
-        "merge": st.booleans(),
     }
 )
 
@@ -81,10 +76,9 @@ def outcome(
     ahead: bool,
     executed: list[int] | None = None,
     decided: list[int] | None = None,
-    merged: list[str] | None = None,
 ) -> dict[str, bytes]:
     """The files of a run."""
-    execute, schedule, note = SimulatedDevice.execute, Core.schedule, Merging.merged
+    execute, schedule = SimulatedDevice.execute, Core.schedule
 
     async def counted(device: SimulatedDevice, batch: StepBatch) -> StepResult:
         if executed is not None:
@@ -96,16 +90,10 @@ def outcome(
             decided[0] += 1
         return schedule(core, now, again)
 
-    def noted(self: Merging, entry: AdapterEntry, now: float, seconds: float) -> None:
-        if merged is not None:
-            merged.append(entry.name)
-        note(self, entry, now, seconds)
-
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         patch.setattr(SimulatedDevice, "goes_ahead", ahead)
         patch.setattr(SimulatedDevice, "execute", counted)
         patch.setattr(Core, "schedule", counted_schedule)
-        patch.setattr(Merging, "merged", noted)
         run(experiment, folder)
         return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
 
@@ -136,20 +124,6 @@ def test_most_steps_are_not_taken_one_by_one() -> None:
     experiment = Experiment(workload=workload, slots=4, cpu_loras=5)
     taken, jumped = [0], [0]
     assert outcome(experiment, ahead=False, decided=taken) == outcome(experiment, ahead=True, decided=jumped)
-    assert jumped[0] < taken[0] / 10
-
-
-def test_steps_are_taken_at_once_while_savings_are_counted_and_after_a_merge() -> None:
-    workload = WorkloadSpec(
-        arrivals="poisson:rate=0.05", limit=12, adapters=2, prompt_tokens="uniform:20..200", output_tokens=900
-    )
-    policy = "dlora:alone=0.5,payback=0.5"
-    experiment = Experiment(workload=workload, slots=2, cpu_loras=2, policy=policy, merge=True)
-    taken, jumped, once, again = [0], [0], list[str](), list[str]()
-    assert outcome(experiment, ahead=False, decided=taken, merged=once) == outcome(
-        experiment, ahead=True, decided=jumped, merged=again
-    )
-    assert once == again and set(once) == {"adapter-000", "adapter-001"}
     assert jumped[0] < taken[0] / 10
 
 

@@ -87,7 +87,6 @@ async def test_the_same_file_in_the_lab_and_live(
         ("chameleon", ["s-lora: arrival, discard", "chameleon's cache alone", "order alone", "chameleon "]),
         ("toppings", ["loads stall the batch", "loads beside the batch", "adapters stay", "rank-aware"]),
         ("loraserve", ["least_loaded", "affinity", "by rank"]),
-        ("dlora", ["llama3-8b-h100", "llama3-8b-a10g"]),
         ("ray", ["holder ", "holder:spill=4", "affinity"]),
         ("llmd", ["round_robin", "prefix", "affinity"]),
     ],

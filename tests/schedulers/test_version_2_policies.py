@@ -31,9 +31,6 @@ class FixedCosts:
     def load(self, adapter: str, stage: str) -> float | None:
         return 0.1
 
-    def merge(self, adapter: str) -> float | None:
-        return 0.5
-
 
 def sim_of(policy: str, limits: Any = ONE) -> StrictSim:
     sim = StrictSim(limits, load_policy(policy))
@@ -210,7 +207,7 @@ def test_discard_empties_the_slot_as_soon_as_the_last_request_has_ended() -> Non
 
 
 @pytest.mark.parametrize(
-    "name", ["lpm", "session", "toppings:max_step=0.03", "drainer", "admission", "joint", "discard", "dlora"]
+    "name", ["lpm", "session", "toppings:max_step=0.03", "drainer", "admission", "joint", "discard"]
 )
 @pytest.mark.slow
 def test_they_keep_the_contract(name: str) -> None:

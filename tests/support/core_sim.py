@@ -8,7 +8,7 @@ from typing import Any
 from support.shared_memory import DeviceMemory
 
 from aioengine import events
-from aioengine.core import CopyMove, Core, CoreLimits, DropMove, LoadMove, MergeMove, StopMove
+from aioengine.core import CopyMove, Core, CoreLimits, DropMove, LoadMove, StopMove
 from aioengine.core.state import AdapterEntry, Request
 from aioengine.errors import AdapterLoadError, EngineDead
 from aioengine.info import mix_name
@@ -73,18 +73,11 @@ class CoreSim:
         self.now = 0.0
         self.loads: list[AdapterEntry] = []
         self.copies: list[tuple[AdapterEntry, int]] = []
-        self.merges: list[AdapterEntry] = []
-        self.unmergeable: set[str] = set()
-        """Names of adapters that cannot be merged."""
         self.mixes = 0
         self.unsummable: set[str] = set()
         """Names of adapters that are of such a kind, when they are read, that a step cannot add them up."""
         self.contents: dict[str, int] = {}
         """How often the files of adapters have changed in place, by name."""
-        self.merged: tuple[int, str] | None = None
-        """The adapter whose merged weights the device has, and the digest of that content."""
-        self._merging: list[str] = []
-        """The contents that are being merged."""
         self.memory: DeviceMemory | None = None
         if limits.shared_block_bytes is not None or limits.window is not None:
             self.memory = DeviceMemory(limits)
@@ -162,11 +155,6 @@ class CoreSim:
                         self.memory.begin(move)
                 case DropMove(entry):
                     self.on_cpu.remove(entry.uid)
-                case MergeMove(entry):
-                    assert entry.uid in self.on_cpu, "a merge of what is not in CPU memory"
-                    self.merges.append(entry)
-                    self._merging.append(self.digests[entry.uid])
-                    self.merged = None
         self.take_events()
         self._read = [slot.entry for slot in self.core.slots.slots]
         return self.batch
@@ -174,10 +162,6 @@ class CoreSim:
     def finish_step(self, seconds: float = 0.01) -> None:
         batch, self.batch = self.batch, None
         assert batch is not None
-        if batch.merged is not None:
-            assert self.merged == (batch.merged, self.digests[batch.merged]), "the device has other weights"
-            holders = [self._read[work.slot] for work in batch.sequences]
-            assert all(entry is not None and entry.uid == batch.merged for entry in holders)
         if self.memory is not None:
             self.memory.execute(batch, self._read)
         sampled: list[Sampled | None] = []
@@ -228,7 +212,6 @@ class CoreSim:
                 nbytes=self.sizes.get(entry.label, 1000),
                 digest=digest,
                 seconds=0.1,
-                mergeable=entry.label not in self.unmergeable,
                 summable=entry.label not in self.unsummable,
             )
         self.take_events()
@@ -245,20 +228,8 @@ class CoreSim:
             self.core.adapter_placed(entry, self.now, 0.01)
         self.take_events()
 
-    def finish_merge(self, *, fail: bool = False, seconds: float = 0.5) -> None:
-        entry, digest = self.merges.pop(0), self._merging.pop(0)
-        if fail:
-            self.core.adapter_merge_failed(entry)
-        else:
-            self.merged = entry.uid, digest
-            self.core.adapter_merged(entry, self.now, seconds)
-        self.take_events()
-
     def lose_device(self) -> None:
         """What ran, was loaded, or was under way is gone."""
-        self.merges.clear()
-        self._merging.clear()
-        self.merged = None
         self.batch = None
         self.loads.clear()
         self.copies.clear()

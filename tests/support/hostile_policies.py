@@ -33,7 +33,6 @@ class Hostile(SchedulerPolicy):
             preempt=rng.choices(ids, k=rng.choice([0, 0, 0, 1, 2])),
             reject=[(rng.choice(ids), "hostile") for _ in range(rng.choice([0, 0, 0, 0, 1]))],
             evict=rng.choices(names, k=rng.choice([0, 0, 1, 5])),
-            merge=rng.choices(names, k=rng.choice([0, 0, 0, 1])),
             discard=rng.choices(names, k=rng.choice([0, 0, 0, 1, 2])),
         )
 

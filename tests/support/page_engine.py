@@ -42,7 +42,7 @@ class FakeEngine:
     def stats(self) -> EngineStats:
         self.asked += 1
         slot = SlotInfo(index=0, state="FREE", adapter=None, version=None, running=0, pinned=False)
-        names = [n for n in EngineStats.__struct_fields__ if n not in ("slots", "steps", "merged")]
+        names = [n for n in EngineStats.__struct_fields__ if n not in ("slots", "steps")]
         return EngineStats(slots=(slot,), steps=self.steps, **dict.fromkeys(names, 0))
 
     def adapters(self) -> list[AdapterInfo]:

@@ -133,8 +133,6 @@ class SystemFlags:
     """Bytes that all slots share, such as 2GiB; an adapter takes only what its rank needs."""
     max_cpu_lora_bytes: Annotated[str | None, _MORE_SYSTEM] = None
     """A second bound on the CPU cache."""
-    merge: Annotated[bool | None, _MORE_SYSTEM] = None
-    """Memory for merged weights, which --policy dlora uses."""
     max_concurrent_loads: Annotated[int | None, _MORE_SYSTEM] = None
     """Adapters that are read from disk at once (2)."""
     enable_prefix_caching: Annotated[bool | None, _MORE_SYSTEM] = None

@@ -28,7 +28,6 @@ class CoreAdapterView:
     last_used = property(attrgetter("_e.last_used"))
     disk_seconds = property(attrgetter("_e.disk_seconds"))
     slot_seconds = property(attrgetter("_e.slot_seconds"))
-    mergeable = property(attrgetter("_e.mergeable"))
 
     oldest_arrival = property(attrgetter("_e.waiting.oldest"))
 

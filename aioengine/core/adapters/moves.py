@@ -40,10 +40,4 @@ class ReleaseMove(NamedTuple):
     files: AdapterFiles
 
 
-class MergeMove(NamedTuple):
-    """Make the weights of the base model with an adapter added to them, beside the base model's own."""
-
-    entry: AdapterEntry
-
-
-Move = LoadMove | StopMove | CopyMove | DropMove | ReleaseMove | MergeMove
+Move = LoadMove | StopMove | CopyMove | DropMove | ReleaseMove

@@ -5,7 +5,6 @@ No torch here. What the coefficients mean and where they come from is in docs/la
 
 from __future__ import annotations
 
-import math
 import re
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -15,7 +14,7 @@ import msgspec
 from aioengine.checks import check_integer, check_number, refuse_unknown
 from aioengine.config import EngineConfig
 from aioengine.errors import ConfigError
-from aioengine.lab.costs.steps import StepCosts, StepShape, StepTimes, curve_at
+from aioengine.lab.costs.steps import StepCosts, StepShape, StepTimes
 from aioengine.memory_plan import MemoryPlan, plan_memory, spec_of_a_rank
 from aioengine.model.experts.spec import MixtureSpec
 from aioengine.model.spec import DTYPE_BYTES, ModelSpec, Quantization
@@ -163,8 +162,6 @@ class CostModel(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     """Seconds from the end of a step to the beginning of the next."""
     disk: Stage
     slot: Stage
-    merge: Stage | None = None
-    """The making of merged weights, by their bytes; None: see :attr:`merge_stage`."""
     device: Literal["cpu", "cuda"]
     device_memory: int
     """Bytes for weights, slots and KV blocks (on a CPU for the adapter cache too): of each GPU, or of all
@@ -196,22 +193,6 @@ class CostModel(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
             local.layers_with(module) * sum(local.linear(module)) for module in local.targets(None)
         )
         return rank * per_rank * DTYPE_BYTES[local.dtype]
-
-    @property
-    def merged_nbytes(self) -> int:
-        """Bytes of the weights that are made when an adapter is merged: all linears of the layers."""
-        spec = self.spec
-        linears = sum(spec.layers_with(m) * math.prod(spec.linear(m)) for m in spec.targets(None))
-        return linears * DTYPE_BYTES[spec.dtype]
-
-    @property
-    def merge_stage(self) -> Stage:
-        """``merge`` or, without it, an estimate: the weights are read and written, while steps that read them
-        have the other half of the memory's bandwidth. A step of one token says how long one pass takes."""
-        if self.merge is not None:
-            return self.merge
-        one_pass = curve_at(self.steps.linears, 1)
-        return Stage(latency=0.0, bandwidth=self.merged_nbytes / max(4 * one_pass, 1e-9), slowdown=2.0)
 
     @property
     def spec(self) -> ModelSpec:

@@ -62,7 +62,7 @@ def step_shape(batch: StepBatch) -> StepShape:
             parts += [(part, count) for part, _ in work.parts[1:]]
     if batch.sequences:
         slots = (*sorted(tokens.items()), *parts)  # in one order, whether or not some are counted
-    adapters = [(ranks[slot], count) for slot, count in slots if slot >= 0 and batch.merged is None]
+    adapters = [(ranks[slot], count) for slot, count in slots if slot >= 0]
     return StepShape(
         decode_rows,
         decode_kv,

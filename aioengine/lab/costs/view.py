@@ -40,9 +40,6 @@ class ModelledCosts:
             seconds += self._times(shape) + self._costs.step_overhead
         return seconds
 
-    def merge(self, adapter: str) -> float | None:
-        return self._costs.merge_stage.seconds(self._costs.merged_nbytes)
-
     def load(self, adapter: str, stage: Literal["disk", "slot"]) -> float | None:
         shape = self._shapes.get(adapter.partition("@")[0])
         if shape is None:

@@ -7,7 +7,7 @@ from contextlib import suppress
 from typing import NamedTuple
 
 from aioengine import events
-from aioengine.core import CopyMove, Core, CoreLimits, DropMove, LoadMove, MergeMove, StopMove
+from aioengine.core import CopyMove, Core, CoreLimits, DropMove, LoadMove, StopMove
 from aioengine.core.state import AdapterEntry
 from aioengine.errors import AdapterLoadError, EngineDead, EngineOverloaded
 from aioengine.request import RequestOptions, SamplingParams
@@ -71,15 +71,6 @@ SCENARIOS = (
         limits=SMALL._replace(num_slots=4, cpu_capacity=6, num_blocks=24, shared_block_bytes=1024),
         replace=0.02,
     ),
-    Scenario(
-        "merged weights",
-        adapters=2,
-        base=0.02,
-        limits=SMALL._replace(merges=True),
-        arrive=0.2,
-        replace=0.02,
-        fail=0.05,
-    ),
     Scenario("tenants, priorities and deadlines", tenants=4, priorities=3, deadlines=0.5),
     Scenario("adapters that come and go", replace=0.1, pin=0.1),
     Scenario("reads and copies that fail", fail=0.3, replace=0.02),
@@ -107,7 +98,6 @@ class World:
         self._rng = random.Random(f"{scenario.name} {seed}")
         self._loads: list[AdapterEntry] = []
         self._copies: list[AdapterEntry] = []
-        self._merges: list[AdapterEntry] = []
         self._batch: StepBatch | None = None
         self._count = self._turns = 0
         self._names = [f"adapter-{index}" for index in range(scenario.adapters)]
@@ -138,10 +128,6 @@ class World:
             if calm or self._rng.random() < 0.5:
                 self._copies.remove(entry)
                 self._end_copy(entry, fail=not calm and self._rng.random() < self._is.fail)
-        for entry in list(self._merges):
-            if calm or self._rng.random() < 0.5:
-                self._merges.remove(entry)
-                self._end_merge(entry, fail=not calm and self._rng.random() < self._is.fail)
         if self._batch is None:
             self._schedule()
         self.now += STEP_SECONDS
@@ -163,8 +149,6 @@ class World:
                     self._copies.append(entry)
                 case DropMove():
                     pass
-                case MergeMove(entry):
-                    self._merges.append(entry)
         self._hear()
 
     def _finish_step(self) -> None:
@@ -186,7 +170,7 @@ class World:
         else:
             size = 400 + entry.uid * 400 % 2000
             digest = f"{entry.uid}"
-            core.adapter_loaded(entry, now, rank=8, nbytes=size, digest=digest, seconds=0.1, mergeable=True)
+            core.adapter_loaded(entry, now, rank=8, nbytes=size, digest=digest, seconds=0.1)
         self._hear()
 
     def _end_copy(self, entry: AdapterEntry, *, fail: bool) -> None:
@@ -195,13 +179,6 @@ class World:
             self.core.adapter_place_failed(entry, self.now, error)
         else:
             self.core.adapter_placed(entry, self.now, 0.01)
-        self._hear()
-
-    def _end_merge(self, entry: AdapterEntry, *, fail: bool) -> None:
-        if fail:
-            self.core.adapter_merge_failed(entry)
-        else:
-            self.core.adapter_merged(entry, self.now, 0.2)
         self._hear()
 
     # What happens
@@ -220,7 +197,6 @@ class World:
             self._batch = None
             self._loads.clear()
             self._copies.clear()
-            self._merges.clear()
             core.device_lost(self.now, EngineDead("it is lost in this scenario"))
         self._hear()
 

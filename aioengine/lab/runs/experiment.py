@@ -10,7 +10,7 @@ from typing import Any, Literal, Self, get_args
 import msgspec
 
 from aioengine.checks import check_integer, check_number, check_seconds, from_plain, read_json, refuse_unknown
-from aioengine.config import EngineConfig, LoRAConfig
+from aioengine.config import EngineConfig, LoRAConfig, refuse_removed
 from aioengine.errors import ConfigError
 from aioengine.lab.fleet.conditions import parse_faults
 from aioengine.lab.workload.draw import OfferedWorkload
@@ -58,8 +58,6 @@ class Experiment(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     """Bytes that the slots share, whatever their number; "shared": they share ``kv_cache_memory`` with the KV
     cache; None: each is sized for ``max_lora_rank``."""
     max_cpu_lora_bytes: int | str | None = None
-    merge: bool = False
-    """Whether there is memory for merged weights, which policies such as ``dlora`` use."""
     max_concurrent_loads: int = 2
     max_num_seqs: int = 64
     max_num_batched_tokens: int = 2048
@@ -175,7 +173,6 @@ class Experiment(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
                 max_cpu_loras=self.cpu_loras,
                 max_cpu_lora_bytes=self.max_cpu_lora_bytes,
                 max_concurrent_loads=self.max_concurrent_loads,
-                merge=self.merge,
             ),
         )
 
@@ -192,6 +189,7 @@ class Experiment(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         Without replicas, values that fleets have by default are left out: experiments were once written with
         them.
         """
+        refuse_removed(values, f"{source}: ")
         if values.get("replicas") is None:
             values = {n: v for n, v in values.items() if n not in OF_A_FLEET or v != OF_A_FLEET[n]}
         workload = values.get("workload")

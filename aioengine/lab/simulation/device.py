@@ -51,7 +51,6 @@ class SimulatedDevice(Device):
         self._processor = Processor()
         self._disk = SharedStage(costs.disk)
         self._slot = SharedStage(costs.slot)
-        self._merge = SharedStage(costs.merge_stage)
         self._max_rank = max_rank
         self._nbytes: dict[int, int] = {}
         """Bytes of adapters whose size is that of their rank, by rank."""
@@ -161,7 +160,7 @@ class SimulatedDevice(Device):
                 path=path,
             )
         self._held[order.uid] = nbytes
-        return LoadedAdapter(shape.rank, nbytes, name, seconds, mergeable=True)
+        return LoadedAdapter(shape.rank, nbytes, name, seconds)
 
     def _bytes_of(self, rank: int) -> int:
         if rank not in self._nbytes:
@@ -171,10 +170,6 @@ class SimulatedDevice(Device):
     async def place(self, uid: int, slot: int, offset: int | None = None) -> float:
         with self.disturbed(self._costs.slot.slowdown):
             return await self._slot.transfer(self._held[uid])
-
-    async def merge(self, uid: int) -> float:
-        with self.disturbed(self._costs.merge_stage.slowdown):
-            return await self._merge.transfer(self._costs.merged_nbytes)
 
     def drop(self, uid: int) -> None:
         del self._held[uid]

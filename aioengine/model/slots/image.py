@@ -15,7 +15,6 @@ from aioengine.model.buffer import Allocate, pageable
 from aioengine.model.pooling import Head, Kind
 from aioengine.model.slots.layout import Elements, SlotLayout
 from aioengine.model.slots.tokens import TokenTables, TrainedTokens
-from aioengine.model.spec import NO_LAYER
 
 SERIAL_ELEMENTS = 32_000
 """Number of elements up to which torch works in the calling thread (it uses several threads from 32768
@@ -70,13 +69,6 @@ class AdapterImage:
     pooling: Kind | None = None
     invocation: tuple[int, ...] = ()
     """The tokens from which on it is applied, if it is an activated LoRA adapter; none: to all tokens."""
-
-    @property
-    def mergeable(self) -> bool:
-        """Whether it only adds products to linears of layers, for all tokens."""
-        outer = [row for (layer, _), row in self.layout.index.items() if layer == NO_LAYER]
-        adds_outside = bool(outer) and bool(self.table[outer, Column.A_RANK].any())
-        return not (self.has_affine or self.tokens is not None or self.invocation or adds_outside)
 
     @property
     def summable(self) -> bool:

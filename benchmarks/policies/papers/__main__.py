@@ -5,7 +5,6 @@
     python -m benchmarks.policies.papers vtc          # difference of service between two backlogged clients
     python -m benchmarks.policies.papers toppings     # steps that wait for loads; rank-aware order
     python -m benchmarks.policies.papers loraserve    # a fleet in which ranks are kept apart
-    python -m benchmarks.policies.papers dlora        # an adapter that is merged into the weights
     python -m benchmarks.policies.papers ray          # one hot adapter on two replicas (ray #48741)
     python -m benchmarks.policies.papers llmd         # replicas chosen by the prefixes that they have cached
 
@@ -24,7 +23,6 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.policies.papers.chameleon import chameleon
-from benchmarks.policies.papers.dlora import dlora
 from benchmarks.policies.papers.loraserve import loraserve
 from benchmarks.policies.papers.routers import llmd, ray
 from benchmarks.policies.papers.runs import Lab, in_processes
@@ -38,7 +36,6 @@ PAPERS: dict[str, Callable[[Lab], Table]] = {
     "vtc": vtc,
     "toppings": toppings,
     "loraserve": loraserve,
-    "dlora": dlora,
     "ray": ray,
     "llmd": llmd,
 }
