@@ -5,10 +5,11 @@ import random
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.core_sim import LIMITS, CoreSim
+from support.shared_memory import DeviceMemory
 
 from aioengine import events
 from aioengine.core.blocks import BlockManager
+from aioengine.testing import LIMITS, Sim
 
 
 @pytest.mark.parametrize("caching", [True, False])
@@ -85,7 +86,7 @@ def test_random_use_keeps_the_counts_right(seed: int, caching: bool) -> None:
 def test_blocks_behind_a_window_are_given_back_once() -> None:
     """A sequence of any length holds a bounded number of blocks, and the prefix cache keeps the others."""
     limits = LIMITS._replace(window=6, num_blocks=14)
-    sim = CoreSim(limits)
+    sim = Sim(limits, memory=DeviceMemory)
     request = sim.add(prompt=list(range(2, 42)), max_tokens=20)
     most = 0
     while sim.core.requests:
@@ -96,7 +97,7 @@ def test_blocks_behind_a_window_are_given_back_once() -> None:
 
 
 def test_a_prompt_behind_whose_window_all_is_cached_takes_only_what_it_sees() -> None:
-    sim = CoreSim(LIMITS._replace(window=6, num_blocks=40))
+    sim = Sim(LIMITS._replace(window=6, num_blocks=40), memory=DeviceMemory)
     prompt = list(range(2, 42))
     sim.add(prompt=prompt, max_tokens=1)
     sim.run()
@@ -109,7 +110,7 @@ def test_a_prompt_behind_whose_window_all_is_cached_takes_only_what_it_sees() ->
 
 def test_a_prompt_is_found_though_blocks_behind_its_window_are_gone() -> None:
     """They are the first to be reused, since they were given back first."""
-    sim = CoreSim(LIMITS._replace(window=6, num_blocks=14))
+    sim = Sim(LIMITS._replace(window=6, num_blocks=14), memory=DeviceMemory)
     prompt = list(range(2, 42))
     sim.add(prompt=prompt, max_tokens=1)
     sim.run()
@@ -152,7 +153,7 @@ def test_what_is_found_is_the_longest_prefix_of_which_all_is_there_that_is_seen(
 
 def test_a_request_that_is_preempted_behind_its_window_starts_again() -> None:
     """Two requests that hold up to 7 blocks each, in a pool of 11."""
-    sim = CoreSim(LIMITS._replace(window=20, num_blocks=11))
+    sim = Sim(LIMITS._replace(window=20, num_blocks=11), memory=DeviceMemory)
     for first in (2, 3):
         sim.add(prompt=list(range(first, first + 6)), max_tokens=50)
     sim.run()

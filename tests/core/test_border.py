@@ -7,7 +7,7 @@ import random
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.core_sim import LIMITS, CoreSim
+from support.shared_memory import DeviceMemory
 
 from aioengine import events
 from aioengine.core.adapters.arena import GRANULE, packing
@@ -15,6 +15,7 @@ from aioengine.core.blocks import BlockManager
 from aioengine.core.state import Request
 from aioengine.errors import AdapterTooLarge
 from aioengine.schedulers import Decision, Location, Place, SchedulerPolicy, SchedulerView, load_policy
+from aioengine.testing import LIMITS, Sim
 
 SHARED = LIMITS._replace(
     num_slots=6, cpu_capacity=12, max_loads=4, num_blocks=24, shared_block_bytes=GRANULE * LIMITS.block_size
@@ -35,10 +36,10 @@ class Scripted(SchedulerPolicy):
         return decision._replace(admit=[request.request_id for request in view.waiting])
 
 
-class Sim(CoreSim):
+class MemorySim(Sim):
     def __init__(self) -> None:
         self.policy = Scripted()
-        super().__init__(SHARED, self.policy)
+        super().__init__(SHARED, self.policy, memory=DeviceMemory)
 
     def read(self, **granules: int) -> None:
         """Adapters of these sizes, on the CPU."""
@@ -89,7 +90,7 @@ class Sim(CoreSim):
 
 
 def test_adapters_take_free_blocks_and_give_them_back_for_a_sequence() -> None:
-    sim = Sim()
+    sim = MemorySim()
     sim.read(a=9, b=5)
     sim.step("a", "b")
     assert (sim.resident, sim.core.blocks.size) == ("ab", 24 - 4)
@@ -101,7 +102,7 @@ def test_adapters_take_free_blocks_and_give_them_back_for_a_sequence() -> None:
 
 
 def test_a_prefix_goes_for_an_adapter_that_requests_wait_for_and_for_no_other() -> None:
-    sim = Sim()
+    sim = MemorySim()
     sim.read(a=8)
     sim.prefix(10)
     sim.prefix(100)
@@ -117,7 +118,7 @@ def test_a_prefix_goes_for_an_adapter_that_requests_wait_for_and_for_no_other() 
 def test_what_the_decision_gives_up_goes_before_a_prefix() -> None:
     kept = []
     for evict in ((), ("a",)):
-        sim = Sim()
+        sim = MemorySim()
         sim.read(a=16, b=16)
         sim.step("a")
         sim.prefix(10)
@@ -133,7 +134,7 @@ def test_what_the_decision_gives_up_goes_before_a_prefix() -> None:
 
 
 def test_running_sequences_move_with_their_keys() -> None:
-    sim = Sim()
+    sim = MemorySim()
     request = sim.runs_beside_the_border(a=8, b=8, c=12)
     sim.step("a", "b", "c")
     moved = [event for event in sim.events if isinstance(event, events.BlocksMoved)]
@@ -143,7 +144,7 @@ def test_running_sequences_move_with_their_keys() -> None:
 
 
 def test_an_adapter_that_runs_is_moved_for_a_sequence() -> None:
-    sim = Sim()
+    sim = MemorySim()
     sim.read(a=12, b=12)
     sim.step("a", "b")
     running = sim.add("b", max_tokens=30)
@@ -160,7 +161,7 @@ def test_an_adapter_that_runs_is_moved_for_a_sequence() -> None:
 
 
 def test_an_adapter_beyond_what_a_request_leaves_is_refused() -> None:
-    sim = Sim()
+    sim = MemorySim()
     entry = sim.register("a")
     sim.core.residency.want(entry, sim.now)
     sim.step()
@@ -174,7 +175,7 @@ def test_an_adapter_beyond_what_a_request_leaves_is_refused() -> None:
 @pytest.mark.slow
 def test_every_policy_serves_all_and_every_key_is_what_was_computed(policy: str) -> None:
     rng = random.Random(policy)
-    sim = CoreSim(SHARED, load_policy(policy))
+    sim = Sim(SHARED, load_policy(policy), memory=DeviceMemory)
     names = [f"a{i}" for i in range(12)]
     for name in names:
         sim.sizes[name] = rng.choice([1, 2, 3, 5, 8, 13, 21]) * GRANULE - rng.randrange(9)
@@ -254,7 +255,7 @@ def test_lent_blocks_keep_what_sequences_hold(data: st.DataObject) -> None:
 
 def test_a_location_is_known_throughout() -> None:
     """An adapter that waits for the step to be over is on its way: nobody places it twice."""
-    sim = Sim()
+    sim = MemorySim()
     sim.runs_beside_the_border(a=16)
     sim.policy.next = Decision(place=[Place("a")])
     sim.schedule()

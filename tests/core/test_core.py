@@ -5,12 +5,12 @@ import itertools
 import random
 
 import pytest
-from support.core_sim import LIMITS, CoreSim, next_token
 
 from aioengine import events
 from aioengine.core.state import Status
 from aioengine.errors import DeadlineExceeded, EngineOverloaded
 from aioengine.schedulers import Decision, Location, Place, SchedulerPolicy, SchedulerView
+from aioengine.testing import LIMITS, Sim, next_token
 
 
 def expected_output(prompt: list[int], count: int) -> list[int]:
@@ -30,12 +30,12 @@ class Scripted(SchedulerPolicy):
         return self.answers.pop(0) if self.answers else Decision()  # type: ignore[return-value]
 
 
-def refusals(sim: CoreSim) -> list[str]:
+def refusals(sim: Sim) -> list[str]:
     return [event.reason for event in sim.of(events.PolicyRefused)]  # type: ignore[attr-defined]
 
 
 def test_base_requests_need_no_slot() -> None:
-    sim = CoreSim()
+    sim = Sim()
     requests = [sim.add() for _ in range(3)]
     batch = sim.schedule()
     assert batch is not None
@@ -47,7 +47,7 @@ def test_base_requests_need_no_slot() -> None:
 
 
 def test_an_adapter_is_read_copied_and_only_then_used() -> None:
-    sim = CoreSim()
+    sim = Sim()
     entry = sim.register("a")
     sim.add("a")
     assert sim.schedule() is None
@@ -64,7 +64,7 @@ def test_an_adapter_is_read_copied_and_only_then_used() -> None:
 
 
 def test_others_run_while_an_adapter_loads() -> None:
-    sim = CoreSim()
+    sim = Sim()
     sim.register("a")
     sim.add("a")
     sim.add()
@@ -74,7 +74,7 @@ def test_others_run_while_an_adapter_loads() -> None:
 
 
 def test_rows_are_sorted_by_slot_with_the_base_first() -> None:
-    sim = CoreSim()
+    sim = Sim()
     for name in ("a", "b"):
         sim.register(name)
         sim.add(name)
@@ -90,7 +90,7 @@ def test_rows_are_sorted_by_slot_with_the_base_first() -> None:
 
 
 def test_long_prompts_are_prefilled_in_chunks_beside_decodes() -> None:
-    sim = CoreSim()
+    sim = Sim()
     first = sim.add(max_tokens=20)
     sim.settle()
     long = sim.add(prompt=list(range(2, 42)))
@@ -107,7 +107,7 @@ def test_long_prompts_are_prefilled_in_chunks_beside_decodes() -> None:
 
 
 def test_preemption_recomputes_and_changes_nothing() -> None:
-    sim = CoreSim(LIMITS._replace(num_blocks=16, max_model_len=64, prefix_caching=False))
+    sim = Sim(LIMITS._replace(num_blocks=16, max_model_len=64, prefix_caching=False))
     requests = [sim.add(max_tokens=30) for _ in range(4)]
     prompts = [r.tokens[:] for r in requests]
     sim.run()
@@ -118,7 +118,7 @@ def test_preemption_recomputes_and_changes_nothing() -> None:
 
 
 def test_prefix_cache_hits_only_the_same_adapter_content() -> None:
-    sim = CoreSim()
+    sim = Sim()
     prompt = list(range(50, 62))
     sim.register("a")
     sim.register("b")
@@ -131,7 +131,7 @@ def test_prefix_cache_hits_only_the_same_adapter_content() -> None:
 
 def test_versions_never_come_again_however_many_names_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("aioengine.core.adapters.residency.MAX_NAMES", 4)
-    sim, rng = CoreSim(), random.Random(0)
+    sim, rng = Sim(), random.Random(0)
     last: dict[str, int] = {}
     for _ in range(500):
         name = f"a{rng.randrange(12)}"
@@ -145,7 +145,7 @@ def test_versions_never_come_again_however_many_names_there_are(monkeypatch: pyt
 
 
 def test_replaced_version_finishes_what_it_accepted_and_is_then_freed() -> None:
-    sim = CoreSim()
+    sim = Sim()
     old = sim.register("a")
     first = sim.add("a", max_tokens=6)
     for _ in range(3):
@@ -163,7 +163,7 @@ def test_replaced_version_finishes_what_it_accepted_and_is_then_freed() -> None:
 
 
 def test_a_failed_load_fails_only_those_who_wait_for_it() -> None:
-    sim = CoreSim()
+    sim = Sim()
     sim.register("bad")
     sim.register("good")
     bad = [sim.add("bad"), sim.add("bad")]
@@ -177,7 +177,7 @@ def test_a_failed_load_fails_only_those_who_wait_for_it() -> None:
 
 
 def test_a_failed_copy_leaves_the_slot_free() -> None:
-    sim = CoreSim()
+    sim = Sim()
     entry = sim.register("a")
     sim.add("a")
     sim.schedule()
@@ -191,7 +191,7 @@ def test_a_failed_copy_leaves_the_slot_free() -> None:
 
 
 def test_ending_a_request_in_flight_keeps_its_blocks_until_the_step_is_back() -> None:
-    sim = CoreSim()
+    sim = Sim()
     request = sim.add()
     sim.schedule()
     free = sim.core.blocks.num_free
@@ -205,7 +205,7 @@ def test_ending_a_request_in_flight_keeps_its_blocks_until_the_step_is_back() ->
 
 
 def test_deadlines_end_waiting_and_running_requests() -> None:
-    sim = CoreSim()
+    sim = Sim()
     sim.register("a")
     waiting = sim.add("a", deadline=1.0)
     running = sim.add(max_tokens=40, deadline=1.5)
@@ -225,7 +225,7 @@ def test_deadlines_end_waiting_and_running_requests() -> None:
 
 
 def test_the_bound_on_waiting_requests() -> None:
-    sim = CoreSim(LIMITS._replace(max_waiting=2))
+    sim = Sim(LIMITS._replace(max_waiting=2))
     sim.register("a")
     sim.add("a")
     sim.add("a")
@@ -235,7 +235,7 @@ def test_the_bound_on_waiting_requests() -> None:
 
 
 def test_stop_tokens_end_of_sequence_and_length() -> None:
-    sim = CoreSim(LIMITS._replace(eos_token_ids=(next_token([5, 6]),)))
+    sim = Sim(LIMITS._replace(eos_token_ids=(next_token([5, 6]),)))
     sim.add(prompt=[5, 6], max_tokens=9)
     sim.add(prompt=[5, 7], max_tokens=2)
     sim.run()
@@ -243,7 +243,7 @@ def test_stop_tokens_end_of_sequence_and_length() -> None:
 
 
 def test_the_output_is_bounded_by_the_model_length() -> None:
-    sim = CoreSim(LIMITS._replace(max_model_len=10))
+    sim = Sim(LIMITS._replace(max_model_len=10))
     request = sim.add(max_tokens=500)
     sim.run()
     assert len(request.tokens) == 10
@@ -251,7 +251,7 @@ def test_the_output_is_bounded_by_the_model_length() -> None:
 
 
 def test_pinned_adapters_go_to_a_slot_unasked_and_stay() -> None:
-    sim = CoreSim()
+    sim = Sim()
     pinned = sim.register("p")
     sim.core.residency.want(pinned, sim.now)
     sim.core.residency.pins.pin(pinned, sim.now)
@@ -279,7 +279,7 @@ def test_pinned_adapters_go_to_a_slot_unasked_and_stay() -> None:
     ],
 )
 def test_a_malformed_decision_falls_back_to_the_safe_policy(answer: object) -> None:
-    sim = CoreSim(policy=Scripted(answer))
+    sim = Sim(policy=Scripted(answer), strict=False)
     sim.add()
     assert sim.schedule() is not None
     assert len(sim.of(events.PolicyFailed)) == 1
@@ -293,7 +293,7 @@ def test_a_policy_that_raises_is_survived() -> None:
         def on_event(self, event: object) -> None:
             raise RuntimeError("another")
 
-    sim = CoreSim(policy=Raises())
+    sim = Sim(policy=Raises(), strict=False)
     sim.add()
     sim.run()
     assert sim.ended == {"r1": "length"}
@@ -306,7 +306,7 @@ def test_a_policy_that_raises_what_is_no_exception_is_survived() -> None:
         def schedule(self, view: SchedulerView) -> Decision:
             raise asyncio.CancelledError
 
-    sim = CoreSim(policy=Cancels())
+    sim = Sim(policy=Cancels(), strict=False)
     sim.add()
     sim.run()
     assert sim.ended == {"r1": "length"}
@@ -319,7 +319,7 @@ def test_each_bad_item_is_refused_alone() -> None:
         prefetch=["ghost"],
         preempt=["r1", "ghost"],
     )
-    sim = CoreSim(policy=Scripted(Decision(prefetch=["a"]), decision))
+    sim = Sim(policy=Scripted(Decision(prefetch=["a"]), decision))
     sim.register("a")
     sim.add()
     sim.add("a")
@@ -341,7 +341,7 @@ def test_each_bad_item_is_refused_alone() -> None:
 
 
 def test_slots_that_must_not_be_taken_are_refused() -> None:
-    sim = CoreSim(LIMITS._replace(num_slots=2, cpu_capacity=4))
+    sim = Sim(LIMITS._replace(num_slots=2, cpu_capacity=4))
     for name in "abc":
         sim.register(name)
     sim.add("a", max_tokens=30)
@@ -367,7 +367,7 @@ def test_slots_that_must_not_be_taken_are_refused() -> None:
 
 
 def test_an_admission_that_does_not_fit_is_not_overtaken() -> None:
-    sim = CoreSim(LIMITS._replace(num_blocks=16))
+    sim = Sim(LIMITS._replace(num_blocks=16))
     sim.add(prompt=[3] * 40, max_tokens=8)
     sim.settle()
     big = sim.add(prompt=[4] * 30)

@@ -9,8 +9,8 @@ from typing import Literal
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from support.core_sim import LIMITS, CoreSim
 from support.hostile_policies import Hostile
+from support.shared_memory import DeviceMemory
 
 from aioengine.core.adapters.arena import GRANULE
 from aioengine.core.prefixes.held import Held
@@ -20,6 +20,7 @@ from aioengine.errors import EngineOverloaded
 from aioengine.request import CachePin
 from aioengine.schedulers import Location, SlotState
 from aioengine.schedulers.policies.fcfs import FCFS
+from aioengine.testing import LIMITS, Sim
 
 NAMES = ("a", "b", "c", "d")
 MIXES = (("a", "b"), ("b", "c"), ("c", "a", "d"), ("b",), ("c", "d"))
@@ -72,7 +73,14 @@ class CoreMachine(RuleBasedStateMachine):
         elif bounded == "requests":
             limits = limits._replace(max_waiting=6, max_waiting_per_tenant=5, max_waiting_per_adapter=4)
         # Texts that repeat themselves, so that some of what is proposed is right.
-        self.sim = CoreSim(limits, policy, lambda history: 2 + history[-1] % 5 + len(history) % 4 // 3)
+        has_memory = limits.shared_block_bytes is not None or limits.window is not None
+        self.sim = Sim(
+            limits,
+            policy,
+            lambda history: 2 + history[-1] % 5 + len(history) % 4 // 3,
+            strict=False,
+            memory=DeviceMemory if has_memory else None,
+        )
         self.copied: list[Held] = []
         """Prefixes that are copied to or from files."""
         self.seen: list[bytes] = []

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from support.core_sim import LIMITS, CoreSim
-
 from aioengine import events
 from aioengine.schedulers import Location
+from aioengine.testing import LIMITS, Sim
 
 
 def test_running_requests_fail_and_waiting_ones_are_served() -> None:
-    sim = CoreSim(LIMITS._replace(max_num_seqs=2))
+    sim = Sim(LIMITS._replace(max_num_seqs=2))
     sim.register("a")
     running = [sim.add("a", max_tokens=20), sim.add(None, max_tokens=20)]
     for _ in range(4):
@@ -27,7 +26,7 @@ def test_running_requests_fail_and_waiting_ones_are_served() -> None:
 
 
 def test_no_prefix_is_found_afterwards() -> None:
-    sim = CoreSim()
+    sim = Sim()
     prompt = list(range(2, 18))
     for _ in range(2):
         sim.add(prompt=prompt)
@@ -40,7 +39,7 @@ def test_no_prefix_is_found_afterwards() -> None:
 
 
 def test_pinned_and_wanted_adapters_are_read_again_and_others_are_not() -> None:
-    sim = CoreSim()
+    sim = Sim()
     residency = sim.core.residency
     pinned, wanted, other = (sim.register(name) for name in ("pinned", "wanted", "other"))
     for entry in (pinned, other):
@@ -63,7 +62,7 @@ def test_pinned_and_wanted_adapters_are_read_again_and_others_are_not() -> None:
 
 
 def test_an_unloaded_adapter_whose_last_request_ran_is_gone() -> None:
-    sim = CoreSim()
+    sim = Sim()
     entry = sim.register("a")
     sim.add("a", max_tokens=20)
     for _ in range(4):

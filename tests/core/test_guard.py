@@ -6,12 +6,12 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from support.core_sim import LIMITS, CoreSim
 
 from aioengine import events
 from aioengine.core import Core
 from aioengine.schedulers import Decision, Place, SchedulerPolicy, SchedulerView
 from aioengine.schedulers.policies.fcfs import FCFS
+from aioengine.testing import LIMITS, Sim
 
 
 class Slow(SchedulerPolicy):
@@ -28,10 +28,10 @@ class Slow(SchedulerPolicy):
         return FCFS().schedule(view)
 
 
-def slow_sim(max_overruns: int) -> tuple[CoreSim, Slow]:
+def slow_sim(max_overruns: int) -> tuple[Sim, Slow]:
     policy = Slow()
     limits = LIMITS._replace(policy_time_budget=0.01, policy_max_overruns=max_overruns)
-    sim = CoreSim(limits, policy)
+    sim = Sim(limits, policy, strict=False)
     sim.core = Core(limits, policy, timer=lambda: policy.clock)
     return sim, policy
 
@@ -62,7 +62,7 @@ def test_a_few_overruns_among_many_decisions_are_forgiven() -> None:
 
 
 def test_without_a_timer_there_is_no_budget() -> None:
-    sim = CoreSim(policy=Slow())
+    sim = Sim(policy=Slow(), strict=False)
     sim.add()
     sim.run()
     assert not sim.of(events.PolicyOverran)
@@ -88,7 +88,7 @@ def test_meddling_changes_nothing(case: str) -> None:
             return FCFS().schedule(view)
 
     def outputs(policy: SchedulerPolicy) -> list[list[int]]:
-        sim = CoreSim(policy=policy)
+        sim = Sim(policy=policy, strict=False)
         sim.register("a")
         requests = [sim.add(name) for name in (None, "a", None, "a")]
         sim.run()
@@ -132,7 +132,7 @@ def test_what_a_policy_returns_may_raise_later(case: str) -> None:
             self.calls += 1
             return ANSWERS[case](view) if self.calls % 2 else FCFS().schedule(view)
 
-    sim = CoreSim(policy=Odd())
+    sim = Sim(policy=Odd(), strict=False)
     sim.register("a")
     for name in (None, "a"):
         sim.add(name)
@@ -149,7 +149,7 @@ def test_a_policy_is_quiet_until_no_time(until: object) -> None:
         def quiet_until(self, view: SchedulerView) -> float:
             return until  # type: ignore[return-value]
 
-    sim = CoreSim(policy=Odd())
+    sim = Sim(policy=Odd(), strict=False)
     sim.add(max_tokens=5)
     sim.run()
     assert sim.ended == {"r1": "length"}

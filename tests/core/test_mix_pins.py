@@ -5,12 +5,12 @@ from __future__ import annotations
 import random
 
 import pytest
-from support.core_sim import LIMITS
 from support.mix_world import core_with
 
 from aioengine.core.state import Status
 from aioengine.errors import EngineOverloaded
 from aioengine.schedulers.policy import Location
+from aioengine.testing import LIMITS
 
 
 def test_pinned_adapters_that_leave_too_few_slots() -> None:

@@ -6,13 +6,13 @@ import os
 import random
 
 import pytest
-from support.core_sim import LIMITS, CoreSim
 from support.mix_world import World, core_with
 
 from aioengine.core.adapters.assembly import MIX_LIMIT_SECONDS, MIX_PATIENCE_SECONDS
 from aioengine.core.state import Request, Status
 from aioengine.schedulers import Decision, SchedulerPolicy, SchedulerView, available_policies
 from aioengine.schedulers.registry import load_policy
+from aioengine.testing import LIMITS, Sim
 
 POLICIES = sorted(available_policies().keys() - {"oracle", "belady"})
 
@@ -20,7 +20,7 @@ POLICIES = sorted(available_policies().keys() - {"oracle", "belady"})
 @pytest.mark.parametrize("name", POLICIES)
 def test_steady_traffic_does_not_keep_a_mix_out(name: str) -> None:
     """Both slots have requests all the time, and each policy thinks of one slot at a time."""
-    sim = CoreSim(LIMITS._replace(max_num_seqs=8, num_blocks=64), load_policy(name))
+    sim = Sim(LIMITS._replace(max_num_seqs=8, num_blocks=64), load_policy(name))
     for adapter in "abcd":
         sim.register(adapter)
     mix = None
@@ -70,7 +70,7 @@ def test_what_was_brought_in_for_an_earlier_request_is_not_taken_before_it_begin
 ) -> None:
     """Two mixes take turns in both slots, each after 1.5 or 7 s; a request for an adapter comes."""
     limits = LIMITS._replace(cpu_capacity=8, num_blocks=64, max_model_len=128)
-    sim = CoreSim(limits, load_policy(name))
+    sim = Sim(limits, load_policy(name))
     for adapter in "abcde":
         sim.register(adapter)
     mixes: list[Request | None] = [None, None]
@@ -90,7 +90,7 @@ def test_what_was_brought_in_for_an_earlier_request_is_not_taken_before_it_begin
 
 
 def _steps_until_served(name: str, *, mixed: bool) -> int:
-    sim = CoreSim(LIMITS._replace(num_blocks=64), load_policy(name))
+    sim = Sim(LIMITS._replace(num_blocks=64), load_policy(name))
     for adapter in "abc":
         sim.register(adapter)
     wanted = None
@@ -117,7 +117,7 @@ class Nothing(SchedulerPolicy):
 
 
 def test_a_policy_that_starves_adapters_starves_no_mix_behind_them() -> None:
-    sim = CoreSim(LIMITS, Nothing())
+    sim = Sim(LIMITS, Nothing())
     for name in "abc":
         sim.register(name)
     alone = sim.add("c")
@@ -132,7 +132,7 @@ def test_a_policy_that_starves_adapters_starves_no_mix_behind_them() -> None:
 
 def test_an_adapter_whose_read_has_just_begun_gets_no_turn() -> None:
     """It is waited for alone, and is a part of a mix, for which it is read first."""
-    sim = CoreSim(LIMITS._replace(max_loads=1), Nothing())
+    sim = Sim(LIMITS._replace(max_loads=1), Nothing())
     for name in "abcde":
         sim.register(name)
     sim.core.residency.want(sim.core.residency.current["e"], sim.now)

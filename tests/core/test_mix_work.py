@@ -5,12 +5,12 @@ from __future__ import annotations
 import random
 
 import pytest
-from support.core_sim import LIMITS
 from support.mix_world import core_with
 
 from aioengine.core.adapters.arena import Arena
 from aioengine.core.adapters.assembly import MIX_PATIENCE_SECONDS
 from aioengine.core.state import AdapterEntry, Status
+from aioengine.testing import LIMITS
 
 
 def test_a_decision_looks_at_no_more_of_the_cache_s_adapters_while_more_mixes_wait(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from support.core_sim import LIMITS, CoreSim
 from support.mix_world import core_with
 
 from aioengine import events
@@ -10,9 +9,10 @@ from aioengine.core.adapters.assembly import MIX_PATIENCE_SECONDS
 from aioengine.errors import AdapterChanged, AdapterLoadError, AdapterTooLarge
 from aioengine.schedulers import PolicyEvent
 from aioengine.schedulers.policies.fcfs import FCFS
+from aioengine.testing import LIMITS, Sim
 
 
-def moved(sim: CoreSim) -> list[str]:
+def moved(sim: Sim) -> list[str]:
     """The adapters that were read or copied, in order."""
     kinds = (events.AdapterLoading, events.AdapterPlacing)
     return [event.adapter for event in sim.events if isinstance(event, kinds)]
@@ -149,7 +149,7 @@ def test_policies_see_a_mix_while_it_waits_beside_the_queues_and_while_it_runs_a
                 seen.append(f"{event.kind.removeprefix('request_')} {event.adapter}")
             super().on_event(event)
 
-    sim = CoreSim(LIMITS, Watching())
+    sim = Sim(LIMITS, Watching())
     for name in "ab":
         sim.register(name)
     sim.add(sim.mix("a", "b", weight=0.25))

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.core_sim import LIMITS, CoreSim
+from support.shared_memory import DeviceMemory
 
 from aioengine import events
 from aioengine.core.blocks import BlockManager
@@ -15,21 +15,20 @@ from aioengine.core.prefixes.pins import PrefixPins
 from aioengine.core.state import Request
 from aioengine.request import CachePin
 from aioengine.schedulers import load_policy
+from aioengine.testing import LIMITS, Sim
 
 PINNING = LIMITS._replace(max_pinned_blocks=8)
 PROMPT = [7] * 17
 """Four full blocks, and one token."""
 
 
-def asks(
-    sim: CoreSim, prompt: list[int], tokens: int = 0, seconds: float = 100.0, **fields: object
-) -> Request:
+def asks(sim: Sim, prompt: list[int], tokens: int = 0, seconds: float = 100.0, **fields: object) -> Request:
     """Add a request that pins the first ``tokens`` of its prompt."""
     pins = [CachePin(tokens=tokens, seconds=seconds)] if tokens else []
     return sim.add(prompt=prompt, max_tokens=fields.pop("max_tokens", 1), cache_pins=pins, **fields)  # type: ignore[arg-type]
 
 
-def flood(sim: CoreSim, requests: int = 10) -> None:
+def flood(sim: Sim, requests: int = 10) -> None:
     """Run requests with other prompts, each alone; they need more blocks than there are."""
     for i in range(requests):
         asks(sim, [100 + i] * 20)
@@ -38,7 +37,7 @@ def flood(sim: CoreSim, requests: int = 10) -> None:
 
 def test_a_pinned_prefix_outlives_what_a_plain_one_does_not() -> None:
     for tokens, kept in ((0, 0), (16, 16), (11, 8), (3, 0), (1000, 16)):
-        sim = CoreSim(PINNING)
+        sim = Sim(PINNING)
         first = asks(sim, PROMPT, tokens)
         sim.run()
         assert first.pinned_tokens == len(sim.core.blocks.pins) * 4 == kept
@@ -49,7 +48,7 @@ def test_a_pinned_prefix_outlives_what_a_plain_one_does_not() -> None:
 
 
 def test_a_pin_ends_its_seconds_after_the_last_use() -> None:
-    sim = CoreSim(PINNING)
+    sim = Sim(PINNING)
     asks(sim, PROMPT, 16, seconds=5.0)
     sim.run()
     sim.now += 4.0
@@ -68,7 +67,7 @@ def test_a_pin_ends_its_seconds_after_the_last_use() -> None:
 
 
 def test_a_longer_time_stays() -> None:
-    sim = CoreSim(PINNING)
+    sim = Sim(PINNING)
     asks(sim, PROMPT, 16, seconds=3600.0)
     sim.run()
     asks(sim, PROMPT, 16, seconds=1.0)
@@ -79,7 +78,7 @@ def test_a_longer_time_stays() -> None:
 
 
 def test_a_running_request_takes_pinned_blocks_before_one_is_preempted() -> None:
-    sim = CoreSim(PINNING)  # 24 blocks
+    sim = Sim(PINNING)  # 24 blocks
     asks(sim, PROMPT, 16)
     sim.run()
     grows = [asks(sim, [100 + i] * 4, max_tokens=44) for i in range(2)]  # 12 blocks each in the end
@@ -90,7 +89,7 @@ def test_a_running_request_takes_pinned_blocks_before_one_is_preempted() -> None
 
 
 def test_the_end_of_a_prefix_is_given_up_first() -> None:
-    sim = CoreSim(PINNING._replace(num_blocks=16))
+    sim = Sim(PINNING._replace(num_blocks=16))
     asks(sim, PROMPT, 16)
     sim.run()
     asks(sim, [9] * 4, max_tokens=52)  # 14 of the 16 blocks
@@ -101,7 +100,7 @@ def test_the_end_of_a_prefix_is_given_up_first() -> None:
 
 
 def test_a_newcomer_waits_for_running_requests_and_not_for_pins() -> None:
-    sim = CoreSim(PINNING)
+    sim = Sim(PINNING)
     asks(sim, PROMPT, 16)
     sim.run()
     runs = asks(sim, [9] * 41, max_tokens=7)  # 11 of the 24 blocks, later 12; 4 are pinned
@@ -116,7 +115,7 @@ def test_a_newcomer_waits_for_running_requests_and_not_for_pins() -> None:
 
 @pytest.mark.parametrize("policy", ["fcfs", "vtc", "drr", {"order": "priority", "preempt": "priority"}])
 def test_policies_make_room_beside_pins(policy: Any) -> None:
-    sim = CoreSim(PINNING, load_policy(policy))  # 24 blocks
+    sim = Sim(PINNING, load_policy(policy))  # 24 blocks
     asks(sim, [7] * 33, 32, tenant="a")
     sim.run()
     for i in range(20):
@@ -133,7 +132,7 @@ def test_policies_make_room_beside_pins(policy: Any) -> None:
 
 def test_a_request_that_pins_leave_no_room_is_admitted_at_once() -> None:
     limits = PINNING._replace(num_blocks=18, max_num_batched_tokens=64, max_pinned_blocks=18)
-    sim = CoreSim(limits)
+    sim = Sim(limits)
     asks(sim, [6] * 49, 48)
     sim.run()
     assert len(sim.core.blocks.pins) == 12
@@ -145,7 +144,7 @@ def test_a_request_that_pins_leave_no_room_is_admitted_at_once() -> None:
 
 
 def test_a_tenant_may_have_all_until_others_pin_too() -> None:
-    sim = CoreSim(PINNING._replace(num_blocks=100))
+    sim = Sim(PINNING._replace(num_blocks=100))
 
     def pinned(tenant: str, prompt: int) -> int:
         asks(sim, [prompt] * 17, 16, tenant=tenant)
@@ -163,14 +162,14 @@ def test_a_tenant_may_have_all_until_others_pin_too() -> None:
 
 
 def test_a_bound_of_each_tenant_holds_although_nobody_else_pins() -> None:
-    sim = CoreSim(PINNING._replace(max_pinned_blocks_per_tenant=2))
+    sim = Sim(PINNING._replace(max_pinned_blocks_per_tenant=2))
     first = asks(sim, PROMPT, 16, tenant="a")
     sim.run()
     assert first.pinned_tokens == 8 and sim.core.blocks.pins.count("a") == 2
 
 
 def test_behind_a_window_only_what_is_seen_is_pinned() -> None:
-    sim = CoreSim(PINNING._replace(window=6, num_blocks=20))
+    sim = Sim(PINNING._replace(window=6, num_blocks=20), memory=DeviceMemory)
     prompt = list(range(2, 43))
     first = asks(sim, prompt, 36)
     sim.run()
@@ -184,7 +183,7 @@ def test_behind_a_window_only_what_is_seen_is_pinned() -> None:
 
 def test_without_a_prefix_cache_nothing_is_pinned() -> None:
     for limits in (PINNING._replace(prefix_caching=False), LIMITS):
-        sim = CoreSim(limits)
+        sim = Sim(limits)
         first = asks(sim, PROMPT, 16)
         sim.run()
         assert first.pinned_tokens == 0 and len(sim.core.blocks.pins) == 0

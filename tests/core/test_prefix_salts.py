@@ -7,9 +7,9 @@ from typing import NamedTuple
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.core_sim import LIMITS, CoreSim
 
 from aioengine import events
+from aioengine.testing import LIMITS, Sim
 
 
 class Sent(NamedTuple):
@@ -33,7 +33,7 @@ SENT = st.builds(
 @given(st.lists(SENT, min_size=2, max_size=20))
 @pytest.mark.slow
 def test_all_that_may_be_shared_is_and_nothing_else(requests: list[Sent]) -> None:
-    sim = CoreSim(LIMITS._replace(num_blocks=1000, cpu_capacity=100))
+    sim = Sim(LIMITS._replace(num_blocks=1000, cpu_capacity=100))
     size = LIMITS.block_size
     known: set[tuple[object, ...]] = set()
     for sent in requests:
@@ -53,7 +53,7 @@ def test_all_that_may_be_shared_is_and_nothing_else(requests: list[Sent]) -> Non
 
 @given(st.text("01:ab", min_size=1, max_size=4), st.text("01:ab", min_size=1, max_size=4))
 def test_a_preempted_request_finds_its_own_blocks_again(salt: str, other: str) -> None:
-    sim = CoreSim(LIMITS._replace(num_blocks=100))
+    sim = Sim(LIMITS._replace(num_blocks=100))
     request = sim.add(prompt=[5] * 9, max_tokens=3, cache_salt=salt)
     sim.settle()
     sim.core.batcher.preempt(request, sim.now)

@@ -6,9 +6,9 @@ import random
 from typing import Any
 
 import pytest
-from support.core_sim import LIMITS, CoreSim
 
 from aioengine.step import Decodes, SequenceWork
+from aioengine.testing import LIMITS, Sim
 
 
 def driven(seed: int, *, repeats: bool) -> tuple[list[Any], int]:
@@ -16,7 +16,7 @@ def driven(seed: int, *, repeats: bool) -> tuple[list[Any], int]:
     how many steps repeat the one before."""
     rng = random.Random(seed)
     caching, pace = rng.random() < 0.5, rng.choice((None, 0.03, 1e-3))
-    sim = CoreSim(LIMITS._replace(prefix_caching=caching, max_step_seconds=pace, num_blocks=40))
+    sim = Sim(LIMITS._replace(prefix_caching=caching, max_step_seconds=pace, num_blocks=40))
     if not repeats:
         sim.core.batcher.repeated = None
     for name in ("a", "b", "c"):

@@ -6,13 +6,12 @@ import random
 from collections.abc import Sequence
 
 import pytest
-from support.core_sim import LIMITS, CoreSim
-from support.strict_sim import StrictSim
 
 from aioengine import events
 from aioengine.core.adapters.arena import GRANULE
 from aioengine.errors import AdapterTooLarge, EngineOverloaded
 from aioengine.schedulers import Decision, Location, Place, SchedulerPolicy, SchedulerView, load_policy
+from aioengine.testing import LIMITS, Sim
 
 MEMORY = 8 * GRANULE
 ELASTIC = LIMITS._replace(
@@ -35,7 +34,7 @@ class Scripted(SchedulerPolicy):
         return decision._replace(admit=admit)
 
 
-class Sim(CoreSim):
+class MemorySim(Sim):
     def __init__(self, limits: object = ELASTIC) -> None:
         self.policy = Scripted()
         super().__init__(limits, self.policy)  # type: ignore[arg-type]
@@ -82,7 +81,7 @@ class Sim(CoreSim):
 
 
 def test_an_adapter_takes_what_it_needs() -> None:
-    sim = Sim()
+    sim = MemorySim()
     sim.read(a=1, b=2, c=4, d=1)
     assert sim.decide(["a", "b", "c", "d"]) == []
     assert sim.layout == "abbccccd"
@@ -94,7 +93,7 @@ def test_an_adapter_takes_what_it_needs() -> None:
 
 
 def test_victims_go_in_the_policys_order_and_only_as_many_as_it_takes() -> None:
-    sim = Sim()
+    sim = MemorySim()
     sim.read(a=2, b=2, c=2, d=2, x=4)
     sim.decide(["a", "b", "c", "d"])
     assert sim.decide(["x"], evict=["c", "d", "a"]) == []
@@ -106,7 +105,7 @@ def test_victims_go_in_the_policys_order_and_only_as_many_as_it_takes() -> None:
 
 @pytest.mark.parametrize("evict", [["a"], []])
 def test_who_gives_its_slot_to_one_on_disk_leaves_the_cpu_cache_too(evict: list[str]) -> None:
-    sim = Sim(ELASTIC._replace(cpu_max_bytes=6 * GRANULE))
+    sim = MemorySim(ELASTIC._replace(cpu_max_bytes=6 * GRANULE))
     sim.read(b=4)
     sim.read(a=4)
     sim.decide(["a"])
@@ -123,7 +122,7 @@ def test_who_gives_its_slot_to_one_on_disk_leaves_the_cpu_cache_too(evict: list[
 
 
 def test_what_is_busy_or_pinned_never_leaves() -> None:
-    sim = Sim()
+    sim = MemorySim()
     sim.read(a=2, b=2, c=4, x=3)
     sim.decide(["a", "b", "c"])
     sim.core.residency.pins.pin(sim.core.residency.current["b"], sim.now)
@@ -140,7 +139,7 @@ def test_what_is_busy_or_pinned_never_leaves() -> None:
 
 
 def test_idle_adapters_move_where_only_the_holes_are_too_small() -> None:
-    sim = Sim()
+    sim = MemorySim()
     sim.read(a=1, b=2, c=1, d=2, e=2, x=3)
     sim.decide(["a", "b", "c", "d", "e"])
     assert sim.layout == "abbcddee"
@@ -167,7 +166,7 @@ def test_idle_adapters_move_where_only_the_holes_are_too_small() -> None:
 
 
 def test_a_running_adapter_stays_where_it_is() -> None:
-    sim = Sim()
+    sim = MemorySim()
     sim.read(a=1, b=2, c=1, d=2, e=2, x=3)
     sim.decide(["a", "b", "c", "d", "e"])
     for name in "bd":
@@ -179,7 +178,7 @@ def test_a_running_adapter_stays_where_it_is() -> None:
 
 
 def test_a_move_that_fails_leaves_the_adapter_on_the_cpu() -> None:
-    sim = Sim()
+    sim = MemorySim()
     sim.read(a=1, b=2, c=1, d=2, e=2, x=3)
     sim.decide(["a", "b", "c", "d", "e"])
     for name in "bd":
@@ -198,7 +197,7 @@ def test_a_move_that_fails_leaves_the_adapter_on_the_cpu() -> None:
 
 
 def test_an_adapter_that_is_larger_than_the_memory_is_refused_when_it_is_read() -> None:
-    sim = Sim()
+    sim = MemorySim()
     sim.sizes["huge"] = MEMORY + 1
     entry = sim.register("huge")
     sim.core.residency.want(entry, sim.now)
@@ -212,7 +211,7 @@ def test_an_adapter_that_is_larger_than_the_memory_is_refused_when_it_is_read() 
 
 
 def test_who_is_shut_out_by_pinned_adapters_is_told() -> None:
-    sim = Sim()
+    sim = MemorySim()
     sim.read(a=4, b=2, x=3)
     for name in "ab":
         sim.core.residency.pins.pin(sim.core.residency.current[name], sim.now)
@@ -235,7 +234,7 @@ def test_who_is_shut_out_by_pinned_adapters_is_told() -> None:
 
 
 def test_a_pinned_adapter_gets_room_although_everything_is_busy() -> None:
-    sim = Sim()
+    sim = MemorySim()
     sim.read(a=4, b=4, p=5)
     sim.decide(["a", "b"])
     for name in "ab":
@@ -252,7 +251,7 @@ def test_a_pinned_adapter_gets_room_although_everything_is_busy() -> None:
 
 
 def test_slots_of_one_size_show_their_memory_too() -> None:
-    sim = Sim(ELASTIC._replace(slot_memory=None, num_slots=2))
+    sim = MemorySim(ELASTIC._replace(slot_memory=None, num_slots=2))
     sim.read(a=1, b=2, c=4)
     sim.decide(["a"])
     sim.decide([])
@@ -270,7 +269,7 @@ def test_slots_of_one_size_show_their_memory_too() -> None:
 def test_every_policy_serves_all_whatever_their_sizes(policy: str) -> None:
     """Mixed sizes under constant swapping: nobody is left out, and the accounts agree after every step."""
     rng = random.Random(policy)
-    sim = StrictSim(ELASTIC, load_policy(policy))
+    sim = Sim(ELASTIC, load_policy(policy))
     names = [f"a{i}" for i in range(12)]
     for i, name in enumerate(names):
         sim.sizes[name] = (1, 1, 1, 2, 4, 7)[i % 6] * GRANULE - rng.randint(0, 100)
@@ -284,14 +283,14 @@ def test_every_policy_serves_all_whatever_their_sizes(policy: str) -> None:
     assert set(sim.ended.values()) == {"length"}
 
 
-def cold(sim: CoreSim, name: str, size: int) -> None:
+def cold(sim: Sim, name: str, size: int) -> None:
     sim.sizes[name] = size * GRANULE
     sim.register(name)
 
 
 def test_the_default_policy_gives_up_small_adapters_for_a_large_one_that_has_waited_long() -> None:
     """Those that are always busy are closed, as many as its bytes take, and no newcomer comes before it."""
-    sim = StrictSim(ELASTIC, load_policy("fcfs:max_wait=0.3"))
+    sim = Sim(ELASTIC, load_policy("fcfs:max_wait=0.3"))
     for i in range(8):
         cold(sim, f"s{i}", 1)
     cold(sim, "large", 6)
@@ -312,7 +311,7 @@ def test_the_default_policy_gives_up_small_adapters_for_a_large_one_that_has_wai
 def test_a_large_adapter_gets_room_between_running_ones() -> None:
     """There are bytes enough for it, but in holes between adapters that are never idle together."""
     limits = ELASTIC._replace(num_slots=8, max_num_seqs=8, max_num_batched_tokens=64, num_blocks=60)
-    sim = StrictSim(limits, load_policy("fcfs:max_wait=0.3"))
+    sim = Sim(limits, load_policy("fcfs:max_wait=0.3"))
     for i in range(8):
         cold(sim, f"s{i}", 1)
         sim.add(f"s{i}", max_tokens=2)
@@ -335,7 +334,7 @@ def test_size_aware_replacement_keeps_many_small_adapters_rather_than_one_large(
     """What gdsf evicts frees its own bytes, so its worth by size counts on the device."""
     left: dict[str, list[str]] = {}
     for policy in ("fcfs+gdsf", "fcfs+lru"):
-        sim = StrictSim(ELASTIC, load_policy(policy))
+        sim = Sim(ELASTIC, load_policy(policy))
         for name, size in (("big", 4), ("a", 1), ("b", 1), ("c", 1), ("d", 1), ("new", 2)):
             cold(sim, name, size)
         for name in ("a", "b", "c", "d", "big"):

@@ -9,13 +9,13 @@ from collections.abc import Callable, Sequence
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.core_sim import LIMITS, CoreSim
 
 from aioengine import events
 from aioengine.core.speculation.automaton import SuffixAutomaton
 from aioengine.core.speculation.depth import Acceptance, Candidate, allot
 from aioengine.core.speculation.earlier_outputs import EarlierOutputs, OutputPlaces, follow
 from aioengine.core.speculation.prompt_lookup import PromptLookup, copy
+from aioengine.testing import LIMITS, Sim
 
 Text = list[int]
 texts = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=12), min_size=1, max_size=4)
@@ -154,7 +154,7 @@ def run(
     speculation: str, next_token: Callable[[list[int]], int], requests: Sequence[tuple[str | None, Text, int]]
 ) -> tuple[list[Text], int, list[events.Event]]:
     limits = LIMITS._replace(speculation=speculation, max_model_len=200, num_blocks=80)  # type: ignore[arg-type]
-    sim = CoreSim(limits, next_token=next_token)
+    sim = Sim(limits, next_token=next_token)
     sim.register("a")
     sim.register("b")
     found = []
@@ -187,7 +187,7 @@ def test_forced_tokens_take_no_step_of_their_own(speculation: str) -> None:
 
     def answers(*, constrained: bool) -> tuple[list[Text], int]:
         limits = LIMITS._replace(speculation=speculation, max_model_len=200, num_blocks=80)  # type: ignore[arg-type]
-        sim = CoreSim(limits, next_token=periodic)
+        sim = Sim(limits, next_token=periodic)
         requests = [
             sim.add(prompt=[3 + i] * (1 + 9 * i), max_tokens=20 + i, constrained=constrained and i != 1)
             for i in range(6)

@@ -6,20 +6,20 @@ import contextlib
 import time
 
 import pytest
-from support.core_sim import LIMITS, CoreSim
 
 from aioengine import events
 from aioengine.core.waiting_room import Ticket, WaitingRoom
 from aioengine.errors import EngineOverloaded
+from aioengine.testing import LIMITS, Sim
 
 
-def endings(sim: CoreSim) -> dict[str, events.RequestEnded]:
+def endings(sim: Sim) -> dict[str, events.RequestEnded]:
     sim.take_events()
     return {event.request_id: event for event in sim.of(events.RequestEnded)}  # type: ignore[attr-defined]
 
 
 def test_who_fills_the_queue_shuts_nobody_out() -> None:
-    sim = CoreSim(LIMITS._replace(max_waiting=8))
+    sim = Sim(LIMITS._replace(max_waiting=8))
     hog = [sim.add(tenant="hog") for _ in range(8)]
     others = [sim.add(tenant=name) for name in ("b", "c", None)]
     ended = endings(sim)
@@ -36,7 +36,7 @@ def test_who_fills_the_queue_shuts_nobody_out() -> None:
 
 
 def test_a_full_queue_ends_up_shared_and_then_nobody_displaces_anybody() -> None:
-    sim = CoreSim(LIMITS._replace(max_waiting=9))
+    sim = Sim(LIMITS._replace(max_waiting=9))
     for tenant in "aaaaaaaaa" + "bbbbb" + "ccccc":
         with contextlib.suppress(EngineOverloaded):
             sim.add(tenant=tenant)
@@ -52,7 +52,7 @@ def test_a_full_queue_ends_up_shared_and_then_nobody_displaces_anybody() -> None
 
 def test_with_one_tenant_newcomers_are_refused() -> None:
     for tenant in ("a", None):
-        sim = CoreSim(LIMITS._replace(max_waiting=2))
+        sim = Sim(LIMITS._replace(max_waiting=2))
         first = [sim.add(tenant=tenant) for _ in range(2)]
         with pytest.raises(EngineOverloaded):
             sim.add(tenant=tenant)
@@ -60,7 +60,7 @@ def test_with_one_tenant_newcomers_are_refused() -> None:
 
 
 def test_a_request_that_had_tokens_is_not_displaced() -> None:
-    sim = CoreSim(LIMITS._replace(max_waiting=3, max_num_seqs=3))
+    sim = Sim(LIMITS._replace(max_waiting=3, max_num_seqs=3))
     running = [sim.add(tenant="a", max_tokens=20) for _ in range(3)]
     for _ in range(3):
         sim.settle()
@@ -73,7 +73,7 @@ def test_a_request_that_had_tokens_is_not_displaced() -> None:
 
 
 def test_bounds_of_tenants_and_adapters_concern_nobody_else() -> None:
-    sim = CoreSim(LIMITS._replace(max_waiting_per_tenant=4, max_waiting_per_adapter=2))
+    sim = Sim(LIMITS._replace(max_waiting_per_tenant=4, max_waiting_per_adapter=2))
     for name in "xyz":
         sim.register(name)
     sim.core.room.max_of_tenant = {"b": 1}
@@ -103,7 +103,7 @@ def test_bounds_of_tenants_and_adapters_concern_nobody_else() -> None:
 
 
 def test_a_mix_counts_for_each_of_its_adapters() -> None:
-    sim = CoreSim(LIMITS._replace(max_waiting_per_adapter=2, max_num_seqs=1))
+    sim = Sim(LIMITS._replace(max_waiting_per_adapter=2, max_num_seqs=1))
     for name in "xyz":
         sim.register(name)
     running = sim.add(max_tokens=20)
@@ -129,7 +129,7 @@ def test_a_mix_counts_for_each_of_its_adapters() -> None:
 
 
 def test_a_mix_takes_a_place_of_each_of_its_adapters_or_none() -> None:
-    sim = CoreSim(LIMITS._replace(max_waiting_per_adapter=2, max_num_seqs=1))
+    sim = Sim(LIMITS._replace(max_waiting_per_adapter=2, max_num_seqs=1))
     for name in "vwxyz":
         sim.register(name)
     sim.add(max_tokens=20)
@@ -147,7 +147,7 @@ def test_a_mix_takes_a_place_of_each_of_its_adapters_or_none() -> None:
 
 def test_nobody_makes_way_in_vain() -> None:
     """An adapter's bound would let the newcomer in, the server's does not."""
-    sim = CoreSim(LIMITS._replace(max_waiting=4, max_waiting_per_adapter=2, max_num_seqs=4))
+    sim = Sim(LIMITS._replace(max_waiting=4, max_waiting_per_adapter=2, max_num_seqs=4))
     sim.register("x")
     running = [sim.add(tenant="a", max_tokens=20) for _ in range(3)]
     sim.settle()
@@ -165,7 +165,7 @@ def prompt(tokens: int) -> list[int]:
 
 
 def test_long_prompts_are_bounded_by_their_tokens() -> None:
-    sim = CoreSim(LIMITS._replace(max_waiting_tokens=100, max_waiting_tokens_per_tenant=80))
+    sim = Sim(LIMITS._replace(max_waiting_tokens=100, max_waiting_tokens_per_tenant=80))
     accepted = [sim.add(tenant="hog", prompt=prompt(30)) for _ in range(2)]
     with pytest.raises(EngineOverloaded, match=r"'hog'.*max_waiting_tokens_per_tenant=80") as caught:
         sim.add(tenant="hog", prompt=prompt(30))
@@ -179,7 +179,7 @@ def test_long_prompts_are_bounded_by_their_tokens() -> None:
 
 
 def test_those_beside_a_flood_of_long_prompts_get_their_part() -> None:
-    sim = CoreSim(LIMITS._replace(max_waiting_tokens=100))
+    sim = Sim(LIMITS._replace(max_waiting_tokens=100))
     hog = [sim.add(tenant="hog", prompt=prompt(20)) for _ in range(5)]
     with pytest.raises(EngineOverloaded, match="max_waiting_tokens=100") as caught:
         sim.add(tenant="hog", prompt=prompt(20))
@@ -199,7 +199,7 @@ def test_those_beside_a_flood_of_long_prompts_get_their_part() -> None:
 
 
 def test_a_prompt_longer_than_the_bound_is_accepted_alone() -> None:
-    sim = CoreSim(LIMITS._replace(max_waiting_tokens=10, max_waiting_tokens_per_tenant=10))
+    sim = Sim(LIMITS._replace(max_waiting_tokens=10, max_waiting_tokens_per_tenant=10))
     first = {name: sim.add(tenant=name, prompt=prompt(40)) for name in ("a", "b", None)}
     assert not endings(sim)
     for name in first:

@@ -7,7 +7,6 @@ from collections.abc import Awaitable, Callable
 from typing import Any, NamedTuple
 
 import pytest
-from support.core_sim import LIMITS
 
 from aioengine.adapters import loader as loaders
 from aioengine.adapters.loader import MAX_HANGING_ON_MOUNT, STALL_SECONDS, BaseLoader, Patience
@@ -22,6 +21,7 @@ from aioengine.request import RequestOptions, SamplingParams
 from aioengine.runtime.loop import Stepper
 from aioengine.schedulers.policies.fcfs import FCFS
 from aioengine.step import LoadedAdapter, ReadOrder, Sampled, StepBatch, StepResult
+from aioengine.testing import LIMITS
 
 MOUNT_OF = {"dead": "/mnt/dead", "other": "/mnt/other"}
 

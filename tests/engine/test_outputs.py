@@ -7,7 +7,6 @@ import tracemalloc
 from collections.abc import Callable
 
 import pytest
-from support.core_sim import CoreSim
 
 from aioengine.core.state import Request
 from aioengine.fleet.door.call import Call
@@ -20,6 +19,7 @@ from aioengine.server.openai.chat_reply import ChatReply
 from aioengine.server.openai.completions import CompletionReply
 from aioengine.server.streaming import Reply, ReplyOptions
 from aioengine.step import Sampled
+from aioengine.testing import Sim
 
 OUTPUTS = 10_000
 LARGEST = 8_000
@@ -47,7 +47,7 @@ class OfEngine:
     """Outputs as an engine makes them."""
 
     def __init__(self) -> None:
-        sim = CoreSim()
+        sim = Sim()
         self.request: Request = sim.add(prompt=[5, 6, 7])
         object.__setattr__(self.request, "params", PARAMS)
         self.stream = OutputStream(self.request, OutputText(Words(), PARAMS))  # type: ignore[arg-type]
@@ -149,7 +149,7 @@ async def test_the_text_is_made_when_it_is_read(monkeypatch: pytest.MonkeyPatch)
 async def test_a_reader_of_the_whole_output_needs_few_of_its_tokens(pushed: int) -> None:
     """All of its text is there, whichever tokens were pushed and whenever it was looked at."""
     params = SamplingParams(max_tokens=500)
-    request: Request = CoreSim().add(prompt=[5, 6, 7])
+    request: Request = Sim().add(prompt=[5, 6, 7])
     stream = OutputStream(request, OutputText(Words(), params))  # type: ignore[arg-type]
     last = asyncio.ensure_future(stream.last())
     await asyncio.sleep(0)

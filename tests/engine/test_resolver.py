@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.core_sim import LIMITS
 from support.engine_fixtures import MakeEngine, Tiny, greedy, prompt_of
 from support.steady_device import Steady
 
@@ -30,6 +29,7 @@ from aioengine.events import AdapterLoading, AdapterRegistered
 from aioengine.runtime.loop import Stepper
 from aioengine.runtime.sources import lookup as resolution
 from aioengine.schedulers.policies.fcfs import FCFS
+from aioengine.testing import LIMITS
 
 
 class Gated(AdapterResolver):

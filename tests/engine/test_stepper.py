@@ -7,7 +7,6 @@ import logging
 from collections.abc import Awaitable, Callable
 
 import pytest
-from support.core_sim import LIMITS
 from support.steady_device import Steady
 
 from aioengine.core import Core
@@ -22,6 +21,7 @@ from aioengine.schedulers import Decision, SchedulerPolicy, SchedulerView
 from aioengine.schedulers.policies.fcfs import FCFS
 from aioengine.schedulers.policy import Location
 from aioengine.step import LoadedAdapter, ReadOrder
+from aioengine.testing import LIMITS
 
 
 def run(

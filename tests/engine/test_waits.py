@@ -6,7 +6,6 @@ import asyncio
 from collections.abc import Awaitable, Callable
 
 import pytest
-from support.core_sim import LIMITS
 from support.steady_device import Steady
 
 from aioengine.core import Core
@@ -14,6 +13,7 @@ from aioengine.errors import EngineDead, EngineStopped
 from aioengine.lab.simulation.clock import VirtualTimeLoop
 from aioengine.runtime.loop import Stepper
 from aioengine.schedulers.policies.fcfs import FCFS
+from aioengine.testing import LIMITS
 
 
 def run(main: Callable[[Stepper], Awaitable[None]]) -> None:

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.core_sim import LIMITS, CoreSim
 
 from aioengine.errors import RequestInvalid
 from aioengine.executors.process.step_delta import StepDecoder, StepEncoder
 from aioengine.executors.process.wire import Masks, Step, frame, requests
 from aioengine.request import SamplingParams
 from aioengine.step import SequenceWork, StepBatch
+from aioengine.testing import LIMITS, Sim
 
 
 def over_the_wire(step: Step) -> Step:
@@ -53,7 +53,7 @@ class Both:
 def test_both_sides_agree_on_every_batch(seed: int) -> None:
     """With prompts in chunks, preemptions, and ends at any time."""
     rng = random.Random(seed)
-    sim = CoreSim(LIMITS._replace(num_blocks=rng.randint(16, 24)))
+    sim = Sim(LIMITS._replace(num_blocks=rng.randint(16, 24)))
     sim.register("a")
     sim.register("b")
     mix = sim.mix("a", "b", weight=0.3)

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from support.core_sim import LIMITS, CoreSim
 from support.random_slots import fill_slot
 from support.tiny_models import build_model
 
@@ -19,6 +18,7 @@ from aioengine.model.files.resolve import read_spec
 from aioengine.model.runner import ModelRunner
 from aioengine.request import RequestOptions, SamplingParams
 from aioengine.step import Decodes, StepBatch
+from aioengine.testing import LIMITS, Sim
 
 pytestmark = pytest.mark.skipif(build.shutil.which("c++") is None, reason="needs a C++ compiler")
 BLOCKS, RANK = 40, 8
@@ -55,7 +55,7 @@ def test_what_is_kept_changes_no_bit(seed: int) -> None:
     kept, anew = runner(), runner()
     rng = random.Random(seed)
     limits = LIMITS._replace(num_blocks=BLOCKS, block_size=16, max_num_batched_tokens=64, max_model_len=256)
-    sim = CoreSim(limits._replace(prefix_caching=seed % 2 == 0))
+    sim = Sim(limits._replace(prefix_caching=seed % 2 == 0))
     for name in ("a", "b", "c"):
         sim.register(name)
     greedy, again = seed < 2, 0
@@ -89,7 +89,7 @@ def test_what_is_kept_changes_no_bit(seed: int) -> None:
 def test_a_sequence_of_other_steps_is_not_continued() -> None:
     """A step that follows another one than the last is computed from what it says."""
     kept, anew = runner(), runner()
-    sim = CoreSim(LIMITS._replace(num_blocks=BLOCKS, block_size=16))
+    sim = Sim(LIMITS._replace(num_blocks=BLOCKS, block_size=16))
     sim.core.add_request(
         "r", [5, 6, 7], SamplingParams(max_tokens=55, ignore_eos=True), RequestOptions(), 0.0
     )

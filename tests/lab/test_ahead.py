@@ -13,7 +13,6 @@ from typing import Any, Literal
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.core_sim import LIMITS, CoreSim
 from support.lab_sim import config, costs
 
 from aioengine import RequestOutput, SamplingParams, events
@@ -25,6 +24,7 @@ from aioengine.lab.simulation.device import SimulatedDevice
 from aioengine.lab.simulation.engine import SimulatedEngine
 from aioengine.lab.workload.requests import AdapterShape
 from aioengine.step import Sampled, StepBatch, StepResult
+from aioengine.testing import LIMITS, Sim
 
 POLICIES = [
     "fcfs",
@@ -254,8 +254,8 @@ def test_a_step_takes_no_turn_of_the_loop_if_nothing_happens_before_its_end() ->
 def test_repeated_steps_do_what_steps_one_by_one_do() -> None:
     """In the core: tokens, blocks in the same order, times."""
 
-    def running(count: int) -> CoreSim:
-        sim = CoreSim(LIMITS._replace(num_blocks=64, max_num_batched_tokens=64), next_token=lambda _: 7)
+    def running(count: int) -> Sim:
+        sim = Sim(LIMITS._replace(num_blocks=64, max_num_batched_tokens=64), next_token=lambda _: 7)
         for index in range(3):
             sim.add(prompt=[5] * (3 + index), max_tokens=40)
         for _ in range(count):
@@ -284,7 +284,7 @@ def test_repeated_steps_do_what_steps_one_by_one_do() -> None:
 
 
 def test_no_step_is_certain_that_a_request_ends_in_or_that_may_change_a_decision() -> None:
-    sim = CoreSim(LIMITS._replace(num_blocks=64))
+    sim = Sim(LIMITS._replace(num_blocks=64))
     request = sim.add(max_tokens=8)
     sim.settle()
     batch = sim.schedule()
@@ -294,7 +294,7 @@ def test_no_step_is_certain_that_a_request_ends_in_or_that_may_change_a_decision
     late = sim.add(deadline=0.5)
     steady = sim.core.steady(batch)
     assert steady is not None and steady.until <= math.nextafter(sim.now, 1.0), "the policy has not seen it"
-    windowed = CoreSim(LIMITS._replace(num_blocks=64, window=8))
+    windowed = Sim(LIMITS._replace(num_blocks=64, window=8))
     windowed.add(max_tokens=8)
     windowed.settle()
     after = windowed.schedule()

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from support.core_sim import LIMITS, CoreSim
 
 from aioengine.core import CoreLimits
 from aioengine.lab import Experiment, WorkloadSpec, run
@@ -19,6 +18,7 @@ from aioengine.schedulers import Decision, SchedulerPolicy, SchedulerView
 from aioengine.schedulers.parts.compose import Composed
 from aioengine.schedulers.policies.fcfs import FCFS
 from aioengine.schedulers.registry import load_policy
+from aioengine.testing import LIMITS, Sim
 
 MIXED = "8:.7,16:.2,64:.1"
 FILES = ("requests.csv", "slots.csv", "moves.csv", "samples.csv")
@@ -102,7 +102,7 @@ class Sleeps(SchedulerPolicy):
 
 def test_it_is_asked_again_at_its_time_or_when_something_happens() -> None:
     policy = Sleeps(until=0.5)
-    sim = CoreSim(LIMITS._replace(num_blocks=200), policy)
+    sim = Sim(LIMITS._replace(num_blocks=200), policy)
     sim.add(max_tokens=50)
     for _ in range(4):
         sim.settle(step_seconds=0.1)
@@ -131,13 +131,13 @@ def test_a_class_that_overrides_schedule_alone_is_asked_before_every_step(says: 
             def quiet_until(self, view: SchedulerView) -> float:
                 return super().quiet_until(view)
 
-    sim = CoreSim(LIMITS, Counting())
+    sim = Sim(LIMITS, Counting())
     sim.add(max_tokens=30)
     sim.run()
     assert (Counting.calls >= 30) is not says
 
 
-def asked(limits: CoreLimits) -> tuple[CoreSim, Callable[[], int]]:
+def asked(limits: CoreLimits) -> tuple[Sim, Callable[[], int]]:
     """A simulation of ``fcfs``, and how often it has been asked."""
     policy = FCFS()
     count = 0
@@ -149,7 +149,7 @@ def asked(limits: CoreLimits) -> tuple[CoreSim, Callable[[], int]]:
         return schedule(view)
 
     policy.schedule = counted  # type: ignore[method-assign]
-    return CoreSim(limits, policy), lambda: count
+    return Sim(limits, policy), lambda: count
 
 
 def test_nothing_is_asked_after_an_admission_that_leaves_nothing_to_decide() -> None:
@@ -196,7 +196,7 @@ def test_a_policy_that_comes_while_nobody_waits_knows_who_runs(
             if always:
                 patch.setattr(Composed, "quiet_until", lambda self, view: -math.inf)
             limits = LIMITS._replace(num_blocks=400, max_model_len=200, max_num_seqs=4, cpu_capacity=4)
-            sim = CoreSim(limits, load_policy(policy))
+            sim = Sim(limits, load_policy(policy))
             for name in "abc":
                 sim.register(name)
             for name in (names * 4)[:4]:
@@ -226,7 +226,7 @@ class AdmitsOne(FCFS):
 
 
 def test_a_promise_about_another_schedule_does_not_count() -> None:
-    sim = CoreSim(LIMITS, AdmitsOne())
+    sim = Sim(LIMITS, AdmitsOne())
     for _ in range(3):
         sim.add(max_tokens=8)
     sim.settle()

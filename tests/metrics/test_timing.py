@@ -7,12 +7,11 @@ import threading
 import time
 from collections import Counter
 
-from support.core_sim import LIMITS, CoreSim
-
 from aioengine.events import TokenInterval
 from aioengine.runtime.watches import LoopLagMeter
 from aioengine.schedulers import Decision, SchedulerView
 from aioengine.schedulers.policies.fcfs import FCFS
+from aioengine.testing import LIMITS, Sim
 
 
 class Holding(FCFS):
@@ -27,9 +26,9 @@ class Holding(FCFS):
         return Decision(admit=admit, place=decision.place, prefetch=decision.prefetch, preempt=running)
 
 
-def sim_with(*adapters: str, policy: FCFS | None = None) -> CoreSim:
+def sim_with(*adapters: str, policy: FCFS | None = None) -> Sim:
     limits = LIMITS._replace(num_blocks=400, max_num_seqs=200, max_num_batched_tokens=400)
-    sim = CoreSim(limits, policy)
+    sim = Sim(limits, policy)
     for name in adapters:
         sim.register(name)
         sim.add(name)
@@ -38,7 +37,7 @@ def sim_with(*adapters: str, policy: FCFS | None = None) -> CoreSim:
     return sim
 
 
-def step(sim: CoreSim, now: float) -> Counter[TokenInterval]:
+def step(sim: Sim, now: float) -> Counter[TokenInterval]:
     """A step that ends at ``now``: the intervals by adapter and seconds, however they are split up."""
     sim.schedule()
     sim.now = now

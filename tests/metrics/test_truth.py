@@ -7,7 +7,6 @@ import random
 from collections.abc import Callable
 
 import pytest
-from support.core_sim import LIMITS, CoreSim
 from support.engine_fixtures import MakeEngine, Tiny, greedy, make_engine, prompt_of, tiny, tiny_of
 from support.metric_script import Samples, by_label, collected, value
 from support.metric_truth import Truth
@@ -18,6 +17,7 @@ from aioengine.errors import AdapterError, AdapterLoadError
 from aioengine.metrics import EngineMetrics
 from aioengine.metrics.families import definitions
 from aioengine.runtime.stats import Counters
+from aioengine.testing import LIMITS, Sim
 
 __all__ = ["make_engine", "tiny", "tiny_of"]  # fixtures
 
@@ -82,7 +82,7 @@ def assert_gauges(found: Samples, record: list[e.Event]) -> None:
 def random_run(seed: int) -> tuple[Samples, list[e.Event]]:
     """Arrivals, aborts, failures, replacements and preemptions in virtual time; scraped all the while."""
     rng = random.Random(seed)
-    sim = CoreSim(LIMITS._replace(num_blocks=8))
+    sim = Sim(LIMITS._replace(num_blocks=8))
     counters = Counters()
     metrics = EngineMetrics(100, lambda: counters.snapshot(sim.core), list)
     taken = 0

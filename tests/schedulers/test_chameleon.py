@@ -6,21 +6,21 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from support.core_sim import LIMITS, CoreSim
 
 from aioengine.core.state import Request
 from aioengine.schedulers.policies.chameleon import Chameleon, ChameleonCache, ChameleonOrder, cluster, shares
 from aioengine.schedulers.policies.fcfs import FCFS
 from aioengine.schedulers.policy import PolicyEvent, SchedulerPolicy
+from aioengine.testing import LIMITS, Sim
 
 STEP = 0.05
 SMALL, LARGE = 4, 40  # tokens to generate
 ROOMY = LIMITS._replace(num_blocks=400, max_num_seqs=4, max_num_batched_tokens=64)
 
 
-def warm(policy: SchedulerPolicy, **limits: int) -> CoreSim:
+def warm(policy: SchedulerPolicy, **limits: int) -> Sim:
     """Enough small and large requests have passed for the lanes to be formed."""
-    sim = CoreSim(ROOMY._replace(**limits), policy)
+    sim = Sim(ROOMY._replace(**limits), policy)
     sim.register("a")
     for _ in range(4):
         for _ in range(3):

@@ -5,8 +5,6 @@ from __future__ import annotations
 import random
 
 import pytest
-from support.core_sim import LIMITS
-from support.strict_sim import StrictSim
 
 from aioengine import events
 from aioengine.core import CoreLimits
@@ -18,15 +16,16 @@ from aioengine.schedulers.parts.lru import LRU
 from aioengine.schedulers.parts.none import NoPreemption
 from aioengine.schedulers.policies.drr import DRR
 from aioengine.schedulers.policies.fcfs import FCFS
+from aioengine.testing import LIMITS, Sim
 
 
 def drr(quantum: int = 512) -> Composed:
     return Composed(DRR(quantum), LRU(), Lookahead(), NoPreemption(), max_wait=1e9)
 
 
-def warm_sim(policy: SchedulerPolicy, limits: CoreLimits, names: str) -> StrictSim:
+def warm_sim(policy: SchedulerPolicy, limits: CoreLimits, names: str) -> Sim:
     """All adapters are in slots."""
-    sim = StrictSim(limits._replace(num_slots=len(names), cpu_capacity=len(names)), policy)
+    sim = Sim(limits._replace(num_slots=len(names), cpu_capacity=len(names)), policy)
     for name in names:
         sim.register(name)
         sim.add(name, max_tokens=1)
@@ -34,14 +33,14 @@ def warm_sim(policy: SchedulerPolicy, limits: CoreLimits, names: str) -> StrictS
     return sim
 
 
-def order_of(sim: StrictSim, requests: list[Request]) -> str:
+def order_of(sim: Sim, requests: list[Request]) -> str:
     """Adapters in the order of admission, "-" for the base model."""
     name = {r.id: "-" if r.adapter is None else r.adapter.name for r in requests}
     admitted = [e.request_id for e in sim.of(events.RequestAdmitted)]  # type: ignore[attr-defined]
     return "".join(name[i] for i in admitted if i in name)
 
 
-def add_sized(sim: StrictSim, adapter: str | None, cost: int) -> Request:
+def add_sized(sim: Sim, adapter: str | None, cost: int) -> Request:
     return sim.add(adapter, prompt=[3] * (cost - cost // 2), max_tokens=cost // 2)
 
 

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from support.core_sim import LIMITS
-from support.strict_sim import StrictSim
-
 from aioengine import events
 from aioengine.core import CoreLimits
 from aioengine.schedulers.parts.compose import Composed
@@ -12,13 +9,14 @@ from aioengine.schedulers.parts.lookahead import Lookahead
 from aioengine.schedulers.parts.lru import LRU
 from aioengine.schedulers.parts.none import NoPreemption
 from aioengine.schedulers.policies.edf import EDF
+from aioengine.testing import LIMITS, Sim
 
 
-def edf_sim(limits: CoreLimits) -> StrictSim:
-    return StrictSim(limits, Composed(EDF(), LRU(), Lookahead(), NoPreemption(), max_wait=1e9))
+def edf_sim(limits: CoreLimits) -> Sim:
+    return Sim(limits, Composed(EDF(), LRU(), Lookahead(), NoPreemption(), max_wait=1e9))
 
 
-def order_of(sim: StrictSim) -> list[str]:
+def order_of(sim: Sim) -> list[str]:
     return [e.request_id for e in sim.of(events.RequestAdmitted)]  # type: ignore[attr-defined]
 
 

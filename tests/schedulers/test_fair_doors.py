@@ -11,13 +11,13 @@ from dataclasses import dataclass, replace
 
 import pytest
 from support.selection import mostly_slow
-from support.strict_sim import StrictSim
 
 from aioengine import events
 from aioengine.core import CoreLimits
 from aioengine.core.state import Request
 from aioengine.schedulers import load_policy
 from aioengine.schedulers.policies.fcfs import Arrival
+from aioengine.testing import Sim
 
 LIMITS = CoreLimits(
     num_slots=4,
@@ -36,7 +36,7 @@ BOUND = 2.0
 """Times the time alone, or the steps."""
 
 
-class Clock(StrictSim):
+class Clock(Sim):
     """Reads, copies and steps take time, beside each other."""
 
     def __init__(self, limits: CoreLimits, policy: str) -> None:
@@ -163,7 +163,7 @@ def test_one_request_is_served_soon_while_another_tenant_floods(
 @pytest.mark.slow
 def test_tenants_whose_requests_end_with_their_first_step_take_turns(policy: str, others: int) -> None:
     """Nobody has more running requests then, so their number alone would let the longest queue go first."""
-    sim = StrictSim(LIMITS._replace(max_num_seqs=1), load_policy(policy))
+    sim = Sim(LIMITS._replace(max_num_seqs=1), load_policy(policy))
     for i in range(300):
         sim.add(prompt=[5, 6, 7 + i], max_tokens=1, tenant=f"a{i % others}")
     for i in range(10):

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import pytest
-from support.core_sim import LIMITS, CoreSim
 
 from aioengine import events
 from aioengine.core.state import Request
 from aioengine.schedulers.policies.fcfs import FCFS
+from aioengine.testing import LIMITS, Sim
 
 
-def admitted_at(sim: CoreSim) -> dict[str, float]:
+def admitted_at(sim: Sim) -> dict[str, float]:
     return {e.request_id: e.time for e in sim.of(events.RequestAdmitted)}  # type: ignore[attr-defined]
 
 
 def test_order_of_arrival_among_what_can_run() -> None:
-    sim = CoreSim(LIMITS._replace(max_num_seqs=2))
+    sim = Sim(LIMITS._replace(max_num_seqs=2))
     sim.register("a")
     for adapter in (None, "a", None, "a", None):
         sim.add(adapter)
@@ -29,7 +29,7 @@ def test_order_of_arrival_among_what_can_run() -> None:
 @pytest.mark.parametrize("cpu_capacity", [1, 2])
 def test_a_cold_adapter_gets_its_turn_although_a_busy_one_never_pauses(cpu_capacity: int) -> None:
     max_wait, step, tokens = 1.0, 0.05, 8
-    sim = CoreSim(LIMITS._replace(num_slots=1, cpu_capacity=cpu_capacity), FCFS(max_wait=max_wait))
+    sim = Sim(LIMITS._replace(num_slots=1, cpu_capacity=cpu_capacity), FCFS(max_wait=max_wait))
     sim.register("busy")
     sim.register("cold")
     sim.add("busy", max_tokens=tokens)
@@ -49,7 +49,7 @@ def test_a_cold_adapter_gets_its_turn_although_a_busy_one_never_pauses(cpu_capac
 
 
 def test_all_cold_adapters_get_their_turn_in_order_of_arrival() -> None:
-    sim = CoreSim(LIMITS._replace(num_slots=2, cpu_capacity=2), FCFS(max_wait=0.5))
+    sim = Sim(LIMITS._replace(num_slots=2, cpu_capacity=2), FCFS(max_wait=0.5))
     names = [f"n{i}" for i in range(8)]
     firsts: list[Request] = []
     for name in names:
@@ -68,7 +68,7 @@ def test_all_cold_adapters_get_their_turn_in_order_of_arrival() -> None:
 
 
 def test_base_requests_are_not_delayed_by_adapters() -> None:
-    sim = CoreSim(LIMITS._replace(num_slots=1))
+    sim = Sim(LIMITS._replace(num_slots=1))
     for name in "abc":
         sim.register(name)
         sim.add(name, max_tokens=20)
@@ -79,7 +79,7 @@ def test_base_requests_are_not_delayed_by_adapters() -> None:
 
 
 def test_an_idle_slot_that_nobody_waits_for_is_reused_least_recently_used_first() -> None:
-    sim = CoreSim(LIMITS._replace(num_slots=2, cpu_capacity=4))
+    sim = Sim(LIMITS._replace(num_slots=2, cpu_capacity=4))
     for name in "abc":
         sim.register(name)
     for name in "ab":
@@ -94,7 +94,7 @@ def test_an_idle_slot_that_nobody_waits_for_is_reused_least_recently_used_first(
 
 
 def test_slots_in_use_are_not_swapped_back_and_forth() -> None:
-    sim = CoreSim(LIMITS._replace(num_slots=2, cpu_capacity=4), FCFS(max_wait=100.0))
+    sim = Sim(LIMITS._replace(num_slots=2, cpu_capacity=4), FCFS(max_wait=100.0))
     for name in "abcd":
         sim.register(name)
     for _ in range(5):

@@ -8,9 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
 import pytest
-from support.core_sim import LIMITS
 from support.selection import mostly_slow
-from support.strict_sim import StrictSim
 
 from aioengine import events
 from aioengine.core import CoreLimits
@@ -28,6 +26,7 @@ from aioengine.schedulers.policies.other_engines import VLLMOrder
 from aioengine.schedulers.policies.priority import PreemptLower, Priority
 from aioengine.schedulers.policies.sjf import SJF
 from aioengine.schedulers.policies.vtc import VTC
+from aioengine.testing import LIMITS, Sim
 
 STEP = 0.05
 
@@ -55,7 +54,7 @@ BUILT_IN: dict[str, Callable[[], SchedulerPolicy]] = {
 }
 
 
-class TimedSim(StrictSim):
+class TimedSim(Sim):
     """Reads, copies and steps take time, and run beside each other."""
 
     def __init__(
@@ -111,7 +110,7 @@ class TimedSim(StrictSim):
         self.core.check()
 
 
-def admissions(sim: StrictSim) -> dict[str, float]:
+def admissions(sim: Sim) -> dict[str, float]:
     return {e.request_id: e.time for e in sim.of(events.RequestAdmitted)}  # type: ignore[attr-defined]
 
 
@@ -120,7 +119,7 @@ def admissions(sim: StrictSim) -> dict[str, float]:
 
 def flood_one_slot(policy: SchedulerPolicy, seconds: float, tokens: int = 8) -> tuple[Request, float]:
     """A, B, A, A, A, ...: B's request, and when it came."""
-    sim = StrictSim(LIMITS._replace(num_slots=1), policy)
+    sim = Sim(LIMITS._replace(num_slots=1), policy)
     sim.register("A")
     sim.register("B")
     sim.add("A", max_tokens=tokens)
@@ -154,9 +153,9 @@ def test_vllm_starves_it() -> None:
 @pytest.mark.parametrize("name", BUILT_IN)
 @pytest.mark.slow
 def test_base_requests_are_as_fast_as_without_adapters(name: str) -> None:
-    def base_admissions(with_adapters: bool) -> tuple[list[float], StrictSim]:
+    def base_admissions(with_adapters: bool) -> tuple[list[float], Sim]:
         limits = LIMITS._replace(num_slots=2, max_num_seqs=64, num_blocks=400, max_num_batched_tokens=200)
-        sim = StrictSim(limits, BUILT_IN[name]())
+        sim = Sim(limits, BUILT_IN[name]())
         times: list[float] = []
         base: list[Request] = []
         for adapter in "abcd":
@@ -234,7 +233,7 @@ def test_no_thrash_with_64_adapters_over_8_slots(rate: float) -> None:
 def service_gap(policy: SchedulerPolicy) -> tuple[float, float, float]:
     """(largest difference of service, the bound, the service of the tenant who floods) while both wait."""
     input_weight, output_weight, prompt_tokens, tokens = 1.0, 2.0, 6, 8
-    sim = StrictSim(LIMITS._replace(max_num_seqs=5), policy)
+    sim = Sim(LIMITS._replace(max_num_seqs=5), policy)
     sim.register("a")
     sim.register("b")
     modest = [sim.add("b", prompt=[5, 6, 7], max_tokens=5, tenant="modest") for _ in range(2)]
@@ -278,7 +277,7 @@ def deadlines_met(policy: SchedulerPolicy) -> int:
     """One at a time, each for 4 steps. In order of deadline all 12 end in time; in no other order do
     they, as the last possible moment of the k-th is that of k jobs and two steps of slack."""
     count, tokens = 12, 4
-    sim = StrictSim(LIMITS._replace(max_num_seqs=1, num_slots=2), policy)
+    sim = Sim(LIMITS._replace(max_num_seqs=1, num_slots=2), policy)
     for name in "ab":
         sim.register(name)
         sim.add(name, max_tokens=1)
@@ -302,7 +301,7 @@ def test_edf_meets_every_deadline_that_can_be_met() -> None:
 
 @pytest.mark.parametrize("name", BUILT_IN)
 def test_a_pinned_slot_is_never_taken(name: str) -> None:
-    sim = StrictSim(LIMITS._replace(num_slots=2, cpu_capacity=4), BUILT_IN[name]())
+    sim = Sim(LIMITS._replace(num_slots=2, cpu_capacity=4), BUILT_IN[name]())
     for adapter in "pabcd":
         sim.register(adapter)
     sim.add("p")
@@ -327,7 +326,7 @@ def test_a_pinned_slot_is_never_taken(name: str) -> None:
 
 @pytest.mark.parametrize("name", BUILT_IN)
 def test_a_request_whose_adapter_fails_to_load_fails_alone(name: str) -> None:
-    sim = StrictSim(LIMITS, BUILT_IN[name]())
+    sim = Sim(LIMITS, BUILT_IN[name]())
     for adapter in ("good", "bad"):
         sim.register(adapter)
     fine = [sim.add("good"), sim.add()]

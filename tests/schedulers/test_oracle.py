@@ -8,7 +8,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from support.core_sim import LIMITS, CoreSim
 
 from aioengine import events
 from aioengine.schedulers.parts.base import Replacement
@@ -22,6 +21,7 @@ from aioengine.schedulers.policies.chameleon import ChameleonCache
 from aioengine.schedulers.policies.fcfs import FCFS, Arrival
 from aioengine.schedulers.policies.oracle import Belady, Oracle
 from aioengine.schedulers.policy import PolicyEvent
+from aioengine.testing import LIMITS, Sim
 
 OTHERS: list[Callable[[], Replacement]] = [
     LRU,
@@ -139,7 +139,7 @@ def test_what_is_waited_for_is_used_next() -> None:
 
 def trace_in_engine(policy: Composed, trace: Sequence[str]) -> int:
     """Swaps by the engine's core for the same, one request each second."""
-    sim = CoreSim(LIMITS._replace(num_slots=3, cpu_capacity=20, max_num_seqs=1), policy)
+    sim = Sim(LIMITS._replace(num_slots=3, cpu_capacity=20, max_num_seqs=1), policy)
     for name in sorted(set(trace)):
         sim.register(name)
     for now, name in enumerate(trace, start=1):

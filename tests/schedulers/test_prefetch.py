@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-from support.core_sim import LIMITS, CoreSim
 
 from aioengine import events
 from aioengine.schedulers.parts.compose import Composed
@@ -12,15 +11,16 @@ from aioengine.schedulers.parts.none import NoPreemption
 from aioengine.schedulers.parts.popular import Popular
 from aioengine.schedulers.policies.fcfs import FCFS, Arrival
 from aioengine.schedulers.policy import Location, SchedulerPolicy
+from aioengine.testing import LIMITS, Sim
 
 
 def with_popular(**options: float) -> Composed:
     return Composed(Arrival(), LRU(), Popular(**options), NoPreemption())  # type: ignore[arg-type]
 
 
-def asked_for(policy: SchedulerPolicy, counts: dict[str, int], *, cpu: int, loads: int = 2) -> CoreSim:
+def asked_for(policy: SchedulerPolicy, counts: dict[str, int], *, cpu: int, loads: int = 2) -> Sim:
     """Adapters that were asked for so often, by requests that were given up before anything was read."""
-    sim = CoreSim(LIMITS._replace(cpu_capacity=cpu, max_loads=loads, num_slots=1), policy)
+    sim = Sim(LIMITS._replace(cpu_capacity=cpu, max_loads=loads, num_slots=1), policy)
     for name, count in counts.items():
         sim.register(name)
         for _ in range(count):
@@ -29,7 +29,7 @@ def asked_for(policy: SchedulerPolicy, counts: dict[str, int], *, cpu: int, load
     return sim
 
 
-def reading(sim: CoreSim) -> list[str]:
+def reading(sim: Sim) -> list[str]:
     return [entry.label for entry in sim.loads]
 
 

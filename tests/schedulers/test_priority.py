@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from support.core_sim import LIMITS
-from support.strict_sim import StrictSim
-
 from aioengine import events
 from aioengine.core import CoreLimits
 from aioengine.core.state import Request
@@ -14,17 +11,18 @@ from aioengine.schedulers.parts.lookahead import Lookahead
 from aioengine.schedulers.parts.lru import LRU
 from aioengine.schedulers.parts.none import NoPreemption
 from aioengine.schedulers.policies.priority import PreemptLower, Priority
+from aioengine.testing import LIMITS, Sim
 
 
-def priority_sim(limits: CoreLimits, preempt: Preemption | None = None) -> StrictSim:
-    return StrictSim(limits, Composed(Priority(), LRU(), Lookahead(), preempt or NoPreemption()))
+def priority_sim(limits: CoreLimits, preempt: Preemption | None = None) -> Sim:
+    return Sim(limits, Composed(Priority(), LRU(), Lookahead(), preempt or NoPreemption()))
 
 
-def preempted(sim: StrictSim) -> list[str]:
+def preempted(sim: Sim) -> list[str]:
     return [e.request_id for e in sim.of(events.RequestPreempted)]  # type: ignore[attr-defined]
 
 
-def running(sim: StrictSim, priorities: list[int], tokens: int = 20) -> list[Request]:
+def running(sim: Sim, priorities: list[int], tokens: int = 20) -> list[Request]:
     """Requests that arrive one after the other, and run."""
     requests = []
     for priority in priorities:
@@ -113,7 +111,7 @@ def test_nobody_loses_his_work_where_that_would_not_be_enough() -> None:
 
 def test_a_request_that_is_not_admitted_after_all_has_others_make_way_only_once() -> None:
     """Its adapter's slot is closed, because another adapter has waited for it for too long."""
-    sim = StrictSim(
+    sim = Sim(
         LIMITS._replace(max_num_seqs=2, num_slots=1),
         Composed(Priority(), LRU(), Lookahead(), PreemptLower(), max_wait=0.05),
     )

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.core_sim import LIMITS, CoreSim
 
 from aioengine import AsyncEngine, EngineConfig
 from aioengine.errors import PolicyError
@@ -27,6 +26,7 @@ from aioengine.schedulers.parts.lookahead import Lookahead
 from aioengine.schedulers.parts.none import NoPrefetch
 from aioengine.schedulers.policies.fcfs import FCFS, Arrival
 from aioengine.schedulers.routing import load_router
+from aioengine.testing import LIMITS, Sim
 
 NAMES = sorted(set(available_policies()) - {"oracle", "belady"})
 
@@ -39,7 +39,7 @@ def composed(spec: Any) -> Composed:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_name_is_a_policy_that_serves(name: str) -> None:
-    sim = CoreSim(LIMITS._replace(num_slots=2, cpu_capacity=3), load_policy(name))
+    sim = Sim(LIMITS._replace(num_slots=2, cpu_capacity=3), load_policy(name))
     for adapter in "abcd":
         sim.register(adapter)
     for i in range(12):

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
-from support.core_sim import LIMITS, CoreSim
 
 from aioengine import events
 from aioengine.core.state import AdapterEntry
@@ -18,11 +17,12 @@ from aioengine.schedulers.parts.lru import LRU
 from aioengine.schedulers.parts.none import NoPreemption
 from aioengine.schedulers.policies.fcfs import Arrival
 from aioengine.schedulers.policy import PolicyEvent
+from aioengine.testing import LIMITS, Sim
 
 SIZES = {"small": 100_000, "large": 10_000_000}
 
 
-class SizedSim(CoreSim):
+class SizedSim(Sim):
     """Adapters have the sizes and load times that the test gives them."""
 
     def __init__(self, replace: Replacement, *, slots: int = 3, cpu: int = 8) -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import pytest
-from support.core_sim import LIMITS
-from support.strict_sim import StrictSim
 
 from aioengine import events
 from aioengine.core.state import Request
@@ -13,18 +11,19 @@ from aioengine.schedulers.parts.lookahead import Lookahead
 from aioengine.schedulers.parts.lru import LRU
 from aioengine.schedulers.parts.none import NoPreemption
 from aioengine.schedulers.policies.sjf import SJF
+from aioengine.testing import LIMITS, Sim
 
 
-def serial_sim(order: SJF) -> StrictSim:
+def serial_sim(order: SJF) -> Sim:
     """One at a time."""
-    return StrictSim(LIMITS._replace(max_num_seqs=1), Composed(order, LRU(), Lookahead(), NoPreemption()))
+    return Sim(LIMITS._replace(max_num_seqs=1), Composed(order, LRU(), Lookahead(), NoPreemption()))
 
 
-def order_of(sim: StrictSim) -> list[str]:
+def order_of(sim: Sim) -> list[str]:
     return [e.request_id for e in sim.of(events.RequestAdmitted)]  # type: ignore[attr-defined]
 
 
-def add_sized(sim: StrictSim, prompt: int, tokens: int) -> Request:
+def add_sized(sim: Sim, prompt: int, tokens: int) -> Request:
     return sim.add(prompt=[3] * prompt, max_tokens=tokens)
 
 
@@ -78,7 +77,7 @@ def test_a_request_that_ends_while_it_waits_is_forgotten() -> None:
 
 
 def test_a_new_version_of_an_adapter_does_not_mix_up_the_queues() -> None:
-    sim = StrictSim(LIMITS._replace(max_num_seqs=1), Composed(SJF(), LRU(), Lookahead(), NoPreemption()))
+    sim = Sim(LIMITS._replace(max_num_seqs=1), Composed(SJF(), LRU(), Lookahead(), NoPreemption()))
     sim.register("a")
     old = [sim.add("a", max_tokens=t) for t in (5, 2, 4)]
     sim.register("a")
@@ -92,7 +91,7 @@ def test_a_new_version_of_an_adapter_does_not_mix_up_the_queues() -> None:
 
 def test_preempted_requests_come_back_to_their_place() -> None:
     """Blocks for two long ones only: the last is preempted, and must end all the same."""
-    sim = StrictSim(LIMITS._replace(num_blocks=16), Composed(SJF(), LRU(), Lookahead(), NoPreemption()))
+    sim = Sim(LIMITS._replace(num_blocks=16), Composed(SJF(), LRU(), Lookahead(), NoPreemption()))
     for i in range(6):
         sim.add(prompt=[20 + i] * 8, max_tokens=30)
     sim.run()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-from support.core_sim import LIMITS, CoreSim
 
 from aioengine.schedulers.parts.compose import Composed
 from aioengine.schedulers.parts.lookahead import Lookahead
@@ -13,6 +12,7 @@ from aioengine.schedulers.policies.fcfs import FCFS
 from aioengine.schedulers.policies.slora import SLoRA
 from aioengine.schedulers.policy import SchedulerPolicy
 from aioengine.step import StepBatch
+from aioengine.testing import LIMITS, Sim
 
 NAMES = "abcd"
 WIDE = LIMITS._replace(num_slots=4, cpu_capacity=8, num_blocks=400, max_num_batched_tokens=64)
@@ -22,9 +22,9 @@ def slora(**options: float) -> Composed:
     return Composed(SLoRA(**options), LRU(), Lookahead(), NoPreemption())  # type: ignore[arg-type]
 
 
-def warm(policy: SchedulerPolicy, *, seqs: int = 4) -> CoreSim:
+def warm(policy: SchedulerPolicy, *, seqs: int = 4) -> Sim:
     """All adapters are in slots, and nothing is running."""
-    sim = CoreSim(WIDE._replace(max_num_seqs=seqs), policy)
+    sim = Sim(WIDE._replace(max_num_seqs=seqs), policy)
     for name in NAMES:
         sim.register(name)
         sim.add(name, max_tokens=1)

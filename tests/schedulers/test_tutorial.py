@@ -6,10 +6,10 @@ import re
 from pathlib import Path
 
 import pytest
-from support.core_sim import LIMITS, CoreSim
 
 from aioengine import events
 from aioengine.schedulers import Composed, SchedulerPolicy, compose
+from aioengine.testing import LIMITS, Sim
 
 DOC = Path(__file__).parents[2] / "docs" / "policies.md"
 
@@ -29,7 +29,7 @@ def tutorial() -> type[SchedulerPolicy]:
 
 
 def test_adapters_take_turns() -> None:
-    sim = CoreSim(LIMITS._replace(num_slots=2, max_num_seqs=3), tutorial()())
+    sim = Sim(LIMITS._replace(num_slots=2, max_num_seqs=3), tutorial()())
     for name in "ab":
         sim.register(name)
     for name in ("a", "a", "a", "a", "b", "b", None, None):
@@ -44,7 +44,7 @@ def test_adapters_take_turns() -> None:
 
 
 def test_it_serves_more_adapters_than_slots() -> None:
-    sim = CoreSim(LIMITS._replace(num_slots=2, cpu_capacity=3), tutorial()())
+    sim = Sim(LIMITS._replace(num_slots=2, cpu_capacity=3), tutorial()())
     for name in "abcdef":
         sim.register(name)
         sim.add(name)
@@ -60,7 +60,7 @@ def test_the_other_blocks_run() -> None:
     assert isinstance(scope["policy"], Composed)
     (part,) = (b for b in blocks() if "class FewestTokens" in b)
     exec(part, scope)
-    sim = CoreSim(LIMITS._replace(max_num_seqs=1), compose(order=scope["FewestTokens"]()))  # type: ignore
+    sim = Sim(LIMITS._replace(max_num_seqs=1), compose(order=scope["FewestTokens"]()))  # type: ignore
     sim.add(prompt=[5] * 9)
     sim.add(prompt=[5] * 3)
     sim.run()

@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
-from support.core_sim import LIMITS
-from support.strict_sim import StrictSim
 
 from aioengine import events
 from aioengine.core import Core
@@ -15,6 +13,7 @@ from aioengine.core.state import Request
 from aioengine.errors import RequestRejected
 from aioengine.lab.policy_check.check import check_policy_contract
 from aioengine.schedulers import load_policy
+from aioengine.testing import LIMITS, Sim
 
 ONE = LIMITS._replace(max_num_seqs=1, num_blocks=200, max_model_len=200, max_num_batched_tokens=64)
 
@@ -32,17 +31,17 @@ class FixedCosts:
         return 0.1
 
 
-def sim_of(policy: str, limits: Any = ONE) -> StrictSim:
-    sim = StrictSim(limits, load_policy(policy))
+def sim_of(policy: str, limits: Any = ONE) -> Sim:
+    sim = Sim(limits, load_policy(policy))
     sim.core = Core(limits, load_policy(policy), costs=FixedCosts())
     return sim
 
 
-def order_of(sim: StrictSim) -> list[str]:
+def order_of(sim: Sim) -> list[str]:
     return [e.request_id for e in sim.of(events.RequestAdmitted)]  # type: ignore[attr-defined]
 
 
-def warmed(policy: str) -> StrictSim:
+def warmed(policy: str) -> Sim:
     """Two histories are in the KV cache: one of 12 tokens and one of 40."""
     sim = sim_of(policy)
     for history in ([7] * 12, [8] * 40):
@@ -52,7 +51,7 @@ def warmed(policy: str) -> StrictSim:
     return sim
 
 
-def ask(sim: StrictSim) -> list[Request]:
+def ask(sim: Sim) -> list[Request]:
     """New; a short history of a short prompt; a long history of a prompt that is mostly new."""
     prompts = ([9] * 16, [*[7] * 12, 3, 4], [*[8] * 40, *[5] * 60])
     return [sim.add(prompt=prompt, max_tokens=1) for prompt in prompts]

@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-from support.core_sim import LIMITS
-from support.strict_sim import StrictSim
-
 from aioengine import events
 from aioengine.core import CoreLimits
 from aioengine.schedulers.parts.compose import Composed
 from aioengine.schedulers.parts.lru import LRU
 from aioengine.schedulers.parts.none import NoPreemption, NoPrefetch
 from aioengine.schedulers.policies.other_engines import VLLMOrder
+from aioengine.testing import LIMITS, Sim
 
 
-def sim_with(limits: CoreLimits, names: str) -> StrictSim:
-    sim = StrictSim(limits, Composed(VLLMOrder(), LRU(), NoPrefetch(), NoPreemption()))
+def sim_with(limits: CoreLimits, names: str) -> Sim:
+    sim = Sim(limits, Composed(VLLMOrder(), LRU(), NoPrefetch(), NoPreemption()))
     for name in names:
         sim.register(name)
     return sim
 
 
-def order_of(sim: StrictSim) -> list[str]:
+def order_of(sim: Sim) -> list[str]:
     return [e.request_id for e in sim.of(events.RequestAdmitted)]  # type: ignore[attr-defined]
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import pytest
-from support.core_sim import LIMITS
-from support.strict_sim import StrictSim
 
 from aioengine import events
 from aioengine.core.state import Request
@@ -14,18 +12,19 @@ from aioengine.schedulers.parts.lru import LRU
 from aioengine.schedulers.parts.none import NoPreemption
 from aioengine.schedulers.policies import vtc
 from aioengine.schedulers.policies.vtc import VTC
+from aioengine.testing import LIMITS, Sim
 
 
-def serial_sim(order: VTC, seqs: int = 1) -> StrictSim:
+def serial_sim(order: VTC, seqs: int = 1) -> Sim:
     limits = LIMITS._replace(max_num_seqs=seqs)
-    return StrictSim(limits, Composed(order, LRU(), Lookahead(), NoPreemption()))
+    return Sim(limits, Composed(order, LRU(), Lookahead(), NoPreemption()))
 
 
-def add(sim: StrictSim, tenant: str | None, prompt: int = 4, tokens: int = 4) -> Request:
+def add(sim: Sim, tenant: str | None, prompt: int = 4, tokens: int = 4) -> Request:
     return sim.add(prompt=[7] * prompt, max_tokens=tokens, tenant=tenant)
 
 
-def tenants_in_order(sim: StrictSim, requests: list[Request]) -> str:
+def tenants_in_order(sim: Sim, requests: list[Request]) -> str:
     tenant = {r.id: r.options.tenant for r in requests}
     admitted = [e.request_id for e in sim.of(events.RequestAdmitted)]  # type: ignore[attr-defined]
     return "".join(str(tenant[i]) for i in admitted if i in tenant)
@@ -102,7 +101,7 @@ def test_without_a_tenant_the_adapter_is_the_client_then_the_base_model() -> Non
 
 def test_preemption_is_not_charged_twice() -> None:
     order = VTC()
-    sim = StrictSim(LIMITS._replace(num_blocks=16), Composed(order, LRU(), Lookahead(), NoPreemption()))
+    sim = Sim(LIMITS._replace(num_blocks=16), Composed(order, LRU(), Lookahead(), NoPreemption()))
     for i in range(4):
         sim.add(prompt=[20 + i] * 8, max_tokens=30, tenant="x")
     sim.run()

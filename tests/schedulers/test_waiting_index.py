@@ -11,13 +11,12 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.core_sim import LIMITS
-from support.strict_sim import StrictSim
 
 from aioengine.schedulers import SchedulerPolicy, available_policies, load_policy
 from aioengine.schedulers.parts.lazy_merge import lazy_merge
 from aioengine.schedulers.parts.waiting_index import WaitingIndex
 from aioengine.schedulers.policy import Decision, PolicyEvent, SchedulerView
+from aioengine.testing import LIMITS, Sim
 
 NAMES = ("a", "b", "c", None)
 
@@ -128,7 +127,7 @@ def calls(name: str, waiting: int) -> float:
     limits = LIMITS._replace(
         num_slots=8, cpu_capacity=16, num_blocks=400, max_num_seqs=16, max_num_batched_tokens=64
     )
-    sim = StrictSim(limits, policy)
+    sim = Sim(limits, policy)
     for index in range(40):
         sim.register(f"adapter-{index}")
     for index in range(waiting):

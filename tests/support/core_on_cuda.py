@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from support.core_sim import LIMITS, CoreSim
 from support.fake_cuda import Clock, FakeCuda
 from support.random_slots import random_image
 from torch import Tensor
@@ -34,6 +33,7 @@ from aioengine.model.slots.pinned import PinnedSlabs
 from aioengine.schedulers import Decision, SchedulerView
 from aioengine.schedulers.policies.fcfs import FCFS
 from aioengine.step import StepBatch, StepResult
+from aioengine.testing import LIMITS, Sim
 
 NAMES = ("a", "b", "c", "d")
 RANKS = (8, 3, 5, 8)
@@ -72,7 +72,7 @@ class Preempting(FCFS):
         return decision._replace(preempt=[self._rng.choice(running)])
 
 
-class CudaSim(CoreSim):
+class CudaSim(Sim):
     """A core whose steps and copies a runner carries out."""
 
     def __init__(self, world: FakeCuda, model: Path, slots: str, rng: random.Random, *, played: bool) -> None:

@@ -5,18 +5,19 @@ from __future__ import annotations
 import random
 from typing import Any
 
-from support.core_sim import LIMITS, CoreSim
+from support.shared_memory import DeviceMemory
 
 from aioengine.core.limits import CoreLimits
 from aioengine.core.state import Request, Status
 from aioengine.schedulers.policies.fcfs import FCFS
 from aioengine.schedulers.policy import Location
 from aioengine.schedulers.registry import load_policy
+from aioengine.testing import LIMITS, Sim
 
 
-def core_with(*names: str, limits: CoreLimits = LIMITS) -> CoreSim:
+def core_with(*names: str, limits: CoreLimits = LIMITS) -> Sim:
     """A core with these adapters, and the simplest policy."""
-    sim = CoreSim(limits, FCFS())
+    sim = Sim(limits, FCFS())
     for name in names:
         sim.register(name)
     return sim
@@ -38,7 +39,8 @@ class World:
             limits = limits._replace(slot_memory=256 * rng.randint(5, 16))
         elif shape == "shared":
             limits = limits._replace(num_blocks=36, shared_block_bytes=256 * 4)
-        self.sim = sim = CoreSim(limits, load_policy(policy))
+        memory = DeviceMemory if shape == "shared" else None
+        self.sim = sim = Sim(limits, load_policy(policy), memory=memory)
         self.names = "abcdef"
         for adapter in self.names:
             sim.register(adapter)

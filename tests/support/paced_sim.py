@@ -6,11 +6,12 @@ import math
 from typing import Any, NamedTuple
 
 from hypothesis import strategies as st
-from support.core_sim import LIMITS, CoreSim
+from support.shared_memory import DeviceMemory
 
 from aioengine.core.pacing import GRAIN
 from aioengine.core.state import Request
 from aioengine.step import SequenceWork, StepBatch
+from aioengine.testing import LIMITS, Sim
 
 TARGET = 0.2
 PAIR_TOKENS = 1 / 3000
@@ -62,7 +63,7 @@ MACHINES = st.builds(
 MIDDLING = Machine(5e-4, 10, PAIR_TOKENS, 3 * PAIR_TOKENS, 0.004, 8)
 
 
-class PacedSim(CoreSim):
+class PacedSim(Sim):
     """Steps take what ``machine`` says, times ``slowness``; ``seconds`` has each."""
 
     def __init__(self, machine: Machine, **limits: object) -> None:
@@ -78,7 +79,8 @@ class PacedSim(CoreSim):
                     "pair_tokens": PAIR_TOKENS,
                     **limits,
                 }
-            )
+            ),
+            memory=DeviceMemory if limits.get("window") is not None else None,
         )
         self.machine = machine
         self.slowness = 1.0

@@ -1,11 +1,21 @@
-"""A core driven without a model: steps, reads and copies happen when the test says so."""
+"""Sim: the engine's real core in virtual time, without a model, for tests of scheduling policies.
+
+>>> sim = Sim(policy=MyPolicy())
+>>> sim.register("sql")
+>>> request = sim.add("sql", max_tokens=4)
+>>> sim.run()
+>>> sim.ended[request.id]
+'length'
+
+Steps, reads and copies happen when the test says so: :meth:`Sim.settle` finishes what is under way and runs a
+step, and single methods do one thing each. This project's own tests and ``aioengine policies check`` drive
+the core in this way, too.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
-
-from support.shared_memory import DeviceMemory
+from typing import Any, Protocol, TypeVar
 
 from aioengine import events
 from aioengine.core import CopyMove, Core, CoreLimits, DropMove, LoadMove, StopMove
@@ -28,6 +38,16 @@ LIMITS = CoreLimits(
     max_model_len=64,
     eos_token_ids=(1,),
 )
+"""Small sizes, with which most things happen soon."""
+E = TypeVar("E", bound=events.Event)
+
+
+class Memory(Protocol):
+    """Stands in for a device's memory, and checks that nobody reads what is not there."""
+
+    def begin(self, move: CopyMove) -> None: ...
+    def finish(self, move: CopyMove) -> None: ...
+    def execute(self, batch: StepBatch, slots: list[AdapterEntry | None]) -> None: ...
 
 
 def next_token(history: list[int]) -> int:
@@ -58,17 +78,30 @@ class Free:
         return b"\xff" * 32
 
 
-class CoreSim:
-    """``now`` moves only by what the test asks for. Moves wait in ``loads`` and ``copies`` until they
-    are finished by hand, or by ``settle``."""
+class Sim:
+    """A core and what happens to it. ``now`` moves only by what the test asks for. Moves wait in ``loads``
+    and ``copies`` until they are finished by hand, or by :meth:`settle`.
+
+    Args:
+        limits: Sizes of the core; small ones by default.
+        policy: The scheduling policy; None: fcfs.
+        next_token: The model: takes prompt and output so far, and returns the next token.
+        strict: Whether a policy that raises fails the test. If not, the core's safe policy decides in its
+            place, as in an engine.
+        memory: Makes a stand-in for the device's memory.
+    """
 
     def __init__(
         self,
         limits: CoreLimits = LIMITS,
         policy: SchedulerPolicy | None = None,
         next_token: Callable[[list[int]], int] = next_token,
+        *,
+        strict: bool = True,
+        memory: Callable[[CoreLimits], Memory] | None = None,
     ) -> None:
         self.next_token = next_token
+        self.strict = strict
         self.core = Core(limits, policy or FCFS())
         self.now = 0.0
         self.loads: list[AdapterEntry] = []
@@ -78,9 +111,8 @@ class CoreSim:
         """Names of adapters that are of such a kind, when they are read, that a step cannot add them up."""
         self.contents: dict[str, int] = {}
         """How often the files of adapters have changed in place, by name."""
-        self.memory: DeviceMemory | None = None
-        if limits.shared_block_bytes is not None or limits.window is not None:
-            self.memory = DeviceMemory(limits)
+        self._make_memory = memory
+        self.memory = None if memory is None else memory(limits)
         self._copy_moves: dict[int, CopyMove] = {}
         """Those under way, by uid."""
         self.on_cpu: set[int] = set()
@@ -101,6 +133,7 @@ class CoreSim:
         """Bytes by name; 1000 if it is not here."""
 
     def register(self, name: str) -> AdapterEntry:
+        """Make an adapter known, which is on disk. A name that is known gets a new version."""
         entry = self.core.residency.declare(name, f"/adapters/{name}")
         self.core.residency.publish(entry, self.now)
         return entry
@@ -125,6 +158,7 @@ class CoreSim:
         constrained: bool = False,
         **options: Any,
     ) -> Request:
+        """Add a request. ``options`` are fields of ``RequestOptions``: tenant, priority, ..."""
         entry = None if adapter is None else self.core.residency.current[adapter]
         self.count += 1
         return self.core.add_request(
@@ -138,6 +172,7 @@ class CoreSim:
         )
 
     def schedule(self) -> StepBatch | None:
+        """Ask the core for the next step, which :meth:`finish_step` ends, and begin its moves."""
         assert self.batch is None
         step = self.core.schedule(self.now)
         self.batch = step.batch
@@ -160,6 +195,7 @@ class CoreSim:
         return self.batch
 
     def finish_step(self, seconds: float = 0.01) -> None:
+        """Give the core the tokens of the step in flight."""
         batch, self.batch = self.batch, None
         assert batch is not None
         if self.memory is not None:
@@ -197,6 +233,7 @@ class CoreSim:
         return sum(history) * 7 % 11
 
     def finish_load(self, index: int = 0, *, fail: bool = False) -> None:
+        """End a read of those under way."""
         entry = self.loads.pop(index)
         if fail:
             error = AdapterLoadError("the disk is broken", name=entry.label, path=entry.path)
@@ -217,6 +254,7 @@ class CoreSim:
         self.take_events()
 
     def finish_copy(self, index: int = 0, *, fail: bool = False) -> None:
+        """End a copy into a slot of those under way."""
         entry, _slot = self.copies.pop(index)
         move = self._copy_moves.pop(entry.uid)
         if self.memory is not None:
@@ -234,14 +272,17 @@ class CoreSim:
         self.loads.clear()
         self.copies.clear()
         self._copy_moves = {}
-        if self.memory is not None:
-            self.memory = DeviceMemory(self.core.limits)
+        if self._make_memory is not None:
+            self.memory = self._make_memory(self.core.limits)
         self.on_cpu.clear()
         self.core.device_lost(self.now, EngineDead("the device is gone"))
         self.take_events()
 
     def take_events(self) -> None:
+        """Empty the core's outbox into ``events``."""
         for event in self.core.outbox:
+            if self.strict:
+                assert not isinstance(event, events.PolicyFailed), event.error
             if isinstance(event, events.RequestEnded):
                 assert event.request_id not in self.ended, "a request ended twice"
                 self.ended[event.request_id] = event.reason
@@ -273,5 +314,6 @@ class CoreSim:
             self.settle(step_seconds=step_seconds)
         raise AssertionError(f"{len(self.core.requests)} requests did not end in {steps} steps")
 
-    def of(self, kind: type[events.Event]) -> list[events.Event]:
+    def of(self, kind: type[E]) -> list[E]:
+        """Return the events of a kind so far."""
         return [event for event in self.events if isinstance(event, kind)]
