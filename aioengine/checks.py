@@ -184,17 +184,16 @@ _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
 _UNITS |= {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
 
 
-def parse_bytes(value: int | str, *, field: str, also: str | None = None) -> int:
+def parse_bytes(value: int | str, *, field: str) -> int:
     """Return a size in bytes from an int, or from text such as "512MiB", "2 GiB" or "1.5GB". Raises
-    ConfigError, which mentions ``also`` as another valid value."""
+    ConfigError."""
     if isinstance(value, int) and not isinstance(value, bool):
         number = value
     else:
         text = value if isinstance(value, str) else ""  # 1.5 would be one byte
         match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
         if match is None or match[2].lower() not in _UNITS:
-            other = "" if also is None else f", or {also!r}"
-            raise ConfigError(f"{field}={value!r}: must be bytes, or text such as '512MiB' or '2GiB'{other}")
+            raise ConfigError(f"{field}={value!r}: must be bytes, or text such as '512MiB' or '2GiB'")
         number = int(float(match[1]) * _UNITS[match[2].lower()])
     if number <= 0:
         raise ConfigError(f"{field}={value!r}: must be more than zero bytes")

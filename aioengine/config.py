@@ -49,6 +49,9 @@ REMOVED = {
     "overlap": "it made nothing faster; leave it out, no token changes",
     "merge": "adapters are no longer merged with the base model's weights. Leave it out; an adapter that all "
     "requests use can be merged with PEFT's merge_and_unload, and served as the model",
+    "slot_memory='shared'": "adapters and the KV cache no longer share one memory. Set slot_memory to a "
+    "number of bytes, such as '256MiB', and lower kv_cache_memory by as much",
+    "policy='joint'": "it weighed adapters against cached prefixes in one memory. Set policy='fcfs'",
     "policy='dlora'": "it merged adapters with the base model's weights. Set policy='fcfs'",
 }
 """Fields, and values of fields, that earlier versions had: why they went, and what to do instead."""
@@ -88,10 +91,10 @@ class LoRAConfig(_Config, frozen=True, kw_only=True, forbid_unknown_fields=True)
     """Rows of trained tokens (PEFT's ``trainable_token_indices``) that every slot has room for, of embeddings
     and head together, beside all else. An adapter with more is loaded if it leaves other room in its slot, or
     with ``slot_memory``, where it takes what it needs."""
-    slot_memory: int | str | None = None
+    slot_memory: Size | None = None
     """Bytes that all slots share on each device, or text such as "256MiB": an adapter takes only as much as
-    its own ranks, modules and layers need. "shared": slots and the KV cache share one memory, whose size is
-    ``kv_cache_memory``. None: every slot has room for ``max_lora_rank`` in every module."""
+    its own ranks, modules and layers need. None: every slot has room for ``max_lora_rank`` in every
+    module."""
     max_cpu_loras: Count | None = None
     """Adapters in the CPU cache, those in slots included; None means ``max_loras``."""
     max_cpu_lora_bytes: Size | None = None
@@ -131,10 +134,6 @@ class LoRAConfig(_Config, frozen=True, kw_only=True, forbid_unknown_fields=True)
                 set_(self, "adapter_root", checks.file_url_path(root) or root)
             except ValueError as error:
                 raise ConfigError(f"adapter_root={root!r}: {error}") from error
-        if self.slot_memory is not None and not self.shares_memory:
-            set_(
-                self, "slot_memory", checks.parse_bytes(self.slot_memory, field="slot_memory", also="shared")
-            )
         if self.max_cpu_loras is None:
             set_(self, "max_cpu_loras", self.max_loras)
         if self.cpu_capacity < self.max_loras:
@@ -154,11 +153,6 @@ class LoRAConfig(_Config, frozen=True, kw_only=True, forbid_unknown_fields=True)
                     raise ConfigError(f"target_modules contains {module!r}: must be the name of a linear")
             known = [module for module in KNOWN_MODULES if module in modules]
             set_(self, "target_modules", tuple(dict.fromkeys((*known, *modules))))
-
-    @property
-    def shares_memory(self) -> bool:
-        """Whether adapters and the KV cache share one memory."""
-        return self.slot_memory == "shared"
 
     @property
     def cpu_capacity(self) -> int:
@@ -314,11 +308,6 @@ class EngineConfig(_Config, frozen=True, kw_only=True, forbid_unknown_fields=Tru
             raise ConfigError(
                 f"kv_cache_dir={folder!r}: executor='ray' keeps the KV cache on other nodes; set "
                 "executor='thread' or 'process', or kv_cache_dir=None"
-            )
-        if self.lora is not None and self.lora.shares_memory:
-            raise ConfigError(
-                f"kv_cache_dir={folder!r}: slot_memory='shared' moves KV blocks; set another slot_memory, or "
-                "kv_cache_dir=None"
             )
         if not self.enable_prefix_caching or not self.max_prefix_pins:
             raise ConfigError(

@@ -132,20 +132,6 @@ class AdapterMoving(AdapterEvent, frozen=True, kw_only=True, gc=False):
     nbytes: int
 
 
-class AdapterShifted(AdapterEvent, frozen=True, kw_only=True, gc=False):
-    """Move of an adapter within the memory that it shares with KV blocks, before the next step."""
-
-    slot: int
-    nbytes: int
-
-
-class BlocksMoved(Event, frozen=True, kw_only=True, gc=False):
-    """Move of KV blocks, before the next step, to make room for adapters in the memory that they share."""
-
-    blocks: int
-    nbytes: int
-
-
 class AdapterPlaced(AdapterEvent, frozen=True, kw_only=True, gc=False):
     slot: int
     rank: int

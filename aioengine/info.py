@@ -147,9 +147,6 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     load_failures: int
     slot_memory: int = 0
     """Bytes of the slots' memory, on each device."""
-    shared_memory: int = 0
-    """Bytes of the memory that adapters and KV blocks share. The bytes that are not in ``slot_memory`` are
-    for KV blocks. 0: they have separate memories."""
     slot_memory_used: int = 0
     """Bytes that adapters take; without ``LoRAConfig.slot_memory``, those of the slots that are not free."""
     slot_memory_fragmented: int = 0

@@ -79,8 +79,6 @@ class MemoryPlan(msgspec.Struct, frozen=True, kw_only=True):
     """The largest rank of an adapter."""
     slot_memory: int | None = None
     """Bytes that the slots share; None: each has a fixed place of ``slot_bytes``."""
-    shared: bool = False
-    """Whether adapters take what they need from the memory of the KV blocks."""
     working: WorkingMemory | None = None
     """Memory that steps take beside all that; None on a CPU, where the system provides it."""
 
@@ -91,17 +89,7 @@ class MemoryPlan(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def slot_pool_bytes(self) -> int:
-        if self.shared:
-            return 0
         return self.num_slots * self.slot_bytes if self.slot_memory is None else self.slot_memory
-
-    @property
-    def adapter_bytes(self) -> int:
-        """Maximum bytes for adapters: the slot pool or, if they share the memory of the KV blocks, all of it
-        except the room for one request of the largest length."""
-        if not self.shared:
-            return self.slot_pool_bytes
-        return (self.num_blocks - self.request_blocks) * self.block_bytes
 
     def adapters_that_fit(self) -> list[tuple[int, int, int]]:
         """Return (rank, adapters in slots of one size, adapters in a memory that slots share) for some ranks.
@@ -111,7 +99,7 @@ class MemoryPlan(msgspec.Struct, frozen=True, kw_only=True):
         if not matrices:
             return []
         ranks = [rank for rank in SHOWN_RANKS if rank < self.max_rank]
-        fixed, granules = self.adapter_bytes // self.slot_bytes, self.adapter_bytes // SLOT_GRANULE
+        fixed, granules = self.slot_pool_bytes // self.slot_bytes, self.slot_pool_bytes // SLOT_GRANULE
         return [
             (rank, fixed, granules // -(-matrices * rank // (self.max_rank * SLOT_GRANULE)))
             for rank in (*ranks, self.max_rank)
@@ -146,7 +134,7 @@ class MemoryPlan(msgspec.Struct, frozen=True, kw_only=True):
         if self.stored:
             detail = f"{', '.join(self.stored)} as stored, the rest {self.dtype}"
         rows = [("base weights", detail, self.weights_bytes)]
-        fixed = self.slot_memory is None and not self.shared
+        fixed = self.slot_memory is None
         parts = dict(self.slot_bytes_by_module) if fixed else {}
         if self.num_slots and fixed:
             parts["DoRA and biases"] = self.slot_affine_bytes
@@ -157,15 +145,11 @@ class MemoryPlan(msgspec.Struct, frozen=True, kw_only=True):
         detail = f"{self.num_slots} slots x {format_bytes(self.slot_bytes)}, {self.lora_dtype}"
         if self.slot_memory is not None:
             detail = f"shared by at most {self.num_slots} adapters, {self.lora_dtype}"
-        if self.shared:
-            detail = f"at most {self.num_slots} adapters in the memory of the KV blocks, {self.lora_dtype}"
         rows.append(("slot pool", detail, self.slot_pool_bytes))
         detail = f"{self.num_blocks} blocks x {self.block_size} tokens x "
         detail += f"{format_bytes(self.block_bytes // self.block_size)}"
         if self.kv_cache_dtype != "auto":
             detail += f", {self.kv_cache_dtype}"
-        if self.shared:
-            detail += f"; up to {format_bytes(self.adapter_bytes)} of it for adapters"
         if self.kept:
             detail += f"; a request holds at most {self.request_blocks}: {self.kept}"
         rows.append(("KV blocks", detail, self.kv_bytes))
@@ -218,9 +202,6 @@ def plan_memory(
     block_bytes = config.block_size * local.kv_bytes_per_token(
         1 if config.kv_cache_dtype == "fp8" else DTYPE_BYTES[dtype], int8=config.kv_cache_dtype == "int8"
     )
-    shared = lora is not None and lora.shares_memory
-    if shared:
-        block_bytes = _rounded(block_bytes)
     plan = MemoryPlan(
         device=device,
         dtype=dtype,
@@ -250,7 +231,6 @@ def plan_memory(
         num_ranks=size,
         max_rank=1 if lora is None else lora.max_lora_rank,
         slot_memory=None if lora is None or not isinstance(lora.slot_memory, int) else lora.slot_memory,
-        shared=shared,
         working=None
         if device == "cpu"
         else working_memory(spec, local, config, dtype_bytes=DTYPE_BYTES[dtype], max_model_len=max_model_len),
@@ -306,19 +286,14 @@ def _may_have_gpu() -> bool:
 
 def _num_blocks(plan: MemoryPlan, config: EngineConfig) -> int:
     """Return the number of KV blocks. Raises ConfigError without room for one request of the full length."""
-    adapter = -(-plan.slot_bytes // plan.block_bytes) if plan.shared else 0
-    smallest = (plan.request_blocks + adapter) * plan.block_bytes
+    smallest = plan.request_blocks * plan.block_bytes
     left = plan.available_bytes - plan.total_bytes
     if isinstance(config.kv_cache_memory, int):
         if config.kv_cache_memory < smallest:
-            what, lower = "needs", "max_model_len"
-            if plan.shared:
-                what = f"and one adapter of max_lora_rank={plan.max_rank} need"
-                lower = "max_model_len or max_lora_rank"
             raise ConfigError(
                 f"kv_cache_memory={format_bytes(config.kv_cache_memory)} is less than one request of "
-                f"max_model_len={plan.max_model_len} tokens {what} ({format_bytes(smallest)}); raise "
-                f"kv_cache_memory by {format_bytes(smallest - config.kv_cache_memory)} or lower {lower}"
+                f"max_model_len={plan.max_model_len} tokens needs ({format_bytes(smallest)}); raise "
+                f"kv_cache_memory by {format_bytes(smallest - config.kv_cache_memory)} or lower max_model_len"
             )
         if config.kv_cache_memory > left:
             raise _does_not_fit(plan, config.kv_cache_memory, left, "lower kv_cache_memory")
@@ -329,8 +304,6 @@ def _num_blocks(plan: MemoryPlan, config: EngineConfig) -> int:
     if plan.device == "cpu":
         each = min(each, -(-AUTO_TOKENS_ON_CPU // plan.block_size))
     wanted = config.max_num_seqs * each * plan.block_bytes
-    if plan.shared:
-        wanted += plan.num_slots * plan.slot_bytes
     share = MAX_AUTO_KV_ON_CPU if plan.device == "cpu" else left
     bound = min(int(left * (0.5 if plan.device == "cpu" else AUTO_KV_ON_CUDA)), share)
     return max(min(wanted, bound), smallest) // plan.block_bytes

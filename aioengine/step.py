@@ -19,9 +19,6 @@ SLOT_GRANULE = 256
 """Alignment in bytes of adapters in a memory that slots share, so that rows of any dtype are whole
 vectors."""
 
-STAGE_BYTES = 1 << 20
-"""Bytes of the memory through which an adapter is moved if its old and new place overlap."""
-
 
 def most_blocks(tokens: int, block_size: int, chunk: int, window: int | None) -> int:
     """Return the most KV blocks that a sequence of up to ``tokens`` holds at a time, if a step computes up to
@@ -184,17 +181,6 @@ class Decodes(Sequence[SequenceWork]):
         return Decodes(self.rows, self.steps + 1, self.contents)
 
 
-class MemoryMove(NamedTuple):
-    """Move of bytes, before a step, in the memory that adapters and KV blocks share. For an adapter, the old
-    and the new place may overlap."""
-
-    to: int
-    source: int
-    nbytes: int
-    slot: int | None = None
-    """Slot of the adapter that is moved; None for a KV block."""
-
-
 class StepContents(NamedTuple):
     """Numbers that describe a step."""
 
@@ -218,15 +204,12 @@ class CountedRows(NamedTuple):
 
 
 class StepBatch(NamedTuple):
-    """One model step. ``sequences`` are sorted by slot, base rows (-1) first; there may be none if there are
-    ``moves``."""
+    """One model step. ``sequences`` are sorted by slot, base rows (-1) first."""
 
     step: int
     sequences: Sequence[SequenceWork]
     slot_ranks: Sequence[int]
     """Rank of the adapter in each slot (0 where there is none), for all ``max_loras`` slots."""
-    moves: Sequence[MemoryMove] = ()
-    """Moves to carry out before the step, in order."""
     counted: CountedRows | None = None
     """Further sequences, whose steps are only counted; None on a device that is not simulated."""
 

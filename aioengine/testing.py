@@ -45,8 +45,6 @@ E = TypeVar("E", bound=events.Event)
 class Memory(Protocol):
     """Stands in for a device's memory, and checks that nobody reads what is not there."""
 
-    def begin(self, move: CopyMove) -> None: ...
-    def finish(self, move: CopyMove) -> None: ...
     def execute(self, batch: StepBatch, slots: list[AdapterEntry | None]) -> None: ...
 
 
@@ -186,8 +184,6 @@ class Sim:
                     assert entry.uid in self.on_cpu, "a copy of what is not in CPU memory"
                     self.copies.append((entry, slot))
                     self._copy_moves[entry.uid] = move
-                    if self.memory is not None:
-                        self.memory.begin(move)
                 case DropMove(entry):
                     self.on_cpu.remove(entry.uid)
         self.take_events()
@@ -256,9 +252,7 @@ class Sim:
     def finish_copy(self, index: int = 0, *, fail: bool = False) -> None:
         """End a copy into a slot of those under way."""
         entry, _slot = self.copies.pop(index)
-        move = self._copy_moves.pop(entry.uid)
-        if self.memory is not None:
-            self.memory.finish(move)
+        del self._copy_moves[entry.uid]
         if fail:
             error = AdapterLoadError("out of memory", name=entry.label, path=entry.path)
             self.core.adapter_place_failed(entry, self.now, error)

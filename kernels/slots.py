@@ -125,13 +125,6 @@ class SlotMemory:
     def rows(self, table: Tensor, begin: int) -> tuple[Tensor, Tensor]:
         """Return the rows [places, columns] of a slot whose adapter begins at element ``begin``, for
         ``table`` and ``device_table``. The given ``table`` [places, columns] has offsets from ``begin``."""
-        return self._shifted(table, begin)
-
-    def moved(self, slot: int, elements: int) -> tuple[Tensor, Tensor]:
-        """Return :meth:`rows` for the slot's adapter if it began this many elements later."""
-        return self._shifted(self.table[slot], elements)
-
-    def _shifted(self, table: Tensor, begin: int) -> tuple[Tensor, Tensor]:
         rows = table.clone()
         offsets = rows[:, OFFSETS]
         rows[:, OFFSETS] = torch.where(offsets < 0, offsets, offsets + begin)

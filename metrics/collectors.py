@@ -105,7 +105,6 @@ class EngineMetrics(Collector):
             events.AdapterLoaded: self._adapter_loaded,
             events.AdapterPlacing: self._adapter_placing,
             events.AdapterMoving: self._residency.moving,
-            events.AdapterShifted: lambda e: self._swaps.inc(("move",)),
             events.AdapterPlaced: self._adapter_placed,
             events.AdapterEvicted: self._adapter_evicted,
             events.AdapterFailed: self._adapter_failed,

@@ -185,10 +185,6 @@ class MemoryView(Protocol):
     Where slots share one memory (``elastic``), an adapter takes only as much as its own ranks and modules
     need. Otherwise every slot has the same size, and an adapter takes a whole slot. Free memory in several
     holes can be joined: idle adapters are moved for that.
-
-    Where they share it with the KV cache, too (``shared``), ``total`` is the maximum for adapters, and
-    ``free`` counts the KV blocks that adapters can get without a preemption, cached prefixes included. The
-    policy decides which of both is worth more: see ``Decision.evict``.
     """
 
     @property
@@ -204,28 +200,6 @@ class MemoryView(Protocol):
     @property
     def evictable(self) -> int:
         """Bytes of the adapters in slots that are idle and not pinned."""
-
-    @property
-    def shared(self) -> bool:
-        """Whether adapters and the KV cache share one memory."""
-
-    @property
-    def block_bytes(self) -> int:
-        """Bytes of a KV block where that memory is shared; else 0."""
-
-    @property
-    def blocks(self) -> int:
-        """Present number of KV blocks, in use or not."""
-
-    @property
-    def cached_blocks(self) -> int:
-        """Number of KV blocks that no request uses, but that may be found again as a prompt's prefix."""
-
-    def reload_seconds(self, adapter: str) -> float | None:
-        """Return the seconds to bring an adapter back into a slot from the CPU; None: not known yet."""
-
-    def prefill_seconds(self, blocks: int) -> float | None:
-        """Return the seconds to compute this many blocks of a prefix again; None: not known yet."""
 
     def bytes_of(self, adapter: str) -> int:
         """Return the bytes that an adapter takes in a slot; 0 if they are not known before it has been
@@ -364,11 +338,7 @@ class Decision(NamedTuple):
     """Adapters that may leave their slots for those in ``place``, in this order. Only as many leave as
     needed, and never one that is running, pinned or being copied. If these are too few, the core evicts the
     least recently used adapters that no request waits for, and for a ``Place`` without a slot the others,
-    too.
-
-    Where adapters and the KV cache share one memory, these leave before any cached prefix, for ``place`` as
-    well as for the blocks of a sequence. The adapters that the core itself chooses leave only after cached
-    prefixes."""
+    too."""
     discard: Sequence[str] = ()
     """Adapters that leave their slots now, although nothing needs the room. They stay in the CPU cache. None
     leaves that is running, pinned, being copied, or named by a request in ``admit``."""

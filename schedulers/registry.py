@@ -42,7 +42,6 @@ _POLICIES = {
     "chameleon": f"{_POLICY}.chameleon:Chameleon",
     "oracle": f"{_POLICY}.oracle:Oracle",
     "admission": f"{_POLICY}.admission:Admission",
-    "joint": f"{_POLICY}.joint:Joint",
 }
 _PARTS: dict[str, dict[str, str]] = {
     "order": {

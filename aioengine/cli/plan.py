@@ -72,29 +72,21 @@ def _compare(found: MemoryPlan, shares: dict[int, float]) -> None:
     console = output_console()
     mean = sum(share * found.bytes_at(rank) for rank, share in shares.items())
     pool, tokens = found.slot_pool_bytes, found.num_blocks * found.block_size
-    both = pool + found.kv_bytes
-    longest = -(-found.max_model_len // found.block_size) * found.block_bytes
-    slots = pool // found.slot_bytes if pool else found.num_slots
-    if found.shared:  # the numbers for slots of one size
-        pool = min(slots * found.slot_bytes, both - longest) // found.slot_bytes * found.slot_bytes
-        slots, tokens = pool // found.slot_bytes, (both - pool) // found.block_bytes * found.block_size
+    slots = pool // found.slot_bytes
     table = Table(
-        title=f"{format_bytes(both)}, adapters of {format_bytes(round(mean))} on average",
+        title=f"{format_bytes(pool + found.kv_bytes)}, adapters of {format_bytes(round(mean))} on average",
         title_justify="left",
         box=box_for(console),
     )
     for heading in ("slot_memory", "adapters", "tokens of KV cache"):
         table.add_column(heading, justify="left" if heading == "slot_memory" else "right")
-    most_tokens = both // found.block_bytes * found.block_size
     table.add_row("None: slots of one size", f"{slots:,}", f"{tokens:,}")
-    by_bytes = int(pool / mean)
-    table.add_row(f'"{format_bytes(pool)}"'.replace(" ", ""), f"{by_bytes:,}", f"{tokens:,}")
-    table.add_row('"shared"', f"up to {int((both - longest) / mean):,}", f"up to {most_tokens:,}")
+    by_bytes, size = int(pool / mean), format_bytes(pool).replace(" ", "")
+    table.add_row(f'"{size}"', f"{by_bytes:,}", f"{tokens:,}")
     console.print(table)
-    if by_bytes <= slots:
-        advice = "slots of one size: no more of these adapters would fit by bytes"
-    else:
-        advice = 'slot_memory="shared": adapters and KV cache use each other\'s free memory'
+    advice = "slots of one size: no more of these adapters would fit by bytes"
+    if by_bytes > slots:
+        advice = f'slot_memory="{size}": more of these adapters fit by bytes'
     console.print(f"recommended: {advice}", highlight=False, soft_wrap=True)
 
 
@@ -127,7 +119,7 @@ def _print(found: MemoryPlan, model: str, ran_by: str, variance: str | None) -> 
     console.print(table)
     for rank, fixed, by_bytes in found.adapters_that_fit():
         line = f"adapters of rank {rank}: {fixed} in slots of one size, {by_bytes} "
-        line += "at most" if found.shared else f"with slot_memory={format_bytes(found.slot_pool_bytes)}"
+        line += f"with slot_memory={format_bytes(found.slot_pool_bytes)}"
         console.print(line, highlight=False, soft_wrap=True)
     console.print(f"model: {ran_by}", highlight=False, soft_wrap=True)
     invariance = "on" if variance is None else f"off: {variance}"

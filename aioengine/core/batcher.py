@@ -14,7 +14,6 @@ from typing import Any
 
 from aioengine import events
 from aioengine.core.blocks import BlockManager
-from aioengine.core.border import Border
 from aioengine.core.decodes.counted import CountedDecodes
 from aioengine.core.decodes.repeated import RepeatedDecodes
 from aioengine.core.decodes.turns import Turns
@@ -57,7 +56,6 @@ class Batcher:
         emit: Callable[[events.Event], None],
         tell: Tell,
         refuse: Callable[[str, str], None],
-        border: Border | None = None,
     ) -> None:
         self.blocks = blocks
         self.queues = queues
@@ -81,12 +79,9 @@ class Batcher:
         self._refuse = refuse
         self.counted: CountedDecodes | None = None
         """The running requests whose decodes are counted; None: none ever is."""
-        self.border = border
-        """The border to the adapters' memory, which can give blocks; None if adapters have a separate
-        memory."""
         self.repeated: RepeatedDecodes | None = None
         """Decode steps of the same requests; None where something may change from step to step."""
-        if speculation is None and border is None and blocks.window is None:
+        if speculation is None and blocks.window is None:
             self.repeated = RepeatedDecodes(blocks, running, self._turns)
 
     def repeat(self, now: float, changes: int) -> Decodes | None:
@@ -283,8 +278,7 @@ class Batcher:
                 continue
             entry = request.adapter
             if entry is not None and entry.location is not Location.SLOT:
-                if self.border is None or not self.border.has_taken(entry):
-                    self._refuse("admit_adapter_not_ready", request.id)
+                self._refuse("admit_adapter_not_ready", request.id)
                 continue
             if len(self.running) >= self.max_num_seqs:
                 self._refuse("admit_over_max_num_seqs", request.id)
@@ -303,14 +297,12 @@ class Batcher:
         freed = blocks.unseen(computed)
         shared = cached[:1] + cached[1 + freed :]
         new = blocks.blocks_for(until) - len(cached)
-        if self.border is not None and new > 0:
-            self.border.before_allocation(new, now, request.adapter)
         kept = blocks.kept_beside(shared)
-        if not self._has_room(request, new + kept, shared, now):
+        if not blocks.can_allocate(new + kept, shared):
             # Pins give way if it would otherwise wait for them, and not for requests that end.
-            if not kept or (self.running and len(shared) + new + kept <= blocks.size):
+            if not kept or (self.running and len(shared) + new + kept <= blocks.num_blocks):
                 return False
-            if not self._has_room(request, new, shared, now):
+            if not blocks.can_allocate(new, shared):
                 return False
         table = blocks.allocate(new, shared)
         request.blocks, request.freed = table[:1] * (1 + freed) + table[1:], freed
@@ -344,24 +336,12 @@ class Batcher:
         self._tell("request_admitted", now, request=request)
         return True
 
-    def _has_room(self, request: Request, new: int, shared: Sequence[int], now: float) -> bool:
-        """Whether a request that is to start has ``new`` blocks beside the ``shared`` ones. Idle adapters are
-        evicted for it; those that requests wait for only if nothing runs."""
-        if self.blocks.can_allocate(new, shared) or self.border is None:
-            return self.blocks.can_allocate(new, shared)
-        count = new + self.blocks.revived(shared)
-        return self.border.make_blocks(count, now, request.adapter, urgent=not self.running)
-
     def _grow(self, request: Request, tokens: int, now: float) -> bool:
         """Give a running request blocks for ``tokens``; returns False if the request itself was preempted.
 
         While no blocks are free, the latest arrival of the tenant with the most blocks is preempted.
         """
         new = self.blocks.blocks_for(tokens) - len(request.blocks)
-        if self.border is not None and new > 0:
-            self.border.before_allocation(new, now, request.adapter)
-            if not self.blocks.can_allocate(new):
-                self.border.make_blocks(new, now, None, urgent=True)
         while new > 0 and not self.blocks.can_allocate(new):
             youngest = max(self._of_who_has_most(), key=lambda r: r.seq)
             self.preempt(youngest, now)

@@ -51,8 +51,6 @@ class BlockManager:
         """Pins on cached contents."""
         self.pins_lost = 0
         """Number of pinned blocks that were reused, because requests needed them."""
-        self.lent = 0
-        """Blocks ``0..lent-1`` are lent to adapters: see :mod:`aioengine.core.border`."""
 
     @property
     def num_free(self) -> int:
@@ -68,11 +66,6 @@ class BlockManager:
     def num_cached(self) -> int:
         """Number of free blocks with cached contents."""
         return len(self._cached) + len(self._kept)
-
-    @property
-    def size(self) -> int:
-        """Number of blocks that are not lent."""
-        return self.num_blocks - self.lent
 
     def blocks_for(self, tokens: int) -> int:
         return -(-tokens // self.block_size)
@@ -169,45 +162,6 @@ class BlockManager:
             found.append(block)
         return found
 
-    def lend(self, count: int) -> list[tuple[int, int]]:
-        """Lend the next ``count`` blocks to adapters. At least as many blocks must be free, at any place.
-
-        Returns (block, new block) for each block whose contents move. The sequences that hold these blocks
-        must be updated. The least recently freed contents are overwritten; a moved cached block counts as
-        freed just now.
-        """
-        assert self.can_allocate(count)
-        first, end = self.lent, self.lent + count
-        lent = {block for block in self._empty if first <= block < end}
-        empty = sorted(lent)
-        self._empty = [block for block in self._empty if block not in lent]
-        vacant = {*empty, *self._take_free(count - len(empty))}
-        moves = [
-            (block, to)
-            for block, to in zip(
-                (block for block in range(first, end) if block not in vacant),
-                (block for block in sorted(vacant) if block >= end),
-                strict=True,
-            )
-        ]
-        for block, to in moves:
-            self._refs[to], self._refs[block] = self._refs[block], 0
-            digest = self._hash_of[to] = self._hash_of[block]
-            self._hash_of[block] = None
-            if digest is not None:
-                self._block_of[digest] = to
-                if self._refs[to] == 0:
-                    freed = self._list_of(to)
-                    del freed[block]
-                    freed[to] = None
-        self.lent = end
-        return moves
-
-    def take_back(self, count: int) -> None:
-        """Take back the last ``count`` blocks that are lent. They are free then, and reused first."""
-        self._empty += range(self.lent - count, self.lent)
-        self.lent -= count
-
     def commit(self, block: int, digest: bytes) -> None:
         """Enter a full, computed block in the prefix cache, unless an equal one is there."""
         if self.prefix_caching and digest not in self._block_of and self._hash_of[block] is None:
@@ -219,7 +173,7 @@ class BlockManager:
         because a short prefix is worth more than a long one."""
         if not self.prefix_caching:  # each has one holder, and no contents that are known
             self._empty += reversed(blocks)
-            assert len(self._empty) <= self.size, "a block was released twice"
+            assert len(self._empty) <= self.num_blocks, "a block was released twice"
             return
         refs, hash_of = self._refs, self._hash_of
         for block in reversed(blocks):
@@ -290,7 +244,7 @@ class BlockManager:
 
     def forget(self) -> None:
         """Forget all contents; no block may be referenced."""
-        assert self.num_free == self.size
+        assert self.num_free == self.num_blocks
         self.pins.clear()
         self._empty = [*reversed([*self._cached, *self._kept]), *self._empty]
         self._cached.clear()
@@ -305,11 +259,9 @@ class BlockManager:
             counts = [taken[block] for block in range(self.num_blocks)]
             assert counts == self._refs, "block reference counts do not match their holders"
         assert self.prefix_caching or taken.total() == len(taken), "a block has two holders"
-        assert min(taken, default=self.lent) >= self.lent, "a sequence holds a block that is lent"
-        free = {*range(self.lent, self.num_blocks)}.difference(taken)
+        free = {*range(self.num_blocks)}.difference(taken)
         assert len(free) == self.num_free and free == self.free
         assert {b for b in free if self._hash_of[b] is None} == {*self._empty}
-        assert not any(self._hash_of[: self.lent])
         assert all(self._hash_of[b] == digest for digest, b in self._block_of.items())
         self.pins.check()
         pinned = {b for digest, b in self._block_of.items() if digest in self.pins}

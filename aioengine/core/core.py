@@ -19,7 +19,6 @@ from typing import NamedTuple
 from sortedcontainers import SortedDict
 
 from aioengine import events
-from aioengine.core.adapters.arena import Arena
 from aioengine.core.adapters.assembly import Assembly
 from aioengine.core.adapters.beside_pinned import adapters_shut_out, mixes_shut_out
 from aioengine.core.adapters.cpu_cache import least_recently_used
@@ -29,7 +28,6 @@ from aioengine.core.adapters.placing import Placing
 from aioengine.core.adapters.residency import Residency
 from aioengine.core.batcher import Batcher, decode_row
 from aioengine.core.blocks import BlockManager
-from aioengine.core.border import Border
 from aioengine.core.costs import MeasuredCosts
 from aioengine.core.decodes.counted import CountedDecodes
 from aioengine.core.guard import PolicyGuard, Resolved
@@ -93,7 +91,6 @@ class Core:
             cpu_max_bytes=limits.cpu_max_bytes,
             cpu_order=self._cpu_order,
             slot_memory=limits.slot_memory,
-            arena=_shared_arena(limits),
         )
         self.blocks = BlockManager(
             limits.num_blocks,
@@ -106,17 +103,6 @@ class Core:
         """Blocks that are copied to or from files."""
         self.running: dict[int, Request] = {}
         """The running requests by ``seq``, in order of admission."""
-        self.border: Border | None = None
-        """The border between adapters and KV blocks, if they share a memory."""
-        if limits.shared_block_bytes is not None:
-            self.border = Border(
-                self.residency,
-                self.blocks,
-                self.running,
-                limits.shared_block_bytes,
-                limits.most_blocks,
-                self._emit,
-            )
         self.room = WaitingRoom(
             limits.max_waiting,
             limits.max_waiting_per_tenant,
@@ -125,8 +111,8 @@ class Core:
             max_tokens_per_tenant=limits.max_waiting_tokens_per_tenant,
         )
         self.queues = RequestQueues(self.room)
-        self.assembly = Assembly(self.residency, self.queues, self.border, limits.max_num_seqs)
-        self.placing = Placing(self.residency, self.assembly, self.border)
+        self.assembly = Assembly(self.residency, self.queues, limits.max_num_seqs)
+        self.placing = Placing(self.residency, self.assembly)
         self.slots = self.residency.slots
         self.cpu = self.residency.cpu
         self.by_policy_name = self.residency.by_policy_name
@@ -144,7 +130,6 @@ class Core:
             emit=self._emit,
             tell=self._tell,
             refuse=self._refuse,
-            border=self.border,
         )
         self.requests: dict[str, Request] = {}
         """Requests that are accepted and have not ended."""
@@ -180,7 +165,6 @@ class Core:
             self.batcher,
             costs or self._costs,
             limits.slot_bytes,
-            self.border,
         )
         self._rng = random.Random(limits.seed)
         self._next_seq = 0
@@ -460,7 +444,6 @@ class Core:
         self.now = now
         self.expire(now)
         self.blocks.expire(now)
-        self.residency.step_is_over()
         changed = self._changes != self._arranged_at
         if changed:
             self.residency.hold_back_pins()
@@ -545,8 +528,6 @@ class Core:
         self.held.clear()
         self.blocks.forget()
         self.residency.device_lost(now)
-        if self.border is not None:
-            self.border.forget()
 
     def next_due(self) -> float | None:
         """Return the time when ``schedule`` must be called even if nothing else happens."""
@@ -584,19 +565,15 @@ class Core:
             return batch
         if self.placing.any_closed:
             admit = [request for request in admit if not self.placing.is_closed(request)]
-        if self.placing.short is not None and self.running:
-            # Memory that becomes free is for the adapter that has waited longer.
-            admit = [request for request in admit if request.arrival <= self.placing.short]
         ranks = self.slots.ranks()
         self._in_flight, work = self.batcher.form(admit, self.now, ranks)
-        moves = () if self.border is None else tuple(self.border.take_moves())
         counted = None if self.batcher.counted is None else self.batcher.counted.rows()
-        if not work and not moves and counted is None:
+        if not work and counted is None:
             if repeated is not None:
                 repeated.spoil()
             return None
         self._begin(work, counted)
-        batch = StepBatch(self.step, work, ranks, moves, counted=counted)
+        batch = StepBatch(self.step, work, ranks, counted=counted)
         if repeated is not None:
             plain = counted is None and not self.batcher.has_prompts
             if plain and len(work) == len(self.running):
@@ -652,10 +629,8 @@ class Core:
         """Return which repetitions of ``batch``, which is in flight, are certain, if all running requests
         decode in it. None if one ends in it, or if each step does more than to decode."""
         if (
-            batch.moves
-            or self.batcher.has_prompts
+            self.batcher.has_prompts
             or self._speculation is not None
-            or self.border is not None
             or self.blocks.window is not None  # blocks are given back from step to step
             or self._zombies
             or self._costs.learner is not None
@@ -754,7 +729,6 @@ class Core:
             or limits.window is not None
             or limits.max_step_seconds is not None
             or limits.speculation != "none"
-            or self.border is not None
             or self._measures
         ):
             self._last_token = last
@@ -764,7 +738,7 @@ class Core:
     def learn(self, batch: StepBatch, seconds: float) -> None:
         """Learn from a step's time; ``step_finished`` does it too."""
         learner = self._costs.learner
-        if learner is not None and batch.sequences and not batch.moves:
+        if learner is not None and batch.sequences:
             rows, repeated = batch.sequences, self.batcher.repeated
             if type(rows) is Decodes and repeated is not None:
                 learner.learn(repeated.work(rows), seconds)
@@ -826,8 +800,6 @@ class Core:
         self.blocks.check(
             [*(r.held for r in holders), *self.held.tables, [] if counted is None else counted.blocks]
         )
-        if self.border is not None:
-            self.border.check()
         if counted is not None:
             counted.check(self.running.values())
         using: dict[int, int] = {}
@@ -862,15 +834,6 @@ def _speculation(limits: CoreLimits) -> Speculation | None:
     if limits.speculation == "none":
         return None
     return Speculation(earlier_outputs=limits.speculation == "suffix")
-
-
-def _shared_arena(limits: CoreLimits) -> Arena | None:
-    """Make the adapters' part of a memory that they share with KV blocks. It is empty at first, and always
-    leaves room for one request of the largest length."""
-    if limits.shared_block_bytes is None:
-        return None
-    most = limits.num_blocks - limits.most_blocks
-    return Arena(0, max(0, most) * limits.shared_block_bytes)
 
 
 def _pacer(limits: CoreLimits) -> Pacer | None:

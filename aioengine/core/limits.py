@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple
 
-from aioengine.step import most_blocks
-
 
 class CoreLimits(NamedTuple):
     """The sizes that a core is built with."""
@@ -31,8 +29,6 @@ class CoreLimits(NamedTuple):
     cpu_max_bytes: int | None = None
     slot_memory: int | None = None
     """Bytes that the slots share; None: every slot has a fixed place."""
-    shared_block_bytes: int | None = None
-    """Bytes of a KV block, if adapters and KV blocks share one memory; None: they do not."""
     slot_bytes: int = 0
     """Bytes of a slot with a fixed place; for policies."""
     window: int | None = None
@@ -48,8 +44,3 @@ class CoreLimits(NamedTuple):
     """None: as many as in all."""
     draft_constrained: bool = True
     """Whether tokens are proposed to requests with a constraint, too."""
-
-    @property
-    def most_blocks(self) -> int:
-        """The most blocks that a request holds at a time."""
-        return most_blocks(self.max_model_len, self.block_size, self.max_num_batched_tokens, self.window)

@@ -16,8 +16,6 @@ from aioengine.core.adapters.residency import Residency
 from aioengine.core.adapters.slots import Slot, SlotTable, may_leave
 from aioengine.core.arrival_queue import ArrivalQueue
 from aioengine.core.batcher import Batcher
-from aioengine.core.blocks import BlockManager
-from aioengine.core.border import Border
 from aioengine.core.queues import RequestQueues
 from aioengine.core.state import AdapterEntry, CoreRequestView, Request
 from aioengine.schedulers.policy import CostsView, Location
@@ -86,23 +84,17 @@ class _WaitingAdapters:
 class CoreMemoryView:
     """The :class:`~aioengine.schedulers.policy.MemoryView` of a slot table."""
 
-    __slots__ = ("_blocks", "_border", "_costs", "_entries", "_slot_bytes", "_table")
+    __slots__ = ("_entries", "_slot_bytes", "_table")
 
     def __init__(
         self,
         table: SlotTable,
         entries: Mapping[str, AdapterEntry],
         slot_bytes: int,
-        border: Border | None,
-        blocks: BlockManager,
-        costs: CostsView,
     ) -> None:
         self._table = table
         self._entries = entries
         self._slot_bytes = slot_bytes
-        self._border = border
-        self._blocks = blocks
-        self._costs = costs
 
     @property
     def elastic(self) -> bool:
@@ -111,52 +103,24 @@ class CoreMemoryView:
     @property
     def total(self) -> int:
         arena = self._table.arena
-        return len(self._table.slots) * self._slot_bytes if arena is None else arena.limit
+        return len(self._table.slots) * self._slot_bytes if arena is None else arena.size
 
     @property
     def free(self) -> int:
         arena = self._table.arena
         if arena is None:
             return sum(slot.entry is None for slot in self._table.slots) * self._slot_bytes
-        border = self._border
-        return arena.free + (0 if border is None else border.spare(cached=True) * border.block_bytes)
+        return arena.free
 
     @property
     def largest_hole(self) -> int:
-        arena, border = self._table.arena, self._border
-        if arena is None:
-            return min(self._slot_bytes, self.free)
-        if border is None:
-            return arena.largest_hole
-        at_the_end = arena.size - arena.end + border.spare(cached=False) * border.block_bytes
-        return max(arena.largest_hole, at_the_end)
+        arena = self._table.arena
+        return min(self._slot_bytes, self.free) if arena is None else arena.largest_hole
 
     @property
     def evictable(self) -> int:
         idle = [slot.entry for slot in self._table.slots if slot.idle and may_leave(slot, set())]
         return sum(self._taken(entry) for entry in idle if entry is not None)
-
-    @property
-    def shared(self) -> bool:
-        return self._border is not None
-
-    @property
-    def block_bytes(self) -> int:
-        return 0 if self._border is None else self._border.block_bytes
-
-    @property
-    def blocks(self) -> int:
-        return self._blocks.size
-
-    @property
-    def cached_blocks(self) -> int:
-        return self._blocks.num_cached
-
-    def reload_seconds(self, adapter: str) -> float | None:
-        return self._costs.load(adapter, "slot")
-
-    def prefill_seconds(self, blocks: int) -> float | None:
-        return self._costs.prefill(blocks * self._blocks.block_size)
 
     def bytes_of(self, adapter: str) -> int:
         return self._taken(self._entries[adapter])
@@ -219,15 +183,12 @@ class CoreView:
         batcher: Batcher,
         costs: CostsView,
         slot_bytes: int = 0,
-        border: Border | None = None,
     ) -> None:
         self._residency = residency
         self._queues = queues
         self._batcher = batcher
         self._costs = costs
-        self._memory = CoreMemoryView(
-            residency.slots, residency.by_policy_name, slot_bytes, border, batcher.blocks, costs
-        )
+        self._memory = CoreMemoryView(residency.slots, residency.by_policy_name, slot_bytes)
         self._slots = tuple(CoreSlotView(slot) for slot in residency.slots.slots)
         self._adapters = MappingProxyType(residency.by_policy_name.views)
         self._waiting_adapters = _WaitingAdapters(queues)

@@ -105,7 +105,6 @@ def build_parts(
         max_lora_rank=max_rank,
         max_trained_tokens=max_tokens,
         slot_memory=plan.slot_memory,
-        shared_block_bytes=plan.block_bytes if plan.shared else None,
         lora_dtype=lora_dtype,
         target_modules=modules,
         max_model_len=plan.max_model_len,
@@ -140,6 +139,6 @@ def build_parts(
         shard=group.shard,
         affine_dtype=getattr(torch, plan.dtype),
         max_tokens=max_tokens,
-        elastic=plan.slot_memory is not None or plan.shared,
+        elastic=plan.slot_memory is not None,
     )
     return Parts(runner, store)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -22,8 +21,7 @@ class KVCache:
     Position p of a sequence is in block ``block_table[p // block_size]``. How a block is laid out inside is
     up to the kernels: see :class:`aioengine.kernels.Backend`.
 
-    The blocks of each layer are adjacent. In a ``memory`` that adapters share (uint8), instead all layers of
-    a block are adjacent, and every block takes ``len(memory) / num_blocks`` bytes.
+    The blocks of each layer are adjacent.
     """
 
     def __init__(
@@ -36,13 +34,10 @@ class KVCache:
         *,
         int8: bool = False,
         fp8: bool = False,
-        memory: Tensor | None = None,
     ) -> None:
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.int8, self.fp8 = int8, fp8
-        self.shared_block_bytes = None if memory is None else len(memory) // num_blocks
-        """Bytes of each block in the memory that adapters share; None: it is not shared."""
         extra = INT8_SCALE_BYTES if int8 else 0
         dtype = torch.int8 if int8 else torch.uint8 if fp8 else dtype
         shapes = [
@@ -51,11 +46,7 @@ class KVCache:
             for heads, dim in (layer[:2], layer[2:])
         ]
         sizes = [math.prod(shape) * dtype.itemsize for shape in shapes]
-        if memory is not None:
-            ends = list(accumulate(size // num_blocks for size in sizes))
-            parts = memory.view(num_blocks, -1).tensor_split(ends, dim=1)
-            tensors = [part.view(dtype).view(shape) for part, shape in zip(parts, shapes, strict=False)]
-        elif device.type == "cpu":
+        if device.type == "cpu":
             arena = Arena(sum(sizes), len(sizes))
             tensors = [
                 arena.take(size).view(dtype).view(shape) for size, shape in zip(sizes, shapes, strict=True)

@@ -40,7 +40,6 @@ from aioengine.model.sampler import sample as default_sample
 from aioengine.model.sampler import token_logprobs
 from aioengine.model.sampling import constraints
 from aioengine.model.slots.pool import LoRASlots
-from aioengine.model.slots.shared import SharedMemory
 from aioengine.model.spec import ModelSpec, Quantization
 from aioengine.request import TokenLogprob
 from aioengine.step import Decodes, Sampled, SequenceWork, StepBatch, StepResult
@@ -67,8 +66,7 @@ class ModelRunner:
 
     ``weights`` is a model folder or a GGUF file. ``max_loras=0`` leaves LoRA out; then ``lora_slots`` is
     None. ``slot_memory`` is how many bytes the slots share (None: each has a place for ``max_lora_rank`` and
-    ``max_trained_tokens``);
-    with ``shared_block_bytes`` they share the KV cache's memory, where every block takes this many bytes.
+    ``max_trained_tokens``).
     ``sample`` and ``kernels`` (a backend's name) replace the defaults; ``quantization`` is how the linears'
     weights are kept, and ``int8_cache`` and ``fp8_cache`` keep keys and values as int8 or float8;
     ``max_model_len`` is the longest sequence (it matters to models that transformers runs); ``progress`` is
@@ -95,7 +93,6 @@ class ModelRunner:
         max_lora_rank: int = 16,
         max_trained_tokens: int = 0,
         slot_memory: int | None = None,
-        shared_block_bytes: int | None = None,
         lora_dtype: torch.dtype | None = None,
         target_modules: Iterable[str] | None = None,
         sample: Sampler | None = None,
@@ -147,13 +144,8 @@ class ModelRunner:
             for weight in self.decoder.linear_weights() if self.processors else ():
                 _touch(weight, self.processors)
             load_weights(self.decoder, weights, progress)
-        self.shared: SharedMemory | None = None
-        """The memory of adapters and KV blocks, if they share one."""
-        if shared_block_bytes is not None:
-            self.shared = SharedMemory(num_blocks, shared_block_bytes, self.device)
-        shared = None if self.shared is None else self.shared.tensor
         self.kv_cache = KVCache(
-            spec, num_blocks, block_size, dtype, self.device, int8=int8_cache, fp8=fp8_cache, memory=shared
+            spec, num_blocks, block_size, dtype, self.device, int8=int8_cache, fp8=fp8_cache
         )
         self.lora_slots = (
             LoRASlots(
@@ -165,7 +157,6 @@ class ModelRunner:
                 self.device,
                 self.group.shard,
                 nbytes=slot_memory,
-                shared=shared,
                 affine_dtype=dtype,
                 max_tokens=max_trained_tokens,
                 turned=backend.name == "cpu" and lora_dtype in (None, dtype, torch.int8),
@@ -298,8 +289,6 @@ class ModelRunner:
         followed: dict[int, list[Sampled]] = {}
         scored: dict[int, list[TokenLogprob]] = {}
         pooled: dict[int, Pooled] = {}
-        if batch.moves:
-            self._move(batch)
         if batch.sequences:
             if self.group.shard.rank == 0 and not plain:
                 constraints.begin(batch.sequences)
@@ -333,7 +322,7 @@ class ModelRunner:
         """Return the tokens of a step that decodes with the sequences of the last one; None if it is not such
         a step, or not in the compiled library."""
         rows, native, (before, _) = batch.sequences, self.native, self._last
-        if type(rows) is not Decodes or native is None or batch.moves:
+        if type(rows) is not Decodes or native is None:
             self._tables = None
             return None
         first, steps = (before.rows, before.steps) if type(before) is Decodes else (before, 0)
@@ -360,15 +349,6 @@ class ModelRunner:
                 return list(map(Sampled, tokens))
         with torch.inference_mode():
             return self._sample(logits, rows)
-
-    def _move(self, batch: StepBatch) -> None:
-        """Carry out the step's moves within the memory that adapters and KV blocks share."""
-        assert self.shared is not None and self.lora_slots is not None
-        self.lora_slots.before_step()
-        self.shared.apply(batch.moves, self.lora_slots)
-        self.lora_slots.after_step()
-        if not batch.sequences:
-            self._wait()
 
     def _wait(self) -> None:
         """Wait until the device has finished a step from which nothing is read back. So the time of a step is

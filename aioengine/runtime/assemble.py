@@ -217,9 +217,7 @@ def _slots_text(plan: MemoryPlan) -> str:
     if not plan.num_slots:
         return "none"
     size = format_bytes(plan.slot_pool_bytes)
-    if plan.shared:
-        size = f"{format_bytes(plan.adapter_bytes)} of the KV cache's memory"
-    if plan.slot_memory is None and not plan.shared:
+    if plan.slot_memory is None:
         return f"{plan.num_slots} for adapters of any rank up to {plan.max_rank}, {size}"
     fits = ", ".join(f"{count} of rank {rank}" for rank, _, count in plan.adapters_that_fit())
     return f"at most {plan.num_slots} adapters in {size}, which has room for {fits}"
@@ -253,7 +251,6 @@ def core_limits(config: EngineConfig, parts: Built) -> CoreLimits:
         seed=config.seed,
         cpu_max_bytes=None if cpu_max_bytes is None else cpu_max_bytes * parts.plan.num_ranks,
         slot_memory=parts.plan.slot_memory,
-        shared_block_bytes=parts.plan.block_bytes if parts.plan.shared else None,
         slot_bytes=parts.plan.slot_bytes,
         window=parts.spec.longest_window,
         policy_time_budget=config.policy_time_budget,

@@ -81,7 +81,7 @@ class Counters:
             waiting_tokens=core.room.tokens,
             max_waiting_tokens=core.room.max_tokens,
             max_running=core.limits.max_num_seqs,
-            kv_blocks=core.blocks.size,
+            kv_blocks=core.blocks.num_blocks,
             kv_blocks_free=core.blocks.num_free,
             kv_blocks_pinned=len(core.blocks.pins),
             kv_pins_lost=core.blocks.pins_lost,
@@ -113,7 +113,6 @@ def _slot_memory(core: Core) -> dict[str, int]:
         return {"slot_memory": size * len(core.slots.slots), "slot_memory_used": size * held}
     return {
         "slot_memory": arena.size,
-        "shared_memory": core.limits.num_blocks * (core.limits.shared_block_bytes or 0),
         "slot_memory_used": arena.used,
         "slot_memory_fragmented": arena.free - arena.largest_hole,
     }

@@ -1,16 +1,16 @@
-"""Slots of one size, by bytes, and in one memory with the KV cache, in simulation: mixed ranks on a trace.
+"""Slots of one size and by bytes, in simulation: mixed ranks on a trace.
 
     python -m benchmarks.policies.slot_memory AzureLLMInferenceTrace_code.csv
     python -m benchmarks.policies.slot_memory AzureLLMInferenceTrace_code.csv --slots 4 8 16 32 48 --seeds 3
 
-All kinds have the same memory: that of so many slots of rank 64, beside ``--kv`` for the KV cache. Slots that
-share a memory hold at most ``--most`` adapters. The CPU cache has room for all adapters; by default it goes
-by the bytes of the slots where these share a memory, and what leaves it leaves its slot, too. Prints for each
-policy and memory the copies into slots for each request (moves of adapters included) and the times to first
-token: means over the seeds, half the width of their 95% intervals (Student's t), and the ratios to slots of
-one size, seed by seed. "foresight" are the fewest copies that any choice of victims could make if requests
-were served strictly in order of arrival (``fewest_copies``). A policy may make fewer, since it serves
-requests that wait for an adapter together.
+Both kinds have the same memory: that of so many slots of rank 64, beside ``--kv`` for the KV cache. Slots
+that share a memory hold at most ``--most`` adapters. The CPU cache has room for all adapters; by default it
+goes by the bytes of the slots where these share a memory, and what leaves it leaves its slot, too. Prints
+for each policy and memory the copies into slots for each request (moves of adapters included) and the times
+to first token: means over the seeds, half the width of their 95% intervals (Student's t), and the ratios to
+slots of one size, seed by seed. "foresight" are the fewest copies that any choice of victims could make if
+requests were served strictly in order of arrival (``fewest_copies``). A policy may make fewer, since it
+serves requests that wait for an adapter together.
 """
 
 from __future__ import annotations
@@ -54,10 +54,7 @@ class Setting(NamedTuple):
     kv: int
     """Bytes for the KV cache."""
 
-    def experiment(
-        self, policy: str, seed: int, slots: int, slot_memory: int | str | None = None, total: int = 0
-    ) -> Experiment:
-        """Make an experiment. ``total``: bytes that slots have, if they share a memory with the KV cache."""
+    def experiment(self, policy: str, seed: int, slots: int, slot_memory: int | None = None) -> Experiment:
         all_of_them = self.adapters * load_costs(self.preset).adapter_nbytes(64)
         workload = WorkloadSpec(
             trace=self.trace,
@@ -71,7 +68,7 @@ class Setting(NamedTuple):
             workload=workload, policy=policy, preset=self.preset, slots=slots, slot_memory=slot_memory,
             cpu_loras=max(self.adapters, slots), max_lora_rank=64, seed=seed,
             max_cpu_lora_bytes=all_of_them,
-            kv_cache_memory=self.kv + (total if slot_memory == "shared" else 0),
+            kv_cache_memory=self.kv,
         )  # fmt: skip
 
     def slots_bytes(self, slots: int) -> int:
@@ -80,8 +77,8 @@ class Setting(NamedTuple):
         return load_costs(self.preset).plan(config).slot_pool_bytes
 
 
-KINDS = ("of one size", "by bytes", "shared")
-FORESIGHT = tuple(f"foresight, {kind}" for kind in KINDS[:2])
+KINDS = ("of one size", "by bytes")
+FORESIGHT = tuple(f"foresight, {kind}" for kind in KINDS)
 GOAL = 1 / 3
 
 Columns = Mapping[str, Sequence[float]]
@@ -93,12 +90,10 @@ Found = Mapping[str, Mapping[int, Mapping[str, Columns]]]
 def measured(setting: Setting, policy: str, seeds: int, slots: int, most: int) -> dict[str, Columns]:
     """Run a policy with each kind of slots in the same memory."""
     memory = setting.slots_bytes(slots)
-    modes: dict[str, tuple[int, int | str | None]] = dict(
-        zip(KINDS, [(slots, None), (most, memory), (most, "shared")], strict=True)
-    )
+    modes: dict[str, tuple[int, int | None]] = dict(zip(KINDS, [(slots, None), (most, memory)], strict=True))
     found: dict[str, Columns] = {}
     for kind, mode in modes.items():
-        rows = [measure(setting.experiment(policy, seed, *mode, memory)) for seed in range(seeds)]
+        rows = [measure(setting.experiment(policy, seed, *mode)) for seed in range(seeds)]
         found[kind] = dict(zip(MEASURES, zip(*rows, strict=True), strict=True))
     return found
 
@@ -141,7 +136,7 @@ def bars(found: Found, title: str, note: str) -> bytes:
             for place, kind in enumerate(KINDS):
                 rows = [next(iter(sizes.values()))[kind][measure] for sizes in found.values()]
                 means, halves = zip(*map(_mean_and_half, rows), strict=True)
-                at = [group + (place - 1) * 0.27 for group in range(len(found))]
+                at = [group + (place - 0.5) * 0.27 for group in range(len(found))]
                 panel.bar(
                     at, means, 0.25, yerr=halves, color=LIGHT.palette[place], ecolor=LIGHT.text, label=kind
                 )
@@ -161,7 +156,7 @@ def lines(found: Found, note: str) -> bytes:
         title = "Copies into slots, as a share of those with slots of one size"
         drawn, panels = new_figure(title, height=3.2, columns=len(found))
         for panel, (policy, sizes) in zip(panels, found.items(), strict=True):
-            for place, kind in enumerate((KINDS[1], FORESIGHT[1], KINDS[2])):
+            for place, kind in enumerate((KINDS[1], FORESIGHT[1])):
                 if kind not in next(iter(sizes.values())):
                     continue
                 points = [_mean_and_half(ratios(size, kind, COPIES)) for size in sizes.values()]
@@ -188,7 +183,7 @@ def _mean_and_half(values: Sequence[float]) -> tuple[float, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("trace")
-    parser.add_argument("--policies", nargs="*", default=["joint", "chameleon"])
+    parser.add_argument("--policies", nargs="*", default=["fcfs", "chameleon"])
     parser.add_argument("--slots", nargs="*", type=int, default=[8], help="sizes of the memory, in slots")
     parser.add_argument("--most", type=int, default=200, help="adapters in a memory that slots share")
     parser.add_argument("--ranks", default="8:0.7,16:0.2,64:0.1")

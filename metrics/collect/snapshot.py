@@ -43,7 +43,6 @@ def gauges(
         (("used",), stats.slot_memory_used),
         (("free",), free - stats.slot_memory_fragmented),
         (("fragmented",), stats.slot_memory_fragmented),
-        *([(("kv",), stats.shared_memory - stats.slot_memory)] if stats.shared_memory else ()),
     )
     yield gauge(engine, d.LORA_ADAPTERS, ((), stats.adapters))
     yield gauge(engine, d.LORA_CPU_ADAPTERS, ((), stats.cpu_adapters))

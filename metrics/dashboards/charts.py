@@ -101,7 +101,7 @@ ADAPTERS = [
     Chart(
         "Memory of the slots",
         "What adapters take of it on each device, and what is free: in the largest hole, or in others "
-        '(fragmented). Where it is shared with the KV cache (slot_memory="shared"), what blocks have (kv).',
+        "(fragmented).",
         units.BytesIEC,
         [Query(f"sum by (state) (aioengine_lora_slot_bytes{{{HERE}}})", "{{state}}")],
         stacked=True,

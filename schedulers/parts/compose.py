@@ -159,8 +159,6 @@ class Composed(SchedulerPolicy):
             return -inf  # whose turn it is changes with what the others get
         if self._refused:
             return -inf  # what has found no room is tried anew
-        if view.memory.shared and next(self.order.cold(view), None) is not None:
-            return -inf  # what adapters may have of the memory becomes less as sequences grow
         if self._is_fixed and self._by_oldest and (self._was_full or _is_full(view)):
             return inf  # slots could only be closed, which matters when a request comes
         now = view.now

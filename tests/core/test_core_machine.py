@@ -9,10 +9,9 @@ from typing import Literal
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from support.device_memory import DeviceMemory
 from support.hostile_policies import Hostile
-from support.shared_memory import DeviceMemory
 
-from aioengine.core.adapters.arena import GRANULE
 from aioengine.core.prefixes.held import Held
 from aioengine.core.state import AdapterEntry, Status
 from aioengine.core.waiting_room import Ticket
@@ -34,7 +33,7 @@ class CoreMachine(RuleBasedStateMachine):
         hostile=st.booleans(),
         blocks=st.integers(16, 40),
         max_bytes=st.sampled_from([None, MAX_BYTES]),
-        slot_memory=st.sampled_from([None, 3000, 4200, "shared"]),
+        slot_memory=st.sampled_from([None, 3000, 4200]),
         bounded=st.sampled_from([None, "requests", "tokens"]),
         speculation=st.sampled_from(["none", "none", "ngram", "suffix"]),
         window=st.sampled_from([None, None, 1, 5, 8, 13]),
@@ -46,7 +45,7 @@ class CoreMachine(RuleBasedStateMachine):
         hostile: bool,
         blocks: int,
         max_bytes: int | None,
-        slot_memory: int | Literal["shared"] | None,
+        slot_memory: int | None,
         bounded: Literal["requests", "tokens"] | None,
         speculation: Literal["none", "ngram", "suffix"],
         window: int | None,
@@ -59,21 +58,14 @@ class CoreMachine(RuleBasedStateMachine):
         limits = LIMITS._replace(num_blocks=blocks, cpu_max_bytes=max_bytes, speculation=speculation)
         limits = limits._replace(max_pinned_blocks=pinned, max_pinned_blocks_per_tenant=5)
         limits = limits._replace(window=window, num_blocks=max(blocks if window is None else blocks // 2, 9))
-        if slot_memory == "shared":
-            limits = limits._replace(
-                num_blocks=limits.num_blocks + 4,
-                shared_block_bytes=GRANULE * limits.block_size,
-                num_slots=4,
-                cpu_capacity=6,
-            )
-        elif slot_memory is not None:
+        if slot_memory is not None:
             limits = limits._replace(slot_memory=slot_memory, num_slots=3)
         if bounded == "tokens":
             limits = limits._replace(max_waiting_tokens=60, max_waiting_tokens_per_tenant=50)
         elif bounded == "requests":
             limits = limits._replace(max_waiting=6, max_waiting_per_tenant=5, max_waiting_per_adapter=4)
         # Texts that repeat themselves, so that some of what is proposed is right.
-        has_memory = limits.shared_block_bytes is not None or limits.window is not None
+        has_memory = limits.window is not None
         self.sim = Sim(
             limits,
             policy,
@@ -209,9 +201,7 @@ class CoreMachine(RuleBasedStateMachine):
                 self.in_flight = [(slot.entry, slot.offset) for slot in slots]
         sim.now += seconds
 
-    @precondition(
-        lambda self: self.seen and self.sim.core.border is None and self.sim.core.blocks.window is None
-    )
+    @precondition(lambda self: self.seen and self.sim.core.blocks.window is None)
     @rule(count=st.integers(1, 7), take=st.booleans())
     def begin_to_copy_a_prefix(self, count: int, take: bool) -> None:
         core = self.sim.core
@@ -268,7 +258,7 @@ class CoreMachine(RuleBasedStateMachine):
             self.sim.lose_device()
         assert [request.id for request in core.queues] == waiting
         assert not core.running and not core.cpu.entries
-        assert core.blocks.num_free == core.blocks.size
+        assert core.blocks.num_free == core.blocks.num_blocks
         assert not core.residency.take_moves()
 
     @precondition(lambda self: self.sim.batch is None)
@@ -376,7 +366,7 @@ class CoreMachine(RuleBasedStateMachine):
             sim.take_events()
         sim.run(steps=5000, step_seconds=0.1)
         assert len(sim.ended) == sim.count, "every accepted request ends exactly once"
-        assert sim.core.blocks.num_free == sim.core.blocks.size
+        assert sim.core.blocks.num_free == sim.core.blocks.num_blocks
         assert all(entry.running == 0 for entry in sim.core.residency.entries.values())
 
 

@@ -104,27 +104,6 @@ def test_replaced_parts_leave_their_slots_while_the_read_of_another_hangs() -> N
     assert set(sim.ended.values()) == {"length"}
 
 
-def test_sequences_do_not_keep_a_pinned_adapter_and_mixes_behind_it_out() -> None:
-    """It takes more than half of the memory that adapters share with the KV cache, which is always full."""
-    limits = LIMITS._replace(num_slots=4, cpu_capacity=6, num_blocks=44, shared_block_bytes=1024)
-    sim = core_with("a", "b", "c", limits=limits._replace(max_num_seqs=16, max_num_batched_tokens=64))
-    sim.sizes = {"c": 26_000}
-    began = None
-    for step in range(1000):
-        while len(sim.core.queues.base) < 3:
-            sim.add(prompt=[2 + step % 200, *range(8)], max_tokens=28 + step % 3 * 2)
-        if step == 40:
-            sim.core.residency.want(sim.core.residency.current["c"], sim.now, pin=True)
-        if step == 60:
-            began = sim.add(sim.mix("a", "b"))
-        sim.settle(step_seconds=0.1)
-        if began is not None and began.admitted is not None:
-            break
-    assert began is not None and began.admitted is not None
-    assert began.admitted - began.arrival < 10
-    assert sim.core.residency.current["c"].location is Location.SLOT
-
-
 def test_a_slow_read_of_a_part_is_in_nobody_s_way() -> None:
     sim = core_with("a", "b", "c", "d")
     sim.add(sim.mix("a", "b"))

@@ -147,7 +147,7 @@ def test_an_adapter_whose_read_has_just_begun_gets_no_turn() -> None:
 
 
 @pytest.mark.parametrize("name", POLICIES)
-@pytest.mark.parametrize("shape", ["fixed", "bytes", "shared"])
+@pytest.mark.parametrize("shape", ["fixed", "bytes"])
 @pytest.mark.slow
 def test_everybody_s_turn_comes(name: str, shape: str) -> None:
     """Clients that ask again and again, for adapters, scaled ones and mixes of two to four, in one to four

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.shared_memory import DeviceMemory
+from support.device_memory import DeviceMemory
 
 from aioengine import events
 from aioengine.core.blocks import BlockManager
@@ -255,20 +255,12 @@ def test_pins_hold_their_bounds_and_their_times(asked: list[Ask], most: int, eac
 def test_blocks_are_kept_exactly_while_their_contents_are_pinned(data: st.DataObject) -> None:
     blocks = BlockManager(data.draw(st.integers(4, 16)), 2, pins=PrefixPins(data.draw(st.integers(0, 8)), 6))
     held: list[list[int]] = []
-    lent = 0
     now = 0.0
     for _ in range(data.draw(st.integers(1, 30))):
         now += data.draw(st.sampled_from([0.0, 1.0]))
-        kind = data.draw(st.sampled_from(["add", "add", "add", "release", "lend", "take back", "expire"]))
+        kind = data.draw(st.sampled_from(["add", "add", "add", "release", "expire"]))
         if kind == "release" and held:
             blocks.release(held.pop(data.draw(st.integers(0, len(held) - 1))))
-        elif kind == "lend" and blocks.can_allocate(1):
-            moved = dict(blocks.lend(1))
-            held = [[moved.get(block, block) for block in own] for own in held]
-            lent += 1
-        elif kind == "take back" and lent:
-            blocks.take_back(1)
-            lent -= 1
         elif kind == "expire":
             blocks.expire(now)
         elif kind == "add":

@@ -22,7 +22,6 @@ PATHS: dict[str, dict[str, Any]] = {
     "paced-prefill": {"max_step_seconds": 1e-9},  # every chunk is as small as it may be
     "preempted": {"max_model_len": 64, "max_num_seqs": 6},
     "slots-by-bytes": {"slot_memory": "256KiB", "max_loras": 6, "max_cpu_loras": 8},
-    "shared-memory": {"slot_memory": "shared", "max_loras": 6, "max_cpu_loras": 12, "max_model_len": 64},
 }
 DORA_BIAS_AND_EMBEDDINGS: dict[str, dict[str, Any]] = {
     "plain": {"r": 8},
@@ -49,8 +48,6 @@ async def test_base_and_all_adapters_mixed(
     fields = dict(PATHS[path])
     if path == "preempted":  # little more than one request of the full length: they must take turns
         fields["kv_cache_memory"] = 72 * KV_TOKEN_BYTES[family]
-    if path == "shared-memory":
-        fields["kv_cache_memory"] = 330 * KV_TOKEN_BYTES[family]
     async with make_engine(tiny, **fields) as engine:
         for name, folder in tiny.adapters.items():
             engine.register_adapter(name, folder)
@@ -66,7 +63,7 @@ async def test_base_and_all_adapters_mixed(
         assert output.token_ids == tiny.expected(prompt, 24, name), f"adapter {name}"
         assert output.finish_reason == "length"
     assert stats.slot_loads >= len(ADAPTERS) > len(stats.slots), "fewer slots than adapters"
-    assert (stats.preemptions > 0) == (path == "preempted") or path == "shared-memory"
+    assert (stats.preemptions > 0) == (path == "preempted")
 
 
 @pytest.fixture(scope="module")
@@ -93,8 +90,6 @@ async def test_dora_biases_and_embeddings_mixed_with_plain_adapters(
     fields: dict[str, Any] = {"target_modules": [*ALL_MODULES, *EMBEDDING_MODULES], **PATHS[path]}
     if path == "preempted":
         fields["kv_cache_memory"] = 72 * KV_TOKEN_BYTES["qwen2"]
-    if path == "shared-memory":
-        fields["kv_cache_memory"] = 900 * KV_TOKEN_BYTES["qwen2"]
     async with make_engine(special, **{"max_cpu_loras": 8, **fields}) as engine:
         for name, folder in special.adapters.items():
             engine.register_adapter(name, folder)
@@ -110,7 +105,7 @@ async def test_dora_biases_and_embeddings_mixed_with_plain_adapters(
         stats = engine.stats()
         engine.check_invariants()
     assert stats.slot_loads > len(special.adapters) > len(stats.slots), "slots were reused"
-    assert (stats.preemptions > 0) == (path == "preempted") or path == "shared-memory"
+    assert (stats.preemptions > 0) == (path == "preempted")
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")

@@ -202,6 +202,7 @@ async def test_slots_by_bytes_take_what_is_planned(tiny: Tiny, make_engine: Make
     ("fields", "message"),
     [
         ({"slot_memory": "sharde"}, "slot_memory='sharde'"),
+        ({"slot_memory": "shared"}, "no longer share one memory. Set slot_memory to a number of bytes"),
         ({"slot_memory": 0}, "slot_memory=0: must be more than zero"),
         ({"slot_memory": "1MiB", "max_cpu_lora_bytes": 1000}, "max_cpu_lora_bytes=1000.*at least 1048576"),
         ({"slot_memory": "900TiB"}, "lower lora.slot_memory"),
@@ -210,23 +211,6 @@ async def test_slots_by_bytes_take_what_is_planned(tiny: Tiny, make_engine: Make
 def test_slot_memory_that_cannot_be(tiny: Tiny, fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         plan_from_config(EngineConfig(model=str(tiny.model), lora=LoRAConfig(**fields)))
-
-
-def test_a_shared_memory_is_planned_once(tiny: Tiny) -> None:
-    def plan(**fields: Any) -> MemoryPlan:
-        lora = LoRAConfig(slot_memory="shared", max_loras=32, max_cpu_loras=32)
-        return plan_from_config(EngineConfig(model=str(tiny.model), lora=lora, max_model_len=64, **fields))
-
-    found = plan(kv_cache_memory="2MiB")
-    assert found.shared and found.slot_pool_bytes == 0
-    assert found.block_bytes % 256 == 0 and found.kv_bytes <= 2**21 < found.kv_bytes + found.block_bytes
-    assert found.adapter_bytes == found.kv_bytes - 4 * found.block_bytes, "one request of 64 tokens"
-    rows = {label: (detail, size) for label, detail, size in found.rows()}
-    assert rows["slot pool"][1] == 0 and "for adapters" in rows["KV blocks"][0]
-    with pytest.raises(ConfigError, match="one adapter of max_lora_rank=16 need"):
-        plan(kv_cache_memory=5 * found.block_bytes)
-    least = 4 * found.block_bytes + -(-found.slot_bytes // found.block_bytes) * found.block_bytes
-    assert plan(kv_cache_memory=least).kv_bytes == least
 
 
 async def test_what_a_gpu_took_beyond_the_plan_is_a_metric(

@@ -24,7 +24,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "int8 KV cache": {"kv_cache_dtype": "int8"},
     "int8 adapters": {"lora_dtype": "int8"},
     "slots by bytes": {"slot_memory": "200KiB"},
-    "shared memory": {"slot_memory": "shared"},
     "transformers": {"model_impl": "transformers"},
     "speculation": {"speculation": "ngram"},
     "process": {"executor": "process"},
@@ -37,18 +36,18 @@ ROUNDED = ("int8 weights", "int4 weights", "int8 adapters")
 """Options of which each rank rounds its own share."""
 
 WORK = [
-    ("int8 weights", "int8 KV cache", "int8 adapters", "shared memory", "speculation", "process"),
+    ("int8 weights", "int8 KV cache", "int8 adapters", "slots by bytes", "speculation", "process"),
     ("int4 weights", "int8 KV cache", "int8 adapters", "slots by bytes", "speculation", "process"),
     ("fp8 weights", "int8 KV cache", "int8 adapters", "slots by bytes", "speculation", "process"),
     ("int8 weights", "slots by bytes"),
-    ("int4 weights", "shared memory"),
-    ("int8 weights", "int8 KV cache", "int8 adapters", "shared memory", "speculation", "two ranks"),
+    ("int4 weights", "slots by bytes"),
+    ("int8 weights", "int8 KV cache", "int8 adapters", "slots by bytes", "speculation", "two ranks"),
     ("int8 weights", "int8 KV cache", "slots by bytes", "speculation", "fully sharded"),
-    ("int4 weights", "shared memory", "fully sharded"),
+    ("int4 weights", "slots by bytes", "fully sharded"),
     ("int4 weights", "int8 KV cache", "int8 adapters", "slots by bytes", "two ranks"),
-    ("fp8 weights", "shared memory", "two ranks"),
+    ("fp8 weights", "slots by bytes", "two ranks"),
     ("fp8 weights", "fully sharded"),
-    ("int8 adapters", "shared memory", "transformers", "process"),
+    ("int8 adapters", "slots by bytes", "transformers", "process"),
     *((name, "slots by bytes", "transformers") for name in ("int8 weights", "int4 weights", "fp8 weights")),
 ]
 """Combinations that work: so does each pair in one of them."""

@@ -13,7 +13,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from aioengine import CachePin, EngineConfig, LoRAConfig
+from aioengine import CachePin, EngineConfig
 from aioengine.errors import ConfigError, RequestInvalid
 from aioengine.runtime.prefixes.files import PrefixFiles
 
@@ -77,7 +77,6 @@ def test_engines_with_equal_process_ids_share_a_folder(
     "fields",
     [
         {"executor": "ray"},
-        {"lora": LoRAConfig(slot_memory="shared")},
         {"enable_prefix_caching": False},
         {"max_prefix_pins": 0},
         {"kv_cache_dir": ""},

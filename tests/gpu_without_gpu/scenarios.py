@@ -12,9 +12,6 @@ import torch
 from support import fake_gpu
 from torch import Tensor
 
-from aioengine.model.slots.shared import SharedMemory
-from aioengine.step import MemoryMove
-
 if TYPE_CHECKING:
     from aioengine.model.decode_graphs import DecodeSteps
     from aioengine.model.parallel.group import Group, Record, Shard
@@ -50,15 +47,9 @@ class Model:
         shard = options.get("shard")
         group = None if shard is None else _group(shard)
         self.decoder = Decoder(spec, DTYPE, META, backend, group)
-        self.shared: SharedMemory | None = None
-        memory = None
-        if options.get("shared"):
-            token = self.decoder.spec.kv_bytes_per_token(DTYPE.itemsize)
-            self.shared = SharedMemory(512, BLOCK * token, META)
-            memory = self.shared.tensor
-        self.cache = KVCache(self.decoder.spec, 512, BLOCK, DTYPE, META, memory=memory)
+        self.cache = KVCache(self.decoder.spec, 512, BLOCK, DTYPE, META)
         modules = options.get("modules", LORA_MODULES)
-        self.slots = LoRASlots(spec, slots, rank, modules, DTYPE, META, shard or SOLO, shared=memory)
+        self.slots = LoRASlots(spec, slots, rank, modules, DTYPE, META, shard or SOLO)
         self.ranks = [rank] * slots
 
     def forward(self, inputs: object) -> Tensor:
@@ -178,8 +169,6 @@ def _models(name: str) -> Model:
             )
         case "seven query heads a key head":
             return Model(llama(num_heads=28, num_kv_heads=4, hidden_size=3584))
-        case "one memory with the KV cache":
-            return Model(llama(num_layers=3), shared=True)
         case "half sharded":
             return Model(llama(), shard=Shard(1, 2))
         case "fully sharded":
@@ -194,7 +183,6 @@ MODELS = (
     "rank 320",
     "biases, norms, windows",
     "seven query heads a key head",
-    "one memory with the KV cache",
     "half sharded",
     "fully sharded",
 )
@@ -211,9 +199,6 @@ def _forwards(name: str) -> list[str]:
     affine = [False, True, True, *[False] * 5]
     mixed = [Row(-1, 0, 40), Row(-1, 70, 1), Row(0, 10, 1), Row(1, 0, 30), Row(1, 33, 1), Row(2, 500, 5)]
     model.step(mixed, affine)
-    if model.shared is not None:
-        moves = [MemoryMove(1 << 16, 1 << 20, 1 << 18, slot=1), MemoryMove(0, 1 << 16, 1 << 16)]
-        model.shared.apply(moves, model.slots)
     model.step(mixed)
     model.step([row._replace(sample=False) for row in mixed], affine)
     model.step([row._replace(slot=-1) for row in mixed])

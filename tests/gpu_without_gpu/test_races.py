@@ -7,7 +7,7 @@ import random
 from pathlib import Path
 
 import pytest
-from support.core_on_cuda import SHARED, SLOTS, CudaSim, run
+from support.core_on_cuda import SLOTS, CudaSim, run
 from support.fake_cuda import Event, FakeCuda
 from support.tiny_models import build_model
 
@@ -27,15 +27,13 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("played", [False, True], ids=["eager", "recorded"])
 @pytest.mark.parametrize("slots", SLOTS)
 def test_no_access_races_with_another(model: Path, slots: str, played: bool) -> None:
-    steps = placed = preempted = moved = 0
+    steps = placed = preempted = 0
     for seed in range(SEEDS):
-        sim = run(model, slots, seed, played=played, actions=200 if slots != SHARED else 600)
+        sim = run(model, slots, seed, played=played, actions=200)
         steps, placed = steps + sim.core.step, placed + len(sim.of(AdapterPlaced))
         preempted += sim.core.batcher.preemptions
-        moved += sim.moves.total()
         assert sim.world.races == [] and sim.world.registered == {}
     assert steps > 5 * SEEDS / 2 and placed and preempted
-    assert bool(moved) == (slots == SHARED)
 
 
 @pytest.mark.slow

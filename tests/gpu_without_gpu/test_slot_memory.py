@@ -1,26 +1,22 @@
-"""Slots by bytes, and one memory with the KV cache, on a fake GPU: tokens, moves, and their order."""
+"""Slots on a fake GPU: tokens and their order."""
 
 from __future__ import annotations
 
-import functools
 import os
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
-from support.core_on_cuda import SHARED, SLOTS, Drawn, image_of, run
+from support.core_on_cuda import SLOTS, Drawn, image_of, run
 from support.tiny_models import build_model
 from torch import Tensor
 
 from aioengine.model.buffer import pageable
 from aioengine.model.files.hf_config import read_spec
 from aioengine.model.runner import ModelRunner
-from aioengine.model.slots.pool import LoRASlots
-from aioengine.model.slots.shared import SharedMemory
 from aioengine.request import SamplingParams
-from aioengine.step import MemoryMove, Sampled, SequenceWork, StepBatch
+from aioengine.step import Sampled, SequenceWork, StepBatch
 
 SEEDS = range(3, 23 if os.environ.get("AIOENGINE_FUZZ_RUNS") else 4)
 
@@ -64,11 +60,10 @@ class Alone:
 @pytest.mark.slow
 def test_each_token_is_that_of_its_own_adapter_and_context(model: Path, slots: str) -> None:
     """Whatever is swapped, moved, preempted and aborted around its sequence."""
-    alone, moves, adapters, count = Alone(model), Counter[str](), set[int](), 0
+    alone, adapters, count = Alone(model), set[int](), 0
     for seed in SEEDS:
         sim = run(model, slots, seed, played=False, actions=600)
         assert not sim.world.races
-        moves += sim.moves
         for drawn in sim.drawn:
             logits = alone.logits(drawn)
             assert logits[drawn.token] > logits.max() - 1e-4 * logits.abs().max()
@@ -76,18 +71,3 @@ def test_each_token_is_that_of_its_own_adapter_and_context(model: Path, slots: s
                 adapters.add(drawn.adapter.uid)
         count += len(sim.drawn)
     assert count > 20 * len(SEEDS) and len(adapters) > 2
-    assert (moves["block"] > 0, moves["adapter"] > 0) == (slots == SHARED, slots == SHARED)
-
-
-@pytest.mark.slow
-def test_moves_beside_a_step_are_noticed(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a stream of their own, blocks and adapters would move while a step reads them."""
-
-    def beside(memory: SharedMemory, moves: Sequence[MemoryMove], slots: LoRASlots) -> None:
-        with torch.cuda.stream(torch.cuda.Stream()):  # type: ignore[no-untyped-call]
-            apply(memory, moves, slots)
-
-    apply = SharedMemory.apply
-    monkeypatch.setattr(SharedMemory, "apply", beside)
-    runs = map(functools.partial(run, model, SHARED, played=False, actions=600), SEEDS)
-    assert any(race.startswith("KV cache") for sim in runs for race in sim.world.races)

@@ -62,7 +62,7 @@ systems = st.fixed_dictionaries(
         "block_size": st.sampled_from([4, 16]),
         "kv_cache_memory": st.sampled_from([None, "300MiB"]),
         "enable_prefix_caching": st.booleans(),
-        "slot_memory": st.sampled_from([None, None, "600MiB", "shared"]),
+        "slot_memory": st.sampled_from([None, None, "600MiB"]),
         "replicas": st.sampled_from([None, None, 2, 5]),
         "router": st.sampled_from(["affinity", "round_robin", "tiers"]),
         "seed": st.integers(0, 3),
@@ -102,8 +102,6 @@ def outcome(
 @settings(max_examples=40, deadline=None)
 @given(workloads, systems)
 def test_the_same_bytes_come_out(workload: dict[str, Any], system: dict[str, Any]) -> None:
-    if system["slot_memory"] == "shared":
-        system = {**system, "kv_cache_memory": "1500MiB"}
     if system["replicas"] is None:
         system = {**system, "router": None}
     experiment = Experiment(

@@ -42,7 +42,6 @@ def files_of(folder: Path, policy: str, slot_memory: str | None = None, **fields
         max_num_seqs=8,
         slot_memory=slot_memory,
         max_lora_rank=64,
-        kv_cache_memory="1500MiB" if slot_memory == "shared" else None,
     )
     run(experiment, folder)
     return {name: (folder / name).read_bytes() for name in FILES}
@@ -58,8 +57,8 @@ def files_of(folder: Path, policy: str, slot_memory: str | None = None, **fields
         ("fcfs+gdsf+none", {"timeout": 4.0}),
         ("fcfs", {"slot_memory": "600MiB", "ranks": MIXED}),
         ("vllm+lru", {"slot_memory": "600MiB", "ranks": MIXED, "timeout": 4.0}),
-        ("fcfs+gdsf:max_wait=0.2", {"slot_memory": "shared", "ranks": MIXED}),
-        ("drainer:patience=0.3", {"slot_memory": "shared", "ranks": MIXED}),
+        ("fcfs+gdsf:max_wait=0.2", {"slot_memory": "600MiB", "ranks": MIXED}),
+        ("drainer:patience=0.3", {"slot_memory": "600MiB", "ranks": MIXED}),
     ],
 )
 @pytest.mark.slow
@@ -80,7 +79,7 @@ def test_the_same_bytes_come_out(
     quiet = False
     assert files_of(tmp_path / "asked", policy, **fields) == found
     if "tenants" not in fields:
-        few = 0.95 if fields.get("slot_memory") == "shared" else 0.9  # asked while a request waits for memory
+        few = 0.95 if fields.get("slot_memory") else 0.9  # asked while a request waits for memory
         assert asked[True] < few * asked[False]
 
 

@@ -154,8 +154,8 @@ async def test_a_strip_for_each_replica(engine: AsyncEngine, browser_page: Brows
         await drawn(page, ["only-west", "rank-3"])
 
 
-SHARED = {
-    "slot_memory": "shared",
+BY_BYTES = {
+    "slot_memory": "300KiB",
     "max_loras": 4,
     "max_cpu_loras": 6,
     "max_model_len": 64,
@@ -170,7 +170,7 @@ async def test_the_memory_of_the_slots_is_drawn_to_scale(
     browser_page: BrowserPage,
 ) -> None:
     async with (
-        make_engine(tiny, **SHARED) as engine,
+        make_engine(tiny, **BY_BYTES) as engine,
         serve_page(engine, port=0) as url,
         browser_page(url) as page,
     ):
@@ -178,19 +178,17 @@ async def test_the_memory_of_the_slots_is_drawn_to_scale(
             engine.register_adapter(name, tiny.adapters[name])
             await engine.complete(prompt_of(1, 6), greedy(4), adapter=name)
         await shows(page, "#arena-sub", "2 adapters in")
-        await shows(page, "#arena-sub", "for the KV cache")
         stats = engine.stats()
         parts = {slot.adapter: (slot.offset, slot.bytes) for slot in stats.slots if slot.adapter is not None}
-        parts["KV cache"] = stats.slot_memory, stats.shared_memory - stats.slot_memory
         strip = await page.locator("#arena").bounding_box()
         for name, (offset, size) in parts.items():
             part = page.locator(f'#arena i[title^="{name}:"]')
             await api.expect(part).to_have_count(1, timeout=LIMIT)
             box = await part.bounding_box()
             assert box["x"] - strip["x"] == pytest.approx(
-                offset / stats.shared_memory * strip["width"], abs=1.5
+                offset / stats.slot_memory * strip["width"], abs=1.5
             )
-            assert box["width"] == pytest.approx(size / stats.shared_memory * strip["width"], abs=1.5)
+            assert box["width"] == pytest.approx(size / stats.slot_memory * strip["width"], abs=1.5)
         said = await page.locator("#arena").get_attribute("aria-label")
         assert said == await page.locator("#arena-sub").text_content()
 

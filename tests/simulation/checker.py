@@ -189,7 +189,7 @@ class Checker:
         engine.check_invariants()
         assert not self.open and not core.requests, f"not ended: {sorted(self.open)}"
         assert not core.running and not core.queues
-        assert core.blocks.num_free == core.blocks.size, "KV blocks are left"
+        assert core.blocks.num_free == core.blocks.num_blocks, "KV blocks are left"
         assert all(not e.running and not e.waiting for e in core.residency.entries.values())
         stats = engine.stats()
         told = stats.requests_finished + stats.requests_aborted + stats.requests_failed

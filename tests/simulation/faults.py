@@ -18,7 +18,6 @@ from aioengine.lab.simulation.transfers import SharedStage
 from aioengine.step import (
     AdapterSource,
     LoadedAdapter,
-    MemoryMove,
     ReadOrder,
     Sampled,
     SequenceWork,
@@ -60,12 +59,9 @@ class Memory:
         slots: int,
         block_size: int,
         problem: Callable[[str], None],
-        block_bytes: int | None = None,
     ) -> None:
         self.problem = problem
         self.block_size = block_size
-        self.block_bytes = block_bytes
-        """Of a memory that adapters and KV blocks share; None if they do not."""
         self.regions: dict[int, tuple[int, int]] = {}
         """Where slots share a memory: beginning and end, in bytes, of what each slot holds."""
         self.read_blocks: set[int] = set()
@@ -99,36 +95,14 @@ class Memory:
             raise EngineDead("planned: the device was lost")
         return self.losses
 
-    def write(self, begin: int, end: int, slot: int | None = None) -> None:
-        """Bytes are written, for ``slot`` or (None) for a KV block: what was there is gone."""
+    def write(self, begin: int, end: int, slot: int) -> None:
+        """Bytes are written for ``slot``: what was there is gone."""
         for other, (first, last) in list(self.regions.items()):
             if other != slot and first < end and begin < last:
                 if other in self.reading or other in self.writing:
                     self.problem(f"slot {other} is overwritten while it is read or written")
                 self.slots[other] = None
                 del self.regions[other]
-        if slot is not None and self.block_bytes is not None:
-            for block in range(begin // self.block_bytes, -(-end // self.block_bytes)):
-                self.blocks.pop(block, None)
-                if block in self.read_blocks:
-                    self.problem(f"KV block {block} is overwritten by an adapter while a step uses it")
-
-    def write_block(self, block: int, content: tuple[str, tuple[int, ...]]) -> None:
-        if self.block_bytes is not None:
-            self.write(block * self.block_bytes, (block + 1) * self.block_bytes)
-        self.blocks[block] = content
-
-    def move(self, move: MemoryMove) -> None:
-        """Carry out a move of the memory that adapters and KV blocks share."""
-        if move.slot is None:
-            assert self.block_bytes is not None
-            content = self.blocks.get(move.source // self.block_bytes, ("nothing", ()))
-            self.write_block(move.to // self.block_bytes, content)
-            return
-        if self.regions.get(move.slot, (None,))[0] != move.source or move.slot in self.writing:
-            self.problem(f"slot {move.slot} is moved from where it is not")
-        self.regions[move.slot] = move.to, move.to + move.nbytes
-        self.write(move.to, move.to + move.nbytes, move.slot)
 
     def digest(self, row: SequenceWork) -> str:
         uid = self.slots[row.slot] if row.slot >= 0 else None
@@ -200,8 +174,6 @@ class FaultyDevice(SimulatedDevice):
         memory, rng = self.memory, self._rng
         if memory.lost:
             raise self._lost()
-        for move in batch.moves:
-            memory.move(move)
         rows = [self._begin_row(work) for work in batch.sequences]
         memory.read_blocks = {block for row in rows for block in row.blocks}
         self._check_whole(batch)
@@ -273,7 +245,7 @@ class FaultyDevice(SimulatedDevice):
         size, until = memory.block_size, work.start + len(work.tokens)
         for index in range(work.start // size, -(-until // size)):
             content = row.digest, row.known[: min((index + 1) * size, until)]
-            memory.write_block(row.blocks[index], content)
+            memory.blocks[row.blocks[index]] = content
         if sampled is None:
             return None
         if self._rng.random() < self._rates.failed_row:

@@ -105,18 +105,15 @@ class Scenario:
         kv_cache_memory = blocks * block_bytes
         # Drawn apart, so that it leaves what else a seed means as it is.
         own = random.Random(f"memory {seed}")
-        slot_memory: int | str | None = own.choice([None, None, None, None, "bytes", "bytes", "shared"])
+        slot_memory: int | str | None = own.choice([None, None, None, None, "bytes", "bytes", "bytes"])
         if slot_memory == "bytes":
             slot_memory = own.choice([largest, int(1.6 * largest), 3 * largest])
-        elif slot_memory == "shared":
-            kv_cache_memory += -(-(own.choice([1, 2, 4]) * largest + 4096) // block_bytes) * block_bytes
         if slot_memory is not None:  # more adapters than would fit if all were large
             more = own.choice([1, 3])
             slots, cpu = slots + more, cpu + more
         cpu_bytes = rng.choice([None, None, int(1.1 * largest), int(2.2 * largest)])
         if cpu_bytes is not None and isinstance(slot_memory, int):
             cpu_bytes = max(cpu_bytes, slot_memory)
-        self.block_bytes = block_bytes if slot_memory == "shared" else None
         self.config = EngineConfig(
             model="simulated",
             max_model_len=max_len,
@@ -296,7 +293,7 @@ class Scenario:
     async def _live(self) -> None:
         lora = self.config.lora
         assert lora is not None
-        memory = Memory(lora.max_loras, self.config.block_size, self.problem, self.block_bytes)
+        memory = Memory(lora.max_loras, self.config.block_size, self.problem)
         self.engine = engine = FaultyEngine(
             self.config,
             self.policy,

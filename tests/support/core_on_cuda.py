@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import gc
 import random
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -19,7 +19,6 @@ from support.random_slots import random_image
 from torch import Tensor
 
 from aioengine.core import CopyMove
-from aioengine.core.adapters.arena import GRANULE
 from aioengine.core.limits import CoreLimits
 from aioengine.core.state import AdapterEntry
 from aioengine.model.buffer import Allocate
@@ -37,8 +36,7 @@ from aioengine.testing import LIMITS, Sim
 
 NAMES = ("a", "b", "c", "d")
 RANKS = (8, 3, 5, 8)
-SHARED = "shared with the KV cache"
-SLOTS = {"fixed": 2, "shared by adapters": 3, SHARED: 3}
+SLOTS = {"fixed": 2, "shared by adapters": 3}
 """Ways in which slots lie in memory, with the number of slots."""
 
 
@@ -78,22 +76,17 @@ class CudaSim(Sim):
     def __init__(self, world: FakeCuda, model: Path, slots: str, rng: random.Random, *, played: bool) -> None:
         self.world, self.rng = world, rng
         spec = read_spec(model)
-        block_bytes = GRANULE * LIMITS.block_size
-        assert block_bytes >= LIMITS.block_size * spec.kv_bytes_per_token(4)
-        shared = slots == SHARED
-        blocks = 32 + 24 * spec.num_layers if shared else LIMITS.num_blocks
+        blocks = LIMITS.num_blocks
         self.runner = ModelRunner(
             *(spec, model), dtype=torch.float32, device=torch.device("cuda", world.index), num_blocks=blocks,
             block_size=LIMITS.block_size, max_loras=SLOTS[slots], max_lora_rank=8, kernels="torch",
             slot_memory=60_000 if slots == "shared by adapters" else None,
-            shared_block_bytes=block_bytes if shared else None,
         )  # fmt: skip
         assert self.runner.lora_slots is not None
         self.slots = self.runner.lora_slots
         self.slabs = PinnedSlabs(self.runner.device, 1 << 20)
         limits: CoreLimits = LIMITS._replace(
             num_slots=SLOTS[slots], num_blocks=blocks, cpu_capacity=SLOTS[slots] + 1,
-            shared_block_bytes=block_bytes if shared else None,
             slot_memory=60_000 // 256 * 256 if slots == "shared by adapters" else None,
         )  # fmt: skip
         super().__init__(limits, Preempting(rng))
@@ -108,15 +101,11 @@ class CudaSim(Sim):
         self.held: dict[int, AdapterEntry] = {}
         """What was written last into each slot."""
         self.drawn: list[Drawn] = []
-        self.moves: Counter[str] = Counter()
-        """Moves in the memory that is shared with the KV cache: of adapters and of blocks."""
         for name, memory in (("KV cache", self.runner.kv_cache.k), ("KV cache", self.runner.kv_cache.v)):
             for tensor in memory:
-                world.watch(name, tensor, 256 if shared else tensor[0].nbytes)
+                world.watch(name, tensor, tensor[0].nbytes)
         world.watch("slots", self.slots.memory.memory, 4)
         world.watch("slots' table", self.slots.memory.device_table, 8)
-        if self.runner.shared is not None:
-            world.watch("stage", self.runner.shared._stage)
         if played:
             self._play()
         for name in NAMES:
@@ -177,7 +166,6 @@ class CudaSim(Sim):
             result = self.runner.execute(batch)
             self.world.between = None
             self.done.append((batch, result, self.world.now()))
-        self.moves.update("block" if move.slot is None else "adapter" for move in batch.moves)
         for work, sampled in zip(batch.sequences, result.sampled, strict=True):
             if sampled is not None:
                 context = (*work.history[: work.start], *work.tokens)

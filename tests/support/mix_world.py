@@ -5,8 +5,6 @@ from __future__ import annotations
 import random
 from typing import Any
 
-from support.shared_memory import DeviceMemory
-
 from aioengine.core.limits import CoreLimits
 from aioengine.core.state import Request, Status
 from aioengine.schedulers.policies.fcfs import FCFS
@@ -37,10 +35,7 @@ class World:
         )
         if shape == "bytes":
             limits = limits._replace(slot_memory=256 * rng.randint(5, 16))
-        elif shape == "shared":
-            limits = limits._replace(num_blocks=36, shared_block_bytes=256 * 4)
-        memory = DeviceMemory if shape == "shared" else None
-        self.sim = sim = Sim(limits, load_policy(policy), memory=memory)
+        self.sim = sim = Sim(limits, load_policy(policy))
         self.names = "abcdef"
         for adapter in self.names:
             sim.register(adapter)

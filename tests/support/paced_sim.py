@@ -6,7 +6,7 @@ import math
 from typing import Any, NamedTuple
 
 from hypothesis import strategies as st
-from support.shared_memory import DeviceMemory
+from support.device_memory import DeviceMemory
 
 from aioengine.core.pacing import GRAIN
 from aioengine.core.state import Request

@@ -13,7 +13,7 @@ Knuth, The Art of Computer Programming, volume 1, 2.5 (best fit, boundary tags).
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from aioengine.step import SLOT_GRANULE
@@ -30,10 +30,8 @@ def rounded(nbytes: int) -> int:
 class Arena:
     """Regions in ``size`` bytes, rounded down to whole granules. Offsets and sizes are in bytes."""
 
-    def __init__(self, size: int, limit: int | None = None) -> None:
+    def __init__(self, size: int) -> None:
         self.size = size // GRANULE * GRANULE
-        self.limit = self.size if limit is None else limit
-        """Size that it may be resized to."""
         self.regions: dict[int, int] = {}
         """Size of each region, by offset."""
         self.used = 0
@@ -54,26 +52,9 @@ class Arena:
     def largest_hole(self) -> int:
         return self._holes[-1][0] if self._holes else 0
 
-    @property
-    def end(self) -> int:
-        """End of the last region."""
-        return self._begin_of.get(self.size, self.size)
-
-    def resize(self, size: int) -> None:
-        """Change the end of the memory. It must be at a whole granule, and not before the last region's
-        end."""
-        end = self.end
-        assert size >= end and size % GRANULE == 0
-        if end < self.size:
-            self._remove_hole(end)
-        self.size = size
-        if end < size:
-            self._add_hole(end, size - end)
-
     def copy(self) -> Arena:
         """Return a copy, for a trial."""
         other = Arena(0)
-        other.limit = self.limit
         other.size, other.used, other.regions = self.size, self.used, dict(self.regions)
         other._holes, other._size_at = list(self._holes), dict(self._size_at)
         other._begin_of = dict(self._begin_of)
@@ -153,37 +134,6 @@ class Window(NamedTuple):
     """Offsets of the regions to move, in order."""
     moved: int
     """Bytes of these regions."""
-
-
-class Packing(NamedTuple):
-    """Result of moving regions as near to the beginning of the memory as others allow."""
-
-    end: int
-    """End of the last region afterwards."""
-    moves: Sequence[tuple[int, int]]
-    """(offset, new offset) of each moved region, in an order in which none overwrites another."""
-
-
-def packing(regions: Mapping[int, int], may_move: Callable[[int], bool]) -> Packing:
-    """Pack regions (sizes by offset). In order of their offsets each goes to the first gap with room."""
-    gaps: list[list[int]] = [[0, 0]]
-    """Gaps: [beginning of the part that is still free, end]."""
-    for offset in sorted(regions):
-        if not may_move(offset):
-            gaps[-1][1] = offset
-            gaps.append([offset + regions[offset], 0])
-    gaps[-1][1] = max((offset + size for offset, size in regions.items()), default=0)
-    moves: list[tuple[int, int]] = []
-    end = gaps[-1][0] if len(gaps) > 1 else 0
-    for offset in sorted(regions):
-        if may_move(offset):
-            size = regions[offset]
-            gap = next(gap for gap in gaps if gap[1] - gap[0] >= size)
-            if gap[0] != offset:
-                moves.append((offset, gap[0]))
-            gap[0] += size
-            end = max(end, gap[0])
-    return Packing(end, moves)
 
 
 def compaction(arena: Arena, nbytes: int, may_move: Callable[[int], bool]) -> Window | None:

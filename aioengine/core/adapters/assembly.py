@@ -31,11 +31,9 @@ from itertools import takewhile
 from math import inf
 from operator import attrgetter
 
-from aioengine.core.adapters.arena import rounded
 from aioengine.core.adapters.beside_pinned import fits
 from aioengine.core.adapters.residency import Residency
 from aioengine.core.adapters.slots import Slot
-from aioengine.core.border import Border
 from aioengine.core.queues import RequestQueues
 from aioengine.core.state import AdapterEntry, Request, Status
 from aioengine.schedulers.policy import Location
@@ -54,11 +52,10 @@ class Assembly:
     ``most`` is the number of requests that begin in a turn.
     """
 
-    def __init__(self, residency: Residency, queues: RequestQueues, border: Border | None, most: int) -> None:
+    def __init__(self, residency: Residency, queues: RequestQueues, most: int) -> None:
         self._residency = residency
         self._slots = residency.slots
         self._queues = queues
-        self._border = border
         self._most = most
         self._turn: AdapterEntry | None = None
         self._window: list[Request] | None = None
@@ -92,12 +89,6 @@ class Assembly:
     def closes(self) -> bool:
         """Whether slots are closed."""
         return self._since is not None
-
-    @property
-    def short(self) -> float | None:
-        """Arrival of the request whose turn it is, if slots share a memory with sequences and there is no
-        room yet: sequences of later requests must not take what becomes free."""
-        return None if self._border is None or self._since is None else self._since.arrival
 
     def is_closed_to(self, request: Request) -> bool:
         """Whether the request would run in a slot that is to become idle."""
@@ -270,7 +261,8 @@ class Assembly:
         assert head is not None
         if now - head.arrival < MIX_LIMIT_SECONDS and any(_waits_before(head, slot.entry) for slot in slots):
             return True
-        if not on_disk and all(slot.idle for slot in slots) and self._copy(turn, slots, now):
+        if not on_disk and all(slot.idle for slot in slots):
+            self._copy(turn, slots, now)
             self._leaving, self._since = set(), None
         return True
 
@@ -312,53 +304,38 @@ class Assembly:
             least = max(least, 1)
             may_go = [slot for slot in may_go if not slot.idle]  # these would have left the cache
         counts = range(max(0, least), len(may_go) + 1)
-        found = bisect_left(
-            counts, True, key=lambda n: self._has_room(missing, may_go[:n], cached=not at_once)
-        )
+        found = bisect_left(counts, True, key=lambda n: self._has_room(missing, may_go[:n]))
         if found < len(counts):
             return may_go[: counts[found]]
         if at_once or self._slots.arena is None or len(may_go) < least:
             return None
-        if self._border is not None:  # sequences hold the memory, until they end
-            return may_go if self._border.is_in_use else None
         # The parts that are there lie in the way, and must be copied again.
         there = [s for s in self._slots.slots if s.entry is not None and s.entry in own and not s.entry.stays]
         together = [*missing, *(s.entry for s in there if s.entry is not None)]
-        return [*may_go, *there] if self._has_room(together, [*may_go, *there], cached=True) else None
+        return [*may_go, *there] if self._has_room(together, [*may_go, *there]) else None
 
-    def _has_room(self, missing: Sequence[AdapterEntry], leaving: Sequence[Slot], *, cached: bool) -> bool:
-        """Whether the bytes of all ``missing`` have room once ``leaving`` are gone. ``cached``: they may take
-        the place of cached prefixes."""
-        arena, border = self._slots.arena, self._border
+    def _has_room(self, missing: Sequence[AdapterEntry], leaving: Sequence[Slot]) -> bool:
+        """Whether the bytes of all ``missing`` have room once ``leaving`` are gone."""
+        arena = self._slots.arena
         if arena is None:
             return True
         offsets = [slot.offset for slot in leaving if slot.offset is not None]
-        if border is None:
-            return fits(arena, offsets, missing) is not None
-        free = arena.free + sum(arena.regions[at] for at in offsets)
-        return _bytes(missing) <= free + border.spare(cached=cached) * border.block_bytes
+        return fits(arena, offsets, missing) is not None
 
-    def _copy(self, turn: AdapterEntry, slots: Sequence[Slot], now: float) -> bool:
-        """Begin all copies; returns False, and changes nothing, if there is no room yet."""
-        residency, border, arena = self._residency, self._border, self._slots.arena
-        if border is not None:
-            missing = [part for part in turn.members if part.slot is None]
-            if not border.make_hole(_bytes(missing), slots, now):
-                return False
-            free = sum(slot.entry is None for slot in self._slots.slots)
-            slots = [slot for slot in slots if slot.entry is not None][: max(0, len(missing) - free)]
+    def _copy(self, turn: AdapterEntry, slots: Sequence[Slot], now: float) -> None:
+        """Begin all copies."""
+        residency, arena = self._residency, self._slots.arena
         for slot in slots:
             residency.evict_slot(slot, now)
         missing = [part for part in turn.members if part.slot is None]
-        if arena is not None and border is None:
+        if arena is not None:
             in_order = fits(arena, (), missing)
             assert in_order is not None, "there was room"
             missing = in_order
         for part in missing:
             free_slot = self._slots.free_slot
             assert free_slot is not None
-            residency.start_copy(part, free_slot, now, after_step=border is not None and bool(border.moves))
-        return True
+            residency.start_copy(part, free_slot, now)
 
     def check(self) -> None:
         """Assert that a turn is of requests that wait."""
@@ -391,7 +368,3 @@ def _waits_before(request: Request, entry: AdapterEntry | None) -> bool:
 
 def _is_loading(entry: AdapterEntry) -> bool:
     return any(part.location is Location.LOADING for part in entry.members)
-
-
-def _bytes(entries: Sequence[AdapterEntry]) -> int:
-    return sum(rounded(entry.slot_nbytes) for entry in entries)

@@ -76,7 +76,7 @@ def _why_shut_out(mix: AdapterEntry, slots: SlotTable, cpu: CpuCache) -> AioEngi
     elif slots.arena is not None and not fit_beside_pinned(members, slots, slots.arena):
         size = sum(rounded(part.slot_nbytes) for part in members)
         beside = ", which pinned adapters lie between" if others else ""
-        why = f"{size:,} bytes of the slots' memory, and there are {slots.arena.limit:,}{beside}; raise "
+        why = f"{size:,} bytes of the slots' memory, and there are {slots.arena.size:,}{beside}; raise "
         why += "LoRAConfig.slot_memory"
     elif len(members) > (left := cpu.capacity - sum(1 for e in _pinned(cpu) if e not in members)):
         why = f"{len(members)} places in the CPU cache, and there are {left}; raise LoRAConfig.max_cpu_loras"
@@ -100,10 +100,6 @@ def _pinned(cpu: CpuCache) -> list[AdapterEntry]:
 def fit_beside_pinned(entries: Sequence[AdapterEntry], slots: SlotTable, arena: Arena) -> bool:
     """Whether these adapters have room in the slots' memory together when nobody else is there but pinned
     adapters, which do not move."""
-    if arena.limit != arena.size or not arena.size:  # shared with KV blocks: there all are moved together
-        held = (s.entry for s in slots.slots if s.entry is not None and s.entry.stays)
-        everyone = {entry.uid: entry for entry in (*entries, *held)}.values()
-        return sum(rounded(entry.slot_nbytes) for entry in everyone) <= arena.limit
     left = [
         s.offset for s in slots.slots if s.entry is not None and not s.entry.stays and s.offset is not None
     ]

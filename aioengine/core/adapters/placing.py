@@ -11,7 +11,6 @@ from aioengine.core.adapters.beside_pinned import fit_beside_pinned
 from aioengine.core.adapters.residency import Residency
 from aioengine.core.adapters.room import find_room
 from aioengine.core.adapters.slots import Slot, SlotTable, may_leave
-from aioengine.core.border import Border
 from aioengine.core.guard import Resolved
 from aioengine.core.state import AdapterEntry, Request
 from aioengine.schedulers.policy import Location, Place
@@ -29,17 +28,9 @@ Refusal = tuple[str, str]
 class Placing:
     """Turns decisions into the moves of a ``Residency``."""
 
-    def __init__(self, residency: Residency, assembly: Assembly, border: Border | None = None) -> None:
+    def __init__(self, residency: Residency, assembly: Assembly) -> None:
         self._residency = residency
         self._assembly = assembly
-        self._border = border
-        """None unless adapters and KV blocks share a memory."""
-        self.short: float | None = None
-        """Time since when an adapter has waited for room in the shared memory: the arrival of the oldest
-        request that has waited long, or the time when a pinned adapter found no room. Sequences of later
-        requests must not take what becomes free. None: there is none."""
-        self._pin_short: float | None = None
-        """Time since when a pinned adapter has found no room in it."""
         self._slots = residency.slots
         self._closed: set[int] = set()
         self._pinned_wait = False
@@ -66,7 +57,6 @@ class Placing:
         keep the adapter out for ever. One that other pinned adapters leave no room for fails."""
         self._closed.clear()
         self._pinned_wait = self._assembly.pin_waits = False
-        short, self._pin_short = self._pin_short, None
         for entry in self._pinned_outside():
             self._pinned_wait = True
             room, arena = self._slots.room_beside_pinned(), self._slots.arena
@@ -79,8 +69,6 @@ class Placing:
                 if self._start(entry, None, (), self._slots.victims(keep), (), keep, now) is not None:
                     self._close_for(entry, keep)
                     self._assembly.pin_waits = True
-                    if self._border is not None:
-                        self._pin_short = now if short is None else short
 
     def _close_for(self, entry: AdapterEntry, keep: set[int]) -> None:
         """Close the slots of the least busy adapters: one, or as many as the bytes of ``entry`` take."""
@@ -110,10 +98,8 @@ class Placing:
         """Start what can be started of ``place`` and ``prefetch``, in order, but nothing in the places of
         adapters that the same decision admits requests to. Returns what was refused."""
         refused: list[Refusal] = []
-        times = self._assembly.short, self._pin_short
-        self.short = min((at for at in times if at is not None), default=None)
         reads = self._residency.any_wanted or self._assembly.any_waits
-        if self._border is None and not reads and not decision.moves:
+        if not reads and not decision.moves:
             return refused  # as in most steps
         adapters = (request.adapter for request in decision.admit if request.adapter is not None)
         admitting = {member.uid for adapter in adapters for member in adapter.members}
@@ -126,16 +112,12 @@ class Placing:
             admitting = admitting | kept
         self._start_reads(now, admitting, waited=WANT_PATIENCE_SECONDS)
         given = _GivenUp(decision.evict, self._slots, admitting, refused)
-        if self._border is not None:
-            self._border.offered = given.slots
         for entry, place in decision.place:
             if self._assembly.keeps_from_slots(entry) or self._is_kept(place, kept):
                 continue
             reason = self._place(entry, place, now, admitting, given)
             if reason is not None:
                 refused.append((reason, str(place)))
-            if reason == "place_no_room":
-                self._note_short(entry, now)
         for entry in decision.prefetch:
             if entry.location is Location.DISK:
                 self._residency.start_load(entry, now, admitting)
@@ -171,11 +153,6 @@ class Placing:
             else:
                 refused.append((f"discard{reason.removeprefix('place_slot')}", entry.name))
         return refused
-
-    def _note_short(self, entry: AdapterEntry, now: float) -> None:
-        oldest = entry.oldest_arrival
-        if self._border is not None and oldest is not None and now - oldest >= WANT_PATIENCE_SECONDS:
-            self.short = oldest if self.short is None else min(oldest, self.short)
 
     def _place(
         self, entry: AdapterEntry, place: Place, now: float, admitting: set[int], given: _GivenUp
@@ -220,12 +197,6 @@ class Placing:
         slot = slot or self._slots.free_slot or next(victims, None) or next(last, None)
         if slot is None:
             return "place_no_slot"
-        if self._border is not None:
-            leaving = [] if slot.entry is None else [slot]
-            if not self._border.make_room(entry, leaving, given, others, last, now):
-                return "place_no_room"
-            self._residency.start_copy(entry, slot, now, after_step=bool(self._border.moves))
-            return None
         arena, window = self._slots.arena, None
         if arena is not None:
             leaving = [] if slot.entry is None else [slot]

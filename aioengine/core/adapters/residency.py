@@ -41,11 +41,8 @@ class Residency:
         cpu_max_bytes: int | None = None,
         cpu_order: Order = least_recently_used,
         slot_memory: int | None = None,
-        arena: Arena | None = None,
     ) -> None:
-        if slot_memory is not None:
-            arena = Arena(slot_memory)
-        self.slots = SlotTable(num_slots, arena)
+        self.slots = SlotTable(num_slots, None if slot_memory is None else Arena(slot_memory))
         self.cpu = CpuCache(cpu_capacity, cpu_max_bytes, cpu_order)
         self.failures = Failures()
         self.current: dict[str, AdapterEntry] = {}
@@ -66,8 +63,6 @@ class Residency:
         self._max_loads = max_loads
         self._loads = 0
         self._moves: list[Move] = []
-        self._after_step: list[Move] = []
-        """Copies to places whose content the next step moves away; they start after that step."""
         self._emit = emit
         self._tell = tell
 
@@ -404,14 +399,11 @@ class Residency:
     def refusal(self, entry: AdapterEntry, slot_nbytes: int) -> AdapterTooLarge | None:
         """Return the reason if it can never be in a slot."""
         arena = self.slots.arena
-        if arena is None or rounded(slot_nbytes) <= arena.limit:
+        if arena is None or rounded(slot_nbytes) <= arena.size:
             return None
-        what, setting = f"slot_memory={arena.limit:,} is", "LoRAConfig.slot_memory"
-        if arena.limit > arena.size or not arena.size:
-            what = f"the {arena.limit:,} of the KV cache's memory that adapters may have are"
-            setting = "kv_cache_memory"
         return AdapterTooLarge(
-            f"it takes {slot_nbytes:,} bytes in a slot, and {what} less than that; raise {setting}",
+            f"it takes {slot_nbytes:,} bytes in a slot, and slot_memory={arena.size:,} is less than that; "
+            "raise LoRAConfig.slot_memory",
             name=entry.label,
             path=entry.path,
         )
@@ -454,32 +446,19 @@ class Residency:
             if entry.pinned and entry.wanted_since is None:
                 self.want(entry, now)
         self._moves = [move for move in self._moves if isinstance(move, ReleaseMove)]
-        self._after_step = []
 
     # CPU -> slot
 
-    def start_copy(
-        self,
-        entry: AdapterEntry,
-        slot: Slot,
-        now: float,
-        window: Window | None = None,
-        *,
-        after_step: bool = False,
-    ) -> None:
-        """Begin a copy into a slot that is free or idle. The slots' memory must have room: now, once the
-        adapters of ``window`` are moved together, or (``after_step``) once the next step is over."""
+    def start_copy(self, entry: AdapterEntry, slot: Slot, now: float, window: Window | None = None) -> None:
+        """Begin a copy into a slot that is free or idle. The slots' memory must have room: now, or once the
+        adapters of ``window`` are moved together."""
         first = len(self._moves)
         if slot.entry is not None:
             self.evict_slot(slot, now)
         if window is not None:
             self._compact(window, now)
         self.slots.begin(slot, entry)
-        copy = CopyMove(entry, slot.index, slot.offset)
-        if after_step:
-            self._after_step.append(copy)
-        else:
-            self._moves.insert(first, copy)  # before those that are moved
+        self._moves.insert(first, CopyMove(entry, slot.index, slot.offset))  # before those that are moved
         self._emit(
             events.AdapterPlacing(time=now, adapter=entry.label, version=entry.version, slot=slot.index)
         )
@@ -549,11 +528,6 @@ class Residency:
         self._tell("adapter_evicted", now, adapter=entry.name)
 
     # Common
-
-    def step_is_over(self) -> None:
-        """Start the moves that waited for the end of the step."""
-        self._moves += self._after_step
-        self._after_step = []
 
     def take_moves(self) -> list[Move]:
         moves, self._moves = self._moves, []

@@ -116,7 +116,7 @@ class SlotTable:
             return 0
         if self.arena is None or not held:
             return inf
-        return self.arena.limit - sum(rounded(entry.slot_nbytes) for entry in held)
+        return self.arena.size - sum(rounded(entry.slot_nbytes) for entry in held)
 
     def superseded(self) -> set[int]:
         """Return the uids of old versions in slots that accepted requests still wait for."""

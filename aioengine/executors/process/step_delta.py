@@ -49,7 +49,7 @@ class StepEncoder:
         opened: list[Opened] = []
         work = [self._work(row, opened) for row in batch.sequences]
         ended, self._ended = self._ended, []
-        return Step(0, batch.step, ended, opened, work, list(batch.slot_ranks), list(batch.moves))
+        return Step(0, batch.step, ended, opened, work, list(batch.slot_ranks))
 
     def _work(self, row: SequenceWork, opened: list[Opened]) -> Work:
         sent = self._sent.get(row.request_id)
@@ -168,7 +168,7 @@ class StepDecoder:
             if constraint is not None:
                 constraint.step, constraint.index = step.step, index
         rows = [self._row(work) for work in step.work]
-        return StepBatch(step.step, rows, step.slot_ranks, tuple(step.moves))
+        return StepBatch(step.step, rows, step.slot_ranks)
 
     def _row(self, work: Work) -> SequenceWork:
         known = self._known[work.key]

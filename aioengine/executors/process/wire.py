@@ -18,7 +18,7 @@ from aioengine import errors
 from aioengine.checks import plain
 from aioengine.config import EngineConfig
 from aioengine.request import TokenLogprob
-from aioengine.step import AdapterSource, MemoryMove, Sampled
+from aioengine.step import AdapterSource, Sampled
 
 _LENGTH = struct.Struct("<I")
 MAX_BYTES = 2**32 - 1
@@ -99,7 +99,6 @@ class Step(_Message, frozen=True):
     opened: list[Opened]
     work: list[Work]
     slot_ranks: list[int]
-    moves: list[MemoryMove]
 
 
 class Masks(_Message, frozen=True):

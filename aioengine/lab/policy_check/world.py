@@ -67,8 +67,8 @@ SCENARIOS = (
     Scenario("a small KV cache", limits=SMALL._replace(num_blocks=17), arrive=0.8),
     Scenario("a CPU cache bounded in bytes", limits=SMALL._replace(cpu_max_bytes=2500)),
     Scenario(
-        "adapters and the KV cache in one memory",
-        limits=SMALL._replace(num_slots=4, cpu_capacity=6, num_blocks=24, shared_block_bytes=1024),
+        "slots that share a memory by bytes",
+        limits=SMALL._replace(num_slots=4, cpu_capacity=6, slot_memory=4096),
         replace=0.02,
     ),
     Scenario("tenants, priorities and deadlines", tenants=4, priorities=3, deadlines=0.5),

@@ -55,8 +55,7 @@ class Experiment(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     max_lora_rank: int = 64
     """Every slot is sized for it; requests for adapters of a higher rank fail."""
     slot_memory: int | str | None = None
-    """Bytes that the slots share, whatever their number; "shared": they share ``kv_cache_memory`` with the KV
-    cache; None: each is sized for ``max_lora_rank``."""
+    """Bytes that the slots share, whatever their number; None: each is sized for ``max_lora_rank``."""
     max_cpu_lora_bytes: int | str | None = None
     max_concurrent_loads: int = 2
     max_num_seqs: int = 64

@@ -285,7 +285,7 @@ class Recorder:
                 prefill_tokens=totals.prefill_tokens,
                 decode_tokens=totals.decode_tokens,
                 adapters=totals.adapters,
-                kv_used=1.0 - core.blocks.num_free / core.blocks.size,
+                kv_used=1.0 - core.blocks.num_free / core.blocks.num_blocks,
                 slots_ready=sum([slot.state is SlotState.READY for slot in core.slots.slots]),
                 cpu_adapters=len(core.cpu.entries),
                 service=json.dumps(self._service, sort_keys=True, separators=(",", ":")),

@@ -91,7 +91,6 @@ class SimulatedDevice(Device):
     def _work(self, batch: StepBatch) -> float:
         """Return the seconds of a step, its overhead included."""
         seconds = self._step_seconds(step_shape(batch)) if batch.sequences or batch.counted else 0.0
-        seconds += sum(move.nbytes for move in batch.moves) * self._byte_seconds
         return seconds + self._costs.step_overhead
 
     def _result(self, batch: StepBatch, took: float) -> StepResult:

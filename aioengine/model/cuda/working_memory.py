@@ -14,7 +14,6 @@ from aioengine.checks import format_bytes
 from aioengine.config import EngineConfig, LoRAConfig
 from aioengine.model.experts.spec import MixtureSpec
 from aioengine.model.spec import ModelSpec
-from aioengine.step import STAGE_BYTES
 
 WORKSPACE_BYTES = 32 * 2**20
 """cuBLAS's workspace for each stream, on Hopper; PyTorch takes a quarter of that before it
@@ -79,7 +78,6 @@ class WorkingMemory(msgspec.Struct, frozen=True, kw_only=True):
     """NCCL's buffers."""
     attention: int
     """FlashInfer's workspace."""
-    moves: int
     """What adapters move through in the memory that they share with KV blocks."""
     reads: int
     """What DoRA computes of the base model's weights in, while an adapter is read."""
@@ -99,7 +97,6 @@ class WorkingMemory(msgspec.Struct, frozen=True, kw_only=True):
             "workspaces": f"{self.workspaces // WORKSPACE_BYTES} x {format_bytes(WORKSPACE_BYTES)} of cuBLAS",
             "exchange": "NCCL's buffers (estimate)",
             "attention": "FlashInfer's workspace",
-            "moves": "what adapters are moved through",
             "reads": "DoRA's norms, of one adapter at a time",
         }
         return [(name, details[name], size) for name, size in msgspec.structs.asdict(self).items() if size]
@@ -150,7 +147,6 @@ def working_memory(
         workspaces=(1 + recorded + (lora is not None)) * WORKSPACE_BYTES,
         exchange=EXCHANGE_BYTES if size > 1 else 0,
         attention=ATTENTION_BYTES if find_spec("flashinfer") is not None else 0,
-        moves=STAGE_BYTES if lora is not None and lora.shares_memory else 0,
         reads=0 if lora is None else _read_bytes(local, lora),
     )
 

@@ -294,20 +294,11 @@ def _write_random_adapter(model: GenericModel) -> int:
             b = torch.randn(n_out, rank, generator=generator) * 0.1
             tensors[layer, module] = a.to(model.slots.dtype), b.to(model.slots.dtype)
         image = build_image(layout, _RandomAdapter(rank, tensors), {}, model.slots.dtype)
-        if image.nbytes <= _room(model):
+        if image.nbytes <= model.slots.nbytes:
             model.slots.write(0, image, 0 if model.slots.elastic else None)
             model.slots.before_step()
             return rank
     return 0
-
-
-def _room(model: GenericModel) -> int:
-    """Return the bytes of the slots' memory that the probe's sequences leave."""
-    assert model.slots is not None
-    cache = model.cache
-    if cache.shared_block_bytes is None:
-        return model.slots.nbytes
-    return min(block for table in _sequences(model)[1] for block in table) * cache.shared_block_bytes
 
 
 @contextmanager

@@ -27,7 +27,6 @@ class LoRASlots:
     does the same for "embed_tokens" and "lm_head". All slots share one memory. It has ``nbytes``, and each
     write of an adapter gives its offset; or (None) it has room for ``max_rank`` in every module of each slot,
     and for ``max_tokens`` trained tokens.
-    ``shared`` is memory (uint8) to use for that, which others use, too.
 
     ``dtype`` may be int8: the matrices are, and gains and shifts are of ``affine_dtype`` (else that is
     ``dtype``). With ``turned``, B is turned when it is written, for the compiled library.
@@ -44,7 +43,6 @@ class LoRASlots:
         shard: Shard = SOLO,
         *,
         nbytes: int | None = None,
-        shared: torch.Tensor | None = None,
         affine_dtype: torch.dtype | None = None,
         max_tokens: int = 0,
         turned: bool = False,
@@ -52,13 +50,10 @@ class LoRASlots:
         holds = elements_of(dtype, affine_dtype)
         self.layout = layout = SlotLayout(spec, max_rank, target_modules, shard, holds, max_tokens)
         self.max_loras = max_loras
-        nbytes = nbytes if shared is None else shared.nbytes
         self.elastic = nbytes is not None
         """Whether an adapter may begin anywhere in the memory."""
         elements = max_loras * layout.elements if nbytes is None else nbytes // dtype.itemsize
-        if shared is not None:
-            memory = shared.view(dtype)
-        elif device.type == "cpu":
+        if device.type == "cpu":
             memory = Buffer(elements * dtype.itemsize).tensor.view(dtype)
         else:
             memory = torch.empty(elements, dtype=dtype, device=device)
@@ -71,8 +66,6 @@ class LoRASlots:
         """Of the matrices B, by place."""
         self._copier: SlotCopier = StreamCopier(device) if device.type == "cuda" else SerialCopier()
         self._has_affine = [False] * max_loras
-        self._begins = [0] * max_loras
-        """Offset of each slot's adapter, in elements."""
         self.heads: list[Head | None] = [None] * max_loras
         """The trained head of each slot's adapter, if it has one, on the device."""
         self.poolings: list[Kind | None] = [None] * max_loras
@@ -173,7 +166,6 @@ class LoRASlots:
 
             turn(memory.memory, rows, self._outputs)
         memory.table[slot] = rows
-        self._begins[slot] = begin
         self._has_affine[slot] = image.has_affine
         self.heads[slot] = None if head is None else Head(there[0], there[1] if len(there) > 1 else None)
         self.poolings[slot] = image.pooling
@@ -181,19 +173,6 @@ class LoRASlots:
         if trained is not None:
             size, rows_begin = self.layout.spec.hidden_size, begin + image.tokens_begin
             self.tokens[slot] = SlotTokens(trained, ids, memory, size, columns, rows_begin)
-
-    def relocate(self, slot: int, offset: int) -> None:
-        """Note that the slot's adapter, which whoever calls has moved, begins at ``offset`` now, in bytes.
-
-        Called on the step's thread and stream, between steps."""
-        memory, begin = self.memory, offset // self.dtype.itemsize
-        if (tokens := self.tokens[slot]) is not None:
-            tokens.begin += begin - self._begins[slot]
-        rows, counted = memory.moved(slot, begin - self._begins[slot])
-        memory.table[slot] = rows
-        if memory.device_table is not memory.table:
-            memory.device_table[slot].copy_(counted)
-        self._begins[slot] = begin
 
 
 def _aligned(layout: SlotLayout) -> bool:

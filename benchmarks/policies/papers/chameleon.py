@@ -78,7 +78,7 @@ def chameleon(lab: Lab) -> Table:
             policy=policy,
             preset=presets[link],
             slots=100,
-            slot_memory="shared",
+            slot_memory="16GiB",
             cpu_loras=100,
             max_lora_rank=128,
             max_num_seqs=128,

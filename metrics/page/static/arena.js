@@ -1,4 +1,4 @@
-// The memory that slots share, to scale: each adapter where it lies, and what the KV cache has of it.
+// The memory that slots share, to scale: each adapter where it lies.
 
 import { bytes, count, element, hue, setText } from "./format.js";
 
@@ -9,13 +9,12 @@ export function arena(state) {
   if (!numbers) return;
   const held = state.slots.filter((slot) => Number.isInteger(slot.offset)).sort((a, b) => a.offset - b.offset);
   const several = state.slots.some((slot) => slot.replica); // a fleet: each replica has a memory of its own
-  state.sharesMemory ||= held.length > 0 || numbers.shared_memory > 0;
+  state.sharesMemory ||= held.length > 0;
   const section = document.getElementById("memory");
   section.hidden = several || !state.sharesMemory;
   if (section.hidden) return;
-  const ours = numbers.slot_memory;
-  const all = numbers.shared_memory || ours;
-  const key = JSON.stringify([all, ours, held.map((slot) => [slot.adapter, slot.offset, slot.bytes, slot.state])]);
+  const all = numbers.slot_memory;
+  const key = JSON.stringify([all, held.map((slot) => [slot.adapter, slot.offset, slot.bytes, slot.state])]);
   if (key === shown) return;
   shown = key;
   const parts = held.map((slot) => {
@@ -25,18 +24,12 @@ export function arena(state) {
     part.dataset.adapter = slot.adapter;
     return part;
   });
-  if (all > ours) {
-    const kv = place(ours, all - ours, all, "KV cache");
-    kv.className = "kv";
-    parts.push(kv);
-  }
   const strip = document.getElementById("arena");
   strip.replaceChildren(...parts);
   const used = numbers.slot_memory_used;
   const text = `${count(held.length)} ${held.length === 1 ? "adapter" : "adapters"} in ${bytes(used)} of ${bytes(all)}`;
-  const kv = all > ours ? `, ${bytes(all - ours)} for the KV cache` : "";
-  setText("arena-sub", text + kv);
-  strip.setAttribute("aria-label", text + kv);
+  setText("arena-sub", text);
+  strip.setAttribute("aria-label", text);
 }
 
 function place(from, size, all, name) {
