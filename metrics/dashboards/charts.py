@@ -100,8 +100,8 @@ ADAPTERS = [
     ),
     Chart(
         "Memory of the slots",
-        "What adapters take of it on each device, and what is free: in the largest hole, or in others "
-        "(fragmented).",
+        "What adapters take of it on each device, and what is free: in the largest hole, or in "
+        "others (fragmented).",
         units.BytesIEC,
         [Query(f"sum by (state) (aioengine_lora_slot_bytes{{{HERE}}})", "{{state}}")],
         stacked=True,
