@@ -52,6 +52,8 @@ REMOVED = {
     "slot_memory='shared'": "adapters and the KV cache no longer share one memory. Set slot_memory to a "
     "number of bytes, such as '256MiB', and lower kv_cache_memory by as much",
     "policy='joint'": "it weighed adapters against cached prefixes in one memory. Set policy='fcfs'",
+    "kv_cache_dir": "prefixes are kept in memory only. Leave it out; pins and cache_control work without it",
+    "kv_cache_dir_bytes": "prefixes are kept in memory only. Leave it out",
     "policy='dlora'": "it merged adapters with the base model's weights. Set policy='fcfs'",
 }
 """Fields, and values of fields, that earlier versions had: why they went, and what to do instead."""
@@ -75,7 +77,7 @@ class _ConfigType(msgspec.StructMeta):
         return super().__call__(*args, **fields)
 
 
-class _Config(msgspec.Struct, metaclass=_ConfigType):
+class _Config(msgspec.Struct, metaclass=_ConfigType, frozen=True):
     """A configuration."""
 
 
@@ -230,13 +232,6 @@ class EngineConfig(_Config, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     those that it has used least recently."""
     max_prefix_pins_per_tenant: Share | None = None
     """Share of the KV blocks that the pinned prefixes of each tenant may have; None: ``max_prefix_pins``."""
-    kv_cache_dir: str | None = None
-    """Folder for prefixes that requests pin with ``CachePin(save=True)``, or ``cache_control`` with
-    ``"ttl": "1h"``: they are written there, and read when they are needed and not in the prefix cache, also
-    after a restart. Not with ``executor="ray"``, and only where adapters and KV cache have separate
-    memories. None: no prefix is written."""
-    kv_cache_dir_bytes: Size = "4GiB"
-    """Bound on the files of prefixes in that folder: bytes, or text."""
     cuda_graphs: bool = True
     """On CUDA, record decode steps of some sizes when the engine starts, and play them back: the GPU does not
     wait for the host. Takes a while at the start, and some memory."""
@@ -291,28 +286,12 @@ class EngineConfig(_Config, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         for conflict in CONFLICTS:
             if conflict.occurs(self):
                 raise ConfigError(conflict.text.format(**msgspec.structs.asdict(self)))
-        if self.kv_cache_dir is not None:
-            self._check_kv_cache_dir(self.kv_cache_dir)
         if self.lora is not None and not isinstance(self.lora, LoRAConfig):
             raise ConfigError(f"lora={self.lora!r}: must be a LoRAConfig, or None for no adapters")
         if not isinstance(self.policy, (str, dict)) or not self.policy:
             raise ConfigError(
                 f"policy={self.policy!r}: must be a name, 'package.module:Class' or a table; pass a "
                 "policy instance to AsyncEngine(config, policy=...)"
-            )
-
-    def _check_kv_cache_dir(self, folder: str) -> None:
-        if not isinstance(folder, str) or not folder or "\0" in folder:
-            raise ConfigError(f"kv_cache_dir={folder!r}: must be a folder's path, or None")
-        if self.executor == "ray":
-            raise ConfigError(
-                f"kv_cache_dir={folder!r}: executor='ray' keeps the KV cache on other nodes; set "
-                "executor='thread' or 'process', or kv_cache_dir=None"
-            )
-        if not self.enable_prefix_caching or not self.max_prefix_pins:
-            raise ConfigError(
-                f"kv_cache_dir={folder!r}: only pinned prefixes are written; set enable_prefix_caching=True "
-                "and max_prefix_pins to more than 0, or kv_cache_dir=None"
             )
 
     def refuse_for_transformers(self) -> None:

@@ -21,7 +21,7 @@ from aioengine.adapters.resolvers.base import AdapterResolver
 from aioengine.config import EngineConfig
 from aioengine.core import Core
 from aioengine.errors import AdapterInvalid, ConfigError, EngineDead, EngineStopped
-from aioengine.events import EngineRestarted, Event, FirstToken, RequestEnded
+from aioengine.events import Event
 from aioengine.info import (
     AdapterInfo,
     EngineInfo,
@@ -51,8 +51,6 @@ from aioengine.runtime.adapters import AdapterOps
 from aioengine.runtime.event_stream import BUFFER, EventStream, EventStreams
 from aioengine.runtime.loop import Stepper
 from aioengine.runtime.output import RequestOutput, SoFar
-from aioengine.runtime.prefixes.files import PrefixFiles, open_files
-from aioengine.runtime.prefixes.keeper import PrefixKeeper
 from aioengine.runtime.requests.vectors import (
     check_dimensions,
     check_documents,
@@ -132,7 +130,6 @@ class AsyncEngine:
         self._shutdown_task: asyncio.Task[None] | None = None
         self._counters = Counters()
         self._label_names: SharedRead[list[str]] | None = None
-        self._prefix_files: PrefixFiles | None = None
         self._closers: list[Callable[[], Awaitable[None]]] = []
         self.text_work = TextWork()
         """Runs tokenization and detokenization; servers of this engine use it too."""
@@ -194,22 +191,12 @@ class AsyncEngine:
         self._held = HeldAdapters(
             self._adapters, work, 0 if self.config.lora is None else self.config.lora.held_bytes
         )
-        self._prefixes: PrefixKeeper | None = None
-        if self._prefix_files is not None and built.model_files is not None:
-            self._prefixes = PrefixKeeper(
-                self._stepper,
-                built.device,
-                self._prefix_files,
-                built.model_files,
-                assemble.kv_settings(self._info, built.plan),
-            )
         self._submitter = Submitter(
             self._stepper,
             names,
             built,
             text_work=self.text_work,
             check_running=self._check_running,
-            prefixes=self._prefixes,
         )
         self.build = assemble.build_labels(self._info)
         """Labels of the metric ``aioengine_build_info``, which say what runs here."""
@@ -226,8 +213,6 @@ class AsyncEngine:
             build=self.build,
         )
         self._stepper.listen(self._counters, *self._counters.COUNTED)
-        if self._prefixes is not None:
-            self._stepper.listen(self._prefixes.handle, EngineRestarted, FirstToken, RequestEnded)
         if built.metrics:
             self._stepper.listen(self._metrics.handle)
         self._stepper.start()
@@ -243,7 +228,6 @@ class AsyncEngine:
         try:
             first_steps = await warm_up(built.device, built.plan, self.config)
             taken = await built.device.memory_taken(built.plan)
-            self._prefix_files = await loop.run_in_executor(work, open_files, self.config, built.spec)
         except BaseException:
             await built.device.close()
             raise
@@ -264,8 +248,6 @@ class AsyncEngine:
     async def _shutdown(self) -> None:
         self._adapters.close(EngineStopped("the engine was stopped while the adapter was looked for"))
         await self._stepper.stop()
-        if self._prefixes is not None:
-            await self._prefixes.close()
         self._event_streams.end()
         for close in self._closers:
             await close()

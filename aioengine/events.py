@@ -271,17 +271,6 @@ class EngineRestarted(Event, frozen=True, kw_only=True, gc=False):
     """The cause of the loss."""
 
 
-PrefixAction = Literal["saved", "loaded"]
-
-
-class PrefixMoved(Event, frozen=True, kw_only=True, gc=False):
-    """A prefix was written to a file ("saved"), or read from one into the prefix cache ("loaded")."""
-
-    action: PrefixAction
-    tokens: int
-    seconds: float
-
-
 class LoopLag(Event, frozen=True, kw_only=True, gc=False):
     """The event loop ran a timer ``seconds`` late; measured regularly while the engine runs."""
 

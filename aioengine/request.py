@@ -196,15 +196,10 @@ class CachePin(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     tokens: int
     """Number of tokens from the prompt's beginning; more than it has mean all of it."""
     seconds: float = 300.0
-    save: bool = False
-    """Also write the prefix to a file, and read it from there when it is needed again: see
-    ``EngineConfig.kv_cache_dir``, without which it has no effect."""
 
     def __post_init__(self) -> None:
         _check_int("cache_pins.tokens", self.tokens, low=1)
         check_seconds("cache_pins.seconds", self.seconds, error=RequestInvalid, finite=True)
-        if not isinstance(self.save, bool):
-            raise RequestInvalid(f"cache_pins.save={self.save!r}: must be True or False")
 
 
 class RequestOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -115,7 +115,6 @@ class EngineMetrics(Collector):
             events.PolicyOverran: lambda e: self._overruns.inc(),
             events.PolicyReplaced: lambda e: self._replacements.inc(),
             events.StepFinished: self._step_finished,
-            events.PrefixMoved: lambda e: self._prefix_files.inc((e.action,)),
             events.EngineRestarted: lambda e: self._restarts.inc(),
             events.LoopLag: lambda e: self._lag.at().observe(e.seconds),
         }
@@ -214,7 +213,6 @@ class EngineMetrics(Collector):
         self._preemptions = Counters(d.PREEMPTIONS)
         self._cached_tokens = Counters(d.PROMPT_CACHED_TOKENS)
         self._pins_lost = Counters(d.KV_PINS_LOST)
-        self._prefix_files = Counters(d.PREFIX_FILES, ("saved",), ("loaded",))
         self._steps = Histograms(d.STEP, ("prefill",), ("decode",), ("mixed",))
         self._step_tokens = Counters(d.STEP_TOKENS, ("prefill",), ("decode",))
         self._schedule = Histograms(d.SCHEDULE)

@@ -131,7 +131,7 @@ INNER_ROOMS: dict[str, set[str]] = {
         "text",
     },
     "schedulers": {"parts", "policies", "routing", "routing.placement", "routing.routers"},
-    "runtime": {"prefixes", "requests", "sources"},
+    "runtime": {"requests", "sources"},
     "server": {"access", "debug", "formats", "messages", "openai", "responses", "transport", "vectors"},
 }
 """Room -> the folders in it."""

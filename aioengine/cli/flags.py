@@ -108,10 +108,6 @@ class EngineFlags:
     """Share of the KV blocks that pinned prefixes may have (0.25)."""
     max_prefix_pins_per_tenant: Annotated[float | None, _IN_MORE] = None
     """The same for each tenant."""
-    kv_cache_dir: Annotated[str | None, _IN_MORE] = None
-    """Folder for long-lived prefixes, which are read from there when they are needed again."""
-    kv_cache_dir_bytes: Annotated[str | None, _IN_MORE] = None
-    """Maximum bytes of these files (4GiB)."""
     cuda_graphs: Annotated[bool | None, _IN_MORE] = None
     """Record decode steps as CUDA graphs at start."""
     max_waiting: Annotated[int | None, _IN_MORE] = None

@@ -33,7 +33,6 @@ from aioengine.core.decodes.counted import CountedDecodes
 from aioengine.core.guard import PolicyGuard, Resolved
 from aioengine.core.limits import CoreLimits
 from aioengine.core.pacing import Pacer, StepWork
-from aioengine.core.prefixes.held import HeldBlocks
 from aioengine.core.prefixes.pins import PrefixPins
 from aioengine.core.queues import RequestQueues
 from aioengine.core.speculation.drafts import Speculation
@@ -99,8 +98,6 @@ class Core:
             window=limits.window,
             pins=PrefixPins(limits.max_pinned_blocks, limits.max_pinned_blocks_per_tenant),
         )
-        self.held = HeldBlocks(self.blocks)
-        """Blocks that are copied to or from files."""
         self.running: dict[int, Request] = {}
         """The running requests by ``seq``, in order of admission."""
         self.room = WaitingRoom(
@@ -525,7 +522,6 @@ class Core:
         self.step_lost()
         for request in list(self.running.values()):
             self.end(request, "error", now, error)
-        self.held.clear()
         self.blocks.forget()
         self.residency.device_lost(now)
 
@@ -797,9 +793,7 @@ class Core:
         self.residency.check()
         holders = [*self.running.values(), *self._zombies]
         counted = self.batcher.counted
-        self.blocks.check(
-            [*(r.held for r in holders), *self.held.tables, [] if counted is None else counted.blocks]
-        )
+        self.blocks.check([*(r.held for r in holders), [] if counted is None else counted.blocks])
         if counted is not None:
             counted.check(self.running.values())
         using: dict[int, int] = {}

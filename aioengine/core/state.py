@@ -556,7 +556,7 @@ class CoreRequestView:
 
 def _pins_within(pins: Sequence[CachePin], length: int) -> list[CachePin]:
     """Return the pins of a prompt of ``length`` tokens, the longest first."""
-    within = [CachePin(tokens=min(p.tokens, length), seconds=p.seconds, save=p.save) for p in pins]
+    within = [CachePin(tokens=min(p.tokens, length), seconds=p.seconds) for p in pins]
     return sorted(within, key=lambda pin: -pin.tokens)
 
 

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable
 
 from aioengine.errors import EngineDead
 from aioengine.memory_plan import MemoryPlan
 from aioengine.step import LoadedAdapter, ReadOrder, StepBatch, StepResult
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 class Device(ABC):
@@ -30,18 +26,6 @@ class Device(ABC):
     """Reason why a token's bits depend on its batch; None if they do not."""
     can_restart: bool = False
     """Whether ``restart`` may bring it back."""
-
-    kv_layout: str | None = None
-    """Description of the contents of KV blocks, and of the kernels that compute them; None: ``read_kv`` and
-    ``write_kv`` are not there."""
-
-    async def read_kv(self, blocks: Sequence[int]) -> Mapping[str, Tensor]:
-        """Copy the contents of KV blocks to the CPU, between two steps: tensors by name, [blocks, ...]."""
-        raise NotImplementedError
-
-    async def write_kv(self, blocks: Sequence[int], contents: Mapping[str, Tensor]) -> None:
-        """Write contents of ``read_kv`` into blocks, between two steps."""
-        raise NotImplementedError
 
     @abstractmethod
     async def execute(self, batch: StepBatch) -> StepResult:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, TypeVar
 
@@ -20,8 +20,6 @@ from aioengine.model.cuda.failures import copy_error, typed_failures
 from aioengine.step import LoadedAdapter, ReadOrder, StepBatch, StepResult
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from aioengine.model.runner import ModelRunner
     from aioengine.model.slots.image import AdapterImage
 
@@ -48,7 +46,6 @@ class ThreadDevice(Device):
         self._loader = loader
         self.kernels, self.variance = runner.kernels, runner.variance
         self._lost: Callable[[EngineDead], None] | None = None
-        self.kv_layout = f"{runner.kernels}, {runner.kv_cache.layout}"
         self._step_thread = ThreadPoolExecutor(1, thread_name_prefix="aioengine-step")
         self._copy_thread = ThreadPoolExecutor(1, thread_name_prefix="aioengine-copy")
 
@@ -90,14 +87,6 @@ class ThreadDevice(Device):
 
     def watch(self, lost: Callable[[EngineDead], None]) -> None:
         self._lost = lost
-
-    async def read_kv(self, blocks: Sequence[int]) -> Mapping[str, Tensor]:
-        cache = self.runner.kv_cache
-        return await self._copy(self._step_thread, lambda: cache.copy_out(blocks))
-
-    async def write_kv(self, blocks: Sequence[int], contents: Mapping[str, Tensor]) -> None:
-        cache = self.runner.kv_cache
-        await self._copy(self._step_thread, lambda: cache.copy_in(blocks, contents))
 
     async def load(self, order: ReadOrder) -> LoadedAdapter:
         return await self._loader.load(order)

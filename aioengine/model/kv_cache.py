@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
 
 import torch
-from torch import Tensor
 
 from aioengine.model.buffer import Arena
 from aioengine.model.spec import INT8_SCALE_BYTES, ModelSpec
@@ -59,28 +57,6 @@ class KVCache:
     def block_stride_bytes(self) -> int:
         """Bytes from one block of a layer to the next."""
         return self.k[0].stride(0) * self.k[0].itemsize
-
-    @property
-    def layout(self) -> str:
-        """Description of a block: equal for caches whose blocks may be copied to each other."""
-        return ", ".join(f"{t.dtype} {list(t.shape[1:])}" for t in (*self.k, *self.v))
-
-    def copy_out(self, blocks: Sequence[int]) -> dict[str, Tensor]:
-        """Return a copy of blocks on the CPU: for each layer keys and values, [blocks, block_size, heads,
-        dim]."""
-        index = torch.tensor(blocks, device=self.k[0].device)
-        return {
-            f"{kind}.{layer}": tensor.index_select(0, index).cpu()
-            for kind, tensors in (("k", self.k), ("v", self.v))
-            for layer, tensor in enumerate(tensors)
-        }
-
-    def copy_in(self, blocks: Sequence[int], contents: Mapping[str, Tensor]) -> None:
-        """Write what :meth:`copy_out` returned into blocks."""
-        index = torch.tensor(blocks, device=self.k[0].device)
-        for kind, tensors in (("k", self.k), ("v", self.v)):
-            for layer, tensor in enumerate(tensors):
-                tensor.index_copy_(0, index, contents[f"{kind}.{layer}"].to(tensor.device))
 
     @property
     def nbytes(self) -> int:

@@ -34,7 +34,6 @@ from aioengine.model.files.hub import is_source
 from aioengine.model.files.resolve import read_spec, resolve_model
 from aioengine.model.spec import ModelSpec
 from aioengine.runtime.loop import MakeAhead
-from aioengine.runtime.prefixes.files import ModelFiles
 from aioengine.schedulers import CostsView, SchedulerPolicy, load_policy
 from aioengine.step import StepBatch
 
@@ -58,8 +57,6 @@ class Built(NamedTuple):
     resolver: AdapterResolver | None
     model_path: Path | None = None
     """The model's folder or file; None if there is no model."""
-    model_files: ModelFiles | None = None
-    """Files that the model was loaded from, if prefixes are kept in files."""
     timer: Callable[[], float] = time.perf_counter
     """Clock that measures decisions and the event loop's lag."""
     processor: Callable[[], float] = time.thread_time
@@ -83,12 +80,11 @@ def build(
     if ``adapter_root`` is no folder."""
     chosen = _choose_resolver(config, resolver)
     path, spec, plan = planned = plan_parts(config, progress=progress)
-    files = None if config.kv_cache_dir is None else ModelFiles(path)
     with typed_failures():
         runner, store = build_parts(config, planned, progress=progress)
     tokenizer = load_tokenizer(path, config.chat_template)
     loader = AdapterLoader(store, Patience.of(config.lora, config.seed))
-    return Built(spec, plan, tokenizer, ThreadDevice(runner, loader), chosen, path, files)
+    return Built(spec, plan, tokenizer, ThreadDevice(runner, loader), chosen, path)
 
 
 async def build_with_workers(
@@ -105,7 +101,6 @@ async def build_with_workers(
     spec = await loop.run_in_executor(work, read_spec, path, config.model_impl)
     # Only the engine needs the policy, which a message might not be able to hold.
     theirs = msgspec.structs.replace(config, model=str(path.absolute()), policy="fcfs")
-    files = None if config.kv_cache_dir is None else await loop.run_in_executor(work, ModelFiles, path)
     kind = RayWorkers if config.executor == "ray" else Workers
     device = ProcessDevice(theirs, kind, vocab=spec.vocab_size)
     reading = loop.run_in_executor(work, load_tokenizer, path, config.chat_template)
@@ -116,7 +111,7 @@ async def build_with_workers(
     except BaseException:
         await device.close()
         raise
-    return Built(spec, plan, tokenizer, device, chosen, path, files)
+    return Built(spec, plan, tokenizer, device, chosen, path)
 
 
 def _choose_resolver(config: EngineConfig, resolver: AdapterResolver | None) -> AdapterResolver | None:
@@ -180,15 +175,6 @@ def engine_info(version_: str, built: Built) -> EngineInfo:
         model_impl=built.spec.impl,
         quantization=built.plan.quantization,
         batch_invariant=variance is None,
-    )
-
-
-def kv_settings(info: EngineInfo, plan: MemoryPlan) -> str:
-    """Name what keys and values depend on beside the model, the adapter and the layout of the KV cache."""
-    return (
-        f"aioengine {info.version}, torch {info.torch}, {info.model_impl} in {plan.dtype}, "
-        f"weights {plan.quantization}, adapters {plan.lora_dtype}, up to {plan.max_model_len} tokens, "
-        f"batch invariance {info.batch_invariant}"
     )
 
 

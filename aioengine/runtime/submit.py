@@ -17,7 +17,6 @@ from aioengine.request import Prompt, RequestOptions, SamplingParams, Wanted, ch
 from aioengine.runtime.assemble import Built
 from aioengine.runtime.loop import Stepper
 from aioengine.runtime.output_stream import OutputStream, OutputText
-from aioengine.runtime.prefixes.keeper import PrefixKeeper
 from aioengine.runtime.requests.continuation import check_output, replayed
 from aioengine.runtime.sources.names import AdapterNames
 from aioengine.runtime.text_work import SHORT, TextWork, size_of_json
@@ -34,7 +33,6 @@ class Submitter:
         *,
         text_work: TextWork,
         check_running: Callable[[], None],
-        prefixes: PrefixKeeper | None = None,
     ) -> None:
         self._stepper = stepper
         self._core = stepper.core
@@ -42,7 +40,6 @@ class Submitter:
         self._parts = parts
         self._text_work = text_work
         self._check_running = check_running
-        self._prefixes = prefixes
         self._made_up = 0
         self._token_type = list[Annotated[int, msgspec.Meta(ge=0, lt=parts.spec.vocab_size)]]
 
@@ -69,12 +66,7 @@ class Submitter:
         tokens = self._token_ids(prompt, params)
         ticket = self._reserve(options.tenant, counted, arrival, None if tokens is None else len(tokens))
         entry = None if adapter is None else self._adapters.current(adapter)
-        at_once = (
-            tokens is not None
-            and (adapter is None or entry is not None)
-            and not options.output
-            and not options.cache_pins
-        )
+        at_once = tokens is not None and (adapter is None or entry is not None) and not options.output
         try:
             async with _NOTHING if at_once else _holding(ticket, due, request_id, adapter):
                 if tokens is None:
@@ -92,9 +84,6 @@ class Submitter:
                     if not replay:
                         given = options.output
                         await self._text_work.run(len(given), lambda: text.push_all(given, ends))
-                if self._prefixes is not None and any(pin.save for pin in options.cache_pins):
-                    self._check_running()
-                    await self._prefixes.bring(tokens, params, entry, options)
             self._check_running()  # it may have changed while a text was tokenized or an adapter resolved
             if entry is not None:
                 self._adapters.check_lives(entry)
@@ -122,8 +111,6 @@ class Submitter:
             ticket=ticket,
             given=given,
         )
-        if self._prefixes is not None:
-            self._prefixes.expect(request)
         stream = request.sink = OutputStream(request, text, replayed=len(options.output) - len(given))
         self._end_if_complete(request, text)
         self._stepper.wake(arrived=True)

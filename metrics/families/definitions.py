@@ -231,12 +231,6 @@ ACCEPTED_TOKENS = Definition(
 PROMPT_CACHED_TOKENS = Definition(
     "aioengine_prompt_cached_tokens", "counter", "Prompt tokens that the prefix cache supplied."
 )
-PREFIX_FILES = Definition(
-    "aioengine_prefix_files",
-    "counter",
-    "Prefixes written to files (saved), and read from files into the prefix cache (loaded).",
-    ("action",),
-)
 
 REFUSED = Definition(
     "aioengine_requests_refused",

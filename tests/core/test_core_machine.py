@@ -12,7 +12,6 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from support.device_memory import DeviceMemory
 from support.hostile_policies import Hostile
 
-from aioengine.core.prefixes.held import Held
 from aioengine.core.state import AdapterEntry, Status
 from aioengine.core.waiting_room import Ticket
 from aioengine.errors import EngineOverloaded
@@ -73,10 +72,6 @@ class CoreMachine(RuleBasedStateMachine):
             strict=False,
             memory=DeviceMemory if has_memory else None,
         )
-        self.copied: list[Held] = []
-        """Prefixes that are copied to or from files."""
-        self.seen: list[bytes] = []
-        """Hashes of a request that was added."""
         self.tickets: list[Ticket] = []
         self.lost: list[Ticket] = []
         for name in NAMES[:2]:
@@ -112,7 +107,7 @@ class CoreMachine(RuleBasedStateMachine):
             adapter = sim.mix(*adapter) if all(entry.summable for entry in entries) else names[0]
         due = None if deadline is None else sim.now + deadline
         try:
-            request = sim.add(
+            sim.add(
                 adapter,
                 prompt=prompt,
                 max_tokens=max_tokens,
@@ -121,7 +116,6 @@ class CoreMachine(RuleBasedStateMachine):
                 constrained=constrained,
                 cache_pins=cache_pins,
             )
-            self.seen = request.hash_blocks(sim.core.blocks)
         except EngineOverloaded as error:
             sim.count -= 1  # never accepted
             if sim.core.room.max_tokens is not None:
@@ -200,27 +194,6 @@ class CoreMachine(RuleBasedStateMachine):
                 slots = self.sim.core.slots.slots
                 self.in_flight = [(slot.entry, slot.offset) for slot in slots]
         sim.now += seconds
-
-    @precondition(lambda self: self.seen and self.sim.core.blocks.window is None)
-    @rule(count=st.integers(1, 7), take=st.booleans())
-    def begin_to_copy_a_prefix(self, count: int, take: bool) -> None:
-        core = self.sim.core
-        if take:
-            held = core.held.take(self.seen[:count], spare=len(core.running))
-            assert held is None or core.blocks.num_free >= len(core.running)
-        else:
-            held = core.held.hold(self.seen[:count])
-        if held is not None:
-            self.copied.append(held)
-
-    @precondition(lambda self: self.copied)
-    @rule(which=st.integers(0, 100), whole=st.booleans())
-    def end_a_copy(self, which: int, whole: bool) -> None:
-        held = self.copied.pop(which % len(self.copied))
-        if whole:
-            self.sim.core.held.written(held)
-        for _ in range(2):
-            self.sim.core.held.release(held)
 
     @rule(name=st.sampled_from(NAMES), nbytes=st.sampled_from(SIZES))
     def resize(self, name: str, nbytes: int) -> None:
@@ -356,8 +329,6 @@ class CoreMachine(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         sim = self.sim
-        for held in self.copied:
-            sim.core.held.release(held)
         while sim.batch is not None:
             sim.finish_step()
         if self.hostile:

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -18,21 +17,16 @@ from aioengine.adapters.loader import Patience
 from aioengine.config import EngineConfig
 from aioengine.errors import AioEngineError, EngineDead
 from aioengine.executors.base import Device
-from aioengine.executors.process.kv_parts import divided, joined, portions
 from aioengine.executors.process.restarts import RestartLimit
 from aioengine.executors.process.step_delta import StepEncoder
 from aioengine.executors.process.wire import (
     Done,
     Drop,
-    KvPart,
-    KvRead,
     Masks,
     Measure,
     Measured,
     Place,
-    ReadKv,
     Stepped,
-    WriteKv,
 )
 from aioengine.executors.process.worker_loader import WorkerLoader
 from aioengine.executors.process.workers import Workers
@@ -47,9 +41,6 @@ from aioengine.step import (
     StepBatch,
     StepResult,
 )
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 logger = logging.getLogger("aioengine")
 
@@ -80,9 +71,6 @@ class ProcessDevice(Device):
         self._renew_workers(progress)
         plan, self._num_blocks = await self.workers.start()
         self.kernels, self.variance = self.workers.kernels, self.workers.variance
-        layouts = self.workers.kv_layouts
-        # With one rank it is that of the thread device, which computes and keeps the same.
-        self.kv_layout = layouts[0] if len(layouts) == 1 else f"{len(layouts)} ranks: {'; '.join(layouts)}"
         return plan
 
     @property
@@ -135,27 +123,6 @@ class ProcessDevice(Device):
         workers.tell(Masks(batch.step, found | dict.fromkeys(failed, b"")))
         return failed, {places[i]: after for i, after in masks.forced.items()}
 
-    async def read_kv(self, blocks: Sequence[int]) -> Mapping[str, Tensor]:
-        workers = self._workers_with_blocks()
-        parts = [list(blocks[part]) for part in portions(blocks, workers.block_bytes, workers.size)]
-        found = [await _read(workers, part) for part in parts]
-        contents = await asyncio.to_thread(joined, found)  # imports torch
-        if workers.dead is not None:  # blocks that are read next would be those of other workers
-            raise workers.dead
-        return contents
-
-    async def write_kv(self, blocks: Sequence[int], contents: Mapping[str, Tensor]) -> None:
-        workers = self._workers_with_blocks()
-        for part in portions(blocks, workers.block_bytes, workers.size):
-            each = await asyncio.to_thread(divided, contents, workers.size, part)
-            await _write(workers, list(blocks[part]), each)
-
-    def _workers_with_blocks(self) -> Workers:
-        """Return the workers. Raises EngineDead if they are being started, and have no blocks yet."""
-        if not self.workers.started:
-            raise EngineDead("the workers are being started")
-        return self.workers
-
     async def load(self, order: ReadOrder) -> LoadedAdapter:
         return await self._loader.load(order)
 
@@ -207,19 +174,6 @@ class ProcessDevice(Device):
     def _report(self, error: EngineDead) -> None:
         if self._lost is not None:
             self._lost(error)
-
-
-async def _read(workers: Workers, blocks: list[int]) -> list[dict[str, KvPart]]:
-    """Return what each rank has in these blocks."""
-    answers = await workers.ask(lambda number: ReadKv(number, blocks)).of(KvRead)
-    return [answer.contents for answer in answers]
-
-
-async def _write(workers: Workers, blocks: list[int], contents: Sequence[dict[str, KvPart]]) -> None:
-    """Write what each rank has of these blocks."""
-    call = workers.ask_each(lambda number, rank: WriteKv(number, blocks, contents[rank]))
-    await workers.flush()
-    await call.of(Done)
 
 
 def _ask_constraints(rows: Sequence[SequenceWork], alone: bool, vocab: int) -> constraints.Masks:

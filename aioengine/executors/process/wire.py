@@ -170,36 +170,7 @@ class Measure(_Message, frozen=True):
     number: int
 
 
-class KvPart(msgspec.Struct, array_like=True, frozen=True):
-    """A tensor as bytes."""
-
-    dtype: str
-    shape: list[int]
-    data: bytearray
-
-
-class ReadKv(_Message, frozen=True):
-    """Copies the contents of KV blocks out, between two steps; answered with KvRead."""
-
-    number: int
-    blocks: list[int]
-
-
-class WriteKv(_Message, frozen=True):
-    """Writes contents into KV blocks, between two steps; answered with Done. Each rank gets its own."""
-
-    number: int
-    blocks: list[int]
-    contents: dict[str, KvPart]
-
-
 # From the workers
-
-
-class KvRead(_Message, frozen=True):
-    number: int
-    contents: dict[str, KvPart]
-    """This rank's share of the blocks, by the names of :meth:`KVCache.copy_out`."""
 
 
 class Measured(_Message, frozen=True):
@@ -273,10 +244,6 @@ class Done(_Message, frozen=True):
     """Names of the kernels, in an answer to Build."""
     variance: str | None = None
     """Reason why a token's bits depend on its batch, in an answer to Build."""
-    kv_layout: str = ""
-    """Description of this rank's KV blocks and of what computes them, in an answer to Build."""
-    block_bytes: int = 0
-    """Bytes of a KV block on this rank, in an answer to Build."""
 
 
 class Failed(_Message, frozen=True):
@@ -329,8 +296,8 @@ class WorkerError(Exception):
 
 
 _OfAdapters = Read | Add | Finish | Keep | Discard | Drop | Place
-Request = Start | Build | Step | Masks | _OfAdapters | Measure | ReadKv | WriteKv
-Answer = Planned | Stepped | ReadDone | Done | Failed | Measured | KvRead
+Request = Start | Build | Step | Masks | _OfAdapters | Measure
+Answer = Planned | Stepped | ReadDone | Done | Failed | Measured
 Report = Answer | Progress | Reading | Broken
 
 _encoder = msgspec.msgpack.Encoder(enc_hook=plain)

@@ -26,7 +26,6 @@ import msgspec
 from aioengine.errors import DeviceError
 from aioengine.executors.parts import build_parts, plan_parts
 from aioengine.executors.process import wire
-from aioengine.executors.process.kv_parts import to_parts, to_tensors
 from aioengine.executors.process.step_delta import StepDecoder
 from aioengine.executors.process.worker_reads import WorkerReads
 from aioengine.info import LoadProgress
@@ -86,10 +85,6 @@ class Worker:
                 self._copies.submit(self._place, request, image)
             case wire.Measure():
                 self._steps.submit(self._or_break, lambda: self._model.measure(request))
-            case wire.ReadKv():
-                self._steps.submit(self._or_break, lambda: self._model.read_kv(request))
-            case wire.WriteKv():
-                self._steps.submit(self._or_break, lambda: self._model.write_kv(request))
             case wire.Start():
                 self._steps.submit(self._or_break, lambda: self._model.start(request))
             case wire.Build():
@@ -177,28 +172,10 @@ class _Model:
         runner = self.runner
         gc.collect()
         gc.freeze()  # a full collection would visit all of it, within a step
-        layout = f"{runner.kernels}, {runner.kv_cache.layout}"
-        if self._shard.fully_sharded:
-            layout += ", adapters fully sharded"
-        return wire.Done(
-            request.number,
-            time.perf_counter() - began,
-            runner.kernels,
-            runner.variance,
-            layout,
-            memory.block_bytes,
-        )
+        return wire.Done(request.number, time.perf_counter() - began, runner.kernels, runner.variance)
 
     def measure(self, request: wire.Measure) -> wire.Measured:
         return wire.Measured(request.number, memory_taken(self._plan.memory))
-
-    def read_kv(self, request: wire.ReadKv) -> wire.KvRead:
-        return wire.KvRead(request.number, to_parts(self.runner.kv_cache.copy_out(request.blocks)))
-
-    def write_kv(self, request: wire.WriteKv) -> wire.Done:
-        began = time.perf_counter()
-        self.runner.kv_cache.copy_in(request.blocks, to_tensors(request.contents))
-        return wire.Done(request.number, time.perf_counter() - began)
 
     def step(self, request: wire.Step) -> wire.Stepped:
         result = self.runner.execute(self._batches.decode(request))

@@ -102,10 +102,6 @@ class Workers:
         """Names of the kernels that compute the steps; known when the workers have started."""
         self.variance: str | None = None
         """Why a token's bits depend on its batch; known when the workers have started."""
-        self.kv_layouts: list[str] = []
-        """Description of each rank's KV blocks; known when the workers have started."""
-        self.block_bytes = 0
-        """Bytes of a KV block on each rank; known when the workers have started."""
         self._workers: list[WorkerConnection] = []
         self._listeners: list[asyncio.Task[None]] = []
         self._calls: dict[int, Call] = {}
@@ -136,8 +132,6 @@ class Workers:
             blocks = min(plan.num_blocks for plan in plans) if num_blocks is None else num_blocks
             built = await self.ask(lambda number: wire.Build(number, blocks)).of(wire.Done)
             self.kernels, self.variance = built[0].kernels, built[0].variance
-            self.kv_layouts = [answer.kv_layout for answer in built]
-            self.block_bytes = max(answer.block_bytes for answer in built)
         except BaseException:
             self._kill()
             await self.close()

@@ -28,9 +28,6 @@ from aioengine.server.openai.tools import plan_tools
 T = TypeVar("T")
 
 SECONDS = {"5m": 300.0, "1h": 3600.0}
-SAVED = 3600.0
-"""Seconds from which on a prefix is also written to the folder of prefixes, where there is one. Those with
-less are often the growing beginning of one conversation, of which each turn would be written whole."""
 
 
 class Breakpoint(NamedTuple):
@@ -104,7 +101,7 @@ async def find_pins(
         return []
     lengths = [await _length(context, prompt, part, record) for part, _ in wanted]
     return [
-        CachePin(tokens=tokens, seconds=seconds, save=seconds >= SAVED)
+        CachePin(tokens=tokens, seconds=seconds)
         for tokens, (_, seconds) in zip(lengths, wanted, strict=True)
         if tokens
     ]

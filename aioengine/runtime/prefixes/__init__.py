@@ -1,1 +1,0 @@
-"""Pinned prefixes on disk: written when they are computed, and read when a request needs them again."""
