@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from aioengine.adapters.peft.dora import BaseWeights
     from aioengine.adapters.peft.dora_exchange import Draft
-    from aioengine.adapters.peft.read import PackedAdapter
+    from aioengine.adapters.peft.pack import PackedAdapter
     from aioengine.adapters.read_threads import Progress
     from aioengine.model.buffer import Allocate
     from aioengine.model.linear import WeightRows
@@ -54,8 +54,7 @@ class AdapterStore:
         max_tokens: int = 0,
         elastic: bool = False,
     ) -> None:
-        from aioengine.adapters.peft.fast_pack import KnownContents  # these import torch
-        from aioengine.adapters.peft.pack import SlotOrder
+        from aioengine.adapters.peft.contents import KnownContents, SlotOrder  # these import torch
         from aioengine.model.buffer import pageable
         from aioengine.model.slots.image import elements_of
 

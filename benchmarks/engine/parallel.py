@@ -28,7 +28,7 @@ import torch
 from safetensors.torch import save_file
 from torch import distributed, multiprocessing
 
-from aioengine.adapters.peft.read import PackedAdapter
+from aioengine.adapters.peft.pack import PackedAdapter
 from aioengine.kernels import get_backend
 from aioengine.model.files.resolve import read_spec
 from aioengine.model.parallel.group import DistributedGroup, Group, Shard, SoloGroup

@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file
 from support.peft_files import CONFIG, SPEC, WEIGHTS, make, read
 
+from aioengine.adapters.peft.contents import SlotOrder
 from aioengine.adapters.peft.digest import content_digest
 from aioengine.adapters.peft.held import HeldAdapter, hold_files, hold_tensors
-from aioengine.adapters.peft.pack import SlotOrder
 from aioengine.model.parallel.group import SOLO, Shard
 from aioengine.model.slots.layout import SlotLayout
 from aioengine.model.spec import LORA_MODULES

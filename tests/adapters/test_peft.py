@@ -24,7 +24,7 @@ from support.peft_files import (
     refused,
 )
 
-from aioengine.adapters.peft.read import PackedAdapter
+from aioengine.adapters.peft.pack import PackedAdapter
 from aioengine.errors import AdapterError, AdapterInvalid, AdapterLoadError, AdapterTooLarge
 from aioengine.model.spec import LORA_MODULES
 

@@ -20,10 +20,9 @@ from support.peft_methods import FOLDED, save
 from support.selection import mostly_slow
 from torch import Tensor
 
+from aioengine.adapters.peft.contents import KnownContents, SlotOrder
 from aioengine.adapters.peft.digest import content_digest
-from aioengine.adapters.peft.fast_pack import KnownContents
-from aioengine.adapters.peft.pack import SlotOrder
-from aioengine.adapters.peft.read import PackedAdapter
+from aioengine.adapters.peft.pack import PackedAdapter
 from aioengine.errors import AdapterError, AdapterInvalid, AdapterLoadError
 from aioengine.model.parallel.group import Shard
 from aioengine.model.parallel.ranges import take

@@ -11,8 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from support.peft_files import SPEC, make, read
 
-from aioengine.adapters.peft.fast_pack import KnownContents
-from aioengine.adapters.peft.pack import SlotOrder
+from aioengine.adapters.peft.contents import KnownContents, SlotOrder
 from aioengine.errors import AdapterInvalid
 from aioengine.model.slots.image import build_image
 from aioengine.model.slots.layout import SlotLayout

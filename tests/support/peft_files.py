@@ -13,9 +13,9 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from aioengine.adapters.peft.fast_pack import KnownContents
-from aioengine.adapters.peft.pack import SlotOrder
-from aioengine.adapters.peft.read import PackedAdapter, read_adapter
+from aioengine.adapters.peft.contents import KnownContents, SlotOrder
+from aioengine.adapters.peft.pack import PackedAdapter
+from aioengine.adapters.peft.read import read_adapter
 from aioengine.errors import AdapterError, AdapterInvalid
 from aioengine.model.slots.layout import SlotLayout
 from aioengine.model.spec import LORA_MODULES, ModelSpec, RopeSpec

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Container, Mapping, Sequence, Set
+from collections.abc import Container, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
-from typing import NoReturn, TypeVar
+from typing import Annotated, Any, NoReturn, TypeVar
 
 import msgspec
 
@@ -34,35 +34,39 @@ MAX_INVOCATION = 256
 MAX_EXPRESSIONS = 64
 """Maximum number of patterns that are more than a plain module name."""
 
-_USED = frozenset(
-    (
-        "peft_type",
-        "r",
-        "lora_alpha",
-        "use_rslora",
-        "rank_pattern",
-        "alpha_pattern",
-        "target_modules",
-        "exclude_modules",
-        "layers_to_transform",
-        "layers_pattern",
-        "bias",
-        "lora_bias",
-        "use_dora",
-        "ensure_weight_tying",
-        "init_lora_weights",
-        "modules_to_save",
-        "task_type",
-        "alora_invocation_tokens",
-        "trainable_token_indices",
-    )
-)
-
-_Scalar = str | int | float | bool | None
-_VALUE: msgspec.json.Decoder[object] = msgspec.json.Decoder(
-    _Scalar | list[_Scalar] | dict[str, _Scalar | list[_Scalar]]
-)
+_Rank = Annotated[int, msgspec.Meta(gt=0, lt=2**31)]
+_Number = Annotated[float, msgspec.Meta(gt=-1e30, lt=1e30)]
+_Tokens = list[Annotated[int, msgspec.Meta(ge=0, lt=2**31)]]
+_Flag = (bool | None, "true or false")
+_Names = (list[str] | None, "a list of names")
+_NamesOrPattern = (str | list[str] | None, f"a list of names, a regular expression or {ALL_LINEAR!r}")
+_FIELDS: Mapping[str, tuple[Any, str]] = {
+    "r": (_Rank, "a positive integer (the rank)"),
+    "lora_alpha": (_Number, "a finite number"),
+    "use_rslora": _Flag,
+    "use_dora": _Flag,
+    "lora_bias": _Flag,
+    "ensure_weight_tying": _Flag,
+    "rank_pattern": (dict[str, _Rank] | None, "an object of module pattern -> positive integer"),
+    "alpha_pattern": (dict[str, _Number] | None, "an object of module pattern -> finite number"),
+    "target_modules": _NamesOrPattern,
+    "exclude_modules": _NamesOrPattern,
+    "layers_to_transform": (int | list[int] | None, "an integer or a list of integers"),
+    "layers_pattern": (str | list[str] | None, "a name or a list of names"),
+    "modules_to_save": _Names,
+    "alora_invocation_tokens": (_Tokens | None, "a list of token ids"),
+    "trainable_token_indices": (
+        _Tokens | dict[str, _Tokens] | None,
+        "a list of token ids, or an object of module -> such a list",
+    ),
+    "task_type": (str | None, "a text"),
+}
+"""Each field that says what an adapter computes: its type, and that in words. A missing one is null."""
+_DECODERS = {name: msgspec.json.Decoder(type_) for name, (type_, _) in _FIELDS.items()}
+_NULL = msgspec.Raw(b"null")
 _LAYER_INDEX = re.compile(r".*?\.[^.]*\.(?P<idx>[0-9]+)\.")
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,8 +179,16 @@ def named_by(module: str, names: Container[str]) -> bool:
     return True
 
 
-def parse_config(data: bytes, *, name: str, path: str) -> PeftLoraConfig:
-    """Validate the content of ``adapter_config.json``.
+def fields_of(text: bytes, *, name: str, path: str) -> dict[str, msgspec.Raw]:
+    """Return the fields of ``adapter_config.json``. Raises AdapterInvalid if it is no JSON object."""
+    try:
+        return msgspec.json.decode(text.removeprefix(b"\xef\xbb\xbf"), type=dict[str, msgspec.Raw])
+    except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
+        raise AdapterInvalid(f"{CONFIG_FILE}: not a JSON object: {error}", name=name, path=path) from error
+
+
+def parse_config(fields: Mapping[str, msgspec.Raw], *, name: str, path: str) -> PeftLoraConfig:
+    """Validate the fields of ``adapter_config.json``.
 
     Raises :class:`~aioengine.errors.AdapterInvalid` for anything malformed or not supported.
     """
@@ -184,96 +196,77 @@ def parse_config(data: bytes, *, name: str, path: str) -> PeftLoraConfig:
     def invalid(reason: str) -> NoReturn:
         raise AdapterInvalid(f"{CONFIG_FILE}: {reason}", name=name, path=path)
 
-    try:
-        fields = msgspec.json.decode(data.removeprefix(b"\xef\xbb\xbf"), type=dict[str, msgspec.Raw])
-    except msgspec.ValidationError:
-        invalid("expected a JSON object")
-    except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
-        raise AdapterInvalid(f"{CONFIG_FILE}: not valid JSON: {error}", name=name, path=path) from error
-    raw = {field: _decoded(field, fields[field], invalid) for field in _USED if field in fields}
-    refuse_unsupported(raw, fields, _USED, invalid)
-
-    target, layers = raw.get("target_modules"), raw.get("layers_to_transform")
-    patterns = raw.get("layers_pattern") or []
+    refuse_unsupported(fields, _FIELDS.keys(), invalid)
+    raw = {field: _decoded(field, fields.get(field, _NULL), invalid) for field in _FIELDS}
+    target, layers, patterns = raw["target_modules"], raw["layers_to_transform"], raw["layers_pattern"]
     if isinstance(target, str) and (layers is not None or patterns):
         invalid("layers_to_transform and layers_pattern need target_modules to be a list, not a str")
     if patterns and layers is None:
         invalid("layers_pattern without layers_to_transform")
-    layer_patterns = [patterns] if isinstance(patterns, str) else patterns
+    if target is None:
+        invalid(
+            f"target_modules=null: expected {_FIELDS['target_modules'][1]}: save the adapter with PEFT again"
+        )
     if isinstance(target, str) and target.lower() == ALL_LINEAR:
         target = None
-    elif target is None:
-        invalid(
-            "target_modules is missing; expected a list of names, a regex or "
-            f"{ALL_LINEAR!r}: save the adapter with PEFT again"
-        )
     try:
-        targets = None if target is None else _modules("target_modules", target, invalid)
-        excluded = _modules("exclude_modules", raw.get("exclude_modules") or [], invalid)
-        chosen = _layer_patterns(layer_patterns, invalid)
+        targets, excluded = (
+            _modules("target_modules", target),
+            _modules("exclude_modules", raw["exclude_modules"]),
+        )
+        chosen = _bounded("layers_pattern", _layer_patterns(patterns), invalid)
         unmatched = ""
     except PatternError as error:
-        targets, excluded, chosen, unmatched = None, frozenset(), (), str(error)
-    use_dora = _bool("use_dora", raw.get("use_dora"), invalid)
-    lora_bias = _bool("lora_bias", raw.get("lora_bias"), invalid)
-    if use_dora and lora_bias:
+        targets, excluded, chosen, unmatched = None, None, (), str(error)
+    if raw["use_dora"] and raw["lora_bias"]:
         invalid("use_dora and lora_bias together have no meaning in PEFT")
-    heads, saved = _saved(raw.get("modules_to_save"), invalid)
-    tokens = _tokens(raw.get("trainable_token_indices"), invalid)
-    for field in ("trainable_token_indices",) * bool(tokens) + ("modules_to_save",) * bool(saved):
-        if raw.get("alora_invocation_tokens"):
+    heads, saved = _saved(raw["modules_to_save"], invalid)
+    tokens = _tokens(raw["trainable_token_indices"], invalid)
+    invocation = tuple(raw["alora_invocation_tokens"] or ())
+    if len(invocation) > MAX_INVOCATION:
+        invalid(f"alora_invocation_tokens: {len(invocation)} tokens, more than {MAX_INVOCATION}")
+    if invocation and raw["use_dora"]:
+        invalid("alora_invocation_tokens and use_dora together have no meaning in PEFT")
+    for field, trained in (("trainable_token_indices", tokens), ("modules_to_save", saved)):
+        if invocation and trained:
             invalid(
                 f"alora_invocation_tokens with {field}={short(raw[field])}: PEFT applies trained embeddings "
                 "to all tokens, before the invocation, too; train it without them"
             )
     return PeftLoraConfig(
-        r=_rank("r", raw.get("r"), invalid),
-        lora_alpha=_number("lora_alpha", raw.get("lora_alpha"), invalid),
-        use_rslora=_bool("use_rslora", raw.get("use_rslora"), invalid),
-        rank_patterns=_patterns("rank_pattern", raw.get("rank_pattern"), _rank, invalid),
-        alpha_patterns=_patterns("alpha_pattern", raw.get("alpha_pattern"), _number, invalid),
+        r=raw["r"],
+        lora_alpha=raw["lora_alpha"],
+        use_rslora=bool(raw["use_rslora"]),
+        rank_patterns=_patterns("rank_pattern", raw["rank_pattern"] or {}, invalid),
+        alpha_patterns=_patterns("alpha_pattern", raw["alpha_pattern"] or {}, invalid),
         target_modules=targets,
-        exclude_modules=excluded,
-        layers=_layers(layers, invalid),
+        exclude_modules=excluded or frozenset(),
+        layers=frozenset([layers] if isinstance(layers, int) else layers or ()),
         layer_patterns=chosen,
-        use_dora=use_dora,
-        lora_bias=lora_bias,
-        ensure_weight_tying=_bool("ensure_weight_tying", raw.get("ensure_weight_tying"), invalid),
+        use_dora=bool(raw["use_dora"]),
+        lora_bias=bool(raw["lora_bias"]),
+        ensure_weight_tying=bool(raw["ensure_weight_tying"]),
         heads=heads,
-        feature_extraction=raw.get("task_type") == "FEATURE_EXTRACTION",
-        invocation=_invocation(raw, invalid),
+        feature_extraction=raw["task_type"] == "FEATURE_EXTRACTION",
+        invocation=invocation,
         tokens=tokens,
         saved=saved,
         unmatched=unmatched,
     )
 
 
-def _invocation(raw: Mapping[str, object], invalid: Invalid) -> tuple[int, ...]:
-    field, tokens = "alora_invocation_tokens", raw.get("alora_invocation_tokens") or []
-    if not isinstance(tokens, list) or not all(type(item) is int and 0 <= item < 2**20 for item in tokens):
-        invalid(f"{field}={short(tokens)}: expected a list of token ids")
-    if len(tokens) > MAX_INVOCATION:
-        invalid(f"{field}: {len(tokens)} tokens, more than {MAX_INVOCATION}")
-    if tokens and raw.get("use_dora"):
-        invalid(f"{field} and use_dora together have no meaning in PEFT")
-    return tuple(tokens)
-
-
-T = TypeVar("T")
-
-
-def _decoded(field: str, text: msgspec.Raw, invalid: Invalid) -> object:
-    """Type of any field that PEFT writes. Deeper nesting and unused fields are skipped without building
-    objects, because building them would hold the interpreter lock."""
+def _decoded(field: str, text: msgspec.Raw, invalid: Invalid) -> Any:
+    """Decode a field. What is of another type is refused without building objects of it, because building
+    them would hold the interpreter lock."""
     try:
-        return _VALUE.decode(text)
-    except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
-        invalid(f"{field}={short(text)}: {error}")
+        return _DECODERS[field].decode(text)
+    except (msgspec.MsgspecError, UnicodeError, RecursionError):
+        invalid(f"{field}={short(text)}: expected {_FIELDS[field][1]}")
 
 
-def _saved(value: object, invalid: Invalid) -> tuple[frozenset[str], frozenset[str]]:
+def _saved(value: Sequence[str] | None, invalid: Invalid) -> tuple[frozenset[str], frozenset[str]]:
     """Return the names of a classification head, and those of embeddings and the model's head."""
-    names = frozenset(_strings("modules_to_save", value or [], invalid))
+    names = frozenset(value or ())
     embeddings = frozenset(name for name in names if name.rpartition(".")[2] in EMBEDDING_MODULES)
     heads = names - embeddings
     if not heads <= set(HEAD_MODULES):
@@ -284,54 +277,20 @@ def _saved(value: object, invalid: Invalid) -> tuple[frozenset[str], frozenset[s
     return heads, embeddings
 
 
-def _tokens(value: object, invalid: Invalid) -> tuple[tuple[str, tuple[int, ...]], ...]:
-    field = "trainable_token_indices"
-    if isinstance(value, list):
-        value = {EMBEDDING_MODULES[0]: value}
-    if not isinstance(value, dict) and value is not None:
-        invalid(
-            f"{field}={short(value)}: expected a list of token ids, or an object of module -> such a list"
-        )
-    found = []
-    for name, ids in (value or {}).items():
-        where = f"{field}[{name[:80]!r}]"
+def _tokens(
+    value: list[int] | Mapping[str, list[int]] | None, invalid: Invalid
+) -> tuple[tuple[str, tuple[int, ...]], ...]:
+    by_name = {EMBEDDING_MODULES[0]: value} if isinstance(value, list) else value or {}
+    for name, ids in by_name.items():
+        where = f"trainable_token_indices[{name[:80]!r}]"
         if name.rpartition(".")[2] not in EMBEDDING_MODULES:
             invalid(f"{where}: only rows of {' and '.join(EMBEDDING_MODULES)} can be swapped: {MERGE}")
-        if not isinstance(ids, list) or not all(type(item) is int and 0 <= item < 2**31 for item in ids):
-            invalid(f"{where}={short(ids)}: expected a list of token ids")
         if len(ids) > MAX_TRAINED_TOKENS:
             invalid(f"{where}: {len(ids)} tokens, more than {MAX_TRAINED_TOKENS}: {MERGE}")
         if len(set(ids)) != len(ids):
             twice = next(item for at, item in enumerate(ids) if item in ids[:at])
             invalid(f"{where}: token {twice} is there twice; save the adapter again with PEFT")
-        if ids:
-            found.append((name, tuple(ids)))
-    return tuple(found)
-
-
-def _rank(field: str, value: object, invalid: Invalid) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 2**31:
-        invalid(f"{field}={short(value)}: expected a positive integer (the rank)")
-    return value
-
-
-def _number(field: str, value: object, invalid: Invalid) -> float:
-    # Bounded rather than math.isfinite, which overflows on JSON's unbounded integers.
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not -1e30 < value < 1e30:
-        invalid(f"{field}={short(value)}: expected a finite number")
-    return float(value)
-
-
-def _bool(field: str, value: object, invalid: Invalid) -> bool:
-    if value is not None and not isinstance(value, bool):
-        invalid(f"{field}={short(value)}: expected true or false")
-    return bool(value)
-
-
-def _strings(field: str, value: object, invalid: Invalid) -> list[str]:
-    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-        invalid(f"{field}={short(value)}: expected a list of strings")
-    return value
+    return tuple((name, tuple(ids)) for name, ids in by_name.items() if ids)
 
 
 def _bounded(field: str, patterns: Sequence[Pattern], invalid: Invalid) -> tuple[Pattern, ...]:
@@ -349,42 +308,27 @@ def _pattern(field: str, text: str, *, before: str = "", after: str = "", whole:
         raise PatternError(f"{field}: RE2 does not take the expression {short(text)} ({error})") from error
 
 
-def _modules(field: str, value: object, invalid: Invalid) -> Pattern | frozenset[str]:
+def _modules(field: str, value: str | Sequence[str] | None) -> Pattern | frozenset[str] | None:
     """Parse module names, or an expression. Raises PatternError."""
     if isinstance(value, str):
         return _pattern(field, value, whole=True)
-    return frozenset(_strings(field, value, invalid))
+    return None if value is None else frozenset(value)
 
 
-def _layer_patterns(value: object, invalid: Invalid) -> tuple[Pattern, ...]:
+def _layer_patterns(value: str | Sequence[str] | None) -> list[Pattern]:
     """Parse ``layers_pattern``. Raises PatternError."""
-    field = "layers_pattern"
-    texts = _strings(field, value, invalid)[: MAX_PATTERNS + 1]
-    found = [_pattern(field, text, before=r"(?:^|.*?\.)", after=r"\.(?:[0-9]+)\.") for text in texts]
-    return _bounded(field, found, invalid)
+    texts = [value] if isinstance(value, str) else value or []
+    before, after = r"(?:^|.*?\.)", r"\.(?:[0-9]+)\."
+    return [
+        _pattern("layers_pattern", text, before=before, after=after) for text in texts[: MAX_PATTERNS + 1]
+    ]
 
 
-def _layers(value: object, invalid: Invalid) -> frozenset[int]:
-    items = [] if value is None else value if isinstance(value, list) else [value]
-    if not all(isinstance(item, int) and not isinstance(item, bool) for item in items):
-        invalid(f"layers_to_transform={short(value)}: expected an integer or a list of integers")
-    return frozenset(items)
-
-
-def _patterns(
-    field: str, value: object, check: Callable[[str, object, Invalid], T], invalid: Invalid
-) -> tuple[tuple[Pattern, T], ...]:
-    """PEFT's per-module overrides; the first key, in file order, that matches a module wins."""
-    if value is None:
-        return ()
-    if not isinstance(value, dict):
-        invalid(f"{field}={short(value)}: expected an object of module pattern -> value")
-    keys = list(value)[: MAX_PATTERNS + 1]
+def _patterns(field: str, values: Mapping[str, T], invalid: Invalid) -> tuple[tuple[Pattern, T], ...]:
+    """Parse PEFT's per-module overrides; the first key, in file order, that matches a module wins."""
+    keys = list(values)[: MAX_PATTERNS + 1]
     try:
         patterns = [_pattern(field, key, before=r"(.*\.)?(", after=")$") for key in keys]
     except PatternError as error:
         invalid(f"{error}; name the modules instead")
-    return tuple(
-        (pattern, check(f"{field}[{key[:80]!r}]", value[key], invalid))
-        for key, pattern in zip(keys, _bounded(field, patterns, invalid), strict=True)
-    )
+    return tuple(zip(_bounded(field, patterns, invalid), values.values(), strict=True))

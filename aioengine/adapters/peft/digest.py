@@ -19,7 +19,7 @@ _PIECE_BYTES = 4 << 20
 
 class ContentDigest(NamedTuple):
     digest: str
-    """SHA-256 of the content, as in :class:`aioengine.adapters.peft.read.PackedAdapter`."""
+    """SHA-256 of the content, as in :class:`aioengine.adapters.peft.pack.PackedAdapter`."""
     version: str
     """Version of the hashed files, as in :class:`aioengine.adapters.peft.folder.AdapterFolder`."""
 

@@ -40,7 +40,7 @@ _CUDA_ELEMENTS = 1 << 22
 
 class OutputAdapter(Protocol):
     """The fields that :func:`output_affine` reads of an
-    :class:`aioengine.adapters.peft.read.PackedAdapter`."""
+    :class:`aioengine.adapters.peft.pack.PackedAdapter`."""
 
     @property
     def name(self) -> str: ...

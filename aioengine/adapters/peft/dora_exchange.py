@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from aioengine.adapters.peft.dora import BaseWeights, Rows, rows_of
-from aioengine.adapters.peft.read import PackedAdapter
+from aioengine.adapters.peft.pack import PackedAdapter
 from aioengine.model.slots.image import image_shape
 from aioengine.model.slots.layout import SlotLayout
 

@@ -14,7 +14,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from aioengine.adapters.peft.folding.embeddings import TOKEN_KINDS
-from aioengine.adapters.peft.targets import HEAD_KINDS, Part
+from aioengine.adapters.peft.targets import HEAD_KINDS, Layout, Part
 from aioengine.adapters.peft.weights_file import Entry
 from aioengine.model.parallel.ranges import EVERYTHING, Ranges, take
 from aioengine.model.slots.layout import SlotLayout
@@ -43,8 +43,14 @@ class Selection(NamedTuple):
     """Offsets and lengths of the parts in the data, in bytes, in the same order."""
 
 
-def cut_of(slot: SlotLayout, part: Part, *, dora: bool, tied: bool) -> Cut:
-    """Which part of a tensor the rank of ``slot`` needs, in an adapter with these properties.
+def cuts_of(slot: SlotLayout, layout: Layout, parts: Mapping[str, Part]) -> dict[str, Cut]:
+    """Which part of each tensor the rank of ``slot`` needs, by key."""
+    whole = layout.dora or layout.tied
+    return {key: _cut_of(slot, part, needs_more=whole) for key, part in parts.items()}
+
+
+def _cut_of(slot: SlotLayout, part: Part, *, needs_more: bool) -> Cut:
+    """Which part of a tensor the rank of ``slot`` needs; ``needs_more`` for DoRA and tied adapters.
 
     DoRA's norms need whole rows of B A for the outputs that the rank computes or, where a linear is split
     over its inputs, all rows for the inputs that the rank has.
@@ -53,13 +59,13 @@ def cut_of(slot: SlotLayout, part: Part, *, dora: bool, tied: bool) -> Cut:
         return Cut(EVERYTHING)
     module = part.place[1]
     share, partition = slot.share(module), slot.partition
-    more, splits_inputs = dora or tied, partition.splits_inputs(module)
+    splits_inputs = partition.splits_inputs(module)
     match part.kind:
         case "A":
             rows, columns = (share.a[0],), share.a[1]
-            return Cut(EVERYTHING, columns, rows) if more and not splits_inputs else Cut(rows, columns)
+            return Cut(EVERYTHING, columns, rows) if needs_more and not splits_inputs else Cut(rows, columns)
         case "B":
-            return Cut(EVERYTHING, held=share.b) if more and splits_inputs else Cut(share.b)
+            return Cut(EVERYTHING, held=share.b) if needs_more and splits_inputs else Cut(share.b)
         case "base":
             return Cut((partition.vocabulary,))
     return Cut(share.outputs)

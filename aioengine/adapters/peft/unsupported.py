@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from collections.abc import Set as AbstractSet
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import msgspec
 
@@ -88,6 +88,18 @@ _NEUTRAL = frozenset(
     )
 )
 
+_TEXTS = ("peft_type", "bias", "init_lora_weights")
+_KNOWN = _NEUTRAL | _UNSUPPORTED.keys() | set(_TEXTS)
+
+
+def _text(field: str, fields: Mapping[str, msgspec.Raw]) -> str | bool | msgspec.Raw | None:
+    """Return a field that is a text; what is neither that nor a bool as it stands."""
+    text = fields.get(field, msgspec.Raw(b"null"))
+    try:
+        return msgspec.json.decode(text, type=str | bool | None)
+    except (msgspec.MsgspecError, UnicodeError):
+        return text
+
 
 def _is_set(text: msgspec.Raw) -> bool:
     """Whether a field has an effect: null, false, 0 and empty values have none."""
@@ -97,17 +109,14 @@ def _is_set(text: msgspec.Raw) -> bool:
         return True
 
 
-def refuse_unsupported(
-    raw: Mapping[str, Any], fields: Mapping[str, msgspec.Raw], used: AbstractSet[str], invalid: Invalid
-) -> None:
+def refuse_unsupported(fields: Mapping[str, msgspec.Raw], used: AbstractSet[str], invalid: Invalid) -> None:
     """Refuse what would change the computation in a way that this engine does not perform.
 
     Args:
-        raw: The decoded values of the fields in ``used``.
         fields: All fields of the file.
         used: Names of the fields that are read elsewhere.
     """
-    peft_type = raw.get("peft_type")
+    peft_type = _text("peft_type", fields)
     if not isinstance(peft_type, str):
         invalid(f"peft_type={short(peft_type)}: expected 'LORA'; save the adapter with PEFT again")
     if peft_type != "LORA":
@@ -121,17 +130,17 @@ def refuse_unsupported(
     for field, reason in _UNSUPPORTED.items():
         if field in fields and _is_set(fields[field]):
             invalid(f"{field}={short(fields[field])}: {reason}")
-    bias = raw.get("bias")
+    bias = _text("bias", fields)
     if bias not in (None, "none"):
         invalid(f"bias={short(bias)}: only 'none' is supported; trained biases cannot be swapped: {MERGE}")
-    init = raw.get("init_lora_weights", True)
+    init = _text("init_lora_weights", fields)
     if init == "loftq":
         invalid(
             'init_lora_weights="loftq": LoftQ puts quantized weights in the place of the base model\'s; save '
             "that base (model.unload().save_pretrained), serve it, and set this to true, as LoftQ's own "
             "scripts do: over that base A and B are the whole adapter, over any other they are not"
         )
-    if init is not None and not isinstance(init, bool) and init not in list(_PLAIN_INITS):
+    if init is not None and not isinstance(init, bool) and init not in _PLAIN_INITS:
         invalid(
             f"init_lora_weights={short(init)}: expected a bool or one of {list(_PLAIN_INITS)}; "
             "other initialisations change the base model's weights, so that A and B alone are not "
@@ -139,8 +148,7 @@ def refuse_unsupported(
             "true if the served base model is the changed one"
         )
     for field, value in fields.items():
-        known = field in _NEUTRAL or field in used or field in _UNSUPPORTED
-        if not known and _is_set(value):
+        if field not in _KNOWN and field not in used and _is_set(value):
             invalid(
                 f"unknown field {field[:80]!r} = {short(value)} may change what the adapter "
                 "computes; remove it if it is only a note"

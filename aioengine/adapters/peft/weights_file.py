@@ -6,8 +6,9 @@ A file's data is read into one buffer, and its tensors are views of it: no copy,
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import groupby
 from typing import Annotated, NamedTuple
 
@@ -29,13 +30,18 @@ DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 """Names of dtypes in a header."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
 class Weights:
-    """The tensors of a file, of any mix of float32, float16 and bfloat16."""
+    """The tensors of a file, of any mix of float32, float16 and bfloat16; ``build`` makes them, by key, when
+    they are first needed."""
 
-    tensors: dict[str, Tensor]
-    runs: Sequence[Tensor]
-    """The same values as few flat tensors, for operations that are faster over all of them at once."""
+    def __init__(self, runs: Sequence[Tensor], build: Callable[[], Mapping[str, Tensor]]) -> None:
+        self.runs = runs
+        """The same values as few flat tensors, for operations that are faster over all of them at once."""
+        self._build = build
+
+    @cached_property
+    def tensors(self) -> Mapping[str, Tensor]:
+        return self._build()
 
 
 class Entry(NamedTuple):
@@ -147,30 +153,25 @@ _DECODER = msgspec.json.Decoder(_Described)
 
 def tensors_of(buffer: Buffer, entries: Sequence[Entry]) -> Weights:
     """Return the data of a safetensors file as tensors: views of ``buffer`` where alignment allows it."""
-    tensors: dict[str, Tensor] = {}
-    runs: list[Tensor] = []
-    for dtype, group in groupby(entries, key=lambda entry: entry.dtype):
-        run, size = list(group), dtype.itemsize
-        begin, end = run[0].begin, run[-1].begin + run[-1].nbytes
-        if (
-            begin % size
-        ):  # after an odd number of 16-bit values: allowed, although no library writes such files
-            flat = torch.frombuffer(bytearray(buffer.view[begin:end]), dtype=dtype)
-        else:
-            flat = buffer.tensor[begin:end].view(dtype)
-        runs.append(flat)
-        origin = flat.storage_offset() - begin // size
-        for entry in run:
-            stride, offset = _strides(entry.shape), origin + entry.begin // size
-            tensors[entry.key] = flat.as_strided(entry.shape, stride, offset)
-    return Weights(tensors, runs)
+    groups = [list(group) for _, group in groupby(entries, key=lambda entry: entry.dtype)]
+    runs = [_flat(buffer, group) for group in groups]
+
+    def build() -> dict[str, Tensor]:
+        tensors: dict[str, Tensor] = {}
+        for flat, group in zip(runs, groups, strict=True):
+            pieces = flat.split_with_sizes([math.prod(entry.shape) for entry in group])
+            tensors |= {
+                entry.key: piece.view(entry.shape) for entry, piece in zip(group, pieces, strict=True)
+            }
+        return tensors
+
+    return Weights(runs, build)
 
 
-def _strides(shape: Sequence[int]) -> tuple[int, ...]:
-    if len(shape) == 2:  # nearly all
-        return shape[1], 1
-    strides, step = [0] * len(shape), 1
-    for axis in range(len(shape) - 1, -1, -1):
-        strides[axis] = step
-        step *= shape[axis]
-    return tuple(strides)
+def _flat(buffer: Buffer, entries: Sequence[Entry]) -> Tensor:
+    """Return the data of entries of one dtype that follow each other."""
+    dtype, begin, end = entries[0].dtype, entries[0].begin, entries[-1].begin + entries[-1].nbytes
+    if begin % dtype.itemsize:
+        # After an odd number of 16-bit values: allowed, although no library writes such files.
+        return torch.frombuffer(bytearray(buffer.view[begin:end]), dtype=dtype)
+    return buffer.tensor[begin:end].view(dtype)

@@ -26,7 +26,7 @@ Key = tuple[int, str]
 
 class Adapter(Protocol):
     """Adapter as :func:`build_image` reads it, for example an
-    :class:`aioengine.adapters.peft.read.PackedAdapter`."""
+    :class:`aioengine.adapters.peft.pack.PackedAdapter`."""
 
     @property
     def rank(self) -> int: ...

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from aioengine.adapters.peft.config import PeftLoraConfig, parse_config
+from aioengine.adapters.peft.contents import contiguous
 from aioengine.adapters.peft.folder import CONFIG_FILE, AdapterFolder
 from aioengine.adapters.peft.folding.methods import METHODS, Method, scaled
-from aioengine.adapters.peft.pack import contiguous
 from aioengine.adapters.peft.patterns import Pattern
 from aioengine.adapters.peft.targets import WRAPPERS
 from aioengine.errors import AdapterTooLarge
@@ -27,10 +27,6 @@ from aioengine.model.slots.layout import SlotLayout
 from aioengine.model.spec import LinearShape
 
 _NAME = re.compile(r"[\w.]{1,300}", re.ASCII)
-
-
-class _Type(msgspec.Struct):
-    peft_type: msgspec.Raw = msgspec.Raw(b"null")
 
 
 class _Module(NamedTuple):
@@ -63,26 +59,23 @@ class Fold:
         self._folder = folder
 
     @classmethod
-    def of(cls, config: bytes, folder: AdapterFolder) -> Fold | None:
-        """Return how to fold the adapter that ``config``, the content of its configuration file, describes;
-        None if that is not needed, or not possible.
+    def of(cls, fields: Mapping[str, msgspec.Raw], folder: AdapterFolder) -> Fold | None:
+        """Return how to fold the adapter that ``fields``, those of its configuration file, describe; None if
+        that is not needed, or not possible.
 
         Raises AdapterInvalid for settings that are malformed or not supported.
         """
-        try:
-            method = msgspec.json.decode(msgspec.json.decode(config, type=_Type).peft_type)
-        except (msgspec.MsgspecError, UnicodeError, RecursionError):
-            return None  # parse_config says what is wrong
-        if not isinstance(method, str) or method not in METHODS:
+        text = bytes(fields.get("peft_type", b"")).decode("utf-8", "replace")
+        method = next((method for method in METHODS if text == f'"{method}"'), None)
+        if method is None:
             return None
-        fields = msgspec.json.decode(config, type=dict[str, msgspec.Raw])
         settings = METHODS[method].settings
         as_lora = {name: value for name, value in fields.items() if name not in settings}
         as_lora |= {new: fields[old] for old, new in settings.items() if new is not None and old in fields}
         as_lora["peft_type"] = msgspec.Raw(b'"LORA"')
         if "lora_alpha" not in as_lora and "r" in as_lora:
             as_lora["lora_alpha"] = as_lora["r"]
-        parsed = parse_config(msgspec.json.encode(as_lora), name=folder.name, path=folder.path)
+        parsed = parse_config(as_lora, name=folder.name, path=folder.path)
         trained = parsed.heads or parsed.saved or parsed.tokens
         if parsed.use_dora or parsed.lora_bias or parsed.use_rslora or trained:
             folder.invalid(

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from aioengine.adapters.peft.contents import SlotOrder
 from aioengine.adapters.peft.digest import mix_digest
-from aioengine.adapters.peft.pack import SlotOrder
-from aioengine.adapters.peft.read import PackedAdapter
+from aioengine.adapters.peft.pack import PackedAdapter
 from aioengine.errors import AdapterInvalid, AdapterTooLarge
 from aioengine.model.slots.layout import SlotLayout
 from aioengine.step import MixPart

@@ -11,15 +11,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from itertools import groupby
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import msgspec
 from torch import Tensor
 
 from aioengine.adapters.peft.config import PeftLoraConfig, parse_config
+from aioengine.adapters.peft.contents import contiguous
 from aioengine.adapters.peft.folder import CONFIG_FILE, AdapterFolder
 from aioengine.adapters.peft.folding.fold import Folded
-from aioengine.adapters.peft.pack import contiguous
 from aioengine.adapters.peft.targets import WRAPPERS, modules_of
 from aioengine.errors import AdapterTooLarge
 from aioengine.model.slots.layout import SlotLayout
@@ -28,6 +28,7 @@ from aioengine.model.spec import BareParameter, ModelSpec
 _FIELD = "target_parameters"
 _PREFIX = "base_model.model."
 MAX_PARAMETERS = 2048
+_Names = Annotated[list[str], msgspec.Meta(max_length=MAX_PARAMETERS)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,27 +75,26 @@ class ParameterFold:
         self._folder = folder
 
     @classmethod
-    def of(cls, config: bytes, folder: AdapterFolder, spec: ModelSpec) -> ParameterFold | None:
-        """Return how to fold the adapter that ``config``, the content of its configuration file, describes;
-        None if it has no ``target_parameters``, or the model takes none.
+    def of(
+        cls, fields: Mapping[str, msgspec.Raw], folder: AdapterFolder, spec: ModelSpec
+    ) -> ParameterFold | None:
+        """Return how to fold the adapter that ``fields``, those of its configuration file, describe; None if
+        it has no ``target_parameters``, or the model takes none.
 
         Raises AdapterInvalid for settings that are malformed or not supported.
         """
-        try:
-            raw = msgspec.json.decode(config.removeprefix(b"\xef\xbb\xbf"), type=dict[str, msgspec.Raw])
-            wanted = msgspec.json.decode(raw.get(_FIELD, msgspec.Raw(b"null")))
-        except (msgspec.MsgspecError, UnicodeError, RecursionError):
-            return None  # what is wrong with it is said when it is parsed
-        if not wanted or next(spec.bare_parameters(), None) is None:
+        if _FIELD not in fields or next(spec.bare_parameters(), None) is None:
             return None
-        if not isinstance(wanted, list) or not all(isinstance(name, str) for name in wanted):
-            folder.invalid(f"{CONFIG_FILE}: {_FIELD}: expected a list of strings")
-        if len(wanted) > MAX_PARAMETERS:
-            folder.invalid(f"{CONFIG_FILE}: {_FIELD}: more than {MAX_PARAMETERS} names")
-        del raw[_FIELD]
-        if bytes(raw.get("target_modules", b"null")) == b"null":
-            raw["target_modules"] = msgspec.Raw(b"[]")
-        parsed = parse_config(msgspec.json.encode(raw), name=folder.name, path=folder.path)
+        try:
+            wanted = msgspec.json.decode(fields[_FIELD], type=_Names | None)
+        except (msgspec.MsgspecError, UnicodeError):
+            folder.invalid(f"{CONFIG_FILE}: {_FIELD}: expected a list of at most {MAX_PARAMETERS} strings")
+        if not wanted:
+            return None
+        others = {name: value for name, value in fields.items() if name != _FIELD}
+        if bytes(others.get("target_modules", b"null")) == b"null":
+            others["target_modules"] = msgspec.Raw(b"[]")
+        parsed = parse_config(others, name=folder.name, path=folder.path)
         trained = parsed.heads or parsed.saved or parsed.tokens
         if parsed.use_dora or parsed.lora_bias or trained or parsed.invocation:
             folder.invalid(
