@@ -95,6 +95,7 @@ def _print(found: MemoryPlan, model: str, ran_by: str, variance: str | None) -> 
 
     from aioengine.checks import format_bytes
     from aioengine.cli.tables import box_for, output_console
+    from aioengine.kernels.cpu.build import described_level
 
     console = output_console()
     title = f"Memory plan: {model} on {found.device}"
@@ -124,3 +125,5 @@ def _print(found: MemoryPlan, model: str, ran_by: str, variance: str | None) -> 
     console.print(f"model: {ran_by}", highlight=False, soft_wrap=True)
     invariance = "on" if variance is None else f"off: {variance}"
     console.print(f"batch invariance {invariance}", highlight=False, soft_wrap=True)
+    if found.device == "cpu":
+        console.print(f"CPU kernels: {described_level()}", highlight=False, soft_wrap=True)

@@ -7,7 +7,11 @@ version, another compiler or another CPU gets a separate library.
 
 from __future__ import annotations
 
+import ctypes
+import errno
+import functools
 import hashlib
+import itertools
 import logging
 import os
 import platform
@@ -35,6 +39,11 @@ FLAGS = (
 )
 SANITIZE = "AIOENGINE_CPU_SANITIZE"
 """Environment variable: 1 compiles with sanitizers, for tests. Their libraries must be preloaded."""
+FORCED = "AIOENGINE_CPU_LEVEL"
+"""Environment variable: name of the level to use in place of the best one."""
+TILES = "amx"
+"""Level whose registers a process may use only once Linux has granted them."""
+_ARCH_PRCTL, _REQUEST_PERMISSION, _TILE_DATA = 158, 0x1023, 18
 _RUNTIME = ("-static-libstdc++", "-static-libgcc")
 """Flags that link the C++ runtime in: where a library is loaded there may be an older one, on another machine
 or in an environment that has its own. OpenMP is not linked in, because it must be torch's."""
@@ -45,13 +54,16 @@ _SANITIZERS = (
     "-O1",
     "-g",
 )
+_AVX512_BF16 = ("avx512_bf16", "avx512_vnni", "avx512f", "avx512bw", "avx512vl", "avx512dq")
+_AVX512_BF16_FLAGS = ("-march=x86-64-v4", "-mavx512bf16", "-mavx512vnni")
 # By what the CPU must have: (name, CPU features, compiler flags), best first.
 _LEVELS = (
     (
-        "avx512_bf16",
-        ("avx512_bf16", "avx512_vnni", "avx512f", "avx512bw", "avx512vl", "avx512dq"),
-        ("-march=x86-64-v4", "-mavx512bf16", "-mavx512vnni"),
+        TILES,
+        (*_AVX512_BF16, "amx_tile", "amx_bf16", "amx_int8"),
+        (*_AVX512_BF16_FLAGS, "-mamx-tile", "-mamx-bf16", "-mamx-int8"),
     ),
+    ("avx512_bf16", _AVX512_BF16, _AVX512_BF16_FLAGS),
     (
         "avx512_vnni",
         ("avx512_vnni", "avx512f", "avx512bw", "avx512vl", "avx512dq"),
@@ -64,6 +76,9 @@ _LEVELS = (
 
 _OLD_X86: tuple[str, ...] = ("-O1",)
 """Flags for CPUs without AVX2. There each vector becomes four or more, which takes minutes to optimize."""
+FOR_TESTS = {"stand_in": ("-O1", "-DAIO_TILES_STAND_IN")}
+"""Levels that run anywhere and are chosen by name only: the kernels for tile registers, with these in plain
+C++."""
 
 
 class Unavailable(Exception):
@@ -73,10 +88,10 @@ class Unavailable(Exception):
 def compiled(level: str | None = None, *, extra_flags: Sequence[str] = (), use_prebuilt: bool = True) -> Path:
     """Return the compiled library. Compiles it (blocking) if neither the package nor the cache has it.
 
-    ``level`` is one of :func:`levels`, by default the best; ``extra_flags`` are for the compiler. With the
-    environment variable ``CXX`` no prebuilt library is used. Raises Unavailable.
+    ``level`` is one of :func:`levels`, by default the best, or of ``FOR_TESTS``; ``extra_flags`` are for the
+    compiler. With the environment variable ``CXX`` no prebuilt library is used. Raises Unavailable.
     """
-    supported = levels()
+    supported = {**levels(), **FOR_TESTS}
     level = level or next(iter(supported))
     found = prebuilt(level) if use_prebuilt and not extra_flags else None
     if found is not None:
@@ -86,7 +101,7 @@ def compiled(level: str | None = None, *, extra_flags: Sequence[str] = (), use_p
 
 def prebuilt(level: str) -> Path | None:
     """Return the package's prebuilt library, if it has one made from these sources."""
-    if os.environ.get("CXX") or os.environ.get(SANITIZE) == "1":
+    if os.environ.get("CXX") or os.environ.get(SANITIZE) == "1" or level in FOR_TESTS:
         return None
     path = PREBUILT / _prebuilt_name(level, platform.machine())
     return path if path.exists() else None
@@ -157,14 +172,63 @@ def obstacle() -> str | None:
 
 def levels() -> dict[str, tuple[str, ...]]:
     """Return the instruction sets that the kernels can be compiled for here, best first, with compiler
-    flags."""
-    features = _cpu_features()
+    flags. Raises ValueError if the variable AIOENGINE_CPU_LEVEL names another one."""
+    features, forced = _cpu_features(), os.environ.get(FORCED)
     needed = {name: needs for name, needs, _ in _LEVELS}
-    return {
+    found = {
         name: flags
         for name, flags in _levels_of(platform.machine()).items()
-        if features.issuperset(needed.get(name, ()))
+        if features.issuperset(needed.get(name, ())) and (name != TILES or tiles_refused() is None)
     }
+    if not forced:
+        return found
+    if forced not in found:
+        refused = tiles_refused() if forced == TILES and features.issuperset(needed[TILES]) else None
+        raise ValueError(
+            f"{FORCED}={forced}: this machine cannot run that level"
+            + (f" ({refused})" if refused else "")
+            + f"; it can run: {', '.join(found)}"
+        )
+    return dict(itertools.dropwhile(lambda item: item[0] != forced, found.items()))
+
+
+def better_level() -> str | None:
+    """Return which better level this CPU has than the one that runs, and why that does not; None if there is
+    none."""
+    best, features = next(iter(levels())), _cpu_features()
+    better = list(itertools.takewhile(lambda name: name != best, _levels_of(platform.machine())))
+    for name, needs, _ in _LEVELS:
+        if name in better and features.issuperset(needs):
+            refused = tiles_refused() if name == TILES else None
+            return f"{name}, but {refused or f'{FORCED} is {best}'}"
+    return None
+
+
+def described_level() -> str:
+    """Return the level that runs, and a better one of this CPU that does not."""
+    best, better = next(iter(levels())), better_level()
+    return best if better is None else f"{best} (this CPU has {better})"
+
+
+@functools.cache
+def tiles_refused() -> str | None:
+    """Ask Linux, once for the process, for the use of tile registers, whose state takes 8 KiB of each thread;
+    return why it refuses. What it grants, threads and forked processes have too."""
+    try:
+        system_call = ctypes.CDLL(None, use_errno=True).syscall
+        refused = system_call(_ARCH_PRCTL, _REQUEST_PERMISSION, _TILE_DATA) != 0
+    except (AttributeError, OSError, TypeError) as error:  # no C library that could be asked
+        return f"the system cannot be asked for tile registers: {error}"
+    if not refused:
+        return None
+    code = ctypes.get_errno()
+    hint = {
+        errno.ENOSPC: "a thread's alternate signal stack has no room for them: load the engine before",
+        errno.EINVAL: "Linux is older than 5.16, or a virtual machine hides them",
+        errno.EPERM: "a seccomp filter forbids arch_prctl",
+        errno.ENOSYS: "a seccomp filter forbids arch_prctl",
+    }.get(code, "arch_prctl failed")
+    return f"Linux does not grant tile registers: {os.strerror(code)} ({hint})"
 
 
 def _levels_of(machine: str) -> dict[str, tuple[str, ...]]:

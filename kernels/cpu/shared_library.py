@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch  # before the library: its OpenMP runtime must be the one that both use
 
-from aioengine.kernels.cpu.build import PREBUILT, Unavailable, compiled, levels
+from aioengine.kernels.cpu.build import PREBUILT, Unavailable, better_level, compiled, described_level, levels
 from aioengine.kernels.cpu.cores import cores
 
 logger = logging.getLogger("aioengine")
@@ -143,6 +143,8 @@ def load(level: str | None = None) -> ctypes.CDLL:
     for name, arguments in _SIGNATURES.items():
         function = getattr(loaded, name)
         function.argtypes, function.restype = arguments, None
+    if level is None and better_level() is not None:
+        logger.warning("the CPU kernels run at the level %s", described_level())
     if complaint := cores().complaint(torch.get_num_threads()):
         logger.warning("%s", complaint)
     return loaded

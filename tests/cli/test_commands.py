@@ -212,6 +212,15 @@ def test_plan_says_whether_tokens_depend_on_the_batch(
     assert "no C++ compiler is found" in capsys.readouterr().out
 
 
+def test_plan_says_which_instructions_the_cpu_kernels_use(
+    model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = ["plan", "--model", str(model), "--kv-cache-memory", "1MiB", "--device", "cpu"]
+    monkeypatch.setenv("AIOENGINE_CPU_LEVEL", "generic")
+    assert main(plan) == 0
+    assert "CPU kernels: generic" in capsys.readouterr().out
+
+
 def test_plan_that_does_not_fit(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "--model", str(model), "--kv-cache-memory", "900TiB"]) == 2
     assert "kv_cache_memory" in capsys.readouterr().err

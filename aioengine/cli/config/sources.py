@@ -30,6 +30,7 @@ _NO_FLAGS = {
         "KERNELS",
         "TRITON_TABLE",
         "PREBUILD_KERNELS",
+        "CPU_LEVEL",
         "CPU_SANITIZE",
     )
 }

@@ -36,7 +36,7 @@ void linear(const Work& w) {
       return (const uint32_t*)wide.data();
     };
     // What follows may be stored in another way.
-    compute_experts<T>(me, w.l, w.beside, w.experts, multiply<T>(), {}, weights);
+    compute_experts<T>(me, w.l, w.beside, w.experts, multiply<T>(w.l), {}, weights);
   });
 }
 

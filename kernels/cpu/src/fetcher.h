@@ -27,7 +27,7 @@ inline std::vector<Fetch> matrices(const Adapters& adapters, long k, long size) 
   return found;
 }
 
-// Gives out cache lines to be fetched while a thread computes its blocks, one or two for each step of the inner loop.
+// Gives out cache lines to be fetched while a thread computes its blocks, a few for each step of the inner loop.
 // For each block that is: what is wanted when it is done, then the next block's weights, then a share of what is needed
 // after the linear. The last is left for the last blocks, at most half of them, or what comes in between would drive it out.
 class Fetcher {
@@ -69,11 +69,11 @@ class Fetcher {
       }
     }
     blocks_--;
-    twice_ = total_ > steps;
+    rate_ = total_ > steps ? (total_ + steps - 1) / steps : 1;
   }
 
-  // Whether two lines are to be fetched for each step.
-  bool twice() const { return twice_; }
+  // How many lines are to be fetched for each step; a loop may take fewer.
+  long rate() const { return rate_; }
 
   // Up to `count` lines that adjoin: where they begin, and how many; none if all are given out.
   inline __attribute__((always_inline)) const char* take(long count, long& taken) {
@@ -90,6 +90,14 @@ class Fetcher {
     return from;
   }
 
+  // Fetches up to `count` lines.
+  inline void fetch(long count) {
+    for (long taken; next_ < count_ && count > 0; count -= taken) {
+      const char* const from = take(count, taken);
+      for (long i = 0; i < taken; i++) __builtin_prefetch(from + i * 64, 0, 2);
+    }
+  }
+
  private:
   static constexpr long MOST_LATER = (1 << 20) / 64;  // lines; about what a core's L2 cache holds
 
@@ -99,8 +107,7 @@ class Fetcher {
   long line_, left_, blocks_, half_;
   std::vector<Fetch> ranges_;
   size_t count_ = 0, next_ = 0;  // ranges that are wanted, and the one that is given out
-  long at_ = 0, total_ = 0;
-  bool twice_ = false;
+  long at_ = 0, total_ = 0, rate_ = 1;
 };
 
 }  // namespace aio

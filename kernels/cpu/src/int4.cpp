@@ -275,7 +275,7 @@ void multiply_expanded(const Member& me, const Work& w, const Linear& l) {
       return wide;
     }
   };
-  compute_experts<Out>(me, l, w.beside, w.experts, multiply<T>(), w.stored(), weights);
+  compute_experts<Out>(me, l, w.beside, w.experts, multiply<T>(l), w.stored(), weights);
 }
 
 template <class T>

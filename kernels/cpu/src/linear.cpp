@@ -6,12 +6,18 @@
 
 namespace aio {
 
-template <class T>
-const Multiply& multiply() {
-  return MULTIPLY<T>;
+template <>
+const Multiply& multiply<F32>(const Linear&) {
+  return MULTIPLY<F32>;
 }
-template const Multiply& multiply<Bf16>();
-template const Multiply& multiply<F32>();
+
+template <>
+const Multiply& multiply<Bf16>([[maybe_unused]] const Linear& l) {
+#if defined(AIO_TILES)
+  if (fills_tiles<Bf16>(l.k)) return MULTIPLY_TILES<Bf16>;
+#endif
+  return MULTIPLY<Bf16>;
+}
 
 namespace {
 
@@ -20,7 +26,7 @@ void linear(const Linear& l, const void* packed, const Beside& beside, const Exp
   const long panel = l.k / T::PER_LANE * LANES;
   together(threads, [&](const Member& me) {
     const auto weights = [&](long first, long) { return (const uint32_t*)packed + first * panel; };
-    compute_experts<T>(me, l, beside, experts, multiply<T>(), {packed, panel * long(sizeof(uint32_t))}, weights);
+    compute_experts<T>(me, l, beside, experts, multiply<T>(l), {packed, panel * long(sizeof(uint32_t))}, weights);
   });
 }
 

@@ -1,8 +1,6 @@
 // The products of the tiles of tiles.h, for each type of weights.
 #pragma once
 
-#include <utility>
-
 #include "tiles.h"
 
 namespace aio {
@@ -59,7 +57,7 @@ inline void store_scaled(const Linear& l, const V (&sums)[R][P], long row, long 
 
 // Products for R rows and P panels.
 template <class T, int R, int P>
-void products(const Linear& l, const uint32_t* w, Fetcher& fetcher, long row, long column, vf (*sums)[ROWS]) {
+void products(const Linear& l, const uint32_t* w, Fetcher& fetcher, long row, long column, vf (*sums)[MOST_ROWS]) {
   constexpr int COLUMNS = P * PER_VECTOR, SOME = at_once(R, COLUMNS);
   using Register = typename Panel<T>::Sums;
   const long lanes = l.k / T::PER_LANE, panel = Panel<T>::words(l.k);
@@ -81,7 +79,7 @@ void products(const Linear& l, const uint32_t* w, Fetcher& fetcher, long row, lo
 #pragma GCC unroll 8
       for (int r = 0; r < R; r++) acc[r][c] = start;  // unrolled, or it becomes a call that clears memory
     }
-    const long rate = fetcher.twice() ? 2 : 1;
+    const long rate = fetcher.rate() > 1 ? 2 : 1;
     for (long k = 0, until; k < lanes; k = until) {
       long count;
       const char* from = fetcher.take((lanes - k) * rate, count);
@@ -102,23 +100,87 @@ void products(const Linear& l, const uint32_t* w, Fetcher& fetcher, long row, lo
     for (int r = 0; r < R; r++) sums[p][r] = to_float(all[r][p]);
 }
 
-// The tiles of 1 to as many rows.
-template <class T, int P, int... R>
-constexpr void fill(Products (&tiles)[ROWS], std::integer_sequence<int, R...>) {
-  ((tiles[R] = products<T, R + 1, P>), ...);
-}
-
 // Fewer panels than usual are rare: not worth as many kinds of tiles.
-template <class T>
-constexpr Multiply all_tiles() {
-  Multiply all{T::PER_LANE, {}};
-  fill<T, 1>(all.tile[0], std::make_integer_sequence<int, FEW_ROWS>{});
-  fill<T, 2>(all.tile[1], std::make_integer_sequence<int, FEW_ROWS>{});
-  fill<T, 3>(all.tile[2], std::make_integer_sequence<int, ROWS>{});
-  return all;
+template <class T, int P>
+constexpr int MOST = P == PANELS ? ROWS : FEW_ROWS;
+
+template <class T, int P>
+void some_products(const Linear& l, const uint32_t* w, Tools& tools, long row, long rows, long column,
+                   vf (*sums)[MOST_ROWS]) {
+#define CALL(R) products<T, R <= MOST<T, P> ? R : 1, P>(l, w, tools.fetcher, row, column, sums)
+  AIO_SWITCH_ROWS(rows, CALL)
+#undef CALL
 }
 
 template <class T>
-constexpr Multiply MULTIPLY = all_tiles<T>();
+constexpr Multiply MULTIPLY{T::PER_LANE,
+                            true,
+                            {MOST<T, 1>, MOST<T, 2>, MOST<T, 3>},
+                            {some_products<T, 1>, some_products<T, 2>, some_products<T, 3>}};
+
+#if defined(AIO_TILES)
+// Does something with each of 0 .. COUNT - 1 as a constant.
+template <int... I, class Work>
+inline __attribute__((always_inline)) void unrolled(std::integer_sequence<int, I...>, const Work& work) {
+  (work(std::integral_constant<int, I>{}), ...);
+}
+template <int COUNT, class Work>
+inline __attribute__((always_inline)) void unrolled(const Work& work) {
+  unrolled(std::make_integer_sequence<int, COUNT>{}, work);
+}
+
+// The same in tile registers, for H of these in height and P panels.
+template <class T, int H, int P>
+void products_of_registers(const Linear& l, const uint32_t* w, Fetcher& fetcher, long row, long column,
+                           vf (*sums)[MOST_ROWS]) {
+  static_assert(H * P <= SUMS);
+  const long lanes = l.k / T::PER_LANE, panel = lanes * LANES;
+  const long stride = l.x_stride / T::PER_LANE * long(sizeof(uint32_t)), rate = fetcher.rate();
+  const uint32_t* const x = (const uint32_t*)((const char*)l.x + row * stride);
+  unrolled<H * P>([&](auto i) {
+    if (l.start != nullptr)
+      load_tile<i>(l.start + column + i % P * LANES, 0);  // the same for all rows
+    else
+      zero_tile<i>();
+  });
+  for (long k = 0; k < lanes; k += LANES) {
+    fetcher.fetch(rate * LANES);
+    unrolled<H>([&](auto h) {
+      load_tile<LEFT>((const char*)(x + k) + h * TILE_ROWS * stride, stride);
+      unrolled<P>([&](auto i) {
+        constexpr int p = h % 2 == 0 ? i : P - 1 - i;  // there and back: the last panel is not loaded again
+        if (h == 0 || i > 0) load_tile<RIGHT>(w + p * panel + k * LANES, TILE_BYTES);
+        multiply_tiles<T, h * P + p>();
+      });
+    });
+  }
+  unrolled<H * P>([&](auto i) { store_tile<i>(&sums[i % P][i / P * TILE_ROWS], TILE_BYTES); });
+}
+
+template <class T, int P>
+void products_of_tiles(const Linear& l, const uint32_t* w, Tools& tools, long row, long rows, long column,
+                       vf (*sums)[MOST_ROWS]) {
+  tools.tiles.use(int(rows < TILE_ROWS ? rows : TILE_ROWS));
+  if (rows > TILE_ROWS)
+    products_of_registers<T, 2, P>(l, w, tools.fetcher, row, column, sums);
+  else
+    products_of_registers<T, 1, P>(l, w, tools.fetcher, row, column, sums);
+  if constexpr (std::is_same_v<typename T::acc, vi>)
+    for (int p = 0; p < P; p++)
+      for (long r = 0; r < rows; r++) sums[p][r] = to_float((vi)sums[p][r]);
+}
+
+// Whether as many inputs are whole registers.
+template <class T>
+constexpr bool fills_tiles(long k) {
+  return k % (LANES * T::PER_LANE) == 0;
+}
+
+template <class T>
+constexpr Multiply MULTIPLY_TILES{T::PER_LANE,
+                                  false,
+                                  {MOST_ROWS, MOST_ROWS, MOST_ROWS},
+                                  {products_of_tiles<T, 1>, products_of_tiles<T, 2>, products_of_tiles<T, 3>}};
+#endif
 
 }  // namespace aio

@@ -14,7 +14,11 @@
 namespace aio {
 
 template <>
-const Multiply& multiply<Int8>() {
+const Multiply& multiply<Int8>([[maybe_unused]] const Linear& l) {
+#if defined(AIO_TILES)
+  constexpr long FEWEST = 5;  // rows for which tile registers take less time
+  if (fills_tiles<Int8>(l.k) && l.rows >= FEWEST) return MULTIPLY_TILES<Int8>;
+#endif
   return MULTIPLY<Int8>;
 }
 
@@ -171,7 +175,7 @@ void with_activations_as_they_are(const Work& w) {
       widen<T>(w.packed + first * panel, panels * panel / LANES, wide);
       return (const uint32_t*)wide;
     };
-    compute_experts<T>(me, w.l, w.beside, w.experts, multiply<T>(), w.stored(), weights);
+    compute_experts<T>(me, w.l, w.beside, w.experts, multiply<T>(w.l), w.stored(), weights);
   });
 }
 
@@ -180,7 +184,7 @@ void with_int8_activations(const Work& w) {
   together(w.threads, [&](const Member& me) {
     const Linear l = with_int8_rows<T>(me, w.l, w.rotation);
     const auto weights = [&](long first, long) { return w.packed + first * w.panel(); };
-    compute_experts<T>(me, l, w.beside, w.experts, multiply<Int8>(), w.stored(), weights);
+    compute_experts<T>(me, l, w.beside, w.experts, multiply<Int8>(l), w.stored(), weights);
   });
 }
 

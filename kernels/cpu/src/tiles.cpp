@@ -25,7 +25,7 @@ struct Delta {
 
 // R rows of a tile's sums, from `skip` on, to y, where they begin with `row`. `delta` may be null.
 template <class Out, int R>
-void finish(const Linear& l, const vf (&sums)[PANELS][ROWS], long skip, const Delta* delta, long row, long column,
+void finish(const Linear& l, const vf (&sums)[PANELS][MOST_ROWS], long skip, const Delta* delta, long row, long column,
             long panels) {
   using elem = typename Out::elem;
   for (long p = 0; p < panels; p++) {
@@ -88,7 +88,7 @@ class Share {
  public:
   Share(const Member& me, long rows, long n) : rows_(rows), panels_(whole(n, LANES)), wide_(whole(panels_, PANELS)) {
     const long blocks = whole(rows, ROW_BLOCK);
-    height_ = whole(whole(rows, ROWS), blocks) * ROWS;
+    height_ = whole(whole(rows, MOST_ROWS), blocks) * MOST_ROWS;
     if (wide_ % me.count == 0) {
       wide_ /= me.count;
       left_ = me.index * wide_;
@@ -124,7 +124,7 @@ class Blocks {
   // `blocks` is how many there will be.
   Blocks(const Member& me, const Linear& l, const Beside& beside, const Multiply& multiply, long blocks)
       : me_(me), l_(l), multiply_(multiply), adapters_(beside.adapters), next_(beside.next), left_(blocks),
-        fetcher_(beside, me.index, me.count, blocks) {
+        tools_{Fetcher(beside, me.index, me.count, blocks), {}} {
     if (adapters_ == nullptr) return;
     const long panel = adapters_->width / Out::PER_LANE * LANES;
     b_.resize(PANELS * panel);
@@ -137,11 +137,12 @@ class Blocks {
   void operator()(const uint32_t* w, const Block& block, const Fetch& next) {
     const auto [begin, end, first, panels, adjoining] = block;
     const long lanes = l_.k / multiply_.per_lane, column = first * LANES;
-    fetcher_.begin();
+    tools_.fetcher.begin();
     if (adapters_ != nullptr) find_segments(begin, end), want_adapters(column, panels);
-    fetcher_.want(next.begin, next.bytes);
+    tools_.fetcher.want(next.begin, next.bytes);
     if (--left_ == 0) want_next_linear();
-    fetcher_.ready((end - begin + ROWS - 1) / ROWS * lanes);
+    const long most = multiply_.most[PANELS - 1];
+    tools_.fetcher.ready((end - begin + most - 1) / most * lanes);
     rows(w, begin, end, column, panels);
     if (adapters_ == nullptr) return;
     waiting_ += panels;
@@ -155,19 +156,18 @@ class Blocks {
 
   // Tiles are as high as without adapters, wherever segments begin: a tile of a few rows takes longer for each of them.
   void rows(const uint32_t* w, long begin, long end, long column, long panels) {
-    const Products* const tile = multiply_.tile[panels - 1];
-    const long most = panels == PANELS ? ROWS : FEW_ROWS;
-    const bool plain = l_.bias == nullptr && column + panels * LANES <= l_.n;
+    const bool plain = multiply_.stores && l_.bias == nullptr && column + panels * LANES <= l_.n;
     auto next = long_.cbegin();  // the segment that is not passed yet
     Delta delta;                 // its own, once its rows have begun
     for (long row = begin, after; row < end; row = after) {
-      after = end - row < most ? end : row + most;
+      after = row + multiply_.rows(end - row, panels);
       const bool finished = plain && (next == long_.cend() || next->begin >= after);
-      vf sums[PANELS][ROWS];
-      tile[after - row - 1](l_, w, fetcher_, row, column, finished ? nullptr : sums);
-      for (long from = row, to = after; !finished && from < after; from = to, to = after) {
+      alignas(64) vf sums[PANELS][MOST_ROWS];
+      multiply_.tile[panels - 1](l_, w, tools_, row, after - row, column, finished ? nullptr : sums);
+      for (long from = row, to; !finished && from < after; from = to) {
+        to = after - from < ROWS ? after : from + ROWS;
         const bool adapted = next != long_.cend() && next->begin <= from;
-        if (next != long_.cend() && (adapted ? next->end : next->begin) < after) to = adapted ? next->end : next->begin;
+        if (next != long_.cend() && (adapted ? next->end : next->begin) < to) to = adapted ? next->end : next->begin;
         if (adapted && next->begin == from) delta = turned(*next->segment, column, panels);
 #define CALL(R) finish<Out, R <= ROWS ? R : 1>(l_, sums, from - row, adapted ? &delta : nullptr, from, column, panels)
         AIO_SWITCH_ROWS(to - from, CALL)
@@ -182,7 +182,7 @@ class Blocks {
     if (next_.begin == nullptr) return;
     const Share share(me_, l_.rows, next_.outputs);
     if (share.count() > 0)
-      fetcher_.want((const char*)next_.begin + share[0].first * next_.panel_bytes, share[0].panels * next_.panel_bytes);
+      tools_.fetcher.want((const char*)next_.begin + share[0].first * next_.panel_bytes, share[0].panels * next_.panel_bytes);
   }
 
   // Finds the segments of some rows, once for all columns. Short ones are added when some blocks are computed, and their
@@ -209,7 +209,7 @@ class Blocks {
       const Slice& slice = adapters_->slice[s.slice];
       const long low = column > slice.offset ? column - slice.offset : 0, top = column + panels * LANES - slice.offset;
       const long high = top < slice.out ? top : slice.out;
-      if (low < high) fetcher_.want(s.b.from(low).at, (high - low) * s.b.row_bytes());
+      if (low < high) tools_.fetcher.want(s.b.from(low).at, (high - low) * s.b.row_bytes());
     }
   }
 
@@ -275,7 +275,7 @@ class Blocks {
   Given given_{};
   Panels next_;
   long left_;  // blocks
-  Fetcher fetcher_;
+  Tools tools_;
   long waiting_ = 0, most_waiting_ = 0;  // panels to which short segments are still to be added
   // Rows of a segment in a block.
   struct Long {

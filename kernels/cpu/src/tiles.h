@@ -5,6 +5,9 @@
 // loaded is used for every row. (Tiling as in Goto and van de Geijn, "Anatomy of High-Performance Matrix
 // Multiplication", 2008.) Other machines have room for fewer rows, and for a part of the panels at a time (registers.h).
 //
+// Where a CPU has tile registers (tile_registers.h), a tile is up to 32 rows by 3 panels, as two by three of these, whose right
+// operands are 16 lanes of a panel as they lie.
+//
 // A tile's products, which depend on the type of the weights, are in products.h. What becomes of them, which depends on
 // the type of the outputs, is in tiles.cpp: so neither is compiled for each pair of types.
 #pragma once
@@ -12,11 +15,17 @@
 #include "fetcher.h"
 #include "registers.h"
 #include "team.h"
+#include "tile_registers.h"
 
 namespace aio {
 
 constexpr int ROWS = most_rows(), PANELS = 3;
 constexpr int FEW_ROWS = ROWS < 4 ? ROWS : 4;  // of a tile of fewer panels
+#if defined(AIO_TILES)
+constexpr int MOST_ROWS = 2 * TILE_ROWS;  // in tile registers
+#else
+constexpr int MOST_ROWS = ROWS;
+#endif
 
 // What there is to compute: y = x W^T, times a scale of each row and column if there are such, plus a bias if there
 // is one. x [rows, k] has elements of the tile's type, y [rows, n] of the output's.
@@ -32,20 +41,36 @@ struct Linear {
   const int32_t* start;                   // what the sums of each column begin with; null: zero
 };
 
+// What a thread has while it computes tiles.
+struct Tools {
+  Fetcher fetcher;
+  Tiles tiles;
+};
+
 // Computes a tile's sums, [panel][row], from `row` of x and `column` on; `w` are the panels' weights. Without `sums` they
 // are scaled and become y: then nothing may have to be added to them, and all columns must exist.
-using Products = void (*)(const Linear& l, const uint32_t* w, Fetcher& fetcher, long row, long column,
-                          vf (*sums)[ROWS]);
+using Products = void (*)(const Linear& l, const uint32_t* w, Tools& tools, long row, long rows, long column,
+                          vf (*sums)[MOST_ROWS]);
 
 // How weights of a type are multiplied.
 struct Multiply {
-  long per_lane;                  // elements
-  Products tile[PANELS][ROWS];    // by the number of panels and rows; null: not so many rows at a time
+  long per_lane;           // elements
+  bool stores;             // whether sums may become y at once
+  long most[PANELS];       // rows of a tile, by the number of panels
+  Products tile[PANELS];
+
+  // How many of the rows that are left to compute at once: registers of tiles are full, or hold the last rows.
+  long rows(long left, long panels) const {
+    long some = most[panels - 1];
+    while (some > left && some > LANES) some /= 2;
+    return some < left ? some : left;
+  }
 };
 
-// Those that are compiled once: T is Bf16 or F32 (linear.cpp) or Int8 (quantized.cpp).
+// Those that are compiled once: T is Bf16 or F32 (linear.cpp) or Int8 (quantized.cpp). Where sums are rounded, the number of
+// rows may not decide which it is, or a row's bits depended on it.
 template <class T>
-const Multiply& multiply();
+const Multiply& multiply(const Linear& l);
 
 // Weights as they lie in memory, panel after panel; begin null: in no way that could be fetched early.
 struct Stored {

@@ -1,0 +1,202 @@
+"""Linears on tile registers: a stand-in in plain C++ anywhere, and a CPU that has them bit for bit."""
+
+from __future__ import annotations
+
+import ctypes
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from aioengine.kernels.cpu import build, shared_library
+
+pytestmark = pytest.mark.skipif(build.shutil.which("c++") is None, reason="needs a C++ compiler")
+needs_tiles = pytest.mark.skipif("amx" not in build.levels(), reason="needs a CPU with AMX")
+THREADS = 2
+BF16 = torch.bfloat16
+
+
+def linear(
+    level: str, x: Tensor, weight: Tensor, bias: Tensor | None = None, threads: int = THREADS
+) -> Tensor:
+    """``x W^T + bias`` in bfloat16, as a level computes it."""
+    library, (n, k), rows = shared_library.load(level), weight.shape, len(x)
+    packed, y = torch.empty(-(-n // 16) * 16 * k, dtype=BF16), torch.empty(rows, n, dtype=BF16)
+    library.aio_pack(1, weight.data_ptr(), packed.data_ptr(), n, k, threads)
+    start = None if bias is None else bias.data_ptr()
+    library.aio_linear(
+        *(1, x.data_ptr(), k, packed.data_ptr(), start, y.data_ptr(), n, rows, n, k, threads),
+    )
+    return y
+
+
+def linear_int8(level: str, x: Tensor, weight: Tensor) -> Tensor:
+    """The same with weights and activations as int8."""
+    library, (n, k), rows = shared_library.load(level), weight.shape, len(x)
+    packed, y = torch.empty(n * k, dtype=torch.uint8), torch.empty(rows, n, dtype=BF16)
+    scale, start = torch.empty(n), torch.empty(n, dtype=torch.int32)
+    begins = scale.data_ptr(), start.data_ptr()
+    library.aio_quantize(1, weight.data_ptr(), packed.data_ptr(), *begins, n, k, 64, THREADS)
+    library.aio_linear_int8(
+        *(
+            1,
+            x.data_ptr(),
+            k,
+            packed.data_ptr(),
+            *begins,
+            64,
+            None,
+            y.data_ptr(),
+            n,
+            rows,
+            n,
+            k,
+            None,
+            THREADS,
+        ),
+    )
+    return y
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(BF16)
+
+
+def as_defined(x: Tensor, weight: Tensor) -> Tensor:
+    """What the manual says of TDPBF16PS: of each 32 inputs the even and the odd ones are summed apart, and
+    both sums are added to the total. Products of two bfloat16 are exact in float32."""
+    products = x.float()[:, None, :] * weight.float()[None, :, :]
+    total = torch.zeros(len(x), len(weight))
+    for begin in range(0, x.shape[1], 32):
+        parts = torch.zeros(2, len(x), len(weight))
+        for k in range(begin, begin + 32):
+            parts[k % 2] += products[..., k]
+        total += parts[0] + parts[1]
+    return total.to(BF16)
+
+
+@pytest.mark.parametrize("rows", [1, 15, 16, 17, 33])
+def test_products_are_added_in_the_order_that_the_manual_defines(rows: int) -> None:
+    x, weight = random(rows, 96), random(40, 96, seed=1)
+    assert torch.equal(linear("stand_in", x, weight), as_defined(x, weight))
+
+
+def test_denormals_count_as_zero() -> None:
+    small = torch.full((1, 32), 2.0**-130, dtype=BF16)
+    assert small.count_nonzero() == 32
+    ones = torch.full((16, 32), 2.0**100, dtype=BF16)
+    assert linear("stand_in", small, ones).count_nonzero() == 0
+
+
+@settings(max_examples=25, deadline=None)
+@given(rows=st.integers(1, 140), n=st.integers(1, 100), steps=st.integers(1, 3), bias=st.booleans())
+def test_a_row_has_the_same_bits_in_any_company(rows: int, n: int, steps: int, bias: bool) -> None:
+    x, weight = random(rows, 32 * steps, seed=rows), random(n, 32 * steps, seed=n)
+    added = random(n) if bias else None
+    found = linear("stand_in", x, weight, added)
+    expected = x.double() @ weight.double().T + (0 if added is None else added.double())
+    torch.testing.assert_close(found.double(), expected, rtol=2e-2, atol=0.1)
+    for row in {0, rows // 2, rows - 1}:
+        assert torch.equal(linear("stand_in", x[row : row + 1], weight, added, threads=1)[0], found[row])
+
+
+@pytest.mark.parametrize(("rows", "n", "k"), [(5, 48, 64), (16, 80, 128), (40, 32, 192)])
+def test_whole_numbers_are_as_at_other_levels(rows: int, n: int, k: int) -> None:
+    x, weight = random(rows, k), random(n, k, seed=1)
+    assert torch.equal(linear_int8("stand_in", x, weight), linear_int8("generic", x, weight))
+
+
+@needs_tiles
+@pytest.mark.parametrize("scale", [1.0, 1e-18, 1e-30])
+@pytest.mark.parametrize(("rows", "n", "k"), [(1, 48, 32), (17, 50, 64), (32, 96, 576), (130, 64, 96)])
+def test_the_stand_in_does_what_the_cpu_does(rows: int, n: int, k: int, scale: float) -> None:
+    """With sums and products that are denormal, too. Whole numbers are scaled afterwards, as everywhere."""
+    x, weight = random(rows, k) * scale, random(n, k, seed=1) * scale
+    assert torch.equal(linear("stand_in", x, weight), linear("amx", x, weight))
+    if k % 64 == 0 and n % 16 == 0 and scale == 1.0:
+        assert torch.equal(linear_int8("stand_in", x, weight), linear_int8("amx", x, weight))
+
+
+PROGRAM = """
+import ctypes, os, sys, threading
+from aioengine.kernels.cpu import build
+
+class Stack(ctypes.Structure):
+    _fields_ = [("pointer", ctypes.c_void_p), ("flags", ctypes.c_int), ("size", ctypes.c_size_t)]
+
+if sys.argv[1] == "small stack":
+    memory = ctypes.create_string_buffer(4096)
+    stack = Stack(ctypes.addressof(memory), 0, len(memory))
+    assert ctypes.CDLL(None).sigaltstack(ctypes.byref(stack), None) == 0
+    print(next(iter(build.levels())), build.better_level())
+else:
+    import torch
+    sys.path.insert(0, sys.argv[2])
+    from test_tile_registers import linear, random
+    x, weight = random(3, 32), random(16, 32)
+    expected = linear("amx", x, weight, threads=1)
+    found = []
+    late = threading.Thread(target=lambda: found.append(linear("amx", x, weight, threads=1)))
+    late.start(), late.join()
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if torch.equal(linear("amx", x, weight, threads=1), expected) else 1)
+    print(torch.equal(found[0], expected), os.waitpid(child, 0)[1])
+"""
+
+
+def run(*arguments: str) -> str:
+    command = [sys.executable, "-c", PROGRAM, *arguments, str(Path(__file__).parent)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+@needs_tiles
+def test_a_small_signal_stack_leaves_the_next_level() -> None:
+    level, _, why = run("small stack").partition(" ")
+    assert level == "avx512_bf16"
+    assert why.startswith(
+        "amx: Linux does not grant tile registers: No space left on device (a thread's alternate"
+    )
+
+
+@needs_tiles
+def test_threads_that_come_late_and_forked_processes_have_the_permission() -> None:
+    assert run("fork") == "True 0"
+
+
+def test_a_level_can_be_forced(monkeypatch: pytest.MonkeyPatch) -> None:
+    best = next(iter(build.levels()))
+    assert build.better_level() is None
+    monkeypatch.setenv("AIOENGINE_CPU_LEVEL", "generic")
+    assert list(build.levels()) == ["generic"]
+    if best != "generic":
+        assert build.better_level() == f"{best}, but AIOENGINE_CPU_LEVEL is generic"
+    monkeypatch.setenv("AIOENGINE_CPU_LEVEL", "avx1024")
+    with pytest.raises(
+        ValueError, match="AIOENGINE_CPU_LEVEL=avx1024: this machine cannot run that level; it can"
+    ):
+        build.levels()
+
+
+def test_linux_that_refuses_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Refusing:
+        """A C library whose system calls end as a seccomp filter has them end."""
+
+        def syscall(self, *arguments: int) -> int:
+            ctypes.set_errno(1)
+            return -1
+
+    monkeypatch.setattr(ctypes, "CDLL", lambda name, use_errno: Refusing())
+    build.tiles_refused.cache_clear()
+    try:
+        refused = build.tiles_refused()
+        assert refused is not None and refused.endswith("not permitted (a seccomp filter forbids arch_prctl)")
+    finally:
+        build.tiles_refused.cache_clear()
