@@ -26,7 +26,7 @@ def plan(
     """
     from aioengine.cli.progress import load_progress
     from aioengine.memory_plan import plan_from_config
-    from aioengine.model.coverage import planned_variance
+    from aioengine.model.coverage import planned_cpu_level, planned_variance
     from aioengine.model.files.resolve import read_spec, resolve_model
     from aioengine.schedulers import load_policy
 
@@ -42,7 +42,8 @@ def plan(
             config, spec, device=found.device, dtype=found.dtype, lora_dtype=found.lora_dtype
         )
     shares = None if ranks is None else _shares(ranks, found)
-    _print(found, config.model, spec.ran_by, variance)
+    cpu_level = planned_cpu_level() if found.device == "cpu" else None
+    _print(found, config.model, spec.ran_by, variance, cpu_level)
     if shares is not None:
         _compare(found, shares)
     return 0
@@ -90,12 +91,11 @@ def _compare(found: MemoryPlan, shares: dict[int, float]) -> None:
     console.print(f"recommended: {advice}", highlight=False, soft_wrap=True)
 
 
-def _print(found: MemoryPlan, model: str, ran_by: str, variance: str | None) -> None:
+def _print(found: MemoryPlan, model: str, ran_by: str, variance: str | None, cpu_level: str | None) -> None:
     from rich.table import Table
 
     from aioengine.checks import format_bytes
     from aioengine.cli.tables import box_for, output_console
-    from aioengine.kernels.cpu.build import described_level
 
     console = output_console()
     title = f"Memory plan: {model} on {found.device}"
@@ -125,5 +125,5 @@ def _print(found: MemoryPlan, model: str, ran_by: str, variance: str | None) -> 
     console.print(f"model: {ran_by}", highlight=False, soft_wrap=True)
     invariance = "on" if variance is None else f"off: {variance}"
     console.print(f"batch invariance {invariance}", highlight=False, soft_wrap=True)
-    if found.device == "cpu":
-        console.print(f"CPU kernels: {described_level()}", highlight=False, soft_wrap=True)
+    if cpu_level is not None:
+        console.print(f"CPU kernels: {cpu_level}", highlight=False, soft_wrap=True)

@@ -141,3 +141,10 @@ def planned_variance(
     found = variance(reason, size)
     check_invariant(config, found)
     return found
+
+
+def planned_cpu_level() -> str:
+    """Return which instructions the CPU kernels will use, and why no better ones."""
+    from aioengine.kernels.cpu.build import described_level
+
+    return described_level()
