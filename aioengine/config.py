@@ -29,7 +29,7 @@ Restart = Literal["never", "on-failure"]
 MetricsCompat = Literal["none", "vllm"]
 LoRADType = Literal["auto", "bfloat16", "float16", "float32", "int8"]
 KVCacheDType = Literal["auto", "int8", "fp8"]
-SpeculationName = Literal["none", "ngram", "suffix"]
+SpeculationName = Literal["none", "ngram"]
 
 WAITING_BOUNDS = (
     "max_waiting",
@@ -54,6 +54,7 @@ REMOVED = {
     "policy='joint'": "it weighed adapters against cached prefixes in one memory. Set policy='fcfs'",
     "kv_cache_dir": "prefixes are kept in memory only. Leave it out; pins and cache_control work without it",
     "kv_cache_dir_bytes": "prefixes are kept in memory only. Leave it out",
+    "speculation='suffix'": "earlier outputs propose no tokens any more. Set speculation='ngram'",
     "policy='dlora'": "it merged adapters with the base model's weights. Set policy='fcfs'",
 }
 """Fields, and values of fields, that earlier versions had: why they went, and what to do instead."""
@@ -199,8 +200,7 @@ class EngineConfig(_Config, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     possible."""
     speculation: SpeculationName = "none"
     """Propose tokens and check several of them in one step, which changes no token (docs/speculation.md).
-    "ngram": from the request's own text; "suffix": also from earlier outputs of the same adapter and tenant.
-    Only where the engine is batch-invariant."""
+    "ngram": from the request's own text. Only where the engine is batch-invariant."""
     bind_threads: bool = True
     """In the compiled CPU step, on several NUMA nodes whose cores the engine takes all of: each thread stays
     on a physical core while the step lasts, and weights are in the memory of the core that reads them. Where

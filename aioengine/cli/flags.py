@@ -89,7 +89,7 @@ class EngineFlags:
     bind_threads: Annotated[bool | None, _IN_MORE] = None
     """Keep each thread of a step on a core where there are several NUMA nodes."""
     speculation: Annotated[SpeculationName | None, _IN_MORE] = None
-    """Check several proposed tokens in one step, from ngrams or suffixes."""
+    """Check several proposed tokens in one step, copied from a request's own text (ngram)."""
     chat_template: Annotated[str | None, _IN_MORE] = None
     """Jinja chat template, instead of the model's own."""
     max_model_len: Annotated[int | None, _IN_MORE] = None

@@ -113,7 +113,7 @@ class Core:
         self.slots = self.residency.slots
         self.cpu = self.residency.cpu
         self.by_policy_name = self.residency.by_policy_name
-        self._speculation = _speculation(limits)
+        self._speculation = None if limits.speculation == "none" else Speculation()
         self.batcher = Batcher(
             self.blocks,
             self.queues,
@@ -303,8 +303,6 @@ class Core:
             else:
                 self.batcher.release(request)
         request.status = Status.ENDED
-        if self._speculation is not None:
-            self._speculation.ended(request)
         if request.deadline is not None:
             del self._deadlines[request.deadline, request.seq]
         if not (waited and _is_hidden(request)):
@@ -822,12 +820,6 @@ def _is_hidden(request: Request) -> bool:
 
 def _sequences(rows: CountedRows | None) -> int:
     return 0 if rows is None else rows.sequences
-
-
-def _speculation(limits: CoreLimits) -> Speculation | None:
-    if limits.speculation == "none":
-        return None
-    return Speculation(earlier_outputs=limits.speculation == "suffix")
 
 
 def _pacer(limits: CoreLimits) -> Pacer | None:

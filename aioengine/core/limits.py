@@ -37,7 +37,7 @@ class CoreLimits(NamedTuple):
     """None: steps may take any time."""
     pair_tokens: float = 1e-4
     """First guess of the cost of a pair of a query and a key, in tokens."""
-    speculation: Literal["none", "ngram", "suffix"] = "none"
+    speculation: Literal["none", "ngram"] = "none"
     max_pinned_blocks: int = 0
     """Blocks with pinned contents, in all."""
     max_pinned_blocks_per_tenant: int | None = None

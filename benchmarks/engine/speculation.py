@@ -29,7 +29,7 @@ from aioengine.events import Event, TokensProposed
 from benchmarks.shared.engines import random_prompts, started
 from benchmarks.shared.report import arguments, console, new_table
 
-MODES = ("none", "ngram", "suffix")
+MODES = ("none", "ngram")
 OUTPUT = 96
 NAMES = ("Ada", "Boris", "Chiara", "Dmitri", "Elif", "Femi", "Greta", "Hiro", "Ines", "Jonas")
 CITIES = ("Lisbon", "Osaka", "Tromso", "Quito", "Dakar", "Bergen", "Pune", "Leeds", "Gdansk", "Cork")
@@ -166,7 +166,7 @@ async def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args()
     title = f"decoding, {args.quantization}, {OUTPUT} output tokens, medians of {args.repeats}"
-    columns = ("requests", "tok/s", "ngram", "right", "suffix", "right", "same tokens")
+    columns = ("requests", "tok/s", "ngram", "right", "same tokens")
     table = new_table(title, "task", *columns)
     for requests in args.requests:
         began = time.perf_counter()

@@ -34,7 +34,7 @@ class CoreMachine(RuleBasedStateMachine):
         max_bytes=st.sampled_from([None, MAX_BYTES]),
         slot_memory=st.sampled_from([None, 3000, 4200]),
         bounded=st.sampled_from([None, "requests", "tokens"]),
-        speculation=st.sampled_from(["none", "none", "ngram", "suffix"]),
+        speculation=st.sampled_from(["none", "ngram"]),
         window=st.sampled_from([None, None, 1, 5, 8, 13]),
         pinned=st.sampled_from([0, 3, 3, 9]),
     )
@@ -46,7 +46,7 @@ class CoreMachine(RuleBasedStateMachine):
         max_bytes: int | None,
         slot_memory: int | None,
         bounded: Literal["requests", "tokens"] | None,
-        speculation: Literal["none", "ngram", "suffix"],
+        speculation: Literal["none", "ngram"],
         window: int | None,
         pinned: int,
     ) -> None:

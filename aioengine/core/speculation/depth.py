@@ -49,8 +49,9 @@ class Acceptance:
 class Candidate(NamedTuple):
     """Tokens that could be proposed to one request."""
 
-    chances: Sequence[float]
+    chance: float
     """Chance of each token to be right if those before it are."""
+    tokens: int
 
 
 def allot(candidates: Sequence[Candidate], rows: int, fixed: float, room: int) -> list[int]:
@@ -67,11 +68,11 @@ def allot(candidates: Sequence[Candidate], rows: int, fixed: float, room: int) -
     while live:
         still = []
         for i, chance in live:
-            chance *= candidates[i].chances[counts[i]]
+            chance *= candidates[i].chance
             if room > 0 and chance * time > tokens:
                 tokens, time, room = tokens + chance, time + 1, room - 1
                 counts[i] += 1
-                if counts[i] < len(candidates[i].chances):
+                if counts[i] < candidates[i].tokens:
                     still.append((i, chance))
         live = still
     return counts

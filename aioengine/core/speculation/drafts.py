@@ -12,27 +12,18 @@ from typing import NamedTuple
 
 from aioengine.core.speculation.depth import MAX_DEPTH, Candidate, allot
 from aioengine.core.speculation.drafting import Drafting
-from aioengine.core.speculation.earlier_outputs import EarlierOutputs, follow
 from aioengine.core.speculation.prompt_lookup import copy
 from aioengine.core.state import Request
 
-_MIN_MATCH = 3
-"""Number of tokens that must be the same in an earlier output."""
-
 
 class _Found(NamedTuple):
-    request: Request
     drafting: Drafting
     draft: list[int]
     candidate: Candidate
 
 
 class Speculation:
-    """Drafts for the requests of one core. With ``earlier_outputs``, they come from other requests' outputs,
-    too."""
-
-    def __init__(self, *, earlier_outputs: bool) -> None:
-        self._outputs = EarlierOutputs() if earlier_outputs else None
+    """Drafts for the requests of one core, from their own texts."""
 
     def propose(
         self, requests: Sequence[Request], limits: Sequence[int], fixed: float, room: int
@@ -42,8 +33,6 @@ class Speculation:
         ``fixed`` is a step's fixed time, in units of the time for one token. ``room`` is how many tokens may
         be proposed in all.
         """
-        if self._outputs is not None:
-            self._outputs.take_in()
         drafts: list[list[int]] = [[] for _ in requests]
         found: list[_Found] = []
         places: list[int] = []
@@ -63,35 +52,12 @@ class Speculation:
         if request.drafting is not None:
             request.drafting.acceptance.learn(request.drafting.match, proposed, right)
 
-    def ended(self, request: Request) -> None:
-        """Keep the output of a request that has ended for others of its adapter and tenant."""
-        if self._outputs is not None:
-            self._outputs.ended(_key(request), request.tokens[request.prompt_len :])
-
     def _find(self, request: Request, limit: int) -> _Found | None:
         drafting = request.drafting
         if drafting is None:
             drafting = request.drafting = Drafting()
-        place, match = drafting.lookup.find(request.tokens)
-        draft: list[int] = []
-        shares: list[float] = []
-        if self._outputs is not None:
-            output, common = self._outputs.find(_key(request), drafting.outputs, request.tokens)
-            if output is not None and common >= _MIN_MATCH and common > match:
-                draft, shares = follow(output, limit)
-                match = common
-        if not draft and place:
-            draft = copy(request.tokens, place, limit)
-            shares = [1.0] * len(draft)
-        if not draft:
+        place, drafting.match = drafting.lookup.find(request.tokens)
+        if not place:
             return None
-        drafting.match = match
-        chance = drafting.acceptance.chance(match)
-        return _Found(request, drafting, draft, Candidate([chance * share for share in shares]))
-
-
-def _key(request: Request) -> tuple[str | None, str | None, bytes]:
-    """Return the key that requests must share to propose tokens to each other: the tenant, the adapter by
-    name and content, and the salt."""
-    adapter = request.adapter
-    return request.options.tenant, None if adapter is None else adapter.label, request.cache_key
+        draft = copy(request.tokens, place, limit)
+        return _Found(drafting, draft, Candidate(drafting.acceptance.chance(drafting.match), len(draft)))
