@@ -695,7 +695,7 @@ class AsyncEngine:
     def stats(self) -> EngineStats:
         """Return the engine's present state; after its stop, its last state."""
         self._check_started()
-        return self._counters.snapshot(self._core)
+        return self._counters.snapshot(self._core, self._stepper.foreign.failures["listener"])
 
     def load(self) -> EngineLoad:
         """Return the engine's load, for routers. It costs less than :meth:`stats`."""

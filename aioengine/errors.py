@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar, Literal
 
-Bound = Literal["server", "tenant", "adapter"]
+Bound = Literal["server", "tenant", "adapter", "pinned"]
 MAX_MESSAGE_BYTES = 2000
 """Maximum bytes of a message in UTF-8; longer ones are cut, because they may quote a client or a file."""
 _MAX_REASON_BYTES = 1500
@@ -89,9 +89,9 @@ class EngineOverloaded(AioEngineError):
 
     ``bound`` names the bound: "server" (``max_waiting``), or that of the request's "tenant" or "adapter". A
     waiting request can get this error when another tenant's request displaces it; then ``bound`` is "tenant".
-    None: another bound, which the message names. ``waiting`` is the number of requests that wait under that
-    bound (in a fleet: on that replica), if it is known. ``adapter`` is the one whose bound is reached; None
-    for the other bounds.
+    "pinned": pinned adapters leave no room for the request's. None: another bound, which the message names.
+    ``waiting`` is the number of requests that wait under that bound (in a fleet: on that replica), if it is
+    known. ``adapter`` is the one whose bound is reached; None for the other bounds.
     """
 
     def __init__(

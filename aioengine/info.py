@@ -145,6 +145,8 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     """Adapters read from disk."""
     cpu_evictions: int
     load_failures: int
+    listener_failures: int = 0
+    """Exceptions that event listeners have raised."""
     slot_memory: int = 0
     """Bytes of the slots' memory, on each device."""
     slot_memory_used: int = 0

@@ -177,6 +177,7 @@ class EngineMetrics(Collector):
         self._log_dropped.values[()] = self.dropped_log_lines()
         stats, adapters = self._snapshot(), self._adapters()
         self._pins_lost.values[()] = stats.kv_pins_lost
+        self._listener_failures.values[()] = stats.listener_failures
         found = [*gauges(self.engine, stats, adapters, self._residency.rank)]
         by_name = (*self._requests.metrics, *self._tenants.metrics)
         found += [metric.family(self.engine) for metric in (*self._metrics, *by_name)]
@@ -213,6 +214,7 @@ class EngineMetrics(Collector):
         self._preemptions = Counters(d.PREEMPTIONS)
         self._cached_tokens = Counters(d.PROMPT_CACHED_TOKENS)
         self._pins_lost = Counters(d.KV_PINS_LOST)
+        self._listener_failures = Counters(d.LISTENER_FAILURES)
         self._steps = Histograms(d.STEP, ("prefill",), ("decode",), ("mixed",))
         self._step_tokens = Counters(d.STEP_TOKENS, ("prefill",), ("decode",))
         self._schedule = Histograms(d.SCHEDULE)

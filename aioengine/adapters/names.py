@@ -9,8 +9,12 @@ from aioengine.adapters.resolvers.sources import checked_source
 from aioengine.errors import AdapterConflict, AdapterInvalid
 from aioengine.model.files.hub import is_source
 
-NAME_RULE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:/+\-]{0,254}")
-NAME_RULE_TEXT = "1 to 255 letters, digits and _ . : / + -, beginning with a letter, digit or _"
+NAME_RULE = re.compile(r"(?!(?:.*/)?\.{0,2}(?:/|\Z))[A-Za-z0-9_][A-Za-z0-9_.:/+\-]{0,254}")
+"""A proxy would take a name with an empty part, "." or ".." for another one."""
+NAME_RULE_TEXT = (
+    "1 to 255 letters, digits and _ . : / + -, beginning with a letter, digit or _, and no part between its "
+    "slashes is empty, . or .."
+)
 
 
 def checked_path(name: str, path: str | os.PathLike[str]) -> str:

@@ -61,7 +61,7 @@ class EngineFlags:
     policy: str | None = None
     """Scheduler policy (fcfs); aioengine policies lists them."""
     seed: int | None = None
-    """Seed for requests that have none (0)."""
+    """Seed for requests that have none (0; of serve: a random one)."""
 
     lora_modules: Annotated[list[str] | None, _MODULES] = None
     """Adapter to register; repeatable. PATH may be a URL."""

@@ -44,12 +44,16 @@ class Process:
 
     def __init__(self) -> None:
         self.ending: Ending | None = None
+        self.hung_up = False
+        """Whether SIGHUP has come while a server was starting."""
         self._cancel: Callable[[], object] | None = None
 
     def install(self) -> None:
         """Take over Ctrl-C and the standard streams."""
         if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # ignored in a shell's background job
             signal.signal(signal.SIGINT, self._on_interrupt)
+        if sys.argv[1:2] == ["serve"]:  # where it means "read the configuration again"
+            signal.signal(signal.SIGHUP, self._on_hangup)
         _open_missing_streams()
         sys.stdout = _guarded(sys.stdout, 1, self._on_output_error)
         sys.stderr = _guarded(sys.stderr, 2, lambda error: None)
@@ -70,6 +74,9 @@ class Process:
         if self.ending is None:
             sys.exit(code)
         self._exit_now(self.ending)  # a thread may still load a model: do not wait for it
+
+    def _on_hangup(self, signum: int, frame: FrameType | None) -> None:
+        self.hung_up = True
 
     def _on_interrupt(self, signum: int, frame: FrameType | None) -> None:
         self._end(INTERRUPTED, at_once=True)

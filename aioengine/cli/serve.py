@@ -23,7 +23,7 @@ from aioengine.cli.flags import EngineFlags, check_folders, in_flags
 from aioengine.cli.fleet.flags import FleetFlags
 from aioengine.cli.help import FOLDED
 from aioengine.cli.loop import run
-from aioengine.cli.process import EXIT_FAILED
+from aioengine.cli.process import EXIT_FAILED, process
 from aioengine.cli.record_flags import RecordFlags
 from aioengine.cli.serving.log import configure_logging
 from aioengine.errors import ConfigError
@@ -70,6 +70,8 @@ class ServerFlags:
     """File with keys, scopes and limits; see aioengine keys --help."""
     allowed_host: Annotated[list[str] | None, _LIST] = None
     """Accepted Host header. Without keys, on a loopback address: localhost."""
+    allow_origin: Annotated[list[str] | None, _LIST] = None
+    """Origin of another site whose pages may call the server, such as https://chat.example; repeatable."""
     grace_seconds: float = 30.0
     """Seconds in which accepted requests may finish after SIGTERM."""
     drain_delay: float = 0.0
@@ -217,7 +219,7 @@ def check_all(flags: ServerFlags, engine_flags: EngineFlags, fleet: FleetFlags) 
     for flag, seconds in (("grace-seconds", flags.grace_seconds), ("drain-delay", flags.drain_delay)):
         if not seconds >= 0:
             raise ConfigError(f"--{flag} {seconds}: must be 0 or more")
-    settings = flags.settings()
+    settings = msgspec.structs.replace(flags.settings(), seed=engine_flags.settings()[0].get("seed"))
     config = bounded(engine_flags.engine_config())
     adapters = engine_flags.adapters()
     check_folders(adapters)
@@ -255,6 +257,8 @@ async def _serve(
         contextlib.AsyncExitStack() as ending,
     ):
         ending.enter_context(signals.reload_handled())
+        if process.hung_up:
+            signals.reload.set()
         url = await ending.enter_async_context(listening(entrance, checked.listen))
         opened: AbstractAsyncContextManager[AsyncEngine | FleetClient]
         if replicas is None:

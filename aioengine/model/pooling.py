@@ -55,7 +55,7 @@ def parse_pooling(data: bytes) -> Kind:
     token or first token, and for content that is no such configuration."""
     try:
         fields = msgspec.json.decode(data, type=dict[str, object])
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, RecursionError) as error:
         raise ValueError(f"not a JSON object: {error}") from error
     named = fields.get("pooling_mode")
     modes = [mode for mode, on in fields.items() if mode.startswith("pooling_mode_") and on is True]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -13,8 +12,7 @@ from weakref import WeakMethod, WeakSet
 from aioengine.checks import check_integer
 from aioengine.errors import ConfigError
 from aioengine.events import Event, EventsLost, StepFinished, StepsFinished, TokenInterval
-
-logger = logging.getLogger("aioengine")
+from aioengine.runtime.foreign import ForeignCode
 
 E = TypeVar("E", bound=Event)
 
@@ -68,7 +66,8 @@ class Registration:
 class Listeners:
     """Callbacks for events, each for all of them or for some types, called in the order of their coming."""
 
-    def __init__(self) -> None:
+    def __init__(self, foreign: ForeignCode) -> None:
+        self._foreign = foreign
         self._all: list[Registration] = []
         self._of: dict[type[Event], tuple[Listener, ...]] = {}
 
@@ -118,8 +117,8 @@ class Listeners:
         for listener in self.of(type(event)):
             try:
                 listener(event)
-            except Exception:
-                logger.exception("an event listener failed on %s", type(event).__name__)
+            except BaseException as error:
+                self._foreign.failed("listener", listener, error, type(event).__name__)
 
 
 class EventStream(Generic[E]):

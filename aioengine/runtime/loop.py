@@ -22,6 +22,7 @@ from aioengine.core.state import Request, Status
 from aioengine.errors import EngineDead, EngineStopped
 from aioengine.executors.base import Device
 from aioengine.runtime.event_stream import NO_TIME, Decided, Listener, Listeners, NoteSteps, Took
+from aioengine.runtime.foreign import ForeignCode
 from aioengine.runtime.transfers import AdapterMoves
 from aioengine.runtime.waits import Waits
 from aioengine.runtime.watches import IDLE_WARNING_SECONDS, IdleWatch, LoopLagMeter
@@ -74,7 +75,8 @@ class Stepper:
         ahead: MakeAhead | None = None,
     ) -> None:
         self.core = core
-        self._listeners = Listeners()
+        self.foreign = ForeignCode()
+        self._listeners = Listeners(self.foreign)
         self.dead: EngineDead | None = None
         self._device = device
         self._timer = timer
@@ -260,8 +262,10 @@ class Stepper:
                         raise RuntimeError("the device began a step, but refused the one after it")
                     return
             over.set_result(None)
-        except Exception as error:
-            over.set_exception(error)
+        except BaseException as error:  # else the loop would wait for ever
+            over.set_exception(
+                error if isinstance(error, Exception) else EngineDead(f"the step raised {error!r}")
+            )
 
     def _finished(self, batch: StepBatch, result: StepResult, decided: Decided) -> None:
         now = asyncio.get_running_loop().time()

@@ -58,7 +58,7 @@ class Counters:
             case events.AdapterFailed():
                 n["load_failures"] += 1
 
-    def snapshot(self, core: Core) -> EngineStats:
+    def snapshot(self, core: Core, listener_failures: int) -> EngineStats:
         n = self._n
         queues = core.queues
         preempted = core.room.returned
@@ -99,6 +99,7 @@ class Counters:
             cpu_loads=n["cpu_loads"],
             cpu_evictions=n["cpu_evictions"],
             load_failures=n["load_failures"],
+            listener_failures=listener_failures,
             slot_hits=n["slot_hits"],
             **_slot_memory(core),
             memory_unplanned=self.memory_unplanned,

@@ -25,10 +25,12 @@ from aioengine.metrics.page.plumbing import (
     answer_no_http,
     below_mount,
     in_parts,
+    respond,
     watch_of,
 )
 from aioengine.runtime.client import EngineClient, SharesLimits
 from aioengine.server import framework
+from aioengine.server.access.browsers import BrowserRules
 from aioengine.server.access.gate import Gate
 from aioengine.server.access.scopes import PAGE_ROUTE, check_routes
 from aioengine.server.access_log import RequestRecord, log_request
@@ -76,6 +78,7 @@ class ServerApp:
         self, engine: EngineClient, settings: ServerSettings, tracer_provider: TracerProvider | None = None
     ) -> None:
         self._gate = Gate(settings, engine.limit_waiting)
+        self._browsers = BrowserRules(settings.allowed_hosts, settings.allow_origins)
         if isinstance(engine, SharesLimits) and settings.keys_file is not None:  # it has the limits
             engine.share_limits(self._gate)
         # From here on no key is held, only their hashes.
@@ -212,6 +215,7 @@ class ServerApp:
                     tags.append((b"x-not-enforced", record.not_enforced.encode("ascii", "replace")))
                 if record.status >= 400 and _asks_first(scope):
                     tags.append((b"connection", b"close"))
+                tags += self._browsers.permission(scope["headers"])
                 message = {**message, "headers": [*headers, *tags]}
                 await send(message)
             else:
@@ -226,7 +230,7 @@ class ServerApp:
         except Exception as error:
             if started:
                 raise
-            api_error = to_api_error(error, self._settings, record.named_in)
+            api_error = to_api_error(error, self._settings, record)
             record.refused(api_error)
             await send_error(tagged_send, api_error, path)
         finally:
@@ -239,6 +243,10 @@ class ServerApp:
     async def _answer(
         self, path: str, scope: Scope, receive: Receive, send: Send, record: RequestRecord
     ) -> None:
+        self._browsers.check(scope, is_probe=path in _PROBES)
+        if (preflight := self._browsers.preflight(scope)) is not None:
+            await respond(send, 200, preflight, b"")
+            return
         if path not in _PROBES:
             self._gate.identify(scope, record)
         if _is_page(path):

@@ -31,6 +31,7 @@ from aioengine.server.openai.api import GenerationFields, ModelFields
 from aioengine.server.openai.constraints import Form
 from aioengine.server.openai.generation_config import FILE_NAME, SamplingDefaults, read_sampling_defaults
 from aioengine.server.openai.logprobs import TokenBytes
+from aioengine.server.openai.sampling import drawn_seeds
 from aioengine.server.settings import ServerSettings
 from aioengine.server.transport.starts import Starts
 
@@ -59,6 +60,7 @@ class Context:
         self.draining = False
         """Whether new requests are refused; set by whoever runs the server."""
         self._draw = random.Random().getrandbits  # SystemRandom releases the GIL at each call
+        self._seeds = drawn_seeds((engine.config.seed or None) if settings.seed is None else settings.seed)
         self._guide: Guide | None = None
         self._tools_noted = False
         self._defaults: SamplingDefaults | None = None
@@ -299,6 +301,8 @@ class Context:
     ) -> Generation:
         """Build the generation of ``n`` choices for each prompt, which is still to be prepared. Its id begins
         with ``prefix``."""
+        if params.seed is None:
+            params = msgspec.structs.replace(params, seed=next(self._seeds))
         of_choices = [for_choice(params, choice) for _ in prompts for choice in range(fields.n or 1)]
 
         async def constrain() -> TokenConstraint:

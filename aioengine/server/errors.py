@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import logging
 import re
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import msgspec
 from msgspec import UNSET, UnsetType
 
 from aioengine import errors
 from aioengine.server.settings import ServerSettings
+
+if TYPE_CHECKING:
+    from aioengine.server.access_log import RequestRecord
 
 logger = logging.getLogger("aioengine.server")
 
@@ -191,6 +194,7 @@ def validation_error(error: msgspec.ValidationError) -> ApiError:
     return ApiError(400, f"{where}: {what}", param=param, code=code)
 
 
+_PLACE = re.compile(r"""(?:\b[a-z][a-z0-9+.-]*://|\barn:|(?<![\w./])~?/)[^\s'",;()]+""")
 _NAMED_FIELD = re.compile(r"(\w+)(?:\[[^\]]*\])?(?:=|: )")
 
 
@@ -198,18 +202,24 @@ _OVERLOADED = {
     "server": "the engine is overloaded: as many requests are waiting as it allows",
     "tenant": "too many requests of your tenant (without keys: address) are waiting; others are served",
     "adapter": "too many requests for this adapter are waiting; other adapters are served",
+    "pinned": "pinned adapters leave no room for this adapter; whoever runs the server can unpin one",
 }
 """Messages by the owner of the bound that is reached."""
 
 
-def to_api_error(error: BaseException, settings: ServerSettings, named_in: str = "model") -> ApiError:
-    """Convert an exception to the client's error; internal errors are logged. ``named_in`` is the field of
-    the body that names the adapters."""
+def to_api_error(
+    error: BaseException, settings: ServerSettings, record: RequestRecord | None = None
+) -> ApiError:
+    """Convert an exception to the client's error; internal errors are logged. Why an adapter's files cannot
+    be read is told only to those who may load adapters; everybody, if there is no ``record``."""
     if isinstance(error, ApiError):
         return error
     found = _api_error(error, settings.retry_after)
-    if isinstance(error, errors.AdapterError) and found.detail.param == "model":
-        found.detail.param = named_in
+    if record is not None and isinstance(error, errors.AdapterError):
+        if found.detail.param == "model":
+            found.detail.param = record.named_in
+        if isinstance(error, errors.AdapterLoadError) and not record.identity.may("adapters"):
+            found.detail.message = f"adapter {error.name!r} cannot be loaded; the server's log says why"
     if settings.reword is not None and isinstance(error, errors.AioEngineError):
         found.detail.message = settings.reword(found.detail.message)
     return found
@@ -279,5 +289,9 @@ def _full_queue(error: errors.EngineOverloaded) -> FullQueue | None:
 
 
 def _reason(error: errors.AdapterError) -> str:
-    """Return the reason without the adapter's path, which clients need not know."""
-    return f"adapter {error.name!r}: {error.reason}"
+    return f"adapter {error.name!r}: {without_places(error.reason)}"
+
+
+def without_places(text: str) -> str:
+    """Remove absolute paths, URLs and names of cloud resources, which clients need not know."""
+    return _PLACE.sub("...", text)

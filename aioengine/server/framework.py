@@ -256,7 +256,7 @@ def exception_handler(settings: ServerSettings) -> Any:
         elif isinstance(error, HTTPException) and error.status_code < 500:
             found = ApiError(error.status_code, error.detail)
         else:
-            found = to_api_error(error, settings, record_of(request).named_in)
+            found = to_api_error(error, settings, record_of(request))
         record_of(request).refused(found)
         return ErrorResponse(found)
 

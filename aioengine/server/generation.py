@@ -162,6 +162,8 @@ class Generation:
         self._engine = engine
         self.prompts = prompts
         self._params = params
+        self.seed = params[0].seed
+        """Seed of the first choice; those of the others follow from it."""
         self._options = options
         self._record = record
         self._turn = turn

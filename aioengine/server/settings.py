@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable, Mapping, Sequence
 
 import msgspec
@@ -11,6 +12,8 @@ from aioengine.checks import check_integer, check_seconds
 from aioengine.errors import ConfigError
 from aioengine.grammars.schemas import SchemaOptions
 from aioengine.server.formats.registry import REASONING, TOOLS, check_name
+
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://(\[[0-9a-f:.]+\]|[^\[\]:@/?#*\sA-Z]+)(:[0-9]+)?")
 
 
 class ServerSettings(msgspec.Struct, frozen=True, kw_only=True):
@@ -31,6 +34,9 @@ class ServerSettings(msgspec.Struct, frozen=True, kw_only=True):
     """Host names that requests may be addressed to; empty: any. A web page can have its own name resolved
     to this machine and then read from a server that only this machine reaches (DNS rebinding); it cannot
     have another name in the request."""
+    allow_origins: Sequence[str] = ()
+    """Origins of other sites whose pages may call the server, such as "https://chat.example". Pages of all
+    others may not send anything, and cannot read an answer."""
     max_body_bytes: int | None = None
     """None: 1 MiB, and 64 bytes for each token of ``max_model_len``."""
     max_upload_bytes: int | None = None
@@ -51,6 +57,9 @@ class ServerSettings(msgspec.Struct, frozen=True, kw_only=True):
     reasoning_parser: str = "auto"
     """Format of the model's reasoning, which answers have in a field of its own; "auto" and "none" as
     above."""
+    seed: int | None = None
+    """Requests without a seed draw theirs from this one. None: from the engine's if that is not 0, or else
+    from a random one, so that nobody can tell what is drawn for others."""
     default_max_tokens: int | None = None
     """Maximum tokens of chat requests that give none; None: as many as the context has room for."""
     ignore_unknown_fields: bool = False
@@ -84,8 +93,16 @@ class ServerSettings(msgspec.Struct, frozen=True, kw_only=True):
                 check_seconds(field, value)
         if self.default_max_tokens is not None and self.default_max_tokens < 1:
             raise ConfigError(f"default_max_tokens={self.default_max_tokens}: must be >= 1, or None")
+        if self.seed is not None:
+            check_integer("seed", self.seed, low=0, high=2**63 - 1)
         check_name("tool_call_parser", self.tool_call_parser, TOOLS)
         check_name("reasoning_parser", self.reasoning_parser, REASONING)
+        for origin in self.allow_origins:
+            if _ORIGIN.fullmatch(origin) is None:
+                raise ConfigError(
+                    f"allow_origins: {origin!r} is no origin; write it as browsers do, such as "
+                    "https://chat.example or http://localhost:3000: in lower case, and without a path"
+                )
         if not self.generation_config:
             raise ConfigError("generation_config: is empty; it is 'auto', 'none' or a path")
         if self.keys_file is not None and (self.api_keys or self.admin_keys):

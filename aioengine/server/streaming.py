@@ -157,7 +157,7 @@ class GenerationResponse:
                 work = self._answer(send)
                 await while_connected(receive, departure_of(scope), work, self._record.ended, exceeded)
         except Exception as error:
-            api_error = to_api_error(error, self._settings, self._record.named_in)
+            api_error = to_api_error(error, self._settings, self._record)
             self._record.refused(api_error)
             self._record.status = api_error.status
             if not self._started:

@@ -32,8 +32,8 @@ _SECRET = ("api_key", "admin_key")
 _SCHEMAS = {"open_objects": "open_objects", "any_whitespace": "any_whitespace", "lenient_schemas": "lenient"}
 """Fields of SchemaOptions, by their names here."""
 _OTHERS = (
-    *("served_model_name", "allowed_host", "keys", "api_key", "api_key_file", "admin_key", "admin_key_file"),
-    *(*_SCHEMAS, "request_timeout"),
+    *("served_model_name", "allowed_host", "allow_origin", "keys", "request_timeout"),
+    *("api_key", "api_key_file", "admin_key", "admin_key_file", *_SCHEMAS),
 )
 SERVER_FIELDS = frozenset((*_LISTENING, *_SAME, *_OTHERS))
 """Fields of the table: the flags of ``aioengine serve``, with underscores."""
@@ -66,11 +66,18 @@ def settings_from(values: Mapping[str, Any]) -> ServerSettings:
         "keys_file": None if keys_file is None else str(keys_file),
         "schemas": {ours: values[name] for name, ours in _SCHEMAS.items() if name in values},
     }
+    if not given["admin_keys"] and len(tenants := set(given["api_keys"].values())) > 1:
+        raise ConfigError(
+            f"--api-key: there are keys of {len(tenants)} tenants, each of which could replace the others' "
+            "adapters: give --admin-key (only its key may change adapters), or --keys FILE"
+        )
     if names := _texts("served_model_name", values.get("served_model_name")):
         given["served_model_names"] = names
     hosts = _texts("allowed_host", values.get("allowed_host"))
     if hosts and "*" not in hosts:
         given["allowed_hosts"] = hosts
+    if origins := _texts("allow_origin", values.get("allow_origin")):
+        given["allow_origins"] = origins
     if "request_timeout" in values:
         given["request_timeout"] = values["request_timeout"] or None
     try:

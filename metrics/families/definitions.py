@@ -372,6 +372,11 @@ KV_PINS_LOST = Definition(
     "counter",
     "Pinned KV blocks that were reused before their time, because requests needed them.",
 )
+LISTENER_FAILURES = Definition(
+    "aioengine_listener_failures",
+    "counter",
+    "Exceptions that event listeners have raised.",
+)
 ENGINE_STATE = Definition(
     "aioengine_engine_state",
     "gauge",

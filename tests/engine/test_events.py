@@ -34,6 +34,7 @@ from aioengine.events import (
     StepsFinished,
 )
 from aioengine.runtime.event_stream import EventStream, EventStreams, Listeners
+from aioengine.runtime.foreign import ForeignCode
 
 
 async def test_the_life_of_an_adapter(tiny: Tiny, make_engine: MakeEngine) -> None:
@@ -149,7 +150,7 @@ async def test_cancelling_a_wait_loses_nothing(tiny: Tiny, make_engine: MakeEngi
 @pytest.mark.slow
 async def test_closed_dropped_and_cancelled_streams_are_gone() -> None:
     """A stream listens to its own types alone, until it ends."""
-    listeners = Listeners()
+    listeners = Listeners(ForeignCode())
 
     def listen(listener: Callable[[Event], None], *types: type[Event]) -> Callable[[], None]:
         return functools.partial(listeners.remove, listeners.add(listener, types))
@@ -179,7 +180,7 @@ async def test_a_stream_keeps_nothing_alive_that_keeps_it() -> None:
 
     class Owner:
         def __init__(self) -> None:
-            self.listeners = Listeners()
+            self.listeners = Listeners(ForeignCode())
             self.events = EventStreams(self.listen).open((AdapterPinned,), 10)
             self.listeners.add(self.handle, (FirstToken,))
 

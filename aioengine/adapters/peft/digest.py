@@ -11,6 +11,7 @@ from typing import NamedTuple
 from aioengine.adapters.peft.folder import CONFIG_FILE, SAFETENSORS_FILE
 from aioengine.adapters.peft.held import folder_of
 from aioengine.errors import AdapterChanged
+from aioengine.model.pooling import POOLING_FILE
 from aioengine.step import AdapterSource, MixFiles, MixPart
 
 _PIECE_BYTES = 4 << 20
@@ -41,7 +42,8 @@ def content_digest(
     folder.check()
     sha = hashlib.sha256()
     piece = memoryview(bytearray(_PIECE_BYTES))
-    for file in (CONFIG_FILE, SAFETENSORS_FILE):
+    more = [POOLING_FILE] if folder.has(POOLING_FILE) else []
+    for file in (CONFIG_FILE, SAFETENSORS_FILE, *more):
         with folder.open(file) as opened:
             for begin in range(0, opened.size, _PIECE_BYTES):
                 if unwanted.is_set():

@@ -30,8 +30,9 @@ class PackedAdapter:
     rank: int
     """The largest effective rank of its modules."""
     digest: str
-    """SHA-256 (hex) over the configuration and the weights file: the identity of the content. "" for a rank's
-    share, which is not the whole content; see :func:`aioengine.adapters.peft.digest.content_digest`."""
+    """SHA-256 (hex) over the configuration, the weights file and the pooling's: the identity of the content.
+    "" for a rank's share, which is not the whole content; see
+    :func:`aioengine.adapters.peft.digest.content_digest`."""
     nbytes: int
     """Bytes of its memory."""
     tensors: Mapping[Place, tuple[Tensor, Tensor]]

@@ -113,10 +113,11 @@ class _Reader:
                 packed = self._share(file, header, config)
             else:
                 packed = self._whole(file, header, config, digest)
+        pooling = self._pooling(digest, config)
         return replace(
             packed,
             digest="" if slot.shard.size > 1 else digest.hexdigest(),
-            pooling=self._pooling() if config.feature_extraction else None,
+            pooling=pooling,
             invocation=config.invocation,
         )
 
@@ -128,14 +129,17 @@ class _Reader:
                 )
             return bytes(file.read(file.size))
 
-    def _pooling(self) -> Kind | None:
-        """Read sentence-transformers' configuration, if there is one."""
+    def _pooling(self, digest: hashlib._Hash, config: PeftLoraConfig) -> Kind | None:
+        """Read sentence-transformers' configuration, if there is one that counts."""
         if not self.folder.has(POOLING_FILE):
             return None
         with self.folder.open(POOLING_FILE) as file:
-            data = file.read(min(file.size, MAX_POOLING_BYTES))
+            if file.size > MAX_POOLING_BYTES:
+                self.folder.invalid(f"{POOLING_FILE} has more than {MAX_POOLING_BYTES} bytes")
+            data = file.read(file.size)
+        digest.update(data)
         try:
-            return parse_pooling(bytes(data))
+            return parse_pooling(bytes(data)) if config.feature_extraction else None
         except ValueError as error:
             self.folder.invalid(f"{POOLING_FILE}: {error}")
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from aioengine.adapters.peft.folder import CONFIG_FILE, why_no_adapter
 from aioengine.adapters.resolvers.base import ADAPTER_FILES, BlockingResolver, is_plain_name
 from aioengine.errors import AdapterLoadError, AdapterNotFound, ConfigError
+from aioengine.model.pooling import POOLING_FILE
 
 
 class FilesystemResolver(BlockingResolver):
@@ -36,7 +37,8 @@ class FilesystemResolver(BlockingResolver):
         try:
             root = self.root.resolve(strict=True)
             folder = (root / name).resolve()
-            inside = all((folder / file).resolve().is_relative_to(root) for file in ("", *ADAPTER_FILES))
+            files = ("", *ADAPTER_FILES, POOLING_FILE)
+            inside = all((folder / file).resolve().is_relative_to(root) for file in files)
             found = inside and (folder / CONFIG_FILE).is_file()
         except (OSError, RuntimeError) as error:  # RuntimeError: a loop of links, before Python 3.13
             if isinstance(error, OSError) and not self.root.is_dir():

@@ -9,21 +9,30 @@ import logging
 import sys
 import threading
 from datetime import UTC, datetime
+from typing import Any
 
 import msgspec
 
 from aioengine.cli.flags import in_flags
 
+_CONTROLS = (*range(0x20), *range(0x7F, 0xA0), 0x2028, 0x2029)
+_ESCAPED = {code: chr(code).encode("unicode_escape").decode() for code in _CONTROLS if chr(code) != "\t"}
+
 
 class TextFormatter(logging.Formatter):
-    """Time, level and message."""
+    """Time, level and message. A message is one line, and a traceback is indented, because both may have text
+    of clients, who must not be able to write what looks like a line of the log."""
 
     def __init__(self) -> None:
         super().__init__("%(asctime)s %(levelname)-7s %(message)s")
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # this name is given by the library
-        record.message = _worded(record, record.message)
+        record.message = _worded(record, record.message).translate(_ESCAPED)
         return super().formatMessage(record)
+
+    def formatException(self, ei: Any) -> str:
+        lines = super().formatException(ei).split("\n")
+        return "\n".join("  " + line.translate(_ESCAPED) for line in lines)
 
 
 class JsonFormatter(logging.Formatter):

@@ -33,7 +33,7 @@ def adapters_shut_out(
             setting = "slot_memory"
         text = f"adapter {entry.label!r} ({entry.path}) cannot get a slot, because {where} "
         text += f"({pinned}); unpin one, or raise LoRAConfig.{setting}"
-        found.append((entry, EngineOverloaded(text)))
+        found.append((entry, EngineOverloaded(text, bound="pinned")))
     return found
 
 
@@ -89,7 +89,9 @@ def _why_shut_out(mix: AdapterEntry, slots: SlotTable, cpu: CpuCache) -> AioEngi
     others += [entry for entry in _pinned(cpu) if entry not in members and entry not in others]
     text = f"the mix {mix.label!r} needs {why}"
     if others:
-        return EngineOverloaded(f"{text}, or unpin one of {', '.join(entry.label for entry in others)}")
+        return EngineOverloaded(
+            f"{text}, or unpin one of {', '.join(entry.label for entry in others)}", bound="pinned"
+        )
     return AdapterTooLarge(text, name=mix.label, path=mix.path)
 
 

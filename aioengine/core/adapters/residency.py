@@ -277,7 +277,8 @@ class Residency:
                 self.forget_want(entry)
                 entry.error = EngineOverloaded(
                     f"adapter {entry.label!r} ({entry.path}) cannot be loaded, because pinned adapters fill "
-                    f"the CPU cache {todo}"
+                    f"the CPU cache {todo}",
+                    bound="pinned",
                 )
                 if self._is_candidate(entry):
                     self.retire(entry, now)

@@ -113,8 +113,10 @@ class Resolution:
             found: object = await within(self._timeout, name, self._resolver.resolve(name))
         except (errors.AdapterError, errors.ConfigError):
             raise
-        except Exception as error:
-            logger.exception("the resolver failed unexpectedly on adapter %r", name)
+        except asyncio.CancelledError:
+            raise
+        except BaseException as error:
+            self._stepper.foreign.failed("resolver", self._resolver, error, f"adapter {name!r}")
             raise errors.AdapterLoadError(
                 f"its resolver raised an unexpected {type(error).__name__}: {error}", name=name
             ) from error

@@ -148,18 +148,3 @@ def _key(header: bytes) -> bytes | None:
 def refusal(message: str) -> ApiError:
     challenge = 'Bearer realm="aioengine", Basic realm="aioengine"'
     return ApiError(401, message, code="invalid_api_key", challenge=challenge)
-
-
-def check_host(headers: Iterable[tuple[bytes, bytes]], allowed: frozenset[str]) -> None:
-    """Raise ApiError if the request's Host is not in ``allowed``; an empty ``allowed`` allows all."""
-    if not allowed:
-        return
-    host = next((value for name, value in headers if name.lower() == b"host"), b"").decode("latin-1")
-    name = host[: host.find("]") + 1] if host.startswith("[") else host.partition(":")[0]
-    if name.lower() not in allowed:
-        raise ApiError(
-            403,
-            f"this server does not answer for the host {name!r}; start it with --allowed-host or API keys",
-            type="permission_error",
-            code="host_not_allowed",
-        )

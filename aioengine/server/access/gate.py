@@ -14,7 +14,7 @@ from typing import Any
 from aioengine.errors import EngineStopped
 from aioengine.runtime.client import Usage
 from aioengine.server.access.addresses import client_of
-from aioengine.server.access.auth import Authenticator, Identity, check_host, refusal
+from aioengine.server.access.auth import Authenticator, Identity, refusal
 from aioengine.server.access.keys import SCOPES, KeyEntry, KeysFile, Limits, Scope, TenantLimits, hash_key
 from aioengine.server.access.keys_watch import KeysWatch
 from aioengine.server.access.limits import Admission, Meter
@@ -38,7 +38,6 @@ class Gate:
         self._limit_waiting = limit_waiting
         self._new_bounds: Mapping[str, int] | None = None
         """Tenants' bounds on waiting requests that must still be passed on."""
-        self._allowed_hosts = frozenset(name.lower() for name in settings.allowed_hosts)
         self._refusals = Refusals()
         self._secret = secrets.token_bytes(16)
         self._pseudonym = functools.lru_cache(4096)(self._pseudonym_of)
@@ -79,9 +78,8 @@ class Gate:
         self._refusals.close()
 
     def identify(self, scope: MutableMapping[str, Any], record: RequestRecord) -> None:
-        """Identify the client and write it into ``record``. Raises ApiError for a Host that is not allowed,
-        and without a valid key where one is required."""
-        check_host(scope["headers"], self._allowed_hosts)
+        """Identify the client and write it into ``record``. Raises ApiError without a valid key where one is
+        required."""
         try:
             record.identity = self._auth.identify(scope["headers"])
         except ApiError as error:

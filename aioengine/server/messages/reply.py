@@ -29,6 +29,7 @@ class MessagesReply:
     def __init__(
         self,
         message_id: str,
+        seed: int | None,
         model: str,
         parser: AnswerParser | None,
         stop_sequences: Sequence[str],
@@ -37,6 +38,7 @@ class MessagesReply:
     ) -> None:
         self._hour_tokens = hour_tokens
         self._id = message_id
+        self._seed = seed
         self._model = model
         self._parser = parser
         self._stop_sequences = frozenset(stop_sequences)
@@ -90,6 +92,7 @@ class MessagesReply:
             "id": self._id,
             "type": "message",
             "role": "assistant",
+            "seed": self._seed,
             "model": self._model,
             "content": content,
             "stop_reason": None,

@@ -41,6 +41,7 @@ def messages_routes(context: Context) -> list[HTTPRouteHandler]:
             chat.generation.pin(pins)
         reply = MessagesReply(
             chat.generation.reply_id,
+            chat.generation.seed,
             data.model,
             chat.parsers[0],
             data.stop_sequences or (),

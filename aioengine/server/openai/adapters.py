@@ -18,7 +18,7 @@ from aioengine.adapters.resolvers.base import within
 from aioengine.adapters.resolvers.sources import source_below
 from aioengine.errors import AdapterConflict, AdapterError, AdapterNotFound
 from aioengine.server.context import Context
-from aioengine.server.errors import ApiError, to_api_error
+from aioengine.server.errors import ApiError, to_api_error, without_places
 from aioengine.server.framework import RESPONSES, record_of
 
 MAX_ADAPTERS = 10_000
@@ -100,9 +100,10 @@ def adapter_routes(context: Context) -> list[HTTPRouteHandler]:
                 raise _not_allowed(f"from {path[:300]!r}", "lora_path")
             folder = await within(timeout, name, allowed.find(name, below))
         except AdapterNotFound as error:
+            reason = without_places(error.reason)
             raise ApiError(
                 404,
-                f"Loading lora {name} failed: no adapter found for {path[:300]}: {error.reason}",
+                f"Loading lora {name} failed: no adapter found for {path[:300]}: {reason}",
                 param="lora_path",
                 code="adapter_not_found",
             ) from error

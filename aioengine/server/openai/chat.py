@@ -39,6 +39,7 @@ def chat_routes(context: Context) -> list[HTTPRouteHandler]:
         echoed = _echoed(data.messages[-1]) if data.echo else ""
         reply = ChatReply(
             chat.generation.reply_id,
+            chat.generation.seed,
             ReplyOptions.of(data),
             parsers=chat.parsers,
             token_bytes=context.token_bytes(),

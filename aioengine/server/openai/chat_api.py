@@ -186,6 +186,8 @@ class ChatCompletion(msgspec.Struct, kw_only=True):
     object: Literal["chat.completion"] = "chat.completion"
     created: int
     """Seconds since 1970."""
+    seed: int | None
+    """Seed of the first choice. A request with this seed gets the same answer."""
     model: str
     choices: list[ChatChoice]
     usage: Usage
@@ -222,6 +224,7 @@ class ChatChunk(msgspec.Struct, kw_only=True):
     id: str
     object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
     created: int
+    seed: int | None
     model: str
     choices: list[ChunkChoice]
     usage: Usage | None = None

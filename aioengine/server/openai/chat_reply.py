@@ -35,6 +35,7 @@ class ChatReply:
     def __init__(
         self,
         completion_id: str,
+        seed: int | None,
         options: ReplyOptions,
         *,
         parsers: Sequence[AnswerParser | None],
@@ -43,6 +44,7 @@ class ChatReply:
         echoed: str = "",
     ) -> None:
         self._id = completion_id
+        self._seed = seed
         self._options = options
         self._created = int(time.time())
         self._choices = [_Choice(parser) for parser in parsers]
@@ -95,7 +97,12 @@ class ChatReply:
         choices = [self._whole_choice(index, output) for index, output in enumerate(outputs)]
         options = self._options
         answer = chat_api.ChatCompletion(
-            id=self._id, created=self._created, model=options.model, choices=choices, usage=usage
+            id=self._id,
+            created=self._created,
+            seed=self._seed,
+            model=options.model,
+            choices=choices,
+            usage=usage,
         )
         if options.prompt_logprobs is not None:
             answer.prompt_logprobs = prompt_logprobs(outputs[0], options.prompt_logprobs, self._token_bytes)
@@ -122,7 +129,12 @@ class ChatReply:
 
     def _chunk(self, choices: list[chat_api.ChunkChoice], usage: Usage | None) -> chat_api.ChatChunk:
         return chat_api.ChatChunk(
-            id=self._id, created=self._created, model=self._options.model, choices=choices, usage=usage
+            id=self._id,
+            created=self._created,
+            seed=self._seed,
+            model=self._options.model,
+            choices=choices,
+            usage=usage,
         )
 
     def _logprobs(

@@ -68,6 +68,7 @@ def completion_routes(context: Context) -> list[HTTPRouteHandler]:
         echoed = await context.texts_of(prompts, texts, owner=record.owner) if data.echo else None
         reply = CompletionReply(
             generation.reply_id,
+            generation.seed,
             ReplyOptions.of(data),
             len(generation),
             logprobs=_count(data.logprobs),
@@ -141,6 +142,7 @@ class CompletionReply:
     def __init__(
         self,
         completion_id: str,
+        seed: int | None,
         options: ReplyOptions,
         count: int,
         *,
@@ -149,6 +151,7 @@ class CompletionReply:
         token_bytes: TokenBytes,
     ) -> None:
         self._id = completion_id
+        self._seed = seed
         self._options = options
         self._created = int(time.time())
         self._logprobs = logprobs
@@ -208,7 +211,12 @@ class CompletionReply:
     def _completion(self, choices: list[completions_api.CompletionChoice], usage: Usage | None) -> bytes:
         return self._encode(
             completions_api.Completion(
-                id=self._id, created=self._created, model=self._options.model, choices=choices, usage=usage
+                id=self._id,
+                created=self._created,
+                seed=self._seed,
+                model=self._options.model,
+                choices=choices,
+                usage=usage,
             )
         )
 

@@ -60,6 +60,8 @@ class Completion(msgspec.Struct, kw_only=True):
     id: str
     object: Literal["text_completion"] = "text_completion"
     created: int
+    seed: int | None
+    """Seed of the first choice. A request with this seed gets the same answer."""
     """Seconds since 1970."""
     model: str
     choices: list[CompletionChoice]

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import secrets
+from collections.abc import Iterator, Sequence
+from hashlib import blake2b
+from itertools import count
 from typing import Any
 
 from aioengine.request import SamplingParams
@@ -55,6 +58,15 @@ def sampling_params(
         prompt_logprobs=prompt_logprobs,
         **values,
     )
+
+
+def drawn_seeds(seed: int | None) -> Iterator[int]:
+    """Draw the seeds of requests that have none from ``seed``; None: from a random one. Who knows some of
+    them, but not ``seed``, cannot tell others."""
+    key = secrets.token_bytes(16) if seed is None else seed.to_bytes(8, "big")
+    for number in count():
+        digest = blake2b(number.to_bytes(8, "big"), key=key, digest_size=8).digest()
+        yield int.from_bytes(digest, "big") >> 1
 
 
 def last_tokens(prompts: Sequence[list[int]], keep: int) -> list[list[int]]:

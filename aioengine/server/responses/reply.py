@@ -26,7 +26,9 @@ class ResponsesReply:
     """The reply of a response. Events are numbered from 0. Every item is started, filled and ended before the
     next one."""
 
-    def __init__(self, response_id: str, request: ResponsesRequest, parser: AnswerParser | None) -> None:
+    def __init__(
+        self, response_id: str, seed: int | None, request: ResponsesRequest, parser: AnswerParser | None
+    ) -> None:
         self._parser = parser
         self._next = 0
         self._items: list[dict[str, Any]] = []
@@ -50,6 +52,7 @@ class ResponsesReply:
             "id": response_id,
             "object": "response",
             "created_at": int(time.time()),
+            "seed": seed,
             "status": "in_progress",
             "background": False,
             "error": None,

@@ -24,7 +24,7 @@ def responses_routes(context: Context) -> list[HTTPRouteHandler]:
     ) -> Response[dict[str, Any]]:
         record = record_of(request)
         chat = await start_chat(context, to_chat(data), record, prefix="resp_")
-        reply = ResponsesReply(chat.generation.reply_id, data, chat.parsers[0])
+        reply = ResponsesReply(chat.generation.reply_id, chat.generation.seed, data, chat.parsers[0])
         return Handled(context, chat.generation, reply, stream=data.stream, record=record, kept=reply.kept)
 
     return [responses]

@@ -1,0 +1,136 @@
+"""Pages of other sites: what browsers send for them changes nothing, unless their origin is allowed."""
+
+from __future__ import annotations
+
+import io
+import re
+import zipfile
+from typing import Any
+
+import pytest
+from support.engine_fixtures import Tiny
+from support.server_fixtures import MODEL, Serve
+
+from aioengine.errors import ConfigError
+from aioengine.server import ServerSettings
+from aioengine.server.access.scopes import ROUTES
+
+OK = {"model": MODEL, "prompt": "Hello", "max_tokens": 2}
+FRIEND = "https://chat.example"
+WRITES = ("POST", "PUT", "PATCH", "DELETE", "OPTIONS")
+FOREIGN = (
+    {"origin": "https://evil.example"},
+    {"origin": "null"},
+    {"origin": "https://evil.example", "sec-fetch-site": "cross-site"},
+    {"sec-fetch-site": "cross-site"},
+    {"sec-fetch-site": "same-site"},
+    {"origin": "http://localhost:1", "sec-fetch-site": "same-site"},
+    {"origin": f"{FRIEND}.evil.example"},
+    {"origin": f"{FRIEND}:8443"},
+    {"origin": "http://127.0.0.1.evil.example"},
+)
+
+
+async def test_no_route_can_be_used_by_another_site(serve: Serve) -> None:
+    async with serve(settings={"allow_origins": [FRIEND], "max_upload_bytes": 2**20}) as served:
+        for route in ROUTES:
+            path = re.sub(r"\{.*\}", "x", route)
+            for headers in FOREIGN:
+                for method in WRITES:
+                    answer = await served.http.request(method, path, headers=headers)
+                    assert (answer.status_code, answer.json()["error"].get("code")) in (
+                        (403, "origin_not_allowed"),
+                        (403, None),  # the form of errors of /v1/messages has no code
+                    ), (method, path, headers)
+                    assert "access-control-allow-origin" not in answer.headers
+            for method in ("GET", "HEAD"):
+                if not (path.startswith("/debug") or path in ("/metrics", "/docs/x")):  # slow, or not there
+                    read = await served.http.request(method, path, headers=FOREIGN[2])
+                    assert read.status_code != 403
+                    assert "access-control-allow-origin" not in read.headers, "the page cannot see it"
+
+
+async def test_a_form_of_another_site_uploads_nothing(serve: Serve, tiny_text: Tiny) -> None:
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w") as archive:
+        for file in tiny_text.adapters["a"].glob("adapter_*"):
+            archive.write(file, file.name)
+    path = "/v1/upload_lora_adapter?lora_name=a&load_inplace=true"
+    async with serve(settings={"max_upload_bytes": 2**20}) as served:
+        for kind in ("multipart/form-data; boundary=x", "text/plain", ""):
+            headers = {"content-type": kind, **FOREIGN[2]}
+            answer = await served.http.post(path, content=packed.getvalue(), headers=headers)
+            assert answer.status_code == 403
+        [info] = [info for info in served.engine.adapters() if info.name == "a"]
+        assert info.version == 1
+        own = {"content-type": "application/zip", "origin": served.url, "sec-fetch-site": "same-origin"}
+        assert (await served.http.post(path, content=packed.getvalue(), headers=own)).status_code == 200
+
+
+async def test_own_pages_and_programs_are_let_in(serve: Serve) -> None:
+    async with serve() as served:
+        for headers in (
+            {"origin": served.url, "sec-fetch-site": "same-origin"},
+            {"origin": served.url.upper().replace("HTTP", "http")},
+            {"sec-fetch-site": "none"},
+            {},
+        ):
+            answer = await served.http.post("/v1/completions", json=OK, headers=headers)
+            assert answer.status_code == 200 and "vary" not in answer.headers
+
+
+async def test_an_allowed_site_asks_first_and_reads_answers(serve: Serve) -> None:
+    settings = {"allow_origins": [FRIEND], "api_keys": {"sk-one": "alice"}}
+    async with serve(settings=settings, key="sk-one") as served:
+        site = {"origin": FRIEND, "sec-fetch-site": "cross-site"}
+        asks = {
+            **site,
+            "access-control-request-method": "POST",
+            "access-control-request-headers": "authorization,content-type,x-stainless-os",
+        }
+        del served.http.headers["authorization"]  # a browser sends no key with this question
+        allowed = await served.http.options("/v1/completions", headers=asks)
+        assert allowed.status_code == 200
+        assert allowed.headers["access-control-allow-origin"] == FRIEND
+        assert allowed.headers["access-control-allow-methods"] == "POST"
+        assert "x-stainless-os" in allowed.headers["access-control-allow-headers"]
+        keyed = {**site, "authorization": "Bearer sk-one"}
+        for body in (OK, {**OK, "stream": True}, {**OK, "model": "nobody"}):
+            answer = await served.http.post("/v1/completions", json=body, headers=keyed)
+            assert answer.status_code == (404 if body["model"] == "nobody" else 200)
+            assert answer.headers["access-control-allow-origin"] == FRIEND
+            assert answer.headers["vary"] == "origin"
+            assert "x-request-id" in answer.headers["access-control-expose-headers"]
+            assert "access-control-allow-credentials" not in answer.headers
+        assert (await served.http.post("/v1/completions", json=OK, headers=site)).status_code == 401
+
+
+@pytest.mark.parametrize(
+    "origin",
+    ["*", "null", "chat.example", "https://", f"{FRIEND}/", "https://Chat.example", "https://a b"],
+)
+def test_what_is_no_origin(origin: str) -> None:
+    with pytest.raises(ConfigError, match="allow_origins"):
+        ServerSettings(allow_origins=[origin])
+
+
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [
+        ("localhost", 200),
+        ("LOCALHOST:80", 200),
+        ("[::1]:80", 200),
+        ("localhost:1@evil.example", 403),
+        ("[::1].evil.example", 403),
+        ("[::1", 403),
+        ("localhost:80:80", 403),
+        ("localhost/.evil.example", 403),
+        ("localhost:evil", 403),
+        ("user@localhost", 403),
+    ],
+)
+async def test_a_host_is_checked_whole(host: str, status: int, serve: Serve) -> None:
+    settings: dict[str, Any] = {"allowed_hosts": ["localhost", "[::1]"]}
+    async with serve(settings=settings) as served:
+        answer = await served.http.post("/v1/completions", json=OK, headers={"host": host})
+        assert answer.status_code == status
