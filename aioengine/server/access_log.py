@@ -13,7 +13,8 @@ import msgspec
 
 from aioengine.server.access.auth import Identity
 from aioengine.server.access.limits import Admission
-from aioengine.server.errors import ApiError, FullQueue
+from aioengine.server.errors import ApiError, FullQueue, to_api_error
+from aioengine.server.settings import ServerSettings
 
 logger = logging.getLogger("aioengine.server.access")
 _LONGEST_LIST = 500
@@ -71,6 +72,12 @@ class RequestRecord(msgspec.Struct, kw_only=True, eq=False):
     """The queue of its own tenant or adapter that had no place for it."""
     counted: bool = False
     """Whether it was refused for its key: such requests are counted and logged together."""
+
+    def refused_by(self, error: BaseException, settings: ServerSettings) -> ApiError:
+        """Note and return the client's error that an exception becomes."""
+        found = to_api_error(error, settings, self.named_in, may_load=self.identity.may("adapters"))
+        self.refused(found)
+        return found
 
     def refused(self, error: ApiError) -> None:
         detail = error.detail

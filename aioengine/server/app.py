@@ -36,7 +36,7 @@ from aioengine.server.access.scopes import PAGE_ROUTE, check_routes
 from aioengine.server.access_log import RequestRecord, log_request
 from aioengine.server.context import Context
 from aioengine.server.debug.routes import debug_routes
-from aioengine.server.errors import ApiError, to_api_error
+from aioengine.server.errors import ApiError
 from aioengine.server.health import health_routes
 from aioengine.server.known_fields import UnknownFields
 from aioengine.server.messages.routes import messages_routes
@@ -215,7 +215,7 @@ class ServerApp:
                     tags.append((b"x-not-enforced", record.not_enforced.encode("ascii", "replace")))
                 if record.status >= 400 and _asks_first(scope):
                     tags.append((b"connection", b"close"))
-                tags += self._browsers.permission(scope["headers"])
+                tags += self._browsers.permission(scope)
                 message = {**message, "headers": [*headers, *tags]}
                 await send(message)
             else:
@@ -230,8 +230,7 @@ class ServerApp:
         except Exception as error:
             if started:
                 raise
-            api_error = to_api_error(error, self._settings, record)
-            record.refused(api_error)
+            api_error = record.refused_by(error, self._settings)
             await send_error(tagged_send, api_error, path)
         finally:
             if size:

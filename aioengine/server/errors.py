@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import logging
 import re
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import msgspec
 from msgspec import UNSET, UnsetType
 
 from aioengine import errors
 from aioengine.server.settings import ServerSettings
-
-if TYPE_CHECKING:
-    from aioengine.server.access_log import RequestRecord
 
 logger = logging.getLogger("aioengine.server")
 
@@ -208,18 +205,18 @@ _OVERLOADED = {
 
 
 def to_api_error(
-    error: BaseException, settings: ServerSettings, record: RequestRecord | None = None
+    error: BaseException, settings: ServerSettings, named_in: str = "model", *, may_load: bool = True
 ) -> ApiError:
-    """Convert an exception to the client's error; internal errors are logged. Why an adapter's files cannot
-    be read is told only to those who may load adapters; everybody, if there is no ``record``."""
+    """Convert an exception to the client's error; internal errors are logged. ``named_in`` is the field of
+    the body that names the adapters. Only clients that may load adapters are told why a file cannot be
+    read."""
     if isinstance(error, ApiError):
         return error
     found = _api_error(error, settings.retry_after)
-    if record is not None and isinstance(error, errors.AdapterError):
-        if found.detail.param == "model":
-            found.detail.param = record.named_in
-        if isinstance(error, errors.AdapterLoadError) and not record.identity.may("adapters"):
-            found.detail.message = f"adapter {error.name!r} cannot be loaded; the server's log says why"
+    if isinstance(error, errors.AdapterError) and found.detail.param == "model":
+        found.detail.param = named_in
+    if isinstance(error, errors.AdapterLoadError) and not may_load:
+        found.detail.message = f"adapter {error.name!r} cannot be loaded; the server's log says why"
     if settings.reword is not None and isinstance(error, errors.AioEngineError):
         found.detail.message = settings.reword(found.detail.message)
     return found

@@ -20,7 +20,7 @@ from aioengine.runtime.text_work import EACH
 from aioengine.server.access.gate import Gate
 from aioengine.server.access_log import RequestRecord
 from aioengine.server.context import Context
-from aioengine.server.errors import ApiError, ErrorBody, to_api_error
+from aioengine.server.errors import ApiError, ErrorBody
 from aioengine.server.generation import Generation
 from aioengine.server.known_fields import UnknownFields
 from aioengine.server.settings import ServerSettings
@@ -256,7 +256,7 @@ def exception_handler(settings: ServerSettings) -> Any:
         elif isinstance(error, HTTPException) and error.status_code < 500:
             found = ApiError(error.status_code, error.detail)
         else:
-            found = to_api_error(error, settings, record_of(request))
+            found = record_of(request).refused_by(error, settings)
         record_of(request).refused(found)
         return ErrorResponse(found)
 

@@ -13,7 +13,7 @@ from aioengine.request import TokenLogprob
 from aioengine.runtime.output import RequestOutput
 from aioengine.runtime.tasks import together
 from aioengine.server.access_log import RequestRecord
-from aioengine.server.errors import ApiError, ClientDisconnected, to_api_error
+from aioengine.server.errors import ApiError, ClientDisconnected
 from aioengine.server.generation import Generation
 from aioengine.server.openai.api import GenerationFields, PromptTokensDetails, StreamOptions, Usage
 from aioengine.server.settings import ServerSettings
@@ -157,8 +157,7 @@ class GenerationResponse:
                 work = self._answer(send)
                 await while_connected(receive, departure_of(scope), work, self._record.ended, exceeded)
         except Exception as error:
-            api_error = to_api_error(error, self._settings, self._record)
-            self._record.refused(api_error)
+            api_error = self._record.refused_by(error, self._settings)
             self._record.status = api_error.status
             if not self._started:
                 await send_error(send, api_error, self._record.path)

@@ -67,9 +67,12 @@ async def test_links_may_not_leave_the_root(tmp_path: Path) -> None:
     partly = adapter_folder(root / "partly")
     (partly / "adapter_model.safetensors").unlink()
     (partly / "adapter_model.safetensors").symlink_to(outside / "adapter_model.safetensors")
+    pooled = adapter_folder(root / "pooled")
+    (pooled / "1_Pooling").mkdir()
+    (pooled / "1_Pooling" / "config.json").symlink_to(outside / "adapter_config.json")
     resolver = FilesystemResolver(root)
     assert await resolver.resolve("link") == inside
-    for name in ("escape", "up/outside", "loop", "partly"):
+    for name in ("escape", "up/outside", "loop", "partly", "pooled"):
         with pytest.raises(AdapterNotFound) as caught:
             await resolver.resolve(name)
         assert str(tmp_path) not in str(caught.value), "says nothing of what is where"

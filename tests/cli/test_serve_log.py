@@ -5,8 +5,12 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
+import sys
 
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 from support.cli_programs import run_program, run_script
 
 from aioengine.cli.serving.log import JsonFormatter, TextFormatter
@@ -27,6 +31,19 @@ def test_warnings_name_flags(formatter: logging.Formatter) -> None:
 def test_what_requests_say_is_left_alone() -> None:
     record = logging.LogRecord("aioengine", logging.INFO, "", 0, "a: LoRAConfig.max_loras", (), None)
     assert TextFormatter().format(record).endswith("a: LoRAConfig.max_loras")
+
+
+@given(st.text())
+@example("a\n2026-12-01 05:00:00,000 INFO    POST /v1/FORGED 200 tenant=victim")
+def test_what_clients_say_cannot_look_like_a_line_of_the_log(text: str) -> None:
+    try:
+        raise ValueError(text)
+    except ValueError:
+        failure = sys.exc_info()
+    record = logging.LogRecord("aioengine", logging.WARNING, "", 0, "unknown field %s", (text,), failure)
+    first, *others = TextFormatter().format(record).splitlines()
+    assert not re.search(r"[\x00-\x08\x0a-\x1f\x7f-\x9f\u2028\u2029]", first)
+    assert all(line.startswith("  ") for line in others)
 
 
 @pytest.mark.parametrize(

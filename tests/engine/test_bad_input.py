@@ -266,7 +266,9 @@ async def test_a_module_that_the_pool_does_not_cover(tiny: Tiny, make_engine: Ma
         assert out.token_ids == tiny.expected([4, 5], 24, "qv-only")
 
 
-@pytest.mark.parametrize("name", ["", "a b", "../up", "x@1", "ü", "a" * 256])
+@pytest.mark.parametrize(
+    "name", ["", "a b", "../up", "x@1", "ü", "a" * 256, "a/../b", "a//b", "a/", "a/.", "./a"]
+)
 async def test_bad_names(name: str, tiny: Tiny, make_engine: MakeEngine) -> None:
     async with make_engine(tiny) as engine:
         with pytest.raises(AdapterInvalid, match="name"):

@@ -265,3 +265,24 @@ async def test_the_slots_version_tells_whether_anything_moved(tiny: Tiny, make_e
         await engine.unload_adapter("rank-3")
         assert engine.slots().version > after.version
         assert {slot.adapter for slot in engine.slots().slots} == {None}
+
+
+@pytest.mark.parametrize(
+    "raised", [ValueError, StopIteration, asyncio.CancelledError, GeneratorExit, SystemExit, BaseException]
+)
+async def test_whatever_a_listener_raises_the_engine_goes_on(
+    raised: type[BaseException], tiny: Tiny, make_engine: MakeEngine, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fails(event: Event) -> None:
+        raise raised("of a listener")
+
+    async with make_engine(tiny) as engine:
+        heard: list[Event] = []
+        engine.add_listener(fails)
+        engine.add_listener(heard.append)
+        out = await asyncio.wait_for(engine.complete([4, 5], greedy(4)), 30)
+        assert len(out.token_ids) == 4 and engine.state == "running"
+        assert engine.stats().listener_failures >= len(heard) > 4
+        text = engine.metrics.expose()[0].decode()
+    assert "aioengine_listener_failures_total" in text
+    assert len([record for record in caplog.records if "listener" in record.message]) == 1

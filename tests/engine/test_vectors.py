@@ -25,6 +25,7 @@ from support.tiny_models import ALL_MODULES
 from support.waiting import until
 
 from aioengine import AsyncEngine, SamplingParams
+from aioengine.adapters.peft.digest import content_digest
 from aioengine.errors import AdapterInvalid, AdapterNotFound, AioEngineError, RequestInvalid
 from aioengine.runtime.requests.vectors import cosines
 
@@ -314,12 +315,23 @@ async def test_bad_pooling_configuration(
     (tmp_path / "1_Pooling").mkdir()
     file = tmp_path / "1_Pooling" / "config.json"
     async with make_engine(tiny) as engine:
-        for text in ('{"pooling_mode_max_tokens": true}', "[]", "{}", '{"pooling_mode": "weightedmean"}'):
+        deep = '{"a":' * 5000 + "1" + "}" * 5000
+        wrong = (
+            '{"pooling_mode_max_tokens": true}',
+            "[]",
+            "{}",
+            '{"pooling_mode": "weightedmean"}',
+            deep,
+        )
+        for text in wrong:
             file.write_text(text)
             with pytest.raises(AdapterInvalid, match=r"1_Pooling/config\.json"):
                 await engine.load_adapter("x", tmp_path)
         file.write_text('{"pooling_mode": "cls"}')
-        await engine.load_adapter("x", tmp_path)
+        digest = (await engine.load_adapter("x", tmp_path)).digest
+        assert content_digest("x", str(tmp_path), threading.Event()).digest == digest
+        file.write_text('{"pooling_mode":  "cls"}')
+        assert content_digest("x", str(tmp_path), threading.Event()).digest != digest
         raw = await engine.embed(PROMPTS[2], "x", normalize=False)
         close(raw.vector, embedder.states(PROMPTS[2])[0])
 

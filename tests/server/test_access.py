@@ -294,3 +294,22 @@ async def test_connections_are_bounded(serve: Serve) -> None:
             await other.wait_closed()
         await until(lambda: True)
         assert (await served.http.get("/health")).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("flags", "fine"),
+    [
+        ({"api_key": ["a:sk-1"]}, True),
+        ({"api_key": ["a:sk-1", "a:sk-2"]}, True),
+        ({"api_key": ["a:sk-1", "b:sk-2"]}, False),
+        ({"api_key": ["sk-1", "sk-2"]}, False),
+        ({"api_key": ["a:sk-1", "b:sk-2"], "admin_key": ["sk-3"]}, True),
+    ],
+)
+def test_several_tenants_need_an_admin(flags: dict[str, Any], fine: bool) -> None:
+    """Else each could replace the others' adapters."""
+    if fine:
+        ServerFlags(**flags).settings()
+    else:
+        with pytest.raises(ConfigError, match="--admin-key"):
+            ServerFlags(**flags).settings()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -13,9 +14,12 @@ import pytest
 from support.engine_fixtures import MakeEngine, Tiny, greedy
 from support.server_fixtures import MODEL, Serve, served_by, until
 
+from aioengine.errors import AdapterLoadError, EngineOverloaded
 from aioengine.runtime.sources.mixes import MAX_MIXES
 from aioengine.schedulers import Decision, SchedulerView
 from aioengine.schedulers.policies.fcfs import FCFS
+from aioengine.server import ServerSettings
+from aioengine.server.errors import to_api_error, without_places
 
 OK = {"model": MODEL, "prompt": "Hello", "max_tokens": 2}
 LONG = {"max_model_len": 512}
@@ -351,3 +355,45 @@ async def test_refusing_fields_costs_little(serve: Serve, monkeypatch: pytest.Mo
             answer = await served.http.post("/v1/completions", json={"model": MODEL, "promt": "Hi"})
             assert answer.status_code == 400 and "did you mean prompt?" in answer.text
     assert len(asked) <= 1
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("already registered from /srv/models/a b", "already registered from ... b"),
+        ("[Errno 24] Too many open files: '/usr/lib/x.py'", "[Errno 24] Too many open files: '...'"),
+        ("s3://bucket/key?X-Amz-Signature=1: Forbidden", "... Forbidden"),
+        ("not authorized on resource: arn:aws:s3:::bucket/key", "not authorized on resource: ..."),
+        ("~/models/a (/x), file:///y", "... (...), ..."),
+        ("team-a/sql: rank 64 > 16; 3 / 4, and/or", "team-a/sql: rank 64 > 16; 3 / 4, and/or"),
+    ],
+)
+def test_messages_say_no_places(text: str, shown: str) -> None:
+    assert without_places(text) == shown
+    error = AdapterLoadError(text, name="a", path="/srv/secret")
+    assert shown in to_api_error(error, ServerSettings()).detail.message
+
+
+async def test_only_those_who_may_load_are_told_why_a_file_cannot_be_read(
+    serve: Serve, tmp_path: Path
+) -> None:
+    settings = {"api_keys": {"sk-user": "u"}, "admin_keys": {"sk-admin": "ops"}}
+    async with serve(settings=settings) as served:
+        (tmp_path / "gone").mkdir()
+        (tmp_path / "gone" / "adapter_config.json").mkdir()  # not a file
+        served.engine.register_adapter("gone", tmp_path / "gone")
+        told = []
+        for key in ("sk-user", "sk-admin"):
+            headers = {"authorization": f"Bearer {key}"}
+            answer = await served.http.post("/v1/completions", json={**OK, "model": "gone"}, headers=headers)
+            assert answer.status_code == 503
+            told.append(answer.json()["error"]["message"])
+        user, admin = told
+        assert user == "adapter 'gone' cannot be loaded; the server's log says why"
+        assert "adapter_config.json" in admin and str(tmp_path) not in admin
+
+
+def test_adapters_shut_out_by_pinned_ones_name_none_of_them() -> None:
+    error = EngineOverloaded("adapter 'a' (/srv/a) cannot get a slot (secret); unpin one", bound="pinned")
+    found = to_api_error(error, ServerSettings())
+    assert found.status == 429 and "secret" not in found.detail.message and "/srv" not in found.detail.message

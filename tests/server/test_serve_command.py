@@ -28,7 +28,7 @@ async def test_sigterm_finishes_what_was_accepted(tiny_text: Tiny, tmp_path: Pat
     keys.write_text("# for the team\nteam:sk-secret\n")
     flags = ["--api-key-file", str(keys), "--served-model-name", "tiny", "--lora-modules"]
     flags += [f"a={tiny_text.adapters['a']}"]
-    async with serving(tiny_text.model, *flags, AIOENGINE_API_KEYS="sk-other") as server:
+    async with serving(tiny_text.model, *flags, AIOENGINE_API_KEYS="team:sk-other") as server:
         client = openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="sk-secret", max_retries=0)
         stream = await client.completions.create(
             model="a", prompt="Hello", max_tokens=400, stream=True, extra_body={"ignore_eos": True}
@@ -149,6 +149,8 @@ async def test_probes_are_answered_while_the_engine_starts(
         stderr=asyncio.subprocess.DEVNULL,
     )
     try:
+        await asyncio.sleep(0.2)
+        process.send_signal(signal.SIGHUP)  # in the middle of its imports
         async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", trust_env=False) as http:
 
             async def get(path: str) -> httpx.Response:
