@@ -70,8 +70,6 @@ class ServerFlags:
     """File with keys, scopes and limits; see aioengine keys --help."""
     allowed_host: Annotated[list[str] | None, _LIST] = None
     """Accepted Host header. Without keys, on a loopback address: localhost."""
-    allow_origin: Annotated[list[str] | None, _LIST] = None
-    """Origin of another site whose pages may call the server, such as https://chat.example; repeatable."""
     grace_seconds: float = 30.0
     """Seconds in which accepted requests may finish after SIGTERM."""
     drain_delay: float = 0.0
@@ -87,6 +85,8 @@ class ServerFlags:
     """Key that may also load and unload adapters; other keys then may not. Repeatable."""
     admin_key_file: Annotated[Path | None, _IN_MORE] = None
     """File with one admin key per line; or set AIOENGINE_ADMIN_KEYS."""
+    allow_origin: Annotated[list[str] | None, _MORE_LIST] = None
+    """Origin of another site whose pages may call the server, such as https://chat.example; repeatable."""
     trusted_proxy: Annotated[list[str] | None, _MORE_LIST] = None
     """Address or network of a proxy whose X-Forwarded-For is trusted; repeatable."""
     max_connections: Annotated[int, _IN_MORE] = 4096
