@@ -12,7 +12,8 @@ import pytest
 
 from aioengine.cli.main import main
 from aioengine.lab.policy_check.check import Checked, check_policy_contract
-from aioengine.lab.policy_check.world import SCENARIOS
+from aioengine.lab.policy_check.idle import serve_one_by_one
+from aioengine.lab.policy_check.world import SCENARIOS, NeverEnds
 from aioengine.lab.runs.study import POLICY
 from aioengine.schedulers import Decision, PolicyEvent, SchedulerPolicy, SchedulerView, load_policy
 from aioengine.schedulers.policies.fcfs import FCFS
@@ -73,6 +74,25 @@ class PlacesAnything(FCFS):
     def schedule(self, view: SchedulerView) -> Decision:
         decision = super().schedule(view)
         return decision._replace(prefetch=[*decision.prefetch, "ghost"])
+
+
+class HoldsBack(FCFS):
+    """Lets each cold adapter wait for a second, on purpose."""
+
+    def schedule(self, view: SchedulerView) -> Decision:
+        ready = [
+            a
+            for a in view.waiting_adapters
+            if a is None or (view.adapters[a].oldest_arrival or 0) + 1 <= view.now
+        ]
+        decision = super().schedule(view)
+        return decision._replace(place=[place for place in decision.place if place.adapter in ready])
+
+
+def test_an_engine_that_is_idle_asks_again() -> None:
+    assert checked(HoldsBack).sound
+    with pytest.raises(NeverEnds, match="adapter-0, alone on the engine"):
+        serve_one_by_one(AdmitsNobody())
 
 
 @pytest.mark.parametrize(

@@ -12,10 +12,12 @@ from itertools import zip_longest
 from types import FrameType
 from typing import Any, NamedTuple
 
+from aioengine.lab.policy_check.idle import serve_one_by_one
 from aioengine.lab.policy_check.world import SCENARIOS, NeverEnds, Scenario, World
 from aioengine.schedulers import Decision, PolicyEvent, SchedulerPolicy, SchedulerView
 
 TURNS = 150
+WAIT_FOR_EVER = "requests wait for ever although nothing is in their way"
 MOST_SECONDS = 5.0
 """Maximum seconds of one call of the policy. A longer one is interrupted, where the platform can."""
 
@@ -66,7 +68,8 @@ def check_policy_contract(
     scenarios: Sequence[Scenario] = SCENARIOS,
     progress: Callable[[int, int], None] = lambda done, of: None,
 ) -> Checked:
-    """Run a policy through every scenario, ``runs`` times each, and the first of them twice over.
+    """Run a policy through every scenario, ``runs`` times each, and the first of them twice over; at the end
+    also in the engine's own loop, on an engine that is idle (:mod:`aioengine.lab.policy_check.idle`).
 
     Time is simulated, so a run takes only the time of its decisions. A policy gets the same events on every
     machine.
@@ -87,27 +90,36 @@ def check_policy_contract(
         if seed == 0 and not found.broken:
             again = _run(scenario, seed, turns, make(), _Findings())
             _compare(watched.decisions, again.decisions, scenario, seed, found)
+    if not found.broken:
+        watched = _watched(make(), found, lambda: Where("an engine that is idle", 0, len(watched.decisions)))
+        try:
+            serve_one_by_one(watched)
+        except NeverEnds as error:
+            found.add(found.broken, WAIT_FOR_EVER, Where("an engine that is idle", 0, 0), str(error))
     return Checked(total, decisions, slowest, tuple(found.broken.values()), tuple(found.refused.values()))
 
 
 def _run(scenario: Scenario, seed: int, turns: int, policy: SchedulerPolicy, found: _Findings) -> _Watched:
-    watched = _Watched(policy, lambda what, details: found.add(found.broken, what, where(), details))
+    watched = _watched(policy, found, lambda: where())
     world = World(scenario, watched, seed)
 
     def where() -> Where:
         return Where(scenario.name, seed, world.core.step)
 
     try:
-        world.run(turns)
+        world.play(turns)
     except NeverEnds as error:
-        text = "requests wait for ever although nothing is in their way"
-        found.add(found.broken, text, where(), str(error))
+        found.add(found.broken, WAIT_FOR_EVER, where(), str(error))
     except AssertionError:
         text = "an invariant of the core is broken; that is a fault of the engine, please report it"
         found.add(found.broken, text, where(), traceback.format_exc())
     for reason, item in world.refused:
         found.add(found.refused, reason, where(), item)
     return watched
+
+
+def _watched(policy: SchedulerPolicy, found: _Findings, where: Callable[[], Where]) -> _Watched:
+    return _Watched(policy, lambda what, details: found.add(found.broken, what, where(), details))
 
 
 def _compare(

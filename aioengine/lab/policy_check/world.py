@@ -7,12 +7,11 @@ from contextlib import suppress
 from typing import NamedTuple
 
 from aioengine import events
-from aioengine.core import CopyMove, Core, CoreLimits, DropMove, LoadMove, StopMove
+from aioengine.core import CoreLimits
 from aioengine.core.state import AdapterEntry
-from aioengine.errors import AdapterLoadError, EngineDead, EngineOverloaded
-from aioengine.request import RequestOptions, SamplingParams
+from aioengine.errors import EngineOverloaded
 from aioengine.schedulers import SchedulerPolicy
-from aioengine.step import Sampled, StepBatch, StepResult
+from aioengine.testing import Sim
 
 STEP_SECONDS = 0.05
 MOST_TURNS_TO_END = 4000
@@ -82,30 +81,25 @@ class NeverEnds(Exception):
     """Error for requests that wait although nothing prevents them from running."""
 
 
-class World:
-    """Drives a core through a scenario by a seed; a policy gets the same events in every run.
-
-    Args:
-        policy: The core's.
-    """
+class World(Sim):
+    """Drives a core through a scenario by a seed; a policy gets the same events in every run."""
 
     def __init__(self, scenario: Scenario, policy: SchedulerPolicy, seed: int) -> None:
-        self.core = Core(scenario.limits, policy)
-        self.now = 0.0
-        self.refused: list[tuple[str, str]] = []
-        """(reason, item) of decisions."""
-        self._is = scenario
         self._rng = random.Random(f"{scenario.name} {seed}")
-        self._loads: list[AdapterEntry] = []
-        self._copies: list[AdapterEntry] = []
-        self._batch: StepBatch | None = None
-        self._count = self._turns = 0
+        super().__init__(scenario.limits, policy, self._random_token, strict=False)
+        self._is = scenario
+        self._turns = 0
         self._names = [f"adapter-{index}" for index in range(scenario.adapters)]
         for name in self._names:
-            self._register(name)
+            self.register(name)
 
-    def run(self, turns: int) -> None:
-        """Run the scenario. Raises NeverEnds, and AssertionError if an invariant of the core does not
+    @property
+    def refused(self) -> list[tuple[str, str]]:
+        """(reason, item) of the decisions' items that the core did not carry out."""
+        return [(event.reason, event.item) for event in self.of(events.PolicyRefused)]
+
+    def play(self, turns: int) -> None:
+        """Play the scenario. Raises NeverEnds, and AssertionError if an invariant of the core does not
         hold."""
         for _ in range(turns):
             self._disturb()
@@ -120,66 +114,26 @@ class World:
     def _turn(self, *, calm: bool) -> None:
         """Take one step, and finish some of the moves under way; all of them, without failures, if
         ``calm``."""
-        for entry in list(self._loads):
-            if calm or self._rng.random() < 0.5:
-                self._loads.remove(entry)
-                self._end_load(entry, fail=not calm and self._rng.random() < self._is.fail)
-        for entry in list(self._copies):
-            if calm or self._rng.random() < 0.5:
-                self._copies.remove(entry)
-                self._end_copy(entry, fail=not calm and self._rng.random() < self._is.fail)
-        if self._batch is None:
-            self._schedule()
+        for moves, finish in ((self.loads, self.finish_load), (self.copies, self.finish_copy)):
+            for index in reversed(range(len(moves))):
+                if calm or self._rng.random() < 0.5:
+                    finish(index, fail=not calm and self._rng.random() < self._is.fail)
+        if self.batch is None:
+            self.schedule()
         self.now += STEP_SECONDS
-        if self._batch is not None and (calm or self._rng.random() < 0.9):
-            self._finish_step()
+        if self.batch is not None and (calm or self._rng.random() < 0.9):
+            self.finish_step(STEP_SECONDS)
         self._turns += 1
         if self._turns % CHECK_EVERY == 0:
             self.core.check()
 
-    def _schedule(self) -> None:
-        self._batch, moves = self.core.schedule(self.now)
-        for move in moves:
-            match move:
-                case LoadMove(entry):
-                    self._loads.append(entry)
-                case StopMove(entry):
-                    self._loads.remove(entry)
-                case CopyMove(entry, _):
-                    self._copies.append(entry)
-                case DropMove():
-                    pass
-        self._hear()
+    def _random_token(self, history: list[int]) -> int:
+        return 1 if self._rng.random() < 0.05 else self._rng.randint(2, 4)
 
-    def _finish_step(self) -> None:
-        batch, self._batch = self._batch, None
-        assert batch is not None
-        rng = self._rng
-        sampled = [
-            Sampled(1 if rng.random() < 0.05 else rng.randint(2, 4)) if work.sample else None
-            for work in batch.sequences
-        ]
-        self.core.step_finished(batch, StepResult(sampled, STEP_SECONDS), self.now)
-        self._hear()
-
-    def _end_load(self, entry: AdapterEntry, *, fail: bool) -> None:
-        core, now = self.core, self.now
-        if fail:
-            error = AdapterLoadError("it fails in this scenario", name=entry.label, path=entry.path)
-            core.adapter_load_failed(entry, now, error, "io")
-        else:
-            size = 400 + entry.uid * 400 % 2000
-            digest = f"{entry.uid}"
-            core.adapter_loaded(entry, now, rank=8, nbytes=size, digest=digest, seconds=0.1)
-        self._hear()
-
-    def _end_copy(self, entry: AdapterEntry, *, fail: bool) -> None:
-        if fail:
-            error = AdapterLoadError("it fails in this scenario", name=entry.label, path=entry.path)
-            self.core.adapter_place_failed(entry, self.now, error)
-        else:
-            self.core.adapter_placed(entry, self.now, 0.01)
-        self._hear()
+    def register(self, name: str) -> AdapterEntry:
+        entry = super().register(name)
+        self.sizes[name] = 400 + entry.uid * 400 % 2000
+        return entry
 
     # What happens
 
@@ -194,43 +148,32 @@ class World:
         if self._names and rng.random() < scenario.pin:
             self._pin(rng.choice(self._names))
         if rng.random() < scenario.lose:
-            self._batch = None
-            self._loads.clear()
-            self._copies.clear()
-            core.device_lost(self.now, EngineDead("it is lost in this scenario"))
-        self._hear()
+            self.lose_device()
+        self.take_events()
 
     def _add(self) -> None:
-        scenario, rng, core = self._is, self._rng, self.core
-        current = core.residency.current
+        scenario, rng = self._is, self._rng
         name = None if rng.random() < scenario.base else rng.choice(self._names or [""])
-        entry = current.get(name) if name else None
-        if name and entry is None:
+        if name is not None and name not in self.core.residency.current:
             return  # unloaded just now
         prefix = rng.randrange(scenario.prefixes)
-        prompt = [2 + prefix % 3] * rng.choice((1, 4, 9, 16)) + [5 + prefix] * rng.randint(1, 16)
-        options = RequestOptions(
-            tenant=f"tenant-{rng.randrange(scenario.tenants)}" if scenario.tenants else None,
-            priority=rng.randrange(scenario.priorities),
-            expected_tokens=rng.choice((None, 3)),
-        )
         due = self.now + rng.choice((0.1, 1.0, 5.0)) if rng.random() < scenario.deadlines else None
-        self._count += 1
-        params = SamplingParams(max_tokens=rng.randint(1, 20), seed=0)
         with suppress(EngineOverloaded):
-            core.add_request(
-                f"r{self._count}", prompt, params, options, self.now, adapter=entry, deadline=due
+            self.add(
+                name,
+                prompt=[2 + prefix % 3] * rng.choice((1, 4, 9, 16)) + [5 + prefix] * rng.randint(1, 16),
+                max_tokens=rng.randint(1, 20),
+                deadline=due,
+                tenant=f"tenant-{rng.randrange(scenario.tenants)}" if scenario.tenants else None,
+                priority=rng.randrange(scenario.priorities),
+                expected_tokens=rng.choice((None, 3)),
             )
-
-    def _register(self, name: str) -> None:
-        entry = self.core.residency.declare(name, f"/adapters/{name}")
-        self.core.residency.publish(entry, self.now)
 
     def _change(self, name: str) -> None:
         residency = self.core.residency
         entry = residency.current.get(name)
         if entry is None or self._rng.random() < 0.5:
-            self._register(name)
+            self.register(name)
         else:
             residency.retire(entry, self.now)
 
@@ -242,12 +185,6 @@ class World:
             residency.pins.unpin(entry, self.now)
         elif entry is not None and len(pinned) + 1 < self._is.limits.num_slots:
             residency.pins.pin(entry, self.now)
-
-    def _hear(self) -> None:
-        for event in self.core.outbox:
-            if isinstance(event, events.PolicyRefused):
-                self.refused.append((event.reason, event.item))
-        self.core.outbox.clear()
 
     def _state(self) -> str:
         core = self.core
