@@ -17,7 +17,6 @@ from aioengine.fleet.registry import write_file
 from aioengine.model.files.hub import is_source
 from aioengine.model.files.remote import check_protocol, why_failed
 from aioengine.runtime.tasks import end_tasks, run_to_completion
-from aioengine.runtime.waits import NameLocks
 from aioengine.step import BytesLike
 
 if TYPE_CHECKING:
@@ -214,3 +213,24 @@ def _digest(config: bytes, weights: BytesLike) -> str:
     sha = hashlib.sha256(config)
     sha.update(weights)
     return sha.hexdigest()
+
+
+class NameLocks:
+    """A lock for each name, that exists only while somebody holds it or waits for it."""
+
+    def __init__(self) -> None:
+        self._locks: dict[str, tuple[asyncio.Lock, int]] = {}
+
+    @asynccontextmanager
+    async def hold(self, name: str) -> AsyncIterator[None]:
+        lock, users = self._locks.get(name, (asyncio.Lock(), 0))
+        self._locks[name] = (lock, users + 1)
+        try:
+            async with lock:
+                yield
+        finally:
+            lock, users = self._locks[name]
+            if users == 1:
+                del self._locks[name]
+            else:
+                self._locks[name] = (lock, users - 1)

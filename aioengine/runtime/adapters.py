@@ -4,24 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections import Counter
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager, nullcontext
 
 from aioengine.adapters.names import check_same_path, checked_path
 from aioengine.core.adapters.failures import frameless
+from aioengine.core.adapters.name import AdapterName
 from aioengine.core.state import AdapterEntry, AdapterFiles
-from aioengine.errors import (
-    AdapterLoadError,
-    AdapterNotFound,
-    AioEngineError,
-)
+from aioengine.errors import AdapterNotFound, AioEngineError
 from aioengine.info import AdapterInfo
 from aioengine.model.files.hub import is_source
 from aioengine.runtime.loop import Stepper
 from aioengine.runtime.sources.names import AdapterNames
 from aioengine.runtime.stats import adapter_info, not_fetched
-from aioengine.runtime.waits import NameLocks
 from aioengine.schedulers.policy import Location
 
 
@@ -35,15 +30,9 @@ class AdapterOps:
         self._residency = stepper.core.residency
         self._pins = stepper.core.residency.pins
         self._names = names
-        self._locks = NameLocks()
-        self._loading: set[str] = set()
-        """Names with a version that is being looked up or read for a caller."""
-        self._unloads: Counter[str] = Counter()
-        """Names that are being unloaded."""
+        self._table = names.table
         self._idle: dict[int, AdapterInfo] = {}
         """Descriptions of idle adapters, by uid: of those in the last list, and of new ones."""
-        self._prepared: dict[str, tuple[AdapterEntry, str | None]] = {}
-        """Prepared versions by name, each with the path that it was prepared from."""
 
     # Registering
 
@@ -53,7 +42,7 @@ class AdapterOps:
         if known is not None:
             check_same_path(name, known, where)
         elif is_source(where):
-            self._names.fetched[name] = where
+            self._table.of(name).look_up(where)
         else:
             entry = self._names.publish(name, where)
             self._idle[entry.uid] = adapter_info(entry)  # or else the first list would describe thousands
@@ -62,7 +51,7 @@ class AdapterOps:
     def _registered_path(self, name: str) -> str | None:
         """Return the path as it was given; None if the name is free."""
         entry = self._residency.current.get(name)
-        return self._names.fetched.get(name) or (None if entry is None else entry.path)
+        return self._names.source(name) or (None if entry is None else entry.path)
 
     # Loading
 
@@ -80,12 +69,12 @@ class AdapterOps:
         if pin and held is None and path is None:
             self._names.check_known(name)  # or else its pin may be refused first
         with self._claimed(name, force=force_pin) if pin else nullcontext():
-            async with self._locks.hold(name):
-                with self._under_way(name):
+            async with self._alone(name) as known:
+                with known.load():
                     if held is None:
-                        await self._load_version(name, path, pin=pin, replace=replace)
+                        await self._load_version(known, path, pin=pin, replace=replace)
                     else:
-                        await self._load_held(name, held, str(path), pin=pin, replace=replace)
+                        await self._load_held(known, held, str(path), pin=pin, replace=replace)
             if pin:
                 await self._stepper.until(lambda: self._is_in_slot(name), name)
         return self.info(name)
@@ -134,76 +123,67 @@ class AdapterOps:
         return False
 
     async def _load_version(
-        self, name: str, path: str | os.PathLike[str] | None, *, pin: bool, replace: bool
+        self, known: AdapterName, path: str | os.PathLike[str] | None, *, pin: bool, replace: bool
     ) -> None:
+        name = known.label
         source = None if path is None else checked_path(name, path)
-        known = self._registered_path(name)
-        if source is not None and known is not None and not replace:
-            check_same_path(name, known, source)
+        registered = self._registered_path(name)
+        if source is not None and registered is not None and not replace:
+            check_same_path(name, registered, source)
             source = None  # it is the registered path
         if source is None and not (replace and self._names.is_registered(name)):
-            entry = await self._names.acquire(name, check=lambda: self._check_not_unloaded(name))
+            entry = await self._names.acquire(name, check=known.check_not_unloaded)
         else:
-            entry = await self._new_version(name, source)
-        await self._read(entry, pin=pin)
-        self._found_at(name, source)
+            entry = await self._new_version(known, source)
+        await self._read(entry, known, pin=pin)
+        _found_at(known, source)
 
-    async def _load_held(self, name: str, held: AdapterFiles, path: str, *, pin: bool, replace: bool) -> None:
-        known = self._registered_path(name)
-        if known is not None and not replace:
-            check_same_path(name, known, path)
-        await self._read(self._residency.declare(name, path, files=held), pin=pin)
-        self._names.fetched.pop(name, None)
+    async def _load_held(
+        self, known: AdapterName, held: AdapterFiles, path: str, *, pin: bool, replace: bool
+    ) -> None:
+        registered = self._registered_path(known.label)
+        if registered is not None and not replace:
+            check_same_path(known.label, registered, path)
+        await self._read(self._residency.declare(known.label, path, files=held), known, pin=pin)
+        known.forget_source()
 
     def holds(self, held: AdapterFiles) -> bool:
         """Whether a version has these files."""
         return any(entry.files is held for entry in self._residency.entries.values())
 
-    def _found_at(self, name: str, source: str | None) -> None:
-        """Note the path that the current version was given by, if any."""
-        if source is not None:
-            self._names.fetched.pop(name, None)
-            if is_source(source):
-                self._names.fetched[name] = source
-
-    @contextmanager
-    def _under_way(self, name: str) -> Iterator[None]:
-        """Context in which a version is looked up or read. Raises AdapterLoadError if the name is being
-        unloaded."""
-        self._check_not_unloaded(name)
-        self._loading.add(name)
+    @asynccontextmanager
+    async def _alone(self, name: str) -> AsyncIterator[AdapterName]:
+        """Take the name's lock."""
+        known = self._table.of(name)
+        known.lock = known.lock or asyncio.Lock()
+        known.users += 1
         try:
-            yield
+            async with known.lock:
+                yield known
         finally:
-            self._loading.discard(name)
+            known.users -= 1
+            self._table.tidy(known)
 
-    def _check_not_unloaded(self, name: str) -> None:
-        """Raise AdapterLoadError if the name is being unloaded. An unload does not wait for loads, because
-        these may hang."""
-        if name in self._unloads:
-            raise AdapterLoadError("it was unloaded while it was being loaded", name=name)
-
-    async def _new_version(self, name: str, source: str | None) -> AdapterEntry:
+    async def _new_version(self, known: AdapterName, source: str | None) -> AdapterEntry:
         """Declare a version without publishing it. With ``source`` None it comes from the registered path,
         looked up again if necessary."""
-        if source is None and name not in self._names.fetched:
+        name = known.label
+        if source is None and not known.looked_up:
             current = self._names.find(name)
             files = None if current.files is None else current.files.share()
             return self._residency.declare(name, current.path, files=files)
         if source is not None and not is_source(source):
             return self._residency.declare(name, source)
-        where = await self._names.lookups.locate(
-            name, source or self._names.fetched[name], check=lambda: self._check_not_unloaded(name)
-        )
+        where = await self._names.lookups.locate(name, source or known.source, check=known.check_not_unloaded)
         return self._residency.declare(name, where, found=True)
 
-    async def _read(self, entry: AdapterEntry, *, pin: bool) -> None:
+    async def _read(self, entry: AdapterEntry, known: AdapterName, *, pin: bool) -> None:
         """Ask for a read, and wait until it is in the CPU cache and, unless it is held, published."""
 
         def is_read() -> bool:
             if entry.location is Location.CPU or entry.location is Location.SLOT:
                 return True
-            self._check_not_unloaded(entry.label)
+            known.check_not_unloaded()
             if entry.error is not None:
                 raise frameless(entry.error)
             return False
@@ -224,28 +204,32 @@ class AdapterOps:
 
     async def prepare(self, name: str, path: str | os.PathLike[str] | None, *, read: bool) -> AdapterInfo:
         source = None if path is None else checked_path(name, path)
-        async with self._locks.hold(name):
-            with self._under_way(name):
+        async with self._alone(name) as known:
+            with known.load():
                 self.discard(name)
-                entry = await self._new_version(name, source)
+                entry = await self._new_version(known, source)
                 entry.held = True
                 if read:
-                    await self._read(entry, pin=False)
-                self._prepared[name] = entry, source
+                    await self._read(entry, known, pin=False)
+                known.prepared = entry, source
         return adapter_info(entry)
 
     def commit(self, name: str) -> AdapterInfo:
-        entry, source = self._prepared.pop(name, (None, None))
-        if entry is None:
+        known = self._table.get(name)
+        entry, source = (None, None) if known is None else known.take_prepared()
+        if known is None or entry is None:
             raise AdapterNotFound("no version of it was prepared; call prepare_adapter first", name=name)
         self._residency.publish(entry, _now())
-        self._found_at(name, source)
+        _found_at(known, source)
+        self._table.tidy(known)
         self._stepper.wake()
         return self.info(name)
 
     def discard(self, name: str) -> None:
-        entry, _ = self._prepared.pop(name, (None, None))
-        if entry is not None:
+        known = self._table.get(name)
+        entry, _ = (None, None) if known is None else known.take_prepared()
+        if known is not None and entry is not None:
+            self._table.tidy(known)
             self._residency.retire(entry, _now())
             self._stepper.wake()
 
@@ -256,9 +240,9 @@ class AdapterOps:
     # Unloading
 
     async def unload(self, name: str, *, force: bool) -> None:
-        was_loading = name in self._loading
-        async with self._loads_ended(name):
-            was_fetched = self._names.fetched.pop(name, None) is not None
+        async with self._loads_ended(name) as (known, was_loading):
+            was_fetched = known.source is not None
+            known.forget_source()
             self._residency.expected.pop(name, None)
             if not self._names.is_registered(name) and (was_fetched or was_loading):
                 return  # it was never needed, or its load was ended: there is nothing to free
@@ -273,17 +257,19 @@ class AdapterOps:
             await self._stepper.until(lambda: entry.uid not in self._residency.entries, name)
 
     @asynccontextmanager
-    async def _loads_ended(self, name: str) -> AsyncIterator[None]:
-        """Take the name's lock. Loads that are under way, or wait for the lock, fail."""
-        self._unloads[name] += 1
+    async def _loads_ended(self, name: str) -> AsyncIterator[tuple[AdapterName, bool]]:
+        """Take the name's lock. Loads that are under way, or wait for the lock, fail. Also gives whether one
+        was under way."""
+        known = self._table.of(name)
+        was_loading = known.loading
+        known.unloads += 1
         self._stepper.ask_again(name)
         try:
-            async with self._locks.hold(name):
-                yield
+            async with self._alone(name):
+                yield known, was_loading
         finally:
-            self._unloads[name] -= 1
-            if not self._unloads[name]:
-                del self._unloads[name]
+            known.unloads -= 1
+            self._table.tidy(known)
 
     def _abort_all(self, entry: AdapterEntry) -> None:
         self._stepper.catch_up()
@@ -305,7 +291,7 @@ class AdapterOps:
 
     def all(self) -> list[AdapterInfo]:
         """Describe every registered adapter. Most of thousands are idle, and described once."""
-        known, self._idle = self._idle, {}
+        described, self._idle = self._idle, {}
         found, idle, is_mix = [], self._idle, self._names.mixes.is_mix
         for entry in self._residency.current.values():
             if is_mix(entry):
@@ -313,19 +299,20 @@ class AdapterOps:
             if entry.location is not Location.DISK or entry.pinned or len(entry.waiting):
                 found.append(adapter_info(entry))
                 continue
-            info = known.get(entry.uid)
+            info = described.get(entry.uid)
             if info is None or info.digest != entry.digest:
                 info = adapter_info(entry)
             idle[entry.uid] = info
             found.append(info)
-        for name, path in self._names.fetched.items():
-            if path is not None and not self._names.is_registered(name):
-                found.append(not_fetched(name, path))
+        for known in self._table:
+            if known.source is not None and not self._names.is_registered(known.label):
+                found.append(not_fetched(known.label, known.source))
         return found
 
     def count(self) -> int:
         """Return the number of registered adapters; a mix counts, too."""
-        return len(self._residency.current.keys() | self._names.fetched.keys())
+        looked_up = {known.label for known in self._table if known.looked_up}
+        return len(self._residency.current.keys() | looked_up)
 
     def busy(self) -> list[AdapterInfo]:
         """Return the registered adapters that hold memory, will soon hold it, or have requests that wait. The
@@ -348,7 +335,7 @@ class AdapterOps:
         entry = self._residency.current.get(name)
         if entry is not None:
             return None if self._names.mixes.is_mix(entry) else adapter_info(entry)
-        path = self._names.fetched.get(name)
+        path = self._names.source(name)
         return None if path is None else not_fetched(name, path)
 
     def replaced(self) -> Sequence[AdapterInfo]:
@@ -359,7 +346,7 @@ class AdapterOps:
 
     def info(self, name: str) -> AdapterInfo:
         """Return the adapter's present state. Raises AdapterNotFound."""
-        path = self._names.fetched.get(name)
+        path = self._names.source(name)
         if path is not None and not self._names.is_registered(name):
             return not_fetched(name, path)
         return adapter_info(self._names.find(name))
@@ -367,6 +354,14 @@ class AdapterOps:
     def close(self, error: AioEngineError) -> None:
         """Stop all look-ups; callers that wait for one get ``error``."""
         self._names.lookups.close(error)
+
+
+def _found_at(known: AdapterName, source: str | None) -> None:
+    """Note the path that the current version was given by, if any."""
+    if source is not None:
+        known.forget_source()
+        if is_source(source):
+            known.look_up(source)
 
 
 def _now() -> float:

@@ -1,10 +1,9 @@
-"""Lets callers wait for events in the core, and for a name's lock."""
+"""Lets callers wait for events in the core."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Callable
 
 from aioengine import events
 from aioengine.errors import AioEngineError
@@ -68,24 +67,3 @@ class Waits:
             for done in waiting:
                 if not done.done():
                     done.set_exception(error)
-
-
-class NameLocks:
-    """A lock for each name, that exists only while somebody holds it or waits for it."""
-
-    def __init__(self) -> None:
-        self._locks: dict[str, tuple[asyncio.Lock, int]] = {}
-
-    @asynccontextmanager
-    async def hold(self, name: str) -> AsyncIterator[None]:
-        lock, users = self._locks.get(name, (asyncio.Lock(), 0))
-        self._locks[name] = (lock, users + 1)
-        try:
-            async with lock:
-                yield
-        finally:
-            lock, users = self._locks[name]
-            if users == 1:
-                del self._locks[name]
-            else:
-                self._locks[name] = (lock, users - 1)

@@ -21,9 +21,9 @@ from aioengine.fleet.door.adapters import FleetAdapters
 from aioengine.fleet.door.members import Member, Members
 from aioengine.fleet.registry import LEASE_SECONDS
 from aioengine.fleet.replica import EngineReplica
+from aioengine.fleet.uploads import NameLocks
 from aioengine.info import AdapterInfo
 from aioengine.lab.simulation.clock import run_in_virtual_time
-from aioengine.runtime.waits import NameLocks
 
 needs_ray()
 

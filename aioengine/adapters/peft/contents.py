@@ -98,7 +98,7 @@ class ImagePlan:
         held_shapes: dict[str, Shape] = {}
         for key, held in self._held.items():
             rows, columns = shapes[key]
-            held_shapes[key] = count(held, rows), columns
+            held_shapes[key] = count(held, rows) if cuts else rows, columns
             sizes[key] = _cut(held_shapes[key][0] * columns)
 
         def slot_offset(key: str) -> int:

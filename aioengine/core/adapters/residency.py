@@ -18,6 +18,7 @@ from aioengine.core.adapters.failures import Failures, frameless
 from aioengine.core.adapters.known import KnownAdapters
 from aioengine.core.adapters.mix import MixEntry
 from aioengine.core.adapters.moves import CopyMove, DropMove, LoadMove, Move, ReleaseMove, StopMove
+from aioengine.core.adapters.name import NameTable
 from aioengine.core.adapters.pins import Pins
 from aioengine.core.adapters.slots import Slot, SlotTable
 from aioengine.core.guard import Tell
@@ -45,6 +46,7 @@ class Residency:
         self.slots = SlotTable(num_slots, None if slot_memory is None else Arena(slot_memory))
         self.cpu = CpuCache(cpu_capacity, cpu_max_bytes, cpu_order)
         self.failures = Failures()
+        self.names = NameTable()
         self.current: dict[str, AdapterEntry] = {}
         """Published entries by name; new requests use these."""
         self.pins = Pins(num_slots, self.current, emit)

@@ -28,14 +28,23 @@ class AdapterNames:
         self._stepper = stepper
         self._residency = stepper.core.residency
         self.lookups = Resolution(stepper, resolver, resolve_timeout)
-        self.fetched: dict[str, str | None] = {}
-        """Names whose folder is found by a look-up: the source ("hf:", a URL), or None for the resolver."""
+        self.table = stepper.core.residency.names
         self._readers: Counter[int] = Counter()
         """Number of callers that wait for a version to be read, by uid."""
         self.mixes = Mixes(self._residency, self.acquire, self._read_once)
 
     def is_registered(self, name: str) -> bool:
         return name in self._residency.current
+
+    def is_looked_up(self, name: str) -> bool:
+        """Whether it is known that a look-up finds its folder."""
+        known = self.table.get(name)
+        return known is not None and known.looked_up
+
+    def source(self, name: str) -> str | None:
+        """Return what is looked up for a name; None: itself, by the resolver."""
+        known = self.table.get(name)
+        return None if known is None else known.source
 
     def current(self, adapter: str | Mapping[str, float]) -> AdapterEntry | None:
         """Return the current version of a registered name; None for anything else."""
@@ -73,7 +82,7 @@ class AdapterNames:
 
     def check_known(self, name: str) -> None:
         """Raise AdapterNotFound for a name that is neither registered nor resolvable."""
-        if name in self._residency.current or name in self.fetched:
+        if self.is_registered(name) or self.is_looked_up(name):
             return
         if isinstance(name, str) and "@" in name:
             label = name.partition("@")[0]
@@ -106,14 +115,14 @@ class AdapterNames:
             await self.acquire(name.partition("@")[0], tenant, check)
             return self._version(name)
         self.check_known(name)
-        source = self.fetched.get(name)
+        source = self.source(name)
         where = await self.lookups.locate(name, source, tenant, check)
         entry = self._residency.current.get(name)
         if entry is not None:  # another caller that waited was first
             return entry
-        if source is not None and self.fetched.get(name) != source:  # unloaded meanwhile
+        if source is not None and self.source(name) != source:  # unloaded meanwhile
             raise self._not_found(name)
-        self.fetched[name] = source
+        self.table.of(name).look_up(source)
         return self.publish(name, where, found=True)
 
     async def _read_once(self, entry: AdapterEntry) -> None:
