@@ -15,13 +15,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from enum import StrEnum
-from math import inf
-from typing import Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol, Self
 
 API_VERSION = 2
 """Version 2 has ``RequestView.cached_tokens``, ``Decision.reject`` and ``evict``, and
-``SchedulerView.costs``, ``memory`` and ``mixes``. Policies that were written for version 1 run
-unchanged."""
+``SchedulerView.costs``, ``memory`` and ``mixes``. Policies that were written for version 1 run unchanged, and
+so do those of version 2 that know neither ``Decision.ask_again`` nor ``SchedulerView.refused``."""
 
 
 class SlotState(StrEnum):
@@ -252,6 +251,10 @@ class SchedulerView(Protocol):
     @property
     def running(self) -> Sequence[RequestView]: ...
     @property
+    def refused(self) -> Sequence[Refusal]:
+        """The items of the policy's last decision that the core has refused."""
+
+    @property
     def tokens_left(self) -> Mapping[str | None, int]:
         """By adapter (None: the base model), the most tokens that one of its running requests has left to
         generate; they come in order of admission."""
@@ -321,8 +324,8 @@ class Place(NamedTuple):
     slot: int | None = None
 
 
-class Decision(NamedTuple):
-    """A policy's answer. Every field may be empty; the core keeps to the given order."""
+class _DecisionFields(NamedTuple):
+    """The fields of a :class:`Decision`."""
 
     admit: Sequence[str] = ()
     """Request ids to start, in order. Running requests continue without being named."""
@@ -342,6 +345,33 @@ class Decision(NamedTuple):
     discard: Sequence[str] = ()
     """Adapters that leave their slots now, although nothing needs the room. They stay in the CPU cache. None
     leaves that is running, pinned, being copied, or named by a request in ``admit``."""
+    ask_again: float | None = None
+    """Time on the view's clock: ask me then, and not before unless there is an event. None: ask before every
+    step and, while requests wait and nothing runs, every 50 ms. Infinity: only after an event.
+
+    An event is everything that changes what a policy sees, but not the tokens of running requests, and not
+    the effects of this decision. If a part of the decision is refused or cannot be carried out yet, the
+    policy is asked before the next step, whatever it said."""
+
+
+class Decision(_DecisionFields):
+    """A policy's answer. Every field may be empty; the core keeps to the given order."""
+
+    __slots__ = ()
+
+    def _replace(self, **fields: Any) -> Self:
+        """Return a decision with other fields. ``ask_again`` need not be right for it, so it is kept only if
+        it is among ``fields``."""
+        return super()._replace(**{"ask_again": None, **fields})
+
+
+class Refusal(NamedTuple):
+    """An item of a decision that the core has refused."""
+
+    item: str
+    """The request's id, or the adapter's name."""
+    reason: str
+    """One of the reasons of docs/policies.md, such as "place_slot_busy"."""
 
 
 class PolicyEvent(NamedTuple):
@@ -375,27 +405,6 @@ class SchedulerPolicy(ABC):
     @abstractmethod
     def schedule(self, view: SchedulerView) -> Decision:
         """Decide the next step."""
-
-    def quiet_until(self, view: SchedulerView) -> float:
-        """Return the time until which ``schedule`` would return an empty decision again, if the only events
-        are that running requests get tokens. It is called after an empty decision. Until that time, or until
-        another event, ``schedule`` is not called.
-
-        By default ``schedule`` is called before every step. The same is true for a class that overrides
-        ``schedule`` and not this method.
-        """
-        return -inf
-
-    def settled(self, view: SchedulerView) -> bool:
-        """Whether ``schedule`` would return an empty decision now. It is called after a decision that only
-        admitted requests, if all of them run and nothing else has happened; ``quiet_until`` follows. It
-        counts only for the class that has ``schedule`` and ``quiet_until``, and for those below it."""
-        return False
-
-    def still_quiet(self, view: SchedulerView, request: RequestView) -> bool:
-        """Whether the last answer of ``quiet_until`` holds although ``request``, which waits, has come since.
-        It counts as ``settled`` does."""
-        return False
 
     def on_event(self, event: PolicyEvent) -> None:  # noqa: B027 - optional hook
         """Called for every event, in order."""

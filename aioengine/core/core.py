@@ -161,6 +161,7 @@ class Core:
             self.queues,
             self.batcher,
             costs or self._costs,
+            self.guard.refusals,
             limits.slot_bytes,
         )
         self._rng = random.Random(limits.seed)
@@ -237,7 +238,6 @@ class Core:
         if ticket is None:
             names = () if adapter is None else dict.fromkeys(member.label for member in adapter.members)
             ticket = self.reserve(options.tenant, tuple(names), now, len(prompt))
-        before = self._changes
         seed = params.seed if params.seed is not None else self._rng.getrandbits(63)
         request = Request(
             request_id,
@@ -278,8 +278,6 @@ class Core:
             )
         )
         self._tell("request_added", now, request=request)
-        if not _is_hidden(request):
-            self.guard.arrived(self._view, request, before, self._changes)
         return request
 
     def end(
@@ -464,10 +462,8 @@ class Core:
         admit = self._with_mixes(decision)
         batch = None if admit or again is None else self._repeat(again)
         if batch is None:
-            before = self._changes
             batch = self._form_batch(admit)
-            if decision.admit:
-                self.guard.admitted(self._view, decision, before, self._changes)
+        self.guard.carried_out(decision, self._changes)
         return Step(batch, self.residency.take_moves())
 
     def _with_mixes(self, decision: Resolved) -> list[Request]:
@@ -517,6 +513,7 @@ class Core:
         keep waiting, and adapters are on disk again. The caller must not report batches or moves that were
         under way."""
         self.now = max(self.now, now)
+        self._changes += 1
         self.step_lost()
         for request in list(self.running.values()):
             self.end(request, "error", now, error)
@@ -529,7 +526,7 @@ class Core:
         return min((at for at in times if at is not None), default=None)
 
     def next_ask(self) -> float:
-        """Return the time before which the policy has nothing to decide, unless something happens."""
+        """Return the time before which the policy wants not to be asked unless there is an event."""
         return self.guard.quiet_until(self._changes)
 
     def next_deadline(self) -> float | None:
@@ -746,6 +743,7 @@ class Core:
         self.outbox.append(event)
 
     def _refuse(self, reason: str, item: str) -> None:
+        self.guard.refuse(reason, item)
         self._emit(events.PolicyRefused(time=self.now, reason=reason, item=item))
 
     def _cpu_order(self, entries: Sequence[AdapterEntry]) -> Sequence[AdapterEntry]:

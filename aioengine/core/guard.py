@@ -15,15 +15,21 @@ from aioengine import events
 from aioengine.core.state import AdapterEntry, Request, Status
 from aioengine.schedulers.error_text import error_text
 from aioengine.schedulers.overruns import Overruns
-from aioengine.schedulers.policy import Decision, Place, PolicyEvent, SchedulerPolicy, SchedulerView
+from aioengine.schedulers.policy import (
+    Decision,
+    Location,
+    Place,
+    PolicyEvent,
+    Refusal,
+    SchedulerPolicy,
+    SchedulerView,
+)
 
 _Call = Literal["schedule", "cpu_victims", "on_event"]
 
 MAX_ITEMS = 4096
 """Maximum number of items in one field of a decision, because the core's checks take time too."""
 
-CHANGES_OF_ADMISSION = 2
-"""Changes that the core counts for a request that starts: one that policies are told of, and an event."""
 
 T = TypeVar("T")
 
@@ -59,9 +65,13 @@ class Resolved(NamedTuple):
         return bool(self.place or self.prefetch or self.evict or self.discard)
 
     @property
-    def only_admits(self) -> bool:
-        """Whether it does nothing but admit requests."""
-        return bool(self.admit) and not (self.moves or self.preempt or self.reject)
+    def is_whole(self) -> bool:
+        """Whether all of it has been carried out: requests run, reads and copies have begun."""
+        return (
+            all(request.status is Status.RUNNING for request in self.admit)
+            and all(entry.location is not Location.DISK for entry in self.prefetch)
+            and all(entry.slot is not None or entry.location is Location.LOADING for entry, _ in self.place)
+        )
 
 
 _EMPTY, _NOTHING = Decision(), Resolved([], [], [], [], [], [], [])
@@ -108,19 +118,15 @@ class PolicyGuard:
         self._max_overruns = max_overruns
         self._overruns = Overruns(budget, max_overruns)
         self._has_failed = False
+        self.refusals: list[Refusal] = []
+        """Items of the last decision that were refused."""
+        self._ask_again: float | None = None
+        """``ask_again`` of the decision that is being carried out."""
+        self._named: set[str] = set()
+        """Requests that this decision preempts or rejects."""
         self._quiet_until = -math.inf
         self._quiet_since = -1
-        """Value of ``changes`` when the policy last had nothing to decide."""
-        self._listen_to(policy)
-
-    def _listen_to(self, policy: SchedulerPolicy) -> None:
-        """Find out which of the policy's promises count."""
-        self._may_be_quiet = _keeps_its_word(policy, "quiet_until", "schedule")
-        self._may_settle, self._may_stay_quiet = (
-            self._may_be_quiet and _keeps_its_word(policy, name, "schedule", "quiet_until")
-            for name in ("settled", "still_quiet")
-        )
-        self._quiet_since = -1
+        """Value of ``changes`` after the last decision that was carried out whole and named a time."""
 
     def change(self, policy: SchedulerPolicy) -> None:
         """Ask ``policy`` from now on. It is told of nothing that happened before."""
@@ -128,67 +134,52 @@ class PolicyGuard:
         self.name = type(policy).__name__
         self._overruns = Overruns(self._budget, self._max_overruns)
         self._has_failed = False
-        self._listen_to(policy)
+        self._ask_again, self._quiet_since = None, -1
 
     def decide(self, view: SchedulerView, changes: int) -> Resolved:
-        """Ask the policy. ``changes`` counts events, but not the tokens of running requests. A policy that
-        decided nothing, and said until when that holds, is not asked again before then while ``changes``
-        stays the same."""
+        """Ask the policy, unless :meth:`is_quiet`. After the decision has been carried out, the core calls
+        :meth:`carried_out`."""
         self.seconds = 0.0
         if self.is_quiet(view.now, changes):
             return _NOTHING
         start = self._times()
         try:
             decision = _well_formed(self.policy.schedule(view))
-            if self._may_be_quiet and not any(decision):
-                self._quiet_until, self._quiet_since = _time(self.policy.quiet_until(view)), changes
+            self._ask_again = decision.ask_again
         except BaseException as error:
             # Nothing is awaited here, so the policy itself raised this CancelledError.
             if isinstance(error, (KeyboardInterrupt, SystemExit)):
                 raise
             self._failed(view.now, "schedule", error)
             decision = self._in_its_place().schedule(view)
+            self._ask_again = None
+        self.refusals.clear()
         self._measure(view.now, start)
-        return _NOTHING if decision is _EMPTY else self._resolve(decision)
+        resolved = _NOTHING if decision is _EMPTY else self._resolve(decision)
+        self._named = {request.id for request in resolved.preempt}
+        self._named.update(request.id for request, _ in resolved.reject)
+        return resolved
 
-    def admitted(self, view: SchedulerView, decision: Resolved, before: int, changes: int) -> None:
-        """Note that ``decision`` has been carried out, and that ``changes`` was ``before`` it. If its
-        requests have started and nothing else has happened, the policy may say that nothing is left to
-        decide."""
-        if (
-            not self._may_settle
-            or changes - before != CHANGES_OF_ADMISSION * len(decision.admit)
-            or not decision.only_admits
-            or any(request.status is not Status.RUNNING for request in decision.admit)
-        ):
-            return
-        try:
-            if self.policy.settled(view):
-                self._quiet_until, self._quiet_since = _time(self.policy.quiet_until(view)), changes
-        except BaseException as error:
-            if isinstance(error, (KeyboardInterrupt, SystemExit)):
-                raise
-            self._failed(view.now, "schedule", error)
+    def carried_out(self, decision: Resolved, changes: int) -> None:
+        """Note that the core has done what it could of ``decision``. If that was all of it, and nothing else
+        happened meanwhile, the policy is not asked again before the time that it named.
 
-    def arrived(self, view: SchedulerView, request: Request, before: int, changes: int) -> None:
-        """Note that ``request`` has come, and that ``changes`` was ``before`` it. The policy may say that its
-        last word still holds."""
-        if before != self._quiet_since or not self._may_stay_quiet:
-            return
-        try:
-            if self.policy.still_quiet(view, request.view):
-                self._quiet_since = changes
-        except BaseException as error:
-            if isinstance(error, (KeyboardInterrupt, SystemExit)):
-                raise
-            self._failed(view.now, "schedule", error)
+        ``changes`` counts events, but not the tokens of running requests.
+        """
+        if self._ask_again is not None and not self.refusals and decision.is_whole:
+            self._quiet_until, self._quiet_since = self._ask_again, changes
+        self._ask_again = None
+
+    def refuse(self, reason: str, item: str) -> None:
+        """Note that an item of the decision was refused; ``item`` is a request's id or an adapter's name."""
+        self.refusals.append(Refusal(item, reason))
 
     def is_quiet(self, now: float, changes: int) -> bool:
-        """Whether ``decide`` would answer that there is nothing to do, without asking the policy."""
+        """Whether the policy wants not to be asked now."""
         return now < self.quiet_until(changes)
 
     def quiet_until(self, changes: int) -> float:
-        """Return the time until which ``decide`` would answer so."""
+        """Return the time until which the policy wants not to be asked unless there is an event."""
         return self._quiet_until if changes == self._quiet_since else -math.inf
 
     def _resolve(self, decision: Decision) -> Resolved:
@@ -203,7 +194,7 @@ class PolicyGuard:
         for item in decision.place:
             entry = self._adapters.get(item.adapter)
             if entry is None:
-                self._refuse("place_unknown_adapter", str(item))
+                self._refuse("place_unknown_adapter", item.adapter)
             else:
                 place.append((entry, item))
         return Resolved(
@@ -241,6 +232,8 @@ class PolicyGuard:
         return names
 
     def tell(self, event: PolicyEvent) -> None:
+        if self._ask_again is not None and not self._is_expected(event):
+            self._ask_again = None
         if self._safe is not None and self.policy is not self._safe:
             self._safe.on_event(event)
         try:
@@ -249,6 +242,12 @@ class PolicyGuard:
             if isinstance(error, (KeyboardInterrupt, SystemExit)):
                 raise
             self._failed(event.now, "on_event", error)
+
+    def _is_expected(self, event: PolicyEvent) -> bool:
+        """Whether the event, which comes while a decision is carried out, is an effect of this decision."""
+        if event.kind in ("request_preempted", "request_finished"):
+            return event.request is not None and event.request.request_id in self._named
+        return event.kind in ("request_admitted", "adapter_evicted", "adapter_dropped")
 
     def _in_its_place(self) -> SchedulerPolicy:
         if self._safe is None:
@@ -279,14 +278,16 @@ class PolicyGuard:
         complaint = self._overruns.complaint
         if complaint and self.policy is not self._safe:
             self.policy = self._in_its_place()
+            self._ask_again = None
             self._emit(events.PolicyReplaced(time=now, reason=f"{self.name} {complaint}"))
 
 
 def _well_formed(answer: Any) -> Decision:
     if not isinstance(answer, Decision):
         raise TypeError(f"schedule() returned {type(answer).__name__}, not Decision")
-    if all(type(field) in (list, tuple) and not field for field in answer):
-        return _EMPTY
+    ask_again = None if answer.ask_again is None else _time(answer.ask_again)
+    if all(type(field) in (list, tuple) and not field for field in answer[:-1]):
+        return _EMPTY if ask_again is None else Decision(ask_again=ask_again)
     return Decision(
         admit=_strings("admit", answer.admit),
         place=[_place(item) for item in _items("place", answer.place)],
@@ -295,6 +296,7 @@ def _well_formed(answer: Any) -> Decision:
         reject=[_rejection(item) for item in _items("reject", answer.reject)],
         evict=_strings("evict", answer.evict),
         discard=_strings("discard", answer.discard),
+        ask_again=ask_again,
     )
 
 
@@ -326,21 +328,10 @@ def _plain(text: str) -> str:
     return text if type(text) is str else str.__str__(text)
 
 
-def _time(until: Any) -> float:
-    if not isinstance(until, (int, float)):
-        raise TypeError(f"quiet_until() returned {until!r}, not a time")
-    return float(until)
-
-
-def _keeps_its_word(policy: SchedulerPolicy, promise: str, *about: str) -> bool:
-    """Whether the policy's method ``promise`` belongs to its methods ``about``. A class that overrides only
-    one of these inherits a promise that need not be true for it."""
-    for cls in type(policy).__mro__:
-        if promise in vars(cls):
-            return True
-        if any(name in vars(cls) for name in about):
-            return False
-    return False
+def _time(value: Any) -> float:
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and not math.isnan(value):
+        return float(value)
+    raise TypeError(f"ask_again is {value!r}, not a time in seconds or None")
 
 
 def _items(field: str, items: Any) -> Collection[Any]:

@@ -18,7 +18,7 @@ from aioengine.core.arrival_queue import ArrivalQueue
 from aioengine.core.batcher import Batcher
 from aioengine.core.queues import RequestQueues
 from aioengine.core.state import AdapterEntry, CoreRequestView, Request
-from aioengine.schedulers.policy import CostsView, Location
+from aioengine.schedulers.policy import CostsView, Location, Refusal
 
 _view = attrgetter("view")
 _name = attrgetter("name")
@@ -170,6 +170,7 @@ class CoreView:
         "_memory",
         "_now",
         "_queues",
+        "_refusals",
         "_residency",
         "_slots",
         "_step",
@@ -182,8 +183,10 @@ class CoreView:
         queues: RequestQueues,
         batcher: Batcher,
         costs: CostsView,
+        refusals: Sequence[Refusal],
         slot_bytes: int = 0,
     ) -> None:
+        self._refusals = refusals
         self._residency = residency
         self._queues = queues
         self._batcher = batcher
@@ -231,6 +234,10 @@ class CoreView:
     @property
     def running(self) -> Sequence[CoreRequestView]:
         return list(map(_view, self._batcher.running.values()))
+
+    @property
+    def refused(self) -> Sequence[Refusal]:
+        return tuple(self._refusals)
 
     @property
     def tokens_left(self) -> dict[str | None, int]:

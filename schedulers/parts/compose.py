@@ -67,11 +67,9 @@ class Composed(SchedulerPolicy):
         self._placed: dict[str, float] = {}
         """Time at which each adapter was placed in its slot, in order."""
         parts = (order, prefetch, preempt)
-        self._by_events = all(vars(type(part)).get("by_events", False) for part in parts)
-        self._by_oldest = all(vars(type(part)).get("by_oldest", False) for part in parts)
+        self._by_events = all(part.by_events for part in parts)
+        self._by_oldest = all(part.by_oldest for part in parts)
         self._idle_if_none_waits = self._by_oldest and type(replace).discard is Replacement.discard
-        self._settles = False
-        """Whether the last decision leaves nothing to decide once it is carried out."""
         self._is_fixed = False
         """Whether slots had a fixed size in the last decision."""
         self._was_full = False
@@ -99,15 +97,19 @@ class Composed(SchedulerPolicy):
             listen(event)
 
     def schedule(self, view: SchedulerView) -> Decision:
-        self._settles, self._is_fixed, self._was_full = False, not view.memory.elastic, False
+        self._is_fixed, self._was_full = not view.memory.elastic, False
         if self._shares is not None:
-            self._shares.clients.sync(view)  # whether or not anybody waits: ``still_quiet`` counts on it
+            self._shares.clients.sync(view)
         if self._idle_if_none_waits and not view.waiting_adapters:
             self._refused = {}
-            return Decision()
+            return Decision(ask_again=inf)
         if self._shares is not None and self._shares.clients.several:
             return self._schedule_shared(view, self._shares)
         place, evict, read, closed, pool = self._assign_slots(view)
+        leaving = {item.slot for item in place}
+        idle_closed = any(
+            not slot.running and slot.adapter in closed and slot.index not in leaving for slot in view.slots
+        )
         room = view.free_seqs
         admit: Sequence[RequestView] = ()
         if room > 0:
@@ -116,7 +118,6 @@ class Composed(SchedulerPolicy):
             admit = self.order.admit(view, names, room)
         if view.load_room > len(read):
             read += self.prefetch.choose(view, (name for name, _, _ in self._by_urgency(view)))
-        self._settles = self._by_oldest and self._is_fixed and not closed
         if room > len(admit) and pool is not None and (kept_out := closed.intersection(pool.awaited)):
             fitting = fill(view, kept_out, pool.tokens_left, self.order.fill_within)
             admit = [*admit, *fitting[: room - len(admit)]]
@@ -127,6 +128,7 @@ class Composed(SchedulerPolicy):
             preempt=self.preempt.choose(view),
             evict=evict,
             discard=self.replace.discard(view),
+            ask_again=None if idle_closed else self._ask_again(view),
         )
 
     def _schedule_shared(self, view: SchedulerView, shares: Shares) -> Decision:
@@ -150,15 +152,11 @@ class Composed(SchedulerPolicy):
             discard=self.replace.discard(view),
         )
 
-    def quiet_until(self, view: SchedulerView) -> float:
-        """Return the time until which a decision holds without events: until an adapter has been waited for,
-        or has been in its slot, long enough."""
-        if not self._by_events:
-            return -inf
-        if view.waiting_adapters and self._shares is not None and self._shares.clients.several:
-            return -inf  # whose turn it is changes with what the others get
-        if self._refused:
-            return -inf  # what has found no room is tried anew
+    def _ask_again(self, view: SchedulerView) -> float | None:
+        """Return the time until which a decision that is carried out holds without events: until an adapter
+        has been waited for, or has been in its slot, long enough."""
+        if not self._by_events or self._refused:
+            return None
         if self._is_fixed and self._by_oldest and (self._was_full or _is_full(view)):
             return inf  # slots could only be closed, which matters when a request comes
         now = view.now
@@ -169,29 +167,6 @@ class Composed(SchedulerPolicy):
                 break  # and those before it were placed earlier
             times.append(placed + self._stay)
         return min(times) - EARLY
-
-    def settled(self, view: SchedulerView) -> bool:
-        # With all that could be admitted, no slot has become idle, and no adapter more urgent. More slots may
-        # be closed now, but unless some were before, they have no requests left.
-        if self._settles:
-            return True
-        return self._goes_by_age(view) and (self._was_full or _is_full(view)) and not _may_admit(view)
-
-    def still_quiet(self, view: SchedulerView, request: RequestView) -> bool:
-        if not self._goes_by_age(view):
-            return False
-        adapter = None if request.adapter is None else view.adapters[request.adapter]
-        if adapter is None or adapter.location is Location.SLOT:
-            return view.free_seqs <= 0 and _is_full(view)
-        oldest = adapter.oldest_arrival
-        if oldest is not None and oldest < request.arrival:
-            return True  # what is done about others that wait for it was decided
-        return adapter.location is not Location.DISK and _is_full(view)
-
-    def _goes_by_age(self, view: SchedulerView) -> bool:
-        """Whether nothing but the ages of their oldest requests tells adapters apart."""
-        several = self._shares is not None and self._shares.clients.several
-        return self._by_oldest and self._is_fixed and not several
 
     def cpu_victims(self, view: SchedulerView, candidates: Sequence[str]) -> Sequence[str]:
         if type(self.replace).cpu_score is Replacement.cpu_score:
@@ -340,16 +315,6 @@ def _is_full(view: SchedulerView) -> bool:
         if slot.adapter is None or (slot.state is ready and not slot.running and not slot.pinned):
             return False
     return True
-
-
-def _may_admit(view: SchedulerView) -> bool:
-    """Whether a request waits for the base model or an adapter in a slot, and there is a sequence for it."""
-    if view.free_seqs <= 0:
-        return False
-    adapters = view.adapters
-    return next(iter(view.waiting_for(None)), None) is not None or any(
-        slot.adapter is not None and adapters[slot.adapter].oldest_arrival is not None for slot in view.slots
-    )
 
 
 def _open_queues(

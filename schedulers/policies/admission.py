@@ -39,7 +39,7 @@ class Admission(FCFS):
     def schedule(self, view: SchedulerView) -> Decision:
         reject = list(self._too_late(view))
         decision = super().schedule(view)
-        if not reject:
+        if all(request.deadline is None for request in islice(view.waiting, SCAN_LIMIT)):
             return decision
         gone = {request_id for request_id, _ in reject}
         admit = [request_id for request_id in decision.admit if request_id not in gone]

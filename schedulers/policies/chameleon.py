@@ -56,6 +56,8 @@ class ChameleonOrder(Arrival):
         input_weight, output_weight: The 0.4 and 0.6 above.
     """
 
+    by_events = by_oldest = False
+
     source = (
         "Iliakopoulou et al. 2024, Chameleon: Adaptive Caching and Scheduling for Many-Adapter LLM Inference"
     )

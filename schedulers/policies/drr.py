@@ -27,6 +27,8 @@ class DRR(Arrival):
         quantum: Tokens a turn, >= 1. Small ones alternate more, large ones serve an adapter in runs.
     """
 
+    by_events = by_oldest = False
+
     sharing = "one"
     source = "Shreedhar and Varghese, 'Efficient fair queueing using deficit round robin', SIGCOMM 1995"
     starvation_bound = (

@@ -25,6 +25,8 @@ class Windowed(Arrival):
         age: Seconds for which a request may be put off in favour of later ones.
     """
 
+    by_events = by_oldest = False
+
     starvation_bound = "age, those who arrived before it, and one longest generation"
 
     def __init__(self, window: int = 128, age: float = 5.0) -> None:

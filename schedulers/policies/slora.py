@@ -32,6 +32,8 @@ class SLoRA(Arrival):
         age: Seconds for which a request may be put off in favour of later ones.
     """
 
+    by_events = by_oldest = False
+
     source = "Sheng et al. 2023, S-LoRA: Serving Thousands of Concurrent LoRA Adapters (adapter clustering)"
     starvation_bound = "age, those who arrived before it, and one longest generation"
 

@@ -29,6 +29,8 @@ class Toppings(Arrival):
         age: Seconds for which a request may be put off in favour of later ones.
     """
 
+    by_events = by_oldest = False
+
     source = "Li et al. 2025, Toppings: CPU-Assisted, Rank-Aware Adapter Serving for LLM Inference (ATC'25)"
     starvation_bound = "age, those who arrived before it, and one longest generation"
 

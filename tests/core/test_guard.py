@@ -25,7 +25,7 @@ class Slow(SchedulerPolicy):
     def schedule(self, view: SchedulerView) -> Decision:
         self.calls += 1
         self.clock += self.takes
-        return FCFS().schedule(view)
+        return FCFS().schedule(view)._replace()
 
 
 def slow_sim(max_overruns: int) -> tuple[Sim, Slow]:
@@ -140,18 +140,15 @@ def test_what_a_policy_returns_may_raise_later(case: str) -> None:
     assert set(sim.ended.values()) == {"length"}
 
 
-@pytest.mark.parametrize("until", [None, "later", 1j, object()], ids=["none", "text", "complex", "object"])
-def test_a_policy_is_quiet_until_no_time(until: object) -> None:
+@pytest.mark.parametrize("until", ["later", 1j, object(), True, float("nan")])
+def test_a_time_to_ask_again_that_is_no_time_is_the_policy_s_failure(until: Any) -> None:
     class Odd(SchedulerPolicy):
         def schedule(self, view: SchedulerView) -> Decision:
-            return FCFS().schedule(view)
-
-        def quiet_until(self, view: SchedulerView) -> float:
-            return until  # type: ignore[return-value]
+            return FCFS().schedule(view)._replace(ask_again=until)
 
     sim = Sim(policy=Odd(), strict=False)
     sim.add(max_tokens=5)
     sim.run()
     assert sim.ended == {"r1": "length"}
     failed = sim.of(events.PolicyFailed)
-    assert failed and "quiet_until() returned" in failed[0].error  # type: ignore[attr-defined]
+    assert failed and "ask_again is" in failed[0].error  # type: ignore[attr-defined]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,20 +10,22 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from support.asked_always import AskedAlways, asked_always
 
+from aioengine import events
 from aioengine.core import CoreLimits
 from aioengine.lab import Experiment, WorkloadSpec, run
-from aioengine.schedulers import Decision, SchedulerPolicy, SchedulerView
-from aioengine.schedulers.parts.compose import Composed
+from aioengine.schedulers import Decision, Place, SchedulerPolicy, SchedulerView
 from aioengine.schedulers.policies.fcfs import FCFS
-from aioengine.schedulers.registry import load_policy
 from aioengine.testing import LIMITS, Sim
 
 MIXED = "8:.7,16:.2,64:.1"
 FILES = ("requests.csv", "slots.csv", "moves.csv", "samples.csv")
 
 
-def files_of(folder: Path, policy: str, slot_memory: str | None = None, **fields: Any) -> dict[str, bytes]:
+def files_of(
+    folder: Path, policy: dict[str, Any], slot_memory: str | None = None, **fields: Any
+) -> dict[str, bytes]:
     workload = WorkloadSpec(
         arrivals="gamma:rate=30,cv=3",
         limit=120,
@@ -62,41 +63,29 @@ def files_of(folder: Path, policy: str, slot_memory: str | None = None, **fields
     ],
 )
 @pytest.mark.slow
-def test_the_same_bytes_come_out(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, policy: str, fields: dict[str, Any]
-) -> None:
-    asked: Counter[bool] = Counter()
-    schedule = Composed.schedule
-
-    def counted(self: Composed, view: SchedulerView) -> Decision:
-        asked[quiet] += 1
-        return schedule(self, view)
-
-    monkeypatch.setattr(Composed, "schedule", counted)
-    quiet = True
-    found = files_of(tmp_path / "quiet", policy, **fields)
-    monkeypatch.setattr(Composed, "quiet_until", lambda self, view: -math.inf)
-    quiet = False
-    assert files_of(tmp_path / "asked", policy, **fields) == found
+def test_the_same_bytes_come_out(tmp_path: Path, policy: str, fields: dict[str, Any]) -> None:
+    questions, found = [], []
+    for says in (True, False):
+        before = AskedAlways.questions
+        found.append(files_of(tmp_path / str(says), asked_always(policy, says=says), **fields))
+        questions.append(AskedAlways.questions - before)
+    assert found[0] == found[1]
     if "tenants" not in fields:
         few = 0.95 if fields.get("slot_memory") else 0.9  # asked while a request waits for memory
-        assert asked[True] < few * asked[False]
+        assert questions[0] < few * questions[1]
 
 
 class Sleeps(SchedulerPolicy):
-    """Decides nothing, and says for how long."""
+    """Admits what waits when it is first asked, and says until when it has nothing to add."""
 
-    def __init__(self, until: float) -> None:
+    def __init__(self, until: float | None) -> None:
         self.until = until
         self.asked: list[float] = []
 
     def schedule(self, view: SchedulerView) -> Decision:
         self.asked.append(view.now)
         waiting = [request.request_id for request in view.waiting] if len(self.asked) == 1 else []
-        return Decision(admit=waiting)
-
-    def quiet_until(self, view: SchedulerView) -> float:
-        return self.until
+        return Decision(admit=waiting, ask_again=self.until)
 
 
 def test_it_is_asked_again_at_its_time_or_when_something_happens() -> None:
@@ -105,7 +94,7 @@ def test_it_is_asked_again_at_its_time_or_when_something_happens() -> None:
     sim.add(max_tokens=50)
     for _ in range(4):
         sim.settle(step_seconds=0.1)
-    assert len(policy.asked) == 2, "it admits, then has nothing to decide"
+    assert len(policy.asked) == 1, "the request that it admits, and its tokens, are no event"
     sim.add(max_tokens=2)
     sim.settle(step_seconds=0.1)
     assert policy.asked[-1] == pytest.approx(0.4), "a request has come"
@@ -114,41 +103,79 @@ def test_it_is_asked_again_at_its_time_or_when_something_happens() -> None:
     assert policy.asked[-1] == pytest.approx(0.7), "its time has come, and it says no other"
 
 
-@pytest.mark.parametrize("says", [False, True])
-def test_a_class_that_overrides_schedule_alone_is_asked_before_every_step(says: bool) -> None:
-    """It inherits a promise about another ``schedule``."""
-
-    class Counting(FCFS):
-        calls = 0
-
-        def schedule(self, view: SchedulerView) -> Decision:
-            Counting.calls += 1
-            return super().schedule(view)
-
-        if says:
-
-            def quiet_until(self, view: SchedulerView) -> float:
-                return super().quiet_until(view)
-
-    sim = Sim(LIMITS, Counting())
-    sim.add(max_tokens=30)
+def test_without_a_time_it_is_asked_before_every_step() -> None:
+    policy = Sleeps(until=None)
+    sim = Sim(LIMITS, policy)
+    sim.add(max_tokens=10)
     sim.run()
-    assert (Counting.calls >= 30) is not says
+    assert len(policy.asked) >= 10
+
+
+class Decides(SchedulerPolicy):
+    """Decides one thing, and wants never to be asked again."""
+
+    def __init__(self, decision: Decision) -> None:
+        self.decision = decision._replace(ask_again=math.inf)
+        self.refused: list[tuple[str, str]] = []
+        self.asked = 0
+
+    def schedule(self, view: SchedulerView) -> Decision:
+        self.asked += 1
+        self.refused += view.refused
+        return self.decision
+
+
+@pytest.mark.parametrize(
+    ("decision", "refused"),
+    [
+        (Decision(admit=["ghost"]), ("ghost", "admit_unknown_request")),
+        (Decision(admit=["r2"]), ("r2", "admit_adapter_not_ready")),
+        (Decision(place=[Place("a", 7)]), ("a", "place_slot_unknown")),
+        (Decision(preempt=["r1"]), ("r1", "preempt_not_running")),
+        (Decision(evict=["ghost"]), ("ghost", "evict_unknown_adapter")),
+    ],
+)
+def test_it_sees_what_was_refused_and_is_asked_again(decision: Decision, refused: tuple[str, str]) -> None:
+    policy = Decides(decision)
+    sim = Sim(LIMITS, policy)
+    entry = sim.register("a")
+    sim.add()
+    sim.add("a")
+    sim.core.residency.want(entry, sim.now)
+    sim.settle()
+    for _ in range(3):
+        sim.settle()
+    assert policy.asked > 2
+    assert policy.refused[0] == refused
+
+
+def test_it_is_asked_again_if_not_all_requests_fit() -> None:
+    policy = Decides(Decision(admit=["r1", "r2"]))
+    sim = Sim(LIMITS._replace(num_blocks=12), policy)
+    for _ in range(2):
+        sim.add(prompt=[7] * 40, max_tokens=4)
+    for _ in range(3):
+        sim.settle()
+    assert policy.asked > 1
+
+
+def test_a_preemption_of_the_core_is_an_event() -> None:
+    """It happens while the decision is carried out, but is no part of it."""
+    policy = Decides(Decision(admit=["r1", "r2", "r3"]))
+    sim = Sim(LIMITS._replace(num_blocks=12), policy)
+    for i in range(3):
+        sim.add(prompt=[20 + i] * 12, max_tokens=30)
+    while not sim.of(events.RequestPreempted):
+        sim.settle()
+    before = policy.asked
+    sim.settle()
+    assert policy.asked > before
 
 
 def asked(limits: CoreLimits) -> tuple[Sim, Callable[[], int]]:
-    """A simulation of ``fcfs``, and how often it has been asked."""
-    policy = FCFS()
-    count = 0
-    schedule = policy.schedule
-
-    def counted(view: SchedulerView) -> Decision:
-        nonlocal count
-        count += 1
-        return schedule(view)
-
-    policy.schedule = counted  # type: ignore[method-assign]
-    return Sim(limits, policy), lambda: count
+    """Return a simulation of ``fcfs``, and how often it has been asked."""
+    before = AskedAlways.questions
+    return Sim(limits, AskedAlways("fcfs", says=True)), lambda: AskedAlways.questions - before
 
 
 def test_nothing_is_asked_after_an_admission_that_leaves_nothing_to_decide() -> None:
@@ -163,68 +190,15 @@ def test_nothing_is_asked_after_an_admission_that_leaves_nothing_to_decide() -> 
     assert count() == 2
 
 
-def test_a_request_for_an_adapter_that_others_wait_for_is_no_question() -> None:
-    sim, count = asked(LIMITS._replace(num_blocks=200, cpu_capacity=4))
-    for name in "abc":
-        sim.register(name)
-    for name in "abc":
-        sim.add(name, max_tokens=60)
-    for _ in range(5):
-        sim.settle(step_seconds=0.001)
-    before = count()
-    for _ in range(5):
-        sim.add("c")
-        sim.settle(step_seconds=0.001)
-    assert count() == before, "both slots are busy, and others wait for it already"
-    sim.add("a", max_tokens=2)
-    sim.settle(step_seconds=0.001)
-    assert count() > before, "its adapter is in a slot"
-
-
-@pytest.mark.parametrize("policy", ["fcfs:max_wait=0.5", "drainer:patience=0.3"])
-@pytest.mark.parametrize("names", ["a", "ab"])
-@pytest.mark.parametrize("wanted", ["a", "b", "c", None])
-@pytest.mark.slow
-def test_a_policy_that_comes_while_nobody_waits_knows_who_runs(
-    policy: str, names: str, wanted: str | None
-) -> None:
-    """Another tenant's request is served as soon as with a policy that is always asked."""
-    found = []
-    for always in (False, True):
-        with pytest.MonkeyPatch.context() as patch:
-            if always:
-                patch.setattr(Composed, "quiet_until", lambda self, view: -math.inf)
-            limits = LIMITS._replace(num_blocks=400, max_model_len=200, max_num_seqs=4, cpu_capacity=4)
-            sim = Sim(limits, load_policy(policy))
-            for name in "abc":
-                sim.register(name)
-            for name in (names * 4)[:4]:
-                sim.add(name, max_tokens=150, tenant="x")
-            for _ in range(8):
-                sim.settle(step_seconds=0.1)
-            assert len(sim.core.running) == 4 and not sim.core.queues
-            sim.core.guard.change(load_policy(policy))
-            for _ in range(3):
-                sim.settle(step_seconds=0.1)
-            other = sim.add(wanted, tenant="y")
-            sim.run()
-            assert other.first_token is not None
-            found.append(other.first_token - other.arrival)
-    assert found[0] == found[1]
-
-
 class AdmitsOne(FCFS):
-    """Overrides what the promises are about."""
+    """Changes the decision of another policy, whose word is not its own."""
 
     def schedule(self, view: SchedulerView) -> Decision:
         decision = super().schedule(view)
         return decision._replace(admit=decision.admit[:1])
 
-    def quiet_until(self, view: SchedulerView) -> float:
-        return super().quiet_until(view)
 
-
-def test_a_promise_about_another_schedule_does_not_count() -> None:
+def test_what_another_policy_says_of_its_own_decision_does_not_count() -> None:
     sim = Sim(LIMITS, AdmitsOne())
     for _ in range(3):
         sim.add(max_tokens=8)
@@ -263,15 +237,20 @@ def test_any_run_is_the_same_if_the_policy_is_always_asked(
         output_tokens="uniform:1..80",
         tenants=tenants,
     )
-    experiment = Experiment(
-        workload=workload, cpu_loras=5, max_lora_rank=64, max_model_len=1200, seed=seed, **scene
-    )
+    scene = dict(scene)
+    policy = scene.pop("policy")
     found = []
-    for always in (False, True):
+    for says in (True, False):
         folder = tmp_path_factory.mktemp("run")
-        with pytest.MonkeyPatch.context() as patch:
-            if always:
-                patch.setattr(Composed, "quiet_until", lambda self, view: -math.inf)
-            run(experiment, folder)
+        experiment = Experiment(
+            workload=workload,
+            cpu_loras=5,
+            max_lora_rank=64,
+            max_model_len=1200,
+            seed=seed,
+            policy=asked_always(policy, says=says),
+            **scene,
+        )
+        run(experiment, folder)
         found.append([(folder / name).read_bytes() for name in FILES])
     assert found[0] == found[1]

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from math import inf
 from types import SimpleNamespace
 from typing import Any
 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aioengine.schedulers.parts.compose import EARLY, Composed
 from aioengine.schedulers.parts.lazy_merge import by_arrival
-from aioengine.schedulers.policies.fcfs import FCFS
 
 queues = st.dictionaries(
     st.sampled_from([None, *(f"a{number}" for number in range(40))]),
@@ -56,15 +53,3 @@ def test_of_many_adapters_only_those_that_can_run_are_looked_at() -> None:
     view: Any = Waiting({f"a{number}": [number] for number in range(40)})
     assert len(list(by_arrival(view, {"a7", "a3", "b"}))) == 2
     assert view.looked_at <= 6
-
-
-@given(queues, st.sampled_from([0.0, 0.5, 1.0, 3.0, inf]))
-def test_a_decision_holds_until_the_next_adapter_has_been_waited_for(
-    queues: dict[str | None, list[int]], wait: float
-) -> None:
-    view: Any = Waiting(queues)
-    policy = FCFS(max_wait=wait)
-    assert isinstance(policy, Composed)
-    waited = [times[0] / 10 + wait for name, times in queues.items() if name is not None]
-    expected = min((time for time in waited if time > view.now), default=inf)
-    assert policy.quiet_until(view) == expected - EARLY

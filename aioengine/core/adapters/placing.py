@@ -117,7 +117,7 @@ class Placing:
                 continue
             reason = self._place(entry, place, now, admitting, given)
             if reason is not None:
-                refused.append((reason, str(place)))
+                refused.append((reason, entry.name))
         for entry in decision.prefetch:
             if entry.location is Location.DISK:
                 self._residency.start_load(entry, now, admitting)
