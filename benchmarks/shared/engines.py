@@ -2,41 +2,64 @@
 
 from __future__ import annotations
 
-import asyncio
-import time
-from collections.abc import AsyncIterator, Mapping
-from contextlib import AsyncExitStack, asynccontextmanager
+import tempfile
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from aioengine import AsyncEngine, EngineConfig
+from aioengine import AsyncEngine, EngineConfig, LoRAConfig
 from aioengine.cli.bench import random_prompts, run_once
 from aioengine.lab.calibration.random_adapters import write_random_adapter
+from aioengine.model.files.resolve import read_spec, resolve_model
 from aioengine.model.spec import ModelSpec
-from aioengine.schedulers import SchedulerPolicy
 
-__all__ = ["random_prompts", "run_once", "started", "ticking", "write_adapters"]
+__all__ = [
+    "configuration",
+    "random_adapters",
+    "random_prompts",
+    "run_once",
+    "spec_of",
+    "started",
+    "write_adapters",
+]
 
 K = TypeVar("K")
-TICK = 0.005
+PROMPT, OUTPUT = 128, 64
+"""Tokens of the usual work, that of ``aioengine bench``."""
+
+
+def configuration(model: str, *, slots: int = 0, rank: int = 16, **more: Any) -> EngineConfig:
+    """Return a configuration for the usual work. Prompts are computed each time."""
+    settings: dict[str, Any] = {
+        "dtype": "bfloat16",
+        "device": "cpu",
+        "max_model_len": PROMPT + OUTPUT,
+        "max_num_seqs": 32,
+        "kv_cache_memory": "1GiB",
+        "enable_prefix_caching": False,
+        "lora": LoRAConfig(max_loras=slots, max_lora_rank=rank) if slots else None,
+    }
+    return EngineConfig(model=model, **{**settings, **more})
 
 
 @asynccontextmanager
 async def started(
-    configs: Mapping[K, EngineConfig],
-    adapters: Mapping[str, Path] | None = None,
-    policies: Mapping[K, SchedulerPolicy] | None = None,
+    configs: Mapping[K, EngineConfig], adapters: Mapping[str, Path] | None = None
 ) -> AsyncIterator[dict[K, AsyncEngine]]:
-    """Context with an engine for each configuration, all in this process, with ``adapters`` loaded.
-    ``policies`` has those that a configuration cannot name."""
+    """Context with an engine for each configuration, all in this process, with ``adapters`` loaded."""
     async with AsyncExitStack() as stack:
         engines: dict[K, AsyncEngine] = {}
         for name, config in configs.items():
-            made = AsyncEngine(config, (policies or {}).get(name))
-            engine = engines[name] = await stack.enter_async_context(made)
+            engine = engines[name] = await stack.enter_async_context(AsyncEngine(config))
             for adapter, path in (adapters or {}).items():
                 await engine.load_adapter(adapter, path)
         yield engines
+
+
+def spec_of(model: str) -> ModelSpec:
+    """Return the shapes of a model by its name or path."""
+    return read_spec(resolve_model(model))
 
 
 def write_adapters(folder: Path, spec: ModelSpec, count: int, rank: int = 16) -> dict[str, Path]:
@@ -44,19 +67,8 @@ def write_adapters(folder: Path, spec: ModelSpec, count: int, rank: int = 16) ->
     return {f"random-{i}": write_random_adapter(folder / str(i), spec, rank, seed=i) for i in range(count)}
 
 
-@asynccontextmanager
-async def ticking() -> AsyncIterator[list[float]]:
-    """Collect how late each tick of a 5 ms ticker on the event loop was, in seconds."""
-    late: list[float] = []
-
-    async def tick() -> None:
-        while True:
-            due = time.perf_counter() + TICK
-            await asyncio.sleep(TICK)
-            late.append(time.perf_counter() - due)
-
-    task = asyncio.create_task(tick())
-    try:
-        yield late
-    finally:
-        task.cancel()
+@contextmanager
+def random_adapters(model: str, count: int, rank: int = 16) -> Iterator[dict[str, Path]]:
+    """Context with the folders of random adapters on all linears of a model."""
+    with tempfile.TemporaryDirectory() as folder:
+        yield write_adapters(Path(folder), spec_of(model), count, rank)

@@ -10,14 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support import made_requests
 from support.bystander import bystander
 from support.engine_fixtures import Tiny
+from support.made_uploads import upload
 from support.server_process import serving
 
-from benchmarks.attacks import made_requests
-from benchmarks.attacks.made_uploads import upload
-
-ROOT = Path(__file__).parents[2]
+TESTS = Path(__file__).parents[1]
 
 
 @pytest.mark.slow
@@ -25,9 +24,9 @@ async def test_each_is_answered_or_refused_with_a_reason(tiny_text: Tiny) -> Non
     flags = ["--served-model-name", "tiny", "--max-upload-bytes", "1000000", "--max-body-bytes", "4000000"]
     flags += ["--adapter-root", str(tiny_text.adapters["a"].parent), "--default-max-tokens", "50"]
     async with serving(tiny_text.model, *flags) as served, bystander(served.url) as seen:
-        words = ("-m", "benchmarks.attacks.made_up", served.url, "tiny", "--count", "100", "--seconds", "600")
+        words = ("-m", "support.made_up", served.url, "tiny", "--count", "100", "--seconds", "600")
         process = await asyncio.create_subprocess_exec(
-            sys.executable, *words, stdout=asyncio.subprocess.PIPE, cwd=ROOT
+            sys.executable, *words, stdout=asyncio.subprocess.PIPE, cwd=TESTS
         )
         try:
             report = json.loads((await process.communicate())[0])

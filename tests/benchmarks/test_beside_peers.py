@@ -11,12 +11,12 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from benchmarks.beside_peers import BEGIN, END, Found, Work, agreement, put_between, table, works
 from safetensors.torch import load_file
 from support.tiny_gguf import interleaved, tiny_model, write_gguf
 
 from aioengine.lab.calibration.random_adapters import write_random_adapter
 from aioengine.model.files.resolve import read_spec
-from benchmarks.beside_peers import BEGIN, END, Found, Work, agreement, put_between, table, works
 from benchmarks.peers import job
 from benchmarks.peers.environments import PEERS, Peer, PeerFailed, Places, Variant, environment, run_logged
 from benchmarks.peers.gguf_files import write_adapter, write_bfloat16

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import pytest
+from benchmarks.policies.fewest_copies import fewest_copies
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-from benchmarks.policies.fewest_copies import fewest_copies
 
 
 def tried_out(sizes: list[int], wanted: list[int], memory: int) -> int:

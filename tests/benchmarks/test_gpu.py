@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from benchmarks.kernels.sheets import Row, Sheet, Wrong, against, markdown, measured, read_entries
 from hypothesis import given
 from hypothesis import strategies as st
 from support import measuring
@@ -18,7 +19,6 @@ from benchmarks import gpu as conductor
 from benchmarks import gpu_engines
 from benchmarks.gpu import GRACE, Outcome, Part, conduct, parts, report, run_all, summary_of_tests
 from benchmarks.kernels import gpu
-from benchmarks.kernels.sheets import Row, Sheet, Wrong, against, markdown, measured, read_entries
 
 SHEETS = {
     "Results beside the reference": 3 + 6 + 4,

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import triton
+from benchmarks.kernels.predictions import GPUS, LLAMA_8B, Kernel, Step
 from support.fake_gpu import run_on_fake_gpu
 
 from aioengine.kernels.triton import aot, targets
 from benchmarks.kernels import predictions
-from benchmarks.kernels.predictions import GPUS, LLAMA_8B, Kernel, Step
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs" / "gpu-predictions.md").read_text(encoding="utf-8")
 COMPILED = [line for line in PAGE.splitlines() if re.search(r"\| sm_(80|90) \|", line)]

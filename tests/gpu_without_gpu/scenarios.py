@@ -368,11 +368,12 @@ def measured_parts() -> dict[str, tuple[int, list[str], int]]:
     """(kernels compiled, faults, rows) of what ``benchmarks.gpu`` measures in its real shapes, with few
     layers: kernels are the same in each."""
     gpu = fake_gpu.install()
+    from benchmarks.kernels.gpu_machine import Machine
+    from benchmarks.kernels.sheets import measured
+
     from aioengine.kernels.triton import backend
     from benchmarks.kernels import gpu as parts
     from benchmarks.kernels import gpu_steps
-    from benchmarks.kernels.gpu_machine import Machine
-    from benchmarks.kernels.sheets import measured
 
     class NoGenerator:  # there is none for the meta device
         def __init__(self, device: str) -> None: ...

@@ -9,12 +9,12 @@ import shlex
 from pathlib import Path
 
 import pytest
+from benchmarks.policies.papers.__main__ import main as papers
 from support.engine_fixtures import MakeEngine, Tiny, greedy, make_engine, tiny, tiny_of
 
 from aioengine.cli.flags import EngineFlags
 from aioengine.cli.main import main
 from aioengine.schedulers import load_policy
-from benchmarks.policies.papers.__main__ import main as papers
 
 __all__ = ["make_engine", "tiny", "tiny_of"]
 

@@ -1,0 +1,279 @@
+"""The engine around its model: executors, host time, start, long prompts, and pauses."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from typing import Any, NamedTuple
+
+from aioengine import AsyncEngine, EngineConfig, LoRAConfig, SamplingParams
+from aioengine.events import Event, StepFinished
+from aioengine.kernels.cpu.shared_library import load
+from aioengine.lab.calibration.direct_steps import DirectSteps, Row
+from aioengine.lab.calibration.probe import ProbedEngine
+from aioengine.model import native, runner
+from benchmarks.report import median, percentile
+from benchmarks.runner import Calls
+from benchmarks.shared.engines import (
+    OUTPUT,
+    PROMPT,
+    configuration,
+    random_adapters,
+    random_prompts,
+    run_once,
+    spec_of,
+    started,
+)
+
+TICK = 0.005
+
+
+@contextmanager
+def burning() -> Iterator[None]:
+    """Run a thread that computes in pure Python."""
+    stop = threading.Event()
+
+    def burn() -> None:
+        while not stop.is_set():
+            sum(i * i for i in range(10_000))
+
+    thread = threading.Thread(target=burn)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+
+
+async def executors(
+    *, model: str = "smollm2-135m", requests: int = 32, output_tokens: int = OUTPUT, rounds: int = 3
+) -> AsyncGenerator[Calls, None]:
+    """Throughput of the executors, and how late the application's event loop is.
+
+    A coroutine asks to be woken every 5 ms and notes how late it is; then again while the application holds
+    the interpreter lock in another thread.
+    """
+    prompts = random_prompts(spec_of(model).vocab_size, requests, PROMPT)
+    configs = {
+        name: configuration(model, executor=name, max_num_seqs=requests) for name in ("thread", "process")
+    }
+    async with started(configs) as engines:
+
+        async def run(engine: AsyncEngine, burn: bool) -> dict[str, float]:
+            late: list[float] = []
+
+            async def tick() -> None:
+                while True:
+                    due = time.perf_counter() + TICK
+                    await asyncio.sleep(TICK)
+                    late.append(time.perf_counter() - due)
+
+            task = asyncio.create_task(tick())
+            with burning() if burn else nullcontext():
+                rate, ttft = await run_once(engine, prompts, output_tokens)
+            task.cancel()
+            ticks = {"tick late, ms": 1e3 * median(late), "p99, ms": 1e3 * percentile(late, 0.99)}
+            return {"output tok/s": rate, "TTFT, s": ttft, **ticks}
+
+        for burn in (False, True):
+            calls = {name: partial(run, engine, burn) for name, engine in engines.items()}
+            yield Calls(
+                "The application holds the interpreter" if burn else "The application is idle", calls, rounds
+            )
+
+
+async def long_prompt(
+    *, model: str = "smollm2-135m", prompt_tokens: int = 8000, targets: tuple[float, ...] = (0.2, 3600.0),
+    rounds: int = 2,
+) -> AsyncGenerator[Calls, None]:  # fmt: skip
+    """How a long prompt slows down another stream, by max_step_seconds."""
+    prompt = random.Random(0).choices(range(100, 40000), k=prompt_tokens)
+
+    async def beside(target: float) -> dict[str, float]:
+        alone: list[float] = []
+        during: list[float] = []
+        gaps, ended = alone, False
+
+        async def bystander(engine: AsyncEngine) -> None:
+            while not ended:
+                last, started = time.perf_counter(), False
+                own = random.choices(range(100, 40000), k=20)
+                async for _ in engine.generate(own, SamplingParams(max_tokens=100, ignore_eos=True)):
+                    now = time.perf_counter()
+                    if started:
+                        gaps.append(now - last)
+                    last, started = now, True
+
+        async with AsyncEngine(
+            EngineConfig(model=model, max_step_seconds=target, kv_cache_memory="1GiB")
+        ) as engine:
+            streaming = asyncio.create_task(bystander(engine))
+            await asyncio.sleep(2)
+            gaps = during
+            began = time.perf_counter()
+            await engine.complete(prompt, SamplingParams(max_tokens=1))
+            took, ended = time.perf_counter() - began, True
+            await streaming
+        return {
+            "largest gap, ms": 1e3 * max(during),
+            "p99, ms": 1e3 * percentile(during, 0.99),
+            "median, ms": 1e3 * median(during),
+            "median alone, ms": 1e3 * median(alone),
+            "p99 alone, ms": 1e3 * percentile(alone, 0.99),
+            "the prompt, s": took,
+        }
+
+    calls = {f"max_step_seconds {target:g}": partial(beside, target) for target in targets}
+    yield Calls(f"A stream beside a prompt of {prompt_tokens:,} tokens", calls, rounds, warm_up=0)
+
+
+class Stopwatch:
+    """Sum of the times that a function of the package takes, from now on."""
+
+    def __init__(self, owner: Any, name: str, clock: Callable[[], float] = time.perf_counter) -> None:
+        self.seconds = 0.0
+        inner: Callable[..., Any] = getattr(owner, name)
+
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            start = clock()
+            try:
+                return inner(*args, **kwargs)
+            finally:
+                self.seconds += clock() - start
+
+        setattr(owner, name, timed)
+
+
+async def host(
+    *, model: str = "smollm2-135m", quantization: str = "none", running: tuple[int, ...] = (32, 64),
+    adapters: int = 8, rounds: int = 3,
+) -> AsyncGenerator[Calls, None]:  # fmt: skip
+    """Host time of a step: shares of a run outside of the model, and processor time of both threads."""
+    forward = Stopwatch(native.NativeForward, "forward")
+    again = Stopwatch(native.NativeForward, "decode_again")
+    executed = Stopwatch(runner.ModelRunner, "execute", time.thread_time)
+    library = Stopwatch(load(), "aio_step", time.thread_time)
+    steps: list[StepFinished] = []
+
+    def listen(event: Event) -> None:
+        if isinstance(event, StepFinished):
+            steps.append(event)
+
+    async def run(
+        engine: AsyncEngine, prompts: list[list[int]], names: Sequence[str | None]
+    ) -> dict[str, float]:
+        steps.clear()
+        for watch in (forward, again, executed, library):
+            watch.seconds = 0.0
+        start, loop = time.perf_counter(), time.thread_time()
+        rate, _ = await run_once(engine, prompts, OUTPUT, names)
+        wall, loop = time.perf_counter() - start, time.thread_time() - loop
+        in_model = forward.seconds + again.seconds
+        in_executor, in_core = (
+            sum(getattr(step, name) for step in steps) for name in ("seconds", "schedule_seconds")
+        )
+        return {
+            "output tok/s": rate,
+            "model, %": 100 * in_model / wall,
+            "batches and sampling, %": 100 * (in_executor - in_model) / wall,
+            "core and policy, %": 100 * in_core / wall,
+            "streams and loop, %": 100 * (wall - in_executor - in_core) / wall,
+            "loop's thread, ms a step": 1e3 * loop / len(steps),
+            "steps' thread, ms a step": 1e3 * (executed.seconds - library.seconds) / len(steps),
+        }
+
+    with random_adapters(model, adapters) as paths:
+        for count in running:
+            config = configuration(model, slots=adapters, quantization=quantization, max_num_seqs=count)
+            prompts = random_prompts(spec_of(model).vocab_size, count, PROMPT)
+            async with started({0: config}, paths) as engines:
+                engines[0].add_listener(listen)
+                variants: dict[str, list[str | None]] = {"base": [None], f"{adapters} adapters": [*paths]}
+                calls = {name: partial(run, engines[0], prompts, names) for name, names in variants.items()}
+                yield Calls(f"{count} running, {PROMPT} + {OUTPUT} tokens, {quantization}", calls, rounds)
+
+
+def start(*, model: str = "smollm2-135m", quantization: str = "none", processes: int = 3) -> Iterator[Calls]:
+    """From the start of an engine to its first token in new processes, and later first tokens."""
+    command = [sys.executable, "-c", f"from {__name__} import once; once({model!r}, {quantization!r})"]
+
+    def run() -> dict[str, float]:
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+        return found
+
+    yield Calls(f"Start of {model}, {quantization}, without imports", {"a process": run}, processes)
+
+
+def once(model: str, quantization: str) -> None:
+    """Start an engine in this process, and print the milliseconds of each stage."""
+    reading, packing = Stopwatch(runner, "load_weights"), Stopwatch(native.NativeForward, "__init__")
+
+    async def first_tokens() -> list[float]:
+        async with AsyncEngine(configuration(model, slots=8, quantization=quantization)) as engine:
+            found["engine entered, ms"] = 1e3 * (time.perf_counter() - began)
+            params = SamplingParams(max_tokens=4, ignore_eos=True)
+            prompts = random_prompts(40_000, 6, PROMPT)
+            return [1e3 * ((await engine.complete(prompt, params)).ttft or 0.0) for prompt in prompts]
+
+    found: dict[str, float] = {}
+    began = time.perf_counter()
+    first, *later = asyncio.run(first_tokens())
+    found["reading weights"], found["rearranging them"] = 1e3 * reading.seconds, 1e3 * packing.seconds
+    print(json.dumps(found | {"first token since then": first, "later first tokens": median(later)}))
+
+
+class Kind(NamedTuple):
+    count: int
+    """Steps in each turn."""
+    rows: tuple[Row, ...]
+    pause: float = 0.0
+    busy: float = 0.0
+
+
+DECODE, PROMPT_STEP = (Row(1, 150),) * 3, (Row(96, 0),)
+KINDS = {
+    "3 decodes": Kind(20, DECODE),
+    "3 decodes, loop busy for 0.5 ms before": Kind(20, DECODE, busy=0.0005),
+    "3 decodes, 1 ms after": Kind(20, DECODE, 0.001),
+    "3 decodes, 10 ms after": Kind(10, DECODE, 0.01),
+    "3 decodes, 100 ms after": Kind(4, DECODE, 0.1),
+    "3 decodes, 1 s after": Kind(1, DECODE, 1.0),
+    "3 decodes, after that one": Kind(20, DECODE),
+    "a prompt of 96": Kind(5, PROMPT_STEP),
+    "a prompt of 96, 100 ms after": Kind(3, PROMPT_STEP, 0.1),
+}
+
+
+async def step_pauses(*, model: str = "smollm2-135m", rounds: int = 20) -> AsyncGenerator[Calls, None]:
+    """Whether steps after a pause take longer than others, and how much a machine's speed varies."""
+    config = EngineConfig(model=model, kv_cache_memory="512MiB", lora=LoRAConfig(max_loras=1))
+    async with ProbedEngine(config) as engine:
+        steps = DirectSteps(engine, seed=0)
+        await steps.fill(2048, 512)
+
+        async def timed(kind: Kind) -> dict[str, float]:
+            seconds = []
+            for _ in range(kind.count):
+                if kind.pause:
+                    await asyncio.sleep(kind.pause)
+                until = time.perf_counter() + kind.busy
+                while time.perf_counter() < until:
+                    pass
+                seconds.append((await steps.time(kind.rows)).seconds)
+            return {"ms a step": 1e3 * median(seconds)}
+
+        calls = {what: partial(timed, kind) for what, kind in KINDS.items()}
+        yield Calls(f"Steps of {model}, medians of each turn", calls, rounds)
+
+
+CASES = (executors, long_prompt, host, start, step_pauses)

@@ -1,0 +1,190 @@
+"""Attacks by many connections, and by how requests are sent."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import random
+import time
+from collections.abc import Sequence
+
+from attacks.table.target import MODEL, Target, statuses
+
+HEAD = b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+
+
+async def pipelined(target: Target) -> str:
+    async def flood() -> None:
+        reader, writer = await asyncio.open_connection(*target.served.address)
+        with contextlib.suppress(OSError):
+            writer.write(b"GET / HTTP/1.1\r\nhost: x\r\n\r\n" * 13_900)
+            while await reader.read(2**18):
+                pass
+
+    floods = [asyncio.create_task(flood()) for _ in range(30)]
+    await asyncio.sleep(1)
+    began = time.monotonic()
+    status = statuses([await target.http.get("/health")])
+    took = time.monotonic() - began
+    await asyncio.wait(floods, timeout=2)
+    for task in floods:
+        task.cancel()
+    return f"/health {status} in {took:.2f} s"
+
+
+async def bodies_in_flight(target: Target) -> str:
+    async def stop_short() -> str:
+        reader, writer = await asyncio.open_connection(*target.served.address)
+        try:
+            async with asyncio.timeout(4):
+                writer.write(HEAD + b"content-length: 8000000\r\n\r\n{" + b" " * 7_900_000)
+                await writer.drain()
+                return (await reader.readuntil(b"\r\n"))[9:12].decode()
+        except (OSError, TimeoutError, asyncio.IncompleteReadError) as error:
+            return "held" if isinstance(error, TimeoutError) else "closed"
+        finally:
+            writer.transport.abort()
+
+    return counted(await asyncio.gather(*(stop_short() for _ in range(150))))
+
+
+async def streams_cut_off(target: Target) -> str:
+    """For two seconds, connect, ask for a stream, and leave within a tenth of a second."""
+    body = json.dumps({"model": MODEL, "prompt": "Hi", "max_tokens": 200, "stream": True}).encode()
+    return await begun_and_left(target, body, seconds=2, at_once=60, longest=0.1)
+
+
+async def refused_requests(target: Target) -> str:
+    """For two seconds, send requests with a field that does not exist, one after the other."""
+    request = message(b'{"model": "x", "promt": ' + b"[" * 60 + b"]" * 60 + b"}")
+    return await again_and_again(target, [request])
+
+
+async def many_connections(target: Target) -> str:
+    body = json.dumps({"model": MODEL, "prompt": "Hi", "max_tokens": 2}).encode()
+
+    async def one() -> str:
+        reader, writer = await asyncio.open_connection(*target.served.address)
+        try:
+            writer.write(message(body))
+            return (await reader.readuntil(b"\r\n"))[9:12].decode()
+        finally:
+            writer.transport.abort()
+
+    return counted(await asyncio.gather(*(one() for _ in range(1_500))))
+
+
+async def lists(target: Target) -> str:
+    """For two seconds, ask for lists of all names and series, one after the other, and begin live pages."""
+    wanted = [b"/v1/models", b"/metrics", b"/v1/models/nobody", b"/events"]
+    compressed = b"accept: application/openmetrics-text\r\naccept-encoding: gzip\r\n"
+    get = b"GET %b HTTP/1.1\r\nhost: localhost\r\n%b\r\n"
+    return await again_and_again(target, [get % (path, compressed) for path in wanted])
+
+
+async def many_choices(target: Target) -> str:
+    """For two seconds, ask for 128 streams in one, with log-probabilities, and leave."""
+    ask = {"model": MODEL, "prompt": "Hi", "n": 128, "max_tokens": 500, "stream": True, "logprobs": 20}
+    return await begun_and_left(target, json.dumps(ask).encode(), seconds=2, at_once=20, longest=0.3)
+
+
+async def tiny_chunks(target: Target) -> str:
+    """Send 800,000 chunks of a byte in each of ten bodies."""
+
+    async def one() -> str:
+        reader, writer = await asyncio.open_connection(*target.served.address)
+        try:
+            writer.write(HEAD + b"transfer-encoding: chunked\r\n\r\n")
+            for _ in range(40):
+                writer.write(b"1\r\n \r\n" * 20_000)
+                await writer.drain()
+            writer.write(b"0\r\n\r\n")
+            return (await reader.readuntil(b"\r\n"))[9:12].decode()
+        except (OSError, asyncio.IncompleteReadError):
+            return "closed"
+        finally:
+            writer.transport.abort()
+
+    return counted(await asyncio.gather(*(one() for _ in range(10))))
+
+
+async def asked_before_sent(target: Target) -> str:
+    """Open 2,000 connections that ask whether they may send, and then send nothing."""
+
+    async def one() -> str:
+        reader, writer = await asyncio.open_connection(*target.served.address)
+        try:
+            writer.write(HEAD + b"expect: 100-continue\r\ncontent-length: 100\r\n\r\n")
+            return (await reader.readuntil(b"\r\n"))[9:12].decode()
+        except (OSError, asyncio.IncompleteReadError):
+            return "closed"
+        finally:
+            await asyncio.sleep(2)
+            writer.transport.abort()
+
+    return counted(await asyncio.gather(*(one() for _ in range(2_000))))
+
+
+async def again_and_again(target: Target, requests: Sequence[bytes], seconds: float = 2) -> str:
+    """Have 30 connections send requests, one after the other. Returns how often each status came."""
+    seen: list[str] = []
+
+    async def one(request: bytes) -> None:
+        reader, writer = await asyncio.open_connection(*target.served.address)
+        try:
+            writer.write(request)
+            head = await reader.readuntil(b"\r\n\r\n")
+            seen.append(head[9:12].decode())
+            lengths = head.lower().partition(b"content-length: ")[2].split()
+            while lengths:
+                await reader.readexactly(int(lengths[0]))
+                writer.write(request)
+                head = await reader.readuntil(b"\r\n\r\n")
+                seen.append(head[9:12].decode())
+                lengths = head.lower().partition(b"content-length: ")[2].split()
+            await reader.readuntil(b"\n\n")  # the first event of a live page
+        finally:
+            writer.transport.abort()
+
+    async def more(request: bytes) -> None:
+        while True:
+            with contextlib.suppress(OSError, asyncio.IncompleteReadError, asyncio.LimitOverrunError):
+                await one(request)
+
+    tasks = [asyncio.create_task(more(requests[i % len(requests)])) for i in range(30)]
+    await asyncio.wait(tasks, timeout=seconds)
+    for task in tasks:
+        task.cancel()
+    await asyncio.wait(tasks)
+    return counted(seen)
+
+
+async def begun_and_left(target: Target, body: bytes, *, seconds: float, at_once: int, longest: float) -> str:
+    """Ask for a stream and leave within ``longest`` seconds, again and again."""
+    draw = random.Random(0)
+    end = time.monotonic() + seconds
+    count = 0
+
+    async def one() -> None:
+        nonlocal count
+        while time.monotonic() < end:
+            with contextlib.suppress(OSError):
+                _, writer = await asyncio.open_connection(*target.served.address)
+                writer.write(message(body))
+                await asyncio.sleep(draw.random() * longest)
+                writer.transport.abort()
+                count += 1
+
+    await asyncio.gather(*(one() for _ in range(at_once)))
+    return f"{count:,} streams"
+
+
+def counted(seen: Sequence[str]) -> str:
+    """Return how often each status was answered."""
+    return ", ".join(f"{status} ({seen.count(status)}x)" for status in sorted(set(seen)))
+
+
+def message(body: bytes) -> bytes:
+    """Return the bytes of a request for a completion."""
+    return HEAD + b"content-length: %d\r\n\r\n" % len(body) + body

@@ -1,0 +1,301 @@
+"""Attacks by the content of requests."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import random
+import sys
+import time
+from typing import Any
+
+from attacks.table.target import MODEL, Target, filled, key, statuses
+from support import hostile_grammars as hostile
+
+QUADRATIC = """{% for m in messages %}{% for n in messages %}{% if n.role == m.content %}{% endif %}
+{% endfor %}{% endfor %}"""
+START = f'{{"model": "{MODEL}", "max_tokens": 2, "prompt": '
+
+
+async def guided(target: Target, *outputs: dict[str, Any], **fields: Any) -> str:
+    asks = [target.ask(structured_outputs=wanted, **fields) for wanted in outputs]
+    return statuses(await asyncio.gather(*asks, return_exceptions=True))
+
+
+async def nothing(_: Target) -> str:
+    await asyncio.sleep(1)
+    return "none"
+
+
+async def deep_schema(target: Target) -> str:
+    return await guided(target, {"json": json.loads(hostile.property_chain(1_000))})
+
+
+async def deep_rules(target: Target) -> str:
+    return await guided(target, {"grammar": hostile.rule_chain(3_000)})
+
+
+async def slow_compiles(target: Target) -> str:
+    """Send eight requests whose clients leave after a second, then others whose work shared a pool with
+    them."""
+    schemas = [{"json": json.loads(hostile.multiples(7919 + 2 * i, 7907))} for i in range(8)]
+    leaving = [asyncio.create_task(guided(target, schema)) for schema in schemas]
+    await asyncio.wait(leaving, timeout=1)
+    for task in leaving:
+        task.cancel()
+    messages = [{"role": "user", "content": "Hi"}]
+    others = [
+        target.http.get("/metrics"),
+        target.post("/v1/chat/completions", {"messages": messages, "max_tokens": 2}),
+        target.ask(structured_outputs={"regex": "[0-9]{3}"}),
+        target.ask(prompt="word " * 1000),
+    ]
+    began = time.monotonic()
+    answers = await asyncio.gather(*others)
+    return f"others: {statuses(answers)} in {time.monotonic() - began:.1f} s"
+
+
+async def many_properties(target: Target) -> str:
+    return await guided(target, {"json": json.loads(hostile.properties(9_000))})
+
+
+async def ambiguous(target: Target) -> str:
+    return await guided(target, {"grammar": hostile.AMBIGUOUS}, max_tokens=300)
+
+
+async def twenty_ambiguous(target: Target) -> str:
+    rule = 'start: e\ne: e e | e e e | e e e e | /[a-z]/ | /[a-z ]/ | /[^\\n]/ | "{}"'
+    grammars = [{"grammar": rule.replace("{}", "x" * i)} for i in range(1, 21)]
+    return await guided(target, *grammars, max_tokens=100)
+
+
+async def long_text_cut(target: Target) -> str:
+    """Send texts of 7 MB of which the last tokens are wanted, and many shorter ones."""
+    long = {"prompt": "a " * 3_500_000, "truncate_prompt_tokens": 20, "max_tokens": 1}
+    many = {"input": ["a " * 30_000] * 100, "truncate_prompt_tokens": 20}
+    asks = [target.post("/v1/completions", long), target.post("/v1/embeddings", many)]
+    return statuses(await asyncio.gather(*asks))
+
+
+async def long_text(target: Target) -> str:
+    return statuses([await target.ask(prompt="a " * 3_500_000)])
+
+
+async def many_messages(target: Target) -> str:
+    messages = [{"role": "user", "content": ""}] * 270_000
+    return statuses([await target.post("/v1/chat/completions", {"messages": messages})])
+
+
+async def detokenize(target: Target) -> str:
+    return statuses([await target.post("/detokenize", {"tokens": [65] * 2_000_000})])
+
+
+async def nested_metadata(target: Target) -> str:
+    body = filled(START + '"x", "metadata": [', "[]", "]}")
+    return statuses([await target.post("/v1/completions", body)])
+
+
+async def nested_schema(target: Target) -> str:
+    start = (
+        START
+        + '"x", "response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"a": ['
+    )
+    return statuses([await target.post("/v1/completions", filled(start, "[]", "]}}}}"))])
+
+
+async def many_ids(target: Target) -> str:
+    return statuses([await target.post("/v1/completions", filled(START + "[", "1", "]}"))])
+
+
+async def ignored_fields(target: Target) -> str:
+    start = START.replace("2,", "150,") + '"x", "ignore_eos": true, "stream": true, "metadata": ['
+    body = filled(start, "{}", "]}", 3_000_000)
+    return statuses(await asyncio.gather(*(target.post("/v1/completions", body) for _ in range(10))))
+
+
+async def lists_in_arguments(target: Target) -> str:
+    arguments = f"[{','.join(['[]'] * 2_600_000)}]"
+    call = {"id": "x", "type": "function", "function": {"name": "f", "arguments": arguments}}
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
+    return statuses([await target.post("/v1/chat/completions", {"messages": turns, "max_tokens": 2})])
+
+
+async def many_logprobs(target: Target) -> str:
+    """Ask for 32 choices with 300 tokens each in one answer."""
+    ask = {"n": 32, "max_tokens": 300, "ignore_eos": True, "logprobs": True, "top_logprobs": 20}
+    messages = [{"role": "user", "content": "Hi"}]
+    return statuses([await target.post("/v1/chat/completions", {"messages": messages, **ask})])
+
+
+async def unique_salts(target: Target) -> str:
+    """Send 300 requests with one prompt; none may use what was computed for another."""
+    asks = (target.ask(prompt="word " * 30, cache_salt=str(i)) for i in range(300))
+    return statuses(await asyncio.gather(*asks, return_exceptions=True))
+
+
+async def long_prompt(target: Target) -> str:
+    ids = random.Random(0).choices(range(100, 40_000), k=8_000)
+    return statuses([await target.ask(prompt=ids, max_tokens=1)])
+
+
+async def tenant_flood(target: Target) -> str:
+    """Send 1,500 requests of tenant a; the client that streams is tenant b."""
+    body = {"max_tokens": 200, "ignore_eos": True}
+    asks = [target.post("/v1/completions", {**body, "prompt": f"Number {i}"}) for i in range(1_500)]
+    flood = [asyncio.create_task(ask) for ask in asks]
+    await asyncio.sleep(2)
+    began = time.monotonic()
+    answer = await target.post("/v1/completions", body | {"prompt": "b", "max_tokens": 2}, headers=key("b"))
+    took = time.monotonic() - began
+    done = [task.result().status_code for task in flood if task.done() and task.exception() is None]
+    for task in flood:
+        task.cancel()
+    await asyncio.wait(flood)
+    return f"a: 429 ({done.count(429)}x); b: {answer.status_code} in {took:.1f} s"
+
+
+async def cache_guesses(target: Target) -> str:
+    text = "The password of the database on the third floor of the tower is 'tortoise', said the man. " * 3
+    found = 0
+    for who in ("b", "a"):
+        answer = await target.post("/v1/completions", {"prompt": text, "max_tokens": 1}, headers=key(who))
+        found = answer.json()["usage"].get("prompt_tokens_details", {}).get("cached_tokens", 0)
+    return f"cached_tokens {found}"
+
+
+async def paths_of_models(target: Target) -> str:
+    text = (await target.http.get("/v1/models")).text
+    return "absolute paths" if str(target.root) in text or '"root":"/' in text else "names"
+
+
+async def wrong_keys(target: Target) -> str:
+    before = len(target.served.lines)
+    asks = (target.http.get("/v1/models", headers=key("wrong")) for _ in range(2_000))
+    answers = await asyncio.gather(*asks, return_exceptions=True)
+    await asyncio.sleep(0.5)
+    lines = sum("401" in str(line) or "key" in str(line) for line in target.served.lines[before:])
+    return f"{statuses(answers)}; {lines} lines in the log"
+
+
+async def log_unread(target: Target) -> str:
+    """Send 600 requests, whose log lines are more than a pipe holds, while nobody reads the log."""
+    with target.served.unread():
+        found = [await target.http.get("/v1/models") for _ in range(600)]
+    return statuses(found)
+
+
+async def address_flood(target: Target) -> str:
+    """Send 1,500 requests from one address; the client that streams has another."""
+    body = {"max_tokens": 200, "ignore_eos": True}
+    asks = [target.post("/v1/completions", {**body, "prompt": f"Number {i}"}) for i in range(1_500)]
+    flood = [asyncio.create_task(ask) for ask in asks]
+    await asyncio.sleep(2)
+    done = [task.result().status_code for task in flood if task.done() and task.exception() is None]
+    for task in flood:
+        task.cancel()
+    await asyncio.wait(flood)
+    return f"429 ({done.count(429)}x)"
+
+
+async def made_up(target: Target) -> str:
+    """Send requests of all kinds for 5 seconds, from a process of its own."""
+    words = [
+        "-m",
+        "support.made_up",
+        target.served.url,
+        MODEL,
+        "--key",
+        "key-of-a",
+        "--seconds",
+        "5",
+    ]
+    process = await asyncio.create_subprocess_exec(sys.executable, *words, stdout=asyncio.subprocess.PIPE)
+    try:
+        report = json.loads((await process.communicate())[0])
+    finally:
+        with contextlib.suppress(ProcessLookupError):  # else it would attack during the next rows, too
+            process.kill()
+    if report["wrong"]:
+        raise ValueError("; ".join(report["wrong"][:3]))
+    return ", ".join(f"{status} ({count}x)" for status, count in sorted(report["statuses"].items()))
+
+
+async def many_vectors(target: Target) -> str:
+    inputs = [[100 + i % 1_000, 200] for i in range(256)]
+    return statuses([await target.post("/v1/embeddings", {"input": inputs, "encoding_format": "float"})])
+
+
+async def many_inputs(target: Target) -> str:
+    """Send 2,048 inputs of a token in each of two requests."""
+    inputs = [[100 + i % 1_000] for i in range(2_048)]
+    return statuses(
+        await asyncio.gather(*(target.post("/v1/embeddings", {"input": inputs}) for _ in range(2)))
+    )
+
+
+async def many_documents(target: Target) -> str:
+    documents = [f"document {i}" for i in range(2_048)]
+    return statuses([await target.post("/rerank", {"query": "word " * 100, "documents": documents})])
+
+
+async def all_fields(target: Target) -> str:
+    """Ask for 16 choices, twice, with as many of each list as may be given."""
+    ask = {
+        "n": 16,
+        "max_tokens": 20,
+        "logprobs": 20,
+        "repetition_penalty": 1.2,
+        "logit_bias": {str(i): 1 for i in range(1_000)},
+        "stop_token_ids": list(range(40_000, 41_000)),
+        "stop": ["x" * 256] * 16,
+    }
+    return statuses(await asyncio.gather(*(target.ask(**ask) for _ in range(2))))
+
+
+async def hot_choices(target: Target) -> str:
+    """Ask for 64 choices of tokens that are nearly all equally likely."""
+    return statuses([await target.ask(n=64, max_tokens=4, temperature=2)])
+
+
+async def long_answers(target: Target) -> str:
+    """Ask for as many long answers as run at once, from one address, and leave after six seconds."""
+    body = {"n": 16, "max_tokens": 4000, "ignore_eos": True}
+    asked = [asyncio.create_task(target.ask(**body)) for _ in range(4)]
+    await asyncio.wait(asked, timeout=6)
+    left = sum(task.cancel() for task in asked)
+    await asyncio.wait(asked)
+    return f"left ({left}x)"
+
+
+async def large_integers(target: Target) -> str:
+    """Send integers of 6,000 digits in a schema, in tools, and in the history of calls."""
+    large = "1" + "0" * 6_000
+    start = f'{{"model": "{MODEL}", "max_tokens": 2, "messages": [{{"role": "user", "content": "Hi"}}'
+    schema = f'{{"type": "object", "properties": {{"a": {{"type": "integer", "maximum": {large}}}}}}}'
+    form = f'"response_format": {{"type": "json_schema", "json_schema": {{"name": "x", "schema": {schema}}}}}'
+    tools = f'"tools": [{{"type": "function", "function": {{"name": "f", "parameters": {schema}}}}}]'
+    use = f'{{"type": "tool_use", "id": "1", "name": "f", "input": {{"a": {large}}}}}'
+    chat = "/v1/chat/completions"
+    bodies = {
+        f"{start}], {form}}}": chat,
+        f"{start}], {tools}}}": chat,
+        f'{start}], {tools}, "tool_choice": "required"}}': chat,
+        f'{start}, {{"role": "assistant", "content": [{use}]}}]}}': "/v1/messages",
+    }
+    asks = (target.post(path, body.encode()) for body, path in bodies.items())
+    return statuses(await asyncio.gather(*asks))
+
+
+async def many_mixes(target: Target) -> str:
+    for name in ("m1", "m2", "m3"):
+        target.adapter(name)
+    mixes = [{"m1": 0.1 + i / 1_000, "m2": 0.5, "m3": -0.2} for i in range(300)]
+    asks = (target.ask(adapters=mix) for mix in mixes)
+    return statuses(await asyncio.gather(*asks, return_exceptions=True))
+
+
+async def quadratic_chat(target: Target) -> str:
+    messages = [{"role": "user", "content": "Hello"}] * 2_048
+    ask = {"messages": messages, "max_tokens": 1}
+    return statuses(await asyncio.gather(*(target.post("/v1/chat/completions", ask) for _ in range(3))))
