@@ -101,8 +101,9 @@ bench: $(VENV)/.demo
 	$(BIN)/aioengine bench --dtype bfloat16 --adapters 8 32 $(ARGS)
 	$(BIN)/aioengine bench --dtype bfloat16 --rank 64 $(ARGS)
 	$(BIN)/aioengine bench --dtype bfloat16 --quantization int8 $(ARGS)
-	$(BIN)/python -m benchmarks.kernels.cpu
-	$(BIN)/python -m benchmarks.policies.scheduling
+	$(BIN)/python -m benchmarks kernels profile
+	$(BIN)/python -m benchmarks kernels step
+	$(BIN)/python -m benchmarks policies scheduling
 
 wheel: $(VENV)/.dev
 	AIOENGINE_PREBUILD_KERNELS=all $(BIN)/python -m build --wheel $(ARGS)

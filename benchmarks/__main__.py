@@ -25,6 +25,15 @@ def cases(room: str) -> Iterator[Case]:
             yield from getattr(importlib.import_module(found.name), "CASES", ())
 
 
+def application(room: str) -> App:
+    """Return the commands of a room: its cases, whose options are their arguments."""
+    flags = Parameter(negative_iterable="", consume_multiple=True)
+    app = App(f"python -m benchmarks {room}", default_parameter=flags, version_flags=())
+    for case in cases(room):
+        app.command(case, name=case.__name__)
+    return app
+
+
 def main(argv: Sequence[str]) -> int:
     """Run a case. Returns 1 if something in it has failed."""
     if argv in (["--list"], []):
@@ -35,16 +44,7 @@ def main(argv: Sequence[str]) -> int:
     if argv[0] not in ROOMS:
         print(f"no room {argv[0]!r} of benchmarks; there are {', '.join(ROOMS)}", file=sys.stderr)
         return 2
-    flags = Parameter(negative_iterable="", consume_multiple=True)
-    app = App(
-        f"python -m benchmarks {argv[0]}",
-        default_parameter=flags,
-        version_flags=(),
-        result_action="return_value",
-    )
-    for case in cases(argv[0]):
-        app.command(case, name=case.__name__)
-    command, bound, _ = app.parse_args(argv[1:])
+    command, bound, _ = application(argv[0]).parse_args(argv[1:])
     found = command(*bound.args, **bound.kwargs)
     if command not in cases(argv[0]):
         return 0  # help

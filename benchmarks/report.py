@@ -50,8 +50,7 @@ def median(values: Sequence[float]) -> float:
     return statistics.median(values) if values else float("nan")
 
 
-def interval(values: Sequence[float], digits: int = 2) -> str:
+def interval(values: Sequence[float]) -> str:
     """Write the mean over seeds with half the width of its 95% interval by Student's t."""
     found = estimate(values)
-    half = "" if found.high is None else f" ± {found.high - found.mean:.{digits}f}"
-    return f"{found.mean:.{digits}f}{half}"
+    return number(found.mean) + ("" if found.high is None else f" ± {number(found.high - found.mean)}")

@@ -110,7 +110,7 @@ def table(calls: Calls, runs: Mapping[str, list[Run]], failed: Mapping[str, str]
         cells += [number(statistics.median(each[other] for each in found)) if other in found[0] else ""
                   for other in others]  # fmt: skip
         rows.append(cells)
-    return Table(calls.title, columns, rows, calls.note or f"Medians of {calls.rounds} rounds.")
+    return Table(calls.title, columns, rows, calls.note or f"Medians, rounds: {calls.rounds}.")
 
 
 Yielded = Calls | Table | str

@@ -63,7 +63,6 @@ LONG = [
         "server/test_schemathesis.py",
         "engine/test_option_pairs.py",
         "lab/test_report.py",
-        "benchmarks/test_gpu.py",
         "model/test_lora_exact.py",
         "schedulers/test_fair_doors.py",
         "engine/test_exact.py",

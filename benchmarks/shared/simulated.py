@@ -45,11 +45,11 @@ def compared(
         for path in figures.values():
             own, first = ([figure(summary, path) for summary in each] for each in (runs, found[0]))
             ratios = [a / b for a, b in zip(own, first, strict=True) if b]
-            cells += [interval(own, 3), interval(ratios) if ratios else ""]
+            cells += [interval(own), interval(ratios) if ratios else ""]
         rows.append(cells)
     first = next(iter(systems))
     columns = ["", *(column for figure in figures for column in (figure, f"of {first}"))]
-    return Table(title, columns, rows, f"Means over {seeds} seeds with their 95% intervals.")
+    return Table(title, columns, rows, f"Means and 95% intervals, seeds: {seeds}.")
 
 
 def merged(common: Fields, fields: Fields, seed: int) -> Experiment:

@@ -1,6 +1,6 @@
 """Block sizes of the kernels: measured ones from a file, or else rules that always work.
 
-``python -m benchmarks.kernels.gpu --tune FILE`` measures on this machine's GPU and writes the file. The
+``python -m benchmarks gpu tune --write FILE`` measures on this machine's GPU and writes the file. The
 environment variable AIOENGINE_TRITON_TABLE names the file. Nothing is measured while serving.
 """
 
@@ -127,7 +127,7 @@ def default_expand(key: Key) -> ExpandConfig:
 
 @functools.cache
 def measured(path: str | None) -> dict[str, ShrinkConfig | ExpandConfig]:
-    """Read the configurations from a file of ``benchmarks.kernels.gpu --tune``; none without a path.
+    """Read the configurations from a file of ``benchmarks gpu tune``; none without a path.
 
     Raises ValueError, naming the file and the entry, if it cannot be used.
     """
@@ -139,7 +139,7 @@ def measured(path: str | None) -> dict[str, ShrinkConfig | ExpandConfig]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{path}, named by {ENV}, is no table of kernel configurations: {error!r}; unset the variable, "
-            f"or write the file with: python -m benchmarks.kernels.gpu --tune {path}"
+            f"or write the file with: python -m benchmarks gpu tune --write {path}"
         ) from error
 
 

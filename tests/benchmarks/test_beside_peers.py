@@ -1,4 +1,4 @@
-"""What `benchmarks.beside_peers` asks of engines, what it makes of their times, and files for llama.cpp."""
+"""What ``beside_peers`` asks of engines, what it makes of their times, and files for llama.cpp."""
 
 from __future__ import annotations
 
@@ -11,58 +11,40 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from benchmarks.beside_peers import BEGIN, END, Found, Work, agreement, put_between, table, works
 from safetensors.torch import load_file
 from support.tiny_gguf import interleaved, tiny_model, write_gguf
 
 from aioengine.lab.calibration.random_adapters import write_random_adapter
 from aioengine.model.files.resolve import read_spec
-from benchmarks.peers import job
+from benchmarks.peers.beside import WORKERS, Work, agreement
 from benchmarks.peers.environments import PEERS, Peer, PeerFailed, Places, Variant, environment, run_logged
 from benchmarks.peers.gguf_files import write_adapter, write_bfloat16
+from benchmarks.peers.workers import job
 
 
 def test_every_peer_has_a_worker() -> None:
-    for peer in PEERS:
-        assert Path(job.__file__).with_name(f"run_{peer.name}.py").exists()
-    names = [variant.name for peer in PEERS for variant in peer.variants]
+    for name in PEERS:
+        assert (WORKERS / f"run_{name}.py").exists()
+    names = [variant for peer in PEERS.values() for variant in peer.variants]
     assert len(set(names)) == len(names)
 
 
 def test_all_engines_get_the_same_prompts() -> None:
-    columns = works([1, 8])
-    assert [work.title for work in columns] == ["1", "8", "8 with adapters", "first of 512, ms"]
-    plain, adapted = columns[1].case(500), columns[2].case(500)
+    plain, adapted = Work(8).case(500), Work(8, adapters=8).case(500)
     assert plain["prompts"] == adapted["prompts"] and [len(ids) for ids in plain["prompts"]] == [128] * 8
     assert adapted["adapters"] == list(range(8)) and plain["adapters"] == [None] * 8
-    assert json.loads(json.dumps(plain)) == columns[1].case(500)
-    assert Work("32", 32, adapters=8).case(500)["adapters"] == [i % 8 for i in range(32)]
+    assert json.loads(json.dumps(plain)) == Work(8).case(500)
+    assert Work(32, adapters=8).case(500)["adapters"] == [i % 8 for i in range(32)]
 
 
-def test_medians_and_spread() -> None:
-    columns = [Work("8", 8), Work("8 with adapters", 8, adapters=8), Work("first", 1, 512, 1)]
-    seconds = {"8": [2.0, 1.0, 4.0], "8 with adapters": [64.0], "first": [0.25]}
-    found = {"fast": Found("1.0", seconds, {}), "slow": Found("2.0", {"8": [512.0]}, {})}
-    text = table(found, columns, {"fast": "in turn", "slow": "mixed"})
-    assert text.splitlines() == [
-        "| | 8 | 8 with adapters | first |",
-        "|---|---|---|---|",
-        "| fast | 256 ±75% | 8.0* ±0% | 250 ±0% |",  # 512 tokens in 2, 1 and 4 seconds
-        "| slow | 1.0 ±0% |  |  |",
-    ]
+def test_tokens_a_second_and_the_time_to_the_first() -> None:
+    assert Work(8).value(2.0) == 256
+    assert Work(1, 512, 1).value(0.25) == 250
 
 
 def test_first_tokens_are_compared() -> None:
-    one = Found("", {}, {"8": [1, 2], "8 with adapters": [3, 4]})
-    other = Found("", {}, {"8": [1, 2], "8 with adapters": [3, 5]})
-    assert agreement({"a": one, "b": other}, "a") == "a 100% and 100%, b 100% and 50%"
-
-
-def test_the_table_goes_between_the_marks() -> None:
-    assert put_between(f"a\n{BEGIN}\nold\n{END}\nb\n", "new") == f"a\n{BEGIN}\nnew\n{END}\nb\n"
-    for text in ("nothing", BEGIN, f"{END} {BEGIN}"):
-        with pytest.raises(ValueError, match="in the file to write to"):
-            put_between(text, "new")
+    first = {"a": {"8": [1, 2], "16": [3, 4]}, "b": {"8": [1, 2], "16": [3, 5]}, "failed": {}}
+    assert agreement(first) == "First tokens as those of the first: a 100%, b 75%.\n"
 
 
 def test_a_peer_is_installed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -74,21 +56,19 @@ def test_a_peer_is_installed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr("benchmarks.peers.environments.run_logged", run)
     places = Places(tmp_path, tmp_path)
-    engine = Peer("engine", ("one==1",), (Variant("one", {}, ""),))
-    python = environment(engine, places)
-    assert python == tmp_path / "engine/bin/python" and [command[-1] for command in ran] == [
-        str(tmp_path / "engine"),
-        "one==1",
-    ]
-    assert environment(engine, places) == python and len(ran) == 2
-    environment(engine._replace(packages=("one==2",)), places)
+    engine = Peer({"one": Variant({})}, ("one==1",), unwanted=("two",))
+    python = environment("engine", engine, places)
+    assert python == tmp_path / "engine/bin/python"
+    assert [command[-1] for command in ran] == [str(tmp_path / "engine"), "one==1", "two"]
+    assert environment("engine", engine, places) == python and len(ran) == 3
+    environment("engine", engine._replace(packages=("one==2",), unwanted=()), places)
     assert ran[-1][-1] == "one==2"
-    assert environment(PEERS[0], places) == Path(sys.executable)  # this engine needs none
+    assert environment("aioengine", PEERS["aioengine"], places) == Path(sys.executable)  # it needs none
 
 
 def test_a_peer_that_fails_says_so(tmp_path: Path) -> None:
     log = tmp_path / "log"
-    with pytest.raises(PeerFailed, match=r"ended with 1, see .*log:(.|\n)*no such engine"):
+    with pytest.raises(PeerFailed, match=r"ended with 1, see .*log: no such engine"):
         run_logged([sys.executable, "-c", "raise SystemExit('no such engine')"], log)
     run_logged([sys.executable, "-c", "print(input())"], log, text="heard")
     assert log.read_text() == "heard\n"

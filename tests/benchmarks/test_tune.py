@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import triton
-from benchmarks.kernels.gpu import descend
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aioengine.kernels.triton.table import Key, ShrinkConfig, default_shrink
+from benchmarks.gpu.tuning import descend
 
 KEY = Key.of("shrink", 16, 64, 4096, 2048)
 

@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
-from benchmarks.engine.forced import Unforced
 from support.engine_fixtures import MakeEngine, Tiny
 
 from aioengine import AsyncEngine, SamplingParams
 from aioengine.guided import Guide
 from aioengine.kernels.cpu import build
+from benchmarks.engine.tokens import Unforced
 
 pytest.importorskip("llguidance")
 pytestmark = [

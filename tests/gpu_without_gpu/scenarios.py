@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -361,43 +361,4 @@ def working_memory() -> list[tuple[str, int, int]]:
             model.step(rows)  # what is made at the first step stays
             kind = "mixed" if len(rows) > 2 else "prompts"
             found.append((f"{name}, {kind}", planned.activations, peak_of("meta", partial(model.step, rows))))
-    return found
-
-
-def measured_parts() -> dict[str, tuple[int, list[str], int]]:
-    """(kernels compiled, faults, rows) of what ``benchmarks.gpu`` measures in its real shapes, with few
-    layers: kernels are the same in each."""
-    gpu = fake_gpu.install()
-    from benchmarks.kernels.gpu_machine import Machine
-    from benchmarks.kernels.sheets import measured
-
-    from aioengine.kernels.triton import backend
-    from benchmarks.kernels import gpu as parts
-    from benchmarks.kernels import gpu_steps
-
-    class NoGenerator:  # there is none for the meta device
-        def __init__(self, device: str) -> None: ...
-
-        def manual_seed(self, seed: int) -> None: ...
-
-    torch.Generator = NoGenerator  # type: ignore[misc,assignment]
-    parts.get_backend = gpu_steps.get_backend = lambda device, name=None: backend  # type: ignore[assignment]
-
-    def timer(work: Callable[[], object]) -> float:
-        work()
-        return 1e-3
-
-    name = "NVIDIA H100 80GB HBM3"
-    machine = Machine("meta", name, timer, timer, timer, record=lambda step: step)
-    args = parts.parser().parse_args(["--layers", "1"])
-    found = {}
-    for part, sheets in parts.PARTS.items():
-        if part == "checks":  # it compares values
-            continue
-        gpu.reset()
-        gpu.variants.clear()
-        entries = list(measured(sheets(args, machine)))
-        errors = [entry["error"] for entry in entries if "error" in entry]
-        rows = sum("cells" in entry for entry in entries)
-        found[part] = (len(gpu.variants), gpu.faults + errors, rows)
     return found

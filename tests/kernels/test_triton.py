@@ -81,17 +81,6 @@ def test_plain_torch_serves_a_gpu_without_triton() -> None:
     assert run("-c", script, AIOENGINE_KERNELS="") == "torch\n"
 
 
-def test_the_benchmark_says_that_it_needs_a_gpu(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    pytest.importorskip("triton")
-    from benchmarks.kernels import gpu
-
-    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    assert gpu.main([]) == 2
-    assert "no CUDA device" in capsys.readouterr().err
-
-
 def test_grids_come_in_few_sizes() -> None:
     sizes = {padded(count) for count in range(1, 1025)}
     assert len(sizes) == 8 + 4 * 7

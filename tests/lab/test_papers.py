@@ -9,12 +9,12 @@ import shlex
 from pathlib import Path
 
 import pytest
-from benchmarks.policies.papers.__main__ import main as papers
 from support.engine_fixtures import MakeEngine, Tiny, greedy, make_engine, tiny, tiny_of
 
 from aioengine.cli.flags import EngineFlags
 from aioengine.cli.main import main
 from aioengine.schedulers import load_policy
+from benchmarks.__main__ import main as benchmark
 
 __all__ = ["make_engine", "tiny", "tiny_of"]
 
@@ -80,10 +80,20 @@ async def test_the_same_file_in_the_lab_and_live(
     assert ended == ["short", "middle", "long"]  # they waited together for the adapter
 
 
+SHORT = {
+    "slora": "--counts 5 100 --requests 40",
+    "chameleon": "--links 6e9 --rates 2 --requests 40 --seeds 1",
+    "toppings": "--rates 2 --requests 40 --seeds 1",
+    "loraserve": "--requests 80 --seeds 1",
+    "ray": "--each 2",
+    "llmd": "--requests 96 --callers 48 --seeds 1",
+}
+
+
 @pytest.mark.parametrize(
     ("paper", "rows"),
     [
-        ("slora", ["slora, 32 slots", "on demand, 32 slots", "on demand, 8 slots"]),
+        ("slora", ["5 adapters", "100 adapters"]),
         ("chameleon", ["s-lora: arrival, discard", "chameleon's cache alone", "order alone", "chameleon "]),
         ("toppings", ["loads stall the batch", "loads beside the batch", "adapters stay", "rank-aware"]),
         ("loraserve", ["least_loaded", "affinity", "by rank"]),
@@ -92,30 +102,23 @@ async def test_the_same_file_in_the_lab_and_live(
     ],
 )
 @pytest.mark.slow
-def test_papers_print_a_table(
-    paper: str,
-    rows: list[str],
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setenv("COLUMNS", "160")
-    papers([paper, "--quick", "--jobs", "1"])
+def test_papers_print_a_table(paper: str, rows: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    jobs = [] if paper == "ray" else ["--jobs", "1"]
+    assert benchmark(["papers", paper, *SHORT[paper].split(), *jobs]) == 0
     table = capsys.readouterr().out
     for row in rows:
-        (line, *_) = (line for line in table.splitlines() if row in line.lower() and "│" in line)
-        assert re.search(r"\d", line.split("│")[-2]), line
+        lines = [line.split("|") for line in table.splitlines() if line.startswith("|")]
+        (cells, *_) = (cells for cells in lines if row in cells[1].lower())
+        assert re.search(r"\d", cells[2]), cells
 
 
 @pytest.mark.slow
-def test_service_of_backlogged_clients_in_the_quick_run(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_service_of_backlogged_clients_in_a_short_run(capsys: pytest.CaptureFixture[str]) -> None:
     """With all adapters in slots, VTC's difference is a small part of that of first come, first served."""
-    monkeypatch.setenv("COLUMNS", "120")
-    papers(["vtc", "--quick", "--jobs", "1"])
-    gaps = {}
+    benchmark(["papers", "vtc", "--requests", "100", "200", "--settings", "1", "--jobs", "1"])
+    gaps: dict[str, list[float]] = {}
     for line in capsys.readouterr().out.splitlines():
-        cells = [cell.strip() for cell in line.split("│")]
-        if len(cells) > 4 and cells[2] in ("fcfs:fair=false", "vtc"):
-            gaps[cells[2]] = [int(cell.replace(",", "")) for cell in cells[3:-1]]
+        cells = [cell.strip() for cell in line.split("|")]
+        if len(cells) > 3 and cells[1].startswith(("fcfs:fair=false,", "vtc,")):
+            gaps.setdefault(cells[1].partition(",")[0], []).append(float(cells[2].replace(",", "")))
     assert gaps["fcfs:fair=false"][-1] > gaps["fcfs:fair=false"][0] > 4 * gaps["vtc"][-1]
