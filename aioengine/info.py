@@ -22,22 +22,23 @@ class AdapterInfo(msgspec.Struct, frozen=True, kw_only=True):
     """The present state of a registered adapter."""
 
     name: str
-    version: int
+    version: int = 0
+    """0 until its source has been fetched."""
     path: str
-    rank: int
+    rank: int = 0
     """0 until it has been read once."""
-    bytes: int
+    bytes: int = 0
     """Size in the CPU cache; 0 until it has been read once."""
     digest: str = ""
     """SHA-256 of its files, hexadecimal: equal for equal content. "" until it has been read once."""
     labels: int = 0
     """Labels of its trained classification head; 0 without one, and until it has been read once."""
-    location: AdapterLocation
+    location: AdapterLocation = "disk"
     """The fastest place that holds it."""
-    slot: int | None
-    pinned: bool
-    running: int
-    waiting: int
+    slot: int | None = None
+    pinned: bool = False
+    running: int = 0
+    waiting: int = 0
 
 
 class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):

@@ -325,6 +325,10 @@ class LoadedAdapter(NamedTuple):
     summable: bool = True
     """Whether a step can add it up with others, because it is A and B, and nothing else."""
 
+    @property
+    def bytes_in_slot(self) -> int:
+        return self.nbytes if self.slot_nbytes is None else self.slot_nbytes
+
 
 Retrying = Callable[[int, float, AdapterError], None]
 """Called before each further attempt to read an adapter, with the number of attempts that failed so far, the

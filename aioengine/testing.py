@@ -25,7 +25,7 @@ from aioengine.info import mix_name
 from aioengine.request import RequestOptions, SamplingParams
 from aioengine.schedulers import SchedulerPolicy
 from aioengine.schedulers.policies.fcfs import FCFS
-from aioengine.step import AdapterSource, MixFiles, Sampled, StepBatch, StepResult
+from aioengine.step import AdapterSource, LoadedAdapter, MixFiles, Sampled, StepBatch, StepResult
 
 LIMITS = CoreLimits(
     num_slots=2,
@@ -238,15 +238,9 @@ class Sim:
             changed = self.contents.get(entry.label, 0)
             self.on_cpu.add(entry.uid)
             self.digests[entry.uid] = digest = f"{entry.label}-{entry.version}" + "'" * changed
-            self.core.adapter_loaded(
-                entry,
-                self.now,
-                rank=self.ranks.get(entry.label, 8),
-                nbytes=self.sizes.get(entry.label, 1000),
-                digest=digest,
-                seconds=0.1,
-                summable=entry.label not in self.unsummable,
-            )
+            rank, nbytes = self.ranks.get(entry.label, 8), self.sizes.get(entry.label, 1000)
+            found = LoadedAdapter(rank, nbytes, digest, 0.1, summable=entry.label not in self.unsummable)
+            self.core.adapter_loaded(entry, self.now, found)
         self.take_events()
 
     def finish_copy(self, index: int = 0, *, fail: bool = False) -> None:

@@ -36,7 +36,7 @@ from aioengine.core.pacing import Pacer, StepWork
 from aioengine.core.prefixes.pins import PrefixPins
 from aioengine.core.queues import RequestQueues
 from aioengine.core.speculation.drafts import Speculation
-from aioengine.core.state import AdapterEntry, Request, Status, label_of, location_name
+from aioengine.core.state import AdapterEntry, Request, Status, label_of, location_name, where_is
 from aioengine.core.step_results import Steady, StepResults
 from aioengine.core.view import CoreView
 from aioengine.core.waiting_room import Ticket, WaitingRoom
@@ -50,7 +50,7 @@ from aioengine.errors import (
 from aioengine.request import RequestOptions, SamplingParams
 from aioengine.schedulers.policies.fcfs import FCFS
 from aioengine.schedulers.policy import CostsView, Location, PolicyEvent, SchedulerPolicy
-from aioengine.step import CountedRows, Decodes, Sampled, SequenceWork, StepBatch, StepResult
+from aioengine.step import CountedRows, Decodes, LoadedAdapter, Sampled, SequenceWork, StepBatch, StepResult
 
 
 class Step(NamedTuple):
@@ -329,22 +329,8 @@ class Core:
 
     # Events in: adapters
 
-    def adapter_loaded(
-        self,
-        entry: AdapterEntry,
-        now: float,
-        *,
-        rank: int,
-        nbytes: int,
-        digest: str,
-        seconds: float,
-        slot_nbytes: int | None = None,
-        labels: int = 0,
-        invocation: Sequence[int] = (),
-        summable: bool = True,
-    ) -> AdapterError | None:
-        """Take in an adapter that has been read. ``slot_nbytes``: its bytes in a slot; None: ``nbytes``.
-        ``labels``, ``invocation`` and ``summable`` are as in ``AdapterEntry``.
+    def adapter_loaded(self, entry: AdapterEntry, now: float, found: LoadedAdapter) -> AdapterError | None:
+        """Take in an adapter that has been read.
 
         Returns the reason if it can never be kept; the requests that wait for it fail with this reason.
 
@@ -352,19 +338,16 @@ class Core:
         others need. Then it is read again when there is room.
         """
         self.now = max(self.now, now)
-        slot_nbytes = nbytes if slot_nbytes is None else slot_nbytes
         error = (
-            self.residency.changed(entry, digest)
-            or self.residency.refusal(entry, slot_nbytes)
-            or self.cpu.refusal(entry, nbytes)
+            self.residency.changed(entry, found.digest)
+            or self.residency.refusal(entry, found.bytes_in_slot)
+            or self.cpu.refusal(entry, found.nbytes)
         )
         if error is not None:
             self.residency.load_refused(entry, now, error)
             self._fail_waiting(entry, now, error)
         else:
-            entry.slot_nbytes = slot_nbytes
-            entry.labels, entry.invocation, entry.summable = labels, invocation, summable
-            self.residency.loaded(entry, now, rank=rank, nbytes=nbytes, digest=digest, seconds=seconds)
+            self.residency.loaded(entry, now, found)
             if entry.mixes and not entry.summable:
                 self._fail_mixes(entry, now)
         return error
@@ -537,7 +520,8 @@ class Core:
         """End the requests whose deadline has passed; ``schedule`` does it too."""
         while (due := self.next_deadline()) is not None and due <= now:
             request = self._deadlines.peekitem(0)[1]
-            late = f"request {request.id!r}: its deadline passed {now - due:.3f} s ago with "
+            late = f"request {request.id!r}{where_is(request.adapter)}: its deadline passed "
+            late += f"{now - due:.3f} s ago with "
             late += f"{request.output_tokens} of {request.params.max_tokens} tokens generated"
             self.end(request, "error", now, DeadlineExceeded(late))
 

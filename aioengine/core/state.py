@@ -22,7 +22,7 @@ from aioengine.core.waiting_room import Ticket
 from aioengine.events import EndReason
 from aioengine.request import CachePin, RequestOptions, SamplingParams, TokenLogprob
 from aioengine.schedulers.policy import Location
-from aioengine.step import AdapterSource, Sampled
+from aioengine.step import AdapterSource, LoadedAdapter, Sampled
 
 _seq = attrgetter("seq")
 
@@ -162,6 +162,12 @@ class AdapterEntry:
         """Time of the last failed copy into a slot."""
         self.disk_seconds: float | None = None
         self.slot_seconds: float | None = None
+
+    def take(self, found: LoadedAdapter) -> None:
+        """Note what was read."""
+        self.rank, self.nbytes, self.slot_nbytes = found.rank, found.nbytes, found.bytes_in_slot
+        self.digest, self.disk_seconds = found.digest, found.seconds
+        self.labels, self.invocation, self.summable = found.labels, found.invocation, found.summable
 
     @property
     def members(self) -> Sequence[AdapterEntry]:
@@ -576,3 +582,8 @@ def location_name(entry: AdapterEntry) -> Literal["disk", "loading", "cpu", "slo
             return "cpu"
         case Location.SLOT:
             return "slot"
+
+
+def where_is(entry: AdapterEntry | None) -> str:
+    """Name an adapter and where it is, for the message of an error; "" for the base model."""
+    return "" if entry is None else f" for adapter {entry.label!r} (location: {location_name(entry)})"

@@ -16,7 +16,7 @@ from aioengine.info import AdapterInfo
 from aioengine.model.files.hub import is_source
 from aioengine.runtime.loop import Stepper
 from aioengine.runtime.sources.names import AdapterNames
-from aioengine.runtime.stats import adapter_info, not_fetched
+from aioengine.runtime.stats import adapter_info
 from aioengine.schedulers.policy import Location
 
 
@@ -306,7 +306,7 @@ class AdapterOps:
             found.append(info)
         for known in self._table:
             if known.source is not None and not self._names.is_registered(known.label):
-                found.append(not_fetched(known.label, known.source))
+                found.append(AdapterInfo(name=known.label, path=known.source))
         return found
 
     def count(self) -> int:
@@ -336,7 +336,7 @@ class AdapterOps:
         if entry is not None:
             return None if self._names.mixes.is_mix(entry) else adapter_info(entry)
         path = self._names.source(name)
-        return None if path is None else not_fetched(name, path)
+        return None if path is None else AdapterInfo(name=name, path=path)
 
     def replaced(self) -> Sequence[AdapterInfo]:
         """Return the replaced versions that requests still need, wherever they are. Mixes are left out."""
@@ -348,7 +348,7 @@ class AdapterOps:
         """Return the adapter's present state. Raises AdapterNotFound."""
         path = self._names.source(name)
         if path is not None and not self._names.is_registered(name):
-            return not_fetched(name, path)
+            return AdapterInfo(name=name, path=path)
         return adapter_info(self._names.find(name))
 
     def close(self, error: AioEngineError) -> None:

@@ -165,19 +165,3 @@ def adapter_info(entry: AdapterEntry) -> AdapterInfo:
         running=entry.running,
         waiting=len(entry.waiting),
     )
-
-
-def not_fetched(name: str, path: str) -> AdapterInfo:
-    """Describe an adapter that is declared and has not been fetched yet."""
-    return AdapterInfo(
-        name=name,
-        version=0,
-        path=path,
-        rank=0,
-        bytes=0,
-        location="disk",
-        slot=None,
-        pinned=False,
-        running=0,
-        waiting=0,
-    )

@@ -66,9 +66,13 @@ class Submitter:
         tokens = self._token_ids(prompt, params)
         ticket = self._reserve(options.tenant, counted, arrival, None if tokens is None else len(tokens))
         entry = None if adapter is None else self._adapters.current(adapter)
+
+        def where() -> str:
+            return "" if adapter is None else self._adapters.where(adapter)
+
         at_once = tokens is not None and (adapter is None or entry is not None) and not options.output
         try:
-            async with _NOTHING if at_once else _holding(ticket, due, request_id, adapter):
+            async with _NOTHING if at_once else _holding(ticket, due, request_id, where):
                 if tokens is None:
                     tokens = await self._tokenize(prompt, ticket.tenant)
                     self._check_prompt(tokens, params)
@@ -239,9 +243,10 @@ _NOTHING = contextlib.nullcontext()
 
 @contextlib.asynccontextmanager
 async def _holding(
-    ticket: Ticket, due: float | None, request_id: str, adapter: Wanted
+    ticket: Ticket, due: float | None, request_id: str, where: Callable[[], str]
 ) -> AsyncIterator[None]:
-    """Give up what is awaited within at the request's deadline, or when another request displaces it."""
+    """Give up what is awaited within at the request's deadline, or when another request displaces it.
+    ``where`` names the adapter and says where it is."""
     lost: list[EngineOverloaded] = []
 
     def displaced(error: EngineOverloaded, now: float) -> None:
@@ -256,8 +261,7 @@ async def _holding(
     except TimeoutError:
         if not limit.expired():
             raise
-        named = "" if adapter is None else f" for adapter {adapter!r}"
-        late = f"request {request_id!r}{named}: its deadline passed before it was accepted"
+        late = f"request {request_id!r}{where()}: its deadline passed before it was accepted"
         raise lost[0] if lost else DeadlineExceeded(late) from None
     if lost:
         raise lost[0]

@@ -131,18 +131,7 @@ class AdapterMoves:
             failure.__cause__ = error
             self._core.adapter_load_failed(entry, loop.time(), failure, "internal")
         else:
-            refused = self._core.adapter_loaded(
-                entry,
-                loop.time(),
-                rank=done.rank,
-                nbytes=done.nbytes,
-                digest=done.digest,
-                seconds=done.seconds,
-                slot_nbytes=done.slot_nbytes,
-                labels=done.labels,
-                invocation=done.invocation,
-                summable=done.summable,
-            )
+            refused = self._core.adapter_loaded(entry, loop.time(), done)
             if refused is not None:
                 log_failure(self._core.residency.failures, entry.label, refused)
         self._reads.pop(entry.uid, None)

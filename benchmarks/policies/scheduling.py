@@ -11,7 +11,7 @@ from statistics import fmean
 from aioengine.core import CopyMove, Core, CoreLimits, LoadMove
 from aioengine.request import RequestOptions, SamplingParams
 from aioengine.schedulers import Decision, SchedulerPolicy, SchedulerView, available_policies, load_policy
-from aioengine.step import Sampled, StepResult
+from aioengine.step import LoadedAdapter, Sampled, StepResult
 from benchmarks.report import median
 from benchmarks.runner import Calls
 
@@ -101,10 +101,8 @@ def measure(
         scheduled = time.thread_time()
         for move in moves:
             if isinstance(move, LoadMove):
-                rank, size = ranks[move.entry.uid], ranks[move.entry.uid] * RANK_BYTES
-                core.adapter_loaded(
-                    move.entry, now, rank=rank, nbytes=size, digest=move.entry.name, seconds=0.01
-                )
+                rank, name = ranks[move.entry.uid], move.entry.name
+                core.adapter_loaded(move.entry, now, LoadedAdapter(rank, rank * RANK_BYTES, name, 0.01))
             elif isinstance(move, CopyMove):
                 core.adapter_placed(move.entry, now, 0.005)
         if batch is not None:

@@ -222,6 +222,8 @@ def test_deadlines_end_waiting_and_running_requests() -> None:
     errors = [e.error for e in sim.of(events.RequestEnded)]  # type: ignore[attr-defined]
     assert all(isinstance(error, DeadlineExceeded) for error in errors)
     assert sim.core.next_deadline() is None
+    assert "for adapter 'a' (location: loading)" in str(errors[0])
+    assert "adapter" not in str(errors[1])
 
 
 def test_the_bound_on_waiting_requests() -> None:

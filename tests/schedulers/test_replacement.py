@@ -17,6 +17,7 @@ from aioengine.schedulers.parts.lru import LRU
 from aioengine.schedulers.parts.none import NoPreemption
 from aioengine.schedulers.policies.fcfs import Arrival
 from aioengine.schedulers.policy import PolicyEvent
+from aioengine.step import LoadedAdapter
 from aioengine.testing import LIMITS, Sim
 
 SIZES = {"small": 100_000, "large": 10_000_000}
@@ -41,14 +42,9 @@ class SizedSim(Sim):
     def finish_load(self, index: int = 0, *, fail: bool = False) -> None:
         entry = self.loads.pop(index)
         self.on_cpu.add(entry.uid)
-        self.core.adapter_loaded(
-            entry,
-            self.now,
-            rank=8,
-            nbytes=self.sizes[entry.label],
-            digest=entry.label,
-            seconds=self.read_seconds[entry.label],
-        )
+        seconds = self.read_seconds[entry.label]
+        found = LoadedAdapter(8, self.sizes[entry.label], entry.label, seconds)
+        self.core.adapter_loaded(entry, self.now, found)
 
     def finish_copy(self, index: int = 0, *, fail: bool = False) -> None:
         entry, _ = self.copies.pop(index)

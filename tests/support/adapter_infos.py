@@ -15,9 +15,5 @@ def adapter_info(name: str, **fields: Any) -> AdapterInfo:
         "rank": 8,
         "bytes": 1,
         "location": "cpu",
-        "slot": None,
-        "pinned": False,
-        "running": 0,
-        "waiting": 0,
     }
     return AdapterInfo(name=name, **{**usual, **fields})  # type: ignore[arg-type]

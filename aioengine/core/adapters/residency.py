@@ -25,6 +25,7 @@ from aioengine.core.guard import Tell
 from aioengine.core.state import AdapterEntry, AdapterFiles
 from aioengine.errors import AdapterChanged, AdapterError, AdapterTooLarge, EngineOverloaded
 from aioengine.schedulers.policy import Location
+from aioengine.step import LoadedAdapter
 
 MAX_NAMES = 10_000
 """Names whose own last version is remembered."""
@@ -329,9 +330,7 @@ class Residency:
         self._loads -= 1
         self.cpu.remove(entry)
 
-    def loaded(
-        self, entry: AdapterEntry, now: float, *, rank: int, nbytes: int, digest: str, seconds: float
-    ) -> None:
+    def loaded(self, entry: AdapterEntry, now: float, found: LoadedAdapter) -> None:
         """Take in an adapter that has been read. Others are evicted if ``max_bytes`` would be exceeded. If
         too few can be evicted now, it is dropped, and read again when there is room: its size is known
         now."""
@@ -349,17 +348,16 @@ class Residency:
         else:
             self._loads -= 1
         entry.location = Location.CPU
-        entry.rank, entry.nbytes, entry.digest = rank, nbytes, digest
-        entry.disk_seconds = seconds
+        entry.take(found)
         entry.last_used = now
         self._emit(
             events.AdapterLoaded(
                 time=now,
                 adapter=entry.label,
                 version=entry.version,
-                rank=rank,
-                nbytes=nbytes,
-                seconds=seconds,
+                rank=found.rank,
+                nbytes=found.nbytes,
+                seconds=found.seconds,
             )
         )
         if self.cpu.resize(entry) or self._make_room(entry, now, set()):

@@ -91,8 +91,10 @@ class Dispatcher:
             due = until if call.deadline is None else min(until, call.deadline)
             if now >= due:
                 if call.deadline is not None and now >= call.deadline:
+                    named = "" if call.wanted is None else f" for adapter {call.wanted!r}"
                     raise errors.DeadlineExceeded(
-                        f"request {call.request_id!r}: its deadline passed before a replica was available"
+                        f"request {call.request_id!r}{named}: its deadline passed before a replica was "
+                        "available"
                     )
                 raise errors.EngineStopped("no replica of the fleet takes requests now; try again later")
             self._members.wake()

@@ -189,14 +189,8 @@ def _described(entry: Entry) -> AdapterInfo:
         name=entry.name,
         version=version_of(entry),
         path=entry.path,
-        rank=0,
-        bytes=0,
         digest=entry.digest,
-        location="disk",
-        slot=None,
         pinned=entry.pinned,
-        running=0,
-        waiting=0,
     )
 
 

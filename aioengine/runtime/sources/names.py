@@ -11,7 +11,7 @@ from itertools import islice
 from aioengine.adapters.names import NAME_RULE
 from aioengine.adapters.resolvers.base import AdapterResolver
 from aioengine.core.adapters.failures import frameless
-from aioengine.core.state import AdapterEntry
+from aioengine.core.state import AdapterEntry, where_is
 from aioengine.errors import AdapterError, AdapterNotFound
 from aioengine.runtime.loop import Stepper
 from aioengine.runtime.sources.lookup import Resolution
@@ -74,6 +74,11 @@ class AdapterNames:
         if isinstance(adapter, str):
             return await self.acquire(adapter, tenant)
         return await self.mixes.acquire(adapter, tenant, _now())
+
+    def where(self, adapter: str | Mapping[str, float]) -> str:
+        """Name what a request asks for and where it is, for the message of an error."""
+        entry = self.current(adapter)
+        return f" for adapter {adapter!r} (not looked up yet)" if entry is None else where_is(entry)
 
     def check_lives(self, entry: AdapterEntry) -> None:
         """Raise AdapterNotFound if an acquired version has been removed since."""
