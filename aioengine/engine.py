@@ -33,7 +33,6 @@ from aioengine.info import (
 )
 from aioengine.memory_plan import MemoryPlan
 from aioengine.request import (
-    CachePin,
     CallKeywords,
     Classification,
     Embedding,
@@ -282,16 +281,8 @@ class AsyncEngine:
         prompt: Prompt,
         params: SamplingParams | None = None,
         *,
-        adapter: Wanted = None,
-        request_id: str | None = None,
-        priority: int = 0,
-        deadline: float | None = None,
-        tenant: str | None = None,
-        expected_tokens: int | None = None,
-        cache_salt: str | None = None,
-        cache_pins: Sequence[CachePin] = (),
-        output: Sequence[int] = (),
-        replay: bool = False,
+        options: RequestOptions | None = None,
+        **keywords: Unpack[RequestKeywords],
     ) -> AsyncGenerator[RequestOutput, None]:
         """Run one request; yields whenever there is new output, and at the end.
 
@@ -320,6 +311,7 @@ class AsyncEngine:
                 once. It is slower, but the continuation then equals that of an undisturbed run to the last
                 bit. Where ``info.batch_invariant`` is true, it does so without a replay. With ``logprobs`` a
                 replay is always done, because the log-probabilities of ``output`` are needed, too.
+            options: All of these but ``request_id`` in one object.
 
         Raises:
             RequestInvalid: Empty or too long prompt, unknown token, request id in use, ...
@@ -331,18 +323,7 @@ class AsyncEngine:
             EngineStopped, EngineDead: The engine is not, or no longer, running.
         """
         self._check_running()
-        options = RequestOptions(
-            adapter=None if isinstance(adapter, Mapping) else adapter,
-            mix=adapter if isinstance(adapter, Mapping) else None,
-            priority=priority,
-            deadline=deadline,
-            tenant=tenant,
-            expected_tokens=expected_tokens,
-            cache_salt=cache_salt,
-            cache_pins=cache_pins,
-            output=output,
-            replay=replay,
-        )
+        request_id, options = split_keywords(keywords, options)
         stream = await self._submitter.submit(prompt, params, options, request_id)
         try:
             while True:
@@ -364,13 +345,9 @@ class AsyncEngine:
     ) -> RequestOutput:
         """Run one request and return all of its output at once. Other arguments and errors are those of
         :meth:`generate`. It costs less than that, because the caller is woken once, at the end. When the
-        request is accepted, ``follow`` is given a function that returns its output so far. ``options`` take
-        the place of all keywords but ``request_id``."""
+        request is accepted, ``follow`` is given a function that returns its output so far."""
         self._check_running()
-        if options is None:
-            request_id, options = split_keywords(keywords)
-        else:
-            request_id = keywords.get("request_id")
+        request_id, options = split_keywords(keywords, options)
         stream = await self._submitter.submit(prompt, params, options, request_id)
         if follow is not None:
             follow(stream.so_far)

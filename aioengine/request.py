@@ -291,12 +291,21 @@ class RequestKeywords(CallKeywords, total=False):
     replay: bool
 
 
-def split_keywords(keywords: RequestKeywords) -> tuple[str | None, RequestOptions]:
-    """Return the request's id, None if it has none yet, and its options.
+def split_keywords(
+    keywords: RequestKeywords, options: RequestOptions | None = None
+) -> tuple[str | None, RequestOptions]:
+    """Return the request's id, None if it has none yet, and its options: ``options`` if they are given, and
+    else those in the keywords.
 
-    Raises RequestInvalid for a value that is out of range, and TypeError for a keyword that is not known.
+    Raises RequestInvalid for a value that is out of range, and TypeError for a keyword that is not known, or
+    that is given beside ``options``.
     """
     values: dict[str, Any] = {**keywords}
+    if options is not None:
+        request_id = values.pop("request_id", None)
+        if values:
+            raise TypeError(f"give either options, or keyword arguments ({', '.join(values)})")
+        return request_id, options
     for name in values.keys() - _KEYWORDS:
         raise TypeError(f"unexpected keyword argument {name!r}")
     request_id = values.pop("request_id", None)

@@ -10,6 +10,8 @@ from collections.abc import AsyncIterator
 from contextlib import aclosing
 from typing import Any
 
+import msgspec
+
 from aioengine.engine import AsyncEngine
 from aioengine.errors import AdapterNotFound, AioEngineError, EngineDead, EngineStopped
 from aioengine.fleet.beliefs import Beliefs
@@ -146,17 +148,14 @@ class EngineReplica:
             outputs = self.engine.generate(
                 order.prompt,
                 params,
-                adapter=mix or next(iter(asked), None),
+                options=msgspec.structs.replace(
+                    options,
+                    adapter=None if mix else next(iter(asked), None),
+                    mix=mix,
+                    # With batch invariance, computing all tokens at once gives the same bits.
+                    replay=options.replay and not self.engine.info.batch_invariant,
+                ),
                 request_id=order.request_id,
-                priority=options.priority,
-                deadline=options.deadline,
-                tenant=options.tenant,
-                expected_tokens=options.expected_tokens,
-                cache_salt=options.cache_salt,
-                cache_pins=options.cache_pins,
-                output=options.output,
-                # With batch invariance, computing all tokens at once gives the same bits.
-                replay=options.replay and not self.engine.info.batch_invariant,
             )
             async with aclosing(outputs):
                 async for output in outputs:

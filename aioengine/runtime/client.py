@@ -5,9 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, Protocol, Unpack, cast, runtime_checkable
-
-import msgspec
+from typing import TYPE_CHECKING, NamedTuple, Protocol, Unpack, runtime_checkable
 
 from aioengine.errors import EngineDead
 from aioengine.info import AdapterInfo, EngineState
@@ -97,6 +95,8 @@ class EngineClient(WatchedEngine, Protocol):
         self,
         prompt: Prompt,
         params: SamplingParams | None = None,
+        *,
+        options: RequestOptions | None = None,
         **keywords: Unpack[RequestKeywords],
     ) -> AsyncGenerator[RequestOutput, None]: ...
     async def complete(
@@ -132,10 +132,3 @@ class EngineClient(WatchedEngine, Protocol):
     def limit_waiting(self, max_waiting: Mapping[str, int]) -> None: ...
     def grammars(self, limits: GrammarLimits | None = None) -> GrammarCompiler: ...
     def at_stop(self, close: Callable[[], Awaitable[None]]) -> None: ...
-
-
-def as_keywords(options: RequestOptions) -> RequestKeywords:
-    """Return keywords for the same options."""
-    values = msgspec.structs.asdict(options)
-    mix = values.pop("mix")
-    return cast(RequestKeywords, values if mix is None else {**values, "adapter": mix})

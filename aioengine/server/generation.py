@@ -23,7 +23,7 @@ import msgspec
 from aioengine.config import EngineConfig
 from aioengine.errors import DeadlineExceeded
 from aioengine.request import CachePin, RequestOptions, SamplingParams, TokenConstraint
-from aioengine.runtime.client import EngineClient, as_keywords
+from aioengine.runtime.client import EngineClient
 from aioengine.runtime.output import RequestOutput, SoFar
 from aioengine.runtime.tasks import together
 from aioengine.runtime.text_work import SHORT
@@ -250,9 +250,9 @@ class Generation:
         if self._turn is not None:
             await self._turn()
         async with self._room.holding(len(prompt)):
-            keywords = as_keywords(self._options_now())
-            keywords["request_id"] = self._id_of(index)
-            stream = self._engine.generate(prompt, self._params[index], **keywords)
+            stream = self._engine.generate(
+                prompt, self._params[index], options=self._options_now(), request_id=self._id_of(index)
+            )
             try:
                 async for output in stream:
                     if output.logprobs_delta or output.pooled is not None:

@@ -39,7 +39,7 @@ from aioengine.request import (
     check_text,
     split_keywords,
 )
-from aioengine.runtime.client import UsageLedger, as_keywords
+from aioengine.runtime.client import UsageLedger
 from aioengine.runtime.output import RequestOutput, SoFar
 from aioengine.runtime.requests.vectors import scaled_adapter
 from aioengine.runtime.text_work import TextWork
@@ -193,12 +193,14 @@ class FleetClient:
         self,
         prompt: Prompt,
         params: SamplingParams | None = None,
+        *,
+        options: RequestOptions | None = None,
         **keywords: Unpack[RequestKeywords],
     ) -> AsyncGenerator[RequestOutput, None]:
         """Run one request as ``AsyncEngine.generate`` does. If its replica is lost, the request continues on
         another one; after ``migration_limit`` losses it raises EngineDead."""
         self._check_running()
-        request_id, options = split_keywords(keywords)
+        request_id, options = split_keywords(keywords, options)
         call = await self._accept(prompt, params, options, request_id)
         failed: errors.AioEngineError | None = None
         try:
@@ -229,12 +231,10 @@ class FleetClient:
     ) -> RequestOutput:
         """Return the last output of :meth:`generate`. ``options`` and ``follow`` are as in
         ``AsyncEngine.complete``."""
-        if options is not None:
-            keywords |= as_keywords(options)
         last: RequestOutput | None = None
         if follow is not None:
             follow(lambda: last)
-        async for output in self.generate(prompt, params, **keywords):
+        async for output in self.generate(prompt, params, options=options, **keywords):
             last = output
         assert last is not None
         return last
