@@ -76,8 +76,8 @@ class OfFleet:
 def replies() -> list[Reply]:
     options = ReplyOptions("m", True, True, True, None)
     return [
-        ChatReply("c", options, parsers=[None], token_bytes=lambda _: b" 1", with_logprobs=True),
-        CompletionReply("c", options, 1, logprobs=1, echoed=None, token_bytes=lambda _: b" 1"),
+        ChatReply("c", 0, options, parsers=[None], token_bytes=lambda _: b" 1", with_logprobs=True),
+        CompletionReply("c", 0, options, 1, logprobs=1, echoed=None, token_bytes=lambda _: b" 1"),
     ]
 
 
