@@ -25,8 +25,8 @@ class Engine:
         self.now = 100.0
         self.deadlines: list[float | None] = []
 
-    def generate(self, *_: Any, deadline: float | None = None, **__: Any) -> AsyncGenerator[Any, None]:
-        return self._output(deadline)
+    def generate(self, *_: Any, options: RequestOptions, **__: Any) -> AsyncGenerator[Any, None]:
+        return self._output(options.deadline)
 
     async def _output(self, deadline: float | None) -> AsyncGenerator[Any, None]:
         yield await self.complete(options=RequestOptions(deadline=deadline))
