@@ -7,6 +7,9 @@
 // Cache layout, for each block and key head, block_size a multiple of 16 (L lanes of head_dim):
 //   keys    [block_size / 16][L][16 keys]           a vector holds one lane of 16 keys
 //   values  [block_size / PER_LANE][head_dim]       a lane holds one dimension of 1 or 2 neighbouring keys
+// Where there are tile registers, keys are their right operands as they lie, 16 lanes of 16 keys each, and values too, with the
+// 8 lanes of 16 keys. So it is for prompts and for single tokens, whose bits may not depend on which it is.
+//
 // In int8 a lane is two bytes whatever the element type, and the block's scales follow (quantized_cache.h). Queries and
 // weights are then quantized to int16, each row of them by itself, and products are whole numbers.
 #include <cmath>
@@ -15,6 +18,7 @@
 #include "ops.h"
 #include "quantized_cache.h"
 #include "team.h"
+#include "tile_registers.h"
 
 namespace aio {
 namespace {
@@ -174,14 +178,68 @@ void accumulate_int8(const uint32_t* weights, const Chunk& at, long count, long 
   }
 }
 
+#if defined(AIO_TILES)
+static_assert(MAX_ROWS == 2 * TILE_ROWS);
+
+// Scores of up to 16 * H query rows against the keys, in tile registers.
+template <int H>
+void scores_of_tiles(const uint32_t* q, const Chunk& at, long lanes, const Chunk* next, float* out) {
+  for (int first = 0; first < PANELS; first += 2) {
+    unrolled<2 * H>([](auto i) { zero_tile<i>(); });
+    for (long k = 0; k < lanes; k += LANES) {
+      for (int p = first; next != nullptr && p < first + 2; p++)
+        for (long i = k; i < k + LANES; i++) __builtin_prefetch(next->keys[p] + i * LANES, 0, 2);
+      add_tile_products<Bf16, H, 2, LEFT, RIGHT>(
+          [&](auto h) { load_tile<LEFT>(q + h * TILE_ROWS * lanes + k, lanes * long(sizeof(uint32_t))); },
+          [&](auto p) { load_tile<RIGHT>(at.keys[first + p] + k * LANES, TILE_BYTES); });
+    }
+    unrolled<2 * H>([&](auto i) {
+      store_tile<i>(out + i / 2 * TILE_ROWS * KEYS + (first + i % 2) * LANES, KEYS * long(sizeof(float)));
+    });
+  }
+}
+
+// out[rows][head_dim] += weights x values, over the panels that have keys. Zeros follow the last key.
+template <int H>
+void accumulate_of_tiles(const uint32_t* weights, const Chunk& at, int panels, long head_dim, const Chunk* next, float* out) {
+  const long row_bytes = head_dim * long(sizeof(float));
+  for (long d = 0; d < head_dim; d += 2 * LANES) {
+    const auto sums = [&](auto i) { return out + i / 2 * TILE_ROWS * head_dim + d + i % 2 * LANES; };
+    unrolled<2 * H>([&](auto i) { load_tile<i>(sums(i), row_bytes); });
+    for (int p = 0; p < panels; p++) {
+      for (long k = 0; next != nullptr && k < LANES / 2; k++)
+        for (int i = 0; i < 2; i++) __builtin_prefetch(next->values[p] + k * head_dim + d + i * LANES, 0, 2);
+      add_tile_products<Bf16, H, 2, HALF_LEFT, HALF_RIGHT>(
+          [&](auto h) {
+            load_tile<HALF_LEFT>(weights + h * TILE_ROWS * (KEYS / 2) + p * (LANES / 2), KEYS * long(sizeof(uint16_t)));
+          },
+          [&](auto i) { load_tile<HALF_RIGHT>(at.values[p] + d + i * LANES, row_bytes); });
+    }
+    unrolled<2 * H>([&](auto i) { store_tile<i>(sums(i), row_bytes); });
+  }
+}
+
+// Whether this cache and type are multiplied in tile registers.
+template <class T>
+bool in_tiles(const Attention& a) {
+  return T::PER_LANE == 2 && !a.int8 && a.head_dim % (2 * LANES) == 0;
+}
+#else
+template <class T>
+bool in_tiles(const Attention&) {
+  return false;
+}
+#endif
+
 struct Task {
   long sequence, token, tokens, kv_head;
 };
 
 // A thread's working memory.
 struct Scratch {
-  uint32_t *q, *weights;
+  uint32_t *q, *weights, *values;
   float* out;
+  Tiles tiles;
   alignas(64) float scores[MAX_ROWS * KEYS];
 };
 
@@ -235,14 +293,17 @@ __attribute__((noinline)) void attend(const Attention& a, const Task& task, cons
   const long first_position = span[2] + task.token, last_position = first_position + task.tokens - 1;
 
   uint32_t* q = scratch.q;
-  const int each = a.int8 ? Steps<Int16>::COUNT : Steps<T>::COUNT;  // words of a lane
+  [[maybe_unused]] const bool tiled = in_tiles<T>(a), two = rows > LANES;
+  const int each = tiled ? 1 : a.int8 ? Steps<Int16>::COUNT : Steps<T>::COUNT;  // words of a lane
   float scale[MAX_ROWS], factor[MAX_ROWS];
   for (long r = 0; r < rows; r++) {
     const long token = span[0] + task.token + r / group, head = head_begin + r % group;
     const elem* from = (const elem*)a.q + token * a.q_stride + head * a.head_dim;
     scale[r] = CAPPED ? a.scale : a.scale * LOG2_E;
     uint32_t* const to = q + r * lanes * each;
-    if (a.int8)
+    if (tiled)
+      std::memcpy(to, from, a.head_dim * sizeof(elem));
+    else if (a.int8)
       write_laid_out<Int16>(to, lanes, [&](uint32_t* p) { scale[r] *= quantize_query<T>(from, a.head_dim, (int16_t*)p); });
     else
       lay_out<T>((const uint32_t*)from, lanes, to);
@@ -271,7 +332,13 @@ __attribute__((noinline)) void attend(const Attention& a, const Task& task, cons
     else if (next != nullptr)
       now_at = locate<T>(a, *next, first_key(a, *next), keys_from(a, *next, first_key(a, *next)));
     const Chunk* fetch = more || next != nullptr ? &now_at : nullptr;
-    for (long r = 0; r < rows; r += 4) {
+#if defined(AIO_TILES)
+    if (tiled) {
+      scratch.tiles.use(int(two ? LANES : rows), true);
+      (two ? scores_of_tiles<2> : scores_of_tiles<1>)(q, here, lanes, fetch, scratch.scores);
+    }
+#endif
+    for (long r = 0; !tiled && r < rows; r += 4) {
       const Chunk* meanwhile = r == 0 ? fetch : nullptr;
       if (a.int8) {
 #define CALL(R) scores_int8<R>(q + r * lanes * each, here, lanes, meanwhile, scratch.scores + r * KEYS)
@@ -317,12 +384,30 @@ __attribute__((noinline)) void attend(const Attention& a, const Task& task, cons
         write_laid_out<Int16>(weights_of(r), KEYS / 2, [&](uint32_t* p) {
           factor[r] = quantize_weights<PANELS>(weight, here.value_scales, (int16_t*)p);
         });
+      else if (tiled)
+        for (int i = 0; i < PANELS; i++) T::store16((elem*)weights_of(r) + i * LANES, weight[i]);
       else
         write_laid_out<T>(weights_of(r), KEYS / T::PER_LANE, [&](uint32_t* p) {
           for (int i = 0; i < PANELS; i++) T::store16((elem*)p + i * LANES, weight[i]);
         });
     }
-    for (long r = 0; r < rows; r += 4) {
+#if defined(AIO_TILES)
+    if (tiled) {
+      for (long r = 0; r < rows; r++)
+        for (long d = 0; decay[r] != 1.0f && d < a.head_dim; d += LANES)
+          storef(out + r * a.head_dim + d, loadf(out + r * a.head_dim + d) * decay[r]);
+      Chunk whole = here;
+      const int panels = int((count + LANES - 1) / LANES);
+      if (const long keys = count % LANES; keys > 0) {  // what follows the last key may be anything
+        const long words = (keys + 1) / 2 * a.head_dim;
+        std::memcpy(scratch.values, here.values[panels - 1], words * sizeof(uint32_t));
+        std::memset(scratch.values + words, 0, (LANES / 2 * a.head_dim - words) * sizeof(uint32_t));
+        whole.values[panels - 1] = scratch.values;
+      }
+      (two ? accumulate_of_tiles<2> : accumulate_of_tiles<1>)(scratch.weights, whole, panels, a.head_dim, fetch, out);
+    }
+#endif
+    for (long r = 0; !tiled && r < rows; r += 4) {
       const Chunk* meanwhile = r == 0 ? fetch : nullptr;
       float* to = out + r * a.head_dim;
       if (a.int8) {
@@ -351,7 +436,8 @@ void attention(const Attention& a, int threads) {
   long tokens = 0;
   for (long s = 0; s < a.sequences; s++) tokens += a.spans[s * 3 + 1];
   // Of a task: many, because keys are read for all of them together, but not so many that threads have nothing to do.
-  const long most = tokens * a.kv_heads < 64 * threads ? 4 : 8, fitting = MAX_ROWS / heads_at_once;
+  const long many = in_tiles<T>(a) ? MAX_ROWS : 8, fitting = MAX_ROWS / heads_at_once;
+  const long most = tokens * a.kv_heads < 64 * threads ? 4 : many;
   const long tokens_at_once = fitting < most ? fitting : most;
   std::vector<Task> tasks;
   for (long s = 0; s < a.sequences; s++)
@@ -364,6 +450,7 @@ void attention(const Attention& a, int threads) {
     constexpr int EACH = Steps<T>::COUNT > Steps<Int16>::COUNT ? Steps<T>::COUNT : Steps<Int16>::COUNT;
     constexpr long WORDS = MAX_ROWS / T::PER_LANE * EACH * long(sizeof(uint32_t));
     Scratch scratch;
+    scratch.values = room<VALUES>(LANES / 2 * a.head_dim * long(sizeof(uint32_t)));
     scratch.q = room<QUERIES>(WORDS * a.head_dim), scratch.weights = room<WEIGHTS>(WORDS * KEYS);
     scratch.out = (float*)room<OUTPUTS>(MAX_ROWS * a.head_dim * long(sizeof(float)));
     // Tasks that a thread takes together: many, because what comes next is known only among them.

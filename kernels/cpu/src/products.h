@@ -119,16 +119,6 @@ constexpr Multiply MULTIPLY{T::PER_LANE,
                             {some_products<T, 1>, some_products<T, 2>, some_products<T, 3>}};
 
 #if defined(AIO_TILES)
-// Does something with each of 0 .. COUNT - 1 as a constant.
-template <int... I, class Work>
-inline __attribute__((always_inline)) void unrolled(std::integer_sequence<int, I...>, const Work& work) {
-  (work(std::integral_constant<int, I>{}), ...);
-}
-template <int COUNT, class Work>
-inline __attribute__((always_inline)) void unrolled(const Work& work) {
-  unrolled(std::make_integer_sequence<int, COUNT>{}, work);
-}
-
 // The same in tile registers, for H of these in height and P panels.
 template <class T, int H, int P>
 void products_of_registers(const Linear& l, const uint32_t* w, Fetcher& fetcher, long row, long column,
@@ -145,14 +135,9 @@ void products_of_registers(const Linear& l, const uint32_t* w, Fetcher& fetcher,
   });
   for (long k = 0; k < lanes; k += LANES) {
     fetcher.fetch(rate * LANES);
-    unrolled<H>([&](auto h) {
-      load_tile<LEFT>((const char*)(x + k) + h * TILE_ROWS * stride, stride);
-      unrolled<P>([&](auto i) {
-        constexpr int p = h % 2 == 0 ? i : P - 1 - i;  // there and back: the last panel is not loaded again
-        if (h == 0 || i > 0) load_tile<RIGHT>(w + p * panel + k * LANES, TILE_BYTES);
-        multiply_tiles<T, h * P + p>();
-      });
-    });
+    add_tile_products<T, H, P, LEFT, RIGHT>(
+        [&](auto h) { load_tile<LEFT>((const char*)(x + k) + h * TILE_ROWS * stride, stride); },
+        [&](auto p) { load_tile<RIGHT>(w + p * panel + k * LANES, TILE_BYTES); });
   }
   unrolled<H * P>([&](auto i) { store_tile<i>(&sums[i % P][i / P * TILE_ROWS], TILE_BYTES); });
 }

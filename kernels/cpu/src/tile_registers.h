@@ -4,7 +4,8 @@
 // columns, which is how weights are packed (tiles.h), and sums are [row][column] of 32 bits. The stand-in, for tests, rounds
 // as the instructions do (Intel 64 and IA-32 Architectures Software Developer's Manual, TDPBF16PS): bit for bit.
 //
-// Registers 0 to 5 are sums, SUMS of them; LEFT and RIGHT are operands.
+// Registers 0 to 5 are sums, SUMS of them; LEFT and RIGHT are operands. Where operands have half as many lanes, HALF_LEFT and
+// HALF_RIGHT are, too, and there are fewer sums.
 #pragma once
 
 #include <type_traits>
@@ -24,6 +25,7 @@ namespace aio {
 
 constexpr int TILE_ROWS = 16, TILE_BYTES = 64;
 constexpr int SUMS = 6, LEFT = 6, RIGHT = 7;
+constexpr int SUMS_BESIDE_HALVES = 4, HALF_LEFT = 4, HALF_RIGHT = 5;
 
 // What LDTILECFG reads.
 struct TileShapes {
@@ -32,32 +34,35 @@ struct TileShapes {
   uint8_t rows[16] = {};
 
   // Sums and their left operands have so many rows.
-  explicit TileShapes(int count) {
+  TileShapes(int count, bool halves) {
     for (int i = 0; i <= RIGHT; i++) row_bytes[i] = TILE_BYTES, rows[i] = uint8_t(i == RIGHT ? TILE_ROWS : count);
+    if (halves) row_bytes[HALF_LEFT] = TILE_BYTES / 2, rows[HALF_RIGHT] = TILE_ROWS / 2;
   }
 };
 
 #if defined(AIO_TILES_STAND_IN)
 // The registers of a thread.
 struct TileState {
-  int rows = 0;
+  TileShapes shapes{0, false};
   uint32_t word[8][TILE_ROWS][LANES] = {};
 };
 inline thread_local TileState tile_state;
 
-static inline void configure_tiles(const TileShapes& shapes) { tile_state = {}, tile_state.rows = shapes.rows[0]; }
-static inline void release_tiles() { tile_state.rows = 0; }
-
-static inline int tile_rows(int tile) { return tile == RIGHT ? TILE_ROWS : tile_state.rows; }
+static inline void configure_tiles(const TileShapes& shapes) { tile_state = {}, tile_state.shapes = shapes; }
+static inline void release_tiles() { tile_state = {}; }
 
 template <int TILE>
 static inline void load_tile(const void* from, long stride) {
-  for (int r = 0; r < tile_rows(TILE); r++) std::memcpy(tile_state.word[TILE][r], (const char*)from + r * stride, TILE_BYTES);
+  TileState& s = tile_state;
+  for (int r = 0; r < s.shapes.rows[TILE]; r++)
+    std::memcpy(s.word[TILE][r], (const char*)from + r * stride, s.shapes.row_bytes[TILE]);
 }
 
 template <int TILE>
 static inline void store_tile(void* to, long stride) {
-  for (int r = 0; r < tile_rows(TILE); r++) std::memcpy((char*)to + r * stride, tile_state.word[TILE][r], TILE_BYTES);
+  const TileState& s = tile_state;
+  for (int r = 0; r < s.shapes.rows[TILE]; r++)
+    std::memcpy((char*)to + r * stride, s.word[TILE][r], s.shapes.row_bytes[TILE]);
 }
 
 template <int TILE>
@@ -68,9 +73,10 @@ static inline void zero_tile() {
 static inline float without_denormals(float f) { return std::fpclassify(f) == FP_SUBNORMAL ? std::copysign(0.0f, f) : f; }
 
 // Sums of even and of odd elements by themselves, from zero on, each product added without being rounded.
-static inline void multiply_lanes(Bf16, float& sum, const uint32_t (&left)[LANES], const uint32_t (&right)[TILE_ROWS][LANES], int column) {
+static inline void multiply_lanes(Bf16, float& sum, const uint32_t (&left)[LANES], const uint32_t (&right)[TILE_ROWS][LANES],
+                                  int lanes, int column) {
   float parts[2] = {};
-  for (int k = 0; k < LANES; k++)
+  for (int k = 0; k < lanes; k++)
     for (int i = 0; i < 2; i++) {
       const float a = without_denormals(Bf16::widen(uint16_t(left[k] >> (16 * i))));
       const float b = without_denormals(Bf16::widen(uint16_t(right[k][column] >> (16 * i))));
@@ -79,21 +85,23 @@ static inline void multiply_lanes(Bf16, float& sum, const uint32_t (&left)[LANES
   sum = without_denormals(without_denormals(sum) + without_denormals(parts[0] + parts[1]));
 }
 
-static inline void multiply_lanes(Int8, int32_t& sum, const uint32_t (&left)[LANES], const uint32_t (&right)[TILE_ROWS][LANES], int column) {
-  for (int k = 0; k < LANES; k++)
+static inline void multiply_lanes(Int8, int32_t& sum, const uint32_t (&left)[LANES], const uint32_t (&right)[TILE_ROWS][LANES],
+                                  int lanes, int column) {
+  for (int k = 0; k < lanes; k++)
     for (int shift = 0; shift < 32; shift += 8)
       sum += int32_t(left[k] >> shift & 0xff) * int8_t(right[k][column] >> shift);
 }
 
-template <class T, int SUM>
+template <class T, int SUM, int A, int B>
 static inline void multiply_tiles() {
   using Sum = std::decay_t<decltype(typename T::acc{}[0])>;
-  for (int r = 0; r < tile_state.rows; r++)
+  TileState& s = tile_state;
+  for (int r = 0; r < s.shapes.rows[SUM]; r++)
     for (int c = 0; c < LANES; c++) {
       Sum sum;
-      std::memcpy(&sum, &tile_state.word[SUM][r][c], sizeof sum);
-      multiply_lanes(T{}, sum, tile_state.word[LEFT][r], tile_state.word[RIGHT], c);
-      std::memcpy(&tile_state.word[SUM][r][c], &sum, sizeof sum);
+      std::memcpy(&sum, &s.word[SUM][r][c], sizeof sum);
+      multiply_lanes(T{}, sum, s.word[A][r], s.word[B], s.shapes.rows[B], c);
+      std::memcpy(&s.word[SUM][r][c], &sum, sizeof sum);
     }
 }
 #else
@@ -116,15 +124,38 @@ static inline void zero_tile() {
   asm volatile("tilezero %%tmm%c0" : : "i"(TILE));
 }
 
-// A register of sums += LEFT times RIGHT: bfloat16, or unsigned bytes times signed ones.
-template <class T, int SUM>
+// SUM += A times B: bfloat16, or unsigned bytes times signed ones.
+template <class T, int SUM, int A, int B>
 static inline void multiply_tiles() {
   if constexpr (T::PER_LANE == 2)
-    asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(SUM), "i"(LEFT), "i"(RIGHT));
+    asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(SUM), "i"(A), "i"(B));
   else
-    asm volatile("tdpbusd %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(SUM), "i"(LEFT), "i"(RIGHT));
+    asm volatile("tdpbusd %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(SUM), "i"(A), "i"(B));
 }
 #endif
+
+// Does something with each of 0 .. COUNT - 1 as a constant.
+template <int... I, class Work>
+inline __attribute__((always_inline)) void unrolled(std::integer_sequence<int, I...>, const Work& work) {
+  (work(std::integral_constant<int, I>{}), ...);
+}
+template <int COUNT, class Work>
+inline __attribute__((always_inline)) void unrolled(const Work& work) {
+  unrolled(std::make_integer_sequence<int, COUNT>{}, work);
+}
+
+// Adds products of H registers of rows and P of columns to the sums h * P + p: left(h) loads A, right(p) loads B.
+template <class T, int H, int P, int A, int B, class Left, class Right>
+inline __attribute__((always_inline)) void add_tile_products(const Left& left, const Right& right) {
+  unrolled<H>([&](auto h) {
+    left(h);
+    unrolled<P>([&](auto i) {
+      constexpr int p = h % 2 == 0 ? i : P - 1 - i;  // there and back: the last one is not loaded again
+      if (h == 0 || i > 0) right(std::integral_constant<int, p>{});
+      multiply_tiles<T, h * P + p, A, B>();
+    });
+  });
+}
 
 // The calling thread's registers for as long as this lives. Other libraries of the process use them too, in ways of their own:
 // nothing is known of them before, and nothing may be left in them.
@@ -138,13 +169,14 @@ class Tiles {
   }
 
   // Sums and left operands have so many rows from now on. What is in the registers is lost.
-  void use(int rows) {
-    if (rows != rows_) configure_tiles(TileShapes(rows));
-    rows_ = rows;
+  void use(int rows, bool halves = false) {
+    if (rows != rows_ || halves != halves_) configure_tiles(TileShapes(rows, halves));
+    rows_ = rows, halves_ = halves;
   }
 
  private:
   int rows_ = 0;
+  bool halves_ = false;
 };
 #else
 struct Tiles {};
