@@ -35,7 +35,7 @@ DTYPES = [torch.float32, torch.bfloat16]
 THREADS = 2
 
 
-@pytest.fixture(params=sorted({next(iter(build.levels())), "generic"}))
+@pytest.fixture(params=sorted({next(iter(build.levels())), "generic", *build.FOR_TESTS}))
 def lib(request: pytest.FixtureRequest) -> ctypes.CDLL:
     return shared_library.load(request.param)
 

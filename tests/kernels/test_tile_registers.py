@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -122,6 +123,60 @@ def test_the_stand_in_does_what_the_cpu_does(rows: int, n: int, k: int, scale: f
         assert torch.equal(linear_int8("stand_in", x, weight), linear_int8("amx", x, weight))
 
 
+@needs_tiles
+@pytest.mark.parametrize(("heads", "kv", "d"), [(9, 3, 64), (3, 3, 32)])
+def test_attention_has_the_same_bits_in_any_chunks(heads: int, kv: int, d: int) -> None:
+    """Of a prompt in two chunks, and of its last token alone: the same bits as in its chunk."""
+    length, block = 75, 16
+    tables = torch.tensor([[4, 2, 0, 3, 1]], dtype=torch.int32)
+    qkv = random(length, heads + 2 * kv, d)
+
+    def attend(level: str, begins: list[int]) -> Tensor:
+        library = shared_library.load(level)
+        cache = torch.full((2, 5, block * kv * d), torch.nan, dtype=BF16)
+        cells = (tables[0][torch.arange(length) // block] * block + torch.arange(length) % block).long()
+        out = torch.empty(length, heads * d, dtype=BF16)
+        for begin, end in pairwise([*begins, length]):
+            count, rows = end - begin, qkv[begin:end].clone()
+            cos, sin = torch.ones(count, d // 2), torch.zeros(count, d // 2)
+            last = torch.zeros(count, dtype=torch.uint8)
+            last[-1] = 1
+            places = cache[0].data_ptr(), cache[1].data_ptr()
+            library.aio_rope_store(
+                *(
+                    1,
+                    rows.data_ptr(),
+                    cos.data_ptr(),
+                    sin.data_ptr(),
+                    cells[begin:].data_ptr(),
+                    last.data_ptr(),
+                ),
+                *(*places, count, heads, kv, d, block, block * kv * d * 2, d // 2, 0, 0, None, THREADS),
+            )
+            span = torch.tensor([[0, count, begin]], dtype=torch.int32)
+            library.aio_attention(
+                *(
+                    1,
+                    rows.data_ptr(),
+                    (heads + 2 * kv) * d,
+                    *places,
+                    tables.data_ptr(),
+                    5,
+                    span.data_ptr(),
+                    1,
+                ),
+                *(out[begin:].data_ptr(), heads, kv, d, block, block * kv * d * 2, 0, d**-0.5, 0.0, None, 0),
+                THREADS,
+            )
+        return out
+
+    found = attend("amx", [0, 40])
+    assert torch.equal(found, attend("amx", [0, 74])) and torch.equal(found, attend("amx", [0]))
+    near = attend("stand_in", [0, 40])
+    torch.testing.assert_close(near, found, rtol=2e-2, atol=2e-2)
+    assert torch.equal(near, attend("stand_in", [0, 74]))
+
+
 PROGRAM = """
 import ctypes, os, sys, threading
 from aioengine.kernels.cpu import build
@@ -162,7 +217,7 @@ def test_a_small_signal_stack_leaves_the_next_level() -> None:
     level, _, why = run("small stack").partition(" ")
     assert level == "avx512_bf16"
     assert why.startswith(
-        "amx: Linux does not grant tile registers: No space left on device (a thread's alternate"
+        "amx, but Linux does not grant tile registers: No space left on device (a thread's alternate"
     )
 
 
