@@ -155,6 +155,40 @@ void expand_turned(const uint32_t* h, long h_stride, const B<T>& b, long panels,
   }
 }
 
+#if defined(AIO_TILES)
+// The same in tile registers, for up to 16 rows and P panels of B, turned, of so many lanes: a whole number of halves.
+template <int P>
+void expand_registers(const uint32_t* h, long h_stride, const uint32_t* b, long lanes, long rows, uint16_t* y, long y_stride) {
+  static_assert(P <= SUMS_BESIDE_HALVES);
+  alignas(64) vf sums[P][TILE_ROWS];
+  for (int p = 0; p < P; p++)
+    for (long r = 0; r < rows; r++) sums[p][r] = Bf16::load16(y + r * y_stride + p * LANES);
+  unrolled<P>([&](auto p) { load_tile<p>(sums[p], TILE_BYTES); });
+  for (long k = 0; k < lanes; k += LANES / 2)
+    add_tile_products<Bf16, 1, P, HALF_LEFT, HALF_RIGHT>(
+        [&](auto) { load_tile<HALF_LEFT>(h + k, h_stride * long(sizeof(uint32_t))); },
+        [&](auto p) { load_tile<HALF_RIGHT>(b + (p * lanes + k) * LANES, TILE_BYTES); });
+  unrolled<P>([&](auto p) { store_tile<p>(sums[p], TILE_BYTES); });
+  for (int p = 0; p < P; p++)
+    for (long r = 0; r < rows; r++) Bf16::store16(y + r * y_stride + p * LANES, sums[p][r]);
+}
+
+void expand_in_tiles(const uint32_t* h, long h_stride, const B<Bf16>& b, long rows, long panels, uint16_t* y, long y_stride,
+                     Tiles& tiles) {
+  constexpr int SOME = SUMS_BESIDE_HALVES;
+  const auto* const lanes = (const uint32_t*)b.at;
+  for (long r = 0; r < rows; r += TILE_ROWS, h += TILE_ROWS * h_stride, y += TILE_ROWS * y_stride) {
+    const long count = rows - r < TILE_ROWS ? rows - r : TILE_ROWS;
+    tiles.use(int(count), true);
+    long p = 0;
+    for (; p + SOME <= panels; p += SOME)
+      expand_registers<SOME>(h, h_stride, lanes + p * b.lanes * LANES, b.lanes, count, y + p * LANES, y_stride);
+    for (; p < panels; p++)
+      expand_registers<1>(h, h_stride, lanes + p * b.lanes * LANES, b.lanes, count, y + p * LANES, y_stride);
+  }
+}
+#endif
+
 // y += B h for `rows` rows, h_stride lanes apart, and so many panels. `room` has room for one of B. E is the type of
 // B's elements.
 template <class T, class E>
@@ -193,7 +227,12 @@ void expand_panels_of(const uint32_t* h, long h_stride, const B<T>& b, long rows
 
 template <class T>
 void expand_panels(const uint32_t* h, long h_stride, const B<T>& b, long rows, long panels, typename T::elem* y,
-                   long y_stride, uint32_t* room) {
+                   long y_stride, uint32_t* room, [[maybe_unused]] Tiles& tiles) {
+#if defined(AIO_TILES)
+  if constexpr (T::PER_LANE == 2)
+    if (!b.int8 && b.turned && b.lanes % (LANES / 2) == 0)
+      return expand_in_tiles(h, h_stride, b, rows, panels, y, y_stride, tiles);
+#endif
   if (b.int8)
     expand_panels_of<T, Int8>(h, h_stride, b, rows, panels, y, y_stride, room);
   else
@@ -204,8 +243,8 @@ template const uint32_t* panel(const B<Bf16>&, long, uint32_t*);
 template const uint32_t* panel(const B<F32>&, long, uint32_t*);
 template Given given<Bf16>(const void*, long, long, const Slots&, const Segment*, long);
 template Given given<F32>(const void*, long, long, const Slots&, const Segment*, long);
-template void expand_panels(const uint32_t*, long, const B<Bf16>&, long, long, Bf16::elem*, long, uint32_t*);
-template void expand_panels(const uint32_t*, long, const B<F32>&, long, long, F32::elem*, long, uint32_t*);
+template void expand_panels(const uint32_t*, long, const B<Bf16>&, long, long, Bf16::elem*, long, uint32_t*, Tiles&);
+template void expand_panels(const uint32_t*, long, const B<F32>&, long, long, F32::elem*, long, uint32_t*, Tiles&);
 
 namespace {
 

@@ -9,6 +9,7 @@
 #include "fixed.h"
 #include "ops.h"
 #include "registers.h"
+#include "tile_registers.h"
 
 namespace aio {
 
@@ -106,6 +107,16 @@ const uint32_t* panel(const B<T>& b, long rows, uint32_t* room);
 // y += B h for `rows` rows, h_stride lanes apart, and so many panels. `room` has room for one of B.
 template <class T>
 void expand_panels(const uint32_t* h, long h_stride, const B<T>& b, long rows, long panels, typename T::elem* y,
-                   long y_stride, uint32_t* room);
+                   long y_stride, uint32_t* room, Tiles& tiles);
+
+// Whether matrices of these slots are multiplied in tile registers where they have whole ones.
+template <class T>
+bool expands_in_tiles(const Slots& slots) {
+#if defined(AIO_TILES)
+  return T::PER_LANE == 2 && !slots.int8 && slots.turned;
+#else
+  return (void)slots, false;
+#endif
+}
 
 }  // namespace aio

@@ -30,7 +30,7 @@ constexpr int most_rows() {
 
 // A thread's memory, kept from call to call: a step has some hundred of them. It begins with a cache line, because a vector
 // that is in two of them takes twice as long to store.
-enum Room { ROWS_OF_INT8, EXPANDED, WIDENED, LAID_OUT, LAID_OUT_H, BEFORE, QUERIES, WEIGHTS, VALUES, OUTPUTS, FIXED_INPUT, FIXED_GIVEN, WIDE_A };
+enum Room { ROWS_OF_INT8, EXPANDED, WIDENED, LAID_OUT, LAID_OUT_H, BEFORE, QUERIES, WEIGHTS, VALUES, OUTPUTS, FIXED_INPUT, FIXED_GIVEN, WIDE_A, TURNED_TOKENS, LAST_TOKENS };
 template <Room>
 inline uint32_t* room(long bytes) {
   constexpr uintptr_t LINE = 64;

@@ -8,6 +8,7 @@
 
 #include "fixed.h"
 #include "team.h"
+#include "tile_registers.h"
 #include "transpose.h"
 
 namespace aio {
@@ -226,6 +227,104 @@ struct Shrink {
   long k, slices, width;
 };
 
+#if defined(AIO_TILES)
+// A thread's tokens, turned: pairs of 16 of them as lanes [k lanes][16 tokens], right operands of tile registers.
+class TurnedTokens {
+ public:
+  TurnedTokens(const Shrink& s, long tokens)
+      : x_((const uint16_t*)s.x), x_stride_(s.x_stride), k_(s.k), tokens_(tokens), words_(s.k / Bf16::PER_LANE * LANES),
+        turned_(room<TURNED_TOKENS>(2 * words_ * long(sizeof(uint32_t)))),
+        last_((uint16_t*)room<LAST_TOKENS>(LANES * s.k * long(sizeof(uint16_t)))) {}
+
+  // The lanes of the 16 tokens from `first` on.
+  const uint32_t* at(long first) {
+    const long index = first / LANES % 2, count = tokens_ - first < LANES ? tokens_ - first : LANES;
+    uint32_t* const out = turned_ + index * words_;
+    if (first_[index] == first) return out;
+    first_[index] = first;
+    const uint16_t* from = x_ + first * x_stride_;
+    if (count == LANES) {
+      transpose<Bf16>(from, x_stride_, k_, LANES, out);
+      return out;
+    }
+    for (long t = 0; t < count; t++) std::copy_n(from + t * x_stride_, k_, last_ + t * k_);
+    transpose<Bf16>(last_, k_, k_, LANES, out);  // what follows the last token may be anything
+    return out;
+  }
+
+ private:
+  const uint16_t* x_;
+  const long x_stride_, k_, tokens_, words_;
+  uint32_t* turned_;
+  uint16_t* last_;
+  long first_[2] = {-1, -1};
+};
+
+// Products of up to 16 rows of A, k elements each, with P times 16 tokens. Meanwhile the rows at `later` are fetched.
+template <int P>
+void products_of_rows(const uint16_t* a, long k, const uint32_t* tokens, const uint16_t* later, vf (*sums)[TILE_ROWS]) {
+  const long lanes = k / Bf16::PER_LANE;
+  unrolled<P>([](auto p) { zero_tile<p>(); });
+  for (long i = 0; i < lanes; i += LANES) {
+    for (long r = 0; r < TILE_ROWS; r++) __builtin_prefetch(later + r * k + i * Bf16::PER_LANE, 0, 2);
+    add_tile_products<Bf16, 1, P, LEFT, RIGHT>(
+        [&](auto) { load_tile<LEFT>((const uint32_t*)a + i, k * long(sizeof(uint16_t))); },
+        [&](auto p) { load_tile<RIGHT>(tokens + (p * lanes + i) * LANES, TILE_BYTES); });
+  }
+  unrolled<P>([&](auto p) { store_tile<p>(sums[p], TILE_BYTES); });
+}
+
+// All of it in tile registers.
+void shrink_in_tiles(const Shrink& s, const Segment* segments, long count, int threads) {
+  struct Task {
+    const Where* where;
+    long begin, end, slice, row, rows;  // tokens of a pair of 16
+    float weight;
+  };
+  std::vector<Task> tasks;
+  for (const Segment* g = segments; g < segments + count; g++)
+    for (long t = g->begin, end; t < g->end; t = end) {
+      end = (t / (2 * LANES) + 1) * (2 * LANES);
+      if (end > g->end) end = g->end;
+      for (long j = 0; j < s.slices; j++) {
+        const Where* where = &s.slots->where(g->slot, s.first + j);
+        for (long r = 0; r == 0 || r < where->a_rank; r += TILE_ROWS)
+          tasks.push_back({where, t, end, j, r, where->a_rank - r < TILE_ROWS ? where->a_rank - r : TILE_ROWS, g->weight});
+      }
+    }
+  together(threads, [&](const Member& me) {
+    Tiles tiles;
+    TurnedTokens turned(s, segments[count - 1].end);
+    const Range mine = me.share(long(tasks.size()));
+    for (long i = mine.begin; i < mine.end; i++) {
+      const Task& task = tasks[i];
+      const auto output = [&](long t) { return (uint16_t*)s.h + (t * s.slices + task.slice) * s.width; };
+      if (task.row + task.rows >= task.where->a_rank)
+        for (long t = task.begin; t < task.end; t++)
+          std::fill(output(t) + task.where->a_rank, output(t) + s.width, uint16_t{});
+      if (task.rows == 0) continue;  // the module is not targeted
+      const auto rows_of = [&](const Task& of) {
+        return (const uint16_t*)s.slots->at(of.where->a, sizeof(uint16_t)) + of.row * s.k;
+      };
+      const uint16_t* const later = rows_of(tasks[i + 1 < mine.end ? i + 1 : i]);
+      const long first = task.begin / LANES * LANES;
+      const bool two = task.end > first + LANES;
+      const uint32_t* const tokens = turned.at(first);
+      if (two) turned.at(first + LANES);  // behind the first
+      tiles.use(int(task.rows));
+      alignas(64) vf sums[2][TILE_ROWS], of_tokens[2][TILE_ROWS];
+      (two ? products_of_rows<2> : products_of_rows<1>)(rows_of(task), s.k, tokens, later, sums);
+      for (int p = 0; p <= int(two); p++)
+        transpose<F32>((const float*)sums[p], LANES, LANES, LANES, (uint32_t*)of_tokens[p]);
+      for (long t = task.begin; t < task.end; t++) {
+        const vf found = of_tokens[(t - first) / LANES][(t - first) % LANES] * splatf(task.weight);
+        store_some<Bf16>(output(t) + task.row, found, task.rows);
+      }
+    }
+  });
+}
+#endif
+
 // E is the type of A's elements.
 template <class T, class E>
 void shrink(const Shrink& s, const Segment* segments, long count, int threads) {
@@ -331,6 +430,10 @@ void shrink(const Shrink& s, const Segment* segments, long count, int threads) {
 
 template <class T>
 void shrink(const Shrink& s, const Segment* segments, long count, int threads) {
+#if defined(AIO_TILES)
+  if constexpr (T::PER_LANE == 2)
+    if (!s.slots->int8 && s.k % (2 * LANES) == 0 && count > 0) return shrink_in_tiles(s, segments, count, threads);
+#endif
   s.slots->int8 ? shrink<T, int8_t>(s, segments, count, threads)
                 : shrink<T, typename T::elem>(s, segments, count, threads);
 }

@@ -186,14 +186,14 @@ class Blocks {
   }
 
   // Finds the segments of some rows, once for all columns. Short ones are added when some blocks are computed, and their
-  // matrices come out of memory meanwhile.
+  // matrices come out of memory meanwhile. For tile registers all are short: those hold more rows than a call costs.
   void find_segments(long begin, long end) {
     if (begin == begin_) return;
     begin_ = begin;
     long_.clear(), short_.clear();
     for (const Segment* g = first(begin); g < last() && g->begin < end; g++) {
       const long from = g->begin > begin ? g->begin : begin, to = g->end < end ? g->end : end;
-      if (to - from >= LONG) {
+      if (to - from >= LONG && !expands_in_tiles<Out>(*adapters_->slots)) {
         long_.push_back({g, from, to});
         continue;
       }
@@ -224,7 +224,7 @@ class Blocks {
       for (const Short& s : short_)
         if (s.slice == j)
           expand_panels<Out>(given_.at(s.begin, j), given_.stride(), s.b.from(first - a.slice[j].offset), s.end - s.begin, count,
-                             (elem*)l_.y + s.begin * l_.y_stride + first, l_.y_stride, b_.data());
+                             (elem*)l_.y + s.begin * l_.y_stride + first, l_.y_stride, b_.data(), tools_.tiles);
     }
   }
 
