@@ -92,8 +92,8 @@ class LoRAConfig(_Config, frozen=True, kw_only=True, forbid_unknown_fields=True)
     ``slot_memory`` every slot is sized for it."""
     max_trained_tokens: Annotated[int, Meta(ge=0, le=8192)] = 0
     """Rows of trained tokens (PEFT's ``trainable_token_indices``) that every slot has room for, of embeddings
-    and head together, beside all else. An adapter with more is loaded if it leaves other room in its slot, or
-    with ``slot_memory``, where it takes what it needs."""
+    and head together, beside all else. An adapter with more takes several slots if its own leaves no other
+    room; with ``slot_memory`` each takes what it needs."""
     slot_memory: Size | None = None
     """Bytes that all slots share on each device, or text such as "256MiB": an adapter takes only as much as
     its own ranks, modules and layers need. None: every slot has room for ``max_lora_rank`` in every

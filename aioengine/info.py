@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable
+from hashlib import sha256
 from typing import Literal
 
 import msgspec
@@ -165,6 +166,11 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
 def mix_name(parts: Iterable[tuple[str, float]]) -> str:
     """Return a mix's name, such as "pirate*0.3+sql*0.7"; versions, as in "sql@2", stay in it."""
     return "+".join(f"{name}*{weight!r}" for name, weight in parts)
+
+
+def scaled_digest(digest: str, scale: float) -> str:
+    """Return the digest of what an adapter adds if it is multiplied by a number."""
+    return sha256(f"{digest}*{scale!r};".encode()).hexdigest()
 
 
 def is_mix(name: str) -> bool:

@@ -103,7 +103,7 @@ class SequenceWork(NamedTuple):
 
     request_id: str
     slot: int
-    """The adapter's slot, or -1 for the base model; of a mix, the slot of its first adapter."""
+    """The adapter's slot, or -1 for the base model."""
     tokens: Sequence[int]
     start: int
     block_table: Sequence[int]
@@ -123,13 +123,8 @@ class SequenceWork(NamedTuple):
     draft: Sequence[int] = ()
     """Proposed tokens after ``history``. ``tokens`` end with them, so they are computed, too. A token is
     sampled after each of them, as long as all proposed tokens before it equal the sampled ones."""
-    parts: Sequence[tuple[int, float]] = ()
-    """Slots and weights of the adapters of a mix, in its order; (): the adapter in ``slot`` as it is."""
-
-    @property
-    def used(self) -> Iterator[int]:
-        """The slots that it uses; -1 for the base model."""
-        return (slot for slot, _ in self.parts) if self.parts else iter((self.slot,))
+    scale: float = 1.0
+    """What the adapter in ``slot`` is multiplied by."""
 
     @property
     def output(self) -> OutputView:
@@ -225,8 +220,6 @@ class StepBatch(NamedTuple):
         tokens = decode = 0
         for work in self.sequences:
             slots.add(work.slot)
-            if work.parts:
-                slots.update(work.used)
             count = len(work.tokens)
             tokens += count
             if count == 1 + len(work.draft) and work.start >= work.prompt_len:
@@ -293,6 +286,8 @@ class MixPart(msgspec.Struct, array_like=True, frozen=True):
     digest: str
     """Digest that its content must have; "" if it is not known yet."""
     files: HeldFiles | None = None
+    uid: int = -1
+    """Where a device finds it if it is in the CPU cache."""
 
 
 class MixFiles(msgspec.Struct, array_like=True, frozen=True, tag="mix"):
@@ -322,8 +317,8 @@ class LoadedAdapter(NamedTuple):
     """Bytes that it takes in a slot, on the rank with the largest share; None: ``nbytes``."""
     invocation: Sequence[int] = ()
     """If it is an activated LoRA adapter, it is applied from these tokens on; none: to all tokens."""
-    summable: bool = True
-    """Whether a step can add it up with others, because it is A and B, and nothing else."""
+    scalable: bool = True
+    """Whether a step can multiply what it adds by a number: it has no gains and shifts (DoRA, biases)."""
 
     @property
     def bytes_in_slot(self) -> int:

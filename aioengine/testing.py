@@ -19,7 +19,7 @@ from typing import Any, Protocol, TypeVar
 
 from aioengine import events
 from aioengine.core import CopyMove, Core, CoreLimits, DropMove, LoadMove, StopMove
-from aioengine.core.state import AdapterEntry, Request
+from aioengine.core.state import AdapterEntry, Owner, Request
 from aioengine.errors import AdapterLoadError, EngineDead
 from aioengine.info import mix_name
 from aioengine.request import RequestOptions, SamplingParams
@@ -104,9 +104,10 @@ class Sim:
         self.now = 0.0
         self.loads: list[AdapterEntry] = []
         self.copies: list[tuple[AdapterEntry, int]] = []
-        self.mixes = 0
-        self.unsummable: set[str] = set()
-        """Names of adapters that are of such a kind, when they are read, that a step cannot add them up."""
+        self.parts: dict[str, tuple[str, ...]] = {}
+        """The adapters that mixes are made of, by name."""
+        self.unscalable: set[str] = set()
+        """Names of adapters that are of such a kind, when they are read, that a step cannot scale them."""
         self.contents: dict[str, int] = {}
         """How often the files of adapters have changed in place, by name."""
         self._make_memory = memory
@@ -136,14 +137,18 @@ class Sim:
         self.core.residency.publish(entry, self.now)
         return entry
 
-    def mix(self, *names: str, weight: float = 0.5) -> str:
-        """Return the name of the mix of these adapters' current versions."""
+    def mix(self, *names: str, weight: float = 0.5, tenant: str | None = None) -> str:
+        """Return the name of the mix of these adapters' current versions, made for a tenant."""
         residency = self.core.residency
         parts = [(residency.current[name], weight) for name in names]
         name = mix_name((f"{entry.label}@{entry.version}", weight) for entry, weight in parts)
         if name not in residency.current:
-            self.mixes += 1
-            residency.declare_mix(name, parts, NoFiles(), self.mixes, self.now)
+            self.parts[name] = names
+            entry = residency.declare(name, "mix:" + name, files=NoFiles(), version=len(self.parts))
+            self.sizes[name] = sum(self.sizes.get(part, 1000) for part in names)
+            residency.set_size(entry, self.sizes[name], self.sizes[name])
+            residency.publish(entry, self.now)
+        residency.current[name].owner = Owner(tenant)
         return name
 
     def add(
@@ -154,19 +159,25 @@ class Sim:
         max_tokens: int = 4,
         deadline: float | None = None,
         constrained: bool = False,
+        scale: float = 1.0,
         **options: Any,
     ) -> Request:
         """Add a request. ``options`` are fields of ``RequestOptions``: tenant, priority, ..."""
         entry = None if adapter is None else self.core.residency.current[adapter]
+        prompt = prompt or [10 + (self.count + 1) % 7, 20, 30]
+        counted = () if adapter is None else self.parts.get(adapter, (adapter,))
+        ticket = self.core.reserve(options.get("tenant"), counted, self.now, len(prompt))
         self.count += 1
         return self.core.add_request(
             f"r{self.count}",
-            prompt or [10 + self.count % 7, 20, 30],
+            prompt,
             SamplingParams(max_tokens=max_tokens, constraint=Free() if constrained else None),
             RequestOptions(**options),
             self.now,
             adapter=entry,
+            scale=scale,
             deadline=deadline,
+            ticket=ticket,
         )
 
     def schedule(self) -> StepBatch | None:
@@ -239,7 +250,7 @@ class Sim:
             self.on_cpu.add(entry.uid)
             self.digests[entry.uid] = digest = f"{entry.label}-{entry.version}" + "'" * changed
             rank, nbytes = self.ranks.get(entry.label, 8), self.sizes.get(entry.label, 1000)
-            found = LoadedAdapter(rank, nbytes, digest, 0.1, summable=entry.label not in self.unsummable)
+            found = LoadedAdapter(rank, nbytes, digest, 0.1, scalable=entry.label not in self.unscalable)
             self.core.adapter_loaded(entry, self.now, found)
         self.take_events()
 

@@ -18,9 +18,9 @@ from enum import StrEnum
 from typing import Any, Literal, NamedTuple, Protocol, Self
 
 API_VERSION = 2
-"""Version 2 has ``RequestView.cached_tokens``, ``Decision.reject`` and ``evict``, and
-``SchedulerView.costs``, ``memory`` and ``mixes``. Policies that were written for version 1 run unchanged, and
-so do those of version 2 that know neither ``Decision.ask_again`` nor ``SchedulerView.refused``."""
+"""Version 2 has ``RequestView.cached_tokens``, ``Decision.reject`` and ``evict``, and ``SchedulerView.costs``
+and ``memory``. Policies that were written for version 1 run unchanged, and so do those of version 2 that know
+neither ``Decision.ask_again`` nor ``SchedulerView.refused``."""
 
 
 class SlotState(StrEnum):
@@ -181,10 +181,9 @@ class CostsView(Protocol):
 class MemoryView(Protocol):
     """The memory of the slots, in bytes.
 
-    Where slots share one memory (``elastic``), an adapter takes only as much as its own ranks and modules
-    need. Otherwise every slot has the same size, and an adapter takes a whole slot. Free memory in several
-    holes can be joined: idle adapters are moved for that.
-    """
+    Where slots share it by bytes, an adapter takes only as much as its own ranks and modules need; otherwise
+    a slot of one size or, if it is larger, several. ``elastic`` says whether adapters differ in what they
+    take at present. Free memory in several holes can be joined: idle adapters are moved for that."""
 
     @property
     def elastic(self) -> bool: ...
@@ -203,27 +202,6 @@ class MemoryView(Protocol):
     def bytes_of(self, adapter: str) -> int:
         """Return the bytes that an adapter takes in a slot; 0 if they are not known before it has been
         read."""
-
-
-class MixView(Protocol):
-    """A mix of several adapters that requests wait for, read-only and live. The core admits these requests as
-    soon as all parts are in slots, and brings in the parts; no policy has to. A request is visible in
-    ``SchedulerView.running`` while it runs, as one for the first of its adapters."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def weights(self) -> Mapping[str, float]:
-        """Its adapters' weights, by their names."""
-
-    @property
-    def missing(self) -> Sequence[str]:
-        """Its adapters that are in no slot."""
-
-    @property
-    def waiting(self) -> int: ...
-    @property
-    def oldest_arrival(self) -> float: ...
 
 
 class SchedulerView(Protocol):
@@ -258,10 +236,6 @@ class SchedulerView(Protocol):
     def tokens_left(self) -> Mapping[str | None, int]:
         """By adapter (None: the base model), the most tokens that one of its running requests has left to
         generate; they come in order of admission."""
-
-    @property
-    def mixes(self) -> Sequence[MixView]:
-        """The mixes that requests wait for, the one with the oldest first."""
 
     @property
     def free_blocks(self) -> int:

@@ -54,7 +54,7 @@ class ReadAdapter(Protocol):
     @property
     def invocation(self) -> Sequence[int]: ...
     @property
-    def summable(self) -> bool: ...
+    def scalable(self) -> bool: ...
 
 
 R = TypeVar("R", bound=ReadAdapter)
@@ -183,7 +183,7 @@ class BaseLoader(ABC, Generic[R]):
             found.labels,
             self._slot_nbytes(found),
             found.invocation,
-            found.summable,
+            found.scalable,
         )
 
     def _slot_nbytes(self, found: R) -> int | None:

@@ -8,11 +8,10 @@ from dataclasses import replace
 from threading import Lock
 from typing import TYPE_CHECKING
 
-from aioengine.errors import AdapterTooLarge
 from aioengine.model.parallel.group import SOLO, Shard
 from aioengine.model.slots.layout import SlotLayout
 from aioengine.model.spec import NO_LAYER, ModelSpec
-from aioengine.step import MixFiles
+from aioengine.step import MixFiles, MixPart
 
 if TYPE_CHECKING:
     import torch
@@ -34,8 +33,7 @@ class AdapterStore:
     does what reading an adapter takes of the base model's weights, so that it does not wait for steps.
 
     With a ``shard`` of several ranks, it reads and keeps only its rank's share of each adapter.
-    ``max_tokens`` is the number of trained tokens that every slot has room for; ``elastic`` says that slots
-    have no fixed size.
+    ``max_tokens`` is the number of trained tokens that every slot has room for.
     """
 
     def __init__(
@@ -52,7 +50,6 @@ class AdapterStore:
         shard: Shard = SOLO,
         affine_dtype: torch.dtype | None = None,
         max_tokens: int = 0,
-        elastic: bool = False,
     ) -> None:
         from aioengine.adapters.peft.contents import KnownContents, SlotOrder  # these import torch
         from aioengine.model.buffer import pageable
@@ -66,7 +63,6 @@ class AdapterStore:
             pageable if holds.int8 else allocate,
         )
         self._layout = SlotLayout(spec, max_rank, target_modules, shard, holds, max_tokens)
-        self._elastic = elastic
         self._slot_dtype = dtype
         self._dtype = affine_dtype if holds.int8 and affine_dtype is not None else dtype
         self._stream = stream
@@ -110,27 +106,26 @@ class AdapterStore:
 
         with self._beside_steps():
             if isinstance(files, MixFiles):
-                parts = [(part, read(part.name, part.path, part.files)) for part in files.parts]
+                parts = [
+                    (part, self._held(part) or read(part.name, part.path, part.files)) for part in files.parts
+                ]
                 packed = add_up(name, path, self._order, parts)
             else:
                 packed = read(name, path, files)
             with self._one_at_a_time:
                 draft = Draft(packed, self._layout, self._weights, self._slot_dtype)
-        self._check_tokens(draft)
         return draft
 
-    def _check_tokens(self, draft: Draft) -> None:
-        """Raise AdapterTooLarge if a slot has no room for the trained tokens."""
-        tokens, room = draft.packed.tokens, self._layout.elements * self._slot_dtype.itemsize
-        if tokens is None or self._elastic or draft.slot_nbytes <= room:
-            return
-        raise AdapterTooLarge(
-            f"with its {tokens.tables.num_rows} rows of trained tokens ({tokens.rows.nbytes:,} bytes) it "
-            f"takes {draft.slot_nbytes:,} bytes, and a slot has {room:,}; set "
-            f"LoRAConfig.max_trained_tokens to {tokens.tables.num_rows}",
-            name=draft.packed.name,
-            path=draft.packed.path,
-        )
+    def _held(self, part: MixPart) -> PackedAdapter | None:
+        """Return a part of a mix as it is in the CPU cache; None if it is not there, or is not A and B alone.
+        A rank that has only shares reads the files, so that all ranks have the same content."""
+        from aioengine.adapters.peft.pack import PackedAdapter  # it imports torch
+
+        image = self._images.get(part.uid)
+        tensors = None if image is None or self._layout.shard.size > 1 else image.matrices()
+        if image is None or tensors is None or part.digest not in ("", image.digest):
+            return None
+        return PackedAdapter(part.name, part.path, image.rank, image.digest, image.data.nbytes, tensors)
 
     def finish(self, draft: Draft) -> AdapterImage:
         """Finish an adapter after all ranks have added their parts. Blocks. Raises AdapterInvalid."""

@@ -312,9 +312,8 @@ class Batcher:
         request.status = Status.RUNNING
         self.running[request.seq] = request
         if request.adapter is not None:
-            request.adapter.count_run(1)
-            for entry in request.adapter.members:
-                entry.last_tenant = request.options.tenant
+            request.adapter.running += 1
+            request.adapter.last_tenant = request.options.tenant
         resumed = request.admitted is not None
         if not resumed:
             request.admitted = now
@@ -327,7 +326,7 @@ class Batcher:
                 time=now,
                 request_id=request.id,
                 adapter=label_of(request),
-                slot=None if request.adapter is None else request.adapter.members[0].slot,
+                slot=None if request.adapter is None else request.adapter.slot,
                 cached_tokens=request.computed if resumed else request.cached_tokens,
                 queue_seconds=now - request.arrival,
                 resumed=resumed,
@@ -405,7 +404,7 @@ class Batcher:
         request.blocks, request.freed = [], 0
         request.committed = request.computed = 0
         if request.adapter is not None:
-            request.adapter.count_run(-1)
+            request.adapter.running -= 1
 
 
 def decode_row(request: Request) -> SequenceWork:
@@ -434,7 +433,7 @@ def _decode_part(request: Request) -> _Part:
         request.prompt_len,
         0,  # score
         (),  # draft
-        () if entry is None or not entry.parts else entry.slots,
+        request.scale,
     )
     return slot, request, _sequence_work(fields)
 
@@ -458,6 +457,6 @@ def _part(request: Request, tokens: int, draft: list[int] | None = None) -> _Par
         request.prompt_len,
         score,
         draft or (),
-        () if request.adapter is None or slot < 0 else request.adapter.slots,
+        request.scale,
     )
     return slot, request, work

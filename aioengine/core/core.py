@@ -12,25 +12,21 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
-from itertools import islice
 from math import inf, nextafter
 from typing import NamedTuple
 
 from sortedcontainers import SortedDict
 
 from aioengine import events
-from aioengine.core.adapters.assembly import Assembly
-from aioengine.core.adapters.beside_pinned import adapters_shut_out, mixes_shut_out
 from aioengine.core.adapters.cpu_cache import least_recently_used
-from aioengine.core.adapters.mix import MixEntry
 from aioengine.core.adapters.moves import Move
-from aioengine.core.adapters.placing import Placing
+from aioengine.core.adapters.placing import Placing, adapters_shut_out
 from aioengine.core.adapters.residency import Residency
 from aioengine.core.batcher import Batcher, decode_row
 from aioengine.core.blocks import BlockManager
 from aioengine.core.costs import MeasuredCosts
 from aioengine.core.decodes.counted import CountedDecodes
-from aioengine.core.guard import PolicyGuard, Resolved
+from aioengine.core.guard import PolicyGuard
 from aioengine.core.limits import CoreLimits
 from aioengine.core.pacing import Pacer, StepWork
 from aioengine.core.prefixes.pins import PrefixPins
@@ -87,9 +83,10 @@ class Core:
             max_loads=limits.max_loads,
             emit=self._emit,
             tell=self._tell,
+            slot_bytes=limits.slot_bytes,
+            slot_memory=limits.slot_memory,
             cpu_max_bytes=limits.cpu_max_bytes,
             cpu_order=self._cpu_order,
-            slot_memory=limits.slot_memory,
         )
         self.blocks = BlockManager(
             limits.num_blocks,
@@ -108,8 +105,7 @@ class Core:
             max_tokens_per_tenant=limits.max_waiting_tokens_per_tenant,
         )
         self.queues = RequestQueues(self.room)
-        self.assembly = Assembly(self.residency, self.queues, limits.max_num_seqs)
-        self.placing = Placing(self.residency, self.assembly)
+        self.placing = Placing(self.residency)
         self.slots = self.residency.slots
         self.cpu = self.residency.cpu
         self.by_policy_name = self.residency.by_policy_name
@@ -162,7 +158,6 @@ class Core:
             self.batcher,
             costs or self._costs,
             self.guard.refusals,
-            limits.slot_bytes,
         )
         self._rng = random.Random(limits.seed)
         self._next_seq = 0
@@ -223,12 +218,14 @@ class Core:
         *,
         adapter: AdapterEntry | None = None,
         deadline: float | None = None,
+        scale: float = 1.0,
         ticket: Ticket | None = None,
         given: Sequence[int] = (),
     ) -> Request:
         """Accept a request (its prompt already checked against ``max_model_len``).
 
-        ``given`` is unfinished output of another engine; the request continues it.
+        ``scale`` is what its adapter is multiplied by. ``given`` is unfinished output of another engine; the
+        request continues it.
 
         ``adapter`` is the version for the adapter's name in ``options``, and ``deadline`` the time when the
         request must have ended. ``ticket`` is its place among the waiting requests. Without one, raises
@@ -236,8 +233,8 @@ class Core:
         """
         assert request_id not in self.requests
         if ticket is None:
-            names = () if adapter is None else dict.fromkeys(member.label for member in adapter.members)
-            ticket = self.reserve(options.tenant, tuple(names), now, len(prompt))
+            names = () if adapter is None else (adapter.label,)
+            ticket = self.reserve(options.tenant, names, now, len(prompt))
         seed = params.seed if params.seed is not None else self._rng.getrandbits(63)
         request = Request(
             request_id,
@@ -249,6 +246,7 @@ class Core:
             seed=seed,
             deadline=deadline,
             options=options,
+            scale=scale,
             given=given,
             cache=self.blocks,
         )
@@ -260,8 +258,6 @@ class Core:
         ticket.displaced = lambda error, now: self.end(request, "error", now, error)
         self._next_seq += 1
         self.requests[request_id] = request
-        if isinstance(adapter, MixEntry):
-            adapter.uses += 1
         self.queues.add(request)
         if deadline is not None:
             self._deadlines[deadline, request.seq] = request
@@ -303,10 +299,7 @@ class Core:
         request.status = Status.ENDED
         if request.deadline is not None:
             del self._deadlines[request.deadline, request.seq]
-        if not (waited and _is_hidden(request)):
-            self._tell("request_finished", now, request=request)
-        if isinstance(request.adapter, MixEntry):
-            request.adapter.uses -= 1
+        self._tell("request_finished", now, request=request)
         del self.requests[request.id]
         request.drop_view()
         sink, request.sink = request.sink, None
@@ -341,15 +334,15 @@ class Core:
         error = (
             self.residency.changed(entry, found.digest)
             or self.residency.refusal(entry, found.bytes_in_slot)
-            or self.cpu.refusal(entry, found.nbytes)
+            or self.cpu.refusal(entry, found.nbytes, self.slots.places_of(found.bytes_in_slot))
         )
         if error is not None:
             self.residency.load_refused(entry, now, error)
             self._fail_waiting(entry, now, error)
         else:
             self.residency.loaded(entry, now, found)
-            if entry.mixes and not entry.summable:
-                self._fail_mixes(entry, now)
+            if not entry.scalable:
+                self._fail_scaled(entry, now)
         return error
 
     def adapter_load_cancelled(self, entry: AdapterEntry) -> None:
@@ -378,32 +371,24 @@ class Core:
         self._fail_waiting(entry, now, error)
 
     def _fail_waiting(self, entry: AdapterEntry, now: float, error: Exception) -> None:
-        """Fail the requests that wait for it, and those for mixes that it is a part of."""
-        for one in (entry, *entry.mixes.values()):
-            for request in list(one.waiting):
-                self.end(request, "error", now, error)
+        """Fail the requests that wait for it."""
+        for request in list(entry.waiting):
+            self.end(request, "error", now, error)
 
-    def _fail_mixes(self, entry: AdapterEntry, now: float) -> None:
-        """Fail the requests for mixes with an adapter that has become one which a step cannot add up."""
+    def _fail_scaled(self, entry: AdapterEntry, now: float) -> None:
+        """Fail the requests that scale an adapter which has become one that a step cannot scale."""
         error = AdapterChanged(
-            "its files have changed to a kind that is mixed and scaled in another way; try again",
+            "its files have changed to a kind that is scaled in another way; try again",
             name=entry.label,
             path=entry.path,
             transient=True,
         )
-        for mix in list(entry.mixes.values()):
-            waiting = [request for request in mix.home.waiting if request.adapter is mix]
-            for request in waiting:
-                self.end(request, "error", now, error)
-            if not mix.retired:
-                self.residency.retire(mix, now)
+        for request in [request for request in entry.waiting if request.scale != 1.0]:
+            self.end(request, "error", now, error)
 
     def _fail_shut_out(self, now: float) -> None:
         """Fail the requests for adapters that can never run, because pinned ones leave no slot, or no room in
-        the slots' memory, and those for mixes whose parts cannot all be there at a time."""
-        if self.queues.mixes:
-            for mix, never in mixes_shut_out(self.queues.mixes.values(), self.slots, self.cpu):
-                self._fail_waiting(mix, now, never)
+        the slots' memory."""
         if self.residency.pins.count:
             for entry, error in adapters_shut_out(self.queues.heads.values(), self.slots):
                 self._fail_waiting(entry, now, error)
@@ -422,7 +407,6 @@ class Core:
         self.blocks.expire(now)
         changed = self._changes != self._arranged_at
         if changed:
-            self.residency.hold_back_pins()
             self._fail_shut_out(now)
         self.residency.sweep(
             now
@@ -430,7 +414,6 @@ class Core:
         if changed or self.placing.pinned_wait:
             self.placing.place_pinned(now)
             self._arranged_at = self._changes
-        self.assembly.arrange(now)
         self._view.advance(now, self.step)
         decision = self.guard.decide(self._view, self._changes)
         for request, why in decision.reject:
@@ -442,36 +425,12 @@ class Core:
                 self._refuse("preempt_not_running", request.id)
         for reason, item in self.placing.apply(decision, now):
             self._refuse(reason, item)
-        admit = self._with_mixes(decision)
+        admit = decision.admit
         batch = None if admit or again is None else self._repeat(again)
         if batch is None:
             batch = self._form_batch(admit)
         self.guard.carried_out(decision, self._changes)
         return Step(batch, self.residency.take_moves())
-
-    def _with_mixes(self, decision: Resolved) -> list[Request]:
-        """Return the requests to admit: those for mixes come before the later ones of the policy's."""
-        room = self.limits.max_num_seqs - len(self.running)
-        if room <= 0 or not (self.assembly.any_waits or self.assembly.has_turn):
-            return decision.admit
-        gone = {request.seq for request in (*decision.admit, *decision.preempt)}
-        able_to = self.assembly.ready(self.now, self.placing.is_closed)
-        ready = list(islice((request for request in able_to if request.seq not in gone), room))
-        if not ready:
-            return decision.admit
-        in_order: list[Request] = []
-        for request in decision.admit:
-            while ready and ready[0].seq < request.seq:
-                in_order.append(ready.pop(0))
-            in_order.append(request)
-        admit: list[Request] = []
-        for request in (*in_order, *ready):
-            adapter, waits = request.adapter, request.status is Status.WAITING
-            able = waits and (adapter is None or adapter.location is Location.SLOT)
-            if not able or room > 0:  # one that lost its place to a mix is no fault of the policy's
-                admit.append(request)
-            room -= able
-        return admit
 
     def _reject(self, request: Request, reason: str, now: float) -> None:
         """End a request by the policy's decision, if it has never run."""
@@ -566,9 +525,7 @@ class Core:
             self.batcher.counted.in_flight = True
             used = [slot for slot, _ in counted.slots]
         for row in work:
-            if row.parts:
-                used += row.used
-            elif row.slot != last:  # they are sorted by slot
+            if row.slot != last:  # they are sorted by slot
                 last = row.slot
                 used.append(last)
         slots, now = self.slots.slots, self.now
@@ -619,7 +576,7 @@ class Core:
         """Return the time until which neither the policy nor the core has anything to decide, so that what is
         in flight is repeated. If they may have something at any time, it is the moment after the present."""
         until = self.guard.quiet_until(self._changes)
-        if self.placing.pinned_wait or self.residency.any_wanted or self.assembly.any_waits:
+        if self.placing.pinned_wait or self.residency.any_wanted:
             until = -inf
         due = self.next_due()
         return max(nextafter(self.now, inf), until if due is None else min(due, until))
@@ -759,13 +716,6 @@ class Core:
         if request is not None:
             view = request.view
             adapter = view.adapter
-            if _is_hidden(request):  # policies see it while it runs
-                if kind == "request_added":
-                    return
-                if kind == "request_admitted":
-                    self.guard.tell(PolicyEvent("request_added", now, view, adapter, was))
-                elif kind == "request_preempted":
-                    kind = "request_finished"
         self.guard.tell(PolicyEvent(kind, now, view, adapter, was))
 
     def check(self) -> None:
@@ -780,24 +730,14 @@ class Core:
         for request in holders:
             if request.adapter is not None:
                 assert request.adapter.location is Location.SLOT
-                for uid in {request.adapter.uid, *(member.uid for member in request.adapter.members)}:
-                    using[uid] = using.get(uid, 0) + 1
+                using[request.adapter.uid] = using.get(request.adapter.uid, 0) + 1
         assert all(e.running == using.get(e.uid, 0) for e in self.residency.entries.values())
         assert len(self.requests) == len(self.running) + len(self.queues)
         assert len(self.running) <= self.limits.max_num_seqs
         assert len(self._deadlines) == sum(r.deadline is not None for r in self.requests.values())
         self.queues.check()
-        self.assembly.check()
         for request in self.queues:
             assert request.status is Status.WAITING and not request.blocks
-        mixes = [entry for entry in self.residency.entries.values() if isinstance(entry, MixEntry)]
-        for mix in mixes:
-            assert mix.uses == sum(request.adapter is mix for request in self.requests.values())
-
-
-def _is_hidden(request: Request) -> bool:
-    """Whether policies do not see the request while it waits, because it is for a mix of several adapters."""
-    return request.adapter is not None and len(request.adapter.parts) > 1
 
 
 def _sequences(rows: CountedRows | None) -> int:

@@ -28,9 +28,9 @@ class CoreLimits(NamedTuple):
     policy_max_overruns: int = 20
     cpu_max_bytes: int | None = None
     slot_memory: int | None = None
-    """Bytes that the slots share; None: every slot has a fixed place."""
-    slot_bytes: int = 0
-    """Bytes of a slot with a fixed place; for policies."""
+    """Bytes that the slots share; None: each has ``slot_bytes``."""
+    slot_bytes: int = 1 << 20
+    """Bytes of a slot of one size; an adapter with more takes several."""
     window: int | None = None
     """Tokens that every layer looks back at most; None: some layer sees all."""
     max_step_seconds: float | None = None

@@ -87,10 +87,7 @@ class StepWork(NamedTuple):
                 decode_pairs += start
             else:
                 pairs += count * (start + count / 2)
-            if work.parts:
-                slots.update(work.used)
-                ranks += sum(slot_ranks[one] for one in work.used) * count
-            elif slot >= 0:
+            if slot >= 0:
                 slots.add(slot)
                 ranks += slot_ranks[slot] * count
         ranks += sum(slot_ranks[slot] for slot in slots) * _ADAPTER_TOKENS

@@ -8,11 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from enum import Enum, auto
-from itertools import islice
 from operator import attrgetter
-from typing import Literal, Protocol
-
-from sortedcontainers import SortedDict
+from typing import Literal, NamedTuple, Protocol
 
 from aioengine.core.arrival_queue import ArrivalQueue
 from aioengine.core.blocks import BlockManager
@@ -20,6 +17,7 @@ from aioengine.core.prefixes.invocation import NOWHERE, last_occurrence
 from aioengine.core.speculation.drafting import Drafting
 from aioengine.core.waiting_room import Ticket
 from aioengine.events import EndReason
+from aioengine.info import mix_name, scaled_digest
 from aioengine.request import CachePin, RequestOptions, SamplingParams, TokenLogprob
 from aioengine.schedulers.policy import Location
 from aioengine.step import AdapterSource, LoadedAdapter, Sampled
@@ -47,6 +45,12 @@ class AdapterFiles(Protocol):
         """Free the files. Nothing may read them afterwards."""
 
 
+class Owner(NamedTuple):
+    """The tenant that an adapter was made for; None: requests without a tenant."""
+
+    tenant: str | None
+
+
 class AdapterEntry:
     """One version of an adapter. A name's newer version is another entry."""
 
@@ -65,28 +69,25 @@ class AdapterEntry:
         "last_tenant",
         "last_used",
         "location",
-        "mixes",
         "name",
         "nbytes",
-        "parts",
+        "owner",
         "path",
         "pin_when_read",
         "pinned",
+        "places",
         "rank",
         "retired",
-        "retired_at",
         "running",
+        "scalable",
         "slot",
         "slot_nbytes",
         "slot_seconds",
         "stalled",
-        "summable",
         "uid",
         "version",
         "waiting",
-        "waiting_mixes",
         "wanted_since",
-        "yields",
     )
 
     def __init__(
@@ -98,7 +99,6 @@ class AdapterEntry:
         *,
         found: bool = False,
         files: AdapterFiles | None = None,
-        parts: Sequence[tuple[AdapterEntry, float]] = (),
     ) -> None:
         self.uid = uid
         self.label = name
@@ -112,14 +112,10 @@ class AdapterEntry:
         the resolver again."""
         self.files = files
         """Files of an adapter that was given in memory; they are read in place of a folder."""
-        self.parts = parts
-        """The adapters and weights that a mix is made of; of any other adapter, nothing."""
-        self.mixes: dict[int, AdapterEntry] = {}
-        """The mixes that it is a part of, by uid."""
-        self.waiting_mixes: SortedDict[int, AdapterEntry] | None = None
-        """Those that requests wait for, by the ``seq`` of the oldest one; None if there never were any."""
-        self.summable = True
-        """Whether a step can add it up with others: it is A and B, and nothing else."""
+        self.owner: Owner | None = None
+        """Whom it was made for; None: for everybody."""
+        self.scalable = True
+        """Whether a step can multiply what it adds by a number."""
         self.held = False
         """Whether it is published only on demand, and not when it has been read."""
         self.location = Location.DISK
@@ -129,6 +125,8 @@ class AdapterEntry:
         self.nbytes = 0
         self.slot_nbytes = 0
         """Bytes that it takes in a slot, on the rank with the largest share; 0 until it has been read."""
+        self.places = 1
+        """The slots of one size, and the places in the CPU cache, that it takes."""
         self.digest = ""
         self.expected = ""
         """The digest that it must have; "": any."""
@@ -137,13 +135,9 @@ class AdapterEntry:
         self.invocation: Sequence[int] = ()
         """If it is an activated LoRA adapter, it is applied from these tokens on."""
         self.pinned = False
-        self.yields = False
-        """Whether mixes that were accepted with its predecessor wait: until they have begun, its pin keeps
-        nobody out."""
         self.retired = False
         """Whether it is unloaded or replaced: it accepts no new requests, and is freed when the accepted ones
         have ended."""
-        self.retired_at = 0.0
         self.waiting: ArrivalQueue[Request] = ArrivalQueue()
         self.running = 0
         self.last_tenant: str | None = None
@@ -165,59 +159,13 @@ class AdapterEntry:
 
     def take(self, found: LoadedAdapter) -> None:
         """Note what was read."""
-        self.rank, self.nbytes, self.slot_nbytes = found.rank, found.nbytes, found.bytes_in_slot
-        self.digest, self.disk_seconds = found.digest, found.seconds
-        self.labels, self.invocation, self.summable = found.labels, found.invocation, found.summable
-
-    @property
-    def members(self) -> Sequence[AdapterEntry]:
-        """The adapters whose slots its requests run in: itself, or a mix's parts."""
-        return (self,)
-
-    @property
-    def home(self) -> AdapterEntry:
-        """The adapter that policies see its requests wait for: itself, or the one that a mix scales."""
-        return self
-
-    @property
-    def slots(self) -> Sequence[tuple[int, float]]:
-        """Slots and weights of what a step adds up for a mix; (): it is computed as it is."""
-        return ()
-
-    def count_run(self, change: int) -> None:
-        """Count a request that begins (1) or ends (-1) to run on it."""
-        self.running += change
-        for part, _ in self.parts:
-            part.running += change
+        self.rank, self.digest, self.disk_seconds = found.rank, found.digest, found.seconds
+        self.labels, self.invocation, self.scalable = found.labels, found.invocation, found.scalable
 
     @property
     def head(self) -> Request | None:
-        """The request that has waited longest for it, or for a mix that it is a part of. Mixes that wait for
-        another part, whose read stalls, do not count: meanwhile its place is for others."""
-        if not self.waiting_mixes:
-            return self.waiting.head
-        able = (mix for mix in self.waiting_mixes.values() if not mix.waits_for_other(self))
-        heads = [self.waiting.head, *(mix.waiting.head for mix in islice(able, 1))]
-        return min((head for head in heads if head is not None), key=_seq, default=None)
-
-    @property
-    def stays(self) -> bool:
-        """Whether it may not leave its slot and the CPU cache, because it is pinned."""
-        return self.pinned and not self.yields
-
-    @property
-    def stalls(self) -> bool:
-        """Whether the read of one of its members makes no progress."""
-        return any(member.stalled for member in self.members)
-
-    def waits_for_other(self, part: AdapterEntry) -> bool:
-        """Whether the read of a part other than this one stalls."""
-        return any(other.stalled and other is not part for other, _ in self.parts)
-
-    @property
-    def is_wanted(self) -> bool:
-        """Whether requests wait for it, or for a mix that it is a part of."""
-        return bool(self.waiting) or bool(self.waiting_mixes)
+        """The request that has waited longest for it."""
+        return self.waiting.head
 
     @property
     def oldest_arrival(self) -> float | None:
@@ -233,9 +181,6 @@ class AdapterEntry:
     def needed_since(self) -> float | None:
         """Time since when a request or caller has waited for it to be in the CPU cache; None if none does."""
         oldest, wanted = self.waiting.oldest, self.wanted_since
-        if self.waiting_mixes:
-            head = self.head
-            oldest = None if head is None else head.arrival
         if oldest is None:
             return wanted
         return oldest if wanted is None else min(oldest, wanted)
@@ -299,6 +244,7 @@ class Request:
         "pooled",
         "prompt_len",
         "prompt_logprobs",
+        "scale",
         "seed",
         "seq",
         "since",
@@ -323,11 +269,14 @@ class Request:
         seed: int,
         deadline: float | None,
         options: RequestOptions,
+        scale: float = 1.0,
         given: Sequence[int] = (),
         cache: BlockManager | None = None,
     ) -> None:
         self.id = request_id
         self.adapter = adapter
+        self.scale = scale
+        """What the adapter is multiplied by."""
         self.seq = seq
         """Order of arrival."""
         self.arrival = arrival
@@ -457,13 +406,11 @@ class Request:
         return min(left, self.adapted_from - self.computed)
 
     def slot_at(self, position: int) -> int:
-        """Return the slot that computes the token at ``position``, of a mix the first one; -1 for the base
-        model."""
+        """Return the slot that computes the token at ``position``; -1 for the base model."""
         entry = self.adapter
         if entry is None or (entry.invocation and position < self.adapted_from):
             return -1
-        slot = entry.parts[0][0].slot if entry.parts else entry.slot
-        return -1 if slot is None else slot
+        return -1 if entry.slot is None else entry.slot
 
     @property
     def unscored(self) -> int:
@@ -472,11 +419,25 @@ class Request:
         return 0 if known is None else self.prompt_len - 1 - len(known)
 
     @property
+    def adapter_name(self) -> str | None:
+        """The name of what its adapter adds, such as "sql" or, scaled, "sql@2*0.5"; None: nothing."""
+        entry = self.adapter
+        if entry is None or self.scale == 1.0:
+            return None if entry is None else entry.label
+        return mix_name([(f"{entry.label}@{entry.version}", self.scale)])
+
+    @property
+    def content(self) -> str:
+        """The digest of what its adapter adds, scaled; "" for the base model, or while it is not known."""
+        digest = "" if self.adapter is None else self.adapter.digest
+        return scaled_digest(digest, self.scale) if digest and self.scale != 1.0 else digest
+
+    @property
     def cache_key(self) -> bytes:
         """Return the key that cached KV must share beside the tokens: the adapter's content, on which KV
         depends, and the caller's salt. The first part is preceded by its length, so that no two pairs have
         the same key."""
-        return self._key(b"" if self.adapter is None else self.adapter.digest.encode())
+        return self._key(self.content.encode())
 
     def _key(self, content: bytes) -> bytes:
         salt = self.options.cache_salt
@@ -544,7 +505,7 @@ class CoreRequestView:
     @property
     def adapter(self) -> str | None:
         entry: AdapterEntry | None = self._r.adapter
-        return None if entry is None else entry.name if not entry.parts else entry.members[0].name
+        return None if entry is None else entry.name
 
     @property
     def cached_tokens(self) -> int:

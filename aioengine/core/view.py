@@ -10,7 +10,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from operator import attrgetter
 from types import MappingProxyType
 
-from aioengine.core.adapters.arena import rounded
 from aioengine.core.adapters.known import CoreAdapterView
 from aioengine.core.adapters.residency import Residency
 from aioengine.core.adapters.slots import Slot, SlotTable, may_leave
@@ -18,7 +17,7 @@ from aioengine.core.arrival_queue import ArrivalQueue
 from aioengine.core.batcher import Batcher
 from aioengine.core.queues import RequestQueues
 from aioengine.core.state import AdapterEntry, CoreRequestView, Request
-from aioengine.schedulers.policy import CostsView, Location, Refusal
+from aioengine.schedulers.policy import CostsView, Refusal
 
 _view = attrgetter("view")
 _name = attrgetter("name")
@@ -84,80 +83,36 @@ class _WaitingAdapters:
 class CoreMemoryView:
     """The :class:`~aioengine.schedulers.policy.MemoryView` of a slot table."""
 
-    __slots__ = ("_entries", "_slot_bytes", "_table")
+    __slots__ = ("_entries", "_table")
 
-    def __init__(
-        self,
-        table: SlotTable,
-        entries: Mapping[str, AdapterEntry],
-        slot_bytes: int,
-    ) -> None:
+    def __init__(self, table: SlotTable, entries: Mapping[str, AdapterEntry]) -> None:
         self._table = table
         self._entries = entries
-        self._slot_bytes = slot_bytes
 
     @property
     def elastic(self) -> bool:
-        return self._table.arena is not None
+        return self._table.elastic
 
     @property
     def total(self) -> int:
-        arena = self._table.arena
-        return len(self._table.slots) * self._slot_bytes if arena is None else arena.size
+        return self._table.arena.size
 
     @property
     def free(self) -> int:
-        arena = self._table.arena
-        if arena is None:
-            return sum(slot.entry is None for slot in self._table.slots) * self._slot_bytes
-        return arena.free
+        return self._table.arena.free
 
     @property
     def largest_hole(self) -> int:
-        arena = self._table.arena
-        return min(self._slot_bytes, self.free) if arena is None else arena.largest_hole
+        return self._table.arena.largest_hole
 
     @property
     def evictable(self) -> int:
         idle = [slot.entry for slot in self._table.slots if slot.idle and may_leave(slot, set())]
-        return sum(self._taken(entry) for entry in idle if entry is not None)
+        return sum(self._table.arena.rounded(entry.slot_nbytes) for entry in idle if entry is not None)
 
     def bytes_of(self, adapter: str) -> int:
-        return self._taken(self._entries[adapter])
-
-    def _taken(self, entry: AdapterEntry) -> int:
-        if self._table.arena is None:
-            return self._slot_bytes
-        return rounded(entry.slot_nbytes) if entry.slot_nbytes else 0
-
-
-class CoreMixView:
-    """The :class:`~aioengine.schedulers.policy.MixView` of a mix."""
-
-    __slots__ = ("_e",)
-
-    def __init__(self, entry: AdapterEntry) -> None:
-        self._e = entry
-
-    name = property(attrgetter("_e.label"))
-
-    @property
-    def weights(self) -> Mapping[str, float]:
-        return {part.name: weight for part, weight in self._e.parts}
-
-    @property
-    def missing(self) -> Sequence[str]:
-        return [part.name for part in self._e.members if part.location is not Location.SLOT]
-
-    @property
-    def waiting(self) -> int:
-        return len(self._e.waiting)
-
-    @property
-    def oldest_arrival(self) -> float:
-        oldest = self._e.oldest_arrival
-        assert oldest is not None
-        return oldest
+        nbytes = self._entries[adapter].slot_nbytes
+        return self._table.arena.rounded(nbytes) if nbytes else 0
 
 
 class CoreView:
@@ -184,14 +139,13 @@ class CoreView:
         batcher: Batcher,
         costs: CostsView,
         refusals: Sequence[Refusal],
-        slot_bytes: int = 0,
     ) -> None:
         self._refusals = refusals
         self._residency = residency
         self._queues = queues
         self._batcher = batcher
         self._costs = costs
-        self._memory = CoreMemoryView(residency.slots, residency.by_policy_name, slot_bytes)
+        self._memory = CoreMemoryView(residency.slots, residency.by_policy_name)
         self._slots = tuple(CoreSlotView(slot) for slot in residency.slots.slots)
         self._adapters = MappingProxyType(residency.by_policy_name.views)
         self._waiting_adapters = _WaitingAdapters(queues)
@@ -247,22 +201,16 @@ class CoreView:
         for entry in dict.fromkeys([request.adapter for request in running]):
             if entry is None:
                 left[None] = most.get(-1, -1)
-            elif entry.parts:
-                left.setdefault(entry.members[0].name, -1)
             else:
                 left[entry.name] = most.get(entry.slot, -1)
         for request in running:
             if request.counted is None:
                 entry = request.adapter
-                name = None if entry is None else entry.name if not entry.parts else entry.members[0].name
+                name = None if entry is None else entry.name
                 tokens = request.params.max_tokens + request.prompt_len - len(request.tokens)
                 if tokens > left[name]:
                     left[name] = tokens
         return left
-
-    @property
-    def mixes(self) -> Sequence[CoreMixView]:
-        return [CoreMixView(entry) for entry in self._queues.mixes.values()]
 
     @property
     def free_blocks(self) -> int:

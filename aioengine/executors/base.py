@@ -49,7 +49,7 @@ class Device(ABC):
         """
 
     @abstractmethod
-    async def place(self, uid: int, slot: int, offset: int | None = None) -> float:
+    async def place(self, uid: int, slot: int, offset: int) -> float:
         """Copy an adapter from the CPU cache into a slot that nothing reads; returns the seconds it took."""
 
     @abstractmethod

@@ -139,6 +139,5 @@ def build_parts(
         shard=group.shard,
         affine_dtype=getattr(torch, plan.dtype),
         max_tokens=max_tokens,
-        elastic=plan.slot_memory is not None,
     )
     return Parts(runner, store)

@@ -91,11 +91,11 @@ class ThreadDevice(Device):
     async def load(self, order: ReadOrder) -> LoadedAdapter:
         return await self._loader.load(order)
 
-    async def place(self, uid: int, slot: int, offset: int | None = None) -> float:
+    async def place(self, uid: int, slot: int, offset: int) -> float:
         adapter = self.store.get(uid)
         return await self._copy(self._copy_thread, lambda: self._write_slot(slot, adapter, offset))
 
-    def _write_slot(self, slot: int, adapter: AdapterImage, offset: int | None) -> float:
+    def _write_slot(self, slot: int, adapter: AdapterImage, offset: int) -> float:
         slots = self.runner.lora_slots
         assert slots is not None, "a slot was written while LoRA is off"
         start = time.perf_counter()

@@ -36,11 +36,10 @@ class AdaptedLinears:
         """Apply the adapters to ``y``, the rank's outputs of a linear that is split over its outputs."""
         if pool is None or not batch.segments:
             return
-        for one in batch.passes:
-            h = self._kernels.lora_shrink(x, pool, one)
-            if self.exchanges:
-                h = self.gather(h, one)
-            self._kernels.lora_expand(h, pool, y, one)
+        h = self._kernels.lora_shrink(x, pool, batch)
+        if self.exchanges:
+            h = self.gather(h, batch)
+        self._kernels.lora_expand(h, pool, y, batch)
         self._affine(y, pool, batch)
 
     def split_inputs(self, linear: Linear, x: Tensor, pool: LoRAPool | None, batch: LoRABatch) -> Tensor:
@@ -86,18 +85,16 @@ class AdaptedLinears:
         if absent is not None:
             hidden.masked_fill_(absent[:, None], 0)
         if pool is not None and batch.segments:
-            for one in batch.passes:
-                h = self._kernels.lora_embed(token_ids, pool, one).to(hidden.dtype)
-                if absent is not None:
-                    h.masked_fill_(absent[:, None, None], 0)
-                self._add_summand(h, pool, hidden, one)
+            h = self._kernels.lora_embed(token_ids, pool, batch).to(hidden.dtype)
+            if absent is not None:
+                h.masked_fill_(absent[:, None, None], 0)
+            self._add_summand(h, pool, hidden, batch)
         return self.total(hidden, None, pool, batch)
 
     def _adapt_inputs(self, x: Tensor, y: Tensor, pool: LoRAPool | None, batch: LoRABatch) -> None:
         """Add B A x to the rank's summand ``y``; gain and shift are left out."""
         if pool is not None and batch.segments:
-            for one in batch.passes:
-                self._add_summand(self._kernels.lora_shrink(x, pool, one), pool, y, one)
+            self._add_summand(self._kernels.lora_shrink(x, pool, batch), pool, y, batch)
 
     def _add_summand(self, h: Tensor, pool: LoRAPool, y: Tensor, batch: LoRABatch) -> None:
         """Add B h to y, which is yet to be summed over the ranks."""

@@ -70,6 +70,7 @@ class DecodeSteps:
         head_dim: int = 128,
     ) -> None:
         self._forward, self._slots = forward, slots
+        self._max_rank = 1 if slots is None else slots.layout.max_rank
         self._most = limits.max_num_seqs
         self._steps = {
             size: FixedStep(
@@ -77,7 +78,7 @@ class DecodeSteps:
                 table_width=-(-limits.max_model_len // block_size),
                 block_size=block_size,
                 slots=0 if slots is None else slots.max_loras,
-                max_rank=1 if slots is None else slots.layout.max_rank,
+                max_rank=self._max_rank,
                 device=device,
             )
             for size in sizes(limits.max_num_seqs)
@@ -87,7 +88,7 @@ class DecodeSteps:
             -(-limits.max_model_len // block_size),
             block_size,
             0 if slots is None else slots.max_loras,
-            1 if slots is None else slots.layout.max_rank,
+            self._max_rank,
             group,
             rows_of_prompts(8 * dtype.itemsize, head_dim, capability(device)),
             SHORT if slots is None else _prompt_tile(slots, 8 * dtype.itemsize),
@@ -112,8 +113,9 @@ class DecodeSteps:
 
     def run(self, sequences: Sequence[SequenceWork], slot_ranks: Sequence[int]) -> Tensor | None:
         """Return the logits [N, vocab] of those sequences that ask for a token, valid until the next call;
-        None if this is no step of the recorded sizes, or it has a mix, or an adapter with trained tokens."""
-        if any(work.parts for work in sequences):
+        None if this is no step of the recorded sizes, or it scales an adapter, or one has trained tokens, or
+        one in a slot has a rank beyond the recorded one."""
+        if any(work.scale != 1.0 for work in sequences) or max(slot_ranks, default=0) > self._max_rank:
             return None
         tokens = [] if self._slots is None else self._slots.tokens
         if any(work.slot >= 0 and tokens[work.slot] is not None for work in sequences if tokens):

@@ -204,7 +204,7 @@ class NativeForward:
         returns is of use only then, and until the next step."""
         decoder, plan = self._decoder, inputs.attention
         lora, sample_lora = inputs.lora, inputs.sample_lora
-        width = max(batch.width for of in (lora, sample_lora) for batch in of.passes)
+        width = max(lora.width, sample_lora.width)
         space, self._last = self._workspace, None
         if space is None or space.size != (len(inputs.token_ids), width):
             space = self._workspace = None  # its memory is free before more is taken
@@ -315,8 +315,7 @@ class _Workspace:
         """Make the batch's tables, or return those of the step before if they are the same."""
         if self._segments is not None:
             last, found = self._segments
-            same = (last.segments, last.affine) == (batch.segments, batch.affine)
-            if same and not batch.more and not last.more:
+            if (last.segments, last.affine) == (batch.segments, batch.affine):
                 return found
         found = _Segments(batch)
         self._segments = batch, found
@@ -347,17 +346,12 @@ class _Segments:
 
     def __init__(self, batch: LoRABatch) -> None:
         self._all, self._affine = segment_table(batch.segments), segment_table(batch.affine)
-        self._more: list[_Segments] = [_Segments(one) for one in batch.more]
         self.struct: structs.LoraBatch = structs.LoraBatch(
             segments=self._all.data_ptr(),
             count=len(batch.segments),
             width=batch.width,
             affine=self._affine.data_ptr(),
             affine_count=len(batch.affine),
-            more=(structs.LoraBatch * len(self._more))(*(one.struct for one in self._more))
-            if self._more
-            else None,
-            more_count=len(self._more),
         )
 
 

@@ -103,7 +103,7 @@ def pool(
     for index, work in enumerate(sequences):
         count, asked = len(work.tokens), work.params.pooling
         if asked is not None:
-            own = kinds[work.slot] if work.slot >= 0 and len(work.parts) < 2 else None
+            own = kinds[work.slot] if work.slot >= 0 else None
             head = None
             if asked == "classify":
                 head = heads[work.slot] if work.slot >= 0 else None

@@ -444,11 +444,8 @@ class ModelRunner:
         ranks = batch.slot_ranks if self.lora_slots is not None else ()
         affine = self.lora_slots.has_affine if self.lora_slots is not None else ()
         rows = [batch.sequences[i] for i in sequences]
-        if any(work.parts for work in rows):
-            parts = [work.parts or (() if work.slot < 0 else ((work.slot, 1.0),)) for work in rows]
-            return LoRABatch.mixed(parts, counts, ranks, self.device, slot_affine=affine)
-        slots = [work.slot for work in rows]
-        return LoRABatch(slots, counts, ranks, self.device, slot_affine=affine)
+        slots, scales = [work.slot for work in rows], [work.scale for work in rows]
+        return LoRABatch(slots, counts, ranks, self.device, slot_affine=affine, scales=scales)
 
 
 def _tensor(numbers: list[int]) -> Tensor:

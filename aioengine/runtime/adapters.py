@@ -274,7 +274,7 @@ class AdapterOps:
     def _abort_all(self, entry: AdapterEntry) -> None:
         self._stepper.catch_up()
         for request in list(self._core.requests.values()):
-            if request.adapter is not None and entry in request.adapter.members:
+            if request.adapter is not None and self._names.mixes.is_made_of(request.adapter, entry):
                 self._core.end(request, "abort", _now())
 
     # Pinning

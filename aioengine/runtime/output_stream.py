@@ -185,7 +185,7 @@ class OutputStream:
 
     def so_far(self) -> RequestOutput:
         """Return the output so far, without waiting; its ``_delta`` fields have what is new."""
-        request, entry = self.request, self.request.adapter
+        request = self.request
         if request.counted is not None:
             request.counted.write_down(request)
         self._catch_up()
@@ -193,7 +193,7 @@ class OutputStream:
         tokens, pieces, logprobs = len(request.tokens), len(self._text.text), self._logprobs or ()
         return RequestOutput(
             request_id=request.id,
-            adapter=None if entry is None else entry.label,
+            adapter=request.adapter_name,
             text_delta=self._text.text.between(self._text_seen, pieces),
             token_ids_delta=request.tokens[self._tokens_seen :],
             logprobs_delta=logprobs[self._logprobs_seen :],
@@ -206,7 +206,7 @@ class OutputStream:
             pooled=request.pooled if self._finish == "length" else None,
             cached_tokens=request.cached_tokens,
             pinned_tokens=request.pinned_tokens,
-            adapter_digest="" if entry is None else entry.digest,
+            adapter_digest=request.content,
             arrival=request.arrival,
             first_token=request.first_token,
             last_token=request.last_token,

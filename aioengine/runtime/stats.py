@@ -6,7 +6,6 @@ from collections import Counter
 
 from aioengine import events
 from aioengine.core import Core
-from aioengine.core.adapters.arena import rounded
 from aioengine.core.state import AdapterEntry, location_name
 from aioengine.info import AdapterInfo, EngineLoad, EngineStats, SlotInfo
 from aioengine.schedulers.policy import Location
@@ -64,7 +63,7 @@ class Counters:
         preempted = core.room.returned
         blocked = sum(
             len(entry.waiting) - (sum(r.ticket is None for r in entry.waiting) if preempted else 0)
-            for entry in (*queues.heads.values(), *queues.mixes.values())
+            for entry in queues.heads.values()
             if entry is not None and entry.location is not Location.SLOT
         )
         live = core.requests.values()
@@ -108,18 +107,16 @@ class Counters:
 
 
 def _slot_memory(core: Core) -> dict[str, int]:
-    arena, size = core.slots.arena, core.limits.slot_bytes
-    if arena is None:
-        held = sum(slot.entry is not None for slot in core.slots.slots)
-        return {"slot_memory": size * len(core.slots.slots), "slot_memory_used": size * held}
+    arena, by_bytes = core.slots.arena, core.limits.slot_memory is not None
     return {
         "slot_memory": arena.size,
         "slot_memory_used": arena.used,
-        "slot_memory_fragmented": arena.free - arena.largest_hole,
+        "slot_memory_fragmented": arena.free - arena.largest_hole if by_bytes else 0,
     }
 
 
 def slot_infos(core: Core) -> tuple[SlotInfo, ...]:
+    arena, by_bytes = core.slots.arena, core.limits.slot_memory is not None
     return tuple(
         SlotInfo(
             index=slot.index,
@@ -128,8 +125,8 @@ def slot_infos(core: Core) -> tuple[SlotInfo, ...]:
             version=None if slot.entry is None else slot.entry.version,
             running=0 if slot.entry is None else slot.entry.running,
             pinned=slot.entry is not None and slot.entry.pinned,
-            offset=slot.offset,
-            bytes=0 if slot.entry is None or slot.offset is None else rounded(slot.entry.slot_nbytes),
+            offset=slot.offset if by_bytes else None,
+            bytes=arena.regions[slot.offset] if by_bytes and slot.offset is not None else 0,
         )
         for slot in core.slots.slots
     )

@@ -65,7 +65,7 @@ class Submitter:
         # A request that can never run must get this error, and not "try again later".
         tokens = self._token_ids(prompt, params)
         ticket = self._reserve(options.tenant, counted, arrival, None if tokens is None else len(tokens))
-        entry = None if adapter is None else self._adapters.current(adapter)
+        entry, scale = None if adapter is None else self._adapters.current(adapter), 1.0
 
         def where() -> str:
             return "" if adapter is None else self._adapters.where(adapter)
@@ -78,7 +78,7 @@ class Submitter:
                     self._check_prompt(tokens, params)
                     self._weigh(ticket, len(tokens))
                 if adapter is not None and entry is None:
-                    entry = await self._adapters.acquire_wanted(adapter, ticket.tenant)
+                    entry, scale = await self._adapters.acquire_wanted(adapter, ticket.tenant)
                 text = self._output_text(params)
                 given: Sequence[int] = ()
                 replay = options.replay or params.logprobs is not None
@@ -111,6 +111,7 @@ class Submitter:
             options,
             asyncio.get_running_loop().time(),
             adapter=entry,
+            scale=scale,
             deadline=due,
             ticket=ticket,
             given=given,

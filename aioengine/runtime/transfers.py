@@ -137,11 +137,10 @@ class AdapterMoves:
         self._reads.pop(entry.uid, None)
         self._changed(entry.label)
 
-    async def _copy(self, entry: AdapterEntry, slot: int, offset: int | None) -> None:
+    async def _copy(self, entry: AdapterEntry, slot: int, offset: int) -> None:
         loop = asyncio.get_running_loop()
         try:
-            where = () if offset is None else (offset,)
-            seconds = await self._device.place(entry.uid, slot, *where)
+            seconds = await self._device.place(entry.uid, slot, offset)
         except errors.EngineDead:
             return
         except Exception as error:

@@ -64,8 +64,7 @@ class IdleWatch:
         if self._said or seconds < IDLE_WARNING_SECONDS:
             return
         self._said = True
-        queues = self._core.queues
-        heads = (*queues.heads.values(), *queues.mixes.values())
+        heads = self._core.queues.heads.values()
         cold = sum(len(e.waiting) for e in heads if e is not None and e.location is not Location.SLOT)
         waiting = len(self._core.queues)
         logger.warning(

@@ -32,9 +32,8 @@ class Exchange(IntEnum):
     """Add up the squares of queries and keys, which are normed over all heads."""
 
 
-ExchangeFunction = CFUNCTYPE(c_int, c_int64, c_int64, c_int64)
-"""``exchange(what, id of a pool, or -1, which of the batches ``more``, from 1 on, or 0)``; other than 0 ends
-the step."""
+ExchangeFunction = CFUNCTYPE(c_int, c_int64, c_int64)
+"""``exchange(what, id of a pool, or -1)``; other than 0 ends the step."""
 
 
 FORMATS = (
@@ -206,18 +205,15 @@ class Model(Structure):
 
 class LoraBatch(Structure):
     """Segments [count][slot, begin, end, rank, weight] of int32 and a float32; ``width``: what A's outputs
-    have room for; ``more``: further adapters of mixes."""
+    have room for."""
 
-
-LoraBatch._fields_ = [
-    ("segments", c_void_p),
-    ("count", c_int64),
-    ("width", c_int64),
-    ("affine", c_void_p),
-    ("affine_count", c_int64),
-    ("more", POINTER(LoraBatch)),
-    ("more_count", c_int64),
-]
+    _fields_ = [
+        ("segments", c_void_p),
+        ("count", c_int64),
+        ("width", c_int64),
+        ("affine", c_void_p),
+        ("affine_count", c_int64),
+    ]
 
 
 class Step(Structure):

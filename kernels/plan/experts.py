@@ -85,9 +85,7 @@ class ExpertPlan:
             segments.append(Segment(place, start, stop, rank, weight))
             if slot in affine:
                 scaled.append(segments[-1])
-        found = LoRABatch.of(segments, scaled, len(numbers), batch.device)
-        found.more = tuple(self.lora(more, per_slot, per_expert) for more in batch.more)
-        return found
+        return LoRABatch.of(segments, scaled, len(numbers), batch.device)
 
     def _runs(self, numbers: Tensor) -> Iterator[tuple[Group, int, int, int]]:
         """Rows of one expert and one segment that adjoin, if there is an adapter in it."""

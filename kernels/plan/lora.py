@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import repeat
 from typing import NamedTuple
 
 import torch
@@ -25,21 +26,14 @@ class Segment(NamedTuple):
     """Factor of what the adapter adds."""
 
 
-Part = tuple[int, float]
-"""A slot and a weight: one adapter of a mix."""
-
-
 class LoRABatch(Derivable):
     """Segments of a step's tokens by adapter slot.
 
-    A token of a mix is in several batches: here with its first adapter, and in each one of ``more`` with the
-    next one. The operations are done once for each batch, in this order, so that a token's bits depend on
-    its own mix alone.
-
     ``slots`` and ``counts`` give each sequence's slot (-1: no adapter) and number of tokens, sequences
-    sorted by slot; ``slot_ranks`` gives the largest rank of the adapter in each slot, and ``slot_affine``
-    says which slots scale or shift outputs (empty: none). Index tensors live on ``device``. Raises ValueError
-    if the sequences are not sorted or a slot holds no adapter.
+    sorted by slot; ``slot_ranks`` gives the largest rank of the adapter in each slot, ``slot_affine`` says
+    which slots scale or shift outputs (empty: none), and ``scales`` what each sequence's adapter is
+    multiplied by (empty: by 1). Index tensors live on ``device``. Raises ValueError if the sequences are not
+    sorted or a slot holds no adapter.
     """
 
     def __init__(
@@ -50,37 +44,31 @@ class LoRABatch(Derivable):
         device: torch.device | str = "cpu",
         *,
         slot_affine: Sequence[bool] = (),
+        scales: Sequence[float] = (),
     ) -> None:
         super().__init__()
         self.device = torch.device(device)
         self.num_tokens = sum(counts)
         segments: list[Segment] = []
         start, previous = 0, -1
-        for slot, count in zip(slots, counts, strict=True):
+        for slot, count, scale in zip(slots, counts, scales or repeat(1.0, len(slots)), strict=True):
             if slot < previous:
                 raise ValueError(f"sequences must be sorted by slot: {slot} follows {previous}")
             if slot >= len(slot_ranks) or (slot >= 0 and slot_ranks[slot] <= 0):
                 raise ValueError(f"slot {slot} holds no adapter; slot_ranks={list(slot_ranks)}")
             if slot >= 0 and count > 0:
-                if segments and segments[-1].slot == slot:
+                if segments and segments[-1].slot == slot and segments[-1].weight == scale:
                     segments[-1] = segments[-1]._replace(stop=start + count)
                 else:
-                    segments.append(Segment(slot, start, start + count, slot_ranks[slot]))
+                    segments.append(Segment(slot, start, start + count, slot_ranks[slot], scale))
             start, previous = start + count, slot
         self.segments: tuple[Segment, ...] = tuple(segments)
         self.affine: tuple[Segment, ...] = tuple(s for s in segments if slot_affine and slot_affine[s.slot])
         """The segments whose slots scale or shift outputs; mostly none, and then that costs nothing."""
         self.width = _width(segments)
         """Width of A's outputs: the largest rank of the segments, rounded up."""
-        self.is_weighted = False
+        self.is_weighted = bool(scales) and any(segment.weight != 1.0 for segment in segments)
         """Whether A's outputs are multiplied by weights."""
-        self.more: tuple[LoRABatch, ...] = ()
-        """The further adapters of mixes; mostly none, and then that costs nothing."""
-
-    @property
-    def passes(self) -> tuple[LoRABatch, ...]:
-        """This batch, and the further adapters of mixes."""
-        return (self, *self.more)
 
     @classmethod
     def of(
@@ -97,39 +85,6 @@ class LoRABatch(Derivable):
         batch.width = _width(segments)
         batch.is_weighted = any(segment.weight != 1.0 for segment in segments)
         return batch
-
-    @classmethod
-    def mixed(
-        cls,
-        parts: Sequence[Sequence[Part]],
-        counts: Sequence[int],
-        slot_ranks: Sequence[int],
-        device: torch.device | str = "cpu",
-        *,
-        slot_affine: Sequence[bool] = (),
-    ) -> LoRABatch:
-        """Return the batch of sequences with the adapters ``parts`` (none: the base model), in any order."""
-        passes = []
-        for depth in range(max(map(len, parts), default=0) or 1):
-            segments: list[Segment] = []
-            start = 0
-            for own, count in zip(parts, counts, strict=True):
-                stop = start + count
-                if depth < len(own) and count > 0:
-                    slot, weight = own[depth]
-                    last = segments[-1] if segments else None
-                    if last is not None and (last.slot, last.stop, last.weight) == (slot, start, weight):
-                        segments[-1] = last._replace(stop=stop)
-                    elif slot_ranks[slot] <= 0:
-                        raise ValueError(f"slot {slot} holds no adapter; slot_ranks={list(slot_ranks)}")
-                    else:
-                        segments.append(Segment(slot, start, stop, slot_ranks[slot], weight))
-                start = stop
-            affine = [segment for segment in segments if slot_affine and slot_affine[segment.slot]]
-            passes.append(cls.of(segments, affine, sum(counts), torch.device(device)))
-        first, *more = passes
-        first.more = tuple(more)
-        return first
 
 
 def row_weights(batch: LoRABatch) -> torch.Tensor:

@@ -20,8 +20,7 @@ def logits(x: Tensor, weight: Weight, bias: Tensor | None, pool: LoRAPool | None
     x = x.float()
     y = F.linear(x, weight.rows(0, weight.n).float(), None if bias is None else bias.float())
     if pool is not None and batch.segments:
-        for one in batch.passes:
-            lora_expand(lora_shrink(x, pool, one), pool, y, one)
+        lora_expand(lora_shrink(x, pool, batch), pool, y, batch)
         lora_affine(y, pool, batch)
     return y
 

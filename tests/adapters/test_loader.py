@@ -101,7 +101,7 @@ class FakeStore:
             digest=name,
             labels=0,
             invocation=(),
-            summable=True,
+            scalable=True,
         )
 
     def put(self, uid: int, packed: Any) -> None:

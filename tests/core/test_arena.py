@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aioengine.core.adapters.arena import GRANULE, Arena, compaction, rounded
+from aioengine.core.adapters.arena import GRANULE, Arena, compaction
 
+rounded = Arena(0).rounded
 SIZES = [rounded(n) for n in (GRANULE, 8 * 2500, 16 * 2500, 64 * 2500)]
 
 

@@ -33,6 +33,7 @@ class CoreMachine(RuleBasedStateMachine):
         blocks=st.integers(16, 40),
         max_bytes=st.sampled_from([None, MAX_BYTES]),
         slot_memory=st.sampled_from([None, 3000, 4200]),
+        slot_bytes=st.sampled_from([600, 1000, 1 << 20]),
         bounded=st.sampled_from([None, "requests", "tokens"]),
         speculation=st.sampled_from(["none", "ngram"]),
         window=st.sampled_from([None, None, 1, 5, 8, 13]),
@@ -45,6 +46,7 @@ class CoreMachine(RuleBasedStateMachine):
         blocks: int,
         max_bytes: int | None,
         slot_memory: int | None,
+        slot_bytes: int,
         bounded: Literal["requests", "tokens"] | None,
         speculation: Literal["none", "ngram"],
         window: int | None,
@@ -57,6 +59,7 @@ class CoreMachine(RuleBasedStateMachine):
         limits = LIMITS._replace(num_blocks=blocks, cpu_max_bytes=max_bytes, speculation=speculation)
         limits = limits._replace(max_pinned_blocks=pinned, max_pinned_blocks_per_tenant=5)
         limits = limits._replace(window=window, num_blocks=max(blocks if window is None else blocks // 2, 9))
+        limits = limits._replace(slot_bytes=slot_bytes)
         if slot_memory is not None:
             limits = limits._replace(slot_memory=slot_memory, num_slots=3)
         if bounded == "tokens":
@@ -102,9 +105,11 @@ class CoreMachine(RuleBasedStateMachine):
         for name in names:
             if name not in sim.core.residency.current:
                 sim.register(name)
-        if isinstance(adapter, tuple):
-            entries = [sim.core.residency.current[name] for name in adapter]
-            adapter = sim.mix(*adapter) if all(entry.summable for entry in entries) else names[0]
+        scale = 1.0
+        if isinstance(adapter, tuple) and len(adapter) == 1 and sim.core.residency.current[names[0]].scalable:
+            adapter, scale = names[0], 0.5
+        elif isinstance(adapter, tuple):
+            adapter = sim.mix(*adapter, tenant=tenant)
         due = None if deadline is None else sim.now + deadline
         try:
             sim.add(
@@ -114,10 +119,10 @@ class CoreMachine(RuleBasedStateMachine):
                 deadline=due,
                 tenant=tenant,
                 constrained=constrained,
+                scale=scale,
                 cache_pins=cache_pins,
             )
         except EngineOverloaded as error:
-            sim.count -= 1  # never accepted
             if sim.core.room.max_tokens is not None:
                 self.check_tokens_refusal(error, tenant, len(prompt))
             else:
@@ -142,7 +147,11 @@ class CoreMachine(RuleBasedStateMachine):
         limits, room = self.sim.core.limits, self.sim.core.room
         fresh = [request for request in self.sim.core.queues if request.ticket is not None]
         places = [
-            (r.options.tenant, {m.label for m in r.adapter.members} if r.adapter else ()) for r in fresh
+            (
+                r.options.tenant,
+                set(self.sim.parts.get(r.adapter.label, (r.adapter.label,))) if r.adapter else (),
+            )
+            for r in fresh
         ]
         places += [(t.tenant, t.adapters) for t in self.tickets if t not in self.lost]
         if error.bound == "adapter":
@@ -199,11 +208,11 @@ class CoreMachine(RuleBasedStateMachine):
     def resize(self, name: str, nbytes: int) -> None:
         self.sim.sizes[name] = nbytes
 
-    @rule(name=st.sampled_from(NAMES), summable=st.booleans())
-    def change_files_in_place(self, name: str, summable: bool) -> None:
+    @rule(name=st.sampled_from(NAMES), scalable=st.booleans())
+    def change_files_in_place(self, name: str, scalable: bool) -> None:
         """They are read when the adapter has left the CPU cache."""
         self.sim.contents[name] = self.sim.contents.get(name, 0) + 1
-        (self.sim.unsummable.discard if summable else self.sim.unsummable.add)(name)
+        (self.sim.unscalable.discard if scalable else self.sim.unscalable.add)(name)
 
     @precondition(lambda self: self.sim.loads)
     @rule(which=st.integers(0, 100), fail=st.sampled_from([False, False, False, True]))
@@ -302,14 +311,14 @@ class CoreMachine(RuleBasedStateMachine):
         if (batch := self.sim.batch) is not None:
             for work in batch.sequences:  # what it reads and writes is not given to anybody else
                 assert free.isdisjoint(work.block_table)
-                for index in work.used:
-                    slot = core.slots.slots[index]
-                    assert index < 0 or (slot.entry, slot.offset) == self.in_flight[index], "it was moved"
+                if work.slot >= 0:
+                    slot = core.slots.slots[work.slot]
+                    assert (slot.entry, slot.offset) == self.in_flight[work.slot], "it was moved"
 
     def check_batch(self) -> None:
         core, batch = self.sim.core, self.sim.batch
         assert batch is not None
-        assert len({slot for w in batch.sequences for slot in w.used} - {-1}) <= core.limits.num_slots
+        assert len({work.slot for work in batch.sequences} - {-1}) <= core.limits.num_slots
         assert sum(len(w.tokens) for w in batch.sequences) <= LIMITS.max_num_batched_tokens
         assert len(batch.sequences) <= LIMITS.max_num_seqs
         blocks = [b for w in batch.sequences for b in w.block_table[w.start // LIMITS.block_size :]]
@@ -320,11 +329,10 @@ class CoreMachine(RuleBasedStateMachine):
             if request.adapter is None:
                 assert work.slot == -1
             else:
-                for index, entry in zip(work.used, request.adapter.members, strict=True):
-                    slot = core.slots.slots[index]
-                    assert slot.entry is entry, "the very version that it was accepted for"
-                    assert slot.state in (SlotState.READY, SlotState.DRAINING)
-                assert work.slot == next(work.used)
+                slot = core.slots.slots[work.slot]
+                assert slot.entry is request.adapter, "the very version that it was accepted for"
+                assert slot.state in (SlotState.READY, SlotState.DRAINING)
+                assert work.scale == request.scale
             assert len(work.block_table) * LIMITS.block_size >= work.start + len(work.tokens)
 
     def teardown(self) -> None:

@@ -1,15 +1,25 @@
-"""Mixes in the core: requests that need several slots at once."""
+"""Scaled adapters, adapters that were made for one tenant, and those that take several slots of one size."""
 
 from __future__ import annotations
 
-from support.mix_world import core_with
+import pytest
 
 from aioengine import events
-from aioengine.core.adapters.assembly import MIX_PATIENCE_SECONDS
-from aioengine.errors import AdapterChanged, AdapterLoadError, AdapterTooLarge
-from aioengine.schedulers import PolicyEvent
-from aioengine.schedulers.policies.fcfs import FCFS
+from aioengine.core.adapters.placing import PIN_RETRY_SECONDS
+from aioengine.core.limits import CoreLimits
+from aioengine.errors import AdapterChanged, AdapterTooLarge, EngineOverloaded
+from aioengine.schedulers import load_policy
+from aioengine.schedulers.policy import Location
 from aioengine.testing import LIMITS, Sim
+
+SLOT = LIMITS._replace(num_slots=4, cpu_capacity=6, slot_bytes=1000)
+
+
+def core_with(*names: str, limits: CoreLimits = LIMITS) -> Sim:
+    sim = Sim(limits)
+    for name in names:
+        sim.register(name)
+    return sim
 
 
 def moved(sim: Sim) -> list[str]:
@@ -18,164 +28,184 @@ def moved(sim: Sim) -> list[str]:
     return [event.adapter for event in sim.events if isinstance(event, kinds)]
 
 
-def test_parts_in_slots_need_no_load() -> None:
-    sim = core_with("a", "b")
-    for name in ("a", "b"):
-        sim.add(name)
-    sim.run()
-    sim.events.clear()
-    request = sim.add(sim.mix("a", "b", weight=0.3), max_tokens=2)
-    batch = sim.settle()
-    assert batch is not None and not moved(sim)
-    slots = [sim.core.residency.current[name].slot for name in ("a", "b")]
-    assert [work.parts for work in batch.sequences] == [((slots[0], 0.3), (slots[1], 0.3))]
-    assert batch.contents().adapters == 2
-    sim.run()
-    assert sim.ended[request.id] == "length" and not moved(sim)
-    assert sim.core.residency.current["a"].running == 0
+# Scales
 
 
-def test_all_or_none() -> None:
-    """One slot becomes idle long before the other: it is not taken alone."""
-    sim = core_with("a", "b", "c", "d")
-    sim.add("a", max_tokens=3)
-    sim.add("b", max_tokens=40)
+def test_a_scale_is_a_number_of_each_row() -> None:
+    sim = core_with("a")
+    scaled, plain = sim.add("a", scale=0.5), sim.add("a")
     sim.settle()
-    sim.add(sim.mix("c", "d"))
-    placed: list[str] = []
+    assert [request.view.adapter for request in sim.core.requests.values()] == ["a", "a"]
+    batch = None
     while sim.core.requests:
-        sim.schedule()
-        placed = [event.adapter for event in sim.events if isinstance(event, events.AdapterPlacing)]
-        assert placed[2:] in ([], ["c", "d"]), "both in one decision"
-        if sim.batch is not None:
-            sim.finish_step()
-        while sim.loads:
-            sim.finish_load()
-        while sim.copies:
-            sim.finish_copy()
-        sim.core.check()
-        sim.now += 0.01
-    assert len(placed) == 4
+        batch = sim.settle() or batch
+    assert batch is not None
+    assert {work.request_id: work.scale for work in batch.sequences} == {scaled.id: 0.5, plain.id: 1.0}
+    assert moved(sim) == ["a", "a"], "a read and a copy"
+    assert (scaled.adapter_name, plain.adapter_name) == ("a@1*0.5", "a")
 
 
-def test_a_part_is_freed_with_the_last_request_of_its_mixes() -> None:
-    sim = core_with("a", "b")
-    request = sim.add(sim.mix("a", "b"), max_tokens=6)
-    for _ in range(3):
-        sim.settle()
-    residency = sim.core.residency
-    part = residency.current["a"]
-    residency.retire(part, sim.now)
-    sim.settle()
-    assert request.status.name == "RUNNING" and part.uid in residency.entries
-    sim.run()
-    sim.settle()
-    assert part.uid not in residency.entries and sorted(residency.current) == ["b"]
-
-
-def test_a_part_that_fails_fails_its_mixes_alone() -> None:
-    sim = core_with("a", "b", "c")
-    failed = [sim.add(sim.mix("a", "b")), sim.add("a"), sim.add(sim.mix("a"))]
-    fine = sim.add(sim.mix("b", "c"))
-    sim.schedule()
-    sim.finish_load([entry.label for entry in sim.loads].index("a"), fail=True)
-    assert [sim.ended[request.id] for request in failed] == ["error"] * 3
-    assert all(isinstance(error, AdapterLoadError) and error.name == "a" for error in sim.errors.values())
-    sim.run()
-    assert sim.ended[fine.id] == "length"
-
-
-def test_what_becomes_another_kind_of_adapter_fails() -> None:
-    """The files of a part change while it is on disk, to what a step cannot add up."""
-    sim = core_with("a", "b")
-    lost = [sim.add(sim.mix("a", "b")), sim.add(sim.mix("a"))]
-    kept = sim.add("a")
-    sim.unsummable = {"a"}
-    sim.run()
-    assert sim.ended == {lost[0].id: "error", lost[1].id: "error", kept.id: "length"}
-    assert all(isinstance(error, AdapterChanged) for error in sim.errors.values())
-    sim.settle()
-    assert sorted(sim.core.residency.current) == ["a", "b"]
-
-
-def test_content_that_is_refused_changes_nothing() -> None:
-    sim = core_with("a", "b")
-    sim.add(sim.mix("a", "b"))
-    sim.run()
-    entry = sim.core.residency.current["a"]
-    sim.lose_device()
-    sim.core.residency.expect("a", entry.digest)
-    request = sim.add(sim.mix("a", "b"))
-    sim.unsummable, sim.contents = {"a"}, {"a": 1}
-    sim.run()
-    assert "its files have changed since it was loaded" in str(sim.errors[request.id])
-    sim.unsummable, sim.contents = set(), {}
-    again = sim.add(sim.mix("a", "b"))
-    assert entry.summable and again.adapter is request.adapter
-    sim.run()
-    assert sim.ended[again.id] == "length"
-
-
-def test_parts_that_can_never_be_in_slots_together() -> None:
-    sim = core_with("a", "b", limits=LIMITS._replace(slot_memory=2048))
-    sim.sizes = {"a": 1500, "b": 1000}
-    request = sim.add(sim.mix("a", "b"))
-    alone = sim.add("a")
-    sim.run()
-    assert sim.ended == {request.id: "error", alone.id: "length"}
-    error = sim.errors[request.id]
-    assert isinstance(error, AdapterTooLarge) and "2,560 bytes" in str(error)
-
-
-def test_equal_prefixes_are_shared_by_the_same_mix_only() -> None:
+def test_equal_prefixes_are_shared_at_the_same_scale_only() -> None:
     sim = core_with("a", "b")
     prompt = list(range(2, 14))
-    names = [sim.mix("a", "b"), sim.mix("a", "b", weight=0.25), sim.mix("a"), "a"]
-    for name in names:
-        request = sim.add(name, prompt=prompt)
+    for name, scale in (
+        (sim.mix("a", "b"), 1.0),
+        (sim.mix("a", "b", weight=0.25), 1.0),
+        ("a", 0.5),
+        ("a", 1.0),
+    ):
+        request = sim.add(name, prompt=prompt, scale=scale)
         sim.run()
         assert request.cached_tokens == 0
-        request = sim.add(name, prompt=prompt)
+        request = sim.add(name, prompt=prompt, scale=scale)
         sim.run()
         assert request.cached_tokens == 8
 
 
-def test_policies_see_a_mix_while_it_waits_beside_the_queues_and_while_it_runs_as_a_request() -> None:
-    seen: list[str] = []
-
-    class Watching(FCFS):
-        def on_event(self, event: PolicyEvent) -> None:
-            if event.request is not None:
-                seen.append(f"{event.kind.removeprefix('request_')} {event.adapter}")
-            super().on_event(event)
-
-    sim = Sim(LIMITS, Watching())
-    for name in "ab":
-        sim.register(name)
-    sim.add(sim.mix("a", "b", weight=0.25))
-    view = sim.core._view
-    sim.core.schedule(0.0)
-    (mix,) = view.mixes
-    assert (mix.weights, mix.missing, mix.waiting) == ({"a": 0.25, "b": 0.25}, ["a", "b"], 1)
-    assert not list(view.waiting) and not list(view.waiting_adapters) and not seen
-    assert sorted(view.adapters) == ["a", "b"]
+def test_what_becomes_another_kind_of_adapter_fails_where_it_is_scaled() -> None:
+    """Its files change while it is on disk, to what a step cannot scale."""
+    sim = core_with("a")
+    lost, kept = sim.add("a", scale=0.5), sim.add("a")
+    sim.unscalable = {"a"}
+    sim.run()
+    assert sim.ended == {lost.id: "error", kept.id: "length"}
+    assert isinstance(sim.errors[lost.id], AdapterChanged)
 
 
-def test_a_mix_that_nobody_waits_for_any_more_keeps_no_place_in_the_cpu_cache() -> None:
-    """It leaves while one of its parts is read."""
-    sim = core_with("a", "b", "c", limits=LIMITS._replace(cpu_capacity=2))
-    running = sim.add("a", max_tokens=40)
-    while not running.tokens[running.prompt_len :]:
+# Several slots of one size
+
+
+def test_it_takes_adjacent_slots_and_what_is_in_the_way_is_copied_elsewhere() -> None:
+    sim = core_with("a", "b", "c", "d", "large", limits=SLOT)
+    sim.sizes["large"] = 1800
+    for name in "abcd":
+        sim.add(name)
+    sim.run()
+    running = sim.add("b", max_tokens=40)
+    request = sim.add("large")
+    while request.status.name != "RUNNING":
         sim.settle()
-    mix = sim.add(sim.mix("a", "b"))
-    for _ in range(3):
-        sim.schedule()
-        sim.finish_step()
-        sim.now += MIX_PATIENCE_SECONDS
-    assert [entry.label for entry in sim.loads] == ["b"]
-    sim.core.end(mix, "abort", sim.now)
-    sim.core.end(running, "abort", sim.now)
-    sim.finish_load()
-    alone = sim.add("c")
-    sim.run(steps=20)
-    assert sim.ended[alone.id] == "length"
+    entry = sim.core.residency.current["large"]
+    assert entry.places == 2 and running.status.name == "RUNNING"
+    assert sim.core.slots.arena.regions[sim.core.slots.slots[entry.slot or 0].offset or 0] == 2000
+    view = sim.core._view.memory
+    assert view is not None and view.elastic and view.bytes_of("large") == 2000 and view.total == 4000
+    sim.run()
+    assert set(sim.ended.values()) == {"length"}
+
+
+def test_slots_are_of_one_size_for_policies_again_when_it_is_gone() -> None:
+    sim = core_with("large", limits=SLOT)
+    sim.sizes["large"] = 1001
+    sim.add("large")
+    assert not sim.core._view.memory.elastic
+    sim.run()
+    assert sim.core._view.memory.elastic
+    sim.core.residency.retire(sim.core.residency.current["large"], sim.now)
+    sim.settle()
+    assert not sim.core._view.memory.elastic
+
+
+def test_it_takes_as_many_places_in_the_cpu_cache() -> None:
+    sim = core_with("a", "b", "large", limits=SLOT._replace(cpu_capacity=4))
+    sim.sizes["large"] = 2500
+    for name in ("a", "b", "large"):
+        sim.add(name)
+        sim.run()
+    assert sim.core.cpu.used == 4 and len(sim.core.cpu.entries) == 2
+
+
+@pytest.mark.parametrize(
+    ("size", "limits", "words"),
+    [
+        (4001, {}, "4,001 bytes in the slots, which have 4,000 in all"),
+        (
+            3500,
+            {"num_slots": 5, "cpu_capacity": 3},
+            "4 places in the CPU cache, and max_cpu_loras=3",
+        ),
+    ],
+)
+def test_it_is_refused_where_it_never_has_room(size: int, limits: dict[str, int], words: str) -> None:
+    sim = core_with("large", limits=SLOT._replace(**limits))
+    sim.sizes["large"] = size
+    request = sim.add("large")
+    sim.run()
+    assert isinstance(sim.errors[request.id], AdapterTooLarge) and words in str(sim.errors[request.id])
+
+
+def test_it_is_refused_where_pinned_adapters_lie_in_the_way() -> None:
+    sim = core_with("a", "b", "c", "large", limits=SLOT)
+    sim.sizes["large"] = 2500
+    for name in "abc":
+        sim.core.residency.want(sim.core.residency.current[name], sim.now, pin=name == "b")
+        while sim.core.residency.current[name].location is Location.DISK:
+            sim.settle()
+        sim.add(name)
+        sim.run()
+    sim.now += PIN_RETRY_SECONDS
+    request = sim.add("large")
+    sim.run()
+    error = sim.errors[request.id]
+    assert isinstance(error, EngineOverloaded) and "pinned adapters leave 2,000" in str(error)
+
+
+@pytest.mark.parametrize("policy", ["fcfs", "drainer:patience=0.1", "slora", "drr", "chameleon"])
+def test_no_policy_keeps_it_out(policy: str) -> None:
+    """Beside steady requests for as many adapters as there are slots."""
+    sim = Sim(SLOT._replace(max_num_seqs=8), load_policy(policy))
+    for name in (*"abcd", "large"):
+        sim.register(name)
+    sim.sizes["large"] = 1900
+    request, step = None, 0
+    while request is None or sim.core.requests.get(request.id) is request:
+        for number, name in enumerate("abcd"):
+            if not sim.core.residency.current[name].waiting:
+                sim.add(name, max_tokens=3 + (step + number) % 5)
+        if step == 30:
+            request = sim.add("large")
+        sim.settle(step_seconds=0.05)
+        step += 1
+        assert step < 400, "it waits for ever"
+    assert sim.ended[request.id] == "length"
+
+
+# Adapters that were made for one tenant
+
+
+def test_their_share_of_the_slots_bounds_them() -> None:
+    """With another tenant there, two of four slots are for those of the one; what they displace is their
+    own."""
+    sim = core_with("a", "b", "mine", limits=LIMITS._replace(num_slots=4, cpu_capacity=8))
+    sim.add("mine", tenant="quiet")
+    sim.run()
+    made = []
+    for step in range(8):
+        sim.add(sim.mix("a", "b", weight=step + 1.0, tenant="loud"), tenant="loud")
+        sim.run()
+        made = [entry for entry in sim.core.cpu.entries.values() if entry.owner is not None]
+        assert len(made) <= 2
+    assert sim.core.residency.current["mine"].location is Location.SLOT
+    assert len(made) == 2
+
+
+def test_who_is_alone_may_have_all_slots() -> None:
+    sim = core_with("a", "b", limits=LIMITS._replace(num_slots=4, cpu_capacity=5))
+    for step in range(8):
+        sim.add(sim.mix("a", "b", weight=step + 1.0, tenant="loud"), tenant="loud")
+        sim.run()
+    assert len([entry for entry in sim.core.cpu.entries.values() if entry.owner is not None]) == 4
+
+
+def test_one_that_is_larger_than_the_share_takes_the_place_of_all_others() -> None:
+    limits = SLOT._replace(num_slots=4, cpu_capacity=4)
+    sim = core_with("a", "b", "c", "mine", limits=limits)
+    sim.add("mine", tenant="quiet")
+    sim.run()
+    for names in (("a", "b"), ("a", "b", "c"), ("b", "c")):
+        request = sim.add(sim.mix(*names, tenant="loud"), tenant="loud")
+        sim.run()
+        assert sim.ended[request.id] == "length"
+        made = [entry.label for entry in sim.core.cpu.entries.values() if entry.owner is not None]
+        assert made == [sim.mix(*names, tenant="loud")]
+    assert sim.core.residency.current["mine"].location is not Location.DISK

@@ -337,10 +337,10 @@ async def test_a_copy_that_fails_leaves_the_slot_free(
     original = ThreadDevice.place
     broken = True
 
-    async def place(device: ThreadDevice, uid: int, slot: int) -> float:
+    async def place(device: ThreadDevice, uid: int, slot: int, offset: int) -> float:
         if broken and device.store.get(uid).rank == 3:
             raise RuntimeError("CUDA error: out of memory")
-        return await original(device, uid, slot)
+        return await original(device, uid, slot, offset)
 
     monkeypatch.setattr(ThreadDevice, "place", place)
     async with make_engine(tiny, max_loras=3, max_cpu_loras=4) as engine, under_load(engine, tiny):

@@ -32,7 +32,7 @@ class Found(NamedTuple):
     digest: str = "x"
     labels: int = 0
     invocation: tuple[int, ...] = ()
-    summable: bool = True
+    scalable: bool = True
 
 
 class Loader(BaseLoader[Found]):
@@ -73,7 +73,7 @@ class Reading(Device):
     async def load(self, order: ReadOrder) -> LoadedAdapter:
         return await self._loader.load(order)
 
-    async def place(self, uid: int, slot: int) -> float:
+    async def place(self, uid: int, slot: int, offset: int) -> float:
         return 0.0
 
     def drop(self, uid: int) -> None: ...

@@ -134,7 +134,7 @@ async def test_a_copy_that_fails_ends_the_pin(
     async with make_engine(tiny) as engine:
         await engine.load_adapter("p", tiny.adapters["rank-4"])
 
-        async def fail(uid: int, slot: int) -> float:
+        async def fail(uid: int, slot: int, offset: int) -> float:
             raise RuntimeError("no copy today")
 
         with monkeypatch.context() as patch:

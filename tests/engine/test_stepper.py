@@ -112,7 +112,7 @@ def test_a_policy_that_waits_is_asked_again_although_a_read_has_just_ended() -> 
             await asyncio.sleep(0.2)
             return LoadedAdapter(4, 100, "digest", 0.2)
 
-        async def place(self, uid: int, slot: int, offset: int | None = None) -> float:
+        async def place(self, uid: int, slot: int, offset: int) -> float:
             return 0.0
 
     async def main(stepper: Stepper) -> None:

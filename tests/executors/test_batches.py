@@ -130,9 +130,9 @@ def test_whatever_parameters_are_taken_can_be_sent(values: dict[str, Any], name:
         params = SamplingParams(**values)
     except RequestInvalid:
         return
-    row = work(name, [1, 2], [0], params=params, seed=params.seed or 0, parts=((0, weight), (1, weight)))
+    row = work(name, [1, 2], [0], params=params, seed=params.seed or 0, scale=weight)
     step = over_the_wire(StepEncoder().encode(StepBatch(1, [row], [0, 0])))
-    assert step.opened[0].request_id == "r" and step.work[0].parts[0][1] == weight
+    assert step.opened[0].request_id == "r" and step.work[0].scale == weight
     for key, value in step.opened[0].params.items():
         assert key == "stop" or value == values[key]
 

@@ -63,10 +63,9 @@ def test_a_step_waits_once(model: Path, name: str, dtype: torch.dtype) -> None:
         del runner
 
 
-def test_weights_of_mixes_are_not_waited_for() -> None:
+def test_scales_are_not_waited_for() -> None:
     """They are sent as all else of a step is."""
     with FakeCuda() as world:
-        first, second = LoRABatch.mixed([[(0, 0.5), (1, 0.25)], []], [2, 1], [8, 8], "cuda").passes
-        weights = [row_weights(first), row_weights(second)]
+        weights = row_weights(LoRABatch([-1, 0], [1, 2], [8, 8], "cuda", scales=[0.25, 0.5]))
         assert (world.waits, world.staged) == (0, 0)
-        assert [each.flatten().tolist() for each in weights] == [[0.5, 0.5, 1.0], [0.25, 0.25, 1.0]]
+        assert weights.flatten().tolist() == [1.0, 0.5, 0.5]

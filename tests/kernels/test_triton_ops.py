@@ -246,23 +246,15 @@ def test_the_grid_has_exactly_the_work_that_there_is() -> None:
         assert all(a[1] + a[2] == b[1] for a, b in pairwise(tiles))
 
 
-def test_mixes() -> None:
-    """Each token's adapters times their weights, one batch after the other."""
+def test_scales() -> None:
+    """What each token's adapter adds is multiplied."""
     case = make_case([(0, 20), (1, 2), (2, 1)], [5, 16, 3], 16)
-    parts: list[list[tuple[int, float]]] = [
-        [(1, 0.5), (0, -2.0)],
-        [],
-        [(2, 1.0)],
-        [(1, 0.5), (2, 0.7), (0, 1.0)],
-    ]
+    slots, counts, scales = [-1, 0, 1, 1], [3, 2, 1, 17], [0.5, -2.0, 1.0, 0.7]
     results = []
     for backend, here, where in ((lora, on_device(case), DEVICE), (REFERENCE, case, "cpu")):
-        y = here.y.clone()
-        for one in LoRABatch.mixed(parts, [3, 2, 1, 17], case.ranks, where).passes:
-            backend.lora_expand(backend.lora_shrink(here.x, here.pool, one), here.pool, y, one)
+        y, batch = here.y.clone(), LoRABatch(slots, counts, case.ranks, where, scales=scales)
+        backend.lora_expand(backend.lora_shrink(here.x, here.pool, batch), here.pool, y, batch)
         tokens = torch.arange(len(y), device=where) % case.a.shape[2]
-        batch = LoRABatch.mixed(parts, [3, 2, 1, 17], case.ranks, where)
-        embedded = [backend.lora_embed(tokens, here.pool, one) for one in batch.passes]
-        results.append([y.cpu(), *(h.cpu() for h in embedded)])
+        results.append([y.cpu(), backend.lora_embed(tokens, here.pool, batch).cpu()])
     for found, expected in zip(*results, strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)

@@ -157,7 +157,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(spec: ModelSpec
 
     good = {(0, "q_proj"): pair(4)}
     refused: list[tuple[int, dict[Any, Any], dict[Any, Any], str]] = [
-        (8, {(0, "q_proj"): pair(8)}, {}, "max_lora_rank=4"),
+        (513, {(0, "q_proj"): pair(513)}, {}, "exceeds 512"),
         (4, good | {(0, "up_proj"): pair(4)}, {}, "up_proj.*target_modules"),
         (4, good | {(9, "q_proj"): pair(4)}, {}, "layer 9"),
         (4, good | {(1, "q_proj"): pair(4, 63)}, {}, r"expected .*found \(4, 63\)"),
@@ -174,7 +174,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(spec: ModelSpec
     with pytest.raises(ConfigError, match="another model, max_lora_rank or target_modules"):
         elsewhere.write(0, image(4, good, {}))
     elastic = LoRASlots(spec, 2, 4, ("q_proj", "v_proj"), torch.float32, CPU, nbytes=4096)
-    for offset in (None, 2112, -64):
+    for offset in (2112, -64):
         with pytest.raises(ConfigError, match="memory of 4096 bytes"):
             elastic.write(0, image(4, good, {}), offset)
     assert not any(pool.memory.memory.any() for pool in (slots, elsewhere, elastic))

@@ -207,7 +207,7 @@ class Checker:
         )
         assert all(slot.entry is None for slot in core.slots.slots), "slots are taken"
         assert not len(stepper._waits) and not stepper._moves.under_way
-        assert not engine._adapters._loading and not engine._adapters._unloads
+        assert not any(name.loading or name.unloads or name.users for name in core.residency.names)
         assert not core.residency.pins._claims
 
     def check_tasks(self) -> None:

@@ -10,7 +10,6 @@ from typing import NamedTuple
 from aioengine.adapters.loader import BaseLoader, Patience
 from aioengine.adapters.read_threads import Progress
 from aioengine.config import LoRAConfig
-from aioengine.core.adapters.arena import rounded
 from aioengine.errors import AdapterInvalid, AdapterLoadError, AdapterTooLarge, EngineDead
 from aioengine.lab.costs.model import CostModel
 from aioengine.lab.simulation.device import SimulatedDevice
@@ -259,7 +258,7 @@ class FaultyDevice(SimulatedDevice):
     async def load(self, order: ReadOrder) -> LoadedAdapter:
         return await self.loader.load(order)
 
-    async def place(self, uid: int, slot: int, offset: int | None = None) -> float:
+    async def place(self, uid: int, slot: int, offset: int) -> float:
         memory, rng = self.memory, self._rng
         losses = memory.generation()
         if uid not in memory.cpu:
@@ -267,9 +266,8 @@ class FaultyDevice(SimulatedDevice):
         if slot in memory.writing:
             memory.problem(f"slot {slot} is written twice at once")
         self._check_unread(slot)
-        if offset is not None:
-            memory.regions[slot] = offset, offset + rounded(memory.sizes[uid])
-            memory.write(*memory.regions[slot], slot)
+        memory.regions[slot] = offset, offset + memory.sizes[uid]
+        memory.write(*memory.regions[slot], slot)
         memory.writing.add(slot)
         memory.slots[slot] = None
         start = asyncio.get_running_loop().time()
@@ -315,7 +313,7 @@ class Found(NamedTuple):
     digest: str
     labels: int = 0
     invocation: tuple[int, ...] = ()
-    summable: bool = True
+    scalable: bool = True
 
 
 class FaultyLoader(BaseLoader[Found]):

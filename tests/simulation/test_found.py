@@ -126,7 +126,7 @@ def test_an_unload_does_not_wait_for_a_copy_that_was_lost_with_the_device(stop: 
         engine.add_adapters([AdapterShape("a", 8, 50 * MB)])
         lost = EngineDead("planned: the device was lost")
 
-        async def place(uid: int, slot: int) -> float:
+        async def place(uid: int, slot: int, offset: int) -> float:
             await asyncio.sleep(5.0)
             raise lost
 
@@ -156,7 +156,7 @@ def test_a_pin_is_tried_again_though_nothing_else_happens() -> None:
             engine.add_adapters([AdapterShape("a", 8, 50 * MB)])
             place = engine._device.place
 
-            async def fail(uid: int, slot: int) -> float:
+            async def fail(uid: int, slot: int, offset: int) -> float:
                 engine._device.place = place  # type: ignore[method-assign]
                 raise OSError("planned")
 
@@ -198,7 +198,7 @@ def test_pins_that_fail_together_leave_none() -> None:
         async with SimulatedEngine(config(), costs()) as engine:
             engine.add_adapters([AdapterShape("a", 8, 50 * MB)])
 
-            async def fail(uid: int, slot: int) -> float:
+            async def fail(uid: int, slot: int, offset: int) -> float:
                 await asyncio.sleep(1.0)
                 raise OSError("planned")
 

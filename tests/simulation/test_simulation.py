@@ -71,7 +71,7 @@ def write_two_slots(patch: pytest.MonkeyPatch) -> None:
     """The device writes an adapter to its slot, and over the next one."""
     place = FaultyDevice.place
 
-    async def twice(device: FaultyDevice, uid: int, slot: int, offset: int | None = None) -> float:
+    async def twice(device: FaultyDevice, uid: int, slot: int, offset: int) -> float:
         seconds = await place(device, uid, slot, offset)
         slots = device.memory.slots
         slots[(slot + 1) % len(slots)] = uid
@@ -84,8 +84,8 @@ def write_over_another(patch: pytest.MonkeyPatch) -> None:
     """Where slots share a memory, every adapter is written to its beginning."""
     place = FaultyDevice.place
 
-    async def at_the_beginning(device: FaultyDevice, uid: int, slot: int, offset: int | None = None) -> float:
-        return await place(device, uid, slot, None if offset is None else 0)
+    async def at_the_beginning(device: FaultyDevice, uid: int, slot: int, offset: int) -> float:
+        return await place(device, uid, slot, 0)
 
     patch.setattr(FaultyDevice, "place", at_the_beginning)
 

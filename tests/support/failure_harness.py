@@ -108,7 +108,7 @@ class Reads:
         ) -> object:
             self.count[name] = self.count.get(name, 0) + 1
             self.before.get(name, lambda: None)()
-            return original(store, name, path, progress)
+            return original(store, name, path, progress, files)
 
         monkeypatch.setattr(AdapterStore, "read", read)
 

@@ -22,7 +22,7 @@ class Steady(Device):
     ) -> LoadedAdapter:
         raise AdapterLoadError("not there", name=name, path=path)
 
-    async def place(self, uid: int, slot: int) -> float:
+    async def place(self, uid: int, slot: int, offset: int) -> float:
         return 0.0
 
     def drop(self, uid: int) -> None: ...

@@ -64,10 +64,9 @@ class PackedAdapter:
     """Version of the files' content, known without reading it; see :class:`AdapterFolder`."""
 
     @property
-    def summable(self) -> bool:
-        """Whether it is A and B, and nothing else, so that a step can add it up with others."""
-        more = self.head is not None or self.tokens is not None
-        return not (self.magnitudes or self.biases or more or self.invocation)
+    def scalable(self) -> bool:
+        """Whether a step can multiply what it adds by a number: it has no gains and shifts."""
+        return not (self.magnitudes or self.biases)
 
 
 class Packer:

@@ -2,7 +2,7 @@
 
 Best fit with immediate coalescing: a hole never adjoins another one. So the waste is bounded:
 
-- inside: each region is rounded up to ``GRANULE``, so less than that is lost to each adapter;
+- inside: each region is rounded up to whole granules, so less than one is lost to each adapter;
 - between: an allocation of n bytes fails only if every hole is smaller than n. There is at most one hole more
 than there are regions, so with k regions less than (k + 1) * n bytes are free then.
 
@@ -19,19 +19,19 @@ from typing import NamedTuple
 from aioengine.step import SLOT_GRANULE
 
 GRANULE = SLOT_GRANULE
-"""Bytes. Every region begins at a multiple of it."""
-
-
-def rounded(nbytes: int) -> int:
-    """Return the bytes that a region for ``nbytes`` takes."""
-    return -(-max(nbytes, 1) // GRANULE) * GRANULE
+"""Bytes of the smallest granule."""
 
 
 class Arena:
-    """Regions in ``size`` bytes, rounded down to whole granules. Offsets and sizes are in bytes."""
+    """Regions in ``size`` bytes, rounded down to whole granules. Offsets and sizes are in bytes.
 
-    def __init__(self, size: int) -> None:
-        self.size = size // GRANULE * GRANULE
+    ``granule``: what the size of each region is rounded up to, and where it may begin. With granules as large
+    as a slot for any adapter, all regions are slots of one size.
+    """
+
+    def __init__(self, size: int, granule: int = GRANULE) -> None:
+        self.granule = granule
+        self.size = size // granule * granule
         self.regions: dict[int, int] = {}
         """Size of each region, by offset."""
         self.used = 0
@@ -52,21 +52,25 @@ class Arena:
     def largest_hole(self) -> int:
         return self._holes[-1][0] if self._holes else 0
 
+    def rounded(self, nbytes: int) -> int:
+        """Return the bytes that a region for ``nbytes`` takes."""
+        return -(-max(nbytes, 1) // self.granule) * self.granule
+
     def copy(self) -> Arena:
         """Return a copy, for a trial."""
-        other = Arena(0)
+        other = Arena(0, self.granule)
         other.size, other.used, other.regions = self.size, self.used, dict(self.regions)
         other._holes, other._size_at = list(self._holes), dict(self._size_at)
         other._begin_of = dict(self._begin_of)
         return other
 
     def fits(self, nbytes: int) -> bool:
-        return rounded(nbytes) <= self.largest_hole
+        return self.rounded(nbytes) <= self.largest_hole
 
     def allocate(self, nbytes: int) -> int | None:
         """Take a region for ``nbytes`` in the smallest hole with room. Returns its offset; None if there is
         no hole."""
-        size = rounded(nbytes)
+        size = self.rounded(nbytes)
         index = bisect_left(self._holes, (size, -1))
         if index == len(self._holes):
             return None
@@ -76,7 +80,7 @@ class Arena:
 
     def allocate_at(self, offset: int, nbytes: int) -> None:
         """Take a region at ``offset``, where a hole with enough room must begin."""
-        self._take(offset, offset, rounded(nbytes))
+        self._take(offset, offset, self.rounded(nbytes))
 
     def release(self, offset: int) -> None:
         """Give a region back. Raises KeyError if no region begins at ``offset``."""
@@ -116,7 +120,7 @@ class Arena:
         parts = [(offset, size, False) for offset, size in self.regions.items()]
         parts += [(offset, size, True) for size, offset in self._holes]
         for offset, size, is_hole in sorted(parts):
-            assert offset == at and size > 0 and size % GRANULE == 0
+            assert offset == at and size > 0 and size % self.granule == 0
             assert not (is_hole and was_hole), "two holes adjoin"
             at, was_hole = at + size, is_hole
         assert at == self.size
@@ -143,7 +147,7 @@ def compaction(arena: Arena, nbytes: int, may_move: Callable[[int], bool]) -> Wi
     ``may_move`` takes a region's offset and says whether the region may be moved. Other regions stay, so a
     window does not contain them. None if there is no such window. Linear in the number of regions.
     """
-    size = rounded(nbytes)
+    size = arena.rounded(nbytes)
     parts = sorted(
         [(offset, length, False) for offset, length in arena.regions.items()]
         + [(offset, length, True) for length, offset in arena._holes]

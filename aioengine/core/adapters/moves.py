@@ -24,8 +24,8 @@ class CopyMove(NamedTuple):
 
     entry: AdapterEntry
     slot: int
-    offset: int | None = None
-    """Offset in the slots' memory, in bytes; None where every slot has a fixed place."""
+    offset: int
+    """Offset in the slots' memory, in bytes."""
 
 
 class DropMove(NamedTuple):

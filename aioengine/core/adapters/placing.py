@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from itertools import chain
 
-from aioengine.core.adapters.arena import rounded
-from aioengine.core.adapters.assembly import Assembly
-from aioengine.core.adapters.beside_pinned import fit_beside_pinned
 from aioengine.core.adapters.residency import Residency
 from aioengine.core.adapters.room import find_room
 from aioengine.core.adapters.slots import Slot, SlotTable, may_leave
 from aioengine.core.guard import Resolved
 from aioengine.core.state import AdapterEntry, Request
+from aioengine.errors import EngineOverloaded
 from aioengine.schedulers.policy import Location, Place
 
 WANT_PATIENCE_SECONDS = 1.0
@@ -28,19 +26,15 @@ Refusal = tuple[str, str]
 class Placing:
     """Turns decisions into the moves of a ``Residency``."""
 
-    def __init__(self, residency: Residency, assembly: Assembly) -> None:
+    def __init__(self, residency: Residency) -> None:
         self._residency = residency
-        self._assembly = assembly
         self._slots = residency.slots
         self._closed: set[int] = set()
         self._pinned_wait = False
 
     def is_closed(self, request: Request) -> bool:
-        """Whether its slots admit no requests, because a pinned adapter or a mix waits for one of them."""
-        adapter = request.adapter
-        if adapter is not None and any(member.uid in self._closed for member in adapter.members):
-            return True
-        return self._assembly.is_closed_to(request)
+        """Whether its slot admits no requests, because a pinned adapter waits for it."""
+        return request.adapter is not None and request.adapter.uid in self._closed
 
     @property
     def pinned_wait(self) -> bool:
@@ -49,44 +43,38 @@ class Placing:
 
     @property
     def any_closed(self) -> bool:
-        return bool(self._closed) or self._assembly.closes
+        return bool(self._closed)
 
     def place_pinned(self, now: float) -> None:
         """Place each pinned adapter as soon as a slot can be had, whether or not the policy asks for it. If
         no slot is idle, one is closed: it admits no requests until it is idle. Otherwise steady traffic would
         keep the adapter out for ever. One that other pinned adapters leave no room for fails."""
         self._closed.clear()
-        self._pinned_wait = self._assembly.pin_waits = False
+        self._pinned_wait = False
         for entry in self._pinned_outside():
             self._pinned_wait = True
-            room, arena = self._slots.room_beside_pinned(), self._slots.arena
-            fits = rounded(entry.slot_nbytes) <= room
-            if arena is not None and not (fits and fit_beside_pinned([entry], self._slots, arena)):
+            room = self._slots.room_beside_pinned()
+            if self._slots.arena.rounded(entry.slot_nbytes) > room:
                 if entry.error is None:
-                    self._residency.pin_refused(entry, now, int(room))
+                    self._residency.pin_refused(entry, now, room)
             elif now >= _retry_at(entry):
-                keep = self._slots.superseded() | self._assembly.kept
+                keep = self._slots.superseded()
                 if self._start(entry, None, (), self._slots.victims(keep), (), keep, now) is not None:
                     self._close_for(entry, keep)
-                    self._assembly.pin_waits = True
 
     def _close_for(self, entry: AdapterEntry, keep: set[int]) -> None:
-        """Close the slots of the least busy adapters: one, or as many as the bytes of ``entry`` take."""
-        arena, missing = self._slots.arena, 1
-        if arena is not None:
-            idle = sum(rounded(s.entry.slot_nbytes) for s in self._slots.victims(keep) if s.entry is not None)
-            missing = max(rounded(entry.slot_nbytes) - arena.free - idle, 1)
+        """Close the slots of the least busy adapters, as many as the bytes of ``entry`` take."""
+        arena = self._slots.arena
+        victims = (slot.entry for slot in self._slots.victims(keep))
+        idle = sum(arena.rounded(entry.slot_nbytes) for entry in victims if entry is not None)
+        missing = max(arena.rounded(entry.slot_nbytes) - arena.free - idle, 1)
         while missing > 0 and (busy := self._slots.least_busy(self._closed | keep)) is not None:
             self._closed.add(busy)
-            missing -= 1 if arena is None else rounded(self._residency.entries[busy].slot_nbytes)
+            missing -= arena.rounded(self._residency.entries[busy].slot_nbytes)
 
     def next_retry(self, now: float) -> float | None:
-        """Return when a pinned adapter whose copy has failed may be copied again, or a mix has waited long;
-        None if there is none."""
-        due = [at for at in map(_retry_at, self._pinned_outside()) if at > now]
-        if (at := self._assembly.next_due(now)) is not None:
-            due.append(at)
-        return min(due, default=None)
+        """Return when a pinned adapter whose copy has failed may be copied again; None if there is none."""
+        return min((at for at in map(_retry_at, self._pinned_outside()) if at > now), default=None)
 
     def _pinned_outside(self) -> Sequence[AdapterEntry]:
         """Return the pinned adapters that wait for a slot, in the order in which they were read."""
@@ -98,46 +86,21 @@ class Placing:
         """Start what can be started of ``place`` and ``prefetch``, in order, but nothing in the places of
         adapters that the same decision admits requests to. Returns what was refused."""
         refused: list[Refusal] = []
-        reads = self._residency.any_wanted or self._assembly.any_waits
-        if not reads and not decision.moves:
+        if not self._residency.any_wanted and not decision.moves:
             return refused  # as in most steps
-        adapters = (request.adapter for request in decision.admit if request.adapter is not None)
-        admitting = {member.uid for adapter in adapters for member in adapter.members}
-        kept = self._assembly.kept
-        if kept:  # the policy cannot know
-            decision = decision._replace(
-                evict=[entry for entry in decision.evict if entry.uid not in kept],
-                discard=[entry for entry in decision.discard if entry.uid not in kept],
-            )
-            admitting = admitting | kept
-        self._start_reads(now, admitting, waited=WANT_PATIENCE_SECONDS)
+        admitting = {request.adapter.uid for request in decision.admit if request.adapter is not None}
+        self._residency.start_wanted(now, admitting, waited=WANT_PATIENCE_SECONDS)
         given = _GivenUp(decision.evict, self._slots, admitting, refused)
         for entry, place in decision.place:
-            if self._assembly.keeps_from_slots(entry) or self._is_kept(place, kept):
-                continue
             reason = self._place(entry, place, now, admitting, given)
             if reason is not None:
                 refused.append((reason, entry.name))
         for entry in decision.prefetch:
             if entry.location is Location.DISK:
                 self._residency.start_load(entry, now, admitting)
-        self._start_reads(now, admitting)
+        self._residency.start_wanted(now, admitting)
         refused += self._discard(decision.discard, now, admitting)
         return refused
-
-    def _start_reads(self, now: float, keep: set[int], *, waited: float = 0.0) -> None:
-        """Begin the reads that callers or mixes have waited for for so many seconds."""
-        self._residency.start_wanted(now, keep, waited=waited)
-        for entry in self._assembly.reads(now, waited=waited):
-            if self._residency.start_load(entry, now, keep) in ("loads_at_limit", "cpu_cache_full"):
-                return  # nor is there room for the parts of later mixes
-
-    def _is_kept(self, place: Place, kept: set[int]) -> bool:
-        """Whether the slot is one that a mix's part may not leave."""
-        if not kept or place.slot is None or not 0 <= place.slot < len(self._slots.slots):
-            return False
-        entry = self._slots.slots[place.slot].entry
-        return entry is not None and entry.uid in kept
 
     def _discard(self, entries: Sequence[AdapterEntry], now: float, admitting: set[int]) -> list[Refusal]:
         """Empty the slots of these adapters. Returns those that may not leave; those in no slot are
@@ -197,26 +160,24 @@ class Placing:
         slot = slot or self._slots.free_slot or next(victims, None) or next(last, None)
         if slot is None:
             return "place_no_slot"
-        arena, window = self._slots.arena, None
-        if arena is not None:
-            leaving = [] if slot.entry is None else [slot]
-            by_offset = {s.offset: s for s in self._slots.slots if s.offset is not None}
+        arena = self._slots.arena
+        leaving = [] if slot.entry is None else [slot]
+        by_offset = {s.offset: s for s in self._slots.slots if s.offset is not None}
 
-            def may_move(offset: int) -> bool:
-                return by_offset[offset].idle and may_leave(by_offset[offset], keep)
+        def may_move(offset: int) -> bool:
+            return by_offset[offset].idle and may_leave(by_offset[offset], keep)
 
-            first: list[Slot] = []
-            wanted: list[Slot] = []
-            if leaving or not arena.fits(entry.slot_nbytes):
-                first = [s for s in dict.fromkeys(victims) if s is not slot]
-                wanted = [s for s in last if s is not slot and s not in first]
-            room = find_room(arena, entry.slot_nbytes, leaving, first, wanted, may_move)
-            if room is None:
-                return "place_no_room"
-            window = room.move
-            for victim in room.evict:
-                self._residency.evict_slot(victim, now)
-        self._residency.start_copy(entry, slot, now, window)
+        first: list[Slot] = []
+        wanted: list[Slot] = []
+        if leaving or not arena.fits(entry.slot_nbytes):
+            first = [s for s in dict.fromkeys(victims) if s is not slot]
+            wanted = [s for s in last if s is not slot and s not in first]
+        room = find_room(arena, entry.slot_nbytes, leaving, first, wanted, may_move)
+        if room is None:
+            return "place_no_room"
+        for victim in room.evict:
+            self._residency.evict_slot(victim, now)
+        self._residency.start_copy(entry, slot, now, room.move)
         return None
 
     def _offered(self, place: Place, given: _GivenUp) -> Collection[AdapterEntry]:
@@ -264,7 +225,7 @@ class _GivenUp:
 
 
 def _waits_for_slot(entry: AdapterEntry) -> bool:
-    return entry.stays and entry.slot is None and entry.location is Location.CPU
+    return entry.pinned and entry.slot is None and entry.location is Location.CPU
 
 
 def _retry_at(entry: AdapterEntry) -> float:
@@ -283,3 +244,24 @@ def _not_takable(slot: Slot, admitting: set[int]) -> str | None:
     if slot.entry.pinned:
         return "place_slot_pinned"
     return "place_slot_admitted" if slot.entry.uid in admitting else None
+
+
+def adapters_shut_out(
+    entries: Iterable[AdapterEntry | None], slots: SlotTable
+) -> list[tuple[AdapterEntry, EngineOverloaded]]:
+    """Return the adapters outside the slots that can never get one as long as the pinned adapters stay, and
+    the reasons."""
+    room = slots.room_beside_pinned()
+    pinned = ", ".join(s.entry.label for s in slots.slots if s.entry is not None and s.entry.pinned)
+    found: list[tuple[AdapterEntry, EngineOverloaded]] = []
+    for entry in entries:
+        if entry is None or entry.slot is not None or slots.arena.rounded(entry.slot_nbytes) <= room:
+            continue
+        where, setting = "every slot holds a pinned adapter", "max_loras"
+        if room > 0:
+            where = f"it takes {entry.slot_nbytes:,} bytes, and pinned adapters leave {room:,} at a place"
+            setting = "slot_memory"
+        text = f"adapter {entry.label!r} ({entry.path}) cannot get a slot, because {where} "
+        text += f"({pinned}); unpin one, or raise LoRAConfig.{setting}"
+        found.append((entry, EngineOverloaded(text, bound="pinned")))
+    return found

@@ -9,14 +9,13 @@ the others leave.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 
 from aioengine import events
-from aioengine.core.adapters.arena import Arena, Window, rounded
+from aioengine.core.adapters.arena import Window
 from aioengine.core.adapters.cpu_cache import CpuCache, Order, least_recently_used
 from aioengine.core.adapters.failures import Failures, frameless
 from aioengine.core.adapters.known import KnownAdapters
-from aioengine.core.adapters.mix import MixEntry
 from aioengine.core.adapters.moves import CopyMove, DropMove, LoadMove, Move, ReleaseMove, StopMove
 from aioengine.core.adapters.name import NameTable
 from aioengine.core.adapters.pins import Pins
@@ -40,12 +39,13 @@ class Residency:
         max_loads: int,
         emit: Callable[[events.Event], None],
         tell: Tell,
+        slot_bytes: int,
+        slot_memory: int | None = None,
         cpu_max_bytes: int | None = None,
         cpu_order: Order = least_recently_used,
-        slot_memory: int | None = None,
     ) -> None:
-        self.slots = SlotTable(num_slots, None if slot_memory is None else Arena(slot_memory))
-        self.cpu = CpuCache(cpu_capacity, cpu_max_bytes, cpu_order)
+        self.slots = SlotTable(num_slots, slot_bytes, slot_memory)
+        self.cpu = CpuCache(cpu_capacity, num_slots, cpu_max_bytes, cpu_order)
         self.failures = Failures()
         self.names = NameTable()
         self.current: dict[str, AdapterEntry] = {}
@@ -89,27 +89,6 @@ class Residency:
         self._next_uid += 1
         self.entries[entry.uid] = entry
         return entry
-
-    def declare_mix(
-        self,
-        name: str,
-        parts: Sequence[tuple[AdapterEntry, float]],
-        files: AdapterFiles,
-        version: int,
-        now: float,
-    ) -> MixEntry:
-        """Declare a mix of these adapters, and let requests use it. It runs in their slots; ``files`` are
-        released when it is gone."""
-        mix = MixEntry(self._next_uid, name, version, parts, files)
-        self._next_uid += 1
-        self.entries[mix.uid] = mix
-        for part in mix.members:
-            part.mixes[mix.uid] = mix
-        self.current[name] = mix
-        self._emit(
-            events.AdapterRegistered(time=now, adapter=name, version=version, path=mix.path, replaces=None)
-        )
-        return mix
 
     def _next_version(self, name: str) -> int:
         """Return a number that no version of this name had. Clients may think up any number of names, so
@@ -155,12 +134,7 @@ class Residency:
 
     def retire(self, entry: AdapterEntry, now: float) -> None:
         """Accept no new requests on it; it is freed when the accepted ones have ended (see ``sweep``)."""
-        entry.retired, entry.retired_at = True, now
-        if isinstance(entry, MixEntry):
-            self._retired[entry.uid] = entry
-            if self.current.get(entry.name) is entry:
-                del self.current[entry.name]
-            return
+        entry.retired = True
         if entry.pinned:
             self.pins.unpin(entry, now)
         self.forget_want(entry)
@@ -175,54 +149,24 @@ class Residency:
         if renamed:
             self._tell("adapter_retired", now, adapter=entry.name, was=entry.label)
 
-    def hold_back_pins(self) -> None:
-        """Let pinned versions make way for the mixes that were accepted with their predecessors: beside both
-        there may be no room for the other parts, ever. They do not while a part's read stalls."""
-        if not self.pins.count:
-            return
-        before = {
-            entry.label
-            for entry in self._retired.values()
-            if any(_waits_since(mix, entry.retired_at) for mix in (entry.waiting_mixes or {}).values())
-        }
-        for entry in self.cpu.entries.values():
-            entry.yields = entry.pinned and entry.label in before
-
     def sweep(self, now: float) -> None:
         """Free every retired adapter that nothing uses any more, and cancel its reads."""
-        for entry in sorted(self._retired.values(), key=lambda entry: not entry.parts):  # mixes before parts
-            if isinstance(entry, MixEntry):
-                if not entry.uses and not entry.running:
-                    self._free_mix(entry, now)
-                continue
-            if entry.location is Location.LOADING and not entry.is_wanted:
+        for entry in list(self._retired.values()):
+            if entry.location is Location.LOADING and not entry.waiting:
                 self.load_cancelled(entry)
                 self._moves.append(StopMove(entry))
-            if entry.is_wanted or entry.running or self._copying(entry):
-                slot = None if entry.slot is None else self.slots.slots[entry.slot]
-                if slot is not None and slot.idle and entry.head is None:
-                    # All who want it wait for a read that stalls. Policies leave such a slot to the core.
-                    self.evict_slot(slot, now)
+            if entry.waiting or entry.running or self._copying(entry):
                 continue
-            for mix in list(entry.mixes.values()):  # they have no requests
-                assert isinstance(mix, MixEntry)
-                if not mix.retired:
-                    self.retire(mix, now)
-                self._free_mix(mix, now)
             if entry.slot is not None:
                 self.evict_slot(self.slots.slots[entry.slot], now)
             if entry.location is Location.CPU:
                 self._evict_cpu(entry, now)
             self._free(entry, now)
 
-    def _free_mix(self, mix: MixEntry, now: float) -> None:
-        for part in mix.members:
-            del part.mixes[mix.uid]
-        self._free(mix, now)
-
     def _free(self, entry: AdapterEntry, now: float) -> None:
         del self._retired[entry.uid]
         del self.entries[entry.uid]
+        self.slots.large.discard(entry.uid)
         if entry.files is not None:
             self._moves.append(ReleaseMove(entry.files))
         if self.is_known(entry):
@@ -337,6 +281,7 @@ class Residency:
         assert entry.location is Location.LOADING
         self.failures.forget(entry.label)
         entry.error = None
+        self.set_size(entry, found.nbytes, found.bytes_in_slot)
         if entry.stalled:
             entry.stalled = False
             if not self.cpu.fits(entry) and not self._make_room(entry, now, set()):
@@ -373,13 +318,22 @@ class Residency:
             self._evict_cpu(entry, now)
             self._refuse_shut_out(now)
 
+    def set_size(self, entry: AdapterEntry, nbytes: int, slot_nbytes: int) -> None:
+        """Set the bytes that an adapter takes in the CPU cache and in a slot, which it may not be in now."""
+        entry.nbytes, entry.slot_nbytes = nbytes, slot_nbytes
+        entry.places = self.slots.places_of(slot_nbytes)
+        if entry.places > 1:
+            self.slots.large.add(entry.uid)
+        else:
+            self.slots.large.discard(entry.uid)
+
     def load_failed(
         self, entry: AdapterEntry, now: float, error: Exception, reason: events.LoadFailure
     ) -> None:
         self.load_cancelled(entry)
         self.forget_want(entry)
         self._failed(entry, now, error, reason)
-        if isinstance(entry.error, AdapterError) and entry.is_wanted:  # what is loaded by name is always read
+        if isinstance(entry.error, AdapterError) and entry.waiting:  # what is loaded by name is always read
             self.failures.add(entry.label, entry.error, now)
         lost = entry.found and not entry.pinned and reason in ("io", "invalid")
         if self._is_candidate(entry) or (lost and not entry.retired):
@@ -400,11 +354,11 @@ class Residency:
     def refusal(self, entry: AdapterEntry, slot_nbytes: int) -> AdapterTooLarge | None:
         """Return the reason if it can never be in a slot."""
         arena = self.slots.arena
-        if arena is None or rounded(slot_nbytes) <= arena.size:
+        if arena.rounded(slot_nbytes) <= arena.size:
             return None
         return AdapterTooLarge(
-            f"it takes {slot_nbytes:,} bytes in a slot, and slot_memory={arena.size:,} is less than that; "
-            "raise LoRAConfig.slot_memory",
+            f"it takes {slot_nbytes:,} bytes in the slots, which have {arena.size:,} in all; raise "
+            "LoRAConfig.slot_memory or, without it, max_loras or max_lora_rank",
             name=entry.label,
             path=entry.path,
         )
@@ -412,8 +366,7 @@ class Residency:
     def pin_refused(self, entry: AdapterEntry, now: float, room: int) -> None:
         """Fail a pinned adapter that gets no slot, because other pinned ones leave only ``room`` bytes."""
         text = f"it takes {entry.slot_nbytes:,} bytes in a slot, and the pinned adapters leave {room:,} bytes"
-        text += "; " if rounded(entry.slot_nbytes) > room else ", in several pieces; "
-        text += "unpin one, or raise LoRAConfig.slot_memory"
+        text += " at a place; unpin one, or raise LoRAConfig.slot_memory"
         self._failed(entry, now, AdapterTooLarge(text, name=entry.label, path=entry.path), "too_large")
 
     def load_refused(self, entry: AdapterEntry, now: float, error: AdapterError) -> None:
@@ -435,7 +388,7 @@ class Residency:
         """Forget everything in the CPU cache, in slots and under way, because the device's processes are
         gone. Adapters that were asked for by name, and pinned ones, are read again."""
         for entry in self.entries.values():
-            if entry.location is Location.LOADING and not entry.parts:
+            if entry.location is Location.LOADING:
                 self.load_cancelled(entry)
         for entry in list(self.cpu.entries.values()):
             if self._copying(entry) and entry.slot is not None:
@@ -458,8 +411,8 @@ class Residency:
             self.evict_slot(slot, now)
         if window is not None:
             self._compact(window, now)
-        self.slots.begin(slot, entry)
-        self._moves.insert(first, CopyMove(entry, slot.index, slot.offset))  # before those that are moved
+        offset = self.slots.begin(slot, entry)
+        self._moves.insert(first, CopyMove(entry, slot.index, offset))  # before those that are moved
         self._emit(
             events.AdapterPlacing(time=now, adapter=entry.label, version=entry.version, slot=slot.index)
         )
@@ -471,10 +424,10 @@ class Residency:
         moving = [(slot, self.slots.release(slot)) for slot in (by_offset[at] for at in window.regions)]
         at = window.begin
         for slot, entry in moving:
-            self.slots.begin(slot, entry, at)
+            offset = self.slots.begin(slot, entry, at)
             slot.moving = True
-            at += rounded(entry.slot_nbytes)
-            self._moves.append(CopyMove(entry, slot.index, slot.offset))
+            at += self.slots.arena.rounded(entry.slot_nbytes)
+            self._moves.append(CopyMove(entry, slot.index, offset))
             self._emit(
                 events.AdapterMoving(
                     time=now,
@@ -537,17 +490,14 @@ class Residency:
     def check(self) -> None:
         self.slots.check()
         self.cpu.check()
-        plain = [entry for entry in self.entries.values() if not entry.parts]
-        loading = sum(e.location is Location.LOADING and not e.stalled for e in plain)
+        loading = sum(e.location is Location.LOADING and not e.stalled for e in self.entries.values())
         assert loading == self._loads <= self._max_loads
         for name, entry in self.current.items():
-            assert entry.parts or self.by_policy_name[name] is entry
+            assert self.by_policy_name[name] is entry
+        granule = self.slots.arena.granule
         for entry in self.entries.values():
-            assert all(mix.uid in self.entries and entry in mix.members for mix in entry.mixes.values())
-            if entry.parts:
-                assert entry.slot is None and (not entry.running or entry.location is Location.SLOT)
-                assert all(part.mixes[entry.uid] is entry for part in entry.members)
-        for entry in plain:
+            large = self.slots.places_of(entry.slot_nbytes) > 1
+            assert (entry.uid in self.slots.large) == large and (entry.slot_nbytes > granule or not large)
             if entry.waiting or entry.running:
                 assert self.by_policy_name[entry.name] is entry
             outside = entry.location is Location.DISK or entry.stalled
@@ -573,8 +523,6 @@ class Residency:
         if self.is_known(entry):
             self._tell("adapter_dropped", now, adapter=entry.name)
         self._emit(_evicted(entry, now, None))
-        if entry.yields and entry.pinned:
-            self.want(entry, now)  # it comes back when there is room
 
     def _failed(self, entry: AdapterEntry, now: float, error: Exception, reason: events.LoadFailure) -> None:
         kept = entry.error = frameless(error)
@@ -587,11 +535,6 @@ class Residency:
                 error=kept,
             )
         )
-
-
-def _waits_since(mix: AdapterEntry, time: float) -> bool:
-    """Whether a request that came no later waits for the mix, and not for a read that stalls."""
-    return mix.oldest_arrival is not None and mix.oldest_arrival <= time and not mix.stalls
 
 
 def _evicted(entry: AdapterEntry, now: float, slot: int | None) -> events.AdapterEvicted:

@@ -1,11 +1,11 @@
-"""Finds room for an adapter in the memory that slots share: a hole, or moves and evictions that make one."""
+"""Finds room for an adapter in the slots' memory: a hole, or moves and evictions that make one."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from aioengine.core.adapters.arena import Arena, Window, compaction, rounded
+from aioengine.core.adapters.arena import Arena, Window, compaction
 from aioengine.core.adapters.slots import Slot
 
 TRIES = 3
@@ -34,7 +34,7 @@ def find_room(
     are moved at any cost. Only then are those in ``last`` evicted, too. ``may_move`` says whether the adapter
     at an offset may be moved. None if there is no room.
     """
-    size = rounded(nbytes)
+    size = arena.rounded(nbytes)
     slots = (*leaving, *victims, *last)
     if arena.free + sum(arena.regions[slot.offset] for slot in slots if slot.offset is not None) < size:
         return None

@@ -7,16 +7,15 @@ A slot is released only while no running request uses it, and written only betwe
 ``activate``: so nothing ever reads a slot that is being written. A READY slot whose adapter has been
 unloaded or replaced is shown as DRAINING.
 
-Where slots share one memory by bytes (an :class:`~aioengine.core.adapters.arena.Arena`), each slot that is
-not free has a region of it.
+All slots lie in one memory (an :class:`~aioengine.core.adapters.arena.Arena`), of which each slot that is not
+free has a region: as many bytes as its adapter needs or, with slots of one size, as many of these.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import inf
 
-from aioengine.core.adapters.arena import Arena, rounded
+from aioengine.core.adapters.arena import Arena
 from aioengine.core.state import AdapterEntry
 from aioengine.schedulers.policy import Location, SlotState
 
@@ -33,7 +32,7 @@ class Slot:
         self.moving = False
         """Whether its adapter is being written again at another place."""
         self.offset: int | None = None
-        """Offset of its region in the arena, in bytes; None if there is no arena, or it is free."""
+        """Offset of its region in the memory, in bytes; None if it is free."""
         self.last_used = 0.0
         self.state = SlotState.FREE
 
@@ -44,29 +43,36 @@ class Slot:
 
 
 class SlotTable:
-    def __init__(self, num_slots: int, arena: Arena | None = None) -> None:
+    """``num_slots`` slots in ``memory`` bytes, of which an adapter takes what it needs; ``memory`` None:
+    every slot has ``slot_bytes``, and an adapter takes as many slots' memory as it needs."""
+
+    def __init__(self, num_slots: int, slot_bytes: int, memory: int | None = None) -> None:
         self.slots = [Slot(index) for index in range(num_slots)]
-        self.arena = arena
-        """None: every slot has a fixed place, for an adapter of any size."""
+        self._by_bytes = memory is not None
+        size = max(slot_bytes, 1)
+        self.arena = Arena(num_slots * size, size) if memory is None else Arena(memory)
+        """The memory of all slots."""
+        self.large: set[int] = set()
+        """Uids of the adapters that take more than one slot of one size."""
         self._ranks: Sequence[int] | None = None
         """What ``ranks`` returns; None: it is to be made."""
 
-    def begin(self, slot: Slot, entry: AdapterEntry, offset: int | None = None) -> None:
-        """Begin to write ``entry`` into ``slot``. ``offset``: of the hole in the arena to use; None: the best
-        one."""
+    def begin(self, slot: Slot, entry: AdapterEntry, offset: int | None = None) -> int:
+        """Begin to write ``entry`` into ``slot``, and return its offset. ``offset``: of the hole to use;
+        None: the best one."""
         assert slot.entry is None and entry.slot is None and entry.location is Location.CPU
-        if self.arena is not None:
-            if offset is None:
-                offset = self.arena.allocate(entry.slot_nbytes)
-                assert offset is not None, "room has not been made"
-            else:
-                self.arena.allocate_at(offset, entry.slot_nbytes)
-            slot.offset = offset
+        if offset is None:
+            offset = self.arena.allocate(entry.slot_nbytes)
+            assert offset is not None, "room has not been made"
+        else:
+            self.arena.allocate_at(offset, entry.slot_nbytes)
+        slot.offset = offset
         slot.entry, slot.name = entry, entry.name
         slot.loading = True
         slot.state = SlotState.LOADING
         entry.slot = slot.index
         self._ranks = None
+        return offset
 
     def activate(self, slot: Slot, now: float) -> None:
         assert slot.loading and slot.entry is not None
@@ -104,19 +110,30 @@ class SlotTable:
     def _give_back(self, slot: Slot) -> None:
         slot.state, slot.name = SlotState.FREE, None
         self._ranks = None
-        if self.arena is not None and slot.offset is not None:
-            self.arena.release(slot.offset)
-            slot.offset = None
+        assert slot.offset is not None
+        self.arena.release(slot.offset)
+        slot.offset = None
 
-    def room_beside_pinned(self) -> float:
-        """Return the bytes of the largest adapter that may still get a slot while pinned adapters stay. 0 if
-        these hold every slot; infinity if none is pinned, or if slots have fixed places."""
-        held = [s.entry for s in self.slots if s.entry is not None and s.entry.pinned]
-        if 0 < len(self.slots) == len(held):
+    @property
+    def elastic(self) -> bool:
+        """Whether adapters differ in how much of the memory they take."""
+        return self._by_bytes or bool(self.large)
+
+    def places_of(self, nbytes: int) -> int:
+        """Return how many slots of one size an adapter takes; 1 where slots have no size."""
+        return 1 if self._by_bytes else self.arena.rounded(nbytes) // self.arena.granule
+
+    def room_beside_pinned(self) -> int:
+        """Return the bytes of the largest adapter that may still get a slot while pinned adapters stay; 0 if
+        these hold every slot. Pinned adapters are not moved."""
+        held = [slot for slot in self.slots if slot.entry is not None and slot.entry.pinned]
+        if len(self.slots) == len(held):
             return 0
-        if self.arena is None or not held:
-            return inf
-        return self.arena.size - sum(rounded(entry.slot_nbytes) for entry in held)
+        largest = begin = 0
+        for offset in sorted(slot.offset for slot in held if slot.offset is not None):
+            largest = max(largest, offset - begin)
+            begin = offset + self.arena.regions[offset]
+        return max(largest, self.arena.size - begin)
 
     def superseded(self) -> set[int]:
         """Return the uids of old versions in slots that accepted requests still wait for."""
@@ -164,16 +181,11 @@ class SlotTable:
                 assert slot.entry.slot == slot.index
                 assert slot.entry.location is (Location.CPU if slot.loading else Location.SLOT)
                 assert not (slot.loading and slot.entry.running), "a slot is written while in use"
-            assert (slot.offset is None) == (slot.entry is None or self.arena is None)
+            assert (slot.offset is None) == (slot.entry is None)
             assert slot.loading or not slot.moving
-        if self.arena is not None:
-            self.arena.check()
-            taken = {
-                s.offset: rounded(s.entry.slot_nbytes)
-                for s in self.slots
-                if s.entry is not None and s.offset is not None
-            }
-            assert taken == self.arena.regions, "the arena's regions are not those of the residents"
+        self.arena.check()
+        taken = {s.offset: self.arena.rounded(s.entry.slot_nbytes) for s in self.slots if s.entry is not None}
+        assert taken == self.arena.regions, "the memory's regions are not those of the residents"
 
 
 def may_leave(slot: Slot, keep: set[int]) -> bool:

@@ -278,7 +278,7 @@ def _is_plain(request: Request) -> bool:
         and len(request.tokens) - request.computed == 1
         and request.params.pooling is None
         and request.prompt_logprobs is None
-        and (entry is None or (entry.slot is not None and not entry.parts and not entry.invocation))
+        and (entry is None or (entry.slot is not None and not entry.invocation))
     )
 
 

@@ -112,5 +112,5 @@ def _is_plain(request: Request, row: SequenceWork) -> bool:
         and row.params.constraint is None
         and request.prompt_logprobs is None
         and request.computed + 1 == len(request.tokens)
-        and (entry is None or not (entry.parts or entry.invocation))
+        and (entry is None or not entry.invocation)
     )

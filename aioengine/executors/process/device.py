@@ -126,7 +126,7 @@ class ProcessDevice(Device):
     async def load(self, order: ReadOrder) -> LoadedAdapter:
         return await self._loader.load(order)
 
-    async def place(self, uid: int, slot: int, offset: int | None = None) -> float:
+    async def place(self, uid: int, slot: int, offset: int) -> float:
         """Copy an adapter into a slot of every rank; returns the seconds that the slowest copy took."""
         call = self.workers.ask(lambda number: Place(number, uid, slot, offset), patient=True)
         return max(done.seconds for done in await call.of(Done))

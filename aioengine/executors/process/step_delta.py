@@ -72,7 +72,7 @@ class StepEncoder:
             blocks,
             row.score,
             list(row.draft),
-            list(row.parts),
+            row.scale,
         )
 
 
@@ -187,5 +187,5 @@ class StepDecoder:
             prompt_len=known.opened.prompt_len,
             score=work.score,
             draft=work.draft or (),
-            parts=tuple(work.parts),
+            scale=work.scale,
         )

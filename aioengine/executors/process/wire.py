@@ -85,8 +85,8 @@ class Work(msgspec.Struct, array_like=True, frozen=True):
     """Number of tokens to score, as in ``SequenceWork``."""
     draft: list[int] = []
     """Proposed tokens, to compute after its history."""
-    parts: list[tuple[int, float]] = []
-    """The adapters of a mix, as in ``SequenceWork``."""
+    scale: float = 1.0
+    """What its adapter is multiplied by."""
 
 
 class Step(_Message, frozen=True):
@@ -160,7 +160,7 @@ class Place(_Message, frozen=True):
     number: int
     uid: int
     slot: int
-    offset: int | None = None
+    offset: int
     """Offset in the slots' memory, in bytes."""
 
 
@@ -233,8 +233,8 @@ class ReadDone(_Message, frozen=True):
     empty if it is finished."""
     slot_nbytes: int
     """Bytes of the share that slots hold."""
-    summable: bool
-    """Whether a step can add it up with others."""
+    scalable: bool
+    """Whether a step can multiply what it adds by a number."""
 
 
 class Done(_Message, frozen=True):

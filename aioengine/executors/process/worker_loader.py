@@ -32,7 +32,7 @@ class _Found(NamedTuple):
     labels: int
     slot_nbytes: int
     invocation: tuple[int, ...]
-    summable: bool
+    scalable: bool
 
 
 class WorkerLoader(BaseLoader[_Found]):
@@ -80,10 +80,10 @@ class WorkerLoader(BaseLoader[_Found]):
         progress.running = False
         nbytes = sum(answer.nbytes for answer in answers)
         largest = max(answer.slot_nbytes for answer in answers)
-        summable = all(answer.summable for answer in answers)
+        scalable = all(answer.scalable for answer in answers)
         return _Found(
             *(reading.number, first.rank, nbytes, content.digest, first.labels, largest, first.invocation),
-            summable=summable,
+            scalable=scalable,
         )
 
     async def _read_and_digest(

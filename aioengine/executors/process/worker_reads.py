@@ -75,7 +75,7 @@ class WorkerReads:
                     found.invocation,
                     squares,
                     draft.slot_nbytes,
-                    found.summable,
+                    found.scalable,
                 )
             )
 

@@ -138,7 +138,7 @@ class _ProbedDevice(Device):
     async def load(self, order: ReadOrder) -> LoadedAdapter:
         return await self._device.load(order)
 
-    async def place(self, uid: int, slot: int, offset: int | None = None) -> float:
+    async def place(self, uid: int, slot: int, offset: int) -> float:
         return await self._device.place(uid, slot, offset)
 
     def drop(self, uid: int) -> None:

@@ -47,8 +47,6 @@ def step_shape(batch: StepBatch) -> StepShape:
         decode_rows, decode_kv, slots = batch.counted
         sequences += decode_rows
     tokens = dict(slots)
-    parts: list[tuple[int, int]] = []
-    """The further slots of mixes."""
     for work in batch.sequences:
         count, start, slot = len(work.tokens), work.start, work.slot
         if count == 1 and start >= work.prompt_len:
@@ -58,10 +56,8 @@ def step_shape(batch: StepBatch) -> StepShape:
             prefill_tokens += count
             twice_pairs += count * (2 * start + count)
         tokens[slot] = tokens.get(slot, 0) + count
-        if work.parts:
-            parts += [(part, count) for part, _ in work.parts[1:]]
     if batch.sequences:
-        slots = (*sorted(tokens.items()), *parts)  # in one order, whether or not some are counted
+        slots = sorted(tokens.items())  # in one order, whether or not some are counted
     adapters = [(ranks[slot], count) for slot, count in slots if slot >= 0]
     return StepShape(
         decode_rows,

@@ -34,7 +34,9 @@ class SimulatedDevice(Device):
     goes_ahead = True
     """Whether steps are taken at once where that is possible."""
 
-    def __init__(self, costs: CostModel, *, token: int, end_token: int, max_rank: int) -> None:
+    def __init__(
+        self, costs: CostModel, *, token: int, end_token: int, max_rank: int, one_size: bool = True
+    ) -> None:
         self.lengths: dict[str, int] = {}
         self.shapes: dict[str, AdapterShape] = {}
         self._costs = costs
@@ -52,6 +54,8 @@ class SimulatedDevice(Device):
         self._disk = SharedStage(costs.disk)
         self._slot = SharedStage(costs.slot)
         self._max_rank = max_rank
+        self._one_size = one_size
+        """Whether every adapter takes a slot of one size, whatever its bytes are said to be."""
         self._nbytes: dict[int, int] = {}
         """Bytes of adapters whose size is that of their rank, by rank."""
         self._held: dict[int, int] = {}
@@ -159,14 +163,15 @@ class SimulatedDevice(Device):
                 path=path,
             )
         self._held[order.uid] = nbytes
-        return LoadedAdapter(shape.rank, nbytes, name, seconds)
+        in_slot = self._bytes_of(shape.rank) if self._one_size else nbytes
+        return LoadedAdapter(shape.rank, nbytes, name, seconds, slot_nbytes=in_slot)
 
     def _bytes_of(self, rank: int) -> int:
         if rank not in self._nbytes:
             self._nbytes[rank] = self._costs.adapter_nbytes(rank)
         return self._nbytes[rank]
 
-    async def place(self, uid: int, slot: int, offset: int | None = None) -> float:
+    async def place(self, uid: int, slot: int, offset: int) -> float:
         with self.disturbed(self._costs.slot.slowdown):
             return await self._slot.transfer(self._held[uid])
 

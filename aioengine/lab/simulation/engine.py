@@ -51,8 +51,12 @@ class SimulatedEngine(AsyncEngine):
         spec = costs.spec
         self._end_token = spec.vocab_size - 1
         self._spec = msgspec.structs.replace(spec, eos_token_ids=(self._end_token,))
-        max_rank = 0 if config.lora is None else config.lora.max_lora_rank
-        self._device = SimulatedDevice(costs, token=TOKEN, end_token=self._end_token, max_rank=max_rank)
+        max_rank, one_size = 0, True
+        if config.lora is not None:
+            max_rank, one_size = config.lora.max_lora_rank, config.lora.slot_memory is None
+        self._device = SimulatedDevice(
+            costs, token=TOKEN, end_token=self._end_token, max_rank=max_rank, one_size=one_size
+        )
 
     async def _build(self, work: ThreadPoolExecutor, progress: LoadProgress | None) -> Built:
         return Built(

@@ -13,6 +13,7 @@ import msgspec
 from aioengine.checks import format_bytes
 from aioengine.config import EngineConfig, LoRAConfig
 from aioengine.model.experts.spec import MixtureSpec
+from aioengine.model.slots.layout import MAX_RANK
 from aioengine.model.spec import ModelSpec
 
 WORKSPACE_BYTES = 32 * 2**20
@@ -127,6 +128,7 @@ def working_memory(
     logits = rows * spec.vocab_size
     scratch = _SCRATCH_BYTES + _split_bytes(local, max_model_len) + EXPANDED_BYTES * bool(local.packed)
     each = token_bytes(local, dtype_bytes, 0 if lora is None else lora.max_lora_rank)
+    most = token_bytes(local, dtype_bytes, 0 if lora is None else MAX_RANK)  # of a mix
     tokens = min(config.max_num_batched_tokens, rows * max_model_len)
     plain = spec.impl == "native" and not isinstance(spec, MixtureSpec)
     recorded = config.cuda_graphs and plain
@@ -140,7 +142,7 @@ def working_memory(
         driver = (len(sizes(rows)) + len(mixed)) * kinds * launches * GRAPH_NODE_BYTES
         graphs = max(rows, *mixed) * each + scratch + 2 * logits * dtype_bytes + inputs + driver
     return WorkingMemory(
-        activations=tokens * each + scratch,
+        activations=tokens * most + scratch,
         sampling=logits * (SAMPLED_BYTES + dtype_bytes) + PIECE_BYTES,
         penalties=PENALTY_BYTES * logits,
         graphs=graphs,

@@ -120,8 +120,6 @@ class LayerForward:
         step = self._holder.step
         if step is None or step.plan is None or not arguments:
             return self._own(*arguments, **named)
-        if step.lora.more:  # the further adapters of mixes come between the parts of a layer
-            return self._own(*arguments, **named)
         first, self._tried = not self._tried, True
         if first:
             self._recognise(step, arguments, named)

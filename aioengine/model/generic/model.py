@@ -274,16 +274,11 @@ class GenericModel:
 
 def part_of(lora: LoRABatch, begin: int, end: int) -> LoRABatch:
     """Return the batch of the tokens ``begin..end-1``, which are one sequence's."""
-    found = []
-    for batch in lora.passes:
-        own, affine = (
-            [s._replace(start=0, stop=end - begin) for s in segments if s.start <= begin < s.stop]
-            for segments in (batch.segments, batch.affine)
-        )
-        found.append(LoRABatch.of(own, affine, end - begin, lora.device))
-    first, *more = found
-    first.more = tuple(one for one in more if one.segments)
-    return first
+    own, affine = (
+        [s._replace(start=0, stop=end - begin) for s in segments if s.start <= begin < s.stop]
+        for segments in (lora.segments, lora.affine)
+    )
+    return LoRABatch.of(own, affine, end - begin, lora.device)
 
 
 def inputs_of(

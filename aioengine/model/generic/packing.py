@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from aioengine.kernels import Backend, LoRABatch
+from aioengine.kernels import Backend
 from aioengine.kernels.cpu.adapted import AdaptedLinear, fits
 from aioengine.kernels.cpu.matrix import LibraryWeight
 from aioengine.kernels.cpu.packed import PackedWeight
@@ -107,15 +107,11 @@ class PackedLinear:
         if step is None or pool is None or not step.lora.segments:
             return self.base(x)
         rows = self.rows(x)
-        batches: Sequence[LoRABatch] = step.lora.passes
         if self.adapted is not None:
-            y = self.adapted(rows, step.lora)
-            batches = step.lora.more
-        else:
-            y = self.base(rows)
-        for batch in batches:
-            kernels.lora_expand(kernels.lora_shrink(rows, pool, batch), pool, y, batch)
-        if self.adapted is None and step.lora.affine:
+            return self.adapted(rows, step.lora)
+        y = self.base(rows)
+        kernels.lora_expand(kernels.lora_shrink(rows, pool, step.lora), pool, y, step.lora)
+        if step.lora.affine:
             kernels.lora_affine(y, pool, step.lora)
         return y
 

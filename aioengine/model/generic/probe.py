@@ -295,7 +295,7 @@ def _write_random_adapter(model: GenericModel) -> int:
             tensors[layer, module] = a.to(model.slots.dtype), b.to(model.slots.dtype)
         image = build_image(layout, _RandomAdapter(rank, tensors), {}, model.slots.dtype)
         if image.nbytes <= model.slots.nbytes:
-            model.slots.write(0, image, 0 if model.slots.elastic else None)
+            model.slots.write(0, image)
             model.slots.before_step()
             return rank
     return 0

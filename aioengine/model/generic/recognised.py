@@ -172,8 +172,6 @@ class GatedForward:
         if more or named or gate_up.is_plain or down.is_plain:
             return self._own(x, *more, **named)
         batch = None if self._holder.step is None else self._holder.step.lora
-        if batch is not None and batch.more:  # the further adapters of mixes come between the two
-            return self._own(x)
         assert gate_up.adapted is not None and down.adapted is not None
         if self._holder.seen is not None:
             self._holder.seen.append(self)

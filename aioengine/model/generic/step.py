@@ -44,9 +44,8 @@ class Step:
     """The tokens that go through the linears, by adapter slot."""
     plan: AttentionPlan | None = None
     """None: no layer attends (the head alone)."""
-    shrunk: dict[int, tuple[Tensor, list[Tensor]]] = field(default_factory=dict)
-    """Last input of each pool, by its id, and the products of the pool's A matrices with it, for each batch
-    of ``lora.passes``."""
+    shrunk: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    """Last input of each pool, by its id, and the products of the pool's A matrices with it."""
     turn: Turn | None = None
     """The rotation that was put off last."""
     made: dict[Any, Any] = field(default_factory=dict)

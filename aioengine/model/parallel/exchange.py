@@ -60,15 +60,15 @@ class StepExchange:
         self._inputs = inputs
         self._scratch = scratch
 
-    def __call__(self, what: int, pool: int, more: int) -> int:
+    def __call__(self, what: int, pool: int) -> int:
         try:
-            self._exchange(Exchange(what), self._pools[pool] if pool >= 0 else None, more)
+            self._exchange(Exchange(what), self._pools[pool] if pool >= 0 else None)
         except BaseException as error:
             self.error = error
             return 1
         return 0
 
-    def _exchange(self, what: Exchange, pool: LoRAPool | None, more: int) -> None:
+    def _exchange(self, what: Exchange, pool: LoRAPool | None) -> None:
         if what == Exchange.TOTAL:
             self._adapted.total(self._scratch.x, None, pool, self._inputs.lora)
             return
@@ -77,7 +77,6 @@ class StepExchange:
             return
         assert pool is not None
         batch, memory = self._inputs.sample_lora if pool is self._head else self._inputs.lora, self._scratch.h
-        batch = batch.passes[more]
         if pool.slots.is_by_place:
             assert self._scratch.rows_h is not None
             memory = self._scratch.rows_h

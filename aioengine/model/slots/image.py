@@ -13,7 +13,7 @@ from aioengine.errors import ConfigError
 from aioengine.kernels.slots import Column
 from aioengine.model.buffer import Allocate, pageable
 from aioengine.model.pooling import Head, Kind
-from aioengine.model.slots.layout import Elements, SlotLayout
+from aioengine.model.slots.layout import MAX_RANK, Elements, SlotLayout
 from aioengine.model.slots.tokens import TokenTables, TrainedTokens
 
 SERIAL_ELEMENTS = 32_000
@@ -71,10 +71,25 @@ class AdapterImage:
     """The tokens from which on it is applied, if it is an activated LoRA adapter; none: to all tokens."""
 
     @property
-    def summable(self) -> bool:
-        """Whether it is A and B, and nothing else, so that a step can add it up with others."""
-        more = self.tokens is not None or self.head is not None
-        return not (self.has_affine or more or self.invocation)
+    def scalable(self) -> bool:
+        """Whether a step can multiply what it adds by a number: it has no gains and shifts."""
+        return not self.has_affine
+
+    def matrices(self) -> dict[Key, tuple[Tensor, Tensor]] | None:
+        """Return A and B of each place, as views; None if it is more than these, or int8."""
+        more = self.has_affine or self.tokens is not None or self.head is not None or self.invocation
+        if more or self.layout.holds.int8:
+            return None
+        found: dict[Key, tuple[Tensor, Tensor]] = {}
+        for (key, place), row in zip(self.layout.places.items(), self.table.tolist(), strict=True):
+            if row[Column.A_RANK]:
+                a, b, rank = row[Column.A], row[Column.B], row[Column.B_RANK]
+                n_in, n_out = place.shape
+                found[key] = (
+                    self.data[a : a + row[Column.A_RANK] * n_in].view(-1, n_in),
+                    self.data[b : b + n_out * rank].view(n_out, rank),
+                )
+        return found
 
     @property
     def labels(self) -> int:
@@ -238,8 +253,8 @@ def _exact(layout: SlotLayout, adapter: Adapter) -> bool:
 
 
 def _check(layout: SlotLayout, adapter: Adapter, affine: Mapping[Key, Tensor]) -> None:
-    if adapter.rank > layout.max_rank:
-        raise ConfigError(f"adapter rank {adapter.rank} exceeds max_lora_rank={layout.max_rank}")
+    if adapter.rank > MAX_RANK:
+        raise ConfigError(f"adapter rank {adapter.rank} exceeds {MAX_RANK}")
     for key in (*adapter.tensors, *affine):
         if key not in layout.places:
             raise ConfigError(

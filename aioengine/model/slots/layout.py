@@ -26,11 +26,14 @@ from aioengine.model.parallel.partition import Partition
 from aioengine.model.parallel.ranges import Ranges, count
 from aioengine.model.spec import NO_LAYER, LinearShape, ModelSpec
 
-__all__ = ["Elements", "FusedPlace", "Place", "Share", "SlotLayout"]
+__all__ = ["MAX_RANK", "Elements", "FusedPlace", "Place", "Share", "SlotLayout"]
 
 INT8_UNIT = 16
 """Bytes."""
 _SCALE_BYTES = 4
+MAX_RANK = 512
+"""The largest rank of any adapter. One that is made of others may have it, whatever the slots have room for:
+it takes as many slots as it needs."""
 
 
 class Elements(NamedTuple):

@@ -24,9 +24,9 @@ class LoRASlots:
     ``TARGETABLE_MODULES``).
 
     ``layers[i]`` maps the fused linear's name ("qkv", "o", "gate_up", "down") to its pool, and ``outer``
-    does the same for "embed_tokens" and "lm_head". All slots share one memory. It has ``nbytes``, and each
-    write of an adapter gives its offset; or (None) it has room for ``max_rank`` in every module of each slot,
-    and for ``max_tokens`` trained tokens.
+    does the same for "embed_tokens" and "lm_head". All slots share one memory, in which each adapter takes
+    what it needs, wherever it begins. It has ``nbytes``; None: room for ``max_rank`` in every module of each
+    slot, and for ``max_tokens`` trained tokens.
 
     ``dtype`` may be int8: the matrices are, and gains and shifts are of ``affine_dtype`` (else that is
     ``dtype``). With ``turned``, B is turned when it is written, for the compiled library.
@@ -50,8 +50,6 @@ class LoRASlots:
         holds = elements_of(dtype, affine_dtype)
         self.layout = layout = SlotLayout(spec, max_rank, target_modules, shard, holds, max_tokens)
         self.max_loras = max_loras
-        self.elastic = nbytes is not None
-        """Whether an adapter may begin anywhere in the memory."""
         elements = max_loras * layout.elements if nbytes is None else nbytes // dtype.itemsize
         if device.type == "cpu":
             memory = Buffer(elements * dtype.itemsize).tensor.view(dtype)
@@ -129,8 +127,8 @@ class LoRASlots:
         self._copier.after_step()
 
     def write(self, slot: int, image: AdapterImage, offset: int | None = None) -> None:
-        """Put an adapter into a slot; ``offset`` is where it begins in the memory, in bytes, and None where
-        every slot has its place.
+        """Put an adapter into a slot; ``offset`` is where it begins in the memory, in bytes; None: where the
+        slot would begin if all had the same size.
 
         Called in one thread, while steps may read *other* slots. Raises :class:`ConfigError`, before a
         byte is written, if the slot does not exist, the image was made for other slots, or it does not fit
@@ -146,8 +144,7 @@ class LoRASlots:
         memory = self.memory
         begin = slot * self.layout.elements if offset is None else offset // self.dtype.itemsize
         end = begin + len(image.data)
-        room = len(memory.memory) - begin if self.elastic else self.layout.elements
-        if self.elastic == (offset is None) or begin < 0 or len(image.data) > room:
+        if begin < 0 or end > len(memory.memory):
             raise ConfigError(
                 f"slot {slot}: an adapter of {image.nbytes} bytes cannot begin at offset {offset} of a "
                 f"memory of {self.nbytes} bytes"

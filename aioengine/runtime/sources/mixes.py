@@ -1,18 +1,16 @@
 """Mixes: requests that name several adapters with weights, or one with a scale.
 
-A mix is made when a request first asks for it, of the versions that were current then. It takes no memory:
-its requests run in the slots of its parts, which a step adds up. If one of these has more than A and B (DoRA,
-biases, ...), or they are more than there are slots, it is read from their files as one adapter, which takes a
-place in the CPU cache and a slot like any other.
-"""
+A mix is made when a request first asks for it, of the versions that were current then. It is an adapter like
+any other, read from its parts in the CPU cache or, where these are not there, from their files; and it
+belongs to the tenant that asked for it last. A scale is a number of the request alone, unless the adapter has
+gains or shifts (DoRA, biases): then it is a mix of one."""
 
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 
-from aioengine.core.adapters.mix import MixEntry
 from aioengine.core.adapters.residency import Residency
-from aioengine.core.state import AdapterEntry, AdapterFiles
+from aioengine.core.state import AdapterEntry, AdapterFiles, Owner
 from aioengine.errors import AdapterInvalid, EngineOverloaded
 from aioengine.info import mix_name
 from aioengine.step import HeldFiles, MixFiles, MixPart
@@ -41,7 +39,9 @@ class Mix:
     @property
     def files(self) -> MixFiles:
         parts = (
-            MixPart(entry.label, entry.path, weight, entry.digest or entry.expected, self._held(entry))
+            MixPart(
+                entry.label, entry.path, weight, entry.digest or entry.expected, self._held(entry), entry.uid
+            )
             for entry, weight in self.parts
         )
         return MixFiles(tuple(parts))
@@ -87,18 +87,27 @@ class Mixes:
         self._owners: dict[str, str | None] = {}
         self._made = 0
 
-    async def acquire(self, weights: Mapping[str, float], tenant: str | None, now: float) -> AdapterEntry:
-        """Return the mix, and make it first if it is not known. Raises as the look-up of its parts does, and
-        EngineOverloaded if its tenant has too many other mixes in use."""
+    async def acquire(
+        self, weights: Mapping[str, float], tenant: str | None, now: float
+    ) -> tuple[AdapterEntry, float]:
+        """Return the mix, or the only adapter, and what that is multiplied by. A mix that is not known is
+        made first. Raises as the look-up of its parts does, and EngineOverloaded if its tenant has too many
+        other mixes in use."""
         parts: dict[str, AdapterEntry] = {}
         while (
             wanted := next((name for name in weights if not self._is_up_to_date(name, parts)), None)
         ) is not None:
             parts[wanted] = await self._acquire(wanted, tenant)
             await self._read_once(parts[wanted])
+        found: dict[AdapterEntry, float] = {}
+        for name, weight in weights.items():  # one may be named with its version and without
+            found[parts[name]] = found.get(parts[name], 0.0) + weight
+        if len(found) == 1:
+            [(only, scale)] = found.items()
+            if only.scalable:
+                return only, scale
         # Two versions of one adapter are in the order of their content: each engine counts its own.
-        in_order = [(parts[name], weight) for name, weight in weights.items()]
-        mix = Mix(sorted(in_order, key=lambda part: (part[0].label, part[0].digest, part[1])))
+        mix = Mix(sorted(found.items(), key=lambda part: (part[0].label, part[0].digest, part[1])))
         name = mix.name
         self._residency.failures.check(name, now)
         known = self._known.get(name)
@@ -111,19 +120,20 @@ class Mixes:
             self._made += 1
             mix.hold()
             known = self._declare(mix, now)
+        known.owner = Owner(tenant)
         self._forget(name)
         self._known[name], self._owners[name] = known, tenant
         self._of.setdefault(tenant, {})[name] = None
-        return known
+        return known, 1.0
 
     def _declare(self, mix: Mix, now: float) -> AdapterEntry:
-        residency = self._residency
-        together = len({entry.uid for entry, _ in mix.parts}) == len(mix.parts) <= len(residency.slots.slots)
-        if together and all(entry.summable for entry, _ in mix.parts):
-            return residency.declare_mix(mix.name, mix.parts, mix, self._made, now)
-        known = residency.declare(mix.name, "mix:" + mix.name, files=mix, version=self._made)
-        residency.publish(known, now)
-        return known
+        """Make a mix known. Its size is about that of its parts together."""
+        entry = self._residency.declare(mix.name, "mix:" + mix.name, files=mix, version=self._made)
+        entries = [entry for entry, _ in mix.parts]
+        nbytes = sum(part.nbytes for part in entries), sum(part.slot_nbytes for part in entries)
+        self._residency.set_size(entry, *nbytes)
+        self._residency.publish(entry, now)
+        return entry
 
     def _is_up_to_date(self, name: str, parts: Mapping[str, AdapterEntry]) -> bool:
         """Whether what a name stands for is among ``parts``. While another is looked up, it may be replaced,
@@ -134,6 +144,11 @@ class Mixes:
 
     def is_mix(self, entry: AdapterEntry) -> bool:
         return isinstance(entry.files, Mix)
+
+    def is_made_of(self, entry: AdapterEntry, part: AdapterEntry) -> bool:
+        """Whether an adapter is this one, or a mix with it."""
+        files = entry.files
+        return entry is part or (isinstance(files, Mix) and any(own is part for own, _ in files.parts))
 
     def forget(self, label: str, now: float) -> None:
         """Retire all mixes that contain this adapter, because it is being unloaded."""
@@ -183,7 +198,7 @@ class Mixes:
 
 
 def _is_used(entry: AdapterEntry) -> bool:
-    return bool(entry.running or entry.waiting or (isinstance(entry, MixEntry) and entry.uses))
+    return bool(entry.running or entry.waiting)
 
 
 _NOBODY = object()

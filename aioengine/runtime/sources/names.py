@@ -69,10 +69,12 @@ class AdapterNames:
             self.check_worth_a_try(name)
         return tuple(dict.fromkeys(name.partition("@")[0] for name in names))
 
-    async def acquire_wanted(self, adapter: str | Mapping[str, float], tenant: str | None) -> AdapterEntry:
-        """Return the version, or the mix, that a request asks for."""
+    async def acquire_wanted(
+        self, adapter: str | Mapping[str, float], tenant: str | None
+    ) -> tuple[AdapterEntry, float]:
+        """Return the version, or the mix, that a request asks for, and what it is multiplied by."""
         if isinstance(adapter, str):
-            return await self.acquire(adapter, tenant)
+            return await self.acquire(adapter, tenant), 1.0
         return await self.mixes.acquire(adapter, tenant, _now())
 
     def where(self, adapter: str | Mapping[str, float]) -> str:

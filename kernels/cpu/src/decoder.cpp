@@ -67,14 +67,12 @@ struct Model {
 };
 
 // Tokens by adapter slot: segments [count][slot, begin, end, rank, weight]; those in `affine` are scaled and shifted. `width`
-// is what A's outputs have room for. `more` are the same for the further adapters of mixes, which are added afterwards.
+// is what A's outputs have room for.
 struct LoraBatch {
   const int32_t* segments;
   int64_t count, width;
   const int32_t* affine;
   int64_t affine_count;
-  const LoraBatch* more;
-  int64_t more_count;
 
   const aio::Segment* begin() const { return (const aio::Segment*)segments; }
 };
@@ -105,9 +103,8 @@ struct Step {
   float* squares;   // [tokens, 2] of queries and keys, if these are normed over the heads of several processes
   double* seconds;  // [PHASES] to which the time of each is added; may be null
   // Of a model that several processes hold: does what the first argument says (an Exchange) for the pool with this id
-  // (below 0: none), or returns other than 0 to have the step end. `more` is 0, or says which batch of `more`, from 1 on.
-  // Null: there are no others.
-  int (*exchange)(int64_t what, int64_t id, int64_t more);
+  // (below 0: none), or returns other than 0 to have the step end. Null: there are no others.
+  int (*exchange)(int64_t what, int64_t id);
   const int32_t* processors;  // [threads] that they are bound to; null: to none
 };
 
@@ -149,8 +146,8 @@ struct Run {
     s.seconds[phase] += omp_get_wtime() - began;
   }
 
-  void exchange(int64_t what, int64_t pool, int64_t more = 0) const {
-    timed(EXCHANGE, [&] { me.once([&] { stopped = s.exchange(what, pool, more) != 0; }); });
+  void exchange(int64_t what, int64_t pool) const {
+    timed(EXCHANGE, [&] { me.once([&] { stopped = s.exchange(what, pool) != 0; }); });
     if (stopped) throw Stopped{};
   }
 
@@ -181,12 +178,12 @@ struct Run {
   }
 
   // A's outputs of a batch to s.h.
-  void shrink(const LoraPool& pool, const LoraBatch& batch, const void* x, long k, long more) const {
+  void shrink(const LoraPool& pool, const LoraBatch& batch, const void* x, long k) const {
     timed(SHRINK, [&] {
       aio_lora_shrink(m.bf16, x, k, &m.slots, pool.first, s.h, k, pool.slices, batch.width, batch.segments, batch.count,
                       threads);
     });
-    if (pool.exchange != NOTHING) exchange(pool.exchange, pool.id, more);
+    if (pool.exchange != NOTHING) exchange(pool.exchange, pool.id);
   }
 
   // `next` is the linear that follows: with few rows the arithmetic leaves the memory idle.
@@ -203,21 +200,13 @@ struct Run {
     const aio::Adapters adapters = adapters_of(pool);
     const bool adapted = pool.slices > 0 && batch.count > 0;
     const bool total = s.exchange != nullptr && (phase == O || phase == DOWN) && !summand;
-    if (adapted) shrink(pool, batch, x, w.k, 0);
+    if (adapted) shrink(pool, batch, x, w.k);
     timed(phase, [&] {
       aio::product(m.bf16, w, x, y, rows,
                    {fetch.data(), long(fetch.size()), adapted ? &adapters : nullptr,
                     {next.matrix->packed, next.matrix->n, next.matrix->panel_bytes}},
                    threads);
     });
-    for (long i = 0; adapted && i < batch.more_count; i++) {
-      const LoraBatch& more = batch.more[i];
-      shrink(pool, more, x, w.k, i + 1);
-      timed(phase, [&] {
-        aio_lora_expand(m.bf16, s.h, &m.slots, pool.first, pool.slice, pool.slices, more.width, y, w.n, more.segments,
-                        more.count, threads);
-      });
-    }
     if (total)
       exchange(TOTAL, pool.id);
     else if (adapted && batch.affine_count > 0)
@@ -327,12 +316,8 @@ struct Run {
   void scores(const void* weight, const void* bias, long n, const LoraPool& pool, const void* x, float* y) const {
     timed(ROUTE, [&] {
       aio::small_linear(m.bf16, x, m.hidden, weight, bias, n, y, s.tokens, threads);
-      const auto add = [&](const LoraBatch& batch) {
-        aio::adapt_small_linear(m.bf16, x, m.hidden, n, m.slots, pool.first, batch.begin(), batch.count, y, threads);
-      };
       if (pool.slices == 0 || s.lora.count == 0) return;
-      add(s.lora);
-      for (long i = 0; i < s.lora.more_count; i++) add(s.lora.more[i]);
+      aio::adapt_small_linear(m.bf16, x, m.hidden, n, m.slots, pool.first, s.lora.begin(), s.lora.count, y, threads);
     });
   }
 
@@ -350,19 +335,16 @@ struct Run {
       });
       work((const int32_t*)segments, *found);
     };
-    for (long i = 0; i <= s.lora.more_count; i++) {
-      const LoraBatch& batch = i == 0 ? s.lora : s.lora.more[i - 1];
-      run(batch.segments, batch.count, [&](const int32_t* found, long count) {
-        timed(SHRINK, [&] {
-          aio_lora_shrink(m.bf16, x, w.k, &places, pool.first, s.rows_h, w.k, pool.slices, batch.width, found, count, threads);
-        });
-        if (pool.exchange != NOTHING) exchange(pool.exchange, pool.id, i);
-        timed(phase, [&] {
-          aio_lora_expand(m.bf16, s.rows_h, &places, pool.first, pool.slice, pool.slices, batch.width, y, n, found, count,
-                          threads);
-        });
+    run(s.lora.segments, s.lora.count, [&](const int32_t* found, long count) {
+      timed(SHRINK, [&] {
+        aio_lora_shrink(m.bf16, x, w.k, &places, pool.first, s.rows_h, w.k, pool.slices, s.lora.width, found, count, threads);
       });
-    }
+      if (pool.exchange != NOTHING) exchange(pool.exchange, pool.id);
+      timed(phase, [&] {
+        aio_lora_expand(m.bf16, s.rows_h, &places, pool.first, pool.slice, pool.slices, s.lora.width, y, n, found, count,
+                        threads);
+      });
+    });
     if (s.lora.affine_count == 0) return;
     run(s.lora.affine, s.lora.affine_count,
         [&](const int32_t* found, long count) { affine(pool, places, y, n, found, count); });

@@ -21,7 +21,7 @@ from aioengine.adapters.peft.contents import SlotOrder
 from aioengine.adapters.peft.digest import mix_digest
 from aioengine.adapters.peft.pack import PackedAdapter
 from aioengine.errors import AdapterInvalid, AdapterTooLarge
-from aioengine.model.slots.layout import SlotLayout
+from aioengine.model.slots.layout import MAX_RANK, SlotLayout
 from aioengine.step import MixPart
 
 Place = tuple[int, str]
@@ -35,7 +35,7 @@ def add_up(
 
     Raises:
         AdapterInvalid: one of several has parts that cannot be added up.
-        AdapterTooLarge: their ranks together are larger than the slot's.
+        AdapterTooLarge: their ranks together are larger than ``MAX_RANK``.
         AdapterChanged: the files of one have changed since it was loaded.
     """
     found = [packed for _, packed in parts]
@@ -61,12 +61,10 @@ def add_up(
     for place in dict.fromkeys(place for pairs, _ in scaled for place in pairs):
         pairs = [_filled(order.layout, place[1], *own[place]) for own, _ in scaled if place in own]
         b = torch.cat([b for _, b in pairs], dim=1)
-        if b.shape[1] > order.layout.max_rank:
+        if b.shape[1] > MAX_RANK:
             ranks = " + ".join(str(b.shape[1]) for _, b in pairs)
             raise AdapterTooLarge(
-                f"{place[1]} of layer {place[0]} has rank {ranks}, more than "
-                f"max_lora_rank={order.layout.max_rank}: "
-                "raise it, or mix fewer",
+                f"{place[1]} of layer {place[0]} has rank {ranks}, more than {MAX_RANK}: mix fewer",
                 name=name,
                 path=path,
             )

@@ -62,12 +62,11 @@ class AdaptedForward:
         last = step.shrunk.get(id(pool))
         if last is None or last[0] is not x:
             rows = rows.contiguous()
-            last = step.shrunk[id(pool)] = x, [kernels.lora_shrink(rows, pool, one) for one in batch.passes]
+            last = step.shrunk[id(pool)] = x, kernels.lora_shrink(rows, pool, batch)
         out = y.reshape(len(rows), -1)
         out = out if out.is_contiguous() else out.contiguous()
-        for h, one in zip(last[1], batch.passes, strict=True):
-            own = h if len(pool.modules) == 1 else h[:, place : place + 1].contiguous()
-            kernels.lora_expand(own, self._own, out, one)
+        h = last[1] if len(pool.modules) == 1 else last[1][:, place : place + 1].contiguous()
+        kernels.lora_expand(h, self._own, out, batch)
         if batch.affine:
             kernels.lora_affine(out, self._own, batch)
         return out.view(y.shape)

@@ -12,14 +12,13 @@ import functools
 import logging
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from itertools import pairwise
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from aioengine.kernels import Backend, ExpertPlan, LoRABatch, LoRAPool
+from aioengine.kernels import Backend, ExpertPlan, LoRABatch, LoRAPool, Segment
 from aioengine.model.generic.spec import GenericSpec, Stack
 from aioengine.model.generic.step import Holder
 from aioengine.model.slots.pool import LoRASlots
@@ -29,8 +28,6 @@ logger = logging.getLogger("aioengine")
 
 _INTERFACE = ("_apply_gate", "has_gate", "has_bias", "is_transposed")
 """What transformers' ``use_experts_implementation`` gives to experts."""
-Part = tuple[int, float]
-"""A slot and a weight."""
 
 
 class Adapted(NamedTuple):
@@ -47,22 +44,17 @@ class Adapted(NamedTuple):
         """Whether the adapter in a slot is on this parameter; then it is on all experts."""
         return self.pool.where(self.place(slot), 0).a_rank > 0
 
-    def on(self, parameter: Tensor, parts: Sequence[Part]) -> Tensor | None:
-        """Return a copy of the parameter with the adapters in these slots added; None: none is on it.
+    def on(self, parameter: Tensor, slot: int, scale: float) -> Tensor | None:
+        """Return a copy of the parameter with the adapter in this slot, scaled, added; None: it is not on it.
 
         The sums of one expert after the other are in float32, so that no more than the copy takes memory.
         """
-        held = [(slot, weight) for slot, weight in parts if self.has(slot)]
-        if not held:
+        if not self.has(slot):
             return None
         copy = parameter.detach().clone()
         for expert, matrix in enumerate(copy if self.stack.experts else (copy,)):
-            delta: Tensor | None = None
-            for slot, weight in held:
-                place = self.place(slot) + expert
-                own = weight * (self.pool.b(place, 0).float() @ self.pool.a(place, 0).float())
-                delta = own if delta is None else delta + own
-            assert delta is not None
+            place = self.place(slot) + expert
+            delta = scale * (self.pool.b(place, 0).float() @ self.pool.a(place, 0).float())
             matrix.copy_(matrix + (delta.T if self.stack.turned else delta))
         return copy
 
@@ -82,7 +74,7 @@ class MergedForward:
 
     def __call__(self, x: Tensor, *more: Any, **named: Any) -> Any:
         if self.plain:
-            with self._with_adapters([(0, 1.0)]):
+            with self._with_adapter(0):
                 return self.inner(x, *more, **named)
         step = self._holder.step
         if step is None or not self._is_adapted(step.lora):
@@ -96,24 +88,24 @@ class MergedForward:
     def _is_adapted(self, lora: LoRABatch) -> bool:
         """Whether an adapter of the step is on one of the parameters."""
         adapted = self._adapted.values()
-        return any(one.has(s.slot) for batch in lora.passes for s in batch.segments for one in adapted)
+        return any(one.has(segment.slot) for segment in lora.segments for one in adapted)
 
     def _mixed(self, lora: LoRABatch, x: Tensor, *more: Any, **named: Any) -> Any:
         outputs = []
-        for begin, end, parts in _runs(lora):
+        for begin, end, segment in _runs(lora):
             arguments = [_rows(one, lora.num_tokens, begin, end) for one in (x, *more)]
             others = {name: _rows(one, lora.num_tokens, begin, end) for name, one in named.items()}
-            with self._with_adapters(parts):
+            with nullcontext() if segment is None else self._with_adapter(segment.slot, segment.weight):
                 outputs.append(self.inner(*arguments, **others))
         return _joined(outputs)
 
     @contextmanager
-    def _with_adapters(self, parts: Sequence[Part]) -> Iterator[None]:
-        """Context in which the parameters have these slots' adapters added."""
+    def _with_adapter(self, slot: int, scale: float = 1.0) -> Iterator[None]:
+        """Context in which the parameters have this slot's adapter added."""
         parameters = self._module._parameters
         own = dict(parameters)
         for name, one in self._adapted.items():
-            adapted = one.on(own[name], parts)
+            adapted = one.on(own[name], slot, scale)
             if adapted is not None:
                 parameters[name] = adapted
         try:
@@ -159,9 +151,9 @@ class ExpertsForward(MergedForward):
         out = torch.cat(parts)
         if one is not None:
             x = x.contiguous()
-            for batch in plan.lora(lora, one.pool.slots.per_slot, 1).passes:
-                hidden = self._kernels.lora_shrink(x, one.pool, batch)
-                self._kernels.lora_expand(hidden, one.pool, out, batch)
+            batch = plan.lora(lora, one.pool.slots.per_slot, 1)
+            hidden = self._kernels.lora_shrink(x, one.pool, batch)
+            self._kernels.lora_expand(hidden, one.pool, out, batch)
         return out
 
 
@@ -190,12 +182,17 @@ def hook_parameters(
     return made
 
 
-def _runs(lora: LoRABatch) -> Iterator[tuple[int, int, tuple[Part, ...]]]:
-    """Yield begin and end of tokens that adjoin and have the same adapters, with these."""
-    segments = [segment for batch in lora.passes for segment in batch.segments]
-    cuts = sorted({0, lora.num_tokens, *(s.start for s in segments), *(s.stop for s in segments)})
-    for begin, end in pairwise(cuts):
-        yield begin, end, tuple((s.slot, s.weight) for s in segments if s.start <= begin < s.stop)
+def _runs(lora: LoRABatch) -> Iterator[tuple[int, int, Segment | None]]:
+    """Yield begin and end of tokens that adjoin and have the same adapter, with its segment; None: no
+    adapter."""
+    at = 0
+    for segment in lora.segments:
+        if at < segment.start:
+            yield at, segment.start, None
+        yield segment.start, segment.stop, segment
+        at = segment.stop
+    if at < lora.num_tokens:
+        yield at, lora.num_tokens, None
 
 
 def _rows(value: Any, count: int, begin: int, end: int) -> Any:
