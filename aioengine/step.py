@@ -309,7 +309,7 @@ class LoadedAdapter(NamedTuple):
     """Bytes that it takes in the CPU cache."""
     digest: str
     """SHA-256 of its files, hexadecimal."""
-    seconds: float
+    seconds: float = 0.0
     """Wall time of the load, with its retries."""
     labels: int = 0
     """Labels of its classification head."""

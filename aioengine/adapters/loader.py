@@ -9,7 +9,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Generic, NamedTuple, Protocol, TypeVar
+from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
 
 import psutil
 
@@ -40,24 +40,7 @@ STOP_SECONDS = 1.0
 """How long ``close`` waits for reads that were not given up; they take milliseconds."""
 
 
-class ReadAdapter(Protocol):
-    """Result of a read."""
-
-    @property
-    def rank(self) -> int: ...
-    @property
-    def nbytes(self) -> int: ...
-    @property
-    def digest(self) -> str: ...
-    @property
-    def labels(self) -> int: ...
-    @property
-    def invocation(self) -> Sequence[int]: ...
-    @property
-    def scalable(self) -> bool: ...
-
-
-R = TypeVar("R", bound=ReadAdapter)
+R = TypeVar("R")
 T = TypeVar("T")
 
 
@@ -137,12 +120,8 @@ class BaseLoader(ABC, Generic[R]):
         self._backoff = Backoff(patience.retries, patience.backoff, seed=patience.seed)
         self._timeout = patience.timeout
         self._grace = patience.grace
-        self._open: dict[Progress, str] = {}
-        """Reads that may still run, with the folder that each reads."""
-        self._stuck: set[Progress] = set()
-        """The reads among them that make no progress."""
-        self._left: set[Progress] = set()
-        """The reads among them that were abandoned."""
+        self._open: list[Progress] = []
+        """Reads that may still run."""
 
     async def load(self, order: ReadOrder) -> LoadedAdapter:
         """Read an adapter from disk, or from ``order.files``, into the CPU cache.
@@ -152,19 +131,19 @@ class BaseLoader(ABC, Generic[R]):
         """
         name, path = order.name, order.path
         start = time.perf_counter()
-        if (reason := self._obstacle(path, self._stuck)) is not None:
+        if (reason := self._obstacle(path)) is not None:
             raise _obstructed(reason, name, path)
-        progress = Progress()
+        progress = Progress(path)
         stop_watching = self._watch(progress, order.stalled)
         try:
             async with asyncio.timeout(self._timeout) as limit:
                 await self._until_unobstructed(name, path)
                 attempt = functools.partial(self._attempt, name, path, progress, order.files)
-                found = await self._backoff.run(attempt, order.retrying)
+                found, content = await self._backoff.run(attempt, order.retrying)
         except TimeoutError as error:
             if not limit.expired():
                 raise
-            self._stuck.add(progress)
+            progress.stuck = True
             raise AdapterLoadError(
                 f"was not read within load_timeout={self._timeout:g} seconds: the disk or the network mount "
                 "hangs or is too slow; repair it, or raise LoRAConfig.load_timeout",
@@ -173,30 +152,19 @@ class BaseLoader(ABC, Generic[R]):
             ) from error
         finally:
             stop_watching()
-        self._keep(order.uid, found)
-        seconds = time.perf_counter() - start
-        return LoadedAdapter(
-            found.rank,
-            found.nbytes,
-            found.digest,
-            seconds,
-            found.labels,
-            self._slot_nbytes(found),
-            found.invocation,
-            found.scalable,
-        )
+        self._keep(order.uid, content)
+        return found._replace(seconds=time.perf_counter() - start)
 
-    def _slot_nbytes(self, found: R) -> int | None:
-        """Bytes that it takes in a slot, on the rank with the largest share; None: all that was read."""
-        return None
-
-    async def _attempt(self, name: str, path: str, progress: Progress, files: AdapterSource | None) -> R:
+    async def _attempt(
+        self, name: str, path: str, progress: Progress, files: AdapterSource | None
+    ) -> tuple[LoadedAdapter, R]:
         progress.running = progress.waiting = True
-        self._open[progress] = path
+        if progress not in self._open:
+            self._open.append(progress)
         try:
             return await self._read(name, path, progress, files)
         except asyncio.CancelledError:
-            self._left.add(progress)
+            progress.abandoned = True
             raise
 
     # Reads that hang
@@ -205,19 +173,16 @@ class BaseLoader(ABC, Generic[R]):
         """Wait for abandoned reads; raises AdapterLoadError if they still hang after ``grace``."""
         loop = asyncio.get_running_loop()
         end = loop.time() + self._grace
-        while (reason := self._obstacle(path, self._stuck | self._left)) is not None:
+        while (reason := self._obstacle(path, abandoned=True)) is not None:
             if loop.time() >= end:
                 raise _obstructed(reason, name, path)
             await asyncio.sleep(POLL_SECONDS)
 
-    def _obstacle(self, path: str, reads: set[Progress]) -> str | None:
-        """Return why no read of this folder may start while ``reads`` run; None if it may."""
-        if not reads:
-            return None
-        self._open = {read: where for read, where in self._open.items() if read.running}
-        self._stuck &= self._open.keys()
-        self._left &= self._open.keys()
-        hanging = [where for read, where in self._open.items() if read in reads]
+    def _obstacle(self, path: str, *, abandoned: bool = False) -> str | None:
+        """Return why no read of this folder may start while others hang or, on demand, are only
+        ``abandoned``; None if it may."""
+        self._open = [read for read in self._open if read.running]
+        hanging = [read.path for read in self._open if read.stuck or (abandoned and read.abandoned)]
         if path in hanging:
             return "an earlier read of this folder hangs"
         if len(hanging) >= MAX_HANGING:
@@ -240,8 +205,7 @@ class BaseLoader(ABC, Generic[R]):
         def look(calls: int) -> None:
             nonlocal told
             hangs = progress.running and progress.waiting and progress.calls == calls
-            if hangs:
-                self._stuck.add(progress)
+            progress.stuck = progress.stuck or hangs
             if not told and not ended and (hangs or not progress.running):
                 told = True
                 stalled()
@@ -250,7 +214,7 @@ class BaseLoader(ABC, Generic[R]):
 
         def arm() -> None:
             nonlocal timer
-            impatient = any(read.running for read in self._stuck)
+            impatient = any(read.stuck and read.running for read in self._open)
             timer = loop.call_later(IMPATIENT_SECONDS if impatient else STALL_SECONDS, look, progress.calls)
 
         def end() -> None:
@@ -263,13 +227,17 @@ class BaseLoader(ABC, Generic[R]):
         return end
 
     @abstractmethod
-    async def _read(self, name: str, path: str, progress: Progress, files: AdapterSource | None) -> R:
-        """Read once, and record the end in ``progress``, even if the read was abandoned. After a
-        cancellation, a late result must be dropped."""
+    async def _read(
+        self, name: str, path: str, progress: Progress, files: AdapterSource | None
+    ) -> tuple[LoadedAdapter, R]:
+        """Read once, and return what the core is told and what is kept.
+
+        Record the end in ``progress``, even if the read was abandoned. After a cancellation, a late result
+        must be dropped."""
 
     @abstractmethod
-    def _keep(self, uid: int, found: R) -> None:
-        """Put the adapter into the CPU cache."""
+    def _keep(self, uid: int, content: R) -> None:
+        """Put what was read into the CPU cache."""
 
 
 class AdapterLoader(BaseLoader["AdapterImage"]):
@@ -281,12 +249,9 @@ class AdapterLoader(BaseLoader["AdapterImage"]):
         self.store = store
         self._threads = ReadThreads("aioengine-load")
 
-    def _slot_nbytes(self, found: AdapterImage) -> int:
-        return found.data.nbytes
-
     async def _read(
         self, name: str, path: str, progress: Progress, files: AdapterSource | None
-    ) -> AdapterImage:
+    ) -> tuple[LoadedAdapter, AdapterImage]:
         def read() -> AdapterImage:
             try:
                 return self.store.read(name, path, progress, files)
@@ -294,14 +259,24 @@ class AdapterLoader(BaseLoader["AdapterImage"]):
                 progress.running = False
 
         try:
-            return await self._threads.run(read)
+            image = await self._threads.run(read)
         except (MemoryError, RuntimeError) as error:
             if (known := out_of_memory(error, name, path)) is None:
                 raise
             raise known from error
+        found = LoadedAdapter(
+            image.rank,
+            image.nbytes,
+            image.digest,
+            labels=image.labels,
+            slot_nbytes=image.data.nbytes,
+            invocation=image.invocation,
+            scalable=image.scalable,
+        )
+        return found, image
 
-    def _keep(self, uid: int, found: AdapterImage) -> None:
-        self.store.put(uid, found)
+    def _keep(self, uid: int, content: AdapterImage) -> None:
+        self.store.put(uid, content)
 
     async def close(self) -> None:
         """Wait for the reads under way, but not for those that hang, and free the cache. Cancel loads

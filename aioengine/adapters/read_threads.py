@@ -20,8 +20,8 @@ T = TypeVar("T")
 
 
 class Progress:
-    """Progress of a read. Its thread enters the context around each file operation that may hang; other
-    threads watch it."""
+    """Progress of a read of the folder ``path``. Its thread enters the context around each file operation
+    that may hang; other threads watch it."""
 
     calls = 0
     """Number of operations that have returned."""
@@ -29,6 +29,13 @@ class Progress:
     """Whether the read is inside an operation. False while it computes; True before the first operation."""
     running = False
     """Whether an attempt is under way."""
+    stuck = False
+    """Whether it was found to make no progress."""
+    abandoned = False
+    """Whether nobody waits for it any more."""
+
+    def __init__(self, path: str = "") -> None:
+        self.path = path
 
     def __enter__(self) -> None:
         self.waiting = True

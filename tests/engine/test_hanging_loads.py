@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 
@@ -26,16 +26,7 @@ from aioengine.testing import LIMITS
 MOUNT_OF = {"dead": "/mnt/dead", "other": "/mnt/other"}
 
 
-class Found(NamedTuple):
-    rank: int = 8
-    nbytes: int = 100
-    digest: str = "x"
-    labels: int = 0
-    invocation: tuple[int, ...] = ()
-    scalable: bool = True
-
-
-class Loader(BaseLoader[Found]):
+class Loader(BaseLoader[None]):
     """Reads are tasks that go on when nobody waits for them any more. ``seconds`` says for how long one waits
     in a single call, by the name's first letters; others take 0.05 seconds."""
 
@@ -44,24 +35,24 @@ class Loader(BaseLoader[Found]):
         self.reads: list[str] = []
         self._seconds = seconds
         self._pieces = pieces
-        self.tasks: set[asyncio.Task[Found]] = set()
+        self.tasks: set[asyncio.Task[None]] = set()
 
-    async def _read(self, name: str, path: str, progress: Progress, files: Any) -> Found:
+    async def _read(self, name: str, path: str, progress: Progress, files: Any) -> tuple[LoadedAdapter, None]:
         self.reads.append(name)
         task = asyncio.get_running_loop().create_task(self._thread(name, progress))
         self.tasks.add(task)
         await asyncio.wait([task])
-        return task.result()
+        task.result()
+        return LoadedAdapter(8, 100, "x"), None
 
-    async def _thread(self, name: str, progress: Progress) -> Found:
+    async def _thread(self, name: str, progress: Progress) -> None:
         seconds = next((s for start, s in self._seconds.items() if name.startswith(start)), 0.05)
         for _ in range(self._pieces):
             with progress:
                 await asyncio.sleep(seconds / self._pieces)
         progress.running = False
-        return Found()
 
-    def _keep(self, uid: int, found: Found) -> None: ...
+    def _keep(self, uid: int, content: None) -> None: ...
 
 
 class Reading(Device):

@@ -307,16 +307,7 @@ def token_at(request_id: str, index: int) -> int:
     return (int(request_id[1:]) * 131 + index * 7) % VOCABULARY
 
 
-class Found(NamedTuple):
-    rank: int
-    nbytes: int
-    digest: str
-    labels: int = 0
-    invocation: tuple[int, ...] = ()
-    scalable: bool = True
-
-
-class FaultyLoader(BaseLoader[Found]):
+class FaultyLoader(BaseLoader[LoadedAdapter]):
     """Retries, time limits and giving up are the real loader's; only the reads are made up, in tasks of their
     own that go on when nobody waits for them any more, as a thread does."""
 
@@ -337,7 +328,7 @@ class FaultyLoader(BaseLoader[Found]):
         self._rng = rng
         self._seed = seed
         self._disk = SharedStage(costs.disk)
-        self._left_behind: dict[asyncio.Task[Found], str] = {}
+        self._left_behind: dict[asyncio.Task[LoadedAdapter], str] = {}
         """Reads that were given up."""
 
     async def load(self, order: ReadOrder) -> LoadedAdapter:
@@ -346,7 +337,9 @@ class FaultyLoader(BaseLoader[Found]):
         done = await super().load(order)
         return done._replace(seconds=loop.time() - start)  # the real one looks at the real clock
 
-    async def _read(self, name: str, path: str, progress: Progress, files: AdapterSource | None) -> Found:
+    async def _read(
+        self, name: str, path: str, progress: Progress, files: AdapterSource | None
+    ) -> tuple[LoadedAdapter, LoadedAdapter]:
         losses = self._memory.generation()
         reading = asyncio.get_running_loop().create_task(self._thread(name, path), name=f"read {path}")
         reading.add_done_callback(lambda _: setattr(progress, "running", False))
@@ -359,14 +352,14 @@ class FaultyLoader(BaseLoader[Found]):
         found = reading.result()
         if self._memory.generation() != losses:
             raise EngineDead("planned: the device was lost")
-        return found
+        return found, found
 
-    def _forget(self, reading: asyncio.Task[Found]) -> None:
+    def _forget(self, reading: asyncio.Task[LoadedAdapter]) -> None:
         del self._left_behind[reading]
         if not reading.cancelled():
             reading.exception()
 
-    async def _thread(self, name: str, path: str) -> Found:
+    async def _thread(self, name: str, path: str) -> LoadedAdapter:
         """What a thread would do that reads the adapter."""
         rng, rates = self._rng, self._rates
         own = random.Random(f"{self._seed} {path}")  # what the adapter itself is like
@@ -391,13 +384,13 @@ class FaultyLoader(BaseLoader[Found]):
                     MemoryError(),
                 ]
             )
-        return Found(rank, self._costs.adapter_nbytes(rank), path)
+        return LoadedAdapter(rank, self._costs.adapter_nbytes(rank), path)
 
-    def _keep(self, uid: int, found: Found) -> None:
+    def _keep(self, uid: int, content: LoadedAdapter) -> None:
         if uid in self._memory.cpu:
             self._memory.problem(f"version {uid} was read twice")
-        self._memory.cpu[uid] = found.digest
-        self._memory.sizes[uid] = found.nbytes
+        self._memory.cpu[uid] = content.digest
+        self._memory.sizes[uid] = content.nbytes
 
     async def close(self) -> None:
         left = list(self._left_behind)

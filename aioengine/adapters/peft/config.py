@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Container, Mapping, Sequence, Set
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, NoReturn, TypeVar
 
 import msgspec
@@ -105,6 +105,8 @@ class PeftLoraConfig:
     unmatched: str
     """A regular expression that chooses modules and that RE2 does not take, with the reason: the file's
     tensors say which modules the adapter is on. "" if there is none."""
+    folded: Mapping[str, tuple[int, float]] = field(default_factory=dict, hash=False)
+    """Rank and scaling of the modules whose A and B are made from other tensors."""
 
     def on(self, modules: Set[str]) -> PeftLoraConfig:
         """Return the configuration with ``modules``, by their full names, as its targets."""
@@ -128,6 +130,8 @@ class PeftLoraConfig:
     def targets(self, module: str, *, linear: bool = True) -> bool:
         """Whether the configuration puts an adapter on ``module``. It is a ``linear``, or else an embedding
         or the head, which "all-linear" leaves out."""
+        if module in self.folded:
+            return True
         excluded = self.exclude_modules
         if isinstance(excluded, Pattern):
             if excluded.matches(module):
@@ -142,20 +146,20 @@ class PeftLoraConfig:
             return True  # a full name is not subject to layers_to_transform
         return named_by(module, self.target_modules) and self._in_layers(module)
 
-    def folds(self, module: str) -> bool:
-        """Whether it was made from a bare parameter that has ``module`` in it."""
-        return False
-
     @property
     def max_rank(self) -> int:
         """Largest rank of a module."""
         return max(self.r, *(rank for _, rank in self.rank_patterns), 1)
 
     def rank(self, module: str) -> int:
+        if module in self.folded:
+            return self.folded[module][0]
         return next((r for pattern, r in self.rank_patterns if pattern.matches(module)), self.r)
 
     def scaling(self, module: str, rank: int) -> float:
         """The factor of B @ A: alpha / r, or alpha / sqrt(r) for rsLoRA (arXiv:2312.03732)."""
+        if module in self.folded:
+            return self.folded[module][1]
         matches = (alpha for pattern, alpha in self.alpha_patterns if pattern.matches(module))
         alpha = next(matches, self.lora_alpha)
         return alpha / (math.sqrt(rank) if self.use_rslora else rank)
@@ -227,10 +231,10 @@ def parse_config(fields: Mapping[str, msgspec.Raw], *, name: str, path: str) -> 
         invalid(f"alora_invocation_tokens: {len(invocation)} tokens, more than {MAX_INVOCATION}")
     if invocation and raw["use_dora"]:
         invalid("alora_invocation_tokens and use_dora together have no meaning in PEFT")
-    for field, trained in (("trainable_token_indices", tokens), ("modules_to_save", saved)):
+    for key, trained in (("trainable_token_indices", tokens), ("modules_to_save", saved)):
         if invocation and trained:
             invalid(
-                f"alora_invocation_tokens with {field}={short(raw[field])}: PEFT applies trained embeddings "
+                f"alora_invocation_tokens with {key}={short(raw[key])}: PEFT applies trained embeddings "
                 "to all tokens, before the invocation, too; train it without them"
             )
     return PeftLoraConfig(

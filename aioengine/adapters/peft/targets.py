@@ -209,7 +209,7 @@ class Layout:
         if config.feature_extraction:
             name = name.removeprefix(_INNER)
         if self._spec.is_bare(module):
-            targeted = config.folds(name)
+            targeted = name in config.folded
         else:
             targeted = config.targets(name, linear=module not in EMBEDDING_MODULES)
         if targeted or (self.tied and module == "lm_head"):

@@ -6,14 +6,14 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from threading import Event
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from aioengine.adapters.loader import STOP_SECONDS, BaseLoader, Patience
 from aioengine.adapters.peft.digest import ContentDigest, content_digest
 from aioengine.adapters.read_threads import Progress, ReadThreads
 from aioengine.errors import AdapterLoadError
 from aioengine.executors.process.wire import Add, Discard, Done, Finish, Keep, Read, ReadDone
-from aioengine.step import AdapterSource
+from aioengine.step import AdapterSource, LoadedAdapter
 
 if TYPE_CHECKING:
     from aioengine.executors.process.workers import Call, Workers
@@ -22,21 +22,9 @@ ADD_BYTES = 256 << 10
 """Size of the pieces in which the ranks' sums are sent, so that the loop stays free."""
 
 
-class _Found(NamedTuple):
-    """Result of a read on all ranks. ``nbytes`` is the sum of their shares."""
-
-    number: int
-    rank: int
-    nbytes: int
-    digest: str
-    labels: int
-    slot_nbytes: int
-    invocation: tuple[int, ...]
-    scalable: bool
-
-
-class WorkerLoader(BaseLoader[_Found]):
-    """Loads adapters through the workers, which read them beside the steps. Call ``use`` first.
+class WorkerLoader(BaseLoader[int]):
+    """Loads adapters through the workers, which read them beside the steps, each under a number. Call ``use``
+    first.
 
     With several ranks, no rank reads the whole file, so the digest is computed here, in a thread.
     """
@@ -54,7 +42,9 @@ class WorkerLoader(BaseLoader[_Found]):
             self._ended(call)
         self._workers = workers
 
-    async def _read(self, name: str, path: str, progress: Progress, files: AdapterSource | None) -> _Found:
+    async def _read(
+        self, name: str, path: str, progress: Progress, files: AdapterSource | None
+    ) -> tuple[LoadedAdapter, int]:
         workers = self._workers
         reading = asked = workers.ask(lambda number: Read(number, name, path, files))
         reading.moved = progress.moved
@@ -78,13 +68,16 @@ class WorkerLoader(BaseLoader[_Found]):
                 progress.running = False
             raise
         progress.running = False
-        nbytes = sum(answer.nbytes for answer in answers)
-        largest = max(answer.slot_nbytes for answer in answers)
-        scalable = all(answer.scalable for answer in answers)
-        return _Found(
-            *(reading.number, first.rank, nbytes, content.digest, first.labels, largest, first.invocation),
-            scalable=scalable,
+        found = LoadedAdapter(
+            first.rank,
+            sum(answer.nbytes for answer in answers),
+            content.digest,
+            labels=first.labels,
+            slot_nbytes=max(answer.slot_nbytes for answer in answers),
+            invocation=first.invocation,
+            scalable=all(answer.scalable for answer in answers),
         )
+        return found, reading.number
 
     async def _read_and_digest(
         self, reading: Call, name: str, path: str, size: int, files: AdapterSource | None
@@ -109,11 +102,8 @@ class WorkerLoader(BaseLoader[_Found]):
         if (progress := self._given_up.pop(call, None)) is not None:
             progress.running = False
 
-    def _slot_nbytes(self, found: _Found) -> int:
-        return found.slot_nbytes
-
-    def _keep(self, uid: int, found: _Found) -> None:
-        self._workers.tell(Keep(found.number, uid))
+    def _keep(self, uid: int, content: int) -> None:
+        self._workers.tell(Keep(content, uid))
 
     async def close(self) -> None:
         """Close the loader. The workers free their memory when they exit."""

@@ -7,7 +7,7 @@ of any adapter.
 from __future__ import annotations
 
 import re
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import NamedTuple
@@ -20,7 +20,6 @@ from aioengine.adapters.peft.config import PeftLoraConfig, parse_config
 from aioengine.adapters.peft.contents import contiguous
 from aioengine.adapters.peft.folder import CONFIG_FILE, AdapterFolder
 from aioengine.adapters.peft.folding.methods import METHODS, Method, scaled
-from aioengine.adapters.peft.patterns import Pattern
 from aioengine.adapters.peft.targets import WRAPPERS
 from aioengine.errors import AdapterTooLarge
 from aioengine.model.slots.layout import SlotLayout
@@ -90,7 +89,10 @@ class Fold:
         Raises AdapterInvalid, and AdapterTooLarge for a folded rank that no slot has room for.
         """
         modules = self._modules(file, shapes, slot)
-        return Folded(self._lora_config(modules), lambda tensors: self._lora_tensors(modules, tensors))
+        ranks = {name: (module.rank, 1.0) for name, module in modules.items()}
+        return Folded(
+            replace(self.config, folded=ranks), lambda tensors: self._lora_tensors(modules, tensors)
+        )
 
     def _modules(
         self, file: str, shapes: Mapping[str, tuple[int, ...]], slot: SlotLayout
@@ -134,6 +136,8 @@ class Fold:
                 f"{file}: {name!r} is not a linear of the base model; was the adapter trained on another "
                 "model?"
             )
+        if not config.targets(name):
+            self._folder.invalid(f"{file}: {name!r}: {CONFIG_FILE} does not target it")
         linear = slot.spec.linear(place[1])
         own = {parameter: shapes[key] for parameter, key in keys.items()}
         rank = self._method.rank(own, linear.out_features, linear.in_features)
@@ -152,23 +156,6 @@ class Fold:
                 path=self._folder.path,
             )
         return _Module(linear, keys, rank, self._method.scaling(config, name))
-
-    def _lora_config(self, modules: Mapping[str, _Module]) -> PeftLoraConfig:
-        """Return the configuration of the LoRA adapter, whose scaling is 1."""
-        ranks = {name: module.rank for name, module in modules.items()}
-        usual = Counter(ranks.values()).most_common(1)[0][0] if ranks else 1
-        others = tuple(
-            (Pattern(re.escape(name), before=r"(?:.*\.)?(?:", after=")$"), rank)
-            for name, rank in ranks.items()
-            if rank != usual
-        )
-        return replace(
-            self.config,
-            r=usual,
-            lora_alpha=float(usual),
-            rank_patterns=others,
-            alpha_patterns=tuple((pattern, float(rank)) for pattern, rank in others),
-        )
 
     def _lora_tensors(
         self, modules: Mapping[str, _Module], tensors: Mapping[str, Tensor]

@@ -9,7 +9,7 @@ and their rows of B follow each other, or alternate.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import replace
 from itertools import groupby
 from typing import Annotated, NamedTuple
 
@@ -29,29 +29,6 @@ _FIELD = "target_parameters"
 _PREFIX = "base_model.model."
 MAX_PARAMETERS = 2048
 _Names = Annotated[list[str], msgspec.Meta(max_length=MAX_PARAMETERS)]
-
-
-@dataclass(frozen=True, slots=True)
-class _FoldedConfig(PeftLoraConfig):
-    """A configuration of which some modules come from parameters."""
-
-    folded: Mapping[str, tuple[int, float]]
-    """Their ranks and scalings."""
-    as_trained: PeftLoraConfig
-
-    def targets(self, module: str, *, linear: bool = True) -> bool:
-        return module in self.folded or self.as_trained.targets(module, linear=linear)
-
-    def folds(self, module: str) -> bool:
-        return module in self.folded
-
-    def rank(self, module: str) -> int:
-        found = self.folded.get(module)
-        return self.as_trained.rank(module) if found is None else found[0]
-
-    def scaling(self, module: str, rank: int) -> float:
-        found = self.folded.get(module)
-        return self.as_trained.scaling(module, rank) if found is None else found[1]
 
 
 class _Parameter(NamedTuple):
@@ -139,12 +116,7 @@ class ParameterFold:
             place = spec.find_module(name)
             if place is not None and not spec.is_bare(place[1]) and config.targets(name):
                 self._folder.invalid(f"{CONFIG_FILE}: {name} is in {_FIELD} and in target_modules")
-        own = {field.name: getattr(config, field.name) for field in fields(PeftLoraConfig)}
-        own["r"] = max([config.r, *(rank for rank, _ in folded.values())])
-        return Folded(
-            _FoldedConfig(**own, folded=folded, as_trained=config),
-            lambda tensors: dict(_tensors(tensors, keys)),
-        )
+        return Folded(replace(config, folded=folded), lambda tensors: dict(_tensors(tensors, keys)))
 
     def _parameters(self, spec: ModelSpec) -> Iterator[_Parameter]:
         """The targeted parameters, by the rules of PEFT's ``_inject_parameters``."""
