@@ -175,6 +175,7 @@ class AsyncEngine:
             timer=built.timer,
             processor=built.processor,
             costs=built.costs,
+            repeats=built.device.repeats,
         )
         for batch, seconds in built.first_steps:
             self._core.learn(batch, seconds)
@@ -182,7 +183,7 @@ class AsyncEngine:
             self._core,
             built.device,
             timer=built.timer,
-            ahead=built.ahead,
+            virtual=built.virtual,
         )
         timeout = None if self.config.lora is None else self.config.lora.load_timeout
         names = AdapterNames(self._stepper, built.resolver, timeout)

@@ -6,7 +6,8 @@ Nothing here refers to live objects, so that a step can cross a process boundary
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from math import inf
 from operator import index as to_index
 from typing import Literal, NamedTuple, overload
 
@@ -98,8 +99,10 @@ class OutputView(Sequence[int]):
         return next(differs, min(len(self), len(other)))
 
 
-class SequenceWork(NamedTuple):
-    """One sequence's share of a step: compute ``tokens`` at positions ``start..start+len(tokens)-1``."""
+class SequenceWork(msgspec.Struct, gc=False):
+    """One sequence's share of a step: compute ``tokens`` at positions ``start..start+len(tokens)-1``.
+
+    Once the step has ended, the core may make it the sequence's share of the next step."""
 
     request_id: str
     slot: int
@@ -132,50 +135,6 @@ class SequenceWork(NamedTuple):
         return OutputView(self.history, self.prompt_len)
 
 
-class Decodes(Sequence[SequenceWork]):
-    """The sequences of a decode step that has those of an earlier one, ``rows``, in the same order: ``steps``
-    later, each computes the token that was sampled for it in the step before.
-
-    A row is made when somebody reads it. ``rows`` are plain decodes; their histories and block tables grow
-    meanwhile.
-    """
-
-    __slots__ = ("_made", "contents", "rows", "steps")
-
-    def __init__(self, rows: Sequence[SequenceWork], steps: int, contents: StepContents) -> None:
-        self.rows = rows
-        self.steps = steps
-        self.contents = contents
-        """That of each of these steps."""
-        self._made: list[SequenceWork] | None = None
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    @overload
-    def __getitem__(self, index: int) -> SequenceWork: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[SequenceWork]: ...
-    def __getitem__(self, index: int | slice) -> SequenceWork | list[SequenceWork]:
-        return self._all()[index]
-
-    def __iter__(self) -> Iterator[SequenceWork]:
-        return iter(self._all())
-
-    def _all(self) -> list[SequenceWork]:
-        if self._made is None:
-            self._made = [self._later(row) for row in self.rows]
-        return self._made
-
-    def _later(self, row: SequenceWork) -> SequenceWork:
-        at = row.start + self.steps
-        return row._replace(tokens=[row.history[at]], start=at)
-
-    def next(self) -> Decodes:
-        """Return those of the step after this one."""
-        return Decodes(self.rows, self.steps + 1, self.contents)
-
-
 class StepContents(NamedTuple):
     """Numbers that describe a step."""
 
@@ -188,16 +147,6 @@ class StepContents(NamedTuple):
     """The slots that it uses."""
 
 
-class CountedRows(NamedTuple):
-    """Sequences of a step that decode, and of which a simulated device needs no more than these numbers."""
-
-    sequences: int
-    positions: int
-    """Sum of the positions whose keys and values they read."""
-    slots: tuple[tuple[int, int], ...]
-    """Slots (-1: the base model) and numbers of sequences in them, in order."""
-
-
 class StepBatch(NamedTuple):
     """One model step. ``sequences`` are sorted by slot, base rows (-1) first."""
 
@@ -205,32 +154,31 @@ class StepBatch(NamedTuple):
     sequences: Sequence[SequenceWork]
     slot_ranks: Sequence[int]
     """Rank of the adapter in each slot (0 where there is none), for all ``max_loras`` slots."""
-    counted: CountedRows | None = None
-    """Further sequences, whose steps are only counted; None on a device that is not simulated."""
+    again: bool = False
+    """Whether the sequences are those of the step before, in the same list: each decodes the token that it
+    got there."""
+    steps: int = 1
+    """Number of steps that a device with ``repeats`` may take at most. In each step after the first, every
+    sequence decodes the token that it got in the one before. All of them end with the first step in which a
+    sequence gets a token that ends it. The block tables cover the first step."""
+    until: float = inf
+    """Time before which each of these steps after the first begins."""
 
     def contents(self) -> StepContents:
-        """Count what is in the step."""
-        if type(self.sequences) is Decodes:
-            return self.sequences.contents
-        if self.counted is not None and not self.sequences:
-            counted = self.counted.sequences
-            here = tuple([slot for slot, _ in self.counted.slots if slot >= 0])
-            return StepContents(counted, len(here), 0, counted, here)
-        slots: set[int] = set()
-        tokens = decode = 0
+        """Count what is in each of the steps."""
+        slots = {work.slot for work in self.sequences}
+        decode = 0
         for work in self.sequences:
-            slots.add(work.slot)
-            count = len(work.tokens)
-            tokens += count
-            if count == 1 + len(work.draft) and work.start >= work.prompt_len:
-                decode += count
-        prefill, sequences = tokens - decode, len(self.sequences)
-        if self.counted is not None:
-            sequences += self.counted.sequences
-            decode += self.counted.sequences
-            slots.update([slot for slot, _ in self.counted.slots])
+            if work.start >= work.prompt_len and len(work.tokens) == 1 + len(work.draft):
+                decode += len(work.tokens)
+        tokens = sum([len(work.tokens) for work in self.sequences])
         used = tuple(sorted(slots - {-1}))
-        return StepContents(sequences, len(used), prefill, decode, used)
+        return StepContents(len(self.sequences), len(used), tokens - decode, decode, used)
+
+
+Fault = Literal["model", "request"]
+"""Cause of a sequence without a next token: logits that are not finite ("model"), or the request's own
+constraint ("request")."""
 
 
 class Sampled(NamedTuple):
@@ -239,9 +187,8 @@ class Sampled(NamedTuple):
     token: int
     logprob: TokenLogprob | None = None
     error: str | None = None
-    fault: Literal["model", "request"] = "model"
-    """Cause of ``error``: logits that are not finite ("model"), or the request's own constraint
-    ("request")."""
+    fault: Fault = "model"
+    """Cause of ``error``."""
     late: bool = False
     """Whether there is no token yet because the request's constraint is late. Its last token is then computed
     again in the next step."""
@@ -251,17 +198,57 @@ class Sampled(NamedTuple):
 
 
 class StepResult(NamedTuple):
-    sampled: Sequence[Sampled | None]
-    """Aligned with ``StepBatch.sequences``; None where ``sample`` was False."""
-    seconds: float
-    """Wall time of the step."""
+    """Result of a step, or of several that a device took at once."""
+
+    tokens: Sequence[int]
+    """The tokens of all sequences: those of the first one, then those of the second one, and so on."""
+    counts: Sequence[int]
+    """Number of tokens of each sequence. It has none if ``sample`` was False, or if its constraint is late:
+    then its last token is computed again in the next step. Beyond the first, they are those of ``draft`` that
+    were right, or, of several steps, one from each step."""
+    seconds: Sequence[float]
+    """Duration of each step."""
+    ends: Sequence[float] = ()
+    """Time at the end of each step; (): there was one, which ends now."""
+    forced: Mapping[int, Sequence[int]] = {}
+    """By index of the sequence: tokens that follow its others, because its constraint leaves no choice. The
+    step has not computed them."""
+    logprobs: Mapping[int, Sequence[TokenLogprob]] = {}
+    """Log-probabilities of its tokens."""
+    errors: Mapping[int, tuple[str, Fault]] = {}
+    """Why it has no token after these."""
     scored: Mapping[int, Sequence[TokenLogprob]] = {}
-    """Answers to ``score``, by index in ``StepBatch.sequences``, where that is not 0."""
-    followed: Mapping[int, Sequence[Sampled]] = {}
-    """Tokens after the one in ``sampled``, by index in ``StepBatch.sequences``: one for each token of
-    ``draft`` that was right."""
+    """Answers to ``score``, where that is not 0."""
     pooled: Mapping[int, Sequence[float]] = {}
-    """Numbers that a pooled sequence's tokens add to its vector, by index in ``StepBatch.sequences``."""
+    """Numbers that a pooled sequence's tokens add to its vector."""
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it has tokens and nothing else."""
+        return not (self.forced or self.logprobs or self.errors or self.scored or self.pooled)
+
+    @classmethod
+    def of(cls, rows: Iterable[Sequence[Sampled]], seconds: float = 0.0) -> StepResult:
+        """Return the result of a step from what was sampled for each sequence, none or one after the
+        other."""
+        tokens: list[int] = []
+        counts: list[int] = []
+        forced: dict[int, Sequence[int]] = {}
+        logprobs: dict[int, list[TokenLogprob]] = {}
+        errors: dict[int, tuple[str, Fault]] = {}
+        for index, row in enumerate(rows):
+            before = len(tokens)
+            for token, logprob, error, fault, late, after in row:
+                if error is not None:
+                    errors[index] = error, fault
+                elif not late:
+                    tokens.append(token)
+                if logprob is not None:
+                    logprobs.setdefault(index, []).append(logprob)
+                if after:
+                    forced[index] = after
+            counts.append(len(tokens) - before)
+        return cls(tokens, counts, (seconds,), (), forced, logprobs, errors)
 
 
 BytesLike = bytes | bytearray | memoryview

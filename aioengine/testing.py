@@ -25,7 +25,15 @@ from aioengine.info import mix_name
 from aioengine.request import RequestOptions, SamplingParams
 from aioengine.schedulers import SchedulerPolicy
 from aioengine.schedulers.policies.fcfs import FCFS
-from aioengine.step import AdapterSource, LoadedAdapter, MixFiles, Sampled, StepBatch, StepResult
+from aioengine.step import (
+    AdapterSource,
+    LoadedAdapter,
+    MixFiles,
+    Sampled,
+    SequenceWork,
+    StepBatch,
+    StepResult,
+)
 
 LIMITS = CoreLimits(
     num_slots=2,
@@ -207,33 +215,26 @@ class Sim:
         assert batch is not None
         if self.memory is not None:
             self.memory.execute(batch, self._read)
-        sampled: list[Sampled | None] = []
-        followed: dict[int, list[Sampled]] = {}
-        for index, work in enumerate(batch.sequences):
-            if not work.sample:
-                sampled.append(None)
-                continue
-            history = list(work.history)
-            token = self.next_token(history)
-            sampled.append(Sampled(token))
-            for proposed in work.draft:
-                if proposed != token:
-                    break
-                history.append(token)
-                token = self.next_token(history)
-                followed.setdefault(index, []).append(Sampled(token))
-            if work.params.constraint is not None:
-                self._force([*history, token], followed.get(index, sampled))
-        result = StepResult(sampled, seconds, followed=followed)
-        self.intervals = self.core.step_finished(batch, result, self.now)
+        rows = [self._sample(work) if work.sample else () for work in batch.sequences]
+        self.intervals = self.core.step_finished(batch, StepResult.of(rows, seconds), self.now)[0]
         self.take_events()
 
-    def _force(self, history: list[int], found: list[Any]) -> None:
-        """Let some tokens follow the last of ``found``, without a step."""
-        forced: list[int] = []
-        for _ in range(self.forced_after(history)):
-            forced.append(self.next_token(history + forced))
-        found[-1] = found[-1]._replace(forced=forced)
+    def _sample(self, work: SequenceWork) -> list[Sampled]:
+        """Return the next tokens of a sequence: one, and one for each of its draft that was right."""
+        history = list(work.history)
+        found = [Sampled(self.next_token(history))]
+        for proposed in work.draft:
+            if proposed != found[-1].token:
+                break
+            history.append(proposed)
+            found.append(Sampled(self.next_token(history)))
+        if work.params.constraint is not None:
+            history.append(found[-1].token)
+            forced: list[int] = []
+            for _ in range(self.forced_after(history)):
+                forced.append(self.next_token(history + forced))
+            found[-1] = found[-1]._replace(forced=tuple(forced))
+        return found
 
     def forced_after(self, history: list[int]) -> int:
         """Return how many tokens are forced after these."""

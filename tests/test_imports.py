@@ -100,7 +100,7 @@ ROOMS: dict[str, set[str]] = {
 INNER_ROOMS: dict[str, set[str]] = {
     "adapters": {"peft", "peft.folding", "resolvers"},
     "cli": {"config", "demo", "fleet", "generate", "lab", "serving"},
-    "core": {"adapters", "decodes", "prefixes", "speculation"},
+    "core": {"adapters", "prefixes", "speculation"},
     "executors": {"process", "ray"},
     "fleet": {"door"},
     "kernels": {"cpu", "plan", "portable", "triton", "triton.jit", "triton.quantized"},

@@ -6,17 +6,14 @@ as many tokens as these hold.
 
 from __future__ import annotations
 
+import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from operator import attrgetter, itemgetter
-from typing import Any
+from typing import NamedTuple
 
 from aioengine import events
 from aioengine.core.blocks import BlockManager
-from aioengine.core.decodes.counted import CountedDecodes
-from aioengine.core.decodes.repeated import RepeatedDecodes
-from aioengine.core.decodes.turns import Turns
 from aioengine.core.guard import Tell
 from aioengine.core.pacing import Allowance, Floor, Pacer, StepWork
 from aioengine.core.prefixes.reached import pin_reached
@@ -24,17 +21,26 @@ from aioengine.core.prefixes.under_way import is_under_way
 from aioengine.core.queues import RequestQueues
 from aioengine.core.speculation.drafts import Speculation
 from aioengine.core.state import Request, Status, label_of
+from aioengine.core.turns import Turns
 from aioengine.schedulers.policy import Location
-from aioengine.step import Decodes, SequenceWork
+from aioengine.step import SequenceWork, StepBatch
 
 _Part = tuple[int, Request, SequenceWork]
 """A request in the batch: its slot, the request, and the range of tokens to compute."""
 FIXED_TOKENS = 16.0
 """First guess of a step's fixed cost, in tokens."""
-_sequence_work: Callable[[tuple[Any, ...]], SequenceWork] = partial(tuple.__new__, SequenceWork)
-"""Makes one of all its fields, in half of the time; there are very many."""
 _slot_of = itemgetter(0)
 _remaining = attrgetter("remaining")
+
+
+class Formed(NamedTuple):
+    """The sequences of a batch."""
+
+    requests: list[Request]
+    sequences: list[SequenceWork]
+    """The range of tokens to compute for each request, in the same order."""
+    is_plain: bool
+    """Whether all running requests are in it, and each step gives each of them one token, and only that."""
 
 
 class Batcher:
@@ -70,38 +76,69 @@ class Batcher:
         self.running = running
         """The running requests by ``seq``, in order of admission."""
         self.preemptions = 0
-        self.has_prompts = False
-        """Whether the last batch that was formed has parts of prompts, or forced tokens."""
+        self._formed = Formed([], [], is_plain=False)
+        """What was formed last."""
+        self._work: StepWork | None = None
+        """The quantities of what was formed last, as far as they are known."""
         self._now = 0.0
         """Time of the step that is formed, or in flight."""
         self._emit = emit
         self._tell = tell
         self._refuse = refuse
-        self.counted: CountedDecodes | None = None
-        """The running requests whose decodes are counted; None: none ever is."""
-        self.repeated: RepeatedDecodes | None = None
-        """Decode steps of the same requests; None where something may change from step to step."""
-        if speculation is None and blocks.window is None:
-            self.repeated = RepeatedDecodes(blocks, running, self._turns)
 
-    def repeat(self, now: float, changes: int) -> Decodes | None:
+    def form_again(self, now: float, slot_ranks: Sequence[int]) -> Formed | None:
         """Form the last batch once more, a token later, if that is what ``form`` would do without newcomers.
-        ``changes`` is the number of events so far."""
-        if self.repeated is None:
+        Nothing may have happened since but its tokens."""
+        formed, size, growing = self._formed, self.blocks.block_size, list[Request]()
+        if not formed.is_plain or self.speculation is not None:
             return None
         self._now = now
-        return self.repeated.next(changes)
+        for request, row in zip(formed.requests, formed.sequences, strict=True):
+            row.start = start = request.computed
+            row.tokens = request.tokens[start:]
+            if start >= len(request.blocks) * size:
+                growing.append(request)
+        if self._turns is not None:
+            self._work = _later(self._work) or StepWork.of(formed.sequences, slot_ranks)
+            if not self._turns.all_fit(self._work):
+                return None
+        if not self.blocks.can_allocate(len(growing)):
+            return None
+        for request in growing:
+            request.blocks += self.blocks.allocate(1)
+        return formed
+
+    def certain_steps(self) -> int:
+        """Return the number of steps with the sequences of the last batch that are certain, unless something
+        happens: no request ends before the last one, there are blocks for all, and nobody reads tokens
+        before."""
+        formed = self._formed
+        if not formed.is_plain or self.speculation is not None:
+            return 1
+        blocks, most = self.blocks, sys.maxsize
+        for request in formed.requests:
+            if request.sink is not None and not request.sink.waits_for_end:
+                return 1
+            left = request.most_tokens - len(request.tokens)
+            if left < most:
+                most = left
+        return min(most, 1 + blocks.num_free // len(formed.requests) * blocks.block_size)
+
+    def work_of(self, batch: StepBatch) -> StepWork:
+        """Return the quantities of a batch, the one that was formed last."""
+        if not batch.again or self._work is None:
+            return StepWork.of(batch.sequences, batch.slot_ranks)
+        return self._work
 
     def form(
         self,
         admit: Sequence[Request],
         now: float,
         slot_ranks: Sequence[int] = (),
-    ) -> tuple[list[Request], list[SequenceWork]]:
+    ) -> Formed:
         """Form a batch: a token for each running request that decodes, then chunks of prompts of running
-        requests and of those in ``admit``, in the policy's order; sorted by slot. Returns the requests and,
-        in the same order, the range of tokens to compute for each. Where decodes alone take too long,
-        requests of a tenant with many take turns.
+        requests and of those in ``admit``, in the policy's order; sorted by slot. Where decodes alone take
+        too long, requests of a tenant with many take turns.
 
         Without a pacer the running ones' chunks come first, in order of admission. With one, half of the
         tokens go to the oldest, so that it always advances; the rest go to the requests with the fewest
@@ -110,9 +147,7 @@ class Batcher:
         that need no more than a chunk together. A newcomer waits if one before it computes what it can share.
         """
         self._now = now
-        counted = self.counted
-        if counted is not None:
-            counted.begin(len(self.running) - len(counted))
+        self._work = None
         if self.blocks.window is not None:  # no step is in flight that has these blocks
             for request in self.running.values():
                 request.freed = self.blocks.give_back(request.blocks, request.freed, request.computed)
@@ -122,17 +157,17 @@ class Batcher:
         size = self.blocks.block_size
         room = self.max_num_batched_tokens
         forced = list[Request]()
-        others = self.running.values() if counted is None or len(counted) < len(self.running) else ()
-        for request in others:
-            if request.counted is not None:
-                continue
-            if len(request.tokens) - request.computed > 1:
-                if request.computed < request.started:
+        plain = self.blocks.window is None
+        for request in self.running.values():
+            known, computed = len(request.tokens), request.computed
+            plain = plain and request.is_plain
+            if known - computed > 1:
+                if computed < request.started:
                     prefills.append(request)
                     continue
                 forced.append(request)
             decodes.append(request)
-            if len(request.tokens) > len(request.blocks) * size:
+            if known > len(request.blocks) * size:
                 growing.append(request)
         if self._turns is not None:
             decodes, every = self._turns.choose(decodes, self.running.values()), len(decodes)
@@ -147,27 +182,17 @@ class Batcher:
         if self.preemptions > preemptions:
             decodes = [request for request in decodes if request.status is Status.RUNNING]
         room -= len(decodes)
-        if counted is not None:
-            room -= len(counted)
-            if not forced:
-                decodes = counted.join(decodes)
-            ending = counted.ending(alone=not (decodes or prefills or admit))
-            if ending:  # in order of admission, as without counting
-                chosen = {request.seq for request in (*decodes, *ending)}
-                decodes = [request for seq, request in self.running.items() if seq in chosen]
         if forced:
             work += self._unfinished(forced, decodes, room, slot_ranks)
             later = {request.seq for _, request, _ in work}
             decodes = [request for request in decodes if request.seq not in later]
             room -= sum(len(part.tokens) - 1 for _, _, part in work)
             room -= sum(request.remaining - 1 for request in decodes)
-        if self.speculation is None:
-            work += map(_decode_part, decodes)
-        else:
-            drafts = self._drafts(decodes, room, slot_ranks)
-            for request, draft in zip(decodes, drafts, strict=True):
-                work.append(_part(request, request.remaining, draft))
-                room -= len(draft or ())
+        drafts = self._drafts(decodes, room, slot_ranks)
+        for request in decodes:
+            draft = drafts.get(request.seq, ())
+            work.append(_part(request, request.remaining, draft) if draft else _decode_part(request))
+            room -= len(draft)
         if self.preemptions > preemptions:  # short of blocks
             admit = ()
         allowance = Allowance(room)
@@ -196,9 +221,10 @@ class Batcher:
             self._compute(oldest, allowance, Floor(), work, now)
         if self.preemptions > preemptions:  # a request in ``work`` may have lost its blocks to a later one
             work = [part for part in work if part[1].status is Status.RUNNING]
-        self.has_prompts = bool(forced) or len(work) > len(decodes)
         work.sort(key=_slot_of)
-        return [request for _, request, _ in work], [part for _, _, part in work]
+        plain = plain and not forced and len(work) == len(decodes) == len(self.running)
+        self._formed = Formed([request for _, request, _ in work], [part for _, _, part in work], plain)
+        return self._formed
 
     def _unfinished(
         self, forced: Sequence[Request], decodes: Sequence[Request], room: int, slot_ranks: Sequence[int]
@@ -223,21 +249,22 @@ class Batcher:
 
     def _drafts(
         self, decodes: Sequence[Request], room: int, slot_ranks: Sequence[int]
-    ) -> Sequence[list[int] | None]:
-        """Choose the tokens that are proposed to each request. It preempts no request, and leaves half of the
-        room to prompts."""
+    ) -> dict[int, list[int]]:
+        """Choose the tokens that are proposed to each request, by its ``seq``. It preempts no request, and
+        leaves half of the room to prompts."""
         if self.speculation is None or not decodes:
-            return [None] * len(decodes)
+            return {}
         limits = [self._draft_limit(request) for request in decodes]
         fixed, room = FIXED_TOKENS, room // 2
         if self.pacer is not None:
             each = StepWork.of((_part(request, request.remaining)[2] for request in decodes), slot_ranks)
             fixed, room = self.pacer.fixed_tokens(each), min(room, self.pacer.drafts(each))
-        drafts = self.speculation.propose(decodes, limits, fixed, room)
-        return [
-            draft if draft and self._may_grow(request, request.remaining + len(draft)) else None
-            for request, draft in zip(decodes, drafts, strict=True)
-        ]
+        drafts = zip(decodes, self.speculation.propose(decodes, limits, fixed, room), strict=True)
+        return {
+            request.seq: draft
+            for request, draft in drafts
+            if draft and self._may_grow(request, request.remaining + len(draft))
+        }
 
     def _draft_limit(self, request: Request) -> int:
         """Return how many tokens may be proposed to a request. A step chooses one more than that."""
@@ -308,6 +335,7 @@ class Batcher:
         request.blocks, request.freed = table[:1] * (1 + freed) + table[1:], freed
         request.committed, request.computed = len(cached), computed
         request.started = len(request.tokens)
+        request.is_plain = _is_plain(request)
         self.queues.remove(request)
         request.status = Status.RUNNING
         self.running[request.seq] = request
@@ -355,18 +383,12 @@ class Batcher:
         by_tenant: dict[str | None, list[Request]] = {}
         for request in self.running.values():
             by_tenant.setdefault(request.options.tenant, []).append(request)
-        return max(by_tenant.values(), key=lambda requests: sum(map(self._num_blocks, requests)))
-
-    def _num_blocks(self, request: Request) -> int:
-        """Count the blocks that a request holds."""
-        later = 0 if self.counted is None or request.counted is None else self.counted.taken(request)
-        return len(request.blocks) - request.freed + later
+        return max(by_tenant.values(), key=lambda requests: sum(len(r.blocks) - r.freed for r in requests))
 
     def preempt(self, request: Request, now: float) -> None:
         """Move a request from RUNNING to WAITING. Its KV blocks are freed (full blocks stay in the prefix
         cache), its output stays."""
         self.preemptions += 1
-        self.stop_counting(request)
         del self.running[request.seq]
         self.release(request)
         request.status = Status.WAITING
@@ -374,17 +396,13 @@ class Batcher:
         self._emit(events.RequestPreempted(time=now, request_id=request.id, adapter=label_of(request)))
         self._tell("request_preempted", now, request=request)
 
-    def stop_counting(self, request: Request) -> bool:
-        """Count no more steps of a request. Returns whether the step in flight is one of them."""
-        if self.counted is None or request.counted is None:
-            return False
-        self.counted.leave(request)
-        return self.counted.in_flight
-
     def advance(self, request: Request, tokens: int) -> None:
-        """Count ``tokens`` as computed, and enter newly completed blocks in the prefix cache."""
+        """Count ``tokens`` as computed, and enter newly completed blocks in the prefix cache. If several
+        steps computed them, the blocks of those after the first are taken now."""
         request.computed += tokens
         blocks = self.blocks
+        if request.computed > len(request.blocks) * blocks.block_size:
+            request.blocks += blocks.allocate(blocks.blocks_for(request.computed) - len(request.blocks))
         if not blocks.prefix_caching or request.computed < (request.committed + 1) * blocks.block_size:
             return
         if not request.caches:
@@ -401,62 +419,61 @@ class Batcher:
     def release(self, request: Request) -> None:
         """Give back the request's blocks and its claim on the slot."""
         self.blocks.release(request.held)
-        request.blocks, request.freed = [], 0
+        request.blocks, request.freed, request.row = [], 0, None
         request.committed = request.computed = 0
         if request.adapter is not None:
             request.adapter.running -= 1
 
 
-def decode_row(request: Request) -> SequenceWork:
-    """Make the work of a plain decode step."""
-    return _decode_part(request)[2]
-
-
 def _decode_part(request: Request) -> _Part:
-    """Make the work of a plain decode step, the most frequent case of ``_part``."""
-    if request.prompt_logprobs is not None:
+    if not request.is_plain or request.remaining != 1:
         return _part(request, request.remaining)
-    start, tokens, entry = request.computed, request.tokens, request.adapter
-    slot = -1 if entry is None else entry.slot
-    if slot is None or (entry is not None and entry.invocation):
-        slot = request.slot_at(start)
-    fields = (
-        request.id,
-        slot,
-        tokens[start:],
-        start,
-        request.blocks,
-        True,  # sample
-        request.params,
-        request.seed,
-        tokens,  # history
-        request.prompt_len,
-        0,  # score
-        (),  # draft
-        request.scale,
-    )
-    return slot, request, _sequence_work(fields)
+    row = request.row
+    if row is None:
+        part = _part(request, 1)
+        request.row = part[2]
+        return part
+    row.start = start = request.computed
+    row.tokens = request.tokens[start:]
+    return row.slot, request, row
 
 
-def _part(request: Request, tokens: int, draft: list[int] | None = None) -> _Part:
-    start = request.computed
-    slot = request.slot_at(start)
+def _part(request: Request, tokens: int, draft: Sequence[int] = ()) -> _Part:
+    start, known = request.computed, request.tokens
+    until, slot = start + tokens, request.slot_at(start)
     score = 0
     if request.prompt_logprobs is not None and request.unscored:
         score = max(0, min(tokens, request.prompt_len - 1 - start))
     work = SequenceWork(
         request.id,
         slot,
-        request.tokens[start : start + tokens] + draft if draft else request.tokens[start : start + tokens],
+        [*known[start:until], *draft] if draft else known[start:until],
         start,
         request.blocks,
-        start + tokens == len(request.tokens),  # sample
+        until == len(known),  # sample
         request.params,
         request.seed,
-        request.tokens,  # history
+        known,  # history
         request.prompt_len,
         score,
-        draft or (),
+        draft,
         request.scale,
     )
     return slot, request, work
+
+
+def _is_plain(request: Request) -> bool:
+    """Whether each step after its prompt gives a request, whose adapter is in its slot, one token, and only
+    that."""
+    entry, params = request.adapter, request.params
+    return (
+        params.pooling is None
+        and params.constraint is None
+        and request.prompt_logprobs is None
+        and (entry is None or not entry.invocation)
+    )
+
+
+def _later(work: StepWork | None) -> StepWork | None:
+    """Return the quantities of the same decodes, a token later."""
+    return None if work is None else work._replace(decode_pairs=work.decode_pairs + work.tokens)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
-from math import inf, nextafter
+from math import inf
 from typing import NamedTuple
 
 from sortedcontainers import SortedDict
@@ -22,18 +22,17 @@ from aioengine.core.adapters.cpu_cache import least_recently_used
 from aioengine.core.adapters.moves import Move
 from aioengine.core.adapters.placing import Placing, adapters_shut_out
 from aioengine.core.adapters.residency import Residency
-from aioengine.core.batcher import Batcher, decode_row
+from aioengine.core.batcher import Batcher
 from aioengine.core.blocks import BlockManager
 from aioengine.core.costs import MeasuredCosts
-from aioengine.core.decodes.counted import CountedDecodes
 from aioengine.core.guard import PolicyGuard
 from aioengine.core.limits import CoreLimits
-from aioengine.core.pacing import Pacer, StepWork
+from aioengine.core.pacing import Pacer
 from aioengine.core.prefixes.pins import PrefixPins
 from aioengine.core.queues import RequestQueues
 from aioengine.core.speculation.drafts import Speculation
 from aioengine.core.state import AdapterEntry, Request, Status, label_of, location_name, where_is
-from aioengine.core.step_results import Steady, StepResults
+from aioengine.core.step_results import StepResults, TokensBefore, token_intervals
 from aioengine.core.view import CoreView
 from aioengine.core.waiting_room import Ticket, WaitingRoom
 from aioengine.errors import (
@@ -46,7 +45,7 @@ from aioengine.errors import (
 from aioengine.request import RequestOptions, SamplingParams
 from aioengine.schedulers.policies.fcfs import FCFS
 from aioengine.schedulers.policy import CostsView, Location, PolicyEvent, SchedulerPolicy
-from aioengine.step import CountedRows, Decodes, LoadedAdapter, Sampled, SequenceWork, StepBatch, StepResult
+from aioengine.step import LoadedAdapter, StepBatch, StepResult
 
 
 class Step(NamedTuple):
@@ -61,7 +60,8 @@ class Core:
 
     Events are appended to ``outbox``, a list of :class:`~aioengine.events.Event`, which the caller empties.
     ``timer`` and ``processor`` measure the policy's decisions; the core itself has no clock. ``costs`` tells
-    policies how long steps and moves take, where that is known beforehand; otherwise times are measured. Each
+    policies how long steps and moves take, where that is known beforehand; otherwise times are measured.
+    ``repeats``: whether the device may take several steps of a batch at once. Each
     batch that ``schedule`` returns must come back through ``step_finished`` before ``schedule`` is called
     again.
     """
@@ -74,6 +74,7 @@ class Core:
         timer: Callable[[], float] | None = None,
         processor: Callable[[], float] | None = None,
         costs: CostsView | None = None,
+        repeats: bool = False,
     ) -> None:
         self.limits = limits
         self.outbox: list[events.Event] = []
@@ -140,12 +141,9 @@ class Core:
             budget=limits.policy_time_budget,
             max_overruns=limits.policy_max_overruns,
         )
-        self._measures = costs is None
-        self._last_token: Callable[[Request], Sampled] = lambda request: Sampled(0)
-        """Returns the last token of a request whose decodes are counted."""
+        self._repeats = repeats
         self._costs = MeasuredCosts(self.residency.by_policy_name, limits, self.batcher.pacer)
         self._results = StepResults(
-            blocks=self.blocks,
             advance=self.batcher.advance,
             speculation=self._speculation,
             end=self.end,
@@ -168,8 +166,8 @@ class Core:
         self._deadlines: SortedDict[tuple[float, int], Request] = SortedDict()
         self._in_flight: list[Request] = []
         """The requests of the step in flight."""
-        self._repeated: list[Request] = []
-        """The requests of the steps that ``steps_finished`` took in last."""
+        self._formed_at = -1
+        """Value of ``_changes`` when the last batch had been formed."""
         self._zombies: list[Request] = []
         """Requests that ended while in flight. Their blocks and slots are released when the step comes
         back."""
@@ -250,9 +248,8 @@ class Core:
             given=given,
             cache=self.blocks,
         )
-        request.stops = params.stop_token_ids
         if not params.ignore_eos:
-            request.stops = (*request.stops, *self.limits.eos_token_ids)
+            request.stops = request.stops.union(self.limits.eos_token_ids)
         request.most_tokens = min(request.most_tokens, self.limits.max_model_len)
         request.ticket = ticket
         ticket.displaced = lambda error, now: self.end(request, "error", now, error)
@@ -292,7 +289,7 @@ class Core:
             self.queues.remove(request)
         else:
             del self.running[request.seq]
-            if self.batcher.stop_counting(request) or request in self._in_flight:
+            if request in self._in_flight:
                 self._zombies.append(request)
             else:
                 self.batcher.release(request)
@@ -395,12 +392,8 @@ class Core:
 
     # Scheduling
 
-    def schedule(self, now: float, again: StepBatch | None = None) -> Step:
-        """Decide the next step. Nothing may be in flight.
-
-        ``again`` is a batch whose repetitions ``steps_finished`` has taken in, where the device can repeat it
-        further. The step has this very batch if it is to be repeated.
-        """
+    def schedule(self, now: float) -> Step:
+        """Decide the next step. Nothing may be in flight."""
         assert not self._in_flight
         self.now = now
         self.expire(now)
@@ -425,11 +418,10 @@ class Core:
                 self._refuse("preempt_not_running", request.id)
         for reason, item in self.placing.apply(decision, now):
             self._refuse(reason, item)
-        admit = decision.admit
-        batch = None if admit or again is None else self._repeat(again)
-        if batch is None:
-            batch = self._form_batch(admit)
+        batch = self._form_batch(decision.admit)
         self.guard.carried_out(decision, self._changes)
+        if batch is not None and self._repeats and (until := self._quiet_until()) > now:
+            batch = batch._replace(steps=self.batcher.certain_steps(), until=until)
         return Step(batch, self.residency.take_moves())
 
     def _reject(self, request: Request, reason: str, now: float) -> None:
@@ -443,9 +435,6 @@ class Core:
     def step_lost(self) -> None:
         """Note that what is in flight is lost. Blocks and slots of its ended requests are released."""
         self._in_flight = []
-        if self.batcher.counted is not None:
-            self.batcher.counted.in_flight = False
-            self.batcher.counted.leave_all()
         for request in self._zombies:
             self.batcher.release(request)
         self._zombies = []
@@ -487,195 +476,65 @@ class Core:
     # The batch
 
     def _form_batch(self, admit: Sequence[Request]) -> StepBatch | None:
-        repeated = self.batcher.repeated
-        rows = None
-        if not admit:
-            rows = self.batcher.repeat(self.now, self._changes)
-        if rows is not None and repeated is not None:
-            self._in_flight = repeated.requests
-            self._begin(rows.rows)
-            batch = StepBatch(self.step, rows, self.slots.ranks())
-            repeated.begun(batch)
-            return batch
-        if self.placing.any_closed:
-            admit = [request for request in admit if not self.placing.is_closed(request)]
-        ranks = self.slots.ranks()
-        self._in_flight, work = self.batcher.form(admit, self.now, ranks)
-        counted = None if self.batcher.counted is None else self.batcher.counted.rows()
-        if not work and counted is None:
-            if repeated is not None:
-                repeated.spoil()
+        ranks, formed = self.slots.ranks(), None
+        if not admit and self._changes == self._formed_at:
+            formed = self.batcher.form_again(self.now, ranks)
+        again = formed is not None
+        if formed is None:
+            if self.placing.any_closed:
+                admit = [request for request in admit if not self.placing.is_closed(request)]
+            formed = self.batcher.form(admit, self.now, ranks)
+        self._formed_at = self._changes
+        if not formed.sequences:
             return None
-        self._begin(work, counted)
-        batch = StepBatch(self.step, work, ranks, counted=counted)
-        if repeated is not None:
-            plain = counted is None and not self.batcher.has_prompts
-            if plain and len(work) == len(self.running):
-                repeated.note(batch, self._in_flight, self._changes)
-            else:
-                repeated.spoil()
+        self.step += 1
+        self._in_flight = formed.requests
+        batch = StepBatch(self.step, formed.sequences, ranks, again)
+        self._note_used(batch, self.now)
         return batch
 
-    def _begin(self, work: Sequence[SequenceWork], counted: CountedRows | None = None) -> None:
-        """Count a step, and note which slots it uses."""
-        self.step += 1
-        used: list[int] = []
-        last = -1
-        if counted is not None and self.batcher.counted is not None:
-            self.batcher.counted.in_flight = True
-            used = [slot for slot, _ in counted.slots]
-        for row in work:
-            if row.slot != last:  # they are sorted by slot
-                last = row.slot
-                used.append(last)
-        slots, now = self.slots.slots, self.now
+    def _note_used(self, batch: StepBatch, now: float) -> None:
+        """Note which slots a step uses that begins now."""
+        slots, used = self.slots.slots, {row.slot for row in batch.sequences}
         for index in used:
-            if index >= 0:
-                slot = slots[index]
-                if (entry := slot.entry) is not None:
-                    slot.last_used = entry.last_used = now
+            if index >= 0 and (entry := slots[index].entry) is not None:
+                slots[index].last_used = entry.last_used = now
+
+    def _quiet_until(self) -> float:
+        """Return the time until which neither the policy nor the core has anything to decide, unless
+        something happens."""
+        if self.placing.pinned_wait or self.residency.any_wanted or self._costs.learner is not None:
+            return -inf
+        due, until = self.next_due(), self.guard.quiet_until(self._changes)
+        return until if due is None else min(due, until)
 
     def step_finished(
-        self, batch: StepBatch, result: StepResult, now: float
-    ) -> tuple[events.TokenInterval, ...]:
-        """Pass a step's tokens on to the requests' sinks, and end the requests that are done.
+        self, batch: StepBatch, result: StepResult, now: float, *, intervals: bool = True
+    ) -> list[tuple[events.TokenInterval, ...]]:
+        """Pass a step's tokens on to the requests' sinks, and end the requests that are done. Also for
+        several steps that a device took at once.
 
-        Returns the times between these tokens and the ones before.
+        Returns for each step the times between its tokens and the ones before, if ``intervals`` are wanted.
         """
-        self.learn(batch, result.seconds)
-        ending = self._counted_ending()
-        self._counted_ended(batch, (now,))
+        self.learn(batch, result.seconds[0])
         requests, self._in_flight = self._in_flight, []
         ended, self._zombies = self._zombies, []
         for request in ended:
             self.batcher.release(request)
-        if ending:  # nothing else was in the step, but what is counted
-            requests, batch = ending, batch._replace(sequences=[decode_row(request) for request in ending])
-            result = StepResult([self._last_token(request) for request in ending], result.seconds)
-        intervals = self._results.take(requests, batch, result, now)
-        if self.batcher.repeated is not None:
-            self.batcher.repeated.ended(self._changes, all_decoded=self._results.all_decoded)
-        return intervals
-
-    def steady(self, batch: StepBatch) -> Steady | None:
-        """Return which repetitions of ``batch``, which is in flight, are certain, if all running requests
-        decode in it. None if one ends in it, or if each step does more than to decode."""
-        if (
-            self.batcher.has_prompts
-            or self._speculation is not None
-            or self.blocks.window is not None  # blocks are given back from step to step
-            or self._zombies
-            or self._costs.learner is not None
-            or len(self._in_flight) + _sequences(batch.counted) != len(self.running)
-        ):
-            return None
-        steps = self._results.steady_steps(self._in_flight, batch, self.batcher.counted)
-        return Steady(steps, self.again_until()) if steps > 1 else None
-
-    def again_until(self) -> float:
-        """Return the time until which neither the policy nor the core has anything to decide, so that what is
-        in flight is repeated. If they may have something at any time, it is the moment after the present."""
-        until = self.guard.quiet_until(self._changes)
-        if self.placing.pinned_wait or self.residency.any_wanted:
-            until = -inf
-        due = self.next_due()
-        return max(nextafter(self.now, inf), until if due is None else min(due, until))
-
-    def _repeat(self, batch: StepBatch) -> StepBatch | None:
-        """Begin a repeated batch once more. Returns None if it would be another one now."""
-        requests, running, counted = self._repeated, Status.RUNNING, self.batcher.counted
-        if counted is not None and not counted.are(batch.counted):
-            return None
-        several = len(requests) + _sequences(batch.counted)
-        if several != len(self.running) or not all(request.status is running for request in requests):
-            return None
-        size = self.blocks.block_size
-        for request in self.running.values() if requests else ():
-            if request.counted is None and request.computed >= len(request.blocks) * size:
-                request.blocks += self.blocks.allocate(1)  # it is free: see ``steady``
-        if counted is not None:
-            counted.allocate()
-        self._in_flight = requests
-        self._begin(batch.sequences, batch.counted)
-        return batch
-
-    def steps_finished(
-        self, batch: StepBatch, token: Sampled, ends: Sequence[float], *, goes_on: bool = False
-    ) -> list[tuple[events.TokenInterval, ...]]:
-        """Take in ``batch`` and its repetitions, of which ``steady`` has said that they are certain. Every
-        sequence got ``token`` in each step. With ``goes_on`` one more repetition, which is certain too, is in
-        flight then, as ``batch``. Returns the intervals of each, as ``step_finished`` does."""
-        requests = self._in_flight
-        if self.batcher.repeated is not None:
-            self.batcher.repeated.spoil()
-        if not goes_on:
-            self._repeated = requests
-        if self._zombies:  # the steps before were taken in when one of the requests was ended
-            assert len(ends) == 1 and not goes_on
-            return [self.step_finished(batch, StepResult([token] * len(requests), 0.0), ends[0])]
-        if not goes_on:
-            self._in_flight = []
-        found = self._results.take_many(
-            requests, token, ends, self.running.values(), begun=len(ends) + goes_on
-        )
-        again = len(ends) - 1 + goes_on
-        if again:
-            self.now = ends[again - 1]
-            self._begin(batch.sequences, batch.counted)
-            self.step += again - 1
-        self._counted_ended(batch, ends, goes_on=goes_on)
-        return found
-
-    def _counted_ending(self) -> list[Request]:
-        """Return the counted requests that end in the step that has ended, in the order of its rows."""
-        counted = self.batcher.counted
-        if counted is None:
-            return []
-        ending = counted.take_ending()
-        if len(ending) > 1:
-            place = {seq: place for place, seq in enumerate(self.running)}
-            ending.sort(key=lambda request: (request.slot_at(request.computed), place[request.seq]))
-        return ending
-
-    def _counted_ended(self, batch: StepBatch, ends: Sequence[float], *, goes_on: bool = False) -> None:
-        counted = self.batcher.counted
-        if counted is not None and batch.counted is not None:
-            counted.in_flight = goes_on
-            counted.ended(ends, begun=len(ends) + goes_on)
-
-    def counts_intervals(self, wanted: bool) -> None:
-        """Set whether ``step_finished`` and ``steps_finished`` return the intervals; at first they do."""
-        self._results.counts_intervals = wanted
-        if self.batcher.counted is not None:
-            self.batcher.counted.wanted = not wanted
-
-    def count_decodes(
-        self, token: Sampled, final: Callable[[Request], int], last: Callable[[Request], Sampled]
-    ) -> None:
-        """Count plain decodes (:mod:`aioengine.core.decodes.counted`), if nothing that this core does needs
-        to know each of them. The device gives ``token`` to each but the last one, which it gives ``last``;
-        with that token a request has ``final`` tokens."""
-        limits = self.limits
-        if not (
-            limits.prefix_caching
-            or limits.window is not None
-            or limits.max_step_seconds is not None
-            or limits.speculation != "none"
-            or self._measures
-        ):
-            self._last_token = last
-            self.batcher.counted = CountedDecodes(self.blocks, token, final)
-            self.batcher.counted.wanted = not self._results.counts_intervals
+        ends = result.ends or (now,)
+        if len(ends) > 1:
+            self.now = ends[-2]
+            self.step += len(ends) - 1
+            self._note_used(batch, self.now)
+        before: TokensBefore | None = [] if intervals else None
+        self._results.take(requests, batch, result, ends, before)
+        return [()] * len(ends) if before is None else token_intervals(before, ends)
 
     def learn(self, batch: StepBatch, seconds: float) -> None:
         """Learn from a step's time; ``step_finished`` does it too."""
         learner = self._costs.learner
-        if learner is not None and batch.sequences:
-            rows, repeated = batch.sequences, self.batcher.repeated
-            if type(rows) is Decodes and repeated is not None:
-                learner.learn(repeated.work(rows), seconds)
-                return
-            learner.learn(StepWork.of(rows, batch.slot_ranks), seconds)
+        if learner is not None:
+            learner.learn(self.batcher.work_of(batch), seconds)
 
     # Telling others
 
@@ -722,10 +581,7 @@ class Core:
         """Assert every invariant; for tests, and cheap enough to run whenever the engine is idle."""
         self.residency.check()
         holders = [*self.running.values(), *self._zombies]
-        counted = self.batcher.counted
-        self.blocks.check([*(r.held for r in holders), [] if counted is None else counted.blocks])
-        if counted is not None:
-            counted.check(self.running.values())
+        self.blocks.check([r.held for r in holders])
         using: dict[int, int] = {}
         for request in holders:
             if request.adapter is not None:
@@ -738,10 +594,6 @@ class Core:
         self.queues.check()
         for request in self.queues:
             assert request.status is Status.WAITING and not request.blocks
-
-
-def _sequences(rows: CountedRows | None) -> int:
-    return 0 if rows is None else rows.sequences
 
 
 def _pacer(limits: CoreLimits) -> Pacer | None:

@@ -1,5 +1,5 @@
 """Bounds the time of a step by limiting how many prompt tokens go into it (and, where tenants differ in how
-much they ask for, how many decodes: :mod:`aioengine.core.decodes.turns`).
+much they ask for, how many decodes: :mod:`aioengine.core.turns`).
 
 All requests in a step get their next token when the whole step is done, and new requests wait for its end
 too, so a long prompt computed in one piece delays all of them. Prompts are therefore cut into chunks that

@@ -101,7 +101,7 @@ class ReplicaReporter:
             waiting=len(core.queues),
             running=len(running),
             waiting_tokens=self._waiting_tokens + sum(tokens for tokens in remaining if tokens > 1),
-            running_tokens=sum([request.computed_tokens for request in running]),
+            running_tokens=sum([request.computed for request in running]),
             free_kv_tokens=core.blocks.num_free * core.blocks.block_size,
             waiting_for=core.queues.by_adapter(),
             load_seconds=self._load_seconds,

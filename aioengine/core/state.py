@@ -20,7 +20,7 @@ from aioengine.events import EndReason
 from aioengine.info import mix_name, scaled_digest
 from aioengine.request import CachePin, RequestOptions, SamplingParams, TokenLogprob
 from aioengine.schedulers.policy import Location
-from aioengine.step import AdapterSource, LoadedAdapter, Sampled
+from aioengine.step import AdapterSource, LoadedAdapter, SequenceWork
 
 _seq = attrgetter("seq")
 
@@ -189,26 +189,17 @@ class AdapterEntry:
 class Sink(Protocol):
     """Receives a request's tokens as they come."""
 
-    def push(self, sampled: Sampled, now: float, *, is_stop: bool) -> bool:
-        """Take one token. ``is_stop``: it is a stop token, so it is the last one. Returns True if the text
-        has reached a stop string, which ends the request."""
+    def push(self, tokens: Sequence[int], logprobs: Sequence[TokenLogprob], *, is_stop: bool) -> int | None:
+        """Take the last tokens of the request, and the log-probabilities of the first of them. ``is_stop``:
+        the last one is a stop token. Returns how many of them are left if the text reaches a stop string,
+        which ends the request."""
 
     @property
-    def takes_many(self) -> bool:
-        """Whether few tokens need to be pushed: the last one, and now and then one before it."""
+    def waits_for_end(self) -> bool:
+        """Whether nobody reads the tokens before the request's end."""
 
     def end(self, reason: EndReason, error: Exception | None) -> None:
         """Note that the request has ended. Called once."""
-
-
-class Ledger(Protocol):
-    """Counts steps of requests in place of writing down what each step adds to them."""
-
-    ends: list[float]
-    """The end of each step."""
-
-    def write_down(self, request: Request) -> None:
-        """Bring a request up to date."""
 
 
 class Request:
@@ -224,7 +215,6 @@ class Request:
         "cached_tokens",
         "committed",
         "computed",
-        "counted",
         "deadline",
         "drafting",
         "first_token",
@@ -234,7 +224,7 @@ class Request:
         "hashes",
         "id",
         "invoked",
-        "joined",
+        "is_plain",
         "last_token",
         "most_tokens",
         "options",
@@ -244,10 +234,10 @@ class Request:
         "pooled",
         "prompt_len",
         "prompt_logprobs",
+        "row",
         "scale",
         "seed",
         "seq",
-        "since",
         "sink",
         "started",
         "status",
@@ -288,7 +278,7 @@ class Request:
         self.prompt_len = len(prompt)
         self.tokens = [*prompt, *given]
         """Prompt followed by output."""
-        self.stops: Sequence[int] = params.stop_token_ids
+        self.stops = frozenset(params.stop_token_ids)
         """Tokens that end it."""
         self.most_tokens = self.prompt_len + params.max_tokens
         """Length, prompt and output, at which it ends."""
@@ -303,6 +293,10 @@ class Request:
         """Tokens whose KV is in ``blocks``."""
         self.started = 0
         """Tokens that were known when it was last admitted."""
+        self.row: SequenceWork | None = None
+        """Its share of steps in which it decodes plainly; kept from step to step."""
+        self.is_plain = False
+        """Whether each step after its prompt gives it one token, and only that; known once it is admitted."""
         self.blocks: list[int] = []
         """Its block table, one entry for every ``block_size`` positions."""
         self.freed = 0
@@ -335,12 +329,6 @@ class Request:
         """State from which tokens are proposed; None until they are."""
         self.worst_gap: float | None = None
         """The longest time between two of its tokens; None before the second."""
-        self.counted: Ledger | None = None
-        """Where its steps are counted; None: each is written down at once."""
-        self.since = 0
-        """Number of the first of these steps that is not written down."""
-        self.joined = 0
-        """Its number among the requests that are counted; 0: it is not counted."""
         self._view: CoreRequestView | None = None
 
     @property
@@ -361,17 +349,7 @@ class Request:
 
     @property
     def output_tokens(self) -> int:
-        return len(self.tokens) - self.prompt_len + self.unwritten
-
-    @property
-    def computed_tokens(self) -> int:
-        """Tokens whose KV is in its blocks."""
-        return self.computed + self.unwritten
-
-    @property
-    def unwritten(self) -> int:
-        """Steps that are counted and not written down, each of which has added a token."""
-        return 0 if self.counted is None else len(self.counted.ends) - self.since
+        return len(self.tokens) - self.prompt_len
 
     @property
     def made_tokens(self) -> int:
@@ -493,14 +471,11 @@ class CoreRequestView:
     tenant = property(attrgetter("_r.options.tenant"))
     prompt_tokens = property(attrgetter("_r.prompt_len"))
     max_tokens = property(attrgetter("_r.params.max_tokens"))
-    computed_tokens = property(attrgetter("_r.computed_tokens"))
+    computed_tokens = property(attrgetter("_r.computed"))
 
     @property
     def output_tokens(self) -> int:
-        request = self._r
-        made = len(request.tokens) - request.prompt_len
-        counted = request.counted
-        return made if counted is None else made + len(counted.ends) - request.since
+        return len(self._r.tokens) - self._r.prompt_len
 
     @property
     def adapter(self) -> str | None:

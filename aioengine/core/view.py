@@ -195,21 +195,12 @@ class CoreView:
 
     @property
     def tokens_left(self) -> dict[str | None, int]:
-        running, counted = self._batcher.running.values(), self._batcher.counted
-        most = counted.left() if counted else {}
         left: dict[str | None, int] = {}
-        for entry in dict.fromkeys([request.adapter for request in running]):
-            if entry is None:
-                left[None] = most.get(-1, -1)
-            else:
-                left[entry.name] = most.get(entry.slot, -1)
-        for request in running:
-            if request.counted is None:
-                entry = request.adapter
-                name = None if entry is None else entry.name
-                tokens = request.params.max_tokens + request.prompt_len - len(request.tokens)
-                if tokens > left[name]:
-                    left[name] = tokens
+        for request in self._batcher.running.values():
+            name = request.view.adapter
+            tokens = request.params.max_tokens + request.prompt_len - len(request.tokens)
+            if tokens > left.get(name, -1):
+                left[name] = tokens
         return left
 
     @property

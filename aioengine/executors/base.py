@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 
 from aioengine.errors import EngineDead
 from aioengine.memory_plan import MemoryPlan
 from aioengine.step import LoadedAdapter, ReadOrder, StepBatch, StepResult
+
+Ended = Callable[[StepResult | Exception], None]
+"""Takes the result of a batch, or its error."""
 
 
 class Device(ABC):
@@ -16,7 +20,7 @@ class Device(ABC):
     All methods are called on the event loop and never block it. Adapters are named by ``uid``, a number that
     the core gives to each version of an adapter.
 
-    A device may be lost: then ``execute``, ``load`` and ``place`` raise EngineDead, and everything that was
+    A device may be lost: then steps, ``load`` and ``place`` end with EngineDead, and everything that was
     loaded, adapters and KV, is gone.
     """
 
@@ -24,22 +28,15 @@ class Device(ABC):
     """Names of the kernels that compute the steps, for display."""
     variance: str | None = None
     """Reason why a token's bits depend on its batch; None if they do not."""
+    repeats: bool = False
+    """Whether it may take several steps of a batch at once: ``StepBatch.steps``."""
     can_restart: bool = False
     """Whether ``restart`` may bring it back."""
 
     @abstractmethod
-    async def execute(self, batch: StepBatch) -> StepResult:
-        """Run one step. At most one is in flight."""
-
-    def begin(self, batch: StepBatch, ended: Callable[[StepResult | Exception], None]) -> bool:
-        """Do what ``execute`` does, and call ``ended`` on the loop with the result or the error, after this
-        has returned.
-
-        Returns False, and does nothing, if the device can only ``execute``. It may say so for the first step
-        of a run of steps, but not for one that is begun within ``ended``: then the core waits for a result
-        already, and the engine would be dead.
-        """
-        return False
+    def begin(self, batch: StepBatch, ended: Ended) -> None:
+        """Begin a batch, while none is in flight. ``ended`` is called on the loop, after this has returned,
+        with the result or the error."""
 
     @abstractmethod
     async def load(self, order: ReadOrder) -> LoadedAdapter:
@@ -77,3 +74,19 @@ class Device(ABC):
     @abstractmethod
     async def close(self) -> None:
         """Release threads, processes and memory. Cancel loads before. Safe to call twice."""
+
+
+async def run_step(device: Device, batch: StepBatch) -> StepResult:
+    """Run a batch on a device without an engine. Raises what the step raises."""
+    done: asyncio.Future[StepResult] = asyncio.get_running_loop().create_future()
+
+    def ended(result: StepResult | Exception) -> None:
+        if done.done():
+            return  # nobody waits any more
+        if isinstance(result, Exception):
+            done.set_exception(result)
+        else:
+            done.set_result(result)
+
+    device.begin(batch, ended)
+    return await done

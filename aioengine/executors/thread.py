@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from aioengine.adapters.loader import AdapterLoader
 from aioengine.errors import DeviceError, EngineDead
-from aioengine.executors.base import Device
+from aioengine.executors.base import Device, Ended
 from aioengine.memory_plan import MemoryPlan, memory_taken
 from aioengine.model.cuda.failures import copy_error, typed_failures
 from aioengine.step import LoadedAdapter, ReadOrder, StepBatch, StepResult
@@ -49,30 +49,10 @@ class ThreadDevice(Device):
         self._step_thread = ThreadPoolExecutor(1, thread_name_prefix="aioengine-step")
         self._copy_thread = ThreadPoolExecutor(1, thread_name_prefix="aioengine-copy")
 
-    async def execute(self, batch: StepBatch) -> StepResult:
-        done: asyncio.Future[StepResult] = asyncio.get_running_loop().create_future()
-
-        def ended(result: StepResult | Exception) -> None:
-            if done.done():
-                return
-            if isinstance(result, Exception):
-                done.set_exception(result)
-            else:
-                done.set_result(result)
-
-        self.begin(batch, ended)
-        return await done
-
-    def begin(self, batch: StepBatch, ended: Callable[[StepResult | Exception], None]) -> bool:
+    def begin(self, batch: StepBatch, ended: Ended) -> None:
         self._step_thread.submit(self._run, batch, ended, asyncio.get_running_loop())
-        return True
 
-    def _run(
-        self,
-        batch: StepBatch,
-        ended: Callable[[StepResult | Exception], None],
-        loop: asyncio.AbstractEventLoop,
-    ) -> None:
+    def _run(self, batch: StepBatch, ended: Ended, loop: asyncio.AbstractEventLoop) -> None:
         result: StepResult | Exception
         try:
             result = self._step(batch)

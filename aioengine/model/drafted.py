@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from itertools import accumulate
 
+import msgspec
 from torch import Tensor
 
 from aioengine.step import Sampled, SequenceWork
@@ -12,7 +13,9 @@ from aioengine.step import Sampled, SequenceWork
 Sample = Callable[[Tensor, Sequence[SequenceWork]], list[Sampled]]
 
 
-def sample_drafted(logits: Tensor, works: Sequence[SequenceWork], sample: Sample) -> list[list[Sampled]]:
+def sample_drafted(
+    logits: Tensor, works: Sequence[SequenceWork], sample: Sample
+) -> Sequence[Sequence[Sampled]]:
     """Return the tokens of each sequence, at least one.
 
     Rows without a constraint are sampled all at once. A constraint is asked again only when a proposed token
@@ -23,6 +26,8 @@ def sample_drafted(logits: Tensor, works: Sequence[SequenceWork], sample: Sample
         sample: Called with rows of ``logits`` and what they follow: sequences whose ``draft`` is only what
             stands before the row's token.
     """
+    if not any(work.draft for work in works):
+        return [(token,) for token in sample(logits, works)]
     begins = list(accumulate((1 + len(work.draft) for work in works), initial=0))
     rows: list[tuple[int, int]] = []
     """(sequence, how much of its draft stands before it)"""
@@ -33,7 +38,7 @@ def sample_drafted(logits: Tensor, works: Sequence[SequenceWork], sample: Sample
     while rows:
         places = [begins[i] + depth for i, depth in rows]
         some = logits if len(places) == len(logits) else logits[places]
-        sequences = [works[i]._replace(draft=works[i].draft[:depth]) for i, depth in rows]
+        sequences = [msgspec.structs.replace(works[i], draft=works[i].draft[:depth]) for i, depth in rows]
         for (i, _), token in zip(rows, sample(some, sequences), strict=True):
             found[i].append(token)
         waiting = [i for i, tokens in enumerate(found) if len(tokens) < 1 + len(works[i].draft)]

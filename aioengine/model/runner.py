@@ -42,7 +42,7 @@ from aioengine.model.sampling import constraints
 from aioengine.model.slots.pool import LoRASlots
 from aioengine.model.spec import ModelSpec, Quantization
 from aioengine.request import TokenLogprob
-from aioengine.step import Decodes, Sampled, SequenceWork, StepBatch, StepResult
+from aioengine.step import Sampled, SequenceWork, StepBatch, StepResult
 
 if TYPE_CHECKING:
     from aioengine.model.decode_graphs import DecodeLimits, DecodeSteps, Record
@@ -191,8 +191,8 @@ class ModelRunner:
         self._sample = sample or functools.partial(
             default_sample, penalties=Penalties(max_num_seqs), argmax=argmax
         )
-        self._last: tuple[Sequence[SequenceWork], Sequence[Sampled | None]] = ((), ())
-        """The sequences of the last step, and what was sampled for each."""
+        self._last: Sequence[SequenceWork] = ()
+        """The sequences of the last step."""
         self._plain_sampler = sample is None
         self._tables: tuple[DecodeTables, bool] | None = None
         """Tables of decodes that are repeated, and whether all of these ask for the most likely tokens."""
@@ -280,13 +280,16 @@ class ModelRunner:
         """Run one step: sample a token for the sequences that ask for one, and score tokens for those that
         ask for that, on rank 0."""
         began = time.perf_counter()
-        again = self._decode_again(batch)
-        if again is not None:
-            self._last = batch.sequences, again
-            return StepResult(again, time.perf_counter() - began)
+        result = self._decode_again(batch)
+        if result is None:
+            self._tables = None
+            result = self._execute(batch)
+        self._last = batch.sequences
+        return result._replace(seconds=(time.perf_counter() - began,))
+
+    def _execute(self, batch: StepBatch) -> StepResult:
         plain = all(work.params.is_plain for work in batch.sequences)  # nearly always
-        sampled: list[Sampled | None] = [None] * len(batch.sequences)
-        followed: dict[int, list[Sampled]] = {}
+        found: list[Sequence[Sampled]] = [()] * len(batch.sequences)
         scored: dict[int, list[TokenLogprob]] = {}
         pooled: dict[int, Pooled] = {}
         if batch.sequences:
@@ -300,55 +303,43 @@ class ModelRunner:
                     self.lora_slots.after_step()
                 if asking and self.group.shard.rank == 0:
                     works = [batch.sequences[i] for i in asking]
-                    if any(work.draft for work in works):
-                        found = sample_drafted(logits, works, self._sample)
-                        followed = {i: rest for i, (_, *rest) in zip(asking, found, strict=True) if rest}
-                        first = [tokens[0] for tokens in found]
-                    else:
-                        first = self._sample(logits, works)
-                    for i, token in zip(asking, first, strict=True):
-                        sampled[i] = token
+                    for i, tokens in zip(asking, sample_drafted(logits, works, self._sample), strict=True):
+                        found[i] = tokens
                 else:
                     self._wait()
         for i, work in enumerate(() if plain else batch.sequences):
             if work.sample and work.params.pooling is not None:
                 error = pooled[i].error if i in pooled else None
-                sampled[i] = Sampled(-1, error=error, fault="request")
+                found[i] = (Sampled(-1, error=error, fault="request"),)
         values = {i: part.values for i, part in pooled.items()}
-        self._last = batch.sequences, sampled
-        return StepResult(sampled, time.perf_counter() - began, scored, followed, values)
+        return StepResult.of(found)._replace(scored=scored, pooled=values)
 
-    def _decode_again(self, batch: StepBatch) -> Sequence[Sampled] | None:
-        """Return the tokens of a step that decodes with the sequences of the last one; None if it is not such
-        a step, or not in the compiled library."""
-        rows, native, (before, _) = batch.sequences, self.native, self._last
-        if type(rows) is not Decodes or native is None:
-            self._tables = None
-            return None
-        first, steps = (before.rows, before.steps) if type(before) is Decodes else (before, 0)
-        if first is not rows.rows or steps + 1 != rows.steps:
-            self._tables = None
+    def _decode_again(self, batch: StepBatch) -> StepResult | None:
+        """Decode with the sequences of the last step. Returns None if it is not such a step, or not in the
+        compiled library."""
+        rows, native = batch.sequences, self.native
+        if not batch.again or native is None or rows is not self._last:
             return None
         if self._tables is None:
-            starts, known = [row.start for row in first], [row.block_table for row in first]
+            starts, known = [row.start for row in rows], [row.block_table for row in rows]
             made = DecodeTables(starts, known, self.kv_cache.block_size)
-            self._tables = made, all(row.params.is_plain for row in first)
+            self._tables = made, all(row.params.is_plain for row in rows)
         tables, plain = self._tables
-        tables.write(rows.steps, [row.history[row.start + rows.steps] for row in first])
+        steps = rows[0].start - tables.first
+        tables.write(steps, [row.tokens[0] for row in rows])
         if self.lora_slots is not None:
             self.lora_slots.before_step()
-        logits = native.decode_again(tables, rows.steps)
+        logits = native.decode_again(tables, steps)
         if logits is None:
-            self._tables = None
             return None
         if self.lora_slots is not None:
             self.lora_slots.after_step()
         if plain and self._plain_sampler:
             tokens = tables.found.tolist()
             if min(tokens) >= 0:
-                return list(map(Sampled, tokens))
+                return StepResult(tokens, [1] * len(tokens), ())
         with torch.inference_mode():
-            return self._sample(logits, rows)
+            return StepResult.of([(one,) for one in self._sample(logits, rows)])
 
     def _wait(self) -> None:
         """Wait until the device has finished a step from which nothing is read back. So the time of a step is

@@ -272,7 +272,6 @@ class AdapterOps:
             self._table.tidy(known)
 
     def _abort_all(self, entry: AdapterEntry) -> None:
-        self._stepper.catch_up()
         for request in list(self._core.requests.values()):
             if request.adapter is not None and self._names.mixes.is_made_of(request.adapter, entry):
                 self._core.end(request, "abort", _now())

@@ -33,7 +33,6 @@ from aioengine.model.cuda.failures import typed_failures
 from aioengine.model.files.hub import is_source
 from aioengine.model.files.resolve import read_spec, resolve_model
 from aioengine.model.spec import ModelSpec
-from aioengine.runtime.loop import MakeAhead
 from aioengine.schedulers import CostsView, SchedulerPolicy, load_policy
 from aioengine.step import StepBatch
 
@@ -69,8 +68,8 @@ class Built(NamedTuple):
     """Whether events are counted in the engine's metrics."""
     costs: CostsView | None = None
     """Times of steps and moves, for policies; None: they are measured."""
-    ahead: MakeAhead | None = None
-    """Runs steps ahead of time; only where a device is simulated."""
+    virtual: bool = False
+    """Whether the loop's clock stands still while the loop is busy."""
 
 
 def build(

@@ -28,15 +28,6 @@ Decided = tuple[float, float]
 NO_TIME: Decided = (0.0, 0.0)
 
 
-class NoteSteps(Protocol):
-    """Reports steps in a row, from number ``first`` on, which all have these fields of
-    :class:`~aioengine.step.StepContents`."""
-
-    def __call__(
-        self, first: int, contents: dict[str, Any], took: Sequence[Took], decided: Decided = NO_TIME
-    ) -> None: ...
-
-
 class Listen(Protocol):
     """Has a listener called for events of these types, or for all; returns a function that ends it."""
 
@@ -90,10 +81,17 @@ class Listeners:
             found = self._of[kind] = tuple([item.listener for item in self._all if item.wants(kind)])
         return found
 
+    @property
+    def want_intervals(self) -> bool:
+        """Whether anybody wants the times between tokens."""
+        return bool(self.of(StepFinished))
+
     def of_steps(
         self, first: int, contents: dict[str, Any], took: Sequence[Took], decided: Decided
     ) -> list[Event]:
-        """Return the events for listeners about steps, with the arguments of :class:`NoteSteps`."""
+        """Return the events about steps that ended one after the other, for the listeners that there are:
+        ``first`` is the number of the first one, and ``contents`` have the fields of
+        :class:`~aioengine.step.StepContents`, which are the same for all."""
         found: list[Event] = []
         if self.of(StepFinished):
             found += [

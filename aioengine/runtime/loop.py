@@ -11,17 +11,17 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from math import inf
-from typing import Any, Protocol
+from typing import Any
 
 from aioengine import events
 from aioengine.core import Core, DropMove, StopMove
 from aioengine.core.state import Request, Status
 from aioengine.errors import EngineDead, EngineStopped
 from aioengine.executors.base import Device
-from aioengine.runtime.event_stream import NO_TIME, Decided, Listener, Listeners, NoteSteps, Took
+from aioengine.runtime.event_stream import Decided, Listener, Listeners
 from aioengine.runtime.foreign import ForeignCode
 from aioengine.runtime.transfers import AdapterMoves
 from aioengine.runtime.waits import Waits
@@ -38,33 +38,8 @@ POLICY_RETRY_SECONDS = 0.05
 """Pause before a policy is asked again, if requests wait and nothing runs."""
 
 
-class Ahead(Protocol):
-    """Runs the steps of a device whose time goes on only while the event loop waits; in as few turns of the
-    loop as possible, and many at once if they repeat each other."""
-
-    @property
-    def repeated(self) -> StepBatch | None:
-        """The batch of the last steps, if the device can go on repeating it."""
-
-    async def run(self, batch: StepBatch, decided: Decided) -> bool:
-        """Run ``batch``, and what is certain to follow. Returns False if the device must execute it."""
-
-    def interrupt(self) -> None:
-        """Repeat no further step, because the core must decide anew."""
-
-    def goes_on(self) -> bool:
-        """Whether steps are repeated, and the core has still nothing to decide meanwhile."""
-
-    def catch_up(self) -> None:
-        """Take in the steps that have ended by now."""
-
-
-MakeAhead = Callable[[Core, NoteSteps, Callable[[], None]], Ahead]
-"""Makes one; the last argument delivers the events in the core's outbox."""
-
-
 class Stepper:
-    """Drives a core with a device."""
+    """Drives a core with a device. ``virtual``: the loop's clock stands still while the loop is busy."""
 
     def __init__(
         self,
@@ -72,7 +47,7 @@ class Stepper:
         device: Device,
         *,
         timer: Callable[[], float] = time.perf_counter,
-        ahead: MakeAhead | None = None,
+        virtual: bool = False,
     ) -> None:
         self.core = core
         self.foreign = ForeignCode()
@@ -80,8 +55,7 @@ class Stepper:
         self.dead: EngineDead | None = None
         self._device = device
         self._timer = timer
-        self._ahead = None if ahead is None else ahead(core, self._note_steps, self.publish)
-        """None: time goes on while the loop is busy."""
+        self._virtual = virtual
         self._moves = AdapterMoves(core, device, changed=self._moved)
         self._waits = Waits()
         self._idle = IdleWatch(core)
@@ -89,6 +63,8 @@ class Stepper:
         self._wake = asyncio.Event()
         self._died = asyncio.Event()
         self._step_began: float | None = None
+        self._contents: dict[str, Any] = {}
+        """Contents of the last step."""
         self._stopping = False
         self._logged: set[str] = set()
         self._task: asyncio.Task[None] | None = None
@@ -102,29 +78,20 @@ class Stepper:
 
     def start(self) -> None:
         self._task = asyncio.get_running_loop().create_task(self._run(), name="aioengine-stepper")
-        if self._ahead is None:
+        if not self._virtual:
             self._lag.start()
 
-    def wake(self, *, arrived: bool = False) -> None:
-        """Make the loop ask the core again; call after every change. ``arrived``: only a request has come."""
+    def wake(self) -> None:
+        """Make the loop ask the core again; call after every change."""
         if self.dead is not None:
             self._free_retired()
             return
-        if self._ahead is not None and not (arrived and self._ahead.goes_on()):
-            self._ahead.interrupt()
         self.publish()
         self._wake.set()
-
-    def catch_up(self) -> None:
-        """Take in the steps that have ended by now, where the device gives them late. Call before a change to
-        running requests; others may come before ``wake``."""
-        if self._ahead is not None:
-            self._ahead.catch_up()
 
     def abort(self, request: Request) -> None:
         """End a request; its reader, if any, gets a last output with ``finish_reason="abort"``."""
         if request.status is not Status.ENDED:
-            self.catch_up()
             self.core.end(request, "abort", asyncio.get_running_loop().time())
             self.wake()
 
@@ -163,7 +130,6 @@ class Stepper:
     async def stop(self) -> None:
         """End all requests with EngineStopped, and wait for work that cannot be interrupted."""
         self._stopping = True
-        self.catch_up()
         self._end_all(EngineStopped("the engine was stopped before the request finished"))
         self.wake()
         moves = asyncio.get_running_loop().create_task(self._moves.stop(), name="aioengine-stop-moves")
@@ -197,34 +163,19 @@ class Stepper:
         if batch is None:
             await self._sleep(loop)
             return
-        if self._ahead is not None and await self._ahead.run(batch, decided):
-            return
         over: asyncio.Future[None] = loop.create_future()
-        if self._begin(over, batch, decided):
-            try:
-                await over
-            except EngineDead as error:
-                self._step_began = None
-                await self._recover(error)
-            finally:
-                self._step_began = None
-            return
-        self._step_began = loop.time()
+        self._begin(over, batch, decided)
         try:
-            result = await self._device.execute(batch)
+            await over
         except EngineDead as error:
-            self._step_began = None
             await self._recover(error)
-            return
         finally:
             self._step_began = None
-        self._finished(batch, result, decided)
 
     def _decide(self, loop: asyncio.AbstractEventLoop) -> tuple[StepBatch | None, Decided]:
         """Ask the core for the next step, and begin the moves that it wants."""
         start = self._timer()
-        again = None if self._ahead is None else self._ahead.repeated
-        batch, moves = self.core.schedule(loop.time(), again)
+        batch, moves = self.core.schedule(loop.time())
         decided = self._timer() - start, self.core.guard.seconds
         for move in moves:
             self._moves.start(move)
@@ -232,12 +183,12 @@ class Stepper:
         self._idle.look(self.core.now, idle=batch is None and not self._moves.under_way)
         return batch, decided
 
-    def _begin(self, over: asyncio.Future[None], batch: StepBatch, decided: Decided) -> bool:
+    def _begin(self, over: asyncio.Future[None], batch: StepBatch, decided: Decided) -> None:
         """Run ``batch`` and the steps after it, each begun where the result of the one before comes in, so
-        that a step takes one turn of the event loop. ``over`` is done when none follows, or one has failed.
-        Returns False if the device can only ``execute``."""
+        that a step takes one turn of the event loop. ``over`` is done when none follows, or one has
+        failed."""
         self._step_began = asyncio.get_running_loop().time()
-        return self._device.begin(batch, partial(self._came, over, batch, decided))
+        self._device.begin(batch, partial(self._came, over, batch, decided))
 
     def _came(
         self,
@@ -248,18 +199,17 @@ class Stepper:
     ) -> None:
         if over.done():  # the loop was cancelled
             return
+        self._step_began = None
         try:
             if isinstance(result, Exception):
                 raise result
-            self._step_began = None
             self._finished(batch, result, decided)
             # Also if nothing runs now: what the last request kept is given up before its reader goes on.
             if not self._stopping and self._lost is None:
                 self._wake.clear()
                 following, decided = self._decide(asyncio.get_running_loop())
                 if following is not None:
-                    if not self._begin(over, following, decided):
-                        raise RuntimeError("the device began a step, but refused the one after it")
+                    self._begin(over, following, decided)
                     return
             over.set_result(None)
         except BaseException as error:  # else the loop would wait for ever
@@ -269,14 +219,12 @@ class Stepper:
 
     def _finished(self, batch: StepBatch, result: StepResult, decided: Decided) -> None:
         now = asyncio.get_running_loop().time()
-        took = now, result.seconds, self.core.step_finished(batch, result, now)
-        self._note_steps(batch.step, batch.contents()._asdict(), [took], decided)
+        if not batch.again:
+            self._contents = batch.contents()._asdict()
+        intervals = self.core.step_finished(batch, result, now, intervals=self._listeners.want_intervals)
+        took = zip(result.ends or (now,), result.seconds, intervals, strict=True)
+        self.core.outbox += self._listeners.of_steps(batch.step, self._contents, list(took), decided)
         self.publish()
-
-    def _note_steps(
-        self, first: int, contents: dict[str, Any], took: Sequence[Took], decided: Decided = NO_TIME
-    ) -> None:
-        self.core.outbox += self._listeners.of_steps(first, contents, took, decided)
 
     async def _sleep(self, loop: asyncio.AbstractEventLoop) -> None:
         """Sleep until something happens or is due."""
@@ -375,17 +323,7 @@ class Stepper:
     def listen(self, listener: Listener, *types: type[events.Event]) -> Callable[[], None]:
         """Call ``listener`` for every event, or for those of these types; returns a function that ends it.
         Raises ConfigError for what is no type of events."""
-        added = self._listeners.add(listener, types)
-        self._look_at_listeners()
-
-        def end() -> None:
-            self._listeners.remove(added)
-            self._look_at_listeners()
-
-        return end
-
-    def _look_at_listeners(self) -> None:
-        self.core.counts_intervals(bool(self._listeners.of(events.StepFinished)))
+        return partial(self._listeners.remove, self._listeners.add(listener, types))
 
     def _deliver(self, event: events.Event) -> None:
         kind = type(event)

@@ -11,7 +11,6 @@ from aioengine.errors import RequestInvalid
 from aioengine.events import EndReason
 from aioengine.request import FinishReason, SamplingParams, TokenLogprob
 from aioengine.runtime.output import GrowingText, Grown, RequestOutput
-from aioengine.step import Sampled
 
 if TYPE_CHECKING:
     from aioengine.model.text.detokenizer import TextStream
@@ -111,51 +110,41 @@ class OutputStream:
         self._error: Exception | None = None
         self._read_at_end = False
         """Whether its reader waits for the end."""
-        self.takes_many = False
-        """Whether nobody waits for it before its end, and tokens change nothing but ``request.tokens``."""
-        self._pushed = self._tokens_seen
-        """Tokens of the request that have been pushed."""
         self._ready = asyncio.Event()
         self._ended = asyncio.Event()
 
-    def push(self, sampled: Sampled, now: float, *, is_stop: bool) -> bool:
-        """Add one token, which is the last of ``request.tokens``; see :meth:`OutputText.push`."""
-        self._catch_up(1)
-        if self._logprobs is not None and sampled.logprob is not None:
-            self._logprobs.append(sampled.logprob)
-        text = self._text
-        stopped = (is_stop or not text.is_empty) and text.push(sampled.token, is_stop=is_stop)
-        if self._replayed > 0:
-            self._replayed -= 1
-            self._tokens_seen += 1
-            text.settle()
-            self._text_seen = len(text.text)
-            self._look()
+    def push(self, tokens: Sequence[int], logprobs: Sequence[TokenLogprob], *, is_stop: bool) -> int | None:
+        """Add the last tokens of the request; see :class:`~aioengine.core.state.Sink`."""
+        stopped: int | None = None
+        if is_stop or self._replayed or not self._text.is_empty:
+            for count, token in enumerate(tokens, 1):
+                stops = self._text.push(token, is_stop=is_stop and count == len(tokens))
+                if self._replayed:
+                    self._replay()
+                elif not self._read_at_end:
+                    self._ready.set()
+                if stops:
+                    stopped = count
+                    break
         elif not self._read_at_end:
             self._ready.set()
+        if self._logprobs is not None:
+            self._logprobs += logprobs[:stopped]
         return stopped
 
-    def _catch_up(self, but: int = 0) -> None:
-        """Add the tokens that were not pushed, except the last ``but``."""
-        tokens = self.request.tokens
-        until = len(tokens) - but
-        if self._pushed < until and not self._text.is_empty:
-            for token in tokens[self._pushed : until]:
-                self._text.push(token, is_stop=False)
-        self._pushed = len(tokens)
+    def _replay(self) -> None:
+        """Skip a token that was delivered before, and its text."""
+        self._replayed -= 1
+        self._tokens_seen += 1
+        self._text.settle()
+        self._text_seen = len(self._text.text)
 
-    def _look(self) -> None:
-        """Find out whether it ``takes_many``, after a change."""
-        self.takes_many = (
-            self._read_at_end
-            and (self._text.is_empty or self._text.waits)
-            and self._logprobs is None
-            and not self._replayed
-        )
+    @property
+    def waits_for_end(self) -> bool:
+        return self._read_at_end and (self._text.is_empty or self._text.waits)
 
     def end(self, reason: EndReason, error: Exception | None) -> None:
         """End the stream, with the fields of :class:`~aioengine.events.RequestEnded`."""
-        self._catch_up()
         if reason == "error":
             self._error = error
         else:
@@ -168,7 +157,6 @@ class OutputStream:
     async def last(self) -> RequestOutput:
         """Wait for the end without waking up for each token. Raises as :meth:`next` does."""
         self._read_at_end = True
-        self._look()
         await self._ended.wait()
         return await self.next()
 
@@ -186,9 +174,6 @@ class OutputStream:
     def so_far(self) -> RequestOutput:
         """Return the output so far, without waiting; its ``_delta`` fields have what is new."""
         request = self.request
-        if request.counted is not None:
-            request.counted.write_down(request)
-        self._catch_up()
         self._text.settle()
         tokens, pieces, logprobs = len(request.tokens), len(self._text.text), self._logprobs or ()
         return RequestOutput(

@@ -139,7 +139,7 @@ def engine_load(core: Core, step_age: float) -> EngineLoad:
         running=len(core.running),
         waiting=len(core.queues),
         waiting_tokens=sum(max(r.prompt_len - r.computed, 0) for r in live),
-        running_tokens=sum(r.computed_tokens for r in core.running.values()),
+        running_tokens=sum(r.computed for r in core.running.values()),
         kv_tokens=core.blocks.num_blocks * block,
         kv_tokens_free=core.blocks.num_free * block,
         waiting_for=core.queues.by_adapter(),

@@ -118,7 +118,7 @@ class Submitter:
         )
         stream = request.sink = OutputStream(request, text, replayed=len(options.output) - len(given))
         self._end_if_complete(request, text)
-        self._stepper.wake(arrived=True)
+        self._stepper.wake()
         return stream
 
     def _output_text(self, params: SamplingParams) -> OutputText:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+import msgspec
+
 from aioengine.config import EngineConfig
-from aioengine.executors.base import Device
+from aioengine.executors.base import Device, run_step
 from aioengine.memory_plan import MemoryPlan
 from aioengine.request import SamplingParams
 from aioengine.step import SequenceWork, StepBatch
@@ -25,12 +27,12 @@ async def warm_up(device: Device, plan: MemoryPlan, config: EngineConfig) -> lis
     They write to blocks that nothing refers to, and no listener hears of them. Returns the steps that
     compute real sequences, and their seconds. Raises what the device raises.
     """
-    steps = [(batch, (await device.execute(batch)).seconds) for batch in first_requests(plan)]
+    steps = [(batch, (await run_step(device, batch)).seconds[0]) for batch in first_requests(plan)]
     more: list[StepBatch] = []
     if plan.device == "cuda":
         more = [*kernel_shapes(plan, config), largest_step(plan, config)]
         for batch in more:
-            await device.execute(batch)
+            await run_step(device, batch)
     for name in {work.request_id for batch in (*more, *(b for b, _ in steps)) for work in batch.sequences}:
         device.forget(name)
     return steps
@@ -89,8 +91,12 @@ def largest_step(plan: MemoryPlan, config: EngineConfig) -> StepBatch:
     rank = 0 if config.lora is None else config.lora.max_lora_rank
     counts = [min(longest, tokens // rows + (i < tokens % rows)) for i in range(rows)]
     work = [
-        _work(plan, slot, 0, count)._replace(
-            request_id=f"warm-up-{i}", sample=True, params=_DEAREST, history=[0] * count
+        msgspec.structs.replace(
+            _work(plan, slot, 0, count),
+            request_id=f"warm-up-{i}",
+            sample=True,
+            params=_DEAREST,
+            history=[0] * count,
         )
         for i, count in enumerate(counts)
     ]

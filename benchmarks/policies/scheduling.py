@@ -11,7 +11,7 @@ from statistics import fmean
 from aioengine.core import CopyMove, Core, CoreLimits, LoadMove
 from aioengine.request import RequestOptions, SamplingParams
 from aioengine.schedulers import Decision, SchedulerPolicy, SchedulerView, available_policies, load_policy
-from aioengine.step import LoadedAdapter, Sampled, StepResult
+from aioengine.step import LoadedAdapter, StepResult
 from benchmarks.report import median
 from benchmarks.runner import Calls
 
@@ -106,9 +106,10 @@ def measure(
             elif isinstance(move, CopyMove):
                 core.adapter_placed(move.entry, now, 0.005)
         if batch is not None:
-            sampled = [Sampled(5) if work.sample else None for work in batch.sequences]
+            counts = [int(work.sample) for work in batch.sequences]
+            result = StepResult([5] * sum(counts), counts, (0.02,))
             finishing = time.thread_time()
-            core.step_finished(batch, StepResult(sampled, 0.02), now)
+            core.step_finished(batch, result, now)
             seconds = scheduled - began, policy.seconds, time.thread_time() - finishing
             if step >= WARM_UP:
                 for values, value in zip(found.values(), seconds, strict=True):

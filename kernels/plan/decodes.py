@@ -23,6 +23,8 @@ class DecodeTables:
     def __init__(self, starts: Sequence[int], tables: Sequence[Sequence[int]], block_size: int) -> None:
         count = len(starts)
         self._starts, self._tables, self._block_size = starts, tables, block_size
+        self.first = starts[0]
+        """The position of the first sequence that is computed first."""
         self._highest = max(starts)
         self._width = 0
         self._cells = array("i")

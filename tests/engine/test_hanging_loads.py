@@ -15,12 +15,12 @@ from aioengine.core import Core
 from aioengine.core.adapters.failures import LONGEST_SECONDS, Failures
 from aioengine.errors import AdapterInvalid, AdapterLoadError
 from aioengine.events import Event, RequestEnded
-from aioengine.executors.base import Device
+from aioengine.executors.base import Device, Ended
 from aioengine.lab.simulation.clock import VirtualTimeLoop
 from aioengine.request import RequestOptions, SamplingParams
 from aioengine.runtime.loop import Stepper
 from aioengine.schedulers.policies.fcfs import FCFS
-from aioengine.step import LoadedAdapter, ReadOrder, Sampled, StepBatch, StepResult
+from aioengine.step import LoadedAdapter, ReadOrder, StepBatch, StepResult
 from aioengine.testing import LIMITS
 
 MOUNT_OF = {"dead": "/mnt/dead", "other": "/mnt/other"}
@@ -69,9 +69,10 @@ class Reading(Device):
 
     def drop(self, uid: int) -> None: ...
 
-    async def execute(self, batch: StepBatch) -> StepResult:
-        await asyncio.sleep(0.01)
-        return StepResult([Sampled(5) if work.sample else None for work in batch.sequences], 0.01)
+    def begin(self, batch: StepBatch, ended: Ended) -> None:
+        counts = [int(work.sample) for work in batch.sequences]
+        result = StepResult([5] * sum(counts), counts, (0.01,))
+        asyncio.get_running_loop().call_later(0.01, ended, result)
 
     async def close(self) -> None: ...
 

@@ -18,7 +18,6 @@ from aioengine.runtime.output_stream import OutputStream, OutputText
 from aioengine.server.openai.chat_reply import ChatReply
 from aioengine.server.openai.completions import CompletionReply
 from aioengine.server.streaming import Reply, ReplyOptions
-from aioengine.step import Sampled
 from aioengine.testing import Sim
 
 OUTPUTS = 10_000
@@ -54,7 +53,7 @@ class OfEngine:
 
     def add(self, token: int) -> None:
         self.request.tokens.append(token)
-        self.stream.push(Sampled(token, logprob(token)), 0.0, is_stop=False)
+        self.stream.push([token], [logprob(token)], is_stop=False)
 
     async def next(self) -> RequestOutput:
         return await self.stream.next()
@@ -145,23 +144,22 @@ async def test_the_text_is_made_when_it_is_read(monkeypatch: pytest.MonkeyPatch)
     assert sum(made) == 201 and max(made) <= 64 and len(made) < 6
 
 
-@pytest.mark.parametrize("pushed", [1, 7, 64, 1000])
-async def test_a_reader_of_the_whole_output_needs_few_of_its_tokens(pushed: int) -> None:
-    """All of its text is there, whichever tokens were pushed and whenever it was looked at."""
-    params = SamplingParams(max_tokens=500)
+@pytest.mark.parametrize("count", [1, 7, 64, 1000])
+async def test_tokens_may_come_in_rows(count: int) -> None:
+    """All of their text is there, however many come at a time and whenever it is looked at."""
     request: Request = Sim().add(prompt=[5, 6, 7])
-    stream = OutputStream(request, OutputText(Words(), params))  # type: ignore[arg-type]
+    stream = OutputStream(request, OutputText(Words(), SamplingParams(max_tokens=2000)))  # type: ignore[arg-type]
     last = asyncio.ensure_future(stream.last())
     await asyncio.sleep(0)
-    assert stream.takes_many
-    for token in range(200):
-        request.tokens.append(token)
-        if token % pushed == pushed - 1:
-            stream.push(Sampled(token), 0.0, is_stop=False)
-        if token % 90 == 89:
-            assert stream.so_far().text == "".join(f" {token}" for token in range(token + 1))
+    assert stream.waits_for_end
+    for first in range(0, 1000, count):
+        tokens = list(range(first, min(first + count, 1000)))
+        request.tokens += tokens
+        assert stream.push(tokens, (), is_stop=False) is None
+        if first % 3 == 0:
+            assert stream.so_far().text == "".join(f" {token}" for token in range(tokens[-1] + 1))
     stream.end("abort", None)
-    assert (await last).text == "".join(f" {token}" for token in range(200))
+    assert (await last).text == "".join(f" {token}" for token in range(1000))
 
 
 def test_a_text_that_grows() -> None:

@@ -43,7 +43,7 @@ class Both:
     def send(self, batch: StepBatch) -> int:
         """Returns the bytes that it took."""
         step = self.encoder.encode(batch)
-        assert plain(self.decoder.decode(over_the_wire(step))) == plain(batch)
+        assert plain(self.decoder.decode(over_the_wire(step))) == plain(batch._replace(again=False))
         return len(frame(step))
 
 

@@ -27,7 +27,7 @@ from aioengine.executors.process.wire import (
     requests,
 )
 from aioengine.request import TokenLogprob
-from aioengine.step import Sampled
+from aioengine.step import Sampled, StepResult
 
 
 def returned(error: BaseException) -> Exception:
@@ -86,7 +86,8 @@ def test_a_configuration_arrives_whole() -> None:
 
 async def test_samples_arrive_whole_however_they_are_cut() -> None:
     logprob = TokenLogprob(3, -0.25, ((3, -0.25), (4, -1.0)))
-    report = Stepped(9, [Sampled(3, logprob), None, Sampled(-1, error="no", fault="request")], 0.5)
+    result = StepResult.of([[Sampled(3, logprob)], [], [Sampled(-1, error="no")]])
+    report = Stepped(9, result._replace(seconds=[0.5], ends=[]))
     reader = asyncio.StreamReader()
     data = frame(report) + frame(Broken(WireError("A", "b")))
     for start in range(0, len(data), 7):

@@ -199,4 +199,4 @@ def test_the_start_is_compared_with_the_plan(
 
 
 class _NoDevice(Device):
-    execute = load = place = drop = close = None  # type: ignore[assignment]
+    begin = load = place = drop = close = None  # type: ignore[assignment]

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from support.process_harness import preloaded_workers as preloaded_workers
+from support.step_tokens import tokens_of
 from torch import Tensor
 
 from aioengine.adapters.store import AdapterStore
@@ -98,11 +99,10 @@ class Driver:
                 )
             )
         result = self.runner.execute(StepBatch(0, rows, self.ranks))
-        for (s, count), row, sampled in zip(ordered, rows, result.sampled, strict=True):
+        for (s, count), row, tokens in zip(ordered, rows, tokens_of(result), strict=True):
             s.computed += count
-            assert (sampled is not None) == row.sample
-            if sampled is not None:
-                s.tokens.append(sampled.token)
+            assert len(tokens) == row.sample
+            s.tokens += tokens
 
     def run(self, *sequences: Running, new_tokens: int, chunk: int = 10**9) -> None:
         """Steps all sequences together, prompts in chunks, until each has ``new_tokens``."""

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 from hypothesis import given
@@ -294,7 +295,7 @@ class IncrementalLater(Incremental):
 @pytest.mark.parametrize("constraint", [Incremental(), IncrementalLater()])
 def test_a_token_costs_the_same_after_any_number_of_them(constraint: Incremental) -> None:
     history = Counted(range(20))
-    work = row(SamplingParams(constraint=constraint))._replace(history=history)
+    work = msgspec.structs.replace(row(SamplingParams(constraint=constraint)), history=history)
     reads = []
     for token in range(1000):
         before = history.read

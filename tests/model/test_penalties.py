@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 from hypothesis import given, settings
@@ -75,7 +76,9 @@ def test_requests_that_come_go_and_change_places(steps: list[set[int]], data: st
             scores = torch.linspace(-2, 2, len(rows) * VOCAB).view(-1, VOCAB)
             there = scores.to("cuda")
             penalties.apply(there, rows)
-            Penalties().apply(scores, [row._replace(history=list(row.history)) for row in rows])
+            Penalties().apply(
+                scores, [msgspec.structs.replace(row, history=list(row.history)) for row in rows]
+            )
             for mine, plain in zip(there.tolist(), scores.tolist(), strict=True):
                 assert mine == pytest.approx(plain, rel=1e-6)
             for name in present:

@@ -4,6 +4,7 @@ import math
 import random
 from collections.abc import Sequence
 
+import msgspec
 import pytest
 import torch
 from hypothesis import given, settings
@@ -356,7 +357,9 @@ def test_penalties_kept_from_step_to_step_are_those_of_the_whole_history(data: s
         scores = torch.randn(len(running), vocab)
         kept, anew = scores.clone(), scores.clone()
         penalties.apply(kept, running)
-        Penalties().apply(anew, [work._replace(history=list(work.history)) for work in running])
+        Penalties().apply(
+            anew, [msgspec.structs.replace(work, history=list(work.history)) for work in running]
+        )
         assert torch.equal(kept, anew)
         for work in rows:
             work.history.extend(data.draw(ids))  # type: ignore[attr-defined]
@@ -374,7 +377,7 @@ def test_penalties_on_a_gpu_are_those_on_a_cpu(data: st.DataObject) -> None:
         values = {f"{kind}_penalty": data.draw(number) for kind in ("presence", "frequency")}
         params = SamplingParams(repetition_penalty=data.draw(st.sampled_from([0.5, 1.0, 1.3])), **values)
         prompt = data.draw(ids)
-        return row(params, history=prompt, prompt_len=len(prompt))._replace(request_id=name)
+        return msgspec.structs.replace(row(params, history=prompt, prompt_len=len(prompt)), request_id=name)
 
     rows = {name: request(name) for name in "abcde"}
     penalties = Penalties()
@@ -387,7 +390,9 @@ def test_penalties_on_a_gpu_are_those_on_a_cpu(data: st.DataObject) -> None:
             world.waits = 0
             penalties.apply(there, running)
             assert world.waits == world.staged == 0
-            Penalties().apply(scores, [work._replace(history=list(work.history)) for work in running])
+            Penalties().apply(
+                scores, [msgspec.structs.replace(work, history=list(work.history)) for work in running]
+            )
             assert torch.equal(there.cpu(), scores)
             for name, work in list(rows.items()):
                 work.history.extend(data.draw(ids))  # type: ignore[attr-defined]

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
+
+from support.step_tokens import tokens_of
 
 from aioengine.adapters.loader import BaseLoader, Patience
 from aioengine.adapters.read_threads import Progress
 from aioengine.config import LoRAConfig
 from aioengine.errors import AdapterInvalid, AdapterLoadError, AdapterTooLarge, EngineDead
+from aioengine.executors.base import Ended
 from aioengine.lab.costs.model import CostModel
 from aioengine.lab.simulation.device import SimulatedDevice
 from aioengine.lab.simulation.transfers import SharedStage
 from aioengine.step import (
     AdapterSource,
+    Fault,
     LoadedAdapter,
     ReadOrder,
     Sampled,
@@ -123,7 +127,7 @@ class FaultyDevice(SimulatedDevice):
     run: its slots hold the versions that its requests were accepted for, and are not being written; the
     KV that it reads was computed from the same tokens with the same adapter."""
 
-    goes_ahead = False
+    repeats = False
 
     def __init__(
         self,
@@ -169,18 +173,35 @@ class FaultyDevice(SimulatedDevice):
             raise EngineDead("planned: it does not start again")
         self.memory.lost = False
 
-    async def execute(self, batch: StepBatch) -> StepResult:
+    def begin(self, batch: StepBatch, ended: Ended) -> None:
+        memory = self.memory
+        rows: list[Row] | None = None
+        if not memory.lost:
+            rows = [self._begin_row(work) for work in batch.sequences]
+            memory.read_blocks = {block for row in rows for block in row.blocks}
+            self._check_whole(batch)
+            memory.reading = {row.work.slot for row in rows if row.work.slot >= 0}
+        self._step = asyncio.get_running_loop().create_task(self._run(batch, rows, ended))
+
+    async def _run(self, batch: StepBatch, rows: list[Row] | None, ended: Ended) -> None:
+        try:
+            result = await self._execute(batch, rows)
+        except Exception as error:
+            ended(error)
+        else:
+            ended(result)
+
+    async def _execute(self, batch: StepBatch, rows: list[Row] | None) -> StepResult:
         memory, rng = self.memory, self._rng
-        if memory.lost:
+        if rows is None:
             raise self._lost()
-        rows = [self._begin_row(work) for work in batch.sequences]
-        memory.read_blocks = {block for row in rows for block in row.blocks}
-        self._check_whole(batch)
-        memory.reading = {row.work.slot for row in rows if row.work.slot >= 0}
         try:
             if rng.random() < self._rates.slow_step:
                 await asyncio.sleep(rng.uniform(0.1, 3.0))
-            result = await super().execute(batch)
+            done: asyncio.Future[StepResult | Exception] = asyncio.get_running_loop().create_future()
+            super().begin(batch, done.set_result)
+            result = await done
+            assert not isinstance(result, Exception)
         finally:
             memory.reading, memory.read_blocks = set(), set()
         if memory.lost:
@@ -188,7 +209,7 @@ class FaultyDevice(SimulatedDevice):
         if rng.random() < self._rates.lethal_step:
             self.killed = True
             raise RuntimeError("planned: the step failed")
-        return StepResult([self._finish_row(*pair) for pair in zip(rows, result.sampled, strict=True)], 0.0)
+        return StepResult.of(map(self._finish_row, rows, tokens_of(result)))
 
     def _lost(self) -> EngineDead:
         return EngineDead("planned: the device was lost")
@@ -237,7 +258,7 @@ class FaultyDevice(SimulatedDevice):
         if len(written) != len(set(written)):
             problem("two rows of a step write one KV block")
 
-    def _finish_row(self, row: Row, sampled: Sampled | None) -> Sampled | None:
+    def _finish_row(self, row: Row, tokens: Sequence[int]) -> list[Sampled]:
         work, memory = row.work, self.memory
         if work.slot >= 0 and memory.slots[work.slot] != row.uid:
             memory.problem(f"slot {work.slot} was changed while a step read it")
@@ -245,15 +266,15 @@ class FaultyDevice(SimulatedDevice):
         for index in range(work.start // size, -(-until // size)):
             content = row.digest, row.known[: min((index + 1) * size, until)]
             memory.blocks[row.blocks[index]] = content
-        if sampled is None:
-            return None
+        if not tokens:
+            return []
         if self._rng.random() < self._rates.failed_row:
-            fault = self._rng.choice(["model", "request"])
+            fault: Fault = self._rng.choice(["model", "request"])
             self.failed_rows[work.request_id] = fault
-            return Sampled(-1, error="planned", fault=fault)  # type: ignore[arg-type] # one of the two
-        if sampled.token == self._end_token:
-            return sampled
-        return Sampled(token_at(work.request_id, until - work.prompt_len))
+            return [Sampled(-1, error="planned", fault=fault)]
+        if tokens[0] == self._end_token:
+            return [Sampled(self._end_token)]
+        return [Sampled(token_at(work.request_id, until - work.prompt_len))]
 
     async def load(self, order: ReadOrder) -> LoadedAdapter:
         return await self.loader.load(order)

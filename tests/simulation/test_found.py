@@ -19,11 +19,12 @@ from aioengine.errors import (
     EngineOverloaded,
     EngineStopped,
 )
+from aioengine.executors.base import Ended
 from aioengine.lab.simulation.clock import run_in_virtual_time
 from aioengine.lab.simulation.engine import SimulatedEngine
 from aioengine.lab.workload.requests import AdapterShape
 from aioengine.schedulers import load_policy
-from aioengine.step import StepBatch, StepResult
+from aioengine.step import StepBatch
 
 
 def ends_with(first: str, then: str, end: str) -> list[Any]:
@@ -44,10 +45,10 @@ def ends_with(first: str, then: str, end: str) -> list[Any]:
         await asyncio.sleep(0.1)  # the read takes a second
         if end == "dies":
 
-            def fail(batch: StepBatch) -> StepResult:
-                raise RuntimeError("planned")
+            def fail(batch: StepBatch, ended: Ended) -> None:
+                asyncio.get_running_loop().call_soon(ended, RuntimeError("planned"))
 
-            engine._device.execute_at_once = fail  # type: ignore[method-assign]
+            engine._device.begin = fail  # type: ignore[method-assign]
             with pytest.raises(EngineDead):
                 await engine.complete([0, 0])
         else:

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 from support.fake_cuda import Clock, FakeCuda
 from support.random_slots import random_image
+from support.step_tokens import tokens_of
 from torch import Tensor
 
 from aioengine.core import CopyMove
@@ -166,10 +167,10 @@ class CudaSim(Sim):
             result = self.runner.execute(batch)
             self.world.between = None
             self.done.append((batch, result, self.world.now()))
-        for work, sampled in zip(batch.sequences, result.sampled, strict=True):
-            if sampled is not None:
+        for work, tokens in zip(batch.sequences, tokens_of(result), strict=True):
+            for token in tokens:
                 context = (*work.history[: work.start], *work.tokens)
-                self.drawn.append(Drawn(context, held.get(work.slot), sampled.token))
+                self.drawn.append(Drawn(context, held.get(work.slot), token))
 
     def _in_between(self) -> None:
         if self.told and self.rng.random() < 0.02:

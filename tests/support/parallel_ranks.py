@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from support.preloaded import CONTEXT
+from support.step_tokens import tokens_of
 from torch import Tensor, distributed
 
 from aioengine.adapters.store import AdapterStore
@@ -307,10 +308,10 @@ class Stage:
     def step(self, sequences: Sequence[_Sequence], chunk: int) -> None:
         ordered = sorted(sequences, key=lambda s: s.slot)
         result = self.runner.execute(self.batch(ordered, chunk))
-        tokens = [-1 if s is None else s.token for s in result.sampled]
+        tokens = [-1 if not found else found[0] for found in tokens_of(result)]
         sampled = torch.tensor(tokens, device=self.runner.device)
         if self._group.shard.rank > 0:
-            assert all(s is None for s in result.sampled), "rank 0 samples"
+            assert not result.tokens, "rank 0 samples"
             sampled.zero_()
         self._group.all_reduce(sampled)
         for sequence, token in zip(ordered, sampled.tolist(), strict=True):

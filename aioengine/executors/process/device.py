@@ -16,7 +16,7 @@ import msgspec
 from aioengine.adapters.loader import Patience
 from aioengine.config import EngineConfig
 from aioengine.errors import AioEngineError, EngineDead
-from aioengine.executors.base import Device
+from aioengine.executors.base import Device, Ended
 from aioengine.executors.process.restarts import RestartLimit
 from aioengine.executors.process.step_delta import StepEncoder
 from aioengine.executors.process.wire import (
@@ -36,7 +36,6 @@ from aioengine.model.sampling import constraints
 from aioengine.step import (
     LoadedAdapter,
     ReadOrder,
-    Sampled,
     SequenceWork,
     StepBatch,
     StepResult,
@@ -61,6 +60,8 @@ class ProcessDevice(Device):
         self._lost: Callable[[EngineDead], None] | None = None
         self._steps = StepEncoder()
         self._num_blocks = 0
+        self._running: asyncio.Task[None] | None = None
+        """The last step."""
         self._guides: ThreadPoolExecutor | None = None
 
     async def start(self, progress: LoadProgress | None = None) -> msgspec.Raw:
@@ -84,23 +85,29 @@ class ProcessDevice(Device):
     def forget(self, request_id: str) -> None:
         self._steps.forget(request_id)
 
-    async def execute(self, batch: StepBatch) -> StepResult:
+    def begin(self, batch: StepBatch, ended: Ended) -> None:
+        self._running = asyncio.get_running_loop().create_task(self._run(batch, ended), name="aioengine-step")
+
+    async def _run(self, batch: StepBatch, ended: Ended) -> None:
+        try:
+            result = await self._step(batch)
+        except Exception as error:
+            ended(error)
+        else:
+            ended(result)
+
+    async def _step(self, batch: StepBatch) -> StepResult:
         workers = self.workers
         step = self._steps.encode(batch)
         call = workers.ask(lambda number: msgspec.structs.replace(step, number=number))
         failed, forced = await self._constraints(batch, workers)
         await workers.flush()
         answers = await call.of(Stepped)
-        sampled = list(answers[0].sampled or ())
-        for index, why in failed.items():
-            sampled[index] = Sampled(-1, error=why, fault="request")
-        for index, after in forced.items():
-            token = sampled[index]
-            if token is not None and token.error is None:
-                sampled[index] = token._replace(forced=tuple(after))
-        seconds = max(answer.seconds for answer in answers)
-        first = answers[0]
-        return StepResult(sampled, seconds, first.scored, first.followed, first.pooled)
+        result = answers[0].result
+        errors = {**result.errors, **{index: (why, "request") for index, why in failed.items()}}
+        forced = {index: after for index, after in forced.items() if index not in errors}
+        seconds = max(answer.result.seconds[0] for answer in answers)
+        return result._replace(seconds=(seconds,), errors=errors, forced=forced)
 
     async def _constraints(
         self, batch: StepBatch, workers: Workers

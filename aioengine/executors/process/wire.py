@@ -17,8 +17,7 @@ import msgspec
 from aioengine import errors
 from aioengine.checks import plain
 from aioengine.config import EngineConfig
-from aioengine.request import TokenLogprob
-from aioengine.step import AdapterSource, Sampled
+from aioengine.step import AdapterSource, StepResult
 
 _LENGTH = struct.Struct("<I")
 MAX_BYTES = 2**32 - 1
@@ -197,15 +196,8 @@ class Progress(_Message, frozen=True):
 
 class Stepped(_Message, frozen=True):
     number: int
-    sampled: list[Sampled | None] | None
-    """From rank 0."""
-    seconds: float
-    scored: dict[int, list[TokenLogprob]] = {}
-    """From rank 0."""
-    followed: dict[int, list[Sampled]] = {}
-    """From rank 0."""
-    pooled: dict[int, list[float]] = {}
-    """From rank 0."""
+    result: StepResult
+    """Only from rank 0 are there more than the seconds."""
 
 
 class Reading(_Message, frozen=True):

@@ -32,6 +32,7 @@ from aioengine.info import LoadProgress
 from aioengine.memory_plan import memory_taken
 from aioengine.model.cuda.failures import copy_error, device_error
 from aioengine.model.parallel.group import DistributedGroup, Group, Shard, SoloGroup
+from aioengine.step import StepResult
 
 if TYPE_CHECKING:
     from aioengine.adapters.store import AdapterStore
@@ -179,11 +180,9 @@ class _Model:
 
     def step(self, request: wire.Step) -> wire.Stepped:
         result = self.runner.execute(self._batches.decode(request))
-        sampled = list(result.sampled) if self._shard.rank == 0 else None
-        scored = {index: list(entries) for index, entries in result.scored.items()}
-        followed = {index: list(tokens) for index, tokens in result.followed.items()}
-        pooled = {index: list(values) for index, values in result.pooled.items()}
-        return wire.Stepped(request.number, sampled, result.seconds, scored, followed, pooled)
+        if self._shard.rank:
+            result = StepResult((), (), result.seconds)
+        return wire.Stepped(request.number, result)
 
 
 def _join(shard: Shard, device: str, rendezvous: str) -> Group:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from aioengine.executors.base import run_step
 from aioengine.lab.calibration.probe import ProbedEngine
 from aioengine.lab.calibration.processor_waits import Waits
 from aioengine.lab.costs.steps import StepShape, step_shape
@@ -80,11 +81,11 @@ class DirectSteps:
     async def _execute(self, rows: Sequence[Row], block: int) -> Timing:
         batch = self._batch(rows, block)
         waits = Waits()
-        result = await self._engine.device.execute(batch)
+        result = await run_step(self._engine.device, batch)
         waited = waits.seconds()
         for work in batch.sequences:
             self._engine.device.forget(work.request_id)
-        return Timing(step_shape(batch), result.seconds, waited)
+        return Timing(step_shape(batch), result.seconds[0], waited)
 
     def _batch(self, rows: Sequence[Row], block: int) -> StepBatch:
         self._steps += 1

@@ -11,7 +11,7 @@ from typing import NamedTuple
 from aioengine import events
 from aioengine.engine import AsyncEngine
 from aioengine.errors import EngineDead
-from aioengine.executors.base import Device
+from aioengine.executors.base import Device, Ended
 from aioengine.info import LoadProgress
 from aioengine.lab.calibration.processor_waits import Waits
 from aioengine.lab.costs.steps import StepShape, step_shape
@@ -127,13 +127,17 @@ class _ProbedDevice(Device):
         self._device = device
         self._probe = probe
 
-    async def execute(self, batch: StepBatch) -> StepResult:
+    def begin(self, batch: StepBatch, ended: Ended) -> None:
         # Not uvloop's time: it is in whole milliseconds, which are longer than what is between two steps.
         start = time.monotonic()
+
+        def noted(result: StepResult | Exception) -> None:
+            if not isinstance(result, Exception):
+                self._probe.ended(batch, start, result.seconds[0])
+            ended(result)
+
         self._probe.begins(start)
-        result = await self._device.execute(batch)
-        self._probe.ended(batch, start, result.seconds)
-        return result
+        self._device.begin(batch, noted)
 
     async def load(self, order: ReadOrder) -> LoadedAdapter:
         return await self._device.load(order)

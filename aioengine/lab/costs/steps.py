@@ -42,11 +42,7 @@ def step_shape(batch: StepBatch) -> StepShape:
     """Return the shape of a step; the calibration and the simulation both use this."""
     decode_rows = decode_kv = prefill_tokens = twice_pairs = 0
     sequences, ranks = len(batch.sequences), batch.slot_ranks
-    slots: Sequence[tuple[int, int]] = ()
-    if batch.counted is not None:
-        decode_rows, decode_kv, slots = batch.counted
-        sequences += decode_rows
-    tokens = dict(slots)
+    tokens: dict[int, int] = {}
     for work in batch.sequences:
         count, start, slot = len(work.tokens), work.start, work.slot
         if count == 1 and start >= work.prompt_len:
@@ -56,9 +52,7 @@ def step_shape(batch: StepBatch) -> StepShape:
             prefill_tokens += count
             twice_pairs += count * (2 * start + count)
         tokens[slot] = tokens.get(slot, 0) + count
-    if batch.sequences:
-        slots = sorted(tokens.items())  # in one order, whether or not some are counted
-    adapters = [(ranks[slot], count) for slot, count in slots if slot >= 0]
+    adapters = [(ranks[slot], count) for slot, count in tokens.items() if slot >= 0]
     return StepShape(
         decode_rows,
         decode_kv,

@@ -201,7 +201,6 @@ class SimulatedReplica:
 
     def _report(self) -> Report | None:
         """Return a report; None if there is nothing new and no sign of life is due."""
-        self.engine.catch_up()
         core = self.engine._core
         state = (self._reporter.version, len(core.requests), self._received, self._ended, self._channel)
         self._quiet += 1
@@ -228,7 +227,6 @@ class SimulatedReplica:
         self._loop.call_later(delay, arrive)
 
     def _made(self, request_id: str) -> int:
-        self.engine.catch_up()
         request = self.engine._core.requests.get(request_id)
         return 0 if request is None else request.made_tokens
 

@@ -268,7 +268,6 @@ class Recorder:
 
     def sample(self, now: float) -> None:
         """Record the interval since the last sample."""
-        self._engine._stepper.catch_up()
         core, totals = self._core, self._totals
         for live in core.running.values():  # nothing is computed of the others
             request = self._requests.get(live.id)

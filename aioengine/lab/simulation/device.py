@@ -3,36 +3,42 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterator, Sequence
+from itertools import islice
 
-from aioengine.core.state import Request
 from aioengine.errors import AdapterLoadError, AdapterTooLarge
-from aioengine.executors.base import Device
+from aioengine.executors.base import Device, Ended
 from aioengine.lab.costs.model import CostModel
 from aioengine.lab.costs.steps import StepTimes, step_shape
 from aioengine.lab.simulation.clock import VirtualTimeLoop, resolution
-from aioengine.lab.simulation.repeated import RepeatedSteps, TakeSteps
 from aioengine.lab.simulation.transfers import Processor, SharedStage
 from aioengine.lab.workload.requests import AdapterShape
 from aioengine.model.spec import DTYPE_BYTES
 from aioengine.step import (
     LoadedAdapter,
     ReadOrder,
-    Sampled,
     SequenceWork,
     StepBatch,
     StepResult,
 )
+
+SETTLING = 4
+"""Turns of the loop in which callers that have their results go on, and moves of adapters begin, before steps
+are taken at once."""
 
 
 class SimulatedDevice(Device):
     """Gives every sequence ``token``, and ``end_token`` where its output has the length that is known of
     it (``lengths``, by request id; those that are not in it go on until ``max_tokens``).
 
+    On a loop in virtual time, steps that end before anything else is due are taken at once: nobody can look
+    in between, so they need no turns of the loop.
+
     The adapters that it reads have a size and no contents (``shapes``, by name).
     """
 
-    goes_ahead = True
-    """Whether steps are taken at once where that is possible."""
+    repeats = True
+    """Whether steps are taken at once where nothing happens before their ends."""
 
     def __init__(
         self, costs: CostModel, *, token: int, end_token: int, max_rank: int, one_size: bool = True
@@ -45,11 +51,7 @@ class SimulatedDevice(Device):
         kv_bytes = local.kv_bytes_per_token(DTYPE_BYTES[local.dtype])
         self._byte_seconds = 2 * costs.steps.decode_kv / kv_bytes
         """Seconds for each byte that is moved on the device: it is read and written, as keys are read."""
-        self.token = Sampled(token)
-        """Token that every sequence gets before the end of its output."""
-        self._end = Sampled(end_token)
-        self._asked: tuple[StepBatch | None, float] = None, 0.0
-        """The last step that was not run at once, and its seconds."""
+        self._token, self._end = token, end_token
         self._processor = Processor()
         self._disk = SharedStage(costs.disk)
         self._slot = SharedStage(costs.slot)
@@ -63,86 +65,66 @@ class SimulatedDevice(Device):
         self.disturbed = self._processor.disturbed
         """Context manager, called with a factor: while it lasts, steps take that many times as long."""
 
-    async def execute(self, batch: StepBatch) -> StepResult:
-        asked, work = self._asked
-        took = await self._processor.work(work if asked is batch else self._work(batch))
-        return self._result(batch, took)
-
-    def execute_at_once(self, batch: StepBatch) -> StepResult | None:
-        """Run a step without a turn of the event loop; None if anything else is due before its end."""
+    def begin(self, batch: StepBatch, ended: Ended) -> None:
         loop = asyncio.get_running_loop()
-        if not isinstance(loop, VirtualTimeLoop) or (timer := loop.next_timer()) is None:
-            return None
-        begin, work = loop.time(), self._work(batch)
-        end = begin + work * self._processor.pace
-        if end + resolution(end) > timer:
-            self._asked = batch, work
-            return None
-        loop.go_to(end)
-        return self._result(batch, end - begin)
+        if self.repeats and isinstance(loop, VirtualTimeLoop):
+            loop.call_soon(self._take_steps, loop, batch, ended, SETTLING)
+        else:
+            self._take_step(batch, ended)
 
-    def final(self, request: Request) -> int:
-        """Return the number of tokens, prompt included, with which a request ends."""
-        length, most = self.lengths.get(request.id), request.most_tokens
-        if length is None or length <= request.output_tokens:
-            return most
-        return min(most, request.prompt_len + length)
+    def _take_steps(self, loop: VirtualTimeLoop, batch: StepBatch, ended: Ended, turns: int) -> None:
+        """Take the steps that end before anything else is due, at once; or else one that takes its time."""
+        timer = loop.next_timer()
+        if timer is None and turns > 0:
+            loop.call_soon(self._take_steps, loop, batch, ended, turns - 1)
+            return
+        ends, seconds = list[float](), list[float]()
+        if timer is not None:
+            begin, overhead = loop.time(), self._costs.step_overhead
+            for work in islice(self._work(batch), self._most_steps(batch)):
+                end = begin + work * self._processor.pace
+                if end + resolution(end) > timer or (ends and begin >= batch.until):
+                    break
+                ends.append(end)
+                seconds.append(end - begin - overhead)
+                begin = end
+        if ends:
+            loop.go_to(ends[-1])
+            ended(self._result(batch, seconds, ends))
+        else:
+            self._take_step(batch, ended)
 
-    def last(self, request: Request) -> Sampled:
-        """Return the token with which a request ends."""
-        return self._end if self.lengths.get(request.id) == request.output_tokens + 1 else self.token
-
-    def _work(self, batch: StepBatch) -> float:
-        """Return the seconds of a step, its overhead included."""
-        seconds = self._step_seconds(step_shape(batch)) if batch.sequences or batch.counted else 0.0
-        return seconds + self._costs.step_overhead
-
-    def _result(self, batch: StepBatch, took: float) -> StepResult:
-        token, end, lengths = self.token, self._end, self.lengths
-        sampled: list[Sampled | None] = []
-        for request_id, _, tokens, start, _, sample, _, _, _, prompt_len, *_ in batch.sequences:
-            if sample:
-                made = start + len(tokens) - prompt_len + 1
-                sampled.append(end if lengths.get(request_id) == made else token)
-            else:
-                sampled.append(None)
-        return StepResult(sampled, took - self._costs.step_overhead)
-
-    def repeat(self, batch: StepBatch, most: int, until: float, take: TakeSteps) -> RepeatedSteps | None:
-        """Run ``batch`` and its repetitions, which take no turn of the event loop while nobody looks. None on
-        a loop that is not in virtual time, or if a request ends with the first step.
-
-        Args:
-            most: Number of steps at most, with ``batch``; requests may end in the last one.
-            until: Time before which each step begins.
-        """
-        loop = asyncio.get_running_loop()
-        if not isinstance(loop, VirtualTimeLoop) or loop.time() >= until:
-            return None
-        lengths, overhead = self.lengths, self._costs.step_overhead
-        made = [(work.request_id, _made(work)) for work in batch.sequences]
-        for request_id, first in made:
-            length = lengths.get(request_id)
-            if length is not None and first <= length:
-                most = min(most, length - first + 1)
-        if most < 2:
-            return None
-
-        def last() -> list[Sampled | None]:
-            more, token, end = most - 1, self.token, self._end
-            return [end if first + more == lengths.get(request_id) else token for request_id, first in made]
-
-        return RepeatedSteps(
-            loop,
-            self._processor,
-            (seconds + overhead for seconds in self._step_seconds.repeated(step_shape(batch))),
-            most=most,
-            until=until,
-            overhead=overhead,
-            token=self.token,
-            last=last,
-            take=take,
+    def _take_step(self, batch: StepBatch, ended: Ended) -> None:
+        overhead = self._costs.step_overhead
+        self._processor.begin(
+            next(self._work(batch)), lambda took: ended(self._result(batch, [took - overhead], ()))
         )
+
+    def _work(self, batch: StepBatch) -> Iterator[float]:
+        """Yield the seconds of each step, its overhead included."""
+        overhead = self._costs.step_overhead
+        for seconds in self._step_seconds.repeated(step_shape(batch)):
+            yield seconds + overhead
+
+    def _most_steps(self, batch: StepBatch) -> int:
+        """Return how many steps there are until a sequence ends, or those of the batch, if they are fewer."""
+        most, lengths = batch.steps, self.lengths
+        for work in batch.sequences if most > 1 else ():
+            length, made = lengths.get(work.request_id), _made(work)
+            if length is not None and made <= length < made + most:
+                most = length - made + 1
+        return most
+
+    def _result(self, batch: StepBatch, seconds: Sequence[float], ends: Sequence[float]) -> StepResult:
+        lengths, steps, sequences = self.lengths, len(seconds), batch.sequences
+        counts = [steps if work.sample else 0 for work in sequences]
+        tokens = [self._token] * sum(counts)
+        place = -1
+        for work, count in zip(sequences, counts, strict=True):
+            place += count
+            if count and lengths.get(work.request_id) == _made(work) + count - 1:
+                tokens[place] = self._end
+        return StepResult(tokens, counts, seconds, ends)
 
     async def load(self, order: ReadOrder) -> LoadedAdapter:
         """Simulate a read. Raises AdapterLoadError for an adapter without a shape, AdapterTooLarge for one

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 
 import msgspec
 
@@ -14,7 +13,6 @@ from aioengine.engine import AsyncEngine
 from aioengine.info import LoadProgress
 from aioengine.lab.costs.model import CostModel
 from aioengine.lab.costs.view import ModelledCosts
-from aioengine.lab.simulation.ahead import StepsAhead
 from aioengine.lab.simulation.device import SimulatedDevice
 from aioengine.lab.workload.requests import AdapterShape
 from aioengine.memory_plan import MemoryPlan
@@ -69,21 +67,8 @@ class SimulatedEngine(AsyncEngine):
             processor=asyncio.get_running_loop().time,
             metrics=self._with_metrics,
             costs=ModelledCosts(self.costs, self._device.shapes, self.config.max_num_batched_tokens),
-            ahead=partial(StepsAhead, self._device) if self._device.goes_ahead else None,
+            virtual=True,
         )
-
-    def catch_up(self) -> None:
-        """Take in the steps that have ended by now: before others than its own tasks look at the core. All
-        public methods do it."""
-        self._stepper.catch_up()
-
-    def _check_started(self) -> None:
-        super()._check_started()
-        self._stepper.catch_up()
-
-    def _check_running(self) -> None:
-        super()._check_running()
-        self._stepper.catch_up()
 
     def add_adapters(self, shapes: Iterable[AdapterShape]) -> None:
         """Register adapters that have a size and no contents."""

@@ -83,34 +83,17 @@ class Processor:
         self._left = 0.0
         self._as_of = 0.0
         self._began = 0.0
-        self._done: asyncio.Future[None] | None = None
+        self._done: Callable[[float], None] | None = None
         self._timer: asyncio.TimerHandle | None = None
-        self.before_change: Callable[[], None] | None = None
-        """Called before the pace changes."""
 
-    async def work(self, seconds: float) -> float:
-        """Return the seconds that it took, ``seconds`` if it was not disturbed."""
-        self.begin(seconds, asyncio.get_running_loop().time())
-        return await self.end()
-
-    def begin(self, seconds: float, began: float) -> None:
-        """Note that work began, now or at an earlier time since which the pace has not changed."""
+    def begin(self, seconds: float, done: Callable[[float], None]) -> None:
+        """Begin work of this many seconds. ``done`` is called at its end with the seconds that it took:
+        ``seconds`` if it was not disturbed."""
         loop = asyncio.get_running_loop()
-        self._began = self._as_of = began
+        self._began = self._as_of = loop.time()
         self._left = seconds
-        self._done = loop.create_future()
+        self._done = done
         self._plan(loop)
-
-    async def end(self) -> float:
-        """Wait for the end of the work that has begun. Returns the seconds that it took."""
-        assert self._done is not None
-        try:
-            await self._done
-        finally:
-            self._done = None
-            if self._timer is not None:
-                self._timer.cancel()
-        return asyncio.get_running_loop().time() - self._began
 
     @property
     def pace(self) -> float:
@@ -131,8 +114,6 @@ class Processor:
     def _change(self, paces: list[float]) -> None:
         """Set the factors, and adjust the work under way to them."""
         before, after = self.pace, max(paces)
-        if before != after and self.before_change is not None:
-            self.before_change()
         self._paces = paces
         if self._done is None or before == after:
             return
@@ -147,5 +128,6 @@ class Processor:
         self._timer = loop.call_at(self._as_of + self._left * max(self._paces), self._finish)
 
     def _finish(self) -> None:
-        if self._done is not None and not self._done.done():
-            self._done.set_result(None)
+        done, self._done = self._done, None
+        if done is not None:
+            done(asyncio.get_running_loop().time() - self._began)

