@@ -31,8 +31,6 @@ class AdapterOps:
         self._pins = stepper.core.residency.pins
         self._names = names
         self._table = names.table
-        self._idle: dict[int, AdapterInfo] = {}
-        """Descriptions of idle adapters, by uid: of those in the last list, and of new ones."""
 
     # Registering
 
@@ -45,7 +43,8 @@ class AdapterOps:
             self._table.of(name).look_up(where)
         else:
             entry = self._names.publish(name, where)
-            self._idle[entry.uid] = adapter_info(entry)  # or else the first list would describe thousands
+            # Or else the first list would describe thousands.
+            self._table.of(name).described = adapter_info(entry)
         return self.info(name)
 
     def _registered_path(self, name: str) -> str | None:
@@ -215,7 +214,7 @@ class AdapterOps:
         return adapter_info(entry)
 
     def commit(self, name: str) -> AdapterInfo:
-        known = self._table.get(name)
+        known = self._table.find(name)
         entry, source = (None, None) if known is None else known.take_prepared()
         if known is None or entry is None:
             raise AdapterNotFound("no version of it was prepared; call prepare_adapter first", name=name)
@@ -226,7 +225,7 @@ class AdapterOps:
         return self.info(name)
 
     def discard(self, name: str) -> None:
-        known = self._table.get(name)
+        known = self._table.find(name)
         entry, _ = (None, None) if known is None else known.take_prepared()
         if known is not None and entry is not None:
             self._table.tidy(known)
@@ -243,14 +242,13 @@ class AdapterOps:
         async with self._loads_ended(name) as (known, was_loading):
             was_fetched = known.source is not None
             known.forget_source()
-            self._residency.expected.pop(name, None)
+            known.expected = ""
             if not self._names.is_registered(name) and (was_fetched or was_loading):
                 return  # it was never needed, or its load was ended: there is nothing to free
             entry = self._names.find(name)
             self._stepper.check_goes_on()
             self._names.mixes.forget(name, _now())
             self._residency.retire(entry, _now())
-            self._idle.pop(entry.uid, None)
             if force:
                 self._abort_all(entry)
             self._stepper.wake()
@@ -290,28 +288,26 @@ class AdapterOps:
 
     def all(self) -> list[AdapterInfo]:
         """Describe every registered adapter. Most of thousands are idle, and described once."""
-        described, self._idle = self._idle, {}
-        found, idle, is_mix = [], self._idle, self._names.mixes.is_mix
+        found, is_mix = [], self._names.mixes.is_mix
         for entry in self._residency.current.values():
             if is_mix(entry):
                 continue
             if entry.location is not Location.DISK or entry.pinned or len(entry.waiting):
                 found.append(adapter_info(entry))
                 continue
-            info = described.get(entry.uid)
-            if info is None or info.digest != entry.digest:
-                info = adapter_info(entry)
-            idle[entry.uid] = info
+            known = self._table.of(entry.label)
+            info = known.described
+            if info is None or (info.version, info.digest) != (entry.version, entry.digest):
+                info = known.described = adapter_info(entry)
             found.append(info)
-        for known in self._table:
+        for known in self._table.in_use.values():
             if known.source is not None and not self._names.is_registered(known.label):
                 found.append(AdapterInfo(name=known.label, path=known.source))
         return found
 
     def count(self) -> int:
         """Return the number of registered adapters; a mix counts, too."""
-        looked_up = {known.label for known in self._table if known.looked_up}
-        return len(self._residency.current.keys() | looked_up)
+        return sum(known.looked_up or known.current is not None for known in self._table.in_use.values())
 
     def busy(self) -> list[AdapterInfo]:
         """Return the registered adapters that hold memory, will soon hold it, or have requests that wait. The

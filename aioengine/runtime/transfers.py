@@ -9,7 +9,6 @@ from typing import Any
 
 from aioengine import errors, events
 from aioengine.core import CopyMove, Core, DropMove, LoadMove, Move, ReleaseMove, StopMove
-from aioengine.core.adapters.failures import Failures
 from aioengine.core.state import AdapterEntry
 from aioengine.executors.base import Device
 from aioengine.schedulers.policy import Location
@@ -18,9 +17,9 @@ from aioengine.step import ReadOrder
 logger = logging.getLogger("aioengine")
 
 
-def log_failure(failures: Failures, name: str, error: errors.AdapterError) -> None:
-    """Log the 1st, 2nd, 4th, 8th, ... failure in a row, so that one adapter does not fill the log."""
-    times = failures.times(name)
+def log_failure(times: int, name: str, error: errors.AdapterError) -> None:
+    """Log a failure if it is the 1st, 2nd, 4th, 8th, ... in a row, so that one adapter does not fill the
+    log."""
     if times & (times - 1) == 0:
         text = str(error)
         again = f" (failed {times} times)" if times > 1 else ""
@@ -122,7 +121,7 @@ class AdapterMoves:
             return  # the device was lost: the restart handles all moves together
         except errors.AdapterError as error:
             self._core.adapter_load_failed(entry, loop.time(), error, _load_failure(error))
-            log_failure(self._core.residency.failures, entry.label, error)
+            log_failure(self._core.residency.names.failures(entry.label), entry.label, error)
         except Exception as error:
             logger.exception("loading adapter %r failed unexpectedly", entry.label)
             failure = errors.AdapterLoadError(
@@ -133,7 +132,7 @@ class AdapterMoves:
         else:
             refused = self._core.adapter_loaded(entry, loop.time(), done)
             if refused is not None:
-                log_failure(self._core.residency.failures, entry.label, refused)
+                log_failure(self._core.residency.names.failures(entry.label), entry.label, refused)
         self._reads.pop(entry.uid, None)
         self._changed(entry.label)
 

@@ -130,7 +130,7 @@ def test_prefix_cache_hits_only_the_same_adapter_content() -> None:
 
 
 def test_versions_never_come_again_however_many_names_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("aioengine.core.adapters.residency.MAX_NAMES", 4)
+    monkeypatch.setattr("aioengine.core.adapters.name.MAX_REMEMBERED", 4)
     sim, rng = Sim(), random.Random(0)
     last: dict[str, int] = {}
     for _ in range(500):

@@ -12,7 +12,7 @@ from aioengine.adapters import loader as loaders
 from aioengine.adapters.loader import MAX_HANGING_ON_MOUNT, STALL_SECONDS, BaseLoader, Patience
 from aioengine.adapters.read_threads import Progress
 from aioengine.core import Core
-from aioengine.core.adapters.failures import LONGEST_SECONDS, Failures
+from aioengine.core.adapters.name import LONGEST_SECONDS, MAX_REMEMBERED, NameTable
 from aioengine.errors import AdapterInvalid, AdapterLoadError
 from aioengine.events import Event, RequestEnded
 from aioengine.executors.base import Device, Ended
@@ -213,7 +213,7 @@ def test_a_mount_that_hangs_takes_so_many_threads_and_no_more(monkeypatch: pytes
 
 
 def test_the_pause_after_failures_grows_and_ends() -> None:
-    failures = Failures()
+    names = NameTable()
     now, pauses = 0.0, []
 
     def error() -> AdapterInvalid:
@@ -221,33 +221,33 @@ def test_the_pause_after_failures_grows_and_ends() -> None:
 
     def refused() -> bool:
         try:
-            failures.check("x", now)
+            names.check_worth_a_try("x", now)
         except AdapterInvalid:
             return True
         return False
 
     for _ in range(12):
-        failures.add("x", error(), now)
+        names.fail("x", error(), now)
         begin = now
         while refused():
             now += 0.25
         pauses.append(now - begin)
-    failures.add("x", error(), now)
+    names.fail("x", error(), now)
     with pytest.raises(AdapterInvalid, match=r"'x' \(/x\): bad \(failed 13 times.*30.0 s"):
-        failures.check("x", now)
+        names.check_worth_a_try("x", now)
     assert pauses[:4] == [0.0, 0.5, 1.0, 2.0] and pauses[-1] == LONGEST_SECONDS
-    failures.forget("x")
-    failures.check("x", now)
-    for i in range(3000):
-        failures.add(f"n{i}", AdapterLoadError("EIO", name=f"n{i}"), now)
-    assert len(failures._by_name) == 1024
+    names.of("x").succeed()
+    names.check_worth_a_try("x", now)
+    for i in range(MAX_REMEMBERED + 100):
+        names.fail(f"n{i}", AdapterLoadError("EIO", name=f"n{i}"), now)
+    assert sum(names.find(f"n{i}") is not None for i in range(MAX_REMEMBERED + 100)) <= MAX_REMEMBERED
 
 
 def test_what_several_say_of_one_failure_counts_once() -> None:
-    failures, error = Failures(), AdapterInvalid("bad", name="x", path="/x")
+    names, error = NameTable(), AdapterInvalid("bad", name="x", path="/x")
     for now in (0.0, 0.0, 0.001, 0.4):
-        failures.add("x", error, now)
-    assert failures.times("x") == 1
+        names.fail("x", error, now)
+    assert names.failures("x") == 1
     for now in (0.5, 1.5, 9.0):  # an application's resolver that raises one error again and again
-        failures.add("x", error, now)
-    assert failures.times("x") == 4
+        names.fail("x", error, now)
+    assert names.failures("x") == 4

@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection
 from aioengine import events
 from aioengine.core.adapters.arena import Window
 from aioengine.core.adapters.cpu_cache import CpuCache, Order, least_recently_used
-from aioengine.core.adapters.failures import Failures, frameless
+from aioengine.core.adapters.failures import frameless
 from aioengine.core.adapters.known import KnownAdapters
 from aioengine.core.adapters.moves import CopyMove, DropMove, LoadMove, Move, ReleaseMove, StopMove
 from aioengine.core.adapters.name import NameTable
@@ -25,9 +25,6 @@ from aioengine.core.state import AdapterEntry, AdapterFiles
 from aioengine.errors import AdapterChanged, AdapterError, AdapterTooLarge, EngineOverloaded
 from aioengine.schedulers.policy import Location
 from aioengine.step import LoadedAdapter
-
-MAX_NAMES = 10_000
-"""Names whose own last version is remembered."""
 
 
 class Residency:
@@ -46,22 +43,15 @@ class Residency:
     ) -> None:
         self.slots = SlotTable(num_slots, slot_bytes, slot_memory)
         self.cpu = CpuCache(cpu_capacity, num_slots, cpu_max_bytes, cpu_order)
-        self.failures = Failures()
         self.names = NameTable()
-        self.current: dict[str, AdapterEntry] = {}
+        self.current = self.names.current
         """Published entries by name; new requests use these."""
-        self.pins = Pins(num_slots, self.current, emit)
+        self.pins = Pins(num_slots, self.names, emit)
         self.by_policy_name = KnownAdapters()
         """All entries that requests may wait for or run on, superseded ones included."""
         self.entries: dict[int, AdapterEntry] = {}
-        self.expected: dict[str, str] = {}
-        """Digests by name, of the current version, or of the one that a look-up finds next."""
         self._retired: dict[int, AdapterEntry] = {}
         self._wanted: dict[int, AdapterEntry] = {}
-        self._last_version: dict[str, int] = {}
-        """By name; the one that was declared last is at the end."""
-        self._forgotten_version = 0
-        """The highest of the names that are not there any more."""
         self._next_uid = 0
         self._max_loads = max_loads
         self._loads = 0
@@ -84,34 +74,25 @@ class Residency:
         the latest when it has been read, unless it is ``held``. ``found``: whether a resolver found its path.
         ``files``: read in place of a folder. ``version`` None: the next one of this name."""
         if version is None:
-            version = self._next_version(name)
+            version = self.names.next_version(name)
         entry = AdapterEntry(self._next_uid, name, version, path, found=found, files=files)
         self._next_uid += 1
         self.entries[entry.uid] = entry
         return entry
 
-    def _next_version(self, name: str) -> int:
-        """Return a number that no version of this name had. Clients may think up any number of names, so
-        only the latest have their own last number; all others have one together."""
-        last = self._last_version
-        version = last.pop(name, self._forgotten_version) + 1
-        last[name] = version
-        while len(last) > MAX_NAMES:
-            self._forgotten_version = max(self._forgotten_version, last.pop(next(iter(last))))
-        return version
-
     def publish(self, entry: AdapterEntry, now: float) -> None:
         """Let new requests use this version, and give it its predecessor's pin. The predecessor only finishes
         its accepted requests."""
         assert self._is_candidate(entry)
-        old = self.current.get(entry.name)
+        name = self.names.of(entry.label)
+        old = name.current
         if old is None:
-            entry.expected = self.expected.get(entry.name, "")
+            entry.expected = name.expected
         else:
-            self.expected.pop(entry.name, None)
+            name.expected = ""
             self.pins.hand_over(old, entry, now)
             self.retire(old, now)
-        self.current[entry.name] = entry
+        self.names.publish(entry)
         self.by_policy_name[entry.name] = entry
         if entry.location is Location.CPU:
             self._tell("adapter_loaded", now, adapter=entry.name)
@@ -127,10 +108,11 @@ class Residency:
 
     def expect(self, name: str, digest: str) -> None:
         """Refuse any other content under this name, until it is replaced or unloaded."""
-        self.expected[name] = digest
-        self.failures.forget(name)  # whatever it was, it was of other files
-        if name in self.current:
-            self.current[name].expected = digest
+        known = self.names.of(name)
+        known.expected = digest
+        known.succeed()  # whatever has failed, it was of other files
+        if known.current is not None:
+            known.current.expected = digest
 
     def retire(self, entry: AdapterEntry, now: float) -> None:
         """Accept no new requests on it; it is freed when the accepted ones have ended (see ``sweep``)."""
@@ -141,7 +123,7 @@ class Residency:
         self._retired[entry.uid] = entry
         renamed = self.current.get(entry.name) is entry
         if renamed:
-            del self.current[entry.name]
+            self.names.withdraw(entry)
             del self.by_policy_name[entry.name]
             entry.name = f"{entry.label}@{entry.version}"
             self.by_policy_name[entry.name] = entry
@@ -279,7 +261,8 @@ class Residency:
         too few can be evicted now, it is dropped, and read again when there is room: its size is known
         now."""
         assert entry.location is Location.LOADING
-        self.failures.forget(entry.label)
+        if (name := self.names.find(entry.label)) is not None:
+            name.succeed()
         entry.error = None
         self.set_size(entry, found.nbytes, found.bytes_in_slot)
         if entry.stalled:
@@ -334,7 +317,7 @@ class Residency:
         self.forget_want(entry)
         self._failed(entry, now, error, reason)
         if isinstance(entry.error, AdapterError) and entry.waiting:  # what is loaded by name is always read
-            self.failures.add(entry.label, entry.error, now)
+            self.names.fail(entry.label, entry.error, now)
         lost = entry.found and not entry.pinned and reason in ("io", "invalid")
         if self._is_candidate(entry) or (lost and not entry.retired):
             self.retire(entry, now)

@@ -187,9 +187,9 @@ class Resolution:
         ):
             self._stepper.report(_failure(lookup.key[0], error))
         if isinstance(error, (errors.AdapterInvalid, errors.AdapterLoadError)):
-            failures = self._stepper.core.residency.failures
-            failures.add(lookup.key[0], frameless(error), asyncio.get_running_loop().time())
-            log_failure(failures, lookup.key[0], error)
+            name, names = lookup.key[0], self._stepper.core.residency.names
+            names.fail(name, frameless(error), asyncio.get_running_loop().time())
+            log_failure(names.failures(name), name, error)
         self._stepper.ask_again(lookup.key[0])
         self._begin_next()
 

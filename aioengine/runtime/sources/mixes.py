@@ -109,7 +109,7 @@ class Mixes:
         # Two versions of one adapter are in the order of their content: each engine counts its own.
         mix = Mix(sorted(found.items(), key=lambda part: (part[0].label, part[0].digest, part[1])))
         name = mix.name
-        self._residency.failures.check(name, now)
+        self._residency.names.check_worth_a_try(name, now)
         known = self._known.get(name)
         if known is None or known.retired:
             self._drop_outdated(now)

@@ -38,12 +38,12 @@ class AdapterNames:
 
     def is_looked_up(self, name: str) -> bool:
         """Whether it is known that a look-up finds its folder."""
-        known = self.table.get(name)
+        known = self.table.find(name)
         return known is not None and known.looked_up
 
     def source(self, name: str) -> str | None:
         """Return what is looked up for a name; None: itself, by the resolver."""
-        known = self.table.get(name)
+        known = self.table.find(name)
         return None if known is None else known.source
 
     def current(self, adapter: str | Mapping[str, float]) -> AdapterEntry | None:
@@ -106,7 +106,7 @@ class AdapterNames:
         """Raise the last error of an adapter again, while its pause after several failures lasts."""
         entry = self._residency.current.get(name)
         if entry is None or entry.location is Location.DISK:
-            self._residency.failures.check(name, _now())
+            self.table.check_worth_a_try(name, _now())
 
     async def acquire(
         self, name: str, tenant: str | None = None, check: Callable[[], None] = lambda: None
@@ -140,7 +140,7 @@ class AdapterNames:
         def is_read() -> bool:
             if entry.error is not None and entry.wanted_since is None and not entry.digest:
                 if isinstance(entry.error, AdapterError):
-                    self._residency.failures.add(entry.label, entry.error, _now())
+                    self.table.fail(entry.label, entry.error, _now())
                 raise frameless(entry.error)
             return bool(entry.digest) or entry.retired
 
