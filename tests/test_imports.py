@@ -390,26 +390,6 @@ def test_no_circles_between_modules() -> None:
         visit(name, ())
 
 
-@pytest.mark.parametrize("title", ["One request", "One adapter"])
-def test_the_walk_goes_where_imports_go(title: str) -> None:
-    """Each file of a walk in docs/walk.md is of the room of one before it, or one may import the other; or
-    one before it imports it, if only for its types."""
-    text = (ROOT / "docs" / "walk.md").read_text(encoding="utf-8")
-    section = next(part for part in text.split("\n## ") if part.startswith(title))
-    by_path = {str(path.relative_to(ROOT)): name for name, path in MODULES.items()}
-    missing = (
-        set(re.findall(r"`([\w/]+\.py)`", text)) - by_path.keys() - {"pack.py", "tests/server/test_walk.py"}
-    )
-    assert not missing, "docs/walk.md names files that are not there"
-    names = [by_path[path] for path in re.findall(r"^\d+\. `([\w/.]+)`", section, re.MULTILINE)]
-    assert len(names) > 20
-    for index, name in enumerate(names[1:], 1):
-        here, before = room(name), names[:index]
-        rooms = {room(other) for other in before}
-        allowed = any(here == there or here in ROOMS[there] or there in ROOMS[here] for there in rooms)
-        assert allowed or any(name in {i.module for i in imports(other)} for other in before), name
-
-
 _LIGHT = """
 import sys, time
 start = time.process_time()
