@@ -18,11 +18,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from aioengine.adapters.peft.pack import PackedAdapter
 from aioengine.errors import AdapterInvalid
 from aioengine.model.linear import WeightRows
 from aioengine.model.slots.image import SERIAL_ELEMENTS
@@ -38,29 +39,6 @@ _CUDA_ELEMENTS = 1 << 22
 """Of a tile on a GPU; counted in :mod:`aioengine.model.cuda.working_memory`."""
 
 
-class OutputAdapter(Protocol):
-    """The fields that :func:`output_affine` reads of an
-    :class:`aioengine.adapters.peft.pack.PackedAdapter`."""
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def path(self) -> str: ...
-
-    @property
-    def tensors(self) -> Mapping[tuple[int, str], tuple[Tensor, Tensor]]: ...
-
-    @property
-    def computed(self) -> Mapping[tuple[int, str], tuple[Tensor, Tensor]]: ...
-
-    @property
-    def magnitudes(self) -> Mapping[tuple[int, str], Tensor]: ...
-
-    @property
-    def biases(self) -> Mapping[tuple[int, str], Tensor]: ...
-
-
 class Rows(NamedTuple):
     """The rows of an adapted weight, on the CPU."""
 
@@ -70,7 +48,7 @@ class Rows(NamedTuple):
     """The base model's bias [out], in float32."""
 
 
-def rows_of(adapter: OutputAdapter, weights: BaseWeights, keys: Iterable[Key]) -> dict[Key, Rows]:
+def rows_of(adapter: PackedAdapter, weights: BaseWeights, keys: Iterable[Key]) -> dict[Key, Rows]:
     """Compute the rows of each (layer, module), or the part of them that ``weights`` has.
 
     Piece by piece, since a quantized weight is expanded for it. Where the weights are on a GPU, the host
@@ -92,7 +70,7 @@ def rows_of(adapter: OutputAdapter, weights: BaseWeights, keys: Iterable[Key]) -
 
 
 def output_affine(
-    adapter: OutputAdapter,
+    adapter: PackedAdapter,
     weights: BaseWeights,
     dtype: torch.dtype,
     known: Mapping[Key, Rows] | None = None,

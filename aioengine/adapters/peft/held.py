@@ -12,7 +12,7 @@ import fcntl
 import io
 import os
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from enum import Enum
 from typing import TYPE_CHECKING, Any
@@ -27,7 +27,7 @@ from aioengine.adapters.peft.folder import (
     OpenFile,
 )
 from aioengine.adapters.read_threads import Progress
-from aioengine.errors import AdapterInvalid, AdapterLoadError
+from aioengine.errors import AdapterLoadError
 from aioengine.step import HeldFiles
 
 if TYPE_CHECKING:
@@ -112,56 +112,63 @@ def hold_tensors(
         AdapterInvalid: the tensors or the configuration have another form.
         AdapterLoadError: there is no room for them.
     """
-    text = _config_text(name, path, config)
-    entries = _entries(name, path, tensors)
+    folder = AdapterFolder(name, path)
+    text = _config_text(folder, config)
+    entries = _entries(folder, tensors)
     total = sum(tensor.nbytes for _, tensor in entries)
-    _check_room(name, path, total, room)
     header = _header(entries)
-    descriptor = _memory(name, path)
-    held = HeldAdapter(name, path, text, descriptor, len(header) + total)
-    with _full(name, path):
+
+    def write(descriptor: int) -> None:
         _write(descriptor, memoryview(header))
         for _, tensor in entries:
             _write_tensor(descriptor, tensor)
-    _seal(descriptor)
-    return held
+
+    return _held(folder, text, len(header) + total, write, room=room)
 
 
 def hold_files(name: str, path: str, config: bytes, weights: memoryview, *, room: int) -> HeldAdapter:
     """Copy the content of ``adapter_config.json`` and ``adapter_model.safetensors``. Blocking. Raises as
     :func:`hold_tensors`."""
+    folder = AdapterFolder(name, path)
     if len(config) > MAX_CONFIG_BYTES:
-        raise AdapterInvalid(
-            f"{CONFIG_FILE}: has {len(config)} bytes, more than {MAX_CONFIG_BYTES}", name=name, path=path
+        folder.invalid(f"{CONFIG_FILE}: has {len(config)} bytes, more than {MAX_CONFIG_BYTES}")
+    return _held(folder, config, len(weights), lambda descriptor: _write(descriptor, weights), room=room)
+
+
+def _held(
+    folder: AdapterFolder, config: bytes, nbytes: int, write: Callable[[int], None], *, room: int
+) -> HeldAdapter:
+    """Let ``write`` fill an anonymous file, which cannot be changed afterwards."""
+    if nbytes > room:
+        folder.failed(
+            f"it takes {nbytes:,} bytes, and LoRAConfig.max_held_lora_bytes has room for {max(room, 0):,} "
+            "more; unload adapters that were given in memory, raise the bound, or load this one from a folder"
         )
-    _check_room(name, path, len(weights), room)
-    descriptor = _memory(name, path)
-    held = HeldAdapter(name, path, config, descriptor, len(weights))
-    with _full(name, path):
-        _write(descriptor, weights)
-    _seal(descriptor)
+    if not hasattr(os, "memfd_create"):
+        folder.failed(
+            "adapters in memory need Linux: save the adapter with save_pretrained and load the folder"
+        )
+    with _full(folder.name, folder.path):
+        descriptor = os.memfd_create("aioengine-adapter", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        held = HeldAdapter(folder.name, folder.path, config, descriptor, nbytes)
+        write(descriptor)
+    seals = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL
+    fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, seals)
     return held
 
 
-def _config_text(name: str, path: str, config: object) -> bytes:
+def _config_text(folder: AdapterFolder, config: object) -> bytes:
     """Return the configuration as PEFT writes it: sets as sorted lists, enumerations as their values."""
     to_dict = getattr(config, "to_dict", None)
     fields = to_dict() if callable(to_dict) else config
     if not isinstance(fields, Mapping):
-        raise AdapterInvalid(
-            f"config={type(config).__name__}: expected a peft.LoraConfig, or a dict of its fields",
-            name=name,
-            path=path,
-        )
-
+        folder.invalid(f"config={type(config).__name__}: expected a peft.LoraConfig, or a dict of its fields")
     try:
         text = msgspec.json.encode(_plain(fields))
     except (TypeError, ValueError, RecursionError, msgspec.MsgspecError) as error:
-        raise AdapterInvalid(f"config: cannot be written as JSON: {error}", name=name, path=path) from error
+        folder.invalid(f"config: cannot be written as JSON: {error}")
     if len(text) > MAX_CONFIG_BYTES:
-        raise AdapterInvalid(
-            f"config: has {len(text)} bytes, more than {MAX_CONFIG_BYTES}", name=name, path=path
-        )
+        folder.invalid(f"config: has {len(text)} bytes, more than {MAX_CONFIG_BYTES}")
     return text
 
 
@@ -180,33 +187,26 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _entries(name: str, path: str, tensors: object) -> list[tuple[str, Tensor]]:
+def _entries(folder: AdapterFolder, tensors: object) -> list[tuple[str, Tensor]]:
     """Return the tensors with the widest dtype first, so that each is aligned."""
     import torch
 
     from aioengine.adapters.peft.weights_file import DTYPE_NAMES
 
     if not isinstance(tensors, Mapping) or not tensors:
-        raise AdapterInvalid(
-            "tensors: expected a dict of PEFT's names to tensors, as get_peft_model_state_dict returns it",
-            name=name,
-            path=path,
+        folder.invalid(
+            "tensors: expected a dict of PEFT's names to tensors, as get_peft_model_state_dict returns it"
         )
     for key, tensor in tensors.items():
         if not isinstance(key, str) or not isinstance(tensor, torch.Tensor):
-            raise AdapterInvalid(
+            folder.invalid(
                 f"tensors[{str(key)[:200]!r}]: expected a torch.Tensor under a str, found "
-                f"{type(tensor).__name__} under {type(key).__name__}",
-                name=name,
-                path=path,
+                f"{type(tensor).__name__} under {type(key).__name__}"
             )
         if tensor.dtype not in DTYPE_NAMES or tensor.layout != torch.strided or tensor.is_meta:
-            raise AdapterInvalid(
+            folder.invalid(
                 f"tensors[{key[:200]!r}]: {tensor.dtype} on {tensor.device} ({tensor.layout}) is not "
-                "supported; "
-                f"expected a dense tensor of {', '.join(str(dtype) for dtype in DTYPE_NAMES)}",
-                name=name,
-                path=path,
+                f"supported; expected a dense tensor of {', '.join(str(dtype) for dtype in DTYPE_NAMES)}"
             )
     return sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0]))
 
@@ -226,29 +226,6 @@ def _header(entries: list[tuple[str, Tensor]]) -> bytes:
     text = msgspec.json.encode(described)
     text += b" " * (-len(text) % _ALIGN)
     return len(text).to_bytes(8, "little") + text
-
-
-def _check_room(name: str, path: str, nbytes: int, room: int) -> None:
-    if nbytes > room:
-        raise AdapterLoadError(
-            f"it takes {nbytes:,} bytes, and LoRAConfig.max_held_lora_bytes has room for {max(room, 0):,} "
-            "more; unload adapters that were given in memory, raise the bound, or load this one from a "
-            "folder",
-            name=name,
-            path=path,
-        )
-
-
-def _memory(name: str, path: str) -> int:
-    """Return the descriptor of an empty anonymous file."""
-    if not hasattr(os, "memfd_create"):
-        raise AdapterLoadError(
-            "adapters in memory need Linux: save the adapter with save_pretrained and load the folder",
-            name=name,
-            path=path,
-        )
-    with _full(name, path):
-        return os.memfd_create("aioengine-adapter", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
 
 
 @contextmanager
@@ -274,9 +251,3 @@ def _write(descriptor: int, data: memoryview) -> None:
     done = 0
     while done < len(data):
         done += os.write(descriptor, data[done : done + _PIECE_BYTES])
-
-
-def _seal(descriptor: int) -> None:
-    """Make the file's content unchangeable."""
-    seals = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL
-    fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, seals)

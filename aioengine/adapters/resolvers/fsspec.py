@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import shutil
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -92,12 +91,10 @@ class FsspecResolver(BlockingResolver):
         where = f"{self._url}/{folder}"
         try:
             remote = self._look(name, folder)
-            copy = self._copies.path(_key(where), _key(_content(remote)))
-            if not self._copies.use(copy):
-                with self._copies.lock(copy):
-                    if not self._copies.use(copy):  # another process has fetched it meanwhile
-                        self._fetch(name, folder, remote, copy)
-                self._copies.prune(keep=copy)
+            content = "\n".join(f"{r.file} {r.size} {r.stamp}" for r in remote)
+            return self._copies.get(
+                _key(where), _key(content), lambda staging: self._fetch(name, folder, remote, staging)
+            )
         except AdapterError:
             raise
         except Exception as error:  # each filesystem raises its own types
@@ -108,7 +105,6 @@ class FsspecResolver(BlockingResolver):
                 path=where,
                 transient=not refused,
             ) from error
-        return copy
 
     def _look(self, name: str, folder: str) -> list[_Remote]:
         """Return the adapter's objects as they are now."""
@@ -146,29 +142,19 @@ class FsspecResolver(BlockingResolver):
         )
         return _Remote(file, path, int(info.get("size") or 0), stamp or self._fs.ukey(path))
 
-    def _fetch(self, name: str, folder: str, remote: list[_Remote], copy: Path) -> None:
-        """Download into ``copy``."""
+    def _fetch(self, name: str, folder: str, remote: list[_Remote], to: Path) -> None:
         where = f"{self._url}/{folder}"
-        staging = self._copies.staging(copy)
-        try:
-            for found in remote:
-                limit = MAX_CONFIG_BYTES if found.file == CONFIG_FILE else self._max_bytes
-                with self._fs.open(found.path, "rb") as source, (staging / found.file).open("xb") as target:
-                    if not _copy(source, target, limit):
-                        raise AdapterInvalid(
-                            f"{found.file} has more than {format_bytes(limit)}", name=name, path=where
-                        )
-            if self._look(name, folder) != remote:
-                raise AdapterLoadError(
-                    "it changed while it was fetched; try again", name=name, path=where, transient=True
-                )
-            self._copies.publish(staging, copy)
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)
-
-
-def _content(remote: list[_Remote]) -> str:
-    return "\n".join(f"{r.file} {r.size} {r.stamp}" for r in remote)
+        for found in remote:
+            limit = MAX_CONFIG_BYTES if found.file == CONFIG_FILE else self._max_bytes
+            with self._fs.open(found.path, "rb") as source, (to / found.file).open("xb") as target:
+                if not _copy(source, target, limit):
+                    raise AdapterInvalid(
+                        f"{found.file} has more than {format_bytes(limit)}", name=name, path=where
+                    )
+        if self._look(name, folder) != remote:
+            raise AdapterLoadError(
+                "it changed while it was fetched; try again", name=name, path=where, transient=True
+            )
 
 
 def _copy(source: BinaryIO, target: BinaryIO, limit: int) -> bool:

@@ -77,7 +77,7 @@ class HubResolver(BlockingResolver):
         return await self._lookups.run(name, path, lambda: self._fetch(name, hub_id))
 
     def _fetch(self, name: str, hub_id: HubId) -> Path:
-        from huggingface_hub import constants, errors  # optional
+        from huggingface_hub import constants  # optional
 
         offline = self._local_files_only or constants.HF_HUB_OFFLINE
         repo = HubId(hub_id.repo, hub_id.revision or self._revision)
@@ -86,37 +86,8 @@ class HubResolver(BlockingResolver):
             folder = self._from_cache(repo) if offline else self._download(name, repo, path)
         except AdapterError:
             raise
-        except errors.GatedRepoError as error:
-            raise AdapterLoadError(
-                "the repository is gated: ask for access on the Hub, and set HF_TOKEN", name=name, path=path
-            ) from error
-        except (
-            errors.RepositoryNotFoundError,
-            errors.RevisionNotFoundError,
-            errors.HFValidationError,
-        ) as error:
-            raise AdapterNotFound(
-                "the Hub has no such repository or revision (a private one needs HF_TOKEN)",
-                name=name,
-                path=path,
-            ) from error
-        except errors.LocalEntryNotFoundError as error:
-            if offline:
-                raise AdapterNotFound(
-                    "it is not in the local cache, and the Hub may not be asked (offline)",
-                    name=name,
-                    path=path,
-                ) from error
-            raise AdapterLoadError(
-                "the Hub cannot be reached, and the local cache does not have it",
-                name=name,
-                path=path,
-                transient=True,
-            ) from error
         except Exception as error:  # it raises many unrelated types
-            raise AdapterLoadError(
-                f"cannot be downloaded from the Hub: {type(error).__name__}: {error}", name=name, path=path
-            ) from error
+            raise _refusal(error, name, path, offline=offline) from error
         if not (folder / CONFIG_FILE).is_file():
             raise AdapterNotFound(
                 f"the repository has no {CONFIG_FILE}: it is no adapter", name=name, path=path
@@ -163,6 +134,27 @@ class HubResolver(BlockingResolver):
                 reason = too_large(file.rfilename, file.size, self._max_bytes)
             if reason is not None:
                 raise AdapterInvalid(reason, name=name, path=path)
+
+
+def _refusal(error: Exception, name: str, path: str, *, offline: bool) -> AdapterError:
+    """Return what an error of ``huggingface_hub`` means for an adapter."""
+    from huggingface_hub import errors  # optional
+
+    missing = errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.HFValidationError
+    kind: type[AdapterError] = AdapterLoadError
+    transient = False
+    if isinstance(error, errors.GatedRepoError):
+        reason = "the repository is gated: ask for access on the Hub, and set HF_TOKEN"
+    elif isinstance(error, missing):
+        kind = AdapterNotFound
+        reason = "the Hub has no such repository or revision (a private one needs HF_TOKEN)"
+    elif isinstance(error, errors.LocalEntryNotFoundError) and offline:
+        kind, reason = AdapterNotFound, "it is not in the local cache, and the Hub may not be asked (offline)"
+    elif isinstance(error, errors.LocalEntryNotFoundError):
+        transient, reason = True, "the Hub cannot be reached, and the local cache does not have it"
+    else:
+        reason = f"cannot be downloaded from the Hub: {type(error).__name__}: {error}"
+    return kind(reason, name=name, path=path, transient=transient)
 
 
 def parse_hub_path(name: str, path: str) -> HubId:

@@ -9,8 +9,8 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -44,6 +44,9 @@ class LocalCopies:
     modification time says when it was used last. ``root/KEY/KEY.sha256`` has the SHA-256 of its files: a copy
     that does not agree with them is deleted. All methods block.
 
+    (fsspec's ``filecache`` keeps single files under names of its own, without a bound on their size, without
+    digests, and without a lock between processes.)
+
     Args:
         max_bytes: Bound on the size of all copies; None for no bound.
     """
@@ -54,11 +57,21 @@ class LocalCopies:
         self._checked: dict[Path, str] = {}
         """State of a copy's files when their digests were last checked."""
 
-    def path(self, adapter: str, version: str) -> Path:
-        """Return the path of an adapter version's copy, or None. Both arguments are keys."""
-        return self.root / adapter / version
+    def get(self, adapter: str, version: str, fetch: Callable[[Path], None]) -> Path:
+        """Return the copy of an adapter's version; both arguments are keys. If there is none, ``fetch`` fills
+        an empty folder. Only one process at a time does so for an adapter."""
+        folder = self.root / adapter / version
+        if not self._use(folder):
+            folder.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            with (folder.parent / _LOCK).open("ab") as file:
+                if fcntl is not None:  # else several fetch it, at the cost of a download
+                    fcntl.flock(file, fcntl.LOCK_EX)  # ends with the process, too
+                if not self._use(folder):  # another process has fetched it meanwhile
+                    self._make(folder, fetch)
+            self._prune(keep=folder)
+        return folder
 
-    def use(self, folder: Path) -> bool:
+    def _use(self, folder: Path) -> bool:
         """Mark the copy as used now. Returns whether it exists, and is as it was fetched."""
         try:
             os.utime(folder)
@@ -80,36 +93,22 @@ class LocalCopies:
             return False
         return True
 
-    @contextmanager
-    def lock(self, folder: Path) -> Iterator[None]:
-        """Context that only one process at a time may be in, for copies of one adapter. The end of a process,
-        of any kind, ends its context. On systems without such locks several may be in it, at the cost of a
-        download."""
-        folder.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        with (folder.parent / _LOCK).open("ab") as file:
-            if fcntl is not None:
-                fcntl.flock(file, fcntl.LOCK_EX)
-            yield
-
-    def publish(self, staging: Path, folder: Path) -> None:
-        """Make a filled staging folder the copy ``folder``, unless there is one."""
-        digests = _digests(staging)
-        seal = staging.with_name(f"{staging.name}.sha256")
-        seal.write_text(digests, encoding="utf-8")
-        seal.replace(_sealed(folder))
+    def _make(self, folder: Path, fetch: Callable[[Path], None]) -> None:
+        staging = Path(tempfile.mkdtemp(prefix=UNFINISHED, dir=folder.parent))
         try:
-            staging.rename(folder)
-        except OSError:
-            if not folder.is_dir():
-                raise
-            # Another process was first, with the same content.
+            fetch(staging)
+            seal = staging.with_name(f"{staging.name}.sha256")
+            seal.write_text(_digests(staging), encoding="utf-8")
+            seal.replace(_sealed(folder))
+            try:
+                staging.rename(folder)
+            except OSError:
+                if not folder.is_dir():  # else a process without the lock was first, with the same content
+                    raise
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
 
-    def staging(self, folder: Path) -> Path:
-        """Create an empty folder beside ``folder``, to be filled and then renamed to it."""
-        folder.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        return Path(tempfile.mkdtemp(prefix=UNFINISHED, dir=folder.parent))
-
-    def prune(self, *, keep: Path) -> None:
+    def _prune(self, *, keep: Path) -> None:
         """Delete the least recently used copies, but not ``keep``, until the bound holds. Copies that cannot
         be deleted stay."""
         now = time.time()
