@@ -29,7 +29,7 @@ class CoreLimits(NamedTuple):
     cpu_max_bytes: int | None = None
     slot_memory: int | None = None
     """Bytes that the slots share; None: each has ``slot_bytes``."""
-    slot_bytes: int = 1 << 20
+    slot_bytes: int = 1 << 30
     """Bytes of a slot of one size; an adapter with more takes several."""
     window: int | None = None
     """Tokens that every layer looks back at most; None: some layer sees all."""

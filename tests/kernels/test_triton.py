@@ -153,7 +153,7 @@ def test_prompts_are_summed_as_decoding_is(table_file: Path) -> None:
 def test_a_table_that_cannot_be_used(table_file: Path, text: str | None, message: str) -> None:
     if text is not None:
         table_file.write_text(text)
-    expected = rf"table\.json.*AIOENGINE_TRITON_TABLE.*{message}.*--tune"
+    expected = rf"table\.json.*AIOENGINE_TRITON_TABLE.*{message}.*tune --write"
     with pytest.raises(ValueError, match=expected):
         shrink_config(16, 16, 64, 1)
 

@@ -89,6 +89,7 @@ class CudaSim(Sim):
         limits: CoreLimits = LIMITS._replace(
             num_slots=SLOTS[slots], num_blocks=blocks, cpu_capacity=SLOTS[slots] + 1,
             slot_memory=60_000 // 256 * 256 if slots == "shared by adapters" else None,
+            slot_bytes=self.slots.nbytes // SLOTS[slots],
         )  # fmt: skip
         super().__init__(limits, Preempting(rng))
         self.memory = None  # the runner has the memory
