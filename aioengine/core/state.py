@@ -11,6 +11,7 @@ from enum import Enum, auto
 from operator import attrgetter
 from typing import Literal, NamedTuple, Protocol
 
+from aioengine.core.adapters.version import Version
 from aioengine.core.arrival_queue import ArrivalQueue
 from aioengine.core.blocks import BlockManager
 from aioengine.core.prefixes.invocation import NOWHERE, last_occurrence
@@ -51,7 +52,7 @@ class Owner(NamedTuple):
     tenant: str | None
 
 
-class AdapterEntry:
+class AdapterEntry(Version):
     """One version of an adapter. A name's newer version is another entry."""
 
     __slots__ = (
@@ -68,7 +69,6 @@ class AdapterEntry:
         "labels",
         "last_tenant",
         "last_used",
-        "location",
         "name",
         "nbytes",
         "owner",
@@ -77,13 +77,11 @@ class AdapterEntry:
         "pinned",
         "places",
         "rank",
-        "retired",
         "running",
         "scalable",
         "slot",
         "slot_nbytes",
         "slot_seconds",
-        "stalled",
         "uid",
         "version",
         "waiting",
@@ -100,6 +98,7 @@ class AdapterEntry:
         found: bool = False,
         files: AdapterFiles | None = None,
     ) -> None:
+        super().__init__()
         self.uid = uid
         self.label = name
         """The name that it was registered under."""
@@ -118,7 +117,6 @@ class AdapterEntry:
         """Whether a step can multiply what it adds by a number."""
         self.held = False
         """Whether it is published only on demand, and not when it has been read."""
-        self.location = Location.DISK
         self.slot: int | None = None
         """The slot that holds it or is being written with it."""
         self.rank = 0
@@ -135,9 +133,6 @@ class AdapterEntry:
         self.invocation: Sequence[int] = ()
         """If it is an activated LoRA adapter, it is applied from these tokens on."""
         self.pinned = False
-        self.retired = False
-        """Whether it is unloaded or replaced: it accepts no new requests, and is freed when the accepted ones
-        have ended."""
         self.waiting: ArrivalQueue[Request] = ArrivalQueue()
         self.running = 0
         self.last_tenant: str | None = None
@@ -150,8 +145,6 @@ class AdapterEntry:
         self.error: Exception | None = None
         """Error of its last read or copy; None after a success, or after another request for a load. While it
         is set, the adapter is read only on demand, never prefetched."""
-        self.stalled = False
-        """Whether its read makes no progress. Then it counts neither as a load nor in the CPU cache."""
         self.copy_failed: float | None = None
         """Time of the last failed copy into a slot."""
         self.disk_seconds: float | None = None

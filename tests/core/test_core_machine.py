@@ -6,12 +6,14 @@ import os
 from collections import Counter
 from typing import Literal
 
+import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from support.device_memory import DeviceMemory
 from support.hostile_policies import Hostile
 
+from aioengine.core.adapters.version import LIVES, STATES, Change, WrongChange
 from aioengine.core.state import AdapterEntry, Status
 from aioengine.core.waiting_room import Ticket
 from aioengine.errors import EngineOverloaded
@@ -203,6 +205,18 @@ class CoreMachine(RuleBasedStateMachine):
                 slots = self.sim.core.slots.slots
                 self.in_flight = [(slot.entry, slot.offset) for slot in slots]
         sim.now += seconds
+
+    @precondition(lambda self: self.sim.core.residency.entries)
+    @rule(which=st.integers(0, 100), change=st.sampled_from(list(Change)))
+    def change_a_version_wrongly(self, which: int, change: Change) -> None:
+        """What its state does not allow is refused, and changes nothing."""
+        entries = list(self.sim.core.residency.entries.values())
+        entry = entries[which % len(entries)]
+        now = entry.state if change in STATES else entry.life
+        if now not in {**STATES, **LIVES}[change]:  # type: ignore[dict-item] # both kinds
+            with pytest.raises(WrongChange):
+                entry.change(change)
+            assert now in (entry.state, entry.life)
 
     @rule(name=st.sampled_from(NAMES), nbytes=st.sampled_from(SIZES))
     def resize(self, name: str, nbytes: int) -> None:

@@ -31,6 +31,12 @@ def least_recently_used(entries: Sequence[AdapterEntry]) -> Sequence[AdapterEntr
     return sorted(entries, key=lambda entry: entry.last_used)
 
 
+def _came_before(one: AdapterEntry, other: AdapterEntry) -> bool:
+    """Whether the oldest request for ``one`` came before that for ``other``, of the same time. Otherwise both
+    could wait for each other's place."""
+    return one.head is not None and other.head is not None and one.head.seq < other.head.seq
+
+
 class CpuCache:
     """Adapters with at most ``capacity`` places, and at most ``max_bytes`` (None: no bound), together."""
 
@@ -157,7 +163,9 @@ class CpuCache:
             if in_slot and entry.uid in keep:
                 continue
             needed = entry.needed_since
-            earlier = needed is not None and needed <= limit
+            earlier = needed is not None and (
+                needed < limit or (needed == limit and not _came_before(newcomer, entry))
+            )
             if earlier and entry not in offered:
                 beyond = self._beyond_their_share(newcomer) if beyond is None else beyond
                 if entry.uid not in beyond:

@@ -20,6 +20,7 @@ from aioengine.core.adapters.moves import CopyMove, DropMove, LoadMove, Move, Re
 from aioengine.core.adapters.name import NameTable
 from aioengine.core.adapters.pins import Pins
 from aioengine.core.adapters.slots import Slot, SlotTable
+from aioengine.core.adapters.version import Change, Life, State
 from aioengine.core.guard import Tell
 from aioengine.core.state import AdapterEntry, AdapterFiles
 from aioengine.errors import AdapterChanged, AdapterError, AdapterTooLarge, EngineOverloaded
@@ -83,7 +84,7 @@ class Residency:
     def publish(self, entry: AdapterEntry, now: float) -> None:
         """Let new requests use this version, and give it its predecessor's pin. The predecessor only finishes
         its accepted requests."""
-        assert self._is_candidate(entry)
+        entry.change(Change.PUBLISH)
         name = self.names.of(entry.label)
         old = name.current
         if old is None:
@@ -116,7 +117,7 @@ class Residency:
 
     def retire(self, entry: AdapterEntry, now: float) -> None:
         """Accept no new requests on it; it is freed when the accepted ones have ended (see ``sweep``)."""
-        entry.retired = True
+        entry.change(Change.RETIRE)
         if entry.pinned:
             self.pins.unpin(entry, now)
         self.forget_want(entry)
@@ -137,7 +138,7 @@ class Residency:
             if entry.location is Location.LOADING and not entry.waiting:
                 self.load_cancelled(entry)
                 self._moves.append(StopMove(entry))
-            if entry.waiting or entry.running or self._copying(entry):
+            if entry.waiting or entry.running or entry.state is State.COPYING:
                 continue
             if entry.slot is not None:
                 self.evict_slot(self.slots.slots[entry.slot], now)
@@ -146,6 +147,7 @@ class Residency:
             self._free(entry, now)
 
     def _free(self, entry: AdapterEntry, now: float) -> None:
+        entry.change(Change.FREE)
         del self._retired[entry.uid]
         del self.entries[entry.uid]
         self.slots.large.discard(entry.uid)
@@ -209,7 +211,7 @@ class Residency:
                     f"the CPU cache {todo}",
                     bound="pinned",
                 )
-                if self._is_candidate(entry):
+                if entry.life is Life.NEW:
                     self.retire(entry, now)
 
     def start_wanted(self, now: float, keep: set[int], *, waited: float = 0.0) -> None:
@@ -233,7 +235,7 @@ class Residency:
         if not self.cpu.fits(entry) and not self._make_room(entry, now, keep, offered):
             return "cpu_cache_full"
         self.cpu.add(entry)
-        entry.location = Location.LOADING
+        entry.change(Change.READ)
         self._loads += 1
         self._moves.append(LoadMove(entry))
         self._emit(events.AdapterLoading(time=now, adapter=entry.label, version=entry.version))
@@ -251,8 +253,7 @@ class Residency:
 
     def load_stalled(self, entry: AdapterEntry) -> None:
         """Note that a read makes no progress. It goes on, but another may start in its place."""
-        assert entry.location is Location.LOADING and not entry.stalled
-        entry.stalled = True
+        entry.change(Change.STALL)
         self._loads -= 1
         self.cpu.remove(entry)
 
@@ -260,22 +261,21 @@ class Residency:
         """Take in an adapter that has been read. Others are evicted if ``max_bytes`` would be exceeded. If
         too few can be evicted now, it is dropped, and read again when there is room: its size is known
         now."""
-        assert entry.location is Location.LOADING
+        stalled = entry.stalled
+        entry.change(Change.ARRIVE)
         if (name := self.names.find(entry.label)) is not None:
             name.succeed()
         entry.error = None
         self.set_size(entry, found.nbytes, found.bytes_in_slot)
-        if entry.stalled:
-            entry.stalled = False
+        if stalled:
             if not self.cpu.fits(entry) and not self._make_room(entry, now, set()):
-                entry.location = Location.DISK
+                entry.change(Change.DROP)
                 self._moves.append(DropMove(entry))
                 self._refuse_shut_out(now)
                 return
             self.cpu.add(entry)
         else:
             self._loads -= 1
-        entry.location = Location.CPU
         entry.take(found)
         entry.last_used = now
         self._emit(
@@ -291,7 +291,7 @@ class Residency:
         if self.cpu.resize(entry) or self._make_room(entry, now, set()):
             pin = entry.pin_when_read
             self.forget_want(entry)
-            if self._is_candidate(entry) and not entry.held:
+            if entry.life is Life.NEW and not entry.held:
                 self.publish(entry, now)
             elif self.is_known(entry):
                 self._tell("adapter_loaded", now, adapter=entry.name)
@@ -319,7 +319,7 @@ class Residency:
         if isinstance(entry.error, AdapterError) and entry.waiting:  # what is loaded by name is always read
             self.names.fail(entry.label, entry.error, now)
         lost = entry.found and not entry.pinned and reason in ("io", "invalid")
-        if self._is_candidate(entry) or (lost and not entry.retired):
+        if entry.life is Life.NEW or (lost and not entry.retired):
             self.retire(entry, now)
 
     def changed(self, entry: AdapterEntry, digest: str) -> AdapterChanged | None:
@@ -359,11 +359,9 @@ class Residency:
 
     def load_cancelled(self, entry: AdapterEntry) -> None:
         """Note that a read was cancelled."""
-        assert entry.location is Location.LOADING
-        entry.location = Location.DISK
-        if entry.stalled:
-            entry.stalled = False
-        else:
+        stalled = entry.stalled
+        entry.change(Change.GIVE_UP)
+        if not stalled:
             self._loads -= 1
             self.cpu.remove(entry)
 
@@ -374,7 +372,7 @@ class Residency:
             if entry.location is Location.LOADING:
                 self.load_cancelled(entry)
         for entry in list(self.cpu.entries.values()):
-            if self._copying(entry) and entry.slot is not None:
+            if entry.state is State.COPYING and entry.slot is not None:
                 self._cancel_copy(self.slots.slots[entry.slot], entry, now)
             elif entry.slot is not None:
                 self.evict_slot(self.slots.slots[entry.slot], now)
@@ -487,21 +485,13 @@ class Residency:
             assert outside == (entry.uid not in self.cpu.entries)
             assert entry.running == 0 or entry.location is Location.SLOT
 
-    def _is_candidate(self, entry: AdapterEntry) -> bool:
-        """Whether the entry waits to be published."""
-        return not entry.retired and self.current.get(entry.label) is not entry
-
     def is_known(self, entry: AdapterEntry) -> bool:
         """Whether the policy knows the entry; it does not know one that was never published."""
         return self.by_policy_name.get(entry.name) is entry
 
-    def _copying(self, entry: AdapterEntry) -> bool:
-        return entry.slot is not None and self.slots.slots[entry.slot].loading
-
     def _evict_cpu(self, entry: AdapterEntry, now: float) -> None:
-        assert entry.location is Location.CPU and entry.slot is None
+        entry.change(Change.DROP)
         self.cpu.remove(entry)
-        entry.location = Location.DISK
         self._moves.append(DropMove(entry))
         if self.is_known(entry):
             self._tell("adapter_dropped", now, adapter=entry.name)

@@ -16,25 +16,30 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from aioengine.core.adapters.arena import Arena
+from aioengine.core.adapters.version import Change, State
 from aioengine.core.state import AdapterEntry
-from aioengine.schedulers.policy import Location, SlotState
+from aioengine.schedulers.policy import SlotState
 
 
 class Slot:
-    __slots__ = ("entry", "index", "last_used", "loading", "moving", "name", "offset", "state")
+    __slots__ = ("entry", "index", "last_used", "moving", "name", "offset", "state")
 
     def __init__(self, index: int) -> None:
         self.index = index
         self.entry: AdapterEntry | None = None
         self.name: str | None = None
         """Name that the policy has for it."""
-        self.loading = False
         self.moving = False
         """Whether its adapter is being written again at another place."""
         self.offset: int | None = None
         """Offset of its region in the memory, in bytes; None if it is free."""
         self.last_used = 0.0
         self.state = SlotState.FREE
+
+    @property
+    def loading(self) -> bool:
+        """Whether it is being written."""
+        return self.entry is not None and self.entry.state is State.COPYING
 
     @property
     def idle(self) -> bool:
@@ -60,7 +65,8 @@ class SlotTable:
     def begin(self, slot: Slot, entry: AdapterEntry, offset: int | None = None) -> int:
         """Begin to write ``entry`` into ``slot``, and return its offset. ``offset``: of the hole to use;
         None: the best one."""
-        assert slot.entry is None and entry.slot is None and entry.location is Location.CPU
+        assert slot.entry is None and entry.slot is None
+        entry.change(Change.COPY)
         if offset is None:
             offset = self.arena.allocate(entry.slot_nbytes)
             assert offset is not None, "room has not been made"
@@ -68,18 +74,17 @@ class SlotTable:
             self.arena.allocate_at(offset, entry.slot_nbytes)
         slot.offset = offset
         slot.entry, slot.name = entry, entry.name
-        slot.loading = True
         slot.state = SlotState.LOADING
         entry.slot = slot.index
         self._ranks = None
         return offset
 
     def activate(self, slot: Slot, now: float) -> None:
-        assert slot.loading and slot.entry is not None
-        slot.loading = slot.moving = False
+        assert slot.entry is not None
+        slot.entry.change(Change.PLACE)
+        slot.moving = False
         slot.last_used = now
         slot.state = SlotState.DRAINING if slot.entry.retired else SlotState.READY
-        slot.entry.location = Location.SLOT
         self._ranks = None
 
     def retired(self, entry: AdapterEntry) -> None:
@@ -91,18 +96,19 @@ class SlotTable:
                 slot.state = SlotState.DRAINING
 
     def cancel(self, slot: Slot) -> None:
-        assert slot.loading and slot.entry is not None
+        assert slot.entry is not None
+        slot.entry.change(Change.CANCEL)
         slot.entry.slot = None
         slot.entry = None
-        slot.loading = slot.moving = False
+        slot.moving = False
         self._give_back(slot)
 
     def release(self, slot: Slot) -> AdapterEntry:
         """Empty an idle slot; its adapter stays in the CPU cache."""
         assert slot.idle and slot.entry is not None
         entry = slot.entry
+        entry.change(Change.EVICT)
         entry.slot = None
-        entry.location = Location.CPU
         slot.entry = None
         self._give_back(slot)
         return entry
@@ -179,7 +185,7 @@ class SlotTable:
                 retired = slot.entry.retired and not slot.loading
                 assert (slot.state is SlotState.DRAINING) == retired
                 assert slot.entry.slot == slot.index
-                assert slot.entry.location is (Location.CPU if slot.loading else Location.SLOT)
+                assert slot.entry.state in (State.COPYING, State.IN_SLOT)
                 assert not (slot.loading and slot.entry.running), "a slot is written while in use"
             assert (slot.offset is None) == (slot.entry is None)
             assert slot.loading or not slot.moving

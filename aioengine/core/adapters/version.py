@@ -1,0 +1,149 @@
+"""The states of an adapter's version, and the only changes of them.
+
+Where it is:
+
+              read             arrive            copy             place
+    ON_DISK --------> LOADING --------> ON_CPU --------> COPYING -------> IN_SLOT
+       ^               |   | stall        ^  | drop        | cancel         | evict
+       |    give up    |   v     arrive   |  v             v                v
+       +---------------+- STALLED --------+  ON_DISK     ON_CPU           ON_CPU
+
+A read is given up if it fails or is cancelled. One that stalls goes on, and others may begin meanwhile. To be
+moved within the slots' memory, a version is evicted and copied at once.
+
+What it is for new requests:
+
+    NEW --publish--> CURRENT --retire--> RETIRED --free--> FREED
+      \\--retire--> RETIRED
+
+A retired version only finishes the requests that were accepted for it. It is freed when it is on disk alone,
+and nobody needs it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from enum import Enum
+from types import MappingProxyType
+
+from aioengine.schedulers.policy import Location
+
+
+class State(Enum):
+    """Where a version is."""
+
+    ON_DISK = "on disk"
+    LOADING = "being read"
+    STALLED = "being read, without progress"
+    ON_CPU = "in the CPU cache"
+    COPYING = "being copied into a slot"
+    IN_SLOT = "in a slot"
+
+
+class Life(Enum):
+    """What a version is for new requests."""
+
+    NEW = "not published yet"
+    CURRENT = "current"
+    RETIRED = "retired"
+    FREED = "freed"
+
+
+class Change(Enum):
+    """What may happen to a version."""
+
+    READ = "read"
+    STALL = "stall"
+    ARRIVE = "arrive"
+    GIVE_UP = "give up"
+    DROP = "drop"
+    COPY = "copy"
+    PLACE = "place"
+    CANCEL = "cancel"
+    EVICT = "evict"
+    PUBLISH = "publish"
+    RETIRE = "retire"
+    FREE = "free"
+
+
+STATES: Mapping[Change, Mapping[State, State]] = MappingProxyType(
+    {
+        Change.READ: {State.ON_DISK: State.LOADING},
+        Change.STALL: {State.LOADING: State.STALLED},
+        Change.ARRIVE: {State.LOADING: State.ON_CPU, State.STALLED: State.ON_CPU},
+        Change.GIVE_UP: {State.LOADING: State.ON_DISK, State.STALLED: State.ON_DISK},
+        Change.DROP: {State.ON_CPU: State.ON_DISK},
+        Change.COPY: {State.ON_CPU: State.COPYING},
+        Change.PLACE: {State.COPYING: State.IN_SLOT},
+        Change.CANCEL: {State.COPYING: State.ON_CPU},
+        Change.EVICT: {State.IN_SLOT: State.ON_CPU},
+    }
+)
+"""The state after each change of where a version is, by the state before."""
+
+LIVES: Mapping[Change, Mapping[Life, Life]] = MappingProxyType(
+    {
+        Change.PUBLISH: {Life.NEW: Life.CURRENT},
+        Change.RETIRE: {Life.NEW: Life.RETIRED, Life.CURRENT: Life.RETIRED},
+        Change.FREE: {Life.RETIRED: Life.FREED},
+    }
+)
+"""The same of what it is for new requests."""
+
+LOCATIONS: Mapping[State, Location] = MappingProxyType(
+    {
+        State.ON_DISK: Location.DISK,
+        State.LOADING: Location.LOADING,
+        State.STALLED: Location.LOADING,
+        State.ON_CPU: Location.CPU,
+        State.COPYING: Location.CPU,
+        State.IN_SLOT: Location.SLOT,
+    }
+)
+"""How policies see each state."""
+
+
+class WrongChange(Exception):
+    """A change that a version's state does not allow. It is a fault of the caller, and nothing has
+    changed."""
+
+
+class Version:
+    """The state of an adapter's version. Only :meth:`change` changes it."""
+
+    __slots__ = ("life", "location", "state")
+
+    def __init__(self) -> None:
+        self.state = State.ON_DISK
+        self.life = Life.NEW
+        self.location = Location.DISK
+
+    def change(self, what: Change) -> None:
+        """Carry out a change. Raises WrongChange, with the reason, if the state does not allow it."""
+        if what in STATES:
+            state = STATES[what].get(self.state)
+            if state is None or self.life is Life.FREED:
+                raise self._wrong(what, STATES[what])
+            self.state, self.location = state, LOCATIONS[state]
+            return
+        life = LIVES[what].get(self.life)
+        if life is None:
+            raise self._wrong(what, LIVES[what])
+        if what is Change.FREE and self.state is not State.ON_DISK:
+            raise WrongChange(f"{what.value}: a version that is {self.state.value} must leave first")
+        self.life = life
+
+    def _wrong(self, what: Change, allowed: Mapping[State, State] | Mapping[Life, Life]) -> WrongChange:
+        where = " or ".join(before.value for before in allowed)
+        now = self.life.value if self.life is Life.FREED or what in LIVES else self.state.value
+        return WrongChange(f"{what.value}: the version is {now}, and must be {where}")
+
+    @property
+    def stalled(self) -> bool:
+        """Whether its read makes no progress. Then it counts neither as a load nor in the CPU cache."""
+        return self.state is State.STALLED
+
+    @property
+    def retired(self) -> bool:
+        """Whether it is unloaded or replaced: it accepts no new requests, and is freed when the accepted ones
+        have ended."""
+        return self.life is Life.RETIRED or self.life is Life.FREED

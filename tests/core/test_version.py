@@ -1,0 +1,58 @@
+"""Every change in every state of a version: it leads where the table says, or is refused with a reason."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import pytest
+
+from aioengine.core.adapters.version import (
+    LIVES,
+    LOCATIONS,
+    STATES,
+    Change,
+    Life,
+    State,
+    Version,
+    WrongChange,
+)
+
+TO_STATE: dict[State, list[Change]] = {
+    State.ON_DISK: [],
+    State.LOADING: [Change.READ],
+    State.STALLED: [Change.READ, Change.STALL],
+    State.ON_CPU: [Change.READ, Change.ARRIVE],
+    State.COPYING: [Change.READ, Change.ARRIVE, Change.COPY],
+    State.IN_SLOT: [Change.READ, Change.ARRIVE, Change.COPY, Change.PLACE],
+}
+TO_LIFE: dict[Life, list[Change]] = {
+    Life.NEW: [],
+    Life.CURRENT: [Change.PUBLISH],
+    Life.RETIRED: [Change.PUBLISH, Change.RETIRE],
+    Life.FREED: [Change.RETIRE, Change.FREE],
+}
+
+
+@pytest.mark.parametrize(("state", "life", "change"), list(product(State, Life, Change)))
+def test_every_change_in_every_state(state: State, life: Life, change: Change) -> None:
+    if life is Life.FREED and state is not State.ON_DISK:
+        return  # there is no such version
+    version = Version()
+    for one in (*TO_STATE[state], *TO_LIFE[life]):
+        version.change(one)
+    assert (version.state, version.life) == (state, life)
+    expected = STATES[change].get(state) if change in STATES else LIVES[change].get(life)
+    if change in STATES and life is Life.FREED:
+        expected = None
+    if change is Change.FREE and state is not State.ON_DISK:
+        expected = None
+    if expected is None:
+        with pytest.raises(WrongChange, match=f"^{change.value}: .*must"):
+            version.change(change)
+        assert (version.state, version.life) == (state, life)
+    else:
+        version.change(change)
+        assert (version.state, version.life) == ((expected, life) if change in STATES else (state, expected))
+    assert version.location is LOCATIONS[version.state]
+    assert version.stalled == (version.state is State.STALLED)
+    assert version.retired == (version.life in (Life.RETIRED, Life.FREED))
