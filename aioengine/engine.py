@@ -775,15 +775,13 @@ class AsyncEngine:
         """Return a compiler of grammars for this model, which ends with the engine; see
         :class:`~aioengine.guided.Guide`. Raises ConfigError if the model has no tokenizer."""
         from aioengine.grammars.service import Grammars
-        from aioengine.grammars.zygote_process import Tokens
+        from aioengine.grammars.worker_process import Tokens
 
         tokenizer, spec = self.tokenizer, self.model_spec
         if tokenizer is None:
             raise ConfigError(f"guided decoding needs a tokenizer, and {self.config.model} has none")
         grammars = Grammars(
             lambda: Tokens(tokenizer.to_json(), spec.vocab_size, list(spec.eos_token_ids)),
-            vocab=spec.vocab_size,
-            rows=self.config.max_num_seqs,
             limits=limits,
             told=self.metrics.grammars.compiled,
         )

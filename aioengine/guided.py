@@ -1,6 +1,6 @@
 """Guided decoding: constraints from JSON schemas, regular expressions and grammars (extra ``guided``).
 
-llguidance does the parsing in separate processes (:mod:`aioengine.grammars`). After each chosen token it says
+llguidance does the parsing in a separate process (:mod:`aioengine.grammars`). After each chosen token it says
 which tokens may come next.
 """
 
@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from aioengine.errors import ConfigError, RequestInvalid
-from aioengine.grammars.fair_thread import FairThread
 from aioengine.grammars.limits import GrammarLimits
 from aioengine.grammars.schemas import PreparedSchema, SchemaOptions, prepare_schema
 from aioengine.request import TokenConstraint
@@ -27,6 +26,9 @@ logger = logging.getLogger("aioengine.guided")
 
 T = TypeVar("T")
 
+SCHEMA_SIZE = 2**15
+"""Reading a schema counts as a text of so many characters."""
+
 
 class Guide:
     """Makes constraints for one engine's model. One is enough for all requests.
@@ -35,8 +37,8 @@ class Guide:
     >>> constraint = await guide.json_schema({"type": "object", "properties": {"age": {"type": "integer"}}})
     >>> await engine.complete("...", SamplingParams(constraint=constraint))
 
-    Grammars are compiled and followed in processes that end with the engine, within ``limits``; compiled ones
-    are kept. The methods may be cancelled. Tenants (``tenant``) take turns when many grammars wait to be
+    Grammars are compiled and followed in a process that ends with the engine, within ``limits``; compiled
+    ones are kept. The methods may be cancelled. Tenants (``tenant``) take turns when many grammars wait to be
     compiled.
 
     Raises ConfigError if llguidance is not installed, the model has no tokenizer, or the system is Windows.
@@ -57,13 +59,12 @@ class Guide:
         self._tokenizer = engine.tokenizer
         self._from = llguidance.LLMatcher
         self._grammars = engine.grammars(limits)
-        self._thread = FairThread("aioengine-schemas", most=self._grammars.limits.max_queued)
-        engine.at_stop(self._thread.close)
+        self._text_work = engine.text_work
 
     async def in_thread(self, work: Callable[[], T], tenant: str | None = None) -> T:
-        """Run ``work()``, which makes a grammar's text, in the thread for such work, in which tenants take
-        turns. Raises what ``work`` raises, EngineOverloaded, and EngineStopped."""
-        return await self._thread.run(tenant, work)
+        """Run ``work()``, which makes a grammar's text, in a thread for texts, where tenants take turns.
+        Raises what ``work`` raises, and EngineStopped."""
+        return await self._text_work.run(SCHEMA_SIZE, work, tenant)
 
     async def json_object(
         self, options: SchemaOptions | None = None, *, tenant: str | None = None

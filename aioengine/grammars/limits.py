@@ -47,17 +47,14 @@ class GrammarLimits(msgspec.Struct, frozen=True, kw_only=True):
     mask_wall_seconds: float = 10.0
     """The same, in wall time."""
     memory: int = 256 * MiB
-    """Maximum bytes of one grammar's process, with the parsers of all its requests."""
+    """Maximum bytes of one grammar, with the parsers of all its requests."""
     total_memory: int = 1024 * MiB
-    """Maximum bytes of all processes together. Above it unused ones are dropped first, and then the largest
-    of the tenant whose processes take the most."""
-    max_grammars: int = 128
-    """Maximum processes, unused ones of recent grammars included. One tenant's requests may use its share of
-    the processes: half if there is one tenant, a third each if there are two, ..."""
+    """Maximum bytes of all grammars together. Above it unused ones are dropped first, and then the largest
+    of the tenant whose grammars take the most."""
+    max_kept: int = 128
+    """Unused grammars are dropped while there are more grammars than this."""
     max_queued: int = 32
     """Maximum grammars of one tenant that wait to be compiled."""
-    room_seconds: float = 0.5
-    """Seconds (wall time) that a compile waits for requests to end if there are too many processes."""
 
 
 def check_characters(texts: Iterable[str], most: int) -> None:

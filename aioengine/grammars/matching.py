@@ -1,7 +1,7 @@
-"""The engine's side of a compiled grammar: its process, and the requests that follow it.
+"""The engine's side of compiled grammars: their masks, and the requests that follow them.
 
-The step thread and the loop's thread call it. It computes no masks: a constraint asks the grammar's process
-for a mask before the forward pass, and collects it afterwards.
+The step thread and the loop's thread call it. It computes no masks: a constraint asks the worker for a mask
+before the forward pass, and collects it afterwards.
 """
 
 from __future__ import annotations
@@ -11,157 +11,90 @@ import socket
 import threading
 import time
 import weakref
-from array import array
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Sequence
+from typing import Any
 
-from aioengine.grammars.places import Places
-from aioengine.grammars.wire import AFRESH, ASK, FORGET, GO_ON, MASK
+from aioengine.grammars.wire import Ask, Forget, Inbox, Mask, frame
 from aioengine.step import OutputView
 
-MAX_LOSSES = 2
-"""A row fails after its grammar's process was lost this often without a known fault of the grammar."""
 SLOW_SECONDS = 0.005
 """Steps do not wait for a row whose last mask took longer than this."""
 PATIENCE_SECONDS = 60.0
 """Maximum seconds to wait for a mask outside of a step."""
 
 
-class _Ask:
-    """A mask that is being computed, or is in its place."""
+class _Asked:
+    """A mask that is being computed, or is there."""
 
-    __slots__ = ("asked", "forced", "mask", "number", "place", "seconds", "why")
+    __slots__ = ("answer", "asked", "grammar")
 
-    def __init__(self, number: int, place: int) -> None:
-        self.number = number
-        self.place = place
+    def __init__(self, grammar: Grammar) -> None:
+        self.grammar = grammar
         self.asked = time.monotonic()
-        self.mask = b""
-        self.forced: Sequence[int] = ()
-        """Tokens that must follow the only one that the mask allows."""
-        self.seconds = 0.0
-        """Seconds of processor time that the mask took."""
-        self.why = ""
-        """The fault, if there is no mask."""
+        self.answer: Mask | None = None
 
 
-class Grammar:
-    """A grammar's process, once it has compiled.
+class Masks:
+    """The masks that the worker computes; any thread may ask for them.
 
     Args:
-        text: The grammar.
-        connection: The engine's end of the process's socket; non-blocking, and closed with this object.
-        places: Where the process writes masks.
-        wall_seconds: The process is killed if a mask takes longer.
-        kill: Ends the process; called on any thread.
-        unused: Called on any thread when no request uses the grammar any more.
+        connection: The engine's end of the socket; closed with this object.
+        wall_seconds: The worker is killed if a mask takes longer.
+        kill: Ends the worker; called on any thread.
     """
 
-    def __init__(
-        self,
-        text: str,
-        connection: socket.socket,
-        places: Places,
-        *,
-        memory: int,
-        wall_seconds: float,
-        kill: Callable[[], None],
-        unused: Callable[[], None],
-    ) -> None:
-        self.text = text
-        self.memory = memory
-        """Private bytes of its process, as last reported."""
-        self.rows: dict[int, str | None] = {}
-        """The constraints that follow the grammar now, and their tenants."""
-        self.failure: str | None = None
-        """Reason why the grammar can no longer be used."""
-        self.is_lost = False
-        """Whether its process ended for a reason other than the grammar."""
+    def __init__(self, connection: socket.socket, wall_seconds: float, kill: Callable[[], None]) -> None:
+        self.ended: str | None = None
+        """Why there are no more masks."""
+        connection.setblocking(False)
         self._connection = connection
-        self._places = places
         self._wall_seconds = wall_seconds
         self._kill = kill
-        self._unused = unused
-        self._asks: dict[int, _Ask] = {}
-        self._next_row = self._next_number = 0
-        self._forgotten: deque[int] = deque()
+        self._inbox = Inbox()
+        self._asked: dict[int, _Asked] = {}
+        self._number = 0
+        self._forgotten: deque[Forget] = deque()
         self._out = bytearray()
-        self._in = bytearray()
         self._lock = threading.RLock()
         self._is_cut_off = False
-        self._ended = threading.Event()
+        self._has_ended = threading.Event()
 
-    def follow(self, tenant: str | None, replace: Callable[[GrammarConstraint], None]) -> GrammarConstraint:
-        """Create a constraint for one request. ``replace`` is called, on any thread, when its grammar is
-        lost."""
-        constraint = GrammarConstraint(self.text, replace)
-        self.join(constraint, tenant)
-        return constraint
+    def forget(self, text: int, row: int) -> None:
+        """Have the worker forget a row. The garbage collector calls it on any thread at any moment, so it
+        must not lock."""
+        self._forgotten.append(Forget(text, row))
 
-    def join(self, constraint: GrammarConstraint, tenant: str | None) -> None:
-        """Let a constraint follow this grammar from now on."""
+    def ask(self, grammar: Grammar, row: int, tokens: Sequence[int], *, afresh: bool) -> _Asked:
+        """Ask for a row's mask after ``tokens`` more (or, with ``afresh``, after ``tokens`` alone). Raises
+        ValueError if there are no more masks."""
         with self._lock:
-            row = self._next_row
-            self._next_row += 1
-            self.rows[row] = tenant
-        weakref.finalize(constraint, self._drop, row)
-        constraint.use(self, row)
-
-    def fail(self, why: str) -> None:
-        """Mark the grammar as unusable, and kill its process if that still runs."""
-        with self._lock:
-            if self.failure is not None:
-                return
-            self.failure = why
-            self._kill()
-            self._connection.close()
-
-    def process_ended(self, why: str, *, is_lost: bool = False) -> None:
-        """Note that the grammar's process has ended, so it writes to no place any more."""
-        with self._lock:
-            self.is_lost = is_lost and self.failure is None
-            self.fail(why)
-            for ask in self._asks.values():
-                self._places.give_back(ask.place)
-            self._asks.clear()
-        self._ended.set()
-
-    # For one row
-
-    def ask(self, row: int, tokens: Sequence[int], *, afresh: bool) -> _Ask | None:
-        """Ask for a row's mask after ``tokens`` more (or, with ``afresh``, after ``tokens`` alone). None if
-        there is no free place, because other rows' masks are late. Raises ValueError if the grammar is
-        unusable."""
-        with self._lock:
-            self._check()
-            place = self._places.take(self.rows.get(row))
-            if place is None:
-                return None
-            number = self._next_number = (self._next_number + 1) & 0xFFFFFFFF
-            ask = self._asks[number] = _Ask(number, place)
+            grammar.check()
+            self._number += 1
+            asked = self._asked[self._number] = _Asked(grammar)
             while self._forgotten:
-                self._out += ASK.pack(FORGET, self._forgotten.popleft(), 0, 0, 0)
-            self._out += ASK.pack(AFRESH if afresh else GO_ON, row, number, place, len(tokens))
-            self._out += array("i", tokens).tobytes()
+                self._out += frame(self._forgotten.popleft())
+            owner = grammar.rows.get(row)
+            self._out += frame(Ask(grammar.number, row, self._number, owner, list(tokens), afresh))
             self._flush()
-            return ask
+            return asked
 
-    def collect(self, ask: _Ask, seconds: float) -> bool:
-        """Wait for the answer, at most ``seconds``; returns whether it has come. Raises ValueError if the
-        grammar is unusable."""
+    def collect(self, asked: _Asked, seconds: float) -> bool:
+        """Wait for the answer, at most ``seconds``; returns whether it has come. Raises ValueError if it
+        never will."""
         until = time.monotonic() + seconds
         while True:
             with self._lock:
-                self._check()
+                asked.grammar.check()
                 self._flush()
                 self._receive()
-                if ask.number not in self._asks:
+                if asked.answer is not None:
                     return True
-                self._check()
                 now = time.monotonic()
-                if now - ask.asked > self._wall_seconds:
-                    self.fail(f"a token's mask took longer than {self._wall_seconds:g} s")
-                    self._check()
+                if now - asked.asked > self._wall_seconds:
+                    asked.grammar.fail(f"a token's mask took longer than {self._wall_seconds:g} s")
+                    self._kill()
+                    asked.grammar.check()
                 left = until - now
                 if left <= 0:
                     return False
@@ -169,20 +102,17 @@ class Grammar:
                 waits.register(self._connection, select.POLLIN | (select.POLLOUT if self._out else 0))
                 cut_off = self._is_cut_off
             if cut_off:
-                self._ended.wait(left)  # the reason arrives soon
+                self._has_ended.wait(left)  # the reason arrives soon
             else:
                 waits.poll(left * 1000)
 
-    def _drop(self, row: int) -> None:
-        """Forget a row. The garbage collector calls it on any thread at any moment, so it must not lock."""
-        self.rows.pop(row, None)
-        self._forgotten.append(row)
-        if not self.rows:
-            self._unused()
-
-    def _check(self) -> None:
-        if self.failure is not None:
-            raise ValueError(self.failure)
+    def end(self, why: str) -> None:
+        """Note that the worker has ended."""
+        with self._lock:
+            self.ended = self.ended or why
+            self._connection.close()
+            self._asked.clear()
+        self._has_ended.set()
 
     def _flush(self) -> None:
         try:
@@ -194,42 +124,80 @@ class Grammar:
             self._is_cut_off = True
 
     def _receive(self) -> None:
-        if not self._is_cut_off:
+        while not self._is_cut_off:
             try:
-                part = self._connection.recv(65536)
-                self._is_cut_off = not part
-                self._in += part
+                data = self._connection.recv(65536)
             except BlockingIOError:
                 return
             except OSError:
-                self._is_cut_off = True
-        begin = 0
-        while len(self._in) - begin >= MASK.size:
-            _row, number, size, micros, kib, forced, length = MASK.unpack_from(self._in, begin)
-            text = begin + MASK.size + 4 * forced
-            end = text + length
-            if len(self._in) < end:
-                break
-            ask = self._asks.pop(number)
-            ask.mask = self._places.read(ask.place, size)
-            ask.seconds = micros * 1e-6
-            if forced:
-                ask.forced = array("i", bytes(self._in[begin + MASK.size : text])).tolist()
-            ask.why = self._in[text:end].decode(errors="replace")
-            self._places.give_back(ask.place)
-            self.memory = kib * 1024
-            begin = end
-        del self._in[:begin]
+                data = b""
+            self._is_cut_off = not data
+            is_all = len(data) < 65536
+            for mask in self._inbox.add(data):
+                asked = self._asked.pop(mask.number)
+                asked.answer = mask
+                asked.grammar.memory = mask.memory
+            if is_all:
+                return
+
+
+class Grammar:
+    """A text that the worker has compiled."""
+
+    def __init__(self, text: str, number: int, memory: int, masks: Masks) -> None:
+        self.text = text
+        self.number = number
+        """Its number in the worker."""
+        self.memory = memory
+        """Bytes that it takes, as last reported."""
+        self.masks = masks
+        self.rows: dict[int, str | None] = {}
+        """The constraints that follow the grammar now, and their tenants."""
+        self.failure: str | None = None
+        """Why the grammar itself can no longer be used."""
+        self._next_row = 0
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether the worker has ended, and the grammar may go on in another."""
+        return self.failure is None and self.masks.ended is not None
+
+    def follow(self, tenant: str | None, replace: Callable[[GrammarConstraint], None]) -> GrammarConstraint:
+        """Create a constraint for one request. ``replace`` is called, on any thread, when its grammar is
+        lost."""
+        constraint = GrammarConstraint(self.text, replace)
+        self.join(constraint, tenant)
+        return constraint
+
+    def join(self, constraint: GrammarConstraint, tenant: str | None) -> None:
+        """Let a constraint follow this grammar from now on. Called on the loop."""
+        row = self._next_row
+        self._next_row += 1
+        self.rows[row] = tenant
+        weakref.finalize(constraint, self._drop, row)
+        constraint.use(self, row)
+
+    def fail(self, why: str) -> None:
+        """Mark the grammar as unusable."""
+        self.failure = self.failure or why
+
+    def check(self) -> None:
+        """Raise ValueError if the grammar cannot be used any more."""
+        if why := self.failure or self.masks.ended:
+            raise ValueError(why)
+
+    def _drop(self, row: int) -> None:
+        self.rows.pop(row, None)
+        self.masks.forget(self.number, row)
 
 
 class GrammarConstraint:
-    """A :class:`~aioengine.request.StartedConstraint` that follows one request's output with a parser."""
+    """A :class:`~aioengine.request.ForcingConstraint` that follows one request's output."""
 
     def __init__(self, text: str, replace: Callable[[GrammarConstraint], None]) -> None:
         self.text = text
         self._replace = replace
         self._lock = threading.Lock()
-        self._losses = 0
         self._there = threading.Event()
         """Set while there is a grammar to follow, or a reason for its absence."""
 
@@ -240,7 +208,7 @@ class GrammarConstraint:
             self._row = row
             self._known: OutputView | None = OutputView(())
             """The output that the parser has seen; None: the parser must begin again."""
-            self._ask: _Ask | None = None
+            self._asked: _Asked | None = None
             self._seconds = 0.0
             self._why = ""
             self.forced: Sequence[int] = ()
@@ -257,57 +225,58 @@ class GrammarConstraint:
         return self._seconds > SLOW_SECONDS
 
     def begin(self, output: Sequence[int]) -> None:
-        """Ask for the mask after ``output``. Raises ValueError if the grammar's process has ended."""
+        """Ask for the mask after ``output``. Raises ValueError if the grammar cannot be used any more."""
         if self._is_there(0.0):
             with self._lock:
                 self._begin(output)
 
     def _is_there(self, seconds: float) -> bool:
         """Wait for a grammar, at most ``seconds``; returns whether there is one. A lost one is requested
-        again, because a process may be killed for the memory that others take."""
+        again: the output is known, and the parser follows it."""
+        if self._there.is_set() and not self._why and self._grammar.is_lost:
+            self._there.clear()
+            self._replace(self)
         if not self._there.wait(seconds):
             return False
         if self._why:
             raise ValueError(self._why)
-        if not self._grammar.is_lost or self._losses >= MAX_LOSSES:
-            return True
-        self._losses += 1
-        self._there.clear()
-        self._replace(self)
-        return self._is_there(seconds)
+        return True
 
     def _begin(self, output: Sequence[int]) -> None:
         known = self._known
         seen = output if isinstance(output, OutputView) else OutputView(list(output))
         same = -1 if known is None else seen.common(known)
-        if self._ask is not None and known is not None and same == len(known) == len(seen):
+        if self._asked is not None and known is not None and same == len(known) == len(seen):
             return
         afresh = known is None or same < len(known)
-        self._ask = self._grammar.ask(self._row, seen[:] if afresh else seen[same:], afresh=afresh)
-        if self._ask is not None:
-            self._known = seen
+        tokens = seen[:] if afresh else seen[same:]
+        self._asked = self._grammar.masks.ask(self._grammar, self._row, tokens, afresh=afresh)
+        self._known = seen
 
     def poll(self, output: Sequence[int], seconds: float) -> bytes | None:
         """Return the mask if it arrives within ``seconds``. Raises ValueError if ``output`` does not conform,
         or the parser gives up."""
         if not self._is_there(seconds):
             return None
+        grammar = self._grammar
         try:
             with self._lock:
                 self._begin(output)
-            ask = self._ask
-            if ask is None or not self._grammar.collect(ask, seconds):
+            asked = self._asked
+            assert asked is not None
+            if not grammar.masks.collect(asked, seconds):
                 return None
         except ValueError:
-            if self._grammar.is_lost and self._losses < MAX_LOSSES:
+            if grammar.is_lost:
                 return None
             raise
-        self._seconds = ask.seconds
-        if ask.why:
-            self._known = self._ask = None
-            raise ValueError(ask.why)
-        self.forced = ask.forced
-        return ask.mask
+        assert asked.answer is not None
+        self._seconds = asked.answer.seconds
+        if asked.answer.why:
+            self._known = self._asked = None
+            raise ValueError(asked.answer.why)
+        self.forced = asked.answer.forced
+        return asked.answer.mask
 
     def allowed(self, output: Sequence[int]) -> bytes:
         """Return the mask as :meth:`poll` does, but wait for it. Raises ValueError if it does not come within
@@ -319,7 +288,7 @@ class GrammarConstraint:
         return mask
 
 
-def largest_of_most(grammars: Collection[Grammar]) -> Grammar:
+def largest_of_most(grammars: Collection[Any]) -> Any:
     """Return the largest grammar of the tenant whose grammars take the most memory. A grammar's is divided
     among the tenants that use it."""
     taken: Counter[str | None] = Counter()

@@ -1,36 +1,110 @@
-"""Messages between the engine, the zygote and its children. All have one version and run on one machine.
-
-The zygote imports this module, so it must stay small.
-"""
+"""Messages between the engine and its worker for grammars: a length, and a struct as MessagePack."""
 
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterator
+from typing import Any
 
-HELLO = struct.Struct("=IIqI")
-"""Engine to zygote: vocabulary, bytes of a place, bytes of shared memory, end-of-sequence tokens. Their ids
-follow, and the tokenizer's JSON as a text."""
-LENGTH = struct.Struct("=I")
-"""Precedes each text."""
-ORDER = struct.Struct("=IIddqi")
-"""Engine to zygote: what, and the child's number; with START, which comes with a socket: seconds for the
-compile and for a mask, bytes of memory, niceness of the compile."""
-START, KILL = 1, 2
-EXITED = struct.Struct("=Ii")
-"""Zygote to engine: a child's number, and its exit code, as :func:`os.waitstatus_to_exitcode` gives it."""
-COMPILED = struct.Struct("=II")
-"""Child to engine: whether the compile succeeded, and its memory in KiB. The reason of a failure follows as a
-text."""
-ASK = struct.Struct("=BxxxIIII")
-"""Engine to child: what, row, number, place, tokens. The ids of the tokens follow, as int32."""
-GO_ON, AFRESH, FORGET = 1, 2, 3
-"""The tokens continue those of the row, or replace them; or the row is forgotten."""
-MASK = struct.Struct("=IIIIIII")
-"""Child to engine: row, number, bytes of the mask in its place, microseconds that it took, memory in KiB,
-forced tokens, bytes of text. The tokens that must follow the only one that the mask allows are next, as
-int32, and then the text; without a mask it says what is wrong."""
+import msgspec
+
+LENGTH = NUMBER = struct.Struct("=I")
 
 
-def text_frame(text: str) -> bytes:
-    data = text.encode()
+class Message(msgspec.Struct, array_like=True, tag=True, gc=False):
+    pass
+
+
+class Hello(Message, tag=0):
+    """The model's tokens, and bounds."""
+
+    tokenizer: str
+    """The content of a ``tokenizer.json``."""
+    vocab: int
+    eos: list[int]
+    memory: int
+    """Maximum bytes of one text."""
+    total_memory: int
+    mask_seconds: float
+
+
+class Compile(Message, tag=1):
+    number: int
+    """Identifies the text from now on."""
+    text: str
+    seconds: float
+    nice: int
+
+
+class Drop(Message, tag=2):
+    """Ends a compile, or forgets a text."""
+
+    number: int
+
+
+class Compiled(Message, tag=3):
+    number: int
+    status: int = 0
+    """Exit status of the child that tried the text."""
+    why: str = ""
+    """Why the worker or the grammar is no good; empty if it is good."""
+    memory: int = 0
+    """Bytes."""
+
+
+class Ask(Message, tag=4):
+    """Asks for the mask of a row after more tokens; of a new output, if ``afresh``."""
+
+    text: int
+    row: int
+    number: int
+    owner: str | None
+    """Owners take turns."""
+    tokens: list[int]
+    afresh: bool
+
+
+class Forget(Message, tag=5):
+    text: int
+    row: int
+
+
+class Mask(Message, tag=6):
+    number: int
+    mask: bytes
+    forced: list[int]
+    """Tokens that must follow the only one that the mask allows."""
+    seconds: float
+    """Processor time."""
+    memory: int
+    """Bytes that the text takes now."""
+    why: str
+    """What is wrong, if there is no mask."""
+
+
+_encode = msgspec.msgpack.Encoder().encode
+_decode = msgspec.msgpack.Decoder(Hello | Compile | Drop | Compiled | Ask | Forget | Mask).decode
+
+
+def frame(message: Message) -> bytes:
+    data = _encode(message)
     return LENGTH.pack(len(data)) + data
+
+
+class Inbox:
+    """Messages from the bytes that come."""
+
+    def __init__(self) -> None:
+        self._data = bytearray()
+
+    def add(self, data: bytes) -> Iterator[Any]:
+        """Return the messages that ``data`` completes."""
+        self._data += data
+        begin = 0
+        while len(self._data) - begin >= LENGTH.size:
+            end = begin + LENGTH.size + LENGTH.unpack_from(self._data, begin)[0]
+            if len(self._data) < end:
+                break
+            yield _decode(memoryview(self._data)[begin + LENGTH.size : end].tobytes())
+            begin = end
+        del self._data[:begin]

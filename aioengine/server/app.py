@@ -15,7 +15,6 @@ from litestar.routes import HTTPRoute
 
 from aioengine import __version__
 from aioengine.errors import EngineStopped
-from aioengine.grammars.fair_thread import in_own_thread
 from aioengine.metrics.asgi import metrics_app
 from aioengine.metrics.page.plumbing import (
     Message,
@@ -302,7 +301,7 @@ class ServerApp:
         """Wait until the API's description is made, in a thread."""
         made = self._documents
         if made is None or (made.done() and (made.cancelled() or made.exception() is not None)):
-            made = asyncio.ensure_future(in_own_thread(lambda: make_documents(self._routes)))
+            made = asyncio.ensure_future(asyncio.to_thread(make_documents, self._routes))
             self._documents = made
         await asyncio.shield(made)
 

@@ -410,7 +410,7 @@ GRAMMAR_COMPILE = Definition(
     REQUEST_SECONDS,
 )
 GRAMMARS_KEPT = Definition(
-    "aioengine_grammars_kept", "gauge", "Compiled grammars that are kept, each in a process of its own."
+    "aioengine_grammars_kept", "gauge", "Compiled grammars that are kept."
 )
 LOG_DROPPED = Definition(
     "aioengine_log_dropped",

@@ -41,11 +41,11 @@ async def ask(http: httpx.AsyncClient, outputs: dict[str, Any], max_tokens: int 
 
 
 def grammar_processes(served: Serving) -> list[psutil.Process]:
-    """The zygote and its children."""
+    """The worker and the children that try texts."""
     found = []
     for process in psutil.Process(served.process.pid).children(recursive=True):
         with contextlib.suppress(psutil.Error):  # it has just ended
-            if "aioengine.grammars.zygote" in process.cmdline():
+            if "aioengine.grammars.worker" in process.cmdline():
                 found.append(process)
     return found
 

@@ -1,15 +1,13 @@
-"""Grammars in processes of their own: bounds, turns, ends."""
+"""Grammars in a process of their own: bounds, turns, ends."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
 import json
 import os
 import random
 import sys
-import threading
 import time
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
@@ -17,19 +15,16 @@ from typing import Any
 import psutil
 import pytest
 import tokenizers
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from llguidance import LLMatcher, LLTokenizer
 from support import hostile_grammars as hostile
 from support.cancel_at import Moment, cancel_everywhere
 from support.waiting import SECONDS, until
 
 from aioengine.errors import AioEngineError, EngineOverloaded, EngineStopped, RequestInvalid
-from aioengine.grammars.fair_queue import FairQueue
-from aioengine.grammars.fair_thread import FairThread
 from aioengine.grammars.limits import GrammarLimits, MiB
-from aioengine.grammars.service import Grammars
-from aioengine.grammars.zygote_process import Tokens
+from aioengine.grammars.service import MAX_ENDS, Grammars, _Lane
+from aioengine.grammars.wire import NUMBER
+from aioengine.grammars.worker_process import Tokens
 from aioengine.step import OutputView
 
 EOS = 255
@@ -64,7 +59,7 @@ TOKENIZER = LLTokenizer(JSON, n_vocab=256, eos_token=[EOS])
 @contextlib.asynccontextmanager
 async def grammars(limits: GrammarLimits = FAST) -> AsyncIterator[Grammars]:
     before = descendants()
-    service = Grammars(lambda: Tokens(JSON, 256, [EOS]), vocab=256, rows=8, limits=limits)
+    service = Grammars(lambda: Tokens(JSON, 256, [EOS]), limits=limits)
     try:
         yield service
     finally:
@@ -76,18 +71,18 @@ def descendants() -> set[int]:
     return {process.pid for process in psutil.Process().children(recursive=True)}
 
 
-def zygote() -> psutil.Process:
-    [found] = zygotes()
+def worker() -> psutil.Process:
+    [found] = workers()
     return found
 
 
-def zygotes() -> list[psutil.Process]:
-    return running(psutil.Process(), "aioengine.grammars.zygote")
+def workers() -> list[psutil.Process]:
+    return running(psutil.Process(), "aioengine.grammars.worker")
 
 
-def compiling() -> list[psutil.Process]:
-    """The processes in which grammars are compiled or kept. There may be no zygote yet."""
-    return [child for parent in zygotes() for child in running(parent)]
+def trials() -> list[psutil.Process]:
+    """The processes in which texts are tried."""
+    return [child for parent in workers() for child in running(parent)]
 
 
 def running(parent: psutil.Process, word: str = "") -> list[psutil.Process]:
@@ -179,7 +174,7 @@ async def test_one_compile_for_all_who_want_the_same() -> None:
         text = from_json(hostile.properties(300))
         rows = await asyncio.gather(*[service.constraint(text, f"t{i}") for i in range(20)])
         assert len({row.allowed([]) for row in rows}) == 1
-        assert len(compiling()) == 1
+        assert service.kept == 1
 
 
 # Hostile grammars
@@ -296,33 +291,19 @@ async def test_what_is_slow_for_one_token_is_given_up() -> None:
 
 
 async def test_few_are_kept_and_those_in_use_are_not_dropped() -> None:
-    async with grammars(bounds(max_grammars=6, room_seconds=0.05)) as service:
+    async with grammars(bounds(max_kept=6)) as service:
         used = [await service.constraint(from_regex(f"used{i}"), None) for i in range(3)]
-        with pytest.raises(EngineOverloaded, match="3 different grammars"):
-            await service.constraint(from_regex("one more"), None)
-        assert await service.constraint(from_regex("other"), "b")
         for i in range(10):
             await service.constraint(from_regex(f"unused{i}"), "c")
-        await until(lambda: len(compiling()) <= 6)  # one that makes room ends a moment later
+            assert service.kept <= 6
         assert all(constraint.allowed([]) for constraint in used)
-        used.clear()
-        assert await service.constraint(from_regex("one more"), None)
-
-
-async def test_a_tenant_with_its_share_in_use_is_refused_soon_and_others_are_not() -> None:
-    async with grammars(bounds(max_grammars=8, room_seconds=0.1)) as service:
-        used = [await service.constraint(from_regex(f"used{i}"), "a") for i in range(4)]
-        refused = asyncio.create_task(_outcome(service, from_regex("one more"), "a"))
-        assert await service.constraint(from_regex("other"), "b")
-        assert await service.constraint(from_regex("used0"), "a"), "what is there can be used"
-        async with asyncio.timeout(SECONDS):
-            assert await refused is EngineOverloaded
-        assert all(constraint.allowed([]) for constraint in used)
+        used += [await service.constraint(from_regex(f"more{i}"), None) for i in range(9)]
+        assert service.kept == 12 and all(constraint.allowed([]) for constraint in used)
 
 
 @pytest.mark.slow
 async def test_all_together_take_bounded_memory() -> None:
-    async with grammars(bounds(total_memory=24 * MiB)) as service:
+    async with grammars(bounds(total_memory=8 * MiB)) as service:
         small = await service.constraint(from_regex("small"), None)
         large = [await service.constraint(from_json(hostile.enumeration(9_000 + i)), "a") for i in range(4)]
         await until(lambda: any(_fails(row) for row in large))
@@ -417,16 +398,15 @@ async def test_its_compile_may_be_cancelled_at_any_time() -> None:
 async def test_a_compile_for_which_nobody_waits_is_given_up() -> None:
     async with grammars(bounds(compile_seconds=60.0, quick_seconds=60.0)) as service:
         text = from_json(hostile.multiples(7919, 7907))
-        waiters = [asyncio.create_task(service.constraint(text, f"t{i}")) for i in range(3)]
-        await until(lambda: compiling() != [])
-        [process] = compiling()
+        waiters = [asyncio.create_task(service.constraint(text, "a")) for _ in range(3)]
+        await until(lambda: trials() != [])
+        [process] = trials()
         waiters[0].cancel()
         await asyncio.wait(waiters[:1])
-        assert service.waiting, "two still wait"
-        assert process.is_running(), "two still wait"
+        assert service.waiting and process.is_running(), "two still wait"
         for waiter in waiters:
             waiter.cancel()
-        await until(lambda: not compiling())
+        await until(lambda: not trials())
         assert (await service.constraint(from_regex("ab"), None)).allowed([])
 
 
@@ -437,57 +417,69 @@ async def test_compiles_give_way_to_the_engine() -> None:
 
         def niceness() -> int:
             found = [-20]
-            for child in running(zygote()):
+            for child in trials():
                 with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):  # it has ended
-                    found += [os.getpriority(os.PRIO_PROCESS, thread.id) for thread in child.threads()]
+                    found.append(os.getpriority(os.PRIO_PROCESS, child.pid))
             return max(found)
 
         assert (await service.constraint(from_regex("ab"), None)).allowed([])
         await until(lambda: niceness() > os.getpriority(os.PRIO_PROCESS, 0))
         # It counts within a session only, where the kernel's "autogroup" is on.
-        assert os.getsid(zygote().pid) == os.getsid(0)
-        assert os.getpgid(zygote().pid) == zygote().pid, "Ctrl-C is not for it"
+        assert os.getsid(worker().pid) == os.getsid(0)
+        assert os.getpgid(worker().pid) == worker().pid, "Ctrl-C is not for it"
         long.cancel()
 
 
-async def test_a_killed_child_is_replaced_and_its_rows_go_on() -> None:
+async def test_a_killed_worker_is_replaced_and_all_rows_go_on() -> None:
     async with grammars() as service:
         first = await service.constraint(from_regex("ab"), None)
-        assert await mask(first, tokens("a"))
-        second = await service.constraint(from_regex("cd"), None)
-        for _ in range(2):
-            expected = await mask(first, tokens("a"))
-            for process in compiling():
-                process.kill()
-            await until(lambda: first._grammar.is_lost and second._grammar.is_lost)
+        second = await service.constraint(from_regex("cd"), "b")
+        expected = await mask(first, tokens("a"))
+        for _ in range(4):
+            worker().kill()
+            await until(lambda: service.kept == 0)
             assert await mask(first, tokens("a")) == expected
             assert await mask(second)
-        for process in compiling():
-            process.kill()
-        await until(lambda: first._grammar.is_lost)
-        with pytest.raises(ValueError, match="lost"):
-            await mask(first, tokens("ab"))
-        assert (await service.constraint(from_regex("ab"), None)).allowed([]), "it is compiled again"
+        assert (await service.constraint(from_regex("ab"), None)).allowed([])
 
 
-async def test_a_killed_zygote_is_replaced() -> None:
+async def test_a_worker_that_is_killed_in_a_compile_is_replaced() -> None:
     async with grammars() as service:
         first = await service.constraint(from_regex("ab"), None)
         second = asyncio.create_task(service.constraint(from_json(hostile.properties(1000)), None))
-        await until(lambda: len(compiling()) == 2)
-        zygote().kill()
+        await until(lambda: trials() != [])
+        worker().kill()
         assert await mask(first)
-        await second
-        assert (await service.constraint(from_regex("ab"), None)).allowed([])
+        assert (await second).allowed([])
+
+
+async def test_a_text_that_ends_the_worker_again_and_again_is_refused() -> None:
+    """... and the others go on."""
+    async with grammars() as service:
+        honest = await service.constraint(from_regex("cd"), "b")
+        text = from_lark(hostile.AMBIGUOUS)
+        row = await service.constraint(text, "a")
+        for _ in range(MAX_ENDS):
+            assert await mask(row)
+            number = service._kept[text].number
+            worker().kill()
+            assert service._worker is not None
+            os.pwrite(service._worker.result()._doing, NUMBER.pack(number), 0)  # it was busy with the text
+            await until(lambda: service.kept == 0)
+        with pytest.raises(ValueError, match="ended the process"):
+            await mask(row)
+        assert await mask(honest)
+        with pytest.raises(RequestInvalid, match="ended the process"):
+            await service.constraint(text, "c")
 
 
 async def test_a_grammar_that_cannot_be_had_again_fails_its_rows() -> None:
     async with grammars() as service:
         first = await service.constraint(from_regex("ab"), None)
-        [process] = compiling()
+        process = worker()
         closing = asyncio.create_task(service.close())
         process.kill()
-        with pytest.raises(ValueError, match=r"stopped|lost"):
+        with pytest.raises(ValueError, match=r"stopped|lost|ended"):
             await _poll_for_ever(first)
         await closing
 
@@ -512,11 +504,11 @@ from grammars.test_service import *
 
 async def main():
     limits = bounds(quick_seconds=600, compile_seconds=600)  # in one process, which stays the same
-    service = Grammars(lambda: Tokens(JSON, 256, [EOS]), vocab=256, rows=8, limits=limits)
+    service = Grammars(lambda: Tokens(JSON, 256, [EOS]), limits=limits)
     kept = await service.constraint(from_regex("ab"), None)
     long = asyncio.create_task(service.constraint(from_json(hostile.multiples(7919, 7907)), None))
-    await until(lambda: len(compiling()) == 2)
-    print(zygote().pid, *(process.pid for process in compiling()), flush=True)
+    await until(lambda: len(trials()) == 1)
+    print(worker().pid, *(process.pid for process in trials()), flush=True)
     await long
 
 asyncio.run(main())
@@ -531,7 +523,7 @@ async def test_all_end_with_a_parent_that_is_killed() -> None:
     )
     assert engine.stdout is not None
     pids = list(map(int, (await engine.stdout.readline()).split()))
-    assert len(pids) == 3
+    assert len(pids) == 2
     engine.kill()
     await engine.wait()
     await until(lambda: all(_has_ended(pid) for pid in pids))
@@ -547,60 +539,15 @@ def _has_ended(pid: int) -> bool:
 # Turns
 
 
-@given(st.lists(st.tuples(st.sampled_from("abc"), st.integers(0, 99)), max_size=30))
-@settings(max_examples=50, deadline=None)
-def test_tenants_take_turns(items: list[tuple[str, int]]) -> None:
-    async def run() -> list[tuple[str, int]]:
-        queue: FairQueue[tuple[str, int]] = FairQueue()
-        for tenant, item in items:
-            queue.put(tenant, (tenant, item))
-        return [await queue.get() for _ in items]
+async def test_tenants_take_turns() -> None:
+    lane = _Lane(1.0, 0)
+    order: list[str] = []
 
-    order = asyncio.run(run())
-    assert sorted(order) == sorted(items)
-    for tenant in "abc":
-        assert [x for x in order if x[0] == tenant] == [x for x in items if x[0] == tenant]
-    for index, (tenant, _) in enumerate(order):  # nobody who waits is passed twice by the same other one
-        waiting = {t for t, _ in order[index:]}
-        for other in waiting - {tenant}:
-            until_other = next(i for i in range(index, len(order)) if order[i][0] == other)
-            assert [t for t, _ in order[index:until_other]].count(tenant) <= 1
+    async def take(tenant: str) -> None:
+        async with lane.turn(tenant):
+            order.append(tenant)
+            await asyncio.sleep(0)
 
-
-async def test_a_thread_takes_tenants_in_turn() -> None:
-    done: list[str] = []
-    thread = FairThread("test", most=3)
-    begun, go_on = threading.Event(), threading.Event()
-
-    def hold() -> None:
-        begun.set()
-        assert go_on.wait(SECONDS)
-
-    first = asyncio.create_task(thread.run("a", hold))
-    await until(begun.is_set)
-    rest = [
-        asyncio.create_task(thread.run(tenant, functools.partial(done.append, f"{tenant}{i}")))
-        for tenant in "ab"
-        for i in range(3)
-    ]
-    await asyncio.sleep(0)
-    with pytest.raises(EngineOverloaded):
-        await thread.run("a", lambda: None)
-    rest[1].cancel()
-    bad = asyncio.create_task(thread.run("c", lambda: 1 // 0))
-    await asyncio.sleep(0)
-    go_on.set()
-    with pytest.raises(ZeroDivisionError):
-        await bad
-    await asyncio.wait([first, *rest])
-    assert done == ["a0", "b0", "a2", "b1", "b2"]
-    begun.clear()
-    go_on.clear()
-    waiting = asyncio.create_task(thread.run("a", hold))
-    await until(begun.is_set)
-    await thread.close()
-    go_on.set()
-    with pytest.raises(EngineStopped):
-        await waiting
-    with pytest.raises(EngineStopped):
-        await thread.run("a", lambda: None)
+    await asyncio.gather(*(take(tenant) for tenant in "aaaaabbc"))
+    assert "".join(order) == "abcabaaa"
+    assert not lane._own
