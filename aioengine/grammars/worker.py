@@ -42,6 +42,8 @@ STACK = 64 * 2**20
 """Stack size in bytes. The compiler is recursive; a thousand levels of a JSON schema take about 8 MiB."""
 OVERHEAD = STACK + 64 * 2**20
 """Bytes of address space that any thread takes: its stack and its malloc arena."""
+SLOW_SECONDS = 0.005
+"""A text whose masks take longer than this on average is a slow one."""
 MAX_FORCED = 31
 """Maximum forced tokens in an answer. A step computes all of them, while other requests' tokens wait."""
 FORCING_SECONDS = 0.003
@@ -97,6 +99,9 @@ class _Text:
         self.memory = memory
         """Bytes: those of its trial, and by which the process has grown with its masks."""
         self.rows: dict[int, LLMatcher] = {}
+        self.count = 0
+        self.spent = 0.0
+        """Seconds of all masks."""
 
 
 class _Worker:
@@ -112,8 +117,8 @@ class _Worker:
         """By number; None while it compiles."""
         self._trials: dict[int, int] = {}
         """Process ids of the children that try texts, by the texts' numbers."""
-        self._asked: OrderedDict[str | None, deque[Ask]] = OrderedDict()
-        """Masks to compute, by owner."""
+        self._asked: tuple[OrderedDict[str | None, deque[Ask]], ...] = (OrderedDict(), OrderedDict())
+        """Masks to compute, by owner; those of slow texts are apart, and give way to the others."""
         self._answers = bytearray()
         """What is still to be sent."""
         self._is_full = False
@@ -130,7 +135,7 @@ class _Worker:
         self._watch.register(self._masks, selectors.EVENT_READ, Inbox())
         try:
             while True:
-                for key, ready in self._watch.select(0 if self._asked else None):
+                for key, ready in self._watch.select(0 if any(self._asked) else None):
                     if isinstance(key.data, Compile):
                         self._tried(key.data, key.fd)
                     elif ready & selectors.EVENT_READ:
@@ -138,13 +143,12 @@ class _Worker:
                         for message in key.data.add(_received(key.fileobj)):
                             self._take(message)
                 until = time.monotonic() + TOGETHER_SECONDS
-                while self._asked:
-                    owner, asks = self._asked.popitem(last=False)
+                while any(self._asked) and time.monotonic() < until:
+                    queue = self._asked[0] or self._asked[1]
+                    owner, asks = queue.popitem(last=False)
                     self._answer(asks.popleft())
                     if asks:
-                        self._asked[owner] = asks
-                    if time.monotonic() > until:
-                        break
+                        queue[owner] = asks
                 self._send()
         finally:
             for pid in self._trials.values():
@@ -152,7 +156,9 @@ class _Worker:
 
     def _take(self, message: Message) -> None:
         if isinstance(message, Ask):
-            self._asked.setdefault(message.owner, deque()).append(message)
+            text = self._texts.get(message.text)
+            is_slow = text is not None and text.spent > text.count * SLOW_SECONDS
+            self._asked[is_slow].setdefault(message.owner, deque()).append(message)
         elif isinstance(message, Forget):
             if text := self._texts.get(message.text):
                 text.rows.pop(message.row, None)
@@ -249,6 +255,8 @@ class _Worker:
         forced = _forced(text.rows[ask.row], mask) if mask else []
         seconds = time.thread_time() - began
         self._note(0, 0)
+        text.count += 1
+        text.spent += seconds
         if seconds > GROWS_SECONDS:
             before, self._resident = self._resident, _resident()
             text.memory += max(0, self._resident - before)
