@@ -17,7 +17,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections import Counter
-from collections.abc import Callable, ItemsView, Iterator, Mapping, Sequence
+from collections.abc import ItemsView, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import msgspec
@@ -41,6 +41,8 @@ _ALTERNATIVES = ("anyOf", "oneOf")
 _IN_PLACE = ("$ref", "allOf", *_ALTERNATIVES)
 """Keywords whose schemas apply to the same value as the schema that contains them."""
 _OF_ITEMS = ("items", "prefixItems", "additionalItems")
+_LAST = ("properties", "$ref")
+"""Keywords that are written last where several schemas apply to a value."""
 _KEEP_OPEN = frozenset(
     {"const", "enum", "not", "if", "then", "else", "propertyNames", "unevaluatedProperties"}
     | {"dependentRequired", "dependentSchemas", "dependencies", "$dynamicRef", "$recursiveRef"}
@@ -50,7 +52,6 @@ _MANY_FOR_ONE = frozenset(("patternProperties", "contains"))
 """Keywords that can describe a value that another keyword describes as well."""
 
 Schema = dict[str, Any]
-_Write = Callable[[Any, int], Any]
 
 
 class SchemaOptions(msgspec.Struct, frozen=True, kw_only=True):
@@ -124,6 +125,34 @@ def arguments_schema(parameters: Mapping[str, Any] | None) -> Mapping[str, Any]:
     return schema
 
 
+class _Part(NamedTuple):
+    """What a schema alone describes of a value that other schemas may describe as well."""
+
+    names: frozenset[str] = frozenset()
+    """Properties."""
+    items: bool = False
+    """The items."""
+    is_member: bool = False
+    """Whether it is one of several that apply to the value together."""
+
+    def of_property(self, name: str, nested: _Part) -> _Part:
+        """Return what the schema of a property describes of its value."""
+        return (_ALL if name in self.names else _NOTHING) if self.is_member else nested
+
+
+_ALL, _NOTHING = _Part(items=True), _Part()
+
+
+def _part_of(members: Sequence[Schema]) -> _Part:
+    """Return what each of the schemas that apply to a value together describes alone. A value that two of
+    them describe must satisfy both: closing one could forbid names of the other."""
+    if any(m.keys() & _MANY_FOR_ONE or isinstance(m.get("additionalProperties"), dict) for m in members):
+        return _Part(is_member=True)
+    declared = Counter(itertools.chain.from_iterable(_dict(member, "properties") for member in members))
+    once = frozenset(name for name, count in declared.items() if count == 1)
+    return _Part(once, sum(bool(member.keys() & set(_OF_ITEMS)) for member in members) == 1, is_member=True)
+
+
 class _Writer:
     """Rewrites one schema. Its references become references to definitions in the result."""
 
@@ -140,7 +169,7 @@ class _Writer:
         self.not_enforced: dict[str, None] = {}
 
     def write(self) -> Schema:
-        written = self._value(self._root, 0)
+        written = self._write(self._root, 0, _ALL)
         if written is True:
             written = {}
         if not isinstance(written, dict):
@@ -148,52 +177,84 @@ class _Writer:
         definitions: dict[str, Any] = {}
         while self._pending:
             reference, closed = self._pending.pop()
-            write = self._value if closed else self._open
-            definitions[self._definitions[reference, closed]] = write(self._references.target(reference), 0)
+            target = self._references.target(reference)
+            name = self._definitions[reference, closed]
+            definitions[name] = self._write(target, 0, _ALL if closed else _NOTHING)
         return {**written, "$defs": definitions} if definitions else written
 
-    # Three ways of writing a schema
-
-    def _value(self, schema: Any, depth: int) -> Any:
-        """Write, closed, a schema that alone describes a value."""
+    def _write(self, schema: Any, depth: int, part: _Part) -> Any:
+        """Write a schema and those within it; it describes ``part`` of a value alone. Objects that it alone
+        describes are closed. Requirements that cannot be enforced are left out."""
         if not self._begin(schema, depth):
             return schema
-        if self._options.open_objects:
-            return self._open(schema, depth)
+        part = _NOTHING if self._options.open_objects else part
         in_place = [keyword for keyword in _IN_PLACE if keyword in schema]
-        if not in_place:
-            return self._closed(schema, depth)
         others = schema.keys() - _ANNOTATIONS - {"type", "nullable"}
-        if others == {"$ref"}:
-            return self._copy(schema, depth, self._open, closed_reference=True)
-        if len(others) == 1 and (in_place != ["allOf"] or len(_list(schema, "allOf")) == 1):
-            return self._copy(schema, depth, self._value)
-        return self._closed_together(schema, depth)
+        members: list[Schema] = []
+        if part is _ALL and (len(in_place) > 1 or (in_place and len(others) > 1) or _has_several(schema)):
+            members = list(self._members(schema, depth, ()))
+            part = _part_of(members)
+        nested = _ALL if part.items and not schema.keys() & _MANY_FOR_ONE else _NOTHING
+        keys = list(schema)
+        if part.is_member:
+            keys = [*(key for key in keys if key not in _LAST), *(key for key in _LAST if key in schema)]
+        written: Schema = {}
+        for key in keys:
+            value = schema[key]
+            if key in _ANNOTATIONS:
+                continue
+            elif key == "$ref":
+                if part.is_member:
+                    target = self._write(self._references.target(value), depth + 1, part)
+                    written["allOf"] = [target, *written.get("allOf", ())]
+                else:
+                    written[key] = self._definition(value, closed=part is _ALL)
+            elif key in ("properties", "patternProperties"):
+                written[key] = {
+                    name: self._write(
+                        inner, depth + 1, part.of_property(name, nested) if key == "properties" else nested
+                    )
+                    for name, inner in self._named(schema, key)
+                }
+            elif key == "prefixItems" or (key == "items" and isinstance(value, list)):  # until 2019-09
+                written["prefixItems"] = [
+                    self._write(inner, depth + 1, nested) for inner in _list(schema, key)
+                ]
+            elif key == "additionalItems":
+                if isinstance(schema.get("items"), list):
+                    written["items"] = self._write(value, depth + 1, nested)
+            elif key in ("additionalProperties", "items"):
+                written[key] = self._write(value, depth + 1, nested)
+            elif key in ("allOf", *_ALTERNATIVES):
+                if key == "oneOf":
+                    self._check_one_of(_list(schema, key))
+                inners = [self._write(inner, depth + 1, part) for inner in _list(schema, key)]
+                self._add(written, "anyOf" if key == "oneOf" else key, inners)
+            elif key == "uniqueItems":
+                if value is not False:
+                    self._leave_out("uniqueItems")
+            elif key == "format" and isinstance(value, str) and value not in FORMATS:
+                if schema.get("type", "string") == "string":  # for numbers, a format only names their size
+                    self._leave_out(f"format {value[:40]!r}")
+            else:
+                self._budget.take_value({key: value})
+                written[key] = value
+        if members:
+            self._close_together(written, schema, members)
+        elif part is _ALL and not in_place:
+            self._close(written, schema)
+        return written
 
-    def _closed(self, schema: Schema, depth: int) -> Schema:
-        """Write a closed schema without in-place applicators."""
-        nested = self._open if schema.keys() & _MANY_FOR_ONE else self._value
-        written = self._copy(schema, depth, nested)
+    def _close(self, written: Schema, schema: Schema) -> None:
+        """Allow only the names that the schema declares."""
         if "properties" in schema and "additionalProperties" not in schema and _may_close(schema):
             names = [name for name in _names(schema) if name not in written["properties"]]
             self._budget.take_names(names)
             written["properties"].update(dict.fromkeys(names, True))
             written["additionalProperties"] = False
-        return written
 
-    def _closed_together(self, schema: Schema, depth: int) -> Schema:
-        """Write a schema that applies to a value together with others: only the names that any of them
-        declares are allowed."""
-        members = list(self._members(schema, depth, ()))
-        declared = Counter(itertools.chain.from_iterable(_dict(m, "properties") for m in members))
-        many = any(
-            member.keys() & _MANY_FOR_ONE or isinstance(member.get("additionalProperties"), dict)
-            for member in members
-        )
-        # A value that two of them describe must satisfy both: closing one could forbid names of the other.
-        once = frozenset() if many else frozenset(name for name, count in declared.items() if count == 1)
-        one_has_items = not many and sum(bool(member.keys() & set(_OF_ITEMS)) for member in members) == 1
-        written: Schema = self._member(schema, depth, once, one_has_items)
+    def _close_together(self, written: Schema, schema: Schema, members: list[Schema]) -> None:
+        """Allow only the names that any of the schemas declares which apply to the value together."""
         names = dict.fromkeys(itertools.chain.from_iterable(map(_names, members)), True)
         if self._declares(schema) and all(
             member.get("additionalProperties", False) is False and _may_close(member, len(names))
@@ -205,81 +266,6 @@ class _Writer:
             if allowed := dict.fromkeys(patterns, True):
                 closing["patternProperties"] = allowed
             written["allOf"] = [*written.get("allOf", ()), closing]
-        return written
-
-    def _member(self, schema: Any, depth: int, once: frozenset[str], items: bool) -> Any:
-        """Write one of the schemas that apply to a value together. It alone describes values of the names in
-        ``once``, and the items if ``items``."""
-        if not self._begin(schema, depth):
-            return schema
-
-        def member(inner: Any, depth: int) -> Any:
-            return self._member(inner, depth, once, items)
-
-        written = self._copy(
-            {key: value for key, value in schema.items() if key not in ("$ref", "properties")},
-            depth,
-            self._value if items else self._open,
-            in_place=member,
-        )
-        if "properties" in schema:
-            written["properties"] = {
-                name: (self._value if name in once else self._open)(inner, depth + 1)
-                for name, inner in self._named(schema, "properties")
-            }
-        if "$ref" in schema:
-            target = member(self._references.target(schema["$ref"]), depth + 1)
-            written["allOf"] = [target, *written.get("allOf", ())]
-        return written
-
-    def _open(self, schema: Any, depth: int) -> Any:
-        """Return the schema unchanged."""
-        if not self._begin(schema, depth):
-            return schema
-        return self._copy(schema, depth, self._open)
-
-    def _copy(
-        self,
-        schema: Schema,
-        depth: int,
-        nested: _Write,
-        *,
-        in_place: _Write | None = None,
-        closed_reference: bool = False,
-    ) -> Schema:
-        """Copy the schema. Schemas within it are written by ``nested``, or by ``in_place`` if they apply to
-        the same value. Requirements that cannot be enforced are left out."""
-        in_place = in_place or nested
-        written: Schema = {}
-        for key, value in schema.items():
-            if key in _ANNOTATIONS:
-                continue
-            elif key == "$ref":
-                written[key] = self._definition(value, closed_reference)
-            elif key in ("properties", "patternProperties"):
-                written[key] = {n: nested(inner, depth + 1) for n, inner in self._named(schema, key)}
-            elif key == "prefixItems" or (key == "items" and isinstance(value, list)):  # until 2019-09
-                written["prefixItems"] = [nested(inner, depth + 1) for inner in _list(schema, key)]
-            elif key == "additionalItems":
-                if isinstance(schema.get("items"), list):
-                    written["items"] = nested(value, depth + 1)
-            elif key in ("additionalProperties", "items"):
-                written[key] = nested(value, depth + 1)
-            elif key in ("allOf", *_ALTERNATIVES):
-                if key == "oneOf":
-                    self._check_one_of(_list(schema, key))
-                inners = [in_place(inner, depth + 1) for inner in _list(schema, key)]
-                self._add(written, "anyOf" if key == "oneOf" else key, inners)
-            elif key == "uniqueItems":
-                if value is not False:
-                    self._leave_out("uniqueItems")
-            elif key == "format" and isinstance(value, str) and value not in FORMATS:
-                if schema.get("type", "string") == "string":  # for numbers, a format only names their size
-                    self._leave_out(f"format {value[:40]!r}")
-            else:
-                self._budget.take_value({key: value})
-                written[key] = value
-        return written
 
     @staticmethod
     def _add(written: Schema, key: str, inners: list[Any]) -> None:
@@ -329,7 +315,7 @@ class _Writer:
             or ("$ref" in schema and self._declares(self._references.target(schema["$ref"])))
         )
 
-    def _definition(self, reference: str, closed: bool) -> str:
+    def _definition(self, reference: str, *, closed: bool) -> str:
         self._references.target(reference)
         name = self._definitions.get((reference, closed))
         if name is None:
@@ -367,6 +353,11 @@ class _Writer:
         if not self._options.lenient:
             raise RequestInvalid(f"the schema's {what}: {why}")
         self.not_enforced[what] = None
+
+
+def _has_several(schema: Schema) -> bool:
+    """Whether the schema is an ``allOf`` of several."""
+    return "allOf" in schema and len(_list(schema, "allOf")) > 1
 
 
 def _may_close(schema: Schema, declared: int | None = None) -> bool:
