@@ -43,7 +43,8 @@ STACK = 64 * 2**20
 OVERHEAD = STACK + 64 * 2**20
 """Bytes of address space that any thread takes: its stack and its malloc arena."""
 SLOW_SECONDS = 0.005
-"""A text whose masks take longer than this on average is a slow one."""
+SLOW_MASKS = 4
+"""A text whose masks take longer than this on average, over at least this many, is a slow one."""
 MAX_FORCED = 31
 """Maximum forced tokens in an answer. A step computes all of them, while other requests' tokens wait."""
 FORCING_SECONDS = 0.003
@@ -102,6 +103,9 @@ class _Text:
         self.count = 0
         self.spent = 0.0
         """Seconds of all masks."""
+        self.is_slow = False
+        """Whether its masks have taken long on average; this does not change again, so that no ask of a row
+        is answered before an earlier one."""
 
 
 class _Worker:
@@ -157,7 +161,7 @@ class _Worker:
     def _take(self, message: Message) -> None:
         if isinstance(message, Ask):
             text = self._texts.get(message.text)
-            is_slow = text is not None and text.spent > text.count * SLOW_SECONDS
+            is_slow = text is not None and text.is_slow
             self._asked[is_slow].setdefault(message.owner, deque()).append(message)
         elif isinstance(message, Forget):
             if text := self._texts.get(message.text):
@@ -257,6 +261,7 @@ class _Worker:
         self._note(0, 0)
         text.count += 1
         text.spent += seconds
+        text.is_slow = text.is_slow or text.spent > max(text.count, SLOW_MASKS) * SLOW_SECONDS
         if seconds > GROWS_SECONDS:
             before, self._resident = self._resident, _resident()
             text.memory += max(0, self._resident - before)
