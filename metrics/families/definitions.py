@@ -409,9 +409,7 @@ GRAMMAR_COMPILE = Definition(
     (),
     REQUEST_SECONDS,
 )
-GRAMMARS_KEPT = Definition(
-    "aioengine_grammars_kept", "gauge", "Compiled grammars that are kept."
-)
+GRAMMARS_KEPT = Definition("aioengine_grammars_kept", "gauge", "Compiled grammars that are kept.")
 LOG_DROPPED = Definition(
     "aioengine_log_dropped",
     "counter",
