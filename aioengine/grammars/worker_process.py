@@ -119,7 +119,8 @@ class WorkerProcess:
         """Have a text compiled. None if the worker has ended meanwhile."""
         if not self.alive:
             return None
-        done = self._compiles[order.number] = asyncio.get_running_loop().create_future()
+        done: asyncio.Future[Compiled | None] = asyncio.get_running_loop().create_future()
+        self._compiles[order.number] = done
         self._writer.write(frame(order))
         try:
             return await done
