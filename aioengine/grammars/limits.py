@@ -13,6 +13,10 @@ from aioengine.errors import RequestInvalid
 
 MiB = 2**20
 
+QUICK_NICE = 5
+LONG_NICE = 10
+"""Nice value of compiles, so that the model's threads go first."""
+
 MAX_DEPTH = 64
 """Maximum nesting of a JSON schema. References do not count, because each target is written once, at the
 top."""

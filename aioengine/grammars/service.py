@@ -11,15 +11,12 @@ from collections.abc import AsyncIterator, Callable, Iterable
 from itertools import count
 
 from aioengine.errors import AioEngineError, EngineOverloaded, EngineStopped, RequestInvalid
-from aioengine.grammars.limits import GrammarLimits, MiB, check_characters
+from aioengine.grammars.limits import LONG_NICE, QUICK_NICE, GrammarLimits, MiB, check_characters
 from aioengine.grammars.matching import Grammar, GrammarConstraint, largest_of_most
 from aioengine.grammars.wire import Compile
 from aioengine.grammars.worker_process import Tokens, WorkerProcess
 from aioengine.runtime.tasks import end_tasks
 
-QUICK_NICE = 5
-LONG_NICE = 10
-"""Nice value of compiles, so that the model's threads go first."""
 MEMORY_SECONDS = 0.5
 """Seconds between two looks at the memory of all grammars."""
 MAX_ENDS = 2

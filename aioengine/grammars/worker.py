@@ -24,6 +24,7 @@ from contextlib import suppress
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 from llguidance._tokenizer import TokenizerWrapper
 
+from aioengine.grammars.limits import QUICK_NICE
 from aioengine.grammars.wire import (
     NUMBER,
     Ask,
@@ -48,7 +49,7 @@ SLOW_MASKS = 4
 MAX_FORCED = 31
 """Maximum forced tokens in an answer. A step computes all of them, while other requests' tokens wait."""
 FORCING_SECONDS = 0.003
-"""Processor time in which forced tokens are looked for."""
+"""Processor time in which forced tokens are looked for, by all masks that are asked for at a time."""
 TOGETHER_SECONDS = 0.0005
 """Answers that are computed within this time are sent together."""
 GROWS_SECONDS = 0.0005
@@ -229,7 +230,8 @@ class _Worker:
 
     def _compile(self, order: Compile, memory: int) -> None:
         """Compile a text that has passed its trial; in a thread."""
-        if sys.platform == "linux":
+        # A short one is no nicer: for moments it holds the interpreter, for which masks would wait.
+        if sys.platform == "linux" and order.nice > QUICK_NICE:
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), order.nice)
         self._note(1, order.number)
         matcher = LLMatcher(self._tokenizer, order.text, log_level=0, limits=LIMITS)
@@ -256,7 +258,8 @@ class _Worker:
         self._note(0, ask.text)
         began = time.thread_time()
         mask, why = self._mask(text, ask)
-        forced = _forced(text.rows[ask.row], mask) if mask else []
+        waiting = sum(map(len, self._asked[0].values()))
+        forced = _forced(text.rows[ask.row], mask, FORCING_SECONDS / (1 + waiting)) if mask else []
         seconds = time.thread_time() - began
         self._note(0, 0)
         text.count += 1
@@ -285,15 +288,15 @@ class _Worker:
         return b"", _reason(matcher)
 
 
-def _forced(matcher: LLMatcher, mask: bytes) -> list[int]:
+def _forced(matcher: LLMatcher, mask: bytes, seconds: float) -> list[int]:
     """Return the tokens that must follow the only one that ``mask`` allows; none if it allows several.
 
     The parser tells which tokens forced text will be. Each is checked against the mask at its place, so that
     taking it is what sampling would have done. Masks of long constants take milliseconds, and a step waits
-    for this answer, so after ``FORCING_SECONDS`` no more are looked for.
+    for this answer, so after ``seconds`` of processor time no more are looked for.
     """
     forced: list[int] = []
-    until = time.thread_time() + FORCING_SECONDS
+    until = time.thread_time() + seconds
     token = _only(mask)
     if token is None or len(tokens := matcher.compute_ff_tokens()) < 2 or tokens[0] != token:
         return forced
