@@ -177,6 +177,79 @@ def test_attention_has_the_same_bits_in_any_chunks(heads: int, kv: int, d: int) 
     assert torch.equal(near, attend("stand_in", [0, 74]))
 
 
+class Where(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_int64) for name in ("a", "a_rank", "b", "b_rank", "affine", "scale")]
+
+
+class Slots(ctypes.Structure):
+    _fields_ = [
+        ("memory", ctypes.c_void_p),
+        ("table", ctypes.POINTER(Where)),
+        *((name, ctypes.c_int64) for name in ("places", "int8", "turned")),
+    ]
+
+
+class Segment(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_int32) for name in ("slot", "begin", "end", "rank")),
+        ("weight", ctypes.c_float),
+    ]
+
+
+class Slice(ctypes.Structure):
+    _fields_ = [("out", ctypes.c_int64), ("offset", ctypes.c_int64)]
+
+
+def adapted(
+    level: str, x: Tensor, y: Tensor, a: Tensor, b: Tensor, segments: list[tuple[int, int, int]]
+) -> tuple[Tensor, Tensor]:
+    """A x, and y + B A x, for adapters [slot, rank, k] and [slot, out, rank] of rows begin..end-1."""
+    library, (count, rank, k), out = shared_library.load(level), a.shape, b.shape[1]
+    memory = torch.cat([a.reshape(count, -1), b.reshape(count, -1)], dim=1).flatten()
+    each = (k + out) * rank
+    table = (Where * count)(*(Where(i * each, rank, i * each + k * rank, rank, -1, -1) for i in range(count)))
+    matrices = torch.tensor([[row.b, out, rank] for row in table])
+    library.aio_turn(memory.data_ptr(), 2, matrices.data_ptr(), count)
+    slots = ctypes.byref(Slots(memory.data_ptr(), table, 1, 0, 1))
+    made = (Segment * len(segments))(*(Segment(*segment, rank, 1.0) for segment in segments))
+    h, y = torch.full((len(x), rank + 16), torch.nan, dtype=BF16), y.clone()
+    library.aio_lora_shrink(
+        *(1, x.data_ptr(), k, slots, 0, h.data_ptr(), k, 1, rank + 16, made, len(made), THREADS),
+    )
+    slice_ = (Slice * 1)(Slice(out, 0))
+    library.aio_lora_expand(
+        *(1, h.data_ptr(), slots, 0, slice_, 1, rank + 16, y.data_ptr(), out, made, len(made), THREADS),
+    )
+    return h, y
+
+
+@pytest.mark.parametrize("rank", [4, 16, 24, 48])
+def test_adapters_have_the_same_bits_in_any_company(rank: int) -> None:
+    rows, k, out = 70, 64, 48
+    x, y = random(rows, k), random(rows, out, seed=1)
+    a, b = random(3, rank, k, seed=2) / 8, random(3, out, rank, seed=3) / 8
+    segments = [(0, 1, 2), (2, 2, 20), (1, 24, 70)]
+    h, found = adapted("stand_in", x, y, a, b, segments)
+    if "amx" in build.levels():
+        on_cpu = adapted("amx", x, y, a, b, segments)
+        for slot, begin, end in segments:
+            near = h[begin:end], found[begin:end]
+            for mine, other in zip(near, (part[begin:end] for part in on_cpu), strict=True):
+                assert (
+                    torch.equal(mine, other) if rank % 16 == 0 else mine.allclose(other, rtol=0.02, atol=0.05)
+                )
+    for slot, begin, end in segments:
+        product = x[begin:end].float() @ a[slot].float().T
+        torch.testing.assert_close(h[begin:end, :rank].float(), product, rtol=1e-2, atol=1e-2)
+        assert h[begin:end, rank:].count_nonzero() == 0
+        expected = y[begin:end].float() + product @ b[slot].float().T
+        torch.testing.assert_close(found[begin:end].float(), expected, rtol=2e-2, atol=5e-2)
+        for row in (begin, end - 1):
+            alone = adapted("stand_in", x[row : row + 1], y[row : row + 1], a, b, [(slot, 0, 1)])
+            assert torch.equal(alone[0][0], h[row]) and torch.equal(alone[1][0], found[row])
+    assert torch.equal(found[20:24], y[20:24])
+
+
 PROGRAM = """
 import ctypes, os, sys, threading
 from aioengine.kernels.cpu import build

@@ -296,7 +296,9 @@ __attribute__((noinline)) void attend(const Attention& a, const Task& task, cons
   [[maybe_unused]] const bool tiled = in_tiles<T>(a), two = rows > LANES;
   const int each = tiled ? 1 : a.int8 ? Steps<Int16>::COUNT : Steps<T>::COUNT;  // words of a lane
   float scale[MAX_ROWS], factor[MAX_ROWS];
+  long position_of[MAX_ROWS];
   for (long r = 0; r < rows; r++) {
+    position_of[r] = first_position + r / group;
     const long token = span[0] + task.token + r / group, head = head_begin + r % group;
     const elem* from = (const elem*)a.q + token * a.q_stride + head * a.head_dim;
     scale[r] = CAPPED ? a.scale : a.scale * LOG2_E;
@@ -352,7 +354,7 @@ __attribute__((noinline)) void attend(const Attention& a, const Task& task, cons
     }
     for (long r = 0; r < rows; r++) {
       float* s = scratch.scores + r * KEYS;
-      const long position = first_position + r / group;
+      const long position = position_of[r];
       const long from = a.window > 0 ? position - a.window + 1 : 0;
       rf score[REGISTERS_OF_KEYS], top = rf{} + NONE;
       const bool masked = at + KEYS - 1 > position || at < from;
