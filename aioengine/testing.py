@@ -17,6 +17,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, TypeVar
 
+import msgspec
+
 from aioengine import events
 from aioengine.core import CopyMove, Core, CoreLimits, DropMove, LoadMove, StopMove
 from aioengine.core.state import AdapterEntry, Owner, Request
@@ -95,6 +97,7 @@ class Sim:
         strict: Whether a policy that raises fails the test. If not, the core's safe policy decides in its
             place, as in an engine.
         memory: Makes a stand-in for the device's memory.
+        repeats: Whether the device may take several steps of a batch at once.
     """
 
     def __init__(
@@ -105,10 +108,11 @@ class Sim:
         *,
         strict: bool = True,
         memory: Callable[[CoreLimits], Memory] | None = None,
+        repeats: bool = False,
     ) -> None:
         self.next_token = next_token
         self.strict = strict
-        self.core = Core(limits, policy or FCFS())
+        self.core = Core(limits, policy or FCFS(), repeats=repeats)
         self.now = 0.0
         self.loads: list[AdapterEntry] = []
         self.copies: list[tuple[AdapterEntry, int]] = []
@@ -168,6 +172,7 @@ class Sim:
         deadline: float | None = None,
         constrained: bool = False,
         scale: float = 1.0,
+        logprobs: int | None = None,
         **options: Any,
     ) -> Request:
         """Add a request. ``options`` are fields of ``RequestOptions``: tenant, priority, ..."""
@@ -179,7 +184,9 @@ class Sim:
         return self.core.add_request(
             f"r{self.count}",
             prompt,
-            SamplingParams(max_tokens=max_tokens, constraint=Free() if constrained else None),
+            SamplingParams(
+                max_tokens=max_tokens, constraint=Free() if constrained else None, logprobs=logprobs
+            ),
             RequestOptions(**options),
             self.now,
             adapter=entry,
@@ -209,17 +216,35 @@ class Sim:
         self._read = [slot.entry for slot in self.core.slots.slots]
         return self.batch
 
-    def finish_step(self, seconds: float = 0.01) -> None:
-        """Give the core the tokens of the step in flight."""
+    def finish_step(self, seconds: float = 0.01, *, steps: int = 1) -> None:
+        """Give the core the tokens of the step in flight, which ends now. With ``repeats``, up to ``steps``
+        follow it as far as its batch allows, ``seconds`` each."""
         batch, self.batch = self.batch, None
         assert batch is not None
         if self.memory is not None:
             self.memory.execute(batch, self._read)
-        rows = [self._sample(work) if work.sample else () for work in batch.sequences]
-        self.intervals = self.core.step_finished(batch, StepResult.of(rows, seconds), self.now)[0]
+        rows = [self.sample(work) if work.sample else [] for work in batch.sequences]
+        ends = [self.now]
+        while len(ends) < min(steps, batch.steps) and self.now < batch.until and not self._ends(batch, rows):
+            for work, row in zip(batch.sequences, rows, strict=True):
+                history = [*work.history, *(one.token for one in row)]
+                row += self.sample(msgspec.structs.replace(work, history=history))
+            self.now += seconds
+            ends.append(self.now)
+        result = StepResult.of(rows)._replace(seconds=[seconds] * len(ends), ends=ends)
+        self.intervals = self.core.step_finished(batch, result, self.now)[0]
         self.take_events()
 
-    def _sample(self, work: SequenceWork) -> list[Sampled]:
+    def _ends(self, batch: StepBatch, rows: list[list[Sampled]]) -> bool:
+        """Whether one of the sequences has got a token that ends it."""
+        eos = self.core.limits.eos_token_ids
+        return any(
+            row[-1].token in (*eos, *work.params.stop_token_ids)
+            for work, row in zip(batch.sequences, rows, strict=True)
+            if row
+        )
+
+    def sample(self, work: SequenceWork) -> list[Sampled]:
         """Return the next tokens of a sequence: one, and one for each of its draft that was right."""
         history = list(work.history)
         found = [Sampled(self.next_token(history))]

@@ -108,8 +108,8 @@ class StepResults:
             time = now if len(ends) == 1 else ends[len(new) - 1]
             last, request.last_token = request.last_token, time
             if last is None:
-                request.first_token = time
-                self._note_first(request, time)
+                request.first_token = ends[0]
+                self._note_first(request, ends[0])
             if before is not None:
                 before.append((request.adapter, last, len(new)))
             if last is not None or len(new) > 1:
