@@ -39,13 +39,14 @@ DEFAULT_PARTS = {"order": "fcfs", "replace": "lru", "prefetch": "lookahead", "pr
 _POLICY, _PART = "aioengine.schedulers.policies", "aioengine.schedulers.parts"
 _POLICIES = {
     "fcfs": f"{_POLICY}.fcfs:FCFS",
+    "fair": f"{_POLICY}.fair:Fair",
     "chameleon": f"{_POLICY}.chameleon:Chameleon",
     "oracle": f"{_POLICY}.oracle:Oracle",
     "admission": f"{_POLICY}.admission:Admission",
 }
 _PARTS: dict[str, dict[str, str]] = {
     "order": {
-        "fcfs": f"{_POLICY}.fcfs:FairArrival",
+        "fcfs": f"{_PART}.arrival:Arrival",
         "vllm": f"{_POLICY}.other_engines:VLLMOrder",
         "slora": f"{_POLICY}.slora:SLoRA",
         "vtc": f"{_POLICY}.vtc:VTC",

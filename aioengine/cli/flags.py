@@ -59,7 +59,7 @@ class EngineFlags:
     kv_cache_memory: str | None = None
     """Bytes, or text such as 2GiB; by default room for max_num_seqs requests."""
     policy: str | None = None
-    """Scheduler policy (fcfs); aioengine policies lists them."""
+    """Scheduler policy (serve: fair; else fcfs); aioengine policies lists them."""
     seed: int | None = None
     """Seed for requests that have none (0; of serve: a random one)."""
 

@@ -17,7 +17,7 @@ from cyclopts import Group, Parameter
 
 from aioengine.cli.background_stderr import BackgroundFile, background_stderr
 from aioengine.cli.common import CommonFlags
-from aioengine.cli.config.reload import Reloader, bounded
+from aioengine.cli.config.reload import Reloader, server_config
 from aioengine.cli.config.sources import Unknown
 from aioengine.cli.flags import EngineFlags, check_folders, in_flags
 from aioengine.cli.fleet.flags import FleetFlags
@@ -220,7 +220,7 @@ def check_all(flags: ServerFlags, engine_flags: EngineFlags, fleet: FleetFlags) 
         if not seconds >= 0:
             raise ConfigError(f"--{flag} {seconds}: must be 0 or more")
     settings = msgspec.structs.replace(flags.settings(), seed=engine_flags.settings()[0].get("seed"))
-    config = bounded(engine_flags.engine_config())
+    config = server_config(engine_flags)
     adapters = engine_flags.adapters()
     check_folders(adapters)
     for name in settings.served_model_names or (config.model_name,):

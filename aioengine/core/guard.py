@@ -123,7 +123,7 @@ class PolicyGuard:
         self._ask_again: float | None = None
         """``ask_again`` of the decision that is being carried out."""
         self._named: set[str] = set()
-        """Requests that this decision preempts or rejects."""
+        """Requests that this decision preempts or rejects, and adapters that it lets leave their slots."""
         self._quiet_until = -math.inf
         self._quiet_since = -1
         """Value of ``changes`` after the last decision that was carried out whole and named a time."""
@@ -158,6 +158,7 @@ class PolicyGuard:
         resolved = _NOTHING if decision is _EMPTY else self._resolve(decision)
         self._named = {request.id for request in resolved.preempt}
         self._named.update(request.id for request, _ in resolved.reject)
+        self._named.update(entry.name for entry in (*resolved.evict, *resolved.discard))
         return resolved
 
     def carried_out(self, decision: Resolved, changes: int) -> None:
@@ -247,7 +248,10 @@ class PolicyGuard:
         """Whether the event, which comes while a decision is carried out, is an effect of this decision."""
         if event.kind in ("request_preempted", "request_finished"):
             return event.request is not None and event.request.request_id in self._named
-        return event.kind in ("request_admitted", "adapter_evicted", "adapter_dropped")
+        if event.kind == "adapter_dropped":  # from the CPU cache, for an adapter that is to be read
+            entry = self._adapters.get(event.adapter or "")
+            return entry is None or not entry.waiting
+        return event.kind == "request_admitted" or event.adapter in self._named
 
     def _in_its_place(self) -> SchedulerPolicy:
         if self._safe is None:

@@ -153,6 +153,7 @@ class FleetConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
             refuse_unknown_fields(tables["server"], source)
             fleet["server"] = dict(tables["server"])
             fleet.setdefault("otlp_endpoint", tables["server"].get("otlp_endpoint"))
+        engine.setdefault("policy", "fair")  # as with ``aioengine serve``
         built = EngineConfig.from_dict(engine, source=source)
         return cls.from_table(built, tables["adapters"], fleet, source=source)
 

@@ -141,7 +141,7 @@ def vtc(
     for twice as much as the other, and both for more than the engine can serve.
     """
     sequences, prompt, output = 16, 256, 128
-    policies = {"fcfs:fair=false": "fcfs:fair=false", "vtc": "vtc:input_weight=1,output_weight=1"}
+    policies = {"fcfs": "fcfs", "vtc": "vtc:input_weight=1,output_weight=1"}
     bound = 2 * max(prompt, sequences * (prompt + output))
     for adapters, slots in ((4, 4), (40, 40), (40, 4))[:settings]:
         workload = {

@@ -15,7 +15,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from heapq import nsmallest
 from itertools import chain
-from typing import Any, Literal
+from typing import Any
 
 from aioengine.schedulers.policy import (
     AdapterView,
@@ -59,19 +59,9 @@ class Ordering(Part):
     """A closed slot admits requests that generate at most this many times the remaining tokens of its longest
     running request. Above 1 the slot can be kept busy for ever."""
 
-    sharing: Literal["none", "one", "equal"] = "none"
-    """Guarantee for each of several tenants. "none": nothing. "one": one sequence and one slot, for which
-    other tenants' requests are preempted. "equal": equal shares of both, which take precedence over the
-    ordering."""
-
-    by_events: bool = False
-    """Whether the order changes only with events, and not with time or with running requests' tokens. Each
-    class must declare it itself; it is not inherited."""
-
-    by_oldest: bool = False
-    """Whether cold adapters come in the order of their oldest requests' arrivals, and all requests for
-    adapters in slots are admitted while there is room. Each class must declare it itself; it is not
-    inherited."""
+    ages: bool = True
+    """Whether cold adapters that have been waited for ``take_after`` seconds go before all others, the oldest
+    first. Set it to False only if the order of ``cold`` lets none starve."""
 
     default_prefetch: str = "lookahead"
     """The prefetch for this ordering if none is named."""
@@ -88,11 +78,6 @@ class Ordering(Part):
     def adapter_key(self, view: SchedulerView, name: str) -> Any:
         """Return the key of the first of an adapter's waiting requests."""
         return min((self.key(r, view), r.arrival) for r in view.waiting_for(name))
-
-    def may_go_first(self, request: RequestView) -> bool:
-        """Whether a request may go before all others if its tenant has no running request; for ``sharing``
-        "one"."""
-        return True
 
     def cold(self, view: SchedulerView) -> Iterator[str]:
         """Yield adapters that requests wait for and that no slot holds, in the order to bring them in."""
@@ -121,30 +106,28 @@ class Prefetch(Part):
     """Chooses the adapters to bring from disk to the CPU. A cold adapter is read in any case as soon as there
     is an idle slot that it could have."""
 
-    by_events: bool = False
-    """As for an ordering."""
-    by_oldest: bool = False
-    """Whether nothing but the order of ``cold`` determines the adapters, so that there are none if no request
-    waits. Each class must declare it itself; it is not inherited."""
-
     @abstractmethod
     def choose(self, view: SchedulerView, cold: Iterator[str]) -> Sequence[str]:
         """Return at most ``view.load_room`` names. ``cold`` yields the adapters that requests wait for and
         that no slot holds, the most urgent first; it is lazy, so take no more than needed."""
 
+    def ask_again(self, view: SchedulerView) -> float | None:
+        """Return the time until which ``choose`` has nothing to add unless there is an event, as in
+        ``Decision.ask_again``; by default None: ask before every step."""
+        return None
+
 
 class Preemption(Part):
     """Chooses requests to preempt, beyond those that the core preempts for lack of KV blocks."""
 
-    by_events: bool = False
-    """As for an ordering."""
-    by_oldest: bool = False
-    """Whether a request is preempted only for a waiting adapter's oldest request. Each class must declare it
-    itself; it is not inherited."""
-
     @abstractmethod
     def choose(self, view: SchedulerView) -> Sequence[str]:
         """Return the ids of the requests to preempt."""
+
+    def ask_again(self, view: SchedulerView) -> float | None:
+        """Return the time until which ``choose`` has nothing to add unless there is an event, as in
+        ``Decision.ask_again``; by default None: ask before every step."""
+        return None
 
 
 def is_cold(view: SchedulerView, name: str) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from math import inf
 
 from aioengine.schedulers.parts.base import Preemption, Prefetch, Replacement
 from aioengine.schedulers.policy import AdapterView, SchedulerView, SlotState, SlotView
@@ -11,19 +12,21 @@ from aioengine.schedulers.policy import AdapterView, SchedulerView, SlotState, S
 class NoPrefetch(Prefetch):
     """Reads an adapter only when a slot is available."""
 
-    by_events = by_oldest = True
-
     def choose(self, view: SchedulerView, cold: Iterator[str]) -> Sequence[str]:
         return ()
+
+    def ask_again(self, view: SchedulerView) -> float | None:
+        return inf
 
 
 class NoPreemption(Preemption):
     """Lets every running request finish."""
 
-    by_events = by_oldest = True
-
     def choose(self, view: SchedulerView) -> Sequence[str]:
         return ()
+
+    def ask_again(self, view: SchedulerView) -> float | None:
+        return inf
 
 
 class Discard(Replacement):

@@ -25,8 +25,6 @@ class Popular(Lookahead):
         half_life: Seconds after which a request counts half; 0: it counts in full for ever.
     """
 
-    by_events = by_oldest = False
-
     source = "popularity with exponential decay, as in caching of web objects"
 
     def __init__(self, k: int = 8, top: int = 64, half_life: float = 600.0) -> None:

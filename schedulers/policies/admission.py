@@ -24,16 +24,16 @@ class Admission(FCFS):
 
     Args:
         margin: Factor on the estimates: more than 1 rejects more requests, less than 1 fewer.
-        max_wait, fair: As for ``fcfs``.
+        max_wait: As for ``fcfs``.
     """
 
     source = "aioengine's own, after Qin et al. 2025, Mooncake (FAST'25): early rejection by predicted load"
     starvation_bound = "as fcfs, or until it is rejected"
 
-    def __init__(self, margin: float = 1.0, max_wait: float = 1.0, fair: bool = True) -> None:
+    def __init__(self, margin: float = 1.0, max_wait: float = 1.0) -> None:
         if not margin > 0:
             raise ValueError(f"margin={margin}: must be > 0")
-        super().__init__(max_wait=max_wait, fair=fair)
+        super().__init__(max_wait)
         self.margin = margin
 
     def schedule(self, view: SchedulerView) -> Decision:

@@ -3,26 +3,21 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Sequence
-from heapq import merge
-from itertools import accumulate, islice, pairwise, takewhile
+from itertools import accumulate, islice, pairwise
 from typing import NamedTuple
 
 from aioengine.schedulers.checks import at_least
+from aioengine.schedulers.parts.arrival import Arrival
 from aioengine.schedulers.parts.base import Replacement
-from aioengine.schedulers.parts.compose import SLOT_BOUND, Composed
-from aioengine.schedulers.parts.lazy_merge import arrival
+from aioengine.schedulers.parts.compose import Composed
 from aioengine.schedulers.parts.lfu import DecayedCounts
 from aioengine.schedulers.parts.lookahead import Lookahead
 from aioengine.schedulers.parts.none import NoPreemption
-from aioengine.schedulers.parts.waiting_index import WaitingIndex
-from aioengine.schedulers.policies.fcfs import Arrival
+from aioengine.schedulers.policies.fcfs import SLOT_BOUND, by_arrival
 from aioengine.schedulers.policy import AdapterView, PolicyEvent, RequestView, SchedulerView, SlotView
 
-LINED_UP = 32
-"""How many requests more than it may admit one decision puts into lanes: new ones, and those that wait while
-the borders move."""
 FIRST_CLUSTERING = 16
 """Requests seen before the lanes are formed for the first time; until then there is one. They are formed
 again after as many more, then after twice as many, and so on up to ``refresh``."""
@@ -51,12 +46,11 @@ class ChameleonOrder(Arrival):
     Args:
         queues: Maximum number of lanes.
         refresh: Requests between two clusterings.
-        window: Recent requests that are clustered.
+        window: Recent requests that are clustered, and waiting requests that a decision looks at, the oldest
+            first.
         age: Seconds for which a request may be delayed in favour of later ones.
         input_weight, output_weight: The 0.4 and 0.6 above.
     """
-
-    by_events = by_oldest = False
 
     source = (
         "Iliakopoulou et al. 2024, Chameleon: Adaptive Caching and Scheduling for Many-Adapter LLM Inference"
@@ -76,6 +70,7 @@ class ChameleonOrder(Arrival):
         at_least(0, age=age, input_weight=input_weight, output_weight=output_weight)
         self.queues = queues
         self.refresh = refresh
+        self.window = window
         self.age = age
         self.input_weight = input_weight
         self.output_weight = output_weight
@@ -86,33 +81,18 @@ class ChameleonOrder(Arrival):
         self._recent: deque[tuple[int, int, str | None]] = deque(maxlen=window)
         self._period = self._until_refresh = min(refresh, FIRST_CLUSTERING)
         self._largest = _Largest(1, 1, 1, 1)
-        self._lanes = self._empty_lanes()
-        """The waiting requests of each lane, in order of arrival."""
         self._lane_of: dict[str, int] = {}
-        """Lanes of the requests that wait or run."""
-        self._new: OrderedDict[str, RequestView] = OrderedDict()
-        """Waiting requests that are in no lane yet."""
-        self._old: deque[str] = deque()
-        """Requests whose lanes are those of before the last clustering, the oldest first."""
+        """Lanes of the requests that wait or run, since the last clustering."""
 
     def on_event(self, event: PolicyEvent) -> None:
         request = event.request
         if request is None:
-            if event.kind == "adapter_retired":
-                for lane in self._lanes:
-                    lane.rename(event.was, event.adapter)
             return
-        request_id = request.request_id
         if event.kind == "request_added":
             self._recent.append((request.prompt_tokens, request.expected_tokens, request.adapter))
             self._until_refresh -= 1
-        if event.kind in ("request_added", "request_preempted"):
-            self._new[request_id] = request
-            return
-        if self._new.pop(request_id, None) is None and request_id in self._lane_of:
-            self._lanes[self._lane_of[request_id]].remove(request_id)
-        if event.kind == "request_finished":
-            self._lane_of.pop(request_id, None)
+        elif event.kind == "request_finished":
+            self._lane_of.pop(request.request_id, None)
 
     def size(self, view: SchedulerView, tokens_in: int, tokens_out: int, adapter: str | None) -> float:
         """Return the weighted request size."""
@@ -129,63 +109,30 @@ class ChameleonOrder(Arrival):
         return lane
 
     def admit(self, view: SchedulerView, names: Sequence[str | None], limit: int) -> Sequence[RequestView]:
-        self._sync(view)
         if self._until_refresh <= 0:
             self._cluster(view)
-        self._line_up(view, LINED_UP + limit)
         running = view.running
         free = shares(self.load, len(running) + view.free_seqs)
-        free += [0] * (self.queues - len(free))
         for request in running:
             free[self.lane(view, request)] -= 1
-        able = frozenset(names)
-        lanes = [list(islice(lane.in_order(able), limit)) for lane in self._lanes]
         due = view.now - self.age
-        admit = list(islice(takewhile(lambda r: r.arrival <= due, merge(*lanes, key=arrival)), limit))
+        waiting = list(islice(by_arrival(view, names), self.window))
+        admit = [request for request in waiting if request.arrival <= due][:limit]
+        lanes: list[list[RequestView]] = [[] for _ in free]
         for request in admit:
-            lane = self._lane_of[request.request_id]
-            free[lane] -= 1
-            lanes[lane].pop(0)
+            free[self.lane(view, request)] -= 1
+        for request in waiting[len(admit) :]:
+            lanes[self.lane(view, request)].append(request)
         rest: list[RequestView] = []
         spare = 0
-        for waiting, places in zip(lanes, free, strict=True):
-            taken = min(len(waiting), max(0, places))
-            admit += waiting[:taken]
-            rest += waiting[taken:]
-            if taken == len(waiting):
-                spare += (
-                    places - taken
-                )  # less than 0 if the lane has borrowed places, which are already taken
+        for requests, places in zip(lanes, free, strict=True):
+            taken = min(len(requests), max(0, places))
+            admit += requests[:taken]
+            rest += requests[taken:]
+            if taken == len(requests):
+                # Less than 0 if the lane has borrowed places, which are already taken.
+                spare += places - taken
         return (admit + rest[: max(0, spare)])[:limit]
-
-    def _sync(self, view: SchedulerView) -> None:
-        """Read everything again if events were missed: this came late."""
-        if len(self._new) + sum(map(len, self._lanes)) != len(view.waiting):
-            self._lanes = self._empty_lanes()
-            self._new = OrderedDict((request.request_id, request) for request in view.waiting)
-
-    def _empty_lanes(self) -> list[WaitingIndex]:
-        return [WaitingIndex(lambda request: 0) for _ in range(self.queues)]
-
-    def _line_up(self, view: SchedulerView, most: int) -> None:
-        """Put requests into their lanes: new ones first, and then those whose lanes are of before the last
-        clustering. Those of a lane that is no more get what others leave, until it is their turn here."""
-        for _ in range(most):
-            if self._new:
-                _, request = self._new.popitem(last=False)
-                self._lane_of.pop(request.request_id, None)
-                self._lanes[self.lane(view, request)].add(request)
-            elif self._old:
-                self._move(view, self._old.popleft())
-            else:
-                return
-
-    def _move(self, view: SchedulerView, request_id: str) -> None:
-        """Have a request change lanes, if the borders have moved."""
-        before = self._lane_of.pop(request_id, None)
-        request = None if before is None else self._lanes[before].remove(request_id)
-        if request is not None:  # else it runs, or has ended
-            self._lanes[self.lane(view, request)].add(request)
 
     def _cluster(self, view: SchedulerView) -> None:
         self._until_refresh = self._period
@@ -202,7 +149,7 @@ class ChameleonOrder(Arrival):
         means = [sum(members) / len(members) for members in clusters]
         self.borders = [(low + high) / 2 for low, high in pairwise(means)]
         self.load = [sum(members) for members in clusters]
-        self._old = deque(self._lane_of)
+        self._lane_of.clear()
 
 
 class _Largest(NamedTuple):

@@ -6,7 +6,7 @@ from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from aioengine.schedulers.policies.fcfs import Arrival
+from aioengine.schedulers.parts.arrival import Arrival
 from aioengine.schedulers.policy import PolicyEvent, RequestView, SchedulerView
 
 Flow = str | None
@@ -27,9 +27,6 @@ class DRR(Arrival):
         quantum: Tokens a turn, >= 1. Small ones alternate more, large ones serve an adapter in runs.
     """
 
-    by_events = by_oldest = False
-
-    sharing = "one"
     source = "Shreedhar and Varghese, 'Efficient fair queueing using deficit round robin', SIGCOMM 1995"
     starvation_bound = (
         "ceil(cost / quantum) rounds, each at most quantum + largest cost for each other adapter"

@@ -1,78 +1,229 @@
-"""First come, first served, with ageing: the default policy."""
+"""First come, first served, with ageing: the default policy, and the one to read first.
+
+A request can start if its adapter is in a slot, or if it needs none. Others are skipped, not waited for. An
+adapter that requests wait for and that is in no slot is called cold.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from functools import cached_property
+from heapq import merge
 from itertools import islice
+from math import inf
+from typing import NamedTuple
 
-from aioengine.schedulers.parts.base import Ordering
-from aioengine.schedulers.parts.compose import SLOT_BOUND, Composed
-from aioengine.schedulers.parts.lazy_merge import by_arrival
-from aioengine.schedulers.parts.lookahead import Lookahead
-from aioengine.schedulers.parts.lru import LRU
-from aioengine.schedulers.parts.none import NoPreemption
-from aioengine.schedulers.policy import RequestView, SchedulerView
+from aioengine.schedulers.checks import at_least
+from aioengine.schedulers.policy import (
+    AdapterView,
+    Decision,
+    Location,
+    Place,
+    PolicyEvent,
+    RequestView,
+    SchedulerPolicy,
+    SchedulerView,
+    SlotState,
+    SlotView,
+)
 
-
-class Arrival(Ordering):
-    """Order of arrival. The cost does not grow with the length of the queues."""
-
-    by_events = by_oldest = True
-    starvation_bound = "those who arrived before it"
-    source = "first come, first served"
-
-    def key(self, request: RequestView, view: SchedulerView) -> float:
-        return request.arrival
-
-    def admit(self, view: SchedulerView, names: Sequence[str | None], limit: int) -> Sequence[RequestView]:
-        return list(islice(by_arrival(view, names), limit))
-
-    def adapter_key(self, view: SchedulerView, name: str) -> float:
-        oldest = view.adapters[name].oldest_arrival
-        return float("inf") if oldest is None else oldest
-
-    def cold(self, view: SchedulerView) -> Iterator[str]:
-        adapters = view.adapters
-        return (n for n in view.waiting_adapters if n is not None and adapters[n].slot is None)
+LOOKAHEAD = 8
+"""Number of cold adapters, of those that are not being read, which are to be on the CPU."""
+SCAN_LIMIT = 256
+"""Maximum number of cold adapters, and of a closed slot's requests, that one decision examines."""
+SLOT_BOUND = """for a slot: 2 max_wait, one longest generation and one copy, as often as there are max_loras \
+older adapters that wait too, and once more"""
+Score = Callable[[SlotView, AdapterView], float]  # the adapter with the lowest leaves its slot first
 
 
-class FairArrival(Arrival):
-    """Order of arrival among the requests of a tenant, and equal shares between tenants.
+class FCFS(SchedulerPolicy):
+    """Starts requests that can run now in the order of their arrival, and gives slots to the adapters that
+    have been waited for longest.
 
-    The next request admitted is the oldest of the tenant that has the fewest running; the next adapter
-    brought in is one of the tenant that has the fewest slots. Requests without a tenant count as one tenant.
-    See :mod:`aioengine.schedulers.parts.shares`.
-
-    Bound, while there are no more tenants than sequences and slots: a tenant with one request waits for the
-    step under way, for one read or copy under way, for twice the steps to compute the last preempted tokens
-    again, and for the chunks of one longest prompt. Then it runs to its end.
-    """
-
-    by_events = by_oldest = True
-    sharing = "equal"
-    starvation_bound = (
-        "those of its tenant who arrived before it; other tenants, while its own has less than its share, "
-        "only for a step, a read and one longest prompt"
-    )
-
-
-class FCFS(Composed):
-    """Admits requests that can run now, in order of arrival, and gives slots to the adapters that wait
-    longest.
-
-    A cold adapter gets a free slot, or the least recently used idle slot that no request waits for. After
-    ``max_wait`` seconds other adapters make way for it; see
-    :class:`~aioengine.schedulers.parts.compose.Composed`. Where several tenants have requests, they have
-    equal shares: see :class:`FairArrival`.
+    A cold adapter gets a free slot, or an idle one that no request waits for. After ``max_wait`` seconds it
+    gets an idle slot that only later requests wait for. If there is none, the busy slot that will be free
+    soonest is closed for it: what runs there finishes, and only requests start that end before. So that an
+    overload does not close all slots at once, none is closed within 2 ``max_wait`` after it was filled.
 
     Args:
         max_wait: Seconds that an adapter's oldest request waits before others make way for it.
-        fair: Whether tenants have shares; if not, all requests count as one tenant's.
     """
 
     source = "aioengine's own"
-    starvation_bound = f"{SLOT_BOUND}; then {FairArrival.starvation_bound}"
+    starvation_bound = f"{SLOT_BOUND}; then those who arrived before it"
 
-    def __init__(self, max_wait: float = 1.0, fair: bool = True) -> None:
-        order = FairArrival() if fair else Arrival()
-        super().__init__(order, LRU(), Lookahead(), NoPreemption(), max_wait=max_wait)
+    def __init__(self, max_wait: float = 1.0) -> None:
+        at_least(0, "seconds", max_wait=max_wait)
+        self.max_wait = self.take_after = self.close_after = max_wait
+        self.stay = 2 * max_wait
+        self.placed: dict[str | None, float] = {}  # when each adapter came into its slot
+        self.no_room = Counter[str | None]()  # how often free memory in pieces had no room for an adapter
+
+    def on_event(self, event: PolicyEvent) -> None:
+        if event.kind == "adapter_placed":
+            self.placed[event.adapter] = event.now
+            del self.no_room[event.adapter]
+        elif event.kind in ("adapter_evicted", "adapter_retired"):
+            self.placed.pop(event.was or event.adapter, None)
+
+    def schedule(self, view: SchedulerView) -> Decision:
+        plan = self.assign_slots(view, cold_by_arrival(view), lambda slot, adapter: slot.last_used)
+        admit = list(islice(by_arrival(view, plan.open), view.free_seqs))
+        admit += fill(view, plan.closed, view.free_seqs - len(admit))
+        ahead = (n for n in cold_by_arrival(view) if view.adapters[n].location is not Location.LOADING)
+        on_disk = (n for n in islice(ahead, LOOKAHEAD) if view.adapters[n].location is Location.DISK)
+        read = list(islice(on_disk, view.load_room))
+        return Decision(
+            admit=[request.request_id for request in admit],
+            place=plan.place,
+            evict=plan.evict,
+            prefetch=read,
+            ask_again=None if 0 < len(read) < view.load_room else plan.ask_again,  # others could be read
+        )
+
+    def assign_slots(self, view: SchedulerView, cold: Iterable[str], score: Score) -> SlotPlan:
+        """Find slots for the adapters in ``cold``, the most urgent first."""
+        plan = SlotPlan(view, score, self)
+        for name in islice(cold, SCAN_LIMIT):
+            adapter = view.adapters[name]
+            oldest = inf if adapter.oldest_arrival is None else adapter.oldest_arrival
+            take, close = oldest + self.take_after <= view.now, oldest + self.close_after <= view.now
+            if adapter.location is Location.CPU or (take and lack_in_cpu(view, adapter) > 0):
+                kind = BUSY if close and plan.closes else WANTED if take else UNWANTED
+                found = plan.find(adapter, (h for h in plan.held if h.kind <= kind and h.oldest > oldest))
+                if found is not None:
+                    plan.take(found, adapter, now=all(held.kind < BUSY for held in found))
+                elif close or not plan.has_spare:
+                    break  # what becomes free is for this adapter
+        if plan.ask_again is not None and any(held.kind == WANTED for held in plan.held):
+            waited = (view.adapters[name].oldest_arrival or 0.0 for name in cold_by_arrival(view))
+            plan.ask_again = next((t for at in waited if (t := at + self.take_after) > view.now), inf)
+        return plan
+
+
+def cold_by_arrival(view: SchedulerView) -> Iterator[str]:
+    """Yield the cold adapters in the order of their oldest requests."""
+    adapters = view.adapters
+    return (name for name in view.waiting_adapters if name is not None and adapters[name].slot is None)
+
+
+def by_arrival(view: SchedulerView, names: Iterable[str | None]) -> Iterator[RequestView]:
+    """Yield the requests that wait for these adapters (None: the base model) in order of arrival."""
+    queues = [view.waiting_for(name) for name in names if name is None or view.adapters[name].waiting]
+    return merge(*queues, key=lambda request: request.arrival)
+
+
+def fill(view: SchedulerView, closed: Container[str], limit: int, within: float = 1.0) -> list[RequestView]:
+    """Return requests for closed slots that have at most ``within`` times as many tokens left as the longest
+    running one there: they do not keep the slot busy for longer."""
+    left = view.tokens_left if closed and limit > 0 else {}
+    fitting = [
+        request
+        for name, tokens in left.items()
+        if name in closed
+        for request in islice(view.waiting_for(name), SCAN_LIMIT)
+        if request.max_tokens - request.output_tokens <= tokens * within
+    ]
+    return sorted(fitting, key=lambda request: request.arrival)[:limit]
+
+
+def lack_in_cpu(view: SchedulerView, adapter: AdapterView) -> int:
+    """Return the bytes that must leave the CPU cache before the adapter can be read; 0 if it has room."""
+    if adapter.location is not Location.DISK:
+        return 0
+    room = view.cpu_bytes_room
+    return max(int(view.cpu_room <= 0), 0 if room is None else adapter.bytes - room)
+
+
+UNWANTED, WANTED, BUSY, SETTLING = range(4)
+"""Kinds of slots: idle and no request waits for the adapter, idle and some do, requests run in it, and the
+same since so short a time that the slot is not closed."""
+
+
+class HeldSlot(NamedTuple):
+    """A slot that its adapter may have to leave."""
+
+    kind: int
+    value: float  # of the same kind, the slot with the lowest is given away first
+    adapter: AdapterView
+    oldest: float  # arrival of the first request that waits for the adapter; infinity if none does
+
+
+class SlotPlan:
+    """What one decision does with the slots."""
+
+    def __init__(self, view: SchedulerView, score: Score, policy: FCFS) -> None:
+        self._view, self._score, self._policy = view, score, policy
+        policy.no_room.update(item.item for item in view.refused if item.reason == "place_no_room")
+        self.place: list[Place] = []
+        self.evict: list[str] = []
+        self.closed: dict[str, None] = {}
+        """Adapters whose slots admit no requests, so that others get them."""
+        self.ask_again: float | None = inf
+        self.closes = view.free_seqs > 0 and any(view.adapters[name].waiting for name in self.open if name)
+        """Whether it matters to close slots, because requests could start there."""
+        self.free = sum(slot.adapter is None for slot in view.slots)
+        self._free_bytes = view.memory.free
+
+    @property
+    def open(self) -> list[str | None]:
+        """The adapters whose requests may start; None: the base model."""
+        leaving, usable = {*self.closed, *self.evict}, (SlotState.READY, SlotState.DRAINING)
+        held = [slot.adapter for slot in self._view.slots if slot.state in usable]
+        return [None, *(name for name in held if name not in leaving)]
+
+    @property
+    def has_spare(self) -> bool:
+        """Whether a slot is free, or idle and no request waits for its adapter."""
+        return self.free > 0 or any(held.kind == UNWANTED for held in self.held[:1])
+
+    @cached_property
+    def held(self) -> list[HeldSlot]:
+        """The slots that can be given to others, the best first."""
+        found, left = list[HeldSlot](), self._view.tokens_left if self.closes else {}
+        for slot in self._view.slots:
+            if slot.adapter is not None and slot.state is SlotState.READY and not slot.pinned:
+                adapter = self._view.adapters[slot.adapter]
+                oldest = inf if adapter.oldest_arrival is None else adapter.oldest_arrival
+                if not adapter.running:
+                    kind, value = UNWANTED if oldest == inf else WANTED, self._score(slot, adapter)
+                else:
+                    until = self._policy.placed.get(adapter.name, -inf) + self._policy.stay
+                    kind = SETTLING if until > self._view.now else BUSY
+                    value = left.get(adapter.name, 0)
+                found.append(HeldSlot(kind, value, adapter, oldest))
+        return sorted(found, key=lambda held: held[:2])
+
+    def find(self, adapter: AdapterView, candidates: Iterator[HeldSlot]) -> list[HeldSlot] | None:
+        """Return as many of ``candidates`` as must be empty so that an adapter on the CPU has a slot and its
+        memory, or one on disk the room to be read. None if they are too few."""
+        found, memory, on_disk = list[HeldSlot](), self._view.memory, adapter.location is Location.DISK
+        slots, nbytes, lack = 1, 0, lack_in_cpu(self._view, adapter)
+        if not on_disk:
+            needed = memory.bytes_of(adapter.name) * (1 + self._policy.no_room[adapter.name])
+            slots, nbytes = self.free, min(needed, memory.total) - self._free_bytes
+        while slots <= 0 or nbytes > 0 or lack > 0:
+            held = next(candidates, None)
+            if held is None:
+                return found if on_disk else None
+            found.append(held)
+            slots, lack = slots + 1, lack - held.adapter.bytes
+            nbytes -= memory.bytes_of(held.adapter.name)
+        return found
+
+    def take(self, found: Sequence[HeldSlot], adapter: AdapterView, *, now: bool) -> None:
+        """Place an adapter in the slots of ``found``, and free ones; not ``now``: close these, as for an
+        adapter that must be read first."""
+        names, bytes_of = [held.adapter.name for held in found], self._view.memory.bytes_of
+        if adapter.location is Location.DISK:
+            now, self.ask_again = False, None  # idle slots admit requests again once the read has begun
+        else:
+            self.free += len(found) - 1
+            self._free_bytes += sum(map(bytes_of, names)) - bytes_of(adapter.name)
+            self.held = [held for held in self.held if held not in found] if found else self.held
+        if now:
+            self.place.append(Place(adapter.name))
+            self.evict += names
+        else:
+            self.closed.update(dict.fromkeys(names))

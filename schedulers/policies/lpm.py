@@ -8,8 +8,8 @@ from itertools import islice
 from typing import Any
 
 from aioengine.schedulers.checks import at_least
-from aioengine.schedulers.parts.lazy_merge import by_arrival
-from aioengine.schedulers.policies.fcfs import Arrival
+from aioengine.schedulers.parts.arrival import Arrival
+from aioengine.schedulers.policies.fcfs import by_arrival
 from aioengine.schedulers.policy import RequestView, SchedulerView
 
 
@@ -24,8 +24,6 @@ class Windowed(Arrival):
         window: Most waiting requests that a decision looks at, the oldest first.
         age: Seconds for which a request may be put off in favour of later ones.
     """
-
-    by_events = by_oldest = False
 
     starvation_bound = "age, those who arrived before it, and one longest generation"
 

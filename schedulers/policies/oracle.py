@@ -6,11 +6,12 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from math import inf
 
+from aioengine.schedulers.parts.arrival import Arrival
 from aioengine.schedulers.parts.base import Replacement
-from aioengine.schedulers.parts.compose import SLOT_BOUND, Composed
+from aioengine.schedulers.parts.compose import Composed
 from aioengine.schedulers.parts.lookahead import Lookahead
 from aioengine.schedulers.parts.none import NoPreemption
-from aioengine.schedulers.policies.fcfs import Arrival
+from aioengine.schedulers.policies.fcfs import SLOT_BOUND
 from aioengine.schedulers.policy import AdapterView, SchedulerView, SlotView
 
 

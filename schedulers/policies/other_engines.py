@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from aioengine.schedulers.checks import at_least
-from aioengine.schedulers.policies.fcfs import Arrival
+from aioengine.schedulers.parts.arrival import Arrival
 
 
 class VLLMOrder(Arrival):
@@ -23,7 +23,6 @@ class VLLMOrder(Arrival):
 
     source = "vLLM V1, vllm/v1/core/sched/scheduler.py (the loop over waiting requests, max_loras)"
     starvation_bound = "none"
-    by_events = by_oldest = True
     take_after = 0.0
     close_after = float("inf")
     default_prefetch = "none"
@@ -46,7 +45,6 @@ class Drainer(Arrival):
 
     source = "SGLang, python/sglang/srt/lora/lora_drainer.py (3 s, tolerance 1.2)"
     starvation_bound = "none: requests within the tolerance keep a draining slot busy"
-    by_events = by_oldest = True
     take_after = 0.0
     stay = 0.0
 

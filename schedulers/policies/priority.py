@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from aioengine.schedulers.parts.base import Preemption
-from aioengine.schedulers.parts.fixed_key import FixedKeyOrdering
-from aioengine.schedulers.parts.waiting_index import WaitingIndex
+from aioengine.schedulers.parts.fixed_key import FixedKeyOrdering, SortedRequests
 from aioengine.schedulers.policy import PolicyEvent, RequestView, SchedulerView, SlotState
 
 
@@ -35,11 +34,11 @@ class PreemptLower(Preemption):
     source = "recompute preemption by priority, as in vLLM's 'priority' scheduling policy"
 
     def __init__(self) -> None:
-        self._index = WaitingIndex(lambda request: -request.priority)
+        self._requests = SortedRequests(lambda request: -request.priority)
         self._helped: set[str] = set()
 
     def on_event(self, event: PolicyEvent) -> None:
-        self._index.on_event(event)
+        self._requests.on_event(event)
         if event.request is not None and event.kind in ("request_admitted", "request_finished"):
             self._helped.discard(event.request.request_id)
 
@@ -70,5 +69,5 @@ class PreemptLower(Preemption):
     def _candidates(self, view: SchedulerView) -> Iterator[RequestView]:
         """Yield waiting requests that could run now, the highest priority first."""
         usable = (SlotState.READY, SlotState.DRAINING)
-        self._index.sync(view)
-        return self._index.in_order({None, *(slot.adapter for slot in view.slots if slot.state in usable)})
+        able = {None, *(slot.adapter for slot in view.slots if slot.state in usable)}
+        return (request for request in self._requests.in_order(view) if request.adapter in able)

@@ -8,8 +8,8 @@ from itertools import islice, takewhile
 from math import inf
 
 from aioengine.schedulers.checks import at_least
-from aioengine.schedulers.parts.lazy_merge import arrival, by_arrival
-from aioengine.schedulers.policies.fcfs import Arrival
+from aioengine.schedulers.parts.arrival import Arrival
+from aioengine.schedulers.policies.fcfs import by_arrival
 from aioengine.schedulers.policy import RequestView, SchedulerView
 
 
@@ -32,8 +32,6 @@ class SLoRA(Arrival):
         age: Seconds for which a request may be put off in favour of later ones.
     """
 
-    by_events = by_oldest = False
-
     source = "Sheng et al. 2023, S-LoRA: Serving Thousands of Concurrent LoRA Adapters (adapter clustering)"
     starvation_bound = "age, those who arrived before it, and one longest generation"
 
@@ -47,8 +45,8 @@ class SLoRA(Arrival):
         adapters, able = view.adapters, set(names)
         batch = {request.adapter for request in view.running} - {None}
         room = (self.clusters or len(view.slots)) - len(batch)
-        inside = able & batch
-        asked_for = any(adapters[name].waiting for name in inside if name is not None)
+        inside = [name for name in names if name is not None and name in batch]
+        asked_for = any(adapters[name].waiting for name in inside)
         outside = (n for n in view.waiting_adapters if n is not None and n in able and n not in batch)
         last_arrival = inf
         head = next(outside, None)
@@ -57,14 +55,14 @@ class SLoRA(Arrival):
                 if self._aged(view, head):
                     last_arrival = adapters[head].oldest_arrival or 0.0
                 break
-            inside.add(head)
+            inside.append(head)
             head = next(outside, None)
             room -= 1
             asked_for = True
 
         due = takewhile(lambda r: r.arrival <= last_arrival, by_arrival(view, inside))
         base = view.waiting_for(None) if None in able else ()
-        admit = list(islice(merge(base, due, key=arrival), limit))
+        admit = list(islice(merge(base, due, key=lambda request: request.arrival), limit))
         while head is not None and room > 0 and len(admit) < limit:
             admit += islice(view.waiting_for(head), limit - len(admit))
             head = next(outside, None)

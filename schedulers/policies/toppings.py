@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 from itertools import islice, takewhile
 
 from aioengine.schedulers.checks import at_least
-from aioengine.schedulers.parts.lazy_merge import by_arrival
-from aioengine.schedulers.policies.fcfs import Arrival
+from aioengine.schedulers.parts.arrival import Arrival
+from aioengine.schedulers.policies.fcfs import by_arrival
 from aioengine.schedulers.policy import RequestView, SchedulerView
 
 
@@ -29,8 +29,6 @@ class Toppings(Arrival):
         age: Seconds for which a request may be put off in favour of later ones.
     """
 
-    by_events = by_oldest = False
-
     source = "Li et al. 2025, Toppings: CPU-Assisted, Rank-Aware Adapter Serving for LLM Inference (ATC'25)"
     starvation_bound = "age, those who arrived before it, and one longest generation"
 
@@ -41,7 +39,7 @@ class Toppings(Arrival):
 
     def admit(self, view: SchedulerView, names: Sequence[str | None], limit: int) -> Sequence[RequestView]:
         able = set(names)
-        asked = {name for name in view.waiting_adapters if name in able}
+        asked = [name for name in view.waiting_adapters if name in able]
         due = view.now - self.age
         admit = list(islice(takewhile(lambda r: r.arrival <= due, by_arrival(view, asked)), limit))
         taken = {request.request_id for request in admit}
@@ -52,7 +50,7 @@ class Toppings(Arrival):
             admit += islice(fresh, limit - len(admit))
         return self._within(view, admit)
 
-    def _by_cost(self, view: SchedulerView, names: set[str | None]) -> Iterator[set[str | None]]:
+    def _by_cost(self, view: SchedulerView, names: Sequence[str | None]) -> Iterator[Sequence[str | None]]:
         """Yield the adapters that make a step equally long, the shortest first.
 
         It is worked out for each rank, and once for what is in the batch, which adds no rank."""
@@ -61,18 +59,18 @@ class Toppings(Arrival):
             return
         running = view.running
         batch = {request.adapter for request in running}
-        by_rank: dict[int | None, set[str | None]] = {}
+        by_rank: dict[int | None, list[str | None]] = {}
         for name in names:
             rank = None if name is None or name in batch else view.adapters[name].rank
-            by_rank.setdefault(rank, set()).add(name)
+            by_rank.setdefault(rank, []).append(name)
         ranks = _ranks(view, batch)
         now = view.costs.step(len(running), ranks) if running else 0.0
-        by_cost: dict[float, set[str | None]] = {}
+        by_cost: dict[float, list[str | None]] = {}
         for rank, alike in by_rank.items():
             then = view.costs.step(len(running) + 1, ranks if rank is None else sorted([*ranks, rank]))
             # To the microsecond, so that what makes no difference is no difference.
             added = 0.0 if now is None or then is None else round(then - now, 6)
-            by_cost.setdefault(added, set()).update(alike)
+            by_cost.setdefault(added, []).extend(alike)
         for added in sorted(by_cost):
             yield by_cost[added]
 

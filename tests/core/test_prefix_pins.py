@@ -113,7 +113,7 @@ def test_a_newcomer_waits_for_running_requests_and_not_for_pins() -> None:
     assert sim.ended[fits.id] == "length" and len(sim.core.blocks.pins) == 4
 
 
-@pytest.mark.parametrize("policy", ["fcfs", "vtc", "drr", {"order": "priority", "preempt": "priority"}])
+@pytest.mark.parametrize("policy", ["fair", {"order": "priority", "preempt": "priority"}])
 def test_policies_make_room_beside_pins(policy: Any) -> None:
     sim = Sim(PINNING, load_policy(policy))  # 24 blocks
     asks(sim, [7] * 33, 32, tenant="a")

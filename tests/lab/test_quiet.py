@@ -52,7 +52,7 @@ def files_of(
     ("policy", "fields"),
     [
         ("fcfs", {}),
-        ("fcfs:max_wait=0.2", {"tenants": 2}),
+        ("fair:max_wait=0.2", {"tenants": 2}),
         ("vllm+lru", {}),
         ("drainer:patience=0.3", {}),
         ("fcfs+gdsf+none", {"timeout": 4.0}),
@@ -210,7 +210,7 @@ def test_what_another_policy_says_of_its_own_decision_does_not_count() -> None:
 scenes = st.fixed_dictionaries(
     {
         "policy": st.sampled_from(
-            ["fcfs", "fcfs:max_wait=0.1", "fcfs:fair=false", "vllm+lru", "drainer:patience=0.2", "discard"]
+            ["fcfs", "fcfs:max_wait=0.1", "fair", "vtc", "vllm+lru", "drainer:patience=0.2", "discard"]
         ),
         "slots": st.integers(1, 4),
         "max_num_seqs": st.integers(1, 8),

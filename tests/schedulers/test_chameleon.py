@@ -122,7 +122,7 @@ def test_one_lane_is_first_come_first_served() -> None:
 
 def test_lanes_follow_the_sizes_that_are_seen() -> None:
     order = ChameleonOrder(refresh=16, window=16)
-    view: Any = SimpleNamespace(now=0.0, adapters={}, running=[], free_seqs=8, waiting=[])
+    view: Any = SimpleNamespace(now=0.0, adapters={}, running=[], free_seqs=8, waiting_for=lambda name: ())
 
     def see(sizes: list[int]) -> None:
         for size in sizes:
@@ -146,7 +146,7 @@ def test_lanes_follow_the_sizes_that_are_seen() -> None:
 def test_size_is_the_papers_product() -> None:
     order = ChameleonOrder(refresh=3)
     sizes = {"big": SimpleNamespace(bytes=800), "little": SimpleNamespace(bytes=200)}
-    view: Any = SimpleNamespace(now=0.0, adapters=sizes, running=[], free_seqs=8, waiting=[])
+    view: Any = SimpleNamespace(now=0.0, adapters=sizes, running=[], free_seqs=8, waiting_for=lambda name: ())
     for tokens_in, tokens_out, name in ((100, 10, "big"), (50, 40, "little"), (10, 10, None)):
         request: Any = SimpleNamespace(
             request_id="x", prompt_tokens=tokens_in, expected_tokens=tokens_out, adapter=name, arrival=0.0

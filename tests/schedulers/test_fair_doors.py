@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import pytest
 from support.selection import mostly_slow
@@ -16,7 +16,6 @@ from aioengine import events
 from aioengine.core import CoreLimits
 from aioengine.core.state import Request
 from aioengine.schedulers import load_policy
-from aioengine.schedulers.policies.fcfs import Arrival
 from aioengine.testing import Sim
 
 LIMITS = CoreLimits(
@@ -140,25 +139,20 @@ def seconds_of(
 
 @pytest.mark.parametrize("flood", mostly_slow(FLOODS, "adapters", "long prompts"))
 @pytest.mark.parametrize("adapter", [None, "mine"])
-@pytest.mark.parametrize("policy", mostly_slow(["fcfs", "vtc", "drr"], "fcfs", "vtc"))
 @pytest.mark.slow
-def test_one_request_is_served_soon_while_another_tenant_floods(
-    policy: str, adapter: str | None, flood: str
-) -> None:
+def test_one_request_is_served_soon_while_another_tenant_floods(adapter: str | None, flood: str) -> None:
     """In steps, for a step that computes others' prompts too takes longer than one alone."""
     size = FLOODS[flood]
-    if policy != "fcfs":  # the default is tried with all of it
-        size = replace(size, count=min(size.count, 1000), adapters=min(size.adapters, 1000))
     for cpu_capacity in (LIMITS.num_slots, 16):
         limits = LIMITS._replace(cpu_capacity=cpu_capacity)
-        alone, _ = seconds_of(policy, None, adapter, limits=limits)
-        beside, sim = seconds_of(policy, size, adapter, limits=limits)
+        alone, _ = seconds_of("fair", None, adapter, limits=limits)
+        beside, sim = seconds_of("fair", size, adapter, limits=limits)
         assert max(sim.steps) <= BOUND * 20, "each needs 20"
         if flood in ("sequences", "adapters", "unique adapters", "kept up"):  # others decode
             assert all(b <= BOUND * a for a, b in zip(alone, beside, strict=True))
 
 
-@pytest.mark.parametrize("policy", ["fcfs", "vtc", "drr"])
+@pytest.mark.parametrize("policy", ["fair", "vtc"])
 @pytest.mark.parametrize("others", [1, 5])
 @pytest.mark.slow
 def test_tenants_whose_requests_end_with_their_first_step_take_turns(policy: str, others: int) -> None:
@@ -180,26 +174,26 @@ def test_tenants_whose_requests_end_with_their_first_step_take_turns(policy: str
 
 @pytest.mark.slow
 def test_the_case_is_one() -> None:
-    beside, _ = seconds_of("fcfs:fair=false", FLOODS["sequences"], None)
+    beside, _ = seconds_of("fcfs", FLOODS["sequences"], None)
     assert beside[0] > 100 * 0.41
 
 
 @pytest.mark.parametrize("tenants", [(None, "b"), ("a", None)])
 def test_those_who_name_no_tenant_are_one(tenants: tuple[str | None, str | None]) -> None:
-    _, sim = seconds_of("fcfs", FLOODS["adapters"], "mine", tenants=tenants)
+    _, sim = seconds_of("fair", FLOODS["adapters"], "mine", tenants=tenants)
     assert max(sim.steps) <= BOUND * 20
 
 
 def test_preempted_requests_are_few_and_all_end() -> None:
     """A tenant that comes again and again costs the others little."""
-    _, sim = seconds_of("fcfs", Flood(count=100, adapters=6, tokens=100), "mine", times=40)
+    _, sim = seconds_of("fair", Flood(count=100, adapters=6, tokens=100), "mine", times=40)
     preempted = sim.of(events.RequestPreempted)
     assert len(preempted) <= 45
     sim.run(steps=5000)
     assert set(sim.ended.values()) == {"length"}
 
 
-@pytest.mark.parametrize("policy", ["fcfs", "vtc", "drr"])
+@pytest.mark.parametrize("policy", ["fair", "vtc", "drr"])
 @pytest.mark.slow
 def test_more_tenants_than_slots_take_turns(policy: str) -> None:
     sim = Clock(LIMITS, policy)
@@ -213,31 +207,25 @@ def test_more_tenants_than_slots_take_turns(policy: str) -> None:
 
 
 @pytest.mark.parametrize("tenant", [None, "a"])
-@pytest.mark.parametrize("policy", ["fcfs", "fcfs+gdsf"])
 @pytest.mark.slow
-def test_with_one_tenant_nothing_changes(policy: str, tenant: str | None) -> None:
-    def told(fair: bool) -> list[str]:
-        name = policy if fair else policy.replace("fcfs", f"{__name__}:Unfair", 1)
+def test_with_one_tenant_nothing_changes(tenant: str | None) -> None:
+    def told(name: str) -> list[str]:
         sim = Clock(LIMITS._replace(num_blocks=400), name)
         rng = random.Random(3)
         for i in range(9):
             sim.register(f"a{i}")
         for _ in range(30):
             for _ in range(rng.randrange(6)):
-                name = rng.choice([None, *(f"a{i}" for i in range(9))])
+                adapter = rng.choice([None, *(f"a{i}" for i in range(9))])
                 sim.add(
-                    name, prompt=[5] * rng.randrange(1, 90), max_tokens=rng.randrange(1, 60), tenant=tenant
+                    adapter, prompt=[5] * rng.randrange(1, 90), max_tokens=rng.randrange(1, 60), tenant=tenant
                 )
             before = sim.now
             sim.go(lambda before=before: sim.now > before + 0.1, 5.0)  # type: ignore[misc]
         sim.run(steps=5000)
         return [str(event) for event in sim.events]
 
-    assert told(True) == told(False)
-
-
-class Unfair(Arrival):
-    """Order of arrival, whosever the requests are."""
+    assert told("fair") == told("fcfs")
 
 
 def test_a_policy_that_came_late_knows_who_waits() -> None:
@@ -246,7 +234,7 @@ def test_a_policy_that_came_late_knows_who_waits() -> None:
     first = [sim.add(tenant="a", max_tokens=100) for _ in range(30)]
     for _ in range(3):
         sim.settle()
-    sim.core.guard.policy = load_policy("fcfs")
+    sim.core.guard.policy = load_policy("fair")
     late = sim.add(tenant="b")
     for _ in range(3):
         sim.settle()

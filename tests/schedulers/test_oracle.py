@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from aioengine import events
+from aioengine.schedulers.parts.arrival import Arrival
 from aioengine.schedulers.parts.base import Replacement
 from aioengine.schedulers.parts.compose import Composed
 from aioengine.schedulers.parts.gdsf import GDSF
@@ -18,7 +19,7 @@ from aioengine.schedulers.parts.lookahead import Lookahead
 from aioengine.schedulers.parts.lru import LRU
 from aioengine.schedulers.parts.none import NoPreemption
 from aioengine.schedulers.policies.chameleon import ChameleonCache
-from aioengine.schedulers.policies.fcfs import FCFS, Arrival
+from aioengine.schedulers.policies.fcfs import FCFS
 from aioengine.schedulers.policies.oracle import Belady, Oracle
 from aioengine.schedulers.policy import PolicyEvent
 from aioengine.testing import LIMITS, Sim

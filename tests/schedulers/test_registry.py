@@ -21,10 +21,11 @@ from aioengine.schedulers import (
     compose,
     load_policy,
 )
+from aioengine.schedulers.parts.arrival import Arrival
 from aioengine.schedulers.parts.gdsf import GDSF
 from aioengine.schedulers.parts.lookahead import Lookahead
 from aioengine.schedulers.parts.none import NoPrefetch
-from aioengine.schedulers.policies.fcfs import FCFS, Arrival
+from aioengine.schedulers.policies.fcfs import FCFS
 from aioengine.schedulers.routing import load_router
 from aioengine.testing import LIMITS, Sim
 

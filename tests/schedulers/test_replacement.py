@@ -8,6 +8,7 @@ import pytest
 
 from aioengine import events
 from aioengine.core.state import AdapterEntry
+from aioengine.schedulers.parts.arrival import Arrival
 from aioengine.schedulers.parts.base import Replacement
 from aioengine.schedulers.parts.compose import Composed
 from aioengine.schedulers.parts.gdsf import GDSF
@@ -15,7 +16,6 @@ from aioengine.schedulers.parts.lfu import LFU, MAX_NAMES, DecayedCounts
 from aioengine.schedulers.parts.lookahead import Lookahead
 from aioengine.schedulers.parts.lru import LRU
 from aioengine.schedulers.parts.none import NoPreemption
-from aioengine.schedulers.policies.fcfs import Arrival
 from aioengine.schedulers.policy import PolicyEvent
 from aioengine.step import LoadedAdapter
 from aioengine.testing import LIMITS, Sim
@@ -43,7 +43,7 @@ class SizedSim(Sim):
         entry = self.loads.pop(index)
         self.on_cpu.add(entry.uid)
         seconds = self.read_seconds[entry.label]
-        found = LoadedAdapter(8, self.sizes[entry.label], entry.label, seconds)
+        found = LoadedAdapter(8, self.sizes[entry.label], entry.label, seconds, slot_nbytes=1)
         self.core.adapter_loaded(entry, self.now, found)
 
     def finish_copy(self, index: int = 0, *, fail: bool = False) -> None:

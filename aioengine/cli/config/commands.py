@@ -15,7 +15,7 @@ from typing import Any
 import msgspec
 
 from aioengine.cli.common import CommonFlags
-from aioengine.cli.config.reload import bounded
+from aioengine.cli.config.reload import server_config
 from aioengine.cli.config.sources import Unknown
 from aioengine.cli.flags import EngineFlags
 from aioengine.cli.fleet.flags import ELSEWHERE, FleetFlags
@@ -86,7 +86,7 @@ def show(
     _tell(unknown)
     flags = server or ServerFlags()
     engine_flags = engine or EngineFlags()
-    config = bounded(engine_flags.engine_config())
+    config = server_config(engine_flags)
     adapters = engine_flags.adapters()
     replicas = (fleet or FleetFlags()).fleet_config(config, adapters, file=engine_flags.config)
     values = {name: getattr(config, name) for name in config.__struct_fields__ if name != "lora"}

@@ -29,7 +29,7 @@ logger = logging.getLogger("aioengine.server")
 
 READ_SECONDS = 30.0
 """Files that take longer to read are given up: their disk may hang."""
-DEFAULT_BOUNDS = {"max_waiting": 1024, "max_waiting_tokens": 2**20}
+SERVER_DEFAULTS = {"max_waiting": 1024, "max_waiting_tokens": 2**20, "policy": "fair"}
 """Bounds of a server on requests that wait, where the configuration has none."""
 RELOADABLE = (*WAITING_BOUNDS, "policy")
 """Fields of the engine's configuration that can be reloaded."""
@@ -60,10 +60,11 @@ class ServerFlags(Protocol):
     def settings(self) -> ServerSettings: ...
 
 
-def bounded(config: EngineConfig) -> EngineConfig:
-    """Give a server's configuration the default bounds on waiting requests where it has none."""
-    missing = {name: most for name, most in DEFAULT_BOUNDS.items() if getattr(config, name) is None}
-    return msgspec.structs.replace(config, **missing)
+def server_config(flags: EngineFlags) -> EngineConfig:
+    """Return the configuration of a server: where the file and the flags say nothing, waiting requests have
+    bounds, and tenants equal shares. Raises ConfigError."""
+    values, source = flags.settings()
+    return EngineConfig.from_dict({**SERVER_DEFAULTS, **values}, source=source)
 
 
 class _Read(NamedTuple):
@@ -104,7 +105,7 @@ class Reloader:
             found = await _read_in_time(self._read)
             settings = found.flags.settings()
             adapters = _AdapterChanges.between(self._adapters, found.adapters)
-            config = bounded(found.config)
+            config = found.config
             async with contextlib.AsyncExitStack() as undo:
                 await adapters.begin(engine, found.adapters, undo)
                 if config.policy != before.policy:
@@ -160,7 +161,7 @@ class Reloader:
         logger.info("read the TLS certificate again; it is %s", "a new one" if new else "the same")
 
     def _read(self) -> _Read:
-        config, server = self._engine_flags.engine_config(), self._server_table()
+        config, server = server_config(self._engine_flags), self._server_table()
         adapters = self._engine_flags.adapters()
         check_folders(adapters)
         flags = self._merged(server)
