@@ -402,3 +402,16 @@ def _checked_bias(bias: object) -> dict[int, float]:
 _check_int = functools.partial(check_integer, error=RequestInvalid)
 _check_float = functools.partial(check_number, error=RequestInvalid)
 _KEYWORDS = RequestKeywords.__annotations__.keys() | CallKeywords.__annotations__.keys()
+
+
+_DEFAULTS = msgspec.structs.asdict(SamplingParams())
+
+
+def pack_params(params: SamplingParams) -> dict[str, Any]:
+    """Return the fields that differ from their defaults, for another process, without the constraint, which
+    is sent separately."""
+    return {
+        name: value
+        for name, value in msgspec.structs.asdict(params).items()
+        if name != "constraint" and value != _DEFAULTS[name]
+    }

@@ -15,10 +15,8 @@ import msgspec
 from aioengine.checks import plain
 from aioengine.errors import AioEngineError
 from aioengine.info import AdapterInfo, AdapterLocation, SlotInfo
-from aioengine.request import FinishReason, RequestOptions, SamplingParams, TokenLogprob
+from aioengine.request import FinishReason, RequestOptions, TokenLogprob
 from aioengine.schedulers.routing import Report, Tiers
-
-_DEFAULTS = msgspec.structs.asdict(SamplingParams())
 
 
 class ChannelName(NamedTuple):
@@ -207,15 +205,6 @@ def encode_frame(frame: Frame) -> bytes:
 
 def decode_frame(data: bytes) -> Frame:
     return _frames.decode(data)
-
-
-def pack_params(params: SamplingParams) -> dict[str, Any]:
-    """Return the fields that differ from their defaults, without the constraint, which is sent separately."""
-    return {
-        name: value
-        for name, value in msgspec.structs.asdict(params).items()
-        if name != "constraint" and value != _DEFAULTS[name]
-    }
 
 
 def pack_error(error: Exception) -> bytes:

@@ -103,8 +103,7 @@ async def build_with_workers(
     kind = RayWorkers if config.executor == "ray" else Workers
     device = ProcessDevice(theirs, kind, vocab=spec.vocab_size)
     reading = loop.run_in_executor(work, load_tokenizer, path, config.chat_template)
-    plan = msgspec.msgpack.decode(await device.start(progress), type=MemoryPlan)
-    plan = msgspec.structs.replace(plan, num_blocks=device.num_blocks)
+    plan = await device.start(progress)
     try:
         tokenizer = await reading
     except BaseException:

@@ -36,36 +36,35 @@ class AdapterMoves:
         self._core = core
         self._device = device
         self._changed = changed
-        self._loads: set[asyncio.Task[None]] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
+        """The reads and copies under way, those that are being cancelled included."""
         self._reads: dict[int, asyncio.Task[None]] = {}
-        """The load under way, by adapter uid."""
-        self._copies: set[asyncio.Task[None]] = set()
+        """The reads that were not stopped, by adapter uid."""
 
     @property
     def under_way(self) -> bool:
         """Whether a read or a copy is."""
-        return bool(self._loads or self._copies)
+        return bool(self._tasks)
 
     def start(self, move: Move) -> None:
         match move:
             case DropMove(entry):
                 self._device.drop(entry.uid)
             case LoadMove(entry):
-                name = f"aioengine-load-{entry.label}"
-                self._reads[entry.uid] = self._spawn(self._load(entry), name, self._loads)
+                self._reads[entry.uid] = self._spawn(self._load(entry), f"aioengine-load-{entry.label}")
             case ReleaseMove(files):
                 files.release()
             case StopMove(entry):
                 self._reads.pop(entry.uid).cancel()
             case CopyMove(entry, slot, offset):
-                self._spawn(self._copy(entry, slot, offset), f"aioengine-copy-{entry.label}", self._copies)
+                self._spawn(self._copy(entry, slot, offset), f"aioengine-copy-{entry.label}")
 
     async def stop(self) -> None:
-        """Cancel the loads, one of which may hang, and wait for the copies, which cannot be interrupted."""
-        for task in self._loads:
+        """Cancel the reads, one of which may hang, and wait for the copies, which cannot be interrupted."""
+        for task in self._reads.values():
             task.cancel()
-        while tasks := self._loads | self._copies:
-            await asyncio.wait(tasks)
+        while self._tasks:
+            await asyncio.wait(self._tasks)
         for entry in self._core.residency.entries.values():
             if entry.location is Location.LOADING:
                 self._core.adapter_load_cancelled(entry)
@@ -75,17 +74,14 @@ class AdapterMoves:
 
     def device_lost(self) -> None:
         """Forget the moves under way; call after ``core.device_lost``."""
-        for task in self._loads | self._copies:
+        for task in self._tasks:
             task.cancel()
         self._reads.clear()
 
-    @staticmethod
-    def _spawn(
-        work: Coroutine[Any, Any, None], name: str, tasks: set[asyncio.Task[None]]
-    ) -> asyncio.Task[None]:
+    def _spawn(self, work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
         task = asyncio.get_running_loop().create_task(work, name=name)
-        tasks.add(task)
-        task.add_done_callback(tasks.discard)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
         return task
 
     async def _load(self, entry: AdapterEntry) -> None:

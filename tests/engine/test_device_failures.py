@@ -25,7 +25,7 @@ from aioengine.errors import (
     ExchangeFailed,
 )
 from aioengine.events import EngineRestarted
-from aioengine.executors.process import workers
+from aioengine.executors.process.workers import Workers
 from aioengine.model.runner import ModelRunner
 from aioengine.model.slots.pool import LoRASlots
 from aioengine.step import StepBatch, StepResult
@@ -46,7 +46,9 @@ async def test_with_processes_only_what_ran_fails(
     tmp_path: Path,
 ) -> None:
     monkeypatch.setenv("AIOENGINE_TEST_FAULT", fault)
-    monkeypatch.setattr(workers, "device_of", lambda plan: "cuda")
+    monkeypatch.setattr(
+        Workers, "device", property(lambda self: "cuda", lambda self, device: None), raising=False
+    )
     kind, held = KINDS[fault], tmp_path / "held"
     async with (
         make_engine(tiny, executor="process", restart="on-failure", max_num_seqs=1) as engine,

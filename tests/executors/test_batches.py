@@ -13,14 +13,14 @@ from hypothesis import strategies as st
 
 from aioengine.errors import RequestInvalid
 from aioengine.executors.process.step_delta import StepDecoder, StepEncoder
-from aioengine.executors.process.wire import Masks, Step, frame, requests
+from aioengine.executors.process.wire import Masks, Request, Step, frame, requests
 from aioengine.request import SamplingParams
 from aioengine.step import SequenceWork, StepBatch
 from aioengine.testing import LIMITS, Sim
 
 
 def over_the_wire(step: Step) -> Step:
-    got = requests.decode(frame(step)[4:])
+    got = requests.decode(frame(Request(7, step))[4:]).message
     assert isinstance(got, Step)
     return got
 
@@ -44,7 +44,7 @@ class Both:
         """Returns the bytes that it took."""
         step = self.encoder.encode(batch)
         assert plain(self.decoder.decode(over_the_wire(step))) == plain(batch._replace(again=False))
-        return len(frame(step))
+        return len(frame(Request(7, step)))
 
 
 @settings(deadline=None, derandomize=True)
@@ -132,8 +132,9 @@ def test_whatever_parameters_are_taken_can_be_sent(values: dict[str, Any], name:
         return
     row = work(name, [1, 2], [0], params=params, seed=params.seed or 0, scale=weight)
     step = over_the_wire(StepEncoder().encode(StepBatch(1, [row], [0, 0])))
-    assert step.opened[0].request_id == "r" and step.work[0].scale == weight
-    for key, value in step.opened[0].params.items():
+    [sent] = step.rows
+    assert sent.request_id == "r" and sent.scale == weight and sent.opened is not None
+    for key, value in sent.opened.params.items():
         assert key == "stop" or value == values[key]
 
 

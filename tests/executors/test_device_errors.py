@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
-
 import pytest
 import torch
 from hypothesis import given
@@ -18,7 +16,7 @@ from aioengine.errors import (
     EngineDead,
     ExchangeFailed,
 )
-from aioengine.executors.process.wire import WireError
+from aioengine.executors.process import wire
 from aioengine.model.cuda.failures import copy_error, device_error, device_error_in, typed_failures
 
 TYPED = [
@@ -82,8 +80,7 @@ def test_each_has_its_type(error: BaseException, kind: type[DeviceError]) -> Non
     assert type(found) is kind and isinstance(found, EngineDead) and found.__cause__ is error
     first = str(error).splitlines()[:1]
     assert kind.what in str(found) and all(line in str(found) for line in first) and "; " in str(found)
-    assert type(WireError.of(found).error()) is kind  # it crosses to the engine's process
-    assert type(pickle.loads(pickle.dumps(found))) is kind
+    assert type(wire.unpack_error(wire.pack_error(found))) is kind  # it crosses to the engine's process
 
 
 @pytest.mark.parametrize("error", OTHERS, ids=repr)

@@ -6,35 +6,24 @@ import asyncio
 import socket
 import threading
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aioengine import errors
 from aioengine.config import EngineConfig, LoRAConfig
-from aioengine.executors.process.wire import (
-    Broken,
-    Failed,
-    Read,
-    Start,
-    Stepped,
-    WireError,
-    WorkerError,
-    frame,
-    read_report,
-    read_request,
-    reports,
-    requests,
-)
+from aioengine.executors.process import wire
+from aioengine.executors.process.wire import Broken, Failed, Read, Request, Start, WorkerError, frame
 from aioengine.request import TokenLogprob
 from aioengine.step import Sampled, StepResult
 
 
 def returned(error: BaseException) -> Exception:
     """What becomes of an error that a worker reports."""
-    report = reports.decode(frame(Failed(1, WireError.of(error)))[4:])
+    report = wire.reports.decode(frame(Failed(1, wire.pack_error(error)))[4:])
     assert isinstance(report, Failed)
-    return report.error.error()
+    return wire.unpack_error(report.error)
 
 
 @settings(deadline=None, derandomize=True)
@@ -78,30 +67,32 @@ def test_a_configuration_arrives_whole() -> None:
     config = EngineConfig(
         model="/m", kv_cache_memory="1GiB", lora=LoRAConfig(target_modules=["q_proj"], max_loras=7)
     )
-    start = Start(0, config, 1, 2, 3, "/somewhere")
-    assert requests.decode(frame(start)[4:]) == start
-    bare = Start(0, EngineConfig(model="/m", lora=None), 0, 1, 0, "")
-    assert requests.decode(frame(bare)[4:]) == bare
+    start = Request(0, Start(config, 1, 2, 3, "/somewhere"))
+    assert wire.requests.decode(frame(start)[4:]) == start
+    bare = Request(0, Start(EngineConfig(model="/m", lora=None), 0, 1, 0, ""))
+    assert wire.requests.decode(frame(bare)[4:]) == bare
 
 
 async def test_samples_arrive_whole_however_they_are_cut() -> None:
     logprob = TokenLogprob(3, -0.25, ((3, -0.25), (4, -1.0)))
     result = StepResult.of([[Sampled(3, logprob)], [], [Sampled(-1, error="no")]])
-    report = Stepped(9, result._replace(seconds=[0.5], ends=[]))
+    result = result._replace(seconds=[0.5], ends=[])
     reader = asyncio.StreamReader()
-    data = frame(report) + frame(Broken(WireError("A", "b")))
+    data = frame(wire.answer(9, result)) + frame(Broken(b""))
     for start in range(0, len(data), 7):
         reader.feed_data(data[start : start + 7])
     reader.feed_eof()
-    assert await read_report(reader) == report
-    assert isinstance(await read_report(reader), Broken)
+    report = await wire.read_report(reader)
+    assert isinstance(report, wire.Answer) and report.number == 9
+    assert msgspec.msgpack.decode(report.value, type=StepResult) == result
+    assert isinstance(await wire.read_report(reader), Broken)
     with pytest.raises(asyncio.IncompleteReadError):
-        await read_report(reader)
+        await wire.read_report(reader)
 
 
 def test_a_worker_reads_requests_until_the_other_end_is_gone() -> None:
     ours, theirs = socket.socketpair()
-    sent = [Read(n, "x" * 100_000, "/p") for n in range(3)]
+    sent = [Request(n, Read("x" * 100_000, "/p")) for n in range(3)]
 
     def write() -> None:
         with ours:
@@ -112,6 +103,6 @@ def test_a_worker_reads_requests_until_the_other_end_is_gone() -> None:
     writer = threading.Thread(target=write)
     writer.start()
     with theirs:
-        got = [read_request(theirs) for _ in range(4)]
+        got = [wire.read_request(theirs) for _ in range(4)]
     writer.join()
     assert got == [*sent, None]

@@ -30,11 +30,10 @@ from aioengine.fleet.wire import (
     Submit,
     decode_frame,
     encode_orders,
-    pack_params,
     unpack_error,
 )
 from aioengine.info import AdapterInfo
-from aioengine.request import RequestOptions
+from aioengine.request import RequestOptions, pack_params
 
 pytest.importorskip("ray.serve", reason="Ray has no wheel for this system or Python")
 

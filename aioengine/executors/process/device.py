@@ -11,23 +11,13 @@ import logging
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-import msgspec
-
 from aioengine.adapters.loader import Patience
 from aioengine.config import EngineConfig
 from aioengine.errors import AioEngineError, EngineDead
 from aioengine.executors.base import Device, Ended
 from aioengine.executors.process.restarts import RestartLimit
 from aioengine.executors.process.step_delta import StepEncoder
-from aioengine.executors.process.wire import (
-    Done,
-    Drop,
-    Masks,
-    Measure,
-    Measured,
-    Place,
-    Stepped,
-)
+from aioengine.executors.process.wire import Drop, Masks, Measure, Measured, Place
 from aioengine.executors.process.worker_loader import WorkerLoader
 from aioengine.executors.process.workers import Workers
 from aioengine.info import LoadProgress
@@ -64,20 +54,16 @@ class ProcessDevice(Device):
         """The last step."""
         self._guides: ThreadPoolExecutor | None = None
 
-    async def start(self, progress: LoadProgress | None = None) -> msgspec.Raw:
+    async def start(self, progress: LoadProgress | None = None) -> MemoryPlan:
         """Start the workers; returns rank 0's memory plan, whose KV blocks are what all ranks have room for.
 
         Raises ConfigError if the model is not available or does not fit, and EngineDead if a worker ends.
         """
         self._renew_workers(progress)
-        plan, self._num_blocks = await self.workers.start()
+        plan = await self.workers.start()
+        self._num_blocks = plan.num_blocks
         self.kernels, self.variance = self.workers.kernels, self.workers.variance
         return plan
-
-    @property
-    def num_blocks(self) -> int:
-        """KV blocks, on every rank."""
-        return self._num_blocks
 
     def watch(self, lost: Callable[[EngineDead], None]) -> None:
         self._lost = lost
@@ -98,15 +84,14 @@ class ProcessDevice(Device):
 
     async def _step(self, batch: StepBatch) -> StepResult:
         workers = self.workers
-        step = self._steps.encode(batch)
-        call = workers.ask(lambda number: msgspec.structs.replace(step, number=number))
+        call = workers.ask(self._steps.encode(batch), StepResult)
         failed, forced = await self._constraints(batch, workers)
         await workers.flush()
-        answers = await call.of(Stepped)
-        result = answers[0].result
+        results = await call
+        result = results[0]
         errors = {**result.errors, **{index: (why, "request") for index, why in failed.items()}}
         forced = {index: after for index, after in forced.items() if index not in errors}
-        seconds = max(answer.result.seconds[0] for answer in answers)
+        seconds = max(each.seconds[0] for each in results)
         return result._replace(seconds=(seconds,), errors=errors, forced=forced)
 
     async def _constraints(
@@ -135,11 +120,12 @@ class ProcessDevice(Device):
 
     async def place(self, uid: int, slot: int, offset: int) -> float:
         """Copy an adapter into a slot of every rank; returns the seconds that the slowest copy took."""
-        call = self.workers.ask(lambda number: Place(number, uid, slot, offset), patient=True)
-        return max(done.seconds for done in await call.of(Done))
+        call = self.workers.ask(Place(uid, slot, offset), float)
+        await asyncio.wait([call.ended])  # a slot that one rank still writes is not free
+        return max(await call)
 
     async def memory_taken(self, plan: MemoryPlan) -> int | None:
-        answers = await self.workers.ask(Measure).of(Measured)
+        answers = await self.workers.ask(Measure(), Measured)
         return max((answer.taken for answer in answers if answer.taken is not None), default=None)
 
     def drop(self, uid: int) -> None:
@@ -176,7 +162,7 @@ class ProcessDevice(Device):
 
     def _renew_workers(self, progress: LoadProgress | None) -> None:
         self.workers = self._kind(self._config, lost=self._report, progress=progress)
-        self._loader.use(self.workers)
+        self._loader.workers = self.workers
 
     def _report(self, error: EngineDead) -> None:
         if self._lost is not None:

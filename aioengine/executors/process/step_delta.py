@@ -8,25 +8,20 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from itertools import count
-from typing import Any
 
-import msgspec
-
-from aioengine.executors.process.wire import Masks, Opened, Step, Work
-from aioengine.request import SamplingParams
+from aioengine.executors.process.wire import Masks, Opened, Row, Step
+from aioengine.request import SamplingParams, pack_params
 from aioengine.step import SequenceWork, StepBatch
-
-_DEFAULTS = msgspec.structs.asdict(SamplingParams())
 
 
 class _Sent:
-    __slots__ = ("blocks", "key", "tokens")
+    """What was sent of a request."""
 
-    def __init__(self, key: int) -> None:
-        self.key = key
+    __slots__ = ("blocks", "tokens")
+
+    def __init__(self) -> None:
         self.tokens = 0
-        """Number of its tokens that were sent."""
+        """Number of its tokens."""
         self.blocks: list[int] = []
 
 
@@ -35,55 +30,43 @@ class StepEncoder:
 
     def __init__(self) -> None:
         self._sent: dict[str, _Sent] = {}
-        self._keys = count()
-        self._ended: list[int] = []
+        self._ended: list[str] = []
 
     def forget(self, request_id: str) -> None:
         """Note that a request has ended; the workers are told with the next step."""
-        sent = self._sent.pop(request_id, None)
-        if sent is not None:
-            self._ended.append(sent.key)
+        if self._sent.pop(request_id, None) is not None:
+            self._ended.append(request_id)
 
     def encode(self, batch: StepBatch) -> Step:
-        """Encode a step, which then counts as sent. The caller fills in its ``number``."""
-        opened: list[Opened] = []
-        work = [self._work(row, opened) for row in batch.sequences]
+        """Encode a step, which then counts as sent."""
         ended, self._ended = self._ended, []
-        return Step(0, batch.step, ended, opened, work, list(batch.slot_ranks))
+        return Step(batch.step, ended, list(map(self._row, batch.sequences)), list(batch.slot_ranks))
 
-    def _work(self, row: SequenceWork, opened: list[Opened]) -> Work:
-        sent = self._sent.get(row.request_id)
+    def _row(self, work: SequenceWork) -> Row:
+        sent, opened = self._sent.get(work.request_id), None
         if sent is None:
-            sent = self._sent[row.request_id] = _Sent(next(self._keys))
-            opened.append(_opened(sent.key, row))
-        tokens = list(row.history[sent.tokens :])
+            sent = self._sent[work.request_id] = _Sent()
+            constrained = work.params.constraint is not None
+            opened = Opened(pack_params(work.params), constrained, work.seed, work.prompt_len)
+        tokens = list(work.history[sent.tokens :])
         sent.tokens += len(tokens)
-        kept = _same(sent.blocks, row.block_table)
-        blocks = list(row.block_table[kept:])
+        kept = _same(sent.blocks, work.block_table)
+        blocks = list(work.block_table[kept:])
         sent.blocks[kept:] = blocks
-        return Work(
-            sent.key,
-            row.slot,
-            row.start,
-            len(row.tokens) - len(row.draft),
-            row.sample,
+        return Row(
+            work.request_id,
+            work.slot,
+            work.start,
+            len(work.tokens) - len(work.draft),
+            work.sample,
             tokens,
             kept,
             blocks,
-            row.score,
-            list(row.draft),
-            row.scale,
+            work.score,
+            list(work.draft),
+            work.scale,
+            opened,
         )
-
-
-def _opened(key: int, row: SequenceWork) -> Opened:
-    params = {
-        name: value
-        for name, value in msgspec.structs.asdict(row.params).items()
-        if name != "constraint" and value != _DEFAULTS[name]
-    }
-    constrained = row.params.constraint is not None
-    return Opened(key, row.request_id, params, constrained, row.seed, row.prompt_len)
 
 
 def _same(known: list[int], table: Sequence[int]) -> int:
@@ -136,13 +119,14 @@ class SentConstraint:
 
 
 class _Known:
+    """What a worker knows of a request."""
+
     __slots__ = ("blocks", "constraint", "history", "opened", "params")
 
     def __init__(self, opened: Opened, masks: SentMasks) -> None:
         self.opened = opened
         self.constraint = SentConstraint(masks) if opened.constrained else None
-        fields: dict[str, Any] = {**opened.params, "constraint": self.constraint}
-        self.params = SamplingParams(**fields)
+        self.params = SamplingParams(**opened.params, constraint=self.constraint)
         self.history: list[int] = []
         self.blocks: list[int] = []
 
@@ -151,7 +135,7 @@ class StepDecoder:
     """Decoder on a worker's side."""
 
     def __init__(self) -> None:
-        self._known: dict[int, _Known] = {}
+        self._known: dict[str, _Known] = {}
         self.masks = SentMasks()
 
     def __len__(self) -> int:
@@ -159,33 +143,31 @@ class StepDecoder:
         return len(self._known)
 
     def decode(self, step: Step) -> StepBatch:
-        for key in step.ended:
-            del self._known[key]
-        for opened in step.opened:
-            self._known[opened.key] = _Known(opened, self.masks)
-        for index, work in enumerate(step.work):
-            constraint = self._known[work.key].constraint
-            if constraint is not None:
-                constraint.step, constraint.index = step.step, index
-        rows = [self._row(work) for work in step.work]
-        return StepBatch(step.step, rows, step.slot_ranks)
+        for request_id in step.ended:
+            del self._known[request_id]
+        work = [self._work(step.step, index, row) for index, row in enumerate(step.rows)]
+        return StepBatch(step.step, work, step.slot_ranks)
 
-    def _row(self, work: Work) -> SequenceWork:
-        known = self._known[work.key]
-        known.history += work.tokens
-        known.blocks[work.kept_blocks :] = work.blocks
+    def _work(self, step: int, index: int, row: Row) -> SequenceWork:
+        if row.opened is not None:
+            self._known[row.request_id] = _Known(row.opened, self.masks)
+        known = self._known[row.request_id]
+        if known.constraint is not None:
+            known.constraint.step, known.constraint.index = step, index
+        known.history += row.tokens
+        known.blocks[row.kept_blocks :] = row.blocks
         return SequenceWork(
-            request_id=known.opened.request_id,
-            slot=work.slot,
-            tokens=known.history[work.start : work.start + work.count] + work.draft,
-            start=work.start,
+            request_id=row.request_id,
+            slot=row.slot,
+            tokens=known.history[row.start : row.start + row.count] + row.draft,
+            start=row.start,
             block_table=known.blocks,
-            sample=work.sample,
+            sample=row.sample,
             params=known.params,
             seed=known.opened.seed,
             history=known.history,
             prompt_len=known.opened.prompt_len,
-            score=work.score,
-            draft=work.draft or (),
-            scale=work.scale,
+            score=row.score,
+            draft=row.draft or (),
+            scale=row.scale,
         )

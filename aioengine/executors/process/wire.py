@@ -1,11 +1,12 @@
 """Messages between an engine and its workers: msgspec structs in msgpack, each preceded by its length.
 
-Both ends have the same version of the package, so the format is private. A message contains only new data: a
+Both ends have the same version of the package, so the format is private. A step contains only new data: a
 request's tokens and blocks are sent once (see ``step_delta``).
 """
 
 from __future__ import annotations
 
+import pickle
 import socket
 import struct
 import traceback
@@ -14,10 +15,10 @@ from typing import Any
 
 import msgspec
 
-from aioengine import errors
 from aioengine.checks import plain
 from aioengine.config import EngineConfig
-from aioengine.step import AdapterSource, StepResult
+from aioengine.errors import AioEngineError
+from aioengine.step import AdapterSource
 
 _LENGTH = struct.Struct("<I")
 MAX_BYTES = 2**32 - 1
@@ -32,32 +33,27 @@ class _Message(msgspec.Struct, tag=True, array_like=True, frozen=True):
 
 
 class Start(_Message, frozen=True):
-    """Asks what the worker would allocate; answered with Planned."""
+    """Asks for the rank's MemoryPlan, once all ranks have found each other."""
 
-    number: int
     config: EngineConfig
     rank: int
     size: int
     threads: int
     """Compute threads for this rank; 0: its share of torch's default."""
     rendezvous: str
-    """A file where the ranks find each other; "" for one rank."""
+    """A file or "tcp://host:port", where the ranks find each other; "" for one rank."""
 
 
 class Build(_Message, frozen=True):
-    """Asks the worker to load the model; answered with Done."""
+    """Asks the worker to load the model; answered with Built."""
 
-    number: int
     num_blocks: int
     """KV blocks, the same on all ranks."""
 
 
 class Opened(msgspec.Struct, array_like=True, frozen=True):
-    """A request that the workers have not seen before."""
+    """What stays the same of a request that the workers have not seen before."""
 
-    key: int
-    """Number that stands for the request from now on."""
-    request_id: str
     params: dict[str, Any]
     """The sampling parameters that are not the defaults; never the constraint."""
     constrained: bool
@@ -65,14 +61,14 @@ class Opened(msgspec.Struct, array_like=True, frozen=True):
     prompt_len: int
 
 
-class Work(msgspec.Struct, array_like=True, frozen=True):
-    """One sequence's share of a step."""
+class Row(msgspec.Struct, array_like=True, frozen=True):
+    """A ``SequenceWork`` without what the workers know of its request."""
 
-    key: int
+    request_id: str
     slot: int
     start: int
     count: int
-    """Number of tokens to compute from position ``start``."""
+    """Number of tokens to compute from position ``start``, without ``draft``."""
     sample: bool
     tokens: list[int]
     """Tokens to append to its history first."""
@@ -81,22 +77,19 @@ class Work(msgspec.Struct, array_like=True, frozen=True):
     blocks: list[int]
     """Blocks that follow them."""
     score: int = 0
-    """Number of tokens to score, as in ``SequenceWork``."""
     draft: list[int] = []
-    """Proposed tokens, to compute after its history."""
     scale: float = 1.0
-    """What its adapter is multiplied by."""
+    opened: Opened | None = None
+    """Comes with the request's first row."""
 
 
 class Step(_Message, frozen=True):
-    """Runs a step; answered with Stepped."""
+    """Asks for a step's StepResult. Only rank 0 has more than the seconds."""
 
-    number: int
     step: int
-    ended: list[int]
-    """Keys that will not be used again."""
-    opened: list[Opened]
-    work: list[Work]
+    ended: list[str]
+    """Requests that have ended, and are forgotten before ``rows`` are read."""
+    rows: list[Row]
     slot_ranks: list[int]
 
 
@@ -105,13 +98,13 @@ class Masks(_Message, frozen=True):
 
     step: int
     found: dict[int, bytes]
-    """Allowed tokens by index in ``work``; late ones are left out."""
+    """Allowed tokens by index in ``rows``; late ones are left out."""
 
 
 class Read(_Message, frozen=True):
-    """Read an adapter; answered with ReadDone or Failed, even if it was discarded meanwhile."""
+    """Asks for the read of an adapter, even if it was discarded meanwhile; answered with ReadDone. The number
+    of this question is the number of the read."""
 
-    number: int
     name: str
     path: str
     files: AdapterSource | None = None
@@ -119,44 +112,42 @@ class Read(_Message, frozen=True):
 
 
 class Add(_Message, frozen=True):
-    """Adds a rank's ``squares`` from byte ``begin`` on to the read ``number``. All ranks receive the same
-    parts in the same order."""
+    """Adds a rank's ``squares``, from byte ``begin`` on, to a read. All ranks receive the same parts in the
+    same order."""
 
-    number: int
+    read: int
     begin: int
     squares: bytes
 
 
 class Finish(_Message, frozen=True):
-    """Finishes the read ``read``, to which everything has been added; answered with Done or Failed."""
+    """Asks for the end of a read, to which everything has been added; answered with None."""
 
-    number: int
     read: int
 
 
 class Keep(_Message, frozen=True):
-    """Put the result of the read ``number`` into the CPU cache."""
+    """Puts the result of a read into the CPU cache."""
 
-    number: int
+    read: int
     uid: int
 
 
 class Discard(_Message, frozen=True):
-    """Forget the read ``number`` and its result."""
+    """Forgets a read and its result."""
 
-    number: int
+    read: int
 
 
 class Drop(_Message, frozen=True):
-    """Free an adapter's CPU memory."""
+    """Frees an adapter's CPU memory."""
 
     uid: int
 
 
 class Place(_Message, frozen=True):
-    """Copy an adapter into a slot; answered with Done or Failed."""
+    """Asks for the copy of an adapter into a slot; answered with its seconds."""
 
-    number: int
     uid: int
     slot: int
     offset: int
@@ -166,48 +157,33 @@ class Place(_Message, frozen=True):
 class Measure(_Message, frozen=True):
     """Asks what was taken of the device's memory since the plan; answered with Measured."""
 
+
+Message = Start | Build | Step | Masks | Read | Add | Finish | Keep | Discard | Drop | Place | Measure
+
+
+class Request(msgspec.Struct, array_like=True, frozen=True):
+    """A message with the number that its answer has."""
+
     number: int
+    message: Message
 
 
 # From the workers
 
 
-class Measured(_Message, frozen=True):
-    number: int
+class Built(msgspec.Struct, array_like=True, frozen=True):
+    kernels: str
+    """Names of the kernels."""
+    variance: str | None
+    """Reason why a token's bits depend on its batch."""
+
+
+class Measured(msgspec.Struct, array_like=True, frozen=True):
     taken: int | None
     """Result of :meth:`aioengine.executors.base.Device.memory_taken` on this rank."""
 
 
-class Planned(_Message, frozen=True):
-    """The plan, once all ranks have found each other. ``plan`` is the memory plan in msgpack."""
-
-    number: int
-    num_blocks: int
-    plan: msgspec.Raw
-
-
-class Progress(_Message, frozen=True):
-    """Progress of reading the model's files; see ``LoadProgress``."""
-
-    stage: str
-    done: int
-    total: int
-
-
-class Stepped(_Message, frozen=True):
-    number: int
-    result: StepResult
-    """Only from rank 0 are there more than the seconds."""
-
-
-class Reading(_Message, frozen=True):
-    """Says from time to time that the read ``number`` goes on."""
-
-    number: int
-
-
-class ReadDone(_Message, frozen=True):
-    number: int
+class ReadDone(msgspec.Struct, array_like=True, frozen=True):
     rank: int
     """The adapter's rank."""
     nbytes: int
@@ -229,72 +205,70 @@ class ReadDone(_Message, frozen=True):
     """Whether a step can multiply what it adds by a number."""
 
 
-class Done(_Message, frozen=True):
+class Answer(_Message, frozen=True):
     number: int
-    seconds: float
-    kernels: str = ""
-    """Names of the kernels, in an answer to Build."""
-    variance: str | None = None
-    """Reason why a token's bits depend on its batch, in an answer to Build."""
+    value: msgspec.Raw
+    """What was asked for, in msgpack."""
 
 
 class Failed(_Message, frozen=True):
-    """The request ``number`` has failed; the worker goes on."""
+    """What was asked for has failed; the worker goes on."""
 
     number: int
-    error: WireError
+    error: bytes
+    """See :func:`unpack_error`."""
 
 
 class Broken(_Message, frozen=True):
     """This worker cannot go on: its start or a step has failed."""
 
-    error: WireError
+    error: bytes
 
 
-class WireError(msgspec.Struct, array_like=True, frozen=True):
-    """An exception, with all fields of the package's own errors."""
+class Progress(_Message, frozen=True):
+    """Progress of reading the model's files; see ``LoadProgress``."""
 
-    type: str
-    text: str
-    fields: dict[str, Any] | None = None
-    """Fields of an ``AioEngineError``; None for other exceptions."""
-    trace: str = ""
+    stage: str
+    done: int
+    total: int
 
-    @classmethod
-    def of(cls, error: BaseException) -> WireError:
-        name = type(error).__name__
-        trace = "".join(traceback.format_exception(error))
-        if isinstance(error, errors.AioEngineError) and getattr(errors, name, None) is type(error):
-            plain = (str, int, float, bool, type(None))
-            fields = {key: value for key, value in vars(error).items() if isinstance(value, plain)}
-            return cls(name, str(error), fields, trace)
-        return cls(name, str(error), None, trace)
 
-    def error(self) -> Exception:
-        """Rebuild the exception: a :class:`WorkerError` if its class is not in :mod:`aioengine.errors`."""
-        if self.fields is None:
-            error: Exception = WorkerError(f"{self.type}: {self.text}" if self.text else self.type)
-            error.add_note(f"in the worker:\n{self.trace}")
-            return error
-        kind: type[errors.AioEngineError] = getattr(errors, self.type)
-        error = kind.__new__(kind)  # without __init__, which would build the message again
-        error.args = (self.text,)
-        vars(error).update(self.fields)
-        return error
+class Reading(_Message, frozen=True):
+    """Says from time to time that the read ``number`` goes on."""
+
+    number: int
+
+
+Report = Answer | Failed | Broken | Progress | Reading
 
 
 class WorkerError(Exception):
     """A worker raised an exception that is not one of the package's own."""
 
 
-_OfAdapters = Read | Add | Finish | Keep | Discard | Drop | Place
-Request = Start | Build | Step | Masks | _OfAdapters | Measure
-Answer = Planned | Stepped | ReadDone | Done | Failed | Measured
-Report = Answer | Progress | Reading | Broken
+def pack_error(error: BaseException) -> bytes:
+    """Pack an error of this package unchanged, without its traceback, and another one as its text and
+    traceback."""
+    if not isinstance(error, AioEngineError):
+        name, trace = type(error).__name__, "".join(traceback.format_exception(error))
+        error = WorkerError(f"{name}: {error}" if str(error) else name)
+        error.add_note(f"in the worker:\n{trace}")
+    return pickle.dumps(error)
+
+
+def unpack_error(data: bytes) -> Exception:
+    error = pickle.loads(data)  # the worker is this engine's own, with the same code
+    assert isinstance(error, Exception)
+    return error
+
 
 _encoder = msgspec.msgpack.Encoder(enc_hook=plain)
 requests: msgspec.msgpack.Decoder[Request] = msgspec.msgpack.Decoder(Request)
 reports: msgspec.msgpack.Decoder[Report] = msgspec.msgpack.Decoder(Report)
+
+
+def answer(number: int, value: object) -> Answer:
+    return Answer(number, msgspec.Raw(_encoder.encode(value)))
 
 
 def frame(message: Request | Report) -> bytes:
@@ -303,10 +277,6 @@ def frame(message: Request | Report) -> bytes:
     if len(body) > MAX_BYTES:
         raise ValueError(f"a message of {len(body):,} bytes: at most {MAX_BYTES:,} can be sent")
     return _LENGTH.pack(len(body)) + body
-
-
-def plan_bytes(plan: object) -> msgspec.Raw:
-    return msgspec.Raw(_encoder.encode(plan))
 
 
 async def read_report(reader: StreamReader) -> Report:
@@ -324,7 +294,7 @@ def read_request(connection: socket.socket) -> Request | None:
 
 
 def _receive(connection: socket.socket, count: int) -> bytearray | None:
-    """Receive exactly ``size`` bytes; None if the other end closes first."""
+    """Receive exactly ``count`` bytes; None if the other end closes first."""
     data = bytearray(count)
     view, got = memoryview(data), 0
     while got < count:

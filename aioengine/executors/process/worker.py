@@ -29,7 +29,7 @@ from aioengine.executors.process import wire
 from aioengine.executors.process.step_delta import StepDecoder
 from aioengine.executors.process.worker_reads import WorkerReads
 from aioengine.info import LoadProgress
-from aioengine.memory_plan import memory_taken
+from aioengine.memory_plan import MemoryPlan, memory_taken
 from aioengine.model.cuda.failures import copy_error, device_error
 from aioengine.model.parallel.group import DistributedGroup, Group, Shard, SoloGroup
 from aioengine.step import StepResult
@@ -44,74 +44,108 @@ PROGRESS_SECONDS = 0.05
 
 
 class Worker:
-    """A worker process. ``connection`` is the engine's socket."""
+    """A worker process. ``connection`` is the engine's socket. Its parts of the model exist after
+    ``_build``."""
+
+    _runner: ModelRunner
+    _store: AdapterStore
 
     def __init__(self, connection: socket.socket) -> None:
         self._connection = connection
         self._sending = threading.Lock()
-        self._steps = ThreadPoolExecutor(1, thread_name_prefix="aioengine-step")
-        self._copies = ThreadPoolExecutor(1, thread_name_prefix="aioengine-copy")
-        self._model = _Model()
+        self._step_thread = ThreadPoolExecutor(1, thread_name_prefix="aioengine-step")
+        self._copy_thread = ThreadPoolExecutor(1, thread_name_prefix="aioengine-copy")
+        self._steps = StepDecoder()
         self._reads = WorkerReads(self._send)
 
     def run(self) -> NoReturn:
         """Serve requests until the engine is gone."""
         with contextlib.suppress(OSError):
             while (request := wire.read_request(self._connection)) is not None:
-                self._dispatch(request)
+                self._dispatch(request.number, request.message)
         _exit()
 
-    def _dispatch(self, request: wire.Request) -> None:
-        match request:
+    def _dispatch(self, number: int, message: wire.Message) -> None:
+        match message:
             case wire.Step():
-                self._steps.submit(self._or_break, lambda: self._model.step(request))
+                self._between_steps(number, lambda: self._step(message))
             case wire.Masks():
-                self._model.masks.put(request)
+                self._steps.masks.put(message)
             case wire.Read():
-                self._reads.read(request, self._model.store)
+                self._reads.read(number, message, self._store)
             case wire.Add():
-                self._reads.add(request)
+                self._reads.add(message)
             case wire.Finish():
-                self._reads.finish(request, self._model.store)
+                self._reads.finish(number, message, self._store)
             case wire.Keep():
-                self._reads.keep(request, self._model.store)
+                self._reads.keep(message, self._store)
             case wire.Discard():
-                self._reads.discard(request)
+                self._reads.discard(message)
             case wire.Drop():
-                self._model.store.drop(request.uid)
+                self._store.drop(message.uid)
             case wire.Place():
-                image = self._model.store.get(
-                    request.uid
-                )  # before the copy's turn: it may be dropped until then
-                self._copies.submit(self._place, request, image)
+                # Before the copy's turn: it may be dropped until then.
+                image = self._store.get(message.uid)
+                self._copy_thread.submit(self._place, number, message, image)
             case wire.Measure():
-                self._steps.submit(self._or_break, lambda: self._model.measure(request))
+                self._between_steps(number, lambda: wire.Measured(memory_taken(self._plan.memory)))
             case wire.Start():
-                self._steps.submit(self._or_break, lambda: self._model.start(request))
+                self._between_steps(number, lambda: self._start(message))
             case wire.Build():
-                self._steps.submit(self._or_break, lambda: self._model.build(request, self._progress()))
+                self._between_steps(number, lambda: self._build(message))
 
-    def _or_break(self, work: Callable[[], wire.Report]) -> None:
-        try:
-            report = work()
-        except BaseException as error:
-            report = _broken(device_error(error), error)
-        self._send(report)
+    def _between_steps(self, number: int, work: Callable[[], object]) -> None:
+        """Do ``work`` in the thread of the steps, and answer. If it fails, this worker cannot go on."""
 
-    def _place(self, request: wire.Place, image: AdapterImage) -> None:
+        def run() -> None:
+            try:
+                report: wire.Report = wire.answer(number, work())
+            except BaseException as error:
+                report = _broken(device_error(error), error)
+            self._send(report)
+
+        self._step_thread.submit(run)
+
+    def _start(self, start: wire.Start) -> MemoryPlan:
+        import torch  # takes a second, in which the main thread already watches the engine
+
+        from aioengine.model.parallel.threads import rank_threads
+
+        torch.set_num_threads(start.threads or rank_threads(start.size))
+        self._config = start.config
+        lora = start.config.lora
+        self._shard = Shard(start.rank, start.size, lora is not None and lora.fully_sharded_loras)
+        self._plan = plan_parts(start.config, self._shard)
+        self._group = _join(self._shard, self._plan.memory.device, start.rendezvous)
+        return self._plan.memory
+
+    def _build(self, build: wire.Build) -> wire.Built:
+        memory = msgspec.structs.replace(self._plan.memory, num_blocks=build.num_blocks)
+        watch = self._report_progress() if self._shard.rank == 0 else None
+        built = build_parts(self._config, self._plan._replace(memory=memory), self._group, watch)
+        self._runner, self._store = built
+        gc.collect()
+        gc.freeze()  # a full collection would visit all of it, within a step
+        return wire.Built(self._runner.kernels, self._runner.variance)
+
+    def _step(self, step: wire.Step) -> StepResult:
+        result = self._runner.execute(self._steps.decode(step))
+        return result if self._shard.rank == 0 else StepResult((), (), result.seconds)
+
+    def _place(self, number: int, place: wire.Place, image: AdapterImage) -> None:
         start = time.perf_counter()
         try:
-            slots = self._model.runner.lora_slots
+            slots = self._runner.lora_slots
             assert slots is not None, "a slot was written while LoRA is off"
-            slots.write(request.slot, image, request.offset)
+            slots.write(place.slot, image, place.offset)
         except BaseException as error:
             found = copy_error(error)
-            failed = wire.Failed(request.number, wire.WireError.of(error))
+            failed = wire.Failed(number, wire.pack_error(error))
             self._send(failed if found is None else _broken(found, error))
         else:
-            self._send(wire.Done(request.number, time.perf_counter() - start))
+            self._send(wire.answer(number, time.perf_counter() - start))
 
-    def _progress(self) -> LoadProgress:
+    def _report_progress(self) -> LoadProgress:
         last = 0.0
 
         def report(stage: str, done: int, total: int) -> None:
@@ -136,53 +170,7 @@ def _broken(found: DeviceError | None, error: BaseException) -> wire.Broken:
     their traceback, so it goes to the log."""
     if found is not None:
         traceback.print_exception(error)
-    return wire.Broken(wire.WireError.of(error if found is None else found))
-
-
-class _Model:
-    """This rank's share of the model, used by the step thread; its parts exist after ``build``."""
-
-    runner: ModelRunner
-    store: AdapterStore
-
-    def __init__(self) -> None:
-        self._batches = StepDecoder()
-        self.masks = self._batches.masks
-
-    def start(self, request: wire.Start) -> wire.Planned:
-        import torch  # takes a second, in which the main thread already watches the engine
-
-        from aioengine.model.parallel.threads import rank_threads
-
-        torch.set_num_threads(request.threads or rank_threads(request.size))
-        self._config = request.config
-        lora = request.config.lora
-        self._shard = Shard(request.rank, request.size, lora is not None and lora.fully_sharded_loras)
-        self._plan = plan_parts(request.config, self._shard)
-        memory = self._plan.memory
-        self._group = _join(self._shard, memory.device, request.rendezvous)
-        return wire.Planned(request.number, memory.num_blocks, wire.plan_bytes(memory))
-
-    def build(self, request: wire.Build, progress: LoadProgress) -> wire.Done:
-        began = time.perf_counter()
-        memory = msgspec.structs.replace(self._plan.memory, num_blocks=request.num_blocks)
-        plan = self._plan._replace(memory=memory)
-        watch = progress if self._shard.rank == 0 else None
-        built = build_parts(self._config, plan, self._group, watch)
-        self.runner, self.store = built
-        runner = self.runner
-        gc.collect()
-        gc.freeze()  # a full collection would visit all of it, within a step
-        return wire.Done(request.number, time.perf_counter() - began, runner.kernels, runner.variance)
-
-    def measure(self, request: wire.Measure) -> wire.Measured:
-        return wire.Measured(request.number, memory_taken(self._plan.memory))
-
-    def step(self, request: wire.Step) -> wire.Stepped:
-        result = self.runner.execute(self._batches.decode(request))
-        if self._shard.rank:
-            result = StepResult((), (), result.seconds)
-        return wire.Stepped(request.number, result)
+    return wire.Broken(wire.pack_error(error if found is None else found))
 
 
 def _join(shard: Shard, device: str, rendezvous: str) -> Group:

@@ -6,13 +6,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from threading import Event
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from aioengine.adapters.loader import STOP_SECONDS, BaseLoader, Patience
 from aioengine.adapters.peft.digest import ContentDigest, content_digest
 from aioengine.adapters.read_threads import Progress, ReadThreads
 from aioengine.errors import AdapterLoadError
-from aioengine.executors.process.wire import Add, Discard, Done, Finish, Keep, Read, ReadDone
+from aioengine.executors.process.wire import Add, Discard, Finish, Keep, Read, ReadDone
 from aioengine.step import AdapterSource, LoadedAdapter
 
 if TYPE_CHECKING:
@@ -23,31 +23,27 @@ ADD_BYTES = 256 << 10
 
 
 class WorkerLoader(BaseLoader[int]):
-    """Loads adapters through the workers, which read them beside the steps, each under a number. Call ``use``
-    first.
+    """Loads adapters through ``workers``, which read them beside the steps, each under a number.
 
     With several ranks, no rank reads the whole file, so the digest is computed here, in a thread.
     """
 
+    workers: Workers
+
     def __init__(self, patience: Patience) -> None:
         super().__init__(patience)
-        self._workers: Workers
         self._digests = ReadThreads("aioengine-digest")
-        self._given_up: dict[Call, Progress] = {}
-        """Abandoned reads that have not ended in every worker."""
-
-    def use(self, workers: Workers) -> None:
-        """Use these workers from now on. Hanging reads have ended with the earlier workers' processes."""
-        for call in list(self._given_up):
-            self._ended(call)
-        self._workers = workers
 
     async def _read(
         self, name: str, path: str, progress: Progress, files: AdapterSource | None
     ) -> tuple[LoadedAdapter, int]:
-        workers = self._workers
-        reading = asked = workers.ask(lambda number: Read(number, name, path, files))
+        def ended(_: object) -> None:
+            progress.running = False
+
+        workers = self.workers
+        reading = workers.ask(Read(name, path, files), ReadDone)
         reading.moved = progress.moved
+        last: Call[Any] = reading
         try:
             answers, content = await self._read_and_digest(reading, name, path, workers.size, files)
             first = answers[0]
@@ -57,17 +53,16 @@ class WorkerLoader(BaseLoader[int]):
                 )
             if first.squares:
                 await _add(workers, reading.number, [answer.squares for answer in answers])
-                asked = workers.ask(lambda number: Finish(number, reading.number))
-                await asked.of(Done)
+                last = workers.ask(Finish(reading.number), type(None))
+                await last
         except BaseException:
             workers.tell(Discard(reading.number))
-            if asked.open and workers.dead is None:
-                self._given_up[asked] = progress
-                asked.all_answered = lambda: self._ended(asked)
-            else:
-                progress.running = False
             raise
-        progress.running = False
+        finally:
+            if last.ended.done():
+                progress.running = False
+            else:  # it was given up, and goes on in a worker
+                last.ended.add_done_callback(ended)
         found = LoadedAdapter(
             first.rank,
             sum(answer.nbytes for answer in answers),
@@ -80,15 +75,15 @@ class WorkerLoader(BaseLoader[int]):
         return found, reading.number
 
     async def _read_and_digest(
-        self, reading: Call, name: str, path: str, size: int, files: AdapterSource | None
+        self, reading: Call[ReadDone], name: str, path: str, size: int, files: AdapterSource | None
     ) -> tuple[list[ReadDone], ContentDigest]:
         """Read and compute the digest at the same time. Raises the first error of the two."""
         if size == 1:
-            answers = await reading.of(ReadDone)
+            answers = await reading
             return answers, ContentDigest(answers[0].digest, answers[0].version)
         unwanted = Event()
         both = (
-            asyncio.ensure_future(reading.of(ReadDone)),
+            asyncio.ensure_future(reading),
             asyncio.ensure_future(self._digests.run(lambda: content_digest(name, path, unwanted, files))),
         )
         try:
@@ -98,12 +93,8 @@ class WorkerLoader(BaseLoader[int]):
             for task in both:
                 task.cancel()
 
-    def _ended(self, call: Call) -> None:
-        if (progress := self._given_up.pop(call, None)) is not None:
-            progress.running = False
-
     def _keep(self, uid: int, content: int) -> None:
-        self._workers.tell(Keep(content, uid))
+        self.workers.tell(Keep(content, uid))
 
     async def close(self) -> None:
         """Close the loader. The workers free their memory when they exit."""

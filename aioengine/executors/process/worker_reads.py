@@ -17,11 +17,11 @@ if TYPE_CHECKING:
     from aioengine.model.slots.image import AdapterImage
 
 
-TELL_SECONDS = 0.05
+REPORT_SECONDS = 0.05
 """Minimum time between two reports that a read goes on."""
 
 
-class _Told(Progress):
+class _Reported(Progress):
     """Progress that reports to the engine."""
 
     def __init__(self, send: Callable[[wire.Report], None], number: int) -> None:
@@ -31,102 +31,81 @@ class _Told(Progress):
 
     def moved(self) -> None:
         super().moved()
-        if time.monotonic() - self._last >= TELL_SECONDS:
+        if time.monotonic() - self._last >= REPORT_SECONDS:
             self._last = time.monotonic()
             self._send(wire.Reading(self._number))
+
+
+class _Read:
+    """A read; first it has a draft, and when that is finished an image."""
+
+    draft: Draft
+    image: AdapterImage
 
 
 class WorkerReads:
     """Reads of adapters in a worker. The main thread calls its methods; any thread calls ``send``.
 
-    Finished reads wait here, by number, until they are kept or discarded. A read that is discarded while its
-    thread runs is forgotten when the thread returns.
+    A read is here, by its number, until it is kept or discarded. Of one that is discarded while its thread
+    runs, nothing is left when the thread has ended.
     """
 
     def __init__(self, send: Callable[[wire.Report], None]) -> None:
         self._send = send
-        self._lock = threading.Lock()
-        self._running: set[int] = set()
-        self._unwanted: set[int] = set()
-        self._drafts: dict[int, Draft] = {}
-        self._images: dict[int, AdapterImage] = {}
+        self._reads: dict[int, _Read] = {}
 
-    def read(self, request: wire.Read, store: AdapterStore) -> None:
-        def work() -> None:
-            try:
-                draft = store.begin(
-                    request.name, request.path, _Told(self._send, request.number), request.files
-                )
-                squares = draft.squares
-                image = None if squares else store.finish(draft)
-            except BaseException as error:
-                self._failed(request.number, request.number, error, request.name, request.path)
-                return
-            self._end(request.number, draft if image is None else None, image)
+    def read(self, number: int, order: wire.Read, store: AdapterStore) -> None:
+        read = self._reads[number] = _Read()
+
+        def work() -> wire.ReadDone:
+            draft = store.begin(order.name, order.path, _Reported(self._send, number), order.files)
+            squares = draft.squares
+            if squares:
+                read.draft = draft
+            else:
+                read.image = store.finish(draft)
             found = draft.packed
-            self._send(
-                wire.ReadDone(
-                    request.number,
-                    found.rank,
-                    draft.nbytes,
-                    found.digest,
-                    found.version,
-                    0 if found.head is None else len(found.head.weight),
-                    found.invocation,
-                    squares,
-                    draft.slot_nbytes,
-                    found.scalable,
-                )
+            return wire.ReadDone(
+                found.rank,
+                draft.nbytes,
+                found.digest,
+                found.version,
+                0 if found.head is None else len(found.head.weight),
+                found.invocation,
+                squares,
+                draft.slot_nbytes,
+                found.scalable,
             )
 
-        self._start(request.number, work)
+        self._start(number, work, order.name, order.path)
 
-    def add(self, request: wire.Add) -> None:
-        self._drafts[request.number].add(request.begin, request.squares)
+    def add(self, part: wire.Add) -> None:
+        self._reads[part.read].draft.add(part.begin, part.squares)
 
-    def finish(self, request: wire.Finish, store: AdapterStore) -> None:
-        draft = self._drafts.pop(request.read)
+    def finish(self, number: int, order: wire.Finish, store: AdapterStore) -> None:
+        read = self._reads[order.read]
+        draft = read.draft
+        del read.draft
 
         def work() -> None:
-            began = time.perf_counter()
+            read.image = store.finish(draft)
+
+        self._start(number, work, draft.packed.name, draft.packed.path)
+
+    def keep(self, order: wire.Keep, store: AdapterStore) -> None:
+        store.put(order.uid, self._reads.pop(order.read).image)
+
+    def discard(self, order: wire.Discard) -> None:
+        self._reads.pop(order.read, None)
+
+    def _start(self, number: int, work: Callable[[], object], name: str, path: str) -> None:
+        def run() -> None:
             try:
-                image = store.finish(draft)
+                report: wire.Report = wire.answer(number, work())
             except BaseException as error:
-                self._failed(request.read, request.number, error, draft.packed.name, draft.packed.path)
-                return
-            self._end(request.read, None, image)
-            self._send(wire.Done(request.number, time.perf_counter() - began))
+                if isinstance(error, (MemoryError, RuntimeError)):
+                    error = out_of_memory(error, name, path) or error
+                report = wire.Failed(number, wire.pack_error(error))
+            self._send(report)
 
-        self._start(request.read, work)
-
-    def keep(self, request: wire.Keep, store: AdapterStore) -> None:
-        store.put(request.uid, self._images.pop(request.number))
-
-    def discard(self, request: wire.Discard) -> None:
-        with self._lock:
-            if request.number in self._running:
-                self._unwanted.add(request.number)
-            self._drafts.pop(request.number, None)
-            self._images.pop(request.number, None)
-
-    def _start(self, number: int, work: Callable[[], None]) -> None:
-        with self._lock:
-            self._running.add(number)
-        threading.Thread(target=work, name=f"aioengine-load-{number}", daemon=True).start()
-
-    def _end(self, number: int, draft: Draft | None, image: AdapterImage | None) -> None:
-        with self._lock:
-            self._running.discard(number)
-            if number in self._unwanted:
-                self._unwanted.discard(number)
-                return
-            if draft is not None:
-                self._drafts[number] = draft
-            if image is not None:
-                self._images[number] = image
-
-    def _failed(self, read: int, number: int, error: BaseException, name: str, path: str) -> None:
-        self._end(read, None, None)
-        if isinstance(error, (MemoryError, RuntimeError)):
-            error = out_of_memory(error, name, path) or error
-        self._send(wire.Failed(number, wire.WireError.of(error)))
+        threading.Thread(target=run, name=f"aioengine-load-{number}", daemon=True).start()

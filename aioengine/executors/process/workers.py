@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import shutil
 import signal
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import nullcontext
 from itertools import count
-from typing import TypeVar
+from typing import Any, Generic, TypeVar
 
 import msgspec
 
@@ -20,6 +20,7 @@ from aioengine.errors import AioEngineError, ConfigError, DeviceError, EngineDea
 from aioengine.executors.process import wire
 from aioengine.executors.process.spawn import WorkerConnection, spawn
 from aioengine.info import LoadProgress
+from aioengine.memory_plan import MemoryPlan
 from aioengine.model.cuda.failures import device_error_in
 from aioengine.runtime.tasks import run_to_completion
 
@@ -30,50 +31,53 @@ EXIT_SECONDS = 1.0
 BLAME_SECONDS = 0.1
 """Time to wait for another rank's death, which may be the cause when a rank fails in a step."""
 
-A = TypeVar("A", bound=wire.Answer)
+A = TypeVar("A")
 
 
-class Call:
-    """A request to all workers. ``answers`` has one answer by rank, or the first failure. A failure is set at
-    once or, if the call is ``patient``, when all have answered."""
+class Call(Generic[A]):
+    """A request to all workers, each of which answers with a ``kind``. Awaiting it gives the answers by rank,
+    or raises the first failure, which may be before the others have answered."""
 
-    def __init__(self, number: int, size: int, *, patient: bool) -> None:
+    def __init__(self, number: int, kind: type[A], size: int) -> None:
+        loop = asyncio.get_running_loop()
         self.number = number
-        self.answers: asyncio.Future[list[wire.Answer]] = asyncio.get_running_loop().create_future()
-        self.all_answered: Callable[[], None] = _nothing
         self.moved: Callable[[], None] = _nothing
-        """Called when a worker reports progress."""
-        self._patient = patient
-        self._found: dict[int, wire.Answer] = {}
-        self._size = size
-        self._failure: Exception | None = None
+        """Called when a worker reports that it goes on."""
+        self.ended: asyncio.Future[None] = loop.create_future()
+        """Done when all have answered, or are lost."""
+        self._answers: asyncio.Future[list[A]] = loop.create_future()
+        self._kind: Any = kind
+        self._found: dict[int, A] = {}
+        self.left = size
+        """Number of workers that have not answered yet."""
 
-    @property
-    def open(self) -> bool:
-        """Whether a worker has not answered yet."""
-        return len(self._found) < self._size
+    def __await__(self) -> Generator[Any, None, list[A]]:
+        return self._answers.__await__()
 
-    def answer(self, rank: int, answer: wire.Answer) -> None:
-        self._found[rank] = answer
-        if isinstance(answer, wire.Failed) and self._failure is None:
-            self._failure = answer.error.error()
-        if self._failure is not None and not (self._patient and self.open):
-            self.fail(self._failure)
-        elif not self.open and not self.answers.done():
-            self.answers.set_result([self._found[rank] for rank in range(self._size)])
-        if not self.open:
-            self.all_answered()
+    def answer(self, rank: int, report: wire.Answer | wire.Failed) -> None:
+        self.left -= 1
+        if isinstance(report, wire.Answer):
+            self._found[rank] = msgspec.msgpack.decode(report.value, type=self._kind)
+            if not self.left and not self._answers.done():
+                self._answers.set_result([self._found[rank] for rank in sorted(self._found)])
+        else:
+            self._fail(wire.unpack_error(report.error))
+        if not self.left:
+            self._end()
 
-    def fail(self, error: Exception) -> None:
-        if not self.answers.done():
-            self.answers.set_exception(error)
+    def lose(self, error: Exception) -> None:
+        """Fail, because the workers are lost."""
+        self._fail(error)
+        self._end()
 
-    async def of(self, kind: type[A]) -> list[A]:
-        """Wait for the answers, by rank; each is a ``kind``. Raises the first failure, or EngineDead."""
-        answers = await self.answers
-        found: list[A] = [answer for answer in answers if isinstance(answer, kind)]
-        assert len(found) == len(answers), f"expected {kind.__name__}, not {answers}"
-        return found
+    def _fail(self, error: Exception) -> None:
+        if not self._answers.done():
+            self._answers.set_exception(error)
+            self._answers.exception()  # nobody may wait for it any more
+
+    def _end(self) -> None:
+        if not self.ended.done():
+            self.ended.set_result(None)
 
 
 class Workers:
@@ -102,45 +106,40 @@ class Workers:
         """Names of the kernels that compute the steps; known when the workers have started."""
         self.variance: str | None = None
         """Why a token's bits depend on its batch; known when the workers have started."""
+        self.device = ""
+        """Kind of device of the ranks, "cpu" or "cuda"; known when they have planned."""
         self._workers: list[WorkerConnection] = []
         self._listeners: list[asyncio.Task[None]] = []
-        self._calls: dict[int, Call] = {}
+        self._calls: dict[int, Call[Any]] = {}
         self._numbers = count()
-        self._device = ""
-        """Kind of device of the ranks, "cpu" or "cuda"; known when they have planned."""
         self.started = False
         """Whether they have their model and its KV cache, and take requests."""
         self._closing = False
 
     # Life
 
-    async def start(self, num_blocks: int | None = None) -> tuple[msgspec.Raw, int]:
-        """Start the workers. Returns rank 0's memory plan (in msgpack) and the number of KV blocks:
-        ``num_blocks`` or, if that is None, as many as all ranks have room for.
+    async def start(self, num_blocks: int | None = None) -> MemoryPlan:
+        """Start the workers. Returns rank 0's memory plan with the number of KV blocks of all ranks:
+        ``num_blocks`` or, if that is None, as many as all have room for.
 
         Raises ConfigError if the model is not available or does not fit, and EngineDead if a worker ends. If
         it fails or is cancelled, no process is left.
         """
-        folder = tempfile.mkdtemp(prefix="aioengine-") if self.size > 1 else None
-        try:
-            await run_to_completion(self._spawn())
-            plans = await self._start(self._meeting(folder)).of(wire.Planned)
-            self._device = device_of(plans[0].plan)
-            if folder is not None:
-                shutil.rmtree(folder)  # they have found each other
-                folder = None
-            blocks = min(plan.num_blocks for plan in plans) if num_blocks is None else num_blocks
-            built = await self.ask(lambda number: wire.Build(number, blocks)).of(wire.Done)
-            self.kernels, self.variance = built[0].kernels, built[0].variance
-        except BaseException:
-            self._kill()
-            await self.close()
-            raise
-        finally:
-            if folder is not None:
-                shutil.rmtree(folder, ignore_errors=True)
+        folder = tempfile.TemporaryDirectory(prefix="aioengine-") if self.size > 1 else nullcontext("")
+        with folder as path:  # of the file by which the ranks find each other
+            try:
+                await run_to_completion(self._spawn())
+                plans = await self._start(self._meeting(path))
+                self.device = plans[0].device
+                blocks = min(plan.num_blocks for plan in plans) if num_blocks is None else num_blocks
+                built = await self.ask(wire.Build(blocks), wire.Built)
+            except BaseException:
+                self._kill()
+                await self.close()
+                raise
+        self.kernels, self.variance = built[0].kernels, built[0].variance
         self.started = True
-        return plans[0].plan, blocks
+        return msgspec.structs.replace(plans[0], num_blocks=blocks)
 
     async def close(self) -> None:
         """End all workers, and wait until they have ended. Safe to call twice."""
@@ -184,38 +183,36 @@ class Workers:
         name = f"aioengine-worker-{worker.rank}"
         self._listeners.append(asyncio.get_running_loop().create_task(self._listen(worker), name=name))
 
-    def _meeting(self, folder: str | None) -> str:
+    def _meeting(self, folder: str) -> str:
         """Return the file in ``folder`` by which the ranks find each other; "" for one rank."""
-        return "" if folder is None else os.path.join(folder, "ranks")
+        return folder and os.path.join(folder, "ranks")
 
-    def _start(self, meeting: str) -> Call:
+    def _start(self, meeting: str) -> Call[MemoryPlan]:
+        call = self._open(MemoryPlan)
         threads = rank_threads(self.size)
-        return self.ask_each(
-            lambda number, rank: wire.Start(number, self._config, rank, self.size, threads, meeting)
-        )
+        for worker in self._workers:
+            start = wire.Start(self._config, worker.rank, self.size, threads, meeting)
+            worker.writer.write(wire.frame(wire.Request(call.number, start)))
+        return call
 
     # Asking
 
-    def ask(self, make: Callable[[int], wire.Request], *, patient: bool = False) -> Call:
-        """Send the request ``make(number)`` to all workers. Raises the error of their loss, if they were
-        lost."""
-        call = self._open(patient=patient)
-        self.tell(make(call.number))
+    def ask(self, message: wire.Message, kind: type[A]) -> Call[A]:
+        """Send a message to all workers, each of which answers with a ``kind``. Raises the error of their
+        loss, if they were lost."""
+        call = self._open(kind)
+        self._send(wire.Request(call.number, message))
         return call
 
-    def ask_each(self, make: Callable[[int, int], wire.Request]) -> Call:
-        """Send the request ``make(number, rank)`` to each worker. Raises as ``ask``."""
-        call = self._open(patient=False)
-        for worker in self._workers:
-            worker.writer.write(wire.frame(make(call.number, worker.rank)))
-        return call
-
-    def tell(self, message: wire.Request) -> None:
+    def tell(self, message: wire.Message) -> None:
         """Send a message that has no answer to all workers."""
         if self.dead is None:
-            data = wire.frame(message)
-            for worker in self._workers:
-                worker.writer.write(data)
+            self._send(wire.Request(-1, message))
+
+    def _send(self, request: wire.Request) -> None:
+        data = wire.frame(request)
+        for worker in self._workers:
+            worker.writer.write(data)
 
     async def flush(self) -> None:
         """Wait until the buffers of unsent messages are small enough."""
@@ -223,10 +220,10 @@ class Workers:
             with contextlib.suppress(ConnectionError):  # its listener reports that, too
                 await worker.writer.drain()
 
-    def _open(self, *, patient: bool) -> Call:
+    def _open(self, kind: type[A]) -> Call[A]:
         if self.dead is not None:
             raise self.dead
-        call = Call(next(self._numbers), self.size, patient=patient)
+        call = Call(next(self._numbers), kind, self.size)
         self._calls[call.number] = call
         return call
 
@@ -242,27 +239,29 @@ class Workers:
             self._fail(_dead(f"{_who(worker)}: {type(error).__name__}: {error}", error))
 
     async def _received(self, worker: WorkerConnection, report: wire.Report) -> None:
-        if isinstance(report, wire.Progress):
-            if self._progress is not None:
-                self._progress(report.stage, report.done, report.total)
-        elif isinstance(report, wire.Broken):
-            error = report.error.error()
-            if isinstance(error, AioEngineError) and not self.started:
-                self._fail(error)
-                return
-            if self.size > 1:
-                await asyncio.sleep(BLAME_SECONDS)
-            if isinstance(error, DeviceError):
-                self._fail(error if self.size == 1 else type(error)(f"{_who(worker)}: {error}"))
-                return
-            self._fail(_dead(str(error) if self.size == 1 else f"{_who(worker)}: {error}", error))
-        elif isinstance(report, wire.Reading):
-            self._calls[report.number].moved()
-        else:
-            call = self._calls[report.number]
-            call.answer(worker.rank, report)
-            if not call.open:
-                del self._calls[report.number]
+        match report:
+            case wire.Answer() | wire.Failed():
+                call = self._calls[report.number]
+                call.answer(worker.rank, report)
+                if not call.left:
+                    del self._calls[report.number]
+            case wire.Reading():
+                self._calls[report.number].moved()
+            case wire.Progress():
+                if self._progress is not None:
+                    self._progress(report.stage, report.done, report.total)
+            case wire.Broken():
+                await self._broke(worker, wire.unpack_error(report.error))
+
+    async def _broke(self, worker: WorkerConnection, error: Exception) -> None:
+        if isinstance(error, AioEngineError) and not self.started:
+            self._fail(error)
+            return
+        text = str(error)
+        if self.size > 1:
+            await asyncio.sleep(BLAME_SECONDS)
+            text = f"{_who(worker)}: {error}"
+        self._fail(type(error)(text) if isinstance(error, DeviceError) else _dead(text, error))
 
     async def _ended(self, worker: WorkerConnection) -> None:
         code: int | None = None
@@ -271,7 +270,7 @@ class Workers:
                 code = await worker.process.wait()
         dead = f"{_who(worker)} {_how_it_ended(code)}"
         said = None
-        aborted = self._device == "cuda" and code != -signal.SIGKILL
+        aborted = self.device == "cuda" and code != -signal.SIGKILL
         if aborted and worker.output is not None:  # NCCL and the driver abort the process
             await worker.output.ended()
             said = device_error_in(list(worker.output.last))
@@ -284,7 +283,7 @@ class Workers:
         self._kill()
         calls, self._calls = self._calls, {}
         for call in calls.values():
-            call.fail(error)
+            call.lose(error)
         if self.started and isinstance(error, EngineDead):
             self._lost(error)
 
@@ -292,17 +291,6 @@ class Workers:
         for worker in self._workers:
             with contextlib.suppress(ProcessLookupError):
                 worker.process.kill()
-
-
-class _Planned(msgspec.Struct):
-    """The part of a memory plan that matters here."""
-
-    device: str
-
-
-def device_of(plan: msgspec.Raw) -> str:
-    """Return the device of a memory plan in msgpack."""
-    return msgspec.msgpack.decode(plan, type=_Planned).device
 
 
 def rank_threads(size: int) -> int:

@@ -46,7 +46,7 @@ class RayWorkers(Workers):
     """Whether a start has connected the process to Ray, and none has succeeded since."""
     _rendezvous = ""
 
-    def _meeting(self, folder: str | None) -> str:
+    def _meeting(self, folder: str) -> str:
         return self._rendezvous
 
     async def _spawn(self) -> None:

@@ -17,8 +17,9 @@ from aioengine.fleet.door.channel import Channel
 from aioengine.fleet.door.grammars import SentGrammar
 from aioengine.fleet.door.members import Member, Members
 from aioengine.fleet.versions import gone
-from aioengine.fleet.wire import Abort, Delta, LimitWaiting, Submit, pack_error, pack_params, unpack_error
+from aioengine.fleet.wire import Abort, Delta, LimitWaiting, Submit, pack_error, unpack_error
 from aioengine.info import without_versions
+from aioengine.request import pack_params
 from aioengine.schedulers.policy import Location
 from aioengine.schedulers.routing import RouteRequest, RouterGuard, load_router, prefix_hashes, prefix_pins
 
