@@ -113,9 +113,10 @@ class DecodeSteps:
 
     def run(self, sequences: Sequence[SequenceWork], slot_ranks: Sequence[int]) -> Tensor | None:
         """Return the logits [N, vocab] of those sequences that ask for a token, valid until the next call;
-        None if this is no step of the recorded sizes, or it scales an adapter, or one has trained tokens, or
-        one in a slot has a rank beyond the recorded one."""
-        if any(work.scale != 1.0 for work in sequences) or max(slot_ranks, default=0) > self._max_rank:
+        None if this is no step of the recorded sizes, or it scales an adapter, or has one with trained tokens
+        or of a rank beyond the recorded one."""
+        most = self._max_rank
+        if any(row.scale != 1.0 or (row.slot >= 0 and slot_ranks[row.slot] > most) for row in sequences):
             return None
         tokens = [] if self._slots is None else self._slots.tokens
         if any(work.slot >= 0 and tokens[work.slot] is not None for work in sequences if tokens):

@@ -20,6 +20,8 @@ from aioengine.step import SLOT_GRANULE
 
 GRANULE = SLOT_GRANULE
 """Bytes of the smallest granule."""
+TRIES = 3
+"""Maximum number of searches for a window between evictions; each search visits all regions."""
 
 
 class Arena:
@@ -176,3 +178,52 @@ def compaction(arena: Arena, nbytes: int, may_move: Callable[[int], bool]) -> Wi
         return None
     moved, first, last = best
     return Window(parts[first][0], [at for at, _, hole in parts[first : last + 1] if not hole], moved)
+
+
+class Room(NamedTuple):
+    """Steps that make a hole large enough."""
+
+    evict: list[int]
+    move: Window | None
+
+
+def find_room(
+    arena: Arena,
+    nbytes: int,
+    leaving: Sequence[int],
+    victims: Sequence[int],
+    last: Sequence[int],
+    may_move: Callable[[int], bool],
+) -> Room | None:
+    """Find room for ``nbytes``, once the regions ``leaving`` are gone. Changes nothing.
+
+    Adapters are evicted one by one, in the order of ``victims``, until there is room. A move that copies no
+    more bytes than the newcomer has is preferred to the next eviction. When all of these are evicted, others
+    are moved at any cost. Only then are those in ``last`` evicted, too. ``may_move`` says whether the adapter
+    at an offset may be moved. None if there is no room.
+    """
+    size = arena.rounded(nbytes)
+    if arena.free + sum(arena.regions[offset] for offset in (*leaving, *victims, *last)) < size:
+        return None
+    arena = arena.copy()
+    for offset in leaving:
+        arena.release(offset)
+    evict: list[int] = []
+    tries = TRIES
+    for group, others in ((victims, True), (last, False)):
+        in_order = iter(group)
+        while not arena.fits(nbytes):
+            if arena.free >= size and tries > 0:
+                tries -= 1
+                window = compaction(arena, nbytes, may_move)
+                if window is not None and (window.moved <= size or not others):
+                    return Room(evict, window)
+            victim = next(in_order, None)
+            if victim is None:
+                window = compaction(arena, nbytes, may_move) if arena.free >= size else None
+                if window is not None:
+                    return Room(evict, window)
+                break
+            arena.release(victim)
+            evict.append(victim)
+    return Room(evict, None) if arena.fits(nbytes) else None

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from itertools import chain
 
+from aioengine.core.adapters.arena import find_room
 from aioengine.core.adapters.residency import Residency
-from aioengine.core.adapters.room import find_room
 from aioengine.core.adapters.slots import Slot, SlotTable, may_leave
 from aioengine.core.guard import Resolved
 from aioengine.core.state import AdapterEntry, Request
@@ -161,22 +161,23 @@ class Placing:
         if slot is None:
             return "place_no_slot"
         arena = self._slots.arena
-        leaving = [] if slot.entry is None else [slot]
+        leaving = [] if slot.offset is None else [slot.offset]
         by_offset = {s.offset: s for s in self._slots.slots if s.offset is not None}
 
         def may_move(offset: int) -> bool:
             return by_offset[offset].idle and may_leave(by_offset[offset], keep)
 
-        first: list[Slot] = []
-        wanted: list[Slot] = []
+        first: list[int] = []
+        wanted: list[int] = []
         if leaving or not arena.fits(entry.slot_nbytes):
-            first = [s for s in dict.fromkeys(victims) if s is not slot]
-            wanted = [s for s in last if s is not slot and s not in first]
+            first = [s.offset for s in dict.fromkeys(victims) if s is not slot and s.offset is not None]
+            wanted = [s.offset for s in last if s is not slot and s.offset is not None]
+            wanted = [offset for offset in wanted if offset not in first]
         room = find_room(arena, entry.slot_nbytes, leaving, first, wanted, may_move)
         if room is None:
             return "place_no_room"
-        for victim in room.evict:
-            self._residency.evict_slot(victim, now)
+        for offset in room.evict:
+            self._residency.evict_slot(by_offset[offset], now)
         self._residency.start_copy(entry, slot, now, room.move)
         return None
 

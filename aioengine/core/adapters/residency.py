@@ -2,9 +2,6 @@
 
 This is bookkeeping only. It says which moves to start; the shell carries them out and reports back
 through ``loaded``, ``load_failed``, ``placed`` and ``place_failed``.
-
-The file is long because it holds every change of an adapter's place, and each change relies on the state that
-the others leave.
 """
 
 from __future__ import annotations
