@@ -7,6 +7,7 @@ import statistics
 import time
 import traceback
 from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Iterator, Mapping
+from math import nan
 from typing import Any, NamedTuple
 
 from benchmarks.report import Table, number, spread
@@ -102,8 +103,8 @@ def table(calls: Calls, runs: Mapping[str, list[Run]], failed: Mapping[str, str]
             rows.append([name, f"failed: {failed[name]}", *[""] * (len(columns) - 2)])
             continue
         found = [values(run) for run in of]
-        base = [values(run)[main] for run in runs[first]]
-        compared = [each[main] for each in found]
+        base = [values(run).get(main, nan) for run in runs[first]]
+        compared = [each.get(main, nan) for each in found]
         ratios = [a / b for a, b in zip(compared, base, strict=False) if b]
         cells = [name, number(statistics.median(compared)), *[spread(compared)] * several]
         cells.append(f"{statistics.median(ratios):.3f}" if ratios else "")

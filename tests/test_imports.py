@@ -145,7 +145,7 @@ BENCHMARKS: dict[str, set[str]] = {
     "fleet": {"shared"},
     "server": {"fleet", "shared"},
     "policies": {"shared"},
-    "papers": {"policies", "shared"},
+    "papers": {"shared"},
     "peers": {"shared"},
     "workers": set(),
     "gpu": {"peers", "shared"},

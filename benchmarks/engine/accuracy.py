@@ -10,15 +10,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from aioengine.adapters.store import AdapterStore
 from aioengine.lab.calibration.random_adapters import write_random_adapter
 from aioengine.model.files.resolve import read_spec, resolve_model
 from aioengine.model.runner import ModelRunner
-from aioengine.model.spec import LORA_MODULES
 from aioengine.model.text.tokenizer import Tokenizer
 from aioengine.request import SamplingParams
 from aioengine.step import Sampled, SequenceWork, StepBatch
 from benchmarks.report import Table
+from benchmarks.shared.engines import fill_slots
+from benchmarks.shared.texts import paragraphs
 
 BLOCK, LENGTH = 16, 64
 
@@ -68,11 +68,7 @@ class Logits:
 
 def passages(tokenizer: Tokenizer, count: int) -> list[list[int]]:
     """Return paragraphs of the documentation that are long enough, cut to ``LENGTH`` tokens."""
-    found = []
-    for file in sorted((Path(__file__).parents[2] / "docs").glob("*.md")):
-        for paragraph in file.read_text(encoding="utf-8").split("\n\n"):
-            if paragraph[:1].isalpha() and len(ids := tokenizer.encode(paragraph)) >= LENGTH:
-                found.append(ids[:LENGTH])
+    found = [ids[:LENGTH] for text in paragraphs() if len(ids := tokenizer.encode(text)) >= LENGTH]
     return found[:: max(1, len(found) // count)][:count]
 
 
@@ -98,16 +94,7 @@ def logits_of(
         kernels="torch" if variant.cache == "fp8" else None,  # a CPU's have none, and a GPU's are compared
     )
     if adapter is not None:
-        assert runner.lora_slots is not None
-        store = AdapterStore(
-            spec,
-            max_rank=rank,
-            target_modules=LORA_MODULES,
-            dtype=runner.lora_slots.dtype,
-            affine_dtype=dtype,
-            weights=runner.decoder.base_weight,
-        )
-        runner.lora_slots.write(0, store.read("adapter", str(adapter)))
+        fill_slots(runner, adapter, rank)
     found = []
     for text in texts:
         runner.execute(prefixes(text, rank if adapter else None))

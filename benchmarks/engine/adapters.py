@@ -4,29 +4,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncGenerator, Sequence
-from functools import partial
 from typing import Any
 
 import torch
 
 from aioengine import AsyncEngine, LoRAConfig
+from aioengine.cli.bench import random_prompts, run_once
 from aioengine.kernels.cpu.structs import PHASES
-from aioengine.memory_plan import plan_from_config
 from aioengine.model.runner import ModelRunner
 from aioengine.model.spec import LORA_MODULES
 from aioengine.step import StepBatch
-from benchmarks.engine.models import rate
 from benchmarks.runner import Calls
-from benchmarks.shared.engines import (
-    OUTPUT,
-    PROMPT,
-    configuration,
-    random_adapters,
-    random_prompts,
-    run_once,
-    spec_of,
-    started,
-)
+from benchmarks.shared.engines import OUTPUT, PROMPT, configuration, random_adapters, spec_of
 
 LINEARS = ("qkv", "o", "gate_up", "down")
 
@@ -90,36 +79,4 @@ async def lora_share(
             yield Calls(title, calls, rounds, note=note)
 
 
-async def slot_sizes(
-    *, model: str = "smollm2-135m", rank: int = 8, largest: int = 64, adapters: int = 8, requests: int = 8,
-    prompt_tokens: int = 64, output_tokens: int = 48, rounds: int = 9,
-) -> AsyncGenerator[Calls, None]:  # fmt: skip
-    """Small adapters in slots of their size, in slots of the largest size, and in a memory by bytes.
-
-    Use OMP_NUM_THREADS=1 for the processor time: other threads spin while they wait.
-    """
-
-    def config(rank: int, slot_memory: int | None = None) -> Any:
-        lora = LoRAConfig(max_loras=adapters, max_lora_rank=rank, slot_memory=slot_memory)
-        return configuration(
-            model, max_model_len=prompt_tokens + output_tokens, max_num_seqs=requests, lora=lora
-        )
-
-    configs = {
-        f"slots of rank {rank}": config(rank),
-        f"slots of rank {largest}": config(largest),
-        f"by bytes, rank {largest} at most": config(largest, plan_from_config(config(rank)).slot_pool_bytes),
-    }
-    prompts = random_prompts(spec_of(model).vocab_size, requests, prompt_tokens)
-    with random_adapters(model, adapters, rank) as paths:
-        async with started(configs, paths) as engines:
-            calls = {
-                f"{name}, {engine.stats().slot_memory / 2**20:.0f} MiB": partial(
-                    rate, engine, prompts, output_tokens, list(paths)
-                )
-                for name, engine in engines.items()
-            }
-            yield Calls(f"{adapters} adapters of rank {rank}, {requests} requests", calls, rounds)
-
-
-CASES = (lora_share, slot_sizes)
+CASES = (lora_share,)

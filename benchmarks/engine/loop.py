@@ -1,20 +1,16 @@
-"""The engine around its model: executors, host time, start, long prompts, and pauses."""
+"""The engine around its model: host time, long prompts, and pauses."""
 
 from __future__ import annotations
 
 import asyncio
-import json
 import random
-import subprocess
-import sys
-import threading
 import time
-from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import AsyncGenerator, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from aioengine import AsyncEngine, EngineConfig, LoRAConfig, SamplingParams
+from aioengine.cli.bench import random_prompts, run_once
 from aioengine.events import Event, StepFinished
 from aioengine.kernels.cpu.shared_library import load
 from aioengine.lab.calibration.direct_steps import DirectSteps, Row
@@ -22,73 +18,8 @@ from aioengine.lab.calibration.probe import ProbedEngine
 from aioengine.model import native, runner
 from benchmarks.report import median, percentile
 from benchmarks.runner import Calls
-from benchmarks.shared.engines import (
-    OUTPUT,
-    PROMPT,
-    configuration,
-    random_adapters,
-    random_prompts,
-    run_once,
-    spec_of,
-    started,
-)
-
-TICK = 0.005
-
-
-@contextmanager
-def burning() -> Iterator[None]:
-    """Run a thread that computes in pure Python."""
-    stop = threading.Event()
-
-    def burn() -> None:
-        while not stop.is_set():
-            sum(i * i for i in range(10_000))
-
-    thread = threading.Thread(target=burn)
-    thread.start()
-    try:
-        yield
-    finally:
-        stop.set()
-        thread.join()
-
-
-async def executors(
-    *, model: str = "smollm2-135m", requests: int = 32, output_tokens: int = OUTPUT, rounds: int = 3
-) -> AsyncGenerator[Calls, None]:
-    """Throughput of the executors, and how late the application's event loop is.
-
-    A coroutine asks to be woken every 5 ms and notes how late it is; then again while the application holds
-    the interpreter lock in another thread.
-    """
-    prompts = random_prompts(spec_of(model).vocab_size, requests, PROMPT)
-    configs = {
-        name: configuration(model, executor=name, max_num_seqs=requests) for name in ("thread", "process")
-    }
-    async with started(configs) as engines:
-
-        async def run(engine: AsyncEngine, burn: bool) -> dict[str, float]:
-            late: list[float] = []
-
-            async def tick() -> None:
-                while True:
-                    due = time.perf_counter() + TICK
-                    await asyncio.sleep(TICK)
-                    late.append(time.perf_counter() - due)
-
-            task = asyncio.create_task(tick())
-            with burning() if burn else nullcontext():
-                rate, ttft = await run_once(engine, prompts, output_tokens)
-            task.cancel()
-            ticks = {"tick late, ms": 1e3 * median(late), "p99, ms": 1e3 * percentile(late, 0.99)}
-            return {"output tok/s": rate, "TTFT, s": ttft, **ticks}
-
-        for burn in (False, True):
-            calls = {name: partial(run, engine, burn) for name, engine in engines.items()}
-            yield Calls(
-                "The application holds the interpreter" if burn else "The application is idle", calls, rounds
-            )
+from benchmarks.shared.engines import OUTPUT, PROMPT, configuration, random_adapters, spec_of, started
+from benchmarks.shared.stopwatch import Stopwatch
 
 
 async def long_prompt(
@@ -134,23 +65,6 @@ async def long_prompt(
 
     calls = {f"max_step_seconds {target:g}": partial(beside, target) for target in targets}
     yield Calls(f"A stream beside a prompt of {prompt_tokens:,} tokens", calls, rounds, warm_up=0)
-
-
-class Stopwatch:
-    """Sum of the times that a function of the package takes, from now on."""
-
-    def __init__(self, owner: Any, name: str, clock: Callable[[], float] = time.perf_counter) -> None:
-        self.seconds = 0.0
-        inner: Callable[..., Any] = getattr(owner, name)
-
-        def timed(*args: Any, **kwargs: Any) -> Any:
-            start = clock()
-            try:
-                return inner(*args, **kwargs)
-            finally:
-                self.seconds += clock() - start
-
-        setattr(owner, name, timed)
 
 
 async def host(
@@ -202,36 +116,6 @@ async def host(
                 yield Calls(f"{count} running, {PROMPT} + {OUTPUT} tokens, {quantization}", calls, rounds)
 
 
-def start(*, model: str = "smollm2-135m", quantization: str = "none", processes: int = 3) -> Iterator[Calls]:
-    """From the start of an engine to its first token in new processes, and later first tokens."""
-    command = [sys.executable, "-c", f"from {__name__} import once; once({model!r}, {quantization!r})"]
-
-    def run() -> dict[str, float]:
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-        found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
-        return found
-
-    yield Calls(f"Start of {model}, {quantization}, without imports", {"a process": run}, processes)
-
-
-def once(model: str, quantization: str) -> None:
-    """Start an engine in this process, and print the milliseconds of each stage."""
-    reading, packing = Stopwatch(runner, "load_weights"), Stopwatch(native.NativeForward, "__init__")
-
-    async def first_tokens() -> list[float]:
-        async with AsyncEngine(configuration(model, slots=8, quantization=quantization)) as engine:
-            found["engine entered, ms"] = 1e3 * (time.perf_counter() - began)
-            params = SamplingParams(max_tokens=4, ignore_eos=True)
-            prompts = random_prompts(40_000, 6, PROMPT)
-            return [1e3 * ((await engine.complete(prompt, params)).ttft or 0.0) for prompt in prompts]
-
-    found: dict[str, float] = {}
-    began = time.perf_counter()
-    first, *later = asyncio.run(first_tokens())
-    found["reading weights"], found["rearranging them"] = 1e3 * reading.seconds, 1e3 * packing.seconds
-    print(json.dumps(found | {"first token since then": first, "later first tokens": median(later)}))
-
-
 class Kind(NamedTuple):
     count: int
     """Steps in each turn."""
@@ -276,4 +160,4 @@ async def step_pauses(*, model: str = "smollm2-135m", rounds: int = 20) -> Async
         yield Calls(f"Steps of {model}, medians of each turn", calls, rounds)
 
 
-CASES = (executors, long_prompt, host, start, step_pauses)
+CASES = (long_prompt, host, step_pauses)

@@ -1,32 +1,21 @@
-"""Models that are run natively, by transformers on the engine, and by transformers alone."""
+"""Models that are run natively, and by transformers on the engine."""
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-import transformers
-from peft import PeftModel
-
 from aioengine import AsyncEngine
+from aioengine.cli.bench import random_prompts, run_once
 from aioengine.model.files.resolve import read_spec
 from benchmarks.runner import Calls
-from benchmarks.shared.engines import (
-    OUTPUT,
-    PROMPT,
-    configuration,
-    random_prompts,
-    run_once,
-    started,
-    write_adapters,
-)
+from benchmarks.shared.engines import OUTPUT, PROMPT, configuration, started, write_adapters
 from benchmarks.shared.shapes import SMOL, random_model
 
-ADAPTERS, RANK = 8, 16
+ADAPTERS = 8
 
 
 async def rate(engine: AsyncEngine, prompts: list[list[int]], output: int, adapters: Any = (None,)) -> float:
@@ -36,17 +25,17 @@ async def rate(engine: AsyncEngine, prompts: list[list[int]], output: int, adapt
 
 
 async def models(
-    *, requests: int = 32, layers: int = 30, output_tokens: int = OUTPUT, rounds: int = 3, alone: bool = True,
-) -> AsyncGenerator[Calls, None]:  # fmt: skip
-    """One model run natively, by transformers on the engine, and by transformers' generate alone.
+    *, requests: int = 32, layers: int = 30, output_tokens: int = OUTPUT, rounds: int = 3
+) -> AsyncGenerator[Calls, None]:
+    """One model run natively and by transformers on the engine, without adapters and with 8 of rank 16.
 
-    32 requests at once of the base model and with 8 adapters of rank 16. Alone, the same static batch, and
-    peft's mixed batches with adapters.
+    ``peers beside_peers --peers aioengine transformers`` has transformers' own generate, and peft's mixed
+    batches.
     """
     prompts = random_prompts(SMOL.vocab_size, requests, PROMPT)
     with tempfile.TemporaryDirectory() as root:
         folder = random_model(Path(root), "smol", layers)
-        adapters = write_adapters(Path(root), read_spec(folder), ADAPTERS, RANK)
+        adapters = write_adapters(Path(root), read_spec(folder), ADAPTERS)
         configs = {
             impl: configuration(
                 str(folder), slots=ADAPTERS, model_impl=impl, max_num_seqs=requests,
@@ -55,40 +44,13 @@ async def models(
             for impl in ("native", "transformers")
         }  # fmt: skip
         async with started(configs, adapters) as engines:
-            calls: dict[str, Any] = {}
-            for impl, engine in engines.items():
-                calls[f"{impl}, base"] = partial(rate, engine, prompts, output_tokens)
-                calls[f"{impl}, {ADAPTERS} adapters"] = partial(
-                    rate, engine, prompts, output_tokens, list(adapters)
-                )
-            if alone:
-                calls |= by_generate(folder, list(adapters.values()), prompts, output_tokens)
+            calls = {
+                f"{impl}, {what}": partial(rate, engine, prompts, output_tokens, names)
+                for impl, engine in engines.items()
+                for what, names in (("base", [None]), (f"{ADAPTERS} adapters", list(adapters)))
+            }
             title = f"{requests} requests of {PROMPT} + {output_tokens} tokens, {layers} layers"
             yield Calls(title, calls, rounds, unit="s")
-
-
-def by_generate(
-    folder: Path, adapters: list[Path], prompts: list[list[int]], new: int
-) -> dict[str, Callable[[], float]]:
-    """Return calls of transformers' ``generate``, and of peft's mixed batches."""
-    auto: Any = transformers.AutoModelForCausalLM
-    model, beneath = (auto.from_pretrained(folder, dtype=torch.bfloat16).eval() for _ in range(2))
-    mixed: Any = PeftModel.from_pretrained(beneath, str(adapters[0]), adapter_name="0").eval()
-    for i, path in enumerate(adapters[1:], start=1):
-        mixed.load_adapter(str(path), adapter_name=str(i))
-    ids = torch.tensor(prompts)
-    options = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False, "pad_token_id": 0}
-
-    @torch.no_grad()
-    def generate(model: Any, **more: Any) -> float:
-        out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options, **more)
-        return float(out.numel() - ids.numel())
-
-    names = [str(i % len(adapters)) for i in range(len(prompts))]
-    return {
-        "generate, base": lambda: generate(model),
-        f"peft, {len(adapters)} adapters": lambda: generate(mixed, adapter_names=names),
-    }
 
 
 CASES = (models,)

@@ -13,26 +13,18 @@ from pathlib import Path
 from typing import Any
 
 from aioengine import AsyncEngine, LoRAConfig, SamplingParams
+from aioengine.cli.bench import random_prompts
 from aioengine.events import Event, TokensProposed
 from aioengine.guided import Guide
 from aioengine.lab.calibration.random_adapters import write_random_adapter
 from aioengine.request import StartedConstraint
 from benchmarks.runner import Calls
-from benchmarks.shared.engines import configuration, random_prompts, spec_of, started
+from benchmarks.shared.engines import configuration, spec_of, started
+from benchmarks.shared.texts import paragraphs
 
 OUTPUT = 96
 NAMES = ("Ada", "Boris", "Chiara", "Dmitri", "Elif", "Femi", "Greta", "Hiro", "Ines", "Jonas")
 CITIES = ("Lisbon", "Osaka", "Tromso", "Quito", "Dakar", "Bergen", "Pune", "Leeds", "Gdansk", "Cork")
-
-
-def paragraphs() -> list[str]:
-    """Return paragraphs of the documentation with two sentences or more."""
-    found = []
-    for file in sorted((Path(__file__).parents[2] / "docs").glob("*.md")):
-        for text in file.read_text(encoding="utf-8").split("\n\n"):
-            if text[:1].isalpha() and 200 < len(text) < 600 and text.count(". ") >= 2:
-                found.append(" ".join(text.split()))
-    return found
 
 
 def record(rng: random.Random) -> str:
@@ -51,31 +43,15 @@ def record(rng: random.Random) -> str:
     return f"{prompt}Text: {' '.join(pair()[0] for _ in range(3))}\nJSON: [{{"
 
 
-def after_examples(rng: random.Random, before: str, between: str, answer: Callable[[str], str]) -> str:
-    """Write a prompt about a paragraph, after two examples with their answers."""
-    *examples, last = rng.sample(paragraphs(), 3)
-    return (
-        "".join(f"{before}{text}{between}{answer(text)}\n\n" for text in examples) + before + last + between
-    )
-
-
-def edit(rng: random.Random) -> str:
-    """Write a prompt that asks for a text without its last sentence."""
-    return after_examples(
-        rng, "Original: ", "\nWithout its last sentence:", lambda text: f" {text.rsplit('. ', 1)[0]}."
-    )
-
-
 def quote(rng: random.Random) -> str:
-    """Write a prompt that asks for a quotation."""
-    return after_examples(
-        rng, "User: ", '\nAssistant: You wrote: "', lambda text: f'{text}" Yes, that is right.'
-    )
+    """Write a prompt that asks for a quotation, after two examples."""
+    *examples, last = rng.sample([text for text in paragraphs() if 200 < len(text) < 600], 3)
+    answered = (f'User: {text}\nAssistant: You wrote: "{text}" Yes, that is right.\n\n' for text in examples)
+    return f'{"".join(answered)}User: {last}\nAssistant: You wrote: "'
 
 
 TASKS: dict[str, tuple[Callable[[random.Random], Any], float]] = {
     "fields as JSON": (record, 0.0),
-    "an edited text": (edit, 0.0),
     "a quotation": (quote, 0.0),
     "random text": (lambda rng: random_prompts(40_100, 1, 128, rng)[0], 1.0),
 }
@@ -83,16 +59,12 @@ TASKS: dict[str, tuple[Callable[[random.Random], Any], float]] = {
 
 
 async def speculation(
-    *,
-    model: str = "smollm2-135m",
-    quantization: str = "none",
-    requests: tuple[int, ...] = (1, 8),
-    rounds: int = 5,
+    *, model: str = "smollm2-135m", requests: tuple[int, ...] = (1, 8), rounds: int = 5
 ) -> AsyncGenerator[Calls, None]:
     """Speculation on tasks that copy, and on random text, where it can only cost."""
     configs = {
         mode: configuration(
-            model, quantization=quantization, speculation=mode, max_model_len=1024,
+            model, speculation=mode, max_model_len=1024,
             max_num_seqs=max(requests), enable_prefix_caching=True,
         )
         for mode in ("none", "ngram")
@@ -163,14 +135,10 @@ class Unforced:
 
 
 async def forced(
-    *,
-    model: str = "smollm2-135m",
-    quantization: str = "none",
-    requests: tuple[int, ...] = (1, 8),
-    rounds: int = 5,
+    *, model: str = "smollm2-135m", requests: tuple[int, ...] = (1, 8), rounds: int = 5
 ) -> AsyncGenerator[Calls, None]:
     """Taking the tokens that a grammar forces without a step for each: an order as JSON by a schema."""
-    config = configuration(model, quantization=quantization, max_model_len=512, max_num_seqs=max(requests))
+    config = configuration(model, max_model_len=512, max_num_seqs=max(requests))
     async with AsyncEngine(config) as engine:
         guide = Guide(engine)
 
@@ -197,7 +165,7 @@ async def forced(
                 "a step for each token": partial(orders, count, True),
                 "with forced tokens": partial(orders, count, False),
             }
-            yield Calls(f"{count} orders as JSON by a schema, {quantization}", calls, rounds)
+            yield Calls(f"{count} orders as JSON by a schema", calls, rounds)
 
 
 async def activated(

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.gpu.tuning import gpu
-from benchmarks.peers.beside import ADAPTERS, Visit, Work
+from benchmarks.peers.beside import ADAPTERS, Work, run_worker
 from benchmarks.runner import Calls
 from benchmarks.shared.engines import random_adapters
 from benchmarks.shared.shapes import SHAPES, random_model
@@ -113,12 +113,7 @@ def run_part(command: tuple[str, ...], seconds: float) -> str:
 
 
 def engine(
-    *,
-    worker: str = "aioengine",
-    shapes: str = "llama-8b",
-    layers: int = 8,
-    rounds: int = 1,
-    home: Path = HOME,
+    *, worker: str = "aioengine", shapes: str = "llama-8b", layers: int = 8, home: Path = HOME
 ) -> Iterator[Calls]:
     """This engine, or vLLM (``--worker vllm``), on random weights, with 8 adapters of rank 16 and without."""
     model = random_model(home, shapes, layers)
@@ -127,14 +122,13 @@ def engine(
     with random_adapters(str(model), ADAPTERS) as adapters:
 
         def visit(used: int) -> dict[str, float]:
-            sizes = ((1, 128, 64), (32, 128, 64), (64, 512, 128))
-            works = [Work(*size, adapters=used) for size in sizes if size[0] > 1 or not used]
-            log, python, paths = home / f"{worker}.log", Path(sys.executable), [*adapters.values()]
-            vocabulary = SHAPES[shapes].vocab_size
-            return Visit(worker, python, model, given, paths, works, vocabulary, {}, log).run({})
+            works = [Work(*size, used) for size in ((1, 128, 64), (32, 128, 64), (64, 512, 128))]
+            log, vocabulary = home.absolute() / f"{worker}.log", SHAPES[shapes].vocab_size
+            paths = [*adapters.values()]
+            return run_worker(worker, Path(sys.executable), model, given, paths, works, vocabulary, log)[0]
 
         calls = {"base": lambda: visit(0), f"{ADAPTERS} adapters": lambda: visit(ADAPTERS)}
-        yield Calls(f"{worker}, {layers} layers of random weights", calls, rounds, warm_up=0)
+        yield Calls(f"{worker}, {layers} layers of random weights", calls, 1, warm_up=0)
 
 
 CASES = (everything, engine)

@@ -1,4 +1,4 @@
-"""Block sizes of the Triton kernels for a GPU, and what the kernels take of one."""
+"""Block sizes of the Triton kernels for a GPU."""
 
 from __future__ import annotations
 
@@ -25,8 +25,6 @@ from aioengine.kernels.triton.table import (
     default_expand,
     default_shrink,
 )
-from aioengine.model.spec import ModelSpec
-from benchmarks.report import Table
 from benchmarks.shared.shapes import SHAPES
 
 Config = TypeVar("Config", ShrinkConfig, ExpandConfig)
@@ -42,17 +40,6 @@ def gpu() -> str:
 def seconds(function: Callable[[], object]) -> float:
     """Return the median time on the device, with a cold L2 cache, as in serving."""
     return float(triton.testing.do_bench(function, warmup=20, rep=100, return_mode="median")) / 1e3
-
-
-def linears(spec: ModelSpec) -> dict[str, tuple[int, tuple[int, ...]]]:
-    """Return the inputs, and the outputs of each slice, of a layer's fused linears."""
-    hidden, inner = spec.hidden_size, spec.intermediate_size
-    return {
-        "qkv": (hidden, (spec.q_size, spec.kv_size, spec.kv_size)),
-        "o": (spec.q_size, (hidden,)),
-        "gate_up": (hidden, (inner, inner)),
-        "down": (inner, (hidden,)),
-    }
 
 
 class Problem(NamedTuple):
@@ -94,16 +81,18 @@ def problem(
 
 
 def tune(
-    *, write: Path, shapes: str = "llama-8b", names: tuple[str, ...] = ("qkv", "down"),
+    *, write: Path, shapes: str = "llama-8b",
     ranks: tuple[int, ...] = (8, 16, 64), dtype: str = "bfloat16",
 ) -> Iterator[str]:  # fmt: skip
     """Find block sizes for this GPU, for every rank, width and phase; serve with AIOENGINE_TRITON_TABLE."""
-    device, kind = gpu(), getattr(torch, dtype)
+    device, kind, spec = gpu(), getattr(torch, dtype), SHAPES[shapes]
+    sizes = spec.q_size, spec.kv_size, spec.kv_size
+    linears = (spec.hidden_size, sizes), (spec.intermediate_size, (spec.hidden_size,))  # qkv and down
     found: dict[str, dict[str, int]] = {}
-    for name in names:
+    for linear in linears:
         for rank in ranks:
             for tokens, adapters in ((32, 8), (2048, 4)):  # prompts are summed in the order of decoding
-                p = problem(linears(SHAPES[shapes])[name], tokens, adapters, rank, kind, device)
+                p = problem(linear, tokens, adapters, rank, kind, device)
                 h = lora.lora_shrink(p.x, p.pool, p.batch)
                 longest, bits = max(s.stop - s.start for s in p.batch.segments), 8 * kind.itemsize
                 key = Key.of("shrink", bits, rank, p.pool.in_features, longest)
@@ -156,23 +145,4 @@ def descend(
     return best
 
 
-def compile(*, capabilities: tuple[int, ...] = (80, 90)) -> Iterator[Table]:
-    """Registers, spills and shared memory of the kernels, by compute capability; needs no GPU."""
-    from aioengine.kernels.triton import aot
-
-    rows = []
-    for variant in aot.variants():
-        for capability in capabilities:
-            if aot.compiles(variant, capability):
-                usage = aot.compile_variant(variant, capability)
-                sizes = (
-                    str(usage.registers),
-                    f"{usage.spilled_bytes} B",
-                    f"{usage.shared_bytes / 1024:.1f} KiB",
-                )
-                rows.append([str(variant), str(capability / 10), *sizes])
-    columns = ["kernel", "compute capability", "registers", "spilled", "shared memory"]
-    yield Table("Compiled ahead of time", columns, rows)
-
-
-CASES = (tune, compile)
+CASES = (tune,)

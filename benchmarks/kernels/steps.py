@@ -10,14 +10,13 @@ from typing import Any
 
 import torch
 
-from aioengine.adapters.store import AdapterStore
 from aioengine.model.decode_graphs import DecodeLimits
 from aioengine.model.files.resolve import resolve_model
 from aioengine.model.runner import ModelRunner
 from aioengine.request import SamplingParams
 from aioengine.step import SequenceWork, StepBatch
 from benchmarks.runner import Call, Calls
-from benchmarks.shared.engines import random_adapters, spec_of
+from benchmarks.shared.engines import fill_slots, random_adapters, spec_of
 
 BLOCK = 16
 GREEDY = SamplingParams()
@@ -39,19 +38,9 @@ class Steps:
         )  # fmt: skip
         for memory in (*self.runner.kv_cache.k, *self.runner.kv_cache.v):
             memory.fill_(1)  # memory that was never written would be read from one page
-        if self.runner.lora_slots is not None:
-            self._write_adapters(model, slots, self.runner.lora_slots)
-
-    def _write_adapters(self, model: str, count: int, slots: Any) -> None:
-        store = AdapterStore(
-            self.spec, max_rank=self.rank, target_modules=self.spec.targets(None), dtype=slots.dtype,
-            affine_dtype=torch.bfloat16, weights=self.runner.decoder.base_weight,
-        )  # fmt: skip
-        with random_adapters(model, 1, self.rank) as paths:
-            [path] = paths.values()
-            image = store.read("adapter", str(path))
-            for slot in range(count):
-                slots.write(slot, image)
+        if slots:
+            with random_adapters(model, 1, rank) as paths:
+                fill_slots(self.runner, *paths.values(), rank)
 
     def step(self, sequences: int, tokens: int, start: int, adapters: int = 0) -> Callable[[], object]:
         """Build a step of ``sequences`` that compute ``tokens`` each from position ``start`` on; sequence i

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
+import random
 from collections.abc import Iterator
 
 import msgspec
 
+from aioengine.config import EngineConfig, LoRAConfig
 from aioengine.lab.costs.presets import load_costs
+from aioengine.lab.fleet.door import SimulatedFleet
+from aioengine.lab.simulation.clock import run_in_virtual_time
+from aioengine.lab.simulation.engine import SimulatedEngine
+from aioengine.lab.workload.requests import AdapterShape
+from aioengine.request import SamplingParams
+from aioengine.schedulers import routing
 from aioengine.schedulers.routing import FleetView, Route, RouteRequest, RouterPolicy
-from benchmarks.policies.routing import hot
 from benchmarks.report import Table
 from benchmarks.shared.simulated import compared, presets
 
@@ -85,9 +93,47 @@ def loraserve(*, requests: int = 600, seeds: int = 3, jobs: int = 0) -> Iterator
             yield compared(title, systems, figures, common=common, seeds=seeds, jobs=jobs)
 
 
-def ray(*, each: int = 10) -> Iterator[Table]:
-    """Ray Serve, issue 48741: with 50 users of one model, one of two replicas gets all requests."""
-    yield from hot(routers=("holder", "holder:spill=4", "least_loaded", "affinity"), each=each)
+def ray(
+    *,
+    routers: tuple[str, ...] = ("holder", "holder:spill=4", "least_loaded", "affinity"),
+    users: int = 50,
+    each: int = 10,
+) -> Iterator[Table]:
+    """Ray Serve, issue 48741: with 50 users of one model, one of two replicas gets all requests.
+
+    Each user sends a request when the last is answered. "most": the largest share of a replica, in fair
+    shares.
+    """
+    rows = []
+    for router in routers:
+        counts, seconds = run_in_virtual_time(_closed_loop(router, users, each))
+        most = max(counts) / (sum(counts) / len(counts))
+        rows.append([router, " : ".join(map(str, counts)), f"{most:.2f}", f"{seconds:.1f}"])
+    yield Table(
+        f"{users} users of one adapter, two replicas", ["router", "requests", "most", "seconds"], rows
+    )
+
+
+async def _closed_loop(router: str, users: int, each: int) -> tuple[list[int], float]:
+    """Return the requests of each replica, and how long all took."""
+    costs = load_costs("llama3-8b-h100")
+    config = EngineConfig(model="llama3-8b-h100", lora=LoRAConfig(max_loras=4, max_cpu_loras=16))
+    rng = random.Random(0)
+    fleet = SimulatedFleet(
+        2, lambda: SimulatedEngine(config, costs), routing.load_router(router), routing.load_placement("none")
+    )
+    async with fleet:
+        fleet.add_adapters([AdapterShape("hot", 16)])
+
+        async def user(index: int) -> None:
+            for turn in range(each):
+                prompt = [0] * rng.randrange(64, 512)
+                params = SamplingParams(max_tokens=rng.randrange(32, 128))
+                await fleet.complete(prompt, params, adapter="hot", request_id=f"u{index}-{turn}")
+
+        start = asyncio.get_running_loop().time()
+        await asyncio.gather(*(user(index) for index in range(users)))
+        return fleet.by_replica, asyncio.get_running_loop().time() - start
 
 
 def llmd(*, requests: int = 1000, callers: int = 256, seeds: int = 3, jobs: int = 0) -> Iterator[Table]:

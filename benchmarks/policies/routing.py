@@ -1,19 +1,11 @@
-"""Routers: the cost of a decision, and how the requests of one hot adapter are spread."""
+"""Cost of a router's decision."""
 
 from __future__ import annotations
 
-import asyncio
 import random
 import time
 from collections.abc import Iterator
 
-from aioengine.config import EngineConfig, LoRAConfig
-from aioengine.lab.costs.presets import load_costs
-from aioengine.lab.fleet.door import SimulatedFleet
-from aioengine.lab.simulation.clock import run_in_virtual_time
-from aioengine.lab.simulation.engine import SimulatedEngine
-from aioengine.lab.workload.requests import AdapterShape
-from aioengine.request import SamplingParams
 from aioengine.schedulers import routing
 from benchmarks.report import Table, percentile
 
@@ -76,46 +68,6 @@ def _decide(router: str, replicas: int, adapters: int, count: int) -> list[float
         fleet.sent(request, route.replicas[0])
         fleet.ended(request.request_id)
     return took
-
-
-def hot(
-    *, routers: tuple[str, ...] = ("holder", "least_loaded", "affinity"), users: int = 50, each: int = 10
-) -> Iterator[Table]:
-    """How the requests of many users of one adapter are spread over two replicas, in virtual time.
-
-    Each user sends a request when the last is answered. "most": the largest share of a replica, in fair
-    shares (1 is even, 2 is all on one).
-    """
-    rows = []
-    for router in routers:
-        counts, seconds = run_in_virtual_time(_closed_loop(router, users, each))
-        most = max(counts) / (sum(counts) / len(counts))
-        rows.append([router, " : ".join(map(str, counts)), f"{most:.2f}", f"{seconds:.1f}"])
-    yield Table(
-        f"{users} users of one adapter, two replicas", ["router", "requests", "most", "seconds"], rows
-    )
-
-
-async def _closed_loop(router: str, users: int, each: int) -> tuple[list[int], float]:
-    """Return the requests of each replica, and how long all took."""
-    costs = load_costs(PRESET)
-    config = EngineConfig(model=PRESET, lora=LoRAConfig(max_loras=4, max_cpu_loras=16))
-    rng = random.Random(0)
-    fleet = SimulatedFleet(
-        2, lambda: SimulatedEngine(config, costs), routing.load_router(router), routing.load_placement("none")
-    )
-    async with fleet:
-        fleet.add_adapters([AdapterShape("hot", 16)])
-
-        async def user(index: int) -> None:
-            for turn in range(each):
-                prompt = [0] * rng.randrange(64, 512)
-                params = SamplingParams(max_tokens=rng.randrange(32, 128))
-                await fleet.complete(prompt, params, adapter="hot", request_id=f"u{index}-{turn}")
-
-        start = asyncio.get_running_loop().time()
-        await asyncio.gather(*(user(index) for index in range(users)))
-        return fleet.by_replica, asyncio.get_running_loop().time() - start
 
 
 CASES = (decisions,)

@@ -1,11 +1,10 @@
-"""Policies and kinds of slots beside each other in the lab, and how fast the lab is."""
+"""Kinds of slots beside each other in the lab, and how fast the lab is."""
 
 from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator
 from functools import partial
-from typing import Any
 
 from aioengine.cli.lab.run import fewer_collections
 from aioengine.lab import Experiment, WorkloadSpec, run
@@ -13,54 +12,6 @@ from aioengine.lab.costs.presets import load_costs
 from benchmarks.report import Table
 from benchmarks.runner import Calls
 from benchmarks.shared.simulated import compared, merged
-
-POLICIES = (
-    *("fcfs", "lpm", "session", "toppings", "drainer", "admission", "chameleon"),
-    *("slora", "sjf", "edf", "vllm+lru", "discard"),
-)
-
-
-def when(
-    *, policies: tuple[str, ...] = POLICIES, requests: int = 250, seeds: int = 3, jobs: int = 0
-) -> Iterator[Table]:
-    """When each policy wins and when it loses: four workloads, the same arrivals for all policies."""
-    base = {
-        "limit": requests, "adapters": 100, "popularity": "zipf:1.0",
-        "prompt_tokens": "lognormal:median=400,sigma=1.0,max=4096",
-        "output_tokens": "lognormal:median=128,sigma=0.8,max=1024",
-    }  # fmt: skip
-    cases: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, str]]] = {
-        "Bursts, 6 slots": (
-            {"arrivals": "gamma:rate=12,cv=3"},
-            {"slots": 6},
-            {"p99 TTFT, s": "ttft_seconds.p99"},
-        ),
-        "Ranks 8 to 128": (
-            {"arrivals": "poisson:rate=14", "ranks": "8:0.6,16:0.2,128:0.2"},
-            {"max_lora_rank": 128, "max_num_seqs": 32},
-            {"mean gap, s": "inter_token_seconds.mean", "mean TTFT, s": "ttft_seconds.mean"},
-        ),
-        "Overload, deadlines": (
-            {"arrivals": "poisson:rate=30", "timeout": "proportional:2+0.03"},
-            {"slots": 32, "max_num_seqs": 32},
-            {"in time": "slo.requests_in_time"},
-        ),
-        "Chats, small cache": (
-            {
-                "arrivals": "poisson:rate=4", "adapters": 8, "sessions": "chat:turns=5,think=2",
-                "shared_prefix": "tokens:1024,groups=8,alpha=1",
-            },
-            {
-                "enable_prefix_caching": True, "kv_cache_memory": "3GiB", "on_too_long": "truncate",
-                "max_num_seqs": 32,
-            },
-            {"mean TTFT, s": "ttft_seconds.mean"},
-        ),
-    }  # fmt: skip
-    systems = {policy: {"policy": policy} for policy in policies}
-    for title, (workload, system, figures) in cases.items():
-        common = {"slots": 16, "cpu_loras": 100, **system, "workload": {**base, **workload}}
-        yield compared(title, systems, figures, common=common, seeds=seeds, jobs=jobs)
 
 
 def slot_memory(
@@ -119,4 +70,4 @@ def lab_speed(*, trace: str, requests: int = 1500, rounds: int = 5) -> Iterator[
         yield Calls(f"{requests:,} requests of each workload", calls, rounds, "steps", "s")
 
 
-CASES = (when, slot_memory, lab_speed)
+CASES = (slot_memory, lab_speed)

@@ -9,20 +9,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from aioengine import AsyncEngine, EngineConfig, LoRAConfig
-from aioengine.cli.bench import random_prompts, run_once
+from aioengine.adapters.store import AdapterStore
 from aioengine.lab.calibration.random_adapters import write_random_adapter
 from aioengine.model.files.resolve import read_spec, resolve_model
+from aioengine.model.runner import ModelRunner
 from aioengine.model.spec import ModelSpec
-
-__all__ = [
-    "configuration",
-    "random_adapters",
-    "random_prompts",
-    "run_once",
-    "spec_of",
-    "started",
-    "write_adapters",
-]
 
 K = TypeVar("K")
 PROMPT, OUTPUT = 128, 64
@@ -65,6 +56,19 @@ def spec_of(model: str) -> ModelSpec:
 def write_adapters(folder: Path, spec: ModelSpec, count: int, rank: int = 16) -> dict[str, Path]:
     """Write random adapters on all linears; returns their folders by name."""
     return {f"random-{i}": write_random_adapter(folder / str(i), spec, rank, seed=i) for i in range(count)}
+
+
+def fill_slots(runner: ModelRunner, path: Path, rank: int) -> None:
+    """Write an adapter into every slot of a model that no engine runs."""
+    slots = runner.lora_slots
+    assert slots is not None
+    store = AdapterStore(
+        runner.spec, max_rank=rank, target_modules=runner.spec.targets(None), dtype=slots.dtype,
+        affine_dtype=runner.dtype, weights=runner.decoder.base_weight,
+    )  # fmt: skip
+    image = store.read("adapter", str(path))
+    for slot in range(slots.max_loras):
+        slots.write(slot, image)
 
 
 @contextmanager

@@ -17,16 +17,7 @@ SMOL = msgspec.structs.replace(
     LLAMA_8B, vocab_size=49152, hidden_size=576, num_layers=30, num_heads=9, num_kv_heads=3, head_dim=64,
     intermediate_size=1536, tie_embeddings=True,
 )  # fmt: skip
-SMALL = msgspec.structs.replace(
-    LLAMA_8B, vocab_size=8192, hidden_size=512, num_layers=8, num_heads=8, num_kv_heads=4, head_dim=64,
-    intermediate_size=1536,
-)  # fmt: skip
-TINY = msgspec.structs.replace(
-    LLAMA_8B, vocab_size=256, hidden_size=128, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=32,
-    intermediate_size=256,
-)  # fmt: skip
-"""Shapes for trying programs that measure."""
-SHAPES = {"llama-8b": LLAMA_8B, "smol": SMOL, "small": SMALL, "tiny": TINY}
+SHAPES = {"llama-8b": LLAMA_8B, "smol": SMOL}
 
 
 def random_model(home: Path, shapes: str, layers: int) -> Path:

@@ -1,6 +1,6 @@
 """Compiles the kernels for a GPU, which this machine need not have, and reads the resources that each needs.
 
-For tests and ``python -m benchmarks gpu compile``; serving does not need it.
+For tests; serving does not need it.
 """
 
 from __future__ import annotations
