@@ -49,9 +49,10 @@ def measure(
     limits = CoreLimits(
         num_slots=slots, cpu_capacity=slots + 56, max_loads=4, num_blocks=RUNNING * 40, block_size=16,
         max_num_seqs=RUNNING, max_num_batched_tokens=2048, max_model_len=512,
-        slot_memory=memory if by_bytes else None,
+        slot_memory=memory if by_bytes else None, slot_bytes=16 * RANK_BYTES,
     )  # fmt: skip
     policy = load_policy(name)
+    decides = Stopwatch(policy, "schedule", time.thread_time)  # before the core keeps the method
     sim = Sim(limits, policy, lambda history: 5)
     rng = random.Random(0)
     names = [f"adapter-{i}" for i in range(ADAPTERS)]
@@ -61,7 +62,7 @@ def measure(
         sim.ranks[adapter], sim.sizes[adapter] = rank, rank * RANK_BYTES
     watches = {
         "schedule, us": Stopwatch(sim.core, "schedule", time.thread_time),
-        "policy, us": Stopwatch(policy, "schedule", time.thread_time),
+        "policy, us": decides,
         "finish, us": Stopwatch(sim.core, "step_finished", time.thread_time),
     }
     found: dict[str, list[float]] = {what: [] for what in watches}
