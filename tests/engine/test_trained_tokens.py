@@ -195,20 +195,20 @@ async def test_any_tokens(
 
 
 @pytest.mark.slow
-async def test_a_slot_without_room_says_what_to_set(trained: Tiny, make_engine: MakeEngine) -> None:
+async def test_rows_beyond_a_slot_take_two_places(trained: Tiny, make_engine: MakeEngine) -> None:
     """r=16 in all modules with DoRA leaves no room in a slot."""
     folder = trained.adapters["both"].parent / "full"
     build_trained(trained.model, folder, r=16, use_dora=True, trainable_token_indices={"lm_head": [1, 2, 3]})
-    async with make_engine(trained) as engine:
-        with pytest.raises(AdapterTooLarge, match=r"3 rows .*768 bytes.*max_trained_tokens to 3"):
+    expected = Tiny(trained.model, {"x": folder}).expected([1, 2, 3], 8, "x")
+    for options in ({"max_loras": 2}, {"max_loras": 1, "max_trained_tokens": 3}):
+        async with make_engine(trained, **options) as engine:
             await engine.load_adapter("full", folder)
-    async with make_engine(trained, max_trained_tokens=3) as engine:
-        await engine.load_adapter("full", folder)
-        output = await engine.complete([1, 2, 3], greedy(8), adapter="full")
-    assert output.token_ids == Tiny(trained.model, {"x": folder}).expected([1, 2, 3], 8, "x")
-    async with make_engine(trained, slot_memory="64KiB", max_loras=1) as engine:
-        with pytest.raises(AdapterTooLarge, match=r"slot_memory"):
-            await engine.load_adapter("full", folder)
+            output = await engine.complete([1, 2, 3], greedy(8), adapter="full")
+        assert output.token_ids == expected
+    for options in ({"max_loras": 1}, {"slot_memory": "64KiB", "max_loras": 1}):
+        async with make_engine(trained, **options) as engine:
+            with pytest.raises(AdapterTooLarge, match="slot_memory"):
+                await engine.load_adapter("full", folder)
 
 
 @pytest.mark.slow
