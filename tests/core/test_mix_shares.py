@@ -32,7 +32,7 @@ class Timed(Sim):
             max_num_batched_tokens=256,
             max_model_len=256,
         )
-        super().__init__(limits, load_policy("fcfs"))
+        super().__init__(limits, load_policy("fair"))
         self.due: dict[int, float] = {}
 
     def ready(self, entry: AdapterEntry, seconds: float) -> bool:
