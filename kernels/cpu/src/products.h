@@ -114,7 +114,7 @@ void some_products(const Linear& l, const uint32_t* w, Tools& tools, long row, l
 
 template <class T>
 constexpr Multiply MULTIPLY{T::PER_LANE,
-                            true,
+                            false,
                             {MOST<T, 1>, MOST<T, 2>, MOST<T, 3>},
                             {some_products<T, 1>, some_products<T, 2>, some_products<T, 3>}};
 
@@ -163,7 +163,7 @@ constexpr bool fills_tiles(long k) {
 
 template <class T>
 constexpr Multiply MULTIPLY_TILES{T::PER_LANE,
-                                  false,
+                                  true,
                                   {MOST_ROWS, MOST_ROWS, MOST_ROWS},
                                   {products_of_tiles<T, 1>, products_of_tiles<T, 2>, products_of_tiles<T, 3>}};
 #endif

@@ -9,6 +9,7 @@ namespace aio {
 namespace {
 
 constexpr long ROW_BLOCK = 128;  // rows of x, at most, that stay in the L2 cache while the panels pass by
+constexpr long FORESEEN = 64;    // rows in tile registers up to which the hardware itself fetches weights in time
 constexpr long LONG = 16;        // rows of a segment in a block from which on B is added while the sums are in the caches
 // Panels that short segments are added to together, because each time costs a call: so many, or as fit into so many bytes.
 constexpr long MOST_WAITING = 4 * PANELS, MOST_WAITING_BYTES = 256 << 10;
@@ -139,7 +140,7 @@ class Blocks {
     const long lanes = l_.k / multiply_.per_lane, column = first * LANES;
     tools_.fetcher.begin();
     if (adapters_ != nullptr) find_segments(begin, end), want_adapters(column, panels);
-    tools_.fetcher.want(next.begin, next.bytes);
+    if (!multiply_.tiles || end - begin > FORESEEN) tools_.fetcher.want(next.begin, next.bytes);
     if (--left_ == 0) want_next_linear();
     const long most = multiply_.most[PANELS - 1];
     tools_.fetcher.ready((end - begin + most - 1) / most * lanes);
@@ -156,7 +157,7 @@ class Blocks {
 
   // Tiles are as high as without adapters, wherever segments begin: a tile of a few rows takes longer for each of them.
   void rows(const uint32_t* w, long begin, long end, long column, long panels) {
-    const bool plain = multiply_.stores && l_.bias == nullptr && column + panels * LANES <= l_.n;
+    const bool plain = !multiply_.tiles && l_.bias == nullptr && column + panels * LANES <= l_.n;
     auto next = long_.cbegin();  // the segment that is not passed yet
     Delta delta;                 // its own, once its rows have begun
     for (long row = begin, after; row < end; row = after) {

@@ -55,7 +55,7 @@ using Products = void (*)(const Linear& l, const uint32_t* w, Tools& tools, long
 // How weights of a type are multiplied.
 struct Multiply {
   long per_lane;           // elements
-  bool stores;             // whether sums may become y at once
+  bool tiles;              // in tile registers: then sums do not become y at once
   long most[PANELS];       // rows of a tile, by the number of panels
   Products tile[PANELS];
 
