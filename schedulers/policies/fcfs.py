@@ -1,8 +1,6 @@
 """First come, first served, with ageing: the default policy, and the one to read first.
 
-A request can start if its adapter is in a slot, or if it needs none. Others are skipped, not waited for. An
-adapter that requests wait for and that is in no slot is called cold.
-"""
+Requests whose adapter is in no slot are skipped, not waited for. Such an adapter is called cold."""
 
 from __future__ import annotations
 
@@ -12,6 +10,7 @@ from functools import cached_property
 from heapq import merge
 from itertools import islice
 from math import inf
+from operator import attrgetter, itemgetter
 from typing import NamedTuple
 
 from aioengine.schedulers.checks import at_least
@@ -28,10 +27,8 @@ from aioengine.schedulers.policy import (
     SlotView,
 )
 
-LOOKAHEAD = 8
-"""Number of cold adapters, of those that are not being read, which are to be on the CPU."""
-SCAN_LIMIT = 256
-"""Maximum number of cold adapters, and of a closed slot's requests, that one decision examines."""
+LOOKAHEAD = 8  # number of cold adapters, of those that are not being read, which are to be on the CPU
+SCAN_LIMIT = 256  # most cold adapters, and requests of a closed slot, that one decision examines
 SLOT_BOUND = """for a slot: 2 max_wait, one longest generation and one copy, as often as there are max_loras \
 older adapters that wait too, and once more"""
 Score = Callable[[SlotView, AdapterView], float]  # the adapter with the lowest leaves its slot first
@@ -104,19 +101,17 @@ class FCFS(SchedulerPolicy):
 
 def cold_by_arrival(view: SchedulerView) -> Iterator[str]:
     """Yield the cold adapters in the order of their oldest requests."""
-    adapters = view.adapters
-    return (name for name in view.waiting_adapters if name is not None and adapters[name].slot is None)
+    return (name for name in view.waiting_adapters if name is not None and view.adapters[name].slot is None)
 
 
 def by_arrival(view: SchedulerView, names: Iterable[str | None]) -> Iterator[RequestView]:
     """Yield the requests that wait for these adapters (None: the base model) in order of arrival."""
     queues = [view.waiting_for(name) for name in names if name is None or view.adapters[name].waiting]
-    return merge(*queues, key=lambda request: request.arrival)
+    return merge(*queues, key=attrgetter("arrival"))
 
 
 def fill(view: SchedulerView, closed: Container[str], limit: int, within: float = 1.0) -> list[RequestView]:
-    """Return requests for closed slots that have at most ``within`` times as many tokens left as the longest
-    running one there: they do not keep the slot busy for longer."""
+    """Return requests for closed slots with at most ``within`` times the tokens left of the longest there."""
     left = view.tokens_left if closed and limit > 0 else {}
     fitting = [
         request
@@ -125,7 +120,7 @@ def fill(view: SchedulerView, closed: Container[str], limit: int, within: float 
         for request in islice(view.waiting_for(name), SCAN_LIMIT)
         if request.max_tokens - request.output_tokens <= tokens * within
     ]
-    return sorted(fitting, key=lambda request: request.arrival)[:limit]
+    return sorted(fitting, key=attrgetter("arrival"))[:limit]
 
 
 def lack_in_cpu(view: SchedulerView, adapter: AdapterView) -> int:
@@ -137,8 +132,8 @@ def lack_in_cpu(view: SchedulerView, adapter: AdapterView) -> int:
 
 
 UNWANTED, WANTED, BUSY, SETTLING = range(4)
-"""Kinds of slots: idle and no request waits for the adapter, idle and some do, requests run in it, and the
-same since so short a time that the slot is not closed."""
+"""Kinds of slots: idle without and with waiting requests, and busy since long or since so short a time that
+the slot is not closed."""
 
 
 class HeldSlot(NamedTuple):
@@ -151,26 +146,22 @@ class HeldSlot(NamedTuple):
 
 
 class SlotPlan:
-    """What one decision does with the slots."""
+    """What one decision does with the slots. It ``closes`` some only where requests could start."""
 
     def __init__(self, view: SchedulerView, score: Score, policy: FCFS) -> None:
         self._view, self._score, self._policy = view, score, policy
         policy.no_room.update(item.item for item in view.refused if item.reason == "place_no_room")
-        self.place: list[Place] = []
-        self.evict: list[str] = []
-        self.closed: dict[str, None] = {}
-        """Adapters whose slots admit no requests, so that others get them."""
+        self.place, self.evict = list[Place](), list[str]()
+        self.closed: dict[str, None] = {}  # adapters whose slots admit no requests, so that others get them
         self.ask_again: float | None = inf
         self.closes = view.free_seqs > 0 and any(view.adapters[name].waiting for name in self.open if name)
-        """Whether it matters to close slots, because requests could start there."""
-        self.free = sum(slot.adapter is None for slot in view.slots)
-        self._free_bytes = view.memory.free
+        self.free, self._free_bytes = sum(slot.adapter is None for slot in view.slots), view.memory.free
 
     @property
     def open(self) -> list[str | None]:
         """The adapters whose requests may start; None: the base model."""
-        leaving, usable = {*self.closed, *self.evict}, (SlotState.READY, SlotState.DRAINING)
-        held = [slot.adapter for slot in self._view.slots if slot.state in usable]
+        leaving = {*self.closed, *self.evict}
+        held = [s.adapter for s in self._view.slots if s.state in (SlotState.READY, SlotState.DRAINING)]
         return [None, *(name for name in held if name not in leaving)]
 
     @property
@@ -181,27 +172,27 @@ class SlotPlan:
     @cached_property
     def held(self) -> list[HeldSlot]:
         """The slots that can be given to others, the best first."""
-        found, left = list[HeldSlot](), self._view.tokens_left if self.closes else {}
-        for slot in self._view.slots:
+        view, policy, found = self._view, self._policy, list[HeldSlot]()
+        left, settled = view.tokens_left if self.closes else {}, view.now - policy.stay
+        for slot in view.slots:
             if slot.adapter is not None and slot.state is SlotState.READY and not slot.pinned:
-                adapter = self._view.adapters[slot.adapter]
+                adapter = view.adapters[slot.adapter]
                 oldest = inf if adapter.oldest_arrival is None else adapter.oldest_arrival
                 if not adapter.running:
                     kind, value = UNWANTED if oldest == inf else WANTED, self._score(slot, adapter)
                 else:
-                    until = self._policy.placed.get(adapter.name, -inf) + self._policy.stay
-                    kind = SETTLING if until > self._view.now else BUSY
-                    value = left.get(adapter.name, 0)
+                    kind = SETTLING if policy.placed.get(slot.adapter, -inf) > settled else BUSY
+                    value = left.get(slot.adapter, 0)
                 found.append(HeldSlot(kind, value, adapter, oldest))
-        return sorted(found, key=lambda held: held[:2])
+        return sorted(found, key=itemgetter(0, 1))
 
     def find(self, adapter: AdapterView, candidates: Iterator[HeldSlot]) -> list[HeldSlot] | None:
-        """Return as many of ``candidates`` as must be empty so that an adapter on the CPU has a slot and its
-        memory, or one on disk the room to be read. None if they are too few."""
+        """Return as many of ``candidates`` as must leave so that an adapter on the CPU has a slot and its
+        memory, or one on disk can be read. None if they are too few."""
         found, memory, on_disk = list[HeldSlot](), self._view.memory, adapter.location is Location.DISK
         slots, nbytes, lack = 1, 0, lack_in_cpu(self._view, adapter)
         if not on_disk:
-            needed = memory.bytes_of(adapter.name) * (1 + self._policy.no_room[adapter.name])
+            needed = memory.bytes_of(adapter.name) * (1 + self._policy.no_room.get(adapter.name, 0))
             slots, nbytes = self.free, min(needed, memory.total) - self._free_bytes
         while slots <= 0 or nbytes > 0 or lack > 0:
             held = next(candidates, None)
@@ -213,15 +204,15 @@ class SlotPlan:
         return found
 
     def take(self, found: Sequence[HeldSlot], adapter: AdapterView, *, now: bool) -> None:
-        """Place an adapter in the slots of ``found``, and free ones; not ``now``: close these, as for an
-        adapter that must be read first."""
+        """Place an adapter where those in ``found`` leave. Not ``now``, or if it is on disk: close these."""
         names, bytes_of = [held.adapter.name for held in found], self._view.memory.bytes_of
         if adapter.location is Location.DISK:
             now, self.ask_again = False, None  # idle slots admit requests again once the read has begun
         else:
             self.free += len(found) - 1
             self._free_bytes += sum(map(bytes_of, names)) - bytes_of(adapter.name)
-            self.held = [held for held in self.held if held not in found] if found else self.held
+            for held in found:
+                self.held.remove(held)
         if now:
             self.place.append(Place(adapter.name))
             self.evict += names

@@ -25,6 +25,7 @@ from aioengine.cli.flags import EngineFlags
 from aioengine.cli.main import main
 from aioengine.cli.serve import ServerFlags
 from aioengine.errors import ConfigError
+from aioengine.fleet.config import FleetConfig
 from aioengine.server.settings import ServerSettings
 from aioengine.server.table import SERVER_FIELDS, settings_from
 
@@ -344,3 +345,10 @@ async def test_a_file_on_a_disk_that_hangs_is_given_up(
     with hanging(file):
         await reloader.reload(engine, app=cast(Any, None))
     assert "stays as it was: its files could not be read within 0.01 s" in caplog.text and not reloader.good
+
+
+@pytest.mark.parametrize(("given", "policy"), [(None, "fair"), ("fcfs", "fcfs"), ("vtc", "vtc")])
+def test_a_server_shares_between_tenants_unless_a_policy_is_given(given: str | None, policy: str) -> None:
+    assert reloads.server_config(EngineFlags(policy=given)).policy == policy
+    values = {} if given is None else {"policy": given}
+    assert FleetConfig.from_dict({"model": "m", **values}).engine.policy == policy
