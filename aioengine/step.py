@@ -167,11 +167,14 @@ class StepBatch(NamedTuple):
     def contents(self) -> StepContents:
         """Count what is in each of the steps."""
         slots = {work.slot for work in self.sequences}
-        decode = 0
-        for work in self.sequences:
-            if work.start >= work.prompt_len and len(work.tokens) == 1 + len(work.draft):
-                decode += len(work.tokens)
         tokens = sum([len(work.tokens) for work in self.sequences])
+        decode = sum(
+            [
+                len(work.tokens)
+                for work in self.sequences
+                if work.start >= work.prompt_len and len(work.tokens) == 1 + len(work.draft)
+            ]
+        )
         used = tuple(sorted(slots - {-1}))
         return StepContents(len(self.sequences), len(used), tokens - decode, decode, used)
 

@@ -45,7 +45,7 @@ from aioengine.errors import (
 from aioengine.request import RequestOptions, SamplingParams
 from aioengine.schedulers.policies.fcfs import FCFS
 from aioengine.schedulers.policy import CostsView, Location, PolicyEvent, SchedulerPolicy
-from aioengine.step import LoadedAdapter, StepBatch, StepResult
+from aioengine.step import LoadedAdapter, StepBatch, StepContents, StepResult
 
 
 class Step(NamedTuple):
@@ -166,6 +166,8 @@ class Core:
         self._deadlines: SortedDict[tuple[float, int], Request] = SortedDict()
         self._in_flight: list[Request] = []
         """The requests of the step in flight."""
+        self.contents = StepContents(0, 0, 0, 0, ())
+        """Contents of the last batch."""
         self._formed_at = -1
         """Value of ``_changes`` when the last batch had been formed."""
         self._zombies: list[Request] = []
@@ -490,14 +492,16 @@ class Core:
         self.step += 1
         self._in_flight = formed.requests
         batch = StepBatch(self.step, formed.sequences, ranks, again)
-        self._note_used(batch, self.now)
+        if not again:
+            self.contents = batch.contents()
+        self._note_used(self.now)
         return batch
 
-    def _note_used(self, batch: StepBatch, now: float) -> None:
-        """Note which slots a step uses that begins now."""
-        slots, used = self.slots.slots, {row.slot for row in batch.sequences}
-        for index in used:
-            if index >= 0 and (entry := slots[index].entry) is not None:
+    def _note_used(self, now: float) -> None:
+        """Note that a step begins, and uses its slots."""
+        slots = self.slots.slots
+        for index in self.contents.slots:
+            if (entry := slots[index].entry) is not None:
                 slots[index].last_used = entry.last_used = now
 
     def _quiet_until(self) -> float:
@@ -525,7 +529,7 @@ class Core:
         if len(ends) > 1:
             self.now = ends[-2]
             self.step += len(ends) - 1
-            self._note_used(batch, self.now)
+            self._note_used(self.now)
         before: TokensBefore | None = [] if intervals else None
         self._results.take(requests, batch, result, ends, before)
         return [()] * len(ends) if before is None else token_intervals(before, ends)

@@ -12,7 +12,7 @@ from aioengine import events
 from aioengine.core.speculation.drafts import Speculation
 from aioengine.core.state import AdapterEntry, Request, Status, label_of
 from aioengine.errors import AdapterInvalid, AioEngineError, RequestInvalid
-from aioengine.request import FinishReason
+from aioengine.request import FinishReason, TokenLogprob
 from aioengine.step import Fault, SequenceWork, StepBatch, StepResult
 
 TokensBefore = list[tuple[AdapterEntry | None, float | None, int]]
@@ -65,9 +65,11 @@ class StepResults:
             ends: The end of each of its steps.
             before: Filled with what :func:`token_intervals` needs, if that is wanted.
         """
-        plain, running, advance, now = result.is_plain, Status.RUNNING, self._advance, ends[-1]
+        plain, running, advance = result.is_plain, Status.RUNNING, self._advance
+        first_end, now, several = ends[0], ends[-1], len(ends) > 1
         longest = max([after - first for first, after in pairwise(ends)], default=0.0)
         ended: list[tuple[float, Request, FinishReason]] = []
+        logprobs: Sequence[TokenLogprob] = ()
         until = 0
         for index, (request, work, count) in enumerate(
             zip(requests, batch.sequences, result.counts, strict=True)
@@ -77,50 +79,58 @@ class StepResults:
                 continue
             computed = len(work.tokens)
             if work.sample:
-                computed += count - 1 - len(work.draft)
-            if not (plain and request.is_plain) and not self._take_extras(index, request, work, result, now):
-                continue
-            if work.draft and (count or index in result.errors):
-                self._learn(request, work, count - (index not in result.errors), now)
-            if not count:
-                advance(request, computed)
-                if index in result.errors:
-                    self._end(request, "error", now, _sampling_error(request, *result.errors[index]))
-                continue
+                computed += count - 1
+            if work.draft:
+                computed -= len(work.draft)
+                if count or index in result.errors:
+                    self._learn(request, work, count - (index not in result.errors), now)
             new = result.tokens[first:until]
-            if index in result.forced:
-                new = [*new, *result.forced[index]]
-            finish: FinishReason | None = None
-            tokens, stops = request.tokens, request.stops
-            if len(tokens) + len(new) >= request.most_tokens or not stops.isdisjoint(new):
-                new, finish = _until_the_end(request, new)
-            if not new:  # no token was asked for
-                ended.append((now, request, "length"))
+            if not plain or not request.is_plain:
+                if not self._take_extras(index, request, work, result, now):
+                    continue
+                if not new:
+                    advance(request, computed)
+                    self._take_error(index, request, result, now)
+                    continue
+                new = [*new, *result.forced.get(index, ())]
+                logprobs = result.logprobs.get(index, ())
+            elif not new:
+                advance(request, computed)
                 continue
+            finish: FinishReason | None = None
+            tokens = request.tokens
+            if len(tokens) + len(new) >= request.most_tokens or not request.stops.isdisjoint(new):
+                new, finish = _until_the_end(request, new)
+                if not new:  # no token was asked for
+                    ended.append((now, request, "length"))
+                    continue
             tokens += new
             if (sink := request.sink) is not None:
-                left = sink.push(new, result.logprobs.get(index, ()), is_stop=finish == "stop")
+                left = sink.push(new, logprobs, is_stop=finish == "stop")
                 if left is not None:
                     finish = "stop"
                     del tokens[len(tokens) - len(new) + left :]
                     new = new[:left]
-            advance(request, computed - max(count - len(new), 0))
-            time = now if len(ends) == 1 else ends[len(new) - 1]
+            got = len(new)
+            advance(request, computed if got >= count else computed + got - count)
+            time = ends[got - 1] if several else now
             last, request.last_token = request.last_token, time
             if last is None:
-                request.first_token = ends[0]
-                self._note_first(request, ends[0])
+                request.first_token = first_end
+                self._note_first(request, first_end)
             if before is not None:
-                before.append((request.adapter, last, len(new)))
-            if last is not None or len(new) > 1:
-                gap = longest if last is None else max(ends[0] - last, longest)
-                if request.worst_gap is None or gap > request.worst_gap:
-                    request.worst_gap = gap
+                before.append((request.adapter, last, got))
+            gap = longest if last is None else first_end - last
+            if gap < longest:
+                gap = longest
+            worst = request.worst_gap
+            if (worst is None or gap > worst) and (last is not None or got > 1):
+                request.worst_gap = gap
             if finish is not None:
                 ended.append((time, request, finish))
-            elif index in result.errors:
-                self._end(request, "error", time, _sampling_error(request, *result.errors[index]))
-        if len(ended) > 1 and len(ends) > 1:
+            elif not plain:
+                self._take_error(index, request, result, time)
+        if several and len(ended) > 1:
             ended.sort(key=lambda end: end[0])
         for time, request, finish in ended:
             self._end(request, finish, time)
@@ -134,6 +144,11 @@ class StepResults:
                 seconds=now - request.arrival,
             )
         )
+
+    def _take_error(self, index: int, request: Request, result: StepResult, now: float) -> None:
+        """End a request that has no further token."""
+        if (error := result.errors.get(index)) is not None:
+            self._end(request, "error", now, _sampling_error(request, *error))
 
     def _learn(self, request: Request, work: SequenceWork, right: int, now: float) -> None:
         """Learn that the first ``right`` of the proposed tokens were right."""

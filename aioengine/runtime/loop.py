@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable
 from functools import partial
 from math import inf
-from typing import Any
 
 from aioengine import events
 from aioengine.core import Core, DropMove, StopMove
@@ -63,8 +62,6 @@ class Stepper:
         self._wake = asyncio.Event()
         self._died = asyncio.Event()
         self._step_began: float | None = None
-        self._contents: dict[str, Any] = {}
-        """Contents of the last step."""
         self._stopping = False
         self._logged: set[str] = set()
         self._task: asyncio.Task[None] | None = None
@@ -219,11 +216,10 @@ class Stepper:
 
     def _finished(self, batch: StepBatch, result: StepResult, decided: Decided) -> None:
         now = asyncio.get_running_loop().time()
-        if not batch.again:
-            self._contents = batch.contents()._asdict()
+        contents = self.core.contents._asdict()
         intervals = self.core.step_finished(batch, result, now, intervals=self._listeners.want_intervals)
         took = zip(result.ends or (now,), result.seconds, intervals, strict=True)
-        self.core.outbox += self._listeners.of_steps(batch.step, self._contents, list(took), decided)
+        self.core.outbox += self._listeners.of_steps(batch.step, contents, list(took), decided)
         self.publish()
 
     async def _sleep(self, loop: asyncio.AbstractEventLoop) -> None:

@@ -6,6 +6,7 @@ No torch here. What the coefficients mean and where they come from is in docs/la
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from functools import reduce
 from itertools import pairwise
@@ -40,25 +41,24 @@ class StepShape(NamedTuple):
 
 def step_shape(batch: StepBatch) -> StepShape:
     """Return the shape of a step; the calibration and the simulation both use this."""
-    decode_rows = decode_kv = prefill_tokens = twice_pairs = 0
-    sequences, ranks = len(batch.sequences), batch.slot_ranks
-    tokens: dict[int, int] = {}
-    for work in batch.sequences:
-        count, start, slot = len(work.tokens), work.start, work.slot
-        if count == 1 and start >= work.prompt_len:
-            decode_rows += 1
-            decode_kv += start + 1
-        else:
-            prefill_tokens += count
-            twice_pairs += count * (2 * start + count)
-        tokens[slot] = tokens.get(slot, 0) + count
+    rows, ranks = batch.sequences, batch.slot_ranks
+    others = [work for work in rows if work.start < work.prompt_len or len(work.tokens) > 1]
+    decode_rows, tokens = len(rows) - len(others), Counter([work.slot for work in rows])
+    decode_kv = sum([work.start for work in rows]) + decode_rows
+    prefill_tokens = twice_pairs = 0
+    for work in others:
+        count, start = len(work.tokens), work.start
+        decode_kv -= start
+        prefill_tokens += count
+        twice_pairs += count * (2 * start + count)
+        tokens[work.slot] += count - 1
     adapters = [(ranks[slot], count) for slot, count in tokens.items() if slot >= 0]
     return StepShape(
         decode_rows,
         decode_kv,
         prefill_tokens,
         twice_pairs // 2,
-        sequences,
+        len(rows),
         tuple(adapters),
     )
 
