@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import repeat
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -51,24 +51,27 @@ class LoRABatch(Derivable):
         self.num_tokens = sum(counts)
         segments: list[Segment] = []
         start, previous = 0, -1
-        for slot, count, scale in zip(slots, counts, scales or repeat(1.0, len(slots)), strict=True):
+        for slot, count in zip(slots, counts, strict=True):
             if slot < previous:
                 raise ValueError(f"sequences must be sorted by slot: {slot} follows {previous}")
             if slot >= len(slot_ranks) or (slot >= 0 and slot_ranks[slot] <= 0):
                 raise ValueError(f"slot {slot} holds no adapter; slot_ranks={list(slot_ranks)}")
             if slot >= 0 and count > 0:
-                if segments and segments[-1].slot == slot and segments[-1].weight == scale:
+                if segments and segments[-1].slot == slot:
                     segments[-1] = segments[-1]._replace(stop=start + count)
                 else:
-                    segments.append(Segment(slot, start, start + count, slot_ranks[slot], scale))
+                    segments.append(Segment(slot, start, start + count, slot_ranks[slot]))
             start, previous = start + count, slot
+        self.is_weighted = False
+        """Whether A's outputs are multiplied by weights."""
+        if scales.count(1.0) < len(scales):
+            segments = _scaled(segments, counts, scales)
+            self.is_weighted = any(segment.weight != 1.0 for segment in segments)
         self.segments: tuple[Segment, ...] = tuple(segments)
         self.affine: tuple[Segment, ...] = tuple(s for s in segments if slot_affine and slot_affine[s.slot])
         """The segments whose slots scale or shift outputs; mostly none, and then that costs nothing."""
         self.width = _width(segments)
         """Width of A's outputs: the largest rank of the segments, rounded up."""
-        self.is_weighted = bool(scales) and any(segment.weight != 1.0 for segment in segments)
-        """Whether A's outputs are multiplied by weights."""
 
     @classmethod
     def of(
@@ -93,6 +96,21 @@ def row_weights(batch: LoRABatch) -> torch.Tensor:
     for _, start, stop, _, weight in batch.segments:
         weights[start:stop] = weight
     return send([weights], batch.device)[0]
+
+
+def _scaled(segments: Sequence[Segment], counts: Sequence[int], scales: Sequence[float]) -> list[Segment]:
+    """Cut segments into those of equal scale, with that as their weight."""
+    found: list[Segment] = []
+    for start, count, scale in zip(accumulate(counts, initial=0), counts, scales, strict=False):
+        own = next((segment for segment in segments if segment.start <= start < segment.stop), None)
+        if own is None or not count:
+            continue
+        last = found[-1] if found else None
+        if last is not None and (last.slot, last.stop, last.weight) == (own.slot, start, scale):
+            found[-1] = last._replace(stop=start + count)
+        else:
+            found.append(own._replace(start=start, stop=start + count, weight=scale))
+    return found
 
 
 def _width(segments: Sequence[Segment]) -> int:
