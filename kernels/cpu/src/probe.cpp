@@ -3,6 +3,7 @@
 
 #include "ops.h"
 #include "team.h"
+#include "tile_registers.h"
 
 namespace aio {
 namespace {
@@ -28,12 +29,31 @@ void dots(long count, int threads, float* out) {
   }
 }
 
+#if defined(AIO_TILES)
+// The same in tile registers, each of whose products is one for each of 16 rows and lanes.
+template <class T>
+void dots_of_tiles(long count, int threads, float* out) {
+#pragma omp parallel num_threads(threads)
+  {
+    Tiles tiles;
+    tiles.use(TILE_ROWS);
+    for (long i = 0; i < count; i += SUMS * TILE_ROWS * LANES)
+      unrolled<SUMS>([](auto sum) { multiply_tiles<T, sum, LEFT, RIGHT>(); });
+  }
+  *out = 0.0f;  // registers are zero at first
+}
+#endif
+
 }  // namespace
 }  // namespace aio
 
 // `count` dot products of 16 lanes on every thread. kind: 0 float32, 1 bfloat16, 2 int8. out [1] takes their sum.
 AIO_EXPORT void aio_probe_dot(int kind, long count, int threads, float* out) {
   if (kind == 0) aio::dots<aio::F32>(count, threads, out);
+#if defined(AIO_TILES)
+  if (kind == 1) return aio::dots_of_tiles<aio::Bf16>(count, threads, out);
+  if (kind == 2) return aio::dots_of_tiles<aio::Int8>(count, threads, out);
+#endif
   if (kind == 1) aio::dots<aio::Bf16>(count, threads, out);
   if (kind == 2) aio::dots<aio::Int8>(count, threads, out);
 }
