@@ -151,7 +151,8 @@ class Fair(FCFS):
         read, preempt, tries = list[str](), list[str](), MAKE_WAY_LIMIT
         for number, (client, request, name) in enumerate(_turns(view, self.tenants, use)):
             adapter = view.adapters[name]
-            if number >= LOOKAHEAD and not plan.has_spare:
+            spare = plan.free or any(held.kind == UNWANTED for held in plan.held[:1])
+            if number >= LOOKAHEAD and not spare:
                 break
             if adapter.location is Location.LOADING:
                 use.claims[client] += 1

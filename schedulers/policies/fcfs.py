@@ -91,8 +91,10 @@ class FCFS(SchedulerPolicy):
                 found = plan.find(adapter, (h for h in plan.held if h.kind <= kind and h.oldest > oldest))
                 if found is not None:
                     plan.take(found, adapter, now=all(held.kind < BUSY for held in found))
-                elif close or not plan.has_spare:
-                    break  # what becomes free is for this adapter
+                elif close or not (plan.free or any(held.kind == UNWANTED for held in plan.held[:1])):
+                    if take:
+                        return plan  # what becomes free is for this adapter, however long others wait
+                    break
         if plan.ask_again is not None and any(held.kind == WANTED for held in plan.held):
             waited = (view.adapters[name].oldest_arrival or 0.0 for name in cold_by_arrival(view))
             plan.ask_again = next((t for at in waited if (t := at + self.take_after) > view.now), inf)
@@ -125,10 +127,8 @@ def fill(view: SchedulerView, closed: Container[str], limit: int, within: float 
 
 def lack_in_cpu(view: SchedulerView, adapter: AdapterView) -> int:
     """Return the bytes that must leave the CPU cache before the adapter can be read; 0 if it has room."""
-    if adapter.location is not Location.DISK:
-        return 0
-    room = view.cpu_bytes_room
-    return max(int(view.cpu_room <= 0), 0 if room is None else adapter.bytes - room)
+    short = 0 if view.cpu_bytes_room is None else adapter.bytes - view.cpu_bytes_room
+    return max(short, int(view.cpu_room <= 0)) if adapter.location is Location.DISK else 0
 
 
 UNWANTED, WANTED, BUSY, SETTLING = range(4)
@@ -160,14 +160,9 @@ class SlotPlan:
     @property
     def open(self) -> list[str | None]:
         """The adapters whose requests may start; None: the base model."""
-        leaving = {*self.closed, *self.evict}
-        held = [s.adapter for s in self._view.slots if s.state in (SlotState.READY, SlotState.DRAINING)]
-        return [None, *(name for name in held if name not in leaving)]
-
-    @property
-    def has_spare(self) -> bool:
-        """Whether a slot is free, or idle and no request waits for its adapter."""
-        return self.free > 0 or any(held.kind == UNWANTED for held in self.held[:1])
+        leaving, usable = {*self.closed, *self.evict}, (SlotState.READY, SlotState.DRAINING)
+        names = (slot.adapter for slot in self._view.slots if slot.state in usable)
+        return [None, *(name for name in names if name not in leaving)]
 
     @cached_property
     def held(self) -> list[HeldSlot]:
@@ -190,7 +185,7 @@ class SlotPlan:
         """Return as many of ``candidates`` as must leave so that an adapter on the CPU has a slot and its
         memory, or one on disk can be read. None if they are too few."""
         found, memory, on_disk = list[HeldSlot](), self._view.memory, adapter.location is Location.DISK
-        slots, nbytes, lack = 1, 0, lack_in_cpu(self._view, adapter)
+        slots, nbytes, lack = 1, 0, lack_in_cpu(self._view, adapter) if on_disk else 0
         if not on_disk:
             needed = memory.bytes_of(adapter.name) * (1 + self._policy.no_room.get(adapter.name, 0))
             slots, nbytes = self.free, min(needed, memory.total) - self._free_bytes
