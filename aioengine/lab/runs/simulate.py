@@ -31,7 +31,7 @@ from aioengine.lab.workload.extra import needs_extra
 from aioengine.lab.workload.requests import Workload
 from aioengine.memory_plan import MemoryPlan
 from aioengine.schedulers import SchedulerPolicy, load_policy
-from aioengine.schedulers.parts.compose import Composed
+from aioengine.schedulers.policies.fcfs import FCFS
 from aioengine.schedulers.routing import load_autoscaler, load_placement, load_router
 
 NEVER = 1e12
@@ -226,7 +226,7 @@ def without_ageing(spec: Policy) -> Policy:
     """Return the same policy without ageing: no request is served out of turn because it has waited. Raises
     PolicyError if the policy has no option ``max_wait``."""
     policy = check_policy(spec)
-    if not isinstance(policy, Composed):
+    if not isinstance(policy, FCFS):
         text = f"policy {policy_label(spec)!r} with ageing=False: {type(policy).__name__} has no max_wait"
         raise PolicyError(f"{text}; leave out --no-ageing, or give it an option of its own")
     if isinstance(spec, dict):
@@ -240,7 +240,7 @@ def ageing_text(policies: Sequence[Policy], ageing: bool) -> str:
     waits = {}
     for spec in policies:
         policy = check_policy(spec if ageing else without_ageing(spec))
-        wait = policy.max_wait if isinstance(policy, Composed) else math.inf
+        wait = policy.max_wait if isinstance(policy, FCFS) else math.inf
         waits[policy_label(spec)] = "none" if wait >= NEVER else f"after {wait:g} s"
     if len(set(waits.values())) == 1:
         text = f"{next(iter(waits.values()))} in all policies"
