@@ -40,18 +40,20 @@ from aioengine.executors.thread import ThreadDevice
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
-async def test_a_device_may_not_refuse_the_second_step_of_a_run(
+async def test_a_device_that_fails_to_begin_the_second_step_of_a_run(
     make_engine: MakeEngine, tiny: Tiny, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     begin, begun = ThreadDevice.begin, []
 
-    def once(*arguments: Any) -> bool:
+    def once(*arguments: Any) -> None:
         begun.append(arguments)
-        return len(begun) == 1 and begin(*arguments)
+        if len(begun) > 1:
+            raise RuntimeError("no second step")
+        begin(*arguments)
 
     async with make_engine(tiny) as engine:
         monkeypatch.setattr(ThreadDevice, "begin", once)
-        with pytest.raises(EngineDead, match="began a step, but refused the one after it"):
+        with pytest.raises(EngineDead, match="no second step"):
             await engine.complete([1, 2, 3], greedy(4))
         assert engine.state == "dead" and len(begun) == 2
 
