@@ -241,15 +241,15 @@ class StepResult(NamedTuple):
         errors: dict[int, tuple[str, Fault]] = {}
         for index, row in enumerate(rows):
             before = len(tokens)
-            for token, logprob, error, fault, late, after in row:
+            for token, logprob, error, fault, late, _ in row:
                 if error is not None:
                     errors[index] = error, fault
                 elif not late:
                     tokens.append(token)
                 if logprob is not None:
                     logprobs.setdefault(index, []).append(logprob)
-                if after:
-                    forced[index] = after
+            if row and row[-1].forced:  # those after an earlier token are among the others
+                forced[index] = row[-1].forced
             counts.append(len(tokens) - before)
         return cls(tokens, counts, (seconds,), (), forced, logprobs, errors)
 

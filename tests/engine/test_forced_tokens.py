@@ -47,8 +47,10 @@ async def answers(engine: AsyncEngine, *, forced: bool) -> tuple[list[Sequence[o
     """Return what requests with random grammars get, and the number of steps."""
     guide, rng, before = Guide(engine), random.Random(7), engine.stats().steps
 
-    async def answer(i: int, text: str) -> Sequence[object]:
-        constraint: Any = await guide.regex(text)
+    # Compiled beforehand: the number of steps must not depend on how long that takes.
+    compiled: list[Any] = [await guide.regex(pattern(rng)) for _ in range(24)]
+
+    async def answer(i: int, constraint: Any) -> Sequence[object]:
         kind = {"max_tokens": 100, **KINDS[i % len(KINDS)], "constraint": constraint}
         if not forced:
             kind["constraint"] = Unforced(constraint)
@@ -57,7 +59,7 @@ async def answers(engine: AsyncEngine, *, forced: bool) -> tuple[list[Sequence[o
         out = await engine.complete("ab" * (1 + i % 9), SamplingParams(**kind), adapter=(None, "a")[i % 2])
         return out.token_ids, out.text, out.finish_reason, out.stop_reason, out.logprobs, out.prompt_logprobs
 
-    found = await asyncio.gather(*(answer(i, pattern(rng)) for i in range(24)))
+    found = await asyncio.gather(*(answer(i, one) for i, one in enumerate(compiled)))
     engine.check_invariants()
     assert engine.stats().kv_blocks_free == engine.stats().kv_blocks
     return found, engine.stats().steps - before
