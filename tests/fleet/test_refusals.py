@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 from support.certificates import ray_tls
@@ -82,7 +83,7 @@ def test_one_file_serves_the_engine_the_fleet_and_the_server(tmp_path: Path) -> 
     )
     engine = EngineConfig.from_toml(path)
     fleet = FleetConfig.from_toml(path)
-    assert fleet.engine == engine and engine.max_num_seqs == 8
+    assert fleet.engine == msgspec.structs.replace(engine, policy="fair") and engine.max_num_seqs == 8
     assert fleet.otlp_endpoint == "http://collector:4318"
     assert settings_from(fleet.server).max_choices == 4
     path.write_text('model = "m"\n[server]\nprt = 9000\n')

@@ -200,8 +200,8 @@ def _forwards(name: str) -> list[str]:
     mixed = [Row(-1, 0, 40), Row(-1, 70, 1), Row(0, 10, 1), Row(1, 0, 30), Row(1, 33, 1), Row(2, 500, 5)]
     model.step(mixed, affine)
     model.step(mixed)
-    model.step([msgspec.structs.replace(row, sample=False) for row in mixed], affine)
-    model.step([msgspec.structs.replace(row, slot=-1) for row in mixed])
+    model.step([row._replace(sample=False) for row in mixed], affine)
+    model.step([row._replace(slot=-1) for row in mixed])
     model.step([Row(slot, 100 + slot, 1) for slot in range(-1, 8)])
     model.step([Row(3, 0, 300)])
     model.recorded(5, 64)
@@ -261,7 +261,7 @@ def launches() -> dict[str, tuple[int, int]]:
     }
     steps = {f"{kind}, base": rows for kind, rows in base.items()}
     for kind, rows in base.items():
-        adapted = [msgspec.structs.replace(row, slot=i * 8 // len(rows)) for i, row in enumerate(rows)]
+        adapted = [row._replace(slot=i * 8 // len(rows)) for i, row in enumerate(rows)]
         steps[f"{kind}, 8 adapters"] = adapted
     counts: dict[str, list[int]] = {kind: [] for kind in steps}
     for layers in (1, 2):

@@ -49,7 +49,8 @@ def test_the_layers_take_what_is_planned() -> None:
     assert len(found) > 15
     for what, planned, peak in found:
         assert peak <= planned, what
-        assert "mixed" in what or planned <= 1.35 * peak, what
+        # No adapter here has the rank that a mix may have.
+        assert "mixed" in what or planned <= 1.4 * peak, what
 
 
 PARAMS = st.builds(

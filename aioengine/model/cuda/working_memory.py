@@ -79,7 +79,6 @@ class WorkingMemory(msgspec.Struct, frozen=True, kw_only=True):
     """NCCL's buffers."""
     attention: int
     """FlashInfer's workspace."""
-    """What adapters move through in the memory that they share with KV blocks."""
     reads: int
     """What DoRA computes of the base model's weights in, while an adapter is read."""
 
@@ -128,7 +127,7 @@ def working_memory(
     logits = rows * spec.vocab_size
     scratch = _SCRATCH_BYTES + _split_bytes(local, max_model_len) + EXPANDED_BYTES * bool(local.packed)
     each = token_bytes(local, dtype_bytes, 0 if lora is None else lora.max_lora_rank)
-    most = token_bytes(local, dtype_bytes, 0 if lora is None else MAX_RANK)  # of a mix
+    most = token_bytes(local, dtype_bytes, 0 if lora is None else _largest_rank(lora))
     tokens = min(config.max_num_batched_tokens, rows * max_model_len)
     plain = spec.impl == "native" and not isinstance(spec, MixtureSpec)
     recorded = config.cuda_graphs and plain
@@ -151,6 +150,11 @@ def working_memory(
         attention=ATTENTION_BYTES if find_spec("flashinfer") is not None else 0,
         reads=0 if lora is None else _read_bytes(local, lora),
     )
+
+
+def _largest_rank(lora: LoRAConfig) -> int:
+    """Return the largest rank that a step may have: that of a mix."""
+    return MAX_RANK if lora.slot_memory is not None else min(MAX_RANK, lora.max_loras * lora.max_lora_rank)
 
 
 def token_bytes(local: ModelSpec, dtype_bytes: int, max_rank: int) -> int:
