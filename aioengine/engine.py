@@ -292,27 +292,10 @@ class AsyncEngine:
         Args:
             prompt: Text, token ids, or chat messages.
             params: How to sample; greedy, at most 256 tokens, by default.
-            adapter: An adapter's name, or "name@version"; None is the base model. A dict of names and
-                weights, such as ``{"sql": 0.7, "pirate": 0.3}``, is the sum of them, and ``{"sql": 0.5}`` a
-                scaled one; see docs/adapters.md.
-            request_id: Must be unique among requests that have not ended; generated if None.
-            priority: For policies that look at it; higher is more urgent.
-            deadline: Seconds from now within which the request must end; the look-up of its adapter counts,
-                too.
-            tenant: For policies that are fair between tenants.
-            expected_tokens: Expected length of the output, for policies that use it; None: ``max_tokens``.
-            cache_salt: Requests share blocks of the prefix cache only with those of the same salt. Give
-                different salts to requests of people who must not learn about each other's prompts.
-            cache_pins: Parts of the prompt that should stay in the prefix cache for a time, for later
-                requests that begin alike; at most 4. Give different tenants, which share the room for pins.
-            output: Tokens that another engine has generated for this request and delivered. This engine
-                continues after them as if it had made them, and yields only new output. If tokens are drawn,
-                it needs the other engine's seed.
-            replay: Decode the tokens of ``output`` again, one in each step, instead of computing them all at
-                once. It is slower, but the continuation then equals that of an undisturbed run to the last
-                bit. Where ``info.batch_invariant`` is true, it does so without a replay. With ``logprobs`` a
-                replay is always done, because the log-probabilities of ``output`` are needed, too.
-            options: All of these but ``request_id`` in one object.
+            options: The adapter, the deadline, and more about the request.
+            **keywords: Instead of ``options``: fields of :class:`~aioengine.request.RequestOptions`, where
+                ``adapter`` may be a dict of names and weights, too; and ``request_id``, which must be unique
+                among requests that have not ended, and is generated if None.
 
         Raises:
             RequestInvalid: Empty or too long prompt, unknown token, request id in use, ...

@@ -203,23 +203,39 @@ class CachePin(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
 
 class RequestOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Adapter and scheduling arguments of a request: the keyword arguments of ``AsyncEngine.generate``, which
-    describes them.
+    """Adapter and scheduling arguments of a request: the keyword arguments of ``AsyncEngine.generate``.
 
     Raises :class:`~aioengine.errors.RequestInvalid` on construction if a value is out of range.
     """
 
     adapter: str | None = None
+    """An adapter's name, or "name@version"; None is the base model."""
     mix: Mapping[str, float] | None = None
-    """Adapters and weights, in place of ``adapter``."""
+    """Adapters and weights, in place of ``adapter``: ``{"sql": 0.7, "pirate": 0.3}`` is the sum of them, and
+    ``{"sql": 0.5}`` a scaled one; see docs/adapters.md."""
     priority: int = 0
+    """For policies that look at it; higher is more urgent."""
     deadline: float | None = None
+    """Seconds from now within which the request must end; the look-up of its adapter counts, too."""
     tenant: str | None = None
+    """For policies that are fair between tenants."""
     expected_tokens: int | None = None
+    """Expected length of the output, for policies that use it; None: ``max_tokens``."""
     cache_salt: str | None = None
+    """Requests share blocks of the prefix cache only with those of the same salt. Give different salts to
+    requests of people who must not learn about each other's prompts."""
     cache_pins: Sequence[CachePin] = ()
+    """Parts of the prompt that should stay in the prefix cache for a time, for later requests that begin
+    alike; at most 4. Give different tenants, which share the room for pins."""
     output: Sequence[int] = ()
+    """Tokens that another engine has generated for this request and delivered. This engine continues after
+    them as if it had made them, and yields only new output. If tokens are drawn, it needs the other engine's
+    seed."""
     replay: bool = False
+    """Decode the tokens of ``output`` again, one in each step, instead of computing them all at once. It is
+    slower, but the continuation then equals that of an undisturbed run to the last bit. Where
+    ``info.batch_invariant`` is true, it does so without a replay. With ``logprobs`` a replay is always done,
+    because the log-probabilities of ``output`` are needed, too."""
 
     def __post_init__(self) -> None:
         if type(self.cache_pins) is not tuple or self.cache_pins:
@@ -272,7 +288,7 @@ Wanted = str | Mapping[str, float] | None
 
 
 class CallKeywords(TypedDict, total=False):
-    """Keyword arguments that every kind of request takes; ``AsyncEngine.generate`` describes them."""
+    """Keyword arguments that every kind of request takes; :class:`RequestOptions` describes them."""
 
     request_id: str | None
     priority: int
@@ -281,7 +297,7 @@ class CallKeywords(TypedDict, total=False):
 
 
 class RequestKeywords(CallKeywords, total=False):
-    """Keyword arguments of ``AsyncEngine.generate``, which describes them."""
+    """Keyword arguments of ``AsyncEngine.generate``; :class:`RequestOptions` describes them."""
 
     adapter: Wanted
     expected_tokens: int | None
