@@ -185,14 +185,15 @@ class SlotPlan:
         """Return as many of ``candidates`` as must leave so that an adapter on the CPU has a slot and its
         memory, or one on disk can be read. None if they are too few."""
         found, memory, on_disk = list[HeldSlot](), self._view.memory, adapter.location is Location.DISK
-        slots, nbytes, lack = 1, 0, lack_in_cpu(self._view, adapter) if on_disk else 0
+        slots, nbytes, more, lack = 1, 0, 0, lack_in_cpu(self._view, adapter) if on_disk else 0
         if not on_disk:
-            needed = memory.bytes_of(adapter.name) * (1 + self._policy.no_room.get(adapter.name, 0))
-            slots, nbytes = self.free, min(needed, memory.total) - self._free_bytes
+            needed = memory.bytes_of(adapter.name)
+            more = min(needed * (1 + self._policy.no_room.get(adapter.name, 0)), memory.total) - needed
+            slots, nbytes = self.free, needed + more - self._free_bytes
         while slots <= 0 or nbytes > 0 or lack > 0:
             held = next(candidates, None)
             if held is None:
-                return found if on_disk else None
+                return found if on_disk or (slots > 0 and nbytes <= more) else None
             found.append(held)
             slots, lack = slots + 1, lack - held.adapter.bytes
             nbytes -= memory.bytes_of(held.adapter.name)

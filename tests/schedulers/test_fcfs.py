@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from aioengine import events
+from aioengine.core.adapters.arena import GRANULE
 from aioengine.core.state import Request
 from aioengine.schedulers.policies.fcfs import FCFS
 from aioengine.testing import LIMITS, Sim
@@ -109,3 +110,23 @@ def test_max_wait_must_make_sense() -> None:
     for bad in (-1.0, float("nan")):
         with pytest.raises(ValueError, match="max_wait"):
             FCFS(max_wait=bad)
+
+
+def test_an_adapter_that_found_only_pieces_of_memory_fits_beside_a_pinned_one_later() -> None:
+    limits = LIMITS._replace(num_slots=4, cpu_capacity=6, slot_memory=4 * GRANULE)
+    sim = Sim(limits, FCFS())
+    sim.sizes = {"pinned": GRANULE, "idle": GRANULE, "busy": GRANULE, "large": 2 * GRANULE}
+    for name in sim.sizes:
+        sim.register(name)
+    sim.core.residency.want(sim.core.residency.current["pinned"], sim.now, pin=True)
+    sim.settle()
+    for name, tokens in (("idle", 1), ("busy", 40)):
+        sim.add(name, max_tokens=tokens)
+        for _ in range(4):
+            sim.settle()
+    large = sim.add("large", max_tokens=1)
+    while len(sim.core.requests) > 1:
+        sim.settle(step_seconds=0.1)
+    assert large.id not in sim.ended and sim.of(events.PolicyRefused), "the free bytes are in two pieces"
+    sim.run()
+    assert sim.ended[large.id] == "length"
