@@ -107,7 +107,7 @@ async def test_no_token_changes(quantization: str, tiny: Tiny, make_engine: Make
             stats = engine.stats()
             engine.check_invariants()
         assert sum(e.accepted for e in seen) > 100 and sum(e.proposed - e.accepted for e in seen) > 100
-        assert stats.slot_loads > len(ADAPTERS), "adapters were swapped"
+        assert stats.slot_loads > len(stats.slots), "adapters were swapped"
         assert stats.preemptions > 0 or "kv_cache_memory" not in more
         assert stats.kv_blocks_free == stats.kv_blocks
 

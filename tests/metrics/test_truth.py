@@ -84,7 +84,7 @@ def random_run(seed: int) -> tuple[Samples, list[e.Event]]:
     rng = random.Random(seed)
     sim = Sim(LIMITS._replace(num_blocks=8))
     counters = Counters()
-    metrics = EngineMetrics(100, lambda: counters.snapshot(sim.core), list)
+    metrics = EngineMetrics(100, lambda: counters.snapshot(sim.core, 0), list)
     taken = 0
 
     def scrape() -> Samples:
@@ -95,7 +95,7 @@ def random_run(seed: int) -> tuple[Samples, list[e.Event]]:
             metrics.handle(event)
         taken = len(sim.events)
         found = collected(metrics)
-        assert_occupancy(found, counters.snapshot(sim.core))
+        assert_occupancy(found, counters.snapshot(sim.core, 0))
         assert_gauges(found, sim.events)
         return found
 

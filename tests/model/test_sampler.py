@@ -341,15 +341,18 @@ def test_penalties_kept_from_step_to_step_are_those_of_the_whole_history(data: s
     number = st.floats(0.5, 2.0)
     penalties = Penalties()
     rows = [
-        row(
-            SamplingParams(
-                repetition_penalty=data.draw(number),
-                presence_penalty=data.draw(number),
-                frequency_penalty=data.draw(number),
+        msgspec.structs.replace(
+            row(
+                SamplingParams(
+                    repetition_penalty=data.draw(number),
+                    presence_penalty=data.draw(number),
+                    frequency_penalty=data.draw(number),
+                ),
+                history=(prompt := data.draw(ids)),
+                prompt_len=len(prompt),
             ),
-            history=(prompt := data.draw(ids)),
-            prompt_len=len(prompt),
-        )._replace(request_id=str(i))
+            request_id=str(i),
+        )
         for i in range(3)
     ]
     for _ in range(data.draw(st.integers(1, 5))):
