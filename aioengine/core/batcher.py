@@ -119,6 +119,8 @@ class Batcher:
         for request in formed.requests:
             if request.sink is not None and not request.sink.waits_for_end:
                 return 1
+            if request.computed < request.prompt_len:  # the end of a prompt is another step than a decode
+                return 1
             left = request.most_tokens - len(request.tokens)
             if left < most:
                 most = left

@@ -70,7 +70,7 @@ def behind(pool: LoRAPool) -> LoRAPool:
     slots.table = near.table.clone()
     slots.device_table = slots.table if near.device_table is near.table else near.device_table.clone()
     for slot in range(len(slots.table)):
-        rows, counted = slots.moved(slot, FAR)
+        rows, counted = slots.rows(slots.table[slot], FAR)
         slots.table[slot], slots.device_table[slot] = rows, counted
     return pool._replace(slots=slots)
 

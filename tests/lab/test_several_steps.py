@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from support.lab_sim import config, costs
 
@@ -93,6 +93,28 @@ def outcome(
 @pytest.mark.slow
 @settings(max_examples=40, deadline=None)
 @given(workloads, systems)
+@example(  # a prompt whose last token is computed alone
+    {
+        "arrivals": "gamma:rate=30,cv=3",
+        "limit": 14,
+        "adapters": 3,
+        "popularity": "uniform",
+        "ranks": 16,
+        "prompt_tokens": "uniform:20..900",
+        "output_tokens": 17,
+        "sessions": "chat:turns=3,think=0.2",
+    },
+    {
+        "policy": "fcfs",
+        "slots": 1,
+        "max_num_seqs": 3,
+        "max_num_batched_tokens": 64,
+        "block_size": 4,
+        "enable_prefix_caching": False,
+        "replicas": None,
+        "seed": 1,
+    },
+)
 def test_the_same_bytes_come_out(workload: dict[str, Any], system: dict[str, Any]) -> None:
     if system["replicas"] is None:
         system = {**system, "router": None}
