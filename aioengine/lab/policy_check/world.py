@@ -11,7 +11,7 @@ from aioengine.core import CoreLimits
 from aioengine.core.state import AdapterEntry
 from aioengine.errors import EngineOverloaded
 from aioengine.schedulers import SchedulerPolicy
-from aioengine.testing import Sim
+from aioengine.testing import LIMITS, Sim
 
 STEP_SECONDS = 0.05
 MOST_TURNS_TO_END = 4000
@@ -20,18 +20,7 @@ MOST_TURNS_TO_END = 4000
 CHECK_EVERY = 8
 """Number of turns between two checks of all invariants, because a check takes longer than a turn."""
 
-SMALL = CoreLimits(
-    num_slots=2,
-    cpu_capacity=3,
-    max_loads=2,
-    num_blocks=40,
-    block_size=4,
-    max_num_seqs=6,
-    max_num_batched_tokens=16,
-    max_model_len=64,
-    eos_token_ids=(1,),
-    max_waiting=40,
-)
+SMALL = LIMITS._replace(num_blocks=40, max_waiting=40)
 
 
 class Scenario(NamedTuple):
