@@ -168,7 +168,8 @@ def test_the_cuts_change_nothing_and_no_text_is_lost(
     pieces = [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)]
     whole = parse(parser(name, reasoning, single=single), [text])
     assert parse(parser(name, reasoning, single=single), pieces) == whole
-    assert parse(parser(name, reasoning, single=single), list(text)) == whole
+    one_by_one = [piece for character in text for piece in (character, "")]
+    assert parse(parser(name, reasoning, single=single), one_by_one) == whole
     _, left, calls = whole
     if not calls and reasoning == "none" and name != "harmony":
         assert left == text
@@ -217,6 +218,12 @@ def test_formats_by_chat_template() -> None:
 
 texts = st.text(st.sampled_from('ab"\\{}[],:é\n'), max_size=8)
 calls_with = st.lists(st.dictionaries(texts, st.one_of(texts, st.lists(texts, max_size=2))), max_size=3)
+
+
+def test_an_escape_may_come_in_parts_with_nothing_between_them() -> None:
+    call = json.dumps({"name": "f", "arguments": {'"': "\\"}})
+    pieces = [piece for character in f"[{call}]" for piece in (character, "")]
+    assert parse(AnswerParser(json_calls), pieces) == ("", "", [("f", {'"': "\\"})])
 
 
 @settings(derandomize=True, max_examples=200)

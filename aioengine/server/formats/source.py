@@ -136,15 +136,15 @@ class Source:
         if not (yield from self._opens()):
             return "", False
         parts: list[str] = []
-        depth, in_text, escaped = 0, False, False
+        depth, in_text = 0, False
         while True:
-            at = self._at + escaped
-            escaped = False
+            at, end = self._at, len(self._text)
             while found := _JSON_MARKS.search(self._text, at):
                 mark, at = found[0], found.end()
                 if in_text:
                     if mark == "\\":
-                        escaped = at == len(self._text)
+                        if at == end and not self.ended:
+                            end -= 1  # it is read again, with what it escapes
                         at += 1
                     elif mark == '"':
                         in_text = False
@@ -165,7 +165,7 @@ class Source:
                     return "".join(parts), False
                 if at >= len(self._text):
                     break
-            parts.append(self._take(len(self._text)))
+            parts.append(self._take(end))
             if self.ended:
                 return "".join(parts), False
             yield None
