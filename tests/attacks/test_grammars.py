@@ -128,7 +128,7 @@ async def test_nothing_of_it_outlives_the_server(how: signal.Signals, tiny_text:
         ]
         await asyncio.sleep(0.3)
         processes = grammar_processes(served)
-        assert len(processes) >= 3
+        assert len(processes) >= 2, "the worker, and the child that tries a text"
         served.process.send_signal(how)
         began = time.monotonic()
         await served.process.wait()
