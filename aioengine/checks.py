@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import functools
 import json
-import math
 import re
 import sys
 import tomllib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, NamedTuple, TypeVar, get_args, get_type_hints
 from urllib.parse import unquote, urlsplit
 
 import msgspec
@@ -20,7 +19,125 @@ from aioengine.errors import AioEngineError, ConfigError, RequestInvalid
 from aioengine.schedulers.error_text import error_text as error_text
 from aioengine.schedulers.nearest import nearest as _nearest_name
 
-_LARGEST = sys.float_info.max
+LARGEST = sys.float_info.max
+
+Count = Annotated[int, Meta(ge=1)]
+Whole = Annotated[int, Meta(ge=0)]
+Share = Annotated[float, Meta(ge=0, le=1)]
+Seconds = Annotated[float, Meta(gt=0, le=LARGEST, extra={"is": "more than 0 seconds"})]
+AnySeconds = Annotated[float, Meta(gt=0, extra={"is": "more than 0 seconds"})]
+Size = Annotated[int | str, Meta(extra={"is": "bytes, or text such as '512MiB' or '2GiB'"})]
+"""A size in memory; :func:`check_fields` makes it a number."""
+_PATH = r"\A[^\0]+\Z"
+FolderPath = Annotated[str, Meta(pattern=_PATH, extra={"is": "a folder's path"})]
+FilePath = Annotated[str, Meta(pattern=_PATH, extra={"is": "a file's path"})]
+
+
+def check_value(field: str, value: Any, kind: Any, error: type[AioEngineError] = ConfigError) -> Any:
+    """Return the value, a number or text of a class of its own (NumPy's) as one of Python's. Raises
+    ``error``, which names ``field`` and what is allowed, if a field of type ``kind`` cannot have it."""
+    if isinstance(value, float | int | str) and not isinstance(value, bool):
+        value = plain(value)
+    try:
+        msgspec.convert(value, kind)
+    except msgspec.ValidationError as wrong:
+        if isinstance(wrong.__cause__, AioEngineError):
+            raise error(str(wrong.__cause__)) from wrong
+        type_ = inspect.type_info(kind)
+        if at := re.search(r"\$\[(\d+)\]", str(wrong)):  # an item of a list
+            field, value = f"{field}[{at[1]}]", value[int(at[1])]
+            type_ = next(one.item_type for one in _kinds(type_) if isinstance(one, inspect.ListType))
+        raise error(f"{field}={value!r}: {_allowed(type_, value)}") from None
+    return value
+
+
+def _allowed(type_: inspect.Type, value: object) -> str:
+    """Say what a field of this type may be, instead of ``value``."""
+    for kind in _kinds(type_):
+        if isinstance(kind, inspect.LiteralType) and len(kind.values) > 1:
+            return _choices(value, kind.values)
+    return f"must be {_what(type_, value)}"
+
+
+def _choices(value: object, allowed: Collection[Any]) -> str:
+    return f"allowed are {', '.join(map(str, allowed))}; choose one of them{nearest(value, allowed)}"
+
+
+def check_choice(field: str, value: object, allowed: Collection[int]) -> None:
+    """Raise ConfigError, naming ``field``, unless ``value`` is one of these numbers."""
+    if type(value) is not int or value not in allowed:
+        raise ConfigError(f"{field}={value!r}: {_choices(value, allowed)}")
+
+
+def _what(type_: inspect.Type, value: object) -> str:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= LARGEST
+    match type_:
+        case inspect.Metadata(extra={"is": str(text)}):
+            return text
+        case inspect.Metadata(type=inner):
+            return _what(inner, value)
+        case inspect.UnionType(types):
+            return ", or ".join(_what(one, value) for one in types)
+        case inspect.LiteralType(values):
+            return repr(values[0])
+        case inspect.IntType(ge=low, le=high):
+            bound = "" if low is None else f">= {low}" if high is None else f"in {low}..{high}"
+            return bound if isinstance(value, int) and is_number else f"an integer {bound}".rstrip()
+        case inspect.FloatType() if not is_number:
+            return "a finite number"
+        case inspect.FloatType(ge=low, gt=above, le=high):
+            least, open_ = (low, "[") if above is None else (above, "(")
+            if high is None or high == LARGEST:
+                return f"{'more than' if open_ == '(' else '>='} {least:g}"
+            return f"in {open_}{least:g}, {high:g}]"
+        case inspect.ListType(item_type=item):
+            return f"a list, each of its items {_what(item, value)}"
+        case inspect.NoneType():
+            return "None"
+        case inspect.BoolType():
+            return "True or False"
+        case inspect.StrType(min_length=least):
+            return "text that is not empty" if least else "text"
+    return f"a {getattr(type_, 'cls', type(type_)).__name__}"
+
+
+def _kinds(type_: inspect.Type) -> Sequence[inspect.Type]:
+    """Return the types that a value may be of: several, if this is a union."""
+    types = type_.types if isinstance(type_, inspect.UnionType) else (type_,)
+    return [one.type if isinstance(one, inspect.Metadata) else one for one in types]
+
+
+class _Fields(NamedTuple):
+    """The fields of a struct, by name, with their types."""
+
+    kinds: dict[str, Any]
+    sizes: list[str]
+    """Those that are a :data:`Size`."""
+    same: type[msgspec.Struct]
+    """A struct with these fields, without checks of its own."""
+
+
+@functools.cache
+def _fields_of(cls: type[msgspec.Struct]) -> _Fields:
+    kinds = get_type_hints(cls, include_extras=True)
+    kinds = {name: kinds[name] for name in cls.__struct_fields__}
+    sizes = [name for name, kind in kinds.items() if Size in (kind, *get_args(kind))]
+    return _Fields(kinds, sizes, msgspec.defstruct(cls.__name__, list(kinds.items())))
+
+
+def check_fields(struct: msgspec.Struct, error: type[AioEngineError] = ConfigError) -> None:
+    """Raise ``error`` for the first field that is not of its annotated type, or out of its range or choices,
+    and turn sizes into bytes."""
+    kinds, sizes, same = _fields_of(type(struct))
+    try:
+        msgspec.convert(struct, same, from_attributes=True)
+    except msgspec.ValidationError:
+        for field, kind in kinds.items():
+            value = check_value(field, getattr(struct, field), kind, error)
+            msgspec.structs.force_setattr(struct, field, value)
+    for field in sizes:
+        if (size := getattr(struct, field)) is not None:
+            msgspec.structs.force_setattr(struct, field, parse_bytes(size, field=field))
 
 
 def check_integer(
@@ -32,143 +149,21 @@ def check_integer(
     error: type[AioEngineError] = ConfigError,
 ) -> None:
     """Raise ``error``, naming ``field``, unless ``value`` is an integer in ``low..high``."""
-    bound = "" if low is None else f">= {low}" if high is None else f"in {low}..{high}"
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise error(f"{field}={value!r}: must be an integer {bound}".rstrip())
-    if (low is not None and value < low) or (high is not None and value > high):
-        raise error(f"{field}={value}: must be {bound}")
+    check_value(field, value, Annotated[int, Meta(ge=low, le=high)], error)
 
 
 def check_number(
-    field: str,
-    value: object,
-    *,
-    low: float,
-    high: float = math.inf,
-    above: bool = False,
-    error: type[AioEngineError] = ConfigError,
+    field: str, value: object, *, low: float, high: float = LARGEST, above: bool = False
 ) -> None:
-    """Raise ``error``, naming ``field``, unless ``value`` is a finite number from ``low`` to ``high``; with
+    """Raise ConfigError, naming ``field``, unless ``value`` is a finite number from ``low`` to ``high``; with
     ``above``, ``low`` itself is not allowed."""
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not abs(value) <= _LARGEST:
-        raise error(f"{field}={value!r}: must be a finite number")
-    if value < low or value > high or (above and value == low):
-        if high == math.inf:
-            bound = f"more than {low:g}" if above else f">= {low:g}"
-        else:
-            bound = f"in {'(' if above else '['}{low:g}, {high:g}]"
-        raise error(f"{field}={value}: must be {bound}")
+    least = Meta(gt=low, le=high) if above else Meta(ge=low, le=high)
+    check_value(field, value, Annotated[float, least])
 
 
-def check_seconds(
-    field: str,
-    value: object,
-    allowed: str = "",
-    *,
-    finite: bool = False,
-    error: type[AioEngineError] = ConfigError,
-) -> None:
-    """Raise ``error``, naming ``field``, unless ``value`` is more than 0 and, with ``finite``, finite.
-    ``allowed`` is added to the message."""
-    wrong = isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0
-    if wrong or (finite and value == math.inf):
-        raise error(f"{field}={value!r}: must be more than 0 seconds{allowed}")
-
-
-Count = Annotated[int, Meta(ge=1)]
-Whole = Annotated[int, Meta(ge=0)]
-Share = Annotated[float, Meta(ge=0, le=1)]
-Seconds = Annotated[float, Meta(gt=0, extra={"is": "seconds"})]
-Size = Annotated[int | str, Meta(extra={"is": "bytes"})]
-"""Bytes, or text such as "512MiB" or "2GiB"; the field becomes a number."""
-FolderPath = Annotated[str, Meta(min_length=1, extra={"is": "a folder's path"})]
-FilePath = Annotated[str, Meta(min_length=1, extra={"is": "a file's path"})]
-
-
-def check_fields(struct: msgspec.Struct, error: type[AioEngineError] = ConfigError) -> None:
-    """Raise ``error`` for the first field that is not of its annotated type, or out of its range or choices,
-    and turn sizes into bytes. Fields of other types than these are left to the caller: numbers, bool,
-    ``Literal``, the types above, and unions of them with None."""
-    for field, kinds in _kinds_of(type(struct)):
-        value = getattr(struct, field)
-        found = _checked(field, value, kinds, error)
-        if found is not value:
-            msgspec.structs.force_setattr(struct, field, found)
-
-
-@functools.cache
-def _kinds_of(cls: type[msgspec.Struct]) -> list[tuple[str, list[tuple[str, inspect.Type]]]]:
-    """Return the fields that can be checked, each with what its value may be."""
-    info = inspect.type_info(cls)
-    assert isinstance(info, inspect.StructType)
-    hints = get_type_hints(cls)
-    fields = ((field.name, _kinds(field.type, hints[field.name])) for field in info.fields)
-    return [(name, kinds) for name, kinds in fields if kinds and all(kind for kind, _ in kinds)]
-
-
-def _kinds(type_: inspect.Type, hint: Any) -> list[tuple[str, inspect.Type]]:
-    """Return the kinds of a type, with each; "" for one that is not checked here. ``hint`` is as it is
-    written, because msgspec sorts the values of a ``Literal``."""
-    match type_:
-        case inspect.UnionType(types):
-            return [kind for one in types for kind in _kinds(one, hint)]
-        case inspect.Metadata(type=inner, extra={"is": "bytes" | "seconds" as kind}):
-            return [(kind, inner)]
-        case inspect.Metadata(extra={"one of": values}):
-            return [("choice", inspect.LiteralType(values))]
-        case inspect.Metadata(type=inspect.StrType(), extra={"is": str()}):
-            return [("text", type_)]
-        case inspect.IntType():
-            return [("integer", type_)]
-        case inspect.FloatType():
-            return [("number", type_)]
-        case inspect.BoolType():
-            return [("bool", type_)]
-        case inspect.LiteralType(values):
-            literals = [get_args(part) for part in (hint, *get_args(hint)) if get_origin(part) is Literal]
-            written = next(found for found in literals if set(found) == set(values))
-            return [("choice", inspect.LiteralType(written))]
-        case inspect.NoneType():
-            return [("none", type_)]
-    return [("", type_)]
-
-
-def _checked(
-    field: str, value: Any, kinds: list[tuple[str, inspect.Type]], error: type[AioEngineError]
-) -> Any:
-    """Return the value as the field holds it. Raises ``error`` if it is of none of the kinds."""
-    by_name = dict(kinds)
-    optional = ", or None" if "none" in by_name else ""
-    if (value is None and optional) or ("bool" in by_name and isinstance(value, bool)):
-        return value
-    kind, type_ = kinds[0]
-    match type_:
-        case inspect.LiteralType(values) if not any(value == v and type(value) is type(v) for v in values):
-            if "bool" in by_name:
-                raise error(f"{field}={value!r}: must be {values[0]!r}, True or False")
-            hint = "" if isinstance(value, bool) else nearest(value, values)
-            raise error(
-                f"{field}={value!r}: allowed are {', '.join(map(str, values))}; choose one of them{hint}"
-            )
-        case inspect.BoolType():
-            raise error(f"{field}={value!r}: must be True or False")
-        case inspect.IntType(ge=low, le=high):
-            check_integer(field, value, low=low, high=high, error=error)
-        case inspect.FloatType() if kind == "seconds":
-            check_seconds(field, value, optional, finite=True, error=error)
-        case inspect.FloatType(ge=low, le=high, gt=above):
-            bottom = above if low is None else low
-            check_number(
-                field,
-                value,
-                low=-math.inf if bottom is None else bottom,
-                high=math.inf if high is None else high,
-                above=low is None and above is not None,
-                error=error,
-            )
-        case inspect.Metadata(extra={"is": what}) if not (isinstance(value, str) and value) or "\0" in value:
-            raise error(f"{field}={value!r}: must be {what}{optional}")
-    return parse_bytes(value, field=field) if kind == "bytes" else value
+def check_seconds(field: str, value: object, *, finite: bool = False) -> None:
+    """Raise ConfigError, naming ``field``, unless ``value`` is more than 0 and, with ``finite``, finite."""
+    check_value(field, value, Seconds if finite else AnySeconds)
 
 
 def plain(value: object) -> float | int | str:
@@ -220,22 +215,15 @@ def format_bytes(value: float) -> str:
     return f"{value:.1f} TiB"
 
 
-def _explain(error: msgspec.ValidationError) -> str:
-    """Return the message with the field in front: "lora.max_loras: Expected `int`, got `str`". Errors of this
-    package name the field already."""
-    if isinstance(error.__cause__, ConfigError):
-        return str(error.__cause__)
-    text, at, place = str(error).rpartition(" - at `$.")
-    return f"{place.rstrip('`')}: {text}" if at else str(error)
-
-
 def nearest(value: object, allowed: Collection[Any]) -> str:
     """Return " (did you mean 'lru'?)", or "" if nothing is near; for a number, its two neighbours."""
+    if not isinstance(value, int | str) or isinstance(value, bool):
+        return ""
     if isinstance(value, int):
         around = [max((a for a in allowed if a < value), default=None)]
         around.append(min((a for a in allowed if a > value), default=None))
         return f" (did you mean {' or '.join(str(a) for a in around if a is not None)}?)"
-    return _nearest_name(str(value), [str(a) for a in allowed])
+    return _nearest_name(value, [str(a) for a in allowed])
 
 
 def read_toml(path: str | Path) -> dict[str, Any]:
@@ -285,14 +273,14 @@ def from_plain(cls: type[S], values: Mapping[str, Any], source: str) -> S:
     ``source`` and names a field that is unknown."""
     refuse_unknown(cls, values, source)
     try:
-        for field, kinds in _kinds_of(cls):
-            if field in values:
-                _checked(field, values[field], kinds, ConfigError)
         return msgspec.convert(dict(values), cls)
-    except ConfigError as error:
-        raise ConfigError(f"{source}: {error}") from error
-    except msgspec.ValidationError as error:
-        raise ConfigError(f"{source}: {_explain(error)}") from error
+    except msgspec.ValidationError as wrong:
+        try:
+            for field, value in values.items():
+                check_value(field, value, _fields_of(cls).kinds[field])
+        except ConfigError as error:
+            raise ConfigError(f"{source}: {error}") from wrong
+        raise ConfigError(f"{source}: {wrong.__cause__ or wrong}") from wrong
 
 
 def refuse_unknown(cls: type[msgspec.Struct], values: Mapping[str, Any], source: str) -> None:

@@ -3,8 +3,6 @@
 Every rejected value raises :class:`~aioengine.errors.ConfigError` that names the field, the value,
 what is allowed, and what to do. Ranges and choices are in the fields' types; :data:`CONFLICTS` has the
 settings that exclude each other.
-
-The file is long because it has every setting of an engine, with its documentation and its check.
 """
 
 from __future__ import annotations
@@ -59,6 +57,16 @@ REMOVED = {
 }
 """Fields, and values of fields, that earlier versions had: why they went, and what to do instead."""
 
+Modules = Annotated[
+    Sequence[Annotated[str, Meta(min_length=1)]],
+    Meta(
+        min_length=1,
+        extra={
+            "is": f"a list of names that is not empty, for most models of {', '.join(TARGETABLE_MODULES)}"
+        },
+    ),
+]
+
 
 def refuse_removed(values: Mapping[str, object], source: str = "") -> None:
     """Raise ConfigError if one of ``values``, by their fields' names, was removed. The error begins with
@@ -87,7 +95,7 @@ class LoRAConfig(_Config, frozen=True, kw_only=True, forbid_unknown_fields=True)
 
     max_loras: Count = 4
     """Adapter slots on the device: the number of distinct adapters that can be in one batch."""
-    max_lora_rank: Annotated[int, Meta(extra={"one of": ALLOWED_RANKS})] = 16
+    max_lora_rank: int = 16
     """The largest rank of an adapter; one of 1, 2, 4, 8, 16, 32, 64, 128, 256, 320, 512. Without
     ``slot_memory`` every slot is sized for it."""
     max_trained_tokens: Annotated[int, Meta(ge=0, le=8192)] = 0
@@ -110,7 +118,7 @@ class LoRAConfig(_Config, frozen=True, kw_only=True, forbid_unknown_fields=True)
     lora_dtype: LoRADType = "auto"
     """dtype of the slot pool and the CPU cache; "auto" is the model's dtype. "int8" takes about half the
     bytes of bfloat16, with a scale for each rank of every module (docs/adapters.md says how exact it is)."""
-    target_modules: Sequence[str] | None = None
+    target_modules: Modules | None = None
     """Modules that the slots have room for; None: all linears of a layer, those of experts included.
     ``embed_tokens`` and ``lm_head`` must be named, because they make a slot much larger. Adapters may target
     fewer. Names are the model's: ``q_proj``, ``c_attn``, ``experts``."""
@@ -130,6 +138,7 @@ class LoRAConfig(_Config, frozen=True, kw_only=True, forbid_unknown_fields=True)
 
     def __post_init__(self) -> None:
         set_ = msgspec.structs.force_setattr
+        checks.check_choice("max_lora_rank", self.max_lora_rank, ALLOWED_RANKS)
         checks.check_fields(self)
         root = self.adapter_root
         if root is not None:
@@ -137,25 +146,15 @@ class LoRAConfig(_Config, frozen=True, kw_only=True, forbid_unknown_fields=True)
                 set_(self, "adapter_root", checks.file_url_path(root) or root)
             except ValueError as error:
                 raise ConfigError(f"adapter_root={root!r}: {error}") from error
-        if self.max_cpu_loras is None:
-            set_(self, "max_cpu_loras", self.max_loras)
         if self.cpu_capacity < self.max_loras:
             raise ConfigError(
                 f"max_cpu_loras={self.max_cpu_loras}: must be >= max_loras={self.max_loras}, because "
                 "an adapter in a slot also stays in the CPU cache; raise max_cpu_loras or lower max_loras"
             )
+        set_(self, "max_cpu_loras", self.cpu_capacity)
         if self.target_modules is not None:
-            modules = self.target_modules
-            if isinstance(modules, str) or not modules:
-                raise ConfigError(
-                    f"target_modules={modules!r}: must be a non-empty list of names, for most models out of "
-                    f"{', '.join(TARGETABLE_MODULES)}, or None for all linears"
-                )
-            for module in modules:
-                if not isinstance(module, str) or not module:
-                    raise ConfigError(f"target_modules contains {module!r}: must be the name of a linear")
-            known = [module for module in KNOWN_MODULES if module in modules]
-            set_(self, "target_modules", tuple(dict.fromkeys((*known, *modules))))
+            known = [module for module in KNOWN_MODULES if module in self.target_modules]
+            set_(self, "target_modules", tuple(dict.fromkeys((*known, *self.target_modules))))
 
     @property
     def cpu_capacity(self) -> int:
@@ -265,7 +264,15 @@ class EngineConfig(_Config, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     ``max_waiting_tokens``."""
     lora: LoRAConfig | None = msgspec.field(default_factory=LoRAConfig)
     """None turns adapters off."""
-    policy: str | dict[str, Any] = "fcfs"
+    policy: Annotated[
+        Annotated[str, Meta(min_length=1)] | Annotated[dict[str, Any], Meta(min_length=1)],
+        Meta(
+            extra={
+                "is": "a name, 'package.module:Class' or a table; pass an instance to "
+                "AsyncEngine(config, policy=...)"
+            },
+        ),
+    ] = "fcfs"
     """A policy by name ("fcfs:max_wait=2"), out of parts ("edf+gdsf+lookahead"), by path
     ("package.module:Class"), or as a table; see :mod:`aioengine.schedulers.registry`."""
     policy_time_budget: Seconds = 0.02
@@ -283,16 +290,11 @@ class EngineConfig(_Config, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
     def __post_init__(self) -> None:
         checks.check_fields(self)
+        if self.lora is not None and not isinstance(self.lora, LoRAConfig):
+            raise ConfigError(f"lora={self.lora!r}: must be a LoRAConfig, or None for no adapters")
         for conflict in CONFLICTS:
             if conflict.occurs(self):
                 raise ConfigError(conflict.text.format(**msgspec.structs.asdict(self)))
-        if self.lora is not None and not isinstance(self.lora, LoRAConfig):
-            raise ConfigError(f"lora={self.lora!r}: must be a LoRAConfig, or None for no adapters")
-        if not isinstance(self.policy, (str, dict)) or not self.policy:
-            raise ConfigError(
-                f"policy={self.policy!r}: must be a name, 'package.module:Class' or a table; pass a "
-                "policy instance to AsyncEngine(config, policy=...)"
-            )
 
     def refuse_for_transformers(self) -> None:
         """Raise ConfigError if a field needs the native decoder, for a model that transformers has to run."""
@@ -382,7 +384,7 @@ CONFLICTS = (
     Conflict(
         lambda c: (
             c.tensor_parallel_size > 1
-            and isinstance(c.lora, LoRAConfig)
+            and c.lora is not None
             and c.lora.fully_sharded_loras
             and c.lora.lora_dtype == "int8"
         ),

@@ -1,7 +1,4 @@
-"""AsyncEngine: the engine as an asyncio application embeds it.
-
-The file is long because it is the public API in one place, most of it docstrings; ``runtime`` does the work.
-"""
+"""AsyncEngine: the engine as an asyncio application embeds it. ``runtime`` does the work."""
 
 from __future__ import annotations
 
@@ -9,7 +6,6 @@ import asyncio
 import os
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Self, TypeVar, Unpack
 
@@ -50,6 +46,7 @@ from aioengine.runtime.adapters import AdapterOps
 from aioengine.runtime.event_stream import BUFFER, EventStream, EventStreams
 from aioengine.runtime.loop import Stepper
 from aioengine.runtime.output import RequestOutput, SoFar
+from aioengine.runtime.output_stream import OutputStream
 from aioengine.runtime.requests.vectors import (
     check_dimensions,
     check_documents,
@@ -91,19 +88,10 @@ class AsyncEngine:
     ...     async for out in engine.generate("How many users?", adapter="sql"):
     ...         print(out.text_delta, end="")
 
-    All methods must be called on the loop that the engine was entered on. Every coroutine may be
-    cancelled at any point: a cancelled request gives back its KV blocks and its slot. Several engines
-    can live in one process.
-
-    Args:
-        config: See :class:`~aioengine.config.EngineConfig`.
-        policy: A policy instance, in place of the one that ``config.policy`` names.
-        resolver: Asked for adapters that are not registered when a request or ``load_adapter`` names them.
-            None: those below ``config.lora.adapter_root``, if that is given.
-
-    Raises:
-        ConfigError: An argument is of another type.
-        PolicyError: There is no such policy.
+    All methods belong to the loop that the engine was entered on. Every coroutine may be cancelled at any
+    point. ``policy`` is used in place of the one that ``config.policy`` names. ``resolver`` is asked for
+    adapters that are not registered; None: those below ``config.lora.adapter_root``. Raises ConfigError for
+    an argument of another type, and PolicyError if there is no such policy.
     """
 
     def __init__(
@@ -118,11 +106,9 @@ class AsyncEngine:
             raise ConfigError(f"resolver must be an AdapterResolver, not {type(resolver).__name__}")
         self.config = config
         self.model_name = config.model_name
-        """Name of the base model in requests: the label ``model_name`` of metrics that ``metrics_compat``
-        exports. A server sets it to the name that it serves."""
+        """Name of the base model in requests and metrics; a server sets it to the name that it serves."""
         self.leaving = False
-        """Set by a server that is about to stop, or that finishes its accepted requests; ``state`` is then
-        "draining"."""
+        """Set by a server that is about to stop; ``state`` is then "draining"."""
         self._policy = assemble.choose_policy(config, policy)
         self._resolver = resolver
         self._state: EngineState = "new"
@@ -143,11 +129,8 @@ class AsyncEngine:
         await self.stop()
 
     async def start(self, *, progress: LoadProgress | None = None) -> None:
-        """Load the model and begin; ``async with`` does it for you.
-
-        ``progress`` is called as it advances. Raises ConfigError if the model is not available, not
-        supported, or does not fit.
-        """
+        """Load the model and begin; ``async with`` does it for you. ``progress`` is called as it advances.
+        Raises ConfigError if the model is not available, not supported, or does not fit."""
         if self._state != "new":
             raise EngineStopped(f"the engine cannot be started again (it is {self._state})")
         self._state = "starting"
@@ -179,24 +162,13 @@ class AsyncEngine:
         )
         for batch, seconds in built.first_steps:
             self._core.learn(batch, seconds)
-        self._stepper = Stepper(
-            self._core,
-            built.device,
-            timer=built.timer,
-            virtual=built.virtual,
-        )
-        timeout = None if self.config.lora is None else self.config.lora.load_timeout
-        names = AdapterNames(self._stepper, built.resolver, timeout)
+        self._stepper = Stepper(self._core, built.device, timer=built.timer, virtual=built.virtual)
+        lora = self.config.lora
+        names = AdapterNames(self._stepper, built.resolver, lora and lora.load_timeout)
         self._adapters = AdapterOps(self._stepper, names)
-        self._held = HeldAdapters(
-            self._adapters, work, 0 if self.config.lora is None else self.config.lora.held_bytes
-        )
+        self._held = HeldAdapters(self._adapters, work, lora.held_bytes if lora else 0)
         self._submitter = Submitter(
-            self._stepper,
-            names,
-            built,
-            text_work=self.text_work,
-            check_running=self._check_running,
+            self._stepper, names, built, text_work=self.text_work, check_running=self._check_running
         )
         self.build = assemble.build_labels(self._info)
         """Labels of the metric ``aioengine_build_info``, which say what runs here."""
@@ -285,30 +257,25 @@ class AsyncEngine:
         options: RequestOptions | None = None,
         **keywords: Unpack[RequestKeywords],
     ) -> AsyncGenerator[RequestOutput, None]:
-        """Run one request; yields whenever there is new output, and at the end.
-
-        Closing the iterator or cancelling the task aborts the request.
+        """Run one request; yields whenever there is new output, and at the end. Closing the iterator or
+        cancelling the task aborts the request.
 
         Args:
             prompt: Text, token ids, or chat messages.
             params: How to sample; greedy, at most 256 tokens, by default.
             options: The adapter, the deadline, and more about the request.
-            **keywords: Instead of ``options``: fields of :class:`~aioengine.request.RequestOptions`, where
-                ``adapter`` may be a dict of names and weights, too; and ``request_id``, which must be unique
-                among requests that have not ended, and is generated if None.
+            **keywords: Instead of ``options``, its fields, where ``adapter`` may be a dict of names and
+                weights, too. And ``request_id``, unique among requests that have not ended.
 
         Raises:
             RequestInvalid: Empty or too long prompt, unknown token, request id in use, ...
             AdapterNotFound: No adapter of this name is registered, and the resolver has none.
             AdapterInvalid, AdapterTooLarge, AdapterLoadError: It could not be loaded.
-            EngineOverloaded: A bound on waiting requests is reached (``max_waiting`` and others), or pinned
-                adapters hold every slot.
+            EngineOverloaded: A bound on waiting requests is reached, or pinned adapters hold every slot.
             DeadlineExceeded: The deadline passed.
             EngineStopped, EngineDead: The engine is not, or no longer, running.
         """
-        self._check_running()
-        request_id, options = split_keywords(keywords, options)
-        stream = await self._submitter.submit(prompt, params, options, request_id)
+        stream = await self._submit(prompt, params, options, keywords)
         try:
             while True:
                 new = await stream.next()
@@ -327,18 +294,26 @@ class AsyncEngine:
         follow: Callable[[SoFar], None] | None = None,
         **keywords: Unpack[RequestKeywords],
     ) -> RequestOutput:
-        """Run one request and return all of its output at once. Other arguments and errors are those of
-        :meth:`generate`. It costs less than that, because the caller is woken once, at the end. When the
-        request is accepted, ``follow`` is given a function that returns its output so far."""
-        self._check_running()
-        request_id, options = split_keywords(keywords, options)
-        stream = await self._submitter.submit(prompt, params, options, request_id)
+        """Run one request, as :meth:`generate` does, and return all of its output at once, which costs less.
+        When the request is accepted, ``follow`` is given a function that returns its output so far."""
+        stream = await self._submit(prompt, params, options, keywords)
         if follow is not None:
             follow(stream.so_far)
         try:
             return await stream.last()
         finally:
             self._stepper.abort(stream.request)
+
+    async def _submit(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None,
+        options: RequestOptions | None,
+        keywords: RequestKeywords,
+    ) -> OutputStream:
+        self._check_running()
+        request_id, options = split_keywords(keywords, options)
+        return await self._submitter.submit(prompt, params, options, request_id)
 
     async def embed(
         self,
@@ -349,44 +324,19 @@ class AsyncEngine:
         dimensions: int | None = None,
         **keywords: Unpack[CallKeywords],
     ) -> Embedding:
-        """Turn a prompt into one vector: the model's last hidden states, pooled.
-
-        Args:
-            pooling: "mean", "last" or "cls" (the first token). None: as in the adapter's
-                sentence-transformers configuration, or else the model's, or else the mean.
-            normalize: Bring the vector to length 1.
-            dimensions: Keep only this many numbers, the first ones.
-
-        The other arguments and the errors are those of :meth:`generate`. The request runs in the same
-        batches; it takes nothing from the prefix cache and leaves nothing there.
-        """
+        """Turn a prompt into one vector, its last hidden states, pooled. ``normalize`` brings it to length 1,
+        ``dimensions`` keeps only so many of its first numbers. Otherwise like :meth:`generate`."""
         if dimensions is not None:
             check_dimensions(dimensions, self.model_spec.hidden_size)
-        output = await self.complete(
-            prompt,
-            pooling_params(pooling),
-            adapter=adapter,
-            **keywords,
-        )
+        output = await self.complete(prompt, pooling_params(pooling), adapter=adapter, **keywords)
         return embedding_of(output, normalize=normalize, dimensions=dimensions)
 
     async def classify(
-        self,
-        prompt: Prompt,
-        adapter: Wanted = None,
-        **keywords: Unpack[CallKeywords],
+        self, prompt: Prompt, adapter: Wanted = None, **keywords: Unpack[CallKeywords]
     ) -> Classification:
-        """Classify a prompt by the trained head of an adapter (PEFT's ``SEQ_CLS``). Labels have the names in
-        the model's ``id2label``, if it has as many, or else transformers' "LABEL_0", ...
-
-        Raises RequestInvalid if the adapter has no head, and what :meth:`generate` raises.
-        """
-        output = await self.complete(
-            prompt,
-            pooling_params("classify"),
-            adapter=adapter,
-            **keywords,
-        )
+        """Classify a prompt by the trained head of an adapter (PEFT's ``SEQ_CLS``). Raises RequestInvalid if
+        it has none, and what :meth:`generate` raises."""
+        output = await self.complete(prompt, pooling_params("classify"), adapter=adapter, **keywords)
         return classification_of(output, await self.label_names())
 
     async def score(
@@ -399,12 +349,9 @@ class AsyncEngine:
         deadline: float | None = None,
         tenant: str | None = None,
     ) -> Scores:
-        """Score how well each document fits the query. An adapter with a head of one label scores each pair
-        (0 to 1); without a head, it is the cosine of the two vectors (-1 to 1).
-
-        The pairs run side by side, each as a separate request. Raises RequestInvalid for a head of several
-        labels, and what :meth:`generate` raises.
-        """
+        """Score how well each document fits the query, each as a request of its own. An adapter with a head
+        of one label scores the pair (0 to 1); without a head, it is the cosine of two vectors (-1 to 1).
+        Raises RequestInvalid for a head of several labels, and what :meth:`generate` raises."""
         check_documents(query, documents)
         labels = await self.head_labels(adapter)
 
@@ -426,28 +373,22 @@ class AsyncEngine:
 
     async def head_labels(self, adapter: Wanted) -> int:
         """Return how many labels an adapter's head has; 0 without one, as for a mix. Loads the adapter if it
-        has not been read yet. Raises as :meth:`load_adapter` does."""
+        has not been read yet, and raises as :meth:`load_adapter` does."""
         name = scaled_adapter(adapter)
-        if name is None:
-            return 0
-        self._check_lora()
-        return await self._adapters.labels(name)
+        return 0 if name is None else await self._lora.labels(name)
 
     async def label_names(self) -> list[str]:
         """Return the model's ``id2label``; empty if it has none."""
         self._check_running()
         if self._label_names is None:
             # Not in the engine's own thread, which is waited for at the end: the disk may hang.
-            self._label_names = SharedRead(
-                "aioengine-labels", partial(read_label_names, self._built.model_path)
-            )
+            path = self._built.model_path
+            self._label_names = SharedRead("aioengine-labels", lambda: read_label_names(path))
         return await self._label_names.result()
 
     async def abort(self, request_id: str) -> bool:
-        """End a request; its reader gets a last output with ``finish_reason="abort"``.
-
-        Returns False if no such request is waiting or running.
-        """
+        """End a request; its reader gets a last output with ``finish_reason="abort"``. Returns False if no
+        such request is waiting or running."""
         self._check_started()
         request = self._core.requests.get(request_id)
         if request is not None:
@@ -455,45 +396,26 @@ class AsyncEngine:
         return request is not None
 
     def limit_waiting(self, max_waiting: Mapping[str, int]) -> None:
-        """Set the bounds on waiting requests of single tenants, by name; replaces earlier ones.
-
-        Tenants that are not named keep ``max_waiting_per_tenant``. Requests that already wait are not
-        affected.
-        """
+        """Set the bounds on waiting requests of single tenants, by name; others keep
+        ``max_waiting_per_tenant``. Requests that already wait are not affected."""
         self._check_started()
         self._core.room.max_of_tenant = dict(max_waiting)
 
-    def change_limits(
-        self,
-        *,
-        max_waiting: int | None,
-        max_waiting_per_tenant: int | None,
-        max_waiting_per_adapter: int | None,
-        max_waiting_tokens: int | None = None,
-        max_waiting_tokens_per_tenant: int | None = None,
-    ) -> None:
-        """Change the bounds on waiting requests. ``config`` is replaced; requests that already wait are not
-        affected. Raises ConfigError, and changes nothing, if a bound is not valid."""
+    def change_limits(self, **bounds: int | None) -> None:
+        """Change bounds on waiting requests (``config.WAITING_BOUNDS``). ``config`` is replaced; requests
+        that already wait are not affected. Raises ConfigError, and changes nothing, if one is not valid."""
         self._check_started()
-        self.config = msgspec.structs.replace(
-            self.config,
-            max_waiting=max_waiting,
-            max_waiting_per_tenant=max_waiting_per_tenant,
-            max_waiting_per_adapter=max_waiting_per_adapter,
-            max_waiting_tokens=max_waiting_tokens,
-            max_waiting_tokens_per_tenant=max_waiting_tokens_per_tenant,
-        )
+        self.config = config = msgspec.structs.replace(self.config, **bounds)
         room = self._core.room
-        room.max_waiting = max_waiting
-        room.max_per_tenant = max_waiting_per_tenant
-        room.max_per_adapter = max_waiting_per_adapter
-        room.max_tokens = max_waiting_tokens
-        room.max_tokens_per_tenant = max_waiting_tokens_per_tenant
+        room.max_waiting = config.max_waiting
+        room.max_per_tenant = config.max_waiting_per_tenant
+        room.max_per_adapter = config.max_waiting_per_adapter
+        room.max_tokens = config.max_waiting_tokens
+        room.max_tokens_per_tenant = config.max_waiting_tokens_per_tenant
 
     def change_policy(self, policy: str) -> None:
-        """Use another scheduling policy from the next step on. ``config`` is replaced; requests that wait or
-        run stay where they are. Raises PolicyError, and changes nothing, if there is no policy of that
-        name."""
+        """Use another scheduling policy from the next step on. ``config`` is replaced. Raises PolicyError,
+        and changes nothing, if there is no policy of that name."""
         self._check_started()
         config = msgspec.structs.replace(self.config, policy=policy)
         self._core.guard.change(assemble.choose_policy(config, None))
@@ -509,8 +431,7 @@ class AsyncEngine:
         URL that fsspec knows: "s3://bucket/folder" (extra ``s3``), "gs://" (extra ``gcs``), "file://".
         Raises AdapterInvalid for a bad name, or if the name stands for another path already.
         """
-        self._check_lora()
-        return self._adapters.register(name, path)
+        return self._lora.register(name, path)
 
     async def load_adapter(
         self,
@@ -525,26 +446,22 @@ class AsyncEngine:
     ) -> AdapterInfo:
         """Read and validate an adapter and bring it to the CPU cache.
 
-        With ``replace`` it replaces the adapter of this name as its next version, even if its content is the
-        same, and takes over its pin. Requests accepted before finish on the old version, and later ones run
-        on the new version. If the new version is not valid, the old one stays. With ``pin`` it goes to a slot
-        and stays there: see :meth:`pin_adapter`. ``path`` is as in :meth:`register_adapter`, and may be left
-        out for a name that is registered or that the resolver has. With ``replace``, a resolver's adapter is
-        then resolved again.
+        ``path`` is as in :meth:`register_adapter`, and may be left out for a name that is registered or that
+        the resolver has. With ``replace`` it becomes the next version of this name, and takes over its pin:
+        requests accepted before finish on the old version, and if the new one is not valid, the old one
+        stays. With ``pin`` it goes to a slot and stays there: see :meth:`pin_adapter`.
 
-        With ``tensors`` and ``config`` (a ``peft.LoraConfig``, or a dict of its fields) it comes from memory,
-        and no file is written. The tensors have the names, shapes and dtypes that PEFT saves
-        (``get_peft_model_state_dict``), on any device. They are copied once, and may be changed when this
-        returns. The copy stays in host memory until this version is gone, because it is read again after the
-        adapter has left the CPU cache; ``LoRAConfig.max_held_lora_bytes`` bounds all such copies together.
+        With ``tensors`` and ``config`` (a ``peft.LoraConfig``, or a dict of its fields) it comes from memory.
+        The tensors have the names and shapes that PEFT saves. They are copied once; the copy stays in host
+        memory until this version is gone, within ``LoRAConfig.max_held_lora_bytes``.
 
         Raises AdapterInvalid, AdapterTooLarge, AdapterLoadError; AdapterNotFound without ``path`` for
         an unknown name; ConfigError if ``pin`` would leave no slot for other adapters; EngineOverloaded if
         pinned adapters fill the CPU cache.
         """
-        self._check_lora()
+        adapters = self._lora
         if tensors is None and config is None:
-            return await self._adapters.load(name, path, pin=pin, replace=replace, force_pin=force_pin)
+            return await adapters.load(name, path, pin=pin, replace=replace, force_pin=force_pin)
         if tensors is None or config is None or path is not None:
             raise AdapterInvalid("give either a path, or tensors and their config", name=str(name))
         return await self._held.load_tensors(
@@ -561,79 +478,60 @@ class AsyncEngine:
         replace: bool = True,
     ) -> AdapterInfo:
         """Load the adapter of a live ``peft.PeftModel`` in its present state, as :meth:`load_adapter` does
-        with tensors and a configuration. ``adapter_name`` is PEFT's; None: the active one. By default it
-        becomes the next version of ``name``, if there is one. The model must not be trained meanwhile.
-
-        Raises AdapterInvalid for another object, and what :meth:`load_adapter` raises.
-        """
+        with tensors. ``adapter_name`` is PEFT's; None: the active one. The model must not be trained
+        meanwhile. Raises AdapterInvalid for another object, and what :meth:`load_adapter` raises."""
         self._check_lora()
         return await self._held.load_state(name, model, adapter_name, pin=pin, replace=replace)
 
     async def load_adapter_files(
         self, name: str, config: bytes, weights: BytesLike, *, pin: bool = False, replace: bool = False
     ) -> AdapterInfo:
-        """Load an adapter from the content of ``adapter_config.json`` and ``adapter_model.safetensors``, for
-        example from a network. Otherwise like :meth:`load_adapter` with tensors."""
+        """Load an adapter from the content of ``adapter_config.json`` and ``adapter_model.safetensors``, as
+        :meth:`load_adapter` does with tensors."""
         self._check_lora()
         return await self._held.load_files(name, config, memoryview(weights), pin=pin, replace=replace)
 
     async def unload_adapter(self, name: str, *, force: bool = False) -> None:
         """Accept no new requests for the adapter, wait for the accepted ones (with ``force``: abort them),
-        and free its slot and CPU memory. A resolver may bring the name back when a request asks for it again.
-
-        If the call is cancelled, the adapter is unloaded all the same. Raises AdapterNotFound."""
-        self._check_lora()
-        await self._adapters.unload(name, force=force)
+        and free its memory, also if the call is cancelled. A resolver may bring the name back when a request
+        asks for it again. Raises AdapterNotFound."""
+        await self._lora.unload(name, force=force)
 
     async def prepare_adapter(
         self, name: str, path: str | os.PathLike[str] | None = None, *, read: bool = True
     ) -> AdapterInfo:
-        """Make the next version of an adapter ready, but do not let requests use it yet. New requests use it
-        after :meth:`commit_adapter`; :meth:`discard_adapter` drops it. So several engines can change to a new
-        version at the same time.
-
-        Arguments and errors are those of ``load_adapter(..., replace=True)``. With ``read=False`` it is read
-        when a request first needs it."""
-        self._check_lora()
-        return await self._adapters.prepare(name, path, read=read)
+        """Make the next version of an adapter ready, as ``load_adapter(..., replace=True)`` does, but do not
+        let requests use it before :meth:`commit_adapter`. So several engines can change to a new version at
+        the same time. With ``read=False`` it is read when a request first needs it."""
+        return await self._lora.prepare(name, path, read=read)
 
     def commit_adapter(self, name: str) -> AdapterInfo:
-        """Let new requests use the prepared version. Requests accepted before finish on the old one. Raises
-        AdapterNotFound if no version was prepared."""
-        self._check_lora()
-        return self._adapters.commit(name)
-
-    def expect_adapter(self, name: str, digest: str) -> None:
-        """Accept only this content (``AdapterInfo.digest``) under a name that is known, until the adapter is
-        replaced or unloaded. If its files are read later and are not the same, requests that need them
-        fail with AdapterChanged. So several engines serve the same, however late each one reads it.
-        Raises AdapterNotFound."""
-        self._check_lora()
-        self._adapters.expect(name, digest)
+        """Let new requests use the prepared version. Raises AdapterNotFound if there is none."""
+        return self._lora.commit(name)
 
     def discard_adapter(self, name: str) -> None:
         """Drop the prepared version, if there is one."""
-        self._check_lora()
-        self._adapters.discard(name)
+        self._lora.discard(name)
+
+    def expect_adapter(self, name: str, digest: str) -> None:
+        """Accept only this content (``AdapterInfo.digest``) under a name that is known, until the adapter is
+        replaced or unloaded: if its files are read later and differ, its requests fail with AdapterChanged.
+        Raises AdapterNotFound."""
+        self._lora.expect(name, digest)
 
     async def pin_adapter(self, name: str, *, force: bool = False) -> AdapterInfo:
-        """Bring an adapter to a slot and keep it there. Returns when the adapter is in its slot. If no slot
-        is idle, one is closed to new requests, and taken when the requests that run in it have ended.
+        """Bring an adapter to a slot and keep it there; returns when it is in its slot.
 
-        At most ``max_loras - 1`` adapters can be pinned, so that one slot is left for other adapters. With
-        ``force`` pinned adapters can hold all slots. Then requests for other adapters, waiting ones too, fail
-        with EngineOverloaded until one adapter is unpinned. If the call is cancelled or fails, the adapter is
-        not pinned.
-
-        Raises AdapterNotFound, ConfigError, or what loading it raises.
+        At most ``max_loras - 1`` adapters can be pinned. With ``force`` they can hold all slots; then
+        requests for other adapters fail with EngineOverloaded until one is unpinned. If the call is
+        cancelled or fails, the adapter is not pinned. Raises AdapterNotFound, ConfigError, or what loading
+        it raises.
         """
-        self._check_lora()
-        return await self._adapters.pin(name, force=force)
+        return await self._lora.pin(name, force=force)
 
     async def unpin_adapter(self, name: str) -> AdapterInfo:
         """Remove a pin. Raises AdapterNotFound."""
-        self._check_lora()
-        return await self._adapters.unpin(name)
+        return await self._lora.unpin(name)
 
     def adapters(self) -> list[AdapterInfo]:
         """Return the state of every registered adapter."""
@@ -641,8 +539,8 @@ class AsyncEngine:
         return self._adapters.all()
 
     def find_adapter(self, name: str) -> AdapterInfo | None:
-        """Return the state of one adapter; None if it is not registered. The cost does not grow with the
-        number of registered adapters, and neither does that of :meth:`count_adapters`."""
+        """Return the state of one adapter; None if it is not registered. Its cost does not grow with their
+        number, and neither does that of :meth:`count_adapters`."""
         self._check_started()
         return self._adapters.find(name)
 
@@ -664,8 +562,7 @@ class AsyncEngine:
         return engine_load(self._core, self._stepper.step_age())
 
     def resident(self) -> list[AdapterInfo]:
-        """Return the adapters in slots, in the CPU cache, and on their way to it. The cost does not grow with
-        the number of registered adapters."""
+        """Return the adapters in slots, in the CPU cache, and on their way to it."""
         self._check_started()
         return list(self._adapters.resident())
 
@@ -675,37 +572,27 @@ class AsyncEngine:
         return list(self._adapters.replaced())
 
     def slots(self) -> SlotTable:
-        """Return the slots, and a number that changes whenever their contents change. It costs less than
-        :meth:`stats`."""
+        """Return the slots, and a number that changes whenever their contents change."""
         self._check_started()
         return SlotTable(version=self._counters.residency, slots=slot_infos(self._core))
 
     def add_listener(self, listener: Callable[[Event], None], *types: type[Event]) -> Callable[[], None]:
         """Deliver every event to ``listener``, or those of the given types, on the loop; returns a function
-        that ends this.
-
-        A listener must be quick. Its exceptions are logged and ignored. Raises ConfigError for a type that is
-        no class of :mod:`aioengine.events`.
-        """
+        that ends this. A listener must be quick; its exceptions are logged. Raises ConfigError for a type
+        that is no class of :mod:`aioengine.events`."""
         self._check_started()
         return self._stepper.listen(listener, *types)
 
     def events(self, *types: type[E], buffer: int = BUFFER) -> EventStream[E]:
-        """Return an async iterator over the events from now on; over all, or those of the given types.
-
-        >>> async with engine.events(AdapterEvent) as events:
-        ...     async for event in events:
-        ...         print(event)
-
-        A reader that falls behind by more than ``buffer`` events loses the oldest ones, and gets an
-        :class:`~aioengine.events.EventsLost` in their place. The iterator ends when the engine has stopped.
-        """
+        """Return an async iterator over the events from now on, all or those of the given types, until the
+        engine has stopped. A reader that falls behind by more than ``buffer`` events loses the oldest ones,
+        and gets an :class:`~aioengine.events.EventsLost` in their place."""
         self._check_started()
         return self._event_streams.open(types, buffer)
 
     @property
     def metrics(self) -> EngineMetrics:
-        """Prometheus metrics of this engine, in a separate registry (``engine.metrics.registry``)."""
+        """Prometheus metrics of this engine, in a registry of its own (``engine.metrics.registry``)."""
         self._check_started()
         return self._metrics
 
@@ -799,6 +686,12 @@ class AsyncEngine:
             raise self._stepper.dead
         if self._state != "running":
             raise EngineStopped(f"the engine accepts no new requests: it is {self._state}")
+
+    @property
+    def _lora(self) -> AdapterOps:
+        """The operations on adapters. Raises as ``_check_lora`` does."""
+        self._check_lora()
+        return self._adapters
 
     def _check_lora(self) -> None:
         self._check_running()

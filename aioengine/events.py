@@ -122,14 +122,9 @@ class AdapterPlacing(AdapterEvent, frozen=True, kw_only=True, gc=False):
     """Start of an adapter's copy from the CPU cache into a slot."""
 
     slot: int
-
-
-class AdapterMoving(AdapterEvent, frozen=True, kw_only=True, gc=False):
-    """Start of a copy to another place of the slots' memory, so that holes become one. The adapter keeps its
-    slot."""
-
-    slot: int
-    nbytes: int
+    moved: bool = False
+    """Whether it was in the slot before: it goes to another place of the memory, so that holes become
+    one."""
 
 
 class AdapterPlaced(AdapterEvent, frozen=True, kw_only=True, gc=False):
@@ -138,7 +133,7 @@ class AdapterPlaced(AdapterEvent, frozen=True, kw_only=True, gc=False):
     nbytes: int
     seconds: float
     moved: bool = False
-    """Whether it was in the slot before: see :class:`AdapterMoving`."""
+    """Whether it was in the slot before."""
 
 
 class AdapterEvicted(AdapterEvent, frozen=True, kw_only=True, gc=False):
@@ -164,11 +159,9 @@ class ResolverFailed(Event, frozen=True, kw_only=True, gc=False):
 
 
 class AdapterPinned(AdapterEvent, frozen=True, kw_only=True, gc=False):
-    """Pin of an adapter: it goes to a slot and stays there."""
+    """Pin of an adapter: it goes to a slot and stays there. Or the end of a pin."""
 
-
-class AdapterUnpinned(AdapterEvent, frozen=True, kw_only=True, gc=False):
-    """End of a pin: the adapter may be evicted again."""
+    pinned: bool = True
 
 
 class AdapterUnloaded(AdapterEvent, frozen=True, kw_only=True, gc=False):

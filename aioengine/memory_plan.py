@@ -1,7 +1,4 @@
-"""Memory that an engine will take, computed to the byte before anything is allocated. No torch here.
-
-The file is long because a plan, its table and its errors name every part of the memory.
-"""
+"""Memory that an engine will take, computed to the byte before anything is allocated. No torch here."""
 
 from __future__ import annotations
 
@@ -9,12 +6,13 @@ import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 import psutil
 
 from aioengine.checks import format_bytes
-from aioengine.config import EngineConfig
+from aioengine.config import EngineConfig, LoRAConfig
 from aioengine.errors import ConfigError
 from aioengine.info import LoadProgress
 from aioengine.model.coverage import check_int8_adapters, check_kv_cache
@@ -39,6 +37,17 @@ AUTO_TOKENS_ON_CPU = 512
 ``max_num_seqs`` requests. On a CPU, memory that is not needed is left to other programs."""
 
 
+class Part(NamedTuple):
+    """A part of the memory."""
+
+    name: str
+    detail: str
+    """How its size is computed."""
+    nbytes: int
+    change: str = ""
+    """What to change so that it takes less."""
+
+
 class MemoryPlan(msgspec.Struct, frozen=True, kw_only=True):
     """Sizes in bytes, for each rank of ``tensor_parallel_size``. On a CPU everything is in one memory, so
     all of it counts, and the ranks share the available bytes."""
@@ -53,10 +62,10 @@ class MemoryPlan(msgspec.Struct, frozen=True, kw_only=True):
     """"auto": ``dtype``."""
     max_model_len: int
     weights_bytes: int
-    num_slots: int
-    slot_bytes_by_module: dict[str, int]
+    num_slots: int = 0
+    slot_bytes_by_module: dict[str, int] = {}
     """One slot's share by targeted module, over all layers: A and B, and with int8 their scales."""
-    slot_affine_bytes: int
+    slot_affine_bytes: int = 0
     """One slot's share for DoRA and ``lora_bias``: a gain and a shift for every output of the modules."""
     slot_token_bytes: int = 0
     """One slot's share for the rows of ``max_trained_tokens``."""
@@ -68,8 +77,8 @@ class MemoryPlan(msgspec.Struct, frozen=True, kw_only=True):
     """The most KV blocks that a request holds at a time."""
     kept: str = ""
     """See :attr:`ModelSpec.kept`."""
-    cpu_capacity: int
-    cpu_adapter_bytes: int
+    cpu_capacity: int = 0
+    cpu_adapter_bytes: int = 0
     """One adapter in the CPU cache, at the largest rank and in every module; most are smaller."""
     cpu_max_bytes: int | None = None
     """The cache's bound in bytes, if it has one beside ``cpu_capacity``: a rank's part of it."""
@@ -84,12 +93,30 @@ class MemoryPlan(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def slot_bytes(self) -> int:
-        """Bytes of one slot."""
         return sum(self.slot_bytes_by_module.values()) + self.slot_affine_bytes + self.slot_token_bytes
 
     @property
     def slot_pool_bytes(self) -> int:
         return self.num_slots * self.slot_bytes if self.slot_memory is None else self.slot_memory
+
+    @property
+    def kv_bytes(self) -> int:
+        return self.num_blocks * self.block_bytes
+
+    @property
+    def cpu_cache_bytes(self) -> int:
+        largest = self.cpu_capacity * self.cpu_adapter_bytes
+        return largest if self.cpu_max_bytes is None else min(largest, self.cpu_max_bytes)
+
+    @property
+    def working_bytes(self) -> int:
+        return 0 if self.working is None else self.working.nbytes
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes that are taken from the device's memory (on a CPU the adapter cache included)."""
+        cache = self.cpu_cache_bytes if self.device == "cpu" else 0
+        return self.weights_bytes + self.slot_pool_bytes + self.kv_bytes + cache + self.working_bytes
 
     def adapters_that_fit(self) -> list[tuple[int, int, int]]:
         """Return (rank, adapters in slots of one size, adapters in a memory that slots share) for some ranks.
@@ -105,70 +132,62 @@ class MemoryPlan(msgspec.Struct, frozen=True, kw_only=True):
             for rank in (*ranks, self.max_rank)
         ]
 
-    def bytes_at(self, rank: int) -> int:
-        """Return the bytes of an adapter of this rank in every module, where slots share a memory."""
-        return _rounded(-(-sum(self.slot_bytes_by_module.values()) * rank // self.max_rank))
-
-    @property
-    def kv_bytes(self) -> int:
-        return self.num_blocks * self.block_bytes
-
-    @property
-    def cpu_cache_bytes(self) -> int:
-        largest = self.cpu_capacity * self.cpu_adapter_bytes
-        return largest if self.cpu_max_bytes is None else min(largest, self.cpu_max_bytes)
-
-    @property
-    def total_bytes(self) -> int:
-        """Bytes that are taken from the device's memory (on a CPU the adapter cache included)."""
-        cache = self.cpu_cache_bytes if self.device == "cpu" else 0
-        return self.weights_bytes + self.slot_pool_bytes + self.kv_bytes + cache + self.working_bytes
-
-    @property
-    def working_bytes(self) -> int:
-        return 0 if self.working is None else self.working.nbytes
+    def parts(self) -> list[Part]:
+        """Return the parts of the memory."""
+        weights = self.dtype if self.quantization == "none" else self.quantization
+        if self.stored:
+            weights = f"{', '.join(self.stored)} as stored, the rest {self.dtype}"
+        each = format_bytes(self.slot_bytes)
+        pool = f"{self.num_slots} slots x {each}, {self.lora_dtype}"
+        less = f"lower lora.max_loras (each slot takes {each}) or lora.max_lora_rank"
+        if self.slot_memory is not None:
+            pool, less = (
+                f"shared by at most {self.num_slots} adapters, {self.lora_dtype}",
+                "lower lora.slot_memory",
+            )
+        token = format_bytes(self.block_bytes // self.block_size)
+        blocks = f"{self.num_blocks} blocks x {self.block_size} tokens x {token}"
+        if self.kv_cache_dtype != "auto":
+            blocks += f", {self.kv_cache_dtype}"
+        if self.kept:
+            blocks += f"; a request holds at most {self.request_blocks}: {self.kept}"
+        each = format_bytes(self.cpu_adapter_bytes)
+        cache = f"{self.cpu_capacity} adapters x {each} at most"
+        if self.cpu_max_bytes is not None:
+            cache += f", bound to {format_bytes(self.cpu_max_bytes)}"
+        if self.device != "cpu":
+            cache += " (host memory, not in the total)"
+        fewer = f"lower lora.max_cpu_loras ({each} each)" if self.device == "cpu" else ""
+        return [
+            Part("base weights", weights, self.weights_bytes),
+            Part("slot pool", pool, self.slot_pool_bytes, less),
+            Part("KV blocks", blocks, self.kv_bytes),
+            Part("CPU adapter cache", cache, self.cpu_cache_bytes, fewer),
+        ]
 
     def rows(self) -> list[tuple[str, str, int]]:
         """Return (part, how it is computed, bytes), for a table; the last row is the total."""
-        detail = self.dtype if self.quantization == "none" else self.quantization
-        if self.stored:
-            detail = f"{', '.join(self.stored)} as stored, the rest {self.dtype}"
-        rows = [("base weights", detail, self.weights_bytes)]
-        fixed = self.slot_memory is None
-        parts = dict(self.slot_bytes_by_module) if fixed else {}
-        if self.num_slots and fixed:
-            parts["DoRA and biases"] = self.slot_affine_bytes
-            parts |= {"trained tokens": self.slot_token_bytes} if self.slot_token_bytes else {}
-        for module, size in parts.items():
-            detail = f"{self.num_slots} slots x {format_bytes(size)}"
-            rows.append((f"slot pool: {module}", detail, self.num_slots * size))
-        detail = f"{self.num_slots} slots x {format_bytes(self.slot_bytes)}, {self.lora_dtype}"
-        if self.slot_memory is not None:
-            detail = f"shared by at most {self.num_slots} adapters, {self.lora_dtype}"
-        rows.append(("slot pool", detail, self.slot_pool_bytes))
-        detail = f"{self.num_blocks} blocks x {self.block_size} tokens x "
-        detail += f"{format_bytes(self.block_bytes // self.block_size)}"
-        if self.kv_cache_dtype != "auto":
-            detail += f", {self.kv_cache_dtype}"
-        if self.kept:
-            detail += f"; a request holds at most {self.request_blocks}: {self.kept}"
-        rows.append(("KV blocks", detail, self.kv_bytes))
-        detail = f"{self.cpu_capacity} adapters x {format_bytes(self.cpu_adapter_bytes)} at most"
-        if self.cpu_max_bytes is not None:
-            detail += f", bound to {format_bytes(self.cpu_max_bytes)}"
-        if self.device != "cpu":
-            detail += " (host memory, not in the total)"
-        rows.append(("CPU adapter cache", detail, self.cpu_cache_bytes))
+        rows = [part[:3] for part in self.parts()]
+        if self.slot_memory is None and self.num_slots:
+            of_slot = {**self.slot_bytes_by_module, "DoRA and biases": self.slot_affine_bytes}
+            of_slot |= {"trained tokens": self.slot_token_bytes} if self.slot_token_bytes else {}
+            rows[1:1] = [
+                (
+                    f"slot pool: {name}",
+                    f"{self.num_slots} slots x {format_bytes(size)}",
+                    self.num_slots * size,
+                )
+                for name, size in of_slot.items()
+            ]
         rows += [] if self.working is None else self.working.rows()
-        detail = f"of {format_bytes(self.available_bytes)} available{_each(self)}"
-        rows.append(("total", detail, self.total_bytes))
-        return rows
+        available = f"of {format_bytes(self.available_bytes)} available{_each(self)}"
+        return [*rows, ("total", available, self.total_bytes)]
 
 
 def plan_memory(
     spec: ModelSpec, config: EngineConfig, *, device: str, available_bytes: int | None = None
 ) -> MemoryPlan:
-    """Plan for a model on a device ("cpu" or "cuda"). On CUDA every rank has a separate device.
+    """Plan for a model on a device ("cpu" or "cuda"). On CUDA every rank has a device of its own.
 
     Raises ConfigError if it does not fit into ``available_bytes`` (default: the device's free bytes), and
     says how much is missing and which settings to change. Also if the model cannot be divided by
@@ -178,64 +197,74 @@ def plan_memory(
         config.refuse_for_transformers()
     if available_bytes is None:
         available_bytes = available_memory(device)
-    size = config.tensor_parallel_size
+    lora, size = config.lora, config.tensor_parallel_size
     if device == "cpu":
         available_bytes //= size
-    full = config.lora is not None and config.lora.fully_sharded_loras
-    shard = Shard(0, size, full)
+    shard = Shard(0, size, lora is not None and lora.fully_sharded_loras)
     spec = with_quantization(spec, config.quantization, device, size)
     check_kv_cache(config.kv_cache_dtype, spec, "triton" if device == "cuda" else device)
     local = Partition(spec, shard).local
     dtype = resolve_dtype(config.dtype, spec, device)
-    lora = config.lora
-    lora_dtype = dtype if lora is None or lora.lora_dtype == "auto" else lora.lora_dtype
+    dtype_bytes = DTYPE_BYTES[dtype]
     max_model_len = resolve_max_model_len(config, spec)
-    holds = Elements(lora_dtype == "int8", DTYPE_BYTES[dtype] if lora_dtype == "int8" else 1)
-    if holds.int8:
-        check_int8_adapters(dtype)
-    slot = None
-    if lora is not None:
-        room = lora.max_lora_rank, spec.targets(lora.target_modules), shard, holds, lora.max_trained_tokens
-        slot = SlotLayout(spec, *room)
-    by_module, affine_bytes, token_bytes = _slot_bytes(slot, 1 if holds.int8 else DTYPE_BYTES[lora_dtype])
-    adapter_bytes = sum(by_module.values()) + affine_bytes + token_bytes
-    block_bytes = config.block_size * local.kv_bytes_per_token(
-        1 if config.kv_cache_dtype == "fp8" else DTYPE_BYTES[dtype], int8=config.kv_cache_dtype == "int8"
-    )
     plan = MemoryPlan(
         device=device,
         dtype=dtype,
-        lora_dtype=lora_dtype,
+        lora_dtype=dtype,
         quantization=config.quantization,
         stored=tuple(sorted({packing.format for packing in local.packed.values()}))
         if config.quantization == "none"
         else (),
         kv_cache_dtype=config.kv_cache_dtype,
         max_model_len=max_model_len,
-        weights_bytes=local.weights_bytes(DTYPE_BYTES[dtype], config.quantization),
-        num_slots=0 if lora is None else lora.max_loras,
-        slot_bytes_by_module=by_module,
-        slot_affine_bytes=affine_bytes,
-        slot_token_bytes=token_bytes,
+        weights_bytes=local.weights_bytes(dtype_bytes, config.quantization),
         num_blocks=0,
         block_size=config.block_size,
-        block_bytes=block_bytes,
+        block_bytes=config.block_size
+        * local.kv_bytes_per_token(
+            1 if config.kv_cache_dtype == "fp8" else dtype_bytes, int8=config.kv_cache_dtype == "int8"
+        ),
         kept=spec.kept,
         request_blocks=most_blocks(
             max_model_len, config.block_size, config.max_num_batched_tokens, spec.longest_window
         ),
-        cpu_capacity=0 if lora is None else lora.cpu_capacity,
-        cpu_adapter_bytes=adapter_bytes,
-        cpu_max_bytes=None if lora is None else cpu_bound(lora, adapter_bytes, size),
         available_bytes=available_bytes,
         num_ranks=size,
-        max_rank=1 if lora is None else lora.max_lora_rank,
-        slot_memory=None if lora is None or not isinstance(lora.slot_memory, int) else lora.slot_memory,
         working=None
         if device == "cpu"
-        else working_memory(spec, local, config, dtype_bytes=DTYPE_BYTES[dtype], max_model_len=max_model_len),
+        else working_memory(spec, local, config, dtype_bytes=dtype_bytes, max_model_len=max_model_len),
     )
+    plan = plan if lora is None else _with_slots(plan, spec, lora, shard)
     return msgspec.structs.replace(plan, num_blocks=_num_blocks(plan, config))
+
+
+def _with_slots(plan: MemoryPlan, spec: ModelSpec, lora: LoRAConfig, shard: Shard) -> MemoryPlan:
+    """Add what adapters take to a plan."""
+    lora_dtype = plan.dtype if lora.lora_dtype == "auto" else lora.lora_dtype
+    int8 = lora_dtype == "int8"
+    if int8:
+        check_int8_adapters(plan.dtype)
+    holds = Elements(int8, DTYPE_BYTES[plan.dtype] if int8 else 1)
+    targets = spec.targets(lora.target_modules)
+    slot = SlotLayout(spec, lora.max_lora_rank, targets, shard, holds, lora.max_trained_tokens)
+    each = 1 if int8 else DTYPE_BYTES[lora_dtype]
+    plan = msgspec.structs.replace(
+        plan,
+        lora_dtype=lora_dtype,
+        num_slots=lora.max_loras,
+        slot_bytes_by_module={m: count * each for m, count in slot.matrix_elements_by_module.items()},
+        slot_affine_bytes=slot.affine_elements * each,
+        slot_token_bytes=slot.token_elements * each,
+        cpu_capacity=lora.cpu_capacity,
+        max_rank=lora.max_lora_rank,
+        slot_memory=lora.slot_memory if isinstance(lora.slot_memory, int) else None,
+    )
+    adapter_bytes = plan.slot_bytes
+    return msgspec.structs.replace(
+        plan,
+        cpu_adapter_bytes=adapter_bytes,
+        cpu_max_bytes=cpu_bound(lora, adapter_bytes, plan.num_ranks),
+    )
 
 
 def spec_of_a_rank(spec: ModelSpec, size: int) -> ModelSpec:
@@ -288,69 +317,48 @@ def _num_blocks(plan: MemoryPlan, config: EngineConfig) -> int:
     """Return the number of KV blocks. Raises ConfigError without room for one request of the full length."""
     smallest = plan.request_blocks * plan.block_bytes
     left = plan.available_bytes - plan.total_bytes
-    if isinstance(config.kv_cache_memory, int):
-        if config.kv_cache_memory < smallest:
+    given = config.kv_cache_memory
+    if isinstance(given, int):
+        if given < smallest:
             raise ConfigError(
-                f"kv_cache_memory={format_bytes(config.kv_cache_memory)} is less than one request of "
+                f"kv_cache_memory={format_bytes(given)} is less than one request of "
                 f"max_model_len={plan.max_model_len} tokens needs ({format_bytes(smallest)}); raise "
-                f"kv_cache_memory by {format_bytes(smallest - config.kv_cache_memory)} or lower max_model_len"
+                f"kv_cache_memory by {format_bytes(smallest - given)} or lower max_model_len"
             )
-        if config.kv_cache_memory > left:
-            raise _does_not_fit(plan, config.kv_cache_memory, left, "lower kv_cache_memory")
-        return config.kv_cache_memory // plan.block_bytes
+        if given > left:
+            raise _does_not_fit(plan, given, left, "lower kv_cache_memory")
+        return given // plan.block_bytes
     if smallest > left:
         raise _does_not_fit(plan, smallest, left, "lower max_model_len")
-    each = plan.request_blocks
+    each, bound = plan.request_blocks, int(left * AUTO_KV_ON_CUDA)
     if plan.device == "cpu":
         each = min(each, -(-AUTO_TOKENS_ON_CPU // plan.block_size))
+        bound = min(left // 2, MAX_AUTO_KV_ON_CPU)
     wanted = config.max_num_seqs * each * plan.block_bytes
-    share = MAX_AUTO_KV_ON_CPU if plan.device == "cpu" else left
-    bound = min(int(left * (0.5 if plan.device == "cpu" else AUTO_KV_ON_CUDA)), share)
     return max(min(wanted, bound), smallest) // plan.block_bytes
 
 
-def _rounded(nbytes: int) -> int:
-    """Round up to a whole granule, where adapters may begin."""
-    return -(-nbytes // SLOT_GRANULE) * SLOT_GRANULE
-
-
-def _does_not_fit(plan: MemoryPlan, kv_bytes: int, left: int, first: str) -> ConfigError:
-    knobs = [(kv_bytes, first)]
-    if plan.slot_pool_bytes:
-        each = format_bytes(plan.slot_bytes)
-        text = f"lower lora.max_loras (each slot takes {each}) or lora.max_lora_rank"
-        if plan.slot_memory is not None:
-            text = "lower lora.slot_memory"
-        knobs.append((plan.slot_pool_bytes, text))
-    if plan.device == "cpu" and plan.cpu_cache_bytes:
-        each = format_bytes(plan.cpu_adapter_bytes)
-        knobs.append((plan.cpu_cache_bytes, f"lower lora.max_cpu_loras ({each} each)"))
-    steps = ""
+def _does_not_fit(plan: MemoryPlan, kv_bytes: int, left: int, change: str) -> ConfigError:
+    """Return an error that says how much too much it is, and what to change, the largest part first.
+    ``change`` is for the KV blocks, which would take ``kv_bytes``."""
+    parts = [
+        part._replace(nbytes=kv_bytes, change=change) if part.name == "KV blocks" else part
+        for part in plan.parts()
+    ]
     if plan.working is not None:
-        steps = f", steps {format_bytes(plan.working_bytes)}"
-        knobs.append((plan.working_bytes, "lower max_num_batched_tokens or max_num_seqs"))
-    knobs.sort(key=lambda knob: -knob[0])  # what takes most, first
-    total = plan.total_bytes + kv_bytes
+        parts.append(Part("steps", "", plan.working_bytes, "lower max_num_batched_tokens or max_num_seqs"))
+    changes = sorted((part for part in parts if part.change and part.nbytes), key=lambda part: -part.nbytes)
     return ConfigError(
-        f"the plan needs {format_bytes(total)} on {plan.device}{_each(plan)} but "
+        f"the plan needs {format_bytes(plan.total_bytes + kv_bytes)} on {plan.device}{_each(plan)} but "
         f"{format_bytes(plan.available_bytes)} are available, {format_bytes(kv_bytes - left)} too little: "
-        f"base weights {format_bytes(plan.weights_bytes)}, "
-        f"slot pool {format_bytes(plan.slot_pool_bytes)}, KV blocks {format_bytes(kv_bytes)}, "
-        f"CPU adapter cache {format_bytes(plan.cpu_cache_bytes)}{steps}; "
-        + ", or ".join(text for _, text in knobs)
+        + ", ".join(f"{part.name} {format_bytes(part.nbytes)}" for part in parts)
+        + "; "
+        + ", or ".join(part.change for part in changes)
     )
 
 
 def _each(plan: MemoryPlan) -> str:
     return f" for each of {plan.num_ranks} ranks" if plan.num_ranks > 1 else ""
-
-
-def _slot_bytes(slot: SlotLayout | None, dtype_bytes: int) -> tuple[dict[str, int], int, int]:
-    """Return one slot's bytes by module, those for DoRA and biases, and those for trained tokens."""
-    if slot is None:
-        return {}, 0, 0
-    by_module = {m: n * dtype_bytes for m, n in slot.matrix_elements_by_module.items()}
-    return by_module, slot.affine_elements * dtype_bytes, slot.token_elements * dtype_bytes
 
 
 def resolve_dtype(dtype: str, spec: ModelSpec, device: str) -> str:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, Protocol, TypedDict, get_args, runtime_checkable
+from typing import Annotated, Any, Literal, Protocol, TypedDict, runtime_checkable
 
 import msgspec
+from msgspec import Meta
 
-from aioengine.checks import check_integer, check_number, check_seconds
+from aioengine.checks import AnySeconds, Count, Seconds, Whole, check_fields, check_value
 from aioengine.errors import RequestInvalid
 
 Prompt = str | list[int] | list[dict[str, Any]]
@@ -68,92 +69,93 @@ class ForcingConstraint(StartedConstraint, Protocol):
         allows; none if that allows several, or nothing is known. They are chosen without asking again."""
 
 
+MAX_PINS = 4  # cache_pins of a request
+LATEST = "@latest"  # in place of a version: the current one
+MAX_MIXED = 8  # adapters in one mix
+_Constraint = Annotated[TokenConstraint, Meta(extra={"is": "an object with a method allowed(output)"})]
+_Penalty = Annotated[float, Meta(ge=-2, le=2)]
+_Bias = Annotated[float, Meta(ge=-100, le=100)]
+_Logprobs = Annotated[int, Meta(ge=0, le=20)]
+_Int64 = Annotated[int, Meta(ge=0, le=2**63 - 1)]
+
+
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, dict=True):
     """Parameters that say how tokens are chosen, and when to stop.
 
-    ``temperature=0`` (the default) is greedy. The filters apply in this order: logit bias, penalties,
-    constraint, temperature, top-k, top-p, min-p. With ``seed`` the random draws depend only on the seed and
-    the position, and not on the batch. Without it a seed is drawn for each request. Where
-    ``engine.info.batch_invariant`` is true (docs/determinism.md), the logits do not depend on the batch
-    either. Elsewhere their last bits do, so in rare cases a draw falls on another token.
+    The filters apply in this order: logit bias, penalties, constraint, temperature, top-k, top-p, min-p. With
+    ``seed`` the random draws depend only on the seed and the position, and not on the batch; without it a
+    seed is drawn for each request. docs/determinism.md says where the logits do not depend on it either.
 
     Raises :class:`~aioengine.errors.RequestInvalid` on construction if a value is out of range.
     """
 
-    max_tokens: int = 256
+    max_tokens: _Int64 = 256
     """Upper bound on generated tokens; also bounded by ``max_model_len`` minus the prompt. 0 only with
-    ``prompt_logprobs``: nothing is generated."""
-    min_tokens: int = 0
+    ``prompt_logprobs`` or ``pooling``: nothing is generated."""
+    min_tokens: Whole = 0
     """Until this many tokens are generated, no end-of-sequence token and none of ``stop_token_ids`` is chosen
     (unless ``constraint`` allows no other token), and stop strings are ignored."""
-    temperature: float = 0.0
-    top_k: int = 0
+    temperature: Annotated[float, Meta(ge=0, le=100)] = 0.0
+    """0 is greedy."""
+    top_k: _Int64 = 0
     """Keep the k most likely tokens; 0 keeps all."""
-    top_p: float = 1.0
+    top_p: Annotated[float, Meta(gt=0, le=1)] = 1.0
     """Keep the most likely tokens whose probabilities add up to this; 1 keeps all."""
-    min_p: float = 0.0
+    min_p: Annotated[float, Meta(ge=0, le=1)] = 0.0
     """Drop tokens less likely than ``min_p`` times the most likely one."""
-    repetition_penalty: float = 1.0
+    repetition_penalty: Annotated[float, Meta(gt=0, le=100)] = 1.0
     """Divides positive and multiplies negative logits of tokens seen in prompt or output."""
-    presence_penalty: float = 0.0
+    presence_penalty: _Penalty = 0.0
     """Subtracted from the logit of each token that the output contains."""
-    frequency_penalty: float = 0.0
+    frequency_penalty: _Penalty = 0.0
     """Subtracted from a token's logit once per occurrence in the output."""
     logit_bias: Mapping[int, float] = {}
     """Added to the logits of these tokens, -100..100 each."""
-    seed: int | None = None
-    stop: Sequence[str] | str = ()
+    seed: Annotated[int, Meta(ge=-(2**63))] | None = None
+    stop: Sequence[Annotated[str, Meta(min_length=1)]] | str = ()
     """Strings that end the generation; the output is cut before the first one found."""
     include_stop_str_in_output: bool = False
     """Leave the stop string, or the text of the token, that ends the generation in the output's text."""
-    stop_token_ids: Sequence[int] = ()
+    stop_token_ids: Sequence[Whole] = ()
     ignore_eos: bool = False
-    logprobs: int | None = None
+    logprobs: _Logprobs | None = None
     """Report the log-probability of each output token and of this many most likely ones (0..20)."""
-    prompt_logprobs: int | None = None
+    prompt_logprobs: _Logprobs | None = None
     """The same for each token of the prompt except the first. The prompt is then computed in full: the prefix
     cache is not used for it."""
     pooling: PoolingKind | None = None
     """Return a vector in place of tokens, with ``max_tokens=0``: see :class:`PoolingKind`. The prompt is
     computed in full, and is not kept in the prefix cache."""
     skip_special_tokens: bool = True
-    constraint: TokenConstraint | None = None
+    constraint: _Constraint | None = None
     """Constraint that the output must satisfy; sampling chooses among the tokens that it allows."""
 
     def __post_init__(self) -> None:
         set_ = msgspec.structs.force_setattr
-        set_(self, "stop", (self.stop,) if isinstance(self.stop, str) else _tuple("stop", self.stop))
-        set_(self, "stop_token_ids", _tuple("stop_token_ids", self.stop_token_ids))
-        least = int(self.prompt_logprobs is None and self.pooling is None)
-        _check_int("max_tokens", self.max_tokens, low=least, high=2**63 - 1)
-        if self.pooling is not None:
-            _check_pooling(self)
-        _check_int("min_tokens", self.min_tokens, low=0, high=self.max_tokens)
-        _check_float("temperature", self.temperature, low=0.0, high=100.0)
-        _check_int("top_k", self.top_k, low=0, high=2**63 - 1)
-        _check_float("top_p", self.top_p, low=0.0, high=1.0, above=True)
-        _check_float("min_p", self.min_p, low=0.0, high=1.0)
-        _check_float("repetition_penalty", self.repetition_penalty, low=0.0, high=100.0, above=True)
-        _check_float("presence_penalty", self.presence_penalty, low=-2.0, high=2.0)
-        _check_float("frequency_penalty", self.frequency_penalty, low=-2.0, high=2.0)
-        if self.seed is not None:
-            _check_int("seed", self.seed, low=-(2**63), high=2**64 - 1)
-        for field in ("logprobs", "prompt_logprobs"):
-            if (count := getattr(self, field)) is not None:
-                _check_int(field, count, low=0, high=20)
-        for text in self.stop:
-            if not isinstance(text, str) or not text:
-                raise RequestInvalid(f"stop={text!r}: each stop string must be a non-empty str")
-            check_text("stop", text)
-        for field in ("include_stop_str_in_output", "ignore_eos", "skip_special_tokens"):
-            if not isinstance(value := getattr(self, field), bool):
-                raise RequestInvalid(f"{field}={value!r}: must be True or False")
-        for token in self.stop_token_ids:
-            _check_int("stop_token_ids", token, low=0)
+        set_(self, "stop", (self.stop,) if isinstance(self.stop, str) else _tuple(self.stop))
+        set_(self, "stop_token_ids", _tuple(self.stop_token_ids))
         if self.logit_bias:
             set_(self, "logit_bias", _checked_bias(self.logit_bias))
-        if self.constraint is not None and not isinstance(self.constraint, TokenConstraint):
-            raise RequestInvalid(f"constraint={self.constraint!r}: must have a method allowed(output)")
+        check_fields(self, RequestInvalid)
+        if not self.max_tokens and self.prompt_logprobs is None and self.pooling is None:
+            raise RequestInvalid(
+                "max_tokens=0: must be an integer >= 1, if neither prompt_logprobs nor pooling is set"
+            )
+        if self.min_tokens > self.max_tokens:
+            raise RequestInvalid(
+                f"min_tokens={self.min_tokens}: must be in 0..{self.max_tokens} (max_tokens)"
+            )
+        if self.seed is not None and self.seed >= 2**64:
+            raise RequestInvalid(f"seed={self.seed}: must be less than 2**64")
+        for text in self.stop:
+            check_text("stop", text)
+        if self.pooling is not None and (
+            self.max_tokens or self.prompt_logprobs is not None or self.constraint is not None
+        ):
+            raise RequestInvalid(
+                "pooling returns a vector and no tokens: it needs max_tokens=0, no prompt_logprobs, no "
+                "constraint"
+            )
 
     @property
     def greedy(self) -> bool:
@@ -189,17 +191,17 @@ class CachePin(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     Its whole KV blocks are kept until ``seconds`` after the last request that began with them, within the
     bounds of ``EngineConfig.max_prefix_pins``. They give way where a running request would otherwise be
     preempted, or a waiting one could not be admitted.
-
-    Raises :class:`~aioengine.errors.RequestInvalid` on construction if a value is out of range.
     """
 
-    tokens: int
+    tokens: Count
     """Number of tokens from the prompt's beginning; more than it has mean all of it."""
-    seconds: float = 300.0
+    seconds: Seconds = 300.0
 
     def __post_init__(self) -> None:
-        _check_int("cache_pins.tokens", self.tokens, low=1)
-        check_seconds("cache_pins.seconds", self.seconds, error=RequestInvalid, finite=True)
+        try:
+            check_fields(self, RequestInvalid)
+        except RequestInvalid as error:
+            raise RequestInvalid(f"cache_pins.{error}") from None
 
 
 class RequestOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -215,59 +217,45 @@ class RequestOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     ``{"sql": 0.5}`` a scaled one; see docs/adapters.md."""
     priority: int = 0
     """For policies that look at it; higher is more urgent."""
-    deadline: float | None = None
+    deadline: AnySeconds | None = None
     """Seconds from now within which the request must end; the look-up of its adapter counts, too."""
     tenant: str | None = None
     """For policies that are fair between tenants."""
-    expected_tokens: int | None = None
+    expected_tokens: Count | None = None
     """Expected length of the output, for policies that use it; None: ``max_tokens``."""
     cache_salt: str | None = None
     """Requests share blocks of the prefix cache only with those of the same salt. Give different salts to
     requests of people who must not learn about each other's prompts."""
-    cache_pins: Sequence[CachePin] = ()
+    cache_pins: Annotated[
+        Sequence[CachePin], Meta(max_length=MAX_PINS, extra={"is": f"at most {MAX_PINS} CachePin"})
+    ] = ()
     """Parts of the prompt that should stay in the prefix cache for a time, for later requests that begin
     alike; at most 4. Give different tenants, which share the room for pins."""
-    output: Sequence[int] = ()
+    output: Sequence[Whole] = ()
     """Tokens that another engine has generated for this request and delivered. This engine continues after
     them as if it had made them, and yields only new output. If tokens are drawn, it needs the other engine's
     seed."""
     replay: bool = False
-    """Decode the tokens of ``output`` again, one in each step, instead of computing them all at once. It is
-    slower, but the continuation then equals that of an undisturbed run to the last bit. Where
-    ``info.batch_invariant`` is true, it does so without a replay. With ``logprobs`` a replay is always done,
-    because the log-probabilities of ``output`` are needed, too."""
+    """Decode the tokens of ``output`` again, one in each step, instead of computing them all at once, so that
+    the continuation equals that of an undisturbed run to the last bit. Where ``info.batch_invariant`` is
+    true, it does so without a replay. With ``logprobs`` a replay is always done."""
 
     def __post_init__(self) -> None:
-        if type(self.cache_pins) is not tuple or self.cache_pins:
-            msgspec.structs.force_setattr(self, "cache_pins", _tuple("cache_pins", self.cache_pins))
-            if len(self.cache_pins) > MAX_PINS or not all(isinstance(p, CachePin) for p in self.cache_pins):
-                raise RequestInvalid(f"cache_pins={self.cache_pins!r}: must be at most {MAX_PINS} CachePin")
-        if type(self.output) is not tuple or self.output:
-            msgspec.structs.force_setattr(self, "output", _tuple("output", self.output))
-            for token in self.output:
-                _check_int("output", token, low=0)
-        if not isinstance(self.replay, bool):
-            raise RequestInvalid(f"replay={self.replay!r}: must be True or False")
-        check_text("adapter", self.adapter)
+        set_ = msgspec.structs.force_setattr
+        set_(self, "cache_pins", pins := _tuple(self.cache_pins))
+        set_(self, "output", _tuple(self.output))
         if self.mix is not None:
             mix = _checked_mix(self.mix)
             alone = next(iter(mix)) if [*mix.values()] == [1.0] else None
-            msgspec.structs.force_setattr(self, "mix", mix if alone is None else None)
-            msgspec.structs.force_setattr(self, "adapter", alone)
+            set_(self, "mix", mix if alone is None else None)
+            set_(self, "adapter", alone)
+        check_fields(self, RequestInvalid)
+        if not all(isinstance(pin, CachePin) for pin in pins):
+            raise RequestInvalid(f"cache_pins={pins!r}: must be at most {MAX_PINS} CachePin")
+        for field in ("adapter", "tenant", "cache_salt"):
+            check_text(field, getattr(self, field))
         if self.adapter is not None:
-            msgspec.structs.force_setattr(self, "adapter", self.adapter.removesuffix(LATEST))
-        check_text("tenant", self.tenant)
-        check_text("cache_salt", self.cache_salt)
-        _check_int("priority", self.priority)
-        if self.expected_tokens is not None:
-            _check_int("expected_tokens", self.expected_tokens, low=1)
-        if self.deadline is not None:
-            check_seconds("deadline", self.deadline, " from now", error=RequestInvalid)
-
-
-LATEST = "@latest"  # in place of a version: the current one
-MAX_PINS = 4  # cache_pins of a request
-MAX_MIXED = 8  # adapters in one mix
+            set_(self, "adapter", self.adapter.removesuffix(LATEST))
 
 
 def _checked_mix(weights: Mapping[str, float]) -> dict[str, float]:
@@ -275,7 +263,7 @@ def _checked_mix(weights: Mapping[str, float]) -> dict[str, float]:
         raise RequestInvalid(f"adapter: a mix of {len(weights)} adapters; it must have 1 to {MAX_MIXED}")
     for name, weight in weights.items():
         check_text("adapter", name)
-        _check_float(f"adapter[{name!r}]", weight, low=-100.0, high=100.0)
+        check_value(f"adapter[{name!r}]", weight, _Bias, RequestInvalid)
     mix: dict[str, float] = {}
     for name in sorted(weights, key=lambda name: (name.partition("@")[0], name)):  # as without versions
         current = name.removesuffix(LATEST)
@@ -382,23 +370,11 @@ def check_text(field: str, value: object) -> None:
         raise RequestInvalid(f"{field}={value!r}: contains a lone surrogate, which is no character") from None
 
 
-def _check_pooling(params: SamplingParams) -> None:
-    if params.pooling not in get_args(PoolingKind):
-        raise RequestInvalid(
-            f"pooling={params.pooling!r}: must be one of {', '.join(get_args(PoolingKind))}, or None"
-        )
-    if params.max_tokens or params.prompt_logprobs is not None or params.constraint is not None:
-        raise RequestInvalid(
-            "pooling returns a vector and no tokens: it needs max_tokens=0, no prompt_logprobs, no constraint"
-        )
-
-
-def _tuple(field: str, value: object) -> tuple[Any, ...]:
+def _tuple(value: Any) -> Any:
+    """Return a list as a tuple; anything else stays as it is, to be refused."""
     if value is None:
         return ()
-    if not isinstance(value, (tuple, list)) and (isinstance(value, str) or not isinstance(value, Sequence)):
-        raise RequestInvalid(f"{field}={value!r}: must be a list")
-    return tuple(value)
+    return tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else value
 
 
 def _checked_bias(bias: object) -> dict[int, float]:
@@ -408,15 +384,11 @@ def _checked_bias(bias: object) -> dict[int, float]:
     checked: dict[int, float] = {}
     for key, value in bias.items():
         digits = isinstance(key, str) and len(key) < 20 and key.isascii() and key.isdigit()
-        token = int(key) if digits else key
-        _check_int("logit_bias", token, low=0, high=2**63 - 1)
-        _check_float(f"logit_bias[{token}]", value, low=-100.0, high=100.0)
-        checked[token] = value
+        token = check_value("logit_bias", int(key) if digits else key, _Int64, RequestInvalid)
+        checked[token] = check_value(f"logit_bias[{token}]", value, _Bias, RequestInvalid)
     return checked
 
 
-_check_int = functools.partial(check_integer, error=RequestInvalid)
-_check_float = functools.partial(check_number, error=RequestInvalid)
 _KEYWORDS = RequestKeywords.__annotations__.keys() | CallKeywords.__annotations__.keys()
 
 

@@ -104,7 +104,6 @@ class EngineMetrics(Collector):
             events.AdapterLoading: lambda e: self._prefetched(self._residency.loading(e)),
             events.AdapterLoaded: self._adapter_loaded,
             events.AdapterPlacing: self._adapter_placing,
-            events.AdapterMoving: self._residency.moving,
             events.AdapterPlaced: self._adapter_placed,
             events.AdapterEvicted: self._adapter_evicted,
             events.AdapterFailed: self._adapter_failed,

@@ -48,7 +48,7 @@ def test_max_cpu_loras_defaults_to_max_loras_and_must_not_be_less() -> None:
         ({"max_cpu_lora_bytes": 0}, "max_cpu_lora_bytes=0"),
         ({"target_modules": []}, "target_modules"),
         ({"target_modules": "q_proj"}, "target_modules='q_proj'"),
-        ({"target_modules": ["q_proj", 3]}, "target_modules contains 3"),
+        ({"target_modules": ["q_proj", 3]}, "target_modules.1.=3: must be text"),
     ],
 )
 def test_bad_lora_fields(fields: dict[str, Any], message: str) -> None:

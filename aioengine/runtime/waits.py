@@ -42,7 +42,7 @@ class Waits:
         """Check the callers that this event may concern."""
         if not self._waiting:
             return
-        if isinstance(event, events.AdapterPinned):  # a pin may shut out any other adapter
+        if isinstance(event, events.AdapterPinned) and event.pinned:  # a pin may shut out any other adapter
             for adapter in list(self._waiting):
                 self.ask(adapter)
         elif isinstance(event, events.AdapterEvent):

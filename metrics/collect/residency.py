@@ -113,14 +113,11 @@ class ResidencyTracker:
         """Return how long requests have waited for a slot for it, in seconds; None if none waits."""
         version = self._of(event)
         version.copying = True
+        if event.moved:  # it leaves its slot for a moment
+            version.absent_since = event.time
+            return None
         since, version.blocked_since = version.blocked_since, None
         return None if since is None else event.time - since
-
-    def moving(self, event: events.AdapterMoving) -> None:
-        """Note that the version leaves its slot for a moment."""
-        version = self._of(event)
-        version.copying = True
-        version.absent_since = event.time
 
     def placed(self, event: events.AdapterPlaced) -> PrefetchResult | None:
         version = self._of(event)

@@ -296,7 +296,7 @@ def _entry(event: events.AdapterEvent) -> Entry | None:
             return Entry(event.time, "loading", *who)
         case events.AdapterLoaded():
             return Entry(event.time, "loaded", *who, seconds=event.seconds, bytes=event.nbytes)
-        case events.AdapterPlacing() | events.AdapterMoving():
+        case events.AdapterPlacing():
             return Entry(event.time, "placing", *who, slot=event.slot)
         case events.AdapterPlaced():
             return Entry(

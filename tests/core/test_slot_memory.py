@@ -150,7 +150,7 @@ def test_idle_adapters_move_where_only_the_holes_are_too_small() -> None:
     sim.policy.next = Decision(place=[Place("x")])
     sim.now += 1
     sim.schedule()
-    moved = [e.adapter for e in sim.events if isinstance(e, events.AdapterMoving)]
+    moved = [e.adapter for e in sim.events if isinstance(e, events.AdapterPlacing) and e.moved]
     assert moved == ["c"]
     assert [entry.name for entry, _ in sim.copies] == ["x", "c"], "the newcomer comes first"
     assert not [e for e in sim.events if isinstance(e, events.AdapterEvicted) and e.adapter == "c"]

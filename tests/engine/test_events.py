@@ -25,7 +25,6 @@ from aioengine.events import (
     AdapterPlacing,
     AdapterRegistered,
     AdapterUnloaded,
-    AdapterUnpinned,
     Event,
     EventsLost,
     FirstToken,
@@ -70,7 +69,7 @@ async def test_pins_are_told_of_and_a_new_version_takes_them_over(
     tiny: Tiny, make_engine: MakeEngine
 ) -> None:
     async with make_engine(tiny) as engine:
-        events = engine.events(AdapterPinned, AdapterUnpinned)
+        events = engine.events(AdapterPinned)
         await engine.load_adapter("x", tiny.adapters["rank-3"], pin=True)
         await engine.pin_adapter("x")
         await engine.load_adapter("x", tiny.adapters["rank-4"], replace=True)
@@ -78,13 +77,13 @@ async def test_pins_are_told_of_and_a_new_version_takes_them_over(
         await engine.unpin_adapter("x")
         await engine.pin_adapter("x")
         await engine.unload_adapter("x")
-    assert [(type(e), e.version) async for e in events if not isinstance(e, EventsLost)] == [
-        (AdapterPinned, 1),
-        (AdapterUnpinned, 1),
-        (AdapterPinned, 2),
-        (AdapterUnpinned, 2),
-        (AdapterPinned, 2),
-        (AdapterUnpinned, 2),
+    assert [(e.pinned, e.version) async for e in events if not isinstance(e, EventsLost)] == [
+        (True, 1),
+        (False, 1),
+        (True, 2),
+        (False, 2),
+        (True, 2),
+        (False, 2),
     ]
 
 

@@ -74,5 +74,5 @@ class Pins:
         if entry.pinned != pinned:
             entry.pinned = pinned
             self.count += 1 if pinned else -1
-            kind = events.AdapterPinned if pinned else events.AdapterUnpinned
-            self._emit(kind(time=now, adapter=entry.label, version=entry.version))
+            event = events.AdapterPinned(time=now, adapter=entry.label, version=entry.version, pinned=pinned)
+            self._emit(event)

@@ -407,12 +407,8 @@ class Residency:
             at += self.slots.arena.rounded(entry.slot_nbytes)
             self._moves.append(CopyMove(entry, slot.index, offset))
             self._emit(
-                events.AdapterMoving(
-                    time=now,
-                    adapter=entry.label,
-                    version=entry.version,
-                    slot=slot.index,
-                    nbytes=entry.nbytes,
+                events.AdapterPlacing(
+                    time=now, adapter=entry.label, version=entry.version, slot=slot.index, moved=True
                 )
             )
 

@@ -91,7 +91,6 @@ class Recorder:
             events.AdapterLoading: self._loading,
             events.AdapterLoaded: self._loaded,
             events.AdapterPlacing: self._placing,
-            events.AdapterMoving: self._placing,
             events.AdapterPlaced: self._placed,
             events.AdapterEvicted: self._evicted,
             events.AdapterFailed: self._failed,
@@ -207,7 +206,7 @@ class Recorder:
     def _loaded(self, event: events.AdapterLoaded) -> None:
         self._move("disk", event, self._reads.pop((event.adapter, event.version), event.time), event.nbytes)
 
-    def _placing(self, event: events.AdapterPlacing | events.AdapterMoving) -> None:
+    def _placing(self, event: events.AdapterPlacing) -> None:
         self._copies[event.adapter, event.version] = event.slot, event.time
         self._close_span(event.slot, event.time)  # a copy that was lost with the device leaves one
         self._spans[event.slot] = _Span(event.adapter, event.time)
