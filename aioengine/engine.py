@@ -164,7 +164,7 @@ class AsyncEngine:
             self._core.learn(batch, seconds)
         self._stepper = Stepper(self._core, built.device, timer=built.timer, virtual=built.virtual)
         lora = self.config.lora
-        names = AdapterNames(self._stepper, built.resolver, lora and lora.load_timeout)
+        names = AdapterNames(self._stepper, built.resolver, None if lora is None else lora.load_timeout)
         self._adapters = AdapterOps(self._stepper, names)
         self._held = HeldAdapters(self._adapters, work, lora.held_bytes if lora else 0)
         self._submitter = Submitter(
