@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from aioengine.kernels import reference
 from aioengine.kernels.backend import Backend
 from aioengine.kernels.portable import plain
 
@@ -31,7 +30,7 @@ def available_backends(device_type: str) -> list[str]:
 
 
 def _backends(device_type: str) -> dict[str, Backend]:
-    found: dict[str, Backend] = {"torch": plain, "reference": reference}  # these run everywhere
+    found: dict[str, Backend] = {"torch": plain}  # runs everywhere
     if device_type == "cuda" and (triton := _triton_backend()) is not None:
         found = {"triton": triton, **found}
         if (library := _flashinfer_backend()) is not None:

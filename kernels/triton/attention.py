@@ -12,8 +12,7 @@ from torch import Tensor
 from aioengine.kernels.backend import LayerCache, Scores
 from aioengine.kernels.plan.attention import AttentionPlan
 from aioengine.kernels.triton.jit.attention import attention_kernel
-from aioengine.kernels.triton.launch import Limits, capability, limits, power_of_two
-from aioengine.kernels.triton.launcher import Launcher
+from aioengine.kernels.triton.launch import Launcher, Limits, capability, limits, power_of_two
 from aioengine.kernels.triton.query_tiles import FEW_ROWS, QueryTiles, Tiles, rows_of_prompts
 
 _PROGRAMS = 256

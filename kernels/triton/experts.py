@@ -16,8 +16,7 @@ from aioengine.kernels.plan.experts import ExpertPlan
 from aioengine.kernels.portable import plain
 from aioengine.kernels.triton.jit.blocks import expert_blocks_kernel
 from aioengine.kernels.triton.jit.experts import expert_kernel, tiles_kernel
-from aioengine.kernels.triton.launch import power_of_two
-from aioengine.kernels.triton.launcher import Launcher
+from aioengine.kernels.triton.launch import Launcher, power_of_two
 from aioengine.kernels.triton.quantized import blocks
 from aioengine.kernels.weight import PlainWeight, Weight
 

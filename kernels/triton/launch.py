@@ -1,14 +1,37 @@
-"""Helpers that all launches share; :mod:`.launcher` launches."""
+"""Launches of kernels, and what GPUs have for them."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 OLDEST = 80
 """The lowest compute capability with bfloat16, copies that nothing waits for, and enough shared memory."""
+
+OPTIONS = {"enable_fp_fusion": True}
+"""Of every kernel. Products are added without being rounded first; Triton's own default is to change in
+3.10."""
+
+Grid = tuple[int, int, int]
+
+
+class Launcher:
+    """A kernel with values for its ``constants`` and options. Its parameters are tensors, then numbers, and
+    then the constants."""
+
+    def __init__(self, kernel: Any, **constants: int) -> None:
+        self._kernel = kernel
+        self._options = constants | OPTIONS
+
+    def __call__(self, grid: Grid, tensors: tuple[Tensor, ...], numbers: tuple[float, ...]) -> None:
+        """Launch on the device of the first tensor."""
+        device = tensors[0].device
+        with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+            self._kernel[grid](*tensors, *numbers, **self._options)
 
 
 class Limits(NamedTuple):

@@ -14,8 +14,7 @@ from aioengine.kernels.triton.jit.layer import (
     add_rms_norm_kernel,
     rope_store_kernel,
 )
-from aioengine.kernels.triton.launch import power_of_two
-from aioengine.kernels.triton.launcher import Launcher
+from aioengine.kernels.triton.launch import Launcher, power_of_two
 
 SILU_COLUMNS = 1024
 ROPE_ELEMENTS = 2048

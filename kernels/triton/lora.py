@@ -20,7 +20,7 @@ from aioengine.kernels.triton.jit.elementwise import affine_kernel, embed_kernel
 from aioengine.kernels.triton.jit.expand import expand_kernel
 from aioengine.kernels.triton.jit.shrink import shrink_kernel
 from aioengine.kernels.triton.jit.slices import MAX_SLICES
-from aioengine.kernels.triton.launcher import Launcher
+from aioengine.kernels.triton.launch import Launcher
 from aioengine.kernels.triton.plan import TilePlan
 from aioengine.kernels.triton.table import (
     AFFINE_COLUMNS,

@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support import kernels_reference as reference
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -23,7 +24,6 @@ from aioengine.kernels import (
     Rotation,
     Span,
     get_backend,
-    reference,
 )
 from aioengine.kernels.cpu import build, shared_library
 from aioengine.kernels.cpu.int4 import Int4Weight
@@ -81,8 +81,8 @@ def test_linear_of_the_backends_takes_weights_in_either_form() -> None:
     x, weight, bias = torch.randn(5, 64)[:, ::2], torch.randn(48, 32), torch.randn(48)
     expected = F.linear(x, weight, bias)
     for form in (PlainWeight(weight), PackedWeight.pack(weight.clone())):
-        for name in ("cpu", "reference"):
-            close(get_backend("cpu", name).linear(x, form, bias), expected)
+        for backend in (get_backend("cpu", "cpu"), reference):
+            close(backend.linear(x, form, bias), expected)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support import kernels_reference as reference
 
 from aioengine.kernels import (
     ExpertPlan,
@@ -27,13 +28,12 @@ from aioengine.kernels.cpu.quantized import QuantizedWeight
 from aioengine.kernels.slots import Column
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-BACKENDS = ["triton"] if INTERPRETED else [n for n in available_backends("cpu") if n != "reference"]
+BACKENDS = ["triton"] if INTERPRETED else available_backends("cpu")
 EXAMPLES = 6 if INTERPRETED else 40
 DEVICES = [("cpu", name) for name in BACKENDS]
 if torch.cuda.is_available() and not INTERPRETED:
-    DEVICES += [("cuda", name) for name in available_backends("cuda") if name != "reference"]
+    DEVICES += [("cuda", name) for name in available_backends("cuda")]
 every_backend = pytest.mark.parametrize(("device", "name"), DEVICES)
-REFERENCE = get_backend("cpu", "reference")
 
 
 @every_backend
@@ -65,7 +65,7 @@ def test_linears_equal_the_reference(
     there_bias = None if bias is None else bias.to(device)
     x = torch.randn(tokens, k, generator=generator).to(dtype)
     plan = ExpertPlan(chosen, experts)
-    expected = REFERENCE.expert_linear(x[plan.tokens], PlainWeight(weight), bias, plan)
+    expected = reference.expert_linear(x[plan.tokens], PlainWeight(weight), bias, plan)
     there = ExpertPlan(chosen.to(device), experts)
     found = get_backend(device, name).expert_linear(
         x[plan.tokens].to(device), PlainWeight(weight.to(device)), there_bias, there
@@ -130,7 +130,7 @@ def test_quantized_linears_are_those_of_each_expert(
         assert torch.equal(found[sum(counts[:e]) :][: len(rows)], alone)
     if not int8_activations:
         effective = packed.rows(0, packed.n).float()
-        expected = REFERENCE.expert_linear(x.float(), PlainWeight(effective), None, plan)
+        expected = reference.expert_linear(x.float(), PlainWeight(effective), None, plan)
         if bias is not None:
             expected += torch.repeat_interleave(bias.float().view(experts, n), torch.tensor(counts), dim=0)
         tolerance = 1e-5 if dtype == torch.float32 else 2e-2

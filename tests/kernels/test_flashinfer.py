@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from support import kernels_reference as reference
 from support.fake_cuda import FakeCuda
 from support.layer_cases import LayerCase, close, run
 from support.tiny_models import build_model
@@ -26,7 +27,6 @@ from aioengine.kernels import (
     dispatch,
     get_backend,
     measured,
-    reference,
     triton,
 )
 from aioengine.kernels.measured import AttentionCase
@@ -131,7 +131,7 @@ def test_what_it_has_no_kernels_for_is_left_to_triton(backend: Any, monkeypatch:
 def test_it_is_there_when_asked_for(monkeypatch: pytest.MonkeyPatch, backend: Any) -> None:
     monkeypatch.delenv("AIOENGINE_KERNELS", raising=False)
     dispatch._flashinfer_backend.cache_clear()
-    assert available_backends("cuda") == ["triton", "torch", "reference", "flashinfer"]
+    assert available_backends("cuda") == ["triton", "torch", "flashinfer"]
     assert get_backend("cuda").name == "triton"
     assert get_backend("cuda", "flashinfer").name == "flashinfer"
     dispatch._flashinfer_backend.cache_clear()

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from support import kernels_reference as reference
 from support.layer_cases import Layer, LayerCase, close, run
 from support.tiny_models import build_model
 from torch import Tensor
@@ -29,20 +30,19 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
 NAME = "triton" if INTERPRETED or DEVICE == "cuda" else "torch"
 BACKEND = get_backend(DEVICE, NAME)
-REFERENCE = get_backend(DEVICE, "reference")
 
 
 class Rounding:
     """The oracle, over a cache in whose place numbers are rounded to float8."""
 
     name = "rounding"
-    paged_attention = staticmethod(REFERENCE.paged_attention)
+    paged_attention = staticmethod(reference.paged_attention)
 
     @staticmethod
     def rope_store(
         qkv: Tensor, norms: HeadNorms | None, rotation: Rotation, cache: LayerCache, plan: AttentionPlan
     ) -> None:
-        REFERENCE.rope_store(qkv, norms, rotation, cache, plan)
+        reference.rope_store(qkv, norms, rotation, cache, plan)
         for tensor in cache:
             tensor.copy_(tensor.to(torch.float8_e4m3fn).to(tensor.dtype))
 

@@ -15,6 +15,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support import kernels_reference as reference
 from support.layer_cases import Layer, LayerCase, close, run
 from torch.nn import functional as F
 from transformers.models.gpt_oss.configuration_gpt_oss import GptOssConfig
@@ -32,15 +33,14 @@ from aioengine.kernels import (
 )
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-BACKENDS = ["triton"] if INTERPRETED else [n for n in available_backends("cpu") if n != "reference"]
+BACKENDS = ["triton"] if INTERPRETED else available_backends("cpu")
 EXAMPLES = 10 if INTERPRETED else 60
-REFERENCE = get_backend("cpu", "reference")
 UNTURNED = Rotation(torch.ones(9, 1, 8), torch.zeros(9, 1, 8))
 DTYPES = [torch.float32, torch.bfloat16]
 TINY = {"hidden_size": 8, "intermediate_size": 8, "num_local_experts": 1}
 DEVICES = [("cpu", name) for name in BACKENDS]
 if torch.cuda.is_available() and not INTERPRETED:
-    DEVICES += [("cuda", name) for name in available_backends("cuda") if name != "reference"]
+    DEVICES += [("cuda", name) for name in available_backends("cuda")]
 every_backend = pytest.mark.parametrize(("device", "name"), DEVICES)
 
 
@@ -85,7 +85,7 @@ def cases(draw: st.DrawFn, longest: int) -> LayerCase:
 @pytest.mark.slow
 def test_attention_equals_the_reference(device: str, name: str, case: LayerCase) -> None:
     """Whatever lies in the cells of others, and beyond a sequence's end: it is all NaN."""
-    close(run(get_backend(device, name), case, device), run(REFERENCE, case))
+    close(run(get_backend(device, name), case, device), run(reference, case))
 
 
 @pytest.mark.slow
@@ -100,7 +100,7 @@ def test_long_contexts_beside_short_ones(
         [(130, 1), (0, 1), (140, 20), (0, 40)] if INTERPRETED else [(2100, 1), (0, 1), (600, 40), (0, 900)]
     )
     case = LayerCase(spans=spans, heads=2, kv_heads=1, window=window, soft_cap=soft_cap, sinks=sinks)
-    close(run(get_backend(device, name), case, device), run(REFERENCE, case))
+    close(run(get_backend(device, name), case, device), run(reference, case))
 
 
 @every_backend
@@ -112,23 +112,23 @@ def test_norm_and_activation(device: str, name: str, dtype: torch.dtype, rows: i
     weight = torch.randn(size).to(dtype)
     for added, offset, factor in itertools.product((None, delta), (None, 0.0, 1.0), (1.0, 0.25)):
         true, total = hidden.clone(), hidden.clone().to(device)
-        expected = REFERENCE.add_rms_norm(true, added, Norm(weight, 1e-5, offset), factor)
+        expected = reference.add_rms_norm(true, added, Norm(weight, 1e-5, offset), factor)
         there = None if added is None else added.to(device)
         found = backend.add_rms_norm(total, there, Norm(weight.to(device), 1e-5, offset), factor)
         close([total.cpu(), found.cpu()], [true, expected])
         assert INTERPRETED or torch.equal(total.cpu(), true)  # the interpreter cuts bfloat16 off
     gate_up = (8 * torch.randn(rows, 2 * size)).to(dtype)
     gate_up[0, :2] = torch.tensor([-300.0, 300.0]).to(dtype)  # where e^x overflows
-    close([backend.silu_and_mul(gate_up.to(device)).cpu()], [REFERENCE.silu_and_mul(gate_up)])
-    close([backend.gelu_and_mul(gate_up.to(device)).cpu()], [REFERENCE.gelu_and_mul(gate_up)])
+    close([backend.silu_and_mul(gate_up.to(device)).cpu()], [reference.silu_and_mul(gate_up)])
+    close([backend.gelu_and_mul(gate_up.to(device)).cpu()], [reference.gelu_and_mul(gate_up)])
     numbers = {"alpha": 1.7, "limit": 7.0}
     close(
         [backend.clamped_swiglu(gate_up.to(device), **numbers).cpu()],
-        [REFERENCE.clamped_swiglu(gate_up, **numbers)],
+        [reference.clamped_swiglu(gate_up, **numbers)],
     )
     true, found = gate_up.clone(), gate_up.clone().to(device)
     backend.soft_cap_(found, 5.0)
-    REFERENCE.soft_cap_(true, 5.0)
+    reference.soft_cap_(true, 5.0)
     close([found.cpu()], [true])
 
 
@@ -161,7 +161,7 @@ def test_the_first_of_the_largest(
         values[rng.randrange(len(kinds))][rng.randrange(size)] = odd
     logits = torch.tensor(values).to(dtype)
     best = get_backend(device, name).argmax(logits.to(device)).tolist()
-    assert best == REFERENCE.argmax(logits).tolist()
+    assert best == reference.argmax(logits).tolist()
 
 
 @every_backend
@@ -172,7 +172,7 @@ def test_linear(device: str, name: str, dtype: torch.dtype) -> None:
         found = get_backend(device, name).linear(
             x.to(device), PlainWeight(weight.to(device)), None if b is None else b.to(device)
         )
-        close([found.cpu()], [REFERENCE.linear(x, PlainWeight(weight), b)])
+        close([found.cpu()], [reference.linear(x, PlainWeight(weight), b)])
 
 
 @every_backend
@@ -187,16 +187,16 @@ def test_norms_of_no_rows(device: str, name: str) -> None:
 def test_the_reference_is_the_definition(dtype: torch.dtype) -> None:
     hidden, weight = torch.randn(3, 32).to(dtype), torch.randn(32).to(dtype)
     expected = F.rms_norm(hidden.float(), (32,), weight.float(), 1e-5).to(dtype)
-    close([REFERENCE.add_rms_norm(hidden.clone(), None, Norm(weight, 1e-5))], [expected])
+    close([reference.add_rms_norm(hidden.clone(), None, Norm(weight, 1e-5))], [expected])
     gate, up = torch.randn(2, 3, 32).to(dtype)
     both = torch.cat([gate, up], 1)
-    close([REFERENCE.silu_and_mul(both)], [F.silu(gate.float()).mul(up.float()).to(dtype)])
+    close([reference.silu_and_mul(both)], [F.silu(gate.float()).mul(up.float()).to(dtype)])
     gelu = F.gelu(gate.float(), approximate="tanh")
-    close([REFERENCE.gelu_and_mul(both)], [gelu.mul(up.float()).to(dtype)])
+    close([reference.gelu_and_mul(both)], [gelu.mul(up.float()).to(dtype)])
     wide, config = (4 * both).float(), GptOssConfig(swiglu_alpha=1.7, swiglu_limit=2.5, **TINY)
     alternating = torch.stack(wide.chunk(2, 1), dim=-1).flatten(1)
     clamped = GptOssExperts(config)._apply_gate(alternating)
-    close([REFERENCE.clamped_swiglu((4 * both), alpha=1.7, limit=2.5)], [clamped.to(dtype)])
+    close([reference.clamped_swiglu((4 * both), alpha=1.7, limit=2.5)], [clamped.to(dtype)])
 
 
 def test_reference_attention_is_the_definition() -> None:
@@ -205,9 +205,9 @@ def test_reference_attention_is_the_definition() -> None:
     plan = AttentionPlan([Span(0, 9, 0)], layer.tables, 4)
     qkv = torch.randn(9, 8, 16)
     q, k, v = (t.transpose(0, 1) for t in qkv.clone().split([4, 2, 2], dim=1))
-    REFERENCE.rope_store(qkv, None, UNTURNED, layer.cache, plan)
+    reference.rope_store(qkv, None, UNTURNED, layer.cache, plan)
     expected = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-    found = REFERENCE.paged_attention(qkv, layer.cache, plan, Scores())
+    found = reference.paged_attention(qkv, layer.cache, plan, Scores())
     close([found], [expected.transpose(0, 1).flatten(1)])
 
 
@@ -217,10 +217,10 @@ def test_reference_sinks_are_the_definition() -> None:
     plan = AttentionPlan([Span(0, 9, 0)], layer.tables, 4)
     qkv, sinks = torch.randn(9, 8, 16), torch.randn(4)
     q, k, v = (t.transpose(0, 1)[None] for t in qkv.clone().split([4, 2, 2], dim=1))
-    REFERENCE.rope_store(qkv, None, UNTURNED, layer.cache, plan)
+    reference.rope_store(qkv, None, UNTURNED, layer.cache, plan)
     module = torch.nn.Module()
     module.num_key_value_groups, module.sinks = 2, sinks
     mask = torch.full((9, 9), float("-inf")).triu(1)
     expected, _ = eager_attention_forward(module, q, k, v, mask, scaling=16**-0.5)
-    found = REFERENCE.paged_attention(qkv, layer.cache, plan, Scores(sinks=sinks))
+    found = reference.paged_attention(qkv, layer.cache, plan, Scores(sinks=sinks))
     close([found], [expected[0].flatten(1)])

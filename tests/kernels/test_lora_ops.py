@@ -8,13 +8,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support import kernels_reference as reference
 from support.lora_cases import Case, apply, make_case, rounded, turned
 from torch import Tensor
 
 from aioengine.kernels import LoRABatch, available_backends, get_backend
 
-REFERENCE = get_backend("cpu", "reference")
-OTHERS = [name for name in available_backends("cpu") if name != "reference"]
+BACKENDS = available_backends("cpu")
 
 
 @pytest.fixture(autouse=True)
@@ -53,7 +53,7 @@ def cases(
 @given(cases())
 @pytest.mark.slow
 def test_reference_is_the_definition(case: Case) -> None:
-    h, y = apply(REFERENCE, case)
+    h, y = apply(reference, case)
     max_rank = case.a.shape[1] // len(case.b)
     used = [rank for slot, rank in enumerate(case.ranks) if slot in case.slot_of_token]
     assert h.shape == (len(case.x), len(case.b), -(-max(used, default=0) // 16) * 16)
@@ -74,13 +74,13 @@ def test_reference_is_the_definition(case: Case) -> None:
     torch.testing.assert_close(y, expected_y, rtol=1e-4, atol=1e-3)
 
 
-@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("name", BACKENDS)
 @settings(max_examples=150, deadline=None)
 @given(case=cases())
 @pytest.mark.slow
 def test_backends_equal_the_reference(name: str, case: Case) -> None:
     h, y = apply(get_backend("cpu", name), case)
-    expected_h, expected_y = apply(REFERENCE, case)
+    expected_h, expected_y = apply(reference, case)
     torch.testing.assert_close(h, expected_h, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(y, expected_y, rtol=1e-4, atol=1e-3)
 
@@ -90,9 +90,9 @@ def test_backends_equal_the_reference(name: str, case: Case) -> None:
 @pytest.mark.slow
 def test_int8_matrices_are_whole_numbers_times_scales(case: Case) -> None:
     batch, pool = case.batch, case.int8_pool
-    h = REFERENCE.lora_shrink(case.x, pool, batch)
+    h = reference.lora_shrink(case.x, pool, batch)
     y = case.y.clone()
-    REFERENCE.lora_expand(h, pool, y, batch)
+    reference.lora_expand(h, pool, y, batch)
     expected = case.y.clone()
     max_rank = case.a.shape[1] // len(case.b)
     for t, slot in enumerate(case.slot_of_token):
@@ -105,7 +105,7 @@ def test_int8_matrices_are_whole_numbers_times_scales(case: Case) -> None:
     torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-3)
 
 
-@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("name", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
@@ -114,14 +114,14 @@ def test_backends_equal_the_reference_in_int8(name: str, dtype: torch.dtype, dat
     case = data.draw(cases(dtype))
     tolerance = 1e-4 if dtype == torch.float32 else 1e-2
     for found, expected in zip(
-        apply(get_backend("cpu", name), case, int8=True), apply(REFERENCE, case, int8=True), strict=True
+        apply(get_backend("cpu", name), case, int8=True), apply(reference, case, int8=True), strict=True
     ):
         assert found.dtype == dtype
         scale = expected.float().abs().max().clamp(min=1.0) if expected.numel() else 1.0
         torch.testing.assert_close(found / scale, expected / scale, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("name", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     "sequences",
@@ -130,35 +130,35 @@ def test_backends_equal_the_reference_in_int8(name: str, dtype: torch.dtype, dat
 @pytest.mark.slow
 def test_thousands_of_tokens(name: str, dtype: torch.dtype, sequences: list[tuple[int, int]]) -> None:
     case = make_case(sequences, [320, 16, 100, 1] * 13, 320, dtype=dtype)
-    for found, expected in zip(apply(get_backend("cpu", name), case), apply(REFERENCE, case), strict=True):
+    for found, expected in zip(apply(get_backend("cpu", name), case), apply(reference, case), strict=True):
         scale = expected.float().abs().max().clamp(min=1.0) if expected.numel() else 1.0
         tolerance = 1e-5 if dtype == torch.float32 else 1e-2
         torch.testing.assert_close(found / scale, expected / scale, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("name", BACKENDS)
 @settings(max_examples=40, deadline=None)
 @given(case=cases(dtype=torch.bfloat16))
 @pytest.mark.slow
 def test_backends_are_close_to_the_reference_in_bfloat16(name: str, case: Case) -> None:
     _, y = apply(get_backend("cpu", name), case)
-    _, expected = apply(REFERENCE, case)
+    _, expected = apply(reference, case)
     assert y.dtype == torch.bfloat16
     scale = expected.float().abs().max().clamp(min=1.0) if expected.numel() else 1.0
     torch.testing.assert_close(y / scale, expected / scale, rtol=0.02, atol=0.02)
 
 
-@pytest.mark.parametrize("name", ["reference", *OTHERS])
+@pytest.mark.parametrize("name", BACKENDS)
 def test_a_pool_in_lower_precision_than_the_activations(name: str) -> None:
     case = make_case([(-1, 2), (0, 3), (2, 50)], [4, 4, 2], 8, slot_affine=[True, False, True])
     low = case._replace(
         a=case.a.bfloat16(), b=[b.bfloat16() for b in case.b], affine=[w.bfloat16() for w in case.affine]
     )
     wide = low._replace(a=low.a.float(), b=[b.float() for b in low.b], affine=[w.float() for w in low.affine])
-    torch.testing.assert_close(apply(get_backend("cpu", name), low)[1], apply(REFERENCE, wide)[1])
+    torch.testing.assert_close(apply(get_backend("cpu", name), low)[1], apply(reference, wide)[1])
 
 
-@pytest.mark.parametrize("name", ["reference", *OTHERS])
+@pytest.mark.parametrize("name", BACKENDS)
 def test_tokens_and_columns_without_an_adapter_are_untouched(name: str) -> None:
     case = make_case([(-1, 3), (1, 4), (3, 20)], [4] * 4, 8, targeted=(0, 2), slot_affine=[True] * 4)
     h, y = apply(get_backend("cpu", name), case)
@@ -169,7 +169,7 @@ def test_tokens_and_columns_without_an_adapter_are_untouched(name: str) -> None:
     assert (y[3:, 48:] != case.y[3:, 48:]).all()
 
 
-@pytest.mark.parametrize("name", ["reference", *OTHERS])
+@pytest.mark.parametrize("name", BACKENDS)
 def test_a_token_that_is_not_finite_stays_alone(name: str) -> None:
     """A broken sequence shares padded products with others, and must not reach them."""
     case = make_case([(0, 1), (1, 3), (3, 30)], [4, 3, 4, 4], 4, slot_affine=[True, True, False, True])
@@ -183,7 +183,7 @@ def test_a_token_that_is_not_finite_stays_alone(name: str) -> None:
         torch.testing.assert_close(y[others], clean[others])
 
 
-@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("name", BACKENDS)
 @settings(max_examples=60, deadline=None)
 @given(case=cases(), data=st.data())
 @pytest.mark.slow
@@ -196,12 +196,12 @@ def test_embedding_is_shrink_of_one_hot_tokens(name: str, case: Case, data: st.D
     a = case.a[:, : case.a.shape[1] // len(case.b)].contiguous()
     pool = case._replace(a=a, b=case.b[:1], affine=case.affine[:1], offsets=case.offsets[:1]).pool
     one_hot = torch.nn.functional.one_hot(token_ids, vocabulary).float()
-    expected = REFERENCE.lora_shrink(one_hot, pool, case.batch)
-    assert torch.equal(REFERENCE.lora_embed(token_ids, pool, case.batch), expected)
+    expected = reference.lora_shrink(one_hot, pool, case.batch)
+    assert torch.equal(reference.lora_embed(token_ids, pool, case.batch), expected)
     assert torch.equal(get_backend("cpu", name).lora_embed(token_ids, pool, case.batch), expected)
 
 
-@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("name", BACKENDS)
 def test_modules_of_an_adapter_have_ranks_of_their_own(name: str) -> None:
     """And one that is not targeted, or not scaled, has no place: nothing is read where it would be."""
     case = make_case([(-1, 1), (0, 3), (1, 40), (2, 1)], [16, 5, 8], 16, slot_affine=[True, True, False])
@@ -211,7 +211,7 @@ def test_modules_of_an_adapter_have_ranks_of_their_own(name: str) -> None:
         where = pool.where(slot, j)._replace(a_rank=a_rank, b_rank=b_rank, affine=-1)
         pool.slots.table[slot, j] = torch.tensor(where)
     results = []
-    for backend in (get_backend("cpu", name), REFERENCE):
+    for backend in (get_backend("cpu", name), reference):
         h, y = backend.lora_shrink(case.x, pool, case.batch), case.y.clone()
         assert not h[1:4, 1].any() and not h[1:4, 2, 3:].any() and not h[4:44, 0].any()
         backend.lora_expand(h, pool, y, case.batch)
@@ -256,17 +256,16 @@ def test_the_backend_is_chosen_by_name_then_environment_then_default(
 ) -> None:
     monkeypatch.delenv("AIOENGINE_KERNELS", raising=False)
     assert get_backend("cpu").name == available_backends("cpu")[0]
-    monkeypatch.setenv("AIOENGINE_KERNELS", "reference")
-    assert get_backend("cpu").name == "reference"
-    assert get_backend("cpu", "torch").name == "torch"
+    monkeypatch.setenv("AIOENGINE_KERNELS", "torch")
+    assert get_backend("cpu").name == "torch"
     monkeypatch.setenv("AIOENGINE_KERNELS", "fast")
-    with pytest.raises(ValueError, match=r"'fast'.*AIOENGINE_KERNELS.*torch, reference"):
+    with pytest.raises(ValueError, match=r"'fast'.*AIOENGINE_KERNELS.*torch"):
         get_backend("cpu")
-    with pytest.raises(ValueError, match=r"'none'.*available: .*torch, reference"):
+    with pytest.raises(ValueError, match=r"'none'.*available: .*torch"):
         get_backend("cpu", "none")
 
 
-@pytest.mark.skipif("cpu" not in OTHERS, reason="needs the CPU library")
+@pytest.mark.skipif("cpu" not in BACKENDS, reason="needs the CPU library")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("int8", [False, True])
 @settings(max_examples=60, deadline=None)
@@ -287,15 +286,15 @@ def test_a_packed_linear_with_its_adapters(dtype: torch.dtype, int8: bool, data:
     for _ in range(2):
         found = adapted(case.x, batch).float()
         expected = torch.nn.functional.linear(case.x, weight.to(dtype), bias.to(dtype))
-        h = REFERENCE.lora_shrink(case.x, pool, batch)
-        REFERENCE.lora_expand(h, pool, expected, batch)
-        REFERENCE.lora_affine(expected, pool, batch)
+        h = reference.lora_shrink(case.x, pool, batch)
+        reference.lora_expand(h, pool, expected, batch)
+        reference.lora_affine(expected, pool, batch)
         scale = expected.float().abs().max().clamp(min=1.0) if expected.numel() else 1.0
         tolerance = 1e-4 if dtype == torch.float32 else 2e-2
         torch.testing.assert_close(found / scale, expected.float() / scale, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.skipif("cpu" not in OTHERS, reason="needs the CPU library")
+@pytest.mark.skipif("cpu" not in BACKENDS, reason="needs the CPU library")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("int8", [False, True])
 @settings(max_examples=60, deadline=None)
@@ -323,7 +322,7 @@ def test_turned_matrices_give_the_same_bits(dtype: torch.dtype, int8: bool, data
     same(AdaptedLinear(packed, None, pool)(case.x, batch), AdaptedLinear(packed, None, plain)(case.x, batch))
 
 
-@pytest.mark.skipif("cpu" not in OTHERS, reason="needs the CPU library")
+@pytest.mark.skipif("cpu" not in BACKENDS, reason="needs the CPU library")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
@@ -336,7 +335,7 @@ def test_int8_gives_a_token_the_same_bits_alone(dtype: torch.dtype, data: st.Dat
     h = cpu.lora_shrink(case.x, pool, case.batch)
     together = case.y.clone()
     cpu.lora_expand(h, pool, together, case.batch)
-    exact = REFERENCE.lora_shrink(case.x, case.int8_pool, case.batch)
+    exact = reference.lora_shrink(case.x, case.int8_pool, case.batch)
     scale = exact.float().abs().max().clamp(min=1.0) if exact.numel() else 1.0
     torch.testing.assert_close(h / scale, exact / scale, rtol=1e-2, atol=1e-2)
     for t, slot in enumerate(case.slot_of_token):
@@ -347,7 +346,7 @@ def test_int8_gives_a_token_the_same_bits_alone(dtype: torch.dtype, data: st.Dat
         same(y[0], together[t])
 
 
-@pytest.mark.skipif("cpu" not in OTHERS, reason="needs the CPU library")
+@pytest.mark.skipif("cpu" not in BACKENDS, reason="needs the CPU library")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("int8", [False, True])
 @settings(max_examples=20, deadline=None)

@@ -9,9 +9,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support import kernels_reference as reference
 from torch import Tensor
 
-from aioengine.kernels import reference
 from aioengine.kernels.cpu import build, shared_library
 from aioengine.kernels.cpu.quantized import QuantizedWeight, rotation
 

@@ -62,7 +62,7 @@ def test_the_backend_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
     monkeypatch.delenv("AIOENGINE_KERNELS", raising=False)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    assert available_backends("cuda") == ["triton", "torch", "reference"]
+    assert available_backends("cuda") == ["triton", "torch"]
     assert get_backend("cuda").name == "triton"
     assert get_backend("cuda", "torch").name == "torch"
     assert "triton" not in available_backends("cpu")

@@ -17,8 +17,8 @@ from support.selection import mostly_slow
 
 from aioengine.kernels.triton.table import SHORT, Key, default_expand, default_shrink
 
-aot = pytest.importorskip("aioengine.kernels.triton.aot")
-targets = pytest.importorskip("aioengine.kernels.triton.targets")
+aot = pytest.importorskip("support.triton_variants")
+targets = pytest.importorskip("support.triton_targets")
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing"
 )

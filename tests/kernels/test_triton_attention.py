@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support import kernels_reference as reference
 from support.layer_cases import LayerCase, close, run
 from support.triton_here import DEVICE, examples, needs_triton
 
@@ -54,4 +55,4 @@ def test_keys_of_every_block_are_seen_by_those_who_may(case: LayerCase, part: in
         patch.setattr(attention, "PART", part)
         patch.setattr(attention, "attention_config", config)
         found = run(get_backend(DEVICE, "triton"), case, DEVICE)
-    close(found, run(get_backend("cpu", "reference"), case))
+    close(found, run(reference, case))

@@ -14,11 +14,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support import kernels_reference as reference
 from support.lora_cases import Case, apply, make_case
 from support.triton_here import DEVICE, examples, needs_triton
 from torch import Tensor
 
-from aioengine.kernels import LoRABatch, get_backend
+from aioengine.kernels import LoRABatch
 from aioengine.kernels.triton.plan import TilePlan
 from aioengine.kernels.triton.table import ExpandConfig, ShrinkConfig
 
@@ -27,7 +28,6 @@ pytestmark = needs_triton
 
 EXAMPLES = examples(10, 100)
 """``make fuzz`` has many, since the interpreter takes a second for each."""
-REFERENCE = get_backend("cpu", "reference")
 MIXED = [(-1, 3), (0, 1), (1, 5), (3, 37), (4, 2)]
 """Base tokens, a single token, a few, several tiles; slot 2 is not used."""
 BRIEF = [(-1, 2), (0, 1), (3, 18)]
@@ -83,7 +83,7 @@ def run(
 
 def check(case: Case, found: Sequence[Tensor], *, int8: bool = False) -> None:
     tolerance = 1e-5 if case.x.dtype == torch.float32 else 1e-2
-    for value, expected in zip(found, apply(REFERENCE, case, int8=int8), strict=True):
+    for value, expected in zip(found, apply(reference, case, int8=int8), strict=True):
         assert value.dtype == expected.dtype
         scale = expected.float().abs().max().clamp(min=1.0) if expected.numel() else 1.0
         torch.testing.assert_close(value / scale, expected / scale, rtol=tolerance, atol=tolerance)
@@ -215,7 +215,7 @@ def test_int8_adapters(dtype: torch.dtype, split_k: int) -> None:
     outer = make_case(MIXED, [64, 8, 9, 33, 1], 64, n_in=31, targeted=(0,), dtype=dtype)
     ids = torch.arange(len(outer.x)) % 31
     found = lora.lora_embed(ids.to(DEVICE), on_device(outer).int8_pool, batch_of(outer))
-    expected = REFERENCE.lora_embed(ids, outer.int8_pool, outer.batch)
+    expected = reference.lora_embed(ids, outer.int8_pool, outer.batch)
     torch.testing.assert_close(found.cpu(), expected)
 
 
@@ -223,7 +223,7 @@ def test_int8_adapters(dtype: torch.dtype, split_k: int) -> None:
 def test_embedding(dtype: torch.dtype) -> None:
     case = make_case(MIXED, [70, 8, 1, 3, 17], 70, n_in=31, targeted=(0,), dtype=dtype)
     ids = torch.arange(len(case.x)) % 31
-    expected = REFERENCE.lora_embed(ids, case.pool, case.batch)
+    expected = reference.lora_embed(ids, case.pool, case.batch)
     found = lora.lora_embed(ids.to(DEVICE), on_device(case).pool, batch_of(case))
     assert torch.equal(found.cpu(), expected)
 
@@ -251,7 +251,7 @@ def test_scales() -> None:
     case = make_case([(0, 20), (1, 2), (2, 1)], [5, 16, 3], 16)
     slots, counts, scales = [-1, 0, 1, 1], [3, 2, 1, 17], [0.5, -2.0, 1.0, 0.7]
     results = []
-    for backend, here, where in ((lora, on_device(case), DEVICE), (REFERENCE, case, "cpu")):
+    for backend, here, where in ((lora, on_device(case), DEVICE), (reference, case, "cpu")):
         y, batch = here.y.clone(), LoRABatch(slots, counts, case.ranks, where, scales=scales)
         backend.lora_expand(backend.lora_shrink(here.x, here.pool, batch), here.pool, y, batch)
         tokens = torch.arange(len(y), device=where) % case.a.shape[2]

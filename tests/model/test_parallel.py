@@ -196,12 +196,6 @@ def test_three_ranks_give_the_tokens_and_logits_of_one(
     check(three, root, model, fully_sharded)
 
 
-@pytest.mark.parametrize("fully_sharded", [False, True])
-@pytest.mark.slow
-def test_so_they_do_with_the_reference_kernels(two: Ranks, root: Path, fully_sharded: bool) -> None:
-    check(two, root, "qwen2", fully_sharded, "reference")
-
-
 COMPILED = ["qwen2", "qwen3", "one-kv-head", "gemma2", "gemma3", "phi3", "glm4", "olmo2", "olmo3"]
 
 

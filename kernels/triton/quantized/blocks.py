@@ -18,7 +18,7 @@ from torch import Tensor
 
 from aioengine.kernels.blocks import BlockWeight, StackedWeight
 from aioengine.kernels.triton.jit.blocks import FP8, INT4, INT8, MXFP4, block_linear_kernel
-from aioengine.kernels.triton.launcher import Launcher
+from aioengine.kernels.triton.launch import Launcher
 from aioengine.kernels.triton.quantized import eight_bits
 from aioengine.kernels.weight import PlainWeight, Weight
 

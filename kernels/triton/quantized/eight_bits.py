@@ -15,8 +15,7 @@ from torch import Tensor
 
 from aioengine.kernels.blocks import BlockWeight
 from aioengine.kernels.triton.jit.eight_bits import eight_bits_kernel, round_rows_kernel
-from aioengine.kernels.triton.launch import capability
-from aioengine.kernels.triton.launcher import Launcher
+from aioengine.kernels.triton.launch import Launcher, capability
 
 _CAPABILITY = {"int8": 80, "fp8": 89}
 """The compute capability from which on tensor cores take a format: A100, and L4 and H100."""

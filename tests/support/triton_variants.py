@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from support.triton_targets import DATA_CENTERS, GPUS, Gpu, Usage, usage_of
 from triton.compiler import ASTSource
 
 from aioengine.kernels.triton.attention import PART, default_config
@@ -41,7 +42,6 @@ from aioengine.kernels.triton.table import (
     default_expand,
     default_shrink,
 )
-from aioengine.kernels.triton.targets import DATA_CENTERS, GPUS, Gpu, Usage, usage_of
 
 RANKS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 320, 512)
 WIDTHS = (512, 1024, 2048, 4096, 8192, 16384, 32768)

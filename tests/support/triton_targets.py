@@ -15,8 +15,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from aioengine.kernels.triton.launch import HOPPER, OLDEST, Limits
-from aioengine.kernels.triton.launcher import OPTIONS
+from aioengine.kernels.triton.launch import HOPPER, OLDEST, OPTIONS, Limits
 
 
 class Gpu(NamedTuple):
