@@ -273,10 +273,10 @@ BUDGETS = {
     "aioengine/server": 10_750,  # aim: 6_300
     "benchmarks": 3_650,  # aim: 3_600
     "examples, docs, setup": 1_250,  # aim: 1_100
-    "kernels": 14_300,  # aim: 10_300
+    "kernels": 13_500,  # aim: 10_300
     "metrics": 4_400,  # aim: 3_600
     "schedulers": 6_350,  # aim: 4_500
-    "tests": 78_650,  # aim: 52_000
+    "tests": 79_050,  # aim: 52_000
 }
 """The most lines of Python, C++, JavaScript, CSS and HTML that each room may have. Where a room is larger
 than its aim, the number is what it has: it only falls. Raising one takes a commit that says what was cut
