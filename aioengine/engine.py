@@ -62,10 +62,10 @@ from aioengine.runtime.sources.held import HeldAdapters
 from aioengine.runtime.sources.names import AdapterNames
 from aioengine.runtime.stats import Counters, engine_load, slot_infos
 from aioengine.runtime.submit import Submitter
-from aioengine.runtime.tasks import run_to_completion
 from aioengine.runtime.text_work import TextWork
 from aioengine.runtime.warm_up import warm_up
 from aioengine.schedulers import SchedulerPolicy
+from aioengine.tasks import run_to_completion
 
 if TYPE_CHECKING:
     from torch import Tensor

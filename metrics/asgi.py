@@ -21,7 +21,7 @@ from aioengine.errors import EngineStopped
 from aioengine.metrics.page import plumbing
 from aioengine.metrics.page.feed import Feed, WatchedEngine, Watcher
 from aioengine.metrics.page.targets import PARAMETER, ManySources, scrape_targets
-from aioengine.runtime.tasks import end_tasks
+from aioengine.tasks import end_tasks
 
 UPDATE_SECONDS = 0.2
 """The shortest time between two updates of one page."""

@@ -33,7 +33,7 @@ NEUTRAL = {
     "aioengine.model.spec",
     "aioengine.request",
     "aioengine.step",
-    "aioengine.runtime.tasks",
+    "aioengine.tasks",
 }
 """Plain data and small helpers that every room but ``schedulers`` and ``kernels`` may import."""
 

@@ -7,23 +7,20 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 from aioengine.adapters.loader import AdapterLoader
 from aioengine.errors import DeviceError, EngineDead
 from aioengine.executors.base import Device, Ended
+from aioengine.executors.parts import write_slot
 from aioengine.memory_plan import MemoryPlan, memory_taken
-from aioengine.model.cuda.failures import copy_error, typed_failures
+from aioengine.model.cuda.failures import typed_failures
 from aioengine.step import LoadedAdapter, ReadOrder, StepBatch, StepResult
 
 if TYPE_CHECKING:
     from aioengine.model.runner import ModelRunner
-    from aioengine.model.slots.image import AdapterImage
-
-T = TypeVar("T")
 
 
 def _as_failure(error: BaseException) -> Exception:
@@ -72,36 +69,11 @@ class ThreadDevice(Device):
         return await self._loader.load(order)
 
     async def place(self, uid: int, slot: int, offset: int) -> float:
-        adapter = self.store.get(uid)
-        return await self._copy(self._copy_thread, lambda: self._write_slot(slot, adapter, offset))
-
-    def _write_slot(self, slot: int, adapter: AdapterImage, offset: int) -> float:
-        slots = self.runner.lora_slots
-        assert slots is not None, "a slot was written while LoRA is off"
-        start = time.perf_counter()
-        slots.write(slot, adapter, offset)
-        return time.perf_counter() - start
-
-    async def _copy(self, thread: ThreadPoolExecutor, work: Callable[[], T]) -> T:
-        """Copy to or from the device's memory in a thread.
-
-        Raises DeviceError. It also tells that the device is lost, because no step need be in flight that
-        would.
-        """
-
-        def typed() -> T:
-            try:
-                return work()
-            except Exception as error:
-                found = copy_error(error)
-                if found is None:
-                    raise
-                raise found from error
-
+        image, loop = self.store.get(uid), asyncio.get_running_loop()
         try:
-            return await asyncio.get_running_loop().run_in_executor(thread, typed)
+            return await loop.run_in_executor(self._copy_thread, write_slot, self.runner, image, slot, offset)
         except DeviceError as error:
-            if self._lost is not None:
+            if self._lost is not None:  # no step need be in flight that would tell
                 self._lost(error)
             raise
 

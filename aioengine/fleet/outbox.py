@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager, suppress
 
 from aioengine.fleet.wire import ChannelName, Delta
-from aioengine.runtime.tasks import end_tasks
+from aioengine.tasks import end_tasks
 
 
 class Outbox:

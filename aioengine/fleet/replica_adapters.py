@@ -12,7 +12,7 @@ from aioengine.errors import AdapterLoadError, AdapterNotFound
 from aioengine.fleet.registry import Entry
 from aioengine.fleet.versions import ReplicaVersions
 from aioengine.info import AdapterInfo
-from aioengine.runtime.tasks import end_tasks
+from aioengine.tasks import end_tasks
 
 
 class ReplicaAdapters:

@@ -16,8 +16,8 @@ from aioengine.errors import AdapterConflict, AdapterInvalid, AdapterLoadError, 
 from aioengine.fleet.registry import write_file
 from aioengine.model.files.hub import is_source
 from aioengine.model.files.remote import check_protocol, why_failed
-from aioengine.runtime.tasks import end_tasks, run_to_completion
 from aioengine.step import BytesLike
+from aioengine.tasks import end_tasks, run_to_completion
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem

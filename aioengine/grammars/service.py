@@ -15,7 +15,7 @@ from aioengine.grammars.limits import LONG_NICE, QUICK_NICE, GrammarLimits, MiB,
 from aioengine.grammars.matching import Grammar, GrammarConstraint, largest_of_most
 from aioengine.grammars.wire import Compile
 from aioengine.grammars.worker_process import Tokens, WorkerProcess
-from aioengine.runtime.tasks import end_tasks
+from aioengine.tasks import end_tasks
 
 MEMORY_SECONDS = 0.5
 """Seconds between two looks at the memory of all grammars."""

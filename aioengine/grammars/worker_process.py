@@ -15,7 +15,7 @@ from aioengine.errors import ConfigError
 from aioengine.grammars.limits import GrammarLimits
 from aioengine.grammars.matching import Masks
 from aioengine.grammars.wire import LENGTH, NUMBER, Compile, Compiled, Drop, Hello, Inbox, frame
-from aioengine.runtime.tasks import end_tasks
+from aioengine.tasks import end_tasks
 
 START_SECONDS = 60.0
 """Time limit for Python to start and read the tokenizer, even on a very busy machine."""

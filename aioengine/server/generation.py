@@ -25,11 +25,11 @@ from aioengine.errors import DeadlineExceeded
 from aioengine.request import CachePin, RequestOptions, SamplingParams, TokenConstraint
 from aioengine.runtime.client import EngineClient
 from aioengine.runtime.output import RequestOutput, SoFar
-from aioengine.runtime.tasks import together
 from aioengine.runtime.text_work import SHORT
 from aioengine.server.access_log import RequestRecord
 from aioengine.server.errors import ApiError
 from aioengine.server.openai.api import PromptTokensDetails, Usage
+from aioengine.tasks import together
 
 T = TypeVar("T")
 

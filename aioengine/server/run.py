@@ -18,12 +18,12 @@ import uvicorn
 from aioengine.checks import check_number
 from aioengine.errors import ConfigError
 from aioengine.metrics.page.server import EmbeddedServer
-from aioengine.runtime.tasks import end_tasks
 from aioengine.server.app import ServerApp
 from aioengine.server.entrance import Entrance
 from aioengine.server.transport.protocol import BoundedProtocol, bounded_protocol
 from aioengine.server.transport.tls import Certificate
 from aioengine.server.transport.tls_listener import TlsListener
+from aioengine.tasks import end_tasks
 
 logger = logging.getLogger("aioengine.server")
 

@@ -11,13 +11,13 @@ from typing import Any, NamedTuple, ParamSpec, Protocol, TypeVar
 from aioengine.metrics.page.plumbing import Receive, Send, departure_of, in_parts, respond, watch_of
 from aioengine.request import TokenLogprob
 from aioengine.runtime.output import RequestOutput
-from aioengine.runtime.tasks import together
 from aioengine.server.access_log import RequestRecord
 from aioengine.server.errors import ApiError, ClientDisconnected
 from aioengine.server.generation import Generation
 from aioengine.server.openai.api import GenerationFields, PromptTokensDetails, StreamOptions, Usage
 from aioengine.server.settings import ServerSettings
 from aioengine.server.transport.departures import while_connected
+from aioengine.tasks import together
 
 P = ParamSpec("P")
 T = TypeVar("T")

@@ -186,10 +186,6 @@ async def test_a_step_that_raises_is_the_engines_end(
     await nothing_left.check()
 
 
-def listeners() -> list[object]:
-    return [task for task in asyncio.all_tasks() if task.get_name().startswith("aioengine-worker")]
-
-
 @pytest.mark.usefixtures("faulty")
 async def test_stopped_or_cancelled_while_it_starts(
     tiny: Tiny,
@@ -203,13 +199,12 @@ async def test_stopped_or_cancelled_while_it_starts(
     monkeypatch.setenv("AIOENGINE_TEST_START", str(held))
     engine = make_engine(tiny, executor="process")
     starting = asyncio.create_task(engine.start())
-    await until(lambda: bool(listeners()))
+    await until(lambda: bool(worker_pids()))
     for _ in range(5):  # by somebody who has no patience
         starting.cancel()
         await asyncio.sleep(0)
     with pytest.raises(asyncio.CancelledError):
         await starting
-    assert not listeners()
     assert not worker_pids()
     engine = make_engine(tiny, executor="process")
     starting = asyncio.create_task(engine.start())

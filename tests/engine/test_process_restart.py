@@ -18,7 +18,7 @@ from aioengine import AsyncEngine
 from aioengine.errors import DeadlineExceeded, EngineDead, EngineStopped
 from aioengine.events import EngineRestarted, RequestEnded
 from aioengine.executors.process import device
-from aioengine.executors.process.restarts import RestartLimit
+from aioengine.executors.process.device import RestartLimit
 
 pytestmark = [
     pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX"),

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aioengine.runtime.tasks import end_tasks, run_to_completion, together
+from aioengine.tasks import end_tasks, run_to_completion, together
 
 
 class Failed(Exception):

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from aioengine.executors.process.restarts import RestartLimit
+from aioengine.executors.process.device import RestartLimit
 
 
 def test_the_first_is_at_once_and_the_others_wait_longer_and_longer() -> None:

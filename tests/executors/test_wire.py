@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import socket
-import threading
-
 import msgspec
 import pytest
 from hypothesis import given, settings
@@ -14,14 +10,14 @@ from hypothesis import strategies as st
 from aioengine import errors
 from aioengine.config import EngineConfig, LoRAConfig
 from aioengine.executors.process import wire
-from aioengine.executors.process.wire import Broken, Failed, Read, Request, Start, WorkerError, frame
+from aioengine.executors.process.wire import Broken, Failed, Request, Start, WorkerError, frame
 from aioengine.request import TokenLogprob
 from aioengine.step import Sampled, StepResult
 
 
 def returned(error: BaseException) -> Exception:
     """What becomes of an error that a worker reports."""
-    report = wire.reports.decode(frame(Failed(1, wire.pack_error(error)))[4:])
+    report = wire.reports.decode(frame(Failed(1, wire.pack_error(error)))[8:])
     assert isinstance(report, Failed)
     return wire.unpack_error(report.error)
 
@@ -68,41 +64,21 @@ def test_a_configuration_arrives_whole() -> None:
         model="/m", kv_cache_memory="1GiB", lora=LoRAConfig(target_modules=["q_proj"], max_loras=7)
     )
     start = Request(0, Start(config, 1, 2, 3, "/somewhere"))
-    assert wire.requests.decode(frame(start)[4:]) == start
+    assert wire.requests.decode(frame(start)[8:]) == start
     bare = Request(0, Start(EngineConfig(model="/m", lora=None), 0, 1, 0, ""))
-    assert wire.requests.decode(frame(bare)[4:]) == bare
+    assert wire.requests.decode(frame(bare)[8:]) == bare
 
 
-async def test_samples_arrive_whole_however_they_are_cut() -> None:
+@pytest.mark.parametrize("cut", [1, 7, 10**6])
+def test_messages_arrive_whole_however_they_are_cut(cut: int) -> None:
     logprob = TokenLogprob(3, -0.25, ((3, -0.25), (4, -1.0)))
     result = StepResult.of([[Sampled(3, logprob)], [], [Sampled(-1, error="no")]])
     result = result._replace(seconds=[0.5], ends=[])
-    reader = asyncio.StreamReader()
-    data = frame(wire.answer(9, result)) + frame(Broken(b""))
-    for start in range(0, len(data), 7):
-        reader.feed_data(data[start : start + 7])
-    reader.feed_eof()
-    report = await wire.read_report(reader)
-    assert isinstance(report, wire.Answer) and report.number == 9
-    assert msgspec.msgpack.decode(report.value, type=StepResult) == result
-    assert isinstance(await wire.read_report(reader), Broken)
-    with pytest.raises(asyncio.IncompleteReadError):
-        await wire.read_report(reader)
-
-
-def test_a_worker_reads_requests_until_the_other_end_is_gone() -> None:
-    ours, theirs = socket.socketpair()
-    sent = [Request(n, Read("x" * 100_000, "/p")) for n in range(3)]
-
-    def write() -> None:
-        with ours:
-            for message in sent:
-                ours.sendall(frame(message))
-            ours.sendall(frame(sent[0])[:50])  # and dies in the middle of one
-
-    writer = threading.Thread(target=write)
-    writer.start()
-    with theirs:
-        got = [wire.read_request(theirs) for _ in range(4)]
-    writer.join()
-    assert got == [*sent, None]
+    data = frame(wire.answer(9, result)) + frame(Broken(b"x" * 1000)) + frame(Broken(b""))[:-1]
+    frames, got = wire.Frames(), []
+    for start in range(0, len(data), cut):
+        got += map(wire.reports.decode, frames.feed(data[start : start + cut]))
+    answer, broken = got
+    assert isinstance(answer, wire.Answer) and answer.number == 9
+    assert msgspec.msgpack.decode(answer.value, type=StepResult) == result
+    assert broken == Broken(b"x" * 1000)

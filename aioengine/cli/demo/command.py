@@ -19,7 +19,7 @@ from aioengine.config import EngineConfig, LoRAConfig
 from aioengine.errors import AioEngineError, ConfigError
 from aioengine.fleet.config import FleetConfig
 from aioengine.request import SamplingParams
-from aioengine.runtime.tasks import end_tasks
+from aioengine.tasks import end_tasks
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -11,7 +11,7 @@ from aioengine.cli.demo.board import Board, Row
 from aioengine.errors import AioEngineError
 from aioengine.fleet.config import FleetConfig
 from aioengine.request import SamplingParams
-from aioengine.runtime.tasks import end_tasks
+from aioengine.tasks import end_tasks
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterable, Sequence

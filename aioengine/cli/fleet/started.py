@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Self, TypeVar
 from aioengine.errors import ConfigError
 from aioengine.fleet.config import FleetConfig
 from aioengine.info import LoadProgress
-from aioengine.runtime.tasks import end_tasks, run_to_completion
+from aioengine.tasks import end_tasks, run_to_completion
 
 if TYPE_CHECKING:
     from opentelemetry.trace import TracerProvider

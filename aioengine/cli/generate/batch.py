@@ -19,7 +19,7 @@ from aioengine.config import EngineConfig
 from aioengine.engine import AsyncEngine
 from aioengine.errors import AioEngineError
 from aioengine.request import for_choice
-from aioengine.runtime.tasks import together
+from aioengine.tasks import together
 
 if TYPE_CHECKING:
     from aioengine.runtime.output import RequestOutput

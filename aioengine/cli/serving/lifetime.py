@@ -12,9 +12,9 @@ from aioengine.cli.serving.systemd import Systemd
 from aioengine.engine import AsyncEngine
 from aioengine.errors import EngineDead
 from aioengine.info import EngineState
-from aioengine.runtime.tasks import end_tasks
 from aioengine.server.app import ServerApp
 from aioengine.server.run import Signals, serve_until_told
+from aioengine.tasks import end_tasks
 
 logger = logging.getLogger("aioengine.server")
 

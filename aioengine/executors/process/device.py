@@ -11,11 +11,10 @@ import logging
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-from aioengine.adapters.loader import Patience
+from aioengine.adapters.loader import Backoff, Patience
 from aioengine.config import EngineConfig
 from aioengine.errors import AioEngineError, EngineDead
 from aioengine.executors.base import Device, Ended
-from aioengine.executors.process.restarts import RestartLimit
 from aioengine.executors.process.step_delta import StepEncoder
 from aioengine.executors.process.wire import Drop, Masks, Measure, Measured, Place
 from aioengine.executors.process.worker_loader import WorkerLoader
@@ -23,15 +22,33 @@ from aioengine.executors.process.workers import Workers
 from aioengine.info import LoadProgress
 from aioengine.memory_plan import MemoryPlan
 from aioengine.model.sampling import constraints
-from aioengine.step import (
-    LoadedAdapter,
-    ReadOrder,
-    SequenceWork,
-    StepBatch,
-    StepResult,
-)
+from aioengine.step import LoadedAdapter, ReadOrder, SequenceWork, StepBatch, StepResult
 
 logger = logging.getLogger("aioengine")
+
+MAX_RESTARTS = 5
+WINDOW_SECONDS = 600.0
+FIRST_WAIT_SECONDS = 0.5
+
+
+class RestartLimit:
+    """Limit of ``most`` restarts within ``window`` seconds. The first is at once, the others after growing
+    waits."""
+
+    def __init__(self, most: int = MAX_RESTARTS, window: float = WINDOW_SECONDS) -> None:
+        self.most = most
+        self.window = window
+        self._times: list[float] = []
+        self._backoff = Backoff(0, FIRST_WAIT_SECONDS)
+
+    def next(self, now: float) -> float | None:
+        """Count one more restart. Returns the seconds to wait before it, or None if there were too many."""
+        self._times = [time for time in self._times if time > now - self.window]
+        before = len(self._times)
+        if before >= self.most:
+            return None
+        self._times.append(now)
+        return self._backoff.seconds(before) if before else 0.0
 
 
 class ProcessDevice(Device):
@@ -50,8 +67,8 @@ class ProcessDevice(Device):
         self._lost: Callable[[EngineDead], None] | None = None
         self._steps = StepEncoder()
         self._num_blocks = 0
-        self._running: asyncio.Task[None] | None = None
-        """The last step."""
+        self._guided: asyncio.Task[None] | None = None
+        """The last step with constraints."""
         self._guides: ThreadPoolExecutor | None = None
 
     async def start(self, progress: LoadProgress | None = None) -> MemoryPlan:
@@ -72,57 +89,47 @@ class ProcessDevice(Device):
         self._steps.forget(request_id)
 
     def begin(self, batch: StepBatch, ended: Ended) -> None:
-        self._running = asyncio.get_running_loop().create_task(self._run(batch, ended), name="aioengine-step")
-
-    async def _run(self, batch: StepBatch, ended: Ended) -> None:
-        try:
-            result = await self._step(batch)
-        except Exception as error:
-            ended(error)
-        else:
-            ended(result)
-
-    async def _step(self, batch: StepBatch) -> StepResult:
-        workers = self.workers
-        call = workers.ask(self._steps.encode(batch), StepResult)
-        failed, forced = await self._constraints(batch, workers)
-        await workers.flush()
-        results = await call
-        result = results[0]
-        errors = {**result.errors, **{index: (why, "request") for index, why in failed.items()}}
-        forced = {index: after for index, after in forced.items() if index not in errors}
-        seconds = max(each.seconds[0] for each in results)
-        return result._replace(seconds=(seconds,), errors=errors, forced=forced)
-
-    async def _constraints(
-        self, batch: StepBatch, workers: Workers
-    ) -> tuple[dict[int, str], dict[int, Sequence[int]]]:
-        """Send the masks of the batch's constraints to the workers, which compute meanwhile. Returns the
-        errors of the constraints that failed, and the tokens that others force, by index. Constraints are
-        objects of this process, so one of its threads asks them."""
         rows = enumerate(batch.sequences)
-        places = [i for i, row in rows if row.sample and row.params.constraint is not None]
-        if not places:
-            return {}, {}
+        guided = [i for i, row in rows if row.sample and row.params.constraint is not None]
+        loop = asyncio.get_running_loop()
+        try:
+            if guided:
+                self._guided = loop.create_task(self._run_guided(batch, guided, ended), name="aioengine-step")
+            else:
+                step = self._steps.encode(batch)
+                self.workers.call(step, StepResult, lambda results: ended(_of_all_ranks(results)))
+        except Exception as error:
+            loop.call_soon(ended, error)
+
+    async def _run_guided(self, batch: StepBatch, places: Sequence[int], ended: Ended) -> None:
+        """Run a batch in which the sequences at ``places`` have constraints. These are objects of this
+        process, so one of its threads asks them while the workers compute."""
         if self._guides is None:
             self._guides = ThreadPoolExecutor(1, thread_name_prefix="aioengine-guide")
-        loop = asyncio.get_running_loop()
-        asked = [batch.sequences[i] for i in places]
-        alone = len(asked) == len(batch.sequences)
-        masks = await loop.run_in_executor(self._guides, _ask_constraints, asked, alone, self._vocab)
-        found = {places[i]: mask for i, mask in masks.found.items()}
-        failed = {places[i]: why for i, why in masks.failed.items()}
-        workers.tell(Masks(batch.step, found | dict.fromkeys(failed, b"")))
-        return failed, {places[i]: after for i, after in masks.forced.items()}
+        loop, rows = asyncio.get_running_loop(), [batch.sequences[i] for i in places]
+        alone = len(rows) == len(batch.sequences)
+        try:
+            workers = self.workers
+            results = workers.ask(self._steps.encode(batch), StepResult)
+            masks = await loop.run_in_executor(self._guides, _ask_constraints, rows, alone, self._vocab)
+            found = {places[i]: mask for i, mask in masks.found.items()}
+            failed = {places[i]: why for i, why in masks.failed.items()}
+            workers.tell(Masks(batch.step, found | dict.fromkeys(failed, b"")))
+            result = _of_all_ranks(await results)
+        except Exception as error:
+            result = error
+        if isinstance(result, StepResult):
+            errors = {**result.errors, **{index: (why, "request") for index, why in failed.items()}}
+            forced = {places[i]: after for i, after in masks.forced.items() if places[i] not in errors}
+            result = result._replace(errors=errors, forced=forced)
+        ended(result)
 
     async def load(self, order: ReadOrder) -> LoadedAdapter:
         return await self._loader.load(order)
 
     async def place(self, uid: int, slot: int, offset: int) -> float:
         """Copy an adapter into a slot of every rank; returns the seconds that the slowest copy took."""
-        call = self.workers.ask(Place(uid, slot, offset), float)
-        await asyncio.wait([call.ended])  # a slot that one rank still writes is not free
-        return max(await call)
+        return max(await self.workers.ask(Place(uid, slot, offset), float))
 
     async def memory_taken(self, plan: MemoryPlan) -> int | None:
         answers = await self.workers.ask(Measure(), Measured)
@@ -167,6 +174,13 @@ class ProcessDevice(Device):
     def _report(self, error: EngineDead) -> None:
         if self._lost is not None:
             self._lost(error)
+
+
+def _of_all_ranks(results: list[StepResult] | Exception) -> StepResult | Exception:
+    """Return what rank 0 has sampled, with the time that the slowest rank took."""
+    if isinstance(results, Exception) or len(results) == 1:
+        return results if isinstance(results, Exception) else results[0]
+    return results[0]._replace(seconds=(max(result.seconds[0] for result in results),))
 
 
 def _ask_constraints(rows: Sequence[SequenceWork], alone: bool, vocab: int) -> constraints.Masks:

@@ -1,7 +1,7 @@
 """Encodes steps as differences from what the workers already know of each request.
 
 The core's batches are whole: each row has its request's full history and block table. The engine's side
-keeps a copy of what it has sent; the workers' side puts the same rows together again.
+remembers what it has sent; the workers' side puts the same rows together again.
 """
 
 from __future__ import annotations
@@ -14,22 +14,12 @@ from aioengine.request import SamplingParams, pack_params
 from aioengine.step import SequenceWork, StepBatch
 
 
-class _Sent:
-    """What was sent of a request."""
-
-    __slots__ = ("blocks", "tokens")
-
-    def __init__(self) -> None:
-        self.tokens = 0
-        """Number of its tokens."""
-        self.blocks: list[int] = []
-
-
 class StepEncoder:
     """Encoder on the engine's side. An ended request must be forgotten before its id is used again."""
 
     def __init__(self) -> None:
-        self._sent: dict[str, _Sent] = {}
+        self._sent: dict[str, tuple[int, list[int]]] = {}
+        """Number of a request's tokens that were sent, and its block table as it was sent last."""
         self._ended: list[str] = []
 
     def forget(self, request_id: str) -> None:
@@ -45,38 +35,25 @@ class StepEncoder:
     def _row(self, work: SequenceWork) -> Row:
         sent, opened = self._sent.get(work.request_id), None
         if sent is None:
-            sent = self._sent[work.request_id] = _Sent()
+            sent = 0, []
             constrained = work.params.constraint is not None
             opened = Opened(pack_params(work.params), constrained, work.seed, work.prompt_len)
-        tokens = list(work.history[sent.tokens :])
-        sent.tokens += len(tokens)
-        kept = _same(sent.blocks, work.block_table)
-        blocks = list(work.block_table[kept:])
-        sent.blocks[kept:] = blocks
+        known, table = sent
+        blocks = None if table == work.block_table else list(work.block_table)
+        self._sent[work.request_id] = len(work.history), table if blocks is None else blocks
         return Row(
             work.request_id,
             work.slot,
             work.start,
             len(work.tokens) - len(work.draft),
             work.sample,
-            tokens,
-            kept,
+            list(work.history[known:]),
             blocks,
             work.score,
             list(work.draft),
             work.scale,
             opened,
         )
-
-
-def _same(known: list[int], table: Sequence[int]) -> int:
-    """Return the length of the common prefix. A table only grows until the request is preempted, or gives
-    back blocks behind its window."""
-    if known == table:
-        return len(known)
-    if len(known) < len(table) and table[: len(known)] == known:
-        return len(known)
-    return next((i for i, (a, b) in enumerate(zip(known, table, strict=False)) if a != b), len(table))
 
 
 class SentMasks:
@@ -118,24 +95,12 @@ class SentConstraint:
         return self.poll(output, 0) or b""
 
 
-class _Known:
-    """What a worker knows of a request."""
-
-    __slots__ = ("blocks", "constraint", "history", "opened", "params")
-
-    def __init__(self, opened: Opened, masks: SentMasks) -> None:
-        self.opened = opened
-        self.constraint = SentConstraint(masks) if opened.constrained else None
-        self.params = SamplingParams(**opened.params, constraint=self.constraint)
-        self.history: list[int] = []
-        self.blocks: list[int] = []
-
-
 class StepDecoder:
     """Decoder on a worker's side."""
 
     def __init__(self) -> None:
-        self._known: dict[str, _Known] = {}
+        self._known: dict[str, tuple[Opened, SamplingParams, list[int], list[int]]] = {}
+        """What each request was opened with, its parameters, its history and its block table."""
         self.masks = SentMasks()
 
     def __len__(self) -> int:
@@ -150,23 +115,26 @@ class StepDecoder:
 
     def _work(self, step: int, index: int, row: Row) -> SequenceWork:
         if row.opened is not None:
-            self._known[row.request_id] = _Known(row.opened, self.masks)
-        known = self._known[row.request_id]
-        if known.constraint is not None:
-            known.constraint.step, known.constraint.index = step, index
-        known.history += row.tokens
-        known.blocks[row.kept_blocks :] = row.blocks
+            constraint = SentConstraint(self.masks) if row.opened.constrained else None
+            params = SamplingParams(**row.opened.params, constraint=constraint)
+            self._known[row.request_id] = row.opened, params, [], []
+        opened, params, history, blocks = self._known[row.request_id]
+        if isinstance(params.constraint, SentConstraint):
+            params.constraint.step, params.constraint.index = step, index
+        history += row.tokens
+        if row.blocks is not None:
+            blocks[:] = row.blocks
         return SequenceWork(
             request_id=row.request_id,
             slot=row.slot,
-            tokens=known.history[row.start : row.start + row.count] + row.draft,
+            tokens=history[row.start : row.start + row.count] + row.draft,
             start=row.start,
-            block_table=known.blocks,
+            block_table=blocks,
             sample=row.sample,
-            params=known.params,
-            seed=known.opened.seed,
-            history=known.history,
-            prompt_len=known.opened.prompt_len,
+            params=params,
+            seed=opened.seed,
+            history=history,
+            prompt_len=opened.prompt_len,
             score=row.score,
             draft=row.draft or (),
             scale=row.scale,

@@ -7,10 +7,8 @@ request's tokens and blocks are sent once (see ``step_delta``).
 from __future__ import annotations
 
 import pickle
-import socket
 import struct
 import traceback
-from asyncio import StreamReader
 from typing import Any
 
 import msgspec
@@ -18,11 +16,9 @@ import msgspec
 from aioengine.checks import plain
 from aioengine.config import EngineConfig
 from aioengine.errors import AioEngineError
-from aioengine.step import AdapterSource
+from aioengine.step import AdapterSource, LoadedAdapter
 
-_LENGTH = struct.Struct("<I")
-MAX_BYTES = 2**32 - 1
-"""Maximum bytes of one message."""
+_LENGTH = struct.Struct("<Q")
 
 
 class _Message(msgspec.Struct, tag=True, array_like=True, frozen=True):
@@ -45,10 +41,9 @@ class Start(_Message, frozen=True):
 
 
 class Build(_Message, frozen=True):
-    """Asks the worker to load the model; answered with Built."""
+    """Asks the worker to load the model, with as many KV blocks on all ranks; answered with Built."""
 
     num_blocks: int
-    """KV blocks, the same on all ranks."""
 
 
 class Opened(msgspec.Struct, array_like=True, frozen=True):
@@ -72,10 +67,8 @@ class Row(msgspec.Struct, array_like=True, frozen=True):
     sample: bool
     tokens: list[int]
     """Tokens to append to its history first."""
-    kept_blocks: int
-    """Number of leading blocks in its table that stay as they were."""
-    blocks: list[int]
-    """Blocks that follow them."""
+    blocks: list[int] | None
+    """Its block table; None: as it was."""
     score: int = 0
     draft: list[int] = []
     scale: float = 1.0
@@ -102,9 +95,10 @@ class Masks(_Message, frozen=True):
 
 
 class Read(_Message, frozen=True):
-    """Asks for the read of an adapter, even if it was discarded meanwhile; answered with ReadDone. The number
-    of this question is the number of the read."""
+    """Asks for the read of an adapter, even if it was discarded meanwhile; answered with ReadDone."""
 
+    read: int
+    """Number of the read."""
     name: str
     path: str
     files: AdapterSource | None = None
@@ -146,12 +140,12 @@ class Drop(_Message, frozen=True):
 
 
 class Place(_Message, frozen=True):
-    """Asks for the copy of an adapter into a slot; answered with its seconds."""
+    """Asks for the copy of an adapter into a slot, at ``offset`` in the slots' memory; answered with its
+    seconds."""
 
     uid: int
     slot: int
     offset: int
-    """Offset in the slots' memory, in bytes."""
 
 
 class Measure(_Message, frozen=True):
@@ -184,25 +178,13 @@ class Measured(msgspec.Struct, array_like=True, frozen=True):
 
 
 class ReadDone(msgspec.Struct, array_like=True, frozen=True):
-    rank: int
-    """The adapter's rank."""
-    nbytes: int
-    """Bytes of the share that is kept."""
-    digest: str
-    """Digest of the content; "" if only a rank's share was read."""
+    adapter: LoadedAdapter
+    """The share that this rank keeps; the digest is "" if only that was read."""
     version: str
     """Version of the files' content, known without reading it."""
-    labels: int
-    """Labels of its classification head."""
-    invocation: tuple[int, ...]
-    """The adapter is applied from these tokens on; none: to all tokens."""
     squares: bytes
     """Sums that every rank must add before the read can be finished. They have the same length on all ranks;
     empty if it is finished."""
-    slot_nbytes: int
-    """Bytes of the share that slots hold."""
-    scalable: bool
-    """Whether a step can multiply what it adds by a number."""
 
 
 class Answer(_Message, frozen=True):
@@ -272,34 +254,26 @@ def answer(number: int, value: object) -> Answer:
 
 
 def frame(message: Request | Report) -> bytes:
-    """Encode a message for the wire. Raises ValueError if it is larger than ``MAX_BYTES``."""
+    """Encode a message for the wire."""
     body = _encoder.encode(message)
-    if len(body) > MAX_BYTES:
-        raise ValueError(f"a message of {len(body):,} bytes: at most {MAX_BYTES:,} can be sent")
     return _LENGTH.pack(len(body)) + body
 
 
-async def read_report(reader: StreamReader) -> Report:
-    """Read one report. Raises asyncio.IncompleteReadError at the end of the stream, and msgspec.MsgspecError
-    for malformed data."""
-    (length,) = _LENGTH.unpack(await reader.readexactly(_LENGTH.size))
-    return reports.decode(await reader.readexactly(length))
+class Frames:
+    """Takes a stream of frames apart, however it was cut."""
 
+    def __init__(self) -> None:
+        self._rest = bytearray()
 
-def read_request(connection: socket.socket) -> Request | None:
-    """Read one request. Blocks. Returns None at the end of the stream."""
-    head = _receive(connection, _LENGTH.size)
-    body = None if head is None else _receive(connection, *_LENGTH.unpack(head))
-    return None if body is None else requests.decode(body)
-
-
-def _receive(connection: socket.socket, count: int) -> bytearray | None:
-    """Receive exactly ``count`` bytes; None if the other end closes first."""
-    data = bytearray(count)
-    view, got = memoryview(data), 0
-    while got < count:
-        new = connection.recv_into(view[got:])
-        if new == 0:
-            return None
-        got += new
-    return data
+    def feed(self, data: bytes) -> list[bytes]:
+        """Return the messages, still encoded, that are complete with ``data``."""
+        rest, found, begin = self._rest, list[bytes](), 0
+        rest += data
+        while len(rest) >= (body := begin + _LENGTH.size):
+            end = body + _LENGTH.unpack_from(rest, begin)[0]
+            if end > len(rest):
+                break
+            found.append(bytes(rest[body:end]))
+            begin = end
+        del rest[:begin]
+        return found

@@ -24,13 +24,13 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import msgspec
 
 from aioengine.errors import DeviceError
-from aioengine.executors.parts import build_parts, plan_parts
+from aioengine.executors.parts import build_parts, plan_parts, write_slot
 from aioengine.executors.process import wire
 from aioengine.executors.process.step_delta import StepDecoder
 from aioengine.executors.process.worker_reads import WorkerReads
 from aioengine.info import LoadProgress
 from aioengine.memory_plan import MemoryPlan, memory_taken
-from aioengine.model.cuda.failures import copy_error, device_error
+from aioengine.model.cuda.failures import device_error
 from aioengine.model.parallel.group import DistributedGroup, Group, Shard, SoloGroup
 from aioengine.step import StepResult
 
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from aioengine.model.runner import ModelRunner
     from aioengine.model.slots.image import AdapterImage
 
+RECEIVE_BYTES = 1 << 20
 PROGRESS_SECONDS = 0.05
 """Minimum time between two reports of the load's progress."""
 
@@ -60,9 +61,12 @@ class Worker:
 
     def run(self) -> NoReturn:
         """Serve requests until the engine is gone."""
+        frames = wire.Frames()
         with contextlib.suppress(OSError):
-            while (request := wire.read_request(self._connection)) is not None:
-                self._dispatch(request.number, request.message)
+            while data := self._connection.recv(RECEIVE_BYTES):
+                for message in frames.feed(data):
+                    request = wire.requests.decode(message)
+                    self._dispatch(request.number, request.message)
         _exit()
 
     def _dispatch(self, number: int, message: wire.Message) -> None:
@@ -133,17 +137,15 @@ class Worker:
         return result if self._shard.rank == 0 else StepResult((), (), result.seconds)
 
     def _place(self, number: int, place: wire.Place, image: AdapterImage) -> None:
-        start = time.perf_counter()
         try:
-            slots = self._runner.lora_slots
-            assert slots is not None, "a slot was written while LoRA is off"
-            slots.write(place.slot, image, place.offset)
+            report: wire.Report = wire.answer(
+                number, write_slot(self._runner, image, place.slot, place.offset)
+            )
+        except DeviceError as error:
+            report = _broken(error, error)
         except BaseException as error:
-            found = copy_error(error)
-            failed = wire.Failed(number, wire.pack_error(error))
-            self._send(failed if found is None else _broken(found, error))
-        else:
-            self._send(wire.answer(number, time.perf_counter() - start))
+            report = wire.Failed(number, wire.pack_error(error))
+        self._send(report)
 
     def _report_progress(self) -> LoadProgress:
         last = 0.0

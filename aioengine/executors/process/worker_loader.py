@@ -5,18 +5,17 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from itertools import count
 from threading import Event
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from aioengine.adapters.loader import STOP_SECONDS, BaseLoader, Patience
 from aioengine.adapters.peft.digest import ContentDigest, content_digest
 from aioengine.adapters.read_threads import Progress, ReadThreads
 from aioengine.errors import AdapterLoadError
 from aioengine.executors.process.wire import Add, Discard, Finish, Keep, Read, ReadDone
+from aioengine.executors.process.workers import Workers
 from aioengine.step import AdapterSource, LoadedAdapter
-
-if TYPE_CHECKING:
-    from aioengine.executors.process.workers import Call, Workers
 
 ADD_BYTES = 256 << 10
 """Size of the pieces in which the ranks' sums are sent, so that the loop stays free."""
@@ -33,6 +32,7 @@ class WorkerLoader(BaseLoader[int]):
     def __init__(self, patience: Patience) -> None:
         super().__init__(patience)
         self._digests = ReadThreads("aioengine-digest")
+        self._numbers = count()
 
     async def _read(
         self, name: str, path: str, progress: Progress, files: AdapterSource | None
@@ -40,58 +40,48 @@ class WorkerLoader(BaseLoader[int]):
         def ended(_: object) -> None:
             progress.running = False
 
-        workers = self.workers
-        reading = workers.ask(Read(name, path, files), ReadDone)
-        reading.moved = progress.moved
-        last: Call[Any] = reading
+        workers, number = self.workers, next(self._numbers)
+        reading = workers.ask(Read(number, name, path, files), ReadDone, progress.moved)
+        last: asyncio.Future[Any] = reading
         try:
-            answers, content = await self._read_and_digest(reading, name, path, workers.size, files)
-            first = answers[0]
-            if any((a.rank, a.version) != (first.rank, content.version) for a in answers):
+            answers, content = await self._read_and_digest(reading, name, path, files)
+            shares = [answer.adapter for answer in answers]
+            if any((a.adapter.rank, a.version) != (shares[0].rank, content.version) for a in answers):
                 raise AdapterLoadError(
                     "its files changed while the ranks read them", name=name, path=path, transient=True
                 )
-            if first.squares:
-                await _add(workers, reading.number, [answer.squares for answer in answers])
-                last = workers.ask(Finish(reading.number), type(None))
-                await last
+            if answers[0].squares:
+                await _add(workers, number, [answer.squares for answer in answers])
+                last = workers.ask(Finish(number), type(None))
+                await asyncio.shield(last)
         except BaseException:
-            workers.tell(Discard(reading.number))
+            workers.tell(Discard(number))
             raise
         finally:
-            if last.ended.done():
-                progress.running = False
-            else:  # it was given up, and goes on in a worker
-                last.ended.add_done_callback(ended)
-        found = LoadedAdapter(
-            first.rank,
-            sum(answer.nbytes for answer in answers),
-            content.digest,
-            labels=first.labels,
-            slot_nbytes=max(answer.slot_nbytes for answer in answers),
-            invocation=first.invocation,
-            scalable=all(answer.scalable for answer in answers),
+            last.add_done_callback(ended)  # one that was given up goes on in a worker
+            progress.running = not last.done()
+        found = shares[0]._replace(
+            nbytes=sum(share.nbytes for share in shares),
+            digest=content.digest,
+            slot_nbytes=max(share.bytes_in_slot for share in shares),
+            scalable=all(share.scalable for share in shares),
         )
-        return found, reading.number
+        return found, number
 
     async def _read_and_digest(
-        self, reading: Call[ReadDone], name: str, path: str, size: int, files: AdapterSource | None
+        self, reading: asyncio.Future[list[ReadDone]], name: str, path: str, files: AdapterSource | None
     ) -> tuple[list[ReadDone], ContentDigest]:
         """Read and compute the digest at the same time. Raises the first error of the two."""
-        if size == 1:
-            answers = await reading
-            return answers, ContentDigest(answers[0].digest, answers[0].version)
+        if self.workers.size == 1:
+            answers = await asyncio.shield(reading)
+            return answers, ContentDigest(answers[0].adapter.digest, answers[0].version)
         unwanted = Event()
-        both = (
-            asyncio.ensure_future(reading),
-            asyncio.ensure_future(self._digests.run(lambda: content_digest(name, path, unwanted, files))),
-        )
+        digest = asyncio.ensure_future(self._digests.run(lambda: content_digest(name, path, unwanted, files)))
         try:
-            return await asyncio.gather(*both)
+            return await asyncio.gather(asyncio.shield(reading), digest)
         finally:
             unwanted.set()
-            for task in both:
-                task.cancel()
+            digest.cancel()
 
     def _keep(self, uid: int, content: int) -> None:
         self.workers.tell(Keep(content, uid))

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING
 from aioengine.adapters.loader import out_of_memory
 from aioengine.adapters.read_threads import Progress
 from aioengine.executors.process import wire
+from aioengine.step import LoadedAdapter
 
 if TYPE_CHECKING:
     from aioengine.adapters.peft.dora_exchange import Draft
     from aioengine.adapters.store import AdapterStore
     from aioengine.model.slots.image import AdapterImage
-
 
 REPORT_SECONDS = 0.05
 """Minimum time between two reports that a read goes on."""
@@ -24,16 +24,15 @@ REPORT_SECONDS = 0.05
 class _Reported(Progress):
     """Progress that reports to the engine."""
 
-    def __init__(self, send: Callable[[wire.Report], None], number: int) -> None:
-        self._send = send
-        self._number = number
+    def __init__(self, report: Callable[[], None]) -> None:
+        self._report = report
         self._last = time.monotonic()
 
     def moved(self) -> None:
         super().moved()
         if time.monotonic() - self._last >= REPORT_SECONDS:
             self._last = time.monotonic()
-            self._send(wire.Reading(self._number))
+            self._report()
 
 
 class _Read:
@@ -55,27 +54,26 @@ class WorkerReads:
         self._reads: dict[int, _Read] = {}
 
     def read(self, number: int, order: wire.Read, store: AdapterStore) -> None:
-        read = self._reads[number] = _Read()
+        read = self._reads[order.read] = _Read()
+        progress = _Reported(lambda: self._send(wire.Reading(number)))
 
         def work() -> wire.ReadDone:
-            draft = store.begin(order.name, order.path, _Reported(self._send, number), order.files)
-            squares = draft.squares
+            draft = store.begin(order.name, order.path, progress, order.files)
+            squares, found = draft.squares, draft.packed
             if squares:
                 read.draft = draft
             else:
                 read.image = store.finish(draft)
-            found = draft.packed
-            return wire.ReadDone(
+            share = LoadedAdapter(
                 found.rank,
                 draft.nbytes,
                 found.digest,
-                found.version,
-                0 if found.head is None else len(found.head.weight),
-                found.invocation,
-                squares,
-                draft.slot_nbytes,
-                found.scalable,
+                labels=0 if found.head is None else len(found.head.weight),
+                slot_nbytes=draft.slot_nbytes,
+                invocation=found.invocation,
+                scalable=found.scalable,
             )
+            return wire.ReadDone(share, found.version, squares)
 
         self._start(number, work, order.name, order.path)
 

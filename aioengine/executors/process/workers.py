@@ -8,10 +8,12 @@ import os
 import signal
 import sys
 import tempfile
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Coroutine
 from contextlib import nullcontext
+from dataclasses import dataclass, field
+from functools import partial
 from itertools import count
-from typing import Any, Generic, TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -22,7 +24,7 @@ from aioengine.executors.process.spawn import WorkerConnection, spawn
 from aioengine.info import LoadProgress
 from aioengine.memory_plan import MemoryPlan
 from aioengine.model.cuda.failures import device_error_in
-from aioengine.runtime.tasks import run_to_completion
+from aioengine.tasks import end_tasks, run_to_completion
 
 CLOSE_SECONDS = 5.0
 """Time after which workers that have not ended are killed."""
@@ -34,50 +36,17 @@ BLAME_SECONDS = 0.1
 A = TypeVar("A")
 
 
-class Call(Generic[A]):
-    """A request to all workers, each of which answers with a ``kind``. Awaiting it gives the answers by rank,
-    or raises the first failure, which may be before the others have answered."""
+@dataclass(eq=False, slots=True)
+class _Call:
+    """A question to all workers, each of which answers with a ``kind``."""
 
-    def __init__(self, number: int, kind: type[A], size: int) -> None:
-        loop = asyncio.get_running_loop()
-        self.number = number
-        self.moved: Callable[[], None] = _nothing
-        """Called when a worker reports that it goes on."""
-        self.ended: asyncio.Future[None] = loop.create_future()
-        """Done when all have answered, or are lost."""
-        self._answers: asyncio.Future[list[A]] = loop.create_future()
-        self._kind: Any = kind
-        self._found: dict[int, A] = {}
-        self.left = size
-        """Number of workers that have not answered yet."""
-
-    def __await__(self) -> Generator[Any, None, list[A]]:
-        return self._answers.__await__()
-
-    def answer(self, rank: int, report: wire.Answer | wire.Failed) -> None:
-        self.left -= 1
-        if isinstance(report, wire.Answer):
-            self._found[rank] = msgspec.msgpack.decode(report.value, type=self._kind)
-            if not self.left and not self._answers.done():
-                self._answers.set_result([self._found[rank] for rank in sorted(self._found)])
-        else:
-            self._fail(wire.unpack_error(report.error))
-        if not self.left:
-            self._end()
-
-    def lose(self, error: Exception) -> None:
-        """Fail, because the workers are lost."""
-        self._fail(error)
-        self._end()
-
-    def _fail(self, error: Exception) -> None:
-        if not self._answers.done():
-            self._answers.set_exception(error)
-            self._answers.exception()  # nobody may wait for it any more
-
-    def _end(self) -> None:
-        if not self.ended.done():
-            self.ended.set_result(None)
+    kind: Any
+    answered: Callable[[Any], None]
+    """Called with the answers by rank, or the first failure, when all have answered or are lost."""
+    moved: Callable[[], None] | None
+    """Called when a worker reports that it goes on."""
+    found: dict[int, Any] = field(default_factory=dict)
+    error: Exception | None = None
 
 
 class Workers:
@@ -99,21 +68,22 @@ class Workers:
     ) -> None:
         self.size = config.tensor_parallel_size
         self.dead: AioEngineError | None = None
-        self._config = config
-        self._lost = lost
-        self._progress = progress
         self.kernels = ""
         """Names of the kernels that compute the steps; known when the workers have started."""
         self.variance: str | None = None
         """Why a token's bits depend on its batch; known when the workers have started."""
         self.device = ""
         """Kind of device of the ranks, "cpu" or "cuda"; known when they have planned."""
-        self._workers: list[WorkerConnection] = []
-        self._listeners: list[asyncio.Task[None]] = []
-        self._calls: dict[int, Call[Any]] = {}
-        self._numbers = count()
         self.started = False
         """Whether they have their model and its KV cache, and take requests."""
+        self._config = config
+        self._lost = lost
+        self._progress = progress
+        self._workers: list[WorkerConnection] = []
+        self._inquiries: set[asyncio.Task[None]] = set()
+        """Look for the reasons of failures."""
+        self._calls: dict[int, _Call] = {}
+        self._numbers = count()
         self._closing = False
 
     # Life
@@ -148,110 +118,129 @@ class Workers:
     async def _close(self) -> None:
         self._closing = True
         for worker in self._workers:
-            worker.writer.close()  # each ends with its connection
+            worker.close()  # each ends with its connection
         ends = [asyncio.ensure_future(worker.process.wait()) for worker in self._workers]
         if ends:
             _, late = await asyncio.wait(ends, timeout=CLOSE_SECONDS)
             if late:
                 self._kill()
                 await asyncio.wait(late, timeout=CLOSE_SECONDS)
-        for listener in self._listeners:
-            listener.cancel()
-        await asyncio.gather(
-            *self._listeners,
-            *(worker.output.ended() for worker in self._workers if worker.output is not None),
-            return_exceptions=True,
-        )
+        await end_tasks(self._inquiries)
+        await asyncio.gather(*(worker.output.ended() for worker in self._workers if worker.output))
         self._workers.clear()
-        self._listeners.clear()
 
     async def _spawn(self) -> None:
         if sys.platform == "win32" or not sys.executable:
             raise ConfigError("executor='process': needs a POSIX system and sys.executable; use 'thread'")
-        spawning = (spawn(rank) for rank in range(self.size))
+        spawning = (spawn(rank, self._received, self._ended) for rank in range(self.size))
         found = await asyncio.gather(*spawning, return_exceptions=True)
-        for worker in found:
-            if isinstance(worker, WorkerConnection):
-                self._add(worker)
+        self._workers += [worker for worker in found if isinstance(worker, WorkerConnection)]
         for result in found:
             if isinstance(result, BaseException):
                 raise EngineDead(f"a worker process could not be started: {result}") from result
-
-    def _add(self, worker: WorkerConnection) -> None:
-        """Listen to a worker from now on."""
-        self._workers.append(worker)
-        name = f"aioengine-worker-{worker.rank}"
-        self._listeners.append(asyncio.get_running_loop().create_task(self._listen(worker), name=name))
 
     def _meeting(self, folder: str) -> str:
         """Return the file in ``folder`` by which the ranks find each other; "" for one rank."""
         return folder and os.path.join(folder, "ranks")
 
-    def _start(self, meeting: str) -> Call[MemoryPlan]:
-        call = self._open(MemoryPlan)
-        threads = rank_threads(self.size)
+    def _start(self, meeting: str) -> asyncio.Future[list[MemoryPlan]]:
+        plans: asyncio.Future[list[MemoryPlan]] = asyncio.get_running_loop().create_future()
+        number, threads = (
+            self._open(_Call(MemoryPlan, partial(_settle, plans), None)),
+            rank_threads(self.size),
+        )
         for worker in self._workers:
             start = wire.Start(self._config, worker.rank, self.size, threads, meeting)
-            worker.writer.write(wire.frame(wire.Request(call.number, start)))
-        return call
+            worker.write(wire.frame(wire.Request(number, start)))
+        return plans
 
     # Asking
 
-    def ask(self, message: wire.Message, kind: type[A]) -> Call[A]:
-        """Send a message to all workers, each of which answers with a ``kind``. Raises the error of their
-        loss, if they were lost."""
-        call = self._open(kind)
-        self._send(wire.Request(call.number, message))
-        return call
+    def call(
+        self,
+        message: wire.Message,
+        kind: type[A],
+        answered: Callable[[list[A] | Exception], None],
+        moved: Callable[[], None] | None = None,
+    ) -> None:
+        """Send a message to all workers, each of which answers with a ``kind``. ``answered`` is called with
+        the answers by rank, or the first failure, when all have answered or are lost; ``moved`` when a worker
+        reports that it goes on. Raises the error of their loss, if they were lost."""
+        self._send(wire.Request(self._open(_Call(kind, answered, moved)), message))
+
+    def ask(
+        self, message: wire.Message, kind: type[A], moved: Callable[[], None] | None = None
+    ) -> asyncio.Future[list[A]]:
+        """Do what :meth:`call` does, and return a future of the answers."""
+        answers: asyncio.Future[list[A]] = asyncio.get_running_loop().create_future()
+        self.call(message, kind, partial(_settle, answers), moved)
+        return answers
 
     def tell(self, message: wire.Message) -> None:
         """Send a message that has no answer to all workers."""
         if self.dead is None:
             self._send(wire.Request(-1, message))
 
-    def _send(self, request: wire.Request) -> None:
-        data = wire.frame(request)
-        for worker in self._workers:
-            worker.writer.write(data)
-
     async def flush(self) -> None:
         """Wait until the buffers of unsent messages are small enough."""
         for worker in self._workers:
-            with contextlib.suppress(ConnectionError):  # its listener reports that, too
-                await worker.writer.drain()
+            await worker.flush()
 
-    def _open(self, kind: type[A]) -> Call[A]:
+    def _send(self, request: wire.Request) -> None:
+        data = wire.frame(request)
+        for worker in self._workers:
+            worker.write(data)
+
+    def _open(self, call: _Call) -> int:
         if self.dead is not None:
             raise self.dead
-        call = Call(next(self._numbers), kind, self.size)
-        self._calls[call.number] = call
-        return call
+        number = next(self._numbers)
+        self._calls[number] = call
+        return number
 
     # Listening
 
-    async def _listen(self, worker: WorkerConnection) -> None:
+    def _received(self, worker: WorkerConnection, message: bytes) -> None:
         try:
-            while True:
-                await self._received(worker, await wire.read_report(worker.reader))
-        except (EOFError, ConnectionError):
-            await self._ended(worker)
+            self._take(worker, wire.reports.decode(message))
         except Exception as error:
             self._fail(_dead(f"{_who(worker)}: {type(error).__name__}: {error}", error))
 
-    async def _received(self, worker: WorkerConnection, report: wire.Report) -> None:
+    def _take(self, worker: WorkerConnection, report: wire.Report) -> None:
         match report:
             case wire.Answer() | wire.Failed():
-                call = self._calls[report.number]
-                call.answer(worker.rank, report)
-                if not call.left:
-                    del self._calls[report.number]
+                self._answered(worker.rank, report)
             case wire.Reading():
-                self._calls[report.number].moved()
+                call = self._calls.get(report.number)
+                if call is not None and call.moved is not None:
+                    call.moved()
             case wire.Progress():
                 if self._progress is not None:
                     self._progress(report.stage, report.done, report.total)
             case wire.Broken():
-                await self._broke(worker, wire.unpack_error(report.error))
+                self._inquire(self._broke(worker, wire.unpack_error(report.error)))
+
+    def _answered(self, rank: int, report: wire.Answer | wire.Failed) -> None:
+        call = self._calls.get(report.number)
+        if call is None:  # the workers are lost
+            return
+        if isinstance(report, wire.Failed):
+            call.found[rank] = None
+            call.error = call.error or wire.unpack_error(report.error)
+        else:
+            call.found[rank] = msgspec.msgpack.decode(report.value, type=call.kind)
+        if len(call.found) == self.size:
+            del self._calls[report.number]
+            call.answered(call.error or [call.found[rank] for rank in range(self.size)])
+
+    def _ended(self, worker: WorkerConnection) -> None:
+        if self.dead is None and not self._closing:
+            self._inquire(self._why_ended(worker))
+
+    def _inquire(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work, name="aioengine-worker-failed")
+        self._inquiries.add(task)
+        task.add_done_callback(self._inquiries.discard)
 
     async def _broke(self, worker: WorkerConnection, error: Exception) -> None:
         if isinstance(error, AioEngineError) and not self.started:
@@ -263,7 +252,7 @@ class Workers:
             text = f"{_who(worker)}: {error}"
         self._fail(type(error)(text) if isinstance(error, DeviceError) else _dead(text, error))
 
-    async def _ended(self, worker: WorkerConnection) -> None:
+    async def _why_ended(self, worker: WorkerConnection) -> None:
         code: int | None = None
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(EXIT_SECONDS):
@@ -283,7 +272,7 @@ class Workers:
         self._kill()
         calls, self._calls = self._calls, {}
         for call in calls.values():
-            call.lose(error)
+            call.answered(error)
         if self.started and isinstance(error, EngineDead):
             self._lost(error)
 
@@ -291,6 +280,16 @@ class Workers:
         for worker in self._workers:
             with contextlib.suppress(ProcessLookupError):
                 worker.process.kill()
+
+
+def _settle(answers: asyncio.Future[list[A]], result: list[A] | Exception) -> None:
+    if answers.done():
+        return  # nobody waits for them any more
+    if isinstance(result, Exception):
+        answers.set_exception(result)
+        answers.exception()  # as above
+    else:
+        answers.set_result(result)
 
 
 def rank_threads(size: int) -> int:
@@ -323,7 +322,3 @@ def _how_it_ended(code: int | None) -> str:
         name = f"signal {-code}"
     short = "; the system does that when memory is short" if -code == signal.SIGKILL else ""
     return f"was killed by {name}{short}"
-
-
-def _nothing() -> None:
-    pass

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hmac
 import logging
 import os
-import secrets
 import socket
-import struct
 import time
-from collections.abc import Callable
-from typing import Any, ClassVar
+from collections.abc import Callable, Mapping
+from secrets import token_bytes
+from typing import Any, ClassVar, cast
 
 from aioengine.errors import ConfigError, EngineDead
 from aioengine.executors.process.spawn import WorkerConnection
@@ -25,8 +23,8 @@ START_SECONDS = 60.0
 """Time for Ray to place the actors, and for each of them to connect."""
 JOIN_SECONDS = 3.0
 """Time after which nodes that have just joined are known."""
-_RANK = struct.Struct("<I")
-_SECRET_BYTES = 32
+SECRET_BYTES = 32
+"""Length of the secret by which the engine knows each rank's connection."""
 _ENVIRONMENT = {"RAY_worker_niceness": "0", "RAY_DEDUP_LOGS": "0", "RAY_USAGE_STATS_ENABLED": "0"}
 
 
@@ -54,40 +52,37 @@ class RayWorkers(Workers):
         if await asyncio.to_thread(_connect):
             RayWorkers._to_be_ended = True
         loop = asyncio.get_running_loop()
-        secret = secrets.token_bytes(_SECRET_BYTES)
-        arrived: list[asyncio.Future[tuple[asyncio.StreamReader, asyncio.StreamWriter]]]
-        arrived = [loop.create_future() for _ in range(self.size)]
-
-        async def greet(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            with contextlib.suppress(EOFError, OSError, TimeoutError):
-                async with asyncio.timeout(START_SECONDS):
-                    found = await reader.readexactly(_SECRET_BYTES)
-                    (rank,) = _RANK.unpack(await reader.readexactly(_RANK.size))
-                if hmac.compare_digest(found, secret) and rank < self.size and not arrived[rank].done():
-                    arrived[rank].set_result((reader, writer))
-                    return
-            writer.close()
-
         actors = await asyncio.to_thread(self._place)
         host = await asyncio.to_thread(_own_address)
-        server = await asyncio.start_server(greet, host, 0, family=socket.AF_INET)
+        secrets = {token_bytes(SECRET_BYTES): loop.create_future() for _ in actors}
+        callers: list[_Caller] = []
+
+        def call() -> _Caller:
+            callers.append(_Caller(secrets))
+            return callers[-1]
+
+        server = await loop.create_server(call, host, 0, family=socket.AF_INET)
         try:
             port = server.sockets[0].getsockname()[1]
-            for rank, actor in enumerate(actors):
-                actor.run(host, port, secret + _RANK.pack(rank))
+            for secret, actor in zip(secrets, actors, strict=True):
+                actor.run(host, port, secret)
             async with asyncio.timeout(START_SECONDS):
-                for rank, actor in enumerate(actors):
-                    await asyncio.wait([arrived[rank], actor.ended], return_when=asyncio.FIRST_COMPLETED)
-                    if not arrived[rank].done():
+                for rank, (actor, came) in enumerate(zip(actors, secrets.values(), strict=True)):
+                    await asyncio.wait([came, actor.ended], return_when=asyncio.FIRST_COMPLETED)
+                    if not came.done():
                         raise EngineDead(
                             f"the Ray actor of rank {rank} ended before it connected: {actor.why}"
                         )
-                    reader, writer = await arrived[rank]
-                    self._add(WorkerConnection(rank, actor, reader, writer))
+                    worker = WorkerConnection(rank, actor, self._received, self._ended)
+                    self._workers.append(worker)
+                    worker.connection_made(await came)
+                    (await came).set_protocol(worker)
         except TimeoutError:
             raise EngineDead(f"a Ray actor did not connect within {START_SECONDS:g} s") from None
         finally:
             server.close()
+            for caller in callers:
+                caller.leave()
             if len(self._workers) < self.size:
                 for actor in actors:
                     actor.kill()
@@ -159,6 +154,37 @@ class RayWorkers(Workers):
 
             RayWorkers._to_be_ended = False
             await asyncio.to_thread(ray.shutdown)
+
+
+class _Caller(asyncio.Protocol):
+    """A connection that says first which rank calls, by the secret that this was given. One that says
+    anything else is closed."""
+
+    _transport: asyncio.Transport
+
+    def __init__(self, secrets: Mapping[bytes, asyncio.Future[asyncio.Transport]]) -> None:
+        self._secrets = secrets
+        self._said = b""
+        self._known = False
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)
+
+    def data_received(self, data: bytes) -> None:
+        self._said += data
+        if len(self._said) < SECRET_BYTES:
+            return
+        came = self._secrets.get(self._said)
+        if came is None or came.done():
+            self._transport.abort()
+        else:
+            self._known = True
+            came.set_result(self._transport)
+
+    def leave(self) -> None:
+        """Close it, unless it is a rank's."""
+        if not self._known:
+            self._transport.abort()
 
 
 class _Actor:

@@ -26,8 +26,8 @@ from aioengine.fleet.door.members import Member, Members
 from aioengine.fleet.door.replicas import Change, Replicas, by_load, first_of, holds
 from aioengine.fleet.registry import Entry, answer_of, lease
 from aioengine.info import AdapterInfo, is_mix
-from aioengine.runtime.tasks import end_tasks, run_to_completion
 from aioengine.schedulers.routing import Move, PlacementGuard, load_placement
+from aioengine.tasks import end_tasks, run_to_completion
 
 logger = logging.getLogger("aioengine.fleet")
 

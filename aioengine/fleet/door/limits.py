@@ -9,7 +9,7 @@ from contextlib import suppress
 from typing import Any
 
 from aioengine.runtime.client import UsageLedger
-from aioengine.runtime.tasks import end_tasks
+from aioengine.tasks import end_tasks
 
 logger = logging.getLogger("aioengine.fleet")
 

@@ -29,7 +29,7 @@ from aioengine.lab.costs.steps import significant
 from aioengine.lab.workload.extra import needs_extra
 from aioengine.memory_plan import MemoryPlan
 from aioengine.model.spec import ModelSpec
-from aioengine.runtime.tasks import run_to_completion
+from aioengine.tasks import run_to_completion
 
 
 def calibrate(

@@ -41,7 +41,7 @@ from aioengine.lab.simulation.clock import run_in_virtual_time
 from aioengine.lab.workload.requests import Workload
 from aioengine.lab.workload.spec import WorkloadSpec
 from aioengine.request import SamplingParams
-from aioengine.runtime.tasks import run_to_completion
+from aioengine.tasks import run_to_completion
 
 ALL_AT_ONCE = "poisson:rate=100000"
 IDLE_SECONDS = 0.02

@@ -15,8 +15,8 @@ from aioengine.lab.simulation.engine import SimulatedEngine
 from aioengine.lab.workload.requests import AdapterShape
 from aioengine.request import SamplingParams
 from aioengine.runtime.output import RequestOutput
-from aioengine.runtime.tasks import end_tasks
 from aioengine.schedulers import routing
+from aioengine.tasks import end_tasks
 
 
 class SimulatedFleet:

@@ -14,8 +14,8 @@ from aioengine.lab.fleet.conditions import Conditions
 from aioengine.lab.simulation.engine import TOKEN, SimulatedEngine
 from aioengine.request import SamplingParams
 from aioengine.runtime.output import RequestOutput
-from aioengine.runtime.tasks import end_tasks
 from aioengine.schedulers.routing import Move, ReplicaLimits, Report
+from aioengine.tasks import end_tasks
 
 IDLE_REPORTS = 20
 """An idle replica sends only every n-th report, often enough not to be given up."""

@@ -13,8 +13,8 @@ from aioengine import request as requests
 from aioengine.checks import check_integer
 from aioengine.errors import RequestInvalid
 from aioengine.runtime.output import RequestOutput
-from aioengine.runtime.tasks import together
 from aioengine.runtime.text_work import SHORT, TextWork
+from aioengine.tasks import together
 
 if TYPE_CHECKING:
     from aioengine.model.text.tokenizer import Tokenizer

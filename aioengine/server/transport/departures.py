@@ -7,8 +7,8 @@ from collections.abc import Coroutine
 from typing import Any, TypeVar
 
 from aioengine.metrics.page.plumbing import Departure, Receive, disconnected
-from aioengine.runtime.tasks import end_tasks
 from aioengine.server.errors import ApiError, ClientDisconnected
+from aioengine.tasks import end_tasks
 
 T = TypeVar("T")
 
