@@ -16,8 +16,7 @@ from aioengine.step import MixFiles, MixPart
 if TYPE_CHECKING:
     import torch
 
-    from aioengine.adapters.peft.dora import BaseWeights
-    from aioengine.adapters.peft.dora_exchange import Draft
+    from aioengine.adapters.peft.dora import BaseWeights, Draft
     from aioengine.adapters.peft.pack import PackedAdapter
     from aioengine.adapters.read_threads import Progress
     from aioengine.model.buffer import Allocate
@@ -51,17 +50,15 @@ class AdapterStore:
         affine_dtype: torch.dtype | None = None,
         max_tokens: int = 0,
     ) -> None:
-        from aioengine.adapters.peft.contents import KnownContents, SlotOrder  # these import torch
+        from aioengine.adapters.peft.read import KnownContents  # these import torch
         from aioengine.model.buffer import pageable
         from aioengine.model.slots.image import elements_of
 
         self._known = KnownContents()
         holds = elements_of(dtype, affine_dtype)
-        self._allocate = allocate = allocate or pageable
-        self._order = SlotOrder(
-            SlotLayout(spec, max_rank, target_modules, shard, max_tokens=max_tokens),
-            pageable if holds.int8 else allocate,
-        )
+        self._allocate = allocate or pageable
+        self._floats = SlotLayout(spec, max_rank, target_modules, shard, max_tokens=max_tokens)
+        """The layout before adapters are quantized."""
         self._layout = SlotLayout(spec, max_rank, target_modules, shard, holds, max_tokens)
         self._slot_dtype = dtype
         self._dtype = affine_dtype if holds.int8 and affine_dtype is not None else dtype
@@ -87,7 +84,7 @@ class AdapterStore:
     ) -> Draft:
         """Read a rank's share of an adapter. The other ranks may have to add to it before it is finished.
         Raises as :meth:`read`."""
-        from aioengine.adapters.peft.dora_exchange import Draft  # these import torch
+        from aioengine.adapters.peft.dora import Draft  # these import torch
         from aioengine.adapters.peft.folding.mix import add_up
         from aioengine.adapters.peft.read import read_adapter
 
@@ -95,7 +92,7 @@ class AdapterStore:
             return read_adapter(
                 name,
                 path,
-                self._order,
+                self._floats,
                 dtype=self._dtype,
                 base_weight=self._embedding,
                 known=self._known,
@@ -109,7 +106,7 @@ class AdapterStore:
                 parts = [
                     (part, self._held(part) or read(part.name, part.path, part.files)) for part in files.parts
                 ]
-                packed = add_up(name, path, self._order, parts)
+                packed = add_up(name, path, self._floats, parts)
             else:
                 packed = read(name, path, files)
             with self._one_at_a_time:
@@ -125,11 +122,12 @@ class AdapterStore:
         tensors = None if image is None or self._layout.shard.size > 1 else image.matrices()
         if image is None or tensors is None or part.digest not in ("", image.digest):
             return None
-        return PackedAdapter(part.name, part.path, image.rank, image.digest, image.data.nbytes, tensors)
+        return PackedAdapter(part.name, part.path, image.rank, image.digest, tensors)
 
     def finish(self, draft: Draft) -> AdapterImage:
         """Finish an adapter after all ranks have added their parts. Blocks. Raises AdapterInvalid."""
         from aioengine.adapters.peft.dora import output_affine
+        from aioengine.model.buffer import pageable
         from aioengine.model.slots.image import build_image
         from aioengine.model.slots.quantized import quantize_image
 
@@ -138,12 +136,11 @@ class AdapterStore:
         for (_, module), (_, shift) in affine.items():
             if self._layout.shard.rank > 0 and self._layout.partition.adds_up_adapted(module):
                 shift.zero_()  # or the sum over the ranks would have it several times
-        layout, allocate = self._order
-        tokens = draft.packed.tokens
-        image = build_image(layout, draft.packed, affine, self._dtype, allocate, tokens=tokens)
-        if self._layout.holds.int8:
+        packed, int8 = draft.packed, self._layout.holds.int8
+        allocate = pageable if int8 else self._allocate
+        image = build_image(self._floats, packed, affine, self._dtype, allocate, tokens=packed.tokens)
+        if int8:
             image = quantize_image(image, self._layout, self._allocate)
-        packed = draft.packed
         return replace(image, head=packed.head, pooling=packed.pooling, invocation=packed.invocation)
 
     def _beside_steps(self) -> AbstractContextManager[object]:

@@ -12,7 +12,6 @@ import torch
 from safetensors.torch import load_file
 from support.peft_files import CONFIG, SPEC, WEIGHTS, make, read
 
-from aioengine.adapters.peft.contents import SlotOrder
 from aioengine.adapters.peft.digest import content_digest
 from aioengine.adapters.peft.held import HeldAdapter, hold_files, hold_tensors
 from aioengine.model.parallel.group import SOLO, Shard
@@ -31,10 +30,10 @@ def held(folder: Path) -> HeldAdapter:
 @pytest.mark.parametrize("options", [{}, {"use_dora": True}], ids=["plain", "dora"])
 def test_the_same_as_from_a_folder(tmp_path: Path, shard: Shard, options: dict[str, bool]) -> None:
     make(tmp_path, target_modules=list(LORA_MODULES), **options)
-    order = SlotOrder(SlotLayout(SPEC, 16, LORA_MODULES, shard))
+    slot = SlotLayout(SPEC, 16, LORA_MODULES, shard)
     adapter = held(tmp_path)
-    from_folder = read(tmp_path, order=order)
-    from_memory = read(Path("memory:1"), order=order, files=adapter.files)
+    from_folder = read(tmp_path, slot=slot)
+    from_memory = read(Path("memory:1"), slot=slot, files=adapter.files)
     assert from_memory.digest == from_folder.digest
     for place, pair in from_folder.tensors.items():
         assert all(map(torch.equal, pair, from_memory.tensors[place]))

@@ -21,7 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.peft_files import CONFIG, PREFIX, WEIGHTS, edit_config, make, read
 
-from aioengine.adapters.peft.contents import KnownContents
+from aioengine.adapters.peft.read import KnownContents
 from aioengine.errors import AdapterError, AdapterInvalid, AdapterLoadError
 
 BIN = "adapter_model.bin"

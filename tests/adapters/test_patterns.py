@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.peft_files import base_model, edit_config, make, read, refused
 
-from aioengine.adapters.peft.contents import KnownContents
 from aioengine.adapters.peft.patterns import Pattern, PatternError
+from aioengine.adapters.peft.read import KnownContents
 
 NAMES = [
     *(

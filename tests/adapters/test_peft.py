@@ -74,7 +74,6 @@ def test_same_deltas_as_peft(tmp_path: Path, options: dict[str, Any]) -> None:
         assert a.is_contiguous()
         assert b.is_contiguous()
     assert packed.rank == max(a.shape[0] for a, _ in packed.tensors.values())
-    assert packed.nbytes == sum(a.nbytes + b.nbytes for a, b in packed.tensors.values())
 
 
 def test_literal_all_linear(tmp_path: Path) -> None:
@@ -100,7 +99,6 @@ def test_scaling_is_folded_before_the_one_rounding(adapter: Path) -> None:
     for place, (a, b) in exact.tensors.items():
         assert torch.equal(rounded.tensors[place][0], a.bfloat16())
         assert torch.equal(rounded.tensors[place][1], b.bfloat16())
-    assert rounded.nbytes * 2 == exact.nbytes
 
 
 def test_keys_with_the_adapter_name(adapter: Path) -> None:

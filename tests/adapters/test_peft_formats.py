@@ -62,10 +62,6 @@ def test_dora(tmp_path: Path, dtype: torch.dtype, rslora: bool) -> None:
         assert magnitude.dtype == torch.float32
         assert torch.equal(magnitude, layers[place].lora_magnitude_vector["default"].weight.float())
     assert not packed.biases
-    held = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in packed.magnitudes.values()}
-    for pair in packed.tensors.values():
-        held |= {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in pair}
-    assert packed.nbytes == sum(held.values())
 
 
 @pytest.mark.parametrize("suffix", [".default.weight", ".weight", ".default"])
@@ -167,7 +163,6 @@ def test_base_weights_saved_along(tmp_path: Path, module: str, dtype: torch.dtyp
     assert packed.tensors.keys() == expected.tensors.keys()
     for place, pair in packed.tensors.items():
         assert all(map(torch.equal, pair, expected.tensors[place]))
-    assert packed.nbytes == expected.nbytes
     assert packed.digest != expected.digest
 
     refused(along, WEIGHTS, module, "save_embedding_layers=False", **options)

@@ -20,9 +20,9 @@ from support.peft_methods import FOLDED, save
 from support.selection import mostly_slow
 from torch import Tensor
 
-from aioengine.adapters.peft.contents import KnownContents, SlotOrder
 from aioengine.adapters.peft.digest import content_digest
 from aioengine.adapters.peft.pack import PackedAdapter
+from aioengine.adapters.peft.read import KnownContents
 from aioengine.errors import AdapterError, AdapterInvalid, AdapterLoadError
 from aioengine.model.parallel.group import Shard
 from aioengine.model.parallel.ranges import take
@@ -43,12 +43,12 @@ MODES = [(2, False), (2, True), (4, False), (4, True)]
 
 
 @functools.cache
-def order_of(rank: int, size: int, fully_sharded: bool) -> SlotOrder:
-    return SlotOrder(SlotLayout(SPEC, 16, TARGETABLE_MODULES, Shard(rank, size, fully_sharded)))
+def slot_of(rank: int, size: int, fully_sharded: bool) -> SlotLayout:
+    return SlotLayout(SPEC, 16, TARGETABLE_MODULES, Shard(rank, size, fully_sharded))
 
 
-def read_share(folder: Path, order: SlotOrder, **options: Any) -> PackedAdapter:
-    return read(folder, target_modules=TARGETABLE_MODULES, order=order, **options)
+def read_share(folder: Path, slot: SlotLayout, **options: Any) -> PackedAdapter:
+    return read(folder, target_modules=TARGETABLE_MODULES, slot=slot, **options)
 
 
 @pytest.mark.parametrize(("size", "fully_sharded"), MODES)
@@ -60,11 +60,11 @@ def test_a_share_is_the_part_of_the_whole_that_the_slot_holds(
     make(tmp_path, **CASES[case])
     whole = read(tmp_path, target_modules=TARGETABLE_MODULES)
     for rank in range(size):
-        order, known = order_of(rank, size, fully_sharded), KnownContents()
-        shares = [read_share(tmp_path, order, known=known) for _ in range(2)]  # and with a known header
+        slot, known = slot_of(rank, size, fully_sharded), KnownContents()
+        shares = [read_share(tmp_path, slot, known=known) for _ in range(2)]  # and with a known header
         for packed in shares:
-            check_share(packed, whole, order.layout)
-        images = [build_image(order.layout, packed, {}, torch.float32) for packed in shares]
+            check_share(packed, whole, slot)
+        images = [build_image(slot, packed, {}, torch.float32) for packed in shares]
         assert torch.equal(images[0].data, images[1].data)
 
 
@@ -74,14 +74,13 @@ def test_a_folded_adapter_is_shared_too(tmp_path: Path, fully_sharded: bool) -> 
     save(tmp_path, "LOHA", **FOLDED["LOHA"])
     whole = read(tmp_path, target_modules=TARGETABLE_MODULES)
     for rank in range(2):
-        order = order_of(rank, 2, fully_sharded)
-        check_share(read_share(tmp_path, order), whole, order.layout)
+        slot = slot_of(rank, 2, fully_sharded)
+        check_share(read_share(tmp_path, slot), whole, slot)
 
 
 def check_share(packed: PackedAdapter, whole: PackedAdapter, layout: SlotLayout) -> None:
     assert packed.rank == whole.rank
     assert packed.digest == "", "of what was not read"
-    assert packed.in_order is not None
     assert packed.tensors.keys() == whole.tensors.keys()
     for key, (a, b) in whole.tensors.items():
         share = layout.share(key[1])
@@ -110,20 +109,20 @@ def test_a_rank_reads_its_share_and_nothing_else(
     make(tmp_path, **CASES[case])
     data, header = (tmp_path / WEIGHTS).read_bytes(), 8
     header += int.from_bytes(data[:8], "little")
-    read_share(tmp_path, order_of(0, 1, False))  # whatever is imported or opened the first time
+    read_share(tmp_path, slot_of(0, 1, False))  # whatever is imported or opened the first time
     counted = bytes_read()
     own = bytes_read() - counted  # what counting reads itself
     every = 0
     for rank in range(size):
-        order = order_of(rank, size, fully_sharded)
+        slot = slot_of(rank, size, fully_sharded)
         counted = bytes_read()
-        packed = read_share(tmp_path, order)
+        packed = read_share(tmp_path, slot)
         found = bytes_read() - counted - own
         share = sum(a.nbytes + b.nbytes for a, b in packed.tensors.values())
         expected = share + header + (tmp_path / CONFIG).stat().st_size
         assert abs(found - expected) < 20, "the counters have more digits"
         ranks = {key: b.shape[1] for key, (_, b) in packed.tensors.items()}
-        assert share <= 4 * sum(share_elements(order.layout, m, ranks[layer, m]) for layer, m in ranks)
+        assert share <= 4 * sum(share_elements(slot, m, ranks[layer, m]) for layer, m in ranks)
         every += share
     total = len(data) - header
     if fully_sharded and size == 2:
@@ -168,7 +167,7 @@ def test_a_bad_value_is_found_wherever_it_is_as_by_one_rank(
         found = set()
         for rank in range(size):
             try:
-                read_share(tmp_path, order_of(rank, size, fully_sharded))
+                read_share(tmp_path, slot_of(rank, size, fully_sharded))
             except AdapterError as error:
                 found.add(str(error))
         assert found == {str(alone.value)}
@@ -179,20 +178,20 @@ def test_tied_adapters_are_compared_though_their_shares_are_not_alike(tmp_path: 
     options = {"target_modules": ["embed_tokens", "q_proj"], "ensure_weight_tying": True, "save": NO_BASE}
     make(tmp_path, tie=True, **options)
     spec = msgspec.structs.replace(SPEC, tie_embeddings=True)
-    orders = [SlotOrder(SlotLayout(spec, 16, TARGETABLE_MODULES, Shard(rank, 2, True))) for rank in (0, 1)]
+    slots = [SlotLayout(spec, 16, TARGETABLE_MODULES, Shard(rank, 2, True)) for rank in (0, 1)]
     whole = read(tmp_path, spec, target_modules=TARGETABLE_MODULES)
     assert (-1, "lm_head") in whole.tensors
-    for order in orders:
-        check_share(read(tmp_path, spec, target_modules=TARGETABLE_MODULES, order=order), whole, order.layout)
+    for slot in slots:
+        check_share(read(tmp_path, spec, target_modules=TARGETABLE_MODULES, slot=slot), whole, slot)
 
     def change(tensors: dict[str, Tensor]) -> None:
         key = next(key for key in tensors if "lm_head" in key and key.endswith("A.weight"))
         tensors[key][0, 0] += 1  # of row 0 of A, which rank 0 holds, for input 0, whose B rank 0 holds
 
     edit_weights(tmp_path, change)
-    for order in orders:
+    for slot in slots:
         with pytest.raises(AdapterInvalid, match="weights differ"):
-            read(tmp_path, spec, target_modules=TARGETABLE_MODULES, order=order)
+            read(tmp_path, spec, target_modules=TARGETABLE_MODULES, slot=slot)
 
 
 def test_unaligned_tensors_in_parts(tmp_path: Path) -> None:
@@ -209,20 +208,20 @@ def test_unaligned_tensors_in_parts(tmp_path: Path) -> None:
     (tmp_path / WEIGHTS).write_bytes(struct.pack("<Q", len(text)) + text + data)
     for size, fully_sharded in MODES:
         for rank in range(size):
-            order = order_of(rank, size, fully_sharded)
-            share = order.layout.share("o_proj")
-            packed = read_share(tmp_path, order)
+            slot = slot_of(rank, size, fully_sharded)
+            share = slot.share("o_proj")
+            packed = read_share(tmp_path, slot)
             equal(packed.tensors[0, "o_proj"], (a[share.a], take(b, share.b).float()))
 
 
 def test_the_digest_is_that_of_a_rank_that_reads_everything(tmp_path: Path) -> None:
     make(tmp_path, target_modules=["q_proj"], r=16)
     whole = read(tmp_path)
-    for order in (order_of(0, 2, False), order_of(1, 2, True)):
-        assert read_share(tmp_path, order).version == whole.version
+    for slot in (slot_of(0, 2, False), slot_of(1, 2, True)):
+        assert read_share(tmp_path, slot).version == whole.version
     assert content_digest("sql", str(tmp_path), Event()) == (whole.digest, whole.version)
     os.utime(tmp_path / WEIGHTS, ns=(1, 1))
-    assert read_share(tmp_path, order_of(1, 2, True)).version != whole.version
+    assert read_share(tmp_path, slot_of(1, 2, True)).version != whole.version
     edit_config(tmp_path, inference_mode=False)
     assert content_digest("sql", str(tmp_path), Event()).digest != whole.digest
 

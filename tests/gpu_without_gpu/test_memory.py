@@ -123,11 +123,11 @@ def test_reading_an_adapter_takes_what_is_planned(format: str, module: str, rank
             weight: Weight = BlockWeight(format, k=k, dtype=torch.bfloat16, group=128, **on_device)
             if not expands:
                 weight = PlainWeight(torch.zeros(n, k, dtype=torch.bfloat16, device="cuda"))
-            adapter: Any = SimpleNamespace(computed={}, tensors={(layer, module): (a, b) for layer in (0, 1)})
+            adapter: Any = SimpleNamespace(computed={(layer, module): (a, b) for layer in (0, 1)})
             world.live.peak = before = world.live.now
             bias = torch.zeros(n, device="cuda")
             rows = WeightRows(weight, 0, n), bias
-            rows_of(adapter, lambda *_, rows=rows: rows, list(adapter.tensors))  # type: ignore[misc]
+            rows_of(adapter, lambda *_, rows=rows: rows, list(adapter.computed))  # type: ignore[misc]
             assert world.live.peak - before <= limit
 
 

@@ -42,7 +42,7 @@ def test_gain_and_shift_give_the_adapted_linear(base_bias: bool, dora: bool, lor
     bias = randn(8, seed=4) if base_bias else None
     magnitude, trained_bias = randn(8, seed=5).abs() + 0.5, randn(8, seed=6)
     adapter = SimpleNamespace(
-        name="a", path="/a", tensors={KEY: (a, b)}, computed={},
+        name="a", path="/a", computed={KEY: (a, b)},
         magnitudes={KEY: magnitude} if dora else {}, biases={KEY: trained_bias} if lora_bias else {},
     )  # fmt: skip
     found = output_affine(adapter, lambda *key: {KEY: (WeightRows.of(weight), bias)}[key], torch.float32)
@@ -64,7 +64,7 @@ def test_gain_and_shift_give_the_adapted_linear(base_bias: bool, dora: bool, lor
 def test_a_scale_close_to_one_survives_bfloat16() -> None:
     weight = randn(8, 16)
     adapter = SimpleNamespace(
-        name="a", path="/a", tensors={KEY: (torch.zeros(1, 16), torch.zeros(8, 1))}, computed={},
+        name="a", path="/a", computed={KEY: (torch.zeros(1, 16), torch.zeros(8, 1))},
         magnitudes={KEY: weight.norm(dim=1) * 1.0003}, biases={},
     )  # fmt: skip
     found = output_affine(adapter, lambda *_: (WeightRows.of(weight), None), torch.bfloat16)
@@ -73,8 +73,8 @@ def test_a_scale_close_to_one_survives_bfloat16() -> None:
 
 def test_what_is_not_finite_is_refused_by_name_and_place() -> None:
     adapter = SimpleNamespace(
-        name="sql", path="/adapters/sql", tensors={KEY: (torch.zeros(1, 6), torch.zeros(8, 1))},
-        computed={}, magnitudes={KEY: torch.ones(8)}, biases={},
+        name="sql", path="/adapters/sql", computed={KEY: (torch.zeros(1, 6), torch.zeros(8, 1))},
+        magnitudes={KEY: torch.ones(8)}, biases={},
     )  # fmt: skip
     with pytest.raises(AdapterInvalid, match=r"sql.*/adapters/sql.*q_proj of layer 0.*not finite"):
         output_affine(adapter, lambda *_: (WeightRows.of(torch.zeros(8, 6)), None), torch.float32)

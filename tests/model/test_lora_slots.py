@@ -46,7 +46,7 @@ def make_adapter(
         key: (values(rank, spec.linear(key[1]).in_features), values(spec.linear(key[1]).out_features, rank))
         for key, rank in ranks.items()
     }
-    adapter = SimpleNamespace(rank=max(ranks.values()), digest="", tensors=tensors, in_order=None, shape=None)
+    adapter = SimpleNamespace(rank=max(ranks.values()), digest="", tensors=tensors)
     return adapter, {key: values(2, spec.linear(key[1]).out_features) for key in affine}
 
 
@@ -152,7 +152,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(spec: ModelSpec
         return torch.ones(rank, n_in), torch.ones(q.out_features, rank)
 
     def image(rank: int, tensors: dict[Key, Any], affine: dict[Key, Tensor]) -> AdapterImage:
-        adapter = SimpleNamespace(rank=rank, digest="", tensors=tensors, in_order=None, shape=None)
+        adapter = SimpleNamespace(rank=rank, digest="", tensors=tensors)
         return build_image(slots.layout, adapter, affine, torch.float32)
 
     good = {(0, "q_proj"): pair(4)}

@@ -31,7 +31,7 @@ def test_a_write_is_done_when_it_returns_and_steps_see_it(tmp_path: Path) -> Non
             for module in LORA_MODULES
             for n_in, n_out in [spec.linear(module)]
         }
-        adapter = SimpleNamespace(rank=rank, digest="", tensors=tensors, in_order=None, shape=None)
+        adapter = SimpleNamespace(rank=rank, digest="", tensors=tensors)
         slots.write(
             1, build_image(slots.layout, adapter, {}, torch.float32, PinnedSlabs(torch.device("cuda")))
         )
@@ -49,7 +49,7 @@ def test_a_write_goes_on_beside_work_on_the_steps_stream(tmp_path: Path) -> None
     slots = LoRASlots(spec, 2, 4, ("q_proj",), torch.float32, torch.device("cuda"))
     linear = spec.linear("q_proj")
     pair = (torch.ones(4, linear.in_features), torch.ones(linear.out_features, 4))
-    adapter = SimpleNamespace(rank=4, digest="", tensors={(0, "q_proj"): pair}, in_order=None, shape=None)
+    adapter = SimpleNamespace(rank=4, digest="", tensors={(0, "q_proj"): pair})
     image = build_image(slots.layout, adapter, {}, torch.float32, PinnedSlabs(torch.device("cuda")))
     torch.cuda.synchronize()
     torch.cuda._sleep(2_000_000_000)  # about a second of the step's stream

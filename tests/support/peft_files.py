@@ -13,9 +13,8 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from aioengine.adapters.peft.contents import KnownContents, SlotOrder
 from aioengine.adapters.peft.pack import PackedAdapter
-from aioengine.adapters.peft.read import read_adapter
+from aioengine.adapters.peft.read import KnownContents, read_adapter
 from aioengine.errors import AdapterError, AdapterInvalid
 from aioengine.model.slots.layout import SlotLayout
 from aioengine.model.spec import LORA_MODULES, ModelSpec, RopeSpec
@@ -75,10 +74,10 @@ def read(folder: Path, spec: ModelSpec = SPEC, **options: Any) -> PackedAdapter:
     """As the CPU cache does, for a slot of rank 16 with the seven linears unless ``options`` say otherwise;
     of the base model there is nothing to compare with unless ``base_weight`` is among them."""
     max_rank, modules = options.pop("max_rank", 16), options.pop("target_modules", LORA_MODULES)
-    order = options.pop("order", None) or SlotOrder(SlotLayout(spec, max_rank, modules))
+    slot = options.pop("slot", None) or SlotLayout(spec, max_rank, modules)
     known = options.pop("known", None) or KnownContents()
     defaults = {"dtype": torch.float32, "known": known, "base_weight": lambda _: torch.empty(0)}
-    return read_adapter("sql", folder, order, **{**defaults, **options})
+    return read_adapter("sql", folder, slot, **{**defaults, **options})
 
 
 def peft_layers(folder: Path, tie: bool = False) -> dict[tuple[int, str], Any]:

@@ -37,7 +37,7 @@ def random_image(
         tensors[key] = randn(rows, inputs), randn(outputs, rank)
         if affine:
             gains[key] = randn(2, place.num_outputs)
-    adapter = SimpleNamespace(rank=rank, digest="", tensors=tensors, in_order=None, shape=None)
+    adapter = SimpleNamespace(rank=rank, digest="", tensors=tensors)
     return build_image(layout, adapter, gains, dtype, allocate, tokens=tokens)
 
 

@@ -11,14 +11,13 @@ import math
 import re
 from collections.abc import Container, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
-from typing import Annotated, Any, NoReturn, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import msgspec
 
-from aioengine.adapters.peft.folder import CONFIG_FILE
+from aioengine.adapters.peft.folder import AdapterFolder
 from aioengine.adapters.peft.patterns import Pattern, PatternError
 from aioengine.adapters.peft.unsupported import MERGE, Invalid, refuse_unsupported, short
-from aioengine.errors import AdapterInvalid
 from aioengine.model.spec import EMBEDDING_MODULES
 
 ALL_LINEAR = "all-linear"
@@ -183,23 +182,20 @@ def named_by(module: str, names: Container[str]) -> bool:
     return True
 
 
-def fields_of(text: bytes, *, name: str, path: str) -> dict[str, msgspec.Raw]:
+def fields_of(text: bytes, folder: AdapterFolder) -> dict[str, msgspec.Raw]:
     """Return the fields of ``adapter_config.json``. Raises AdapterInvalid if it is no JSON object."""
     try:
         return msgspec.json.decode(text.removeprefix(b"\xef\xbb\xbf"), type=dict[str, msgspec.Raw])
     except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
-        raise AdapterInvalid(f"{CONFIG_FILE}: not a JSON object: {error}", name=name, path=path) from error
+        folder.invalid_config(f"not a JSON object: {error}")
 
 
-def parse_config(fields: Mapping[str, msgspec.Raw], *, name: str, path: str) -> PeftLoraConfig:
+def parse_config(fields: Mapping[str, msgspec.Raw], folder: AdapterFolder) -> PeftLoraConfig:
     """Validate the fields of ``adapter_config.json``.
 
     Raises :class:`~aioengine.errors.AdapterInvalid` for anything malformed or not supported.
     """
-
-    def invalid(reason: str) -> NoReturn:
-        raise AdapterInvalid(f"{CONFIG_FILE}: {reason}", name=name, path=path)
-
+    invalid = folder.invalid_config
     refuse_unsupported(fields, _FIELDS.keys(), invalid)
     raw = {field: _decoded(field, fields.get(field, _NULL), invalid) for field in _FIELDS}
     target, layers, patterns = raw["target_modules"], raw["layers_to_transform"], raw["layers_pattern"]

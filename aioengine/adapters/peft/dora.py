@@ -16,17 +16,18 @@ added up later; there each rank applies the gain to its part, and one rank the s
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from aioengine.adapters.peft.pack import PackedAdapter
+from aioengine.adapters.peft.pack import PackedAdapter, is_finite
 from aioengine.errors import AdapterInvalid
 from aioengine.model.linear import WeightRows
-from aioengine.model.slots.image import SERIAL_ELEMENTS
+from aioengine.model.slots.image import SERIAL_ELEMENTS, image_shape
+from aioengine.model.slots.layout import SlotLayout
 
 BaseWeights = Callable[[int, str], tuple[WeightRows, Tensor | None]]
 """``weights(layer, module)``: the base model's weight [out, in] and bias [out], or the rank's shares of
@@ -58,7 +59,7 @@ def rows_of(adapter: PackedAdapter, weights: BaseWeights, keys: Iterable[Key]) -
     biases: dict[Key, Tensor] = {}
     for key in keys:
         weight, bias = weights(*key)
-        totals[key] = squares(weight, *(adapter.computed.get(key) or adapter.tensors[key]))
+        totals[key] = squares(weight, *adapter.computed[key])
         if bias is not None:
             biases[key] = bias.float()
     parts = [*totals.values(), *biases.values()]
@@ -69,18 +70,61 @@ def rows_of(adapter: PackedAdapter, weights: BaseWeights, keys: Iterable[Key]) -
     return {key: Rows(total, biases.get(key)) for key, total in totals.items()}
 
 
+class Draft:
+    """An adapter that has been read, before the tensor-parallel ranks have exchanged their parts of DoRA's
+    norms.
+
+    Where the inputs of a linear are split, a rank has a part of each row of the weight. It offers the sums of
+    squares of its parts, and receives the sums over all ranks. Whatever the ranks, all draft the same rows of
+    one adapter, in the same order.
+    """
+
+    def __init__(
+        self, packed: PackedAdapter, layout: SlotLayout, weights: BaseWeights, dtype: torch.dtype
+    ) -> None:
+        """``layout`` and ``dtype`` are the slots'."""
+        self.packed = packed
+        split, partition = layout.shard.size > 1, layout.partition
+        keys = sorted(key for key in packed.magnitudes if split and partition.splits_inputs(key[1]))
+        self._parts = rows_of(packed, weights, keys)
+        self._sizes = [len(part.squares) for part in self._parts.values()]
+        self._total = torch.zeros(sum(self._sizes))
+        affine = packed.magnitudes.keys() | packed.biases.keys()
+        ranks = {key: (len(a), b.shape[1]) for key, (a, b) in packed.tensors.items()}
+        tokens = None if packed.tokens is None else packed.tokens.tables
+        self.slot_nbytes = image_shape(layout, ranks, affine, dtype, tokens).nbytes
+        """Bytes that the adapter takes in a slot."""
+
+    @property
+    def squares(self) -> bytes:
+        """This rank's sums, which every rank adds, this one included; empty if there is nothing to add."""
+        sums = [part.squares for part in self._parts.values()]
+        return torch.cat(sums).numpy().tobytes() if sums else b""
+
+    def add(self, begin: int, squares: bytes) -> None:
+        """Add a rank's ``squares`` from byte ``begin`` on. All ranks add in the same order, so their sums are
+        equal bit for bit."""
+        values = torch.frombuffer(bytearray(squares), dtype=torch.float32)
+        self._total[begin // values.itemsize :][: len(values)] += values
+
+    def rows(self) -> dict[Key, Rows]:
+        """Return the complete rows, once every rank's part has been added."""
+        totals = self._total.split_with_sizes(self._sizes)
+        items = zip(self._parts.items(), totals, strict=True)
+        return {key: part._replace(squares=total) for (key, part), total in items}
+
+
 def output_affine(
     adapter: PackedAdapter,
     weights: BaseWeights,
     dtype: torch.dtype,
-    known: Mapping[Key, Rows] | None = None,
-) -> dict[tuple[int, str], Tensor]:
+    known: Mapping[Key, Rows] = MappingProxyType({}),
+) -> dict[Key, Tensor]:
     """Compute gain and shift [2, out] in ``dtype`` on the CPU, for each (layer, module) with DoRA or a bias.
 
     ``known`` gives the rows that ``weights`` has only partly. Raises :class:`AdapterInvalid` if one is not
     finite in ``dtype``.
     """
-    known = known or {}
     rest = [key for key in sorted(adapter.magnitudes) if key not in known]
     known = {**known, **rows_of(adapter, weights, rest)}
     result = {}
@@ -96,7 +140,7 @@ def output_affine(
         if bias is not None:
             shift += bias.float()
         result[key] = torch.stack([gain, shift]).to(dtype)
-        if not all(math.isfinite(extreme.item()) for extreme in result[key].aminmax()):
+        if not is_finite(result[key]):
             layer, module = key
             where = module if layer < 0 else f"{module} of layer {layer}"
             raise AdapterInvalid(

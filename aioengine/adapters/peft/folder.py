@@ -18,7 +18,7 @@ from itertools import islice
 from typing import NamedTuple, NoReturn
 
 from aioengine.adapters.read_threads import Progress
-from aioengine.errors import AdapterInvalid, AdapterLoadError
+from aioengine.errors import AdapterInvalid, AdapterLoadError, AdapterTooLarge
 
 CONFIG_FILE = "adapter_config.json"
 SAFETENSORS_FILE = "adapter_model.safetensors"
@@ -68,8 +68,11 @@ class OpenFile:
         self.name = name
         self.size = size
         self._written = written
-        self._folder = folder
+        self.folder = folder
         self._raw = raw
+
+    def invalid(self, reason: str) -> NoReturn:
+        self.folder.invalid(f"{self.name}: {reason}")
 
     def truncated(self, reason: str) -> NoReturn:
         """Raise AdapterInvalid; a retry may help if the file was written a moment ago."""
@@ -77,8 +80,8 @@ class OpenFile:
         hint = "; is a program still writing it?" if fresh else ""
         raise AdapterInvalid(
             f"{self.name}: truncated: {reason}{hint}",
-            name=self._folder.name,
-            path=self._folder.path,
+            name=self.folder.name,
+            path=self.folder.path,
             transient=fresh,
         )
 
@@ -87,7 +90,7 @@ class OpenFile:
         try:
             self._raw.seek(offset)
         except OSError as error:
-            raise self._folder.unreadable(self.name, error) from error
+            raise self.folder.unreadable(self.name, error) from error
 
     def read(self, size: int) -> bytearray:
         """Read exactly the next ``size`` bytes. Raises AdapterLoadError, also if the file ends early."""
@@ -100,16 +103,16 @@ class OpenFile:
         done = 0
         try:
             while done < len(view):
-                with self._folder.progress:
+                with self.folder.progress:
                     count = self._raw.readinto(view[done : done + _PIECE_BYTES])
                 if not count:
-                    self._folder.failed(
+                    self.folder.failed(
                         f"{self.name} shrank while it was read; is a program still writing it?",
                         transient=True,
                     )
                 done += count
         except OSError as error:
-            raise self._folder.unreadable(self.name, error) from error
+            raise self.folder.unreadable(self.name, error) from error
 
 
 class AdapterFolder:
@@ -198,6 +201,16 @@ class AdapterFolder:
 
     def invalid(self, reason: str) -> NoReturn:
         raise AdapterInvalid(reason, name=self.name, path=self.path)
+
+    def invalid_config(self, reason: str) -> NoReturn:
+        self.invalid(f"{CONFIG_FILE}: {reason}")
+
+    def invalid_weights(self, reason: str) -> NoReturn:
+        self.invalid(f"{SAFETENSORS_FILE}: {reason}")
+
+    def too_large(self, reason: str) -> NoReturn:
+        """Refuse a rank that no slot has room for."""
+        raise AdapterTooLarge(f"{CONFIG_FILE}: {reason}", name=self.name, path=self.path)
 
     def _join(self, file: str) -> str:
         return os.path.join(self.path, file)

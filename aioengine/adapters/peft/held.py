@@ -14,8 +14,8 @@ import os
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from enum import Enum
-from typing import TYPE_CHECKING, Any
+from itertools import accumulate, pairwise
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -114,13 +114,13 @@ def hold_tensors(
     """
     folder = AdapterFolder(name, path)
     text = _config_text(folder, config)
-    entries = _entries(folder, tensors)
-    total = sum(tensor.nbytes for _, tensor in entries)
-    header = _header(entries)
+    checked = _checked(folder, tensors)
+    total = sum(tensor.nbytes for _, tensor in checked)
+    header = _header(checked)
 
     def write(descriptor: int) -> None:
         _write(descriptor, memoryview(header))
-        for _, tensor in entries:
+        for _, tensor in checked:
             _write_tensor(descriptor, tensor)
 
     return _held(folder, text, len(header) + total, write, room=room)
@@ -164,7 +164,7 @@ def _config_text(folder: AdapterFolder, config: object) -> bytes:
     if not isinstance(fields, Mapping):
         folder.invalid(f"config={type(config).__name__}: expected a peft.LoraConfig, or a dict of its fields")
     try:
-        text = msgspec.json.encode(_plain(fields))
+        text = msgspec.json.encode(_with_sorted_sets(fields))
     except (TypeError, ValueError, RecursionError, msgspec.MsgspecError) as error:
         folder.invalid(f"config: cannot be written as JSON: {error}")
     if len(text) > MAX_CONFIG_BYTES:
@@ -172,26 +172,17 @@ def _config_text(folder: AdapterFolder, config: object) -> bytes:
     return text
 
 
-def _plain(value: Any) -> Any:
-    """Convert a part of PEFT's configuration to the form of its files."""
-    if isinstance(value, Enum):
-        return value.value
+def _with_sorted_sets(value: object) -> object:
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, (set, frozenset)):
-        return sorted(map(_plain, value))
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    if hasattr(value, "__dataclass_fields__"):
-        return _plain(vars(value))
-    return value
+        return {key: _with_sorted_sets(item) for key, item in value.items()}
+    return sorted(value) if isinstance(value, (set, frozenset)) else value
 
 
-def _entries(folder: AdapterFolder, tensors: object) -> list[tuple[str, Tensor]]:
+def _checked(folder: AdapterFolder, tensors: object) -> list[tuple[str, Tensor]]:
     """Return the tensors with the widest dtype first, so that each is aligned."""
     import torch
 
-    from aioengine.adapters.peft.weights_file import DTYPE_NAMES
+    from aioengine.adapters.peft.weights_file import DTYPES
 
     if not isinstance(tensors, Mapping) or not tensors:
         folder.invalid(
@@ -203,27 +194,25 @@ def _entries(folder: AdapterFolder, tensors: object) -> list[tuple[str, Tensor]]
                 f"tensors[{str(key)[:200]!r}]: expected a torch.Tensor under a str, found "
                 f"{type(tensor).__name__} under {type(key).__name__}"
             )
-        if tensor.dtype not in DTYPE_NAMES or tensor.layout != torch.strided or tensor.is_meta:
+        if tensor.dtype not in DTYPES.values() or tensor.layout != torch.strided or tensor.is_meta:
             folder.invalid(
                 f"tensors[{key[:200]!r}]: {tensor.dtype} on {tensor.device} ({tensor.layout}) is not "
-                f"supported; expected a dense tensor of {', '.join(str(dtype) for dtype in DTYPE_NAMES)}"
+                f"supported; expected a dense tensor of {', '.join(map(str, DTYPES.values()))}"
             )
     return sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0]))
 
 
-def _header(entries: list[tuple[str, Tensor]]) -> bytes:
-    from aioengine.adapters.peft.weights_file import DTYPE_NAMES
+def _header(tensors: list[tuple[str, Tensor]]) -> bytes:
+    from aioengine.adapters.peft.weights_file import DTYPES
 
-    described: dict[str, object] = {}
-    end = 0
-    for key, tensor in entries:
-        begin, end = end, end + tensor.nbytes
-        described[key] = {
-            "dtype": DTYPE_NAMES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [begin, end],
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    ends = list(accumulate((tensor.nbytes for _, tensor in tensors), initial=0))
+    text = msgspec.json.encode(
+        {
+            key: {"dtype": names[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets}
+            for (key, tensor), offsets in zip(tensors, pairwise(ends), strict=True)
         }
-    text = msgspec.json.encode(described)
+    )
     text += b" " * (-len(text) % _ALIGN)
     return len(text).to_bytes(8, "little") + text
 

@@ -7,38 +7,98 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable, Iterable
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from functools import partial
 from pathlib import Path
-from threading import Event
+from threading import Lock
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from aioengine.adapters.peft import folder as folders
 from aioengine.adapters.peft.config import PeftLoraConfig, fields_of, parse_config
-from aioengine.adapters.peft.contents import Contents, KnownContents, SlotOrder
+from aioengine.adapters.peft.folder import (
+    CONFIG_FILE,
+    MAX_CONFIG_BYTES,
+    SAFETENSORS_FILE,
+    AdapterFolder,
+    OpenFile,
+)
 from aioengine.adapters.peft.folding.fold import Fold
 from aioengine.adapters.peft.folding.parameters import ParameterFold
 from aioengine.adapters.peft.held import folder_of
-from aioengine.adapters.peft.pack import PackedAdapter, Packer
-from aioengine.adapters.peft.targets import Layout, max_data_bytes, modules_of
-from aioengine.adapters.peft.weights_file import SafetensorsHeader, Weights, tensors_of
+from aioengine.adapters.peft.pack import PackedAdapter, pack
+from aioengine.adapters.peft.shard_reads import Cut, cuts_of, select
+from aioengine.adapters.peft.targets import Layout, Part, max_data_bytes, modules_of
+from aioengine.adapters.peft.weights_file import Entry, SafetensorsHeader, tensors_of
 from aioengine.adapters.read_threads import Progress
 from aioengine.errors import AdapterInvalid
 from aioengine.model.buffer import Buffer
 from aioengine.model.pooling import MAX_POOLING_BYTES, POOLING_FILE, Kind, parse_pooling
+from aioengine.model.slots.layout import SlotLayout
 from aioengine.step import HeldFiles
 
 logger = logging.getLogger("aioengine")
+
+MAX_WARNINGS = 64
+"""Maximum number of warnings about expressions that RE2 does not take."""
+
+
+Pieces = Sequence[tuple[int, int]]
+"""Offsets and lengths in a file's data, in bytes."""
+
+
+class Contents(NamedTuple):
+    """What a weights file holds, and which parts of it a rank reads."""
+
+    layout: Layout
+    parts: Mapping[str, Part]
+    cuts: Mapping[str, Cut]
+    """Which part of each tensor is read."""
+    entries: Sequence[Entry]
+    """The parts that are read, in memory order."""
+    pieces: Pieces
+    """Where the parts are in the file, in the same order."""
+
+
+class KnownContents:
+    """The contents of the latest few files. Adapters that were trained alike have the same configuration and
+    header, and for a model with many experts it takes long to derive from these what goes where. Used by
+    several threads."""
+
+    SIZE = 8
+
+    def __init__(self) -> None:
+        self._warned: set[str] = set()
+        self._known: dict[tuple[PeftLoraConfig, SafetensorsHeader], Contents] = {}
+        self._lock = Lock()
+
+    def get(
+        self, config: PeftLoraConfig, header: SafetensorsHeader, find: Callable[[], Contents]
+    ) -> Contents:
+        found = self._known.get((config, header))
+        if found is None:
+            found = find()
+            with self._lock:
+                self._known[config, header] = found
+                while len(self._known) > self.SIZE:
+                    del self._known[next(iter(self._known))]
+        return found
+
+    def is_new(self, text: str) -> bool:
+        """Whether a warning is given for the first time. None is new after the first few."""
+        with self._lock:
+            new = text not in self._warned and len(self._warned) < MAX_WARNINGS
+            self._warned |= {text} if new else set()
+        return new
 
 
 def read_adapter(
     name: str,
     path: str | Path,
-    order: SlotOrder,
+    slot: SlotLayout,
     *,
     dtype: torch.dtype,
     base_weight: Callable[[str], Tensor],
@@ -50,14 +110,12 @@ def read_adapter(
     """Read the PEFT directory ``path`` and check that it fits the base model and the slot pool.
 
     Args:
-        order: The slot whose order the tensors are laid out in, so that its image needs no further copy. If
-            it holds a rank's share, only the share is read, checked and returned.
+        slot: The slots' layout. If they hold a rank's share, only the share is read, checked and returned.
         dtype: The dtype of the returned tensors; the scaling is folded into B in float32 and rounded once.
         base_weight: The base model's weight [vocabulary, hidden] of ``embed_tokens`` or ``lm_head``. PEFT
             saves that weight along with an adapter on it; the saved copy is compared with this one and left
             out.
-        known: Headers that were parsed before for the same ``order`` and ``dtype``, and need not be parsed
-            again.
+        known: What was derived before for the same ``slot``.
         allow_nonfinite: Accept NaN and infinity in the weights.
         progress: Told of each call on the folder's files.
         files: Read these in place of a folder.
@@ -65,11 +123,11 @@ def read_adapter(
     Raises:
         AdapterLoadError: a file is missing, cannot be read, or changed while it was read.
         AdapterInvalid: malformed, unsupported, or made for another base model.
-        AdapterTooLarge: a module's rank exceeds ``max_rank``.
+        AdapterTooLarge: a module's rank exceeds that of the slots.
     """
     folder = folder_of(name, str(path), files, progress)
     folder.check()
-    reader = _Reader(folder, order, dtype, base_weight, known, allow_nonfinite)
+    reader = _Reader(folder, slot, dtype, base_weight, known, allow_nonfinite)
     try:
         packed = reader.read()
     except AdapterInvalid:
@@ -81,172 +139,112 @@ def read_adapter(
 
 @dataclass(frozen=True, slots=True)
 class _Reader:
-    folder: folders.AdapterFolder
-    order: SlotOrder
+    folder: AdapterFolder
+    slot: SlotLayout
     dtype: torch.dtype
     base_weight: Callable[[str], Tensor]
     known: KnownContents
     allow_nonfinite: bool
 
     def read(self) -> PackedAdapter:
-        text = self._config()
-        slot = self.order.layout
-        where = {"name": self.folder.name, "path": self.folder.path}
-        fields = fields_of(text, **where)
-        fold = ParameterFold.of(fields, self.folder, slot.spec) or Fold.of(fields, self.folder)
-        config = fold.config if fold else parse_config(fields, **where)
+        folder = self.folder
+        text = _all_of(folder, CONFIG_FILE, MAX_CONFIG_BYTES)
+        digest = hashlib.sha256(text)
+        fields = fields_of(text, folder)
+        fold = ParameterFold.of(fields, folder, self.slot.spec) or Fold.of(fields, folder)
+        config = fold.config if fold else parse_config(fields, folder)
         if config.unmatched and self.known.is_new(config.unmatched):
             logger.warning(
                 "adapter %r (%s): %s: %s; the names of the file's tensors say which modules it is on",
-                self.folder.name,
-                self.folder.path,
-                folders.CONFIG_FILE,
+                folder.name,
+                folder.path,
+                CONFIG_FILE,
                 config.unmatched,
             )
-        digest = hashlib.sha256(text)
-        with self.folder.open(folders.SAFETENSORS_FILE) as file:
-            header = SafetensorsHeader.read(self.folder, file)
+        with folder.open(SAFETENSORS_FILE) as file, ThreadPoolExecutor(1, "aioengine-load-helper") as helper:
+            header = SafetensorsHeader.read(file)
             digest.update(header.raw)
-            if fold is not None:
-                packed = self._folded(file, header, fold, digest)
-            elif slot.shard.size > 1:
-                packed = self._share(file, header, config)
+
+            def data(pieces: Pieces) -> Buffer:
+                buffer = _read_pieces(file, len(header.raw), pieces)
+                if self.slot.shard.size == 1:  # beside what follows; done at the end of the block
+                    helper.submit(digest.update, buffer.view[: header.data_bytes])
+                return buffer
+
+            if fold is None:
+                find = partial(self._contents, config, lambda: header.entries(file))
+                contents = self.known.get(config, header, find)
+                tensors = tensors_of(data(contents.pieces), contents.entries)
             else:
-                packed = self._whole(file, header, config, digest)
+                contents, tensors = self._folded(file, header, fold, data)
+            packed = pack(
+                folder,
+                contents.layout,
+                contents.parts,
+                contents.cuts,
+                tensors,
+                dtype=self.dtype,
+                base_weight=self.base_weight,
+                allow_nonfinite=self.allow_nonfinite,
+            )
         pooling = self._pooling(digest, config)
         return replace(
             packed,
-            digest="" if slot.shard.size > 1 else digest.hexdigest(),
+            digest="" if self.slot.shard.size > 1 else digest.hexdigest(),
             pooling=pooling,
             invocation=config.invocation,
         )
 
-    def _config(self) -> bytes:
-        with self.folder.open(folders.CONFIG_FILE) as file:
-            if file.size > folders.MAX_CONFIG_BYTES:
-                self.folder.invalid(
-                    f"{folders.CONFIG_FILE}: has {file.size} bytes, more than {folders.MAX_CONFIG_BYTES}"
-                )
-            return bytes(file.read(file.size))
+    def _contents(self, config: PeftLoraConfig, entries_of: Callable[[], list[Entry]]) -> Contents:
+        slot, entries = self.slot, entries_of()
+        shapes = {entry.key: entry.shape for entry in entries}
+        config = config.on(modules_of(shapes)) if config.unmatched else config
+        layout = Layout(self.folder, config, slot.spec, max_rank=slot.max_rank, target_modules=slot.modules)
+        parts = layout.parts(shapes)
+        cuts = cuts_of(slot, layout, parts)
+        return Contents(layout, parts, cuts, *select(entries, cuts))
+
+    def _folded(
+        self,
+        file: OpenFile,
+        header: SafetensorsHeader,
+        fold: Fold | ParameterFold,
+        data: Callable[[Pieces], Buffer],
+    ) -> tuple[Contents, dict[str, Tensor]]:
+        """Read the whole file, and return what it is folded to, or the rank's part of that."""
+        slot, entries = self.slot, header.entries(file)
+        folded = fold.plan({entry.key: entry.shape for entry in entries}, slot)
+        if header.data_bytes > max_data_bytes(slot.spec, slot.max_rank, slot.modules):
+            file.invalid(f"has {header.data_bytes} bytes of data, more than an adapter that fits can have")
+        tensors = folded.tensors(tensors_of(data([(0, header.data_bytes)]), entries))
+        made = [Entry(key, of.dtype, tuple(of.shape), 0, of.nbytes) for key, of in tensors.items()]
+        contents = self._contents(folded.config, lambda: made)
+        return contents, {key: contents.cuts[key].of(tensor) for key, tensor in tensors.items()}
 
     def _pooling(self, digest: hashlib._Hash, config: PeftLoraConfig) -> Kind | None:
         """Read sentence-transformers' configuration, if there is one that counts."""
         if not self.folder.has(POOLING_FILE):
             return None
-        with self.folder.open(POOLING_FILE) as file:
-            if file.size > MAX_POOLING_BYTES:
-                self.folder.invalid(f"{POOLING_FILE} has more than {MAX_POOLING_BYTES} bytes")
-            data = file.read(file.size)
+        data = _all_of(self.folder, POOLING_FILE, MAX_POOLING_BYTES)
         digest.update(data)
         try:
-            return parse_pooling(bytes(data)) if config.feature_extraction else None
+            return parse_pooling(data) if config.feature_extraction else None
         except ValueError as error:
             self.folder.invalid(f"{POOLING_FILE}: {error}")
 
-    def _whole(
-        self, file: folders.OpenFile, header: SafetensorsHeader, config: PeftLoraConfig, digest: hashlib._Hash
-    ) -> PackedAdapter:
-        # Normally the header is checked while the data is hashed. It is checked first if the file is empty,
-        # or too large for LoRA weights that fit: then it is nearly always refused, without taking memory.
-        slot = self.order.layout
-        max_rank = min(slot.max_rank, config.max_rank)
-        if not 0 < header.data_bytes <= max_data_bytes(slot.spec, max_rank, slot.modules):
-            self._contents(file, header, config)
-        buffer = Buffer(header.data_bytes)
-        with ThreadPoolExecutor(1, thread_name_prefix="aioengine-load-helper") as helper:
-            hashing = _read_and_hash(file, buffer.view, digest, helper)
-            contents = self._contents(file, header, config)
-            packed = self._pack(file, contents, tensors_of(buffer, contents.entries))
-            hashing.result()
-            return packed
 
-    def _share(
-        self, file: folders.OpenFile, header: SafetensorsHeader, config: PeftLoraConfig
-    ) -> PackedAdapter:
-        """Read the tensors' parts into memory one after another."""
-        contents = self._contents(file, header, config)
-        buffer = Buffer(sum(length for _, length in contents.pieces))
-        end = 0
-        for offset, length in contents.pieces:
-            file.seek(len(header.raw) + offset)
-            file.read_into(buffer.view[end : end + length])
-            end += length
-        return self._pack(file, contents, tensors_of(buffer, contents.entries))
-
-    def _folded(
-        self,
-        file: folders.OpenFile,
-        header: SafetensorsHeader,
-        fold: Fold | ParameterFold,
-        digest: hashlib._Hash,
-    ) -> PackedAdapter:
-        entries = header.entries(self.folder, file)
-        slot = self.order.layout
-        folded = fold.plan(file.name, {entry.key: entry.shape for entry in entries}, slot)
-        if header.data_bytes > max_data_bytes(slot.spec, slot.max_rank, slot.modules):
-            self.folder.invalid(
-                f"{file.name}: has {header.data_bytes} bytes of data, more than an adapter that fits can have"
-            )
-        buffer = Buffer(header.data_bytes)
-        file.read_into(buffer.view)
-        digest.update(buffer.view)
-        tensors = folded.tensors(tensors_of(buffer, entries).tensors)
-        layout = self._layout(folded.config, tensors)
-        parts = layout.parts(file.name, {key: tensor.shape for key, tensor in tensors.items()})
-        return self._pack(file, *Contents.of_tensors(slot, self.dtype, layout, parts, tensors))
-
-    def _layout(self, config: PeftLoraConfig, keys: Iterable[str]) -> Layout:
-        slot = self.order.layout
-        config = config.on(modules_of(keys)) if config.unmatched else config
-        return Layout(self.folder, config, slot.spec, max_rank=slot.max_rank, target_modules=slot.modules)
-
-    def _contents(
-        self, file: folders.OpenFile, header: SafetensorsHeader, config: PeftLoraConfig
-    ) -> Contents:
-        key = (config, header.raw, header.data_bytes)
-        contents = self.known.get(key)
-        if contents is None:
-            entries = header.entries(self.folder, file)
-            shapes = {entry.key: entry.shape for entry in entries}
-            layout = self._layout(config, shapes)
-            parts = layout.parts(file.name, shapes)
-            contents = Contents.of_file(self.order.layout, self.dtype, layout, parts, entries)
-            self.known.put(key, contents)
-        return contents
-
-    def _pack(self, file: folders.OpenFile, contents: Contents, weights: Weights) -> PackedAdapter:
-        packer = Packer(
-            self.folder,
-            file.name,
-            contents,
-            weights,
-            order=self.order,
-            dtype=self.dtype,
-            base_weight=self.base_weight,
-            allow_nonfinite=self.allow_nonfinite,
-        )
-        return packer.pack()
+def _all_of(folder: AdapterFolder, name: str, most: int) -> bytes:
+    with folder.open(name) as file:
+        if file.size > most:
+            file.invalid(f"has {file.size} bytes, more than {most}")
+        return bytes(file.read(file.size))
 
 
-def _read_and_hash(
-    file: folders.OpenFile, view: memoryview, digest: hashlib._Hash, helper: Executor
-) -> Future[None]:
-    """Fill ``view`` from ``file`` while ``helper``, a pool of one thread, hashes what has arrived.
-
-    Two small pieces are hashed while the large last one is read. The last one is hashed in one call, which
-    has begun when this function returns. The helper needs the GIL to begin a piece: it gets the GIL easily
-    while this thread reads, but only late while this thread runs Python.
-    """
-    begun = Event()
-
-    def update(piece: memoryview) -> None:
-        begun.set()
-        digest.update(piece)
-
-    ends = (len(view) // 8, len(view) // 4, len(view))
-    for begin, end in pairwise((0, *ends)):
-        file.read_into(view[begin:end])
-        begun.clear()
-        hashing = helper.submit(update, view[begin:end])
-    begun.wait()
-    return hashing
+def _read_pieces(file: OpenFile, begin: int, pieces: Pieces) -> Buffer:
+    """Read pieces of the data, which begin at this byte of the file, one after another into memory."""
+    buffer, end = Buffer(max(1, sum(length for _, length in pieces))), 0
+    for offset, length in pieces:
+        file.seek(begin + offset)
+        file.read_into(buffer.view[end : end + length])
+        end += length
+    return buffer

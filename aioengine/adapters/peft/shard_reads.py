@@ -2,19 +2,17 @@
 
 The two differ only where a value depends on more than the part that a rank holds: DoRA's norms, and the
 comparison of tied adapters. All ranks together read every value, so it is enough that each checks what it
-reads.
+reads. A rank that is alone reads and holds everything.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import chain
 from typing import NamedTuple
 
 from torch import Tensor
 
-from aioengine.adapters.peft.folding.embeddings import TOKEN_KINDS
-from aioengine.adapters.peft.targets import HEAD_KINDS, Layout, Part
+from aioengine.adapters.peft.targets import Layout, Part
 from aioengine.adapters.peft.weights_file import Entry
 from aioengine.model.parallel.ranges import EVERYTHING, Ranges, take
 from aioengine.model.slots.layout import SlotLayout
@@ -23,7 +21,7 @@ from aioengine.model.slots.layout import SlotLayout
 class Cut(NamedTuple):
     """Part of a tensor [rows, columns] or [rows]."""
 
-    rows: Ranges
+    rows: Ranges = EVERYTHING
     """The rows that are read."""
     columns: slice = slice(None)
     held: Ranges = EVERYTHING
@@ -34,45 +32,37 @@ class Cut(NamedTuple):
         return take(tensor if tensor.dim() == 1 else tensor[:, self.columns], self.rows)
 
 
-class Selection(NamedTuple):
-    """Parts of a safetensors file's data that are read."""
-
-    entries: list[Entry]
-    """The tensors' parts, one after another, as they lie in memory after the read."""
-    pieces: list[tuple[int, int]]
-    """Offsets and lengths of the parts in the data, in bytes, in the same order."""
-
-
 def cuts_of(slot: SlotLayout, layout: Layout, parts: Mapping[str, Part]) -> dict[str, Cut]:
-    """Which part of each tensor the rank of ``slot`` needs, by key."""
+    """Return which part of each tensor the rank of ``slot`` needs, by key."""
     whole = layout.dora or layout.tied
     return {key: _cut_of(slot, part, needs_more=whole) for key, part in parts.items()}
 
 
 def _cut_of(slot: SlotLayout, part: Part, *, needs_more: bool) -> Cut:
-    """Which part of a tensor the rank of ``slot`` needs; ``needs_more`` for DoRA and tied adapters.
+    """Return which part of a tensor the rank of ``slot`` needs; ``needs_more`` for DoRA and tied adapters.
 
     DoRA's norms need whole rows of B A for the outputs that the rank computes or, where a linear is split
     over its inputs, all rows for the inputs that the rank has.
     """
-    if part.kind in (*HEAD_KINDS, *TOKEN_KINDS):
-        return Cut(EVERYTHING)
+    if part.is_whole or slot.shard.size == 1:
+        return Cut()
     module = part.place[1]
-    share, partition = slot.share(module), slot.partition
-    splits_inputs = partition.splits_inputs(module)
+    share, splits_inputs = slot.share(module), slot.partition.splits_inputs(module)
     match part.kind:
         case "A":
             rows, columns = (share.a[0],), share.a[1]
-            return Cut(EVERYTHING, columns, rows) if needs_more and not splits_inputs else Cut(rows, columns)
+            more = needs_more and not splits_inputs
+            return Cut(columns=columns, held=rows) if more else Cut(rows, columns)
         case "B":
-            return Cut(EVERYTHING, held=share.b) if needs_more and splits_inputs else Cut(share.b)
+            return Cut(held=share.b) if needs_more and splits_inputs else Cut(share.b)
         case "base":
-            return Cut((partition.vocabulary,))
+            return Cut((slot.partition.vocabulary,))
     return Cut(share.outputs)
 
 
-def select(entries: Sequence[Entry], cuts: Mapping[str, Cut]) -> Selection:
-    """Select what is read: ``entries`` are those of the whole file, ``cuts`` the parts by key."""
+def select(entries: Sequence[Entry], cuts: Mapping[str, Cut]) -> tuple[list[Entry], list[tuple[int, int]]]:
+    """Return the parts of ``entries`` that are read, as they lie in memory after the read; and offsets and
+    lengths of these parts in the file's data, in bytes, in the same order."""
     found: list[Entry] = []
     pieces: list[tuple[int, int]] = []
     end = 0
@@ -84,12 +74,12 @@ def select(entries: Sequence[Entry], cuts: Mapping[str, Cut]) -> Selection:
         nbytes = height * len(width) * entry.dtype.itemsize
         found.append(entry._replace(shape=(height, len(width))[: len(entry.shape)], begin=end, nbytes=nbytes))
         end += nbytes
-        for begin, length in chain.from_iterable(_runs(entry, part, width) for part in rows):
+        for begin, length in (run for part in rows for run in _runs(entry, part, width)):
             if pieces and sum(pieces[-1]) == begin:
                 pieces[-1] = pieces[-1][0], pieces[-1][1] + length
             else:
                 pieces.append((begin, length))
-    return Selection(found, pieces)
+    return found, pieces
 
 
 def _runs(entry: Entry, rows: range, columns: range) -> Iterator[tuple[int, int]]:

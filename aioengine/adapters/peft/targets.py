@@ -16,7 +16,6 @@ from aioengine.adapters.peft.config import PeftLoraConfig
 from aioengine.adapters.peft.folder import CONFIG_FILE, AdapterFolder
 from aioengine.adapters.peft.folding.embeddings import TOKEN_KINDS, EmbeddingParts
 from aioengine.adapters.peft.unsupported import MERGE
-from aioengine.errors import AdapterTooLarge
 from aioengine.model.spec import EMBEDDING_MODULES, NO_LAYER, LinearShape, ModelSpec
 
 Place = tuple[int, str]
@@ -28,31 +27,10 @@ _MATCH_SECONDS = 2.0
 _KEY = re.compile(r"(?:base_model\.model\.)?([\w.]{1,300}?)\.((?:lora_|base_layer\.).+)", re.ASCII)
 WRAPPERS = re.compile(r"(?:(?<=\.)|^)(?:_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.")
 """Prefixes that torch.compile, activation checkpointing and FSDP insert into module names."""
-_MAGNITUDES = dict.fromkeys(
-    (
-        "lora_magnitude_vector",
-        "lora_magnitude_vector.default",
-        "lora_magnitude_vector.weight",
-        "lora_magnitude_vector.default.weight",
-    ),
-    "magnitude",
-)
-_LINEAR_PARTS = {
-    "lora_A.weight": "A",
-    "lora_A.default.weight": "A",
-    "lora_B.weight": "B",
-    "lora_B.default.weight": "B",
-    "lora_B.bias": "bias",
-    "lora_B.default.bias": "bias",
-    **_MAGNITUDES,
-}
-_EMBEDDING_PARTS = {
-    "lora_embedding_A": "A",
-    "lora_embedding_A.default": "A",
-    "lora_embedding_B": "B",
-    "lora_embedding_B.default": "B",
-    **_MAGNITUDES,
-}
+_MAGNITUDES = {"lora_magnitude_vector": "magnitude", "lora_magnitude_vector.weight": "magnitude"}
+_LINEAR_KINDS = {"lora_A.weight": "A", "lora_B.weight": "B", "lora_B.bias": "bias", **_MAGNITUDES}
+"""Ends of the keys of a linear, without the adapter's name, and what they are."""
+_EMBEDDING_KINDS = {"lora_embedding_A": "A", "lora_embedding_B": "B", **_MAGNITUDES}
 _PART_NAMES = {
     "A": "lora_A",
     "B": "lora_B",
@@ -60,6 +38,7 @@ _PART_NAMES = {
     "magnitude": "lora_magnitude_vector, which use_dora needs",
 }
 HEAD_KINDS = ("head", "head_bias")
+_WHOLE_KINDS = (*HEAD_KINDS, *TOKEN_KINDS)
 MAX_LABELS = 1024
 """Maximum number of labels of a classification head, which is kept beside the slot."""
 _OF_EXPERTS = (
@@ -123,6 +102,11 @@ class Part(NamedTuple):
     place: Place
     kind: str
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether each rank needs all of it: it is not a part of a target."""
+        return self.kind in _WHOLE_KINDS
+
 
 class Target(NamedTuple):
     """An adapted module."""
@@ -181,27 +165,22 @@ class Layout:
         for index, (layer, module) in enumerate(spec.adaptable()):
             self._add(layer, module)
             if index % 8 == 0 and time.thread_time() - began > _MATCH_SECONDS:
-                folder.invalid(
-                    f"{CONFIG_FILE}: its patterns take more than {_MATCH_SECONDS:g} s to match; name the "
-                    "modules instead"
+                folder.invalid_config(
+                    f"its patterns take more than {_MATCH_SECONDS:g} s to match; name the modules instead"
                 )
         if config.lora_bias and (NO_LAYER, "embed_tokens") in self.targets:
-            folder.invalid(
-                f"{CONFIG_FILE}: lora_bias with embed_tokens as a target: PEFT has no such adapter"
-            )
+            folder.invalid_config("lora_bias with embed_tokens as a target: PEFT has no such adapter")
         if config.invocation and (NO_LAYER, "embed_tokens") in self.targets:
-            folder.invalid(
-                f"{CONFIG_FILE}: alora_invocation_tokens with embed_tokens as a target: PEFT applies such an "
+            folder.invalid_config(
+                "alora_invocation_tokens with embed_tokens as a target: PEFT applies such an "
                 "adapter to all tokens of the embeddings; train it without embed_tokens"
             )
         self.embeddings.check_targets({module for layer, module in self.targets if layer == NO_LAYER})
         for target in self.targets.values():
             if target.rank > max_rank:
-                raise AdapterTooLarge(
-                    f"{CONFIG_FILE}: {target.name} has rank {target.rank}, but max_lora_rank is {max_rank}; "
-                    "raise LoRAConfig.max_lora_rank or train the adapter with a smaller r",
-                    name=folder.name,
-                    path=folder.path,
+                folder.too_large(
+                    f"{target.name} has rank {target.rank}, but max_lora_rank is {max_rank}; raise "
+                    "LoRAConfig.max_lora_rank or train the adapter with a smaller r"
                 )
 
     def _add(self, layer: int, module: str) -> None:
@@ -216,7 +195,7 @@ class Layout:
             rank, linear = config.rank(name), self._spec.linear(module)
             self.targets[layer, module] = Target(name, module, rank, config.scaling(name, rank), linear)
 
-    def parts(self, file: str, shapes: Mapping[str, Sequence[int]]) -> dict[str, Part]:
+    def parts(self, shapes: Mapping[str, Sequence[int]]) -> dict[str, Part]:
         """Check that keys, shapes, configuration and slots agree, and return each key's part.
 
         Raises AdapterInvalid.
@@ -228,37 +207,38 @@ class Layout:
                 p: t for p, t in self.targets.items() if spec.kind_of(p[1]) == p[1] or spec.is_bare(p[1])
             }
             self.targets = others or self.targets
-        usual = self._usual_keys()
         parts: dict[str, Part] = {}
         taken: dict[Part, str] = {}
         for key, shape in shapes.items():
-            part = usual.get(key) or self._head(file, key, shape)
-            if part is None and (found := self.embeddings.find(file, WRAPPERS.sub("", key), key, shape)):
-                part = Part((NO_LAYER, found[0]), found[1])
-            part = part or self._part(file, key)
+            part = self._part(key, shape)
             if part in taken:
-                self._folder.invalid(f"{file}: {key!r} and {taken[part]!r} are the same weight")
-            if part.kind in (*HEAD_KINDS, *TOKEN_KINDS):
-                parts[key], taken[part] = part, key
+                self._folder.invalid_weights(f"{key!r} and {taken[part]!r} are the same weight")
+            parts[key], taken[part] = part, key
+            if part.is_whole:
                 continue
             target = self.targets[part.place]
             expected = target.shape(part.kind)
             if tuple(shape) != expected:
-                self._folder.invalid(
-                    f"{file}: {key!r}: expected shape {list(expected)} (rank {target.rank} of {CONFIG_FILE}, "
-                    f"base linear {target.linear.in_features} -> {target.linear.out_features}), found "
+                self._folder.invalid_weights(
+                    f"{key!r}: expected shape {list(expected)} (rank {target.rank} of {CONFIG_FILE}, base "
+                    f"linear {target.linear.in_features} -> {target.linear.out_features}), found "
                     f"{list(shape[:8])}{'...' if len(shape) > 8 else ''}"
                 )
-            parts[key], taken[part] = part, key
-        self._check_complete(file, taken)
-        self.embeddings.check_complete(
-            file, {(part.place[1], part.kind) for part in taken if part.kind in TOKEN_KINDS}
-        )
-        self._check_head(file, shapes, taken)
+        self._check_complete(taken)
+        self.embeddings.check_complete({(part.place[1], part.kind) for part in taken})
+        self._check_head(shapes, taken)
         return parts
 
-    def _head(self, file: str, key: str, shape: Sequence[int]) -> Part | None:
-        match = _HEAD.fullmatch(WRAPPERS.sub("", key))
+    def _part(self, key: str, shape: Sequence[int]) -> Part:
+        """Return what a tensor is. Raises AdapterInvalid if it does not belong to the adapter."""
+        name = WRAPPERS.sub("", key)
+        part = self._head(name, key, shape)
+        if part is None and (replaced := self.embeddings.find(name, key, shape)):
+            part = Part((NO_LAYER, replaced[0]), replaced[1])
+        return part or self._lora_part(name, key)
+
+    def _head(self, name: str, key: str, shape: Sequence[int]) -> Part | None:
+        match = _HEAD.fullmatch(name)
         if match is None or match[1] not in self._config.heads:
             return None
         hidden = self._spec.hidden_size
@@ -267,56 +247,46 @@ class Layout:
         else:
             fits = len(shape) == 1 and 1 <= shape[0] <= MAX_LABELS
         if not fits:
-            self._folder.invalid(
-                f"{file}: {key!r}: expected a head of 1 to {MAX_LABELS} labels over {hidden} hidden units, "
+            self._folder.invalid_weights(
+                f"{key!r}: expected a head of 1 to {MAX_LABELS} labels over {hidden} hidden units, "
                 f"found {list(shape[:8])}"
             )
         return Part((NO_LAYER, match[1]), HEAD_KINDS[match[2] == "bias"])
 
-    def _check_head(self, file: str, shapes: Mapping[str, Sequence[int]], taken: Mapping[Part, str]) -> None:
+    def _check_head(self, shapes: Mapping[str, Sequence[int]], taken: Mapping[Part, str]) -> None:
         found = {part: shapes[key][0] for part, key in taken.items() if part.kind in HEAD_KINDS}
         if not self._config.heads and not found:
             return
         kinds = sorted(part.kind for part in found)
         if kinds not in (["head"], ["head", "head_bias"]) or len({part.place for part in found}) != 1:
-            self._folder.invalid(
-                f"{file}: {CONFIG_FILE} has modules_to_save={sorted(self._config.heads)}, and the file "
+            self._folder.invalid_weights(
+                f"{CONFIG_FILE} has modules_to_save={sorted(self._config.heads)}, and the file "
                 "must have the "
                 f"weight of one of them; it has {', '.join(taken[part] for part in found) or 'none'}"
             )
         if len(set(found.values())) != 1:
-            self._folder.invalid(f"{file}: the head's weight and bias have different numbers of labels")
+            self._folder.invalid_weights("the head's weight and bias have different numbers of labels")
 
-    def _usual_keys(self) -> dict[str, Part]:
-        """Keys that nearly all files use, so that a look-up replaces matching."""
-        keys: dict[str, Part] = {}
-        for place, target in self.targets.items():
-            if place[0] != NO_LAYER and place[1] in self._modules:
-                prefix = f"base_model.model.{target.name}."
-                keys[f"{prefix}lora_A.weight"] = Part(place, "A")
-                keys[f"{prefix}lora_B.weight"] = Part(place, "B")
-        return keys
-
-    def _part(self, file: str, key: str) -> Part:
-        layer, module, kind = self._find(WRAPPERS.sub("", key)) or self._foreign(file, key)
+    def _lora_part(self, name: str, key: str) -> Part:
+        layer, module, kind = self._find(name) or self._foreign(key)
         if layer >= self._spec.num_layers:
-            self._folder.invalid(
-                f"{file}: {key!r}: the base model has layers 0..{self._spec.num_layers - 1}; was the adapter "
+            self._folder.invalid_weights(
+                f"{key!r}: the base model has layers 0..{self._spec.num_layers - 1}; was the adapter "
                 "trained on another model?"
             )
         if module not in self._modules:
-            self._folder.invalid(
-                f"{file}: {key!r}: the slots do not hold {module}; they hold {self._kinds(self._modules)}: "
+            self._folder.invalid_weights(
+                f"{key!r}: the slots do not hold {module}; they hold {self._kinds(self._modules)}: "
                 f"add {module} to LoRAConfig.target_modules"
             )
         if (layer, module) not in self.targets:
-            self._folder.invalid(
-                f"{file}: {key!r}: {CONFIG_FILE} does not target {self._spec.module_name(layer, module)}"
+            self._folder.invalid_weights(
+                f"{key!r}: {CONFIG_FILE} does not target {self._spec.module_name(layer, module)}"
             )
         if kind == "bias" and not self._config.lora_bias:
-            self._folder.invalid(f"{file}: {key!r}: is a bias, but {CONFIG_FILE} does not set lora_bias")
+            self._folder.invalid_weights(f"{key!r}: is a bias, but {CONFIG_FILE} does not set lora_bias")
         if kind == "magnitude" and not self._config.use_dora:
-            self._folder.invalid(f"{file}: {key!r}: belongs to DoRA, but {CONFIG_FILE} does not set use_dora")
+            self._folder.invalid_weights(f"{key!r}: belongs to DoRA, but {CONFIG_FILE} does not set use_dora")
         return Part((layer, module), kind)
 
     def _find(self, key: str) -> tuple[int, str, str] | None:
@@ -327,7 +297,8 @@ class Layout:
             place = self._spec.find_module(_INNER + match[1])
         if match is None or place is None:
             return None
-        kind = (_EMBEDDING_PARTS if place[1] == "embed_tokens" else _LINEAR_PARTS).get(match[2])
+        kinds = _EMBEDDING_KINDS if place[1] == "embed_tokens" else _LINEAR_KINDS
+        kind = kinds.get(match[2].replace(".default", "", 1))
         if place[1] in EMBEDDING_MODULES and match[2] == _BASE_WEIGHT:
             kind = "base"
         return None if kind is None else (*place, kind)
@@ -342,30 +313,26 @@ class Layout:
         places = self._spec.adaptable()
         return next((self._spec.module_name(*p) for p in places if p[1] not in EMBEDDING_MODULES), "<linear>")
 
-    def _foreign(self, file: str, key: str) -> NoReturn:
+    def _foreign(self, key: str) -> NoReturn:
         if ".experts." in key and self._spec.impl == "transformers":
-            self._folder.invalid(f"{file}: {key[:200]!r}: {_OF_EXPERTS}")
+            self._folder.invalid_weights(f"{key[:200]!r}: {_OF_EXPERTS}")
         reason = next(
             (reason for part, reason in _FOREIGN_KEYS if part in key),
             f"unknown key; expected keys such as 'base_model.model.{self._example}.lora_<A|B>.weight' with "
             f"a module of {self._kinds(self._spec.targets(None))}",
         )
-        self._folder.invalid(f"{file}: {key[:200]!r}: {reason}")
+        self._folder.invalid_weights(f"{key[:200]!r}: {reason}")
 
-    def _check_complete(self, file: str, taken: Mapping[Part, str]) -> None:
+    def _check_complete(self, taken: Mapping[Part, str]) -> None:
         needed = ["A", "B"] + ["bias"] * self._config.lora_bias + ["magnitude"] * self._config.use_dora
-        if sum(part.kind not in ("base", *HEAD_KINDS, *TOKEN_KINDS) for part in taken) == len(needed) * len(
-            self.targets
-        ):
-            return
         for place, target in self.targets.items():
             missing = [kind for kind in needed if Part(place, kind) not in taken]
             if not missing:
                 continue
             found = next((key for part, key in taken.items() if part.place == place), None)
             if found is None:
-                self._folder.invalid(
-                    f"{file}: {CONFIG_FILE} targets {target.name}, but the file has no weights for it; save "
+                self._folder.invalid_weights(
+                    f"{CONFIG_FILE} targets {target.name}, but the file has no weights for it; save "
                     "the adapter again with PEFT"
                 )
-            self._folder.invalid(f"{file}: {found!r} has no matching {_PART_NAMES[missing[0]]}")
+            self._folder.invalid_weights(f"{found!r} has no matching {_PART_NAMES[missing[0]]}")

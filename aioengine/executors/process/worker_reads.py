@@ -13,7 +13,7 @@ from aioengine.executors.process import wire
 from aioengine.step import LoadedAdapter
 
 if TYPE_CHECKING:
-    from aioengine.adapters.peft.dora_exchange import Draft
+    from aioengine.adapters.peft.dora import Draft
     from aioengine.adapters.store import AdapterStore
     from aioengine.model.slots.image import AdapterImage
 
@@ -66,7 +66,7 @@ class WorkerReads:
                 read.image = store.finish(draft)
             share = LoadedAdapter(
                 found.rank,
-                draft.nbytes,
+                draft.slot_nbytes + (0 if found.head is None else found.head.nbytes),
                 found.digest,
                 labels=0 if found.head is None else len(found.head.weight),
                 slot_nbytes=draft.slot_nbytes,

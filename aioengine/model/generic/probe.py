@@ -22,7 +22,7 @@ from aioengine.model.generic.attention import Unsuitable
 from aioengine.model.generic.caches import KeepsMore
 from aioengine.model.generic.classes import one_line
 from aioengine.model.generic.model import GenericModel, inputs_of
-from aioengine.model.slots.image import ImageShape, build_image
+from aioengine.model.slots.image import build_image
 
 logger = logging.getLogger("aioengine")
 
@@ -277,8 +277,6 @@ class _RandomAdapter:
     rank: int
     tensors: dict[tuple[int, str], tuple[Tensor, Tensor]]
     digest: str = ""
-    in_order: Tensor | None = None
-    shape: ImageShape | None = None
 
 
 def _write_random_adapter(model: GenericModel) -> int:

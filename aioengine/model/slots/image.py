@@ -37,15 +37,6 @@ class Adapter(Protocol):
     @property
     def tensors(self) -> Mapping[Key, tuple[Tensor, Tensor]]: ...
 
-    @property
-    def in_order(self) -> Tensor | None:
-        """Flat memory that begins with the tensors in the order of a slot, without gaps, and has room for
-        gains and shifts behind them: taken as it is. None: they are copied together."""
-
-    @property
-    def shape(self) -> ImageShape | None:
-        """The image's shape, if it is known already and ``in_order`` is the whole image."""
-
 
 @dataclass(frozen=True, slots=True, eq=False)
 class AdapterImage:
@@ -178,11 +169,8 @@ def build_image(
     """Put an adapter into an image of ``dtype``, in the calling thread alone.
 
     ``affine`` gives gain and shift [2, out] of the modules that have them, and ``tokens`` the trained tokens,
-    if there are any. Raises :class:`ConfigError`
-    if the adapter does not fit the layout.
+    if there are any. Raises :class:`ConfigError` if the adapter does not fit the layout.
     """
-    if adapter.shape is not None and adapter.in_order is not None and not affine:
-        return adapter.shape.image(adapter.in_order, rank=adapter.rank, digest=adapter.digest)
     _check(layout, adapter, affine)
     shape = image_shape(
         layout,
@@ -191,13 +179,8 @@ def build_image(
         dtype,
         None if tokens is None else tokens.tables,
     )
-    exact = _exact(layout, adapter)
-    ready = exact and adapter.in_order is not None and tokens is None
-    if ready and adapter.in_order is not None:
-        data = adapter.in_order[: shape.elements]
-    else:
-        data = image_memory(shape.elements, dtype, allocate)
-    if not exact:
+    data = image_memory(shape.elements, dtype, allocate)
+    if not _exact(layout, adapter):
         torch._foreach_zero_(serial_pieces(data))
     copies: list[tuple[Tensor, Tensor]] = []
 
@@ -206,7 +189,7 @@ def build_image(
         target = data[begin : begin + rows * width].view(rows, width)
         copies.extend(serial_copies(values, target[: len(values), : values.shape[1]]))
 
-    for key, (a, b) in () if ready else adapter.tensors.items():
+    for key, (a, b) in adapter.tensors.items():
         linear = layout.places[key].shape
         put(key, Column.A, a, len(a), linear.in_features)
         put(key, Column.B, b, linear.out_features, b.shape[1])

@@ -43,8 +43,8 @@ class EmbeddingParts:
         self._folder, self._spec = folder, spec
         trained = EMBEDDING_MODULES if config.tokens or config.saved else ()
         if trained and spec.impl != "native":
-            folder.invalid(
-                f"{CONFIG_FILE}: trained tokens (trainable_token_indices, modules_to_save) are supported "
+            folder.invalid_config(
+                f"trained tokens (trainable_token_indices, modules_to_save) are supported "
                 f"only in models that the native decoder runs: {MERGE}"
             )
         names = {module: spec.module_name(NO_LAYER, module) for module in trained}
@@ -68,23 +68,23 @@ class EmbeddingParts:
                     self._keys |= {f"{full}.{end}": (module, "saved") for end in _WHOLE}
         for module, ids in self._ids.items():
             if max(ids) >= spec.vocab_size:
-                folder.invalid(
-                    f"{CONFIG_FILE}: trainable_token_indices has token {max(ids)} of {module}, and the "
+                folder.invalid_config(
+                    f"trainable_token_indices has token {max(ids)} of {module}, and the "
                     f"base model has {spec.vocab_size}; resized embeddings cannot be served: {MERGE}"
                 )
         for module in self._saved & self._ids.keys():
-            folder.invalid(f"{CONFIG_FILE}: {module} in trainable_token_indices and in modules_to_save")
+            folder.invalid_config(f"{module} in trainable_token_indices and in modules_to_save")
 
     def check_targets(self, targets: Set[str]) -> None:
         """Raise AdapterInvalid if one of the ``targets`` of LoRA is replaced as well."""
         replaced = self._ids.keys() | self._saved | ({"lm_head"} if self.tied else set())
         for module in sorted(targets & replaced):
-            self._folder.invalid(
-                f"{CONFIG_FILE}: LoRA on {module}, whose rows are trained as well (trainable_token_indices "
+            self._folder.invalid_config(
+                f"LoRA on {module}, whose rows are trained as well (trainable_token_indices "
                 "or modules_to_save), which PEFT cannot compute either: train it with one of the two"
             )
 
-    def find(self, file: str, name: str, key: str, shape: Sequence[int]) -> tuple[str, str] | None:
+    def find(self, name: str, key: str, shape: Sequence[int]) -> tuple[str, str] | None:
         """Return the module and the kind of a tensor; None if it is none of these. ``name`` is its ``key``
         without wrappers' names."""
         found = self._keys.get(name.removeprefix("base_model.model."))
@@ -95,25 +95,24 @@ class EmbeddingParts:
         expected = [rows, self._spec.hidden_size]
         if list(shape) != expected:
             of = f" ({rows} trainable_token_indices of {CONFIG_FILE})" if kind == "tokens" else ""
-            self._folder.invalid(
-                f"{file}: {key!r}: expected shape {expected}{of}, found {list(shape)[:8]}; were the "
+            self._folder.invalid_weights(
+                f"{key!r}: expected shape {expected}{of}, found {list(shape)[:8]}; were the "
                 "embeddings resized, or was the adapter trained on another model?"
             )
         return found
 
-    def check_complete(self, file: str, found: Set[tuple[str, str]]) -> None:
+    def check_complete(self, found: Set[tuple[str, str]]) -> None:
         """Raise AdapterInvalid unless everything that the configuration names was ``found``."""
         wanted = {(module, "tokens") for module in self._ids} | {(module, "saved") for module in self._saved}
         for module, kind in sorted(wanted - found):
             field = "trainable_token_indices" if kind == "tokens" else "modules_to_save"
-            self._folder.invalid(
-                f"{file}: {CONFIG_FILE} has {module} in {field}, but the file has no weights for it; save "
+            self._folder.invalid_weights(
+                f"{CONFIG_FILE} has {module} in {field}, but the file has no weights for it; save "
                 f"the adapter again with PEFT, or {MERGE}"
             )
 
     def trained(
         self,
-        file: str,
         tensors: Mapping[tuple[str, str], Tensor],
         base_weight: Callable[[str], Tensor],
         dtype: torch.dtype,
@@ -134,14 +133,14 @@ class EmbeddingParts:
             if kind == "tokens":
                 order = sorted(range(len(tensor)), key=self._ids[module].__getitem__)
                 found[module] = _Rows(tuple(sorted(self._ids[module])), _taken(tensor, order, dtype))
-            elif ids := self._differing(file, module, tensor, base_weight(module)):
+            elif ids := self._differing(module, tensor, base_weight(module)):
                 found[module] = _Rows(tuple(ids), _taken(tensor, ids, dtype))
         if not found:
             return None
         for module, (_, rows) in found.items() if finite else ():
             if any(not math.isfinite(extreme) for row in rows for extreme in _extremes(row)):
-                self._folder.invalid(
-                    f"{file}: rows of {module} overflow {dtype} or are not finite; set lora_dtype to "
+                self._folder.invalid_weights(
+                    f"rows of {module} overflow {dtype}, or contain NaN or infinity; set lora_dtype to "
                     "bfloat16 or float32"
                 )
         embedded = found.get("embed_tokens")
@@ -154,11 +153,11 @@ class EmbeddingParts:
         whole = parts[0] if len(parts) == 1 else torch.cat(parts)
         return TrainedTokens(TokenTables(embedding, head, len(whole)), whole)
 
-    def _differing(self, file: str, module: str, saved: Tensor, base: Tensor) -> list[int]:
+    def _differing(self, module: str, saved: Tensor, base: Tensor) -> list[int]:
         """Return the tokens whose rows are not the base model's, in the less exact of both dtypes."""
         if base.shape != saved.shape:
-            self._folder.invalid(
-                f"{file}: whole {module} in modules_to_save need tensor_parallel_size=1; train the tokens "
+            self._folder.invalid_weights(
+                f"whole {module} in modules_to_save need tensor_parallel_size=1; train the tokens "
                 "with trainable_token_indices instead"
             )
         ids: list[int] = []
@@ -168,8 +167,8 @@ class EmbeddingParts:
             differs = (theirs.to(ours.dtype) != ours).logical_and_(ours.to(theirs.dtype) != theirs)
             ids += [begin + row for row in differs.any(1).nonzero().flatten().tolist()]
         if len(ids) > MAX_TRAINED_TOKENS:
-            self._folder.invalid(
-                f"{file}: {len(ids)} of {len(saved)} rows of {module} differ from the base model's, and at "
+            self._folder.invalid_weights(
+                f"{len(ids)} of {len(saved)} rows of {module} differ from the base model's, and at "
                 f"most {MAX_TRAINED_TOKENS} can be swapped: train single tokens with "
                 f"trainable_token_indices, or {MERGE}"
             )

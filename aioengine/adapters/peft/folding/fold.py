@@ -17,11 +17,9 @@ import torch
 from torch import Tensor
 
 from aioengine.adapters.peft.config import PeftLoraConfig, parse_config
-from aioengine.adapters.peft.contents import contiguous
 from aioengine.adapters.peft.folder import CONFIG_FILE, AdapterFolder
 from aioengine.adapters.peft.folding.methods import METHODS, Method, scaled
 from aioengine.adapters.peft.targets import WRAPPERS
-from aioengine.errors import AdapterTooLarge
 from aioengine.model.slots.layout import SlotLayout
 from aioengine.model.spec import LinearShape
 
@@ -74,35 +72,33 @@ class Fold:
         as_lora["peft_type"] = msgspec.Raw(b'"LORA"')
         if "lora_alpha" not in as_lora and "r" in as_lora:
             as_lora["lora_alpha"] = as_lora["r"]
-        parsed = parse_config(as_lora, name=folder.name, path=folder.path)
+        parsed = parse_config(as_lora, folder)
         trained = parsed.heads or parsed.saved or parsed.tokens
         if parsed.use_dora or parsed.lora_bias or parsed.use_rslora or trained:
-            folder.invalid(
-                f"{CONFIG_FILE}: peft_type={method!r} cannot be folded with use_dora, lora_bias, use_rslora, "
+            folder.invalid_config(
+                f"peft_type={method!r} cannot be folded with use_dora, lora_bias, use_rslora, "
                 "modules_to_save or trainable_token_indices; train it without them, or train a LoRA adapter"
             )
         return cls(method, parsed, folder)
 
-    def plan(self, file: str, shapes: Mapping[str, tuple[int, ...]], slot: SlotLayout) -> Folded:
+    def plan(self, shapes: Mapping[str, tuple[int, ...]], slot: SlotLayout) -> Folded:
         """Check the file's keys and shapes, and return what it is folded to.
 
         Raises AdapterInvalid, and AdapterTooLarge for a folded rank that no slot has room for.
         """
-        modules = self._modules(file, shapes, slot)
+        modules = self._modules(shapes, slot)
         ranks = {name: (module.rank, 1.0) for name, module in modules.items()}
         return Folded(
             replace(self.config, folded=ranks), lambda tensors: self._lora_tensors(modules, tensors)
         )
 
-    def _modules(
-        self, file: str, shapes: Mapping[str, tuple[int, ...]], slot: SlotLayout
-    ) -> Mapping[str, _Module]:
+    def _modules(self, shapes: Mapping[str, tuple[int, ...]], slot: SlotLayout) -> Mapping[str, _Module]:
         """Return the file's modules by their names in the base model."""
         shared = {name: f"base_model.{name}" for name in self._method.shared}
         missing = [key for key in shared.values() if key not in shapes]
         if missing:
-            self._folder.invalid(
-                f"{file}: {missing[0]!r} is missing, and the adapter cannot be computed without it; save it "
+            self._folder.invalid_weights(
+                f"{missing[0]!r} is missing, and the adapter cannot be computed without it; save it "
                 "with save_projection=True, or make a LoRA adapter of it with peft.save_as_lora"
             )
         keys: dict[str, dict[str, str]] = defaultdict(dict)
@@ -112,18 +108,15 @@ class Fold:
             path = WRAPPERS.sub("", key).removesuffix(".default").removeprefix("base_model.model.")
             module, _, parameter = path.rpartition(".")
             if parameter not in self._method.parts or not _NAME.fullmatch(module):
-                self._folder.invalid(
-                    f"{file}: {key[:200]!r}: unknown key; an adapter of {self._name} has "
+                self._folder.invalid_weights(
+                    f"{key[:200]!r}: unknown key; an adapter of {self._name} has "
                     f"{', '.join(sorted(self._method.parts))} for each module"
                 )
             keys[module][parameter] = key
-        return {
-            name: self._module(file, name, {**found, **shared}, shapes, slot) for name, found in keys.items()
-        }
+        return {name: self._module(name, {**found, **shared}, shapes, slot) for name, found in keys.items()}
 
     def _module(
         self,
-        file: str,
         name: str,
         keys: Mapping[str, str],
         shapes: Mapping[str, tuple[int, ...]],
@@ -132,28 +125,25 @@ class Fold:
         config = self.config
         place = slot.spec.find_module(f"model.{name}" if config.feature_extraction else name)
         if place is None or place[1] == "embed_tokens":
-            self._folder.invalid(
-                f"{file}: {name!r} is not a linear of the base model; was the adapter trained on another "
-                "model?"
+            self._folder.invalid_weights(
+                f"{name!r} is not a linear of the base model; was the adapter trained on another model?"
             )
         if not config.targets(name):
-            self._folder.invalid(f"{file}: {name!r}: {CONFIG_FILE} does not target it")
+            self._folder.invalid_weights(f"{name!r}: {CONFIG_FILE} does not target it")
         linear = slot.spec.linear(place[1])
         own = {parameter: shapes[key] for parameter, key in keys.items()}
         rank = self._method.rank(own, linear.out_features, linear.in_features)
         if rank is None:
             found = ", ".join(f"{parameter} {list(shape)[:8]}" for parameter, shape in sorted(own.items()))
-            self._folder.invalid(
-                f"{file}: the parameters of {name} do not fit a linear {linear.in_features} -> "
+            self._folder.invalid_weights(
+                f"the parameters of {name} do not fit a linear {linear.in_features} -> "
                 f"{linear.out_features}: {found}"
             )
         if rank > slot.max_rank:
-            raise AdapterTooLarge(
-                f"{CONFIG_FILE}: {name}: as a LoRA adapter, this one of {self._name} has rank {rank}, but "
+            self._folder.too_large(
+                f"{name}: as a LoRA adapter, this one of {self._name} has rank {rank}, but "
                 f"max_lora_rank is {slot.max_rank}; raise LoRAConfig.max_lora_rank, or train it with a "
-                "smaller r",
-                name=self._folder.name,
-                path=self._folder.path,
+                "smaller r"
             )
         return _Module(linear, keys, rank, self._method.scaling(config, name))
 
@@ -172,5 +162,5 @@ class Fold:
             pair = self._method.fold(own, shared, module.linear.out_features, module.linear.in_features)
             factors = torch.full((len(pair.a),), module.scaling)
             found[f"base_model.model.{name}.lora_A.weight"] = scaled(pair.a, factors)
-            found[f"base_model.model.{name}.lora_B.weight"] = contiguous(pair.b)
+            found[f"base_model.model.{name}.lora_B.weight"] = pair.b
         return found

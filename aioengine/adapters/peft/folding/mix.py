@@ -10,28 +10,25 @@ the sum of their ranks.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from aioengine.adapters.peft.contents import SlotOrder
 from aioengine.adapters.peft.digest import mix_digest
-from aioengine.adapters.peft.pack import PackedAdapter
+from aioengine.adapters.peft.pack import Matrices, PackedAdapter
+from aioengine.adapters.peft.targets import Place
 from aioengine.errors import AdapterInvalid, AdapterTooLarge
 from aioengine.model.slots.layout import MAX_RANK, SlotLayout
 from aioengine.step import MixPart
 
-Place = tuple[int, str]
-Pairs = Mapping[Place, tuple[Tensor, Tensor]]
-
 
 def add_up(
-    name: str, path: str, order: SlotOrder, parts: Sequence[tuple[MixPart, PackedAdapter]]
+    name: str, path: str, slot: SlotLayout, parts: Sequence[tuple[MixPart, PackedAdapter]]
 ) -> PackedAdapter:
-    """Add up adapters that were read for ``order``, or scale the only one.
+    """Add up adapters that were read for ``slot``, or scale the only one.
 
     Raises:
         AdapterInvalid: one of several has parts that cannot be added up.
@@ -50,16 +47,15 @@ def add_up(
             biases[place] = biases.get(place, 0) + bias * part.weight
     if len(parts) == 1:
         [(part, only)] = parts
-        computed = _scaled(only.computed, part.weight)
         return replace(
             only, name=name, path=path, digest=digest, version=version, tensors=scaled[0][0], biases=biases,
-            computed=computed, in_order=None, shape=None,
+            computed=_scaled(only.computed, part.weight),
         )  # fmt: skip
     for part, packed in parts:
         _check(name, path, part, packed)
     tensors: dict[Place, tuple[Tensor, Tensor]] = {}
     for place in dict.fromkeys(place for pairs, _ in scaled for place in pairs):
-        pairs = [_filled(order.layout, place[1], *own[place]) for own, _ in scaled if place in own]
+        pairs = [_filled(slot, place[1], *own[place]) for own, _ in scaled if place in own]
         b = torch.cat([b for _, b in pairs], dim=1)
         if b.shape[1] > MAX_RANK:
             ranks = " + ".join(str(b.shape[1]) for _, b in pairs)
@@ -74,14 +70,13 @@ def add_up(
         path=path,
         rank=max(b.shape[1] for _, b in tensors.values()),
         digest=digest,
-        nbytes=sum(a.nbytes + b.nbytes for a, b in tensors.values()),
         tensors=tensors,
         biases=biases,
         version=version,
     )
 
 
-def _scaled(pairs: Pairs, weight: float) -> dict[Place, tuple[Tensor, Tensor]]:
+def _scaled(pairs: Matrices, weight: float) -> Matrices:
     return {place: (a, (b.float() * weight).to(b.dtype)) for place, (a, b) in pairs.items()}
 
 

@@ -17,11 +17,9 @@ import msgspec
 from torch import Tensor
 
 from aioengine.adapters.peft.config import PeftLoraConfig, parse_config
-from aioengine.adapters.peft.contents import contiguous
 from aioengine.adapters.peft.folder import CONFIG_FILE, AdapterFolder
 from aioengine.adapters.peft.folding.fold import Folded
 from aioengine.adapters.peft.targets import WRAPPERS, modules_of
-from aioengine.errors import AdapterTooLarge
 from aioengine.model.slots.layout import SlotLayout
 from aioengine.model.spec import BareParameter, ModelSpec
 
@@ -65,22 +63,22 @@ class ParameterFold:
         try:
             wanted = msgspec.json.decode(fields[_FIELD], type=_Names | None)
         except (msgspec.MsgspecError, UnicodeError):
-            folder.invalid(f"{CONFIG_FILE}: {_FIELD}: expected a list of at most {MAX_PARAMETERS} strings")
+            folder.invalid_config(f"{_FIELD}: expected a list of at most {MAX_PARAMETERS} strings")
         if not wanted:
             return None
         others = {name: value for name, value in fields.items() if name != _FIELD}
         if bytes(others.get("target_modules", b"null")) == b"null":
             others["target_modules"] = msgspec.Raw(b"[]")
-        parsed = parse_config(others, name=folder.name, path=folder.path)
+        parsed = parse_config(others, folder)
         trained = parsed.heads or parsed.saved or parsed.tokens
         if parsed.use_dora or parsed.lora_bias or trained or parsed.invocation:
-            folder.invalid(
-                f"{CONFIG_FILE}: {_FIELD} with use_dora, lora_bias, modules_to_save, trainable_token_indices "
+            folder.invalid_config(
+                f"{_FIELD} with use_dora, lora_bias, modules_to_save, trainable_token_indices "
                 "or alora_invocation_tokens is not supported; train it without them"
             )
         return cls(parsed, wanted, folder)
 
-    def plan(self, file: str, shapes: Mapping[str, tuple[int, ...]], slot: SlotLayout) -> Folded:
+    def plan(self, shapes: Mapping[str, tuple[int, ...]], slot: SlotLayout) -> Folded:
         """Check the parameters' keys and shapes, and return what the file is folded to.
 
         Raises AdapterInvalid, and AdapterTooLarge for a rank that no slot has room for.
@@ -94,14 +92,14 @@ class ParameterFold:
             for part in ("A", "B"):
                 key = next((k for k in _spellings(parameter.key, part) if k in known), None)
                 if key is None:
-                    self._folder.invalid(
-                        f"{file}: {CONFIG_FILE} targets a parameter, but the file has no "
+                    self._folder.invalid_weights(
+                        f"{CONFIG_FILE} targets a parameter, but the file has no "
                         f"{_spellings(parameter.key, part)[0]!r}; save the adapter again with PEFT"
                     )
                 expected = _shape(parameter, part, spec)
                 if shapes[known[key]] != expected:
-                    self._folder.invalid(
-                        f"{file}: {key!r}: expected shape {list(expected)} (rank {parameter.rank} of "
+                    self._folder.invalid_weights(
+                        f"{key!r}: expected shape {list(expected)} (rank {parameter.rank} of "
                         f"{CONFIG_FILE}, {len(parameter.experts)} experts), found "
                         f"{list(shapes[known[key]])[:8]}"
                     )
@@ -115,7 +113,7 @@ class ParameterFold:
         for name in folded:
             place = spec.find_module(name)
             if place is not None and not spec.is_bare(place[1]) and config.targets(name):
-                self._folder.invalid(f"{CONFIG_FILE}: {name} is in {_FIELD} and in target_modules")
+                self._folder.invalid_config(f"{name} is in {_FIELD} and in target_modules")
         return Folded(replace(config, folded=folded), lambda tensors: dict(_tensors(tensors, keys)))
 
     def _parameters(self, spec: ModelSpec) -> Iterator[_Parameter]:
@@ -138,17 +136,15 @@ class ParameterFold:
             place = slot.spec.find_module(name)
             if place is not None and place[1] not in slot.modules:
                 module = slot.spec.kind_of(place[1])
-                self._folder.invalid(
-                    f"{CONFIG_FILE}: {_FIELD} means {name}, and the slots do not hold {module}: add it to "
+                self._folder.invalid_config(
+                    f"{_FIELD} means {name}, and the slots do not hold {module}: add it to "
                     "LoRAConfig.target_modules"
                 )
         if parameter.rank > slot.max_rank:
-            raise AdapterTooLarge(
-                f"{CONFIG_FILE}: {parameter.experts[0][0]} has rank {parameter.rank}, but max_lora_rank is "
+            self._folder.too_large(
+                f"{parameter.experts[0][0]} has rank {parameter.rank}, but max_lora_rank is "
                 f"{slot.max_rank}; raise LoRAConfig.max_lora_rank (PEFT doubles the rank of gate_up_proj, "
-                "which holds two linears, where 'all-linear' or the names of these have chosen it)",
-                name=self._folder.name,
-                path=self._folder.path,
+                "which holds two linears, where 'all-linear' or the names of these have chosen it)"
             )
 
 
@@ -184,9 +180,9 @@ def _tensors(
             if part == "A":
                 pieces: Sequence[Tensor] = [tensor.view(count, parameter.rank, -1)[expert]] * len(names)
             else:
-                whole = contiguous(tensor.view(len(tensor), parameter.rank, count)[:, :, expert])
+                whole = tensor.view(len(tensor), parameter.rank, count)[:, :, expert]
                 pieces = whole.chunk(len(names))
                 if parameter.alternating:
-                    pieces = [contiguous(whole[i :: len(names)]) for i in range(len(names))]
+                    pieces = [whole[i :: len(names)] for i in range(len(names))]
             for name, piece in zip(names, pieces, strict=True):
                 yield f"{_PREFIX}{name}.lora_{part}.weight", piece
