@@ -260,23 +260,23 @@ def test_every_room_is_installed() -> None:
 
 
 BUDGETS = {
-    "aioengine/*.py": 3_850,  # aim: 2_400
-    "aioengine/adapters": 5_250,  # aim: 3_800
+    "aioengine/*.py": 3_900,  # aim: 2_400
+    "aioengine/adapters": 4_750,  # aim: 3_800
     "aioengine/cli": 6_000,  # aim: 3_200
     "aioengine/core": 6_450,  # aim: 4_600
-    "aioengine/executors": 2_500,  # aim: 1_900
+    "aioengine/executors": 2_450,  # aim: 1_900
     "aioengine/fleet": 5_700,  # aim: 4_200
     "aioengine/grammars": 2_150,  # aim: 1_100
     "aioengine/lab": 12_600,  # aim: 7_500
     "aioengine/model": 13_600,  # aim: 9_000
-    "aioengine/runtime": 3_950,  # aim: 2_700
+    "aioengine/runtime": 3_900,  # aim: 2_700
     "aioengine/server": 10_750,  # aim: 6_300
     "benchmarks": 3_650,  # aim: 3_600
     "examples, docs, setup": 1_250,  # aim: 1_100
     "kernels": 13_500,  # aim: 10_300
     "metrics": 4_400,  # aim: 3_600
     "schedulers": 6_350,  # aim: 4_500
-    "tests": 79_050,  # aim: 52_000
+    "tests": 78_950,  # aim: 52_000
 }
 """The most lines of Python, C++, JavaScript, CSS and HTML that each room may have. Where a room is larger
 than its aim, the number is what it has: it only falls. Raising one takes a commit that says what was cut
