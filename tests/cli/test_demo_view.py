@@ -1,4 +1,4 @@
-"""The live board, drawn from a scripted list of events."""
+"""The live board and the tables at the end."""
 
 from __future__ import annotations
 
@@ -7,11 +7,9 @@ import re
 import msgspec
 from rich.console import Console
 
-from aioengine import events
 from aioengine.cli.demo.board import Board
 from aioengine.cli.demo.jobs import Job
-from aioengine.cli.demo.on_fleet import moved_since
-from aioengine.cli.demo.view import live_board, print_fleet_summary, print_summary
+from aioengine.cli.demo.view import live_board, print_summary
 from aioengine.info import EngineStats, SlotInfo
 
 
@@ -35,89 +33,58 @@ def fleet_stats() -> EngineStats:
     return msgspec.structs.replace(found, slots=slots)
 
 
-def admitted(key: str, adapter: str | None, slot: int | None) -> events.RequestAdmitted:
-    return events.RequestAdmitted(
-        time=1.0,
-        request_id=key,
-        adapter=adapter,
-        slot=slot,
-        cached_tokens=0,
-        queue_seconds=0.5,
-        resumed=False,
-    )
+def drawn(board: Board, now: EngineStats) -> str:
+    console = Console(width=80)
+    board.look(now)
+    with console.capture() as capture:
+        console.print(live_board(board, now))
+    return capture.get()
 
 
-def ended(key: str, reason: events.EndReason, error: Exception | None = None) -> events.Event:
-    return events.RequestEnded(
-        time=3.0,
-        request_id=key,
-        adapter=None,
-        reason=reason,
-        error=error,
-        prompt_tokens=4,
-        output_tokens=10,
-        seconds=2.5,
-        tenant=None,
-    )
-
-
-def drawn(board: Board) -> str:
+def summary(board: Board, now: EngineStats) -> str:
     console = Console(width=80)
     with console.capture() as capture:
-        console.print(live_board(board, stats()))
+        print_summary(console, board, now)
     return capture.get()
 
 
 def test_board_and_summary() -> None:
-    said: list[str] = []
-    board = Board([job("base-1", None), job("sql-1", "sql"), job("sql-2", "sql")], said.append)
-    board.handle(
-        events.AdapterPlaced(time=0.0, adapter="sql", version=1, slot=0, rank=8, nbytes=9, seconds=0.002)
-    )
-    board.handle(admitted("sql-1", "sql", 0))
-    board.handle(events.FirstToken(time=1.5, request_id="sql-1", adapter="sql", seconds=0.25))
-    board.rows["sql-1"].text = "SELECT the tail of a long answer " * 4
-    text = drawn(board)
-    assert "▶ sql-1        slot 0" in text and "long answer" in text
+    board = Board([job("base-1", None), job("sql-1", "sql"), job("sql-2", "sql")], lambda line: None)
+    base, one, two = board.rows.values()
+    one.state, one.ttft, one.text = "running", 0.25, "SELECT the tail of a long answer " * 4
+    text = drawn(board, stats())
+    assert re.search(r"▶ sql-1 +slot 0", text) and "long answer" in text
     assert "? question of base-1" in text
     assert "slot 1  free" in text and "3 loads" in text
-    assert "sql: CPU -> slot 0 (2.0 ms)" in text
+    assert "sql: into slot 0" in text
     assert not board.all_finished
 
-    board.handle(ended("sql-1", "stop"))
-    board.handle(ended("base-1", "length"))
-    board.handle(ended("sql-2", "error", ValueError("it broke")))
-    assert "✘ sql-2" in drawn(board) and "it broke" in drawn(board)
+    one.state, one.tokens, one.seconds = "done", 20, 2.0
+    base.state, two.state, two.error = "done", "failed", "it broke"
+    text = drawn(board, stats())
+    assert "✘ sql-2" in text and "it broke" in text
     assert not board.all_finished
-    console = Console(width=80)
-    with console.capture() as capture:
-        print_summary(console, board, stats(), 2.0)
-    table = capture.get()
+    table = summary(board, stats())
     sql = next(line for line in table.splitlines() if "sql" in line)
-    assert "250 ms" in sql and "10.0" in sql  # 10 tokens of sql-1 in 2 s and 10 of sql-2, no time
+    assert "250 ms" in sql and "10.0" in sql
     assert "25% of 4" in table
-    assert len(said) == 2
 
 
 def test_a_fleet_shows_replicas_and_their_slots() -> None:
     board = Board([job("q1", "sql"), job("q2", None)], lambda line: None)
     row = board.rows["q1"]
-    row.state, row.replica, row.tokens = "running", 1, 7
-    console = Console(width=80)
-    with console.capture() as capture:
-        console.print(live_board(board, fleet_stats(), ["r0", "r1"]))
-        row.state = "done"
-        print_fleet_summary(console, board, 2, 1.5)
-    shown = capture.get()
-    assert "replica 0, slot 0  free" in shown and "replica 1, slot 0  sql" in shown
-    assert "r 1" in shown
-    assert re.search(r"1\W+1\W+7\W+sql", shown), "replica 1 had one request, of seven tokens"
+    row.state, row.replica, row.tokens = "running", "r1", 7
+    text = drawn(board, fleet_stats())
+    assert "r0 slot 0  free" in text and "r1 slot 0  sql" in text
+    assert re.search(r"▶ q1 +r1 slot 0", text)
+    row.state = "done"
+    assert re.search(r"r1\W+1\W+7\W+sql", summary(board, fleet_stats())), "one request, of seven tokens"
 
 
 def test_each_move_is_said_once() -> None:
     """However often one looks, and although each replica counts its own slots."""
-    before: dict[tuple[str | None, int], str | None] = {}
-    said = [moved_since(before, fleet_stats().slots, ["r0", "r1"]) for _ in range(3)]
-    assert said == [["sql: into replica 1, slot 0"], [], []]
-    left = [slot for slot in fleet_stats().slots if slot.replica == "r1"]
-    assert moved_since(before, left, ["r1"]) == [], "it has another number now, and the same adapter"
+    said: list[str] = []
+    board = Board([], said.append)
+    for _ in range(3):
+        board.look(fleet_stats())
+    assert said == ["sql: into r1 slot 0"]

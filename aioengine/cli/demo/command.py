@@ -3,28 +3,30 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from aioengine.cli.common import CommonFlags
-from aioengine.cli.demo.board import Board, Row
+from aioengine.cli.demo.board import Board, ReplicaOf
 from aioengine.cli.demo.jobs import ADAPTERS, default_folder, make_jobs
 from aioengine.cli.flags import DEFAULT_MODEL
 from aioengine.cli.loop import run
 from aioengine.cli.tables import output_console
 from aioengine.config import EngineConfig, LoRAConfig
-from aioengine.errors import AioEngineError, ConfigError
+from aioengine.errors import ConfigError
 from aioengine.fleet.config import FleetConfig
 from aioengine.request import SamplingParams
+from aioengine.runtime.client import EngineClient
 from aioengine.tasks import end_tasks
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from aioengine.engine import AsyncEngine
+LOOK_SECONDS = 0.1
+
+Opened = tuple[EngineClient, ReplicaOf]
 
 
 def demo(
@@ -69,76 +71,73 @@ def demo(
         kv_cache_memory="256MiB",
         lora=LoRAConfig(max_loras=2, max_cpu_loras=3, max_lora_rank=8),
     )
-    params = SamplingParams(max_tokens=max_tokens)
+    paths = {name: str(folder / name) for name in ADAPTERS}
+    fleet = None if replicas is None else FleetConfig(engine=config, replicas=replicas, adapters=paths)
     console = output_console()
 
     def say(line: str) -> None:
         """Print one line, where there is no live board."""
         if not console.is_terminal:
-            print(f"{time.perf_counter() - board.begun:6.2f}  {line}", flush=True)
+            print(f"{board.seconds:6.2f}  {line}", flush=True)
 
     board = Board(jobs, say)
-    if replicas is not None:
-        from aioengine.cli.demo.on_fleet import demo_on_fleet
-
-        paths = {name: str(folder / name) for name in ADAPTERS}
-        fleet = FleetConfig(engine=config, replicas=replicas, adapters=paths)
-        print(f"Starting {replicas} replicas of {model} on Ray ...", flush=True)
-        return run(demo_on_fleet(fleet, board, params, console))
-    return run(_demo(config, folder, board, params, console))
-
-
-async def _demo(
-    config: EngineConfig, folder: Path, board: Board, params: SamplingParams, console: Console
-) -> int:
-    from aioengine.cli.demo.view import print_summary, result_line
-    from aioengine.cli.progress import started
-
-    async def ask(row: Row) -> None:
-        """Run one client: send its prompt and read its answer."""
-        job = row.job
-        try:
-            outputs = engine.generate(job.messages, params, adapter=job.adapter, request_id=job.id)
-            async for out in outputs:
-                row.text = out.text
-        except AioEngineError as error:
-            row.state, row.error = "failed", str(error)
-        else:
-            row.passed = None if job.check is None else job.check(row.text)
-        board.say(result_line(row))
-
-    if not console.is_terminal:
-        print(f"Loading {config.model} ...", flush=True)
-    async with started(config, {name: str(folder / name) for name in ADAPTERS}) as engine:
-        engine.add_listener(board.handle)
-        async with _shown(console, board, engine):
-            await board.ask_all(ask)
-        print_summary(console, board, engine.stats(), time.perf_counter() - board.begun)
-    return 0 if board.all_finished else 1
+    opened = _engine(config, paths) if fleet is None else _fleet(fleet)
+    return run(show(opened, board, SamplingParams(max_tokens=max_tokens), console))
 
 
 @asynccontextmanager
-async def _shown(console: Console, board: Board, engine: AsyncEngine) -> AsyncIterator[None]:
-    """Redraw the board ten times a second, if there is a terminal to draw it on.
+async def _engine(config: EngineConfig, adapters: dict[str, str]) -> AsyncIterator[Opened]:
+    from aioengine.cli.progress import started
 
-    The loop draws it, not rich's thread: the engine's state may only be read on the loop.
-    """
-    if not console.is_terminal:
-        yield
-        return
+    print(f"Loading {config.model} ...", flush=True)
+    async with started(config, adapters) as engine:
+        yield engine, lambda request_id: None
+
+
+@asynccontextmanager
+async def _fleet(config: FleetConfig) -> AsyncIterator[Opened]:
+    """Context with a running fleet, and its live page."""
+    from aioengine.cli.fleet.started import started_fleet
+    from aioengine.metrics.asgi import serve_page
+
+    print(f"Starting {config.replicas} replicas of {config.engine.model} on Ray ...", flush=True)
+    async with (
+        started_fleet(config, lambda stage, done, total: None) as client,
+        serve_page(client, port=0) as page,
+    ):
+        print(f"Live page, as long as the demo runs: {page}", flush=True)
+        yield client, client.replica_of
+
+
+async def show(
+    opened: AbstractAsyncContextManager[Opened], board: Board, params: SamplingParams, console: Console
+) -> int:
+    """Send the board's requests one after the other and show their progress, and tables at the end. Returns
+    the command's exit status."""
     from rich.live import Live
 
-    from aioengine.cli.demo.view import live_board
+    from aioengine.cli.demo.view import live_board, print_summary
 
-    async def redraw() -> None:
-        while True:
-            live.update(live_board(board, engine.stats()), refresh=True)
-            await asyncio.sleep(0.1)
+    async with opened as (client, replica_of):
+        # The loop draws, and not rich's thread: the engine's state may only be read on the loop.
+        with Live(console=console, auto_refresh=False) if console.is_terminal else nullcontext() as live:
 
-    with Live(console=console, auto_refresh=False) as live:
-        task = asyncio.create_task(redraw())
-        try:
-            yield
-        finally:
-            await end_tasks([task])
-            live.update(live_board(board, engine.stats()), refresh=True)
+            def look() -> None:
+                stats = client.stats()
+                board.look(stats)
+                if live is not None:
+                    live.update(live_board(board, stats), refresh=True)
+
+            async def look_always() -> None:
+                while True:
+                    look()
+                    await asyncio.sleep(LOOK_SECONDS)
+
+            looking = asyncio.create_task(look_always())
+            try:
+                await board.ask_all(client, params, replica_of)
+            finally:
+                await end_tasks([looking])
+                look()
+        print_summary(console, board, client.stats())
+    return 0 if board.all_finished else 1
