@@ -7,13 +7,15 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from aioengine.cli.demo.jobs import Job
 from aioengine.errors import AioEngineError
 from aioengine.info import EngineStats, SlotInfo
 from aioengine.request import SamplingParams
-from aioengine.runtime.client import EngineClient
+
+if TYPE_CHECKING:
+    from aioengine.runtime.client import EngineClient
 
 ARRIVAL_SECONDS = 0.15
 """Seconds between the arrivals of two requests."""

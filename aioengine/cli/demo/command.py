@@ -18,15 +18,16 @@ from aioengine.config import EngineConfig, LoRAConfig
 from aioengine.errors import ConfigError
 from aioengine.fleet.config import FleetConfig
 from aioengine.request import SamplingParams
-from aioengine.runtime.client import EngineClient
 from aioengine.tasks import end_tasks
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from aioengine.runtime.client import EngineClient
+
 LOOK_SECONDS = 0.1
 
-Opened = tuple[EngineClient, ReplicaOf]
+Opened = tuple["EngineClient", ReplicaOf]
 
 
 def demo(
