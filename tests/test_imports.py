@@ -125,7 +125,6 @@ INNER_ROOMS: dict[str, set[str]] = {
         "files.hf",
         "files.methods",
         "generic",
-        "generic.adapted",
         "parallel",
         "sampling",
         "slots",
@@ -268,15 +267,15 @@ BUDGETS = {
     "aioengine/fleet": 5_700,  # aim: 4_200
     "aioengine/grammars": 2_150,  # aim: 1_100
     "aioengine/lab": 12_600,  # aim: 7_500
-    "aioengine/model": 13_600,  # aim: 9_000
+    "aioengine/model": 12_250,  # aim: 9_000
     "aioengine/runtime": 3_900,  # aim: 2_700
     "aioengine/server": 10_750,  # aim: 6_300
     "benchmarks": 3_650,  # aim: 3_600
     "examples, docs, setup": 1_250,  # aim: 1_100
-    "kernels": 13_500,  # aim: 10_300
+    "kernels": 13_150,  # aim: 10_300
     "metrics": 4_400,  # aim: 3_600
     "schedulers": 6_350,  # aim: 4_500
-    "tests": 78_900,  # aim: 52_000
+    "tests": 78_500,  # aim: 52_000
 }
 """The most lines of Python, C++, JavaScript, CSS and HTML that each room may have. Where a room is larger
 than its aim, the number is what it has: it only falls. Raising one takes a commit that says what was cut

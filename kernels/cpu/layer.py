@@ -128,32 +128,6 @@ def paged_attention(qkv: Tensor, cache: LayerCache, plan: AttentionPlan, scores:
     return out
 
 
-def store_and_attend(
-    qkv: Tensor, rotation: Rotation, cache: LayerCache, plan: AttentionPlan, scores: Scores
-) -> Tensor:
-    """:func:`rope_store` and :func:`paged_attention` in one call, so that threads go on in between."""
-    keys, values = cache
-    if not _ours(keys):
-        plain.rope_store(qkv, None, rotation, cache, plan)
-        return plain.paged_attention(qkv, cache, plan, scores)
-    cos, sin, neighbours = rotation
-    window, scale, soft_cap, sinks = scores
-    assert qkv.is_contiguous() and cos.is_contiguous() and sin.is_contiguous()
-    assert sinks is None or (sinks.dtype == qkv.dtype and sinks.is_contiguous())
-    _, block_size, kv_heads, d = keys.shape
-    tokens, heads = len(qkv), qkv.shape[1] - 2 * kv_heads
-    out = qkv.new_empty(tokens, heads * d)
-    load().aio_store_and_attend(
-        *(is_bf16(qkv), qkv.data_ptr(), cos.data_ptr(), sin.data_ptr(), plan.cells.data_ptr()),
-        *(plan.last.data_ptr(), keys.data_ptr(), values.data_ptr()),
-        *(tokens, heads, kv_heads, d, block_size, _block_bytes(keys), cos.shape[-1], neighbours),
-        *(plan.tables.data_ptr(), plan.tables.shape[1], plan.span_table.data_ptr(), len(plan.spans)),
-        *(out.data_ptr(), window or 0, d**-0.5 if scale is None else scale, soft_cap or 0.0),
-        *(pointer(sinks), threads()),
-    )
-    return out
-
-
 def head_norms_struct(norms: HeadNorms) -> structs.HeadNorms:
     """Make the C structure, which points to the memory and does not keep it alive."""
     return structs.HeadNorms(

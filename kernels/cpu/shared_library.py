@@ -25,15 +25,6 @@ _SIGNATURES = {
         *(c_long, c_long, c_long, c_int),
     ),
     "aio_adapted_linear": (c_int, c_void_p, c_void_p, c_void_p, c_long, c_int),
-    "aio_gated_mlp": (
-        *(c_int, c_void_p, c_void_p, c_int, c_void_p, c_void_p, c_void_p, c_void_p, c_long, c_int),
-    ),
-    "aio_blocks": (*(c_int, c_void_p, c_long, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_int),),
-    "aio_store_and_attend": (
-        *(c_int, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p),
-        *(c_long, c_long, c_long, c_long, c_long, c_long, c_long, c_int),
-        *(c_void_p, c_long, c_void_p, c_long, c_void_p, c_long, c_float, c_float, c_void_p, c_int),
-    ),
     "aio_quantize": (*(c_int, c_void_p, c_void_p, c_void_p, c_void_p, c_long, c_long, c_long, c_int),),
     "aio_dequantize": (*(c_int, c_void_p, c_void_p, c_void_p, c_void_p, c_long, c_long, c_long, c_int),),
     "aio_linear_int8": (

@@ -123,31 +123,6 @@ class AdaptedLinear(Structure):
     ]
 
 
-class Block(Structure):
-    """A layer of attention and a gated MLP; see ``src/parts.cpp``."""
-
-    _fields_ = [
-        *((name, POINTER(AdaptedLinear)) for name in ("qkv", "o", "gate_up", "down", "next")),
-        *((name, c_void_p) for name in ("input_norm", "attention_norm", "mlp_input_norm", "mlp_norm")),
-        *(("sinks", c_void_p), ("head_norms", POINTER(HeadNorms)), ("keys", c_void_p), ("values", c_void_p)),
-        *((name, c_int64) for name in ("size", "heads", "kv_heads", "head_dim", "block_size", "block_bytes")),
-        *((name, c_int64) for name in ("half", "neighbours", "window", "gelu", "norm_rounded")),
-        *(
-            (name, c_double)
-            for name in ("eps", "norm_offset", "residual_scale", "attention_scale", "soft_cap")
-        ),
-    ]
-
-
-class BlockStep(Structure):
-    """What all layers of a step share."""
-
-    _fields_ = [
-        *((name, c_void_p) for name in ("x", "wide", "narrow", "cells", "last", "tables", "spans")),
-        *((name, c_int64) for name in ("tokens", "table_width", "sequences")),
-    ]
-
-
 class LoraPool(Structure):
     """A fused linear's places in the slots; no slices: no adapter may target it."""
 

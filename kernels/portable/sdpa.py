@@ -113,25 +113,35 @@ def _additive(allowed: Tensor, dtype: torch.dtype) -> Tensor:
 
 def paged_attention(qkv: Tensor, cache: LayerCache, plan: AttentionPlan, scores: Scores) -> Tensor:
     """Attend to what is stored; see :class:`aioengine.kernels.backend.Backend`."""
-    keys, values = cache
-    window, scale, soft_cap, sinks = scores
-    tokens, kv_heads, d = len(qkv), keys.shape[2], keys.shape[3]
+    kv_heads = cache.keys.shape[2]
     q, k, v = qkv.tensor_split([-2 * kv_heads, -kv_heads], dim=1)
+    made = plan.derive(Windows).of(scores.window, q.dtype)
+    return attend(q, k, v, cache, made, scores).flatten(1)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, cache: LayerCache, made: Window, scores: Scores) -> Tensor:
+    """Attend with queries [T, H, d] to what is stored, with what ``made`` says of masks and cells.
+
+    ``k`` [T, K, d] and ``v`` [T, K, e] are the step's own, which are stored already. Returns [T, H, e].
+    """
+    keys, values = cache
+    _, scale, soft_cap, sinks = scores
+    tokens, kv_heads = len(q), keys.shape[2]
     # Query head h reads key head h // group: regrouped, grouped-query attention is a batch dimension.
-    q = q.view(tokens, kv_heads, -1, d)
-    out = q.new_empty(q.shape)
-    made = plan.derive(Windows).of(window, q.dtype)
+    q = q.reshape(tokens, kv_heads, -1, q.shape[2])
+    out = q.new_empty(*q.shape[:3], v.shape[2])
     own = None if sinks is None else sinks.view(kv_heads, -1, 1)
 
     for rows, cells, mask in made.decode:
-        batch = len(rows)
-        k_b = take(keys, cells, q.dtype).view(batch, -1, kv_heads, d).transpose(1, 2)
-        v_b = take(values, cells, q.dtype).view(batch, -1, kv_heads, d).transpose(1, 2)
-        everything = batch == tokens
+        k_b, v_b = (
+            take(each, cells, q.dtype).view(len(rows), -1, *each.shape[2:]).transpose(1, 2)
+            for each in (keys, values)
+        )
+        everything = len(rows) == tokens
         q_b = q if everything else q.index_select(0, rows)
         out_b = _attend(q_b, k_b, v_b, mask, scale, soft_cap, own)
         if everything:
-            return out_b.reshape(tokens, -1)
+            return out_b.flatten(1, 2)
         out.index_copy_(0, rows, out_b)
 
     for row, length, chunk_cells, chunk_mask in made.chunks:
@@ -147,7 +157,7 @@ def paged_attention(qkv: Tensor, cache: LayerCache, plan: AttentionPlan, scores:
             None if own is None else own[..., None],
         )
         out[row:stop] = out_s.permute(2, 0, 1, 3)
-    return out.flatten(1)
+    return out.flatten(1, 2)
 
 
 def _attend(

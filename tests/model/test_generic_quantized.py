@@ -207,12 +207,16 @@ class PeekingForCausalLM(transformers.LlamaForCausalLM):
 
 @pytest.mark.parametrize("kernels", [pytest.param("cpu", marks=compiled), "torch"])
 @pytest.mark.slow
-def test_a_weight_that_is_read_beside_its_linear_is_found(kernels: str, tmp_path: Path) -> None:
+def test_a_weight_that_is_read_beside_its_linear_is_expanded(kernels: str, tmp_path: Path) -> None:
+    """The probe compares with the weights in effect."""
     auto: Any = transformers
     auto.AutoConfig.register(PeekingConfig.model_type, PeekingConfig, exist_ok=True)
     auto.AutoModelForCausalLM.register(PeekingConfig, PeekingForCausalLM, exist_ok=True)
     model = PeekingForCausalLM(PeekingConfig(**{**COMMON, **WIDE, "intermediate_size": 64}))
     randomize(model).save_pretrained(tmp_path)
-    runner_of(tmp_path, spec_of(tmp_path), kernels=kernels)
-    with pytest.raises(ConfigError, match=r"first in model\.layers\.1"):
-        runner_of(tmp_path, spec_of(tmp_path), kernels=kernels, quantization="fp8")
+    for form in ("none", "fp8"):
+        decoder = runner_of(tmp_path, spec_of(tmp_path), kernels=kernels, quantization=form).decoder
+        assert isinstance(decoder, GenericModel)
+        weight = decoder.model.model.layers[1].mlp.gate_proj.weight
+        stored = decoder.base_weight(1, "mlp.gate_proj")[0].whole()
+        assert torch.equal(weight + 0, stored) and torch.equal(weight[3:5].T, stored[3:5].T)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 
 import msgspec
@@ -71,9 +72,7 @@ def read_spec(path: Path, impl: ModelImpl = "auto", quantization: Quantization =
 
 def _read_spec(path: Path, impl: ModelImpl) -> ModelSpec:
     if impl == "transformers":
-        from aioengine.model.generic import describe  # imports torch and transformers
-
-        return describe.read_spec(path)
+        return _generic(path)
     if path.suffix == ".gguf":
         from aioengine.model.files import gguf
 
@@ -88,15 +87,14 @@ def _read_spec(path: Path, impl: ModelImpl) -> ModelSpec:
         return _generic(path, error)
 
 
-def _generic(path: Path, error: ConfigError) -> ModelSpec:
+def _generic(path: Path, error: ConfigError | None = None) -> ModelSpec:
     """Return the spec for transformers, of a model that the native decoder does not run because of
-    ``error``."""
-    from aioengine.model.generic import classes
-
-    if not classes.available():
+    ``error``; None: it was not asked."""
+    if importlib.util.find_spec("transformers") is None:
+        why = "" if error is None else f"{error}; it may run with "
         raise ConfigError(
-            f"{error}; model_impl='transformers' may run it, which {classes.MISSING}"
-        ) from error
-    from aioengine.model.generic import describe
+            f"{why}model_impl='transformers', which needs pip install 'aioengine[transformers]'"
+        )
+    from aioengine.model.generic import describe  # imports torch and transformers
 
-    return describe.read_spec(path, native_reason=str(error))
+    return describe.read_spec(path, None if error is None else str(error))

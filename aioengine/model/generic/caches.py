@@ -29,9 +29,14 @@ class EngineCache(Cache):
 
 
 class PassingLayer(CacheLayerMixin):  # type: ignore[no-untyped-call] # transformers has no types for it
-    """Returns its inputs unchanged, because the attention stores the keys and values."""
+    """Returns its inputs unchanged, because the attention stores the keys and values. ``past`` is the number
+    of tokens before those of the pass."""
 
     is_sliding = False
+
+    def __init__(self, past: int = 0) -> None:
+        super().__init__()  # type: ignore[no-untyped-call] # as above
+        self.past = self.length = past
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.is_initialized = True
@@ -40,10 +45,10 @@ class PassingLayer(CacheLayerMixin):  # type: ignore[no-untyped-call] # transfor
         return key_states, value_states
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return query_length, 0
+        return self.past + query_length, 0
 
     def get_seq_length(self) -> int:
-        return 0
+        return self.length
 
     def get_max_length(self) -> int:
         return -1
@@ -61,53 +66,31 @@ class Pages:
         self.context = locate(plan.host_tables, plan.block_size, torch.tensor(index), every).to(plan.device)
 
 
-class GatheringLayer(CacheLayerMixin):  # type: ignore[no-untyped-call] # transformers has no types for it
+class GatheringLayer(PassingLayer):  # type: ignore[no-untyped-call] # as above
     """Stores into a layer's pages, and gathers the sequence's keys and values from them."""
 
-    is_sliding = False
-
     def __init__(self, pages: Pages, keys: Tensor, values: Tensor) -> None:
-        super().__init__()  # type: ignore[no-untyped-call] # as above
-        self._pages = pages
-        self._keys, self._values = keys, values
-        self._length = pages.past
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        self.is_initialized = True
+        super().__init__(pages.past)
+        self._pages, self._keys, self._values = pages, keys, values
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         pages = self._pages
         put(self._keys, pages.cells, key_states[0].transpose(0, 1))
         put(self._values, pages.cells, value_states[0].transpose(0, 1))
-        self._length = len(pages.context)
+        self.length = len(pages.context)
         self.keys = take(self._keys, pages.context).transpose(0, 1)[None]
         self.values = take(self._values, pages.context).transpose(0, 1)[None]
         return self.keys, self.values
 
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self._pages.past + query_length, 0
-
-    def get_seq_length(self) -> int:
-        return self._length
-
-    def get_max_length(self) -> int:
-        return -1
-
-    get_max_cache_shape = get_max_length
-
-
-def _passing_layer() -> PassingLayer:
-    return PassingLayer()  # type: ignore[no-untyped-call] # its base has no types
-
 
 def passing(layers: int) -> EngineCache:
     """Return a cache for attention that keeps keys and values itself."""
-    return EngineCache(layers=[_passing_layer() for _ in range(layers)])
+    return EngineCache(layers=[PassingLayer() for _ in range(layers)])
 
 
 def gathering(cache: KVCache, layer_ids: tuple[int, ...], layers: int, pages: Pages) -> EngineCache:
     """Return a cache for one sequence and attention of the model's own."""
-    made: list[Any] = [_passing_layer() for _ in range(layers)]
+    made: list[Any] = [PassingLayer() for _ in range(layers)]
     for i, layer in enumerate(layer_ids):
         made[layer] = GatheringLayer(pages, cache.k[i], cache.v[i])
     return EngineCache(layers=made)

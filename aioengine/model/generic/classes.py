@@ -8,26 +8,16 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+import transformers
 
 from aioengine.checks import read_json
 from aioengine.errors import ConfigError
 from aioengine.model.files.folder import INDEX, SINGLE, headers
 from aioengine.model.files.methods.scheme import Header
 from aioengine.model.spec import MAX_LAYERS
-
-if TYPE_CHECKING:
-    import torch
-
-MISSING = "needs the package transformers: pip install 'aioengine[transformers]'"
-
-
-def available() -> bool:
-    """Whether transformers is installed."""
-    from importlib.util import find_spec
-
-    return find_spec("transformers") is not None
-
 
 _OTHER = "Use a model whose class is part of transformers"
 _EXTRA = re.compile("nextn|mtp")
@@ -41,12 +31,8 @@ class Found:
     """
 
     def __init__(self, path: Path) -> None:
-        if not available():
-            raise ConfigError(f"model_impl='transformers' {MISSING}")
         if path.suffix == ".gguf":
             raise ConfigError(f"{path}: model_impl='transformers' reads model folders, no GGUF files")
-        import transformers
-
         self.path = path
         raw = read_json(path / "config.json")
         self.config: Any
@@ -61,8 +47,6 @@ class Found:
 
     def _by_architecture(self, raw: dict[str, Any], error: Exception) -> None:
         """Find the class by its name, because transformers does not know the model type."""
-        import transformers
-
         name = (raw.get("architectures") or [None])[0]
         found = getattr(transformers, name, None) if isinstance(name, str) else None
         unknown = raw.get("model_type") not in transformers.CONFIG_MAPPING
@@ -115,7 +99,6 @@ class Found:
     def on_meta(self) -> Any:
         """Return the model without memory for its weights. Raises ConfigError if it cannot be built."""
         import torch
-        import transformers
 
         auto: Any = transformers.AutoModelForCausalLM
         layers = getattr(self.text_config, "num_hidden_layers", 0)
@@ -139,8 +122,6 @@ class Found:
 
         Raises ConfigError if they cannot be read or do not fit the configuration.
         """
-        import torch
-
         stored = headers(self.path) if any((self.path / name).exists() for name in (SINGLE, INDEX)) else {}
         log = _Report()
         try:
@@ -230,8 +211,6 @@ def _quiet(model: Any) -> Any:
 @contextmanager
 def _without_bars() -> Iterator[None]:
     """Context in which transformers shows no progress bars."""
-    import transformers
-
     logging: Any = transformers.utils.logging
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()

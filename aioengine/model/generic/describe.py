@@ -6,16 +6,18 @@ import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import Any, Literal, cast
+
+import torch
 
 from aioengine.errors import ConfigError
 from aioengine.model.files.hf_config import special_tokens
+from aioengine.model.generic.caches import KeepsMore
 from aioengine.model.generic.classes import Found
 from aioengine.model.generic.spec import Adaptable, GenericSpec, Stack
+from aioengine.model.generic.trace import Trace, has_matrices, is_linear, observe
+from aioengine.model.generic.weights import linear_matrix
 from aioengine.model.spec import DTYPE_BYTES, NO_LAYER, LinearShape, RopeSpec
-
-if TYPE_CHECKING:
-    from aioengine.model.generic.trace import Trace
 
 _POSITIONS = (
     "max_position_embeddings",
@@ -29,7 +31,6 @@ _UNBOUNDED = 2**20
 _MOVING_ROPE = ("dynamic", "longrope")
 """Frequencies that depend on how long the longest sequence is."""
 _ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
-_MAX_FUSED = 4
 _PANEL = 16
 _NARROW = 16
 """A linear is narrow if it has at least this many times as many inputs as outputs. It has a small share of
@@ -37,7 +38,7 @@ the weights, and what it computes (which expert a token takes) is best exact."""
 
 
 def read_spec(path: Path, native_reason: str | None = None) -> GenericSpec:
-    """Return the spec of the model in a folder. Imports torch and transformers; reads no weights.
+    """Return the spec of the model in a folder, of which no weights are read.
 
     Raises ConfigError, with the reason, if transformers does not run it or the engine cannot serve it.
     """
@@ -102,9 +103,6 @@ def _attends(text: Any) -> bool:
 
 def _trace(found: Found, model: Any) -> tuple[Trace, bool]:
     """Return the pass, and whether the model's attention can be the engine's."""
-    from aioengine.model.generic.caches import KeepsMore
-    from aioengine.model.generic.trace import observe
-
     errors: list[str] = []
     flat: Trace | None = None
     for own_attention in (False, True):
@@ -136,7 +134,6 @@ def _trace(found: Found, model: Any) -> tuple[Trace, bool]:
 
 def _placed(model: Any, trace: Trace) -> Callable[[str], tuple[int, str]]:
     """Return what tells a module's layer and its path below that from its name."""
-    from aioengine.model.generic.trace import is_linear
 
     def parts(name: str) -> re.Match[str] | None:
         return re.match(r"(.*?)\.(\d+)\.(.+)", name)
@@ -155,27 +152,17 @@ def _placed(model: Any, trace: Trace) -> Callable[[str], tuple[int, str]]:
 def _linears(
     model: Any, trace: Trace, placed: Callable[[str], tuple[int, str]]
 ) -> tuple[tuple[Adaptable, ...], dict[str, LinearShape]]:
-    from aioengine.model.generic.trace import is_linear
-
-    modules = [(n, m) for n, m in model.named_modules() if is_linear(m) and trace.sees_all(n)]
     head = model.get_output_embeddings()
     shapes: dict[str, LinearShape] = {}
     linears: list[Adaptable] = []
-    groups: dict[tuple[int, str, int], list[str]] = {}
-    for name, module in modules:
-        n_out, n_in = module.weight.shape
-        if not isinstance(module, _nn().Linear):
-            n_in, n_out = n_out, n_in
+    for name, module in model.named_modules():
+        if not is_linear(module) or not trace.sees_all(name):
+            continue
+        n_out, n_in = linear_matrix(module).shape
         layer, key = placed(name)
         if layer == NO_LAYER and module is head:
             key = "lm_head"
-        key = _known(shapes, key, LinearShape(n_in, n_out))
-        group = groups.setdefault((layer, name.rpartition(".")[0], id(trace.inputs[name][0])), [])
-        if not group or len(group) % _MAX_FUSED == 0:
-            group.append(key)
-        else:
-            group.append(group[-1])
-        linears.append(Adaptable(name, layer, key, group[-1]))
+        linears.append(Adaptable(name, layer, _known(shapes, key, LinearShape(n_in, n_out))))
     return tuple(linears), shapes
 
 
@@ -192,8 +179,6 @@ def _stacks(
 ) -> tuple[Stack, ...]:
     """Return the parameters of stacked experts [experts, n, m], and of the routers beside them, where each
     token goes to the module once, as a row. Their shapes are added to ``shapes``."""
-    from aioengine.model.generic.trace import has_matrices
-
     owners = [(n, m) for n, m in model.named_modules() if has_matrices(m) and trace.sees_all(n)]
     found: list[Stack] = []
     experts_of: dict[str, int] = {}
@@ -219,7 +204,7 @@ def _stacks(
         weight = module._parameters.get("weight")
         if owner.rpartition(".")[0] not in beside or owner in stacked or weight is None or weight.dim() != 2:
             continue
-        if trace.inputs[owner][0].shape[-1] == weight.shape[1]:
+        if trace.widths[owner] == {weight.shape[1]}:
             add(owner, "weight", 0, LinearShape(weight.shape[1], weight.shape[0]), False)
     return tuple(found)
 
@@ -227,28 +212,19 @@ def _stacks(
 def _quantizable(
     model: Any, linears: Sequence[Adaptable], shapes: Mapping[str, LinearShape]
 ) -> tuple[str, ...]:
-    """Return the names for :attr:`GenericSpec.quantizable`: all linears that read the same input, or none."""
-    from aioengine.model.generic.adapted.linears import storable
-
+    """Return the names for :attr:`GenericSpec.quantizable`."""
     exact = {name.rpartition(".")[0] for name in _in_float32(model)}
-    can = [name for name in storable(dict(model.named_modules())) if name not in exact]
-    groups: dict[tuple[int, str], list[Adaptable]] = {}
+    found = []
     for linear in linears:
-        groups.setdefault((linear.layer, linear.group), []).append(linear)
-    found: list[str] = []
-    for group in groups.values():
-        sizes = [shapes[linear.module] for linear in group]
-        whole = all(size % _PANEL == 0 for shape in sizes for size in shape)
-        wide = _NARROW * sum(shape.out_features for shape in sizes) > sizes[0].in_features
-        if whole and wide and all(linear.name in can for linear in group):
-            found += [linear.name for linear in group]
+        n_in, n_out = shapes[linear.module]
+        wide = n_in % _PANEL == n_out % _PANEL == 0 and n_out * _NARROW > n_in
+        if wide and linear.name not in exact:
+            found.append(linear.name)
     return tuple(found)
 
 
 def _in_float32(model: Any) -> dict[str, Any]:
     """Return the parameters that transformers keeps in float32 where the model is in 16 bits, by name."""
-    import torch
-
     patterns = [pattern.replace("*", ".*") for pattern in model._get_dtype_plan(torch.bfloat16)]
     return {
         name: parameter
@@ -261,12 +237,6 @@ def _first(value: Any) -> int:
     """Return a number, or the first of those that layers have."""
     value = value[0] if isinstance(value, list) and value else value
     return value if isinstance(value, int) else 0
-
-
-def _nn() -> Any:
-    from torch import nn
-
-    return nn
 
 
 def _vocabulary(model: Any, text: Any) -> int:

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from aioengine.errors import ConfigError
-from aioengine.kernels import LoRAPool
 from aioengine.model.generic.attention import Unsuitable
 from aioengine.model.generic.caches import KeepsMore
 from aioengine.model.generic.classes import one_line
@@ -38,174 +37,163 @@ one changes everything."""
 
 
 def check(model: GenericModel) -> None:
-    """Try the ways in which the model can run, the fast ones first, and keep the first that is right.
+    """Try the ways in which the model can run, side by side first, and keep the first that is right.
 
     Raises ConfigError, naming the layer that differs first.
     """
+    problems: list[str] = []
     with torch.inference_mode():
+        probe = _Probe(model)
+        for flat in (True, False) if model.spec.flat else (False,):
+            model.use_flat(flat)
+            problem = probe.difference() or (probe.difference_with_adapter() if model.adapters else None)
+            if problem is None:
+                return
+            logger.info("%s: %s; the next way is tried", model.spec.architecture, problem)
+            problems.append(problem)
+    # What a way gets wrong says more than why another one cannot be gone at all.
+    problem = next((one for one in problems if "logits" in one), problems[-1])
+    raise ConfigError(
+        f"{model.path}: {model.spec.architecture} does not compute the same over the engine's cache and "
+        f"batches as in one separate pass: {problem}. It is not served, because its answers would be wrong"
+    )
+
+
+class _Probe:
+    """Sequences, with their block tables and the logits that the model itself has for them."""
+
+    def __init__(self, model: GenericModel) -> None:
+        self.model = model
+        size, blocks = model.cache.block_size, model.cache.num_blocks
+        lengths = [min(length, model.holder.longest - 1) for length in _LENGTHS]
+        needed = [-(-length // size) for length in lengths]
+        if sum(needed) + 1 > blocks:  # only one where there is no room for two
+            lengths = [min(lengths[0], (blocks - 1 or 1) * size)]
+            needed = [-(-length // size) for length in lengths]
+        free = list(range(blocks))  # from the end: an adapter may have the beginning of the same memory
+        self.tables = [[free.pop() for _ in range(count)] for count in needed]
+        self.spare = free[0] if free else None
+        generator = torch.Generator().manual_seed(0)
+        vocabulary = model.spec.vocab_size
+        self.sequences = [torch.randint(vocabulary, (n,), generator=generator).tolist() for n in lengths]
+        if model.quantizes:
+            model.store()
         try:
             with _expanded(model):
-                expected = [_alone(model, tokens) for tokens in _sequences(model)[0]]
+                self.expected = [model.alone(tokens) for tokens in self.sequences]
         except Exception as error:
             raise ConfigError(
                 f"{model.path}: {model.spec.architecture} cannot run by itself: {one_line(error)}"
             ) from error
-        _check_finite(model, expected)
-        problem: str | None = None
-        problems: list[str] = []
-        for way in model.ways():
-            model.take(way)
-            problem = _differs(model, expected)
-            if problem is None and (model.hooks or model.bare_hooks):
-                problem = _adapter_differs(model)
-            if problem is None:
-                break
-            logger.info("%s: %s; the next way is tried", model.spec.architecture, problem)
-            problems.append(problem)
-    if problem is not None:
-        # What a way gets wrong says more than why another one cannot be gone at all.
-        problem = next((one for one in problems if "logits" in one), problem)
+        self._check_finite()
+        if not model.quantizes:  # so it is compared with what transformers makes of the weights as they were
+            model.store()
+        assert model.weights is not None
+        self.precision = torch.bfloat16 if model.weights.rounds else model.dtype
+        """The dtype whose rounding is as coarse as what the model's linears do."""
+
+    def _check_finite(self) -> None:
+        """Raise ConfigError if not all logits of the model itself are numbers, with the parameter that is the
+        cause."""
+        model = self.model
+        if all(bool(one.isfinite().all()) for one in self.expected):
+            return
+        parameters = model.model.named_parameters()
+        damaged = next((name for name, one in parameters if not one.isfinite().all()), None)
+        why = f"they overflow in {model.dtype}" if damaged is None else f"{damaged} has values that are not"
         raise ConfigError(
-            f"{model.path}: {model.spec.architecture} does not compute the same over the engine's cache and "
-            f"batches as in one separate pass: {problem}. It is not served, because its answers would be "
-            "wrong"
+            f"{model.path}: the logits of {model.spec.architecture} are not finite ({why}): the checkpoint "
+            "is damaged, or needs another dtype"
         )
 
+    def difference(self) -> str | None:
+        """Return what differs from the model itself; None if nothing does."""
+        lengths = [len(tokens) for tokens in self.sequences]
+        first, rest = lengths[0] - 2, [length - 2 for length in lengths[1:]]
+        steps = [[first // 2] + [0] * len(rest), [first - first // 2, *rest]]
+        steps += [[1] * len(lengths)] * 2
+        try:
+            found = self._run(steps, slots=[-1] * len(lengths), ranks=[])
+        except (Unsuitable, KeepsMore) as error:
+            return str(error)
+        except Exception as error:  # whatever a model's modules do to inputs that they were not made for
+            logger.debug("the probe failed", exc_info=True)
+            return one_line(error)
+        off = self._off(found, self.expected)
+        return None if off is None else f"logits {off}, first in {self._first_layer()}"
 
-def _check_finite(model: GenericModel, logits: list[Tensor]) -> None:
-    """Raise ConfigError if not all logits of the model itself are numbers, with the parameter that is the
-    cause. What stands for a packed weight is no number either: who reads it is found by the comparison."""
-    if all(bool(one.isfinite().all()) for one in logits):
-        return
-    parameters = list(model.model.named_parameters())
-    stored = [(name, one) for name, one in parameters if any(one.stride())]
-    damaged = next((name for name, one in stored if not one.isfinite().all()), None)
-    if damaged is None and len(stored) < len(parameters):
-        return
-    why = f"they overflow in {model.dtype}" if damaged is None else f"{damaged} has values that are not"
-    raise ConfigError(
-        f"{model.path}: the logits of {model.spec.architecture} are not finite ({why}): the checkpoint is "
-        "damaged, or needs another dtype"
-    )
+    def difference_with_adapter(self) -> str | None:
+        """Return the same for an adapter in slot 0, beside a base row."""
+        model = self.model
+        assert model.slots is not None
+        rank = _write_random_adapter(model)
+        if len(self.sequences) < 2 or rank == 0:
+            return None
+        lengths = [len(tokens) for tokens in self.sequences]
+        halves = [length // 2 for length in lengths]
+        steps = [halves, [length - half for length, half in zip(lengths, halves, strict=True)]]
+        try:
+            with model.adapters.plainly(), _expanded(model):
+                expected = [self.expected[0], model.alone(self.sequences[1])]
+            found = self._run(steps, slots=[-1, 0], ranks=[rank] + [0] * (model.slots.max_loras - 1))
+        except Exception as error:
+            return f"with an adapter: {one_line(error)}"
+        off = self._off(found, expected)
+        return None if off is None else f"with an adapter, logits {off}"
 
+    def _run(self, steps: list[list[int]], slots: list[int], ranks: list[int]) -> list[Tensor]:
+        """Return the logits of each sequence, whose adapters are in ``slots``, in steps of so many tokens of
+        each. Somebody is at the last position beside them, whose own logits mean nothing."""
+        model, found = self.model, [list[Tensor]() for _ in self.sequences]
+        begins = [0] * len(self.sequences)
+        for counts in steps:
+            who = [i for i, count in enumerate(counts) if count]
+            work = [
+                (self.sequences[i][begins[i] : begins[i] + counts[i]], begins[i], self.tables[i], slots[i])
+                for i in who
+            ]
+            beside = self.spare is not None
+            if self.spare is not None:
+                width = -(-model.holder.longest // model.cache.block_size)
+                work.insert(0, ([0], model.holder.longest - 1, [self.spare] * width, -1))
+            logits = model.forward(inputs_of(model, work, ranks))
+            parts = torch.split(logits, [len(tokens) for tokens, *_ in work])[beside:]
+            for i, part in zip(who, parts, strict=True):
+                found[i].append(part)
+                begins[i] += counts[i]
+        return [torch.cat(parts) for parts in found]
 
-def _tokens(model: GenericModel, count: int, seed: int) -> list[int]:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(model.spec.vocab_size, (count,), generator=generator).tolist()
+    def _off(self, found: list[Tensor], expected: list[Tensor]) -> str | None:
+        """Return how far logits are off; None if that is rounding."""
+        right = torch.cat(expected).float()
+        scale = right.abs().amax(-1).clamp(min=1e-6)
+        error = (torch.cat(found).float() - right).abs().amax(-1) / scale
+        spared = len(error) // _SPARED if self.model.spec.stacks and self.precision != torch.float32 else 0
+        typical, largest = float(error.median()), float(error.sort()[0][len(error) - 1 - spared])
+        if typical <= _TYPICAL[self.precision] and largest <= _LARGEST[self.precision]:
+            return None
+        return f"are off by {largest:.2g} of the largest one"
 
-
-def _sequences(model: GenericModel) -> tuple[list[list[int]], list[list[int]]]:
-    """Return tokens and block tables; only one sequence where there is no room for two."""
-    size, blocks = model.cache.block_size, model.cache.num_blocks
-    lengths = [min(length, model.longest - 1) for length in _LENGTHS]
-    needed = [-(-length // size) for length in lengths]
-    if sum(needed) + 1 > blocks:
-        lengths = [min(lengths[0], (blocks - 1 or 1) * size)]
-        needed = [-(-length // size) for length in lengths]
-    free = list(range(blocks))  # from the end: an adapter may have the beginning of the same memory
-    tables = [[free.pop() for _ in range(count)] for count in needed]
-    return [_tokens(model, length, seed) for seed, length in enumerate(lengths)], tables
-
-
-def _differs(model: GenericModel, expected: list[Tensor]) -> str | None:
-    """Return what differs from ``expected``, the sequences' logits; None if nothing does."""
-    sequences, tables = _sequences(model)
-    found: list[list[Tensor]] = [[] for _ in sequences]
-    try:
-        for counts in _schedule(model, [len(tokens) for tokens in sequences]):
-            _step(model, sequences, tables, counts, found)
-    except (Unsuitable, KeepsMore) as error:
-        return str(error)
-    except Exception as error:  # whatever a model's modules do to inputs that they were not made for
-        logger.debug("the probe failed", exc_info=True)
-        return one_line(error)
-    off = _off(model, torch.cat([torch.cat(rows) for rows in found]), torch.cat(expected))
-    if off is None:
-        return None
-    return f"logits {off}, first in {_first_layer(model, sequences[0], tables[0])}"
-
-
-def _schedule(model: GenericModel, lengths: list[int]) -> Iterator[list[int]]:
-    """Return how many tokens of each sequence a step takes: chunks, then chunks side by side, then single
-    tokens."""
-    first = lengths[0] - 2
-    yield [first // 2] + [0] * (len(lengths) - 1)
-    yield [first - first // 2] + [length - 2 for length in lengths[1:]]
-    yield [1] * len(lengths)
-    yield [1] * len(lengths)
-
-
-def _step(
-    model: GenericModel,
-    sequences: list[list[int]],
-    tables: list[list[int]],
-    counts: list[int],
-    found: list[list[Tensor]],
-) -> None:
-    work: list[tuple[list[int], int, list[int], int]] = []
-    who = []
-    for i, count in enumerate(counts):
-        if count:
-            start = sum(len(rows) for rows in found[i])
-            work.append((sequences[i][start : start + count], start, tables[i], -1))
-            who.append(i)
-    used = {block for table in tables for block in table}
-    spare = next((block for block in range(model.cache.num_blocks) if block not in used), None)
-    if spare is not None:  # somebody at the last position, whose own logits mean nothing
-        width = -(-model.longest // model.cache.block_size)
-        work.append(([0], model.longest - 1, [spare] * width, -1))
-    logits = model.forward(inputs_of(model, work, []))
-    begin = 0
-    for i, (tokens, *_) in zip(who, work, strict=False):
-        found[i].append(logits[begin : begin + len(tokens)])
-        begin += len(tokens)
-
-
-def _alone(model: GenericModel, tokens: list[int]) -> Tensor:
-    """Compute logits [n, vocab] in one pass, as transformers does."""
-    model.use_own_attention(True)
-    try:
-        out = model.model(input_ids=torch.tensor([tokens], device=model.device), use_cache=False)
-    finally:
-        model.use_own_attention(not model.way.flat)
-    logits: Tensor = (out[0] if isinstance(out, tuple) else out.logits)[0]
-    return logits
-
-
-def _off(model: GenericModel, found: Tensor, expected: Tensor) -> str | None:
-    scale = expected.float().abs().amax(-1).clamp(min=1e-6)
-    error = (found.float() - expected.float()).abs().amax(-1) / scale
-    spared = len(error) // _SPARED if model.spec.stacks and _precision(model) != torch.float32 else 0
-    typical, largest = float(error.median()), float(error.sort()[0][len(error) - 1 - spared])
-    if typical <= _TYPICAL[_precision(model)] and largest <= _LARGEST[_precision(model)]:
-        return None
-    return f"are off by {largest:.2g} of the largest one"
-
-
-def _precision(model: GenericModel) -> torch.dtype:
-    """Return the dtype whose rounding is as coarse as what the model's linears do."""
-    return torch.bfloat16 if model.rounds else model.dtype
-
-
-def _first_layer(model: GenericModel, tokens: list[int], table: list[int]) -> str:
-    """Return the first numbered module whose output differs."""
-    split = len(tokens) - 2
-    with _outputs(model.model) as alone:
-        _alone(model, tokens)
-    with _outputs(model.model) as first:
-        model.forward(inputs_of(model, [(tokens[:split], 0, table, -1)], []))
-    with _outputs(model.model) as second:
-        model.forward(inputs_of(model, [(tokens[split:], split, table, -1)], []))
-    for name, output in alone.items():
-        if name not in first or name not in second:
-            continue
-        both = torch.cat([first[name], second[name]], dim=1)
-        if both.shape != output.shape:
-            continue
-        error = (both.float() - output.float()).abs().max() / output.float().abs().max().clamp(min=1e-6)
-        if not float(error) <= _TYPICAL[_precision(model)]:
-            return name
-    return "a batch of several sequences"
+    def _first_layer(self) -> str:
+        """Return the first numbered module whose output differs."""
+        model, tokens, table = self.model, self.sequences[0], self.tables[0]
+        split = len(tokens) - 2
+        with _outputs(model.model) as alone:
+            model.alone(tokens)
+        with _outputs(model.model) as first:
+            model.forward(inputs_of(model, [(tokens[:split], 0, table, -1)], []))
+        with _outputs(model.model) as second:
+            model.forward(inputs_of(model, [(tokens[split:], split, table, -1)], []))
+        for name, output in alone.items():
+            if name not in first or name not in second:
+                continue
+            both = torch.cat([first[name], second[name]], dim=1)
+            if both.shape != output.shape:
+                continue
+            error = (both.float() - output.float()).abs().max() / output.float().abs().max().clamp(min=1e-6)
+            if not float(error) <= _TYPICAL[self.precision]:
+                return name
+        return "a batch of several sequences"
 
 
 @contextmanager
@@ -234,42 +222,6 @@ def _outputs(model: Any) -> Iterator[dict[str, Tensor]]:
             handle.remove()
 
 
-def _adapter_differs(model: GenericModel) -> str | None:
-    """Return the same for an adapter in slot 0, beside a base row."""
-    assert model.slots is not None
-    sequences, tables = _sequences(model)
-    rank = _write_random_adapter(model)
-    if len(sequences) < 2 or rank == 0:
-        return None
-    try:
-        with _plainly(model):
-            expected = [_alone(model, sequences[1])]
-        expected.insert(0, _alone(model, sequences[0]))
-        found = _in_two_steps(model, sequences, tables, [rank] + [0] * (model.slots.max_loras - 1))
-    except Exception as error:
-        return f"with an adapter: {one_line(error)}"
-    off = _off(model, torch.cat(found), torch.cat(expected))
-    return None if off is None else f"with an adapter, logits {off}"
-
-
-def _in_two_steps(
-    model: GenericModel, sequences: list[list[int]], tables: list[list[int]], ranks: list[int]
-) -> list[Tensor]:
-    """Return the logits of two sequences, of which the second one has the adapter in slot 0."""
-    found: list[list[Tensor]] = [[], []]
-    cuts = [len(tokens) // 2 for tokens in sequences]
-    for parts in ([slice(0, cut) for cut in cuts], [slice(cut, None) for cut in cuts]):
-        work = [
-            (sequences[i][part], part.start, tables[i], slot)
-            for i, (part, slot) in enumerate(zip(parts, (-1, 0), strict=True))
-        ]
-        logits = model.forward(inputs_of(model, work, ranks))
-        lengths = [len(tokens) for tokens, *_ in work]
-        for rows, of in zip(found, torch.split(logits, lengths), strict=True):
-            rows.append(of)
-    return [torch.cat(rows) for rows in found]
-
-
 @dataclass
 class _RandomAdapter:
     """Random adapter, with what slots read of one."""
@@ -286,11 +238,11 @@ def _write_random_adapter(model: GenericModel) -> int:
     generator = torch.Generator().manual_seed(0)
     for rank in (min(layout.max_rank, 8), 1):
         tensors = {}
-        for (layer, module), place in layout.places.items():
+        for key, place in layout.places.items():
             n_in, n_out = place.shape
             a = torch.randn(rank, n_in, generator=generator) * n_in**-0.5
             b = torch.randn(n_out, rank, generator=generator) * 0.1
-            tensors[layer, module] = a.to(model.slots.dtype), b.to(model.slots.dtype)
+            tensors[key] = a.to(model.slots.dtype), b.to(model.slots.dtype)
         image = build_image(layout, _RandomAdapter(rank, tensors), {}, model.slots.dtype)
         if image.nbytes <= model.slots.nbytes:
             model.slots.write(0, image)
@@ -307,26 +259,3 @@ def _expanded(model: GenericModel) -> Iterator[None]:
         yield
     finally:
         model.holder.expanded = False
-
-
-@contextmanager
-def _plainly(model: GenericModel) -> Iterator[None]:
-    """Add the adapter in slot 0 to all rows, as two products."""
-
-    def add(pool: LoRAPool, place: int, x: Tensor, y: Tensor) -> Tensor:
-        a = pool.a(0, place)
-        b = pool.b(0, place).to(a.dtype)  # it may be whole numbers
-        return y + ((x.to(a.dtype) @ a.T) @ b.T).to(y.dtype)
-
-    for one in model.hooks:
-        one.plain = add
-    for bare in model.bare_hooks:
-        bare.plain = True
-    try:
-        with _expanded(model):
-            yield
-    finally:
-        for one in model.hooks:
-            one.plain = None
-        for bare in model.bare_hooks:
-            bare.plain = False

@@ -20,8 +20,6 @@ class Adaptable(NamedTuple):
     """``NO_LAYER`` outside of the layers."""
     module: str
     """Path below the layer. All linears of one ``module`` have one shape."""
-    group: str
-    """Linears of a layer that are in one group read the same input."""
 
 
 class Stack(NamedTuple):
@@ -65,8 +63,8 @@ class GenericSpec(ModelSpec, frozen=True, kw_only=True, dict=True):
     """Whether all tokens of a step go through the model at once, with the engine's attention. Otherwise each
     sequence goes through it alone, with the model's own attention over keys and values that are gathered."""
     quantizable: tuple[str, ...] = ()
-    """Names of the linears that ``quantization`` is for: those whose weight may be stored in another form,
-    with sizes that are multiples of 16. Others stay in the dtype; so do narrow ones, such as routers."""
+    """Names of the linears that ``quantization`` is for: those with sizes that are multiples of 16. Others
+    stay in the dtype; so do narrow ones, such as routers."""
     float32_parameters: int = 0
     """How many of ``parameters`` are in float32 also where the model is in 16 bits."""
     native_reason: str | None = None
@@ -151,11 +149,8 @@ class GenericSpec(ModelSpec, frozen=True, kw_only=True, dict=True):
         return Counter([x.module for x in self.linears] + [stack.module for stack in self.stacks])
 
     def fused(self, layer: int) -> Mapping[str, tuple[str, ...]]:
-        groups: dict[str, tuple[str, ...]] = {}
-        for linear in self.linears:
-            if linear.layer == layer:
-                groups[linear.group] = (*groups.get(linear.group, ()), linear.module)
-        return groups | {stack.module: stack.modules for stack in self.stacks if stack.layer == layer}
+        linears = {x.module: (x.module,) for x in self.linears if x.layer == layer}
+        return linears | {stack.module: stack.modules for stack in self.stacks if stack.layer == layer}
 
     def adaptable(self) -> Iterator[tuple[int, str]]:
         return iter(self._names)

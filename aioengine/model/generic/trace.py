@@ -1,4 +1,4 @@
-"""Trace of one pass of a model: the inputs of its modules, and what its layers put into the cache."""
+"""Trace of one pass of a model: what its modules get, and what its layers put into the cache."""
 
 from __future__ import annotations
 
@@ -9,15 +9,21 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from transformers.pytorch_utils import Conv1D
 
+from aioengine.model.generic.caches import EngineCache, KeepsMore, PassingLayer
 from aioengine.model.spec import KVShape
 
 NAME = "aioengine-trace"
 _TOKENS = 7
 _PAST = 3
 """Tokens in the cache of a model that attends by itself, before those of the pass."""
+_VALUE = 1 / 128
+"""Positive, so that no sum of them is zero."""
 
 
 @dataclass
@@ -33,23 +39,19 @@ class Trace:
     compute it."""
     updated: dict[int, KVShape] = field(default_factory=dict)
     """Keys and values that were put into the cache, by layer."""
-    inputs: dict[str, list[Tensor]] = field(default_factory=dict)
-    """Inputs of each linear, and of each module with other matrices, one for each call; an unusual call has
-    an empty tensor."""
-
+    widths: dict[str, set[int]] = field(default_factory=dict)
+    """Sizes of the rows that each linear, and each module with other matrices, got for each token; 0 for a
+    call of another kind."""
     routed: set[str] = field(default_factory=set)
     """Modules that got the tokens with two values for each: the numbers and weights of its experts."""
 
     def sees_all(self, name: str) -> bool:
-        """Whether a module got every token, in every call."""
-        calls = self.inputs.get(name, [])
-        return bool(calls) and all(x.numel() == _TOKENS * x.shape[-1] > 0 for x in calls)
+        """Whether a module got every token as a row, in every call."""
+        return bool(self.widths.get(name)) and 0 not in self.widths[name]
 
 
 def is_linear(module: Any) -> bool:
     """Whether PEFT's "all-linear" means this module."""
-    from transformers.pytorch_utils import Conv1D
-
     return isinstance(module, (torch.nn.Linear, Conv1D))
 
 
@@ -61,20 +63,23 @@ def has_matrices(module: Any) -> bool:
     return any(one.dim() in (2, 3) for one in module.parameters(recurse=False))
 
 
-class Attention:
-    """Which attention the modules of a model use: the one that transformers chose, or another."""
+class Implementations:
+    """Ways in which a model attends and computes experts: those that transformers chose, or others."""
 
     def __init__(self, model: Any) -> None:
         configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
         self._own = [
-            (c, c._attn_implementation) for c in configs.values() if hasattr(c, "_attn_implementation")
+            (config, name, getattr(config, name))
+            for config in configs.values()
+            for name in ("_attn_implementation", "_experts_implementation")
+            if hasattr(config, name)
         ]
 
-    def use(self, name: str | None) -> None:
-        """Let them use the attention that is registered under ``name``; None: the one that transformers
-        chose."""
-        for config, own in self._own:
-            config._attn_implementation = own if name is None else name
+    def use(self, *, attention: str | None, experts: str | None) -> None:
+        """Let the model use what is registered under these names; None: what transformers chose."""
+        for config, name, own in self._own:
+            asked = attention if name == "_attn_implementation" else experts
+            setattr(config, name, own if asked is None else asked)
 
 
 def cache_argument(forward: Callable[..., Any]) -> str | None:
@@ -89,8 +94,6 @@ def observe(model: Any, *, own_attention: bool) -> Trace:
 
     Raises whatever the model does if it cannot run with them either.
     """
-    from aioengine.model.generic.caches import KeepsMore
-
     try:
         return _observe(model, own_attention)
     except KeepsMore:
@@ -103,30 +106,19 @@ def observe(model: Any, *, own_attention: bool) -> Trace:
 
 
 def _observe(model: Any, own_attention: bool) -> Trace:
-    import transformers
-
-    from aioengine.model.generic.caches import EngineCache, PassingLayer
-
     trace = Trace()
     device = next(model.parameters()).device
     past = _PAST if own_attention else 0
 
-    class Layer(PassingLayer):  # type: ignore[no-untyped-call] # transformers has no types for it
+    class Layer(PassingLayer):  # type: ignore[no-untyped-call] # transformers has no types for its base
         def __init__(self, number: int) -> None:
-            super().__init__()  # type: ignore[no-untyped-call] # as above
+            super().__init__(past)
             self._number = number
-            self._length = past
 
         def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> Any:
             trace.updated[self._number] = _shape(key_states, value_states)
-            self._length = past + key_states.shape[-2]
+            self.length = past + key_states.shape[-2]
             return _behind(past, key_states), _behind(past, value_states)
-
-        def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-            return past + query_length, 0
-
-        def get_seq_length(self) -> int:
-            return self._length
 
     masks: list[Tensor] = []
 
@@ -145,6 +137,8 @@ def _observe(model: Any, own_attention: bool) -> Trace:
 
     transformers.AttentionInterface.register(NAME, attend)
     transformers.AttentionMaskInterface.register(NAME, mask)
+    # Experts choose by values, which are not there: they give nothing.
+    ALL_EXPERTS_FUNCTIONS.register(NAME, lambda _module, hidden, *_, **__: torch.zeros_like(hidden))
     ids = torch.zeros(1, _TOKENS, dtype=torch.long, device=device)
     layers = model.config.get_text_config(decoder=True).num_hidden_layers
     arguments: dict[str, Any] = {"input_ids": ids, "use_cache": True}
@@ -153,18 +147,14 @@ def _observe(model: Any, own_attention: bool) -> Trace:
         arguments[cache] = EngineCache(layers=[Layer(i) for i in range(layers)])
     if "position_ids" in names:
         arguments["position_ids"] = torch.arange(past, past + _TOKENS, device=device)[None]
-    attention = Attention(model)
-    attention.use(None if own_attention else NAME)
+    implementations = Implementations(model)
+    implementations.use(attention=None if own_attention else NAME, experts=NAME)
     try:
-        with torch.no_grad(), _watched(model, trace), _no_experts(model), device, _Equal():
+        with torch.no_grad(), _watched(model, trace), device, _Equal():
             model(**arguments)
     finally:
-        attention.use(None)
+        implementations.use(attention=None, experts=None)
     return trace
-
-
-_VALUE = 1 / 128
-"""Positive, so that no sum of them is zero."""
 
 
 def _give_values(model: Any) -> None:
@@ -211,19 +201,21 @@ class _Equal(TorchFunctionMode):
 def _watched(model: Any, trace: Trace) -> Iterator[None]:
     def saw(name: str, linear: bool) -> Callable[..., None]:
         def hook(_: Any, arguments: tuple[Any, ...], output: Any) -> None:
-            usual = bool(arguments) and isinstance(arguments[0], Tensor)
+            x = arguments[0] if arguments and isinstance(arguments[0], Tensor) else torch.empty(0, 1)
+            usual = x.numel() == _TOKENS * x.shape[-1] > 0
             if linear:
                 usual = usual and isinstance(output, Tensor) and len(arguments) == 1
-            elif usual and [_count(one) for one in arguments] == [_TOKENS] * 3:
+            elif [_count(one) for one in arguments] == [_TOKENS] * 3:
                 trace.routed.add(name)
-            trace.inputs.setdefault(name, []).append(arguments[0] if usual else torch.empty(0, 1))
+            trace.widths.setdefault(name, set()).add(x.shape[-1] if usual else 0)
 
         return hook
 
-    handles = []
-    for name, module in model.named_modules():
-        if is_linear(module) or has_matrices(module):
-            handles.append(module.register_forward_hook(saw(name, is_linear(module))))
+    handles = [
+        module.register_forward_hook(saw(name, is_linear(module)))
+        for name, module in model.named_modules()
+        if is_linear(module) or has_matrices(module)
+    ]
     try:
         yield
     finally:
@@ -234,15 +226,6 @@ def _watched(model: Any, trace: Trace) -> Iterator[None]:
 def _count(value: Any) -> int:
     """Return the number of rows of a matrix; 0 if it is none."""
     return len(value) if isinstance(value, Tensor) and value.dim() == 2 else 0
-
-
-@contextmanager
-def _no_experts(model: Any) -> Iterator[None]:
-    """Experts of transformers' own kind choose by values, which are not there: they give nothing."""
-    for module in model.modules():
-        if hasattr(module, "_apply_gate") and hasattr(module, "has_gate"):
-            module.forward = lambda hidden, *_, **__: torch.zeros_like(hidden)
-    yield
 
 
 def _behind(past: int, x: Tensor) -> Tensor:
