@@ -1,4 +1,4 @@
-"""A request's output on its way from the step loop to the caller that reads it."""
+"""A request's output on its way from the engine loop to the caller that reads it."""
 
 from __future__ import annotations
 
@@ -15,97 +15,38 @@ from aioengine.runtime.output import GrowingText, Grown, RequestOutput
 if TYPE_CHECKING:
     from aioengine.model.text.detokenizer import TextStream
 
-
 _MOST_WAITING = 64
 """Tokens that wait for their text at most: all of a long output at once would take too long."""
 
 
-class OutputText:
-    """The text of an output that grows token by token; empty if there is no tokenizer.
+class OutputStream:
+    """Collects tokens and text; everything collected since the reader's last visit becomes one
+    :class:`RequestOutput`. So a slow reader costs no memory beyond its own output, and never delays a step.
 
     Where no stop string is looked for, tokens wait for their text until somebody reads it: then the next step
     computes already, and several tokens take little longer than one.
+
+    ``decoder`` makes the text; None: there is no tokenizer, and never any text.
     """
 
-    def __init__(self, stream: TextStream | None, params: SamplingParams) -> None:
-        self.text = GrowingText()
-        self.stop: str | int | None = None
-        """The stop string or stop token that ended the output."""
-        self._stream = stream
-        self.is_empty = stream is None
-        """Whether there is never any text."""
-        self.waits = stream is not None and not params.stop
-        """Whether tokens change nothing until the text is read."""
+    request: Request
+    """The request, once :meth:`attach` was called."""
+    _grown: Grown
+
+    def __init__(self, params: SamplingParams, decoder: TextStream | None) -> None:
         self._params = params
-        self._tokens = 0
-        self._waiting: list[int] = []
+        self._decoder = decoder
+        self._text = GrowingText()
+        self._undecoded: list[int] = []
         """Tokens that are not in the text yet."""
-
-    def push(self, token: int, *, is_stop: bool) -> bool:
-        """Add one token; returns True if the text now contains a stop string. ``is_stop``: the token ends the
-        output and is not part of its text, unless ``include_stop_str_in_output``."""
-        self._tokens += 1
-        if is_stop:
-            self.stop = token
-        if self._stream is None or (is_stop and not self._params.include_stop_str_in_output):
-            return False
-        if not self._params.stop:
-            self._waiting.append(token)
-            if len(self._waiting) == _MOST_WAITING:
-                self.settle()
-            return False
-        early = self._tokens <= self._params.min_tokens
-        delta = self._stream.push([token], look=not early and not is_stop)
-        self.text.add(delta.text)
-        if delta.stop is not None:
-            self.stop = delta.stop
-        return delta.stop is not None
-
-    def push_all(self, tokens: Sequence[int], ends: Collection[int]) -> None:
-        """Add tokens that were delivered before. Raises RequestInvalid if more tokens follow a stop
-        string."""
-        for index, token in enumerate(tokens):
-            if self.push(token, is_stop=token in ends) and index < len(tokens) - 1:
-                raise RequestInvalid(f"output: token {index} completes a stop string, but more tokens follow")
-
-    def settle(self) -> None:
-        """Add the text of all tokens so far."""
-        if self._waiting and self._stream is not None:
-            self.text.add(self._stream.push(self._waiting, look=False).text)
-            self._waiting.clear()
-
-    def finish(self) -> bool:
-        """Finish the text. Returns True if it contains a stop string only now."""
-        if self._stream is None or isinstance(self.stop, str):
-            return False
-        self.settle()
-        self.text.add(self._stream.finish())
-        if self._stream.stopped is not None:
-            self.stop = self._stream.stopped
-        return self._stream.stopped is not None
-
-
-class OutputStream:
-    """Collects tokens and text; everything collected since the reader's last visit becomes one
-    :class:`RequestOutput`.
-
-    So a slow reader costs no memory beyond its own output, and never delays a step. ``text`` already contains
-    the output that the request came with. The first ``replayed`` tokens were delivered before and are not
-    passed on.
-    """
-
-    def __init__(self, request: Request, text: OutputText, *, replayed: int = 0) -> None:
-        self.request = request
-        self._text = text
-        text.settle()
-        self._text_seen = len(text.text)
-        """Pieces of the text that were passed on."""
-        self._tokens_seen = request.prompt_len + request.given
-        self._replayed = replayed
-        self._logprobs: list[TokenLogprob] | None = None if request.params.logprobs is None else []
-        self._logprobs_seen = 0
-        self._grown = Grown(request.tokens, request.tokens, request.prompt_len, text.text, self._logprobs)
+        self._decoded = 0
+        """Number of tokens that were given to the text, those above included."""
+        self._stop: str | int | None = None
+        self._logprobs: list[TokenLogprob] | None = None if params.logprobs is None else []
         self._prompt_logprobs: list[TokenLogprob | None] | None = None
+        self._text_seen = self._tokens_seen = self._logprobs_seen = 0
+        """Pieces of text, tokens (the prompt's included) and log-probabilities that were passed on."""
+        self._replayed = 0
         self._finish: FinishReason | None = None
         self._error: Exception | None = None
         self._read_at_end = False
@@ -113,14 +54,40 @@ class OutputStream:
         self._ready = asyncio.Event()
         self._ended = asyncio.Event()
 
+    def add_given(self, tokens: Sequence[int], ends: Collection[int]) -> None:
+        """Add the output that the request comes with. Raises RequestInvalid if more tokens follow a stop
+        string."""
+        for index, token in enumerate(tokens):
+            if self._add(token, is_stop=token in ends) and index < len(tokens) - 1:
+                raise RequestInvalid(f"output: token {index} completes a stop string, but more tokens follow")
+        self._decode()
+
+    def attach(self, request: Request, *, replayed: int) -> None:
+        """Begin to take the output of ``request``, of which the first ``replayed`` tokens were delivered
+        before and are not passed on, like those that were given."""
+        self.request = request
+        self._grown = Grown(request.tokens, request.tokens, request.prompt_len, self._text, self._logprobs)
+        self._text_seen = len(self._text)
+        self._tokens_seen = request.prompt_len + request.given
+        self._replayed = replayed
+
+    @property
+    def found_stop(self) -> bool:
+        """Whether the text has reached a stop string."""
+        return isinstance(self._stop, str)
+
+    # From the engine loop: see aioengine.core.state.Sink
+
     def push(self, tokens: Sequence[int], logprobs: Sequence[TokenLogprob], *, is_stop: bool) -> int | None:
-        """Add the last tokens of the request; see :class:`~aioengine.core.state.Sink`."""
         stopped: int | None = None
-        if is_stop or self._replayed or not self._text.is_empty:
+        if is_stop or self._replayed or self._decoder is not None:
             for count, token in enumerate(tokens, 1):
-                stops = self._text.push(token, is_stop=is_stop and count == len(tokens))
+                stops = self._add(token, is_stop=is_stop and count == len(tokens))
                 if self._replayed:
-                    self._replay()
+                    self._decode()
+                    self._replayed -= 1
+                    self._tokens_seen += 1
+                    self._text_seen = len(self._text)
                 elif not self._read_at_end:
                     self._ready.set()
                 if stops:
@@ -132,27 +99,19 @@ class OutputStream:
             self._logprobs += logprobs[:stopped]
         return stopped
 
-    def _replay(self) -> None:
-        """Skip a token that was delivered before, and its text."""
-        self._replayed -= 1
-        self._tokens_seen += 1
-        self._text.settle()
-        self._text_seen = len(self._text.text)
-
     @property
     def waits_for_end(self) -> bool:
-        return self._read_at_end and (self._text.is_empty or self._text.waits)
+        return self._read_at_end and (self._decoder is None or not self._params.stop)
 
     def end(self, reason: EndReason, error: Exception | None) -> None:
-        """End the stream, with the fields of :class:`~aioengine.events.RequestEnded`."""
         if reason == "error":
             self._error = error
         else:
-            self._finish = reason
-            if self._text.finish():
-                self._finish = "stop"
+            self._finish = "stop" if self._finish_text() else reason
         self._ready.set()
         self._ended.set()
+
+    # To the reader
 
     async def last(self) -> RequestOutput:
         """Wait for the end without waking up for each token. Raises as :meth:`next` does."""
@@ -174,17 +133,17 @@ class OutputStream:
     def so_far(self) -> RequestOutput:
         """Return the output so far, without waiting; its ``_delta`` fields have what is new."""
         request = self.request
-        self._text.settle()
-        tokens, pieces, logprobs = len(request.tokens), len(self._text.text), self._logprobs or ()
+        self._decode()
+        tokens, pieces, logprobs = len(request.tokens), len(self._text), self._logprobs or ()
         return RequestOutput(
             request_id=request.id,
             adapter=request.adapter_name,
-            text_delta=self._text.text.between(self._text_seen, pieces),
+            text_delta=self._text.between(self._text_seen, pieces),
             token_ids_delta=request.tokens[self._tokens_seen :],
             logprobs_delta=logprobs[self._logprobs_seen :],
             finished=self._finish is not None,
             finish_reason=self._finish,
-            stop_reason=self._text.stop,
+            stop_reason=self._stop,
             prompt_tokens=request.prompt_len,
             output_tokens=tokens - request.prompt_len,
             prompt_logprobs=self._prompt(),
@@ -207,3 +166,40 @@ class OutputStream:
         if self._prompt_logprobs is None and known is not None and not self.request.unscored:
             self._prompt_logprobs = [None, *known]
         return self._prompt_logprobs
+
+    # Text
+
+    def _add(self, token: int, *, is_stop: bool) -> bool:
+        """Add one token to the text; returns True if that now contains a stop string. ``is_stop``: the token
+        ends the output and is not part of its text, unless ``include_stop_str_in_output``."""
+        self._decoded += 1
+        if is_stop:
+            self._stop = token
+        if self._decoder is None or (is_stop and not self._params.include_stop_str_in_output):
+            return False
+        self._undecoded.append(token)
+        if self._params.stop:
+            early = self._decoded <= self._params.min_tokens
+            self._decode(look=not early and not is_stop)
+        elif len(self._undecoded) == _MOST_WAITING:
+            self._decode()
+        return self.found_stop
+
+    def _decode(self, *, look: bool = False) -> None:
+        """Add the text of all tokens so far, and ``look`` for a stop string in it."""
+        if self._undecoded and self._decoder is not None:
+            delta = self._decoder.push(self._undecoded, look=look)
+            self._text.add(delta.text)
+            self._undecoded.clear()
+            if delta.stop is not None:
+                self._stop = delta.stop
+
+    def _finish_text(self) -> bool:
+        """Finish the text. Returns True if it contains a stop string only now."""
+        if self._decoder is None or self.found_stop:
+            return False
+        self._decode()
+        self._text.add(self._decoder.finish())
+        if self._decoder.stopped is not None:
+            self._stop = self._decoder.stopped
+        return self.found_stop

@@ -15,7 +15,7 @@ from aioengine import AsyncEngine, RequestOutput, SamplingParams
 from aioengine.errors import RequestInvalid
 from aioengine.guided import Guide
 from aioengine.request import TokenConstraint
-from aioengine.runtime.requests.continuation import replayed
+from aioengine.runtime.requests.continuation import Replayed
 
 CASES: dict[str, dict[str, Any]] = {
     "greedy": {},
@@ -132,7 +132,7 @@ class Counting(Letters):
 def test_nothing_is_forced_within_a_replay(replay: int, lengths: list[int]) -> None:
     """In whatever order a constraint is asked: a step may ask it beyond the replay (for proposed tokens), and
     the next one within it again."""
-    constraint: Any = replayed([1] * replay, Counting(), vocab=256)
+    constraint: Any = Replayed([1] * replay, Counting(), vocab=256)
     for length in lengths:
         mask = constraint.poll([1] * length, 0.0)
         if length < replay:

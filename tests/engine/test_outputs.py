@@ -14,7 +14,7 @@ from aioengine.fleet.wire import Delta
 from aioengine.model.text.detokenizer import TextDelta
 from aioengine.request import RequestOptions, SamplingParams, TokenLogprob
 from aioengine.runtime.output import GrowingText, RequestOutput
-from aioengine.runtime.output_stream import OutputStream, OutputText
+from aioengine.runtime.output_stream import OutputStream
 from aioengine.server.openai.chat_reply import ChatReply
 from aioengine.server.openai.completions import CompletionReply
 from aioengine.server.streaming import Reply, ReplyOptions
@@ -49,7 +49,8 @@ class OfEngine:
         sim = Sim()
         self.request: Request = sim.add(prompt=[5, 6, 7])
         object.__setattr__(self.request, "params", PARAMS)
-        self.stream = OutputStream(self.request, OutputText(Words(), PARAMS))  # type: ignore[arg-type]
+        self.stream = OutputStream(PARAMS, Words())  # type: ignore[arg-type]
+        self.stream.attach(self.request, replayed=0)
 
     def add(self, token: int) -> None:
         self.request.tokens.append(token)
@@ -148,7 +149,8 @@ async def test_the_text_is_made_when_it_is_read(monkeypatch: pytest.MonkeyPatch)
 async def test_tokens_may_come_in_rows(count: int) -> None:
     """All of their text is there, however many come at a time and whenever it is looked at."""
     request: Request = Sim().add(prompt=[5, 6, 7])
-    stream = OutputStream(request, OutputText(Words(), SamplingParams(max_tokens=2000)))  # type: ignore[arg-type]
+    stream = OutputStream(SamplingParams(max_tokens=2000), Words())  # type: ignore[arg-type]
+    stream.attach(request, replayed=0)
     last = asyncio.ensure_future(stream.last())
     await asyncio.sleep(0)
     assert stream.waits_for_end

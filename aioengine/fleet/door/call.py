@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from aioengine.errors import AioEngineError, PromptTooLong, RequestInvalid
 from aioengine.fleet.wire import Delta, unpack_error
 from aioengine.info import mix_name, without_versions
 from aioengine.request import FinishReason, Prompt, RequestOptions, SamplingParams, TokenLogprob
 from aioengine.runtime.output import GrowingText, Grown, RequestOutput
-from aioengine.runtime.submit import size_of
-from aioengine.runtime.text_work import SHORT, TextWork
+from aioengine.runtime.prompts import tokenize
+from aioengine.runtime.text_work import TextWork
 from aioengine.schedulers.routing import RouteRequest
 
 if TYPE_CHECKING:
@@ -185,18 +184,4 @@ async def tokens_of(
             if not 0 <= token < 2**31:  # replicas compare with the model's vocabulary
                 raise RequestInvalid(f"prompt token {token} is outside the vocabulary")
         return ids
-    if not isinstance(prompt, (str, list)):
-        raise RequestInvalid(
-            f"prompt must be str, list of token ids or list of messages, not {type(prompt).__name__}"
-        )
-    if tokenizer is None:
-        raise RequestInvalid("the model has no tokenizer.json: give the prompt as a list of token ids")
-    if isinstance(prompt, str):
-        encode = partial(tokenizer.encode, prompt, limit=limit)
-        return await work.run(len(prompt), encode, tenant)
-    messages: Any = prompt
-
-    def encode_chat() -> list[int]:
-        return tokenizer.encode(tokenizer.render_chat(messages), False, limit=limit)
-
-    return await work.run(SHORT + size_of(messages, limit), encode_chat, tenant)
+    return await tokenize(prompt, tenant, limit=limit, tokenizer=tokenizer, work=work)
