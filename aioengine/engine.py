@@ -43,8 +43,8 @@ from aioengine.request import (
 )
 from aioengine.runtime import assemble
 from aioengine.runtime.adapters import AdapterOps
-from aioengine.runtime.event_stream import BUFFER, EventStream, EventStreams
-from aioengine.runtime.loop import Stepper
+from aioengine.runtime.event_stream import BUFFER, EventStream
+from aioengine.runtime.loop import EngineLoop
 from aioengine.runtime.output import RequestOutput, SoFar
 from aioengine.runtime.output_stream import OutputStream
 from aioengine.runtime.requests.vectors import (
@@ -162,17 +162,16 @@ class AsyncEngine:
         )
         for batch, seconds in built.first_steps:
             self._core.learn(batch, seconds)
-        self._stepper = Stepper(self._core, built.device, timer=built.timer, virtual=built.virtual)
+        self._loop = EngineLoop(self._core, built.device, timer=built.timer, virtual=built.virtual)
         lora = self.config.lora
-        names = AdapterNames(self._stepper, built.resolver, None if lora is None else lora.load_timeout)
-        self._adapters = AdapterOps(self._stepper, names)
+        names = AdapterNames(self._loop, built.resolver, None if lora is None else lora.load_timeout)
+        self._adapters = AdapterOps(self._loop, names)
         self._held = HeldAdapters(self._adapters, work, lora.held_bytes if lora else 0)
         self._submitter = Submitter(
-            self._stepper, names, built, text_work=self.text_work, check_running=self._check_running
+            self._loop, names, built, text_work=self.text_work, check_running=self._check_running
         )
         self.build = assemble.build_labels(self._info)
         """Labels of the metric ``aioengine_build_info``, which say what runs here."""
-        self._event_streams = EventStreams(self._stepper.listen)
         self._metrics: EngineMetrics = EngineMetrics(
             max_adapter_labels=self.config.max_adapter_labels,
             snapshot=self.stats,
@@ -184,10 +183,10 @@ class AsyncEngine:
             state=lambda: "degraded" if self.degraded else self.state,
             build=self.build,
         )
-        self._stepper.listen(self._counters, *self._counters.COUNTED)
+        self._loop.listeners.add(self._counters, *self._counters.COUNTED)
         if built.metrics:
-            self._stepper.listen(self._metrics.handle)
-        self._stepper.start()
+            self._loop.listeners.add(self._metrics.handle)
+        self._loop.start()
         self._state = "running"
 
     async def _build(self, work: ThreadPoolExecutor, progress: LoadProgress | None) -> assemble.Built:
@@ -219,8 +218,8 @@ class AsyncEngine:
 
     async def _shutdown(self) -> None:
         self._adapters.close(EngineStopped("the engine was stopped while the adapter was looked for"))
-        await self._stepper.stop()
-        self._event_streams.end()
+        await self._loop.stop()
+        self._loop.listeners.end_streams()
         for close in self._closers:
             await close()
         await self._built.device.close()
@@ -236,7 +235,7 @@ class AsyncEngine:
         self._check_running()
         self._state = "draining"
         try:
-            await self._stepper.until(lambda: not self._core.requests)
+            await self._loop.until(lambda: not self._core.requests)
         except asyncio.CancelledError:
             if self._state == "draining":
                 self._state = "running"
@@ -283,7 +282,7 @@ class AsyncEngine:
                 if new.finished:
                     return
         finally:
-            self._stepper.abort(stream.request)
+            self._loop.abort(stream.request)
 
     async def complete(
         self,
@@ -302,7 +301,7 @@ class AsyncEngine:
         try:
             return await stream.last()
         finally:
-            self._stepper.abort(stream.request)
+            self._loop.abort(stream.request)
 
     async def _submit(
         self,
@@ -392,7 +391,7 @@ class AsyncEngine:
         self._check_started()
         request = self._core.requests.get(request_id)
         if request is not None:
-            self._stepper.abort(request)
+            self._loop.abort(request)
         return request is not None
 
     def limit_waiting(self, max_waiting: Mapping[str, int]) -> None:
@@ -420,7 +419,7 @@ class AsyncEngine:
         config = msgspec.structs.replace(self.config, policy=policy)
         self._core.guard.change(assemble.choose_policy(config, None))
         self.config = config
-        self._stepper.wake()
+        self._loop.wake()
 
     # Adapters
 
@@ -554,12 +553,12 @@ class AsyncEngine:
     def stats(self) -> EngineStats:
         """Return the engine's present state; after its stop, its last state."""
         self._check_started()
-        return self._counters.snapshot(self._core, self._stepper.foreign.failures["listener"])
+        return self._counters.snapshot(self._core, self._loop.foreign.failures["listener"])
 
     def load(self) -> EngineLoad:
         """Return the engine's load, for routers. It costs less than :meth:`stats`."""
         self._check_started()
-        return engine_load(self._core, self._stepper.step_age())
+        return engine_load(self._core, self._loop.step_age())
 
     def resident(self) -> list[AdapterInfo]:
         """Return the adapters in slots, in the CPU cache, and on their way to it."""
@@ -581,14 +580,14 @@ class AsyncEngine:
         that ends this. A listener must be quick; its exceptions are logged. Raises ConfigError for a type
         that is no class of :mod:`aioengine.events`."""
         self._check_started()
-        return self._stepper.listen(listener, *types)
+        return self._loop.listeners.add(listener, *types)
 
     def events(self, *types: type[E], buffer: int = BUFFER) -> EventStream[E]:
         """Return an async iterator over the events from now on, all or those of the given types, until the
         engine has stopped. A reader that falls behind by more than ``buffer`` events loses the oldest ones,
         and gets an :class:`~aioengine.events.EventsLost` in their place."""
         self._check_started()
-        return self._event_streams.open(types, buffer)
+        return self._loop.listeners.stream(types, buffer)
 
     @property
     def metrics(self) -> EngineMetrics:
@@ -599,29 +598,29 @@ class AsyncEngine:
     @property
     def state(self) -> EngineState:
         """State of its life cycle; only a "running" engine accepts requests."""
-        if self._state == "running" and self._stepper.dead is not None:
+        if self._state == "running" and self._loop.dead is not None:
             return "dead"
         return "draining" if self._state == "running" and self.leaving else self._state
 
     @property
     def degraded(self) -> bool:
         """Whether the model's processes were lost and are being restarted. Requests are accepted and wait."""
-        return self.state == "running" and self._stepper.recovering
+        return self.state == "running" and self._loop.recovering
 
     @property
     def failure(self) -> EngineDead | None:
         """Why it is dead or degraded; None if it is neither."""
-        return self._stepper.dead or (self._stepper.failure if self.degraded else None)
+        return self._loop.dead or (self._loop.failure if self.degraded else None)
 
     def step_age(self) -> float:
         """Return the seconds since the step that runs now began; 0 if none does."""
         self._check_started()
-        return self._stepper.step_age()
+        return self._loop.step_age()
 
     async def until_dead(self) -> EngineDead:
         """Wait until the engine is dead, and return why. If it is stopped instead, this does not return."""
         self._check_started()
-        return await self._stepper.until_dead()
+        return await self._loop.until_dead()
 
     @property
     def tokenizer(self) -> Tokenizer | None:
@@ -682,8 +681,8 @@ class AsyncEngine:
 
     def _check_running(self) -> None:
         self._check_started()
-        if self._stepper.dead is not None:
-            raise self._stepper.dead
+        if self._loop.dead is not None:
+            raise self._loop.dead
         if self._state != "running":
             raise EngineStopped(f"the engine accepts no new requests: it is {self._state}")
 

@@ -14,7 +14,7 @@ from aioengine.core.state import AdapterEntry, AdapterFiles
 from aioengine.errors import AdapterNotFound, AioEngineError
 from aioengine.info import AdapterInfo
 from aioengine.model.files.hub import is_source
-from aioengine.runtime.loop import Stepper
+from aioengine.runtime.loop import EngineLoop
 from aioengine.runtime.sources.names import AdapterNames
 from aioengine.runtime.stats import adapter_info
 from aioengine.schedulers.policy import Location
@@ -24,7 +24,7 @@ class AdapterOps:
     """Operations on adapters. All methods run on the event loop; those that wait can be cancelled at any
     point. ``names`` finds the versions that names stand for."""
 
-    def __init__(self, stepper: Stepper, names: AdapterNames) -> None:
+    def __init__(self, stepper: EngineLoop, names: AdapterNames) -> None:
         self._stepper = stepper
         self._core = stepper.core
         self._residency = stepper.core.residency

@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Callable, Sequence
-from contextlib import suppress
-from typing import Any, Generic, Protocol, Self, TypeVar
-from weakref import WeakMethod, WeakSet
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Generic, Self, TypeVar
+from weakref import WeakSet, ref
 
 from aioengine.checks import check_integer
 from aioengine.errors import ConfigError
@@ -19,32 +20,19 @@ E = TypeVar("E", bound=Event)
 BUFFER = 10_000
 """Number of events kept for a reader that is behind."""
 
-
 Listener = Callable[[Event], None]
 Took = tuple[float, float, tuple[TokenInterval, ...]]
 """End of a step, its duration, and the intervals of its tokens."""
 Decided = tuple[float, float]
 """Seconds that core and policy took, and those of the policy alone."""
-NO_TIME: Decided = (0.0, 0.0)
 
 
-class Listen(Protocol):
-    """Has a listener called for events of these types, or for all; returns a function that ends it."""
-
-    def __call__(self, listener: Listener, *types: type[Event]) -> Callable[[], None]: ...
-
-
-class Registration:
+@dataclass(frozen=True, eq=False, slots=True)
+class _Registration:
     """Listener with the types that it was added for; the same listener may be added several times."""
 
-    __slots__ = ("listener", "types")
-
-    def __init__(self, listener: Listener, types: tuple[type[Event], ...]) -> None:
-        for kind in types:
-            if not (isinstance(kind, type) and issubclass(kind, Event)):
-                raise ConfigError(f"{kind!r}: must be a class of aioengine.events")
-        self.listener = listener
-        self.types = types or (Event,)
+    listener: Listener
+    types: tuple[type[Event], ...]
 
     def wants(self, kind: type[Event]) -> bool:
         if kind is StepsFinished:
@@ -59,18 +47,23 @@ class Listeners:
 
     def __init__(self, foreign: ForeignCode) -> None:
         self._foreign = foreign
-        self._all: list[Registration] = []
+        self._all: list[_Registration] = []
         self._of: dict[type[Event], tuple[Listener, ...]] = {}
+        self._streams: WeakSet[EventStream[Any]] = WeakSet()
+        self._ended = False
 
-    def add(self, listener: Listener, types: tuple[type[Event], ...]) -> Registration:
-        """Add a listener. Raises ConfigError for what is no type of events."""
-        added = Registration(listener, types)
+    def add(self, listener: Listener, *types: type[Event]) -> Callable[[], None]:
+        """Call ``listener`` for every event, or for those of these types; returns a function that ends it.
+        Raises ConfigError for what is no type of events."""
+        for kind in types:
+            if not (isinstance(kind, type) and issubclass(kind, Event)):
+                raise ConfigError(f"{kind!r}: must be a class of aioengine.events")
+        added = _Registration(listener, types or (Event,))
         self._all.append(added)
         self._of = {}
-        return added
+        return partial(self._remove, added)
 
-    def remove(self, added: Registration) -> None:
-        """Remove what ``add`` returned, if it is there."""
+    def _remove(self, added: _Registration) -> None:
         self._all = [item for item in self._all if item is not added]
         self._of = {}
 
@@ -81,10 +74,12 @@ class Listeners:
             found = self._of[kind] = tuple([item.listener for item in self._all if item.wants(kind)])
         return found
 
-    @property
-    def want_intervals(self) -> bool:
-        """Whether anybody wants the times between tokens."""
-        return bool(self.of(StepFinished))
+    def __call__(self, event: Event) -> None:
+        for listener in self.of(type(event)):
+            try:
+                listener(event)
+            except BaseException as error:
+                self._foreign.failed("listener", listener, error, type(event).__name__)
 
     def of_steps(
         self, first: int, contents: dict[str, Any], took: Sequence[Took], decided: Decided
@@ -111,12 +106,21 @@ class Listeners:
             found.append(StepsFinished(time=took[-1][0], first=first, seconds=each, **contents))
         return found
 
-    def __call__(self, event: Event) -> None:
-        for listener in self.of(type(event)):
-            try:
-                listener(event)
-            except BaseException as error:
-                self._foreign.failed("listener", listener, error, type(event).__name__)
+    def stream(self, types: tuple[type[E], ...], buffer: int) -> EventStream[E]:
+        """Open a stream of these event types; of all, if none are given. Raises ConfigError for other
+        types."""
+        check_integer("buffer", buffer, low=1)
+        stream: EventStream[E] = EventStream(buffer, types, self)
+        self._streams.add(stream)
+        if self._ended:
+            stream.end()
+        return stream
+
+    def end_streams(self) -> None:
+        """End all streams; streams opened later end at once."""
+        self._ended = True
+        for stream in self._streams:
+            stream.end()
 
 
 class EventStream(Generic[E]):
@@ -128,30 +132,24 @@ class EventStream(Generic[E]):
     Cancelling the task that waits for an event loses none.
     """
 
-    def __init__(
-        self, buffer: int, types: tuple[type[E], ...], listen: Listen, loop: asyncio.AbstractEventLoop
-    ) -> None:
+    def __init__(self, buffer: int, types: tuple[type[E], ...], listeners: Listeners) -> None:
         def deliver(event: Event) -> None:
-            if (to := offer()) is not None:
-                to(event)
+            stream = itself()
+            if stream is None:  # its reader has dropped it
+                leave()
+            else:
+                stream._offer(event)
 
-        leave = self._leave = listen(deliver, *types)
-
-        def leave_later(_: object) -> None:
-            with suppress(RuntimeError):  # the loop is closed
-                loop.call_soon_threadsafe(leave)
-
-        # Weak, so that a stream that its reader drops is freed: in any thread, in the middle of anything.
-        offer = WeakMethod(self.offer, leave_later)
-        self._events: deque[E] = deque()
+        itself = ref(self)
+        leave = self._leave = listeners.add(deliver, *types)
+        self._events: deque[Any] = deque()
         self._buffer = buffer
         self._lost = 0
         self._lost_until = 0.0
         self._ready = asyncio.Event()
         self._open = True
 
-    def offer(self, event: Any) -> None:
-        """Add an event, which is of the types that the stream was made for."""
+    def _offer(self, event: Event) -> None:
         if not self._open:
             return
         if len(self._events) >= self._buffer:
@@ -169,16 +167,16 @@ class EventStream(Generic[E]):
         return self
 
     async def __anext__(self) -> E | EventsLost:
-        while True:
-            if self._lost:
-                count, self._lost = self._lost, 0
-                return EventsLost(time=self._lost_until, count=count)
-            if self._events:
-                return self._events.popleft()
+        while not (self._lost or self._events):
             if not self._open:
                 raise StopAsyncIteration
             self._ready.clear()
             await self._ready.wait()
+        if self._lost:
+            count, self._lost = self._lost, 0
+            return EventsLost(time=self._lost_until, count=count)
+        event: E = self._events.popleft()
+        return event
 
     async def aclose(self) -> None:
         """Stop the stream, and drop unread events."""
@@ -192,29 +190,3 @@ class EventStream(Generic[E]):
 
     async def __aexit__(self, *exc: object) -> None:
         await self.aclose()
-
-
-class EventStreams:
-    """The open streams of an engine, each a listener for its types."""
-
-    def __init__(self, listen: Listen) -> None:
-        self._listen = listen
-        self._loop = asyncio.get_running_loop()
-        self._streams: WeakSet[EventStream[Any]] = WeakSet()
-        self._ended = False
-
-    def open(self, types: tuple[type[E], ...], buffer: int) -> EventStream[E]:
-        """Open a stream of these event types; of all, if none are given. Raises ConfigError for other
-        types."""
-        check_integer("buffer", buffer, low=1)
-        stream: EventStream[E] = EventStream(buffer, types, self._listen, self._loop)
-        self._streams.add(stream)
-        if self._ended:
-            stream.end()
-        return stream
-
-    def end(self) -> None:
-        """End all streams; streams opened later end at once."""
-        self._ended = True
-        for stream in self._streams:
-            stream.end()

@@ -1,9 +1,7 @@
-"""The step loop: asks the core what to do, runs it, and reports what happened.
+"""The engine loop: asks the core what to do, runs it, and reports what happened.
 
-One task, woken by events and asleep when there is nothing to do. The core is touched on the event
-loop's thread only; model steps, reads and copies run elsewhere and are awaited.
-
-The file is long because the loop, its end and the device's loss share one state.
+One task, woken by events and asleep when there is nothing to do. The core is touched on the event loop's
+thread only; model steps, reads and copies run elsewhere and are awaited.
 """
 
 from __future__ import annotations
@@ -20,7 +18,7 @@ from aioengine.core import Core, DropMove, StopMove
 from aioengine.core.state import Request, Status
 from aioengine.errors import EngineDead, EngineStopped
 from aioengine.executors.base import Device
-from aioengine.runtime.event_stream import Decided, Listener, Listeners
+from aioengine.runtime.event_stream import Decided, Listeners
 from aioengine.runtime.foreign import ForeignCode
 from aioengine.runtime.transfers import AdapterMoves
 from aioengine.runtime.waits import Waits
@@ -29,15 +27,12 @@ from aioengine.step import StepBatch, StepResult
 
 logger = logging.getLogger("aioengine")
 
-_LOOKED_AT = frozenset(
-    {events.RequestEnded, events.PolicyRefused, events.PolicyFailed, events.PolicyReplaced}
-)
-"""Events after which the loop itself has something to do."""
 POLICY_RETRY_SECONDS = 0.05
 """Pause before a policy is asked again, if requests wait and nothing runs."""
+_STOPPED = "the engine was stopped before the call was complete"
 
 
-class Stepper:
+class EngineLoop:
     """Drives a core with a device. ``virtual``: the loop's clock stands still while the loop is busy."""
 
     def __init__(
@@ -50,8 +45,12 @@ class Stepper:
     ) -> None:
         self.core = core
         self.foreign = ForeignCode()
-        self._listeners = Listeners(self.foreign)
+        self.listeners = Listeners(self.foreign)
         self.dead: EngineDead | None = None
+        self.recovering = False
+        """Whether the device is being restarted."""
+        self.failure: EngineDead | None = None
+        """Why the device was restarted last, or is being restarted."""
         self._device = device
         self._timer = timer
         self._virtual = virtual
@@ -65,16 +64,15 @@ class Stepper:
         self._stopping = False
         self._logged: set[str] = set()
         self._task: asyncio.Task[None] | None = None
-        self.recovering = False
-        """Whether the device is being restarted."""
-        self.failure: EngineDead | None = None
-        """Why the device was restarted last, or is being restarted."""
         self._lost: EngineDead | None = None
         """The loss of the device, until it is restarted."""
+        self.listeners.add(lambda event: device.forget(event.request_id), events.RequestEnded)  # type: ignore[attr-defined] # it is one
+        self.listeners.add(self._log, events.PolicyRefused, events.PolicyFailed, events.PolicyReplaced)
+        self.listeners.add(self._waits, *self._waits.HEARD)
         device.watch(self._device_lost)
 
     def start(self) -> None:
-        self._task = asyncio.get_running_loop().create_task(self._run(), name="aioengine-stepper")
+        self._task = asyncio.get_running_loop().create_task(self._run(), name="aioengine-loop")
         if not self._virtual:
             self._lag.start()
 
@@ -97,7 +95,7 @@ class Stepper:
         if self.dead is not None:
             raise self.dead
         if self._stopping:
-            raise EngineStopped("the engine was stopped before the call was complete")
+            raise EngineStopped(_STOPPED)
 
     def step_age(self) -> float:
         """Return the seconds since the step that runs now began; 0 if none does."""
@@ -133,7 +131,7 @@ class Stepper:
         await asyncio.wait([moves] if self._task is None else [moves, self._task])
         self._lag.stop()
         self._free_retired()
-        self._waits.fail(EngineStopped("the engine was stopped before the call was complete"))
+        self._waits.fail(EngineStopped(_STOPPED))
         await asyncio.sleep(0)  # callers that waited may now give up versions
         self._free_retired()
 
@@ -142,37 +140,38 @@ class Stepper:
     async def _run(self) -> None:
         try:
             while not self._stopping:
-                await self._step()
+                self._wake.clear()
+                try:
+                    await self._run_steps()
+                except EngineDead as error:
+                    await self._recover(error)
         except asyncio.CancelledError:
-            self._die(EngineStopped("the engine's step loop was cancelled"))
+            self._die(EngineStopped("the engine's loop was cancelled"))
             raise
         except Exception as error:
-            logger.exception("the step loop failed; the engine is dead")
+            logger.exception("the engine's loop failed; the engine is dead")
             self._die(error)
 
-    async def _step(self) -> None:
-        loop = asyncio.get_running_loop()
-        self._wake.clear()
+    async def _run_steps(self) -> None:
+        """Run steps until none can follow; if none can be run now, sleep until something happens or is
+        due. Raises EngineDead when the device is lost."""
         if self._lost is not None:
-            await self._recover(self._lost)
-            return
-        batch, decided = self._decide(loop)
+            raise self._lost
+        batch, decided = self._decide()
         if batch is None:
-            await self._sleep(loop)
+            await self._sleep()
             return
-        over: asyncio.Future[None] = loop.create_future()
-        self._begin(over, batch, decided)
+        over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._begin(batch, decided, over)
         try:
             await over
-        except EngineDead as error:
-            await self._recover(error)
         finally:
             self._step_began = None
 
-    def _decide(self, loop: asyncio.AbstractEventLoop) -> tuple[StepBatch | None, Decided]:
+    def _decide(self) -> tuple[StepBatch | None, Decided]:
         """Ask the core for the next step, and begin the moves that it wants."""
         start = self._timer()
-        batch, moves = self.core.schedule(loop.time())
+        batch, moves = self.core.schedule(asyncio.get_running_loop().time())
         decided = self._timer() - start, self.core.guard.seconds
         for move in moves:
             self._moves.start(move)
@@ -180,18 +179,18 @@ class Stepper:
         self._idle.look(self.core.now, idle=batch is None and not self._moves.under_way)
         return batch, decided
 
-    def _begin(self, over: asyncio.Future[None], batch: StepBatch, decided: Decided) -> None:
+    def _begin(self, batch: StepBatch, decided: Decided, over: asyncio.Future[None]) -> None:
         """Run ``batch`` and the steps after it, each begun where the result of the one before comes in, so
         that a step takes one turn of the event loop. ``over`` is done when none follows, or one has
         failed."""
         self._step_began = asyncio.get_running_loop().time()
-        self._device.begin(batch, partial(self._came, over, batch, decided))
+        self._device.begin(batch, partial(self._ended, batch, decided, over))
 
-    def _came(
+    def _ended(
         self,
-        over: asyncio.Future[None],
         batch: StepBatch,
         decided: Decided,
+        over: asyncio.Future[None],
         result: StepResult | Exception,
     ) -> None:
         if over.done():  # the loop was cancelled
@@ -200,13 +199,13 @@ class Stepper:
         try:
             if isinstance(result, Exception):
                 raise result
-            self._finished(batch, result, decided)
+            self._take(batch, result, decided)
             # Also if nothing runs now: what the last request kept is given up before its reader goes on.
             if not self._stopping and self._lost is None:
                 self._wake.clear()
-                following, decided = self._decide(asyncio.get_running_loop())
+                following, decided = self._decide()
                 if following is not None:
-                    self._begin(over, following, decided)
+                    self._begin(following, decided, over)
                     return
             over.set_result(None)
         except BaseException as error:  # else the loop would wait for ever
@@ -214,22 +213,23 @@ class Stepper:
                 error if isinstance(error, Exception) else EngineDead(f"the step raised {error!r}")
             )
 
-    def _finished(self, batch: StepBatch, result: StepResult, decided: Decided) -> None:
+    def _take(self, batch: StepBatch, result: StepResult, decided: Decided) -> None:
+        """Report a result to the core."""
         now = asyncio.get_running_loop().time()
         contents = self.core.contents._asdict()
-        intervals = self.core.step_finished(batch, result, now, intervals=self._listeners.want_intervals)
+        wanted = bool(self.listeners.of(events.StepFinished))
+        intervals = self.core.step_finished(batch, result, now, intervals=wanted)
         took = zip(result.ends or (now,), result.seconds, intervals, strict=True)
-        self.core.outbox += self._listeners.of_steps(batch.step, contents, list(took), decided)
+        self.core.outbox += self.listeners.of_steps(batch.step, contents, list(took), decided)
         self.publish()
 
-    async def _sleep(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Sleep until something happens or is due."""
-        due = self.core.next_due()
-        timeout = None if due is None else max(due - loop.time(), 0.0)
+    async def _sleep(self) -> None:
+        now, due = asyncio.get_running_loop().time(), self.core.next_due()
+        seconds = None if due is None else max(due - now, 0.0)
         if self.core.queues:
-            ask = max(self.core.next_ask() - loop.time(), POLICY_RETRY_SECONDS)
-            timeout = min(ask, IDLE_WARNING_SECONDS, inf if timeout is None else timeout)
-        await self._woken(timeout)
+            ask = max(self.core.next_ask() - now, POLICY_RETRY_SECONDS)
+            seconds = min(ask, IDLE_WARNING_SECONDS, inf if seconds is None else seconds)
+        await self._woken(seconds)
 
     async def _woken(self, within: float | None) -> None:
         """Wait for ``wake``, at most this many seconds."""
@@ -238,6 +238,8 @@ class Stepper:
                 await self._wake.wait()
         except TimeoutError:
             pass
+
+    # Loss and end of the device
 
     def _device_lost(self, error: EngineDead) -> None:
         self._lost = error
@@ -265,18 +267,15 @@ class Stepper:
                 due = self.core.next_deadline()
                 await self._woken(None if due is None else max(due - loop.time(), 0.0))
         finally:
-            if not restart.done():
-                restart.cancel()
+            restart.cancel()  # does nothing if it is done
             await asyncio.wait([restart])
             self.recovering = False
         if restart.cancelled():
             return
         restart.result()
-        now = loop.time()
-        logger.warning(
-            "the workers run again after %.1f s; %d requests wait", now - began, len(self.core.requests)
-        )
-        self.report(events.EngineRestarted(time=now, seconds=now - began, error=error))
+        seconds, waiting = loop.time() - began, len(self.core.requests)
+        logger.warning("the workers run again after %.1f s; %d requests wait", seconds, waiting)
+        self.report(events.EngineRestarted(time=loop.time(), seconds=seconds, error=error))
 
     def _die(self, cause: Exception) -> None:
         if isinstance(cause, EngineDead):
@@ -314,30 +313,7 @@ class Stepper:
         while self.core.outbox:
             batch, self.core.outbox = self.core.outbox, []
             for event in batch:
-                self._deliver(event)
-
-    def listen(self, listener: Listener, *types: type[events.Event]) -> Callable[[], None]:
-        """Call ``listener`` for every event, or for those of these types; returns a function that ends it.
-        Raises ConfigError for what is no type of events."""
-        return partial(self._listeners.remove, self._listeners.add(listener, types))
-
-    def _deliver(self, event: events.Event) -> None:
-        kind = type(event)
-        if kind is not events.StepFinished and kind is not events.StepsFinished:  # by far the most
-            if kind in _LOOKED_AT:
-                self._look_at(event)
-            self._waits.heard(event)
-        self._listeners(event)
-
-    def _look_at(self, event: events.Event) -> None:
-        if isinstance(event, events.RequestEnded):
-            self._device.forget(event.request_id)
-        elif isinstance(event, events.PolicyRefused):
-            self._log_once(f"the policy's decision was refused in part: {event.reason}", event.item)
-        elif isinstance(event, events.PolicyFailed):
-            self._log_once("the policy failed; fcfs decides in its place", event.error)
-        elif isinstance(event, events.PolicyReplaced):
-            logger.warning("%s; fcfs decides from now on", event.reason)
+                self.listeners(event)
 
     def report(self, event: events.Event) -> None:
         """Deliver ``event``, which comes from outside the core, after those in the core's outbox."""
@@ -346,6 +322,15 @@ class Stepper:
 
     def _report_lag(self, seconds: float) -> None:
         self.report(events.LoopLag(time=asyncio.get_running_loop().time(), seconds=seconds))
+
+    def _log(self, event: events.Event) -> None:
+        match event:
+            case events.PolicyRefused():
+                self._log_once(f"the policy's decision was refused in part: {event.reason}", event.item)
+            case events.PolicyFailed():
+                self._log_once("the policy failed; fcfs decides in its place", event.error)
+            case events.PolicyReplaced():
+                logger.warning("%s; fcfs decides from now on", event.reason)
 
     def _log_once(self, what: str, item: str) -> None:
         if what not in self._logged:

@@ -15,7 +15,7 @@ from aioengine.core.waiting_room import Ticket
 from aioengine.errors import DeadlineExceeded, EngineOverloaded, PromptTooLong, RequestInvalid
 from aioengine.request import Prompt, RequestOptions, SamplingParams, Wanted, check_text
 from aioengine.runtime.assemble import Built
-from aioengine.runtime.loop import Stepper
+from aioengine.runtime.loop import EngineLoop
 from aioengine.runtime.output_stream import OutputStream
 from aioengine.runtime.prompts import tokenize
 from aioengine.runtime.requests.continuation import Replayed
@@ -28,15 +28,15 @@ class Submitter:
 
     def __init__(
         self,
-        stepper: Stepper,
+        loop: EngineLoop,
         adapters: AdapterNames,
         parts: Built,
         *,
         text_work: TextWork,
         check_running: Callable[[], None],
     ) -> None:
-        self._stepper = stepper
-        self._core = stepper.core
+        self._loop = loop
+        self._core = loop.core
         self._adapters = adapters
         self._tokenizer = parts.tokenizer
         self._limit = parts.plan.max_model_len
@@ -125,7 +125,7 @@ class Submitter:
         request.sink = stream
         stream.attach(request, replayed=len(output) if replay else 0)
         self._end_if_complete(request, stream)
-        self._stepper.wake()
+        self._loop.wake()
         return stream
 
     def _stream(self, params: SamplingParams) -> OutputStream:
@@ -156,7 +156,7 @@ class Submitter:
         try:
             yield
         finally:
-            self._stepper.publish()
+            self._loop.publish()
 
     # Checks
 

@@ -17,17 +17,6 @@ from aioengine.step import ReadOrder
 logger = logging.getLogger("aioengine")
 
 
-def log_failure(times: int, name: str, error: errors.AdapterError) -> None:
-    """Log a failure if it is the 1st, 2nd, 4th, 8th, ... in a row, so that one adapter does not fill the
-    log."""
-    if times & (times - 1) == 0:
-        text = str(error)
-        again = f" (failed {times} times)" if times > 1 else ""
-        data = {"adapter": name, "path": error.path, "reason": error.reason, "times": times}
-        shown = text if text.isprintable() else repr(text)
-        logger.warning("not loaded: %s%s", shown, again, extra={"data": data})
-
-
 class AdapterMoves:
     """Carries out the core's moves. ``changed`` is called, with the adapter's name, after every report
     to the core."""
@@ -85,7 +74,7 @@ class AdapterMoves:
         return task
 
     async def _load(self, entry: AdapterEntry) -> None:
-        loop = asyncio.get_running_loop()
+        loop, task = asyncio.get_running_loop(), asyncio.current_task()
 
         def retrying(attempt: int, seconds: float, error: errors.AdapterError) -> None:
             self._core.outbox.append(
@@ -100,15 +89,12 @@ class AdapterMoves:
             )
             self._changed(entry.label)
 
-        task = asyncio.current_task()
-
         def stalled() -> None:
-            if (
-                self._reads.get(entry.uid) is task
-            ):  # otherwise it was given up, but has not been cancelled yet
+            if self._reads.get(entry.uid) is task:  # else it was given up, but has not been cancelled yet
                 self._core.adapter_load_stalled(entry)
                 self._changed(entry.label)
 
+        failure: errors.AdapterError | None = None
         try:
             files = None if entry.files is None else entry.files.files
             order = ReadOrder(entry.uid, entry.label, entry.path, retrying, stalled, files)
@@ -116,19 +102,15 @@ class AdapterMoves:
         except errors.EngineDead:
             return  # the device was lost: the restart handles all moves together
         except errors.AdapterError as error:
-            self._core.adapter_load_failed(entry, loop.time(), error, _load_failure(error))
-            log_failure(self._core.residency.names.failures(entry.label), entry.label, error)
+            failure = error
+            self._core.adapter_load_failed(entry, loop.time(), error, _reason(error))
         except Exception as error:
-            logger.exception("loading adapter %r failed unexpectedly", entry.label)
-            failure = errors.AdapterLoadError(
-                f"unexpected {type(error).__name__}: {error}", name=entry.label, path=entry.path
-            )
-            failure.__cause__ = error
-            self._core.adapter_load_failed(entry, loop.time(), failure, "internal")
+            unexpected = _unexpected(entry, "", error)
+            self._core.adapter_load_failed(entry, loop.time(), unexpected, "internal")
         else:
-            refused = self._core.adapter_loaded(entry, loop.time(), done)
-            if refused is not None:
-                log_failure(self._core.residency.names.failures(entry.label), entry.label, refused)
+            failure = self._core.adapter_loaded(entry, loop.time(), done)
+        if failure is not None:
+            log_failure(self._core.residency.names.failures(entry.label), entry.label, failure)
         self._reads.pop(entry.uid, None)
         self._changed(entry.label)
 
@@ -139,20 +121,34 @@ class AdapterMoves:
         except errors.EngineDead:
             return
         except Exception as error:
-            logger.exception("copying adapter %r into slot %d failed", entry.label, slot)
-            failure = errors.AdapterLoadError(
-                f"could not be copied into slot {slot}: {type(error).__name__}: {error}",
-                name=entry.label,
-                path=entry.path,
-            )
-            failure.__cause__ = error
+            failure = _unexpected(entry, f"could not be copied into slot {slot}: ", error)
             self._core.adapter_place_failed(entry, loop.time(), failure)
         else:
             self._core.adapter_placed(entry, loop.time(), seconds)
         self._changed(entry.label)
 
 
-def _load_failure(error: errors.AdapterError) -> events.LoadFailure:
+def _unexpected(entry: AdapterEntry, what: str, error: Exception) -> errors.AdapterLoadError:
+    logger.exception("moving adapter %r failed unexpectedly", entry.label)
+    found = errors.AdapterLoadError(
+        f"{what or 'unexpected '}{type(error).__name__}: {error}", name=entry.label, path=entry.path
+    )
+    found.__cause__ = error
+    return found
+
+
+def _reason(error: errors.AdapterError) -> events.LoadFailure:
     if isinstance(error, errors.AdapterTooLarge):
         return "too_large"
     return "invalid" if isinstance(error, errors.AdapterInvalid) else "io"
+
+
+def log_failure(times: int, name: str, error: errors.AdapterError) -> None:
+    """Log a failure if it is the 1st, 2nd, 4th, 8th, ... in a row, so that one adapter does not fill the
+    log."""
+    if times & (times - 1) == 0:
+        text = str(error)
+        again = f" (failed {times} times)" if times > 1 else ""
+        data = {"adapter": name, "path": error.path, "reason": error.reason, "times": times}
+        shown = text if text.isprintable() else repr(text)
+        logger.warning("not loaded: %s%s", shown, again, extra={"data": data})

@@ -18,6 +18,8 @@ class Waits:
     an event grows with the callers that wait for its adapter, not with all callers.
     """
 
+    HEARD = (events.AdapterEvent, events.RequestEnded)
+
     def __init__(self) -> None:
         self._waiting: dict[str | None, dict[asyncio.Future[None], Condition]] = {}
 
@@ -38,17 +40,13 @@ class Waits:
                 del self._waiting[adapter]
             del done  # its error has this frame: leave no cycle, which would keep all callers' frames
 
-    def heard(self, event: events.Event) -> None:
+    def __call__(self, event: events.Event) -> None:
         """Check the callers that this event may concern."""
-        if not self._waiting:
-            return
-        if isinstance(event, events.AdapterPinned) and event.pinned:  # a pin may shut out any other adapter
+        if isinstance(event, events.AdapterPinned):  # a pin may shut out any other adapter
             for adapter in list(self._waiting):
                 self.ask(adapter)
-        elif isinstance(event, events.AdapterEvent):
-            self.ask(event.adapter)
-        elif isinstance(event, events.RequestEnded):
-            self.ask(None)
+        else:
+            self.ask(event.adapter if isinstance(event, events.AdapterEvent) else None)
 
     def ask(self, adapter: str | None) -> None:
         """Check the callers that wait for something about this adapter."""

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import functools
 import gc
 import weakref
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -32,7 +30,7 @@ from aioengine.events import (
     StepFinished,
     StepsFinished,
 )
-from aioengine.runtime.event_stream import EventStream, EventStreams, Listeners
+from aioengine.runtime.event_stream import EventStream, Listeners
 from aioengine.runtime.foreign import ForeignCode
 
 
@@ -150,26 +148,21 @@ async def test_cancelling_a_wait_loses_nothing(tiny: Tiny, make_engine: MakeEngi
 async def test_closed_dropped_and_cancelled_streams_are_gone() -> None:
     """A stream listens to its own types alone, until it ends."""
     listeners = Listeners(ForeignCode())
-
-    def listen(listener: Callable[[Event], None], *types: type[Event]) -> Callable[[], None]:
-        return functools.partial(listeners.remove, listeners.add(listener, types))
-
-    streams = EventStreams(listen)
-    closed = streams.open((), 10)
+    closed = listeners.stream((), 10)
     assert listeners.of(StepFinished) and listeners.of(FirstToken)
     await closed.aclose()
     assert [e async for e in closed] == []
     assert not listeners.of(StepFinished)
-    task = asyncio.create_task(read(streams.open((AdapterEvent,), 10)))
+    task = asyncio.create_task(read(listeners.stream((AdapterEvent,), 10)))
     await asyncio.sleep(0)
     assert len(listeners.of(AdapterPinned)) == 1
     assert not listeners.of(StepFinished) and not listeners.of(FirstToken)
     task.cancel()
     await asyncio.wait([task])
     del task
-    streams.open((AdapterPinned,), 10)  # dropped at once
+    listeners.stream((AdapterPinned,), 10)  # dropped at once
     gc.collect()
-    await asyncio.sleep(0)
+    listeners(AdapterPinned(time=0.0, adapter="a", version=1, pinned=True))
     assert not listeners.of(AdapterPinned)
 
 
@@ -180,11 +173,8 @@ async def test_a_stream_keeps_nothing_alive_that_keeps_it() -> None:
     class Owner:
         def __init__(self) -> None:
             self.listeners = Listeners(ForeignCode())
-            self.events = EventStreams(self.listen).open((AdapterPinned,), 10)
-            self.listeners.add(self.handle, (FirstToken,))
-
-        def listen(self, listener: Callable[[Event], None], *types: type[Event]) -> Callable[[], None]:
-            return functools.partial(self.listeners.remove, self.listeners.add(listener, types))
+            self.events = self.listeners.stream((AdapterPinned,), 10)
+            self.listeners.add(self.handle, FirstToken)
 
         def handle(self, event: Event) -> None: ...
 

@@ -18,7 +18,7 @@ from aioengine.events import Event, RequestEnded
 from aioengine.executors.base import Device, Ended
 from aioengine.lab.simulation.clock import VirtualTimeLoop
 from aioengine.request import RequestOptions, SamplingParams
-from aioengine.runtime.loop import Stepper
+from aioengine.runtime.loop import EngineLoop
 from aioengine.schedulers.policies.fcfs import FCFS
 from aioengine.step import LoadedAdapter, ReadOrder, StepBatch, StepResult
 from aioengine.testing import LIMITS
@@ -80,10 +80,10 @@ class Reading(Device):
 class World:
     """When each request ended, and why."""
 
-    def __init__(self, stepper: Stepper) -> None:
+    def __init__(self, stepper: EngineLoop) -> None:
         self.stepper = stepper
         self.ends: dict[str, tuple[float, str]] = {}
-        stepper.listen(self._listen)
+        stepper.listeners.add(self._listen)
 
     def _listen(self, event: Event) -> None:
         if isinstance(event, RequestEnded):
@@ -102,7 +102,7 @@ class World:
 
 def run(loader: Loader, main: Callable[[World], Awaitable[None]]) -> None:
     async def whole() -> None:
-        stepper = Stepper(Core(LIMITS, FCFS()), Reading(loader))
+        stepper = EngineLoop(Core(LIMITS, FCFS()), Reading(loader))
         stepper.start()
         await main(World(stepper))
         stepper.core.residency.check()

@@ -26,7 +26,7 @@ from aioengine.errors import (
     EngineStopped,
 )
 from aioengine.events import AdapterLoading, AdapterRegistered
-from aioengine.runtime.loop import Stepper
+from aioengine.runtime.loop import EngineLoop
 from aioengine.runtime.sources import lookup as resolution
 from aioengine.schedulers.policies.fcfs import FCFS
 from aioengine.testing import LIMITS
@@ -299,7 +299,7 @@ def test_lookups_are_bounded_and_shared_and_all_end_whatever_happens(
 
     async def go() -> None:
         resolver = Answers()
-        stepper = Stepper(Core(LIMITS, FCFS()), Steady())
+        stepper = EngineLoop(Core(LIMITS, FCFS()), Steady())
         shared = resolution.Resolution(stepper, resolver)
         waiting: list[tuple[str, str, asyncio.Task[str]]] = []
         for kind, number, tenant in ops:

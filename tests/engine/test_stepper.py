@@ -1,4 +1,4 @@
-"""The step loop by itself, in virtual time: no model, no files, no threads."""
+"""The engine loop by itself, in virtual time: no model, no files, no threads."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from aioengine.events import AdapterRetrying, Event, RequestEnded
 from aioengine.executors.base import Device
 from aioengine.lab.simulation.clock import VirtualTimeLoop
 from aioengine.request import RequestOptions, SamplingParams
-from aioengine.runtime.loop import Stepper
+from aioengine.runtime.loop import EngineLoop
 from aioengine.runtime.watches import IDLE_WARNING_SECONDS
 from aioengine.schedulers import Decision, SchedulerPolicy, SchedulerView
 from aioengine.schedulers.policies.fcfs import FCFS
@@ -25,10 +25,10 @@ from aioengine.testing import LIMITS
 
 
 def run(
-    policy: SchedulerPolicy, main: Callable[[Stepper], Awaitable[None]], device: Device | None = None
+    policy: SchedulerPolicy, main: Callable[[EngineLoop], Awaitable[None]], device: Device | None = None
 ) -> None:
     async def whole() -> None:
-        stepper = Stepper(Core(LIMITS, policy), device or Steady())
+        stepper = EngineLoop(Core(LIMITS, policy), device or Steady())
         stepper.start()
         await main(stepper)
         await stepper.stop()
@@ -37,7 +37,7 @@ def run(
         runner.run(whole())
 
 
-def add(stepper: Stepper, request_id: str, adapter: str | None = None) -> None:
+def add(stepper: EngineLoop, request_id: str, adapter: str | None = None) -> None:
     core = stepper.core
     entry = None if adapter is None else core.residency.current[adapter]
     now = asyncio.get_running_loop().time()
@@ -60,7 +60,7 @@ class Lazy(FCFS):
 def test_a_policy_that_leaves_everybody_waiting_is_named_once(caplog: pytest.LogCaptureFixture) -> None:
     policy = Lazy()
 
-    async def main(stepper: Stepper) -> None:
+    async def main(stepper: EngineLoop) -> None:
         stepper.core.residency.publish(stepper.core.residency.declare("a", "/a"), 0.0)
         add(stepper, "r1")
         add(stepper, "r2", "a")
@@ -79,7 +79,7 @@ def test_a_policy_that_leaves_everybody_waiting_is_named_once(caplog: pytest.Log
 def test_a_wait_that_ends_is_not_reported(caplog: pytest.LogCaptureFixture) -> None:
     policy = Lazy()
 
-    async def main(stepper: Stepper) -> None:
+    async def main(stepper: EngineLoop) -> None:
         for i in range(5):
             policy.awake = False
             add(stepper, f"r{i}")
@@ -115,7 +115,7 @@ def test_a_policy_that_waits_is_asked_again_although_a_read_has_just_ended() -> 
         async def place(self, uid: int, slot: int, offset: int) -> float:
             return 0.0
 
-    async def main(stepper: Stepper) -> None:
+    async def main(stepper: EngineLoop) -> None:
         stepper.core.residency.publish(stepper.core.residency.declare("a", "/a"), 0.0)
         add(stepper, "r", "a")
         await asyncio.sleep(0.99)
@@ -143,8 +143,8 @@ def test_retries_are_told_while_the_load_goes_on_in_virtual_time() -> None:
 
     seen: list[Event] = []
 
-    async def main(stepper: Stepper) -> None:
-        stepper.listen(seen.append)
+    async def main(stepper: EngineLoop) -> None:
+        stepper.listeners.add(seen.append)
         stepper.core.residency.publish(stepper.core.residency.declare("a", "/a"), 0.0)
         add(stepper, "r", "a")
         await asyncio.sleep(100 + 200 + 1)

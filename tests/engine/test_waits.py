@@ -11,14 +11,14 @@ from support.steady_device import Steady
 from aioengine.core import Core
 from aioengine.errors import EngineDead, EngineStopped
 from aioengine.lab.simulation.clock import VirtualTimeLoop
-from aioengine.runtime.loop import Stepper
+from aioengine.runtime.loop import EngineLoop
 from aioengine.schedulers.policies.fcfs import FCFS
 from aioengine.testing import LIMITS
 
 
-def run(main: Callable[[Stepper], Awaitable[None]]) -> None:
+def run(main: Callable[[EngineLoop], Awaitable[None]]) -> None:
     async def whole() -> None:
-        stepper = Stepper(Core(LIMITS, FCFS()), Steady())
+        stepper = EngineLoop(Core(LIMITS, FCFS()), Steady())
         stepper.start()
         await main(stepper)
         await stepper.stop()
@@ -31,14 +31,14 @@ def run(main: Callable[[Stepper], Awaitable[None]]) -> None:
 def test_a_condition_is_asked_at_the_events_of_its_adapter_only() -> None:
     asked: list[str] = []
 
-    def waits_for(name: str, stepper: Stepper) -> asyncio.Task[None]:
+    def waits_for(name: str, stepper: EngineLoop) -> asyncio.Task[None]:
         def is_registered() -> bool:
             asked.append(name)
             return name in stepper.core.residency.current
 
         return asyncio.create_task(stepper.until(is_registered, name))
 
-    async def main(stepper: Stepper) -> None:
+    async def main(stepper: EngineLoop) -> None:
         a, b = waits_for("a", stepper), waits_for("b", stepper)
         await asyncio.sleep(1)
         assert asked == ["a", "b"], "at once, and nobody asks again while nothing happens"
@@ -54,7 +54,7 @@ def test_a_condition_is_asked_at_the_events_of_its_adapter_only() -> None:
 
 
 def test_what_a_condition_raises_is_raised_where_it_is_waited_for() -> None:
-    async def main(stepper: Stepper) -> None:
+    async def main(stepper: EngineLoop) -> None:
         def known() -> bool:
             if "a" in stepper.core.residency.current:
                 raise KeyError("a")
@@ -73,7 +73,7 @@ def test_what_a_condition_raises_is_raised_where_it_is_waited_for() -> None:
 
 @pytest.mark.parametrize("dies", [False, True])
 def test_waits_end_with_the_engine(dies: bool) -> None:
-    async def main(stepper: Stepper) -> None:
+    async def main(stepper: EngineLoop) -> None:
         waiting = asyncio.create_task(stepper.until(lambda: False, "a"))
         await asyncio.sleep(0)
         if dies:

@@ -39,7 +39,7 @@ async def test_open_requests_adapters_and_stacks(serve: Serve) -> None:
         assert one["stream"] and one["prompt_tokens"] == 3 and one["output_tokens"] >= 1
         assert one["status"] == 200 and now["state"] == "running" and now["stats"]["running"] == 1
         stacks = (await served.http.get("/debug/stacks")).text
-        assert "thread MainThread" in stacks and "task aioengine-stepper" in stacks and "_stacks" in stacks
+        assert "thread MainThread" in stacks and "task aioengine-loop" in stacks and "_stacks" in stacks
         [adapter] = (await served.http.get("/debug/adapters")).json()
         assert adapter["name"] == "a" and adapter["location"] == "slot"
         seen = await asyncio.to_thread(look, served.url, "sk-root")

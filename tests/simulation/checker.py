@@ -200,7 +200,7 @@ class Checker:
     def check_empty(self) -> None:
         """Nothing is left of adapters that have all been unloaded."""
         engine: Any = self._engine
-        core, stepper = engine._core, engine._stepper
+        core, stepper = engine._core, engine._loop
         assert not core.residency.entries, "versions of adapters are left"
         assert not core.cpu.entries and not core.cpu.used_bytes and not self.memory.cpu, (
             "the CPU cache is not empty"

@@ -260,7 +260,7 @@ class Scenario:
             return task
 
         def check(task: asyncio.Task[Any]) -> None:
-            engines = ("aioengine-load", "aioengine-copy", "aioengine-stepper", "aioengine-stop")
+            engines = ("aioengine-load", "aioengine-copy", "aioengine-loop", "aioengine-stop")
             if not task.cancelled() and task.exception() is not None and task.get_name().startswith(engines):
                 problem(f"task {task.get_name()} failed: {task.exception()!r}")
 
@@ -476,7 +476,7 @@ class Scenario:
         await engine.stop()
         checker.check_rest(len(self.calls))
         checker.check_tasks()
-        dead = engine._stepper.dead
+        dead = engine._loop.dead
         assert dead is None or self.killed, f"the engine died: {dead!r}, of {dead.__cause__!r}"
 
     @property
@@ -487,7 +487,7 @@ class Scenario:
 
     def _abort_all(self) -> None:
         for request in list(self.engine._core.requests.values()):
-            self.engine._stepper.abort(request)
+            self.engine._loop.abort(request)
 
     async def _unload_all(self) -> None:
         engine = self.engine

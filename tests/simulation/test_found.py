@@ -139,7 +139,7 @@ def test_an_unload_does_not_wait_for_a_copy_that_was_lost_with_the_device(stop: 
         if stop:
             await engine.stop()
         else:
-            engine._stepper._device_lost(lost)
+            engine._loop._device_lost(lost)
         async with asyncio.timeout(60):
             await unload
         assert engine.state == ("stopped" if stop else "dead")
@@ -226,7 +226,7 @@ def test_a_load_that_is_given_up_leaves_a_pinned_adapter_to_be_read_again() -> N
 
             engine._device.can_restart = True
             engine._device.restart = restart  # type: ignore[method-assign]
-            engine._stepper._device_lost(EngineDead("planned: the device was lost"))
+            engine._loop._device_lost(EngineDead("planned: the device was lost"))
             await asyncio.sleep(1.0)
             load = asyncio.create_task(engine.load_adapter("a"))
             await asyncio.sleep(1.0)

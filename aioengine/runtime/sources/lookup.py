@@ -12,7 +12,7 @@ from aioengine import errors, events
 from aioengine.adapters.resolvers.base import AdapterResolver, is_plain_name, within
 from aioengine.adapters.resolvers.sources import AdapterSources
 from aioengine.core.adapters.failures import frameless
-from aioengine.runtime.loop import Stepper
+from aioengine.runtime.loop import EngineLoop
 from aioengine.runtime.transfers import log_failure
 
 logger = logging.getLogger("aioengine")
@@ -48,7 +48,7 @@ class Resolution:
     """
 
     def __init__(
-        self, stepper: Stepper, resolver: AdapterResolver | None, timeout: float | None = None
+        self, stepper: EngineLoop, resolver: AdapterResolver | None, timeout: float | None = None
     ) -> None:
         self._stepper = stepper
         self._resolver = resolver

@@ -13,7 +13,7 @@ from aioengine.adapters.resolvers.base import AdapterResolver
 from aioengine.core.adapters.failures import frameless
 from aioengine.core.state import AdapterEntry, where_is
 from aioengine.errors import AdapterError, AdapterNotFound
-from aioengine.runtime.loop import Stepper
+from aioengine.runtime.loop import EngineLoop
 from aioengine.runtime.sources.lookup import Resolution
 from aioengine.runtime.sources.mixes import Mixes
 from aioengine.schedulers.policy import Location
@@ -23,7 +23,7 @@ class AdapterNames:
     """Versions of adapters by name: registered ones, those that a look-up finds, and mixes."""
 
     def __init__(
-        self, stepper: Stepper, resolver: AdapterResolver | None, resolve_timeout: float | None
+        self, stepper: EngineLoop, resolver: AdapterResolver | None, resolve_timeout: float | None
     ) -> None:
         self._stepper = stepper
         self._residency = stepper.core.residency
