@@ -38,7 +38,7 @@ WAITING_BOUNDS = (
 )
 """Fields that bound waiting requests; they can be changed while the engine runs."""
 
-_OTHER_TABLES = ("server", "fleet", "adapters")
+OTHER_TABLES = ("server", "fleet", "adapters")
 """Tables of a configuration file that are not the engine's."""
 ALLOWED_RANKS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 320, 512)
 
@@ -94,30 +94,29 @@ class LoRAConfig(_Config, frozen=True, kw_only=True, forbid_unknown_fields=True)
     """How many adapters the device and the CPU hold, and how large each may be."""
 
     max_loras: Count = 4
-    """Adapter slots on the device: the number of distinct adapters that can be in one batch."""
+    """Adapter slots on the device. That many distinct adapters can be in one batch."""
     max_lora_rank: int = 16
     """The largest rank of an adapter; one of 1, 2, 4, 8, 16, 32, 64, 128, 256, 320, 512. Without
     ``slot_memory`` every slot is sized for it."""
     max_trained_tokens: Annotated[int, Meta(ge=0, le=8192)] = 0
-    """Rows of trained tokens (PEFT's ``trainable_token_indices``) that every slot has room for, of embeddings
-    and head together, beside all else. An adapter with more takes several slots if its own leaves no other
-    room; with ``slot_memory`` each takes what it needs."""
+    """Rows of trained tokens that every slot has room for (PEFT's ``trainable_token_indices``), of embeddings
+    and head together. An adapter with more takes several slots if its own leaves no other room; with
+    ``slot_memory`` each takes what it needs."""
     slot_memory: Size | None = None
-    """Bytes that all slots share on each device, or text such as "256MiB": an adapter takes only as much as
-    its own ranks, modules and layers need. None: every slot has room for ``max_lora_rank`` in every
-    module."""
+    """Bytes that all slots share on each device, such as 256MiB. An adapter takes only as much as its own
+    ranks, modules and layers need. None: every slot has room for ``max_lora_rank`` in every module."""
     max_cpu_loras: Count | None = None
     """Adapters in the CPU cache, those in slots included; None means ``max_loras``."""
     max_cpu_lora_bytes: Size | None = None
-    """A second bound on the CPU cache: bytes, or text such as "2GiB"; None: only ``max_cpu_loras``."""
+    """A second bound on the CPU cache, such as 2GiB; None: only ``max_cpu_loras``."""
     max_held_lora_bytes: Size = "1GiB"
-    """Host memory for the files of adapters that were given in memory, or uploaded: bytes, or text. These
-    files are kept beside the CPU cache, because there is no disk to read them from again."""
+    """Host memory for adapters that were given in memory, or uploaded. Their files are kept beside the CPU
+    cache, because there is no disk to read them from again."""
     fully_sharded_loras: bool = False
     """With tensor parallelism, shard all of the LoRA work instead of half of it."""
     lora_dtype: LoRADType = "auto"
-    """dtype of the slot pool and the CPU cache; "auto" is the model's dtype. "int8" takes about half the
-    bytes of bfloat16, with a scale for each rank of every module (docs/adapters.md says how exact it is)."""
+    """dtype of adapters in slots and cache. "auto" is the model's. "int8" takes about half the bytes of
+    bfloat16, with a scale for each rank of every module (docs/adapters.md says how exact it is)."""
     target_modules: Modules | None = None
     """Modules that the slots have room for; None: all linears of a layer, those of experts included.
     ``embed_tokens`` and ``lm_head`` must be named, because they make a slot much larger. Adapters may target
@@ -125,7 +124,7 @@ class LoRAConfig(_Config, frozen=True, kw_only=True, forbid_unknown_fields=True)
     max_concurrent_loads: Annotated[int, Meta(ge=1, le=64)] = 2
     """Maximum adapters read from disk at once."""
     load_retries: Annotated[int, Meta(ge=0, le=20)] = 2
-    """How often a read that failed for a temporary reason is tried again, after about 0.1, 0.2, ... s."""
+    """Retries of a read that failed for a temporary reason; after about 0.1, 0.2, ... s."""
     load_timeout: Seconds | None = 60.0
     """Seconds that a load may take, with its retries, before it fails. A resolver's look-up, with its
     downloads, may take as many again. None: no limit."""
@@ -133,8 +132,8 @@ class LoRAConfig(_Config, frozen=True, kw_only=True, forbid_unknown_fields=True)
     """Accept adapters whose weights contain NaN or infinity. Requests for them fail when such a value reaches
     their logits."""
     adapter_root: FolderPath | None = None
-    """A folder, or a URL such as s3://bucket/adapters, whose subfolders are found by name: an adapter that
-    is not registered is looked for here when a request names it. "file:///adapters" is the folder."""
+    """Folder, or URL such as s3://bucket/adapters, whose subfolders are adapters, by name. One that is not
+    registered is looked for here when a request names it. "file:///adapters" is the folder."""
 
     def __post_init__(self) -> None:
         set_ = msgspec.structs.force_setattr
@@ -185,8 +184,8 @@ class EngineConfig(_Config, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     chat_template: FilePath | None = None
     """Jinja chat template, instead of the model's own."""
     model_impl: ModelImpl = "auto"
-    """Code that runs the model: "native", the engine's own decoder; "transformers", any decoder of that
-    library (extra ``transformers``) on the engine's cache, batches and adapters (docs/models.md); "auto": the
+    """Code that runs the model. "native": the engine's own decoder. "transformers": any decoder of that
+    library (extra ``transformers``) on the engine's cache, batches and adapters (docs/models.md). "auto": the
     native one where it knows the model."""
     quantization: Quantization = "none"
     """Form of the linears' weights, made when they are loaded, from any checkpoint. "int8" and "fp8" (e4m3)
@@ -201,11 +200,11 @@ class EngineConfig(_Config, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     """Propose tokens and check several of them in one step, which changes no token (docs/speculation.md).
     "ngram": from the request's own text. Only where the engine is batch-invariant."""
     bind_threads: bool = True
-    """In the compiled CPU step, on several NUMA nodes whose cores the engine takes all of: each thread stays
-    on a physical core while the step lasts, and weights are in the memory of the core that reads them. Where
-    another engine, or process, computes on the same cores, set False, or give each its own (a cpuset). Not
-    with ``executor="ray"``, whose ranks may be on several machines. See docs/performance.md."""
+    """Keep each thread of a compiled step on a core, where the engine has all cores of several NUMA nodes.
+    Weights are then in the memory of the core that reads them. Where another process computes on the same
+    cores, set False, or give each its own (a cpuset). Not with ``executor="ray"``."""
     device: Device = "auto"
+    """Device that runs the model."""
     max_model_len: Annotated[int, Meta(ge=2)] | None = None
     """Longest prompt plus output, in tokens; None means the model's own limit (at most 8192)."""
     max_num_seqs: Count = 64
@@ -219,28 +218,27 @@ class EngineConfig(_Config, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     block_size: Annotated[int, Meta(ge=1, le=1024)] = 16
     """Tokens in a KV block."""
     kv_cache_memory: Size | None = None
-    """Bytes, or text such as "2GiB"; None: by the free memory."""
+    """Memory for the KV cache, such as 2GiB; None: room for ``max_num_seqs`` requests, if it is free."""
     kv_cache_dtype: KVCacheDType = "auto"
-    """"int8" keeps keys and values as int8, with a scale for each token and head, in about half the memory;
-    only in the compiled CPU step. "fp8" keeps them as float8 (e4m3) without scales, up to 448; only in the
-    Triton kernels on CUDA. "auto" is the compute dtype."""
+    """Keep keys and values in half the memory. "int8": with a scale for each token and head, in the compiled
+    CPU step. "fp8": e4m3 without scales, up to 448, in the Triton kernels on CUDA."""
     enable_prefix_caching: bool = True
+    """Share the KV blocks of equal prefixes."""
     max_prefix_pins: Share = 0.25
-    """Share of the KV blocks (0 to 1) that pinned prefixes may have: contents of the prefix cache that stay
-    for the time that a request's ``cache_pins`` ask for. When tenants want more, the one with the most loses
-    those that it has used least recently."""
+    """Share of the KV blocks that pinned prefixes may have. They stay in the prefix cache for as long as a
+    request's ``cache_pins`` ask. When tenants want more, the one with the most loses those that it has used
+    least recently."""
     max_prefix_pins_per_tenant: Share | None = None
     """Share of the KV blocks that the pinned prefixes of each tenant may have; None: ``max_prefix_pins``."""
     cuda_graphs: bool = True
-    """On CUDA, record decode steps of some sizes when the engine starts, and play them back: the GPU does not
-    wait for the host. Takes a while at the start, and some memory."""
+    """Record decode steps as CUDA graphs at start. The GPU then does not wait for the host; it takes a while
+    at the start, and some memory."""
     tensor_parallel_size: Count = 1
-    """Processes that share the model, each with a part of every layer; more than 1 needs
-    ``executor="process"`` or "ray"."""
+    """Processes that share every layer of the model. More than 1 needs ``executor="process"`` or "ray"."""
     executor: ExecutorName = "thread"
-    """Where the model runs. "thread": in this process. "process": in ``tensor_parallel_size`` other
-    processes, which do not share the application's GIL. "ray": in as many Ray actors, over the nodes of a
-    cluster (extra ``fleet``)."""
+    """Process in which the model runs. "thread": this one. "process": ``tensor_parallel_size`` others,
+    which do not share the application's GIL. "ray": as many Ray actors, over the nodes of a cluster (extra
+    ``fleet``)."""
     restart: Restart = "never"
     """What to do when a process of the model is lost. "never": the engine dies. "on-failure": the processes
     are started again; running requests fail, and waiting ones are served. Needs ``executor="process"`` or
@@ -254,11 +252,11 @@ class EngineConfig(_Config, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     max_waiting_per_tenant: Count | None = None
     """Bound on waiting requests of each tenant; None: no bound but ``max_waiting``."""
     max_waiting_per_adapter: Count | None = None
-    """Bound on waiting requests for each adapter, shared between tenants as ``max_waiting`` is. A mix counts
+    """Bound on waiting requests for each adapter; shared between tenants as ``max_waiting`` is. A mix counts
     for each of its adapters. None: no bound."""
     max_waiting_tokens: Count | None = None
-    """Bound on the prompt tokens of waiting requests, shared between tenants in equal parts; one request of
-    each tenant is accepted whatever its length. None: no bound."""
+    """Bound on the prompt tokens of waiting requests. Tenants share it in equal parts; one request
+    of each is accepted whatever its length. None: no bound."""
     max_waiting_tokens_per_tenant: Count | None = None
     """Bound on the prompt tokens of each tenant's waiting requests; None: no bound but
     ``max_waiting_tokens``."""
@@ -273,8 +271,8 @@ class EngineConfig(_Config, frozen=True, kw_only=True, forbid_unknown_fields=Tru
             },
         ),
     ] = "fcfs"
-    """A policy by name ("fcfs:max_wait=2"), out of parts ("edf+gdsf+lookahead"), by path
-    ("package.module:Class"), or as a table; see :mod:`aioengine.schedulers.registry`."""
+    """Scheduling policy, as ``aioengine policies`` lists them. With options ("fcfs:max_wait=2"), out of parts
+    ("edf+gdsf+lookahead"), by path ("package.module:Class"), or as a table."""
     policy_time_budget: Seconds = 0.02
     """Seconds of processor time that one decision may take."""
     policy_max_overruns: Count = 20
@@ -284,9 +282,9 @@ class EngineConfig(_Config, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     max_tenant_labels: Whole = 100
     """Maximum number of tenants with a separate metric label; the rest are counted under "other"."""
     metrics_compat: MetricsCompat = "none"
-    """"vllm" also exports the metrics that request routers read, under the names that vLLM gave them."""
+    """Export the metrics that request routers read also under the names that vLLM gave them."""
     name: Annotated[str, Meta(min_length=1, extra={"is": "text that is not empty"})] = "default"
-    """The label ``engine`` of its metrics; engines that are scraped together need different ones."""
+    """Value of the metrics' label "engine"; engines that are scraped together need different ones."""
 
     def __post_init__(self) -> None:
         checks.check_fields(self)
@@ -326,7 +324,7 @@ class EngineConfig(_Config, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     def from_toml(cls, path: str | Path, **overrides: Any) -> Self:
         """Read a TOML file whose keys are the fields of this struct, and a table ``[lora]``. The tables
         ``[server]``, ``[fleet]`` and ``[adapters]``, which ``aioengine serve`` reads, are left out."""
-        values = {name: value for name, value in checks.read_toml(path).items() if name not in _OTHER_TABLES}
+        values = {name: value for name, value in checks.read_toml(path).items() if name not in OTHER_TABLES}
         return cls.from_dict({**values, **overrides}, source=str(path))
 
 

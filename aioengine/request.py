@@ -96,7 +96,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     """Until this many tokens are generated, no end-of-sequence token and none of ``stop_token_ids`` is chosen
     (unless ``constraint`` allows no other token), and stop strings are ignored."""
     temperature: Annotated[float, Meta(ge=0, le=100)] = 0.0
-    """0 is greedy."""
+    """Sampling temperature; 0 is greedy."""
     top_k: _Int64 = 0
     """Keep the k most likely tokens; 0 keeps all."""
     top_p: Annotated[float, Meta(gt=0, le=1)] = 1.0
@@ -113,13 +113,15 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     """Added to the logits of these tokens, -100..100 each."""
     seed: Annotated[int, Meta(ge=-(2**63))] | None = None
     stop: Sequence[Annotated[str, Meta(min_length=1)]] | str = ()
-    """Strings that end the generation; the output is cut before the first one found."""
+    """Strings that end the output; the output is cut before the first one found."""
     include_stop_str_in_output: bool = False
     """Leave the stop string, or the text of the token, that ends the generation in the output's text."""
     stop_token_ids: Sequence[Whole] = ()
+    """Tokens that end the output."""
     ignore_eos: bool = False
+    """Continue after the end-of-sequence token."""
     logprobs: _Logprobs | None = None
-    """Report the log-probability of each output token and of this many most likely ones (0..20)."""
+    """Report the log-probability of each output token, and of this many most likely ones (0..20)."""
     prompt_logprobs: _Logprobs | None = None
     """The same for each token of the prompt except the first. The prompt is then computed in full: the prefix
     cache is not used for it."""
@@ -216,11 +218,11 @@ class RequestOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     """Adapters and weights, in place of ``adapter``: ``{"sql": 0.7, "pirate": 0.3}`` is the sum of them, and
     ``{"sql": 0.5}`` a scaled one; see docs/adapters.md."""
     priority: int = 0
-    """For policies that look at it; higher is more urgent."""
+    """Higher is more urgent, for policies that look at it."""
     deadline: AnySeconds | None = None
     """Seconds from now within which the request must end; the look-up of its adapter counts, too."""
     tenant: str | None = None
-    """For policies that are fair between tenants."""
+    """Tenant that sends the request, for policies that are fair between tenants."""
     expected_tokens: Count | None = None
     """Expected length of the output, for policies that use it; None: ``max_tokens``."""
     cache_salt: str | None = None

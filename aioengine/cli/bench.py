@@ -47,20 +47,13 @@ def bench(
     N of N random ones on all linears. The variants take turns, so that a drift of the machine's speed falls
     on all of them.
 
-    Parameters
-    ----------
-    requests
-        Requests at once.
-    prompt_tokens
-        Tokens of each prompt.
-    output_tokens
-        Tokens that each request generates.
-    adapters
-        Numbers of adapters, a variant for each (8).
-    rank
-        Rank of the adapters.
-    repeats
-        Measurements of each variant; the median is printed.
+    Args:
+        requests: Requests at once.
+        prompt_tokens: Tokens of each prompt.
+        output_tokens: Tokens that each request generates.
+        adapters: Numbers of adapters, a variant for each (8).
+        rank: Rank of the adapters.
+        repeats: Measurements of each variant; the median is printed.
     """
     counts = adapters or [8]
     for name, value in (
@@ -157,16 +150,13 @@ def random_prompts(
 
 
 def _print(results: dict[str, list[Measured]], work: str, config: EngineConfig) -> None:
-    from rich.table import Table
-
-    from aioengine.cli.tables import box_for, output_console
+    from aioengine.cli.tables import new_table, output_console
     from aioengine.lab.calibration.calibrate import machine
 
     console = output_console()
     title = f"{work}, {config.model_name}, {config.dtype}, quantization {config.quantization}; {machine()}"
-    table = Table(title=title, box=box_for(console))
-    for column in ("variant", "output tok/s (median)", "min .. max", "median TTFT", "of base"):
-        table.add_column(column, justify="left" if column == "variant" else "right")
+    columns = ("variant", ">output tok/s (median)", ">min .. max", ">median TTFT", ">of base")
+    table = new_table(console, *columns, title=title)
     base = statistics.median(rate for rate, _ in results["base"])
     for name, runs in results.items():
         rates = sorted(rate for rate, _ in runs)

@@ -4,17 +4,11 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from cyclopts import Group, Parameter
 
 from aioengine.cli.help import FOLDED
-
-
-def given(flags: object) -> dict[str, Any]:
-    """Return the flags of a dataclass that were given, by name: those that are not None."""
-    return {name: value for name, value in vars(flags).items() if value is not None}
-
 
 _TROUBLE = Group(f"{FOLDED}: finding out what went wrong", sort_key=90)
 

@@ -83,8 +83,12 @@ def _label(entry: HelpEntry) -> str:
 
 def _description(entry: HelpEntry) -> str:
     """Return the entry's text in one line, with the default in brackets: "Maximum running requests (64)."."""
-    text = " ".join(_plain(entry.description).split())
-    default = {"True": "yes", "False": None}.get(entry.default or "", entry.default)
+    return with_default(" ".join(_plain(entry.description).split()), entry.default)
+
+
+def with_default(text: str, default: str | None) -> str:
+    """Return the text with the default in brackets, if there is one and the text does not have it."""
+    default = {"True": "yes", "False": None}.get(default or "", default)
     if not text or not default or "default" in text or default in re.split(r"[\s()\[\],;:]+", text):
         return text
     return f"{text.removesuffix('.')} ({default})."

@@ -31,7 +31,7 @@ from cyclopts import (
 
 from aioengine import errors
 from aioengine.cli.common import CommonFlags
-from aioengine.cli.config.sources import use_sources
+from aioengine.cli.config.sources import Parsed, sources
 from aioengine.cli.flags import in_flags
 from aioengine.cli.generate.request_lines import LINE_FORMAT
 from aioengine.cli.help import EXIT_CODES, HELP_ALL, HELP_FLAGS, CompactFormatter
@@ -56,145 +56,88 @@ _EXAMPLES = """\
   aioengine generate --lora-modules sql=path/to/sql < requests.jsonl > answers.jsonl
   aioengine plan --model path/to/model --max-loras 8 --max-lora-rank 16"""
 
-COMMANDS = {
-    "bench": """\
-  aioengine bench
-  aioengine bench --adapters 8 32 --quantization int8
-  aioengine bench --requests 8 --adapters 4 --rank 32 --repeats 5""",
-    "config": """\
-  aioengine config check --config server.toml
-  aioengine config schema > aioengine.schema.json""",
-    "demo": """\
-  aioengine demo
-  aioengine demo --requests 24 --max-tokens 64
-  aioengine demo | cat                            plain lines instead of the live view""",
-    "fleet": """\
-  aioengine fleet status
-  aioengine fleet drain k3x9q2ab""",
-    "generate": """\
-  aioengine generate "How many users are there?" --chat --adapter path/to/sql
-  aioengine generate --lora-modules sql=path/to/sql < requests.jsonl > answers.jsonl
-  echo '{"prompt": "Hello", "n": 2, "temperature": 1}' | aioengine generate""",
-    "keys": """\
-  aioengine keys new --tenant alice >> keys.toml
-  aioengine serve --keys keys.toml""",
-    "lab": """\
-  aioengine lab run --trace azure_code.csv --adapters 200 --popularity zipf:1.0 --out results
-  aioengine lab compare --policy fcfs,vllm+lru,vtc --trace azure_code.csv --adapters 200 --slots 4,8""",
-    "plan": """\
-  aioengine plan --model path/to/model
-  aioengine plan --config engine.toml --max-loras 16 --max-lora-rank 64""",
-    "policies": """\
-  aioengine policies
-  aioengine generate "Hello" --policy edf+gdsf+lookahead""",
-    "top": """\
-  aioengine top
-  aioengine top --url http://replica-3:8000 --every 5""",
-    "serve": """\
-  aioengine serve --lora-modules sql=path/to/sql
-  aioengine serve --model path/to/model --adapter-root adapters/ --api-key-file keys.txt
-  aioengine serve --host 0.0.0.0 --port 80 --log-format json""",
-}
-"""The commands, each with its examples. ``name`` is the function ``name`` in ``aioengine.cli.name``, or a
-group of commands."""
-
-LAB_COMMANDS = {
-    "run": """\
-  aioengine lab run --trace azure_code.csv --adapters 200 --popularity zipf:1.0 --out results
-  aioengine lab run --arrivals gamma:rate=4,cv=4 --limit 2000 --policy my_policy.py:MyPolicy
-  aioengine lab run --experiment results/experiment.json --out again""",
-    "compare": """\
-  aioengine lab compare --policy fcfs,vllm+lru,vtc,chameleon,oracle --trace azure_code.csv \\
-      --limit 5000 --adapters 200 --slots 4,8,16 --seeds 5 --out results
-  aioengine lab compare --experiment results/comparison.json --out again""",
-    "rerun": """\
-  aioengine lab rerun results""",
-    "new": """\
-  aioengine lab new my_study""",
-    "workload": """\
-  aioengine lab workload workload.toml --plot
-  aioengine lab workload azure_code.csv""",
-    "size": """\
-  aioengine lab size --workload workload.toml --slo ttft_p99=2.0 itl_p95=0.05
-  aioengine lab size --workload azure_code.csv --slo ttft_p99=2.0 --replicas 1""",
-    "report": """\
-  aioengine lab report results
-  aioengine lab report results --rank-by latency_seconds.mean""",
-    "calibrate": """\
-  aioengine lab calibrate --out this-machine.json
-  aioengine lab run --preset this-machine.json ...""",
-    "record": """\
-  aioengine lab record requests.jsonl --model path/to/model --lora-modules sql=path/to/sql
-  aioengine lab run --trace requests.jsonl ...""",
-    "validate": """\
-  aioengine lab validate --calibrate this-machine.json
-  aioengine lab validate --preset this-machine.json
-  aioengine lab validate --preset this-machine.json --loads 0.5 --repeats 5""",
-}
-_ALONE = {"policies": "aioengine.cli.policies:policies"}
-"""Groups that are also commands themselves."""
-_ROOMS = {"demo", "generate"}
-"""Commands with a folder, where they are in the file ``command``."""
-
 GROUPS = {
-    "policies": (
-        {
-            "check": """\
-  aioengine policies check my_policy.py:MyPolicy
-  aioengine policies check edf+gdsf --runs 20""",
-        },
-        "aioengine.cli.policies:",
-        "List the scheduler policies and their parts, or check one.",
-    ),
-    "config": (
-        {
-            "check": "  aioengine config check --config server.toml --port 9000",
-            "show": "  AIOENGINE_MAX_LORAS=8 aioengine config show --config server.toml",
-            "schema": "  aioengine config schema > aioengine.schema.json",
-        },
-        "aioengine.cli.config.commands:",
-        "Check, show and describe a server's configuration.",
-    ),
-    "fleet": (
-        {
-            "status": """\
-  aioengine fleet status
-  RAY_ADDRESS=head:6379 aioengine fleet status""",
-            "adapters": "  aioengine fleet adapters",
-            "drain": """\
-  aioengine fleet drain k3x9q2ab
-  aioengine fleet drain k3x9q2ab --undo""",
-        },
-        "aioengine.cli.fleet.command:",
-        "Inspect a fleet, and drain replicas.",
-    ),
-    "keys": (
-        {
-            "new": """\
-  aioengine keys new --tenant alice >> keys.toml
-  aioengine keys new --tenant prometheus --scope metrics
-  aioengine keys new --tenant team-a --scope generate --scope adapters --adapter 'team-a/*'""",
-            "hash": "  aioengine keys hash < key.txt",
-            "check": "  aioengine keys check keys.toml",
-        },
-        "aioengine.cli.serving.keys:",
-        "Create and check a server's API keys.",
-    ),
-    "lab": (
-        LAB_COMMANDS,
-        "aioengine.cli.lab.{0}:",
-        "Evaluate scheduling policies on traces in simulated time, with the serving engine.",
-    ),
+    "config": "Check, show and describe a server's configuration.",
+    "fleet": "Inspect a fleet, and drain replicas.",
+    "keys": "Create and check a server's API keys.",
+    "lab": "Evaluate scheduling policies on traces in simulated time, with the serving engine.",
+    "policies": "List the scheduler policies and their parts, or check one.",
 }
-"""Groups of commands: the commands with their examples, where they are (``{0}`` is the command's name; the
-function has this name, too), and the help."""
+"""Commands that have commands of their own."""
+
+COMMANDS = {
+    "bench": ("bench", ["", "--adapters 8 32 --quantization int8"]),
+    "config check": ("config.commands", ["--config server.toml --port 9000"]),
+    "config show": ("config.commands", ["--config server.toml"]),
+    "config schema": ("config.commands", ["> aioengine.schema.json"]),
+    "demo": ("demo.command", ["", "--requests 24 --max-tokens 64", "| cat"]),
+    "fleet status": ("fleet.command", [""]),
+    "fleet adapters": ("fleet.command", [""]),
+    "fleet drain": ("fleet.command", ["k3x9q2ab", "k3x9q2ab --undo"]),
+    "generate": (
+        "generate.command",
+        [
+            '"How many users are there?" --chat --adapter path/to/sql',
+            "--lora-modules sql=path/to/sql < requests.jsonl > answers.jsonl",
+        ],
+    ),
+    "keys new": (
+        "serving.keys",
+        ["--tenant alice >> keys.toml", "--tenant team-a --scope generate --adapter 'team-a/*'"],
+    ),
+    "keys hash": ("serving.keys", ["< key.txt"]),
+    "keys check": ("serving.keys", ["keys.toml"]),
+    "lab run": (
+        "lab.run",
+        [
+            "--trace azure_code.csv --adapters 200 --popularity zipf:1.0 --out results",
+            "--arrivals gamma:rate=4,cv=4 --limit 2000 --policy my_policy.py:MyPolicy",
+            "--experiment results/experiment.json --out again",
+        ],
+    ),
+    "lab compare": (
+        "lab.compare",
+        [
+            "--policy fcfs,vllm+lru,vtc --trace azure_code.csv --adapters 200 --slots 4,8",
+            "--experiment results/comparison.json --out again",
+        ],
+    ),
+    "lab rerun": ("lab.rerun", ["results"]),
+    "lab new": ("lab.new", ["my_study"]),
+    "lab workload": ("lab.workload", ["workload.toml --plot"]),
+    "lab size": ("lab.size", ["--workload workload.toml --slo ttft_p99=2.0 itl_p95=0.05"]),
+    "lab report": ("lab.report", ["results", "results --rank-by latency_seconds.mean"]),
+    "lab calibrate": ("lab.calibrate", ["--out this-machine.json"]),
+    "lab record": ("lab.record", ["requests.jsonl --model path/to/model --lora-modules sql=path/to/sql"]),
+    "lab validate": (
+        "lab.validate",
+        ["--calibrate this-machine.json", "--preset this-machine.json --loads 0.5 --repeats 5"],
+    ),
+    "plan": ("plan", ["--model path/to/model", "--config engine.toml --max-loras 16 --max-lora-rank 64"]),
+    "policies": ("policies", [""]),
+    "policies check": ("policies", ["my_policy.py:MyPolicy", "edf+gdsf --runs 20"]),
+    "serve": (
+        "serve",
+        [
+            "--lora-modules sql=path/to/sql",
+            "--model path/to/model --adapter-root adapters/ --keys keys.toml",
+            "--host 0.0.0.0 --port 80 --log-format json",
+        ],
+    ),
+    "top": ("top", ["", "--url http://replica-3:8000 --every 5"]),
+}
+"""The commands: each with its module, which has a function of the command's last name, and arguments of its
+examples."""
+_OF_A_SERVER = ("serve", "config check", "config show")
+"""Commands that take the configuration of a server."""
 
 
-def build_app(*, full_help: bool = False) -> App:
+def build_app(*, full_help: bool = False, unknown: list[str] | None = None) -> App:
     """Build the command tree. A command's module is imported when it, or its help, is used.
 
     Args:
         full_help: Help shows the folded groups of flags too.
+        unknown: Parsing adds what to tell about variables that no flag has.
     """
     app = App(
         name="aioengine",
@@ -208,42 +151,40 @@ def build_app(*, full_help: bool = False) -> App:
         exit_on_error=False,
         print_error=False,
     )
-    for name, examples in COMMANDS.items():
-        if name in GROUPS:
-            app.command(_build_group(name, examples))
+    for group, help_ in GROUPS.items():
+        more = f"Flags of a command: aioengine {group} COMMAND --help"
+        epilogue = f"Examples:\n{_examples(group)}\n\n{more}"
+        app.command(App(name=group, help=help_, help_flags=[*HELP_FLAGS, HELP_ALL], help_epilogue=epilogue))
+    for command, (module, _) in COMMANDS.items():
+        group, _, name = command.rpartition(" ")
+        if command in GROUPS:
+            app[command].default(getattr(import_module(f"aioengine.cli.{module}"), name))
             continue
-        epilogue = _epilogue(name, examples)
-        if full_help and name == "generate":
+        more = f"All flags: aioengine {command} {HELP_ALL}    Exit codes: aioengine --help"
+        epilogue = f"Examples:\n{_examples(command)}\n\n{more}"
+        if full_help and command == "generate":
             epilogue = f"JSON lines:\n{LINE_FORMAT}\n\n{epilogue}"
-        module = f"{name}.command" if name in _ROOMS else name
-        app.command(f"aioengine.cli.{module}:{name}", name=name, help_epilogue=epilogue)
+        (app[group] if group else app).command(
+            f"aioengine.cli.{module}:{name}",
+            name=name,
+            help_epilogue=epilogue,
+            config=sources([] if unknown is None else unknown) if command in _OF_A_SERVER else (),
+        )
     app.register_install_completion_command(
         help="Set up completion for your shell.", group=Group("Setup", sort_key=100)
     )
     return app
 
 
-def _build_group(group: str, examples: str) -> App:
-    commands, where, help_ = GROUPS[group]
-    app = App(
-        name=group,
-        help=help_,
-        help_flags=[*HELP_FLAGS, HELP_ALL],
-        help_epilogue=f"Examples:\n{examples}\n\nFlags of a command: aioengine {group} COMMAND --help",
-    )
-    if group in _ALONE:
-        module, _, function = _ALONE[group].partition(":")
-        app.default(getattr(import_module(module), function))
-    for name, lines in commands.items():
-        app.command(
-            f"{where.format(name)}{name}", name=name, help_epilogue=_epilogue(f"{group} {name}", lines)
-        )
-    return app
-
-
-def _epilogue(name: str, examples: str) -> str:
-    more = f"All flags: aioengine {name} {HELP_ALL}    Exit codes: aioengine --help"
-    return f"Examples:\n{examples}\n\n{more}"
+def _examples(command: str) -> str:
+    """Return examples of a command, or of all commands in a group."""
+    lines = [
+        f"  aioengine {name} {arguments}".rstrip()
+        for name, (_, examples) in COMMANDS.items()
+        for arguments in (examples if name == command else examples[:1])
+        if name == command or name.startswith(f"{command} ")
+    ]
+    return "\n".join(lines)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -251,21 +192,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _find_modules_here()
     tokens = list(sys.argv[1:] if arguments is None else arguments)
     common, unknown = CommonFlags(), list[str]()
+
+    def parse_again() -> dict[str, object]:
+        return build_app(unknown=[]).parse_args(tokens)[1].arguments
+
     try:
-        app = build_app(full_help=HELP_ALL in tokens)
+        app = build_app(full_help=HELP_ALL in tokens, unknown=unknown)
         # Listed commands are imported for their one-line descriptions.
-        if not tokens or tokens[0] in (*HELP_FLAGS, HELP_ALL):
-            for name in COMMANDS:
-                app[name]
-        elif tokens[0] in GROUPS and (not tokens[1:] or tokens[1] in (*HELP_FLAGS, HELP_ALL)):
-            for name in GROUPS[tokens[0]][0]:
-                app[tokens[0]][name]
+        asked = len(tokens) - 1 if tokens and tokens[-1] in (*HELP_FLAGS, HELP_ALL) else len(tokens)
+        if asked == 0 or (asked == 1 and tokens[0] in GROUPS):
+            listed = app[tokens[0]] if asked else app
+            for name in listed:
+                listed[name]
         _refuse_removed_flags(tokens)
-        use_sources(app, tokens, unknown)
         command, bound, beside_flags = app.parse_args(tokens)
         common = bound.arguments.get("common") or common
         common.configure_logging()
-        result = command(*bound.args, **bound.kwargs, **dict.fromkeys(beside_flags, unknown))
+        line = Parsed(parse_again, unknown)
+        result = command(*bound.args, **bound.kwargs, **dict.fromkeys(beside_flags, line))
     except KeyboardInterrupt:
         if process.ending is None:  # else the process says it when it exits
             print("aioengine: interrupted", file=sys.stderr)

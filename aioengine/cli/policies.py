@@ -16,6 +16,13 @@ if TYPE_CHECKING:
     from aioengine.schedulers.registry import PolicyInfo
 
 EXIT_BROKEN = 3
+TITLES = {
+    "order": "who goes first",
+    "replace": "which idle adapter gives up its slot",
+    "prefetch": "what to bring from disk to the CPU",
+    "preempt": "whom to take off the batch",
+}
+"""Kinds of parts."""
 
 
 def policies(*, common: CommonFlags | None = None) -> int:
@@ -28,45 +35,44 @@ def policies(*, common: CommonFlags | None = None) -> int:
 
     from aioengine.cli.tables import output_console
     from aioengine.schedulers import available_parts, available_policies
-    from aioengine.schedulers.registry import KINDS
     from aioengine.schedulers.routing import available_autoscalers, available_placements, available_routers
 
-    console = output_console()
-    whole = [info for info in available_policies().values() if info.kind == "policy"]
-    titles = {
-        "order": "who goes first",
-        "replace": "which idle adapter gives up its slot",
-        "prefetch": "what to bring from disk to the CPU",
-        "preempt": "whom to take off the batch",
+    listed: dict[str, list[PolicyInfo]] = {
+        "whole policies": [info for info in available_policies().values() if info.kind == "policy"]
     }
-    sections = {"whole policies": whole}
-    for kind in KINDS:
-        sections[f"parts, {kind}: {titles[kind]}"] = list(available_parts(kind).values())
-    listed = {title: [(info.name, _details_of(info)) for info in infos] for title, infos in sections.items()}
-    for title, of_fleet in (
+    for kind, title in TITLES.items():
+        listed[f"parts, {kind}: {title}"] = list(available_parts(kind).values())
+    rows = {title: [(info.name, _details_of(info)) for info in infos] for title, infos in listed.items()}
+    for title, found in (
         ("routers, of a fleet", available_routers()),
         ("placement of adapters, of a fleet", available_placements()),
         ("number of replicas, of a fleet", available_autoscalers()),
     ):
-        listed[title] = []
-        for found in of_fleet.values():
-            options = [f"options: {found.options}"] if found.options else []
-            ends = [f"worst case: {found.worst_case}", f"from: {found.source}"]
-            listed[title].append((found.name, [found.summary, *options, *ends]))
-    for title, rows in listed.items():
+        rows[title] = [
+            (
+                one.name,
+                [
+                    one.summary,
+                    *([f"options: {one.options}"] if one.options else []),
+                    f"worst case: {one.worst_case}",
+                    f"from: {one.source}",
+                ],
+            )
+            for one in found.values()
+        ]
+    console = output_console()
+    for title, entries in rows.items():
         table = Table.grid(padding=(0, 2))
         table.add_column(no_wrap=True)
         table.add_column(overflow="fold")
-        for name, (summary, *details) in rows:
+        for name, (summary, *details) in entries:
             text = Text(summary).append("".join(f"\n{detail}" for detail in details), style="dim")
             table.add_row(Text(f"  {name}", style="bold"), text)
         console.print(Text(title, style="bold underline"))
-        console.print(table)
-        console.print()
-    console.print(
+        console.print(table, "")
+    print(
         "Name one alone (fcfs), with options (fcfs:max_wait=2), by parts (edf+gdsf+lookahead), "
-        "or by path (package.module:Class).",
-        highlight=False,
+        "or by path (package.module:Class)."
     )
     return 0
 
@@ -99,12 +105,9 @@ def check(
     with 3 if the policy raises, returns something other than a Decision, lets requests wait for ever, or
     decides differently when the same events happen again.
 
-    Parameters
-    ----------
-    policy
-        A name (fcfs:max_wait=2), parts (edf+gdsf), package.module:Class, or my_policy.py:MyPolicy.
-    runs
-        Runs of each scenario, with other events each time.
+    Args:
+        policy: A name (fcfs:max_wait=2), parts (edf+gdsf), package.module:Class, or my_policy.py:MyPolicy.
+        runs: Runs of each scenario, with other events each time.
     """
     from aioengine.cli.lab.progress import progress
     from aioengine.cli.tables import output_console

@@ -10,15 +10,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from ipaddress import ip_address
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import msgspec
 from cyclopts import Group, Parameter
 
 from aioengine.cli.background_stderr import BackgroundFile, background_stderr
 from aioengine.cli.common import CommonFlags
-from aioengine.cli.config.reload import Reloader, server_config
-from aioengine.cli.config.sources import Unknown
+from aioengine.cli.config.reload import Reloader
+from aioengine.cli.config.sources import ParsedLine
 from aioengine.cli.flags import EngineFlags, check_folders, in_flags
 from aioengine.cli.fleet.flags import FleetFlags
 from aioengine.cli.help import FOLDED
@@ -26,6 +26,8 @@ from aioengine.cli.loop import run
 from aioengine.cli.process import EXIT_FAILED, process
 from aioengine.cli.record_flags import RecordFlags
 from aioengine.cli.serving.log import configure_logging
+from aioengine.cli.struct_flags import StructFlags, flags_of
+from aioengine.config import EngineConfig
 from aioengine.errors import ConfigError
 from aioengine.metrics.otlp import check_endpoint
 from aioengine.server.settings import ServerSettings
@@ -35,20 +37,22 @@ from aioengine.server.transport.tls import Certificate, expiry
 if TYPE_CHECKING:
     from contextlib import AbstractAsyncContextManager
 
-    from aioengine.config import EngineConfig
+    from aioengine.engine import AsyncEngine
     from aioengine.fleet.config import FleetConfig
     from aioengine.fleet.door.client import FleetClient
     from aioengine.server.run import ListenSettings
 
 EXPIRES_SOON_SECONDS = 14 * 24 * 3600.0
 """The log warns at the start if the TLS certificate expires within this time."""
+SERVER_DEFAULTS = {"max_waiting": 1024, "max_waiting_tokens": 2**20, "policy": "fair"}
+"""Bounds of a server on requests that wait, and its policy, where the configuration has none."""
 _LOCAL_NAMES = ("localhost", "127.0.0.1", "[::1]")
 
 _SERVER = Group("Server", sort_key=5)
 _MORE = Group(f"{FOLDED} server flags", sort_key=25)
 _IN_MORE = Parameter(group=_MORE)
-_LIST = Parameter(group=_SERVER, negative="")
-_KEY = Parameter(group=_SERVER, negative="", metavar="[TENANT:]KEY")
+_LIST = Parameter(negative="")
+_KEY = Parameter(negative="", metavar="[TENANT:]KEY")
 _MORE_LIST = Parameter(group=_MORE, negative="")
 _MORE_KEY = Parameter(group=_MORE, negative="", metavar="[TENANT:]KEY")
 
@@ -57,7 +61,17 @@ logger = logging.getLogger("aioengine.server")
 
 @Parameter(name="*", group=_SERVER)
 @dataclass(frozen=True, kw_only=True)
-class ServerFlags:
+@flags_of(
+    ServerSettings,
+    group=_MORE,
+    defaults=True,
+    only=(
+        *("max_body_bytes", "max_upload_bytes", "max_choices", "share_prefix_cache", "generation_config"),
+        *("tool_call_parser", "reasoning_parser", "default_max_tokens", "ignore_unknown_fields"),
+        *("request_timeout", "read_timeout", "send_timeout", "stuck_step_seconds"),
+    ),
+)
+class ServerFlags(StructFlags):
     host: str = "127.0.0.1"
     """Address to listen on; 0.0.0.0 is all addresses."""
     port: int = 8000
@@ -91,24 +105,6 @@ class ServerFlags:
     """Address or network of a proxy whose X-Forwarded-For is trusted; repeatable."""
     max_connections: Annotated[int, _IN_MORE] = 4096
     """Maximum open connections; further ones are answered with 503 (with TLS: closed)."""
-    max_body_bytes: Annotated[int | None, _IN_MORE] = None
-    """Maximum body; by default 1 MiB plus 64 bytes per token of max_model_len."""
-    max_upload_bytes: Annotated[int | None, _IN_MORE] = None
-    """Let clients upload adapters of at most this size; by default they cannot."""
-    max_choices: Annotated[int, _IN_MORE] = 128
-    """Maximum prompts x n in one request."""
-    share_prefix_cache: Annotated[bool, _IN_MORE] = False
-    """Share the prefix cache between tenants, which can then find out what others have sent."""
-    generation_config: Annotated[str, _IN_MORE] = "auto"
-    """Sampling defaults: auto (the model's generation_config.json), none, or a path to one."""
-    tool_call_parser: Annotated[str, _IN_MORE] = "auto"
-    """Format of calls: hermes, llama3, mistral, gemma, harmony or none; auto: by the chat template."""
-    reasoning_parser: Annotated[str, _IN_MORE] = "auto"
-    """Format of reasoning: think, harmony or none; auto: by the chat template."""
-    default_max_tokens: Annotated[int | None, _IN_MORE] = None
-    """max_tokens of chats that give none; by default as many as the context has room for."""
-    ignore_unknown_fields: Annotated[bool, _IN_MORE] = False
-    """Ignore unknown fields of requests instead of refusing the request."""
     open_objects: Annotated[bool, _IN_MORE] = False
     """Allow properties in guided JSON that its schema does not declare; by default only where the schema has
     additionalProperties."""
@@ -117,14 +113,8 @@ class ServerFlags:
     lenient_schemas: Annotated[bool, _IN_MORE] = True
     """Accept schemas with uniqueItems, unknown formats and overlapping oneOf without enforcing these; the
     answer's header x-not-enforced and the log list them. Otherwise such schemas are refused."""
-    request_timeout: Annotated[float, _IN_MORE] = 600.0
-    """Maximum seconds of a whole request; 0 for no bound."""
     header_timeout: Annotated[float, _IN_MORE] = 10.0
     """Maximum seconds for a request's headers to arrive, and before them for a TLS handshake."""
-    read_timeout: Annotated[float, _IN_MORE] = 30.0
-    """Maximum seconds between two parts of a request's body, which must then arrive at 16 KiB a second."""
-    send_timeout: Annotated[float, _IN_MORE] = 60.0
-    """Seconds in which a client must read 16 KiB of its answers, or all of them; else it is cut off."""
     keep_alive: Annotated[float, _IN_MORE] = 75.0
     """Maximum seconds that a connection may be idle."""
     tls_cert: Annotated[Path | None, _IN_MORE] = None
@@ -133,8 +123,6 @@ class ServerFlags:
     """PEM file with the certificate's key."""
     otlp_endpoint: Annotated[str | None, _IN_MORE] = None
     """URL of an OpenTelemetry collector for traces of requests, such as http://localhost:4318."""
-    stuck_step_seconds: Annotated[float, _IN_MORE] = 120.0
-    """After a step of this length /health answers 503, and systemd's watchdog is not fed."""
 
     def settings(self) -> ServerSettings:
         """Return the server's settings. Raises ConfigError."""
@@ -180,32 +168,37 @@ def serve(
     recording: RecordFlags | None = None,
     fleet: FleetFlags | None = None,
     common: CommonFlags | None = None,
-    unknown: Unknown = None,
+    line: ParsedLine = None,
 ) -> int:
     """Serve a model and its adapters over an OpenAI-compatible HTTP API.
 
     "model" in a request is the name of the base model or of an adapter. SIGTERM lets accepted requests
     finish; a second SIGTERM ends them. With --adapter-root, adapters can be loaded over HTTP.
     """
-    flags, engine_flags = server or ServerFlags(), engine or EngineFlags()
+    flags = server or ServerFlags()
     level = common.log_level if common is not None and common.log_level is not None else "info"
     if flags.log_format == "json":  # so that an error that ends it before it starts is JSON, too
         configure_logging(flags.log_format, level)
-    checked = check_all(flags, engine_flags, fleet or FleetFlags())
+    checked = check_all(server, engine, fleet)
     record = recording or RecordFlags()
     if checked.replicas is not None and record.record is not None:
         raise ConfigError("--record: records one engine's requests; remove --replicas, or --record")
-    reloader = Reloader(engine_flags, flags, checked.listen.tls)
+
+    def read_again() -> Checked:
+        found: dict[str, Any] = {} if line is None else line.again()
+        return check_all(found.get("server"), found.get("engine"), found.get("fleet"))
+
     with background_stderr() as log:
         configure_logging(flags.log_format, level)
-        while unknown:
-            logger.warning("%s", unknown.pop(0))
-        return run(_serve(checked, flags, record, log, reloader))
+        while line is not None and line.unknown:
+            logger.warning("%s", line.unknown.pop(0))
+        return run(_serve(checked, record, log, Reloader(checked, read_again)))
 
 
 class Checked(NamedTuple):
     """A whole configuration after its checks."""
 
+    flags: ServerFlags
     config: EngineConfig
     adapters: dict[str, str]
     settings: ServerSettings
@@ -214,8 +207,18 @@ class Checked(NamedTuple):
     """None: one engine in this process."""
 
 
-def check_all(flags: ServerFlags, engine_flags: EngineFlags, fleet: FleetFlags) -> Checked:
+def server_config(flags: EngineFlags) -> EngineConfig:
+    """Return the configuration of a server: where the file and the flags say nothing, waiting requests have
+    bounds, and tenants equal shares. Raises ConfigError."""
+    values, source = flags.settings()
+    return EngineConfig.from_dict({**SERVER_DEFAULTS, **values}, source=source)
+
+
+def check_all(
+    server: ServerFlags | None, engine: EngineFlags | None, fleet: FleetFlags | None = None
+) -> Checked:
     """Check everything that can be known before anything is started. Raises ConfigError."""
+    flags, engine_flags = server or ServerFlags(), engine or EngineFlags()
     for flag, seconds in (("grace-seconds", flags.grace_seconds), ("drain-delay", flags.drain_delay)):
         if not seconds >= 0:
             raise ConfigError(f"--{flag} {seconds}: must be 0 or more")
@@ -226,17 +229,15 @@ def check_all(flags: ServerFlags, engine_flags: EngineFlags, fleet: FleetFlags) 
     for name in settings.served_model_names or (config.model_name,):
         if name in adapters:
             raise ConfigError(f"--lora-modules: {name!r} is the base model's name in requests; use another")
-    replicas = fleet.fleet_config(config, adapters, flags.otlp_endpoint, engine_flags.config)
+    replicas = (fleet or FleetFlags()).fleet_config(config, adapters, engine_flags, flags.otlp_endpoint)
     try:
         listen = flags.listen_settings(flags.certificate())
     except ImportError as error:
         raise ConfigError(f"serve needs more packages: pip install 'aioengine[server]' ({error})") from error
-    return Checked(config, adapters, settings, listen, replicas)
+    return Checked(flags, config, adapters, settings, listen, replicas)
 
 
-async def _serve(
-    checked: Checked, flags: ServerFlags, recording: RecordFlags, log: BackgroundFile, reloader: Reloader
-) -> int:
+async def _serve(checked: Checked, recording: RecordFlags, log: BackgroundFile, reloader: Reloader) -> int:
     from aioengine.cli.fleet.started import started_fleet
     from aioengine.cli.progress import started
     from aioengine.cli.serving.lifetime import serve_to_the_end
@@ -247,7 +248,7 @@ async def _serve(
     from aioengine.server.entrance import Entrance
     from aioengine.server.run import Signals, listening
 
-    config, replicas = checked.config, checked.replicas
+    config, replicas, flags = checked.config, checked.replicas, checked.flags
     signals = Signals()
     # Before the model is loaded, so that a port in use is reported, and probes are answered.
     entrance = Entrance(config.name)
@@ -282,7 +283,7 @@ async def _serve(
             gc.collect()
             gc.freeze()  # a full collection would visit all of it, in 130 ms in which nobody is answered
             try:
-                _tell(url, flags, checked.settings, checked.listen.tls)
+                _tell(url, checked)
                 if isinstance(client, AsyncEngine):
                     tell_what_runs(client)
                 with signals.handled():
@@ -298,11 +299,11 @@ async def _serve(
     return 0 if finished and not dead else EXIT_FAILED
 
 
-def _tell(url: str, flags: ServerFlags, settings: ServerSettings, certificate: Certificate | None) -> None:
+def _tell(url: str, checked: Checked) -> None:
+    settings, host, certificate = checked.settings, checked.flags.host, checked.listen.tls
     logger.info("serving at %s (API: %s/v1, page: %s/, description: %s/docs)", url, url, url, url)
-    if not settings.api_keys and settings.keys_file is None and not _is_loopback(flags.host):
-        logger.warning("anybody who reaches %s may use this server: there are no API keys", flags.host)
-
+    if not settings.api_keys and settings.keys_file is None and not _is_loopback(host):
+        logger.warning("anybody who reaches %s may use this server: there are no API keys", host)
     if certificate is not None and certificate.expires < time.time() + EXPIRES_SOON_SECONDS:
         logger.warning("%s; renew it, and send SIGHUP", expiry(certificate.expires))
 

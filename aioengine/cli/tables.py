@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from rich.box import HEAVY_HEAD, Box
+from rich.box import HEAVY_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -22,12 +22,7 @@ def output_console() -> Console:
 def new_table(console: Console, *columns: str, title: str | None = None) -> Table:
     """Return a table with these columns; those that begin with ">" are for numbers. It has no frame if the
     output is no terminal, for grep and awk."""
-    table = Table(title=title, title_justify="left", box=box_for(console))
+    table = Table(title=title, title_justify="left", box=HEAVY_HEAD if console.is_terminal else None)
     for column in columns:
         table.add_column(column.removeprefix(">"), justify="right" if column.startswith(">") else "left")
     return table
-
-
-def box_for(console: Console) -> Box | None:
-    """Return the frame of a table."""
-    return HEAVY_HEAD if console.is_terminal else None

@@ -8,7 +8,7 @@ import json
 import os
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import nullcontext
 from datetime import timedelta
 from functools import partial
@@ -25,8 +25,6 @@ if TYPE_CHECKING:
 
 KEY_VARIABLE = "AIOENGINE_KEY"
 SHOWN_REQUESTS = 15
-NARROW = 104
-"""Columns; on a smaller screen ids are cut, and the routes are left out."""
 OTHER_LINES = 12
 """Lines of the screen that neither slots nor requests have: numbers, heads of tables, and gaps."""
 SAME_START = 1.0
@@ -114,7 +112,7 @@ def look(url: str, key: str | None) -> dict[str, Any]:
         reason = getattr(error, "reason", error)  # what urllib has put into an error of its own
         raise ConfigError(f"{url}: no aioengine server answers there: {reason or repr(error)}") from error
     try:
-        frame(found, found, NARROW)
+        frame(found, found, 80)
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise ConfigError(f"{url}: no aioengine server of this version answers there") from error
     return found  # type: ignore[no-any-return] # what can be drawn
@@ -136,6 +134,8 @@ def frame(now: dict[str, Any], before: dict[str, Any] | None, width: int, height
     from rich.console import Group
     from rich.text import Text
 
+    from aioengine.cli.board import slots_table
+
     stats = now["stats"]
     used = stats["kv_blocks"] - stats["kv_blocks_free"]
     limit = stats["max_waiting"]
@@ -153,7 +153,7 @@ def frame(now: dict[str, Any], before: dict[str, Any] | None, width: int, height
         room = max(2, height - OTHER_LINES)
         most_slots = min(len(slots), max(room // 2, room - len(requests)))
         most_requests = room - most_slots
-    tables = [_slots(slots, most_slots, width), Text(), _requests(requests, most_requests, width)]
+    tables = [slots_table(slots, most_slots, width), Text(), _requests(requests, most_requests, width)]
     return Group(*map(Text, lines), Text(), *tables)
 
 
@@ -168,26 +168,9 @@ def _rates(now: dict[str, Any], before: dict[str, Any] | None) -> str:
     return "   ".join(f"{count / seconds:.1f} {name}" for name, count in more)
 
 
-def _slots(slots: list[dict[str, Any]], most: int, width: int) -> Any:
-    """Return a table of the slots; if there are more than ``most``, of those in which most requests run."""
-    shown = slots
-    if len(slots) > most:
-        busiest = sorted(slots, key=lambda slot: (slot["running"], slot["adapter"] is not None), reverse=True)
-        shown = busiest[:most]
-    rows = [
-        {
-            "slot": str(slot["index"]),
-            "state": slot["state"].lower(),
-            "adapter": "" if slot["adapter"] is None else f"{slot['adapter']} (v{slot['version']})",
-            "running": str(slot["running"]),
-            "pinned": "pinned" if slot["pinned"] else "",
-        }
-        for slot in shown
-    ]
-    return _table(("slot", "state", "adapter", "running", "pinned"), rows, len(slots) - len(shown), width)
-
-
 def _requests(requests: list[dict[str, Any]], most: int, width: int) -> Any:
+    from aioengine.cli.board import NARROW, cut_table
+
     columns = ["seconds", "request", "route", "tenant", "adapter", "prompt", "output"]
     if width < NARROW:
         columns.remove("route")
@@ -199,28 +182,4 @@ def _requests(requests: list[dict[str, Any]], most: int, width: int) -> Any:
         row |= {"request": request[:8] if width < NARROW else request}
         row |= {"prompt": str(one.get("prompt_tokens", ""))}
         rows.append(row)
-    return _table(columns, rows, len(requests) - len(rows), width)
-
-
-def _table(columns: Sequence[str], rows: list[dict[str, str]], more: int, width: int) -> Any:
-    """Return a table of ``rows``, with a last line for the number of ``more``. What clients and tenants name
-    is cut where the screen is narrow, so that the numbers are seen."""
-    from rich.table import Table
-
-    gap = 1 if width < NARROW else 3
-    table = Table(box=None, pad_edge=False, padding=(0, gap, 0, 0))
-    for column in columns:
-        table.add_column(column, overflow="ellipsis", no_wrap=True)
-    given = [column for column in columns if column in ("tenant", "adapter")]
-    others = [max(len(name), *(len(row[name]) for row in rows), 0) for name in columns if name not in given]
-    room = max(7, (width - sum(others) - gap * len(columns)) // len(given))
-    for row in rows:
-        cells = (row[name] if name not in given else _cut(row[name], room) for name in columns)
-        table.add_row(*cells)
-    if more > 0:
-        table.add_row(*("" for _ in columns[: columns.index(given[0])]), _cut(f"and {more} more", room))
-    return table
-
-
-def _cut(text: str, most: int) -> str:
-    return text if len(text) <= most else f"{text[: most - 1]}…"
+    return cut_table(columns, rows, len(requests) - len(rows), width)

@@ -34,13 +34,14 @@ class FleetConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
     engine: EngineConfig
     replicas: int = 1
+    """Engines behind this server, on Ray (at RAY_ADDRESS, or started here)."""
     router: str = "affinity"
-    """A router by name; ``aioengine policies`` lists them."""
+    """Routing policy, as ``aioengine policies`` lists them."""
     placement: str = "none"
-    """Placement policy by name: it brings adapters to replicas before requests need them."""
+    """Placement policy, which brings adapters to replicas before requests need them."""
     autoscale: str | None = None
-    """Scaling policy by name, with its bounds: "waiting_work:least=1,most=4". ``replicas`` is then the number
-    at the start. None: the number does not change."""
+    """Scaling policy, with its bounds: waiting_work:least=1,most=4. ``replicas`` is then the number at the
+    start. None: the number does not change."""
     adapters: dict[str, str] = {}
     """Name -> path of the adapters that every replica knows from its start."""
     served_model_names: tuple[str, ...] = ()
@@ -51,7 +52,7 @@ class FleetConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     name: str = "aioengine"
     """Name of the Serve application."""
     cpus_per_replica: int = 1
-    """Processors of a replica, and the number of its threads."""
+    """Processors and threads of each replica."""
     migration_limit: int = 3
     """How often a request that has begun may lose its replica and continue on another one."""
     replay: bool | None = None

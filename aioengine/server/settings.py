@@ -38,25 +38,25 @@ class ServerSettings(msgspec.Struct, frozen=True, kw_only=True):
     """Origins of other sites whose pages may call the server, such as "https://chat.example". Pages of all
     others may not send anything, and cannot read an answer."""
     max_body_bytes: int | None = None
-    """None: 1 MiB, and 64 bytes for each token of ``max_model_len``."""
+    """Maximum bytes of a body; by default 1 MiB, and 64 bytes for each token of ``max_model_len``."""
     max_upload_bytes: int | None = None
     """Maximum size of an uploaded adapter, packed and unpacked. None: none can be uploaded. What is uploaded
     is kept in memory, within ``LoRAConfig.max_held_lora_bytes``."""
     max_choices: int = 128
     """Bound on prompts x n in one request."""
     share_prefix_cache: bool = False
-    """Whether tenants share the prefix cache. A request's ``cached_tokens``, and how soon it is answered,
+    """Share the prefix cache between tenants, who can then find out what others have sent. A request's ``cached_tokens``, and how soon it is answered,
     then tell whether another tenant has sent the same text."""
     generation_config: str = "auto"
-    """Source of the defaults of ``temperature``, ``top_p``, ``top_k``, ``min_p``, ``repetition_penalty`` and
-    ``max_tokens``. "auto" is the model's ``generation_config.json``, if it has one; "none" is the API's own;
+    """Sampling defaults: auto (the model's generation_config.json), none, or a path to one. They are those of
+    ``temperature``, ``top_p``, ``top_k``, ``min_p``, ``repetition_penalty`` and ``max_tokens``. "auto" is the model's ``generation_config.json``, if it has one; "none" is the API's own;
     anything else a file of that form, or a folder with one."""
     tool_call_parser: str = "auto"
-    """Format in which the model calls tools, by its name in :mod:`aioengine.server.formats.registry`. "auto"
-    is the one that its chat template shows; "none" leaves calls in the text."""
+    """Format in which the model calls tools: hermes, llama3, mistral, gemma, harmony or none. "auto" is the one
+    that its chat template shows; "none" leaves calls in the text."""
     reasoning_parser: str = "auto"
-    """Format of the model's reasoning, which answers have in a field of its own; "auto" and "none" as
-    above."""
+    """Format of the model's reasoning: think, harmony or none. Answers have it in a field of its own; "auto"
+    and "none" are as above."""
     seed: int | None = None
     """Requests without a seed draw theirs from this one. None: from the engine's if that is not 0, or else
     from a random one, so that nobody can tell what is drawn for others."""
@@ -67,7 +67,7 @@ class ServerSettings(msgspec.Struct, frozen=True, kw_only=True):
     schemas: SchemaOptions = SchemaOptions()
     """Defaults of how JSON schemas are read and JSON is written."""
     request_timeout: float | None = 600.0
-    """Maximum seconds from arrival to the end of a generation; None: no bound."""
+    """Maximum seconds from arrival to the end of a generation; None, or as a flag 0: no bound."""
     read_timeout: float = 30.0
     """Maximum seconds between two parts of a request's body."""
     send_timeout: float = 60.0
@@ -77,7 +77,7 @@ class ServerSettings(msgspec.Struct, frozen=True, kw_only=True):
     """Minimum ``Retry-After`` of answers 429 and 503, in seconds. If requests are refused because too many
     wait, it is the time to answer those at the rate of the last minute."""
     stuck_step_seconds: float = 120.0
-    """A step that runs longer counts as stuck: ``/health`` then answers 503, and the watchdog is not fed."""
+    """Seconds after which a step counts as stuck: ``/health`` then answers 503, and the watchdog is not fed."""
     reword: Callable[[str], str] | None = None
     """Rewrites the engine's error messages for clients. The messages name configuration fields as in Python
     ("LoRAConfig.max_lora_rank"); ``aioengine serve`` replaces these by its flags."""

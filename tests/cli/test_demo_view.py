@@ -1,90 +1,74 @@
-"""The live board and the tables at the end."""
+"""The demo's requests and its board, on an engine that is scripted."""
 
 from __future__ import annotations
 
-import re
+import io
+from collections.abc import AsyncIterator
+from types import SimpleNamespace
+from typing import Any
 
-import msgspec
+import pytest
 from rich.console import Console
 
-from aioengine.cli.demo.board import Board
+from aioengine import SamplingParams
+from aioengine.cli.demo.command import Demo
 from aioengine.cli.demo.jobs import Job
-from aioengine.cli.demo.view import live_board, print_summary
+from aioengine.errors import RequestInvalid
 from aioengine.info import EngineStats, SlotInfo
 
 
-def job(key: str, adapter: str | None) -> Job:
-    return Job(key, adapter, f"question of {key}", [], None)
+class Scripted:
+    """An engine, or a fleet, whose slot 0 of the second replica has "sql"."""
+
+    def stats(self) -> EngineStats:
+        names = [name for name in EngineStats.__struct_fields__ if name != "slots"]
+        free = SlotInfo(
+            index=0, state="FREE", adapter=None, version=None, running=0, pinned=False, replica="r0"
+        )
+        held = SlotInfo(
+            index=0, state="READY", adapter="sql", version=1, running=1, pinned=False, replica="r1"
+        )
+        values = {**dict.fromkeys(names, 0), "slot_loads": 3, "slot_hits": 1, "slot_misses": 3}
+        return EngineStats(slots=(free, held), **values)
+
+    async def generate(self, prompt: Any, params: SamplingParams, **keywords: Any) -> AsyncIterator[Any]:
+        if keywords["request_id"] == "sql-2":
+            raise RequestInvalid("it broke")
+        for count in (1, 10):
+            yield SimpleNamespace(text="SELECT the tail of a long answer " * count, output_tokens=count)
 
 
-def stats() -> EngineStats:
-    names = [n for n in EngineStats.__struct_fields__ if n != "slots"]
-    held = SlotInfo(index=0, state="READY", adapter="sql", version=1, running=1, pinned=False)
-    free = SlotInfo(index=1, state="FREE", adapter=None, version=None, running=0, pinned=False)
-    values = {**dict.fromkeys(names, 0), "slot_loads": 3, "slot_hits": 1, "slot_misses": 3}
-    return EngineStats(slots=(held, free), **values)
+def demo(console: Console) -> Demo:
+    jobs = [
+        Job("base-1", None, "question of base-1", [], None),
+        Job("sql-1", "sql", "question of sql-1", [], lambda text: "tail" in text),
+        Job("sql-2", "sql", "question of sql-2", [], None),
+    ]
+    return Demo(jobs, SamplingParams(max_tokens=10), console)
 
 
-def fleet_stats() -> EngineStats:
-    """The slots of two replicas, of which each counts its own; the second has "sql"."""
-    found = stats()
-    held, free = (msgspec.structs.replace(slot, index=0) for slot in found.slots)
-    slots = (msgspec.structs.replace(free, replica="r0"), msgspec.structs.replace(held, replica="r1"))
-    return msgspec.structs.replace(found, slots=slots)
+async def test_lines_and_summary(capsys: pytest.CaptureFixture[str]) -> None:
+    shown = demo(Console(file=io.StringIO(), width=120))
+    engine: Any = Scripted()
+    assert await shown.run(engine) == 1
+    said = capsys.readouterr().out
+    assert said.count("sql: into slot 0 of r1") == 1, "it is said once, however often one looks"
+    assert "sql-1 done [right]: SELECT" in said and "sql-2 failed: it broke" in said
+    assert "2 slots: 3 loads, 0 evictions; 1 of 4 requests found their adapter in one" in said
+    table = shown._console.file.getvalue()  # type: ignore[attr-defined] # a StringIO
+    sql = next(line for line in table.splitlines() if line.strip().startswith("sql"))
+    assert sql.split()[:3] == ["sql", "2", "1"] and sql.rstrip().endswith("1 of 1")
 
 
-def drawn(board: Board, now: EngineStats) -> str:
+def test_board() -> None:
     console = Console(width=80)
-    board.look(now)
+    shown = demo(console)
+    shown.rows[1].state, shown.rows[1].text = "running", "SELECT the tail of a long answer " * 4
+    shown.rows[2].state, shown.rows[2].text = "failed", "it broke"
+    engine: Any = Scripted()
     with console.capture() as capture:
-        console.print(live_board(board, now))
-    return capture.get()
-
-
-def summary(board: Board, now: EngineStats) -> str:
-    console = Console(width=80)
-    with console.capture() as capture:
-        print_summary(console, board, now)
-    return capture.get()
-
-
-def test_board_and_summary() -> None:
-    board = Board([job("base-1", None), job("sql-1", "sql"), job("sql-2", "sql")], lambda line: None)
-    base, one, two = board.rows.values()
-    one.state, one.ttft, one.text = "running", 0.25, "SELECT the tail of a long answer " * 4
-    text = drawn(board, stats())
-    assert re.search(r"▶ sql-1 +slot 0", text) and "long answer" in text
-    assert "? question of base-1" in text
-    assert "slot 1  free" in text and "3 loads" in text
-    assert "sql: into slot 0" in text
-    assert not board.all_finished
-
-    one.state, one.tokens, one.seconds = "done", 20, 2.0
-    base.state, two.state, two.error = "done", "failed", "it broke"
-    text = drawn(board, stats())
-    assert "✘ sql-2" in text and "it broke" in text
-    assert not board.all_finished
-    table = summary(board, stats())
-    sql = next(line for line in table.splitlines() if "sql" in line)
-    assert "250 ms" in sql and "10.0" in sql
-    assert "25% of 4" in table
-
-
-def test_a_fleet_shows_replicas_and_their_slots() -> None:
-    board = Board([job("q1", "sql"), job("q2", None)], lambda line: None)
-    row = board.rows["q1"]
-    row.state, row.replica, row.tokens = "running", "r1", 7
-    text = drawn(board, fleet_stats())
-    assert "r0 slot 0  free" in text and "r1 slot 0  sql" in text
-    assert re.search(r"▶ q1 +r1 slot 0", text)
-    row.state = "done"
-    assert re.search(r"r1\W+1\W+7\W+sql", summary(board, fleet_stats())), "one request, of seven tokens"
-
-
-def test_each_move_is_said_once() -> None:
-    """However often one looks, and although each replica counts its own slots."""
-    said: list[str] = []
-    board = Board([], said.append)
-    for _ in range(3):
-        board.look(fleet_stats())
-    assert said == ["sql: into r1 slot 0"]
+        console.print(shown.draw(engine))
+    text = capture.get()
+    assert "▶ sql-1" in text and "long answer" in text
+    assert "? question of base-1" in text and "✘ sql-2" in text and "it broke" in text
+    assert "r1" in text and "sql (v1)" in text and "sql: into slot 0 of r1" in text

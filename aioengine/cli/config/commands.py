@@ -9,17 +9,17 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from aioengine.cli.common import CommonFlags
-from aioengine.cli.config.reload import server_config
-from aioengine.cli.config.sources import Unknown
+from aioengine.cli.config.sources import Parsed, ParsedLine
 from aioengine.cli.flags import EngineFlags
 from aioengine.cli.fleet.flags import ELSEWHERE, FleetFlags
-from aioengine.cli.serve import ServerFlags, check_all
+from aioengine.cli.serve import ServerFlags, check_all, server_config
 from aioengine.config import EngineConfig, LoRAConfig
 from aioengine.errors import ConfigError, PolicyError
 from aioengine.fleet.config import FleetConfig
@@ -37,7 +37,7 @@ def check(
     engine: EngineFlags | None = None,
     fleet: FleetFlags | None = None,
     common: CommonFlags | None = None,
-    unknown: Unknown = None,
+    line: ParsedLine = None,
 ) -> int:
     """Check a configuration and its paths as serve would, without starting anything.
 
@@ -46,8 +46,8 @@ def check(
     """
     from aioengine.server.openai.generation_config import read_sampling_defaults
 
-    flags = server or ServerFlags()
-    config = check_all(flags, engine or EngineFlags(), fleet or FleetFlags()).config
+    checked = check_all(server, engine, fleet)
+    config, flags = checked.config, checked.flags
     root = None if config.lora is None else config.lora.adapter_root
     if root is not None and not is_source(root) and not Path(root).expanduser().is_dir():
         raise ConfigError(
@@ -66,7 +66,7 @@ def check(
         device = "cuda" if config.device == "cuda" else "cpu"
         # This machine's memory and devices may not be those of the one that serves.
         plan_memory(spec, config, device=device, available_bytes=sys.maxsize)
-    _tell(unknown)
+    _tell(line)
     print("the configuration is good")
     return 0
 
@@ -77,43 +77,35 @@ def show(
     engine: EngineFlags | None = None,
     fleet: FleetFlags | None = None,
     common: CommonFlags | None = None,
-    unknown: Unknown = None,
+    line: ParsedLine = None,
 ) -> int:
     """Print the effective configuration as TOML: the file, the environment and the flags together.
 
     Fields with their default are comments; API keys are left out.
     """
-    _tell(unknown)
-    flags = server or ServerFlags()
-    engine_flags = engine or EngineFlags()
-    config = server_config(engine_flags)
-    adapters = engine_flags.adapters()
-    replicas = (fleet or FleetFlags()).fleet_config(config, adapters, file=engine_flags.config)
-    values = {name: getattr(config, name) for name in config.__struct_fields__ if name != "lora"}
-    _print_table(values, dict(zip(EngineConfig.__struct_fields__[1:], _defaults(EngineConfig), strict=True)))
+    _tell(line)
+    flags, engine_flags = server or ServerFlags(), engine or EngineFlags()
+    config, adapters = server_config(engine_flags), engine_flags.adapters()
+    replicas = (fleet or FleetFlags()).fleet_config(config, adapters, engine_flags)
+    _print_table(_fields(config, {"lora"}), _defaults(EngineConfig))
     if config.lora is not None:
         print("\n[lora]")
-        own = {name: getattr(config.lora, name) for name in config.lora.__struct_fields__}
-        _print_table(own, {name: getattr(LoRAConfig(), name) for name in LoRAConfig.__struct_fields__})
+        _print_table(_fields(config.lora), _fields(LoRAConfig()))
     if adapters:
         print("\n[adapters]")
         _print_table({msgspec.json.encode(name).decode(): path for name, path in adapters.items()}, {})
     if replicas is not None:
         print("\n[fleet]")
-        defaults = {field.name: field.default for field in msgspec.structs.fields(FleetConfig)}
-        _print_table({name: getattr(replicas, name) for name in defaults if name not in ELSEWHERE}, defaults)
+        _print_table(_fields(replicas, ELSEWHERE), _defaults(FleetConfig))
     print("\n[server]")
-    given = {field.name: getattr(flags, field.name) for field in dataclasses.fields(flags)}
-    _print_table(
-        {name: value for name, value in given.items() if name not in _SECRET},
-        {field.name: field.default for field in dataclasses.fields(ServerFlags)},
-    )
+    given = {name: value for name, value in vars(flags).items() if name not in _SECRET}
+    _print_table(given, {field.name: field.default for field in dataclasses.fields(ServerFlags)})
     return 0
 
 
-def _tell(unknown: list[str] | None) -> None:
-    while unknown:
-        print(f"aioengine: {unknown.pop(0)}", file=sys.stderr)
+def _tell(line: Parsed | None) -> None:
+    while line is not None and line.unknown:
+        print(f"aioengine: {line.unknown.pop(0)}", file=sys.stderr)
 
 
 def schema(*, common: CommonFlags | None = None) -> int:
@@ -146,15 +138,15 @@ def _path_schema(kind: type) -> dict[str, Any]:
     raise NotImplementedError(kind)
 
 
-def _defaults(kind: type[msgspec.Struct]) -> list[Any]:
-    return [
-        field.default_factory() if field.default is msgspec.NODEFAULT else field.default
-        for field in msgspec.structs.fields(kind)
-        if not field.required
-    ]
+def _fields(struct: msgspec.Struct, left_out: Container[str] = ()) -> dict[str, Any]:
+    return {name: getattr(struct, name) for name in struct.__struct_fields__ if name not in left_out}
 
 
-def _print_table(values: dict[str, Any], defaults: dict[str, Any]) -> None:
+def _defaults(kind: type[msgspec.Struct]) -> dict[str, Any]:
+    return {field.name: field.default for field in msgspec.structs.fields(kind)}
+
+
+def _print_table(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
     for name, value in values.items():
         if value is None:
             continue

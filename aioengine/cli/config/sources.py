@@ -6,59 +6,56 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from typing import Annotated, Any
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Annotated
 
 from cyclopts import App, Parameter
 from cyclopts.argument import ArgumentCollection
 from cyclopts.config import Dict, Env
 
-from aioengine.checks import nearest
-from aioengine.cli.config.file import server_table
+from aioengine.checks import nearest, read_toml
 from aioengine.errors import ConfigError
 from aioengine.server.table import refuse_unknown_fields
 
 PREFIX = "AIOENGINE_"
-_CONFIGURED = (("serve",), ("config", "check"), ("config", "show"))
-"""Commands that take the configuration of a server."""
-_NO_FLAGS = {
-    PREFIX + name
-    for name in (
-        "API_KEYS",
-        "ADMIN_KEYS",
-        "KEY",
-        "KERNELS",
-        "TRITON_TABLE",
-        "PREBUILD_KERNELS",
-        "CPU_LEVEL",
-        "CPU_SANITIZE",
-    )
-}
-"""Variables that are read elsewhere: keys, and how kernels are chosen and built."""
+_READ_ELSEWHERE = (
+    *("API_KEYS", "ADMIN_KEYS", "KEY"),
+    *("KERNELS", "TRITON_TABLE", "PREBUILD_KERNELS", "CPU_LEVEL", "CPU_SANITIZE"),
+)
+"""Variables that no flag has: keys, and how kernels are chosen and built."""
 _SERVICE_LINKS = ("tcp://", "udp://", "sctp://")
 
-Unknown = Annotated[list[str] | None, Parameter(parse=False)]
-"""What is to be told about variables that no flag has; who tells it removes it."""
+Source = Callable[[App, tuple[str, ...], ArgumentCollection], None]
 
 
-class _Variables:
-    """The environment as a source of flags. A mistyped variable would have no effect without a word."""
+@dataclass
+class Parsed:
+    """The command line of a command that takes the configuration of a server."""
 
-    def __init__(self, unknown: list[str]) -> None:
-        self._unknown = unknown
+    again: Callable[[], dict[str, object]]
+    """Parses it again, with what the environment and the file say now; returns the command's arguments."""
+    unknown: list[str] = field(default_factory=list)
+    """What is to be told about variables that no flag has; who tells it removes it."""
 
-    def __call__(self, app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
+
+ParsedLine = Annotated[Parsed | None, Parameter(parse=False)]
+
+
+def sources(unknown: list[str]) -> tuple[Source, Source]:
+    """Return where a command takes flags from that are not given: the environment, then the file. Parsing
+    adds to ``unknown`` what to tell about variables that no flag has. It raises ConfigError if ``[server]``
+    is no table, or has a field that is no flag of ``aioengine serve``."""
+
+    def variables(app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
         Env(PREFIX, command=False)(app, commands, arguments)
-        flags = (argument for argument in arguments if argument.parse)
-        known = {_variable(name) for flag in flags for name in flag.names} | _NO_FLAGS
-        given = sorted(name for name in os.environ if name.startswith(PREFIX))
-        self._unknown += [
-            f"{name}: no flag has this variable{nearest(name, sorted(known))}; it has no effect"
-            for name in given
-            if name not in known
-        ]
-        used = (token for argument in arguments for token in argument.tokens)
-        for token in used:
+        flags = (name for argument in arguments if argument.parse for name in argument.names)
+        known = sorted({*map(_variable, flags), *(PREFIX + name for name in _READ_ELSEWHERE)})
+        for name in sorted(os.environ):
+            if name.startswith(PREFIX) and name not in known:
+                near = nearest(name, known)
+                unknown.append(f"{name}: no flag has this variable{near}; it has no effect")
+        for token in (token for argument in arguments for token in argument.tokens):
             if token.keyword == f"{PREFIX}PORT" and token.value.startswith(_SERVICE_LINKS):
                 raise ConfigError(
                     f"{PREFIX}PORT={token.value!r}: Kubernetes makes this variable of a Service called "
@@ -66,54 +63,21 @@ class _Variables:
                     "give --port"
                 )
 
+    return variables, _server_table
 
-class _File:
-    """The table ``[server]`` of a configuration file as a source of flags. It is read after the variables, so
-    that mistyped ones are known even if the file is wrong."""
 
-    def __init__(self, file: str) -> None:
-        self._file = file
-
-    def __call__(self, app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
-        table = _flags(self._file)
-        for name in reversed(commands):  # cyclopts wants it below the names of the commands
-            table = {name: table}
-        Dict(table, source=f"[server] of {self._file}")(app, commands, arguments)
+def _server_table(app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
+    (config,) = (argument for argument in arguments if "--config" in argument.names)
+    if not config.tokens:
+        return
+    file = config.tokens[-1].value
+    table = read_toml(file).get("server", {})
+    if not isinstance(table, dict):
+        raise ConfigError(f"{file}: server={table!r}: must be a table [server]")
+    refuse_unknown_fields(table, file)
+    flags = {name.replace("_", "-"): value for name, value in table.items()}
+    Dict(flags, source=f"[server] of {file}", use_commands_as_keys=False)(app, commands, arguments)
 
 
 def _variable(flag: str) -> str:
     return PREFIX + flag.strip("-").upper().replace("-", "_").replace(".", "_")
-
-
-def use_sources(app: App, tokens: Sequence[str], unknown: list[str]) -> None:
-    """Let the command that ``tokens`` name take its flags from the environment and the file, too.
-
-    A flag overrides its variable, and the variable overrides the file. Parsing adds to ``unknown`` what to
-    tell about variables that no flag has. It raises ConfigError if ``[server]`` is no table, or has a field
-    that is no flag of ``aioengine serve``.
-    """
-    path = next((names for names in _CONFIGURED if tuple(tokens[: len(names)]) == names), None)
-    if path is None:
-        return
-    command = app
-    for name in path:
-        command = command[name]
-    file = _config_file(tokens[len(path) :])
-    sources = [_Variables(unknown), *([] if file is None else [_File(file)])]
-    command.config = tuple(sources)
-
-
-def _config_file(tokens: Sequence[str]) -> str | None:
-    for index, token in enumerate(tokens):
-        if token.startswith("--config="):
-            return token.partition("=")[2]
-        if token == "--config" and index + 1 < len(tokens):
-            return tokens[index + 1]
-    return os.environ.get(f"{PREFIX}CONFIG") or None
-
-
-def _flags(file: str) -> dict[str, Any]:
-    """Return the table ``[server]``, by the names of flags."""
-    table = server_table(file)
-    refuse_unknown_fields(table, file)
-    return {name.replace("_", "-"): value for name, value in table.items()}

@@ -21,19 +21,12 @@ def status(*, app_name: AppName = "aioengine", common: CommonFlags | None = None
 
     Searches the cluster that RAY_ADDRESS names, or each cluster on this machine.
     """
-    from rich.table import Table
+    from aioengine.cli.tables import new_table, output_console
 
-    from aioengine.cli.tables import box_for, output_console
-
-    rows = _described(app_name)
     console = output_console()
-    table = Table(title=f"Fleet {app_name}", title_justify="left", box=box_for(console))
-    for name in ("replica", "state", "process", "node"):
-        table.add_column(name)
-    for name in ("running", "waiting", "KV free"):
-        table.add_column(name, justify="right")
-    table.add_column("slots")
-    for row in rows:
+    columns = ("replica", "state", "process", "node", ">running", ">waiting", ">KV free", "slots")
+    table = new_table(console, *columns, title=f"Fleet {app_name}")
+    for row in _described(app_name):
         table.add_row(
             row["replica"],
             row["state"],
@@ -50,9 +43,7 @@ def status(*, app_name: AppName = "aioengine", common: CommonFlags | None = None
 
 def adapters(*, app_name: AppName = "aioengine", common: CommonFlags | None = None) -> int:
     """Print the adapters of a fleet, and which replica has each in a slot or in its CPU cache."""
-    from rich.table import Table
-
-    from aioengine.cli.tables import box_for, output_console
+    from aioengine.cli.tables import new_table, output_console
 
     rows = _described(app_name)
     found: dict[str, dict[str, AdapterInfo]] = {}
@@ -60,9 +51,8 @@ def adapters(*, app_name: AppName = "aioengine", common: CommonFlags | None = No
         for info in row["adapters"]:
             found.setdefault(info.name, {})[row["replica"]] = info
     console = output_console()
-    table = Table(title=f"Adapters of {app_name}", title_justify="left", box=box_for(console))
-    for name in ("adapter", "rank", "path", "pinned", *[row["replica"] for row in rows]):
-        table.add_column(name)
+    columns = ("adapter", "rank", "path", "pinned", *(row["replica"] for row in rows))
+    table = new_table(console, *columns, title=f"Adapters of {app_name}")
     for name, where in sorted(found.items()):
         best = max(where.values(), key=lambda info: info.rank)
         pinned = "yes" if any(info.pinned for info in where.values()) else ""

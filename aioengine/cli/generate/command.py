@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Group, Parameter
 
-from aioengine.cli.common import CommonFlags, given
+from aioengine.cli.common import CommonFlags
 from aioengine.cli.flags import EngineFlags, check_folders
 from aioengine.cli.generate.request_lines import Defaults, Request, parse_lines
 from aioengine.cli.generate.sampling_flags import RequestFlags, SamplingFlags
 from aioengine.cli.loop import run
 from aioengine.cli.record_flags import RecordFlags
+from aioengine.cli.struct_flags import given
 from aioengine.errors import AdapterNotFound, RequestInvalid
 
 if TYPE_CHECKING:
@@ -45,20 +46,13 @@ def generate(
     Without PROMPT, each line of standard input is a request, {"prompt": ...} or {"messages": [...]}. Its
     fields override the flags. Answers come in the same order. --help-all describes all fields.
 
-    Parameters
-    ----------
-    prompt
-        Text to complete.
-    adapter
-        Name (see --lora-modules, --adapter-root), folder, or hf:owner/name.
-    chat
-        Send a text prompt as a chat message, through the model's chat template.
-    system
-        System message for requests without one; implies --chat.
-    json
-        Print the answer to PROMPT as a JSON line too.
-    n
-        Answers per request; with PROMPT, needs --json.
+    Args:
+        prompt: Text to complete.
+        adapter: Name (see --lora-modules, --adapter-root), folder, or hf:owner/name.
+        chat: Send a text prompt as a chat message, through the model's chat template.
+        system: System message for requests without one; implies --chat.
+        json: Print the answer to PROMPT as a JSON line too.
+        n: Answers per request; with PROMPT, needs --json.
     """
     flags = engine or EngineFlags()
     sampling_flags = sampling or SamplingFlags()

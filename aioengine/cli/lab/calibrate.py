@@ -31,22 +31,14 @@ def calibrate(
 
     No other program should run on the machine meanwhile.
 
-    Parameters
-    ----------
-    model
-        Model folder, GGUF file, Hub id, or smollm2-135m (the default).
-    out
-        File for the cost model (costs.json).
-    name
-        Name of the cost model; by default that of its file.
-    dtype
-        Compute dtype.
-    device
-        Device that runs the model.
-    quantization
-        Form in which the weights are kept.
-    tensor_parallel_size
-        Number of GPUs, or of processes on a CPU, that share every layer.
+    Args:
+        model: Model folder, GGUF file, Hub id, or smollm2-135m (the default).
+        out: File for the cost model (costs.json).
+        name: Name of the cost model; by default that of its file.
+        dtype: Compute dtype.
+        device: Device that runs the model.
+        quantization: Form in which the weights are kept.
+        tensor_parallel_size: Number of GPUs, or of processes on a CPU, that share every layer.
     """
     from aioengine.cli.lab.progress import progress
     from aioengine.lab.workload.extra import check_extra

@@ -15,10 +15,8 @@ def new(
 ) -> int:
     """Write a study that runs as it is: a policy, a workload, a comparison and a notebook.
 
-    Parameters
-    ----------
-    folder
-        Name of the study, and of its new folder.
+    Args:
+        folder: Name of the study, and of its new folder.
     """
     from aioengine.lab.runs.study import new_study
 

@@ -25,9 +25,7 @@ def record(
 
     The same as serve --record FILE. It writes times, lengths and names, and never any text.
 
-    Parameters
-    ----------
-    file
-        JSON lines; may be an earlier recording, to which lines are added.
+    Args:
+        file: JSON lines; may be an earlier recording, to which lines are added.
     """
     return serve(server=server, engine=engine, recording=RecordFlags(record=file), common=common)

@@ -21,14 +21,10 @@ def report(
 ) -> int:
     """Redraw the figures and report.html of a run or a comparison.
 
-    Parameters
-    ----------
-    folder
-        The folder that was given to --out.
-    rank_by
-        Measure that a comparison's policies are ranked by.
-    vector
-        Write the figures as PDF and SVG too, and captions with all parameters.
+    Args:
+        folder: The folder that was given to --out.
+        rank_by: Measure that a comparison's policies are ranked by.
+        vector: Write the figures as PDF and SVG too, and captions with all parameters.
     """
     from aioengine.cli.lab.progress import progress
     from aioengine.lab.workload.extra import check_extra

@@ -23,12 +23,9 @@ def rerun(
 
     Exits with 1 if a file differs.
 
-    Parameters
-    ----------
-    folder
-        The folder that was given to --out of lab run; it is only read.
-    out
-        Folder for the new files (by default they are compared and deleted).
+    Args:
+        folder: The folder that was given to --out of lab run; it is only read.
+        out: Folder for the new files (by default they are compared and deleted).
     """
     from aioengine.cli.lab.flags import check_out
     from aioengine.cli.lab.progress import progress

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 from rich.text import Text
 
-from aioengine.cli.tables import box_for, output_console
+from aioengine.cli.tables import new_table, output_console
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -23,9 +23,7 @@ def print_summary(summary: dict[str, Any]) -> None:
     from aioengine.lab.analysis.summary import flatten
 
     console = output_console()
-    table = Table(box=box_for(console))
-    table.add_column("figure")
-    table.add_column("", justify="right")
+    table = new_table(console, "figure", ">")
     flat = flatten(summary)
     for measure in MEASURES:
         if flat.get(measure.name) is not None:
@@ -60,8 +58,8 @@ def _ranking_table(ranking: Ranking, console: Console, joint: str) -> Table:
     unit."""
     from aioengine.lab.report.style import policy_label
 
-    title = Text(ranking.title)
-    table = Table(title=title, title_justify="left", box=box_for(console), show_edge=False, pad_edge=False)
+    table = new_table(console)
+    table.title, table.show_edge, table.pad_edge = Text(ranking.title), False, False
     table.add_column("", no_wrap=True)
     table.add_column("policy", overflow="fold")
     texts = [[joint.join(filter(None, cell[:2])) for cell in row.cells] for row in ranking.rows]

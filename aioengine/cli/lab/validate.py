@@ -93,17 +93,12 @@ def validate(*, flags: ValidateFlags | None = None, common: CommonFlags | None =
 
 
 def _print(found: Validation) -> None:
-    from rich.table import Table
-
-    from aioengine.cli.tables import box_for, output_console
+    from aioengine.cli.tables import new_table, output_console
     from aioengine.lab.calibration.processor_waits import DISTURBED
 
     console = output_console()
-    table = Table(title=f"{found.preset}: live and simulated", title_justify="left", box=box_for(console))
-    table.add_column("load")
-    table.add_column("figure")
-    for head in ("live", "simulated", "error", "steps as live"):
-        table.add_column(head, justify="right")
+    columns = ("load", "figure", ">live", ">simulated", ">error", ">steps as live")
+    table = new_table(console, *columns, title=f"{found.preset}: live and simulated")
     left = [error for one in found.comparisons for error in one.error_as_live.values()]
     for (load, metric, live, simulated, error), rest in zip(found.rows(), left, strict=True):
         table.add_row(load, metric, f"{live:.4g}", f"{simulated:.4g}", f"{error:+.1%}", f"{rest:+.1%}")

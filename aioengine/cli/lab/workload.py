@@ -26,18 +26,12 @@ def workload(
 ) -> int:
     """Describe a workload: rates, lengths, popularity, and common beginnings of prompts.
 
-    Parameters
-    ----------
-    file
-        TOML or JSON with the fields of a workload, an experiment.json, or a trace.
-    seed
-        Seed of everything drawn.
-    limit
-        Maximum requests to read (200,000).
-    plot
-        Draw it, too: workload.png, .pdf and .svg in --out.
-    out
-        Folder for --plot (lab-workload).
+    Args:
+        file: TOML or JSON with the fields of a workload, an experiment.json, or a trace.
+        seed: Seed of everything drawn.
+        limit: Maximum requests to read (200,000).
+        plot: Draw it, too: workload.png, .pdf and .svg in --out.
+        out: Folder for --plot (lab-workload).
     """
     if out is not None and not plot:
         raise ConfigError(f"--out {out}: is for the files of --plot; give --plot")
@@ -70,14 +64,10 @@ def workload(
 
 
 def _print(found: dict[str, Any]) -> None:
-    from rich.table import Table
-
-    from aioengine.cli.tables import box_for, output_console
+    from aioengine.cli.tables import new_table, output_console
 
     console = output_console()
-    table = Table(box=box_for(console))
-    table.add_column("figure")
-    table.add_column("", justify="right")
+    table = new_table(console, "figure", ">")
     for name, value in found.items():
         if isinstance(value, dict):
             for of, number in value.items():
