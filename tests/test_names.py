@@ -27,10 +27,7 @@ def names() -> Iterator[str]:
     for family in door_families():  # without labels: those of counters that are 0 yet are not seen
         suffix = "_total" if family.type == "counter" else ""
         yield f"metric {family.name}{suffix} {family.type}"
-    for command in COMMANDS:
-        yield from (
-            f"command {command} {inner}" for inner in (GROUPS[command][0] if command in GROUPS else [""])
-        )
+    yield from (f"command {command}" for command in COMMANDS if command not in GROUPS)
     yield from (f"field {name}" for name in EngineConfig.__struct_fields__)
     yield from (f"field lora.{name}" for name in LoRAConfig.__struct_fields__)
     yield from (f"field server.{field.name}" for field in dataclasses.fields(ServerFlags))

@@ -45,15 +45,15 @@ class ServerSettings(msgspec.Struct, frozen=True, kw_only=True):
     max_choices: int = 128
     """Bound on prompts x n in one request."""
     share_prefix_cache: bool = False
-    """Share the prefix cache between tenants, who can then find out what others have sent. A request's ``cached_tokens``, and how soon it is answered,
-    then tell whether another tenant has sent the same text."""
+    """Share the prefix cache between tenants, who can then find out what others have sent. A request's
+    ``cached_tokens``, and how soon it is answered, tell whether another tenant has sent the same text."""
     generation_config: str = "auto"
     """Sampling defaults: auto (the model's generation_config.json), none, or a path to one. They are those of
-    ``temperature``, ``top_p``, ``top_k``, ``min_p``, ``repetition_penalty`` and ``max_tokens``. "auto" is the model's ``generation_config.json``, if it has one; "none" is the API's own;
-    anything else a file of that form, or a folder with one."""
+    ``temperature``, ``top_p``, ``top_k``, ``min_p``, ``repetition_penalty`` and ``max_tokens``; "none" is the
+    API's own."""
     tool_call_parser: str = "auto"
-    """Format in which the model calls tools: hermes, llama3, mistral, gemma, harmony or none. "auto" is the one
-    that its chat template shows; "none" leaves calls in the text."""
+    """Format in which the model calls tools: hermes, llama3, mistral, gemma, harmony or none. "auto" is the
+    one that its chat template shows; "none" leaves calls in the text."""
     reasoning_parser: str = "auto"
     """Format of the model's reasoning: think, harmony or none. Answers have it in a field of its own; "auto"
     and "none" are as above."""
@@ -77,7 +77,7 @@ class ServerSettings(msgspec.Struct, frozen=True, kw_only=True):
     """Minimum ``Retry-After`` of answers 429 and 503, in seconds. If requests are refused because too many
     wait, it is the time to answer those at the rate of the last minute."""
     stuck_step_seconds: float = 120.0
-    """Seconds after which a step counts as stuck: ``/health`` then answers 503, and the watchdog is not fed."""
+    """Seconds after which a step counts as stuck: /health then answers 503, and the watchdog is not fed."""
     reword: Callable[[str], str] | None = None
     """Rewrites the engine's error messages for clients. The messages name configuration fields as in Python
     ("LoRAConfig.max_lora_rank"); ``aioengine serve`` replaces these by its flags."""

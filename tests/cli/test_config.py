@@ -8,7 +8,6 @@ import json
 import signal
 import tomllib
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, cast
 
 import httpx
@@ -23,7 +22,7 @@ from aioengine.cli.config import reload as reloads
 from aioengine.cli.config.commands import file_schema
 from aioengine.cli.flags import EngineFlags
 from aioengine.cli.main import main
-from aioengine.cli.serve import ServerFlags
+from aioengine.cli.serve import ServerFlags, check_all, server_config
 from aioengine.errors import ConfigError
 from aioengine.fleet.config import FleetConfig
 from aioengine.server.settings import ServerSettings
@@ -299,7 +298,7 @@ async def test_sighup_reads_the_file_again(file: Path, tiny_text: Tiny, tmp_path
                 + f'[adapters]\nstays = "{adapter}"\nmoves = "{other}"\ncomes = "{adapter}"\n'
             )
             said = await reload(changed, "need a restart")
-            assert said[-1].endswith("block_size, [server] port")
+            assert said[-1].endswith("restart: block_size"), "the flag --port goes before the file"
             assert said[-2] == (
                 "read the configuration again; changed: max_waiting=17, policy=edf, "
                 "[server] served_model_name=['alias', 'tiny'], [server] default_max_tokens=3, "
@@ -340,15 +339,14 @@ async def test_a_file_on_a_disk_that_hangs_is_given_up(
 ) -> None:
     monkeypatch.setattr(reloads, "READ_SECONDS", 0.01)
     flags = EngineFlags(config=file)
-    reloader = reloads.Reloader(flags, ServerFlags())
-    engine: Any = SimpleNamespace(config=flags.engine_config())
+    reloader = reloads.Reloader(check_all(None, flags), lambda: check_all(None, flags))
     with hanging(file):
-        await reloader.reload(engine, app=cast(Any, None))
+        await reloader.reload(cast(Any, None), app=cast(Any, None))
     assert "stays as it was: its files could not be read within 0.01 s" in caplog.text and not reloader.good
 
 
 @pytest.mark.parametrize(("given", "policy"), [(None, "fair"), ("fcfs", "fcfs"), ("vtc", "vtc")])
 def test_a_server_shares_between_tenants_unless_a_policy_is_given(given: str | None, policy: str) -> None:
-    assert reloads.server_config(EngineFlags(policy=given)).policy == policy
+    assert server_config(EngineFlags(policy=given)).policy == policy
     values = {} if given is None else {"policy": given}
     assert FleetConfig.from_dict({"model": "m", **values}).engine.policy == policy

@@ -40,60 +40,6 @@ def test_a_default_that_depends_on_another_field_sees_the_flag(file: Path) -> No
     assert config.lora is not None and config.lora.cpu_capacity == 6
 
 
-def test_every_flag_reaches_the_configuration() -> None:
-    config = EngineFlags(
-        model="x",
-        dtype="float32",
-        device="cpu",
-        max_model_len=128,
-        max_num_seqs=4,
-        max_num_batched_tokens=64,
-        block_size=8,
-        kv_cache_memory="1MiB",
-        enable_prefix_caching=False,
-        cuda_graphs=False,
-        seed=3,
-        max_waiting=5,
-        policy="fcfs:max_wait=2",
-        max_loras=2,
-        max_lora_rank=4,
-        max_cpu_loras=3,
-        fully_sharded_loras=True,
-        lora_dtype="float32",
-        adapter_root="adapters",
-        max_cpu_lora_bytes="1MiB",
-        target_modules=["v_proj", "q_proj"],
-        max_concurrent_loads=3,
-        load_retries=1,
-        load_timeout=9.0,
-        allow_nonfinite=True,
-        policy_time_budget=0.5,
-        policy_max_overruns=7,
-        max_adapter_labels=5,
-        metrics_compat="vllm",
-        name="other",
-        executor="process",
-        tensor_parallel_size=2,
-        restart="on-failure",
-    ).engine_config()
-    assert (config.executor, config.tensor_parallel_size, config.restart) == ("process", 2, "on-failure")
-    assert (config.dtype, config.device, config.max_model_len) == ("float32", "cpu", 128)
-    assert (config.max_num_seqs, config.max_num_batched_tokens, config.block_size) == (4, 64, 8)
-    assert (config.kv_cache_memory, config.enable_prefix_caching) == (2**20, False)
-    assert config.cuda_graphs is False
-    assert (config.seed, config.max_waiting, config.policy) == (3, 5, "fcfs:max_wait=2")
-    lora = config.lora
-    assert lora is not None
-    assert (lora.max_loras, lora.max_lora_rank, lora.max_cpu_loras) == (2, 4, 3)
-    assert (lora.fully_sharded_loras, lora.lora_dtype) == (True, "float32")
-    assert lora.adapter_root == "adapters"
-    assert (lora.max_cpu_lora_bytes, lora.modules) == (2**20, ("q_proj", "v_proj"))
-    assert (lora.max_concurrent_loads, lora.load_retries, lora.load_timeout) == (3, 1, 9.0)
-    assert lora.allow_nonfinite
-    assert (config.policy_time_budget, config.policy_max_overruns) == (0.5, 7)
-    assert (config.max_adapter_labels, config.metrics_compat, config.name) == (5, "vllm", "other")
-
-
 def test_every_field_has_a_flag() -> None:
     flags = {field.name for field in dataclasses.fields(EngineFlags)}
     fields = {*EngineConfig.__struct_fields__, *LoRAConfig.__struct_fields__}

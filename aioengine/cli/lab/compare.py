@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -104,7 +104,7 @@ def make_comparison(flags: CompareFlags, workload: WorkloadFlags, system: System
     }
     routers = split_policies([system.router]) if system.router else []
     if routers:
-        system = replace(system, router=routers[0])
+        system = SystemFlags(**{**vars(system), "router": routers[0]})
     experiment = make_experiment(file, workload, system, own)
     seeds = flags.seeds
     if seeds is not None and seeds < 1:
