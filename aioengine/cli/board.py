@@ -11,7 +11,7 @@ from rich.console import Console, RenderableType
 from rich.live import Live
 from rich.table import Table
 
-from aioengine.runtime.tasks import end_tasks
+from aioengine.tasks import end_tasks
 
 NARROW = 104
 """Columns of a terminal; on a smaller one tables are drawn closer."""
