@@ -129,6 +129,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     """Return a vector in place of tokens, with ``max_tokens=0``: see :class:`PoolingKind`. The prompt is
     computed in full, and is not kept in the prefix cache."""
     skip_special_tokens: bool = True
+    """Leave special tokens out of the output's text."""
     constraint: _Constraint | None = None
     """Constraint that the output must satisfy; sampling chooses among the tokens that it allows."""
 

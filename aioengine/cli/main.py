@@ -194,7 +194,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     common, unknown = CommonFlags(), list[str]()
 
     def parse_again() -> dict[str, object]:
-        return build_app(unknown=[]).parse_args(tokens)[1].arguments
+        try:
+            return build_app(unknown=[]).parse_args(tokens)[1].arguments
+        except CycloptsError as error:
+            raise errors.ConfigError(_one_line(error)) from error
 
     try:
         app = build_app(full_help=HELP_ALL in tokens, unknown=unknown)

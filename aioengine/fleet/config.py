@@ -34,7 +34,7 @@ class FleetConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
     engine: EngineConfig
     replicas: int = 1
-    """Engines behind this server, on Ray (at RAY_ADDRESS, or started here)."""
+    """Engines behind one server, on Ray. It is the one at RAY_ADDRESS, or is started here."""
     router: str = "affinity"
     """Routing policy, as ``aioengine policies`` lists them."""
     placement: str = "none"

@@ -75,8 +75,10 @@ def _server_table(app: App, commands: tuple[str, ...], arguments: ArgumentCollec
     if not isinstance(table, dict):
         raise ConfigError(f"{file}: server={table!r}: must be a table [server]")
     refuse_unknown_fields(table, file)
-    flags = {name.replace("_", "-"): value for name, value in table.items()}
-    Dict(flags, source=f"[server] of {file}", use_commands_as_keys=False)(app, commands, arguments)
+    table = {name.replace("_", "-"): value for name, value in table.items()}
+    for name in reversed(commands):  # cyclopts wants it below the names of the commands
+        table = {name: table}
+    Dict(table, source=f"[server] of {file}")(app, commands, arguments)
 
 
 def _variable(flag: str) -> str:
