@@ -109,7 +109,7 @@ def check(
         policy: A name (fcfs:max_wait=2), parts (edf+gdsf), package.module:Class, or my_policy.py:MyPolicy.
         runs: Runs of each scenario, with other events each time.
     """
-    from aioengine.cli.lab.progress import progress
+    from aioengine.cli.progress import progress
     from aioengine.cli.tables import output_console
     from aioengine.lab.policy_check.check import check_policy_contract
     from aioengine.lab.runs.simulate import check_policy

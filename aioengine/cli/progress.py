@@ -1,18 +1,25 @@
-"""Progress bars: on standard error, and only where that is a terminal."""
+"""Progress on standard error: bars at a terminal, and of long tasks a line now and then elsewhere."""
 
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from typing import TYPE_CHECKING
 
 from aioengine.config import EngineConfig
-from aioengine.engine import AsyncEngine
 from aioengine.info import LoadProgress
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+    from aioengine.engine import AsyncEngine
+
+LINE_SECONDS = 10.0
+
+Show = Callable[[float, float | None, str], None]
+"""Shows how much is done, of how much (None: not known), and the current item."""
 
 
 @asynccontextmanager
@@ -21,6 +28,8 @@ async def started(
 ) -> AsyncIterator[AsyncEngine]:
     """Context with a running engine and registered ``adapters`` (name -> path). The progress of loading is
     shown, and passed to ``also``."""
+    from aioengine.engine import AsyncEngine
+
     engine = AsyncEngine(config)
     try:
         with load_progress() as shown:
@@ -60,21 +69,39 @@ def load_progress() -> Iterator[LoadProgress | None]:
 
 
 @contextmanager
-def batch_progress(total: int) -> Iterator[Callable[[], None]]:
-    """Context with a function to call for each request that has ended; it shows their number.
-
-    Shows nothing if the answers go to the terminal.
-    """
-    console = None if sys.stdout.isatty() else _terminal()
+def progress(what: str, *, lines: bool = True) -> Iterator[Show]:
+    """Context with a function that shows the progress of ``what``: where there is no terminal, in a line
+    every few seconds, if ``lines``."""
+    console = _terminal()
     if console is None:
-        yield lambda: None
+        yield _Lines(what) if lines else lambda done, total, detail: None
         return
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-    columns = (TextColumn("requests"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[detail]}", style="dim", markup=False),
+    )
     with Progress(*columns, console=console, transient=True) as bars:
-        task = bars.add_task("requests", total=total)
-        yield lambda: bars.advance(task)
+        task = bars.add_task(what, total=None, detail="")
+        yield lambda done, total, detail: bars.update(task, completed=done, total=total, detail=detail)
+
+
+class _Lines:
+    """Progress for logs: nothing for a short task, else a line every few seconds."""
+
+    def __init__(self, what: str) -> None:
+        self._what = what
+        self._next = time.monotonic() + LINE_SECONDS
+
+    def __call__(self, done: float, total: float | None, detail: str) -> None:
+        if time.monotonic() >= self._next:
+            self._next = time.monotonic() + LINE_SECONDS
+            share = f" {done / total:.0%}" if total else ""
+            print(f"{self._what}{share}: {detail}", file=sys.stderr, flush=True)
 
 
 def _terminal() -> Console | None:

@@ -317,7 +317,7 @@ async def test_sighup_reads_the_file_again(file: Path, tiny_text: Tiny, tmp_path
             for wrong, why in (
                 ("max_waiting = 0\n" + text, "max_waiting"),
                 (changed.replace("'edf'", "'efd'").replace("waiting = 17", "waiting = 18"), "efd"),
-                (changed.replace("tokens = 3", "tokens = 'x'"), "default_max_tokens"),
+                (changed.replace("tokens = 3", "tokens = 'x'"), "[default-max-tokens]"),
                 (broken.replace("waiting = 17", "waiting = 19"), "there is no such folder"),
                 (f'{changed}"no name" = "{adapter}"\n'.replace("waiting = 17", "waiting = 20"), "no name"),
             ):

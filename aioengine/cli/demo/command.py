@@ -81,7 +81,7 @@ def demo(
 async def _on_engine(config: EngineConfig, adapters: dict[str, str], shown: Demo) -> int:
     from aioengine.cli.progress import started
 
-    shown.say(f"Loading {config.model} ...")
+    print(f"Loading {config.model} ...", flush=True)
     async with started(config, adapters) as engine:
         return await shown.run(engine)
 
@@ -188,11 +188,12 @@ class Demo:
         slots = client.stats().slots
         for slot in slots:
             place = slot.replica, slot.index
-            if slot.adapter is not None and self._in_slots.get(place) != slot.adapter:
-                where = f"slot {slot.index}" + (f" of {slot.replica}" if slot.replica else "")
-                self._moves.append(f"{slot.adapter}: into {where}")
-                self.say(self._moves[-1])
-            self._in_slots[place] = slot.adapter
+            before, self._in_slots[place] = self._in_slots.get(place), slot.adapter
+            for adapter, way in ((before, "out of"), (slot.adapter, "into")):
+                if adapter is not None and before != slot.adapter:
+                    where = f"slot {slot.index}" + (f" of {slot.replica}" if slot.replica else "")
+                    self._moves.append(f"{adapter}: {way} {where}")
+                    self.say(self._moves[-1])
         requests = Table.grid(padding=(0, 1), expand=True)
         requests.add_column(width=1)
         requests.add_column(width=12, no_wrap=True)

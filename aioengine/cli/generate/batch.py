@@ -6,6 +6,7 @@ import asyncio
 import sys
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from itertools import islice
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -13,7 +14,7 @@ import msgspec
 
 from aioengine.cli.flags import in_flags
 from aioengine.cli.generate.request_lines import Request
-from aioengine.cli.progress import batch_progress, started
+from aioengine.cli.progress import progress, started
 from aioengine.cli.record_flags import RecordFlags
 from aioengine.config import EngineConfig
 from aioengine.engine import AsyncEngine
@@ -46,7 +47,16 @@ async def run_batch(
         if writer is not None:
             writer.attach(engine)
         try:
-            with batch_progress(len(requests)) as advance:
+            # Nothing is shown beside answers that go to the terminal.
+            with progress("requests", lines=False) if not sys.stdout.isatty() else nullcontext() as show:
+                ended = 0
+
+                def advance() -> None:
+                    nonlocal ended
+                    ended += 1
+                    if show is not None:
+                        show(ended, len(requests), f"{ended}/{len(requests)}")
+
                 while True:
                     for request in islice(upcoming, window - len(tasks)):
                         tasks.append(asyncio.create_task(_answer(engine, request, advance)))

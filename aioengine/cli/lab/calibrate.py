@@ -40,7 +40,7 @@ def calibrate(
         quantization: Form in which the weights are kept.
         tensor_parallel_size: Number of GPUs, or of processes on a CPU, that share every layer.
     """
-    from aioengine.cli.lab.progress import progress
+    from aioengine.cli.progress import progress
     from aioengine.lab.workload.extra import check_extra
 
     check_extra()

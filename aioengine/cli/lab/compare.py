@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Event
 from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Group, Parameter
@@ -106,32 +107,29 @@ def make_comparison(flags: CompareFlags, workload: WorkloadFlags, system: System
     if routers:
         system = SystemFlags(**{**vars(system), "router": routers[0]})
     experiment = make_experiment(file, workload, system, own)
-    seeds = flags.seeds
-    if seeds is not None and seeds < 1:
-        raise ConfigError(f"--seeds {seeds}: must be at least 1")
-    if before is not None and seeds is None and flags.seed is None:
-        seed_list = before.seeds
-    else:
-        count = seeds if seeds is not None else len(before.seeds) if before is not None else 3
-        seed_list = list(range(experiment.seed, experiment.seed + count))
-    if before is not None:
-        return Comparison(
-            experiment=experiment,
-            policies=[*(policies or before.policies)],
-            slots=slots or before.slots,
-            scales=scales or before.scales,
-            seeds=seed_list,
-            routers=routers or before.routers,
-        )
+    if flags.seeds is not None and flags.seeds < 1:
+        raise ConfigError(f"--seeds {flags.seeds}: must be at least 1")
     # Where routers are compared, engines have the same policy unless flags say otherwise.
     default = ["fcfs", "vllm+lru"] if file is None and not routers else [experiment.policy]
+    found = before or Comparison(
+        experiment=experiment,
+        policies=[*default],
+        slots=[experiment.slots],
+        scales=[experiment.workload.scale],
+        seeds=[0, 1, 2],
+        routers=[],
+    )
+    seeds = found.seeds
+    if before is None or flags.seeds is not None or flags.seed is not None:
+        first, count = experiment.seed, flags.seeds or len(found.seeds)
+        seeds = list(range(first, first + count))
     return Comparison(
         experiment=experiment,
-        policies=[*(policies or default)],
-        slots=slots or [experiment.slots],
-        scales=scales or [experiment.workload.scale],
-        seeds=seed_list,
-        routers=routers,
+        policies=[*(policies or found.policies)],
+        slots=slots or found.slots,
+        scales=scales or found.scales,
+        seeds=seeds,
+        routers=routers or found.routers,
     )
 
 
@@ -153,19 +151,14 @@ def split_policies(texts: Iterable[str]) -> list[str]:
 
 
 def _compare(comparison: Comparison, out: Path, jobs: int, allow_fallback: bool) -> Compared:
-    from aioengine.cli.lab.progress import progress
+    from aioengine.cli.progress import progress
     from aioengine.lab.runs.comparison import compare
 
     tasks = comparison.tasks(out)
     under_way: dict[int, float] = {}
-    ended = 0
-    stop = False
+    ended, stop = 0, Event()
 
-    def cancel() -> None:
-        nonlocal stop
-        stop = True
-
-    with progress("comparing") as show, process.cancelling(cancel):
+    with progress("comparing") as show, process.cancelling(stop.set):
 
         def report(found: Report) -> None:
             nonlocal ended
@@ -184,14 +177,14 @@ def _compare(comparison: Comparison, out: Path, jobs: int, allow_fallback: bool)
             allow_fallback=allow_fallback,
             report=report,
             say=lambda text: print(f"aioengine: {text}", file=sys.stderr),
-            stopping=lambda: stop,
+            stopping=stop.is_set,
         )
 
 
 def _conclude(found: Compared, comparison: Comparison, flags: CompareFlags) -> int:
     """Print the rankings and the failures, and write the report."""
-    from aioengine.cli.lab.progress import progress
     from aioengine.cli.lab.tables import print_rankings
+    from aioengine.cli.progress import progress
     from aioengine.lab.report.compare_page import load_compare, write_compare_report
     from aioengine.lab.runs.simulate import ageing_text
 

@@ -26,7 +26,7 @@ def report(
         rank_by: Measure that a comparison's policies are ranked by.
         vector: Write the figures as PDF and SVG too, and captions with all parameters.
     """
-    from aioengine.cli.lab.progress import progress
+    from aioengine.cli.progress import progress
     from aioengine.lab.workload.extra import check_extra
 
     check_extra()

@@ -28,7 +28,7 @@ def rerun(
         out: Folder for the new files (by default they are compared and deleted).
     """
     from aioengine.cli.lab.flags import check_out
-    from aioengine.cli.lab.progress import progress
+    from aioengine.cli.progress import progress
     from aioengine.lab.runs.provenance import rerun as run_again
     from aioengine.lab.runs.simulate import run
     from aioengine.lab.workload.extra import check_extra

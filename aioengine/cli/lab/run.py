@@ -92,8 +92,8 @@ def run(
 
 
 def _run(experiment: Experiment, flags: RunFlags) -> int:
-    from aioengine.cli.lab.progress import progress
     from aioengine.cli.lab.tables import print_summary
+    from aioengine.cli.progress import progress
     from aioengine.lab.report.run_figures import PLOTS
     from aioengine.lab.report.run_page import write_report
     from aioengine.lab.runs.comparison import invalid_text

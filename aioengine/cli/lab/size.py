@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Event
 from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Group, Parameter
@@ -70,7 +71,7 @@ def size(
     --cpu-loras fix their numbers; --slot-memory is the most that is tried. Exits with 1 if no size that was
     tried keeps the objectives.
     """
-    from aioengine.cli.lab.progress import progress
+    from aioengine.cli.progress import progress
     from aioengine.lab.sizing.objectives import parse_objectives
     from aioengine.lab.sizing.search import find_size
     from aioengine.lab.workload.extra import check_extra
@@ -81,13 +82,9 @@ def size(
     experiment, bounds = _experiment(flags, system or SystemFlags(), read_workload(flags.workload))
     check_out(flags.out, "size.json")
     jobs = jobs_of(flags.jobs)
-    stop = False
+    stop = Event()
 
-    def cancel() -> None:
-        nonlocal stop
-        stop = True
-
-    with progress("sizing") as show, process.cancelling(cancel):
+    with progress("sizing") as show, process.cancelling(stop.set):
         count = 0
 
         def tried(trial: Trial) -> None:
@@ -104,7 +101,7 @@ def size(
             most_seeds=3 * flags.seeds,
             jobs=jobs,
             tried=tried,
-            stopping=lambda: stop,
+            stopping=stop.is_set,
         )
     _write(flags.out, found, objectives, experiment)
     _print(found, objectives)

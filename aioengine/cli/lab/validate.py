@@ -54,7 +54,7 @@ def validate(*, flags: ValidateFlags | None = None, common: CommonFlags | None =
     It takes some minutes, ten with --calibrate. No other program should run on the machine meanwhile.
     """
     flags = flags or ValidateFlags()
-    from aioengine.cli.lab.progress import progress
+    from aioengine.cli.progress import progress
     from aioengine.lab.workload.extra import check_extra
 
     check_extra()
