@@ -47,17 +47,7 @@ from aioengine.runtime.event_stream import BUFFER, EventStream
 from aioengine.runtime.loop import EngineLoop
 from aioengine.runtime.output import RequestOutput, SoFar
 from aioengine.runtime.output_stream import OutputStream
-from aioengine.runtime.requests.vectors import (
-    check_dimensions,
-    check_documents,
-    classification_of,
-    embedding_of,
-    pooling_params,
-    read_label_names,
-    scaled_adapter,
-    score,
-    tokenize_pair,
-)
+from aioengine.runtime.requests import vectors
 from aioengine.runtime.sources.held import HeldAdapters
 from aioengine.runtime.sources.names import AdapterNames
 from aioengine.runtime.stats import Counters, engine_load, slot_infos
@@ -326,17 +316,17 @@ class AsyncEngine:
         """Turn a prompt into one vector, its last hidden states, pooled. ``normalize`` brings it to length 1,
         ``dimensions`` keeps only so many of its first numbers. Otherwise like :meth:`generate`."""
         if dimensions is not None:
-            check_dimensions(dimensions, self.model_spec.hidden_size)
-        output = await self.complete(prompt, pooling_params(pooling), adapter=adapter, **keywords)
-        return embedding_of(output, normalize=normalize, dimensions=dimensions)
+            vectors.check_dimensions(dimensions, self.model_spec.hidden_size)
+        output = await self.complete(prompt, vectors.pooling_params(pooling), adapter=adapter, **keywords)
+        return vectors.embedding_of(output, normalize=normalize, dimensions=dimensions)
 
     async def classify(
         self, prompt: Prompt, adapter: Wanted = None, **keywords: Unpack[CallKeywords]
     ) -> Classification:
         """Classify a prompt by the trained head of an adapter (PEFT's ``SEQ_CLS``). Raises RequestInvalid if
         it has none, and what :meth:`generate` raises."""
-        output = await self.complete(prompt, pooling_params("classify"), adapter=adapter, **keywords)
-        return classification_of(output, await self.label_names())
+        output = await self.complete(prompt, vectors.pooling_params("classify"), adapter=adapter, **keywords)
+        return vectors.classification_of(output, await self.label_names())
 
     async def score(
         self,
@@ -351,7 +341,7 @@ class AsyncEngine:
         """Score how well each document fits the query, each as a request of its own. An adapter with a head
         of one label scores the pair (0 to 1); without a head, it is the cosine of two vectors (-1 to 1).
         Raises RequestInvalid for a head of several labels, and what :meth:`generate` raises."""
-        check_documents(query, documents)
+        vectors.check_documents(query, documents)
         labels = await self.head_labels(adapter)
 
         def complete(prompt: Prompt, params: SamplingParams) -> Awaitable[RequestOutput]:
@@ -363,17 +353,17 @@ class AsyncEngine:
             tokenizer, limit = self.tokenizer, self.plan.max_model_len
             size = len(first) + len(second)
             return await self.text_work.run(
-                size, lambda: tokenize_pair(tokenizer, first, second, limit), tenant
+                size, lambda: vectors.tokenize_pair(tokenizer, first, second, limit), tenant
             )
 
-        return await score(
+        return await vectors.score(
             complete, query, documents, labels=labels, pair=pair, work=self.text_work, tenant=tenant
         )
 
     async def head_labels(self, adapter: Wanted) -> int:
         """Return how many labels an adapter's head has; 0 without one, as for a mix. Loads the adapter if it
         has not been read yet, and raises as :meth:`load_adapter` does."""
-        name = scaled_adapter(adapter)
+        name = vectors.scaled_adapter(adapter)
         return 0 if name is None else await self._lora.labels(name)
 
     async def label_names(self) -> list[str]:
@@ -382,7 +372,7 @@ class AsyncEngine:
         if self._label_names is None:
             # Not in the engine's own thread, which is waited for at the end: the disk may hang.
             path = self._built.model_path
-            self._label_names = SharedRead("aioengine-labels", lambda: read_label_names(path))
+            self._label_names = SharedRead("aioengine-labels", lambda: vectors.read_label_names(path))
         return await self._label_names.result()
 
     async def abort(self, request_id: str) -> bool:

@@ -42,13 +42,13 @@ def test_help_fits_a_screen(
 
 
 @pytest.mark.slow
-def test_a_run_of_several_routers_puts_them_side_by_side(
+def test_a_comparison_of_several_routers_puts_them_side_by_side(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     fleet = ["--replicas", "2", "--router", "affinity,least_loaded", "--slots", "2"]
     faults = ["--faults", "kill:1@0.2,start:1@0.6", "--report-delay", "0.1"]
     out = tmp_path / "out"
-    assert main(["lab", "run", *SMALL, *SYSTEM, *fleet, *faults, "--out", str(out)]) == 0
+    assert main(["lab", "compare", *SMALL, *SYSTEM, *fleet, *faults, "--seeds", "1", "--out", str(out)]) == 0
     said = capsys.readouterr().out
     assert "affinity" in said and "least_loaded" in said
     assert (out / "comparison.json").is_file()

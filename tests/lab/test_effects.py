@@ -166,7 +166,6 @@ SMALL = ["--arrivals", "poisson:rate=20", "--limit", "5"]
         (["run", *SMALL, "--faults", "kill:0@1"], "is for a fleet; give replicas"),
         (["run", *SMALL, "--replicas", "2", "--start-seconds", "3"], "give autoscale"),
         (["run", *SMALL, "--popularity", "uniform"], "popularity='uniform': there are no adapters"),
-        (["run", *SMALL, "--replicas", "2", "--router", "affinity,p2c", "--no-report"], "--no-report"),
         (["compare", *SMALL, "--router", "affinity,p2c"], "is for a fleet; give replicas"),
         (["compare", "--concurrency", "2", "--limit", "5", "--scale", "1,2"], "scale=1.0: "),
         (

@@ -16,7 +16,6 @@ from aioengine.cli.common import CommonFlags
 from aioengine.cli.help import FOLDED
 from aioengine.cli.lab.flags import SystemFlags, WorkloadFlags, check_out, make_experiment
 from aioengine.cli.process import EXIT_FAILED, EXIT_NOT_VALID
-from aioengine.errors import ConfigError
 
 if TYPE_CHECKING:
     from aioengine.lab.runs.experiment import Experiment
@@ -61,30 +60,12 @@ def run(
     """Replay a trace, or synthetic arrivals, through the engine in simulated time.
 
     The policy and the engine are those of serving; a cost model gives the time of steps and loads. The
-    same flags give the same files, byte for byte. Several routers (--router a,b) are compared.
+    same flags give the same files, byte for byte.
     """
     flags = flags or RunFlags()
-    from aioengine.cli.lab.compare import CompareFlags, compare, split_policies
     from aioengine.lab.workload.extra import check_extra
 
     check_extra()
-    if system is not None and system.router is not None and len(split_policies([system.router])) > 1:
-        if not flags.report:
-            raise ConfigError(
-                f"--no-report: several routers ({system.router}) are compared, and a comparison always has a "
-                "report; leave it out"
-            )
-        beside = CompareFlags(
-            policy=None if flags.policy is None else [flags.policy],
-            slots=None if flags.slots is None else [str(flags.slots)],
-            scale=None if flags.scale is None else [str(flags.scale)],
-            seeds=1,
-            seed=flags.seed,
-            out=flags.out,
-            experiment=flags.experiment,
-            allow_fallback=flags.allow_fallback,
-        )
-        return compare(flags=beside, workload=workload, system=system)
     own = {name: getattr(flags, name) for name in _OWN}
     experiment = make_experiment(flags.experiment, workload or WorkloadFlags(), system or SystemFlags(), own)
     check_out(flags.out, "experiment.json")
