@@ -46,7 +46,7 @@ def check_value(field: str, value: Any, kind: Any, error: type[AioEngineError] =
         type_ = inspect.type_info(kind)
         if at := re.search(r"\$\[(\d+)\]", str(wrong)):  # an item of a list
             field, value = f"{field}[{at[1]}]", value[int(at[1])]
-            type_ = next(one.item_type for one in _kinds(type_) if isinstance(one, inspect.ListType))
+            type_ = next(one.item_type for one in _kinds(type_) if isinstance(one, inspect.CollectionType))
         raise error(f"{field}={value!r}: {_allowed(type_, value)}") from None
     return value
 
@@ -90,7 +90,7 @@ def _what(type_: inspect.Type, value: object) -> str:
             if high is None or high == LARGEST:
                 return f"{'more than' if open_ == '(' else '>='} {least:g}"
             return f"in {open_}{least:g}, {high:g}]"
-        case inspect.ListType(item_type=item):
+        case inspect.CollectionType(item_type=item):
             return f"a list, each of its items {_what(item, value)}"
         case inspect.NoneType():
             return "None"

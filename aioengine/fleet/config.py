@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
 import msgspec
+from msgspec import Meta
 
 from aioengine.adapters.names import NAME_RULE, NAME_RULE_TEXT
-from aioengine.checks import check_integer, check_seconds, read_toml, refuse_unknown
+from aioengine.checks import LARGEST, Count, Seconds, Whole, check_fields, from_plain, read_toml
 from aioengine.config import EngineConfig
 from aioengine.errors import ConfigError
 from aioengine.memory_plan import resolve_device
@@ -33,7 +33,7 @@ class FleetConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     """
 
     engine: EngineConfig
-    replicas: int = 1
+    replicas: Count = 1
     """Engines behind one server, on Ray. It is the one at RAY_ADDRESS, or is started here."""
     router: str = "affinity"
     """Routing policy, as ``aioengine policies`` lists them."""
@@ -51,23 +51,23 @@ class FleetConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     """The table ``[server]``, for a door that Serve runs; ``aioengine serve`` has its own."""
     name: str = "aioengine"
     """Name of the Serve application."""
-    cpus_per_replica: int = 1
+    cpus_per_replica: Count = 1
     """Processors and threads of each replica."""
-    migration_limit: int = 3
+    migration_limit: Whole = 3
     """How often a request that has begun may lose its replica and continue on another one."""
     replay: bool | None = None
     """Whether a request that continues on another replica decodes its delivered tokens again, so that it has
     the same last bits. None: in any dtype except float32. Batch-invariant replicas (``batch_invariant``) need
     no replay, and never do one."""
-    heartbeat_seconds: float = 0.5
+    heartbeat_seconds: Seconds = 0.5
     """Longest time between two reports of a replica."""
-    silent_seconds: float = 2.75
+    silent_seconds: Seconds = 2.75
     """A replica without a report for longer gets no requests, and its requests continue on others."""
-    step_seconds: float = 120.0
+    step_seconds: Seconds = 120.0
     """A replica whose model takes longer for one step counts as hung."""
-    replica_wait_seconds: float = 30.0
+    replica_wait_seconds: Annotated[float, Meta(ge=0, le=LARGEST)] = 30.0
     """How long a request waits for a replica when there is none."""
-    placement_seconds: float = 5.0
+    placement_seconds: Seconds = 5.0
     """Seconds between two plans of ``placement``."""
     otlp_endpoint: str | None = None
     """URL of the OpenTelemetry collector for the spans of doors and replicas; None: the one that
@@ -78,17 +78,12 @@ class FleetConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     def __post_init__(self) -> None:
         if not isinstance(self.engine, EngineConfig):
             raise ConfigError(f"engine={self.engine!r}: must be an EngineConfig")
-        for field, low in (("replicas", 1), ("cpus_per_replica", 1), ("migration_limit", 0)):
-            check_integer(field, getattr(self, field), low=low)
-        for field in ("heartbeat_seconds", "silent_seconds", "step_seconds", "placement_seconds"):
-            check_seconds(field, getattr(self, field), finite=True)
+        check_fields(self)
         if self.silent_seconds < 2 * self.heartbeat_seconds:
             raise ConfigError(
                 f"silent_seconds={self.silent_seconds}: must be at least two heartbeats "
                 f"(heartbeat_seconds={self.heartbeat_seconds})"
             )
-        if not 0 <= self.replica_wait_seconds < math.inf:  # NaN is refused, too
-            raise ConfigError(f"replica_wait_seconds={self.replica_wait_seconds}: must be 0 or more seconds")
         for field, text in (("name", self.name), ("registry", self.registry)):
             if text == "":
                 raise ConfigError(f"{field}='': must not be empty")
@@ -163,13 +158,8 @@ class FleetConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         cls, engine: EngineConfig, adapters: Mapping[str, str], fleet: Mapping[str, Any], *, source: str
     ) -> Self:
         """From the fields of ``[fleet]``. Raises ConfigError."""
-        refuse_unknown(cls, fleet, f"{source}, table fleet")
-        try:
-            return msgspec.convert({"engine": engine, "adapters": adapters, **fleet}, cls)
-        except msgspec.ValidationError as error:
-            cause = error.__cause__
-            text = str(cause) if isinstance(cause, ConfigError) else str(error)
-            raise ConfigError(f"{source}, table fleet: {text}") from error
+        values = {"engine": engine, "adapters": dict(adapters), **fleet}
+        return from_plain(cls, values, f"{source}, table fleet")
 
     @classmethod
     def from_environment(cls) -> Self:
