@@ -92,6 +92,8 @@ def _what(type_: inspect.Type, value: object) -> str:
             return f"in {open_}{least:g}, {high:g}]"
         case inspect.CollectionType(item_type=item):
             return f"a list, each of its items {_what(item, value)}"
+        case inspect.DictType(value_type=item):
+            return f"a table, each of its values {_what(item, value)}"
         case inspect.NoneType():
             return "None"
         case inspect.BoolType():
