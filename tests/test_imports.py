@@ -261,7 +261,7 @@ def test_every_room_is_installed() -> None:
 BUDGETS = {
     "aioengine/*.py": 3_900,  # aim: 2_400
     "aioengine/adapters": 4_750,  # aim: 3_800
-    "aioengine/cli": 5_850,  # aim: 3_200
+    "aioengine/cli": 5_350,  # aim: 3_200
     "aioengine/core": 6_450,  # aim: 4_600
     "aioengine/executors": 2_450,  # aim: 1_900
     "aioengine/fleet": 5_700,  # aim: 4_200
@@ -275,7 +275,7 @@ BUDGETS = {
     "kernels": 13_150,  # aim: 10_300
     "metrics": 4_400,  # aim: 3_600
     "schedulers": 6_350,  # aim: 4_500
-    "tests": 78_500,  # aim: 52_000
+    "tests": 78_400,  # aim: 52_000
 }
 """The most lines of Python, C++, JavaScript, CSS and HTML that each room may have. Where a room is larger
 than its aim, the number is what it has: it only falls. Raising one takes a commit that says what was cut
