@@ -157,15 +157,16 @@ def build_app(*, full_help: bool = False, unknown: list[str] | None = None) -> A
         app.command(App(name=group, help=help_, help_flags=[*HELP_FLAGS, HELP_ALL], help_epilogue=epilogue))
     for command, (module, _) in COMMANDS.items():
         group, _, name = command.rpartition(" ")
+        where = f"aioengine.cli.{module}"
         if command in GROUPS:
-            app[command].default(getattr(import_module(f"aioengine.cli.{module}"), name))
+            app[command].default(getattr(import_module(where), name))
             continue
         more = f"All flags: aioengine {command} {HELP_ALL}    Exit codes: aioengine --help"
         epilogue = f"Examples:\n{_examples(command)}\n\n{more}"
         if full_help and command == "generate":
             epilogue = f"JSON lines:\n{LINE_FORMAT}\n\n{epilogue}"
         (app[group] if group else app).command(
-            f"aioengine.cli.{module}:{name}",
+            f"{where}:{name}",
             name=name,
             help_epilogue=epilogue,
             config=sources([] if unknown is None else unknown) if command in _OF_A_SERVER else (),
