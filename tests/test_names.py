@@ -12,8 +12,8 @@ from pathlib import Path
 
 from support.fleet_metrics import door_families
 
+from aioengine.cli.config.checked import ServerFlags
 from aioengine.cli.main import COMMANDS, GROUPS
-from aioengine.cli.serve import ServerFlags
 from aioengine.config import EngineConfig, LoRAConfig
 from aioengine.metrics.families import definitions
 from aioengine.server.access.scopes import ROUTES

@@ -19,10 +19,10 @@ from support.server_process import Serving, serving
 from support.tiny_models import build_adapter
 
 from aioengine.cli.config import reload as reloads
+from aioengine.cli.config.checked import ServerFlags, check_all, server_config
 from aioengine.cli.config.commands import file_schema
 from aioengine.cli.flags import EngineFlags
 from aioengine.cli.main import main
-from aioengine.cli.serve import ServerFlags, check_all, server_config
 from aioengine.errors import ConfigError
 from aioengine.fleet.config import FleetConfig
 from aioengine.server.settings import ServerSettings

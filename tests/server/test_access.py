@@ -14,7 +14,7 @@ import pytest
 from support.engine_fixtures import Tiny
 from support.server_fixtures import MODEL, Serve, until
 
-from aioengine.cli.serve import ServerFlags
+from aioengine.cli.config.checked import ServerFlags
 from aioengine.errors import ConfigError
 from aioengine.events import RequestAdded
 from aioengine.server import ServerSettings, parse_keys

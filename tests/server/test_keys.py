@@ -21,8 +21,8 @@ from support.hanging_files import hanging
 from support.server_fixtures import MODEL, Serve, until
 
 from aioengine import FilesystemResolver
+from aioengine.cli.config.checked import ServerFlags
 from aioengine.cli.main import main
-from aioengine.cli.serve import ServerFlags
 from aioengine.errors import ConfigError
 from aioengine.server import ServerSettings
 from aioengine.server.access import keys_watch, refusals

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from support.server_fixtures import MODEL, Serve, Served
 
-from aioengine.cli.serve import ServerFlags
+from aioengine.cli.config.checked import ServerFlags
 
 KEYS = {"sk-one": "alice", "sk-two": "bob", "sk-three": "bob"}
 PROMPT = "The account number is 4711 0815."

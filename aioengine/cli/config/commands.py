@@ -16,10 +16,10 @@ from typing import Any
 import msgspec
 
 from aioengine.cli.common import CommonFlags
+from aioengine.cli.config.checked import ServerFlags, check_all, server_config
 from aioengine.cli.config.sources import Parsed, ParsedLine
 from aioengine.cli.flags import EngineFlags
 from aioengine.cli.fleet.flags import ELSEWHERE, FleetFlags
-from aioengine.cli.serve import ServerFlags, check_all, server_config
 from aioengine.config import EngineConfig, LoRAConfig
 from aioengine.errors import ConfigError, PolicyError
 from aioengine.fleet.config import FleetConfig

@@ -15,7 +15,7 @@ from aioengine.config import WAITING_BOUNDS, EngineConfig
 from aioengine.errors import AioEngineError, ConfigError
 
 if TYPE_CHECKING:
-    from aioengine.cli.serve import Checked
+    from aioengine.cli.config.checked import Checked
     from aioengine.engine import AsyncEngine
     from aioengine.server.app import ServerApp
 

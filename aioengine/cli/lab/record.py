@@ -8,9 +8,10 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from aioengine.cli.common import CommonFlags
+from aioengine.cli.config.checked import ServerFlags
 from aioengine.cli.flags import EngineFlags
 from aioengine.cli.record_flags import RecordFlags
-from aioengine.cli.serve import ServerFlags, serve
+from aioengine.cli.serve import serve
 
 
 def record(
