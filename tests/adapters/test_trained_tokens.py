@@ -104,9 +104,9 @@ def test_too_many_rows_differ(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 CONFIGS: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     ({"trainable_token_indices": [1, 64]}, ("token 64", "has 64")),
     ({"trainable_token_indices": [1, 1]}, ("token 1 is there twice",)),
-    ({"trainable_token_indices": [1, -1]}, ("expected a list of token ids",)),
-    ({"trainable_token_indices": {"embed_tokens": True}}, ("expected a list of token ids",)),
-    ({"trainable_token_indices": 7}, ("expected a list of token ids",)),
+    ({"trainable_token_indices": [1, -1]}, ("trainable_token_indices", "Expected")),
+    ({"trainable_token_indices": {"embed_tokens": True}}, ("trainable_token_indices", "Expected")),
+    ({"trainable_token_indices": 7}, ("trainable_token_indices", "Expected")),
     ({"trainable_token_indices": {"up_proj": [1]}}, ("up_proj", "only rows of embed_tokens and lm_head")),
     ({"trainable_token_indices": list(range(5000))}, ("5000 tokens, more than 4096",)),
     ({"trainable_token_indices": [3, 4, 5]}, ("expected shape [3, 32]", "found [2, 32]")),

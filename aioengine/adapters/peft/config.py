@@ -9,20 +9,22 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Container, Mapping, Sequence, Set
-from dataclasses import dataclass, field, replace
-from typing import Annotated, Any, TypeVar
+from collections.abc import Collection, Iterable, Mapping
+from functools import cached_property
+from typing import Annotated
 
 import msgspec
 
 from aioengine.adapters.peft.folder import AdapterFolder
 from aioengine.adapters.peft.patterns import Pattern, PatternError
-from aioengine.adapters.peft.unsupported import MERGE, Invalid, refuse_unsupported, short
+from aioengine.adapters.peft.unsupported import MERGE, refuse_unsupported, short
 from aioengine.model.spec import EMBEDDING_MODULES
 
 ALL_LINEAR = "all-linear"
 MAX_PATTERNS = 2048
 """Maximum number of patterns in one field; a model of 126 layers has 882 linears."""
+MAX_EXPRESSIONS = 64
+"""Maximum number of patterns that are more than a plain module name."""
 HEAD_MODULES = ("score", "classifier")
 """Names that transformers gives the head of a model for sequence classification; PEFT names both for every
 model."""
@@ -30,156 +32,203 @@ MAX_TRAINED_TOKENS = 4096
 """Maximum number of trained tokens of the embeddings, and of the head."""
 MAX_INVOCATION = 256
 """Maximum number of invocation tokens of an activated LoRA adapter."""
-MAX_EXPRESSIONS = 64
-"""Maximum number of patterns that are more than a plain module name."""
 
 _Rank = Annotated[int, msgspec.Meta(gt=0, lt=2**31)]
 _Number = Annotated[float, msgspec.Meta(gt=-1e30, lt=1e30)]
 _Tokens = list[Annotated[int, msgspec.Meta(ge=0, lt=2**31)]]
-_Flag = (bool | None, "true or false")
-_Names = (list[str] | None, "a list of names")
-_NamesOrPattern = (str | list[str] | None, f"a list of names, a regular expression or {ALL_LINEAR!r}")
-_FIELDS: Mapping[str, tuple[Any, str]] = {
-    "r": (_Rank, "a positive integer (the rank)"),
-    "lora_alpha": (_Number, "a finite number"),
-    "use_rslora": _Flag,
-    "use_dora": _Flag,
-    "lora_bias": _Flag,
-    "ensure_weight_tying": _Flag,
-    "rank_pattern": (dict[str, _Rank] | None, "an object of module pattern -> positive integer"),
-    "alpha_pattern": (dict[str, _Number] | None, "an object of module pattern -> finite number"),
-    "target_modules": _NamesOrPattern,
-    "exclude_modules": _NamesOrPattern,
-    "layers_to_transform": (int | list[int] | None, "an integer or a list of integers"),
-    "layers_pattern": (str | list[str] | None, "a name or a list of names"),
-    "modules_to_save": _Names,
-    "alora_invocation_tokens": (_Tokens | None, "a list of token ids"),
-    "trainable_token_indices": (
-        _Tokens | dict[str, _Tokens] | None,
-        "a list of token ids, or an object of module -> such a list",
-    ),
-    "task_type": (str | None, "a text"),
-}
-"""Each field that says what an adapter computes: its type, and that in words. A missing one is null."""
-_DECODERS = {name: msgspec.json.Decoder(type_) for name, (type_, _) in _FIELDS.items()}
-_NULL = msgspec.Raw(b"null")
+_Names = str | list[str] | None
 _LAYER_INDEX = re.compile(r".*?\.[^.]*\.(?P<idx>[0-9]+)\.")
 
-T = TypeVar("T")
 
+class PeftLoraConfig(msgspec.Struct, frozen=True, kw_only=True, dict=True):
+    """The fields that say what an adapter computes; modules are named as in the base model (``lm_head``)."""
 
-@dataclass(frozen=True, slots=True)
-class PeftLoraConfig:
-    """A validated LoRA configuration; modules are named as in the base model (``lm_head``)."""
-
-    r: int
-    lora_alpha: float
-    use_rslora: bool
-    rank_patterns: tuple[tuple[Pattern, int], ...]
-    alpha_patterns: tuple[tuple[Pattern, float], ...]
-    target_modules: Pattern | frozenset[str] | None
-    """A regular expression for the whole name, a list of names or name endings, or None for every linear of
-    the layers."""
-    exclude_modules: Pattern | frozenset[str]
-    layers: frozenset[int]
-    """The layers that ``target_modules`` is limited to; empty = all."""
-    layer_patterns: tuple[Pattern, ...]
-    use_dora: bool
+    r: _Rank
+    lora_alpha: _Number
+    use_rslora: bool | None = None
+    use_dora: bool | None = None
     """Whether each adapted module has a magnitude for each output (arXiv:2402.09353)."""
-    lora_bias: bool
-    """Each B has a bias."""
-    ensure_weight_tying: bool
+    lora_bias: bool | None = None
+    """Whether each B has a bias."""
+    ensure_weight_tying: bool | None = None
     """Whether tied embeddings share one adapter."""
-    heads: frozenset[str]
-    """Possible names of the head that the file has; empty: no head."""
-    feature_extraction: bool
-    """Whether it was trained on the model without its head. Modules' names then have no "model." in front."""
-    invocation: tuple[int, ...]
+    rank_pattern: dict[str, _Rank] | None = None
+    alpha_pattern: dict[str, _Number] | None = None
+    target_modules: str | list[str]
+    """A regular expression for the whole name, a list of names or name endings, or "all-linear"."""
+    exclude_modules: _Names = None
+    layers_to_transform: int | list[int] | None = None
+    layers_pattern: _Names = None
+    modules_to_save: list[str] | None = None
+    alora_invocation_tokens: Annotated[_Tokens, msgspec.Meta(max_length=MAX_INVOCATION)] | None = None
     """Activated LoRA (arXiv:2504.12397): the adapter applies from these tokens on; none: to all tokens."""
-    tokens: tuple[tuple[str, tuple[int, ...]], ...]
-    """Trained tokens: the name or the ending of the name of an embedding or a head, and the tokens whose rows
-    the file has, in its order."""
-    saved: frozenset[str]
-    """Names or endings of the names of embeddings and heads that the file has as a whole."""
-    unmatched: str
-    """A regular expression that chooses modules and that RE2 does not take, with the reason: the file's
-    tensors say which modules the adapter is on. "" if there is none."""
-    folded: Mapping[str, tuple[int, float]] = field(default_factory=dict, hash=False)
-    """Rank and scaling of the modules whose A and B are made from other tensors."""
+    trainable_token_indices: _Tokens | dict[str, _Tokens] | None = None
+    task_type: str | None = None
 
-    def on(self, modules: Set[str]) -> PeftLoraConfig:
+    folded: dict[str, tuple[int, float]] = {}
+    """Rank and scaling of the modules whose A and B are made from other tensors. Not from the file."""
+
+    def on(self, modules: Iterable[str]) -> PeftLoraConfig:
         """Return the configuration with ``modules``, by their full names, as its targets."""
-        return replace(
+        return msgspec.structs.replace(
             self,
-            target_modules=frozenset(modules),
-            exclude_modules=frozenset(),
-            layers=frozenset(),
-            layer_patterns=(),
-            unmatched="",
+            target_modules=list(modules),
+            exclude_modules=None,
+            layers_to_transform=None,
+            layers_pattern=None,
         )
 
-    def tokens_of(self, module: str) -> tuple[int, ...]:
-        """Return the trained tokens of a module."""
-        return next((ids for name, ids in self.tokens if named_by(module, (name,))), ())
+    # What is trained beside LoRA
 
-    def saves(self, module: str) -> bool:
-        """Whether the configuration says that the file has the whole module."""
-        return named_by(module, self.saved)
+    @property
+    def heads(self) -> frozenset[str]:
+        """Possible names of the head that the file has; empty: no head."""
+        return frozenset(self.modules_to_save or ()) - self.saved
+
+    @property
+    def saved(self) -> frozenset[str]:
+        """Names or endings of the names of embeddings and heads that the file has as a whole."""
+        names = self.modules_to_save or ()
+        return frozenset(name for name in names if name.rpartition(".")[2] in EMBEDDING_MODULES)
+
+    @property
+    def tokens(self) -> Mapping[str, list[int]]:
+        """Trained tokens: the name or the ending of the name of an embedding or a head, and the tokens whose
+        rows the file has, in its order."""
+        found = self.trainable_token_indices or {}
+        by_name = {EMBEDDING_MODULES[0]: found} if isinstance(found, list) else found
+        return {name: ids for name, ids in by_name.items() if ids}
+
+    @property
+    def feature_extraction(self) -> bool:
+        """Whether it was trained on the model without its head. Modules' names then have no "model." in
+        front."""
+        return self.task_type == "FEATURE_EXTRACTION"
+
+    # Which modules, and how
+
+    @cached_property
+    def unmatched(self) -> str:
+        """A regular expression that chooses modules and that RE2 does not take, with the reason: the file's
+        tensors say which modules the adapter is on. "" if there is none."""
+        try:
+            _ = self._targets, self._excluded, self._layer_patterns
+        except PatternError as error:
+            return str(error)
+        return ""
 
     def targets(self, module: str, *, linear: bool = True) -> bool:
         """Whether the configuration puts an adapter on ``module``. It is a ``linear``, or else an embedding
         or the head, which "all-linear" leaves out."""
         if module in self.folded:
             return True
-        excluded = self.exclude_modules
-        if isinstance(excluded, Pattern):
-            if excluded.matches(module):
-                return False
-        elif named_by(module, excluded):
+        excluded, targets = self._excluded, self._targets
+        if excluded.matches(module) if isinstance(excluded, Pattern) else named_by(module, excluded):
             return False
-        if self.target_modules is None:
+        if targets is None:
             return linear
-        if isinstance(self.target_modules, Pattern):
-            return self.target_modules.matches(module)
-        if module in self.target_modules:
+        if isinstance(targets, Pattern):
+            return targets.matches(module)
+        if module in targets:
             return True  # a full name is not subject to layers_to_transform
-        return named_by(module, self.target_modules) and self._in_layers(module)
-
-    @property
-    def max_rank(self) -> int:
-        """Largest rank of a module."""
-        return max(self.r, *(rank for _, rank in self.rank_patterns), 1)
+        return named_by(module, targets) and self._in_layers(module)
 
     def rank(self, module: str) -> int:
         if module in self.folded:
             return self.folded[module][0]
-        return next((r for pattern, r in self.rank_patterns if pattern.matches(module)), self.r)
+        return next((rank for pattern, rank in self._ranks if pattern.matches(module)), self.r)
 
     def scaling(self, module: str, rank: int) -> float:
         """The factor of B @ A: alpha / r, or alpha / sqrt(r) for rsLoRA (arXiv:2312.03732)."""
         if module in self.folded:
             return self.folded[module][1]
-        matches = (alpha for pattern, alpha in self.alpha_patterns if pattern.matches(module))
+        matches = (alpha for pattern, alpha in self._alphas if pattern.matches(module))
         alpha = next(matches, self.lora_alpha)
         return alpha / (math.sqrt(rank) if self.use_rslora else rank)
 
     def _in_layers(self, module: str) -> bool:
-        if not self.layers:
+        layers = self.layers_to_transform
+        if not layers and layers != 0:
             return True
         index = _LAYER_INDEX.match(module)
-        if index is None or int(index["idx"]) not in self.layers:
+        if index is None or int(index["idx"]) not in ([layers] if isinstance(layers, int) else layers):
             return False
         # A name has only one number in it, so any number that a pattern finds is the layer's.
-        return not self.layer_patterns or any(pattern.matches(module) for pattern in self.layer_patterns)
+        patterns = self._layer_patterns
+        return not patterns or any(pattern.matches(module) for pattern in patterns)
+
+    # Patterns, each compiled once; these raise PatternError
+
+    @cached_property
+    def _targets(self) -> Pattern | frozenset[str] | None:
+        """None: every linear of the layers."""
+        chosen = self.target_modules
+        if isinstance(chosen, str) and chosen.lower() == ALL_LINEAR:
+            return None
+        return _modules("target_modules", chosen)
+
+    @cached_property
+    def _excluded(self) -> Pattern | frozenset[str]:
+        return _modules("exclude_modules", self.exclude_modules or [])
+
+    @cached_property
+    def _layer_patterns(self) -> list[Pattern]:
+        chosen = self.layers_pattern or []
+        texts = [chosen] if isinstance(chosen, str) else chosen
+        return _patterns("layers_pattern", texts, r"(?:^|.*?\.)", r"\.(?:[0-9]+)\.")
+
+    @cached_property
+    def _ranks(self) -> list[tuple[Pattern, int]]:
+        """PEFT's overrides for single modules; the first key, in file order, that matches a module wins."""
+        ranks = self.rank_pattern or {}
+        return list(zip(_patterns("rank_pattern", ranks, r"(.*\.)?(", ")$"), ranks.values(), strict=True))
+
+    @cached_property
+    def _alphas(self) -> list[tuple[Pattern, float]]:
+        alphas = self.alpha_pattern or {}
+        return list(zip(_patterns("alpha_pattern", alphas, r"(.*\.)?(", ")$"), alphas.values(), strict=True))
+
+    def compile_overrides(self) -> None:
+        """Raise PatternError if a key of ``rank_pattern`` or ``alpha_pattern`` cannot be used."""
+        _ = self._ranks, self._alphas
 
 
-def named_by(module: str, names: Container[str]) -> bool:
+_FIELDS = frozenset(PeftLoraConfig.__struct_fields__) - {"folded"}
+
+
+def named_by(module: str, names: Collection[str]) -> bool:
     """Whether one of ``names`` is the module's name or a dotted ending of it."""
     while module not in names:
         _, dot, module = module.partition(".")
         if not dot:
             return False
     return True
+
+
+def _modules(field: str, chosen: str | list[str]) -> Pattern | frozenset[str]:
+    if isinstance(chosen, str):
+        return _pattern(field, chosen, whole=True)
+    return frozenset(chosen)
+
+
+def _patterns(field: str, texts: Collection[str], before: str, after: str) -> list[Pattern]:
+    """Compile expressions, of which there may be a bounded number: each is matched against each module."""
+    patterns = []
+    if len(texts) <= MAX_PATTERNS:
+        patterns = [_pattern(field, text, before=before, after=after) for text in texts]
+    if len(texts) > MAX_PATTERNS or sum(not pattern.plain for pattern in patterns) > MAX_EXPRESSIONS:
+        raise PatternError(
+            f"{field}: more than {MAX_PATTERNS} patterns, or {MAX_EXPRESSIONS} that are more than a name"
+        )
+    return patterns
+
+
+def _pattern(field: str, text: str, *, before: str = "", after: str = "", whole: bool = False) -> Pattern:
+    """Compile an expression; a PatternError names it and its field."""
+    try:
+        return Pattern(text, before=before, after=after, whole=whole)
+    except PatternError as error:
+        raise PatternError(f"{field}: RE2 does not take the expression {short(text)} ({error})") from error
 
 
 def fields_of(text: bytes, folder: AdapterFolder) -> dict[str, msgspec.Raw]:
@@ -191,97 +240,36 @@ def fields_of(text: bytes, folder: AdapterFolder) -> dict[str, msgspec.Raw]:
 
 
 def parse_config(fields: Mapping[str, msgspec.Raw], folder: AdapterFolder) -> PeftLoraConfig:
-    """Validate the fields of ``adapter_config.json``.
-
-    Raises :class:`~aioengine.errors.AdapterInvalid` for anything malformed or not supported.
-    """
+    """Validate the fields of ``adapter_config.json``. Raises AdapterInvalid for anything malformed or not
+    supported."""
     invalid = folder.invalid_config
-    refuse_unsupported(fields, _FIELDS.keys(), invalid)
-    raw = {field: _decoded(field, fields.get(field, _NULL), invalid) for field in _FIELDS}
-    target, layers, patterns = raw["target_modules"], raw["layers_to_transform"], raw["layers_pattern"]
-    if isinstance(target, str) and (layers is not None or patterns):
-        invalid("layers_to_transform and layers_pattern need target_modules to be a list, not a str")
-    if patterns and layers is None:
-        invalid("layers_pattern without layers_to_transform")
-    if target is None:
-        invalid(
-            f"target_modules=null: expected {_FIELDS['target_modules'][1]}: save the adapter with PEFT again"
-        )
-    if isinstance(target, str) and target.lower() == ALL_LINEAR:
-        target = None
+    refuse_unsupported(fields, _FIELDS, invalid)
+    known = {name: value for name, value in fields.items() if name in _FIELDS}
     try:
-        targets, excluded = (
-            _modules("target_modules", target),
-            _modules("exclude_modules", raw["exclude_modules"]),
-        )
-        chosen = _bounded("layers_pattern", _layer_patterns(patterns), invalid)
-        unmatched = ""
+        config = msgspec.json.decode(msgspec.json.encode(known), type=PeftLoraConfig)
+        config.compile_overrides()
+        if isinstance(config.target_modules, list):  # PEFT writes a set, in any order
+            config = msgspec.structs.replace(config, target_modules=sorted(config.target_modules))
     except PatternError as error:
-        targets, excluded, chosen, unmatched = None, None, (), str(error)
-    if raw["use_dora"] and raw["lora_bias"]:
+        invalid(f"{error}; name the modules instead")
+    except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
+        where = re.search(r"\$\.(\w+)|field `(\w+)`", str(error))
+        name = (where[1] or where[2]) if where else ""
+        invalid(f"{name}={short(fields.get(name))}: {error}; save the adapter with PEFT again")
+    layers, pattern = config.layers_to_transform, config.layers_pattern
+    if isinstance(config.target_modules, str) and (layers is not None or pattern):
+        invalid("layers_to_transform and layers_pattern need target_modules to be a list, not a str")
+    if pattern and layers is None:
+        invalid("layers_pattern without layers_to_transform")
+    if config.use_dora and config.lora_bias:
         invalid("use_dora and lora_bias together have no meaning in PEFT")
-    heads, saved = _saved(raw["modules_to_save"], invalid)
-    tokens = _tokens(raw["trainable_token_indices"], invalid)
-    invocation = tuple(raw["alora_invocation_tokens"] or ())
-    if len(invocation) > MAX_INVOCATION:
-        invalid(f"alora_invocation_tokens: {len(invocation)} tokens, more than {MAX_INVOCATION}")
-    if invocation and raw["use_dora"]:
-        invalid("alora_invocation_tokens and use_dora together have no meaning in PEFT")
-    for key, trained in (("trainable_token_indices", tokens), ("modules_to_save", saved)):
-        if invocation and trained:
-            invalid(
-                f"alora_invocation_tokens with {key}={short(raw[key])}: PEFT applies trained embeddings "
-                "to all tokens, before the invocation, too; train it without them"
-            )
-    return PeftLoraConfig(
-        r=raw["r"],
-        lora_alpha=raw["lora_alpha"],
-        use_rslora=bool(raw["use_rslora"]),
-        rank_patterns=_patterns("rank_pattern", raw["rank_pattern"] or {}, invalid),
-        alpha_patterns=_patterns("alpha_pattern", raw["alpha_pattern"] or {}, invalid),
-        target_modules=targets,
-        exclude_modules=excluded or frozenset(),
-        layers=frozenset([layers] if isinstance(layers, int) else layers or ()),
-        layer_patterns=chosen,
-        use_dora=bool(raw["use_dora"]),
-        lora_bias=bool(raw["lora_bias"]),
-        ensure_weight_tying=bool(raw["ensure_weight_tying"]),
-        heads=heads,
-        feature_extraction=raw["task_type"] == "FEATURE_EXTRACTION",
-        invocation=invocation,
-        tokens=tokens,
-        saved=saved,
-        unmatched=unmatched,
-    )
-
-
-def _decoded(field: str, text: msgspec.Raw, invalid: Invalid) -> Any:
-    """Decode a field. What is of another type is refused without building objects of it, because building
-    them would hold the interpreter lock."""
-    try:
-        return _DECODERS[field].decode(text)
-    except (msgspec.MsgspecError, UnicodeError, RecursionError):
-        invalid(f"{field}={short(text)}: expected {_FIELDS[field][1]}")
-
-
-def _saved(value: Sequence[str] | None, invalid: Invalid) -> tuple[frozenset[str], frozenset[str]]:
-    """Return the names of a classification head, and those of embeddings and the model's head."""
-    names = frozenset(value or ())
-    embeddings = frozenset(name for name in names if name.rpartition(".")[2] in EMBEDDING_MODULES)
-    heads = names - embeddings
-    if not heads <= set(HEAD_MODULES):
+    if not config.heads <= set(HEAD_MODULES):
         invalid(
-            f"modules_to_save={short(value)}: only a classification head ({' or '.join(HEAD_MODULES)}), "
-            f"{' and '.join(EMBEDDING_MODULES)} can be swapped: train without other modules, or " + MERGE
+            f"modules_to_save={short(config.modules_to_save)}: only a classification head "
+            f"({' or '.join(HEAD_MODULES)}), {' and '.join(EMBEDDING_MODULES)} can be swapped: train without "
+            f"other modules, or {MERGE}"
         )
-    return heads, embeddings
-
-
-def _tokens(
-    value: list[int] | Mapping[str, list[int]] | None, invalid: Invalid
-) -> tuple[tuple[str, tuple[int, ...]], ...]:
-    by_name = {EMBEDDING_MODULES[0]: value} if isinstance(value, list) else value or {}
-    for name, ids in by_name.items():
+    for name, ids in config.tokens.items():
         where = f"trainable_token_indices[{name[:80]!r}]"
         if name.rpartition(".")[2] not in EMBEDDING_MODULES:
             invalid(f"{where}: only rows of {' and '.join(EMBEDDING_MODULES)} can be swapped: {MERGE}")
@@ -290,45 +278,13 @@ def _tokens(
         if len(set(ids)) != len(ids):
             twice = next(item for at, item in enumerate(ids) if item in ids[:at])
             invalid(f"{where}: token {twice} is there twice; save the adapter again with PEFT")
-    return tuple((name, tuple(ids)) for name, ids in by_name.items() if ids)
-
-
-def _bounded(field: str, patterns: Sequence[Pattern], invalid: Invalid) -> tuple[Pattern, ...]:
-    """Check the number of patterns: each is matched against each module."""
-    if len(patterns) > MAX_PATTERNS or sum(not pattern.plain for pattern in patterns) > MAX_EXPRESSIONS:
-        invalid(f"{field}: more than {MAX_PATTERNS} patterns, or {MAX_EXPRESSIONS} that are more than a name")
-    return tuple(patterns)
-
-
-def _pattern(field: str, text: str, *, before: str = "", after: str = "", whole: bool = False) -> Pattern:
-    """Compile an expression; a PatternError names it and its field."""
-    try:
-        return Pattern(text, before=before, after=after, whole=whole)
-    except PatternError as error:
-        raise PatternError(f"{field}: RE2 does not take the expression {short(text)} ({error})") from error
-
-
-def _modules(field: str, value: str | Sequence[str] | None) -> Pattern | frozenset[str] | None:
-    """Parse module names, or an expression. Raises PatternError."""
-    if isinstance(value, str):
-        return _pattern(field, value, whole=True)
-    return None if value is None else frozenset(value)
-
-
-def _layer_patterns(value: str | Sequence[str] | None) -> list[Pattern]:
-    """Parse ``layers_pattern``. Raises PatternError."""
-    texts = [value] if isinstance(value, str) else value or []
-    before, after = r"(?:^|.*?\.)", r"\.(?:[0-9]+)\."
-    return [
-        _pattern("layers_pattern", text, before=before, after=after) for text in texts[: MAX_PATTERNS + 1]
-    ]
-
-
-def _patterns(field: str, values: Mapping[str, T], invalid: Invalid) -> tuple[tuple[Pattern, T], ...]:
-    """Parse PEFT's per-module overrides; the first key, in file order, that matches a module wins."""
-    keys = list(values)[: MAX_PATTERNS + 1]
-    try:
-        patterns = [_pattern(field, key, before=r"(.*\.)?(", after=")$") for key in keys]
-    except PatternError as error:
-        invalid(f"{error}; name the modules instead")
-    return tuple(zip(_bounded(field, patterns, invalid), values.values(), strict=True))
+    if config.alora_invocation_tokens:
+        if config.use_dora:
+            invalid("alora_invocation_tokens and use_dora together have no meaning in PEFT")
+        for field, trained in (("trainable_token_indices", config.tokens), ("modules_to_save", config.saved)):
+            if trained:
+                invalid(
+                    f"alora_invocation_tokens with {field}={short(fields[field])}: PEFT applies trained "
+                    "embeddings to all tokens, before the invocation, too; train it without them"
+                )
+    return config

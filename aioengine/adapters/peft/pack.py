@@ -17,6 +17,7 @@ from aioengine.adapters.peft.folder import AdapterFolder
 from aioengine.adapters.peft.folding.embeddings import TOKEN_KINDS
 from aioengine.adapters.peft.shard_reads import Cut
 from aioengine.adapters.peft.targets import HEAD_KINDS, Layout, Part, Place
+from aioengine.model.buffer import Arena
 from aioengine.model.parallel.ranges import take
 from aioengine.model.pooling import Head, Kind
 from aioengine.model.slots.image import SERIAL_ELEMENTS, serial_copies, serial_pieces
@@ -181,22 +182,20 @@ def _converted(
 ) -> dict[Part, Tensor]:
     """Return each source times the factor of its place (None: 1), computed in float32 and rounded once;
     itself if that changes nothing."""
-    found: dict[Part, Tensor] = {}
-    copies: dict[float, list[tuple[Tensor, Tensor]]] = {}
-    for part, source in sources.items():
-        factor = 1.0 if factors is None else factors[part.place]
-        if factor == 1.0 and source.dtype == dtype and source.is_contiguous():
-            found[part] = source
-            continue
-        found[part] = torch.empty(source.shape, dtype=dtype)
-        copies.setdefault(factor, []).extend(serial_copies(source, found[part]))
-    for factor, pairs in copies.items():
-        targets, pieces = [target for target, _ in pairs], [piece for _, piece in pairs]
-        if factor == 1.0 or {piece.dtype for piece in pieces} == {dtype}:
-            torch._foreach_copy_(targets, pieces)
-            if factor != 1.0:  # as a tensor, because a number would be rounded to ``dtype`` first
-                torch._foreach_mul_(targets, torch.tensor(factor, dtype=torch.float32))
-        else:
-            for target, piece in pairs:
-                target.copy_(piece.float() * factor)
+    changed = {
+        part: source
+        for part, source in sources.items()
+        if source.dtype != dtype or not source.is_contiguous() or (factors and factors[part.place] != 1.0)
+    }
+    sizes = {part: source.numel() * dtype.itemsize for part, source in changed.items()}
+    memory = Arena(max(1, sum(sizes.values())), len(sizes))
+    found = dict(sources)
+    for part, source in changed.items():
+        found[part] = target = memory.take(sizes[part]).view(dtype).view(source.shape)
+        factor = torch.tensor(factors[part.place] if factors else 1.0)
+        for to, piece in serial_copies(source, target):
+            if source.dtype == dtype:
+                torch.mul(piece, factor, out=to)
+            else:
+                to.copy_(piece.float() * factor)
     return found

@@ -9,8 +9,8 @@ modules, which are ASCII of one line, both find the same.
 from __future__ import annotations
 
 import re
-from functools import cached_property
-from typing import Protocol
+from collections.abc import Callable
+from typing import Any
 
 import re2
 
@@ -30,11 +30,6 @@ class PatternError(ValueError):
     """An expression that is not valid, or that RE2 does not take."""
 
 
-class _Compiled(Protocol):
-    def match(self, string: str, /) -> object: ...
-    def fullmatch(self, string: str, /) -> object: ...
-
-
 class Pattern:
     """The expression ``before + text + after``. Raises PatternError.
 
@@ -46,27 +41,17 @@ class Pattern:
     def __init__(self, text: str, *, before: str = "", after: str = "", whole: bool = False) -> None:
         if len(text) > MAX_LENGTH:
             raise PatternError(f"it has {len(text)} characters, more than {MAX_LENGTH}")
-        self._key = before + text + after, whole
         self.plain = _PLAIN.fullmatch(text) is not None
         """Whether it is a plain name."""
-        compiled: _Compiled = re.compile(self._key[0]) if self.plain else _compile(self._key[0])
-        self._find = compiled.fullmatch if whole else compiled.match
+        compiled = (re.compile if self.plain else _compile)(before + text + after)
+        self._find: Callable[[str], object] = compiled.fullmatch if whole else compiled.match
 
     def matches(self, name: str) -> bool:
         return self._find(name) is not None
 
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Pattern) and self._key == other._key
 
-    def __hash__(self) -> int:
-        return self._hash
-
-    @cached_property
-    def _hash(self) -> int:
-        return hash(self._key)
-
-
-def _compile(text: str) -> _Compiled:
+def _compile(text: str) -> Any:
+    """Compile with RE2. Raises PatternError."""
     for syntax in _ANOTHER_MEANING:
         if syntax in text:
             raise PatternError(f"{syntax!r} means something else to RE2 than to Python")
@@ -75,11 +60,10 @@ def _compile(text: str) -> _Compiled:
     options.never_capture = True
     options.log_errors = False
     try:
-        compiled: _Compiled = re2.compile(text, options)
+        return re2.compile(text, options)
     except re2.error as error:
         reason = error.args[0] if error.args else ""
         words = reason.decode("utf-8", "replace") if isinstance(reason, bytes) else str(reason)
         raise PatternError(words[:200]) from None
     except UnicodeEncodeError:
         raise PatternError("it has half of a surrogate pair") from None
-    return compiled

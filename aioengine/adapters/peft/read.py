@@ -15,6 +15,7 @@ from pathlib import Path
 from threading import Lock
 from typing import NamedTuple
 
+import msgspec
 import torch
 from torch import Tensor
 
@@ -72,17 +73,18 @@ class KnownContents:
 
     def __init__(self) -> None:
         self._warned: set[str] = set()
-        self._known: dict[tuple[PeftLoraConfig, SafetensorsHeader], Contents] = {}
+        self._known: dict[tuple[bytes, SafetensorsHeader], Contents] = {}
         self._lock = Lock()
 
     def get(
         self, config: PeftLoraConfig, header: SafetensorsHeader, find: Callable[[], Contents]
     ) -> Contents:
-        found = self._known.get((config, header))
+        key = msgspec.json.encode(config), header
+        found = self._known.get(key)
         if found is None:
             found = find()
             with self._lock:
-                self._known[config, header] = found
+                self._known[key] = found
                 while len(self._known) > self.SIZE:
                     del self._known[next(iter(self._known))]
         return found
@@ -192,7 +194,7 @@ class _Reader:
             packed,
             digest="" if self.slot.shard.size > 1 else digest.hexdigest(),
             pooling=pooling,
-            invocation=config.invocation,
+            invocation=tuple(config.alora_invocation_tokens or ()),
         )
 
     def _contents(self, config: PeftLoraConfig, entries_of: Callable[[], list[Entry]]) -> Contents:

@@ -157,7 +157,7 @@ class Layout:
             and config.targets(spec.module_name(NO_LAYER, "embed_tokens"), linear=False)
         )
         """Whether PEFT adapts lm_head by the transposed adapter of the embeddings that it is tied to."""
-        self.dora = config.use_dora
+        self.dora = bool(config.use_dora)
         self.embeddings = EmbeddingParts(folder, config, spec)
         self.targets: dict[Place, Target] = {}
         """The targets, in the order of a packed adapter's tensors."""
@@ -170,7 +170,7 @@ class Layout:
                 )
         if config.lora_bias and (NO_LAYER, "embed_tokens") in self.targets:
             folder.invalid_config("lora_bias with embed_tokens as a target: PEFT has no such adapter")
-        if config.invocation and (NO_LAYER, "embed_tokens") in self.targets:
+        if config.alora_invocation_tokens and (NO_LAYER, "embed_tokens") in self.targets:
             folder.invalid_config(
                 "alora_invocation_tokens with embed_tokens as a target: PEFT applies such an "
                 "adapter to all tokens of the embeddings; train it without embed_tokens"
@@ -324,7 +324,8 @@ class Layout:
         self._folder.invalid_weights(f"{key[:200]!r}: {reason}")
 
     def _check_complete(self, taken: Mapping[Part, str]) -> None:
-        needed = ["A", "B"] + ["bias"] * self._config.lora_bias + ["magnitude"] * self._config.use_dora
+        needed = ["A", "B"] + ["bias"] * bool(self._config.lora_bias)
+        needed += ["magnitude"] * bool(self._config.use_dora)
         for place, target in self.targets.items():
             missing = [kind for kind in needed if Part(place, kind) not in taken]
             if not missing:

@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
-from collections.abc import Set as AbstractSet
+from collections.abc import Callable, Collection, Mapping
 from typing import NoReturn
 
 import msgspec
-
-Invalid = Callable[[str], NoReturn]
-"""Raises AdapterInvalid with a reason."""
 
 # Initialisations that train A and B over the unchanged base model. The others (pissa, corda, olora,
 # loftq, lora_ga) subtract the initial B @ A from the base weights, which the adapter file does not hold.
@@ -18,44 +14,26 @@ Invalid = Callable[[str], NoReturn]
 _PLAIN_INITS = ("gaussian", "eva", "orthogonal", "mica")
 
 MERGE = "merge the adapter into the base model with PEFT's merge_and_unload, and serve that as a model"
-_CONVERT = "make a LoRA adapter of it with peft.save_as_lora(path, model, rank=...)"
 _TRAIN = "train a LoRA adapter instead"
+_CONVERT = f"make a LoRA adapter of it with peft.save_as_lora(path, model, rank=...), or {MERGE}"
 
-# The methods of which PEFT can make a LoRA adapter, and those that change no weights.
-_CONVERTIBLE = frozenset(
-    (
-        "C3A",
-        "DELORA",
-        "FOURIERFT",
-        "GRALORA",
-        "HIRA",
-        "MISS",
-        "PSOFT",
-        "RANDLORA",
-        "SHIRA",
-        "TINYLORA",
-        "UNILORA",
-        "VBLORA",
-        "WAVEFT",
-    )
+# Of these PEFT can make a LoRA adapter, or they change no weights. Others can be merged.
+_CONVERTIBLE = (
+    *("C3A", "DELORA", "FOURIERFT", "GRALORA", "HIRA", "MISS", "PSOFT", "RANDLORA", "SHIRA", "TINYLORA"),
+    *("UNILORA", "VBLORA", "WAVEFT"),
 )
-_PROMPTS = frozenset(
-    (
-        "ADAPTION_PROMPT",
-        "CARTRIDGE",
-        "CPT",
-        "MULTITASK_PROMPT_TUNING",
-        "P_TUNING",
-        "PREFIX_TUNING",
-        "PROMPT_TUNING",
-    )
+_PROMPTS = (
+    *("ADAPTION_PROMPT", "CARTRIDGE", "CPT", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING"),
+    "PROMPT_TUNING",
 )
+_METHODS = dict.fromkeys(_CONVERTIBLE, _CONVERT) | dict.fromkeys(_PROMPTS, _TRAIN)
+"""Other methods, and what to do about them."""
 
 _UNSUPPORTED = {
     "layer_replication": f"layer replication changes the base model's depth: {MERGE}",
     "target_parameters": (
         "LoRA on bare parameters is supported only in models with experts, and in those that transformers "
-        "runs: train it with target_modules that name linears, or " + MERGE
+        f"runs: train it with target_modules that name linears, or {MERGE}"
     ),
     "megatron_config": f"Megatron parallel layers are not supported: {MERGE}",
     "use_qalora": f"QA-LoRA pools its inputs, which is not supported: {_TRAIN}",
@@ -64,68 +42,35 @@ _UNSUPPORTED = {
     "kasa_config": f"KaSA is not supported: {MERGE}",
     "arrow_config": f"Arrow routing is not supported: {_TRAIN}",
 }
+"""Fields that must have no effect, and the reason."""
 
 # Fields that do not change what the saved A and B compute: provenance, training-only settings, and
 # fan_in_fan_out, which tells how the *base* weight is stored (A is [r, in], B [out, r] anyway).
-_NEUTRAL = frozenset(
-    (
-        "auto_mapping",
-        "base_model_name_or_path",
-        "corda_config",
-        "eva_config",
-        "fan_in_fan_out",
-        "inference_mode",
-        "loftq_config",
-        "lora_dropout",
-        "lora_ga_config",
-        "megatron_core",
-        "merge_weights",
-        "peft_version",
-        "qalora_group_size",
-        "revision",
-        "runtime_config",
-        "velora_config",
-    )
+_NEUTRAL = (
+    *("auto_mapping", "base_model_name_or_path", "corda_config", "eva_config", "fan_in_fan_out"),
+    *("inference_mode", "loftq_config", "lora_dropout", "lora_ga_config", "megatron_core", "merge_weights"),
+    *("peft_version", "qalora_group_size", "revision", "runtime_config", "velora_config"),
 )
-
-_TEXTS = ("peft_type", "bias", "init_lora_weights")
-_KNOWN = _NEUTRAL | _UNSUPPORTED.keys() | set(_TEXTS)
+_KNOWN = {*_NEUTRAL, *_UNSUPPORTED, "peft_type", "bias", "init_lora_weights"}
 
 
-def _text(field: str, fields: Mapping[str, msgspec.Raw]) -> str | bool | msgspec.Raw | None:
-    """Return a field that is a text; what is neither that nor a bool as it stands."""
-    text = fields.get(field, msgspec.Raw(b"null"))
-    try:
-        return msgspec.json.decode(text, type=str | bool | None)
-    except (msgspec.MsgspecError, UnicodeError):
-        return text
-
-
-def _is_set(text: msgspec.Raw) -> bool:
-    """Whether a field has an effect: null, false, 0 and empty values have none."""
-    try:
-        return len(bytes(text)) > 32 or bool(msgspec.json.decode(text))
-    except (msgspec.MsgspecError, UnicodeError):
-        return True
-
-
-def refuse_unsupported(fields: Mapping[str, msgspec.Raw], used: AbstractSet[str], invalid: Invalid) -> None:
+def refuse_unsupported(
+    fields: Mapping[str, msgspec.Raw], used: Collection[str], invalid: Callable[[str], NoReturn]
+) -> None:
     """Refuse what would change the computation in a way that this engine does not perform.
 
     Args:
         fields: All fields of the file.
         used: Names of the fields that are read elsewhere.
+        invalid: Raises AdapterInvalid with a reason.
     """
     peft_type = _text("peft_type", fields)
     if not isinstance(peft_type, str):
         invalid(f"peft_type={short(peft_type)}: expected 'LORA'; save the adapter with PEFT again")
     if peft_type != "LORA":
-        todo = _TRAIN if peft_type in _PROMPTS else MERGE
-        if peft_type in _CONVERTIBLE:
-            todo = f"{_CONVERT}, or {MERGE}"
         invalid(
             f"peft_type={short(peft_type)}: only 'LORA' and methods that can be folded into it are "
-            f"supported: {todo}"
+            f"supported: {_METHODS.get(peft_type, MERGE)}"
         )
     for field, reason in _UNSUPPORTED.items():
         if field in fields and _is_set(fields[field]):
@@ -153,6 +98,23 @@ def refuse_unsupported(fields: Mapping[str, msgspec.Raw], used: AbstractSet[str]
                 f"unknown field {field[:80]!r} = {short(value)} may change what the adapter "
                 "computes; remove it if it is only a note"
             )
+
+
+def _text(field: str, fields: Mapping[str, msgspec.Raw]) -> str | bool | msgspec.Raw | None:
+    """Return a field that is a text; what is neither that nor a bool as it stands."""
+    text = fields.get(field, msgspec.Raw(b"null"))
+    try:
+        return msgspec.json.decode(text, type=str | bool | None)
+    except (msgspec.MsgspecError, UnicodeError):
+        return text
+
+
+def _is_set(text: msgspec.Raw) -> bool:
+    """Whether a field has an effect: null, false, 0 and empty values have none."""
+    try:
+        return len(bytes(text)) > 32 or bool(msgspec.json.decode(text))
+    except (msgspec.MsgspecError, UnicodeError):
+        return True
 
 
 def short(value: object) -> str:

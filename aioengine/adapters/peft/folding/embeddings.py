@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from aioengine.adapters.peft.config import MAX_TRAINED_TOKENS, PeftLoraConfig
+from aioengine.adapters.peft.config import MAX_TRAINED_TOKENS, PeftLoraConfig, named_by
 from aioengine.adapters.peft.folder import CONFIG_FILE, AdapterFolder
 from aioengine.adapters.peft.unsupported import MERGE
 from aioengine.model.slots.image import SERIAL_ELEMENTS
@@ -48,14 +48,19 @@ class EmbeddingParts:
                 f"only in models that the native decoder runs: {MERGE}"
             )
         names = {module: spec.module_name(NO_LAYER, module) for module in trained}
-        self._ids = {module: ids for module, name in names.items() if (ids := config.tokens_of(name))}
-        embedded, headed = (self._ids.get(module, ()) for module in EMBEDDING_MODULES)
-        tied = spec.tie_embeddings and bool(embedded)
-        self.tied = tied and (headed in ((), embedded) or config.ensure_weight_tying)
+        self._ids = {
+            module: ids
+            for module, name in names.items()
+            for end, ids in config.tokens.items()
+            if named_by(name, (end,))
+        }
+        embedded, headed = (self._ids.get(module) for module in EMBEDDING_MODULES)
+        tied = spec.tie_embeddings and embedded is not None
+        self.tied = tied and (headed in (None, embedded) or bool(config.ensure_weight_tying))
         """Whether the rows of the embeddings are the head's as well."""
         if self.tied:
             self._ids.pop("lm_head", None)
-        self._saved = {module for module, name in names.items() if config.saves(name)}
+        self._saved = {module for module, name in names.items() if named_by(name, config.saved)}
         if self._saved and config.ensure_weight_tying and spec.tie_embeddings:
             self._saved = set(EMBEDDING_MODULES)
         self._keys: dict[str, tuple[str, str]] = {}

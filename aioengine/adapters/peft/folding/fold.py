@@ -9,11 +9,11 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from typing import NamedTuple
 
 import msgspec
 import torch
+from msgspec.structs import replace
 from torch import Tensor
 
 from aioengine.adapters.peft.config import PeftLoraConfig, parse_config
@@ -89,7 +89,8 @@ class Fold:
         modules = self._modules(shapes, slot)
         ranks = {name: (module.rank, 1.0) for name, module in modules.items()}
         return Folded(
-            replace(self.config, folded=ranks), lambda tensors: self._lora_tensors(modules, tensors)
+            replace(self.config, folded=ranks),
+            lambda tensors: self._lora_tensors(modules, tensors),
         )
 
     def _modules(self, shapes: Mapping[str, tuple[int, ...]], slot: SlotLayout) -> Mapping[str, _Module]:

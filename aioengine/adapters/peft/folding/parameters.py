@@ -9,11 +9,11 @@ and their rows of B follow each other, or alternate.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from itertools import groupby
 from typing import Annotated, NamedTuple
 
 import msgspec
+from msgspec.structs import replace
 from torch import Tensor
 
 from aioengine.adapters.peft.config import PeftLoraConfig, parse_config
@@ -71,7 +71,7 @@ class ParameterFold:
             others["target_modules"] = msgspec.Raw(b"[]")
         parsed = parse_config(others, folder)
         trained = parsed.heads or parsed.saved or parsed.tokens
-        if parsed.use_dora or parsed.lora_bias or trained or parsed.invocation:
+        if parsed.use_dora or parsed.lora_bias or trained or parsed.alora_invocation_tokens:
             folder.invalid_config(
                 f"{_FIELD} with use_dora, lora_bias, modules_to_save, trainable_token_indices "
                 "or alora_invocation_tokens is not supported; train it without them"
