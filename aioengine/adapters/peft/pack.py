@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from aioengine.adapters.peft.folder import AdapterFolder
-from aioengine.adapters.peft.folding.embeddings import TOKEN_KINDS
+from aioengine.adapters.peft.part import HEAD_KINDS, TOKEN_KINDS, Part, Place
 from aioengine.adapters.peft.shard_reads import Cut
-from aioengine.adapters.peft.targets import HEAD_KINDS, Layout, Part, Place
+from aioengine.adapters.peft.targets import Layout
 from aioengine.model.buffer import Arena
 from aioengine.model.parallel.ranges import take
 from aioengine.model.pooling import Head, Kind

@@ -31,8 +31,9 @@ from aioengine.adapters.peft.folding.fold import Fold
 from aioengine.adapters.peft.folding.parameters import ParameterFold
 from aioengine.adapters.peft.held import folder_of
 from aioengine.adapters.peft.pack import PackedAdapter, pack
+from aioengine.adapters.peft.part import Part
 from aioengine.adapters.peft.shard_reads import Cut, cuts_of, select
-from aioengine.adapters.peft.targets import Layout, Part, max_data_bytes, modules_of
+from aioengine.adapters.peft.targets import Layout, max_data_bytes, modules_of
 from aioengine.adapters.peft.weights_file import Entry, SafetensorsHeader, tensors_of
 from aioengine.adapters.read_threads import Progress
 from aioengine.errors import AdapterInvalid

@@ -12,7 +12,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from aioengine.adapters.peft.targets import Layout, Part
+from aioengine.adapters.peft.part import Part
+from aioengine.adapters.peft.targets import Layout
 from aioengine.adapters.peft.weights_file import Entry
 from aioengine.model.parallel.ranges import EVERYTHING, Ranges, take
 from aioengine.model.slots.layout import SlotLayout

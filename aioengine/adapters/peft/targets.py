@@ -14,43 +14,51 @@ from typing import NamedTuple, NoReturn
 
 from aioengine.adapters.peft.config import PeftLoraConfig
 from aioengine.adapters.peft.folder import CONFIG_FILE, AdapterFolder
-from aioengine.adapters.peft.folding.embeddings import TOKEN_KINDS, EmbeddingParts
+from aioengine.adapters.peft.folding.embeddings import EmbeddingParts
+from aioengine.adapters.peft.part import HEAD_KINDS, TOKEN_KINDS, Part, Place
 from aioengine.adapters.peft.unsupported import MERGE
 from aioengine.model.spec import EMBEDDING_MODULES, NO_LAYER, LinearShape, ModelSpec
-
-Place = tuple[int, str]
-"""(layer, module), embeddings under ``NO_LAYER``."""
 
 _MATCH_SECONDS = 2.0
 """Time limit for matching all patterns of a configuration against all modules; normally milliseconds."""
 
-_KEY = re.compile(r"(?:base_model\.model\.)?([\w.]{1,300}?)\.((?:lora_|base_layer\.).+)", re.ASCII)
+_KEY = re.compile(
+    r"(?:base_model\.model\.)?([\w.]{1,300}?)\."
+    r"((?:lora_|base_layer\.|token_adapter\.|modules_to_save\.).+|weight|bias)",
+    re.ASCII,
+)
 WRAPPERS = re.compile(r"(?:(?<=\.)|^)(?:_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.")
 """Prefixes that torch.compile, activation checkpointing and FSDP insert into module names."""
-_MAGNITUDES = {"lora_magnitude_vector": "magnitude", "lora_magnitude_vector.weight": "magnitude"}
-_LINEAR_KINDS = {"lora_A.weight": "A", "lora_B.weight": "B", "lora_B.bias": "bias", **_MAGNITUDES}
-"""Ends of the keys of a linear, without the adapter's name, and what they are."""
-_EMBEDDING_KINDS = {"lora_embedding_A": "A", "lora_embedding_B": "B", **_MAGNITUDES}
+_ENDS = {
+    "lora_A.weight": "A",
+    "lora_B.weight": "B",
+    "lora_embedding_A": "A",
+    "lora_embedding_B": "B",
+    "lora_B.bias": "bias",
+    "lora_magnitude_vector": "magnitude",
+    "lora_magnitude_vector.weight": "magnitude",
+    "base_layer.weight": "base",
+    "token_adapter.trainable_tokens_delta": "tokens",
+    "weight": "saved",
+    "modules_to_save.weight": "saved",
+    "bias": "head_bias",
+    "modules_to_save.bias": "head_bias",
+}
+"""Ends of keys, without the adapter's name, and the kinds of their tensors."""
 _PART_NAMES = {
     "A": "lora_A",
     "B": "lora_B",
     "bias": "lora_B.bias, which lora_bias needs",
     "magnitude": "lora_magnitude_vector, which use_dora needs",
 }
-HEAD_KINDS = ("head", "head_bias")
-_WHOLE_KINDS = (*HEAD_KINDS, *TOKEN_KINDS)
 MAX_LABELS = 1024
 """Maximum number of labels of a classification head, which is kept beside the slot."""
 _OF_EXPERTS = (
     "experts are parameters of this model (target_parameters), no modules: load it with PEFT and save it "
     "again, which converts it, and allow for twice its rank (LoRAConfig.max_lora_rank)"
 )
-_HEAD = re.compile(
-    r"(?:base_model\.model\.)?(score|classifier)\.(?:modules_to_save\.(?:default\.)?)?(weight|bias)", re.ASCII
-)
 _INNER = "model."
 """Prefix of a module's name in a model with a head."""
-_BASE_WEIGHT = "base_layer.weight"
 # Why a key that is no part of LoRA on a known module is refused: (part of the key, reason).
 _FOREIGN_KEYS = (
     (
@@ -80,9 +88,9 @@ _FOREIGN_KEYS = (
 
 
 def modules_of(keys: Iterable[str]) -> set[str]:
-    """Return the names of the modules that a file's keys name."""
+    """Return the names of the modules that a file's keys put LoRA on."""
     found = (_KEY.fullmatch(WRAPPERS.sub("", key)) for key in keys)
-    return {match[1] for match in found if match is not None}
+    return {match[1] for match in found if match is not None and match[2].startswith("lora_")}
 
 
 def max_data_bytes(spec: ModelSpec, max_rank: int, target_modules: Sequence[str]) -> int:
@@ -93,19 +101,6 @@ def max_data_bytes(spec: ModelSpec, max_rank: int, target_modules: Sequence[str]
         copies = spec.layers_with(module)
         elements += copies * (max_rank * sum(linear) + 2 * linear.out_features)
     return 4 * elements
-
-
-class Part(NamedTuple):
-    """One tensor's role: ``A``, ``B``, ``bias``, ``magnitude``, ``base`` (the unadapted weight), or one of
-    ``HEAD_KINDS`` and ``TOKEN_KINDS``."""
-
-    place: Place
-    kind: str
-
-    @property
-    def is_whole(self) -> bool:
-        """Whether each rank needs all of it: it is not a part of a target."""
-        return self.kind in _WHOLE_KINDS
 
 
 class Target(NamedTuple):
@@ -207,51 +202,82 @@ class Layout:
                 p: t for p, t in self.targets.items() if spec.kind_of(p[1]) == p[1] or spec.is_bare(p[1])
             }
             self.targets = others or self.targets
-        parts: dict[str, Part] = {}
         taken: dict[Part, str] = {}
         for key, shape in shapes.items():
-            part = self._part(key, shape)
+            part = self._part(key)
             if part in taken:
                 self._folder.invalid_weights(f"{key!r} and {taken[part]!r} are the same weight")
-            parts[key], taken[part] = part, key
-            if part.is_whole:
-                continue
-            target = self.targets[part.place]
-            expected = target.shape(part.kind)
+            taken[part] = key
+            expected, of = self._expected(part, shape)
             if tuple(shape) != expected:
                 self._folder.invalid_weights(
-                    f"{key!r}: expected shape {list(expected)} (rank {target.rank} of {CONFIG_FILE}, base "
-                    f"linear {target.linear.in_features} -> {target.linear.out_features}), found "
+                    f"{key!r}: expected shape {list(expected)} ({of}), found "
                     f"{list(shape[:8])}{'...' if len(shape) > 8 else ''}"
                 )
         self._check_complete(taken)
-        self.embeddings.check_complete({(part.place[1], part.kind) for part in taken})
         self._check_head(shapes, taken)
-        return parts
+        return {key: part for part, key in taken.items()}
 
-    def _part(self, key: str, shape: Sequence[int]) -> Part:
+    def _part(self, key: str) -> Part:
         """Return what a tensor is. Raises AdapterInvalid if it does not belong to the adapter."""
-        name = WRAPPERS.sub("", key)
-        part = self._head(name, key, shape)
-        if part is None and (replaced := self.embeddings.find(name, key, shape)):
-            part = Part((NO_LAYER, replaced[0]), replaced[1])
-        return part or self._lora_part(name, key)
-
-    def _head(self, name: str, key: str, shape: Sequence[int]) -> Part | None:
-        match = _HEAD.fullmatch(name)
-        if match is None or match[1] not in self._config.heads:
-            return None
-        hidden = self._spec.hidden_size
-        if match[2] == "weight":
-            fits = len(shape) == 2 and 1 <= shape[0] <= MAX_LABELS and shape[1] == hidden
-        else:
-            fits = len(shape) == 1 and 1 <= shape[0] <= MAX_LABELS
-        if not fits:
+        part = self._named(WRAPPERS.sub("", key))
+        if part is None or (
+            part.is_whole and part.kind not in HEAD_KINDS and part not in self.embeddings.parts
+        ):
+            self._foreign(key)
+        if part.is_whole:
+            return part
+        layer, module = part.place
+        if layer >= self._spec.num_layers:
             self._folder.invalid_weights(
-                f"{key!r}: expected a head of 1 to {MAX_LABELS} labels over {hidden} hidden units, "
-                f"found {list(shape[:8])}"
+                f"{key!r}: the base model has layers 0..{self._spec.num_layers - 1}; was the adapter "
+                "trained on another model?"
             )
-        return Part((NO_LAYER, match[1]), HEAD_KINDS[match[2] == "bias"])
+        if module not in self._modules:
+            self._folder.invalid_weights(
+                f"{key!r}: the slots do not hold {module}; they hold {self._kinds(self._modules)}: "
+                f"add {module} to LoRAConfig.target_modules"
+            )
+        if part.place not in self.targets:
+            self._folder.invalid_weights(
+                f"{key!r}: {CONFIG_FILE} does not target {self._spec.module_name(layer, module)}"
+            )
+        if part.kind == "bias" and not self._config.lora_bias:
+            self._folder.invalid_weights(f"{key!r}: is a bias, but {CONFIG_FILE} does not set lora_bias")
+        if part.kind == "magnitude" and not self._config.use_dora:
+            self._folder.invalid_weights(f"{key!r}: belongs to DoRA, but {CONFIG_FILE} does not set use_dora")
+        return part
+
+    def _named(self, name: str) -> Part | None:
+        """Return what a key names, whether the adapter has it or not; None: nothing that is known."""
+        match = _KEY.fullmatch(name)
+        kind = None if match is None else _ENDS.get(match[2].replace(".default", "", 1))
+        if match is None or kind is None:
+            return None
+        if match[1] in self._config.heads and kind in ("saved", "head_bias"):
+            return Part((NO_LAYER, match[1]), "head" if kind == "saved" else kind)
+        place = self._spec.find_module(match[1])
+        if place is None and self._config.feature_extraction:
+            place = self._spec.find_module(_INNER + match[1])
+        if place is None or (kind in ("base", "head_bias") and place[1] not in EMBEDDING_MODULES):
+            return None
+        if kind in ("A", "B") and ("_embedding_" in match[2]) != (place[1] == "embed_tokens"):
+            return None
+        return None if kind == "head_bias" else Part(place, kind)
+
+    def _expected(self, part: Part, shape: Sequence[int]) -> tuple[tuple[int, ...], str]:
+        """Return the shape that a tensor must have, and what it follows from."""
+        hidden = self._spec.hidden_size
+        if part.kind in HEAD_KINDS:
+            labels = min(max(1, shape[0]), MAX_LABELS) if shape else MAX_LABELS
+            return (labels, hidden)[: 1 + (part.kind == "head")], f"a head of 1 to {MAX_LABELS} labels"
+        if part.is_whole:
+            rows, of = self.embeddings.parts[part]
+            return (rows, hidden), of
+        target = self.targets[part.place]
+        linear = target.linear
+        of = f"rank {target.rank} of {CONFIG_FILE}, base linear {linear.in_features} -> {linear.out_features}"
+        return target.shape(part.kind), of
 
     def _check_head(self, shapes: Mapping[str, Sequence[int]], taken: Mapping[Part, str]) -> None:
         found = {part: shapes[key][0] for part, key in taken.items() if part.kind in HEAD_KINDS}
@@ -266,42 +292,6 @@ class Layout:
             )
         if len(set(found.values())) != 1:
             self._folder.invalid_weights("the head's weight and bias have different numbers of labels")
-
-    def _lora_part(self, name: str, key: str) -> Part:
-        layer, module, kind = self._find(name) or self._foreign(key)
-        if layer >= self._spec.num_layers:
-            self._folder.invalid_weights(
-                f"{key!r}: the base model has layers 0..{self._spec.num_layers - 1}; was the adapter "
-                "trained on another model?"
-            )
-        if module not in self._modules:
-            self._folder.invalid_weights(
-                f"{key!r}: the slots do not hold {module}; they hold {self._kinds(self._modules)}: "
-                f"add {module} to LoRAConfig.target_modules"
-            )
-        if (layer, module) not in self.targets:
-            self._folder.invalid_weights(
-                f"{key!r}: {CONFIG_FILE} does not target {self._spec.module_name(layer, module)}"
-            )
-        if kind == "bias" and not self._config.lora_bias:
-            self._folder.invalid_weights(f"{key!r}: is a bias, but {CONFIG_FILE} does not set lora_bias")
-        if kind == "magnitude" and not self._config.use_dora:
-            self._folder.invalid_weights(f"{key!r}: belongs to DoRA, but {CONFIG_FILE} does not set use_dora")
-        return Part((layer, module), kind)
-
-    def _find(self, key: str) -> tuple[int, str, str] | None:
-        """Find the layer, the module, and the kind of part that a key names."""
-        match = _KEY.fullmatch(key)
-        place = None if match is None else self._spec.find_module(match[1])
-        if match is not None and place is None and self._config.feature_extraction:
-            place = self._spec.find_module(_INNER + match[1])
-        if match is None or place is None:
-            return None
-        kinds = _EMBEDDING_KINDS if place[1] == "embed_tokens" else _LINEAR_KINDS
-        kind = kinds.get(match[2].replace(".default", "", 1))
-        if place[1] in EMBEDDING_MODULES and match[2] == _BASE_WEIGHT:
-            kind = "base"
-        return None if kind is None else (*place, kind)
 
     def _kinds(self, modules: Sequence[str]) -> str:
         """Return modules for messages; those that all experts have once."""
@@ -326,6 +316,13 @@ class Layout:
     def _check_complete(self, taken: Mapping[Part, str]) -> None:
         needed = ["A", "B"] + ["bias"] * bool(self._config.lora_bias)
         needed += ["magnitude"] * bool(self._config.use_dora)
+        for part in self.embeddings.parts:
+            if part not in taken:
+                field = "trainable_token_indices" if part.kind == "tokens" else "modules_to_save"
+                self._folder.invalid_weights(
+                    f"{CONFIG_FILE} has {part.place[1]} in {field}, but the file has no weights for it; save "
+                    f"the adapter again with PEFT, or {MERGE}"
+                )
         for place, target in self.targets.items():
             missing = [kind for kind in needed if Part(place, kind) not in taken]
             if not missing:

@@ -17,15 +17,11 @@ from torch import Tensor
 
 from aioengine.adapters.peft.config import MAX_TRAINED_TOKENS, PeftLoraConfig, named_by
 from aioengine.adapters.peft.folder import CONFIG_FILE, AdapterFolder
+from aioengine.adapters.peft.part import Part
 from aioengine.adapters.peft.unsupported import MERGE
 from aioengine.model.slots.image import SERIAL_ELEMENTS
 from aioengine.model.slots.tokens import TokenTable, TokenTables, TrainedTokens
 from aioengine.model.spec import EMBEDDING_MODULES, NO_LAYER, ModelSpec
-
-TOKEN_KINDS = ("tokens", "saved")
-"""Kinds of tensors: rows of ``trainable_token_indices``, and whole matrices."""
-_ROWS = ("token_adapter.trainable_tokens_delta", "token_adapter.trainable_tokens_delta.default")
-_WHOLE = ("weight", "modules_to_save.weight", "modules_to_save.default.weight")
 
 
 class _Rows(NamedTuple):
@@ -63,14 +59,6 @@ class EmbeddingParts:
         self._saved = {module for module, name in names.items() if named_by(name, config.saved)}
         if self._saved and config.ensure_weight_tying and spec.tie_embeddings:
             self._saved = set(EMBEDDING_MODULES)
-        self._keys: dict[str, tuple[str, str]] = {}
-        for module, name in names.items():
-            short = name.removeprefix("model.") if config.feature_extraction else name
-            for full in {name, short}:
-                if module in self._ids:
-                    self._keys |= {f"{full}.{end}": (module, "tokens") for end in _ROWS}
-                if module in self._saved:
-                    self._keys |= {f"{full}.{end}": (module, "saved") for end in _WHOLE}
         for module, ids in self._ids.items():
             if max(ids) >= spec.vocab_size:
                 folder.invalid_config(
@@ -80,6 +68,12 @@ class EmbeddingParts:
         for module in self._saved & self._ids.keys():
             folder.invalid_config(f"{module} in trainable_token_indices and in modules_to_save")
 
+        listed = f"trainable_token_indices of {CONFIG_FILE}"
+        whole = "the base model's; were the embeddings resized, or was the adapter trained on another model?"
+        self.parts = {Part((NO_LAYER, module), "tokens"): (len(ids), listed) for module, ids in self._ids.items()}
+        self.parts |= {Part((NO_LAYER, module), "saved"): (spec.vocab_size, whole) for module in self._saved}
+        """The tensors that the file must have: their numbers of rows, and why."""
+
     def check_targets(self, targets: Set[str]) -> None:
         """Raise AdapterInvalid if one of the ``targets`` of LoRA is replaced as well."""
         replaced = self._ids.keys() | self._saved | ({"lm_head"} if self.tied else set())
@@ -87,33 +81,6 @@ class EmbeddingParts:
             self._folder.invalid_config(
                 f"LoRA on {module}, whose rows are trained as well (trainable_token_indices "
                 "or modules_to_save), which PEFT cannot compute either: train it with one of the two"
-            )
-
-    def find(self, name: str, key: str, shape: Sequence[int]) -> tuple[str, str] | None:
-        """Return the module and the kind of a tensor; None if it is none of these. ``name`` is its ``key``
-        without wrappers' names."""
-        found = self._keys.get(name.removeprefix("base_model.model."))
-        if found is None:
-            return None
-        module, kind = found
-        rows = len(self._ids[module]) if kind == "tokens" else self._spec.vocab_size
-        expected = [rows, self._spec.hidden_size]
-        if list(shape) != expected:
-            of = f" ({rows} trainable_token_indices of {CONFIG_FILE})" if kind == "tokens" else ""
-            self._folder.invalid_weights(
-                f"{key!r}: expected shape {expected}{of}, found {list(shape)[:8]}; were the "
-                "embeddings resized, or was the adapter trained on another model?"
-            )
-        return found
-
-    def check_complete(self, found: Set[tuple[str, str]]) -> None:
-        """Raise AdapterInvalid unless everything that the configuration names was ``found``."""
-        wanted = {(module, "tokens") for module in self._ids} | {(module, "saved") for module in self._saved}
-        for module, kind in sorted(wanted - found):
-            field = "trainable_token_indices" if kind == "tokens" else "modules_to_save"
-            self._folder.invalid_weights(
-                f"{CONFIG_FILE} has {module} in {field}, but the file has no weights for it; save "
-                f"the adapter again with PEFT, or {MERGE}"
             )
 
     def trained(

@@ -19,7 +19,7 @@ from torch.nn.functional import pad
 
 from aioengine.adapters.peft.digest import mix_digest
 from aioengine.adapters.peft.pack import Matrices, PackedAdapter
-from aioengine.adapters.peft.targets import Place
+from aioengine.adapters.peft.part import Place
 from aioengine.errors import AdapterInvalid, AdapterTooLarge
 from aioengine.model.slots.layout import MAX_RANK, SlotLayout
 from aioengine.step import MixPart
