@@ -15,7 +15,7 @@ from typing import NamedTuple, NoReturn
 from aioengine.adapters.peft.config import PeftLoraConfig
 from aioengine.adapters.peft.folder import CONFIG_FILE, AdapterFolder
 from aioengine.adapters.peft.folding.embeddings import EmbeddingParts
-from aioengine.adapters.peft.part import HEAD_KINDS, TOKEN_KINDS, Part, Place
+from aioengine.adapters.peft.part import HEAD_KINDS, Part, Place
 from aioengine.adapters.peft.unsupported import MERGE
 from aioengine.model.spec import EMBEDDING_MODULES, NO_LAYER, LinearShape, ModelSpec
 

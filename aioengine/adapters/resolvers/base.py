@@ -17,7 +17,7 @@ from typing import TypeVar
 from aioengine.adapters.peft.folder import CONFIG_FILE, MAX_CONFIG_BYTES, SAFETENSORS_FILE
 from aioengine.adapters.read_threads import ReadThreads
 from aioengine.checks import format_bytes
-from aioengine.errors import AdapterLoadError, AdapterNotFound, ConfigError
+from aioengine.errors import AdapterInvalid, AdapterLoadError, AdapterNotFound, ConfigError
 
 T = TypeVar("T")
 
@@ -66,14 +66,8 @@ class SharedLookups:
                     transient=True,
                 )
             found = self._under_way[what] = self._threads.start(find)
-            found.add_done_callback(lambda found: self._ended(what, found))
-        await asyncio.wait([found])  # unlike "await found", does not cancel it when this task is cancelled
-        return found.result()
-
-    def _ended(self, what: str, found: asyncio.Future[Path]) -> None:
-        if self._under_way.get(what) is found:
-            del self._under_way[what]
-        found.exception()  # seen, even if nobody waits
+            found.add_done_callback(lambda _: self._under_way.pop(what, None))
+        return await asyncio.shield(found)
 
 
 class BlockingResolver(AdapterResolver):
@@ -144,14 +138,11 @@ def is_plain_path(path: str) -> bool:
     return is_plain_name(path) and "::" not in path and all(map(_URL_PART.fullmatch, path.split("/")))
 
 
-def too_large(file: str, size: int, max_bytes: int) -> str | None:
-    """Return the reason why a file of an adapter is too large to fetch, or None. ``max_bytes`` bounds the
+def check_size(file: str, size: int, max_bytes: int, *, name: str, path: str) -> None:
+    """Raise AdapterInvalid if a file of an adapter is too large to fetch. ``max_bytes`` bounds the
     weights."""
-    limit, todo = (
-        (max_bytes, "; raise max_bytes if the file is right")
-        if file != CONFIG_FILE
-        else (MAX_CONFIG_BYTES, "")
-    )
-    if size <= limit:
-        return None
-    return f"{file} has {format_bytes(size)}, and at most {format_bytes(limit)} are fetched{todo}"
+    of_config = file == CONFIG_FILE
+    limit, todo = MAX_CONFIG_BYTES if of_config else max_bytes, "" if of_config else "; raise max_bytes"
+    if size > limit:
+        text = f"{file} has {format_bytes(size)}, and at most {format_bytes(limit)} are fetched{todo}"
+        raise AdapterInvalid(text, name=name, path=path)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import hashlib
 import os
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
-from aioengine.adapters.peft.folder import CONFIG_FILE, MAX_CONFIG_BYTES, NO_WEIGHTS, SAFETENSORS_FILE
-from aioengine.adapters.resolvers.base import BlockingResolver, is_plain_name, too_large
+from aioengine.adapters.peft.folder import CONFIG_FILE, NO_WEIGHTS, SAFETENSORS_FILE
+from aioengine.adapters.resolvers.base import BlockingResolver, check_size, is_plain_name
 from aioengine.adapters.resolvers.local_copies import LocalCopies
-from aioengine.checks import format_bytes, parse_bytes
+from aioengine.checks import parse_bytes
 from aioengine.errors import AdapterError, AdapterInvalid, AdapterLoadError, AdapterNotFound, ConfigError
 from aioengine.model.files.cache import cache_root
 from aioengine.model.files.remote import check_protocol, why_failed, without_credentials
@@ -33,21 +33,18 @@ class FsspecResolver(BlockingResolver):
 
     ``url`` is anything that fsspec knows: "s3://bucket/adapters" (extra ``s3``), "gs://" (extra ``gcs``),
     "memory://". An adapter's two files are fetched into a folder of ``cache_dir`` that is named after the
-    objects' ETags (or, without these, after other values that change with an object). So a resolve only asks
-    for the objects' state. Changed objects are fetched into another folder, and an adapter that is being
-    served keeps its own. Several processes share one cache: one of them fetches, and the others wait for it.
-    A folder is complete or not there: it is filled under another name and then renamed. The SHA-256 of what
-    was fetched is written down beside it, and checked when the folder is used again. When the cache has grown
-    beyond ``max_cache_bytes``, the copies that were resolved least recently are deleted, but none that was
-    resolved within the last ten minutes. If the copy is gone when an adapter must be read again, its requests
-    fail and the next one fetches it anew.
+    objects' ETags (or, without these, after other values that change with an object). So changed objects are
+    fetched into another folder, and an adapter that is being served keeps its own; see :class:`LocalCopies`.
+    If the copy is gone when an adapter must be read again, its requests fail and the next one fetches it
+    anew.
 
     Args:
         url: Where the adapters are.
         cache_dir: ``$XDG_CACHE_HOME/aioengine/adapters`` if None.
         storage_options: For the filesystem: credentials, endpoint, ...
         max_bytes: The largest weights file that is fetched; bytes, or text such as "2GiB".
-        max_cache_bytes: Bound on all copies in ``cache_dir``; None for no bound.
+        max_cache_bytes: Bound on all copies in ``cache_dir``; None for no bound. Beyond it, those that were
+            resolved least recently are deleted, but none of the last ten minutes.
 
     Raises ConfigError if fsspec, or the package that it needs for this kind of URL, is not installed.
     """
@@ -118,8 +115,7 @@ class FsspecResolver(BlockingResolver):
         if weights is None:
             raise AdapterInvalid(NO_WEIGHTS, name=name, path=where)
         for found in (config, weights):
-            if (reason := too_large(found.file, found.size, self._max_bytes)) is not None:
-                raise AdapterInvalid(reason, name=name, path=where)
+            check_size(found.file, found.size, self._max_bytes, name=name, path=where)
         return [config, weights]
 
     def _nothing_at_all(self) -> str:
@@ -145,27 +141,14 @@ class FsspecResolver(BlockingResolver):
     def _fetch(self, name: str, folder: str, remote: list[_Remote], to: Path) -> None:
         where = f"{self._url}/{folder}"
         for found in remote:
-            limit = MAX_CONFIG_BYTES if found.file == CONFIG_FILE else self._max_bytes
             with self._fs.open(found.path, "rb") as source, (to / found.file).open("xb") as target:
-                if not _copy(source, target, limit):
-                    raise AdapterInvalid(
-                        f"{found.file} has more than {format_bytes(limit)}", name=name, path=where
-                    )
+                while piece := source.read(_PIECE):
+                    target.write(piece)
+                    check_size(found.file, target.tell(), self._max_bytes, name=name, path=where)
         if self._look(name, folder) != remote:
             raise AdapterLoadError(
                 "it changed while it was fetched; try again", name=name, path=where, transient=True
             )
-
-
-def _copy(source: BinaryIO, target: BinaryIO, limit: int) -> bool:
-    """Copy up to ``limit`` bytes. Returns False if there are more."""
-    left = limit
-    while piece := source.read(_PIECE):
-        left -= len(piece)
-        if left < 0:
-            return False
-        target.write(piece)
-    return True
 
 
 def _key(text: str) -> str:

@@ -4,16 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from aioengine.adapters.peft.folder import CONFIG_FILE
-from aioengine.adapters.resolvers.base import ADAPTER_FILES, BlockingResolver, too_large
+from aioengine.adapters.resolvers.base import ADAPTER_FILES, BlockingResolver, check_size
 from aioengine.checks import parse_bytes
 from aioengine.errors import AdapterError, AdapterInvalid, AdapterLoadError, AdapterNotFound, ConfigError
-from aioengine.model.files.hub import HubId, download, has_hub, parse_hub_id
-
-if TYPE_CHECKING:
-    from huggingface_hub.hf_api import ModelInfo
+from aioengine.model.files.hub import HubId, download, explain, has_hub, parse_hub_id
 
 HUB_SECONDS = 10.0
 """Time limit for listing a repository on the Hub."""
@@ -67,17 +63,13 @@ class HubResolver(BlockingResolver):
             raise AdapterNotFound("its owner is not among those whose repositories are served", name=name)
         return self._fetch(name, hub_id)
 
-    async def resolve_path(self, name: str, path: str) -> Path:
+    def fetch(self, name: str, path: str) -> Path:
         """Return the local folder of "hf:owner/name[@revision]", for the adapter ``name``, whoever the owner
-        is.
-
-        Raises AdapterInvalid for another form, AdapterNotFound, AdapterLoadError.
-        """
-        hub_id = parse_hub_path(name, path)
-        return await self._lookups.run(name, path, lambda: self._fetch(name, hub_id))
+        is. Blocks. Raises AdapterInvalid for another form, AdapterNotFound, AdapterLoadError."""
+        return self._fetch(name, parse_hub_path(name, path))
 
     def _fetch(self, name: str, hub_id: HubId) -> Path:
-        from huggingface_hub import constants  # optional
+        from huggingface_hub import constants, errors  # optional
 
         offline = self._local_files_only or constants.HF_HUB_OFFLINE
         repo = HubId(hub_id.repo, hub_id.revision or self._revision)
@@ -87,7 +79,15 @@ class HubResolver(BlockingResolver):
         except AdapterError:
             raise
         except Exception as error:  # it raises many unrelated types
-            raise _refusal(error, name, path, offline=offline) from error
+            missing = errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.HFValidationError
+            not_cached = isinstance(error, errors.LocalEntryNotFoundError)
+            gone = (isinstance(error, missing) and not isinstance(error, errors.GatedRepoError)) or (
+                not_cached and offline
+            )
+            kind = AdapterNotFound if gone else AdapterLoadError
+            reason = "it is not in the local cache, and the Hub may not be asked (offline)"
+            reason = reason if not_cached and offline else explain(error)
+            raise kind(reason, name=name, path=path, transient=not_cached and not offline) from error
         if not (folder / CONFIG_FILE).is_file():
             raise AdapterNotFound(
                 f"the repository has no {CONFIG_FILE}: it is no adapter", name=name, path=path
@@ -115,46 +115,18 @@ class HubResolver(BlockingResolver):
                 if isinstance(error, (errors.RepositoryNotFoundError, errors.RevisionNotFoundError)):
                     raise error from None  # a gated one, too
                 raise
-        self._check_sizes(name, path, info)
+        for file in info.siblings or ():
+            if file.rfilename in ADAPTER_FILES:
+                if file.size is None:
+                    text = f"the Hub does not say how large {file.rfilename} is"
+                    raise AdapterInvalid(text, name=name, path=path)
+                check_size(file.rfilename, file.size, self._max_bytes, name=name, path=path)
         folder = download(repo, ADAPTER_FILES, cache_dir=self._cache_dir, token=self._token)
         if info.sha != folder.name:
             raise AdapterLoadError(
                 "it changed while it was downloaded; try again", name=name, path=path, transient=True
             )
         return folder
-
-    def _check_sizes(self, name: str, path: str, info: ModelInfo) -> None:
-        """Check the files' sizes. Raises AdapterInvalid for one that is too large."""
-        for file in info.siblings or ():
-            if file.rfilename not in ADAPTER_FILES:
-                continue
-            if file.size is None:
-                reason: str | None = f"the Hub does not say how large {file.rfilename} is"
-            else:
-                reason = too_large(file.rfilename, file.size, self._max_bytes)
-            if reason is not None:
-                raise AdapterInvalid(reason, name=name, path=path)
-
-
-def _refusal(error: Exception, name: str, path: str, *, offline: bool) -> AdapterError:
-    """Return what an error of ``huggingface_hub`` means for an adapter."""
-    from huggingface_hub import errors  # optional
-
-    missing = errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.HFValidationError
-    kind: type[AdapterError] = AdapterLoadError
-    transient = False
-    if isinstance(error, errors.GatedRepoError):
-        reason = "the repository is gated: ask for access on the Hub, and set HF_TOKEN"
-    elif isinstance(error, missing):
-        kind = AdapterNotFound
-        reason = "the Hub has no such repository or revision (a private one needs HF_TOKEN)"
-    elif isinstance(error, errors.LocalEntryNotFoundError) and offline:
-        kind, reason = AdapterNotFound, "it is not in the local cache, and the Hub may not be asked (offline)"
-    elif isinstance(error, errors.LocalEntryNotFoundError):
-        transient, reason = True, "the Hub cannot be reached, and the local cache does not have it"
-    else:
-        reason = f"cannot be downloaded from the Hub: {type(error).__name__}: {error}"
-    return kind(reason, name=name, path=path, transient=transient)
 
 
 def parse_hub_path(name: str, path: str) -> HubId:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import logging
 import os
@@ -12,12 +13,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
-
-try:
-    import fcntl
-except ImportError:  # on Windows
-    fcntl = None  # type: ignore[assignment] # no module, so no locks
 
 logger = logging.getLogger("aioengine")
 
@@ -30,12 +25,6 @@ UNFINISHED = ".part-"
 
 _LOCK = ".lock"
 _KEY = re.compile(r"[0-9a-f]{32}")
-
-
-class _Copy(NamedTuple):
-    used: float
-    size: int
-    folder: Path
 
 
 class LocalCopies:
@@ -54,8 +43,6 @@ class LocalCopies:
     def __init__(self, root: Path, max_bytes: int | None) -> None:
         self.root = root
         self._max_bytes = max_bytes
-        self._checked: dict[Path, str] = {}
-        """State of a copy's files when their digests were last checked."""
 
     def get(self, adapter: str, version: str, fetch: Callable[[Path], None]) -> Path:
         """Return the copy of an adapter's version; both arguments are keys. If there is none, ``fetch`` fills
@@ -64,8 +51,7 @@ class LocalCopies:
         if not self._use(folder):
             folder.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
             with (folder.parent / _LOCK).open("ab") as file:
-                if fcntl is not None:  # else several fetch it, at the cost of a download
-                    fcntl.flock(file, fcntl.LOCK_EX)  # ends with the process, too
+                fcntl.flock(file, fcntl.LOCK_EX)  # ends with the process, too
                 if not self._use(folder):  # another process has fetched it meanwhile
                     self._make(folder, fetch)
             self._prune(keep=folder)
@@ -81,17 +67,13 @@ class LocalCopies:
             if not folder.is_dir():
                 return False
         try:
-            looks = _looks(folder)
-            if self._checked.get(folder) != looks:
-                if _digests(folder) != _sealed(folder).read_text(encoding="utf-8"):
-                    raise ValueError("its SHA-256 differs from that of the fetched files")
-                self._checked[folder] = looks
-        except (OSError, ValueError) as error:
-            logger.warning("the local copy %s is fetched again: %s", folder, error)
-            self._checked.pop(folder, None)
+            good = _digests(folder) == _sealed(folder).read_text(encoding="utf-8")
+        except OSError:
+            good = False
+        if not good:
+            logger.warning("the local copy %s is fetched again: it is not as it was fetched", folder)
             _delete(folder)
-            return False
-        return True
+        return good
 
     def _make(self, folder: Path, fetch: Callable[[Path], None]) -> None:
         staging = Path(tempfile.mkdtemp(prefix=UNFINISHED, dir=folder.parent))
@@ -111,48 +93,32 @@ class LocalCopies:
     def _prune(self, *, keep: Path) -> None:
         """Delete the least recently used copies, but not ``keep``, until the bound holds. Copies that cannot
         be deleted stay."""
-        now = time.time()
         if self._max_bytes is None:
             return
+        now = time.time()
         copies = sorted(self._copies(now))
-        total = sum(copy.size for copy in copies)
-        for copy in copies:
-            if total <= self._max_bytes or now - copy.used < KEEP_SECONDS:
+        total = sum(size for _, size, _ in copies)
+        for used, size, folder in copies:
+            if total <= self._max_bytes or now - used < KEEP_SECONDS:
                 return
-            if copy.folder != keep and _delete(copy.folder):
-                total -= copy.size
+            if folder != keep and _delete(folder):
+                total -= size
 
-    def _copies(self, now: float) -> Iterator[_Copy]:
-        for adapter in _subfolders(self.root):
-            if not _KEY.fullmatch(adapter.name):
-                continue
-            for folder in _subfolders(adapter):
-                with suppress(OSError):  # it may be deleted meanwhile
-                    used = folder.stat().st_mtime
-                    if _KEY.fullmatch(folder.name):
-                        yield _Copy(used, sum(f.stat().st_size for f in folder.iterdir()), folder)
-                    elif folder.name.startswith(UNFINISHED) and now - used > STALE_SECONDS:
-                        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _subfolders(folder: Path) -> list[Path]:
-    try:
-        return [path for path in folder.iterdir() if path.is_dir() and not path.is_symlink()]
-    except OSError:
-        return []
+    def _copies(self, now: float) -> Iterator[tuple[float, int, Path]]:
+        """Yield when each copy was used last, its size, and its folder. Deletes what is left of others."""
+        for folder in self.root.glob("*/*"):
+            with suppress(OSError):  # it may be deleted meanwhile
+                if not _KEY.fullmatch(folder.parent.name) or folder.is_symlink() or not folder.is_dir():
+                    continue
+                used = folder.stat().st_mtime
+                if _KEY.fullmatch(folder.name):
+                    yield used, sum(file.stat().st_size for file in folder.iterdir()), folder
+                elif folder.name.startswith(UNFINISHED) and now - used > STALE_SECONDS:
+                    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _sealed(folder: Path) -> Path:
     return folder.with_name(f"{folder.name}.sha256")
-
-
-def _looks(folder: Path) -> str:
-    """Return sizes, times and inodes of the files, which show cheaply whether one has changed."""
-    found = []
-    for path in sorted(folder.iterdir()):
-        status = path.stat()
-        found.append(f"{path.name} {status.st_size} {status.st_mtime_ns} {status.st_ino}")
-    return "\n".join(found)
 
 
 def _digests(folder: Path) -> str:

@@ -54,18 +54,19 @@ class AdapterSources:
     """Fetches adapters by their sources, and keeps them in the caches of the Hub and of remote folders."""
 
     def __init__(self) -> None:
-        self._hub: HubResolver | None = None
-        self._urls = SharedLookups()
-        """Look-ups of URLs, each with the credentials and endpoints of the environment."""
+        self._lookups = SharedLookups()
+        """Each with the credentials and endpoints of the environment."""
 
     async def resolve_path(self, name: str, source: str) -> Path:
         """Return a local folder with the content of ``source``, for the adapter ``name``.
 
         Raises AdapterNotFound, AdapterInvalid, AdapterLoadError; ConfigError if an extra is missing.
         """
-        if source.startswith(PREFIX):
-            if self._hub is None:
-                self._hub = HubResolver()
-            return await self._hub.resolve_path(name, source)
-        parent, _, last = source.rpartition("/")
-        return await self._urls.run(name, source, lambda: FsspecResolver(parent).fetch(name, last))
+        return await self._lookups.run(name, source, lambda: _fetch(name, source))
+
+
+def _fetch(name: str, source: str) -> Path:
+    if source.startswith(PREFIX):
+        return HubResolver().fetch(name, source)
+    parent, _, last = source.rpartition("/")
+    return FsspecResolver(parent).fetch(name, last)

@@ -70,7 +70,9 @@ class EmbeddingParts:
 
         listed = f"trainable_token_indices of {CONFIG_FILE}"
         whole = "the base model's; were the embeddings resized, or was the adapter trained on another model?"
-        self.parts = {Part((NO_LAYER, module), "tokens"): (len(ids), listed) for module, ids in self._ids.items()}
+        self.parts = {
+            Part((NO_LAYER, module), "tokens"): (len(ids), listed) for module, ids in self._ids.items()
+        }
         self.parts |= {Part((NO_LAYER, module), "saved"): (spec.vocab_size, whole) for module in self._saved}
         """The tensors that the file must have: their numbers of rows, and why."""
 
