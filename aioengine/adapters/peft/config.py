@@ -270,14 +270,14 @@ def parse_config(fields: Mapping[str, msgspec.Raw], folder: AdapterFolder) -> Pe
             f"other modules, or {MERGE}"
         )
     for name, ids in config.tokens.items():
-        where = f"trainable_token_indices[{name[:80]!r}]"
+        field = f"trainable_token_indices[{name[:80]!r}]"
         if name.rpartition(".")[2] not in EMBEDDING_MODULES:
-            invalid(f"{where}: only rows of {' and '.join(EMBEDDING_MODULES)} can be swapped: {MERGE}")
+            invalid(f"{field}: only rows of {' and '.join(EMBEDDING_MODULES)} can be swapped: {MERGE}")
         if len(ids) > MAX_TRAINED_TOKENS:
-            invalid(f"{where}: {len(ids)} tokens, more than {MAX_TRAINED_TOKENS}: {MERGE}")
+            invalid(f"{field}: {len(ids)} tokens, more than {MAX_TRAINED_TOKENS}: {MERGE}")
         if len(set(ids)) != len(ids):
             twice = next(item for at, item in enumerate(ids) if item in ids[:at])
-            invalid(f"{where}: token {twice} is there twice; save the adapter again with PEFT")
+            invalid(f"{field}: token {twice} is there twice; save the adapter again with PEFT")
     if config.alora_invocation_tokens:
         if config.use_dora:
             invalid("alora_invocation_tokens and use_dora together have no meaning in PEFT")

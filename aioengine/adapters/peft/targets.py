@@ -146,7 +146,7 @@ class Layout:
         self._spec = spec
         self._modules = tuple(target_modules)
         self.tied = (
-            config.ensure_weight_tying
+            bool(config.ensure_weight_tying)
             and spec.tie_embeddings
             and (NO_LAYER, "embed_tokens") in spec.adaptable()
             and config.targets(spec.module_name(NO_LAYER, "embed_tokens"), linear=False)
