@@ -209,50 +209,41 @@ def _slots_text(plan: MemoryPlan) -> str:
 
 def build_labels(info: EngineInfo) -> dict[str, str]:
     """Return the labels of the metric ``aioengine_build_info``."""
-    fields = msgspec.structs.asdict(info)
-    return {**fields, "batch_invariant": "true" if info.batch_invariant else "false"}
+    return {**msgspec.structs.asdict(info), "batch_invariant": str(info.batch_invariant).lower()}
 
 
 def core_limits(config: EngineConfig, parts: Built) -> CoreLimits:
-    lora = config.lora
-    cpu_max_bytes = parts.plan.cpu_max_bytes
+    lora, plan, spec = config.lora, parts.plan, parts.spec
+    max_step_seconds, tenant_pins = config.max_step_seconds, config.max_prefix_pins_per_tenant
+    if max_step_seconds is None and plan.device == "cpu":
+        max_step_seconds = CPU_STEP_SECONDS
     return CoreLimits(
-        num_slots=parts.plan.num_slots,
-        cpu_capacity=parts.plan.cpu_capacity,
+        num_slots=plan.num_slots,
+        cpu_capacity=plan.cpu_capacity,
         max_loads=1 if lora is None else lora.max_concurrent_loads,
-        num_blocks=parts.plan.num_blocks,
-        block_size=parts.plan.block_size,
+        num_blocks=plan.num_blocks,
+        block_size=plan.block_size,
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.max_num_batched_tokens,
-        max_model_len=parts.plan.max_model_len,
+        max_model_len=plan.max_model_len,
         prefix_caching=config.enable_prefix_caching,
         max_waiting=config.max_waiting,
         max_waiting_per_tenant=config.max_waiting_per_tenant,
         max_waiting_per_adapter=config.max_waiting_per_adapter,
         max_waiting_tokens=config.max_waiting_tokens,
         max_waiting_tokens_per_tenant=config.max_waiting_tokens_per_tenant,
-        eos_token_ids=parts.spec.eos_token_ids,
+        eos_token_ids=spec.eos_token_ids,
         seed=config.seed,
-        cpu_max_bytes=None if cpu_max_bytes is None else cpu_max_bytes * parts.plan.num_ranks,
-        slot_memory=parts.plan.slot_memory,
-        slot_bytes=parts.plan.slot_bytes,
-        window=parts.spec.longest_window,
+        cpu_max_bytes=None if plan.cpu_max_bytes is None else plan.cpu_max_bytes * plan.num_ranks,
+        slot_memory=plan.slot_memory,
+        slot_bytes=plan.slot_bytes,
+        window=spec.longest_window,
         policy_time_budget=config.policy_time_budget,
         policy_max_overruns=config.policy_max_overruns,
-        max_step_seconds=_max_step_seconds(config, parts.plan),
-        pair_tokens=parts.spec.pair_tokens,
+        max_step_seconds=max_step_seconds,
+        pair_tokens=spec.pair_tokens,
         speculation=config.speculation,
-        max_pinned_blocks=int(parts.plan.num_blocks * config.max_prefix_pins),
-        max_pinned_blocks_per_tenant=_share(parts.plan.num_blocks, config.max_prefix_pins_per_tenant),
+        max_pinned_blocks=int(plan.num_blocks * config.max_prefix_pins),
+        max_pinned_blocks_per_tenant=None if tenant_pins is None else int(plan.num_blocks * tenant_pins),
         draft_constrained=config.executor == "thread",
     )
-
-
-def _share(blocks: int, share: float | None) -> int | None:
-    return None if share is None else int(blocks * share)
-
-
-def _max_step_seconds(config: EngineConfig, plan: MemoryPlan) -> float | None:
-    if config.max_step_seconds is None and plan.device == "cpu":
-        return CPU_STEP_SECONDS
-    return config.max_step_seconds

@@ -22,7 +22,7 @@ from aioengine.runtime.event_stream import Decided, Listeners
 from aioengine.runtime.foreign import ForeignCode
 from aioengine.runtime.transfers import AdapterMoves
 from aioengine.runtime.waits import Waits
-from aioengine.runtime.watches import IDLE_WARNING_SECONDS, IdleWatch, LoopLagMeter
+from aioengine.runtime.watches import LoopLagMeter
 from aioengine.step import StepBatch, StepResult
 
 logger = logging.getLogger("aioengine")
@@ -56,7 +56,6 @@ class EngineLoop:
         self._virtual = virtual
         self._moves = AdapterMoves(core, device, changed=self._moved)
         self._waits = Waits()
-        self._idle = IdleWatch(core)
         self._lag = LoopLagMeter(self._report_lag, timer)
         self._wake = asyncio.Event()
         self._died = asyncio.Event()
@@ -176,7 +175,6 @@ class EngineLoop:
         for move in moves:
             self._moves.start(move)
         self.publish()
-        self._idle.look(self.core.now, idle=batch is None and not self._moves.under_way)
         return batch, decided
 
     def _begin(self, batch: StepBatch, decided: Decided, over: asyncio.Future[None]) -> None:
@@ -228,7 +226,7 @@ class EngineLoop:
         seconds = None if due is None else max(due - now, 0.0)
         if self.core.queues:
             ask = max(self.core.next_ask() - now, POLICY_RETRY_SECONDS)
-            seconds = min(ask, IDLE_WARNING_SECONDS, inf if seconds is None else seconds)
+            seconds = min(ask, inf if seconds is None else seconds)
         await self._woken(seconds)
 
     async def _woken(self, within: float | None) -> None:

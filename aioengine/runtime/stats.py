@@ -23,51 +23,67 @@ class Counters:
     )
 
     def __init__(self) -> None:
-        self._n: Counter[str] = Counter()
+        self._counts = Counter(
+            dict.fromkeys(
+                (
+                    *("requests_finished", "requests_aborted", "requests_failed"),
+                    *("prompt_tokens", "cached_tokens", "output_tokens"),
+                    *("slot_hits", "slot_misses", "slot_loads", "slot_evictions"),
+                    *("cpu_loads", "cpu_evictions", "load_failures"),
+                ),
+                0,
+            )
+        )
+        """Fields of :class:`EngineStats`."""
         self.residency = 0
         """Number of changes to the contents of slots and CPU cache, and of replacements."""
         self.memory_unplanned: int | None = None
         """Value of the field of :class:`EngineStats`."""
 
     def __call__(self, event: events.Event) -> None:
-        n = self._n
+        counts = self._counts
         match event:
             case events.RequestAdded(adapter=str()):
-                n["slot_hits" if event.location == "slot" else "slot_misses"] += 1
+                counts["slot_hits" if event.location == "slot" else "slot_misses"] += 1
             case events.RequestAdmitted(resumed=False):
-                n["cached_tokens"] += event.cached_tokens
+                counts["cached_tokens"] += event.cached_tokens
             case events.RequestEnded():
                 kind = {"abort": "aborted", "error": "failed"}.get(event.reason, "finished")
-                n[f"requests_{kind}"] += 1
-                n["prompt_tokens"] += event.prompt_tokens
-                n["output_tokens"] += event.output_tokens
+                counts[f"requests_{kind}"] += 1
+                counts["prompt_tokens"] += event.prompt_tokens
+                counts["output_tokens"] += event.output_tokens
             case events.AdapterPlaced():
-                n["slot_loads"] += 1
+                counts["slot_loads"] += 1
                 self.residency += 1
             case events.AdapterLoaded():
-                n["cpu_loads"] += 1
+                counts["cpu_loads"] += 1
                 self.residency += 1
             case events.AdapterEvicted():
-                n[f"{event.level}_evictions"] += 1
+                counts[f"{event.level}_evictions"] += 1
                 self.residency += 1
             case (
                 events.AdapterUnloaded() | events.EngineRestarted() | events.AdapterRegistered(replaces=int())
             ):
                 self.residency += 1
             case events.AdapterFailed():
-                n["load_failures"] += 1
+                counts["load_failures"] += 1
 
     def snapshot(self, core: Core, listener_failures: int) -> EngineStats:
-        n = self._n
-        queues = core.queues
-        preempted = core.room.returned
-        blocked = sum(
-            len(entry.waiting) - (sum(r.ticket is None for r in entry.waiting) if preempted else 0)
+        queues, room, blocks, arena = core.queues, core.room, core.blocks, core.slots.arena
+        live = core.requests.values()
+        counts = self._counts.copy()
+        counts["prompt_tokens"] += sum(request.prompt_len for request in live)
+        counts["output_tokens"] += sum(request.made_tokens for request in live)
+        cold = [
+            entry
             for entry in queues.heads.values()
             if entry is not None and entry.location is not Location.SLOT
-        )
-        live = core.requests.values()
+        ]
+        blocked = sum(len(entry.waiting) for entry in cold)
+        if room.returned:  # preempted requests, whose places are gone
+            blocked -= sum(request.ticket is None for entry in cold for request in entry.waiting)
         return EngineStats(
+            **counts,
             slots=slot_infos(core),
             cpu_adapters=len(core.cpu.entries),
             cpu_capacity=core.cpu.capacity,
@@ -75,48 +91,32 @@ class Counters:
             running=len(core.running),
             waiting=len(queues),
             waiting_for_adapter=blocked,
-            waiting_preempted=preempted,
-            max_waiting=core.room.max_waiting,
-            waiting_tokens=core.room.tokens,
-            max_waiting_tokens=core.room.max_tokens,
+            waiting_preempted=room.returned,
+            max_waiting=room.max_waiting,
+            waiting_tokens=room.tokens,
+            max_waiting_tokens=room.max_tokens,
             max_running=core.limits.max_num_seqs,
-            kv_blocks=core.blocks.num_blocks,
-            kv_blocks_free=core.blocks.num_free,
-            kv_blocks_pinned=len(core.blocks.pins),
-            kv_pins_lost=core.blocks.pins_lost,
-            block_size=core.blocks.block_size,
+            kv_blocks=blocks.num_blocks,
+            kv_blocks_free=blocks.num_free,
+            kv_blocks_pinned=len(blocks.pins),
+            kv_pins_lost=blocks.pins_lost,
+            block_size=blocks.block_size,
             steps=core.step,
             preemptions=core.batcher.preemptions,
-            requests_finished=n["requests_finished"],
-            requests_aborted=n["requests_aborted"],
-            requests_failed=n["requests_failed"],
-            prompt_tokens=n["prompt_tokens"] + sum(r.prompt_len for r in live),
-            cached_tokens=n["cached_tokens"],
-            output_tokens=n["output_tokens"] + sum(r.made_tokens for r in live),
-            slot_loads=n["slot_loads"],
-            slot_evictions=n["slot_evictions"],
-            cpu_loads=n["cpu_loads"],
-            cpu_evictions=n["cpu_evictions"],
-            load_failures=n["load_failures"],
             listener_failures=listener_failures,
-            slot_hits=n["slot_hits"],
-            **_slot_memory(core),
+            slot_memory=arena.size,
+            slot_memory_used=arena.used,
+            slot_memory_fragmented=arena.free - arena.largest_hole if _by_bytes(core) else 0,
             memory_unplanned=self.memory_unplanned,
-            slot_misses=n["slot_misses"],
         )
 
 
-def _slot_memory(core: Core) -> dict[str, int]:
-    arena, by_bytes = core.slots.arena, core.limits.slot_memory is not None
-    return {
-        "slot_memory": arena.size,
-        "slot_memory_used": arena.used,
-        "slot_memory_fragmented": arena.free - arena.largest_hole if by_bytes else 0,
-    }
+def _by_bytes(core: Core) -> bool:
+    return core.limits.slot_memory is not None
 
 
 def slot_infos(core: Core) -> tuple[SlotInfo, ...]:
-    arena, by_bytes = core.slots.arena, core.limits.slot_memory is not None
+    regions = core.slots.arena.regions if _by_bytes(core) else {}
     return tuple(
         SlotInfo(
             index=slot.index,
@@ -125,8 +125,8 @@ def slot_infos(core: Core) -> tuple[SlotInfo, ...]:
             version=None if slot.entry is None else slot.entry.version,
             running=0 if slot.entry is None else slot.entry.running,
             pinned=slot.entry is not None and slot.entry.pinned,
-            offset=slot.offset if by_bytes else None,
-            bytes=arena.regions[slot.offset] if by_bytes and slot.offset is not None else 0,
+            offset=slot.offset if _by_bytes(core) else None,
+            bytes=0 if slot.offset is None else regions.get(slot.offset, 0),
         )
         for slot in core.slots.slots
     )

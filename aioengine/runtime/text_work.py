@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import heapq
-from collections import Counter
 from collections.abc import Callable, Collection, Sized
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import partial
+from heapq import heappop, heappush
+from itertools import count
 from typing import Any, NamedTuple, TypeVar
 
 from aioengine.errors import EngineStopped
@@ -55,81 +57,25 @@ def size_of_json(value: object) -> int:
     return size
 
 
-class _Waiter(NamedTuple):
+class _Text(NamedTuple):
     ends: float
-    """Virtual time at which the text would end if it ran alone."""
+    """Time at which it would end if it ran alone."""
     arrival: int
     size: int
-    turn: asyncio.Future[None]
-    """Set when a thread is free for the text."""
+    work: Callable[[], Any]
+    done: asyncio.Future[Any]
 
 
-class _Lane:
-    """Queue of texts that wait for threads, by owner: start-time fair queueing (Goyal, Vin and Cheng, 1996).
+@dataclass(eq=False, slots=True)
+class _Flow:
+    """Texts of one owner that are all over ``LONG``, or all not: those that run and those that wait."""
 
-    An owner's next text starts, in virtual time, where its last one ended, or now if that is later; the one
-    that starts first is next. Virtual time is the start of the text that was begun last.
-    """
-
-    def __init__(self) -> None:
-        self.running = 0
-        self._now = 0.0
-        self._starts: dict[Owner, float] = {}
-        """Start tag of the next text of each owner with texts here."""
-        self._waiting: dict[Owner, list[_Waiter]] = {}
-        """Waiting texts by owner, as heaps; none is empty."""
-        self._here: Counter[Owner] = Counter()
-        """Number of texts that run or wait."""
-
-    def begin(self, owner: Owner, size: int) -> None:
-        """Note that a text has a thread."""
-        self.running += 1
-        self._here[owner] += 1
-        self._charge(owner, size)
-
-    def end(self, owner: Owner) -> None:
-        self.running -= 1
-        self._left(owner)
-
-    def put(self, owner: Owner, waiter: _Waiter) -> None:
-        self._here[owner] += 1
-        heapq.heappush(self._waiting.setdefault(owner, []), waiter)
-
-    def take(self) -> bool:
-        """Start the next waiting text. Returns False if there is none."""
-        while self._waiting:
-            owner = min(self._waiting, key=lambda owner: (self._start(owner), self._waiting[owner][0][:2]))
-            waiter = heapq.heappop(self._waiting[owner])
-            if not self._waiting[owner]:
-                del self._waiting[owner]
-            if waiter.turn.done():  # cancelled
-                self._left(owner)
-                continue
-            self.running += 1
-            self._charge(owner, waiter.size)
-            waiter.turn.set_result(None)
-            return True
-        return False
-
-    def fail(self, error: Exception) -> None:
-        for waiters in self._waiting.values():
-            for waiter in waiters:
-                if not waiter.turn.done():
-                    waiter.turn.set_exception(error)
-        self._waiting.clear()
-
-    def _start(self, owner: Owner) -> float:
-        return max(self._now, self._starts.get(owner, 0.0))
-
-    def _charge(self, owner: Owner, size: int) -> None:
-        self._now = self._start(owner)
-        self._starts[owner] = self._now + size
-
-    def _left(self, owner: Owner) -> None:
-        self._here[owner] -= 1
-        if not self._here[owner]:
-            del self._here[owner]
-            self._starts.pop(owner, None)
+    is_long: bool
+    start: float = 0.0
+    """Virtual time at which its next text starts at the earliest."""
+    waiting: list[_Text] = field(default_factory=list)
+    """As a heap."""
+    running: int = 0
 
 
 class TextWork:
@@ -141,14 +87,22 @@ class TextWork:
     which each would end if it ran alone at ``RATE``, so a long one does not delay the shorter ones behind it,
     and a flood of short ones does not delay a long one for ever. Texts over ``LONG`` have all threads but
     one.
+
+    The shares are those of start-time fair queueing (Goyal, Vin and Cheng, 1996): an owner's next text
+    starts, in virtual time, where its last one ended, or now if that is later; the one that starts first is
+    next. Virtual time is the start of the text that was begun last.
     """
 
     def __init__(self, threads: int = 2) -> None:
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="aioengine-text")
         self._count = threads
         self._jobs: set[Future[Any]] = set()
-        self._short, self._long = _Lane(), _Lane()
-        self._arrivals = 0
+        self._flows: dict[tuple[Owner, bool], _Flow] = {}
+        """None is empty."""
+        self._long_running = 0
+        self._now = 0.0
+        """Virtual time."""
+        self._arrivals = count()
         self._closed = False
 
     async def run(self, size: int, work: Callable[[], T], owner: Owner = None) -> T:
@@ -159,61 +113,77 @@ class TextWork:
         """
         if size <= SHORT:
             return work()
-        lane = self._long if size > LONG and self._count > 1 else self._short
-        await self._turn(lane, owner, size)
-        job = self._threads.submit(work)
+        if self._closed:
+            raise EngineStopped("the engine has been stopped")
         loop = asyncio.get_running_loop()
-        self._jobs.add(job)
-
-        def ended(job: Future[T]) -> None:
-            with suppress(RuntimeError):  # the loop has ended
-                loop.call_soon_threadsafe(self._ended, job, lane, owner)
-
-        job.add_done_callback(ended)
-        return await asyncio.wrap_future(job)
+        done: asyncio.Future[T] = loop.create_future()
+        is_long = size > LONG and self._count > 1
+        flow = self._flows.setdefault((owner, is_long), _Flow(is_long))
+        heappush(flow.waiting, _Text(loop.time() + size / RATE, next(self._arrivals), size, work, done))
+        self._begin()
+        return await done
 
     async def close(self) -> None:
         """Wait for running work; waiting work fails with EngineStopped."""
         self._closed = True
-        for lane in (self._short, self._long):
-            lane.fail(EngineStopped("the engine was stopped while the text was to be tokenized"))
+        error = EngineStopped("the engine was stopped while the text was to be tokenized")
+        for flow in self._flows.values():
+            for text in flow.waiting:
+                if not text.done.done():
+                    text.done.set_exception(error)
+            flow.waiting.clear()
         await asyncio.gather(*map(asyncio.wrap_future, self._jobs), return_exceptions=True)
         self._threads.shutdown(wait=True)
 
-    async def _turn(self, lane: _Lane, owner: Owner, size: int) -> None:
-        if self._closed:
-            raise EngineStopped("the engine has been stopped")
-        if self._has_room(lane):
-            lane.begin(owner, size)
-            return
-        loop = asyncio.get_running_loop()
-        turn = loop.create_future()
-        self._arrivals += 1
-        lane.put(owner, _Waiter(loop.time() + size / RATE, self._arrivals, size, turn))
-        try:
-            await turn
-        except asyncio.CancelledError:
-            if turn.done() and not turn.cancelled() and turn.exception() is None:
-                lane.end(owner)
-                self._pass_on()
-            raise
+    def _begin(self) -> None:
+        """Begin the next texts, as long as a thread is free."""
+        while len(self._jobs) < self._count:
+            room = self._long_running < self._count - 1
+            ready = [key for key, flow in self._flows.items() if flow.waiting and (room or not flow.is_long)]
+            if not ready:
+                return
+            key = min(ready, key=self._turn)
+            flow = self._flows[key]
+            text = heappop(flow.waiting)
+            if text.done.done():  # cancelled
+                self._drop_empty(key)
+                continue
+            self._now = max(self._now, flow.start)
+            flow.start = self._now + text.size
+            flow.running += 1
+            self._long_running += flow.is_long
+            job = self._threads.submit(text.work)
+            self._jobs.add(job)
+            loop = asyncio.get_running_loop()
+            job.add_done_callback(partial(self._call_ended, loop, key, text.done))
 
-    def _has_room(self, lane: _Lane) -> bool:
-        """Whether a thread is free. Nothing waits while it could run, so a text that finds room is the
-        first."""
-        if lane is self._long and self._long.running == self._count - 1:
-            return False
-        return self._short.running + self._long.running < self._count
+    def _turn(self, key: tuple[Owner, bool]) -> tuple[float, float, int]:
+        flow = self._flows[key]
+        return max(self._now, flow.start), flow.waiting[0].ends, flow.waiting[0].arrival
 
-    def _ended(self, job: Future[Any], lane: _Lane, owner: Owner) -> None:
+    def _call_ended(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        key: tuple[Owner, bool],
+        done: asyncio.Future[Any],
+        job: Future[Any],
+    ) -> None:
+        with suppress(RuntimeError):  # the loop has ended
+            loop.call_soon_threadsafe(self._ended, key, done, job)
+
+    def _ended(self, key: tuple[Owner, bool], done: asyncio.Future[Any], job: Future[Any]) -> None:
         self._jobs.discard(job)
-        lane.end(owner)
-        self._pass_on()
+        flow = self._flows[key]
+        flow.running -= 1
+        self._long_running -= flow.is_long
+        self._drop_empty(key)
+        if not done.done():
+            if (error := job.exception()) is None:
+                done.set_result(job.result())
+            else:
+                done.set_exception(error)
+        self._begin()
 
-    def _pass_on(self) -> None:
-        """Start the next text. A long one comes first if none runs: short ones may use every thread but that
-        one."""
-        lanes = (self._short, self._long) if self._long.running else (self._long, self._short)
-        for lane in lanes:
-            while self._has_room(lane) and lane.take():
-                pass
+    def _drop_empty(self, key: tuple[Owner, bool]) -> None:
+        if not (self._flows[key].running or self._flows[key].waiting):
+            del self._flows[key]

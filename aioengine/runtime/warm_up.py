@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-
-import msgspec
+from collections.abc import Iterator
 
 from aioengine.config import EngineConfig
 from aioengine.executors.base import Device, run_step
@@ -42,21 +40,9 @@ def first_requests(plan: MemoryPlan) -> Iterator[StepBatch]:
     """Yield the steps of two requests, a greedy and a sampled one: a prompt, and a token after it."""
     tokens = min(_PROMPT, plan.max_model_len - 1)
     width = -(-(tokens + 1) // plan.block_size)
-    history = [0] * (tokens + 1)
     for start, count in ((0, tokens), (tokens, 1)):
         sequences = [
-            SequenceWork(
-                request_id=f"warm-up-{i}",
-                slot=-1,
-                tokens=[0] * count,
-                start=start,
-                block_table=list(range(i * width, (i + 1) * width)),
-                sample=True,
-                params=params,
-                seed=0,
-                history=history[: start + count],
-                prompt_len=tokens,
-            )
+            _work(plan, -1, start, count, number=i, params=params, prompt_len=tokens, blocks=width)
             for i, params in enumerate(_PARAMS[: plan.num_blocks // width])
         ]
         yield StepBatch(0, sequences, [0] * plan.num_slots)
@@ -70,16 +56,11 @@ def kernel_shapes(plan: MemoryPlan, config: EngineConfig) -> Iterator[StepBatch]
     block table contains block 0 only: the results have no meaning, and nothing is sampled from them.
     """
     most = min(config.max_num_batched_tokens, plan.max_model_len - 1)
-    slots = (-1,) if config.lora is None else (-1, 0)
-    rank = 0 if config.lora is None else config.lora.max_lora_rank
-    ranks = [rank, *[0] * (plan.num_slots - 1)][: plan.num_slots]
     contexts = [_FIRST_CONTEXT // 2, *(_FIRST_CONTEXT << i for i in range(_CONTEXTS))]
-    for slot in slots:
-        for tokens in (_PROMPT, most):
-            yield StepBatch(0, [_work(plan, slot, 0, tokens)], ranks)
-        for context in contexts:
-            if context < plan.max_model_len:
-                yield StepBatch(0, [_work(plan, slot, context, 1)], ranks)
+    for slot in (-1,) if config.lora is None else (-1, 0):
+        for start, tokens in ((0, _PROMPT), (0, most), *((context, 1) for context in contexts)):
+            if start < plan.max_model_len:
+                yield StepBatch(0, [_work(plan, slot, start, tokens)], _ranks(plan, config))
 
 
 def largest_step(plan: MemoryPlan, config: EngineConfig) -> StepBatch:
@@ -88,32 +69,42 @@ def largest_step(plan: MemoryPlan, config: EngineConfig) -> StepBatch:
     tokens, longest = config.max_num_batched_tokens, plan.max_model_len - 1
     rows = min(config.max_num_seqs, tokens)
     slot = -1 if config.lora is None else 0
-    rank = 0 if config.lora is None else config.lora.max_lora_rank
-    counts = [min(longest, tokens // rows + (i < tokens % rows)) for i in range(rows)]
     work = [
-        msgspec.structs.replace(
-            _work(plan, slot, 0, count),
-            request_id=f"warm-up-{i}",
-            sample=True,
-            params=_DEAREST,
-            history=[0] * count,
-        )
-        for i, count in enumerate(counts)
+        _work(plan, slot, 0, min(longest, tokens // rows + (i < tokens % rows)), number=i, params=_DEAREST)
+        for i in range(rows)
     ]
-    return StepBatch(0, work, [rank, *[0] * (plan.num_slots - 1)][: plan.num_slots])
+    return StepBatch(0, work, _ranks(plan, config))
 
 
-def _work(plan: MemoryPlan, slot: int, start: int, count: int) -> SequenceWork:
-    table: Sequence[int] = [0] * -(-(start + count) // plan.block_size)
+def _ranks(plan: MemoryPlan, config: EngineConfig) -> list[int]:
+    """Return the ranks in the slots, of which the first has the largest adapter that there may be."""
+    rank = 0 if config.lora is None else config.lora.max_lora_rank
+    return [rank, *[0] * (plan.num_slots - 1)][: plan.num_slots]
+
+
+def _work(
+    plan: MemoryPlan,
+    slot: int,
+    start: int,
+    count: int,
+    *,
+    number: int = 0,
+    params: SamplingParams | None = None,
+    prompt_len: int | None = None,
+    blocks: int = 0,
+) -> SequenceWork:
+    """Return a sequence that is sampled if it has ``params``, in block 0 or, with as many ``blocks`` for
+    each sequence, in its own."""
+    table = [0] * -(-(start + count) // plan.block_size)
     return SequenceWork(
-        request_id="warm-up",
+        request_id=f"warm-up-{number}",
         slot=slot,
         tokens=[0] * count,
         start=start,
-        block_table=list(table),
-        sample=False,
-        params=_PARAMS[0],
+        block_table=list(range(number * blocks, (number + 1) * blocks)) if blocks else table,
+        sample=params is not None,
+        params=params or _PARAMS[0],
         seed=0,
-        history=[],
-        prompt_len=start + count,
+        history=[0] * (start + count) if params is not None else [],
+        prompt_len=start + count if prompt_len is None else prompt_len,
     )

@@ -1,18 +1,11 @@
-"""Watches of a running engine: an event loop that is late, and a policy that lets requests wait."""
+"""Watch of an event loop that is late."""
 
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import Callable
 
-from aioengine.core import Core
-from aioengine.schedulers.policy import Location
-
-logger = logging.getLogger("aioengine")
-
 LAG_INTERVAL_SECONDS = 0.25
-IDLE_WARNING_SECONDS = 5.0
 
 
 class LoopLagMeter:
@@ -41,38 +34,3 @@ class LoopLagMeter:
         lag = max(self._timer() - self._due, 0.0)
         self.start()
         self._report(lag)
-
-
-class IdleWatch:
-    """Detects a policy that leaves requests waiting although nothing prevents them from running.
-
-    It logs each such period once and does nothing else, because the policy may intend it."""
-
-    def __init__(self, core: Core) -> None:
-        self._core = core
-        self._since: float | None = None
-        self._said = False
-
-    def look(self, now: float, *, idle: bool) -> None:
-        """Check after a decision. ``idle`` means that no batch was formed and no adapter is moving."""
-        if not idle or not self._core.queues:
-            self._since, self._said = None, False
-            return
-        if self._since is None:
-            self._since = now
-        seconds = now - self._since
-        if self._said or seconds < IDLE_WARNING_SECONDS:
-            return
-        self._said = True
-        heads = self._core.queues.heads.values()
-        cold = sum(len(e.waiting) for e in heads if e is not None and e.location is not Location.SLOT)
-        waiting = len(self._core.queues)
-        logger.warning(
-            "policy %s has started nothing for %.0f s: %d requests wait (%d that could run, %d whose "
-            "adapters are in no slot), nothing runs and no adapter is moving",
-            self._core.guard.name,
-            seconds,
-            waiting,
-            waiting - cold,
-            cold,
-        )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import Awaitable, Callable
 
 import pytest
@@ -16,7 +15,6 @@ from aioengine.executors.base import Device
 from aioengine.lab.simulation.clock import VirtualTimeLoop
 from aioengine.request import RequestOptions, SamplingParams
 from aioengine.runtime.loop import EngineLoop
-from aioengine.runtime.watches import IDLE_WARNING_SECONDS
 from aioengine.schedulers import Decision, SchedulerPolicy, SchedulerView
 from aioengine.schedulers.policies.fcfs import FCFS
 from aioengine.schedulers.policy import Location
@@ -44,53 +42,6 @@ def add(stepper: EngineLoop, request_id: str, adapter: str | None = None) -> Non
     params = SamplingParams(max_tokens=3)
     core.add_request(request_id, [3, 4], params, RequestOptions(), now, adapter=entry)
     stepper.wake()
-
-
-class Lazy(FCFS):
-    """Decides nothing until it is woken up."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.awake = False
-
-    def schedule(self, view: SchedulerView) -> Decision:
-        return super().schedule(view) if self.awake else Decision()
-
-
-def test_a_policy_that_leaves_everybody_waiting_is_named_once(caplog: pytest.LogCaptureFixture) -> None:
-    policy = Lazy()
-
-    async def main(stepper: EngineLoop) -> None:
-        stepper.core.residency.publish(stepper.core.residency.declare("a", "/a"), 0.0)
-        add(stepper, "r1")
-        add(stepper, "r2", "a")
-        await asyncio.sleep(IDLE_WARNING_SECONDS - 1)
-        assert not caplog.messages
-        await asyncio.sleep(100)
-        (message,) = caplog.messages
-        assert "policy Lazy has started nothing for 5 s" in message
-        assert "2 requests wait (1 that could run, 1 whose adapters are in no slot)" in message
-        assert len(stepper.core.requests) == 2, "nothing is done about it"
-
-    with caplog.at_level(logging.WARNING, logger="aioengine"):
-        run(policy, main)
-
-
-def test_a_wait_that_ends_is_not_reported(caplog: pytest.LogCaptureFixture) -> None:
-    policy = Lazy()
-
-    async def main(stepper: EngineLoop) -> None:
-        for i in range(5):
-            policy.awake = False
-            add(stepper, f"r{i}")
-            await asyncio.sleep(IDLE_WARNING_SECONDS - 1)
-            policy.awake = True
-            await asyncio.sleep(1)
-        assert not stepper.core.requests
-
-    with caplog.at_level(logging.WARNING, logger="aioengine"):
-        run(policy, main)
-    assert not caplog.messages
 
 
 class HoldsBack(FCFS):
