@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Self, TypeVar
 import msgspec
 
 from aioengine.adapters.read_threads import ReadThreads
-from aioengine.config import WAITING_BOUNDS, EngineConfig
+from aioengine.config import WAITING_BOUNDS
 from aioengine.errors import AioEngineError, ConfigError
 
 if TYPE_CHECKING:
@@ -141,14 +141,17 @@ def _differing(one: Checked, other: Checked) -> dict[str, Any]:
 
 
 def _settings(checked: Checked) -> dict[str, Any]:
-    def fields(struct: EngineConfig | Any, prefix: str = "") -> dict[str, Any]:
-        return {f"{prefix}{name}": getattr(struct, name) for name in struct.__struct_fields__}
+    """Return all settings by name. Of a field with a struct, there are the struct's fields."""
+    found = _fields(checked.config)
+    if (lora := found.pop("lora")) is not None:
+        found |= _fields(lora, "lora.")
+    found |= {f"[server] {name}": value for name, value in vars(checked.flags).items()}
+    fleet = None if checked.replicas is None else _fields(checked.replicas)
+    return {**found, "[fleet]": fleet and {**fleet, "engine": None}}
 
-    found = fields(checked.config)
-    if checked.config.lora is not None:
-        found = {**found, **fields(checked.config.lora, "lora."), "lora": ...}
-    server = {f"[server] {name}": value for name, value in vars(checked.flags).items()}
-    return {**found, **server, "[fleet]": checked.replicas and fields(checked.replicas) | {"engine": ...}}
+
+def _fields(struct: msgspec.Struct, prefix: str = "") -> dict[str, Any]:
+    return {f"{prefix}{name}": getattr(struct, name) for name in struct.__struct_fields__}
 
 
 class _AdapterChanges(NamedTuple):

@@ -6,18 +6,27 @@ import codecs
 import textwrap
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import msgspec
+from msgspec import Meta
 
-from aioengine.checks import nearest
+from aioengine.checks import check_value, nearest
 from aioengine.errors import RequestInvalid
 from aioengine.request import Prompt, SamplingParams, Wanted, split_keywords
 
-MAX_CHOICES = 128
-
-_SCHEDULING = {"priority": int, "deadline": float, "tenant": str}
-_OWN = ("id", "prompt", "messages", "adapter", "n", *_SCHEDULING)
+_KINDS: dict[str, Any] = {
+    "id": str | int,
+    "prompt": str | list[int],
+    "messages": list[dict[str, Any]],
+    "adapter": str | dict[str, float],
+    "n": Annotated[int, Meta(ge=1, le=128)],
+    "priority": int,
+    "deadline": float,
+    "tenant": str,
+}
+"""Fields of a line beside those of SamplingParams."""
+_NEVER_NULL = ("id", "prompt", "messages")
 _SAMPLING = tuple(name for name in SamplingParams.__struct_fields__ if name != "constraint")
 
 LINE_FORMAT = f"""\
@@ -65,43 +74,39 @@ class Defaults:
     scheduling: Mapping[str, Any] = field(default_factory=dict)
 
     def request(self, fields: Mapping[str, Any], index: int) -> Request:
-        """Return the request that ``fields`` describe, the ``index``-th. Raises RequestInvalid,
-        msgspec.ValidationError or TypeError if they are wrong."""
+        """Return the request that ``fields`` describe, the ``index``-th. Raises RequestInvalid if they are
+        wrong."""
+        known = (*_KINDS, *_SAMPLING)
         for name in fields:
-            if name not in _OWN and name not in _SAMPLING:
-                raise RequestInvalid(_unknown_field(name))
-        sampling = {**self.sampling, **{k: v for k, v in fields.items() if k in _SAMPLING}}
-        scheduling = dict(self.scheduling)
-        for name, kind in _SCHEDULING.items():
-            if fields.get(name) is not None:
-                scheduling[name] = _convert(fields, name, kind)
-        n = _convert(fields, "n", int) if fields.get("n") is not None else self.n
-        if not 1 <= n <= MAX_CHOICES:
-            raise RequestInvalid(f"n={n}: must be in 1..{MAX_CHOICES}")
-        return Request(
-            id=_id(fields.get("id", index)),
-            prompt=self._prompt(fields),
-            adapter=self._adapter(fields),
-            params=SamplingParams(**sampling),
-            n=n,
-            scheduling=scheduling,
-        )
-
-    def _adapter(self, fields: Mapping[str, Any]) -> Wanted:
-        if "adapter" not in fields:
-            return self.adapter
-        adapter: Wanted = _convert(fields, "adapter", str | dict[str, float] | None)
+            if name not in known:
+                near = nearest(name, known)
+                raise RequestInvalid(f"unknown field {name!r}{near}; there are {', '.join(known)}")
+        own = {
+            name: check_value(name, fields[name], kind, RequestInvalid)
+            for name, kind in _KINDS.items()
+            if name in fields and (fields[name] is not None or name in _NEVER_NULL)
+        }
+        adapter = own.get("adapter") if "adapter" in fields else self.adapter
         split_keywords({"adapter": adapter})  # which checks it
-        return adapter
+        sampling = {name: value for name, value in fields.items() if name in _SAMPLING}
+        scheduling = {name: own[name] for name in ("priority", "deadline", "tenant") if name in own}
+        return Request(
+            id=own.get("id", index),
+            prompt=self._prompt(own),
+            adapter=adapter,
+            params=SamplingParams(**{**self.sampling, **sampling}),
+            n=own.get("n", check_value("n", self.n, _KINDS["n"], RequestInvalid)),
+            scheduling={**self.scheduling, **scheduling},
+        )
 
     def _prompt(self, fields: Mapping[str, Any]) -> Prompt:
         if ("prompt" in fields) == ("messages" in fields):
             raise RequestInvalid('give either "prompt" or "messages"')
         if "messages" in fields:
-            messages: list[dict[str, Any]] = _convert(fields, "messages", list[dict[str, Any]])
+            messages: list[dict[str, Any]] = fields["messages"]
             has_system = any(message.get("role") == "system" for message in messages)
             return messages if has_system else [*self._system_message(), *messages]
-        prompt: str | list[int] = _convert(fields, "prompt", str | list[int])
+        prompt: str | list[int] = fields["prompt"]
         if not self.chat and self.system is None:
             return prompt
         if not isinstance(prompt, str):
@@ -138,22 +143,3 @@ def parse_lines(lines: Iterable[bytes], defaults: Defaults) -> list[Request]:
     if not found:
         raise RequestInvalid("no PROMPT is given and standard input has no JSON lines; give one")
     return found
-
-
-def _id(value: object) -> str | int:
-    if isinstance(value, bool) or not isinstance(value, (str, int)):
-        raise RequestInvalid(f"id={value!r}: must be text or a whole number")
-    return value
-
-
-def _convert(fields: Mapping[str, Any], name: str, kind: Any) -> Any:
-    try:
-        return msgspec.convert(fields[name], kind)
-    except msgspec.ValidationError as error:
-        raise RequestInvalid(f"{name}: {error}") from error
-
-
-def _unknown_field(name: str) -> str:
-    known = (*_OWN, *_SAMPLING)
-    hint = nearest(name, known)
-    return f"unknown field {name!r}{hint}; there are {', '.join(known)}"
