@@ -81,8 +81,12 @@ def _what(type_: inspect.Type, value: object) -> str:
         case inspect.LiteralType(values):
             return repr(values[0])
         case inspect.IntType(ge=low, le=high):
-            bound = "" if low is None else f">= {low}" if high is None else f"in {low}..{high}"
-            return bound if isinstance(value, int) and is_number else f"an integer {bound}".rstrip()
+            if low is None:
+                return "an integer"
+            bound = f">= {low}" if high is None else f"in {low}..{high}"
+            return bound if isinstance(value, int) and is_number else f"an integer {bound}"
+        case inspect.FloatType(ge=None, gt=None):
+            return "a number"
         case inspect.FloatType() if not is_number:
             return "a finite number"
         case inspect.FloatType(ge=low, gt=above, le=high):

@@ -114,7 +114,7 @@ def test_chat_and_system_apply_to_lines() -> None:
         ([{"prompt": "a", "n": 0}], "n=0: must be in 1..128"),
         ([{"prompt": "a", "n": "2"}], "n='2': must be an integer in 1..128"),
         ([{"prompt": "a", "priority": 1.5}], "priority=1.5: must be an integer"),
-        ([{"prompt": "a", "deadline": "soon"}], "deadline='soon': must be a finite number"),
+        ([{"prompt": "a", "deadline": "soon"}], "deadline='soon': must be a number"),
         ([{"prompt": "a", "tenant": 3}], "tenant=3: must be text"),
         ([{"prompt": "a", "adapter": 3}], "adapter=3: must be text, or a table"),
         ([{"prompt": ["a"]}], r"prompt\[0\]='a': must be an integer"),
