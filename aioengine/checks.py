@@ -223,13 +223,11 @@ def format_bytes(value: float) -> str:
 
 def nearest(value: object, allowed: Collection[Any]) -> str:
     """Return " (did you mean 'lru'?)", or "" if nothing is near; for a number, its two neighbours."""
-    if not isinstance(value, int | str) or isinstance(value, bool):
-        return ""
-    if isinstance(value, int):
+    if type(value) is int and all(isinstance(one, int) for one in allowed):
         around = [max((a for a in allowed if a < value), default=None)]
         around.append(min((a for a in allowed if a > value), default=None))
         return f" (did you mean {' or '.join(str(a) for a in around if a is not None)}?)"
-    return _nearest_name(value, [str(a) for a in allowed])
+    return _nearest_name(value, [str(a) for a in allowed]) if isinstance(value, str) else ""
 
 
 def read_toml(path: str | Path) -> dict[str, Any]:

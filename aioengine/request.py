@@ -262,6 +262,8 @@ class RequestOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
 
 
 def _checked_mix(weights: Mapping[str, float]) -> dict[str, float]:
+    if not isinstance(weights, Mapping):
+        raise RequestInvalid(f"mix={weights!r}: must be adapters with their weights, or None")
     if not 1 <= len(weights) <= MAX_MIXED:
         raise RequestInvalid(f"adapter: a mix of {len(weights)} adapters; it must have 1 to {MAX_MIXED}")
     for name, weight in weights.items():

@@ -1,16 +1,21 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from aioengine import AsyncEngine, EngineConfig, LoRAConfig
 from aioengine.checks import parse_bytes
 from aioengine.config import REMOVED
-from aioengine.errors import ConfigError, PolicyError
+from aioengine.errors import ConfigError, PolicyError, RequestInvalid
+from aioengine.fleet.config import FleetConfig
+from aioengine.request import CachePin, RequestOptions, SamplingParams
 
 
 @pytest.mark.parametrize("rank", [1, 2, 4, 8, 16, 32, 64, 128, 256, 320, 512])
@@ -192,3 +197,26 @@ def test_what_was_removed_is_refused_with_what_to_do(removed: str) -> None:
 def test_options_of_a_removed_policy() -> None:
     with pytest.raises(ConfigError, match=r"policy='dlora' was removed: .*fcfs"):
         EngineConfig(model="m", policy="dlora:alone=2")
+
+
+WEIRD = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.just(10**400) | st.binary(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text() | st.integers(), inner, max_size=3),
+    max_leaves=4,
+)
+
+
+@given(data=st.data())
+def test_whatever_a_field_is_given_it_is_taken_or_refused(data: st.DataObject) -> None:
+    kinds: list[tuple[Any, type[Exception], dict[str, Any]]] = [
+        (EngineConfig, ConfigError, {"model": "m"}),
+        (LoRAConfig, ConfigError, {}),
+        (FleetConfig, ConfigError, {"engine": EngineConfig(model="m")}),
+        (SamplingParams, RequestInvalid, {}),
+        (RequestOptions, RequestInvalid, {}),
+        (CachePin, RequestInvalid, {"tokens": 1}),
+    ]
+    kind, error, needed = data.draw(st.sampled_from(kinds))
+    field, value = data.draw(st.sampled_from(kind.__struct_fields__)), data.draw(WEIRD)
+    with contextlib.suppress(error):
+        kind(**{**needed, field: value})

@@ -242,5 +242,6 @@ class Demo:
         print(
             f"{len(stats.slots)} slots: {stats.slot_loads} loads, {stats.slot_evictions} evictions; "
             f"{found[0]} of {found[1]} requests found their adapter in one; "
-            f"{stats.cpu_loads} reads from disk, {stats.steps} steps"
+            f"{stats.cpu_loads} reads from disk, {stats.cpu_evictions} evictions from the CPU cache, "
+            f"{stats.steps} steps"
         )
