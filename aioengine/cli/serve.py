@@ -72,7 +72,7 @@ async def _serve(checked: Checked, recording: RecordFlags, log: BackgroundFile, 
     from aioengine.cli.progress import started
     from aioengine.cli.serving.lifetime import serve_to_the_end
     from aioengine.cli.serving.startup import tell_what_runs
-    from aioengine.cli.serving.traces import trace_engine, tracing
+    from aioengine.cli.serving.traces import tracing
     from aioengine.engine import AsyncEngine
     from aioengine.server.app import create_app
     from aioengine.server.entrance import Entrance
@@ -101,7 +101,9 @@ async def _serve(checked: Checked, recording: RecordFlags, log: BackgroundFile, 
                 if writer is not None:
                     writer.attach(client)
                 if traces is not None:
-                    trace_engine(client, traces)
+                    from aioengine.metrics.tracing import trace_requests  # imports opentelemetry
+
+                    trace_requests(client, traces)
             client.metrics.dropped_log_lines = lambda: log.dropped
             client.metrics.export_process()
             if checked.listen.tls is not None:

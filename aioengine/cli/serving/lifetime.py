@@ -5,16 +5,18 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 from aioengine.cli.config.reload import Reloader
 from aioengine.cli.serving.systemd import Systemd
 from aioengine.engine import AsyncEngine
-from aioengine.errors import EngineDead
-from aioengine.info import EngineState
 from aioengine.server.app import ServerApp
 from aioengine.server.run import Signals, serve_until_told
 from aioengine.tasks import end_tasks
+
+if TYPE_CHECKING:
+    from aioengine.cli.config.checked import ServerFlags
+    from aioengine.fleet.door.client import FleetClient
 
 logger = logging.getLogger("aioengine.server")
 
@@ -22,27 +24,12 @@ LINGER_SECONDS = 2.0
 """How long a server with a dead engine stays, so that clients get their errors, and probes see it."""
 
 
-class Served(Protocol):
-    """An engine, or a fleet of them."""
-
-    @property
-    def state(self) -> EngineState: ...
-    async def until_dead(self) -> EngineDead: ...
-
-
-class Ends(Protocol):
-    """Settings for the end of a server; see the flags of ``aioengine serve``."""
-
-    @property
-    def grace_seconds(self) -> float: ...
-    @property
-    def drain_delay(self) -> float: ...
-    @property
-    def keep_dead(self) -> bool: ...
-
-
 async def serve_to_the_end(
-    engine: Served, app: ServerApp, signals: Signals, ends: Ends, reloader: Reloader
+    engine: AsyncEngine | FleetClient,
+    app: ServerApp,
+    signals: Signals,
+    flags: ServerFlags,
+    reloader: Reloader,
 ) -> bool:
     """Serve until a signal asks to end and accepted requests are answered, or until the engine is dead.
 
@@ -51,7 +38,7 @@ async def serve_to_the_end(
     systemd = Systemd()
     systemd.tell("READY=1", "STATUS=serving")
     feeding = asyncio.ensure_future(systemd.feed(lambda: engine.state != "dead" and not app.context.stuck))
-    told = asyncio.ensure_future(_told(systemd, app, signals, ends))
+    told = asyncio.ensure_future(_told(systemd, app, signals, flags))
     died = asyncio.ensure_future(engine.until_dead())
     reloading = asyncio.ensure_future(_reload(systemd, engine, app, signals, reloader))
     try:
@@ -59,7 +46,7 @@ async def serve_to_the_end(
         if not told.done():
             logger.error("the engine is dead: %s", died.result())
             systemd.tell(f"STATUS=the engine is dead: {died.result()}"[:500].replace("\n", " "))
-            await asyncio.wait({told}, timeout=None if ends.keep_dead else LINGER_SECONDS)
+            await asyncio.wait({told}, timeout=None if flags.keep_dead else LINGER_SECONDS)
         if not told.done():
             logger.error("ending, because the engine is dead (--keep-dead would stay)")
         return told.done() and told.result()
@@ -68,17 +55,17 @@ async def serve_to_the_end(
         await end_tasks((feeding, told, died, reloading))
 
 
-async def _told(systemd: Systemd, app: ServerApp, signals: Signals, ends: Ends) -> bool:
+async def _told(systemd: Systemd, app: ServerApp, signals: Signals, flags: ServerFlags) -> bool:
     waiting = asyncio.ensure_future(signals.drain.wait())
     waiting.add_done_callback(lambda _: systemd.tell("STOPPING=1", "STATUS=draining"))
     try:
-        return await serve_until_told(app, signals, ends.grace_seconds, drain_delay=ends.drain_delay)
+        return await serve_until_told(app, signals, flags.grace_seconds, drain_delay=flags.drain_delay)
     finally:
         waiting.cancel()
 
 
 async def _reload(
-    systemd: Systemd, engine: Served, app: ServerApp, signals: Signals, reloader: Reloader
+    systemd: Systemd, engine: AsyncEngine | FleetClient, app: ServerApp, signals: Signals, reloader: Reloader
 ) -> None:
     while True:
         await signals.reload.wait()

@@ -14,16 +14,7 @@ from aioengine.metrics.otlp import end_tracing, otlp_provider
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import TracerProvider
 
-    from aioengine.engine import AsyncEngine
-
 logger = logging.getLogger("aioengine.server")
-
-
-def trace_engine(engine: AsyncEngine, provider: TracerProvider) -> None:
-    """Trace the engine's requests until it ends."""
-    from aioengine.metrics.tracing import trace_requests
-
-    trace_requests(engine, provider)
 
 
 @asynccontextmanager
