@@ -87,11 +87,10 @@ class PromptTooLong(RequestInvalid):
 class EngineOverloaded(AioEngineError):
     """A bound on waiting requests is reached; try again later.
 
-    ``bound`` names the bound: "server" (``max_waiting``), or that of the request's "tenant" or "adapter". A
-    waiting request can get this error when another tenant's request displaces it; then ``bound`` is "tenant".
-    "pinned": pinned adapters leave no room for the request's. None: another bound, which the message names.
-    ``waiting`` is the number of requests that wait under that bound (in a fleet: on that replica), if it is
-    known. ``adapter`` is the one whose bound is reached; None for the other bounds.
+    ``bound``: "server" (``max_waiting``), that of the request's "tenant" (also of a waiting request that
+    another tenant's displaces) or "adapter"; "pinned": pinned adapters leave no room for it; None: another,
+    which the message names. ``waiting`` is the number of requests under that bound, if it is known,
+    ``adapter`` the one whose bound is reached.
     """
 
     def __init__(
@@ -109,10 +108,7 @@ class EngineOverloaded(AioEngineError):
 
 
 class RequestRejected(AioEngineError):
-    """The scheduling policy rejected the request before it ran, to serve other requests in time; try again
-    later.
-
-    ``reason`` is the policy's."""
+    """The policy rejected the request before it ran, for its ``reason``; try again later."""
 
     def __init__(self, message: str, *, reason: str = "") -> None:
         super().__init__(message)

@@ -38,10 +38,9 @@ class RequestRefused(Event, frozen=True, kw_only=True, gc=False):
     """A request was refused because a bound on waiting requests was reached."""
 
     adapter: str | None
-    """The adapter whose bound was reached. With another bound that of the request, of a mix the first."""
+    """The adapter whose bound was reached, or else the request's."""
     tenant: str | None
     bound: Bound
-    """The bound that was reached."""
 
 
 class RequestAdmitted(Event, frozen=True, kw_only=True, gc=False):
@@ -176,8 +175,7 @@ class PolicyRefused(Event, frozen=True, kw_only=True, gc=False):
 
 
 class PolicyFailed(Event, frozen=True, kw_only=True, gc=False):
-    """The policy raised an exception or returned no Decision. If a decision was needed, the built-in safe
-    policy made it."""
+    """The policy raised an exception or returned no Decision; the built-in safe policy decided."""
 
     error: str
     call: Literal["schedule", "cpu_victims", "on_event"] = "schedule"
@@ -236,7 +234,7 @@ class StepFinished(Event, frozen=True, kw_only=True, gc=False):
 
 class StepsFinished(Event, frozen=True, kw_only=True, gc=False):
     """End of a step, or of several in a row with the same contents. Only listeners and streams that name this
-    type get it, and no :class:`StepFinished`, even if they name that type, too, or :class:`Event`."""
+    type get it, in place of each :class:`StepFinished`."""
 
     first: int
     """Number of the first of them."""

@@ -75,8 +75,8 @@ class SlotTable(msgspec.Struct, frozen=True, kw_only=True):
     """The present contents of the slots."""
 
     version: int
-    """Increases whenever an adapter has entered or left a slot or the CPU cache, and when a version was
-    replaced or is gone. While it is unchanged, residents and replaced versions are unchanged, too."""
+    """Increases whenever an adapter has entered or left a slot or the CPU cache, or a version was replaced or
+    is gone."""
     slots: tuple[SlotInfo, ...]
 
 
@@ -156,8 +156,7 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     slot_memory_fragmented: int = 0
     """Free bytes outside of the largest hole. Idle adapters must be moved before they can be used."""
     memory_unplanned: int | None = None
-    """Bytes of device memory that the start took beyond the memory plan, on the rank where they are most;
-    negative: less than planned. None on a CPU, where that is not measured."""
+    """Bytes that the start took beyond the memory plan, on the rank where they are most; None on a CPU."""
     slot_hits: int
     """Requests whose adapter was in a slot when they arrived."""
     slot_misses: int

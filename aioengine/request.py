@@ -33,8 +33,7 @@ class TokenConstraint(Protocol):
     def allowed(self, output: Sequence[int]) -> bytes:
         """Return the tokens that may follow ``output`` (all tokens generated so far), one bit for each.
 
-        ``output`` is an :class:`~aioengine.step.OutputView`, which takes constant time to make. A
-        constraint that remembers how many tokens it has seen reads only ``output[seen:]``.
+        A constraint that remembers how many tokens it has seen reads only ``output[seen:]``.
 
         Token ``t`` is allowed if bit ``t % 8`` (the lowest is 0) of byte ``t // 8`` is set; tokens beyond the
         end are not allowed. The answer must depend on ``output`` alone. To let the output end, allow an
@@ -43,11 +42,8 @@ class TokenConstraint(Protocol):
 
 
 class StartedConstraint(TokenConstraint, Protocol):
-    """A constraint whose answer is computed elsewhere, beside the model's forward pass.
-
-    If the answer is late, the step does not wait for it. Its request gets no token in this step, and the
-    constraint is asked again in the next step.
-    """
+    """A constraint whose answer is computed elsewhere, beside the model's forward pass. If it is late, its
+    request gets no token in this step, and the constraint is asked again in the next one."""
 
     @property
     def slow(self) -> bool:

@@ -17,8 +17,7 @@ from aioengine.errors import AdapterError
 from aioengine.request import SamplingParams, TokenLogprob
 
 SLOT_GRANULE = 256
-"""Alignment in bytes of adapters in a memory that slots share, so that rows of any dtype are whole
-vectors."""
+"""Alignment in bytes of adapters in a memory that slots share: rows of any dtype are whole vectors."""
 
 
 def most_blocks(tokens: int, block_size: int, chunk: int, window: int | None) -> int:
@@ -32,16 +31,11 @@ def most_blocks(tokens: int, block_size: int, chunk: int, window: int | None) ->
 
 
 class OutputView(Sequence[int]):
-    """Read-only view of a request's output up to now. Tokens that are generated later do not appear in it.
+    """Read-only view of a request's output up to now; it equals any list or tuple of the same tokens.
 
-    Its length and single tokens take constant time. A slice is a new list, so ``output[known:]`` costs only
-    what is new to a reader who has seen ``known`` tokens before. It equals any list or tuple of the same
-    tokens.
-
-    Args:
-        history: Tokens to which a request's new ones are appended, and of which none ever changes.
-        begin: Number of them that are the prompt.
-        draft: Tokens after the history, proposed but not chosen yet.
+    A slice is a new list, so ``output[known:]`` costs only what is new to a reader who has seen ``known``
+    tokens before. ``history`` begins with ``begin`` tokens of the prompt; new tokens are appended to it.
+    ``draft`` are tokens after it, proposed but not chosen yet.
     """
 
     __slots__ = ("_begin", "_draft", "_history", "_known")
@@ -89,8 +83,7 @@ class OutputView(Sequence[int]):
         return f"OutputView({self[:]})"
 
     def common(self, other: Sequence[int]) -> int:
-        """Return the number of tokens that both begin with. For another view of the same request this takes
-        constant time, or time in the drafts' length."""
+        """Return the number of tokens that both begin with; at once for another view of the same request."""
         same = 0
         if isinstance(other, OutputView) and self._history is other._history and self._begin == other._begin:
             same = min(self._known, other._known)
@@ -100,9 +93,8 @@ class OutputView(Sequence[int]):
 
 
 class SequenceWork(msgspec.Struct, gc=False):
-    """One sequence's share of a step: compute ``tokens`` at positions ``start..start+len(tokens)-1``.
-
-    Once the step has ended, the core may make it the sequence's share of the next step."""
+    """One sequence's share of a step: compute ``tokens`` at positions ``start..start+len(tokens)-1``. Once
+    the step has ended, the core may make it the sequence's share of the next step."""
 
     request_id: str
     slot: int
@@ -158,9 +150,9 @@ class StepBatch(NamedTuple):
     """Whether the sequences are those of the step before, in the same list: each decodes the token that it
     got there."""
     steps: int = 1
-    """Number of steps that a device with ``repeats`` may take at most. In each step after the first, every
-    sequence decodes the token that it got in the one before. All of them end with the first step in which a
-    sequence gets a token that ends it. The block tables cover the first step."""
+    """Most steps that a device with ``repeats`` may take. In each after the first, every sequence decodes the
+    token that it got before. They end with the first in which a sequence gets a token that ends it. The block
+    tables cover the first step."""
     until: float = inf
     """Time before which each of these steps after the first begins."""
 
@@ -206,9 +198,9 @@ class StepResult(NamedTuple):
     tokens: Sequence[int]
     """The tokens of all sequences: those of the first one, then those of the second one, and so on."""
     counts: Sequence[int]
-    """Number of tokens of each sequence. It has none if ``sample`` was False, or if its constraint is late:
-    then its last token is computed again in the next step. Beyond the first, they are those of ``draft`` that
-    were right, or, of several steps, one from each step."""
+    """Number of tokens of each sequence: none if ``sample`` was False, or if its constraint is late (its last
+    token is then computed again). Beyond the first, they are those of ``draft`` that were right, or one from
+    each of several steps."""
     seconds: Sequence[float]
     """Duration of each step."""
     ends: Sequence[float] = ()
@@ -232,8 +224,7 @@ class StepResult(NamedTuple):
 
     @classmethod
     def of(cls, rows: Iterable[Sequence[Sampled]], seconds: float = 0.0) -> StepResult:
-        """Return the result of a step from what was sampled for each sequence, none or one after the
-        other."""
+        """Return the result of a step from what was sampled for each sequence."""
         tokens: list[int] = []
         counts: list[int] = []
         forced: dict[int, Sequence[int]] = {}
@@ -258,8 +249,7 @@ BytesLike = bytes | bytearray | memoryview
 
 
 class HeldFiles(msgspec.Struct, array_like=True, frozen=True, tag="held"):
-    """An adapter's files where there is no folder; see :mod:`aioengine.adapters.peft.held`. Crosses to other
-    processes of this machine and user."""
+    """An adapter's files where there is no folder, for processes of this machine and user."""
 
     config: bytes
     """``adapter_config.json``"""
@@ -281,8 +271,7 @@ class MixPart(msgspec.Struct, array_like=True, frozen=True):
 
 
 class MixFiles(msgspec.Struct, array_like=True, frozen=True, tag="mix"):
-    """Adapters that are read and added up, in place of a folder: see
-    :mod:`aioengine.adapters.peft.folding.mix`."""
+    """Adapters that are read and added up, in place of a folder."""
 
     parts: tuple[MixPart, ...]
 
