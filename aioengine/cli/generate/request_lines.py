@@ -89,7 +89,9 @@ class Defaults:
         adapter = own.get("adapter") if "adapter" in fields else self.adapter
         split_keywords({"adapter": adapter})  # which checks it
         sampling = {name: value for name, value in fields.items() if name in _SAMPLING}
-        scheduling = {name: own[name] for name in ("priority", "deadline", "tenant") if name in own}
+        scheduling: dict[str, Any] = {
+            name: own[name] for name in ("priority", "deadline", "tenant") if name in own
+        }
         return Request(
             id=own.get("id", index),
             prompt=self._prompt(own),
