@@ -9,7 +9,7 @@ import sys
 import tomllib
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple, TypeVar, get_args, get_type_hints
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
 from urllib.parse import unquote, urlsplit
 
 import msgspec
@@ -47,15 +47,15 @@ def check_value(field: str, value: Any, kind: Any, error: type[AioEngineError] =
         if at := re.search(r"\$\[(\d+)\]", str(wrong)):  # an item of a list
             field, value = f"{field}[{at[1]}]", value[int(at[1])]
             type_ = next(one.item_type for one in _kinds(type_) if isinstance(one, inspect.CollectionType))
-        raise error(f"{field}={value!r}: {_allowed(type_, value)}") from None
+        raise error(f"{field}={value!r}: {_allowed(kind, type_, value)}") from None
     return value
 
 
-def _allowed(type_: inspect.Type, value: object) -> str:
+def _allowed(kind: Any, type_: inspect.Type, value: object) -> str:
     """Say what a field of this type may be, instead of ``value``."""
-    for kind in _kinds(type_):
-        if isinstance(kind, inspect.LiteralType) and len(kind.values) > 1:
-            return _choices(value, kind.values)
+    for part in (kind, *get_args(kind)):
+        if get_origin(part) is Literal and len(get_args(part)) > 1:  # in their order, which ``type_`` has not
+            return _choices(value, get_args(part))
     return f"must be {_what(type_, value)}"
 
 
@@ -77,7 +77,11 @@ def _what(type_: inspect.Type, value: object) -> str:
         case inspect.Metadata(type=inner):
             return _what(inner, value)
         case inspect.UnionType(types):
-            return ", or ".join(_what(one, value) for one in types)
+            first, *others = types
+            return _what(first, value) + "".join(
+                f"{', ' if isinstance(one, inspect.BoolType) else ', or '}{_what(one, value)}"
+                for one in others
+            )
         case inspect.LiteralType(values):
             return repr(values[0])
         case inspect.IntType(ge=low, le=high):

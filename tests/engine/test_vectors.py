@@ -257,7 +257,7 @@ async def test_refused(tiny: Tiny, make_engine: MakeEngine, embedder: Trained) -
         await refused(engine, engine.classify([1, 2]), RequestInvalid, no_head)
         await refused(engine, engine.classify([1, 2], "e"), RequestInvalid, no_head)
         wrong: Any = "max"
-        await refused(engine, engine.embed([1], pooling=wrong), RequestInvalid, "allowed are auto, classify")
+        await refused(engine, engine.embed([1], pooling=wrong), RequestInvalid, "allowed are auto, mean")
         for dimensions in (0, 65, True):
             await refused(engine, engine.embed([1], dimensions=dimensions), RequestInvalid, "dimensions")
         await refused(engine, engine.embed([]), RequestInvalid, "empty")
