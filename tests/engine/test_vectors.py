@@ -288,7 +288,7 @@ def _both(tensors: dict[str, torch.Tensor]) -> None:
     ("change", "words"),
     [
         (lambda folder: edit_weights(folder, _drop), "must have the weight of one of them; it has none"),
-        (lambda folder: edit_weights(folder, _wide), "expected a head of 1 to 1024 labels over 64 hidden"),
+        (lambda folder: edit_weights(folder, _wide), "a head of 1 to 1024 labels over 64 hidden"),
         (lambda folder: edit_weights(folder, _bias), "different numbers of labels"),
         (lambda folder: edit_weights(folder, _both), "must have the weight of one of them"),
         (

@@ -27,7 +27,7 @@ from aioengine.adapters.peft.folder import (
     AdapterFolder,
     OpenFile,
 )
-from aioengine.adapters.peft.folding.fold import Fold
+from aioengine.adapters.peft.folding.fold import Fold, MethodFold
 from aioengine.adapters.peft.folding.parameters import ParameterFold
 from aioengine.adapters.peft.held import folder_of
 from aioengine.adapters.peft.pack import PackedAdapter, pack
@@ -154,7 +154,8 @@ class _Reader:
         text = _all_of(folder, CONFIG_FILE, MAX_CONFIG_BYTES)
         digest = hashlib.sha256(text)
         fields = fields_of(text, folder)
-        fold = ParameterFold.of(fields, folder, self.slot.spec) or Fold.of(fields, folder)
+        parameters = ParameterFold.of(fields, folder, self.slot.spec)
+        fold: Fold | None = parameters or MethodFold.of(fields, folder)
         config = fold.config if fold else parse_config(fields, folder)
         if config.unmatched and self.known.is_new(config.unmatched):
             logger.warning(
@@ -211,7 +212,7 @@ class _Reader:
         self,
         file: OpenFile,
         header: SafetensorsHeader,
-        fold: Fold | ParameterFold,
+        fold: Fold,
         data: Callable[[Pieces], Buffer],
     ) -> tuple[Contents, dict[str, Tensor]]:
         """Read the whole file, and return what it is folded to, or the rank's part of that."""

@@ -270,7 +270,9 @@ class Layout:
         hidden = self._spec.hidden_size
         if part.kind in HEAD_KINDS:
             labels = min(max(1, shape[0]), MAX_LABELS) if shape else MAX_LABELS
-            return (labels, hidden)[: 1 + (part.kind == "head")], f"a head of 1 to {MAX_LABELS} labels"
+            return (labels, hidden)[
+                : 1 + (part.kind == "head")
+            ], f"a head of 1 to {MAX_LABELS} labels over {hidden} hidden units"
         if part.is_whole:
             rows, of = self.embeddings.parts[part]
             return (rows, hidden), of

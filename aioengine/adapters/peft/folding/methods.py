@@ -6,7 +6,7 @@ pieces, because torch would use several threads for larger ones (see :mod:`aioen
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import NamedTuple
 
 import torch
@@ -20,19 +20,16 @@ Parts = Mapping[str, Tensor]
 Shapes = Mapping[str, tuple[int, ...]]
 
 
-class Pair(NamedTuple):
-    """A [rank, in] and B [out, rank]."""
-
-    a: Tensor
-    b: Tensor
+Pair = tuple[Tensor, Tensor]
+"""A [rank, in] and B [out, rank]."""
 
 
 class Method(NamedTuple):
     """A PEFT method that can be folded."""
 
-    parts: frozenset[str]
+    parts: Collection[str]
     """Names of the parameters that a module may have."""
-    shared: frozenset[str]
+    shared: Collection[str]
     """Names of the parameters that all modules share."""
     settings: Mapping[str, str | None]
     """Fields of its configuration -> the field of a LoRA configuration that means the same; None: the field
@@ -56,8 +53,8 @@ def _adalora_rank(shapes: Shapes, outputs: int, inputs: int) -> int | None:
 
 def _adalora(parts: Parts, shared: Parts, outputs: int, inputs: int) -> Pair:
     if not len(parts["lora_E"]):  # all of its ranks were pruned
-        return Pair(torch.zeros(1, inputs), torch.zeros(outputs, 1))
-    return Pair(scaled(parts["lora_A"], parts["lora_E"].flatten()), parts["lora_B"])
+        return torch.zeros(1, inputs), torch.zeros(outputs, 1)
+    return scaled(parts["lora_A"], parts["lora_E"].flatten()), parts["lora_B"]
 
 
 def _adalora_scaling(config: PeftLoraConfig, name: str) -> float:
@@ -79,7 +76,7 @@ def _loha_rank(shapes: Shapes, outputs: int, inputs: int) -> int | None:
 def _loha(parts: Parts, shared: Parts, outputs: int, inputs: int) -> Pair:
     a = _row_products(parts["hada_w1_b"], parts["hada_w2_b"], torch.mul)
     b = _row_products(parts["hada_w1_a"].t(), parts["hada_w2_a"].t(), torch.mul)
-    return Pair(a, b.t())
+    return a, b.t()
 
 
 # LoKr (LyCORIS, arXiv:2309.14859): the Kronecker product of w1 and w2, each whole or a product itself; and
@@ -109,15 +106,15 @@ def _lokr_rank(shapes: Shapes, outputs: int, inputs: int) -> int | None:
 
 def _lokr_pair(parts: Parts, name: str) -> Pair:
     if name not in parts:
-        return Pair(parts[f"{name}_b"], parts[f"{name}_a"])
+        return parts[f"{name}_b"], parts[f"{name}_a"]
     whole = parts[name]
     rows, columns = whole.shape
-    return Pair(torch.eye(columns), whole) if columns <= rows else Pair(whole, torch.eye(rows))
+    return (torch.eye(columns), whole) if columns <= rows else (whole, torch.eye(rows))
 
 
 def _lokr(parts: Parts, shared: Parts, outputs: int, inputs: int) -> Pair:
-    one, two = _lokr_pair(parts, "lokr_w1"), _lokr_pair(parts, "lokr_w2")
-    return Pair(_row_products(one.a, two.a, torch.kron), _row_products(one.b.t(), two.b.t(), torch.kron).t())
+    (a1, b1), (a2, b2) = _lokr_pair(parts, "lokr_w1"), _lokr_pair(parts, "lokr_w2")
+    return _row_products(a1, a2, torch.kron), _row_products(b1.t(), b2.t(), torch.kron).t()
 
 
 def _lycoris_scaling(config: PeftLoraConfig, name: str) -> float:
@@ -138,61 +135,35 @@ def _vera_rank(shapes: Shapes, outputs: int, inputs: int) -> int | None:
 
 
 def _vera(parts: Parts, shared: Parts, outputs: int, inputs: int) -> Pair:
-    return Pair(
-        scaled(shared["vera_A"][:, :inputs], parts["vera_lambda_d"]),
-        scaled(shared["vera_B"][:outputs], parts["vera_lambda_b"]),
-    )
+    a, b = shared["vera_A"][:, :inputs], shared["vera_B"][:outputs]
+    return scaled(a, parts["vera_lambda_d"]), scaled(b, parts["vera_lambda_b"])
+
+
+def _names(*fields: str) -> Mapping[str, None]:
+    return dict.fromkeys(fields)
 
 
 _LYCORIS: Mapping[str, str | None] = {
     "alpha": "lora_alpha",
-    "init_weights": None,
-    "module_dropout": None,
-    "rank_dropout": None,
-    "rank_dropout_scale": None,
-    "decompose_both": None,
-    "decompose_factor": None,
-    "use_effective_conv2d": None,
+    **_names("init_weights", "module_dropout", "rank_dropout", "rank_dropout_scale"),
+    **_names("decompose_both", "decompose_factor", "use_effective_conv2d"),
 }
+_ADALORA: Mapping[str, str | None] = {
+    "init_r": "r",
+    **_names("r", "target_r", "rank_pattern", "alpha_pattern", "init_lora_weights"),
+    **_names("beta1", "beta2", "tinit", "tfinal", "deltaT", "total_step", "orth_reg_weight"),
+}
+_VERA = _names("projection_prng_key", "save_projection", "vera_dropout", "d_initial", "init_weights")
+_LOHA_PARTS = [f"hada_w{i}_{side}" for i in (1, 2) for side in "ab"]
+_LOKR_PARTS = [f"lokr_w{i}{side}" for i in (1, 2) for side in ("", "_a", "_b")]
 METHODS: Mapping[str, Method] = {
     "ADALORA": Method(
-        frozenset(("lora_A", "lora_B", "lora_E")),
-        frozenset(),
-        {
-            "init_r": "r",
-            **dict.fromkeys(("r", "target_r", "rank_pattern", "alpha_pattern", "init_lora_weights")),
-            **dict.fromkeys(("beta1", "beta2", "tinit", "tfinal", "deltaT", "total_step")),
-            "orth_reg_weight": None,
-        },
-        _adalora_rank,
-        _adalora,
-        _adalora_scaling,
+        ("lora_A", "lora_B", "lora_E"), (), _ADALORA, _adalora_rank, _adalora, _adalora_scaling
     ),
-    "LOHA": Method(
-        frozenset(f"hada_w{i}_{side}" for i in (1, 2) for side in "ab"),
-        frozenset(),
-        _LYCORIS,
-        _loha_rank,
-        _loha,
-        _lycoris_scaling,
-    ),
-    "LOKR": Method(
-        frozenset(f"lokr_w{i}{side}" for i in (1, 2) for side in ("", "_a", "_b")),
-        frozenset(),
-        _LYCORIS,
-        _lokr_rank,
-        _lokr,
-        _lycoris_scaling,
-    ),
+    "LOHA": Method(_LOHA_PARTS, (), _LYCORIS, _loha_rank, _loha, _lycoris_scaling),
+    "LOKR": Method(_LOKR_PARTS, (), _LYCORIS, _lokr_rank, _lokr, _lycoris_scaling),
     "VERA": Method(
-        frozenset(("vera_lambda_b", "vera_lambda_d")),
-        frozenset(("vera_A", "vera_B")),
-        dict.fromkeys(
-            ("projection_prng_key", "save_projection", "vera_dropout", "d_initial", "init_weights")
-        ),
-        _vera_rank,
-        _vera,
-        lambda config, name: 1.0,
+        ("vera_lambda_b", "vera_lambda_d"), ("vera_A", "vera_B"), _VERA, _vera_rank, _vera, lambda *_: 1.0
     ),
 }
 """``peft_type`` -> how it is folded."""

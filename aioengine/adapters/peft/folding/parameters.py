@@ -16,12 +16,12 @@ import msgspec
 from msgspec.structs import replace
 from torch import Tensor
 
-from aioengine.adapters.peft.config import PeftLoraConfig, parse_config
+from aioengine.adapters.peft.config import PeftLoraConfig, named_by
 from aioengine.adapters.peft.folder import CONFIG_FILE, AdapterFolder
-from aioengine.adapters.peft.folding.fold import Folded
+from aioengine.adapters.peft.folding.fold import Fields, Folded, Shapes, parse_plain
 from aioengine.adapters.peft.targets import WRAPPERS, modules_of
 from aioengine.model.slots.layout import SlotLayout
-from aioengine.model.spec import BareParameter, ModelSpec
+from aioengine.model.spec import ModelSpec
 
 _FIELD = "target_parameters"
 _PREFIX = "base_model.model."
@@ -46,18 +46,13 @@ class ParameterFold:
 
     def __init__(self, config: PeftLoraConfig, wanted: Sequence[str], folder: AdapterFolder) -> None:
         self.config = config
-        self._wanted = tuple(wanted)
+        self._wanted = wanted
         self._folder = folder
 
     @classmethod
-    def of(
-        cls, fields: Mapping[str, msgspec.Raw], folder: AdapterFolder, spec: ModelSpec
-    ) -> ParameterFold | None:
-        """Return how to fold the adapter that ``fields``, those of its configuration file, describe; None if
-        it has no ``target_parameters``, or the model takes none.
-
-        Raises AdapterInvalid for settings that are malformed or not supported.
-        """
+    def of(cls, fields: Fields, folder: AdapterFolder, spec: ModelSpec) -> ParameterFold | None:
+        """Return how to fold an adapter; None if it has no ``target_parameters``, or the model takes none.
+        Raises AdapterInvalid."""
         if _FIELD not in fields or next(spec.bare_parameters(), None) is None:
             return None
         try:
@@ -69,107 +64,81 @@ class ParameterFold:
         others = {name: value for name, value in fields.items() if name != _FIELD}
         if bytes(others.get("target_modules", b"null")) == b"null":
             others["target_modules"] = msgspec.Raw(b"[]")
-        parsed = parse_config(others, folder)
-        trained = parsed.heads or parsed.saved or parsed.tokens
-        if parsed.use_dora or parsed.lora_bias or trained or parsed.alora_invocation_tokens:
-            folder.invalid_config(
-                f"{_FIELD} with use_dora, lora_bias, modules_to_save, trainable_token_indices "
-                "or alora_invocation_tokens is not supported; train it without them"
-            )
-        return cls(parsed, wanted, folder)
+        return cls(parse_plain(others, folder, _FIELD), wanted, folder)
 
-    def plan(self, shapes: Mapping[str, tuple[int, ...]], slot: SlotLayout) -> Folded:
-        """Check the parameters' keys and shapes, and return what the file is folded to.
-
-        Raises AdapterInvalid, and AdapterTooLarge for a rank that no slot has room for.
-        """
+    def plan(self, shapes: Shapes, slot: SlotLayout) -> Folded:
         spec, known = slot.spec, {WRAPPERS.sub("", key): key for key in shapes}
         config = self.config.on(modules_of(shapes)) if self.config.unmatched else self.config
-        found = list(self._parameters(spec))
         keys: dict[str, tuple[_Parameter, str]] = {}
-        for parameter in found:
+        folded: dict[str, tuple[int, float]] = {}
+        for parameter in self._parameters(spec):
             self._check_room(parameter, slot)
-            for part in ("A", "B"):
-                key = next((k for k in _spellings(parameter.key, part) if k in known), None)
-                if key is None:
-                    self._folder.invalid_weights(
-                        f"{CONFIG_FILE} targets a parameter, but the file has no "
-                        f"{_spellings(parameter.key, part)[0]!r}; save the adapter again with PEFT"
-                    )
-                expected = _shape(parameter, part, spec)
-                if shapes[known[key]] != expected:
-                    self._folder.invalid_weights(
-                        f"{key!r}: expected shape {list(expected)} (rank {parameter.rank} of "
-                        f"{CONFIG_FILE}, {len(parameter.experts)} experts), found "
-                        f"{list(shapes[known[key]])[:8]}"
-                    )
-                keys[known[key]] = parameter, part
-        folded = {
-            name: (parameter.rank, parameter.scaling)
-            for parameter in found
-            for names in parameter.experts
-            for name in names
-        }
-        for name in folded:
-            place = spec.find_module(name)
-            if place is not None and not spec.is_bare(place[1]) and config.targets(name):
-                self._folder.invalid_config(f"{name} is in {_FIELD} and in target_modules")
+            keys |= {
+                known[self._key(parameter, part, known, shapes, spec)]: (parameter, part) for part in "AB"
+            }
+            for name in (name for names in parameter.experts for name in names):
+                folded[name] = parameter.rank, parameter.scaling
+                place = spec.find_module(name)
+                if place is not None and not spec.is_bare(place[1]) and config.targets(name):
+                    self._folder.invalid_config(f"{name} is in {_FIELD} and in target_modules")
         return Folded(replace(config, folded=folded), lambda tensors: dict(_tensors(tensors, keys)))
 
     def _parameters(self, spec: ModelSpec) -> Iterator[_Parameter]:
         """The targeted parameters, by the rules of PEFT's ``_inject_parameters``."""
         for owner, parameters in groupby(spec.bare_parameters(), lambda parameter: parameter.owner):
-            wanted = [one for one in parameters if self._targets(f"{owner}.{one.name}")]
+            wanted = [one for one in parameters if named_by(f"{owner}.{one.name}", self._wanted)]
             for inside, one in enumerate(wanted):
-                yield self._parameter(f"{owner}{'.base_layer' * (len(wanted) - 1 - inside)}", one)
+                name, key = f"{owner}.{one.name}", owner + ".base_layer" * (len(wanted) - 1 - inside)
+                rank = self.config.rank(name)
+                yield _Parameter(key, one.experts, rank, self.config.scaling(name, rank), one.alternating)
 
-    def _targets(self, name: str) -> bool:
-        return any(name == wanted or name.endswith(f".{wanted}") for wanted in self._wanted)
-
-    def _parameter(self, key: str, of: BareParameter) -> _Parameter:
-        name = f"{of.owner}.{of.name}"
-        rank = self.config.rank(name)
-        return _Parameter(key, of.experts, rank, self.config.scaling(name, rank), of.alternating)
+    def _key(
+        self, parameter: _Parameter, part: str, known: Mapping[str, str], shapes: Shapes, spec: ModelSpec
+    ) -> str:
+        """Return the key of A or B, whose shape is right."""
+        spellings = [
+            f"{prefix}{parameter.key}.lora_{part}.{suffix}"
+            for prefix in (_PREFIX, "")
+            for suffix in ("weight", "default.weight")
+        ]
+        key = next((key for key in spellings if key in known), None)
+        if key is None:
+            self._folder.invalid_weights(
+                f"{CONFIG_FILE} targets a parameter, but the file has no {spellings[0]!r}; save the adapter "
+                "again with PEFT"
+            )
+        places = [spec.find_module(name) for name in parameter.experts[0]]
+        linears = [spec.linear(place[1]) for place in places if place is not None]
+        rows = parameter.rank * len(parameter.experts)
+        outputs = sum(linear.out_features for linear in linears)
+        expected = (rows, linears[0].in_features) if part == "A" else (outputs, rows)
+        if shapes[known[key]] != expected:
+            self._folder.invalid_weights(
+                f"{key!r}: expected shape {list(expected)} (rank {parameter.rank} of {CONFIG_FILE}, "
+                f"{len(parameter.experts)} experts), found {list(shapes[known[key]])[:8]}"
+            )
+        return key
 
     def _check_room(self, parameter: _Parameter, slot: SlotLayout) -> None:
         for name in parameter.experts[0]:
             place = slot.spec.find_module(name)
             if place is not None and place[1] not in slot.modules:
-                module = slot.spec.kind_of(place[1])
                 self._folder.invalid_config(
-                    f"{_FIELD} means {name}, and the slots do not hold {module}: add it to "
-                    "LoRAConfig.target_modules"
+                    f"{_FIELD} means {name}, and the slots do not hold {slot.spec.kind_of(place[1])}: add it "
+                    "to LoRAConfig.target_modules"
                 )
         if parameter.rank > slot.max_rank:
             self._folder.too_large(
-                f"{parameter.experts[0][0]} has rank {parameter.rank}, but max_lora_rank is "
-                f"{slot.max_rank}; raise LoRAConfig.max_lora_rank (PEFT doubles the rank of gate_up_proj, "
-                "which holds two linears, where 'all-linear' or the names of these have chosen it)"
+                f"{parameter.experts[0][0]} has rank {parameter.rank}, but max_lora_rank is {slot.max_rank}; "
+                "raise LoRAConfig.max_lora_rank (PEFT doubles the rank of gate_up_proj, which holds two "
+                "linears, where 'all-linear' or the names of these have chosen it)"
             )
-
-
-def _spellings(key: str, part: str) -> list[str]:
-    """The keys under which a part may be in a file."""
-    return [
-        f"{prefix}{key}.lora_{part}.{suffix}"
-        for prefix in (_PREFIX, "")
-        for suffix in ("weight", "default.weight")
-    ]
-
-
-def _shape(parameter: _Parameter, part: str, spec: ModelSpec) -> tuple[int, int]:
-    places = [spec.find_module(name) for name in parameter.experts[0]]
-    linears = [spec.linear(place[1]) for place in places if place is not None]
-    rows = parameter.rank * len(parameter.experts)
-    if part == "A":
-        return rows, linears[0].in_features
-    return sum(linear.out_features for linear in linears), rows
 
 
 def _tensors(
     tensors: Mapping[str, Tensor], keys: Mapping[str, tuple[_Parameter, str]]
 ) -> Iterator[tuple[str, Tensor]]:
-    """The tensors by PEFT's keys for the linears; A's are views."""
+    """The tensors by PEFT's keys for the linears: views of those in the file."""
     for key, tensor in tensors.items():
         if key not in keys:
             yield key, tensor
@@ -181,8 +150,7 @@ def _tensors(
                 pieces: Sequence[Tensor] = [tensor.view(count, parameter.rank, -1)[expert]] * len(names)
             else:
                 whole = tensor.view(len(tensor), parameter.rank, count)[:, :, expert]
-                pieces = whole.chunk(len(names))
-                if parameter.alternating:
-                    pieces = [whole[i :: len(names)] for i in range(len(names))]
+                alternate = [whole[first :: len(names)] for first in range(len(names))]
+                pieces = alternate if parameter.alternating else whole.chunk(len(names))
             for name, piece in zip(names, pieces, strict=True):
                 yield f"{_PREFIX}{name}.lora_{part}.weight", piece
