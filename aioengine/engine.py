@@ -364,7 +364,7 @@ class AsyncEngine:
         """Return how many labels an adapter's head has; 0 without one, as for a mix. Loads the adapter if it
         has not been read yet, and raises as :meth:`load_adapter` does."""
         name = vectors.scaled_adapter(adapter)
-        return 0 if name is None else await self._lora.labels(name)
+        return 0 if name is None else await self.versions.labels(name)
 
     async def label_names(self) -> list[str]:
         """Return the model's ``id2label``; empty if it has none."""
@@ -413,6 +413,13 @@ class AsyncEngine:
 
     # Adapters
 
+    @property
+    def versions(self) -> AdapterOps:
+        """What can be done with an adapter's next version before requests use it, so that several engines can
+        change to it at the same time: ``prepare``, ``commit``, ``discard`` and ``expect``."""
+        self._check_lora()
+        return self._adapters
+
     def register_adapter(self, name: str, path: str | os.PathLike[str]) -> AdapterInfo:
         """Declare an adapter that is read when a request first needs it. No I/O.
 
@@ -420,7 +427,7 @@ class AsyncEngine:
         URL that fsspec knows: "s3://bucket/folder" (extra ``s3``), "gs://" (extra ``gcs``), "file://".
         Raises AdapterInvalid for a bad name, or if the name stands for another path already.
         """
-        return self._lora.register(name, path)
+        return self.versions.register(name, path)
 
     async def load_adapter(
         self,
@@ -448,7 +455,7 @@ class AsyncEngine:
         an unknown name; ConfigError if ``pin`` would leave no slot for other adapters; EngineOverloaded if
         pinned adapters fill the CPU cache.
         """
-        adapters = self._lora
+        adapters = self.versions
         if tensors is None and config is None:
             return await adapters.load(name, path, pin=pin, replace=replace, force_pin=force_pin)
         if tensors is None or config is None or path is not None:
@@ -484,29 +491,7 @@ class AsyncEngine:
         """Accept no new requests for the adapter, wait for the accepted ones (with ``force``: abort them),
         and free its memory, also if the call is cancelled. A resolver may bring the name back when a request
         asks for it again. Raises AdapterNotFound."""
-        await self._lora.unload(name, force=force)
-
-    async def prepare_adapter(
-        self, name: str, path: str | os.PathLike[str] | None = None, *, read: bool = True
-    ) -> AdapterInfo:
-        """Make the next version of an adapter ready, as ``load_adapter(..., replace=True)`` does, but do not
-        let requests use it before :meth:`commit_adapter`. So several engines can change to a new version at
-        the same time. With ``read=False`` it is read when a request first needs it."""
-        return await self._lora.prepare(name, path, read=read)
-
-    def commit_adapter(self, name: str) -> AdapterInfo:
-        """Let new requests use the prepared version. Raises AdapterNotFound if there is none."""
-        return self._lora.commit(name)
-
-    def discard_adapter(self, name: str) -> None:
-        """Drop the prepared version, if there is one."""
-        self._lora.discard(name)
-
-    def expect_adapter(self, name: str, digest: str) -> None:
-        """Accept only this content (``AdapterInfo.digest``) under a name that is known, until the adapter is
-        replaced or unloaded: if its files are read later and differ, its requests fail with AdapterChanged.
-        Raises AdapterNotFound."""
-        self._lora.expect(name, digest)
+        await self.versions.unload(name, force=force)
 
     async def pin_adapter(self, name: str, *, force: bool = False) -> AdapterInfo:
         """Bring an adapter to a slot and keep it there; returns when it is in its slot.
@@ -516,11 +501,11 @@ class AsyncEngine:
         cancelled or fails, the adapter is not pinned. Raises AdapterNotFound, ConfigError, or what loading
         it raises.
         """
-        return await self._lora.pin(name, force=force)
+        return await self.versions.pin(name, force=force)
 
     async def unpin_adapter(self, name: str) -> AdapterInfo:
         """Remove a pin. Raises AdapterNotFound."""
-        return await self._lora.unpin(name)
+        return await self.versions.unpin(name)
 
     def adapters(self) -> list[AdapterInfo]:
         """Return the state of every registered adapter."""
@@ -675,12 +660,6 @@ class AsyncEngine:
             raise self._loop.dead
         if self._state != "running":
             raise EngineStopped(f"the engine accepts no new requests: it is {self._state}")
-
-    @property
-    def _lora(self) -> AdapterOps:
-        """The operations on adapters. Raises as ``_check_lora`` does."""
-        self._check_lora()
-        return self._adapters
 
     def _check_lora(self) -> None:
         self._check_running()

@@ -44,7 +44,7 @@ class ReplicaAdapters:
         digest = arguments.pop("digest", "")
         answer = await calls[action](**arguments)
         if digest:
-            self._engine.expect_adapter(arguments["name"], digest)
+            self._engine.versions.expect(arguments["name"], digest)
         if version is not None:
             self._versions.note(version, answer)
         if action == "unload":
@@ -61,10 +61,10 @@ class ReplicaAdapters:
         """Know the registry's adapters in the versions that it has."""
         for entry in entries:
             if self._versions.of(entry.name) < entry.version:
-                await self._engine.prepare_adapter(entry.name, entry.path, read=False)
-                self._versions.note(entry.version, self._engine.commit_adapter(entry.name))
+                await self._engine.versions.prepare(entry.name, entry.path, read=False)
+                self._versions.note(entry.version, self._engine.versions.commit(entry.name))
             if entry.digest:
-                self._engine.expect_adapter(entry.name, entry.digest)
+                self._engine.versions.expect(entry.name, entry.digest)
             if entry.pinned:
                 await self._engine.pin_adapter(entry.name)
 
@@ -110,9 +110,9 @@ class PreparedVersions:
         """Prepare a version. Nothing of it stays if the change ends meanwhile."""
         self._changes[name] = change
         try:
-            info = await self._engine.prepare_adapter(name, path, read=read)
+            info = await self._engine.versions.prepare(name, path, read=read)
             if self._changes.get(name) != change:
-                self._engine.discard_adapter(name)
+                self._engine.versions.discard(name)
                 raise _ended(name)
             return info
         except BaseException:
@@ -123,12 +123,12 @@ class PreparedVersions:
         """Let new requests use what the change has prepared."""
         if not self._end(name, change):
             raise _ended(name)
-        return self._engine.commit_adapter(name)
+        return self._engine.versions.commit(name)
 
     async def discard(self, name: str, change: str) -> None:
         """End the change: drop what it has prepared, or prepares."""
         if self._end(name, change):
-            self._engine.discard_adapter(name)
+            self._engine.versions.discard(name)
 
     def _end(self, name: str, change: str) -> bool:
         """Return whether the change had not ended."""

@@ -201,7 +201,11 @@ class AdapterOps:
 
     # Replacing in two steps
 
-    async def prepare(self, name: str, path: str | os.PathLike[str] | None, *, read: bool) -> AdapterInfo:
+    async def prepare(
+        self, name: str, path: str | os.PathLike[str] | None = None, *, read: bool = True
+    ) -> AdapterInfo:
+        """Make the next version of an adapter ready, as ``load_adapter(..., replace=True)`` does, but do not
+        let requests use it yet. With ``read=False`` it is read when a request first needs it."""
         source = None if path is None else checked_path(name, path)
         async with self._alone(name) as known:
             with known.load():
@@ -214,10 +218,11 @@ class AdapterOps:
         return adapter_info(entry)
 
     def commit(self, name: str) -> AdapterInfo:
+        """Let new requests use the prepared version. Raises AdapterNotFound if there is none."""
         known = self._table.find(name)
         entry, source = (None, None) if known is None else known.take_prepared()
         if known is None or entry is None:
-            raise AdapterNotFound("no version of it was prepared; call prepare_adapter first", name=name)
+            raise AdapterNotFound("no version of it was prepared; call prepare first", name=name)
         self._residency.publish(entry, _now())
         _found_at(known, source)
         self._table.tidy(known)
@@ -225,6 +230,7 @@ class AdapterOps:
         return self.info(name)
 
     def discard(self, name: str) -> None:
+        """Drop the prepared version, if there is one."""
         known = self._table.find(name)
         entry, _ = (None, None) if known is None else known.take_prepared()
         if known is not None and entry is not None:
@@ -233,6 +239,9 @@ class AdapterOps:
             self._stepper.wake()
 
     def expect(self, name: str, digest: str) -> None:
+        """Accept only this content (``AdapterInfo.digest``) under a name that is known, until the adapter is
+        replaced or unloaded: if its files are read later and differ, its requests fail with AdapterChanged.
+        Raises AdapterNotFound."""
         self._names.check_known(name)
         self._residency.expect(name, digest)
 

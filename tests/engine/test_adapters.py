@@ -284,20 +284,20 @@ async def test_a_version_is_prepared_and_later_committed_or_discarded(
 ) -> None:
     async with make_engine(tiny, max_cpu_loras=3) as engine:
         await engine.load_adapter("a", tiny.adapters["rank-3"], pin=True)
-        prepared = await engine.prepare_adapter("a", tiny.adapters["rank-4"])
+        prepared = await engine.versions.prepare("a", tiny.adapters["rank-4"])
         assert (prepared.version, prepared.location, prepared.pinned) == (2, "cpu", False)
         old = await engine.complete([4, 5], greedy(4), adapter="a")
         assert old.token_ids == tiny.expected([4, 5], 4, "rank-3"), "it is not used before it is committed"
-        committed = engine.commit_adapter("a")
+        committed = engine.versions.commit("a")
         assert (committed.version, committed.pinned) == (2, True)
         new = await engine.complete([4, 5], greedy(4), adapter="a")
         assert new.token_ids == tiny.expected([4, 5], 4, "rank-4")
         with pytest.raises(AdapterNotFound, match="prepared"):
-            engine.commit_adapter("a")
-        await engine.prepare_adapter("a", tiny.adapters["qv-only"])
-        engine.discard_adapter("a")
+            engine.versions.commit("a")
+        await engine.versions.prepare("a", tiny.adapters["qv-only"])
+        engine.versions.discard("a")
         with pytest.raises(AdapterLoadError):
-            await engine.prepare_adapter("a", tiny.model.parent / "nowhere")
+            await engine.versions.prepare("a", tiny.model.parent / "nowhere")
         await engine.unload_adapter("a")
         async with asyncio.timeout(60):
             while engine._core.residency.entries:  # nothing is left of the versions that were given up

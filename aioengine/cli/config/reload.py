@@ -172,8 +172,8 @@ class _AdapterChanges(NamedTuple):
         """Make the changes that can fail; ``undo`` gets callbacks that undo them. Raises AdapterLoadError and
         other errors of adapters."""
         for name in sorted(self.moved):
-            await engine.prepare_adapter(name, paths[name])
-            undo.callback(engine.discard_adapter, name)
+            await engine.versions.prepare(name, paths[name])
+            undo.callback(engine.versions.discard, name)
         for name in sorted(self.new):
             engine.register_adapter(name, paths[name])
             undo.push_async_callback(engine.unload_adapter, name)
@@ -181,7 +181,7 @@ class _AdapterChanges(NamedTuple):
     async def finish(self, engine: AsyncEngine) -> list[str]:
         """Make the other changes. Returns descriptions of all changes."""
         for name in self.moved:
-            engine.commit_adapter(name)
+            engine.versions.commit(name)
         for name in self.gone:
             try:
                 await engine.unload_adapter(name)
