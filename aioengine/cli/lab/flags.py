@@ -13,7 +13,7 @@ from cyclopts import Group, Parameter
 
 from aioengine.checks import read_json
 from aioengine.cli.help import FOLDED
-from aioengine.cli.struct_flags import StructFlags, flags_of
+from aioengine.cli.struct_flags import StructFlags, flags_of, given
 from aioengine.config import EngineConfig, LoRAConfig
 from aioengine.errors import ConfigError
 from aioengine.lab.runs.experiment import Experiment
@@ -79,20 +79,21 @@ def make_experiment(
     from aioengine.lab.runs.experiment import refuse_fleet
 
     values = _read(file)
-    given = _given(own)
-    asked = _given(vars(workload)) | ({"scale": given.pop("scale")} if "scale" in given else {})
+    asked = given(workload)
+    if own.get("scale") is not None:
+        asked["scale"] = own["scale"]
     spec = values.get("workload") or {} if base is None else base.to_dict()
     if not isinstance(spec, Mapping):
         raise ConfigError(f"{file}: workload={spec!r}: must be an object")
-    given = {**_given(vars(system)), **given}
-    values = {**values, **given, "workload": {**spec, **asked}}
-    source = "flags" if file is None else f"{file} and flags" if asked or given else str(file)
+    fields = given(system) | {k: v for k, v in own.items() if v is not None and k != "scale"}
+    values = {**values, **fields, "workload": {**spec, **asked}}
+    source = "flags" if file is None else f"{file} and flags" if asked or fields else str(file)
     try:
         if values.get("replicas") is None:
-            refuse_fleet(given)
+            refuse_fleet(fields)
         experiment = Experiment.from_dict(values, source=source)
         in_file = base is not None or (file is not None and file.suffix == ".toml")
-        check_effect(experiment, {*given, *asked, *(set_fields(experiment.workload) if in_file else ())})
+        check_effect(experiment, {*fields, *asked, *(set_fields(experiment.workload) if in_file else ())})
         return experiment
     except ConfigError as error:
         raise ConfigError(_in_lab_flags(str(error))) from error
@@ -111,10 +112,6 @@ def _read(file: Path | None) -> Mapping[str, Any]:
         if not isinstance(values, dict):
             raise ConfigError(f"{file}: {key}={values!r}: must be an object")
     return values
-
-
-def _given(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in values.items() if value is not None}
 
 
 def _in_lab_flags(text: str) -> str:
