@@ -40,8 +40,10 @@ CONTAINER: dict[str, Any] = POD["spec"]["containers"][0]
 
 
 def server_flags(arguments: list[str]) -> Any:
-    """What the command line makes of the arguments; it fails for a flag that there is not."""
-    _, bound, _ = build_app().parse_args(arguments)
+    """What the command line makes of the arguments; it fails for a flag that there is not. The configuration
+    file is not here."""
+    text = re.sub(r"--config[= ]\S+", "", shlex.join(arguments))
+    _, bound, _ = build_app().parse_args(shlex.split(text))
     return bound.arguments["server"]
 
 

@@ -45,8 +45,8 @@ def config(**fields: Any) -> FleetConfig:
         ({"registry": ""}, "registry='': must not be empty"),  # it would be the root of the disk
         ({"registry": "a\udcff"}, r"registry='a\\udcff': must be UTF-8"),
         *[
-            ({"replica_wait_seconds": value}, f"replica_wait_seconds={value}: must be 0 or more seconds")
-            for value in (-1.0, math.nan, math.inf)
+            ({"replica_wait_seconds": value}, f"replica_wait_seconds={value}: must be {what}")
+            for value, what in ((-1.0, ">= 0"), (math.nan, "a finite number"), (math.inf, "a finite number"))
         ],
         *[({"adapters": {name: "x"}}, r"adapters\..*a name is 1 to 255") for name in ("", "sql@1", "s q l")],
         ({"adapters": {"sql": ""}}, r"adapters\.'sql'='': .*a path is not empty"),
