@@ -38,6 +38,13 @@ class Device(ABC):
         """Begin a batch, while none is in flight. ``ended`` is called on the loop, after this has returned,
         with the result or the error."""
 
+    def settle(self) -> None:  # noqa: B027 # a device that takes one step at a time
+        """Hand over the steps of a batch that have ended. Only where it ``repeats``."""
+
+    def interrupt(self) -> None:  # noqa: B027 # a device that takes one step at a time
+        """Begin no further step of the batch in flight, because the engine has something new to decide on.
+        Only where it ``repeats``."""
+
     @abstractmethod
     async def load(self, order: ReadOrder) -> LoadedAdapter:
         """Read an adapter from disk, or from ``order.files``, into the CPU cache.

@@ -33,6 +33,11 @@ class Outbox:
         )
         task.add_done_callback(lambda _: self._end(key))
 
+    @property
+    def busy(self) -> bool:
+        """Whether a request of the door has not ended."""
+        return bool(self._tasks)
+
     def abort(self, key: int) -> None:
         """Abort a request; does nothing if it has ended."""
         task = self._tasks.get(key)

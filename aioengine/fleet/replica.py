@@ -14,6 +14,7 @@ import msgspec
 
 from aioengine.engine import AsyncEngine
 from aioengine.errors import AdapterNotFound, AioEngineError, EngineDead, EngineStopped
+from aioengine.events import RequestAdded
 from aioengine.fleet.beliefs import Beliefs
 from aioengine.fleet.config import FleetConfig
 from aioengine.fleet.outbox import Outbox, Outboxes
@@ -50,6 +51,11 @@ class EngineReplica:
     gone, Serve sends it to another, which raises LookupError: it must not answer in its place."""
 
     async def __init__(self, config: FleetConfig, digest: str) -> None:  # type: ignore[misc] # Serve awaits it
+        await self.begin(config, digest, _own_id())
+
+    async def begin(self, config: FleetConfig, digest: str, name: str) -> None:
+        """Start the engine. ``name``: the replica's id among the fleet's."""
+        self._name = name
         self._config = config
         self._digest = digest
         self._draining = False
@@ -59,10 +65,10 @@ class EngineReplica:
         self._versions = ReplicaVersions(config.adapters)
         self.engine = await self.start_engine()
         self._adapters = ReplicaAdapters(self.engine, self._versions)
-        self.engine.add_listener(self._speed)
+        self.engine.add_listener(self._speed, *Speeds.HEARD)
         self._beliefs = Beliefs()
-        self.engine.add_listener(self._beliefs)
-        self._traces = otlp_provider(config.otlp_endpoint, resource={"service.instance.id": _own_id()})
+        self.engine.add_listener(self._beliefs, RequestAdded)
+        self._traces = otlp_provider(config.otlp_endpoint, resource={"service.instance.id": name})
         if self._traces is not None:
             from aioengine.metrics.tracing import trace_requests
 
@@ -100,7 +106,7 @@ class EngineReplica:
                     if version != residency:
                         residency, frame.residency = version, self._residency()
                 yield encode_frame(frame)
-                await box.filled(self._config.heartbeat_seconds)
+                await box.filled(STATUS_SECONDS if box.busy else self._config.heartbeat_seconds)
 
     async def submit(self, channel: str, orders: bytes, to: str | None = None) -> None:
         """Carry out a door's orders. Raises LookupError if this is not the door's latest channel."""
@@ -194,16 +200,20 @@ class EngineReplica:
     def _hello(self) -> Hello:
         lora = self._config.engine.lora
         return Hello(
-            replica=_own_id(),
+            replica=self._name,
             pid=os.getpid(),
             node=platform.node(),
-            actor=_own_actor(),
+            actor=self._actor(),
             slots=0 if lora is None else len(self.engine.slots().slots),
             cpu_loras=0 if lora is None else lora.cpu_capacity,
             max_running=self._config.engine.max_num_seqs,
             kv_tokens=self.engine.load().kv_tokens,
             digest=self._digest,
         )
+
+    def _actor(self) -> str:
+        """Return Ray's name of this actor."""
+        return _own_actor()
 
     def _status(self, box: Outbox, now: float) -> Status:
         load = self.engine.load()

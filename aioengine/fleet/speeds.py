@@ -16,6 +16,14 @@ class Speeds:
     """Moving averages of the seconds that loads, copies, prompt tokens and requests take. It is a
     listener of the engine's events."""
 
+    HEARD = (
+        events.AdapterLoaded,
+        events.AdapterPlaced,
+        events.RequestAdmitted,
+        events.RequestEnded,
+        events.StepsFinished,
+    )
+
     def __init__(self) -> None:
         self.service: float | None = None
         """Seconds from a request's admission to its end."""
@@ -37,8 +45,9 @@ class Speeds:
                 queued = self._queued.pop(event.request_id, None)
                 if queued is not None and event.output_tokens:
                     self.service = _smooth(self.service, event.seconds - queued)
-            case events.StepFinished() if event.prefill_tokens > event.decode_tokens:
-                self.token.add(event.seconds, event.prefill_tokens + event.decode_tokens)
+            case events.StepsFinished() if event.prefill_tokens > event.decode_tokens:
+                for seconds in event.seconds:
+                    self.token.add(seconds, event.prefill_tokens + event.decode_tokens)
 
     def demand(self, load: EngineLoad, slots: Set[str | None], max_running: int) -> dict[str, float]:
         """Return the fields of :class:`~aioengine.fleet.autoscaling.Load`, for the scaling policy."""

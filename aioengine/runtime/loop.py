@@ -81,11 +81,13 @@ class EngineLoop:
             self._free_retired()
             return
         self.publish()
+        self._device.interrupt()
         self._wake.set()
 
     def abort(self, request: Request) -> None:
         """End a request; its reader, if any, gets a last output with ``finish_reason="abort"``."""
         if request.status is not Status.ENDED:
+            self._device.settle()
             self.core.end(request, "abort", asyncio.get_running_loop().time())
             self.wake()
 

@@ -13,7 +13,8 @@ from aioengine import AsyncEngine, EngineConfig, LoRAConfig, SamplingParams
 from aioengine.cli.bench import random_prompts, run_once
 from aioengine.events import Event, StepFinished
 from aioengine.kernels.cpu.shared_library import load
-from aioengine.lab.calibration.direct_steps import DirectSteps, Row
+from aioengine.lab.calibration.design import Row
+from aioengine.lab.calibration.direct_steps import DirectSteps
 from aioengine.lab.calibration.probe import ProbedEngine
 from aioengine.model import native, runner
 from benchmarks.report import median, percentile

@@ -8,7 +8,7 @@ import msgspec
 
 from aioengine.lab.costs.model import CostModel, ModelShape, Stage
 from aioengine.lab.costs.presets import load_costs
-from aioengine.lab.costs.roofline import A10G, estimate
+from aioengine.lab.costs.roofline import DEVICES, estimate
 from benchmarks.report import Table
 from benchmarks.shared.simulated import compared, presets
 
@@ -52,9 +52,10 @@ def llama_on_a40(link: float) -> CostModel:
     """Return the cost model of Chameleon's machine: an A40 (NVIDIA's data sheet: 48 GB, 696 GB/s, 149.7
     TFLOPS in float16), over a link of so many bytes a second. The batch waits while an adapter is copied."""
     a40 = msgspec.structs.replace(
-        A10G, memory=45 * 2**30, bandwidth=696e9, flops=149.7e12, host_to_device=link
-    )
-    costs = estimate("llama-7b-a40", "one A40 48 GB", LLAMA_7B, a40)
+        DEVICES["a10g"], name="one A40 48 GB", memory=45 * 2**30, bandwidth=696e9, flops=149.7e12,
+        host_to_device=link,
+    )  # fmt: skip
+    costs = estimate("llama-7b-a40", LLAMA_7B, a40)
     return msgspec.structs.replace(costs, slot=Stage(costs.slot.latency, link, slowdown=STALLS))
 
 

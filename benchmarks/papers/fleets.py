@@ -10,12 +10,11 @@ import msgspec
 
 from aioengine.config import EngineConfig, LoRAConfig
 from aioengine.lab.costs.presets import load_costs
-from aioengine.lab.fleet.door import SimulatedFleet
+from aioengine.lab.fleet.fleet import SimulatedFleet, fleet_config
 from aioengine.lab.simulation.clock import run_in_virtual_time
 from aioengine.lab.simulation.engine import SimulatedEngine
 from aioengine.lab.workload.requests import AdapterShape
 from aioengine.request import SamplingParams
-from aioengine.schedulers import routing
 from aioengine.schedulers.routing import FleetView, Route, RouteRequest, RouterPolicy
 from benchmarks.report import Table
 from benchmarks.shared.simulated import compared, presets
@@ -120,7 +119,7 @@ async def _closed_loop(router: str, users: int, each: int) -> tuple[list[int], f
     config = EngineConfig(model="llama3-8b-h100", lora=LoRAConfig(max_loras=4, max_cpu_loras=16))
     rng = random.Random(0)
     fleet = SimulatedFleet(
-        2, lambda: SimulatedEngine(config, costs), routing.load_router(router), routing.load_placement("none")
+        fleet_config(config, replicas=2, router=router), lambda: SimulatedEngine(config, costs)
     )
     async with fleet:
         fleet.add_adapters([AdapterShape("hot", 16)])

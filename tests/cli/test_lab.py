@@ -76,6 +76,7 @@ def test_conditions_that_cannot_be(
 
 @pytest.mark.slow
 def test_a_run_and_the_same_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("vl_convert", reason="of the extra")
     out, again = tmp_path / "out", tmp_path / "again"
     assert main(["lab", "run", *SMALL, *SYSTEM, "--slots", "2", "--policy", "vtc", "--out", str(out)]) == 0
     said = capsys.readouterr().out
@@ -131,6 +132,7 @@ class Deadly(FCFS):
 
 @pytest.mark.slow
 def test_compare(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("vl_convert", reason="of the extra")
     out, again = tmp_path / "out", tmp_path / "again"
     (tmp_path / "deadly.py").write_text(DEADLY)
     policies = [
@@ -280,6 +282,7 @@ def test_ctrl_c_ends_a_comparison_and_its_workers(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_example(tmp_path: Path) -> None:
+    pytest.importorskip("vl_convert", reason="of the extra")
     script = Path(__file__).resolve().parents[2] / "examples" / "lab_notebook.py"
     done = subprocess.run(
         [sys.executable, str(script), str(tmp_path)], capture_output=True, text=True, check=False, timeout=120

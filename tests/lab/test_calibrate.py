@@ -19,12 +19,10 @@ from aioengine import events
 from aioengine.config import EngineConfig
 from aioengine.errors import ConfigError
 from aioengine.lab.calibration.calibrate import calibrate, calibrate_async
-from aioengine.lab.calibration.compared import METRICS
 from aioengine.lab.calibration.design import Design
-from aioengine.lab.calibration.probe import Probe, ProbedEngine, ProbedMove, ProbedStep
-from aioengine.lab.calibration.processor_waits import Waits
-from aioengine.lab.calibration.timings import Intervals, fit_overhead, move_points, serving_level, slowdown
-from aioengine.lab.calibration.validate import validate, validation_experiment
+from aioengine.lab.calibration.fit import Intervals, fit_overhead, move_points, serving_level, slowdown
+from aioengine.lab.calibration.probe import Probe, ProbedEngine, ProbedMove, ProbedStep, Waits
+from aioengine.lab.calibration.validate import METRICS, validate, validation_experiment
 from aioengine.lab.costs.model import CostModel
 from aioengine.lab.costs.steps import StepCosts, StepShape
 from aioengine.lab.runs.experiment import Experiment

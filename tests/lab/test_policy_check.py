@@ -14,7 +14,7 @@ from aioengine.cli.main import main
 from aioengine.lab.policy_check.check import Checked, check_policy_contract
 from aioengine.lab.policy_check.idle import serve_one_by_one
 from aioengine.lab.policy_check.world import SCENARIOS, NeverEnds
-from aioengine.lab.runs.study import POLICY
+from aioengine.lab.runs.study import TEMPLATES
 from aioengine.schedulers import Decision, PolicyEvent, SchedulerPolicy, SchedulerView, load_policy
 from aioengine.schedulers.policies.fcfs import FCFS
 
@@ -32,7 +32,7 @@ def documented() -> Iterator[object]:
     sources = {
         "ShortestFirst": (root / "examples/my_policy.py").read_text("utf-8"),
         "TakeTurns": next(block for block in blocks if "class TakeTurns" in block),
-        "MyPolicy": POLICY,
+        "MyPolicy": (TEMPLATES / "policy.py.txt").read_text("utf-8"),
     }
     for name, source in sources.items():
         scope: dict[str, Any] = {}

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from aioengine.errors import ConfigError
 from aioengine.lab.workload.distributions import draw_shape, parse_lengths, parse_ranks, parse_sizes
 from aioengine.lab.workload.popularity import FORMS, make_popularity, parse_popularity, power, zipf
-from aioengine.lab.workload.predictions import Deadlines, parse_deadline, parse_view
+from aioengine.lab.workload.predictions import parse_deadline, parse_view
 from aioengine.lab.workload.random_streams import stream
 from aioengine.lab.workload.spec_text import Form, parse_form
 
@@ -23,7 +23,7 @@ DRAWS = 40_000
 def counts(text: str, adapters: int, *, tenants: int = 0, seed: int = 0) -> list[float]:
     """Share of each."""
     popularity = make_popularity(parse_popularity("popularity", text), adapters, tenants, seed)
-    found = Counter(popularity.draw(0.0, index % max(tenants, 1)) for index in range(DRAWS))
+    found = Counter(popularity(0.0, index % max(tenants, 1)) for index in range(DRAWS))
     return [found[index] / DRAWS for index in range(adapters)]
 
 
@@ -48,7 +48,7 @@ def test_shifts_deal_the_ranks_anew() -> None:
     favourites: list[int] = []
     total: Counter[int] = Counter()
     for second in range(60 * 400):
-        drawn = Counter(popularity.draw(float(second), 0) for _ in range(15))
+        drawn = Counter(popularity(float(second), 0) for _ in range(15))
         favourites.append(drawn.most_common(1)[0][0])
         total.update(drawn)
     changes = sum(a != b for a, b in pairwise(favourites))
@@ -56,14 +56,14 @@ def test_shifts_deal_the_ranks_anew() -> None:
     assert 300 < changes < 1000
     assert max(total.values()) / sum(total.values()) < 0.12
     still = make_popularity(parse_popularity("popularity", "shift:alpha=2.0,every=60"), 20, 0, 5)
-    spell = Counter(still.draw(0.0, 0) for _ in range(DRAWS))
+    spell = Counter(still(0.0, 0) for _ in range(DRAWS))
     assert [count / DRAWS for _, count in spell.most_common(3)] == pytest.approx(zipf(20, 2.0)[:3], abs=0.01)
 
 
 def test_tenants_have_adapters_of_their_own() -> None:
     popularity = make_popularity(parse_popularity("popularity", "tenant"), 10, 3, 0)
     for tenant in range(3):
-        found = {popularity.draw(0.0, tenant) for _ in range(500)}
+        found = {popularity(0.0, tenant) for _ in range(500)}
         assert found == set(range(tenant, 10, 3))
     skewed = counts("tenant:1.0", 6, tenants=3)
     assert skewed == pytest.approx([2 / 9] * 3 + [1 / 9] * 3, abs=0.01)
@@ -98,31 +98,31 @@ def test_ranks_have_their_shares_and_depend_on_the_name_alone() -> None:
 
 def test_lengths_have_their_distributions() -> None:
     rng = stream(0, "lengths")
-    drawn = [parse_lengths("x", "lognormal:median=200,sigma=0.8,max=1000").draw(rng) for _ in range(9001)]
+    drawn = [parse_lengths("x", "lognormal:median=200,sigma=0.8,max=1000")(rng) for _ in range(9001)]
     assert median(drawn) == pytest.approx(200, rel=0.05)
     assert max(drawn) == 1000 and min(drawn) >= 1
-    uniform = Counter(parse_lengths("x", "uniform:3..5").draw(rng) for _ in range(3000))
+    uniform = Counter(parse_lengths("x", "uniform:3..5")(rng) for _ in range(3000))
     assert set(uniform) == {3, 4, 5} and min(uniform.values()) > 900
-    assert {parse_lengths("x", 128).draw(rng), parse_lengths("x", "128").draw(rng)} == {128}
-    sizes = {parse_sizes("x", "uniform:1MiB..2MiB").draw(rng) for _ in range(100)}
+    assert {parse_lengths("x", 128)(rng), parse_lengths("x", "128")(rng)} == {128}
+    sizes = {parse_sizes("x", "uniform:1MiB..2MiB")(rng) for _ in range(100)}
     assert 2**20 <= min(sizes) < max(sizes) <= 2**21
 
 
 def test_what_is_told_of_lengths() -> None:
     rng = stream(0, "told")
-    assert parse_view("lengths", "known").tell(10, rng) == (10, None, None)
-    assert parse_view("lengths", "hidden:max=8").tell(10, rng) == (8, 8, None)
-    assert parse_view("lengths", "predicted:error=0").tell(10, rng) == (10, 4096, 10)
+    assert parse_view("lengths", "known")(10, rng) == (10, None, None)
+    assert parse_view("lengths", "hidden:max=8")(10, rng) == (8, 8, None)
+    assert parse_view("lengths", "predicted:error=0")(10, rng) == (10, 4096, 10)
     view = parse_view("lengths", "predicted:error=0.5,max=9000")
-    guesses = [view.tell(1000, rng).expected_tokens or 0 for _ in range(9001)]
+    guesses = [view(1000, rng).expected_tokens or 0 for _ in range(9001)]
     assert median(guesses) == pytest.approx(1000, rel=0.03)
     within = sum(1000 / 1.6487 <= guess <= 1000 * 1.6487 for guess in guesses)
     assert within / len(guesses) == pytest.approx(0.683, abs=0.02)
 
 
 def test_deadlines() -> None:
-    assert parse_deadline("deadline", 10) == parse_deadline("deadline", "10") == Deadlines(10.0, 0.0)
-    assert parse_deadline("deadline", "proportional:0.5+0.05").of(100) == pytest.approx(5.5)
+    assert parse_deadline("deadline", 10)(7) == parse_deadline("deadline", "10")(1) == 10.0
+    assert parse_deadline("deadline", "proportional:0.5+0.05")(100) == pytest.approx(5.5)
     for wrong in ("0", "-1", "soon", "proportional:1", "proportional:-1+2", "proportional:1+x", "inf"):
         with pytest.raises(ConfigError, match=r"^deadline="):
             parse_deadline("deadline", wrong)

@@ -1,8 +1,7 @@
-"""The page of a run: whole in one file, escaped, and the same for the same files."""
+"""The report of a run: whole in one file, escaped, and the same for the same files, whatever they hold."""
 
 from __future__ import annotations
 
-import base64
 import json
 import re
 import shutil
@@ -13,21 +12,22 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.lab_files import write_files
+from support.lab_files import request, sample, write_files
 
 from aioengine.errors import ConfigError
+from aioengine.lab.analysis.numbers import change_text, policy_label, seconds_text, share_text, shorten
 from aioengine.lab.analysis.summary import summarize
-from aioengine.lab.report import run_page
-from aioengine.lab.report.run_figures import PLOTS
+from aioengine.lab.report.page import in_script
+from aioengine.lab.report.run_figures import MOST_STAYS, PLOTS, draw_run, load_run, thin
 from aioengine.lab.report.run_page import write_report
-from aioengine.lab.report.style import Drawn
-from aioengine.lab.report.timeline_page import in_script
-from aioengine.lab.runs.rows import load_frames
+from aioengine.lab.runs.rows import SlotSpan, load_frames
+
+pytest.importorskip("vl_convert", reason="of the extra")
 
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run's folder with its report, which takes seconds to draw."""
+    """A run's folder with its report."""
     folder = write_files(tmp_path_factory.mktemp("report") / "run")
     (folder / "summary.json").write_text(json.dumps(summarize(folder)))
     drawn: list[None] = []
@@ -49,40 +49,34 @@ class Links(HTMLParser):
         self.sources += [value or "" for name, value in attrs if name in ("src", "srcset", "href")]
 
 
-@pytest.mark.slow
+def charts_of(page: str) -> list[dict[str, Any]]:
+    found = re.search(r'<script type="application/json" id="charts">(.*?)</script>', page, flags=re.DOTALL)
+    assert found is not None
+    return json.loads(found[1])["charts"]  # type: ignore[no-any-return]
+
+
 def test_the_page_is_whole_and_escaped(written: Path) -> None:
     text = (written / "report.html").read_text()
     links = Links()
     links.feed(text)
-    assert "script" not in links.tags and "b" in links.tags  # the tiles' own, and not the policy's
-    assert "&lt;script&gt;" in text and "&lt;b&gt;fcfs" in text and "<b>fcfs" not in text
-    assert links.sources[-1] == "timeline.html"
-    pictures = links.sources[:-1]
-    assert len(pictures) == 2 * len(PLOTS)
-    assert all(source.startswith("data:image/png;base64,") for source in pictures)
-    for plot, source in zip(PLOTS, pictures[1::2], strict=True):  # the second of each is the light one
-        png = (written / "figures" / f"{plot.name}.png").read_bytes()
-        assert base64.b64decode(source.partition(",")[2]) == png
+    assert links.sources == [] and links.tags.count("script") == 2, "nothing is fetched"
+    assert "vegaEmbed" in text and len(charts_of(text)) == len(PLOTS)
+    assert "&lt;b&gt;fcfs" in text and "<b>fcfs" not in text
     assert "aioengine lab run --experiment FOLDER/experiment.json" in text
-    assert str(written) not in text and not re.search(r"\b20\d\d-\d\d-\d\d\b", text)
+    assert str(written) not in text
+    for plot in PLOTS:
+        assert (written / "figures" / f"{plot.name}.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_timeline_has_every_stay_and_fetches_nothing(written: Path) -> None:
-    text = (written / "timeline.html").read_text()
-    links = Links()
-    links.feed(text)
-    assert links.sources == []
-    [data] = re.findall(r'<script type="application/json" id="data">(.*?)</script>', text, flags=re.DOTALL)
-    found = json.loads(data)
+def test_the_timeline_has_every_stay(written: Path) -> None:
+    charts = charts_of((written / "report.html").read_text())
+    [timeline] = [chart for chart in charts if "stays of" in str(chart["title"])]
     stays = [
-        (slot, found["adapters"][adapter], start, end, steps)
-        for slot, row in enumerate(found["slots"])
-        for adapter, start, _, end, steps in row
+        (row["slot"], row["adapter"], row["start"], row["end"], row["steps"])
+        for row in timeline["data"]["values"]
     ]
-    spans = load_frames(written).slots.sort("slot", "start")
+    spans = load_frames(written).slots.sort("start", "slot")
     assert stays == spans.select("slot", "adapter", "start", "end", "busy_steps").rows()
-    for row in found["slots"]:  # the page looks for stays by bisection
-        assert [stay[3] for stay in row] == sorted(stay[3] for stay in row)
 
 
 @given(st.recursive(st.text(), lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner)))
@@ -103,30 +97,83 @@ def test_what_is_not_there_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_figures_for_a_paper(written: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With them the page and its figures are the same bytes as without: all depends on the files alone."""
-    before = {path: path.read_bytes() for path in (written / "report.html", *written.glob("figures/*.png"))}
+def test_figures_for_a_paper(written: Path, tmp_path: Path) -> None:
     unwritten = shutil.ignore_patterns("report.html", "figures")
     folder = shutil.copytree(written, tmp_path / "run", ignore=unwritten)
-    drawn: list[tuple[Drawn, Drawn]] = []
-    draw_both = run_page.draw_both
-
-    def kept(*arguments: Any) -> list[tuple[Drawn, Drawn]]:
-        drawn.extend(draw_both(*arguments))
-        return drawn
-
-    monkeypatch.setattr(run_page, "draw_both", kept)
     write_report(folder, vector=True)
-    assert {path: (folder / path.relative_to(written)).read_bytes() for path in before} == before
+    for path in (written / "report.html", *written.glob("figures/*.png")):
+        assert (folder / path.relative_to(written)).read_bytes() == path.read_bytes()
     figures = folder / "figures"
-    assert {path.stem for path in figures.glob("*.pdf")} == {plot.name for plot in PLOTS}
-    first = {path.name: path.read_bytes() for path in figures.iterdir()}
-    pdf = first[f"{PLOTS[0].name}.pdf"]
-    assert b"/FontFile2" in pdf and b"/Type3" not in pdf, "the fonts are in it, as TrueType"
-    assert b"<text" not in first[f"{PLOTS[0].name}.svg"], "letters are outlines"
-    captions = first["captions.md"].decode()
+    names = {plot.name for plot in PLOTS}
+    for kind in ("pdf", "svg"):
+        assert {path.stem for path in figures.glob(f"*.{kind}")} == names
+    assert b"/FontFile" in (figures / "latency.pdf").read_bytes(), "the fonts are in it"
+    captions = (figures / "captions.md").read_text()
     assert all(f"**{plot.name}.**" in captions and plot.caption in captions for plot in PLOTS)
-    assert '"max_num_seqs"' in captions or '"policy"' in captions
-    monkeypatch.setattr(run_page, "draw_both", lambda *_: drawn)  # these have been compared
-    write_report(folder, vector=True)
-    assert {path.name: path.read_bytes() for path in figures.iterdir()} == first
+    assert '"policy"' in captions
+
+
+def test_a_run_without_anything_has_figures(tmp_path: Path) -> None:
+    assert len(list(draw_run(load_run(write_files(tmp_path, [], [], [], []))))) == len(PLOTS)
+
+
+def test_a_timeline_of_many_stays_shows_a_part(tmp_path: Path) -> None:
+    count = MOST_STAYS + 100
+    spans = [SlotSpan(i % 2, f"adapter-{i % 30}", i * 1.0, i + 0.1, i + 1.0, 1) for i in range(count)]
+    figures = {figure.name: figure for figure in draw_run(load_run(write_files(tmp_path, spans=spans)))}
+    assert f"shown are {MOST_STAYS:,}" in figures["timeline"].title
+    assert len(figures["timeline"].spec["data"]["values"]) == MOST_STAYS
+
+
+def test_service_has_a_panel_where_it_differed(tmp_path: Path) -> None:
+    requests = [
+        request(f"{name}{i}", name, i * 1.0, admitted=90.0, ended=100.0) for i in (0, 1) for name in "ab"
+    ]
+    shown = {}
+    for name, service in (("apart", {"a": 90, "b": 10}), ("even", {"a": 50, "b": 50})):
+        samples = [sample(time, service if time == 4.0 else {}) for time in (2.0, 4.0, 6.0)]
+        run = load_run(write_files(tmp_path / name, requests, samples=samples))
+        shown[name] = {figure.name: figure for figure in draw_run(run)}["fairness"]
+    assert len(shown["apart"].spec["vconcat"]) == 2 and "differ by 80 tokens" in shown["apart"].title
+    assert "vconcat" not in shown["even"].spec and "VTC" in shown["even"].title
+
+
+def test_the_most_that_waited_is_drawn(tmp_path: Path) -> None:
+    samples = [sample(i + 1.0, {}, waiting=99 if i == 501 else 1) for i in range(1000)]
+    samples.append(sample(1000.01, {}, running=0, waiting=0))
+    run = load_run(write_files(tmp_path, samples=samples))
+    table = thin(run.frames.samples)
+    assert table.height == 250 and table["most_waiting"].max() == 99.0 > max(table["waiting"])
+    assert table["time"][-1] == 1000.01 and table["running"][-1] > 0.9, "no drop for the last hundredth"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (None, "–"),
+        (0.0, "0 ms"),
+        (0.0042, "4.2 ms"),
+        (0.042, "42 ms"),
+        (0.0999, "0.10 s"),
+        (0.42, "0.42 s"),
+        (0.999, "1.0 s"),
+        (4.2, "4.2 s"),
+        (9.99, "10 s"),
+        (4200.0, "4,200 s"),
+    ],
+)
+def test_seconds(seconds: float | None, text: str) -> None:
+    assert seconds_text(seconds) == text
+
+
+def test_shares_and_names() -> None:
+    assert policy_label("vllm+lru") == "vllm+lru"
+    assert policy_label("some/where/my_policy.py:Shortest") == "my_policy.py:Shortest"
+    shares = [share_text(share) for share in (None, 0.0, 0.004, 0.42, 0.996, 1.0)]
+    assert shares == ["–", "0%", "0.4%", "42%", "99.6%", "100%"]
+    changes = [change_text(x) for x in (0.1, -0.1, 0.996, 0.004, -0.0002, 0)]
+    assert changes == ["+10%", "−10%", "+99.6%", "+0.4%", "±0%", "±0%"]
+    assert shorten("adapter-012") == "adapter-012"
+    short = shorten("a-very-long-name-of-an-adapter-012")
+    assert len(short) == 18 and short.endswith("-012")
+    assert shorten("a\nb") == "a?b"

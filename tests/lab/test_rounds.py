@@ -16,11 +16,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aioengine.lab.calibration.design import Design, Part
-from aioengine.lab.calibration.direct_steps import Row, Timing
+from aioengine.lab.calibration.design import Design, Part, Row
+from aioengine.lab.calibration.direct_steps import Rounds, Timing
 from aioengine.lab.calibration.fit import Timed
-from aioengine.lab.calibration.processor_waits import Waits
-from aioengine.lab.calibration.rounds import Rounds
+from aioengine.lab.calibration.probe import Waits
 from aioengine.lab.costs.steps import StepShape
 
 SMALL = StepShape(4, 400, 0, 0, 4)

@@ -18,7 +18,7 @@ from aioengine import RequestOutput, SamplingParams, events
 from aioengine.core.core import Core, Step
 from aioengine.lab import Experiment, WorkloadSpec, run
 from aioengine.lab.costs.model import Stage
-from aioengine.lab.simulation.clock import VirtualTimeLoop, run_in_virtual_time
+from aioengine.lab.simulation.clock import run_in_virtual_time
 from aioengine.lab.simulation.device import SimulatedDevice
 from aioengine.lab.simulation.engine import SimulatedEngine
 from aioengine.lab.workload.requests import AdapterShape
@@ -186,7 +186,7 @@ def seen(deeds: Sequence[Deed], *, repeats: bool) -> list[tuple[float, ...]]:
                 await asyncio.sleep(seconds)
                 if kind == "add":
                     number = len(running)
-                    engine.set_length(f"r{number}", 7 + 9 * number)
+                    engine.lengths[f"r{number}"] = 7 + 9 * number
                     wanted = engine.complete(
                         [0] * (3 + 5 * number),
                         SamplingParams(max_tokens=90),
@@ -294,22 +294,3 @@ def test_no_step_is_certain_after_one_that_a_request_ends_in() -> None:
     windowed.settle()
     assert windowed.schedule() is not None
     assert windowed.core.batcher.certain_steps() == 1, "blocks are given back meanwhile"
-
-
-async def the_clock() -> None:
-    loop = asyncio.get_running_loop()
-    assert isinstance(loop, VirtualTimeLoop)
-    assert loop.next_timer() == float("inf")
-    timers = [loop.call_later(seconds, lambda: None) for seconds in (1.0, 2.0, 3.0)]
-    assert loop.next_timer() == 1.0
-    timers[0].cancel()
-    assert loop.next_timer() == 2.0
-    loop.call_soon(lambda: None)
-    assert loop.next_timer() is None, "something is to be done first"
-    await asyncio.sleep(0)
-    loop.go_to(1.5)
-    assert loop.time() == 1.5
-
-
-def test_the_clock_tells_when_something_else_is_due() -> None:
-    run_in_virtual_time(the_clock())

@@ -15,14 +15,17 @@ from support.lab_sim import DISK, MB, SLOT, STEP, config, costs
 from aioengine import SamplingParams
 from aioengine.errors import AdapterLoadError, AdapterTooLarge, RequestInvalid
 from aioengine.events import Event, PolicyOverran, StepFinished
+from aioengine.executors.base import run_step
 from aioengine.lab.costs.model import Stage
 from aioengine.lab.costs.steps import StepCosts
 from aioengine.lab.simulation.clock import run_in_virtual_time
+from aioengine.lab.simulation.device import SimulatedDevice
 from aioengine.lab.simulation.engine import SimulatedEngine
-from aioengine.lab.simulation.transfers import Processor, SharedStage
+from aioengine.lab.simulation.transfers import SharedStage
 from aioengine.lab.workload.requests import AdapterShape
 from aioengine.schedulers import Decision, SchedulerView
 from aioengine.schedulers.policies.fcfs import FCFS
+from aioengine.step import StepBatch
 
 # Transfers
 
@@ -103,27 +106,25 @@ def test_a_cancelled_transfer_leaves_its_share_to_the_others() -> None:
 # Steps beside moves
 
 
-async def work(processor: Processor, seconds: float) -> float:
-    """Return the seconds that the work took."""
-    took: asyncio.Future[float] = asyncio.get_running_loop().create_future()
-    processor.begin(seconds, took.set_result)
-    return await took
+async def work(device: SimulatedDevice) -> float:
+    """Return the seconds that a step took."""
+    return (await run_step(device, StepBatch(0, [], []))).seconds[0]
 
 
 def test_work_is_slow_just_while_it_is_disturbed() -> None:
-    async def disturb(processor: Processor) -> None:
+    async def disturb(device: SimulatedDevice) -> None:
         await asyncio.sleep(0.2)
-        with processor.disturbed(2.0), processor.disturbed(1.25):  # the larger counts
+        with device.disturbed(2.0), device.disturbed(1.25):  # the larger counts
             await asyncio.sleep(0.2)
-            with processor.disturbed(2.0):  # twice is no worse than once
+            with device.disturbed(2.0):  # twice is no worse than once
                 await asyncio.sleep(0.2)
 
     async def main() -> tuple[float, float]:
-        processor = Processor()
-        beside = asyncio.create_task(disturb(processor))
-        first = await work(processor, 1.0)
+        device = SimulatedDevice(costs(steps=StepCosts(step=1.0)), token=0, end_token=1, max_rank=8)
+        beside = asyncio.create_task(disturb(device))
+        first = await work(device)
         await beside
-        return first, await work(processor, 1.0)
+        return first, await work(device)
 
     assert run_in_virtual_time(main()) == (pytest.approx(1.2), pytest.approx(1.0))
 
@@ -144,7 +145,7 @@ def on_engine(main: Any, *, model: Any = None, **fields: Any) -> Any:
 
 def test_what_a_cold_request_takes() -> None:
     async def main(engine: SimulatedEngine) -> tuple[float, float]:
-        engine.set_length("r", 5)
+        engine.lengths["r"] = 5
         out = await engine.complete([0] * 10, adapter="a", request_id="r")
         assert out.finish_reason == "stop"
         assert len(out.token_ids) == 5
@@ -160,7 +161,7 @@ def test_what_a_cold_request_takes() -> None:
 
 def test_an_output_ends_with_max_tokens_before_its_length() -> None:
     async def main(engine: SimulatedEngine) -> tuple[str | None, int]:
-        engine.set_length("r", 50)
+        engine.lengths["r"] = 50
         out = await engine.complete([0], SamplingParams(max_tokens=20), request_id="r")
         return out.finish_reason, len(out.token_ids)
 

@@ -222,7 +222,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"seconds": float("nan")}, "seconds=nan: must be a finite number"),
     ({"seconds": -1}, "seconds=-1: must be in [0, "),
     ({"scale": 0}, "scale=0: must be in"),
-    ({"repeat": True}, "repeat=True with arrivals="),
+    ({"repeat": True}, "repeat=True: arrivals never end"),
     ({"repeat": 1}, "repeat=1: must be True or False"),
     ({"arrivals": None, "trace": "x", "repeat": True, "limit": None}, "repeat=True: say when to end"),
     ({"trace": ""}, "trace='': must be text"),

@@ -21,7 +21,7 @@ PROCESSES = ("poisson:rate=2", "gamma:rate=2,cv=4", "onoff:rate=8,on=2,off=6", "
 def times(text: str, count: int, *, seed: int = 0, scale: float = 1.0) -> list[float]:
     """Seconds."""
     process = parse_arrivals("arrivals", text, scale=scale)
-    return [time / 1e6 for time in islice(process.times(stream(seed, "arrivals")), count)]
+    return [time / 1e6 for time in islice(process(stream(seed, "arrivals")), count)]
 
 
 def gaps(text: str, count: int = 50_000) -> list[float]:

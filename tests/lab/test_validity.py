@@ -12,9 +12,6 @@ from aioengine.cli.main import main
 from aioengine.errors import ConfigError, PolicyError
 from aioengine.lab import Experiment, WorkloadSpec
 from aioengine.lab.analysis.statistics import estimate, paired
-from aioengine.lab.report.compare_figures import draw_ranking
-from aioengine.lab.report.compare_page import load_compare
-from aioengine.lab.report.style import LIGHT
 from aioengine.lab.runs.open_loop import RunStalled
 from aioengine.lab.runs.simulate import ageing_text, run, without_ageing
 
@@ -102,19 +99,6 @@ def test_a_comparison_ranks_no_policy_that_failed(
 def test_a_policy_that_only_swaps_is_stopped(policies: str, tmp_path: Path) -> None:
     with pytest.raises(RunStalled, match=r"no request had a token in the last .* moves.*slots: adapter-"):
         run(experiment(policy=f"{policies}:Spins"), tmp_path / "out")
-
-
-@pytest.mark.slow
-def test_the_rankings_axis_holds_the_highest_load(tmp_path: Path) -> None:
-    command = ["lab", "compare", *FLAGS[:-1], "--scale", "1,2,40", "--policy", "fcfs,vllm+lru"]
-    assert main([*command, "--seeds", "2", "--jobs", "1", "--out", str(tmp_path)]) == 0
-    compare = load_compare(tmp_path, "ttft_seconds.p99")
-    figure = draw_ranking(compare, LIGHT)
-    highest = compare.of("ttft_seconds.p99")["mean"].max()
-    assert isinstance(highest, float)
-    for axes in figure.axes:
-        low, high = axes.get_xlim()
-        assert low == 0 and high > highest
 
 
 @pytest.mark.parametrize("command", [["lab"], ["lab", "run"], ["lab", "compare"], ["keys", "new"], ["serve"]])

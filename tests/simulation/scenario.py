@@ -348,7 +348,7 @@ class Scenario:
     def _send(self, index: int, planned: Planned) -> None:
         call = Call(f"r{index}")
         self.calls.append(call)
-        self.engine.set_length(call.request_id, planned.length)
+        self.engine.lengths[call.request_id] = planned.length
         task = self._spawn(self._request(call, planned), f"request {index}", planned.patience)
 
         def done(_: asyncio.Task[None]) -> None:

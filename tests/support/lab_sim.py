@@ -10,7 +10,7 @@ from aioengine.lab.costs.model import CostModel, ModelShape, Stage
 from aioengine.lab.costs.steps import StepCosts
 from aioengine.lab.runs.open_loop import Replayed
 from aioengine.lab.runs.replay import replay
-from aioengine.lab.runs.rows import Move, RequestRecord, Sample, SlotSpan
+from aioengine.lab.runs.rows import Kept
 from aioengine.lab.simulation.clock import run_in_virtual_time
 from aioengine.lab.simulation.engine import SimulatedEngine
 from aioengine.lab.workload.requests import AdapterShape, Arrival, Workload
@@ -67,20 +67,6 @@ class Fixed(Workload):
 
     def describe(self) -> dict[str, Any]:
         return {"arrivals": len(self._arrivals)}
-
-
-class Kept:
-    """A sink that keeps everything."""
-
-    def __init__(self) -> None:
-        self.requests: list[RequestRecord] = []
-        self.spans: list[SlotSpan] = []
-        self.moves: list[Move] = []
-        self.samples: list[Sample] = []
-        self.request = self.requests.append
-        self.span = self.spans.append
-        self.move = self.moves.append
-        self.sample = self.samples.append
 
 
 def config(**fields: Any) -> EngineConfig:

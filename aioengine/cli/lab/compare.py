@@ -187,6 +187,7 @@ def _conclude(found: Compared, comparison: Comparison, flags: CompareFlags) -> i
     from aioengine.cli.progress import progress
     from aioengine.lab.report.compare_page import load_compare, write_compare_report
     from aioengine.lab.runs.simulate import ageing_text
+    from aioengine.lab.workload.extra import NO_REPORT, can_draw
 
     for failure in found.failures:
         said = failure.error if failure.invalid else f"failed: {failure.error}"
@@ -194,9 +195,12 @@ def _conclude(found: Compared, comparison: Comparison, flags: CompareFlags) -> i
     if len(found.failures) < found.results.height:
         print_rankings(load_compare(flags.out, flags.rank_by))
         print(ageing_text(comparison.policies, comparison.experiment.ageing))
-        with progress("drawing") as show:
-            page = write_compare_report(flags.out, flags.rank_by, lambda: show(0, None, "figures"))
-        print(f"report: {page}")
+        if not can_draw():
+            print(f"aioengine: {NO_REPORT}", file=sys.stderr)
+        else:
+            with progress("drawing") as show:
+                page = write_compare_report(flags.out, flags.rank_by, lambda: show(0, None, "figures"))
+            print(f"report: {page}")
     print(f"files:  {flags.out}")
     if any(failure.invalid for failure in found.failures):
         return EXIT_NOT_VALID

@@ -80,6 +80,7 @@ def _run(experiment: Experiment, flags: RunFlags) -> int:
     from aioengine.lab.runs.comparison import invalid_text
     from aioengine.lab.runs.open_loop import RunStalled
     from aioengine.lab.runs.simulate import run
+    from aioengine.lab.workload.extra import NO_REPORT, can_draw
 
     try:
         with progress("simulating") as show, fewer_collections():
@@ -93,7 +94,9 @@ def _run(experiment: Experiment, flags: RunFlags) -> int:
         print(f"aioengine: {error}", file=sys.stderr)
         return EXIT_FAILED
     print_summary(result.summary)
-    if flags.report:
+    if flags.report and not can_draw():
+        print(f"aioengine: {NO_REPORT}", file=sys.stderr)
+    elif flags.report:
         with progress("drawing") as show:
             drawn = iter(range(1, len(PLOTS) + 1))
             page = write_report(flags.out, lambda: show(next(drawn), len(PLOTS), "figures"))

@@ -56,7 +56,7 @@ def _ranking_table(ranking: Ranking, console: Console, joint: str) -> Table:
     """Make the table of policies, with ``joint`` between a mean and its interval. The columns of figures
     are as wide as they need to be: Rich would break lines at no-break spaces too, between a number and its
     unit."""
-    from aioengine.lab.report.style import policy_label
+    from aioengine.lab.analysis.numbers import policy_label
 
     table = new_table(console)
     table.title, table.show_edge, table.pad_edge = Text(ranking.title), False, False

@@ -17,7 +17,7 @@ from aioengine.config import DType
 from aioengine.errors import ConfigError
 
 if TYPE_CHECKING:
-    from aioengine.lab.calibration.compared import Validation
+    from aioengine.lab.calibration.validate import Validation
 
 DEFAULT_PRESET = "smollm2-135m-cpu"
 _VALIDATE = Group("Validation", sort_key=4)
@@ -94,7 +94,7 @@ def validate(*, flags: ValidateFlags | None = None, common: CommonFlags | None =
 
 def _print(found: Validation) -> None:
     from aioengine.cli.tables import new_table, output_console
-    from aioengine.lab.calibration.processor_waits import DISTURBED
+    from aioengine.lab.calibration.probe import DISTURBED
 
     console = output_console()
     columns = ("load", "figure", ">live", ">simulated", ">error", ">steps as live")

@@ -49,14 +49,12 @@ def workload(
     found = describe_offered(offered)
     _print(found)
     if plot:
-        from aioengine.lab.report.style import vectors
+        from aioengine.lab.report.charts import images
         from aioengine.lab.report.workload_figure import workload_figure
 
         out = out or DEFAULT_OUT
         out.mkdir(parents=True, exist_ok=True)
-        drawn = workload_figure(offered)
-        (out / "workload.png").write_bytes(drawn.png)
-        for kind, data in vectors(drawn).items():
+        for kind, data in images(workload_figure(offered), ("png", "pdf", "svg")).items():
             (out / f"workload.{kind}").write_bytes(data)
         (out / "workload.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
         print(f"figure: {out / 'workload.png'}")

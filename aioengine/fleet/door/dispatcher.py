@@ -30,20 +30,28 @@ MAX_TRIES = 16
 
 
 class Dispatcher:
-    """Asks the router where each request should go. All methods are called on one loop."""
+    """Asks the router where each request should go. All methods are called on one loop. ``timer`` and
+    ``processor`` measure the router's decisions."""
 
-    def __init__(self, members: Members) -> None:
+    def __init__(
+        self,
+        members: Members,
+        *,
+        timer: Callable[[], float] = time.perf_counter,
+        processor: Callable[[], float] = time.thread_time,
+    ) -> None:
         self._members = members
         self._config = members.config
         self._state = members.state
+        self._timer = timer
         self.version_of: Callable[[str], int | None] = lambda name: None
         """Function that returns the fleet's current version of an adapter; None if there is no number."""
         self.digest_of: Callable[[str], str] = lambda name: ""
         """Function that returns the digest of the current version's content; "" if it is not known."""
         self.guard = RouterGuard(
             load_router(self._config.router),
-            timer=time.perf_counter,
-            processor=time.thread_time,
+            timer=timer,
+            processor=processor,
             failed=self._router_failed,
         )
         self.migrations: Counter[str] = Counter()
@@ -67,10 +75,10 @@ class Dispatcher:
         while not call.ended:
             unlike = frozenset[str]() if anywhere else self._without_content(call)
             request = self._route_request(call, unlike)
-            began = time.perf_counter()
+            began = self._timer()
             route = self.guard.route(request, self._state.view)
             if len(self.route_seconds) < 100_000:
-                self.route_seconds.append(time.perf_counter() - began)
+                self.route_seconds.append(self._timer() - began)
             if route.replicas:
                 self._send(call, request, route.replicas[0])
                 return
@@ -150,7 +158,7 @@ class Dispatcher:
                 options.expected_tokens,
                 options.tenant,
                 options.priority,
-                None if call.deadline is None else time.monotonic() + call.deadline - _now(),
+                None if call.deadline is None else self._members.clock() + call.deadline - _now(),
                 prefix_hashes(call.prompt, content, salt=options.cache_salt),
                 tried=tried,
                 parts=tuple(map(without_versions, options.mix or ())),

@@ -55,12 +55,16 @@ class Member:
 
 
 class Members:
-    """The replicas of a fleet. All methods are called on one loop. ``door``: this one's name among others."""
+    """The replicas of a fleet. All methods are called on one loop. ``door``: this one's name among others;
+    ``clock``: what the loop's times are of."""
 
-    def __init__(self, config: FleetConfig, handle: Any, *, door: str) -> None:
+    def __init__(
+        self, config: FleetConfig, handle: Any, *, door: str, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self.config = config
         self.handle = handle
-        self.state = FleetState(time.monotonic, silent_after=config.silent_seconds)
+        self.clock = clock
+        self.state = FleetState(clock, silent_after=config.silent_seconds)
         self.members: dict[str, Member] = {}
         self.losses: Counter[str] = Counter()
         """Number of lost replicas, by one of ``CAUSES``."""
@@ -93,8 +97,12 @@ class Members:
 
     # Life cycle
 
-    def start(self) -> None:
-        from aioengine.fleet.door.discovery import watch_replicas
+    def start(self, watch_replicas: Callable[..., Callable[[], None]] | None = None) -> None:
+        """Begin to look after the replicas that Serve reports, or ``watch_replicas`` in its place."""
+        if watch_replicas is None:
+            from aioengine.fleet.door import discovery
+
+            watch_replicas = discovery.watch_replicas
 
         loop = self._loop = asyncio.get_running_loop()
 
@@ -186,7 +194,9 @@ class Members:
 
     def _replicas_are(self, ids: set[str]) -> None:
         new, self._known = ids - self._known, ids
-        for replica in new - self._channels.keys():  # those that were lost are tried again in their time
+        for replica in sorted(
+            new - self._channels.keys()
+        ):  # those that were lost are tried again in their time
             self._open(replica)
         for replica, channel in list(self._channels.items()):
             # One may come back, for example after Serve has changed its settings.

@@ -6,7 +6,7 @@ from typing import Literal, NamedTuple
 
 from aioengine.checks import nearest
 from aioengine.errors import ConfigError
-from aioengine.lab.report.style import Scale, digits_scale, seconds_scale, share_scale
+from aioengine.lab.analysis.numbers import Scale, digits_scale, seconds_scale, share_scale
 
 
 class Measure(NamedTuple):

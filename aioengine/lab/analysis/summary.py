@@ -44,7 +44,7 @@ def summarize_frames(frames: Frames, slots: int | None = None, replicas: int = 1
     import polars as pl
 
     requests = frames.requests
-    done = requests.filter(pl.col("reason").is_in(["stop", "length"]))
+    done = finished(requests)
     by_reason = requests.group_by("reason").len().sort("reason")
     reasons = dict(by_reason.iter_rows())
     by_error = requests.drop_nulls("error").group_by("error").len().sort("error")
@@ -78,11 +78,16 @@ def summarize_frames(frames: Frames, slots: int | None = None, replicas: int = 1
     }
 
 
+def finished(requests: pl.DataFrame) -> pl.DataFrame:
+    """Return the requests that ended up to a stop or their length."""
+    return requests.filter(requests["reason"].is_in(["stop", "length"]))
+
+
 def times_of(requests: pl.DataFrame) -> dict[str, pl.Series]:
     """Return the times that a summary describes: for each group, a value for each request that has one."""
     import polars as pl
 
-    done = requests.filter(pl.col("reason").is_in(["stop", "length"]))
+    done = finished(requests)
     several = done.filter(pl.col("output_tokens") > 1)
     admitted = requests.filter(pl.col("admitted").is_not_null())
     return {

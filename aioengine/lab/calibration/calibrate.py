@@ -5,34 +5,56 @@ from __future__ import annotations
 import asyncio
 import platform
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable
 from contextlib import AsyncExitStack
 from importlib.metadata import version
 from pathlib import Path
-from typing import Self, Unpack
+from typing import Any, Self, TypedDict, Unpack
 
 import msgspec
 
-from aioengine.config import EngineConfig, ExecutorName, LoRAConfig
+from aioengine.config import Device, DType, EngineConfig, ExecutorName, LoRAConfig
 from aioengine.errors import ConfigError
 from aioengine.lab.calibration.design import Design
-from aioengine.lab.calibration.direct_steps import DirectSteps
-from aioengine.lab.calibration.fit import fit_stage, fit_steps
-from aioengine.lab.calibration.live_settings import LiveSettings, Progress
-from aioengine.lab.calibration.probe import ProbedEngine, ProbedMove
+from aioengine.lab.calibration.direct_steps import DirectSteps, Rounds
+from aioengine.lab.calibration.fit import (
+    fit_overhead,
+    fit_stage,
+    fit_steps,
+    move_points,
+    serving_level,
+    slowdown,
+)
+from aioengine.lab.calibration.probe import ProbedEngine
 from aioengine.lab.calibration.random_adapters import write_random_adapter
-from aioengine.lab.calibration.rounds import Rounds
 from aioengine.lab.calibration.serving import Serving
-from aioengine.lab.calibration.timings import fit_overhead, move_points, serving_level, slowdown
-from aioengine.lab.costs.model import CostModel, FitQuality, ModelShape, Stage
+from aioengine.lab.costs.model import CostModel, ModelShape
 from aioengine.lab.costs.steps import significant
 from aioengine.lab.workload.extra import needs_extra
 from aioengine.memory_plan import MemoryPlan
-from aioengine.model.spec import ModelSpec
+from aioengine.model.spec import ModelSpec, Quantization
 from aioengine.tasks import run_to_completion
 
+Progress = Callable[[int, int, str], None]
+"""Callback with the number of timings or runs done, their total, and the next one."""
 
-def calibrate(
+
+class LiveSettings(TypedDict, total=False):
+    """The live engine beside its model: fields of :class:`~aioengine.config.EngineConfig`; those that are not
+    given have their defaults."""
+
+    dtype: DType
+    device: Device
+    quantization: Quantization
+    tensor_parallel_size: int
+
+
+def calibrate(model: str, out: Path | None = None, **options: Any) -> CostModel:
+    """Do what :func:`calibrate_async` does where no loop runs."""
+    return asyncio.run(calibrate_async(model, out, **options))
+
+
+async def calibrate_async(
     model: str,
     out: Path | None = None,
     *,
@@ -53,21 +75,9 @@ def calibrate(
         design: Steps and loads to time; the default suits a model with decode steps of about 10 ms.
         progress: Called with the number of timings done, their total, and the next one.
 
-    Raises ConfigError if the model is not available or does not fit, or ``out`` cannot be written.
+    Raises ConfigError if the model is not available or does not fit, or ``out`` cannot be written. It can be
+    cancelled.
     """
-    return asyncio.run(calibrate_async(model, out, name=name, design=design, progress=progress, **settings))
-
-
-async def calibrate_async(
-    model: str,
-    out: Path | None = None,
-    *,
-    name: str | None = None,
-    design: Design | None = None,
-    progress: Progress | None = None,
-    **settings: Unpack[LiveSettings],
-) -> CostModel:
-    """Do what :func:`calibrate` does on a running event loop; it can be cancelled."""
     if out is not None:
         check_can_write(out)
     name = name or (Path(model).name if out is None else out.stem)
@@ -206,6 +216,7 @@ def _fit(rounds: Rounds, serving: Serving, name: str, spec: ModelSpec, plan: Mem
     level = serving_level(found.costs, serving.calm)
     steps = found.costs.scaled(level)
     steps = msgspec.structs.replace(steps, sequence=steps.sequence + each)
+    disk, slot = (fit_stage(move_points(serving.moves, stage)).rounded() for stage in ("disk", "slot"))
     costs = CostModel(
         name=name,
         source=f"measured: {machine()}; {versions()}",
@@ -220,31 +231,22 @@ def _fit(rounds: Rounds, serving: Serving, name: str, spec: ModelSpec, plan: Mem
         model=ModelShape.of(spec, plan.dtype),
         steps=steps.rounded(),
         step_overhead=significant(overhead),
-        disk=_stage(serving.moves, "disk"),
-        slot=_stage(serving.moves, "slot"),
+        disk=disk,
+        slot=slot,
         device="cuda" if plan.device == "cuda" else "cpu",
         device_memory=plan.available_bytes * (plan.num_ranks if plan.device == "cpu" else 1),
         tensor_parallel_size=plan.num_ranks,
-        fit=FitQuality(
-            steps=found.quality.steps,
-            median_error=significant(found.quality.median_error),
-            p90_error=significant(found.quality.p90_error),
-        ),
+        fit=found.quality,
     )
-    slow = {
+    slowed = {
         stage: significant(slowdown(costs, serving.beside, serving.moves, stage))
         for stage in ("disk", "slot")
     }
     return msgspec.structs.replace(
         costs,
-        disk=msgspec.structs.replace(costs.disk, slowdown=slow["disk"]),
-        slot=msgspec.structs.replace(costs.slot, slowdown=slow["slot"]),
+        disk=msgspec.structs.replace(disk, slowdown=slowed["disk"]),
+        slot=msgspec.structs.replace(slot, slowdown=slowed["slot"]),
     )
-
-
-def _stage(moves: Sequence[ProbedMove], stage: str) -> Stage:
-    found = fit_stage(move_points(moves, stage))
-    return Stage(significant(found.latency), significant(found.bandwidth))
 
 
 def machine() -> str:

@@ -10,7 +10,18 @@ import msgspec
 
 from aioengine.config import ALLOWED_RANKS
 from aioengine.errors import ConfigError
-from aioengine.lab.calibration.direct_steps import Row
+
+PROMPTS = (8, 16, 24, 32, 48, 64, 65, 80, 96, 128, 129, 192, 256, 257, 384, 512, 1024, 2048)
+
+
+class Row(NamedTuple):
+    """A sequence's share of a step."""
+
+    tokens: int
+    """Tokens to compute: 1 with ``start`` > 0 is a decode, anything else is a part of a prompt."""
+    start: int
+    """Earlier positions, whose keys and values are read."""
+    adapter: str | None = None
 
 
 class Part(NamedTuple):
@@ -30,26 +41,7 @@ class Design(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """Tokens before the decoded one. Only the first is combined with all numbers of rows."""
     tokens: int = 12_288
     """Maximum positions of all rows together."""
-    prompts: tuple[int, ...] = (
-        8,
-        16,
-        24,
-        32,
-        48,
-        64,
-        65,
-        80,
-        96,
-        128,
-        129,
-        192,
-        256,
-        257,
-        384,
-        512,
-        1024,
-        2048,
-    )
+    prompts: tuple[int, ...] = PROMPTS
     """Tokens of a prompt that is computed alone."""
     chunks: tuple[int, ...] = (64, 512)
     """Tokens of a part of a prompt after one of the longer ``contexts``."""
@@ -150,13 +142,9 @@ class Design(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
                 known = [name for rank in ranks for name in self.names(rank)]
                 names = [*rng.sample(known, rng.choice(self.adapters))]
             rows = [
-                Row(1, rng.randint(*_ends(self.contexts[:2])), rng.choice(names))
+                Row(1, rng.randint(min(self.contexts[:2]), max(self.contexts[:2])), rng.choice(names))
                 for _ in range(rng.choice(self.mixed_rows))
             ]
             for _ in range(rng.choice((1, 1, 1, 2, 3))):
                 rows.append(Row(round(low * (high / low) ** rng.random()), 0, rng.choice(names)))
             yield Part(f"{len(rows)} sequences, prompts among them", tuple(rows))
-
-
-def _ends(values: tuple[int, ...]) -> tuple[int, int]:
-    return min(values), max(values)

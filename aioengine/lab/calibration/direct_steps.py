@@ -1,28 +1,24 @@
-"""Steps of any shape, which bypass a live engine's core and go directly to its device."""
+"""Steps of any shape, which bypass a live engine's core and go directly to its device, timed in rounds."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Sequence
+import statistics
+import time
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from aioengine.executors.base import run_step
-from aioengine.lab.calibration.probe import ProbedEngine
-from aioengine.lab.calibration.processor_waits import Waits
+from aioengine.lab.calibration.design import Part, Row
+from aioengine.lab.calibration.fit import Timed, usual_mean
+from aioengine.lab.calibration.probe import CALM, ProbedEngine, Waits
 from aioengine.lab.costs.steps import StepShape, step_shape
 from aioengine.request import SamplingParams
 from aioengine.step import SequenceWork, StepBatch
 
-
-class Row(NamedTuple):
-    """A sequence's share of a step."""
-
-    tokens: int
-    """Tokens to compute: 1 with ``start`` > 0 is a decode, anything else is a part of a prompt."""
-    start: int
-    """Earlier positions, whose keys and values are read."""
-    adapter: str | None = None
+TRIES = 3
+"""Maximum rounds, as a multiple of the needed ones, because other programs may disturb some."""
 
 
 class Timing(NamedTuple):
@@ -31,6 +27,15 @@ class Timing(NamedTuple):
     """Seconds on the device."""
     waited: float
     """Seconds that this process's threads waited for a processor meanwhile, in sum."""
+
+    @property
+    def share(self) -> float:
+        return self.waited / max(self.seconds, 1e-9)
+
+    @property
+    def is_calm(self) -> bool:
+        """Whether it counts."""
+        return self.share <= CALM
 
 
 class DirectSteps:
@@ -50,18 +55,13 @@ class DirectSteps:
         self._ranks = [0] * engine.config.lora.max_loras
         self._steps = 0
 
-    @property
-    def room(self) -> int:
-        """Count the positions of all rows of a step, each row rounded up to whole KV blocks."""
-        plan = self._engine.plan
-        return plan.num_blocks * plan.block_size
-
     async def fill(self, positions: int, at_once: int) -> None:
         """Write keys and values for this many positions, ``at_once`` of them in each step."""
-        block_size = self._engine.plan.block_size
-        count = min(at_once, self._engine.plan.max_model_len) // block_size * block_size
-        for first in range(0, min(positions, self.room) // count * count, count):
-            await self._execute([Row(count, 0)], first // block_size)
+        plan = self._engine.plan
+        count = min(at_once, plan.max_model_len) // plan.block_size * plan.block_size
+        room = plan.num_blocks * plan.block_size
+        for first in range(0, min(positions, room) // count * count, count):
+            await self._execute([Row(count, 0)], first // plan.block_size)
 
     async def place(self, name: str, path: Path) -> None:
         """Place an adapter in a slot and leave it there."""
@@ -112,3 +112,69 @@ class DirectSteps:
             )
             block += blocks
         return StepBatch(self._steps, sequences, self._ranks)
+
+
+class Rounds:
+    """Rounds of timings. Each round times every part that still needs it once, in another order, so that
+    neither a drift of the machine's speed nor cache contents of another step look like an effect."""
+
+    def __init__(self, parts: Sequence[Part], *, repeats: int, seconds: float, seed: int) -> None:
+        self.disturbed = 0
+        """Number of timings that do not count."""
+        self._parts = parts
+        self._repeats = repeats
+        self._seconds = seconds
+        self._random = random.Random(seed)
+        self._timings: list[list[Timing]] = [[] for _ in parts]
+        self._rounds: list[list[tuple[int, Timing]]] = []
+        """Part and timing of those that count, in each round."""
+        self._until: float | None = None
+
+    @property
+    def done(self) -> int:
+        """Number of timings that count, of ``len(parts) * repeats``."""
+        return sum(min(self._calm(i), self._repeats) for i in range(len(self._parts)))
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether another round is needed, and there is time for it."""
+        if self._until is None:
+            return True
+        in_time = len(self._rounds) < self._repeats * TRIES and time.monotonic() <= self._until
+        return in_time and self.done < len(self._parts) * self._repeats
+
+    async def run(self, steps: DirectSteps, tell: Callable[[str], None]) -> None:
+        """Run one round. ``tell`` is called before each timing, with what is timed."""
+        if self._until is None:
+            self._until = time.monotonic() + self._seconds
+        order = [i for i in range(len(self._parts)) if self._calm(i) < self._repeats]
+        self._random.shuffle(order)
+        counting = []
+        for i in order:
+            tell(self._parts[i].what)
+            timing = await steps.time(self._parts[i].rows)
+            self._timings[i].append(timing)
+            if timing.is_calm:
+                counting.append((i, timing))
+        self.disturbed += len(order) - len(counting)
+        self._rounds.append(counting)
+
+    def points(self) -> list[Timed]:
+        """Return one point for each part: the mean of its timings that count or, if none does, the one that
+        was disturbed the least."""
+        points = []
+        for timings in self._timings:
+            counting = [timing for timing in timings if timing.is_calm]
+            counting = counting or [min(timings, key=lambda timing: timing.share)]
+            points.append(Timed(counting[0].shape, usual_mean([timing.seconds for timing in counting])))
+        return points
+
+    def paces(self) -> list[float]:
+        """Return how many times as long the steps of each round took as in all rounds, which tells how much
+        the machine's speed varied. Rounds that only made a few timings again are left out."""
+        usual = [point.seconds for point in self.points()]
+        ratios = [[timing.seconds / usual[i] for i, timing in found] for found in self._rounds]
+        return [statistics.fmean(found) for found in ratios if found and 2 * len(found) >= len(usual)]
+
+    def _calm(self, i: int) -> int:
+        return sum(timing.is_calm for timing in self._timings[i])

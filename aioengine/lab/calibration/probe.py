@@ -1,22 +1,60 @@
-"""An engine that records the time of every step and every adapter move."""
+"""An engine that records the time of every step and every adapter move, and what others took of the
+processors meanwhile."""
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NamedTuple, cast
 
 from aioengine import events
 from aioengine.engine import AsyncEngine
-from aioengine.errors import EngineDead
 from aioengine.executors.base import Device, Ended
 from aioengine.info import LoadProgress
-from aioengine.lab.calibration.processor_waits import Waits
 from aioengine.lab.costs.steps import StepShape, step_shape
 from aioengine.runtime.assemble import Built
-from aioengine.step import LoadedAdapter, ReadOrder, StepBatch, StepResult
+from aioengine.step import StepBatch, StepResult
+
+CALM = 0.02
+"""A timing counts if the threads waited for a processor for at most this share of it."""
+DISTURBED = 0.05
+"""Limit of this share for steps in serving, where the engine's own threads also wait for each other."""
+_TASKS = Path("/proc/self/task")
+
+
+class Waits:
+    """Counts the time that this process's threads were ready to run but had no processor, from its
+    construction on, except during pauses. Linux measures it; elsewhere it is 0."""
+
+    def __init__(self) -> None:
+        self._before = 0.0
+        self._since: float | None = _waited()
+        """What had been waited when the last pause ended; None during one."""
+
+    def pause(self) -> None:
+        self._before, self._since = self.seconds(), None
+
+    def go_on(self) -> None:
+        if self._since is None:
+            self._since = _waited()
+
+    def seconds(self) -> float:
+        """Return the sum over all threads, in seconds."""
+        if self._since is None:
+            return self._before
+        return self._before + max(_waited() - self._since, 0.0)  # less if a thread has ended
+
+
+def _waited() -> float:
+    nanoseconds = 0
+    with suppress(OSError):
+        for task in _TASKS.iterdir():
+            with suppress(OSError, IndexError, ValueError):  # it has ended, or there are no such statistics
+                nanoseconds += int((task / "schedstat").read_text(encoding="ascii").split()[1])
+    return nanoseconds * 1e-9
 
 
 class ProbedStep(NamedTuple):
@@ -85,10 +123,11 @@ class Probe:
                 self._open["disk", event.adapter, event.version] = event.time
             case events.AdapterPlacing():
                 self._open["slot", event.adapter, event.version] = event.time
-            case events.AdapterLoaded():
-                self._moved("disk", event)
-            case events.AdapterPlaced():
-                self._moved("slot", event)
+            case events.AdapterLoaded() | events.AdapterPlaced():
+                stage = "disk" if isinstance(event, events.AdapterLoaded) else "slot"
+                start = self._open.pop((stage, event.adapter, event.version), None)
+                if start is not None:
+                    self.moves.append(ProbedMove(stage, start, event.time, event.nbytes))
             case events.AdapterFailed() | events.AdapterUnloaded():  # the latter also ends a cancelled move
                 for stage in ("disk", "slot"):
                     self._open.pop((stage, event.adapter, event.version), None)
@@ -101,11 +140,6 @@ class Probe:
         else:
             self.waits.go_on()
 
-    def _moved(self, stage: str, event: events.AdapterLoaded | events.AdapterPlaced) -> None:
-        start = self._open.pop((stage, event.adapter, event.version), None)
-        if start is not None:
-            self.moves.append(ProbedMove(stage, start, event.time, event.nbytes))
-
 
 class ProbedEngine(AsyncEngine):
     """The live engine with a probe between it and its device."""
@@ -114,18 +148,22 @@ class ProbedEngine(AsyncEngine):
         built = await super()._build(work, progress)
         self.probe = Probe()
         self.device = built.device
-        return built._replace(device=_ProbedDevice(built.device, self.probe))
+        return built._replace(device=cast(Device, _ProbedDevice(built.device, self.probe)))
 
     async def start(self, *, progress: LoadProgress | None = None) -> None:
         await super().start(progress=progress)
         self.add_listener(self.probe.handle)
 
 
-class _ProbedDevice(Device):
+class _ProbedDevice:
+    """Device whose steps are recorded."""
+
     def __init__(self, device: Device, probe: Probe) -> None:
-        self.can_restart = device.can_restart
         self._device = device
         self._probe = probe
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._device, name)
 
     def begin(self, batch: StepBatch, ended: Ended) -> None:
         # Not uvloop's time: it is in whole milliseconds, which are longer than what is between two steps.
@@ -138,24 +176,3 @@ class _ProbedDevice(Device):
 
         self._probe.begins(start)
         self._device.begin(batch, noted)
-
-    async def load(self, order: ReadOrder) -> LoadedAdapter:
-        return await self._device.load(order)
-
-    async def place(self, uid: int, slot: int, offset: int) -> float:
-        return await self._device.place(uid, slot, offset)
-
-    def drop(self, uid: int) -> None:
-        self._device.drop(uid)
-
-    def forget(self, request_id: str) -> None:
-        self._device.forget(request_id)
-
-    def watch(self, lost: Callable[[EngineDead], None]) -> None:
-        self._device.watch(lost)
-
-    async def restart(self) -> None:
-        await self._device.restart()
-
-    async def close(self) -> None:
-        await self._device.close()

@@ -8,11 +8,10 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
-from aioengine.lab.calibration.compared import Kept
 from aioengine.lab.calibration.design import Design
-from aioengine.lab.calibration.probe import ProbedEngine, ProbedMove, ProbedStep
-from aioengine.lab.calibration.processor_waits import DISTURBED, Waits
+from aioengine.lab.calibration.probe import DISTURBED, ProbedEngine, ProbedMove, ProbedStep, Waits
 from aioengine.lab.runs.replay import replay
+from aioengine.lab.runs.rows import Kept
 from aioengine.lab.workload.draw import OfferedWorkload
 from aioengine.lab.workload.requests import Workload
 from aioengine.lab.workload.spec import WorkloadSpec

@@ -7,35 +7,26 @@ import statistics
 import tempfile
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial
-from itertools import product
+from itertools import chain, product
 from pathlib import Path
-from typing import NamedTuple, Unpack
+from typing import Any, NamedTuple, Unpack
 
 import msgspec
 
 from aioengine.config import EngineConfig
 from aioengine.engine import AsyncEngine
 from aioengine.errors import ConfigError
-from aioengine.lab.calibration.calibrate import Calibration, check_can_write
-from aioengine.lab.calibration.compared import (
-    Comparison,
-    Kept,
-    Validation,
-    errors,
-    measured,
-    relative_error,
-)
+from aioengine.lab.calibration.calibrate import Calibration, LiveSettings, Progress, check_can_write
 from aioengine.lab.calibration.design import Design
-from aioengine.lab.calibration.live_settings import LiveSettings, Progress
-from aioengine.lab.calibration.probe import ProbedEngine, ProbedStep
-from aioengine.lab.calibration.processor_waits import DISTURBED, Waits
+from aioengine.lab.calibration.fit import Intervals
+from aioengine.lab.calibration.probe import DISTURBED, ProbedEngine, ProbedStep, Waits
 from aioengine.lab.calibration.random_adapters import write_random_adapter
-from aioengine.lab.calibration.timings import Intervals
 from aioengine.lab.costs.model import CostModel, ModelShape
 from aioengine.lab.costs.presets import load_costs
 from aioengine.lab.costs.steps import StepTimes
 from aioengine.lab.runs.experiment import Experiment
 from aioengine.lab.runs.replay import replay
+from aioengine.lab.runs.rows import Kept
 from aioengine.lab.runs.simulate import simulate
 from aioengine.lab.simulation.clock import run_in_virtual_time
 from aioengine.lab.workload.requests import Workload
@@ -76,7 +67,102 @@ def validation_experiment(preset: str = "smollm2-135m-cpu", *, seed: int = 0) ->
     )
 
 
-def validate(
+class Measured(msgspec.Struct, frozen=True, kw_only=True):
+    """Figures of a run that are compared. A mean over no requests is 0."""
+
+    output_tokens_per_second: float
+    """From the start to the end of the last request."""
+    median_ttft: float
+    """Seconds."""
+    mean_inter_token: float
+    """Seconds: the mean over requests of the time between the first token and the last, a token."""
+
+
+METRICS = Measured.__struct_fields__
+
+
+class Comparison(msgspec.Struct, frozen=True, kw_only=True):
+    """One load. ``error`` is (simulated - live) / live of each metric."""
+
+    load: str
+    """"40%" of what the simulated engine can do, or "as given"."""
+    requests_per_second: float | None
+    live: Measured
+    """Over the requests of all runs."""
+    runs: tuple[Measured, ...]
+    """Each live run."""
+    waited: tuple[float, ...]
+    """Time that threads waited for a processor in each live run while no adapter was moved, as a share of the
+    time in those steps. It shows how much other processes took."""
+    simulated: Measured
+    error: dict[str, float]
+    step_error: float
+    """The error of the cost model alone, in the time of the live runs' steps, each to the beginning of the
+    next, while no adapter was moved."""
+    error_as_live: dict[str, float]
+    """``error``, with all steps longer or shorter by one factor, so that they take as long as the live ones.
+    What is left of ``error`` has other causes. Near saturation a small error of the steps is a large one of
+    the figures, because sequences that take longer run beside more others."""
+
+
+class Validation(msgspec.Struct, frozen=True, kw_only=True):
+    preset: str
+    comparisons: tuple[Comparison, ...]
+    rounds: str = ""
+    """How much the machine's speed varied, if the calibration was made in turns with the live runs."""
+
+    @property
+    def worst(self) -> float:
+        """Largest absolute error."""
+        return max(abs(error) for one in self.comparisons for error in one.error.values())
+
+    def rows(self) -> list[tuple[str, str, float, float, float]]:
+        """(load, metric, live, simulated, error), for a table."""
+        return [
+            (one.load, metric, getattr(one.live, metric), getattr(one.simulated, metric), one.error[metric])
+            for one in self.comparisons
+            for metric in METRICS
+        ]
+
+    def to_dict(self) -> dict[str, Any]:
+        values = msgspec.to_builtins(self)
+        assert isinstance(values, dict)
+        return values
+
+
+def errors(found: Measured, truth: Measured) -> dict[str, float]:
+    """Return the relative error of each metric."""
+    return {metric: relative_error(getattr(found, metric), getattr(truth, metric)) for metric in METRICS}
+
+
+def relative_error(found: float, truth: float) -> float:
+    """Return the error as a share of the truth; 0 if that is 0."""
+    return (found - truth) / truth if truth else 0.0
+
+
+def measured(runs: Sequence[Kept]) -> Measured:
+    """Compute the figures over the requests of all runs."""
+    ttfts, gaps, tokens = [], [], 0
+    for record in chain.from_iterable(run.finished for run in runs):
+        assert record.first_token is not None
+        tokens += record.output_tokens
+        ttfts.append(record.first_token - record.arrival)
+        if record.output_tokens > 1:
+            gaps.append((record.ended - record.first_token) / (record.output_tokens - 1))
+    seconds = sum(run.seconds for run in runs)
+    return Measured(
+        output_tokens_per_second=tokens / seconds if seconds else 0.0,
+        median_ttft=statistics.median(ttfts) if ttfts else 0.0,
+        mean_inter_token=statistics.fmean(gaps) if gaps else 0.0,
+    )
+
+
+def validate(experiment: Experiment, model: str, **options: Any) -> Validation:
+    """Do what :func:`validate_async` does where no loop runs."""
+    return asyncio.run(validate_async(experiment, model, **options))
+
+
+async def validate_async(
     experiment: Experiment,
     model: str,
     *,
@@ -90,7 +176,7 @@ def validate(
     """Run the experiment's workload on the live engine and in simulation, and compare.
 
     Both run through the same :func:`~aioengine.lab.runs.replay.replay`; the live engine gets adapters with
-    random weights. Nothing else should run on the machine.
+    random weights. Nothing else should run on the machine. It can be cancelled.
 
     Args:
         experiment: Its preset should be the cost model of ``model`` on this machine. The live engine
@@ -107,32 +193,6 @@ def validate(
 
     Raises ConfigError if the preset, the model or the workload cannot be used.
     """
-    return asyncio.run(
-        validate_async(
-            experiment,
-            model,
-            loads=loads,
-            repeats=repeats,
-            calibrate=calibrate,
-            design=design,
-            progress=progress,
-            **settings,
-        )
-    )
-
-
-async def validate_async(
-    experiment: Experiment,
-    model: str,
-    *,
-    loads: Sequence[float] = (0.4, 0.8),
-    repeats: int = 3,
-    calibrate: Path | None = None,
-    design: Design | None = None,
-    progress: Progress | None = None,
-    **settings: Unpack[LiveSettings],
-) -> Validation:
-    """Do what :func:`validate` does where a loop is running; it can be cancelled."""
     if repeats < 1:
         raise ConfigError(f"repeats={repeats}: must be at least 1")
     if not all(load > 0 for load in loads):
@@ -237,9 +297,9 @@ def _with_arrivals(experiment: Experiment, arrivals: str) -> Experiment:
 def _capacity(experiment: Experiment, costs: CostModel) -> float:
     """Requests a second, if it is always busy."""
     kept = _simulated(experiment, _with_arrivals(experiment, ALL_AT_ONCE).open_workload(), costs)
-    if not kept.requests:
+    if not kept.finished:
         raise ConfigError("the workload has no requests: nothing can be compared")
-    return len(kept.requests) / kept.seconds
+    return len(kept.finished) / kept.seconds
 
 
 def _with_longer_steps(costs: CostModel, factor: float) -> CostModel:

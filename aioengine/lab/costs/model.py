@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import msgspec
+from msgspec import Meta
 
-from aioengine.checks import check_integer, check_number, refuse_unknown
+from aioengine.checks import LARGEST, Count, check_fields, refuse_unknown
 from aioengine.config import EngineConfig
 from aioengine.errors import ConfigError
-from aioengine.lab.costs.steps import StepCosts, StepShape, StepTimes
+from aioengine.lab.costs.steps import NotNegative, StepCosts, StepShape, StepTimes, significant
 from aioengine.memory_plan import MemoryPlan, plan_memory, spec_of_a_rank
 from aioengine.model.experts.spec import MixtureSpec
 from aioengine.model.spec import DTYPE_BYTES, ModelSpec, Quantization
@@ -34,17 +35,19 @@ _DETAILS = (
 class Stage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A stage of an adapter's move, disk to CPU or CPU to slot. Simultaneous moves share its bandwidth."""
 
-    latency: float
+    latency: NotNegative
     """Seconds of a move that do not depend on its size."""
-    bandwidth: float
+    bandwidth: Annotated[float, Meta(gt=0, le=LARGEST)]
     """Bytes a second."""
-    slowdown: float = 1.0
+    slowdown: Annotated[float, Meta(ge=1, le=LARGEST)] = 1.0
     """Factor on the time of steps meanwhile."""
 
     def __post_init__(self) -> None:
-        check_number("latency", self.latency, low=0.0)
-        check_number("bandwidth", self.bandwidth, low=0.0, above=True)
-        check_number("slowdown", self.slowdown, low=1.0)
+        check_fields(self)
+
+    def rounded(self) -> Self:
+        """Return a copy with rounded latency and bandwidth."""
+        return type(self)(significant(self.latency), significant(self.bandwidth), self.slowdown)
 
     def seconds(self, nbytes: float) -> float:
         """Return the duration of a move without simultaneous moves."""
@@ -54,27 +57,26 @@ class Stage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class ExpertShape(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The experts of each layer, in the place of an MLP."""
 
-    count: int
-    per_token: int
-    size: int
+    count: Count
+    per_token: Count
+    size: Count
 
     def __post_init__(self) -> None:
-        for field in self.__struct_fields__:
-            check_integer(f"model.experts.{field}", getattr(self, field), low=1)
+        check_fields(self)
 
 
 class ModelShape(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The sizes of the model that was timed."""
 
     family: str = "llama"
-    vocab_size: int
-    hidden_size: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    intermediate_size: int
-    max_position: int
+    vocab_size: Count
+    hidden_size: Count
+    num_layers: Count
+    num_heads: Count
+    num_kv_heads: Count
+    head_dim: Count
+    intermediate_size: Count
+    max_position: Count
     tie_embeddings: bool = False
     qkv_bias: bool = False
     qk_norm: bool = False
@@ -84,10 +86,7 @@ class ModelShape(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     """Other fields of the engine's specification that sizes depend on, where they are not as in Llama."""
 
     def __post_init__(self) -> None:
-        for field in self.__struct_fields__:
-            value = getattr(self, field)
-            if type(value) is int:
-                check_integer(f"model.{field}", value, low=1)
+        check_fields(self)
         if unknown := sorted(self.details.keys() - set(_DETAILS)):
             raise ConfigError(f"model.details: unknown field {unknown[0]!r}; known: {', '.join(_DETAILS)}")
         try:
@@ -158,27 +157,25 @@ class CostModel(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     """Origin of individual numbers, by name."""
     model: ModelShape
     steps: StepCosts
-    step_overhead: float = 0.0
+    step_overhead: NotNegative = 0.0
     """Seconds from the end of a step to the beginning of the next."""
     disk: Stage
     slot: Stage
     device: Literal["cpu", "cuda"]
-    device_memory: int
+    device_memory: Count
     """Bytes for weights, slots and KV blocks (on a CPU for the adapter cache too): of each GPU, or of all
     processes on a CPU."""
     quantization: Quantization = "none"
     """How the engine quantized the weights that were timed, as in ``EngineConfig``. Weights that a checkpoint
     has quantized are in ``model``."""
-    tensor_parallel_size: int = 1
+    tensor_parallel_size: Count = 1
     """GPUs, or processes on a CPU, that share every layer."""
     fit: FitQuality | None = None
 
     def __post_init__(self) -> None:
         if self.format != FORMAT:
             raise ConfigError(_other_format(self.format))
-        check_number("step_overhead", self.step_overhead, low=0.0)
-        check_integer("device_memory", self.device_memory, low=1)
-        check_integer("tensor_parallel_size", self.tensor_parallel_size, low=1)
+        check_fields(self)
 
     def step_seconds(self, shape: StepShape) -> float:
         """Return the device's time for a step, without :attr:`step_overhead`. For many steps, make a

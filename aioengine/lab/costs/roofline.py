@@ -8,22 +8,30 @@ to decoding by Pope et al., "Efficiently Scaling Transformer Inference" (arXiv 2
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
+from importlib.resources import files
 
 import msgspec
 
 from aioengine.config import EngineConfig
 from aioengine.errors import ConfigError
-from aioengine.lab.costs.model import CostModel, ExpertShape, ModelShape, Stage
+from aioengine.lab.costs.model import CostModel, ModelShape, Stage
 from aioengine.lab.costs.steps import Curve, StepCosts, significant
 from aioengine.lab.workload.distributions import MAX_RANK
 from aioengine.memory_plan import spec_from_config, spec_of_a_rank
 from aioengine.model.experts.spec import MixtureSpec
 from aioengine.model.spec import DTYPE_BYTES, ModelSpec
 
+_LINKS = {
+    "between GPUs": "NVIDIA H100 data sheet: NVLink, 900 GB/s in both directions together; without NVLink as "
+    "host_to_device; assumed: 80% of it, 10 us for each all-reduce"
+}
+
 
 class DeviceFigures(msgspec.Struct, frozen=True, kw_only=True):
     """A GPU and its host. Bandwidths are in bytes per second."""
 
+    name: str
     memory: int
     """Bytes that an engine can use."""
     bandwidth: float
@@ -64,7 +72,12 @@ class DeviceFigures(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def estimate(
-    name: str, device_name: str, model: ModelShape, device: DeviceFigures, gpus: int = 1
+    name: str,
+    model: ModelShape,
+    device: DeviceFigures,
+    gpus: int = 1,
+    *,
+    sources: Mapping[str, str] | None = None,
 ) -> CostModel:
     """Return the cost model of ``model`` on ``gpus`` of ``device``.
 
@@ -73,6 +86,8 @@ def estimate(
     distinct adapter. Several GPUs share each layer as in Megatron (arXiv 1909.08053): each has a part of all
     that, and after the attention, after the MLP and after the embedding they sum their results, in a ring
     (Patarasuk and Yuan, 2009).
+
+    ``sources`` are those of the model's sizes, and others than the device's own.
 
     Raises ConfigError if the model cannot be divided so.
     """
@@ -110,11 +125,12 @@ def estimate(
             2 * rank_elements / (device.flops * device.lora_flops_achieved),
         ),
     )
+    count = f"{gpus} times " if gpus > 1 else ""
     return CostModel(
         name=name,
-        source=f"published figures of {device_name}; see docs/lab-costs.md",
+        source=f"published figures of {count}{device.name}; see docs/lab-costs.md",
         estimate=True,
-        sources=device.sources if gpus == 1 else {**device.sources, "between GPUs": _LINKS},
+        sources={**device.sources, **(sources or {}), **(_LINKS if gpus > 1 else {})},
         model=model,
         steps=steps.rounded(),
         step_overhead=device.step_overhead,
@@ -146,16 +162,9 @@ def estimate_of(model: str, device: str) -> CostModel:
             "h100x4"
         )
     spec = spec_from_config(EngineConfig(model=model))
-    what, figures = DEVICES[kind]
-    if count > 1:
-        what = f"{count} times {what}"
-    return estimate(
-        f"{model}@{device}",
-        what,
-        ModelShape.of(spec, spec.dtype),
-        _of_model(figures, "its configuration"),
-        count,
-    )
+    model_sizes = ModelShape.of(spec, spec.dtype)
+    sources = {"model": "its configuration"}
+    return estimate(f"{model}@{device}", model_sizes, DEVICES[kind], count, sources=sources)
 
 
 def _of_a_token(spec: ModelSpec) -> tuple[str, ...]:
@@ -225,132 +234,11 @@ def _lora_activations(spec: ModelSpec) -> int:
     return (inputs + 2 * outputs) * spec.num_layers
 
 
-LLAMA3_8B = ModelShape(
-    vocab_size=128256,
-    hidden_size=4096,
-    num_layers=32,
-    num_heads=32,
-    num_kv_heads=8,
-    head_dim=128,
-    intermediate_size=14336,
-    max_position=131072,
-)
-"""Llama 3.1 8B (arXiv 2407.21783, table 3): 8.03e9 parameters, 16.06 GB in bfloat16."""
-
-OLMOE_1B_7B = ModelShape(
-    family="olmoe",
-    vocab_size=50304,
-    hidden_size=2048,
-    num_layers=16,
-    num_heads=16,
-    num_kv_heads=16,
-    head_dim=128,
-    intermediate_size=1024,
-    max_position=4096,
-    experts=ExpertShape(count=64, per_token=8, size=1024),
-)
-"""OLMoE 1B-7B (arXiv 2409.02060, table 1): 6.9e9 parameters, of which a token goes through 1.3e9."""
-
-GEMMA3_4B = ModelShape(
-    family="gemma3_text",
-    vocab_size=262208,
-    hidden_size=2560,
-    num_layers=34,
-    num_heads=8,
-    num_kv_heads=4,
-    head_dim=256,
-    intermediate_size=10240,
-    max_position=131072,
-    tie_embeddings=True,
-    qk_norm=True,
-)
-"""Gemma 3 4B without its vision tower (arXiv 2503.19786, table 1): 3.9e9 parameters."""
-
-_ASSUMED = {
-    "achieved shares": "assumed: 80% of the bandwidth for weights (vLLM with this model on an A100 comes to "
-    "77%, overheads included: johnmusgrave.com/p/vllm-throughput-latency-sweep-on), 60% for keys and values; "
-    "60% of the peak for linears; attention at 50% lies between FlashAttention-2 (35% on an H100) and "
-    "FlashAttention-3 (75%), arXiv 2407.08608",
-    "LoRA": "assumed: 3 us a kernel, half of the bandwidth for A, B and activations, a tenth of the peak; "
-    "8 adapters of rank 16 then cost 1 to 4 ms a decode step, and Punica (arXiv 2310.18547) reports 2 ms",
-    "step, sequence, step_overhead, latencies": "assumed",
-}
-
-_LINKS = (
-    "NVIDIA H100 data sheet: NVLink, 900 GB/s in both directions together; without NVLink as host_to_device; "
-    "assumed: 80% of it, 10 us for each all-reduce"
-)
-
-H100_SXM = DeviceFigures(
-    memory=78 * 2**30,
-    link=450e9,
-    bandwidth=3.35e12,
-    flops=989e12,
-    host_to_device=50e9,
-    disk=3e9,
-    sources={
-        "model": "Llama 3.1 8B: arXiv 2407.21783, table 3; vocabulary: its config.json",
-        "bandwidth, flops": "NVIDIA H100 data sheet, SXM: 3.35 TB/s, 1979 TFLOPS bfloat16 with sparsity, "
-        "half of it without",
-        "memory": "80 GB; assumed: 78 GiB are left by the driver and the CUDA context",
-        "host_to_device": "PCIe 5.0 x16, 64 GB/s a direction; assumed: the 78% that pinned memory reaches on "
-        "PCIe 4.0 (24.8 of 32 GB/s on an A100, forums.developer.nvidia.com/t/352186)",
-        "disk": "assumed: 3 GB/s, half of what a PCIe 4.0 NVMe drive reads, for checks and conversion",
-        **_ASSUMED,
-    },
-)
-
-A10G = DeviceFigures(
-    memory=22 * 2**30,
-    bandwidth=600e9,
-    flops=70e12,
-    host_to_device=24.8e9,
-    disk=1e9,
-    sources={
-        "model": "Llama 3.1 8B: arXiv 2407.21783, table 3; vocabulary: its config.json",
-        "bandwidth, flops": "NVIDIA A10G: 600 GB/s, 70 TFLOPS dense "
-        "(baseten.co/blog/nvidia-a10-vs-a10g-for-ml-model-inference; the A10 has 125)",
-        "memory": "24 GB; assumed: 22 GiB are left by ECC, the driver and the CUDA context",
-        "host_to_device": "PCIe 4.0 x16: 24.8 GB/s from pinned memory, measured on an A100 "
-        "(forums.developer.nvidia.com/t/352186)",
-        "disk": "assumed: 1 GB/s",
-        **_ASSUMED,
-    },
-)
+def _devices() -> dict[str, DeviceFigures]:
+    return msgspec.json.decode(
+        (files("aioengine.lab.costs") / "devices.json").read_bytes(), type=dict[str, DeviceFigures]
+    )
 
 
-DEVICES = {"h100": ("one H100 SXM 80 GB", H100_SXM), "a10g": ("one A10G 24 GB", A10G)}
-"""Devices with published figures: what each is, and the figures."""
-
-
-def _of_model(device: DeviceFigures, source: str) -> DeviceFigures:
-    """Return a device's figures together with the source of another model's sizes."""
-    return msgspec.structs.replace(device, sources={**device.sources, "model": source})
-
-
-def estimates() -> list[CostModel]:
-    """Compute the cost models that aioengine ships as presets."""
-    return [
-        estimate("llama3-8b-h100", "one H100 SXM 80 GB", LLAMA3_8B, H100_SXM),
-        estimate("llama3-8b-a10g", "one A10G 24 GB", LLAMA3_8B, A10G),
-        estimate(
-            "olmoe-1b-7b-h100",
-            "one H100 SXM 80 GB",
-            OLMOE_1B_7B,
-            _of_model(
-                H100_SXM,
-                "OLMoE 1B-7B: arXiv 2409.02060, table 1; assumed: tokens choose experts evenly, and adapters "
-                "are on all linears, experts included",
-            ),
-        ),
-        estimate(
-            "gemma3-4b-h100",
-            "one H100 SXM 80 GB",
-            GEMMA3_4B,
-            _of_model(
-                H100_SXM,
-                "Gemma 3 4B: its config.json; as if all layers attended to everything, though five of six "
-                "have a window of 1024 tokens, so long contexts are dearer here",
-            ),
-        ),
-    ]
+DEVICES = _devices()
+"""Devices with published figures, by name."""

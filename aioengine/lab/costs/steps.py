@@ -11,15 +11,17 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import reduce
 from itertools import pairwise
 from operator import add
-from typing import Any, NamedTuple, Self
+from typing import Annotated, Any, NamedTuple, Self
 
 import msgspec
+from msgspec import Meta
 
-from aioengine.checks import check_number
+from aioengine.checks import LARGEST, Count, check_fields
 from aioengine.errors import ConfigError
 from aioengine.step import StepBatch
 
-Curve = tuple[tuple[float, float], ...]
+NotNegative = Annotated[float, Meta(ge=0, le=LARGEST)]
+Curve = tuple[tuple[NotNegative, NotNegative], ...]
 """Points (x, seconds), by x. Constant before the first, linear between two, and linear after the last."""
 NONE: Curve = ((0.0, 0.0),)
 
@@ -66,20 +68,20 @@ def step_shape(batch: StepBatch) -> StepShape:
 class StepCosts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Seconds of each property in a :class:`StepShape`; none is negative."""
 
-    step: float = 0.0
+    step: NotNegative = 0.0
     """Seconds of every step."""
     linears: Curve = NONE
     """Seconds of the base model's linears, by tokens. It never falls."""
-    tile: int = 1
+    tile: Count = 1
     """Tokens that are computed together: beyond the first tile, a part of a tile costs as much as a whole
     one."""
-    sequence: float = 0.0
+    sequence: NotNegative = 0.0
     """Each sequence in the batch: the output layer, sampling, bookkeeping."""
-    decode_kv: float = 0.0
+    decode_kv: NotNegative = 0.0
     """Each position whose keys and values a decode row reads."""
-    prefill_pair: float = 0.0
+    prefill_pair: NotNegative = 0.0
     """Each query-key pair of a prefill chunk."""
-    lora_step: float = 0.0
+    lora_step: NotNegative = 0.0
     """A step with any adapter."""
     adapter: Curve = NONE
     """Each distinct adapter, by its rank."""
@@ -90,12 +92,13 @@ class StepCosts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     (Punica's BGMV, arXiv 2310.18547)."""
 
     def __post_init__(self) -> None:
-        for field in self.__struct_fields__:
-            value = getattr(self, field)
-            if isinstance(value, tuple):
-                _check_curve(f"steps.{field}", value)
-            elif not isinstance(value, bool):
-                check_number(f"steps.{field}", value, low=1 if field == "tile" else 0.0)
+        check_fields(self)
+        for field in ("linears", "adapter", "lora_token"):
+            curve: Curve = getattr(self, field)
+            if not curve:
+                raise ConfigError(f"steps.{field}=[]: must have a point")
+            if any(after <= before for (before, _), (after, _) in pairwise(curve)):
+                raise ConfigError(f"steps.{field}: its points must be in order, each beyond the one before")
         if any(after < before for (_, before), (_, after) in pairwise(self.linears)):
             raise ConfigError("steps.linears: falls; more tokens cannot take less time")
 
@@ -192,13 +195,3 @@ def curve_at(curve: Curve, x: float) -> float:
 def significant(value: float) -> float:
     """Round to four significant digits; timings are not more accurate."""
     return float(f"{value:.4g}")
-
-
-def _check_curve(field: str, curve: Curve) -> None:
-    if not curve:
-        raise ConfigError(f"{field}=[]: must have a point")
-    for x, y in curve:
-        check_number(f"{field}: {x}", x, low=0.0)
-        check_number(f"{field}: at {x:g}, seconds", y, low=0.0)
-    if any(after <= before for (before, _), (after, _) in pairwise(curve)):
-        raise ConfigError(f"{field}: its points must be in order, each beyond the one before")

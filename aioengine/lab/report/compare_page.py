@@ -10,11 +10,11 @@ import msgspec
 
 from aioengine.checks import read_json
 from aioengine.lab.analysis.measures import DEFAULT_RANKING, MEASURES, Measure, find_measure
+from aioengine.lab.analysis.numbers import change_text
 from aioengine.lab.analysis.statistics import Estimate, paired
-from aioengine.lab.report import run_page
 from aioengine.lab.report.compare_figures import draw_compare
 from aioengine.lab.report.compare_results import Compare, setting_text
-from aioengine.lab.report.style import change_text
+from aioengine.lab.report.page import versions_text, write_report_files
 from aioengine.lab.runs.comparison import Failure, estimates, load_results, read_comparison
 from aioengine.lab.runs.simulate import ageing_text
 
@@ -82,30 +82,30 @@ def write_compare_report(
     Raises ConfigError if it is none, or ``rank_by`` names no figure.
     """
     compare = load_compare(folder, rank_by)
+    described = read_json(compare.folder / "comparison.json")
     comparison = read_comparison(compare.folder / "comparison.json")
-    results = compare.results
+    results, seeds = compare.results, len(comparison.seeds)
     failed = results.drop_nulls("error").select("folder", "error").iter_rows()
-    drawn = run_page.draw_both(lambda theme: draw_compare(compare, theme), progress)
-    page = run_page.template("compare").render(
+    return write_report_files(
+        compare.folder,
+        "compare",
+        list(draw_compare(compare)),
+        msgspec.to_builtins(comparison),
+        vector=vector,
+        progress=progress,
         title=f"{len(compare.policies)} policies on {comparison.experiment.preset}",
         subtitle=(
             f"{results.height:,} runs: {len(compare.policies)} policies, {len(compare.settings())} settings, "
-            f"each over {len(comparison.seeds)} seeds"
+            f"each over {seeds} seeds"
         ),
         runs=results.height,
         failures=[Failure(*row) for row in failed],
         rankings=list(rankings(compare)),
         details=list(_details(compare)),
-        note=_note(
-            compare, len(comparison.seeds), ageing_text(comparison.policies, comparison.experiment.ageing)
-        ),
-        drawn=drawn,
-        parameters=list(run_page.parameter_rows(msgspec.to_builtins(comparison))),
-        versions=run_page.versions_text(read_json(compare.folder / "comparison.json")),
+        note=_note(compare, seeds, ageing_text(comparison.policies, comparison.experiment.ageing)),
+        versions=versions_text(described),
         example=results["folder"][0],
     )
-    settings = msgspec.to_builtins(comparison) if vector else None
-    return run_page.write_files(compare.folder, page, [light for light, _ in drawn], settings)
 
 
 def rankings(compare: Compare) -> Iterator[Ranking]:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, Self, get_args
+from typing import Annotated, Any, Literal, Self
 
 import msgspec
+from msgspec import Meta
 
-from aioengine.checks import check_integer, check_number, check_seconds, from_plain, read_json, refuse_unknown
+from aioengine.checks import LARGEST, AnySeconds, Whole, check_fields, from_plain, read_json, refuse_unknown
 from aioengine.config import EngineConfig, LoRAConfig, refuse_removed
 from aioengine.errors import ConfigError
 from aioengine.lab.fleet.conditions import parse_faults
@@ -74,11 +75,11 @@ class Experiment(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     """Whether policies serve a request out of turn when it has waited for ``max_wait``. Without this, orders
     differ more clearly, and requests may starve."""
     max_waiting: int | None = None
-    seed: int = 0
+    seed: Whole = 0
     """Seed of the workload: arrivals, adapters, lengths."""
-    sample_seconds: float = 1.0
+    sample_seconds: AnySeconds = 1.0
     """Between two rows of samples.csv."""
-    replicas: int | None = None
+    replicas: Annotated[int, Meta(ge=1, le=MAX_REPLICAS)] | None = None
     """Engines behind one door, each as the fields above say; None: one engine and no door."""
     router: str | None = None
     """Router, which chooses the replica for a request; see :mod:`aioengine.schedulers.routing.registry`. This
@@ -88,9 +89,9 @@ class Experiment(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     autoscale: str | None = None
     """Scaling policy by name, with its bounds ("waiting_work:least=1,most=4"); ``replicas`` are there at
     first. None: there are always as many."""
-    start_seconds: float | None = None
+    start_seconds: AnySeconds | None = None
     """Seconds that an added replica takes to start."""
-    report_delay: float | None = None
+    report_delay: Annotated[float, Meta(ge=0, le=LARGEST)] | None = None
     """Seconds by which a router's knowledge of the replicas is older than a message takes."""
     faults: str | None = None
     """What happens to replicas, and when: "kill:2@60,start:2@90" ends the third one after 60 s of simulated
@@ -98,26 +99,20 @@ class Experiment(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     lets it finish its requests."""
 
     def __post_init__(self) -> None:
-        check_integer("seed", self.seed, low=0)
-        if self.on_too_long not in get_args(OnTooLong):
-            known = ", ".join(get_args(OnTooLong))
-            raise ConfigError(f"on_too_long={self.on_too_long!r}: must be one of {known}")
-        check_seconds("sample_seconds", self.sample_seconds)
+        check_fields(self)
         if self.replicas is None:
             refuse_fleet({name: getattr(self, name) for name in OF_A_FLEET})
         else:
             self._check_fleet(self.replicas)
-        slots, cpu_loras = self.slots, self.cpu_loras
-        if type(slots) is int and type(cpu_loras) is int and slots > cpu_loras:
+        if self.slots > self.cpu_loras:
             raise ConfigError(
-                f"cpu_loras={cpu_loras}: must be >= slots={slots}, because an adapter in a slot also stays "
-                "in the CPU cache; raise cpu_loras or lower slots"
+                f"cpu_loras={self.cpu_loras}: must be >= slots={self.slots}, because an adapter in a slot "
+                "also stays in the CPU cache; raise cpu_loras or lower slots"
             )
         self.engine_config()
 
     def _check_fleet(self, replicas: int) -> None:
         """Check what is about a fleet, and set what was not given."""
-        check_integer("replicas", replicas, low=1, high=MAX_REPLICAS)
         for name, value in OF_A_FLEET.items():
             if getattr(self, name) is None:
                 msgspec.structs.force_setattr(self, name, value)
@@ -126,8 +121,6 @@ class Experiment(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
                 load(getattr(self, name))
             except ValueError as error:
                 raise ConfigError(str(error)) from error
-        check_seconds("start_seconds", self.start_seconds)
-        check_number("report_delay", self.report_delay, low=0.0)
         parse_faults(self.faults or "", replicas)
         if self.autoscale is None:
             return

@@ -1,15 +1,16 @@
-"""Senders of requests: each request at its time (an open loop), or when the one before it has ended (a closed
-loop)."""
+"""Sends a workload to an engine or a fleet: each request at its time (an open loop), or when the one before
+it has ended (a closed loop)."""
 
 from __future__ import annotations
 
 import asyncio
-from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
-from aioengine.errors import AioEngineError, ConfigError
+from aioengine.errors import AioEngineError, ConfigError, EngineDead, EngineStopped
 from aioengine.lab.workload.requests import Arrival, Workload
+from aioengine.request import SamplingParams
+from aioengine.runtime.output import RequestOutput
 
 STALL_SECONDS = 600.0
 """A run is given up after this time without a step or a move while requests wait."""
@@ -58,33 +59,78 @@ class RunRecorder(Protocol):
     def under_way(self) -> bool:
         """Whether there is a request that has not ended."""
 
+    def expect(self, request_id: str, arrival: Arrival) -> None:
+        """Announce a request before it is sent."""
+
+    def settled(
+        self, request_id: str, now: float, error: Exception | None, output: RequestOutput | None
+    ) -> bool:
+        """Note how a request has ended for its caller. Returns False if it was never accepted."""
+
     def sample(self, now: float) -> None: ...
+    def close(self, now: float) -> None: ...
 
 
-class OpenLoop(ABC):
+class Requests(Protocol):
+    """What is sent for an arrival."""
+
+    def prompt(self, index: int, arrival: Arrival) -> list[int]: ...
+    def params(self, arrival: Arrival) -> SamplingParams: ...
+
+
+class Target(Protocol):
+    """What requests are sent to: an engine, or a fleet."""
+
+    async def complete(
+        self,
+        prompt: list[int],
+        params: SamplingParams,
+        *,
+        request_id: str,
+        adapter: str | None,
+        priority: int,
+        deadline: float | None,
+        tenant: str | None,
+        expected_tokens: int | None,
+    ) -> RequestOutput: ...
+
+
+class OpenLoop:
     """Sends a workload and waits for all of it. No more of it is held than the requests that have not ended.
+
+    Args:
+        lengths: Where the target finds the lengths of outputs, by request; None: it needs none.
+        state: Describes the target's state, for the message that nothing moves.
 
     Raises ConfigError if ``sample_seconds`` is not more than 0.
     """
 
     def __init__(
         self,
+        target: Target,
         recorder: RunRecorder,
         workload: Workload,
+        requests: Requests,
         *,
         start: float,
-        sample_seconds: float,
-        progress: Progress | None,
-        total: int | None,
+        sample_seconds: float = 1.0,
+        progress: Progress | None = None,
+        total: int | None = None,
+        lengths: dict[str, int] | None = None,
+        state: Callable[[], str] = lambda: "requests are in flight",
     ) -> None:
         if not sample_seconds > 0:
             raise ConfigError(f"sample_seconds={sample_seconds}: must be more than 0")
-        self._watched = recorder
+        self._target = target
+        self._recorder = recorder
         self._workload = workload
+        self._requests = requests
         self._start = start
         self._sample_seconds = sample_seconds
         self._progress = progress
         self._total = total
+        self._lengths = lengths
+        self._state = state
         self._loop = asyncio.get_running_loop()
         self._finished = self._refused = self._failed = 0
         self._ends: dict[int, asyncio.Event] = {}
@@ -93,15 +139,7 @@ class OpenLoop(ABC):
         if workload.concurrency is not None:
             self._callers = asyncio.Semaphore(workload.concurrency)
 
-    @abstractmethod
-    async def _send(self, request_id: str, index: int, arrival: Arrival) -> None:
-        """Send one request, and count how it ends."""
-
-    @abstractmethod
-    def _state(self) -> str:
-        """Describe the state, for the message that nothing moves."""
-
-    async def send_all(self) -> None:
+    async def send_all(self) -> Replayed:
         """Send all requests and wait for them. Raises RunStalled if nothing has moved for
         :data:`STALL_SECONDS` while requests wait, or if no request got a token in :data:`MOST_WITHOUT_TOKEN`
         steps and moves."""
@@ -113,17 +151,20 @@ class OpenLoop(ABC):
                 watch.cancel()
         except* AioEngineError as errors:
             raise _first(errors) from None
-
-    def replayed(self) -> Replayed:
-        """Return the result."""
         count = self._finished + self._refused + self._failed
         seconds = self._loop.time() - self._start
         return Replayed(count, self._finished, self._refused, self._failed, seconds)
 
-    def tell(self, now: float) -> None:
+    def close(self) -> None:
+        """Record the rest, when nothing more comes."""
+        now = self._loop.time()
+        self._recorder.close(now)
+        self._tell(now)
+
+    def _tell(self, now: float) -> None:
         """Report how far it is."""
         if self._progress is not None:
-            self._progress(self._watched.ended, self._total, now - self._start)
+            self._progress(self._recorder.ended, self._total, now - self._start)
 
     async def _send_each(self, group: asyncio.TaskGroup) -> None:
         loop, start = self._loop, self._start
@@ -156,15 +197,45 @@ class OpenLoop(ABC):
             await asyncio.sleep(self._workload.think)
             self._callers.release()
 
+    async def _send(self, request_id: str, index: int, arrival: Arrival) -> None:
+        """Send one request, and count how it ends."""
+        self._recorder.expect(request_id, arrival)
+        if self._lengths is not None:
+            self._lengths[request_id] = arrival.output_tokens
+        failed: AioEngineError | None = None
+        output: RequestOutput | None = None
+        try:
+            output = await self._target.complete(
+                self._requests.prompt(index, arrival),
+                self._requests.params(arrival),
+                adapter=arrival.adapter,
+                request_id=request_id,
+                priority=arrival.priority,
+                deadline=arrival.deadline,
+                tenant=arrival.tenant,
+                expected_tokens=arrival.expected_tokens,
+            )
+        except AioEngineError as error:
+            if self._lengths is None and isinstance(error, (EngineDead, EngineStopped)):
+                raise  # there is nothing more to be had of a live engine
+            failed = error
+        finally:
+            if self._lengths is not None:
+                del self._lengths[request_id]
+        accepted = self._recorder.settled(request_id, self._loop.time(), failed, output)
+        self._finished += failed is None
+        self._failed += failed is not None and accepted
+        self._refused += not accepted
+
     async def _watch(self) -> None:
         """Sample at regular times, and check that something moves."""
-        loop, recorder, tick = self._loop, self._watched, 0
+        loop, recorder, tick = self._loop, self._recorder, 0
         while True:
             tick += 1
             await asyncio.sleep(self._start + tick * self._sample_seconds - loop.time())
             now = loop.time()
             recorder.sample(now)
-            self.tell(now)
+            self._tell(now)
             if not recorder.under_way:
                 recorder.last_progress = now
             elif now - recorder.last_progress > STALL_SECONDS:

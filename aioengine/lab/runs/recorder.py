@@ -1,17 +1,20 @@
-"""Turns an engine's events into records: requests, slots, moves, and samples at regular times."""
+"""Turns the events of an engine, or of the engines of a fleet, into records: requests, slots, moves, and
+samples at regular times."""
 
 from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from aioengine import events
 from aioengine.engine import AsyncEngine
-from aioengine.lab.runs.rows import Move, RequestRecord, Sample, Sink, SlotSpan, refused_request
+from aioengine.lab.runs.policy_record import PolicyWatch
+from aioengine.lab.runs.rows import Move, RequestRecord, Sample, Sink, SlotSpan
 from aioengine.lab.workload.requests import Arrival, Objective
+from aioengine.runtime.output import RequestOutput
 from aioengine.schedulers.policy import SlotState
 
 BASE = "(base)"
@@ -20,14 +23,18 @@ BASE = "(base)"
 
 @dataclass(slots=True)
 class _Request:
-    added: events.RequestAdded
-    arrival: Arrival | None
+    """A request that has not ended for its caller: what its first attempt was, and all attempts together."""
+
+    arrival: Arrival
+    added: events.RequestAdded | None = None
+    """None: no engine has accepted it."""
     admitted: float | None = None
     first_token: float | None = None
     cached_tokens: int = 0
     preemptions: int = 0
-    served: int = 0
-    """Tokens computed for it that samples have counted."""
+    output_tokens: int = 0
+    worst_gap: float | None = None
+    ended: events.RequestEnded | None = None
 
 
 @dataclass(slots=True)
@@ -38,51 +45,184 @@ class _Span:
     busy_steps: int = 0
 
 
-_Version = tuple[str, int]
-"""An adapter's name and version."""
+@dataclass(slots=True)
+class _Totals:
+    steps: int = 0
+    seconds: float = 0.0
+    prefill_tokens: int = 0
+    decode_tokens: int = 0
+    adapters: int = 0
 
 
 class Recorder:
-    """A listener of an engine's events. It holds only what has not ended yet.
+    """Recorder of a run. It holds only what has not ended yet. Slots are numbered throughout: those of the
+    second engine follow those of the first.
 
     Args:
-        start: Time of the engine's clock at the start of the run.
+        start: Time of the clock at the start of the run.
         ranks: Rank of each adapter.
+        slots: Number of an engine's slots.
         objective: That of the workload.
+        delay: Seconds that a message of a replica takes to the gateway; None: there is no gateway.
+        listener: Called with the events of all engines, too.
     """
 
     def __init__(
         self,
-        engine: AsyncEngine,
         sink: Sink,
         *,
         start: float,
         ranks: Mapping[str, int],
+        slots: int = 0,
         objective: Objective | None = None,
+        delay: float | None = None,
+        listener: PolicyWatch | None = None,
     ) -> None:
         self.ended = 0
         """Requests that have ended, the refused ones included."""
         self.last_progress = start
         """When a step or a move ended last."""
-        self.since_token = 0
-        """Steps and moves that have ended since a request had a token, or ended."""
-        self._core = engine._core  # how far each request has come is in no event
-        self._engine = engine
-        self._sink = sink
-        self._start = start
+        self.sink = sink
+        self.start = start
+        self.requests: dict[str, _Request] = {}
+        self.totals = _Totals()
+        self.service: Counter[str] = Counter()
         self._ranks = ranks
+        self._slots = slots
         self._objective = objective
-        self._expected: dict[str, Arrival] = {}
-        self._requests: dict[str, _Request] = {}
-        self._reads: dict[_Version, float] = {}
-        self._copies: dict[_Version, tuple[int, float]] = {}
+        self._delay = delay
+        self._listener = listener
+        self._engines: dict[int, _EngineRecorder] = {}
+
+    def watch(self, engine: AsyncEngine, index: int = 0) -> Callable[[float], None]:
+        """Record this engine's events as those of replica ``index``; returns a function that ends it at a
+        time."""
+        recorder = self._engines[index] = _EngineRecorder(self, engine, self._slots * index)
+        removers = [engine.add_listener(recorder, *recorder.on)]
+        if self._listener is not None:
+            removers.append(engine.add_listener(self._listener, *self._listener.HEARD))
+
+        def unwatch(now: float) -> None:
+            for remove in removers:
+                remove()
+            recorder.count_service()
+            recorder.close(now)
+            if self._engines.get(index) is recorder:
+                del self._engines[index]
+
+        return unwatch
+
+    @property
+    def under_way(self) -> bool:
+        """Whether there is a request that has not ended."""
+        return bool(self.requests)
+
+    @property
+    def since_token(self) -> int:
+        """Steps and moves that have ended since a request had a token, or ended; on the engine with the most
+        of them."""
+        return max((engine.since_token for engine in self._engines.values()), default=0)
+
+    def expect(self, request_id: str, arrival: Arrival) -> None:
+        """Announce a request before it is sent."""
+        self.requests[request_id] = _Request(arrival)
+
+    def settled(
+        self, request_id: str, now: float, error: Exception | None, output: RequestOutput | None = None
+    ) -> bool:
+        """Write the row of a request that has ended for its caller. ``output`` is what its caller has; a
+        replica that was cut off may have generated more. Returns False if no engine had accepted it."""
+        request = self.requests.pop(request_id)
+        arrival, added, ended = request.arrival, request.added, request.ended
+        self.ended += 1
+        through_gateway = self._delay is not None
+        time, first_token = arrival.time, request.first_token
+        if added is not None and not through_gateway:
+            time = added.time - self.start
+        if first_token is not None:
+            first_token += self._delay or 0.0
+        seconds = arrival.deadline if self._objective is None else self._objective(arrival.output_tokens)
+        over = now if ended is None or through_gateway else ended.time
+        reason = (
+            "refused" if added is None else "error" if error is not None or ended is None else ended.reason
+        )
+        self.sink.request(
+            RequestRecord(
+                request_id=request_id,
+                adapter=arrival.adapter,
+                tenant=arrival.tenant,
+                prompt_tokens=arrival.prompt_tokens if added is None else added.prompt_tokens,
+                output_tokens=request.output_tokens if output is None else output.output_tokens,
+                arrival=time,
+                admitted=request.admitted,
+                first_token=first_token,
+                ended=over - self.start,
+                reason=reason,
+                found=None if added is None else added.location,
+                cached_tokens=request.cached_tokens,
+                preemptions=request.preemptions,
+                worst_gap=request.worst_gap,
+                deadline=None if seconds is None else arrival.time + seconds,
+                rank=0 if arrival.adapter is None else self._ranks.get(arrival.adapter, 0),
+                error=None if error is None else type(error).__name__,
+            )
+        )
+        return added is not None
+
+    def sample(self, now: float) -> None:
+        """Record the interval since the last sample."""
+        engines = list(self._engines.values())
+        loads = [engine.engine.load() for engine in engines]  # simulated engines take in what has ended
+        for engine in engines:
+            engine.count_service()
+        totals, self.totals = self.totals, _Totals()
+        free = [load.kv_tokens_free / load.kv_tokens for load in loads]
+        self.sink.sample(
+            Sample(
+                time=now - self.start,
+                running=sum(load.running for load in loads),
+                waiting=sum(load.waiting for load in loads),
+                steps=totals.steps,
+                step_seconds=totals.seconds,
+                prefill_tokens=totals.prefill_tokens,
+                decode_tokens=totals.decode_tokens,
+                adapters=totals.adapters,
+                kv_used=1.0 - sum(free) / max(len(free), 1) if free else 0.0,
+                slots_ready=sum(engine.slots_ready for engine in engines),
+                cpu_adapters=sum(engine.cpu_adapters for engine in engines),
+                service=json.dumps(self.service, sort_keys=True, separators=(",", ":")),
+            )
+        )
+        self.service.clear()
+
+    def close(self, now: float) -> None:
+        """End the recording: record the last interval, and the adapters that are in slots."""
+        self.sample(now)
+        for engine in self._engines.values():
+            engine.close(now)
+
+
+class _EngineRecorder:
+    """Listener of one engine's events."""
+
+    def __init__(self, run: Recorder, engine: AsyncEngine, first_slot: int) -> None:
+        self.engine = engine
+        self.since_token = 0
+        self._run = run
+        self._core = engine._core  # how far each request has come is in no event
+        self._first_slot = first_slot
+        self._served: dict[str, int] = {}
+        """Tokens computed for each request that samples have counted."""
+        self._clients: dict[str, str] = {}
+        self._cached: dict[str, int] = {}
+        self._reads: dict[tuple[str, int], float] = {}
+        """Begin of each read, by an adapter's name and version."""
+        self._copies: dict[tuple[str, int], tuple[int, float]] = {}
         self._spans: dict[int, _Span] = {}
-        self._totals = _Totals()
-        self._service: Counter[str] = Counter()
-        for slot in engine.stats().slots:
+        for slot in engine.slots().slots:
             if slot.adapter is not None:
-                self._spans[slot.index] = _Span(slot.adapter, start, start)
-        self._on: dict[type[events.Event], Callable[[Any], None]] = {
+                self._spans[slot.index] = _Span(slot.adapter, run.start, run.start)
+        self.on: dict[type[events.Event], Callable[[Any], None]] = {
             events.RequestAdded: self._added,
             events.RequestAdmitted: self._admitted,
             events.RequestPreempted: self._preempted,
@@ -97,106 +237,74 @@ class Recorder:
             events.StepsFinished: self._steps,
         }
 
-    @property
-    def heard(self) -> Collection[type[events.Event]]:
-        """Return the types of events that it listens to."""
-        return self._on.keys()
-
-    @property
-    def under_way(self) -> bool:
-        """Whether there is a request that has not ended."""
-        return bool(self._requests)
-
     def __call__(self, event: events.Event) -> None:
-        self._on[type(event)](event)
+        self.on[type(event)](event)
+
+    @property
+    def slots_ready(self) -> int:
+        return sum([slot.state is SlotState.READY for slot in self._core.slots.slots])
+
+    @property
+    def cpu_adapters(self) -> int:
+        return len(self._core.cpu.entries)
 
     # Requests
 
-    def expect(self, request_id: str, arrival: Arrival) -> None:
-        """Announce a request before it is sent."""
-        self._expected[request_id] = arrival
-
-    def refused(self, request_id: str, now: float, error: Exception) -> bool:
-        """Record that a request failed with ``error``. Returns False if the engine had accepted it: then its
-        end is recorded."""
-        arrival = self._expected.pop(request_id, None)
-        if arrival is None:
-            return False
-        self.ended += 1
-        self._sink.request(
-            refused_request(
-                request_id,
-                arrival,
-                ended=now - self._start,
-                deadline=due(arrival, self._objective),
-                rank=self._rank(arrival.adapter),
-                error=error,
-            )
-        )
-        return True
-
     def _added(self, event: events.RequestAdded) -> None:
-        arrival = self._expected.pop(event.request_id, None)
-        self._requests[event.request_id] = _Request(event, arrival)
+        self._served[event.request_id] = 0
+        self._clients[event.request_id] = event.tenant or event.adapter or BASE
+        request = self._run.requests.get(event.request_id)
+        if request is not None and request.added is None:
+            request.added = event
 
     def _admitted(self, event: events.RequestAdmitted) -> None:
-        request = self._requests.get(event.request_id)
-        if request is not None and not event.resumed:
-            request.admitted = event.time - self._start
+        if event.resumed:
+            return
+        self._cached[event.request_id] = event.cached_tokens
+        request = self._run.requests.get(event.request_id)
+        if request is not None and request.admitted is None:
+            request.admitted = event.time - self._run.start
             request.cached_tokens = event.cached_tokens
 
     def _preempted(self, event: events.RequestPreempted) -> None:
-        request = self._requests.get(event.request_id)
+        request = self._run.requests.get(event.request_id)
         if request is not None:
             request.preemptions += 1
 
     def _first_token(self, event: events.FirstToken) -> None:
-        request = self._requests.get(event.request_id)
         self.since_token = 0
-        if request is not None:
-            request.first_token = event.time - self._start
+        request = self._run.requests.get(event.request_id)
+        if request is not None and request.first_token is None:
+            request.first_token = event.time - self._run.start
 
     def _ended(self, event: events.RequestEnded) -> None:
-        request = self._requests.pop(event.request_id, None)
-        if request is None:  # it came before the recorder
-            return
-        self.ended += 1
         self.since_token = 0
-        if request.first_token is not None:
-            self._serve(request, event.prompt_tokens - request.cached_tokens + event.output_tokens)
-        arrival = request.arrival
-        self._sink.request(
-            RequestRecord(
-                request_id=event.request_id,
-                adapter=event.adapter,
-                tenant=event.tenant,
-                prompt_tokens=event.prompt_tokens,
-                output_tokens=event.output_tokens,
-                arrival=request.added.time - self._start,
-                admitted=request.admitted,
-                first_token=request.first_token,
-                ended=event.time - self._start,
-                reason=event.reason,
-                found=request.added.location,
-                cached_tokens=request.cached_tokens,
-                preemptions=request.preemptions,
-                worst_gap=event.worst_gap,
-                deadline=None if arrival is None else due(arrival, self._objective),
-                rank=self._rank(event.adapter),
-                error=None if event.error is None else type(event.error).__name__,
-            )
-        )
+        name = event.request_id
+        cached = self._cached.pop(name, None)
+        if cached is not None and event.output_tokens:
+            self._serve(name, event.prompt_tokens - cached + event.output_tokens)
+        self._served.pop(name, None)
+        self._clients.pop(name, None)
+        request = self._run.requests.get(name)
+        if request is not None:
+            request.output_tokens += event.output_tokens
+            request.ended = event
+            if event.worst_gap is not None:
+                request.worst_gap = max(request.worst_gap or 0.0, event.worst_gap)
 
-    def _serve(self, request: _Request, tokens: int) -> None:
+    def _serve(self, request_id: str, tokens: int) -> None:
         """Add the tokens that have been computed for a request since it was accepted."""
-        if tokens > request.served:  # less after a preemption: it is not counted twice
-            added = request.added
-            client = added.tenant if added.tenant is not None else added.adapter or BASE
-            self._service[client] += tokens - request.served
-            request.served = tokens
+        before = self._served.get(request_id)
+        if before is not None and tokens > before:  # less after a preemption: it is not counted twice
+            self._run.service[self._clients[request_id]] += tokens - before
+            self._served[request_id] = tokens
 
-    def _rank(self, adapter: str | None) -> int:
-        return 0 if adapter is None else self._ranks.get(adapter, 0)
+    def count_service(self) -> None:
+        """Count what has been computed for the running requests; nothing is computed of the others."""
+        for live in self._core.running.values():
+            if live.computed and live.id in self._cached:
+                prompt = min(live.computed, live.prompt_len) - self._cached[live.id]
+                self._serve(live.id, prompt + live.output_tokens)
 
     # Adapters
 
@@ -234,28 +342,32 @@ class Recorder:
     def _move(
         self, stage: str, event: events.AdapterEvent, start: float, nbytes: int, error: str | None = None
     ) -> None:
-        self.last_progress = event.time
+        self._run.last_progress = event.time
         self.since_token += 1
-        end = event.time - self._start
-        self._sink.move(Move(stage, event.adapter, start - self._start, end, nbytes, error))
+        begin, end = start - self._run.start, event.time - self._run.start
+        self._run.sink.move(Move(stage, event.adapter, begin, end, nbytes, error))
 
     def _close_span(self, slot: int, now: float) -> None:
         span = self._spans.pop(slot, None)
         if span is not None:
-            ready = None if span.ready is None else span.ready - self._start
-            self._sink.span(
-                SlotSpan(
-                    slot, span.adapter, span.start - self._start, ready, now - self._start, span.busy_steps
-                )
+            start = self._run.start
+            ready = None if span.ready is None else span.ready - start
+            number = slot + self._first_slot
+            self._run.sink.span(
+                SlotSpan(number, span.adapter, span.start - start, ready, now - start, span.busy_steps)
             )
+
+    def close(self, now: float) -> None:
+        for slot in sorted(self._spans):
+            self._close_span(slot, now)
 
     # Steps
 
     def _steps(self, event: events.StepsFinished) -> None:
         count = len(event.seconds)
-        self.last_progress = event.time
+        self._run.last_progress = event.time
         self.since_token = 0 if event.decode_tokens else self.since_token + count
-        totals, spans = self._totals, self._spans
+        totals, spans = self._run.totals, self._spans
         totals.steps += count
         for seconds in event.seconds:
             totals.seconds += seconds
@@ -264,51 +376,3 @@ class Recorder:
         totals.adapters += count * event.adapters
         for slot in event.slots:
             spans[slot].busy_steps += count
-
-    def sample(self, now: float) -> None:
-        """Record the interval since the last sample."""
-        core, totals = self._core, self._totals
-        for live in core.running.values():  # nothing is computed of the others
-            request = self._requests.get(live.id)
-            if request is not None and live.computed:
-                prompt = min(live.computed, live.prompt_len) - request.cached_tokens
-                self._serve(request, prompt + live.output_tokens)
-        self._sink.sample(
-            Sample(
-                time=now - self._start,
-                running=len(core.running),
-                waiting=len(core.queues),
-                steps=totals.steps,
-                step_seconds=totals.seconds,
-                prefill_tokens=totals.prefill_tokens,
-                decode_tokens=totals.decode_tokens,
-                adapters=totals.adapters,
-                kv_used=1.0 - core.blocks.num_free / core.blocks.num_blocks,
-                slots_ready=sum([slot.state is SlotState.READY for slot in core.slots.slots]),
-                cpu_adapters=len(core.cpu.entries),
-                service=json.dumps(self._service, sort_keys=True, separators=(",", ":")),
-            )
-        )
-        self._totals = _Totals()
-        self._service.clear()
-
-    def close(self, now: float) -> None:
-        """End the recording: record the last interval, and the adapters that are in slots."""
-        self.sample(now)
-        for slot in sorted(self._spans):
-            self._close_span(slot, now)
-
-
-def due(arrival: Arrival, objective: Objective | None) -> float | None:
-    """Return when a request should have ended, by the workload's objective, or else by its own deadline."""
-    seconds = arrival.deadline if objective is None else objective(arrival.output_tokens)
-    return None if seconds is None else arrival.time + seconds
-
-
-@dataclass(slots=True)
-class _Totals:
-    steps: int = 0
-    seconds: float = 0.0
-    prefill_tokens: int = 0
-    decode_tokens: int = 0
-    adapters: int = 0

@@ -1,20 +1,24 @@
-"""Runs a workload on an engine, live or simulated, and records the results."""
+"""Runs a workload on an engine, live or simulated, or on a simulated fleet, and records the results."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 from aioengine.engine import AsyncEngine
-from aioengine.errors import AioEngineError, EngineDead, EngineStopped
+from aioengine.fleet.config import FleetConfig
 from aioengine.lab.calibration.live import LiveRequests
-from aioengine.lab.runs.open_loop import OpenLoop, Progress, Replayed
+from aioengine.lab.fleet.conditions import Conditions
+from aioengine.lab.fleet.fleet import START_SECONDS, Scaled, SimulatedFleet
+from aioengine.lab.runs.open_loop import OpenLoop, Progress, Replayed, Requests
+from aioengine.lab.runs.policy_record import PolicyWatch
 from aioengine.lab.runs.recorder import Recorder
 from aioengine.lab.runs.rows import Sink
 from aioengine.lab.simulation.engine import SimulatedEngine
 from aioengine.lab.workload.prompts import SimulatedRequests
-from aioengine.lab.workload.requests import Arrival, Workload
+from aioengine.lab.workload.requests import Workload
 
 
 async def replay(
@@ -27,6 +31,7 @@ async def replay(
     sample_seconds: float = 1.0,
     progress: Progress | None = None,
     total: int | None = None,
+    listener: PolicyWatch | None = None,
 ) -> Replayed:
     """Send every request at its time, whether or not earlier ones have ended (an open loop), and wait for all
     of them. Only requests that have not ended are in memory.
@@ -38,95 +43,131 @@ async def replay(
         seed: For the prompts, which are random tokens on a live engine.
         sample_seconds: Between two samples; ``progress`` is told as often.
         total: How many requests there are, for ``progress``.
+        listener: Called with the engine's events.
 
     Raises:
         RunStalled: Nothing has moved for ``STALL_SECONDS`` while requests wait, or no request got a token in
             ``MOST_WITHOUT_TOKEN`` steps and moves.
         ConfigError: ``sample_seconds`` is not more than 0.
     """
+    requests: Requests
+    lengths: dict[str, int] | None = None
     if isinstance(engine, SimulatedEngine):
         engine.add_adapters(workload.adapters)
+        requests, lengths = SimulatedRequests(engine.model_spec.vocab_size), engine.lengths
     else:
+        requests = LiveRequests(engine.model_spec, seed)
         known = {info.name for info in engine.adapters()}
         for shape in workload.adapters:
             if paths is not None and shape.name in paths and shape.name not in known:
                 engine.register_adapter(shape.name, paths[shape.name])
-    return await _Replay(engine, workload, sink, seed, sample_seconds, progress, total).run()
+    start = asyncio.get_running_loop().time()
+    ranks = {shape.name: shape.rank for shape in workload.adapters}
+    recorder = Recorder(sink, start=start, ranks=ranks, objective=workload.objective, listener=listener)
+    loop = OpenLoop(
+        engine,
+        recorder,
+        workload,
+        requests,
+        start=start,
+        sample_seconds=sample_seconds,
+        progress=progress,
+        total=total,
+        lengths=lengths,
+        state=lambda: _state(engine),
+    )
+    unwatch = recorder.watch(engine)
+    try:
+        replayed = await loop.send_all()
+        loop.close()
+    finally:
+        unwatch(asyncio.get_running_loop().time())
+    return replayed
 
 
-class _Replay(OpenLoop):
-    def __init__(
-        self,
-        engine: AsyncEngine,
-        workload: Workload,
-        sink: Sink,
-        seed: int,
-        sample_seconds: float,
-        progress: Progress | None,
-        total: int | None,
-    ) -> None:
-        start = asyncio.get_running_loop().time()
-        ranks = {shape.name: shape.rank for shape in workload.adapters}
-        self._recorder = Recorder(engine, sink, start=start, ranks=ranks, objective=workload.objective)
-        super().__init__(
-            self._recorder,
+def _state(engine: AsyncEngine) -> str:
+    stats = engine.stats()
+    slots = ", ".join(f"{slot.adapter or 'empty'} ({slot.state})" for slot in stats.slots[:8])
+    return (
+        f"{stats.waiting} requests wait ({stats.waiting_for_adapter} of them for an adapter) and "
+        f"{stats.running} run; slots: {slots}{', ...' if len(stats.slots) > 8 else ''}"
+    )
+
+
+class FleetReplayed(NamedTuple):
+    """Result of a workload on a fleet."""
+
+    replayed: Replayed
+    requests_by_replica: list[int]
+    """Requests sent to each replica; a request that is sent again counts again."""
+    migrations: int
+    """Requests that continued on another replica after theirs was lost."""
+    rejected: int
+    """Requests that were rejected by the router, or because there was no replica."""
+    failures: dict[str, int]
+    """Failures of the router and of the placement policy, by kind."""
+    moves: dict[str, int]
+    """Steps of plans, by kind."""
+    scaled: Scaled | None
+    """None: the number of replicas was fixed."""
+
+
+async def replay_on_fleet(
+    workload: Workload,
+    sink: Sink,
+    *,
+    config: FleetConfig,
+    make_engine: Callable[[], SimulatedEngine],
+    conditions: Conditions | None = None,
+    sample_seconds: float = 1.0,
+    progress: Progress | None = None,
+    total: int | None = None,
+    listener: PolicyWatch | None = None,
+) -> FleetReplayed:
+    """Start a fleet, send every request at its time, wait for all of them, and stop the fleet.
+
+    Args:
+        make_engine: Makes the engine of one replica.
+        listener: Called with the events of all replicas' engines.
+
+    Raises what :func:`replay` raises.
+    """
+    conditions = conditions or Conditions()
+    start = asyncio.get_running_loop().time() + START_SECONDS
+    first = make_engine()
+    lora = first.config.lora
+    recorder = Recorder(
+        sink,
+        start=start,
+        ranks={shape.name: shape.rank for shape in workload.adapters},
+        slots=0 if lora is None else lora.max_loras,
+        delay=conditions.delay,
+        objective=workload.objective,
+        listener=listener,
+    )
+    async with SimulatedFleet(config, make_engine, conditions, watch=recorder.watch) as fleet:
+        fleet.add_adapters(workload.adapters)
+        loop = OpenLoop(
+            fleet,
+            recorder,
             workload,
+            SimulatedRequests(first.costs.spec.vocab_size),
             start=start,
             sample_seconds=sample_seconds,
             progress=progress,
             total=total,
+            lengths=fleet.lengths,
         )
-        self._engine = engine
-        self._requests: SimulatedRequests | LiveRequests
-        if isinstance(engine, SimulatedEngine):
-            self._requests = SimulatedRequests(engine.model_spec.vocab_size)
-        else:
-            self._requests = LiveRequests(engine.model_spec, seed)
-
-    async def run(self) -> Replayed:
-        remove = self._engine.add_listener(self._recorder, *self._recorder.heard)
-        try:
-            await self.send_all()
-        finally:
-            remove()
-        now = self._loop.time()
-        self._recorder.close(now)
-        self.tell(now)
-        return self.replayed()
-
-    async def _send(self, request_id: str, index: int, arrival: Arrival) -> None:
-        engine, recorder = self._engine, self._recorder
-        recorder.expect(request_id, arrival)
-        if isinstance(engine, SimulatedEngine):
-            engine.set_length(request_id, arrival.output_tokens)
-        try:
-            await engine.complete(
-                self._requests.prompt(index, arrival),
-                self._requests.params(arrival),
-                adapter=arrival.adapter,
-                request_id=request_id,
-                priority=arrival.priority,
-                deadline=arrival.deadline,
-                tenant=arrival.tenant,
-                expected_tokens=arrival.expected_tokens,
-            )
-        except (EngineDead, EngineStopped):
-            raise  # there is nothing more to be had of this engine
-        except AioEngineError as error:
-            if recorder.refused(request_id, self._loop.time(), error):
-                self._refused += 1
-            else:
-                self._failed += 1
-        else:
-            self._finished += 1
-        finally:
-            if isinstance(engine, SimulatedEngine):
-                engine.forget_length(request_id)
-
-    def _state(self) -> str:
-        stats = self._engine.stats()
-        slots = ", ".join(f"{slot.adapter or 'empty'} ({slot.state})" for slot in stats.slots[:8])
-        return (
-            f"{stats.waiting} requests wait ({stats.waiting_for_adapter} of them for an adapter) and "
-            f"{stats.running} run; slots: {slots}{', ...' if len(stats.slots) > 8 else ''}"
-        )
+        replayed = await loop.send_all()
+        scaled = fleet.scaled
+        fleet.check_invariants()
+    loop.close()
+    return FleetReplayed(
+        replayed,
+        fleet.by_replica,
+        fleet.migrations,
+        fleet.rejected,
+        fleet.failures,
+        dict(fleet.moves),
+        scaled,
+    )

@@ -10,7 +10,6 @@ from typing import IO, TYPE_CHECKING, Any, NamedTuple, Protocol, Self, get_args,
 
 from aioengine.errors import ConfigError
 from aioengine.lab.workload.extra import needs_extra
-from aioengine.lab.workload.requests import Arrival
 
 if TYPE_CHECKING:
     import polars as pl
@@ -44,37 +43,6 @@ class RequestRecord(NamedTuple):
     """Seconds from the start of the run."""
     rank: int = 0
     error: str | None = None
-
-
-def refused_request(
-    request_id: str,
-    arrival: Arrival,
-    *,
-    ended: float,
-    deadline: float | None,
-    rank: int,
-    error: Exception | None,
-) -> RequestRecord:
-    """Make the record of a request that was never accepted."""
-    return RequestRecord(
-        request_id=request_id,
-        adapter=arrival.adapter,
-        tenant=arrival.tenant,
-        prompt_tokens=arrival.prompt_tokens,
-        output_tokens=0,
-        arrival=arrival.time,
-        admitted=None,
-        first_token=None,
-        ended=ended,
-        reason="refused",
-        found=None,
-        cached_tokens=0,
-        preemptions=0,
-        worst_gap=None,
-        deadline=deadline,
-        rank=rank,
-        error=type(error).__name__,
-    )
 
 
 class SlotSpan(NamedTuple):
@@ -128,6 +96,29 @@ class Sink(Protocol):
     def span(self, record: SlotSpan) -> None: ...
     def move(self, record: Move) -> None: ...
     def sample(self, record: Sample) -> None: ...
+
+
+class Kept:
+    """A :class:`Sink` that keeps everything."""
+
+    def __init__(self) -> None:
+        self.requests: list[RequestRecord] = []
+        self.spans: list[SlotSpan] = []
+        self.moves: list[Move] = []
+        self.samples: list[Sample] = []
+        self.request = self.requests.append
+        self.span = self.spans.append
+        self.move = self.moves.append
+        self.sample = self.samples.append
+
+    @property
+    def finished(self) -> list[RequestRecord]:
+        return [record for record in self.requests if record.error is None and record.first_token is not None]
+
+    @property
+    def seconds(self) -> float:
+        """End of the last request that has finished."""
+        return max((record.ended for record in self.finished), default=0.0)
 
 
 FILES: Mapping[str, type[Any]] = {

@@ -17,12 +17,12 @@ from aioengine.errors import ConfigError, PolicyError
 from aioengine.lab.costs.model import CostModel
 from aioengine.lab.costs.presets import load_costs
 from aioengine.lab.fleet.conditions import Conditions, parse_faults
-from aioengine.lab.fleet.replay import replay_on_fleet
+from aioengine.lab.fleet.fleet import START_SECONDS, fleet_config
 from aioengine.lab.runs.experiment import Experiment, Policy, policy_label
 from aioengine.lab.runs.open_loop import Progress, Replayed
 from aioengine.lab.runs.policy_record import PolicyRecord, PolicyWatch
 from aioengine.lab.runs.provenance import provenance
-from aioengine.lab.runs.replay import replay
+from aioengine.lab.runs.replay import replay, replay_on_fleet
 from aioengine.lab.runs.rows import CsvFiles, Sink
 from aioengine.lab.simulation.clock import run_in_virtual_time
 from aioengine.lab.simulation.engine import SimulatedEngine
@@ -32,7 +32,6 @@ from aioengine.lab.workload.requests import Workload
 from aioengine.memory_plan import MemoryPlan
 from aioengine.schedulers import SchedulerPolicy, load_policy
 from aioengine.schedulers.policies.fcfs import FCFS
-from aioengine.schedulers.routing import load_autoscaler, load_placement, load_router
 
 NEVER = 1e12
 """Seconds; no request waits this long."""
@@ -147,8 +146,6 @@ async def simulate(
     policy = lab_policy(spec, workload, start=asyncio.get_running_loop().time())
     config = experiment.engine_config()
     async with SimulatedEngine(config, costs, policy, metrics=False, plan=plan) as engine:
-        if watch is not None:
-            engine.add_listener(watch, *watch.HEARD)
         replayed = await replay(
             engine,
             workload,
@@ -156,6 +153,7 @@ async def simulate(
             sample_seconds=experiment.sample_seconds,
             progress=progress,
             total=experiment.workload.limit,
+            listener=watch,
         )
         engine.check_invariants()
         return replayed, None
@@ -174,7 +172,7 @@ async def _simulate_fleet(
     assert experiment.replicas is not None
     router, placement, start_seconds = experiment.router, experiment.placement, experiment.start_seconds
     assert router is not None and placement is not None and start_seconds is not None
-    start = asyncio.get_running_loop().time()
+    start = asyncio.get_running_loop().time() + START_SECONDS
     config = experiment.engine_config()
     plan = plan or costs.plan(config)
 
@@ -185,11 +183,15 @@ async def _simulate_fleet(
     found = await replay_on_fleet(
         workload,
         sink,
-        replicas=experiment.replicas,
+        config=fleet_config(
+            config,
+            start_seconds=start_seconds,
+            replicas=experiment.replicas,
+            router=router,
+            placement=placement,
+            autoscale=experiment.autoscale,
+        ),
         make_engine=make_engine,
-        router=load_router(router),
-        placement=load_placement(placement),
-        autoscale=None if experiment.autoscale is None else load_autoscaler(experiment.autoscale),
         conditions=Conditions(
             start_seconds=start_seconds,
             report_delay=experiment.report_delay or 0.0,

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import asyncio
 import selectors
-from collections import deque
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from contextvars import Context
-from heapq import heappop, heappush
-from math import inf, ulp
+from heapq import heappush
+from math import ulp
 from typing import Any, TypeVar, TypeVarTuple
 
 from aioengine.errors import AioEngineError
@@ -77,9 +77,7 @@ class VirtualTimeLoop(asyncio.SelectorEventLoop):
     """
 
     _clock_resolution: float
-    _ready: deque[asyncio.Handle]
     _scheduled: list[asyncio.TimerHandle]
-    _timer_cancelled_count: int
     """asyncio's own, which are not in the type stubs."""
 
     def __init__(self) -> None:
@@ -105,16 +103,15 @@ class VirtualTimeLoop(asyncio.SelectorEventLoop):
         timer._scheduled = True
         return timer
 
-    def next_timer(self) -> float | None:
-        """Return the time of the next timer (infinity: none is set), or None if something is to be done
-        before time goes on."""
-        if self._ready:
-            return None
-        timers = self._scheduled
-        while timers and timers[0].cancelled():  # as the loop drops them in its turns
-            self._timer_cancelled_count -= 1
-            heappop(timers)._scheduled = False  # type: ignore[attr-defined] # as asyncio's loop does
-        return timers[0].when() if timers else inf
+    @contextmanager
+    def at(self, time: float) -> Iterator[None]:
+        """Context in which the clock shows another time: for what has happened then, and is told only now."""
+        now = self._jumping.now
+        self._jumping.go_to(time)
+        try:
+            yield
+        finally:
+            self._jumping.go_to(max(now, time))
 
     def go_to(self, now: float) -> None:
         """Move the clock. No timer may go off before."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import islice
 
 from aioengine.errors import AdapterLoadError, AdapterTooLarge
@@ -11,9 +13,8 @@ from aioengine.executors.base import Device, Ended
 from aioengine.lab.costs.model import CostModel
 from aioengine.lab.costs.steps import StepTimes, step_shape
 from aioengine.lab.simulation.clock import VirtualTimeLoop, resolution
-from aioengine.lab.simulation.transfers import Processor, SharedStage
+from aioengine.lab.simulation.transfers import SharedStage
 from aioengine.lab.workload.requests import AdapterShape
-from aioengine.model.spec import DTYPE_BYTES
 from aioengine.step import (
     LoadedAdapter,
     ReadOrder,
@@ -22,23 +23,48 @@ from aioengine.step import (
     StepResult,
 )
 
-SETTLING = 4
-"""Turns of the loop in which callers that have their results go on, and moves of adapters begin, before steps
-are taken at once."""
+MOST_STEPS = 32
+"""Steps that are under way at a time: more would often be reckoned in vain, because something happens."""
+
+
+class _Flight:
+    """Steps under way, one after the other: what is known of them in advance."""
+
+    __slots__ = ("batch", "begin", "ended", "ends", "loop", "most", "timer")
+
+    timer: asyncio.TimerHandle
+    """For the end of the last one."""
+
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        batch: StepBatch,
+        ended: Ended,
+        begin: float,
+        ends: list[float],
+        most: int,
+    ) -> None:
+        self.loop = loop
+        self.batch = batch
+        self.ended = ended
+        self.begin = begin
+        self.ends = ends
+        self.most = most
+        """Number of the step in which the first sequence may end."""
 
 
 class SimulatedDevice(Device):
     """Gives every sequence ``token``, and ``end_token`` where its output has the length that is known of
     it (``lengths``, by request id; those that are not in it go on until ``max_tokens``).
 
-    On a loop in virtual time, steps that end before anything else is due are taken at once: nobody can look
-    in between, so they need no turns of the loop.
+    On a loop in virtual time, steps of a batch that follow each other are handed over together, each with the
+    time of its end, unless something happens to their engine meanwhile.
 
     The adapters that it reads have a size and no contents (``shapes``, by name).
     """
 
     repeats = True
-    """Whether steps are taken at once where nothing happens before their ends."""
+    """Whether steps that follow each other are handed over together."""
 
     def __init__(
         self, costs: CostModel, *, token: int, end_token: int, max_rank: int, one_size: bool = True
@@ -47,12 +73,12 @@ class SimulatedDevice(Device):
         self.shapes: dict[str, AdapterShape] = {}
         self._costs = costs
         self._step_seconds = StepTimes(costs.steps)
-        local = costs.local
-        kv_bytes = local.kv_bytes_per_token(DTYPE_BYTES[local.dtype])
-        self._byte_seconds = 2 * costs.steps.decode_kv / kv_bytes
-        """Seconds for each byte that is moved on the device: it is read and written, as keys are read."""
         self._token, self._end = token, end_token
-        self._processor = Processor()
+        self._paces: list[float] = [1.0]
+        """Factors of all that disturbs steps on their time; the largest counts."""
+        self._pace = 1.0
+        self._flight: _Flight | None = None
+        """The steps under way."""
         self._disk = SharedStage(costs.disk)
         self._slot = SharedStage(costs.slot)
         self._max_rank = max_rank
@@ -62,43 +88,83 @@ class SimulatedDevice(Device):
         """Bytes of adapters whose size is that of their rank, by rank."""
         self._held: dict[int, int] = {}
         """Bytes on the CPU by adapter uid."""
-        self.disturbed = self._processor.disturbed
-        """Context manager, called with a factor: while it lasts, steps take that many times as long."""
 
     def begin(self, batch: StepBatch, ended: Ended) -> None:
+        """Begin the batch's steps. They are handed over when the last one has ended or, before, when somebody
+        looks (:meth:`settle`) or something has happened (:meth:`interrupt`)."""
         loop = asyncio.get_running_loop()
-        if self.repeats and isinstance(loop, VirtualTimeLoop):
-            loop.call_soon(self._take_steps, loop, batch, ended, SETTLING)
-        else:
-            self._take_step(batch, ended)
+        most = self._most_steps(batch) if self.repeats and isinstance(loop, VirtualTimeLoop) else 1
+        begin, pace, ends = loop.time(), self._pace, list[float]()
+        for work in islice(self._work(batch), most):
+            if ends and begin >= batch.until:
+                break
+            begin += work * pace
+            ends.append(begin)
+        self._flight = flight = _Flight(loop, batch, ended, loop.time(), ends, most)
+        flight.timer = loop.call_at(begin, self._all_ended, flight)
 
-    def _take_steps(self, loop: VirtualTimeLoop, batch: StepBatch, ended: Ended, turns: int) -> None:
-        """Take the steps that end before anything else is due, at once; or else one that takes its time."""
-        timer = loop.next_timer()
-        if timer is None and turns > 0:
-            loop.call_soon(self._take_steps, loop, batch, ended, turns - 1)
-            return
-        ends, seconds = list[float](), list[float]()
-        if timer is not None:
-            begin, overhead = loop.time(), self._costs.step_overhead
-            for work in islice(self._work(batch), self._most_steps(batch)):
-                end = begin + work * self._processor.pace
-                if end + resolution(end) > timer or (ends and begin >= batch.until):
-                    break
-                ends.append(end)
-                seconds.append(end - begin - overhead)
-                begin = end
-        if ends:
-            loop.go_to(ends[-1])
-            ended(self._result(batch, seconds, ends))
-        else:
-            self._take_step(batch, ended)
+    def _all_ended(self, flight: _Flight) -> None:
+        now = flight.loop.time()
+        flight.ends[-1] = max(flight.ends[-1], now)  # timers that are due at almost one time go off together
+        self._hand_over(flight, len(flight.ends))
 
-    def _take_step(self, batch: StepBatch, ended: Ended) -> None:
-        overhead = self._costs.step_overhead
-        self._processor.begin(
-            next(self._work(batch)), lambda took: ended(self._result(batch, [took - overhead], ()))
-        )
+    def _hand_over(self, flight: _Flight, count: int) -> None:
+        """Hand over the first steps of those that are under way, at the time at which the last of them
+        ended."""
+        flight.timer.cancel()
+        self._flight = None
+        loop, ends = flight.loop, flight.ends[:count]
+        result = self._result(flight, ends)
+        if isinstance(loop, VirtualTimeLoop):
+            with loop.at(ends[-1]):
+                flight.ended(result)
+        else:
+            flight.ended(result._replace(ends=()))
+
+    def settle(self) -> None:
+        """Hand over the steps that have ended; those after them go on."""
+        flight = self._flight
+        if flight is not None:
+            now = flight.loop.time()
+            count = bisect_right(flight.ends, now - resolution(now))
+            if 0 < count < len(flight.ends):
+                self._hand_over(flight, count)
+
+    def interrupt(self) -> None:
+        """End with the step that is under way, because its engine has something new to decide on. Whoever
+        changes something settles before: steps that ended then were decided without it."""
+        flight = self._flight
+        if flight is not None and len(flight.ends) > 1:
+            now = flight.loop.time()
+            del flight.ends[bisect_right(flight.ends, now - resolution(now)) + 1 :]
+            self._time(flight)
+
+    def _time(self, flight: _Flight) -> None:
+        flight.timer.cancel()
+        flight.timer = flight.loop.call_at(flight.ends[-1], self._all_ended, flight)
+
+    @contextmanager
+    def disturbed(self, slowdown: float) -> Iterator[None]:
+        """Make steps take at least ``slowdown`` times as long while the context lasts."""
+        self._change([*self._paces, slowdown])
+        try:
+            yield
+        finally:
+            paces = [*self._paces]
+            paces.remove(slowdown)
+            self._change(paces)
+
+    def _change(self, paces: list[float]) -> None:
+        """Set the factors on the time of steps, and adjust the step under way to them."""
+        self.settle()
+        before, self._paces = self._pace, paces
+        self._pace = after = max(paces)
+        flight = self._flight
+        if flight is not None and before != after:
+            del flight.ends[1:]
+            now = flight.loop.time()
+            flight.ends[0] = now + max(flight.ends[0] - now, 0.0) / before * after
+            self._time(flight)
 
     def _work(self, batch: StepBatch) -> Iterator[float]:
         """Yield the seconds of each step, its overhead included."""
@@ -107,18 +173,22 @@ class SimulatedDevice(Device):
             yield seconds + overhead
 
     def _most_steps(self, batch: StepBatch) -> int:
-        """Return how many steps there are until a sequence ends, or those of the batch, if they are fewer."""
-        most, lengths = batch.steps, self.lengths
+        """Return how many steps there are until a sequence ends, but no more than the batch has."""
+        most, lengths = min(batch.steps, MOST_STEPS), self.lengths
         for work in batch.sequences if most > 1 else ():
             length, made = lengths.get(work.request_id), _made(work)
             if length is not None and made <= length < made + most:
                 most = length - made + 1
         return most
 
-    def _result(self, batch: StepBatch, seconds: Sequence[float], ends: Sequence[float]) -> StepResult:
-        lengths, steps, sequences = self.lengths, len(seconds), batch.sequences
+    def _result(self, flight: _Flight, ends: Sequence[float]) -> StepResult:
+        begins, overhead = (flight.begin, *ends[:-1]), self._costs.step_overhead
+        seconds = [end - begin - overhead for begin, end in zip(begins, ends, strict=True)]
+        lengths, steps, sequences = self.lengths, len(ends), flight.batch.sequences
         counts = [steps if work.sample else 0 for work in sequences]
         tokens = [self._token] * sum(counts)
+        if steps < flight.most:  # nothing ends before
+            return StepResult(tokens, counts, seconds, ends)
         place = -1
         for work, count in zip(sequences, counts, strict=True):
             place += count

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import AsyncGenerator, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import Any, Unpack
 
 import msgspec
 
 from aioengine.config import EngineConfig
 from aioengine.engine import AsyncEngine
-from aioengine.info import LoadProgress
+from aioengine.info import EngineLoad, EngineStats, LoadProgress
 from aioengine.lab.costs.model import CostModel
 from aioengine.lab.costs.view import ModelledCosts
 from aioengine.lab.simulation.device import SimulatedDevice
 from aioengine.lab.workload.requests import AdapterShape
 from aioengine.memory_plan import MemoryPlan
+from aioengine.request import Prompt, RequestKeywords, RequestOptions, SamplingParams, split_keywords
 from aioengine.runtime.assemble import Built
+from aioengine.runtime.output import RequestOutput
 from aioengine.schedulers import SchedulerPolicy
 
 TOKEN = 0
@@ -56,6 +60,10 @@ class SimulatedEngine(AsyncEngine):
             costs, token=TOKEN, end_token=self._end_token, max_rank=max_rank, one_size=one_size
         )
 
+    async def start(self, *, progress: LoadProgress | None = None) -> None:
+        self._flush: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        await super().start(progress=progress)
+
     async def _build(self, work: ThreadPoolExecutor, progress: LoadProgress | None) -> Built:
         return Built(
             spec=self._spec,
@@ -76,10 +84,68 @@ class SimulatedEngine(AsyncEngine):
             self._device.shapes[shape.name] = shape
             self.register_adapter(shape.name, f"/simulated/{shape.name}")
 
-    def set_length(self, request_id: str, tokens: int) -> None:
-        """Have the request's output end with its ``tokens``-th token, if it is allowed as many."""
-        self._device.lengths[request_id] = tokens
+    @property
+    def lengths(self) -> dict[str, int]:
+        """By request that has not ended: with which token its output ends, if it is allowed as many."""
+        return self._device.lengths
 
-    def forget_length(self, request_id: str) -> None:
-        """Note that the request has ended."""
-        self._device.lengths.pop(request_id, None)
+    def use_lengths(self, lengths: dict[str, int]) -> None:
+        """Share these lengths with other engines."""
+        self._device.lengths = lengths
+
+    def settle(self) -> None:
+        """Take in the steps that have ended, before somebody looks at the core."""
+        self._device.settle()
+
+    async def complete(self, *args: Any, **keywords: Any) -> RequestOutput:
+        self.settle()  # what was decided before does not know of this request
+        return await super().complete(*args, **keywords)
+
+    async def generate(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        options: RequestOptions | None = None,
+        **keywords: Unpack[RequestKeywords],
+    ) -> AsyncGenerator[RequestOutput, None]:
+        """Yield the first output and the last one: what is between is only told at a :meth:`flush`."""
+        self.settle()
+        request_id, options = split_keywords(keywords, options)
+        stream = await self._submitter.submit(prompt, params, options, request_id)
+        try:
+            seen, new = 0, await stream.next()
+            while True:
+                tokens = new.token_ids
+                yield replace(new, token_ids_delta=tokens[max(seen, len(options.output)) :])
+                if new.finished:
+                    return
+                seen = len(tokens)
+                ended = asyncio.ensure_future(stream.last())
+                first: list[asyncio.Future[Any]] = [ended, self._flush]
+                await asyncio.wait(first, return_when=asyncio.FIRST_COMPLETED)
+                if ended.done():
+                    new = ended.result()
+                else:
+                    ended.cancel()
+                    new = stream.so_far()
+        finally:
+            self._loop.abort(stream.request)
+
+    def flush(self) -> None:
+        """Have the readers of all requests get the tokens up to now."""
+        self.settle()
+        flush, self._flush = self._flush, asyncio.get_running_loop().create_future()
+        flush.set_result(None)
+
+    def load(self) -> EngineLoad:
+        self.settle()
+        return super().load()
+
+    def stats(self) -> EngineStats:
+        self.settle()
+        return super().stats()
+
+    async def stop(self) -> None:
+        self.settle()
+        await super().stop()

@@ -1,10 +1,8 @@
-"""Concurrent work of a simulated device: transfers that share a stage's bandwidth, and steps beside them."""
+"""Concurrent transfers of a simulated device, which share a stage's bandwidth."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from heapq import heapify, heappop, heappush
 
 from aioengine.lab.costs.model import Stage
@@ -72,62 +70,3 @@ class SharedStage:
             if not done.done():
                 done.set_result(None)
         self._plan(loop)
-
-
-class Processor:
-    """Processor that does one piece of work at a time, and is slower while it is disturbed."""
-
-    def __init__(self) -> None:
-        self._paces: list[float] = [1.0]
-        """Factors of all disturbances on the time of work; the largest counts."""
-        self._left = 0.0
-        self._as_of = 0.0
-        self._began = 0.0
-        self._done: Callable[[float], None] | None = None
-        self._timer: asyncio.TimerHandle | None = None
-
-    def begin(self, seconds: float, done: Callable[[float], None]) -> None:
-        """Begin work of this many seconds. ``done`` is called at its end with the seconds that it took:
-        ``seconds`` if it was not disturbed."""
-        loop = asyncio.get_running_loop()
-        self._began = self._as_of = loop.time()
-        self._left = seconds
-        self._done = done
-        self._plan(loop)
-
-    @property
-    def pace(self) -> float:
-        """Seconds for a second's work."""
-        return max(self._paces)
-
-    @contextmanager
-    def disturbed(self, slowdown: float) -> Iterator[None]:
-        """Make work take at least ``slowdown`` times as long while the context lasts."""
-        self._change([*self._paces, slowdown])
-        try:
-            yield
-        finally:
-            paces = [*self._paces]
-            paces.remove(slowdown)
-            self._change(paces)
-
-    def _change(self, paces: list[float]) -> None:
-        """Set the factors, and adjust the work under way to them."""
-        before, after = self.pace, max(paces)
-        self._paces = paces
-        if self._done is None or before == after:
-            return
-        loop = asyncio.get_running_loop()
-        self._left = max(self._left - (loop.time() - self._as_of) / before, 0.0)
-        self._as_of = loop.time()
-        self._plan(loop)
-
-    def _plan(self, loop: asyncio.AbstractEventLoop) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-        self._timer = loop.call_at(self._as_of + self._left * max(self._paces), self._finish)
-
-    def _finish(self) -> None:
-        done, self._done = self._done, None
-        if done is not None:
-            done(asyncio.get_running_loop().time() - self._began)

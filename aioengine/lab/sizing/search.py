@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
+from statistics import fmean
 from typing import Any, NamedTuple
 
 import msgspec
@@ -11,12 +13,12 @@ import msgspec
 from aioengine.checks import check_integer, format_bytes
 from aioengine.errors import AioEngineError, ConfigError
 from aioengine.lab.analysis.statistics import Estimate, estimate
-from aioengine.lab.costs.model import CostModel
 from aioengine.lab.costs.presets import load_costs
 from aioengine.lab.runs.experiment import OF_A_FLEET, Experiment
 from aioengine.lab.runs.pool import Report, Task, run_all
 from aioengine.lab.runs.simulate import run
 from aioengine.lab.sizing.objectives import Objective, with_p95
+from aioengine.memory_plan import MemoryPlan
 
 SLOT_LADDER = 4
 """Numbers of slots that are tried with a number of replicas: the largest that makes sense, then half of it,
@@ -25,6 +27,16 @@ and so on, because slots take memory from the KV cache."""
 
 MEMORY_PARTS = 16
 """Parts of the given ``slot_memory`` that are tried."""
+ALONE: Mapping[str, Any] = {"replicas": None, **dict.fromkeys(OF_A_FLEET)}
+"""Fields of an experiment without a fleet."""
+USE = {
+    "device": ("engine", "stepping_share"),
+    "sequences": ("engine", "mean_running"),
+    "kv_cache": ("engine", "mean_kv_used_share"),
+    "found_in_slot": ("hits", "slot_share"),
+    "found_on_disk": ("hits", "disk_share"),
+}
+"""Use of the resources: groups and names of figures."""
 
 
 class Size(NamedTuple):
@@ -125,11 +137,111 @@ def find_size(
         spec = experiment.workload
         if spec.slo is None and spec.timeout is None and spec.deadline is None:
             raise ConfigError("slo goodput: the workload says not by when requests should end; give it slo")
-    search = _Search(experiment, objectives, out, seeds, most_seeds, jobs, tried, stopping)
-    return search.run(bounds or Bounds())
+    trials = _Trials(experiment, objectives, out, seeds, most_seeds, jobs, tried, stopping)
+    return _search(experiment, trials, bounds or Bounds())
 
 
-class _Search:
+def _search(experiment: Experiment, trials: _Trials, bounds: Bounds) -> Sized:
+    adapters = max(len(experiment.open_workload().adapters), 1)
+    slots = bounds.slots or (1, _most_slots(experiment, adapters))
+    lora = experiment.engine_config().lora
+    memory = lora.slot_memory if lora is not None and isinstance(lora.slot_memory, int) else None
+    less: dict[str, Trial | None] = {"replicas": None, "slots": None, "cpu_loras": None}
+
+    def with_replicas(count: int) -> Size | None:
+        """Return a size with this number of replicas that holds, of those with ever fewer slots."""
+        at = slots[1]
+        for _ in range(SLOT_LADDER):
+            size = Size(count, at, max(at, bounds.cpu_loras[1] if bounds.cpu_loras else adapters), memory)
+            trial = trials.of(size)
+            if trial.holds:
+                return size
+            if at == slots[1]:
+                less["replicas"] = trial
+            if at == slots[0]:
+                return None
+            at = max(at // 2, slots[0])
+        return None
+
+    def lowered(size: Size, name: str, low: int, high: int, change: Callable[[int], Size]) -> Size:
+        """Return the least of one dimension that still holds, between ``low`` and ``high``, which does."""
+
+        def holds(number: int) -> Size | None:
+            trial = trials.of(change(number))
+            if not trial.holds:
+                less[name] = trial
+            return trial.size if trial.holds else None
+
+        return _least(low, high, holds) or size
+
+    low, most = bounds.replicas
+    count, found = low, with_replicas(low)
+    failed = low - 1
+    while found is None and count < most:
+        failed, count = count, min(count * 2, most)
+        found = with_replicas(count)
+    if found is None:
+        return Sized(None, trials.in_order, {})
+    found = _least(failed + 1, count, with_replicas) or found
+    size = lowered(found, "slots", slots[0], found.slots, lambda n: found._replace(slots=n))
+    least = max(size.slots, bounds.cpu_loras[0] if bounds.cpu_loras else 1)
+    size = lowered(size, "cpu_loras", least, size.cpu_loras, partial(_with_cpu_loras, size))
+    if memory is not None:
+        less["slot_memory"] = None
+        parts = {
+            part: size._replace(slot_memory=memory * part // MEMORY_PARTS) for part in range(MEMORY_PARTS + 1)
+        }
+        size = lowered(size, "slot_memory", 1, MEMORY_PARTS, parts.__getitem__)
+    return Sized(size, trials.in_order, less)
+
+
+def _with_cpu_loras(size: Size, count: int) -> Size:
+    return size._replace(cpu_loras=count)
+
+
+def _with_memory(size: Size, memory: int, part: int) -> Size:
+    return size._replace(slot_memory=memory * part // MEMORY_PARTS)
+
+
+def _least(low: int, high: int, holds: Callable[[int], Size | None]) -> Size | None:
+    """Return what the least number below ``high``, which holds, gives that still does, by bisection; None if
+    there is none."""
+    found = None
+    while low < high:
+        middle = (low + high) // 2
+        size = holds(middle)
+        if size is None:
+            low = middle + 1
+        else:
+            found, high = size, middle
+    return found
+
+
+def _most_slots(experiment: Experiment, adapters: int) -> int:
+    """Return the largest number of slots that makes sense: as many as there are adapters, or as fit into
+    memory. Raises ConfigError if one does not."""
+    costs = load_costs(experiment.preset)
+
+    def plan(slots: int) -> MemoryPlan:
+        fewer = msgspec.structs.replace(experiment, slots=slots, cpu_loras=max(adapters, slots), **ALONE)
+        return costs.plan(fewer.engine_config())
+
+    fits, failed = 0, adapters + 1
+    while failed - fits > 1:
+        middle = (failed + fits) // 2
+        try:
+            plan(middle)
+            fits = middle
+        except ConfigError:
+            failed = middle
+    if not fits:
+        plan(1)
+    return max(fits, 1)
+
+
+class _Trials:
+    """The sizes that were tried, each once."""
+
     def __init__(
         self,
         experiment: Experiment,
@@ -149,131 +261,19 @@ class _Search:
         self._jobs = jobs
         self._tried = tried
         self._stopping = stopping
-        self._trials: dict[Size, Trial] = {}
-        self._less: dict[str, Trial | None] = {"replicas": None, "slots": None, "cpu_loras": None}
-        given = experiment.engine_config().lora
-        memory = None if given is None else given.slot_memory
-        self._memory = memory if isinstance(memory, int) else None
+        self._known: dict[Size, Trial] = {}
 
-    def run(self, bounds: Bounds) -> Sized:
-        adapters = max(len(self._experiment.open_workload().adapters), 1)
-        slots = bounds.slots or (1, self._most_slots(adapters))
-        found = self._replicas(bounds, slots, adapters)
-        if found is not None:
-            found = self._lower(found, "slots", slots[0])
-            least = max(found.slots, bounds.cpu_loras[0] if bounds.cpu_loras else 1)
-            found = self._lower(found, "cpu_loras", least)
-            if self._memory is not None:
-                found = self._lower_memory(found, self._memory)
-        return Sized(found, list(self._trials.values()), self._less if found is not None else {})
+    @property
+    def in_order(self) -> list[Trial]:
+        return list(self._known.values())
 
-    def _replicas(self, bounds: Bounds, slots: tuple[int, int], adapters: int) -> Size | None:
-        """Return the fewest replicas with which a number of slots holds: doubling, then bisection."""
-        low, most = bounds.replicas
-        failed = low - 1
-        count = low
-        best: Size | None = None
-        while best is None:
-            best = self._any_slots(count, slots, bounds, adapters)
-            if best is None:
-                failed = count
-                if count == most:
-                    return None
-                count = min(count * 2, most)
-        while best.replicas - failed > 1:
-            middle = (best.replicas + failed) // 2
-            found = self._any_slots(middle, slots, bounds, adapters)
-            if found is None:
-                failed = middle
-            else:
-                best = found
-        return best
-
-    def _any_slots(self, replicas: int, slots: tuple[int, int], bounds: Bounds, adapters: int) -> Size | None:
-        """Return a size with this number of replicas that holds; None if there is none."""
-        low, count = slots
-        for _ in range(SLOT_LADDER):
-            cpu_loras = max(count, bounds.cpu_loras[1] if bounds.cpu_loras else adapters)
-            size = Size(replicas, count, cpu_loras, self._memory)
-            trial = self._try(size)
-            if trial.holds:
-                return size
-            if count == slots[1]:
-                self._less["replicas"] = trial
-            if count == low:
-                return None
-            count = max(count // 2, low)
-        return None
-
-    def _lower(self, size: Size, name: str, least: int) -> Size:
-        """Return the least of one dimension that still holds, by bisection."""
-        failed = least - 1
-        while getattr(size, name) - failed > 1:
-            middle = size._replace(**{name: (getattr(size, name) + failed) // 2})
-            trial = self._try(middle)
-            if trial.holds:
-                size = middle
-            else:
-                failed = getattr(middle, name)
-                self._less[name] = trial
-        return size
-
-    def _lower_memory(self, size: Size, given: int) -> Size:
-        """Return the fewest sixteenths of the given bytes that still hold, by bisection."""
-        self._less["slot_memory"] = None
-        failed, held = 0, MEMORY_PARTS
-        while held - failed > 1:
-            middle = (held + failed) // 2
-            trial = self._try(size._replace(slot_memory=given * middle // MEMORY_PARTS))
-            if trial.holds:
-                held = middle
-            else:
-                failed = middle
-                self._less["slot_memory"] = trial
-        return size._replace(slot_memory=given * held // MEMORY_PARTS)
-
-    def _most_slots(self, adapters: int) -> int:
-        """Return the largest number of slots that makes sense: as many as there are adapters, or as fit into
-        memory."""
-        costs = load_costs(self._experiment.preset)
-        fits, failed = 0, adapters + 1
-        while failed - fits > 1:
-            middle = (failed + fits) // 2
-            if self._error(costs, middle, adapters) is None:
-                fits = middle
-            else:
-                failed = middle
-        if not fits and (error := self._error(costs, 1, adapters)) is not None:
-            raise error
-        return max(fits, 1)
-
-    def _error(self, costs: CostModel, slots: int, adapters: int) -> ConfigError | None:
-        """Return why this number of slots does not fit into memory; None if it does."""
-        try:
-            costs.plan(self._of(Size(1, slots, max(adapters, slots)), 0).engine_config())
-        except ConfigError as error:
-            return error
-        return None
-
-    def _of(self, size: Size, seed: int) -> Experiment:
-        alone = dict.fromkeys(OF_A_FLEET) if size.replicas == 1 else {}
-        return msgspec.structs.replace(
-            self._experiment,
-            **alone,
-            slots=size.slots,
-            cpu_loras=size.cpu_loras,
-            slot_memory=self._experiment.slot_memory if size.slot_memory is None else size.slot_memory,
-            replicas=size.replicas if size.replicas > 1 else None,
-            seed=self._experiment.seed + seed,
-        )
-
-    def _try(self, size: Size) -> Trial:
-        known = self._trials.get(size)
-        if known is not None:
-            return known
+    def of(self, size: Size) -> Trial:
+        """Try a size, with more seeds while a bound is within an interval."""
+        if size in self._known:
+            return self._known[size]
         summaries: list[dict[str, Any]] = []
         trial = Trial(size, {}, None, 0, {})
-        while trial.holds is None and len(summaries) < self._most_seeds and not trial.error:
+        while trial.holds is None and len(summaries) < self._most_seeds:
             count = min(self._seeds, self._most_seeds - len(summaries))
             try:
                 summaries += self._run(size, range(len(summaries), len(summaries) + count))
@@ -281,7 +281,7 @@ class _Search:
                 trial = trial._replace(holds=False, error=str(error))
                 break
             trial = self._judge(size, summaries)
-        self._trials[size] = trial
+        self._known[size] = trial
         self._tried(trial)
         return trial
 
@@ -289,14 +289,20 @@ class _Search:
         figures = {o.name: estimate([o.of(summary) for summary in summaries]) for o in self._objectives}
         verdicts = [objective.verdict(figures[objective.name]) for objective in self._objectives]
         holds = False if False in verdicts else None if None in verdicts else True
-        return Trial(size, figures, holds, len(summaries), _use(self._experiment, size.replicas, summaries))
+        use = {
+            name: fmean([summary[group][figure] or 0.0 for summary in summaries])
+            for name, (group, figure) in USE.items()
+        }
+        use["sequences"] /= self._experiment.max_num_seqs * size.replicas
+        return Trial(size, figures, holds, len(summaries), use)
 
     def _run(self, size: Size, seeds: range) -> list[dict[str, Any]]:
         name = f"replicas={size.replicas}-slots={size.slots}-cpu={size.cpu_loras}"
         if size.slot_memory is not None:
             name += f"-bytes={size.slot_memory}"
         tasks = [
-            Task(seed, self._of(size, seed), self._out / "runs" / f"{name}-seed={seed}") for seed in seeds
+            Task(seed, self._experiment_of(size, seed), self._out / "runs" / f"{name}-seed={seed}")
+            for seed in seeds
         ]
         ended: dict[int, Report] = {}
 
@@ -312,32 +318,24 @@ class _Search:
         else:
             run_all(tasks, self._jobs, hear, self._stopping)
         found = []
-        for seed in seeds:
-            report = ended[seed]
+        for task in tasks:
+            report = ended[task.key]
             if report.summary is None:
                 raise ConfigError(report.error or "the run failed")
-            if not report.summary["policy"]["valid"]:
-                raise ConfigError(
-                    f"the policy did not decide every step: {report.summary['policy']['reason']}"
-                )
-            found.append(with_p95(report.summary, tasks[seed - seeds.start].out))
+            policy = report.summary["policy"]
+            if not policy["valid"]:
+                raise ConfigError(f"the policy did not decide every step: {policy['reason']}")
+            found.append(with_p95(report.summary, task.out))
         return found
 
-
-def _use(experiment: Experiment, replicas: int, summaries: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """Return the shares of the resources that were in use."""
-    engines = [summary["engine"] for summary in summaries]
-    hits = [summary["hits"] for summary in summaries]
-
-    def mean(values: list[float | None]) -> float:
-        known = [value for value in values if value is not None]
-        return sum(known) / len(known) if known else 0.0
-
-    return {
-        "device": mean([engine["stepping_share"] for engine in engines]),
-        "sequences": mean([engine["mean_running"] for engine in engines])
-        / (experiment.max_num_seqs * replicas),
-        "kv_cache": mean([engine["mean_kv_used_share"] for engine in engines]),
-        "found_in_slot": mean([found["slot_share"] for found in hits]),
-        "found_on_disk": mean([found["disk_share"] for found in hits]),
-    }
+    def _experiment_of(self, size: Size, seed: int) -> Experiment:
+        several: Mapping[str, Any] = ALONE if size.replicas == 1 else {"replicas": size.replicas}
+        if size.slot_memory is not None:
+            several = {**several, "slot_memory": size.slot_memory}
+        return msgspec.structs.replace(
+            self._experiment,
+            slots=size.slots,
+            cpu_loras=size.cpu_loras,
+            seed=self._experiment.seed + seed,
+            **several,
+        )

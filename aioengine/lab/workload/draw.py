@@ -13,7 +13,14 @@ from aioengine.checks import check_integer
 from aioengine.errors import ConfigError
 from aioengine.lab.workload import traces
 from aioengine.lab.workload.arrivals import parse_arrivals
-from aioengine.lab.workload.distributions import Shares, draw_shape, parse_lengths, parse_ranks, parse_sizes
+from aioengine.lab.workload.distributions import (
+    Draw,
+    draw_shape,
+    parse_lengths,
+    parse_ranks,
+    parse_sizes,
+    shares,
+)
 from aioengine.lab.workload.popularity import (
     TenantBursts,
     make_popularity,
@@ -25,7 +32,6 @@ from aioengine.lab.workload.random_streams import Weighted, stable_number, strea
 from aioengine.lab.workload.requests import AdapterShape, Arrival, Objective, Workload
 from aioengine.lab.workload.sessions import Sessions, Turn
 from aioengine.lab.workload.spec import WorkloadSpec
-from aioengine.lab.workload.spec_text import parse_shares
 
 _DEFAULT_LENGTHS = "uniform:8..512"
 _NANO, _MICRO = 1e9, 1e6
@@ -72,7 +78,7 @@ class OfferedWorkload(Workload):
 
     @property
     def objective(self) -> Objective | None:
-        return None if self.spec.slo is None else parse_deadline("slo", self.spec.slo).of
+        return None if self.spec.slo is None else parse_deadline("slo", self.spec.slo)
 
     @property
     def concurrency(self) -> int | None:
@@ -105,7 +111,7 @@ class OfferedWorkload(Workload):
                 prompt = min(prompt, spec.max_prompt)
             if spec.max_output is not None:
                 output = min(output, spec.max_output)
-            output, most, expected = view.tell(output, views)
+            output, most, expected = view(output, views)
             if row.max_tokens is not None:
                 most = row.max_tokens
                 output = min(output, most)
@@ -113,7 +119,7 @@ class OfferedWorkload(Workload):
                 expected = row.expected_tokens
             deadline = row.deadline
             if deadline is None and deadlines is not None:
-                deadline = deadlines.of(output)
+                deadline = deadlines(output)
             yield Arrival(
                 time,
                 adapter,
@@ -152,8 +158,8 @@ class OfferedWorkload(Workload):
         def draw() -> tuple[int, int]:
             prompt, output = (1, 1) if self._sample is None else self._sample.draw(rng)
             if prompts is not None:
-                prompt = prompts.draw(rng)
-            return prompt, output if outputs is None else outputs.draw(rng)
+                prompt = prompts(rng)
+            return prompt, output if outputs is None else outputs(rng)
 
         return draw
 
@@ -183,9 +189,9 @@ class OfferedWorkload(Workload):
             return
         for time, row in drafts:
             if prompts is not None:
-                row = row._replace(prompt_tokens=prompts.draw(prompt_rng))
+                row = row._replace(prompt_tokens=prompts(prompt_rng))
             if outputs is not None:
-                row = row._replace(output_tokens=outputs.draw(output_rng))
+                row = row._replace(output_tokens=outputs(output_rng))
             yield _Draft(time, row)
 
     def _timed(self) -> Iterator[_Draft]:
@@ -194,7 +200,7 @@ class OfferedWorkload(Workload):
         times: Iterator[int] = repeat(0)  # a closed loop does not use times
         if self.spec.arrivals is not None:
             process = parse_arrivals("arrivals", self.spec.arrivals, scale=self.spec.scale)
-            times = process.times(stream(self.seed, "arrivals"))
+            times = process(stream(self.seed, "arrivals"))
         pairs = stream(self.seed, "pairs of lengths")
         for time in times:
             prompt, output = (1, 1) if self._sample is None else self._sample.draw(pairs)
@@ -233,9 +239,9 @@ class _Choices:
             self._popularity = make_popularity(form, len(adapters), spec.tenants, seed)
         self._base_share = spec.base_share
         self._conversations: dict[int, str | None] = {}
-        self._priorities: Shares | None = None
+        self._priorities: Draw | None = None
         if spec.priority is not None:
-            self._priorities = Shares(parse_shares("priority", spec.priority, low=-(2**63), high=2**63))
+            self._priorities = shares("priority", spec.priority, low=-(2**63), high=2**63)
         self._base_rng = stream(seed, "base model")
         self._tenant_rng = stream(seed, "tenants")
         self._priority_rng = stream(seed, "priorities")
@@ -245,14 +251,14 @@ class _Choices:
         tenant, index = self._tenant(time, row)
         adapter: str | None = None
         if self._popularity is not None:
-            adapter = self._adapters[self._popularity.draw(time, index)]
+            adapter = self._adapters[self._popularity(time, index)]
             if self._base_rng.random() < self._base_share:
                 adapter = None
             if row.prefix:  # prompts with the same beginning are one conversation, which keeps its adapter
                 adapter = self._conversation(row.prefix[0], adapter)
         if row.adapter is not UNSET:
             adapter = row.adapter
-        priority = 0 if self._priorities is None else self._priorities.draw(self._priority_rng)
+        priority = 0 if self._priorities is None else self._priorities(self._priority_rng)
         return adapter, tenant, priority if row.priority is None else row.priority
 
     def _conversation(self, number: int, adapter: str | None) -> str | None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from random import Random
 
 from aioengine.errors import ConfigError
 from aioengine.lab.workload.random_streams import Weighted, exponential, shuffle, stream
@@ -20,57 +21,9 @@ FORMS = {
 }
 
 
-class Popularity(ABC):
-    """Draws adapters by index. ``time`` never goes back from call to call."""
-
-    @abstractmethod
-    def draw(self, time: float, tenant: int) -> int:
-        """Draw the adapter of a request at ``time`` (seconds) of the ``tenant``-th tenant."""
-
-
-class FixedPopularity(Popularity):
-    """Shares that do not change."""
-
-    def __init__(self, shares: list[float], seed: int) -> None:
-        self._table = Weighted(shares)
-        self._rng = stream(seed, "popularity")
-
-    def draw(self, time: float, tenant: int) -> int:
-        return self._table.draw(self._rng)
-
-
-class ShiftingPopularity(Popularity):
-    """Popularity that changes at once: the order of popularity is shuffled after exponential times of the
-    mean ``every`` seconds. The state is a Markov chain, and the requests for one adapter are modulated by
-    it."""
-
-    def __init__(self, shares: list[float], every: float, seed: int) -> None:
-        self._table = Weighted(shares)
-        self._every = every
-        self._rng = stream(seed, "popularity")
-        self._shifts = stream(seed, "popularity shifts")
-        self._order = list(range(len(shares)))
-        self._next = exponential(self._shifts) * every
-
-    def draw(self, time: float, tenant: int) -> int:
-        if time >= self._next:
-            # Dealing once is as good as several times: nobody saw what was in between.
-            while time >= self._next:
-                self._next += exponential(self._shifts) * self._every
-            shuffle(self._shifts, self._order)
-        return self._order[self._table.draw(self._rng)]
-
-
-class TenantPopularity(Popularity):
-    """Every tenant has adapters of its own: adapter i is tenant (i mod tenants)'s."""
-
-    def __init__(self, count: int, tenants: int, alpha: float, seed: int) -> None:
-        self._tenants = tenants
-        self._tables = [Weighted(zipf(len(range(t, count, tenants)), alpha)) for t in range(tenants)]
-        self._rng = stream(seed, "popularity")
-
-    def draw(self, time: float, tenant: int) -> int:
-        return tenant + self._tenants * self._tables[tenant].draw(self._rng)
+Popularity = Callable[[float, int], int]
+"""Draws the index of the adapter for a request at a time (seconds, which never go back) of the tenant with a
+number."""
 
 
 def zipf(count: int, alpha: float) -> list[float]:
@@ -96,20 +49,66 @@ def parse_popularity(field: str, text: str) -> Form:
 def make_popularity(form: Form, count: int, tenants: int, seed: int) -> Popularity:
     """Over ``count`` adapters (>= 1). ConfigError if there are too few for "tenant"."""
     name, values = form
-    match name:
-        case "tenant":
-            check_tenants(count, tenants)
-            return TenantPopularity(count, tenants, values["alpha"], seed)
-        case "shift":
-            return ShiftingPopularity(zipf(count, values["alpha"]), values["every"], seed)
-        case "drift":
-            return DriftingPopularity(zipf(count, values["alpha"]), values["every"], seed)
-        case "flip":
-            return FlippingPopularity(zipf(count, values["alpha"]), values["every"], seed)
-        case "power":
-            return FixedPopularity(power(count, values["alpha"]), seed)
-        case _:
-            return FixedPopularity(zipf(count, values.get("alpha", 0.0)), seed)
+    rng = stream(seed, "popularity")
+    if name == "tenant":
+        check_tenants(count, tenants)
+        return _of_tenants(count, tenants, values["alpha"], rng)
+    shares = power if name == "power" else zipf
+    table = Weighted(shares(count, values.get("alpha", 0.0)))
+    changes = {"shift": _shifting, "drift": _drifting, "flip": _flipping}
+    if name not in changes:
+        return lambda time, tenant: table.draw(rng)
+    order_at = changes[name](count, values["every"], stream(seed, "popularity shifts"))
+    return lambda time, tenant: order_at(time)[table.draw(rng)]
+
+
+def _of_tenants(count: int, tenants: int, alpha: float, rng: Random) -> Popularity:
+    """Give every tenant adapters of its own: adapter i is tenant (i mod tenants)'s."""
+    tables = [Weighted(zipf(len(range(tenant, count, tenants)), alpha)) for tenant in range(tenants)]
+    return lambda time, tenant: tenant + tenants * tables[tenant].draw(rng)
+
+
+OrderAt = Callable[[float], Sequence[int]]
+"""Returns the order of popularity at a time, which never goes back from call to call."""
+
+
+def _shifting(count: int, every: float, rng: Random) -> OrderAt:
+    """Shuffle the order after exponential times of the mean ``every`` seconds. The state is a Markov chain,
+    and the requests for one adapter are modulated by it."""
+    order = list(range(count))
+    upcoming = exponential(rng) * every
+
+    def order_at(time: float) -> list[int]:
+        nonlocal upcoming
+        if time >= upcoming:
+            # Dealing once is as good as several times: nobody saw what was in between.
+            while time >= upcoming:
+                upcoming += exponential(rng) * every
+            shuffle(rng, order)
+        return order
+
+    return order_at
+
+
+def _drifting(count: int, every: float, rng: Random) -> OrderAt:
+    """Have two neighbours in the order, drawn at random, change places every ``every`` seconds."""
+    order, done = list(range(count)), 0
+
+    def order_at(time: float) -> list[int]:
+        nonlocal done
+        while done < time // every and count > 1:
+            place = int(rng.random() * (count - 1))
+            order[place], order[place + 1] = order[place + 1], order[place]
+            done += 1
+        return order
+
+    return order_at
+
+
+def _flipping(count: int, every: float, rng: Random) -> OrderAt:
+    """Reverse the order every ``every`` seconds: the favourite of one time is the last of the next."""
+    there, back = range(count), range(count - 1, -1, -1)
+    return lambda time: back if time // every % 2 else there
 
 
 def check_tenants(count: int, tenants: int) -> None:
@@ -119,42 +118,6 @@ def check_tenants(count: int, tenants: int) -> None:
             f"popularity='tenant' with tenants={tenants} and adapters={count}: every tenant must have an "
             "adapter of its own; give 1 <= tenants <= adapters"
         )
-
-
-class DriftingPopularity(Popularity):
-    """Popularity that changes little by little: every ``every`` seconds two neighbours in the order of
-    popularity, drawn at random, change places."""
-
-    def __init__(self, shares: list[float], every: float, seed: int) -> None:
-        self._table = Weighted(shares)
-        self._every = every
-        self._rng = stream(seed, "popularity")
-        self._swaps = stream(seed, "popularity shifts")
-        self._order = list(range(len(shares)))
-        self._done = 0
-
-    def draw(self, time: float, tenant: int) -> int:
-        order = self._order
-        while self._done < time // self._every and len(order) > 1:
-            place = int(self._swaps.random() * (len(order) - 1))
-            order[place], order[place + 1] = order[place + 1], order[place]
-            self._done += 1
-        return order[self._table.draw(self._rng)]
-
-
-class FlippingPopularity(Popularity):
-    """Popularity whose order is reversed every ``every`` seconds: the favourite of one time is the last of
-    the next."""
-
-    def __init__(self, shares: list[float], every: float, seed: int) -> None:
-        self._table = Weighted(shares)
-        self._last = len(shares) - 1
-        self._every = every
-        self._rng = stream(seed, "popularity")
-
-    def draw(self, time: float, tenant: int) -> int:
-        place = self._table.draw(self._rng)
-        return self._last - place if time // self._every % 2 else place
 
 
 class TenantBursts:

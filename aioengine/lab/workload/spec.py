@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
 import msgspec
+from msgspec import Meta
 
-from aioengine.checks import check_integer, check_number, from_plain
+from aioengine.checks import Share, check_fields, from_plain
 from aioengine.errors import ConfigError
 from aioengine.lab.workload.arrivals import parse_arrivals
 from aioengine.lab.workload.distributions import MAX_TOKENS, parse_lengths, parse_ranks, parse_sizes
@@ -17,6 +18,9 @@ from aioengine.lab.workload.sessions import check_sessions
 from aioengine.lab.workload.spec_text import normalised, parse_number, parse_shares
 
 MAX_PRIORITY = 2**31
+Text = Annotated[str, Meta(min_length=1, extra={"is": "text that is not empty"})]
+Lengths = Annotated[int | str, Meta(extra={"is": "a whole number, or text"})]
+Due = Annotated[float | str, Meta(extra={"is": "seconds, text, or None"})]
 
 
 class WorkloadSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -29,170 +33,150 @@ class WorkloadSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     Raises :class:`~aioengine.errors.ConfigError` on construction; files are looked at by :meth:`open`.
     """
 
-    trace: str | None = None
+    trace: Text | None = None
     """A file: CSV as the Azure LLM inference traces, or JSON lines, or either as gzip;
     see :mod:`aioengine.lab.workload.traces`."""
-    arrivals: str | None = None
+    arrivals: Text | None = None
     """"poisson:rate=2", "gamma:rate=2,cv=4", "onoff:rate=2,on=10,off=30" (2 a second in bursts of 10 s, on
     average, 30 s apart) or "diurnal:rate=2,period=86400,depth=0.8"; rates in requests a second."""
-    seconds: float | None = None
+    seconds: Annotated[float, Meta(ge=0, le=1e9)] | None = None
     """Time after which no request comes. With ``arrivals`` and without ``limit`` it must be given."""
-    limit: int | None = None
+    limit: Annotated[int, Meta(ge=1, le=10**12)] | None = None
     """Maximum number of requests."""
-    scale: float = 1.0
+    scale: Annotated[float, Meta(ge=1e-6, le=1e6)] = 1.0
     """Multiplies the rate: a trace's times are divided by it. The lengths of bursts and days stay."""
     repeat: bool = False
     """Whether a trace begins again at its end, one mean gap later, up to ``limit`` or ``seconds``."""
 
-    adapters: int = 0
+    adapters: Annotated[int, Meta(ge=0, le=10**6)] = 0
     """Number of adapters to spread over trace requests that name none; 0: those are for the base model."""
-    sessions: str | None = None
+    sessions: Text | None = None
     """Each arrival begins a session of several requests: "chat:turns=5,think=10" (5 turns on average, each 10
     s after the answer before, also on average) or "agents:turns=5,think=0.5,branch=4" (every turn is four
     requests at once that begin alike); see :mod:`aioengine.lab.workload.sessions`. With ``arrivals`` or
     ``concurrency`` only."""
-    shared_prefix: str | None = None
+    shared_prefix: Text | None = None
     """"tokens:1024,groups=8,alpha=1": prompts begin with 1024 tokens more, which are the same in a group (of
     8, drawn by Zipf's law). With ``arrivals`` or ``concurrency`` only."""
-    concurrency: int | None = None
+    concurrency: Annotated[int, Meta(ge=1, le=10**6)] | None = None
     """A closed loop: the number of callers. Each sends its next request when the one before has ended. Then
     ``arrivals`` need not be given, and times do not count."""
-    think: float = 0.0
+    think: Annotated[float, Meta(ge=0, le=1e6)] = 0.0
     """Seconds, in a closed loop, from a request's, or session's, end to the caller's next one."""
 
-    popularity: str = "uniform"
+    popularity: Text = "uniform"
     """"uniform", "zipf:1.0", "power:0.5" (S-LoRA's: 1 is uniform, less is more skewed),
     "shift:alpha=1.0,every=60" (Zipf, with ranks dealt anew every 60 s, on average),
     "drift:alpha=1.0,every=10" (two neighbours change places every 10 s), "flip:alpha=1.0,every=300" (the
     order is reversed), or "tenant" (every tenant has its own adapters; "tenant:1.0": with a Zipf distribution
     among them)."""
-    base_share: float = 0.0
+    base_share: Share = 0.0
     """Share (0 to 1) of the requests without an adapter in the trace that are for the base model."""
-    tenants: int = 0
+    tenants: Annotated[int, Meta(ge=0, le=10**6)] = 0
     """Number of tenants to spread over trace requests that name none; 0: they have no tenant."""
-    tenant_shares: str = "uniform"
+    tenant_shares: Text = "uniform"
     """"uniform", "zipf:1.0", or a weight for each: "3,1,1"."""
-    tenant_bursts: str | None = None
+    tenant_bursts: Text | None = None
     """"bursts:factor=5,on=10,off=60": each tenant sends five times its share for 10 s on average, every 60
     s."""
-    priority: str | None = None
+    priority: Text | None = None
     """Whole numbers with their shares: "0:0.9,5:0.1". None: 0 for all."""
 
-    ranks: int | str = 16
+    ranks: Lengths = 16
     """Ranks of the adapters: 16, or "8:0.5,16:0.3,64:0.2" with shares."""
-    adapter_bytes: int | str | None = None
+    adapter_bytes: Lengths | None = None
     """Size of an adapter: bytes, "64MiB", "uniform:8MiB..64MiB" or "lognormal:median=2e7,sigma=0.5". None:
     what the model's shape gives for its rank."""
-    prompt_tokens: int | str | None = None
+    prompt_tokens: Lengths | None = None
     """128, "uniform:8..512", "lognormal:median=200,sigma=0.8" (with min= and max= that it is clipped to),
     or "trace". None: "trace" if there is one, else "uniform:8..512", as in S-LoRA."""
-    output_tokens: int | str | None = None
+    output_tokens: Lengths | None = None
     """Distribution of output lengths, in the form of ``prompt_tokens``."""
-    max_prompt: int | None = None
+    max_prompt: Annotated[int, Meta(ge=1, le=MAX_TOKENS)] | None = None
     """Longer prompts are cut to this, so that a trace fits a small model."""
-    max_output: int | None = None
+    max_output: Annotated[int, Meta(ge=1, le=MAX_TOKENS)] | None = None
     """Longer outputs are cut to this."""
-    lengths: str = "known"
+    lengths: Text = "known"
     """Information that policies get about the outputs' lengths: "known", "hidden:max=4096" (all they see is
     that ``max_tokens``), or "predicted:error=0.5" (hidden, and a prediction that is off by a lognormal
     factor)."""
-    deadline: float | str | None = None
+    deadline: Due | None = None
     """When the engine ends a request with an error: seconds from arrival, or "proportional:0.5+0.05": 0.5 s,
     and 0.05 s for each token of output. Policies see it."""
-    timeout: float | str | None = None
+    timeout: Due | None = None
     """Another name of ``deadline``, for use with ``slo``; give at most one of the two."""
-    slo: float | str | None = None
+    slo: Due | None = None
     """When a request should have ended, in the same form. It is measured (``slo`` in the summary) and not
     enforced. None: requests are measured by their ``deadline`` or ``timeout``."""
 
     def __post_init__(self) -> None:
+        check_fields(self)
         self._check_source()
-        _whole(self, "adapters", low=0, high=10**6)
-        _whole(self, "tenants", low=0, high=10**6)
-        _number(self, "base_share", low=0.0, high=1.0)
-        _text(self, "popularity")
+        check_sessions(self.sessions, self.shared_prefix)
+        if self.arrivals is not None:
+            parse_arrivals("arrivals", self.arrivals)
         if parse_popularity("popularity", self.popularity).name == "tenant" and self.adapters:
             check_tenants(self.adapters, self.tenants)
         self.tenant_weights()
         if self.tenant_bursts is not None:
-            _text(self, "tenant_bursts")
             parse_bursts("tenant_bursts", self.tenant_bursts)
             if not self.tenants:
                 raise ConfigError(f"tenant_bursts={self.tenant_bursts!r}: there are no tenants; give tenants")
         if self.priority is not None:
-            _text(self, "priority")
             parse_shares("priority", self.priority, low=-MAX_PRIORITY, high=MAX_PRIORITY)
-        parse_ranks("ranks", _size(self, "ranks"))
+        parse_ranks("ranks", self.ranks)
         if self.adapter_bytes is not None:
-            parse_sizes("adapter_bytes", _size(self, "adapter_bytes"))
-        given = [self.prompt_tokens, self.output_tokens]
-        if self.trace is not None and self.arrivals is not None and not {None, "trace"} & set(given):
-            raise ConfigError(
-                f"trace={self.trace!r}: nothing is taken from it, with arrivals, prompt_tokens and "
-                "output_tokens all given; leave one of the four out"
-            )
+            parse_sizes("adapter_bytes", self.adapter_bytes)
         for field in ("prompt_tokens", "output_tokens"):
-            if getattr(self, field) == "trace" and self.trace is None:
+            value = getattr(self, field)
+            if value == "trace" and self.trace is None:
                 raise ConfigError(f"{field}='trace': there is no trace; give one, or a distribution")
-            if getattr(self, field) not in (None, "trace"):
-                parse_lengths(field, _size(self, field))
-        _text(self, "lengths")
+            if value not in (None, "trace"):
+                parse_lengths(field, value)
         parse_view("lengths", self.lengths)
         for field in ("deadline", "timeout", "slo"):
-            value = getattr(self, field)
-            if isinstance(value, bool) or not isinstance(value, (int, float, str, type(None))):
-                raise ConfigError(f"{field}={value!r}: must be seconds, text, or None")
-            if value is not None:
+            if (value := getattr(self, field)) is not None:
                 parse_deadline(field, value)
-        if self.deadline is not None and self.timeout is not None:
-            raise ConfigError(
-                f"timeout={self.timeout!r} with deadline={self.deadline!r}: give one of the two"
-            )
 
     def _check_source(self) -> None:
-        if self.concurrency is not None:
-            _whole(self, "concurrency", low=1, high=10**6)
-        _number(self, "think", low=0.0, high=1e6)
-        if self.think and self.concurrency is None:
-            raise ConfigError(f"think={self.think}: is for a closed loop; give concurrency with it")
-        for field in ("sessions", "shared_prefix"):
-            if getattr(self, field) is not None:
-                _text(self, field)
-                if self.arrivals is None and self.concurrency is None:
-                    raise ConfigError(
-                        f"{field}={getattr(self, field)!r}: give arrivals or concurrency with it"
-                    )
-        check_sessions(self.sessions, self.shared_prefix)
-        if self.trace is None and self.arrivals is None and self.concurrency is None:
+        """Check that there are requests, that they end, and that nothing is given in vain."""
+        given = {"trace": self.trace, "arrivals": self.arrivals, "concurrency": self.concurrency}
+        if all(value is None for value in given.values()):
             raise ConfigError(
                 "no requests: give trace (a path), arrivals (such as 'poisson:rate=2') or concurrency"
             )
-        if self.trace is not None:
-            _text(self, "trace")
-        _number(self, "scale", low=1e-6, high=1e6)
-        if self.arrivals is not None:
-            _text(self, "arrivals")
-            parse_arrivals("arrivals", self.arrivals)
-        if self.seconds is not None:
-            _number(self, "seconds", low=0.0, high=1e9)
-        for field in ("limit", "max_prompt", "max_output"):
-            if getattr(self, field) is not None:
-                _whole(self, field, low=1, high=10**12 if field == "limit" else MAX_TOKENS)
-        if not isinstance(self.repeat, bool):
-            raise ConfigError(f"repeat={self.repeat!r}: must be True or False")
         endless = self.limit is None and self.seconds is None
-        if self.concurrency is not None and self.trace is None and self.limit is None:
-            raise ConfigError(
-                f"limit=None with concurrency={self.concurrency}: the loop never ends; give limit"
-            )
-        if self.arrivals is not None and (self.repeat or endless):
-            what = "repeat=True" if self.repeat else "limit=None and seconds=None"
-            raise ConfigError(
-                f"{what} with arrivals={self.arrivals!r}: arrivals never end; give limit or seconds"
-                + (", without repeat" if self.repeat else "")
-            )
-        if self.repeat and endless:
-            raise ConfigError("repeat=True: say when to end, by limit or seconds")
+        closed, timed = self.concurrency is not None, self.arrivals is not None
+        drawn = not {None, "trace"} & {self.prompt_tokens, self.output_tokens}
+        wrong = {
+            "think": (self.think and not closed, "is for a closed loop; give concurrency with it"),
+            "sessions": (self.sessions and not (timed or closed), "give arrivals or concurrency with it"),
+            "shared_prefix": (
+                self.shared_prefix and not (timed or closed),
+                "give arrivals or concurrency with it",
+            ),
+            "trace": (
+                self.trace and timed and drawn,
+                "nothing is taken from it, with arrivals, prompt_tokens and output_tokens all given; leave "
+                "one of the four out",
+            ),
+            "limit": (
+                closed and self.trace is None and self.limit is None,
+                f"with concurrency={self.concurrency} the loop never ends; give limit",
+            ),
+            "repeat": (
+                self.repeat and (timed or endless),
+                "arrivals never end; leave it out" if timed else "say when to end, by limit or seconds",
+            ),
+            "arrivals": (timed and endless, "they never end; give limit or seconds"),
+            "timeout": (
+                self.deadline is not None and self.timeout is not None,
+                f"with deadline={self.deadline!r}: give one of the two",
+            ),
+        }
+        for field, (is_wrong, why) in wrong.items():
+            if is_wrong:
+                raise ConfigError(f"{field}={getattr(self, field)!r}: {why}")
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], *, source: str = "workload") -> Self:
@@ -208,7 +192,6 @@ class WorkloadSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
     def tenant_weights(self) -> list[float]:
         """Return each tenant's share of the requests; they add up to 1."""
-        _text(self, "tenant_shares")
         text = self.tenant_shares
         if text[0].isalpha():
             name, values = parse_popularity("tenant_shares", text)
@@ -224,24 +207,3 @@ class WorkloadSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
                     f"tenant_shares={text!r}: has {len(weights)} weights for tenants={self.tenants}"
                 )
         return normalised("tenant_shares", text, weights) if weights else []
-
-
-def _text(spec: msgspec.Struct, field: str) -> None:
-    value = getattr(spec, field)
-    if not isinstance(value, str) or not value:
-        raise ConfigError(f"{field}={value!r}: must be text that is not empty")
-
-
-def _size(spec: msgspec.Struct, field: str) -> int | str:
-    value = getattr(spec, field)
-    if isinstance(value, bool) or not isinstance(value, (int, str)):
-        raise ConfigError(f"{field}={value!r}: must be a whole number, or text")
-    return value
-
-
-def _whole(spec: msgspec.Struct, field: str, *, low: int, high: int) -> None:
-    check_integer(field, getattr(spec, field), low=low, high=high)
-
-
-def _number(spec: msgspec.Struct, field: str, *, low: float, high: float) -> None:
-    check_number(field, getattr(spec, field), low=low, high=high)

@@ -1,0 +1,361 @@
+"""SimulatedFleet: the gateway that serves, in front of replicas in virtual time."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Callable, Coroutine, Iterable
+from contextlib import suppress
+from typing import Any, NamedTuple, Self, Unpack
+
+from aioengine.config import EngineConfig
+from aioengine.errors import AioEngineError, EngineOverloaded, EngineStopped
+from aioengine.fleet.config import FleetConfig
+from aioengine.fleet.door.call import Call
+from aioengine.fleet.door.dispatcher import Dispatcher
+from aioengine.fleet.door.members import Members
+from aioengine.lab.fleet.conditions import Conditions, Fault
+from aioengine.lab.fleet.replica import Handle, SimulatedReplica, ask
+from aioengine.lab.simulation.engine import SimulatedEngine
+from aioengine.lab.workload.requests import AdapterShape
+from aioengine.request import RequestKeywords, SamplingParams, split_keywords
+from aioengine.runtime.output import RequestOutput
+from aioengine.schedulers import routing
+from aioengine.tasks import end_tasks
+
+Watch = Callable[[SimulatedEngine, int], Callable[[float], None]]
+START_SECONDS = 1.0
+"""Seconds from a fleet's start, in which its replicas report for the first time, to the start of its run."""
+
+
+def fleet_config(engine: EngineConfig, *, start_seconds: float = 30.0, **fields: Any) -> FleetConfig:
+    """Return the settings of a fleet of simulated engines; ``fields`` are those of FleetConfig. None of its
+    steps counts as hung, and a request waits as long as a replica may take to start. Tokens that were
+    delivered before a replica was lost are not decoded again."""
+    return FleetConfig(
+        **{
+            "engine": engine,
+            "replay": False,
+            "step_seconds": 1e9,
+            "replica_wait_seconds": 30.0 + start_seconds,
+            **fields,
+        }
+    )
+
+
+class Scaled(NamedTuple):
+    """Record of a scaling policy in a run."""
+
+    started: int
+    """Replicas added after the start."""
+    stopped: int
+    fewest: int
+    """Smallest number of replicas that took requests at a time."""
+    most: int
+    replica_seconds: float
+    """Sum of the seconds for which each replica existed, its start included."""
+
+
+class SimulatedFleet:
+    """Fleet of simulated engines behind one gateway, under the given :class:`Conditions`.
+
+    >>> async with SimulatedFleet(FleetConfig(engine=config, replicas=3), make_engine) as fleet:
+    ...     await fleet.complete([0] * 100, SamplingParams(), adapter="a", request_id="r0")
+
+    Args:
+        make_engine: Makes a replica's engine; it is called again when a replica that died is started.
+        watch: Called with each started engine and its replica's index, before it gets any request. Returns a
+            function to call when that engine has stopped, with the time.
+    """
+
+    def __init__(
+        self,
+        config: FleetConfig,
+        make_engine: Callable[[], SimulatedEngine],
+        conditions: Conditions | None = None,
+        *,
+        watch: Watch = lambda engine, index: lambda now: None,
+    ) -> None:
+        self.config = config
+        self.conditions = conditions or Conditions()
+        self.rejected = 0
+        """Requests that the router rejected, or for which there was no replica."""
+        self.by_replica = [0] * config.replicas
+        """Requests sent to each, by index."""
+        self.moves: Counter[str] = Counter()
+        """Steps of plans by kind."""
+        self.waiting = 0
+        """Requests on their way to a replica; they wait only if there is none."""
+        self.lengths: dict[str, int] = {}
+        """Length of each request's output that has not ended; see :class:`SimulatedDevice`."""
+        self._plans = routing.PlacementGuard(routing.load_placement(config.placement))
+        self._make_engine = make_engine
+        self._watch = watch
+        self._shapes: list[AdapterShape] = []
+        self._replicas: dict[str, SimulatedReplica] = {}
+        """All that were ever started, by name; one that is started again has another name."""
+        self._current: dict[int, SimulatedReplica] = {}
+        """Those that live, by index."""
+        self._starting: set[int] = set()
+        self._starts: Counter[int] = Counter()
+        self._draining: set[str] = set()
+        self._unwatch: dict[str, Callable[[float], None]] = {}
+        self._tell: Callable[[set[str]], None] = lambda ids: None
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._keys = 0
+        self._scaler: _Scaler | None = None
+
+    async def __aenter__(self) -> Self:
+        self._loop = asyncio.get_running_loop()
+        time = self._loop.time
+        self._began = time()
+        self.members = Members(self.config, Handle(self._replicas), door="lab", clock=time)
+        self.dispatcher = Dispatcher(self.members, timer=time, processor=time)
+        # Every replica reads the same: a version is one content.
+        self.dispatcher.version_of, self.dispatcher.digest_of = lambda name: 1, lambda name: name
+        self.state.listeners.append(self._heard)
+        self.members.start(self._watch_replicas)
+        for index in range(self.config.replicas):
+            await self._start(index)
+        while sum(member.settled for member in self.members.members.values()) < self.config.replicas:
+            await self.members.change()
+        self._spawn(self._plan_always(), "plan")
+        self._spawn(self._disturb(), "faults")
+        if self.config.autoscale is not None:
+            self._scaler = _Scaler(routing.load_autoscaler(self.config.autoscale), self)
+            self._spawn(self._scaler.run(), "scaler")
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        await end_tasks(self._tasks)
+        await self.members.stop(EngineStopped("the fleet was stopped"))
+        for replica in list(self._current.values()):
+            await self._stop(replica)
+
+    @property
+    def state(self) -> routing.FleetState:
+        """The gateway's knowledge of the replicas."""
+        return self.members.state
+
+    @property
+    def migrations(self) -> int:
+        """Requests that continued on another replica."""
+        return sum(self.dispatcher.migrations.values())
+
+    @property
+    def failures(self) -> dict[str, int]:
+        """Failures of the router and of the placement policy, by kind."""
+        return dict(self.dispatcher.guard.failures + self._plans.failures)
+
+    @property
+    def scaled(self) -> Scaled | None:
+        """What the scaling policy did; None without one."""
+        return None if self._scaler is None else self._scaler.result()
+
+    # As an engine has it
+
+    def add_adapters(self, shapes: Iterable[AdapterShape]) -> None:
+        """Register adapters that have a size and no contents, with every replica."""
+        shapes = list(shapes)
+        self._shapes += shapes
+        costs = next(iter(self._current.values())).engine.costs
+        for shape in shapes:
+            nbytes = costs.adapter_nbytes(shape.rank) if shape.nbytes is None else shape.nbytes
+            self.state.add_adapter(shape.name, nbytes)
+        for replica in self._current.values():
+            replica.engine.add_adapters(shapes)
+
+    async def complete(
+        self,
+        prompt: list[int],
+        params: SamplingParams,
+        *,
+        request_id: str,
+        **keywords: Unpack[RequestKeywords],
+    ) -> RequestOutput:
+        """Send a request through the gateway, and wait for its end. ``keywords`` are as in
+        ``AsyncEngine.complete``. Raises EngineOverloaded if the router rejects it, EngineStopped if there is
+        no replica, EngineDead if its replicas were lost too often, and what engines raise."""
+        _, options = split_keywords(keywords, None)
+        self._keys += 1
+        call = Call(self._keys, request_id, prompt, params, options, self._loop.time())
+        placed = False
+        self.waiting += 1
+        try:
+            await self.dispatcher.place(call)
+            placed = True
+            self.waiting -= 1
+            while not (output := await call.next()).finished:
+                pass
+            return output
+        except EngineStopped:
+            self.rejected += 1
+            raise
+        except EngineOverloaded:
+            self.rejected += not placed
+            raise
+        finally:
+            self.waiting -= not placed
+            self.dispatcher.abandon(call)
+
+    def check_invariants(self) -> None:
+        """Assert the invariants of every live engine and of the gateway's knowledge."""
+        for replica in self._current.values():
+            replica.engine.check_invariants()
+        known = set(self.state.view.replicas)
+        for name, adapter in self.state.view.adapters.items():
+            assert set(adapter.holders) <= known, f"{name} is held by a replica that has left"
+        assert all(replica.waiting >= 0 and replica.running >= 0 for replica in self.state.view.accepting)
+
+    # Replicas
+
+    @property
+    def alive(self) -> int:
+        """Replicas that live and do not drain."""
+        return sum(replica.name not in self._draining for replica in self._current.values())
+
+    async def add_replica(self) -> None:
+        """Start one more replica, at the index of a removed one if there is one."""
+        taken = self._current.keys() | self._starting
+        index = next((i for i in range(len(self.by_replica)) if i not in taken), len(self.by_replica))
+        if index == len(self.by_replica):
+            self.by_replica.append(0)
+        await self._start(index)
+
+    async def remove_replica(self) -> None:
+        """Drain the replica with the least to do, and stop it when it has finished."""
+        living = {replica.name: replica for replica in self._current.values()}
+        there = [view for view in self.state.view.accepting if view.replica_id in living]
+        if not there:
+            return
+        least = min(there, key=lambda view: (view.running + view.waiting, view.replica_id))
+        replica = living[least.replica_id]
+        self._draining.add(replica.name)
+        self._tell_replicas()
+        while self.members.channel(replica.name) is not None:
+            await self.members.change()
+        if self._current.get(replica.index) is replica:
+            await self._stop(replica)
+
+    async def _start(self, index: int) -> None:
+        again = f"+{self._starts[index]}" if self._starts[index] else ""
+        name = f"replica-{index:04}{again}"
+        self._starts[index] += 1
+        replica = SimulatedReplica(index, name, self._make_engine, self.conditions)
+        self._starting.add(index)
+        try:
+            await replica.start(self.config)
+        finally:
+            self._starting.discard(index)
+        replica.engine.use_lengths(self.lengths)
+        replica.engine.add_adapters(self._shapes)
+        self._unwatch[name] = self._watch(replica.engine, index)
+        self._current[index] = self._replicas[name] = replica
+        self._tell_replicas()
+
+    async def _stop(self, replica: SimulatedReplica) -> None:
+        del self._current[replica.index]
+        await replica.stop()
+        self._unwatch.pop(replica.name)(self._loop.time())
+
+    def _watch_replicas(self, application: str, told: Callable[[set[str]], None]) -> Callable[[], None]:
+        self._tell = told
+        return lambda: None
+
+    def _tell_replicas(self) -> None:
+        """Tell the gateway which replicas there are, as Serve does."""
+        self._tell({replica.name for replica in self._current.values()} - self._draining)
+
+    def _heard(self, event: routing.RouteEvent) -> None:
+        if event.kind == "routed" and event.replica is not None:
+            self.by_replica[self._replicas[event.replica].index] += 1
+
+    async def _plan_always(self) -> None:
+        while True:
+            await asyncio.sleep(self.config.placement_seconds)
+            snapshot = self.state.snapshot()
+            plan = self._plans.plan(snapshot)
+            if plan is None:
+                self.state.not_planned(snapshot)
+                continue
+            self.state.planned(plan)
+            for move in sorted(plan):
+                self.moves[move.kind] += 1
+                if move.kind != "unload":  # the cache first drops adapters that are not used
+                    self._spawn(ask(self._replicas[move.replica], move.kind, move.adapter), "move")
+
+    async def _disturb(self) -> None:
+        start = self._began + START_SECONDS
+        for fault in sorted(self.conditions.faults):
+            await asyncio.sleep(max(start + fault.time - self._loop.time(), 0.0))
+            await self._happen(fault)
+
+    async def _happen(self, fault: Fault) -> None:
+        replica = self._current.get(fault.replica)
+        if fault.kind == "start":
+            if replica is None and fault.replica not in self._starting:
+                await self._start(fault.replica)
+        elif replica is None:
+            return
+        elif fault.kind == "kill":
+            await replica.link.kill()
+            await self._stop(replica)
+            self._loop.call_later(self.conditions.detect_seconds, self._tell_replicas)
+        elif fault.kind == "cut":
+            await replica.link.cut()
+        elif fault.kind == "heal":
+            replica.link.heal()
+        else:
+            await replica.drain()
+
+    def _spawn(self, work: Coroutine[Any, Any, None], what: str) -> None:
+        task = self._loop.create_task(work, name=f"aioengine-lab-fleet-{what}")
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+
+class _Scaler:
+    """Asks a scaling policy for the number of replicas at regular times, as Serve does."""
+
+    def __init__(self, policy: routing.ScalingPolicy, fleet: SimulatedFleet) -> None:
+        self._policy = policy
+        self._fleet = fleet
+        self._wanted = self._fewest = self._most = fleet.config.replicas
+        self._loop = asyncio.get_running_loop()
+        self._since = self._loop.time()
+        self._paid = 0.0
+        self._started = self._stopped = self._starting = 0
+
+    async def run(self) -> None:
+        fleet = self._fleet
+        while True:
+            await asyncio.sleep(fleet.conditions.scale_seconds)
+            self._count()
+            waiting = fleet.waiting if not fleet.alive else 0
+            wanted = self._policy.replicas(fleet.state.view, self._wanted, waiting=waiting).replicas
+            for _ in range(self._wanted - wanted):
+                self._stopped += 1
+                fleet._spawn(fleet.remove_replica(), "scale")
+            self._wanted = wanted
+            # Those that died are replaced, as Ray Serve does it.
+            for _ in range(wanted - fleet.alive - self._starting):
+                self._started += 1
+                self._starting += 1
+                fleet._spawn(self._start(), "scale")
+
+    def result(self) -> Scaled:
+        self._count()
+        return Scaled(self._started, self._stopped, self._fewest, self._most, self._paid)
+
+    async def _start(self) -> None:
+        await asyncio.sleep(self._fleet.conditions.start_seconds)
+        with suppress(AioEngineError):
+            await self._fleet.add_replica()
+        self._starting -= 1
+
+    def _count(self) -> None:
+        now = self._loop.time()
+        self._paid += (now - self._since) * self._wanted
+        self._since = now
+        there = len(self._fleet.state.view.accepting)
+        self._fewest, self._most = min(self._fewest, there), max(self._most, there)
