@@ -93,7 +93,7 @@ ROOMS: dict[str, set[str]] = {
         "lab",
     },
     "server": {"adapters", "engine", "grammars", "metrics", "runtime", "schedulers"},
-    "lab": {"core", "engine", "executors", "memory_plan", "metrics", "runtime", "schedulers"},
+    "lab": {"core", "engine", "executors", "fleet", "memory_plan", "metrics", "runtime", "schedulers"},
 }
 """Room -> the rooms that it may import from. ``engine`` is the modules directly in aioengine/, but for
 ``memory_plan``, which the executors need, too."""
@@ -262,11 +262,11 @@ BUDGETS = {
     "aioengine/*.py": 3_850,  # aim: 2_400
     "aioengine/adapters": 4_550,  # aim: 3_800
     "aioengine/cli": 5_350,  # aim: 3_200
-    "aioengine/core": 6_450,  # aim: 4_600
+    "aioengine/core": 6_300,  # aim: 4_600
     "aioengine/executors": 2_450,  # aim: 1_900
-    "aioengine/fleet": 5_700,  # aim: 4_200
+    "aioengine/fleet": 5_750,  # aim: 4_200
     "aioengine/grammars": 2_150,  # aim: 1_100
-    "aioengine/lab": 12_600,  # aim: 7_500
+    "aioengine/lab": 11_350,  # aim: 7_500
     "aioengine/model": 12_250,  # aim: 9_000
     "aioengine/runtime": 3_700,  # aim: 2_700
     "aioengine/server": 10_750,  # aim: 6_300
@@ -275,7 +275,7 @@ BUDGETS = {
     "kernels": 13_150,  # aim: 10_300
     "metrics": 4_400,  # aim: 3_600
     "schedulers": 6_350,  # aim: 4_500
-    "tests": 78_400,  # aim: 52_000
+    "tests": 78_250,  # aim: 52_000
 }
 """The most lines of Python, C++, JavaScript, CSS and HTML that each room may have. Where a room is larger
 than its aim, the number is what it has: it only falls. Raising one takes a commit that says what was cut
