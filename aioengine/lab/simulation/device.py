@@ -18,7 +18,6 @@ from aioengine.lab.workload.requests import AdapterShape
 from aioengine.step import (
     LoadedAdapter,
     ReadOrder,
-    SequenceWork,
     StepBatch,
     StepResult,
 )
@@ -30,7 +29,7 @@ MOST_STEPS = 32
 class _Flight:
     """Steps under way, one after the other: what is known of them in advance."""
 
-    __slots__ = ("batch", "begin", "ended", "ends", "loop", "most", "timer")
+    __slots__ = ("batch", "begin", "ended", "ending", "ends", "loop", "most", "timer")
 
     timer: asyncio.TimerHandle
     """For the end of the last one."""
@@ -43,6 +42,7 @@ class _Flight:
         begin: float,
         ends: list[float],
         most: int,
+        ending: list[int],
     ) -> None:
         self.loop = loop
         self.batch = batch
@@ -50,7 +50,8 @@ class _Flight:
         self.begin = begin
         self.ends = ends
         self.most = most
-        """Number of the step in which the first sequence may end."""
+        """Number of the step in which sequences may end, those with the indices ``ending``."""
+        self.ending = ending
 
 
 class SimulatedDevice(Device):
@@ -93,14 +94,15 @@ class SimulatedDevice(Device):
         """Begin the batch's steps. They are handed over when the last one has ended or, before, when somebody
         looks (:meth:`settle`) or something has happened (:meth:`interrupt`)."""
         loop = asyncio.get_running_loop()
-        most = self._most_steps(batch) if self.repeats and isinstance(loop, VirtualTimeLoop) else 1
+        together = self.repeats and isinstance(loop, VirtualTimeLoop)
+        most, ending = self._until_an_end(batch, min(batch.steps, MOST_STEPS) if together else 1)
         begin, pace, ends = loop.time(), self._pace, list[float]()
         for work in islice(self._work(batch), most):
             if ends and begin >= batch.until:
                 break
             begin += work * pace
             ends.append(begin)
-        self._flight = flight = _Flight(loop, batch, ended, loop.time(), ends, most)
+        self._flight = flight = _Flight(loop, batch, ended, loop.time(), ends, most, ending)
         flight.timer = loop.call_at(begin, self._all_ended, flight)
 
     def _all_ended(self, flight: _Flight) -> None:
@@ -172,28 +174,29 @@ class SimulatedDevice(Device):
         for seconds in self._step_seconds.repeated(step_shape(batch)):
             yield seconds + overhead
 
-    def _most_steps(self, batch: StepBatch) -> int:
-        """Return how many steps there are until a sequence ends, but no more than the batch has."""
-        most, lengths = min(batch.steps, MOST_STEPS), self.lengths
-        for work in batch.sequences if most > 1 else ():
-            length, made = lengths.get(work.request_id), _made(work)
-            if length is not None and made <= length < made + most:
-                most = length - made + 1
-        return most
+    def _until_an_end(self, batch: StepBatch, most: int) -> tuple[int, list[int]]:
+        """Return how many steps there are until a sequence ends, at most ``most``, and the indices of the
+        sequences that end then."""
+        lengths, ending = self.lengths, list[int]()
+        for index, work in enumerate(batch.sequences):
+            length = lengths.get(work.request_id)
+            if length is not None:
+                left = length - work.start - len(work.tokens) + work.prompt_len
+                if 0 < left < most:
+                    most, ending = left, [index]
+                elif left == most:
+                    ending.append(index)
+        return most, ending
 
     def _result(self, flight: _Flight, ends: Sequence[float]) -> StepResult:
         begins, overhead = (flight.begin, *ends[:-1]), self._costs.step_overhead
         seconds = [end - begin - overhead for begin, end in zip(begins, ends, strict=True)]
-        lengths, steps, sequences = self.lengths, len(ends), flight.batch.sequences
-        counts = [steps if work.sample else 0 for work in sequences]
+        steps = len(ends)
+        counts = [steps if work.sample else 0 for work in flight.batch.sequences]
         tokens = [self._token] * sum(counts)
-        if steps < flight.most:  # nothing ends before
-            return StepResult(tokens, counts, seconds, ends)
-        place = -1
-        for work, count in zip(sequences, counts, strict=True):
-            place += count
-            if count and lengths.get(work.request_id) == _made(work) + count - 1:
-                tokens[place] = self._end
+        for index in flight.ending if steps == flight.most else ():
+            if counts[index]:
+                tokens[sum(counts[: index + 1]) - 1] = self._end
         return StepResult(tokens, counts, seconds, ends)
 
     async def load(self, order: ReadOrder) -> LoadedAdapter:
@@ -232,8 +235,3 @@ class SimulatedDevice(Device):
 
     async def close(self) -> None:
         await asyncio.sleep(0)
-
-
-def _made(work: SequenceWork) -> int:
-    """Return the number of output tokens that a sequence has after a step."""
-    return work.start + len(work.tokens) - work.prompt_len + 1

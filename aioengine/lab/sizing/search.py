@@ -188,10 +188,7 @@ def _search(experiment: Experiment, trials: _Trials, bounds: Bounds) -> Sized:
     size = lowered(size, "cpu_loras", least, size.cpu_loras, partial(_with_cpu_loras, size))
     if memory is not None:
         less["slot_memory"] = None
-        parts = {
-            part: size._replace(slot_memory=memory * part // MEMORY_PARTS) for part in range(MEMORY_PARTS + 1)
-        }
-        size = lowered(size, "slot_memory", 1, MEMORY_PARTS, parts.__getitem__)
+        size = lowered(size, "slot_memory", 1, MEMORY_PARTS, partial(_with_memory, size, memory))
     return Sized(size, trials.in_order, less)
 
 

@@ -25,12 +25,12 @@ import gzip
 import re
 import zlib
 from array import array
-from collections.abc import Iterator
-from datetime import date
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
 from itertools import pairwise
 from pathlib import Path
 from random import Random
-from typing import BinaryIO, NamedTuple, cast
+from typing import Any, BinaryIO, NamedTuple, TypeVar, cast
 
 import msgspec
 from msgspec import UNSET, UnsetType
@@ -39,6 +39,7 @@ from aioengine.checks import nearest
 from aioengine.errors import ConfigError
 from aioengine.lab.workload.distributions import MAX_TOKENS
 
+S = TypeVar("S", bound=msgspec.Struct)
 CSV_HEADER = "TIMESTAMP,ContextTokens,GeneratedTokens"
 BURST_COLUMNS = ("Timestamp", "Request tokens", "Response tokens")
 MAX_LINE = 2**20
@@ -191,8 +192,19 @@ def _open(path: str | Path) -> BinaryIO:
     return cast("BinaryIO", gzip.open(path, "rb")) if packed else open(path, "rb")
 
 
+Parser = Callable[[bytes], TraceRow]
+
+
+def _row(time: int, prompt: tuple[str, int], output: tuple[str, int], **more: Any) -> TraceRow:
+    """Return a row whose numbers of tokens, given with their names, are in range."""
+    _check(*prompt, low=1)
+    _check(*output, low=0)
+    return TraceRow(time, prompt[1], max(output[1], 1), **more)
+
+
 class _CsvParser:
-    """Exact to the nanosecond. Rows of one second share the work of parsing it."""
+    """Parser of the Azure traces, exact to the nanosecond. Rows of one second share the work of parsing
+    it."""
 
     _WHEN = re.compile(r"(\d{4})-(\d\d)-(\d\d)[ T](\d\d):(\d\d):(\d\d)")
     _FRACTION = re.compile(r"(?:\.(\d{1,9}))?(?:Z|\+00:?00)?")
@@ -206,11 +218,11 @@ class _CsvParser:
         fields = _text(raw).split(",")
         if len(fields) != 3:
             raise ConfigError(f"has {len(fields)} fields; there must be 3: {CSV_HEADER}")
-        time = self._time(fields[0].strip())
-        prompt, output = _tokens("ContextTokens", fields[1]), _tokens("GeneratedTokens", fields[2])
-        _check("ContextTokens", prompt, low=1)
-        _check("GeneratedTokens", output, low=0)
-        return TraceRow(time, prompt, max(output, 1))
+        prompt, output = (
+            (name, _tokens(name, text))
+            for name, text in zip(CSV_HEADER.split(",")[1:], fields[1:], strict=True)
+        )
+        return _row(self._time(fields[0].strip()), prompt, output)
 
     def _time(self, text: str) -> int:
         if text[:19] != self._second:
@@ -226,90 +238,71 @@ class _CsvParser:
         try:
             if when is None:
                 raise ValueError("it does not look like one")
-            year, month, day, hour, minute, second = map(int, when.groups())
-            days = date(year, month, day).toordinal()
-            if hour > 23 or minute > 59 or second > 59:
-                raise ValueError("there is no such time of day")
+            since = datetime(*map(int, when.groups()), tzinfo=UTC) - datetime.min.replace(tzinfo=UTC)  # type: ignore[arg-type] # six numbers
         except ValueError as error:
             raise ConfigError(
                 f"TIMESTAMP={text!r}: must be a time such as 2023-11-16 18:17:03.9799600 ({error})"
             ) from error
-        return (((days * 24 + hour) * 60 + minute) * 60 + second) * _SECOND
+        return (since.days * 86_400 + since.seconds) * _SECOND
 
 
-class _JsonParser:
-    def __init__(self) -> None:
-        self._decoder = msgspec.json.Decoder(JsonRow)
+def _json_parser() -> Parser:
+    decoder = msgspec.json.Decoder(JsonRow)
 
-    def __call__(self, raw: bytes) -> TraceRow:
-        try:
-            row = self._decoder.decode(raw)
-        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-            raise ConfigError(_explain(error, JsonRow)) from error
+    def parse(raw: bytes) -> TraceRow:
+        row = _decoded(decoder, raw, JsonRow)
         if not 0 <= row.time <= 1e11:
             raise ConfigError(f"time={row.time!r}: must be seconds >= 0")
-        _check("prompt_tokens", row.prompt_tokens, low=1)
-        _check("output_tokens", row.output_tokens, low=0)
-        _check("max_tokens", row.max_tokens, low=1)
-        _check("expected_tokens", row.expected_tokens, low=1)
+        for name in ("max_tokens", "expected_tokens"):
+            if (tokens := getattr(row, name)) is not None:
+                _check(name, tokens, low=1)
         if row.deadline is not None and not row.deadline > 0:
             raise ConfigError(f"deadline={row.deadline!r}: must be more than 0 seconds")
         if row.adapter == "" or row.tenant == "":
             raise ConfigError("adapter and tenant must not be empty text; null is none")
-        return TraceRow(
-            round(row.time * 1e6) * 1000,
-            row.prompt_tokens,
-            max(row.output_tokens, 1),
-            row.adapter,
-            row.tenant,
-            row.priority,
-            row.deadline,
-            row.max_tokens,
-            row.expected_tokens,
-        )
+        more = msgspec.structs.asdict(row)
+        time, prompt, output = (more.pop(name) for name in ("time", "prompt_tokens", "output_tokens"))
+        return _row(round(time * 1e6) * 1000, ("prompt_tokens", prompt), ("output_tokens", output), **more)
+
+    return parse
 
 
-class _MooncakeParser:
-    def __init__(self) -> None:
-        self._decoder = msgspec.json.Decoder(MooncakeRow)
+def _mooncake_parser() -> Parser:
+    decoder = msgspec.json.Decoder(MooncakeRow)
 
-    def __call__(self, raw: bytes) -> TraceRow:
-        try:
-            row = self._decoder.decode(raw)
-        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-            raise ConfigError(_explain(error, MooncakeRow)) from error
+    def parse(raw: bytes) -> TraceRow:
+        row = _decoded(decoder, raw, MooncakeRow)
         if not 0 <= row.timestamp <= 1e14:
             raise ConfigError(f"timestamp={row.timestamp!r}: must be milliseconds >= 0")
-        _check("input_length", row.input_length, low=1)
-        _check("output_length", row.output_length, low=0)
         if not all(0 <= number < 2**32 for number in row.hash_ids):
             raise ConfigError("hash_ids: must be whole numbers from 0 to 2**32 - 1")
-        time = round(row.timestamp * 1e3) * 1000
-        return TraceRow(time, row.input_length, max(row.output_length, 1), prefix=row.hash_ids)
+        lengths = ("input_length", row.input_length), ("output_length", row.output_length)
+        return _row(round(row.timestamp * 1e3) * 1000, *lengths, prefix=row.hash_ids)
+
+    return parse
 
 
-class _BurstParser:
-    """BurstGPT's columns, wherever they are."""
+def _burst_parser(names: list[str]) -> Parser:
+    """Return a parser of BurstGPT's columns, wherever they are."""
+    places = [names.index(name) for name in BURST_COLUMNS]
 
-    def __init__(self, names: list[str]) -> None:
-        self._names = names
-        self._places = [names.index(name) for name in BURST_COLUMNS]
-
-    def __call__(self, raw: bytes) -> TraceRow:
+    def parse(raw: bytes) -> TraceRow:
         fields = _text(raw).split(",")
-        if len(fields) != len(self._names):
-            raise ConfigError(f"has {len(fields)} fields; the header has {len(self._names)}")
-        when, prompt, output = (fields[place].strip() for place in self._places)
+        if len(fields) != len(names):
+            raise ConfigError(f"has {len(fields)} fields; the header has {len(names)}")
+        when, *lengths = (fields[place].strip() for place in places)
         try:
             seconds = float(when)
         except ValueError:
             seconds = -1.0
         if not 0 <= seconds <= 1e11:
             raise ConfigError(f"Timestamp={when!r}: must be seconds >= 0")
-        prompt_tokens, output_tokens = _tokens("Request tokens", prompt), _tokens("Response tokens", output)
-        _check("Request tokens", prompt_tokens, low=1)
-        _check("Response tokens", output_tokens, low=0)
-        return TraceRow(round(seconds * 1e6) * 1000, prompt_tokens, max(output_tokens, 1))
+        prompt, output = (
+            (name, _tokens(name, text)) for name, text in zip(BURST_COLUMNS[1:], lengths, strict=True)
+        )
+        return _row(round(seconds * 1e6) * 1000, prompt, output)
+
+    return parse
 
 
 class _Said(msgspec.Struct):
@@ -348,13 +341,13 @@ def _share_gpt(data: bytes) -> Iterator[TraceRow]:
         raise ConfigError("has no question that is followed by an answer")
 
 
-def _parser(first: bytes) -> _CsvParser | _BurstParser | _JsonParser | _MooncakeParser:
+def _parser(first: bytes) -> Parser:
     if first.startswith(b"{"):
-        return _MooncakeParser() if b'"input_length"' in first else _JsonParser()
+        return _mooncake_parser() if b'"input_length"' in first else _json_parser()
     header = _text(first)
     names = [name.strip() for name in header.split(",")]
     if set(BURST_COLUMNS) <= set(names):
-        return _BurstParser(names)
+        return _burst_parser(names)
     if names != CSV_HEADER.split(","):
         shown = header if len(header) <= 80 else f"{header[:80]}..."
         raise ConfigError(
@@ -377,15 +370,17 @@ def _tokens(name: str, text: str) -> int:
         raise ConfigError(f"{name}={text!r}: must be a whole number") from None
 
 
-def _check(name: str, tokens: int | None, *, low: int) -> None:
-    if tokens is not None and not low <= tokens <= MAX_TOKENS:
+def _check(name: str, tokens: int, *, low: int) -> None:
+    if not low <= tokens <= MAX_TOKENS:
         raise ConfigError(f"{name}={tokens}: must be in {low}..{MAX_TOKENS}")
 
 
-def _explain(error: Exception, row: type[msgspec.Struct]) -> str:
-    text = str(error)
-    if "unknown field" not in text:
-        return text
-    name = text.split("`")[1]
-    fields = row.__struct_fields__
-    return f"unknown field {name!r}{nearest(name, fields)}; there are {', '.join(fields)}"
+def _decoded(decoder: msgspec.json.Decoder[S], raw: bytes, row: type[msgspec.Struct]) -> S:
+    try:
+        return decoder.decode(raw)
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        text = str(error)
+        if "unknown field" in text:
+            name, fields = text.split("`")[1], row.__struct_fields__
+            text = f"unknown field {name!r}{nearest(name, fields)}; there are {', '.join(fields)}"
+        raise ConfigError(text) from error
