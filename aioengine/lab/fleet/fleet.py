@@ -169,15 +169,14 @@ class SimulatedFleet:
         self,
         prompt: list[int],
         params: SamplingParams,
-        *,
-        request_id: str,
         **keywords: Unpack[RequestKeywords],
     ) -> RequestOutput:
         """Send a request through the gateway, and wait for its end. ``keywords`` are as in
         ``AsyncEngine.complete``. Raises EngineOverloaded if the router rejects it, EngineStopped if there is
         no replica, EngineDead if its replicas were lost too often, and what engines raise."""
-        _, options = split_keywords(keywords, None)
+        request_id, options = split_keywords(keywords, None)
         self._keys += 1
+        request_id = request_id or f"request-{self._keys}"
         call = Call(self._keys, request_id, prompt, params, options, self._loop.time())
         placed = False
         self.waiting += 1

@@ -26,7 +26,7 @@ import re
 import zlib
 from array import array
 from collections.abc import Callable, Iterator
-from datetime import UTC, datetime
+from datetime import datetime
 from itertools import pairwise
 from pathlib import Path
 from random import Random
@@ -238,7 +238,7 @@ class _CsvParser:
         try:
             if when is None:
                 raise ValueError("it does not look like one")
-            since = datetime(*map(int, when.groups()), tzinfo=UTC) - datetime.min.replace(tzinfo=UTC)  # type: ignore[arg-type] # six numbers
+            since = datetime(*map(int, when.groups())) - datetime.min  # type: ignore[arg-type] # six numbers
         except ValueError as error:
             raise ConfigError(
                 f"TIMESTAMP={text!r}: must be a time such as 2023-11-16 18:17:03.9799600 ({error})"
