@@ -37,7 +37,7 @@ def draw_ranking(compare: Compare) -> tuple[str, Spec]:
     if means := _means(compare, first):
         title += f": {_range(means, measure.text)} with {setting_text(compare, *first)}"
     policy = charts.field("policy", "nominal", sort={"field": "mean", "order": _order(measure)})
-    chart = _with_intervals(_unit_field("mean", measure), policy, "x")
+    chart = _with_intervals(compare, _unit_field("mean", measure), policy)
     shape = {"width": 480, "height": {"step": 22}}
     return title, {
         "data": charts.data(_rows(compare, measure.name)),
@@ -66,7 +66,7 @@ def draw_load(compare: Compare) -> tuple[str, Spec]:
     )
     return (
         "What throughput costs in latency, as the load grows along each line",
-        _faceted(up, chart, "slots", "datum.label + ' slots'"),
+        _faceted([{**row, "panel": f"{row['slots']} slots"} for row in up], chart),
     )
 
 
@@ -85,7 +85,8 @@ def draw_slots(compare: Compare) -> tuple[str, Spec]:
         title += f": at best {', '.join(parts)}"
     slots = charts.field("slots", "ordinal", "slots", axis={"labelAngle": 0})
     chart = _lines(compare, slots, _unit_field("mean", measure), order="slots")
-    return title, _faceted(_rows(compare, measure.name), chart, "scale", "'load ×' + datum.label")
+    rows = [{**row, "panel": f"load ×{row['scale']:g}"} for row in _rows(compare, measure.name)]
+    return title, _faceted(rows, chart)
 
 
 def draw_cdf(compare: Compare) -> tuple[str, Spec]:
@@ -124,9 +125,9 @@ def draw_regret(compare: Compare) -> tuple[str, Spec]:
         if (row["slots"], row["scale"]) in shown and row["policy"] != "oracle" and row["mean"] is not None
     ]
     chart = _with_intervals(
+        compare,
         charts.number("mean", "more than with the oracle; left of 0 is less", "share"),
         charts.field("policy", "nominal", sort=None),
-        "x",
     )
     title = f"Next to the oracle, with {setting_text(compare, *_shown(compare)[0])}: {_regrets(compare)}"
     return title, {
@@ -170,15 +171,14 @@ def _rows(compare: Compare, figure: str, of: str = "mean") -> list[Row]:
     ]
 
 
-def _with_intervals(value: Spec, other: Spec, axis: str) -> Spec:
-    """Return points with their intervals, along an axis."""
-    across = "y" if axis == "x" else "x"
-    ends = {axis: {**value, "field": "low"}, f"{axis}2": {"field": "high"}, across: other}
-    hue = {"color": charts.field("policy", "nominal", legend=None)}
+def _with_intervals(compare: Compare, value: Spec, other: Spec) -> Spec:
+    """Return points with their intervals, from left to right."""
+    ends = {"x": {**value, "field": "low"}, "x2": {"field": "high"}, "y": other}
+    hue = {"color": {**charts.color("policy", _labels(compare)), "legend": None}}
     return {
         "layer": [
             charts.mark("rule", {**ends, **hue}, strokeWidth=5, opacity=0.35),
-            charts.mark("point", {axis: value, across: other, **hue}),
+            charts.mark("point", {"x": value, "y": other, **hue}),
         ]
     }
 
@@ -198,10 +198,10 @@ def _lines(compare: Compare, x: Spec, y: Spec, *, order: str) -> Spec:
     }
 
 
-def _faceted(rows: Sequence[Row], chart: Spec, by: str, label: str) -> Spec:
+def _faceted(rows: Sequence[Row], chart: Spec) -> Spec:
     return {
         "data": charts.data(rows),
-        "facet": {"row": charts.field(by, "ordinal", header={"labelExpr": label, "orient": "top"})},
+        "facet": {"row": charts.field("panel", "nominal", sort=None, header={"orient": "top"})},
         "spec": charts.panel(190, chart),
     }
 
