@@ -3,7 +3,7 @@ prompts."""
 
 from __future__ import annotations
 
-import math
+import statistics
 from collections import Counter
 from collections.abc import Sequence
 from itertools import islice
@@ -90,18 +90,17 @@ def _peak(times: Sequence[float]) -> float | None:
 
 def _variation(gaps: Sequence[float]) -> float | None:
     """Return the standard deviation divided by the mean; 1 for a Poisson process."""
-    if len(gaps) < 2 or not (mean := math.fsum(gaps) / len(gaps)):
+    if len(gaps) < 2 or not (mean := statistics.fmean(gaps)):
         return None
-    return math.sqrt(math.fsum((gap - mean) ** 2 for gap in gaps) / (len(gaps) - 1)) / mean
+    return statistics.stdev(gaps) / mean
 
 
 def _spread(values: Sequence[int]) -> dict[str, float | None]:
-    ordered = sorted(values)
+    ordered, last = sorted(values), len(values) - 1
     if not ordered:
         return dict.fromkeys(("mean", "p50", "p90", "p99", "max"))
-    last = len(ordered) - 1
     ranks = {f"p{p}": float(ordered[round(last * p / 100)]) for p in (50, 90, 99)}
-    return {"mean": sum(ordered) / len(ordered), **ranks, "max": float(ordered[-1])}
+    return {"mean": statistics.fmean(ordered), **ranks, "max": float(ordered[-1])}
 
 
 def _for_half(counts: Sequence[int]) -> int | None:

@@ -134,9 +134,10 @@ class Experiment(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
                 f"which are {policy.least} and {policy.most}"
             )
 
-    def open_workload(self) -> Workload:
-        """Open the workload. Raises ConfigError for an unusable trace, or an adapter that fits no slot."""
-        workload = OfferedWorkload(self.workload, self.seed)
+    def open_workload(self, longest: int | None = None) -> Workload:
+        """Open the workload, its requests cut to ``longest`` tokens. Raises ConfigError for an unusable
+        trace, or an adapter that fits no slot."""
+        workload = OfferedWorkload(self.workload, self.seed, longest=longest)
         largest = max(workload.adapters, key=lambda shape: shape.rank, default=None)
         if largest is not None and largest.rank > self.max_lora_rank:
             raise ConfigError(

@@ -26,7 +26,7 @@ from aioengine.lab.runs.replay import replay, replay_on_fleet
 from aioengine.lab.runs.rows import CsvFiles, Sink
 from aioengine.lab.simulation.clock import run_in_virtual_time
 from aioengine.lab.simulation.engine import SimulatedEngine
-from aioengine.lab.workload.context import COUNTED, TooLong, Truncated, count_too_long
+from aioengine.lab.workload.context import COUNTED, TooLong, count_too_long
 from aioengine.lab.workload.extra import needs_extra
 from aioengine.lab.workload.requests import Workload
 from aioengine.memory_plan import MemoryPlan
@@ -110,7 +110,7 @@ def fitting(experiment: Experiment, plan: MemoryPlan) -> tuple[Workload, TooLong
     if found.requests and experiment.on_too_long == "fail":
         raise ConfigError(f"on_too_long='fail': {found}")
     if experiment.on_too_long == "truncate":
-        return Truncated(workload, found.limit), found
+        return experiment.open_workload(found.limit), found
     return workload, found
 
 

@@ -1,12 +1,11 @@
-"""Requests longer than the model's context: counts them before a run, and cuts them if requested."""
+"""Requests longer than the model's context, which are counted before a run."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from aioengine.lab.workload.requests import AdapterShape, Arrival, Objective, Workload
+from aioengine.lab.workload.requests import Workload
 
 
 class TooLong(NamedTuple):
@@ -40,36 +39,3 @@ def count_too_long(workload: Workload, limit: int, first: int | None = COUNTED) 
         too_long += tokens > limit
         longest = max(longest, tokens)
     return TooLong(too_long, total, longest, limit)
-
-
-class Truncated(Workload):
-    """A workload whose prompts are cut, and then its outputs, until they fit into ``limit`` tokens."""
-
-    def __init__(self, workload: Workload, limit: int) -> None:
-        self._workload = workload
-        self._limit = limit
-
-    @property
-    def adapters(self) -> Sequence[AdapterShape]:
-        return self._workload.adapters
-
-    @property
-    def objective(self) -> Objective | None:
-        return self._workload.objective
-
-    @property
-    def concurrency(self) -> int | None:
-        return self._workload.concurrency
-
-    @property
-    def think(self) -> float:
-        return self._workload.think
-
-    def describe(self) -> dict[str, Any]:
-        return {**self._workload.describe(), "truncated_to": self._limit}
-
-    def __iter__(self) -> Iterator[Arrival]:
-        for arrival in self._workload:
-            output = min(arrival.output_tokens, self._limit - 1)
-            prompt = min(arrival.prompt_tokens, self._limit - output)
-            yield arrival._replace(prompt_tokens=prompt, output_tokens=output)

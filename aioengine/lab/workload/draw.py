@@ -47,13 +47,15 @@ class _Draft(NamedTuple):
 
 
 class OfferedWorkload(Workload):
-    """The workload of ``spec`` for ``seed``: the same on every machine.
+    """The workload of ``spec`` for ``seed``: the same on every machine. With ``longest``, prompts are cut,
+    and then outputs, until they fit into that many tokens.
 
     A trace is read once before, so that errors in it are found first. Raises ConfigError, with file and line.
     """
 
-    def __init__(self, spec: WorkloadSpec, seed: int) -> None:
+    def __init__(self, spec: WorkloadSpec, seed: int, *, longest: int | None = None) -> None:
         check_integer("seed", seed)
+        self._longest = longest
         self.spec = spec
         self.seed = seed
         self._trace: traces.TraceSummary | None = None
@@ -90,7 +92,8 @@ class OfferedWorkload(Workload):
 
     def describe(self) -> dict[str, Any]:
         """Return the fields of the spec, and the seed."""
-        return {**msgspec.to_builtins(self.spec), "seed": self.seed}
+        cut = {} if self._longest is None else {"truncated_to": self._longest}
+        return {**msgspec.to_builtins(self.spec), "seed": self.seed, **cut}
 
     def __iter__(self) -> Iterator[Arrival]:
         spec, seed = self.spec, self.seed
@@ -120,6 +123,9 @@ class OfferedWorkload(Workload):
             deadline = row.deadline
             if deadline is None and deadlines is not None:
                 deadline = deadlines(output)
+            if self._longest is not None:
+                output = min(output, self._longest - 1)
+                prompt = min(prompt, self._longest - output)
             yield Arrival(
                 time,
                 adapter,
