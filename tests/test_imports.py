@@ -267,7 +267,7 @@ BUDGETS = {
     "aioengine/fleet": 5_750,  # aim: 4_200
     "aioengine/grammars": 2_150,  # aim: 1_100
     "aioengine/lab": 11_300,  # aim: 7_500
-    "aioengine/model": 12_250,  # aim: 9_000
+    "aioengine/model": 12_150,  # aim: 9_000
     "aioengine/runtime": 3_700,  # aim: 2_700
     "aioengine/server": 10_750,  # aim: 6_300
     "benchmarks": 3_650,  # aim: 3_600

@@ -82,9 +82,9 @@ def build_parts(
 
     from aioengine.adapters.store import AdapterStore
     from aioengine.model.buffer import Allocate, pageable
+    from aioengine.model.build import build_runner
     from aioengine.model.cuda.working_memory import mixed_sizes
     from aioengine.model.decode_graphs import DecodeLimits
-    from aioengine.model.runner import ModelRunner
     from aioengine.model.slots.pinned import FIRST_SLAB_BYTES, PinnedSlabs
 
     plan = planned.memory
@@ -97,7 +97,7 @@ def build_parts(
     modules: tuple[str, ...] = () if lora is None else planned.spec.targets(lora.target_modules)
     max_rank = 1 if lora is None else lora.max_lora_rank
     max_tokens = 0 if lora is None else lora.max_trained_tokens
-    runner = ModelRunner(
+    runner = build_runner(
         planned.spec,
         planned.path,
         dtype=getattr(torch, plan.dtype),
@@ -112,11 +112,9 @@ def build_parts(
         target_modules=modules,
         max_model_len=plan.max_model_len,
         quantization=config.quantization,
-        int8_cache=config.kv_cache_dtype == "int8",
-        fp8_cache=config.kv_cache_dtype == "fp8",
+        kv_cache_dtype=config.kv_cache_dtype,
         progress=progress,
         group=group,
-        max_num_seqs=config.max_num_seqs,
         fixed_decode=DecodeLimits(
             config.max_num_seqs, plan.max_model_len, mixed_sizes(config.max_num_batched_tokens)
         )
@@ -128,14 +126,14 @@ def build_parts(
     allocate: Allocate = pageable
     stream: torch.cuda.Stream | None = None
     if plan.device == "cuda":
-        allocate = PinnedSlabs(runner.device, min(plan.cpu_cache_bytes, FIRST_SLAB_BYTES))
-        stream = torch.cuda.Stream(runner.device)  # type: ignore[no-untyped-call] # torch has no types for it
+        allocate = PinnedSlabs(runner.model.device, min(plan.cpu_cache_bytes, FIRST_SLAB_BYTES))
+        stream = torch.cuda.Stream(runner.model.device)  # type: ignore[no-untyped-call] # torch has no types for it
     store = AdapterStore(
         planned.spec,
         max_rank=max_rank,
         target_modules=modules,
         dtype=lora_dtype,
-        weights=runner.decoder.base_weight,
+        weights=runner.model.base_weight,
         allocate=allocate,
         stream=stream,
         allow_nonfinite=lora is not None and lora.allow_nonfinite,

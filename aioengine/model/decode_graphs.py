@@ -30,7 +30,7 @@ from aioengine.kernels.triton.mixed_step import MixedShape, MixedStep
 from aioengine.kernels.triton.query_tiles import rows_of_prompts
 from aioengine.kernels.triton.table import SHORT, expand_config, shrink_config
 from aioengine.model.cuda.working_memory import sizes
-from aioengine.model.decoder import StepInputs
+from aioengine.model.model import StepInputs
 from aioengine.model.parallel.group import Record, Step
 from aioengine.model.slots.pool import LoRASlots
 from aioengine.step import SequenceWork

@@ -9,7 +9,7 @@ import msgspec
 import torch
 from torch import Tensor
 
-from aioengine.kernels import AttentionPlan, LoRABatch, PlainWeight, Weight
+from aioengine.kernels import LoRABatch, PlainWeight, Weight
 from aioengine.kernels.backend import Backend, HeadNorms, LayerCache, Norm, Rotation, Scores
 from aioengine.kernels.blocks import BlockWeight, StackedWeight
 from aioengine.model.adapted import AdaptedLinears
@@ -19,6 +19,7 @@ from aioengine.model.experts.spec import PLAIN, MixtureSpec
 from aioengine.model.files.packing import Packing
 from aioengine.model.kv_cache import KVCache
 from aioengine.model.linear import Linear, Mlp, WeightRows, activation
+from aioengine.model.model import LastLayer, Model, StepInputs
 from aioengine.model.parallel.group import Group, SoloGroup
 from aioengine.model.parallel.head_norms import norm_heads
 from aioengine.model.parallel.partition import Partition
@@ -45,31 +46,6 @@ class Layer:
     def linears(self) -> dict[str, Linear]:
         """Linears by the names that :meth:`ModelSpec.fused` has for them."""
         return {"qkv": self.qkv, "o": self.o, **self.mlp.linears}
-
-
-@dataclass(slots=True)
-class LastLayer:
-    """Output of the last layer for T tokens; :meth:`Decoder.logits` turns it into logits."""
-
-    hidden: Tensor
-    """[T, hidden]"""
-    delta: Tensor | None
-    """[T, hidden], yet to be added to ``hidden``."""
-
-
-@dataclass(slots=True)
-class StepInputs:
-    """One step over T tokens; all tensors on the decoder's device."""
-
-    token_ids: Tensor
-    """[T]"""
-    sample_rows: Tensor
-    """[N] the token rows whose next token is wanted."""
-    attention: AttentionPlan
-    lora: LoRABatch
-    """The tokens by adapter slot."""
-    sample_lora: LoRABatch
-    """The same for ``sample_rows``."""
 
 
 class _Memory:
@@ -124,7 +100,7 @@ class _Memory:
         return self._arena.take(nbytes)
 
 
-class Decoder:
+class Decoder(Model):
     """Weights and forward pass. The weights are uninitialised until they are loaded.
 
     With a ``group`` of several ranks, this is one rank's share. Raises :class:`ConfigError` if the model
@@ -137,11 +113,14 @@ class Decoder:
         dtype: torch.dtype,
         device: torch.device,
         kernels: Backend,
+        cache: KVCache,
+        slots: LoRASlots | None = None,
         group: Group | None = None,
     ) -> None:
         group = group or SoloGroup()
         self.partition = Partition(spec, group.shard)
         spec = self.partition.local
+        self.cache, self.slots = cache, slots
 
         def empty(*shape: int) -> Tensor:
             return torch.empty(shape, dtype=dtype, device=device)
@@ -198,9 +177,12 @@ class Decoder:
         self.norm = empty(spec.hidden_size)
         head = self.embed_tokens if spec.tie_embeddings else memory.matrix((NO_LAYER, "lm_head"))
         self.head = Linear(head, None)
-        self.nbytes = sum(parameter.nbytes for parameter in self.parameters().values())
-        self.nbytes += sum(weight.nbytes for weight in self.block_weights().values())
-        """Bytes of the weights."""
+        self._nbytes = sum(parameter.nbytes for parameter in self.parameters().values())
+        self._nbytes += sum(weight.nbytes for weight in self.block_weights().values())
+
+    @property
+    def nbytes(self) -> int:
+        return self._nbytes
 
     def parameters(self) -> dict[str, Tensor]:
         """Return every parameter that is not in blocks under its Hugging Face name, as a view of where it is
@@ -254,10 +236,7 @@ class Decoder:
                     row += rows
 
     def base_weight(self, layer: int, module: str) -> tuple[WeightRows, Tensor | None]:
-        """Weight [out, in] and bias [out] of what LoRA can target; an embedding transposed.
-
-        Of several ranks, each has its part: ``partition.outputs`` and ``inputs`` say which.
-        """
+        """Return a weight, of which ``partition.outputs`` and ``inputs`` say what a rank has."""
         if module in ("embed_tokens", "lm_head"):
             weight = self.embed_tokens if module == "embed_tokens" else self.head.weight
             held = len(range(self.partition.whole.vocab_size)[self.partition.vocabulary])
@@ -283,18 +262,19 @@ class Decoder:
         for layer in self.layers:
             for name, linear in layer.linears.items():
                 if name not in PLAIN:
-                    self.nbytes += linear.pack(pack)
+                    self._nbytes += linear.pack(pack)
         tied = self.head.weight is self.embed_tokens
         if tied:
             self.embed_tokens = PlainWeight(self.norm)  # or it would be kept beside its packed copy
-        self.nbytes += self.head.pack(pack)
+        self._nbytes += self.head.pack(pack)
         if tied:
             self.embed_tokens = self.head.weight
         elif isinstance(self.embed_tokens, BlockWeight):
             self.embed_tokens = pack(self.embed_tokens)
 
-    def embed(self, inputs: StepInputs, slots: LoRASlots | None) -> Tensor:
+    def embed(self, inputs: StepInputs) -> Tensor:
         """Return the hidden state [T, hidden] that the first layer gets."""
+        slots = self.slots
         pool = slots.outer.get("embed_tokens") if slots else None
         first = self.partition.vocabulary.start
         hidden = self.adapted.embed(inputs.token_ids, self.embed_tokens, first, pool, inputs.lora)
@@ -303,17 +283,12 @@ class Decoder:
                 tokens.embed(inputs.token_ids[part], hidden[part])
         return hidden if self._embedding_scale == 1 else hidden.mul_(self._embedding_scale)
 
-    def forward(self, inputs: StepInputs, cache: KVCache, slots: LoRASlots | None) -> Tensor:
-        """Return the logits of ``inputs.sample_rows``: [N, vocab] in the compute dtype, on every rank."""
-        last = self.layers_forward(inputs, cache, slots)
-        return self.logits(last, inputs.sample_rows, inputs.sample_lora, slots)
-
-    def layers_forward(self, inputs: StepInputs, cache: KVCache, slots: LoRASlots | None) -> LastLayer:
-        """Return all layers, up to the last norm and the head."""
+    def layers_forward(self, inputs: StepInputs) -> LastLayer:
+        cache, slots = self.cache, self.slots
         spec, plan, kernels = self.spec, inputs.attention, self.kernels
         angles = zip(*self.ropes.cos_sin(plan.positions), strict=True)
         rotations = [Rotation(cos, sin, spec.rotary_neighbours) for cos, sin in angles]
-        hidden = self.embed(inputs, slots)
+        hidden = self.embed(inputs)
         delta: Tensor | None = None  # what is yet to be added to hidden, together with the next norm
         begin, end = self.adapted.split_outputs, self.adapted.split_inputs
         tokens = hidden.shape[0]
@@ -356,10 +331,8 @@ class Decoder:
         of = Norm(norm, self.spec.rms_norm_eps, self.spec.norm_offset)
         return self.kernels.add_rms_norm(x, None, of)
 
-    def logits(self, last: LastLayer, rows: Tensor, lora: LoRABatch, slots: LoRASlots | None) -> Tensor:
-        """Return the logits of the tokens ``rows`` [N], whose adapters ``lora`` has: [N, vocab] in the
-        compute dtype, on every rank."""
-        x = self.normed(last, rows)
+    def logits(self, last: LastLayer, rows: Tensor, lora: LoRABatch) -> Tensor:
+        x, slots = self.normed(last, rows), self.slots
         head = slots.outer.get("lm_head") if slots else None
         logits = self.adapted.split_outputs(self.head, x, head, lora)
         for part, tokens in slots.trained(lora) if slots else ():
@@ -368,7 +341,6 @@ class Decoder:
         return self.finish_logits(logits)
 
     def normed(self, last: LastLayer, rows: Tensor) -> Tensor:
-        """Return the hidden states of the tokens ``rows`` [n] after the last norm: [n, hidden]."""
         hidden = last.hidden.index_select(0, rows)
         delta = None if last.delta is None else last.delta.index_select(0, rows)
         return self._sum(hidden, delta, self.norm)

@@ -13,8 +13,8 @@ from aioengine.model.spec import INT8_SCALE_BYTES, ModelSpec
 class KVCache:
     """Per layer, keys and values as ``[num_blocks, block_size, heads, dim]``, by :meth:`ModelSpec.kv_shapes`.
 
-    In ``int8`` it is ``[num_blocks, block_size, heads, dim + 2]`` bytes: the last two are a scale. In ``fp8``
-    it is a byte (uint8) for each element: float8 (e4m3fn) without scales.
+    Stored as "int8" it is ``[num_blocks, block_size, heads, dim + 2]`` bytes: the last two are a scale. As
+    "fp8" it is a byte (uint8) for each element: float8 (e4m3fn) without scales.
 
     Position p of a sequence is in block ``block_table[p // block_size]``. How a block is laid out inside is
     up to the kernels: see :class:`aioengine.kernels.Backend`.
@@ -29,15 +29,13 @@ class KVCache:
         block_size: int,
         dtype: torch.dtype,
         device: torch.device,
-        *,
-        int8: bool = False,
-        fp8: bool = False,
+        stored_as: str = "auto",
     ) -> None:
         self.num_blocks = num_blocks
         self.block_size = block_size
-        self.int8, self.fp8 = int8, fp8
-        extra = INT8_SCALE_BYTES if int8 else 0
-        dtype = torch.int8 if int8 else torch.uint8 if fp8 else dtype
+        self.int8 = stored_as == "int8"
+        extra = INT8_SCALE_BYTES if self.int8 else 0
+        dtype = torch.int8 if self.int8 else torch.uint8 if stored_as == "fp8" else dtype
         shapes = [
             (num_blocks, block_size, heads, dim + extra)
             for layer in spec.kv_shapes()

@@ -14,62 +14,68 @@ from torch import Tensor
 
 from aioengine.kernels import LoRABatch, LoRAPool, PlainWeight, Weight
 from aioengine.kernels.blocks import BlockWeight, StackedWeight
-from aioengine.kernels.cpu import structs
+from aioengine.kernels.cpu import nodes, structs
 from aioengine.kernels.cpu.blocks import PackedBlocks
 from aioengine.kernels.cpu.int4 import Int4Weight
 from aioengine.kernels.cpu.lora import segment_table, slots_struct
 from aioengine.kernels.cpu.matrix import LibraryWeight, matrix_of
-from aioengine.kernels.cpu.nodes import touch
 from aioengine.kernels.cpu.packed import PackedWeight, pointer
 from aioengine.kernels.cpu.quantized import QuantizedWeight
 from aioengine.kernels.cpu.shared_library import has_int8_products, load, threads
 from aioengine.kernels.plan.decodes import DecodeTables
 from aioengine.model.buffer import Arena
-from aioengine.model.decoder import Decoder, LastLayer, StepInputs
+from aioengine.model.decoder import Decoder
 from aioengine.model.experts.layer import Mixture
 from aioengine.model.experts.spec import PLAIN, MixtureSpec
 from aioengine.model.kv_cache import KVCache
 from aioengine.model.linear import Linear
+from aioengine.model.model import LastLayer, StepInputs
 from aioengine.model.parallel.exchange import SUMMED, Scratch, StepExchange, between
 from aioengine.model.rope import KnownAngles
-from aioengine.model.slots.pool import LoRASlots
 from aioengine.model.spec import ModelSpec, Quantization
 
 _LINEARS = ("qkv", "o", "gate_up", "down")
 """Linears of a layer that has no experts."""
 
 
-class NativeForward:
-    """Runs the steps of a decoder that :func:`pack` has packed. ``forward`` does the same as
-    :meth:`Decoder.forward`.
+class NativeDecoder(Decoder):
+    """A decoder whose steps are calls into the library, once :meth:`finish` was called.
 
-    The model and the settings must be covered: see :mod:`aioengine.model.coverage`. ``processors`` are those
-    that the threads of steps are bound to; none: they are not.
+    The model and the settings must be covered: see :mod:`aioengine.model.coverage`.
     """
 
-    def __init__(
-        self, decoder: Decoder, cache: KVCache, slots: LoRASlots | None, processors: Sequence[int] = ()
-    ) -> None:
-        self._decoder, self._slots = decoder, slots
+    compiled = True
+
+    def bind(self, processors: Sequence[int]) -> None:
+        """Bind the threads of steps to ``processors``, each of which has its part of the weights near. To be
+        called before the weights are loaded."""
+        self.processors = processors
+        for weight in self.linear_weights():
+            nodes.touch(weight, len(weight), processors)
+
+    def finish(self, quantization: Quantization) -> None:
+        """Store the weights, which are loaded, as the library needs them. Nothing else is computed with them
+        afterwards."""
+        self.pack(_packing(self, quantization, self.processors))
         self._library = load()
-        self._processors = (ctypes.c_int32 * len(processors))(*processors)
+        self._bound = (ctypes.c_int32 * len(self.processors))(*self.processors)
         self.seconds: Tensor | None = None
         """[phases] float64: if it is set, steps add their time in each of ``structs.PHASES``."""
-        self._parallel = decoder.partition.shard.size > 1
+        self._parallel = self.partition.shard.size > 1
         self._pools: list[LoRAPool] = []
         """Pools, by their ids in the library."""
         self._mixtures: list[structs.Mixture] = []
         """Layers refer to them."""
-        self._layers = (structs.Layer * len(decoder.layers))(*self._layer_structs(cache))
-        self._model = self._model_struct(cache)
-        spec = decoder.spec
+        self._layers = (structs.Layer * len(self.layers))(*self._layer_structs(self.cache))
+        self._model = self._model_struct(self.cache)
+        spec = self.spec
         inner = max(spec.mlp_sizes.values())
         self._wide = max(2 * inner, (spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim)
         self._narrow = max(inner, spec.num_heads * spec.head_dim)
         self._slices = max((len(pool.modules) for pool in self._pools), default=0)
         self._workspace: _Workspace | None = None
         """That of the last step, for as long as others are as large."""
-        self._angles = KnownAngles(decoder.ropes)
+        self._angles = KnownAngles(self.ropes)
         self._finds = not self._parallel and spec.logit_divisor == 1 and spec.logit_cap is None
         """Whether steps find the most likely tokens: where nothing is done to the head's outputs."""
         self._found: tuple[Tensor, Tensor] | None = None
@@ -79,8 +85,8 @@ class NativeForward:
 
     def _layer_structs(self, cache: KVCache) -> list[structs.Layer]:
         found = []
-        for i, layer in enumerate(self._decoder.layers):
-            pools = self._slots.layers[i] if self._slots else {}
+        for i, layer in enumerate(self.layers):
+            pools = self.slots.layers[i] if self.slots else {}
             linears = {name: linear for name, linear in layer.linears.items() if name in _LINEARS}
             mixture = None
             if isinstance(layer.mlp, Mixture):
@@ -97,8 +103,8 @@ class NativeForward:
                     sinks=pointer(layer.sinks),
                     keys=cache.k[i].data_ptr(),
                     values=cache.v[i].data_ptr(),
-                    window=self._decoder.spec.window(i) or 0,
-                    rope=self._decoder.spec.rope_of(i),
+                    window=self.spec.window(i) or 0,
+                    rope=self.spec.rope_of(i),
                     mixture=None if mixture is None else ctypes.pointer(mixture),
                     **{name: self._matrix(linear, name) for name, linear in linears.items()},
                     **{f"lora_{name}": self._pool(pools, name) for name in linears},
@@ -122,9 +128,9 @@ class NativeForward:
         )
 
     def _model_struct(self, cache: KVCache) -> structs.Model:
-        decoder, spec = self._decoder, self._decoder.spec
+        spec = self.spec
         return structs.Model(
-            bf16=int(decoder.dtype == torch.bfloat16),
+            bf16=int(self.dtype == torch.bfloat16),
             layers=spec.num_layers,
             hidden=spec.hidden_size,
             heads=spec.num_heads,
@@ -134,11 +140,11 @@ class NativeForward:
             block_size=cache.block_size,
             block_bytes=cache.block_stride_bytes,
             int8_cache=int(cache.int8),
-            rope_half=decoder.ropes.half,
+            rope_half=self.ropes.half,
             rope_neighbours=int(spec.rotary_neighbours),
             q_norm_size=spec.qk_norm_sizes[0],
             k_norm_size=spec.qk_norm_sizes[1],
-            norm_parts=decoder.partition.norm_parts,
+            norm_parts=self.partition.norm_parts,
             activation=structs.ACTIVATIONS.index(spec.activation),
             norm_rounded=int(spec.norm_offset is None),
             eps=spec.rms_norm_eps,
@@ -148,30 +154,26 @@ class NativeForward:
             attention_cap=spec.attention_cap or 0.0,
             swiglu_alpha=spec.swiglu_alpha,
             swiglu_limit=spec.swiglu_limit,
-            norm=decoder.norm.data_ptr(),
+            norm=self.norm.data_ptr(),
             rotations=len(spec.ropes),
             embedding=self._embedding(),
-            embedding_packed=isinstance(decoder.embed_tokens, PackedWeight),
-            head=self._matrix(decoder.head, "lm_head"),
-            lora_head=self._pool(self._slots.outer if self._slots else {}, "lm_head"),
-            slots=structs.Slots() if self._slots is None else slots_struct(self._slots.memory),
+            embedding_packed=isinstance(self.embed_tokens, PackedWeight),
+            head=self._matrix(self.head, "lm_head"),
+            lora_head=self._pool(self.slots.outer if self.slots else {}, "lm_head"),
+            slots=structs.Slots() if self.slots is None else slots_struct(self.slots.memory),
             layer=self._layers,
         )
 
     def forward(self, inputs: StepInputs) -> Tensor:
-        """Return the logits of ``inputs.sample_rows``: [N, vocab] in the compute dtype."""
-        decoder = self._decoder
         self._found = self._last = None
-        logits = torch.empty(len(inputs.sample_rows), decoder.spec.vocab_size, dtype=decoder.dtype)
+        logits = torch.empty(len(inputs.sample_rows), self.spec.vocab_size, dtype=self.dtype)
         self._run(inputs, logits)
-        finished = decoder.finish_logits(logits)
+        finished = self.finish_logits(logits)
         if self._finds and self._workspace is not None:
             self._found = finished, self._workspace.best
         return finished
 
     def decode_again(self, tables: DecodeTables, steps: int) -> Tensor | None:
-        """Decode with the sequences of the last step, which was a decode step, too: what ``tables`` has now.
-        Returns the logits, whose ``argmax`` is in ``tables.found``; None if ``forward`` has to do it."""
         if self._last is None or not self._finds:
             return None
         step, logits, _ = self._last
@@ -189,20 +191,19 @@ class NativeForward:
         return logits
 
     def argmax(self, logits: Tensor) -> Tensor:
-        """Do what the backend's ``argmax`` does. Of the last step's logits it is known already, once."""
+        """Return the most likely tokens, which of the last step's logits are known already, once."""
         found, self._found = self._found, None
         if found is not None and found[0] is logits:
             return found[1] if len(found[1]) == len(logits) else found[1][: len(logits)]
-        return self._decoder.kernels.argmax(logits)
+        return self.kernels.argmax(logits)
 
     def layers_forward(self, inputs: StepInputs) -> LastLayer:
-        """Do what :meth:`Decoder.layers_forward` does."""
-        return self._run(inputs, torch.empty(0, dtype=self._decoder.dtype))
+        return self._run(inputs, torch.empty(0, dtype=self.dtype))
 
     def _run(self, inputs: StepInputs, logits: Tensor) -> LastLayer:
         """Fill in ``logits``, the head's outputs for ``inputs.sample_rows``; empty: without the head. What it
         returns is of use only then, and until the next step."""
-        decoder, plan = self._decoder, inputs.attention
+        plan = inputs.attention
         lora, sample_lora = inputs.lora, inputs.sample_lora
         width = max(lora.width, sample_lora.width)
         space, self._last = self._workspace, None
@@ -220,10 +221,10 @@ class NativeForward:
         step.lora, step.sample_lora = segments.struct, sample_segments.struct
         step.embedded = not self._embeds(lora)
         if step.embedded:
-            space.hidden.copy_(decoder.embed(inputs, self._slots))
+            space.hidden.copy_(self.embed(inputs))
         angles = self._angles.until(step.table_width * plan.block_size)
         if angles is None:
-            for own, computed in zip(space.angles, decoder.ropes.cos_sin(plan.positions), strict=True):
+            for own, computed in zip(space.angles, self.ropes.cos_sin(plan.positions), strict=True):
                 own.copy_(computed)
         step.angles_cos, step.angles_sin, step.positions = angles or (None, None, 0)
         step.seconds = pointer(self.seconds)
@@ -231,13 +232,13 @@ class NativeForward:
         decodes = len(logits) == len(inputs.token_ids) == len(tables)
         if decodes and not (step.embedded or angles is None or self._parallel):
             self._last = step, logits, (segments, inputs)
-        bound = len(self._processors) == step.threads
-        step.processors = ctypes.addressof(self._processors) if bound else None
+        bound = len(self._bound) == step.threads
+        step.processors = ctypes.addressof(self._bound) if bound else None
         if not self._parallel:
             self._library.aio_step(ctypes.byref(self._model), ctypes.byref(step))
             return LastLayer(space.hidden, space.scratch.x)
-        head = self._slots.outer.get("lm_head") if self._slots else None
-        exchange = StepExchange(decoder.adapted, self._pools, head, inputs, space.scratch)
+        head = self.slots.outer.get("lm_head") if self.slots else None
+        exchange = StepExchange(self.adapted, self._pools, head, inputs, space.scratch)
         step.exchange = structs.ExchangeFunction(exchange)
         self._library.aio_step(ctypes.byref(self._model), ctypes.byref(step))
         if exchange.error is not None:
@@ -245,30 +246,30 @@ class NativeForward:
         return LastLayer(space.hidden, space.scratch.x)
 
     def _make_workspace(self, tokens: int, width: int) -> _Workspace:
-        decoder, spec = self._decoder, self._decoder.spec
+        spec = self.spec
         sizes = {"hidden": spec.hidden_size, "x": spec.hidden_size, "h": self._slices * width}
         sizes |= {"wide": self._wide, "narrow": self._narrow}
-        memory = {name: torch.empty(tokens, size, dtype=decoder.dtype) for name, size in sizes.items()}
-        memory |= _mixture_scratch(spec, tokens, width, decoder.dtype)
+        memory = {name: torch.empty(tokens, size, dtype=self.dtype) for name, size in sizes.items()}
+        memory |= _mixture_scratch(spec, tokens, width, self.dtype)
         memory["squares"] = torch.empty(tokens, 2)
         for name in ("cos", "sin"):
-            memory[name] = torch.empty(len(spec.ropes), tokens, 1, decoder.ropes.half)
+            memory[name] = torch.empty(len(spec.ropes), tokens, 1, self.ropes.half)
         memory |= {name: torch.empty(tokens, dtype=torch.int64) for name in ("cells", "best")}
         memory["last"] = torch.empty(tokens, dtype=torch.uint8)
         return _Workspace((tokens, width), memory)
 
     def _embedding(self) -> int | None:
         """Address of the embeddings, if a step begins with rows of them as they are."""
-        weight, decoder = self._decoder.embed_tokens, self._decoder
-        if self._parallel or decoder.spec.embedding_scale != 1:
+        weight = self.embed_tokens
+        if self._parallel or self.spec.embedding_scale != 1:
             return None
-        if isinstance(weight, (PackedWeight, PlainWeight)) and weight.data.dtype == decoder.dtype:
+        if isinstance(weight, (PackedWeight, PlainWeight)) and weight.data.dtype == self.dtype:
             return weight.data.data_ptr()
         return None
 
     def _embeds(self, batch: LoRABatch) -> bool:
         """Whether the library looks the embeddings up: no adapter of the batch changes them."""
-        slots = self._slots
+        slots = self.slots
         if not self._model.embedding or slots is None or not batch.segments:
             return bool(self._model.embedding)
         changed = any(tokens.embeds for _, tokens in slots.trained(batch))
@@ -277,7 +278,7 @@ class NativeForward:
     def _matrix(self, linear: Linear, name: str) -> structs.Matrix:
         weight, bias = linear.weight, linear.bias
         assert isinstance(weight, LibraryWeight)
-        if name in SUMMED and self._decoder.partition.shard.rank > 0:
+        if name in SUMMED and self.partition.shard.rank > 0:
             bias = None  # the ranks' outputs are added up, and one of them has it
         return matrix_of(weight, bias)
 
@@ -292,7 +293,7 @@ class NativeForward:
         return structs.LoraPool(
             slices=len(slices),
             first=pool.first,
-            exchange=between(name, self._decoder.adapted),
+            exchange=between(name, self.adapted),
             id=len(self._pools) - 1,
             slice=(structs.LoraSlice * structs.MAX_SLICES)(*slices),
         )
@@ -360,12 +361,6 @@ def _pointers(**tensors: Tensor) -> dict[str, int]:
     return {name: tensor.data_ptr() for name, tensor in tensors.items()}
 
 
-def pack(decoder: Decoder, quantization: Quantization, processors: Sequence[int] = ()) -> None:
-    """Store a decoder's weights as the library needs them, for steps on these ``processors`` if there are
-    any. It computes nothing else afterwards."""
-    decoder.pack(_packing(decoder, quantization, processors))
-
-
 def _packing(
     decoder: Decoder, quantization: Quantization, processors: Sequence[int]
 ) -> Callable[[Weight], Weight]:
@@ -379,7 +374,7 @@ def _packing(
     def quantize(weight: Weight) -> Weight:
         assert isinstance(weight, PlainWeight)
         memory = arena.take(form.packed_bytes(weight.n, weight.k))
-        touch(memory, weight.n, processors)
+        nodes.touch(memory, weight.n, processors)
         return form.pack(weight.data, memory, int8_activations=has_int8_products())
 
     return quantize

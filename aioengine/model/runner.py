@@ -1,280 +1,89 @@
-"""Owns everything on the device and runs steps: weights, KV cache, adapter slots.
-
-The file is long because all of that is built here, in an order that each part depends on.
-"""
+"""Runs steps of a model, and samples."""
 
 from __future__ import annotations
 
 import functools
-import logging
 import time
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from itertools import accumulate
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
 import torch
 from torch import Tensor
 
-from aioengine.errors import ConfigError
-from aioengine.info import LoadProgress
-from aioengine.kernels import AttentionPlan, LoRABatch, Span, get_backend
+from aioengine.kernels import AttentionPlan, LoRABatch, Span
 from aioengine.kernels.plan.decodes import DecodeTables
 from aioengine.kernels.transfer import send
-from aioengine.model import coverage
-from aioengine.model.cuda.attention import fastest_kernels
-from aioengine.model.decoder import Decoder, LastLayer, StepInputs
 from aioengine.model.drafted import sample_drafted
-from aioengine.model.experts.spec import MixtureSpec
-from aioengine.model.files.quantization import with_quantization
-from aioengine.model.files.weights import load_weights
-from aioengine.model.generic.spec import GenericSpec
-from aioengine.model.kv_cache import KVCache
-from aioengine.model.parallel.group import Group, SoloGroup
+from aioengine.model.model import LastLayer, Model, StepInputs
+from aioengine.model.parallel.group import Group
 from aioengine.model.penalties import Penalties
-from aioengine.model.pooling import Kind, Pooled, model_pooling, pool
+from aioengine.model.pooling import Kind, Pooled, pool
 from aioengine.model.sampler import sample as default_sample
 from aioengine.model.sampler import token_logprobs
 from aioengine.model.sampling import constraints
-from aioengine.model.slots.pool import LoRASlots
-from aioengine.model.spec import ModelSpec, Quantization
+from aioengine.model.spec import ModelSpec
 from aioengine.request import TokenLogprob
 from aioengine.step import Sampled, SequenceWork, StepBatch, StepResult
 
 if TYPE_CHECKING:
-    from aioengine.model.decode_graphs import DecodeLimits, DecodeSteps, Record
-    from aioengine.model.generic.model import GenericModel
-    from aioengine.model.native import NativeForward
-
-logger = logging.getLogger("aioengine")
+    from aioengine.model.decode_graphs import DecodeSteps
 
 PIECE_BYTES = 2**25
 """Bytes of float32 logits that are computed at a time to score prompts; there are up to three such
 tensors."""
 
-Forward = tuple[Callable[[StepInputs], Tensor], Callable[[StepInputs], LastLayer]]
-"""``forward`` and ``layers_forward`` of a decoder."""
 Sampler = Callable[[Tensor, Sequence[SequenceWork]], list[Sampled]]
 """``sample(logits [N, vocab], rows)``: one :class:`Sampled` for each row."""
 
 
 class ModelRunner:
-    """One model on one device. Blocking; :meth:`execute` is to be called from one thread.
+    """Runs steps of a model of ``spec``, or of a rank's share of it; all ranks of the ``group`` must execute
+    the same steps, and only rank 0 samples. Blocking; :meth:`execute` is to be called from one thread.
 
-    ``weights`` is a model folder or a GGUF file. ``max_loras=0`` leaves LoRA out; then ``lora_slots`` is
-    None. ``slot_memory`` is how many bytes the slots share (None: each has a place for ``max_lora_rank`` and
-    ``max_trained_tokens``).
-    ``sample`` and ``kernels`` (a backend's name) replace the defaults; ``quantization`` is how the linears'
-    weights are kept, and ``int8_cache`` and ``fp8_cache`` keep keys and values as int8 or float8;
-    ``max_model_len`` is the longest sequence (it matters to models that transformers runs); ``progress`` is
-    told how far the weights are read; ``max_num_seqs`` is how many sequences a step has at most, as far as
-    memory is prepared for them; ``bind_threads`` is whether the compiled step's threads stay on a core each
-    where there are several NUMA nodes, which is for groups whose ranks are all on this machine.
-    With ``fixed_decode``, decode steps within these limits are recorded and played back if the kernels allow
-    for it, by ``record`` (None: as CUDA graphs). With a ``group`` of several ranks, this is one rank's share
-    of the model, and all ranks must be built and execute the same steps; only rank 0 samples.
-    Raises :class:`~aioengine.errors.ConfigError` if the weights do not fit ``spec``, if that cannot be
-    divided, or if they cannot be quantized here.
+    :func:`aioengine.model.build.build_runner` makes one. ``pooling`` is that of requests for which neither
+    the request nor its adapter chooses one; ``variance`` is why a token's bits depend on its batch
+    (docs/determinism.md), None: they do not. ``decode_steps`` are steps that are played back, if there are
+    any. ``sample`` replaces the default.
     """
 
     def __init__(
         self,
+        model: Model,
         spec: ModelSpec,
-        weights: Path,
+        group: Group,
         *,
-        dtype: torch.dtype,
-        device: torch.device | str,
-        num_blocks: int,
-        block_size: int,
-        max_loras: int = 0,
-        max_lora_rank: int = 16,
-        max_trained_tokens: int = 0,
-        slot_memory: int | None = None,
-        lora_dtype: torch.dtype | None = None,
-        target_modules: Iterable[str] | None = None,
+        pooling: Kind,
+        variance: str | None,
+        decode_steps: DecodeSteps | None = None,
         sample: Sampler | None = None,
-        kernels: str | None = None,
-        max_model_len: int | None = None,
-        quantization: Quantization = "none",
-        int8_cache: bool = False,
-        fp8_cache: bool = False,
-        progress: LoadProgress | None = None,
-        group: Group | None = None,
-        max_num_seqs: int = 8,
-        fixed_decode: DecodeLimits | None = None,
-        record: Record | None = None,
-        bind_threads: bool = True,
     ) -> None:
-        self.dtype = dtype
-        self.device = torch.device(device)
-        self.group = group or SoloGroup()
-        ranks = self.group.shard.size
-        self.spec = spec = with_quantization(spec, quantization, self.device.type, ranks)
-        if spec.packed:
-            quantization = "none"  # for what is packed once it is loaded
-        if progress is not None:
-            progress("Preparing the kernels (compiled once, at the first start)", 0, 1)
-        if kernels is not None or int8_cache or fp8_cache or self.device.type != "cuda":
-            backend = get_backend(self.device.type, kernels)
-        else:
-            backend = fastest_kernels(spec, dtype, self.device, block_size=block_size, ranks=ranks)
-        self.decoder: Decoder | GenericModel
-        coverage.check_kv_cache("int8" if int8_cache else "fp8" if fp8_cache else "auto", spec, backend.name)
-        if not isinstance(spec, GenericSpec):
-            self.decoder = Decoder(spec, dtype, self.device, backend, self.group)
-            spec = self.decoder.spec
-        self._uncovered: str | None = f"backend {backend.name!r}"
-        """Why there is no compiled step; None if there is one."""
-        if backend.name == "cpu":
-            self._uncovered = coverage.not_covered(
-                spec,
-                dtype=_name(dtype),
-                lora_dtype=_name(lora_dtype or dtype) if max_loras > 0 else None,
-                block_size=block_size,
-                shard=self.group.shard,
-            )
-        self.processors: Sequence[int] = ()
-        """Those that the compiled step's threads are bound to; none: they are not."""
-        if bind_threads and self._uncovered is None:
-            self.processors = _processors(self.group.shard.rank, ranks)
-        if not isinstance(spec, GenericSpec):
-            for weight in self.decoder.linear_weights() if self.processors else ():
-                _touch(weight, self.processors)
-            load_weights(self.decoder, weights, progress)
-        self.kv_cache = KVCache(
-            spec, num_blocks, block_size, dtype, self.device, int8=int8_cache, fp8=fp8_cache
-        )
-        self.lora_slots = (
-            LoRASlots(
-                self.spec,
-                max_loras,
-                max_lora_rank,
-                spec.targets(None) if target_modules is None else target_modules,
-                lora_dtype or dtype,
-                self.device,
-                self.group.shard,
-                nbytes=slot_memory,
-                affine_dtype=dtype,
-                max_tokens=max_trained_tokens,
-                turned=backend.name == "cpu" and lora_dtype in (None, dtype, torch.int8),
-            )
-            if max_loras > 0
-            else None
-        )
-        if isinstance(spec, GenericSpec):
-            from aioengine.model.generic import model, probe  # these import transformers
-
-            self.decoder = model.GenericModel(
-                spec,
-                weights,
-                dtype=dtype,
-                device=self.device,
-                kernels=backend,
-                cache=self.kv_cache,
-                slots=self.lora_slots,
-                longest=max_model_len or min(spec.max_position, 8192),
-                quantization=quantization,
-                progress=progress,
-            )
-            probe.check(self.decoder)
-        self.native: NativeForward | None = None
-        """The compiled step, where there is one."""
-        self.variance: str | None = None
-        """Why a token's bits depend on its batch (docs/determinism.md); None: they do not."""
-        self._forward = self._choose_forward(quantization)
-        self.pooling: Kind = model_pooling(weights)
-        """Pooling of requests for which neither the request nor its adapter chooses one."""
-        argmax = backend.argmax if self.native is None else self.native.argmax
-        self._sample = sample or functools.partial(
-            default_sample, penalties=Penalties(max_num_seqs), argmax=argmax
-        )
+        self.model = model
+        self.spec = spec
+        self.group = group
+        self.pooling: Kind = pooling
+        self.variance = variance
+        self.decode_steps = decode_steps
+        self.kv_cache, self.lora_slots = model.cache, model.slots
+        self._plain_sampler = sample is None
+        self._sample = sample or functools.partial(default_sample, penalties=Penalties(), argmax=model.argmax)
         self._last: Sequence[SequenceWork] = ()
         """The sequences of the last step."""
-        self._plain_sampler = sample is None
         self._tables: tuple[DecodeTables, bool] | None = None
         """Tables of decodes that are repeated, and whether all of these ask for the most likely tokens."""
-        self.decode_steps: DecodeSteps | None = None
-        """Decode steps that are played back, if there are any."""
-        if fixed_decode is not None and self._can_record:
-            self.decode_steps = self._record(fixed_decode, record)
-
-    @property
-    def _can_record(self) -> bool:
-        native = isinstance(self.decoder, Decoder) and not isinstance(self.spec, MixtureSpec)
-        return native and self.decoder.kernels.capturable
 
     @property
     def kernels(self) -> str:
         """Name of what computes the steps, for display: "cpu-avx512", "triton", "torch", ..."""
-        backend = self.decoder.kernels.name
+        backend = self.model.kernels.name
         if backend != "cpu":
             return backend
         from aioengine.kernels.cpu.build import levels
 
-        return f"cpu-{next(iter(levels()))}" + ("" if self.native is not None else " (torch steps)")
-
-    def _choose_forward(self, quantization: Quantization) -> Forward:
-        """``forward`` and ``layers_forward`` of the compiled step where there is one, else the decoder's."""
-        reason = self._uncovered
-        self.variance = coverage.variance(reason, self.group.shard.size)
-        if not isinstance(self.decoder, Decoder):
-            return self.decoder.forward, self.decoder.layers_forward
-        if reason is None:
-            from aioengine.model.native import pack
-
-            pack(self.decoder, quantization, self.processors)
-            return self._forward_of(self.decoder)
-        if self.decoder.kernels.name == "cpu":
-            logger.info("the compiled CPU step does not cover %s; steps run through torch", reason)
-        if quantization != "none":
-            raise ConfigError(
-                f"quantization={quantization!r}: only the compiled CPU step has it, which needs a C++ "
-                f"compiler (docs/kernels.md) and does not cover {reason}; set quantization='none'"
-            )
-        if self.kv_cache.int8:
-            raise ConfigError(
-                "kv_cache_dtype='int8': only the compiled CPU step has it, which needs a C++ compiler "
-                f"(docs/kernels.md) and does not cover {reason}; set kv_cache_dtype='auto'"
-            )
-        return self._forward_of(self.decoder)
-
-    def _forward_of(self, decoder: Decoder) -> Forward:
-        kv_cache, lora_slots = self.kv_cache, self.lora_slots
-        if self._uncovered is None:
-            from aioengine.model.native import NativeForward
-
-            native = NativeForward(decoder, kv_cache, lora_slots, self.processors)
-            self.native = self.native or native
-            return native.forward, native.layers_forward
-        # Not through self: memory in a reference cycle would not be free when the runner is gone.
-        return (
-            lambda inputs: decoder.forward(inputs, kv_cache, lora_slots),
-            lambda inputs: decoder.layers_forward(inputs, kv_cache, lora_slots),
-        )
-
-    def _record(self, limits: DecodeLimits, record: Record | None) -> DecodeSteps:
-        from aioengine.model.decode_graphs import CudaGraphs, DecodeSteps
-
-        return DecodeSteps(
-            self._forward[0],
-            limits,
-            self.lora_slots,
-            block_size=self.kv_cache.block_size,
-            vocab_size=self.spec.vocab_size,
-            dtype=self.dtype,
-            device=self.device,
-            record=self.group.traffic.counting(record or CudaGraphs(self.device)),
-            group=self.decoder.spec.num_heads // self.decoder.spec.num_kv_heads,
-            head_dim=self.decoder.spec.head_dim,
-        )
-
-    @property
-    def weight_bytes(self) -> int:
-        """Bytes of the base model's parameters."""
-        return self.decoder.nbytes
+        return f"cpu-{next(iter(levels()))}" + ("" if self.model.compiled else " (torch steps)")
 
     def execute(self, batch: StepBatch) -> StepResult:
         """Run one step: sample a token for the sequences that ask for one, and score tokens for those that
@@ -317,8 +126,8 @@ class ModelRunner:
     def _decode_again(self, batch: StepBatch) -> StepResult | None:
         """Decode with the sequences of the last step. Returns None if it is not such a step, or not in the
         compiled library."""
-        rows, native = batch.sequences, self.native
-        if not batch.again or native is None or rows is not self._last:
+        rows = batch.sequences
+        if not batch.again or not self.model.compiled or rows is not self._last:
             return None
         if self._tables is None:
             starts, known = [row.start for row in rows], [row.block_table for row in rows]
@@ -329,7 +138,7 @@ class ModelRunner:
         tables.write(steps, [row.tokens[0] for row in rows])
         if self.lora_slots is not None:
             self.lora_slots.before_step()
-        logits = native.decode_again(tables, steps)
+        logits = self.model.decode_again(tables, steps)
         if logits is None:
             return None
         if self.lora_slots is not None:
@@ -344,8 +153,8 @@ class ModelRunner:
     def _wait(self) -> None:
         """Wait until the device has finished a step from which nothing is read back. So the time of a step is
         its own, and its inputs may be overwritten afterwards."""
-        if self.device.type == "cuda":
-            torch.cuda.current_stream(self.device).synchronize()
+        if self.model.device.type == "cuda":
+            torch.cuda.current_stream(self.model.device).synchronize()
 
     def _logits(
         self, batch: StepBatch, scored: dict[int, list[TokenLogprob]], pooled: dict[int, Pooled]
@@ -353,7 +162,6 @@ class ModelRunner:
         """Return the logits of the sequences that ask for tokens, a row for each token, and the indices of
         these sequences. Fills in ``scored`` and ``pooled``."""
         pools = any(work.params.pooling is not None for work in batch.sequences)
-        forward, layers_forward = self._forward
         if self.decode_steps is not None and not pools:
             logits = self.decode_steps.run(batch.sequences, batch.slot_ranks)
             if logits is not None:
@@ -362,14 +170,14 @@ class ModelRunner:
         slots = self.lora_slots
         replaced = slots is not None and slots.replaces_logits(inputs.sample_lora)
         if not pools and not replaced and not any(work.score for work in batch.sequences):
-            return forward(inputs), asking
-        last = layers_forward(inputs)
+            return self.model.forward(inputs), asking
+        last = self.model.layers_forward(inputs)
         self._score(batch, last, scored)
         if pools:
             pooled.update(self._pool(batch, last))
         if not asking:
             return torch.empty(0), asking
-        return self.decoder.logits(last, inputs.sample_rows, inputs.sample_lora, self.lora_slots), asking
+        return self.model.logits(last, inputs.sample_rows, inputs.sample_lora), asking
 
     def _score(self, batch: StepBatch, last: LastLayer, scored: dict[int, list[TokenLogprob]]) -> None:
         """Fill in ``scored``, in pieces: a whole prompt's logits can take more memory than the model."""
@@ -382,9 +190,9 @@ class ModelRunner:
         size = max(1, PIECE_BYTES // (4 * self.spec.vocab_size))
         for piece in (rows[at : at + size] for at in range(0, len(rows), size)):
             sequences = Counter(i for i, _row, _target in piece)
-            where = send([torch.tensor([row for _i, row, _target in piece])], self.device)[0]
+            where = send([torch.tensor([row for _i, row, _target in piece])], self.model.device)[0]
             lora = self._lora_batch(batch, sequences, list(sequences.values()))
-            logits = self.decoder.logits(last, where, lora, self.lora_slots)
+            logits = self.model.logits(last, where, lora)
             if self.group.shard.rank > 0:
                 continue
             most = max(batch.sequences[i].params.prompt_logprobs or 0 for i in sequences)
@@ -397,7 +205,7 @@ class ModelRunner:
         slots = self.lora_slots
 
         def normed(rows: list[int]) -> Tensor:
-            return self.decoder.normed(last, send([torch.tensor(rows)], self.device)[0])
+            return self.model.normed(last, send([torch.tensor(rows)], self.model.device)[0])
 
         heads, kinds = ((), ()) if slots is None else (slots.heads, slots.poolings)
         return pool(batch.sequences, normed, heads, kinds, self.pooling)
@@ -420,13 +228,13 @@ class ModelRunner:
                     sample_rows += range(end - 1 - len(work.draft), end)
                 else:
                     sample_rows.append(end - 1)
-        ids, rows = send([_tensor(token_ids), _tensor(sample_rows)], self.device)
+        ids, rows = send([_tensor(token_ids), _tensor(sample_rows)], self.model.device)
         tables = [work.block_table for work in batch.sequences]
         lora = sample_lora = self._lora_batch(batch, range(len(spans)), [span.length for span in spans])
         if len(sample_rows) < len(token_ids):
             counts = [1 + len(batch.sequences[i].draft) for i in asking]
             sample_lora = self._lora_batch(batch, asking, counts)
-        plan = AttentionPlan(spans, tables, self.kv_cache.block_size, self.device)
+        plan = AttentionPlan(spans, tables, self.kv_cache.block_size, self.model.device)
         return StepInputs(ids, rows, plan, lora, sample_lora), asking
 
     def _lora_batch(self, batch: StepBatch, sequences: Iterable[int], counts: list[int]) -> LoRABatch:
@@ -436,7 +244,7 @@ class ModelRunner:
         affine = self.lora_slots.has_affine if self.lora_slots is not None else ()
         rows = [batch.sequences[i] for i in sequences]
         slots, scales = [work.slot for work in rows], [work.scale for work in rows]
-        return LoRABatch(slots, counts, ranks, self.device, slot_affine=affine, scales=scales)
+        return LoRABatch(slots, counts, ranks, self.model.device, slot_affine=affine, scales=scales)
 
 
 def _tensor(numbers: list[int]) -> Tensor:
@@ -444,19 +252,3 @@ def _tensor(numbers: list[int]) -> Tensor:
     if not numbers:
         return torch.empty(0, dtype=torch.long)
     return torch.frombuffer(array("q", numbers), dtype=torch.long)
-
-
-def _processors(rank: int, ranks: int) -> Sequence[int]:
-    from aioengine.kernels.cpu.nodes import permitted, processors_of_threads
-
-    return permitted(processors_of_threads(rank, ranks))
-
-
-def _touch(weight: Tensor, processors: Sequence[int]) -> None:
-    from aioengine.kernels.cpu.nodes import touch
-
-    touch(weight, len(weight), processors)
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from aioengine.lab.calibration.random_adapters import write_random_adapter
+from aioengine.model.build import build_runner
 from aioengine.model.files.resolve import read_spec, resolve_model
-from aioengine.model.runner import ModelRunner
 from aioengine.model.text.tokenizer import Tokenizer
 from aioengine.request import SamplingParams
 from aioengine.step import Sampled, SequenceWork, StepBatch
@@ -77,7 +77,7 @@ def logits_of(
 ) -> Tensor:
     """Compute the logits [positions, vocabulary] after every fourth prefix of the texts."""
     logits, spec, dtype = Logits(), read_spec(model), getattr(torch, variant.dtype)
-    runner = ModelRunner(
+    runner = build_runner(
         spec,
         model,
         dtype=dtype,
@@ -89,8 +89,7 @@ def logits_of(
         lora_dtype=variant.adapter,
         sample=logits,
         quantization=variant.quantization,  # type: ignore[arg-type]
-        int8_cache=variant.cache == "int8",
-        fp8_cache=variant.cache == "fp8",
+        kv_cache_dtype=variant.cache,
         kernels="torch" if variant.cache == "fp8" else None,  # a CPU's have none, and a GPU's are compared
     )
     if adapter is not None:

@@ -84,7 +84,7 @@ def phases(model: str, quantization: str, rounds: int, shape: StepShape) -> Iter
     limits += [[f"{name} products", f"{rate / 1e9:.0f} billion"] for name, rate in floors.products.items()]
     yield Table(f"The machine's limits, {threads()} threads", ["what", "a second"], limits)
     steps = Steps(model, kv_tokens=32 * 256, slots=shape.adapters, rank=RANK, quantization=quantization)
-    native = steps.runner.native
+    native = steps.runner.model
     assert native is not None, "the compiled step does not cover this model"
     size = (1, shape.tokens, 0) if shape is LONG_PROMPT else (32, 1, 160)
     work = {count: steps.step(*size, count) for count in (0, shape.adapters)}

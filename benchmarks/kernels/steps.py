@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
+from aioengine.model.build import build_runner
 from aioengine.model.decode_graphs import DecodeLimits
 from aioengine.model.files.resolve import resolve_model
-from aioengine.model.runner import ModelRunner
 from aioengine.request import SamplingParams
 from aioengine.step import SequenceWork, StepBatch
 from benchmarks.runner import Call, Calls
@@ -30,10 +30,10 @@ class Steps:
         device: str = "cpu", cache: str = "auto", played: DecodeLimits | None = None, **options: Any,
     ) -> None:  # fmt: skip
         self.spec, self.rank = spec_of(model), rank
-        self.runner = ModelRunner(
+        self.runner = build_runner(
             self.spec, resolve_model(model), dtype=torch.bfloat16, device=device, block_size=BLOCK,
             num_blocks=-(-kv_tokens // BLOCK) + 64, max_loras=slots, max_lora_rank=rank,
-            lora_dtype=getattr(torch, lora_dtype), int8_cache=cache == "int8", fp8_cache=cache == "fp8",
+            lora_dtype=getattr(torch, lora_dtype), kv_cache_dtype=cache,
             fixed_decode=played, **options,
         )  # fmt: skip
         for memory in (*self.runner.kv_cache.k, *self.runner.kv_cache.v):

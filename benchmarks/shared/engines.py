@@ -64,7 +64,7 @@ def fill_slots(runner: ModelRunner, path: Path, rank: int) -> None:
     assert slots is not None
     store = AdapterStore(
         runner.spec, max_rank=rank, target_modules=runner.spec.targets(None), dtype=slots.dtype,
-        affine_dtype=runner.dtype, weights=runner.decoder.base_weight,
+        affine_dtype=runner.model.dtype, weights=runner.model.base_weight,
     )  # fmt: skip
     image = store.read("adapter", str(path))
     for slot in range(slots.max_loras):

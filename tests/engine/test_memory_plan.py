@@ -58,7 +58,7 @@ def test_the_plan_is_what_is_allocated(
     tensors = [t for t in _tensors(slots) if not any(t is table for table in tables)]
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
     assert sum(storages.values()) == plan.slot_pool_bytes == slots.nbytes
-    assert parts.runner.weight_bytes == plan.weights_bytes
+    assert parts.runner.model.nbytes == plan.weights_bytes
     assert parts.runner.kv_cache.nbytes == plan.kv_bytes <= 2**20
 
     tokens = config.lora.max_trained_tokens * planned.spec.hidden_size  # type: ignore[union-attr]
@@ -83,7 +83,7 @@ def test_the_plan_is_what_is_allocated(
 def test_quantized_weights_are_planned_to_the_byte(quantization: str, tiny: Tiny) -> None:
     config = EngineConfig(model=str(tiny.model), max_model_len=64, quantization=quantization)  # type: ignore[arg-type]
     planned = plan_parts(config)
-    assert build_parts(config, planned).runner.weight_bytes == planned.memory.weights_bytes
+    assert build_parts(config, planned).runner.model.nbytes == planned.memory.weights_bytes
     assert (quantization, planned.memory.weights_bytes) == planned.memory.rows()[0][1:]
 
 

@@ -22,11 +22,11 @@ from aioengine.executors.parts import build_parts, plan_parts
 from aioengine.kernels.blocks import BlockWeight
 from aioengine.kernels.portable.quantize import quantize
 from aioengine.memory_plan import plan_memory
+from aioengine.model.build import build_runner
 from aioengine.model.files.quantization import packing_of, with_quantization
 from aioengine.model.files.resolve import read_spec
 from aioengine.model.parallel.group import Shard
 from aioengine.model.parallel.partition import Partition
-from aioengine.model.runner import ModelRunner
 from aioengine.model.spec import Quantization
 
 FORMS: tuple[Quantization, ...] = ("int8", "int4", "fp8")
@@ -113,9 +113,9 @@ def test_on_cuda_every_form_has_its_planned_bytes(
         planned = plan_parts(config)
         runner = build_parts(config, planned).runner
     assert planned.memory.device == "cuda"
-    assert runner.weight_bytes == planned.memory.weights_bytes
+    assert runner.model.nbytes == planned.memory.weights_bytes
     assert planned.memory.rows()[0][1] == form
-    weights = runner.decoder.block_weights()
+    weights = runner.model.block_weights()
     assert {weight.format for weight in weights.values()} == {form}
     assert len(weights) == len(list(runner.spec.quantized_modules()))
 
@@ -150,7 +150,7 @@ def test_values_that_are_not_finite_are_refused(tmp_path: Path) -> None:
     tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = float("nan")
     save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ConfigError, match=r"layers\.1\.mlp\.up_proj.*not finite"):
-        ModelRunner(
+        build_runner(
             *(read_spec(model), model), dtype=torch.float32, device="cpu", num_blocks=4, block_size=16,
             quantization="fp8",
         )  # fmt: skip

@@ -164,8 +164,8 @@ def test_weights_are_not_expanded_in_memory_and_the_plan_is_exact(
     )
     planned = plan_parts(config)
     runner = build_parts(config, planned).runner
-    assert runner.native is not None, "the compiled step runs it"
-    assert runner.weight_bytes == planned.memory.weights_bytes
+    assert runner.model.compiled, "the compiled step runs it"
+    assert runner.model.nbytes == planned.memory.weights_bytes
     stored = sum(packing.nbytes(n, k) for (k, n), packing in planned.spec.packed_weights())
     elements = sum(n * k for (k, n), _ in planned.spec.packed_weights())
     rest = planned.spec.num_parameters() - elements

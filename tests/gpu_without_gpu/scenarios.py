@@ -41,26 +41,27 @@ class Model:
         from aioengine.model.decoder import Decoder
         from aioengine.model.kv_cache import KVCache
         from aioengine.model.parallel.group import SOLO
+        from aioengine.model.parallel.partition import Partition
         from aioengine.model.slots.pool import LoRASlots
         from aioengine.model.spec import LORA_MODULES
 
         shard = options.get("shard")
         group = None if shard is None else _group(shard)
-        self.decoder = Decoder(spec, DTYPE, META, backend, group)
-        self.cache = KVCache(self.decoder.spec, 512, BLOCK, DTYPE, META)
         modules = options.get("modules", LORA_MODULES)
         self.slots = LoRASlots(spec, slots, rank, modules, DTYPE, META, shard or SOLO)
+        self.cache = KVCache(Partition(spec, shard or SOLO).local, 512, BLOCK, DTYPE, META)
+        self.decoder = Decoder(spec, DTYPE, META, backend, self.cache, self.slots, group)
         self.ranks = [rank] * slots
 
     def forward(self, inputs: object) -> Tensor:
         with torch.inference_mode():
-            return self.decoder.forward(inputs, self.cache, self.slots)
+            return self.decoder.forward(inputs)
 
     def step(self, rows: Sequence[Row], affine: Sequence[bool] = ()) -> Tensor:
         """Everything from a batch to its logits."""
         from aioengine.kernels import AttentionPlan, LoRABatch, Span
         from aioengine.kernels.transfer import send
-        from aioengine.model.decoder import StepInputs
+        from aioengine.model.model import StepInputs
 
         rows = sorted(rows)
         ids: list[int] = []

@@ -13,8 +13,8 @@ from support.tiny_models import build_model
 from torch import Tensor
 
 from aioengine.model.buffer import pageable
+from aioengine.model.build import build_runner
 from aioengine.model.files.hf_config import read_spec
-from aioengine.model.runner import ModelRunner
 from aioengine.request import SamplingParams
 from aioengine.step import Sampled, SequenceWork, StepBatch
 
@@ -32,7 +32,7 @@ class Alone:
 
     def __init__(self, model: Path) -> None:
         self._logits = torch.empty(0)
-        self._runner = ModelRunner(
+        self._runner = build_runner(
             *(read_spec(model), model), dtype=torch.float32, device="cpu", num_blocks=16, block_size=4,
             max_loras=1, max_lora_rank=8, kernels="torch", sample=self._sample,
         )  # fmt: skip

@@ -12,8 +12,8 @@ from support.tiny_models import build_model
 
 from aioengine.kernels import LoRABatch
 from aioengine.kernels.plan.lora import row_weights
+from aioengine.model.build import build_runner
 from aioengine.model.files.hf_config import read_spec
-from aioengine.model.runner import ModelRunner
 from aioengine.request import SamplingParams
 from aioengine.step import SequenceWork, StepBatch
 
@@ -43,7 +43,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_step_waits_once(model: Path, name: str, dtype: torch.dtype) -> None:
     """For its tokens or, without any, for its end: so its inputs may be overwritten afterwards."""
     with FakeCuda() as world:
-        runner = ModelRunner(
+        runner = build_runner(
             *(read_spec(model), model), dtype=dtype, device="cuda", num_blocks=16, block_size=16,
             max_loras=2, max_lora_rank=8, kernels="torch",
         )  # fmt: skip

@@ -31,8 +31,8 @@ from aioengine.kernels import (
 )
 from aioengine.kernels.measured import AttentionCase
 from aioengine.kernels.portable import plain
+from aioengine.model.build import build_runner
 from aioengine.model.files.resolve import read_spec
-from aioengine.model.runner import ModelRunner
 
 pytest.importorskip("triton")
 
@@ -235,7 +235,7 @@ def test_it_is_measured_where_nobody_names_a_backend(
         assert Wrapper.made == 2
 
 
-@pytest.mark.parametrize("changes", [{"kernels": "torch"}, {"fp8_cache": True}, {"device": "cpu"}, {}])
+@pytest.mark.parametrize("changes", [{"kernels": "torch"}, {"kv_cache_dtype": "fp8"}, {"device": "cpu"}, {}])
 def test_a_model_asks_with_its_own_shapes(
     changes: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -251,7 +251,7 @@ def test_a_model_asks_with_its_own_shapes(
     spec = read_spec(model)
     options = {"device": "cuda", "kernels": None, **changes}
     with FakeCuda():
-        runner = ModelRunner(
+        runner = build_runner(
             *(spec, model), dtype=torch.bfloat16, num_blocks=4, block_size=16, **options
         )  # fmt: skip
         assert runner.kernels == "torch"

@@ -21,6 +21,7 @@ from aioengine.config import EngineConfig
 from aioengine.errors import ConfigError
 from aioengine.kernels import AttentionPlan, Backend, HeadNorms, LayerCache, Rotation, Span, get_backend
 from aioengine.memory_plan import plan_memory
+from aioengine.model.build import build_runner
 from aioengine.model.files.resolve import read_spec
 from aioengine.model.runner import ModelRunner
 from aioengine.request import SamplingParams
@@ -140,9 +141,9 @@ def runner_of(model: Path, fp8: bool) -> tuple[ModelRunner, list[Tensor]]:
         logits.append(found.float().cpu())
         return [Sampled(0) for _ in rows]
 
-    runner = ModelRunner(
+    runner = build_runner(
         *(read_spec(model), model), dtype=torch.float32, device=DEVICE, num_blocks=16, block_size=16,
-        kernels=NAME, sample=keep, fp8_cache=fp8,
+        kernels=NAME, sample=keep, kv_cache_dtype="fp8" if fp8 else "auto",
     )  # fmt: skip
     return runner, logits
 

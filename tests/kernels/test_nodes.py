@@ -21,8 +21,8 @@ from aioengine.kernels.cpu import build, nodes
 from aioengine.kernels.cpu.cores import Cores
 from aioengine.kernels.cpu.nodes import find_nodes, permitted, processors_of_threads, spread, touch
 from aioengine.model.buffer import Buffer
+from aioengine.model.build import build_runner
 from aioengine.model.files.resolve import read_spec
-from aioengine.model.runner import ModelRunner
 from aioengine.model.spec import ModelImpl
 from aioengine.request import SamplingParams
 from aioengine.step import Sampled, SequenceWork, StepBatch
@@ -215,11 +215,11 @@ def logits(model: Path, quantization: str, bind: bool) -> torch.Tensor:
         found.append(rows.clone())
         return [Sampled(0) for _ in works]
 
-    runner = ModelRunner(
+    runner = build_runner(
         *(read_spec(model), model), dtype=torch.bfloat16, device="cpu", num_blocks=8, block_size=16,
         max_loras=1, max_lora_rank=8, quantization=quantization, sample=sample, bind_threads=bind,
     )  # fmt: skip
-    assert runner.native is not None and runner.lora_slots is not None and bool(runner.processors) is bind
+    assert runner.model.compiled and runner.lora_slots is not None and bool(runner.model.processors) is bind
     fill_slot(runner.lora_slots, 0, 8, torch.Generator().manual_seed(0))
     ids = list(range(5, 25))
     work = SequenceWork("0", 0, ids, 0, [0, 1], True, SamplingParams(), 0, ids, len(ids))
@@ -272,12 +272,12 @@ def test_only_threads_of_the_compiled_step_are_bound(
     touched = []
     monkeypatch.setattr(nodes, "touch", lambda *_: touched.append(1))
     model = build_model(tmp_path, "llama")
-    runner = ModelRunner(
+    runner = build_runner(
         *(read_spec(model, impl), model), dtype=dtype, device="cpu", num_blocks=8, block_size=block_size,
         max_loras=1, max_lora_rank=8, lora_dtype=lora_dtype,
     )  # fmt: skip
-    assert (runner.native is not None, bool(touched)) == (bound, bound)
-    assert list(runner.processors) == (several_nodes if bound else [])
+    assert (runner.model.compiled, bool(touched)) == (bound, bound)
+    assert list(runner.model.processors) == (several_nodes if bound else [])
 
 
 @needs_linux
@@ -289,7 +289,9 @@ def test_engines_whose_ranks_are_all_here_are_bound(
     several_nodes: list[int], tmp_path: Path, settings: dict[str, Any], bound: bool
 ) -> None:
     config = EngineConfig(model=str(build_model(tmp_path, "llama")), device="cpu", **settings)
-    assert list(build_parts(config, plan_parts(config)).runner.processors) == (several_nodes if bound else [])
+    assert list(build_parts(config, plan_parts(config)).runner.model.processors) == (
+        several_nodes if bound else []
+    )
 
 
 @needs_linux
@@ -299,7 +301,7 @@ def test_an_engine_starts_where_the_system_keeps_no_thread_in_place(
 ) -> None:
     monkeypatch.setattr(nodes, "processors_of_threads", lambda rank, ranks: [1023] * nodes.threads())
     config = EngineConfig(model=str(build_model(tmp_path, "llama")), device="cpu")
-    assert build_parts(config, plan_parts(config)).runner.processors == ()
+    assert not build_parts(config, plan_parts(config)).runner.model.processors
     assert sum("they are not bound" in message for message in caplog.messages) == 1
 
 

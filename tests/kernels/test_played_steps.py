@@ -17,9 +17,9 @@ from support.tiny_models import build_model
 from support.triton_here import DEVICE, needs_triton
 from torch import Tensor
 
+from aioengine.model.build import build_runner
 from aioengine.model.decode_graphs import CudaGraphs, DecodeLimits, Step
 from aioengine.model.files.resolve import read_spec
-from aioengine.model.runner import ModelRunner
 from aioengine.model.slots.tokens import TokenTable, TokenTables, TrainedTokens
 from aioengine.request import SamplingParams
 from aioengine.step import Sampled, SequenceWork, StepBatch
@@ -44,7 +44,7 @@ class Run:
         self.logits = torch.empty(0)
         self.played: list[int] = []
         spec = read_spec(model())
-        self.runner = ModelRunner(
+        self.runner = build_runner(
             *(spec, model()), dtype=torch.float32, device=DEVICE, num_blocks=BLOCKS, block_size=4,
             max_loras=len(RANKS) if slots else 0, max_lora_rank=8, kernels="triton", sample=self._sample,
             fixed_decode=DecodeLimits(MOST, 64, mixed) if played else None,

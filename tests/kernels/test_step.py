@@ -18,8 +18,8 @@ from torch import Tensor
 from aioengine.errors import ConfigError
 from aioengine.kernels.cpu import build
 from aioengine.model import coverage, rope
+from aioengine.model.build import build_runner
 from aioengine.model.files.resolve import read_spec
-from aioengine.model.runner import ModelRunner
 from aioengine.model.spec import Quantization
 from aioengine.request import SamplingParams
 from aioengine.step import Sampled, SequenceWork, StepBatch
@@ -50,12 +50,12 @@ class Run:
     ) -> None:
         self.logits = torch.empty(0)
         spec, self.ranks = read_spec(model()), ranks
-        self.runner = ModelRunner(
+        self.runner = build_runner(
             *(spec, model()), dtype=dtype, device="cpu", num_blocks=BLOCKS, block_size=16,
             max_loras=len(ranks), max_lora_rank=max(ranks), kernels=kernels, quantization=quantization,
-            sample=self._sample, int8_cache=int8_cache,
+            sample=self._sample, kv_cache_dtype="int8" if int8_cache else "auto",
         )  # fmt: skip
-        assert (self.runner.native is not None) == (kernels == "cpu" and whole)
+        assert (self.runner.model.compiled) == (kernels == "cpu" and whole)
         assert self.runner.lora_slots is not None
         generator = torch.Generator().manual_seed(1)
         for slot, rank in enumerate(ranks):
@@ -125,8 +125,8 @@ class Greedy(Run):
     """Asks for the most likely tokens, again, and for those of other logits."""
 
     def _sample(self, logits: Tensor, rows: Sequence[SequenceWork]) -> list[Sampled]:
-        assert self.runner.native is not None
-        argmax = self.runner.native.argmax
+        assert self.runner.model.compiled
+        argmax = self.runner.model.argmax
         self.best = [argmax(of).tolist() for of in (logits, logits, -logits, logits)]
         return super()._sample(logits, rows)
 
@@ -168,8 +168,8 @@ def test_int8_is_close_and_smaller(sequences: list[tuple[int, int]]) -> None:
     exact, int8 = Run(torch.float32, "torch", ranks), Run(torch.float32, "cpu", ranks, "int8")
     expected, found = exact(sequences), int8(sequences)
     assert 0 < (found - expected).norm() < 0.1 * expected.norm()
-    assert int8.runner.weight_bytes < 0.5 * exact.runner.weight_bytes
-    weight, true = (run.runner.decoder.base_weight(1, "up_proj")[0].whole() for run in (int8, exact))
+    assert int8.runner.model.nbytes < 0.5 * exact.runner.model.nbytes
+    weight, true = (run.runner.model.base_weight(1, "up_proj")[0].whole() for run in (int8, exact))
     assert 0 < (weight - true).norm() < 0.02 * true.norm()
 
 
@@ -196,16 +196,16 @@ def test_int4_is_the_model_with_the_weights_in_effect(sequences: list[tuple[int,
     ranks = (16, 16, 4, 16)
     int4, plain = Run(torch.float32, "cpu", ranks, "int4"), Run(torch.float32, "torch", ranks)
     true = plain(sequences)
-    targets = [layer.linears.values() for layer in plain.runner.decoder.layers]
-    stored = [layer.linears.values() for layer in int4.runner.decoder.layers]
+    targets = [layer.linears.values() for layer in plain.runner.model.layers]
+    stored = [layer.linears.values() for layer in int4.runner.model.layers]
     pairs = [pair for both in zip(targets, stored, strict=True) for pair in zip(*both, strict=True)]
-    for target, source in (*pairs, (plain.runner.decoder.head, int4.runner.decoder.head)):
+    for target, source in (*pairs, (plain.runner.model.head, int4.runner.model.head)):
         rows = target.weight.rows(0, target.weight.n)
         rows.copy_(source.weight.rows(0, source.weight.n))
     expected, found = plain(sequences), int4(sequences)
     assert 0 < (found - expected).norm() < 0.1 * expected.norm()
     assert (expected - true).norm() > 2 * (found - expected).norm(), "most of the loss is the weights'"
-    assert int4.runner.weight_bytes < 0.3 * plain.runner.weight_bytes
+    assert int4.runner.model.nbytes < 0.3 * plain.runner.model.nbytes
 
 
 @pytest.mark.parametrize("quantization", ["int8", "int4"])
@@ -218,8 +218,8 @@ def test_a_profile_names_every_phase() -> None:
     from aioengine.kernels.cpu.structs import PHASES
 
     run = Run(torch.float32, "cpu", (1,))
-    assert run.runner.native is not None
-    run.runner.native.seconds = torch.zeros(len(PHASES), dtype=torch.float64)
+    assert run.runner.model.compiled
+    run.runner.model.seconds = torch.zeros(len(PHASES), dtype=torch.float64)
     run([(0, 3)])
-    found = dict(zip(PHASES, run.runner.native.seconds.tolist(), strict=True))
+    found = dict(zip(PHASES, run.runner.model.seconds.tolist(), strict=True))
     assert all(found[phase] > 0 for phase in PHASES if phase not in ("affine", "exchange", "route"))

@@ -15,6 +15,7 @@ from support.random_slots import fill_slot
 from support.tiny_models import build_model
 
 from aioengine.kernels.cpu import build
+from aioengine.model.build import build_runner
 from aioengine.model.files.resolve import read_spec
 from aioengine.model.runner import ModelRunner
 from aioengine.request import RequestOptions, SamplingParams
@@ -31,11 +32,11 @@ def model() -> Path:
 
 
 def runner() -> ModelRunner:
-    made = ModelRunner(
+    made = build_runner(
         *(read_spec(model()), model()), dtype=torch.bfloat16, device="cpu", num_blocks=BLOCKS, block_size=16,
         max_loras=LIMITS.num_slots, max_lora_rank=RANK, kernels="cpu",
     )  # fmt: skip
-    assert made.lora_slots is not None and made.native is not None
+    assert made.lora_slots is not None and made.model.compiled
     generator = torch.Generator().manual_seed(1)
     for slot in range(LIMITS.num_slots):
         fill_slot(made.lora_slots, slot, RANK, generator)

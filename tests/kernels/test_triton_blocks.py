@@ -24,9 +24,9 @@ from aioengine.kernels import ExpertPlan
 from aioengine.kernels.blocks import BlockWeight, StackedWeight
 from aioengine.kernels.portable.dequantize import codes, scales
 from aioengine.kernels.weight import PlainWeight
+from aioengine.model.build import build_runner
 from aioengine.model.files.quantization import with_quantization
 from aioengine.model.files.resolve import read_spec
-from aioengine.model.runner import ModelRunner
 from aioengine.model.spec import ModelSpec, Quantization
 from aioengine.request import SamplingParams
 from aioengine.step import Sampled, SequenceWork, StepBatch
@@ -226,7 +226,7 @@ def logits_of(path: Path, spec: ModelSpec, kernels: str) -> Tensor:
         logits.append(found.float().cpu())
         return [Sampled(0) for _ in rows]
 
-    runner = ModelRunner(
+    runner = build_runner(
         *(spec, path), dtype=torch.float32, device=DEVICE, num_blocks=16, block_size=16,
         max_loras=2, max_lora_rank=8, kernels=kernels, sample=keep,
     )  # fmt: skip
@@ -234,7 +234,7 @@ def logits_of(path: Path, spec: ModelSpec, kernels: str) -> Tensor:
     for slot, rank in enumerate((8, 3)):
         fill_slot(runner.lora_slots, slot, rank, torch.Generator().manual_seed(slot), affine=slot == 1)
     if kernels == "triton":
-        linears = runner.decoder.layers[0].linears.values()
+        linears = runner.model.layers[0].linears.values()
         parts = [part for linear in linears for part in getattr(linear.weight, "parts", [linear.weight])]
         assert all(isinstance(part, BlockWeight) and blocks.covers(part) for part in parts)
     ids = list(range(5, 25))

@@ -20,9 +20,9 @@ from support.tiny_models import build_model
 from support.triton_here import DEVICE, examples, needs_triton
 from torch import Tensor
 
+from aioengine.model.build import build_runner
 from aioengine.model.decode_graphs import DecodeLimits
 from aioengine.model.files.resolve import read_spec
-from aioengine.model.runner import ModelRunner
 from aioengine.model.slots.image import AdapterImage
 from aioengine.request import SamplingParams
 from aioengine.step import SLOT_GRANULE, Sampled, SequenceWork, StepBatch
@@ -48,7 +48,7 @@ class Run:
 
     def __init__(self, slot_memory: int | None, *, played: bool) -> None:
         self.logits = torch.empty(0)
-        self.runner = ModelRunner(
+        self.runner = build_runner(
             *(read_spec(model()), model()), dtype=DTYPE, device=DEVICE, num_blocks=16, block_size=BLOCK,
             max_loras=len(RANKS), max_lora_rank=8, kernels="triton", sample=self._sample,
             slot_memory=slot_memory, fixed_decode=DecodeLimits(4, 64) if played else None,

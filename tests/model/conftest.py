@@ -14,6 +14,7 @@ from support.step_tokens import tokens_of
 from torch import Tensor
 
 from aioengine.adapters.store import AdapterStore
+from aioengine.model.build import build_runner
 from aioengine.model.files.hf_config import read_spec
 from aioengine.model.runner import ModelRunner
 from aioengine.request import SamplingParams
@@ -68,8 +69,8 @@ class Driver:
             max_rank=slots.layout.max_rank,
             target_modules=slots.layout.modules,
             dtype=self.lora_dtype,
-            affine_dtype=self.runner.dtype,
-            weights=self.runner.decoder.base_weight,
+            affine_dtype=self.runner.model.dtype,
+            weights=self.runner.model.base_weight,
         )
         image = store.read(folder.name, str(folder))
         slots.write(slot, image)
@@ -121,7 +122,7 @@ def make_driver() -> Callable[..., Driver]:
             "sample": greedy,
             **overrides,
         }
-        runner = ModelRunner(read_spec(model_dir), model_dir, **arguments)
+        runner = build_runner(read_spec(model_dir), model_dir, **arguments)
         return Driver(runner, arguments.get("lora_dtype") or arguments["dtype"])
 
     return make

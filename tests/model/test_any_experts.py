@@ -17,9 +17,9 @@ from support.served_models import engine_of, prompt
 from aioengine import EngineConfig, LoRAConfig, SamplingParams
 from aioengine.errors import AdapterInvalid
 from aioengine.memory_plan import plan_memory
+from aioengine.model.build import build_runner
 from aioengine.model.files.resolve import read_spec
 from aioengine.model.generic.spec import GenericSpec
-from aioengine.model.runner import ModelRunner
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning"),
@@ -114,13 +114,13 @@ def test_the_plan_is_exact(modules: list[str] | None, tmp_path: Path) -> None:
     plan = plan_memory(spec, config, device="cpu")
     targets = spec.targets(modules)
     assert spec.targets(targets) == targets
-    runner = ModelRunner(
+    runner = build_runner(
         *(spec, model.folder), dtype=torch.float32, device="cpu", num_blocks=plan.num_blocks, block_size=16,
         max_loras=2, max_lora_rank=4, target_modules=targets,
     )  # fmt: skip
     assert runner.lora_slots is not None
     assert plan.slot_pool_bytes == runner.lora_slots.nbytes
-    assert plan.weights_bytes == runner.weight_bytes
+    assert plan.weights_bytes == runner.model.nbytes
     assert len(list(plan.rows())) < 30, "experts are counted together"
 
 

@@ -19,9 +19,9 @@ from support.served_models import NEW, check, engine_of, prompt, refused
 from aioengine import EngineConfig, LoRAConfig, SamplingParams
 from aioengine.errors import AdapterInvalid, ConfigError
 from aioengine.memory_plan import plan_memory
+from aioengine.model.build import build_runner
 from aioengine.model.files.resolve import read_spec
 from aioengine.model.generic.model import GenericModel
-from aioengine.model.runner import ModelRunner
 
 pytestmark = [
     pytest.mark.usefixtures("preloaded_workers"),
@@ -284,12 +284,12 @@ def test_the_plan_is_exact(family: str, tmp_path: Path) -> None:
         model=str(folder), model_impl="transformers", dtype="float32", kv_cache_memory="1MiB", lora=lora
     )
     plan = plan_memory(spec, config, device="cpu")
-    runner = ModelRunner(
+    runner = build_runner(
         *(spec, folder), dtype=torch.float32, device="cpu", num_blocks=plan.num_blocks, block_size=16,
         max_loras=2, max_lora_rank=4, target_modules=spec.targets(None),
     )  # fmt: skip
     assert runner.lora_slots is not None
-    assert plan.weights_bytes == runner.weight_bytes
+    assert plan.weights_bytes == runner.model.nbytes
     assert plan.kv_bytes == runner.kv_cache.nbytes
     assert plan.slot_pool_bytes == runner.lora_slots.nbytes
 
@@ -349,12 +349,12 @@ async def test_the_language_model_of_one_that_sees(tmp_path: Path) -> None:
 def test_its_memory_is_free_when_it_is_gone(tmp_path: Path) -> None:
     folder = save(tmp_path, transformers.AutoModelForCausalLM.from_config(config_of("gpt_neox")))
     spec = read_spec(folder, "transformers")
-    runner = ModelRunner(
+    runner = build_runner(
         *(spec, folder), dtype=torch.float32, device="cpu", num_blocks=20, block_size=16,
         max_loras=1, max_lora_rank=4, target_modules=spec.targets(None),
     )  # fmt: skip
-    assert isinstance(runner.decoder, GenericModel)
-    weight = weakref.ref(runner.decoder.model.gpt_neox.layers[0].mlp.dense_h_to_4h.weight)
+    assert isinstance(runner.model, GenericModel)
+    weight = weakref.ref(runner.model.model.gpt_neox.layers[0].mlp.dense_h_to_4h.weight)
     gc.disable()
     try:
         del runner

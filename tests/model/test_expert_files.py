@@ -15,8 +15,8 @@ from support.served_models import engine_of
 from aioengine import EngineConfig, LoRAConfig
 from aioengine.errors import AdapterInvalid, AdapterTooLarge, ConfigError
 from aioengine.memory_plan import plan_memory
+from aioengine.model.build import build_runner
 from aioengine.model.files.resolve import read_spec
-from aioengine.model.runner import ModelRunner
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
@@ -28,12 +28,12 @@ def test_the_plan_is_exact(modules: list[str] | None, tmp_path: Path) -> None:
     lora = LoRAConfig(max_loras=2, max_lora_rank=4, target_modules=modules)
     config = EngineConfig(model=str(model.folder), dtype="float32", kv_cache_memory="1MiB", lora=lora)
     plan = plan_memory(spec, config, device="cpu")
-    runner = ModelRunner(
+    runner = build_runner(
         *(spec, model.folder), dtype=torch.float32, device="cpu", num_blocks=plan.num_blocks, block_size=16,
         max_loras=2, max_lora_rank=4, target_modules=spec.targets(modules),
     )  # fmt: skip
     assert runner.lora_slots is not None
-    assert plan.weights_bytes == runner.weight_bytes == spec.num_parameters() * 4
+    assert plan.weights_bytes == runner.model.nbytes == spec.num_parameters() * 4
     assert plan.slot_pool_bytes == runner.lora_slots.nbytes
     rows = [what for what, _, _ in plan.rows()]
     assert len(rows) < 25, "experts are counted together"

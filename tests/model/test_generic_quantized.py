@@ -19,6 +19,7 @@ from aioengine import EngineConfig, LoRAConfig, SamplingParams
 from aioengine.errors import ConfigError
 from aioengine.kernels import get_backend
 from aioengine.memory_plan import plan_memory
+from aioengine.model.build import build_runner
 from aioengine.model.files.quantization import with_quantization
 from aioengine.model.files.resolve import read_spec
 from aioengine.model.generic.model import GenericModel
@@ -51,7 +52,7 @@ MOST = mostly_slow(MODELS, "llama", "deepseek_v3")
 
 def runner_of(folder: Path, spec: GenericSpec, **fields: Any) -> ModelRunner:
     defaults: dict[str, Any] = {"dtype": torch.float32, "num_blocks": 20, "max_loras": 1, "max_lora_rank": 4}
-    return ModelRunner(
+    return build_runner(
         *(spec, folder), device="cpu", block_size=16, target_modules=spec.targets(None), max_model_len=64,
         **{**defaults, **fields},
     )  # fmt: skip
@@ -65,7 +66,7 @@ def spec_of(folder: Path) -> GenericSpec:
 
 def take_effective(model: AnyModel, runner: ModelRunner) -> None:
     """Give the reference the weights that are in effect; all of them differ from what they were."""
-    spec, decoder = runner.spec, runner.decoder
+    spec, decoder = runner.spec, runner.model
     assert isinstance(spec, GenericSpec) and isinstance(decoder, GenericModel)
     for linear in spec.linears:
         if linear.name not in spec.quantizable:
@@ -131,7 +132,7 @@ def test_blocks_have_their_planned_bytes(family: str, form: Quantization, tmp_pa
     )  # fmt: skip
     plan = plan_memory(spec, config, device="cuda", available_bytes=2**33)
     runner = runner_of(model.folder, spec, kernels="torch")
-    assert runner.weight_bytes == plan.weights_bytes < spec.num_parameters() * 4
+    assert runner.model.nbytes == plan.weights_bytes < spec.num_parameters() * 4
     take_effective(model, runner)
 
 
@@ -149,7 +150,7 @@ def test_the_plan_for_a_cpu_is_exact(family: str, form: Quantization, tmp_path: 
         )  # fmt: skip
         plan = plan_memory(spec, config, device="cpu")
         runner = runner_of(model.folder, spec, quantization=form, dtype=getattr(torch, dtype))
-        assert runner.weight_bytes == plan.weights_bytes
+        assert runner.model.nbytes == plan.weights_bytes
 
 
 def test_which_linears_are_quantized(tmp_path: Path) -> None:
@@ -215,7 +216,7 @@ def test_a_weight_that_is_read_beside_its_linear_is_expanded(kernels: str, tmp_p
     model = PeekingForCausalLM(PeekingConfig(**{**COMMON, **WIDE, "intermediate_size": 64}))
     randomize(model).save_pretrained(tmp_path)
     for form in ("none", "fp8"):
-        decoder = runner_of(tmp_path, spec_of(tmp_path), kernels=kernels, quantization=form).decoder
+        decoder = runner_of(tmp_path, spec_of(tmp_path), kernels=kernels, quantization=form).model
         assert isinstance(decoder, GenericModel)
         weight = decoder.model.model.layers[1].mlp.gate_proj.weight
         stored = decoder.base_weight(1, "mlp.gate_proj")[0].whole()

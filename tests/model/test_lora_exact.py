@@ -151,7 +151,7 @@ def test_only_batches_with_dora_or_biases_pay_for_them(
     for slot, name in enumerate(("all", "dora", "bias")):
         driver.load(slot, adapters[name])
     calls: list[int] = []
-    kernels = driver.runner.decoder.kernels
+    kernels = driver.runner.model.kernels
     affine = kernels.lora_affine
     monkeypatch.setattr(kernels, "lora_affine", lambda *args: (calls.append(1), affine(*args)))
     for slots, expected in (((-1, 0), 0), ((-1, 0, 1), 12), ((2,), 12)):

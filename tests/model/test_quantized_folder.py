@@ -10,11 +10,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from support.plain_decoder import plain_decoder
 from support.quantized_checkpoints import Quantize, awq, float8, gptq, pack_quantized, write_quantized
 
 from aioengine.errors import ConfigError
-from aioengine.kernels import get_backend
-from aioengine.model.decoder import Decoder
 from aioengine.model.files.resolve import read_spec
 from aioengine.model.files.weights import load_weights
 
@@ -31,7 +30,7 @@ Q0 = "model.layers.0.self_attn.q_proj"
 
 
 def load(model: Path) -> None:
-    decoder = Decoder(read_spec(model), torch.float32, torch.device("cpu"), get_backend("cpu"))
+    decoder = plain_decoder(read_spec(model), torch.float32)
     load_weights(decoder, model)
 
 
@@ -145,7 +144,7 @@ def test_tensors_of_a_linear_may_be_in_several_files(tmp_path: Path) -> None:
     whole = folder(tmp_path / "whole", awq(), AWQ)
     decoders = []
     for path in (model, whole):
-        decoder = Decoder(read_spec(path), torch.float32, torch.device("cpu"), get_backend("cpu"))
+        decoder = plain_decoder(read_spec(path), torch.float32)
         load_weights(decoder, path)
         decoders.append(decoder.layers[0].qkv.weight)
     assert torch.equal(decoders[0].rows(0, 128), decoders[1].rows(0, 128))

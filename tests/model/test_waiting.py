@@ -9,9 +9,9 @@ import pytest
 import torch
 from support.tiny_models import build_model
 
+from aioengine.model.build import build_runner
 from aioengine.model.decode_graphs import DecodeLimits
 from aioengine.model.files.resolve import read_spec
-from aioengine.model.runner import ModelRunner
 from aioengine.request import SamplingParams
 from aioengine.step import SequenceWork, StepBatch
 
@@ -42,7 +42,7 @@ def test_a_step_waits_for_its_tokens_only(
     params: SamplingParams, allowed: int, kernels: str, played: bool, tmp_path: Path
 ) -> None:
     model = build_model(tmp_path, "llama")
-    runner = ModelRunner(
+    runner = build_runner(
         *(read_spec(model), model), dtype=torch.float32, device="cuda", num_blocks=64, block_size=16,
         max_loras=2, max_lora_rank=8, kernels=kernels,
         fixed_decode=DecodeLimits(8, 256) if played else None,

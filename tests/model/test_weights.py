@@ -13,11 +13,10 @@ import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from support.plain_decoder import plain_decoder
 from support.tiny_models import build_model
 
 from aioengine.errors import ConfigError
-from aioengine.kernels import get_backend
-from aioengine.model.decoder import Decoder
 from aioengine.model.files.folder import unreadable
 from aioengine.model.files.hf_config import read_spec
 from aioengine.model.files.weights import iter_checkpoint, load_weights
@@ -27,7 +26,7 @@ Q0 = "model.layers.0.self_attn.q_proj.weight"
 
 
 def load(model: Path, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
-    decoder = Decoder(read_spec(model), dtype, CPU, get_backend("cpu"))
+    decoder = plain_decoder(read_spec(model), dtype)
     load_weights(decoder, model)
     return decoder.parameters()
 
@@ -74,7 +73,7 @@ def test_weights_are_converted_to_the_compute_dtype(
 
 
 def test_the_fused_linears_share_the_parameters_memory(model: Path) -> None:
-    decoder = Decoder(read_spec(model), torch.float32, CPU, get_backend("cpu"))
+    decoder = plain_decoder(read_spec(model), torch.float32)
     load_weights(decoder, model)
     stored = load_file(model / "model.safetensors")
     qkv = torch.cat([stored[Q0.replace("q_proj", f"{m}_proj")] for m in "qkv"])

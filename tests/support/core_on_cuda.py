@@ -23,10 +23,10 @@ from aioengine.core import CopyMove
 from aioengine.core.limits import CoreLimits
 from aioengine.core.state import AdapterEntry
 from aioengine.model.buffer import Allocate
+from aioengine.model.build import build_runner
 from aioengine.model.decode_graphs import DecodeLimits, DecodeSteps
-from aioengine.model.decoder import StepInputs
 from aioengine.model.files.hf_config import read_spec
-from aioengine.model.runner import ModelRunner
+from aioengine.model.model import StepInputs
 from aioengine.model.slots.image import AdapterImage
 from aioengine.model.slots.layout import SlotLayout
 from aioengine.model.slots.pinned import PinnedSlabs
@@ -78,14 +78,14 @@ class CudaSim(Sim):
         self.world, self.rng = world, rng
         spec = read_spec(model)
         blocks = LIMITS.num_blocks
-        self.runner = ModelRunner(
+        self.runner = build_runner(
             *(spec, model), dtype=torch.float32, device=torch.device("cuda", world.index), num_blocks=blocks,
             block_size=LIMITS.block_size, max_loras=SLOTS[slots], max_lora_rank=8, kernels="torch",
             slot_memory=60_000 if slots == "shared by adapters" else None,
         )  # fmt: skip
         assert self.runner.lora_slots is not None
         self.slots = self.runner.lora_slots
-        self.slabs = PinnedSlabs(self.runner.device, 1 << 20)
+        self.slabs = PinnedSlabs(self.runner.model.device, 1 << 20)
         limits: CoreLimits = LIMITS._replace(
             num_slots=SLOTS[slots], num_blocks=blocks, cpu_capacity=SLOTS[slots] + 1,
             slot_memory=60_000 // 256 * 256 if slots == "shared by adapters" else None,
@@ -122,7 +122,7 @@ class CudaSim(Sim):
         runner, limits = self.runner, DecodeLimits(LIMITS.max_num_seqs, LIMITS.max_model_len)
         steps = DecodeSteps(
             self._compute, limits, self.slots, block_size=LIMITS.block_size,
-            vocab_size=runner.spec.vocab_size, dtype=torch.float32, device=runner.device,
+            vocab_size=runner.spec.vocab_size, dtype=torch.float32, device=runner.model.device,
             record=lambda step: step,
         )  # fmt: skip
         for step in steps._steps.values():

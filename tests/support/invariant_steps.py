@@ -11,6 +11,7 @@ import torch
 from support.random_slots import fill_slot
 from torch import Tensor
 
+from aioengine.model.build import build_runner
 from aioengine.model.files.resolve import read_spec
 from aioengine.model.runner import ModelRunner
 from aioengine.model.spec import Quantization
@@ -46,10 +47,10 @@ class InvariantSteps:
     ) -> None:
         self._logits = torch.empty(0)
         self._in_slot = [-1] * SLOTS
-        self.runner = ModelRunner(
+        self.runner = build_runner(
             *(read_spec(model), model), dtype=dtype, device="cpu", num_blocks=BLOCKS, block_size=BLOCK,
             max_loras=SLOTS, max_lora_rank=MAX_RANK, kernels=kernels, quantization=quantization,
-            sample=self._sample, int8_cache=int8_cache, lora_dtype=lora_dtype,
+            sample=self._sample, kv_cache_dtype="int8" if int8_cache else "auto", lora_dtype=lora_dtype,
         )  # fmt: skip
 
     def _sample(self, logits: Tensor, rows: Sequence[SequenceWork]) -> list[Sampled]:

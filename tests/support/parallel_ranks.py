@@ -24,9 +24,9 @@ from torch import Tensor, distributed
 
 from aioengine.adapters.store import AdapterStore
 from aioengine.errors import AdapterError
+from aioengine.model.build import build_runner
 from aioengine.model.files.resolve import read_spec
 from aioengine.model.parallel.group import DistributedGroup, Group, Shard
-from aioengine.model.runner import ModelRunner
 from aioengine.model.slots.image import AdapterImage
 from aioengine.model.spec import TARGETABLE_MODULES, Quantization
 from aioengine.request import SamplingParams
@@ -177,7 +177,7 @@ def play(group: Group, script: Script) -> Outcome:
         while pending := [s for s in active if len(s.tokens) < goals[id(s)]]:
             stage.step(pending, script.chunk)
     outputs, logits = [s.tokens[s.prompt_len :] for s in everything], [x.numpy() for x in stage.logits]
-    return Outcome(outputs, logits, stage.runner.native is not None)
+    return Outcome(outputs, logits, stage.runner.model.compiled)
 
 
 class Held(NamedTuple):
@@ -214,7 +214,7 @@ def hold(group: Group, script: Script, folder: Path) -> Held:
     runner, slots = stage.runner, stage.runner.lora_slots
     assert slots is not None
     kv_bytes = runner.kv_cache.nbytes
-    return Held(image.rank, image.nbytes, slots.nbytes, runner.decoder.nbytes, kv_bytes)
+    return Held(image.rank, image.nbytes, slots.nbytes, runner.model.nbytes, kv_bytes)
 
 
 def refusal(group: Group, script: Script, folder: Path) -> str:
@@ -258,7 +258,7 @@ class Stage:
 
     def __init__(self, group: Group, script: Script) -> None:
         self.logits: list[Tensor] = []
-        self.runner = ModelRunner(
+        self.runner = build_runner(
             read_spec(script.model),
             script.model,
             dtype=script.dtype,
@@ -281,7 +281,7 @@ class Stage:
             target_modules=script.target_modules,
             dtype=self.runner.lora_slots.memory.memory.dtype,
             affine_dtype=script.dtype,
-            weights=self.runner.decoder.base_weight,
+            weights=self.runner.model.base_weight,
             shard=group.shard,
         )
         self._group = group
@@ -291,7 +291,7 @@ class Stage:
     def load(self, slot: int, folder: Path) -> AdapterImage:
         draft = self.store.begin(folder.name, str(folder))
         if squares := draft.squares:  # with processes for ranks, the engine carries them
-            mine = torch.frombuffer(bytearray(squares), dtype=torch.float32).to(self.runner.device)
+            mine = torch.frombuffer(bytearray(squares), dtype=torch.float32).to(self.runner.model.device)
             for theirs in self._group.all_gather(mine[None], dim=0):
                 draft.add(0, bytes(theirs.cpu().view(torch.uint8).tolist()))
         image = self.store.finish(draft)
@@ -309,7 +309,7 @@ class Stage:
         ordered = sorted(sequences, key=lambda s: s.slot)
         result = self.runner.execute(self.batch(ordered, chunk))
         tokens = [-1 if not found else found[0] for found in tokens_of(result)]
-        sampled = torch.tensor(tokens, device=self.runner.device)
+        sampled = torch.tensor(tokens, device=self.runner.model.device)
         if self._group.shard.rank > 0:
             assert not result.tokens, "rank 0 samples"
             sampled.zero_()

@@ -40,9 +40,6 @@ PIECE_BYTES = 2**21 * 52
 SAMPLED_BYTES = 32
 """Bytes for each number of the logits, beside them, while a step is sampled: copies in float32."""
 
-PENALTY_BYTES = 5
-"""Bytes for each token of the vocabulary and each request in the tables of penalties."""
-
 _SPLIT_PROGRAMS, _PART, _SPLIT_ROWS = 256, 512, 16
 """Values of :mod:`aioengine.kernels.triton.attention`: with fewer programs than the first number, keys are
 split into parts of the second number of keys. A tile has the third number of rows, or the query heads of a
@@ -69,8 +66,6 @@ class WorkingMemory(msgspec.Struct, frozen=True, kw_only=True):
     """Activations of the layers at the largest step."""
     sampling: int
     """Logits and what is computed of them, at most sequences."""
-    penalties: int
-    """Tables of the tokens that requests have seen."""
     graphs: int
     """Recorded steps: what they compute in, and the driver's own memory."""
     workspaces: int
@@ -92,7 +87,6 @@ class WorkingMemory(msgspec.Struct, frozen=True, kw_only=True):
         details = {
             "activations": "the layers at the largest step",
             "sampling": "logits of all sequences",
-            "penalties": "tables of tokens that were seen",
             "graphs": "recorded steps (estimate)",
             "workspaces": f"{self.workspaces // WORKSPACE_BYTES} x {format_bytes(WORKSPACE_BYTES)} of cuBLAS",
             "exchange": "NCCL's buffers (estimate)",
@@ -143,7 +137,6 @@ def working_memory(
     return WorkingMemory(
         activations=tokens * most + scratch,
         sampling=logits * (SAMPLED_BYTES + dtype_bytes) + PIECE_BYTES,
-        penalties=PENALTY_BYTES * logits,
         graphs=graphs,
         workspaces=(1 + recorded + (lora is not None)) * WORKSPACE_BYTES,
         exchange=EXCHANGE_BYTES if size > 1 else 0,

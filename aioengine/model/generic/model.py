@@ -19,7 +19,6 @@ from torch import Tensor
 from aioengine.errors import ConfigError
 from aioengine.info import LoadProgress
 from aioengine.kernels import AttentionPlan, Backend, LoRABatch, Span
-from aioengine.model.decoder import LastLayer, StepInputs
 from aioengine.model.generic import attention
 from aioengine.model.generic.adapters import EXPERTS, Adapters
 from aioengine.model.generic.caches import Pages, gathering, passing
@@ -30,11 +29,12 @@ from aioengine.model.generic.trace import Implementations, cache_argument
 from aioengine.model.generic.weights import StoredWeight, StoredWeights, linear_matrix, stored_bytes
 from aioengine.model.kv_cache import KVCache
 from aioengine.model.linear import WeightRows
+from aioengine.model.model import LastLayer, Model, StepInputs
 from aioengine.model.slots.pool import LoRASlots
 from aioengine.model.spec import Quantization
 
 
-class GenericModel:
+class GenericModel(Model):
     """A model of transformers on the engine's cache, batches and adapters.
 
     ``slots`` None: no adapters. ``longest`` is the number of positions that a sequence may have.
@@ -48,7 +48,6 @@ class GenericModel:
         self,
         spec: GenericSpec,
         path: Path,
-        *,
         dtype: torch.dtype,
         device: torch.device,
         kernels: Backend,
@@ -67,7 +66,8 @@ class GenericModel:
         if progress is not None:
             progress("Loading weights with transformers", 0, 1)
         found = Found(path)
-        self.spec, self.path = spec, path
+        self.spec: GenericSpec = spec
+        self.path = path
         self.dtype, self.device = dtype, device
         self.kernels, self.cache, self.slots = kernels, cache, slots
         # Only what stays as it is goes to the device in the dtype.
@@ -101,7 +101,6 @@ class GenericModel:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the weights."""
         return sum(map(stored_bytes, self.model.parameters()))
 
     def use_flat(self, flat: bool) -> None:
@@ -120,7 +119,6 @@ class GenericModel:
         return _logits(out)
 
     def base_weight(self, layer: int, module: str) -> tuple[WeightRows, Tensor | None]:
-        """Return a weight of the base model, as :meth:`Decoder.base_weight` does."""
         name = self.spec.module_name(layer, module)
         linear = self._linears[name]
         stored, bias = linear.weight, None if linear.bias is None else linear.bias.detach()
@@ -128,22 +126,14 @@ class GenericModel:
             return WeightRows(stored.weight, 0, stored.weight.n), bias
         return WeightRows.of(linear_matrix(linear)), bias
 
-    def forward(self, inputs: StepInputs) -> Tensor:
-        """Return the logits of ``inputs.sample_rows``: [N, vocab] in the compute dtype."""
-        return self.logits(self.layers_forward(inputs), inputs.sample_rows, inputs.sample_lora)
-
     def layers_forward(self, inputs: StepInputs) -> LastLayer:
-        """Return all but the head."""
         try:
             hidden = self._flat(inputs) if self.flat else self._one_by_one(inputs)
         finally:
             self.holder.step = None
         return LastLayer(hidden, None)
 
-    def logits(
-        self, last: LastLayer, rows: Tensor, lora: LoRABatch, slots: LoRASlots | None = None
-    ) -> Tensor:
-        """Return the logits of the tokens ``rows`` [N], whose adapters ``lora`` has: [N, vocab]."""
+    def logits(self, last: LastLayer, rows: Tensor, lora: LoRABatch) -> Tensor:
         if not len(rows):
             return torch.empty(0, self.spec.vocab_size, dtype=self.dtype, device=self.device)
         body = self.model.get_submodule(self._body_name)
@@ -158,7 +148,6 @@ class GenericModel:
         return _logits(out)
 
     def normed(self, last: LastLayer, rows: Tensor) -> Tensor:
-        """Return the hidden states of the tokens ``rows`` [N], as the head gets them: [N, hidden]."""
         return last.hidden.index_select(0, rows)
 
     def _flat(self, inputs: StepInputs) -> Tensor:

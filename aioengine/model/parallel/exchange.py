@@ -11,8 +11,8 @@ from torch import Tensor
 from aioengine.kernels import LoRABatch, LoRAPool, Segment
 from aioengine.kernels.cpu.structs import Exchange
 from aioengine.model.adapted import AdaptedLinears
-from aioengine.model.decoder import StepInputs
 from aioengine.model.experts.spec import DOWN, PLAIN, SHARED_DOWN
+from aioengine.model.model import StepInputs
 
 SUMMED = ("o", "down", DOWN, SHARED_DOWN)
 """Fused linears that are split over their inputs."""
