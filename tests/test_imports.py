@@ -132,7 +132,7 @@ INNER_ROOMS: dict[str, set[str]] = {
     },
     "schedulers": {"parts", "policies", "routing", "routing.placement", "routing.routers"},
     "runtime": {"requests", "sources"},
-    "server": {"access", "debug", "formats", "messages", "openai", "responses", "transport", "vectors"},
+    "server": {"access", "formats", "messages", "openai", "responses", "transport", "vectors"},
 }
 """Room -> the folders in it."""
 
@@ -269,13 +269,13 @@ BUDGETS = {
     "aioengine/lab": 11_300,  # aim: 7_500
     "aioengine/model": 12_150,  # aim: 9_000
     "aioengine/runtime": 3_700,  # aim: 2_700
-    "aioengine/server": 10_750,  # aim: 6_300
+    "aioengine/server": 9_700,  # aim: 6_300
     "benchmarks": 3_650,  # aim: 3_600
     "examples, docs, setup": 1_250,  # aim: 1_100
     "kernels": 13_150,  # aim: 10_300
     "metrics": 4_400,  # aim: 3_600
     "schedulers": 6_350,  # aim: 4_500
-    "tests": 78_250,  # aim: 52_000
+    "tests": 79_500,  # aim: 52_000
 }
 """The most lines of Python, C++, JavaScript, CSS and HTML that each room may have. Where a room is larger
 than its aim, the number is what it has: it only falls. Raising one takes a commit that says what was cut

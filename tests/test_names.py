@@ -16,7 +16,7 @@ from aioengine.cli.config.checked import ServerFlags
 from aioengine.cli.main import COMMANDS, GROUPS
 from aioengine.config import EngineConfig, LoRAConfig
 from aioengine.metrics.families import definitions
-from aioengine.server.access.scopes import ROUTES
+from aioengine.server.routes import METRICS, ROUTES
 
 SNAPSHOT = Path(__file__).with_name("names.txt")
 
@@ -31,7 +31,8 @@ def names() -> Iterator[str]:
     yield from (f"field {name}" for name in EngineConfig.__struct_fields__)
     yield from (f"field lora.{name}" for name in LoRAConfig.__struct_fields__)
     yield from (f"field server.{field.name}" for field in dataclasses.fields(ServerFlags))
-    yield from (f"route {route}" for route in ROUTES)
+    yield "route /metrics"
+    yield from (f"route {route.path}" for route in ROUTES if route.scopes != METRICS)
 
 
 def lines() -> list[str]:

@@ -13,7 +13,7 @@ __all__ = ["ServerApp", "ServerSettings", "create_app", "parse_keys"]
 
 
 def __getattr__(name: str) -> Any:
-    """Import the application on first access, because it needs Litestar."""
+    """Import the application on first access, because it needs Starlette."""
     if name not in ("ServerApp", "create_app"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:

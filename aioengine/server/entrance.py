@@ -8,7 +8,7 @@ from aioengine.metrics.page.plumbing import Receive, Scope, Send, respond
 from aioengine.metrics.starting import starting_metrics
 from aioengine.server.app import ServerApp
 from aioengine.server.errors import ApiError
-from aioengine.server.streaming import send_error
+from aioengine.server.transport.sender import send_error
 
 RETRY_AFTER = 2
 """Seconds."""

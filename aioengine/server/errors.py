@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import logging
 import re
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import msgspec
-from msgspec import UNSET, UnsetType
 
 from aioengine import errors
 from aioengine.server.settings import ServerSettings
@@ -29,22 +28,6 @@ class ErrorBody(msgspec.Struct):
 
 THREAD_NOT_FOUND = "thread_not_found"
 """Code that makes Anthropic's client send a whole conversation again."""
-
-
-class MessagesDetails(msgspec.Struct):
-    error_code: str
-
-
-class MessagesError(msgspec.Struct, kw_only=True):
-    type: str
-    message: str
-    details: MessagesDetails | UnsetType = UNSET
-
-
-class MessagesErrorBody(msgspec.Struct, tag_field="type", tag="error"):
-    """An error in the form of Anthropic's API."""
-
-    error: MessagesError
 
 
 _MESSAGES_TYPES = {
@@ -76,8 +59,10 @@ class ApiError(Exception):
         retry: False tells OpenAI's client not to retry by itself, as it does on 5xx.
         close: The connection is closed, too.
         challenge: Value of ``WWW-Authenticate``.
-        queue: The queue that was too long, if it was the tenant's or the adapter's own.
     """
+
+    queue: FullQueue | None = None
+    """The queue that was too long, if it was the tenant's or the adapter's own."""
 
     def __init__(
         self,
@@ -91,7 +76,6 @@ class ApiError(Exception):
         retry: bool = True,
         close: bool = False,
         challenge: str | None = None,
-        queue: FullQueue | None = None,
     ) -> None:
         message = _shortened(message)
         super().__init__(message)
@@ -101,36 +85,33 @@ class ApiError(Exception):
         self.retry = retry
         self.close = close
         self.challenge = challenge
-        self.queue = queue
 
-    @property
-    def body(self) -> bytes:
-        return msgspec.json.encode(ErrorBody(self.detail))
-
-    def body_for(self, path: str) -> bytes:
+    def body_for(self, path: str = "") -> bytes:
         """Return the body in the form of the API that ``path`` belongs to."""
-        if path.startswith("/v1/responses"):
-            return msgspec.json.encode(ErrorBody(_for_responses(self.detail)))
-        if not path.startswith("/v1/messages"):
-            return self.body
-        kind = _MESSAGES_TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "api_error")
-        code = self.detail.code
-        details = MessagesDetails(code) if code == THREAD_NOT_FOUND else UNSET
-        found = MessagesError(type=kind, message=self.detail.message, details=details)
-        return msgspec.json.encode(MessagesErrorBody(found))
+        detail = self.detail
+        if path.startswith("/v1/messages"):
+            kind = "invalid_request_error" if self.status < 500 else "api_error"
+            error: dict[str, Any] = {
+                "type": _MESSAGES_TYPES.get(self.status, kind),
+                "message": detail.message,
+            }
+            if detail.code == THREAD_NOT_FOUND:
+                error["details"] = {"error_code": detail.code}
+            return msgspec.json.encode({"type": "error", "error": error})
+        return msgspec.json.encode(
+            ErrorBody(_for_responses(detail) if path.startswith("/v1/responses") else detail)
+        )
 
     @property
     def headers(self) -> list[tuple[bytes, bytes]]:
-        headers = [(b"content-type", b"application/json")]
-        if self.retry_after is not None:
-            headers.append((b"retry-after", str(self.retry_after).encode()))
-        if not self.retry:
-            headers.append((b"x-should-retry", b"false"))
-        if self.close:
-            headers.append((b"connection", b"close"))
-        if self.challenge is not None:
-            headers.append((b"www-authenticate", self.challenge.encode()))
-        return headers
+        headers = {
+            b"content-type": "application/json",
+            b"retry-after": None if self.retry_after is None else str(self.retry_after),
+            b"x-should-retry": None if self.retry else "false",
+            b"connection": "close" if self.close else None,
+            b"www-authenticate": self.challenge,
+        }
+        return [(name, value.encode()) for name, value in headers.items() if value is not None]
 
 
 _RESPONSES_NAMES = (
@@ -159,8 +140,14 @@ def model_not_found(name: str, param: str = "model") -> ApiError:
     return ApiError(404, f"The model {name!r} does not exist", param=param, code="model_not_found")
 
 
+def invalid(field: str, why: str, code: str = "invalid_value", *, param: str | None = None) -> ApiError:
+    """Return the refusal of a field, by its path in the body; ``param`` is another name of it for
+    programs."""
+    return ApiError(400, f"{field}: {why}", param=param or field, code=code)
+
+
 def unsupported(field: str, why: str) -> ApiError:
-    return ApiError(400, f"{field}: {why}", param=field, code="unsupported_parameter")
+    return invalid(field, why, "unsupported_parameter")
 
 
 _LONGEST = 2000
@@ -222,6 +209,28 @@ def to_api_error(
     return found
 
 
+class _Kind(NamedTuple):
+    """How clients see an exception of the engine."""
+
+    status: int
+    type: str
+    code: str | None = None
+    retry: bool = True
+
+
+_KINDS: dict[type[BaseException], _Kind] = {
+    errors.RequestInvalid: _Kind(400, "invalid_request_error", "invalid_value"),
+    errors.ConfigError: _Kind(400, "invalid_request_error"),
+    errors.EngineOverloaded: _Kind(429, "rate_limit_error", "engine_overloaded"),
+    errors.RequestRejected: _Kind(429, "rate_limit_error", "request_rejected"),
+    errors.DeadlineExceeded: _Kind(504, "timeout_error", "deadline_exceeded", retry=False),
+    errors.EngineDead: _Kind(503, "server_error", "unavailable"),
+    errors.EngineStopped: _Kind(503, "server_error", "unavailable"),
+    errors.AioEngineError: _Kind(500, "server_error", "engine_error"),
+}
+"""The first that fits holds."""
+
+
 def _api_error(error: BaseException, retry_after: int) -> ApiError:
     match error:
         case ClientDisconnected():
@@ -248,35 +257,25 @@ def _api_error(error: BaseException, retry_after: int) -> ApiError:
             )
         case errors.AdapterError():
             return ApiError(400, _reason(error), param="model", code="adapter_invalid")
-        case errors.RequestInvalid():
-            named = _NAMED_FIELD.match(str(error))
-            return ApiError(400, str(error), param=named[1] if named else None, code="invalid_value")
-        case errors.ConfigError():
-            return ApiError(400, str(error))
-        case errors.EngineOverloaded():
-            known = None if error.bound is None else _OVERLOADED[error.bound]
-            return ApiError(
-                429,
-                str(error) if known is None else f"{known}; try again later",
-                type="rate_limit_error",
-                code="engine_overloaded",
-                retry_after=retry_after,
-                queue=_full_queue(error),
-            )
-        case errors.RequestRejected():
-            return ApiError(
-                429, str(error), type="rate_limit_error", code="request_rejected", retry_after=retry_after
-            )
-        case errors.DeadlineExceeded():
-            return ApiError(504, str(error), type="timeout_error", code="deadline_exceeded", retry=False)
-        case errors.EngineDead() | errors.EngineStopped():
-            text = "the engine has failed" if isinstance(error, errors.EngineDead) else str(error)
-            return ApiError(503, text, type="server_error", code="unavailable", retry_after=retry_after)
-        case errors.AioEngineError():
-            return ApiError(500, str(error), type="server_error", code="engine_error")
-        case _:
-            logger.error("a request failed unexpectedly", exc_info=error)
-            return ApiError(500, "internal error; the server's log says more", type="server_error")
+    kind = next((known for type_, known in _KINDS.items() if isinstance(error, type_)), None)
+    if kind is None:
+        logger.error("a request failed unexpectedly", exc_info=error)
+        return ApiError(500, "internal error; the server's log says more", type="server_error")
+    named = _NAMED_FIELD.match(str(error)) if isinstance(error, errors.RequestInvalid) else None
+    found = ApiError(
+        kind.status,
+        "the engine has failed" if isinstance(error, errors.EngineDead) else str(error),
+        type=kind.type,
+        param=named[1] if named else None,
+        code=kind.code,
+        retry_after=retry_after if kind.status in (429, 503) else None,
+        retry=kind.retry,
+    )
+    if isinstance(error, errors.EngineOverloaded):
+        found.queue = _full_queue(error)
+        if error.bound is not None:
+            found.detail.message = f"{_OVERLOADED[error.bound]}; try again later"
+    return found
 
 
 def _full_queue(error: errors.EngineOverloaded) -> FullQueue | None:

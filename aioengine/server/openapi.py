@@ -5,61 +5,22 @@ The page is plain HTML that is made here: the usual viewers load their scripts f
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import http
+import inspect
+import re
+from collections.abc import Iterable, Iterator
 from html import escape
 from typing import Any
 
 import msgspec
-from litestar import Litestar, Request
-from litestar._openapi.plugin import OpenAPIPlugin
-from litestar.openapi import OpenAPIConfig
-from litestar.openapi.plugins import JsonRenderPlugin, OpenAPIRenderPlugin
-from litestar.openapi.spec import Components, SecurityScheme, Server
 
+from aioengine import __version__
+from aioengine.server import reports
+from aioengine.server.context import Documents
 from aioengine.server.errors import ErrorBody
-from aioengine.server.health import Health
-from aioengine.server.messages.api import CountRequest, MessagesRequest
-from aioengine.server.messages.routes import Counted
-from aioengine.server.openai.adapters import LoadRequest, UnloadRequest
-from aioengine.server.openai.chat_api import ChatCompletion, ChatRequest
-from aioengine.server.openai.completions_api import Completion, CompletionRequest
-from aioengine.server.openai.models import ModelList
-from aioengine.server.openai.tokens import Detokenized, DetokenizeRequest, Tokenized, TokenizeRequest
-from aioengine.server.openai.uploads import Uploaded
-from aioengine.server.responses.api import ResponsesRequest
-from aioengine.server.vectors import api as vectors
+from aioengine.server.routes import ADMIN, METRICS, Route
 
-_TYPES = (
-    ChatCompletion,
-    ChatRequest,
-    vectors.ClassifyRequest,
-    CountRequest,
-    Counted,
-    Completion,
-    CompletionRequest,
-    DetokenizeRequest,
-    Detokenized,
-    vectors.EmbeddingRequest,
-    ErrorBody,
-    Health,
-    LoadRequest,
-    MessagesRequest,
-    ModelList,
-    vectors.PoolingRequest,
-    vectors.Ranked,
-    vectors.RerankRequest,
-    ResponsesRequest,
-    vectors.ScoreRequest,
-    TokenizeRequest,
-    Tokenized,
-    UnloadRequest,
-    Uploaded,
-    vectors.ScoreList,
-    vectors.PoolingList,
-    vectors.EmbeddingList,
-    vectors.ClassList,
-)
-_STREAMED = ("/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/messages")
+_STATUSES = (400, 401, 403, 404, 408, 413, 415, 429, 500, 503, 504)
 _STYLE = """
 :root { color-scheme: light dark; }
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
@@ -71,72 +32,63 @@ h2 code { font-size: 1rem; }
 """
 
 
-def openapi_config(version: str, *, with_keys: bool) -> OpenAPIConfig:
-    """Return Litestar's configuration. ``with_keys``: requests must carry an API key."""
-    components = Components()
+def make_documents(routes: Iterable[Route], *, with_keys: bool) -> Documents:
+    """Make the documents. ``with_keys``: requests must carry an API key."""
+    hidden = (reports.docs, reports.openapi)
+    schema = _describe([r for r in routes if r.scopes not in (ADMIN, METRICS) and r.function not in hidden])
     if with_keys:
-        components = Components(security_schemes={"key": SecurityScheme(type="http", scheme="bearer")})
-    return OpenAPIConfig(
-        title="aioengine",
-        version=version,
-        description="OpenAI-compatible text generation, with LoRA adapters as models.",
-        path="/docs",
-        render_plugins=[HtmlPlugin(path="/"), JsonPlugin(path="/openapi.json")],
-        servers=[Server(url="..")],  # relative to the document: right under any mount point
-        components=components,
-        security=[{"key": []}] if with_keys else None,
-    )
+        schema["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+        schema["security"] = [{"key": []}]
+    return Documents(msgspec.json.encode(schema), "\n".join(_page(schema)).encode())
 
 
-def complete(schema: dict[str, Any]) -> dict[str, Any]:
-    """Add msgspec's schemas of the types, which have every bound, and the streamed answers."""
-    _, types = msgspec.json.schema_components(_TYPES, ref_template="#/components/schemas/{name}")
-    paths = {path: dict(operations) for path, operations in schema["paths"].items()}
-    for path in _STREAMED:
-        post = paths[path]["post"] = dict(paths[path]["post"])
-        ok = post["responses"]["200"]
-        events = {"text/event-stream": {"schema": {"type": "string"}}}
-        post["responses"] = {
-            **post["responses"],
-            "200": {**ok, "description": "The answer", "content": {**ok["content"], **events}},
+def _describe(routes: list[Route]) -> dict[str, Any]:
+    """Return the OpenAPI document, with msgspec's schemas of the types, which have every bound."""
+    types = [*(route.gives for route in routes), ErrorBody, *(route.takes or str for route in routes)]
+    schemas, components = msgspec.json.schema_components(types, ref_template="#/components/schemas/{name}")
+    gives, error, takes = schemas[: len(routes)], schemas[len(routes)], schemas[len(routes) + 1 :]
+    errors = {
+        str(status): {"description": http.HTTPStatus(status).phrase, "content": _json(error)}
+        for status in _STATUSES
+    }
+    paths: dict[str, Any] = {}
+    for route, given, taken in zip(routes, gives, takes, strict=True):
+        summary, _, more = (inspect.getdoc(route.function) or "").partition("\n\n")
+        content = {"text/plain": {"schema": given}} if route.gives is str else _json(given)
+        if "stream" in getattr(route.takes, "__struct_fields__", ()):
+            content["text/event-stream"] = {"schema": {"type": "string"}}
+        operation: dict[str, Any] = {
+            "summary": " ".join(summary.split()).removesuffix("."),
+            "operationId": re.sub(r"\W+", "_", f"{route.method} {route.path}").strip("_"),
+            "responses": {"200": {"description": "The answer", "content": content}, **errors},
         }
-    components = schema.get("components", {})
-    schemas = {**components.get("schemas", {}), **types}
-    return {**schema, "paths": paths, "components": {**components, "schemas": schemas}}
+        if more:
+            operation["description"] = more
+        operation["parameters"] = [
+            {"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
+            for name in re.findall(r"{(\w+)}", route.path)
+        ]
+        if route.query is not None:
+            known = msgspec.json.schema(route.query)["$defs"][route.query.__name__]["properties"]
+            operation["parameters"] += [{"name": n, "in": "query", "schema": s} for n, s in known.items()]
+        if route.takes is not None:
+            operation["requestBody"] = {"required": True, "content": _json(taken)}
+        paths.setdefault(route.path, {})[route.method.lower()] = operation
+    return {
+        "openapi": "3.1.0",
+        "info": {
+            "title": "aioengine",
+            "version": __version__,
+            "description": "OpenAI-compatible text generation, with LoRA adapters as models.",
+        },
+        "servers": [{"url": ".."}],  # relative to the document: right under any mount point
+        "paths": paths,
+        "components": {"schemas": components},
+    }
 
 
-def make_documents(routes: Litestar) -> None:
-    """Make the documents, which are then kept. Takes a third of a second, so not on the event loop."""
-    schema = routes.plugins.get(OpenAPIPlugin).provide_openapi_schema()
-    for plugin in routes.openapi_config.render_plugins if routes.openapi_config else ():
-        if isinstance(plugin, _Made):
-            plugin.make(schema)
-
-
-class _Made(OpenAPIRenderPlugin):
-    """Makes its document once."""
-
-    _document: bytes | None = None
-
-    def render(self, request: Request[Any, Any, Any], openapi_schema: dict[str, Any]) -> bytes:
-        return self._document or self.make(openapi_schema)
-
-    def make(self, openapi_schema: dict[str, Any]) -> bytes:
-        self._document = self._make(complete(openapi_schema))
-        return self._document
-
-    def _make(self, schema: dict[str, Any]) -> bytes:
-        raise NotImplementedError
-
-
-class JsonPlugin(_Made, JsonRenderPlugin):
-    def _make(self, schema: dict[str, Any]) -> bytes:
-        return msgspec.json.encode(schema)
-
-
-class HtmlPlugin(_Made):
-    def _make(self, schema: dict[str, Any]) -> bytes:
-        return "\n".join(_page(schema)).encode()
+def _json(schema: Any) -> dict[str, Any]:
+    return {"application/json": {"schema": schema}}
 
 
 def _page(schema: dict[str, Any]) -> Iterator[str]:

@@ -26,11 +26,8 @@ class Pace:
         """Count an answer to a request that waited in these queues."""
         self._all.append(now)
         for name in queues:
-            times = self._of.pop(name, None)
-            if times is None:
-                times = deque(maxlen=100)
-            times.append(now)
-            self._of[name] = times
+            self._of.setdefault(name, deque(maxlen=100)).append(now)
+            self._of.move_to_end(name)
         while len(self._of) > MAX_QUEUES:
             self._of.popitem(last=False)
 

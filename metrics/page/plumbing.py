@@ -3,6 +3,7 @@ slowly."""
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable, Iterator, MutableMapping, Sequence
 from typing import Any, Protocol
 
@@ -18,30 +19,8 @@ WATCH = "aioengine.reader_watch"
 """ASGI extension of servers that cut off clients that do not read; its value is a :class:`Watch`."""
 
 DEPARTURE = "aioengine.departure"
-"""ASGI extension of servers that say at once when a client has gone; its value is a :class:`Departure`."""
-
-
-class Departure:
-    """Calls functions when a connection's client has gone. It costs less than a task that waits for ASGI's
-    message of it."""
-
-    def __init__(self) -> None:
-        self.has_happened = False
-        self._calls: set[Callable[[], None]] = set()
-
-    def tell(self, call: Callable[[], None]) -> None:
-        """Have ``call()`` called when the client goes. It has not gone yet."""
-        self._calls.add(call)
-
-    def forget(self, call: Callable[[], None]) -> None:
-        self._calls.discard(call)
-
-    def happen(self) -> None:
-        """Note that the client has gone."""
-        self.has_happened = True
-        calls, self._calls = self._calls, set()
-        for call in calls:
-            call()
+"""ASGI extension of servers that say at once when a client has gone: its value is a future, which is done
+then. It costs less than a task that waits for ASGI's message of it."""
 
 
 class Watch(Protocol):
@@ -58,9 +37,9 @@ def watch_of(scope: Scope) -> Watch | None:
     return watch
 
 
-def departure_of(scope: Scope) -> Departure | None:
-    """Return what tells of this client's departure, if its server has that."""
-    departure: Departure | None = (scope.get("extensions") or {}).get(DEPARTURE)
+def departure_of(scope: Scope) -> asyncio.Future[None] | None:
+    """Return the future that is done once this client has gone, if its server has that."""
+    departure: asyncio.Future[None] | None = (scope.get("extensions") or {}).get(DEPARTURE)
     return departure
 
 

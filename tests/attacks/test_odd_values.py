@@ -15,8 +15,7 @@ from support.server_fixtures import MODEL, Serve
 
 from aioengine.server.messages.api import CountRequest, MessagesRequest
 from aioengine.server.openai.adapters import LoadRequest, UnloadRequest
-from aioengine.server.openai.chat_api import ChatRequest
-from aioengine.server.openai.completions_api import CompletionRequest
+from aioengine.server.openai.api import ChatRequest, CompletionRequest
 from aioengine.server.openai.tokens import DetokenizeRequest, TokenizeRequest
 from aioengine.server.responses.api import ResponsesRequest
 

@@ -10,7 +10,7 @@ from support.bystander import bystander
 from support.engine_fixtures import Tiny
 from support.server_process import serving
 
-from aioengine.server.generation import MAX_SCORES
+from aioengine.server.answer import MAX_SCORES
 
 pytestmark = pytest.mark.slow
 

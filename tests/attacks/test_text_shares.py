@@ -13,7 +13,7 @@ from support.server_fixtures import MODEL, Serve
 from aioengine import AsyncEngine
 from aioengine.errors import AioEngineError
 from aioengine.runtime.text_work import SHORT
-from aioengine.server import streaming
+from aioengine.server import answer as module
 
 SIZE = 20_000
 HIDDEN = "x" * SIZE
@@ -77,7 +77,7 @@ async def test_many_ids_are_written_beside_the_loop(
 ) -> None:
     """A small request may ask for the ids of a long prompt, once for each of 128 choices."""
     if stream:  # each choice's first part has them once, and the tiny model has no longer prompts
-        monkeypatch.setattr(streaming, "FORMED_IN_THREAD", 16)
+        monkeypatch.setattr(module, "FORMED_IN_THREAD", 16)
     body = {"model": MODEL, "prompt": [5] * 400, "n": 16, "max_tokens": 1, "stream": stream}
     async with serve(max_model_len=500) as served:
         await served.http.post("/v1/completions", json={**body, "n": 1})
@@ -91,7 +91,7 @@ async def test_many_ids_are_written_beside_the_loop(
 
 async def test_what_is_written_counts_once(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
     """A stream takes as much of a tenant's share as its parts alone, and not each part as much as all."""
-    monkeypatch.setattr(streaming, "FORMED_IN_THREAD", 16)
+    monkeypatch.setattr(module, "FORMED_IN_THREAD", 16)
     prompts = [[5] * 300, [6] * 400]
     body = {"model": MODEL, "max_tokens": 1, "stream": True, "n": 2, "return_token_ids": True}
     async with serve(max_model_len=500) as served:

@@ -15,9 +15,9 @@ from aioengine.model.text.detokenizer import TextDelta
 from aioengine.request import RequestOptions, SamplingParams, TokenLogprob
 from aioengine.runtime.output import GrowingText, RequestOutput
 from aioengine.runtime.output_stream import OutputStream
-from aioengine.server.openai.chat_reply import ChatReply
-from aioengine.server.openai.completions import CompletionReply
-from aioengine.server.streaming import Reply, ReplyOptions
+from aioengine.server.answer import Reply
+from aioengine.server.openai.api import GenerationFields, StreamOptions
+from aioengine.server.openai.replies import ChatReply, CompletionReply
 from aioengine.testing import Sim
 
 OUTPUTS = 10_000
@@ -74,10 +74,11 @@ class OfFleet:
 
 
 def replies() -> list[Reply]:
-    options = ReplyOptions("m", True, True, True, None)
+    usage = StreamOptions(include_usage=True, continuous_usage_stats=True)
+    fields = GenerationFields(model="m", stream_options=usage, return_token_ids=True)
     return [
-        ChatReply("c", 0, options, parsers=[None], token_bytes=lambda _: b" 1", with_logprobs=True),
-        CompletionReply("c", 0, options, 1, logprobs=1, echoed=None, token_bytes=lambda _: b" 1"),
+        ChatReply("c", 0, fields, parsers=[None], token_bytes=lambda _: b" 1", with_logprobs=True),
+        CompletionReply("c", 0, fields, 1, logprobs=1, echoed=None, token_bytes=lambda _: b" 1"),
     ]
 
 

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+import itertools
+from collections.abc import AsyncGenerator, Sequence
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 
 from aioengine.config import EngineConfig
 from aioengine.request import RequestOptions, SamplingParams, TokenConstraint
-from aioengine.runtime.client import EngineClient
 from aioengine.runtime.output import RequestOutput
+from aioengine.server.access.auth import Identity
 from aioengine.server.access_log import RequestRecord
-from aioengine.server.generation import Generation
+from aioengine.server.answer import Answer
+from aioengine.server.context import Context
+from aioengine.server.openai.api import GenerationFields
+from aioengine.server.openai.form import Form
 
 WAIT = 10.0
 
@@ -43,6 +48,19 @@ class Output:
     output_tokens = 1
 
 
+class Constrained:
+    """A form whose constraints take half a second each."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    async def constraints(
+        self, guide: object, tenant: str | None, count: int
+    ) -> tuple[Sequence[TokenConstraint | None], Sequence[str]]:
+        self._engine.now += 0.5 * count
+        return [None] * count, ()
+
+
 @pytest.mark.parametrize("streams", [False, True])
 @pytest.mark.parametrize("deadline", [None, 25.0, 600.0])
 @pytest.mark.parametrize("constrained", [False, True])
@@ -51,31 +69,36 @@ async def test_waits_before_a_choice_begins_count(
 ) -> None:
     engine = Engine(max_waiting_tokens=2)  # so that one is let in at a time
 
-    async def turn() -> None:
+    async def turn(*_: object) -> None:
         engine.now += WAIT
 
-    async def constrain() -> TokenConstraint:
-        engine.now += 0.5
-        return cast(TokenConstraint, None)
-
-    generation = Generation(
-        cast(EngineClient, engine),
-        "a",
+    context = SimpleNamespace(
+        engine=engine,
+        settings=SimpleNamespace(request_timeout=deadline, served_model_names=("tiny",)),
+        model_names=("tiny",),
+        new_id=lambda: "a",
+        seeds=itertools.count(),
+        cache_salt=lambda *_: None,
+        starts=SimpleNamespace(turn=turn),
+        guide=None,
+    )
+    answer = Answer(
+        cast(Context, context),
+        GenerationFields(model="tiny"),
         [[1], [2], [3]],
-        [SamplingParams(max_tokens=1)] * 3,
-        RequestOptions(deadline=deadline),
-        RequestRecord(request_id="a", method="POST", path="/v1/completions"),
-        turn=turn,
-        constrain=constrain if constrained else None,
+        SamplingParams(max_tokens=1),
+        cast(Form, Constrained(engine)) if constrained else None,
+        RequestRecord(request_id="a", method="POST", path="/v1/completions", identity=Identity()),
+        prefix="cmpl-",
         clock=lambda: engine.now,
     )
     began = engine.now
-    await generation.prepare()
+    await answer.prepare()
     if streams:
         for index in range(3):
-            _ = [output async for output in generation.outputs(index)]
+            _ = [output async for output in answer.outputs(index)]
     else:
-        await generation.last_outputs()
+        await answer.last_outputs()
     assert len(engine.deadlines) == 3
     assert engine.now == began + 3 * (WAIT + 1.0 + 0.5 * constrained)
     if deadline is None:

@@ -11,10 +11,7 @@ from support.engine_fixtures import Tiny
 from support.server_fixtures import MODEL, Serve, Served
 from support.tiny_models import reference_logits
 
-from aioengine.server import generation
-from aioengine.server.errors import ApiError
-from aioengine.server.generation import MAX_SCORES, MAX_SCORES_HELD, Scores
-from aioengine.server.known_fields import MAX_LOGGED_NAMES
+from aioengine.server.transport.json_body import MAX_LOGGED_NAMES
 
 BASE: dict[str, Any] = {"model": MODEL, "temperature": 0, "ignore_eos": True, "max_tokens": 3}
 USER = [{"role": "user", "content": "Hi"}]
@@ -166,40 +163,13 @@ async def test_refusals(path: str, fields: dict[str, Any], param: str, serve: Se
         assert answer.status_code in (400, 422) and answer.json()["error"]["param"] == param, answer.text
 
 
-def test_memory_for_scores_is_bounded_and_shared_fairly() -> None:
-    scores = Scores(retry_after=1)
-    with pytest.raises(ApiError) as caught, scores.claimed(None, MAX_SCORES + 1):
-        pass
-    assert caught.value.status == 400
-    half = MAX_SCORES_HELD // 2
-    claims = [scores.claimed("a", MAX_SCORES) for _ in range(half // MAX_SCORES)]
-    for claim in claims[1:]:
-        claim.__enter__()
-    with claims[0] as hold:
-        with pytest.raises(ApiError) as caught:
-            hold(1)
-        assert caught.value.status == 429
-        with scores.claimed("b", MAX_SCORES) as hold_of_b:
-            hold_of_b(half // 2 - MAX_SCORES)
-            with pytest.raises(ApiError):
-                hold_of_b(1)
-            with scores.claimed("c", MAX_SCORES) as hold_of_c:
-                hold_of_c(half // 4 - MAX_SCORES)  # half of what those two leave
-                with pytest.raises(ApiError):
-                    hold_of_c(1)
-    with scores.claimed("a", 0) as hold:
-        hold(MAX_SCORES)
-
-
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.slow
-async def test_an_answer_that_grows_too_large_fails(
-    stream: bool, serve: Serve, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_an_answer_that_grows_too_large_fails(stream: bool, serve: Serve) -> None:
     """The log-probabilities of an answer count as they come."""
-    monkeypatch.setattr(generation, "MAX_SCORES_HELD", 100)
     fields = {"prompt": "Hi", "max_tokens": 20, "ignore_eos": True, "logprobs": 4, "stream": stream}
     async with serve() as served:
+        served.app.context.numbers.most = 100
         answer = await served.http.post("/v1/completions", json={**BASE, **fields})
         assert answer.status_code == (200 if stream else 429) and "too many log-prob" in answer.text
         assert stream or answer.headers["retry-after"]

@@ -15,13 +15,11 @@ from support.machine import slowness
 
 from aioengine.errors import ConfigError
 from aioengine.grammars.schemas import SchemaOptions
-from aioengine.server.formats.call_text import MAX_CALLS
-from aioengine.server.formats.json_calls import WRITTEN as JSON_WRITTEN
-from aioengine.server.formats.json_calls import json_calls
+from aioengine.server.formats.calls import JSON_TEXT, MAX_CALLS, json_calls
 from aioengine.server.formats.registry import REASONING, TOOLS, AnswerFormats, arguments_parser
 from aioengine.server.formats.source import AnswerParser
-from aioengine.server.openai.chat_api import Function, Tool
-from aioengine.server.openai.tools import ToolPlan, plan_tools
+from aioengine.server.openai.api import Function, Tool
+from aioengine.server.openai.form import ToolPlan, plan_tools
 from aioengine.server.settings import ServerSettings
 
 NAMES = frozenset({"f", "g"})
@@ -253,7 +251,7 @@ def test_how_many_calls_the_grammar_allows() -> None:
 
     def allowed(plan: ToolPlan, calls: int) -> bool:
         text = "[" + ",".join(['{"name": "f", "arguments": {}}'] * calls) + "]"
-        return takes(plan.grammar(SchemaOptions(), JSON_WRITTEN, {})[0], text)
+        return takes(plan.grammar(SchemaOptions(), JSON_TEXT, {})[0], text)
 
     counts = (0, 1, 2, MAX_CALLS, MAX_CALLS + 1)
     assert [allowed(plan, calls) for calls in counts] == [False, True, True, True, False]

@@ -10,8 +10,7 @@ from typing import Any, cast
 
 import pytest
 
-from aioengine.server.transport.starts import Starts
-from aioengine.server.transport.turns import FEWEST, PATIENCE, PER_PASS, Turns
+from aioengine.server.transport.turns import FEWEST, PATIENCE, PER_PASS, Starts, Turns
 
 COST = 0.0005
 """Seconds that a turn takes, with the answer that it leads to."""

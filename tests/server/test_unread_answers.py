@@ -7,8 +7,7 @@ import contextlib
 import socket
 import struct
 import sys
-from collections import Counter
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any, cast
 from urllib.parse import urlsplit
@@ -23,12 +22,11 @@ from support.waiting import until
 from aioengine.lab.simulation.clock import VirtualTimeLoop
 from aioengine.metrics.page.plumbing import PART_BYTES, WATCH, watch_of
 from aioengine.server import ServerSettings, create_app
+from aioengine.server.access.browsers import BrowserRules
 from aioengine.server.access_log import RequestRecord
-from aioengine.server.errors import ApiError
+from aioengine.server.bounds import UNREAD, WAITS, Shares, Wait
+from aioengine.server.errors import ClientDisconnected
 from aioengine.server.run import ListenSettings, listening
-from aioengine.server.streaming import DONE, GenerationResponse
-from aioengine.server.transport import answers
-from aioengine.server.transport.answers import ROOM_SECONDS, UnreadAnswers
 from aioengine.server.transport.reader_watch import (
     AHEAD_BYTES,
     READ_BYTES,
@@ -36,6 +34,7 @@ from aioengine.server.transport.reader_watch import (
     acknowledged_bytes,
     queued_bytes,
 )
+from aioengine.server.transport.sender import Sender
 
 ASK = b"GET /%s HTTP/1.1\r\nhost: x\r\n\r\n"
 
@@ -276,127 +275,28 @@ def test_the_application_has_a_say_if_the_server_has_no_limit(own: float | None)
 
 @pytest.mark.parametrize("is_watched", [False, True])
 @pytest.mark.parametrize("seconds", [3.0, 5.0])
-def test_each_part_of_a_large_event_has_its_own_time(seconds: float, is_watched: bool) -> None:
+def test_each_part_of_a_large_answer_has_its_own_time(seconds: float, is_watched: bool) -> None:
     """The client takes ``seconds`` for each of 8 parts, and may take 4 where the server does not watch it."""
-
-    class Generation:
-        scored = 0
-        usage = None
-
-        def __len__(self) -> int:
-            return 1
-
-        def claimed(self) -> Any:
-            return contextlib.nullcontext()
-
-        async def prepare(self) -> None:
-            pass
-
-        def prompt_numbers(self, index: int) -> int:
-            return 0
-
-        async def outputs(self, index: int) -> Any:
-            yield SimpleNamespace(logprobs_delta=(), pooled=None)
-
-    class Reply:
-        def events(self, index: int, output: Any) -> bytes:
-            return bytes(8 * PART_BYTES)
-
-        def last_events(self, usage: Any) -> bytes:
-            return DONE
 
     async def run() -> bytes:
         taken: list[bytes] = []
-
-        async def receive() -> Any:
-            await asyncio.Event().wait()
 
         async def send(message: Any) -> None:
             await asyncio.sleep(seconds)
             taken.append(message.get("body", b""))
 
-        settings = ServerSettings(send_timeout=4.0)
         record = RequestRecord(request_id="a", method="POST", path="/v1/completions")
         scope: dict[str, Any] = {"extensions": {WATCH: object()}} if is_watched else {}
-        generation, reply = cast(Any, Generation()), cast(Any, Reply())
-        answer = GenerationResponse(generation, reply, stream=True, settings=settings, record=record)
-        await answer(scope, receive, send)
+        scope |= {"headers": [], "method": "POST"}
+        sender = Sender(send, scope, record, Shares(UNREAD), BrowserRules((), ()), lambda _: 1, seconds=4.0)
+        with contextlib.suppress(ClientDisconnected):
+            await sender({"type": "http.response.start", "status": 200, "headers": []})
+            await sender({"type": "http.response.body", "body": bytes(8 * PART_BYTES)})
         return b"".join(taken)
 
     with asyncio.Runner(loop_factory=VirtualTimeLoop) as runner:
         body = runner.run(run())
-    whole = bytes(8 * PART_BYTES) + DONE
-    assert body == (whole if is_watched or seconds < 4 else b"")
-
-
-def in_virtual_time(run: Coroutine[Any, Any, None]) -> None:
-    with asyncio.Runner(loop_factory=VirtualTimeLoop) as runner, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(answers, "UNREAD_BYTES", 1000)
-        runner.run(run)
-
-
-@given(st.lists(st.tuples(st.sampled_from("abc"), st.integers(1, 1200), st.booleans()), max_size=40))
-def test_all_have_a_bound_and_one_client_half_of_what_others_leave(
-    asked: list[tuple[str, int, bool]],
-) -> None:
-    async def run() -> None:
-        unread = UnreadAnswers()
-        held: list[tuple[str, int]] = []
-        for owner, size, ends in asked:
-            if ends and held:
-                unread.release(*held.pop(0))
-                continue
-            of: Counter[str] = Counter()
-            for other, own in held:
-                of[other] += own
-            left = 1000 - (of.total() - of[owner])
-            if of[owner] + size <= (left // 2 if of[owner] else left):
-                await unread.hold(owner, size)
-                held.append((owner, size))
-                assert sum(size for _, size in held) <= 1000
-            else:
-                with pytest.raises(ApiError) as refused:
-                    await unread.hold(owner, size)
-                assert refused.value.status == (400 if size > 1000 else 503)
-
-    in_virtual_time(run())
-
-
-@given(
-    st.lists(
-        st.tuples(st.sampled_from("abc"), st.integers(1, 1000), st.floats(0, 9), st.floats(0, 9)), max_size=30
-    )
-)
-def test_an_answer_waits_for_room(asked: list[tuple[str, int, float, float]]) -> None:
-    """What is held and what waits is bounded; who is refused has waited, or found too many waiting."""
-
-    async def run() -> None:
-        unread, loop = UnreadAnswers(), asyncio.get_running_loop()
-        held: list[int] = []
-        waiting: list[int] = []
-
-        async def answer(owner: str, size: int, begins: float, lasts: float) -> None:
-            await asyncio.sleep(begins)
-            before, at = sum(waiting), loop.time()
-            waiting.append(size)
-            try:
-                await unread.hold(owner, size)
-            except ApiError:
-                waited = loop.time() - at
-                assert before + size > 1000 if waited == 0 else waited == pytest.approx(ROOM_SECONDS)
-                return
-            finally:
-                waiting.remove(size)
-            held.append(size)
-            assert sum(held) <= 1000
-            await asyncio.sleep(lasts)
-            held.remove(size)
-            unread.release(owner, size)
-
-        await asyncio.gather(*(answer(*each) for each in asked))
-        await unread.hold("a", 1000)  # all were released
-
-    in_virtual_time(run())
+    assert body == (bytes(8 * PART_BYTES) if is_watched or seconds < 4 else b"")
 
 
 async def test_what_a_client_leaves_unread_is_bounded(
@@ -427,14 +327,14 @@ async def test_what_a_client_leaves_unread_is_bounded(
         bodies = [message["body"] for message in whole if message["type"] == "http.response.body"]
         assert len(bodies) > 1 and max(map(len, bodies)) == PART_BYTES, "it is sent in parts"
         size = sum(map(len, bodies))
-        monkeypatch.setattr(answers, "UNREAD_BYTES", size * 5 // 2)
+        app.unread.most = size * 5 // 2
         reads.clear()
         first: list[Any] = []
         pending = asyncio.create_task(ask("10.0.0.1", first))
         await until(lambda: len(first) > 1)
         second: list[Any] = []
         with monkeypatch.context() as patch:
-            patch.setattr(answers, "ROOM_SECONDS", 0.0)
+            patch.setitem(WAITS, "room for a large answer", Wait(0.0, "503"))
             await ask("10.0.0.1", second)
         assert second[0]["status"] == 503 and b"wait to be read" in second[1]["body"]
         later: list[Any] = []

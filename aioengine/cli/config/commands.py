@@ -44,7 +44,7 @@ def check(
     Whether the memory and the device of this machine suffice is not checked, nor a model on the Hub, which is
     fetched at the start.
     """
-    from aioengine.server.openai.generation_config import read_sampling_defaults
+    from aioengine.server.openai.sampling import read_sampling_defaults
 
     checked = check_all(server, engine, fleet)
     config, flags = checked.config, checked.flags

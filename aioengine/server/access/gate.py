@@ -7,20 +7,19 @@ import contextlib
 import functools
 import secrets
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from hashlib import blake2b
-from typing import Any
 
 from aioengine.errors import EngineStopped
+from aioengine.metrics.page.plumbing import Scope as HttpScope
 from aioengine.runtime.client import Usage
-from aioengine.server.access.addresses import client_of
-from aioengine.server.access.auth import Authenticator, Identity, refusal
+from aioengine.server.access.auth import Identity, presented_key, refusal
 from aioengine.server.access.keys import SCOPES, KeyEntry, KeysFile, Limits, Scope, TenantLimits, hash_key
 from aioengine.server.access.keys_watch import KeysWatch
 from aioengine.server.access.limits import Admission, Meter
 from aioengine.server.access.refusals import Refusals
-from aioengine.server.access.scopes import LIMITED, ROUTES
 from aioengine.server.access_log import RequestRecord
+from aioengine.server.bounds import network_of
 from aioengine.server.errors import ApiError
 from aioengine.server.settings import ServerSettings
 
@@ -29,6 +28,9 @@ _WITHOUT_ADMIN = frozenset(SCOPES) - {"admin"}
 
 class Gate:
     """Admits requests by their key, its scopes and its limits.
+
+    Keys are looked up by their hashes. The time of the look-up may reveal something about the hashes, but
+    nobody can construct a key with a chosen hash.
 
     Raises ConfigError if the keys file is not valid. ``limit_waiting`` is called with each tenant's bound on
     waiting requests whenever the bounds change.
@@ -41,26 +43,26 @@ class Gate:
         self._refusals = Refusals()
         self._secret = secrets.token_bytes(16)
         self._pseudonym = functools.lru_cache(4096)(self._pseudonym_of)
+        self._known: dict[str, Identity] = {}
+        """Clients by the hashes of their keys."""
+        self._anybody: Identity | None = None
+        """Clients without a key; None if a key is required."""
         self._meters: dict[tuple[str, str], Meter] = {}
         self._task: asyncio.Task[None] | None = None
-        self._watch: KeysWatch | None = None
-        self._open: dict[int, tuple[RequestRecord, Collection[Scope]]] = {}
+        self._open: dict[int, tuple[RequestRecord, Sequence[Scope]]] = {}
         """Open requests with keys. The key of each must have one of the scopes."""
+        self.keys_file: KeysWatch | None = None
+        """The watched keys file, if there is one."""
         self._missing_scope_code = "insufficient_scope"
         if settings.keys_file is None:
             self._use_settings(settings)
         else:
-            self._watch = KeysWatch(settings.keys_file, self._use_file, self._end_revoked)
+            self.keys_file = KeysWatch(settings.keys_file, self._use_file, self._end_revoked)
 
     @property
     def is_open(self) -> bool:
         """Whether clients without a key are accepted, at least for some routes."""
-        return self._auth.is_open
-
-    @property
-    def keys_file(self) -> KeysWatch | None:
-        """The watched keys file, if there is one."""
-        return self._watch
+        return self._anybody is not None
 
     def watch(self) -> None:
         """Watch the keys file from now on until :meth:`close`, and pass on its bounds. Call before each
@@ -69,46 +71,46 @@ class Gate:
             with contextlib.suppress(EngineStopped):  # not started yet: the next request tries again
                 self._limit_waiting(self._new_bounds)
                 self._new_bounds = None
-        if self._watch is not None and self._task is None:
-            self._task = asyncio.get_running_loop().create_task(self._watch.run(), name="aioengine-keys")
+        if self.keys_file is not None and self._task is None:
+            self._task = asyncio.get_running_loop().create_task(self.keys_file.run(), name="aioengine-keys")
 
     def close(self) -> None:
         if self._task is not None:
             self._task.cancel()
         self._refusals.close()
 
-    def identify(self, scope: MutableMapping[str, Any], record: RequestRecord) -> None:
+    def identify(self, scope: HttpScope, record: RequestRecord) -> None:
         """Identify the client and write it into ``record``. Raises ApiError without a valid key where one is
         required."""
-        try:
-            record.identity = self._auth.identify(scope["headers"])
-        except ApiError as error:
-            raise self._refused(scope, record, error) from None
-        record.tenant = record.identity.tenant
-        record.owner = record.tenant or f"client-{self._pseudonym(client_of(scope))}"
+        key = presented_key(scope["headers"])
+        found = None if key is None else self._known.get(hash_key(key))
+        found = found if found is not None and found.is_valid else self._anybody
+        if found is None:
+            text = "Incorrect API key provided."
+            if key is None:
+                text = "You didn't provide an API key. Send it as 'Authorization: Bearer KEY'."
+            raise self._refused(scope, record, text)
+        record.identity, record.tenant = found, found.tenant
+        record.owner = record.tenant or f"client-{self._pseudonym(_client_of(scope))}"
 
     def _pseudonym_of(self, address: str) -> str:
         """Return a pseudonym of an address, because readers of the metrics need not know the address."""
         return blake2b(address.encode(), key=self._secret, digest_size=6).hexdigest()
 
-    def admit(self, route: str, scope: MutableMapping[str, Any], record: RequestRecord) -> None:
-        """Admit the request to ``route``, a row of :data:`scopes.ROUTES`. Raises ApiError if its key
-        has none of the scopes, or has reached a limit."""
-        needed = ROUTES[route]
-        if needed and not any(map(record.identity.may, needed)):
+    def admit(self, needed: Sequence[Scope], scope: HttpScope, record: RequestRecord) -> None:
+        """Admit the request to a route. Raises ApiError if its key has none of the ``needed`` scopes, or has
+        reached a limit: those of keys and tenants are on requests that need "generate"."""
+        identity = record.identity
+        if needed and not any(map(identity.may, needed)):
             names = " or ".join(map(repr, needed))
-            if record.identity.tenant is None:
+            if identity.tenant is None:
                 text = f"A key with the scope {names} is needed. Send it as 'Authorization: Bearer KEY'."
-                raise self._refused(scope, record, refusal(text))
-            raise ApiError(
-                403,
-                f"this API key may not do that; use a key with the scope {names}",
-                type="permission_error",
-                code=self._missing_scope_code,
-            )
-        if route in LIMITED and (record.identity.meters or record.identity.adapter_meters):
-            record.admission = Admission(record.identity.meters, time.monotonic())
-        if record.identity.key is not None:
+                raise self._refused(scope, record, text)
+            text = f"this API key may not do that; use a key with the scope {names}"
+            raise ApiError(403, text, type="permission_error", code=self._missing_scope_code)
+        if needed == ("generate",) and (identity.meters or identity.adapter_meters):
+            record.admission = Admission(identity.meters, time.monotonic())
+        if identity.key is not None:
             record.ended = asyncio.get_running_loop().create_future()
             self._open[id(record)] = record, needed
 
@@ -121,12 +123,8 @@ class Gate:
 
     def take_usage(self) -> dict[str, Usage]:
         """Return each meter's usage since the last call, for the other doors of a fleet."""
-        found = {}
-        for (kind, which), meter in self._meters.items():
-            usage = meter.take_usage()
-            if usage is not None:
-                found[f"{kind} {which}"] = usage
-        return found
+        found = ((f"{kind} {which}", meter.take_usage()) for (kind, which), meter in self._meters.items())
+        return {name: usage for name, usage in found if usage is not None}
 
     def used_elsewhere(self, usage: Mapping[str, Usage]) -> None:
         """Count what the other doors of a fleet have accepted, on those of the meters that exist here too."""
@@ -141,8 +139,8 @@ class Gate:
         """End open requests whose keys were removed or lost the scope."""
         for record, needed in list(self._open.values()):
             assert record.identity.key is not None and record.ended is not None
-            found = self._auth.of_hash(record.identity.key)
-            if found is None:
+            found = self._known.get(record.identity.key)
+            if found is None or not found.is_valid:
                 why = "the API key was revoked, or has expired, while the request was being answered"
             elif needed and not any(map(found.may, needed)):
                 why = "the API key lost the scope for this while the request was being answered"
@@ -153,17 +151,21 @@ class Gate:
             if not record.ended.done():
                 record.ended.set_result(ApiError(401, why, code="invalid_api_key"))
 
-    def _refused(self, scope: MutableMapping[str, Any], record: RequestRecord, error: ApiError) -> ApiError:
+    def _refused(self, scope: HttpScope, record: RequestRecord, text: str) -> ApiError:
         record.counted = True
-        return self._refusals.refuse(client_of(scope), error)
+        return self._refusals.refuse(_client_of(scope), refusal(text))
 
     def _use_settings(self, settings: ServerSettings) -> None:
         """Use keys from flags: admin keys have all scopes; other keys have "adapters" if there is no admin
         key."""
         self._missing_scope_code = "admin_key_required"
         scopes = _WITHOUT_ADMIN - {"adapters"} if settings.admin_keys else _WITHOUT_ADMIN
-        anybody = None if settings.api_keys else Identity(scopes=scopes)
-        self._auth = Authenticator(_entries(settings, scopes), lambda _entry: (), anybody)
+        self._anybody = None if settings.api_keys else Identity(scopes=scopes)
+        # A key that is both is an admin key.
+        for keys, own in ((settings.api_keys, tuple(scopes)), (settings.admin_keys, ("admin",))):
+            for key, tenant in keys.items():
+                entry = KeyEntry(hash=hash_key(key), tenant=tenant, scopes=own)
+                self._known[entry.hash] = Identity.of(entry, (), {})
 
     def _use_file(self, file: KeysFile) -> None:
         """Use keys from a file. Existing meters keep their counts."""
@@ -171,35 +173,29 @@ class Gate:
         now = time.monotonic()
 
         def meter(kind: str, which: str, name: str, limits: Limits) -> Iterator[Meter]:
-            if all(getattr(limits, name) is None for name in Limits.__struct_fields__):
+            if all(getattr(limits, field) is None for field in Limits.__struct_fields__):
                 return
-            found = self._meters.get((kind, which)) or before.get((kind, which))
-            if found is None:
-                found = Meter(name, limits)
-            else:
-                found.limit(limits, now)
+            found = self._meters.get((kind, which)) or before.get((kind, which)) or Meter(name, limits)
+            found.limit(limits, now)
             self._meters[kind, which] = found
             yield found
 
-        def meters(entry: KeyEntry) -> tuple[Meter, ...]:
+        def meters(entry: KeyEntry) -> Iterator[Meter]:
+            yield from meter("key", entry.hash, "this API key", entry.limits)
             shared = file.tenants.get(entry.tenant, TenantLimits())
-            return (
-                *meter("key", entry.hash, "this API key", entry.limits),
-                *meter("tenant", entry.tenant, f"tenant {entry.tenant!r}", shared),
-            )
+            yield from meter("tenant", entry.tenant, f"tenant {entry.tenant!r}", shared)
 
         adapters = {
             name: found
             for name, limits in file.adapters.items()
             for found in meter("adapter", name, f"adapter {name!r}", limits)
         }
-        self._auth = Authenticator(file.keys, meters, adapter_meters=adapters)
+        self._known = {entry.hash: Identity.of(entry, meters(entry), adapters) for entry in file.keys}
         bounds = {name: limits.max_waiting for name, limits in file.tenants.items()}
         self._new_bounds = {name: most for name, most in bounds.items() if most is not None}
 
 
-def _entries(settings: ServerSettings, scopes: Iterable[str]) -> Iterator[KeyEntry]:
-    for key, tenant in settings.api_keys.items():
-        yield KeyEntry(hash=hash_key(key), tenant=tenant, scopes=tuple(scopes))
-    for key, tenant in settings.admin_keys.items():  # last: a key that is both is an admin key
-        yield KeyEntry(hash=hash_key(key), tenant=tenant, scopes=("admin",))
+def _client_of(scope: HttpScope) -> str:
+    """Identify the client of a request by its network; behind a trusted proxy, the proxy's client."""
+    client = scope.get("client")
+    return network_of(str(client[0])) if client else "unknown"

@@ -11,7 +11,7 @@ import hashlib
 import re
 import secrets
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -72,13 +72,12 @@ class KeyEntry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
             )
         if not self.tenant.isprintable():
             raise ConfigError(f"tenant={self.tenant!r}: must be printable text")
+        known = ", ".join(SCOPES)
         if not self.scopes:
-            raise ConfigError(f"scopes: is empty; name some of {', '.join(SCOPES)}")
+            raise ConfigError(f"scopes: is empty; name some of {known}")
         for scope in self.scopes:
             if scope not in SCOPES:
-                raise ConfigError(
-                    f"scopes: there is no {scope!r}{nearest(scope, SCOPES)}; there are {', '.join(SCOPES)}"
-                )
+                raise ConfigError(f"scopes: there is no {scope!r}{nearest(scope, SCOPES)}; there are {known}")
         if any(not pattern for pattern in self.adapters):
             raise ConfigError("adapters: contains an empty name; remove it")
 
@@ -94,19 +93,16 @@ class KeysFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     def __post_init__(self) -> None:
         if not self.keys:
             raise ConfigError("has no key; `aioengine keys new` makes one")
-        hashes = [entry.hash for entry in self.keys]
-        if len(set(hashes)) < len(hashes):
-            twice = next(i for i, one in enumerate(hashes) if one in hashes[:i])
-            raise ConfigError(
-                f"keys[{twice}].hash: is also the hash of keys[{hashes.index(hashes[twice])}]; remove one "
-                "of them"
-            )
-        known = {entry.tenant for entry in self.keys}
+        first: dict[str, int] = {}
+        for i, entry in enumerate(self.keys):
+            if (other := first.setdefault(entry.hash, i)) != i:
+                raise ConfigError(f"keys[{i}].hash: is also the hash of keys[{other}]; remove one of them")
+        known = sorted({entry.tenant for entry in self.keys})
         for tenant in self.tenants:
             if tenant not in known:
                 raise ConfigError(
-                    f"tenants.{tenant}: no key has this tenant{nearest(tenant, sorted(known))}; "
-                    "add a key or remove the limits"
+                    f"tenants.{tenant}: no key has this tenant{nearest(tenant, known)}; add a key or remove "
+                    "the limits"
                 )
 
 
@@ -119,9 +115,9 @@ def parse_keys_file(data: bytes, *, source: str) -> KeysFile:
         values = tomllib.loads(data.decode("utf-8-sig"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ConfigError(f"{source}: is not valid TOML: {error}") from error
-    refuse_unknown(KeysFile, values, source)
     for where, type_, table in _tables(values):
-        refuse_unknown(type_, table, f"{source}: {where}")
+        if isinstance(table, dict):
+            refuse_unknown(type_, table, f"{source}{where}")
     try:
         return msgspec.convert(values, KeysFile)
     except msgspec.ValidationError as error:
@@ -142,21 +138,18 @@ def read_keys_file(path: Path) -> KeysFile:
     return parse_keys_file(data, source=source)
 
 
-def _tables(values: Mapping[str, Any]) -> Iterable[tuple[str, type[msgspec.Struct], Mapping[str, Any]]]:
-    """Yield the tables below the top level."""
-    keys, tenants = values.get("keys"), values.get("tenants")
+def _tables(values: Mapping[str, Any]) -> Iterator[tuple[str, type[msgspec.Struct], Any]]:
+    """Yield what should be tables, with their places."""
+    yield "", KeysFile, values
+    keys = values.get("keys")
     for i, entry in enumerate(keys if isinstance(keys, list) else ()):
+        yield f": keys[{i}]", KeyEntry, entry
         if isinstance(entry, dict):
-            yield f"keys[{i}]", KeyEntry, entry
-            if isinstance(entry.get("limits"), dict):
-                yield f"keys[{i}].limits", Limits, entry["limits"]
-    for tenant, limits in (tenants if isinstance(tenants, dict) else {}).items():
-        if isinstance(limits, dict):
-            yield f"tenants.{tenant}", TenantLimits, limits
-    adapters = values.get("adapters")
-    for name, limits in (adapters if isinstance(adapters, dict) else {}).items():
-        if isinstance(limits, dict):
-            yield f"adapters.{name}", Limits, limits
+            yield f": keys[{i}].limits", Limits, entry.get("limits")
+    for field, type_ in (("tenants", TenantLimits), ("adapters", Limits)):
+        named = values.get(field)
+        for name, limits in (named if isinstance(named, dict) else {}).items():
+            yield f": {field}.{name}", type_, limits
 
 
 def new_key() -> str:

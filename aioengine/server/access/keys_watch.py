@@ -32,8 +32,7 @@ class KeysWatch:
         self, path: str, use: Callable[[KeysFile], None], then: Callable[[], None] = lambda: None
     ) -> None:
         self._path = Path(path)
-        self._use = use
-        self._then = then
+        self._use, self._then = use, then
         self._seen: tuple[int, ...] | None = None
         self._complaint = ""
         """Why the keys in use are not those of the file; empty if they are."""
@@ -47,31 +46,30 @@ class KeysWatch:
     async def run(self) -> None:
         """Check until cancelled, in a thread that can be abandoned, because the file's disk may hang. There
         is one such thread at a time. Whatever fails, the log says it, and the next check tries again."""
-        clock = asyncio.get_running_loop().time
         threads = ReadThreads("aioengine-keys")
-        reading, since, before = None, clock(), ""
         while True:
-            if reading is None:
-                await asyncio.sleep(POLL_SECONDS)
+            await asyncio.sleep(POLL_SECONDS)
+            before = self._complaint
             try:
-                if reading is None:
-                    before = self._complaint
-                    reading, since = threads.start(self._changed), clock()
-                await asyncio.wait({reading}, timeout=POLL_SECONDS)
-                if reading.done():
-                    done, reading = reading, None
-                    self._take(done.result(), before)
-                elif clock() - since >= SLOW_SECONDS:
-                    self._complain(f"reading keys file {self._path} takes longer than {SLOW_SECONDS:g} s")
-                self._then()
+                self._take(await self._in_time(threads.start(self._changed)), before)
+            except ConfigError as error:
+                self._complain(str(error))
             except Exception as error:
-                if isinstance(error, ConfigError):
-                    self._complain(str(error))
-                else:
-                    self._seen = None  # read, and used, once more: it may be no fault of the file
-                    self._complain(f"{self._path}: {error!r}")
-                with suppress(Exception):
-                    self._then()  # keys expire, whatever the file is like
+                self._seen = None  # read, and used, once more: it may be no fault of the file
+                self._complain(f"{self._path}: {error!r}")
+            with suppress(Exception):
+                self._then()  # keys expire, whatever the file is like
+
+    async def _in_time(self, reading: asyncio.Future[KeysFile | None]) -> KeysFile | None:
+        """Return what was read, however long it takes; meanwhile keys expire."""
+        waited = 0.0
+        while not (await asyncio.wait({reading}, timeout=POLL_SECONDS))[0]:
+            waited += POLL_SECONDS
+            if waited >= SLOW_SECONDS:
+                self._complain(f"reading keys file {self._path} takes longer than {SLOW_SECONDS:g} s")
+            with suppress(Exception):
+                self._then()
+        return reading.result()
 
     def _take(self, found: KeysFile | None, before: str) -> None:
         """Use what was read: None if the file has not changed. ``before`` was the complaint at the start."""

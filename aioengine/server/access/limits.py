@@ -42,53 +42,51 @@ class Bucket:
 
 
 class Meter:
-    """Usage of one key or tenant. ``name`` is its name in errors."""
+    """Usage of one key, tenant or adapter. ``name`` is its name in errors."""
 
     def __init__(self, name: str, limits: Limits) -> None:
         self.name = name
-        self.active = 0
+        self.active = self._told_active = 0
         """Number of open requests."""
         self.elsewhere = 0
         """Requests that other doors to the same fleet are answering."""
-        self._told_active = 0
         self._new_requests = self._new_tokens = 0
         self._mean_seconds = 1.0
-        self._limits = Limits()
         self._requests: Bucket | None = None
         self._tokens: Bucket | None = None
         self.limit(limits, 0.0)
 
     def limit(self, limits: Limits, now: float) -> None:
         """Change the limits."""
-        self._limits = limits
+        self._most = limits.max_concurrent
         self._requests = _resized(self._requests, limits.requests_per_minute, now)
         self._tokens = _resized(self._tokens, limits.tokens_per_minute, now)
 
     def check(self, now: float) -> None:
         """Raise ApiError (429) if no request may begin."""
-        most = self._limits.max_concurrent
+        most = self._most
         if most is not None and self.active + self.elsewhere >= most:
             wait = min(math.ceil(self._mean_seconds / most), _LONGEST_GUESS)
             raise self._refusal(f"{most} requests at once", wait)
-        if self._requests is not None and (seconds := self._requests.wait(now)):
-            raise self._refusal(f"{self._requests.per_minute} requests per minute", seconds)
+        self._check(self._requests, "requests", now)
         self.check_tokens(now)
 
     def check_tokens(self, now: float) -> None:
         """Raise ApiError (429) if no tokens are left."""
-        if self._tokens is not None and (seconds := self._tokens.wait(now)):
-            raise self._refusal(f"{self._tokens.per_minute} tokens per minute", seconds)
+        self._check(self._tokens, "tokens", now)
+
+    def _check(self, bucket: Bucket | None, what: str, now: float) -> None:
+        if bucket is not None and (seconds := bucket.wait(now)):
+            raise self._refusal(f"{bucket.per_minute} {what} per minute", seconds)
 
     def begin(self, now: float) -> None:
         self.active += 1
         self._new_requests += 1
-        if self._requests is not None:
-            self._requests.take(1, now)
+        _take(self._requests, 1, now)
 
     def spend(self, tokens: int, now: float) -> None:
         self._new_tokens += tokens
-        if self._tokens is not None:
-            self._tokens.take(tokens, now)
+        _take(self._tokens, tokens, now)
 
     def end(self, seconds: float) -> None:
         self.active -= 1
@@ -106,27 +104,23 @@ class Meter:
     def used_elsewhere(self, usage: Usage, now: float) -> None:
         """Count what other doors have let in."""
         self.elsewhere = usage.active
-        if self._requests is not None:
-            self._requests.take(usage.requests, now)
-        if self._tokens is not None:
-            self._tokens.take(usage.tokens, now)
+        _take(self._requests, usage.requests, now)
+        _take(self._tokens, usage.tokens, now)
 
     def _refusal(self, what: str, seconds: float) -> ApiError:
         wait = max(1, math.ceil(seconds))
-        return ApiError(
-            429,
-            f"{self.name} may have {what}; try again in {wait} s",
-            type="rate_limit_error",
-            code="rate_limit_exceeded",
-            retry_after=wait,
-        )
+        text = f"{self.name} may have {what}; try again in {wait} s"
+        return ApiError(429, text, type="rate_limit_error", code="rate_limit_exceeded", retry_after=wait)
+
+
+def _take(bucket: Bucket | None, amount: int, now: float) -> None:
+    if bucket is not None:
+        bucket.take(amount, now)
 
 
 def _resized(bucket: Bucket | None, per_minute: int | None, now: float) -> Bucket | None:
-    if per_minute is None:
-        return None
-    if bucket is None:
-        return Bucket(per_minute)
+    if bucket is None or per_minute is None:
+        return None if per_minute is None else Bucket(per_minute)
     bucket.resize(per_minute, now)
     return bucket
 
@@ -140,16 +134,18 @@ class Admission:
     def __init__(self, meters: Sequence[Meter], now: float) -> None:
         for meter in meters:
             meter.check(now)
+        self._meters: list[Meter] = []
+        self._begun, self._charged = now, 0
         for meter in meters:
-            meter.begin(now)
-        self._meters = list(meters)
-        self._begun = now
-        self._charged = 0
+            self._begin(meter, now)
 
     def also(self, meter: Meter, now: float) -> None:
         """Count the request on one more meter, which is known only now. Raises ApiError (429) if that meter
         has no room."""
         meter.check(now)
+        self._begin(meter, now)
+
+    def _begin(self, meter: Meter, now: float) -> None:
         meter.begin(now)
         meter.spend(self._charged, now)
         self._meters.append(meter)

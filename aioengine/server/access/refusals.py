@@ -32,15 +32,14 @@ class Refusals:
         """Return the error to send to ``address``: ``error``, which is a 401, or a 429 after too many of
         these."""
         loop = asyncio.get_running_loop()
-        now = loop.time()
         self._note(address, loop)
-        bucket = self._buckets.pop(address, None) or Bucket(PER_MINUTE)
-        self._buckets[address] = bucket
+        bucket = self._buckets.setdefault(address, Bucket(PER_MINUTE))
+        self._buckets.move_to_end(address)
         if len(self._buckets) > MAX_ADDRESSES:
             self._buckets.popitem(last=False)
-        wait = bucket.wait(now)
+        wait = bucket.wait(loop.time())
         if not wait:
-            bucket.take(1, now)
+            bucket.take(1, loop.time())
             return error
         return ApiError(
             429,
@@ -55,34 +54,28 @@ class Refusals:
         """Log the remaining counts."""
         if self._timer is not None:
             self._timer.cancel()
-            self._tell()
             self._timer = None
+            self._tell()
 
     def _note(self, address: str, loop: asyncio.AbstractEventLoop) -> None:
         """Count a refusal. The first is logged at once, those of the next ``LOG_SECONDS`` in one line."""
         if self._timer is None:
             logger.warning("refused a request from %s: no valid API key", address)
-            self._timer = loop.call_later(LOG_SECONDS, self._due)
-        elif address in self._counts or len(self._counts) < MAX_ADDRESSES:
-            self._counts[address] += 1
+            self._timer = loop.call_later(LOG_SECONDS, self._due, loop)
         else:
-            self._counts["others"] += 1
+            is_known = address in self._counts or len(self._counts) < MAX_ADDRESSES
+            self._counts[address if is_known else "others"] += 1
 
-    def _due(self) -> None:
-        told = self._tell()
-        self._timer = asyncio.get_running_loop().call_later(LOG_SECONDS, self._due) if told else None
+    def _due(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._timer = loop.call_later(LOG_SECONDS, self._due, loop) if self._tell() else None
 
     def _tell(self) -> bool:
         """Log the counted refusals. Returns False if there were none."""
-        if not self._counts:
-            return False
-        [(address, most)] = self._counts.most_common(1)
-        logger.warning(
-            "refused %d more requests without a valid API key, from %d addresses; most, %d, from %s",
-            self._counts.total(),
-            len(self._counts),
-            most,
-            address,
-        )
+        for address, most in self._counts.most_common(1):
+            logger.warning(
+                "refused %d more requests without a valid API key, from %d addresses; most, %d, from %s",
+                *(self._counts.total(), len(self._counts), most, address),
+            )
+        told = bool(self._counts)
         self._counts.clear()
-        return True
+        return told

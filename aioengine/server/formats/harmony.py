@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 
-from aioengine.server.formats.call_text import CallText
+from aioengine.server.formats.calls import CallText
 from aioengine.server.formats.source import Marks, Reasoning, Source, Steps, arguments_call
 
 CHANNEL, MESSAGE, START, CALL = "<|channel|>", "<|message|>", "<|start|>", "<|call|>"
@@ -19,6 +19,10 @@ _HEADER_END = Marks(MESSAGE, START)
 _BODY_END = Marks("<|end|>", "<|return|>", CALL, START, CHANNEL)
 _CHANNEL_NAME = re.compile(re.escape(CHANNEL) + r"\s*(\w+)")
 _RECIPIENT = re.compile(r"\bto=functions\.([A-Za-z0-9_.-]+)")
+
+TEXT = CallText(f"{CHANNEL}commentary to=functions.{{}} <|constrain|>json{MESSAGE}", "", most=1)
+"""Form of calls. Beginning and end are empty, because the model has tokens of its own there. An answer has
+one call."""
 
 
 def harmony(names: frozenset[str], reasons: bool = True) -> Callable[[Source], Steps[None]]:
@@ -39,18 +43,10 @@ def harmony(names: frozenset[str], reasons: bool = True) -> Callable[[Source], S
             if recipient and recipient[1] in names:
                 body, mark = yield from source.read_until(_BODY_END)
                 yield arguments_call(recipient[1], body or "{}") or header + MESSAGE + body
-            elif reasons and channel and channel[1] == "analysis":
-                mark = yield from source.until(_BODY_END, Reasoning)
             else:
-                mark = yield from source.until(_BODY_END)
+                is_reasoning = reasons and channel is not None and channel[1] == "analysis"
+                mark = yield from source.until(_BODY_END, Reasoning if is_reasoning else str)
             if mark and mark not in (START, CHANNEL):
                 mark = yield from source.until(_BEGIN)
 
     return steps
-
-
-WRITTEN = CallText(
-    opening=f"{CHANNEL}commentary to=functions.{{}} <|constrain|>json{MESSAGE}", closing="", most=1
-)
-"""Form of calls. Beginning and end are empty, because the model has tokens of its own there. An answer has
-one call."""

@@ -1,4 +1,4 @@
-"""Names of the formats, and which of them a model has."""
+"""The table of formats, and which of them a model has."""
 
 from __future__ import annotations
 
@@ -8,58 +8,73 @@ from typing import NamedTuple
 
 from aioengine.checks import nearest
 from aioengine.errors import ConfigError
-from aioengine.server.formats import gemma, harmony, hermes, llama3, mistral, think
-from aioengine.server.formats.call_text import CallText
-from aioengine.server.formats.json_calls import WRITTEN as JSON_WRITTEN
-from aioengine.server.formats.json_calls import json_calls, named_call
-from aioengine.server.formats.source import AnswerParser, Source, Steps, plain
+from aioengine.server.formats import calls, gemma, harmony
+from aioengine.server.formats.calls import CallText, Read
+from aioengine.server.formats.source import NO_MARKS, AnswerParser, Marks, Reasoning, Source, Steps
+
+THINK, END_THINK = "<think>", "</think>"
+_THINK_END = Marks(END_THINK)
 
 
 class ToolFormat(NamedTuple):
     """Form in which a family writes calls."""
 
-    steps: Callable[[frozenset[str]], Callable[[Source], Steps[None]]]
+    read: Callable[[frozenset[str]], Read]
     """Makes a parser's generator for functions of these names."""
-    shows: Callable[[str], bool]
-    """Whether a model with this chat template writes calls in this format."""
-    written: Callable[[str], CallText | None]
-    """Returns the form of calls with this chat template; None where arguments are not JSON."""
+    shown_by: tuple[str, ...]
+    """Texts in the chat template of a model that writes calls so."""
+    written: Mapping[str, CallText]
+    """Form of calls, by a text in the chat template; none where arguments are not JSON."""
     closing: str | None = None
     """Text that ends every call."""
     special: bool = True
     """Whether marks of the format are special tokens, which an answer's text otherwise leaves out."""
 
 
-TOOLS: dict[str, ToolFormat] = {
-    "harmony": ToolFormat(
-        harmony.harmony, lambda template: harmony.CHANNEL in template, lambda _template: harmony.WRITTEN
+TOOLS = {
+    "harmony": ToolFormat(harmony.harmony, (harmony.CHANNEL,), {"": harmony.TEXT}),
+    "mistral": ToolFormat(
+        calls.mistral,
+        (calls.TOOL_CALLS,),
+        {calls.ARGUMENTS: calls.MISTRAL_TEXT, "": calls.MISTRAL_LIST_TEXT},
     ),
-    "mistral": ToolFormat(mistral.mistral, lambda template: mistral.OPEN in template, mistral.written),
-    "gemma": ToolFormat(
-        gemma.gemma, lambda template: gemma.OPEN in template, lambda _template: None, gemma.CLOSE
-    ),
+    "gemma": ToolFormat(gemma.gemma, (gemma.OPEN,), {}, gemma.CLOSE),
     "hermes": ToolFormat(
-        hermes.hermes,
-        lambda template: hermes.OPEN in template and hermes.CLOSE in template,
-        lambda _template: hermes.WRITTEN,
-        hermes.CLOSE,
+        calls.hermes,
+        (calls.TOOL_CALL, calls.END_TOOL_CALL),
+        {"": calls.HERMES_TEXT},
+        calls.END_TOOL_CALL,
         special=False,
     ),
-    "llama3": ToolFormat(
-        llama3.llama3,
-        lambda template: "<|start_header_id|>" in template and '"parameters"' in template,
-        lambda _template: llama3.WRITTEN,
-    ),
+    "llama3": ToolFormat(calls.llama3, ("<|start_header_id|>", '"parameters"'), {"": calls.LLAMA_TEXT}),
 }
 """The first format that a chat template shows is the model's."""
-REASONING: dict[str, Callable[[str], bool]] = {
-    "harmony": lambda template: harmony.CHANNEL in template,
-    "think": lambda template: think.OPEN in template and think.CLOSE in template,
-}
-"""Name -> whether a model with this chat template writes reasoning in this format."""
-
-
+REASONING = {"harmony": (harmony.CHANNEL,), "think": (THINK, END_THINK)}
+"""Name -> texts in the chat template of a model that writes reasoning so."""
 NO_TOKENS: Mapping[str, int] = MappingProxyType({})
+
+
+def think(then: Read, *, is_open: bool) -> Read:
+    """Parse reasoning between ``<think>`` and ``</think>`` (Qwen 3, DeepSeek R1 and many others), if the
+    prompt has opened it (``is_open``) or the answer begins with the tag. ``then`` parses the rest. White
+    space beside the tags is dropped."""
+
+    def steps(source: Source) -> Steps[None]:
+        space = yield from source.blank()
+        if (yield from source.literal(THINK)) or is_open:
+            yield from source.blank()
+            yield from source.until(_THINK_END, Reasoning)
+            yield from source.blank()
+        elif space:
+            yield space
+        yield from then(source)
+
+    return steps
+
+
+def plain(source: Source) -> Steps[None]:
+    """Parse an answer that is text alone."""
+    yield from source.until(NO_MARKS)
 
 
 class AnswerFormats(NamedTuple):
@@ -77,13 +92,15 @@ class AnswerFormats(NamedTuple):
     ) -> AnswerFormats:
         """Choose formats by name. "auto" is the format that the chat template shows, "none" is none."""
         template = chat_template or ""
-        if tools == "auto":
-            tools = next((name for name, known in TOOLS.items() if known.shows(template)), "none")
-        if reasoning == "auto":
-            reasoning = next((name for name, shows in REASONING.items() if shows(template)), "none")
-        return cls(
-            None if tools == "none" else tools, None if reasoning == "none" else reasoning, template, tokens
-        )
+
+        def choose(name: str, known: Mapping[str, tuple[str, ...]]) -> str | None:
+            if name == "auto":
+                shown = (own for own, texts in known.items() if all(text in template for text in texts))
+                return next(shown, None)
+            return None if name == "none" else name
+
+        shown_by = {name: known.shown_by for name, known in TOOLS.items()}
+        return cls(choose(tools, shown_by), choose(reasoning, REASONING), template, tokens)
 
     @property
     def closing(self) -> str | None:
@@ -93,12 +110,13 @@ class AnswerFormats(NamedTuple):
     @property
     def written(self) -> CallText | None:
         """Form in which the model writes calls; None if that is not known, or if arguments are not JSON."""
-        return None if self.tools is None else TOOLS[self.tools].written(self.chat_template)
+        known = {} if self.tools is None else TOOLS[self.tools].written
+        return next((text for shown, text in known.items() if shown in self.chat_template), None)
 
     @property
     def required(self) -> CallText:
         """Form of required calls: in the model's format, or else in this server's JSON."""
-        return self.written or JSON_WRITTEN
+        return self.written or calls.JSON_TEXT
 
     def needs_special_tokens(self, with_tools: bool) -> bool:
         """Whether an answer's text must have its special tokens."""
@@ -109,22 +127,22 @@ class AnswerFormats(NamedTuple):
         """Make a parser for an answer without a constraint; None if there is nothing to look for.
         ``is_thinking`` says whether the prompt has begun the model's reasoning."""
         if "harmony" in (self.tools, self.reasoning):
-            reasons = self.reasoning == "harmony"
             known = names if self.tools == "harmony" else frozenset[str]()
-            return AnswerParser(harmony.harmony(known, reasons), single=single)
-        steps: Callable[[Source], Steps[None]] = plain
+            return AnswerParser(harmony.harmony(known, self.reasoning == "harmony"), single=single)
+        read: Read = plain
         if names and self.tools is not None:
-            steps = TOOLS[self.tools].steps(names)
+            read = TOOLS[self.tools].read(names)
         elif self.reasoning is None:
             return None
         if self.reasoning == "think":
-            steps = think.think(steps, is_open=is_thinking)
-        return AnswerParser(steps, single=single, closing=self.closing)
+            read = think(read, is_open=is_thinking)
+        return AnswerParser(read, single=single, closing=self.closing)
 
     def held(self, names: frozenset[str], *, single: bool) -> AnswerParser:
         """Make a parser for an answer that a grammar of :attr:`required` holds to calls."""
-        steps = json_calls if self.written is None or self.tools is None else TOOLS[self.tools].steps(names)
-        return AnswerParser(steps, single=single)
+        is_known = self.written is not None and self.tools is not None
+        read = TOOLS[self.tools].read(names) if is_known and self.tools is not None else calls.json_calls
+        return AnswerParser(read, single=single)
 
 
 NO_FORMATS = AnswerFormats(None, None, "", NO_TOKENS)
@@ -132,7 +150,7 @@ NO_FORMATS = AnswerFormats(None, None, "", NO_TOKENS)
 
 def arguments_parser(name: str) -> AnswerParser:
     """Make a parser for an answer that a grammar holds to the arguments of ``name``."""
-    return AnswerParser(named_call(name))
+    return AnswerParser(calls.named_call(name))
 
 
 def check_name(field: str, name: str, known: Collection[str]) -> None:

@@ -10,11 +10,11 @@ from __future__ import annotations
 import re
 import uuid
 from collections.abc import Callable, Generator, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import msgspec
 
-from aioengine.server.openai.chat_api import FunctionCall, ToolCall
+from aioengine.server.openai.api import FunctionCall, ToolCall
 
 T = TypeVar("T")
 
@@ -246,11 +246,6 @@ class AnswerParser:
         return space
 
 
-def plain(source: Source) -> Steps[None]:
-    """Parse an answer that is text alone."""
-    yield from source.until(NO_MARKS)
-
-
 def call_of(body: str, names: frozenset[str] | None) -> ToolCall | None:
     """Convert JSON with "name" and "arguments" or "parameters" to a call of one of ``names`` (None: of any);
     None for any other text."""
@@ -273,20 +268,5 @@ def arguments_call(name: str, arguments: str) -> ToolCall | None:
         _FIELDS.decode(text)
     except (msgspec.DecodeError, RecursionError):
         return None
-    return _call(name, _SPACE.sub(r"\1", text))
-
-
-def decoded(text: str) -> Any:
-    """Return the JSON's value; None if the text is not JSON."""
-    try:
-        return msgspec.json.decode(text)
-    except (msgspec.DecodeError, RecursionError):
-        return None
-
-
-def tool_call(name: str, arguments: Any) -> ToolCall:
-    return _call(name, msgspec.json.encode(arguments).decode())
-
-
-def _call(name: str, arguments: str) -> ToolCall:
-    return ToolCall(id=f"call_{uuid.uuid4().hex[:24]}", function=FunctionCall(name=name, arguments=arguments))
+    function = FunctionCall(name=name, arguments=_SPACE.sub(r"\1", text))
+    return ToolCall(id=f"call_{uuid.uuid4().hex[:24]}", function=function)

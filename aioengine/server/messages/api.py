@@ -7,8 +7,24 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
-from aioengine.server.openai.api import Ignored, ModelFields, Positive, StopString
-from aioengine.server.openai.chat_api import MAX_MESSAGES, MAX_PARTS, MAX_TOOLS, FunctionText
+from aioengine.server.openai.api import (
+    IGNORED,
+    MAX_MESSAGES,
+    MAX_PARTS,
+    MAX_TOOLS,
+    FunctionText,
+    Ignored,
+    ModelFields,
+    Positive,
+    Priority,
+    Probability,
+    Salt,
+    Schema,
+    StopStrings,
+    Strict,
+    Temperature,
+    Whole,
+)
 
 
 class CacheControl(msgspec.Struct, kw_only=True):
@@ -36,7 +52,7 @@ class Block(msgspec.Struct, kw_only=True):
 Content = str | Annotated[list[Block], Meta(max_length=MAX_PARTS)]
 
 
-class MessageParam(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+class MessageParam(Strict, kw_only=True):
     role: Literal["user", "assistant", "system"]
     content: Content
 
@@ -47,25 +63,24 @@ class MessagesTool(msgspec.Struct, kw_only=True):
     name: FunctionText
     type: str | None = None
     description: str | None = None
-    input_schema: dict[str, Any] | None = None
-    """A JSON schema."""
+    input_schema: Schema | None = None
     strict: bool | None = None
     cache_control: CacheControl | None = None
 
 
-class MessagesToolChoice(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+class MessagesToolChoice(Strict, kw_only=True):
     type: Literal["auto", "any", "tool", "none"]
     name: str | None = None
     disable_parallel_tool_use: bool | None = None
     """True: at most one call. False: up to 16 calls where a call is required (by default one)."""
 
 
-class OutputFormat(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+class OutputFormat(Strict, kw_only=True):
     type: Literal["json_schema"]
-    schema: dict[str, Any]
+    schema: Schema
 
 
-class OutputConfig(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+class OutputConfig(Strict, kw_only=True):
     format: OutputFormat | None = None
     effort: Literal["low", "medium", "high", "xhigh", "max"] | None = None
     """Has no effect."""
@@ -98,10 +113,10 @@ class CountRequest(ModelFields, kw_only=True, forbid_unknown_fields=False):
 
 class MessagesRequest(CountRequest, kw_only=True, forbid_unknown_fields=True):
     max_tokens: Positive
-    temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
-    top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
-    top_k: Annotated[int, Meta(ge=-1, le=2**63 - 1)] | None = None
-    stop_sequences: Annotated[list[StopString], Meta(max_length=16)] | None = None
+    temperature: Temperature | None = None
+    top_p: Probability | None = None
+    top_k: Whole | None = None
+    stop_sequences: StopStrings | None = None
     stream: bool | None = None
     output_config: OutputConfig | None = None
     """A JSON schema that the answer must conform to."""
@@ -110,9 +125,9 @@ class MessagesRequest(CountRequest, kw_only=True, forbid_unknown_fields=True):
     """A breakpoint after the last message."""
 
     # vLLM's
-    priority: Annotated[int, Meta(ge=-(2**31), lt=2**31)] | None = None
-    cache_salt: Annotated[str, Meta(min_length=1, max_length=256)] | None = None
+    priority: Priority | None = None
+    cache_salt: Salt | None = None
 
     # Accepted, and without effect on the answer
-    metadata: Ignored = msgspec.field(default_factory=msgspec.Raw)
-    service_tier: Ignored = msgspec.field(default_factory=msgspec.Raw)
+    metadata: Ignored = IGNORED
+    service_tier: Ignored = IGNORED

@@ -16,14 +16,13 @@ import msgspec
 
 from aioengine.errors import RequestInvalid
 from aioengine.request import MAX_PINS, CachePin
-from aioengine.server.access_log import RequestRecord
-from aioengine.server.context import Context
-from aioengine.server.errors import ApiError
+from aioengine.server.call import Call
+from aioengine.server.errors import ApiError, invalid
 from aioengine.server.messages.api import CacheControl, Content, CountRequest, MessageParam, MessagesRequest
 from aioengine.server.messages.read import prompt_of
+from aioengine.server.openai.api import ChatRequest, Message
 from aioengine.server.openai.chat import encode_messages
-from aioengine.server.openai.chat_api import ChatRequest, Message
-from aioengine.server.openai.tools import plan_tools
+from aioengine.server.openai.form import plan_tools
 
 T = TypeVar("T")
 
@@ -42,64 +41,52 @@ def breakpoints(data: MessagesRequest) -> list[Breakpoint]:
     """Return the request's breakpoints in their order. Raises ApiError if there are more than 4."""
     found = list(islice(_breakpoints(data), MAX_PINS + 1))  # each holds a copy of what precedes it
     if len(found) > MAX_PINS:
-        raise ApiError(
-            400,
-            f"cache_control: at most {MAX_PINS} blocks may have it, and more do; leave it on the last block "
-            "of each part that later requests repeat",
-            param="cache_control",
-            code="invalid_value",
+        raise invalid(
+            "cache_control",
+            f"at most {MAX_PINS} blocks may have it, and more do; leave it on the last block of each part "
+            "that later requests repeat",
         )
     return found
 
 
 def _breakpoints(data: MessagesRequest) -> Iterator[Breakpoint]:
-    whole = CountRequest(
-        model=data.model,
-        messages=data.messages,
-        system=data.system,
-        tools=data.tools,
-        chat_template_kwargs=data.chat_template_kwargs,
-    )
+    names = ("model", "messages", "system", "tools", "chat_template_kwargs")
+    whole = CountRequest(**{name: getattr(data, name) for name in names})
     if data.tool_choice is not None and data.tool_choice.type == "none":
-        whole = msgspec.structs.replace(whole, tool_choice=data.tool_choice)  # the tools are not shown
+        whole.tool_choice = data.tool_choice  # the tools are not shown
+
+    def at(control: CacheControl | None, **fields: object) -> Iterator[Breakpoint]:
+        if control is not None:
+            yield Breakpoint(msgspec.structs.replace(whole, **fields), SECONDS[control.ttl or "5m"])
+
     tools = data.tools or []
     for i, tool in enumerate(tools):
-        yield from _at(tool.cache_control, whole, tools=tools[: i + 1], system=None, messages=[])
+        yield from at(tool.cache_control, tools=tools[: i + 1], system=None, messages=[])
     for system, control in _cuts(data.system or ""):
-        yield from _at(control, whole, system=system, messages=[])
+        yield from at(control, system=system, messages=[])
     for i, message in enumerate(data.messages):
         for content, control in _cuts(message.content):
-            cut = [*data.messages[:i], MessageParam(role=message.role, content=content)]
-            yield from _at(control, whole, messages=cut)
-    yield from _at(data.cache_control, whole)
+            cut = MessageParam(role=message.role, content=content)
+            yield from at(control, messages=[*data.messages[:i], cut])
+    yield from at(data.cache_control)
 
 
-def _cuts(content: Content) -> Iterator[tuple[Content, CacheControl | None]]:
-    """Yield the content up to each of its blocks, with the block's ``cache_control``."""
-    if not isinstance(content, str):
-        for i, block in enumerate(content):
-            within = block.content if isinstance(block.content, list) else []
-            controls = [block.cache_control, *(inner.cache_control for inner in within)]
-            for control in controls:
-                if control is not None:
-                    yield content[: i + 1], control
+def _cuts(content: Content) -> Iterator[tuple[Content, CacheControl]]:
+    """Yield the content up to each of its breakpoints."""
+    for i, block in enumerate(() if isinstance(content, str) else content):
+        within = block.content if isinstance(block.content, list) else []
+        for own in (block, *within):
+            if own.cache_control is not None:
+                yield content[: i + 1], own.cache_control
 
 
-def _at(control: CacheControl | None, whole: CountRequest, **fields: object) -> Iterator[Breakpoint]:
-    if control is not None:
-        seconds = SECONDS[control.ttl or "5m"]
-        yield Breakpoint(msgspec.structs.replace(whole, **fields), seconds)
-
-
-async def find_pins(
-    context: Context, prompt: Sequence[int], wanted: Sequence[Breakpoint], record: RequestRecord
-) -> list[CachePin]:
+async def find_pins(call: Call, prompt: Sequence[int], wanted: Sequence[Breakpoint]) -> list[CachePin]:
     """Return the pins for a request's breakpoints. One that has no token of the prompt before it is left
     out."""
-    config = context.engine.config
+    config = call.context.engine.config
     if not config.enable_prefix_caching or not config.max_prefix_pins:
         return []
-    lengths = [await _length(context, prompt, part, record) for part, _ in wanted]
+    lengths = [await _length(call, prompt, part) for part, _ in wanted]
     return [
         CachePin(tokens=tokens, seconds=seconds)
         for tokens, (_, seconds) in zip(lengths, wanted, strict=True)
@@ -109,33 +96,27 @@ async def find_pins(
 
 def hour_tokens(pins: Sequence[CachePin], block_size: int) -> int:
     """Return how many tokens are in whole blocks of a prefix that is kept for an hour."""
-    return (
-        max((pin.tokens for pin in pins if pin.seconds >= SECONDS["1h"]), default=0)
-        // block_size
-        * block_size
-    )
+    tokens = max((pin.tokens for pin in pins if pin.seconds >= SECONDS["1h"]), default=0)
+    return tokens // block_size * block_size
 
 
-async def _length(context: Context, prompt: Sequence[int], part: CountRequest, record: RequestRecord) -> int:
+async def _length(call: Call, prompt: Sequence[int], part: CountRequest) -> int:
     """Return how many tokens of the prompt are those of ``part``."""
     chat = prompt_of(part)
     chat.continue_final_message, chat.add_generation_prompt = None, False
-    try:
-        return common(prompt, await _encode(context, chat, record))
-    except (ApiError, RequestInvalid):
-        pass  # many templates take no chat without a user's turn
-    chats = [
-        msgspec.structs.replace(chat, messages=[*chat.messages, Message(role="user", content=text)])
-        for text in ("a", "b")
-    ]
-    try:
-        return min([common(prompt, await _encode(context, each, record)) for each in chats])
-    except (ApiError, RequestInvalid):
-        return 0
+    more = [[*chat.messages, Message(role="user", content=text)] for text in ("a", "b")]
+    for ends in ([chat.messages], more):  # many templates take no chat without a user's turn
+        try:
+            return min([await _common(call, prompt, chat, messages) for messages in ends])
+        except (ApiError, RequestInvalid):
+            pass
+    return 0
 
 
-async def _encode(context: Context, chat: ChatRequest, record: RequestRecord) -> list[int]:
-    return await encode_messages(context, chat, plan_tools(chat.tools, chat.tool_choice), record)
+async def _common(call: Call, prompt: Sequence[int], chat: ChatRequest, messages: list[Message]) -> int:
+    plan = plan_tools(chat.tools, chat.tool_choice)
+    asked = msgspec.structs.replace(chat, messages=messages)
+    return common(prompt, await encode_messages(call, asked, plan))
 
 
 def common(first: Sequence[T], second: Sequence[T]) -> int:

@@ -7,36 +7,39 @@ from typing import TypeVar
 
 import msgspec
 
-from aioengine.server.errors import THREAD_NOT_FOUND, ApiError, unsupported
-from aioengine.server.messages import api
-from aioengine.server.openai import chat_api
-from aioengine.server.openai.api import JsonSchemaFormat, ResponseFormat
+from aioengine.server.errors import THREAD_NOT_FOUND, ApiError, invalid, unsupported
+from aioengine.server.messages.api import Block, Content, CountRequest, MessagesRequest
+from aioengine.server.openai import api
 
-C = TypeVar("C", bound=api.CountRequest)
+C = TypeVar("C", bound=CountRequest)
 
 _THINKING = "enable_thinking"
 """What most templates call it."""
+_SAME = ("temperature", "top_p", "top_k", "stream", "priority", "cache_salt")
+"""Fields that a chat has, too."""
 
 
-def to_chat(data: api.MessagesRequest) -> chat_api.ChatRequest:
+def to_chat(data: MessagesRequest) -> api.ChatRequest:
     """Convert a request to a chat. Raises ApiError for fields that are not supported."""
     if data.thread is not None and data.thread.type == "continue":
-        raise ApiError(
-            404,
-            "thread: conversations are not kept here; send all messages",
-            param="thread",
-            code=THREAD_NOT_FOUND,
-        )
-    chat = prompt_of(data)
-    chat.max_completion_tokens = data.max_tokens
-    chat.temperature, chat.top_p, chat.top_k = data.temperature, data.top_p, data.top_k
-    chat.stop = data.stop_sequences
-    chat.stream = data.stream
-    chat.priority, chat.cache_salt = data.priority, data.cache_salt
-    if data.output_config is not None and data.output_config.format is not None:
-        schema = JsonSchemaFormat(name="answer", schema=data.output_config.format.schema)
-        chat.response_format = ResponseFormat(type="json_schema", json_schema=schema)
-    return chat
+        text = "thread: conversations are not kept here; send all messages"
+        raise ApiError(404, text, param="thread", code=THREAD_NOT_FOUND)
+    wanted = None if data.output_config is None else data.output_config.format
+    return msgspec.structs.replace(
+        prompt_of(data),
+        max_completion_tokens=data.max_tokens,
+        stop=data.stop_sequences,
+        response_format=None if wanted is None else schema_format(wanted.schema),
+        **{name: getattr(data, name) for name in _SAME},
+    )
+
+
+def schema_format(
+    schema: api.Schema, name: str | None = None, strict: bool | None = None
+) -> api.ResponseFormat:
+    """Return the form of a chat's answer that conforms to a JSON schema."""
+    wanted = api.JsonSchemaFormat(name=name or "answer", schema=schema, strict=strict)
+    return api.ResponseFormat(type="json_schema", json_schema=wanted)
 
 
 def with_thinking(data: C, template: str | None) -> C:
@@ -56,43 +59,63 @@ def with_thinking(data: C, template: str | None) -> C:
     return msgspec.structs.replace(data, thinking=None, chat_template_kwargs=variables)
 
 
-def prompt_of(data: api.CountRequest) -> chat_api.ChatRequest:
+def prompt_of(data: CountRequest) -> api.ChatRequest:
     """Convert the part of a request that determines the prompt. Raises ApiError for what is not supported."""
     choice = data.tool_choice
-    parallel = None
-    if choice is not None and choice.disable_parallel_tool_use is not None:
-        parallel = not choice.disable_parallel_tool_use
-    return chat_api.ChatRequest(
+    single = None if choice is None else choice.disable_parallel_tool_use
+    for i, tool in enumerate(data.tools or ()):
+        if tool.type not in (None, "custom"):
+            why = f"{tool.type[:100]!r} is not supported: only tools with input_schema"
+            raise unsupported(f"tools[{i}].type", why)
+    return api.ChatRequest(
         model=data.model,
         adapters=data.adapters,
         messages=list(_messages(data)),
-        tools=[_tool(tool, f"tools[{i}]") for i, tool in enumerate(data.tools)] if data.tools else None,
-        tool_choice=None if choice is None else _choice(choice),
-        parallel_tool_calls=parallel,
+        tools=[
+            function_tool(tool.name, tool.description, tool.input_schema, tool.strict) for tool in data.tools
+        ]
+        if data.tools
+        else None,
+        tool_choice=_choice(data),
+        parallel_tool_calls=None if single is None else not single,
         chat_template_kwargs=data.chat_template_kwargs,
-        continue_final_message=_is_begun(data.messages) or None,
+        # The client has begun the answer.
+        continue_final_message=(bool(data.messages) and data.messages[-1].role == "assistant") or None,
     )
 
 
-def _is_begun(messages: list[api.MessageParam]) -> bool:
-    """Whether the client has begun the answer."""
-    return bool(messages) and messages[-1].role == "assistant"
+def function_tool(
+    name: str, description: str | None, parameters: api.Schema | None, strict: bool | None
+) -> api.Tool:
+    function = api.Function(name=name, description=description, parameters=parameters, strict=strict)
+    return api.Tool(function=function)
 
 
-def _messages(data: api.CountRequest) -> Iterator[chat_api.Message]:
+def _choice(data: CountRequest) -> api.ToolChoice | None:
+    choice = data.tool_choice
+    if choice is None or choice.type == "any":
+        return None if choice is None else "required"
+    if choice.type != "tool":
+        return choice.type
+    if choice.name is None:
+        raise invalid("tool_choice.name", "is missing")
+    return api.NamedTool(function=api.FunctionName(name=choice.name))
+
+
+def _messages(data: CountRequest) -> Iterator[api.Message]:
     if data.system:
-        yield chat_api.Message(role="system", content=_text(data.system, "system"))
+        yield api.Message(role="system", content=_text(data.system, "system"))
     for i, message in enumerate(data.messages):
-        where = f"messages[{i}].content"
-        if message.role == "assistant":
-            yield _of_assistant(message.content, where)
-        elif isinstance(message.content, str) or message.role == "system":
-            yield chat_api.Message(role=message.role, content=_text(message.content, where))
+        where, content = f"messages[{i}].content", message.content
+        if isinstance(content, str) or message.role == "system":
+            yield api.Message(role=message.role, content=_text(content, where))
+        elif message.role == "assistant":
+            yield _of_assistant(content, where)
         else:
-            yield from _of_user(message.content, where)
+            yield from _of_user(content, where)
 
 
-def _of_user(blocks: list[api.Block], where: str) -> Iterator[chat_api.Message]:
+def _of_user(blocks: list[Block], where: str) -> Iterator[api.Message]:
     """Convert a user's turn. Results of tools become separate messages, in order, between the texts."""
     texts: list[str] = []
     for i, block in enumerate(blocks):
@@ -100,73 +123,42 @@ def _of_user(blocks: list[api.Block], where: str) -> Iterator[chat_api.Message]:
             texts.append(_block_text(block, f"{where}[{i}]"))
             continue
         if texts:
-            yield chat_api.Message(role="user", content="\n".join(texts))
+            yield api.Message(role="user", content="\n".join(texts))
             texts = []
         if block.tool_use_id is None:
-            raise _invalid(f"{where}[{i}].tool_use_id", "is missing")
+            raise invalid(f"{where}[{i}].tool_use_id", "is missing")
         text = _text(block.content or "", f"{where}[{i}].content")
-        yield chat_api.Message(role="tool", tool_call_id=block.tool_use_id, content=text)
+        yield api.Message(role="tool", tool_call_id=block.tool_use_id, content=text)
     if texts or not blocks:
-        yield chat_api.Message(role="user", content="\n".join(texts))
+        yield api.Message(role="user", content="\n".join(texts))
 
 
-def _of_assistant(content: api.Content, where: str) -> chat_api.Message:
-    if isinstance(content, str):
-        return chat_api.Message(role="assistant", content=content)
+def _of_assistant(blocks: list[Block], where: str) -> api.Message:
     texts: list[str] = []
-    calls: list[chat_api.ToolCall] = []
-    for i, block in enumerate(content):
+    calls: list[api.ToolCall] = []
+    for i, block in enumerate(blocks):
         if block.type in ("thinking", "redacted_thinking"):
             continue
         if block.type != "tool_use":
             texts.append(_block_text(block, f"{where}[{i}]"))
             continue
         if block.id is None or block.name is None:
-            raise _invalid(f"{where}[{i}].{'id' if block.id is None else 'name'}", "is missing")
+            raise invalid(f"{where}[{i}].{'id' if block.id is None else 'name'}", "is missing")
         arguments = msgspec.json.encode(block.input or {}).decode()
-        calls.append(
-            chat_api.ToolCall(
-                id=block.id, function=chat_api.FunctionCall(name=block.name, arguments=arguments)
-            )
-        )
-    return chat_api.Message(role="assistant", content="\n".join(texts), tool_calls=calls or None)
+        function = api.FunctionCall(name=block.name, arguments=arguments)
+        calls.append(api.ToolCall(id=block.id, function=function))
+    return api.Message(role="assistant", content="\n".join(texts), tool_calls=calls or None)
 
 
-def _text(content: api.Content, where: str) -> str:
+def _text(content: Content, where: str) -> str:
     if isinstance(content, str):
         return content
     return "\n".join(_block_text(block, f"{where}[{i}]") for i, block in enumerate(content))
 
 
-def _block_text(block: api.Block, where: str) -> str:
+def _block_text(block: Block, where: str) -> str:
     if block.type != "text":
         raise unsupported(f"{where}.type", f"{block.type[:100]!r} is not supported here: only texts are")
     if block.text is None:
-        raise _invalid(f"{where}.text", "is missing")
+        raise invalid(f"{where}.text", "is missing")
     return block.text
-
-
-def _tool(tool: api.MessagesTool, where: str) -> chat_api.Tool:
-    if tool.type not in (None, "custom"):
-        raise unsupported(
-            f"{where}.type", f"{tool.type[:100]!r} is not supported: only tools with input_schema"
-        )
-    return chat_api.Tool(
-        function=chat_api.Function(
-            name=tool.name, description=tool.description, parameters=tool.input_schema, strict=tool.strict
-        )
-    )
-
-
-def _choice(choice: api.MessagesToolChoice) -> chat_api.ToolChoice:
-    if choice.type == "any":
-        return "required"
-    if choice.type != "tool":
-        return choice.type
-    if choice.name is None:
-        raise _invalid("tool_choice.name", "is missing")
-    return chat_api.NamedTool(function=chat_api.FunctionName(name=choice.name))
-
-
-def _invalid(param: str, reason: str) -> ApiError:
-    return ApiError(400, f"{param}: {reason}", param=param, code="invalid_value")

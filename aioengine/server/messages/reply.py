@@ -10,10 +10,8 @@ import msgspec
 from aioengine.runtime.output import RequestOutput
 from aioengine.server.errors import ApiError
 from aioengine.server.formats.source import AnswerParser
-from aioengine.server.openai.api import Usage
-from aioengine.server.openai.chat_api import ToolCall
-from aioengine.server.openai.chat_reply import parse_output
-from aioengine.server.streaming import event
+from aioengine.server.openai.api import ToolCall, Usage
+from aioengine.server.openai.replies import event, parse_output
 
 _encode = msgspec.json.Encoder().encode
 

@@ -1,4 +1,5 @@
-"""Types that several endpoints share. Field names are OpenAI's; additional ones are vLLM's."""
+"""Requests of the completion endpoints, and the types that others share with them. Field names are OpenAI's;
+additional ones are vLLM's. "null" is the same as a field that is not given."""
 
 from __future__ import annotations
 
@@ -10,17 +11,42 @@ from msgspec import Meta
 Count = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 Logprobs = Annotated[int, Meta(ge=0, le=20)]
 Positive = Annotated[int, Meta(ge=1, le=2**63 - 1)]
+Whole = Annotated[int, Meta(ge=-1, le=2**63 - 1)]
+Probability = Annotated[float, Meta(gt=0, le=1)]
+Temperature = Annotated[float, Meta(ge=0, le=2)]
+Penalty = Annotated[float, Meta(ge=-2, le=2)]
+Priority = Annotated[int, Meta(ge=-(2**31), lt=2**31)]
+"""For scheduling policies that look at it; higher is more urgent."""
+Salt = Annotated[str, Meta(min_length=1, max_length=256)]
 TokenId = Annotated[int, Meta(ge=0, lt=2**31)]
 StopString = Annotated[str, Meta(max_length=256)]
+StopStrings = Annotated[list[StopString], Meta(max_length=16)]
+Choices = Annotated[list[str], Meta(max_length=10_000)]
 Name = Annotated[str, Meta(max_length=256)]
 RequestId = Annotated[str, Meta(pattern=r"^[A-Za-z0-9._\-]{1,128}$(?!\n)")]
 """End of an answer's id. ("$" alone would also match before a line's end.)"""
+FunctionText = Annotated[str, Meta(pattern=r"^[A-Za-z0-9_.-]{1,64}$(?!\n)")]
+"""A function's name."""
+Schema = dict[str, Any]
+"""A JSON schema."""
+Verbosity = Literal["low", "medium", "high"]
+FinishReason = Literal["stop", "length", "tool_calls", "abort"]
 Ignored = msgspec.Raw
 """Type of a field that is accepted and has no effect: its value is skipped, not decoded."""
+IGNORED: Any = msgspec.field(default_factory=msgspec.Raw)
 
 MAX_NAMED_TOKENS = 1024
-"""Maximum entries of ``logit_bias`` and of ``stop_token_ids``. Every step processes them, so they cost all
+"""Entries of ``logit_bias`` and of ``stop_token_ids``. Every step processes them, so they cost all
 requests."""
+MAX_MESSAGES = 2048
+MAX_PARTS = 2048
+"""Parts of one message."""
+MAX_TOOLS = 128
+"""Tools, and calls in one message. These three are OpenAI's bounds; a template's work grows with each."""
+
+
+class Strict(msgspec.Struct, forbid_unknown_fields=True):
+    """A part of a request whose unknown fields are refused."""
 
 
 class Usage(msgspec.Struct, kw_only=True):
@@ -35,14 +61,7 @@ class PromptTokensDetails(msgspec.Struct):
     """Tokens whose keys and values were in the prefix cache."""
 
 
-class PromptLogprob(msgspec.Struct, gc=False):
-    logprob: float
-    rank: int | None
-    """1 for the most likely token; null for one that is not among those asked for."""
-    decoded_token: str
-
-
-class StreamOptions(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+class StreamOptions(Strict, kw_only=True):
     include_usage: bool | None = None
     """Whether a last chunk reports the usage."""
     continuous_usage_stats: bool | None = None
@@ -51,27 +70,26 @@ class StreamOptions(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     """Ignored."""
 
 
-class JsonSchemaFormat(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+class JsonSchemaFormat(Strict, kw_only=True):
     name: Name
-    schema: dict[str, Any] | None = None
+    schema: Schema | None = None
     description: str | None = None
     strict: bool | None = None
     """The schema is enforced either way. True excludes undeclared properties even if the server allows
     them."""
 
 
-class ResponseFormat(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+class ResponseFormat(Strict, kw_only=True):
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchemaFormat | None = None
 
 
-class StructuredOutputs(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+class StructuredOutputs(Strict, kw_only=True):
     """A format of the answer: exactly one of the first four fields."""
 
-    json: dict[str, Any] | str | None = None
-    """A JSON schema."""
+    json: Schema | str | None = None
     regex: str | None = None
-    choice: Annotated[list[str], Meta(max_length=10_000)] | None = None
+    choice: Choices | None = None
     grammar: str | None = None
     """Grammar in Lark's notation."""
     disable_any_whitespace: bool | None = None
@@ -80,7 +98,7 @@ class StructuredOutputs(msgspec.Struct, kw_only=True, forbid_unknown_fields=True
     """For ``json``: whether only declared properties are allowed. The server's default if not given."""
 
 
-class ModelFields(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+class ModelFields(Strict, kw_only=True):
     """Fields with which every endpoint names the model."""
 
     model: str
@@ -89,7 +107,19 @@ class ModelFields(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     """Adapters and their weights, which are added up; ``model`` is then the base model's name."""
 
 
-class GenerationFields(ModelFields, kw_only=True, forbid_unknown_fields=True):
+class IgnoredFields(ModelFields, kw_only=True):
+    """Fields of OpenAI's API that are accepted, and have no effect on the answer."""
+
+    user: Ignored = IGNORED
+    store: Ignored = IGNORED
+    service_tier: Ignored = IGNORED
+    safety_identifier: Ignored = IGNORED
+    prompt_cache_key: Ignored = IGNORED
+    prompt_cache_options: Ignored = IGNORED
+    prompt_cache_retention: Ignored = IGNORED
+
+
+class GenerationFields(IgnoredFields, kw_only=True):
     """Fields that both completion endpoints share."""
 
     n: Annotated[int, Meta(ge=1, le=128)] | None = None
@@ -97,23 +127,25 @@ class GenerationFields(ModelFields, kw_only=True, forbid_unknown_fields=True):
     """Must equal ``n``."""
     max_tokens: Count | None = None
     """0 with ``prompt_logprobs``, or with ``echo`` for a completion, evaluates only the prompt."""
-    temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
+    temperature: Temperature | None = None
     """1 if it is not given; 0 is greedy."""
-    top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
+    top_p: Probability | None = None
     seed: Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)] | None = None
-    stop: StopString | Annotated[list[StopString], Meta(max_length=16)] | None = None
-    presence_penalty: Annotated[float, Meta(ge=-2, le=2)] | None = None
-    frequency_penalty: Annotated[float, Meta(ge=-2, le=2)] | None = None
+    stop: StopString | StopStrings | None = None
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
     logit_bias: (
         Annotated[dict[str, Annotated[float, Meta(ge=-100, le=100)]], Meta(max_length=MAX_NAMED_TOKENS)]
         | None
     ) = None
     """Token id -> value added to its logit."""
+    response_format: ResponseFormat | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    metadata: Ignored = IGNORED
 
     # vLLM's
-    top_k: Annotated[int, Meta(ge=-1, le=2**63 - 1)] | None = None
+    top_k: Whole | None = None
     """0 and -1 keep all."""
     min_p: Annotated[float, Meta(ge=0, le=1)] | None = None
     repetition_penalty: Annotated[float, Meta(gt=0, le=100)] | None = None
@@ -122,7 +154,7 @@ class GenerationFields(ModelFields, kw_only=True, forbid_unknown_fields=True):
     min_tokens: Count | None = None
     """Minimum number of generated tokens before anything can end the answer."""
     include_stop_str_in_output: bool | None = None
-    truncate_prompt_tokens: Annotated[int, Meta(ge=-1, le=2**63 - 1)] | None = None
+    truncate_prompt_tokens: Whole | None = None
     """Keep only this many last tokens of the prompt; -1 keeps as many as the context has room for."""
     prompt_logprobs: Logprobs | None = None
     """Return log-probabilities of the prompt's tokens and of this many most likely ones. Not with
@@ -130,25 +162,139 @@ class GenerationFields(ModelFields, kw_only=True, forbid_unknown_fields=True):
     return_token_ids: bool | None = None
     """Also return the token ids of the prompt and the answer."""
     request_id: RequestId | None = None
-    """End of the answer's id."""
     skip_special_tokens: bool | None = None
-    priority: Annotated[int, Meta(ge=-(2**31), lt=2**31)] | None = None
-    """For scheduling policies that look at it; higher is more urgent."""
-    cache_salt: Annotated[str, Meta(min_length=1, max_length=256)] | None = None
+    priority: Priority | None = None
+    cache_salt: Salt | None = None
     """The prefix cache is shared only with requests of the same salt, and of the same tenant."""
     structured_outputs: StructuredOutputs | None = None
     # Its fields under their older names
-    guided_json: dict[str, Any] | str | None = None
+    guided_json: Schema | str | None = None
     guided_regex: str | None = None
-    guided_choice: Annotated[list[str], Meta(max_length=10_000)] | None = None
+    guided_choice: Choices | None = None
     guided_grammar: str | None = None
 
-    # Accepted, and without effect on the answer
-    user: Ignored = msgspec.field(default_factory=msgspec.Raw)
-    metadata: Ignored = msgspec.field(default_factory=msgspec.Raw)
-    store: Ignored = msgspec.field(default_factory=msgspec.Raw)
-    service_tier: Ignored = msgspec.field(default_factory=msgspec.Raw)
-    safety_identifier: Ignored = msgspec.field(default_factory=msgspec.Raw)
-    prompt_cache_key: Ignored = msgspec.field(default_factory=msgspec.Raw)
-    prompt_cache_options: Ignored = msgspec.field(default_factory=msgspec.Raw)
-    prompt_cache_retention: Ignored = msgspec.field(default_factory=msgspec.Raw)
+
+class CompletionRequest(GenerationFields, kw_only=True):
+    prompt: str | list[str | int | list[int]]
+    """A text, several texts, token ids, or several lists of token ids."""
+    logprobs: Logprobs | bool | None = None
+    """Log-probabilities of each token and of this many most likely ones; true is 1, false is null."""
+    echo: bool | None = None
+    """Whether the prompt precedes the answer, in the text and in the log-probabilities."""
+    add_special_tokens: bool | None = None
+    """Whether special tokens are added to text prompts; true if not given."""
+    suffix: str | None = None
+    """Only null or empty."""
+
+
+# Chats
+
+
+class ContentPart(msgspec.Struct, kw_only=True):
+    type: str
+    """Only "text"; in an assistant's turn also "refusal"."""
+    text: str | None = None
+    refusal: str | None = None
+
+
+class FunctionCall(msgspec.Struct, kw_only=True):
+    name: str
+    arguments: str
+    """JSON; an empty text in a request means {}."""
+
+
+class ToolCall(msgspec.Struct, kw_only=True):
+    id: str
+    type: Literal["function"] = "function"
+    function: FunctionCall
+
+
+class Message(msgspec.Struct, kw_only=True):
+    """One turn. Fields beyond these, as in answers that clients send back, are ignored."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | Annotated[list[ContentPart], Meta(max_length=MAX_PARTS)] | None = None
+    refusal: str | None = None
+    """The assistant's refusal, instead of content."""
+    reasoning_content: str | None = None
+    """The assistant's reasoning in an earlier answer, for templates that show it."""
+    name: str | None = None
+    tool_calls: Annotated[list[ToolCall], Meta(max_length=MAX_TOOLS)] | None = None
+    tool_call_id: str | None = None
+
+
+class Function(Strict, kw_only=True):
+    name: FunctionText
+    description: str | None = None
+    parameters: Schema | None = None
+    strict: bool | None = None
+
+
+class Tool(Strict, kw_only=True, tag_field="type", tag="function"):
+    function: Function
+
+
+class CustomTool(Strict, kw_only=True, tag_field="type", tag="custom"):
+    """Refused, because its input is free text, which the server does not parse."""
+
+    custom: Any = None
+
+
+class FunctionName(msgspec.Struct, kw_only=True):
+    name: str
+
+
+class NamedTool(Strict, kw_only=True, tag_field="type", tag="function"):
+    function: FunctionName
+
+
+class NamedCustomTool(Strict, kw_only=True, tag_field="type", tag="custom"):
+    """Refused."""
+
+    custom: Any = None
+
+
+class Allowed(Strict, kw_only=True):
+    mode: Literal["auto", "required"]
+    tools: Annotated[list[NamedTool], Meta(min_length=1, max_length=MAX_TOOLS)]
+
+
+class AllowedTools(Strict, kw_only=True, tag_field="type", tag="allowed_tools"):
+    """Restricts the tools by name; the model sees no others."""
+
+    allowed_tools: Allowed
+
+
+ToolChoice = Literal["none", "auto", "required"] | NamedTool | AllowedTools | NamedCustomTool
+
+
+class ChatRequest(GenerationFields, kw_only=True):
+    messages: Annotated[list[Message], Meta(min_length=1, max_length=MAX_MESSAGES)]
+    max_completion_tokens: Count | None = None
+    """Takes precedence over ``max_tokens``."""
+    logprobs: bool | None = None
+    top_logprobs: Logprobs | None = None
+    tools: Annotated[list[Tool | CustomTool], Meta(max_length=MAX_TOOLS)] | None = None
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: bool | None = None
+    """False: at most one call. True: up to 16 calls where a call is required (by default one)."""
+    chat_template_kwargs: dict[str, Any] | None = None
+    """Variables for the chat template, such as ``enable_thinking``."""
+    add_generation_prompt: bool | None = None
+    """Whether the opening of the assistant's next turn follows the messages; true if it is not given."""
+    continue_final_message: bool | None = None
+    """Whether the answer continues the last message instead of opening a new turn."""
+    echo: bool | None = None
+    """Whether the answer's content begins with the last message, if that is the assistant's."""
+    verbosity: Verbosity | None = None
+    """Has no effect."""
+    reasoning_effort: Any = None
+    """The variable ``reasoning_effort`` of chat templates that have it; otherwise only "none"."""
+
+    # Refused unless null: they would change the answer
+    functions: Any = None
+    function_call: Any = None
+    audio: Any = None
+    modalities: Any = None
+    prediction: Any = None
+    web_search_options: Any = None

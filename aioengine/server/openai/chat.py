@@ -3,106 +3,102 @@
 from __future__ import annotations
 
 from sys import getsizeof
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import msgspec
-from litestar import Request, post
-from litestar.handlers import HTTPRouteHandler
-from litestar.params import JSONBody
-from litestar.response import Response
 
-from aioengine.server.access_log import RequestRecord
+from aioengine.server.answer import Answer
+from aioengine.server.call import Call
 from aioengine.server.context import Context
-from aioengine.server.errors import ApiError, unsupported
+from aioengine.server.errors import invalid, unsupported
+from aioengine.server.formats.registry import THINK
 from aioengine.server.formats.source import AnswerParser
-from aioengine.server.formats.think import OPEN as THINK
-from aioengine.server.framework import RESPONSES, Handled, record_of
-from aioengine.server.generation import Generation
-from aioengine.server.openai.chat_api import ChatCompletion, ChatRequest, Message, Tool
-from aioengine.server.openai.chat_reply import ChatReply
-from aioengine.server.openai.constraints import wanted_form
-from aioengine.server.openai.sampling import last_tokens, sampling_params
-from aioengine.server.openai.tools import ToolPlan, plan_tools
-from aioengine.server.streaming import ReplyOptions
-from aioengine.server.transport.bounded_json import check_counts
+from aioengine.server.openai.api import ChatRequest, Message, Tool
+from aioengine.server.openai.form import ToolPlan, plan_tools, wanted_form
+from aioengine.server.openai.replies import ChatCompletion, ChatReply
+from aioengine.server.openai.sampling import sampling_params
+from aioengine.server.prompts import check_prompts, encode_chat, kept, last_tokens
+from aioengine.server.transport.json_body import check_counts
 
 _OWN_VARIABLES = ("messages", "tools", "continue_final_message")
+_UNSUPPORTED = {
+    "functions": "use tools",
+    "function_call": "use tool_choice",
+    "audio": "answers are text",
+    "prediction": "is not supported",
+    "web_search_options": "there is no web search",
+}
+"""Fields that are refused, and why."""
 
 
-def chat_routes(context: Context) -> list[HTTPRouteHandler]:
-    @post("/v1/chat/completions", status_code=200, responses=RESPONSES, summary="Continue a conversation")
-    async def chat_completions(
-        data: JSONBody[ChatRequest], request: Request[Any, Any, Any]
-    ) -> Response[ChatCompletion]:
-        record = record_of(request)
-        chat = await start_chat(context, data, record, prefix="chatcmpl-")
-        echoed = _echoed(data.messages[-1]) if data.echo else ""
-        reply = ChatReply(
-            chat.generation.reply_id,
-            chat.generation.seed,
-            ReplyOptions.of(data),
-            parsers=chat.parsers,
-            token_bytes=context.token_bytes(),
-            with_logprobs=bool(data.logprobs),
-            echoed=echoed,
-        )
-        stream, kept = data.stream, getsizeof(echoed)
-        return Handled(context, chat.generation, reply, stream=stream, record=record, kept=kept)
-
-    return [chat_completions]
+async def chat_completions(call: Call, data: ChatRequest) -> Annotated[Answer, ChatCompletion]:
+    """Continue a conversation."""
+    answer, parsers = await start_chat(call, data, prefix="chatcmpl-")
+    last = data.messages[-1]
+    echoed = _text(last, "messages[-1]") if data.echo and last.role == "assistant" else ""
+    answer.kept = getsizeof(echoed)
+    answer.reply = ChatReply(
+        answer.id,
+        answer.seed,
+        data,
+        parsers=parsers,
+        token_bytes=call.context.token_bytes(),
+        with_logprobs=bool(data.logprobs),
+        echoed=echoed,
+    )
+    return answer
 
 
 class Chat(NamedTuple):
-    """The assistant's next turn while it is generated."""
+    """The assistant's next turn before it is generated."""
 
-    generation: Generation
+    answer: Answer
     parsers: list[AnswerParser | None]
     """A parser for each choice; None where the answer is text alone."""
 
 
-async def start_chat(context: Context, data: ChatRequest, record: RequestRecord, *, prefix: str) -> Chat:
-    """Build the generation of a chat's answers, for any of the APIs.
+async def start_chat(call: Call, data: ChatRequest, *, prefix: str) -> Chat:
+    """Make the answer to a chat, for any of the APIs; it still needs its reply. Its id begins with
+    ``prefix``.
 
-    Its id begins with ``prefix``. Raises ApiError and RequestInvalid for requests that cannot be served.
+    Raises ApiError and RequestInvalid for requests that cannot be served.
     """
+    context = call.context
     _refuse_unsupported(data, context)
     tools = plan_tools(data.tools, data.tool_choice, data.parallel_tool_calls)
     formats = context.formats
-    form = wanted_form(data, context.settings.schemas, data.response_format, tools, formats)
+    form = wanted_form(data, context.settings.schemas, tools, formats)
     asked = data.max_tokens if data.max_completion_tokens is None else data.max_completion_tokens
-    keep = context.kept(data.truncate_prompt_tokens, asked)
-    prompt = await encode_messages(context, data, tools, record, keep=keep)
-    if keep is not None:
-        [prompt] = last_tokens([prompt], keep)
-    context.check_prompts([prompt], data.n or 1, max_tokens=asked, field="messages")
-    room = context.engine.plan.max_model_len - len(prompt)
+    keep = kept(context, data.truncate_prompt_tokens, asked)
+    [prompt] = last_tokens([await encode_messages(call, data, tools, keep=keep)], keep)
+    check_prompts(context, [prompt], data.n or 1, max_tokens=asked, field="messages")
     defaults = await context.defaults()
-    wanted = asked if asked is not None else context.settings.default_max_tokens or room
+    room = context.max_model_len - len(prompt)
     params = sampling_params(
         data,
         defaults,
-        max_tokens=wanted if asked is not None else defaults.bounded(wanted),
+        max_tokens=defaults.bounded(context.settings.default_max_tokens or room) if asked is None else asked,
         logprobs=(data.top_logprobs or 0) if data.logprobs else None,
         prompt_logprobs=data.prompt_logprobs,
     )
     params = tools.sampling(params, formats)
-    generation = context.generation(data, [prompt], params, form, record, prefix=prefix)
-    is_thinking = form is None and formats.reasoning == "think" and context.ends_with(prompt, THINK)
-    return Chat(generation, [tools.parser(formats, is_thinking=is_thinking) for _ in range(len(generation))])
+    answer = Answer(context, data, [prompt], params, form, call.record, prefix=prefix)
+    is_thinking = form is None and formats.reasoning == "think" and _ends_thinking(context, prompt)
+    return Chat(answer, [tools.parser(formats, is_thinking=is_thinking) for _ in range(len(answer))])
+
+
+def _ends_thinking(context: Context, prompt: list[int]) -> bool:
+    return context.tokenizer.decode(prompt[-16:], False).rstrip().endswith(THINK)
 
 
 async def encode_messages(
-    context: Context, data: ChatRequest, tools: ToolPlan, record: RequestRecord, *, keep: int | None = None
+    call: Call, data: ChatRequest, tools: ToolPlan, *, keep: int | None = None
 ) -> list[int]:
     """Tokenize the chat's prompt, or its end with ``keep`` tokens."""
     if tools.tools:
-        await context.note_hidden_tools()
-    return await context.encode_chat(
-        to_template(data.messages),
-        _variables(data, tools),
-        record=record,
-        keep=keep,
-    )
+        await call.context.note_hidden_tools()
+    messages, variables = to_template(data.messages), _variables(data, tools)
+    return await encode_chat(call.context, messages, variables, call.record, keep=keep)
 
 
 def to_template(messages: list[Message]) -> list[dict[str, Any]]:
@@ -119,12 +115,9 @@ def to_template(messages: list[Message]) -> list[dict[str, Any]]:
 def _to_template(message: Message, where: str) -> dict[str, Any]:
     role = "system" if message.role == "developer" else message.role
     found: dict[str, Any] = {"role": role, "content": _text(message, where)}
-    if message.name is not None:
-        found["name"] = message.name
-    if message.reasoning_content is not None:
-        found["reasoning_content"] = message.reasoning_content
-    if message.tool_call_id is not None:
-        found["tool_call_id"] = message.tool_call_id
+    for name in ("name", "reasoning_content", "tool_call_id"):
+        if (value := getattr(message, name)) is not None:
+            found[name] = value
     if message.tool_calls:
         found["tool_calls"] = [msgspec.to_builtins(call) for call in message.tool_calls]
         for i, call in enumerate(found["tool_calls"]):
@@ -137,7 +130,7 @@ def _text(message: Message, where: str) -> str:
     if content is None:
         if message.role == "assistant":
             return message.refusal or ""
-        raise ApiError(400, f"{where}.content: is missing", param=f"{where}.content", code="invalid_value")
+        raise invalid(f"{where}.content", "is missing")
     if isinstance(content, str):
         return content
     texts = []
@@ -145,12 +138,8 @@ def _text(message: Message, where: str) -> str:
         is_refusal = part.type == "refusal" and message.role == "assistant"
         text = part.refusal if is_refusal else part.text
         if (part.type != "text" and not is_refusal) or text is None:
-            raise ApiError(
-                400,
-                f"{where}.content[{i}]: only parts of type 'text' are supported, not {part.type!r}",
-                param=f"{where}.content",
-                code="unsupported_parameter",
-            )
+            why = f"only parts of type 'text' are supported, not {part.type!r}"
+            raise invalid(f"{where}.content[{i}]", why, "unsupported_parameter", param=f"{where}.content")
         texts.append(text)
     return "\n".join(texts)
 
@@ -162,69 +151,43 @@ def _arguments(call: dict[str, Any], where: str) -> Any:
     try:
         return msgspec.json.decode(text)
     except msgspec.DecodeError as error:
-        raise ApiError(400, f"{where}: is not JSON: {error}", param=where, code="invalid_value") from error
+        raise invalid(where, f"is not JSON: {error}") from error
 
 
 def _variables(data: ChatRequest, plan: ToolPlan) -> dict[str, Any]:
     variables = dict(data.chat_template_kwargs or {})
     for name in _OWN_VARIABLES:
         if name in variables:
-            raise ApiError(
-                400, f"chat_template_kwargs: {name} is a field of the request; set that", param=name
-            )
+            raise invalid("chat_template_kwargs", f"{name} is a field of the request; set that", param=name)
     if plan.tools:
         variables["tools"] = tools_to_template(plan.tools)
     if data.reasoning_effort not in (None, "none"):
         variables.setdefault("reasoning_effort", data.reasoning_effort)
     if data.continue_final_message:
         if data.add_generation_prompt:
-            raise ApiError(
-                400,
-                "add_generation_prompt: cannot be true with continue_final_message",
-                param="add_generation_prompt",
-                code="invalid_value",
-            )
+            raise invalid("add_generation_prompt", "cannot be true with continue_final_message")
         variables["continue_final_message"] = True
     elif data.add_generation_prompt is not None:
         variables["add_generation_prompt"] = data.add_generation_prompt
     return variables
 
 
-def _echoed(message: Message) -> str:
-    """Return the text that precedes an answer with ``echo``."""
-    return _text(message, "messages[-1]") if message.role == "assistant" else ""
-
-
 def tools_to_template(tools: list[Tool]) -> list[dict[str, Any]]:
     """Convert tools to the form of chat templates, without absent fields."""
+    functions = [msgspec.structs.asdict(tool.function) for tool in tools]
     return [
-        {
-            "type": "function",
-            "function": {
-                key: value
-                for key, value in msgspec.structs.asdict(tool.function).items()
-                if value is not None
-            },
-        }
-        for tool in tools
+        {"type": "function", "function": {key: value for key, value in each.items() if value is not None}}
+        for each in functions
     ]
 
 
 def _refuse_unsupported(data: ChatRequest, context: Context) -> None:
-    for field, why in (
-        ("functions", "use tools"),
-        ("function_call", "use tool_choice"),
-        ("audio", "answers are text"),
-        ("prediction", "is not supported"),
-        ("web_search_options", "there is no web search"),
-    ):
+    for field, why in _UNSUPPORTED.items():
         if getattr(data, field) is not None:
             raise unsupported(field, why)
     if data.reasoning_effort not in (None, "none"):
         if not isinstance(data.reasoning_effort, str):
-            raise ApiError(
-                400, "reasoning_effort: must be a text", param="reasoning_effort", code="invalid_value"
-            )
+            raise invalid("reasoning_effort", "must be a text")
         if "reasoning_effort" not in (context.tokenizer.chat_template or ""):
             raise unsupported(
                 "reasoning_effort",
@@ -234,6 +197,4 @@ def _refuse_unsupported(data: ChatRequest, context: Context) -> None:
     if data.modalities not in (None, ["text"]):
         raise unsupported("modalities", "answers are text")
     if data.top_logprobs and not data.logprobs:
-        raise ApiError(
-            400, "top_logprobs: needs logprobs to be true", param="top_logprobs", code="invalid_value"
-        )
+        raise invalid("top_logprobs", "needs logprobs to be true")

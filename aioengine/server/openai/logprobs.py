@@ -11,12 +11,44 @@ import msgspec
 
 from aioengine.request import TokenLogprob
 from aioengine.runtime.output import RequestOutput
-from aioengine.server.openai.api import PromptLogprob
-from aioengine.server.openai.chat_api import ChatLogprobs, ChatTokenLogprob, TopLogprob
-from aioengine.server.openai.completions_api import CompletionLogprobs
 
 _encode = msgspec.json.Encoder().encode
 TokenBytes = Callable[[int], bytes]
+
+
+class PromptLogprob(msgspec.Struct, gc=False):
+    logprob: float
+    rank: int | None
+    """1 for the most likely token; null for one that is not among those asked for."""
+    decoded_token: str
+
+
+class CompletionLogprobs(msgspec.Struct):
+    tokens: list[str]
+    token_logprobs: list[float | None]
+    """Null for a prompt's first token."""
+    top_logprobs: list[dict[str, float] | None]
+    text_offset: list[int]
+    """Offset of each token in the choice's text."""
+
+    def followed_by(self, other: CompletionLogprobs) -> CompletionLogprobs:
+        own, more = msgspec.structs.astuple(self), msgspec.structs.astuple(other)
+        return CompletionLogprobs(*(before + after for before, after in zip(own, more, strict=True)))
+
+
+class TopLogprob(msgspec.Struct):
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class ChatTokenLogprob(TopLogprob):
+    top_logprobs: list[TopLogprob]
+
+
+class ChatLogprobs(msgspec.Struct):
+    content: list[ChatTokenLogprob]
+    refusal: None = None
 
 
 class TextOffsets:
@@ -42,13 +74,6 @@ class TextOffsets:
         elif new[0] == " " and self._text.startswith(new[1:], begin):
             self._end += len(new) - 1
         return begin
-
-
-def without_end(output: RequestOutput, entries: Sequence[TokenLogprob]) -> Sequence[TokenLogprob]:
-    """Drop the last log-probability if it is that of a token that ended the output, which is not part of the
-    text."""
-    ended = output.finished and isinstance(output.stop_reason, int)
-    return entries[:-1] if ended else entries
 
 
 def completion_logprobs(

@@ -1,34 +1,73 @@
-"""Converts a request's fields to SamplingParams, one for each choice."""
+"""Sampling parameters: those of a request, in place of the model's own defaults."""
 
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from hashlib import blake2b
 from itertools import count
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any
 
+import msgspec
+from msgspec import Meta
+
+from aioengine.errors import ConfigError
 from aioengine.request import SamplingParams
 from aioengine.server.errors import unsupported
-from aioengine.server.openai.api import GenerationFields
-from aioengine.server.openai.generation_config import SamplingDefaults
+from aioengine.server.openai.api import GenerationFields, Probability, Temperature, Whole
 
+FILE_NAME = "generation_config.json"
 _SAME_NAME = (
-    "temperature",
-    "top_k",
-    "top_p",
-    "min_p",
-    "presence_penalty",
-    "frequency_penalty",
-    "repetition_penalty",
-    "logit_bias",
-    "stop",
-    "stop_token_ids",
-    "include_stop_str_in_output",
-    "ignore_eos",
-    "min_tokens",
-    "skip_special_tokens",
+    *("temperature", "top_k", "top_p", "min_p", "presence_penalty", "frequency_penalty"),
+    *("repetition_penalty", "logit_bias", "stop", "stop_token_ids", "include_stop_str_in_output"),
+    *("ignore_eos", "min_tokens", "skip_special_tokens"),
 )
+
+
+class SamplingDefaults(msgspec.Struct, frozen=True, kw_only=True):
+    """The fields of a ``generation_config.json`` that are defaults of requests, as vLLM takes them. None is
+    what the API has without such a file. ``do_sample`` is not looked at: a temperature of 0 is greedy."""
+
+    temperature: Temperature | None = None
+    top_k: Whole | None = None
+    top_p: Probability | None = None
+    min_p: Annotated[float, Meta(ge=0, le=1)] | None = None
+    repetition_penalty: Annotated[float, Meta(gt=0, le=100)] | None = None
+    max_new_tokens: Annotated[int, Meta(ge=1)] | None = None
+    """Bound on the output of requests that give none."""
+
+    def given(self) -> dict[str, Any]:
+        """Return the defaults that the file contains."""
+        return {name: value for name, value in msgspec.structs.asdict(self).items() if value is not None}
+
+    def bounded(self, max_tokens: int) -> int:
+        """Limit the default ``max_tokens`` to ``max_new_tokens``."""
+        return max_tokens if self.max_new_tokens is None else min(max_tokens, self.max_new_tokens)
+
+
+def chosen_defaults(wanted: str, model: Path | None) -> SamplingDefaults:
+    """Return the defaults that ``ServerSettings.generation_config`` names; ``model`` is the model's folder.
+    Raises ConfigError."""
+    if wanted not in ("auto", "none"):
+        return read_sampling_defaults(Path(wanted))
+    if wanted == "auto" and model is not None and (model / FILE_NAME).is_file():
+        return read_sampling_defaults(model)
+    return SamplingDefaults()
+
+
+def read_sampling_defaults(where: Path) -> SamplingDefaults:
+    """Read the defaults from ``where``, a file or its folder. Raises ConfigError if it cannot be read, or a
+    value is not valid."""
+    path = where / FILE_NAME if where.is_dir() else where
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=SamplingDefaults)
+    except OSError as error:
+        raise ConfigError(f"generation_config: {path} cannot be read: {error.strerror}") from error
+    except msgspec.DecodeError as error:
+        raise ConfigError(
+            f"generation_config: {path}: {error}; correct it, or set generation_config='none'"
+        ) from error
 
 
 def sampling_params(
@@ -51,13 +90,8 @@ def sampling_params(
     values.pop("max_new_tokens", None)
     values |= {name: value for name in _SAME_NAME if (value := getattr(fields, name)) is not None}
     values["top_k"] = max(values.get("top_k", 0), 0)
-    return SamplingParams(
-        max_tokens=max_tokens,
-        seed=fields.seed,
-        logprobs=logprobs,
-        prompt_logprobs=prompt_logprobs,
-        **values,
-    )
+    values |= {"logprobs": logprobs, "prompt_logprobs": prompt_logprobs}
+    return SamplingParams(max_tokens=max_tokens, seed=fields.seed, **values)
 
 
 def drawn_seeds(seed: int | None) -> Iterator[int]:
@@ -67,8 +101,3 @@ def drawn_seeds(seed: int | None) -> Iterator[int]:
     for number in count():
         digest = blake2b(number.to_bytes(8, "big"), key=key, digest_size=8).digest()
         yield int.from_bytes(digest, "big") >> 1
-
-
-def last_tokens(prompts: Sequence[list[int]], keep: int) -> list[list[int]]:
-    """Return the last ``keep`` tokens of each prompt."""
-    return [prompt[-keep:] if keep else [] for prompt in prompts]

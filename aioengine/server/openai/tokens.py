@@ -2,29 +2,21 @@
 
 from __future__ import annotations
 
-from functools import partial
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import msgspec
-from litestar import Request, get, post
-from litestar.handlers import HTTPRouteHandler
-from litestar.params import JSONBody
 from msgspec import Meta
 
-from aioengine.server.context import Context
-from aioengine.server.errors import ApiError
-from aioengine.server.framework import RESPONSES, record_of
-from aioengine.server.openai.api import TokenId
+from aioengine.server.call import Call
+from aioengine.server.errors import invalid
+from aioengine.server.names import adapter_of
+from aioengine.server.openai.api import MAX_MESSAGES, MAX_TOOLS, CustomTool, Message, Strict, TokenId, Tool
 from aioengine.server.openai.chat import to_template, tools_to_template
-from aioengine.server.openai.chat_api import MAX_MESSAGES, MAX_TOOLS, CustomTool, Message, Tool
-from aioengine.server.openai.logprobs import TokenBytes
-from aioengine.server.openai.tools import plan_tools
-
-if TYPE_CHECKING:
-    from aioengine.model.text.tokenizer import Tokenizer
+from aioengine.server.openai.form import plan_tools
+from aioengine.server.prompts import encode, encode_chat
 
 
-class TokenizeRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+class TokenizeRequest(Strict, kw_only=True):
     """Either ``prompt`` or ``messages``."""
 
     model: str | None = None
@@ -46,7 +38,7 @@ class Tokenized(msgspec.Struct, kw_only=True):
     token_strs: list[str] | None = None
 
 
-class DetokenizeRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+class DetokenizeRequest(Strict, kw_only=True):
     model: str | None = None
     tokens: list[TokenId]
 
@@ -64,76 +56,60 @@ class TokenizerInfo(msgspec.Struct):
     chat_template: str | None
 
 
-def token_routes(context: Context) -> list[HTTPRouteHandler]:
-    @get("/tokenizer_info", responses=RESPONSES, summary="Special tokens and chat template")
-    async def tokenizer_info() -> TokenizerInfo:
-        special, template = context.tokenizer.special_tokens, context.tokenizer.chat_template
-        return TokenizerInfo(
-            special.get("bos_token"), special.get("eos_token"), special.get("pad_token"), template
-        )
-
-    @post("/tokenize", status_code=200, responses=RESPONSES, summary="Text or messages to token ids")
-    async def tokenize(data: JSONBody[TokenizeRequest], request: Request[Any, Any, Any]) -> Tokenized:
-        _check_model(context, data.model, request)
-        record = record_of(request)
-        owner = record.owner
-        if (data.prompt is None) == (data.messages is None):
-            raise ApiError(
-                400, "prompt: give either prompt or messages", param="prompt", code="invalid_value"
-            )
-        if data.prompt is not None:
-            special = data.add_special_tokens is not False
-            [tokens] = await context.encode([data.prompt], owner=owner, add_special_tokens=special)
-        else:
-            variables = dict(data.chat_template_kwargs or {})
-            variables["add_generation_prompt"] = data.add_generation_prompt is not False
-            if data.tools:
-                variables["tools"] = tools_to_template(plan_tools(data.tools).tools)
-            variables.pop("messages", None)
-            tokens = await context.encode_chat(to_template(data.messages or []), variables, record=record)
-        strings = None
-        if data.return_token_strs:
-            token_bytes = context.token_bytes()
-            work = context.engine.text_work
-            strings = await work.run(len(tokens), lambda: _strings(tokens, token_bytes), owner)
-        return Tokenized(
-            count=len(tokens),
-            max_model_len=context.engine.plan.max_model_len,
-            tokens=tokens,
-            token_strs=strings,
-        )
-
-    @post("/detokenize", status_code=200, responses=RESPONSES, summary="Token ids to text")
-    async def detokenize(data: JSONBody[DetokenizeRequest], request: Request[Any, Any, Any]) -> Detokenized:
-        _check_model(context, data.model, request)
-        limit = context.engine.plan.max_model_len
-        if len(data.tokens) > limit:
-            raise ApiError(
-                400, f"tokens: may have at most {limit} entries", param="tokens", code="invalid_value"
-            )
-        work = context.engine.text_work
-        decode = partial(_decode, context.tokenizer, data.tokens)
-        return Detokenized(await work.run(len(data.tokens), decode, record_of(request).owner))
-
-    return [tokenizer_info, tokenize, detokenize]
+async def tokenizer_info(call: Call) -> TokenizerInfo:
+    """Special tokens and chat template."""
+    tokenizer = call.context.tokenizer
+    special = [tokenizer.special_tokens.get(f"{name}_token") for name in ("bos", "eos", "pad")]
+    return TokenizerInfo(*special, tokenizer.chat_template)
 
 
-def _strings(tokens: list[int], token_bytes: TokenBytes) -> list[str]:
-    return [token_bytes(token).decode(errors="replace") for token in tokens]
+async def tokenize(call: Call, data: TokenizeRequest) -> Tokenized:
+    """Text or messages to token ids."""
+    context, record = call.context, call.record
+    _check_model(call, data.model)
+    if (data.prompt is None) == (data.messages is None):
+        raise invalid("prompt", "give either prompt or messages")
+    if data.prompt is not None:
+        special = data.add_special_tokens is not False
+        [tokens] = await encode(context, [data.prompt], record, add_special_tokens=special)
+    else:
+        variables = dict(data.chat_template_kwargs or {})
+        variables["add_generation_prompt"] = data.add_generation_prompt is not False
+        if data.tools:
+            variables["tools"] = tools_to_template(plan_tools(data.tools).tools)
+        variables.pop("messages", None)
+        tokens = await encode_chat(context, to_template(data.messages or []), variables, record)
+    strings = None
+    if data.return_token_strs:
+        token_bytes = context.token_bytes()
+
+        def texts() -> list[str]:
+            return [token_bytes(token).decode(errors="replace") for token in tokens]
+
+        strings = await context.engine.text_work.run(len(tokens), texts, record.owner)
+    most = context.max_model_len
+    return Tokenized(count=len(tokens), max_model_len=most, tokens=tokens, token_strs=strings)
 
 
-def _decode(tokenizer: Tokenizer, tokens: list[int]) -> str:
-    """Return the text of tokens, special ones too. Raises ApiError for an id that stands for no token, which
-    would only be missing in the text."""
-    unknown = tokenizer.first_unknown(tokens)
-    if unknown is not None:
-        message = f"tokens[{unknown}]={tokens[unknown]}: the tokenizer has no such token"
-        raise ApiError(400, message, param="tokens", code="invalid_value")
-    return tokenizer.decode(tokens, False)
+async def detokenize(call: Call, data: DetokenizeRequest) -> Detokenized:
+    """Token ids to text; special ones too."""
+    context, tokens, tokenizer = call.context, data.tokens, call.context.tokenizer
+    _check_model(call, data.model)
+    if len(tokens) > context.max_model_len:
+        raise invalid("tokens", f"may have at most {context.max_model_len} entries")
+
+    def decode() -> str:
+        unknown = tokenizer.first_unknown(tokens)
+        if unknown is not None:  # it would only be missing in the text
+            where = f"tokens[{unknown}]={tokens[unknown]}"
+            raise invalid(where, "the tokenizer has no such token", param="tokens")
+        return tokenizer.decode(tokens, False)
+
+    return Detokenized(await context.engine.text_work.run(len(tokens), decode, call.record.owner))
 
 
-def _check_model(context: Context, model: str | None, request: Request[Any, Any, Any]) -> None:
+def _check_model(call: Call, model: str | None) -> None:
     """Raise ApiError if the key may not use ``model``. An adapter has its base model's tokenizer, so whether
     it exists is not checked."""
     if model is not None:
-        context.adapter_of(model, record_of(request).identity)
+        adapter_of(call.context, model, call.record.identity)

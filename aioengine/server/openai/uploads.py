@@ -15,18 +15,14 @@ from collections.abc import Iterator
 from typing import Any, NoReturn
 
 import msgspec
-from litestar import Request, post
-from litestar.handlers import HTTPRouteHandler
-from litestar.params import FromQuery
 from multipart import MultipartSegment, PushMultipartParser, parse_options_header
 
-from aioengine.adapters.names import NAME_RULE, NAME_RULE_TEXT
 from aioengine.adapters.read_threads import ReadThreads
 from aioengine.errors import AdapterError
-from aioengine.server.context import Context
+from aioengine.server.call import Call
 from aioengine.server.errors import ApiError
-from aioengine.server.framework import RESPONSES
 from aioengine.server.openai.adapters import check_may_load, load_error
+from aioengine.server.transport.body import BoundedBody
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 MAX_MEMBERS = 1000
@@ -59,40 +55,34 @@ class Uploaded(msgspec.Struct, kw_only=True):
     bytes: int
 
 
-def upload_routes(context: Context) -> list[HTTPRouteHandler]:
-    threads = ReadThreads("aioengine-upload")
+class UploadQuery(msgspec.Struct, kw_only=True):
+    lora_name: str = ""
+    """The adapter's name in requests."""
+    load_inplace: str = ""
+    """Whether it replaces the adapter of this name: true or false."""
 
-    @post(
-        "/v1/upload_lora_adapter",
-        status_code=200,
-        responses=RESPONSES,
-        summary="Upload an adapter: a PEFT folder as zip or tar, or its files as multipart/form-data",
+
+async def upload(call: Call, query: UploadQuery) -> Uploaded:
+    """Upload an adapter: a PEFT folder as zip or tar, or its files as multipart/form-data."""
+    most, name = call.context.settings.max_upload_bytes, query.lora_name
+    if most is None:
+        text = "adapters cannot be uploaded: the server was started without max_upload_bytes"
+        raise ApiError(403, text, type="permission_error", code="adapter_uploads_disabled")
+    if query.load_inplace not in _FLAGS:
+        raise ApiError(400, "load_inplace: must be true or false", param="load_inplace")
+    replace = _FLAGS[query.load_inplace]
+    check_may_load(call, name, replace=replace)
+    assert isinstance(call.receive, BoundedBody)
+    body = await call.receive.whole()
+    kind = dict(call.scope["headers"]).get(b"content-type", b"").decode("latin-1")
+    try:
+        config, weights = await ReadThreads("aioengine-upload").run(lambda: unpack(body, kind, most))
+        info = await call.context.engine.load_adapter_files(name, config, weights, replace=replace)
+    except AdapterError as error:
+        raise load_error(call, error, replace=replace) from error
+    return Uploaded(
+        name=info.name, version=info.version, digest=info.digest, rank=info.rank, bytes=info.bytes
     )
-    async def upload(
-        request: Request[Any, Any, Any], lora_name: FromQuery[str] = "", load_inplace: FromQuery[str] = ""
-    ) -> Uploaded:
-        most = context.settings.max_upload_bytes
-        if most is None:
-            text = "adapters cannot be uploaded: the server was started without max_upload_bytes"
-            raise ApiError(403, text, type="permission_error", code="adapter_uploads_disabled")
-        if NAME_RULE.fullmatch(lora_name) is None or lora_name in context.model_names:
-            text = f"lora_name: {lora_name[:300]!r} is the base model's, or not {NAME_RULE_TEXT}"
-            raise ApiError(400, text, param="lora_name")
-        if load_inplace not in _FLAGS:
-            raise ApiError(400, "load_inplace: must be true or false", param="load_inplace")
-        replace = _FLAGS[load_inplace]
-        check_may_load(context, request, lora_name, replace=replace)
-        body, kind = await request.body(), request.headers.get("content-type", "")
-        try:
-            config, weights = await threads.run(lambda: unpack(body, kind, most))
-            info = await context.engine.load_adapter_files(lora_name, config, weights, replace=replace)
-        except AdapterError as error:
-            raise load_error(context, error, replace=replace) from error
-        return Uploaded(
-            name=info.name, version=info.version, digest=info.digest, rank=info.rank, bytes=info.bytes
-        )
-
-    return [upload]
 
 
 def unpack(body: bytes, content_type: str, most: int) -> tuple[bytes, bytes]:

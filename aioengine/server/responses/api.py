@@ -7,8 +7,26 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
-from aioengine.server.openai.api import Ignored, ModelFields, Name, Positive, StreamOptions
-from aioengine.server.openai.chat_api import MAX_MESSAGES, MAX_PARTS, MAX_TOOLS, FunctionText
+from aioengine.server.openai.api import (
+    IGNORED,
+    MAX_MESSAGES,
+    MAX_PARTS,
+    MAX_TOOLS,
+    FunctionText,
+    Ignored,
+    IgnoredFields,
+    Name,
+    Positive,
+    Priority,
+    Probability,
+    Salt,
+    Schema,
+    StreamOptions,
+    Strict,
+    Temperature,
+    Verbosity,
+    Whole,
+)
 
 
 class Part(msgspec.Struct, kw_only=True):
@@ -41,8 +59,7 @@ class ResponsesTool(msgspec.Struct, kw_only=True):
     type: str
     name: FunctionText | None = None
     description: str | None = None
-    parameters: dict[str, Any] | None = None
-    """A JSON schema."""
+    parameters: Schema | None = None
     strict: bool | None = None
 
 
@@ -55,17 +72,17 @@ class ResponsesToolChoice(msgspec.Struct, kw_only=True):
     tools: Annotated[list[ResponsesToolChoice], Meta(max_length=MAX_TOOLS)] | None = None
 
 
-class TextFormat(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+class TextFormat(Strict, kw_only=True):
     type: Literal["text", "json_object", "json_schema"]
     name: Name | None = None
-    schema: dict[str, Any] | None = None
+    schema: Schema | None = None
     description: str | None = None
     strict: bool | None = None
 
 
-class TextOptions(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+class TextOptions(Strict, kw_only=True):
     format: TextFormat | None = None
-    verbosity: Literal["low", "medium", "high"] | None = None
+    verbosity: Verbosity | None = None
     """Without effect, as for chats."""
 
 
@@ -74,13 +91,13 @@ class Reasoning(msgspec.Struct, kw_only=True):
     """As ``reasoning_effort`` of a chat: for templates that have this variable."""
 
 
-class ResponsesRequest(ModelFields, kw_only=True, forbid_unknown_fields=True):
+class ResponsesRequest(IgnoredFields, kw_only=True):
     input: str | Annotated[list[Item], Meta(min_length=1, max_length=MAX_MESSAGES)]
     instructions: str | None = None
     """A system message before the input."""
     max_output_tokens: Positive | None = None
-    temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
-    top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
+    temperature: Temperature | None = None
+    top_p: Probability | None = None
     tools: Annotated[list[ResponsesTool], Meta(max_length=MAX_TOOLS)] | None = None
     tool_choice: Literal["none", "auto", "required"] | ResponsesToolChoice | None = None
     parallel_tool_calls: bool | None = None
@@ -97,9 +114,9 @@ class ResponsesRequest(ModelFields, kw_only=True, forbid_unknown_fields=True):
     """Returned unchanged in the answer."""
 
     # vLLM's
-    top_k: Annotated[int, Meta(ge=-1, le=2**63 - 1)] | None = None
-    priority: Annotated[int, Meta(ge=-(2**31), lt=2**31)] | None = None
-    cache_salt: Annotated[str, Meta(min_length=1, max_length=256)] | None = None
+    top_k: Whole | None = None
+    priority: Priority | None = None
+    cache_salt: Salt | None = None
     chat_template_kwargs: dict[str, Any] | None = None
 
     # Refused unless they have their neutral value
@@ -112,14 +129,6 @@ class ResponsesRequest(ModelFields, kw_only=True, forbid_unknown_fields=True):
     top_logprobs: int | None = None
 
     # Accepted, and without effect on the answer
-    include: Ignored = msgspec.field(default_factory=msgspec.Raw)
-    max_tool_calls: Ignored = msgspec.field(default_factory=msgspec.Raw)
+    include: Ignored = IGNORED
+    max_tool_calls: Ignored = IGNORED
     """Limit for tools that run in the server; there are none, so it has no effect."""
-    prompt_cache_key: Ignored = msgspec.field(default_factory=msgspec.Raw)
-    prompt_cache_options: Ignored = msgspec.field(default_factory=msgspec.Raw)
-    prompt_cache_retention: Ignored = msgspec.field(default_factory=msgspec.Raw)
-    safety_identifier: Ignored = msgspec.field(default_factory=msgspec.Raw)
-    service_tier: Ignored = msgspec.field(default_factory=msgspec.Raw)
-    store: Ignored = msgspec.field(default_factory=msgspec.Raw)
-    """Nothing is stored."""
-    user: Ignored = msgspec.field(default_factory=msgspec.Raw)

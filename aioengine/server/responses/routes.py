@@ -2,29 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
-from litestar import Request, post
-from litestar.handlers import HTTPRouteHandler
-from litestar.params import JSONBody
-from litestar.response import Response
-
-from aioengine.server.context import Context
-from aioengine.server.framework import RESPONSES, Handled, record_of
+from aioengine.server.answer import Answer
+from aioengine.server.call import Call
 from aioengine.server.openai.chat import start_chat
 from aioengine.server.responses.api import ResponsesRequest
 from aioengine.server.responses.read import to_chat
 from aioengine.server.responses.reply import ResponsesReply
 
 
-def responses_routes(context: Context) -> list[HTTPRouteHandler]:
-    @post("/v1/responses", status_code=200, responses=RESPONSES, summary="Answer, without state")
-    async def responses(
-        data: JSONBody[ResponsesRequest], request: Request[Any, Any, Any]
-    ) -> Response[dict[str, Any]]:
-        record = record_of(request)
-        chat = await start_chat(context, to_chat(data), record, prefix="resp_")
-        reply = ResponsesReply(chat.generation.reply_id, chat.generation.seed, data, chat.parsers[0])
-        return Handled(context, chat.generation, reply, stream=data.stream, record=record, kept=reply.kept)
-
-    return [responses]
+async def responses(call: Call, data: ResponsesRequest) -> Annotated[Answer, dict[str, Any]]:
+    """Answer, without state."""
+    answer, [parser] = await start_chat(call, to_chat(data), prefix="resp_")
+    reply = answer.reply = ResponsesReply(answer.id, answer.seed, data, parser)
+    answer.kept = reply.kept
+    return answer

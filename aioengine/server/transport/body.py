@@ -3,46 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from collections import Counter
-from collections.abc import Iterable, MutableMapping
-from typing import Any
 
-from aioengine.metrics.page.plumbing import Receive
+from aioengine.metrics.page.plumbing import Message, Receive, Scope
+from aioengine.server.bounds import Shares
 from aioengine.server.errors import ApiError, ClientDisconnected
 
 MIN_RATE = 16 * 1024
 """Minimum rate of a body in bytes a second, after its first ``timeout`` seconds."""
 FREE_BYTES = 64 * 1024
 """Bytes of each body that are not counted, so that small requests are accepted whatever large ones hold."""
-BUDGET_BODIES = 32
-"""The budget of all bodies together, in bodies of the largest size. One client's may hold half of what others
-leave, or one of the largest size, so that a few clients cannot take it all."""
 RETRY_AFTER = 1
-
-
-class BodyBudget:
-    """Bytes held by bodies that are being received, or processed before their answer begins."""
-
-    def __init__(self, bodies: int | None = None) -> None:
-        self._bodies = BUDGET_BODIES if bodies is None else bodies
-        self.held = 0
-        self._of: Counter[str | None] = Counter()
-
-    def hold(self, owner: str | None, more: int, *, largest: int) -> str | None:
-        """Count ``more`` bytes as held by ``owner``; a body has at most ``largest`` bytes. Returns the reason
-        if there is no room."""
-        if not more:
-            return None
-        most, own = self._bodies * largest, self._of[owner]
-        if more > 0 and self.held + more > most:
-            return "the server is receiving as many large requests as it can"
-        if more > 0 and own + more > max(largest, (most - (self.held - own)) // 2):
-            return "the server is receiving as many large requests of yours as it can"
-        self.held += more
-        self._of[owner] += more
-        if not self._of[owner]:
-            del self._of[owner]
-        return None
 
 
 class BoundedBody:
@@ -52,28 +22,25 @@ class BoundedBody:
     def __init__(
         self,
         receive: Receive,
-        headers: Iterable[tuple[bytes, bytes]],
-        budget: BodyBudget,
-        *,
+        scope: Scope,
+        shares: Shares,
         owner: str | None,
+        *,
         limit: int,
         timeout: float,
     ) -> None:
-        self._receive = receive
-        self._budget = budget
-        self._owner = owner
-        self._limit = limit
-        self._timeout = timeout
+        self._receive, self._shares, self._owner = receive, shares, owner
+        self._limit, self._timeout = limit, timeout
         self._begin = asyncio.get_running_loop().time()
         self._size = self._held = 0
         self._complete = False
-        for name, value in headers:
+        for name, value in scope["headers"]:
             if name.lower() == b"content-length" and value.isdigit():
                 digits = value.lstrip(b"0")
                 if len(digits) > len(str(limit)) or int(digits or b"0") > limit:
                     raise self._too_large()
 
-    async def __call__(self) -> MutableMapping[str, Any]:
+    async def __call__(self) -> Message:
         if self._complete:
             return await self._receive()
         now = asyncio.get_running_loop().time()
@@ -92,23 +59,37 @@ class BoundedBody:
         self._size += len(message.get("body", b""))
         if self._size > self._limit:
             raise self._too_large()
-        self._hold()
+        self._hold(max(self._size - FREE_BYTES, 0) - self._held)
         self._complete = not message.get("more_body", False)
         return message
+
+    async def whole(self) -> bytes:
+        """Return the content."""
+        message = await self()
+        if not message.get("more_body", False):
+            return bytes(message["body"])
+        parts = [message["body"]]
+        try:
+            while message.get("more_body", False):
+                message = await self()
+                parts.append(message["body"])
+            return b"".join(parts)
+        finally:
+            parts.clear()  # an error that is raised refers to this frame, and lives as long as its answer
 
     def release(self, kept: int = 0) -> None:
         """Release the body's bytes, but ``kept`` of them, which are still in memory; safe to call again."""
         held = min(self._held, max(kept - FREE_BYTES, 0))
-        self._budget.hold(self._owner, held - self._held, largest=self._limit)
-        self._held = held
+        if held < self._held:
+            self._shares.give_back(self._owner, self._held - held)
+            self._held = held
 
-    def _hold(self) -> None:
-        more = max(self._size - FREE_BYTES, 0) - self._held
-        why = self._budget.hold(self._owner, more, largest=self._limit)
-        if why is not None:
+    def _hold(self, more: int) -> None:
+        if more and not self._shares.take(self._owner, more, alone=self._limit):
             raise ApiError(
                 503,
-                f"{why}; try again later",
+                "the server is receiving as many large requests, or as many of yours, as it can; try again "
+                "later",
                 type="server_error",
                 code="overloaded",
                 retry_after=RETRY_AFTER,

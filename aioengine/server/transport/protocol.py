@@ -10,13 +10,9 @@ from typing import Any
 import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from aioengine.metrics.page.plumbing import DEPARTURE, WATCH, Departure
-from aioengine.server.access.addresses import network_of
-from aioengine.server.transport.answer_transport import AnswerTransport
-from aioengine.server.transport.crowd import Crowd
-from aioengine.server.transport.declined_upgrade import body_parser, framing
-from aioengine.server.transport.head_checks import find_fault
-from aioengine.server.transport.old_http import end_with_connection
+from aioengine.metrics.page.plumbing import DEPARTURE, WATCH
+from aioengine.server.bounds import CONNECTIONS, INPUT, Shares, network_of, seconds_of
+from aioengine.server.transport.heads import body_parser, end_with_connection, find_fault, framing
 from aioengine.server.transport.reader_watch import ReaderWatch, unread_bytes
 from aioengine.server.transport.turns import Turns
 
@@ -33,8 +29,6 @@ INPUT_BYTES = 64 * 1024
 LEFT_BYTES = 64 * 2**20
 """Bytes of a refused body that are read and dropped, so that a client that sends it to the end before it
 reads still gets its answer; beyond it the connection is closed."""
-LINGER_SECONDS = 5.0
-"""Seconds for which they are read and dropped if the connection is to be closed."""
 LATE_SECONDS = 1.0
 """Time that a connection gets, again and again, while what its client has sent in time is not parsed yet."""
 
@@ -49,8 +43,8 @@ def bounded_protocol(
     """Return a protocol class for ``uvicorn.Config(http=...)``.
 
     Args:
-        max_connections: Maximum open connections, of which one address may have three quarters of what others
-            leave; further ones are answered with 503 and closed.
+        max_connections: Maximum open connections, of which one address may have a part; further ones are
+            answered with 503 and closed.
         header_timeout: Seconds from a connection's beginning, or from a request's first byte, to the end
             of its headers; then the connection is closed. Between requests uvicorn's own keep-alive
             time holds.
@@ -60,7 +54,8 @@ def bounded_protocol(
     """
 
     class Bounded(BoundedProtocol):
-        crowd = Crowd(max_connections)
+        connections_held = Shares(CONNECTIONS._replace(most=max_connections))
+        input_held = Shares(INPUT)
         turns = Turns(is_busy)
 
     Bounded.header_timeout, Bounded.send_timeout = header_timeout, send_timeout
@@ -72,10 +67,12 @@ class BoundedProtocol(HttpToolsProtocol):
     a request may end. So a connection has one request at a time: the next is parsed in a separate turn, once
     the first is answered."""
 
-    crowd: Crowd
+    connections_held: Shares
+    input_held: Shares
     header_timeout: float
     send_timeout: float | None
     turns: Turns
+    reader: ReaderWatch
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -86,9 +83,9 @@ class BoundedProtocol(HttpToolsProtocol):
         """Number of bytes of ``_input`` that were parsed; the last ones are kept, because the end of a
         request may begin in them."""
         self._held = 0
-        """Bytes that ``turns`` counts for this connection."""
+        """Bytes that are counted for this connection."""
         self.counted_as: str | None = None
-        """The owner for whom it is one of the crowd."""
+        """The owner among whose connections it is counted."""
         self.lingers = False
         """Whether the answer has been written and incoming bytes are dropped."""
         self._is_full = self._is_paused = False
@@ -101,8 +98,8 @@ class BoundedProtocol(HttpToolsProtocol):
         self._body_left = 0
         """Bytes of the body that are still to come, if its length is known."""
         self._timer: asyncio.TimerHandle | None = None
-        self.reader: ReaderWatch
-        self._departure = Departure()
+        self._gone: asyncio.Future[None] = self.loop.create_future()
+        """Done when the client has gone."""
 
     # The connection
 
@@ -122,20 +119,20 @@ class BoundedProtocol(HttpToolsProtocol):
         self.reader.close()
         self._drop_input()
         super().connection_lost(exc)
-        self._departure.happen()
+        self._gone.set_result(None)
 
     def enter(self, owner: str) -> bool:
-        """Make it one of the crowd, if there is room for it; returns whether there is. Called by whoever has
+        """Count the connection, if there is room for it; returns whether there is. Called by whoever has
         accepted it, if that is before :meth:`connection_made`."""
-        if not self.crowd.enter(owner):
+        if not self.connections_held.take(owner, 1):
             return False
         self.counted_as = owner
         return True
 
     def leave(self) -> None:
-        """Make it no longer one of the crowd; safe to call again."""
+        """Count the connection no longer; safe to call again."""
         if self.counted_as is not None:
-            self.crowd.leave(self.counted_as)
+            self.connections_held.give_back(self.counted_as, 1)
             self.counted_as = None
 
     @property
@@ -149,8 +146,7 @@ class BoundedProtocol(HttpToolsProtocol):
     def close(self) -> None:
         """Close the connection, but if the client still sends, not before it can have read the answer:
         closing with unread bytes would make the kernel drop the answer."""
-        cycle = self.cycle
-        if self._left or (cycle is not None and cycle.more_body):
+        if self._left or (self.cycle is not None and self.cycle.more_body):
             self._linger()
         else:
             self._real.close()
@@ -163,7 +159,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._drop_input()
         self._pace()
         self._real.write_eof()
-        self._watch(LINGER_SECONDS)
+        self._watch(seconds_of("the rest of a refused body"))
 
     # What arrives, and when it is parsed
 
@@ -240,17 +236,24 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def _count_input(self) -> None:
         left = self._left
-        is_too_much = self.turns.hold(self.owner, left - self._held)
-        self._held = left
-        if is_too_much and left:
+        if left <= self._held:
+            self._hold_input(left)
+        elif self.input_held.take(self.owner, left - self._held):
+            self._held = left
+        else:
             self._drop_input()
             self._real.abort()
         if self._is_paused or left > INPUT_BYTES:
             self._pace()
 
+    def _hold_input(self, left: int) -> None:
+        if left < self._held:
+            self.input_held.give_back(self.owner, self._held - left)
+            self._held = left
+
     def _drop_input(self) -> None:
-        self.turns.hold(self.owner, -self._held)
-        self._input, self._at, self._held = b"", 0, 0
+        self._hold_input(0)
+        self._input, self._at = b"", 0
 
     def _pace(self) -> None:
         is_paused = self._left > INPUT_BYTES
@@ -271,7 +274,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._has_headers, self._unseen = False, 0
         self._watch(self.header_timeout)
         super().on_message_begin()
-        self.scope["extensions"] = {WATCH: self.reader, DEPARTURE: self._departure}  # type: ignore[dict-item] # for this server's own code
+        self.scope["extensions"] = {WATCH: self.reader, DEPARTURE: self._gone}  # type: ignore[dict-item] # for this server's own code
 
     def on_url(self, url: bytes) -> None:
         super().on_url(url)
@@ -365,3 +368,49 @@ class BoundedProtocol(HttpToolsProtocol):
     def _answer(self, status: int, phrase: bytes, headers: bytes = b"") -> None:
         head = b"HTTP/1.1 %d %s\r\ncontent-length: 0\r\nconnection: close\r\n" % (status, phrase)
         self._real.write(head + headers + b"\r\n")
+
+
+class AnswerTransport:
+    """The transport as uvicorn sees it; the protocol decides when it closes and pauses."""
+
+    def __init__(self, transport: asyncio.Transport, protocol: BoundedProtocol) -> None:
+        self._protocol, self._real = protocol, transport
+        self.get_extra_info = transport.get_extra_info
+        self._head = b""
+        self._head_of: object = None
+        """The cycle whose answer has begun."""
+
+    def write(self, data: bytes) -> None:
+        """Write it; the headers of an answer together with what follows in the same pass of the loop."""
+        protocol, cycle = self._protocol, self._protocol.cycle
+        if protocol.is_closing:
+            return
+        if cycle is not self._head_of and cycle is not None and cycle.response_started:
+            self._head_of, self._head = cycle, data
+            protocol.loop.call_soon(self.flush)
+        else:
+            head, self._head = self._head, b""
+            self._write(head + data)
+
+    def flush(self) -> None:
+        """Write headers that nothing has followed."""
+        if self._head and not self._protocol.is_closing:
+            self._write(self._head)
+        self._head = b""
+
+    def _write(self, data: bytes) -> None:
+        self._real.write(data)
+        self._protocol.reader.wrote(len(data))
+
+    def is_closing(self) -> bool:
+        return self._protocol.is_closing
+
+    def close(self) -> None:
+        self.flush()
+        self._protocol.close()
+
+    def pause_reading(self) -> None:
+        self._protocol.hold(True)
+
+    def resume_reading(self) -> None:
+        self._protocol.hold(False)

@@ -12,7 +12,7 @@ import ssl
 from collections.abc import Callable
 from typing import Any
 
-from aioengine.server.access.addresses import network_of
+from aioengine.server.bounds import network_of
 from aioengine.server.transport.protocol import BoundedProtocol
 
 REST_SECONDS = 1.0

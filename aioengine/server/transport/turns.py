@@ -1,11 +1,11 @@
-"""Gives connections with unparsed bytes their turns on the event loop."""
+"""Turns on the event loop: of connections with unparsed bytes, and of choices that begin."""
 
 from __future__ import annotations
 
 import asyncio
 import time
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Protocol
 
 PER_PASS = 16
@@ -16,10 +16,6 @@ PASS_SECONDS = 0.02
 many turns, and at least ``FEWEST``."""
 PATIENCE = 0.1
 """Seconds of a non-empty queue after which it counts as a flood."""
-
-
-HELD_BYTES = 256 * 2**20
-"""Bound on what all connections together have sent ahead of their turn."""
 
 
 class Connection(Protocol):
@@ -52,8 +48,7 @@ class Turns:
     """
 
     def __init__(self, is_busy: Callable[[], bool], timer: Callable[[], float] = time.perf_counter) -> None:
-        self._is_busy = is_busy
-        self._timer = timer
+        self._is_busy, self._timer = is_busy, timer
         self._lines: dict[str, deque[Connection]] = {}
         """Waiting connections by owner, in the order in which owners have turns; none is empty."""
         self._waiting = 0
@@ -62,19 +57,6 @@ class Turns:
         self._waited_since: float | None = None
         """Time since when the queue has not been empty."""
         self._pass_began = 0.0
-        self._held: Counter[str] = Counter()
-        """Bytes that waiting connections hold, by owner."""
-        self._all_held = 0
-
-    def hold(self, owner: str, more: int) -> bool:
-        """Count bytes that a connection has sent ahead of its turn. Returns whether its owner's are more than
-        half of what others leave of ``HELD_BYTES``."""
-        self._all_held += more
-        self._held[owner] += more
-        own = self._held[owner]
-        if not own:
-            del self._held[owner]
-        return own > (HELD_BYTES - (self._all_held - own)) // 2
 
     def ask(self, connection: Connection) -> None:
         """Give ``connection`` a turn, at once if no other waits."""
@@ -146,3 +128,55 @@ class Turns:
                 break
         if self._left < most:
             self._schedule(loop)
+
+
+class Starts:
+    """Lets a few choices begin in each pass of the event loop, and those of each owner in turn.
+
+    One small request may ask for 128 choices, and each one that begins takes the loop a good part of a
+    millisecond. So a few such requests at once would hold up everybody; and most of what a client has asked
+    for that leaves at once is never begun.
+
+    Args:
+        open_requests: Returns the number of open requests.
+    """
+
+    def __init__(
+        self, open_requests: Callable[[], int], timer: Callable[[], float] = time.perf_counter
+    ) -> None:
+        self._waiting: Counter[Hashable] = Counter()
+        """Choices that wait, by request."""
+        # There are requests besides those that wait here, whose steps must not become slower.
+        self._turns = Turns(lambda: open_requests() > len(self._waiting), timer)
+
+    async def turn(self, owner: str | None, request: Hashable) -> None:
+        """Wait for a turn for a choice of ``request``; at once if nobody else waits."""
+        start = _Start(owner or "")
+        self._waiting[request] += 1
+        try:
+            self._turns.ask(start)
+            await start.begun
+        finally:
+            self._waiting[request] -= 1
+            if not self._waiting[request]:
+                del self._waiting[request]
+
+
+class _Start:
+    """A choice that waits for its turn."""
+
+    has_asked = False
+
+    def __init__(self, owner: str) -> None:
+        self.loop = asyncio.get_running_loop()
+        self.begun: asyncio.Future[None] = self.loop.create_future()
+        self.owner = owner
+
+    @property
+    def is_closing(self) -> bool:
+        """Whether it is not waited for any more."""
+        return self.begun.done()
+
+    def take_turn(self) -> None:
+        if not self.begun.done():
+            self.begun.set_result(None)

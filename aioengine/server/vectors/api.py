@@ -8,63 +8,68 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
-from aioengine.server.openai.api import Ignored, ModelFields, Positive, RequestId
+from aioengine.server.openai.api import (
+    IGNORED,
+    Ignored,
+    ModelFields,
+    Positive,
+    Priority,
+    RequestId,
+    Strict,
+    Whole,
+)
 
 MAX_INPUTS = 2048
 """Texts in one request; OpenAI's bound."""
+Texts = Annotated[list[str], Meta(min_length=1, max_length=MAX_INPUTS)]
 
 
-class VectorFields(ModelFields, kw_only=True, forbid_unknown_fields=True):
+class VectorFields(ModelFields, kw_only=True):
     """Fields that all of them share."""
 
-    truncate_prompt_tokens: Annotated[int, Meta(ge=-1, le=2**63 - 1)] | None = None
+    truncate_prompt_tokens: Whole | None = None
     """Keep only this many last tokens of each text; -1 keeps as many as the context has room for."""
     add_special_tokens: bool | None = None
     """True if it is not given."""
     request_id: RequestId | None = None
     """End of the answer's id."""
-    priority: Annotated[int, Meta(ge=-(2**31), lt=2**31)] | None = None
-    """For scheduling policies that look at it; higher is more urgent."""
+    priority: Priority | None = None
 
     # Accepted, and without effect on the answer
-    user: Ignored = msgspec.field(default_factory=msgspec.Raw)
+    user: Ignored = IGNORED
 
 
-class InputFields(VectorFields, kw_only=True, forbid_unknown_fields=True):
+class InputFields(VectorFields, kw_only=True):
     input: Any
     """A text, a list of texts, a list of token ids, or a list of such lists."""
 
 
-class PoolingRequest(InputFields, kw_only=True, forbid_unknown_fields=True):
+class PoolingRequest(InputFields, kw_only=True):
     pooling: Literal["auto", "mean", "last", "cls"] | None = None
     """How the hidden states become one vector. "auto", the default, is what the adapter or the model says."""
     encoding_format: Literal["float", "base64"] | None = None
     """"base64": of float32, little endian."""
 
 
-class EmbeddingRequest(PoolingRequest, kw_only=True, forbid_unknown_fields=True):
+class EmbeddingRequest(PoolingRequest, kw_only=True):
     dimensions: Positive | None = None
     """Keep only this many numbers of each vector, the first ones."""
     normalize: bool | None = None
     """Whether vectors have length 1; true if it is not given."""
 
 
-class ClassifyRequest(InputFields, kw_only=True, forbid_unknown_fields=True):
-    pass
-
-
-class ScoreRequest(VectorFields, kw_only=True, forbid_unknown_fields=True):
+class ScoreRequest(VectorFields, kw_only=True):
     """One text against one or many, or pairs of two lists of equal length."""
 
-    text_1: str | Annotated[list[str], Meta(min_length=1, max_length=MAX_INPUTS)]
-    text_2: str | Annotated[list[str], Meta(min_length=1, max_length=MAX_INPUTS)]
+    text_1: str | Texts
+    text_2: str | Texts
 
 
-class Document(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+class Document(Strict, kw_only=True):
     text: str
 
 
-class RerankRequest(VectorFields, kw_only=True, forbid_unknown_fields=True):
+class RerankRequest(VectorFields, kw_only=True):
     query: str
     documents: Annotated[list[str | Document], Meta(min_length=1, max_length=MAX_INPUTS)]
     top_n: Annotated[int, Meta(ge=0, le=2**63 - 1)] | None = None
@@ -140,5 +145,6 @@ class Ranked(msgspec.Struct, kw_only=True):
 
     id: str
     model: str
+    created: int
     results: list[RankedData]
     usage: VectorUsage

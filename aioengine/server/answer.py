@@ -1,0 +1,440 @@
+"""Answer: the requests to the engine behind one request of the API, and what is sent of their outputs."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import math
+import time
+from array import array
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
+from functools import partial
+from typing import Protocol, TypeVar, cast
+
+import msgspec
+
+from aioengine.config import EngineConfig
+from aioengine.errors import ConfigError, DeadlineExceeded, RequestInvalid
+from aioengine.info import without_versions
+from aioengine.metrics.page.plumbing import Scope, departure_of, disconnected, respond
+from aioengine.request import CachePin, RequestOptions, SamplingParams, TokenLogprob, for_choice
+from aioengine.runtime.output import RequestOutput, SoFar
+from aioengine.runtime.text_work import SHORT
+from aioengine.server.access_log import RequestRecord
+from aioengine.server.context import Context
+from aioengine.server.errors import ApiError, ClientDisconnected, invalid
+from aioengine.server.names import wanted_adapter
+from aioengine.server.openai.api import GenerationFields, PromptTokensDetails, Usage
+from aioengine.server.openai.form import Form
+from aioengine.server.transport.body import BoundedBody
+from aioengine.server.transport.sender import Sender, unless
+from aioengine.tasks import end_tasks, together
+
+T = TypeVar("T")
+
+AT_ONCE = 128
+"""Requests to the engine of one answer at a time; more wait here, and not in the engine's queue."""
+SCORE_BYTES = 64
+"""Bytes of an answer for each log-probability in it."""
+MAX_SCORES = 2**18
+"""Log-probabilities of prompts in one request: prompt tokens x (1 + most likely ones)."""
+VALUES_PER_SCORE = 16
+"""Numbers of a vector, or token ids, that take as much memory or time as a log-probability."""
+FORMED_IN_THREAD = 256
+"""Log-probabilities, or numbers of vectors, above which JSON is encoded in a thread."""
+_EVENT_HEADERS = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),  # nginx would collect the stream otherwise
+]
+
+
+class Reply(Protocol):
+    """The format of an answer at one endpoint: as JSON, or as server-sent events of JSON."""
+
+    def events(self, index: int, output: RequestOutput) -> bytes | None:
+        """Format a choice's next part; None if there is nothing to send. Called in order for each choice."""
+
+    def last_events(self, usage: Usage) -> bytes:
+        """Format the end of the stream."""
+
+    def failure(self, error: ApiError) -> bytes:
+        """Format the end of a stream that fails."""
+
+    def whole(self, outputs: Sequence[RequestOutput], usage: Usage) -> bytes:
+        """Format the answer in one piece."""
+
+
+class Answer:
+    """``n`` choices for each prompt. Every choice is a request of its own to the engine, which shares the
+    prompt's blocks among them.
+
+    The status is decided by the first output: until then every error is an error response, afterwards it is
+    the stream's last event. A slow client gets fewer and larger parts, because the engine collects unread
+    output. Nothing of a request's body is kept once its constraints are built but what ``kept`` counts: many
+    requests may wait, each for minutes.
+
+    Args:
+        prompts: Token ids, one list for each prompt.
+        params: Those of the first choice; without a seed it gets one.
+        form: What the choices must conform to.
+        prefix: Beginning of the answer's id.
+        clock: Returns the time in seconds. The deadline counts from now on.
+    """
+
+    reply: Reply
+    kept = 0
+    """Bytes that the reply keeps of the request's body until its end."""
+
+    def __init__(
+        self,
+        context: Context,
+        fields: GenerationFields,
+        prompts: Sequence[list[int]],
+        params: SamplingParams,
+        form: Form | None,
+        record: RequestRecord,
+        *,
+        prefix: str,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.prompts = prompts
+        self._engine, self._context, self._record = context.engine, context, record
+        self._form = form
+        self._clock, self._began = clock, clock()
+        self._is_stream, self._with_ids = bool(fields.stream), bool(fields.return_token_ids)
+        self.seed = next(context.seeds) if params.seed is None else params.seed
+        """Seed of the first choice; those of the others follow from it."""
+        params = msgspec.structs.replace(params, seed=self.seed)
+        self._params = [for_choice(params, choice) for _ in prompts for choice in range(fields.n or 1)]
+        self._request_id = f"{prefix}{context.new_id()}"
+        # The engine's is its own, even where another request has chosen the same id.
+        self.id = self._request_id if fields.request_id is None else f"{prefix}{fields.request_id}"
+        wanted = wanted_adapter(context, fields, record)
+        self._options = RequestOptions(
+            adapter=wanted if isinstance(wanted, str) else None,
+            mix=None if isinstance(wanted, str) else wanted,
+            priority=fields.priority or 0,
+            deadline=context.settings.request_timeout,
+            tenant=_of_shares(record, len(self)),
+            cache_salt=context.cache_salt(record.tenant, fields.cache_salt),
+        )
+        self._last: list[RequestOutput | None] = [None] * len(self)
+        self._so_far: dict[int, SoFar] = {}
+        """Functions that return the outputs so far of choices whose ends are waited for."""
+        self._has_waited = form is not None or len(self) > 1
+        """Whether a choice does not begin at once."""
+        self._room = Room(context.engine.config) if len(self) > 1 else None
+        self._held = 0
+        """Log-probabilities and vectors that are counted for it."""
+        self._note_begin()
+
+    def __len__(self) -> int:
+        return len(self._params)
+
+    def pin(self, pins: Sequence[CachePin]) -> None:
+        """Have the requests, which have not begun, pin parts of their prompts."""
+        self._options = msgspec.structs.replace(self._options, cache_pins=pins)
+
+    # The engine's requests
+
+    async def prepare(self) -> None:
+        """Build the constraints, before outputs are requested. Raises their errors and DeadlineExceeded. A
+        cancellation stops all of it."""
+        form, self._form = self._form, None  # it has what the client has sent
+        if form is None:
+            return
+        try:
+            async with asyncio.timeout(self._time_left()):
+                guide, owner = self._context.guide, self._record.owner
+                made, not_enforced = await form.constraints(guide, owner, len(self))
+        except TimeoutError:
+            late = f"its grammar was not compiled within {self._options.deadline:g} s"
+            raise DeadlineExceeded(late) from None
+        except ConfigError as error:
+            raise RequestInvalid(str(error)) from error
+        self._record.left_out(not_enforced)
+        self._params = [
+            msgspec.structs.replace(params, constraint=constraint)
+            for params, constraint in zip(self._params, made, strict=True)
+        ]
+
+    async def outputs(self, index: int) -> AsyncGenerator[RequestOutput, None]:
+        """Yield the outputs of one choice. Closing it aborts the engine's request. Raises what the engine
+        raises."""
+        async with self._begun(index) as options:
+            stream = self._engine.generate(
+                self._prompt(index), self._params[index], options=options, request_id=self._id_of(index)
+            )
+            try:
+                async for output in stream:
+                    if output.logprobs_delta or output.pooled is not None:
+                        self._hold_numbers(index, output)
+                    self._last[index] = output
+                    yield output
+            finally:
+                await stream.aclose()
+
+    async def last_outputs(self) -> list[RequestOutput]:
+        """Return the last output of every choice. If one fails, the others are aborted."""
+        turns = asyncio.Semaphore(AT_ONCE)
+
+        async def last(index: int) -> RequestOutput:
+            async with turns:
+                return await self._last_output(index)
+
+        return await together([last(index) for index in range(len(self))])
+
+    async def _last_output(self, index: int) -> RequestOutput:
+        params = self._params[index]
+        if params.logprobs is not None or params.pooling is not None:  # they count as they come
+            async for output in self.outputs(index):
+                found = output
+            return found
+        so_far = self._so_far
+
+        def follow(output: SoFar) -> None:
+            so_far[index] = output
+
+        async with self._begun(index) as options:
+            try:
+                found = self._last[index] = await self._engine.complete(
+                    self._prompt(index), params, options=options, follow=follow, request_id=self._id_of(index)
+                )
+                return found
+            except BaseException:
+                if index in so_far:
+                    self._last[index] = so_far[index]()
+                raise
+            finally:
+                so_far.pop(index, None)
+
+    @contextlib.asynccontextmanager
+    async def _begun(self, index: int) -> AsyncIterator[RequestOptions]:
+        """Context of a choice, from its turn to its end. Yields its options: the engine counts a deadline
+        from now on, so the time that the choice has waited is taken off."""
+        room: contextlib.AbstractAsyncContextManager[None] = contextlib.nullcontext()
+        if self._room is not None:
+            await self._context.starts.turn(self._options.tenant, self._record)
+            room = self._room.holding(len(self._prompt(index)))
+        async with room:
+            options = self._options
+            if self._has_waited:
+                options = msgspec.structs.replace(options, deadline=self._time_left())
+            try:
+                yield options
+            finally:
+                self._note_end(self._last[index])
+
+    def _prompt(self, index: int) -> list[int]:
+        return self.prompts[index * len(self.prompts) // len(self)]
+
+    def _id_of(self, index: int) -> str:
+        return self._request_id if len(self) == 1 else f"{self._request_id}-{index}"
+
+    def _time_left(self) -> float | None:
+        """Return the seconds until the deadline; a moment once it has passed, so that the engine says it."""
+        deadline = self._options.deadline
+        return None if deadline is None else max(0.001, self._began + deadline - self._clock())
+
+    # Log-probabilities and vectors
+
+    @contextlib.contextmanager
+    def _numbers_held(self) -> Iterator[None]:
+        """Context in which log-probabilities and vectors are counted: those of prompts now, others as they
+        come. Raises ApiError if requests hold too many."""
+        scored = sum(
+            len(self._prompt(index)) * (1 + own.prompt_logprobs)
+            for index, own in enumerate(self._params)
+            if own.prompt_logprobs is not None
+        )
+        if scored > MAX_SCORES:
+            raise invalid(
+                "prompt",
+                f"{scored} log-probabilities of prompts, but one request may have at most {MAX_SCORES}; send "
+                "fewer or shorter prompts, or ask for fewer of the most likely tokens",
+            )
+        try:
+            self._hold(scored)
+            yield
+        finally:
+            if self._held:
+                self._context.numbers.give_back(self._options.tenant, self._held)
+
+    def _hold(self, more: int) -> None:
+        if more and not self._context.numbers.take(self._options.tenant, more):
+            raise ApiError(
+                429,
+                "too many log-probabilities or vectors are being computed; try again later, or ask for fewer "
+                "of them",
+                type="rate_limit_error",
+                code="engine_overloaded",
+                retry_after=self._context.settings.retry_after,
+            )
+        self._held += more
+
+    def _hold_numbers(self, index: int, output: RequestOutput) -> None:
+        """Count the numbers that are new since the choice's last output, and store a vector compactly."""
+        more = len(output.logprobs_delta) * (1 + (self._params[index].logprobs or 0))
+        if output.pooled is not None:
+            more += 1 + len(output.pooled) // VALUES_PER_SCORE
+            output.pooled = cast("list[float]", array("d", output.pooled))  # a list takes four times as much
+        self._hold(more)
+
+    def _prompt_values(self, index: int) -> int:
+        """Return how many values are to be formatted for the prompt of one choice."""
+        most_likely = self._params[index].prompt_logprobs
+        scored = 0 if most_likely is None else VALUES_PER_SCORE * (1 + most_likely)
+        return len(self._prompt(index)) * (scored + self._with_ids)
+
+    async def _formed(self, numbers: int, form: Callable[[], T]) -> T:
+        """Return ``form()``, which writes so many log-probabilities: if they are many, from a thread, in
+        turns with other requests."""
+        if numbers <= FORMED_IN_THREAD:
+            return form()
+        return await self._engine.text_work.run(SHORT + numbers * SCORE_BYTES, form, self._options.tenant)
+
+    # What is sent
+
+    async def __call__(self, scope: Scope, body: BoundedBody, send: Sender) -> None:
+        """Answer as an ASGI application. Raises what fails before anything is sent."""
+        work = self._answer(body, send)
+        gone = departure_of(scope)
+        own = asyncio.ensure_future(disconnected(body)) if gone is None else None
+        try:
+            with self._numbers_held():
+                await unless(work, own or gone, self._record.ended)
+        except Exception as error:
+            if not send.started:
+                raise
+            api_error = self._record.refused_by(error, self._context.settings)
+            self._record.status = api_error.status
+            if not isinstance(error, ClientDisconnected):
+                with contextlib.suppress(ClientDisconnected):
+                    await self._send(send, self.reply.failure(api_error), last=True)
+        finally:
+            work.close()  # nothing has begun if there are too many log-probabilities
+            if own is not None:
+                await end_tasks([own])
+
+    async def _answer(self, body: BoundedBody, send: Sender) -> None:
+        await self.prepare()
+        body.release(self.kept)  # it has become tokens
+        await (self._stream(send) if self._is_stream else self._whole(send))
+
+    async def _whole(self, send: Sender) -> None:
+        outputs = await self.last_outputs()
+        values = sum(map(self._prompt_values, range(len(self))))
+        values += sum(len(output.token_ids) for output in outputs) if self._with_ids else 0
+        numbers = values // VALUES_PER_SCORE + sum(_numbers(output, output.logprobs) for output in outputs)
+        body = await self._formed(numbers, lambda: self.reply.whole(outputs, self.usage))
+        await respond(send, 200, [(b"content-type", b"application/json")], body)
+
+    async def _stream(self, send: Sender) -> None:
+        writing = asyncio.Lock()  # one choice at a time; the output of the others is collected meanwhile
+
+        async def choice(index: int) -> None:
+            numbers = self._prompt_values(index) // VALUES_PER_SCORE  # they come with the first
+            async with contextlib.aclosing(self.outputs(index)) as outputs:
+                async for output in outputs:
+                    numbers += _numbers(output, output.logprobs_delta)
+                    events = await self._formed(numbers, partial(self.reply.events, index, output))
+                    numbers = 0
+                    if events is not None:
+                        async with writing:
+                            await self._send(send, events)
+
+        await together([choice(index) for index in range(len(self))])
+        await self._send(send, self.reply.last_events(self.usage), last=True)
+
+    async def _send(self, send: Sender, body: bytes, *, last: bool = False) -> None:
+        if not send.started:
+            await send({"type": "http.response.start", "status": 200, "headers": _EVENT_HEADERS})
+        await send({"type": "http.response.body", "body": body, "more_body": not last})
+
+    # What is told of it
+
+    @property
+    def usage(self) -> Usage:
+        """Sum the usage. A prompt counts once, however many choices it has."""
+        prompt = sum(map(len, self.prompts))
+        completion = sum(output.output_tokens for output in self._last if output is not None)
+        firsts = self._last[:: len(self) // len(self.prompts)]
+        cached = sum(output.cached_tokens for output in firsts if output is not None)
+        return Usage(
+            prompt_tokens=prompt,
+            completion_tokens=completion,
+            total_tokens=prompt + completion,
+            prompt_tokens_details=PromptTokensDetails(cached),
+        )
+
+    def _note_begin(self) -> None:
+        """Note the request, and charge its prompt. Raises ApiError (429) beyond a limit."""
+        record, now = self._record, time.monotonic()
+        record.completion_id, record.stream = self.id, self._is_stream
+        record.prompt_tokens = sum(map(len, self.prompts))
+        record.so_far = self._output_tokens
+        if record.admission is None:
+            return
+        for name in {without_versions(name) for name in record.wanted if name is not None}:
+            of_adapter = record.identity.adapter_meters.get(name)
+            if of_adapter is not None:
+                record.admission.also(of_adapter, now)
+        record.admission.charge_prompt(record.prompt_tokens, now)
+
+    def _output_tokens(self) -> int:
+        now = (output() for output in list(self._so_far.values()))  # another thread may ask
+        return sum(output.output_tokens for output in (*self._last, *now) if output is not None)
+
+    def _note_end(self, output: RequestOutput | None) -> None:
+        """Note a choice's end. It costs the same however many choices there are."""
+        record = self._record
+        record.output_tokens = (record.output_tokens or 0) + (output.output_tokens if output else 0)
+        if output is None:
+            return
+        if output.ttft is not None:
+            record.ttft = min(output.ttft, math.inf if record.ttft is None else record.ttft)
+        if output.finish_reason:
+            reasons = {output.finish_reason, *(record.finish_reason or output.finish_reason).split(",")}
+            record.finish_reason = ",".join(sorted(reasons))
+
+
+class Room:
+    """Prompt tokens that one answer may have in the engine at a time: half of what the bounds on waiting
+    tokens leave it, or else one with many long prompts could never be accepted. One prompt is let in whatever
+    its length."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        bounds = (config.max_waiting_tokens, config.max_waiting_tokens_per_tenant)
+        self._most = min((bound // 2 for bound in bounds if bound is not None), default=math.inf)
+        self._held = 0
+        self._freed = asyncio.Condition()
+
+    @contextlib.asynccontextmanager
+    async def holding(self, tokens: int) -> AsyncIterator[None]:
+        """Context in which a prompt is in the engine; waits until there is room for it."""
+        async with self._freed:
+            await self._freed.wait_for(lambda: not self._held or self._held + tokens <= self._most)
+            self._held += tokens
+        try:
+            yield
+        finally:
+            self._held -= tokens
+            async with self._freed:
+                self._freed.notify_all()
+
+
+def _of_shares(record: RequestRecord, choices: int) -> str | None:
+    """Return the owner whose shares a request's choices count on.
+
+    Without keys, all clients of one address are one owner; there, requests for several choices count for a
+    separate owner, so that a single request does not wait for hundreds of choices.
+    """
+    return f"{record.owner}, several choices" if record.tenant is None and choices > 1 else record.owner
+
+
+def _numbers(output: RequestOutput, logprobs: Sequence[TokenLogprob] | None) -> int:
+    """Return how many numbers an output has: those of ``logprobs``, or values of a vector."""
+    if logprobs:
+        return len(logprobs) * (1 + len(logprobs[-1].top))
+    return len(output.pooled or ())

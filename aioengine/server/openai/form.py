@@ -1,0 +1,281 @@
+"""The form of an answer: a JSON schema, a grammar, or calls of tools.
+
+How models write calls is in ``formats/``. With ``tool_choice`` "required" or a named function a constraint
+holds the answer to calls in the model's own format, or, if that is not known, in JSON of a known shape.
+
+A call is sent when it is complete, whatever the rest of the answer is. A call that is cut off is not sent,
+because its arguments are no JSON.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import msgspec
+
+from aioengine.errors import RequestInvalid
+from aioengine.grammars.limits import SchemaBudget
+from aioengine.grammars.schemas import PreparedSchema, SchemaOptions, arguments_schema, prepare_schema
+from aioengine.guided import Guide
+from aioengine.request import SamplingParams, TokenConstraint
+from aioengine.server.errors import ApiError, invalid
+from aioengine.server.formats.calls import FIRST_ARGUMENTS, CallText
+from aioengine.server.formats.registry import NO_FORMATS, AnswerFormats, arguments_parser
+from aioengine.server.formats.source import AnswerParser
+from aioengine.server.openai import api
+from aioengine.server.transport.json_body import check_counts
+
+_LINE = re.compile(r"\bat (\d+)\(\d+\)")
+
+
+class Compile(Protocol):
+    """A method of Guide."""
+
+    def __call__(
+        self, guide: Guide, wanted: Any, /, *, tenant: str | None
+    ) -> Coroutine[Any, Any, TokenConstraint]: ...
+
+
+class Form(NamedTuple):
+    """A form that an answer must conform to. It has what a client has sent for it, which may be large."""
+
+    param: str
+    """The request's field that asks for it."""
+    compile: Compile
+    """Builds a constraint."""
+    write: Callable[[], tuple[Any, Sequence[str]]]
+    """Returns the input of ``compile``, and the requirements that are not enforced. Called once, in a thread.
+    Raises RequestInvalid."""
+    blame: Callable[[str], str | None] = lambda _reason: None
+    """Finds a more exact ``param`` in the reason for which ``compile`` refused the form; None: ``param``."""
+
+    async def constraints(
+        self, guide: Guide, tenant: str | None, count: int
+    ) -> tuple[list[TokenConstraint], Sequence[str]]:
+        """Build constraints for so many choices, one after the other. Also returns the requirements that are
+        not enforced. Raises an ApiError that names the field."""
+        try:
+            wanted, not_enforced = await guide.in_thread(self.write, tenant)
+            made = [await self.compile(guide, wanted, tenant=tenant)]
+            while len(made) < count:
+                made.append(await guide.another(made[0], tenant=tenant))
+            return made, not_enforced
+        except RequestInvalid as error:
+            raise invalid(self.blame(str(error)) or self.param, str(error)) from error
+
+
+class ToolPlan(NamedTuple):
+    """Plan that follows from a request's ``tools``, ``tool_choice`` and ``parallel_tool_calls``."""
+
+    tools: list[api.Tool]
+    """Tools that may be called; the model is shown no others."""
+    places: list[int]
+    """Index of each in the request's ``tools``."""
+    forced: str | None = None
+    """A tool that must be called once."""
+    required: bool = False
+    """Some tool must be called."""
+    parallel: bool | None = None
+
+    @property
+    def is_free(self) -> bool:
+        """Whether the model may answer with text."""
+        return self.forced is None and not self.required
+
+    @property
+    def names(self) -> list[str]:
+        return [tool.function.name for tool in self.tools]
+
+    def form(self, options: SchemaOptions, formats: AnswerFormats) -> Form:
+        """Return the form of an answer that must be calls."""
+        if self.forced is None:
+            return self._form("tools", options, formats)
+        at = self.names.index(self.forced)
+        plan = self._replace(tools=[self.tools[at]], places=[self.places[at]], parallel=False)
+        param = f"tools[{plan.places[0]}].function.parameters"
+        if formats.written is not None:
+            return plan._form(param, options, formats)
+
+        def arguments() -> tuple[PreparedSchema, Sequence[str]]:
+            prepared = _arguments(plan.tools[0], options, SchemaBudget())
+            return prepared, prepared.not_enforced
+
+        return Form(param, Guide.prepared_schema, arguments)
+
+    def _form(self, param: str, options: SchemaOptions, formats: AnswerFormats) -> Form:
+        written, tokens = formats.required, formats.tokens
+        return Form(param, Guide.lark, lambda: self.grammar(options, written, tokens), self.blame)
+
+    def grammar(
+        self, options: SchemaOptions, written: CallText, tokens: Mapping[str, int]
+    ) -> tuple[str, Sequence[str]]:
+        """Grammar of the answer if calls are required, in Lark's notation, and what is not enforced.
+        ``tokens`` as in :meth:`CallText.grammar`.
+
+        Raises ApiError that names the tool.
+        """
+        schemas: list[str] = []
+        not_enforced: dict[str, None] = {}
+        budget = SchemaBudget()
+        for place, tool in zip(self.places, self.tools, strict=True):
+            try:
+                prepared = _arguments(tool, options, budget)
+            except RequestInvalid as error:
+                raise invalid(f"tools[{place}].function.parameters", str(error)) from error
+            not_enforced.update(dict.fromkeys(prepared.not_enforced))
+            schemas.append(prepared.text)
+        grammar = written.grammar(self.names, schemas, tokens, parallel=bool(self.parallel))
+        return grammar, tuple(not_enforced)
+
+    def blame(self, reason: str) -> str | None:
+        """Return the field whose part of the grammar was refused for ``reason``; None if it is not known."""
+        found = _LINE.search(reason)
+        index = int(found[1]) - FIRST_ARGUMENTS if found else -1
+        return f"tools[{self.places[index]}].function.parameters" if 0 <= index < len(self.tools) else None
+
+    def parser(self, formats: AnswerFormats, *, is_thinking: bool) -> AnswerParser | None:
+        """Make the parser for one answer; None if nothing is looked for. ``is_thinking`` says that the prompt
+        has begun the model's reasoning, and that no constraint keeps the answer from going on with it."""
+        names, single = frozenset(self.names), self.forced is not None or self.parallel is False
+        if self.forced is not None and formats.written is None:
+            return arguments_parser(self.forced)
+        if not self.is_free:
+            return formats.held(names, single=single)
+        return formats.free(names, single=single, is_thinking=is_thinking)
+
+    def sampling(self, params: SamplingParams, formats: AnswerFormats) -> SamplingParams:
+        """Return ``params``, changed so that the answer's text has what parsers look for. An answer without a
+        constraint ends with its first call, if only one is allowed."""
+        if formats.needs_special_tokens(bool(self.tools)):
+            params = msgspec.structs.replace(params, skip_special_tokens=False)
+        if self.parallel is False and self.is_free and self.tools and formats.closing is not None:
+            params = msgspec.structs.replace(params, stop=(*params.stop, formats.closing))
+        return params
+
+
+def plan_tools(
+    tools: Sequence[api.Tool | api.CustomTool] | None,
+    choice: api.ToolChoice | None = None,
+    parallel: bool | None = None,
+) -> ToolPlan:
+    """Make the plan. Raises ApiError for custom tools, and if ``choice`` does not fit ``tools``."""
+    functions: list[api.Tool] = []
+    for i, tool in enumerate(tools or ()):
+        if isinstance(tool, api.CustomTool):
+            why = "type 'custom' is not supported; use a function that takes a text"
+            raise invalid(f"tools[{i}]", why, "unsupported_parameter", param=f"tools[{i}].type")
+        functions.append(tool)
+    if not functions:
+        if choice is not None and choice not in ("none", "auto"):
+            raise invalid("tool_choice", "there are no tools to choose from")
+        return ToolPlan([], [])
+    if isinstance(choice, api.NamedCustomTool):
+        raise invalid("tool_choice", "tools of type 'custom' are not supported")
+    if choice == "none":
+        return ToolPlan([], [])
+    plan = ToolPlan(functions, list(range(len(functions))), required=choice == "required", parallel=parallel)
+    if isinstance(choice, api.NamedTool):
+        _check_known(plan, [choice])
+        return plan._replace(forced=choice.function.name)
+    if isinstance(choice, api.AllowedTools):
+        wanted = _check_known(plan, choice.allowed_tools.tools)
+        places = [place for place, name in enumerate(plan.names) if name in wanted]
+        is_required = choice.allowed_tools.mode == "required"
+        return plan._replace(tools=[functions[i] for i in places], places=places, required=is_required)
+    return plan
+
+
+def _check_known(plan: ToolPlan, wanted: Sequence[api.NamedTool]) -> set[str]:
+    """Return the names of these tools. Raises ApiError for one that is not there."""
+    names = [named.function.name for named in wanted]
+    for name in names:
+        if name not in plan.names:
+            raise invalid("tool_choice", f"there is no tool {name[:100]!r}")
+    return set(names)
+
+
+def _arguments(tool: api.Tool, options: SchemaOptions, budget: SchemaBudget) -> PreparedSchema:
+    function = tool.function
+    return prepare_schema(arguments_schema(function.parameters), options.for_strict(function.strict), budget)
+
+
+def wanted_form(
+    fields: api.GenerationFields,
+    options: SchemaOptions,
+    tools: ToolPlan | None = None,
+    formats: AnswerFormats = NO_FORMATS,
+) -> Form | None:
+    """Return the form of a request's answers; None if they are unconstrained. Where the answer must be calls,
+    ``response_format`` has no effect, as in OpenAI's API: some clients send both. Raises ApiError if the
+    request asks for two forms, or for one that ``ignore_eos`` contradicts."""
+    found: dict[str, Form] = {}
+    must_call = tools is not None and not tools.is_free
+    wanted = fields.response_format
+    if wanted is not None and wanted.type != "text" and not must_call:
+        found["response_format"] = _of_format(wanted, options)
+    if fields.structured_outputs is not None:
+        found["structured_outputs"] = _of_outputs(fields.structured_outputs, options)
+    older = api.StructuredOutputs(
+        json=fields.guided_json,
+        regex=fields.guided_regex,
+        choice=fields.guided_choice,
+        grammar=fields.guided_grammar,
+    )
+    if older != api.StructuredOutputs():
+        form = _of_outputs(older, options, "guided_{}")
+        found[form.param] = form
+    if must_call and tools is not None:
+        found["tool_choice"] = tools.form(options, formats)
+    if len(found) > 1:
+        first, second, *_ = found
+        raise ApiError(400, f"{first} and {second} cannot both hold", param=second, code="invalid_value")
+    if found and fields.ignore_eos:
+        raise invalid(
+            "ignore_eos", f"not with {next(iter(found))}, which decides where the answer ends; leave it out"
+        )
+    return next(iter(found.values()), None)
+
+
+def _of_format(wanted: api.ResponseFormat, options: SchemaOptions) -> Form:
+    if wanted.type == "json_object":
+        return _of_schema("response_format", {"type": "object"}, options)
+    given = wanted.json_schema
+    if given is None or given.schema is None:
+        param = "response_format.json_schema.schema"
+        raise invalid("response_format", "json_schema.schema is missing", param=param)
+    return _of_schema("response_format", given.schema, options.for_strict(given.strict))
+
+
+def _of_schema(param: str, schema: Any, options: SchemaOptions) -> Form:
+    def write() -> tuple[PreparedSchema, Sequence[str]]:
+        if isinstance(schema, str):
+            check_counts(schema.encode(), param)
+        prepared = prepare_schema(schema, options)
+        return prepared, prepared.not_enforced
+
+    return Form(param, Guide.prepared_schema, write)
+
+
+_KINDS: dict[str, Compile] = {"regex": Guide.regex, "choice": Guide.choice, "grammar": Guide.lark}
+
+
+def _of_outputs(
+    wanted: api.StructuredOutputs, options: SchemaOptions, param: str = "structured_outputs"
+) -> Form:
+    """Return the form that ``wanted`` describes. ``{}`` in ``param`` stands for the kind of form."""
+    given = {name: getattr(wanted, name) for name in ("json", *_KINDS)}
+    given = {name: value for name, value in given.items() if value is not None}
+    if len(given) != 1:
+        fields = list(dict.fromkeys(map(param.format, given))) or [param]
+        why = "give exactly one of json, regex, choice and grammar"
+        raise invalid(", ".join(fields), why, param=fields[-1])
+    [(name, value)] = given.items()
+    if name != "json":
+        return Form(param.format(name), _KINDS[name], lambda: (value, ()))
+    if wanted.disable_any_whitespace is not None:
+        options = msgspec.structs.replace(options, any_whitespace=not wanted.disable_any_whitespace)
+    if wanted.disable_additional_properties is not None:
+        options = msgspec.structs.replace(options, open_objects=not wanted.disable_additional_properties)
+    return _of_schema(param.format(name), value, options)

@@ -1,0 +1,236 @@
+"""What the server says of itself: its models, its state for probes, and its insides for administrators."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Iterable, Iterator
+from typing import Annotated, Any, Literal
+
+import msgspec
+from starlette.types import ASGIApp
+
+from aioengine import __version__
+from aioengine.info import AdapterInfo, EngineStats
+from aioengine.metrics.page.plumbing import Receive, Scope, Send
+from aioengine.server.access_log import RequestRecord
+from aioengine.server.call import Call, Sent, listing, sent
+from aioengine.server.errors import model_not_found
+from aioengine.server.transport.sender import unless
+
+MOST_TASKS = 1000
+"""Tasks whose stacks are written; more would delay the loop."""
+
+
+class Health(msgspec.Struct, omit_defaults=True):
+    status: str
+    """The engine's state; "degraded" while lost processes are started again; "stuck" if a step has run for
+    longer than ``stuck_step_seconds``."""
+    cause: str | None = None
+    """Name of the error that made it dead or degraded: DeviceOutOfMemory, EngineDead, ..."""
+
+
+async def health(call: Call) -> Annotated[Sent, Health]:
+    """200 while the engine works, 503 when it is dead or stuck."""
+    engine = call.context.engine
+    if call.context.stuck:
+        return sent(Health("stuck"))._replace(status=503)
+    is_alive = engine.state not in ("dead", "stopping", "stopped")
+    return _state(call, engine.state, is_good=is_alive)
+
+
+async def ready(call: Call) -> Annotated[Sent, Health]:
+    """200 while requests are accepted, 503 otherwise."""
+    engine = call.context.engine
+    return _state(call, "degraded" if engine.degraded else engine.state, is_good=engine.state == "running")
+
+
+def _state(call: Call, state: str, *, is_good: bool) -> Sent:
+    failure = call.context.engine.failure
+    cause = None if failure is None else type(failure).__name__
+    return sent(Health(state, cause))._replace(status=200 if is_good else 503)
+
+
+class Version(msgspec.Struct):
+    version: str
+
+
+async def version(call: Call) -> Version:
+    """The server's version."""
+    return Version(__version__)
+
+
+class ModelCard(msgspec.Struct, kw_only=True):
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    """Seconds since 1970."""
+    owned_by: str = "aioengine"
+    root: str
+    """Name; for keys with the scope "admin" the place that it was loaded from."""
+    parent: str | None = None
+    """An adapter's base model."""
+    max_model_len: int
+
+
+class ModelList(msgspec.Struct, kw_only=True):
+    object: Literal["list"] = "list"
+    data: list[ModelCard]
+
+
+def _cards(call: Call, adapters: Iterable[AdapterInfo]) -> Iterator[ModelCard]:
+    """Yield the names of the base model, and those of ``adapters`` that the key may use."""
+    context, identity = call.context, call.record.identity
+    shows_paths = identity.may("admin")
+
+    def card(name: str, path: str, parent: str | None) -> ModelCard:
+        return ModelCard(
+            id=name,
+            created=context.created,
+            root=path if shows_paths else name,
+            parent=parent,
+            max_model_len=context.max_model_len,
+        )
+
+    if identity.models.allow(None):
+        yield from (card(name, context.engine.config.model, None) for name in context.model_names)
+    for info in adapters:
+        if identity.models.allow(info.name):
+            yield card(info.name, info.path, context.model_names[0])
+
+
+async def models(call: Call) -> Annotated[Sent, ModelList]:
+    """The base model and the adapters."""
+    adapters = call.context.engine.adapters()
+    return await listing(call, adapters, lambda: ModelList(data=list(_cards(call, adapters))))
+
+
+async def model(call: Call) -> ModelCard:
+    """One of them."""
+    name: str = call.scope["path_params"]["model"]
+    found = call.context.engine.find_adapter(name)
+    for card in _cards(call, () if found is None else (found,)):
+        if card.id == name:
+            return card
+    raise model_not_found(name)
+
+
+class OpenRequest(msgspec.Struct, kw_only=True, omit_defaults=True):
+    """An open request."""
+
+    request_id: str
+    route: str
+    seconds: float
+    """Since its arrival."""
+    tenant: str | None = None
+    adapter: str | None = None
+    stream: bool = False
+    prompt_tokens: int | None = None
+    output_tokens: int = 0
+    status: int = 0
+    """HTTP status; 0 if nothing has been sent yet."""
+
+    @classmethod
+    def of(cls, record: RequestRecord) -> OpenRequest:
+        return cls(
+            request_id=record.request_id,
+            route=record.route,
+            seconds=round(time.perf_counter() - record.started, 3),
+            tenant=record.tenant,
+            adapter=record.adapter,
+            stream=record.stream,
+            prompt_tokens=record.prompt_tokens,
+            output_tokens=record.so_far(),
+            status=record.status,
+        )
+
+
+class Now(msgspec.Struct, kw_only=True):
+    """The server at one moment."""
+
+    time: float
+    """Unix time."""
+    uptime: float
+    """Seconds since the server was made, by a clock that never jumps."""
+    state: str
+    model: str
+    step_age: float
+    """Seconds since the running step began; 0 if none runs."""
+    stats: EngineStats
+    requests: list[OpenRequest]
+    """The oldest first."""
+
+
+async def debug_requests(call: Call) -> Annotated[Sent, Now]:
+    """Open requests, and the engine's state."""
+    context, engine = call.context, call.context.engine
+    found = list(context.open_requests)
+    now = Now(
+        time=time.time(),
+        uptime=time.monotonic() - context.made,
+        state="degraded" if engine.degraded else engine.state,
+        model=context.model_names[0],
+        step_age=engine.step_age(),
+        stats=engine.stats(),
+        requests=[],
+    )
+
+    def described() -> Now:
+        now.requests = sorted(map(OpenRequest.of, found), key=lambda request: -request.seconds)
+        return now
+
+    return await listing(call, found, described)
+
+
+async def debug_adapters(call: Call) -> Annotated[Sent, list[AdapterInfo]]:
+    """All adapters that are registered."""
+    found = call.context.engine.adapters()
+    return await listing(call, found, lambda: found)
+
+
+async def debug_stacks(call: Call) -> str:
+    """Where every thread and task stands."""
+    return _stacks()
+
+
+def _stacks() -> str:
+    """Return the stacks of all threads, and of all tasks of this loop."""
+    text = io.StringIO()
+    names = {thread.ident: thread.name for thread in threading.enumerate()}
+    for ident, frame in sys._current_frames().items():
+        print(f"thread {names.get(ident, ident)}", file=text)
+        traceback.print_stack(frame, file=text)
+        print(file=text)
+    tasks = sorted(asyncio.all_tasks(), key=lambda task: task.get_name())
+    for task in tasks[:MOST_TASKS]:
+        print(f"task {task.get_name()}", file=text)
+        task.print_stack(file=text)
+        print(file=text)
+    if len(tasks) > MOST_TASKS:
+        print(f"and {len(tasks) - MOST_TASKS} more tasks", file=text)
+    return text.getvalue()
+
+
+async def docs(call: Call) -> Annotated[Sent, str]:
+    """The description of the API for people."""
+    return Sent((await call.context.documents.result()).page, kind=b"text/html; charset=utf-8")
+
+
+async def openapi(call: Call) -> Annotated[Sent, dict[str, Any]]:
+    """The description of the API for programs."""
+    return Sent((await call.context.documents.result()).openapi)
+
+
+async def page(call: Call) -> ASGIApp:
+    """Metrics, and the live page."""
+
+    async def until_revoked(scope: Scope, receive: Receive, send: Send) -> None:
+        # Not the scope in which the route was found: the page's own URLs are below the mount point.
+        work = call.context.page(scope["state"]["outer"], receive, send)
+        await unless(work, None, call.record.ended)
+
+    return until_revoked
