@@ -8,7 +8,7 @@ settings that exclude each other.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Self
 
@@ -292,7 +292,13 @@ class EngineConfig(_Config, frozen=True, kw_only=True, forbid_unknown_fields=Tru
             raise ConfigError(f"lora={self.lora!r}: must be a LoRAConfig, or None for no adapters")
         for conflict in CONFLICTS:
             if conflict.occurs(self):
-                raise ConfigError(conflict.text.format(**msgspec.structs.asdict(self)))
+                raise ConfigError(conflict.text(self))
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            raise ConfigError(
+                f"max_num_batched_tokens={self.max_num_batched_tokens}: must be >= max_num_seqs="
+                f"{self.max_num_seqs}, so that every running request can decode one token a step; raise the "
+                "first or lower the second"
+            )
 
     def refuse_for_transformers(self) -> None:
         """Raise ConfigError if a field needs the native decoder, for a model that transformers has to run."""
@@ -331,68 +337,85 @@ class EngineConfig(_Config, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 class Conflict(NamedTuple):
     """Settings that exclude each other."""
 
-    occurs: Callable[[EngineConfig], bool]
-    text: str
-    """Which they are, why, and what to set instead; names of fields in braces stand for their values."""
+    settings: dict[str, Any]
+    """Their values, by field; :data:`CHANGED` is any but the field's default. Errors name the first."""
+    why: str
+    instead: str
+    """What to set."""
+
+    def occurs(self, config: EngineConfig) -> bool:
+        return all(
+            _value_of(config, name) != _DEFAULTS[name]
+            if value == CHANGED
+            else _value_of(config, name) == value
+            for name, value in self.settings.items()
+        )
+
+    def text(self, config: EngineConfig) -> str:
+        first = next(iter(self.settings))
+        return f"{first}={_value_of(config, first)!r}: {self.why}; set {self.instead}"
 
 
+def _value_of(config: EngineConfig, field: str) -> Any:
+    """Return a field of a configuration, or of its adapters'."""
+    return (
+        getattr(config, field)
+        if field in EngineConfig.__struct_fields__
+        else getattr(config.lora, field, None)
+    )
+
+
+CHANGED = "changed"
+_DEFAULTS = {
+    field.name: field.default for kind in (EngineConfig, LoRAConfig) for field in msgspec.structs.fields(kind)
+}
+
+_NATIVE = "model_impl='native' if the native decoder runs the model (docs/models.md)"
 CONFLICTS = (
     Conflict(
-        lambda c: c.model_impl == "transformers" and c.tensor_parallel_size > 1,
-        "tensor_parallel_size={tensor_parallel_size}: model_impl='transformers' does not shard models; set "
-        "tensor_parallel_size=1, or model_impl='native' if the native decoder runs the model "
-        "(docs/models.md)",
+        {"tensor_parallel_size": CHANGED, "model_impl": "transformers"},
+        "model_impl='transformers' does not shard models",
+        f"tensor_parallel_size=1, or {_NATIVE}",
     ),
     Conflict(
-        lambda c: c.model_impl == "transformers" and c.batch_invariant is True,
-        "batch_invariant=True: model_impl='transformers' computes linears with torch, whose order of sums "
-        "depends on the batch; set batch_invariant='auto', or model_impl='native' if the native decoder runs "
-        "the model (docs/models.md)",
+        {"batch_invariant": True, "model_impl": "transformers"},
+        "model_impl='transformers' computes linears with torch, whose order of sums depends on the batch",
+        f"batch_invariant='auto', or {_NATIVE}",
     ),
     Conflict(
-        lambda c: c.batch_invariant is True and c.device == "cuda",
-        "batch_invariant=True: on CUDA the linears are cuBLAS's, whose order of sums depends on the batch; "
-        "set device='cpu', or batch_invariant='auto'",
+        {"batch_invariant": True, "device": "cuda"},
+        "on CUDA the linears are cuBLAS's, whose order of sums depends on the batch",
+        "device='cpu', or batch_invariant='auto'",
     ),
     Conflict(
-        lambda c: c.kv_cache_dtype == "int8" and c.device == "cuda",
-        "kv_cache_dtype='int8': only the CPU kernels have it; on CUDA set kv_cache_dtype='fp8', which takes "
-        "as much, or 'auto'; or device='cpu'",
+        {"kv_cache_dtype": "int8", "device": "cuda"},
+        "only the CPU kernels have it",
+        "kv_cache_dtype='fp8' on CUDA, which takes as much, or 'auto'; or device='cpu'",
     ),
     Conflict(
-        lambda c: c.kv_cache_dtype == "fp8" and c.device == "cpu",
-        "kv_cache_dtype='fp8': only CUDA has it: CPUs would have to widen each number, while they multiply "
-        "int8 as it is; set kv_cache_dtype='int8', which takes as much, or 'auto'",
+        {"kv_cache_dtype": "fp8", "device": "cpu"},
+        "only CUDA has it: CPUs would have to widen each number, while they multiply int8 as it is",
+        "kv_cache_dtype='int8', which takes as much, or 'auto'",
     ),
     Conflict(
-        lambda c: c.speculation != "none" and c.device == "cuda",
-        "speculation={speculation!r}: on CUDA logits depend on the batch, so tokens would depend on the "
-        "proposals; set device='cpu', or speculation='none'",
+        {"speculation": CHANGED, "device": "cuda"},
+        "on CUDA logits depend on the batch, so tokens would depend on the proposals",
+        "device='cpu', or speculation='none'",
     ),
     Conflict(
-        lambda c: c.executor == "thread" and c.tensor_parallel_size > 1,
-        "tensor_parallel_size={tensor_parallel_size}: executor='thread' runs the model in one piece; set "
+        {"tensor_parallel_size": CHANGED, "executor": "thread"},
+        "executor='thread' runs the model in one piece",
         "executor='process', or tensor_parallel_size=1",
     ),
     Conflict(
-        lambda c: c.executor == "thread" and c.restart != "never",
-        "restart={restart!r}: executor='thread' runs the model in this process, where nothing can be started "
-        "again; set executor='process', or restart='never'",
+        {"restart": CHANGED, "executor": "thread"},
+        "executor='thread' runs the model in this process, where nothing can be started again",
+        "executor='process', or restart='never'",
     ),
     Conflict(
-        lambda c: (
-            c.tensor_parallel_size > 1
-            and c.lora is not None
-            and c.lora.fully_sharded_loras
-            and c.lora.lora_dtype == "int8"
-        ),
-        "lora.lora_dtype='int8' with fully_sharded_loras: the scale of a row of A is also that of B's "
-        "column, which other ranks have; set fully_sharded_loras=False, or lora_dtype='auto'",
-    ),
-    Conflict(
-        lambda c: c.max_num_batched_tokens < c.max_num_seqs,
-        "max_num_batched_tokens={max_num_batched_tokens}: must be >= max_num_seqs={max_num_seqs}, so that "
-        "every running request can decode one token a step; raise the first or lower the second",
+        {"lora_dtype": "int8", "fully_sharded_loras": True, "tensor_parallel_size": CHANGED},
+        "with fully_sharded_loras the scale of a row of A is also that of B's column, which other ranks have",
+        "fully_sharded_loras=False, or lora_dtype='auto'",
     ),
 )
-"""Each is refused when the configuration is built."""
+"""Each is refused when the configuration is built; docs/configuration.md lists them."""

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from aioengine import AsyncEngine, EngineConfig, LoRAConfig
 from aioengine.checks import parse_bytes
-from aioengine.config import REMOVED
+from aioengine.config import CHANGED, CONFLICTS, REMOVED, Conflict
 from aioengine.errors import ConfigError, PolicyError, RequestInvalid
 from aioengine.fleet.config import FleetConfig
 from aioengine.request import CachePin, RequestOptions, SamplingParams
@@ -220,3 +220,22 @@ def test_whatever_a_field_is_given_it_is_taken_or_refused(data: st.DataObject) -
     field, value = data.draw(st.sampled_from(kind.__struct_fields__)), data.draw(WEIRD)
     with contextlib.suppress(error):
         kind(**{**needed, field: value})
+
+
+@pytest.mark.parametrize("conflict", CONFLICTS, ids=lambda conflict: " ".join(conflict.settings))
+def test_settings_that_exclude_each_other_are_refused_and_documented(conflict: Conflict) -> None:
+    """Every pair of the table by itself, and its line in docs/configuration.md."""
+    other = {"tensor_parallel_size": 2, "restart": "on-failure", "speculation": "ngram"}
+    fields = {name: other[name] if value == CHANGED else value for name, value in conflict.settings.items()}
+    lora = {name: fields.pop(name) for name in list(fields) if name in LoRAConfig.__struct_fields__}
+    if "executor" not in fields:
+        fields["executor"] = "process"
+    with pytest.raises(ConfigError) as caught:
+        EngineConfig.from_dict({"model": "m", **fields, "lora": lora})
+    assert f": {conflict.why}; set {conflict.instead}" in str(caught.value)
+    settings = ", ".join(
+        f"`{name}`" if value == CHANGED else f"`{name}={value!r}`"
+        for name, value in conflict.settings.items()
+    )
+    line = f"| {settings} | {conflict.why} | {conflict.instead} |"
+    assert line in (Path(__file__).resolve().parents[1] / "docs" / "configuration.md").read_text()
