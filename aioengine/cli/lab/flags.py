@@ -37,9 +37,6 @@ _SYSTEM = Group("Engine", sort_key=6)
 class WorkloadFlags(StructFlags):
     """Fields of WorkloadSpec; None: as in --experiment, or the field's default."""
 
-    popularity: str | None = None
-    """uniform, zipf:1.0, power:0.5, shift:1.0, drift:1.0, flip:1.0 or tenant (uniform)."""
-
 
 @Parameter(name="*", group=_SYSTEM)
 @dataclass(frozen=True, kw_only=True)

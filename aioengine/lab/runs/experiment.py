@@ -54,7 +54,7 @@ class Experiment(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     cpu_loras: int = 64
     """Adapters in the CPU cache, those in slots included (``max_cpu_loras``)."""
     max_lora_rank: int = 64
-    """Every slot is sized for it; requests for adapters of a higher rank fail."""
+    """Rank that every slot is sized for; requests for adapters of a higher rank fail."""
     slot_memory: int | str | None = None
     """Bytes that the slots share, whatever their number; None: each is sized for ``max_lora_rank``."""
     max_cpu_lora_bytes: int | str | None = None
@@ -64,9 +64,10 @@ class Experiment(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     max_model_len: int | None = None
     block_size: int = 16
     kv_cache_memory: int | str | None = None
-    """None: what the preset's device has free."""
+    """Memory for the KV cache, such as 2GiB; None: what the preset's device has free."""
     enable_prefix_caching: bool = False
-    """Prompts have common prefixes only with ``shared_prefix`` or ``sessions``, or in traces that say so."""
+    """Share the KV blocks of equal prefixes. Prompts have common ones only with ``shared_prefix`` or
+    ``sessions``, or in traces that say so."""
     on_too_long: OnTooLong = "reject"
     """Treatment of requests whose prompt and output are longer than the model's context: the engine gets them
     as they are (it refuses a prompt that does not fit and ends an output where the context ends), or their
@@ -78,9 +79,9 @@ class Experiment(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     seed: Whole = 0
     """Seed of the workload: arrivals, adapters, lengths."""
     sample_seconds: AnySeconds = 1.0
-    """Between two rows of samples.csv."""
+    """Simulated seconds between two rows of samples.csv."""
     replicas: Annotated[int, Meta(ge=1, le=MAX_REPLICAS)] | None = None
-    """Engines behind one door, each as the fields above say; None: one engine and no door."""
+    """Engines behind one door; each is as the fields above say. None: one engine and no door."""
     router: str | None = None
     """Router, which chooses the replica for a request; see :mod:`aioengine.schedulers.routing.registry`. This
     and the fields below are None without ``replicas``; in a fleet they get the values of ``OF_A_FLEET``."""
