@@ -150,7 +150,7 @@ async def test_text_stops_and_guided_decoding(tiny_text: Tiny, make_engine: Make
 @pytest.mark.parametrize(
     ("fields", "why"),
     [
-        ({"speculation": "medusa"}, r"speculation='medusa': allowed are ngram, none"),
+        ({"speculation": "medusa"}, r"speculation='medusa': allowed are none, ngram"),
         ({"speculation": "ngram", "device": "cuda"}, r"speculation='ngram': on CUDA .*device='cpu'"),
     ],
 )
