@@ -65,7 +65,7 @@ class FleetConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     """A replica without a report for longer gets no requests, and its requests continue on others."""
     step_seconds: Seconds = 120.0
     """A replica whose model takes longer for one step counts as hung."""
-    replica_wait_seconds: Annotated[float, Meta(ge=0, le=LARGEST, extra={"is": "0 or more seconds"})] = 30.0
+    replica_wait_seconds: Annotated[float, Meta(ge=0, le=LARGEST)] = 30.0
     """How long a request waits for a replica when there is none."""
     placement_seconds: Seconds = 5.0
     """Seconds between two plans of ``placement``."""
