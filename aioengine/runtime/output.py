@@ -5,55 +5,54 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import NamedTuple
 
 from aioengine.request import FinishReason, TokenLogprob
 
 
-class GrowingText:
-    """A text to which pieces are added, and of which any number of the first pieces can be read.
+class Answer:
+    """What a request has answered so far, and how much of it its reader has seen.
 
-    Adding one takes the same time however long the text is. One thread adds; others may read.
+    The outputs of the request share it, because tokens, pieces of text and log-probabilities are only
+    appended: adding to it takes the same time however long it is. One thread adds; others may read.
+
+    Args:
+        prompt: Begins with the prompt's tokens.
+        tokens: The answer's tokens, from index ``begin`` on.
+        logprobs: Whether there are log-probabilities.
     """
 
-    def __init__(self) -> None:
-        self._pieces: list[str] = []
+    def __init__(
+        self, prompt: Sequence[int] = (), tokens: Sequence[int] = (), begin: int = 0, *, logprobs: bool
+    ) -> None:
+        self.prompt = prompt
+        self.tokens = tokens
+        self.begin = begin
+        self.pieces: list[str] = []
+        """The text."""
+        self.logprobs: list[TokenLogprob] | None = [] if logprobs else None
+        self.pieces_seen = self.logprobs_seen = 0
+        self.tokens_seen = len(tokens)
         self._joined = (0, "")
         """A number of pieces, and their text."""
 
-    def __len__(self) -> int:
-        """Number of pieces."""
-        return len(self._pieces)
-
-    def add(self, piece: str) -> None:
+    def add_text(self, piece: str) -> None:
         if piece:
-            self._pieces.append(piece)
+            self.pieces.append(piece)
 
-    def between(self, begin: int, end: int) -> str:
-        """Return the text of the pieces from ``begin`` to ``end``."""
-        return "".join(self._pieces[begin:end])
-
-    def first(self, count: int) -> str:
+    def text(self, count: int) -> str:
         """Return the text of the first ``count`` pieces."""
         known, text = self._joined
         if known > count:
-            return self.between(0, count)
+            return "".join(self.pieces[:count])
         if known < count:
-            text += self.between(known, count)
+            text += "".join(self.pieces[known:count])
             self._joined = (count, text)
         return text
 
-
-class Grown(NamedTuple):
-    """Lists that a request's outputs share. Items are only appended."""
-
-    prompt: Sequence[int]
-    """Begins with the prompt's tokens."""
-    tokens: Sequence[int]
-    """Tokens of the output, from index ``begin`` on."""
-    begin: int
-    text: GrowingText
-    logprobs: Sequence[TokenLogprob] | None
+    def note_seen(self, output: RequestOutput) -> None:
+        """Note that the reader has got ``output``."""
+        self.pieces_seen, self.logprobs_seen = output.pieces, output.scores
+        self.tokens_seen = self.begin + output.output_tokens
 
 
 @dataclass(kw_only=True, eq=False)
@@ -66,17 +65,17 @@ class RequestOutput:
 
     request_id: str
     adapter: str | None
-    text_delta: str
-    token_ids_delta: list[int]
-    logprobs_delta: Sequence[TokenLogprob] = ()
+    text_delta: str = field(init=False)
+    token_ids_delta: list[int] = field(init=False)
+    logprobs_delta: Sequence[TokenLogprob] = field(init=False, default=())
     """One entry for each of ``token_ids_delta``, when asked for."""
-    finished: bool
+    finished: bool = field(init=False)
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
     """The stop string or stop token id that ended the output, if one did."""
     prompt_tokens: int
     """Number of tokens in the prompt."""
-    output_tokens: int
+    output_tokens: int = field(init=False)
     """Number of tokens in the output so far."""
     prompt_logprobs: list[TokenLogprob | None] | None = None
     """One entry for each of ``prompt_token_ids``, None for the first, when asked for."""
@@ -94,31 +93,36 @@ class RequestOutput:
     """Times are seconds on the engine's clock (the event loop's ``time()``)."""
     first_token: float | None = None
     last_token: float | None = None
-    grown: Grown = field(repr=False)
-    """Lists that the outputs of the request share."""
-    pieces: int = field(repr=False)
-    """Pieces of the text so far."""
-    scores: int = field(repr=False, default=0)
-    """Log-probabilities so far."""
+    answer: Answer = field(repr=False)
+    """What the outputs of the request share."""
+
+    def __post_init__(self) -> None:
+        answer, logprobs = self.answer, self.answer.logprobs or ()
+        self.pieces, self.scores = len(answer.pieces), len(logprobs)
+        self.output_tokens = len(answer.tokens) - answer.begin
+        self.finished = self.finish_reason is not None
+        self.text_delta = "".join(answer.pieces[answer.pieces_seen :])
+        self.token_ids_delta = list(answer.tokens[answer.tokens_seen :])
+        self.logprobs_delta = logprobs[answer.logprobs_seen :]
 
     @cached_property
     def text(self) -> str:
-        return self.grown.text.first(self.pieces)
+        return self.answer.text(self.pieces)
 
     @cached_property
     def token_ids(self) -> list[int]:
-        begin = self.grown.begin
-        return list(self.grown.tokens[begin : begin + self.output_tokens])
+        begin = self.answer.begin
+        return list(self.answer.tokens[begin : begin + self.output_tokens])
 
     @cached_property
     def prompt_token_ids(self) -> list[int]:
-        return list(self.grown.prompt[: self.prompt_tokens])
+        return list(self.answer.prompt[: self.prompt_tokens])
 
     @cached_property
     def logprobs(self) -> list[TokenLogprob] | None:
         """One entry for each of ``token_ids``, when asked for."""
-        known = self.grown.logprobs
-        return None if known is None else list(known[: self.scores])
+        known = self.answer.logprobs
+        return None if known is None else known[: self.scores]
 
     @property
     def ttft(self) -> float | None:

@@ -10,7 +10,7 @@ from aioengine.core.state import Request
 from aioengine.errors import RequestInvalid
 from aioengine.events import EndReason
 from aioengine.request import FinishReason, SamplingParams, TokenLogprob
-from aioengine.runtime.output import GrowingText, Grown, RequestOutput
+from aioengine.runtime.output import Answer, RequestOutput
 
 if TYPE_CHECKING:
     from aioengine.model.text.detokenizer import TextStream
@@ -31,21 +31,17 @@ class OutputStream:
 
     request: Request
     """The request, once :meth:`attach` was called."""
-    _grown: Grown
 
     def __init__(self, params: SamplingParams, decoder: TextStream | None) -> None:
         self._params = params
         self._decoder = decoder
-        self._text = GrowingText()
+        self._answer = Answer(logprobs=params.logprobs is not None)
         self._undecoded: list[int] = []
         """Tokens that are not in the text yet."""
         self._decoded = 0
         """Number of tokens that were given to the text, those above included."""
         self._stop: str | int | None = None
-        self._logprobs: list[TokenLogprob] | None = None if params.logprobs is None else []
         self._prompt_logprobs: list[TokenLogprob | None] | None = None
-        self._text_seen = self._tokens_seen = self._logprobs_seen = 0
-        """Pieces of text, tokens (the prompt's included) and log-probabilities that were passed on."""
         self._replayed = 0
         self._finish: FinishReason | None = None
         self._error: Exception | None = None
@@ -66,9 +62,11 @@ class OutputStream:
         """Begin to take the output of ``request``, of which the first ``replayed`` tokens were delivered
         before and are not passed on, like those that were given."""
         self.request = request
-        self._grown = Grown(request.tokens, request.tokens, request.prompt_len, self._text, self._logprobs)
-        self._text_seen = len(self._text)
-        self._tokens_seen = request.prompt_len + request.given
+        answer = self._answer
+        answer.prompt = answer.tokens = request.tokens
+        answer.begin = request.prompt_len
+        answer.tokens_seen = request.prompt_len + request.given
+        answer.pieces_seen = len(answer.pieces)
         self._replayed = replayed
 
     @property
@@ -86,8 +84,8 @@ class OutputStream:
                 if self._replayed:
                     self._decode()
                     self._replayed -= 1
-                    self._tokens_seen += 1
-                    self._text_seen = len(self._text)
+                    self._answer.tokens_seen += 1
+                    self._answer.pieces_seen = len(self._answer.pieces)
                 elif not self._read_at_end:
                     self._ready.set()
                 if stops:
@@ -95,8 +93,8 @@ class OutputStream:
                     break
         elif not self._read_at_end:
             self._ready.set()
-        if self._logprobs is not None:
-            self._logprobs += logprobs[:stopped]
+        if self._answer.logprobs is not None:
+            self._answer.logprobs += logprobs[:stopped]
         return stopped
 
     @property
@@ -126,26 +124,19 @@ class OutputStream:
         if self._error is not None:
             raise self._error
         output = self.so_far()
-        self._text_seen, self._logprobs_seen = output.pieces, output.scores
-        self._tokens_seen = output.prompt_tokens + output.output_tokens
+        self._answer.note_seen(output)
         return output
 
     def so_far(self) -> RequestOutput:
         """Return the output so far, without waiting; its ``_delta`` fields have what is new."""
         request = self.request
         self._decode()
-        tokens, pieces, logprobs = len(request.tokens), len(self._text), self._logprobs or ()
         return RequestOutput(
             request_id=request.id,
             adapter=request.adapter_name,
-            text_delta=self._text.between(self._text_seen, pieces),
-            token_ids_delta=request.tokens[self._tokens_seen :],
-            logprobs_delta=logprobs[self._logprobs_seen :],
-            finished=self._finish is not None,
             finish_reason=self._finish,
             stop_reason=self._stop,
             prompt_tokens=request.prompt_len,
-            output_tokens=tokens - request.prompt_len,
             prompt_logprobs=self._prompt(),
             pooled=request.pooled if self._finish == "length" else None,
             cached_tokens=request.cached_tokens,
@@ -154,9 +145,7 @@ class OutputStream:
             arrival=request.arrival,
             first_token=request.first_token,
             last_token=request.last_token,
-            grown=self._grown,
-            pieces=pieces,
-            scores=len(logprobs),
+            answer=self._answer,
         )
 
     def _prompt(self) -> list[TokenLogprob | None] | None:
@@ -189,7 +178,7 @@ class OutputStream:
         """Add the text of all tokens so far, and ``look`` for a stop string in it."""
         if self._undecoded and self._decoder is not None:
             delta = self._decoder.push(self._undecoded, look=look)
-            self._text.add(delta.text)
+            self._answer.add_text(delta.text)
             self._undecoded.clear()
             if delta.stop is not None:
                 self._stop = delta.stop
@@ -199,7 +188,7 @@ class OutputStream:
         if self._decoder is None or self.found_stop:
             return False
         self._decode()
-        self._text.add(self._decoder.finish())
+        self._answer.add_text(self._decoder.finish())
         if self._decoder.stopped is not None:
             self._stop = self._decoder.stopped
         return self.found_stop

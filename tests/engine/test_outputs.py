@@ -13,7 +13,7 @@ from aioengine.fleet.door.call import Call
 from aioengine.fleet.wire import Delta
 from aioengine.model.text.detokenizer import TextDelta
 from aioengine.request import RequestOptions, SamplingParams, TokenLogprob
-from aioengine.runtime.output import GrowingText, RequestOutput
+from aioengine.runtime.output import RequestOutput
 from aioengine.runtime.output_stream import OutputStream
 from aioengine.server.answer import Reply
 from aioengine.server.openai.api import GenerationFields, StreamOptions
@@ -163,12 +163,3 @@ async def test_tokens_may_come_in_rows(count: int) -> None:
             assert stream.so_far().text == "".join(f" {token}" for token in range(tokens[-1] + 1))
     stream.end("abort", None)
     assert (await last).text == "".join(f" {token}" for token in range(1000))
-
-
-def test_a_text_that_grows() -> None:
-    text = GrowingText()
-    for piece in ("a", "", "bc", "d"):
-        text.add(piece)
-    assert (len(text), text.first(3), text.first(1), text.between(1, 3)) == (3, "abcd", "a", "bcd")
-    text.add("e")
-    assert (text.first(4), text.first(3)) == ("abcde", "abcd")

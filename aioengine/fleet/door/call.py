@@ -10,7 +10,7 @@ from aioengine.errors import AioEngineError, PromptTooLong, RequestInvalid
 from aioengine.fleet.wire import Delta, unpack_error
 from aioengine.info import mix_name, without_versions
 from aioengine.request import FinishReason, Prompt, RequestOptions, SamplingParams, TokenLogprob
-from aioengine.runtime.output import GrowingText, Grown, RequestOutput
+from aioengine.runtime.output import Answer, RequestOutput
 from aioengine.runtime.prompts import tokenize
 from aioengine.runtime.text_work import TextWork
 from aioengine.schedulers.routing import RouteRequest
@@ -67,8 +67,7 @@ class Call:
         """Whether it has ended."""
         self.wait: asyncio.Timeout | None = None
         """Its wait for a replica, while there is none."""
-        self._text = GrowingText()
-        self._logprobs: list[TokenLogprob] | None = None if params.logprobs is None else []
+        self._answer = Answer(prompt, self.tokens, logprobs=params.logprobs is not None)
         self._prompt_logprobs: list[TokenLogprob | None] | None = None
         self._pooled: list[float] | None = None
         self._cached_tokens: int | None = None
@@ -78,10 +77,6 @@ class Call:
         self._finish: FinishReason | None = None
         self._stop: str | int | None = None
         self._error: AioEngineError | None = None
-        self._text_seen = 0
-        self._tokens_seen = len(self.tokens)
-        self._logprobs_seen = 0
-        self._grown = Grown(prompt, self.tokens, 0, self._text, self._logprobs)
         self._new = False
         """There is something that the reader has not seen."""
         self._waits: asyncio.Future[None] | None = None
@@ -98,9 +93,9 @@ class Call:
             self._last = now
             if self._first is None:
                 self._first = now
-        self._text.add(delta.text)
-        if self._logprobs is not None:
-            self._logprobs += delta.logprobs
+        self._answer.add_text(delta.text)
+        if self._answer.logprobs is not None:
+            self._answer.logprobs += delta.logprobs
         if delta.prompt_logprobs is not None and self._prompt_logprobs is None:
             self._prompt_logprobs = delta.prompt_logprobs
         if delta.pooled is not None:
@@ -143,18 +138,12 @@ class Call:
         self._new = False
         if self._error is not None:
             raise self._error
-        tokens, pieces, logprobs = len(self.tokens), len(self._text), self._logprobs or ()
         output = RequestOutput(
             request_id=self.request_id,
             adapter=self.wanted,
-            text_delta=self._text.between(self._text_seen, pieces),
-            token_ids_delta=self.tokens[self._tokens_seen :],
-            logprobs_delta=logprobs[self._logprobs_seen :],
-            finished=self._finish is not None,
             finish_reason=self._finish,
             stop_reason=self._stop,
             prompt_tokens=len(self.prompt),
-            output_tokens=tokens,
             prompt_logprobs=self._prompt_logprobs,
             pooled=self._pooled,
             cached_tokens=self._cached_tokens or 0,
@@ -163,11 +152,9 @@ class Call:
             arrival=self.arrival,
             first_token=self._first,
             last_token=self._last,
-            grown=self._grown,
-            pieces=pieces,
-            scores=len(logprobs),
+            answer=self._answer,
         )
-        self._text_seen, self._tokens_seen, self._logprobs_seen = pieces, tokens, len(logprobs)
+        self._answer.note_seen(output)
         return output
 
 
