@@ -12,9 +12,9 @@ from typing import Any
 
 import msgspec
 
+from aioengine import events
 from aioengine.engine import AsyncEngine
 from aioengine.errors import AdapterNotFound, AioEngineError, EngineDead, EngineStopped
-from aioengine.events import RequestAdded
 from aioengine.fleet.beliefs import Beliefs
 from aioengine.fleet.config import FleetConfig
 from aioengine.fleet.outbox import Outbox, Outboxes
@@ -43,6 +43,15 @@ logger = logging.getLogger("aioengine.fleet")
 
 STATUS_SECONDS = 0.05
 """The shortest time between two reports to a door."""
+MOVES = (
+    events.AdapterLoaded,
+    events.AdapterPlaced,
+    events.AdapterEvicted,
+    events.AdapterUnloaded,
+    events.AdapterRegistered,
+    events.EngineRestarted,
+)
+"""Events after which adapters are elsewhere."""
 
 
 class EngineReplica:
@@ -67,7 +76,10 @@ class EngineReplica:
         self._adapters = ReplicaAdapters(self.engine, self._versions)
         self.engine.add_listener(self._speed, *Speeds.HEARD)
         self._beliefs = Beliefs()
-        self.engine.add_listener(self._beliefs, RequestAdded)
+        self.engine.add_listener(self._beliefs, events.RequestAdded)
+        self._moves = 0
+        """Number of changes of where adapters are."""
+        self.engine.add_listener(self._moved, *MOVES)
         self._traces = otlp_provider(config.otlp_endpoint, resource={"service.instance.id": name})
         if self._traces is not None:
             from aioengine.metrics.tracing import trace_requests
@@ -99,14 +111,16 @@ class EngineReplica:
             while not box.replaced:
                 frame = Frame(deltas=box.take())
                 now = loop.time()
-                version = self.engine.slots().version
-                if now >= due or version != residency:
+                if now >= due or self._moves != residency:
                     due = now + STATUS_SECONDS
                     frame.status = self._status(box, now)
-                    if version != residency:
-                        residency, frame.residency = version, self._residency()
+                    if self._moves != residency:
+                        residency, frame.residency = self._moves, self._residency()
                 yield encode_frame(frame)
                 await box.filled(STATUS_SECONDS if box.busy else self._config.heartbeat_seconds)
+
+    def _moved(self, event: events.Event) -> None:
+        self._moves += 1
 
     async def submit(self, channel: str, orders: bytes, to: str | None = None) -> None:
         """Carry out a door's orders. Raises LookupError if this is not the door's latest channel."""

@@ -150,6 +150,7 @@ class Dispatcher:
             tried = tried | (self._members.members.keys() - self._with_versions(call))
         if call.route is None or call.route.tried != tried:
             options, content = call.options, self._content(call)
+            caching = self._config.engine.enable_prefix_caching
             call.route = RouteRequest(
                 str(call.key),
                 call.adapter,
@@ -159,7 +160,7 @@ class Dispatcher:
                 options.tenant,
                 options.priority,
                 None if call.deadline is None else self._members.clock() + call.deadline - _now(),
-                prefix_hashes(call.prompt, content, salt=options.cache_salt),
+                prefix_hashes(call.prompt, content, salt=options.cache_salt) if caching else (),
                 tried=tried,
                 parts=tuple(map(without_versions, options.mix or ())),
                 pins=prefix_pins(
