@@ -23,7 +23,8 @@ from aioengine.step import (
 )
 
 MOST_STEPS = 32
-"""Steps that are under way at a time: more would often be reckoned in vain, because something happens."""
+"""Steps that are under way at a time, at most: more would often be reckoned in vain, because something
+happens."""
 
 
 class _Flight:
@@ -80,6 +81,8 @@ class SimulatedDevice(Device):
         self._pace = 1.0
         self._flight: _Flight | None = None
         """The steps under way."""
+        self._horizon = MOST_STEPS
+        """Steps that the next flight has at most, by how many of the last one took place."""
         self._disk = SharedStage(costs.disk)
         self._slot = SharedStage(costs.slot)
         self._max_rank = max_rank
@@ -95,7 +98,7 @@ class SimulatedDevice(Device):
         looks (:meth:`settle`) or something has happened (:meth:`interrupt`)."""
         loop = asyncio.get_running_loop()
         together = self.repeats and isinstance(loop, VirtualTimeLoop)
-        most, ending = self._until_an_end(batch, min(batch.steps, MOST_STEPS) if together else 1)
+        most, ending = self._until_an_end(batch, min(batch.steps, self._horizon) if together else 1)
         begin, pace, ends = loop.time(), self._pace, list[float]()
         for work in islice(self._work(batch), most):
             if ends and begin >= batch.until:
@@ -115,6 +118,7 @@ class SimulatedDevice(Device):
         ended."""
         flight.timer.cancel()
         self._flight = None
+        self._horizon = min(2 * count + 2, MOST_STEPS)
         loop, ends = flight.loop, flight.ends[:count]
         result = self._result(flight, ends)
         if isinstance(loop, VirtualTimeLoop):
