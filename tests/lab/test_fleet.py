@@ -12,10 +12,11 @@ from support.lab_sim import Fixed, Kept, config, costs
 
 from aioengine.errors import ConfigError
 from aioengine.lab.fleet.conditions import Conditions, Fault
-from aioengine.lab.fleet.fleet import fleet_config
+from aioengine.lab.fleet.fleet import SimulatedFleet, fleet_config
 from aioengine.lab.runs.comparison import Comparison, compare
 from aioengine.lab.runs.experiment import Experiment
-from aioengine.lab.runs.replay import FleetReplayed, replay_on_fleet
+from aioengine.lab.runs.open_loop import Replayed
+from aioengine.lab.runs.replay import replay_on_fleet
 from aioengine.lab.runs.simulate import run
 from aioengine.lab.simulation.clock import run_in_virtual_time
 from aioengine.lab.simulation.engine import SimulatedEngine
@@ -37,10 +38,10 @@ def play_fleet(
     silent_seconds: float = 2.75,
     migration_limit: int = 3,
     **fields: Any,
-) -> tuple[FleetReplayed, Kept]:
+) -> tuple[Replayed, SimulatedFleet, Kept]:
     kept = Kept()
 
-    async def main() -> FleetReplayed:
+    async def main() -> tuple[Replayed, SimulatedFleet]:
         return await replay_on_fleet(
             workload,
             kept,
@@ -58,7 +59,7 @@ def play_fleet(
             conditions=conditions,
         )
 
-    return run_in_virtual_time(main()), kept
+    return *run_in_virtual_time(main()), kept
 
 
 def spread(count: int = 60, *, every: float = 0.05, output: int = 40) -> Fixed:
@@ -71,18 +72,18 @@ def spread(count: int = 60, *, every: float = 0.05, output: int = 40) -> Fixed:
 @pytest.mark.parametrize("router", sorted(available_routers()))
 @pytest.mark.slow
 def test_every_router_serves_all(router: str) -> None:
-    found, kept = play_fleet(spread(), router=router)
-    assert found.replayed.finished == len(kept.requests) == 60
-    assert sum(found.requests_by_replica) == 60 and not found.failures
+    done, found, kept = play_fleet(spread(), router=router)
+    assert done.finished == len(kept.requests) == 60
+    assert sum(found.by_replica) == 60 and not found.failures
     assert sum(row.output_tokens for row in kept.requests) == 60 * 40
 
 
 def test_a_killed_replica_loses_nothing() -> None:
     """What it had goes on elsewhere, after what was delivered, and it comes back with empty caches."""
     faults = [Fault(1.0, "kill", 0), Fault(2.0, "start", 0), Fault(2.5, "kill", 1)]
-    found, kept = play_fleet(spread(every=0.02), Conditions(faults=faults), router="round_robin")
-    assert found.replayed.finished == 60 and found.migrations > 5
-    assert sum(found.requests_by_replica) >= 60 + found.migrations, "those that had not begun do not count"
+    done, found, kept = play_fleet(spread(every=0.02), Conditions(faults=faults), router="round_robin")
+    assert done.finished == 60 and found.migrations > 5
+    assert sum(found.by_replica) >= 60 + found.migrations, "those that had not begun do not count"
     assert {row.output_tokens for row in kept.requests} == {40}, "a token is missing, or was made twice"
     assert all(
         row.first_token is not None and row.arrival < row.first_token <= row.ended for row in kept.requests
@@ -92,40 +93,40 @@ def test_a_killed_replica_loses_nothing() -> None:
 @pytest.mark.slow
 def test_a_partition_is_routed_around_and_heals() -> None:
     faults = [Fault(1.0, "cut", 1), Fault(12.0, "heal", 1)]
-    found, kept = play_fleet(
+    done, found, kept = play_fleet(
         spread(400, every=0.05), Conditions(faults=faults), router="round_robin", silent_seconds=2.0
     )
-    assert found.replayed.finished == 400 and found.migrations > 0
+    assert done.finished == 400 and found.migrations > 0
     longest = max(row.ended - row.arrival for row in kept.requests)
     assert longest < 8.0, "it waited for the partition's end"
-    assert found.requests_by_replica[1] > 60, "it is used again afterwards"
+    assert found.by_replica[1] > 60, "it is used again afterwards"
 
 
 def test_a_short_cut_costs_no_migration() -> None:
     conditions = Conditions(faults=[Fault(1.0, "cut", 1), Fault(1.5, "heal", 1)])
-    found, _ = play_fleet(spread(), conditions, router="round_robin")
-    assert found.replayed.finished == 60 and found.migrations == 0
+    done, found, _ = play_fleet(spread(), conditions, router="round_robin")
+    assert done.finished == 60 and found.migrations == 0
 
 
 def test_a_draining_replica_finishes_what_it_has() -> None:
-    found, _ = play_fleet(spread(), Conditions(faults=[Fault(1.0, "drain", 2)]), router="round_robin")
-    assert found.replayed.finished == 60 and found.migrations == 0
-    assert found.requests_by_replica[2] < 10
+    done, found, _ = play_fleet(spread(), Conditions(faults=[Fault(1.0, "drain", 2)]), router="round_robin")
+    assert done.finished == 60 and found.migrations == 0
+    assert found.by_replica[2] < 10
 
 
 def test_with_no_replica_left_requests_are_rejected() -> None:
     faults = [Fault(1.0, "kill", index) for index in range(3)]
-    found, kept = play_fleet(spread(), Conditions(faults=faults))
+    done, found, kept = play_fleet(spread(), Conditions(faults=faults))
     rejected = [row for row in kept.requests if row.error == "EngineStopped"]
     assert len(rejected) == found.rejected > 0
-    assert found.replayed.finished + len(rejected) == 60
+    assert done.finished + len(rejected) == 60
 
 
 @pytest.mark.parametrize(("limit", "error"), [(2, "EngineDead"), (3, None)])
 def test_a_request_whose_replicas_die_is_given_up_in_the_end(limit: int, error: str | None) -> None:
     faults = [fault for t in (1.0, 2.0, 3.0) for fault in (Fault(t, "kill", 0), Fault(t + 0.01, "start", 0))]
     long = Fixed([Arrival(0.0, None, 20, 1000)])
-    found, kept = play_fleet(long, Conditions(faults=faults), replicas=1, migration_limit=limit)
+    _, found, kept = play_fleet(long, Conditions(faults=faults), replicas=1, migration_limit=limit)
     assert kept.requests[0].error == error and found.migrations == 3
 
 
@@ -135,16 +136,16 @@ def test_old_knowledge_and_skewed_clocks_do_no_harm(router: str) -> None:
     """The door counts for itself: bursts are spread although reports are seconds old."""
     burst = Fixed([Arrival(0.0, None, 50, 20) for _ in range(30)] + list(spread()), ADAPTERS)
     old = Conditions(report_delay=1.5, skew={0: 3600.0, 1: -7200.0})
-    found, _ = play_fleet(burst, old, router=router, silent_seconds=5.0)
-    assert found.replayed.finished == 90 and found.migrations == 0
-    assert max(found.requests_by_replica) < 60
+    done, found, _ = play_fleet(burst, old, router=router, silent_seconds=5.0)
+    assert done.finished == 90 and found.migrations == 0
+    assert max(found.by_replica) < 60
 
 
 @pytest.mark.parametrize("placement", ["none", "hrw"])
 @pytest.mark.slow
 def test_plans_are_carried_out(placement: str) -> None:
-    found, _ = play_fleet(spread(220), placement=placement)
-    assert found.replayed.finished == 220
+    done, found, _ = play_fleet(spread(220), placement=placement)
+    assert done.finished == 220
     assert bool(found.moves.get("load")) == (placement != "none")
 
 
@@ -154,9 +155,9 @@ def test_replicas_come_with_a_burst_and_go_after_it() -> None:
     quiet = [Arrival(30.0 + 10 * i, None, 20, 60) for i in range(20)]
     scaling = "waiting_work:least=1,most=4,target=0.5,cool_down=20"
 
-    def longest(**fields: Any) -> tuple[FleetReplayed, float]:
-        found, kept = play_fleet(Fixed(burst + quiet), replicas=1, max_num_seqs=8, **fields)
-        assert found.replayed.finished == 620 and found.migrations == 0, "nothing is lost as replicas go"
+    def longest(**fields: Any) -> tuple[SimulatedFleet, float]:
+        done, found, kept = play_fleet(Fixed(burst + quiet), replicas=1, max_num_seqs=8, **fields)
+        assert done.finished == 620 and found.migrations == 0, "nothing is lost as replicas go"
         return found, max(row.ended - row.arrival for row in kept.requests)
 
     _, alone = longest()
@@ -166,18 +167,18 @@ def test_replicas_come_with_a_burst_and_go_after_it() -> None:
     assert found.scaled is not None
     assert found.scaled.started >= 3 == found.scaled.stopped >= found.scaled.most - 1
     assert (found.scaled.fewest, found.scaled.most) == (1, 4)
-    assert found.scaled.replica_seconds < 4 * found.replayed.seconds
+    assert found.scaled.replica_seconds < 4 * quiet[-1].time
 
 
 def test_a_fleet_that_sleeps_serves_the_next_request() -> None:
     arrivals = Fixed([Arrival(100.0 * i, "a", 20, 20) for i in range(4)], ADAPTERS)
-    found, kept = play_fleet(
+    done, found, kept = play_fleet(
         arrivals,
         Conditions(start_seconds=7.0),
         replicas=1,
         autoscale="waiting_work:least=0,most=2,cool_down=10",
     )
-    assert found.replayed.finished == 4 and found.scaled is not None
+    assert done.finished == 4 and found.scaled is not None
     assert (found.scaled.fewest, found.scaled.started) == (0, 3)
     waits = [row.first_token - row.arrival for row in kept.requests if row.first_token is not None]
     assert waits[0] < 2 and all(7 < wait < 10 for wait in waits[1:]), waits

@@ -104,6 +104,8 @@ class SimulatedFleet:
         self._tasks: set[asyncio.Task[None]] = set()
         self._keys = 0
         self._scaler: _Scaler | None = None
+        self.scaled: Scaled | None = None
+        """What the scaling policy did, when the fleet has stopped; None without one."""
 
     async def __aenter__(self) -> Self:
         self._loop = asyncio.get_running_loop()
@@ -127,6 +129,8 @@ class SimulatedFleet:
         return self
 
     async def __aexit__(self, *exc: object) -> None:
+        if self._scaler is not None:
+            self.scaled = self._scaler.result()
         await end_tasks(self._tasks)
         await self.members.stop(EngineStopped("the fleet was stopped"))
         for replica in list(self._current.values()):
@@ -146,11 +150,6 @@ class SimulatedFleet:
     def failures(self) -> dict[str, int]:
         """Failures of the router and of the placement policy, by kind."""
         return dict(self.dispatcher.guard.failures + self._plans.failures)
-
-    @property
-    def scaled(self) -> Scaled | None:
-        """What the scaling policy did; None without one."""
-        return None if self._scaler is None else self._scaler.result()
 
     # As an engine has it
 

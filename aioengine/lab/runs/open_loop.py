@@ -5,12 +5,18 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple
 
 from aioengine.errors import AioEngineError, ConfigError, EngineDead, EngineStopped
 from aioengine.lab.workload.requests import Arrival, Workload
-from aioengine.request import SamplingParams
 from aioengine.runtime.output import RequestOutput
+
+if TYPE_CHECKING:
+    from aioengine.engine import AsyncEngine
+    from aioengine.lab.calibration.live import LiveRequests
+    from aioengine.lab.fleet.fleet import SimulatedFleet
+    from aioengine.lab.runs.recorder import Recorder
+    from aioengine.lab.workload.prompts import SimulatedRequests
 
 STALL_SECONDS = 600.0
 """A run is given up after this time without a step or a move while requests wait."""
@@ -41,60 +47,6 @@ class Replayed(NamedTuple):
     """From the start to the end of the last request."""
 
 
-class RunRecorder(Protocol):
-    """Recorder of a run, of one engine or of a fleet."""
-
-    last_progress: float
-    """When a step or a move ended last."""
-
-    @property
-    def since_token(self) -> int:
-        """Steps and moves that have ended since a request had a token, or ended."""
-
-    @property
-    def ended(self) -> int:
-        """Requests that have ended, the refused ones included."""
-
-    @property
-    def under_way(self) -> bool:
-        """Whether there is a request that has not ended."""
-
-    def expect(self, request_id: str, arrival: Arrival) -> None:
-        """Announce a request before it is sent."""
-
-    def settled(
-        self, request_id: str, now: float, error: Exception | None, output: RequestOutput | None
-    ) -> bool:
-        """Note how a request has ended for its caller. Returns False if it was never accepted."""
-
-    def sample(self, now: float) -> None: ...
-    def close(self, now: float) -> None: ...
-
-
-class Requests(Protocol):
-    """What is sent for an arrival."""
-
-    def prompt(self, index: int, arrival: Arrival) -> list[int]: ...
-    def params(self, arrival: Arrival) -> SamplingParams: ...
-
-
-class Target(Protocol):
-    """What requests are sent to: an engine, or a fleet."""
-
-    async def complete(
-        self,
-        prompt: list[int],
-        params: SamplingParams,
-        *,
-        request_id: str,
-        adapter: str | None,
-        priority: int,
-        deadline: float | None,
-        tenant: str | None,
-        expected_tokens: int | None,
-    ) -> RequestOutput: ...
-
-
 class OpenLoop:
     """Sends a workload and waits for all of it. No more of it is held than the requests that have not ended.
 
@@ -107,10 +59,10 @@ class OpenLoop:
 
     def __init__(
         self,
-        target: Target,
-        recorder: RunRecorder,
+        target: AsyncEngine | SimulatedFleet,
+        recorder: Recorder,
         workload: Workload,
-        requests: Requests,
+        requests: SimulatedRequests | LiveRequests,
         *,
         start: float,
         sample_seconds: float = 1.0,

@@ -5,14 +5,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NamedTuple
 
 from aioengine.engine import AsyncEngine
 from aioengine.fleet.config import FleetConfig
 from aioengine.lab.calibration.live import LiveRequests
 from aioengine.lab.fleet.conditions import Conditions
-from aioengine.lab.fleet.fleet import START_SECONDS, Scaled, SimulatedFleet
-from aioengine.lab.runs.open_loop import OpenLoop, Progress, Replayed, Requests
+from aioengine.lab.fleet.fleet import START_SECONDS, SimulatedFleet
+from aioengine.lab.runs.open_loop import OpenLoop, Progress, Replayed
 from aioengine.lab.runs.policy_record import PolicyWatch
 from aioengine.lab.runs.recorder import Recorder
 from aioengine.lab.runs.rows import Sink
@@ -50,7 +49,7 @@ async def replay(
             ``MOST_WITHOUT_TOKEN`` steps and moves.
         ConfigError: ``sample_seconds`` is not more than 0.
     """
-    requests: Requests
+    requests: SimulatedRequests | LiveRequests
     lengths: dict[str, int] | None = None
     if isinstance(engine, SimulatedEngine):
         engine.add_adapters(workload.adapters)
@@ -94,24 +93,6 @@ def _state(engine: AsyncEngine) -> str:
     )
 
 
-class FleetReplayed(NamedTuple):
-    """Result of a workload on a fleet."""
-
-    replayed: Replayed
-    requests_by_replica: list[int]
-    """Requests sent to each replica; a request that is sent again counts again."""
-    migrations: int
-    """Requests that continued on another replica after theirs was lost."""
-    rejected: int
-    """Requests that were rejected by the router, or because there was no replica."""
-    failures: dict[str, int]
-    """Failures of the router and of the placement policy, by kind."""
-    moves: dict[str, int]
-    """Steps of plans, by kind."""
-    scaled: Scaled | None
-    """None: the number of replicas was fixed."""
-
-
 async def replay_on_fleet(
     workload: Workload,
     sink: Sink,
@@ -123,8 +104,9 @@ async def replay_on_fleet(
     progress: Progress | None = None,
     total: int | None = None,
     listener: PolicyWatch | None = None,
-) -> FleetReplayed:
-    """Start a fleet, send every request at its time, wait for all of them, and stop the fleet.
+) -> tuple[Replayed, SimulatedFleet]:
+    """Start a fleet, send every request at its time, wait for all of them, and stop the fleet. Returns it,
+    too, because it knows what happened.
 
     Args:
         make_engine: Makes the engine of one replica.
@@ -159,15 +141,6 @@ async def replay_on_fleet(
             lengths=fleet.lengths,
         )
         replayed = await loop.send_all()
-        scaled = fleet.scaled
         fleet.check_invariants()
     loop.close()
-    return FleetReplayed(
-        replayed,
-        fleet.by_replica,
-        fleet.migrations,
-        fleet.rejected,
-        fleet.failures,
-        dict(fleet.moves),
-        scaled,
-    )
+    return replayed, fleet

@@ -180,7 +180,7 @@ async def _simulate_fleet(
         policy = lab_policy(spec, workload, start=start)
         return SimulatedEngine(config, costs, policy, metrics=False, plan=plan)
 
-    found = await replay_on_fleet(
+    replayed, fleet = await replay_on_fleet(
         workload,
         sink,
         config=fleet_config(
@@ -202,19 +202,19 @@ async def _simulate_fleet(
         progress=progress,
         total=experiment.workload.limit,
     )
-    fleet = {
+    found = {
         "replicas": experiment.replicas,
         "router": router,
         "placement": placement,
-        "requests_by_replica": found.requests_by_replica,
-        "migrations": found.migrations,
-        "rejected": found.rejected,
-        "failures": found.failures,
-        "moves": found.moves,
+        "requests_by_replica": fleet.by_replica,
+        "migrations": fleet.migrations,
+        "rejected": fleet.rejected,
+        "failures": fleet.failures,
+        "moves": dict(fleet.moves),
     }
-    if found.scaled is not None:
-        fleet["autoscale"] = {"policy": experiment.autoscale, **found.scaled._asdict()}
-    return found.replayed, fleet
+    if fleet.scaled is not None:
+        found["autoscale"] = {"policy": experiment.autoscale, **fleet.scaled._asdict()}
+    return replayed, found
 
 
 async def _start(experiment: Experiment, costs: CostModel, plan: MemoryPlan) -> None:
