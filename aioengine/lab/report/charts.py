@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from textwrap import wrap
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -54,9 +54,9 @@ class Figure(NamedTuple):
     """Name of its file, without ".png"."""
     title: str
     """What is to be seen, in a sentence."""
+    spec: Spec
     caption: str
     """How to read it."""
-    spec: Spec
 
     def whole(self) -> Spec:
         """Return a specification that needs nothing else."""
@@ -65,6 +65,11 @@ class Figure(NamedTuple):
             "title": {"text": wrap(self.title, TITLE_CHARACTERS)},
             **self.spec,
         }
+
+
+def caption_of(draw: Callable[..., object]) -> str:
+    """Return the caption of a figure, which is the docstring of what draws it."""
+    return " ".join((draw.__doc__ or "").split())
 
 
 def images(figure: Figure, kinds: Iterable[str]) -> dict[str, bytes]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from aioengine.lab.analysis.measures import MEASURES, Measure
 from aioengine.lab.analysis.numbers import change_text, policy_label, seconds_text
@@ -23,15 +23,8 @@ MOST_PANELS = 4
 REGRETS = ("ttft_seconds.mean", "ttft_seconds.p99", "latency_seconds.mean", "swaps.slot_copies_per_request")
 
 
-class Plot(NamedTuple):
-    name: str
-    caption: str
-    applies: Callable[[Compare], bool]
-    draw: Callable[[Compare], tuple[str, Spec]]
-
-
 def draw_ranking(compare: Compare) -> tuple[str, Spec]:
-    """Means with their intervals: a panel for each setting, a row for each policy."""
+    """Dots are means over the seeds, bands their 95% intervals."""
     measure, first = compare.measure, compare.settings()[0]
     title = f"{_head(measure)} ({measure.better} is better)"
     if means := _means(compare, first):
@@ -48,7 +41,7 @@ def draw_ranking(compare: Compare) -> tuple[str, Spec]:
 
 
 def draw_load(compare: Compare) -> tuple[str, Spec]:
-    """Throughput against latency: a panel for each number of slots, a line for each policy."""
+    """To the right and down is better. Bands are 95% intervals."""
     rows = {
         (row["policy"], row["slots"], row["scale"]): {**row, "throughput": row["mean"]}
         for row in _rows(compare, "output_tokens_per_second")
@@ -71,7 +64,7 @@ def draw_load(compare: Compare) -> tuple[str, Spec]:
 
 
 def draw_slots(compare: Compare) -> tuple[str, Spec]:
-    """Draw the measure against the number of slots: a panel for each scale, a line for each policy."""
+    """What a slot more is worth under each policy. Bands are 95% intervals."""
     measure = compare.measure
     best = max if measure.better == "higher" else min
     shown = [(setting, _means(compare, setting)) for setting in _shown(compare)]
@@ -90,7 +83,7 @@ def draw_slots(compare: Compare) -> tuple[str, Spec]:
 
 
 def draw_cdf(compare: Compare) -> tuple[str, Spec]:
-    """Times to first token, of all seeds together: a panel for each number of slots."""
+    """All seeds together. To the left is faster."""
     settings = _shown(compare)
     waits = {setting: _first_tokens(compare, *setting) for setting in settings}
     first = waits[settings[0]]
@@ -114,8 +107,7 @@ def draw_cdf(compare: Compare) -> tuple[str, Spec]:
 
 
 def draw_regret(compare: Compare) -> tuple[str, Spec]:
-    """Draw how much worse than the oracle, in four figures: a row of panels for each, a column for each
-    number of slots."""
+    """The oracle knows when adapters will be asked for. Dots are means, bands 95% intervals."""
     shown = set(_shown(compare))
     labels = {measure.name: measure.label for measure in MEASURES}
     rows = [
@@ -265,35 +257,17 @@ def _range(values: Mapping[str, float], text: Callable[[float], str], *, named: 
     return " to ".join(map("".join, zip(texts, names, strict=True)))
 
 
-PLOTS = (
-    Plot(
-        "ranking", "Dots are means over the seeds, bands their 95% intervals.", lambda _: True, draw_ranking
-    ),
-    Plot(
-        "load",
-        "To the right and down is better. Bands are 95% intervals.",
-        lambda compare: compare.results["scale"].n_unique() > 1,
-        draw_load,
-    ),
-    Plot(
-        "slots",
-        "What a slot more is worth under each policy. Bands are 95% intervals.",
-        lambda compare: compare.results["slots"].n_unique() > 1,
-        draw_slots,
-    ),
-    Plot("ttft", "All seeds together. To the left is faster.", lambda _: True, draw_cdf),
-    Plot(
-        "regret",
-        "The oracle knows when adapters will be asked for. Dots are means, bands 95% intervals.",
-        lambda compare: "oracle" in compare.policies and len(compare.policies) > 1,
-        draw_regret,
-    ),
-)
-
-
 def draw_compare(compare: Compare) -> Iterator[Figure]:
     """Draw each figure for which there are data."""
-    for plot in PLOTS:
-        if plot.applies(compare):
-            title, spec = plot.draw(compare)
-            yield Figure(plot.name, title, plot.caption, spec)
+    several = {name: compare.results[name].n_unique() > 1 for name in ("scale", "slots")}
+    oracle = "oracle" in compare.policies and len(compare.policies) > 1
+    plots = {
+        "ranking": draw_ranking,
+        "load": draw_load if several["scale"] else None,
+        "slots": draw_slots if several["slots"] else None,
+        "ttft": draw_cdf,
+        "regret": draw_regret if oracle else None,
+    }
+    for name, draw in plots.items():
+        if draw is not None:
+            yield Figure(name, *draw(compare), caption=charts.caption_of(draw))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -11,7 +11,7 @@ from aioengine.lab.analysis.fairness import by_client, service_gap
 from aioengine.lab.analysis.numbers import seconds_text, share_text, shorten
 from aioengine.lab.analysis.summary import slots_of, summarize_frames, times_of
 from aioengine.lab.report import charts
-from aioengine.lab.report.charts import Figure, Spec
+from aioengine.lab.report.charts import Figure, Row, Spec
 from aioengine.lab.runs.rows import Frames, load_frames
 
 if TYPE_CHECKING:
@@ -30,6 +30,8 @@ NO_GAP = (
 LEVELS = {"slot": "in a slot", "cpu": "on the CPU", "loading": "being loaded", "disk": "on disk"}
 LEVEL_COLORS = ("#0072b2", "#7cc1ea", "#f3c766", "#d55e00")
 OTHERS = "others"
+BY_TIME = {"x": charts.field("time", title="seconds", bin={"binned": True}), "x2": {"field": "end"}}
+"""Encoding of what :func:`binned` returns."""
 
 
 class Run(NamedTuple):
@@ -44,20 +46,22 @@ class Run(NamedTuple):
         ends = [self.frames.samples["time"].max(), self.frames.requests["ended"].max()]
         return max([float(end) for end in ends if end is not None], default=0.0) or 1.0  # type: ignore[arg-type] # floats
 
-    @property
-    def bin(self) -> float:
-        """Length of an interval in charts over time."""
-        return self.end / BINS
 
+def binned(run: Run, frame: pl.DataFrame, time: str, by: str, amount: pl.Expr) -> list[Row]:
+    """Return the amounts by interval of a time, and by a column."""
+    import polars as pl
 
-class Plot(NamedTuple):
-    name: str
-    caption: str
-    draw: Callable[[Run], tuple[str, Spec]]
-    """Returns a title and the chart."""
+    width = run.end / BINS
+    at = (pl.col(time) / width).cast(pl.Int64).clip(upper_bound=BINS - 1)
+    found = frame.group_by(at.alias("at"), by).agg(amount.alias("amount")).sort("at", by)
+    return [
+        {"time": place * width, "end": (place + 1) * width, by: key, "amount": number}
+        for place, key, number in found.iter_rows()
+    ]
 
 
 def draw_latency(run: Run) -> tuple[str, Spec]:
+    """The height of a curve at a time is the share that was served by then."""
     ttft, latency = run.summary["ttft_seconds"], run.summary["latency_seconds"]
     title = (
         f"Half of the first tokens came within {seconds_text(ttft['p50'])}, 99% within "
@@ -76,6 +80,7 @@ def draw_latency(run: Run) -> tuple[str, Spec]:
 
 
 def draw_load(run: Run) -> tuple[str, Spec]:
+    """Requests in the engine, and the tokens that it computed."""
     engine, samples = run.summary["engine"], run.frames.samples
     if samples.is_empty() or engine["mean_running"] is None:
         return "No step was sampled", charts.note("No sample was taken.")
@@ -136,6 +141,8 @@ def thin(samples: pl.DataFrame) -> pl.DataFrame:
 
 
 def draw_timeline(run: Run) -> tuple[str, Spec]:
+    """A row is a slot, a bar an adapter's stay in it, pale while it is being written. On the page, the wheel
+    zooms."""
     slots, spans = run.summary["slots"]["slots"], run.frames.slots
     if spans.is_empty():
         return "No adapter came into a slot", charts.note("The slots stayed empty.")
@@ -177,30 +184,29 @@ def draw_timeline(run: Run) -> tuple[str, Spec]:
 
 
 def draw_hits(run: Run) -> tuple[str, Spec]:
+    """By the time of arrival. What is in a slot runs at once, what is on disk waits longest."""
+    import polars as pl
+
     hits = run.summary["hits"]
     parts = [f"{share_text(share)} {LEVELS[level]}" for level in LEVELS if (share := hits[f"{level}_share"])]
     title = f"Requests found their adapter {', '.join(parts)}" if parts else "No request had an adapter"
-    wanted = run.frames.requests.drop_nulls("found")
+    wanted = run.frames.requests.drop_nulls("found").with_columns(pl.col("found").replace(LEVELS))
     if wanted.is_empty():
         return title, charts.note("All requests were for the base model.")
-    found: Counter[tuple[int, str]] = Counter()
-    for level, arrival in wanted.select("found", "arrival").iter_rows():
-        found[min(int(arrival / run.bin), BINS - 1), level] += 1
-    rows = [
-        {"time": at * run.bin, "end": (at + 1) * run.bin, "found": LEVELS[level], "requests": count}
-        for (at, level), count in sorted(found.items())
-    ]
     encoding = {
-        "x": charts.field("time", title="seconds", bin={"binned": True}),
-        "x2": {"field": "end"},
-        "y": charts.number("requests", "share of requests", "share", stack="normalize"),
+        **BY_TIME,
+        "y": charts.number("amount", "share of requests", "share", stack="normalize"),
         "color": charts.color("found", list(LEVELS.values()), LEVEL_COLORS),
         "order": {"field": "found"},
     }
+    rows = binned(run, wanted, "arrival", "found", pl.len())
     return title, {"data": charts.data(rows), **charts.panel(170, charts.mark("bar", encoding))}
 
 
 def draw_swaps(run: Run) -> tuple[str, Spec]:
+    """Bytes of adapters that were moved, by the time at which the move ended."""
+    import polars as pl
+
     swaps = run.summary["swaps"]
     title = (
         f"{swaps['slot_copies']:,} copies into slots ({swaps['slot_copy_bytes'] / 1e9:.3g} GB), "
@@ -208,28 +214,22 @@ def draw_swaps(run: Run) -> tuple[str, Spec]:
     )
     if swaps["failed_moves"]:
         title += f"; {swaps['failed_moves']:,} failed"
-    names = {"slot": "CPU to slot", "disk": "disk to CPU"}
-    moved: Counter[tuple[str, int]] = Counter()
-    moves = run.frames.moves.filter(run.frames.moves["error"].is_null())
-    for stage, end, nbytes in moves.select("stage", "end", "nbytes").iter_rows():
-        moved[stage, min(int(end / run.bin), BINS - 1)] += nbytes
-    rows = [
-        {"stage": names[stage], "time": at * run.bin, "end": (at + 1) * run.bin, "MB": nbytes / 1e6 / run.bin}
-        for (stage, at), nbytes in sorted(moved.items())
-    ]
-    if not rows:
+    stages = {"slot": "CPU to slot", "disk": "disk to CPU"}
+    moves = run.frames.moves.filter(pl.col("error").is_null()).with_columns(pl.col("stage").replace(stages))
+    if moves.is_empty():
         return title, charts.note("Nothing was moved.")
     encoding = {
-        "x": charts.field("time", title="seconds", bin={"binned": True}),
-        "x2": {"field": "end"},
-        "y": charts.number("MB", "MB a second"),
+        **BY_TIME,
+        "y": charts.number("amount", "MB a second"),
         "color": charts.field("stage", "nominal", legend=None),
         "row": charts.field("stage", "nominal"),
     }
+    rows = binned(run, moves, "end", "stage", pl.col("nbytes").sum() / 1e6 / (run.end / BINS))
     return title, {"data": charts.data(rows), **charts.panel(80, charts.mark("bar", encoding))}
 
 
 def draw_fairness(run: Run) -> tuple[str, Spec]:
+    """Who is served how fast; below, if there is any, the difference that fair schedulers bound."""
     fairness = run.summary["fairness"]
     clients = fairness["service_between"]
     client: Any = clients.removesuffix("s")
@@ -274,6 +274,7 @@ def draw_fairness(run: Run) -> tuple[str, Spec]:
 
 
 def draw_starvation(run: Run) -> tuple[str, Spec]:
+    """The adapters with the longest waits."""
     table = by_client(run.frames.requests, "adapter").drop_nulls("worst_wait_seconds")
     count = table.height
     if not count:
@@ -293,35 +294,22 @@ def draw_starvation(run: Run) -> tuple[str, Spec]:
     return title, {"data": charts.data(rows), **charts.panel(18 * table.height, bars, means)}
 
 
-PLOTS = (
-    Plot("latency", "The height of a curve at a time is the share that was served by then.", draw_latency),
-    Plot("load", "Requests in the engine, and the tokens that it computed.", draw_load),
-    Plot(
-        "timeline",
-        "A row is a slot, a bar an adapter's stay in it, pale while it is being written. On the page, the "
-        "wheel zooms.",
-        draw_timeline,
-    ),
-    Plot(
-        "hits",
-        "By the time of arrival. What is in a slot runs at once, what is on disk waits longest.",
-        draw_hits,
-    ),
-    Plot("swaps", "Bytes of adapters that were moved, by the time at which the move ended.", draw_swaps),
-    Plot(
-        "fairness",
-        "Who is served how fast; below, if there is any, the difference that fair schedulers bound.",
-        draw_fairness,
-    ),
-    Plot("starvation", f"The {MOST} adapters with the longest waits.", draw_starvation),
-)
+PLOTS: Mapping[str, Callable[[Run], tuple[str, Spec]]] = {
+    "latency": draw_latency,
+    "load": draw_load,
+    "timeline": draw_timeline,
+    "hits": draw_hits,
+    "swaps": draw_swaps,
+    "fairness": draw_fairness,
+    "starvation": draw_starvation,
+}
+"""Figures by name: each returns its title and its chart, and its docstring is its caption."""
 
 
 def draw_run(run: Run) -> Iterator[Figure]:
     """Draw all figures, one at a time."""
-    for plot in PLOTS:
-        title, spec = plot.draw(run)
-        yield Figure(plot.name, title, plot.caption, spec)
+    for name, draw in PLOTS.items():
+        yield Figure(name, *draw(run), caption=charts.caption_of(draw))
 
 
 def load_run(folder: str | Path) -> Run:

@@ -29,14 +29,14 @@ def workload_figure(offered: Offered) -> Figure:
         "before"
     )
     if not offered.times:
-        return Figure("workload", title, CAPTION, charts.note("No requests."))
+        return Figure("workload", title, charts.note("No requests."), CAPTION)
     rate, lengths, popularity, drift = (
         {**chart, "width": 280, "height": 170}
         for chart in (_rate(offered), _lengths(offered), _popularity(offered), _drift(offered))
     )
     columns = [{"vconcat": [rate, popularity]}, {"vconcat": [lengths, drift]}]
     independent = {"scale": {"color": "independent", "strokeDash": "independent"}}
-    return Figure("workload", title, CAPTION, {"hconcat": columns, "resolve": independent})
+    return Figure("workload", title, {"hconcat": columns, "resolve": independent}, CAPTION)
 
 
 def _rate(offered: Offered) -> Spec:
