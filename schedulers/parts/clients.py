@@ -16,8 +16,8 @@ class Client:
         self.name = name
         self.turn = turn
         """Number of all clients' admissions up to its own last one, or up to its coming."""
-        self.live = 0
-        """Requests that wait or run."""
+        self.running: dict[str, RequestView] = {}
+        """Running requests by id, in order of admission."""
         self.queues: dict[str | None, OrderedDict[str, RequestView]] = {}
         """Waiting requests by adapter, in order of arrival; the adapter that is waited for since the longest
         time first. None is empty."""
@@ -52,7 +52,6 @@ class Clients:
         if client is None:
             name = self._client_of(request)
             client = self._of[request.request_id] = self.by_name.setdefault(name, Client(name, self._turns))
-            client.live += 1
         return client
 
     def sync(self, view: SchedulerView) -> None:
@@ -64,7 +63,7 @@ class Clients:
         self._of.clear()
         self._waiting = 0
         for request in view.running:
-            self.of(request)
+            self.of(request).running[request.request_id] = request
         for request in view.waiting:
             self._wait(request)
 
@@ -77,6 +76,7 @@ class Clients:
                         client.queues[event.adapter] = client.queues.pop(event.was)
             return
         client = self.of(request)
+        client.running.pop(request.request_id, None)
         if event.kind in ("request_added", "request_preempted"):
             self._wait(request)
             return
@@ -88,10 +88,10 @@ class Clients:
         if event.kind == "request_admitted":
             self._turns += 1
             client.turn = self._turns
+            client.running[request.request_id] = request
         else:
             del self._of[request.request_id]
-            client.live -= 1
-            if not client.live:
+            if not client.running and not client.queues:
                 del self.by_name[client.name]
 
     def _wait(self, request: RequestView) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import islice
+from itertools import islice, tee
 from math import inf
 
 from aioengine.schedulers.parts.base import Ordering, Preemption, Prefetch, Replacement
@@ -14,7 +14,6 @@ from aioengine.schedulers.policies.fcfs import (
     SLOT_BOUND,
     SlotPlan,
     cold_by_arrival,
-    fill,
 )
 from aioengine.schedulers.policy import Decision, Location, PolicyEvent, SchedulerView
 
@@ -57,7 +56,7 @@ class Composed(FCFS):
             part.on_event(event)
 
     def schedule(self, view: SchedulerView) -> Decision:
-        cold = self._by_urgency(view)
+        cold, cold_too, cold_again = tee(self._by_urgency(view), 3)
         plan = self.assign_slots(view, cold, lambda slot, adapter: self.replace.score(view, slot, adapter))
         room, names = view.free_seqs, plan.open
         admit = list(self.order.admit(view, names, room)) if room > 0 else []
@@ -65,10 +64,10 @@ class Composed(FCFS):
         times = [plan.ask_again, self.prefetch.ask_again(view), self.preempt.ask_again(view)]
         if len(admit) < min(room, able):
             times.append(None)  # the ordering holds requests back
-        read = [*self._read_for_slots(view, plan), *self.prefetch.choose(view, self._by_urgency(view))]
+        read = [*self._read_for_slots(view, plan, cold_too), *self.prefetch.choose(view, cold_again)]
         if 0 < len(read) < view.load_room:
             times.append(None)  # others could be read
-        admit += fill(view, plan.closed, room - len(admit), self.order.fill_within)
+        admit += plan.fill(room - len(admit), self.order.fill_within)
         return Decision(
             admit=[request.request_id for request in admit],
             place=plan.place,
@@ -79,10 +78,10 @@ class Composed(FCFS):
             ask_again=None if None in times else min(time for time in times if time is not None),
         )
 
-    def _read_for_slots(self, view: SchedulerView, plan: SlotPlan) -> Iterator[str]:
+    def _read_for_slots(self, view: SchedulerView, plan: SlotPlan, cold: Iterator[str]) -> Iterator[str]:
         """Yield the adapters on disk for which there is a slot without running requests."""
         idle = [held.oldest for held in plan.held if held.kind < BUSY]
-        for name in islice(self._by_urgency(view), SCAN_LIMIT if plan.free or idle else 0):
+        for name in islice(cold, SCAN_LIMIT if plan.free or idle else 0):
             adapter = view.adapters[name]
             oldest = adapter.oldest_arrival or 0.0
             latest = inf if plan.free else max(idle)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from heapq import merge
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -23,7 +24,7 @@ class _Entry(NamedTuple):
 
 
 class SortedRequests:
-    """The waiting requests in the order of their keys, equal ones by arrival.
+    """The waiting requests of each adapter in the order of their keys, equal ones by arrival.
 
     Args:
         key: Must not change while a request waits.
@@ -32,31 +33,59 @@ class SortedRequests:
     def __init__(self, key: Callable[[RequestView], Any]) -> None:
         self._key = key
         self._count = 0
-        self._sorted: SortedList[_Entry] = SortedList()
+        self._queues: dict[str | None, SortedList[_Entry]] = {}
+        self._firsts: SortedList[_Entry] = SortedList()
+        """The first entry of each queue."""
         self._entries: dict[str, _Entry] = {}
 
     def on_event(self, event: PolicyEvent) -> None:
-        if event.request is None:
-            return
-        if event.kind in ("request_added", "request_preempted"):
-            self._add(event.request)
-        elif (entry := self._entries.pop(event.request.request_id, None)) is not None:
-            self._sorted.remove(entry)
+        request = event.request
+        if request is None:
+            if event.kind == "adapter_retired" and event.was in self._queues:
+                self._queues[event.adapter] = self._queues.pop(event.was)
+        elif event.kind in ("request_added", "request_preempted"):
+            self._add(request)
+        elif (entry := self._entries.pop(request.request_id, None)) is not None:
+            queue = self._queues[request.adapter]
+            first = queue[0]
+            queue.remove(entry)
+            self._replace_first(first, queue)
+            if not queue:
+                del self._queues[request.adapter]
 
-    def in_order(self, view: SchedulerView) -> Iterator[RequestView]:
-        """Yield the requests; all are read again if events were missed, so that the numbers differ."""
+    def sync(self, view: SchedulerView) -> None:
+        """Read all requests again if events were missed, so that the numbers differ."""
         if len(self._entries) != len(view.waiting):
-            self._sorted.clear()
+            self._queues.clear()
+            self._firsts.clear()
             self._entries.clear()
             for request in view.waiting:
                 self._add(request)
-        return (entry.request for entry in self._sorted)
+
+    def waiting_for(self, names: Collection[str | None]) -> Iterator[RequestView]:
+        """Yield the requests for these adapters (None: the base model)."""
+        return (entry.request for entry in merge(*(self._queues.get(name, ()) for name in names)))
+
+    def adapters(self) -> Iterator[str | None]:
+        """Yield the adapters in the order of their first requests."""
+        return (entry.request.adapter for entry in self._firsts)
 
     def _add(self, request: RequestView) -> None:
         self._count += 1
         entry = _Entry(self._key(request), request.arrival, self._count, request)
         self._entries[request.request_id] = entry
-        self._sorted.add(entry)
+        queue = self._queues.setdefault(request.adapter, SortedList())
+        first = queue[0] if queue else None
+        queue.add(entry)
+        self._replace_first(first, queue)
+
+    def _replace_first(self, was: _Entry | None, queue: SortedList[_Entry]) -> None:
+        first = queue[0] if queue else None
+        if first is not was:
+            if was is not None:
+                self._firsts.remove(was)
+            if first is not None:
+                self._firsts.add(first)
 
 
 class FixedKeyOrdering(Ordering):
@@ -76,14 +105,9 @@ class FixedKeyOrdering(Ordering):
         self._requests.on_event(event)
 
     def admit(self, view: SchedulerView, names: Sequence[str | None], limit: int) -> Sequence[RequestView]:
-        able = set(names)
-        return list(islice((r for r in self._requests.in_order(view) if r.adapter in able), limit))
+        self._requests.sync(view)
+        return list(islice(self._requests.waiting_for(names), limit))
 
     def cold(self, view: SchedulerView) -> Iterator[str]:
-        seen: set[str | None] = {None}
-        for request in self._requests.in_order(view):
-            name = request.adapter
-            if name not in seen:
-                seen.add(name)
-                if name is not None and is_cold(view, name):
-                    yield name
+        self._requests.sync(view)
+        return (name for name in self._requests.adapters() if name is not None and is_cold(view, name))

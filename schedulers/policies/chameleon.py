@@ -111,28 +111,35 @@ class ChameleonOrder(Arrival):
     def admit(self, view: SchedulerView, names: Sequence[str | None], limit: int) -> Sequence[RequestView]:
         if self._until_refresh <= 0:
             self._cluster(view)
-        running = view.running
-        free = shares(self.load, len(running) + view.free_seqs)
-        for request in running:
-            free[self.lane(view, request)] -= 1
-        due = view.now - self.age
-        waiting = list(islice(by_arrival(view, names), self.window))
-        admit = [request for request in waiting if request.arrival <= due][:limit]
-        lanes: list[list[RequestView]] = [[] for _ in free]
-        for request in admit:
-            free[self.lane(view, request)] -= 1
-        for request in waiting[len(admit) :]:
-            lanes[self.lane(view, request)].append(request)
+        places, due = self._free_places(view), view.now - self.age
+        admit: list[RequestView] = []
+        lanes: list[list[RequestView]] = [[] for _ in places]
+        for request in islice(by_arrival(view, names), self.window):
+            lane = self.lane(view, request)
+            if request.arrival <= due:
+                admit.append(request)
+                places[lane] -= 1
+            else:
+                lanes[lane].append(request)
+            if len(admit) + _surely_first(lanes, places, limit) >= limit:
+                break  # later requests change nothing
         rest: list[RequestView] = []
         spare = 0
-        for requests, places in zip(lanes, free, strict=True):
-            taken = min(len(requests), max(0, places))
+        for requests, free in zip(lanes, places, strict=True):
+            taken = min(len(requests), max(0, free))
             admit += requests[:taken]
             rest += requests[taken:]
             if taken == len(requests):
                 # Less than 0 if the lane has borrowed places, which are already taken.
-                spare += places - taken
+                spare += free - taken
         return (admit + rest[: max(0, spare)])[:limit]
+
+    def _free_places(self, view: SchedulerView) -> list[int]:
+        running = view.running
+        places = shares(self.load, len(running) + view.free_seqs)
+        for request in running:
+            places[self.lane(view, request)] -= 1
+        return places
 
     def _cluster(self, view: SchedulerView) -> None:
         self._until_refresh = self._period
@@ -150,6 +157,16 @@ class ChameleonOrder(Arrival):
         self.borders = [(low + high) / 2 for low, high in pairwise(means)]
         self.load = [sum(members) for members in clusters]
         self._lane_of.clear()
+
+
+def _surely_first(lanes: Sequence[Sequence[RequestView]], places: Sequence[int], limit: int) -> int:
+    """Return how many of these requests go before all that are not in ``lanes`` yet, at most ``limit``."""
+    count = 0
+    for requests, free in zip(lanes, places, strict=True):
+        count += min(len(requests), max(0, free))
+        if len(requests) < free or count >= limit:
+            break
+    return count
 
 
 class _Largest(NamedTuple):

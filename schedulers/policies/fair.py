@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from heapq import heapify, heappop, heapreplace, nsmallest
+from math import inf
+from operator import attrgetter
 from typing import NamedTuple
 
 from aioengine.schedulers.parts.clients import Client, Clients, in_turn
@@ -17,8 +20,6 @@ from aioengine.schedulers.policies.fcfs import (
     UNWANTED,
     HeldSlot,
     SlotPlan,
-    fill,
-    lack_in_cpu,
 )
 from aioengine.schedulers.policy import (
     AdapterView,
@@ -36,6 +37,9 @@ SCAN_LIMIT = 128
 """Number of these adapters that it examines."""
 MAKE_WAY_LIMIT = 2
 """Number of these for which it takes slots from other tenants."""
+
+
+_adapter_of = attrgetter("adapter")
 
 
 class Fair(FCFS):
@@ -81,12 +85,12 @@ class Fair(FCFS):
         plan, read, preempt = self._give_slots(view, use)
         seqs = view.free_seqs + len(preempt)
         clients = [client for client in self.tenants.by_name.values() if client.queues]
-        ranked = [(len(use.running.get(client, ())), client.turn, client) for client in clients]
+        ranked = [(len(client.running), client.turn, client) for client in clients]
         ranked.sort(key=lambda rank: rank[:2])
         admit = in_turn(ranked, plan.open, max(seqs, 1), lambda client, request: 1)
-        victims = self._make_room(view, use, admit[0], seqs, preempt) if admit else []
+        victims = self._make_room(view, admit[0], seqs, preempt) if admit else []
         admit = admit[: seqs + len(victims)]
-        admit += fill(view, plan.closed, seqs + len(victims) - len(admit))
+        admit += plan.fill(seqs + len(victims) - len(admit))
         return Decision(
             admit=[request.request_id for request in admit],
             place=plan.place,
@@ -98,7 +102,7 @@ class Fair(FCFS):
     # Running places and KV blocks
 
     def _make_room(
-        self, view: SchedulerView, use: _Use, request: RequestView, seqs: int, gone: Sequence[str]
+        self, view: SchedulerView, request: RequestView, seqs: int, gone: Sequence[str]
     ) -> list[str]:
         """Return the requests to preempt so that ``request`` can start.
 
@@ -106,12 +110,13 @@ class Fair(FCFS):
         """
         need = -(-(request.prompt_tokens + request.output_tokens) // view.block_size)
         blocks = view.free_blocks
-        client, count = self.tenants.of(request), len(self.tenants.by_name)
-        running = {who: [r for r in rs if r.request_id not in gone] for who, rs in use.running.items()}
-        share = max(1, (sum(map(len, running.values())) + seqs) // count)
         if (seqs >= 1 and blocks >= need) or view.step < self._preempts_from:
             return []
-        if len(running.get(client, ())) >= share:
+        client, clients = self.tenants.of(request), self.tenants.by_name.values()
+        running = {who: [r for r in who.running.values() if r.request_id not in gone] for who in clients}
+        count, running_count = len(clients), sum(map(len, running.values()))
+        share = max(1, (running_count + seqs) // count)
+        if len(running[client]) >= share:
             return []
         size_of = {who: sum(_blocks(view, r) for r in rs) for who, rs in running.items()}
         block_share = (blocks + sum(size_of.values())) // count
@@ -161,12 +166,12 @@ class Fair(FCFS):
                 if len(read) >= view.load_room:
                     continue
                 read.append(name)
-                if name not in self._asked or lack_in_cpu(view, adapter) <= 0:
+                if name not in self._asked or plan.lack(adapter) <= 0:
                     use.claims[client] += 1
                     continue
                 # There was no room for it in the CPU cache: a slot's adapter must leave the cache, too.
             else:
-                unwanted = plan.find(adapter, (held for held in plan.held if held.kind == UNWANTED))
+                unwanted = plan.find(adapter, UNWANTED, -inf)
                 if unwanted is not None:
                     plan.take(unwanted, adapter, now=True)
                     use.claims[client] += 1
@@ -181,7 +186,7 @@ class Fair(FCFS):
         """Give slots of other tenants to an adapter: at once if its tenant has less than its share, else when
         they are idle. Returns the requests that are preempted."""
         under = use.claims[cold.client] < use.share
-        found = plan.find(cold.adapter, self._takable(view, use, plan, cold, under=under))
+        found = plan.enough(cold.adapter, self._takable(view, use, plan, cold, under=under))
         if not found:
             return []
         use.claims[cold.client] += 1
@@ -198,7 +203,7 @@ class Fair(FCFS):
         self, view: SchedulerView, use: _Use, plan: SlotPlan, cold: Cold, *, under: bool
     ) -> Iterator[HeldSlot]:
         """Yield the slots that a tenant's adapter may take, those first where the least is computed again."""
-        for held in sorted(plan.held, key=lambda held: (use.computed(held.adapter.name), held.value)):
+        for held in sorted(plan.held, key=lambda held: (use.computed[held.adapter.name], held.value)):
             if self._may_take(view, use, cold, held, under=under):
                 yield held
                 use.held.subtract(use.users_of(held.adapter))
@@ -232,15 +237,13 @@ class _Use:
 
     def __init__(self, view: SchedulerView, tenants: Clients) -> None:
         self._view, self._tenants = view, tenants
-        self.running: dict[Client, list[RequestView]] = {}
-        """Running requests, in order of admission."""
         self._runs_on: dict[str | None, set[Client]] = {}
-        self._computed: Counter[str | None] = Counter()
-        for request in view.running:
-            client = tenants.of(request)
-            self.running.setdefault(client, []).append(request)
-            self._runs_on.setdefault(request.adapter, set()).add(client)
-            self._computed[request.adapter] += request.computed_tokens
+        users = 0
+        for client in tenants.by_name.values():
+            names = set(map(_adapter_of, client.running.values()))
+            for name in names:
+                self._runs_on.setdefault(name, set()).add(client)
+            users += bool(names - {None} or client.queues.keys() - {None})
         self.held: Counter[Client] = Counter()
         """Slots whose adapters each tenant uses."""
         for slot in view.slots:
@@ -248,11 +251,6 @@ class _Use:
                 self.held.update(self.users_of(view.adapters[slot.adapter]))
         self.claims = self.held.copy()
         """The same, with slots that they are to get."""
-        users = sum(
-            any(name is not None for name in client.queues)
-            or any(request.adapter is not None for request in self.running.get(client, ()))
-            for client in tenants.by_name.values()
-        )
         pinned = sum(slot.pinned for slot in view.slots)
         several = len(view.slots) >= 2 * users > 0
         self.share = max(1, (len(view.slots) - pinned) // users) if several else 1
@@ -266,9 +264,13 @@ class _Use:
             return {self._tenants.of(next(iter(self._view.waiting_for(adapter.name))))}
         return running or set()
 
-    def computed(self, name: str) -> int:
-        """Return the tokens that running requests on an adapter would have to compute again."""
-        return self._computed[name]
+    @cached_property
+    def computed(self) -> Counter[str | None]:
+        """Tokens that running requests on each adapter would have to compute again."""
+        tokens = Counter[str | None]()
+        for request in self._view.running:
+            tokens[request.adapter] += request.computed_tokens
+        return tokens
 
 
 def _turns(view: SchedulerView, tenants: Clients, use: _Use) -> Iterator[tuple[Client, RequestView, str]]:

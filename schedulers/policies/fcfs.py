@@ -5,7 +5,7 @@ Requests whose adapter is in no slot are skipped, not waited for. Such an adapte
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from heapq import merge
 from itertools import islice
@@ -67,7 +67,7 @@ class FCFS(SchedulerPolicy):
     def schedule(self, view: SchedulerView) -> Decision:
         plan = self.assign_slots(view, cold_by_arrival(view), lambda slot, adapter: slot.last_used)
         admit = list(islice(by_arrival(view, plan.open), view.free_seqs))
-        admit += fill(view, plan.closed, view.free_seqs - len(admit))
+        admit += plan.fill(view.free_seqs - len(admit))
         ahead = (n for n in cold_by_arrival(view) if view.adapters[n].location is not Location.LOADING)
         on_disk = (n for n in islice(ahead, LOOKAHEAD) if view.adapters[n].location is Location.DISK)
         read = list(islice(on_disk, view.load_room))
@@ -81,16 +81,18 @@ class FCFS(SchedulerPolicy):
 
     def assign_slots(self, view: SchedulerView, cold: Iterable[str], score: Score) -> SlotPlan:
         """Find slots for the adapters in ``cold``, the most urgent first."""
-        plan = SlotPlan(view, score, self)
+        plan, adapters, now = SlotPlan(view, score, self), view.adapters, view.now
         for name in islice(cold, SCAN_LIMIT):
-            adapter = view.adapters[name]
-            oldest = inf if adapter.oldest_arrival is None else adapter.oldest_arrival
-            take, close = oldest + self.take_after <= view.now, oldest + self.close_after <= view.now
-            if adapter.location is Location.CPU or (take and lack_in_cpu(view, adapter) > 0):
+            adapter = adapters[name]
+            location, oldest = adapter.location, adapter.oldest_arrival
+            if location is Location.LOADING or oldest is None:
+                continue
+            take, close = oldest + self.take_after <= now, oldest + self.close_after <= now
+            if location is Location.CPU or (take and plan.lack(adapter) > 0):
                 kind = BUSY if close and plan.closes else WANTED if take else UNWANTED
-                found = plan.find(adapter, (h for h in plan.held if h.kind <= kind and h.oldest > oldest))
+                found = plan.find(adapter, kind, oldest)
                 if found is not None:
-                    plan.take(found, adapter, now=all(held.kind < BUSY for held in found))
+                    plan.take(found, adapter, now=not found or found[-1].kind < BUSY)
                 elif close or not (plan.free or any(held.kind == UNWANTED for held in plan.held[:1])):
                     if take:
                         return plan  # what becomes free is for this adapter, however long others wait
@@ -103,32 +105,14 @@ class FCFS(SchedulerPolicy):
 
 def cold_by_arrival(view: SchedulerView) -> Iterator[str]:
     """Yield the cold adapters in the order of their oldest requests."""
-    return (name for name in view.waiting_adapters if name is not None and view.adapters[name].slot is None)
+    adapters = view.adapters
+    return (name for name in view.waiting_adapters if name is not None and adapters[name].slot is None)
 
 
 def by_arrival(view: SchedulerView, names: Iterable[str | None]) -> Iterator[RequestView]:
     """Yield the requests that wait for these adapters (None: the base model) in order of arrival."""
     queues = [view.waiting_for(name) for name in names if name is None or view.adapters[name].waiting]
     return merge(*queues, key=attrgetter("arrival"))
-
-
-def fill(view: SchedulerView, closed: Container[str], limit: int, within: float = 1.0) -> list[RequestView]:
-    """Return requests for closed slots with at most ``within`` times the tokens left of the longest there."""
-    left = view.tokens_left if closed and limit > 0 else {}
-    fitting = [
-        request
-        for name, tokens in left.items()
-        if name in closed
-        for request in islice(view.waiting_for(name), SCAN_LIMIT)
-        if request.max_tokens - request.output_tokens <= tokens * within
-    ]
-    return sorted(fitting, key=attrgetter("arrival"))[:limit]
-
-
-def lack_in_cpu(view: SchedulerView, adapter: AdapterView) -> int:
-    """Return the bytes that must leave the CPU cache before the adapter can be read; 0 if it has room."""
-    short = 0 if view.cpu_bytes_room is None else adapter.bytes - view.cpu_bytes_room
-    return max(short, int(view.cpu_room <= 0)) if adapter.location is Location.DISK else 0
 
 
 UNWANTED, WANTED, BUSY, SETTLING = range(4)
@@ -150,42 +134,69 @@ class SlotPlan:
 
     def __init__(self, view: SchedulerView, score: Score, policy: FCFS) -> None:
         self._view, self._score, self._policy = view, score, policy
+        self._memory = view.memory if view.memory.elastic else None  # None: each adapter takes one slot
         policy.no_room.update(item.item for item in view.refused if item.reason == "place_no_room")
+        self._cpu_room, self._cpu_bytes_room = view.cpu_room, view.cpu_bytes_room
         self.place, self.evict = list[Place](), list[str]()
         self.closed: dict[str, None] = {}  # adapters whose slots admit no requests, so that others get them
         self.ask_again: float | None = inf
-        self.closes = view.free_seqs > 0 and any(view.adapters[name].waiting for name in self.open if name)
-        self.free, self._free_bytes = sum(slot.adapter is None for slot in view.slots), view.memory.free
+        adapters, held = view.adapters, [(slot, slot.adapter, slot.state) for slot in view.slots]
+        self._usable = [
+            (slot, name, adapters[name], state is SlotState.READY)
+            for slot, name, state in held
+            if name is not None and state is not SlotState.LOADING
+        ]
+        self.closes = view.free_seqs > 0 and any(adapter.waiting for _, _, adapter, _ in self._usable)
+        self.free = sum(name is None for _, name, _ in held)
+        self._free_bytes = 0 if self._memory is None else self._memory.free
 
     @property
     def open(self) -> list[str | None]:
         """The adapters whose requests may start; None: the base model."""
-        leaving, usable = {*self.closed, *self.evict}, (SlotState.READY, SlotState.DRAINING)
-        names = (slot.adapter for slot in self._view.slots if slot.state in usable)
-        return [None, *(name for name in names if name not in leaving)]
+        leaving = {*self.closed, *self.evict}
+        return [None, *(name for _, name, _, _ in self._usable if name not in leaving)]
+
+    def lack(self, adapter: AdapterView) -> int:
+        """Return the bytes that must leave the CPU cache before the adapter can be read; 0 if it has room."""
+        short = 0 if self._cpu_bytes_room is None else adapter.bytes - self._cpu_bytes_room
+        return max(short, int(self._cpu_room <= 0))
+
+    @cached_property
+    def _tokens_left(self) -> Mapping[str | None, int]:
+        return self._view.tokens_left
 
     @cached_property
     def held(self) -> list[HeldSlot]:
         """The slots that can be given to others, the best first."""
-        view, policy, found = self._view, self._policy, list[HeldSlot]()
-        left, settled = view.tokens_left if self.closes else {}, view.now - policy.stay
-        for slot in view.slots:
-            if slot.adapter is not None and slot.state is SlotState.READY and not slot.pinned:
-                adapter = view.adapters[slot.adapter]
-                oldest = inf if adapter.oldest_arrival is None else adapter.oldest_arrival
-                if not adapter.running:
-                    kind, value = UNWANTED if oldest == inf else WANTED, self._score(slot, adapter)
+        policy, found, settled = self._policy, list[HeldSlot](), self._view.now - self._policy.stay
+        left = self._tokens_left if self.closes else {}
+        for slot, name, adapter, ready in self._usable:
+            if ready and not adapter.pinned:
+                first = adapter.oldest_arrival
+                oldest = inf if first is None else first
+                if adapter.running:
+                    kind = SETTLING if policy.placed.get(name, -inf) > settled else BUSY
+                    value = left.get(name, 0)
                 else:
-                    kind = SETTLING if policy.placed.get(slot.adapter, -inf) > settled else BUSY
-                    value = left.get(slot.adapter, 0)
+                    kind, value = UNWANTED if oldest == inf else WANTED, self._score(slot, adapter)
                 found.append(HeldSlot(kind, value, adapter, oldest))
         return sorted(found, key=itemgetter(0, 1))
 
-    def find(self, adapter: AdapterView, candidates: Iterator[HeldSlot]) -> list[HeldSlot] | None:
+    def find(self, adapter: AdapterView, kind: int, oldest: float) -> list[HeldSlot] | None:
+        """Return the slots, up to this kind and that only later requests than ``oldest`` wait for, that an
+        adapter needs; see :meth:`enough`."""
+        if self._memory is None and self.free > 0 and adapter.location is Location.CPU:
+            return []
+        return self.enough(adapter, (h for h in self.held if h.oldest > oldest and h.kind <= kind))
+
+    def enough(self, adapter: AdapterView, candidates: Iterator[HeldSlot]) -> list[HeldSlot] | None:
         """Return as many of ``candidates`` as must leave so that an adapter on the CPU has a slot and its
         memory, or one on disk can be read. None if they are too few."""
-        found, memory, on_disk = list[HeldSlot](), self._view.memory, adapter.location is Location.DISK
-        slots, nbytes, more, lack = 1, 0, 0, lack_in_cpu(self._view, adapter) if on_disk else 0
+        on_disk = adapter.location is Location.DISK
+        if self._memory is None and not on_disk:
+            return [] if self.free > 0 else list(islice(candidates, 1)) or None
+        found, memory = list[HeldSlot](), self._view.memory
+        slots, nbytes, more, lack = 1, 0, 0, self.lack(adapter) if on_disk else 0
         if not on_disk:
             needed = memory.bytes_of(adapter.name)
             more = min(needed * (1 + self._policy.no_room.get(adapter.name, 0)), memory.total) - needed
@@ -201,12 +212,14 @@ class SlotPlan:
 
     def take(self, found: Sequence[HeldSlot], adapter: AdapterView, *, now: bool) -> None:
         """Place an adapter where those in ``found`` leave. Not ``now``, or if it is on disk: close these."""
-        names, bytes_of = [held.adapter.name for held in found], self._view.memory.bytes_of
+        names = [held.adapter.name for held in found]
         if adapter.location is Location.DISK:
             now, self.ask_again = False, None  # idle slots admit requests again once the read has begun
         else:
             self.free += len(found) - 1
-            self._free_bytes += sum(map(bytes_of, names)) - bytes_of(adapter.name)
+            if self._memory is not None:
+                freed = sum(map(self._memory.bytes_of, names))
+                self._free_bytes += freed - self._memory.bytes_of(adapter.name)
             for held in found:
                 self.held.remove(held)
         if now:
@@ -214,3 +227,15 @@ class SlotPlan:
             self.evict += names
         else:
             self.closed.update(dict.fromkeys(names))
+
+    def fill(self, limit: int, within: float = 1.0) -> list[RequestView]:
+        """Return requests for closed slots with at most ``within`` times the tokens left of the longest
+        there."""
+        fitting = [
+            request
+            for name, tokens in (self._tokens_left.items() if self.closed and limit > 0 else ())
+            if name in self.closed
+            for request in islice(self._view.waiting_for(name), SCAN_LIMIT)
+            if request.max_tokens - request.output_tokens <= tokens * within
+        ]
+        return sorted(fitting, key=attrgetter("arrival"))[:limit]

@@ -70,4 +70,5 @@ class PreemptLower(Preemption):
         """Yield waiting requests that could run now, the highest priority first."""
         usable = (SlotState.READY, SlotState.DRAINING)
         able = {None, *(slot.adapter for slot in view.slots if slot.state in usable)}
-        return (request for request in self._requests.in_order(view) if request.adapter in able)
+        self._requests.sync(view)
+        return self._requests.waiting_for(able)

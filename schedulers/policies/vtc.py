@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from math import inf
+from operator import attrgetter, itemgetter
 
 from aioengine.schedulers.checks import finite_weights
 from aioengine.schedulers.parts.base import Ordering
@@ -12,6 +13,9 @@ from aioengine.schedulers.policy import PolicyEvent, RequestView, SchedulerView
 
 IDLE_LIMIT = 4096
 """Maximum number of counters that are kept for clients without requests."""
+
+
+_output_tokens = attrgetter("output_tokens")
 
 
 class VTC(Ordering):
@@ -53,16 +57,21 @@ class VTC(Ordering):
         self.weights = dict(weights or {})
         self._clients = Clients(lambda request: request.tenant or request.adapter or "base")
         self._counters: dict[str, float] = {}
-        """What each client has been served, without the tokens that running requests have made since then."""
-        self._charged: dict[str, int] = {}
-        """Output tokens of each request, once it has been admitted, that are in its client's counter."""
-        self._running: dict[str, RequestView] = {}
+        """What each client has been served, without what its running requests have generated since they were
+        admitted."""
+        self._before: dict[str, int] = {}
+        """Output tokens that each request had when it was last admitted, since its prompt has been
+        charged."""
         self._last_to_leave: str | None = None
 
     def counter(self, client: str) -> float:
         """Return a client's weighted service so far, lifts included; 0 for an unknown one."""
-        self._charge_running()
-        return self._counters.get(client, 0.0)
+        known = self._clients.by_name.get(client)
+        served = self._counters.get(client, 0.0)
+        if known is None or not known.running:
+            return served
+        before = sum([self._before.get(request_id, 0) for request_id in known.running])
+        return served + self._output_cost(client, sum(map(_output_tokens, known.running.values())) - before)
 
     def key(self, request: RequestView, view: SchedulerView) -> float:
         return self.counter(self._name_of(request))
@@ -81,32 +90,28 @@ class VTC(Ordering):
     def _ranked(self, view: SchedulerView) -> list[tuple[float, int, Client]]:
         """Return (counter, 0, client) of the waiting clients; of equal ones the first that has come leads."""
         self._clients.sync(view)
-        self._charge_running()
         waiting = [client for client in self._clients.by_name.values() if client.queues]
-        ranked = [(self._counters.get(str(client.name), 0.0), 0, client) for client in waiting]
-        return sorted(ranked, key=lambda rank: rank[0])
+        return sorted([(self.counter(str(client.name)), 0, client) for client in waiting], key=itemgetter(0))
 
     def on_event(self, event: PolicyEvent) -> None:
         request = event.request
         if request is None:
             self._clients.on_event(event)
             return
-        client, name = self._clients.of(request), self._name_of(request)
-        waited = bool(client.queues)
+        client, name, request_id = self._clients.of(request), self._name_of(request), request.request_id
+        waited, ran = bool(client.queues), request_id in client.running
         self._clients.on_event(event)
+        if ran:
+            self._add(name, self._output_cost(name, request.output_tokens - self._before.get(request_id, 0)))
         if client.queues and not waited:
             self._lift(name)
         elif waited and not client.queues:
             self._last_to_leave = name
         if event.kind == "request_admitted":
             self._add(name, self._prompt_cost(request))
-            self._charged.setdefault(request.request_id, 0)
-            self._running[request.request_id] = request
-        elif event.kind in ("request_preempted", "request_finished"):
-            self._charge(name, request)
-            self._running.pop(request.request_id, None)
-        if event.kind == "request_finished":
-            self._charged.pop(request.request_id, None)
+            self._before[request_id] = request.output_tokens
+        elif event.kind == "request_finished":
+            self._before.pop(request_id, None)
             self._forget_idle()
 
     def _name_of(self, request: RequestView) -> str:
@@ -114,30 +119,20 @@ class VTC(Ordering):
 
     def _lift(self, name: str) -> None:
         """Raise the counter of a client that begins to wait."""
-        self._charge_running()
         known = self._clients.by_name.values()
         others = [str(client.name) for client in known if client.queues and client.name != name]
         if not others and self._last_to_leave is not None:
             others = [self._last_to_leave]
-        floor = min((self._counters.get(other, 0.0) for other in others), default=0.0)
-        self._counters[name] = max(self._counters.get(name, 0.0), floor)
+        floor = min(map(self.counter, others), default=0.0)
+        self._add(name, max(floor - self.counter(name), 0.0))
 
     def _prompt_cost(self, request: RequestView) -> float:
-        if request.request_id in self._charged:
+        if request.request_id in self._before:
             return 0.0
         return self.input_weight * request.prompt_tokens / self.weights.get(self._name_of(request), 1.0)
 
-    def _charge_running(self) -> None:
-        for request in self._running.values():
-            self._charge(self._name_of(request), request)
-
-    def _charge(self, name: str, request: RequestView) -> None:
-        """Count the tokens that a request has made since it was last charged."""
-        charged = self._charged.get(request.request_id)
-        new = 0 if charged is None else request.output_tokens - charged
-        if new:
-            self._charged[request.request_id] = request.output_tokens
-            self._add(name, self.output_weight * new / self.weights.get(name, 1.0))
+    def _output_cost(self, name: str, tokens: int) -> float:
+        return self.output_weight * tokens / self.weights.get(name, 1.0)
 
     def _add(self, name: str, service: float) -> None:
         self._counters[name] = self._counters.get(name, 0.0) + service
