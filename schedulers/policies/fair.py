@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from heapq import heapify, heappop, heapreplace, nsmallest
-from math import inf
 from operator import attrgetter
 from typing import NamedTuple
 
@@ -171,7 +170,7 @@ class Fair(FCFS):
                     continue
                 # There was no room for it in the CPU cache: a slot's adapter must leave the cache, too.
             else:
-                unwanted = plan.find(adapter, UNWANTED, -inf)
+                unwanted = plan.find(adapter, (held for held in plan.held if held.kind == UNWANTED))
                 if unwanted is not None:
                     plan.take(unwanted, adapter, now=True)
                     use.claims[client] += 1
@@ -186,7 +185,7 @@ class Fair(FCFS):
         """Give slots of other tenants to an adapter: at once if its tenant has less than its share, else when
         they are idle. Returns the requests that are preempted."""
         under = use.claims[cold.client] < use.share
-        found = plan.enough(cold.adapter, self._takable(view, use, plan, cold, under=under))
+        found = plan.find(cold.adapter, self._takable(view, use, plan, cold, under=under))
         if not found:
             return []
         use.claims[cold.client] += 1

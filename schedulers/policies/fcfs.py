@@ -90,7 +90,7 @@ class FCFS(SchedulerPolicy):
             take, close = oldest + self.take_after <= now, oldest + self.close_after <= now
             if location is Location.CPU or (take and plan.lack(adapter) > 0):
                 kind = BUSY if close and plan.closes else WANTED if take else UNWANTED
-                found = plan.find(adapter, kind, oldest)
+                found = plan.find(adapter, (h for h in plan.held if h.oldest > oldest and h.kind <= kind))
                 if found is not None:
                     plan.take(found, adapter, now=not found or found[-1].kind < BUSY)
                 elif close or not (plan.free or any(held.kind == UNWANTED for held in plan.held[:1])):
@@ -140,21 +140,18 @@ class SlotPlan:
         self.place, self.evict = list[Place](), list[str]()
         self.closed: dict[str, None] = {}  # adapters whose slots admit no requests, so that others get them
         self.ask_again: float | None = inf
-        adapters, held = view.adapters, [(slot, slot.adapter, slot.state) for slot in view.slots]
-        self._usable = [
-            (slot, name, adapters[name], state is SlotState.READY)
-            for slot, name, state in held
-            if name is not None and state is not SlotState.LOADING
-        ]
-        self.closes = view.free_seqs > 0 and any(adapter.waiting for _, _, adapter, _ in self._usable)
-        self.free = sum(name is None for _, name, _ in held)
+        usable, adapters = (SlotState.READY, SlotState.DRAINING), view.adapters
+        held = [(slot, slot.adapter) for slot in view.slots if slot.state in usable]
+        self._usable = [(slot, name, adapters[name]) for slot, name in held if name is not None]
+        self.closes = view.free_seqs > 0 and any(adapter.waiting for _, _, adapter in self._usable)
+        self.free = sum(slot.adapter is None for slot in view.slots)
         self._free_bytes = 0 if self._memory is None else self._memory.free
 
     @property
     def open(self) -> list[str | None]:
         """The adapters whose requests may start; None: the base model."""
         leaving = {*self.closed, *self.evict}
-        return [None, *(name for _, name, _, _ in self._usable if name not in leaving)]
+        return [None, *(name for _, name, _ in self._usable if name not in leaving)]
 
     def lack(self, adapter: AdapterView) -> int:
         """Return the bytes that must leave the CPU cache before the adapter can be read; 0 if it has room."""
@@ -170,8 +167,8 @@ class SlotPlan:
         """The slots that can be given to others, the best first."""
         policy, found, settled = self._policy, list[HeldSlot](), self._view.now - self._policy.stay
         left = self._tokens_left if self.closes else {}
-        for slot, name, adapter, ready in self._usable:
-            if ready and not adapter.pinned:
+        for slot, name, adapter in self._usable:
+            if slot.state is SlotState.READY and not adapter.pinned:
                 first = adapter.oldest_arrival
                 oldest = inf if first is None else first
                 if adapter.running:
@@ -182,14 +179,7 @@ class SlotPlan:
                 found.append(HeldSlot(kind, value, adapter, oldest))
         return sorted(found, key=itemgetter(0, 1))
 
-    def find(self, adapter: AdapterView, kind: int, oldest: float) -> list[HeldSlot] | None:
-        """Return the slots, up to this kind and that only later requests than ``oldest`` wait for, that an
-        adapter needs; see :meth:`enough`."""
-        if self._memory is None and self.free > 0 and adapter.location is Location.CPU:
-            return []
-        return self.enough(adapter, (h for h in self.held if h.oldest > oldest and h.kind <= kind))
-
-    def enough(self, adapter: AdapterView, candidates: Iterator[HeldSlot]) -> list[HeldSlot] | None:
+    def find(self, adapter: AdapterView, candidates: Iterator[HeldSlot]) -> list[HeldSlot] | None:
         """Return as many of ``candidates`` as must leave so that an adapter on the CPU has a slot and its
         memory, or one on disk can be read. None if they are too few."""
         on_disk = adapter.location is Location.DISK
