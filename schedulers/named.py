@@ -35,9 +35,9 @@ def parse_named(what: str, token: str, known: Collection[str]) -> tuple[str, dic
     return name, options
 
 
-def import_class(what: str, target: str, bases: tuple[type[Any], ...], kinds: str) -> type[Any]:
+def import_class(what: str, target: str, *bases: type[Any]) -> type[Any]:
     """Import the class at "module:Class" or "file.py:Class". Raises ValueError if it cannot be imported, or
-    is not a subclass of one of ``bases``, which ``kinds`` names in words."""
+    is not a subclass of one of ``bases``."""
     module, _, attribute = target.partition(":")
     try:
         if module.endswith(".py"):
@@ -49,7 +49,8 @@ def import_class(what: str, target: str, bases: tuple[type[Any], ...], kinds: st
     except (Exception, SystemExit) as error:  # whatever somebody's module does when it is imported
         raise ValueError(f"{what}: cannot import {target}: {type(error).__name__}: {error}") from error
     if not (inspect.isclass(found) and issubclass(found, bases)):
-        raise ValueError(f"{what}: {target} is not a subclass of {kinds}")
+        names = " or ".join(base.__name__ for base in bases)
+        raise ValueError(f"{what}: {target} is not a subclass of {names}")
     return found
 
 
@@ -60,7 +61,7 @@ def unknown(name: str, known: Collection[str]) -> str:
     return f"there is no {name!r}{hint}; known are {names}, or give 'package.module:Class' or 'file.py:Class'"
 
 
-def build(what: str, cls: type[Any], options: Mapping[str, Any], supply: Supply) -> Any:
+def build(what: str, cls: type[Any], options: Mapping[str, Any], supply: Supply | None) -> Any:
     """Build an instance; its options are checked and converted by the types of its constructor. Raises
     ValueError, which begins with ``what``."""
     fields = constructor_options(cls)
@@ -75,7 +76,7 @@ def build(what: str, cls: type[Any], options: Mapping[str, Any], supply: Supply)
             values[key] = msgspec.convert(value, fields[key][0], strict=False)
         except msgspec.ValidationError as error:
             raise ValueError(f"{what}: option {key}={value!r}: {error}") from error
-    values |= {key: make() for key, make in supply.items() if key in fields and key not in values}
+    values |= {key: make() for key, make in (supply or {}).items() if key in fields and key not in values}
     try:
         return cls(**values)
     except (TypeError, ValueError) as error:

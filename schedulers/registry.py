@@ -1,17 +1,18 @@
-"""Finds policies and parts by name, and builds them with options.
+"""Finds policies, their parts, and a fleet's routers by name, and builds them with options.
 
-A policy is named by text: "fcfs", "vtc:input_weight=1,output_weight=2", "edf+gdsf+lookahead",
+A scheduler policy is named by text: "fcfs", "vtc:input_weight=1,output_weight=2", "edf+gdsf+lookahead",
 "package.module:Class", "my_policy.py:MyPolicy" (a file, relative to the working directory); or by a table
-such as ``{"order": "edf", "replace": {"name": "gdsf"}, "max_wait": 2}``. Installed packages add to the
-built-in names through the entry point group ``aioengine.schedulers`` (whole policies and parts, which differ
-by their base class).
+such as ``{"order": "edf", "replace": {"name": "gdsf"}, "max_wait": 2}``. Routers, placement policies and
+scaling policies are named likewise. Installed packages add to the built-in names through entry points: the
+group ``aioengine.schedulers`` has policies and parts, which differ by their base class, and
+``aioengine.routers``, ``aioengine.placements`` and ``aioengine.autoscalers`` have those of a fleet.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from importlib.metadata import entry_points
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from aioengine.schedulers.named import (
     Supply,
@@ -23,63 +24,122 @@ from aioengine.schedulers.named import (
     unknown,
 )
 from aioengine.schedulers.nearest import nearest
-from aioengine.schedulers.parts.base import Ordering, Part, Preemption, Prefetch, Replacement
+from aioengine.schedulers.parts.base import Ordering, Preemption, Prefetch, Replacement
 from aioengine.schedulers.parts.compose import Composed
 from aioengine.schedulers.policy import SchedulerPolicy
 
-ENTRY_POINT_GROUP = "aioengine.schedulers"
-KINDS: dict[str, type[Part]] = {
-    "order": Ordering,
-    "replace": Replacement,
-    "prefetch": Prefetch,
-    "preempt": Preemption,
+if TYPE_CHECKING:
+    from aioengine.schedulers.routing.autoscaling import ScalingPolicy
+    from aioengine.schedulers.routing.interface import PlacementPolicy, RouterPolicy
+
+ROOT = "aioengine.schedulers"
+PARTS = {
+    "order": "who goes first",
+    "replace": "which idle adapter gives up its slot",
+    "prefetch": "what to bring from disk to the CPU",
+    "preempt": "whom to take off the batch",
 }
+"""The kinds of parts, and what each decides."""
 DEFAULT_PARTS = {"order": "fcfs", "replace": "lru", "prefetch": "lookahead", "preempt": "none"}
 
-_POLICY, _PART = "aioengine.schedulers.policies", "aioengine.schedulers.parts"
-_POLICIES = {
-    "fcfs": f"{_POLICY}.fcfs:FCFS",
-    "fair": f"{_POLICY}.fair:Fair",
-    "chameleon": f"{_POLICY}.chameleon:Chameleon",
-    "oracle": f"{_POLICY}.oracle:Oracle",
-    "admission": f"{_POLICY}.admission:Admission",
-}
-_PARTS: dict[str, dict[str, str]] = {
-    "order": {
-        "fcfs": f"{_PART}.arrival:Arrival",
-        "vllm": f"{_POLICY}.other_engines:VLLMOrder",
-        "slora": f"{_POLICY}.slora:SLoRA",
-        "vtc": f"{_POLICY}.vtc:VTC",
-        "drr": f"{_POLICY}.drr:DRR",
-        "sjf": f"{_POLICY}.sjf:SJF",
-        "edf": f"{_POLICY}.edf:EDF",
-        "priority": f"{_POLICY}.priority:Priority",
-        "lpm": f"{_POLICY}.lpm:LPM",
-        "session": f"{_POLICY}.lpm:Session",
-        "toppings": f"{_POLICY}.toppings:Toppings",
-        "drainer": f"{_POLICY}.other_engines:Drainer",
-        "chameleon": f"{_POLICY}.chameleon:ChameleonOrder",
-    },
-    "replace": {
-        "lru": f"{_PART}.lru:LRU",
-        "lfu": f"{_PART}.lfu:LFU",
-        "gdsf": f"{_PART}.gdsf:GDSF",
-        "chameleon": f"{_POLICY}.chameleon:ChameleonCache",
-        "belady": f"{_POLICY}.oracle:Belady",
-        "discard": f"{_PART}.none:Discard",
-    },
-    "prefetch": {
-        "lookahead": f"{_PART}.lookahead:Lookahead",
-        "popular": f"{_PART}.popular:Popular",
-        "none": f"{_PART}.none:NoPrefetch",
-    },
-    "preempt": {
-        "none": f"{_PART}.none:NoPreemption",
-        "priority": f"{_POLICY}.priority:PreemptLower",
-    },
-}
 
-_BUILT_IN = set(_POLICIES).union(*_PARTS.values())
+class Kind(NamedTuple):
+    """A kind of class that is found by name. Classes are "module:Class" below ``ROOT``."""
+
+    base: str
+    group: str
+    """The group of entry points."""
+    built_in: Mapping[str, str]
+
+
+KINDS: dict[str, Kind] = {
+    "policy": Kind(
+        "policy:SchedulerPolicy",
+        ROOT,
+        {
+            "fcfs": "policies.fcfs:FCFS",
+            "fair": "policies.fair:Fair",
+            "chameleon": "policies.chameleon:Chameleon",
+            "oracle": "policies.oracle:Oracle",
+            "admission": "policies.admission:Admission",
+        },
+    ),
+    "order": Kind(
+        "parts.base:Ordering",
+        ROOT,
+        {
+            "fcfs": "parts.arrival:Arrival",
+            "vllm": "policies.other_engines:VLLMOrder",
+            "slora": "policies.slora:SLoRA",
+            "vtc": "policies.vtc:VTC",
+            "drr": "policies.drr:DRR",
+            "sjf": "policies.sjf:SJF",
+            "edf": "policies.edf:EDF",
+            "priority": "policies.priority:Priority",
+            "lpm": "policies.lpm:LPM",
+            "session": "policies.lpm:Session",
+            "toppings": "policies.toppings:Toppings",
+            "drainer": "policies.other_engines:Drainer",
+            "chameleon": "policies.chameleon:ChameleonOrder",
+        },
+    ),
+    "replace": Kind(
+        "parts.base:Replacement",
+        ROOT,
+        {
+            "lru": "parts.lru:LRU",
+            "lfu": "parts.lfu:LFU",
+            "gdsf": "parts.gdsf:GDSF",
+            "chameleon": "policies.chameleon:ChameleonCache",
+            "belady": "policies.oracle:Belady",
+            "discard": "parts.none:Discard",
+        },
+    ),
+    "prefetch": Kind(
+        "parts.base:Prefetch",
+        ROOT,
+        {
+            "lookahead": "parts.lookahead:Lookahead",
+            "popular": "parts.popular:Popular",
+            "none": "parts.none:NoPrefetch",
+        },
+    ),
+    "preempt": Kind(
+        "parts.base:Preemption",
+        ROOT,
+        {"none": "parts.none:NoPreemption", "priority": "policies.priority:PreemptLower"},
+    ),
+    "router": Kind(
+        "routing.interface:RouterPolicy",
+        "aioengine.routers",
+        {
+            "round_robin": "routing.routers.simple:RoundRobin",
+            "least_loaded": "routing.routers.simple:LeastLoaded",
+            "p2c": "routing.routers.simple:PowerOfTwoChoices",
+            "holder": "routing.routers.simple:Holder",
+            "tiers": "routing.routers.simple:Tiers",
+            "hrw": "routing.routers.simple:Rendezvous",
+            "shuffle": "routing.routers.simple:ShuffleSharding",
+            "prefix": "routing.routers.simple:Prefix",
+            "affinity": "routing.routers.affinity:Affinity",
+        },
+    ),
+    "placement": Kind(
+        "routing.interface:PlacementPolicy",
+        "aioengine.placements",
+        {
+            "none": "routing.placement:NoPlacement",
+            "hrw": "routing.placement:RendezvousPlacement",
+            "demand": "routing.placement:DemandPlacement",
+        },
+    ),
+    "autoscaler": Kind(
+        "routing.autoscaling:ScalingPolicy",
+        "aioengine.autoscalers",
+        {"waiting_work": "routing.autoscaling:WaitingWork"},
+    ),
+}
+_NAMES = frozenset(name for kind in KINDS.values() for name in kind.built_in)
 
 
 class PolicyInfo(NamedTuple):
@@ -87,34 +147,59 @@ class PolicyInfo(NamedTuple):
 
     name: str
     kind: str
-    """"policy", or a part's kind: "order", "replace", "prefetch", "preempt"."""
+    """One of ``KINDS``."""
     summary: str
     options: str
     """Options as text, such as "max_wait: float = 1.0"; empty if it takes none."""
     source: str
     starvation_bound: str
+    """Of a policy or an ordering; empty for others."""
+    worst_case: str
+    """Of what is a fleet's; empty for others."""
     where: str
     """"module:Class"."""
 
 
+def available(kind: str) -> dict[str, PolicyInfo]:
+    """Return what there is of a kind, by name. A package whose entry point cannot be imported is left out."""
+    found = {
+        name: import_class(name, f"{ROOT}.{at}", _base(kind)) for name, at in KINDS[kind].built_in.items()
+    }
+    for point in entry_points(group=KINDS[kind].group):
+        try:
+            found.setdefault(point.name, import_class(point.name, point.value, _base(kind)))
+        except ValueError:
+            continue  # broken, or of another kind; naming it raises the error
+    return {name: _info(name, kind, cls) for name, cls in found.items()}
+
+
 def available_policies() -> dict[str, PolicyInfo]:
-    """Return all policies by name: whole policies, and every part combined with the other parts' defaults. A
-    package whose entry point cannot be imported is left out."""
+    """Return all policies by name: whole policies, and every part combined with the other parts' defaults."""
     found: dict[str, PolicyInfo] = {}
-    for name, target in _installed("policy").items():
-        found[name] = _info(name, "policy", _import(name, target), target)
-    for kind in KINDS:
-        for name, info in available_parts(kind).items():
-            found.setdefault(name, info)
+    for kind in ("policy", *PARTS):
+        found = available(kind) | found
     del found["none"]
     return found
 
 
 def available_parts(kind: str) -> dict[str, PolicyInfo]:
     """Return the parts of a kind ("order", "replace", "prefetch" or "preempt"), by name."""
-    return {
-        name: _info(name, kind, _import(name, target), target) for name, target in _installed(kind).items()
-    }
+    return available(kind)
+
+
+def available_routers() -> dict[str, PolicyInfo]:
+    """Return the routers by name."""
+    return available("router")
+
+
+def available_placements() -> dict[str, PolicyInfo]:
+    """Return the placement policies by name."""
+    return available("placement")
+
+
+def available_autoscalers() -> dict[str, PolicyInfo]:
+    """Return the scaling policies by name."""
+    return available("autoscaler")
 
 
 def load_policy(spec: str | Mapping[str, Any], *, supply: Supply | None = None) -> SchedulerPolicy:
@@ -125,22 +210,33 @@ def load_policy(spec: str | Mapping[str, Any], *, supply: Supply | None = None) 
     Raises ValueError if there is none of this name, it cannot be imported, or an option is unknown or
     out of range.
     """
-    supply = supply or {}
+    what = f"policy {spec!r}"
     if isinstance(spec, str):
-        known = _all_names(spec)
-        tokens = [parse_named(f"policy {spec!r}", token, known) for token in spec.split("+")]
-        if len(tokens) == 1:
-            return _single(spec, *tokens[0], supply)
-        return _from_tokens(spec, tokens, supply)
-    values = dict(spec)
-    name = values.pop("name", None)
-    if name is not None:
-        return _single(str(name), str(name), values, supply)
-    for key in values:
-        if key not in (*KINDS, "max_wait"):
-            hint = nearest(key, [*KINDS, "max_wait", "name"])
-            raise ValueError(f"policy: unknown key {key!r}{hint}; keys are name, or order, replace, ...")
-    return compose(**values, supply=supply)
+        named = [parse_named(what, token, _NAMES) for token in spec.split("+")]
+    elif "name" in spec:
+        named = [(str(spec["name"]), {key: value for key, value in spec.items() if key != "name"})]
+    else:
+        allowed = (*PARTS, "max_wait", "name")
+        for key in spec:
+            if key not in allowed:
+                raise ValueError(f"policy: unknown key {key!r}{nearest(key, allowed)}; keys are {allowed}")
+        return compose(**spec, supply=supply)
+    if len(named) == 1 and (policy := _classes(what, named[0][0], ("policy", *PARTS)).get("policy")):
+        built: SchedulerPolicy = build(what, policy, named[0][1], supply)
+        return built
+    parts: dict[str, Any] = {}
+    max_wait = {}
+    for name, options in named:
+        if "max_wait" in options:
+            max_wait["max_wait"] = options.pop("max_wait")
+        kinds = _classes(what, name, PARTS)
+        if not kinds:
+            raise ValueError(f"{what}: {unknown(name, available_policies())}")
+        kind = next((kind for kind in kinds if kind not in parts), None)
+        if kind is None:
+            raise ValueError(f"{what}: two parts of the kind {next(iter(kinds))!r}, the second {name!r}")
+        parts[kind] = build(what, kinds[kind], options, supply)
+    return compose(**parts, **max_wait, supply=supply)
 
 
 def compose(
@@ -156,130 +252,81 @@ def compose(
     an instance. Defaults: order fcfs, replace lru, prefetch lookahead (or the one that the order prefers),
     preempt none. Raises ValueError as :func:`load_policy` does.
     """
-    supply = supply or {}
-    ordering = _part("order", order or DEFAULT_PARTS["order"], supply)
-    preferred = getattr(ordering, "default_prefetch", DEFAULT_PARTS["prefetch"])
-    parts = (
-        ordering,
-        _part("replace", replace or DEFAULT_PARTS["replace"], supply),
-        _part("prefetch", prefetch or preferred, supply),
-        _part("preempt", preempt or DEFAULT_PARTS["preempt"], supply),
-    )
-    return Composed(*parts, max_wait=max_wait)  # type: ignore[arg-type] # _part checks the kinds
-
-
-# Text
-
-
-def _single(text: str, name: str, options: dict[str, Any], supply: Supply) -> SchedulerPolicy:
-    target = _target("policy", name)
-    if target is not None:
-        found = _import(text, target)
-        if issubclass(found, SchedulerPolicy):
-            policy = build(f"policy {text!r}", found, options, supply)
-            assert isinstance(policy, SchedulerPolicy)
-            return policy
-    return _from_tokens(text, [(name, options)], supply)
-
-
-def _from_tokens(text: str, tokens: list[tuple[str, dict[str, Any]]], supply: Supply) -> SchedulerPolicy:
+    given = {"order": order, "replace": replace, "prefetch": prefetch, "preempt": preempt}
     parts: dict[str, Any] = {}
-    extra: dict[str, Any] = {}
-    for name, options in tokens:
-        if "max_wait" in options:
-            extra["max_wait"] = options.pop("max_wait")
-        kind = _kind_of(text, name, taken=parts)
-        parts[kind] = {"name": name, **options}
-    if "max_wait" in extra:
-        try:
-            extra["max_wait"] = float(extra["max_wait"])
-        except ValueError:
-            raise ValueError(f"policy {text!r}: max_wait={extra['max_wait']!r} is no number") from None
-    return compose(**parts, **extra, supply=supply)
+    for kind, value in given.items():
+        default = DEFAULT_PARTS[kind]
+        if kind == "prefetch":
+            default = getattr(parts["order"], "default_prefetch", default)
+        parts[kind] = _part(kind, value or default, supply)
+    composed: Composed = build("policy", Composed, {**parts, "max_wait": max_wait}, supply)
+    return composed
 
 
-def _kind_of(text: str, name: str, taken: Mapping[str, Any]) -> str:
-    """Return the first kind that has a part of this name and is still free."""
-    if ":" in name:
-        found = _import(text, name)
-        for kind, base in KINDS.items():
-            if issubclass(found, base) and kind not in taken:
-                return kind
-        raise ValueError(f"policy {text!r}: {name} is no part, or one of its kind is given already")
-    if name not in _BUILT_IN:
-        for point in entry_points(group=ENTRY_POINT_GROUP):
-            if point.name == name:
-                _import(text, point.value)  # raises if it is broken
-    having = [kind for kind in KINDS if _target(kind, name) is not None]
-    for kind in having:
-        if kind not in taken:
-            return kind
-    if having:
-        raise ValueError(f"policy {text!r}: two parts of the kind {having[0]!r}, the second {name!r}")
-    raise ValueError(f"policy {text!r}: {unknown(name, _all_names())}")
+def load_router(spec: str) -> RouterPolicy:
+    """Build the router that ``spec`` names. Raises ValueError as :func:`load_policy` does."""
+    router: RouterPolicy = _load("router", spec)
+    return router
 
 
-def _all_names(spec: str | None = None) -> set[str]:
-    """Return all installed names, or only the built-in ones if ``spec`` has no others, because searching
-    packages takes time."""
-    if spec is not None and all(token.strip().partition(":")[0] in _BUILT_IN for token in spec.split("+")):
-        return _BUILT_IN
-    return set(_installed("policy")).union(*(_installed(kind) for kind in KINDS))
+def load_placement(spec: str) -> PlacementPolicy:
+    """Build the placement policy that ``spec`` names. Raises ValueError as :func:`load_policy` does."""
+    placement: PlacementPolicy = _load("placement", spec)
+    return placement
 
 
-# Classes
+def load_autoscaler(spec: str) -> ScalingPolicy:
+    """Build the scaling policy that ``spec`` names. Raises ValueError as :func:`load_policy` does."""
+    autoscaler: ScalingPolicy = _load("autoscaler", spec)
+    return autoscaler
 
 
-def _target(kind: str, name: str) -> str | None:
-    """Return the class, as "module:Class", of this name and kind (or "policy"); None if there is none."""
-    if ":" in name:
-        return name
-    if name in _BUILT_IN:
-        return (_POLICIES if kind == "policy" else _PARTS[kind]).get(name)
-    return _installed(kind).get(name)
-
-
-def _installed(kind: str) -> dict[str, str]:
-    """Yield the names and targets of a kind (or "policy"): the built-in ones, then those of entry points."""
-    found = dict(_POLICIES if kind == "policy" else _PARTS[kind])
-    base = SchedulerPolicy if kind == "policy" else KINDS[kind]
-    for point in entry_points(group=ENTRY_POINT_GROUP):
-        if point.name not in found:
-            try:
-                cls = _import(point.name, point.value)
-            except ValueError:
-                continue  # a broken package; naming its policy raises the error
-            if issubclass(cls, base):
-                found[point.name] = point.value
-    return found
-
-
-def _import(text: str, target: str) -> type[SchedulerPolicy | Part]:
-    return import_class(f"policy {text!r}", target, (SchedulerPolicy, Part), "SchedulerPolicy, nor a part")
-
-
-def _part(kind: str, given: str | Mapping[str, Any] | Part, supply: Supply) -> Part:
-    base = KINDS[kind]
+def _part(kind: str, given: Any, supply: Supply | None) -> Any:
+    base = _base(kind)
     if isinstance(given, base):
         return given
     if isinstance(given, str):
-        name, options = parse_named(f"policy {given!r}", given, _all_names(given))
-    elif isinstance(given, Mapping) and isinstance(given.get("name"), str):
-        options = dict(given)
-        name = options.pop("name")
-    else:
-        raise ValueError(f"{kind}={given!r}: must be a name, a table with a name, or a {base.__name__}")
-    target = _target(kind, name)
-    if target is None:
-        raise ValueError(f"{kind}={name!r}: {unknown(name, _installed(kind))}")
-    found = _import(name, target)
-    if not issubclass(found, base):
-        raise ValueError(f"{kind}={name!r}: {target} is not a subclass of {base.__name__}")
-    part = build(f"policy {name!r}", found, options, supply)
-    assert isinstance(part, base)
-    return part
+        return _load(kind, given, supply=supply)
+    if isinstance(given, Mapping) and isinstance(given.get("name"), str):
+        return _load(
+            kind, given["name"], {key: value for key, value in given.items() if key != "name"}, supply
+        )
+    raise ValueError(f"{kind}={given!r}: must be a name, a table with a name, or a {base.__name__}")
 
 
-def _info(name: str, kind: str, cls: type[Any], where: str) -> PolicyInfo:
-    bound = getattr(cls, "starvation_bound", "") if kind in ("policy", "order") else ""
-    return PolicyInfo(name, kind, summary(cls), options_text(cls), getattr(cls, "source", ""), bound, where)
+def _load(kind: str, spec: str, more: Mapping[str, Any] | None = None, supply: Supply | None = None) -> Any:
+    """Build what ``spec`` names, with its options and ``more``."""
+    what = f"{kind}={spec!r}" if kind in PARTS else f"{kind} {spec!r}"
+    name, options = parse_named(what, spec, _NAMES)
+    cls = _classes(what, name, (kind,)).get(kind)
+    if cls is None:
+        raise ValueError(f"{what}: {unknown(name, available(kind))}")
+    return build(what, cls, {**options, **(more or {})}, supply)
+
+
+def _classes(what: str, name: str, kinds: Iterable[str]) -> dict[str, type[Any]]:
+    """Return the classes of this name by kind; none if the name is not known."""
+    kinds = tuple(kinds)  # all of one group
+    built_in = {kind: KINDS[kind].built_in[name] for kind in kinds if name in KINDS[kind].built_in}
+    if built_in:
+        return {kind: import_class(what, f"{ROOT}.{at}", _base(kind)) for kind, at in built_in.items()}
+    bases = {kind: _base(kind) for kind in kinds}
+    targets = [name]
+    if ":" not in name:
+        targets = [point.value for point in entry_points(group=KINDS[kinds[0]].group, name=name)]
+    for target in targets[:1]:
+        cls = import_class(what, target, *bases.values())
+        return {kind: cls for kind, base in bases.items() if issubclass(cls, base)}
+    return {}
+
+
+def _base(kind: str) -> type[Any]:
+    return import_class(kind, f"{ROOT}.{KINDS[kind].base}", object)
+
+
+def _info(name: str, kind: str, cls: type[Any]) -> PolicyInfo:
+    text = {field: getattr(cls, field, "") for field in ("source", "starvation_bound", "worst_case")}
+    where = f"{cls.__module__}:{cls.__qualname__}"
+    return PolicyInfo(
+        name=name, kind=kind, summary=summary(cls), options=options_text(cls), where=where, **text
+    )

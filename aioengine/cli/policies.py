@@ -16,13 +16,6 @@ if TYPE_CHECKING:
     from aioengine.schedulers.registry import PolicyInfo
 
 EXIT_BROKEN = 3
-TITLES = {
-    "order": "who goes first",
-    "replace": "which idle adapter gives up its slot",
-    "prefetch": "what to bring from disk to the CPU",
-    "preempt": "whom to take off the batch",
-}
-"""Kinds of parts."""
 
 
 def policies(*, common: CommonFlags | None = None) -> int:
@@ -35,37 +28,23 @@ def policies(*, common: CommonFlags | None = None) -> int:
 
     from aioengine.cli.tables import output_console
     from aioengine.schedulers import available_parts, available_policies
+    from aioengine.schedulers.registry import PARTS
     from aioengine.schedulers.routing import available_autoscalers, available_placements, available_routers
 
-    listed: dict[str, list[PolicyInfo]] = {
-        "whole policies": [info for info in available_policies().values() if info.kind == "policy"]
-    }
-    for kind, title in TITLES.items():
-        listed[f"parts, {kind}: {title}"] = list(available_parts(kind).values())
-    rows = {title: [(info.name, _details_of(info)) for info in infos] for title, infos in listed.items()}
-    for title, found in (
-        ("routers, of a fleet", available_routers()),
-        ("placement of adapters, of a fleet", available_placements()),
-        ("number of replicas, of a fleet", available_autoscalers()),
-    ):
-        rows[title] = [
-            (
-                one.name,
-                [
-                    one.summary,
-                    *([f"options: {one.options}"] if one.options else []),
-                    f"worst case: {one.worst_case}",
-                    f"from: {one.source}",
-                ],
-            )
-            for one in found.values()
-        ]
     console = output_console()
-    for title, entries in rows.items():
+    whole = [info for info in available_policies().values() if info.kind == "policy"]
+    sections = {"whole policies": whole}
+    for kind, decides in PARTS.items():
+        sections[f"parts, {kind}: {decides}"] = list(available_parts(kind).values())
+    sections["routers, of a fleet"] = list(available_routers().values())
+    sections["placement of adapters, of a fleet"] = list(available_placements().values())
+    sections["number of replicas, of a fleet"] = list(available_autoscalers().values())
+    for title, infos in sections.items():
         table = Table.grid(padding=(0, 2))
         table.add_column(no_wrap=True)
         table.add_column(overflow="fold")
-        for name, (summary, *details) in entries:
+        for info in infos:
+            name, (summary, *details) = info.name, _details_of(info)
             text = Text(summary).append("".join(f"\n{detail}" for detail in details), style="dim")
             table.add_row(Text(f"  {name}", style="bold"), text)
         console.print(Text(title, style="bold underline"))
@@ -86,6 +65,8 @@ def _details_of(info: PolicyInfo) -> list[str]:
         details.append(f"options: {info.options}")
     if info.starvation_bound:
         details.append(f"longest wait: {info.starvation_bound}")
+    if info.worst_case:
+        details.append(f"worst case: {info.worst_case}")
     if info.source:
         details.append(f"from: {info.source}")
     return details

@@ -15,7 +15,7 @@ METRICS_SECONDS = 0.5
 
 
 class Load(NamedTuple):
-    """A replica's :class:`~aioengine.schedulers.routing.autoscaling.ReplicaLoad`, from its reports."""
+    """What a scaling policy reads of a :class:`~aioengine.schedulers.routing.ReplicaView`, from reports."""
 
     waiting: float = 0
     running: float = 0
@@ -50,7 +50,7 @@ class ServeAutoscaler:
         for name, by_replica in (context.aggregated_metrics or {}).items():
             for replica, value in by_replica.items():
                 loads.setdefault(replica, {})[name] = value
-        view = Fleet(
+        view: Any = Fleet(
             self._clock(),
             [Load(**{k: v for k, v in load.items() if k in Load._fields}) for load in loads.values()],
         )

@@ -2,6 +2,14 @@
 fleet."""
 
 from aioengine.schedulers.policy import Location
+from aioengine.schedulers.registry import (
+    available_autoscalers,
+    available_placements,
+    available_routers,
+    load_autoscaler,
+    load_placement,
+    load_router,
+)
 from aioengine.schedulers.routing.autoscaling import Scaling, ScalingPolicy
 from aioengine.schedulers.routing.fleet import FleetState
 from aioengine.schedulers.routing.guard import PlacementGuard, RouterGuard
@@ -19,18 +27,10 @@ from aioengine.schedulers.routing.interface import (
     RouterPolicy,
 )
 from aioengine.schedulers.routing.prefixes import PREFIX_BLOCK, prefix_hashes, prefix_pins
-from aioengine.schedulers.routing.registry import (
-    DEFAULT_PLACEMENT,
-    DEFAULT_ROUTER,
-    RoutingInfo,
-    available_autoscalers,
-    available_placements,
-    available_routers,
-    load_autoscaler,
-    load_placement,
-    load_router,
-)
 from aioengine.schedulers.routing.replica import ReplicaLimits, Report, Tiers
+
+DEFAULT_ROUTER = "affinity"
+DEFAULT_PLACEMENT = "none"
 
 __all__ = [
     "API_VERSION",
@@ -53,7 +53,6 @@ __all__ = [
     "RouteRequest",
     "RouterGuard",
     "RouterPolicy",
-    "RoutingInfo",
     "Scaling",
     "ScalingPolicy",
     "Tiers",

@@ -3,39 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from math import ceil
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
-
-class ReplicaLoad(Protocol):
-    """The part of a :class:`~aioengine.schedulers.routing.interface.ReplicaView` that says how busy it is."""
-
-    @property
-    def waiting(self) -> int: ...
-    @property
-    def running(self) -> int: ...
-    @property
-    def max_running(self) -> int: ...
-    @property
-    def queue_seconds(self) -> float: ...
-    @property
-    def adapters_waiting(self) -> int: ...
-    @property
-    def load_seconds(self) -> float | None: ...
-    @property
-    def slot_seconds(self) -> float | None: ...
-    @property
-    def service_seconds(self) -> float | None: ...
-
-
-class ScalingView(Protocol):
-    """View of a scaling policy; a :class:`~aioengine.schedulers.routing.interface.FleetView` is one."""
-
-    @property
-    def now(self) -> float: ...
-    @property
-    def accepting(self) -> Sequence[ReplicaLoad]: ...
+from aioengine.schedulers.checks import at_least
+from aioengine.schedulers.routing.interface import FleetView, ReplicaView
 
 
 class Scaling(NamedTuple):
@@ -56,10 +28,11 @@ class ScalingPolicy(ABC):
     most: int = 1
 
     @abstractmethod
-    def replicas(self, view: ScalingView, now: int, *, waiting: int = 0) -> Scaling:
+    def replicas(self, view: FleetView, now: int, *, waiting: int = 0) -> Scaling:
         """Return the wanted number of replicas. Called every second or more often.
 
         Args:
+            view: Only ``now`` and the ``accepting`` replicas' queues and speeds are known.
             now: Replicas now, starting ones included.
             waiting: Requests that wait at the door because no replica is there.
         """
@@ -104,15 +77,14 @@ class WaitingWork(ScalingPolicy):
             raise ValueError(f"target={target}: must be more than 0 seconds")
         if not 0 < low < 1:
             raise ValueError(f"low={low}: must be between 0 and 1")
-        if not (cool_down >= 0 and settle >= 0):
-            raise ValueError(f"cool_down={cool_down}, settle={settle}: must be at least 0 seconds")
+        at_least(0, "seconds", cool_down=cool_down, settle=settle)
         self.least, self.most = least, most
         self._target, self._low = target, low
         self._cool_down, self._settle = cool_down, settle
         self._grown: float | None = None
         self._calm_since: float | None = None
 
-    def replicas(self, view: ScalingView, now: int, *, waiting: int = 0) -> Scaling:
+    def replicas(self, view: FleetView, now: int, *, waiting: int = 0) -> Scaling:
         bounded = min(max(now, self.least), self.most)
         if now == 0:
             return Scaling(max(bounded, 1), "requests wait") if waiting else Scaling(bounded, "nothing to do")
@@ -138,7 +110,7 @@ class WaitingWork(ScalingPolicy):
         return Scaling(min(max(left, self.least), self.most), "idle")
 
 
-def _work(replica: ReplicaLoad) -> float:
+def _work(replica: ReplicaView) -> float:
     """Return the seconds of work that wait on a replica."""
     each = (replica.load_seconds or 0.0) + (replica.slot_seconds or 0.0)
     beyond = max(replica.waiting + replica.running - replica.max_running, 0)

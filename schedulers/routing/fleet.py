@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+import copy
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence, Set
+from math import exp
+from operator import attrgetter
 from types import MappingProxyType
+from typing import NamedTuple
 
-from aioengine.schedulers.routing.adapter import Adapter, Demand
 from aioengine.schedulers.routing.interface import (
     AdapterView,
     Move,
@@ -16,56 +19,105 @@ from aioengine.schedulers.routing.interface import (
     RouteRequest,
 )
 from aioengine.schedulers.routing.prefixes import PinIndex, PrefixIndex
-from aioengine.schedulers.routing.replica import Replica, ReplicaLimits, Report, _Clock
+from aioengine.schedulers.routing.replica import Clock, Replica, ReplicaLimits, Report
 
 MAX_PINS = 16384
 """Pinned prefixes that a door remembers."""
 MAX_UNUSED = 1024
 """Names that a door remembers only for the demand that there was for them. Clients can make up any number of
 mixes and of adapters that do not exist."""
+DEMAND_SECONDS = 60.0
+"""Time constant of the moving average of demand."""
+CHANGED_SHARE = 0.25
+"""A demand has changed when it differs by more than this share from that of the last plan."""
+NO_DEMAND = 1e-3
+"""Tokens a second that count as none."""
+
+
+class Demand(NamedTuple):
+    """Tokens a second as an exponential moving average over events at any times: each adds its tokens over
+    the time constant, and all decay with it."""
+
+    rate: float = 0.0
+    as_of: float = 0.0
+
+    def plus(self, tokens: float, now: float) -> Demand:
+        return Demand(self.at(now) + tokens / DEMAND_SECONDS, now)
+
+    def at(self, now: float) -> float:
+        return self.rate * exp(min(self.as_of - now, 0.0) / DEMAND_SECONDS) if self.rate else 0.0
+
+
+class Adapter:
+    """An :class:`~aioengine.schedulers.routing.interface.AdapterView`."""
+
+    def __init__(self, name: str, clock: Clock) -> None:
+        self.name = name
+        self.nbytes = 0
+        self.in_flight = 0
+        self.registered = False
+        self._clock = clock
+        self._demand = Demand()
+        self._holders: dict[str, None] = {}
+        self._targets: dict[str, None] = {}
+        self._holders_changed = False
+        """Whether the holders have changed since the last plan."""
+        self._planned = 0.0
+        """Demand when the last plan was made."""
+
+    @property
+    def demand(self) -> float:
+        return self._demand.at(self._clock.now)
+
+    @property
+    def holders(self) -> Set[str]:
+        return self._holders.keys()
+
+    @property
+    def target_holders(self) -> Set[str]:
+        return self._targets.keys()
+
+    def _changed(self) -> bool:
+        difference = abs(self.demand - self._planned)
+        return self._holders_changed or difference > max(CHANGED_SHARE * self._planned, NO_DEMAND)
+
+    def _used(self) -> bool:
+        """Whether the fleet has it, or a request does."""
+        return bool(self.registered or self.in_flight or self._holders or self._targets)
+
+    def _copy(self, clock: Clock) -> Adapter:
+        found = copy.copy(self)
+        found._clock, found._holders, found._targets = clock, self._holders.copy(), self._targets.copy()
+        return found
 
 
 class View:
-    """A :class:`~aioengine.schedulers.routing.interface.FleetView`: live, or a fixed copy."""
-
-    __slots__ = (
-        "_accepting", "_adapters", "_changed", "_clock", "_demand", "_pins", "_prefixes", "_replicas",
-    )  # fmt: skip
+    """A :class:`~aioengine.schedulers.routing.interface.FleetView`: live, or (with ``changed``) a copy, which
+    knows of no prefixes."""
 
     def __init__(
         self,
-        clock: _Clock,
+        clock: Clock,
         replicas: Mapping[str, Replica],
         adapters: Mapping[str, Adapter],
-        demand: Demand,
-        prefixes: PrefixIndex | None,
-        pins: PinIndex | None,
+        prefixes: PrefixIndex,
+        pins: PinIndex,
         changed: Collection[str] | None = None,
     ) -> None:
         self._clock = clock
         self._replicas: Mapping[str, ReplicaView] = MappingProxyType(replicas)
         self._adapters: Mapping[str, AdapterView] = MappingProxyType(adapters)
-        self._accepting = tuple(replica for replica in replicas.values() if replica.accepting)
-        self._demand = demand
+        self._known = adapters
+        self._accepting: Sequence[ReplicaView] = tuple(one for one in replicas.values() if one.accepting)
+        self._demand = Demand()
         self._prefixes = prefixes
         self._pins = pins
         self._changed = changed
 
-    @property
-    def now(self) -> float:
-        return self._clock.now
-
-    @property
-    def replicas(self) -> Mapping[str, ReplicaView]:
-        return self._replicas
-
-    @property
-    def accepting(self) -> Sequence[ReplicaView]:
-        return self._accepting
-
-    @property
-    def adapters(self) -> Mapping[str, AdapterView]:
-        return self._adapters
+    now = property(attrgetter("_clock.now"))
+    replicas = property(attrgetter("_replicas"))
+    accepting = property(attrgetter("_accepting"))
+    adapters = property(attrgetter("_adapters"))
 
     @property
     def demand(self) -> float:
@@ -75,13 +127,13 @@ class View:
     def changed(self) -> Collection[str]:
         if self._changed is not None:
             return self._changed
-        return [name for name, found in self._adapters.items() if found._changed()]  # type: ignore[attr-defined] # a live view's are Adapters
+        return [name for name, found in self._known.items() if found._changed()]
 
     def cached_blocks(self, prefixes: Sequence[int]) -> Mapping[str, int]:
-        return {} if self._prefixes is None or not prefixes else self._prefixes.lookup(prefixes)
+        return self._prefixes.lookup(prefixes)
 
     def pinned_tokens(self, pins: Sequence[PinnedPrefix]) -> Mapping[str, int]:
-        return {} if self._pins is None or not pins else self._pins.lookup(pins, self._clock.now)
+        return self._pins.lookup(pins, self._clock.now)
 
 
 class FleetState:
@@ -105,18 +157,15 @@ class FleetState:
         """Listeners, called for every event; they must not raise."""
         self._time = clock
         self._silent_after = silent_after
-        self._clock = _Clock(clock())
+        self._clock = Clock(clock())
         self._replicas: dict[str, Replica] = {}
         self._adapters: dict[str, Adapter] = {}
         self._unused: dict[str, None] = {}
         """Adapters that may be of no more use; the first is the one that came first."""
-        self._demand = Demand()
         self._prefixes = PrefixIndex(prefix_blocks)
         self._pins = PinIndex(MAX_PINS)
         self._in_flight: dict[str, tuple[RouteRequest, str]] = {}
-        self._view = View(
-            self._clock, self._replicas, self._adapters, self._demand, self._prefixes, self._pins
-        )
+        self._view = View(self._clock, self._replicas, self._adapters, self._prefixes, self._pins)
 
     @property
     def view(self) -> View:
@@ -131,42 +180,40 @@ class FleetState:
         first. Raises ValueError for an empty id."""
         if not replica_id:
             raise ValueError("replica_id='': must not be empty")
-        if replica_id in self._replicas:
-            self.leave(replica_id)
-        now = self._tick()
+        self.leave(replica_id)
+        self._tick()
         self._replicas[replica_id] = Replica(replica_id, limits, self._clock)
-        self._prefixes.join(replica_id)
         self._accepting_changed()
-        self._tell("replica_joined", now, None, replica_id)
+        self._tell("replica_joined", None, replica_id)
 
     def leave(self, replica_id: str) -> list[RouteRequest]:
         """Remove a replica. Returns its requests, which the door sends to other replicas or fails;
         :meth:`ended` must not be called for them. Does nothing for an unknown replica."""
-        now = self._tick()
-        replica = self._replicas.pop(replica_id, None)
-        if replica is None:
+        self._tick()
+        if self._replicas.pop(replica_id, None) is None:
             return []
         self._prefixes.leave(replica_id)
         self._pins.leave(replica_id)
         for adapter in list(self._adapters.values()):
-            if replica_id in adapter._holders or replica_id in adapter._targets:
-                adapter._targets.pop(replica_id, None)
-                self._release(adapter, replica_id)
+            adapter._targets.pop(replica_id, None)
+            if replica_id in adapter._holders:
+                self._hold(adapter, replica_id, False)
+            self._may_forget(adapter)
         self._accepting_changed()
-        self._tell("replica_left", now, None, replica_id)
+        self._tell("replica_left", None, replica_id)
         lost = [request for request, where in self._in_flight.values() if where == replica_id]
         for request in lost:
             self._forget(request)
-            self._tell("failed", now, request, replica_id)
+            self._tell("failed", request, replica_id)
         return lost
 
     def drain(self, replica_id: str, draining: bool = True) -> None:
         """Send the replica no more requests (or send requests again). Raises KeyError for an unknown
         replica."""
-        now = self._tick()
+        self._tick()
         self._replicas[replica_id].draining = draining
         if self._decide(self._replicas[replica_id]) and draining:
-            self._tell("replica_draining", now, None, replica_id)
+            self._tell("replica_draining", None, replica_id)
 
     def report(self, replica_id: str, report: Report) -> None:
         """Take in a replica's report. The report of an unknown replica is dropped, because it may have left
@@ -175,11 +222,11 @@ class FleetState:
         replica = self._replicas.get(replica_id)
         if replica is None or (report.sent_at < replica._report.sent_at and replica._offset is not None):
             return
-        gained, lost = replica._take(report, now)
-        for name in gained:
-            self._adapter(name)._hold(replica_id)
-        for name in lost:
-            self._release(self._adapter(name), replica_id)
+        before = replica._held()
+        replica._take(report, now)
+        after = replica._held()
+        for name in before ^ after:
+            self._hold(self._adapter(name), replica_id, name in after)
         if report.tiers is not None:
             for name, nbytes in report.tiers.nbytes.items():
                 self._adapter(name).nbytes = nbytes
@@ -189,8 +236,10 @@ class FleetState:
         """Find the replicas that have been silent for too long, and return the new ones. Call it about as
         often as replicas report."""
         self._tick()
-        before = {replica_id for replica_id, replica in self._replicas.items() if replica.accepting}
-        return [i for i, replica in self._replicas.items() if self._decide(replica) and i in before]
+        before = [replica for replica in self._replicas.values() if replica.accepting]
+        for replica in self._replicas.values():
+            self._decide(replica)
+        return [replica.replica_id for replica in before if not replica.accepting]
 
     # Adapters
 
@@ -215,32 +264,28 @@ class FleetState:
         if request.request_id in self._in_flight:
             raise ValueError(f"request {request.request_id!r} is in flight already")
         expected = request.expected_tokens if request.expected_tokens is not None else request.max_tokens
-        tokens = request.prompt_tokens + expected
-        if not request.tried:
-            self._demand.add(tokens, now)
+        tokens = 0 if request.tried else request.prompt_tokens + expected  # the same are not counted twice
+        self._view._demand = self._view._demand.plus(tokens, now)
+        replica._send(request)
         if request.adapter is not None:
             adapter = self._adapter(request.adapter)
-            if not request.tried:  # do not count the same tokens twice
-                adapter._demand.add(tokens, now)
+            adapter._demand = adapter._demand.plus(tokens, now)
             adapter.in_flight += 1
-            if replica._send(request):
-                adapter._hold(replica_id)
-        else:
-            replica._send(request)
-        if request.prefixes:
-            self._prefixes.add(replica_id, request.prefixes)
-        if request.pins:
-            self._pins.add(replica_id, request.pins, now)
+            if replica_id not in adapter._holders:
+                self._hold(adapter, replica_id, True)
+        self._prefixes.add(replica_id, request.prefixes)
+        self._pins.add(replica_id, request.pins, now)
         self._in_flight[request.request_id] = request, replica_id
-        self._tell("routed", now, request, replica_id)
+        self._tell("routed", request, replica_id)
 
     def started(self, request_id: str, pinned_tokens: int = 0) -> None:
         """Note that a request's first token came. ``pinned_tokens``: so many of its prompt's tokens are
         pinned on its replica now."""
-        found = self._in_flight.get(request_id)
-        if found is not None and found[0].pins:
-            self._pins.correct(found[1], found[0].pins, pinned_tokens)
-        self._about("started", request_id)
+        self._tick()
+        if request_id in self._in_flight:
+            request, replica_id = self._in_flight[request_id]
+            self._pins.correct(replica_id, request.pins, pinned_tokens)
+            self._tell("started", request, replica_id)
 
     def ended(self, request_id: str) -> None:
         """Note that a request has ended, for any reason. Does nothing if it is not in flight."""
@@ -260,26 +305,19 @@ class FleetState:
     def snapshot(self) -> View:
         """Return a copy of the fleet's state, for a placement policy in another thread. Its ``changed`` has
         the changes since the last snapshot; pass it to :meth:`not_planned` if it leads to no plan."""
-        now = self._tick()
-        clock = _Clock(now)
+        clock = Clock(self._tick())
         changed = set()
         for name, adapter in list(self._adapters.items()):
             if adapter._changed():
                 changed.add(name)
                 adapter._planned, adapter._holders_changed = adapter.demand, False
-            elif not adapter._needed():
+            elif not adapter._used() and adapter.demand < NO_DEMAND:
                 del self._adapters[name]
-        demand = Demand()
-        demand._rate, demand._as_of = self._demand._rate, self._demand._as_of
-        return View(
-            clock,
-            {name: replica._copy(clock) for name, replica in self._replicas.items()},
-            {name: adapter._copy(clock) for name, adapter in self._adapters.items()},
-            demand,
-            None,
-            None,
-            frozenset(changed),
-        )
+        replicas = {name: replica._copy(clock) for name, replica in self._replicas.items()}
+        adapters = {name: adapter._copy(clock) for name, adapter in self._adapters.items()}
+        view = View(clock, replicas, adapters, PrefixIndex(0), PinIndex(0), frozenset(changed))
+        view._demand = self._view._demand
+        return view
 
     def not_planned(self, snapshot: View) -> None:
         """Note that a snapshot led to no plan: its changes count for the next one."""
@@ -290,14 +328,13 @@ class FleetState:
     def planned(self, moves: Iterable[Move]) -> None:
         """Remember which replicas should hold which adapters, because this plan is carried out."""
         for move in moves:
-            if move.replica not in self._replicas:
-                continue
-            targets = self._adapter(move.adapter)._targets
-            if move.kind in ("load", "pin"):
-                targets[move.replica] = None
-            elif move.kind == "unload":
-                targets.pop(move.replica, None)
-            self._may_forget(self._adapter(move.adapter))
+            if move.replica in self._replicas:
+                adapter = self._adapter(move.adapter)
+                if move.kind in ("load", "pin"):
+                    adapter._targets[move.replica] = None
+                elif move.kind == "unload":
+                    adapter._targets.pop(move.replica, None)
+                self._may_forget(adapter)
 
     # Inside
 
@@ -306,14 +343,18 @@ class FleetState:
         return now
 
     def _adapter(self, name: str) -> Adapter:
-        found = self._adapters.get(name)
-        if found is None:
-            found = self._adapters[name] = Adapter(name, self._clock)
-        return found
+        if name not in self._adapters:
+            self._adapters[name] = Adapter(name, self._clock)
+        return self._adapters[name]
 
-    def _release(self, adapter: Adapter, replica_id: str) -> None:
-        adapter._release(replica_id)
-        self._may_forget(adapter)
+    def _hold(self, adapter: Adapter, replica_id: str, holds: bool) -> None:
+        """Note that a replica holds an adapter now, or no longer."""
+        adapter._holders_changed = True
+        if holds:
+            adapter._holders[replica_id] = None
+        else:
+            del adapter._holders[replica_id]
+            self._may_forget(adapter)
 
     def _may_forget(self, adapter: Adapter) -> None:
         """Note that an adapter may be of no more use. The first of more than ``MAX_UNUSED`` are forgotten."""
@@ -337,16 +378,15 @@ class FleetState:
         return True
 
     def _accepting_changed(self) -> None:
-        self._view._accepting = tuple(r for r in self._replicas.values() if r._accepting)
+        self._view._accepting = tuple(one for one in self._replicas.values() if one._accepting)
 
     def _finish(self, kind: RouteEventKind, request_id: str) -> None:
-        found = self._in_flight.get(request_id)
-        if found is not None:
-            request, replica_id = found
+        self._tick()
+        if request_id in self._in_flight:
+            request, replica_id = self._in_flight[request_id]
             self._forget(request)
-            if replica_id in self._replicas:
-                self._replicas[replica_id]._end()
-            self._tell(kind, self._tick(), request, replica_id)
+            self._replicas[replica_id]._end()
+            self._tell(kind, request, replica_id)
 
     def _forget(self, request: RouteRequest) -> None:
         """Remove a request from those in flight."""
@@ -356,15 +396,7 @@ class FleetState:
             adapter.in_flight -= 1
             self._may_forget(adapter)
 
-    def _about(self, kind: RouteEventKind, request_id: str) -> None:
-        found = self._in_flight.get(request_id)
-        if found is not None:
-            self._tell(kind, self._tick(), *found)
-
-    def _tell(
-        self, kind: RouteEventKind, now: float, request: RouteRequest | None, replica: str | None
-    ) -> None:
-        if self.listeners:
-            event = RouteEvent(kind, now, request, replica)
-            for listener in self.listeners:
-                listener(event)
+    def _tell(self, kind: RouteEventKind, request: RouteRequest | None, replica: str | None) -> None:
+        event = RouteEvent(kind, self._clock.now, request, replica)
+        for listener in self.listeners:
+            listener(event)

@@ -9,7 +9,7 @@ from typing import Any
 from aioengine.schedulers.error_text import error_text
 from aioengine.schedulers.overruns import Overruns
 from aioengine.schedulers.routing import interface
-from aioengine.schedulers.routing.routers.least_loaded import LeastLoaded
+from aioengine.schedulers.routing.routers.simple import LeastLoaded
 
 MAX_REPLICAS = 4096
 """Maximum replicas of one answer that are examined."""

@@ -3,8 +3,7 @@
 A fleet is several replicas of one engine behind a door. For every request the door asks a
 :class:`RouterPolicy` which replica the request should go to. At intervals it asks a :class:`PlacementPolicy`
 which adapters should be on which replicas. Both see a :class:`FleetView`, the door's knowledge, which is
-never quite up to
-date: each replica's ``age`` says how old it is.
+never quite up to date: each replica's ``age`` says how old it is.
 
 This package is pure Python: no engine, no clock, no network. The same classes route in a live fleet and in
 the policy lab.

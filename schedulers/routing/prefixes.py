@@ -102,82 +102,47 @@ class PinIndex:
 
 
 class PrefixIndex:
-    """Remembers the prefixes that went to each replica, the most recent ``blocks`` of each.
-
-    One table for all replicas: hash -> set of replicas as the bits of an integer. Looking up a prompt
-    costs one step for each of its blocks, whatever the number of replicas."""
+    """Remembers the prefixes that went to each replica, the most recent ``blocks`` of each."""
 
     def __init__(self, blocks: int) -> None:
         self._blocks = blocks
-        self._bits: dict[str, int] = {}
-        self._names: dict[int, str] = {}
-        self._where: dict[int, int] = {}
+        self._where: dict[int, set[str]] = {}
+        """Replicas by hash."""
         self._recent: dict[str, OrderedDict[int, None]] = {}
-
-    def join(self, replica: str) -> None:
-        """Add a replica with no prefixes."""
-        self.leave(replica)
-        used = set(self._bits.values())
-        bit = 1
-        while bit in used:
-            bit <<= 1
-        self._bits[replica] = bit
-        self._names[bit] = replica
-        self._recent[replica] = OrderedDict()
+        """Hashes of each replica; the one that was sent longest ago is first."""
 
     def leave(self, replica: str) -> None:
         """Forget a replica's prefixes."""
         for digest in self._recent.pop(replica, ()):
-            self._forget(digest, self._bits[replica])
-        bit = self._bits.pop(replica, None)
-        if bit is not None:
-            del self._names[bit]
+            self._forget(digest, replica)
 
     def add(self, replica: str, prefixes: Sequence[int]) -> None:
         """Note that these blocks were sent to the replica."""
-        recent, bit, where = self._recent[replica], self._bits[replica], self._where
+        recent = self._recent.setdefault(replica, OrderedDict())
         # The last block first, so that the end of a prefix is forgotten before its beginning.
         for digest in reversed(prefixes):
             recent[digest] = None
             recent.move_to_end(digest)
-            where[digest] = where.get(digest, 0) | bit
+            self._where.setdefault(digest, set()).add(replica)
         while len(recent) > self._blocks:
-            self._forget(recent.popitem(last=False)[0], bit)
+            self._forget(recent.popitem(last=False)[0], replica)
 
     def lookup(self, prefixes: Sequence[int]) -> Mapping[str, int]:
         """Return by replica how many leading blocks it has; replicas with none are left out."""
-        where = self._where
         found: dict[str, int] = {}
-        having = -1
-        length = 0
-        for digest in prefixes:
-            now = where.get(digest, 0) & having
-            gone = having & ~now if length else 0
-            if gone:
-                found |= self._named(gone, length)
-            having = now
+        having = self._where.get(prefixes[0], set()) if prefixes else set()
+        for length, digest in enumerate(prefixes[1:], 1):
             if not having:
                 break
-            length += 1
-        if having > 0:
-            found |= self._named(having, length)
-        return found
+            having, before = having & self._where.get(digest, set()), having
+            found |= dict.fromkeys(before - having, length)
+        return found | dict.fromkeys(having, len(prefixes))
 
     def __len__(self) -> int:
         """Distinct hashes that are remembered."""
         return len(self._where)
 
-    def _named(self, bits: int, length: int) -> dict[str, int]:
-        found = {}
-        while bits:
-            bit = bits & -bits
-            found[self._names[bit]] = length
-            bits ^= bit
-        return found
-
-    def _forget(self, digest: int, bit: int) -> None:
-        left = self._where[digest] & ~bit
-        if left:
-            self._where[digest] = left
-        else:
+    def _forget(self, digest: int, replica: str) -> None:
+        self._where[digest].discard(replica)
+        if not self._where[digest]:
             del self._where[digest]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Collection, Mapping
+import copy
+from collections import Counter, deque
+from collections.abc import Collection, KeysView, Mapping
 from operator import attrgetter
 from types import MappingProxyType
 from typing import NamedTuple, Self
@@ -63,43 +64,39 @@ class Report(NamedTuple):
     """None: as in the previous report."""
 
 
-class _OnItsWay(NamedTuple):
-    number: int
-    adapter: str | None
-    tokens: int
+class Clock:
+    """Time in a view, and the measured speed of one replica, which is assumed for replicas that are not
+    measured yet."""
+
+    def __init__(self, now: float) -> None:
+        self.now = now
+        self.token_seconds = GUESSED_SECONDS_PER_TOKEN
 
 
 class Replica:
     """A :class:`~aioengine.schedulers.routing.interface.ReplicaView`. Only
     :class:`~aioengine.schedulers.routing.fleet.FleetState` calls the methods with an underscore."""
 
-    __slots__ = (
-        "_accepting", "_adapters_waiting", "_age_at", "_clock", "_ended", "_expected", "_free_slots",
-        "_heard", "_limits", "_offset", "_on_the_way", "_queue_seconds", "_report", "_running", "_sent",
-        "_tiers", "_transit", "_transit_tokens", "_waiting", "_waiting_tokens", "draining", "replica_id",
-    )  # fmt: skip
-
-    def __init__(self, replica_id: str, limits: ReplicaLimits, clock: _Clock) -> None:
-        now = clock.now
+    def __init__(self, replica_id: str, limits: ReplicaLimits, clock: Clock) -> None:
         self.replica_id = replica_id
         self.draining = False
         self._clock = clock
         self._limits = limits
         self._accepting = True
-        self._heard = self._age_at = now
+        self._heard = self._age_at = clock.now
         self._offset: float | None = None
-        self._report = Report(now, 0, 0, 0, 0, 0, 0, limits.kv_tokens, {})
+        """Shortest difference between this clock and the replica's, which is the shortest delay's."""
+        self._report = Report(clock.now, 0, 0, 0, 0, 0, 0, limits.kv_tokens, {})
         self._tiers: dict[str, Location] = {}
         self._sent = self._ended = 0
-        self._on_the_way: deque[_OnItsWay] = deque()
-        self._transit: dict[str | None, int] = {}
-        """Requests on the way by adapter."""
-        self._transit_tokens = 0
-        self._expected: dict[str, int] = {}
-        """Adapter that a request was sent for while it was not there -> that request's number."""
-        self._running = self._waiting = self._waiting_tokens = self._adapters_waiting = 0
+        self._on_the_way: deque[RouteRequest] = deque()
+        """The last requests that were sent; the earlier ones have arrived."""
+        self._transit = Counter[str | None]()
+        """The same by adapter. The replica is expected to load those that it does not hold."""
+        self._waiting_there = 0
+        """Adapters with queued requests there that are in no slot."""
         self._free_slots = limits.slots
-        self._queue_seconds = 0.0
+        self._count()
 
     # ReplicaView: routers read these of every replica, and a getter in C costs half of one in Python.
 
@@ -107,6 +104,7 @@ class Replica:
     waiting = property(attrgetter("_waiting"))
     running = property(attrgetter("_running"))
     waiting_tokens = property(attrgetter("_waiting_tokens"))
+    adapters_waiting = property(attrgetter("_adapters_waiting"))
     free_slots = property(attrgetter("_free_slots"))
     queue_seconds = property(attrgetter("_queue_seconds"))
     service_seconds = property(attrgetter("_report.service_seconds"))
@@ -124,45 +122,30 @@ class Replica:
     def age(self) -> float:
         return max(self._clock.now - self._age_at, 0.0)
 
-    @property
-    def adapters_waiting(self) -> int:
-        return self._adapters_waiting + len(self._expected)
-
     def location(self, adapter: str) -> Location:
-        found = self._tiers.get(adapter)
-        if found is None:
-            return Location.LOADING if adapter in self._expected else Location.DISK
-        return found
+        return self._tiers.get(adapter) or (Location.LOADING if adapter in self._transit else Location.DISK)
 
     def held(self, tier: Location) -> Collection[str]:
-        found = [name for name, where in self._tiers.items() if where is tier]
-        if tier is Location.LOADING:
-            found += [name for name in self._expected if name not in self._tiers]
-        return found
+        return [name for name in self._held() if self.location(name) is tier]
 
     def waiting_for(self, adapter: str | None) -> int:
-        return self._report.waiting_for.get(adapter, 0) + self._transit.get(adapter, 0)
+        return self._report.waiting_for.get(adapter, 0) + self._transit[adapter]
 
     # What FleetState does
 
-    def _send(self, request: RouteRequest) -> bool:
-        """Note that a request is on its way. Returns True if the replica is now expected to load its
-        adapter."""
-        self._sent += 1
-        adapter = request.adapter
-        self._on_the_way.append(_OnItsWay(self._sent, adapter, request.prompt_tokens))
-        self._transit[adapter] = self._transit.get(adapter, 0) + 1
-        self._transit_tokens += request.prompt_tokens
-        self._count()
-        if adapter is None or adapter in self._tiers:
-            return False
-        new = adapter not in self._expected
-        self._expected[adapter] = self._sent
-        return new
+    def _held(self) -> KeysView[str]:
+        """Return the adapters that the replica holds or is expected to load."""
+        return {name: None for name in (*self._tiers, *self._transit) if name is not None}.keys()
 
-    def _take(self, report: Report, now: float) -> tuple[set[str], set[str]]:
-        """Take in a report. Returns the adapters that the replica holds newly, and those that it no longer
-        holds."""
+    def _send(self, request: RouteRequest) -> None:
+        """Note that a request is on its way."""
+        self._sent += 1
+        self._on_the_way.append(request)
+        self._transit[request.adapter] += 1
+        self._count()
+
+    def _take(self, report: Report, now: float) -> None:
+        """Take in a report."""
         self._heard = now
         offset = now - report.sent_at
         best = offset if self._offset is None else self._offset + (now - self._age_at) * OFFSET_DRIFT
@@ -171,15 +154,9 @@ class Replica:
         self._report = report
         if report.seconds_per_token is not None:
             self._clock.token_seconds = report.seconds_per_token
-        while self._on_the_way and self._on_the_way[0].number <= report.received:
-            arrived = self._on_the_way.popleft()
-            self._transit_tokens -= arrived.tokens
-            left = self._transit[arrived.adapter] - 1
-            if left:
-                self._transit[arrived.adapter] = left
-            else:
-                del self._transit[arrived.adapter]
-        before = self._tiers.keys() | self._expected.keys()
+        while self._on_the_way and self._sent - len(self._on_the_way) < report.received:
+            self._transit[self._on_the_way.popleft().adapter] -= 1
+        self._transit = +self._transit
         if report.tiers is not None:
             self._tiers = {
                 **dict.fromkeys(report.tiers.loading, Location.LOADING),
@@ -187,18 +164,10 @@ class Replica:
                 **dict.fromkeys(report.tiers.slot, Location.SLOT),
             }
             self._free_slots = max(self._limits.slots - len(report.tiers.slot), 0)
-        self._expected = {
-            name: number
-            for name, number in self._expected.items()
-            if number > report.received and name not in self._tiers
-        }
-        tiers = self._tiers
-        self._adapters_waiting = sum(
-            name is not None and tiers.get(name) is not Location.SLOT for name in report.waiting_for
+        self._waiting_there = sum(
+            name is not None and self._tiers.get(name) is not Location.SLOT for name in report.waiting_for
         )
         self._count()
-        after = self._tiers.keys() | self._expected.keys()
-        return after - before, before - after
 
     def _end(self) -> None:
         """Note that one of this door's requests has ended on the replica."""
@@ -210,27 +179,14 @@ class Replica:
         report = self._report
         self._running = max(report.running - max(self._ended - report.ended, 0), 0)
         self._waiting = report.waiting + len(self._on_the_way)
-        self._waiting_tokens = report.waiting_tokens + self._transit_tokens
+        on_the_way = sum([request.prompt_tokens for request in self._on_the_way])
+        self._waiting_tokens = report.waiting_tokens + on_the_way
         seconds = report.seconds_per_token or self._clock.token_seconds
         self._queue_seconds = (self._waiting_tokens + self._running) * seconds
+        expected = sum(name is not None and name not in self._tiers for name in self._transit)
+        self._adapters_waiting = self._waiting_there + expected
 
-    def _copy(self, clock: _Clock) -> Self:
-        found = object.__new__(type(self))
-        for name in Replica.__slots__:
-            setattr(found, name, getattr(self, name))
-        found._clock = clock
-        # Dicts that a report replaces may be shared; these are changed in place.
-        found._on_the_way = self._on_the_way.copy()
-        found._transit, found._expected = self._transit.copy(), self._expected.copy()
+    def _copy(self, clock: Clock) -> Self:
+        found = copy.copy(self)
+        found._clock, found._transit = clock, self._transit.copy()
         return found
-
-
-class _Clock:
-    """Time in a view, and the measured speed of one replica, which is assumed for replicas that are not
-    measured yet."""
-
-    __slots__ = ("now", "token_seconds")
-
-    def __init__(self, now: float) -> None:
-        self.now = now
-        self.token_seconds = GUESSED_SECONDS_PER_TOKEN

@@ -43,7 +43,7 @@ def test_all_are_there_and_say_where_they_are_from() -> None:
         ("afinity", "did you mean 'affinity'"),
         ("holder:spil=2", "did you mean 'spill'"),
         ("holder:spill=x", "spill='x'"),
-        ("holder:spill=-1", "must be at least 0"),
+        ("holder:spill=-1", "must be >= 0"),
         ("hrw:bound=0.5", "must be at least 1"),
         ("affinity:margin", "not of the form name=value"),
         ("no.such.module:Router", "cannot import"),

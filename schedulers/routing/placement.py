@@ -1,8 +1,8 @@
-"""Placement by demand: a flow of least cost from adapters to replicas."""
+"""The built-in placement policies."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence, Set
 from math import ceil
 from typing import Any, NamedTuple
 
@@ -17,6 +17,65 @@ PRICES = (0.0, 1.0, 4.0, 16.0)
 """...in loads of an adapter."""
 KEEP = 1e-3
 """Minimum share of an adapter's demand that is worth a copy."""
+
+
+def check_demand(share: float, idle: float) -> None:
+    """Raise ValueError for an option that is out of range."""
+    if not 0 < share < float("inf"):
+        raise ValueError(f"share={share}: must be more than 0")
+    if not 0 <= idle < float("inf"):
+        raise ValueError(f"idle={idle}: must be at least 0")
+
+
+class NoPlacement(PlacementPolicy):
+    """Moves nothing: adapters go where requests for them are routed, and leave by each replica's cache."""
+
+    source = "what a fleet does without a placement policy"
+    worst_case = "the first request after a router has chosen a new replica waits for the load"
+
+    def plan(self, view: FleetView) -> Sequence[Move]:
+        return ()
+
+
+class RendezvousPlacement(PlacementPolicy):
+    """Each adapter is on the first replicas of its order by hash: on one, and on one more for each ``share``
+    of a replica's mean demand that it has.
+
+    Args:
+        share: Maximum demand for one copy, as a share of one replica's mean demand.
+        idle: Demand in tokens a second below which no copy is kept ready.
+    """
+
+    source = "Thaler and Ravishankar, 1998"
+    worst_case = (
+        "moves the least possible when replicas join or leave; hot adapters may meet on one replica, because "
+        "hashing does not look at demand beyond the number of copies"
+    )
+
+    def __init__(self, share: float = 0.5, idle: float = 0.1) -> None:
+        check_demand(share, idle)
+        self._share = share
+        self._idle = idle
+        self._order = RendezvousOrder()
+
+    def plan(self, view: FleetView) -> Sequence[Move]:
+        up = {replica.replica_id for replica in view.accepting}
+        moves: list[Move] = []
+        for name in view.changed if up else ():
+            demand, mean = view.adapters[name].demand, view.demand / len(up)
+            copies = 0
+            if demand >= self._idle:
+                copies = max(ceil(demand / (self._share * mean)), 1) if mean > 0 else 1
+            wanted = set([i for i in self._order.of(name, view) if i in up][:copies])
+            moves += _changes(view, name, wanted, up)
+        return moves
+
+
+def _changes(view: FleetView, name: str, wanted: Set[str], up: Set[str]) -> Iterator[Move]:
+    """Yield the moves by which an adapter comes to the ``wanted`` replicas, and to no others of ``up``."""
+    targets = view.adapters[name].target_holders
+    yield from (Move("load", name, replica) for replica in sorted(wanted - targets))
+    yield from (Move("unload", name, replica) for replica in sorted((targets & up) - wanted))
 
 
 class _Arc(NamedTuple):
@@ -51,10 +110,7 @@ class DemandPlacement(PlacementPolicy):
     )
 
     def __init__(self, share: float = 0.5, idle: float = 0.1, most: int = 2000) -> None:
-        if not 0 < share < float("inf"):
-            raise ValueError(f"share={share}: must be more than 0")
-        if not 0 <= idle < float("inf"):
-            raise ValueError(f"idle={idle}: must be at least 0")
+        check_demand(share, idle)
         if most < 1:
             raise ValueError(f"most={most}: must be at least 1")
         try:
@@ -77,13 +133,10 @@ class DemandPlacement(PlacementPolicy):
         names = [name for name in changed if wanted[name] >= self._idle]
         load = self._standing(view, set(changed), index)
         mean = (sum(wanted[name] for name in names) + sum(load)) / len(replicas)
-        moves = [
-            Move("unload", name, i)
-            for name in changed
-            if wanted[name] < self._idle
-            for i in sorted(view.adapters[name].target_holders)
-            if i in index
-        ]
+        moves: list[Move] = []
+        for name in changed:
+            if wanted[name] < self._idle:
+                moves += _changes(view, name, set(), index.keys())
         if not names:
             return moves
         copies = [min(max(ceil(wanted[name] / (self._share * mean)), 1), len(replicas)) for name in names]
@@ -94,9 +147,7 @@ class DemandPlacement(PlacementPolicy):
                 ((-flow[at], replicas[arc.replica]) for at, arc in enumerate(arcs) if arc.adapter == number)
             )
             kept = {i for given, i in best[: copies[number]] if -given > KEEP * wanted[name]}
-            targets = view.adapters[name].target_holders
-            moves += [Move("load", name, i) for i in sorted(kept - targets)]
-            moves += [Move("unload", name, i) for i in sorted((targets & index.keys()) - kept)]
+            moves += _changes(view, name, kept, index.keys())
         return moves
 
     def _standing(self, view: FleetView, changed: set[str], index: dict[str, int]) -> list[float]:

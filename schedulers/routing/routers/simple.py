@@ -1,0 +1,252 @@
+"""Routers of a few lines each. ``LeastLoaded`` is the safe one that others fall back to."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence, Set
+from math import ceil
+from random import Random
+
+from aioengine.schedulers.checks import at_least
+from aioengine.schedulers.policy import Location
+from aioengine.schedulers.routing.interface import FleetView, ReplicaView, Route, RouteRequest, RouterPolicy
+from aioengine.schedulers.routing.routers.common import (
+    MAX_NAMED,
+    RendezvousOrder,
+    by_load,
+    cached_tokens,
+    candidates,
+)
+
+
+class Simple(RouterPolicy):
+    """Chooses among the replicas that accept requests and have not failed this one."""
+
+    def route(self, request: RouteRequest, view: FleetView) -> Route:
+        found = candidates(request, view)
+        return self.choose(request, found, view) if found else Route()
+
+    @abstractmethod
+    def choose(self, request: RouteRequest, found: Sequence[ReplicaView], view: FleetView) -> Route:
+        """Choose among ``found``, which is not empty."""
+
+
+class RoundRobin(Simple):
+    """Each request goes to the next replica in turn, whatever its adapter or prompt."""
+
+    source = "the classic; the baseline of every balancer"
+    worst_case = (
+        "long requests meet on one replica while others idle; every adapter is loaded on every replica"
+    )
+
+    def __init__(self) -> None:
+        self._turn = 0
+
+    def choose(self, request: RouteRequest, found: Sequence[ReplicaView], view: FleetView) -> Route:
+        return Route([one.replica_id for one in self.in_turn(found)[:MAX_NAMED]], reason="turn")
+
+    def in_turn(self, found: Sequence[ReplicaView]) -> Sequence[ReplicaView]:
+        """Return the replicas, each time beginning with the next one."""
+        start = self._turn % len(found)
+        self._turn += 1
+        return (*found[start:], *found[:start])
+
+
+class LeastLoaded(RoundRobin):
+    """The replica with the fewest requests, where a waiting one counts as four; equal replicas take turns.
+
+    The safe router that others fall back to."""
+
+    source = "vLLM's balancer between data-parallel ranks: 4 x waiting + running"
+    worst_case = "a request is sent where its adapter must be loaded although a holder was as good"
+
+    def choose(self, request: RouteRequest, found: Sequence[ReplicaView], view: FleetView) -> Route:
+        return Route(by_load(self.in_turn(found)), reason="load")
+
+
+class PowerOfTwoChoices(Simple):
+    """The less loaded of two replicas drawn at random: several doors with old knowledge do not all choose
+    the same one."""
+
+    source = "Mitzenmacher, 'The Power of Two Choices in Randomized Load Balancing', IEEE TPDS 2001"
+    worst_case = "as least_loaded; the longest queue is about log log n above the mean"
+
+    def __init__(self, seed: int = 0) -> None:
+        self._random = Random(seed)
+
+    def choose(self, request: RouteRequest, found: Sequence[ReplicaView], view: FleetView) -> Route:
+        two = found if len(found) <= 2 else self._random.sample(found, 2)
+        return Route(by_load(two), reason="two choices")
+
+
+class Holder(Simple):
+    """The least loaded replica that holds the adapter; the least loaded of all if none does, or if
+    ``spill`` requests or more wait on every holder.
+
+    Args:
+        spill: Requests that may wait on a holder before other replicas are used, too; 0: any number.
+    """
+
+    source = "Ray Serve's model multiplexing, and gateways that look at what is loaded"
+    worst_case = (
+        "with spill=0 all users of one adapter share one replica while the others idle (ray #48741); with a "
+        "bound, as many requests wait on a holder before another replica is used"
+    )
+
+    def __init__(self, spill: int = 0) -> None:
+        at_least(0, spill=spill)
+        self._spill = spill
+
+    def choose(self, request: RouteRequest, found: Sequence[ReplicaView], view: FleetView) -> Route:
+        holders = _holders(request, view)
+        having = [
+            replica
+            for replica in found
+            if replica.replica_id in holders and (not self._spill or replica.waiting < self._spill)
+        ]
+        return Route(by_load(having), reason="holder") if having else Route(by_load(found), reason="load")
+
+
+class Tiers(Simple):
+    """A weighted sum of three scores between 0 and 1: 1 where the adapter is in a slot, 0.8 where a slot is
+    free, 0.6 where it is on its way or in the CPU cache, else 0; the queue, against the shortest and the
+    longest; and the free share of the KV cache.
+
+    Args:
+        lora: Weight of the adapter's place.
+        queue: Weight of the queue.
+        kv: Weight of the KV cache.
+    """
+
+    source = "llm-d and the Gateway API inference extension: LoRA affinity, queue and KV cache scorers"
+    worst_case = (
+        "scores do not know what a load or a queue costs in seconds: with a weight of 1 each, a holder is "
+        "left for a queue that is shorter by one request where all queues are short"
+    )
+
+    def __init__(self, lora: float = 1.0, queue: float = 1.0, kv: float = 1.0) -> None:
+        at_least(0, lora=lora, queue=queue, kv=kv)
+        self._weights = lora, queue, kv
+
+    def choose(self, request: RouteRequest, found: Sequence[ReplicaView], view: FleetView) -> Route:
+        lora, queue, kv = self._weights
+        holders = _holders(request, view)
+        shortest = min(replica.waiting for replica in found)
+        longest = max(replica.waiting for replica in found)
+        scores: dict[str, float] = {}
+        for replica in found:
+            place = 1.0 if request.adapter is None else _place(replica, request.adapter, holders)
+            short = (longest - replica.waiting) / (longest - shortest) if longest > shortest else 1.0
+            free = replica.free_kv_tokens / max(replica.kv_tokens, 1)
+            scores[replica.replica_id] = lora * place + queue * short + kv * free
+        return Route(sorted(scores, key=scores.__getitem__, reverse=True)[:MAX_NAMED], reason="score")
+
+
+def _holders(request: RouteRequest, view: FleetView) -> Set[str]:
+    adapter = None if request.adapter is None else view.adapters.get(request.adapter)
+    return frozenset() if adapter is None else adapter.holders
+
+
+def _place(replica: ReplicaView, adapter: str, holders: Set[str]) -> float:
+    here = replica.replica_id in holders
+    if here and replica.location(adapter) is Location.SLOT:
+        return 1.0
+    return 0.8 if replica.free_slots else 0.6 if here else 0.0
+
+
+class Rendezvous(Simple):
+    """Each adapter has an order of all replicas by hash, and a request goes to the first that has less than
+    ``bound`` times the mean number of requests. Needs no knowledge of which replica holds which adapter.
+
+    Args:
+        bound: At least 1: how far above the mean a replica's load may be.
+    """
+
+    source = (
+        "Thaler and Ravishankar, 1998; the bound is Mirrokni, Thorup and Zadimoghaddam, 'Consistent Hashing "
+        "with Bounded Loads', SODA 2018"
+    )
+    worst_case = (
+        "no replica has more than bound x the mean of requests, rounded up; a hot adapter is on as many "
+        "replicas as that takes, and its tail moves with the load of others"
+    )
+
+    def __init__(self, bound: float = 1.25) -> None:
+        if not 1 <= bound < float("inf"):
+            raise ValueError(f"bound={bound}: must be at least 1")
+        self._bound = bound
+        self._order = RendezvousOrder()
+
+    def choose(self, request: RouteRequest, found: Sequence[ReplicaView], view: FleetView) -> Route:
+        if request.adapter is None:
+            return Route(by_load(found), reason="load")
+        loads = {replica.replica_id: replica.waiting + replica.running for replica in found}
+        most = ceil(self._bound * (sum(loads.values()) + 1) / len(loads))
+        order = [name for name in self._order.of(request.adapter, view) if name in loads]
+        named = [name for name in order if loads[name] < most][:MAX_NAMED]
+        return Route(named or order[:MAX_NAMED], reason="home" if named[:1] == order[:1] else "bounded")
+
+
+class ShuffleSharding(Simple):
+    """Each tenant has ``shards`` replicas, chosen by hash, and uses the least loaded of them. If a tenant
+    kills or floods its replicas, most other tenants still have a replica that it cannot reach. For requests
+    without a tenant, the adapter takes its place.
+
+    Args:
+        shards: Replicas for each tenant.
+    """
+
+    source = "MacCarthaigh, 'Workload isolation using shuffle-sharding', Amazon Builders' Library, 2019"
+    worst_case = (
+        "a hostile tenant takes its shards down with it; of n replicas, another tenant shares all of them "
+        "with probability 1 / C(n, shards); a tenant gets no more than its shards can do"
+    )
+
+    def __init__(self, shards: int = 2) -> None:
+        at_least(1, shards=shards)
+        self._shards = shards
+        self._order = RendezvousOrder()
+
+    def choose(self, request: RouteRequest, found: Sequence[ReplicaView], view: FleetView) -> Route:
+        key = request.tenant if request.tenant is not None else request.adapter or ""
+        own = self._order.of(key, view)[: self._shards]
+        mine = [replica for replica in found if replica.replica_id in own]
+        if not mine and all(name in request.tried for name in own):
+            # The request itself may be the cause: it must not be tried on all replicas.
+            return Route(reject="the replicas of this tenant have failed", reason="shard")
+        return Route(by_load(mine or found), reason="shard" if mine else "shard is down")
+
+
+class Prefix(Simple):
+    """The replica that has the longest prefix of the prompt cached, if that is at least ``share`` of the
+    prompt and the replica has at most ``slack`` requests more than the least loaded one, which is taken
+    otherwise.
+
+    Args:
+        share: Smallest cached share of the prompt that matters, between 0 and 1.
+        slack: Number of requests that it may have more than the least loaded replica.
+    """
+
+    source = (
+        "SGLang's cache-aware router; Srivatsa et al., 'Preble: Efficient Distributed Prompt Scheduling for "
+        "LLM Serving', 2024"
+    )
+    worst_case = "as least_loaded, and up to slack requests more wait before one; adapters are not looked at"
+
+    def __init__(self, share: float = 0.3, slack: int = 8) -> None:
+        if not 0 <= share <= 1:
+            raise ValueError(f"share={share}: must be between 0 and 1")
+        at_least(0, slack=slack)
+        self._share = share
+        self._slack = slack
+
+    def choose(self, request: RouteRequest, found: Sequence[ReplicaView], view: FleetView) -> Route:
+        cached = cached_tokens(request, view)
+        enough = max(self._share * request.prompt_tokens, 1)
+        requests = {replica.replica_id: replica.waiting + replica.running for replica in found}
+        most = min(requests.values()) + self._slack
+        having = [i for i, count in requests.items() if cached.get(i, 0) >= enough and count <= most]
+        if not having:
+            return Route(by_load(found), reason="load")
+        having.sort(key=lambda i: (-cached[i], requests[i]))
+        return Route(having[:MAX_NAMED], reason="prefix")
