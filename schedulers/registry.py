@@ -59,8 +59,6 @@ KINDS: dict[str, Kind] = {
         {
             "fcfs": "policies.fcfs:FCFS",
             "fair": "policies.fair:Fair",
-            "chameleon": "policies.chameleon:Chameleon",
-            "oracle": "policies.oracle:Oracle",
             "admission": "policies.admission:Admission",
         },
     ),
@@ -73,9 +71,9 @@ KINDS: dict[str, Kind] = {
             "slora": "policies.slora:SLoRA",
             "vtc": "policies.vtc:VTC",
             "drr": "policies.drr:DRR",
-            "sjf": "policies.sjf:SJF",
-            "edf": "policies.edf:EDF",
-            "priority": "policies.priority:Priority",
+            "sjf": "policies.by_key:SJF",
+            "edf": "policies.by_key:EDF",
+            "priority": "policies.by_key:Priority",
             "lpm": "policies.lpm:LPM",
             "session": "policies.lpm:Session",
             "toppings": "policies.toppings:Toppings",
@@ -87,27 +85,28 @@ KINDS: dict[str, Kind] = {
         "parts.base:Replacement",
         ROOT,
         {
-            "lru": "parts.lru:LRU",
-            "lfu": "parts.lfu:LFU",
-            "gdsf": "parts.gdsf:GDSF",
+            "lru": "parts.replacement:LRU",
+            "lfu": "parts.replacement:LFU",
+            "gdsf": "parts.replacement:GDSF",
             "chameleon": "policies.chameleon:ChameleonCache",
-            "belady": "policies.oracle:Belady",
-            "discard": "parts.none:Discard",
+            "belady": "parts.replacement:Belady",
+            "oracle": "parts.replacement:Belady",
+            "discard": "parts.replacement:Discard",
         },
     ),
     "prefetch": Kind(
         "parts.base:Prefetch",
         ROOT,
         {
-            "lookahead": "parts.lookahead:Lookahead",
-            "popular": "parts.popular:Popular",
-            "none": "parts.none:NoPrefetch",
+            "lookahead": "parts.prefetch:Lookahead",
+            "popular": "parts.prefetch:Popular",
+            "none": "parts.prefetch:NoPrefetch",
         },
     ),
     "preempt": Kind(
         "parts.base:Preemption",
         ROOT,
-        {"none": "parts.none:NoPreemption", "priority": "policies.priority:PreemptLower"},
+        {"none": "parts.preemption:NoPreemption", "priority": "parts.preemption:PreemptLower"},
     ),
     "router": Kind(
         "routing.interface:RouterPolicy",
@@ -249,15 +248,13 @@ def compose(
     supply: Supply | None = None,
 ) -> Composed:
     """Compose a policy of parts, each given by name (with options: "gdsf:x=1", or a table with "name"), or as
-    an instance. Defaults: order fcfs, replace lru, prefetch lookahead (or the one that the order prefers),
+    an instance. Defaults: order fcfs, replace lru, prefetch lookahead (or those that the order prefers),
     preempt none. Raises ValueError as :func:`load_policy` does.
     """
     given = {"order": order, "replace": replace, "prefetch": prefetch, "preempt": preempt}
     parts: dict[str, Any] = {}
     for kind, value in given.items():
-        default = DEFAULT_PARTS[kind]
-        if kind == "prefetch":
-            default = getattr(parts["order"], "default_prefetch", default)
+        default = getattr(parts.get("order"), f"default_{kind}", DEFAULT_PARTS[kind])
         parts[kind] = _part(kind, value or default, supply)
     composed: Composed = build("policy", Composed, {**parts, "max_wait": max_wait}, supply)
     return composed

@@ -63,8 +63,9 @@ class Ordering(Part):
     """Whether cold adapters that have been waited for ``take_after`` seconds go before all others, the oldest
     first. Set it to False only if the order of ``cold`` lets none starve."""
 
+    default_replace: str = "lru"
     default_prefetch: str = "lookahead"
-    """The prefetch for this ordering if none is named."""
+    """The other parts for this ordering if none are named."""
 
     @abstractmethod
     def key(self, request: RequestView, view: SchedulerView) -> Any:

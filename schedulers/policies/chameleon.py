@@ -11,11 +11,8 @@ from typing import NamedTuple
 from aioengine.schedulers.checks import at_least
 from aioengine.schedulers.parts.arrival import Arrival
 from aioengine.schedulers.parts.base import Replacement
-from aioengine.schedulers.parts.compose import Composed
-from aioengine.schedulers.parts.lfu import DecayedCounts
-from aioengine.schedulers.parts.lookahead import Lookahead
-from aioengine.schedulers.parts.none import NoPreemption
-from aioengine.schedulers.policies.fcfs import SLOT_BOUND, by_arrival
+from aioengine.schedulers.parts.replacement import DecayedCounts
+from aioengine.schedulers.policies.fcfs import by_arrival
 from aioengine.schedulers.policy import AdapterView, PolicyEvent, RequestView, SchedulerView, SlotView
 
 FIRST_CLUSTERING = 16
@@ -56,6 +53,7 @@ class ChameleonOrder(Arrival):
         "Iliakopoulou et al. 2024, Chameleon: Adaptive Caching and Scheduling for Many-Adapter LLM Inference"
     )
     starvation_bound = "age, those who arrived before it, and one longest generation"
+    default_replace = "chameleon"
 
     def __init__(
         self,
@@ -289,32 +287,4 @@ class ChameleonCache(Replacement):
             min((slot.last_used for slot, _ in held), default=0.0),
             max((slot.last_used for slot, _ in held), default=0.0),
             max((view.adapters[name].bytes for _, name in held), default=0),
-        )
-
-
-class Chameleon(Composed):
-    """The whole of Chameleon: lanes by request size, and the cache that weighs frequency, recency and size.
-
-    Args:
-        queues, refresh, window, age: See :class:`ChameleonOrder`.
-        max_wait: Seconds that an adapter's oldest request waits before others make way for it.
-    """
-
-    source = ChameleonOrder.source
-    starvation_bound = f"{SLOT_BOUND}; then {ChameleonOrder.starvation_bound}"
-
-    def __init__(
-        self,
-        queues: int = 4,
-        refresh: int = 256,
-        window: int = 512,
-        age: float = 5.0,
-        max_wait: float = 1.0,
-    ) -> None:
-        super().__init__(
-            ChameleonOrder(queues, refresh, window, age),
-            ChameleonCache(),
-            Lookahead(),
-            NoPreemption(),
-            max_wait=max_wait,
         )

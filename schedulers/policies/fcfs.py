@@ -173,10 +173,10 @@ class SlotPlan:
                 oldest = inf if first is None else first
                 if adapter.running:
                     kind = SETTLING if policy.placed.get(name, -inf) > settled else BUSY
-                    value = left.get(name, 0)
+                    found.append(HeldSlot(kind, left.get(name, 0), adapter, oldest))
                 else:
-                    kind, value = UNWANTED if oldest == inf else WANTED, self._score(slot, adapter)
-                found.append(HeldSlot(kind, value, adapter, oldest))
+                    kind = UNWANTED if oldest == inf else WANTED
+                    found.append(HeldSlot(kind, self._score(slot, adapter), adapter, oldest))
         return sorted(found, key=itemgetter(0, 1))
 
     def find(self, adapter: AdapterView, candidates: Iterator[HeldSlot]) -> list[HeldSlot] | None:

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from aioengine.core.state import Request
-from aioengine.schedulers.policies.chameleon import Chameleon, ChameleonCache, ChameleonOrder, cluster, shares
+from aioengine.schedulers import Composed, compose
+from aioengine.schedulers.policies.chameleon import ChameleonCache, ChameleonOrder, cluster, shares
 from aioengine.schedulers.policies.fcfs import FCFS
 from aioengine.schedulers.policy import PolicyEvent, SchedulerPolicy
 from aioengine.testing import LIMITS, Sim
@@ -16,6 +17,11 @@ from aioengine.testing import LIMITS, Sim
 STEP = 0.05
 SMALL, LARGE = 4, 40  # tokens to generate
 ROOMY = LIMITS._replace(num_blocks=400, max_num_seqs=4, max_num_batched_tokens=64)
+
+
+def chameleon(**options: Any) -> Composed:
+    """The whole of Chameleon: the lanes and the cache."""
+    return compose(order=ChameleonOrder(**options))
 
 
 def warm(policy: SchedulerPolicy, **limits: int) -> Sim:
@@ -65,19 +71,19 @@ def large_behind_small(policy: SchedulerPolicy) -> float:
 
 def test_a_small_request_is_not_stuck_behind_large_ones() -> None:
     generation = (LARGE + 1) * STEP
-    assert small_behind_large(Chameleon(age=60.0)) <= generation, "it has the next free place"
+    assert small_behind_large(chameleon(age=60.0)) <= generation, "it has the next free place"
     assert small_behind_large(FCFS()) > 2 * generation, "12 large ones, 4 at a time, are before it"
 
 
 def test_a_large_request_is_not_starved_by_small_ones() -> None:
     # Its lane has a place, which it gets as soon as a small one that borrowed it has ended.
-    assert large_behind_small(Chameleon(age=60.0)) <= (SMALL + 2) * STEP
+    assert large_behind_small(chameleon(age=60.0)) <= (SMALL + 2) * STEP
     assert large_behind_small(FCFS()) > 10 * SMALL * STEP, "60 small ones, 4 at a time, are before it"
 
 
 def large_where_memory_is_short(age: float) -> float | None:
     """Its prompt takes 12 of 16 blocks, of which the small ones' share of the places can hold 8."""
-    sim = warm(Chameleon(age=age), num_blocks=16, max_num_seqs=8)
+    sim = warm(chameleon(age=age), num_blocks=16, max_num_seqs=8)
     for _ in range(8):
         sim.add("a", max_tokens=SMALL)
         sim.settle(step_seconds=STEP)
@@ -100,7 +106,7 @@ def test_age_bounds_the_wait_even_where_memory_is_short() -> None:
 
 
 def test_the_places_of_an_empty_lane_are_lent() -> None:
-    sim = warm(Chameleon())
+    sim = warm(chameleon())
     for _ in range(4):
         sim.add("a", max_tokens=LARGE)
     batch = sim.settle()
@@ -109,7 +115,7 @@ def test_the_places_of_an_empty_lane_are_lent() -> None:
 
 def test_one_lane_is_first_come_first_served() -> None:
     orders = []
-    for policy in (Chameleon(queues=1), FCFS()):
+    for policy in (chameleon(queues=1), FCFS()):
         sim = warm(policy)
         requests = []
         for index in range(20):
@@ -178,7 +184,7 @@ def test_shares() -> None:
 
 
 def test_finished_requests_are_forgotten() -> None:
-    policy = Chameleon(window=16)
+    policy = chameleon(window=16)
     sim = warm(policy)
     for _ in range(100):
         sim.add("a", max_tokens=SMALL)
@@ -203,9 +209,9 @@ def test_the_cache_scores_frequency_recency_and_size() -> None:
 def test_options_out_of_range_are_refused() -> None:
     for option in ("queues", "refresh", "window"):
         with pytest.raises(ValueError, match=f"{option}=0: must be >= 1"):
-            Chameleon(**{option: 0})  # type: ignore[arg-type]
+            chameleon(**{option: 0})
     with pytest.raises(ValueError, match=r"age=-1.*>= 0"):
-        Chameleon(age=-1.0)
+        chameleon(age=-1.0)
     with pytest.raises(ValueError, match=r"output_weight=-1.*>= 0"):
         ChameleonOrder(output_weight=-1.0)
     with pytest.raises(ValueError, match=r"recency=-0.1: must be >= 0"):

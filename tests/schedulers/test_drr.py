@@ -11,9 +11,9 @@ from aioengine.core import CoreLimits
 from aioengine.core.state import Request
 from aioengine.schedulers import SchedulerPolicy
 from aioengine.schedulers.parts.compose import Composed
-from aioengine.schedulers.parts.lookahead import Lookahead
-from aioengine.schedulers.parts.lru import LRU
-from aioengine.schedulers.parts.none import NoPreemption
+from aioengine.schedulers.parts.preemption import NoPreemption
+from aioengine.schedulers.parts.prefetch import Lookahead
+from aioengine.schedulers.parts.replacement import LRU
 from aioengine.schedulers.policies.drr import DRR
 from aioengine.schedulers.policies.fcfs import FCFS
 from aioengine.testing import LIMITS, Sim

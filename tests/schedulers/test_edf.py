@@ -5,10 +5,10 @@ from __future__ import annotations
 from aioengine import events
 from aioengine.core import CoreLimits
 from aioengine.schedulers.parts.compose import Composed
-from aioengine.schedulers.parts.lookahead import Lookahead
-from aioengine.schedulers.parts.lru import LRU
-from aioengine.schedulers.parts.none import NoPreemption
-from aioengine.schedulers.policies.edf import EDF
+from aioengine.schedulers.parts.preemption import NoPreemption
+from aioengine.schedulers.parts.prefetch import Lookahead
+from aioengine.schedulers.parts.replacement import LRU
+from aioengine.schedulers.policies.by_key import EDF
 from aioengine.testing import LIMITS, Sim
 
 

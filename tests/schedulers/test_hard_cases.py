@@ -16,15 +16,13 @@ from aioengine.core.state import Request
 from aioengine.schedulers import SchedulerPolicy, load_policy
 from aioengine.schedulers.parts.base import Ordering
 from aioengine.schedulers.parts.compose import Composed
-from aioengine.schedulers.parts.lookahead import Lookahead
-from aioengine.schedulers.parts.lru import LRU
-from aioengine.schedulers.parts.none import NoPreemption, NoPrefetch
+from aioengine.schedulers.parts.preemption import NoPreemption, PreemptLower
+from aioengine.schedulers.parts.prefetch import Lookahead, NoPrefetch
+from aioengine.schedulers.parts.replacement import LRU
+from aioengine.schedulers.policies.by_key import EDF, SJF, Priority
 from aioengine.schedulers.policies.drr import DRR
-from aioengine.schedulers.policies.edf import EDF
 from aioengine.schedulers.policies.fcfs import FCFS
 from aioengine.schedulers.policies.other_engines import VLLMOrder
-from aioengine.schedulers.policies.priority import PreemptLower, Priority
-from aioengine.schedulers.policies.sjf import SJF
 from aioengine.schedulers.policies.vtc import VTC
 from aioengine.testing import LIMITS, Sim
 

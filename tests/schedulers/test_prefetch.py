@@ -7,9 +7,9 @@ import pytest
 from aioengine import events
 from aioengine.schedulers.parts.arrival import Arrival
 from aioengine.schedulers.parts.compose import Composed
-from aioengine.schedulers.parts.lru import LRU
-from aioengine.schedulers.parts.none import NoPreemption
-from aioengine.schedulers.parts.popular import Popular
+from aioengine.schedulers.parts.preemption import NoPreemption
+from aioengine.schedulers.parts.prefetch import Popular
+from aioengine.schedulers.parts.replacement import LRU
 from aioengine.schedulers.policies.fcfs import FCFS
 from aioengine.schedulers.policy import Location, SchedulerPolicy
 from aioengine.testing import LIMITS, Sim

@@ -7,10 +7,10 @@ from aioengine.core import CoreLimits
 from aioengine.core.state import Request
 from aioengine.schedulers.parts.base import Preemption
 from aioengine.schedulers.parts.compose import Composed
-from aioengine.schedulers.parts.lookahead import Lookahead
-from aioengine.schedulers.parts.lru import LRU
-from aioengine.schedulers.parts.none import NoPreemption
-from aioengine.schedulers.policies.priority import PreemptLower, Priority
+from aioengine.schedulers.parts.preemption import NoPreemption, PreemptLower
+from aioengine.schedulers.parts.prefetch import Lookahead
+from aioengine.schedulers.parts.replacement import LRU
+from aioengine.schedulers.policies.by_key import Priority
 from aioengine.testing import LIMITS, Sim
 
 

@@ -22,9 +22,8 @@ from aioengine.schedulers import (
     load_policy,
 )
 from aioengine.schedulers.parts.arrival import Arrival
-from aioengine.schedulers.parts.gdsf import GDSF
-from aioengine.schedulers.parts.lookahead import Lookahead
-from aioengine.schedulers.parts.none import NoPrefetch
+from aioengine.schedulers.parts.prefetch import Lookahead, NoPrefetch
+from aioengine.schedulers.parts.replacement import GDSF
 from aioengine.schedulers.policies.fcfs import FCFS
 from aioengine.schedulers.routing import load_router
 from aioengine.testing import LIMITS, Sim
@@ -170,7 +169,7 @@ def test_a_whole_policy_is_a_scheduler_policy() -> None:
 
 FILE = """
 from aioengine.schedulers.parts.base import Ordering
-from aioengine.schedulers.policies.sjf import SJF
+from aioengine.schedulers.policies.by_key import SJF
 from aioengine.schedulers.policies.fcfs import FCFS
 
 

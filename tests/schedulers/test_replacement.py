@@ -11,11 +11,9 @@ from aioengine.core.state import AdapterEntry
 from aioengine.schedulers.parts.arrival import Arrival
 from aioengine.schedulers.parts.base import Replacement
 from aioengine.schedulers.parts.compose import Composed
-from aioengine.schedulers.parts.gdsf import GDSF
-from aioengine.schedulers.parts.lfu import LFU, MAX_NAMES, DecayedCounts
-from aioengine.schedulers.parts.lookahead import Lookahead
-from aioengine.schedulers.parts.lru import LRU
-from aioengine.schedulers.parts.none import NoPreemption
+from aioengine.schedulers.parts.preemption import NoPreemption
+from aioengine.schedulers.parts.prefetch import Lookahead
+from aioengine.schedulers.parts.replacement import GDSF, LFU, LRU, MAX_NAMES, DecayedCounts
 from aioengine.schedulers.policy import PolicyEvent
 from aioengine.step import LoadedAdapter
 from aioengine.testing import LIMITS, Sim

@@ -7,10 +7,10 @@ import pytest
 from aioengine import events
 from aioengine.core.state import Request
 from aioengine.schedulers.parts.compose import Composed
-from aioengine.schedulers.parts.lookahead import Lookahead
-from aioengine.schedulers.parts.lru import LRU
-from aioengine.schedulers.parts.none import NoPreemption
-from aioengine.schedulers.policies.sjf import SJF
+from aioengine.schedulers.parts.preemption import NoPreemption
+from aioengine.schedulers.parts.prefetch import Lookahead
+from aioengine.schedulers.parts.replacement import LRU
+from aioengine.schedulers.policies.by_key import SJF
 from aioengine.testing import LIMITS, Sim
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from aioengine.schedulers.parts.compose import Composed
-from aioengine.schedulers.parts.lookahead import Lookahead
-from aioengine.schedulers.parts.lru import LRU
-from aioengine.schedulers.parts.none import NoPreemption
+from aioengine.schedulers.parts.preemption import NoPreemption
+from aioengine.schedulers.parts.prefetch import Lookahead
+from aioengine.schedulers.parts.replacement import LRU
 from aioengine.schedulers.policies.fcfs import FCFS
 from aioengine.schedulers.policies.slora import SLoRA
 from aioengine.schedulers.policy import SchedulerPolicy

@@ -5,8 +5,9 @@ from __future__ import annotations
 from aioengine import events
 from aioengine.core import CoreLimits
 from aioengine.schedulers.parts.compose import Composed
-from aioengine.schedulers.parts.lru import LRU
-from aioengine.schedulers.parts.none import NoPreemption, NoPrefetch
+from aioengine.schedulers.parts.preemption import NoPreemption
+from aioengine.schedulers.parts.prefetch import NoPrefetch
+from aioengine.schedulers.parts.replacement import LRU
 from aioengine.schedulers.policies.other_engines import VLLMOrder
 from aioengine.testing import LIMITS, Sim
 

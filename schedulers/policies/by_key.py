@@ -1,4 +1,4 @@
-"""Shortest job first."""
+"""Orderings whose key does not change while a request waits: shortest job, earliest deadline, priority."""
 
 from __future__ import annotations
 
@@ -31,3 +31,32 @@ class SJF(FixedKeyOrdering):
 
     def fixed_key(self, request: RequestView) -> float:
         return self.input_weight * request.prompt_tokens + self.output_weight * request.expected_tokens
+
+
+class EDF(FixedKeyOrdering):
+    """Earliest deadline first; requests without a deadline after all that have one, by arrival.
+
+    key = the deadline, or infinity
+
+    On one machine, and with jobs that can be interrupted, this meets all deadlines if any order does.
+    Here a running request is not interrupted, so an urgent one may find the batch full.
+    """
+
+    source = "Liu and Layland, 'Scheduling algorithms for multiprogramming', J. ACM 20(1), 1973"
+    starvation_bound = "none for requests without a deadline; with one, until the deadline ends them"
+
+    def fixed_key(self, request: RequestView) -> float:
+        return float("inf") if request.deadline is None else request.deadline
+
+
+class Priority(FixedKeyOrdering):
+    """The highest priority first, equal ones in order of arrival.
+
+    key = -priority
+    """
+
+    source = "static priorities, as in vLLM's 'priority' scheduling policy (there a lower value goes first)"
+    starvation_bound = "none"
+
+    def fixed_key(self, request: RequestView) -> int:
+        return -request.priority

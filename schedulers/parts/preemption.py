@@ -1,25 +1,23 @@
-"""Priorities: higher ones go first, and may take a lower one's place in the batch."""
+"""The built-in preemptions: which requests leave the batch for others."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from math import inf
 
 from aioengine.schedulers.parts.base import Preemption
-from aioengine.schedulers.parts.fixed_key import FixedKeyOrdering, SortedRequests
+from aioengine.schedulers.parts.fixed_key import SortedRequests
 from aioengine.schedulers.policy import PolicyEvent, RequestView, SchedulerView, SlotState
 
 
-class Priority(FixedKeyOrdering):
-    """The highest priority first, equal ones in order of arrival.
+class NoPreemption(Preemption):
+    """Lets every running request finish."""
 
-    key = -priority
-    """
+    def choose(self, view: SchedulerView) -> Sequence[str]:
+        return ()
 
-    source = "static priorities, as in vLLM's 'priority' scheduling policy (there a lower value goes first)"
-    starvation_bound = "none"
-
-    def fixed_key(self, request: RequestView) -> int:
-        return -request.priority
+    def ask_again(self, view: SchedulerView) -> float | None:
+        return inf
 
 
 class PreemptLower(Preemption):

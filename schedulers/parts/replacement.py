@@ -1,0 +1,271 @@
+"""The built-in replacements: which idle adapter gives up its slot, and which one leaves the CPU cache."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from math import inf, log2
+from typing import NamedTuple
+
+from sortedcontainers import SortedList
+
+from aioengine.schedulers.parts.base import Replacement
+from aioengine.schedulers.policy import AdapterView, PolicyEvent, SchedulerView, SlotState, SlotView
+
+MAX_NAMES = 16384
+"""Maximum number of counted names; beyond it the least frequent one is forgotten."""
+MEBIBYTE = 2**20
+
+
+class LRU(Replacement):
+    """Evicts the least recently used idle adapter: score = the time of its last use."""
+
+    source = "the classic page replacement; analysed by Mattson et al. 1970"
+
+    def score(self, view: SchedulerView, slot: SlotView, adapter: AdapterView) -> float:
+        return slot.last_used
+
+
+class Discard(Replacement):
+    """Keeps no adapter in a slot that no request uses or waits for: the slots are no cache.
+
+    This is how S-LoRA treats adapters, and what Chameleon's cache is compared with. It is a baseline: the
+    adapter is copied again for its next request. It stays in the CPU cache.
+    """
+
+    source = (
+        "Sheng et al. 2023, S-LoRA (2311.03285); the baseline of Iliakopoulou et al. 2024, "
+        "Chameleon (2411.17741)"
+    )
+
+    def score(self, view: SchedulerView, slot: SlotView, adapter: AdapterView) -> float:
+        return slot.last_used
+
+    def discard(self, view: SchedulerView) -> Sequence[str]:
+        idle = [s for s in view.slots if s.state is SlotState.READY and s.running == 0 and not s.pinned]
+        names = [slot.adapter for slot in idle if slot.adapter is not None]
+        return [name for name in names if not view.adapters[name].waiting]
+
+
+class DecayedCounts:
+    """Counts of names, in which each count weighs half as much after ``half_life`` seconds.
+
+    The stored value is log2(sum of 2^(t_i / half_life)) over the times t_i. All counts fade at the same rate,
+    so neither this value nor the order changes with time.
+
+    Args:
+        half_life: Seconds; 0 for counts that do not fade.
+    """
+
+    def __init__(self, half_life: float) -> None:
+        if not half_life >= 0:
+            raise ValueError(f"half_life={half_life}: must be >= 0 seconds (0: counts do not fade)")
+        self._rate = 1 / half_life if half_life > 0 else 0.0
+        self._weights: dict[str, float] = {}
+        self._ranking: SortedList[tuple[float, str]] = SortedList()
+
+    def add(self, name: str, now: float, amount: float = 1.0) -> None:
+        """Count ``amount`` more."""
+        if amount <= 0:
+            return
+        weight = now * self._rate + log2(amount)
+        old = self._weights.get(name)
+        if old is not None:
+            self._ranking.remove((old, name))
+            weight, low = max(weight, old), min(weight, old)
+            weight += log2(1 + 2 ** (low - weight))
+        self._weights[name] = weight
+        self._ranking.add((weight, name))
+        if len(self._weights) > MAX_NAMES:
+            del self._weights[self._ranking.pop(0)[1]]
+
+    def weight(self, name: str) -> float:
+        """Return a number that orders names by their counts and does not change with time; -inf if never
+        counted."""
+        return self._weights.get(name, -inf)
+
+    def count(self, name: str, now: float) -> float:
+        """Return the count at the time ``now``."""
+        return float(2 ** (self.weight(name) - now * self._rate))
+
+    def most(self) -> Iterator[str]:
+        """Yield names, the most frequent first. Lazy."""
+        return (name for _, name in reversed(self._ranking))
+
+    def __len__(self) -> int:
+        return len(self._weights)
+
+
+class LFU(Replacement):
+    """Evicts the least frequently used idle adapter; older uses count less.
+
+    score = sum over the adapter's admitted requests of 2^(-age / half_life), on a scale of logarithms
+    (which keeps the order). Counts outlive the stay in a slot.
+
+    Args:
+        half_life: Seconds after which a use counts half; 0: it counts in full for ever.
+    """
+
+    source = (
+        "Lee et al. 2001, LRFU: a spectrum of policies that subsumes LRU and LFU (exponentially faded counts)"
+    )
+
+    def __init__(self, half_life: float = 300.0) -> None:
+        self.counts = DecayedCounts(half_life)
+
+    def on_event(self, event: PolicyEvent) -> None:
+        if event.kind == "request_admitted" and event.adapter is not None:
+            self.counts.add(event.adapter, event.now)
+
+    def score(self, view: SchedulerView, slot: SlotView, adapter: AdapterView) -> float:
+        return self.counts.weight(adapter.name)
+
+    def cpu_score(self, view: SchedulerView, adapter: AdapterView) -> float:
+        return self.counts.weight(adapter.name)
+
+
+class _Stay(NamedTuple):
+    """An adapter's time in a slot, or in the CPU cache."""
+
+    uses: int
+    base: float
+    """L at its last use."""
+
+
+class GreedyDual:
+    """Values of the adapters in one place: H = L + max(1, uses since it came) * worth, with L as of its last
+    use.
+
+    L rises to the H of an evicted adapter, if it was scored since its last use. An adapter that was evicted
+    for another reason (its slot was closed for a request that has waited too long) does not change L.
+    """
+
+    def __init__(self) -> None:
+        self.inflation = 0.0
+        self._stays: dict[str, _Stay] = {}
+        self._scored: dict[str, float] = {}
+
+    def __len__(self) -> int:
+        return len(self._stays)
+
+    def came(self, name: str) -> None:
+        self._stays[name] = _Stay(0, self.inflation)
+
+    def used(self, name: str) -> None:
+        uses = self._stays[name].uses if name in self._stays else 0
+        self._stays[name] = _Stay(uses + 1, self.inflation)
+        self._scored.pop(name, None)
+
+    def left(self, name: str) -> None:
+        self._stays.pop(name, None)
+        self.inflation = max(self.inflation, self._scored.pop(name, 0.0))
+
+    def renamed(self, was: str, name: str) -> None:
+        if was in self._stays:
+            self._stays[name] = self._stays.pop(was)
+        if was in self._scored:
+            self._scored[name] = self._scored.pop(was)
+
+    def value(self, name: str, worth: float) -> float:
+        uses, base = self._stays.get(name, _Stay(0, self.inflation))
+        value = base + max(1, uses) * worth
+        self._scored[name] = value
+        return value
+
+
+class GDSF(Replacement):
+    """Frequency times load cost over size, plus an inflation term that lets unused adapters go.
+
+    H = L + frequency * cost / size, with L as of the adapter's last use. The adapter with the lowest H is
+    evicted, and L rises to this H. So adapters that are used later have a higher H than unused ones. Slots
+    and CPU cache each have their own L and their own frequencies.
+
+    - frequency: requests admitted since the adapter came to this place, at least 1.
+    - cost: measured seconds of its last copy into a slot; plus those of its last read from disk while
+      the CPU cache is full, since there it would be among the first to be dropped. In the CPU cache: the
+      seconds of its last read.
+    - size: MiB in the CPU cache, else its rank.
+
+    Args:
+        cost: "seconds", as above, or "one": every load costs the same, which minimizes the number of loads
+            instead of their time.
+    """
+
+    source = "Cherkasova 1998, Improving WWW proxies performance with Greedy-Dual-Size-Frequency caching"
+
+    def __init__(self, cost: str = "seconds") -> None:
+        if cost not in ("seconds", "one"):
+            raise ValueError(f'cost={cost!r}: must be "seconds" or "one"')
+        self.cost = cost
+        self.slots = GreedyDual()
+        self.cpu = GreedyDual()
+
+    def on_event(self, event: PolicyEvent) -> None:
+        name = event.adapter
+        if name is None:
+            return
+        match event.kind:
+            case "request_admitted":
+                self.slots.used(name)
+                self.cpu.used(name)
+            case "adapter_loaded":
+                self.cpu.came(name)
+            case "adapter_placed":
+                self.slots.came(name)
+            case "adapter_evicted":
+                self.slots.left(name)
+            case "adapter_dropped":
+                self.cpu.left(name)
+            case "adapter_retired" if event.was is not None:
+                self.slots.renamed(event.was, name)
+                self.cpu.renamed(event.was, name)
+
+    def score(self, view: SchedulerView, slot: SlotView, adapter: AdapterView) -> float:
+        read_again = view.cpu_room <= 0
+        seconds = (adapter.slot_seconds or 0.0) + ((adapter.disk_seconds or 0.0) if read_again else 0.0)
+        return self.slots.value(adapter.name, self._worth(adapter, seconds))
+
+    def cpu_score(self, view: SchedulerView, adapter: AdapterView) -> float:
+        return self.cpu.value(adapter.name, self._worth(adapter, adapter.disk_seconds or 0.0))
+
+    def _worth(self, adapter: AdapterView, seconds: float) -> float:
+        size = adapter.bytes / MEBIBYTE or adapter.rank or 1
+        return (1.0 if self.cost == "one" else seconds) / size
+
+
+class Belady(Replacement):
+    """Evicts the idle adapter whose next use lies furthest in the future; for replayed traces only.
+
+    score = -(time of the next use). That is now if a request waits for the adapter, else its next arrival in
+    ``future``, or infinity if there is none. For slots filled on demand by one request after the other, no
+    replacement makes fewer swaps. With prefetch, batches, or adapters of unequal load times it is a
+    yardstick, not a bound.
+
+    Args:
+        future: (arrival time, adapter) of every request of the trace, in any order.
+        start: What the engine's clock reads when the trace's clock reads 0.
+    """
+
+    source = "Belady 1966, A study of replacement algorithms for a virtual-storage computer"
+
+    def __init__(self, future: Sequence[tuple[float, str]] | None = None, start: float = 0.0) -> None:
+        if future is None:
+            raise ValueError(
+                "future=None: must be the (arrival time, adapter) of all future requests; this policy only "
+                "makes sense where a trace is replayed, so that they are known"
+            )
+        self._arrivals: dict[str, list[float]] = {}
+        for arrival, name in sorted(future):
+            self._arrivals.setdefault(name, []).append(arrival + start)
+
+    def next_use(self, name: str, now: float) -> float:
+        """Return the time of the adapter's next request after ``now``; infinity if there is none."""
+        arrivals = self._arrivals.get(name, [])
+        index = bisect_right(arrivals, now)
+        return arrivals[index] if index < len(arrivals) else inf
+
+    def score(self, view: SchedulerView, slot: SlotView, adapter: AdapterView) -> float:
+        return self.cpu_score(view, adapter)
+
+    def cpu_score(self, view: SchedulerView, adapter: AdapterView) -> float:
+        return -view.now if adapter.waiting else -self.next_use(adapter.name, view.now)
