@@ -6,8 +6,9 @@ import asyncio
 import statistics
 import tempfile
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import AsyncExitStack
 from functools import partial
-from itertools import chain, product
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple, Unpack
 
@@ -16,6 +17,7 @@ import msgspec
 from aioengine.config import EngineConfig
 from aioengine.engine import AsyncEngine
 from aioengine.errors import ConfigError
+from aioengine.lab.analysis.summary import times_of
 from aioengine.lab.calibration.calibrate import Calibration, LiveSettings, Progress, check_can_write
 from aioengine.lab.calibration.design import Design
 from aioengine.lab.calibration.fit import Intervals
@@ -26,7 +28,7 @@ from aioengine.lab.costs.presets import load_costs
 from aioengine.lab.costs.steps import StepTimes
 from aioengine.lab.runs.experiment import Experiment
 from aioengine.lab.runs.replay import replay
-from aioengine.lab.runs.rows import Kept
+from aioengine.lab.runs.rows import Kept, RequestRecord
 from aioengine.lab.runs.simulate import simulate
 from aioengine.lab.simulation.clock import run_in_virtual_time
 from aioengine.lab.workload.requests import Workload
@@ -141,19 +143,16 @@ def relative_error(found: float, truth: float) -> float:
 
 
 def measured(runs: Sequence[Kept]) -> Measured:
-    """Compute the figures over the requests of all runs."""
-    ttfts, gaps, tokens = [], [], 0
-    for record in chain.from_iterable(run.finished for run in runs):
-        assert record.first_token is not None
-        tokens += record.output_tokens
-        ttfts.append(record.first_token - record.arrival)
-        if record.output_tokens > 1:
-            gaps.append((record.ended - record.first_token) / (record.output_tokens - 1))
+    """Compute the figures over the requests of all runs that have finished."""
+    import polars as pl
+
+    records = [record for run in runs for record in run.finished]
+    times = times_of(pl.DataFrame(records, schema=list(RequestRecord._fields), orient="row"))
     seconds = sum(run.seconds for run in runs)
     return Measured(
-        output_tokens_per_second=tokens / seconds if seconds else 0.0,
-        median_ttft=statistics.median(ttfts) if ttfts else 0.0,
-        mean_inter_token=statistics.fmean(gaps) if gaps else 0.0,
+        output_tokens_per_second=sum(record.output_tokens for record in records) / (seconds or 1.0),
+        median_ttft=float(times["ttft_seconds"].median() or 0.0),  # type: ignore[arg-type] # a column of floats
+        mean_inter_token=float(times["inter_token_seconds"].mean() or 0.0),  # type: ignore[arg-type] # a column of floats
     )
 
 
@@ -198,25 +197,30 @@ async def validate_async(
     if not all(load > 0 for load in loads):
         raise ConfigError(f"loads={', '.join(f'{load:g}' for load in loads)}: each must be more than 0")
     seeds = [msgspec.structs.replace(experiment, seed=experiment.seed + i) for i in range(repeats)]
+    async with AsyncExitStack() as stack:
+        calibration: Calibration | None = None
+        if calibrate is None:
+            costs = load_costs(experiment.preset)
+        else:
+            check_can_write(calibrate)
+            turns = max(len(loads), 1) * repeats + 1
+            if progress is not None:
+                progress(0, turns - 1, "calibrating")
+            design = msgspec.structs.replace(design or Design(), repeats=turns, seconds=float("inf"))
+            calibration = Calibration(model, name=calibrate.stem, design=design, **settings)
+            await stack.enter_async_context(calibration)
+            await calibration.turn()
+            costs = calibration.costs()
+        offers = await _offers(seeds, loads, costs)
+        between = None if calibration is None else calibration.turn
+        lives = await _run_all(offers, model, costs, settings, progress, between)
+        if calibration is not None:
+            costs = calibration.costs()
+    found = await _compare_all(offers, lives, costs)
     if calibrate is None:
-        costs = load_costs(experiment.preset)
-        offers = await _offers(seeds, loads, costs)
-        lives = await _run_all(offers, model, costs, settings, progress)
-        return await _compare_all(experiment.preset, offers, lives, costs)
-    check_can_write(calibrate)
-    turns = max(len(loads), 1) * repeats + 1
-    design = msgspec.structs.replace(design or Design(), repeats=turns, seconds=float("inf"))
-    async with Calibration(model, name=calibrate.stem, design=design, **settings) as calibration:
-        if progress is not None:
-            progress(0, turns - 1, "calibrating")
-        await calibration.turn()
-        costs = calibration.costs()
-        offers = await _offers(seeds, loads, costs)
-        lives = await _run_all(offers, model, costs, settings, progress, calibration.turn)
-        costs = calibration.costs()
+        return Validation(preset=experiment.preset, comparisons=found)
     costs.write(calibrate)
-    found = await _compare_all(str(calibrate), offers, lives, costs)
-    return msgspec.structs.replace(found, rounds=costs.sources["rounds"])
+    return Validation(preset=str(calibrate), comparisons=found, rounds=costs.sources["rounds"])
 
 
 class _Load(NamedTuple):
@@ -273,8 +277,8 @@ async def _run_all(
 
 
 async def _compare_all(
-    preset: str, loads: Sequence[_Load], lives: Sequence[Sequence[_Live]], costs: CostModel
-) -> Validation:
+    loads: Sequence[_Load], lives: Sequence[Sequence[_Live]], costs: CostModel
+) -> tuple[Comparison, ...]:
     """Simulate the same, and compare."""
     found = []
     for load, live in zip(loads, lives, strict=True):
@@ -282,7 +286,7 @@ async def _compare_all(
         as_live = _with_longer_steps(costs, 1 / (1 + compared.step_error))
         left = errors(measured(await _simulated_all(load, as_live)), compared.live)
         found.append(msgspec.structs.replace(compared, error_as_live=left))
-    return Validation(preset=preset, comparisons=tuple(found))
+    return tuple(found)
 
 
 async def _simulated_all(load: _Load, costs: CostModel) -> list[Kept]:
