@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from typing import Any, Unpack
 
 import msgspec
@@ -114,13 +113,11 @@ class SimulatedEngine(AsyncEngine):
         request_id, options = split_keywords(keywords, options)
         stream = await self._submitter.submit(prompt, params, options, request_id)
         try:
-            seen, new = 0, await stream.next()
+            new = await stream.next()
             while True:
-                tokens = new.token_ids
-                yield replace(new, token_ids_delta=tokens[max(seen, len(options.output)) :])
+                yield new
                 if new.finished:
                     return
-                seen = len(tokens)
                 ended = asyncio.ensure_future(stream.last())
                 first: list[asyncio.Future[Any]] = [ended, self._flush]
                 await asyncio.wait(first, return_when=asyncio.FIRST_COMPLETED)
@@ -129,6 +126,7 @@ class SimulatedEngine(AsyncEngine):
                 else:
                     ended.cancel()
                     new = stream.so_far()
+                    new.answer.note_seen(new)
         finally:
             self._loop.abort(stream.request)
 
