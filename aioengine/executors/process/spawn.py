@@ -99,8 +99,6 @@ class WorkerConnection(asyncio.Protocol):
         self._received = received
         self._lost = lost
         self._frames = Frames()
-        self._flows = asyncio.Event()
-        self._flows.set()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
@@ -109,22 +107,11 @@ class WorkerConnection(asyncio.Protocol):
         for message in self._frames.feed(data):
             self._received(self, message)
 
-    def pause_writing(self) -> None:
-        self._flows.clear()
-
-    def resume_writing(self) -> None:
-        self._flows.set()
-
     def connection_lost(self, error: Exception | None) -> None:
-        self._flows.set()
         self._lost(self)
 
     def write(self, data: bytes) -> None:
         self._transport.write(data)
-
-    async def flush(self) -> None:
-        """Wait until the buffer of unsent messages is small enough."""
-        await self._flows.wait()
 
     def close(self) -> None:
         self._transport.close()

@@ -106,31 +106,20 @@ class Read(_Message, frozen=True):
 
 
 class Add(_Message, frozen=True):
-    """Adds a rank's ``squares``, from byte ``begin`` on, to a read. All ranks receive the same parts in the
-    same order."""
+    """Adds a rank's ``squares``, from byte ``begin`` on, to a read; answered with None. All ranks receive the
+    same parts in the same order. After the ``last``, the answer says that the read is finished."""
 
     read: int
     begin: int
     squares: bytes
+    last: bool
 
 
-class Finish(_Message, frozen=True):
-    """Asks for the end of a read, to which everything has been added; answered with None."""
-
-    read: int
-
-
-class Keep(_Message, frozen=True):
-    """Puts the result of a read into the CPU cache."""
+class Settle(_Message, frozen=True):
+    """Puts the result of a read into the CPU cache; without ``uid``, forgets it."""
 
     read: int
-    uid: int
-
-
-class Discard(_Message, frozen=True):
-    """Forgets a read and its result."""
-
-    read: int
+    uid: int | None = None
 
 
 class Drop(_Message, frozen=True):
@@ -152,7 +141,7 @@ class Measure(_Message, frozen=True):
     """Asks what was taken of the device's memory since the plan; answered with Measured."""
 
 
-Message = Start | Build | Step | Masks | Read | Add | Finish | Keep | Discard | Drop | Place | Measure
+Message = Start | Build | Step | Masks | Read | Add | Settle | Drop | Place | Measure
 
 
 class Request(msgspec.Struct, array_like=True, frozen=True):

@@ -14,7 +14,6 @@ import signal
 import socket
 import sys
 import threading
-import time
 import traceback
 import warnings
 from collections.abc import Callable
@@ -27,7 +26,7 @@ from aioengine.errors import DeviceError
 from aioengine.executors.parts import build_parts, plan_parts, write_slot
 from aioengine.executors.process import wire
 from aioengine.executors.process.step_delta import StepDecoder
-from aioengine.executors.process.worker_reads import WorkerReads
+from aioengine.executors.process.worker_reads import Pause, WorkerReads
 from aioengine.info import LoadProgress
 from aioengine.memory_plan import MemoryPlan, memory_taken
 from aioengine.model.cuda.failures import device_error
@@ -40,8 +39,6 @@ if TYPE_CHECKING:
     from aioengine.model.slots.image import AdapterImage
 
 RECEIVE_BYTES = 1 << 20
-PROGRESS_SECONDS = 0.05
-"""Minimum time between two reports of the load's progress."""
 
 
 class Worker:
@@ -78,13 +75,9 @@ class Worker:
             case wire.Read():
                 self._reads.read(number, message, self._store)
             case wire.Add():
-                self._reads.add(message)
-            case wire.Finish():
-                self._reads.finish(number, message, self._store)
-            case wire.Keep():
-                self._reads.keep(message, self._store)
-            case wire.Discard():
-                self._reads.discard(message)
+                self._reads.add(number, message, self._store)
+            case wire.Settle():
+                self._reads.settle(message, self._store)
             case wire.Drop():
                 self._store.drop(message.uid)
             case wire.Place():
@@ -148,12 +141,10 @@ class Worker:
         self._send(report)
 
     def _report_progress(self) -> LoadProgress:
-        last = 0.0
+        pause = Pause()
 
         def report(stage: str, done: int, total: int) -> None:
-            nonlocal last
-            if done >= total or time.monotonic() - last >= PROGRESS_SECONDS:
-                last = time.monotonic()
+            if done >= total or pause.is_over():
                 self._send(wire.Progress(stage, done, total))
 
         return report
@@ -210,13 +201,12 @@ def _exit() -> NoReturn:
 
 
 def _leave_ending_to_the_engine() -> None:
-    """Ignore signals, so that only the engine decides when the worker ends.
+    """Ignore signals, so that only the engine decides when the worker ends: it may have to drain first.
 
-    The engine may have to drain first when Ctrl-C, or a service manager, signals all of its processes. On
-    Linux the kernel ends a worker with its engine, even if the worker's threads are stuck, or a fork of the
-    engine keeps the socket open. A separate process group shields it from Ctrl-C. It is not a separate
-    session, because the scheduler shares the processors between sessions (sched(7), autogroup): then compiles
-    of grammars could not give way to the worker by their nice value."""
+    On Linux the kernel ends a worker with its engine, even if the worker's threads are stuck, or a fork of
+    the engine keeps the socket open. A separate process group shields it from Ctrl-C. It is not a separate
+    session, because then compiles of grammars could not give way to the worker by their nice value (sched(7),
+    autogroup)."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     os.setpgid(0, 0)

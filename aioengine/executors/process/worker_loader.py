@@ -13,7 +13,7 @@ from aioengine.adapters.loader import STOP_SECONDS, BaseLoader, Patience
 from aioengine.adapters.peft.digest import ContentDigest, content_digest
 from aioengine.adapters.read_threads import Progress, ReadThreads
 from aioengine.errors import AdapterLoadError
-from aioengine.executors.process.wire import Add, Discard, Finish, Keep, Read, ReadDone
+from aioengine.executors.process.wire import Add, Read, ReadDone, Settle
 from aioengine.executors.process.workers import Workers
 from aioengine.step import AdapterSource, LoadedAdapter
 
@@ -50,12 +50,11 @@ class WorkerLoader(BaseLoader[int]):
                 raise AdapterLoadError(
                     "its files changed while the ranks read them", name=name, path=path, transient=True
                 )
-            if answers[0].squares:
-                await _add(workers, number, [answer.squares for answer in answers])
-                last = workers.ask(Finish(number), type(None))
+            for part in _parts(number, [answer.squares for answer in answers]):
+                last = workers.ask(part, type(None))
                 await asyncio.shield(last)
         except BaseException:
-            workers.tell(Discard(number))
+            workers.tell(Settle(number))
             raise
         finally:
             last.add_done_callback(ended)  # one that was given up goes on in a worker
@@ -84,16 +83,17 @@ class WorkerLoader(BaseLoader[int]):
             digest.cancel()
 
     def _keep(self, uid: int, content: int) -> None:
-        self.workers.tell(Keep(content, uid))
+        self.workers.tell(Settle(content, uid))
 
     async def close(self) -> None:
         """Close the loader. The workers free their memory when they exit."""
         await self._digests.wait(STOP_SECONDS)
 
 
-async def _add(workers: Workers, number: int, squares: Sequence[bytes]) -> None:
-    """Let every rank add up the sums of all ranks."""
-    for part in squares:
-        for begin in range(0, len(part), ADD_BYTES):
-            workers.tell(Add(number, begin, part[begin : begin + ADD_BYTES]))
-            await workers.flush()
+def _parts(read: int, squares: Sequence[bytes]) -> list[Add]:
+    """Return the orders by which every rank adds up the sums of all ranks."""
+    places = [(rank, begin) for rank, part in enumerate(squares) for begin in range(0, len(part), ADD_BYTES)]
+    return [
+        Add(read, begin, squares[rank][begin : begin + ADD_BYTES], (rank, begin) == places[-1])
+        for rank, begin in places
+    ]

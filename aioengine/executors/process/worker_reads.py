@@ -18,7 +18,21 @@ if TYPE_CHECKING:
     from aioengine.model.slots.image import AdapterImage
 
 REPORT_SECONDS = 0.05
-"""Minimum time between two reports that a read goes on."""
+"""Minimum time between two reports."""
+
+
+class Pause:
+    """The time between two reports to the engine that something goes on."""
+
+    def __init__(self) -> None:
+        self._last = time.monotonic()
+
+    def is_over(self) -> bool:
+        """Whether the next report may be sent; then the next pause begins."""
+        if time.monotonic() - self._last < REPORT_SECONDS:
+            return False
+        self._last = time.monotonic()
+        return True
 
 
 class _Reported(Progress):
@@ -26,12 +40,11 @@ class _Reported(Progress):
 
     def __init__(self, report: Callable[[], None]) -> None:
         self._report = report
-        self._last = time.monotonic()
+        self._pause = Pause()
 
     def moved(self) -> None:
         super().moved()
-        if time.monotonic() - self._last >= REPORT_SECONDS:
-            self._last = time.monotonic()
+        if self._pause.is_over():
             self._report()
 
 
@@ -45,8 +58,8 @@ class _Read:
 class WorkerReads:
     """Reads of adapters in a worker. The main thread calls its methods; any thread calls ``send``.
 
-    A read is here, by its number, until it is kept or discarded. Of one that is discarded while its thread
-    runs, nothing is left when the thread has ended.
+    A read is here, by its number, until it is settled. Of one that is forgotten while its thread runs,
+    nothing is left when the thread has ended.
     """
 
     def __init__(self, send: Callable[[wire.Report], None]) -> None:
@@ -77,12 +90,13 @@ class WorkerReads:
 
         self._start(number, work, order.name, order.path)
 
-    def add(self, part: wire.Add) -> None:
-        self._reads[part.read].draft.add(part.begin, part.squares)
-
-    def finish(self, number: int, order: wire.Finish, store: AdapterStore) -> None:
-        read = self._reads[order.read]
+    def add(self, number: int, part: wire.Add, store: AdapterStore) -> None:
+        read = self._reads[part.read]
         draft = read.draft
+        draft.add(part.begin, part.squares)
+        if not part.last:
+            self._send(wire.answer(number, None))
+            return
         del read.draft
 
         def work() -> None:
@@ -90,11 +104,10 @@ class WorkerReads:
 
         self._start(number, work, draft.packed.name, draft.packed.path)
 
-    def keep(self, order: wire.Keep, store: AdapterStore) -> None:
-        store.put(order.uid, self._reads.pop(order.read).image)
-
-    def discard(self, order: wire.Discard) -> None:
-        self._reads.pop(order.read, None)
+    def settle(self, order: wire.Settle, store: AdapterStore) -> None:
+        read = self._reads.pop(order.read, None)
+        if order.uid is not None and read is not None:
+            store.put(order.uid, read.image)
 
     def _start(self, number: int, work: Callable[[], object], name: str, path: str) -> None:
         def run() -> None:

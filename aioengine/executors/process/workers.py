@@ -181,11 +181,6 @@ class Workers:
         if self.dead is None:
             self._send(wire.Request(-1, message))
 
-    async def flush(self) -> None:
-        """Wait until the buffers of unsent messages are small enough."""
-        for worker in self._workers:
-            await worker.flush()
-
     def _send(self, request: wire.Request) -> None:
         data = wire.frame(request)
         for worker in self._workers:
