@@ -33,17 +33,24 @@ FolderPath = Annotated[str, Meta(pattern=_PATH, extra={"is": "a folder's path"})
 FilePath = Annotated[str, Meta(pattern=_PATH, extra={"is": "a file's path"})]
 
 
-def check_value(field: str, value: Any, kind: Any, error: type[AioEngineError] = ConfigError) -> Any:
+def check_value(
+    field: str, value: Any, kind: Any, error: type[AioEngineError] = ConfigError, *, strict: bool = True
+) -> Any:
     """Return the value, a number or text of a class of its own (NumPy's) as one of Python's. Raises
     ``error``, which names ``field`` and what is allowed, if a field of type ``kind`` cannot have it."""
     if isinstance(value, float | int | str) and not isinstance(value, bool):
         value = plain(value)
     try:
-        msgspec.convert(value, kind)
+        msgspec.convert(value, kind, strict=strict)
     except msgspec.ValidationError as wrong:
         if isinstance(wrong.__cause__, AioEngineError):
             raise error(str(wrong.__cause__)) from wrong
         type_ = inspect.type_info(kind)
+        for one in _kinds(type_):
+            if isinstance(one, inspect.StructType) and isinstance(value, Mapping):
+                for name, inner in _fields_of(one.cls).kinds.items():
+                    if name in value:
+                        check_value(f"{field}.{name}", value[name], inner, error, strict=strict)
         if at := re.search(r"\$\[(\d+)\]", str(wrong)):  # an item of a list
             field, value = f"{field}[{at[1]}]", value[int(at[1])]
             type_ = next(one.item_type for one in _kinds(type_) if isinstance(one, inspect.CollectionType))
@@ -162,20 +169,6 @@ def check_integer(
     check_value(field, value, Annotated[int, Meta(ge=low, le=high)], error)
 
 
-def check_number(
-    field: str, value: object, *, low: float, high: float = LARGEST, above: bool = False
-) -> None:
-    """Raise ConfigError, naming ``field``, unless ``value`` is a finite number from ``low`` to ``high``; with
-    ``above``, ``low`` itself is not allowed."""
-    least = Meta(gt=low, le=high) if above else Meta(ge=low, le=high)
-    check_value(field, value, Annotated[float, least])
-
-
-def check_seconds(field: str, value: object, *, finite: bool = False) -> None:
-    """Raise ConfigError, naming ``field``, unless ``value`` is more than 0 and, with ``finite``, finite."""
-    check_value(field, value, Seconds if finite else AnySeconds)
-
-
 def plain(value: object) -> float | int | str:
     """Return a number or text of a class of its own, such as NumPy's, as one of Python's: msgspec calls this
     for what it cannot encode. Raises TypeError for anything else."""
@@ -276,16 +269,16 @@ def check_items(what: str, values: Any, most: int) -> None:
 S = TypeVar("S", bound=msgspec.Struct)
 
 
-def from_plain(cls: type[S], values: Mapping[str, Any], source: str) -> S:
-    """Convert plain data, such as a parsed TOML file, to a struct. Raises ConfigError, which begins with
-    ``source`` and names a field that is unknown."""
+def from_plain(cls: type[S], values: Mapping[str, Any], source: str, *, strict: bool = True) -> S:
+    """Convert plain data, such as a parsed TOML file, to a struct; not ``strict``: also texts of numbers.
+    Raises ConfigError, which begins with ``source`` and names a field that is unknown."""
     refuse_unknown(cls, values, source)
     try:
-        return msgspec.convert(dict(values), cls)
+        return msgspec.convert(dict(values), cls, strict=strict)
     except msgspec.ValidationError as wrong:
         try:
             for field, value in values.items():
-                check_value(field, value, _fields_of(cls).kinds[field])
+                check_value(field, value, _fields_of(cls).kinds[field], strict=strict)
         except ConfigError as error:
             raise ConfigError(f"{source}: {error}") from wrong
         raise ConfigError(f"{source}: {wrong.__cause__ or wrong}") from wrong

@@ -15,7 +15,7 @@ from typing import Any
 import msgspec
 import uvicorn
 
-from aioengine.checks import check_number
+from aioengine.checks import Count, Seconds, check_fields
 from aioengine.errors import ConfigError
 from aioengine.metrics.page.server import EmbeddedServer
 from aioengine.server.app import ServerApp
@@ -44,21 +44,19 @@ class ListenSettings(msgspec.Struct, frozen=True, kw_only=True):
     trusted_proxies: Sequence[str] = ()
     """Addresses and networks of proxies. A request from one of them counts for the client that its
     ``X-Forwarded-For`` names; from other senders that header is ignored."""
-    max_connections: int = 4096
-    header_timeout: float = 10.0
+    max_connections: Count = 4096
+    header_timeout: Seconds = 10.0
     """Seconds for a TLS handshake, and again for a request's headers."""
-    keep_alive: float = 75.0
+    keep_alive: Seconds = 75.0
     """How long a connection may be idle between two requests."""
-    send_timeout: float | None = None
+    send_timeout: Seconds | None = None
     """Seconds in which a client has to read 16 KiB of its answers, or all of them. None: ``send_timeout`` of
     the application's :class:`ServerSettings`."""
     tls: Certificate | None = None
     """Serve HTTPS with this certificate; None: plain HTTP, as behind a proxy that does TLS."""
 
     def __post_init__(self) -> None:
-        for field in ("max_connections", "header_timeout", "keep_alive", "send_timeout"):
-            if getattr(self, field) is not None or field != "send_timeout":
-                check_number(field, getattr(self, field), low=0.0, above=True)
+        check_fields(self)
         for proxy in self.trusted_proxies:
             try:
                 ip_network(proxy)

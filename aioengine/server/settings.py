@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Callable, Mapping, Sequence
+from typing import Annotated
 
 import msgspec
+from msgspec import Meta
 
-from aioengine.checks import check_integer, check_seconds
+from aioengine.checks import AnySeconds, Count, check_fields
 from aioengine.errors import ConfigError
 from aioengine.grammars.schemas import SchemaOptions
 from aioengine.server.formats.registry import REASONING, TOOLS, check_name
@@ -19,7 +21,7 @@ _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://(\[[0-9a-f:.]+\]|[^\[\]:@/?#*\sA-Z]+)
 class ServerSettings(msgspec.Struct, frozen=True, kw_only=True):
     """Limits and keys of one server. An invalid value raises ConfigError."""
 
-    served_model_names: Sequence[str] = ()
+    served_model_names: Sequence[Annotated[str, Meta(min_length=1)]] = ()
     """Names of the base model in requests; the first is the one in answers. Empty: the engine's
     ``config.model``."""
     api_keys: Mapping[str, str] = msgspec.field(default_factory=dict)
@@ -37,17 +39,17 @@ class ServerSettings(msgspec.Struct, frozen=True, kw_only=True):
     allow_origins: Sequence[str] = ()
     """Origins of other sites whose pages may call the server, such as "https://chat.example". Pages of all
     others may not send anything, and cannot read an answer."""
-    max_body_bytes: int | None = None
+    max_body_bytes: Count | None = None
     """Maximum bytes of a body; by default 1 MiB, and 64 bytes for each token of ``max_model_len``."""
-    max_upload_bytes: int | None = None
+    max_upload_bytes: Count | None = None
     """Maximum size of an uploaded adapter, packed and unpacked. None: none can be uploaded. What is uploaded
     is kept in memory, within ``LoRAConfig.max_held_lora_bytes``."""
-    max_choices: int = 128
+    max_choices: Count = 128
     """Bound on prompts x n in one request."""
     share_prefix_cache: bool = False
     """Share the prefix cache between tenants, who can then find out what others have sent. A request's
     ``cached_tokens``, and how soon it is answered, tell whether another tenant has sent the same text."""
-    generation_config: str = "auto"
+    generation_config: Annotated[str, Meta(min_length=1, extra={"is": "'auto', 'none' or a path"})] = "auto"
     """Sampling defaults: auto (the model's generation_config.json), none, or a path to one. They are those of
     ``temperature``, ``top_p``, ``top_k``, ``min_p``, ``repetition_penalty`` and ``max_tokens``; "none" is the
     API's own."""
@@ -57,44 +59,33 @@ class ServerSettings(msgspec.Struct, frozen=True, kw_only=True):
     reasoning_parser: str = "auto"
     """Format of the model's reasoning: think, harmony or none. Answers have it in a field of its own; "auto"
     and "none" are as above."""
-    seed: int | None = None
+    seed: Annotated[int, Meta(ge=0, le=2**63 - 1)] | None = None
     """Requests without a seed draw theirs from this one. None: from the engine's if that is not 0, or else
     from a random one, so that nobody can tell what is drawn for others."""
-    default_max_tokens: int | None = None
+    default_max_tokens: Count | None = None
     """Maximum tokens of chat requests that give none; None: as many as the context has room for."""
     ignore_unknown_fields: bool = False
     """Ignore unknown fields of requests, which are refused otherwise; each name is logged once."""
     schemas: SchemaOptions = SchemaOptions()
     """Defaults of how JSON schemas are read and JSON is written."""
-    request_timeout: float | None = 600.0
+    request_timeout: AnySeconds | None = 600.0
     """Maximum seconds from arrival to the end of a generation; None, or as a flag 0: no bound."""
-    read_timeout: float = 30.0
+    read_timeout: AnySeconds = 30.0
     """Maximum seconds between two parts of a request's body."""
-    send_timeout: float = 60.0
+    send_timeout: AnySeconds = 60.0
     """Seconds in which a client has to read 16 KiB of its answers, or all of them; else it is disconnected.
     Other ASGI servers than aioengine's do not watch this: there it has to accept 64 KiB of a stream."""
-    retry_after: int = 1
+    retry_after: Count = 1
     """Minimum ``Retry-After`` of answers 429 and 503, in seconds. If requests are refused because too many
     wait, it is the time to answer those at the rate of the last minute."""
-    stuck_step_seconds: float = 120.0
+    stuck_step_seconds: AnySeconds = 120.0
     """Seconds after which a step counts as stuck: /health then answers 503, and the watchdog is not fed."""
     reword: Callable[[str], str] | None = None
     """Rewrites the engine's error messages for clients. The messages name configuration fields as in Python
     ("LoRAConfig.max_lora_rank"); ``aioengine serve`` replaces these by its flags."""
 
     def __post_init__(self) -> None:
-        for field in ("max_body_bytes", "max_upload_bytes", "max_choices", "retry_after"):
-            value = getattr(self, field)
-            if field not in ("max_body_bytes", "max_upload_bytes") or value is not None:
-                check_integer(field, value, low=1)
-        for field in ("read_timeout", "send_timeout", "request_timeout", "stuck_step_seconds"):
-            value = getattr(self, field)
-            if field != "request_timeout" or value is not None:
-                check_seconds(field, value)
-        if self.default_max_tokens is not None and self.default_max_tokens < 1:
-            raise ConfigError(f"default_max_tokens={self.default_max_tokens}: must be >= 1, or None")
-        if self.seed is not None:
-            check_integer("seed", self.seed, low=0, high=2**63 - 1)
+        check_fields(self)
         check_name("tool_call_parser", self.tool_call_parser, TOOLS)
         check_name("reasoning_parser", self.reasoning_parser, REASONING)
         for origin in self.allow_origins:
@@ -103,13 +94,8 @@ class ServerSettings(msgspec.Struct, frozen=True, kw_only=True):
                     f"allow_origins: {origin!r} is no origin; write it as browsers do, such as "
                     "https://chat.example or http://localhost:3000: in lower case, and without a path"
                 )
-        if not self.generation_config:
-            raise ConfigError("generation_config: is empty; it is 'auto', 'none' or a path")
         if self.keys_file is not None and (self.api_keys or self.admin_keys):
             raise ConfigError("keys_file names all keys: put those of api_keys and admin_keys into it too")
-        for name in self.served_model_names:
-            if not name:
-                raise ConfigError("served_model_names contains an empty name; remove it")
 
 
 def parse_keys(entries: Sequence[str], *, source: str) -> dict[str, str]:

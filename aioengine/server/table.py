@@ -7,9 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import msgspec
-
-from aioengine.checks import nearest
+from aioengine.checks import from_plain, nearest
 from aioengine.errors import ConfigError
 from aioengine.server.access.keys import read_keys_file
 from aioengine.server.settings import ServerSettings, parse_keys
@@ -80,11 +78,7 @@ def settings_from(values: Mapping[str, Any]) -> ServerSettings:
         given["allow_origins"] = origins
     if "request_timeout" in values:
         given["request_timeout"] = values["request_timeout"] or None
-    try:
-        return msgspec.convert(given, ServerSettings, strict=False)
-    except msgspec.ValidationError as error:
-        cause = error.__cause__
-        raise ConfigError(str(cause) if isinstance(cause, ConfigError) else f"[server]: {error}") from error
+    return from_plain(ServerSettings, given, "[server]", strict=False)
 
 
 def _texts(field: str, given: object) -> list[str]:
