@@ -157,18 +157,6 @@ def check_fields(struct: msgspec.Struct, error: type[AioEngineError] = ConfigErr
             msgspec.structs.force_setattr(struct, field, parse_bytes(size, field=field))
 
 
-def check_integer(
-    field: str,
-    value: object,
-    *,
-    low: int | None = None,
-    high: int | None = None,
-    error: type[AioEngineError] = ConfigError,
-) -> None:
-    """Raise ``error``, naming ``field``, unless ``value`` is an integer in ``low..high``."""
-    check_value(field, value, Annotated[int, Meta(ge=low, le=high)], error)
-
-
 def plain(value: object) -> float | int | str:
     """Return a number or text of a class of its own, such as NumPy's, as one of Python's: msgspec calls this
     for what it cannot encode. Raises TypeError for anything else."""

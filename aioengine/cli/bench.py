@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Group, Parameter
+from msgspec import Meta
 
-from aioengine.checks import check_integer
+from aioengine.checks import Count, check_value
 from aioengine.cli.common import CommonFlags
 from aioengine.cli.flags import EngineFlags
 from aioengine.cli.loop import run
@@ -63,9 +64,9 @@ def bench(
         ("--repeats", repeats),
         *(("--adapters", count) for count in counts),
     ):
-        check_integer(name, value, low=1)
+        check_value(name, value, Count)
     flags = engine or EngineFlags()
-    check_integer("--rank", rank, low=1, high=max(ALLOWED_RANKS))
+    check_value("--rank", rank, Annotated[int, Meta(ge=1, le=max(ALLOWED_RANKS))])
     config = _config(flags, requests, prompt_tokens + output_tokens, max(counts), rank)
     results = run(_measure(config, requests, prompt_tokens, output_tokens, counts, rank, repeats))
     _print(results, f"{requests} requests x {prompt_tokens} + {output_tokens} tokens", config)

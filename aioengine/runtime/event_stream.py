@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any, Generic, Self, TypeVar
 from weakref import WeakSet, ref
 
-from aioengine.checks import check_integer
+from aioengine.checks import Count, check_value
 from aioengine.errors import ConfigError
 from aioengine.events import Event, EventsLost, StepFinished, StepsFinished, TokenInterval
 from aioengine.runtime.foreign import ForeignCode
@@ -109,7 +109,7 @@ class Listeners:
     def stream(self, types: tuple[type[E], ...], buffer: int) -> EventStream[E]:
         """Open a stream of these event types; of all, if none are given. Raises ConfigError for other
         types."""
-        check_integer("buffer", buffer, low=1)
+        check_value("buffer", buffer, Count)
         stream: EventStream[E] = EventStream(buffer, types, self)
         self._streams.add(stream)
         if self._ended:

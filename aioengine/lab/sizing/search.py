@@ -6,11 +6,12 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import fmean
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import msgspec
+from msgspec import Meta
 
-from aioengine.checks import check_integer, format_bytes
+from aioengine.checks import Count, check_value, format_bytes
 from aioengine.errors import AioEngineError, ConfigError
 from aioengine.lab.analysis.statistics import Estimate, estimate
 from aioengine.lab.costs.presets import load_costs
@@ -128,11 +129,11 @@ def find_size(
         ConfigError: The workload cannot be opened, a bound is out of range, or the experiment changes the
             number of replicas by itself.
     """
-    check_integer("seeds", seeds, low=1)
+    check_value("seeds", seeds, Count)
     for name in ("faults", "autoscale"):
         if (value := getattr(experiment, name)) is not None:
             raise ConfigError(f"{name}={value!r}: a size has as many replicas all the time; leave it out")
-    check_integer("most_seeds", most_seeds, low=seeds)
+    check_value("most_seeds", most_seeds, Annotated[int, Meta(ge=seeds)])
     if any(objective.name == "goodput" for objective in objectives):
         spec = experiment.workload
         if spec.slo is None and spec.timeout is None and spec.deadline is None:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import msgspec
 from msgspec import UNSET
 
-from aioengine.checks import check_integer
+from aioengine.checks import check_value
 from aioengine.errors import ConfigError
 from aioengine.lab.workload import traces
 from aioengine.lab.workload.arrivals import parse_arrivals
@@ -54,7 +54,7 @@ class OfferedWorkload(Workload):
     """
 
     def __init__(self, spec: WorkloadSpec, seed: int, *, longest: int | None = None) -> None:
-        check_integer("seed", seed)
+        check_value("seed", seed, int)
         self._longest = longest
         self.spec = spec
         self.seed = seed

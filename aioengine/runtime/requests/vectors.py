@@ -7,10 +7,12 @@ import math
 from collections.abc import Awaitable, Callable, Sequence
 from operator import mul
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING, Annotated, Protocol, TypeVar
+
+from msgspec import Meta
 
 from aioengine import request as requests
-from aioengine.checks import check_integer
+from aioengine.checks import check_value
 from aioengine.errors import RequestInvalid
 from aioengine.runtime.output import RequestOutput
 from aioengine.runtime.text_work import SHORT, TextWork
@@ -53,7 +55,7 @@ def embedding_of(output: RequestOutput, *, normalize: bool, dimensions: int | No
 
 
 def check_dimensions(dimensions: int, hidden: int) -> None:
-    check_integer("dimensions", dimensions, low=1, high=hidden, error=RequestInvalid)
+    check_value("dimensions", dimensions, Annotated[int, Meta(ge=1, le=hidden)], RequestInvalid)
 
 
 def classification_of(output: RequestOutput, names: Sequence[str]) -> requests.Classification:
