@@ -263,19 +263,19 @@ BUDGETS = {
     "aioengine/adapters": 4_550,  # aim: 3_800
     "aioengine/cli": 5_300,  # aim: 3_200
     "aioengine/core": 6_300,  # aim: 4_600
-    "aioengine/executors": 2_450,  # aim: 1_900
-    "aioengine/fleet": 5_700,  # aim: 4_200
+    "aioengine/executors": 2_400,  # aim: 1_900
+    "aioengine/fleet": 5_750,  # aim: 4_200
     "aioengine/grammars": 2_150,  # aim: 1_100
     "aioengine/lab": 11_200,  # aim: 7_500
     "aioengine/model": 12_150,  # aim: 9_000
     "aioengine/runtime": 3_700,  # aim: 2_700
-    "aioengine/server": 9_700,  # aim: 6_300
+    "aioengine/server": 9_650,  # aim: 6_300
     "benchmarks": 3_650,  # aim: 3_600
     "examples, docs, setup": 1_250,  # aim: 1_100
     "kernels": 13_150,  # aim: 10_300
     "metrics": 4_400,  # aim: 3_600
     "schedulers": 5_900,  # aim: 4_500
-    "tests": 79_150,  # aim: 52_000
+    "tests": 78_200,  # aim: 52_000
 }
 """The most lines of Python, C++, JavaScript, CSS and HTML that each room may have. Where a room is larger
 than its aim, the number is what it has: it only falls. Raising one takes a commit that says what was cut
