@@ -22,7 +22,6 @@ from aioengine.lab.simulation.clock import run_in_virtual_time
 from aioengine.lab.simulation.device import SimulatedDevice
 from aioengine.lab.simulation.engine import SimulatedEngine
 from aioengine.lab.workload.requests import AdapterShape
-from aioengine.step import StepResult
 from aioengine.testing import LIMITS, Sim
 
 POLICIES = [
@@ -253,34 +252,6 @@ def test_a_listener_that_names_equal_steps_hears_of_the_same_steps() -> None:
         events.FirstToken,
         events.RequestEnded,
     ]
-
-
-def test_several_steps_do_what_steps_one_by_one_do() -> None:
-    """In the core: tokens, numbers of blocks, times."""
-
-    def running(count: int) -> Sim:
-        sim = Sim(LIMITS._replace(num_blocks=64, max_num_batched_tokens=64), next_token=lambda _: 7)
-        for index in range(3):
-            sim.add(prompt=[5] * (3 + index), max_tokens=40)
-        for _ in range(count):
-            sim.settle(step_seconds=0.25)
-        return sim
-
-    one_by_one, sim = running(15), running(3)
-    batch = sim.schedule()
-    assert batch is not None
-    assert sim.core.batcher.certain_steps() >= 12
-    ends = [sim.now + 0.25 * step for step in range(1, 13)]
-    result = StepResult([7] * 36, [12] * 3, [0.25] * 12, ends)
-    found = sim.core.step_finished(batch, result, ends[-1])
-    assert [[interval.seconds for interval in step] for step in found] == [[0.25]] * 12
-    sim.core.check()
-    for ours, theirs in zip(sim.core.requests.values(), one_by_one.core.requests.values(), strict=True):
-        for field in ("tokens", "computed", "committed", "last_token", "worst_gap"):
-            assert getattr(ours, field) == getattr(theirs, field), field
-        assert len(ours.blocks) == len(theirs.blocks)
-    assert (sim.core.step, sim.core.now) == (one_by_one.core.step, one_by_one.core.now)
-    assert not sim.of(events.PolicyFailed)
 
 
 def test_no_step_is_certain_after_one_that_a_request_ends_in() -> None:
