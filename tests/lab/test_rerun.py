@@ -110,6 +110,7 @@ def test_the_command_gives_the_same_experiment(folder: Path) -> None:
 
 @pytest.mark.slow
 def test_a_new_study_runs_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("vl_convert", reason="of the extra")
     study = tmp_path / "my_study"
     assert main(["lab", "new", str(study)]) == 0
     assert read_workload(study / "workload.toml").adapters == 50
