@@ -143,7 +143,7 @@ def build_runner(
     played = None
     plain = spec.impl == "native" and not isinstance(spec, MixtureSpec)
     if fixed_decode is not None and plain and backend.capturable:
-        played = _recorded(model, spec.vocab_size, group, fixed_decode, record)
+        played = _recorded(model, spec.vocab_size, fixed_decode, record)
     return ModelRunner(
         model,
         spec,
@@ -164,9 +164,7 @@ def _check_compiled(field: str, value: str, plain: str, uncovered: str) -> None:
         )
 
 
-def _recorded(
-    model: Model, vocabulary: int, group: Group, limits: DecodeLimits, record: Record | None
-) -> DecodeSteps:
+def _recorded(model: Model, vocabulary: int, limits: DecodeLimits, record: Record | None) -> DecodeSteps:
     from aioengine.model.decode_graphs import CudaGraphs, DecodeSteps
 
     spec = model.spec
@@ -178,7 +176,7 @@ def _recorded(
         vocab_size=vocabulary,
         dtype=model.dtype,
         device=model.device,
-        record=group.traffic.counting(record or CudaGraphs(model.device)),
+        record=record or CudaGraphs(model.device),
         group=spec.num_heads // spec.num_kv_heads,
         head_dim=spec.head_dim,
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ctypes import CFUNCTYPE, POINTER, Structure, c_double, c_int, c_int64, c_long, c_void_p
+from ctypes import CFUNCTYPE, POINTER, Structure, c_double, c_int, c_int64, c_void_p
 from enum import IntEnum
 
 MAX_SLICES = 3
@@ -94,33 +94,6 @@ class LoraSlice(Structure):
     """One slice of a fused linear: its outputs, and the first column of these."""
 
     _fields_ = [("out", c_int64), ("offset", c_int64)]
-
-
-class Adapters(Structure):
-    """What adapters add to a linear, from what A gave."""
-
-    _fields_ = [
-        *(("segments", c_void_p), ("count", c_long), ("h", c_void_p), ("slots", POINTER(Slots))),
-        *(("first", c_long), ("slice", POINTER(LoraSlice)), ("slices", c_long), ("width", c_long)),
-    ]
-
-
-class Beside(Structure):
-    """What a linear does beside its own product."""
-
-    _fields_ = [
-        *(("fetch", c_void_p), ("fetch_count", c_long), ("adapters", POINTER(Adapters))),
-        *(("next", c_void_p), ("next_outputs", c_long), ("next_panel_bytes", c_long)),
-    ]
-
-
-class AdaptedLinear(Structure):
-    """A linear and the adapters on it; see ``src/parts.cpp``."""
-
-    _fields_ = [
-        *(("matrix", Matrix), ("beside", Beside)),
-        *(("outputs", POINTER(LoraSlice)), ("affine", c_void_p), ("affine_count", c_int64)),
-    ]
 
 
 class LoraPool(Structure):

@@ -273,7 +273,8 @@ def test_the_backend_is_chosen_by_name_then_environment_then_default(
 @pytest.mark.slow
 def test_a_packed_linear_with_its_adapters(dtype: torch.dtype, int8: bool, data: st.DataObject) -> None:
     """It is the linear, and then the adapters, however often it is used."""
-    from aioengine.kernels.cpu.adapted import AdaptedLinear, fits
+    from support.adapted_linear import AdaptedLinear, fits
+
     from aioengine.kernels.cpu.packed import PackedWeight
 
     case = data.draw(cases(dtype, [(32, 16, 16), (48,), (16, 16, 16, 80)]))
@@ -301,7 +302,8 @@ def test_a_packed_linear_with_its_adapters(dtype: torch.dtype, int8: bool, data:
 @given(data=st.data())
 @pytest.mark.slow
 def test_turned_matrices_give_the_same_bits(dtype: torch.dtype, int8: bool, data: st.DataObject) -> None:
-    from aioengine.kernels.cpu.adapted import AdaptedLinear
+    from support.adapted_linear import AdaptedLinear
+
     from aioengine.kernels.cpu.packed import PackedWeight
 
     case = data.draw(cases(dtype, [*WIDTHS, (32, 16, 16), (48,), (16, 16, 16, 80)]))
@@ -355,7 +357,8 @@ def test_a_packed_linear_gives_a_token_the_same_bits_alone(
     dtype: torch.dtype, int8: bool, data: st.DataObject
 ) -> None:
     """Whichever tokens of other adapters it shares a tile with."""
-    from aioengine.kernels.cpu.adapted import AdaptedLinear
+    from support.adapted_linear import AdaptedLinear
+
     from aioengine.kernels.cpu.packed import PackedWeight
 
     case = data.draw(cases(dtype, [(32, 16, 16), (48,), (96, 48)], (24, 100, 130)))

@@ -110,7 +110,7 @@ def _serve(backend: str, rank: int, size: int, store: str, pipe: Connection) -> 
             job, arguments, fully_sharded = pipe.recv()
         except EOFError:
             return
-        group = DistributedGroup(distributed.group.WORLD, Shard(rank, size, fully_sharded))
+        group = CountingGroup(distributed.group.WORLD, Shard(rank, size, fully_sharded))
         try:
             pipe.send((job(group, *arguments), None))
         except Exception:
@@ -226,6 +226,32 @@ def refusal(group: Group, script: Script, folder: Path) -> str:
     return ""
 
 
+class CountingGroup(DistributedGroup):
+    """A group that counts what a rank sends."""
+
+    def __init__(self, process_group: Any, shard: Shard) -> None:
+        super().__init__(process_group, shard)
+        self.reset()
+
+    def reset(self) -> None:
+        self.all_reduces = self.all_gathers = 0
+        """Numbers of calls."""
+        self.nbytes = 0
+        """Bytes that this rank sends if both are done in a ring, which is the least that they take:
+        ``2 (size - 1) / size`` of an all-reduce's tensor (Patarasuk & Yuan, 2009,
+        https://doi.org/10.1016/j.jpdc.2008.09.002), and ``size - 1`` times a gather's own part."""
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        self.all_reduces += 1
+        self.nbytes += 2 * (self.shard.size - 1) * x.nbytes // self.shard.size
+        return super().all_reduce(x)
+
+    def all_gather(self, x: Tensor, dim: int) -> Tensor:
+        self.all_gathers += 1
+        self.nbytes += (self.shard.size - 1) * x.nbytes
+        return super().all_gather(x, dim)
+
+
 def traffic(group: Group, script: Script) -> tuple[int, int, int, int]:
     """All-reduces, all-gathers and bytes of one step over the first phase's whole prompts, and the tokens."""
     stage = Stage(group, script)
@@ -233,10 +259,10 @@ def traffic(group: Group, script: Script) -> tuple[int, int, int, int]:
     for slot, folder in phase.loads.items():
         stage.load(slot, folder)
     sequences = [_Sequence(list(tokens), slot, len(tokens)) for tokens, slot in phase.prompts]
-    group.traffic.reset()
+    assert isinstance(group, CountingGroup)
+    group.reset()
     stage.runner.execute(stage.batch(sequences, 10**9))
-    sent = group.traffic
-    return sent.all_reduces, sent.all_gathers, sent.nbytes, sum(len(tokens) for tokens, _ in phase.prompts)
+    return group.all_reduces, group.all_gathers, group.nbytes, sum(len(tokens) for tokens, _ in phase.prompts)
 
 
 def gather(group: Group, dim: int) -> list[list[float]]:

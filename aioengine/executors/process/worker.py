@@ -188,7 +188,6 @@ def _join(shard: Shard, device: str, rendezvous: str) -> Group:
     assert world is not None
     group = DistributedGroup(world, shard)
     group.all_reduce(torch.ones(1, device=device))  # NCCL connects with the first of them
-    group.traffic.reset()
     return group
 
 

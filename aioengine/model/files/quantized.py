@@ -11,20 +11,20 @@ import msgspec
 
 from aioengine.errors import ConfigError
 from aioengine.model.files import folder
-from aioengine.model.files.methods.awq import AWQ
-from aioengine.model.files.methods.compressed_tensors import CompressedTensors
-from aioengine.model.files.methods.fp8 import FP8
-from aioengine.model.files.methods.gptq import GPTQ
-from aioengine.model.files.methods.scheme import Header, Layout, Scheme
+from aioengine.model.files.methods.awq import awq
+from aioengine.model.files.methods.compressed_tensors import compressed_tensors
+from aioengine.model.files.methods.fp8 import fp8
+from aioengine.model.files.methods.gptq import gptq
+from aioengine.model.files.methods.scheme import Header, Layout, LayoutOf
 from aioengine.model.files.packing import Packing
 from aioengine.model.spec import ModelSpec
 
-_SCHEMES: dict[str, Callable[[Path, Mapping[str, Any]], Scheme]] = {
-    "gptq": GPTQ,
-    "awq": AWQ,
-    "compressed-tensors": CompressedTensors,
-    "fp8": FP8,
-    "fbgemm_fp8": FP8,
+_SCHEMES: dict[str, Callable[[Path, Mapping[str, Any]], LayoutOf]] = {
+    "gptq": gptq,
+    "awq": awq,
+    "compressed-tensors": compressed_tensors,
+    "fp8": fp8,
+    "fbgemm_fp8": fp8,
 }
 _OTHERWISE = (
     "give the unquantized model, with quantization='int8' or 'int4', or a GPTQ, AWQ or GGUF checkpoint of it"
@@ -61,7 +61,7 @@ class QuantizedFolder:
                 f"{path}/config.json: quantization_config.quant_method={method!r}: not supported; supported: "
                 f"{', '.join(_SCHEMES)}; {_INSTEAD.get(str(method), _OTHERWISE)}"
             )
-        self.scheme = _SCHEMES[method](path, config)
+        layout_of = _SCHEMES[method](path, config)
         modules: dict[str, dict[str, Header]] = {}
         for key, header in folder.headers(path).items():
             module, _, kind = key.rpartition(".")
@@ -72,7 +72,7 @@ class QuantizedFolder:
         self.layouts: dict[str, Layout] = {}
         """The quantized linears by name."""
         for module, found in modules.items():
-            layout = self.scheme.layout(module, found)
+            layout = layout_of(module, found)
             if layout is not None:
                 self.layouts[module], self.kinds[module] = layout, frozenset(found)
 

@@ -283,7 +283,7 @@ def _joined(
         tensors[kind] = stored.read([slice(0, n) for n in stored.shape])
         if tensors.keys() == quantized.kinds[module]:
             del waiting[module]
-            read = functools.partial(quantized.scheme.fields, module, layout, tensors)
+            read = functools.partial(layout.read, tensors)
             yield f"{module}.weight", StoredBlocks((layout.n, layout.k), layout.packing, read)
 
 

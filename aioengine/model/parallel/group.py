@@ -33,52 +33,6 @@ SOLO = Shard()
 """The whole model."""
 
 
-class Traffic:
-    """Count of what a rank has sent since this was created or reset."""
-
-    def __init__(self) -> None:
-        self.reset()
-
-    def reset(self) -> None:
-        self.all_reduces = 0
-        """Number of calls."""
-        self.all_gathers = 0
-        """Number of calls."""
-        self.nbytes = 0
-        """Bytes that this rank sends if both are done in a ring, which is the least that they take:
-        ``2 (size - 1) / size`` of an all-reduce's tensor (Patarasuk & Yuan, 2009,
-        https://doi.org/10.1016/j.jpdc.2008.09.002), and ``size - 1`` times a gather's own part."""
-
-    def counting(self, record: Record) -> Record:
-        """Return a ``record`` whose steps are counted when they are played back, too: then they do not call
-        the group."""
-
-        def counts() -> tuple[int, int, int]:
-            return self.all_reduces, self.all_gathers, self.nbytes
-
-        def recorded(step: Step) -> Step:
-            each = (0, 0, 0)
-
-            def run() -> None:
-                nonlocal each
-                before = counts()
-                step()
-                now = counts()
-                each = (now[0] - before[0], now[1] - before[1], now[2] - before[2])
-
-            played = record(run)
-
-            def play() -> None:
-                before = counts()
-                played()
-                self.all_reduces, self.all_gathers = before[0] + each[0], before[1] + each[1]
-                self.nbytes = before[2] + each[2]
-
-            return play
-
-        return recorded
-
-
 class Group(ABC):
     """The processes that hold one model together. All of them make the same calls in the same order.
 
@@ -88,7 +42,6 @@ class Group(ABC):
 
     def __init__(self, shard: Shard) -> None:
         self.shard = shard
-        self.traffic = Traffic()
 
     @abstractmethod
     def all_reduce(self, x: Tensor) -> Tensor:
@@ -123,8 +76,6 @@ class DistributedGroup(Group):
         from torch import distributed
 
         distributed.all_reduce(x, group=self._process_group)
-        self.traffic.all_reduces += 1
-        self.traffic.nbytes += 2 * (self.shard.size - 1) * x.nbytes // self.shard.size
         return x
 
     def all_gather(self, x: Tensor, dim: int) -> Tensor:
@@ -135,8 +86,6 @@ class DistributedGroup(Group):
         # Since torch 2.13 it goes by a new name, and the old one warns.
         name = "all_gather_single" if hasattr(distributed, "all_gather_single") else "all_gather_into_tensor"
         getattr(distributed, name)(gathered, x.contiguous(), group=self._process_group)
-        self.traffic.all_gathers += 1
-        self.traffic.nbytes += (size - 1) * x.nbytes
         # [size, ...] -> the axis of ranks directly before ``dim``, and one with it.
         by_rank = gathered.view(size, *x.shape).movedim(0, dim)
         return by_rank.reshape(*x.shape[:dim], size * x.shape[dim], *x.shape[dim + 1 :])

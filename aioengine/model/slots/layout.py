@@ -2,9 +2,8 @@
 
 An adapter in a slot is one row of elements, without gaps: first the LoRA matrices of the modules that it
 targets, each as large as its own rank; the As of a fused linear adjoin. Then comes what DoRA and
-``lora_bias`` need, for every output of the modules that have it, and then the rows of trained tokens. Offsets
-here are those of an adapter that has ``max_rank`` in every module;
-:func:`aioengine.model.slots.image.image_shape` has those of any other.
+``lora_bias`` need, for every output of the modules that have it, and then the rows of trained tokens:
+:func:`aioengine.model.slots.image.image_shape` has the offsets.
 
 Where a slot holds int8, its elements are bytes, and the scales follow the As; everything begins at a multiple
 of ``INT8_UNIT`` bytes, so there may be gaps.
@@ -67,7 +66,7 @@ FLOATS = Elements()
 
 
 class Place(NamedTuple):
-    """One module of one layer: its shape, and offsets in numbers if every module has the largest rank."""
+    """One module of one layer."""
 
     shape: LinearShape
     """The inputs that A has and the outputs that B has."""
@@ -76,13 +75,7 @@ class Place(NamedTuple):
     b_rank: int
     """The columns that B has room for."""
     num_outputs: int
-    """The outputs that gain and shift are for."""
-    a: int
-    """[a_rank, in]"""
-    b: int
-    """[out, b_rank]"""
-    affine: int
-    """[2, num_outputs]: gain and shift; see :meth:`aioengine.kernels.Backend.lora_affine`."""
+    """The outputs that gain and shift are for; see :meth:`aioengine.kernels.Backend.lora_affine`."""
 
     def elements(self, of: Elements) -> int:
         """Count the elements of A and B."""
@@ -140,20 +133,11 @@ class SlotLayout:
         self._shapes = {module: self._shape(module) for module in self.modules}
         self._shares = {module: self.share(module) for module in self.modules}
         self.fused = tuple(self._fused_places())
-        self.places: dict[tuple[int, str], Place] = {}
+        self.places = {
+            (fused.layer, module): self._shapes[module] for fused in self.fused for module in fused.modules
+        }
         self.matrix_elements = sum(self.matrix_elements_by_module.values())
         """Elements of the LoRA matrices, which begin the slot."""
-        matrices = 0
-        affine = sum(self.spec.layers_with(m) * shape.elements(FLOATS) for m, shape in self._shapes.items())
-        for fused in self.fused:
-            shapes = [self._shapes[module] for module in fused.modules]
-            b = matrices + sum(shape.a_rank * shape.shape.in_features for shape in shapes)
-            for module, shape in zip(fused.modules, shapes, strict=True):
-                self.places[fused.layer, module] = shape._replace(a=matrices, b=b, affine=affine)
-                matrices += shape.a_rank * shape.shape.in_features
-                b += shape.shape.out_features * shape.b_rank
-                affine += 2 * shape.num_outputs
-            matrices = b
         self.affine_elements = sum(holds.gain_and_shift(place.num_outputs) for place in self.places.values())
         """One slot's elements for DoRA and biases: two for every output of every module."""
         self.token_elements = holds.values(max_tokens * spec.hidden_size)
@@ -164,14 +148,13 @@ class SlotLayout:
         """Number of each place; those of a fused linear follow each other."""
 
     def _shape(self, module: str) -> Place:
-        """Return a place that has no offsets yet."""
         size, (n_in, n_out) = self.shard.size, self.partition.local.linear(module)
         if not self.shard.fully_sharded or self.partition.is_whole(module):
-            return Place(LinearShape(n_in, n_out), self.max_rank, self.max_rank, n_out, 0, 0, 0)
+            return Place(LinearShape(n_in, n_out), self.max_rank, self.max_rank, n_out)
         if self.partition.splits_inputs(module):
-            return Place(LinearShape(n_in, n_out // size), self.max_rank, self.max_rank, n_out, 0, 0, 0)
+            return Place(LinearShape(n_in, n_out // size), self.max_rank, self.max_rank, n_out)
         share = -(-self.max_rank // size)
-        return Place(LinearShape(n_in, n_out), share, share * size, n_out, 0, 0, 0)
+        return Place(LinearShape(n_in, n_out), share, share * size, n_out)
 
     def held(self, module: str, rank: int) -> tuple[tuple[int, int], tuple[int, int]]:
         """Return the shapes of what the slot holds of A and B, for an adapter of ``rank``."""

@@ -12,7 +12,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from aioengine.model.files.methods.scheme import FLOATS, FP8_NAN, Header, Layout, Wrong, check_group
+from aioengine.model.files.methods.scheme import (
+    FLOATS,
+    FP8_NAN,
+    Header,
+    Layout,
+    LayoutOf,
+    Wrong,
+    check_group,
+)
 from aioengine.model.files.packing import Packing
 
 if TYPE_CHECKING:
@@ -22,60 +30,51 @@ _SCALES = ("weight_scale", "weight_scale_inv")
 _SCALE_TYPES = (*FLOATS, "F8_E8M0")
 
 
-class FP8:
-    """The schemes "fp8" and "fbgemm_fp8"; and those of compressed-tensors whose weights are float8."""
+def fp8(path: Path, config: Mapping[str, Any]) -> LayoutOf:
+    """Return the way of "fp8" and "fbgemm_fp8", and of float8 weights of compressed-tensors."""
+    wrong = Wrong(path, config["quant_method"])
+    # fbgemm_fp8 has no other; static scales are not read.
+    usual = "dynamic" if config["quant_method"] == "fbgemm_fp8" else None
+    rounds = config.get("activation_scheme", usual) == "dynamic"
+    block = config.get("weight_block_size")
+    pair = isinstance(block, Sequence) and len(block) == 2
+    if block is not None and not (pair and all(isinstance(x, int) and x > 0 for x in block)):
+        raise wrong.setting("weight_block_size", block, "must be two numbers above zero")
+    if (kind := config.get("fmt", "e4m3")) != "e4m3":
+        raise wrong.setting("fmt", kind, "only e4m3 is supported")
 
-    name = "FP8"
-
-    def __init__(self, path: Path, config: Mapping[str, Any]) -> None:
-        self._wrong = wrong = Wrong(path, config["quant_method"])
-        # fbgemm_fp8 has no other; static scales are not read.
-        scheme = config.get(
-            "activation_scheme", "dynamic" if config["quant_method"] == "fbgemm_fp8" else None
-        )
-        self._rounds = scheme == "dynamic"
-        block = config.get("weight_block_size")
-        pair = isinstance(block, Sequence) and len(block) == 2
-        if block is not None and not (pair and all(isinstance(x, int) and x > 0 for x in block)):
-            raise wrong.setting("weight_block_size", block, "must be two numbers above zero")
-        self._block: tuple[int, int] | None = None if block is None else (block[0], block[1])
-        if (kind := config.get("fmt", "e4m3")) != "e4m3":
-            raise wrong.setting("fmt", kind, "only e4m3 is supported")
-
-    def layout(self, module: str, headers: Mapping[str, Header]) -> Layout | None:
+    def layout(module: str, headers: Mapping[str, Header]) -> Layout | None:
         weight = headers.get("weight")
         if weight is None or not weight.dtype.startswith("F8"):
             return None
         if weight.dtype != "F8_E4M3":
-            raise self._wrong.tensor(f"{module}.weight", f"{weight.dtype} is not supported; F8_E4M3 is")
-        n, k = self._wrong.matrix(f"{module}.weight", weight)
+            raise wrong.tensor(f"{module}.weight", f"{weight.dtype} is not supported; F8_E4M3 is")
+        n, k = wrong.matrix(f"{module}.weight", weight)
         kind = next((kind for kind in _SCALES if kind in headers), None)
         if kind is None:
-            raise self._wrong.tensor(f"{module}.weight_scale", "is missing")
-        found = headers[kind]
+            raise wrong.tensor(f"{module}.weight_scale", "is missing")
+        found, rows, group = headers[kind], 0, 0
         if found.dtype not in _SCALE_TYPES:
-            raise self._wrong.tensor(f"{module}.{kind}", f"{found.dtype} is not supported for scales")
-        if found.shape in ((), (1,), (n,), (n, 1), (1, 1)):
-            return Layout(n, k, Packing(format="fp8", rounds=self._rounds))
-        if self._block is None:
-            raise self._wrong.tensor(
-                f"{module}.{kind}",
-                f"has shape {found.shape}; expected a scale, or one for each of {n} outputs",
-            )
-        rows, group = self._block
-        check_group(group, max(k, group), f"{module}.{kind}", self._wrong)
-        self._wrong.check(module, headers, {kind: ((-(-n // rows), -(-k // group)), _SCALE_TYPES)})
-        return Layout(n, k, Packing(format="fp8", group=group, rounds=self._rounds))
+            raise wrong.tensor(f"{module}.{kind}", f"{found.dtype} is not supported for scales")
+        if found.shape not in ((), (1,), (n,), (n, 1), (1, 1)):
+            if block is None:
+                raise wrong.tensor(
+                    f"{module}.{kind}",
+                    f"has shape {found.shape}; expected a scale, or one for each of {n} outputs",
+                )
+            rows, group = block
+            check_group(group, max(k, group), f"{module}.{kind}", wrong)
+            wrong.check(module, headers, {kind: ((-(-n // rows), -(-k // group)), _SCALE_TYPES)})
 
-    def fields(self, module: str, layout: Layout, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        import torch
+        def read(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            import torch
 
-        data = tensors["weight"].view(torch.uint8)
-        if bool((data & FP8_NAN == FP8_NAN).any()):
-            raise self._wrong.tensor(f"{module}.weight", "is not finite")
-        scale = next(tensors[kind] for kind in _SCALES if kind in tensors).float()
-        if layout.packing.group and self._block is not None:
-            scale = scale.repeat_interleave(self._block[0], 0)[: layout.n]
-        else:
-            scale = scale.reshape(-1, 1).expand(layout.n, 1)
-        return {"data": data, "scale": scale}
+            data, scale = tensors["weight"].view(torch.uint8), tensors[kind].float()
+            if bool((data & FP8_NAN == FP8_NAN).any()):
+                raise wrong.tensor(f"{module}.weight", "is not finite")
+            whole = scale.repeat_interleave(rows, 0)[:n] if rows else scale.reshape(-1, 1).expand(n, 1)
+            return {"data": data, "scale": whole}
+
+        return Layout(n, k, Packing(format="fp8", group=group, rounds=rounds), read)
+
+    return layout

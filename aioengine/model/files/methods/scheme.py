@@ -1,10 +1,10 @@
-"""Scheme: the interface of all ways to quantize a Hugging Face folder."""
+"""What all ways to quantize a Hugging Face folder share."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from aioengine.errors import ConfigError
 from aioengine.model.files.packing import Packing
@@ -33,17 +33,15 @@ class Layout(NamedTuple):
     n: int
     k: int
     packing: Packing
+    read: Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
+    """Makes the tensors of a :class:`aioengine.kernels.blocks.BlockWeight`, under its names for them, of the
+    linear's, by the last parts of their names. Raises ConfigError for values that cannot be."""
 
 
-class Scheme(Protocol):
-    """One way to store the weights of linears in several tensors each. No torch but in ``fields``."""
-
-    def layout(self, module: str, headers: Mapping[str, Header]) -> Layout | None:
-        """Return how the linear ``module`` is stored; None if it is not quantized. ``headers`` are its
-        tensors, by the last part of their names. Raises ConfigError for what is not supported."""
-
-    def fields(self, module: str, layout: Layout, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the tensors of a :class:`aioengine.kernels.blocks.BlockWeight`, under its names for them."""
+LayoutOf = Callable[[str, Mapping[str, Header]], Layout | None]
+"""One way to store the weights of linears in several tensors each: ``layout(module, headers)`` says how a
+linear is stored, None if it is not quantized. ``headers`` are its tensors, by the last part of their names.
+Raises ConfigError for what is not supported."""
 
 
 class Wrong:
@@ -82,6 +80,12 @@ class Wrong:
 
 
 FLOATS = ("F16", "BF16", "F32")
+
+
+def check_groups(group_of: Tensor, groups: int, name: str, wrong: Wrong) -> None:
+    """Raise ConfigError unless all inputs are in one of so many groups."""
+    if len(group_of) and not 0 <= int(group_of.min()) <= int(group_of.max()) < groups:
+        raise wrong.tensor(name, "names groups that do not exist")
 
 
 def unpack_int32(packed: Tensor, bits: int) -> Tensor:

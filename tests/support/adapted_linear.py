@@ -1,8 +1,9 @@
-"""Linears with the adapters of their tokens in one call."""
+"""Linears with the adapters of their tokens in one call, as the compiled step computes them."""
 
 from __future__ import annotations
 
 import ctypes
+from ctypes import POINTER, Structure, c_int64, c_long, c_void_p
 
 import torch
 from torch import Tensor
@@ -16,6 +17,33 @@ from aioengine.kernels.plan.lora import LoRABatch
 from aioengine.kernels.slots import LoRAPool
 
 
+class _Adapters(Structure):
+    """What adapters add to a linear, from what A gave."""
+
+    _fields_ = [
+        *(("segments", c_void_p), ("count", c_long), ("h", c_void_p), ("slots", POINTER(structs.Slots))),
+        *(("first", c_long), ("slice", POINTER(structs.LoraSlice)), ("slices", c_long), ("width", c_long)),
+    ]
+
+
+class _Beside(Structure):
+    """What a linear does beside its own product."""
+
+    _fields_ = [
+        *(("fetch", c_void_p), ("fetch_count", c_long), ("adapters", POINTER(_Adapters))),
+        *(("next", c_void_p), ("next_outputs", c_long), ("next_panel_bytes", c_long)),
+    ]
+
+
+class _Linear(Structure):
+    """A linear and the adapters on it; see ``kernels/cpu/src/parts.cpp``."""
+
+    _fields_ = [
+        *(("matrix", structs.Matrix), ("beside", _Beside)),
+        *(("outputs", POINTER(structs.LoraSlice)), ("affine", c_void_p), ("affine_count", c_int64)),
+    ]
+
+
 class AdaptedLinear:
     """``x W^T + bias``, and what the adapters in ``pool`` add to it, whose slices are whole panels."""
 
@@ -23,14 +51,14 @@ class AdaptedLinear:
         assert fits(pool, weight.dtype)
         self._weight, self._bias, self._pool = weight, bias, pool  # the structures point to their memory
         self._slots = slots_struct(pool.slots)
-        self._adapters = structs.Adapters(
+        self._adapters = _Adapters(
             slots=ctypes.pointer(self._slots),
             first=pool.first,
             slice=slices_struct(pool.widths, pool.b_offsets),
             slices=len(pool.widths),
         )
-        self._base = structs.AdaptedLinear(matrix=matrix_of(weight, bias))
-        self._adapted = structs.AdaptedLinear(matrix=matrix_of(weight, bias))
+        self._base = _Linear(matrix=matrix_of(weight, bias))
+        self._adapted = _Linear(matrix=matrix_of(weight, bias))
         self._adapted.beside.adapters = ctypes.pointer(self._adapters)
         self._adapted.outputs = slices_struct(pool.affine_widths, pool.offsets)
 
